@@ -16,6 +16,8 @@ ARGS ?=
 CC ?= cc
 VENV := .venv
 FRAMEWORKS := .venv-integration
+ARRAYS := .venv-arrays
+AZURITE := .venv-azurite
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 PYTEST := $(BIN)/python -m pytest
@@ -41,7 +43,7 @@ lint: build
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/lint_source.py
-	$(CC) -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -Wno-unused-parameter -Icsrc -fsyntax-only $(wildcard csrc/*.c) tests/stress/ring_stress.c
+	$(CC) -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Werror -Wno-unused-parameter -Icsrc -fsyntax-only $(wildcard csrc/*.c tests/stress/*.c)
 
 stress: build
 	$(PYTEST) -m stress -o faulthandler_timeout=1800 $(ARGS)
@@ -59,8 +61,10 @@ bench-peers: build
 	cd benchmarks && ../$(BIN)/python -m peers $(ARGS)
 
 # Tests with frameworks that are too large for the development environment, in an environment of their own.
-integration: build $(FRAMEWORKS)/stamp
+integration: build $(FRAMEWORKS)/stamp $(ARRAYS)/stamp $(AZURITE)/stamp
+	$(PYTEST) -m integration tests/store $(ARGS)
 	$(FRAMEWORKS)/bin/python -m pytest -m integration tests/integration $(ARGS)
+	$(ARRAYS)/bin/python -m pytest -m integration tests/arrays $(ARGS)
 
 # The docs are plain Markdown. The tests check that their links resolve and that their examples run.
 docs: build
@@ -79,7 +83,7 @@ clean:
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) $(FRAMEWORKS)
+	rm -rf $(VENV) $(FRAMEWORKS) $(ARRAYS) $(AZURITE)
 
 # Use the first interpreter that is 3.11 or newer, can make a virtual environment and can compile extensions.
 $(BIN)/python:
@@ -108,6 +112,20 @@ $(FRAMEWORKS)/stamp: pyproject.toml setup.py | $(BIN)/python
 	@$(BIN)/python -m venv $(FRAMEWORKS)
 	@$(FRAMEWORKS)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade 'pip>=25'
 	@$(FRAMEWORKS)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[integration]'
+	@touch $@
+
+# JAX and TensorFlow, without torch.
+$(ARRAYS)/stamp: pyproject.toml setup.py | $(BIN)/python
+	@echo 'installing tiercache[arrays] into $(ARRAYS) (minutes, the first time)'
+	@$(BIN)/python -m venv $(ARRAYS)
+	@$(ARRAYS)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade 'pip>=25'
+	@$(ARRAYS)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[arrays]'
+	@touch $@
+
+# Microsoft's emulator of Azure, for tests of the real protocol; they are skipped where there is no npm.
+$(AZURITE)/stamp:
+	@mkdir -p $(AZURITE)
+	@if command -v npm >/dev/null; then npm install --silent --no-audit --no-fund --prefix $(AZURITE) azurite@3; else echo 'no npm: the tests with Azurite are skipped'; fi
 	@touch $@
 
 # Runs after an installation (order-only prerequisite), which may have built everything, so the recipe checks again whether a source is newer or a module is missing.

@@ -9,6 +9,11 @@ the thread, and OpenCV resizes the centre square into another one, with as many 
 rows are shuffled epochs with `dtype="uint8"` and `layout="CHW"`; every batch is taken and dropped. If libturbojpeg is
 available, the same is measured for planes that are resized before they become RGB.
 
+    python benchmarks/bench_images.py --augmented [--threads 1 2] [--quick]
+
+The vision loop: random resized crop, flip, colour jitter, normalisation to float16. The baseline is tiercache's decoder
+with its crop and resize, without the other transforms and without a loader; the second row adds the transforms.
+
     python benchmarks/bench_images.py --places [--repetitions 15]
 
 Effect of the alignment of the memory that pictures of several sizes are decoded into before they are resized.
@@ -39,7 +44,9 @@ import tiercache as tc
 from generate import generate
 from rows import OUT, spread, table, write_rows
 from stages.turns import Case, Effort, in_turns, tables
-from workloads import DECODED_SIZE, IMAGE_HEIGHT, IMAGE_WIDTH, IMAGES, KEY
+from tiercache.images.decoder import Decoder, stored_dtype
+from tiercache.images.image_plan import ImageDraws
+from workloads import DECODED_SIZE, IMAGE_HEIGHT, IMAGE_WIDTH, IMAGES, JITTER, KEY, MEAN, STD
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -207,6 +214,45 @@ def _cases(
     return [Case(stage, baseline, alone(chosen), n, unit), *loaders, *rest]
 
 
+def _augmented_cases(pictures: Sequence[bytes], path: Path, n_threads: int, pool: ThreadPoolExecutor) -> list[Case]:
+    """Return the cases of the vision loop: the decoder alone, with all transforms, and the loader by layout."""
+    crop: dict[str, Any] = {"crop": "random", "flip": True}
+    whole = {**crop, **dict.fromkeys(("brightness", "contrast", "saturation"), JITTER)}
+    whole |= {"dtype": "float16", "mean": MEAN, "std": STD}
+    stage = f"{n_threads} threads" if n_threads > 1 else "1 thread"
+    bare, full = "decoder, crop and resize alone", "decoder and transforms alone"
+    options = {bare: tc.DecodeImage(DECODED_SIZE, layout="HWC", **crop), full: tc.DecodeImage(DECODED_SIZE, **whole)}
+    shares = [range(k, len(pictures), n_threads) for k in range(n_threads)]
+
+    def alone(name: str) -> Callable[[], object]:
+        how = options[name]
+        draws = ImageDraws(1, 0, [how]).of(np.arange(len(pictures)))
+        own = threading.local()
+
+        def decode(share: range) -> None:
+            if not hasattr(own, "decoder"):
+                own.decoder = Decoder(how)
+                own.memory = np.empty(how.memory_shape(*how.shape), stored_dtype(how.dtype))
+            for number in share:
+                own.decoder.decode_into(pictures[number], draws[number], own.memory)
+
+        return lambda: list(pool.map(decode, shares))
+
+    def epochs(**how: Any) -> Callable[[], object]:
+        dataset = tc.Dataset(path, decode={"image": tc.DecodeImage(DECODED_SIZE, **how)})
+        loader_options = tc.LoaderOptions(seed=1, threads=n_threads)
+        loader = tc.DataLoader(dataset, batch_size=IMAGES.batch_size, shuffle=True, options=loader_options)
+        return lambda: sum(len(batch[KEY]) for batch in loader)
+
+    n, unit = len(pictures), "images/s"
+    cases = [Case(stage, bare, alone(bare), n, unit), Case(stage, full, alone(full), n, unit, bare)]
+    cases.append(Case(stage, "loader, crop and resize", epochs(**crop), COPIES * n, unit, bare))
+    for layout in ("CHW", "channels_last"):
+        name = f"loader, all transforms, layout={layout}"
+        cases.append(Case(stage, name, epochs(**whole, layout=layout), COPIES * n, unit, bare))
+    return cases
+
+
 def _in_turns(cases: Sequence[Case], effort: Effort) -> list[dict[str, Any]]:
     """Like in_turns, with processor_us in the rows: processor time per picture, less disturbed by a busy machine."""
     spent: dict[str, list[float]] = {case.name: [] for case in cases}
@@ -277,6 +323,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--brief", action="store_true", help="Only the selected decoder and the loader.")
     parser.add_argument("--folder", type=Path, default=OUT / "images", help="Folder for data and rows.")
     parser.add_argument("--quick", action="store_true", help="Smoke test: little data, and no meaningful figures.")
+    parser.add_argument("--augmented", action="store_true", help="Only the vision loop with all transforms.")
     parser.add_argument("--places", action="store_true", help="Only measure the alignment of decoded pictures.")
     asked = parser.parse_args(given)
     effort = Effort(1, 0.0) if asked.quick else Effort(asked.repetitions, asked.min_s)
@@ -287,15 +334,20 @@ def main(given: list[str] | None = None) -> None:
         return
     asked.folder.mkdir(parents=True, exist_ok=True)
     pictures, path = _pack(asked.folder, 32 if asked.quick else asked.images)
-    others = {} if asked.brief else _decoders()
+    others = {} if asked.brief or asked.augmented else _decoders()
     rows: list[dict[str, Any]] = []
     for n_threads in asked.threads:
         with ThreadPoolExecutor(n_threads) as pool:
-            found = _in_turns(_cases(pictures, path, n_threads, pool, others), effort)
+            if asked.augmented:
+                cases = _augmented_cases(pictures, path, n_threads, pool)
+            else:
+                cases = _cases(pictures, path, n_threads, pool, others)
+            found = _in_turns(cases, effort)
         print(f"{tables(found)}\n\n{_processor_table(found)}\n", flush=True)
         rows += found
-    write_rows(asked.folder / "images.jsonl", rows)
-    print(f"rows: {asked.folder / 'images.jsonl'}")
+    place = asked.folder / ("augmented.jsonl" if asked.augmented else "images.jsonl")
+    write_rows(place, rows)
+    print(f"rows: {place}")
 
 
 if __name__ == "__main__":

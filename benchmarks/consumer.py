@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from source import Source, cells
-from workloads import DECODED_SIZE, KEY, Field
+from workloads import DECODED_SIZE, KEY, MEAN, STD, Field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Decoders differ in rounding, in the transform and in the resize method by less than this; other pictures differ by
 # several tens.
 IMAGE_TOLERANCE = 6.0
+# Augmented pictures vary at least by this, in standard deviations of their channels.
+LEAST_SPREAD = 0.01
 
 
 class WrongBatchesError(ValueError):
@@ -179,11 +181,22 @@ class Consumer:
     def _same_images(self, field: Field, served: np.ndarray, keys: np.ndarray) -> bool:
         """Return whether decoded images look right. Their sums are learnt here: pixels depend on the decoder."""
         images = served if served.shape[-1] == 3 else served.transpose(0, 2, 3, 1)
-        if images.shape != (len(keys), DECODED_SIZE, DECODED_SIZE, 3) or images.dtype != np.uint8:
+        if images.shape != (len(keys), DECODED_SIZE, DECODED_SIZE, 3) or images.dtype != field.dtype:
             return False
+        if field.is_augmented:
+            return self._are_normalised(images)
         words = np.ascontiguousarray(served).reshape(len(keys), -1).view(field.word)
         self._words[field.name][keys] = words.sum(axis=1, dtype=field.word)
         return bool(np.abs(cells(images) - self._expected[field.name][keys]).max(initial=0) <= IMAGE_TOLERANCE)
+
+    def _are_normalised(self, images: np.ndarray) -> bool:
+        """Return whether pictures have values that a normalised picture can have, and are not of one colour.
+
+        Their crops and colours are random, so that their content cannot be compared.
+        """
+        values, (mean, std) = images.astype(np.float32), np.array([MEAN, STD], np.float32)
+        is_inside = (values >= -mean / std - 0.01).all() and (values <= (1 - mean) / std + 0.01).all()
+        return bool(is_inside and (values.std(axis=(1, 2)).max(axis=1) > LEAST_SPREAD).all())
 
     def _items(self, value: Any) -> list[Any]:
         if isinstance(value, list):
@@ -194,12 +207,12 @@ class Consumer:
     def check_sums(self, n_epochs: int, *, whole: bool = True) -> None:
         """Compare the sums of epochs, or of parts of them, with what was written. Raises WrongBatchesError.
 
-        Images are compared only if all served images were checked record by record before.
+        Images are compared only if all served images were checked record by record before; augmented ones are not.
         """
         self.check_counts(n_epochs, whole=whole)
         seen = self.seen
         for field in self._workload.fields:
-            if field.kind == "jpeg" and not self._known[seen > 0].all():
+            if field.is_augmented or (field.kind == "jpeg" and not self._known[seen > 0].all()):
                 continue
             words = self._words[field.name] if field.kind == "jpeg" else self._expected[field.name]
             expected = int(np.add.reduce(words * seen.astype(field.word), dtype=field.word))

@@ -9,6 +9,9 @@ import numpy as np
 
 KEY = "label"
 IMAGE_WIDTH, IMAGE_HEIGHT, DECODED_SIZE = 500, 375, 224
+# Augmentation of pictures: random resized crop, flip, factors of brightness, contrast and saturation of 1 +- JITTER,
+# and normalisation to float16 by ImageNet's mean and standard deviation of values 0 to 1.
+JITTER, MEAN, STD = 0.4, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +23,8 @@ class Field:
         kind: "array" (fixed dtype and shape), "bytes" (varying length), "text" (ASCII of fixed length) or "jpeg"
         (images
             that are served decoded, cropped to the centre square and resized).
-        dtype, shape: Dtype and shape of an array's record.
+        dtype, shape: Dtype and shape of an array's record. dtype of "jpeg": "uint8" for the centre square, "float16"
+            for augmented pictures.
         n_bytes: Bytes per record; the mean for "bytes", an estimate for "jpeg".
     """
 
@@ -29,6 +33,11 @@ class Field:
     dtype: str
     shape: tuple[int, ...]
     n_bytes: int
+
+    @property
+    def is_augmented(self) -> bool:
+        """Whether pictures are served augmented."""
+        return self.kind == "jpeg" and self.dtype == "float16"
 
     @property
     def word(self) -> np.dtype[Any]:
@@ -68,6 +77,11 @@ class Workload:
         """Whether a column is served decoded."""
         return any(field.kind == "jpeg" for field in self.fields)
 
+    @property
+    def augmented(self) -> bool:
+        """Whether a column is served as augmented pictures."""
+        return any(field.is_augmented for field in self.fields)
+
     def as_json(self) -> dict[str, Any]:
         """Return the JSON form that `workload_of` reads."""
         return asdict(self)
@@ -75,7 +89,8 @@ class Workload:
     def describe(self) -> str:
         """Return a description of the columns."""
         texts = {"bytes": "bytes of varied length, mean {0.n_bytes:,}", "text": "text of {0.n_bytes} bytes"}
-        texts |= {"array": "{0.dtype}{1}", "jpeg": f"JPEG {IMAGE_WIDTH}x{IMAGE_HEIGHT} decoded to {DECODED_SIZE}"}
+        decoded = f"{'augmented' if self.augmented else 'decoded'} to {DECODED_SIZE}"
+        texts |= {"array": "{0.dtype}{1}", "jpeg": f"JPEG {IMAGE_WIDTH}x{IMAGE_HEIGHT} {decoded}"}
         columns = [texts[field.kind].format(field, list(field.shape)) for field in self.fields]
         return ", ".join([*columns, f"int64 {KEY}"])
 
@@ -93,7 +108,8 @@ ROWS = Workload(
     "rows", (array_field("vector", "float32", (16,)), Field("text", "text", "uint8", (), 60)), 1024, 1 << 21
 )
 IMAGES = Workload("images", (Field("image", "jpeg", "uint8", (), 64_000),), 64, 1 << 11)
-WORKLOADS = {workload.name: workload for workload in (TOKENS, BYTES, TENSORS, ROWS, IMAGES)}
+AUGMENTED = Workload("augmented", (Field("image", "jpeg", "float16", (), 64_000),), 64, 1 << 11)
+WORKLOADS = {workload.name: workload for workload in (TOKENS, BYTES, TENSORS, ROWS, IMAGES, AUGMENTED)}
 
 
 def scaled(workload: Workload, scale: float) -> Workload:

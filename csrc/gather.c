@@ -7,6 +7,7 @@
 #include "cast.h"
 #include "copy.h"
 #include "gather_rows.h"
+#include "packing.h"
 
 /* Number of rows that are prefetched ahead. With 100 ns per cache miss, 16 small rows in flight hide the latency; 8 to
  * 24 are within 10 %. For long rows 2 are sufficient, because the start of each of their pages is prefetched; 3 and 4
@@ -232,6 +233,7 @@ int tc_gather(const tc_stream *stream, const tc_rows *rows, const tc_sink *sink)
         case TC_BITS: gather_bits(rows, sink->values); return 0;
         case TC_VAR: return is_in_runs(rows) ? copy_var_runs(rows, stream->width, sink) : copy_var_rows(rows, stream->width, sink);
         case TC_REF: return gather_refs(rows, sink->values);
+        case TC_PACKED: tc_gather_packed(stream, rows, sink); return 0;
         default: return 0;
     }
 }

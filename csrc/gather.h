@@ -23,6 +23,7 @@ enum { TC_FIXED = 0, TC_BITS = 1, TC_VAR = 2, TC_REF = 3 };
 
 #define TC_CORRUPT (-6) /* A page's checksum is wrong, or offsets decrease or leave their chunk. */
 #define TC_MISFIT (-7)  /* A value cannot be represented in the dtype of the cast. */
+#define TC_TOO_LONG (-8) /* A record is longer than its output layout allows (output_layout.h). */
 
 /* Source of one stream in one block. TC_FIXED and TC_BITS have offsets == NULL and ignore n_elements. */
 typedef struct {
@@ -42,11 +43,11 @@ typedef struct {
     uint8_t *checked;
 } tc_chunk;
 
-/* Two 32-bit words, as Python writes them: kind | from << 8 | to << 16, and width. */
+/* Two 32-bit words, as Python writes them: kind | from << 8 | to << 16 | on_host << 24, and width. */
 typedef struct {
     uint8_t kind;
     uint8_t from, to; /* Dtypes of cast.h; both TC_AS_IS (0) without a cast. `from` of TC_BITS is TC_BOOL. */
-    uint8_t zero;
+    uint8_t on_host; /* 1: the consumer makes a list of the values, so they lie apart from what goes to a device (slot.h). */
     uint32_t width; /* Stored bytes per row (TC_FIXED) or per element (TC_VAR); unused otherwise. */
 } tc_stream;
 

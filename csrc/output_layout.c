@@ -18,7 +18,12 @@ static size_t n_varying(const tc_output_layout *output_layout) {
     return n;
 }
 
-size_t tc_layout_head_bytes(const tc_output_layout *output_layout, size_t n) { return (n + 1 + (n + 1) * n_varying(output_layout)) * sizeof(int64_t); }
+/* Number of the first length in the head: at a multiple of 64 bytes, because lengths are served as a tensor. */
+static size_t lengths_at(size_t n) { return (n + 1 + 7) / 8 * 8; }
+
+size_t tc_layout_head_bytes(const tc_output_layout *output_layout, size_t n) {
+    return (lengths_at(n) + (n + 1) * n_varying(output_layout)) * sizeof(int64_t);
+}
 
 static int64_t *offsets_of(tc_slot *slot, size_t s) { return (int64_t *)(slot->memory + slot->offsets_at[s]); }
 
@@ -102,39 +107,56 @@ static int check_shapes(const int32_t *shapes, const tc_output_layout *output_la
 
 /* Addresses of the parts of a TC_PADDED stream's head. */
 typedef struct {
-    int64_t *offsets, *lengths, *longest;
+    int64_t *offsets, *lengths, *box;
     size_t n_varying;
     const int32_t *shapes; /* NULL: one dimension, whose lengths follow from the offsets. */
 } padded_head;
 
 static padded_head head_of(tc_slot *slot, size_t s, const tc_output_layout *output_layout) {
     padded_head h = {offsets_of(slot, s), NULL, NULL, n_varying(output_layout), NULL};
-    h.lengths = h.offsets + slot->n_rows + 1;
-    h.longest = h.lengths + slot->n_rows * h.n_varying;
+    h.lengths = h.offsets + lengths_at(slot->n_rows);
+    h.box = h.lengths + slot->n_rows * h.n_varying;
     if (output_layout->shape != TC_NO_STREAM) h.shapes = (const int32_t *)(slot->memory + slot->values_at[output_layout->shape]);
     return h;
 }
 
-static void find_longest(const padded_head *h, const tc_output_layout *output_layout, size_t n) {
-    for (size_t v = 0; v < h->n_varying; v++) h->longest[v] = 0;
+/* Set the lengths in the boxes, and the varying dimensions of a box: those of the longest record. */
+static int find_longest(const padded_head *h, const tc_output_layout *output_layout, size_t n) {
+    for (size_t v = 0; v < h->n_varying; v++) h->box[v] = 0;
     for (size_t i = 0; i < n; i++)
         for (size_t d = 0, v = 0; d < output_layout->n_dims; d++) {
             if (output_layout->dims[d] >= 0) continue;
             int64_t length = h->shapes ? h->shapes[i * output_layout->n_dims + d] : h->offsets[i + 1] - h->offsets[i];
+            if (length > output_layout->max_length) {
+                if (!output_layout->truncates) return TC_TOO_LONG;
+                length = output_layout->max_length;
+            }
             h->lengths[i * h->n_varying + v] = length;
-            if (length > h->longest[v]) h->longest[v] = length;
+            if (length > h->box[v]) h->box[v] = length;
             v++;
         }
+    return 0;
 }
 
-/* Dimensions of the smallest box that every record fits into. */
+/* Round the varying dimensions of a box up to the multiple, of which a box has one or more. */
+static int round_up(const padded_head *h, int64_t multiple_of) {
+    if (multiple_of == 1) return 0;
+    for (size_t v = 0; v < h->n_varying; v++) {
+        int64_t n_multiples = h->box[v] == 0 ? 1 : (h->box[v] - 1) / multiple_of + 1;
+        if (__builtin_mul_overflow(n_multiples, multiple_of, &h->box[v])) return TC_NOMEM;
+    }
+    return 0;
+}
+
 static void box_of(const padded_head *h, const tc_output_layout *output_layout, int64_t *box) {
-    for (size_t d = 0, v = 0; d < output_layout->n_dims; d++) box[d] = output_layout->dims[d] >= 0 ? output_layout->dims[d] : h->longest[v++];
+    for (size_t d = 0, v = 0; d < output_layout->n_dims; d++) box[d] = output_layout->dims[d] >= 0 ? output_layout->dims[d] : h->box[v++];
 }
 
 static int measure_padded(tc_slot *slot, const tc_stream *stream, size_t s, const tc_output_layout *output_layout) {
     padded_head h = head_of(slot, s, output_layout);
-    find_longest(&h, output_layout, slot->n_rows);
+    int status = find_longest(&h, output_layout, slot->n_rows);
+    if (status == 0) status = round_up(&h, output_layout->multiple_of);
+    if (status) return status;
     int64_t box[TC_MAX_DIMS];
     box_of(&h, output_layout, box);
     size_t n = slot->n_rows, n_bytes;
@@ -170,8 +192,10 @@ typedef struct {
     size_t width, n_dims; /* Bytes of an output element. */
     const int32_t *shapes; /* NULL: one dimension. */
     int64_t box[TC_MAX_DIMS];
+    int64_t kept[TC_MAX_DIMS]; /* Maximum of each dimension of a record in its box; at most the box's. */
     size_t strides[TC_MAX_DIMS]; /* Bytes from one element to the next, for each dimension of a box. */
     size_t box_bytes;
+    uint64_t padding;
 } record_target;
 
 /* Origin of elements: a source, or a fill, which has the output dtype already (cast NULL). wrong: Nonzero if a value
@@ -190,14 +214,34 @@ static void read_elements(element_source *from, uint8_t *to, size_t n) {
     from->at += n * from->width;
 }
 
-/* Copy a record of several dimensions into its box, whose other elements are already zero. From dimension `inner` on,
- * the record is as wide as the box. */
+/* Fill the bytes from `at` on, which is an element's place, with padding elements. */
+static void write_padding(const record_target *to, uint8_t *at, size_t n_bytes) {
+    uint64_t bits = to->padding;
+    uint32_t bits_32 = (uint32_t)bits;
+    uint16_t bits_16 = (uint16_t)bits;
+    if (bits == 0 || to->width == 1) memset(at, (int)bits, n_bytes);
+    else if (to->width == 2)
+        for (size_t i = 0; i < n_bytes; i += 2) memcpy(at + i, &bits_16, 2);
+    else if (to->width == 4)
+        for (size_t i = 0; i < n_bytes; i += 4) memcpy(at + i, &bits_32, 4);
+    else
+        for (size_t i = 0; i < n_bytes; i += 8) memcpy(at + i, &bits, 8);
+}
+
+static size_t least(size_t a, int64_t b) { return a < (size_t)b ? a : (size_t)b; }
+
+/* Copy a record of several dimensions into its box, which is already filled with padding. From dimension `inner` on, the
+ * record is as wide as the box, except that it may be cut in `inner`. */
 static void write_into_box(const record_target *to, const int32_t *shape, size_t d, size_t inner, uint8_t *box, element_source *from) {
+    size_t n = (size_t)shape[d], n_kept = least(n, to->kept[d]);
     if (d == inner) {
-        read_elements(from, box, (size_t)shape[d] * (to->strides[d] / to->width));
-        return;
+        read_elements(from, box, n_kept * (to->strides[d] / to->width));
+    } else {
+        for (size_t i = 0; i < n_kept; i++) write_into_box(to, shape, d + 1, inner, box + i * to->strides[d], from);
     }
-    for (int32_t i = 0; i < shape[d]; i++) write_into_box(to, shape, d + 1, inner, box + (size_t)i * to->strides[d], from);
+    size_t n_cut = n - n_kept;
+    for (size_t later = d + 1; later < to->n_dims; later++) n_cut *= (size_t)shape[later];
+    from->at += n_cut * from->width;
 }
 
 /* Write record i with n elements; without boxes, it starts at element `start`. */
@@ -206,17 +250,18 @@ static void write_record(const record_target *to, size_t i, size_t start, elemen
         read_elements(from, to->values + start * to->width, n);
         return;
     }
-    size_t n_bytes = n * to->width;
     uint8_t *box = to->values + i * to->box_bytes;
     const int32_t *shape = to->shapes ? to->shapes + i * to->n_dims : NULL;
     size_t inner = to->n_dims - 1;
-    if (shape) while (inner > 0 && shape[inner] == to->box[inner]) inner--;
-    if (shape == NULL || inner == 0 || n_bytes == 0) {
-        read_elements(from, box, n);
-        memset(box + n_bytes, 0, to->box_bytes - n_bytes);
+    if (shape) while (inner > 0 && shape[inner] == to->box[inner] && shape[inner] <= to->kept[inner]) inner--;
+    if (shape == NULL || inner == 0 || n == 0) {
+        /* One run of elements: the record is as wide as the box in all dimensions but the first. */
+        size_t n_kept = n == 0 ? 0 : least(n, to->kept[0] * (int64_t)(to->strides[0] / to->width));
+        read_elements(from, box, n_kept);
+        write_padding(to, box + n_kept * to->width, to->box_bytes - n_kept * to->width);
         return;
     }
-    memset(box, 0, to->box_bytes);
+    write_padding(to, box, to->box_bytes);
     write_into_box(to, shape, 0, inner, box, from);
 }
 
@@ -228,7 +273,10 @@ static record_target record_target_of(tc_slot *slot, const tc_stream *stream, si
     to.shapes = h.shapes;
     box_of(&h, output_layout, to.box);
     to.box_bytes = to.width;
+    to.padding = output_layout->padding;
     for (size_t d = output_layout->n_dims; d-- > 0;) {
+        int is_limited = output_layout->dims[d] < 0 && output_layout->max_length < to.box[d];
+        to.kept[d] = is_limited ? output_layout->max_length : to.box[d];
         to.strides[d] = to.box_bytes;
         to.box_bytes *= (size_t)to.box[d];
     }

@@ -239,9 +239,14 @@ static int start_threads(tc_ring *ring, size_t n_threads) {
     return ring->n_threads > 0 ? TC_OK : TC_NOMEM; /* With fewer threads than requested, the ring is only slower. */
 }
 
-tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_rows, size_t depth, size_t n_threads, size_t slot_bytes) {
+tc_ring *tc_ring_new(
+    const tc_stream *streams, size_t n_streams, size_t batch_rows, size_t depth, size_t n_threads, size_t slot_bytes, const tc_lent_memory *lent) {
     tc_ring *ring = calloc(1, sizeof *ring);
-    if (ring == NULL) return NULL;
+    if (ring == NULL) {
+        if (lent->memory) lent->drop(lent->owner);
+        return NULL;
+    }
+    tc_pool_init(&ring->pool, n_streams, depth, slot_bytes, lent);
     pthread_condattr_t monotonic;
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
@@ -270,7 +275,6 @@ tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_ro
         return NULL;
     }
     if (n_streams) memcpy(ring->streams, streams, n_streams * sizeof *streams);
-    tc_pool_init(&ring->pool, n_streams, depth, slot_bytes);
     if (start_threads(ring, n_workers) != TC_OK) {
         free_ring(ring);
         return NULL;
@@ -329,6 +333,8 @@ static int take_next(tc_ring *ring, tc_slot **slot, uint64_t *first_row) {
     *first_row = c->first_row;
     if (status == TC_OK) {
         *slot = c->slot;
+        if (c->slot->end + 1 > ring->stats.largest) ring->stats.largest = c->slot->end + 1; /* as tc_slot_begin sizes it */
+        ring->stats.outgrown += ring->pool.lent.memory && c->slot->own;
         atomic_store_explicit(&c->slot->n_holders, 1, memory_order_relaxed);
         ring->n_out++;
         atomic_fetch_add_explicit(&live_batch_bytes, c->slot->capacity, memory_order_relaxed);

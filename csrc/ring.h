@@ -41,11 +41,15 @@ typedef struct {
     uint64_t wait_ns;    /* Wait time of the consumer. */
     uint64_t waits;      /* Number of times that the consumer had to wait. */
     uint64_t ready;      /* Number of batches that are ready now. */
+    uint64_t outgrown;   /* Number of batches taken that did not fit into the slots of the caller's memory. */
+    uint64_t largest;    /* Bytes of the slot that the largest batch taken needs. */
 } tc_ring_stats;
 
-/* slot_bytes: Expected size of a batch in bytes, or 0 if unknown; a slot grows if a batch is larger. Returns NULL if
- * there is no memory or no thread could start. */
-tc_ring *tc_ring_new(const tc_stream *streams, size_t n_streams, size_t batch_rows, size_t depth, size_t n_threads, size_t slot_bytes);
+/* slot_bytes: Expected size of a batch in bytes, or 0 if unknown; a slot grows if a batch is larger. lent: Memory of
+ * the caller for the slots (slot.h), which the ring owns from this call on, even if it fails. Returns NULL if there is no
+ * memory or no thread could start. */
+tc_ring *tc_ring_new(
+    const tc_stream *streams, size_t n_streams, size_t batch_rows, size_t depth, size_t n_threads, size_t slot_bytes, const tc_lent_memory *lent);
 
 /* Append the rows of a plan to the sequence. Returns TC_OK, TC_CLOSED or TC_NOMEM. */
 int tc_ring_push(tc_ring *ring, const tc_plan *plan);

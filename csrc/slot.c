@@ -6,6 +6,7 @@
 
 #include "cast.h"
 #include "output_layout.h"
+#include "packing.h"
 #include "sigbus_guard.h"
 
 enum { ALIGN = 64, HUGE_BYTES = 2 << 20 };
@@ -117,6 +118,7 @@ static size_t out_width(const tc_stream *stream) {
         case TC_FIXED: return tc_cast_bytes(stream, stream->width);
         case TC_BITS: return stream->to == TC_AS_IS ? 1 : tc_dtype_bytes(stream->to);
         case TC_REF: return sizeof(tc_ref);
+        case TC_PACKED: return stream->width;
         default: return 0;
     }
 }
@@ -153,39 +155,54 @@ static size_t batch_bytes(const tc_slot *slot, const tc_stream *streams, size_t 
     return n_bytes;
 }
 
-/* Lay out the streams in the slot: first those of known size, then the values of varying length. */
+static int is_on_host(const tc_stream *stream) { return stream->on_host || stream->kind == TC_REF; }
+
+/* Place the heads: the streams of known size, and the offsets of the others. Returns the end of the used memory. */
+static size_t place_heads(tc_slot *slot, const tc_stream *streams, size_t n_streams, const tc_output_layout *output_layouts) {
+    size_t end = 0;
+    for (int on_host = 1; on_host >= 0; on_host--)
+        for (size_t s = 0; s < n_streams; s++) {
+            if (is_on_host(&streams[s]) != on_host) continue;
+            if (is_var(&streams[s])) {
+                slot->offsets_at[s] = end;
+                end += aligned(streams[s].kind == TC_VAR ? (slot->n_rows + 1) * sizeof(int64_t) : tc_layout_head_bytes(&output_layouts[s], slot->n_rows));
+                slot->n_elements[s] = 0;
+            } else {
+                slot->values_at[s] = end;
+                end += aligned(slot->n_rows * out_width(&streams[s]));
+            }
+        }
+    return end;
+}
+
+/* Place the values of varying length from `end` on. Returns the new end. */
+static size_t place_values(tc_slot *slot, const tc_stream *streams, size_t n_streams, size_t end) {
+    for (int on_host = 0; on_host <= 1; on_host++)
+        for (size_t s = 0; s < n_streams; s++) {
+            if (!is_var(&streams[s]) || is_on_host(&streams[s]) != on_host) continue;
+            slot->values_at[s] = end;
+            end += aligned(slot->n_elements[s] * tc_cast_bytes(&streams[s], streams[s].width));
+        }
+    return end;
+}
+
 int tc_slot_begin(tc_slot *slot, const tc_content *content) {
     const tc_stream *streams = content->streams;
     const tc_part *parts = content->parts;
     size_t n_streams = content->n_streams, n_parts = content->n_parts;
-    const tc_output_layout *output_layouts = parts[0].plan->output_layouts;
-    size_t end = 0;
     int is_measured = 0; /* 1: measure() must run, because there are sizes to find or pages to check. */
     slot->n_rows = 0;
     for (size_t p = 0; p < n_parts; p++) {
         slot->n_rows += parts[p].n;
         is_measured |= parts[p].plan->chunks != NULL || parts[p].plan->output_layouts != NULL;
     }
-    for (size_t s = 0; s < n_streams; s++) {
-        if (is_var(&streams[s])) {
-            slot->offsets_at[s] = end;
-            end += aligned(streams[s].kind == TC_VAR ? (slot->n_rows + 1) * sizeof(int64_t) : tc_layout_head_bytes(&output_layouts[s], slot->n_rows));
-            slot->n_elements[s] = 0;
-            is_measured = 1;
-        } else {
-            slot->values_at[s] = end;
-            end += aligned(slot->n_rows * out_width(&streams[s]));
-        }
-    }
+    for (size_t s = 0; s < n_streams; s++) is_measured |= is_var(&streams[s]);
+    size_t end = place_heads(slot, streams, n_streams, parts[0].plan->output_layouts);
     int status = slot_grow(slot, end + 1, 0);
     if (status == 0 && is_measured) {
         size_t head = end;
         status = measure(slot, streams, n_streams, parts, n_parts);
-        for (size_t s = 0; status == 0 && s < n_streams; s++) {
-            if (!is_var(&streams[s])) continue;
-            slot->values_at[s] = end;
-            end += aligned(slot->n_elements[s] * tc_cast_bytes(&streams[s], streams[s].width));
-        }
+        if (status == 0) end = place_values(slot, streams, n_streams, end);
         if (status == 0) status = slot_grow(slot, end + 1, head);
     }
     slot->end = end;
@@ -260,8 +277,14 @@ static uint8_t *arena_of(size_t n_bytes) {
 
 static __thread char this_thread; /* Its address identifies the thread. */
 
-void tc_pool_init(tc_pool *pool, size_t n_streams, size_t n_ahead, size_t slot_bytes) {
-    *pool = (tc_pool){.n_streams = n_streams, .n_ahead = n_ahead};
+void tc_pool_init(tc_pool *pool, size_t n_streams, size_t n_ahead, size_t slot_bytes, const tc_lent_memory *lent) {
+    *pool = (tc_pool){.lent = *lent, .n_streams = n_streams, .n_ahead = n_ahead};
+    if (lent->memory) {
+        pool->arena = lent->memory;
+        pool->arena_bytes = lent->n_bytes;
+        pool->arena_slot_bytes = slot_bytes;
+        return;
+    }
     if (slot_bytes == 0) return;
     /* Room for the batches ahead and for the one at the consumer. */
     pool->arena_slot_bytes = (slot_bytes + 1 + LINE - 1) & ~(size_t)(LINE - 1);
@@ -275,6 +298,10 @@ void tc_pool_free(tc_pool *pool) {
         tc_slot *next = slot->next;
         tc_slot_free(slot);
         slot = next;
+    }
+    if (pool->lent.memory) {
+        pool->lent.drop(pool->lent.owner);
+        return;
     }
     if (pool->arena == NULL) return;
     spare *arena = (spare *)pool->arena;
@@ -291,6 +318,7 @@ static tc_slot *make(tc_pool *pool) {
     uint8_t *memory = room ? pool->arena + pool->arena_used : NULL;
     tc_slot *slot = tc_slot_new(pool->n_streams, memory, room ? pool->arena_slot_bytes : 0);
     if (slot && room) pool->arena_used += pool->arena_slot_bytes;
+    if (slot && pool->lent.memory) slot->lent = memory;
     return slot;
 }
 
@@ -330,9 +358,15 @@ tc_slot *tc_pool_take(tc_pool *pool, int is_consumer) {
 }
 
 void tc_pool_return(tc_pool *pool, tc_slot *slot) {
-    if (slot->own && pool->n_free > pool->n_ahead) {
+    if (slot->own && (pool->lent.memory ? slot->lent == NULL : pool->n_free > pool->n_ahead)) {
         tc_slot_free(slot);
         return;
+    }
+    if (slot->own && slot->lent) { /* The next batch may fit into the caller's memory again. */
+        munmap(slot->memory, slot->capacity);
+        slot->memory = slot->lent;
+        slot->capacity = pool->arena_slot_bytes;
+        slot->own = 0;
     }
     slot->next = NULL;
     *(pool->last ? &pool->last->next : &pool->free) = slot;

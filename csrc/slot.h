@@ -39,6 +39,7 @@ typedef struct tc_slot {
     struct tc_ring *ring;
     struct tc_slot *next;
     const void *filler; /* Used by the ring: the thread that filled the slot last. */
+    uint8_t *lent; /* Used by the pool: the slot's part of the caller's memory, or NULL. */
     _Atomic size_t n_holders; /* Number of holders while the slot is taken. */
     uint8_t *memory;
     size_t capacity;
@@ -70,7 +71,9 @@ typedef struct {
 } tc_content;
 
 /* Filling a slot has three steps. begin: check pages that are not checked yet, measure and lay out the streams; the
- * memory grows if needed. copy: copy each row of the batch once; threads may share the rows. end: apply the output
+ * memory grows if needed. The streams that are served as tensors form one range, so that one copy moves them to a
+ * device: [heads on the host][heads of tensors][values of tensors][values on the host], where TC_REF and on_host streams
+ * stay on the host. Each stream begins at a multiple of 64 bytes. copy: copy each row of the batch once; threads may share the rows. end: apply the output
  * layouts. Each step returns 0, TC_EIO (a source could not be read), TC_CORRUPT or TC_MISFIT (gather.h), or TC_NOMEM. */
 int tc_slot_begin(tc_slot *slot, const tc_content *content);
 int tc_slot_copy(tc_slot *slot, const tc_content *content, size_t first, size_t stop);
@@ -80,7 +83,17 @@ int tc_slot_end(tc_slot *slot, const tc_content *content);
 /* Pool: the unused slots of a ring, and the arena that the first slots are parts of. There are no locks here: the
  * ring's lock guards the pool. */
 
+/* Memory of the caller for slots, e.g. pinned memory. drop(owner) is called once, when no slot can use the memory any
+ * more, from the thread that frees the pool; that may be any thread. memory NULL: the pool maps its own arena. */
 typedef struct {
+    uint8_t *memory;
+    size_t n_bytes;
+    void (*drop)(void *owner);
+    void *owner;
+} tc_lent_memory;
+
+typedef struct {
+    tc_lent_memory lent;
     size_t n_streams, n_ahead; /* Number of batches prepared ahead; about as many unused slots are kept. */
     tc_slot *free, *last; /* The unused slots, in the order in which they were returned. */
     size_t n_free, idle_bytes;
@@ -89,8 +102,9 @@ typedef struct {
 } tc_pool;
 
 /* slot_bytes: Expected size of a batch, or 0 if unknown. If there is no memory for an arena, each slot maps its own
- * memory. */
-void tc_pool_init(tc_pool *pool, size_t n_streams, size_t n_ahead, size_t slot_bytes);
+ * memory. With lent memory, slot_bytes is the exact size of its slots, a multiple of 64; a batch that is larger lies in
+ * a mapping of its own, and the slot's part is used again afterwards. */
+void tc_pool_init(tc_pool *pool, size_t n_streams, size_t n_ahead, size_t slot_bytes, const tc_lent_memory *lent);
 void tc_pool_free(tc_pool *pool);
 
 /* Between a call of tc_arena_keep and the matching tc_arena_let_go, the arena of a freed pool, up to 64 MiB, is kept for

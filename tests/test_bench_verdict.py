@@ -98,7 +98,7 @@ def test_only_contenders_with_the_fast_dct_are_also_run_with_it(bench: Callable[
     peers, workloads, forms = bench("peers.catalogue").PEERS, bench("workloads").WORKLOADS, bench("peers.compare").forms
     ways = ("list", "fast DCT", "planes and fast DCT")
     several = {name for name, peer in peers.items() if forms(peer, workloads["images"]) == ways}
-    assert several == {"tiercache", "decoder_alone", "beton"}
+    assert several == {"tiercache", "decoder_alone", "transforms_alone", "beton"}
     assert all(forms(peer, workloads["images"]) == ("list",) for name, peer in peers.items() if name not in several)
     assert {forms(peer, workloads["tokens"]) for peer in peers.values()} == {("list",)}
     assert forms(peers["beton"], workloads["rows"]) == ("list", "buffer")
@@ -117,6 +117,45 @@ def test_each_variant_has_a_readable_name(bench: Callable[[str], ModuleType]) ->
     absent = [{**row, "form": form, "missing": "why"} for form in ("", "buffer", "fast DCT")]
     expected = "- tiercache (shuffle full; shuffle full as buffer; shuffle full by fast DCT): why"
     assert report.missing(absent)[1] == expected
+
+
+def augmented_job(bench: Callable[[str], ModuleType], folder: Path) -> Any:
+    job = images_job(bench, "list", folder)
+    workload = replace(bench("workloads").AUGMENTED, batch_size=4, n_records=8)
+    return replace(job, workload=workload, shuffle="full")
+
+
+@pytest.mark.parametrize(
+    "adapter", ["tiercache", "transforms_alone", pytest.param("torch_map", marks=pytest.mark.stress)]
+)
+def test_contenders_serve_every_picture_augmented(
+    adapter: str, bench: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    module, job = bench(f"peers.adapters.{adapter}"), augmented_job(bench, tmp_path)
+    bench("generate").generate(job.workload, job.source.folder)
+    if adapter == "tiercache":
+        module.pack(job.source, job.path)
+    with module.opened(job) as opened:
+        assert bench("consumer").Consumer(job.source).check_records(opened.epoch())
+        one, two = (
+            {int(k): p for batch in opened.epoch() for k, p in zip(batch["label"], batch["image"], strict=True)}
+            for _ in range(2)
+        )
+    if adapter != "transforms_alone":  # its draws are those of one epoch
+        assert all(not np.array_equal(one[key], two[key]) for key in range(8))
+
+
+def test_pictures_that_are_not_augmented_are_found(bench: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    job, consumer = augmented_job(bench, tmp_path), bench("consumer")
+    bench("generate").generate(job.workload, job.source.folder)
+    (_field,) = job.workload.fields
+    rng = np.random.default_rng(0)
+    good = ((rng.random((8, 224, 224, 3)) - 0.45) / 0.226 * 0.9).astype(np.float16)
+    for wrong in (good.astype(np.float32), good[:, :100], good * 2, good * 0, good * np.float16(np.nan)):
+        batches = [{"image": wrong[at : at + 4], "label": np.arange(at, at + 4)} for at in (0, 4)]
+        with pytest.raises(consumer.WrongBatchesError, match="contents of 'image'"):
+            consumer.Consumer(job.source).check_records(batches)
+    assert consumer.Consumer(job.source)._are_normalised(good)
 
 
 @pytest.mark.parametrize("form", ["fast DCT", pytest.param("planes and fast DCT", marks=BY_PLANES)])

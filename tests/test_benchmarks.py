@@ -407,3 +407,15 @@ def test_records_by_number_are_measured_warm_cold_and_remote(tmp_path: Path, war
     assert [row["case"] for row in rows] == 2 * cases
     assert all(row["s"]["tiercache"]["min"] > 0 for row in rows if "s" in row)
     assert all(what["bytes"] > 0 for row in rows for what in row.get("fetched", []))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_transforms_are_compared_with_torchs_loader(
+    bench: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    module = bench("bench_transforms")
+    monkeypatch.setattr(module, "N_TOKENS", 40)
+    monkeypatch.setattr(module, "N_IMAGES", 10)
+    for dataset in module.pack(tmp_path):
+        figures = module.compare(dataset, 8, workers, repetitions=1)
+        assert all(figure > 0 for figure in figures)

@@ -35,6 +35,54 @@ def test_every_public_name_exists_and_is_documented(name):
     assert name == "__version__" or inspect.getdoc(value)
 
 
+def described(value):
+    """Names that the sections Args and Attributes of a docstring describe."""
+    names, indent = set(), None
+    for line in (inspect.getdoc(value) or "").splitlines():
+        if line in ("Args:", "Attributes:"):
+            indent = "    "
+        elif line and not line.startswith(" "):
+            indent = None
+        elif indent is not None and (entry := re.match(rf"{indent}([*\w, ]+): \S", line)):
+            names |= {name.strip("* ") for name in entry[1].split(",")}
+    return names
+
+
+def undescribed(name, value):
+    """Yield the parameters of a callable, and of the public methods of a class, that no docstring describes."""
+    texts = described(value)
+    if inspect.isclass(value):
+        texts |= described(value.__init__)
+    for parameter in inspect.signature(value).parameters:
+        if parameter not in texts and not parameter.startswith("_") and parameter != "self":
+            yield f"{name}({parameter})"
+    for method, found in inspect.getmembers(value, callable) if inspect.isclass(value) else ():
+        is_ours = str(getattr(found, "__module__", "")).startswith("tiercache")
+        if is_ours and not method.startswith("_"):
+            yield from undescribed(f"{name}.{method}", found)
+
+
+@pytest.mark.parametrize("name", [name for name in tiercache.__all__ if name != "__version__"])
+def test_every_parameter_of_a_public_callable_is_described(name):
+    assert list(undescribed(name, getattr(tiercache, name))) == []
+
+
+def test_a_parameter_that_is_not_described_is_found():
+    def resize(image, width, height):
+        """Return a resized image.
+
+        Args:
+            image: Image to resize.
+            width: Width of the
+                result: in pixels.
+
+        Returns:
+            height: not a parameter.
+        """
+
+    assert list(undescribed("resize", resize)) == ["resize(height)"]
+
+
 def test_type_checkers_see_every_public_name():
     tree = ast.parse(Path(tiercache.__file__).read_text())
     named = {alias.asname or alias.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for alias in n.names}
@@ -69,6 +117,11 @@ def test_a_public_class_does_not_show_private_modules_as_its_own(name):
     assert getattr(tiercache, name).__module__.startswith("tiercache")
 
 
+@pytest.mark.parametrize("imports", ["import tiercache.rng, tiercache as tc", "import tiercache as tc; tc.rng"])
+def test_rng_is_the_function_whatever_was_imported_before(imports):
+    assert in_new_process(f"{imports}; import inspect; print(inspect.isfunction(tc.rng))") == "True"
+
+
 def test_a_data_set_shows_its_users_no_internals():
     names = [name for name in dir(tiercache.Dataset) if not name.startswith("_")]
     assert not {"source", "serving", "is_plain", "with_source", "over"} & set(names)
@@ -83,8 +136,15 @@ def test_a_data_set_shows_its_users_no_internals():
         tiercache.Cache,
         tiercache.Writer,
         tiercache.DecodeImage,
+        tiercache.NumpyLoader,
+        tiercache.Dataset.iter_numpy,
+        tiercache.Dataset.split,
+        tiercache.Dataset.shuffle,
+        tiercache.Dataset.class_counts,
+        tiercache.describe,
         tiercache.pack,
         tiercache.mix,
+        tiercache.zip_columns,
     ],
 )
 def test_help_describes_every_parameter(described):

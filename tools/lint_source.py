@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Only these files and folders may import these packages, so that a package can be replaced or left out there.
-_TORCH_HOMES = ("load/", "integrations/", "demo/train.py")
+_TORCH_HOMES = ("load/", "integrations/", "demo/train.py", "rng.py")  # rng.py: on first use of a torch.Generator
 HOMES = {
     "obstore": ("store/obstore.py", "testing/"),
     "fsspec": ("store/fsspec.py", "integrations/fsspec.py", "testing/"),
@@ -22,6 +22,7 @@ HOMES = {
     "botocore": ("store/s3.py", "store/credentials.py", "testing/"),
     **dict.fromkeys(("torch", "torchdata"), _TORCH_HOMES),
     **dict.fromkeys(("typer", "rich", "click"), ("cli/",)),
+    "ml_dtypes": ("load/array_library.py",),
     "pydantic": ("tier/rules.py", "tier/plan/plan_file.py"),
 }
 ENVIRONMENT_FILE, SLEEPING_FILE = "config.py", "waiting.py"

@@ -20,6 +20,10 @@ PLANES = "planes and fast DCT"
 PICTURE_FORMS = (FAST_DCT, PLANES)
 
 
+WORKLOADS = ("tokens", "bytes", "tensors", "rows", "images")
+AUGMENTED = "augmented"
+
+
 def manner(form: str) -> str:
     """Return the layout of a row in words, such as "as list" or "by fast DCT"; "" if it has none."""
     return f"by {form}" if form in PICTURE_FORMS else form and f"as {form}"
@@ -55,7 +59,7 @@ class Peer:
     min_workers: int = 0
     forms: tuple[str, ...] = ("list",)
     picture_forms: tuple[str, ...] = ()
-    workloads: tuple[str, ...] = ("tokens", "bytes", "tensors", "rows", "images")
+    workloads: tuple[str, ...] = WORKLOADS
     fewer: Mapping[str, int] = field(default_factory=dict)
     baseline: bool = False
     packs: bool = True
@@ -64,8 +68,15 @@ class Peer:
 BOTH = ("list", "buffer")
 
 PEERS = {
-    "tiercache": Peer(title="tiercache", shuffles=ALL, tuned="never", forms=BOTH, picture_forms=PICTURE_FORMS),
-    "torch_map": Peer(title="torch DataLoader, in memory", distribution="torch"),
+    "tiercache": Peer(
+        title="tiercache",
+        shuffles=ALL,
+        tuned="never",
+        forms=BOTH,
+        picture_forms=PICTURE_FORMS,
+        workloads=(*WORKLOADS, AUGMENTED),
+    ),
+    "torch_map": Peer(title="torch DataLoader, in memory", distribution="torch", workloads=(*WORKLOADS, AUGMENTED)),
     "torch_bulk": Peer(
         title="torch DataLoader, in bulk",
         distribution="torch",
@@ -83,6 +94,14 @@ PEERS = {
         picture_forms=PICTURE_FORMS,
         workloads=("images",),
         baseline=True,
+    ),
+    "transforms_alone": Peer(
+        title="decoder and transforms alone",
+        tuned="never",
+        picture_forms=PICTURE_FORMS,
+        workloads=(AUGMENTED,),
+        baseline=True,
+        packs=False,
     ),
     "mosaic": Peer(
         title="MosaicML Streaming",
@@ -125,6 +144,7 @@ PEERS = {
         min_workers=1,
         forms=BOTH,
         picture_forms=PICTURE_FORMS,
+        workloads=(*WORKLOADS, AUGMENTED),
     ),
     "grain_ar": Peer(
         title="Grain + ArrayRecord",

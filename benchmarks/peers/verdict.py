@@ -57,6 +57,7 @@ TABLE = (
     *(Required("rows", "none", form, "lance_arrow", 1.7) for form in ("list", "buffer")),
     *(Required("images", shuffle, form, "decoder_alone", 0.9) for form in PICTURES for shuffle in ("none", "full")),
     *(Required("images", shuffle, form, "beton", 2.0) for form in PICTURES for shuffle in ("none", "full")),
+    *(Required("augmented", "full", form, "transforms_alone", 0.9) for form in PICTURES),
 )
 
 

@@ -27,16 +27,23 @@ from tiercache.version import __version__
 
 if TYPE_CHECKING:
     from tiercache.cache import Cache
-    from tiercache.dataset import Dataset, concat, mix
+    from tiercache.combinations import mix, zip_columns
+    from tiercache.dataset import Dataset, concat
+    from tiercache.description import describe
     from tiercache.images.options import DecodeImage
-    from tiercache.load.batch import collate
+    from tiercache.load.collate import collate
     from tiercache.load.loader import DataLoader
+    from tiercache.load.mixup import CutMix, MixUp
+    from tiercache.load.numpy_loader import NumpyLoader
     from tiercache.load.options import LoaderOptions
-    from tiercache.load.output_spec import Buffer
+    from tiercache.load.output_spec import Buffer, Padded
     from tiercache.pack import pack
+    from tiercache.rng import rng
+    from tiercache.sequences import pack_sequences
     from tiercache.shard.schema import Image, Ragged, Tensor
     from tiercache.shard.versions.manifest import Version
     from tiercache.shard.write.dataset_writer import Writer
+    from tiercache.views.packing import FillInMiddle
 
 __all__ = [
     "ArchivedShards",
@@ -45,13 +52,18 @@ __all__ = [
     "CacheFull",
     "CommitConflict",
     "CorruptShard",
+    "CutMix",
     "DataLoader",
     "Dataset",
     "DecodeImage",
+    "FillInMiddle",
     "Image",
     "LoaderOptions",
+    "MixUp",
     "NotFound",
+    "NumpyLoader",
     "ObjectChanged",
+    "Padded",
     "Ragged",
     "SchemaError",
     "StoreError",
@@ -63,27 +75,42 @@ __all__ = [
     "__version__",
     "collate",
     "concat",
+    "describe",
     "mix",
     "pack",
+    "pack_sequences",
+    "rng",
+    "zip_columns",
 ]
 
 _HOMES = {
     "Buffer": "tiercache.load.output_spec",
     "Cache": "tiercache.cache",
+    "CutMix": "tiercache.load.mixup",
     "DataLoader": "tiercache.load.loader",
     "Dataset": "tiercache.dataset",
     "DecodeImage": "tiercache.images.options",
+    "FillInMiddle": "tiercache.views.packing",
     "Image": "tiercache.shard.schema",
     "LoaderOptions": "tiercache.load.options",
+    "NumpyLoader": "tiercache.load.numpy_loader",
+    "MixUp": "tiercache.load.mixup",
+    "Padded": "tiercache.load.output_spec",
     "Ragged": "tiercache.shard.schema",
     "Tensor": "tiercache.shard.schema",
     "Version": "tiercache.shard.versions.manifest",
     "Writer": "tiercache.shard.write.dataset_writer",
-    "collate": "tiercache.load.batch",
+    "collate": "tiercache.load.collate",
     "concat": "tiercache.dataset",
-    "mix": "tiercache.dataset",
+    "describe": "tiercache.description",
+    "mix": "tiercache.combinations",
     "pack": "tiercache.pack",
+    "pack_sequences": "tiercache.sequences",
+    "rng": "tiercache.rng",
+    "zip_columns": "tiercache.combinations",
 }
+# Functions that have the names of the modules that define them.
+_OF_MODULES = ("pack", "rng")
 
 _TORCH = ("torch", "torchdata")
 
@@ -100,7 +127,7 @@ def __getattr__(name: str) -> Any:
             raise
         message = f"tiercache.{name} needs {library}, which is not installed: pip install 'tiercache[torch]'"
         raise ModuleNotFoundError(message, name=error.name) from error
-    if name != "pack":
+    if name not in _OF_MODULES:
         globals()[name] = value
     return value
 
@@ -110,9 +137,9 @@ def __dir__() -> list[str]:
 
 
 class _TopModule(ModuleType):
-    """Module class that keeps ``tiercache.pack`` the function.
+    """Module class that keeps ``tiercache.pack`` and ``tiercache.rng`` the functions.
 
-    Importing the package ``tiercache.pack`` would otherwise bind the attribute to the package.
+    Importing the modules of these names would otherwise bind the attributes to the modules.
     """
 
     @property
@@ -123,6 +150,15 @@ class _TopModule(ModuleType):
     def pack(self, value: Any) -> None:
         if not isinstance(value, ModuleType):
             raise AttributeError("tiercache.pack cannot be replaced")
+
+    @property
+    def rng(self) -> Any:
+        return __getattr__("rng")
+
+    @rng.setter
+    def rng(self, value: Any) -> None:
+        if not isinstance(value, ModuleType):
+            raise AttributeError("tiercache.rng cannot be replaced")
 
 
 sys.modules[__name__].__class__ = _TopModule

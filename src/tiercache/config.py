@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 import tomllib
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -55,6 +56,11 @@ class Settings:
             members. None: the cache is private.
         cache_trace: File to which each open of a cached copy is appended, for `tiercache simulate`; None: no trace.
         state_dir: Folder of state that must not be lost, such as the journal of moves; None: see state_folder().
+        peers: Machines that serve their caches to each other: addresses with commas, or "dns:NAME:PORT", "slurm" or
+            "torchrun"; None: no peers.
+        peers_token: Token that peers demand; None: none.
+        peers_ca: File of certificates (PEM) that are trusted for peers, which are then reached by TLS; None: plain
+            HTTP.
     """
 
     cache_dir: Path = field(default_factory=_default_cache_dir)
@@ -63,10 +69,13 @@ class Settings:
     cache_shared: Literal["group"] | None = None
     cache_trace: Path | None = None
     state_dir: Path | None = None
+    peers: str | None = None
+    peers_token: str | None = field(default=None, repr=False)
+    peers_ca: Path | None = None
 
 
 SETTINGS = tuple(setting.name for setting in fields(Settings))
-_PATHS = ("cache_dir", "cache_trace", "state_dir")
+_PATHS = ("cache_dir", "cache_trace", "state_dir", "peers_ca")
 CHOICES = {"cache_policy": ("plan", "resident", "s3fifo", "lru"), "cache_shared": ("group",)}
 
 
@@ -76,6 +85,12 @@ def _checked(name: str, value: object) -> Any:
         raise ValueError(f"must be {' or '.join(map(repr, CHOICES[name]))}, got {value!r}")
     if name in _PATHS and not isinstance(value, Path):
         raise ValueError(f"must be a path, got {value!r}")
+    if name == "peers" and isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return ",".join(value)
+    if name in ("peers", "peers_token") and not isinstance(value, str):
+        raise ValueError(
+            f"must be a text{' or a list of texts' if name == 'peers' else ''}, got {type(value).__name__}"
+        )
     if name != "cache_size":
         return value
     if isinstance(value, bool) or not isinstance(value, int | str):
@@ -147,6 +162,15 @@ def state_folder(start: str | os.PathLike[str] | None = None) -> Path:
     return folder
 
 
+def runtime_folder() -> Path:
+    """Return the folder of state that the processes of this user share until the machine restarts. It is not created.
+
+    It is `$XDG_RUNTIME_DIR/tiercache`, or else a folder of the user in the temporary folder.
+    """
+    given = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    return given / "tiercache" if given.is_absolute() else Path(tempfile.gettempdir()) / f"tiercache-{os.getuid()}"
+
+
 def read_file(path: Path) -> bytes:
     """Return the content of a settings or rule file. Raises ValueError, which names the file."""
     try:
@@ -181,7 +205,7 @@ def _environment() -> dict[str, str]:
 
 
 def _suggestion(name: str) -> str:
-    near = get_close_matches(name, SETTINGS, n=2, cutoff=0.6)
+    near = get_close_matches(name, SETTINGS, n=2, cutoff=0.65)
     near += get_close_matches(name, TIER_SECTIONS, n=1, cutoff=0.75)
     if near:
         return "did you mean " + " or ".join(repr(n) for n in near) + "?"
@@ -215,6 +239,16 @@ def _number(variable: str, default: int) -> int:
         return int(text)
     except ValueError as error:
         raise ValueError(f"environment variable {variable}: not a whole number: {text!r}") from error
+
+
+def launcher_hosts(launcher: str) -> str:
+    """Return the machines of this job as a launcher's environment names them; "" if it names none.
+
+    "slurm" gives the list of nodes in Slurm's form. "torchrun" gives only the machine of the rendezvous: torchrun tells
+    no process the names of the others.
+    """
+    names = {"slurm": ("SLURM_JOB_NODELIST", "SLURM_NODELIST"), "torchrun": ("MASTER_ADDR",)}[launcher]
+    return next(filter(None, map(os.environ.get, names)), "")
 
 
 def aws_profile() -> str | None:
@@ -326,6 +360,21 @@ def private_bytes(root: Path = Path("/")) -> int:
     except OSError:
         return 0
     return (int(words[1]) - int(words[2])) * os.sysconf("SC_PAGE_SIZE") if len(words) > 2 else 0
+
+
+def terminal_pictures() -> Literal["kitty", "iterm2", "sixel"] | None:
+    """Return the protocol by which the terminal shows pictures, as its variables tell; None: it tells of none.
+
+    A terminal multiplexer passes no pictures on, although it inherits the variables of the terminal around it.
+    """
+    term, program = os.environ.get("TERM", ""), os.environ.get("TERM_PROGRAM", "")
+    if os.environ.get("TMUX") or term.startswith(("screen", "tmux")):
+        return None
+    if os.environ.get("KITTY_WINDOW_ID") or term in ("xterm-kitty", "xterm-ghostty") or program == "ghostty":
+        return "kitty"
+    if program in ("iTerm.app", "WezTerm") or os.environ.get("LC_TERMINAL") == "iTerm2":
+        return "iterm2"
+    return "sixel" if term.partition("-")[0] in ("foot", "mlterm") else None
 
 
 def _cgroup_folders(root: Path, controller: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The public Dataset: records by index, batches by indices, views, versions and columns; and `concat` and `mix`."""
+"""The public Dataset: records by index, batches by indices, versions and columns; and `concat`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import os
 import pickle
 import sys
 import threading
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from tiercache._native.record_finder import normalize_indices
+from tiercache.column_writer import write_columns
+from tiercache.description import first_pictures, html_of
 from tiercache.errors import SchemaError, renamed_argument
 from tiercache.images.decoder import decode_columns
+from tiercache.load.numpy_loader import NumpyLoader
 from tiercache.load.output_spec import (
-    ColumnLayout,
+    Layouts,
     LazyRecords,
     NativeAccess,
     OutputSpec,
@@ -33,14 +34,15 @@ from tiercache.load.output_spec import (
     replace_nulls,
     tuple_columns,
 )
+from tiercache.model import short_repr
 from tiercache.opened_version import DatasetLocation, OpenedVersion, Verify
+from tiercache.rng import use_fresh_key
+from tiercache.selection_methods import SelectionMethods, record_numbers
 from tiercache.shard.conversion import parse_casts
 from tiercache.shard.read.values import ColumnValues, as_records
 from tiercache.shard.versions.manifest import list_versions
 from tiercache.views import Records, RecordsSpec, arrow_batches, join, spans
-from tiercache.views import mix as mixed_records
-from tiercache.views.records import FilterStep, RangeStep, SelectStep, ShardStep, Step
-from tiercache.views.selection import Selection
+from tiercache.views.split import class_counts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,160 +50,15 @@ if TYPE_CHECKING:
 
     from tiercache.cache import Cache, WarmProgress
     from tiercache.images.options import DecodeImage
-    from tiercache.shard.schema import Schema
+    from tiercache.load.options import LoaderOptions
+    from tiercache.shard.schema import Column, Schema, UserType
     from tiercache.views.records import Records
 
 
-class SelectionMethods:
-    """Mixin with the selection methods of a data set. They return views: fewer records with the same output options.
-
-    A view is a data set in every respect: any loader reads it, `tiercache.DataLoader` by its native path; it can be
-    pickled, resumed and selected from again. A range of records costs nothing per record, other selections some bytes.
-    Shards and blocks without selected records are never read.
-    """
-
-    @property
-    @abstractmethod
-    def _source(self) -> Records:
-        """Opened records of the data set."""
-
-    @abstractmethod
-    def _derive(self, source: Records) -> Self:
-        """Return the same data set over other records."""
-
-    def select(self, chosen: Any) -> Self:
-        """Return the records with these numbers, in this order; or the records for which a mask is true.
-
-        With shuffle=False a loader keeps the order of the numbers; with shuffle=True it shuffles the records as usual.
-
-        Args:
-            chosen: Record numbers (a sequence, array or tensor of integers; negative ones count from the end;
-                repetitions are allowed), or a mask of len() booleans.
-
-        Raises:
-            IndexError: A record does not exist.
-            ValueError: The mask has the wrong length.
-            TypeError: The argument is neither numbers nor a mask.
-        """
-        n = self._source.n_records
-        if isinstance(chosen, pc.Expression) or callable(chosen):
-            raise TypeError("select() takes record numbers or a mask; filter() takes a pyarrow expression")
-        if isinstance(chosen, range):
-            return self._choose(SelectStep(_of_range(chosen, n)))
-        given = np.asarray(chosen)
-        if given.ndim != 1:
-            found = f"{given.ndim} dimensions" if given.ndim else f"the type {type(chosen).__name__}"
-            raise TypeError(f"select() takes a list or array of record numbers or a mask, got {found}")
-        if given.dtype == np.bool_:
-            if len(given) != n:
-                raise ValueError(f"the mask has {len(given)} values for {n} records; it needs one value per record")
-            return self._choose(SelectStep(Selection.of(np.flatnonzero(given))))
-        return self._choose(SelectStep(Selection.of(record_numbers(given, n))))
-
-    def filter(self, expression: pc.Expression) -> Self:
-        """Return the records for which an expression is true, in their order; null is not true.
-
-        The columns of the expression are read now, block by block in bounded memory. Shards whose minimum and maximum
-        rule out a match are not read. The columns need not be among the served columns.
-
-        Args:
-            expression: Expression such as `pyarrow.compute.field("label") == 3`. It sees images and JSON as bytes and
-                text.
-
-        Raises:
-            SchemaError: A column does not exist, or the expression is not a condition over the columns.
-            TypeError: The argument is not an expression.
-        """
-        if not isinstance(expression, pc.Expression):
-            raise TypeError(
-                f"filter() takes a pyarrow expression, such as pyarrow.compute.field('label') == 3, got {expression!r};"
-                " for a Python function: dataset.select([i for i, record in enumerate(dataset) if function(record)])"
-            )
-        return self._choose(FilterStep(expression))
-
-    def shard(self, num_shards: int, index: int) -> Self:
-        """Return part `index` of `num_shards` runs of consecutive records, whose lengths differ by at most one.
-
-        Args:
-            num_shards: Number of runs, 1 or more.
-            index: Number of the run, 0 <= index < num_shards.
-
-        Raises:
-            ValueError: num_shards is below 1, or index is outside [0, num_shards).
-        """
-        num_shards, index = operator.index(num_shards), operator.index(index)
-        if num_shards < 1:
-            raise ValueError(f"num_shards must be 1 or more, got {num_shards}")
-        if not 0 <= index < num_shards:
-            raise ValueError(f"index must be 0 to {num_shards - 1}, got {index}")
-        return self._choose(ShardStep(num_shards, index))
-
-    def take(self, n: int) -> Self:
-        """Return the first n records, or all records if there are fewer.
-
-        Args:
-            n: Number of records, 0 or more.
-
-        Raises:
-            ValueError: n is negative.
-        """
-        return self._choose(RangeStep(0, _count(n)))
-
-    def skip(self, n: int) -> Self:
-        """Return all records except the first n; none if there are fewer.
-
-        Args:
-            n: Number of records, 0 or more.
-
-        Raises:
-            ValueError: n is negative.
-        """
-        return self._choose(RangeStep(_count(n), None))
-
-    def _choose(self, step: Step) -> Self:
-        source = self._source
-        if source.mixture is not None:
-            raise ValueError("cannot select from a mixture: select from the data sets before mix()")
-        return self._derive(source.with_step(step))
-
-
-def record_numbers(indices: Any, n: int) -> NDArray[np.int64]:
-    """Return record numbers as int64[n], 0 <= number < n, with negative ones counted from the end.
-
-    Raises IndexError and TypeError.
-    """
-    rows = np.asarray(indices)
-    if rows.dtype == np.bool_ or (rows.size and rows.dtype.kind not in "iu"):
-        hints = {"O": ": a number is missing or has more than 64 bits"}
-        hints["U"] = f" ({indices!r:.60}): columns are chosen by select_columns([...])"
-        raise TypeError(f"record numbers must be integers, got {rows.dtype}{hints.get(rows.dtype.kind, '')}")
-    if rows.size and rows.dtype == np.uint64 and int(rows.max()) >= n:  # as int64 it may be -1
-        raise IndexError(f"record {int(rows.max())} of a data set of {n}")
-    return normalize_indices(np.ascontiguousarray(rows, np.int64).reshape(-1), n)
-
-
-def _of_range(chosen: range, n: int) -> Selection:
-    """Return the selection of a range, without an array if the range is contiguous."""
-    if not chosen:
-        return Selection.span(0, 0)
-    for end in (chosen[0], chosen[-1]):
-        if not -n <= end < n:
-            raise IndexError(f"record {end} of a data set of {n}")
-    if chosen.step == 1 and chosen.start >= 0:
-        return Selection.span(chosen.start, chosen.stop)
-    # np.arange is 100 times faster than converting the range object.
-    return Selection.of(record_numbers(np.arange(chosen.start, chosen.stop, chosen.step), n))
-
-
-def _count(n: int) -> int:
-    n = operator.index(n)
-    if n < 0:
-        raise ValueError(f"the number of records must be 0 or more, got {n}")
-    return n
-
-
-# Complete picklable description of a data set: its records, the transform, and the output spec.
-DatasetSpec = tuple[RecordsSpec, Callable[[Record], Any] | None, OutputSpec]
+# Arguments of the constructor, and the field of OutputSpec that has each of them by column.
+_SETTINGS = {"decode": "decode", "cast": "cast", "layouts": "layouts", "fill_nulls": "nulls"}
+# Complete picklable description of a data set: its records, the transform, the output spec, and the batch transform.
+DatasetSpec = tuple[RecordsSpec, Callable[[Record], Any] | None, OutputSpec, Callable[[Any], Any] | None]
 _OF_THE_PROCESS = ("_recipe", "_lock", "_pid", "_opened")
 
 
@@ -230,11 +87,14 @@ class Dataset(SelectionMethods):
         version: Number of the version to read. None: the newest version at the time of opening; later commits do not
             change it.
         transform: Function that takes a record and returns what `dataset[i]` is. It must be picklable if worker
-            processes are used.
+            processes are used (docs/guide/transforms.md).
+        batch_transform: Function that takes a batch, as `tiercache.DataLoader` would serve it, and returns what the
+            loader serves instead. It does not change `dataset[...]`.
         decode: Mapping from an image column to the `DecodeImage` that decodes its images. The images of other columns
             are served as encoded bytes.
         layouts: Mapping from a column whose records differ in length to its layout in a batch: "list" (the default),
-            "padded", "nested" or "buffer" (docs/guide/loader.md). The layout does not change single records.
+            "padded" or a `Padded`, "nested" or "buffer" (docs/guide/loader.md). The layout does not change single
+            records.
         fill_nulls: Mapping from a nullable column to the value that replaces its nulls, or to "mask" (the default),
             which adds `<column>.valid` to the batch.
         cast: Mapping from a numeric column to the dtype to serve it as, for example {"tokens": "int64"}. Values are
@@ -263,13 +123,14 @@ class Dataset(SelectionMethods):
         columns: Sequence[str] | None = None,
         version: int | None = None,
         transform: Callable[[Record], Any] | None = None,
+        batch_transform: Callable[[Any], Any] | None = None,
         decode: Mapping[str, DecodeImage] | None = None,
-        layouts: Mapping[str, ColumnLayout] | None = None,
+        layouts: Layouts | None = None,
         fill_nulls: Mapping[str, Any] | None = None,
         cast: Mapping[str, Any] | None = None,
         verify: Verify = "first",
         storage_options: Mapping[str, Any] | None = None,
-        forms: Mapping[str, ColumnLayout] | None = None,
+        forms: Layouts | None = None,
         nulls: Mapping[str, Any] | None = None,
     ) -> None:
         layouts = renamed_argument("Dataset", "forms", forms, "layouts", layouts)
@@ -282,7 +143,7 @@ class Dataset(SelectionMethods):
         location = DatasetLocation(os.fspath(url), cache, verify, dict(storage_options or {}), parse_casts(cast))
         opened = Records((OpenedVersion(location, version, columns),))
         spec = OutputSpec.of(opened.schema, layouts=layouts, fill_nulls=fill_nulls, decode=decode, cast=location.casts)
-        self.__setstate__(((opened.spec, transform, spec), {}))
+        self.__setstate__(((opened.spec, transform, spec, batch_transform), {}))
         self._opened = opened
 
     @property
@@ -296,19 +157,26 @@ class Dataset(SelectionMethods):
         """Function given as `transform`, or None."""
         return self._recipe[1]
 
+    @property
+    def batch_transform(self) -> Callable[[Any], Any] | None:
+        """Function given as `batch_transform`, or None."""
+        return self._recipe[3]
+
     def __tiercache__(self) -> NativeAccess:
         """Return what `tiercache.DataLoader` and the command read; an interface of this library, not of its users."""
-        return NativeAccess(self._source, self._output_spec, self._is_plain, self._derive)
+        return NativeAccess(
+            self._source,
+            self._output_spec,
+            self.transform,
+            self.batch_transform,
+            _overrides_record_access(type(self)),
+            self._derive,
+        )
 
     @property
     def _output_spec(self) -> OutputSpec:
         """Output spec: the layouts, fill values, casts and decoders that were given."""
         return self._recipe[2]
-
-    @property
-    def _is_plain(self) -> bool:
-        """Whether records are served as stored: no transform, and no subclass overrides record access."""
-        return self.transform is None and not _overrides_record_access(type(self))
 
     @property
     def schema(self) -> Schema:
@@ -343,11 +211,51 @@ class Dataset(SelectionMethods):
         facts = [(part.fingerprint, part.selection or "") for part in parts]
         return sha256(repr((facts, self._source.mixture)).encode()).hexdigest()
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes 0, 1, 2, ..., of the first column whose metadata lists them, as `tc.pack` writes it.
+
+        The column need not be among the served ones. Raises AttributeError if no column has class names.
+        """
+        return list(self._classes_column.classes)
+
+    def class_counts(self, column: str | None = None) -> dict[Any, int]:
+        """Return the number of records of each class.
+
+        Only this column is read, in several threads, and no shard whose smallest and largest value are equal.
+
+        Args:
+            column: Column of integers, bool or text, served or not. None: the column that `classes` names.
+
+        Returns:
+            Counts by class name if the column has class names, in their order and with zeros; otherwise by stored
+            value, in rising order. Values without a name, and then null (None), come last, if there are any.
+
+        Raises:
+            SchemaError: The column does not exist, or its values are no classes.
+            AttributeError: No column is given, and none has class names.
+            ValueError: This is a mixture.
+        """
+        source = self._unmixed_source()
+        schema = source.stored_schema
+        found = self._classes_column if column is None else schema.columns[schema.index(column)]
+        counts = class_counts(source, found.name)
+        named = {name: counts.pop(value, 0) for value, name in enumerate(found.classes)}
+        return named | counts
+
+    @property
+    def _classes_column(self) -> Column:
+        for column in self._source.stored_schema.columns:
+            if column.classes:
+                return column
+        raise AttributeError("no column of this data set has class names; class_counts(column) counts any column")
+
     def versions(self) -> list[int]:
         """Return the numbers of all versions of the data set, oldest first. Raises ValueError for joined data sets."""
         opened_versions = self._source.opened_versions
-        if len(opened_versions) > 1:
-            raise ValueError(f"this data set joins {len(opened_versions)} data sets: call versions() of each of them")
+        n_joined = sum(len(version.parts) for version in opened_versions)
+        if n_joined > 1:
+            raise ValueError(f"this data set joins {n_joined} data sets: call versions() of each of them")
         return list_versions(opened_versions[0].inner)
 
     def select_columns(self, columns: Sequence[str]) -> Self:
@@ -404,12 +312,36 @@ class Dataset(SelectionMethods):
             return [self[index] for index in indices]
         rows = record_numbers(indices, len(self))
         if self.transform is not None:
-            return [self.transform(record) for record in as_records(self._columns(rows))]
-        return LazyRecords(self._columns(rows), len(rows), self._output_spec)
+            return [self._transformed(record) for record in as_records(self._columns(rows))]
+        return LazyRecords(self._columns(rows), len(rows), self._output_spec, partial(self._stored_number, rows))
 
     def __iter__(self) -> Iterator[Any]:
         for start, stop in spans(self._source):
             yield from self.__getitems__(range(start, stop))
+
+    def iter_numpy(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        options: LoaderOptions | None = None,
+    ) -> NumpyLoader:
+        """Return a loader of NumPy batches by the native path, which needs no torch.
+
+        It has the order, the ranks and the state of `tiercache.DataLoader`, and each iter() begins the next epoch:
+        `for batch in dataset.iter_numpy(64, shuffle=True): ...` (docs/guide/frameworks.md for JAX and tf.data).
+
+        Args:
+            batch_size: Number of records per batch, 1 or more.
+            shuffle: Whether to serve the records in a new random order in each epoch.
+            drop_last: Whether to drop the last batch of an epoch if it is shorter than `batch_size`.
+            options: Seed, ranks and shuffle quality, and the resources of the native path.
+
+        Raises:
+            ValueError, TypeError, SchemaError: See `NumpyLoader`.
+        """
+        return NumpyLoader(self, batch_size, shuffle=shuffle, drop_last=drop_last, options=options)
 
     def to_arrow(self, batch_size: int = 4096) -> Iterator[pa.RecordBatch]:
         """Yield the data set as Arrow record batches, in order.
@@ -461,11 +393,48 @@ class Dataset(SelectionMethods):
             self._opened.close()
 
     def __repr__(self) -> str:
-        urls, versions = [leaf.url for leaf in self._source.opened_versions], self._recipe[0].versions
-        more = f" and {len(urls) - 1} more" if len(urls) > 1 else ""
-        numbers = list(dict.fromkeys(versions))
-        version = ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else "")
-        return f"Dataset({urls[0]!r}{more}, version {version}, {len(self):,} records: {self.schema!r})"
+        facts = self._facts()
+        served = "".join(f", {name}={text}" for name, text in self._served())
+        view = f" by {facts['view']}" if "view" in facts else ""
+        plural = "" if len(self) == 1 else "s"
+        records = f"{facts['url']}, version {facts['version']}, {facts['records']} record{plural}{view}"
+        return f"{type(self).__name__}({records}: {self.schema!r}{served})"
+
+    def _repr_html_(self) -> str:
+        """Return the same as HTML for notebooks, with thumbnails of the first images. Reads their block."""
+        schema, spec = self.schema, self._output_spec
+        rows = []
+        for column in schema.columns:
+            settings = {argument: getattr(spec, field).get(column.name) for argument, field in _SETTINGS.items()}
+            served = ", ".join(f"{name}={_shown(value)}" for name, value in settings.items() if value is not None)
+            rows.append((column.name, str(column), served))
+        return html_of(self._facts().items(), rows, first_pictures(self._source, self.column_names, spec.decode))
+
+    def _facts(self) -> dict[str, str]:
+        """Return url, version, records and, if there is one, view, as texts."""
+        source = self._source
+        urls, numbers = [leaf.url for leaf in source.opened_versions], list(dict.fromkeys(self._recipe[0].versions))
+        facts = {
+            "url": repr(urls[0]) + (f" and {len(urls) - 1} more" if len(urls) > 1 else ""),
+            "version": ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else ""),
+            "records": f"{len(self):,}",
+        }
+        if source.mixture is not None:
+            facts["view"] = f"mix(weights={list(source.mixture.weights)})"
+        elif source.steps:
+            facts["view"] = ".".join(source.steps)
+        return facts
+
+    def _served(self) -> Iterator[tuple[str, str]]:
+        """Yield (argument, text) of each way in which columns are not served as they are stored."""
+        spec = self._output_spec
+        for argument, field in _SETTINGS.items():
+            if settings := getattr(spec, field):
+                yield argument, "{" + ", ".join(f"{n!r}: {_shown(value)}" for n, value in settings.items()) + "}"
+        if spec.names is not None:
+            yield "as_tuple", repr(spec.names)
+        if self.transform is not None:
+            yield "transform", getattr(self.transform, "__qualname__", type(self.transform).__name__)
 
     def __getstate__(self) -> tuple[DatasetSpec, dict[str, Any]]:
         _derive_from_torchs_class()  # pickle compares __class__ with the type
@@ -491,7 +460,7 @@ class Dataset(SelectionMethods):
     def _derive(self, source: Records, spec: OutputSpec | None = None) -> Self:
         """Return the same data set over another source, with this output spec or another one."""
         derived = type(self).__new__(type(self))
-        recipe = (source.spec, self.transform, self._output_spec if spec is None else spec)
+        recipe = (source.spec, self.transform, self._output_spec if spec is None else spec, self.batch_transform)
         derived.__setstate__((recipe, self._own()))
         derived._opened = source  # noqa: SLF001 -- of this class
         return derived
@@ -514,12 +483,18 @@ class Dataset(SelectionMethods):
             record = as_records(self._columns(np.array([number], np.int64)))[0]
         if spec.names is not None:
             return record_tuple(record, spec.names, self._source.schema)
-        return record if self.transform is None else self.transform(record)
+        return record if self.transform is None else self._transformed(record)
+
+    def _transformed(self, record: Record) -> Any:
+        assert self.transform is not None  # noqa: S101 -- the callers' invariant
+        with use_fresh_key():
+            return self.transform(record)
 
     def _batch(self, rows: NDArray[np.int64]) -> Any:
         if self.transform is not None:
             return self.__getitems__(rows.tolist())
-        batch, names = apply_layouts(self._columns(rows), self._output_spec), self._output_spec.names
+        number, names = partial(self._stored_number, rows), self._output_spec.names
+        batch = apply_layouts(self._columns(rows), self._output_spec, number)
         return batch if names is None else as_columns(batch, names)
 
     def _columns(self, rows: NDArray[np.int64]) -> list[ColumnValues]:
@@ -531,10 +506,50 @@ class Dataset(SelectionMethods):
             return columns
 
         def explain(column: str, index: int, reason: str) -> Exception:
-            order, served = self._source.record_order, int(rows[index])
-            return image_decode_error(self._source, column, served if order is None else int(order[served]), reason)
+            return image_decode_error(self._source, column, self._stored_number(rows, index), reason)
 
         return decode_columns(columns, decode, explain)
+
+    def _stored_number(self, rows: NDArray[np.int64], index: int) -> int:
+        """Return the number, in stored order, of a record of `rows`."""
+        order, served = self._source.record_order, int(rows[index])
+        return served if order is None else int(order[served])
+
+    def add_columns(
+        self,
+        columns: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]],
+        *,
+        url: str | os.PathLike[str] | None = None,
+        schema: Mapping[str, UserType] | pa.Schema | Schema | None = None,
+        batch_size: int = 1024,
+        compression: str | Mapping[str, str] = "auto",
+    ) -> Dataset:
+        """Store further columns of these records as a data set beside this one, and return that data set.
+
+        Record i of the result belongs to record i of this data set, whose files do not change. The columns are written
+        as `Writer` writes them, and committed as one version at the end: if an error occurs, nothing is committed. If
+        the URL has columns from an earlier call, they get a new version; the earlier one can still be opened by its
+        number.
+
+        Args:
+            columns: Mapping from new names to values, each an array or list of len() values; or a function that takes a
+                batch, as `dataset[start:stop]` returns it, and returns such a mapping for the records of the batch.
+            url: URL of the new columns, in the same store or another one. None: "<url>.columns/<names>" beside a whole
+                data set; the names are joined by "+".
+            schema: Types of the new columns. None: inferred from the first batch.
+            batch_size: Number of records of a batch.
+            compression: See `Writer`.
+
+        Raises:
+            ValueError: A name is taken by a column of this data set; or the values are not one for each record; or this
+                data set is a view, joined, mixed or packed, and there is no url.
+            TypeError: `columns`, or what the function returned, is no mapping from names to arrays or lists.
+            SchemaError, StoreError: See `Writer`.
+        """
+        url, opening = write_columns(
+            self, self._source, columns, url=url, batch_size=batch_size, schema=schema, compression=compression
+        )
+        return Dataset(url, **opening)
 
 
 def _derive_from_torchs_class() -> type | None:
@@ -568,49 +583,26 @@ def concat(datasets: Iterable[Dataset]) -> Dataset:
             overrides record access.
         TypeError: An item is not a tiercache data set.
     """
-    datasets = _alike(datasets, "concat")
-    return _over(join([dataset._source for dataset in datasets]), datasets[0])  # noqa: SLF001 -- of this class
+    datasets = alike_datasets(datasets, "concat")
+    joined = join([dataset._source for dataset in datasets])  # noqa: SLF001 -- of this class
+    first = datasets[0]
+    return over_records(joined, first._output_spec, first.transform, first.batch_transform)  # noqa: SLF001
 
 
-MixStop: TypeAlias = Literal["first_exhausted", "all_exhausted", "first", "all"]
-_MIX_STOPS = get_args(MixStop)
-
-
-def mix(datasets: Iterable[Dataset], weights: Iterable[float], stop: MixStop = "first_exhausted") -> Dataset:
-    """Return data sets mixed by weight: every range of records holds each data set's share.
-
-    It is made for `tiercache.DataLoader`, which reads it by its native path: each data set is shuffled by itself and
-    has its own epochs. A data set that is larger than its share of an epoch continues in the next epoch where it
-    stopped; a smaller one starts again. By index, and in other loaders, the mixture is the same unshuffled first epoch
-    each time: record i is the record at position i.
-
-    Args:
-        datasets: Data sets as for `concat`, each with one record or more.
-        weights: Positive number for each data set. Only their ratio counts, and it is exact (a float stands for its
-            decimal digits).
-        stop: End of an epoch: "first_exhausted": before any data set would repeat a record; "all_exhausted": when every
-            data set has been served completely. "first" and "all" are short forms of these.
-
-    Raises:
-        SchemaError, TypeError: See `concat`.
-        ValueError: See `concat`; or the weights are invalid, or a data set has no records.
-    """
-    datasets = _alike(datasets, "mix")
-    if stop not in _MIX_STOPS:
-        raise ValueError(f"stop must be {', '.join(map(repr, _MIX_STOPS))}, got {stop!r}")
-    sources = [dataset._source for dataset in datasets]  # noqa: SLF001 -- of this class
-    short: Literal["first", "all"] = "first" if stop.startswith("first") else "all"
-    return _over(mixed_records(sources, tuple(weights), short), datasets[0])
-
-
-def _over(source: Records, first: Dataset) -> Dataset:
+def over_records(
+    source: Records,
+    spec: OutputSpec,
+    transform: Callable[[Record], Any] | None = None,
+    batch_transform: Callable[[Any], Any] | None = None,
+) -> Dataset:
+    """Return a data set of opened records with these output options and functions."""
     made = Dataset.__new__(Dataset)
-    made.__setstate__(((source.spec, first.transform, first.__tiercache__().output_spec), {}))
+    made.__setstate__(((source.spec, transform, spec, batch_transform), {}))
     made._opened = source  # noqa: SLF001 -- of this class
     return made
 
 
-def _alike(given: Iterable[Any], what: str) -> list[Dataset]:
+def alike_datasets(given: Iterable[Any], what: str) -> list[Dataset]:
     """Return the data sets as a list after checking that they can be joined. Raises as `concat`."""
     datasets = [] if isinstance(given, Dataset) else list(given)
     if isinstance(given, Dataset) or not all(isinstance(dataset, Dataset) for dataset in datasets):
@@ -627,7 +619,16 @@ def _alike(given: Iterable[Any], what: str) -> list[Dataset]:
             raise ValueError(f"{reason}: join such data sets with torch's ConcatDataset")
         if dataset.__tiercache__().source.mixture is not None:
             raise ValueError(f"data set {number} is a mixture: pass the data sets that it mixes to {what}() instead")
-        if dataset.transform != datasets[0].transform:
+        first = datasets[0]
+        if dataset._source.is_packed != first._source.is_packed:  # noqa: SLF001 -- of this class
+            kinds = ["packed rows" if one._source.is_packed else "plain records" for one in (first, dataset)]  # noqa: SLF001
+            raise SchemaError(
+                f"data set 0 has {kinds[0]}, data set {number} {kinds[1]}: packed rows can be joined only with packed "
+                f"rows; call pack_sequences() on each data set, then {what}() on the results",
+                expected=kinds[0],
+                got=kinds[1],
+            )
+        if (dataset.transform, dataset.batch_transform) != (first.transform, first.batch_transform):
             raise ValueError(
                 f"data set {number} and data set 0 have different transforms; all must use the same function"
             )
@@ -652,6 +653,10 @@ def _check_output_spec(spec: OutputSpec, first: OutputSpec, number: int) -> None
 
 def _overrides_record_access(kind: type[Dataset]) -> bool:
     return any(getattr(kind, n) is not getattr(Dataset, n) for n in ("__getitem__", "__getitems__", "__len__"))
+
+
+def _shown(setting: Any) -> str:
+    return short_repr(setting) if is_dataclass(setting) else repr(setting)
 
 
 def _names(columns: Iterable[str]) -> tuple[str, ...]:

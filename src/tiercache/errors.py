@@ -94,7 +94,17 @@ class StoreError(TierCacheError):
 
 
 class NotFound(StoreError, FileNotFoundError):
-    """The object does not exist. The arguments are those of StoreError."""
+    """The object does not exist.
+
+    Args:
+        message: What happened.
+        url: URL of the object, without credentials.
+        retryable: Whether the same request may succeed later.
+        status: HTTP status; None if there is none.
+        code: Error code of the server's answer, e.g. "NoSuchKey"; None if there is none.
+        maybe_done: Whether the store may have executed the request, e.g. because its answer was lost.
+        details: Further facts for the library itself.
+    """
 
 
 class ObjectChanged(StoreError):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,6 +96,15 @@ def format_bytes(n_bytes: float) -> str:
         if abs(n_bytes) < 1024:
             return f"{n_bytes:.1f} {unit}"
     return f"{n_bytes / 1024:.1f} TiB"
+
+
+def short_repr(options: Any) -> str:
+    """Return the repr() of a dataclass's instance with only those fields that differ from their defaults."""
+    required = [field.name for field in fields(options) if field.default is MISSING]
+    plain = type(options)(**{name: getattr(options, name) for name in required})  # which may convert its defaults
+    given = [(field.name, getattr(options, field.name)) for field in fields(options)]
+    changed = [f"{name}={value!r}" for name, value in given if name in required or value != getattr(plain, name)]
+    return f"{type(options).__name__}({', '.join(changed)})"
 
 
 @dataclass(frozen=True, slots=True, order=True)

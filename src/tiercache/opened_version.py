@@ -6,13 +6,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from weakref import WeakValueDictionary, ref
 
@@ -21,15 +19,15 @@ import pyarrow as pa
 
 from tiercache.cache import CachedStore
 from tiercache.cache.cache import Cache
-from tiercache.cache.names import NAME_BYTES, name_of_identity
+from tiercache.cache.names import NAME_BYTES, name_of_identity, names_of
 from tiercache.errors import CorruptShard
-from tiercache.model import NEVER, ByteRange, CloseListener, ReadingPlan, ShardIdentity, format_bytes
+from tiercache.model import NEVER, ByteRange, CloseListener, ReadingPlan, ShardIdentity, SourcePart, format_bytes
 from tiercache.order import BlockSizes
 from tiercache.shard.conversion import served_columns
 from tiercache.shard.format.statistics import parse_statistics
 from tiercache.shard.read import shard_reader
 from tiercache.shard.read.shard_reader import FooterCache, MappedRecords, ShardReader
-from tiercache.shard.read.source import column_ranges, fetch_footer
+from tiercache.shard.read.source import block_ranges, column_ranges, fetch_footer
 from tiercache.shard.read.values import empty_values, join_values
 from tiercache.shard.versions.manifest import latest, read_shards, read_version
 from tiercache.shard.versions.segments import as_arrow
@@ -172,18 +170,6 @@ class CopyNames:
         return np.concatenate([self.of_shards(plan.shards), segments.reshape(-1, NAME_BYTES)]), whole
 
 
-def names_of(
-    dataset_id: str, shard_ids: Sequence[str], n_bytes: Sequence[int], sums: Sequence[int]
-) -> NDArray[np.uint8]:
-    """Return the names of the copies of a data set's shards, uint8[n, 20], each as name_of_identity returns it."""
-    # The text that json.dumps writes: ids are hexadecimal, so nothing needs escaping. With ShardIdentity, a name takes
-    # 7 us.
-    begin = json.dumps(["identity", dataset_id])[:-1]
-    rows = zip(shard_ids, n_bytes, sums, strict=True)
-    digests = [blake2b(f'{begin}, "{i}", "{n}", "{c}"]'.encode(), digest_size=NAME_BYTES).digest() for i, n, c in rows]
-    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, NAME_BYTES)
-
-
 class VersionStores:
     """Stores through which one process reads a data set. Safe from any thread and in a forked child.
 
@@ -240,12 +226,13 @@ class VersionStores:
         self.tiers.prepare_reading(keys, is_cached, reads_all=reads_all)
 
     def figures(self) -> dict[str, float]:
-        """Return the counters of this process: requests, bytes_fetched, cache_hits, cache_misses."""
+        """Return the counters of this process: requests, bytes_fetched, retries, cache_hits, ..., and dollars."""
         counters = self.placed.figures()
         stats = self.cache.counters.snapshot() if self.cache is not None else {}
         return {
             "requests": counters.get("requests", 0),
             "bytes_fetched": counters.get("bytes_read", 0),
+            **{name: counters.get(name, 0) for name in ("retries", "hedges", "throttled", "dollars", "egress_dollars")},
             "cache_hits": stats.get("hits", 0),
             "cache_misses": stats.get("misses", 0),
         }
@@ -274,10 +261,15 @@ def _open_shard(
     return ShardReader(local or store, info.name, info=info, identity=identity, footer=footers.take(shard), **how)
 
 
-# Footers of a shard group are read in parallel: their time is round trips.
-FOOTER_THREADS = 16
+# Shards of which blocks or records are read in parallel: the time is round trips.
+READ_THREADS = 16
+# Footers of a shard group are small, and read before the first batch: up to this many take one round trip of a store.
+FOOTER_THREADS = 64
 # The block sizes of a shard take a few KiB; a shard group has a few dozen shards.
 MAX_TABLES = 4096
+# How often a shard is read again after its bytes did not match their checksums: from a new copy, then from the store,
+# after the cache has given up the object.
+SHARD_READS_AGAIN = 5
 
 T = TypeVar("T")
 
@@ -292,6 +284,11 @@ class VersionSpec:
     version: int
     columns: tuple[str, ...]
 
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """Number of the version, as a tuple."""
+        return (self.version,)
+
     def open(self) -> OpenedVersion:
         """Open the version."""
         return OpenedVersion(self.location, self.version, self.columns)
@@ -302,6 +299,11 @@ class OpenedVersion:
 
     Safe from any thread. After a fork the child opens its own shards. Nothing of a shard is read before it is needed.
     """
+
+    # Of packed rows (`views.packing.PackedVersion`) these say how full the rows are, and whether they differ between
+    # epochs.
+    fill_ratio: float | None = None
+    is_drawn = False
 
     def __init__(self, location: DatasetLocation, version: int | None, columns: Sequence[str] | None) -> None:
         self.location = location
@@ -356,6 +358,11 @@ class OpenedVersion:
         return self.manifest.fingerprint
 
     @property
+    def parts(self) -> list[SourcePart]:
+        """The version as a state names it, in a list."""
+        return [SourcePart(self.dataset_id, self.version, self.fingerprint)]
+
+    @property
     def schema(self) -> Schema:
         """Served columns, in order, with their stored types; a cast column is served with another dtype."""
         return self._schema
@@ -387,9 +394,37 @@ class OpenedVersion:
             self._tables = tables = {shard: tables[shard] for shard in shards if shard in tables}
             self._ranges = {shard: self._ranges.get(shard) for shard in tables}
         if missing:
-            with ThreadPoolExecutor(min(FOOTER_THREADS, len(missing)), "tiercache-footer") as pool:
+            n_threads = READ_THREADS if isinstance(self.inner, LocalStore) else FOOTER_THREADS
+            # A thread may open a local copy.
+            n_threads = min(n_threads, max(self._readers.capacity // 4, 1), len(missing))
+            with ThreadPoolExecutor(n_threads, "tiercache-footer") as pool:
                 tables.update(zip(missing, pool.map(self._read_table, missing), strict=True))
         return [tables[shard] for shard in shards]
+
+    def block_elements(self, shard: int) -> NDArray[np.int64]:
+        """Return the number of elements in each block of the only served column, which is ragged: int64[n_blocks].
+
+        Reads the footer. Raises as `load`.
+        """
+        footer = self._footer(shard)
+        self._tables[shard] = self._table_of(shard, footer)
+        (column,) = self.stored_columns
+        (values, *_) = footer.schema.columns[column].streams(column)
+        buffers = footer.chunks["first_buffer"][:, column] + np.uint64(values.values_buffer)
+        found: NDArray[np.int64] = footer.buffers[buffers, 1].astype(np.int64) // values.width_bytes
+        return found
+
+    def load_shapes(self, shard: int, blocks: Sequence[int]) -> Blocks:
+        """Return blocks of a shard, of whose only served column, which is ragged, only the shapes may be read.
+
+        Raises as `load`.
+        """
+        (column,) = self.stored_columns
+        return self._read(shard, lambda reader: reader.load_shapes(blocks, column))
+
+    def for_epoch(self, _seed: int, _epoch: int) -> OpenedVersion:
+        """Return this version: stored records are the same in all epochs."""
+        return self
 
     def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
         """Return blocks of a shard, which stays open for some time, in memory, with the served columns.
@@ -428,7 +463,7 @@ class OpenedVersion:
         if len(shards) < 2 or isinstance(self.inner, LocalStore):
             return join_values(list(map(self._take, shards, rows)), places)
         # In parallel: as for footers, the time is round trips.
-        with ThreadPoolExecutor(min(FOOTER_THREADS, len(shards)), "tiercache-records") as pool:
+        with ThreadPoolExecutor(min(READ_THREADS, len(shards)), "tiercache-records") as pool:
             return join_values(list(pool.map(self._take, shards, rows)), places)
 
     def _take(self, shard: int, rows: NDArray[np.int64]) -> list[ColumnValues]:
@@ -477,6 +512,20 @@ class OpenedVersion:
             if self.access.is_worth_fetching(key, identity):
                 fetcher.prefetch(key, identity, self._ranges.get(shard))
 
+    def prefetch_blocks(self, shard: int, blocks: Sequence[int]) -> None:
+        """See Records.prefetch_blocks. Does nothing for a shard whose footer has not been read."""
+        fetcher = self.access.fetcher
+        if fetcher is None:
+            return
+        if shard in self._readers:
+            self._readers.get(shard).prefetch(blocks, self.stored_columns)
+            return
+        footer, (key, identity) = self._footers.get(shard), self._object(shard)
+        if footer is not None and self.access.is_worth_fetching(key, identity):
+            # The reader that opens the copy checks its footer, which therefore comes with the blocks.
+            urgent = block_ranges(footer, self.table.info(shard), blocks, self.stored_columns)
+            fetcher.prefetch(key, identity, self._ranges.get(shard), urgent_ranges=urgent)
+
     def is_mapped(self, shard: int) -> bool:
         """Whether the shard is open and its served columns are mapped in the form in which they are served."""
         return shard in self._readers and self._readers.get(shard).is_mapped(self.stored_columns)
@@ -502,8 +551,12 @@ class OpenedVersion:
         reads_all = len(shards) == len(self.table)
         self.access.prepare_reading(keys, lambda i: self.identity(int(shards[i])), reads_all=reads_all)
 
-    def at_version(self, number: int) -> OpenedVersion:
-        """Return another version with the same columns. Raises NotFound, or SchemaError if it lacks a column."""
+    def at_versions(self, numbers: Sequence[int]) -> OpenedVersion:
+        """Return the version with the only number, and the same columns.
+
+        Raises NotFound, or SchemaError if it lacks a column.
+        """
+        (number,) = numbers
         names = self._schema.names
         return self._shared((number, names), lambda: OpenedVersion(self.location, number, names))
 
@@ -541,7 +594,7 @@ class OpenedVersion:
             self.cache.warm(self.store, objects, jobs=jobs, ranges=ranges, on_progress=on_progress)
 
     def figures(self) -> dict[str, float]:
-        """Return the counters of this process: requests, bytes_fetched, cache_hits, cache_misses."""
+        """Return the counters of this process: requests, bytes_fetched, retries, cache_hits, ..., and dollars."""
         return self.access.figures()
 
     def close(self) -> None:
@@ -558,7 +611,9 @@ class OpenedVersion:
         self._keepers = [*(one for one in self._keepers if one() is not None), ref(keeper)]
 
     def _read_table(self, shard: int) -> BlockSizes:
-        footer = self._footer(shard)
+        return self._table_of(shard, self._footer(shard))
+
+    def _table_of(self, shard: int, footer: Footer) -> BlockSizes:
         if self.has_cache:
             self._ranges[shard] = column_ranges(footer, self.table.info(shard), self.stored_columns)
         return BlockSizes(footer.block_records.astype(np.int64), footer.block_raw_bytes.astype(np.int64))
@@ -569,7 +624,8 @@ class OpenedVersion:
             if not self.store.is_cached(info.name, self.identity(shard), [ByteRange(info.footer_offset, info.n_bytes)]):
                 # The order of a shard group needs all footers of the group. A few KiB for each one now are cheaper than
                 # fetching each shard completely before the first batch.
-                footer = fetch_footer(self.access.placed.by_ranges, info.name, info)
+                source = self.store.source_of(info.name, self.identity(shard), self.access.placed.by_ranges)
+                footer = fetch_footer(source, info.name, info)
                 self._footers.put(shard, footer)
                 return footer
         return self._read(shard, lambda reader: reader.footer)
@@ -591,10 +647,17 @@ class OpenedVersion:
         return self.table.objects(self.dataset_id, np.array([shard], np.int64))[0]
 
     def _read(self, shard: int, read: Callable[[ShardReader], T]) -> T:
-        """Return the result of read(reader); after CorruptShard, retry once unless there is no copy to replace."""
-        try:
-            return read(self._readers.get(shard))
-        except CorruptShard:
-            if not self.remove_if_corrupt(shard) and self.cache is None:
-                raise  # without a cache, a retry reads the same bytes
+        """Return the result of read(reader); after CorruptShard, retry if other bytes may come.
+
+        A copy is fetched again; if the cache then gives up the object, the object is read from its store.
+        """
+        for _ in range(SHARD_READS_AGAIN):
+            reads_store = False
+            try:
+                reader = self._readers.get(shard)
+                reads_store = reader.local_copy is None
+                return read(reader)
+            except CorruptShard:
+                if not self.remove_if_corrupt(shard) and self.cache is None and not reads_store:
+                    raise  # a retry would read the same bytes of a local file
         return read(self._readers.get(shard))

@@ -139,6 +139,21 @@ def named_prices(name: str) -> Prices:
     return table[name]
 
 
+def provider_prices(provider: str | None) -> Prices | None:
+    """Return the prices of the standard class of "aws", "gcs" or "azure"; None for another provider, or None.
+
+    The table has one region of each provider. Requests cost about the same in the others.
+    """
+    _, table = price_table()
+    return next((prices for name, prices in table.items() if provider and name.startswith(f"{provider}:")), None)
+
+
+def read_dollars(prices: Prices, n_requests: float, n_bytes: float) -> tuple[float, float]:
+    """Return the dollars of reads: those of the requests, and those of egress if the bytes leave the region."""
+    requests = prices.get_1000 * n_requests / 1000 + prices.retrieve_gb * n_bytes / GB
+    return requests, prices.egress_gb * n_bytes / GB
+
+
 def _alternatives(name: str, names: Collection[str]) -> str:
     near = get_close_matches(name, names, n=3, cutoff=0.7)
     return "did you mean " + " or ".join(map(repr, near)) if near else "there are " + ", ".join(names)

@@ -15,6 +15,7 @@ from tiercache.cache.disk import DiskSpace
 from tiercache.cache.names import name_of_identity
 from tiercache.errors import CacheFull, CorruptShard, NotFound, StoreError
 from tiercache.model import ByteRange, ReadingPlan
+from tiercache.store.retry import stop_retries_when
 from tiercache.testing import Fault, FaultKind, FaultStore
 
 
@@ -144,9 +145,29 @@ def test_stats_has_the_documented_keys(world):
         "evicted_early": 0,
         "quarantined": 0,
         "poisoned": 0,
+        "requests": 1,
+        "bytes_read": 10_000,
+        "retries": 0,
+        "hedges": 0,
+        "throttled": 0,
+        "nanodollars": 0,
     }
     status = cache.status()
     assert (status["path"], status["policy"], status["n_copies"]) == (str(world.root / "cache"), "plan", 1)
+
+
+def test_a_thread_whose_work_is_not_needed_any_more_does_not_open_a_closed_cache_again(world):
+    identity, cache, unwanted = world.put("a"), world.cache(), threading.Event()
+    store = world.store(cache)
+    world.fetch(store, "a")
+    with stop_retries_when(unwanted):
+        unwanted.set()
+        store.open_local("a", identity).close()  # the cache is open
+        cache.close()
+        with pytest.raises(StoreError, match="the cache was closed"):
+            store.open_local("a", identity)
+        assert list((world.root / "cache" / "owners").iterdir()) == []
+    store.open_local("a", identity).close()
 
 
 def test_a_closed_cache_opens_again_when_used_and_its_leases_stay_valid(world):

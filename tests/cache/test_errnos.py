@@ -36,6 +36,12 @@ def test_a_failing_system_call_never_gives_wrong_data(shim, tmp_path):
     assert report["n_struck"] > 5
 
 
+def test_a_corrupt_copy_that_cannot_be_removed_is_not_served_again(shim, tmp_path):
+    report = rounds(shim, tmp_path, "--chapters", "damaged", "--kinds", "unlink", "--for-ever", "--stride", "7")
+    assert report["problems"] == []
+    assert report["n_struck"] > 3
+
+
 @pytest.mark.stress
 @pytest.mark.timeout(5400)
 def test_each_system_call_may_fail_once_with_each_error(shim, tmp_path, capsys):

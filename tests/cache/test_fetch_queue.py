@@ -3,11 +3,12 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from tests.support.stores import CountingStore, GateStore
 
-from tiercache.cache.fetch import fetch_runner
-from tiercache.cache.fetch.partial import PartialCopy
+from tiercache.cache.fetch import fetch_runner, queue
+from tiercache.cache.fetch.partial import UnitWriter
 from tiercache.cache.locks import is_locked
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
@@ -96,24 +97,28 @@ def test_requesting_an_empty_range_keeps_the_lease_usable(world):
         assert lease.wait([ByteRange(0, 10_000)], deadline_s=30)
 
 
-def test_units_written_by_another_process_are_verified_before_publication(world, monkeypatch):
+@pytest.mark.parametrize("when", ["receive", "finish"])
+def test_units_written_by_another_process_are_verified_before_publication(world, monkeypatch, when):
     """Without enforced flock, two processes may fetch one partial copy: neither trusts the bytes of the other."""
     identity = world.put("a", 64 * UNIT)
-    write = PartialCopy.write
+    method, is_other = getattr(UnitWriter, when), []
 
-    def first_the_other(self, start, data):
-        if not start:
-            wrong = data[:UNIT].copy()
-            wrong[7] ^= 1
-            write(self, 0, wrong)
-        return write(self, start, data)
+    def after_the_other(self, *arguments):
+        if not is_other and self._span.n_bytes > UNIT:
+            is_other.append(True)
+            self._part.write(0, np.full(UNIT, 7, np.uint8))
+            is_other.clear()
+        return method(self, *arguments)
 
     store = world.store()
     with monkeypatch.context() as patch:
-        patch.setattr(PartialCopy, "write", first_the_other)
+        patch.setattr(UnitWriter, when, after_the_other)
         with store.open_local("a", identity) as lease:
-            assert not lease.wait([ByteRange(0, 64 * UNIT)], deadline_s=30)
-    assert world.copies() == []
+            # Our bytes are written last if the other's come before ours.
+            assert lease.wait([ByteRange(0, 64 * UNIT)], deadline_s=30) == (when == "receive")
+    assert len(world.copies()) == (when == "receive")
+    if when == "receive":
+        assert world.read(store, "a", identity) == world.data["a"]
 
 
 def test_an_unconverted_network_error_does_not_count_as_a_disk_failure(world):
@@ -206,3 +211,46 @@ def test_a_deleted_owner_file_is_recreated_once_by_concurrent_threads(world, loc
             list(pool.map(lambda _, barrier=barrier: (barrier.wait(), owners.ensure()), range(8)))
             assert path.exists()
             assert is_locked(path) or locks == "flock ignored"
+
+
+def test_a_prefetch_gives_its_thread_to_urgent_ranges_and_continues_after_them(world, monkeypatch):
+    monkeypatch.setattr(queue, "N_FETCHES", 1)
+    monkeypatch.setattr(queue, "N_MORE_URGENT", 1)
+    world.put("ahead", 40 * MIB)  # five requests, of which four are in flight
+    world.put("urgent-0")
+    world.put("urgent-1")
+    gates, reads, lock = {key: threading.Event() for key in ("ahead", "urgent-0", "urgent-1")}, [], threading.Lock()
+
+    class Gated(WrapperStore):
+        """Reads of a key stand still until its gate is open."""
+
+        def read_into(self, key, spans, **options):
+            with lock:
+                reads.append(key)
+            assert gates[key].wait(60)
+            super().read_into(key, spans, **options)
+
+    cache = world.cache("100MB")
+    store = cache.store(Gated(world.inner))
+    store.prefetch("ahead", world.identity("ahead"))
+    assert wait_for(lambda: reads.count("ahead") == 4, 30)
+    for key in ("urgent-0", "urgent-1"):  # the second one has no thread
+        store.prefetch(key, world.identity(key), urgent_ranges=[ByteRange(0, 10_000)])
+    gates["ahead"].set()
+    assert wait_for(lambda: "urgent-1" in reads, 30)
+    assert reads == ["ahead"] * 4 + ["urgent-0", "urgent-1"]
+    for gate in gates.values():
+        gate.set()
+    for key in gates:
+        with store.open_local(key, world.identity(key)) as lease:
+            assert lease.wait([ByteRange(0, lease.n_bytes)], deadline_s=30)
+    assert cache.stats()["bytes_fetched"] == 40 * MIB + 20_000  # nothing is fetched twice
+
+
+def test_the_first_ranges_of_a_copy_are_fetched_only_if_all_of_it_has_room(world):
+    store = world.store(world.cache(2 * MIB))
+    world.put("small")
+    for key, n_reads in (("large", 0), ("small", 1)):
+        identity = world.put("large", 4 * MIB) if key == "large" else world.identity(key)
+        store.prefetch(key, identity, urgent_ranges=[ByteRange(0, UNIT)])
+        assert wait_for(lambda key=key, n_reads=n_reads: world.n_reads(key) == n_reads, 30)

@@ -36,7 +36,8 @@ def test_concurrent_threads_share_one_download(world):
 
 def test_all_threads_that_wait_for_a_failing_download_get_the_error(world):
     identity = world.put("a")
-    gated = GateStore(FaultStore(world.inner, [Fault("read_into")]))
+    # A thread that begins to wait after the first failure asks the store again: each such request fails too.
+    gated = GateStore(FaultStore(world.inner, [Fault("read_into", times=N)]))
     store = world.cache().store(gated)
     whole = [ByteRange(0, 10_000)]
     leases = [store.open_local("a", identity) for _ in range(N)]

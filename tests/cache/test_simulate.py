@@ -5,7 +5,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tiercache.cache import simulate as simulate_module
@@ -154,6 +154,7 @@ class Asked:
 
 
 @settings(max_examples=25, deadline=None)
+@example(plan, [0, 5, 1, 2, 2, 0], [1, 1, 2, 1, 1, 3] + [1] * 7, 5)  # two copies that are not used again
 @given(
     policy=st.sampled_from([lru, s3fifo, plan]),
     names=st.lists(st.integers(0, 12), max_size=60),

@@ -4,13 +4,13 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tiercache._native.checksum import crc32c
 from tiercache.cache.fetch import partial
 from tiercache.cache.fetch import partial as partial_module
-from tiercache.cache.fetch.partial import PartialCopy, charge_of, hold_part, map_bytes
+from tiercache.cache.fetch.partial import PartialCopy, UnitWriter, charge_of, hold_part, map_bytes
 from tiercache.cache.folder import Folder
 from tiercache.model import ByteRange
 
@@ -129,6 +129,53 @@ def test_a_present_unit_is_not_written_again(folder):
     part.write(UNIT, np.zeros(UNIT, np.uint8))
     part.write(0, np.ones(3 * UNIT, np.uint8))
     assert os.pread(part.fd, 3 * UNIT, 0) == b"\1" * UNIT + b"\0" * UNIT + b"\1" * UNIT
+    part.close()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(1, 6 * UNIT + 10),
+    st.lists(st.integers(1, 3 * UNIT), max_size=12),
+    st.sets(st.integers(0, 6), max_size=3),
+    st.booleans(),
+)
+def test_a_range_that_arrives_in_pieces_of_any_size_is_written_as_if_at_once(
+    folder, n_bytes, piece_bytes, written, repeats
+):
+    data = noise(n_bytes)
+    part = PartialCopy.create(folder, NAME, n_bytes)
+    for unit in written:
+        if unit * UNIT < n_bytes:
+            part.write(unit * UNIT, data[unit * UNIT : (unit + 1) * UNIT])
+    writer, offset = UnitWriter(part, ByteRange(0, n_bytes)), 0
+    if repeats:  # the object was moved in the middle of the read
+        writer.receive(0, memoryview(bytes(min(n_bytes, 100))))
+    for size in [*piece_bytes, n_bytes]:
+        piece = data[offset : offset + size]
+        if len(piece):
+            writer.receive(offset, piece.data)
+        offset += len(piece)
+    crc = writer.finish()
+    assert crc == (crc32c(data) if not any(unit * UNIT < n_bytes for unit in written) else None)
+    assert os.pread(part.fd, n_bytes + 1, 0) == data.tobytes()
+    held = part.hold()
+    assert part.is_complete()
+    assert partial_module.wrong_units(held.fd, held.presence) == []
+    held.close()
+    part.close()
+    folder.remove_part(NAME)
+
+
+def test_a_range_that_is_incomplete_or_out_of_order_is_not_marked_as_present(folder):
+    part = PartialCopy.create(folder, NAME, 2 * UNIT)
+    writer = UnitWriter(part, ByteRange(0, 2 * UNIT))
+    writer.receive(0, memoryview(bytes(UNIT)))
+    for offset in (UNIT + 1, 2 * UNIT):
+        with pytest.raises(ValueError, match=f"expected byte {UNIT}"):
+            writer.receive(offset, memoryview(bytes(10)))
+    with pytest.raises(ValueError, match="received only"):
+        writer.finish()
+    assert not part.present.any()
     part.close()
 
 

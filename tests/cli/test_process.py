@@ -8,7 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from tests.support.http_server import HttpFault, HttpFaultServer
+
+from tiercache.testing.http_server import HttpFault, HttpFaultServer
 
 COMMAND = [sys.executable, "-m", "tiercache.cli.app"]
 

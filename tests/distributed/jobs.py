@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -32,23 +34,27 @@ def serve_case(
     n_epochs: int = 1,
     resumed: dict[str, Any] | None = None,
     stop_after: int | None = None,
+    by_numpy: bool = False,
 ) -> dict[str, Any]:
     """Batches of ids by epoch, and what the loader says; or the error. rank_options, rank_versions: by rank."""
     rank = dist.get_rank()
     torch.manual_seed(rank)  # each rank would draw a seed of its own
+    np.random.seed(rank)
     mine = {**(options or {}), **(rank_options[rank] if rank_options else {})}
     own_loader = {"shuffle": True, **loader, **mine.pop("loader", {})}
     dataset = tc.Dataset(url, version=rank_versions[rank] if rank_versions else None)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
-            made = tc.DataLoader(dataset, options=tc.LoaderOptions(**mine), **own_loader)
+            make = dataset.iter_numpy if by_numpy else partial(tc.DataLoader, dataset)
+            made = make(options=tc.LoaderOptions(**mine), **own_loader)
             if resumed is not None:
                 made.load_state_dict(resumed)
             epochs = [take(made, stop_after) for _ in range(n_epochs)]
         except ValueError as error:
             return {"error": str(error)}
     found = {"epochs": epochs, "length": len(made), "state": made.state_dict(), "padded": made.stats()["padded"]}
+    found["exposed"] = made.stats(across_ranks=True)["exposed_wait_s"]
     return found | {"warned": [str(w.message) for w in warned], "repr": repr(made)}
 
 
@@ -68,7 +74,7 @@ def ids_together(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def serve_ways(url: str, batch_size: int) -> dict[str, dict[str, Any]]:
-    """Two epochs by each way to torch's path, with workers and without, and by the native path; no seed is given."""
+    """Two epochs with functions of the user, with workers and without, and without any; no seed is given."""
     dist.init_process_group("gloo")
     whole = tc.Dataset(url)
     ways: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -121,6 +127,46 @@ def train(url: str, folder: str, batch_size: int, save_every: int, resume: bool)
             served.append(batch["id"].tolist())
             print(json.dumps(served[-1]), file=log, flush=True)
             SYSTEM_CLOCK.sleep(0.004)  # a step takes its time: whoever kills in mid-epoch must come before its end
+            dist.all_reduce(torch.ones(1))
+            if step % save_every == 0:
+                save(state_path, {**loader.state_dict()})
+    dist.destroy_process_group()
+    return served
+
+
+def augment_record(record: dict[str, Any]) -> dict[str, Any]:
+    """A decoded picture with noise of every origin that is a function of the position."""
+    noise = torch.rand(()) + torch.rand((), generator=tc.rng().torch) + tc.rng().numpy.random()
+    return {"id": int(record["id"]), "sum": float(record["image"].sum()), "noise": float(noise)}
+
+
+def collate_rows(records: list[dict[str, Any]]) -> list[list[Any]]:
+    return [[record["id"], record["sum"], record["noise"]] for record in records]
+
+
+def augmented_loader(url: str, batch_size: int, workers: int, seed: int | None) -> tc.DataLoader[Any]:
+    """Decode with random crops, a transform and a collate function."""
+    decode = {"image": tc.DecodeImage(8, crop="random", flip=True)}
+    order = {"shuffle_streams": 2, "shuffle_window_bytes": "4KiB", "shuffle_group_bytes": "32KiB"}
+    options = tc.LoaderOptions(seed=seed, threads=1, **order)
+    more = {"num_workers": workers, "multiprocessing_context": "fork"} if workers else {}
+    dataset = tc.Dataset(url, transform=augment_record, decode=decode)
+    return tc.DataLoader(dataset, batch_size, shuffle=True, collate_fn=collate_rows, options=options, **more)
+
+
+def augment(url: str, folder: str, batch_size: int, save_every: int, resume: bool, workers: int) -> list[list[Any]]:
+    """One epoch of augmented pictures in lockstep; rank 0 saves the loader's state every few steps."""
+    dist.init_process_group("gloo")
+    rank, state_path = dist.get_rank(), Path(folder) / "state.json"
+    loader = augmented_loader(url, batch_size, workers, None if resume else 11)
+    if resume:
+        loader.load_state_dict(json.loads(state_path.read_text()))
+    served = []
+    with (Path(folder) / f"served-{rank}.jsonl").open("a") as log:
+        for step, rows in enumerate(loader, start=1):
+            served.append(rows)
+            print(json.dumps(rows), file=log, flush=True)
+            SYSTEM_CLOCK.sleep(0.004)  # as in train()
             dist.all_reduce(torch.ones(1))
             if step % save_every == 0:
                 save(state_path, {**loader.state_dict()})

@@ -33,6 +33,9 @@ def job(request, packed, tmp_path_factory, warm_python):
         "own seeds": {**bound, "rank_options": [{"seed": rank} for rank in range(world)]},
         "other window": {**bound, "rank_options": [*other["rank_options"], {"shuffle_window_bytes": "8KiB"}]},
         "other batch": {**bound, "rank_options": [*other["rank_options"], {"loader": {"batch_size": 8}}]},
+        "seeded": {**bound, "n_epochs": 2, "options": {**SMALL, "seed": 6}},
+        "numpy": {**bound, "n_epochs": 2, "options": {**SMALL, "seed": 6}, "by_numpy": True},
+        "numpy, no seed": {**bound, "n_epochs": 2, "rank_versions": rank_versions, "by_numpy": True},
         "stopped": {**bound, "stop_after": 9, "options": {**SMALL, "seed": 5}},
         **{f"{n} records": {**bound, "url": str(packed(n)), "n_epochs": 2} for n in (0, 1, 2, 5)},
     }
@@ -65,6 +68,19 @@ def test_all_ranks_together_serve_each_record_once(job):
         assert served.total() == N + sum(answer["padded"] for answer in job["whole"]) / 2  # counted over both epochs
 
 
+def test_numpy_batches_are_those_of_the_loader_on_each_rank(job):
+    for torchs, numpys in zip(job["seeded"], job["numpy"], strict=True):
+        assert numpys["epochs"] == torchs["epochs"]
+        assert numpys["state"] == torchs["state"]
+        assert "(from torch.distributed)" in numpys["repr"]
+
+
+def test_ranks_of_numpy_batches_agree_on_a_seed_and_a_version(job):
+    for parts in epochs_of(job["numpy, no seed"]):
+        assert sorted(records_of(parts)) == list(range(N))
+    assert all(answer["state"] == job["numpy, no seed"][0]["state"] for answer in job["numpy, no seed"])
+
+
 def test_two_epochs_serve_in_different_orders(job):
     first, second = epochs_of(job["whole"])
     assert together(first) != together(second)
@@ -84,6 +100,13 @@ def test_every_rank_has_as_many_batches_as_it_says(job, case):
     counts = {len(batches) for answer in job[case] for batches in answer["epochs"]}
     assert lengths == counts
     assert len(counts) == 1
+
+
+def test_every_rank_learns_the_exposed_wait_of_the_slowest(job):
+    mine = [answer["exposed"] for answer in job["whole"]]
+    slowest = max(range(len(mine)), key=lambda rank: mine[rank]["total"])
+    expected = {"rank": slowest, **{key: mine[slowest][key] for key in ("total", "mean", "p99")}}
+    assert [exposed["slowest_rank"] for exposed in mine] == [expected] * len(mine)
 
 
 def test_ranks_that_open_after_an_append_read_the_version_of_rank_0(job):
@@ -150,7 +173,7 @@ def test_any_other_number_of_ranks_serves_the_rest(job):
 
 @pytest.fixture(scope="module")
 def ways(packed, tmp_path_factory, warm_python):
-    """What two ranks are served on torch's path: {way: (one answer a rank)}."""
+    """What two ranks are served with functions of the user, on either path: {way: (one answer a rank)}."""
     arguments = {"url": str(packed(N)), "batch_size": 60}
     answers = run_ranks(warm_python, "tests.distributed.jobs:serve_ways", 2, tmp_path_factory.mktemp("ways"), arguments)
     return {name: [answer[name] for answer in answers] for name in answers[0]}
@@ -158,7 +181,7 @@ def ways(packed, tmp_path_factory, warm_python):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", ["collate_fn", "transform", "subclass", "batch_size=None"])
-def test_torchs_path_splits_an_epoch_over_the_ranks(ways, name, workers):
+def test_every_path_splits_an_epoch_over_the_ranks(ways, name, workers):
     answers = ways[f"{name}, {workers} workers"]
     assert ["rank 0 of 2" in answers[0]["repr"], "rank 1 of 2" in answers[1]["repr"]] == [True, True]
     assert answers[0]["state"] == answers[1]["state"]

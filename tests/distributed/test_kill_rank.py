@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.distributed.jobs import augmented_loader
 from tests.distributed.ranks import LONGEST_S, Job, run_ranks, together
+from tests.load.decoded import make_columns as make_pictures
+from tests.load.decoded import write as write_pictures
 from tests.support.warm_python import WarmPython
 
 import tiercache as tc
@@ -18,6 +21,7 @@ N, BATCH_SIZE, SAVE_EVERY = 2003, 6, 5
 pytestmark = pytest.mark.timeout(600)
 
 TRAIN, EXAMPLE = "tests.distributed.jobs:train", "examples.ddp:main"
+AUGMENT = "tests.distributed.jobs:augment"
 
 
 def lines_of(path: Path) -> list[str]:
@@ -70,6 +74,57 @@ def test_two_ranks_serve_the_rest_of_a_killed_job_of_three(packed, tmp_path, war
 @pytest.mark.parametrize(("n_ranks", "n_left"), [(2, 1), (3, 1), (4, 3), (4, 2), (4, 1)])
 def test_fewer_ranks_serve_the_rest_of_a_killed_job(packed, tmp_path, warm_python, n_ranks, n_left, seed):
     check_resumed_with_fewer(warm_python, packed(N), tmp_path, n_ranks, n_left, seed)
+
+
+N_PICTURES = 601
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "data", make_pictures(N_PICTURES))
+
+
+def check_augmented_alike(
+    python: WarmPython, url: Path, folder: Path, killed: tuple[int, int], resumed: tuple[int, int], seed: int
+) -> None:
+    """killed, resumed: numbers of ranks and of workers."""
+    chance = random.Random(seed)
+    n_ranks, workers = killed
+    n_steps = N_PICTURES // (n_ranks * BATCH_SIZE)
+    arguments = {"url": str(url), "folder": str(folder), "batch_size": BATCH_SIZE, "save_every": 3}
+    after, rank = chance.randrange(4, n_steps - 10), chance.randrange(n_ranks)
+    with Job(python, AUGMENT, n_ranks, folder, {**arguments, "resume": False, "workers": workers}) as job:
+        kill_one(job, folder / "served-0.jsonl", after, rank)
+    logs = [[json.loads(line) for line in lines_of(folder / f"served-{rank}.jsonl")] for rank in range(n_ranks)]
+    state = json.loads((folder / "state.json").read_text())
+    n_saved = state["offset"] // (n_ranks * BATCH_SIZE)
+    assert n_saved > 0
+    rows = list(chain.from_iterable(chain.from_iterable(log[:n_saved]) for log in logs))
+
+    n_left, workers = resumed
+    parts = run_ranks(python, AUGMENT, n_left, folder / "resumed", {**arguments, "resume": True, "workers": workers})
+
+    rows += chain.from_iterable(chain.from_iterable(parts))
+    loader = augmented_loader(str(url), 50, 0, 11)
+    whole = list(chain.from_iterable(loader))
+    loader.dataset.close()
+    assert sorted(row[0] for row in whole) == list(range(N_PICTURES))
+    assert len(rows) - N_PICTURES < n_left  # each record once, but for the padding of the last step
+    assert sorted({tuple(row) for row in rows}) == sorted(map(tuple, whole))
+
+
+def test_a_killed_job_resumes_with_the_same_augmentations_on_other_ranks_and_workers(pictures, tmp_path, warm_python):
+    check_augmented_alike(warm_python, pictures, tmp_path, (2, 1), (4, 0), seed=1)
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("killed", "resumed"), [((4, 0), (2, 2)), ((4, 1), (3, 0)), ((2, 0), (4, 1)), ((3, 2), (1, 1))], ids=str
+)
+def test_any_killed_job_resumes_with_the_same_augmentations(pictures, tmp_path, warm_python, killed, resumed, seed):
+    check_augmented_alike(warm_python, pictures, tmp_path, killed, resumed, seed)
 
 
 SAVE_EVERY = 7  # steps

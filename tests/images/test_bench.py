@@ -24,6 +24,16 @@ def test_the_loader_is_measured_beside_the_decoder_alone(tmp_path, warm_python):
     assert all(row["of_baseline"] > 0 for row in loaders)
 
 
+@pytest.mark.stress
+def test_the_vision_loop_is_measured_beside_the_decoder_and_the_transforms_alone(tmp_path, warm_python):
+    command = ["bench_images.py", "--augmented", "--quick", "--threads", "2", "--folder", str(tmp_path)]
+    done = warm_python.run(command, cwd=BENCHMARKS)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "augmented.jsonl").read_text().splitlines()]
+    assert [row["case"].split(",")[0] for row in rows] == ["decoder", "decoder and transforms alone", *["loader"] * 3]
+    assert all(row["of_baseline"] > 0 for row in rows[1:])
+
+
 def test_alignments_of_scratch_memory_are_measured_for_each_size(tmp_path, warm_python):
     command = ["bench_images.py", "--places", "--quick", "--folder", str(tmp_path)]
     done = warm_python.run(command, cwd=BENCHMARKS)

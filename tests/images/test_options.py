@@ -34,6 +34,20 @@ WRONG = [
     (ValueError, {"size": 8, "scale": (0.5, 2)}, "at most 1"),
     (ValueError, {"size": 8, "ratio": (2, 1)}, "ratio is a pair"),
     (ValueError, {"size": 8, "ratio": 3}, "ratio is a pair"),
+    (ValueError, {"size": 8, "brightness": -0.1}, "brightness is a number 0 or more, or a pair.*got -0.1"),
+    (ValueError, {"size": 8, "contrast": (1.2, 0.8)}, r"smallest <= largest <= 8, got \(1.2, 0.8\)"),
+    (ValueError, {"size": 8, "saturation": (0.5, 8.5)}, "largest <= 8"),
+    (ValueError, {"size": 8, "saturation": 7.5}, "largest <= 8, got 7.5"),
+    (ValueError, {"size": 8, "brightness": True}, "brightness is a number"),
+    (ValueError, {"size": 8, "brightness": "0.4"}, "brightness is a number or a pair"),
+    (ValueError, {"size": 8, "brightness": float("nan")}, "brightness is a number"),
+    (ValueError, {"size": 8, "mean": 0.5, "dtype": "float32"}, "mean and std go together, got mean=0.5, std=None"),
+    (ValueError, {"size": 8, "mean": 0.5, "std": 0.5}, "mean and std need a float dtype"),
+    (ValueError, {"size": 8, "mean": (0.5, 0.5), "std": 1, "dtype": "float32"}, "mean is a number, or three"),
+    (ValueError, {"size": 8, "mean": 123.7, "std": 58.4, "dtype": "float32"}, "mean is of values 0 to 1.*got 123.7"),
+    (ValueError, {"size": 8, "mean": 0, "std": (1, 0, 1), "dtype": "float32"}, "std must be greater than 0"),
+    (ValueError, {"size": 8, "mean": 0, "std": 1e-5, "dtype": "float16"}, "100000, which float16 cannot hold"),
+    (TypeError, {"size": 8, "apply_exif_orientation": 6}, "apply_exif_orientation is True or False, got 6"),
 ]
 
 
@@ -48,11 +62,16 @@ def test_options_that_mean_the_same_are_equal():
     assert given == tc.DecodeImage((8, 8), dtype="float16", scale=(0.5, 1.0))
     assert pickle.loads(pickle.dumps(given)) == given
     assert hash(given) == hash(pickle.loads(pickle.dumps(given)))
+    normal = tc.DecodeImage(8, dtype="float16", brightness=np.float32(0.5), contrast=2, mean=0.5, std=[0.2, 0.2, 0.2])
+    pairs = {"brightness": (0.5, 1.5), "contrast": (0, 3)}
+    assert normal == tc.DecodeImage(8, dtype="float16", **pairs, mean=(0.5,) * 3, std=(0.2,) * 3)
+    assert hash(normal) == hash(pickle.loads(pickle.dumps(normal)))
 
 
 def test_options_with_a_size_know_the_shape_of_results():
     assert tc.DecodeImage((8, 12)).batch_shape == (3, 8, 12)
     assert tc.DecodeImage((8, 12), layout="HWC").batch_shape == (8, 12, 3)
+    assert tc.DecodeImage((8, 12), layout="channels_last").batch_shape == (3, 8, 12)
     with pytest.raises(ValueError, match="no common shape"):
         _ = tc.DecodeImage(None).shape
 

@@ -18,7 +18,8 @@ from tests.images.pictures import BY_PLANES, encode, picture
 
 from tiercache.images import decoder
 from tiercache.images import decoder as decoder_module
-from tiercache.images.decoder import DecodeError, Decoder, JpegPlanesHeader, PlaneReader, plan_crop
+from tiercache.images.decoder import DecodeError, Decoder, JpegPlanesHeader, PlaneReader
+from tiercache.images.image_plan import plan_crop
 from tiercache.images.options import DecodeImage
 
 SUBSAMPLED = ("420", "422", "440")

@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration
 from tests.distributed.ranks import run_ranks
+from tests.support.meshes import FakeMesh
 
 import tiercache as tc
 from tiercache.integrations.accelerate import PreparedLoader, pad_batch, prepare
@@ -156,6 +157,37 @@ def test_a_loader_of_another_kind_is_refused(dataset, accelerator):
         prepare(tc.DataLoader(range(4)), accelerator)
     with pytest.raises(ValueError, match="has a sampler"):
         prepare(tc.DataLoader(dataset, sampler=[3, 1, 2]), accelerator)
+
+
+MESH = {"dp_shard": 2, "tp": 4}
+
+
+def test_a_loader_with_the_mesh_of_the_accelerator_serves_the_share_of_its_group(dataset, accelerator, monkeypatch):
+    alone = tc.DataLoader(dataset, batch_size=8, shuffle=True)
+    state, served = alone.state_dict(), []
+    for rank in (2, 5, 7):
+        monkeypatch.setattr(type(accelerator), "torch_device_mesh", FakeMesh(MESH, rank))
+        options = tc.LoaderOptions(mesh=accelerator.torch_device_mesh, dims="dp_shard")
+        loader = tc.DataLoader(dataset, batch_size=8, shuffle=True, options=options)
+        loader.load_state_dict(state)
+        prepared = prepare(loader, accelerator)
+        assert prepared.total_batch_size == 16
+        served.append(ids_of(prepared))
+    assert served[1] == served[2]
+    records = Counter(chain.from_iterable(chain.from_iterable(served[:2])))
+    assert sorted(records) == list(range(101))
+    assert records.total() == 102  # one is repeated, so that the last batches have the same size
+
+
+@pytest.mark.parametrize("options", [None, {"dims": ()}, {"dims": ("dp_shard", "tp")}])
+def test_a_loader_of_other_ranks_than_the_mesh_of_the_accelerator_is_refused(
+    dataset, accelerator, monkeypatch, options
+):
+    mesh = FakeMesh(MESH, 5)
+    monkeypatch.setattr(type(accelerator), "torch_device_mesh", mesh)
+    given = None if options is None else tc.LoaderOptions(mesh=mesh, **options)
+    with pytest.raises(ValueError, match=r"rank 1 of 2 data ranks: .*mesh=accelerator.*, dims=\('dp_shard',\)"):
+        prepare(tc.DataLoader(dataset, batch_size=8, options=given), accelerator)
 
 
 def test_reading_on_one_rank_for_all_is_refused(dataset):

@@ -1,4 +1,4 @@
-"""docs/guide/frameworks.md: its examples run in order, those of the heavy frameworks too."""
+"""Guide pages with libraries that are not in the development environment: all their examples run, in order."""
 
 import os
 import re
@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "guide" / "frameworks.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "guide"
 
 
 @pytest.mark.integration
 @pytest.mark.timeout(300)
-def test_every_example_of_the_page_runs(tmp_path):
-    script = tmp_path / "examples.py"
-    script.write_text("\n".join(re.findall(r"^```py(?:thon)?\n(.*?)^```", PAGE.read_text(), re.M | re.S)))
+@pytest.mark.parametrize("page", ["frameworks.md", "transforms.md"])
+def test_every_example_of_the_page_runs(tmp_path, page):
+    script, text = tmp_path / "examples.py", (GUIDE / page).read_text()
+    script.write_text("\n".join(re.findall(r"^```py(?:thon)?\n(.*?)^```", text, re.M | re.S)))
     done = subprocess.run(
         [sys.executable, str(script)],
         cwd=tmp_path,

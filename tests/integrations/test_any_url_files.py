@@ -17,7 +17,8 @@ from tests.support.forks import in_child
 
 import tiercache as tc
 from tiercache.integrations.fsspec_files import CachedFile
-from tiercache.store.range_reads import RequestSizes, plan_requests
+from tiercache.store.coalescing import RequestCosts
+from tiercache.store.range_reads import plan_requests
 
 # -- files ----------------------------------------------------------------------------------------------------------
 
@@ -114,9 +115,9 @@ def test_a_cached_file_has_the_attributes_of_fsspec_files(fs, path):
 def test_threads_fetch_each_byte_of_an_object_once(fs, source, path, monkeypatch):
     # Else what lies between two pieces that are asked for together is read along, for nothing: how much, the threads'
     # timing decides (1.6 to 2.1 times the file in 60 runs). tests/store/test_range_reads.py has the bounds of that.
-    without_gaps = RequestSizes(gap_bytes=0)
+    without_gaps = RequestCosts(max_gap_bytes=0)
     monkeypatch.setattr(
-        "tiercache.store.remote.plan_requests", lambda spans, _sizes: plan_requests(spans, without_gaps)
+        "tiercache.store.remote.plan_requests", lambda spans, _costs: plan_requests(spans, without_gaps)
     )
 
     def read(seed):

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
+from tiercache.testing.http_server import HttpFaultServer
 
 N_REMOTE = 600
 

@@ -16,7 +16,6 @@ from weakref import ref
 import numpy as np
 import pytest
 from tests.cache.conftest import open_below
-from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
 from tiercache.cache.evict.reading_plans import ReadingPlans
@@ -26,6 +25,7 @@ from tiercache.load.reading_plan import ReadingPlanPublisher
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.opened_version import OpenedVersion
 from tiercache.shard.read.shard_reader import ReleasingPlan
+from tiercache.testing.http_server import HttpFaultServer
 
 N, WORDS = 1536, 1536  # records of 15 KiB, in blocks that are further apart than requests are joined
 # Options with which a rank reads other shards in each epoch.
@@ -370,6 +370,7 @@ def test_closing_the_cache_during_planning_leaves_no_plan(server, packed, tmp_pa
 
     monkeypatch.setattr(NextEpoch, "prepare", prepare_late)
     monkeypatch.setattr(ReadingPlans, "uses", ask_late)
+    monkeypatch.setattr("tiercache.cache.fetch.queue.JOIN_S", 0.1)  # a fetch may wait for the room that it asks for
     with too_small(tmp_path, packed) as cache:
         dataset, loader = read_dealt_anew(server, cache)
         assert asked.wait(60)

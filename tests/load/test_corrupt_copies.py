@@ -14,12 +14,12 @@ import pytest
 import torch
 from tests.load.conftest import SCHEMA, check_batch, make_columns
 from tests.shard.mixed_shard import wait_until_settled
-from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
 from tiercache.load import prefetch
 from tiercache.opened_version import DatasetLocation, OpenedVersion
 from tiercache.testing import Fault, FaultKind, FaultStore
+from tiercache.testing.http_server import HttpFaultServer
 
 N = 600
 OPTIONS = tc.LoaderOptions(seed=3, memory_bytes=1)  # two batches ahead, no more
@@ -179,7 +179,7 @@ def test_a_later_epoch_checks_pages_again_after_a_silent_change(server, cache, m
         assert read_all(dataset, "loader", loaders) == list(range(N))
         memory[100] ^= 4
         wait_until_settled(*copies)
-        monkeypatch.setattr(prefetch, "CHECKED_FOR_S", -1.0)
+        monkeypatch.setattr("tiercache.shard.read.blocks.CHECKED_FOR_S", -1.0)
         loaders.clear()  # the windows with which its next epoch begins are loaded already
         for _ in range(2):
             assert read_all(dataset, "loader", loaders) == list(range(N))

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,10 +20,21 @@ import torch
 from PIL import Image
 from tests.images.pictures import BY_PLANES, encode, picture
 from tests.load.decoded import RANDOM, N, loader_of, make_columns, write
-from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
 from tiercache.images.decoder import Decoder
+from tiercache.testing.http_server import HttpFaultServer
+
+AUGMENTED = replace(
+    RANDOM,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.4,
+    layout="channels_last",
+    dtype="float16",
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +48,7 @@ def equal(one, two) -> bool:
     )
 
 
-@pytest.mark.parametrize("layout", ["CHW", "HWC"])
+@pytest.mark.parametrize("layout", ["CHW", "HWC", "channels_last"])
 @pytest.mark.parametrize("dtype", ["uint8", "float32", "float16", "bfloat16"])
 def test_a_batch_is_one_tensor_of_the_pictures_of_its_records(path, dtype, layout):
     options = tc.DecodeImage((12, 16), dtype=dtype, layout=layout)
@@ -50,6 +62,9 @@ def test_a_batch_is_one_tensor_of_the_pictures_of_its_records(path, dtype, layou
         assert batch["name"] == [f"picture {i}" for i in batch["id"].tolist()]
         expected = dataset[batch["id"].tolist()]["image"]
         assert torch.equal(batch["image"], torch.as_tensor(expected))
+        assert batch["image"].stride() == torch.as_tensor(expected).stride()
+        in_order = {"memory_format": torch.channels_last} if layout == "channels_last" else {}
+        assert batch["image"].is_contiguous(**in_order)
         served += n
     assert served == N
 
@@ -80,10 +95,11 @@ def test_a_record_is_the_picture_that_pillow_cuts_out(path):
     assert np.abs(record["image"].astype(int) - expected).max() <= 1
 
 
+@pytest.mark.parametrize("layout", ["CHW", "channels_last"])
 @pytest.mark.parametrize("dtype", ["uint8", "bfloat16"])
 @pytest.mark.parametrize("size", [16, None])
-def test_torchs_own_loader_serves_the_same(path, size, dtype):
-    options = tc.DecodeImage(size, dtype=dtype)
+def test_torchs_own_loader_serves_the_same(path, size, dtype, layout):
+    options = tc.DecodeImage(size, dtype=dtype, layout=layout)
     dataset = tc.Dataset(path, decode={"image": options})
     ours = tc.DataLoader(dataset, batch_size=32)
     theirs = torch.utils.data.DataLoader(dataset, batch_size=32, collate_fn=tc.collate)
@@ -125,15 +141,29 @@ def test_random_crops_are_the_same_for_any_number_of_threads_and_differ_by_epoch
         assert sum(torch.equal(one[i], two[i]) for i in range(N)) < N // 4
 
 
-def test_a_run_resumes_bit_for_bit_at_every_batch(path):
-    loader = loader_of(path)
+def test_colours_are_drawn_anew_and_crops_are_those_of_a_run_without_jitter(path):
+    plain = loader_of(path, RANDOM)
+    grey = loader_of(path, replace(RANDOM, saturation=(0, 0)))
+    for one, two in zip(plain, grey, strict=True):
+        weights = torch.tensor([0.2989, 0.587, 0.114]).reshape(3, 1, 1)
+        expected = (one["image"] * weights).sum(1)
+        assert (two["image"].float() - expected[:, None]).abs().max() <= 1.5
+    bright = loader_of(path, tc.DecodeImage(16, brightness=0.8))
+    factors = [(b["image"].float().mean((1, 2, 3)) + 1).tolist() for b in bright]
+    again = [(b["image"].float().mean((1, 2, 3)) + 1).tolist() for b in bright]  # of the next epoch
+    assert len({round(factor, 3) for factor in itertools.chain(*factors, *again)}) > N
+
+
+@pytest.mark.parametrize("options", [RANDOM, AUGMENTED])
+def test_a_run_resumes_bit_for_bit_at_every_batch(path, options):
+    loader = loader_of(path, options)
     iterator = iter(loader)
     states, batches = [loader.state_dict()], []
     for batch in iterator:
         batches.append(batch)
         states.append(loader.state_dict())
     for number, state in enumerate(states[:-1]):
-        again = loader_of(path, batch_size=8, threads=1 + number % 3)
+        again = loader_of(path, options, batch_size=8, threads=1 + number % 3)
         again.load_state_dict(state)
         assert equal(list(again), batches[number:])
 

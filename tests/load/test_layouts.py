@@ -59,6 +59,21 @@ FILLS: dict[str, Any] = {
 }
 
 
+# A value that each column can be padded with.
+PADDING: dict[str, Any] = {
+    "blob": 255,
+    "text": 32,
+    "picture": 1,
+    "flat": 65535,
+    "half": -2.5,
+    "flags": True,
+    "rows": 1.5,
+    "empty": -100,
+    "last": 1e300,
+    "box": -7,
+}
+
+
 def make_record(i: int) -> dict[str, Any]:
     """Record i, which follows from its number; every third value of a nullable column is null."""
     rng = np.random.default_rng(i)
@@ -119,9 +134,17 @@ def plain_batch(batch: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def records_of(batch: dict[str, Any], name: str, form: str) -> list[Any]:
+def as_array(value: Any) -> np.ndarray:
+    """A value as a numpy array; bfloat16 as float32."""
+    if isinstance(value, torch.Tensor):
+        return value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
+    return np.asarray(value)
+
+
+def records_of(batch: dict[str, Any], name: str, form: Any) -> list[Any]:
     """Each record's value in a batch, taken out of the column's form again."""
     values = batch[name]
+    padding = form if isinstance(form, tc.Padded) else tc.Padded()
     if form == "buffer":
         return list(values)
     if form == "nested":
@@ -130,28 +153,51 @@ def records_of(batch: dict[str, Any], name: str, form: str) -> list[Any]:
         return list(values)
     vary = [d for d, size in enumerate(getattr(SCHEMA[name], "shape", (None,))) if size is None]
     lengths = batch[f"{name}.lengths"].reshape(len(values), len(vary)).tolist()
+    for number, dimension in enumerate(vary):
+        longest, box = max((length[number] for length in lengths), default=0), values.shape[1 + dimension]
+        assert longest <= box < max(longest, 1) + padding.multiple_of
+        assert box % padding.multiple_of == 0
+        assert padding.max_length is None or longest <= padding.max_length
     out = []
     for value, length in zip(values, lengths, strict=True):
         cut = [slice(None)] * value.ndim
         for dimension, n in zip(vary, length, strict=True):
             cut[dimension] = slice(0, n)
         out.append(value[tuple(cut)])
-        assert int((value != 0).sum()) == int((out[-1] != 0).sum())  # zeros behind it
+        behind = np.ones(value.shape, np.bool_)
+        behind[tuple(cut)] = False
+        assert (as_array(value)[behind] == padding.value).all()
     return out
 
 
-def expected_value(name: str, value: Any, fill: Any, form: str) -> Any:
+def expected_value(name: str, value: Any, fill: Any, form: Any) -> Any:
     """What was written, as a list of numbers (of the encoded bytes, where the form is none of objects)."""
     value = fill if value is None else value
     if form != "list" and isinstance(value, str | bytes):
-        return list(value.encode() if isinstance(value, str) else value)
+        value = np.frombuffer(value.encode() if isinstance(value, str) else value, np.uint8)
+    if isinstance(form, tc.Padded):
+        shape = getattr(SCHEMA[name], "shape", (None,))
+        value = value[tuple(slice(form.max_length if size is None else None) for size in shape)]
     return value.tolist() if hasattr(value, "tolist") else value
+
+
+@st.composite
+def paddings(draw, name):
+    """How a column is padded; longer records are cut if there is a limit."""
+    limit = draw(st.one_of(st.none(), st.integers(1, 9)))
+    value, multiple = draw(st.sampled_from([0, PADDING[name]])), draw(st.sampled_from([1, 1, 2, 5, 8]))
+    return tc.Padded(value, multiple_of=multiple, max_length=limit, truncate=limit is not None)
 
 
 @st.composite
 def servings(draw):
     forms = {
-        name: draw(st.sampled_from(("list", "padded", "buffer", *(["nested"] * (name in ONE_VARIES_FIRST)))))
+        name: draw(
+            st.one_of(
+                st.sampled_from(("list", "padded", "buffer", *(["nested"] * (name in ONE_VARIES_FIRST)))),
+                paddings(name),
+            )
+        )
         for name in VARIED
     }
     return {"layouts": forms, "fill_nulls": {n: f for n, f in FILLS.items() if draw(st.booleans())}}
@@ -320,6 +366,14 @@ def test_a_fill_is_every_records_own(packed):
         ({"layouts": {"nothing": "list"}}, "nothing.*no such column"),
         ({"layouts": {"text": "pad"}}, "text.*'padded'.*got 'pad'"),
         ({"layouts": {"count": "padded"}}, "count.*records differ in length.*int32"),
+        ({"layouts": {"count": tc.Padded(1)}}, "count.*records differ in length.*int32"),
+        ({"layouts": {"doc": tc.Padded()}}, "doc.*'list', got 'padded'"),
+        ({"layouts": {"text": tc.Padded(256)}}, "text.*cannot hold this value.*uint8.*256"),
+        ({"layouts": {"blob": tc.Padded(-100)}}, "blob.*cannot hold.*0 to 255"),
+        ({"layouts": {"flat": tc.Padded(-100)}}, "flat.*cannot hold.*uint16.*-100"),
+        ({"layouts": {"flat": tc.Padded(0.5)}}, "flat.*cannot hold"),
+        ({"layouts": {"flags": tc.Padded(2)}}, "flags.*cannot hold.*bool"),
+        ({"layouts": {"box": tc.Padded([1, 2])}}, "box.*cannot hold"),
         ({"layouts": {"doc": "buffer"}}, "doc.*'list', got 'buffer'"),
         ({"layouts": {"box": "nested"}}, "box.*one dimension only.*'padded', 'buffer'"),
         ({"layouts": {"last": "nested"}}, "last.*the first"),
@@ -356,6 +410,97 @@ def test_a_column_with_the_name_of_lengths_is_refused(tmp_path):
         writer.write({"x": b"", "x.lengths": 1})
     with pytest.raises(tc.SchemaError, match=r"x\.lengths.*taken"):
         tc.Dataset(tmp_path / "d", layouts={"x": "padded"})
+
+
+@pytest.mark.parametrize("padding", ["padded", tc.Padded(-100, multiple_of=4)])
+def test_labels_are_padded_with_a_value_that_a_cast_column_can_hold(tmp_path, padding):
+    with tc.Writer(tmp_path / "d", schema={"labels": tc.Ragged("uint16", (None,))}) as writer:
+        writer.write_batch({"labels": [np.arange(1, 4), np.arange(0), np.arange(1, 6)]})
+    dataset = tc.Dataset(tmp_path / "d", cast={"labels": "int64"}, layouts={"labels": padding})
+    value, width = (-100, 8) if isinstance(padding, tc.Padded) else (0, 5)
+    expected = [[*row, *[value] * (width - len(row))] for row in ([1, 2, 3], [], [1, 2, 3, 4, 5])]
+    for batch in (next(iter(tc.DataLoader(dataset, batch_size=3))), dataset[[0, 1, 2]]):
+        assert batch["labels"].tolist() == expected
+        assert batch["labels.lengths"].tolist() == [3, 0, 5]
+
+
+def test_a_multiple_gives_every_batch_one_length(packed):
+    dataset = tc.Dataset(
+        packed, columns=["flat", "box"], layouts=dict.fromkeys(("flat", "box"), tc.Padded(multiple_of=64))
+    )
+    for batch in tc.DataLoader(dataset, batch_size=1):  # records without elements too
+        assert batch["flat"].shape == (1, 64)
+        assert batch["box"].shape == (1, 64, 2, 64)
+    assert dataset[[]]["flat"].shape == (0, 64)
+
+
+@pytest.mark.parametrize("name", ["text", "flat", "rows", "last", "box"])
+def test_a_record_that_is_too_long_is_an_error_that_names_it_and_its_length(packed, name):
+    lengths = [max(_lengths_of(name, i)) for i in range(N)]
+    limit = max(lengths) - 1
+    dataset = tc.Dataset(packed, columns=["id", name], layouts={name: tc.Padded(max_length=limit)})
+    first = lengths.index(limit + 1)
+    told = rf"column '{name}', record {first}: .*length is {limit + 1}, and max_length is {limit}.*truncate=True"
+    served = []
+    with pytest.raises(tc.SchemaError, match=told) as caught:
+        served += [batch["id"].tolist() for batch in tc.DataLoader(dataset, batch_size=7)]
+    assert (caught.value.column, caught.value.record) == (name, first)
+    assert served == [list(range(at, at + 7)) for at in range(0, first - 6, 7)]
+    for read in (lambda: dataset[[0, first]], lambda: tc.collate(dataset.__getitems__([first]))):
+        with pytest.raises(tc.SchemaError, match=told):
+            read()
+    other = next(i for i in range(N) if lengths[i] <= limit)
+    view = dataset.select([first, other])
+    for read in (
+        lambda: view[[1, 0]],
+        lambda: list(tc.DataLoader(view, batch_size=2)),
+        lambda: list(tc.DataLoader(view, batch_size=2, shuffle=True)),
+    ):
+        with pytest.raises(tc.SchemaError, match=f"length is {limit + 1}") as of_view:
+            read()
+        assert of_view.value.record == sorted([first, other]).index(first)  # in stored order
+    assert dataset[first]["id"] == first  # a single record is not padded
+    whole = tc.Dataset(packed, columns=["id", name], layouts={name: tc.Padded(max_length=limit + 1)})
+    assert sum(len(batch["id"]) for batch in tc.DataLoader(whole, batch_size=7)) == N
+
+
+def _lengths_of(name: str, i: int) -> list[int]:
+    value = make_record(i)[name]
+    if value is None:
+        return [0]
+    if isinstance(value, str):
+        return [len(value.encode())]
+    return [n for n, size in zip(value.shape, SCHEMA[name].shape, strict=True) if size is None]
+
+
+def test_a_fill_that_is_too_long_is_cut_or_an_error(tmp_path):
+    with tc.Writer(tmp_path / "d", schema={"x": tc.Ragged("int8", (None,), nullable=True)}) as writer:
+        writer.write_batch({"x": [None, np.ones(2, np.int8)]})
+    settings = {"fill_nulls": {"x": [7, 8, 9]}}
+    cut = tc.Dataset(tmp_path / "d", layouts={"x": tc.Padded(max_length=2, truncate=True)}, **settings)
+    for batch in (next(iter(tc.DataLoader(cut, batch_size=2))), cut[[0, 1]]):
+        assert batch["x"].tolist() == [[7, 8], [1, 1]]
+        assert batch["x.lengths"].tolist() == [2, 2]
+    refused = tc.Dataset(tmp_path / "d", layouts={"x": tc.Padded(max_length=2)}, **settings)
+    for read in (lambda: list(tc.DataLoader(refused, batch_size=2)), lambda: refused[[0, 1]]):
+        with pytest.raises(tc.SchemaError, match=r"record 0: .*length is 3"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "told"),
+    [
+        ({"multiple_of": 0}, ValueError, "multiple_of must be 1 or more, got 0"),
+        ({"multiple_of": 1.5}, TypeError, "multiple_of must be a whole number, got 1.5"),
+        ({"max_length": 0}, ValueError, "max_length must be 1 or more"),
+        ({"max_length": True}, ValueError, "max_length must be 1 or more, got True"),
+        ({"truncate": 1, "max_length": 2}, TypeError, "truncate is True or False"),
+        ({"truncate": True}, ValueError, "truncate=True needs a max_length"),
+    ],
+)
+def test_a_wrong_setting_of_padding_is_an_error_that_names_it(wrong, error, told):
+    with pytest.raises(error, match=told):
+        tc.Padded(**wrong)
 
 
 def test_a_mask_by_name_is_the_usual_mask(packed):
@@ -409,7 +554,7 @@ def test_invalid_text_is_an_error_that_names_its_block_and_column(tmp_path):
 
 def test_a_table_of_forms_that_is_too_short_is_refused():
     one = np.zeros((1, 1, 3), np.uint64)
-    with pytest.raises(ValueError, match="need 8 words"):
+    with pytest.raises(ValueError, match="need 12 words"):
         Plan(one, np.zeros(1, np.uint32), np.zeros(1, np.uint32), None, output_layouts=np.zeros(7, np.uint64))
 
 

@@ -11,6 +11,7 @@ from tests.load.conftest import check_batch, ids_of, make_columns
 import tiercache as tc
 from tiercache.load.batch import PipelineSetup
 from tiercache.load.output_spec import OutputSpec
+from tiercache.load.torch_library import TorchLibrary
 from tiercache.shard.schema import Column, Schema
 
 N = 300
@@ -18,7 +19,7 @@ N = 300
 
 def setup_of(column, spec):
     shards = {"shard_records": np.array([60, 40]), "shard_bytes": np.array([6000, 4000])}
-    return PipelineSetup(SimpleNamespace(schema=Schema([column]), **shards), spec)
+    return PipelineSetup(SimpleNamespace(schema=Schema([column]), **shards), spec, TorchLibrary())
 
 
 def test_two_iterators_of_a_loader_take_their_own_batches(make_dataset):

@@ -37,8 +37,8 @@ class Pairs(OwnRecords):
 
 WAYS = {
     "collate_fn": lambda path, **more: tc.DataLoader(tc.Dataset(path), collate_fn=ids_together, **more),
-    "transform": lambda path, **more: tc.DataLoader(tc.Dataset(path, transform=only_ids), **more),
     "subclass": lambda path, **more: tc.DataLoader(OwnRecords(path), **more),
+    "subclass with a transform": lambda path, **more: tc.DataLoader(OwnRecords(path, transform=only_ids), **more),
     "batch_size=None": lambda path, batch_size, **more: tc.DataLoader(tc.Dataset(path), batch_size=None, **more),
 }
 BATCHED = [name for name in WAYS if name != "batch_size=None"]
@@ -125,7 +125,7 @@ def test_a_sampler_determines_what_a_rank_is_served(path, name, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "workers", "n_taken"),
-    [*itertools.product(BATCHED, [0], [0, 1, 4, 6]), ("collate_fn", 2, 4), ("transform", 2, 0)],
+    [*itertools.product(BATCHED, [0], [0, 1, 4, 6]), ("collate_fn", 2, 4), ("subclass", 2, 0)],
 )
 def test_three_ranks_resume_a_state_of_two_on_either_path(path, name, workers, n_taken):
     def serve(make, state, n_ranks, batch_size, n_batches):
@@ -224,7 +224,7 @@ def test_reseeding_before_an_epoch_determines_its_order(path):
 @WORKERS
 def test_workers_that_stay_are_served_epoch_after_epoch(path, workers):
     more = {"num_workers": workers, "persistent_workers": bool(workers)}
-    loader = WAYS["transform"](path, batch_size=16, shuffle=True, options=options(), **more)
+    loader = WAYS["subclass"](path, batch_size=16, shuffle=True, options=options(), **more)
     expected = native(path, 16, shuffle=True, options=options())
     for stop in (None, 2, None):
         found = [batch["id"].tolist() for batch in itertools.islice(loader, stop)]
@@ -243,7 +243,7 @@ def test_an_epoch_that_set_epoch_names_comes_next(path):
 
 
 def test_a_loader_is_pickled_with_its_place(path):
-    loader = WAYS["transform"](path, batch_size=16, shuffle=True, options=options())
+    loader = WAYS["subclass"](path, batch_size=16, shuffle=True, options=options())
     loader.load_state_dict({**loader.state_dict(), "offset": 32})
     copy = pickle.loads(pickle.dumps(loader))
     assert ids_of(copy) == ids_of(loader)
@@ -292,10 +292,10 @@ def test_the_version_of_a_state_is_read(tmp_path):
     url = tmp_path / "data"
     with tc.Writer(url, schema=SCHEMA) as writer:
         writer.write_batch(make_columns(20))
-    state = WAYS["transform"](url, batch_size=4).state_dict()
+    state = WAYS["subclass"](url, batch_size=4).state_dict()
     with tc.Writer(url, schema=SCHEMA, mode="append") as writer:
         writer.write_batch(make_columns(5, first=20))
-    loader = WAYS["transform"](url, batch_size=4)
+    loader = WAYS["subclass"](url, batch_size=4)
     assert len(loader) == 7
     loader.load_state_dict(state)
     assert len(loader) == 5

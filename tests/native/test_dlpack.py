@@ -14,10 +14,12 @@ from torch.utils.dlpack import from_dlpack
 
 from tiercache._native import gather
 from tiercache._native.ring import Layout, Plan, Ring, held_bytes
-from tiercache.load import batch as batch_module
+from tiercache.load import torch_library
+from tiercache.load.torch_library import TORCH_DTYPES, TorchLibrary
 
 N_ROWS, BATCH_ROWS = 40, 8
-DTYPES = list(batch_module.TORCH_DTYPES.values())
+DTYPES = list(TORCH_DTYPES.values())
+NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 UINT8 = Layout(1, 8, (64,))
 
 
@@ -57,13 +59,13 @@ def ring(rows):
 @pytest.mark.parametrize("shape", [(), (3,), (2, 1, 4), (0,)], ids=str)
 def test_a_tensor_over_a_slot_has_its_dtype_shape_and_bytes(monkeypatch, dtype, shape, by_dlpack):
     if not by_dlpack:  # as with a torch that does not take the dtype so
-        monkeypatch.setattr(batch_module, "_dlpack_code", lambda _: None)
+        monkeypatch.setattr(torch_library, "_dlpack_code", lambda _: None)
     expected = torch.arange(BATCH_ROWS * max(int(np.prod(shape)), 1)).to(dtype)[: BATCH_ROWS * int(np.prod(shape))]
     width = int(np.prod(shape)) * dtype.itemsize
     stored = expected.view(torch.uint8).numpy() if dtype is not torch.bool else expected.numpy().view(np.uint8)
     ring = ring_of(np.ascontiguousarray(stored.reshape(BATCH_ROWS, width)) if width else np.zeros((8, 0), np.uint8))
     slot = ring.take(10)
-    tensor = batch_module._tensors_over(dtype, shape)(slot, slot.stream_position(0)[0], slot.n_rows)
+    tensor = TorchLibrary().rows_over(NAMES[dtype], shape)(slot, slot.stream_position(0)[0], slot.n_rows)
     del slot
     ring.close()
     assert (tensor.dtype, tuple(tensor.shape)) == (dtype, (BATCH_ROWS, *shape))
@@ -75,9 +77,7 @@ def test_a_tensor_over_a_slot_has_its_dtype_shape_and_bytes(monkeypatch, dtype, 
 
 def test_a_tensor_without_elements_does_not_alias_the_next_column(rows, ring):
     slot = ring.take(10)
-    column, nothing = (
-        batch_module._tensors_over(dtype, shape) for dtype, shape in ((torch.uint8, (64,)), (torch.int16, (0,)))
-    )
+    column, nothing = (TorchLibrary().rows_over(dtype, shape) for dtype, shape in (("uint8", (64,)), ("int16", (0,))))
     batch = {"column": column(slot, 0, slot.n_rows), "nothing": nothing(slot, 0, slot.n_rows)}
     file = io.BytesIO()
     torch.save(batch, file)  # it refuses two dtypes at one address
@@ -86,7 +86,7 @@ def test_a_tensor_without_elements_does_not_alias_the_next_column(rows, ring):
 
 
 def test_torch_accepts_every_dtype_by_dlpack():
-    assert [dtype for dtype in DTYPES if batch_module._dlpack_code(dtype) is None] == []
+    assert [dtype for dtype in TORCH_DTYPES if torch_library._dlpack_code(dtype) is None] == []
 
 
 def test_memory_is_reused_only_after_the_last_tensor_over_it_is_dropped(rows, ring):

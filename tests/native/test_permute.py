@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tiercache._native.permute import MAX_N, RowFinder, invert_one, permute, permute_one
+from tiercache._native.permute import MAX_N, RowFinder, invert_one, permute, permute_at, permute_one
 from tiercache.order import derive_key
 
 WORDS = st.integers(0, 2**64 - 1)
@@ -335,3 +335,22 @@ def test_positions_outside_the_blocks_raise_an_error() -> None:
     for start, m_block, m_row in ((0, 5, 5), (4, 1, 1), (-1, 1, 1), (0, 2, 3)):
         with pytest.raises(ValueError, match=r"not inside|one length"):
             finder.find(start, np.empty(m_block, np.uint32), np.empty(m_row, np.uint32))
+
+
+@given(key=KEYS, n=st.integers(1, 3000), data=st.data())
+def test_records_at_any_positions_are_those_of_the_whole_permutation(key, n, data):
+    positions = np.array(data.draw(st.lists(st.integers(0, n - 1), max_size=50)), np.int64)
+    expected = shuffled(key, n)[positions].tolist()
+    out = np.empty(len(positions), np.int64)
+    permute_at(key, n, positions, out)
+    assert out.tolist() == expected
+    permute_at(key, n, positions, positions)  # in place
+    assert positions.tolist() == expected
+
+
+@pytest.mark.parametrize("position", [-1, 10, 2**62])
+def test_records_at_positions_that_do_not_exist_are_errors(position):
+    with pytest.raises(ValueError, match=r"not inside \[0, 10\)"):
+        permute_at(b"k" * 16, 10, np.array([3, position]), np.empty(2, np.int64))
+    with pytest.raises(ValueError, match="one length"):
+        permute_at(b"k" * 16, 10, np.array([3, 4]), np.empty(3, np.int64))

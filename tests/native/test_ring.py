@@ -9,6 +9,7 @@ import os
 import threading
 import time
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -443,3 +444,104 @@ def test_a_finder_of_more_blocks_than_addresses_raises_an_error():
     finder = RowFinder(np.array([0, 4, 10], np.int64), None)
     with pytest.raises(ValueError, match="with addresses of 1 blocks"):
         Plan.from_finder(np.zeros((1, 1, 3), np.uint64), (finder, 0, 10), None)
+
+
+# ---- memory of the caller ----
+
+
+def lent_memory(n_bytes: int) -> np.ndarray:
+    memory = np.zeros(n_bytes + 64, np.uint8)
+    first = -memory.ctypes.data % 64
+    return memory[first : first + n_bytes]
+
+
+def is_inside(slot: Slot, memory: np.ndarray) -> bool:
+    start = np.frombuffer(memoryview(slot), np.uint8).ctypes.data
+    return memory.ctypes.data <= start < memory.ctypes.data + memory.size
+
+
+def test_slots_are_cut_from_the_callers_memory_while_it_has_room():
+    rows = np.arange(60 * WIDTH, dtype=np.uint8).reshape(60, WIDTH)
+    slot_bytes = 320  # more than the 256 bytes that a batch takes with its alignment
+    memory = lent_memory(3 * slot_bytes)
+    ring = Ring(fixed_streams(), batch_rows=10, depth=1, n_threads=1, slot_bytes=slot_bytes, memory=memory)
+    assert ring.push(plan_of(rows, np.arange(60)))
+    ring.finish()
+    slots = [ring.take(10) for _ in range(6)]
+    assert [is_inside(slot, memory) for slot in slots] == [True] * 3 + [False] * 3
+    for i, slot in enumerate(slots):
+        assert np.array_equal(np.frombuffer(memoryview(slot), np.uint8, 10 * WIDTH), rows[10 * i : 10 * i + 10].ravel())
+    assert ring.figures()["outgrown"] == 3
+    del slot
+    slots.clear()
+    ring.close()
+
+
+def test_a_batch_that_outgrew_its_slot_leaves_the_slot_to_the_next_batch():
+    lengths = [1, 1, 4000, 1, 1, 1]
+    values = np.arange(sum(lengths), dtype=np.uint8)
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    addresses = np.array([[[values.ctypes.data, offsets.ctypes.data, len(values)]]], np.uint64)
+    memory = lent_memory(2 * 256)
+    streams = np.array([[gather.VAR, 1]], np.uint32)
+    ring = Ring(streams, batch_rows=1, depth=1, n_threads=1, slot_bytes=256, memory=memory)
+    assert ring.push(Plan(addresses, np.zeros(6, np.uint32), np.arange(6, dtype=np.uint32), (values, offsets)))
+    ring.finish()
+    inside = []
+    for i in range(6):
+        slot = ring.take(10)
+        start, _, n = slot.stream_position(0)
+        assert np.array_equal(np.frombuffer(memoryview(slot), np.uint8, n, start), values[offsets[i] : offsets[i + 1]])
+        inside.append(is_inside(slot, memory))
+        del slot
+    assert inside == [True, True, False, True, True, True]
+    figures = ring.figures()
+    assert figures["outgrown"] == 1
+    assert 4000 < figures["largest"] < 4300
+    ring.close()
+
+
+def test_the_callers_memory_is_kept_until_the_last_slot_is_dropped():
+    memory = lent_memory(1024)
+    released = weakref.ref(memory)
+    rows = np.ones((4, WIDTH), np.uint8)
+    ring = Ring(fixed_streams(), batch_rows=4, depth=1, n_threads=1, slot_bytes=256, memory=memory)
+    assert ring.push(plan_of(rows, np.arange(4)))
+    slot = ring.take(10)
+    del memory, ring
+    gc.collect()
+    assert released() is not None
+    assert bytes(memoryview(slot)[: 4 * WIDTH]) == b"\1" * 4 * WIDTH
+    del slot
+    assert released() is None
+
+
+def test_memory_that_slots_cannot_be_cut_from_is_refused():
+    memory = lent_memory(1024)
+    for slot_bytes, buffer in ((100, memory), (0, memory), (128, memory[1:])):
+        with pytest.raises(ValueError, match="begin at multiples of 64 bytes"):
+            Ring(fixed_streams(), batch_rows=4, depth=1, n_threads=1, slot_bytes=slot_bytes, memory=buffer)
+    with pytest.raises((ValueError, BufferError)):
+        Ring(fixed_streams(), batch_rows=4, depth=1, n_threads=1, slot_bytes=64, memory=bytes(64))
+
+
+def test_streams_that_stay_on_the_host_lie_apart_from_the_others():
+    # [heads on the host][heads of tensors][values of tensors][values on the host]
+    n, texts, numbers = 7, [b"x" * i for i in range(7)], np.arange(7)
+    values = np.frombuffer(b"".join(texts), np.uint8)
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    var = [[values.ctypes.data, offsets.ctypes.data, len(values)]]
+    addresses = np.array([[[numbers.ctypes.data, 0, 0]], var, var, var], np.uint64)
+    on_host = gather.VAR | 1 << 24
+    streams = np.array([[gather.FIXED, 8], [on_host, 1], [REF, 1], [gather.VAR, 1]], np.uint32)
+    ring = Ring(streams, batch_rows=n, depth=1, n_threads=1)
+    assert ring.push(Plan(addresses, np.zeros(n, np.uint32), np.arange(n, dtype=np.uint32), None))
+    slot = ring.take(10)
+    fixed, text, refs, var = (slot.stream_position(stream) for stream in range(4))
+    places = [text[1], refs[0], fixed[0], var[1], var[0], text[0]]
+    assert places == sorted(places)
+    assert all(place % 64 == 0 for place in places)
+    assert slot.str_list(1) == [text.decode() for text in texts]
+    assert slot.bytes_list(2) == texts
+    del slot
+    ring.close()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tiercache.order.interleaving import StreamAllocation, StreamInterleaving, apportion
+from tiercache.order.interleaving import StreamAllocation, StreamInterleaving, apportion, apportion_next, interleave
 from tiercache.order.mixture import exact_weight
 
 
@@ -52,7 +52,7 @@ TOTALS = st.lists(st.one_of(st.integers(0, 9), st.integers(0, 10**11)), min_size
 @given(TOTALS, st.integers(1, 9), st.data())
 def test_positions_and_draws_are_inverse_functions(totals: list[int], n_streams: int, data: st.DataObject) -> None:
     stream = data.draw(st.integers(0, min(n_streams, sum(totals)) - 1))
-    shares = StreamInterleaving(StreamAllocation(tuple(totals), n_streams), stream)
+    shares = interleave(StreamAllocation(tuple(totals), n_streams), stream)
     assert shares.drawn(0) == [0] * len(totals)
     assert tuple(shares.drawn(shares.n_records)) == shares.quotas
     position = data.draw(st.integers(0, shares.n_records - 1))
@@ -67,7 +67,7 @@ def test_positions_and_draws_are_inverse_functions(totals: list[int], n_streams:
 @given(TOTALS, st.integers(1, 9), st.data())
 def test_offsets_by_part_equal_the_positions_one_by_one(totals: list[int], n_streams: int, data: st.DataObject) -> None:
     stream = data.draw(st.integers(0, min(n_streams, sum(totals)) - 1))
-    shares = StreamInterleaving(StreamAllocation(tuple(totals), n_streams), stream)
+    shares = interleave(StreamAllocation(tuple(totals), n_streams), stream)
     start = data.draw(st.integers(0, shares.n_records))
     stop = min(shares.n_records, start + data.draw(st.integers(0, 50)))
     drawn, places = shares.drawn(start), shares.offsets_by_part(start, stop)
@@ -77,7 +77,7 @@ def test_offsets_by_part_equal_the_positions_one_by_one(totals: list[int], n_str
 
 
 def test_offsets_of_several_chunks_equal_those_of_each_chunk() -> None:
-    shares = StreamInterleaving(StreamAllocation((3 * 10**11, 10**11, 7), 2), 1)
+    shares = interleave(StreamAllocation((3 * 10**11, 10**11, 7), 2), 1)
     start, n = 10**11, (1 << 21) + 5
     whole = shares.offsets_by_part(start, start + n)
     halves = [shares.offsets_by_part(start, start + n // 2), shares.offsets_by_part(start + n // 2, start + n)]
@@ -87,7 +87,7 @@ def test_offsets_of_several_chunks_equal_those_of_each_chunk() -> None:
 
 def test_a_stream_too_long_for_exact_arithmetic_is_refused() -> None:
     with pytest.raises(ValueError, match="at most 4398046511104 records"):
-        StreamInterleaving(StreamAllocation((2**42, 1), 1), 0)
+        interleave(StreamAllocation((2**42, 1), 1), 0)
 
 
 @given(st.lists(st.integers(1, 1000), min_size=2, max_size=8), st.integers(1, 3000))
@@ -96,13 +96,13 @@ def test_a_stream_too_long_for_exact_arithmetic_is_refused() -> None:
 @example([980, 10, 10], 3000)
 @example([1, 1, 2, 3, 5, 8, 13, 21], 3000)
 def test_in_any_range_of_one_stream_a_part_deviates_by_less_than_five_records(weights: list[int], n: int) -> None:
-    shares = StreamInterleaving(StreamAllocation(apportion(n, weights), 1), 0)
+    shares = interleave(StreamAllocation(apportion(n, weights), 1), 0)
     assert worst(shares.locate(np.arange(n))[0].tolist(), shares_of(weights)) < 5
 
 
 def test_two_parts_of_one_stream_deviate_by_less_than_two_records() -> None:
     for weights in ([1, 1], [1, 2], [7, 3], [999, 1]):
-        shares = StreamInterleaving(StreamAllocation(apportion(3000, weights), 1), 0)
+        shares = interleave(StreamAllocation(apportion(3000, weights), 1), 0)
         assert worst(shares.locate(np.arange(3000))[0].tolist(), shares_of(weights)) < 2
 
 
@@ -117,7 +117,161 @@ def test_in_any_range_of_several_streams_a_part_deviates_by_a_few_records(
     deal = StreamAllocation(apportion(n, weights), n_streams)
     sequence = np.empty(n, np.int64)
     for stream in range(min(n_streams, n)):
-        shares = StreamInterleaving(deal, stream)
+        shares = interleave(deal, stream)
         sequence[stream::n_streams] = shares.locate(np.arange(shares.n_records))[0]
     assert np.bincount(sequence, minlength=len(weights)).tolist() == list(deal.totals)
     assert worst(sequence.tolist(), shares_of(weights)) < 5 + 2 * math.sqrt(n_streams)
+
+
+def schedules(n_parts: int, longest: int = 400) -> st.SearchStrategy[list[tuple[int, tuple[int, ...]]]]:
+    """Numbers of positions and weights that hold for them. A part may pause, at the start and the end too."""
+    weights = st.lists(st.integers(0, 9), min_size=n_parts, max_size=n_parts).map(tuple).filter(any)
+    return st.lists(st.tuples(st.integers(1, longest), weights), min_size=1, max_size=6)
+
+
+def without_pauses(schedule: list[tuple[int, tuple[int, ...]]]) -> list[tuple[int, tuple[int, ...]]]:
+    """A schedule in which a part has weight 0 only before its first use and after its last one."""
+    found = [list(weights) for _, weights in schedule]
+    for part in range(len(found[0])):
+        used = [number for number, weights in enumerate(found) if weights[part]]
+        for number in range(used[0], used[-1]) if used else ():
+            found[number][part] = found[number][part] or 1
+    return [(n, tuple(weights)) for (n, _), weights in zip(schedule, found, strict=True)]
+
+
+def scheduled(schedule: list[tuple[int, tuple[int, ...]]], n_streams: int) -> StreamAllocation:
+    n_parts = len(schedule[0][1])
+    shares, exact, steps = (0,) * n_parts, [Fraction(0)] * n_parts, []
+    for n, weights in schedule:
+        more = apportion_next(n, weights, [due - share for due, share in zip(exact, shares, strict=True)])
+        exact = [due + n * Fraction(weight, sum(weights)) for due, weight in zip(exact, weights, strict=True)]
+        shares = tuple(share + n_more for share, n_more in zip(shares, more, strict=True))
+        steps.append(shares)
+    return StreamAllocation(steps[-1], n_streams, tuple(steps[:-1]))
+
+
+def sequence_of(allocation: StreamAllocation) -> np.ndarray:
+    """The part of each position of an epoch."""
+    sequence = np.full(sum(allocation.totals), -1)
+    for stream in range(min(allocation.n_streams, len(sequence))):
+        shares = interleave(allocation, stream)
+        sequence[stream :: allocation.n_streams] = shares.locate(np.arange(shares.n_records))[0]
+    return sequence
+
+
+def deviation(sequence: np.ndarray, schedule: list[tuple[int, tuple[int, ...]]]) -> float:
+    """The most by which the count of a part in a prefix differs from the sum of its weights' shares."""
+    found = 0.0
+    for part in range(len(schedule[0][1])):
+        shares = np.concatenate([np.full(n, weights[part] / sum(weights)) for n, weights in schedule])
+        found = max(found, float(np.abs(np.cumsum(sequence == part) - np.cumsum(shares)).max()))
+    return found
+
+
+SCHEDULES = st.integers(1, 5).flatmap(schedules)
+
+
+@given(st.integers(0, 10**12), st.lists(st.integers(0, 10**6), min_size=1, max_size=7).filter(any))
+def test_the_first_shares_of_a_schedule_are_those_of_one_weight(n: int, weights: list[int]) -> None:
+    assert apportion_next(n, weights, [Fraction(0)] * len(weights)) == apportion(n, weights)
+
+
+@given(SCHEDULES)
+def test_shares_before_each_change_are_exact_to_one_record_if_no_part_pauses(
+    schedule: list[tuple[int, tuple[int, ...]]],
+) -> None:
+    schedule = [(n, tuple(weight or 1 for weight in weights)) for n, weights in schedule]
+    schedule = [(n + 10 * sum(weights), weights) for n, weights in schedule]  # so that a record that is owed fits
+    allocation = scheduled(schedule, 1)
+    exact = [Fraction(0)] * len(allocation.totals)
+    for (n, weights), shares in zip(schedule, (*allocation.changes, allocation.totals), strict=True):
+        exact = [due + n * Fraction(weight, sum(weights)) for due, weight in zip(exact, weights, strict=True)]
+        assert sum(shares) == sum(exact)
+        assert all(abs(share - due) < 1 for share, due in zip(shares, exact, strict=True))
+
+
+def test_small_changes_do_not_add_up() -> None:
+    schedule = [(100, (1, 1, 1 + number % 2)) for number in range(200)]  # each rounds in the same direction
+    assert deviation(sequence_of(scheduled(schedule, 1)), schedule) < 4
+
+
+@given(SCHEDULES, st.integers(1, 16))
+def test_streams_of_a_schedule_take_each_record_once(schedule: list, n_streams: int) -> None:
+    allocation = scheduled(schedule, n_streams)
+    constant = StreamAllocation(allocation.totals, n_streams)
+    n_records = sum(allocation.totals)
+    table = np.array([allocation.quotas_by_change(stream) for stream in range(n_streams)])
+    assert np.all(np.diff(table, axis=1, prepend=0) >= 0)
+    assert table[:, -1].tolist() == [list(allocation.quotas(stream)) for stream in range(n_streams)]
+    assert np.all(np.ptp(table[:, -1], axis=0) <= 1)
+    assert table[:, -1].sum(axis=0).tolist() == list(allocation.totals)
+    ends = np.cumsum([n for n, _ in schedule])
+    for number, end in enumerate(ends.tolist()):
+        expected = [max(0, -((stream - end) // n_streams)) for stream in range(n_streams)]
+        assert table[:, number].sum(axis=1).tolist() == expected
+    for stream in range(n_streams):
+        turns = allocation.turns(stream)
+        assert [
+            max(0, -((turn - total) // n_streams)) for turn, total in zip(turns, constant.totals, strict=True)
+        ] == list(allocation.quotas(stream))
+    assert n_records == ends[-1]
+
+
+@given(SCHEDULES, st.integers(1, 9), st.data())
+def test_positions_and_draws_of_a_schedule_are_inverse_functions(
+    schedule: list, n_streams: int, data: st.DataObject
+) -> None:
+    allocation = scheduled(schedule, n_streams)
+    stream = data.draw(st.integers(0, min(n_streams, sum(allocation.totals)) - 1))
+    shares = interleave(allocation, stream)
+    assert shares.drawn(0) == [0] * len(shares.quotas)
+    assert tuple(shares.drawn(shares.n_records)) == shares.quotas
+    parts, draws = shares.locate(np.arange(shares.n_records))
+    counts = [0] * len(shares.quotas)
+    for position, (part, draw) in enumerate(zip(parts.tolist(), draws.tolist(), strict=True)):
+        assert shares.drawn(position) == counts
+        assert draw == counts[part]
+        counts[part] += 1
+    for part, quota in enumerate(shares.quotas):
+        assert shares.positions_of(part, np.arange(quota)).tolist() == np.flatnonzero(parts == part).tolist()
+    start = data.draw(st.integers(0, shares.n_records))
+    stop = data.draw(st.integers(start, shares.n_records))
+    for part, places in enumerate(shares.offsets_by_part(start, stop)):
+        assert places.tolist() == np.flatnonzero(parts[start:stop] == part).tolist()
+
+
+@given(SCHEDULES, st.integers(1, 16))
+def test_every_prefix_of_a_schedule_holds_each_part_s_share(schedule: list, n_streams: int) -> None:
+    schedule = without_pauses(schedule)
+    sequence = sequence_of(scheduled(schedule, n_streams))
+    assert deviation(sequence, schedule) < 5 + 2 * math.sqrt(n_streams)
+
+
+def served_at_weight_0(schedule: list[tuple[int, tuple[int, ...]]], n_streams: int) -> int:
+    """The records of parts that are served while the weight of the part is 0."""
+    sequence, end, found = sequence_of(scheduled(schedule, n_streams)), 0, 0
+    for n, weights in schedule:
+        served = np.bincount(sequence[end : end + n], minlength=len(weights))
+        found += sum(count for count, weight in zip(served.tolist(), weights, strict=True) if weight == 0)
+        end += n
+    return found
+
+
+@given(SCHEDULES, st.integers(1, 16))
+def test_a_part_is_not_served_before_its_first_use_and_after_its_last_one(schedule: list, n_streams: int) -> None:
+    # Shorter stretches may have no place for a record in the stream that must take it.
+    schedule = [(n + n_streams * len(weights), weights) for n, weights in without_pauses(schedule)]
+    assert served_at_weight_0(schedule, n_streams) == 0
+
+
+@given(SCHEDULES)
+def test_one_stream_serves_no_part_in_its_pause(schedule: list) -> None:
+    assert served_at_weight_0(schedule, 1) == 0
+
+
+def test_one_weight_throughout_is_interleaved_as_without_a_schedule() -> None:
+    allocation = StreamAllocation((700, 200, 101), 4)
+    for stream in range(4):
+        shares = interleave(allocation, stream)
+        assert isinstance(shares, StreamInterleaving)
+        assert shares.quotas == allocation.quotas(stream)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Literal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 from tests.order.brute import read
 from tests.order.brute_mixture import Mixed, mixed_sequence, mixtures
 
-from tiercache.order import BlockSizes, DatasetLayout, OrderOptions
-from tiercache.order.interleaving import StreamAllocation, StreamInterleaving
+from tiercache.order import BlockSizes, DatasetLayout, OrderOptions, mixture
+from tiercache.order.interleaving import StreamAllocation, interleave
 from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture
 
 RAW_BYTES = 10  # of a record, in the parts made here
@@ -118,6 +119,41 @@ OPTIONS = st.builds(
 )
 
 
+def test_weights_that_change_are_a_schedule_of_the_smallest_integers() -> None:
+    spec = MixtureSpec((0, 1, 2), ((0, (0.7, 0.2, 0.1)), (10, (0, 5, 5)), (20, (0, 1, 1)), (np.int64(30), [1, 0, 0])))
+    assert spec.weights == spec.schedule == ((0, (7, 2, 1)), (10, (0, 1, 1)), (30, (1, 0, 0)))
+    assert MixtureSpec((0, 1, 2), spec.weights) == spec
+    assert MixtureSpec((0, 1), (70, 30)).schedule == ((0, (7, 3)),)
+
+
+def test_a_schedule_without_a_change_is_a_constant_mixture() -> None:
+    constant = MixtureSpec((0, 1), (7, 3))
+    assert MixtureSpec((0, 1), ((0, (0.7, 0.3)),)) == constant
+    assert MixtureSpec((0, 1), ((0, (0.7, 0.3)), (50, (70, 30)))) == constant
+    assert repr(MixtureSpec((0, 1), ((0, (0.7, 0.3)),))) == repr(constant)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        (((1, (1, 1)),), ValueError, "from position 0 on, got position 1"),
+        (((0, (1, 1)), (5, (1, 2)), (5, (2, 1))), ValueError, "must rise, got 5 after 5"),
+        (((0, (1, 1)), (2.5, (1, 2))), ValueError, "integer of 0 or more, got 2.5"),
+        (((0, (1, 1)), (True, (1, 2))), ValueError, "integer of 0 or more, got True"),
+        (((0, (1, 1)), (-1, (1, 2))), ValueError, "integer of 0 or more, got -1"),
+        (((0, (1, 1)), (5, (1,))), ValueError, "2 parts need one weight each, got 1 weights from position 5 on"),
+        (((0, (1, 1)), (5, (0, 0))), ValueError, "all weights are 0 from position 5 on"),
+        (((0, (1, 0)), (5, (2, 0))), ValueError, "part 1 has weight 0 throughout"),
+        (((0, (1, 1)), (5, (1, -1))), ValueError, "a weight must be a number above 0, got -1"),
+        (((0, (1, 1)), (5, (1, "1"))), TypeError, "a weight must be a number above 0, got '1'"),
+        (((0, (1, 1)), 5), ValueError, r"a list of \(position, weights\), got the entry 5"),
+    ],
+)
+def test_an_invalid_schedule_is_refused(weights: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        MixtureSpec((0, 1), weights)
+
+
 def test_a_weight_is_the_decimal_fraction_that_was_written() -> None:
     assert MixtureSpec((0, 1, 2), (0.7, 0.2, 0.1)).weights == (7, 2, 1)
     assert MixtureSpec((0, 1, 2), (70, 20, 10)).weights == (7, 2, 1)
@@ -185,6 +221,108 @@ def test_an_epoch_has_the_right_length_for_any_sizes(sizes: list[int], data: st.
     n = every.epoch_records(sizes)
     assert all(got >= size for got, size in zip(every.epoch_shares(sizes), sizes, strict=True))
     assert any((n - 1) * weight < size * total for weight, size in zip(weights, sizes, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "schedule", "stop", "expected"),
+    [
+        ((100, 50), ((0, (1, 0)), (60, (0, 1))), "first", (60, 50)),  # part 0 alone, then part 1 alone
+        ((30, 500), ((0, (1, 1)), (100, (1, 9))), "first", (30, 30)),  # it ends before the change
+        ((30, 500), ((0, (1, 1)), (100, (1, 9))), "all", (100, 500)),  # 50 and 50, then 50 and 450
+        ((100, 60), ((0, (1, 0)), (40, (1, 1))), "first", (100, 60)),
+        ((100, 60), ((0, (1, 0)), (40, (1, 1))), "all", (100, 60)),
+        (
+            (400, 400),
+            ((0, (9, 1)), (10, (1, 1)), (20, (1, 9))),
+            "first",
+            (58, 399),
+        ),  # 6 + 393.3 of part 1, at the position before its end
+    ],
+)
+def test_an_epoch_with_changing_weights_ends_as_one_with_constant_weights(
+    sizes: tuple[int, ...], schedule: tuple, stop: Literal["first", "all"], expected: tuple[int, ...]
+) -> None:
+    spec = even(*sizes).spec(schedule, stop)
+    assert spec.epoch_shares(sizes) == expected
+    assert spec.epoch_records(sizes) == sum(expected)
+
+
+def test_an_epoch_that_can_never_serve_all_of_a_part_is_an_error() -> None:
+    spec = even(100, 50).spec(((0, (1, 1)), (60, (0, 1))), "all")
+    with pytest.raises(ValueError, match="part 0 has weight 0 from position 60 on, where 70 of its records"):
+        spec.epoch_records((100, 50))
+
+
+SCHEDULES = st.lists(
+    st.tuples(st.integers(1, 60), st.lists(st.integers(0, 12), min_size=4, max_size=4)), min_size=1, max_size=4
+)
+
+
+def schedule_of(steps: list[tuple[int, list[int]]], n_parts: int) -> tuple:
+    """A schedule for so many parts. Each has a weight at last, so that any epoch can end."""
+    found, start = [], 0
+    for n, weights in steps:
+        if any(weights[:n_parts]):
+            found.append((start, tuple(weights[:n_parts])))
+            start += n
+    return (*found, (start, tuple(weight or 1 for weight in steps[-1][1][:n_parts])))
+
+
+@given(PARTS, SCHEDULES, STOPS)
+def test_an_epoch_with_changing_weights_has_the_right_length(parts: Parts, steps: list, stop: str) -> None:
+    spec = parts.spec(schedule_of(steps, len(parts.parts)), stop)
+    shares = spec.epoch_shares(parts.sizes)
+    assert sum(shares) == spec.epoch_records(parts.sizes)
+    excess = [share - size for share, size in zip(shares, parts.sizes, strict=True)]
+    assert max(excess) <= 0 if stop == "first" else min(excess) >= 0
+
+
+@given(PARTS, SCHEDULES, STOPS, OPTIONS, st.integers(0, 2), st.sampled_from([1, 4, 1024]))
+def test_an_epoch_with_changing_weights_serves_its_shares_and_is_the_same_from_any_position(
+    parts: Parts, steps: list, stop: str, how: OrderOptions, epoch: int, own_stream: int
+) -> None:
+    spec = parts.spec(schedule_of(steps, len(parts.parts)), stop)
+    with mock.patch.object(mixture, "OWN_STREAM_RECORDS", own_stream):
+        check_epoch(parts, spec, how, epoch)
+
+
+def check_epoch(parts: Parts, spec: MixtureSpec, how: OrderOptions, epoch: int) -> None:
+    """Its shares, that it repeats and omits no record in the first epoch, and reading it from some positions on."""
+    sequence = parts.epoch(spec, how, epoch)
+    counts = Counter(part for part, _ in sequence)
+    assert tuple(counts[part] for part in range(len(parts.parts))) == spec.epoch_shares(parts.sizes)
+    if epoch == 0:  # "first": no record is repeated; "all": every record is served
+        assert len(set(sequence)) == (len(sequence) if spec.stop == "first" else sum(parts.sizes))
+    order = MixtureOrder(parts.layout, spec, how, epoch)
+    for stream in range(order.n_streams):
+        whole = parts.stream(order, stream)
+        for position in range(0, len(whole), max(1, len(whole) // 3)):
+            again = MixtureOrder(parts.layout, spec, how, epoch)
+            assert parts.stream(again, stream, position) == whole[position:]
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_a_large_part_repeats_no_record_under_changing_weights(streams: int) -> None:
+    """Parts with streams of their own: all streams together take each record once in each own epoch."""
+    data = even(3300, 5000, shard=500, block=100)
+    spec = data.spec(((0, (5, 1)), (700, (1, 1)), (1501, (1, 4)), (2111, (2, 3))), "first")
+    shares = spec.epoch_shares(data.sizes)
+    assert shares == (3300, 4296)
+    first, second = (Counter(data.epoch(spec, options(streams), epoch)) for epoch in range(2))
+    for epoch in (first, second):
+        assert tuple(sum(n for (part, _), n in epoch.items() if part == number) for number in (0, 1)) == shares
+    assert set(first.values()) == {1}
+    # Part 0 is served whole in each epoch, and part 1 continues where it stopped.
+    assert all(second[0, record] == 1 for record in range(3300))
+    assert {first[1, record] + second[1, record] for record in range(5000)} == {1, 2}
+
+
+def test_without_shuffle_a_schedule_s_epoch_is_the_mixture_s_records_by_number() -> None:
+    data = even(40, 70)
+    spec = data.spec(((0, (1, 0)), (11, (1, 2)), (30, (0, 1))), "first")
+    records = StoredMixture(spec, data.sizes)
+    part, number = records.locate(np.arange(len(records)))
+    assert list(zip(part.tolist(), number.tolist(), strict=True)) == data.epoch(spec, options(shuffle=False), 0)
 
 
 @given(mixtures(), st.integers(0, 4))
@@ -393,7 +531,7 @@ def test_records_by_number_are_checked() -> None:
 def test_records_by_number_are_exact_where_products_need_more_than_63_bits() -> None:
     spec = MixtureSpec((0, 1), (10**12 + 39, 10**12 - 11))
     stored = StoredMixture(spec, (10**12, 10**12))
-    shares = StreamInterleaving(StreamAllocation(spec.epoch_shares((10**12, 10**12)), 1), 0)
+    shares = interleave(spec.allocation((10**12, 10**12), 1), 0)
     part, record = stored.locate(np.array([len(stored) - 1, 10**12]))
     for position, k, draw in zip((len(stored) - 1, 10**12), part.tolist(), record.tolist(), strict=True):
         assert shares.positions_of(k, np.array([draw])).tolist() == [position]

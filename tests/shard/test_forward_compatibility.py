@@ -74,10 +74,10 @@ def test_a_shard_states_its_first_reading_release_and_its_software(shard):
 
 def test_unknown_features_of_a_shard_are_an_error_that_names_the_needed_release(shard):
     _, data = shard
-    changed = with_tail(data, 40, struct.pack("<IHH", 0b1001, 1, 7))
-    with pytest.raises(UnsupportedFormat, match=r"bit 0, feature bit 3, which tiercache 1\.7 and later") as error:
+    changed = with_tail(data, 40, struct.pack("<IHH", 0b1010, 1, 7))
+    with pytest.raises(UnsupportedFormat, match=r"bit 1, feature bit 3, which tiercache 1\.7 and later") as error:
         opened(changed)
-    assert error.value.details["needs"] == ("feature bit 0", "feature bit 3")
+    assert error.value.details["needs"] == ("feature bit 1", "feature bit 3")
     assert error.value.details["release"] == "1.7"
     store = MemoryStore("needs-verify")
     store.put("shard", changed)

@@ -17,6 +17,7 @@ from tests.support.stores import CountingStore
 
 from tiercache.errors import CorruptShard, NotFound, StoreError
 from tiercache.model import ShardInfo
+from tiercache.shard.read.source import READS_AGAIN
 from tiercache.shard.schema import Schema, Tensor
 from tiercache.shard.versions import manifest, segments
 from tiercache.shard.versions import manifest as manifest_module
@@ -349,7 +350,7 @@ class TestTransferErrors:
         assert len(faulty.faulted_calls) == 2
 
     @pytest.mark.parametrize(("times", "is_read"), [(1, True), (99, False)])
-    def test_a_segment_is_fetched_at_most_twice(self, store: MemoryStore, times, is_read) -> None:
+    def test_a_segment_is_fetched_again_a_few_times(self, store: MemoryStore, times, is_read) -> None:
         version = store_version(store, 1, [[shard(1), shard(2)]])
         faulty = FaultStore(store, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=times)])
         if is_read:
@@ -357,4 +358,4 @@ class TestTransferErrors:
         else:
             with pytest.raises(CorruptShard, match="CRC-32C"):
                 manifest.read_shards(faulty, version)
-        assert len(faulty.faulted_calls) == min(times, 2)
+        assert len(faulty.faulted_calls) == min(times, 1 + READS_AGAIN)

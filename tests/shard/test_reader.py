@@ -17,6 +17,7 @@ from tiercache.errors import CorruptShard, NotFound, SchemaError, StoreError
 from tiercache.shard import schema
 from tiercache.shard.format.layout import PAGE_BYTES
 from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.read.source import READS_AGAIN
 from tiercache.shard.read.values import as_batch, block_values
 from tiercache.shard.schema import Schema
 from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
@@ -139,7 +140,8 @@ def test_only_the_requested_columns_are_read(remote):
     assert blocks.private_bytes >= store.n_bytes
     store.requests.clear()
     reader.load([0], range(len(SCHEMA)))
-    assert [len(spans) for spans in store.requests] == [1]  # neighbours are one range
+    # Neighbours are one range; the small columns lie together elsewhere.
+    assert [len(spans) for spans in store.requests] == [2]
 
 
 def test_a_local_shard_is_mapped_and_not_copied(folder):
@@ -506,7 +508,7 @@ class DamagedTails(FaultStore):
 
 @pytest.mark.parametrize("verb", ["read_into", "read_tail"])
 @pytest.mark.parametrize("times", [1, 99])
-def test_a_footer_that_is_damaged_in_transit_is_fetched_once_more(remote, verb, times):
+def test_a_footer_that_is_damaged_in_transit_is_fetched_again(remote, verb, times):
     store, info = remote
     faulty = DamagedTails(store, [Fault(verb, kind=FaultKind.BIT_FLIP, times=times)])
     known = info if verb == "read_into" else None
@@ -516,7 +518,7 @@ def test_a_footer_that_is_damaged_in_transit_is_fetched_once_more(remote, verb, 
     else:
         with pytest.raises(CorruptShard, match=info.name):
             ShardReader(faulty, info.name, info=known)
-    assert len(faulty.faulted_calls) == min(times, 2)
+    assert len(faulty.faulted_calls) == min(times, 1 + READS_AGAIN)
 
 
 def test_a_footer_of_a_local_file_that_is_damaged_is_not_read_again(folder):
@@ -529,3 +531,30 @@ def test_a_footer_of_a_local_file_that_is_damaged_is_not_read_again(folder):
     with pytest.raises(CorruptShard, match="footer"):
         ShardReader(store, info.name, info=info)
     assert store.counters.snapshot()["requests"] == before + 1  # the opening
+
+
+@pytest.mark.parametrize("times", [1, READS_AGAIN])
+def test_chunks_that_are_damaged_in_transit_are_read_again_alone(remote, times):
+    store, info = remote
+    reader = ShardReader(store, info.name, info=info)
+    columns = range(len(SCHEMA))
+    reader._source._store = faulty = FaultStore(store, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=times)])
+    store.requests.clear()
+    loaded = reader.load([0, 1], columns)
+    assert len(faulty.faulted_calls) == times
+    n_bytes = [sum(end - start for start, end in request) for request in store.requests]
+    assert n_bytes[1] < n_bytes[0], "only the wrong chunk is read again"
+    whole, every = ShardReader(store, info.name, info=info).load([0, 1], columns), np.arange(2, dtype=np.uint32)
+    for ours, theirs in zip(
+        block_values(loaded, columns, every, every), block_values(whole, columns, every, every), strict=True
+    ):
+        assert str(as_batch([ours])) == str(as_batch([theirs]))
+
+
+def test_chunks_that_stay_wrong_are_corrupt(remote):
+    store, info = remote
+    reader = ShardReader(store, info.name, info=info)
+    reader._source._store = faulty = FaultStore(store, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=99)])
+    with pytest.raises(CorruptShard, match="CRC-32C does not match"):
+        reader.load([0], range(len(SCHEMA)))
+    assert len(faulty.faulted_calls) == 1 + READS_AGAIN

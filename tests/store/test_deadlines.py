@@ -9,18 +9,18 @@ import time
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from tests.support.clock import FakeClock
-from tests.support.http_server import HttpFault, HttpFaultServer
 
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store import CloudStore, open_store
 from tiercache.store.archive import S3StorageClasses
+from tiercache.store.coalescing import RequestCosts
 from tiercache.store.fsspec import FsspecStore
 from tiercache.store.obstore import BucketFolder, to_store_error
 from tiercache.store.options import CloudOptions
-from tiercache.store.range_reads import RequestSizes, plan_requests, read_requests, worker_pool
 from tiercache.store.remote import ReadSettings
 from tiercache.store.retry import CallLimit, CallMonitor, RetryPolicy, with_retries
+from tiercache.testing.http_server import HttpFault, HttpFaultServer
 from tiercache.testing.suite import pattern, read_ranges
 from tiercache.waiting import SYSTEM_CLOCK, fail_fast_if_unreachable, wait_for
 
@@ -130,40 +130,13 @@ def test_a_late_attempt_is_abandoned_when_the_timeout_is_over():
     gate.set()
 
 
-def test_time_in_the_queue_of_the_thread_pool_does_not_count():
-    gate, pool, done = threading.Event(), worker_pool(1), []
-    pool.get().submit(gate.wait, 60)
-    timer = threading.Timer(2, gate.set)
-    timer.start()
-    limit = CallLimit("u", "read", clock=SYSTEM_CLOCK, timeout_s=1)
-    requests = plan_requests(
-        [(ByteRange(i * MIB, i * MIB + 1), memoryview(bytearray(1))) for i in (0, 2)], RequestSizes()
-    )
-    read_requests(requests, lambda request, landing: done.append(request), pool, limit)
-    assert done == list(requests)
-    timer.join()
-    pool.drop()
-
-
 def test_a_read_may_take_any_time_while_bytes_arrive(http_server, opened):
     clock = FakeClock()
     http_server.when(lambda method, path: clock.advance(40))
-    store = opened(ReadSettings(clock=clock, n_threads=1, sizes=RequestSizes(gap_bytes=0, part_bytes=MIB)), timeout=60)
+    store = opened(
+        ReadSettings(clock=clock, most_requests=1, costs=RequestCosts(max_gap_bytes=0, max_bytes=MIB)), timeout=60
+    )
     assert read_ranges(store, "a", [ByteRange(0, 3 * MIB)]) == [DATA]
-
-
-def test_bytes_that_were_received_before_are_no_progress(http_server, opened):
-    clock = FakeClock()
-
-    def fail_slowly(method, path):
-        clock.advance(25)
-        return HttpFault("reset", n_bytes=2 * MIB)
-
-    http_server.when(fail_slowly)
-    store = opened(ReadSettings(clock=clock, policy=RetryPolicy(n_attempts=100)), timeout=60)
-    with pytest.raises(StoreError):
-        read_ranges(store, "a", [ByteRange(0, 3 * MIB)])
-    assert len(http_server.log) < 30, "each attempt takes 25 s, and most bring no byte that had not come before"
 
 
 def test_timeouts_of_the_http_client_are_at_most_that_of_the_call():

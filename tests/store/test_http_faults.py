@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
 import pytest
 from tests.support.clock import FakeClock
-from tests.support.http_server import HttpFault
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import CloudStore, open_store
+from tiercache.store.coalescing import RequestCosts
+from tiercache.store.contract import read_unpinned
 from tiercache.store.obstore import BucketFolder
 from tiercache.store.options import CloudOptions
-from tiercache.store.range_reads import RequestSizes
 from tiercache.store.remote import ReadSettings
 from tiercache.store.retry import RetryPolicy
+from tiercache.testing.http_server import HttpFault
 from tiercache.testing.suite import ReadSuite, pattern, read_ranges
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
@@ -74,6 +76,7 @@ def make(http_server, clock):
         [HttpFault("reset", n_bytes=0)],
         [HttpFault("short", n_bytes=1000)],
         [HttpFault("whole")],
+        [HttpFault("wrong_length")],
         [HttpFault("drop")],
         [HttpFault("reset"), HttpFault("short"), HttpFault("status", 504), HttpFault("drop")],
     ],
@@ -134,7 +137,7 @@ def test_a_missing_object_is_requested_once(http_server, make):
 
 def test_an_object_replaced_between_two_ranges_is_an_error(http_server, make):
     http_server.objects = {"a": DATA}
-    store = make(sizes=RequestSizes(gap_bytes=0, part_bytes=MIB))
+    store = make(costs=RequestCosts(max_gap_bytes=0, max_bytes=MIB))
     http_server.next(None, HttpFault("replace"))
     with pytest.raises(ObjectChanged) as caught:
         read_ranges(store, "a", WHOLE)
@@ -151,7 +154,7 @@ def test_an_object_replaced_before_a_retry_is_an_error(http_server, make):
 
 def test_neighbouring_spans_are_one_request_and_far_ones_are_several(http_server, make):
     http_server.objects = {"a": DATA}
-    store = make(sizes=RequestSizes(gap_bytes=1000, part_bytes=MIB))
+    store = make(costs=RequestCosts(max_gap_bytes=1000, max_bytes=MIB))
     ranges = [ByteRange(0, 100), ByteRange(100, 200), ByteRange(1000, 1100), ByteRange(500_000, 500_100)]
     assert read_ranges(store, "a", ranges) == [DATA[r.start : r.end] for r in ranges]
     assert sorted(seen.range for seen in http_server.log) == ["bytes=0-1099", "bytes=500000-500099"]
@@ -217,9 +220,13 @@ def test_a_conditional_put_with_a_lost_answer_is_not_repeated(http_server, make)
     assert [seen.method for seen in http_server.log] == ["PUT"]
 
 
-def test_a_conditional_put_is_repeated_if_the_server_did_not_execute_it(http_server, make):
-    store = make("s3")
-    conflict = b"<Error><Code>ConditionalRequestConflict</Code></Error>"
+@pytest.mark.parametrize("code", ["ConditionalRequestConflict", "OperationAborted"])
+@pytest.mark.parametrize("forked", [False, True], ids=["obstore", "s3fs"])
+def test_a_conditional_put_is_repeated_if_the_server_did_not_execute_it(
+    http_server, make, as_in_a_forked_child, code, forked
+):
+    store = as_in_a_forked_child(make("s3")) if forked else make("s3")
+    conflict = f"<Error><Code>{code}</Code></Error>".encode()
     http_server.next(HttpFault("status", 503), HttpFault("status", 409, body=conflict))
     assert store.put_if_absent("a", b"mine") is True
     http_server.next(HttpFault("status", 409, body=conflict))
@@ -301,3 +308,18 @@ def test_closing_a_store_ends_its_retries(http_server, make, n_requests):
     assert errors[0].retryable
     http_server.when(lambda method, path: None)
     assert read_ranges(store, "a", WHOLE) == [DATA]
+
+
+def test_bytes_with_checksums_can_be_read_from_replicas_with_different_etags(http_server, make):
+    """Nginx builds the ETag of a file from its time: the same object has another ETag on each replica."""
+    http_server.objects = {"a": DATA}
+    numbers = itertools.count()
+    http_server.when(lambda method, path: HttpFault("etag") if next(numbers) % 2 else None)
+    store = make(costs=RequestCosts(max_gap_bytes=0, max_bytes=MIB))
+    ranges = [ByteRange(0, 10), ByteRange(MIB, 2 * MIB), ByteRange(5, len(DATA))]
+    with pytest.raises(ObjectChanged):
+        read_ranges(store, "a", ranges)
+    buffers = [bytearray(wanted.n_bytes) for wanted in ranges]
+    store = make()
+    read_unpinned(store, "a", [(wanted, memoryview(buffer)) for wanted, buffer in zip(ranges, buffers, strict=True)])
+    assert buffers == [DATA[wanted.start : wanted.end] for wanted in ranges]

@@ -254,7 +254,16 @@ static void choose(run *r) {
 static int is_right(run *r) {
     pthread_t planner, closer;
     make_plans(r);
-    r->ring = tc_ring_new(streams, N_STREAMS, r->batch_rows, r->depth, r->n_threads, any(2) ? r->batch_rows * WIDTH : 0);
+    tc_lent_memory lent = {NULL, 0, NULL, NULL};
+    size_t slot_bytes = any(2) ? r->batch_rows * WIDTH : 0;
+    if (any(3) == 0) {
+        slot_bytes = (r->batch_rows * WIDTH / (1 + any(2)) + 64) & ~(size_t)63; /* Too small for some batches. */
+        lent.n_bytes = slot_bytes * (1 + any(6));
+        lent.memory = aligned_alloc(64, lent.n_bytes);
+        lent.drop = free;
+        lent.owner = lent.memory;
+    }
+    r->ring = tc_ring_new(streams, N_STREAMS, r->batch_rows, r->depth, r->n_threads, slot_bytes, &lent);
     if (r->ring == NULL || pthread_create(&planner, NULL, push_all, r)) exit(2);
     if (r->close_us && pthread_create(&closer, NULL, close_it, r)) exit(2);
     int status = take_all(r);

@@ -35,10 +35,15 @@ class Warming:
         assert set(copies) <= set(self.data)
         if "end" in self.loop.lines():
             assert sorted(copies) == sorted(self.data)
-            left = [*self.cache.glob("copies/*.tmp"), *self.cache.glob("locks/*"), *self.cache.glob("owners/*")]
+            left = [
+                *self.cache.glob("copies/*.part"),
+                *self.cache.glob("copies/*.map"),
+                *self.cache.glob("locks/*"),
+                *self.cache.glob("owners/*"),
+            ]
             assert left == []
         else:
-            self.n_mid_file += any(self.cache.glob("copies/*.tmp"))
+            self.n_mid_file += any(self.cache.glob("copies/*.part"))
         with Cache(self.cache, size=SIZE, min_free=0) as cache:  # gives the next child something to do
             assert cache.status()["reserved_bytes"] == 0
             cache.evict(lambda entry: self.loop.random.random() < 0.7)

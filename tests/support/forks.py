@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import os
 import select
 import signal
@@ -66,6 +67,9 @@ class ForkedChild:
             check_no_threads()
         # Not a pipe: a full pipe would stop the child, and a pipe that a grandchild inherited would never end.
         self._memory = os.memfd_create("tiercache-told")
+        # Lines of several threads and grandchildren would overwrite each other: the kernel does not lock the position
+        # of such a file.
+        fcntl.fcntl(self._memory, fcntl.F_SETFL, os.O_APPEND)
         self.pid = os.fork()
         if self.pid == 0:
             self._be_child(work)

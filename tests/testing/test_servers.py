@@ -11,9 +11,10 @@ import urllib.request
 
 import pytest
 from tests.s3_fixtures import s3_server
-from tests.support.http_server import HttpFault, HttpFaultServer
 
+from tiercache.store import open_store
 from tiercache.testing import s3_server as s3_module
+from tiercache.testing.http_server import HttpFault, HttpFaultServer, RandomFaults
 from tiercache.testing.s3_server import S3Server, free_ports, weed_binary
 from tiercache.waiting import wait_for
 
@@ -99,6 +100,91 @@ def test_the_http_server_can_ignore_a_range_or_replace_an_object(server):
     assert ask(server, Range="bytes=0-1")[:2] == (200, b"0123456789")
     assert ask(server, Range="bytes=0-1")[:2] == (206, b"98")
     assert ask(server)[1] == b"new"
+
+
+def raw_answer(server, path="/a%20b"):
+    """All bytes that the server sends on a connection before it closes it."""
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=5) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def test_a_long_body_has_more_bytes_than_its_header_announces(server):
+    server.next(HttpFault("long", n_bytes=3))
+    head, _, body = raw_answer(server).partition(b"\r\n\r\n")
+    assert b"Content-Length: 10" in head
+    assert body == b"0123456789\0\0\0"
+
+
+def test_a_range_of_the_wrong_length_agrees_with_its_header(server):
+    server.next(HttpFault("wrong_length", n_bytes=2))
+    status, body, header = ask(server, Range="bytes=2-7")
+    assert (status, body, header["Content-Range"]) == (206, b"2345", "bytes 2-5/10")
+
+
+def test_wrong_bytes_and_a_swapped_etag_change_only_themselves(server):
+    server.next(HttpFault("wrong_bytes"), HttpFault("etag"))
+    status, body, header = ask(server)
+    assert (status, header["ETag"]) == (200, server.etag("a b"))
+    assert [ours ^ sent for ours, sent in zip(b"0123456789", body, strict=True)].count(1) == 1
+    assert [ours ^ sent for ours, sent in zip(b"0123456789", body, strict=True)].count(0) == 9
+    status, body, header = ask(server)
+    assert (status, body) == (200, b"0123456789")
+    assert header["ETag"] != server.etag("a b")
+
+
+def test_a_body_can_drip(server):
+    server.next(HttpFault("drip", n_bytes=4, pause_s=0.001))
+    assert ask(server)[:2] == (200, b"0123456789")
+
+
+def test_a_silence_ends_after_its_pause(server):
+    server.next(HttpFault("silence", pause_s=0.01))
+    with pytest.raises((ConnectionResetError, urllib.error.URLError)):
+        ask(server)
+
+
+def test_a_folder_and_a_store_are_served_and_written(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a").write_bytes(b"0123456789")
+    for objects in (tmp_path, str(tmp_path), open_store(tmp_path)):
+        with HttpFaultServer(objects) as server:
+            assert ask(server, "/in/a", Range="bytes=2-4")[:2] == (206, b"234")
+            assert ask(server, "/in/none")[0] == 404
+            assert ask(server, "/../a")[0] == 404
+            assert ask(server, "/in/b", "PUT", b"x", If_None_Match="*")[0] == 200
+            assert ask(server, "/in/b", "PUT", b"y", If_None_Match="*")[0] == 412
+            assert ask(server, "/in/b")[1] == b"x"
+            server.next(HttpFault("replace", body=b"new"))
+            assert ask(server, "/in/b")[1] == b"new"
+            assert ask(server, "/in/b", "DELETE")[0] == 204
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["a"]
+
+
+def test_a_bucket_can_be_listed():
+    with HttpFaultServer({"bucket/x/b&c": b"1", "bucket/x/a": b"22", "bucket/y": b"", "other/x/d": b""}) as server:
+        store = open_store("s3://bucket/x", endpoint=server.url, anon=True, region="us-east-1")
+        assert sorted((info.key, info.n_bytes) for info in store.list()) == [("a", 2), ("b&c", 1)]
+        assert list(store.list("none/")) == []
+        store.close()
+
+
+def test_random_faults_follow_from_the_seed_and_the_number_of_the_request():
+    kinds = [HttpFault("reset"), HttpFault("drip")]
+
+    def drawn(seed, **more):
+        rule = RandomFaults(kinds, 0.2, seed=seed, **more)
+        return [rule("GET", "/a") for _ in range(1000)], rule
+
+    first, rule = drawn(1)
+    assert drawn(1)[0] == first != drawn(2)[0]
+    assert rule.n_requests == 1000
+    assert rule.n_faults == sum(fault is not None for fault in first)
+    assert 120 < rule.n_faults < 280
+    assert {None, *kinds} == set(first)
+    assert drawn(1, keys=lambda key: key == "b")[0] == [None] * 1000
+    with pytest.raises(ValueError, match="rate"):
+        RandomFaults(kinds, 1.5, seed=1)
 
 
 def test_a_stall_lasts_until_it_is_released(server):

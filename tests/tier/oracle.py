@@ -50,7 +50,8 @@ class Oracle:
     spoilt: key to all of these.
     first_seen_s: (place, key, contents) to when they were seen there first; once_seen_s: of those that are gone from
     there. pinned: keys; pinned_late: of these, those that were pinned while it was decided already what goes;
-    removed_late: groups of which somebody has removed something then; is_decided: it is so now.
+    removed_late: groups of which somebody has removed or replaced something then; replaced_late: key to the contents
+    that somebody has replaced or written then; is_decided: it is so now.
     asked_s: path of a group to when a plan of it was applied first. apart: (place, group)
     that looked whole and were not when the step began; in_parts: that people have left in parts; whole_at: that were
     whole since nothing of them was there. protected: series to its newest complete checkpoint, when it began.
@@ -73,6 +74,7 @@ class Oracle:
     pinned: set[str] = field(default_factory=set)
     pinned_late: set[str] = field(default_factory=set)
     removed_late: set[str] = field(default_factory=set)
+    replaced_late: dict[str, set[bytes]] = field(default_factory=dict)
     is_decided: bool = False
     asked_s: dict[str, float] = field(default_factory=dict)
     deleted: set[str] = field(default_factory=set)
@@ -93,12 +95,20 @@ class Oracle:
 
         Where he lays back what lay there before, grace goes on: it is for readers who are not told yet, and these find
         there what they were told of. A store says the same size and ETag of it, and nobody can see that it was away.
+
+        But while a batch of deletions is announced and made, what he replaces may be the copy that one of them relies
+        on, and then what it was copied from goes (as in removed()); or it may be the object that is deleted, and then a
+        server that does not look at ETags deletes what he has written. What is still there afterwards stays.
         """
         self.rotten.pop((place, key), None)
         self.spoilt.get(key, set()).discard(data)
         if (place, key, data) in self.once_seen_s:
             self.first_seen_s[place, key, data] = self.once_seen_s[place, key, data]
         contents = self.alive.setdefault(key, {})
+        if self.is_decided:
+            self.removed_late.add(self.group_of[key])
+            replaced = {other for other in contents if _lies(self.before.get(place, {}), key, other)}
+            self.replaced_late.setdefault(key, set()).update({data}, replaced)
         for other in [*contents]:
             contents[other].discard(place)
             if not any(_lies(self.before.get(p, {}), key, other) for p in contents[other]):
@@ -165,7 +175,7 @@ class Oracle:
                 for series, name in self.protected.items()
                 if name not in self.removed_late or self._whole_in(self.groups[name], self.before)
             }
-            self.pinned_late, self.removed_late = set(), set()
+            self.pinned_late, self.removed_late, self.replaced_late = set(), set(), {}
 
     # -- looking ----------------------------------------------------------------------------------------------------
 
@@ -213,11 +223,13 @@ class Oracle:
             for data in [*contents]:
                 if any(_lies(objects, key, data) for objects in picture.values()):
                     continue
+                del contents[data]
+                if data in self.replaced_late.get(key, ()):
+                    continue
                 why = self.may_not_delete(self.group_of[key], now_s)
                 if why:
                     found.append(f"{key}: its {len(data)} bytes lie nowhere any more, and must: {why}")
                 self.deleted.add(self.group_of[key])
-                del contents[data]
         return found
 
     def may_not_delete(self, name: str, now_s: float) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from tests.tier.bucket import Died
 from tests.tier.jobs import fill, write
-from tests.tier.world import World
+from tests.tier.world import World, content
 
 from tiercache import crash_points
 
@@ -90,6 +90,43 @@ def pinned_meanwhile(world: World) -> list[str]:
     return found + step(world, world.run_due_deletions)
 
 
+def replaced_meanwhile(place: str) -> Callable[[World], list[str]]:
+    """Somebody writes an object anew in a place while its source is deleted: too late for any check of the mover.
+
+    Only what he writes into the place that keeps the object must stay.
+    """
+
+    def disturb(world: World) -> list[str]:
+        found, key = waited(world), "checkpoints/run/step-20/__1_0.distcp"
+        new = content(key, 1, 700)
+
+        def write_anew(verb: str, called_key: str) -> None:
+            if (verb, called_key) == ("delete", key):
+                world.script.on_call = None
+                found.extend(world.look())
+                world.write(place, key, new)
+
+        def note_batch(name: str) -> None:
+            if name in ("tier_drop.decided", "tier_drop.reclassed"):
+                found.extend(world.look())
+                world.oracle.decides(is_decided=name == "tier_drop.decided")
+
+        world.script.on_call = write_anew
+        world.begin_job()
+        before = crash_points.set_hook(note_batch)
+        try:
+            world.run_due_deletions()
+        finally:
+            crash_points.set_hook(before)
+        assert world.script.on_call is None
+        assert key not in world.picture()["hot"]
+        assert (world.picture()["home"][key].data == new) == (place == "home")
+        return found + world.look() + step(world, world.run_once)
+
+    disturb.__name__ = f"replaced_meanwhile_in_{place}"
+    return disturb
+
+
 def dies_in_mid_drop(world: World) -> list[str]:
     return waited(world) + step(world, world.run_due_deletions, "tier_drop.unmade")
 
@@ -117,6 +154,8 @@ CASES = (
     (other_is_there, "places"),
     (pinned_since, "places"),
     (pinned_meanwhile, "places"),
+    (replaced_meanwhile("home"), "places"),
+    (replaced_meanwhile("hot"), "places"),
     (dies_in_mid_drop, "places"),
     (dies_in_mid_copy, "places"),
     (copy_is_flipped, "places"),

@@ -195,6 +195,27 @@ def test_a_user_who_removes_the_other_copy_during_a_deletion_loses_both(oracle):
     assert "lie nowhere any more" not in found(oracle, picture(hot), day=2)
 
 
+@pytest.mark.parametrize("is_decided", [True, False])
+@pytest.mark.parametrize("place", ["hot", "cold"])
+def test_a_user_who_replaces_an_object_during_its_deletion_loses_it(oracle, place, is_decided):
+    oracle.begins(picture(cold=objects(FILE)), 2 * DAY_S)
+    oracle.decides(is_decided=is_decided)
+    new = {"f": Seen(data("f", 1))}
+    oracle.wrote(place, "f", data("f", 1), 2 * DAY_S)
+    hot, cold = (objects(FILE), new) if place == "cold" else (new, objects(FILE))
+    oracle.begins(picture(objects(OLD, NEW) | hot, cold), 2 * DAY_S)
+    assert ("lie nowhere any more" in found(oracle, picture(objects(OLD, NEW), cold), day=2.1)) == (not is_decided)
+
+
+def test_what_a_user_wrote_during_deletions_and_is_still_there_afterwards_stays(oracle):
+    oracle.decides(is_decided=True)
+    oracle.wrote("hot", "f", data("f", 1), DAY_S)
+    hot = objects(OLD, NEW) | {"f": Seen(data("f", 1))}
+    oracle.begins(picture(hot), DAY_S)
+    oracle.decides(is_decided=False)
+    assert "lie nowhere any more" in found(oracle, picture(objects(OLD, NEW)))
+
+
 @pytest.mark.parametrize("how", ["removed", "rotted"])
 def test_a_newest_checkpoint_that_users_took_during_a_batch_of_deletions_is_not_missed_afterwards(oracle, how):
     without = {key: seen for key, seen in objects(OLD, NEW, FILE).items() if key != "c/2/a"}

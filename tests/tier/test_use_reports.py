@@ -21,7 +21,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.clock import FakeClock
 from tests.support.forks import in_a_fork
-from tests.support.http_server import HttpFault, HttpFaultServer
 from tests.support.stores import CountingStore, GateStore
 from tests.tier.moved import Moved, N, ServedStore, by_loader, by_record
 from torch.utils.data import DataLoader as TorchLoader
@@ -30,6 +29,7 @@ import tiercache as tc
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.testing import Fault, FaultStore, WrapperStore
+from tiercache.testing.http_server import HttpFault, HttpFaultServer
 from tiercache.tier.placement import use_reports
 from tiercache.tier.placement.resolver import LocationResolver
 from tiercache.tier.placement.use_reports import (
@@ -297,7 +297,7 @@ def test_a_process_that_ends_without_closing_reports(moved):
 
 def test_shards_that_workers_read_are_reported_by_the_process_that_began_the_run(moved):
     moved.adopt()
-    dataset = tc.Dataset(moved.store.url, transform=_identity)
+    dataset = tc.Dataset(moved.store.url)
     loader = tc.DataLoader(dataset, batch_size=10, num_workers=2, multiprocessing_context="fork", collate_fn=list)
     assert [int(record["id"]) for records in loader for record in records] == ALL
     dataset.close()
@@ -329,10 +329,6 @@ def test_shards_of_a_view_that_workers_read_are_in_use_from_the_beginning_of_the
 
 def _as_it_is(batch):
     return batch
-
-
-def _identity(record):
-    return record
 
 
 def test_a_killed_reader_is_removed_by_the_next_report_of_its_machine(moved):

@@ -98,7 +98,7 @@ def test_concatenated_data_sets_may_have_different_stores_and_caches(parts, tmp_
     assert len(list(cache.entries())) >= 1
     assert check_batch(joined[[7, 0]]) == [5000, 2000]
     figures = joined._source.figures()
-    assert set(figures) == {"requests", "bytes_fetched", "cache_hits", "cache_misses"}
+    assert set(figures) >= {"requests", "bytes_fetched", "retries", "dollars", "cache_hits", "cache_misses"}
     joined.close()
     cache.close()
 
@@ -279,6 +279,70 @@ def test_a_mixture_resumes_at_every_batch_after_an_append(tmp_path, parts):
         assert [check_batch(batch) for batch in again] == whole[n:]
 
 
+SCHEDULE = [(0, {"a": 0.75, "b": 0.25}), (20, {"b": 0.9, "a": 0.1}), (45, {"b": 1})]
+
+
+def test_the_weights_of_a_mixture_change_at_positions_of_the_epoch(parts):
+    a, b, _ = parts
+    mixed = tc.mix({"a": a, "b": b}, weights=SCHEDULE)
+    ids = [int(r["id"]) for r in mixed]
+    assert len(ids) == len(mixed) == 45 + 17  # of b, 5 + 22.5 records are served before position 45, and 17.5 are left
+    for start, stop, expected in ((0, 20, 15), (20, 45, 3), (45, len(ids), 0)):
+        assert sum(i < 1000 for i in ids[start:stop]) == expected
+    assert native(mixed) == ids
+    assert check_batch(pickle.loads(pickle.dumps(mixed))[:]) == ids
+    in_order = [(position, [weights.get("a", 0), weights["b"]]) for position, weights in SCHEDULE]
+    assert tc.mix([a, b], in_order).fingerprint == mixed.fingerprint
+    assert tc.mix([a, b], iter(in_order)).fingerprint == mixed.fingerprint
+    assert tc.mix([a, b], in_order[:2]).fingerprint != mixed.fingerprint
+
+
+def test_a_mixture_of_named_data_sets_is_that_of_the_list(parts):
+    a, b, _ = parts
+    assert tc.mix({"a": a, "b": b}, {"b": 3, "a": 1}).fingerprint == tc.mix([a, b], [1, 3]).fingerprint
+    assert tc.mix({"a": a, "b": b}, [1, 3]).fingerprint == tc.mix([a, b], [1, 3]).fingerprint
+    assert tc.mix([a, b], [(0, [1, 3])]).fingerprint == tc.mix([a, b], [1, 3]).fingerprint
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_mixture_with_changing_weights_resumes_at_every_batch_on_other_ranks(parts, world_size):
+    a, b, _ = parts
+
+    def loader(rank, world_size, batch_size):
+        options = tc.LoaderOptions(seed=4, rank=rank, world_size=world_size, shuffle_streams=3)
+        mixed = tc.mix({"a": a, "b": b}, weights=SCHEDULE)
+        return tc.DataLoader(mixed, batch_size=batch_size, shuffle=True, options=options)
+
+    alone = loader(0, 1, 6)
+    batches, states = [], [alone.state_dict()]
+    for batch in alone:
+        batches.append(sorted(check_batch(batch)))
+        states.append(json.loads(json.dumps(alone.state_dict())))
+    served = [i for batch in batches for i in batch]
+    assert sorted(served) == sorted(set(served))
+    for n, state in enumerate(states[:-1]):
+        resumed = [loader(rank, world_size, 6 // world_size) for rank in range(world_size)]
+        for one in resumed:
+            one.load_state_dict(state)
+        steps = zip(*(map(check_batch, one) for one in resumed), strict=True)
+        found = [sorted({i for ids in step for i in ids}) for step in steps]
+        assert found[: len(batches) - n - 1] == batches[n:-1]
+        assert set(batches[-1]) <= set(found[-1])
+
+
+def test_a_state_of_other_weights_is_refused(parts):
+    a, b, _ = parts
+    state = tc.DataLoader(tc.mix([a, b], SCHEDULED), shuffle=True).state_dict()
+    assert state["mixture"] == {"weights": [[0, [3, 1]], [20, [1, 9]]], "stop": "first"}
+    tc.DataLoader(tc.mix([a, b], SCHEDULED), shuffle=True).load_state_dict(json.loads(json.dumps(state)))
+    for weights in ([3, 1], [(0, [3, 1]), (21, [1, 9])]):
+        with pytest.raises(ValueError, match=r"mixture=.* differs from the state's"):
+            tc.DataLoader(tc.mix([a, b], weights), shuffle=True).load_state_dict(state)
+
+
+SCHEDULED = [(0, [3, 1]), (20, [1, 9])]
+
+
 def test_a_mixture_ignores_explicit_orders_of_its_parts(parts):
     mixed = tc.mix([parts[0].select([5, 3, 3]), parts[1].take(3)], [1, 1])
     assert [int(r["id"]) for r in mixed] == native(mixed) == [3, 1000, 3, 1001, 5, 1002]
@@ -292,6 +356,13 @@ def test_a_mixture_ignores_explicit_orders_of_its_parts(parts):
         (lambda a, b: tc.mix([a, b], [1, "2"]), TypeError, "number above 0"),
         (lambda a, b: tc.mix([a, b], [1, 1], stop="never"), ValueError, "'first_exhausted', .*'never'"),
         (lambda a, b: tc.mix([a, b.take(0)], [1, 1]), ValueError, "no records"),
+        (lambda a, b: tc.mix([a, b], {"a": 1, "b": 1}), ValueError, "weights by name need data sets by name"),
+        (lambda a, b: tc.mix([a, b], [(0, {"a": 1})]), ValueError, "weights by name need data sets by name"),
+        (lambda a, b: tc.mix({"a": a, "b": b}, {"a": 1}), ValueError, "no weight of the data set 'b'"),
+        (lambda a, b: tc.mix({"a": a, "b": b}, {"a": 1, "b": 1, "c": 1}), ValueError, r"'c', .* \['a', 'b'\]"),
+        (lambda a, b: tc.mix({"a": a, "b": b}, [(0, {"c": 1})]), ValueError, r"'c', .* \['a', 'b'\]"),
+        (lambda a, b: tc.mix([a, b], [(1, [1, 1])]), ValueError, "from position 0 on"),
+        (lambda a, b: tc.mix([a, b], [(0, [1, 1]), (9, [0, 1])], stop="all"), ValueError, "part 0 has weight 0"),
         (lambda a, b: tc.mix([a, b], [1, 1]).take(3), ValueError, "cannot select from a mixture"),
         (lambda a, b: tc.mix([a, b], [1, 1]).filter(pc.field("id") > 3), ValueError, "cannot select from a mixture"),
     ],

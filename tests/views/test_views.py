@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
 from tiercache import opened_version
+from tiercache._native.permute import permute_one
 from tiercache.opened_version import OpenedVersion
+from tiercache.order import derive_key
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.views import selection
 
@@ -57,6 +59,7 @@ STEP = st.one_of(
     st.tuples(st.just("mask"), st.integers(0, 2**30)),
     st.tuples(st.just("filter"), st.integers(0, N), st.booleans()),
     st.tuples(st.just("concat"), st.integers(0, 20), st.integers(0, 20)),
+    st.tuples(st.just("shuffle"), st.integers(-3, 2**70)),
 )
 
 
@@ -86,6 +89,9 @@ def apply(step: tuple, dataset: tc.Dataset, ids: list[int]) -> tuple[tc.Dataset,
         condition = pc.field("id") < limit
         kept = [i for i in ids if i < limit and (i % 3 == 0 or not with_flag)]
         return dataset.filter(condition & pc.field("flag") if with_flag else condition), kept
+    if name == "shuffle":
+        key = derive_key(step[1], "shuffle of a view")
+        return dataset.shuffle(step[1]), [ids[permute_one(key, n, place)] for place in range(n)]
     return dataset + dataset.skip(step[1]).take(step[2]), ids + ids[step[1] :][: step[2]]
 
 

@@ -1,6 +1,7 @@
 """FFCV with its own fields and decoders, and the system's page cache.
 
-Its decoder always uses libjpeg-turbo's fast transform (TJFLAG_FASTDCT), so pictures are equal in both layouts.
+Its decoder always uses libjpeg-turbo's fast transform (TJFLAG_FASTDCT), so pictures are equal in both layouts. Its
+colour operations have one order, and adjust each image with a probability, which is 1 here.
 """
 
 from __future__ import annotations
@@ -11,15 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ffcv.fields import BytesField, IntField, NDArrayField, RGBImageField
-from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
+from ffcv.fields.rgb_image import CenterCropRGBImageDecoder, RandomResizedCropRGBImageDecoder
 from ffcv.loader import Loader, OrderOption
-from ffcv.transforms import ToTensor
+from ffcv.transforms import (
+    NormalizeImage,
+    RandomBrightness,
+    RandomContrast,
+    RandomHorizontalFlip,
+    RandomSaturation,
+    ToTensor,
+)
 from ffcv.writer import DatasetWriter
 from PIL import Image
 
 from peers.columns import even_offsets, texts
 from peers.job import SEED, Job, Opened, UnsupportedError
-from workloads import DECODED_SIZE, KEY, Field, Workload
+from workloads import DECODED_SIZE, JITTER, KEY, MEAN, STD, Field, Workload
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,14 +86,26 @@ def pack(source: Source, folder: Path) -> None:
     DatasetWriter(str(folder / "data.beton"), _fields(source.workload)).from_indexed_dataset(Indexed(source))
 
 
+def _pipeline(field: Field) -> list[Any]:
+    """Return the decoder of a picture, and the operations after it."""
+    size = (DECODED_SIZE, DECODED_SIZE)
+    if not field.is_augmented:
+        return [CenterCropRGBImageDecoder(size, 1), ToTensor()]
+    return [
+        RandomResizedCropRGBImageDecoder(size),
+        RandomHorizontalFlip(),
+        RandomBrightness(JITTER, p=1),
+        RandomContrast(JITTER, p=1),
+        RandomSaturation(JITTER, p=1),
+        NormalizeImage(np.array(MEAN) * 255, np.array(STD) * 255, np.float16),
+        ToTensor(),
+    ]
+
+
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
     """Yield the loader; bytes are rows of a padded matrix, text is a matrix."""
-    decoders: dict[str, Any] = {
-        field.name: [CenterCropRGBImageDecoder((DECODED_SIZE, DECODED_SIZE), 1), ToTensor()]
-        for field in job.workload.fields
-        if field.kind == "jpeg"
-    }
+    decoders: dict[str, Any] = {field.name: _pipeline(field) for field in job.workload.fields if field.kind == "jpeg"}
     loader = Loader(
         str(job.path / "data.beton"),
         batch_size=job.workload.batch_size,
@@ -118,4 +138,5 @@ def _column(field: Field, batch: dict[str, Any], form: str) -> Any:
     if field.kind == "text":
         flat = value.numpy().reshape(-1)
         return texts(flat, field.n_bytes) if form == "list" else (flat, even_offsets(len(value), field.n_bytes))
-    return value
+    # NormalizeImage writes the bits of float16 into integers.
+    return value.numpy().view(np.float16) if field.is_augmented else value

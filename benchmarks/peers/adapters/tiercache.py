@@ -9,7 +9,7 @@ import tiercache as tc
 from peers.catalogue import PICTURE_FORMS, PLANES
 from peers.job import SEED, Job, Opened
 from tiercache import DataLoader, Dataset, Image, LoaderOptions, Tensor, Writer
-from workloads import DECODED_SIZE, KEY
+from workloads import DECODED_SIZE, JITTER, KEY, MEAN, STD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,13 +44,22 @@ def pack_one_by_one(source: Source, folder: Path) -> None:
             writer.write(record)
 
 
+def decode_options(job: Job) -> tc.DecodeImage:
+    """Return the options for the pictures of a job."""
+    how: dict[str, Any] = {"dct": "fast" if job.form in PICTURE_FORMS else "accurate"}
+    how["resize_in"] = "ycbcr" if job.form == PLANES else "rgb"
+    if job.workload.augmented:
+        how |= dict.fromkeys(("brightness", "contrast", "saturation"), JITTER)
+        how |= {"crop": "random", "flip": True, "dtype": "float16", "mean": MEAN, "std": STD}
+    return tc.DecodeImage(DECODED_SIZE, **how)
+
+
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
     """Yield the loader; all epochs use it."""
     fields = job.workload.fields
     varied = [field.name for field in fields if field.kind in ("bytes", "text")] if job.form == "buffer" else []
-    dct, resize_in = "fast" if job.form in PICTURE_FORMS else "accurate", "ycbcr" if job.form == PLANES else "rgb"
-    decoded = tc.DecodeImage(size=DECODED_SIZE, crop="center", dct=dct, resize_in=resize_in)
+    decoded = decode_options(job)
     dataset = Dataset(
         job.path / "data",
         layouts=dict.fromkeys(varied, "buffer"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from images import decode
 from peers.job import SEED, Job, Opened
-from workloads import KEY
+from workloads import DECODED_SIZE, JITTER, KEY, MEAN, STD
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +31,8 @@ class InMemory(torch.utils.data.Dataset[dict[str, Any]]):
         }
         for field in source.workload.fields:
             if field.kind == "jpeg":
-                self._columns[field.name] = Images(self._columns[field.name])
+                make = Augmented if field.is_augmented else Images
+                self._columns[field.name] = make(self._columns[field.name])
 
     def __len__(self) -> int:
         return len(self._columns[KEY])
@@ -47,6 +49,29 @@ class Images:
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return torch.from_numpy(decode(self._encoded[index]))
+
+
+class Augmented:
+    """Images that torchvision decodes and augments when they are requested."""
+
+    def __init__(self, encoded: list[bytes]) -> None:
+        self._encoded = encoded
+        self._decode = import_module("torchvision.io").decode_jpeg
+        v2 = import_module("torchvision.transforms.v2")
+        self._augment = v2.Compose(
+            [
+                # Without antialias, which costs more, as the other contenders resize.
+                v2.RandomResizedCrop(DECODED_SIZE, antialias=False),
+                v2.RandomHorizontalFlip(),
+                v2.ColorJitter(JITTER, JITTER, JITTER),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(MEAN, STD),
+                v2.ToDtype(torch.float16),
+            ]
+        )
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self._augment(self._decode(torch.frombuffer(bytearray(self._encoded[index]), dtype=torch.uint8)))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ cdef extern from "gather.h" nogil:
         uint8_t kind
         uint8_t from_dtype "from"
         uint8_t to_dtype "to"
-        uint8_t zero
+        uint8_t on_host
         uint32_t width
 
     ctypedef struct tc_rows:

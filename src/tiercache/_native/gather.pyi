@@ -34,6 +34,9 @@ class CorruptError(ValueError):
 class CastError(ValueError):
     """A value cannot be represented in the dtype of the cast."""
 
+class TooLongError(ValueError):
+    """A record is longer than its output layout allows. Only rings raise it."""
+
 def measure(addresses: _U64, block: _U32, row: _U32, checks: _U64 | None = None) -> NDArray[np.int64]:
     """Return the offsets, int64[n + 1] in elements from 0, of a VAR stream's gathered rows.
 

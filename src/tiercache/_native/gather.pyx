@@ -53,6 +53,10 @@ class CastError(ValueError):
     """A value cannot be represented in the dtype of the cast."""
 
 
+class TooLongError(ValueError):
+    """A record is longer than its output layout allows. Only rings raise it."""
+
+
 cdef tc_stream stream_of(uint32_t kind, uint32_t width_bytes) except *:
     """Return the stream that the two words describe (csrc/gather.h)."""
     cdef tc_stream stream = tc_stream(kind & 0xff, (kind >> 8) & 0xff, (kind >> 16) & 0xff, 0, width_bytes)

@@ -57,6 +57,32 @@ def permute(key, n, start, uint64_t[::1] out not None):
         tc_permute_fill(&p, first, m, to)
 
 
+def permute_at(key, n, const int64_t[::1] positions not None, int64_t[::1] out not None):
+    """Fill out with the records at some positions of the permutation of [0, n). Releases the GIL.
+
+    Args:
+        key, n: See `permute`.
+        positions: int64[m], contiguous, each 0 <= position < n, in any order.
+        out: Writable, contiguous int64[m], owned by the caller and not kept; it may be `positions` itself.
+
+    Raises:
+        ValueError: n, the length of the key or a position is out of range, or the lengths differ.
+    """
+    cdef tc_permutation p
+    cdef size_t i, m = out.shape[0]
+    cdef uint64_t least_bad
+    prepare(&p, key, n)
+    if positions.shape[0] != out.shape[0]:
+        raise ValueError(f"positions and out need one length, got {positions.shape[0]} and {out.shape[0]}")
+    least_bad = n
+    for i in range(m):
+        if <uint64_t>positions[i] >= least_bad:
+            raise ValueError(f"position {positions[i]} is not inside [0, {n})")
+    with nogil:
+        for i in range(m):
+            out[i] = <int64_t>tc_permute_one(&p, <uint64_t>positions[i])
+
+
 def permute_one(key, n, position):
     """Return the record at one position of the permutation of [0, n). Raises ValueError as `permute` does."""
     cdef tc_permutation p

@@ -13,15 +13,22 @@ from tiercache._native.permute import RowFinder
 END: Final[int]
 FAILED: Final[int]
 CLOSED: Final[int]
+SLOT_ALIGN: Final[int]
 
 class Figures(TypedDict):
-    """Batches taken, gather time (all threads) and wait time (consumer) in ns, number of waits, batches ready now."""
+    """Batches taken, gather time (all threads) and wait time (consumer) in ns, number of waits, batches ready now.
+
+    outgrown: Number of batches that did not fit into the slots of `memory`; largest: bytes that a slot needs for the
+    largest batch so far.
+    """
 
     batches: int
     gather_ns: int
     wait_ns: int
     waits: int
     ready: int
+    outgrown: int
+    largest: int
 
 class Plan:
     """The rows of a window in output order, and the objects that keep their memory alive.
@@ -129,10 +136,25 @@ class Ring:
         depth: Number of batches gathered ahead.
         n_threads: Number of gather threads, including the consumer's own thread while it waits.
         slot_bytes: Expected size of a batch in bytes, 0 if unknown.
+        memory: Writable uint8[n], aligned to SLOT_ALIGN, from which slots of exactly slot_bytes are cut (a multiple of
+            SLOT_ALIGN). The ring keeps the array until the last tensor over its slots is dropped. A batch that does not
+            fit into its slot, and a batch for which no slot is left, lies in memory of its own. None: the ring
+            allocates its memory.
+
+    Raises:
+        ValueError: A number is out of range, or `memory` or slot_bytes is not aligned.
+        MemoryError: There is no memory, or no thread could start.
     """
 
     def __init__(
-        self, streams: NDArray[np.uint32], *, batch_rows: int, depth: int, n_threads: int, slot_bytes: int = 0
+        self,
+        streams: NDArray[np.uint32],
+        *,
+        batch_rows: int,
+        depth: int,
+        n_threads: int,
+        slot_bytes: int = 0,
+        memory: NDArray[np.uint8] | None = None,
     ) -> None: ...
     def push(self, plan: Plan) -> bool:
         """Append the rows of a plan. Return False if the ring is closed."""
@@ -153,6 +175,7 @@ class Ring:
             OSError: EIO; a mapped source of this batch could not be read.
             gather.CorruptError: The stored bytes are not what was written.
             gather.CastError: A value cannot be represented in the dtype of the cast.
+            gather.TooLongError: A record is longer than its output layout allows.
             MemoryError: No memory for the batch.
             KeyboardInterrupt: Ctrl-C; exceptions of other signal handlers are passed on, too.
         """
@@ -224,7 +247,7 @@ class BatchBuilder:
     Args:
         entries: Name and maker of each entry. A maker is a TensorEntry, a BufferEntry or a function (slot, n_rows).
         n_streams: Number of streams of the slots.
-        from_dlpack: Function that makes a tensor from a DLPack capsule.
+        from_dlpack: Function that makes a tensor from a DLPack capsule; None: no entry is a tensor or a buffer.
 
     Raises:
         ValueError: An entry has a stream that slots do not have.
@@ -234,7 +257,7 @@ class BatchBuilder:
         self,
         entries: Sequence[tuple[str, TensorEntry | BufferEntry | Callable[[Slot, int], Any]]],
         n_streams: int,
-        from_dlpack: Callable[[object], Any],
+        from_dlpack: Callable[[object], Any] | None,
     ) -> None: ...
     @property
     def is_native(self) -> bool:

@@ -4,10 +4,11 @@ Every wait releases the GIL and handles signals.
 """
 
 cimport cython
-from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.object cimport PyObject_GenericSetAttr
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.pycapsule cimport PyCapsule_Destructor, PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New
 from libc.errno cimport EIO
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -17,7 +18,7 @@ import math
 from collections import deque
 
 from tiercache._native import checksum
-from tiercache._native.gather import CastError, CorruptError
+from tiercache._native.gather import CastError, CorruptError, TooLongError
 from tiercache._native.gather cimport str_of_buffer, tc_chunk, tc_gather_init, tc_ref, tc_source, tc_stream
 from tiercache._native.permute cimport RowFinder, tc_row_finder
 
@@ -63,6 +64,7 @@ cdef extern from "ring.h" nogil:
         TC_NOMEM
         TC_CORRUPT
         TC_MISFIT
+        TC_TOO_LONG
 
     ctypedef struct tc_ring_stats:
         uint64_t batches
@@ -70,8 +72,16 @@ cdef extern from "ring.h" nogil:
         uint64_t wait_ns
         uint64_t waits
         uint64_t ready
+        uint64_t outgrown
+        uint64_t largest
 
-    tc_ring *tc_ring_new(const tc_stream *, size_t, size_t, size_t, size_t, size_t)
+    ctypedef struct tc_lent_memory:
+        uint8_t *memory
+        size_t n_bytes
+        void (*drop)(void *) noexcept nogil
+        void *owner
+
+    tc_ring *tc_ring_new(const tc_stream *, size_t, size_t, size_t, size_t, size_t, const tc_lent_memory *)
     int tc_ring_push(tc_ring *, const tc_plan *)
     void tc_ring_finish(tc_ring *, int)
     int tc_ring_wait_room(tc_ring *, uint64_t, uint64_t *)
@@ -120,6 +130,7 @@ cdef extern from "sigbus_guard.h" nogil:
 tc_guard_install()
 tc_gather_init(checksum.KERNEL_NUMBER)
 
+SLOT_ALIGN = 64  # csrc/slot.c
 END = TC_END
 FAILED = TC_FAILED
 CLOSED = TC_CLOSED
@@ -347,6 +358,35 @@ cdef Slot slot_of(tc_slot *slot, uint64_t first_row):
     return out
 
 
+cdef class LentBuffer:
+    """A buffer of the caller whose memory a ring uses. It is released when the ring is freed."""
+
+    cdef Py_buffer view
+    cdef bint is_held
+
+    def __cinit__(self, memory):
+        PyObject_GetBuffer(memory, &self.view, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS)
+        self.is_held = True
+
+    def __dealloc__(self):
+        if self.is_held:
+            PyBuffer_Release(&self.view)
+
+
+cdef extern from "Python.h" nogil:
+    int Py_IsInitialized()
+
+
+cdef void drop_with_gil(void *owner) noexcept with gil:
+    Py_DECREF(<object>owner)
+
+
+cdef void drop_lent(void *owner) noexcept nogil:
+    # The last tensor over the ring's memory may be dropped by a thread without the GIL, also while the process exits.
+    if Py_IsInitialized():
+        drop_with_gil(owner)
+
+
 cdef class Ring:
     """Gathers batches ahead of one consumer, in threads without Python. The planner calls push, finish and wait_room, the consumer calls take, any thread calls close and figures, and the thread that has closed the ring
     calls forget.
@@ -360,7 +400,14 @@ cdef class Ring:
         self.ring = NULL
 
     def __init__(
-        self, const uint32_t[:, ::1] streams not None, *, size_t batch_rows, size_t depth, size_t n_threads, size_t slot_bytes=0
+        self,
+        const uint32_t[:, ::1] streams not None,
+        *,
+        size_t batch_rows,
+        size_t depth,
+        size_t n_threads,
+        size_t slot_bytes=0,
+        memory=None,
     ):
         if streams.shape[1] != 2:
             raise ValueError(f"streams need the shape [n_streams, 2] (kind, width), got {tuple(streams.shape)}")
@@ -368,7 +415,15 @@ cdef class Ring:
             raise ValueError(f"batch_rows, depth and n_threads must be 1 or more, got {batch_rows}, {depth}, {n_threads}")
         self.plans = deque()
         cdef const tc_stream *first = <const tc_stream *>&streams[0, 0] if streams.shape[0] else NULL
-        self.ring = tc_ring_new(first, streams.shape[0], batch_rows, depth, n_threads, slot_bytes)
+        cdef tc_lent_memory lent = tc_lent_memory(NULL, 0, NULL, NULL)
+        cdef LentBuffer owner
+        if memory is not None:
+            owner = LentBuffer(memory)
+            if slot_bytes == 0 or slot_bytes % SLOT_ALIGN or <size_t>owner.view.buf % SLOT_ALIGN:
+                raise ValueError(f"slots in the caller's memory begin at multiples of {SLOT_ALIGN} bytes, got slots of {slot_bytes} bytes from {<size_t>owner.view.buf:#x} on")
+            Py_INCREF(owner)
+            lent = tc_lent_memory(<uint8_t *>owner.view.buf, <size_t>owner.view.len, drop_lent, <void *>owner)
+        self.ring = tc_ring_new(first, streams.shape[0], batch_rows, depth, n_threads, slot_bytes, &lent)
         if self.ring == NULL:
             raise MemoryError(f"no memory or threads for a ring of {depth} batches of {slot_bytes} bytes")
 
@@ -423,6 +478,8 @@ cdef class Ring:
             raise CorruptError("a page's CRC-32C does not match, or offsets decrease or point outside the chunk")
         if status == TC_MISFIT:
             raise CastError("a value cannot be represented in the dtype that it is cast to")
+        if status == TC_TOO_LONG:
+            raise TooLongError("a record of a padded column is longer than max_length")
         if status == TC_NOMEM:
             raise MemoryError("no memory for a batch")
         return status

@@ -10,6 +10,9 @@ it open, looks for the copy in the folder (`folder.py`) and returns a lease on i
 running jobs need each copy), `fetch.fetch_runner.Download` writes the bytes into a partial copy (`fetch.partial`), and
 the fetch runner verifies the complete copy and gives it its final name.
 
+With peers, a fetch reads from `peers.PeerSource`, which asks the machine that owns the copy and then the store;
+`serve.py` is the server of such a machine.
+
 `warm.py` fetches many copies, `check.py` verifies them, and `simulate.py` simulates policies.
 `opened_version.CopyNames`, outside this package, names the copies of a version's shards. Below: `locks.py`, `owners.py`
 (which processes have the cache open) and `disk.py` (free space, the breaker after disk errors, and warnings).

@@ -27,14 +27,17 @@ from tiercache.cache.folder import default_size_bytes
 from tiercache.cache.locks import Holder, command_of, holders_of
 from tiercache.cache.names import CopySpec, Record, copy_spec
 from tiercache.cache.owners import Owner
+from tiercache.cache.peers import PeerOptions
 from tiercache.cache.session import CacheOptions, CacheSession
 from tiercache.cache.warm import plan_warm, warm
 from tiercache.catalog import FIGURES, CopyRow, tiers
-from tiercache.errors import StoreError, renamed_argument
+from tiercache.errors import NotFound, StoreError, renamed_argument
 from tiercache.model import OWN_FOLDER, ShardIdentity, parse_bytes
+from tiercache.prices import provider_prices, read_dollars
 from tiercache.stats import Counters
 from tiercache.store import Lease, Span, Store, redact
 from tiercache.store.contract import WrapperStore
+from tiercache.store.retry import is_unwanted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,12 +47,25 @@ if TYPE_CHECKING:
 
     from tiercache.cache.check import CheckProgress, VerifyReport
     from tiercache.cache.lease import CopyLease
+    from tiercache.cache.peers import Peers
     from tiercache.cache.warm import Ranges, WarmPlan, WarmProgress, WarmReport
     from tiercache.model import ByteRange, ObjectInfo, PublishedPlan, ReadingPlan
 
 T = TypeVar("T")
 
 MOST_SPECS = 4096
+
+
+_STORE_FIGURES = ("requests", "bytes_read", "retries", "hedges", "throttled")
+
+
+def _count_for(cache: weakref.ref[Cache], nanodollars: float, name: str, n: float) -> None:
+    """Add a store's counter to those of the cache through which it is read. nanodollars: Price of a request."""
+    found = cache() if name in _STORE_FIGURES else None
+    if found is not None:
+        found.counters.add(name, n)
+        if name == "requests" and nanodollars:
+            found.counters.add("nanodollars", n * nanodollars)
 
 
 class CachedStore(WrapperStore):
@@ -66,6 +82,9 @@ class CachedStore(WrapperStore):
     def __init__(self, cache: Cache, inner: Store) -> None:
         super().__init__(inner)
         self.cache = cache
+        prices = provider_prices(inner.provider)
+        nanodollars = 0.0 if prices is None else 1e9 * read_dollars(prices, 1, 0)[0]
+        self.counters.forward(id(cache), partial(_count_for, weakref.ref(cache), nanodollars))
         self._session = cache._session_or_none  # noqa: SLF001 - of one file
         self._source = redact(inner.url).rstrip("/")
         self._lock = Lock()
@@ -113,11 +132,26 @@ class CachedStore(WrapperStore):
     def _count(self, is_hit: bool) -> None:
         self.counters.add("cache_hits" if is_hit else "cache_misses")
 
-    def prefetch(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None = None) -> None:
-        """Start to prefetch ranges (None: all) of an object that a reader will open soon, and return at once."""
+    def prefetch(
+        self,
+        key: str,
+        identity: ShardIdentity,
+        ranges: Sequence[ByteRange] | None = None,
+        *,
+        urgent_ranges: Sequence[ByteRange] | None = None,
+    ) -> None:
+        """Start to prefetch ranges of an object that a reader will open soon, and return at once.
+
+        Args:
+            key: Key of the object.
+            identity: Identity of the object.
+            ranges: Ranges that will be read; None: the whole object. Nothing is fetched unless there is space for them.
+            urgent_ranges: Ranges to fetch now, before everything else that is prefetched; `ranges` then only decides
+                whether there is space. None: `ranges` are fetched, without priority.
+        """
         spec, session = self.spec_of(key, identity), self._session()
         if spec is not None and session is not None:
-            session.prefetch(spec, self.inner, ranges)
+            session.prefetch(spec, self.inner, ranges, urgent_ranges=urgent_ranges)
 
     def is_cached(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None = None) -> bool:
         """Return whether these byte ranges (None: all) of the object are cached now.
@@ -189,6 +223,22 @@ class CachedStore(WrapperStore):
         session = self._session()
         return session is not None and session.read(spec, spans)
 
+    def source_of(self, key: str, identity: ShardIdentity, store: Store) -> Store:
+        """Return the store from which ranges of an object are read past the cache: its peers, and behind them `store`.
+
+        Args:
+            key: Key of the object.
+            identity: Identity of the object.
+            store: Store of the object, without a cache.
+        """
+        peers = self._peers()
+        spec = None if peers is None else self.spec_of(key, identity)
+        return store if spec is None or peers is None else peers.source(spec, store)
+
+    def _peers(self) -> Peers | None:
+        session = self._session() if self.cache._options.peers is not None else None  # noqa: SLF001 - of one file
+        return None if session is None else session.peers
+
     # -- other calls of the inner store: reads count as uses, writes evict the copy of the former object ---------------
 
     def around(self, method: str, key: str, call: Callable[[], T]) -> T:
@@ -200,6 +250,14 @@ class CachedStore(WrapperStore):
         finally:
             if method in ("put", "put_if_absent", "create"):
                 self._drop([key])
+
+    def get(self, key: str) -> bytes:
+        """See Store.get. Versions of a data set come from a peer, if there are peers."""
+        peers = self._peers()
+        found = None if peers is None else peers.version_object(self.inner, key)
+        if found == b"":
+            raise NotFound("no such object, as a peer found", url=f"{self._source}/{key}")
+        return super().get(key) if found is None else found
 
     def delete(self, keys: Iterable[str]) -> None:
         """See Store.delete. The copies are evicted."""
@@ -285,6 +343,9 @@ class Cache:
         min_free: int | str | None = None,
         shared: Literal["group"] | None = None,
         free_floor: int | str | None = None,
+        peers: str | Sequence[str] | None = None,
+        peers_token: str | None = None,
+        peers_ca: str | os.PathLike[str] | None = None,
     ) -> None:
         """Open the cache in a folder of its own; create it if it does not exist.
 
@@ -297,6 +358,12 @@ class Cache:
                 shares, whose contents are then trusted. None keeps the folder private, or as the mode of the folder
                 says (docs/guide/cache.md).
             free_floor: Former name of min_free; deprecated.
+            peers: Machines that run `tiercache serve` (docs/guide/peers.md): a list of addresses, or a text:
+                "dns:NAME:PORT", "slurm" or "torchrun". Shards that one of them has, or fetches, are read from it. None:
+                every shard is read from its store.
+            peers_token: Token that these machines demand. None: none.
+            peers_ca: File of certificates (PEM) that are trusted for them; they are then reached by TLS. None: plain
+                HTTP.
 
         Raises:
             ValueError: The folder contains other files, or an argument is invalid.
@@ -305,7 +372,9 @@ class Cache:
         """
         given = renamed_argument("Cache", "free_floor", free_floor, "min_free", min_free)
         min_free = "5%" if given is None else cast("int | str", given)
-        self._options = CacheOptions(Path(path).expanduser().absolute(), size, policy, min_free, shared)
+        ca_file = None if peers_ca is None else str(Path(peers_ca).expanduser().absolute())
+        machines = PeerOptions.parse(peers, peers_token, ca_file)
+        self._options = CacheOptions(Path(path).expanduser().absolute(), size, policy, min_free, shared, machines)
         self.counters = Counters(*FIGURES)
         self._notices = Notices()
         self._reopening = Breaker()
@@ -316,7 +385,13 @@ class Cache:
         self._open()
 
     @classmethod
-    def default(cls, *, path: str | os.PathLike[str] | None = None, size: str | None = None) -> Cache:
+    def default(
+        cls,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        size: str | None = None,
+        peers: Literal[False] | None = None,
+    ) -> Cache:
         """Return the cache that the configuration names; the same object for as long as anyone refers to it.
 
         If no size is configured, the cache keeps the size with which it was last opened. The first time, that is half
@@ -325,19 +400,23 @@ class Cache:
         Args:
             path: Folder that replaces the configured one; None uses the configured folder.
             size: Size limit that replaces the configured one, as for the class; None uses the configured limit.
+            peers: False reads nothing from peers; None uses the configured peers.
         """
         settings = config.load(cache_dir=path, cache_size=size)
         folder = Path(settings.cache_dir).expanduser().absolute()
         limit: int | str | None = settings.cache_size
         policy, shared = settings.cache_policy, settings.cache_shared
-        key = (str(folder), limit, policy, shared)
+        machines: dict[str, Any] = {}
+        if peers is None:
+            machines = {"peers": settings.peers, "peers_token": settings.peers_token, "peers_ca": settings.peers_ca}
+        key = (str(folder), limit, policy, shared, *machines.values())
         with _defaults_lock:
             cache = _defaults.get(key)
             if cache is None:
                 if limit is None:
                     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                     limit = default_size_bytes(folder, disk_space(folder).free_bytes // 2, shared=shared)
-                cache = _defaults[key] = cls(folder, size=limit, policy=policy, shared=shared)
+                cache = _defaults[key] = cls(folder, size=limit, policy=policy, shared=shared, **machines)
         return cache
 
     def __repr__(self) -> str:
@@ -351,6 +430,16 @@ class Cache:
     def path(self) -> Path:
         """Folder of the cache, as an absolute path."""
         return self._options.path
+
+    @property
+    def folder_id(self) -> str:
+        """Random id of the folder, by which a server recognises the readers of its own machine; "" if unknown."""
+        return self._open().folder.id
+
+    @property
+    def served_folder(self) -> Path:
+        """Folder that contains the folder "copies": `path`, or its subfolder for this machine on a network disk."""
+        return self._open().folder.root
 
     def store(self, inner: Store) -> CachedStore:
         """Return a store that reads `inner` through this cache.
@@ -394,12 +483,18 @@ class Cache:
         """Return the open cache, or None if it cannot be opened now: a cache must never stop a training.
 
         Opening fails in a forked process, or after close(), while the disk fails or the folder is missing.
+
+        Raises:
+            StoreError: The cache is closed, and what this thread does is not needed any more: it must not open the
+                cache again behind the back of the caller that has closed it.
         """
         opened = self._opened
         if opened is not None and opened.pid == os.getpid():
             if opened.waits_for_disk_space and self._reopening.allows():
                 opened.retry_writing()
             return opened
+        if is_unwanted():
+            raise StoreError("cancelled: the cache was closed", url=str(self.path), retryable=True)
         if not self._reopening.allows():
             return None
         try:
@@ -434,7 +529,11 @@ class Cache:
         The keys are bytes_used, limit_bytes and pinned_bytes, and the counters: hits (the copy was cached before this
         process asked for it), misses, prefetched (misses for which this process had already fetched the data with
         prefetch()), bytes_hit, bytes_fetched, evicted, evicted_early (evicted, and fetched again soon after),
-        quarantined (corrupt copies, which were removed) and poisoned (objects that are corrupt at their source).
+        quarantined (corrupt copies, which were removed) and poisoned (objects that are corrupt at their source). Of
+        the stores that are read through the cache: requests, bytes_read (also without a copy), retries, hedges (second
+        requests beside late ones), throttled (requests that a store refused as too many) and nanodollars (price of the
+        requests by the price table; 0 for a provider that it does not have). With peers also peer_requests, peer_bytes
+        (received from them) and peer_failures.
         """
         opened, limit_bytes = self._open(), self.limit_bytes
         folder, writing = opened.folder, opened.writing
@@ -448,6 +547,8 @@ class Cache:
             sizes = folder.sizes()
         pinned = sum(sizes[name] for name in folder.names(".pin") if name in sizes)
         counts = {name: int(n) for name, n in self.counters.snapshot().items()}
+        if opened.peers is not None:
+            counts |= {name: int(n) for name, n in opened.peers.counters.snapshot().items()}
         return {"bytes_used": used, "limit_bytes": limit_bytes, "pinned_bytes": pinned} | counts
 
     @property
@@ -569,7 +670,10 @@ class Cache:
     ) -> WarmPlan:
         """Return what warm() would fetch, in that order, and whether the space suffices.
 
-        The arguments are those of warm().
+        Args:
+            store: Store of the objects: a cached store, or the store inside it.
+            wanted: Pairs of key and identity of each object; the identity is None for an object of no data set.
+            ranges: Byte ranges that suffice, by key. An object without an entry is fetched whole.
 
         Raises:
             StoreError: The store failed.
@@ -581,7 +685,7 @@ class Cache:
 
         Args:
             store: Store of the objects: a cached store, or the store inside it.
-            wanted: Pairs of key and identity, as for warm().
+            wanted: Pairs of key and identity of each object; the identity is None for an object of no data set.
             jobs: Number of fetches that run at the same time.
 
         Raises:
@@ -693,6 +797,9 @@ def _rebuild(options: CacheOptions) -> Cache:
         policy=options.policy,
         min_free=options.min_free,
         shared=options.shared,
+        peers=None if options.peers is None else options.peers.members,
+        peers_token=None if options.peers is None else options.peers.token,
+        peers_ca=None if options.peers is None else options.peers.ca_file,
     )
 
 

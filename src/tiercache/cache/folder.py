@@ -226,6 +226,15 @@ class Folder:
         except OSError:
             pass  # a read-only folder can still serve its copies
 
+    @property
+    def id(self) -> str:
+        """Random id in the folder's marker, 32 hex digits; "" if it cannot be read."""
+        try:
+            found = json.loads(read_text(self.root / MARKER))["id"]
+            return found if isinstance(found, str) and re.fullmatch("[0-9a-f]{32}", found) else ""
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
     def ensure(self) -> None:
         """Create what is missing, for example after the folder was deleted while the cache was open. Raises OSError."""
         if self._is_whole():

@@ -121,10 +121,10 @@ class CopyLease:
             return False
         return read_verified(fd, presence, spans)
 
-    def prefetch(self, ranges: Sequence[ByteRange]) -> None:
+    def prefetch(self, ranges: Sequence[ByteRange], *, urgent: bool = False) -> None:
         """Start to fetch missing ranges, or join the fetch that brings them."""
         if ranges and not self._look_up(ranges):
-            self._request(ranges, urgent=False)
+            self._request(ranges, urgent=urgent)
 
     def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:
         """Wait until these bytes are cached; return False if they will not come. deadline_s: None is one hour.

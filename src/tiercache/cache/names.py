@@ -17,7 +17,7 @@ import numpy as np
 from tiercache.store import check_key, redact
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -143,6 +143,18 @@ def copy_spec(store: Store, key: str, identity: ShardIdentity | None = None) -> 
 
 
 NAME_BYTES = 20
+
+
+def names_of(
+    dataset_id: str, shard_ids: Sequence[str], n_bytes: Sequence[int], sums: Sequence[int]
+) -> NDArray[np.uint8]:
+    """Return the names of the copies of a data set's shards, uint8[n, 20], each as name_of_identity returns it."""
+    # The text that json.dumps writes: ids are hexadecimal, so nothing needs escaping. With ShardIdentity, a name takes
+    # 7 us.
+    begin = json.dumps(["identity", dataset_id])[:-1]
+    rows = zip(shard_ids, n_bytes, sums, strict=True)
+    digests = [blake2b(f'{begin}, "{i}", "{n}", "{c}"]'.encode(), digest_size=NAME_BYTES).digest() for i, n, c in rows]
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, NAME_BYTES)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -33,6 +33,7 @@ from tiercache.cache.folder import Folder
 from tiercache.cache.lease import CopyLease, open_leased
 from tiercache.cache.locks import NameLock
 from tiercache.cache.owners import Owners, boot_id
+from tiercache.cache.peers import PeerOptions, Peers
 from tiercache.cache.simulate import Tracer
 from tiercache.catalog import Accounts, charge_bytes
 from tiercache.errors import TierCacheError
@@ -56,7 +57,14 @@ class WriteSession:
     """The parts of an open cache that require a writable folder."""
 
     def __init__(
-        self, folder: Folder, options: CacheOptions, counters: Counters, notices: Notices, *, keep: Callable[[], object]
+        self,
+        folder: Folder,
+        options: CacheOptions,
+        counters: Counters,
+        notices: Notices,
+        *,
+        keep: Callable[[], object],
+        peers: Peers | None = None,
     ) -> None:
         self.limit_bytes = parse_bytes(options.size, whole_bytes=disk_space(folder.root).total_bytes)
         self.folder, self.notices = folder, notices
@@ -71,7 +79,7 @@ class WriteSession:
         self.fetch_runner = FetchRunner(
             folder, self.owners, self.accounts, self.evictor, self.breaker, notices, counters
         )
-        self.fetcher = FetchQueue(self.fetch_runner.run, keep)
+        self.fetcher = FetchQueue(self.fetch_runner.run, keep, None if peers is None else peers.source)
 
     def sweep(self) -> None:
         """Remove the files of dead processes and records without copies, and make the accounts agree with the files."""
@@ -148,6 +156,7 @@ class CacheOptions:
     policy: str = "plan"
     min_free: int | str = "5%"
     shared: Literal["group"] | None = None
+    peers: PeerOptions | None = None
 
     def __post_init__(self) -> None:
         """Check the values. Raises ValueError or TypeError."""
@@ -165,6 +174,7 @@ class CacheSession:
     Attributes:
         writing: The parts that change the cache; None if the folder can only be read. Then only hits are served.
         waits_for_disk_space: Whether the folder could not be opened for writing because the disk was full.
+        peers: Other machines from which copies are fetched; None: all are fetched from their stores.
     """
 
     def __init__(
@@ -181,6 +191,7 @@ class CacheSession:
         self._suspected: set[str] = set()
         self._prefetched: dict[str, bool] = {}  # requested by prefetch() and not opened since
         self.folder = Folder(options.path, shared=options.shared)
+        self.peers = None if options.peers is None else Peers(options.peers, self.folder.id)
         self.notices, self.counters = notices, counters
         self._tracer = self._open_trace(config.load().cache_trace)
         self._open_to_write = partial(self._open_writing, options, keep)
@@ -217,7 +228,7 @@ class CacheSession:
             self.waits_for_disk_space = False
 
     def _open_writing(self, options: CacheOptions, keep: Callable[[], object]) -> WriteSession:
-        writing = WriteSession(self.folder, options, self.counters, self.notices, keep=keep)
+        writing = WriteSession(self.folder, options, self.counters, self.notices, keep=keep, peers=self.peers)
         try:
             writing.sweep()
             writing.keep_to_limit()
@@ -333,7 +344,7 @@ class CacheSession:
         the first ranges.
         """
         writing = self.writing
-        if writing is None or writing.breaker.allows():
+        if spec.name not in self._untrusted and (writing is None or writing.breaker.allows()):
             lease = self.hit(spec.name, spec.n_bytes)
             if lease is not None:
                 self._count(spec, on_lookup, spec.n_bytes)
@@ -381,19 +392,34 @@ class CacheSession:
                 self.notices.warn("trace", f"cache {self.folder.root}: the trace ends here: {error}")
         on_lookup(is_hit)
 
-    def prefetch(self, spec: CopySpec, store: Store, ranges: Sequence[ByteRange] | None = None) -> None:
-        """Start to fetch what is missing of ranges (None: of the whole copy). It is not recorded as a use."""
+    def prefetch(
+        self,
+        spec: CopySpec,
+        store: Store,
+        ranges: Sequence[ByteRange] | None = None,
+        *,
+        urgent_ranges: Sequence[ByteRange] | None = None,
+    ) -> None:
+        """Start to fetch what is missing of ranges (None: of the whole copy). It is not recorded as a use.
+
+        urgent_ranges: See CachedStore.prefetch.
+        """
         writing = self.writing
         if writing is None or not writing.breaker.allows():
             return
-        if self.is_cached(spec, ranges) or self.folder.corrupt_source(spec.name) is not None:
+        if (
+            self.is_cached(spec, ranges if urgent_ranges is None else urgent_ranges)
+            or self.folder.corrupt_source(spec.name) is not None
+        ):
             return
         ranges = [ByteRange(0, spec.n_bytes)] if ranges is None else list(ranges)
         if self._admits(writing, spec, sum(span.n_bytes for span in ranges)):
             if len(self._prefetched) >= MOST_PREFETCHED:
                 self._prefetched.clear()
             self._prefetched[spec.name] = True
-            writing.fetcher.prefetch(spec, store, ranges)
+            writing.fetcher.prefetch(
+                spec, store, ranges if urgent_ranges is None else urgent_ranges, urgent=urgent_ranges is not None
+            )
 
     def _admits(self, writing: WriteSession, spec: CopySpec, need_bytes: int | None = None) -> bool:
         """Return whether a fetch may find space; None stands for the whole copy. Warn once if there is none."""
@@ -414,6 +440,8 @@ class CacheSession:
                     f"cache ({format_bytes(limit_bytes)}): it is not cached and is fetched on every read, like all "
                     "larger objects; a larger cache (TIERCACHE_CACHE_SIZE, or Cache(path, size=...)) avoids that",
                 )
+        except FileNotFoundError:
+            return False  # the folder was deleted since ensure(); the next call creates it again
         except OSError as error:
             writing.fetch_runner.disk_failed(error)
         return False
@@ -486,6 +514,8 @@ class CacheSession:
             handle.close()
         is_corrupt_at_source = not wrong and spec.name in self._suspected
         self._suspected.discard(spec.name)
+        if self.peers is not None and not wrong:
+            self.peers.distrust(spec.name)  # fetched once more, from the origin
         if is_corrupt_at_source:
             self.counters.add("poisoned")
             if self.writing is not None:
@@ -507,3 +537,5 @@ class CacheSession:
             tracer.close()
         if self.writing is not None and self.pid == os.getpid():
             self.writing.close()
+        if self.peers is not None and self.pid == os.getpid():
+            self.peers.close()

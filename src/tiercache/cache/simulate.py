@@ -164,41 +164,46 @@ def _plan(trace: Trace, size_bytes: int, hit: bytearray) -> int:
 
 
 class _Furthest:
-    """Copies ordered by their next use, the furthest first."""
+    """Copies ordered by their next use, the furthest first, and then by their age, the oldest first."""
 
     def __init__(self) -> None:
-        self._held: dict[int, tuple[int, int]] = {}  # name: (next use, bytes)
-        self._heap: list[tuple[int, int]] = []
-        self._shown: list[tuple[int, int]] = []
+        self._held: dict[int, tuple[int, int, int]] = {}  # name: (next use, bytes, turn)
+        self._heap: list[tuple[int, int, int]] = []  # (-next use, turn, name)
+        self._shown: list[tuple[int, int, int]] = []
+        self._n_turns = 0
 
     def add(self, name: int, n_bytes: int, at: int) -> None:
-        self._held[name] = (at, n_bytes)
-        heapq.heappush(self._heap, (-at, name))
+        self._n_turns += 1
+        self._push(name, n_bytes, at, self._n_turns)
 
     def use(self, name: int, at: int) -> bool:
         """Record a use and the time of the next one; return False if the copy is not cached."""
         its = self._held.get(name)
         if its is not None:
-            self.add(name, its[1], at)
+            self._push(name, its[1], at, its[2])
         return its is not None
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield all copies, the furthest next use first. The caller must call end() afterwards."""
         while self._heap:
-            pair = heapq.heappop(self._heap)
-            late, name = pair
+            entry = heapq.heappop(self._heap)
+            late, turn, name = entry
             its = self._held.get(name)
-            if its is not None and its[0] == -late:
-                self._shown.append(pair)
+            if its is not None and (its[0], its[2]) == (-late, turn):
+                self._shown.append(entry)
                 yield name, its[1], its[0]
 
     def end(self, victims: tuple[int, ...] | None) -> int:
         """Remove the victims and return their bytes; the other copies that candidates() yielded stay."""
         freed_bytes = sum(self._held.pop(name)[1] for name in victims or ())
-        for pair in self._shown[len(victims or ()) :]:
-            heapq.heappush(self._heap, pair)
+        for entry in self._shown[len(victims or ()) :]:
+            heapq.heappush(self._heap, entry)
         self._shown.clear()
         return freed_bytes
+
+    def _push(self, name: int, n_bytes: int, at: int, turn: int) -> None:
+        self._held[name] = (at, n_bytes, turn)
+        heapq.heappush(self._heap, (-at, turn, name))
 
 
 def _plan_of_jobs(trace: Trace, size_bytes: int, hit: bytearray) -> int:

@@ -25,6 +25,12 @@ FIGURES = (
     "evicted_early",
     "quarantined",
     "poisoned",
+    "requests",
+    "bytes_read",
+    "retries",
+    "hedges",
+    "throttled",
+    "nanodollars",
 )
 # s3fifo counts uses with two bits per copy: more bits change little (Yang et al., SOSP 2023, section 4.1).
 MOST_FREQ = 3

@@ -74,6 +74,7 @@ _VERBS: tuple[tuple[typer.Typer, Callable[..., None], str], ...] = (
     (app, commands.pin, "pinned copies stay pinned; the same command continues from there"),
     (app, commands.unpin, "unpinned copies stay unpinned; the same command continues from there"),
     (app, commands.status, _AGAIN),
+    (app, commands.serve, "the copies stay in the cache, and readers go to the stores until the command runs again"),
     (
         app,
         commands.restore,

@@ -249,7 +249,13 @@ def summary_of(facts: Mapping[str, Any]) -> str:
         ahead = f"{figures['prefetched']:,} prefetched, " if figures.get("prefetched") else ""
         found = f"{facts['hit_ratio']:.1%} of {count(n_opens, 'open')} were hits"
         texts.append(f"{found}, {ahead}{fetched} fetched")
+    if figures.get("requests"):
+        dollars = f" (${figures['nanodollars'] / 1e9:,.2f})" if figures.get("nanodollars") else ""
+        texts.append(f"{count(figures['requests'], 'request')}{dollars}, {format_bytes(figures['bytes_read'])} read")
     names = {
+        "retries": "retried",
+        "hedges": "hedged",
+        "throttled": "throttled",
         "evicted_early": "evicted too early",
         "quarantined": "corrupt and removed",
         "poisoned": "corrupt at their source",

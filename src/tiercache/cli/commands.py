@@ -172,16 +172,27 @@ def head(
     start: Annotated[int, option("--start", "I", "Index of the first record to show, counted from 0.", min=0)] = 0,
     columns: Columns = None,
     at: VersionNumber = None,
+    pictures: Annotated[
+        str,
+        option(
+            "--pictures",
+            "PROTOCOL",
+            "How images are shown on a terminal: kitty, iterm2, sixel, blocks (coloured characters, on any terminal) "
+            "or none; auto: as the terminal's environment variables say.",
+        ),
+    ] = "auto",
     storage_option: StorageOptions = None,
 ) -> None:
     """Show some records of a data set.
 
-    Images are shown as their size, arrays by their first elements. Only the needed bytes are read.
+    Images are shown as their size, and as pictures if the terminal can; arrays by their first elements. Only the needed
+    bytes are read.
     """
     from tiercache.cli import data_sets
+    from tiercache.cli.pictures import choose_protocol
 
-    rows = range(start, start + n)
-    data_sets.show_records(output, url, rows, parse_columns(columns), at, storage_option)
+    rows, protocol = range(start, start + n), choose_protocol(pictures)
+    data_sets.show_records(output, url, rows, parse_columns(columns), at, storage_option, protocol)
 
 
 def export(
@@ -392,6 +403,54 @@ def status(
     from tiercache.cli import cache_verbs
 
     cache_verbs.status(output, cache_dir, cache_size)
+
+
+def serve(
+    output: Output,
+    urls: Annotated[
+        list[str] | None,
+        argument("DATASET...", "Data sets that other machines may read: URLs as the job's machines open them."),
+    ] = None,
+    address: Annotated[
+        str, option("--address", "ADDRESS", "Address to listen on, e.g. that of the cluster's private network.")
+    ] = "0.0.0.0",  # noqa: S104 - other machines are to reach it
+    port: Annotated[int, option("--port", "N", "Port to listen on.", min=1, max=65535)] = 9740,
+    token: Annotated[
+        str | None,
+        option(
+            "--token",
+            "TOKEN",
+            "Token that requests must have; default: peers_token (TIERCACHE_PEERS_TOKEN), which no list of processes "
+            "shows.",
+        ),
+    ] = None,
+    tls_cert: Annotated[Path | None, option("--tls-cert", "FILE", "Certificate of the server, for TLS (PEM).")] = None,
+    tls_key: Annotated[Path | None, option("--tls-key", "FILE", "Key of the certificate (PEM).")] = None,
+    print_config: Annotated[
+        bool, flag("--print-config", "Print a server block for the cluster's own nginx, and do nothing else.")
+    ] = False,
+    socket: Annotated[
+        Path | None,
+        option("--socket", "PATH", "Run no nginx, but only the service on this Unix socket, beside another nginx."),
+    ] = None,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = None,
+    storage_option: StorageOptions = None,
+) -> None:
+    """Serve this machine's cache to the other machines of a job.
+
+    nginx serves complete copies. What is missing is fetched from the data set's store once, for all machines that
+    request it. Runs until SIGTERM or Ctrl-C. See docs/guide/peers.md.
+    """
+    from tiercache.cli import serve as verb
+
+    what = verb.ServeRequest(
+        urls or (), address, port, token, tls_cert, tls_key, socket, storage_option, cache_dir, cache_size
+    )
+    if print_config:
+        verb.print_config(output, what)
+    else:
+        verb.run(output, what)
 
 
 def simulate(

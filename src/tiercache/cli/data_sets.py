@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -15,6 +15,7 @@ import typer
 
 from tiercache.cli.options import parse_storage_options
 from tiercache.cli.output import Output, count, printable
+from tiercache.cli.pictures import picture
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import format_bytes
 from tiercache.pack import PackOptions, PackPlan, plan_pack, run_pack
@@ -203,8 +204,12 @@ def show_records(
     columns: Sequence[str] | None,
     at: int | None,
     storage_options: Sequence[str] | None,
+    protocol: str | None,
 ) -> None:
-    """Show the records in rows, or those of them that exist. Only the needed bytes are read."""
+    """Show the records in rows, or those of them that exist. Only the needed bytes are read.
+
+    protocol: How images are shown as pictures; None: only as their size.
+    """
     with open_data_set_store(url, storage_options) as store:
         data_set = open_data_set(store, at)
         schema, first = data_set.version.schema, data_set.shards.first_record
@@ -215,12 +220,14 @@ def show_records(
             some = range(max(rows.start, int(first[shard])), min(rows.stop, int(first[shard + 1])))
             if not some:
                 break
-            _show_shard(output, data_set, shard, some, names)
+            _show_shard(output, data_set, shard, some, names, None if output.as_json else protocol)
     facts = {"version": data_set.version.number, "shown": len(rows), "records": n_records}
     output.summary(facts, f"{len(rows)} of {count(n_records, 'record')}")
 
 
-def _show_shard(output: Output, data_set: OpenDataSet, shard: int, rows: range, names: list[str]) -> None:
+def _show_shard(
+    output: Output, data_set: OpenDataSet, shard: int, rows: range, names: list[str], protocol: str | None
+) -> None:
     info = data_set.shards.info(shard)
     identity = info.identity(data_set.version.dataset_id)
     with ShardReader(data_set.store, info.name, info=info, identity=identity) as reader:
@@ -235,6 +242,18 @@ def _show_shard(output: Output, data_set: OpenDataSet, shard: int, rows: range, 
         else:
             lines = [f"  {name:{width}}  {format_value(*record[name])}" for name in names]
             typer.echo("\n".join([f"record {row}", *lines]))
+            _show_pictures(record.values(), protocol)
+
+
+def _show_pictures(values: Iterable[tuple[Column, Any]], protocol: str | None) -> None:
+    """Print the images of a record as pictures; images that cannot be decoded, or without the libraries none."""
+    if protocol is None:
+        return
+    with suppress(ModuleNotFoundError):
+        for column, value in values:
+            text = picture(value, protocol) if column.kind is Kind.IMAGE and value is not None else ""
+            if text:
+                typer.echo(text, color=True)  # escape sequences are kept
 
 
 _TYPE = re.compile(r"(?P<name>\w+)(?:\[(?P<shape>[^\]]*)\]|<(?P<encoding>[^>]*)>)?(?P<nullable>\??)")

@@ -6,6 +6,7 @@ model.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -27,6 +28,7 @@ from tiercache.dataset import Dataset
 from tiercache.demo.results import BATCH_SIZE, SEED, Epoch, Job
 from tiercache.load.loader import DataLoader
 from tiercache.load.options import LoaderOptions
+from tiercache.rng import rng
 
 CONTEXT_BYTES = 8
 LEARNING_RATE = 3e-3
@@ -43,8 +45,7 @@ class Digits(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return logits float32[n, 10] and labels int64[n]."""
-        images = [np.asarray(Image.open(io.BytesIO(png)), np.float32) / 255 for png in batch["image"]]
-        return self.layers(torch.from_numpy(np.stack(images)[:, None])), batch["label"]
+        return self.layers(batch["image"][:, None]), batch["label"]
 
 
 class NextByte(nn.Module):
@@ -63,6 +64,21 @@ class NextByte(nn.Module):
         return self.out(torch.relu(self.mix(signal))), tokens[:, 1:]
 
 
+def read_digit(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record with its image as float32[8, 8] from 0 to 1."""
+    pixels = np.asarray(Image.open(io.BytesIO(record["image"])), np.float32) / 255
+    return {"image": pixels, "label": record["label"]}
+
+
+def augment_digit(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the record with noise in its image: an augmentation that a resumed run repeats."""
+    digit = read_digit(record)
+    noise = rng().numpy.normal(0, 0.05, digit["image"].shape)
+    return {**digit, "image": digit["image"] + noise.astype(np.float32)}
+
+
+# Functions that the loader applies to each record, by data set.
+TRANSFORMS = {"digits/train": augment_digit, "digits/test": read_digit}
 # Model class, data set for training, held-out data set, by name.
 MODELS: dict[str, tuple[type[nn.Module], str, str | None]] = {
     "digits": (Digits, "digits/train", "digits/test"),
@@ -80,6 +96,15 @@ def digest_batch(batch: dict[str, Any]) -> str:
     return total.hexdigest()
 
 
+def find_accelerator() -> torch.device | None:
+    """Return the device to which a loader can copy batches; None: this machine has none."""
+    accelerator: Any = getattr(torch, "accelerator", None)  # torch 2.6 and later
+    if accelerator is None:
+        return torch.device("cuda") if torch.cuda.is_available() else None
+    found: torch.device | None = accelerator.current_accelerator() if accelerator.is_available() else None
+    return None if found is None or found.type == "mps" else found
+
+
 class Trainer:
     """Trains one model. Not thread-safe."""
 
@@ -91,14 +116,17 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(self._model.parameters(), LEARNING_RATE)
         self._cache = Cache(job.cache, size=job.cache_bytes)
         self._loader = self._open(train, shuffle=True)
-        self._held_out = self._open(held_out, shuffle=False) if held_out else None
+        self._device = find_accelerator()
+        self._held_out = self._open(held_out, shuffle=False, device=self._device) if held_out else None
         # Loaders count from their creation; segments were fetched before, but belong to the first epoch too.
         self._opening_bytes = self._cache.stats()["bytes_fetched"]
         self._counted = (0.0, 0.0, 0.0)
 
-    def _open(self, name: str, *, shuffle: bool) -> DataLoader[dict[str, Any]]:
-        dataset = Dataset(self._job.urls[name], cache=self._cache, storage_options=dict(self._job.storage_options))
-        return DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=shuffle, options=LoaderOptions(seed=SEED))
+    def _open(self, name: str, *, shuffle: bool, device: torch.device | None = None) -> DataLoader[dict[str, Any]]:
+        url, storage = self._job.urls[name], dict(self._job.storage_options)
+        dataset = Dataset(url, cache=self._cache, transform=TRANSFORMS.get(name), storage_options=storage)
+        options = LoaderOptions(seed=SEED, device=device)
+        return DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=shuffle, options=options)
 
     def run_phase(self) -> Iterator[Epoch]:
         """Yield the epochs of the job's phase."""
@@ -171,10 +199,15 @@ class Trainer:
         return Epoch(self._name, epoch, mode, *result)
 
     def _accuracy(self) -> float | None:
+        """Return the share of held-out images that the model recognises: on the accelerator, if there is one.
+
+        Training stays on the CPU, where two runs have equal weights to the bit.
+        """
         if self._held_out is None:
             return None
+        model = self._model if self._device is None else copy.deepcopy(self._model).to(self._device)
         with torch.no_grad():
-            outputs = [self._model(batch) for batch in self._held_out]
+            outputs = [model(batch) for batch in self._held_out]
         right = [logits.argmax(1) == labels for logits, labels in outputs]
         return float(torch.cat(right).float().mean())
 

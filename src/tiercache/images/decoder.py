@@ -1,10 +1,9 @@
 """Decoder of encoded images into the caller's memory.
 
 It decodes JPEG by simplejpeg (libjpeg-turbo) or as planes by libturbojpeg, PNG and WebP by OpenCV, other formats by
-Pillow, and resizes by OpenCV. All of them release the GIL. docs/design/images.md holds the measurements
-behind this choice.
-
-The crop of an image is a pure function of its size, the options and some random numbers.
+Pillow, and resizes by OpenCV; `_native/pixels` adjusts colours and normalises. All of them release the GIL.
+docs/design/images.md holds the measurements behind this choice.
+image_plan.py says what becomes of an image: crop, mirroring and colours.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import io
 import math
 import struct
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import CDLL, POINTER, c_int, c_ulong, c_void_p
 from ctypes.util import find_library
 from dataclasses import dataclass
@@ -24,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tiercache._native import pixels
 from tiercache.errors import SchemaError
-from tiercache.order.epoch_order import derive_key
+from tiercache.images.image_plan import N_COLOUR_DRAWS, CropPlan, colour_tables, fresh_draws, plan_colours, plan_crop
 from tiercache.shard.conversion import bfloat16_tensor
 from tiercache.shard.read.values import ColumnValues
 
@@ -33,116 +33,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.images.options import DecodeImage
-
-
-# As in torchvision's RandomResizedCrop: number of attempts at an area and an aspect ratio that fit, before a center
-# crop.
-ATTEMPTS = 10
-# Two numbers per attempt, two for the place, one for the flip, and one that fills up whole Philox blocks of 4 numbers.
-N_DRAWS = 24
-_PLACE, _FLIP = 2 * ATTEMPTS, 2 * ATTEMPTS + 2
-# Scales at which libjpeg decodes faster; its other scales (7/8, 5/8, ...) are slower than a full decode.
-REDUCTIONS = (8, 4, 2)
-
-
-@dataclass(frozen=True, slots=True)
-class CropPlan:
-    """Box of an image, in pixels, which may be fractions; its size in the result, and whether that is mirrored."""
-
-    top: float
-    left: float
-    height: float
-    width: float
-    out_height: int
-    out_width: int
-    flip: bool = False
-
-    @property
-    def reduction(self) -> int:
-        """Factor 1, 2, 4 or 8 by which the decoder may shrink the image: the box stays as large as the result."""
-        fits = (k for k in REDUCTIONS if self.height >= k * self.out_height and self.width >= k * self.out_width)
-        return next(fits, 1)
-
-    def pixels(self, picture: tuple[int, int], decoded: tuple[int, int]) -> tuple[int, int, int, int]:
-        """Return the box as (top, bottom, left, right) of the decoded image, in whole pixels, at least 1 x 1.
-
-        The arguments are (height, width) of the image that the plan was made for, and of the decoded image.
-        """
-        rows = _edges(self.top, self.height, picture[0], decoded[0])
-        return *rows, *_edges(self.left, self.width, picture[1], decoded[1])
-
-
-def plan_crop(height: int, width: int, options: DecodeImage, draws: Sequence[float]) -> CropPlan:
-    """Return the crop of an image. draws: N_DRAWS random numbers in [0, 1); not read if nothing is random."""
-    flip = options.flip and draws[_FLIP] < 0.5
-    if options.size is None:
-        return CropPlan(0, 0, height, width, height, width, flip)
-    out_height, out_width = options.shape
-    if options.crop == "random":
-        return CropPlan(*_random_box(height, width, options, draws), out_height, out_width, flip)
-    short, long = min(height, width), max(height, width)
-    resize = options.resize or max(options.shape)
-    longer = int(resize * long / short)
-    full_height, full_width = (resize, longer) if height <= width else (longer, resize)
-    top, left = round((full_height - out_height) / 2), round((full_width - out_width) / 2)
-    down, right = height / full_height, width / full_width
-    return CropPlan(top * down, left * right, out_height * down, out_width * right, out_height, out_width, flip)
-
-
-def draw_key(seed: int, epoch: int) -> bytes:
-    """Return the key of an epoch's random numbers."""
-    return derive_key(seed, "images", epoch)
-
-
-def keyed_draws(key: bytes, runs: Iterable[tuple[int, int]]) -> NDArray[np.float64]:
-    """Return the random numbers of positions, float64[n, N_DRAWS] in [0, 1).
-
-    They are Philox 4x64 numbers with the epoch's key; position p has the counters from p * N_DRAWS / 4 on. A run is
-    repeatable only if this never changes. runs: Half-open ranges of positions, in order.
-    """
-    number = int.from_bytes(key, "little")
-    words = [
-        np.random.Philox(key=number, counter=start * (N_DRAWS // 4)).random_raw((stop - start) * N_DRAWS)
-        for start, stop in runs
-    ]
-    bits = (np.concatenate(words) >> np.uint64(11)).astype(np.float64)
-    return np.ldexp(bits, -53).reshape(-1, N_DRAWS)
-
-
-def fresh_draws(n: int) -> NDArray[np.float64]:
-    """Return float64[n, N_DRAWS] in [0, 1) from torch's generator if torch is imported, else from numpy's."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return np.random.random((n, N_DRAWS))
-    drawn: NDArray[np.float64] = torch.rand(n, N_DRAWS, dtype=torch.float64).numpy()
-    return drawn
-
-
-def _random_box(
-    height: int, width: int, options: DecodeImage, draws: Sequence[float]
-) -> tuple[float, float, float, float]:
-    """Return (top, left, height, width) as torchvision's RandomResizedCrop draws it."""
-    area = height * width
-    (smallest, largest), (narrow, wide) = options.scale, options.ratio
-    log_narrow, log_wide = math.log(narrow), math.log(wide)
-    for attempt in range(0, 2 * ATTEMPTS, 2):
-        target = area * (smallest + (largest - smallest) * draws[attempt])
-        ratio = math.exp(log_narrow + (log_wide - log_narrow) * draws[attempt + 1])
-        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(draws[_PLACE] * (height - h + 1)), int(draws[_PLACE + 1] * (width - w + 1)), h, w
-    w, h = width, height
-    if width < narrow * height:
-        h = round(width / narrow)
-    elif width > wide * height:
-        w = round(height * wide)
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def _edges(start: float, length: float, whole: int, decoded: int) -> tuple[int, int]:
-    factor = decoded / whole
-    first = min(round(start * factor), decoded - 1)
-    return first, min(max(round((start + length) * factor), first + 1), decoded)
 
 
 if TYPE_CHECKING:
@@ -218,8 +108,8 @@ class PlaneReader:
         self._handle = _Handle(self._tj)
         self._header = c_int(), c_int(), c_int(), c_int()
         self._memory = np.empty(0, np.uint8)
-        self.resized = np.empty((3, *options.shape), np.uint8)  # Y, Cb and Cr of a result; the caller fills it
-        self._resized_at = _pointers(self.resized)
+        self._resized = np.empty((3, math.prod(options.shape)), np.uint8)
+        self._resized_at = (c_void_p * 3)(*(plane.ctypes.data for plane in self._resized))
 
     def look(self, data: NDArray[np.uint8]) -> JpegPlanesHeader | None:
         """Return the header of a JPEG; None if it is 4:4:4, 4:1:1, grey or of another colour space."""
@@ -250,8 +140,12 @@ class PlaneReader:
         chroma = slice(-(-height // down)), slice(-(-width // across))
         return y[:height, :width], cb[chroma], cr[chroma]
 
+    def resized(self, plan: CropPlan) -> NDArray[np.uint8]:
+        """Return the memory of Y, Cb and Cr of a result, uint8[3, h, w], which the caller fills before to_rgb()."""
+        return self._resized.reshape(3, plan.out_height, plan.out_width)
+
     def to_rgb(self, out: NDArray[np.uint8]) -> bool:
-        """Convert the planes in `resized` to RGB by JFIF's equations, into a C-contiguous uint8[h, w, 3].
+        """Convert the planes in resized() to RGB by JFIF's equations, into a C-contiguous uint8[h, w, 3].
 
         Returns:
             False if the library failed: it limits a side to 65,500 pixels, and may lack memory.
@@ -329,16 +223,16 @@ class Decoder:
         if options.resize_in == "ycbcr":
             self._reader = PlaneReader(options, MAX_KEPT_BYTES)
         self._kept: dict[str, NDArray[np.uint8]] = {}
-        self._table = _table_of(options.dtype)
+        self._tables = colour_tables(options)
 
     def decode_into(self, data: Any, draws: Sequence[float], out: NDArray[Any]) -> None:
         """Decode an image into out.
 
         Args:
             data: Encoded bytes, any contiguous buffer; no reference is kept.
-            draws: Random numbers, see plan_crop.
-            out: C-contiguous array of shape options.batch_shape and dtype `stored_dtype(options.dtype)`, owned by the
-                caller.
+            draws: Random numbers, see plan_crop and plan_colours.
+            out: C-contiguous array of the shape options.memory_shape(*options.shape) and the dtype
+                `stored_dtype(options.dtype)`, owned by the caller.
 
         Raises:
             DecodeError: The image cannot be decoded; the contents of out are then undefined.
@@ -346,19 +240,21 @@ class Decoder:
         if self._options.resize_in == "ycbcr" and self._decode_planes(data, draws, out):
             return
         picture, plan, size = self._picture(data, draws)
-        self._render(picture, plan, size, out)
+        self._render(picture, plan, size, out, draws)
 
     def decode(self, data: Any, draws: Sequence[float]) -> NDArray[Any]:
-        """Decode an image into new memory, of the image's own size if options.size is None. Raises DecodeError."""
-        if self._options.size is not None:
-            out = np.empty(self._options.batch_shape, stored_dtype(self._options.dtype))
+        """Decode an image into new memory, of the image's own size if options.size is None.
+
+        The result has the shape options.memory_shape(height, width); see in_layout. Raises DecodeError.
+        """
+        options = self._options
+        if options.size is not None:
+            out = np.empty(options.memory_shape(*options.shape), stored_dtype(options.dtype))
             self.decode_into(data, draws, out)
             return out
         picture, plan, size = self._picture(data, draws)
-        height, width = plan.out_height, plan.out_width
-        shape = (3, height, width) if self._options.layout == "CHW" else (height, width, 3)
-        out = np.empty(shape, stored_dtype(self._options.dtype))
-        self._render(picture, plan, size, out)
+        out = np.empty(options.memory_shape(*plan.shown_shape), stored_dtype(options.dtype))
+        self._render(picture, plan, size, out, draws)
         return out
 
     def _picture(self, data: Any, draws: Sequence[float]) -> tuple[NDArray[np.uint8], CropPlan, tuple[int, int]]:
@@ -366,10 +262,11 @@ class Decoder:
 
         The image is uint8[h, w, 3]; it may be reduced, and may lie in scratch memory.
         """
+        orientation = self._orientation(data)
         if _is_jpeg(data):
             size, space = self._jpeg_header(data)
             if space in _JPEG_SPACES:
-                plan = plan_crop(*size, self._options, draws)
+                plan = plan_crop(*size, self._options, draws, orientation)
                 picture = self._decode_jpeg(data, size, plan.reduction)
                 if picture is not None:
                     return picture, plan, size
@@ -377,9 +274,15 @@ class Decoder:
         if 0 < declared_pixels(data) <= MAX_PIXELS:
             picture = self._decode_cv2(data)
         if picture is None:
-            picture = _decode_pillow(self._pillow, data)
+            picture, orientation = _decode_pillow(
+                self._pillow, data, with_orientation=self._options.apply_exif_orientation
+            )
         size = picture.shape[0], picture.shape[1]
-        return picture, plan_crop(*size, self._options, draws), size
+        return picture, plan_crop(*size, self._options, draws, orientation), size
+
+    def _orientation(self, data: Any) -> int:
+        """Return the orientation to apply to a JPEG, PNG or WebP."""
+        return exif_orientation(data) if self._options.apply_exif_orientation else 1
 
     def _jpeg_header(self, data: Any) -> tuple[tuple[int, int], str]:
         """Return ((height, width), colour space); the colour space is "" if Pillow must read the image."""
@@ -426,30 +329,38 @@ class Decoder:
         found = reader.look(encoded)
         if found is None or found.size[0] * found.size[1] > MAX_PIXELS:
             return False
-        plan = plan_crop(*found.size, self._options, draws)
+        plan = plan_crop(*found.size, self._options, draws, self._orientation(data))
         box = plan.pixels(found.size, found.size)
         planes = reader.read(encoded, found) if _are_planes_enough(plan, box) else None
         if planes is None:
             return False
         luma, chroma = found.boxes(box)
-        for plane, part, resized in zip(planes, (luma, chroma, chroma), reader.resized, strict=True):
+        for plane, part, resized in zip(planes, (luma, chroma, chroma), reader.resized(plan), strict=True):
             self._resize(plane[part], resized)
         shown = self._room(plan)
         if not reader.to_rgb(shown):
             return False
-        self._finish(shown, plan, out)
+        self._finish(shown, plan, out, draws)
         return True
 
-    def _render(self, picture: NDArray[np.uint8], plan: CropPlan, size: tuple[int, int], out: NDArray[Any]) -> None:
-        """Crop, resize, mirror, and convert to out's layout and dtype."""
+    def _render(
+        self,
+        picture: NDArray[np.uint8],
+        plan: CropPlan,
+        size: tuple[int, int],
+        out: NDArray[Any],
+        draws: Sequence[float],
+    ) -> None:
+        """Crop, resize, turn, adjust the colours, and convert to out's layout and dtype."""
         top, bottom, left, right = plan.pixels(size, (picture.shape[0], picture.shape[1]))
-        is_direct = self._options.layout == "HWC" and self._options.dtype == "uint8"
-        shown = out if is_direct else self._room(plan)
+        options = self._options
+        is_direct = options.layout != "CHW" and options.dtype == "uint8" and not plan.is_transposed
+        shown = out if is_direct and not options.has_jitter else self._room(plan)
         self._resize(picture[top:bottom, left:right], shown)
-        self._finish(shown, plan, out)
+        self._finish(shown, plan, out, draws)
 
     def _room(self, plan: CropPlan) -> NDArray[np.uint8]:
-        """Return scratch memory uint8[h, w, 3] for a result before it is converted to out's layout and dtype."""
+        """Return scratch memory uint8[h, w, 3] for a result before it is turned and converted."""
         shape = plan.out_height, plan.out_width, 3
         return self._scratch("resized", math.prod(shape)).reshape(shape)
 
@@ -477,31 +388,34 @@ class Decoder:
         how = self._cv2.INTER_LINEAR if shrink <= MAX_LINEAR_SHRINK else self._cv2.INTER_AREA
         self._cv2.resize(box, (width, height), out, interpolation=how)
 
-    def _finish(self, shown: NDArray[np.uint8], plan: CropPlan, out: NDArray[Any]) -> None:
-        """Mirror the result, and convert it to out's layout and dtype."""
-        if plan.flip:
-            self._cv2.flip(shown, 1, shown)
+    def _finish(self, shown: NDArray[np.uint8], plan: CropPlan, out: NDArray[Any], draws: Sequence[float]) -> None:
+        """Turn the result, adjust its colours, and convert it to out's layout and dtype."""
+        if plan.is_transposed:
+            turned = self._scratch("turned", shown.size).reshape(*plan.shown_shape, 3)
+            self._cv2.transpose(shown, turned)
+            shown = turned
+        if plan.mirror is not None:
+            self._cv2.flip(shown, plan.mirror, shown)
         if shown is not out:
-            self._convert(shown, out)
+            self._convert(shown, out, plan_colours(self._options, draws))
 
-    def _convert(self, shown: NDArray[np.uint8], out: NDArray[Any]) -> None:
-        """Convert uint8[h, w, 3] to out's layout and dtype."""
-        cv2, source = self._cv2, shown
-        if self._options.layout == "CHW":
+    def _convert(self, shown: NDArray[np.uint8], out: NDArray[Any], steps: Sequence[tuple[int, float]]) -> None:
+        """Adjust the colours of uint8[h, w, 3], and convert it to out's layout and dtype."""
+        cv2, tables, to_planar, source = self._cv2, self._tables, self._options.layout == "CHW", shown
+        is_planar = bool(steps) or to_planar
+        if is_planar:
             # cv2.split takes 7 us, a transposed numpy copy 45 us.
-            source = out
-            if self._table is not None:
-                source = self._scratch("planes", out.size).reshape(out.shape)
+            is_direct = tables is None and to_planar
+            source = out if is_direct else self._scratch("planes", shown.size).reshape(3, *shown.shape[:2])
             cv2.split(shown, list(source))
-        elif self._table is None:
-            np.copyto(out, shown)
-        if self._table is None:
-            return
-        if out.dtype == np.float32:
-            np.multiply(source, np.float32(1 / 255), out=out, dtype=np.float32)
-        else:  # a table lookup takes 45 us, numpy's own conversion 200 us
-            rows = out.shape[0] * out.shape[1]
-            cv2.LUT(source.reshape(rows, -1), self._table.reshape(1, 256), out.view(np.uint16).reshape(rows, -1))
+            if steps:
+                pixels.adjust(source.reshape(3, -1), steps)
+        if tables is not None:
+            pixels.look_up(source.reshape(-1), is_planar, tables, out.reshape(-1).view(np.uint8), to_planar)
+        elif is_planar and not to_planar:
+            cv2.merge(list(source), out)
+        elif source is not out:
+            np.copyto(out, source)
 
 
 def load_libraries(options: DecodeImage) -> tuple[Any, Any, Any]:
@@ -544,21 +458,64 @@ def stored_dtype(dtype: str) -> np.dtype[Any]:
     return np.dtype(_STORED[dtype])
 
 
-def _table_of(dtype: str) -> NDArray[Any] | None:
-    """Return the values of 0, 1, ... 255, [256]; 16-bit floats as uint16 bits; None for uint8.
+def in_layout(stored: Any, options: DecodeImage) -> Any:
+    """Return images as they lie in memory, [..., height, width, 3], in the layout of the options; without a copy."""
+    return stored.swapaxes(-1, -3).swapaxes(-1, -2) if options.layout == "channels_last" else stored
 
-    Values are computed in float32 and then rounded, as torch does: they equal torchvision's ToDtype(scale=True) bit for
-    bit.
-    """
-    if dtype == "uint8":
-        return None
-    values = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
-    if dtype == "float16":
-        return values.astype(np.float16).view(np.uint16)
-    if dtype == "bfloat16":  # the upper 16 bits, rounded to nearest even
-        bits = values.view(np.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return values
+
+def exif_orientation(data: Any) -> int:
+    """Return the EXIF orientation of a JPEG, PNG or WebP, 1 to 8; 1 if it states none, or the bytes are damaged."""
+    encoded = memoryview(data)
+    try:
+        return _orientation_of(_find_exif(encoded))
+    except (struct.error, IndexError):
+        return 1
+
+
+def _find_exif(encoded: memoryview) -> memoryview:
+    """Return the TIFF structure of an image's EXIF data, or no bytes. Raises struct.error or IndexError."""
+    nothing, head = encoded[:0], bytes(encoded[:12])
+    if head.startswith(b"\xff\xd8"):
+        at = 2
+        while encoded[at] == 0xFF and encoded[at + 1] != 0xDA:  # up to the start of the scan
+            if encoded[at + 1] == 0xFF:  # a fill byte
+                at += 1
+                continue
+            (n_bytes,) = struct.unpack_from(">H", encoded, at + 2)
+            if encoded[at + 1] == 0xE1 and bytes(encoded[at + 4 : at + 10]) == b"Exif\0\0":
+                return encoded[at + 10 : at + 2 + n_bytes]
+            at += 2 + n_bytes
+    elif head.startswith(b"\x89PNG\r\n\x1a\n"):
+        at = 8
+        while (name := bytes(encoded[at + 4 : at + 8])) not in (b"IEND", b""):
+            (n_bytes,) = struct.unpack_from(">I", encoded, at)
+            if name == b"eXIf":
+                return encoded[at + 8 : at + 8 + n_bytes]
+            at += 12 + n_bytes
+    elif head.startswith(b"RIFF") and head.endswith(b"WEBP"):
+        at = 12
+        while name := bytes(encoded[at : at + 4]):
+            (n_bytes,) = struct.unpack_from("<I", encoded, at + 4)
+            if name == b"EXIF":
+                found = encoded[at + 8 : at + 8 + n_bytes]
+                return found[6:] if bytes(found[:6]) == b"Exif\0\0" else found
+            at += 8 + n_bytes + n_bytes % 2
+    return nothing
+
+
+def _orientation_of(tiff: memoryview) -> int:
+    """Return tag 274 of the first directory of a TIFF structure; 1 if it has no valid one. Raises struct.error."""
+    order = {b"II": "<", b"MM": ">"}.get(bytes(tiff[:2]))
+    if order is None:
+        return 1
+    (at,) = struct.unpack_from(f"{order}I", tiff, 4)
+    (n_entries,) = struct.unpack_from(f"{order}H", tiff, at)
+    for entry in range(at + 2, at + 2 + 12 * n_entries, 12):
+        tag, element = struct.unpack_from(f"{order}HH", tiff, entry)
+        if tag == 274:  # its type is SHORT; some writers use LONG
+            (value,) = struct.unpack_from(f"{order}{'I' if element == 4 else 'H'}", tiff, entry + 8)
+            return int(value) if 1 <= value <= 8 else 1
+    return 1
 
 
 def declared_pixels(data: Any) -> int:
@@ -578,7 +535,8 @@ def declared_pixels(data: Any) -> int:
     return int(width & 0x3FFF) * int(height & 0x3FFF)
 
 
-def _decode_pillow(pillow: Any, data: Any) -> NDArray[np.uint8]:
+def _decode_pillow(pillow: Any, data: Any, *, with_orientation: bool) -> tuple[NDArray[np.uint8], int]:
+    """Return the image, and the EXIF orientation that is still to be applied, if asked. Raises DecodeError."""
     # Exceptions that Pillow's readers raise for damaged files (each reader has its own), and Pillow's warnings if the
     # user has turned them into errors.
     errors = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error)
@@ -587,8 +545,12 @@ def _decode_pillow(pillow: Any, data: Any) -> NDArray[np.uint8]:
             if image.format == "EPS":  # Pillow would start Ghostscript to run the program in it
                 raise ValueError("EPS is not supported: an EPS file is a program that draws an image")
             if image.mode.startswith("I;16"):  # Pillow would clip 16-bit values
-                return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
-            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+                picture = np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+            else:
+                picture = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            # After the pixels: Pillow turns a TIFF itself when it reads them, and then drops the tag.
+            orientation = image.getexif().get(274, 1) if with_orientation else 1
+            return picture, orientation if orientation in range(1, 9) else 1
     except import_module("PIL").UnidentifiedImageError as error:
         start = bytes(memoryview(data)[:12])
         raise DecodeError(f"not an image in a supported format: it starts with {start!r}") from error
@@ -612,9 +574,13 @@ def decode_columns(
         Exception: The result of explain, for an image that cannot be decoded.
         SchemaError: dtype is bfloat16 and torch is not imported.
     """
-    is_random = any(options.is_random for options in decode.values())
     n = len(columns[0].values) if columns else 0
-    draws: Sequence[Sequence[float]] = fresh_draws(n).tolist() if is_random else [()] * n
+    draws: Sequence[Sequence[float]] = [()] * n
+    if any(options.is_random for options in decode.values()):
+        drawn = [fresh_draws(n)]
+        if any(options.has_jitter for options in decode.values()):
+            drawn.append(fresh_draws(n, N_COLOUR_DRAWS))
+        draws = np.concatenate(drawn, axis=1).tolist()
     return [
         _decoded(found, decode[found.column.name], draws, explain) if found.column.name in decode else found
         for found in columns
@@ -626,7 +592,9 @@ def _decoded(
 ) -> ColumnValues:
     decoder, n = Decoder(options), len(found.values)
     whole = options.size is None
-    out: Any = [None] * n if whole else np.zeros((n, *options.batch_shape), stored_dtype(options.dtype))
+    out: Any = [None] * n
+    if not whole:
+        out = np.zeros((n, *options.memory_shape(*options.shape)), stored_dtype(options.dtype))
     for index, data in enumerate(found.values):
         if data is None:
             continue
@@ -641,11 +609,11 @@ def _decoded(
 
 
 def _typed(stored: Any, options: DecodeImage, column: str) -> Any:
-    """Return stored elements as elements of the dtype of the options."""
+    """Return images as they lie in memory in the dtype and the layout of the options."""
     if options.dtype != "bfloat16":
-        return stored
+        return in_layout(stored, options)
     tensor = bfloat16_tensor(stored)
     if tensor is None:
         message = "images of dtype bfloat16 are torch tensors: import torch first (numpy has no such dtype)"
         raise SchemaError(message, column=column, expected="torch", got="no torch")
-    return tensor
+    return in_layout(tensor, options)

@@ -18,6 +18,7 @@ from accelerate.state import GradientState
 from accelerate.utils import send_to_device, synchronize_rng_states
 
 from tiercache.load.loader import DataLoader
+from tiercache.load.meshes import mesh_rank
 from tiercache.load.output_spec import Buffer
 
 
@@ -120,7 +121,7 @@ class PreparedLoader(DataLoaderStateMixin, DataLoader[Any]):  # type: ignore[mis
         options, started = state["_native"]
         self.__setstate__({**state, "_native": (replace(options, fills_first=accelerator.even_batches), started)})
         # torch does not allow setting batch_sampler; code that uses Accelerate's loaders reads it.
-        batches = _NativeBatches(self, _n_data_ranks(accelerator), accelerator.even_batches)
+        batches = _NativeBatches(self, _data_rank(accelerator)[1], accelerator.even_batches)
         self.__dict__["batch_sampler"] = self._served_batch_sampler = batches
         on_device = accelerator.device_placement and accelerator.device.type != "cpu"
         self.device = accelerator.device if on_device else None
@@ -164,9 +165,15 @@ class PreparedLoader(DataLoaderStateMixin, DataLoader[Any]):  # type: ignore[mis
         finally:
             self.end()
 
-    def stats(self) -> dict[str, Any]:
-        """As `DataLoader.stats`; `padded` also counts the records repeated to make the last batches equal in size."""
-        found = super().stats()
+    def stats(self, *, across_ranks: bool = False) -> dict[str, Any]:
+        """Return the counters of `DataLoader.stats`.
+
+        `padded` also counts the records that were repeated to make the last batches of all ranks equal in size.
+
+        Args:
+            across_ranks: Whether to add the exposed waits of the slowest rank; then all ranks must call this method.
+        """
+        found = super().stats(across_ranks=across_ranks)
         return {**found, "padded": found["padded"] + self._n_repeated}
 
     def _last(self, batch: Any, n_global: int) -> Any:
@@ -209,7 +216,7 @@ def _check(loader: DataLoader[Any], accelerator: Accelerator) -> None:
     if rank is None or rank.origin == "sampler":
         reason = "is not on the native path" if rank is None else "has a sampler, which Accelerate splits among ranks"
         raise ValueError(f"{loader!r} {reason}: use accelerator.prepare(loader) instead")
-    n_ranks = _n_data_ranks(accelerator)
+    index, n_ranks = _data_rank(accelerator)
     if accelerator.split_batches and n_ranks > 1:
         raise ValueError(
             f"split_batches=True would split batches of {loader.batch_size} among {n_ranks} ranks: remove it and "
@@ -219,18 +226,31 @@ def _check(loader: DataLoader[Any], accelerator: Accelerator) -> None:
         raise ValueError(
             "dispatch_batches=True reads on one rank only: remove it, because each rank reads its own batches"
         )
-    index = accelerator.process_index // (accelerator.num_processes // n_ranks)
     if rank.origin != "options" and (rank.rank, rank.world_size) != (index, n_ranks):
+        mesh = _mesh(accelerator)
+        if mesh is None:
+            to_pass = f"LoaderOptions(rank={index}, world_size={n_ranks}, seed=...) and Dataset(version=...)"
+        else:
+            to_pass = f"LoaderOptions(mesh=accelerator.torch_device_mesh, dims={_data_dims(mesh)})"
         raise ValueError(
-            f"the loader serves {rank}, but in Accelerate's mesh this process is rank {index} of {n_ranks} data ranks: "
-            f"pass LoaderOptions(rank={index}, world_size={n_ranks}, seed=...) and Dataset(version=...)"
+            f"the loader serves {rank}, but for Accelerate this process is rank {index} of {n_ranks} data ranks: pass "
+            f"{to_pass}"
         )
 
 
-def _n_data_ranks(accelerator: Accelerator) -> int:
-    """Return the number of different batches that the processes take in one step."""
-    mesh = getattr(accelerator, "torch_device_mesh", None)  # missing in older releases
+def _data_rank(accelerator: Accelerator) -> tuple[int, int]:
+    """Return the number of the batch that this process takes in one step, and the number of different batches."""
+    mesh = _mesh(accelerator)
     if mesh is None:
-        return int(accelerator.num_processes)
-    n_same = math.prod(mesh[name].size() for name in mesh.mesh_dim_names if name in _SAME_BATCH)
-    return int(accelerator.num_processes // n_same)
+        return int(accelerator.process_index), int(accelerator.num_processes)
+    return mesh_rank(mesh, _data_dims(mesh))
+
+
+def _mesh(accelerator: Accelerator) -> Any:
+    """Return Accelerate's device mesh; None if it uses none."""
+    return getattr(accelerator, "torch_device_mesh", None)  # missing in older releases
+
+
+def _data_dims(mesh: Any) -> tuple[str, ...]:
+    """Return the names of the mesh's dimensions along which processes take different batches."""
+    return tuple(name for name in mesh.mesh_dim_names if name not in _SAME_BATCH)

@@ -1,4 +1,4 @@
-"""Batches: the ring's description of a schema, the assembly of tensors and lists over a slot, and collate().
+"""Batches: the ring's description of a schema, and the assembly of arrays and lists over a slot.
 
 Batch memory is reused: decoded batches return it when their last tensor is dropped. PipelineSetup is what the pipelines
 of a run have in common.
@@ -13,23 +13,18 @@ import math
 import struct
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.utils import dlpack
 
-from tiercache._native import gather
-from tiercache._native.ring import ArenaKeeper, BatchBuilder, BufferEntry, Layout, TensorEntry
+from tiercache._native import gather, packing
+from tiercache._native.ring import SLOT_ALIGN, ArenaKeeper, BatchBuilder, BufferEntry, TensorEntry
 from tiercache.load.output_spec import (
     Buffer,
-    LazyRecords,
     OutputSpec,
-    apply_layouts,
-    as_columns,
     is_stack_of_rows,
     stored_fill,
     stream_fills,
@@ -37,13 +32,13 @@ from tiercache.load.output_spec import (
     varying,
 )
 from tiercache.shard.conversion import cast_kind, size_ratio
-from tiercache.shard.read.values import ColumnValues
 from tiercache.shard.schema import Column, Kind, Schema
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache._native.ring import Slot
+    from tiercache.load.array_library import ArrayLibrary
     from tiercache.views import Records
 
 
@@ -75,18 +70,17 @@ class BatchMemory:
     def lend(self, n_bytes: int, size_bytes: int) -> Bytes:
         """Return uint8[n_bytes], writable, with arbitrary content.
 
-        The memory returns when nothing refers to *this* array any more. A tensor made by torch.frombuffer refers to it;
-        a NumPy view does not (NumPy's views refer to the array that owns the memory).
+        The memory returns when nothing refers to *this* array any more. An array of `ArrayLibrary.over` refers to it; a
+        NumPy view does not (NumPy's views refer to the array that owns the memory).
         """
         try:
             memory = self._free[size_bytes].pop()  # the last one returned: part of it is still in a processor's cache
         except IndexError:
-            memory = np.empty(size_bytes, np.uint8)
-        lent = memory[:n_bytes]
-        token = next(_tokens)
-        _lent[token] = size_bytes
-        weakref.finalize(lent, _give_back, token, memory, self).atexit = False
-        return lent
+            memory = self._allocate(size_bytes)
+        return lend(memory, n_bytes, partial(self.take_back, memory))
+
+    def _allocate(self, n_bytes: int) -> Bytes:
+        return np.empty(n_bytes, np.uint8)
 
     @property
     def free_bytes(self) -> int:
@@ -98,6 +92,18 @@ class BatchMemory:
         free = self._free[memory.size]
         if len(free) < self.keep:
             free.append(memory)
+
+
+def lend(memory: Bytes, n_bytes: int, take_back: Callable[[], None]) -> Bytes:
+    """Return the first n_bytes of memory as an array; take_back is called when nothing refers to *this* array any more.
+
+    take_back runs in the thread that drops the last reference, perhaps in the garbage collector: it must take no lock.
+    """
+    lent = memory[:n_bytes]
+    token = next(_tokens)
+    _lent[token] = memory.size
+    weakref.finalize(lent, _give_back, token, take_back).atexit = False
+    return lent
 
 
 def lent_bytes() -> int:
@@ -120,16 +126,24 @@ def keep_freed_memory() -> None:
     libc.free(libc.malloc(_LARGEST_BYTES))
 
 
-def _give_back(token: int, memory: Bytes, owner: BatchMemory) -> None:
+def _give_back(token: int, take_back: Callable[[], None]) -> None:
     _lent.pop(token, None)
-    owner.take_back(memory)
+    take_back()
+
+
+def aligned(n_bytes: int) -> int:
+    """Return n_bytes rounded up to the alignment of columns and slots."""
+    return -(-n_bytes // SLOT_ALIGN) * SLOT_ALIGN
 
 
 PADDED = 4  # csrc/output_layout.h
 # Words of a stream's row in the table of layouts (struct tc_output_layout).
-_EARLY, _VALID, _FILL, _FILL_BYTES, _SHAPE, _DIMS, _N_DIMS, _IN_ROWS, _N_WORDS = range(9)
+_EARLY, _VALID, _FILL, _FILL_BYTES, _SHAPE, _DIMS, _N_DIMS, _IN_ROWS = range(8)
+_PADDING, _MULTIPLE, _MAX_LENGTH, _TRUNCATES, _N_WORDS = range(8, 13)
 _NONE = 2**64 - 1
+_NO_LIMIT = 2**63 - 1
 _BYTES_LIKE = (Kind.BYTES, Kind.STR, Kind.IMAGE, Kind.JSON)
+_ON_HOST = 1 << 24  # csrc/gather.h: on_host
 
 
 def gather_streams(schema: Schema, output_spec: OutputSpec | None = None) -> NDArray[np.uint32]:
@@ -159,7 +173,7 @@ def _values_kind(column: Column, output_spec: OutputSpec) -> int | None:
 
 def slot_bytes(streams: NDArray[np.uint32], n_rows: int) -> int:
     """Return the bytes of a batch's streams that are known in advance (only the offsets for varying lengths)."""
-    widths = {gather.FIXED: 0, gather.BITS: 1, gather.VAR: 8, gather.REF: 16, PADDED: 16}
+    widths = {gather.FIXED: 0, gather.BITS: 1, gather.VAR: 8, gather.REF: 16, PADDED: 16, packing.PACKED: 0}
     sizes = []
     for kind, width in streams.tolist():
         size = widths[kind & 0xFF] or width
@@ -194,7 +208,7 @@ def _column_rows(column: Column, output_spec: OutputSpec, first: int, tail: byte
     """Return a column's rows of the table; its streams begin with number `first`. Pointers are offsets into `tail`."""
     column = output_spec.column(column)  # fill values have the served dtype; a cast column has the same streams
     streams, form = column.streams(0), output_spec.layout(column)
-    rows = [[0, _NONE, 0, 0, _NONE, 0, 0, 0] for _ in streams]
+    rows = [[0, _NONE, 0, 0, _NONE, 0, 0, 0, 0, 1, _NO_LIMIT, 0] for _ in streams]
     if not rows:
         return rows
     ragged = column.kind is Kind.RAGGED
@@ -205,6 +219,11 @@ def _column_rows(column: Column, output_spec: OutputSpec, first: int, tail: byte
     if ragged or form == "padded":
         dims = np.array([-1 if d is None else d for d in column.shape] or [-1], np.int64)
         rows[0][_DIMS], rows[0][_N_DIMS] = _put(tail, dims.tobytes()), len(dims)
+    if form == "padded":
+        padding = output_spec.padding(column)
+        rows[0][_PADDING] = int.from_bytes(padding.stored_value(column).tobytes(), "little")
+        rows[0][_MULTIPLE], rows[0][_TRUNCATES] = padding.multiple_of, int(padding.truncate)
+        rows[0][_MAX_LENGTH] = padding.max_length or _NO_LIMIT
     if ragged:
         rows[0][_SHAPE] = first + 1
         rows[0][_IN_ROWS] = int(form in ("buffer", "nested") and is_stack_of_rows(column))
@@ -224,13 +243,6 @@ Batch: TypeAlias = dict[str, Any]
 Make: TypeAlias = Callable[["Slot", int], Any]
 Entry: TypeAlias = Make | TensorEntry | BufferEntry
 
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name)
-    for name in (
-        *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
-        *("float16", "bfloat16", "float32", "float64"),
-    )
-}
 _LIST_KINDS = (Kind.BYTES, Kind.STR, Kind.JSON, Kind.IMAGE)
 
 
@@ -245,6 +257,7 @@ class Assembler:
     call.
 
     Attributes:
+        library: ArrayLibrary of the arrays.
         streams: Kinds and widths of the streams, as the ring takes them.
         bytes_streams: Numbers of the streams that are served as lists of bytes.
         object_columns: (name, number) of the ARROW columns.
@@ -253,12 +266,12 @@ class Assembler:
         order: Names of a batch's entries, in order.
     """
 
-    def __init__(self, schema: Schema, output_spec: OutputSpec | None = None) -> None:
-        served = output_spec or OutputSpec()
+    def __init__(self, schema: Schema, served: OutputSpec, library: ArrayLibrary) -> None:
+        self.library = library
         self.streams = gather_streams(schema, served)
         kinds = self.streams[:, 0].tolist()
         schema = served.schema(schema)
-        self.bytes_streams = [number for number, kind in enumerate(kinds) if kind == gather.REF]
+        self.bytes_streams = [number for number, kind in enumerate(kinds) if kind & 0xFF == gather.REF]
         entries: list[tuple[str, Entry]] = []
         self.object_columns: list[tuple[str, int]] = []
         self._object_fills: dict[str, Callable[[], Any]] = {}
@@ -266,7 +279,9 @@ class Assembler:
         first = 0
         for index, column in enumerate(schema.columns):
             streams = column.streams(0)
-            made = _entries(column, served, first)
+            made = _entries(column, served, first, library)
+            if column.kind in (Kind.STR, Kind.JSON) and served.layout(column) == "list":
+                self.streams[first, 0] |= _ON_HOST
             if column.kind is Kind.ARROW:
                 self.object_columns.append((column.name, index))
                 if column.name in served.nulls:
@@ -277,7 +292,7 @@ class Assembler:
             names += [name for name, _ in made]
             first += len(streams)
         self.order = tuple(names)
-        self.entries = BatchBuilder(entries, len(kinds), _from_dlpack)
+        self.entries = BatchBuilder(entries, len(kinds), library.from_dlpack)
         self.is_native = self.entries.is_native and not self.object_columns
 
     def batch(self, slot: Slot) -> Batch:
@@ -298,12 +313,7 @@ class Assembler:
         return values if make is None else [make() if value is None else value for value in values]
 
 
-def valid_mask(values: Sequence[Any]) -> torch.Tensor:
-    """Return bool[n]: which values are not None."""
-    return torch.tensor([value is not None for value in values], dtype=torch.bool, device="cpu")
-
-
-def _entries(column: Column, output_spec: OutputSpec, first: int) -> list[tuple[str, Entry]]:
+def _entries(column: Column, output_spec: OutputSpec, first: int, library: ArrayLibrary) -> list[tuple[str, Entry]]:
     """Return a column's entries in a batch; its streams begin with number `first`. ARROW columns have none."""
     if column.kind is Kind.ARROW:
         return []
@@ -311,70 +321,35 @@ def _entries(column: Column, output_spec: OutputSpec, first: int) -> list[tuple[
     form, name = output_spec.layout(column), column.name
     entries: list[tuple[str, Entry]]
     if form == "padded":
-        entries = [(name, _padded_maker(column, first)), (f"{name}.lengths", _lengths_maker(column, first))]
+        lengths = _lengths_maker(column, first, library)
+        entries = [(name, _padded_maker(column, first, library)), (f"{name}.lengths", lengths)]
     elif form == "buffer":
-        entries = [(name, _buffer_entry(column, first))]
+        entries = [(name, _buffer_entry(column, first, library))]
     elif form == "nested":
-        entries = [(name, _nested_maker(column, first))]
+        entries = [(name, _nested_maker(column, first, library))]
+    elif form == "boundaries":
+        entries = list(zip((name, "max_seqlen"), _sequences_makers(column, first, library), strict=True))
     elif column.kind is Kind.RAGGED:
-        entries = [(name, _ragged_maker(column, first))]
+        entries = [(name, _ragged_maker(column, first, library))]
     elif column.kind in _LIST_KINDS:
         entries = [(name, _list_maker(column.kind, first, valid))]
     else:
-        entries = [(name, _tensor_entry(_dtype(column), tuple(d or 0 for d in column.shape), first))]
+        entries = [(name, _tensor_entry(_dtype(column), tuple(d or 0 for d in column.shape), first, library))]
     if valid is not None:
-        entries.append((f"{name}.valid", _tensor_entry(torch.bool, (), valid)))
+        entries.append((f"{name}.valid", _tensor_entry("bool", (), valid, library)))
     return entries
 
 
-def _dtype(column: Column) -> torch.dtype:
-    return TORCH_DTYPES[column.dtype or "uint8"]
+def _dtype(column: Column) -> str:
+    return column.dtype or "uint8"
 
 
-def _tensor_entry(dtype: torch.dtype, shape: tuple[int, ...], stream: int) -> Make | TensorEntry:
-    layout = _layout(dtype, shape)
+def _tensor_entry(dtype: str, shape: tuple[int, ...], stream: int, library: ArrayLibrary) -> Make | TensorEntry:
+    layout = library.layout(dtype, shape)
     if layout is not None:
         return TensorEntry(stream, layout)
-    over = _tensors_over(dtype, shape)
+    over = library.rows_over(dtype, shape)
     return lambda slot, n: over(slot, slot.stream_position(stream)[0], n)
-
-
-def _tensors_over(dtype: torch.dtype, shape: tuple[int, ...] = ()) -> Callable[[Slot, int, int], torch.Tensor]:
-    """Return a function that makes a tensor [n, *shape] over a slot, from the slot, an offset in bytes and n.
-
-    Through DLPack it takes 0.35 us here; a NumPy array plus a tensor takes 0.55, torch.frombuffer plus view 1.1.
-    """
-    # An empty tensor would have the address of the next stream, and torch.save refuses two dtypes at one address.
-    if 0 in shape:
-        return lambda _slot, _offset, n: torch.empty((n, *shape), dtype=dtype, device="cpu")
-    if (layout := _layout(dtype, shape)) is None:
-        stored = np.dtype(str(dtype).removeprefix("torch."))
-        array: Callable[..., Any] = np.ndarray  # NumPy's stubs accept only built-in buffers
-        return lambda slot, offset, n: torch.from_numpy(array((n, *shape), stored, slot, offset))
-    return lambda slot, offset, n: _from_dlpack(slot.tensor(layout, offset, n))
-
-
-def _layout(dtype: torch.dtype, shape: tuple[int, ...] = ()) -> Layout | None:
-    """Return the memory layout of rows; None if they have no elements or this torch cannot import them by DLPack."""
-    code = None if 0 in shape else _dlpack_code(dtype)
-    return None if code is None else Layout(code, 8 * dtype.itemsize, shape)
-
-
-# torch.from_dlpack examines its argument for 0.1 us, and then calls this.
-_from_dlpack: Callable[[object], torch.Tensor] = getattr(torch._C, "_from_dlpack", dlpack.from_dlpack)  # noqa: SLF001
-
-
-@cache
-def _dlpack_code(dtype: torch.dtype) -> int | None:
-    """Return DLPack's number of a kind of dtype; None if this torch does not import it."""
-    if dtype is torch.bfloat16:
-        return 4
-    array = np.zeros(1, str(dtype).removeprefix("torch."))
-    try:
-        _from_dlpack(array.__dlpack__())
-    except (RuntimeError, BufferError):
-        return None
-    return {"i": 0, "u": 1, "f": 2, "b": 6}[array.dtype.kind]
 
 
 def _list_maker(kind: Kind, stream: int, valid: int | None) -> Make:
@@ -396,71 +371,76 @@ def _list_maker(kind: Kind, stream: int, valid: int | None) -> Make:
     return make
 
 
-def _ragged_maker(column: Column, stream: int) -> Make:
+def _ragged_maker(column: Column, stream: int, library: ArrayLibrary) -> Make:
     dtype, n_dims, rows = _dtype(column), len(column.shape), is_stack_of_rows(column)
     inner = tuple(d or 0 for d in column.shape[1:])
 
-    def make(slot: Slot, n: int) -> list[torch.Tensor]:
+    def make(slot: Slot, n: int) -> list[Any]:
         start, offsets_at, n_elements = slot.stream_position(stream)
         memory = memoryview(slot)
         shapes = np.frombuffer(memory, np.int32, n * n_dims, slot.stream_position(stream + 1)[0]).reshape(n, n_dims)
         if n_elements == 0:
-            return [torch.empty(shape, dtype=dtype, device="cpu") for shape in shapes.tolist()]
-        values = torch.frombuffer(slot, dtype=dtype, count=n_elements, offset=start)
-        if rows:  # torch.split on the rows: a view per record would cost as much again
-            return list(torch.split(values.view(-1, *inner) if inner else values, shapes[:, 0].tolist()))
+            return [library.empty(shape, dtype) for shape in shapes.tolist()]
+        values = library.over(slot, dtype, (n_elements,), start)
+        if rows:  # split on the rows: a view per record would cost as much again
+            return list(library.split(values.reshape(-1, *inner) if inner else values, shapes[:, 0].tolist()))
         sizes = np.diff(np.frombuffer(memory, np.int64, n + 1, offsets_at))
-        parts = torch.split(values, sizes.tolist())
-        return [flat.view(shape) for flat, shape in zip(parts, shapes.tolist(), strict=True)]
+        parts = library.split(values, sizes.tolist())
+        return [flat.reshape(shape) for flat, shape in zip(parts, shapes.tolist(), strict=True)]
 
     return make
 
 
-def _padded_maker(column: Column, stream: int) -> Make:
+def _lengths_at(n: int) -> int:
+    """Return the byte position of the lengths in the head of a padded stream (csrc/output_layout.c)."""
+    return -(-8 * (n + 1) // 64) * 64
+
+
+def _padded_maker(column: Column, stream: int, library: ArrayLibrary) -> Make:
     dtype, n_varying = _dtype(column), len(varying(column))
     unpack = struct.Struct(f"<{n_varying}q").unpack_from
     dims = [d or 0 for d in column.shape] or [0]
     vary = varying(column)
 
-    def make(slot: Slot, n: int) -> torch.Tensor:
+    def make(slot: Slot, n: int) -> Any:
         start, head, n_elements = slot.stream_position(stream)
         box = dims.copy()
-        for dimension, longest in zip(vary, unpack(slot, head + 8 * (n + 1 + n * n_varying)), strict=True):
+        for dimension, longest in zip(vary, unpack(slot, head + _lengths_at(n) + 8 * n * n_varying), strict=True):
             box[dimension] = longest
         if n_elements == 0:
-            return torch.empty((n, *box), dtype=dtype, device="cpu")
-        return torch.frombuffer(slot, dtype=dtype, count=n_elements, offset=start).view(n, *box)
+            return library.empty((n, *box), dtype)
+        return library.over(slot, dtype, (n, *box), start)
 
     return make
 
 
-def _lengths_maker(column: Column, stream: int) -> Make:
+def _lengths_maker(column: Column, stream: int, library: ArrayLibrary) -> Make:
     n_varying = len(varying(column))
 
-    over = _tensors_over(torch.int64, (n_varying,) if n_varying > 1 else ())
-    return lambda slot, n: over(slot, slot.stream_position(stream)[1] + 8 * (n + 1), n)
+    over = library.rows_over("int64", (n_varying,) if n_varying > 1 else ())
+    return lambda slot, n: over(slot, slot.stream_position(stream)[1] + _lengths_at(n), n)
 
 
-def _buffer_entry(column: Column, stream: int) -> Make | BufferEntry:
-    make, inner = _buffer_maker(column, stream), tuple(d or 0 for d in column.shape[1:])
-    values, offsets = _layout(_dtype(column), inner), _layout(torch.int64)
+def _buffer_entry(column: Column, stream: int, library: ArrayLibrary) -> Make | BufferEntry:
+    make, inner = _buffer_maker(column, stream, library), tuple(d or 0 for d in column.shape[1:])
+    values, offsets = library.layout(_dtype(column), inner), library.layout("int64", ())
     if values is None or offsets is None or not is_stack_of_rows(column):
         return make
     return BufferEntry(stream, values, offsets, Buffer, make)
 
 
-def _buffer_maker(column: Column, stream: int) -> Callable[[Slot, int], Buffer]:
+def _buffer_maker(column: Column, stream: int, library: ArrayLibrary) -> Callable[[Slot, int], Buffer]:
     dtype, n_dims, rows = _dtype(column), len(column.shape), is_stack_of_rows(column)
     inner = tuple(d or 0 for d in column.shape[1:]) if rows else ()
     n_inner = math.prod(inner)
-    values_over, offsets_over = _tensors_over(dtype, inner), _tensors_over(torch.int64)
-    shapes_over = _tensors_over(torch.int32, (n_dims,))
+    values_over, offsets_over = library.rows_over(dtype, inner), library.rows_over("int64")
+    shapes_over = library.rows_over("int32", (n_dims,))
 
     def make(slot: Slot, n: int) -> Buffer:
         start, offsets_at, n_elements = slot.stream_position(stream)
         offsets = offsets_over(slot, offsets_at, n + 1)
         if n_elements == 0:
-            values = torch.empty((int(offsets[-1]) if inner else 0, *inner), dtype=dtype, device="cpu")
+            values = library.empty((int(offsets[-1]) if inner else 0, *inner), dtype)
         else:
             values = values_over(slot, start, n_elements // n_inner)
         return Buffer(values, offsets, None if rows else shapes_over(slot, slot.stream_position(stream + 1)[0], n))
@@ -468,15 +448,30 @@ def _buffer_maker(column: Column, stream: int) -> Callable[[Slot, int], Buffer]:
     return make
 
 
-def _nested_maker(column: Column, stream: int) -> Make:
-    make_buffer = _buffer_maker(column, stream)
+def _nested_maker(column: Column, stream: int, library: ArrayLibrary) -> Make:
+    make_buffer, nested = _buffer_maker(column, stream, library), library.nested
+    assert nested is not None  # noqa: S101 -- the loader has refused the layout otherwise
 
-    def make(slot: Slot, n: int) -> torch.Tensor:
+    def make(slot: Slot, n: int) -> Any:
         buffer = make_buffer(slot, n)
-        nested: torch.Tensor = torch.nested.nested_tensor_from_jagged(buffer.values, buffer.offsets)
-        return nested
+        return nested(buffer.values, buffer.offsets)
 
     return make
+
+
+def _sequences_makers(column: Column, stream: int, library: ArrayLibrary) -> tuple[Make, Make]:
+    """Return the makers of `cu_seqlens` and `max_seqlen`, which are called in this order."""
+    over = library.rows_over(_dtype(column), ())
+
+    def make(slot: Slot, n: int) -> Any:
+        start, offsets_at, _ = slot.stream_position(stream)
+        return over(slot, start, packing.join_in_place(slot, start, offsets_at, n))
+
+    def make_longest(slot: Slot, n: int) -> int:
+        start, _, n_boundaries = slot.stream_position(stream)
+        return int(np.diff(np.frombuffer(memoryview(slot), np.int32, n_boundaries - n + 1, start)).max())
+
+    return make, make_longest
 
 
 class PipelineSetup:
@@ -486,18 +481,22 @@ class PipelineSetup:
     not).
 
     Attributes:
+        library: ArrayLibrary of the batches' arrays.
         assembler: Builder of batches, in which images to decode are buffers.
-        varies: Whether records differ in length.
+        varies, pads: Whether records differ in length, and whether some are padded to one length.
         stored_bytes, largest_bytes: Stored size of all shards, and of the largest.
         layouts: See `layout_table`.
     """
 
-    def __init__(self, source: Records, output_spec: OutputSpec | None = None) -> None:
+    def __init__(self, source: Records, output_spec: OutputSpec, library: ArrayLibrary) -> None:
         self.source = source
-        self.output_spec = output_spec or OutputSpec()
-        gathered = self.output_spec.without_decoding()
-        self.assembler = Assembler(source.schema, gathered)
-        self.varies = bool((self.assembler.streams[:, 0] & 0xFF == gather.VAR).any())
+        self.output_spec = output_spec
+        self.library = library
+        gathered = output_spec.without_decoding()
+        self.assembler = Assembler(source.schema, gathered, library)
+        kinds = set((self.assembler.streams[:, 0] & 0xFF).tolist())
+        self.varies, self.pads = gather.VAR in kinds, PADDED in kinds
+        self._is_packed = packing.PACKED in kinds
         self.stored_bytes = int(source.shard_bytes.sum())
         self.largest_bytes = int(source.shard_bytes.max(initial=1))
         self._n_records = max(int(source.shard_records.sum()), 1)
@@ -507,67 +506,10 @@ class PipelineSetup:
         """Return the memory of a new slot, and the estimated bytes of a batch."""
         expected_bytes = slot_bytes(self.assembler.streams, n_rows)
         about_bytes = self.stored_bytes // self._n_records * n_rows
-        if self.varies:  # with room for a batch that is longer than most
+        if self.varies and self._is_packed:
+            # Room for the boundaries of pieces. A slot without room gets memory of its own when it is filled first,
+            # and new pages cost half as much as the rows (8 rows of 4096 tokens: 64 us instead of 45).
+            expected_bytes += expected_bytes // 16
+        elif self.varies:  # with room for a batch that is longer than most
             expected_bytes = max(expected_bytes, about_bytes + about_bytes // 8)
         return expected_bytes, max(expected_bytes, about_bytes)
-
-
-def collate(records: Sequence[Any]) -> Any:
-    """Return a batch of records, for torch's DataLoader over a `tiercache.Dataset`.
-
-    Records that were read together (`Dataset.__getitems__`) and not accessed since become a batch without a copy per
-    record, in the layouts of the data set. Other records are stacked, because they may have been changed.
-
-    Args:
-        records: Dicts with the same keys, of NumPy arrays and scalars, bytes, str or other objects; or tuples.
-
-    Returns:
-        Dict by column: a tensor [n, ...] of the column's dtype if the shapes agree, else a list. For tuples a list of
-        such values.
-
-    Raises:
-        ValueError: There are no records.
-    """
-    if isinstance(records, LazyRecords) and records.as_gathered:
-        batch = {name: _tensor(values) for name, values in apply_layouts(records.columns, records.output_spec).items()}
-        for values in records.columns:
-            if values.column.kind is Kind.RAGGED and records.output_spec.layout(values.column) == "list":
-                batch[values.column.name] = _ragged(values)
-            elif values.column.name in records.output_spec.decode and isinstance(values.values, list):
-                batch[values.column.name] = _pictures(values)
-        return batch if records.output_spec.names is None else as_columns(batch, records.output_spec.names)
-    if not records:
-        raise ValueError("cannot make a batch of no records")
-    if isinstance(records[0], tuple):
-        return [_stack(list(values)) for values in zip(*records, strict=True)]
-    return {name: _stack([record[name] for record in records]) for name in records[0]}
-
-
-def _tensor(values: Any) -> Any:
-    if isinstance(values, Buffer):
-        return Buffer(_tensor(values.values), _tensor(values.offsets), _tensor(values.shapes))
-    return torch.from_numpy(values) if isinstance(values, np.ndarray) else values
-
-
-def _pictures(values: ColumnValues) -> list[Any]:
-    """Return a list of tensors of whole images; None for a null."""
-    return [_tensor(picture) for picture in values.values]
-
-
-def _ragged(values: ColumnValues) -> list[torch.Tensor]:
-    """Return a list of tensors; a null is an empty tensor, as on the native path."""
-    empty = torch.empty([d or 0 for d in values.column.shape], dtype=TORCH_DTYPES[values.column.dtype or ""])
-    return [empty.clone() if v is None else torch.as_tensor(v) for v in values.values]
-
-
-def _stack(values: list[Any]) -> Any:
-    first = values[0]
-    if isinstance(first, torch.Tensor) and all(isinstance(v, torch.Tensor) and v.shape == first.shape for v in values):
-        return torch.stack(values)
-    if isinstance(first, np.ndarray | np.generic) and all(isinstance(v, type(first)) for v in values):
-        if all(v.shape == first.shape for v in values):
-            return torch.from_numpy(np.stack(values))
-        return [torch.from_numpy(v) for v in values]
-    if isinstance(first, bool | int | float) and all(isinstance(v, bool | int | float) for v in values):
-        return torch.tensor(values)
-    return values

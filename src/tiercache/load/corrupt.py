@@ -17,6 +17,7 @@ import numpy as np
 from tiercache._native import gather
 from tiercache.errors import CorruptShard, SchemaError
 from tiercache.load.batch import gather_streams
+from tiercache.load.output_spec import length_error, replace_nulls
 from tiercache.load.prefetch import ArrayPiece
 from tiercache.order import BlockSizes
 from tiercache.order.explicit import ExplicitWindow
@@ -24,12 +25,13 @@ from tiercache.shard.read.values import gather_values
 from tiercache.shard.schema import Column, Kind, Schema
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from tiercache.load.epoch import RecordWalk
     from tiercache.load.options import LoaderOptions
+    from tiercache.load.output_spec import OutputSpec
     from tiercache.load.prefetch import AnyPiece, LoadedWindow
     from tiercache.order import Window
     from tiercache.shard.read.blocks import Blocks
@@ -69,6 +71,33 @@ def bad_value(
     return None
 
 
+def record_too_long(
+    schema: Schema, output_spec: OutputSpec, loaded: LoadedWindow, at: tuple[int, int], number: Callable[[], int]
+) -> SchemaError | None:
+    """Return the error of a row that is longer than a padded column's max_length; None if no column's is.
+
+    at: Number of the row's block in the window, and of the row in the block. number: Function that returns the number
+    of the row's record.
+    """
+    block, row = at
+    blocks = loaded.block_groups[loaded.group_of_block[block]]
+    only = np.zeros(1, np.uint32), np.array([row], np.uint32)
+    first = 0
+    for column in schema.columns:
+        stop = first + len(column.streams(0))
+        addresses = np.ascontiguousarray(loaded.addresses[first:stop, block : block + 1])
+        first = stop
+        if output_spec.layout(column) != "padded":
+            continue
+        found = gather_values(column, addresses, *only, url=blocks.url, served=output_spec.column(column))
+        if column.name in output_spec.nulls:
+            found = replace_nulls(found, output_spec.nulls[column.name])
+        error = length_error(found, output_spec.padding(column), lambda _: number())
+        if error is not None:
+            return error
+    return None
+
+
 # Location of a record: shard, block in it, row in that. In a location of corruption None stands for a whole shard or
 # block.
 RecordLocation: TypeAlias = tuple[int, int, int]
@@ -94,6 +123,7 @@ class CorruptionMap:
         self._stand_ins: dict[int, BlockSizes] = {}
         self._surveyed: set[int] = set()
         self._warned: set[int] = set()
+        self.first_url: str | None = None  # of the first shard that was found corrupt
         self.shards = np.empty(0, np.int64)  # shards with any corruption
 
     def __bool__(self) -> bool:
@@ -188,6 +218,7 @@ class CorruptionMap:
         if shard in self._warned:
             return
         self._warned.add(shard)
+        self.first_url = self.first_url or error.url
         warnings.warn(
             f"{error}; its records that cannot be read are replaced by the ones before them (on_corrupt='previous'), "
             "and counted in stats()['skipped']",
@@ -198,6 +229,11 @@ class CorruptionMap:
 
 def corruption_map_for(source: Records, options: LoaderOptions) -> CorruptionMap | None:
     """Return the record of corruption of a run; None if corrupt data is an error."""
+    if options.on_corrupt == "previous" and source.is_packed:
+        raise ValueError(
+            "on_corrupt='previous' replaces a record, and here records are packed rows of many documents: remove "
+            "on_corrupt="
+        )
     return CorruptionMap(source) if options.on_corrupt == "previous" else None
 
 
@@ -316,7 +352,8 @@ class _RecordReplacer:
     def _after(self, n_rows: int) -> RecordLocation:
         location = next((p for p in self.walk.after(n_rows) if not self.corruption.is_bad(p)), None)
         if location is None:
-            raise CorruptShard("no record of this rank's share can be read", url=self.corruption.source.url)
+            url = self.corruption.first_url or self.corruption.source.url
+            raise CorruptShard("no record of this rank's share can be read", url=url)
         return location
 
     def _left(self, piece: AnyPiece) -> tuple[tuple[Window, ...], tuple[NDArray[np.bool_], ...], NDArray[np.int64]]:

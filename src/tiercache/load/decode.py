@@ -8,28 +8,28 @@ batch's slot under its SIGBUS guard, so windows and mappings may be dropped whil
 from __future__ import annotations
 
 import itertools
-import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from tiercache.images.decoder import DecodeError, Decoder, draw_key, keyed_draws, load_libraries, stored_dtype
-from tiercache.load.batch import TORCH_DTYPES, Batch
+from tiercache.images.decoder import DecodeError, Decoder, in_layout, load_libraries, stored_dtype
+from tiercache.images.image_plan import ImageDraws
+from tiercache.load.batch import aligned, slot_bytes
 from tiercache.load.output_spec import image_decode_error, record_number
-from tiercache.load.pipeline import ClosingPipeline, Pipeline, PipelineInputs, Resources
-from tiercache.shard.conversion import bfloat16_tensor
+from tiercache.load.pipeline import Pipeline, PipelineInputs, Resources
+from tiercache.load.stage import StageJob, StagePipeline, StageQueue
 from tiercache.stats import WaitHistogram
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from tiercache.images.options import DecodeImage
+    from tiercache.load.array_library import ArrayLibrary
+    from tiercache.load.batch import Batch, Bytes
     from tiercache.load.corrupt import RecordLocation
+    from tiercache.load.device import PinnedMemory
     from tiercache.load.output_spec import Buffer
 
 # Batches ahead: enough to hide a stall of the consumer, and to give each thread some images of later batches while one
@@ -42,87 +42,30 @@ HELD_BY_CONSUMER = 2
 DECODING_A_GATHERER = 16
 # Copying this part (1/8) of a batch costs less than a hundredth of decoding the rest.
 SMALL_PART = 8
-# A thread that decodes an image ends after it, milliseconds later. close() does not wait longer than this for a thread.
-THREAD_END_S = 1.0
 
 
-class DecodedPipeline(ClosingPipeline):
+class DecodedPipeline(StagePipeline):
     """A `Pipeline` whose images are decoded, with the same guarantees. All methods may be called from any thread."""
 
     def __init__(self, work: PipelineInputs, resources: Resources) -> None:
         for options in work.output_spec.decode.values():
             load_libraries(options)  # a missing library is an error of the caller, not of a thread
-        self._waits = work.waits
-        self._first_batch = work.first_batch
         ahead = _ahead(work, resources)
-        self._queue = _DecodeQueue(ahead, goes_on=work.corruption is not None)
+        queue = _DecodeQueue(ahead, goes_on=work.corruption is not None)
         # Small limits, because decoding is slower and needs the memory; waiting times that are not the consumer's.
         n_gatherers = -(-resources.n_threads // DECODING_A_GATHERER)
-        self._gathered = Pipeline(
-            replace(work, waits=WaitHistogram()), replace(resources, n_threads=n_gatherers, memory_bytes=0)
+        gathered = Pipeline(
+            replace(work, waits=WaitHistogram(), pinned=None), replace(resources, n_threads=n_gatherers, memory_bytes=0)
         )
-        work.memory.keep = (ahead + HELD_BY_CONSUMER) * len(work.output_spec.decode)
-        opener = _Opener(work, self._gathered)
-        self._n_rows = self._n_batches = self._n_bytes = self._n_replaced = 0
-        self._threads = [
-            threading.Thread(target=_decode, args=(self._queue, opener), name=f"tiercache-decode-{i}", daemon=True)
-            for i in range(resources.n_threads)
-        ]
-        self._register()
-        for thread in self._threads:
-            thread.start()
-
-    def take(self, timeout_s: float = -1.0) -> Batch | None:
-        """Return the next batch; None at the end of the epoch."""
-        if self.is_forked_copy:
-            raise RuntimeError("this iterator is closed, or was made before a fork: call iter(loader) again")
-        start_s = time.perf_counter()
-        job = self._queue.next_done(None if timeout_s < 0 else timeout_s)
-        self._waits.add(time.perf_counter() - start_s)
-        if job.batch is None:
-            error, job.error = job.error, None  # its traceback would form a reference cycle
-            self.close()
-            if error is not None:
-                raise error
-            return None
-        self._n_rows += job.n_rows
-        self._n_batches += 1
-        self._n_bytes += job.n_bytes
-        self._n_replaced += len(job.replaced)
-        return job.batch
-
-    @property
-    def fast_take(self) -> None:
-        """None: decoded batches are returned by take() only. See Pipeline.fast_take."""
-
-    def close(self) -> None:
-        """End all threads; batches that were taken stay valid. See Pipeline.close."""
-        if self.is_forked_copy:
-            return
-        self._queue.close()
-        self._gathered.close()
-        threads, self._threads = self._threads, []  # waited for once, even if close() is called again
-        end_s = time.monotonic() + THREAD_END_S
-        for thread in threads:
-            if thread is not threading.current_thread() and thread.is_alive():
-                thread.join(max(0.0, end_s - time.monotonic()))
-        self._unregister()
-
-    @property
-    def n_taken(self) -> int:
-        """See Pipeline.n_taken."""
-        return self._first_batch + self._queue.n_taken
-
-    @property
-    def corrupt_shard(self) -> int | None:  # type: ignore[override]
-        """See ClosingPipeline."""
-        return self._gathered.corrupt_shard
-
-    def figures(self) -> dict[str, float]:
-        """See Pipeline.figures, for the batches handed out; also decode_ns of all threads."""
-        handed_out = {"samples": self._n_rows, "batches": self._n_batches, "bytes_served": self._n_bytes}
-        decoded = {"skipped": self._n_replaced, "decode_ns": self._queue.decode_ns}
-        return {**self._gathered.figures(), **handed_out, **decoded}
+        super().__init__("decode", work, gathered, queue)
+        if work.pinned is None:
+            work.memory.keep = (ahead + HELD_BY_CONSUMER) * len(work.output_spec.decode)
+        else:
+            work.pinned.keep = ahead + work.pinned.n_held
+        opener = _Opener(work, gathered)
+        if work.pinned is not None:
+            opener.reserve(work.pinned.keep)
+        self._begin([partial(_decode, queue, opener)] * resources.n_threads)
 
 
 @dataclass(slots=True)
@@ -137,52 +80,40 @@ class _Pictures:
     encoded: list[Any]
     draws: Sequence[Sequence[float]]
     out: Any
+    library: ArrayLibrary
 
     def decode(self, index: int, decoder: Decoder) -> None:
         data, self.encoded[index] = self.encoded[index], None  # after the last image the slot is free for another batch
         if self.options.size is None:
-            self.out[index] = (
-                None if data is None else _tensor_of(decoder.decode(data, self.draws[index]), self.options)
-            )
+            picture = None if data is None else decoder.decode(data, self.draws[index])
+            if picture is not None:
+                picture = in_layout(self.library.from_numpy(picture, self.options.dtype), self.options)
+            self.out[index] = picture
         elif data is None:
             self.out[index] = 0  # the memory is reused
         else:
             decoder.decode_into(data, self.draws[index], self.out[index])
 
 
-@dataclass(slots=True)
-class _Job:
-    """A batch in the decoding stage.
+@dataclass(slots=True, eq=False)
+class _Job(StageJob):
+    """A batch in the decoding stage. Its tasks are its images, column by column."""
 
-    batch: None at the end of the epoch or with an error. The queue's lock guards all fields.
-    """
-
-    batch: Batch | None
     columns: Sequence[_Pictures] = ()
-    number: int = 0
-    n_rows: int = 0
-    n_bytes: int = 0
     replaced: Mapping[int, RecordLocation] = field(default_factory=dict)
-    error: Exception | None = None
-    failed_at: int = -1
+    failed_at: int = -1  # task of `error`
     n_started: int = 0
-    n_done: int = 0
+
+    def __post_init__(self) -> None:
+        self.n_left = self.n_tasks
 
     @property
     def n_tasks(self) -> int:
         return len(self.columns) * self.n_rows
 
-    def fail(self, task: int, error: Exception) -> None:
-        """Keep the error of the first image, so that the error does not depend on the threads' timing."""
-        if self.error is None or task < self.failed_at:
-            self.error, self.failed_at = error, task
 
-
-class _DecodeQueue:
-    """The queue of batches between the ring and the consumer, oldest first.
-
-    One lock guards everything. It is re-entrant: the garbage collector may drop, and so close, a pipeline in a thread
-    that holds the lock.
+class _DecodeQueue(StageQueue[_Job]):
+    """The queue of batches whose images the threads decode.
 
     Args:
         ahead: Maximum number of batches in the queue.
@@ -190,86 +121,40 @@ class _DecodeQueue:
     """
 
     def __init__(self, ahead: int, *, goes_on: bool = False) -> None:
-        lock = threading.RLock()
-        self._lock = lock
-        self._ready, self._room = threading.Condition(lock), threading.Condition(lock)
-        self._ahead, self._goes_on = ahead, goes_on
-        self._jobs: deque[_Job] = deque()
-        self._opening = self._ended = self._closed = False
-        self._n_added = 0
-        self.decode_ns = 0
-
-    @property
-    def n_taken(self) -> int:
-        """Number of batches that were added and are no longer in the queue."""
-        with self._lock:
-            return self._n_added - sum(job.batch is not None for job in self._jobs)
+        super().__init__(ahead)
+        self._goes_on, self._is_opening = goes_on, False
 
     def next_task(self) -> tuple[_Job, int] | None:
         """Wait for an image to decode: (its batch, its index there); index -1: open the next batch. None: closed."""
         with self._lock:
-            while not self._closed:
+            while not self._is_closed:
                 for job in self._jobs:
                     if job.n_started < job.n_tasks:
                         job.n_started += 1
                         return job, job.n_started - 1
-                if not self._opening and not self._ended and len(self._jobs) < self._ahead:
-                    self._opening = True
-                    return _Job(None), -1
+                if not self._is_opening and not self._has_ended and len(self._jobs) < self._ahead:
+                    self._is_opening = True
+                    return _Job(), -1
                 self._room.wait()
             return None
 
     def add(self, job: _Job) -> None:
         """Append the batch that was opened."""
         with self._lock:
-            self._opening = False
-            self._ended = self._ended or job.batch is None
-            if not self._closed:
-                self._jobs.append(job)
-                self._n_added += job.batch is not None  # without a batch it marks the end
-            self._room.notify_all()
-            self._tell(job)
+            self._is_opening = False
+            super().add(job)
 
     def done(self, job: _Job, task: int, error: Exception | None, took_ns: int) -> None:
         """Note that an image is decoded, or why it cannot be."""
         with self._lock:
-            self.decode_ns += took_ns
-            if error is not None:
-                job.fail(task, error)
+            # The error of the first image is kept, so that it does not depend on the threads' timing.
+            if error is not None and (job.error is None or task < job.failed_at):
+                job.error, job.failed_at = error, task
             if error is not None and not self._goes_on:
-                job.n_done += job.n_tasks - job.n_started  # the rest of the batch is never handed out
+                job.n_left -= job.n_tasks - job.n_started  # the rest of the batch is never handed out
                 job.n_started = job.n_tasks
-                self._ended = True
-            job.n_done += 1
-            self._tell(job)
-
-    def next_done(self, timeout_s: float | None) -> _Job:
-        """Wait for the oldest batch and return it. Raises TimeoutError, or RuntimeError if closed."""
-        with self._lock:
-            if not self._ready.wait_for(lambda: self._closed or self._first_is_done(), timeout_s):
-                raise TimeoutError(f"no batch within {timeout_s} s")
-            if self._closed:
-                raise RuntimeError("this iterator is closed, or was made before a fork: call iter(loader) again")
-            job = self._jobs.popleft()
-            self._room.notify()
-            if job.error is not None:
-                job.batch = None
-            return job
-
-    def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            dropped, self._jobs = self._jobs, deque()
-            self._ready.notify_all()
-            self._room.notify_all()
-        dropped.clear()
-
-    def _first_is_done(self) -> bool:
-        return bool(self._jobs) and self._jobs[0].n_done >= self._jobs[0].n_tasks
-
-    def _tell(self, job: _Job) -> None:
-        if self._jobs and job is self._jobs[0] and self._first_is_done():
-            self._ready.notify()
+                self._has_ended = True
+            self._count_done(job, took_ns)
 
 
 @dataclass(slots=True)
@@ -279,32 +164,50 @@ class _Opener:
     work: PipelineInputs
     gathered: Pipeline
     number: int = field(init=False)
-    key: bytes = field(init=False)
+    draws: ImageDraws = field(init=False)
+    small_bytes: int = field(init=False, default=0)  # room for small columns in a block of pinned memory
 
     def __post_init__(self) -> None:
-        self.key = draw_key(self.work.share.seed, self.work.share.epoch)
+        share = self.work.share
+        self.draws = ImageDraws(share.seed, share.epoch, self.work.output_spec.decode.values())
         self.number = self.work.first_batch
+
+    def reserve(self, n_blocks: int) -> None:
+        """Allocate the pinned memory of n_blocks batches, in the caller's thread.
+
+        An allocation by a decoding thread would break a CUDA graph that the training loop captures at that moment.
+        """
+        self.small_bytes = slot_bytes(self.work.setup.assembler.streams, self.work.batch_rows)
+        n_bytes = self._block_bytes()
+        blocks = [self.work.memory.lend(n_bytes, n_bytes) for _ in range(n_blocks)]
+        blocks.clear()  # they return to be lent again
 
     def open(self) -> _Job:
         """Return the next batch, ready to decode."""
         before = self.gathered.figures()["bytes_served"]
         batch = self.gathered.take()
         if batch is None:
-            return _Job(None)
+            return _Job()
         decode = self.work.output_spec.decode
         positions = self.work.share.ranks.positions(self.number)
         n_rows = len(positions)
-        draws: Sequence[Sequence[float]] = [()] * n_rows
-        if any(options.is_random for options in decode.values()):
-            draws = keyed_draws(self.key, _runs(positions)).tolist()
+        draws = self.draws.of(positions)
         n_bytes = self.gathered.figures()["bytes_served"] - before
+        library = self.work.setup.library
+        small = _small_columns(batch, decode.keys(), int(n_bytes), library)
+        if self.work.pinned is None:
+            rooms = {name: self._room(options, n_rows) for name, options in decode.items()}
+            small = {name: library.copy(value) for name, value in small.items()}
+        else:
+            rooms, small = self._pinned_rooms(self.work.pinned, small, n_rows)
         columns = []
         for name, options in decode.items():
-            encoded = _encoded(batch[name], batch.get(f"{name}.valid"))
-            batch[name], out = self._room(options, n_rows)
-            columns.append(_Pictures(name, options, encoded, draws, out))
-        _copy_small_columns(batch, decode.keys(), int(n_bytes))
-        job = _Job(batch, columns, self.number, n_rows, int(n_bytes), self.gathered.replaced)
+            encoded = _encoded(batch[name], batch.get(f"{name}.valid"), library)
+            batch[name], out = rooms[name]
+            columns.append(_Pictures(name, options, encoded, draws, out, library))
+        batch.update(small)
+        replaced = self.gathered.replaced
+        job = _Job(batch, self.number, n_rows, int(n_bytes), len(replaced), columns=columns, replaced=replaced)
         self.number += 1
         return job
 
@@ -325,14 +228,61 @@ class _Opener:
 
     def _room(self, options: DecodeImage, n_rows: int) -> tuple[Any, Any]:
         """Return (the batch's value, a writable view of it)."""
-        if options.size is None:
-            pictures: list[Any] = [None] * n_rows
-            return pictures, pictures
-        shape = (n_rows, *options.batch_shape)
-        picture_bytes = int(np.prod(options.batch_shape)) * options.itemsize
-        lent = self.work.memory.lend(n_rows * picture_bytes, self.work.batch_rows * picture_bytes)
-        tensor = torch.frombuffer(lent, dtype=TORCH_DTYPES[options.dtype]).view(shape)
-        return tensor, lent.view(stored_dtype(options.dtype)).reshape(shape)
+        n_bytes = _picture_bytes(options)
+        lent = self.work.memory.lend(n_rows * n_bytes, self.work.batch_rows * n_bytes) if n_bytes else None
+        return _room_in(lent, 0, options, n_rows, self.work.setup.library)
+
+    def _pinned_rooms(
+        self, pinned: PinnedMemory, small: Mapping[str, Any], n_rows: int
+    ) -> tuple[dict[str, tuple[Any, Any]], dict[str, Any]]:
+        """Return what _room() returns for each column, and copies of the small columns, all in one block.
+
+        So one copy moves the batch to a device.
+        """
+        small = {name: value for name, value in small.items() if value.nbytes}
+        small_bytes = sum(aligned(value.nbytes) for value in small.values())
+        if small_bytes > self.small_bytes:  # with a reserve, so that columns of varying length need few sizes
+            self.small_bytes = aligned(small_bytes + small_bytes // 4)
+        size_bytes = self._block_bytes()
+        lent = pinned.lend(size_bytes, size_bytes)
+        rooms: dict[str, tuple[Any, Any]] = {}
+        end, library = 0, self.work.setup.library
+        for name, options in self.work.output_spec.decode.items():
+            rooms[name] = _room_in(lent, end, options, n_rows, library)
+            end += aligned(_picture_bytes(options) * n_rows)
+        copies = {}
+        for name, value in small.items():
+            copies[name] = library.over(lent, str(value.dtype).removeprefix("torch."), tuple(value.shape), end)
+            copies[name][...] = value
+            end += aligned(value.nbytes)
+        return rooms, copies
+
+    def _block_bytes(self) -> int:
+        """Return the bytes of a batch's block of pinned memory."""
+        decode = self.work.output_spec.decode.values()
+        image_bytes = sum(aligned(_picture_bytes(options) * self.work.batch_rows) for options in decode)
+        return max(image_bytes + self.small_bytes, aligned(1))
+
+
+def _picture_bytes(options: DecodeImage) -> int:
+    """Return the bytes of a decoded image; 0 if images differ in size."""
+    return 0 if options.size is None else int(np.prod(options.batch_shape)) * options.itemsize
+
+
+def _room_in(
+    memory: Bytes | None, start: int, options: DecodeImage, n_rows: int, library: ArrayLibrary
+) -> tuple[Any, Any]:
+    """Return (a column's value, a writable view of it) in memory from byte `start` on.
+
+    Both are a list if images differ in size.
+    """
+    if memory is None or options.size is None:
+        pictures: list[Any] = [None] * n_rows
+        return pictures, pictures
+    shape = (n_rows, *options.memory_shape(*options.shape))
+    served = in_layout(library.over(memory, options.dtype, shape, start), options)
+    there = memory[start : start + n_rows * _picture_bytes(options)]
+    return served, there.view(stored_dtype(options.dtype)).reshape(shape)
 
 
 def _decode(queue: _DecodeQueue, opener: _Opener) -> None:
@@ -344,7 +294,7 @@ def _decode(queue: _DecodeQueue, opener: _Opener) -> None:
             try:
                 queue.add(opener.open())
             except Exception as raised:  # noqa: BLE001 -- top of a thread: the consumer raises it in its place
-                queue.add(_Job(None, error=raised))
+                queue.add(_Job(error=raised))
             continue
         start_ns, error = time.perf_counter_ns(), None
         column, index = divmod(task, job.n_rows)
@@ -361,35 +311,20 @@ def _decode(queue: _DecodeQueue, opener: _Opener) -> None:
         del job, found, pictures, error  # a waiting thread must not hold a batch
 
 
-def _runs(positions: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Return consecutive positions as half-open ranges."""
-    starts = np.concatenate([[0], np.flatnonzero(np.diff(positions) != 1) + 1])
-    ends = np.concatenate([starts[1:], [len(positions)]])
-    return list(zip(positions[starts].tolist(), (positions[ends - 1] + 1).tolist(), strict=True))
-
-
-def _encoded(gathered: Buffer, valid: torch.Tensor | None) -> list[Any]:
+def _encoded(gathered: Buffer, valid: Any, library: ArrayLibrary) -> list[Any]:
     """Return each image's bytes, over the slot's memory; None for a null."""
-    values, bounds = gathered.values.numpy(), gathered.offsets.tolist()
+    values, bounds = library.to_numpy(gathered.values), gathered.offsets.tolist()
     parts = [values[start:stop] for start, stop in itertools.pairwise(bounds)]
     return parts if valid is None else [part if ok else None for part, ok in zip(parts, valid.tolist(), strict=True)]
 
 
-def _copy_small_columns(batch: Batch, decoded: Set[str], slot_bytes: int) -> None:
-    """Copy the other columns out of the slot, if they are a small part of it.
+def _small_columns(batch: Batch, decoded: Set[str], batch_bytes: int, library: ArrayLibrary) -> dict[str, Any]:
+    """Return the other columns that are to be copied out of the slot: all, if they are a small part of it.
 
     Otherwise a label of 8 bytes would keep the encoded images of its batch in memory.
     """
     beside = {name: value for name, value in batch.items() if name not in decoded}
-    tensors = {name: value for name, value in beside.items() if isinstance(value, torch.Tensor)}
-    if sum(value.nbytes for value in tensors.values()) > slot_bytes // SMALL_PART:
-        return
-    batch.update({name: value.clone() for name, value in tensors.items() if not value.is_nested})
-
-
-def _tensor_of(picture: Any, options: DecodeImage) -> torch.Tensor:
-    tensor: torch.Tensor = bfloat16_tensor(picture) if options.dtype == "bfloat16" else torch.from_numpy(picture)
-    return tensor
+    return library.small_arrays(beside, batch_bytes // SMALL_PART)
 
 
 def _ahead(work: PipelineInputs, resources: Resources) -> int:

@@ -9,28 +9,30 @@ import time
 import warnings
 import weakref
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
 
 import numpy as np
-import torch
 
 from tiercache import config
 from tiercache._native.ring import FastIterator
 from tiercache.errors import CorruptShard
+from tiercache.load.array_library import NoDraws
 from tiercache.load.batch import Batch, BatchMemory, PipelineSetup
 from tiercache.load.corrupt import corruption_map_for
 from tiercache.load.decode import DecodedPipeline
 from tiercache.load.epoch import NextEpoch, OrderShare, epoch_records, mixture_values, order_options, plan_epoch
+from tiercache.load.headspace import HeadspacePipeline
 from tiercache.load.options import LoaderOptions
 from tiercache.load.output_spec import OutputSpec, as_columns
 from tiercache.load.pipeline import Pipeline, PipelineInputs, Resources, share_resources, summarise
-from tiercache.load.ranks import Rank, agree, find_rank, must_not_draw
+from tiercache.load.ranks import Rank, agree, find_rank, find_slowest, must_not_draw, warn_of_meshes
 from tiercache.load.reading_plan import ReadingPlanPublisher
 from tiercache.load.state import RunState, reopen
-from tiercache.load.torch_rng import TorchDraws, next_seed, predict_seed
+from tiercache.opened_version import SHARD_READS_AGAIN
 from tiercache.order import RankPlan
 from tiercache.stats import Counters, WaitHistogram
 from tiercache.views import Records
@@ -39,13 +41,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
+    import torch
+
+    from tiercache.load.array_library import ArrayLibrary, EpochDraws, EpochSeeds
     from tiercache.load.corrupt import CorruptLocation
+    from tiercache.load.device import BatchDevice
+    from tiercache.load.device_pipeline import DevicePipeline
     from tiercache.load.epoch import EpochStart
     from tiercache.load.samplers import SamplerPass
+    from tiercache.load.transform import TransformedPipeline
+    from tiercache.load.transform_workers import TransformStage, WorkerPool
 
 
 logger = logging.getLogger("tiercache")
-_profiler = torch.autograd.profiler
 
 
 class EpochPosition:
@@ -113,23 +121,25 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         resources: Resources,
         timeout_s: float,
         pin: Callable[[Any], Any] | None,
-        draws: TorchDraws,
+        draws: EpochDraws,
     ) -> None:
         self._position = position
         self._work = work
         self._resources = resources
         self._timeout_s = timeout_s if timeout_s > 0 else -1.0
         self._pin = pin
-        self._names = work.output_spec.names  # names of the entries of a tuple; None: batches are dicts
+        # names of the entries of a tuple; None: batches are dicts, or the user's functions make them
+        self._names = work.output_spec.names if work.transforms is None else None
         self._start_s = time.perf_counter()
         self._counted = False
-        self._read_again: set[int] = set()  # numbers of shards that were read a second time
+        self._read_again: Counter[int] = Counter()  # how often each shard was read again
         self._replaced_locations: set[CorruptLocation] = set()
         self._draws = draws
         # torch's sampler draws numbers before the first batch. It draws again at its end, which comes before a short
         # last batch.
         n_undrawn = work.share.ranks.n_batches - 1 if self._draws.ends_short else sys.maxsize
-        super().__init__(position, _profiler, n_undrawn, is_plain=self._pin is None and self._names is None)
+        self._profiler = work.setup.library.profiler
+        super().__init__(position, self._profiler, n_undrawn, is_plain=self._pin is None and self._names is None)
         self._start(work)
 
     def __len__(self) -> int:
@@ -156,6 +166,8 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         self._pipeline.close()
         if self._counted:
             return
+        if self._work.workers is not None:
+            self._work.workers.release()
         publisher, next_epoch = self._work.publisher, self._work.next_epoch
         if publisher is not None and next_epoch is not None and self._position.finished:
             publisher.finish()
@@ -168,14 +180,25 @@ class NativeIterator(FastIterator, Iterator[Batch]):
 
     def _start(self, work: PipelineInputs) -> None:
         kind = DecodedPipeline if work.output_spec.decode else Pipeline
-        self._pipeline: Pipeline | DecodedPipeline = kind(work, self._resources)
+        stage, device = work.transforms, work.device
+        inner = replace(work, waits=WaitHistogram())  # the waits of a stage before another one are not the consumer's
+        self._pipeline: Pipeline | DecodedPipeline | TransformedPipeline | DevicePipeline | HeadspacePipeline
+        self._pipeline = native = kind(work if stage is None and device is None else inner, self._resources)
+        if stage is not None:
+            self._pipeline = stage.pipeline(work if device is None else inner, native)
+        if device is not None:
+            devices = work.setup.library.devices
+            assert devices is not None  # noqa: S101 -- `device` is one of them
+            self._pipeline = devices.pipeline(work, device, self._pipeline)
+        if work.headspace:
+            self._pipeline = HeadspacePipeline(work, self._pipeline)
         self._set_fast_path(self._pipeline.fast_take)
 
     def _next(self) -> Any:
         try:
             # torch's hook costs more than a whole batch here, so it is entered only while a profiler runs.
-            if _profiler._is_profiler_enabled:  # noqa: SLF001 -- the flag that torch's own hooks test
-                with _profiler.record_function("enumerate(DataLoader)#tiercache.__next__"):
+            if self._profiler._is_profiler_enabled:  # noqa: SLF001 -- the flag that torch's own hooks test
+                with self._profiler.record_function("enumerate(DataLoader)#tiercache.__next__"):
                     return self._take()
             return self._take()
         except KeyboardInterrupt as error:
@@ -235,10 +258,11 @@ class NativeIterator(FastIterator, Iterator[Batch]):
             while True:
                 shard = self._pipeline.corrupt_shard
                 was_removed = shard is not None and self._work.source.remove_if_corrupt(shard)
-                # Every shard is read again once: another loader or process may have replaced the copy in the meantime.
-                # If that did not help and the local copy is right, the data itself is corrupt.
-                if shard is not None and (was_removed or shard not in self._read_again):
-                    self._read_again.add(shard)
+                # Every shard is read again: another loader or process may have replaced the copy meanwhile, and if the
+                # cache has given up the object, it is read from its store. If that did not help and the local copy is
+                # right, the data itself is corrupt.
+                if shard is not None and (was_removed or self._read_again[shard] < SHARD_READS_AGAIN):
+                    self._read_again[shard] += 1
                 else:
                     self._replace_corrupt(error)
                 self._count(self._pipeline.figures())
@@ -271,10 +295,11 @@ class NativeIterator(FastIterator, Iterator[Batch]):
 class LoaderArguments:
     """The loader's own arguments, as far as the native path needs them.
 
-    num_workers, persistent_workers: They start no process here, but they change which random numbers torch's loader
-    draws. fills_first: See `RankPlan`; integrations set it.
+    library: What batches consist of. num_workers, persistent_workers: They start no process here, but they change
+    which random numbers torch's loader draws. fills_first: See `RankPlan`; integrations set it.
     """
 
+    library: ArrayLibrary
     batch_size: int
     shuffle: bool
     drop_last: bool
@@ -296,9 +321,15 @@ class Engine(ABC):
         self._source = source
         self._corruption = corruption_map_for(source, arguments.options)
         self._setup: PipelineSetup | None = None  # of the last pipeline
+        # the user's functions, which the loader sets before each epoch; None: batches are served as gathered
+        self.transforms: TransformStage | None = None
+        self._workers: WorkerPool | None = None  # of the last epoch
         self._counters = Counters("padded")
         self._waits = WaitHistogram()
         self._memory = BatchMemory()
+        self._devices = arguments.library.devices
+        self._device_type = None if self._devices is None else self._devices.find(arguments.options.device)
+        self._device: BatchDevice | None = None  # of the newest epoch
         self._warned: set[str] = set()
         self._figures_before = dict(source.figures())
         self._ready: Records | None = None  # the source whose shards were found readable
@@ -307,18 +338,33 @@ class Engine(ABC):
         # weak: if a loop is left early, its iterator must be dropped and end its threads
         self._iterator: weakref.ref[Any] | None = None
 
+    @property
+    def arguments(self) -> LoaderArguments:
+        """The loader's arguments."""
+        return self._arguments
+
     @abstractmethod
     def rank(self) -> Rank:
         """Return the rank whose share of an epoch this process is served."""
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self, *, across_ranks: bool = False) -> dict[str, Any]:
         """See DataLoader.stats."""
         counters = self._counters.snapshot()
         iterator = self._iterator() if self._iterator is not None else None
         if iterator is not None:
             for name, figure in iterator.figures().items():
                 counters[name] = counters.get(name, 0) + figure
-        return summarise(counters, self._waits, self._fetched(), threads=self._resources().n_threads)
+        exposed = self._waits
+        if self._device is not None and not self._arguments.options.headspace:
+            exposed = self._device.exposed_waits()
+        workers = 0 if self.transforms is None else self.transforms.n_workers
+        n_threads = self._resources().n_threads
+        stats = summarise(counters, self._waits, exposed, self._fetched(), threads=n_threads, workers=workers)
+        if self._source.fill_ratio is not None:
+            stats["fill_ratio"] = self._source.fill_ratio
+        if across_ranks:
+            stats["exposed_wait_s"]["slowest_rank"] = find_slowest(self.rank(), stats["exposed_wait_s"])
+        return stats
 
     def _fetched(self) -> dict[str, float]:
         """Return the source's counters since the loader was made."""
@@ -338,43 +384,57 @@ class Engine(ABC):
 
     def _pin_function(self) -> Callable[[Any], Any] | None:
         """Return the function that pins a batch; None, with torch's warning, if there is no accelerator."""
-        if not self._arguments.pin_memory:
+        if not self._arguments.pin_memory or self._device_type is not None or self._devices is None:
             return None
-        pin: Callable[[Any], Any] = torch.utils.data._utils.pin_memory.pin_memory  # noqa: SLF001 -- also nested batches
-        accelerator = getattr(torch, "accelerator", None)
-        if accelerator is None:  # torch before 2.6 supports only CUDA here and does not warn
-            return pin if torch.cuda.is_available() else None
-        if not accelerator.is_available():
-            warnings.warn(
-                "'pin_memory' argument is set as true but no accelerator is found, "
-                "then device pinned memory won't be used.",
-                stacklevel=4,  # the caller of iter(loader)
-            )
-            return None
-        return pin
+        return self._devices.pin_function()
 
     def _start_iterator(
         self,
         position: EpochPosition | SamplerPass,
         share: OrderShare,
-        draws: TorchDraws,
+        draws: EpochDraws,
         pin: Callable[[Any], Any] | None,
         **planned: Any,
     ) -> NativeIterator:
         """Return the iterator of an epoch, whose pipeline has begun. planned: Further fields of PipelineInputs."""
         if self._setup is None or self._setup.source is not self._source:
-            self._setup = PipelineSetup(self._source, self._arguments.output_spec)
+            self._setup = PipelineSetup(self._source, self._arguments.output_spec, self._arguments.library)
+        stage = self.transforms
+        options, pinned = self._arguments.options, None
+        if self._device_type is not None and self._devices is not None:
+            self._device = self._devices.batch_device(self._device_type, options, self._device)
+            # A stage of transforms holds batches as long as it likes; what it makes is copied into pinned memory.
+            pinned = self._device.pinned if stage is None else None
+            if self._device.is_fixed and share.ranks.n_served % share.ranks.batch_size:
+                raise ValueError(
+                    f'device_buffers="fixed" serves full batches only, and this epoch ends with a batch of '
+                    f"{share.ranks.n_served % share.ranks.batch_size} records instead of {share.ranks.batch_size}: "
+                    "give drop_last=True"
+                )
+        workers = None if stage is None or not stage.n_workers else self._start_workers(stage, share.seed)
         work = PipelineInputs(
             setup=self._setup,
             share=share,
             counters=self._counters,
             waits=self._waits,
-            memory=self._memory,
+            memory=self._memory if pinned is None else pinned,
             warned=self._warned,
             corruption=self._corruption,
+            transforms=stage,
+            workers=workers,
+            device=self._device,
+            pinned=pinned,
+            headspace=options.headspace,
             **planned,
         )
         return NativeIterator(position, work, self._resources(), self._arguments.timeout_s, pin, draws)
+
+    def _start_workers(self, stage: TransformStage, seed: int) -> WorkerPool:
+        """Return the processes of the last epoch if they live and are free, else new ones."""
+        if self._workers is None or not self._workers.is_reusable:
+            self._workers = stage.start_workers(seed)
+        self._workers.is_used = True
+        return self._workers
 
 
 class OrderEngine(Engine):
@@ -394,7 +454,8 @@ class OrderEngine(Engine):
         # position of the newest iter(); None: there was none since the last load()
         self._position: EpochPosition | None = None
         self._next_epoch: NextEpoch | None = None
-        self._rank: Rank | None = None
+        # A mesh does not change; torch may know what it is a part of only in this thread.
+        self._rank: Rank | None = None if self._options.mesh is None else find_rank(self._options)
         self._n_records: int | None = None  # records per epoch of the source, computed on first use
 
     def rank(self) -> Rank:
@@ -488,15 +549,15 @@ class OrderEngine(Engine):
         is_resumed = self._is_resumed
         arguments, n_records = self._arguments, self._epoch_records()
         ends_short = not arguments.drop_last and n_records % arguments.batch_size > 0
-        draws = TorchDraws(arguments.generator, arguments.shuffle, n_records, ends_short, is_sampled=is_resumed)
+        draws = self._draws(ends_short, is_sampled=is_resumed)
         if self._begins() and not is_resumed:
             draws.begin()
         state = self._next_state(drawn=True)
         foreseen: int | None = None
         is_predicted = True
-        if self._draws_seeds(state):
+        if (seeds := self._epoch_seeds(state)) is not None:
             if not is_resumed:
-                foreseen = predict_seed(self._arguments.generator, self._epoch_records(), begins=self._begins(1))
+                foreseen = seeds.predict(arguments.generator, n_records, begins=self._begins(1))
             # After an epoch whose seed was not the predicted one, no epoch is loaded ahead until a prediction was right
             # again.
             is_predicted = foreseen is not None and self._foreseen in (None, state.seed)
@@ -542,7 +603,7 @@ class OrderEngine(Engine):
         self._iterator = weakref.ref(iterator)
         return iterator
 
-    def begin_for_sampler(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, TorchDraws]:
+    def begin_for_sampler(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, EpochDraws]:
         """Begin the next epoch for a loader that another library made from this loader's sampler.
 
         Returns:
@@ -581,12 +642,7 @@ class OrderEngine(Engine):
         self._position = EpochPosition(state, share.ranks, is_counted=False)
         self._foreseen = None
         self._n_epochs += 1
-        return (
-            state,
-            read,
-            share,
-            TorchDraws(self._arguments.generator, self._arguments.shuffle, self._epoch_records(), is_sampled=is_again),
-        )
+        return state, read, share, self._draws(is_sampled=is_again)
 
     def _numbered(self) -> Any:
         """Return the source whose record numbers the order counts."""
@@ -613,22 +669,32 @@ class OrderEngine(Engine):
         drawn: whether iter() has drawn this epoch's base seed.
         """
         state = self._begin(drawn=drawn) if self._position is None else self._position.next_state()
-        if not self._draws_seeds(state) or (self._position is None and self._keeps_seed(state)):
+        seeds = self._epoch_seeds(state)
+        if seeds is None or (self._position is None and self._keeps_seed(state)):
             return state
         after_begin = drawn or not self._begins()
-        return replace(state, seed=next_seed(self._arguments.generator, after_begin=after_begin))
+        return replace(state, seed=seeds.next(self._arguments.generator, after_begin=after_begin))
 
     def _begins(self, n_more: int = 0) -> bool:
         """Whether torch's loader draws a base seed for workers in the next iter(), or n_more calls later."""
         return not (self._arguments.persistent_workers and self._arguments.num_workers and self._n_epochs + n_more)
 
-    def _draws_seeds(self, state: RunState) -> bool:
-        """Whether each iter() draws its epoch's seed.
+    def _draws(self, ends_short: bool = False, *, is_sampled: bool) -> EpochDraws:
+        """Return the random numbers that an epoch draws beside its order. See EpochSeeds.draws."""
+        arguments, seeds = self._arguments, self._arguments.library.seeds
+        if seeds is None:
+            return NoDraws(arguments.shuffle)
+        n_records = self._epoch_records()
+        return seeds.draws(arguments.generator, arguments.shuffle, n_records, ends_short, is_sampled=is_sampled)
+
+    def _epoch_seeds(self, state: RunState) -> EpochSeeds | None:
+        """Return the seeds of which each iter() draws one; None: all epochs follow from the seed of the state.
 
         Ranks that share an epoch draw a seed only at the start of the run: they have no common random numbers, and
         iter() must not communicate, because a prefetching thread may call it beside the training's own collectives.
         """
-        return state.is_seed_drawn and self._options.seed is None and self.rank().world_size == 1
+        is_drawn = state.is_seed_drawn and self._options.seed is None and self.rank().is_alone
+        return self._arguments.library.seeds if is_drawn else None
 
     def _keeps_seed(self, state: RunState) -> bool:
         """Whether the next iter() uses the seed of a loaded state.
@@ -638,10 +704,10 @@ class OrderEngine(Engine):
         """
         return self._loaded_under is not None and (state.offset > 0 or self._loaded_under == self._initial_seed())
 
-    def _initial_seed(self) -> int:
-        """Return the initial seed of the generator from which the seeds are drawn."""
-        generator = self._arguments.generator
-        return torch.initial_seed() if generator is None else generator.initial_seed()
+    def _initial_seed(self) -> int | None:
+        """Return the initial seed of the generator from which the seeds are drawn; None: epochs draw none."""
+        seeds = self._arguments.library.seeds
+        return None if seeds is None else seeds.initial(self._arguments.generator)
 
     def _epoch_records(self) -> int:
         """Return the records of an epoch. Cached, because the sum took 70 us of the start of each epoch."""
@@ -682,8 +748,9 @@ class OrderEngine(Engine):
         """Return the start of the run. drawn: whether iter() has drawn this epoch's random numbers."""
         if self._rank is None:
             self._rank = find_rank(self._options)
+            warn_of_meshes(self._rank)
         if self._state is None:
-            if self._rank.origin in ("environment", "torch.distributed") and self._rank.world_size > 1:
+            if self._rank.origin in ("environment", "torch.distributed", "mesh") and self._rank.world_size > 1:
                 logger.info("this loader serves %s", self._rank)
             self._state = self._first_state(self._rank, drawn=drawn)
         return self._state
@@ -693,8 +760,12 @@ class OrderEngine(Engine):
         arguments, options = self._arguments, self._options
         seed = options.seed
         if seed is None:
-            unseeded = not arguments.shuffle or must_not_draw(rank)
-            seed = 0 if unseeded else next_seed(arguments.generator, after_begin=drawn)
+            if not arguments.shuffle or must_not_draw(rank):
+                seed = 0
+            elif (seeds := arguments.library.seeds) is not None:
+                seed = seeds.next(arguments.generator, after_begin=drawn)
+            else:
+                seed = int(np.random.randint(np.iinfo(np.int64).max, dtype=np.int64))
         order: dict[str, Any] = {
             "shuffle": arguments.shuffle,
             "drop_last": arguments.drop_last,
@@ -710,9 +781,8 @@ class OrderEngine(Engine):
         if agreed["versions"] != versions:
             self._use(self._source.at_versions(agreed["versions"]))
         # In the next epoch a mixture's parts continue where they stopped, so its epochs share a seed.
-        is_seed_drawn = (
-            arguments.shuffle and options.seed is None and rank.world_size == 1 and self._source.mixture is None
-        )
+        draws_seeds = arguments.library.seeds is not None and self._source.mixture is None
+        is_seed_drawn = draws_seeds and arguments.shuffle and options.seed is None and rank.is_alone
         return RunState(
             parts=self._source.parts,
             seed=agreed["seed"],

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tiercache.errors import TierCacheError
 from tiercache.load.corrupt import CorruptionMap, replace_corrupt
-from tiercache.load.prefetch import WindowLoad, loading_pool
+from tiercache.load.prefetch import WindowLoad, blocks_by_shard, loading_pool, shards_of
 from tiercache.load.reading_plan import ReadingPlanPublisher
 from tiercache.order import DatasetLayout, EpochOrder, OrderOptions, RankPlan, RowRun, Window
 from tiercache.order.explicit import ExplicitOrder, ExplicitWindow
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tiercache.load.ranks import Rank
     from tiercache.load.state import RunState
     from tiercache.order import Order, Section
+    from tiercache.order.explicit import ServedOrder
     from tiercache.views import Records
 
     PlanEpoch: TypeAlias = Callable[[RunState], "OrderShare"]
@@ -467,7 +468,7 @@ def make_order(read: Records | CorruptionMap, state: RunState) -> Order:
     return EpochOrder(layout, options, state.key_epoch)
 
 
-def explicit_order(read: Records | CorruptionMap, numbers: NDArray[np.int64], window_bytes: int | None) -> Order:
+def explicit_order(read: Records | CorruptionMap, numbers: ServedOrder, window_bytes: int | None) -> Order:
     """Return the order that serves these records, counted in stored order. window_bytes: limit of unmapped blocks."""
     source = read.source if isinstance(read, CorruptionMap) else read
     layout = DatasetLayout(source.shard_records, source.shard_bytes, read.block_sizes)
@@ -501,7 +502,8 @@ def mixture_values(source: Records) -> dict[str, Any] | None:
     if mixture is None:
         return None
     # The state omits which shards belong to which part: that follows from the parts, and changes with their versions.
-    return {"weights": list(mixture.weights), "stop": mixture.stop}
+    changes = [[position, list(weights)] for position, weights in mixture.schedule]
+    return {"weights": changes if len(changes) > 1 else changes[0][1], "stop": mixture.stop}
 
 
 # Shards per call of prefetch(): some ms if each is looked up in a cache. on_source_closed() waits for at most one call.
@@ -662,7 +664,11 @@ class NextEpoch:
         if first.run is None or not self._source.selects_all:
             first.rows()
         pairs = list(zip(first.windows, first.needed, strict=True))
-        shards = interleaved([list(dict.fromkeys(window.shards[needed].tolist())) for window, needed in pairs])
+        shards = interleaved([shards_of(*pair) for pair in pairs])
+        if self._source.can_prefetch:
+            for shard, blocks in itertools.chain.from_iterable(blocks_by_shard(*pair) for pair in pairs):
+                with self._a_step():
+                    self._source.prefetch_blocks(shard, blocks)
         near = [*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])] if self._source.can_prefetch else []
         for start in range(0, len(near), _SHARDS_A_STEP):
             with self._a_step():
@@ -672,8 +678,9 @@ class NextEpoch:
                 return EpochStart(pieces, ())
             # An executor of its own, because the current epoch shuts its executor down at its end.
             executor = loading_pool(threads.n_threads)
+            source = self._source.for_epoch(self.share.seed, self.share.epoch)
             loading = [
-                WindowLoad(self._source, *pair, executor, threads.n_threads, unwanted=self._unwanted) for pair in pairs
+                WindowLoad(source, *pair, executor, threads.n_threads, unwanted=self._unwanted) for pair in pairs
             ]
             executor.shutdown(wait=False)
         for one in loading:

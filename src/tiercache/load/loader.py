@@ -18,7 +18,8 @@ from torch.utils.data import IterableDataset, Sampler, default_collate
 from torchdata.stateful_dataloader import Stateful, StatefulDataLoader
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
 
-from tiercache.load.batch import collate
+from tiercache.load.collate import collate
+from tiercache.load.device import find_device
 from tiercache.load.engine import LoaderArguments, OrderEngine
 from tiercache.load.options import LoaderOptions
 from tiercache.load.output_spec import NativeAccess, NativeDataset, native_access
@@ -36,7 +37,12 @@ from tiercache.load.samplers import (
     with_state,
 )
 from tiercache.load.state import STEPS_SINCE, RunState, state_for_workers
+from tiercache.load.torch_library import TorchLibrary
 from tiercache.load.torch_rng import RandomGenerators, loadable, next_seed, settled
+from tiercache.load.transform import BatchFunction
+from tiercache.load.transform_workers import TransformStage
+from tiercache.model import short_repr
+from tiercache.rng import use_fresh_key
 
 logger = logging.getLogger("tiercache")
 
@@ -53,11 +59,12 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
     """torch's DataLoader with a resumable state and a native path for `tiercache.Dataset`.
 
     The loader honours torch's arguments (and torchdata's `snapshot_every_n_steps`) as torch does; only `options` is
-    new. A `tiercache.Dataset` without a transform and without a user's collate function takes the native path: threads
-    gather batches without Python, and `num_workers` starts no process. A plain sequence or a sampler of torch or
-    torchdata replaces the order there. torchdata's StatefulDataLoader serves everything else: other data sets in
-    torch's order; a `tiercache.Dataset` with the order, the ranks and the state of the native path; the user's own
-    samplers and batch samplers; and any sampler over a mixture.
+    new. A `tiercache.Dataset` takes the native path, in which threads gather batches without Python. The transforms of
+    the data set and of the options are applied to these batches: by a thread, or by `num_workers` processes, which
+    only run the user's functions. A plain sequence or a sampler of torch or torchdata replaces the order there.
+    torchdata's StatefulDataLoader serves everything else: other data sets in torch's order; a `tiercache.Dataset` with
+    a `collate_fn` but no transform, or of a class that overrides how records are read, with the order, the ranks and
+    the state of the native path; the user's own samplers and batch samplers; and any sampler over a mixture.
 
     On the native path a batch is a dict by column: tensors [n, ...] of the column's dtype; lists for bytes, str, JSON
     and encoded images; a list of tensors for ragged columns; `<column>.valid`, bool[n], beside a nullable column. The
@@ -72,18 +79,19 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         shuffle: Whether to serve the records in a new random order in each epoch.
         sampler: Iterable of record numbers, as in torch. It replaces `shuffle` and the split of records among ranks.
         batch_sampler: Iterable of lists of record numbers, one list per batch, as in torch.
-        num_workers: Number of worker processes on torch's path. The native path starts none, but draws from torch's
-            random numbers as if it did.
-        collate_fn: Function from a list of records to a batch. Any function but None and `tiercache.collate` takes
-            torch's path.
-        pin_memory: Whether to copy each batch into pinned memory of the accelerator.
+        num_workers: Number of worker processes, on torch's path and for transforms. Without transforms the native path
+            starts none, but draws from torch's random numbers as if it did.
+        collate_fn: Function from a list of records to a batch. If the data set has no transform, any function but None
+            and `tiercache.collate` takes torch's path.
+        pin_memory: Whether to copy each batch into pinned memory of the accelerator. It has no further effect with
+            `LoaderOptions(device=...)`, which gathers batches in pinned memory.
         drop_last: Whether to drop the last batch of an epoch if it is shorter than `batch_size`.
         timeout: Seconds to wait for a batch before a RuntimeError; 0 waits without a limit.
-        worker_init_fn: Function that torch calls in each worker process; ignored on the native path.
-        multiprocessing_context: Start method of the worker processes; ignored on the native path.
+        worker_init_fn: Function that each worker process calls with its number before its first batch.
+        multiprocessing_context: Start method of the worker processes.
         generator: torch.Generator of the order's seed and of the random numbers that the loader draws. None: torch's
             own.
-        prefetch_factor: Number of batches that each worker process loads ahead; ignored on the native path.
+        prefetch_factor: Number of batches that each worker process loads ahead. None: 2.
         persistent_workers: Whether the worker processes live from one epoch to the next.
         pin_memory_device: Device of the pinned memory; deprecated by torch, which uses the current accelerator.
         in_order: Whether worker processes must deliver batches in order. The native path always does.
@@ -119,11 +127,17 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         options: LoaderOptions | None = None,
     ) -> None:
         access = native_access(dataset)
+        batch_transforms = _batch_transforms(access, options, collate_fn)
+        if isinstance(collate_fn, TransformedCollate):
+            collate_fn = collate_fn.collate_fn
         path = _choose_path(dataset, access, batch_size, sampler, batch_sampler, collate_fn)
-        if access is not None and collate_fn is None and batch_size is not None:
-            collate_fn = collate if access.is_plain else default_collate
+        has_transform = access is not None and access.transform is not None
+        # Whether the native path runs functions of the user.
+        self._runs_functions = has_transform or (access is not None and bool(batch_transforms))
+        if access is not None or batch_transforms:
+            collate_fn = _collate_of(access, collate_fn, batch_transforms, is_batched=batch_size is not None)
         self._has_sampler, self._is_mixture = path.has_sampler, path.is_mixture
-        self._starts_workers = path.starts_workers
+        self._starts_workers = path.starts_workers or self._runs_functions
         shuffled = bool(shuffle)
         records: Any = dataset  # torch's stub of a data set has no length
         is_empty = shuffled and path.is_ordered and not len(records)
@@ -155,7 +169,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 prefetch_factor=prefetch_factor,
                 persistent_workers=persistent_workers,
                 pin_memory_device=pin_memory_device,
-                in_order=in_order or not self._starts_workers,  # torchdata warns about workers that do not exist here
+                in_order=in_order or not path.starts_workers,  # torchdata warns about workers that do not exist here
                 snapshot_every_n_steps=snapshot_every_n_steps,
             )
         if type(self.batch_sampler) is torchdata_samplers.BatchSampler and batch_sampler is None:
@@ -167,7 +181,9 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         self._native: OrderEngine | SamplerEngine | None = None
         self._indexed: TorchPathEngine | None = None
         if access is not None and (path.is_ordered or not path.why_not_native):
+            stage = self._stage()
             arguments = LoaderArguments(
+                library=TorchLibrary(),
                 batch_size=int(batch_size or 1),
                 shuffle=shuffled,
                 drop_last=drop_last,
@@ -175,7 +191,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 pin_memory=pin_memory,
                 generator=generator,
                 options=options or LoaderOptions(),
-                output_spec=access.output_spec,
+                output_spec=access.output_spec if stage is None else stage.function.gathered_spec,
                 num_workers=num_workers,
                 persistent_workers=persistent_workers,
             )
@@ -200,7 +216,8 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 "in_order": not in_order,
                 "snapshot_every_n_steps": snapshot_every_n_steps != 1,
             }
-            _log_ignored(num_workers, [name for name, is_given in given.items() if is_given])
+            ignored = [name for name, is_given in given.items() if is_given]
+            _log_ignored(num_workers, ignored, runs_functions=self._runs_functions)
 
     def __iter__(self) -> Any:
         if self.batch_sampler is not self._served_batch_sampler:
@@ -217,10 +234,11 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 return super().__iter__()
         if self.pin_memory and self.pin_memory_device and hasattr(torch, "accelerator"):  # 2.6 and later
             warnings.warn(_NO_PIN_DEVICE.format(self.pin_memory_device), stacklevel=2)
+        self._native.transforms = self._stage()
         return self._native.iterate()
 
     def check_worker_number_rationality(self) -> None:
-        """Warn as torch does if there are more worker processes than cores; the native path starts no workers."""
+        """Warn as torch does if there are more worker processes than cores, unless the loader starts none."""
         if self._starts_workers:
             super().check_worker_number_rationality()
 
@@ -302,9 +320,14 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         else:
             set_sampler_epoch(self._index_sampler, epoch)
 
-    def stats(self) -> dict[str, Any]:
-        """Return the counters of the native path and its bottleneck (docs/guide/loader.md); {} on torch's path."""
-        return {} if self._native is None else self._native.stats()
+    def stats(self, *, across_ranks: bool = False) -> dict[str, Any]:
+        """Return the counters of the native path and its bottleneck (docs/guide/loader.md); {} on torch's path.
+
+        Args:
+            across_ranks: Whether `exposed_wait_s` also tells of the slowest rank. Then the call is a collective of
+                torch.distributed: all ranks must make it.
+        """
+        return {} if self._native is None else self._native.stats(across_ranks=across_ranks)
 
     @property
     def _is_accelerate_prepared(self) -> bool:
@@ -355,7 +378,11 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             path += f", {self._indexed.rank()}"
         elif self._native is not None:
             path = str(self._native.rank())
-        return f"{type(self).__name__}({self.dataset!r}, batch_size={self.batch_size}, {path})"
+        facts = [repr(self.dataset), f"batch_size={self.batch_size}"]
+        if (engine := self._native or self._indexed) is not None:
+            facts += [f"{name}=True" for name in ("shuffle", "drop_last") if getattr(engine.arguments, name)]
+            facts += [] if engine.arguments.options == LoaderOptions() else [short_repr(engine.arguments.options)]
+        return f"{type(self).__name__}({', '.join(facts)}, {path})"
 
     @property
     def _index_sampler(self) -> Any:
@@ -513,7 +540,35 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         if native is not None:
             arguments, _ = native.rebuild_arguments
             self._native = self._make_engine(replace(arguments, shuffle=False))
-        self._starts_workers = self._native is None
+        self._starts_workers = self._native is None or self._runs_functions
+
+    def _stage(self) -> TransformStage | None:
+        """Return the user's functions of the native path, and their processes; None: there are no such functions.
+
+        It is made for each epoch, because frameworks set worker_init_fn and others after the loader was made.
+        """
+        if not self._runs_functions:
+            return None
+        access = self.dataset.__tiercache__()
+        collate_fn: Any = self.collate_fn
+        batch_transforms: tuple[Callable[[Any], Any], ...] = ()
+        if isinstance(collate_fn, TransformedCollate):
+            collate_fn, batch_transforms = collate_fn.collate_fn, collate_fn.batch_transforms
+        function = BatchFunction(
+            dataset=self.dataset,
+            columns=access.output_spec.schema(access.source.schema).columns,
+            output_spec=access.output_spec,
+            collate_fn=None if access.transform is None else collate_fn,
+            batch_transforms=batch_transforms,
+        )
+        return TransformStage(
+            function=function,
+            n_workers=self.num_workers,
+            context=self.multiprocessing_context,
+            worker_init_fn=self.worker_init_fn,
+            prefetch_factor=self.prefetch_factor or 2,
+            keeps_workers=self._keeps_workers,
+        )
 
     def _make_engine(self, arguments: LoaderArguments) -> OrderEngine | SamplerEngine | None:
         """Return the engine of the native path; None: torch's path serves the sampler."""
@@ -523,11 +578,14 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         _check_sampler_options(arguments.options)
         index_sampler = super()._index_sampler
         known = is_known_batch_sampler(index_sampler) and not self._is_mixture
-        if not known and arguments.options.on_corrupt != "raise":
-            raise ValueError(
-                f"on_corrupt={arguments.options.on_corrupt!r} applies only to the native path, and torch's path serves "
-                f"your own samplers and mixtures, here {index_sampler!r}: remove on_corrupt=, or give a known sampler"
-            )
+        options, defaults = arguments.options, LoaderOptions()
+        for name in ("on_corrupt", "device", "headspace"):
+            value = find_device(options.device) if name == "device" else getattr(options, name)
+            if not known and value != getattr(defaults, name):
+                raise ValueError(
+                    f"{name}={value!r} applies only to the native path, and torch's path serves your own samplers and "
+                    f"mixtures, here {index_sampler!r}: {_instead_of(name)}, or give a known sampler"
+                )
         return SamplerEngine(source, arguments, index_sampler) if known else None
 
 
@@ -570,9 +628,55 @@ def _why_not_native(access: NativeAccess, batch_size: int | None, collate_fn: An
     """Return the reason why a loader over a tiercache data set does not take the native path; "" if it does."""
     if batch_size is None and batch_sampler is None:
         return "batch_size=None asks for single records"
-    if not access.is_plain:
-        return "the data set has a transform, or its class overrides how records are read"
-    return "" if collate_fn in (None, collate) else "collate_fn= was given"
+    if access.overrides_access:
+        return "the data set's class overrides how records are read"
+    return "" if collate_fn in (None, collate) or access.transform is not None else "collate_fn= was given"
+
+
+def _batch_transforms(access: NativeAccess | None, options: Any, collate_fn: Any) -> tuple[Callable[[Any], Any], ...]:
+    """Return the functions that are applied to each batch: that of the data set, then that of the options.
+
+    A loader that a framework rebuilds from another loader's attributes keeps that loader's functions.
+    """
+    if isinstance(collate_fn, TransformedCollate):
+        return collate_fn.batch_transforms
+    if access is None:
+        return ()
+    given = access.batch_transform, options.batch_transform if isinstance(options, LoaderOptions) else None
+    return tuple(function for function in given if function is not None)
+
+
+def _collate_of(
+    access: NativeAccess | None,
+    collate_fn: Callable[[list[Any]], Any] | None,
+    batch_transforms: tuple[Callable[[Any], Any], ...],
+    *,
+    is_batched: bool,
+) -> Callable[[list[Any]], Any] | None:
+    """Return the collate function of a loader over a tiercache data set; None: torch's for single records."""
+    if collate_fn is None and is_batched and access is not None:
+        collate_fn = collate if access.is_plain else default_collate
+    if not batch_transforms:
+        return collate_fn
+    if collate_fn is None:
+        raise ValueError("batch_transform= needs batches, and batch_size=None asks for single records")
+    return TransformedCollate(collate_fn, batch_transforms)
+
+
+@dataclass(frozen=True, slots=True)
+class TransformedCollate:
+    """The collate function of a loader with batch transforms, on torch's path; the native path runs its parts."""
+
+    collate_fn: Callable[[list[Any]], Any]
+    batch_transforms: tuple[Callable[[Any], Any], ...]
+
+    def __call__(self, records: list[Any]) -> Any:
+        """Return the batch of some records."""
+        with use_fresh_key():
+            batch = self.collate_fn(records)
+            for function in self.batch_transforms:
+                batch = function(batch)
+        return batch
 
 
 def _is_over(state: Mapping[str, Any]) -> bool:
@@ -580,13 +684,18 @@ def _is_over(state: Mapping[str, Any]) -> bool:
     return bool(state.get("_iterator_finished"))
 
 
-def _log_ignored(num_workers: int, names: list[str]) -> None:
+def _log_ignored(num_workers: int, names: list[str], *, runs_functions: bool) -> None:
     """Log which of torch's options for worker processes have no effect."""
+    if runs_functions:
+        without_effect = " and ".join(name for name in names if name in ("in_order", "snapshot_every_n_steps"))
+        if without_effect:
+            logger.info("%s has no effect on tiercache's native path, which runs the transforms", without_effect)
+        return
     ignored = f", so that {', '.join(names)} {'is' if len(names) == 1 else 'are'} ignored" if names else ""
     logger.info(
         "num_workers=%d starts no worker processes%s: this loader takes tiercache's native path, whose threads gather "
-        "batches ahead (LoaderOptions(threads=, memory_bytes=)); a transform= or collate_fn= takes torch's path, which "
-        "has worker processes",
+        "batches ahead (LoaderOptions(threads=, memory_bytes=)); only a transform=, batch_transform= or collate_fn= "
+        "runs in worker processes",
         num_workers,
         ignored,
     )
@@ -604,20 +713,30 @@ def _check_options(options: Any, why_not: str, *, is_ordered: bool, has_state: b
         raise TypeError(f"options= takes a tiercache.LoaderOptions(...), got {options!r}")
     if why_not and not is_ordered:
         raise ValueError(f"options= {_OF_NATIVE_PATH} {why_not}: remove options=")
-    without_effect: Sequence[str] = ("memory_bytes", "threads", "on_corrupt") if why_not else ()
+    native_only = ("memory_bytes", "threads", "on_corrupt", "device", "headspace")
+    without_effect: Sequence[str] = native_only if why_not else ()
     if why_not and has_state:
         without_effect = [field.name for field in fields(LoaderOptions) if field.name != "split_ranks"]
     defaults = LoaderOptions()
     for name in without_effect:
         value = getattr(options, name)
+        if name == "device":
+            value = find_device(value)  # None for the CPU, where batches are anyway
         if value != getattr(defaults, name):
-            raise ValueError(f"{name}={value!r} {_OF_NATIVE_PATH} {why_not}: remove {name}=")
+            raise ValueError(f"{name}={value!r} {_OF_NATIVE_PATH} {why_not}: {_instead_of(name)}")
+
+
+def _instead_of(name: str) -> str:
+    """Return what to do about an option of the native path."""
+    if name == "device":
+        return "remove device=, give pin_memory=True, and move each batch with .to(device, non_blocking=True)"
+    return f"remove {name}="
 
 
 def _check_sampler_options(options: LoaderOptions) -> None:
     """Raise ValueError for options of the order, which a sampler decides."""
     defaults = LoaderOptions()
-    for name in ("rank", "world_size", "shuffle_streams", "placement", "shuffle_group_bytes"):
+    for name in ("rank", "world_size", "mesh", "dims", "shuffle_streams", "placement", "shuffle_group_bytes"):
         value = getattr(options, name)
         if value != getattr(defaults, name):
             raise ValueError(

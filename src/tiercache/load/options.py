@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tiercache.errors import renamed_argument
 from tiercache.model import parse_bytes
 from tiercache.order import MAX_STREAMS
 
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
 ALL = "all"
+_CHOICES = {
+    "placement": ("sticky", "global"),
+    "on_corrupt": ("raise", "previous"),
+    "device_buffers": ("new", "fixed"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +50,22 @@ class LoaderOptions:
             machine's cores, shared by its ranks.
         on_corrupt: What to do with a record that is corrupt in the store, or an image that cannot be decoded: "raise"
             CorruptShard, or serve the "previous" record of this rank's sequence instead.
+        mesh: torch's DeviceMesh of all processes of the run, with named dimensions; it replaces `rank` and
+            `world_size`. The processes agree on the order over its groups. None: each process is a rank of its own.
+        dims: Names of the dimensions of `mesh` over which the epoch is split, in any order (a str: one name). Processes
+            that differ only in other dimensions (tensor, context or pipeline parallelism) are served the same batches.
+            (): all processes are served all records.
+        batch_transform: Function that takes a batch as the loader would serve it, and returns what is served instead.
+            It is applied after that of the data set (docs/guide/transforms.md).
+        device: Device on which batches are served ("cuda", "cuda:1", its number or a torch.device), copied ahead of the
+            training loop. "cuda" is the current device at iter(). None or "cpu": batches stay in host memory.
+        device_batches: Number of batches whose copies to the device are issued at a time, including the batch that is
+            handed out next. None: 2.
+        device_buffers: "new": each batch has memory of its own, as long as anything refers to it. "fixed": every batch
+            is served at the same addresses and is valid until the next batch is requested, as CUDA graphs need; full
+            batches only.
+        headspace: Whether to serve the first batch of an epoch as all of its batches, to measure what a loader that
+            needs no time would give (`stats()["headspace"]`).
         streams: Old name of shuffle_streams; deprecated.
     """
 
@@ -54,32 +80,47 @@ class LoaderOptions:
     memory_bytes: int | str | None = None
     threads: int | None = None
     on_corrupt: Literal["raise", "previous"] = "raise"
+    mesh: DeviceMesh | None = None
+    dims: str | Sequence[str] | None = None
+    batch_transform: Callable[[Any], Any] | None = None
+    device: str | int | torch.device | None = None
+    device_batches: int | None = None
+    device_buffers: Literal["new", "fixed"] = "new"
+    headspace: bool = False
     streams: InitVar[int | None] = None
 
     def __post_init__(self, streams: int | None) -> None:
         """Check the values."""
         given = renamed_argument("LoaderOptions", "streams", streams, "shuffle_streams", self.shuffle_streams)
         object.__setattr__(self, "shuffle_streams", given)
-        for name in ("seed", "rank", "world_size", "shuffle_streams", "threads"):
+        for name in ("seed", "rank", "world_size", "shuffle_streams", "threads", "device_batches"):
             self._as_int(name)
-        if (self.rank is None) != (self.world_size is None):
-            raise ValueError(f"rank and world_size go together, got rank={self.rank}, world_size={self.world_size}")
-        if self.rank is not None and self.world_size is not None and not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank must be in [0, world_size), got rank={self.rank}, world_size={self.world_size}")
+        self._check_ranks()
         if self.shuffle_streams is not None and not 1 <= self.shuffle_streams <= MAX_STREAMS:
             raise ValueError(f"shuffle_streams must be 1 to {MAX_STREAMS}, got {self.shuffle_streams}")
-        if self.placement not in ("sticky", "global"):
-            raise ValueError(f"placement must be 'sticky' or 'global', got {self.placement!r}")
-        if self.on_corrupt not in ("raise", "previous"):
-            raise ValueError(f"on_corrupt must be 'raise' or 'previous', got {self.on_corrupt!r}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be 1 or more, got {self.threads}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {getattr(self, name)!r}")
+        if self.batch_transform is not None and not callable(self.batch_transform):
+            raise TypeError(f"batch_transform must be a function of a batch, got {self.batch_transform!r}")
+        for name in ("threads", "device_batches"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be 1 or more, got {count}")
         for name in ("shuffle_group_bytes", "shuffle_window_bytes", "memory_bytes"):
             size = getattr(self, name)
             if size is not None and size != ALL and parse_bytes(size) < 1:
                 raise ValueError(f"{name} must be 1 byte or more, got {size!r}")
         if self.memory_bytes == ALL:
             raise ValueError("memory_bytes must be a size such as '256MiB', got 'all'")
+
+    def _check_ranks(self) -> None:
+        if (self.rank is None) != (self.world_size is None):
+            raise ValueError(f"rank and world_size go together, got rank={self.rank}, world_size={self.world_size}")
+        if self.rank is not None and self.world_size is not None and not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must be in [0, world_size), got rank={self.rank}, world_size={self.world_size}")
+        if self.mesh is not None or self.dims is not None:
+            self._check_mesh()
 
     def _as_int(self, name: str) -> None:
         """Convert any kind of integer to int, because the state holds plain values."""
@@ -89,6 +130,35 @@ class LoaderOptions:
                 object.__setattr__(self, name, operator.index(value))
             except TypeError as error:
                 raise TypeError(f"{name} must be an integer, got {value!r}") from error
+
+    def _check_mesh(self) -> None:
+        """Check the mesh and its dimensions, and make `dims` a tuple."""
+        mesh, dims = self.mesh, (self.dims,) if isinstance(self.dims, str) else self.dims
+        if mesh is None:
+            raise ValueError(f"dims={self.dims!r} names dimensions of mesh=: pass mesh= too")
+        if not hasattr(mesh, "get_coordinate"):
+            raise TypeError(f"mesh must be a torch.distributed.device_mesh.DeviceMesh, got {mesh!r}")
+        if self.rank is not None:
+            raise ValueError(f"mesh= decides the rank: remove rank={self.rank} and world_size={self.world_size}")
+        if not self.split_ranks:
+            raise ValueError("mesh= cannot be combined with split_ranks=False: pass dims=() to split over no dimension")
+        names = mesh.mesh_dim_names
+        if not names:
+            raise ValueError("the dimensions of the mesh have no names: create it with mesh_dim_names=")
+        if dims is None:
+            raise ValueError(f"mesh= needs dims=, the names of the data-parallel dimensions among {names}")
+        dims = tuple(dims)
+        unknown = [name for name in dims if name not in names]
+        if unknown:
+            raise ValueError(f"the mesh has no dimension {unknown[0]!r}: its dimensions are {names}")
+        if len(set(dims)) < len(dims):
+            raise ValueError(f"dims must name each dimension once, got {dims}")
+        if mesh.get_coordinate() is None:
+            raise ValueError(
+                f"this process, rank {mesh.get_rank()} of torch.distributed, is not in the mesh: create the loader "
+                "only on ranks of the mesh"
+            )
+        object.__setattr__(self, "dims", dims)
 
     @property
     def group_bytes(self) -> int | None:

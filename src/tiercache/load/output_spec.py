@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
@@ -19,6 +20,7 @@ from typing import Any, Literal, NoReturn, Protocol, SupportsIndex, TypeAlias, T
 import numpy as np
 import numpy.typing as npt
 
+from tiercache._native import packing
 from tiercache.errors import CorruptShard, SchemaError, TierCacheError
 from tiercache.images.options import DecodeImage
 from tiercache.model import CloseListener, SourcePart
@@ -98,9 +100,88 @@ def value_of(column: Column, stored: Any) -> Any:
 
 
 ColumnLayout: TypeAlias = Literal["list", "padded", "nested", "buffer"]
+# "boundaries" is the layout of `cu_seqlens` of packed rows (views/packing.py); users cannot choose it.
+ServedLayout: TypeAlias = ColumnLayout | Literal["boundaries"]
 T = TypeVar("T")
 COLUMN_LAYOUTS: tuple[ColumnLayout, ...] = ("list", "padded", "nested", "buffer")
 MASK = "mask"
+
+
+def _positive(name: str, given: Any) -> int:
+    try:
+        number = operator.index(given)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a whole number, got {given!r}") from error
+    if not 1 <= number < 2**63 or isinstance(given, bool):
+        raise ValueError(f"{name} must be 1 or more, got {given!r}")
+    return number
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """Layout of a padded column: `Dataset(url, layouts={"labels": tc.Padded(-100, multiple_of=8)})`.
+
+    Each record of a batch lies at the start of a box that is as large as the longest record of the batch, and `value`
+    fills the rest of the box. `<column>.lengths` has the length of each record in its box. "padded" is short for
+    Padded(). If several dimensions of a record vary, `multiple_of` and `max_length` apply to each of them.
+
+    Attributes:
+        value: Number that fills a box after its record: one that the column can hold in its served dtype; for text and
+            bytes a byte, 0 to 255.
+        multiple_of: Number that divides the length of a box: the length is the next multiple of it, at least one.
+        max_length: Maximum length of a record in its box, before the length of the box is rounded up. None: no limit.
+        truncate: Whether a longer record is cut after `max_length`. False: a longer record raises SchemaError.
+
+    Raises:
+        ValueError, TypeError: An argument is invalid; the message names it, the expected and the given value.
+    """
+
+    value: Any = 0
+    multiple_of: int = 1
+    max_length: int | None = None
+    truncate: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values; those of `value` depend on the column."""
+        object.__setattr__(self, "multiple_of", _positive("multiple_of", self.multiple_of))
+        if self.max_length is not None:
+            object.__setattr__(self, "max_length", _positive("max_length", self.max_length))
+        if not isinstance(self.truncate, bool):
+            raise TypeError(f"truncate is True or False, got {self.truncate!r}")
+        if self.truncate and self.max_length is None:
+            raise ValueError("truncate=True needs a max_length, after which records are cut")
+
+    def box_length(self, longest: int) -> int:
+        """Return the length to which the records of a batch are padded, in elements.
+
+        Args:
+            longest: Number of elements of the longest record of the batch, after truncation.
+        """
+        return longest if self.multiple_of == 1 else -(-max(longest, 1) // self.multiple_of) * self.multiple_of
+
+    def stored_value(self, column: Column) -> npt.NDArray[Any]:
+        """Return `value` as a stored element, an array of no dimension.
+
+        Args:
+            column: Column, as it is served.
+
+        Raises:
+            SchemaError: The column's dtype cannot represent the value.
+        """
+        if isinstance(self.value, int | float) and self.value == 0:  # bool columns take it too
+            return np.zeros((), column.stored)
+        dtype = column.dtype or "uint8"
+        kind = Kind.BOOL if dtype == "bool" else Kind.SCALAR
+        plain = dataclasses.replace(column, kind=kind, dtype=dtype, shape=(), nullable=False)
+        try:
+            return np.asarray(value_converter(plain)(self.value), column.stored)
+        except ConversionError as error:
+            message = f"Padded: the column cannot hold this value: {error}"
+            raise SchemaError(message, column=column.name, expected=error.expected, got=error.got) from error
+
+
+_ZERO_PADDED = Padded()
+Layouts: TypeAlias = Mapping[str, ColumnLayout | Padded]
 
 _FORMS_OF: dict[Kind, tuple[ColumnLayout, ...]] = {
     Kind.RAGGED: COLUMN_LAYOUTS,
@@ -125,7 +206,7 @@ class OutputSpec:
         names: Names of the entries of a tuple, if records and batches are tuples; else None.
     """
 
-    layouts: Mapping[str, ColumnLayout] = field(default_factory=dict)
+    layouts: Mapping[str, ServedLayout | Padded] = field(default_factory=dict)
     nulls: Mapping[str, Any] = field(default_factory=dict)
     decode: Mapping[str, DecodeImage] = field(default_factory=dict)
     cast: Casts = field(default_factory=dict)
@@ -135,7 +216,7 @@ class OutputSpec:
     def of(
         schema: Schema,
         *,
-        layouts: Mapping[str, ColumnLayout] | None = None,
+        layouts: Layouts | None = None,
         fill_nulls: Mapping[str, Any] | None = None,
         decode: Mapping[str, DecodeImage] | None = None,
         cast: Casts | None = None,
@@ -155,7 +236,7 @@ class OutputSpec:
                 raise TypeError(f"decode takes a tiercache.DecodeImage for column {name!r}, got {options!r}")
         for name, layout in layouts.items():
             _check_layout(columns[name], layout)
-            if layout == "padded" and f"{name}.lengths" in columns:
+            if _name_of(layout) == "padded" and f"{name}.lengths" in columns:
                 _refuse(columns[name], f"the name {name + '.lengths'!r} is taken by a column", "another layout", layout)
         fills = {name: copy.deepcopy(fill) for name, fill in fill_nulls.items() if not is_mask(fill)}
         for name, fill in fills.items():
@@ -178,7 +259,7 @@ class OutputSpec:
         """Return the settings in which images to decode are buffers of their encoded bytes."""
         if not self.decode:
             return self
-        buffers: dict[str, ColumnLayout] = dict.fromkeys(self.decode, "buffer")
+        buffers: dict[str, ServedLayout | Padded] = dict.fromkeys(self.decode, "buffer")
         return replace(self, layouts={**self.layouts, **buffers}, decode={})
 
     def column(self, stored: Column) -> Column:
@@ -189,9 +270,14 @@ class OutputSpec:
         """Return the columns as they are served."""
         return Schema([self.column(column) for column in stored.columns]) if self.cast else stored
 
-    def layout(self, column: Column) -> ColumnLayout:
+    def layout(self, column: Column) -> ServedLayout:
         """Return the layout of a column; "list" has no effect if its records do not differ in length."""
-        return self.layouts.get(column.name, "list")
+        return _name_of(self.layouts.get(column.name, "list"))
+
+    def padding(self, column: Column) -> Padded:
+        """Return how a column of the layout "padded" is padded."""
+        layout = self.layouts.get(column.name)
+        return layout if isinstance(layout, Padded) else _ZERO_PADDED
 
     def has_mask(self, column: Column) -> bool:
         """Whether a batch has the entry "<column>.valid"."""
@@ -217,8 +303,12 @@ def is_stack_of_rows(column: Column) -> bool:
     return varying(column) == (0,)
 
 
-def _check_layout(column: Column, layout: object) -> None:
-    allowed = _FORMS_OF.get(column.kind, ())
+def _name_of(layout: ServedLayout | Padded) -> ServedLayout:
+    return "padded" if isinstance(layout, Padded) else layout
+
+
+def _check_layout(column: Column, given: ColumnLayout | Padded) -> None:
+    allowed, layout = _FORMS_OF.get(column.kind, ()), _name_of(given)
     if layout not in COLUMN_LAYOUTS:
         _refuse(column, "unknown layout", ", ".join(map(repr, allowed or COLUMN_LAYOUTS)), layout)
     if not allowed:
@@ -229,6 +319,8 @@ def _check_layout(column: Column, layout: object) -> None:
     if layout == "nested" and not is_stack_of_rows(column):
         why = "a jagged nested tensor can vary in one dimension only, the first after the batch's"
         _refuse(column, f"{column}: {why}", "'list', 'padded', 'buffer'", layout)
+    if isinstance(given, Padded):
+        given.stored_value(column)
 
 
 def _check_decode(column: Column, layout: object) -> None:
@@ -375,11 +467,17 @@ def _companion(record: Mapping[str, Any], name: str, schema: Schema) -> Any:
     return lengths[0] if len(dims) == 1 else lengths
 
 
-def apply_layouts(columns: Sequence[ColumnValues], output_spec: OutputSpec) -> dict[str, Any]:
+RecordNumber: TypeAlias = Callable[[int], int]
+"""Function of an index among the records that were read that returns the record's number, for errors."""
+
+
+def apply_layouts(
+    columns: Sequence[ColumnValues], output_spec: OutputSpec, number: RecordNumber | None = None
+) -> dict[str, Any]:
     """Return the batch by column: array, list, Buffer or nested tensor.
 
     It also has the lengths of padded columns and the masks of nullable ones. Raises SchemaError: a nested tensor is
-    requested, and torch is not installed.
+    requested, and torch is not installed; or a record is longer than its column's `max_length`.
     """
     if not output_spec.layouts:
         return as_batch(columns)
@@ -388,8 +486,14 @@ def apply_layouts(columns: Sequence[ColumnValues], output_spec: OutputSpec) -> d
         name, form = found.column.name, output_spec.layout(found.column)
         if form == "list":
             batch[name] = found.values
+        elif form == "boundaries":
+            batch[name], batch["max_seqlen"] = joined_boundaries(found.values)
         elif form == "padded":
-            batch[name], batch[f"{name}.lengths"] = _padded(found.column, _runs(found))
+            padding = output_spec.padding(found.column)
+            error = length_error(found, padding, number)
+            if error is not None:
+                raise error
+            batch[name], batch[f"{name}.lengths"] = _padded(found.column, _runs(found), padding)
         elif form == "buffer":
             batch[name] = _buffer(found.column, _runs(found))
         else:
@@ -397,6 +501,13 @@ def apply_layouts(columns: Sequence[ColumnValues], output_spec: OutputSpec) -> d
         if found.valid is not None:
             batch[f"{name}.valid"] = found.valid
     return batch
+
+
+def joined_boundaries(rows: Sequence[npt.NDArray[np.int32]]) -> tuple[npt.NDArray[np.int32], int]:
+    """Return `cu_seqlens` and `max_seqlen` of a batch of packed rows, given the boundaries of each row."""
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    return packing.join_boundaries(np.concatenate([np.empty(0, np.int32), *rows]), offsets)
 
 
 def _runs(found: ColumnValues) -> list[Array]:
@@ -428,13 +539,36 @@ def _shapes(column: Column, runs: Sequence[Array]) -> npt.NDArray[np.int64]:
     return np.array([run.shape for run in runs], np.int64).reshape(len(runs), n_dims)
 
 
-def _padded(column: Column, runs: Sequence[Array]) -> tuple[Any, npt.NDArray[np.int64]]:
-    """Return (array [n, longest, ...], zero-padded; lengths, int64[n] or int64[n, n_varying])."""
-    shapes, vary = _shapes(column, runs), list(varying(column))
+def length_error(found: ColumnValues, padding: Padded, number: RecordNumber | None = None) -> SchemaError | None:
+    """Return the error of the first record that is longer than max_length; None if there is none, or it may be cut."""
+    limit = padding.max_length
+    if limit is None or padding.truncate:
+        return None
+    for index, run in enumerate(_runs(found)):
+        longest = max(run.shape[dimension] for dimension in varying(found.column))
+        if longest > limit:
+            return SchemaError(
+                f"the record's length is {longest}, and max_length is {limit}: raise it, or set truncate=True",
+                column=found.column.name,
+                record=None if number is None else number(index),
+                expected=f"a length of at most {limit}",
+                got=longest,
+            )
+    return None
+
+
+def _padded(column: Column, runs: Sequence[Array], padding: Padded = _ZERO_PADDED) -> tuple[Any, npt.NDArray[np.int64]]:
+    """Return (array [n, longest, ...], padded; lengths, int64[n] or int64[n, n_varying])."""
+    vary = list(varying(column))
+    if padding.truncate:
+        kept = slice(padding.max_length)
+        cut = tuple(kept if dimension in vary else slice(None) for dimension in range(max(len(column.shape), 1)))
+        runs = [run[cut] for run in runs]
+    shapes = _shapes(column, runs)
     dims = [d or 0 for d in column.shape] or [0]
     for dimension in vary:
-        dims[dimension] = int(shapes[:, dimension].max(initial=0))
-    out = np.zeros((len(runs), *dims), column.stored)
+        dims[dimension] = padding.box_length(int(shapes[:, dimension].max(initial=0)))
+    out = np.full((len(runs), *dims), padding.stored_value(column), column.stored)
     for index, run in enumerate(runs):
         place: tuple[int | slice, ...] = (index, *(slice(n) for n in run.shape))
         out[place] = run
@@ -477,16 +611,23 @@ def served_records(columns: Sequence[ColumnValues], output_spec: OutputSpec) -> 
 class LazyRecords(list[Any]):
     """A list of records that is filled at the first access; `columns` holds the same rows by column.
 
-    output_spec: How a batch of the records is served.
+    output_spec: How a batch of the records is served. number: Function that names a record in an error.
 
     `Dataset.__getitems__` returns such a list to torch's fetcher. `tiercache.collate` uses `columns`, so the records
     are never made. Any other collate function sees an ordinary list, which it may sort, slice and change. One thread at
     a time owns the list.
     """
 
-    def __init__(self, columns: Sequence[ColumnValues], n_records: int, output_spec: OutputSpec | None = None) -> None:
+    def __init__(
+        self,
+        columns: Sequence[ColumnValues],
+        n_records: int,
+        output_spec: OutputSpec | None = None,
+        number: RecordNumber | None = None,
+    ) -> None:
         super().__init__()
         self.columns = columns
+        self.number = number
         self.output_spec = OutputSpec() if output_spec is None else output_spec
         self._n_unmade: int | None = n_records
 
@@ -544,14 +685,23 @@ class NativeAccess:
     Attributes:
         source: The records that are read.
         output_spec: Layouts, fill values, casts and decoders of the columns.
-        is_plain: Whether records are served as stored: no transform, and no subclass that overrides record access.
+        transform: Function of a record that the data set applies, or None.
+        batch_transform: Function of a batch that a loader applies, or None.
+        overrides_access: Whether the data set's class overrides how records are read.
         with_source: Function that returns the same data set over another source.
     """
 
     source: Records
     output_spec: OutputSpec
-    is_plain: bool
+    transform: Callable[[Record], Any] | None
+    batch_transform: Callable[[Any], Any] | None
+    overrides_access: bool
     with_source: Callable[[Any], Any]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether records are served as stored: no transform, and no subclass that overrides record access."""
+        return self.transform is None and not self.overrides_access
 
 
 @runtime_checkable

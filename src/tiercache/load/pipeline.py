@@ -18,13 +18,14 @@ from abc import ABC, abstractmethod
 from collections import deque
 from concurrent.futures import InvalidStateError
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import numpy as np
 
 from tiercache._native import gather
 from tiercache._native.ring import CLOSED, END, FAILED, BatchTaker, Ring, Slot, held_bytes
-from tiercache.errors import CorruptShard, TierCacheError
+from tiercache.errors import CorruptShard, SchemaError, TierCacheError
 from tiercache.load.batch import (
     Batch,
     BatchMemory,
@@ -33,14 +34,15 @@ from tiercache.load.batch import (
     gather_streams,
     keep_freed_memory,
     lent_bytes,
-    valid_mask,
 )
-from tiercache.load.corrupt import bad_value
+from tiercache.load.corrupt import bad_value, record_too_long
+from tiercache.load.output_spec import record_number
 from tiercache.load.planner import PlannerState, run_planner
 from tiercache.load.prefetch import LoadThreads, loading_pool
 from tiercache.model import format_bytes, parse_bytes
 from tiercache.shard.conversion import served_columns
 from tiercache.shard.read.blocks import damage_message
+from tiercache.views.packing import PackedBlocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -48,13 +50,16 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tiercache.load.batch import Bytes
     from tiercache.load.corrupt import CorruptionMap, RecordLocation
+    from tiercache.load.device import BatchDevice, PinnedMemory
     from tiercache.load.epoch import EpochStart, NextEpoch, OrderShare
     from tiercache.load.options import LoaderOptions
     from tiercache.load.output_spec import OutputSpec
     from tiercache.load.prefetch import LoadedWindow
     from tiercache.load.ranks import Rank
     from tiercache.load.reading_plan import ReadingPlanPublisher
+    from tiercache.load.transform_workers import TransformStage, WorkerPool
     from tiercache.stats import Counters, WaitHistogram
     from tiercache.views import Records
 
@@ -68,6 +73,11 @@ CACHE_BYTES = 8 << 20
 # Closing waits this long for a planner that reads footers, which then ends by itself. At the end of an epoch the
 # planner prepares the next epoch: the next planner waits for that, but the consumer does not.
 PLANNER_END_S, PLANNER_NEXT_S = 1.0, 0.005
+
+# What a ring raises in place of a batch that could not be gathered.
+_GATHER_ERRORS = (OSError, gather.CorruptError, gather.CastError, gather.TooLongError)
+
+CLOSED_MESSAGE = "this iterator is closed, or was made before a fork: call iter(loader) again"
 
 _is_slot = cast("Callable[[object], TypeGuard[Slot]]", Slot.__instancecheck__)
 _live: weakref.WeakSet[ClosingPipeline] = weakref.WeakSet()
@@ -101,6 +111,11 @@ class PipelineInputs:
         next_epoch: The epoch that may follow.
         corruption: Corrupt records that are replaced. None: corrupt data is an error.
         publisher: Publisher of the epoch's reading plan. None: a sampler decides the order, so there is no plan.
+        transforms: The user's functions that make the batches. None: batches are served as gathered.
+        workers: Processes that run these functions. None: a thread runs them.
+        device: Device to which the last stage copies batches. None: batches stay in host memory.
+        pinned: Pinned memory in which this stage leaves its batches. None: ordinary memory.
+        headspace: Whether the first batch is served as all batches.
     """
 
     setup: PipelineSetup
@@ -114,6 +129,11 @@ class PipelineInputs:
     next_epoch: NextEpoch | None = None
     corruption: CorruptionMap | None = None
     publisher: ReadingPlanPublisher | None = None
+    transforms: TransformStage | None = None
+    workers: WorkerPool | None = None
+    device: BatchDevice | None = None
+    pinned: PinnedMemory | None = None
+    headspace: bool = False
 
     @property
     def source(self) -> Records:
@@ -177,13 +197,21 @@ class Pipeline(ClosingPipeline):
         slot_bytes, about_bytes = work.setup.slot_bytes(work.batch_rows)
         if self._assembler.bytes_streams:
             keep_freed_memory()
+        depth = max(MIN_DEPTH, min(MAX_DEPTH, min(CACHE_BYTES, resources.memory_bytes) // max(about_bytes, 1)))
+        memory: Bytes | None = None
+        if work.pinned is not None:
+            if work.setup.pads:  # padding may take as much again; slots are not enlarged within an epoch
+                slot_bytes = max(slot_bytes, 2 * about_bytes)
+            memory, slot_bytes = work.pinned.lend_arena(work.pinned.slot_bytes(slot_bytes), depth + work.pinned.n_held)
         self._ring = Ring(
             self._assembler.streams,
             batch_rows=work.batch_rows,
-            depth=max(MIN_DEPTH, min(MAX_DEPTH, min(CACHE_BYTES, resources.memory_bytes) // max(about_bytes, 1))),
+            depth=depth,
             n_threads=resources.n_threads,
             slot_bytes=slot_bytes,
+            memory=memory,
         )
+        del memory  # the ring keeps it as long as it is used
         self._shared = PlannerState()
         self._pool = loading_pool(resources.n_threads)
         threads = LoadThreads(self._pool, self._shared.stop, resources.n_threads, resources.limit_bytes)
@@ -244,6 +272,8 @@ class Pipeline(ClosingPipeline):
         with contextlib.suppress(InvalidStateError):  # The pipeline was closed before.
             self._shared.stop.set_result(None)
         self._ring.close()
+        if self._work.pinned is not None:
+            self._work.pinned.note_largest(self._ring.figures()["largest"])
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._planner is not threading.current_thread() and self._planner.is_alive():
             self._planner.join(PLANNER_NEXT_S if self._shared.ended else PLANNER_END_S)
@@ -264,7 +294,10 @@ class Pipeline(ClosingPipeline):
         return self._work.first_batch + self._ring.figures()["batches"] - len(self._ahead) - len(self._waited)
 
     def figures(self) -> dict[str, float]:
-        """Return samples, batches, bytes_served and skipped (replaced records) of take(); gather_ns of all threads."""
+        """Return samples, batches, bytes_served and skipped (replaced records) of take(); gather_ns of all threads.
+
+        unpinned: Number of batches that did not fit into the slots of pinned memory.
+        """
         ring = self._ring.figures()
         return {
             "samples": self._taker.samples,
@@ -272,12 +305,13 @@ class Pipeline(ClosingPipeline):
             "bytes_served": self._taker.n_bytes,
             "skipped": self._n_replaced,
             "gather_ns": ring["gather_ns"],
+            "unpinned": ring["outgrown"],
         }
 
     def _take(self, timeout_s: float) -> Batch | None:
         try:
             slot = self._next_filled(timeout_s) if self._assembler.bytes_streams else self._next_slot(timeout_s)
-        except (OSError, gather.CorruptError, gather.CastError) as error:
+        except _GATHER_ERRORS as error:
             raise self._failed(error) from error
         except MemoryError:  # A batch was lost: the next one must not be served in its place.
             self.close()
@@ -351,7 +385,7 @@ class Pipeline(ClosingPipeline):
                 self._ahead.extend(filter(_is_slot, map(self._ring.take, (0.0,))))
                 for slot_after in filter(_is_slot, tuple(self._ahead)):
                     self._started(slot_after)
-            except (OSError, gather.CorruptError, gather.CastError, MemoryError) as error:
+            except (*_GATHER_ERRORS, MemoryError) as error:
                 # It is raised at the slot's place in the order, if that slot arrived. Its frames would hold this
                 # pipeline.
                 self._ahead.append(error.with_traceback(None))
@@ -374,7 +408,7 @@ class Pipeline(ClosingPipeline):
             self.close()
             raise error
         if status in (CLOSED, FAILED):  # FAILED without an error: the planner saw close() before the ring did.
-            raise RuntimeError("this iterator is closed, or was made before a fork: call iter(loader) again")
+            raise RuntimeError(CLOSED_MESSAGE)
         raise TimeoutError(f"no batch within {timeout_s} s")
 
     def _with_objects(self, batch: Batch, slot: Slot) -> Batch:
@@ -384,7 +418,7 @@ class Pipeline(ClosingPipeline):
             values = [_value(loaded, block, row, index) for loaded, block, row in locations]
             batch[name] = self._assembler.filled(name, values)
             if f"{name}.valid" in self._assembler.order:
-                batch[f"{name}.valid"] = valid_mask(values)
+                batch[f"{name}.valid"] = self._assembler.library.mask([value is not None for value in values])
         return {name: batch[name] for name in self._assembler.order}
 
     def _locations(self, start: int, stop: int) -> Iterator[tuple[LoadedWindow, int, int]]:
@@ -413,11 +447,22 @@ class Pipeline(ClosingPipeline):
         served = served_columns(
             source.schema, self._work.output_spec.cast if isinstance(error, gather.CastError) else {}
         )
+        examined: set[PackedBlocks] = set()
+        if isinstance(error, gather.TooLongError):
+            too_long = self._too_long(self._taker.rows, stop)
+            if too_long is not None:
+                return too_long
         for loaded, block, row in self._locations(self._taker.rows, stop):
             misfit = bad_value(source.schema, loaded, block, row, served) if served else None
             if misfit is not None:
                 return misfit
             blocks = loaded.block_groups[loaded.group_of_block[block]]
+            if isinstance(blocks, PackedBlocks):
+                if blocks not in examined and (damage := blocks.find_fault()) is not None:
+                    self.corrupt_shard = int(loaded.window.shards[block])
+                    return damage
+                examined.add(blocks)
+                continue
             blocks.reset_checks()  # the file may have been corrupted since
             checks = loaded.checks
             for number, (kind, width) in enumerate(streams):
@@ -437,6 +482,22 @@ class Pipeline(ClosingPipeline):
                 wrong.location = _stored_location(loaded, block, row)
                 return wrong
         return CorruptShard(text, url=source.url)
+
+    def _too_long(self, start: int, stop: int) -> SchemaError | None:
+        """Return the error of the first row of [start, stop) of the sequence that is longer than a max_length."""
+        share, source, output_spec = self._work.share, self._work.source, self._work.output_spec
+        replaced = self._replaced(start, stop)
+
+        def number(index: int) -> int:
+            batch, within = divmod(start + index, share.ranks.batch_size)
+            position = int(share.ranks.positions(self._work.first_batch + batch)[within])
+            return record_number(source, *(replaced.get(index) or share.locate(position)))
+
+        for index, (loaded, block, row) in enumerate(self._locations(start, stop)):
+            error = record_too_long(source.schema, output_spec, loaded, (block, row), partial(number, index))
+            if error is not None:
+                return error
+        return None
 
 
 def _value(loaded: LoadedWindow, block: int, row: int, index: int) -> object:
@@ -494,26 +555,50 @@ WAITING_SHARE = 0.05
 
 
 def summarise(
-    counters: Mapping[str, float], waits: WaitHistogram, fetched: Mapping[str, float], *, threads: int
+    counters: Mapping[str, float],
+    waits: WaitHistogram,
+    exposed: WaitHistogram,
+    fetched: Mapping[str, float],
+    *,
+    threads: int,
+    workers: int = 0,
 ) -> dict[str, Any]:
-    """Return the dict of `DataLoader.stats()`."""
+    """Return the dict of `DataLoader.stats()`.
+
+    waits: how long the consumer's thread waited for the stages before the device; exposed: how long the training loop
+    had nothing to do but wait, on its device if it has one; workers: number of processes that run transforms (0: one
+    thread does).
+    """
     wall_s = counters.get("wall_s", 0.0)
-    wait = waits.snapshot()
+    wait, idle = waits.snapshot(), exposed.snapshot()
     share = min(1.0, wait["total"] / wall_s) if wall_s else 0.0
+    idle_share = min(1.0, idle["total"] / wall_s) if wall_s else 0.0
     looked_up = fetched.get("cache_hits", 0) + fetched.get("cache_misses", 0)
     stages = {
         "plan_s": counters.get("plan_s", 0.0),
         "load_s": counters.get("load_s", 0.0),
         "gather_s": counters.get("gather_ns", 0.0) / 1e9,
     }
-    if "decode_ns" in counters:
-        stages["decode_s"] = counters["decode_ns"] / 1e9
+    for name in ("decode", "transform"):
+        if f"{name}_ns" in counters:
+            stages[f"{name}_s"] = counters[f"{name}_ns"] / 1e9
+    headspace_s = counters.get("headspace_s", 0.0)
+    samples_per_s = counters["headspace_samples"] / headspace_s if headspace_s else None
+    verdict = _verdict(idle_share, stages, fetched, threads, workers)
+    if samples_per_s is not None:
+        verdict = f"consumer (headspace=True: {samples_per_s:,.0f} samples/s is what a loader that needs no time gives)"
+    elif idle_share >= WAITING_SHARE and idle["total"] > 2 * wait["total"]:
+        verdict = (
+            f"copy (waited {idle_share:.1%} of the time, most of it for copies to the device; serve fewer bytes, e.g. "
+            "by cast=, or raise device_batches)"
+        )
     return {
         "samples": int(counters.get("samples", 0)),
         "batches": int(counters.get("batches", 0)),
         "bytes_served": int(counters.get("bytes_served", 0)),
         "bytes_fetched": int(fetched.get("bytes_fetched", 0)),
-        "requests": int(fetched.get("requests", 0)),
+        **{name: int(fetched.get(name, 0)) for name in ("requests", "retries", "hedges", "throttled")},
+        **{name: fetched.get(name, 0.0) for name in ("dollars", "egress_dollars")},
         "cache_hits": int(fetched.get("cache_hits", 0)),
         "cache_misses": int(fetched.get("cache_misses", 0)),
         "hit_ratio": fetched.get("cache_hits", 0) / looked_up if looked_up else None,
@@ -521,24 +606,38 @@ def summarise(
         "skipped": int(counters.get("skipped", 0)),
         "held_bytes": held_bytes() + lent_bytes(),
         "wait_s": {"p50": wait["p50"], "p95": wait["p95"], "p99": wait["p99"], "share": share},
+        "exposed_wait_s": {
+            "total": idle["total"],
+            "mean": idle["total"] / idle["n"] if idle["n"] else 0.0,
+            "p99": idle["p99"],
+        },
+        "unpinned": int(counters.get("unpinned", 0)),
+        "samples_per_s": counters.get("samples", 0) / wall_s if wall_s else None,
+        "headspace": None if samples_per_s is None else {"samples_per_s": samples_per_s},
         "stages": stages,
         "threads": threads,
-        "bottleneck": _verdict(share, stages, fetched, threads),
+        "bottleneck": verdict,
     }
 
 
-def _verdict(share: float, stages: Mapping[str, float], fetched: Mapping[str, float], threads: int) -> str:
+def _verdict(
+    share: float, stages: Mapping[str, float], fetched: Mapping[str, float], threads: int, workers: int
+) -> str:
     waited = f"waited {share:.1%} of the time"
     if share < WAITING_SHARE:
         return f"consumer ({waited} for data)"
-    busiest = max(stages, key=lambda name: stages[name] / (threads if name in ("gather_s", "decode_s") else 1))
+    parallel = {"gather_s": threads, "decode_s": threads, "transform_s": max(workers, 1)}
+    busiest = max(stages, key=lambda name: stages[name] / parallel.get(name, 1))
     if busiest == "decode_s":
         return f"decode ({waited}; {threads} threads decode images; store smaller images, or give more threads)"
+    if busiest == "transform_s":
+        runs = f"{workers} worker processes run" if workers else "one thread runs"
+        return f"transform ({waited}; {runs} the transforms; give the loader more num_workers)"
     if busiest == "gather_s":
-        return f"gather ({waited}; {threads} threads copy and check; serve fewer columns or give more threads)"
+        return f"copy ({waited}; {threads} threads copy and check records; serve fewer columns or give more threads)"
     if busiest == "plan_s":
         return f"plan ({waited} for the order; a smaller shuffle_window_bytes is computed sooner)"
     if fetched.get("bytes_fetched", 0):
         rate = format_bytes(fetched["bytes_fetched"] / max(stages["load_s"], 1e-9))
-        return f"fetch ({waited}; {rate}/s from the store; warm the cache first)"
-    return f"load ({waited} for blocks to be opened and decoded; columns stored raw need no decoding)"
+        return f"store ({waited}; {rate}/s from the store; warm the cache first)"
+    return f"disk ({waited} for blocks to be read and decompressed; columns stored raw need no decompression)"

@@ -1,7 +1,8 @@
 """The planner thread: it loads windows and pushes their rows to the ring until the epoch ends.
 
-The planner is at most one piece ahead of the piece that is served. At the end of the epoch it prepares the start of
-the next one (`epoch.NextEpoch`).
+The planner is at most one piece ahead of the piece that is served. The blocks of later windows are requested before, in
+the order in which they are needed (`Lookahead`). At the end of the epoch the planner prepares the start of the next one
+(`epoch.NextEpoch`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from tiercache._native.ring import Plan
+from tiercache.errors import TierCacheError
 from tiercache.load.epoch import cancel_loads, interleaved
 from tiercache.load.prefetch import (
     ArrayPiece,
@@ -24,6 +26,10 @@ from tiercache.load.prefetch import (
     MemoryPressure,
     PagePrefetcher,
     WindowLoad,
+    blocks_by_shard,
+    is_worth_slicing,
+    shards_of,
+    start_slices,
 )
 from tiercache.order import RowRun
 
@@ -38,12 +44,16 @@ if TYPE_CHECKING:
     from tiercache.order import Window
 
 
+# A window with its needed blocks, bool[n_blocks].
+WindowBlocks: TypeAlias = "tuple[Window, NDArray[np.bool_]]"
 # Locations of rows: a run whose rows are computed as they are gathered, or block and row, uint32[n] each.
 Rows: TypeAlias = "RowRun | tuple[NDArray[np.uint32], NDArray[np.uint32]]"
 
 # Bytes to prefetch ahead of the windows, in shards of the largest size: fetches overlap with reading, and the rest of
-# the cache stays free.
+# the cache stays free. At least one set of windows is prefetched.
 SHARDS_AHEAD = 4
+# Pieces that are planned ahead at most. A window of many rows is many pieces, which need no further block.
+PIECES_AHEAD = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,6 +124,57 @@ def run_planner(work: PipelineInputs, ring: Ring, shared: PlannerState, threads:
             cancel_loads(work.epoch_start)
 
 
+class Lookahead:
+    """The pieces of an epoch, planned some windows ahead of the piece that is pushed. Iterate once.
+
+    Planning a piece may read footers. An error of a later piece is raised in its place in the order.
+    """
+
+    def __init__(self, pieces: Iterator[AnyPiece]) -> None:
+        self._pieces = pieces
+        self._planned: deque[tuple[AnyPiece, int]] = deque()  # with the bytes of the windows that begin with the piece
+        self._windows: set[int] = set()  # ids of the windows of the piece that was planned last
+        self._error: Exception | None = None
+
+    def __iter__(self) -> Iterator[AnyPiece]:
+        """Yield the pieces in order."""
+        while self._planned or self._plan() is not None:
+            yield self._planned.popleft()[0]
+        if self._error is not None:
+            raise self._error
+
+    def extend(self, n_bytes: int) -> list[WindowBlocks]:
+        """Plan pieces until their windows, beside those of the last yielded piece, have n_bytes.
+
+        Blocks count as decoded: their stored sizes are not known here. So compressed data is planned less far ahead.
+
+        Returns the windows that were planned now, each with its needed blocks.
+        """
+        found: list[WindowBlocks] = []
+        while sum(ahead_bytes for _, ahead_bytes in self._planned) < n_bytes and len(self._planned) < PIECES_AHEAD:
+            new = self._plan()
+            if new is None:
+                break
+            found += new
+        return found
+
+    def _plan(self) -> list[WindowBlocks] | None:
+        """Plan the next piece; return the windows that begin with it, or None at the end of the epoch or an error."""
+        if self._error is not None:
+            return None
+        try:
+            piece = next(self._pieces, None)
+        except (TierCacheError, OSError, ValueError) as error:
+            self._error = error
+            return None
+        if piece is None:
+            return None
+        new = [pair for pair in zip(piece.windows, piece.needed, strict=True) if id(pair[0]) not in self._windows]
+        self._windows = set(map(id, piece.windows))
+        self._planned.append((piece, sum(int(window.block_bytes[needed].sum()) for window, needed in new)))
+        return new
+
+
 class _Planner:
     """The planner of one epoch: the windows that it holds, and the rows that it has pushed.
 
@@ -122,6 +183,7 @@ class _Planner:
 
     def __init__(self, work: PipelineInputs, ring: Ring, shared: PlannerState, threads: LoadThreads) -> None:
         self._work = work
+        self._source = work.source.for_epoch(work.share.seed, work.share.epoch)
         self._ring = ring
         self._shared = shared
         self._threads = threads
@@ -130,22 +192,45 @@ class _Planner:
         self._loading: dict[int, WindowLoad] = {}  # started by the epoch before
         self._joined: JoinedWindows | None = None
         self._served_windows: tuple[Window, ...] = ()  # the windows of the last push
+        # Whether the ring holds rows of these windows only: then the next windows are the second set in memory.
+        self._is_one_set = False
+        self._requested: dict[int, Window] = {}  # windows whose blocks are requested ahead, by id
+        self._begun: list[WindowBlocks] = []  # windows whose shards are not requested as a whole yet
         self.ahead_bytes = SHARDS_AHEAD * work.setup.largest_bytes
         self._near = PagePrefetcher(threads, work.setup.stored_bytes)
         self.pressure = MemoryPressure(work.source.is_mapped, threads.limit_bytes)
 
     def push_all(self) -> None:
         """Push every piece. Raises CancelledError if the ring is closed meanwhile."""
-        for piece in self._pieces():
+        lookahead = Lookahead(self._pieces())
+        for piece in lookahead:
             if isinstance(piece, ArrayPiece) and len(piece.replaced):
                 self._shared.replaced_pieces.append((self._pushed_rows, piece))
-            if self.pressure.fits(piece):
+            if not self.pressure.fits(piece):
+                self._push_under_pressure(piece)
+            elif not self._pushed_rows and not self._loading and is_worth_slicing(piece) and self._is_remote(piece):
+                for part in start_slices(piece, self._work.share.ranks.batch_size):
+                    self._push(part)
+            else:
                 self._push(piece)
-                continue
-            for part in self.pressure.slices(piece):
-                self._push(part)
-                if "pressure" not in self._work.warned and self.pressure.has_measured and not self.pressure.fits(piece):
-                    self._warn()
+            if self._work.source.can_prefetch:
+                self._prefetch_ahead(lookahead)
+
+    def _push_under_pressure(self, piece: AnyPiece) -> None:
+        for part in self.pressure.slices(piece):
+            for window, needed in zip(part.windows, part.needed, strict=True):
+                if id(window) in self._windows and not self._windows[id(window)].covers(needed):
+                    del self._windows[id(window)]
+            self._push(part)
+            self._is_one_set = False  # the blocks of each slice are a set of their own
+            if "pressure" not in self._work.warned and self.pressure.has_measured and not self.pressure.fits(piece):
+                self._warn()
+
+    def _is_remote(self, piece: AnyPiece) -> bool:
+        """Return whether blocks of a piece must be fetched from a store."""
+        is_local = self._work.source.is_local
+        pairs = zip(piece.windows, piece.needed, strict=True)
+        return not all(is_local(shard) for window, needed in pairs for shard in shards_of(window, needed))
 
     def has_room(self) -> bool:
         """Wait until all rows but those of the last push are served. False: closed before the end of the epoch."""
@@ -177,12 +262,14 @@ class _Planner:
         rows = None
         if not self._is_work(missing):  # computed while the piece before is served; else while windows are decoded
             rows = self._rows(part)
+        loading = self._begin(missing) if self._is_one_set else None
         if not self._ring.wait_room(1):  # Also within a window: its rows in served order take 8 bytes each.
+            for load in loading or ():
+                load.cancel()
             raise CancelledError
         self._advance()
-        start_s = time.perf_counter()
-        loading = self._begin(missing)
-        self._count("load_s", start_s)
+        if loading is None:
+            loading = self._begin(missing)
         if rows is None:
             rows = self._rows(part)
         start_s = time.perf_counter()
@@ -203,6 +290,8 @@ class _Planner:
             self._near.prefetch_pages(new, served, is_served=True)
             if self._work.publisher is not None:
                 self._work.publisher.complete()
+            self._prefetch_rest()
+        self._is_one_set = is_first or self._served_windows == part.windows
         self._served_windows = part.windows
 
     def _advance(self) -> None:
@@ -210,43 +299,68 @@ class _Planner:
         if self._work.publisher is not None:
             self._work.publisher.advance(self._work.first_batch, self._pushed_rows - self._last_rows)
 
-    def _drop_other_windows(self, part: AnyPiece) -> list[tuple[Window, NDArray[np.bool_]]]:
-        """Drop the windows that the part does not need, before more memory is used; return the missing ones."""
+    def _drop_other_windows(self, part: AnyPiece) -> list[WindowBlocks]:
+        """Drop the windows that the part does not need, before memory is used; return those that lack needed blocks."""
         still_needed: dict[int, LoadedWindow] = {}
         missing = []
         for window, needed in zip(part.windows, part.needed, strict=True):
             loaded = self._windows.get(id(window))
-            if loaded is not None and loaded.covers(needed):
+            if loaded is not None:
                 still_needed[id(window)] = loaded
-            else:
+            if loaded is None or not loaded.covers(needed):
                 missing.append((window, needed))
         self._windows = still_needed
         if missing:
             self._joined = None
         return missing
 
-    def _is_work(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> bool:
+    def _is_work(self, missing: list[WindowBlocks]) -> bool:
         is_mapped = self._work.source.is_mapped
         # their reading and decoding is under way
         missing = [pair for pair in missing if id(pair[0]) not in self._loading]
         return any(not is_mapped(shard) for window, needed in missing for shard in set(window.shards[needed].tolist()))
 
-    def _begin(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> list[WindowLoad]:
-        unasked = [pair for pair in missing if id(pair[0]) not in self._loading]
-        if unasked and self._work.source.can_prefetch:
-            self._prefetch(unasked)
+    def _begin(self, missing: list[WindowBlocks]) -> list[WindowLoad]:
+        """Begin to load windows that the epoch before has not begun to load."""
+        start_s = time.perf_counter()
+        new = [pair for pair in missing if id(pair[0]) not in self._loading]
+        self._request(new)
+        self._begun += new
         loading = []
         for window, needed in missing:
             load = self._loading.pop(id(window), None)
             if load is None:
-                load = WindowLoad(self._work.source, window, needed, self._threads.executor, self._threads.n_threads)
+                base, threads = self._windows.get(id(window)), self._threads
+                load = WindowLoad(self._source, window, needed, threads.executor, threads.n_threads, base=base)
             loading.append(load)
+        self._count("load_s", start_s)
         return loading
 
-    def _prefetch(self, missing: list[tuple[Window, NDArray[np.bool_]]]) -> None:
-        """Prefetch shards: those of the windows first, because later shards must not be fetched before them."""
-        work = self._work
-        own = interleaved([list(dict.fromkeys(window.shards[needed].tolist())) for window, needed in missing])
+    def _request(self, windows: list[WindowBlocks]) -> None:
+        """Request the blocks of windows, unless that was done ahead: before everything that is only prefetched."""
+        if self._work.source.can_prefetch:
+            for window, needed in windows:
+                if self._requested.pop(id(window), None) is None:
+                    for shard, blocks in blocks_by_shard(window, needed):
+                        self._work.source.prefetch_blocks(shard, blocks)
+
+    def _prefetch_ahead(self, lookahead: Lookahead) -> None:
+        """Request the blocks of the next windows, in the order in which they are needed, and then their shards.
+
+        All blocks of the windows before have come, so nothing is delayed by these requests.
+        """
+        new = lookahead.extend(self.ahead_bytes)
+        self._request(new)
+        self._requested |= {id(window): window for window, _ in new}
+        self._begun += new
+        self._prefetch_rest()
+
+    def _prefetch_rest(self) -> None:
+        """Prefetch the shards of the windows that were requested, and the shards after them."""
+        begun, self._begun, work = self._begun, [], self._work
+        if not begun or not work.source.can_prefetch:
+            return
+        own = interleaved([shards_of(*pair) for pair in begun])
         ahead = work.share.shards_ahead(work.first_batch, self._pushed_rows, self.ahead_bytes)
         # Near the end of an epoch the shards of the next epoch come next.
         if work.next_epoch is not None and int(work.source.shard_bytes[ahead].sum()) < self.ahead_bytes:

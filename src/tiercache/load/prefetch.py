@@ -23,6 +23,7 @@ from tiercache._native.mapping import are_resident
 from tiercache.errors import CorruptShard
 from tiercache.model import format_bytes
 from tiercache.order import Window
+from tiercache.shard.read.blocks import renew_checks
 from tiercache.store.retry import stop_retries_when
 
 if TYPE_CHECKING:
@@ -91,19 +92,8 @@ def _cut(run: NDArray[np.int64], window: Window, limit_bytes: int) -> list[NDArr
 
 T = TypeVar("T")
 
-# Pages that were checked longer ago are checked again. Checking data in memory takes less than a hundredth of this time
-# (7 GB/s per core), and an epoch that takes longer is bound by the disk or the consumer.
-CHECKED_FOR_S = 600.0
 # Minimum number of threads that wait for stores: they wait for the network, so there may be more of them than cores.
 MIN_LOAD_THREADS = 4
-
-
-def renew_checks(blocks: Blocks) -> None:
-    """Mark blocks unchecked if they will be read from the disk again, or were checked long ago."""
-    if not blocks.reports_residency or are_resident(blocks.pages):
-        blocks.reset_old_checks(CHECKED_FOR_S)
-    else:
-        blocks.reset_checks()
 
 
 def loading_pool(n_threads: int) -> ThreadPoolExecutor:
@@ -219,7 +209,8 @@ class LoadThreads:
 class WindowLoad:
     """A window that is being loaded: threads read and decode, concurrently in parts; finish() maps the rest.
 
-    Mapping a shard takes some 0.3 ms of Python, for which threads would only wait for each other.
+    Mapping a shard takes some 0.3 ms of Python, for which threads would only wait for each other. The blocks of `base`,
+    the same window with some blocks, are not loaded again.
     """
 
     def __init__(
@@ -230,13 +221,16 @@ class WindowLoad:
         executor: Executor,
         n_threads: int,
         *,
+        base: LoadedWindow | None = None,
         unwanted: Event | None = None,
     ) -> None:
         self.window = window
         self.needed = needed
+        self._base = base
+        missing = needed if base is None else needed & (base.group_of_block < 0)
         self._source, self._unwanted = source, unwanted
         self._n_streams = sum(len(column.streams(0)) for column in source.schema.columns)
-        self._mapped, work = split_window(window, needed, n_threads, source.is_mapped)
+        self._mapped, work = split_window(window, missing, n_threads, source.is_mapped)
         self._loaded: list[tuple[NDArray[np.int64], Blocks]] = []
         self._work = [(indices, executor.submit(self._load_unless_unwanted, indices)) for indices in work]
 
@@ -247,9 +241,13 @@ class WindowLoad:
             CorruptShard, StoreError: See `ShardReader.load`.
             CancelledError: The pipeline stopped.
         """
-        n_blocks = len(self.window.blocks)
+        n_blocks, base = len(self.window.blocks), self._base
+        groups: tuple[Blocks, ...] = ()
         addresses = np.zeros((self._n_streams, n_blocks, 3), np.uint64)
         holder, position = np.full(n_blocks, -1, np.int32), np.zeros(n_blocks, np.int32)
+        if base is not None:
+            groups, addresses = base.block_groups, base.addresses.copy()
+            holder, position = base.group_of_block.copy(), base.position.copy()
         try:
             while self.map_next_shard():
                 pass
@@ -257,12 +255,13 @@ class WindowLoad:
         finally:
             self.cancel()  # after an error the other parts need not start
             # The epoch refers to this object to its end, and must not keep this memory.
-            self._loaded, self._work = [], []
-        for number, (indices, blocks) in enumerate(loaded):
+            self._loaded, self._work, self._base = [], [], None
+        for number, (indices, blocks) in enumerate(loaded, len(groups)):
             addresses[:, indices] = blocks.addresses
             holder[indices] = number
             position[indices] = np.arange(len(indices))
-        return LoadedWindow(self.window, addresses, tuple(blocks for _, blocks in loaded), holder, position)
+        groups += tuple(blocks for _, blocks in loaded)
+        return LoadedWindow(self.window, addresses, groups, holder, position)
 
     def map_next_shard(self) -> bool:
         """Map the next mapped shard in this thread; False: there is none left. Raises as finish()."""
@@ -420,6 +419,67 @@ class MemoryPressure:
         needed = np.cumsum(sizes[blocks[turn]]) * self._share
         n_blocks = max(int(np.searchsorted(needed, self._room_bytes, side="right")), 1)
         return int(first[turn[n_blocks]]) if n_blocks < len(blocks) else len(block)
+
+
+# Bytes of the blocks of the first slice of an epoch: a store sends them in about the time of two round trips.
+SLICE_BYTES = 4 << 20
+# Blocks of a first piece of less than this many slices come in a second or less: then slices only cost requests.
+MIN_SLICES = 32
+# Blocks between needed ones are requested with them up to this gap, because later windows need them in any case, and
+# a request costs more.
+GAP_BYTES = 128 << 10
+
+
+def is_worth_slicing(piece: AnyPiece) -> bool:
+    """Return whether the blocks of an epoch's first piece are so many that its first batch should not wait for all."""
+    n_bytes = sum(int(w.block_bytes[needed].sum()) for w, needed in zip(piece.windows, piece.needed, strict=True))
+    return n_bytes > MIN_SLICES * SLICE_BYTES
+
+
+def start_slices(piece: AnyPiece, n_rows: int) -> Iterator[ArrayPiece]:
+    """Yield the rows of an epoch's first piece in slices, so that a batch waits only for the blocks of its own rows.
+
+    The rows and their order are those of the piece. The first slice has n_rows, doubled while the blocks of the slice
+    have less than SLICE_BYTES. Each slice is at least twice as long as the one before, so that each block is in few
+    slices.
+    """
+    block, row = piece.rows()
+    sizes = np.concatenate([window.block_bytes for window in piece.windows])
+    start = 0
+    while start < len(row):
+        while start + n_rows < len(row) and int(sizes[np.unique(block[start : start + n_rows])].sum()) < SLICE_BYTES:
+            n_rows *= 2
+        stop = min(start + n_rows, len(row))
+        yield ArrayPiece(piece.windows, _touched(piece.windows, block[start:stop]), block[start:stop], row[start:stop])
+        start, n_rows = stop, 2 * n_rows
+
+
+def shards_of(window: Window, needed: NDArray[np.bool_]) -> list[int]:
+    """Return the shards of the needed blocks of a window, in the order in which the window names them."""
+    return list(dict.fromkeys(window.shards[needed].tolist()))
+
+
+def blocks_by_shard(window: Window, needed: NDArray[np.bool_]) -> list[tuple[int, list[int]]]:
+    """Return the needed blocks of a window by shard, shards in the order in which the window names them.
+
+    Blocks in short gaps between them are needed later, and are returned too (see GAP_BYTES).
+    """
+    found: dict[int, list[int]] = {}
+    for shard, block in zip(window.shards[needed].tolist(), window.blocks[needed].tolist(), strict=True):
+        found.setdefault(shard, []).append(block)
+    sizes = window.block_bytes[needed]
+    longest_gap = GAP_BYTES // max(int(sizes.mean()), 1) if len(sizes) else 0
+    return [(shard, _with_short_gaps(blocks, longest_gap)) for shard, blocks in found.items()]
+
+
+def _with_short_gaps(blocks: list[int], longest_gap: int) -> list[int]:
+    """Return block numbers, sorted, with those between them where at most longest_gap blocks are missing."""
+    ordered = sorted(blocks)
+    with_gaps = ordered[:1]
+    for block in ordered[1:]:
+        first = with_gaps[-1] + 1
+        with_gaps += range(first if block - first <= longest_gap else block, block + 1)
+    return with_gaps
 
 
 def _touched(windows: tuple[Window, ...], block: NDArray[np.uint32]) -> tuple[NDArray[np.bool_], ...]:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tiercache.load.array_library import EpochDraws
     from tiercache.load.output_spec import NativeDataset
     from tiercache.load.prefetch import AnyPiece
     from tiercache.views import Records
@@ -220,7 +221,7 @@ class IndexSampler:
         self._is_batched = is_batched
         self._epoch: Any = None  # (source, share, draws)
 
-    def begin(self, read: Any, share: OrderShare, draws: TorchDraws) -> None:
+    def begin(self, read: Any, share: OrderShare, draws: EpochDraws) -> None:
         """Return the indices of another epoch from now on. read: source of its order."""
         self._epoch = read, share, draws
 
@@ -292,7 +293,7 @@ class TorchPathEngine(OrderEngine):
         self._position, self._torch_iterator = self._pending, iterator
         self._n_epochs += 1
 
-    def begin_for_sampler(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, TorchDraws]:
+    def begin_for_sampler(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, EpochDraws]:
         """See OrderEngine.begin_for_sampler."""
         self._n_records = None  # as in begin()
         self._torch_iterator = None
@@ -315,7 +316,7 @@ class TorchPathEngine(OrderEngine):
         return self._source if n_records == epoch_records(self._source) else _Numbered(n_records)
 
 
-def served_numbers(read: Any, share: OrderShare, draws: TorchDraws) -> Iterator[NDArray[np.int64]]:
+def served_numbers(read: Any, share: OrderShare, draws: EpochDraws) -> Iterator[NDArray[np.int64]]:
     """Yield the indices of a rank's records in served order, some at a time, and draw what torch's sampler draws.
 
     Reads footers for a shuffled order.
@@ -443,7 +444,7 @@ class OrderIterator(Iterator[int]):
         self._numbers = self._given(read, share, draws)
         return self._numbers
 
-    def _given(self, read: Any, share: OrderShare, draws: TorchDraws) -> Iterator[int]:
+    def _given(self, read: Any, share: OrderShare, draws: EpochDraws) -> Iterator[int]:
         for numbers in served_numbers(read, share, draws):
             yield from numbers.tolist()
         self._engine.end_for_sampler(share)

@@ -181,7 +181,7 @@ def reopen(source: Records, state: RunState) -> Records:
             )
         if part.selection != expected.selection:
             raise ObjectChanged(
-                "the state is of another selection of the data set's records",
+                "the state is of another selection of the data set's records, or of documents packed in another way",
                 url=source.url,
                 expected=expected.selection or "all records",
                 found=part.selection or "all records",

@@ -1,12 +1,16 @@
-"""Records in an explicit order, given by a sampler or a selection: their locations, and windows that hold them."""
+"""Records in an explicit order, given by a sampler or a selection: their locations, and windows that hold them.
+
+The order is an array of record numbers, or a function (`PermutedOrder`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 
+from tiercache._native.permute import permute, permute_at
 from tiercache.order.window import ShardGroups, offsets_of_counts, single_shard_groups
 
 if TYPE_CHECKING:
@@ -24,6 +28,67 @@ _DENSE = 16
 # A block is guessed from the record's range (one range per average block), then corrected step by step. If blocks
 # differ much in size, more steps than this are needed, and a binary search is used.
 _MAX_STEPS = 4
+
+
+class PermutedOrder:
+    """A keyed permutation of n places as a served order: computed when it is read, and not stored. Immutable.
+
+    It has the part of an array's interface that readers of an order use. Reading costs 20 to 80 ns a place.
+
+    Args:
+        key: Key of the permutation, 16 bytes.
+        n: Number of places, 1 or more.
+    """
+
+    __slots__ = ("key", "n")
+
+    def __init__(self, key: bytes, n: int) -> None:
+        self.key, self.n = key, n
+
+    def __len__(self) -> int:
+        return self.n
+
+    @overload
+    def __getitem__(self, places: int) -> int: ...
+
+    @overload
+    def __getitem__(self, places: slice | NDArray[np.int64]) -> NDArray[np.int64]: ...
+
+    def __getitem__(self, places: int | slice | NDArray[np.int64]) -> int | NDArray[np.int64]:
+        if isinstance(places, slice):
+            start, stop, step = places.indices(self.n)
+            if step == 1:
+                out = np.empty(max(stop - start, 0), np.int64)
+                permute(self.key, self.n, start, out.view(np.uint64))
+                return out
+            places = np.arange(start, stop, step)
+        is_one = not isinstance(places, np.ndarray)
+        wanted = np.array(places, np.int64, ndmin=1)
+        permute_at(self.key, self.n, wanted, wanted)
+        return int(wanted[0]) if is_one else wanted
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return self[:] if dtype is None else self[:].astype(dtype, copy=False)
+
+    def min(self) -> int:
+        """Return the smallest place."""
+        return 0
+
+    def max(self) -> int:
+        """Return the largest place."""
+        return self.n - 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PermutedOrder) and (self.key, self.n) == (other.key, other.n)
+
+    def __hash__(self) -> int:
+        return hash((self.key, self.n))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PermutedOrder, (self.key, self.n)
+
+
+ServedOrder: TypeAlias = "NDArray[np.int64] | PermutedOrder"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -250,7 +315,7 @@ class ExplicitOrder:
     Args:
         layout: Layout of the shards whose records are numbered.
         numbers: int64[n], record numbers in served order, with repetitions, 0 <= number < records of the layout. The
-            object keeps a reference to the array.
+            object keeps a reference to it.
         window_bytes: Raw bytes of the blocks of a window; None: no limit.
         is_mapped: Function that returns whether the blocks of a shard take no memory, so that they do not count.
     """
@@ -260,7 +325,7 @@ class ExplicitOrder:
     def __init__(
         self,
         layout: DatasetLayout,
-        numbers: NDArray[np.int64],
+        numbers: ServedOrder,
         window_bytes: int | None,
         is_mapped: Callable[[int], bool] = lambda _shard: False,
     ) -> None:

@@ -6,25 +6,27 @@ Each part of a mixture is an endless sequence of its records, part epoch after p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import lru_cache
+from itertools import pairwise
 from numbers import Rational, Real
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
 from tiercache._native.permute import RowFinder
 from tiercache.order.contract import DatasetLayout, OrderOptions
 from tiercache.order.epoch_order import EpochOrder, derive_key
-from tiercache.order.interleaving import StreamAllocation, StreamInterleaving, apportion, stream_records
+from tiercache.order.interleaving import StreamAllocation, apportion, apportion_next, interleave, stream_records
 from tiercache.order.window import ShardGroups, allocate_rows, concat_groups
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
     from tiercache.order.contract import BlockSizes
+    from tiercache.order.interleaving import Interleaving
     from tiercache.order.window import Window
 
 
@@ -257,16 +259,20 @@ def part_options(
     ]
 
 
-def exact_weight(weight: Real | Fraction | float) -> Fraction:
+def exact_weight(weight: Real | Fraction | float, *, may_be_zero: bool = False) -> Fraction:
     """Return a weight as the fraction that was written: 0.7 is 7/10, not the nearest binary number."""
     if isinstance(weight, bool | np.bool_) or not isinstance(weight, Real):
         raise TypeError(f"a weight must be a number above 0, got {weight!r}")
     if not isinstance(weight, Rational) and not math.isfinite(weight):
         raise ValueError(f"a weight must be a number above 0, got {weight!r}")
     exact = Fraction(weight) if isinstance(weight, Rational) else Fraction(str(weight))
-    if exact <= 0:
+    if exact < 0 or (exact == 0 and not may_be_zero):
         raise ValueError(f"a weight must be a number above 0, got {weight!r}; leave out a part of weight 0")
     return exact
+
+
+# Weights from each position of an epoch on: (position, weight of each part), beginning with position 0.
+Schedule: TypeAlias = tuple[tuple[int, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,30 +281,35 @@ class MixtureSpec:
 
     Attributes:
         first_shards: Number of each part's first shard in the joined numbering; the first one is 0.
-        weights: Weight of each part in records. Any positive real numbers are accepted (a float stands for its decimal
+        weights: Weight of each part in records; or, for weights that change, a schedule of such weights, in which a
+            part may have weight 0 for some time. Any positive real numbers are accepted (a float stands for its decimal
             digits: 0.7 is 7/10) and stored as the smallest integers of the same ratio.
         stop: End of an epoch: "first": before any part would repeat a record; "all": when every part has been served
             completely.
     """
 
     first_shards: tuple[int, ...]
-    weights: tuple[int, ...]
+    weights: tuple[int, ...] | Schedule
     stop: Literal["first", "all"] = "first"
 
     def __post_init__(self) -> None:
         """Check the values, and reduce the weights."""
         if self.stop not in ("first", "all"):
             raise ValueError(f"stop must be 'first' or 'all', got {self.stop!r}")
-        if len(self.weights) != len(self.first_shards) or not self.weights:
-            raise ValueError(f"{len(self.first_shards)} parts need one weight each, got {len(self.weights)} weights")
         if self.first_shards[0] != 0 or any(np.diff(self.first_shards) < 0):
             raise ValueError(f"first_shards must rise from 0, got {self.first_shards}")
-        exact = [exact_weight(weight) for weight in self.weights]
-        denominator = math.lcm(*(weight.denominator for weight in exact))
-        whole = [int(weight * denominator) for weight in exact]
-        divisor = math.gcd(*whole)
         object.__setattr__(self, "first_shards", tuple(int(shard) for shard in self.first_shards))
-        object.__setattr__(self, "weights", tuple(weight // divisor for weight in whole))
+        object.__setattr__(self, "weights", _checked(self.weights, len(self.first_shards)))
+
+    @property
+    def schedule(self) -> Schedule:
+        """The weights from each position on; one entry if they do not change."""
+        return _schedule(self.weights)
+
+    @property
+    def n_parts(self) -> int:
+        """Number of parts."""
+        return len(self.first_shards)
 
     def shards_of(self, part: int, n_shards: int) -> slice:
         """Return the slice of a part's shards among the n_shards shards of all parts."""
@@ -307,8 +318,9 @@ class MixtureSpec:
 
     def part_records(self, shard_records: NDArray[np.int64]) -> tuple[int, ...]:
         """Return the number of records of each part."""
-        parts = range(len(self.weights))
-        found = tuple(int(shard_records[self.shards_of(part, len(shard_records))].sum()) for part in parts)
+        found = tuple(
+            int(shard_records[self.shards_of(part, len(shard_records))].sum()) for part in range(self.n_parts)
+        )
         if 0 in found:
             raise ValueError(f"part {found.index(0)} of the mixture has no records; leave it out")
         return found
@@ -317,16 +329,139 @@ class MixtureSpec:
         """Return the number of records of an epoch, which is len() of the mixture.
 
         For "first" it is the largest number that repeats no record; for "all" the smallest that serves each part
-        completely. It depends only on the sizes and weights of the parts, not on streams or ranks.
+        completely; if the weights change, both within a few records of a part. It depends only on the sizes and weights
+        of the parts, not on streams or ranks.
+
+        Raises:
+            ValueError: stop is "all", and a part has weight 0 from some position on and records left there.
         """
-        total = sum(self.weights)
-        if self.stop == "first":
-            return min(n * total // weight for n, weight in zip(part_records, self.weights, strict=True))
-        return max(-(-n * total // weight) for n, weight in zip(part_records, self.weights, strict=True))
+        return sum(self.epoch_shares(part_records))
 
     def epoch_shares(self, part_records: Sequence[int]) -> tuple[int, ...]:
-        """Return the number of records of each part in an epoch: its exact share, rounded to one record."""
-        return apportion(self.epoch_records(part_records), self.weights)
+        """Return the number of records of each part in an epoch: its exact share, rounded to one record.
+
+        Raises as epoch_records.
+        """
+        return self.allocation(part_records, 1).totals
+
+    def allocation(self, part_records: Sequence[int], n_streams: int) -> StreamAllocation:
+        """Return the allocation of an epoch's records to streams. Raises as epoch_records."""
+        *changes, totals = _shares_before_changes(self.schedule, self.stop, tuple(part_records))
+        return StreamAllocation(totals, n_streams, tuple(changes))
+
+
+def _schedule(weights: Sequence[Any]) -> Schedule:
+    """Return weights, which may change, as a schedule."""
+    return tuple(weights) if isinstance(weights[0], Sequence) else ((0, tuple(weights)),)
+
+
+def _checked(weights: Sequence[Any], n_parts: int) -> tuple[int, ...] | Schedule:
+    """Return the weights as the smallest integers; a schedule only if they change. Raises TypeError, ValueError."""
+    if weights and isinstance(weights[0], Sequence) and not isinstance(weights[0], str):
+        return _checked_schedule(weights, n_parts)
+    if len(weights) != n_parts or not weights:
+        raise ValueError(f"{n_parts} parts need one weight each, got {len(weights)} weights")
+    return _reduced([exact_weight(weight) for weight in weights])
+
+
+def _checked_schedule(weights: Sequence[Any], n_parts: int) -> tuple[int, ...] | Schedule:
+    found: list[tuple[int, tuple[int, ...]]] = []
+    for entry in weights:
+        if not isinstance(entry, Sequence) or len(entry) != 2:
+            raise ValueError(f"weights that change are a list of (position, weights), got the entry {entry!r}")
+        position, of_parts = entry
+        if isinstance(position, bool) or not isinstance(position, int | np.integer) or position < 0:
+            raise ValueError(f"weights change at a position of the epoch, an integer of 0 or more, got {position!r}")
+        if not isinstance(of_parts, Sequence):
+            raise ValueError(f"weights that change are a list of (position, weights), got the entry {entry!r}")
+        if len(of_parts) != n_parts:
+            raise ValueError(
+                f"{n_parts} parts need one weight each, got {len(of_parts)} weights from position {position} on"
+            )
+        if not found and position != 0:
+            raise ValueError(f"the first weights hold from position 0 on, got position {position}")
+        if found and position <= found[-1][0]:
+            raise ValueError(f"the positions of weights must rise, got {position} after {found[-1][0]}")
+        exact = [exact_weight(weight, may_be_zero=True) for weight in of_parts]
+        if not any(exact):
+            raise ValueError(f"all weights are 0 from position {position} on")
+        found.append((int(position), _reduced(exact)))
+    for part in range(n_parts):
+        if not any(of_parts[part] for _, of_parts in found):
+            raise ValueError(f"part {part} has weight 0 throughout; leave it out")
+    changing = found[:1] + [after for before, after in pairwise(found) if after[1] != before[1]]
+    return tuple(changing) if len(changing) > 1 else changing[0][1]
+
+
+def _reduced(exact: Sequence[Fraction]) -> tuple[int, ...]:
+    denominator = math.lcm(*(weight.denominator for weight in exact))
+    whole = [int(weight * denominator) for weight in exact]
+    divisor = math.gcd(*whole)
+    return tuple(weight // divisor for weight in whole)
+
+
+@lru_cache(maxsize=64)  # an epoch asks for it several times, and many changes take some ms
+def _shares_before_changes(
+    schedule: Schedule, stop: Literal["first", "all"], part_records: tuple[int, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """Return the number of records of each part before each change within the epoch, and in the epoch."""
+    if len(schedule) == 1:
+        ((_, weights),) = schedule
+        total, of_parts = sum(weights), list(zip(part_records, weights, strict=True))
+        if stop == "first":
+            return (apportion(min(n * total // weight for n, weight in of_parts), weights),)
+        return (apportion(max(-(-n * total // weight) for n, weight in of_parts), weights),)
+    limits, sign = list(part_records), 1 if stop == "first" else -1
+    while True:
+        found = _rounded_shares(schedule, _epoch_end(schedule, stop, limits))
+        # A share is rounded, by more than one record if the part paused: then aim at some records less, or more.
+        excess = [sign * (share - n) for share, n in zip(found[-1], part_records, strict=True)]
+        if max(excess) <= 0:
+            return found
+        limits = [limit - sign * max(n, 0) for limit, n in zip(limits, excess, strict=True)]
+
+
+def _epoch_end(schedule: Schedule, stop: Literal["first", "all"], limits: Sequence[int]) -> int:
+    """Return the last position at which no exact share exceeds its limit ("first"), or the first at which all reach it.
+
+    Raises ValueError if a share never reaches its limit.
+    """
+    starts = [start for start, _ in schedule]
+    found = []
+    for part, limit in enumerate(limits):
+        served, end = Fraction(0), None
+        for (start, weights), stop_at in zip(schedule, [*starts[1:], None], strict=True):
+            share = Fraction(weights[part], sum(weights))
+            n_left = None if not share else (limit - served) / share
+            if n_left is not None and (stop_at is None or start + n_left < stop_at):
+                end = start + (math.floor(n_left) if stop == "first" else math.ceil(n_left))
+                break
+            served += 0 if stop_at is None else (stop_at - start) * share
+        if end is not None:
+            found.append(max(end, 0))
+        elif stop == "all" and served < limit:
+            last = next(start for start, weights in reversed(schedule) if weights[part])
+            after = next(start for start in starts if start > last)
+            raise ValueError(
+                f"part {part} has weight 0 from position {after} on, where {limit - math.floor(served)} of its records "
+                "have not been served: an epoch cannot end when all are; give stop='first', or a weight at the end"
+            )
+    return min(found) if stop == "first" else max(found)
+
+
+def _rounded_shares(schedule: Schedule, n_records: int) -> tuple[tuple[int, ...], ...]:
+    """Return the number of records of each part before each change, as far as it is in the epoch, and in the epoch."""
+    exact, shares, found = [Fraction(0)] * len(schedule[0][1]), (0,) * len(schedule[0][1]), []
+    for (start, weights), stop in zip(schedule, [*(start for start, _ in schedule[1:]), n_records], strict=True):
+        n = min(stop, n_records) - start
+        if n <= 0:
+            break
+        owed = [due - share for due, share in zip(exact, shares, strict=True)]
+        more = apportion_next(n, weights, owed)
+        shares = tuple(share + n_more for share, n_more in zip(shares, more, strict=True))
+        exact = [due + n * Fraction(weight, sum(weights)) for due, weight in zip(exact, weights, strict=True)]
+        found.append(shares)
+    return tuple(found) or (shares,)
 
 
 class StoredMixture:
@@ -337,7 +472,7 @@ class StoredMixture:
 
     def __init__(self, spec: MixtureSpec, part_records: Sequence[int]) -> None:
         self._sizes = np.array(part_records, np.int64)
-        self._shares = StreamInterleaving(StreamAllocation(spec.epoch_shares(part_records), 1), 0)
+        self._shares = interleave(spec.allocation(part_records, 1), 0)
 
     def __len__(self) -> int:
         return self._shares.n_records
@@ -370,7 +505,7 @@ class MixtureSection:
     start: int
     stop: int
     windows: tuple[Window, ...]
-    _shares: StreamInterleaving = field(repr=False)
+    _shares: Interleaving = field(repr=False)
     _runs: dict[int, DrawRange] = field(repr=False)  # by part, in the order of windows
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
@@ -395,7 +530,7 @@ class MixtureSection:
 class _Stream:
     """Cached state of a stream: its shares, its draws from each part, and the section that was used last."""
 
-    shares: StreamInterleaving
+    shares: Interleaving
     all_draws: list[PartDraws]
     section: MixtureSection | None = None
 
@@ -422,13 +557,11 @@ class MixtureOrder:
         self.spec = spec
         self.options = options
         self.epoch = epoch
-        self._allocation = StreamAllocation(
-            spec.epoch_shares(spec.part_records(layout.records)), options.streams if options.shuffle else 1
-        )
-        shards = [spec.shards_of(part, len(layout.records)) for part in range(len(spec.weights))]
-        options_of_parts = part_options(
-            options, spec.weights, [(layout.records[s], layout.stored_bytes[s]) for s in shards]
-        )
+        n_streams = options.streams if options.shuffle else 1
+        self._allocation = spec.allocation(spec.part_records(layout.records), n_streams)
+        shards = [spec.shards_of(part, len(layout.records)) for part in range(spec.n_parts)]
+        weights = self._allocation.totals if self._allocation.changes else spec.schedule[0][1]
+        options_of_parts = part_options(options, weights, [(layout.records[s], layout.stored_bytes[s]) for s in shards])
         self._parts = [
             MixturePart(layout, *of_part)
             for of_part in zip(shards, options_of_parts, self._allocation.totals, strict=True)
@@ -513,7 +646,7 @@ class MixtureOrder:
     def _keep(self, stream: int) -> _Stream:
         kept = self._streams.get(stream)
         if kept is None:
-            shares = StreamInterleaving(self._allocation, stream)
+            shares = interleave(self._allocation, stream)
             epoch = self.epoch if self.options.shuffle else 0
             turns = self._allocation.turns(stream)
             of_parts = zip(self._parts, turns, shares.quotas, strict=True)

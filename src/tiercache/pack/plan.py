@@ -113,6 +113,7 @@ def plan_pack(source: str | os.PathLike[str], url: str | os.PathLike[str], optio
         ValueError: The kind of the source cannot be determined, or an option does not apply.
     """
     with closing(open_store(url, **options.storage_options)) as store:
+        store.require_conditional_put()  # here, because the commit comes hours later
         parent = find_latest(store)
         if options.mode == "create" and parent is not None:
             raise data_set_exists_error(store, parent)

@@ -2,8 +2,8 @@
 
 open_store() parses a URL and returns a LocalFolder, a MemoryStore, or a RemoteStore: a CloudStore (cloud.py selects
 obstore, or s3fs in forked children) or an FsspecStore. A read goes from RemoteStore.read_into() through the request
-planner and the threads (range_reads.py) and the retry loop (retry.py) to an ObjectClient, and then into the caller's
-buffers. archive.py adds storage classes and restores through boto3 (s3.py).
+planner (range_reads.py), the threads (request_runner.py) and the retry loop (retry.py) to an ObjectClient, and then
+into the caller's buffers. archive.py adds storage classes and restores through boto3 (s3.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from tiercache.store.fsspec import FsspecStore, check_scheme
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 from tiercache.store.obstore import BucketFolder
-from tiercache.store.options import CloudOptions, ParsedUrl, parse_limit, redact, split_url, with_ca_bundle
+from tiercache.store.options import (
+    CloudOptions,
+    ParsedUrl,
+    parse_limit,
+    parse_single_writer,
+    redact,
+    split_url,
+    take_limits,
+    with_ca_bundle,
+)
 from tiercache.store.retry import TIMEOUT_S
 
 __all__ = [
@@ -54,7 +63,9 @@ def open_store(url: str | os.PathLike[str], **storage_options: Any) -> Store:
         url: Local path, `file://`, `memory://`, `s3://`, `gs://`, `az://` or `http(s)://` URL, or any fsspec URL,
             chained URLs included.
         **storage_options: Options and credentials of the back end, by name. `timeout` (seconds, or text such as "30s")
-            limits the time without progress of every call to a remote store.
+            limits the time without progress of every call to a remote store. `max_requests` (a number) and
+            `max_bandwidth` (text such as "5Gbit", or bytes per second) limit the reads of all processes of this user
+            on this machine together. `single_writer` (a bool) allows commits to a store without conditional puts.
 
     Raises:
         ValueError: The URL is invalid, or the back end does not know an option.
@@ -79,12 +90,15 @@ def open_store(url: str | os.PathLike[str], **storage_options: Any) -> Store:
 
 
 def _by_fsspec(parsed: ParsedUrl, given: dict[str, Any]) -> FsspecStore:
-    """Return a store through fsspec. `timeout` is tiercache's own option; all other options go to the file system."""
+    """Return a store through fsspec. `timeout`, `single_writer` and the limits are tiercache's own options."""
     check_scheme(parsed.scheme)
-    options = dict(given)
+    limits, options = take_limits(given)
     timeout = options.pop("timeout", None)
+    single_writer = parse_single_writer(options.pop("single_writer", False))
     timeout_s = TIMEOUT_S if timeout is None else parse_limit("timeout", timeout).total_seconds()
-    return FsspecStore(parsed.full, parsed.shown, options, timeout_s=timeout_s)
+    return FsspecStore(
+        parsed.full, parsed.shown, options, timeout_s=timeout_s, limits=limits, is_single_writer=single_writer
+    )
 
 
 def _bucket_folder(cloud: str, parsed: ParsedUrl) -> BucketFolder:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import replace
 from functools import partial
+from urllib.parse import urlsplit
 
 from tiercache.errors import StoreError
 from tiercache.stats import Counters
@@ -20,6 +21,9 @@ from tiercache.store.fsspec import FsspecClient, S3fsClient, open_file_system
 from tiercache.store.obstore import BucketFolder, ObstoreClient, is_usable_here
 from tiercache.store.options import CloudOptions, server_url
 from tiercache.store.remote import ObjectClient, ReadSettings, RemoteStore
+
+_CONDITIONAL_HOSTS = (".amazonaws.com", ".amazonaws.com.cn", ".googleapis.com", ".core.windows.net")
+_PROVIDERS = {".amazonaws.com": "aws", "storage.googleapis.com": "gcs", ".blob.core.windows.net": "azure"}
 
 
 class CloudStore(RemoteStore):
@@ -31,8 +35,16 @@ class CloudStore(RemoteStore):
     """
 
     def __init__(self, folder: BucketFolder, options: CloudOptions, settings: ReadSettings | None = None) -> None:
-        super().__init__(folder.url, options.timeout_s, settings or ReadSettings())
+        super().__init__(
+            folder.url,
+            options.timeout_s,
+            settings or ReadSettings(),
+            options.limits,
+            is_single_writer=options.single_writer,
+        )
         self.folder, self.options = folder, options
+        host = urlsplit(server_url(folder.cloud, folder.bucket, options.config)).hostname or ""
+        self.provider = next((name for domain, name in _PROVIDERS.items() if host.endswith(domain)), None)
 
     def __reduce__(self) -> tuple[type[CloudStore], tuple[BucketFolder, CloudOptions, ReadSettings]]:
         return CloudStore, (self.folder, self.options, self._settings)
@@ -44,9 +56,21 @@ class CloudStore(RemoteStore):
         return fallback_client(self.folder, self.options, self.counters)
 
     @property
+    def knows_conditional_put(self) -> bool:
+        """Whether the server is Amazon's, Google's or Microsoft's own."""
+        host = urlsplit(server_url(self.folder.cloud, self.folder.bucket, self.options.config)).hostname or ""
+        return host.endswith(_CONDITIONAL_HOSTS)
+
+    @property
     def cloud(self) -> str:
         """Kind of cloud: "s3", "gs", "az" or "http"."""
         return self.folder.cloud
+
+    @property
+    def machine_name(self) -> str:
+        """Cloud, server and bucket: a store throttles all prefixes of a bucket together. HTTP: the server."""
+        server = server_url(self.folder.cloud, self.folder.bucket, self.options.config)
+        return server if self.cloud == "http" else f"{self.folder.cloud} {server} {self.folder.bucket}"
 
     @property
     def identity(self) -> tuple[str, ...]:

@@ -26,6 +26,9 @@ T = TypeVar("T")
 Span: TypeAlias = tuple[ByteRange, memoryview]
 """A byte range of an object and its destination: writable, contiguous uint8 memory of the same length."""
 
+Receive: TypeAlias = Callable[[int, memoryview], object]
+"""Receives the offset of a piece in an object, and its bytes."""
+
 
 def check_key(key: str) -> str:
     """Return key if it is a valid key.
@@ -148,12 +151,15 @@ class Store(ABC):
 
     Attributes:
         url: Root URL without credentials, for messages.
-        counters: Number of requests, bytes_read and bytes_written in this process.
+        counters: Number of requests, bytes_read and bytes_written in this process; of a remote store also retries,
+            hedges (second requests beside late ones) and throttled (requests that the store refused as too many).
         min_part_bytes: Minimum size of every part of an upload except the last.
+        provider: "aws", "gcs" or "azure" if one of these bills the requests; None for another server, or unknown.
     """
 
     url: str
     counters: Counters
+    provider: str | None = None
     min_part_bytes: int = 5 << 20
 
     @abstractmethod
@@ -199,6 +205,37 @@ class Store(ABC):
                 failed.
         """
 
+    def read_pieces(
+        self,
+        key: str,
+        ranges: Sequence[ByteRange],
+        receive: Receive,
+        *,
+        if_match: str | None = None,
+        deadline_s: float | None = None,
+        cancel: Event | None = None,
+    ) -> None:
+        """Pass each byte range to receive() as it arrives, without a buffer for all of it where the store can do so.
+
+        Args:
+            key: Key of the object.
+            ranges: Byte ranges that do not overlap, of a few MiB each: a range is not split into several requests.
+            receive: Function that is called with an offset in the object and the bytes from there on, which are valid
+                only during the call. Pieces of one range come in order, those of several ranges in any order and from
+                several threads at once. A range is passed again from its start if the object was moved during the call:
+                the later bytes count. An error that receive() raises ends the call.
+            if_match, deadline_s, cancel: As for read_into().
+
+        Raises:
+            NotFound, ObjectChanged, StoreError: As read_into(); or what receive() raised.
+        """
+        buffers = [memoryview(bytearray(wanted.n_bytes)) for wanted in ranges]
+        spans = list(zip(ranges, buffers, strict=True))
+        self.read_into(key, spans, if_match=if_match, deadline_s=deadline_s, cancel=cancel)
+        for wanted, buffer in spans:
+            if buffer.nbytes:
+                receive(wanted.start, buffer)
+
     @abstractmethod
     def put(self, key: str, data: Buffer) -> ObjectInfo:
         """Write a whole object of at most a few MiB atomically, in one request, and replace an existing object."""
@@ -212,6 +249,16 @@ class Store(ABC):
         Raises:
             StoreError: The write failed; `.maybe_done` is True if the answer was lost and the object may have been
                 written.
+        """
+
+    def require_conditional_put(self) -> None:  # noqa: B027 -- most stores fulfil the contract
+        """Return if put_if_absent() lets one of several writers win, in whichever processes they are.
+
+        Commits call it first. A store that cannot know this from its kind tests it, once in a process.
+
+        Raises:
+            StoreError: The store ignores or refuses the condition of a put, and the storage option `single_writer` is
+                not set.
         """
 
     @abstractmethod
@@ -240,6 +287,32 @@ class Store(ABC):
         """Close connections and descriptors. The store may be used again afterwards."""
 
 
+# A range of at most this size is one request of every store.
+_PIECE_BYTES = 4 << 20
+
+
+def read_unpinned(store: Store, key: str, spans: Sequence[Span], *, cancel: Event | None = None) -> None:
+    """Fill spans as Store.read_into() does, but by one request after another, whose ETags may differ.
+
+    Only for bytes that the caller compares with checksums: the replicas of an HTTP server, or two proxies, may give
+    equal objects different ETags, and an object that was replaced meanwhile is not noticed.
+
+    Args:
+        store: Store of the object.
+        key: Key of the object.
+        spans: Byte ranges of the object and their destination buffers.
+        cancel: Event that makes the call end soon with StoreError once it is set.
+
+    Raises:
+        NotFound, StoreError: As Store.read_into().
+    """
+    for span, buffer in spans:
+        for offset in range(0, span.n_bytes, _PIECE_BYTES):
+            piece = buffer[offset : offset + _PIECE_BYTES]
+            start = span.start + offset
+            store.read_into(key, [(ByteRange(start, start + piece.nbytes), piece)], cancel=cancel)
+
+
 class WrapperStore(Store):
     """A store that calls another store. A subclass overrides the hooks, or the methods that differ.
 
@@ -252,6 +325,7 @@ class WrapperStore(Store):
     def __init__(self, inner: Store) -> None:
         self.inner = inner
         self.url, self.counters, self.min_part_bytes = inner.url, inner.counters, inner.min_part_bytes
+        self.provider = inner.provider
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.inner!r})"
@@ -305,6 +379,9 @@ class WrapperStore(Store):
 
     def put_if_absent(self, key: str, data: Buffer) -> bool:
         return self.around("put_if_absent", key, lambda: self.inner.put_if_absent(self.key_inside(key), data))
+
+    def require_conditional_put(self) -> None:
+        self.inner.require_conditional_put()
 
     def create(self, key: str) -> Upload:
         return _WrappedUpload(self, key, self.around("create", key, lambda: self.inner.create(self.key_inside(key))))
@@ -360,8 +437,11 @@ class Lease(Protocol):
     def present(self, ranges: Sequence[ByteRange]) -> bool:
         """Return whether all bytes of the ranges are local now."""
 
-    def prefetch(self, ranges: Sequence[ByteRange]) -> None:
-        """Start to fetch the missing bytes of the ranges, or join a fetch that is running. Returns at once."""
+    def prefetch(self, ranges: Sequence[ByteRange], *, urgent: bool = False) -> None:
+        """Start to fetch the missing bytes of the ranges, or join a fetch that is running. Returns at once.
+
+        urgent: Whether the bytes are needed before those of all other prefetches.
+        """
 
     def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:
         """Wait until the bytes of the ranges are local.

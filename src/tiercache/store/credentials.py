@@ -174,6 +174,21 @@ def refused_error(error: StoreError, credentials: Credentials | None, number: in
     return error
 
 
+def refused_without_source(error: StoreError, cloud: str) -> StoreError:
+    """Return the error of a request whose credentials the client library obtains by itself.
+
+    .details["renewed"] is set if new credentials may help: a new client obtains them at once, but the present one keeps
+    the refused ones until their stated end.
+
+    Args:
+        error: Error of the request.
+        cloud: "s3", "gs", "az" or "http".
+    """
+    if error.code in _INVALID_CODES if cloud == "s3" else cloud in ("gs", "az") and error.status == 401:
+        error.details["renewed"] = True
+    return error
+
+
 def s3_access(options: CloudOptions, url: str) -> tuple[dict[str, Any], Credentials | None]:
     """Return the options of the store without keys, and the source of the keys.
 

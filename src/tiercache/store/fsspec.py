@@ -19,11 +19,19 @@ from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.credentials import Credentials, Keys, refused_error, wait_target
+from tiercache.store.machine_limits import NO_LIMITS, StoreLimits
 from tiercache.store.options import hide_secrets, redact, server_url
-from tiercache.store.remote import RETRYABLE_STATUSES, ObjectClient, ObjectWriter, ReadSettings, RemoteStore
+from tiercache.store.remote import (
+    CONFLICT_CODES,
+    RETRYABLE_STATUSES,
+    ObjectClient,
+    ObjectWriter,
+    ReadSettings,
+    RemoteStore,
+)
 from tiercache.store.retry import TIMEOUT_S
 
-_N_THREADS = 8
+_N_REQUESTS = 8
 _BEYOND_END = 416
 _RETRYABLE = (errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.EPIPE)
 _NOT_SENT = ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError", "ConnectionRefusedError")
@@ -41,8 +49,7 @@ def to_store_error(error: BaseException, doing: str, url: str) -> StoreError:
     shown = hide_secrets(str(error).strip() or type(error).__name__)
     code = answer.get("Error", {}).get("Code")
     code = None if code is None or str(code) == str(status) else str(code)
-    # S3 refused the write because another conditional write of the key is running.
-    is_conflict = code == "ConditionalRequestConflict"
+    is_conflict = code in CONFLICT_CODES
     exists = (isinstance(error, FileExistsError) or status == 412) and not is_conflict
     if code is not None and code not in shown:  # s3fs keeps only the message
         shown = f"{code}: {shown}"
@@ -52,7 +59,7 @@ def to_store_error(error: BaseException, doing: str, url: str) -> StoreError:
         message = f"the object does not have the requested ETag ({doing})"
         return ObjectChanged(message, url=url, status=status, exists=exists)
     if isinstance(error, NotImplementedError):
-        return StoreError(f"{doing}: not supported by this kind of store ({shown})", url=url)
+        return StoreError(f"{doing}: not supported by this kind of store ({shown})", url=url, unsupported=True)
     names = {kind.__name__ for kind in type(error).__mro__}
     sent = names.isdisjoint(_NOT_SENT)
     if status is not None:
@@ -63,6 +70,8 @@ def to_store_error(error: BaseException, doing: str, url: str) -> StoreError:
         lost = isinstance(error, TimeoutError | ConnectionError) or not names.isdisjoint((*_NOT_SENT, *_BROKEN))
         retryable = lost or (isinstance(error, OSError) and error.errno in _RETRYABLE)
     facts: dict[str, Any] = {"status": status, "code": code, "sent": sent, "text": shown, "exists": exists}
+    if (retry_after := _header(error, "retry-after")) is not None and retry_after.isdecimal():
+        facts["retry_after_s"] = float(retry_after)
     return StoreError(f"{doing}: {shown}", url=url, retryable=retryable, **facts)
 
 
@@ -73,6 +82,13 @@ def _answer(error: BaseException) -> dict[str, dict[str, Any]]:
         if isinstance(response, dict):
             return response
     return {}
+
+
+def _header(error: BaseException, name: str) -> str | None:
+    """Return a field of the response's header, by its name in lower case, from an error of botocore or aiohttp."""
+    fields = _answer(error).get("ResponseMetadata", {}).get("HTTPHeaders") or getattr(error, "headers", None) or {}
+    found = next((value for key, value in fields.items() if str(key).lower() == name), None)
+    return None if found is None else str(found)
 
 
 _TIMES = ("LastModified", "last_modified", "mtime", "modified", "created")
@@ -183,7 +199,7 @@ class FsspecClient(ObjectClient):
             raise FileNotFoundError(key)
         return to_object_info(key, about)
 
-    def get(self, key: str, on_piece: Callable[[], None]) -> bytes:  # noqa: ARG002 - one piece
+    def get(self, key: str, on_piece: Callable[[int], object]) -> bytes:  # noqa: ARG002 - one piece
         self.head(key)  # some file systems read a folder as b""
         fs, path = self.at(key)
         return bytes(fs.cat_file(path))
@@ -216,6 +232,14 @@ class FsspecClient(ObjectClient):
                 raise FileExistsError(key)
             self._in_folder(key, lambda fs, path: fs.pipe_file(path, body, mode="create"))
         return None
+
+    def put_new_by_store(self, key: str, body: bytes) -> None:
+        """Write by pipe_file(mode="create") alone."""
+        self.at(key)[0].invalidate_cache()
+        try:
+            self._in_folder(key, lambda fs, path: fs.pipe_file(path, body, mode="create"))
+        except TypeError as error:  # an older file system, whose pipe_file() has no such argument
+            raise NotImplementedError(f'pipe_file(mode="create"): {error}') from error
 
     def _in_folder(self, key: str, write: Callable[[Any, str], object]) -> None:
         fs, path = self.at(key)
@@ -319,7 +343,7 @@ class S3fsClient(FsspecClient):
         answer = self.call("head_object", key)
         return _info_of_answer(key, answer, answer["ContentLength"])
 
-    def get(self, key: str, on_piece: Callable[[], None]) -> bytes:  # noqa: ARG002 - one piece
+    def get(self, key: str, on_piece: Callable[[int], object]) -> bytes:  # noqa: ARG002 - one piece
         return self._get(key)[0]
 
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
@@ -343,6 +367,9 @@ class S3fsClient(FsspecClient):
     def put_new(self, key: str, body: bytes) -> ObjectInfo | None:
         return _info_of_answer(key, self.call("put_object", key, Body=body, IfNoneMatch="*"), len(body))
 
+    def put_new_by_store(self, key: str, body: bytes) -> None:
+        self.put_new(key, body)
+
     def close(self) -> None:
         with self._lock:
             opened = [fs for fs, _ in self._opened]
@@ -358,8 +385,8 @@ class FsspecStore(RemoteStore):
     """Objects of any fsspec file system. Safe for threads; each process creates its own file system.
 
     On S3 the store fulfils the whole contract. Elsewhere it depends on the file system: put_if_absent lets one writer
-    win in this process, and among processes if the file system supports mode="create"; if_match compares info() before
-    and after the read.
+    win in this process, and among processes if the file system supports mode="create", which commits require; if_match
+    compares info() before and after the read.
 
     full_url includes secrets; `url` is for messages. make() returns a file system that is not shared and does not cache
     listings; full_url is then the path in it.
@@ -372,12 +399,17 @@ class FsspecStore(RemoteStore):
         options: Mapping[str, Any],
         make: Callable[[], Any] | None = None,
         timeout_s: float = TIMEOUT_S,
+        limits: StoreLimits = NO_LIMITS,
+        *,
+        is_single_writer: bool = False,
     ) -> None:
-        super().__init__(url, timeout_s, ReadSettings(n_threads=_N_THREADS))
+        settings = ReadSettings(most_requests=_N_REQUESTS)
+        super().__init__(url, timeout_s, settings, limits, is_single_writer=is_single_writer)
         self._full_url, self._options, self._make = full_url, dict(options), make
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FsspecStore, (self._full_url, self.url, self._options, self._make, self._timeout_s)
+        fixed = partial(FsspecStore, is_single_writer=self._is_single_writer)
+        return fixed, (self._full_url, self.url, self._options, self._make, self._timeout_s, self.limits)
 
     def _open_client(self) -> FsspecClient:
         kind = S3fsClient if self.url.partition("://")[0] in ("s3", "s3a") else FsspecClient

@@ -16,7 +16,8 @@ from threading import Event
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.stats import Counters
-from tiercache.store.contract import Buffer, SequentialUpload, Span, Store, Upload, check_key
+from tiercache.store.coalescing import RequestCosts
+from tiercache.store.contract import Buffer, Receive, SequentialUpload, Span, Store, Upload, check_key
 from tiercache.store.posix import (
     CACHED_BYTES,
     MIN_BYTES,
@@ -29,7 +30,7 @@ from tiercache.store.posix import (
     os_errors,
     write_all,
 )
-from tiercache.store.range_reads import RequestSizes, check_read, check_spans, plan_requests
+from tiercache.store.range_reads import check_read, check_spans, plan_requests
 from tiercache.waiting import SYSTEM_CLOCK
 
 
@@ -44,7 +45,7 @@ class FileLease:
     def present(self, ranges: Sequence[ByteRange]) -> bool:
         return all(span.end <= self.n_bytes for span in ranges)
 
-    def prefetch(self, ranges: Sequence[ByteRange]) -> None:
+    def prefetch(self, ranges: Sequence[ByteRange], *, urgent: bool = False) -> None:  # noqa: ARG002 - the contract
         """Ask the kernel to read the ranges ahead."""
         for span in ranges:
             if span.n_bytes:
@@ -100,7 +101,8 @@ class FileUpload(SequentialUpload):
 
 # preadv accepts at most IOV_MAX (1024) buffers. Reads of 32 MiB keep deadlines and cancellation prompt on a slow disk.
 _MAX_PIECES = 1024
-_SIZES = RequestSizes(gap_bytes=0, part_bytes=32 << 20)
+_COSTS = RequestCosts(max_gap_bytes=0, max_bytes=32 << 20)
+_PIECE_BYTES = 1 << 20
 
 
 class LocalFolder(Store):
@@ -150,12 +152,34 @@ class LocalFolder(Store):
         end_s = None if deadline_s is None else SYSTEM_CLOCK.monotonic() + deadline_s
         with self._opened(key, "read_into") as fd:
             check_read(file_info(key, os.fstat(fd)), spans, if_match, self._at(key))
-            for request in plan_requests(spans, _SIZES):
+            for request in plan_requests(spans, _COSTS):
                 if cancel is not None and cancel.is_set():
                     raise StoreError("read_into: cancelled", url=self._at(key), retryable=True)
                 if end_s is not None and SYSTEM_CLOCK.monotonic() > end_s:
                     raise StoreError(f"read_into: not done within {deadline_s:g} s", url=self._at(key), retryable=True)
                 self._fill(key, fd, request.range.start, [buffer for _, buffer in request.targets])
+
+    def read_pieces(
+        self,
+        key: str,
+        ranges: Sequence[ByteRange],
+        receive: Receive,
+        *,
+        if_match: str | None = None,
+        deadline_s: float | None = None,
+        cancel: Event | None = None,
+    ) -> None:
+        """Read through one small buffer, which stays in the processor's cache."""
+        etag = self.head(key).etag if if_match is None else if_match
+        end_s = None if deadline_s is None else SYSTEM_CLOCK.monotonic() + deadline_s
+        buffer = memoryview(bytearray(min(_PIECE_BYTES, max((wanted.n_bytes for wanted in ranges), default=0))))
+        for wanted in ranges:
+            for start in range(wanted.start, wanted.end, _PIECE_BYTES):
+                piece = ByteRange(start, min(start + _PIECE_BYTES, wanted.end))
+                left_s = None if end_s is None else end_s - SYSTEM_CLOCK.monotonic()
+                spans = [(piece, buffer[: piece.n_bytes])]
+                self.read_into(key, spans, if_match=etag, deadline_s=left_s, cancel=cancel)
+                receive(start, buffer[: piece.n_bytes])
 
     def _fill(self, key: str, fd: int, offset: int, buffers: list[memoryview]) -> None:
         """Read consecutive bytes of the file into the buffers."""

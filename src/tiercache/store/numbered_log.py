@@ -106,9 +106,13 @@ class NumberedLog:
     def put(self, number: int, data: bytes) -> bool:
         """Put an object if its number is free. Return False if another writer has the number.
 
+        On a store without conditional puts this is an error, unless the user promises that one process writes at a time
+        (Store.require_conditional_put).
+
         If an answer is lost, the object is read back: a refusal may mean that the first attempt of a back end that
         retries has written it. A StoreError with .maybe_done says that even this did not tell.
         """
+        self.store.require_conditional_put()
         failure: StoreError | None = None
         maybe_done = False
         for _ in range(_MAX_PUTS):

@@ -24,9 +24,9 @@ import obstore.store
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
-from tiercache.store.credentials import Credentials, refused_error, s3_access, wait_target
+from tiercache.store.credentials import Credentials, refused_error, refused_without_source, s3_access, wait_target
 from tiercache.store.options import CloudOptions, hide_secrets, server_url
-from tiercache.store.remote import RETRYABLE_STATUSES, ObjectClient, ObjectWriter
+from tiercache.store.remote import CONFLICT_CODES, RETRYABLE_STATUSES, ObjectClient, ObjectWriter
 
 _STATUS = re.compile(r"status code: (\d{3})\b ?([^:\n]*):? ?(.*)", re.DOTALL)
 _KIND = re.compile(r"HttpError \{\s*kind: (\w+)")
@@ -36,6 +36,7 @@ _METADATA = re.compile(r"/latest/(?:api/token|meta-data)|/computeMetadata/|/meta
 _XML = re.compile(r"<(Code|Message)>([^<]{1,300})</")
 _SERVER = re.compile(r"performing \w+ (https?://[^/\s]+)")
 _CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w+)")
+_OTHER_RANGE = re.compile(r"Requested \d+\.\.\d+, got \d+\.\.\d+")
 _DEBUG = "\n\nDebug source"
 _BODY_CHARS = 200
 _CHANGED, _BEYOND_END = 412, 416
@@ -48,7 +49,7 @@ def to_store_error(error: BaseException, doing: str, url: str, endpoint: str = "
     status = int(answer[1]) if answer else None
     reason = _reason(answer[3].strip()) if answer else {}
     shown = hide_secrets(_answer_text(answer, reason) if answer else _cause(text, endpoint))
-    is_conflict = "ConditionalRequestConflict" in text  # a concurrent write
+    is_conflict = any(code in text for code in CONFLICT_CODES)
     if name == "AlreadyExistsError" and not is_conflict:
         return StoreError(f"{doing}: the key exists", url=url, status=status, exists=True)
     if isinstance(error, FileNotFoundError):
@@ -56,11 +57,14 @@ def to_store_error(error: BaseException, doing: str, url: str, endpoint: str = "
         return NotFound(f"no such {what} ({doing})", url=url, status=status)
     if name in ("PreconditionError", "NotModifiedError") or status == _CHANGED:
         return ObjectChanged(f"the object does not have the requested ETag ({doing})", url=url, status=status)
+    if _OTHER_RANGE.search(text):
+        return StoreError(f"{doing}: the server sent another range ({shown})", url=url, retryable=True)
     if "RangeNotSupported" in text or "non-partial" in text:
         message = f"{doing}: the server sent the whole object instead of a range; it may not support range requests"
         return StoreError(message, url=url, retryable=True, no_range=True)
     if name in ("NotSupportedError", "NotImplementedError"):
-        return StoreError(f"{doing}: not supported by this kind of store ({shown})", url=url, no_range=True)
+        message = f"{doing}: not supported by this kind of store ({shown})"
+        return StoreError(message, url=url, no_range=True, unsupported=True)
     if _METADATA.search(text) and status not in RETRYABLE_STATUSES:
         message = (
             f"{doing}: no credentials: none in storage_options, the environment or a profile, and the metadata service "
@@ -121,8 +125,9 @@ def _cause(text: str, endpoint: str) -> str:
 # obstore sends the parts of an upload as many requests, which it therefore retries itself.
 _INNER_RETRIES = 8
 _PAGE_KEYS = 1000
-# A longer body is read in pieces of this size, so that a call that has ended stops early.
-_PIECE_BYTES = 1 << 20
+# A longer body is read in pieces of this size, which stay in the processor's cache until they are checksummed and
+# written. Measured 2026-11-29: a cold epoch takes a tenth less processor time than with 1 MiB.
+_PIECE_BYTES = 256 << 10
 # Each piece counts as progress: a connection with fewer bytes per second than this counts as stalled.
 _SLOWEST_BYTES_S = 32 << 10
 _WRITER_PART_BYTES = 8 << 20
@@ -198,6 +203,8 @@ class ObstoreClient(ObjectClient):
         if folder.cloud == "az":
             return stores.AzureStore(folder.bucket, **common)
         common["config"].setdefault("copy_if_not_exists", "multipart")
+        if self._endpoint.endswith((".amazonaws.com", ".amazonaws.com.cn")):  # not every other server knows it
+            common["config"].setdefault("checksum_algorithm", "CRC64NVME")
         return stores.S3Store(folder.bucket, **common)
 
     def close(self) -> None:
@@ -216,7 +223,10 @@ class ObstoreClient(ObjectClient):
             raise  # NotFound is also an OSError
         except _ERRORS as error:
             failed = to_store_error(error, doing, self.url_of(key), self._endpoint)
-            refused = refused_error(failed, credentials, number)
+            if credentials is None and not self._config.get("skip_signature"):
+                refused = refused_without_source(failed, self.folder.cloud)
+            else:
+                refused = refused_error(failed, credentials, number)
             if refused.details.get("renewed"):  # obstore keeps the old keys until they expire
                 self._stores.clear()
             raise refused from None  # from None: obstore's own text may contain a signed URL
@@ -231,20 +241,17 @@ class ObstoreClient(ObjectClient):
                 obstore.get(self._store(), key, options={"range": (0, 1)})
             raise
 
-    def get(self, key: str, on_piece: Callable[[], None]) -> bytes:
-        result = obstore.get(self._store(), key)
-        if result.meta["size"] <= self._piece_bytes:
-            return bytes(result.bytes())
+    def get(self, key: str, on_piece: Callable[[int], object]) -> bytes:
         pieces = []
-        for piece in result.stream(min_chunk_size=self._piece_bytes):
+        for piece in obstore.get(self._store(), key).stream(min_chunk_size=self._piece_bytes):
             pieces.append(piece)
-            on_piece()
+            on_piece(len(piece))
         return b"".join(pieces)
 
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
         try:
             result = obstore.get(self._store(), key, options={"range": {"suffix": n_bytes}})
-            return bytes(result.bytes()), to_object_info(key, result.meta)
+            return result.bytes().to_bytes(), to_object_info(key, result.meta)
         except _ERRORS as error:
             # Azure has no suffix ranges. An empty object has no valid range, and some servers then send all of it.
             failed = to_store_error(error, "", "")

@@ -17,8 +17,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from tiercache.config import aws_endpoint_options
-from tiercache.model import parse_bool, parse_duration
+from tiercache.model import parse_bool, parse_bytes, parse_duration
 from tiercache.store.contract import check_key
+from tiercache.store.machine_limits import NO_LIMITS, StoreLimits
 from tiercache.store.retry import TIMEOUT_S
 
 # In abfss://container@account/... the "@" separates container and account, not credentials.
@@ -252,6 +253,9 @@ _CLIENT_DEFAULTS = {
 # A request is at most 8 MiB (or one small object): a request that takes longer gets less than 28 KiB/s.
 _LONGEST_REQUEST = timedelta(minutes=5)
 _PEM = "-----BEGIN"
+_MOST_REQUESTS = 4096
+# With less, a piece of a body would take longer than the timeout of a call.
+_LEAST_BYTES_PER_S = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,13 +263,16 @@ class CloudOptions:
     """Storage options with obstore's names, for the store (config) and its HTTP client.
 
     The client's "timeout" limits a whole call without progress, not one request; its "root_certificate" is a path or
-    PEM text. credentials is a function of the user that returns the keys.
+    PEM text. credentials is a function of the user that returns the keys. single_writer says that the user promises
+    that one process writes at a time. limits are those of all processes together.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
     client: Mapping[str, Any] = field(default_factory=dict, repr=False)
     profile: str | None = None
     credentials: Callable[[], Any] | None = field(default=None, repr=False)
+    single_writer: bool = False
+    limits: StoreLimits = NO_LIMITS
 
     @classmethod
     def parse(cls, cloud: str, given: Mapping[str, Any]) -> CloudOptions:
@@ -273,6 +280,8 @@ class CloudOptions:
         config: dict[str, Any] = {}
         client: dict[str, Any] = {}
         profile = credentials = None
+        single_writer = False
+        limits, given = take_limits(given)
         for name, value in _flat(cloud, given):
             if name == "profile" and cloud == "s3":
                 profile = value
@@ -282,6 +291,8 @@ class CloudOptions:
                         f"storage option 'credentials' must be a function that returns keys, got {type(value).__name__}"
                     )
                 credentials = value
+            elif name == "single_writer":
+                single_writer = parse_single_writer(value)
             else:
                 chosen, parsed = client if name in _CLIENT else config, _parsed(name, value)
                 if chosen.setdefault(name, parsed) != parsed:
@@ -290,7 +301,7 @@ class CloudOptions:
         if "allow_http" not in client:
             # The endpoint may also come from the environment, so only an https endpoint given here forbids plain http.
             client["allow_http"] = not endpoint.startswith("https:")
-        return cls(config, {**_CLIENT_DEFAULTS, **client}, profile, credentials)
+        return cls(config, {**_CLIENT_DEFAULTS, **client}, profile, credentials, single_writer, limits)
 
     @property
     def timeout_s(self) -> float:
@@ -356,10 +367,51 @@ class CloudOptions:
         return {"headers": headers} if headers else {}
 
 
+_LIMITS = ("max_requests", "max_bandwidth")
+_BIT_RATE = re.compile(r"([0-9.]+) *([kmgt]?)bit(?:/s|ps)?", re.IGNORECASE)
+_BIT_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+
+
+def take_limits(given: Mapping[str, Any]) -> tuple[StoreLimits, dict[str, Any]]:
+    """Return the limits in storage options, and the other options. Raises ValueError."""
+    others = {name: value for name, value in given.items() if name.lower() not in _LIMITS}
+    limits = {name.lower(): value for name, value in given.items() if name.lower() in _LIMITS and value is not None}
+    n_requests, bandwidth = (limits.get(name) for name in _LIMITS)
+    return StoreLimits(
+        None if n_requests is None else _n_requests(n_requests),
+        None if bandwidth is None else _bytes_per_s(bandwidth),
+    ), others
+
+
+def _n_requests(value: object) -> int:
+    text = str(value)
+    if isinstance(value, bool) or not text.isdecimal() or not 0 < int(text) <= _MOST_REQUESTS:
+        raise ValueError(f"storage option 'max_requests' must be a whole number from 1 to {_MOST_REQUESTS}: {value!r}")
+    return int(text)
+
+
+def _bytes_per_s(value: object) -> float:
+    try:
+        match = _BIT_RATE.fullmatch(value.strip()) if isinstance(value, str) else None
+        if match is not None:
+            bytes_per_s = float(match[1]) * _BIT_UNITS[match[2].lower()] / 8
+        else:
+            text = value.strip().removesuffix("/s") if isinstance(value, str) else value
+            bytes_per_s = float(parse_bytes(text))  # type: ignore[arg-type]
+    except (ValueError, TypeError):
+        bytes_per_s = 0.0
+    if isinstance(value, bool) or bytes_per_s < _LEAST_BYTES_PER_S:
+        raise ValueError(
+            f"storage option 'max_bandwidth' must be a bandwidth such as '5Gbit' (per second) or '600MB' (bytes per "
+            f"second) of at least 64 KiB per second, got {value!r}"
+        )
+    return bytes_per_s
+
+
 def _flat(cloud: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     """Yield the options under obstore's names. Values of None are left out."""
     known = _CONFIG[cloud] | _CLIENT
-    names = {name: name for name in known}
+    names = {name: name for name in (*known, "single_writer")}
     if cloud == "s3":
         names |= {**_S3FS, "profile": "profile", "client_kwargs": "client_kwargs"}
     if cloud != "http":
@@ -377,7 +429,7 @@ def _flat(cloud: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         elif name is not None:
             yield name, value
         else:
-            suggestion = _near(lower, {*names, "verify"})
+            suggestion = _near(lower, {*names, "verify", *_LIMITS})
             raise ValueError(f"unknown storage option {given_name!r} for {cloud}://{suggestion}")
 
 
@@ -452,6 +504,14 @@ def _parsed(name: str, value: Any) -> Any:
         except ValueError as error:
             raise ValueError(f"storage option {name!r}: {error}") from None
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def parse_single_writer(value: Any) -> bool:
+    """Parse the storage option `single_writer`: a bool, or text that parse_bool() accepts. Raises ValueError."""
+    try:
+        return parse_bool(value)
+    except ValueError as error:
+        raise ValueError(f"storage option 'single_writer': {error}") from None
 
 
 def parse_limit(name: str, value: Any) -> timedelta:

@@ -1,21 +1,20 @@
-"""Range reads: a planner coalesces spans into requests, and threads execute them into the caller's buffers."""
+"""Range reads: a planner coalesces spans into requests; a landing stores their bytes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import Empty, SimpleQueue
-from threading import Condition
+from threading import Lock
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
-from tiercache.store.contract import Buffer, Span
-from tiercache.store.retry import CallLimit
+from tiercache.store.coalescing import RequestCosts, cheapest_ranges
+from tiercache.store.contract import Receive, Span
 
 
 def check_spans(spans: Sequence[Span]) -> None:
@@ -46,91 +45,127 @@ class Request:
     targets: tuple[tuple[int, memoryview], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RequestSizes:
-    """Largest gap between two spans that is read and discarded to save a request, and the maximum size of a request."""
+def plan_requests(spans: Sequence[Span], costs: RequestCosts) -> tuple[Request, ...]:
+    """Return the cheapest requests for the spans. Each byte of each span is in exactly one target of one request.
 
-    gap_bytes: int = 64 << 10
-    part_bytes: int = 8 << 20
-
-
-def plan_requests(spans: Sequence[Span], sizes: RequestSizes) -> tuple[Request, ...]:
-    """Coalesce neighbouring spans and split long ones. Each byte of each span is in exactly one piece of one request.
-
-    Spans may overlap and come in any order; the overlap is read more than once. An empty span needs no request.
+    Spans may overlap and come in any order; the overlap is read more than once, so that the targets of a request do not
+    overlap. An empty span needs no request.
     """
-    requests: list[Request] = []
-    start = end = 0
-    targets: list[tuple[int, memoryview]] = []
-    for span, buffer in sorted(_cut(spans, sizes.part_bytes), key=lambda item: item[0].start):
-        joins = targets and end <= span.start <= end + sizes.gap_bytes and span.end - start <= sizes.part_bytes
-        if not joins:
-            if targets:
-                requests.append(Request(ByteRange(start, end), tuple(targets)))
-            start, targets = span.start, []
-        targets.append((span.start - start, buffer))
-        end = span.end
-    if targets:
-        requests.append(Request(ByteRange(start, end), tuple(targets)))
-    return tuple(requests)
+    layers: list[list[Span]] = []  # each without overlap; there is only one unless spans overlap
+    for span, buffer in sorted((item for item in spans if item[0].n_bytes), key=lambda item: item[0].start):
+        layer = next((one for one in layers if one[-1][0].end <= span.start), None)
+        if layer is None:
+            layers.append(layer := [])
+        layer.append((span, buffer))
+    requests = [request for layer in layers for request in _plan_layer(layer, costs)]
+    return tuple(sorted(requests, key=lambda request: request.range.start))
 
 
-def _cut(spans: Sequence[Span], part_bytes: int) -> list[Span]:
-    """Return the non-empty spans, split into spans of nearly equal length of at most part_bytes."""
-    parts: list[Span] = []
+def _plan_layer(spans: Sequence[Span], costs: RequestCosts) -> list[Request]:
+    """Return the cheapest requests for spans in ascending order that do not overlap."""
+    ranges = cheapest_ranges([span for span, _ in spans], costs)
+    targets: list[list[tuple[int, memoryview]]] = [[] for _ in ranges]
+    number = 0
     for span, buffer in spans:
-        n_parts = -(-span.n_bytes // part_bytes)
-        if n_parts <= 1:
-            parts.extend([(span, buffer)] if span.n_bytes else [])
-            continue
-        step = -(-span.n_bytes // n_parts)
-        for offset in range(0, span.n_bytes, step):
-            piece = buffer[offset : offset + step]
-            parts.append((ByteRange(span.start + offset, span.start + offset + piece.nbytes), piece))
-    return parts
+        at = span.start
+        while at < span.end:
+            while ranges[number].end <= at:
+                number += 1
+            end = min(ranges[number].end, span.end)
+            targets[number].append((at - ranges[number].start, buffer[at - span.start : end - span.start]))
+            at = end
+    return [Request(one, tuple(pieces)) for one, pieces in zip(ranges, targets, strict=True)]
 
 
 T = TypeVar("T")
 
 # numpy releases the GIL while it copies; below this size, releasing it costs more than the copy.
 _GIL_DROP_BYTES = 32 << 10
-# Maximum delay of a cancellation: a thread cannot wait for an Event and for futures at the same time.
-_CANCEL_POLL_S = 0.05
 
 
-class BufferGuard:
-    """Guard of the caller's buffers: copies succeed only while the call runs.
+class Landing:
+    """Destination of the bytes of one request, for all attempts of the request. Safe for threads.
 
-    The lock guards the closed state and the number of running copies; bytes are copied outside the lock.
+    Each byte is stored once, by the attempt that brings it first, and in order. The lock is held while bytes are
+    stored, so that none are after close() has returned.
+
+    Args:
+        store: Function that stores the bytes from an offset of the request on.
+
+    Attributes:
+        n_bytes: Number of bytes from the start of the request that are stored.
+        error: Error that store() raised; the request is over then.
     """
 
-    def __init__(self) -> None:
-        self.is_closed = False
-        self._changed = Condition()
-        self._n_copies = 0
+    def __init__(self, store: Callable[[int, memoryview], object]) -> None:
+        self.n_bytes = 0
+        self.error: BaseException | None = None
+        self._store = store
+        self._lock = Lock()
+        self._is_closed = False
 
-    def copy(self, target: memoryview, data: Buffer) -> bool:
-        """Copy data (of the same length) into target. Returns False, and writes nothing, when the call is over."""
-        with self._changed:
-            if self.is_closed:
+    def add(self, offset: int, data: memoryview) -> bool:
+        """Store the bytes from this offset of the request on, as far as they are new; return whether any were.
+
+        The offset is at most n_bytes. An error of store() is kept, not raised: it is none of the store's own errors.
+        """
+        with self._lock:
+            n_known = self.n_bytes - offset
+            if self._is_closed or n_known >= data.nbytes:
                 return False
-            self._n_copies += 1
-        try:
-            if target.nbytes < _GIL_DROP_BYTES:
-                target[:] = data
-            else:
-                np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(data, np.uint8))
-        finally:
-            with self._changed:
-                self._n_copies -= 1
-                self._changed.notify_all()
-        return True
+            try:
+                self._store(self.n_bytes, data[n_known:] if n_known else data)
+            except BaseException as error:  # noqa: BLE001 - the user's code; the attempt raises it
+                self.error, self._is_closed = error, True
+                return False
+            self.n_bytes = offset + data.nbytes
+            return True
 
     def close(self) -> None:
-        """Refuse further copies and wait for running copies."""
-        with self._changed:
-            self.is_closed = True
-            self._changed.wait_for(lambda: not self._n_copies)
+        """Refuse further bytes, and wait until none are being stored."""
+        with self._lock:
+            self._is_closed = True
+
+
+def land_in_buffers(request: Request) -> Landing:
+    """Return the landing of a request in the buffers of its spans."""
+
+    def copy(start: int, buffer: memoryview, at: int, data: memoryview) -> None:
+        _copy(buffer[at - start : at - start + data.nbytes], data)
+
+    return _landing(request, copy)
+
+
+def land_in_pieces(request: Request, receive: Receive) -> Landing:
+    """Return the landing of a request whose spans are received in pieces; the buffers of the spans are not touched."""
+    return _landing(request, lambda _start, _buffer, at, data: receive(request.range.start + at, data))
+
+
+def _landing(request: Request, store_part: Callable[[int, memoryview, int, memoryview], object]) -> Landing:
+    """Return a landing that passes each arrived part of a target to store_part(start, buffer, at, data).
+
+    start and buffer are those of the target; the part begins at offset `at` of the request.
+    """
+
+    def store(offset: int, data: memoryview) -> None:
+        for start, buffer in request.targets:
+            at, end = max(start, offset), min(start + buffer.nbytes, offset + data.nbytes)
+            if at < end:
+                store_part(start, buffer, at, data[at - offset : end - offset])
+
+    return Landing(store)
+
+
+def untouched_spans(ranges: Sequence[ByteRange]) -> list[Span]:
+    """Return spans of which only the lengths count: views of one byte, repeated."""
+    return [(wanted, np.broadcast_to(np.uint8(0), wanted.n_bytes).data) for wanted in ranges]
+
+
+def _copy(target: memoryview, data: memoryview) -> None:
+    if target.nbytes < _GIL_DROP_BYTES:
+        target[:] = data
+    else:
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(data, np.uint8))
 
 
 class ProcessLocal(Generic[T]):
@@ -157,9 +192,9 @@ class ProcessLocal(Generic[T]):
                 self._dispose(created)
         return value
 
-    def is_current(self, value: T) -> bool:
-        """Return whether value is still this process's value, that is, no thread has dropped it."""
-        return self._values.get(os.getpid()) is value
+    def find(self) -> T | None:
+        """Return this process's value if there is one."""
+        return self._values.get(os.getpid())
 
     def drop(self) -> None:
         """Dispose of this process's value; the next get() creates a new one."""
@@ -169,83 +204,8 @@ class ProcessLocal(Generic[T]):
 
 
 def worker_pool(n_threads: int) -> ProcessLocal[ThreadPoolExecutor]:
-    """Return the threads for requests, created at first use. The owner closes them with drop()."""
+    """Return the threads of a pool, created at first use. The owner closes them with drop()."""
     return ProcessLocal(
         lambda: ThreadPoolExecutor(n_threads, thread_name_prefix="tiercache-store"),
         lambda pool: pool.shutdown(wait=False, cancel_futures=True),
     )
-
-
-def read_requests(
-    requests: Sequence[Request],
-    read_one: Callable[[Request, BufferGuard], None],
-    pool: ProcessLocal[ThreadPoolExecutor],
-    limit: CallLimit,
-) -> None:
-    """Execute all requests in parallel. After the call has returned or raised, no buffer is written.
-
-    A single request runs in the calling thread, unless the caller may end the call early. read_one sends one request
-    and copies its bytes through the BufferGuard. Raises the first error of a request, or the error of the limit.
-    """
-    limit.check()
-    guard = BufferGuard()
-    if runs_in_caller(requests, limit):
-        try:
-            for request in requests:
-                read_one(request, guard)
-        finally:
-            guard.close()  # an abandoned attempt may still run
-        return
-    # Get the pool once: if the store is closed between two requests, another get() would create a pool without owner.
-    threads = pool.get()
-
-    def read_bounded(request: Request) -> None:
-        with limit.running():
-            read_one(request, guard)
-
-    futures: list[Future[None]] = []
-    limit.queue()
-    try:
-        for request in requests:
-            try:
-                futures.append(threads.submit(read_bounded, request))
-            except RuntimeError as error:
-                if pool.is_current(threads):  # the system cannot start a thread
-                    raise
-                raise _closed(limit) from error
-        _wait_all(futures, limit)
-    finally:
-        guard.close()
-        limit.stop.set()
-        for future in futures:
-            future.cancel()
-
-
-def runs_in_caller(requests: Sequence[Request], limit: CallLimit) -> bool:
-    """Return whether read_requests() executes the requests in the calling thread."""
-    return len(requests) <= 1 and limit.is_endless
-
-
-def _wait_all(futures: Sequence[Future[None]], limit: CallLimit) -> None:
-    # Not concurrent.futures.wait(): it never sees the end of a request that close() cancels before a thread starts it.
-    ended: SimpleQueue[Future[None]] = SimpleQueue()
-    for future in futures:
-        future.add_done_callback(ended.put)
-    n_pending = len(futures)
-    while n_pending:
-        timeout_s = limit.left_s
-        if limit.cancel is not None:
-            timeout_s = _CANCEL_POLL_S if timeout_s is None else min(timeout_s, _CANCEL_POLL_S)
-        try:
-            ended.get(timeout=None if timeout_s is None else max(timeout_s, 0.0)).result()
-            n_pending -= 1
-        except Empty:
-            pass
-        except CancelledError as error:
-            raise _closed(limit) from error
-        if n_pending:
-            limit.check()
-
-
-def _closed(limit: CallLimit) -> StoreError:
-    return StoreError(f"{limit.doing}: the store was closed during the call", url=limit.url, retryable=True)

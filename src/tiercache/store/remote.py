@@ -8,35 +8,49 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from threading import Event
 from typing import Protocol, TypeVar
+from urllib.parse import urlsplit
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
-from tiercache.store.contract import Buffer, SequentialUpload, Span, Store, Upload, check_key
+from tiercache.store.coalescing import RequestCosts
+from tiercache.store.contract import Buffer, Receive, SequentialUpload, Span, Store, Upload, check_key
+from tiercache.store.machine_limits import NO_LIMITS, MachineLimits, StoreLimits
+from tiercache.store.pacing import MOST_REQUESTS
 from tiercache.store.posix import TEMP_PREFIX
 from tiercache.store.range_reads import (
-    BufferGuard,
+    Landing,
     ProcessLocal,
     Request,
-    RequestSizes,
     check_spans,
+    land_in_buffers,
+    land_in_pieces,
     plan_requests,
-    read_requests,
-    runs_in_caller,
-    worker_pool,
+    untouched_spans,
 )
-from tiercache.store.retry import AbandonableAttempts, CallLimit, CallMonitor, RetryPolicy, with_retries
+from tiercache.store.request_runner import Attempt, Gate, RequestRunner
+from tiercache.store.retry import AbandonableAttempts, CallLimit, CallMonitor, RetryPolicy
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
 T = TypeVar("T")
 
-RETRYABLE_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+# Every failure of a server, such as 520 to 529 of content delivery networks, but what it does not implement or allow.
+RETRYABLE_STATUSES = frozenset((408, 425, 429, *range(500, 600))) - {501, 505, 511}
 # Statuses with which the server says that it did not execute the request; after other errors of a write this is
 # unknown.
-_NOT_EXECUTED = (429, 503)
+_NOT_EXECUTED = (429, 501, 503)
+# Statuses with which a server refuses the condition of a put, which it does not implement.
+_UNCONDITIONAL = (405, 501)
+# The name of an unfinished write, which no listing shows.
+_PROBE_KEY = f"{TEMP_PREFIX}conditional-put"
+# S3's codes of a status 409 with which it refuses a write because another one of the key is running.
+CONFLICT_CODES = ("ConditionalRequestConflict", "OperationAborted")
+# Statuses with which the server says that it gets too many requests; S3 sends 503 SlowDown.
+_THROTTLED = (429, 503)
 _BEYOND_END = 416
 _DELETE_KEYS = 1000
 # An object of at most this size is written by one request, also with if_absent.
@@ -103,8 +117,8 @@ class ObjectClient(ABC):
         """Return the description of an object."""
 
     @abstractmethod
-    def get(self, key: str, on_piece: Callable[[], None]) -> bytes:
-        """Return a whole object; call on_piece for each piece of a long body that has arrived."""
+    def get(self, key: str, on_piece: Callable[[int], object]) -> bytes:
+        """Return a whole object; call on_piece with the size of each piece of the body that has arrived."""
 
     @abstractmethod
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
@@ -123,6 +137,10 @@ class ObjectClient(ABC):
     @abstractmethod
     def put_new(self, key: str, body: bytes) -> ObjectInfo | None:
         """Write a whole object if the key is free. Return the object if the answer describes it."""
+
+    def put_new_by_store(self, key: str, body: bytes) -> None:
+        """Write a whole object if the key is free, by nothing but the store's own condition."""
+        self.put_new(key, body)
 
     @abstractmethod
     def delete(self, keys: Sequence[str]) -> None:
@@ -156,26 +174,49 @@ def _may_have_taken_effect(error: StoreError) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ReadSettings:
-    """How a store reads: retries, sizes of requests, threads of its pool, and the clock of its time limits."""
+    """How a store reads.
+
+    Attributes:
+        policy: Retries of a request.
+        costs: Costs of requests, from which their ranges follow.
+        most_requests: Largest number of requests at once.
+        clock: Clock of the time limits.
+        adapts: Whether late requests are hedged and sent again, and a store that throttles is left alone.
+    """
 
     policy: RetryPolicy = field(default_factory=RetryPolicy)
-    sizes: RequestSizes = field(default_factory=RequestSizes)
-    n_threads: int = 16
+    costs: RequestCosts = field(default_factory=RequestCosts)
+    most_requests: int = MOST_REQUESTS
     clock: Clock = SYSTEM_CLOCK
+    adapts: bool = True
 
 
 class RemoteStore(Store):
     """Objects that an ObjectClient reads and writes. Each process creates its client and threads at first use.
 
-    Safe for threads. A subclass opens the client.
+    Safe for threads. A subclass opens the client. is_single_writer says that the user promises that one process writes
+    at a time: conditional puts are then a look at the key and a put.
+
+    Attributes:
+        limits: Limits that the user has set for all processes of the machine together.
     """
 
-    def __init__(self, url: str, timeout_s: float, settings: ReadSettings) -> None:
-        self.url, self._timeout_s, self._settings = url, timeout_s, settings
-        self.counters = Counters("requests", "bytes_read", "bytes_written")
+    def __init__(
+        self,
+        url: str,
+        timeout_s: float,
+        settings: ReadSettings,
+        limits: StoreLimits = NO_LIMITS,
+        *,
+        is_single_writer: bool = False,
+    ) -> None:
+        self._is_single_writer = is_single_writer
+        self._may_commit = is_single_writer  # or known from a test of conditional puts
+        self.url, self._timeout_s, self._settings, self.limits = url, timeout_s, settings, limits
+        self.counters = Counters("requests", "bytes_read", "bytes_written", "retries", "hedges", "throttled")
         self._client: ProcessLocal[ObjectClient] = ProcessLocal(self._open_client, lambda client: client.close())
-        self._pool = worker_pool(settings.n_threads)
-        self._calls = ProcessLocal(CallMonitor, CallMonitor.close)
+        self._runner = ProcessLocal(self._open_runner, RequestRunner.close)
+        self._calls = ProcessLocal(lambda: CallMonitor(self._end_idle_threads), CallMonitor.close)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
@@ -185,6 +226,33 @@ class RemoteStore(Store):
         """Return a new client for this process, without sending a request."""
 
     @property
+    def machine_name(self) -> str:
+        """Name of the store on this machine: stores with the same name share limits and back-off."""
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.netloc}" if parts.netloc else self.url
+
+    def _open_runner(self) -> RequestRunner:
+        settings = self._settings
+        gate = Gate(MachineLimits(self.machine_name, self.limits), settings.most_requests, settings.clock)
+        return RequestRunner(
+            gate, settings.policy, settings.most_requests, settings.clock, self.counters, adapts=settings.adapts
+        )
+
+    def _end_idle_threads(self) -> None:
+        runner = self._runner.find()
+        if runner is not None:
+            runner.end_idle_threads()
+
+    def _note_failure(self, error: StoreError) -> float:
+        """Count a throttled request. Return the least seconds until the next attempt."""
+        # The seconds of Retry-After, from clients that show it: not obstore.
+        retry_after_s = float(str(error.details.get("retry_after_s", 0.0)))
+        if error.status not in _THROTTLED or not self._settings.adapts:
+            return retry_after_s
+        self.counters.add("throttled")
+        return max(self._runner.get().gate.note_throttled(), retry_after_s)
+
+    @property
     def client(self) -> ObjectClient:
         """This process's client, which sends single requests."""
         return self._client.get()
@@ -192,7 +260,7 @@ class RemoteStore(Store):
     def close(self) -> None:
         """End the threads of this process and close its connections. Running calls are not retried any more."""
         self._calls.drop()
-        self._pool.drop()
+        self._runner.drop()
         self._client.drop()
 
     def call_limit(
@@ -208,18 +276,22 @@ class RemoteStore(Store):
             clock=self._settings.clock,
             timeout_s=self._timeout_s,
             endpoint=client.wait_target,
+            on_failure=self._note_failure,
+            counters=self.counters,
         )
 
-    def _read(self, key: str, doing: str, request: Callable[[ObjectClient, CallLimit], T]) -> T:
-        """Return the result of a read-only request. A request whose time is over is abandoned with its thread."""
+    def _read(self, key: str, doing: str, request: Callable[[ObjectClient, Attempt], T], n_bytes: int = 0) -> T:
+        """Return the result of a read-only request of n_bytes (0: unknown)."""
         limit = self.call_limit(key, doing)
 
-        def attempt() -> T:
+        def send(attempt: Attempt) -> T:
             client = self.client
             with client.errors(key, doing):
-                return request(client, limit)
+                return request(client, attempt)
 
-        return self._calls.get().run(attempt, self._settings.policy, limit, self.client.abandonable)
+        with self._calls.get().track(limit):
+            result: T = self._runner.get().run([(n_bytes, send)], limit)[0]
+        return result
 
     def _write(self, key: str, doing: str, request: Callable[[ObjectClient], T], *, is_conditional: bool = False) -> T:
         """Return the result of a write request.
@@ -249,12 +321,12 @@ class RemoteStore(Store):
     def head(self, key: str) -> ObjectInfo:
         """Send one HEAD."""
         check_key(key)
-        return self._read(key, "head", lambda client, _limit: client.head(key))
+        return self._read(key, "head", lambda client, _attempt: client.head(key))
 
     def get(self, key: str) -> bytes:
         """Send one GET."""
         check_key(key)
-        data = self._read(key, "get", lambda client, limit: client.get(key, limit.progressed))
+        data = self._read(key, "get", lambda client, attempt: client.get(key, attempt.received))
         self.counters.add("bytes_read", len(data))
         return data
 
@@ -263,7 +335,7 @@ class RemoteStore(Store):
         check_key(key)
         if n_bytes <= 0:
             return b"", self.head(key)
-        tail, info = self._read(key, "read_tail", lambda client, _limit: client.tail(key, n_bytes))
+        tail, info = self._read(key, "read_tail", lambda client, _attempt: client.tail(key, n_bytes), n_bytes)
         self.counters.add("bytes_read", len(tail))
         return tail, info
 
@@ -282,21 +354,45 @@ class RemoteStore(Store):
         """
         check_key(key)
         check_spans(spans)
-        client = self.client
+        requests = plan_requests(spans, self._settings.costs)
         limit = self.call_limit(key, "read_into", deadline_s, cancel)
-        requests = plan_requests(spans, self._settings.sizes)
+        self._read_requests(key, [(request, land_in_buffers(request)) for request in requests], if_match, limit)
+
+    def read_pieces(
+        self,
+        key: str,
+        ranges: Sequence[ByteRange],
+        receive: Receive,
+        *,
+        if_match: str | None = None,
+        deadline_s: float | None = None,
+        cancel: Event | None = None,
+    ) -> None:
+        """Pass pieces of the client's buffers to receive(). All ranges are of one version of the object."""
+        check_key(key)
+        # Of this size, no range is split into two requests.
+        extent_bytes = max((one.end for one in ranges), default=0) - min((one.start for one in ranges), default=0)
+        costs = replace(self._settings.costs, max_bytes=max(extent_bytes, 1))
+        requests = plan_requests(untouched_spans(ranges), costs)
+        limit = self.call_limit(key, "read_pieces", deadline_s, cancel)
+        self._read_requests(key, [(request, land_in_pieces(request, receive)) for request in requests], if_match, limit)
+
+    def _read_requests(
+        self, key: str, requests: Sequence[tuple[Request, Landing]], if_match: str | None, limit: CallLimit
+    ) -> None:
+        """Execute the requests of one call. After it has returned or raised, no bytes are stored."""
+        client = self.client
         reading = _ObjectRead(client, key, if_match, limit)
         compares = not client.checks_etag and (if_match is not None or len(requests) > 1)
-        # A caller that waits for threads of the pool itself stops waiting when the time is over.
-        abandons = client.abandonable if runs_in_caller(requests, limit) else "none"
-
-        def read_one(request: Request, guard: BufferGuard) -> None:
-            with_retries(lambda: reading.attempt(request, guard), self._settings.policy, limit, abandons)
-
         if compares:
             reading.check_etag(self.head(key))
-        with self._calls.get().track(limit):
-            read_requests(requests, read_one, self._pool, limit)
+        try:
+            with self._calls.get().track(limit):
+                sends = [(one.range.n_bytes, partial(reading.attempt, one.range, landing)) for one, landing in requests]
+                self._runner.get().run(sends, limit)
+        finally:
+            for _, landing in requests:
+                landing.close()  # an attempt that was overtaken or abandoned may still run
         if compares:
             reading.check_etag(self.head(key))
 
@@ -318,9 +414,55 @@ class RemoteStore(Store):
 
     def put_new(self, key: str, body: bytes) -> ObjectInfo | None:
         """As put_if_absent(). Return the new object if the answer describes it. Raises KeyExists."""
+        if self._is_single_writer:
+            with suppress(NotFound):
+                self.head(key)
+                raise KeyExists
+            return self.put(key, body)
         info = self._write(key, "put_if_absent", lambda client: client.put_new(key, body), is_conditional=True)
         self.counters.add("bytes_written", len(body))
         return info
+
+    @property
+    def knows_conditional_put(self) -> bool:
+        """Whether the kind of the store alone says that it has conditional puts."""
+        return False
+
+    def require_conditional_put(self) -> None:
+        """Test the store once, by up to three requests: it must refuse the second of two puts of one key."""
+        if self._may_commit or self.knows_conditional_put:
+            return
+        was_created, reason = False, "the store ignores the condition of a put"
+        try:
+            try:
+                self._put_probe()
+            except StoreError as error:
+                if not error.maybe_done:
+                    raise
+            was_created = True
+            self._put_probe()  # must be refused
+        except KeyExists:
+            self._may_commit = True
+        except StoreError as error:
+            if error.status not in _UNCONDITIONAL and not error.details.get("unsupported"):
+                raise
+            reason = error.message
+        finally:
+            if was_created:  # else another process tests the store now, or its test was interrupted
+                with suppress(StoreError):
+                    self.delete([_PROBE_KEY])
+        if not self._may_commit:
+            raise StoreError(
+                f"{reason}: of two writers that commit at the same time, one would lose its data without an error; if "
+                "only one process writes at a time, say so with storage_options={'single_writer': True}",
+                url=self.url,
+            )
+
+    def _put_probe(self) -> None:
+        def put(client: ObjectClient) -> None:
+            client.put_new_by_store(_PROBE_KEY, b"")
+
+        self._write(_PROBE_KEY, "put_if_absent", put, is_conditional=True)
 
     def create(self, key: str) -> Upload:
         """Start an upload that streams its parts. Up to 16 MiB are written by one request."""
@@ -348,16 +490,23 @@ class RemoteStore(Store):
         after: str | None = None
         pages: Iterator[Sequence[ObjectInfo]] | None = None
 
-        def next_page(client: ObjectClient, _limit: CallLimit) -> Sequence[ObjectInfo] | None:
+        def next_page() -> Sequence[ObjectInfo] | None:
             nonlocal pages
+            client = self.client
             try:
-                pages = client.pages(folder, after) if pages is None else pages
-                return next(pages, None)
+                with client.errors(folder, "list"):
+                    pages = client.pages(folder, after) if pages is None else pages
+                    return next(pages, None)
             except BaseException:
                 pages = None  # the next attempt begins after the last key
                 raise
 
-        while (page := self._read(folder, "list", next_page)) is not None:
+        def read_page() -> Sequence[ObjectInfo] | None:
+            # Not by the runner: a page follows from the page before, so two attempts must not run at once.
+            limit = self.call_limit(folder, "list")
+            return self._calls.get().run(next_page, self._settings.policy, limit, self.client.abandonable)
+
+        while (page := read_page()) is not None:
             for info in page:
                 after = info.key
                 if not any(segment.startswith(TEMP_PREFIX) for segment in info.key.split("/")):
@@ -409,50 +558,49 @@ class _ObjectRead:
     def __init__(self, client: ObjectClient, key: str, if_match: str | None, limit: CallLimit) -> None:
         self._client, self._key, self._limit = client, key, limit
         self._seen: dict[str, str] = {} if if_match is None else {"etag": if_match}
-        self._n_landed: dict[int, int] = {}  # start of a request -> most bytes that any attempt has received
 
-    def attempt(self, request: Request, guard: BufferGuard) -> None:
-        """Send one request and copy its bytes into the buffers."""
-        client, byte_range = self._client, request.range
+    def attempt(self, byte_range: ByteRange, landing: Landing, attempt: Attempt) -> None:
+        """Send one request and store its bytes.
+
+        It continues after the bytes of earlier attempts, if the answer says that they are of the same version.
+        """
+        client = self._client
         etag = self._seen.get("etag")
         condition = None if etag is None or etag.startswith("W/") else etag  # HTTP: a weak ETag never matches If-Match
+        start = landing.n_bytes if self._seen else 0
+        wanted = ByteRange(byte_range.start + start, byte_range.end)
+        if not wanted.n_bytes:
+            return  # another attempt has brought the rest, and is about to end
+        position, info = start, None
         try:
             with client.errors(self._key, "read_into"):
-                info, body = client.range(self._key, byte_range, condition)
+                info, body = client.range(self._key, wanted, condition)
                 if info is not None:
                     self.check_etag(info)
                     self._check_end(info.n_bytes, byte_range)
-                n_read = self._land(body, request, guard)
+                for data in body:
+                    if attempt.is_over or landing.error is not None:
+                        break
+                    is_new = landing.add(position, data)
+                    position += data.nbytes
+                    attempt.received(data.nbytes, has_new=is_new)  # bytes that had come before are no progress
         except ObjectChanged as error:
             raise ObjectChanged(url=client.url_of(self._key), expected=etag, found=error.found) from None
         except StoreError as error:
             if error.status == _BEYOND_END:
                 raise self._too_far(byte_range, "before the range") from None
             raise
-        if n_read != byte_range.n_bytes and not guard.is_closed:
+        finally:
+            client.counters.add("bytes_read", position - start)
+        if landing.error is not None:
+            raise landing.error
+        if position != byte_range.end - byte_range.start and not attempt.is_over:
             if info is None:
                 with client.errors(self._key, "head"):
                     info = client.head(self._key)
                 self._check_end(info.n_bytes, byte_range)
-            message = f"read_into: received only {n_read} bytes of the range [{byte_range.start}, {byte_range.end})"
+            message = f"read_into: received only {position - start} bytes of the range [{wanted.start}, {wanted.end})"
             raise StoreError(message, url=client.url_of(self._key), retryable=True)
-        client.counters.add("bytes_read", n_read)
-
-    def _land(self, body: Iterable[memoryview], request: Request, guard: BufferGuard) -> int:
-        """Copy the body to the request's pieces as it arrives. Return the number of bytes received."""
-        n_read = 0
-        for data in body:
-            if guard.is_closed:
-                break
-            for offset, buffer in request.targets:
-                start, end = max(offset, n_read), min(offset + buffer.nbytes, n_read + data.nbytes)
-                if start < end:
-                    guard.copy(buffer[start - offset : end - offset], data[start - n_read : end - n_read])
-            n_read += data.nbytes
-            if n_read > self._n_landed.get(request.range.start, 0):  # only new bytes are progress
-                self._n_landed[request.range.start] = n_read
-                self._limit.progressed()
-        return n_read
 
     def check_etag(self, info: ObjectInfo) -> None:
         """Raise ObjectChanged if the description is that of another version than those seen before."""
@@ -506,8 +654,9 @@ class _RemoteUpload(SequentialUpload):
             with suppress(NotFound):
                 self._store.head(self.key)
                 return None
-        writer, self._writer = self._writer, None
-        return self._store.publish(self.key, writer, self._n_bytes)
+        info = self._store.publish(self.key, self._writer, self._n_bytes)
+        self._writer = None  # after an error, discard() aborts it
+        return info
 
     def discard(self) -> None:
         self._held = []

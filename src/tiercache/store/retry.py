@@ -14,6 +14,7 @@ from threading import Event
 from typing import Literal, TypeAlias, TypeVar
 
 from tiercache.errors import StoreError
+from tiercache.stats import Counters
 from tiercache.waiting import Clock, must_fail_fast, note_answer, pause
 
 T = TypeVar("T")
@@ -41,18 +42,17 @@ _thread_state = threading.local()
 class RetryPolicy:
     """Number of attempts, and the pauses between them: exponential backoff with full jitter.
 
-    A pause is drawn uniformly between 0 and first_s, 2 first_s, 4 first_s, ..., at most longest_s. The defaults pause
-    for about 26 s in total, so that the restart of a store (about 10 s) does not end a training run. A call's CallLimit
-    may end its retries earlier.
+    A pause is drawn uniformly between 0 and first_s, 2 first_s, 4 first_s, ..., at most longest_s; after progress, it
+    starts again with first_s. By default the number of attempts has no limit: the CallLimit of a call ends its retries.
     """
 
-    n_attempts: int = 12
+    n_attempts: float = math.inf
     first_s: float = 0.1
     longest_s: float = 10.0
 
     def pause_s(self, n_failed: int) -> float:
         """Return the seconds to wait after the n_failed-th failure, counted from 1."""
-        return _jitter.uniform(0.0, min(self.longest_s, self.first_s * 2.0 ** (n_failed - 1)))
+        return _jitter.uniform(0.0, min(self.longest_s, self.first_s * 2.0 ** min(n_failed - 1, 60)))
 
 
 @contextmanager
@@ -68,6 +68,12 @@ def stop_retries_when(unwanted: Event | None) -> Iterator[None]:
         _thread_state.unwanted = before
 
 
+def is_unwanted() -> bool:
+    """Return whether what this thread does is not needed any more: see stop_retries_when()."""
+    unwanted: Event | None = getattr(_thread_state, "unwanted", None)
+    return unwanted is not None and unwanted.is_set()
+
+
 class CallLimit:
     """The time limits of one call: its deadline, its cancellation, and timeout_s since its last progress.
 
@@ -77,6 +83,8 @@ class CallLimit:
 
     deadline_s is the number of seconds from now within which the whole call must end. endpoint() returns the name of
     what the call waits for now: the server, or the source of its keys. Setting `stop` ends pauses and retries.
+    on_failure(error) is called after each failed attempt, and returns the least seconds until the next one. Retries are
+    counted in counters.
     """
 
     def __init__(
@@ -89,9 +97,12 @@ class CallLimit:
         clock: Clock,
         timeout_s: float | None = None,
         endpoint: Callable[[], str] | None = None,
+        on_failure: Callable[[StoreError], float] = lambda _error: 0.0,
+        counters: Counters | None = None,
     ) -> None:
         self.url, self.doing, self.cancel, self.clock = url, doing, cancel, clock
         self.stop = Event()
+        self.on_failure, self.counters = on_failure, counters
         self.deadline_s, self.timeout_s = deadline_s, timeout_s
         self._unwanted: Event | None = getattr(_thread_state, "unwanted", None)
         self._endpoint = endpoint
@@ -102,16 +113,12 @@ class CallLimit:
         self.is_reported = False
         self._in_pool = False  # whether threads of a pool, of which these run now, execute the call
         self._running: set[int] = set()
+        self._n_paced = 0  # threads in pacing()
 
     @property
     def endpoint(self) -> str:
         """Name of the server, or of the source of credentials, for which the call waits now."""
         return self.url if self._endpoint is None else self._endpoint()
-
-    @property
-    def is_endless(self) -> bool:
-        """Whether the caller has set neither a deadline nor a cancel event."""
-        return self.deadline_s is None and self.cancel is None
 
     @property
     def is_unwanted(self) -> bool:
@@ -120,8 +127,8 @@ class CallLimit:
 
     @property
     def waited_s(self) -> float:
-        """Seconds since the last progress."""
-        return 0.0 if self._is_queued else self.clock.monotonic() - self._progress_s
+        """Seconds since the last progress; 0 while threads wait as the user's bandwidth demands."""
+        return 0.0 if self._is_queued or self._n_paced else self.clock.monotonic() - self._progress_s
 
     @property
     def left_s(self) -> float | None:
@@ -148,6 +155,15 @@ class CallLimit:
             yield
         finally:
             self._running.discard(threading.get_ident())
+
+    @contextmanager
+    def pacing(self) -> Iterator[None]:
+        """Wait as the user's own limit demands: that is no wait for the store."""
+        self._n_paced += 1
+        try:
+            yield
+        finally:
+            self._n_paced -= 1
 
     def progressed(self) -> None:
         """Record that new bytes have arrived."""
@@ -186,9 +202,13 @@ class CallMonitor:
 
     While calls run, a watcher thread looks at them twice a second. Only one of several waiting calls is reported,
     because they mostly wait for the same reason. The lock guards the set of calls and the watcher.
+
+    Args:
+        on_idle: Function that the watcher calls when no call has been running for up to half a second.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_idle: Callable[[], object] = lambda: None) -> None:
+        self._on_idle = on_idle
         self._lock = threading.Lock()
         self._calls: set[CallLimit] = set()
         self._has_watcher = False
@@ -219,17 +239,23 @@ class CallMonitor:
         while not self._closed.wait(_LOOK_EVERY_S):
             self.look()
             with self._lock:
-                if not self._calls:
-                    self._has_watcher = False
-                    return
+                self._has_watcher = bool(self._calls)
+                if self._has_watcher:
+                    continue
+            self._on_idle()
+            return
 
     def look(self) -> None:
-        """Report a wait of more than 2 s, unless another wait has been reported."""
+        """Report a wait of more than 2 s, unless another wait has been reported.
+
+        Calls that have waited for half of that time count as reported with it: they wait for the same reason.
+        """
         with self._lock:
-            late = [limit for limit in self._calls if limit.waited_s >= REPORT_AFTER_S]
+            waiting = [limit for limit in self._calls if limit.waited_s >= REPORT_AFTER_S / 2]
+        late = [limit for limit in waiting if limit.waited_s >= REPORT_AFTER_S]
         if late and not any(limit.is_reported for limit in late):
             late[0].report()
-        for limit in late:
+        for limit in waiting if late else ():
             limit.is_reported = True
 
     def close(self) -> None:
@@ -254,18 +280,21 @@ def with_retries(
             is_left = abandons == "all" or (abandons == "retries" and n_failed > 0)
             answer = _in_time(attempt, limit) if is_left else attempt()
         except StoreError as error:
-            n_failed += 1
+            least_s = limit.on_failure(error)
+            n_failed = n_failed + 1 if limit.error is not None else 1  # None: progress since the last failure
             if error.details.get("renewed"):  # new credentials are available
                 if has_renewed:  # the new credentials were refused too
                     raise
                 has_renewed = True
                 continue
-            pause_s = policy.pause_s(n_failed)
+            pause_s = max(policy.pause_s(n_failed), least_s)
             if n_failed >= policy.n_attempts or not _is_worth_repeating(error, limit, pause_s):
                 raise
             limit.error = error
             if not pause(pause_s, limit.clock, limit.stop):
                 raise
+            if limit.counters is not None:
+                limit.counters.add("retries")
         else:
             note_answer(limit.endpoint)
             return answer

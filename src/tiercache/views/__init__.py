@@ -1,7 +1,9 @@
-"""The records that the loader and `Dataset` read: versions, views of them, and several data sets joined or mixed.
+"""The records that the loader and `Dataset` read: versions, views of them, and data sets joined, mixed or zipped.
 
 `records` has `Records`, its tree of nodes and the steps of views; `scan` evaluates filters and yields Arrow batches;
-`selection` has `Selection`, the runs of record numbers.
+`selection` has `Selection`, the runs of record numbers; `split` makes disjoint parts; `zipped` puts the columns of two
+versions side by side; `packing` makes rows of tokens of documents; `plans` divides a reading
+plan among versions.
 """
 
 from tiercache.views.records import Records, RecordsSpec, join, mix

@@ -10,7 +10,6 @@ import pickle
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -19,13 +18,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 import numpy as np
 
 from tiercache.errors import NotFound, ObjectChanged
-from tiercache.model import NEVER, PublishedPlan, ReadingPlan, SourcePart
-from tiercache.opened_version import OpenedVersion, VersionSpec
+from tiercache.model import PublishedPlan, ReadingPlan, SourcePart
 from tiercache.order import BlockSizes
-from tiercache.order.mixture import MixtureSpec, StoredMixture
+from tiercache.order.epoch_order import derive_key
+from tiercache.order.explicit import PermutedOrder
+from tiercache.order.mixture import MixtureSpec, Schedule, StoredMixture
 from tiercache.shard.read.values import join_arrow, join_values
 from tiercache.shard.schema import Schema, check_same_columns
 from tiercache.shard.versions.segments import as_arrow
+from tiercache.views.plans import PublishedPlans, plan_of
 from tiercache.views.scan import matching
 from tiercache.views.selection import BlockSpans, RowTables, Selection
 
@@ -36,9 +37,11 @@ if TYPE_CHECKING:
 
     from tiercache.cache import WarmProgress
     from tiercache.model import CloseListener
+    from tiercache.order.explicit import ServedOrder
     from tiercache.shard.format.statistics import Statistics
     from tiercache.shard.read.blocks import Blocks
     from tiercache.shard.read.values import ColumnValues
+    from tiercache.views.leaf import Leaf, LeafSpec
 
 Stop = Literal["first", "all"]
 # Number of threads that read footers of several versions in parallel.
@@ -47,7 +50,7 @@ _NO_BLOCKS = BlockSizes(np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 class Step:
-    """One step of a view, evaluated anew on each version. Picklable."""
+    """One step of a view, evaluated anew on each version. Picklable; str() is the call that makes it."""
 
     __slots__ = ()
     # Whether the step selects by place alone, so that it can be merged into a list of records before it.
@@ -70,6 +73,9 @@ class RangeStep(Step):
         n = records.n_records
         return Selection.span(min(self.start, n), n if self.stop is None else min(self.stop, n))
 
+    def __str__(self) -> str:
+        return f"skip({self.start:,})" if self.stop is None else f"take({self.stop:,})"
+
 
 @dataclass(frozen=True, slots=True)
 class ShardStep(Step):
@@ -83,6 +89,9 @@ class ShardStep(Step):
         length, n_longer = divmod(records.n_records, self.n_shards)
         start = self.index * length + min(self.index, n_longer)
         return Selection.span(start, start + length + (self.index < n_longer))
+
+    def __str__(self) -> str:
+        return f"shard({self.n_shards}, {self.index})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +109,30 @@ class SelectStep(Step):
             )
         return self.selection
 
+    def __str__(self) -> str:
+        return f"select(<{len(self.selection):,} numbers>)"
+
+
+@dataclass(frozen=True, slots=True)
+class ShuffleStep(Step):
+    """All records in a random order, which follows from the seed and the number of records."""
+
+    seed: int
+
+    def choose(self, records: Records) -> Selection:
+        """See Step.choose."""
+        n = records.n_records
+        span = Selection.span(0, n)
+        return Selection(span.starts, span.first, shuffled_order(self.seed, n)) if n else span
+
+    def __str__(self) -> str:
+        return f"shuffle({self.seed})"
+
+
+def shuffled_order(seed: int, n: int) -> PermutedOrder:
+    """Return the order of `shuffle` for n records, 1 or more. It must never change: states and splits depend on it."""
+    return PermutedOrder(derive_key(seed, "shuffle of a view"), n)
+
 
 class StoredOrderStep(Step):
     """All records, sorted in stored order; mix() applies it to records with an explicit order."""
@@ -112,6 +145,9 @@ class StoredOrderStep(Step):
         order = records.record_order
         return Selection.span(0, records.n_records) if order is None else Selection.of(np.argsort(order))
 
+    def __str__(self) -> str:
+        return "in stored order"
+
 
 @dataclass(frozen=True, slots=True)
 class FilterStep(Step):
@@ -123,6 +159,9 @@ class FilterStep(Step):
     def choose(self, records: Records) -> Selection:
         """See Step.choose. Raises SchemaError for an unknown column, and the errors of reading."""
         return matching(records, self.expression)
+
+    def __str__(self) -> str:
+        return f"filter({self.expression})"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # 0.6 KB instead of 2.2 KB, most of which are zeros.
@@ -164,10 +203,13 @@ def _view_node(below: Node, steps: tuple[Step, ...], packed: tuple[Any, ...] | N
 
 @dataclass(frozen=True, slots=True)
 class JoinNode:
-    """The records of several nodes, one after the other, or mixed by weight. weights: Empty if they are not mixed."""
+    """The records of several nodes, one after the other, or mixed by weight.
+
+    weights: See `MixtureSpec.weights`; empty if the nodes are not mixed.
+    """
 
     below: tuple[Node, ...]
-    weights: tuple[int, ...] = ()
+    weights: tuple[int, ...] | Schedule = ()
     stop: Stop = "first"
 
 
@@ -179,7 +221,7 @@ Node: TypeAlias = ViewNode | JoinNode | None
 class RecordsSpec:
     """Small picklable description of records: everything needed to open them, and nothing that is open."""
 
-    leaves: tuple[VersionSpec, ...]
+    leaves: tuple[LeafSpec, ...]
     node: Node
 
     @property
@@ -190,30 +232,12 @@ class RecordsSpec:
     @property
     def versions(self) -> tuple[int, ...]:
         """Version number of each leaf."""
-        return tuple(leaf.version for leaf in self.leaves)
+        return tuple(version for leaf in self.leaves for version in leaf.versions)
 
     def open(self) -> Records:
         """Open the versions. A version that is joined several times is opened once."""
         opened = {id(leaf): leaf.open() for leaf in {id(leaf): leaf for leaf in self.leaves}.values()}
         return _build(self.node, iter([opened[id(leaf)] for leaf in self.leaves]), is_known=True)
-
-
-@dataclass(frozen=True, slots=True)
-class PublishedPlans:
-    """Several published plans as one (`model.PublishedPlan`)."""
-
-    every: tuple[PublishedPlan, ...]
-
-    def advance(self, clock: int) -> None:
-        """See PublishedPlan.advance; advances all of them."""
-        for one in self.every:
-            one.advance(clock)
-
-    def close(self) -> None:
-        """See PublishedPlan.close; closes all of them, even if one raises."""
-        with ExitStack() as closing:
-            for one in reversed(self.every):
-                closing.callback(one.close)
 
 
 class Records:
@@ -236,7 +260,7 @@ class Records:
 
     def __init__(
         self,
-        leaves: tuple[OpenedVersion, ...],
+        leaves: tuple[Leaf, ...],
         node: Node = None,
         selection: Selection | None = None,
         mixture: MixtureSpec | None = None,
@@ -261,13 +285,13 @@ class Records:
             self.n_records = len(self._mixed)
         self._read(leaves)
 
-    def _read(self, leaves: tuple[OpenedVersion, ...]) -> None:
+    def _read(self, leaves: tuple[Leaf, ...]) -> None:
         self.leaves = leaves
         self.opened_versions = tuple({id(leaf): leaf for leaf in leaves}.values())
         if self.node is None:  # one call less for each record of a whole version
             self.__dict__["record"] = leaves[0].record
 
-    def _over(self, leaves: Iterator[OpenedVersion]) -> Records:
+    def _over(self, leaves: Iterator[Leaf]) -> Records:
         """Return the same records of other objects of the same versions."""
         other = copy.copy(self)
         other._read(tuple(leaves))  # noqa: SLF001 -- of this class
@@ -277,6 +301,15 @@ class Records:
     def spec(self) -> RecordsSpec:
         """Description that opens the records again."""
         return RecordsSpec(tuple(leaf.spec for leaf in self.leaves), self.node)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Steps that made this view, as calls in order; () if the records are not a view."""
+        node, found = self.node, []
+        while isinstance(node, ViewNode):
+            found.append([str(step) for step in node.steps])
+            node = node.below
+        return tuple(step for steps in reversed(found) for step in steps)
 
     @property
     def url(self) -> str:
@@ -301,7 +334,7 @@ class Records:
         return Schema([c for c in first if all(found.get(c.name) == str(c) for found in types)])
 
     @cached_property
-    def record_order(self) -> NDArray[np.int64] | None:
+    def record_order(self) -> ServedOrder | None:
         """Place of each served record among the selected records in stored order, int64[n]; None: in that order.
 
         Of a mixture, the order of an unshuffled epoch: samplers number records by it.
@@ -321,6 +354,42 @@ class Records:
         return self.selection is None
 
     @property
+    def is_packed(self) -> bool:
+        """Whether records are packed rows (`views.packing`)."""
+        return self.leaves[0].fill_ratio is not None
+
+    @property
+    def fill_ratio(self) -> float | None:
+        """Share of the positions of an epoch's packed rows that hold stored tokens; None if they are not packed rows.
+
+        Of a view it is that of all rows.
+        """
+        ratios = [leaf.fill_ratio for leaf in self.leaves]
+        n_rows = np.array([int(leaf.table.first_record[-1]) for leaf in self.leaves], np.float64)
+        if not self.is_packed or not n_rows.sum():
+            return None
+        if self.mixture is not None:  # each part counts by its share of the epoch
+            first_leaves = np.searchsorted(self._leaf_shards, self.mixture.first_shards)
+            parts = np.split(n_rows, first_leaves[1:])
+            shares = self.mixture.epoch_shares(self.mixture.part_records(self.shard_records))
+            n_rows = np.concatenate([part * share / part.sum() for part, share in zip(parts, shares, strict=True)])
+        return float(np.average(np.array(ratios, np.float64), weights=n_rows))
+
+    def for_epoch(self, seed: int, epoch: int) -> Records:
+        """Return the records as an epoch of a run serves them: itself, unless packed rows have random draws."""
+        if not any(leaf.is_drawn for leaf in self.leaves):
+            return self
+        drawn = {id(leaf): leaf.for_epoch(seed, epoch) for leaf in self.opened_versions}
+        return self._over(drawn[id(leaf)] for leaf in self.leaves)
+
+    def joined_parts(self) -> list[Records]:
+        """Return the records that are joined, in order; an empty list if these records are not joined."""
+        if not isinstance(self.node, JoinNode):
+            return []
+        leaves = iter(self.leaves)
+        return [_build(node, leaves, is_known=True) for node in self.node.below]
+
+    @property
     def has_cache(self) -> bool:
         """Whether a cache is in use for any version; publish() gives that cache the reading plan."""
         return any(version.has_cache for version in self.opened_versions)
@@ -330,7 +399,7 @@ class Records:
         """Whether prefetch() can fetch anything; if not, no caller needs to compute the shards for it."""
         return any(version.can_prefetch for version in self.opened_versions)
 
-    def locate(self, shard: int) -> tuple[OpenedVersion, int]:
+    def locate(self, shard: int) -> tuple[Leaf, int]:
         """Return the version that has a shard, and the shard's number there."""
         leaf = int(self._leaf_shards.searchsorted(shard, side="right")) - 1
         return self.leaves[leaf], int(shard - self._leaf_shards[leaf])
@@ -365,19 +434,19 @@ class Records:
         version, number = self.locate(shard)
         return version.remove_if_corrupt(number)
 
-    def _by_leaf(self, shards: Any) -> list[tuple[OpenedVersion, NDArray[np.int64], NDArray[np.int64]]]:
+    def _by_leaf(self, shards: Any) -> list[tuple[Leaf, NDArray[np.int64], NDArray[np.int64]]]:
         """Return (version, indices of its shards, their numbers there) for each leaf that has any of the shards."""
         shards = np.asarray(shards, np.int64)
         leaves = np.searchsorted(self._leaf_shards, shards, side="right") - 1
         found = []
-        for leaf in np.unique(leaves).tolist():
+        for leaf in _distinct(leaves).tolist():
             where = np.flatnonzero(leaves == leaf)
             found.append((self.leaves[leaf], where, shards[where] - self._leaf_shards[leaf]))
         return found
 
-    def _by_version(self, shards: Any) -> list[tuple[OpenedVersion, NDArray[np.int64], NDArray[np.int64]]]:
+    def _by_version(self, shards: Any) -> list[tuple[Leaf, NDArray[np.int64], NDArray[np.int64]]]:
         """Return the same as _by_leaf with the leaves of each version joined: a number there may then be repeated."""
-        by_version: dict[int, list[tuple[OpenedVersion, NDArray[np.int64], NDArray[np.int64]]]] = {}
+        by_version: dict[int, list[tuple[Leaf, NDArray[np.int64], NDArray[np.int64]]]] = {}
         for group in self._by_leaf(shards):
             by_version.setdefault(id(group[0]), []).append(group)
         return [
@@ -461,7 +530,7 @@ class Records:
             return self.leaves[0].values(numbers)
         leaves = np.searchsorted(self._leaf_records, numbers, side="right") - 1
         found, positions = [], []
-        for leaf in np.unique(leaves).tolist():
+        for leaf in _distinct(leaves).tolist():
             positions.append(np.flatnonzero(leaves == leaf))
             found.append(self.leaves[leaf].values(numbers[positions[-1]] - self._leaf_records[leaf]))
         return join_values(found, positions)
@@ -502,7 +571,7 @@ class Records:
         found: list[PublishedPlan] = []
         try:
             for version, where, shards in self._by_version(plan.shards):
-                one = version.publish(_plan_of(plan, where, shards))
+                one = version.publish(plan_of(plan, where, shards))
                 if one is not None:
                     found.append(one)
         except BaseException:  # the plans published so far have no other owner that could withdraw them
@@ -517,12 +586,20 @@ class Records:
         unknown.
         """
         for version, _, numbers in self._by_version(shards[self.shard_records[shards] > 0]):
-            version.prepare_reading(np.unique(numbers))
+            version.prepare_reading(_distinct(numbers))
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Start to fetch these shards to this machine, in this order; returns at once."""
         for version, _, numbers in self._by_leaf([shard for shard in shards if self.shard_records[shard]]):
             version.prefetch(numbers.tolist())
+
+    def prefetch_blocks(self, shard: int, blocks: Sequence[int]) -> None:
+        """Start to fetch blocks that are loaded next, before all that prefetch() was asked for; returns at once.
+
+        A shard that the cache does not admit is skipped.
+        """
+        version, number = self.locate(shard)
+        version.prefetch_blocks(number, blocks)
 
     def warm(self, *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None) -> None:
         """Fetch the served columns of all shards with selected records into the cache. See Dataset.warm."""
@@ -530,7 +607,7 @@ class Records:
             version.warm(numbers.tolist(), jobs=jobs, on_progress=on_progress)
 
     def figures(self) -> Mapping[str, float]:
-        """Return requests, bytes_fetched, cache_hits and cache_misses of this process; a shared cache counts once."""
+        """Return the sums of OpenedVersion.figures(); a shared cache counts once."""
         sums: dict[str, float] = {}
         caches: set[int] = set()
         for version in self.opened_versions:
@@ -555,7 +632,8 @@ class Records:
 
         Raises NotFound.
         """
-        leaves = [leaf.at_version(number) for leaf, number in zip(self.leaves, versions, strict=True)]
+        numbers = iter(versions)
+        leaves = [leaf.at_versions([next(numbers) for _ in leaf.parts]) for leaf in self.leaves]
         return _build(self.node, iter(leaves), is_known=False)
 
     def with_columns(self, columns: Sequence[str]) -> Records:
@@ -571,9 +649,12 @@ class Records:
         node = self.node if self.mixture is None else JoinNode(_joined_nodes(self))
         return Records(self.leaves, node, self.selection)
 
-    def with_step(self, step: Step) -> Records:
-        """Return the view that a step makes. Steps over a view, and lists of numbers, are merged."""
-        chosen, node = step.choose(self), self.node
+    def with_step(self, step: Step, chosen: Selection | None = None) -> Records:
+        """Return the view that a step makes. Steps over a view, and lists of numbers, are merged.
+
+        chosen: What step.choose() returns, if the caller has it.
+        """
+        chosen, node = step.choose(self) if chosen is None else chosen, self.node
         if not isinstance(node, ViewNode) or node.selection is None:
             return _view(self, (step,), chosen)
         steps, selection, last = (*node.steps, step), node.selection.compose(chosen), node.steps[-1]
@@ -583,7 +664,7 @@ class Records:
         return _view(_build(node.below, iter(self.leaves), is_known=True), steps, selection)
 
 
-def _build(node: Node, leaves: Iterator[OpenedVersion], *, is_known: bool) -> Records:
+def _build(node: Node, leaves: Iterator[Leaf], *, is_known: bool) -> Records:
     """Return the records that a tree makes of versions. is_known: Whether the selections in the tree are valid."""
     if node is None:
         return Records((next(leaves),))
@@ -607,10 +688,9 @@ def _view(below: Records, steps: tuple[Step, ...], selection: Selection) -> Reco
     return Records(below.leaves, node, stored)
 
 
-def _parts(node: Node, leaves: Iterator[OpenedVersion]) -> list[SourcePart]:
+def _parts(node: Node, leaves: Iterator[Leaf]) -> list[SourcePart]:
     if node is None:
-        leaf = next(leaves)
-        return [SourcePart(leaf.dataset_id, leaf.version, leaf.fingerprint)]
+        return next(leaves).parts
     if isinstance(node, JoinNode):
         return [part for below in node.below for part in _parts(below, leaves)]
     parts = _parts(node.below, leaves)
@@ -646,7 +726,8 @@ def _joined_selection(parts: Sequence[Records]) -> Selection | None:
         selection = Selection.span(0, n_part) if part.selection is None else part.selection
         starts.append(selection.starts + n_stored)
         lengths.append(np.diff(selection.first))
-        orders.append(n_records + (np.arange(len(selection)) if selection.order is None else selection.order))
+        order = np.arange(len(selection)) if selection.order is None else np.asarray(selection.order)
+        orders.append(n_records + order)
         n_stored, n_records = n_stored + n_part, n_records + len(selection)
     joined = Selection.of_runs(np.concatenate(starts), np.concatenate(lengths))
     is_listed = any(part.selection is not None and part.selection.order is not None for part in parts)
@@ -668,15 +749,6 @@ def mix(parts: Sequence[Records], weights: Sequence[Any], stop: Stop) -> Records
     return Records(joined.leaves, node, joined.selection, mixture)
 
 
-def _plan_of(plan: ReadingPlan, where: NDArray[np.int64], numbers: NDArray[np.int64]) -> ReadingPlan:
-    """Return the rows of a plan at `where` for one version, with its shard numbers. The clock stays that of the job.
-
-    A shard that several leaves read is in use from its first to its last use.
-    """
-    shards, at = np.unique(numbers, return_inverse=True)
-    first, then = np.full(len(shards), NEVER), np.full(len(shards), NEVER)
-    last = np.full(len(shards), -1, np.int64)
-    np.minimum.at(first, at, plan.first[where])
-    np.minimum.at(then, at, plan.then[where])
-    np.maximum.at(last, at, np.where(plan.last[where] == NEVER, -1, plan.last[where]))
-    return replace(plan, shards=shards, first=first, last=np.where(first == NEVER, NEVER, last), then=then)
+def _distinct(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the sorted distinct numbers of shards or leaves. The first np.unique() of a process takes 6 ms."""
+    return np.flatnonzero(np.bincount(numbers))

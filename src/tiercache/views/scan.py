@@ -6,10 +6,10 @@ A filter reads the columns of its expression in bounded memory, and skips shards
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,14 +23,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.order import BlockSizes
+    from tiercache.order.explicit import ServedOrder
     from tiercache.shard.format.statistics import Statistics
     from tiercache.shard.schema import Column, Schema
     from tiercache.views.records import Records
 
 
+Scalar = TypeVar("Scalar", bound=np.generic)
+T = TypeVar("T")
+
 # Records per range of a source with an explicit order. Neighbours lie anywhere: within a range, each block is read
 # once.
 LISTED_RECORDS = 4096
+# Records whose place in the order is computed at a time.
+ORDER_RECORDS = 1 << 20
 
 
 def spans(source: Records) -> Iterator[tuple[int, int]]:
@@ -82,8 +88,10 @@ def matching(source: Records, expression: pc.Expression) -> Selection:
     """Return which records make an expression true (null is not true), as a selection of served records.
 
     Raises SchemaError if a column does not exist, or the expression is not a condition over the columns and their
-    values; CorruptShard and StoreError.
+    values; ValueError for packed rows; CorruptShard and StoreError.
     """
+    if source.is_packed:
+        raise ValueError("packed rows cannot be filtered: filter the documents, and pack the result")
     names = columns_of(source.stored_schema, expression)
     if not names:  # a constant: Arrow needs some column to know the number of rows
         names = [source.schema.names[0]]
@@ -98,7 +106,54 @@ def matching(source: Records, expression: pc.Expression) -> Selection:
         return stored
     keep = np.zeros(source.n_records, np.bool_)
     keep[stored.stored_numbers(np.arange(len(stored)))] = True
-    return Selection.of(np.flatnonzero(keep[order]))
+    return Selection.of(np.flatnonzero(in_served_order(keep, order)))
+
+
+def in_served_order(values: NDArray[Scalar], order: ServedOrder) -> NDArray[Scalar]:
+    """Return one value per record, given in stored order, in served order."""
+    found = np.empty(len(order), values.dtype)
+    for start in range(0, len(order), ORDER_RECORDS):  # an order that is a function is never stored whole
+        found[start : start + ORDER_RECORDS] = values[order[start : start + ORDER_RECORDS]]
+    return found
+
+
+def map_column(
+    source: Records, name: str, function: Callable[[pa.ChunkedArray], T], shards: Sequence[int] | None = None
+) -> list[T]:
+    """Return the function's results for the values of a column, in stored order; several threads call it.
+
+    Each call gets the values of the source's records in some neighbouring blocks, as they are stored. The column need
+    not be among the served ones.
+
+    Args:
+        source: Records that are read; those of a mixture are the stored records of its parts.
+        name: Name of a column.
+        function: Function of some values.
+        shards: Numbers of the shards to read, rising. None: all that hold records of the source.
+
+    Raises:
+        SchemaError: There is no such column.
+    """
+    scanned = source.for_scan([name])
+
+    def results_of(shard: int) -> list[T]:
+        (table,) = scanned.block_sizes([shard])
+        return [function(_values(scanned, shard, blocks, table)) for blocks in _chunks(table)]
+
+    shards = np.flatnonzero(scanned.shard_records).tolist() if shards is None else shards
+    with ThreadPoolExecutor(min(THREADS, max(len(shards), 1)), "tiercache-scan") as pool:
+        return [result for results in pool.map(results_of, shards) for result in results]
+
+
+def _values(source: Records, shard: int, blocks: NDArray[np.int64], table: BlockSizes) -> pa.ChunkedArray:
+    """Return the values of the source's records in blocks of a shard; the source has one column."""
+    arrays = [source.arrays(shard, block) for block in blocks.tolist()]
+    values = _table(source.schema.columns, arrays).column(0)
+    if source.selects_all:
+        return values
+    before = np.cumsum([0, *(len(columns[0]) for columns in arrays)])
+    block = np.repeat(np.arange(len(blocks)), table.records[blocks])
+    return values.take(pa.array(before[block] + _rows(source, shard, blocks, table)))
 
 
 def columns_of(schema: Schema, expression: pc.Expression) -> list[str]:

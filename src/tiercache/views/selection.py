@@ -1,6 +1,7 @@
 """Selections: runs of record numbers and their served order, shared with other processes if they are large.
 
-The module also maps the rows of a selection to rows of stored blocks.
+A served order is an array, or a function if it is that of `shuffle`. The module also maps the rows of a selection to
+rows of stored blocks.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiercache.errors import NotFound
+from tiercache.order.explicit import PermutedOrder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from tiercache.order.explicit import ServedOrder
 
 _TOKEN_BYTES = 16
 
@@ -90,7 +94,8 @@ class Selection:
     """Record numbers of a source, each 0 or more, in served order; numbers may be repeated. Immutable.
 
     The sorted numbers (stored order) are kept as runs of consecutive numbers, so that a range costs the same whatever
-    its length: 16 bytes per run, and 8 bytes per record if the served order differs from stored order.
+    its length: 16 bytes per run, and 8 bytes per record if the served order differs from stored order and is not a
+    `PermutedOrder`.
 
     Attributes:
         starts: int64[k], first number of each run; read-only.
@@ -99,10 +104,12 @@ class Selection:
             order.
     """
 
-    def __init__(self, starts: NDArray[np.int64], first: NDArray[np.int64], order: NDArray[np.int64] | None) -> None:
+    order: ServedOrder | None
+
+    def __init__(self, starts: NDArray[np.int64], first: NDArray[np.int64], order: ServedOrder | None) -> None:
         self.starts = _frozen(starts)
         self.first = _frozen(first)
-        self.order = None if order is None else _frozen(order)
+        self.order = _frozen(order) if isinstance(order, np.ndarray) else order
 
     @staticmethod
     def span(start: int, stop: int) -> Selection:
@@ -139,7 +146,7 @@ class Selection:
     @property
     def n_bytes(self) -> int:
         """Size of its arrays in bytes."""
-        return self.starts.nbytes + self.first.nbytes + (0 if self.order is None else self.order.nbytes)
+        return self.starts.nbytes + self.first.nbytes + (self.order.nbytes if isinstance(self.order, np.ndarray) else 0)
 
     @property
     def stop(self) -> int:
@@ -151,13 +158,15 @@ class Selection:
         """Hash of the numbers in served order: 32 hex digits."""
         found = hashlib.sha256(len(self.starts).to_bytes(8, "little"))
         for array in (self.starts, self.first, self.order):
-            if array is not None:
+            if isinstance(array, PermutedOrder):
+                found.update(b"permuted" + array.key)
+            elif array is not None:
                 found.update(np.ascontiguousarray(array, "<i8").data)
         return found.hexdigest()[:32]
 
     def is_all(self, n: int) -> bool:
         """Return whether the selection is all of n records, in their order."""
-        return len(self) == n and self.order is None and (n == 0 or (len(self.starts) == 1 and self.starts[0] == 0))
+        return self.order is None and (self._is_order_of(n) or len(self) == n == 0)
 
     def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the record numbers at served places, int64[n], each below len()."""
@@ -193,8 +202,14 @@ class Selection:
         """Return the selection that `chosen` makes of this selection, by places in its served order."""
         if self.order is None and chosen.order is None:
             return self._cut(chosen) if len(chosen.starts) == 1 else self._compose_runs(chosen)
+        if self.order is None and chosen._is_order_of(len(self)):
+            return Selection(self.starts, self.first, chosen.order)
         places = chosen.numbers(np.arange(len(chosen)))
         return Selection.of(self.numbers(places))
+
+    def _is_order_of(self, n: int) -> bool:
+        """Whether the numbers are those below n, each once, in any order."""
+        return len(self) == n and len(self.starts) == 1 and self.starts[0] == 0
 
     def _cut(self, chosen: Selection) -> Selection:
         """Return the selection of one run of places, by slicing (50 million runs: 0.2 s; `_compose_runs`: 10 s)."""
@@ -224,23 +239,25 @@ class Selection:
 
         The memory belongs to this object; a process that has unpacked the reference keeps the mapping.
         """
-        arrays = (self.starts, self.first, self.order)
+        order, permuted = (None, self.order) if isinstance(self.order, PermutedOrder) else (self.order, None)
+        arrays = (self.starts, self.first, order)
         if self.n_bytes > INLINE_BYTES:
             with suppress(OSError):  # without memory or descriptors, pickles are large, not wrong
                 shared = self.__dict__.get("_shared") or self.__dict__.setdefault("_shared", _SharedArrays(arrays))
-                return tuple(shared.reference)
-        return tuple(None if array is None else array.tobytes() for array in arrays)
+                return *shared.reference, permuted
+        return *(None if array is None else array.tobytes() for array in arrays), permuted
 
     @staticmethod
     def unpack(packed: tuple[Any, ...]) -> Selection:
         """Return the selection of `pack`, in any process of the machine. Raises NotFound if its packer is gone."""
-        if isinstance(packed[0], str):
-            starts, first, order = _map_arrays(packed)
+        *parts, permuted = packed
+        if isinstance(parts[0], str):
+            starts, first, order = _map_arrays(tuple(parts))
         else:
-            starts, first, order = (None if part is None else np.frombuffer(part, np.int64) for part in packed)
+            starts, first, order = (None if part is None else np.frombuffer(part, np.int64) for part in parts)
         if starts is None or first is None:
             raise ValueError("not a packed selection: its arrays are missing")
-        return Selection(starts, first, order)
+        return Selection(starts, first, order if permuted is None else permuted)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Selection.unpack, (self.pack(),)
@@ -249,7 +266,8 @@ class Selection:
         return self
 
     def __repr__(self) -> str:
-        return f"Selection({len(self)} records, {len(self.starts)} runs{'' if self.order is None else ', listed'})"
+        order = "" if self.order is None else ", permuted" if isinstance(self.order, PermutedOrder) else ", listed"
+        return f"Selection({len(self)} records, {len(self.starts)} runs{order})"
 
 
 def runs_of(numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

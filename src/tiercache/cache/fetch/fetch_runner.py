@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+from bisect import bisect_right
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from threading import Lock, Thread
@@ -23,6 +24,7 @@ from tiercache.cache.fetch.partial import (
     CopyHandle,
     Mask,
     PartialCopy,
+    UnitWriter,
     bytes_of,
     charge_of,
     checksum_of,
@@ -43,10 +45,11 @@ from tiercache.crash_points import crash_point
 from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
 from tiercache.file_limit import emfile_message
 from tiercache.model import format_bytes
+from tiercache.store.contract import read_unpinned
 from tiercache.waiting import wait_for
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from tiercache.cache.disk import Breaker, Notices
     from tiercache.cache.evict.evictor import Evictor
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
     from tiercache.catalog import Accounts
     from tiercache.model import ByteRange
     from tiercache.stats import Counters
+    from tiercache.store.contract import Receive
 
 
 N_REQUESTS_IN_FLIGHT = 4
@@ -67,8 +71,7 @@ class Download:
 
     Space is reserved before the first byte. The reservation covers the space beyond what the accounts already charge
     for the partial copy; a larger reservation replaces a smaller one. Threads share the unit masks and the partial
-    copy under the lock; each thread has a buffer of at most REQUEST_BYTES. New units are admitted, under the lock, by
-    the thread that takes the next ranges.
+    copy under the lock. New units are admitted, under the lock, by the thread that takes the next ranges.
 
     Attributes:
         part: The partial copy; None: it is created with the first request.
@@ -121,7 +124,7 @@ class Download:
     # -- transfer ---------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Fetch the requested units until none is left, or until space for them is refused.
+        """Fetch the requested units until none is left, space for them is refused, or the fetch yields.
 
         If the disk is full, copies are evicted and the transfer is repeated once; then the missing units are refused.
 
@@ -130,7 +133,7 @@ class Download:
             OSError: The disk failed.
         """
         was_full = False
-        while self._fetch.missing_units()[0].any():
+        while self._fetch.missing_units()[0].any() and not self._fetch.should_yield():
             try:
                 self._transfer()
                 was_full = False
@@ -167,18 +170,22 @@ class Download:
 
     def _work(self, ranges: list[ByteRange] | None = None) -> None:
         try:
-            buffer = np.empty(min(REQUEST_BYTES, n_units(self._spec.n_bytes) * UNIT_BYTES), np.uint8)
             ranges = self._next_ranges() if ranges is None else ranges
             while ranges is not None:
-                self._fetch_ranges(ranges, buffer)
+                self._fetch_ranges(ranges)
                 ranges = self._next_ranges()
         except BaseException as error:  # noqa: BLE001 - top of a thread: _transfer() raises the first error
             with self._lock:
                 self._error = self._error or error
 
     def _next_ranges(self) -> list[ByteRange] | None:
-        """Return the ranges of the next request, urgent units first; None: nothing is left, or a thread failed."""
+        """Return the ranges of the next request, urgent units first.
+
+        None: nothing is left, a thread failed, or the fetch yields.
+        """
         n_bytes = self._spec.n_bytes
+        if self._fetch.should_yield():
+            return None
         with self._lock:
             if self._error is not None:
                 return None
@@ -187,7 +194,7 @@ class Download:
             todo = self._admitted & ~self._assigned
             # A small rest is fetched in one request, urgent or not: a second request would take longer than its bytes.
             first = todo if bytes_of(todo, n_bytes) <= LITTLE_BYTES else urgent & todo
-            ranges = next_request(first, n_bytes) or next_request(todo, n_bytes)
+            ranges = next_request(first, n_bytes, gaps=todo) or next_request(todo, n_bytes)
             self._assigned |= mask_of(ranges, n_bytes)
             if ranges and self.part is None:
                 self.part = self._create()
@@ -230,44 +237,67 @@ class Download:
         crash_point("fetch.reserved")
         return True
 
-    def _fetch_ranges(self, ranges: Sequence[ByteRange], buffer: np.ndarray) -> None:
-        """Fetch ranges into the buffer, one after another, and write them to the partial copy."""
+    def _fetch_ranges(self, ranges: Sequence[ByteRange]) -> None:
+        """Fetch ranges into the partial copy. Their bytes are written and checksummed as they arrive."""
         part = self.part
         if part is None:
             raise RuntimeError("_next_ranges() has created the partial copy")
-        position = 0
-        spans = []
+        writers = {span.start: UnitWriter(part, span) for span in ranges}
+        if self._spec.n_bytes:  # an empty object has nothing to read
+            self._read(ranges, writers)
         for span in ranges:
-            spans.append((span, buffer[position : position + span.n_bytes]))
-            position += span.n_bytes
-        if position:  # an empty object has nothing to read
-            self._read([(span, data.data) for span, data in spans])
-        for span, data in spans:
-            crc = part.write(span.start, data)
+            crc = writers[span.start].finish()
             if crc is not None:
                 self._sums[span.start] = crc, span.n_bytes
-        self._fetch_runner.counters.add("bytes_fetched", position)
+        self._fetch_runner.counters.add("bytes_fetched", sum(span.n_bytes for span in ranges))
         self._fetch.add_present(part.present)
 
-    def _read(self, spans: list[tuple[ByteRange, memoryview]]) -> None:
+    def _read(self, ranges: Sequence[ByteRange], writers: Mapping[int, UnitWriter]) -> None:
         """Read from the source, in the version that was named; retry once if that may help."""
-        spec, store, cancel = self._spec, self._fetch.store, self._fetch.cancel
+        spec, cancel = self._spec, self._fetch.cancel
+        starts = sorted(writers)
+        disk_errors: list[OSError] = []
+
+        def receive(offset: int, data: memoryview) -> None:
+            try:
+                writers[starts[bisect_right(starts, offset) - 1]].receive(offset, data)
+            except OSError as error:
+                disk_errors.append(error)
+                raise
+
         for is_last in (False, True):
             try:
-                store.read_into(spec.key, spans, if_match=spec.if_match, cancel=cancel)
+                self._read_pieces(ranges, receive)
                 break
             except (NotFound, ObjectChanged):
                 raise
             except StoreError as error:
                 if is_last or error.retryable or cancel.is_set():
-                    raise  # the store has already retried
-            except OSError as error:  # a network error that the store did not convert, not one of the cache's disk
+                    raise  # the store has repeated a retryable error itself; any other error is tried once more
+            except OSError as error:
+                if error in disk_errors:
+                    raise
+                # a network error that the store did not convert
                 raise StoreError(f"reading failed: {error}", url=spec.source, retryable=True) from error
         if spec.identity is None and spec.if_match is None:
             # Without a strong ETag as a guard, the object must have the same attributes after the read.
-            info = store.head(spec.key)
+            info = self._fetch.store.head(spec.key)
             if name_of_object(spec.source, info) != spec.name:
                 raise ObjectChanged(url=spec.source, expected=spec.etag, found=info.etag)
+
+    def _read_pieces(self, ranges: Sequence[ByteRange], receive: Receive) -> None:
+        """Read from the source once. See Store.read_pieces."""
+        spec, store, cancel = self._spec, self._fetch.store, self._fetch.cancel
+        try:
+            store.read_pieces(spec.key, ranges, receive, if_match=spec.if_match, cancel=cancel)
+        except ObjectChanged:
+            if spec.identity is None:
+                raise
+            # The checksums of the shard tell whether the bytes are right.
+            spans = [(span, memoryview(bytearray(span.n_bytes))) for span in ranges]
+            read_unpinned(store, spec.key, spans, cancel=cancel)
+            for span, data in spans:
+                receive(span.start, data)
 
     # -- end --------------------------------------------------------------------------------------------------------
 
@@ -349,28 +379,33 @@ class FetchRunner:
     counters: Counters
     unrecorded: set[str] = field(default_factory=set)
 
-    def run(self, fetch: Fetch) -> None:
+    def run(self, fetch: Fetch) -> bool:
         """Fetch the requested units. Units for which there is no space, or for which the disk fails, are refused.
+
+        Returns:
+            False: The fetch has yielded to urgent ones, and must be run again.
 
         Raises:
             StoreError, CorruptShard: The source failed, or the object is corrupt at its source.
         """
+        is_done = True
         try:
             try:
-                self._run_locked(fetch)
+                is_done = self._run_locked(fetch)
             except OSError as error:
                 if isinstance(error, StoreError) or not is_disk_full(error):
                     raise
                 # The disk was full for a record, a name or the accounts, which downloads do not handle. What was
                 # fetched stays.
                 self.evictor.free_disk(charge_bytes(fetch.spec.n_bytes), protected=fetch.protected)
-                self._run_locked(fetch)
+                is_done = self._run_locked(fetch)
         except StoreError:
             raise  # NotFound is also an OSError
         except OSError as error:
             self.disk_failed(error)
         else:
             self.breaker.reset()
+        return is_done
 
     def disk_failed(self, error: Exception) -> None:
         """Bypass the cache for some time and warn once.
@@ -418,8 +453,10 @@ class FetchRunner:
             f"{reason}. Data that does not fit is not cached and is fetched again in every epoch; {remedy}",
         )
 
-    def _run_locked(self, fetch: Fetch) -> None:
-        """Fetch under the lock of the name. Other processes watch the unit map, and take over if this process ends.
+    def _run_locked(self, fetch: Fetch) -> bool:
+        """Fetch under the lock of the name; return False if the fetch has yielded.
+
+        Other processes watch the unit map, and take over if this process ends.
 
         Without the lock (after a long wait, or on a file system where flock is not enforced), some bytes are fetched
         twice, and nothing else happens.
@@ -434,8 +471,8 @@ class FetchRunner:
                 if fetch.cancel.is_set():
                     raise StoreError("cancelled", url=spec.source, retryable=True)
                 if not is_over or lock.is_held:
-                    self._fetch(fetch, lock)
-                    return
+                    return self._fetch(fetch, lock)
+            return True
         finally:
             lock.release()
 
@@ -459,15 +496,18 @@ class FetchRunner:
         # A partial copy with all units gets its final name in a moment.
         return not present.all() and not fetch.missing_units()[0].any()
 
-    def _fetch(self, fetch: Fetch, lock: NameLock) -> None:
-        """Serve the request from an existing copy, or fetch what is missing, and once more if it was corrupt."""
+    def _fetch(self, fetch: Fetch, lock: NameLock) -> bool:
+        """Serve the request from an existing copy, or fetch what is missing, and once more if it was corrupt.
+
+        Returns False if the fetch has yielded.
+        """
         if self._offer_copy(fetch):
-            return
+            return True
         spec, crc = fetch.spec, None
         for _ in range(2):
             crc = self._fetch_missing(fetch, lock)
             if crc is None:
-                return
+                return fetch.close_if_done()
         self.counters.add("poisoned")
         if spec.crc32c is not None:
             self.folder.add_corrupt_source(spec.name, spec.source, spec.crc32c, crc)
@@ -543,7 +583,8 @@ class FetchRunner:
         """Extend the partial copy while units are requested, and publish it when it is complete.
 
         Returns:
-            None: The fetch is closed. Otherwise the CRC-32C of a complete file that was corrupt and is removed.
+            None: The fetch is closed or has yielded. Otherwise the CRC-32C of a complete file that was corrupt and is
+                removed.
         """
         for _ in range(MAX_BEGINNINGS):
             download = Download(self, fetch, lock)
@@ -579,7 +620,7 @@ class FetchRunner:
                     return crc
                 if fetch.close_if_done():
                     return None
-            elif fetch.close_if_done():
+            elif fetch.close_if_done() or fetch.should_yield():
                 download.update_charge()
                 return None
 

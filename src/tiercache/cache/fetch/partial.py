@@ -29,13 +29,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tiercache._native.checksum import crc32c, crc32c_pages
+from tiercache._native.checksum import combine, crc32c, crc32c_pages
 from tiercache.cache.locks import close_private, keep_private, try_shared
 from tiercache.cache.owners import boot_id
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.accounts import BLOCK_BYTES
 from tiercache.crash_points import crash_point
 from tiercache.model import ByteRange
+from tiercache.store.coalescing import RequestCosts, cheapest_ranges
 from tiercache.store.posix import write_all
 
 if TYPE_CHECKING:
@@ -48,11 +49,16 @@ if TYPE_CHECKING:
 # The block size of the disk. A smaller unit would take as much space; a larger one would fetch more bytes that no
 # reader needs when columns are selected, up to two units per chunk.
 UNIT_BYTES = 4096
-# The size of one request: long enough for the full speed of a store. It is also the buffer size of a worker.
+# The size of one request: long enough for the full speed of a store.
 REQUEST_BYTES = 8 << 20
 # If less than this is missing of a file, it is fetched too: a whole copy needs no map and is verified as a whole.
 LITTLE_BYTES = 256 << 10
 LITTLE_SHARE = 32
+# A gap that is fetched takes space in the cache, which costs more than the time to read it; so only short gaps are.
+_GAP_COSTS = RequestCosts(max_gap_bytes=16 << 10, max_bytes=1 << 62)
+# A gap of units that are to be fetched in any case only delays what comes after it. It must be fetched with its
+# neighbours if the store would read it between them: otherwise it comes twice.
+_REQUESTED_GAP_COSTS = RequestCosts(request_s=0.002, max_gap_bytes=256 << 10, max_bytes=1 << 62)
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
@@ -101,11 +107,24 @@ def ranges_of(mask: Mask, n_bytes: int) -> list[ByteRange]:
     return [ByteRange(first * UNIT_BYTES, min(last * UNIT_BYTES, n_bytes)) for first, last in runs_of(mask)]
 
 
-def next_request(mask: Mask, n_bytes: int, request_bytes: int = REQUEST_BYTES) -> list[ByteRange]:
-    """Return the ranges of the first units of a mask, at most request_bytes in total (whole units), for one request."""
+def next_request(
+    mask: Mask, n_bytes: int, request_bytes: int = REQUEST_BYTES, *, gaps: Mask | None = None
+) -> list[ByteRange]:
+    """Return the ranges of the first units of a mask, at most request_bytes in total (whole units), for one request.
+
+    gaps: Units that are to be fetched in any case, and come with the others where they lie in a gap between them that
+        costs less than a request.
+    """
+    if gaps is not None and mask.any():
+        mask = mask | with_gaps(mask, n_bytes, _REQUESTED_GAP_COSTS) & gaps
     first = np.zeros_like(mask)
     first[np.flatnonzero(mask)[: request_bytes // UNIT_BYTES]] = True
     return ranges_of(first, n_bytes)
+
+
+def with_gaps(mask: Mask, n_bytes: int, costs: RequestCosts = _GAP_COSTS) -> Mask:
+    """Return a mask with the units between its units where they cost less than a request."""
+    return mask_of(cheapest_ranges(ranges_of(mask, n_bytes), costs), n_bytes)
 
 
 def bytes_of(mask: Mask, n_bytes: int) -> int:
@@ -115,10 +134,11 @@ def bytes_of(mask: Mask, n_bytes: int) -> int:
 
 
 def to_fetch(present: Mask, requested: Mask, n_bytes: int) -> Mask:
-    """Return the missing units of a request, and with them the rest of the file if it is small."""
+    """Return the missing units of a request, with_gaps(), and with the rest of the file if it is small."""
     missing = requested & ~present
     if not missing.any():
         return missing
+    missing = with_gaps(missing, n_bytes) & ~present
     rest = ~present & ~missing
     left_bytes = bytes_of(rest, n_bytes)
     return missing | rest if left_bytes < LITTLE_BYTES or left_bytes * LITTLE_SHARE < n_bytes else missing
@@ -339,7 +359,7 @@ class PartialCopy:
     """A partial copy that is open for writing. Threads write different units; the opener holds the lock of the name.
 
     Attributes:
-        present: Units that are present, bool[n_units]; write() changes it.
+        present: Units that are present, bool[n_units]; UnitWriter.finish() changes it.
     """
 
     def __init__(self, folder: Folder, name: str, n_bytes: int, fds: tuple[int, int]) -> None:
@@ -400,31 +420,11 @@ class PartialCopy:
         return None
 
     def write(self, start: int, data: np.ndarray) -> int | None:
-        """Write whole units from start on (the last unit of the file may be short); start is a multiple of UNIT_BYTES.
-
-        On file systems where flock is not enforced, another process may have written some of the units: those are left
-        unchanged, because a reader may be using them. The data is written first, then the checksums, then the flags, so
-        that a crash in between leaves no invalid unit.
-
-        Returns:
-            CRC-32C of data; None if another process had written a part of it.
-
-        Raises:
-            OSError: The disk failed.
-        """
-        sums, crc = sums_of(data)
-        first, n = start // UNIT_BYTES, max(len(sums), 1)
-        missing = ~read_flags(self._map_fd, first, first + n)
-        for begin, end in runs_of(missing):
-            write_all(self.fd, data[begin * UNIT_BYTES : end * UNIT_BYTES].data, start + begin * UNIT_BYTES)
-            crash_point("fetch.data")
-            at = _crc_offset(self.n_bytes) + 4 * (first + begin)
-            write_all(self._map_fd, memoryview(sums[begin:end].tobytes()), at)
-            crash_point("fetch.sums")
-            write_all(self._map_fd, memoryview(b"\x01" * (end - begin)), HEAD_BYTES + first + begin)
-            crash_point("fetch.flags")
-        self.present[first : first + n] = True
-        return crc if missing.all() else None
+        """Write whole units from start on, as a UnitWriter does, and return what its finish() returns."""
+        writer = UnitWriter(self, ByteRange(start, start + len(data)))
+        if len(data):
+            writer.receive(start, data.data)
+        return writer.finish()
 
     def is_complete(self) -> bool:
         """Return whether all units are present.
@@ -467,6 +467,91 @@ class PartialCopy:
             close_private(self.fd)
         finally:
             close_private(self._map_fd)
+
+
+class UnitWriter:
+    """Writes a range of whole units to a partial copy as its bytes arrive, and computes their checksums on the way.
+
+    One thread at a time uses it. The range begins at a unit; the last unit of the file may be short. The data is
+    written first, then the checksums, then the flags, so that a crash in between leaves no invalid unit.
+
+    On file systems where flock is not enforced, another process may have written some of the units: those are left
+    unchanged, because a reader may be using them. Units that it writes meanwhile are written twice.
+    """
+
+    def __init__(self, part: PartialCopy, span: ByteRange) -> None:
+        self._part, self._span = part, span
+        self._first = span.start // UNIT_BYTES
+        n = max(-(-span.n_bytes // UNIT_BYTES), 1)
+        self._missing = ~read_flags(part._map_fd, self._first, self._first + n)  # noqa: SLF001 - of one module
+        self._sums = np.empty(n if span.n_bytes else 0, np.uint32)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._position, self._crc, self._unit_crc = self._span.start, 0, 0
+
+    def receive(self, offset: int, data: memoryview) -> None:
+        """Write the next bytes of the range; bytes from its start begin again. Raises OSError: the disk failed."""
+        if offset == self._span.start:
+            self._begin()
+        if offset != self._position or offset + data.nbytes > self._span.end:
+            raise ValueError(f"expected byte {self._position} of {self._span}, got {data.nbytes} bytes from {offset}")
+        self._write_missing(offset, data)
+        self._add_sums(np.frombuffer(data, np.uint8))
+
+    def _write_missing(self, offset: int, data: memoryview) -> None:
+        if self._missing.all():
+            write_all(self._part.fd, data, offset)
+            return
+        end = offset + data.nbytes
+        for first, last in runs_of(self._missing):
+            begin = max((self._first + first) * UNIT_BYTES, offset)
+            stop = min((self._first + last) * UNIT_BYTES, end)
+            if begin < stop:
+                write_all(self._part.fd, data[begin - offset : stop - offset], begin)
+
+    def _add_sums(self, data: npt.NDArray[np.uint8]) -> None:
+        """Add the next bytes to the checksums: the rest of a unit, whole units, and the beginning of a unit."""
+        done = 0
+        while done < len(data):
+            unit, in_unit = divmod(self._position - self._span.start, UNIT_BYTES)
+            n_whole = (len(data) - done) // UNIT_BYTES
+            if in_unit or not n_whole:
+                piece = data[done : done + UNIT_BYTES - in_unit]
+                self._unit_crc = crc32c(piece.data, self._unit_crc if in_unit else 0)
+                self._sums[unit] = self._unit_crc  # of a unit so far: the last unit of the file may be short
+                crc = crc32c(piece.data)
+            else:
+                piece = data[done : done + n_whole * UNIT_BYTES]
+                address = int(piece.__array_interface__["data"][0])
+                crc = crc32c_pages(address, len(piece), UNIT_BYTES, self._sums[unit : unit + n_whole])
+            self._crc = combine(self._crc, crc, len(piece))
+            self._position += len(piece)
+            done += len(piece)
+
+    def finish(self) -> int | None:
+        """Mark the units as present, once all bytes of the range are written.
+
+        Returns:
+            CRC-32C of the range; None if another process had written a part of it.
+
+        Raises:
+            OSError: The disk failed.
+        """
+        if self._position != self._span.end:
+            raise ValueError(f"{self._span}: received only {self._position - self._span.start} bytes")
+        part, sums = self._part, self._sums.astype("<u4", copy=False)
+        # Another process may have written units while the bytes arrived, and may have written them last.
+        missing = self._missing & ~read_flags(part._map_fd, self._first, self._first + len(self._missing))  # noqa: SLF001
+        for begin, end in runs_of(missing):
+            crash_point("fetch.data")
+            at = _crc_offset(part.n_bytes) + 4 * (self._first + begin)
+            write_all(part._map_fd, memoryview(sums[begin:end].tobytes()), at)  # noqa: SLF001
+            crash_point("fetch.sums")
+            write_all(part._map_fd, memoryview(b"\x01" * (end - begin)), HEAD_BYTES + self._first + begin)  # noqa: SLF001
+            crash_point("fetch.flags")
+        part.present[self._first : self._first + len(self._missing)] = True
+        return self._crc if missing.all() else None
 
 
 def _is_verified(fd: int, map_fd: int, n_bytes: int) -> bool:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 N_FETCHES = 4
-# Extra threads for fetches that a reader waits for. Without them, four prefetches of whole shards, or four fetches that
-# wait for another process, would delay such a fetch for as long as they take.
-N_MORE_AWAITED = 4
+# Extra threads for urgent fetches. Without them, fetches that wait for another process would delay an urgent fetch for
+# as long as they wait; and the first window of a shuffled epoch is a few blocks of each of many shards.
+N_MORE_URGENT = 12
 DEADLINE_S = 3600.0  # deadline of a wait without its own deadline, so that no wait is endless
 JOIN_S = 30.0
 
@@ -32,8 +32,10 @@ JOIN_S = 30.0
 class Fetch:
     """The fetch of one copy. The condition guards all state; no data is read or written while it is held.
 
-    Leases request units while the fetch runs, and each waiting lease wakes as soon as its own units are present. The
-    fetch ends when no requested unit is missing; a later request needs a new fetch.
+    Leases request units while the fetch runs, and each waiting lease wakes as soon as its own units are present. Urgent
+    units, those of the next batches, come first: a fetch without urgent units gives up its thread while the urgent
+    fetches need more than the usual threads, and continues later. The fetch ends when no requested unit is missing; a
+    later request needs a new fetch.
 
     A lease that joins is a user until it has a descriptor of its own, or leaves. Until the last user has gone, the
     fetch keeps a descriptor under a reader's lock, so that no evictor can remove the copy in between.
@@ -52,7 +54,7 @@ class Fetch:
         self._queue, self._keep = queue, keep
         self._cache_reference: object = None
         self._changed = Condition()
-        self._started = self._done = self._closed = False
+        self._started = self._done = self._closed = self._is_queued = False
         self._n_users = 0
         self._handle: CopyHandle | None = None
         self._error: BaseException | None = None
@@ -79,6 +81,7 @@ class Fetch:
             is_new = not self._started
             if is_new:
                 self._started, self._cache_reference = True, self._keep()
+                self._is_queued = True
         if is_new:
             self._queue.start(self, urgent=urgent)
         elif urgent:
@@ -179,6 +182,10 @@ class Fetch:
             units = self._missing()
             return units, units & self._urgent
 
+    def should_yield(self) -> bool:
+        """Return whether the fetch should give up its thread: nothing urgent is missing of it, but of other fetches."""
+        return self._is_queued and self._queue.is_crowded and not self.missing_units()[1].any()
+
     def _missing(self) -> Mask:
         units: Mask = self._requested & ~self._present & ~self._refused
         return units
@@ -220,18 +227,25 @@ class Fetch:
 class FetchQueue:
     """Runs at most one fetch per name at a time in this process, on a few threads that exist while there is work.
 
-    There are at most N_FETCHES threads, and N_MORE_AWAITED extra ones for fetches that a lease waits for. The lock
-    guards the table and the queues.
+    There are at most N_FETCHES threads, and N_MORE_URGENT extra ones for urgent fetches. The lock guards the table and
+    the queues.
 
-    The argument run carries out one fetch, or raises. The argument keep returns the cache: a running fetch keeps this
-    reference, so that the garbage collector cannot close the cache in one of the fetch threads.
+    The argument run carries out one fetch, or raises; it returns False if the fetch has yielded and must be run again
+    (see Fetch.should_yield). The argument keep returns the cache: a running fetch keeps this reference, so that the
+    garbage collector cannot close the cache in one of the fetch threads. The argument source returns the store from
+    which a fetch reads; None: the store that the reader names.
     """
 
-    def __init__(self, run: Callable[[Fetch], None], keep: Callable[[], object]) -> None:
-        self._run, self._keep = run, keep
+    def __init__(
+        self,
+        run: Callable[[Fetch], bool],
+        keep: Callable[[], object],
+        source: Callable[[CopySpec, Store], Store] | None = None,
+    ) -> None:
+        self._run, self._keep, self._source = run, keep, source
         self._lock = Lock()
         self._table: dict[str, Fetch] = {}
-        self._awaited: deque[Fetch] = deque()  # fetches that a lease waits for; the fetches in _ahead are prefetches
+        self._urgent: deque[Fetch] = deque()  # fetches with urgent units
         self._ahead: deque[Fetch] = deque()
         self._threads: set[Thread] = set()
         self._closed = False
@@ -244,16 +258,17 @@ class FetchQueue:
                 return fetch
             for name in [n for n, f in self._table.items() if f.is_unused]:
                 del self._table[name]
-            fetch = self._table[spec.name] = Fetch(spec, store, self, self._keep)
+            source = store if self._source is None else self._source(spec, store)
+            fetch = self._table[spec.name] = Fetch(spec, source, self, self._keep)
             fetch.join()
             return fetch
 
-    def prefetch(self, spec: CopySpec, store: Store, ranges: Sequence[ByteRange]) -> None:
-        """Request ranges of a copy for which nobody waits."""
+    def prefetch(self, spec: CopySpec, store: Store, ranges: Sequence[ByteRange], *, urgent: bool = False) -> None:
+        """Request ranges of a copy for which nobody waits yet."""
         is_requested = False
         while not is_requested:  # the fetch may end between join() and request()
             fetch = self.join(spec, store)
-            is_requested = fetch.request(ranges)
+            is_requested = fetch.request(ranges, urgent=urgent)
             fetch.leave()
 
     def is_fetching(self, name: str) -> bool:
@@ -270,7 +285,7 @@ class FetchQueue:
 
     def start(self, fetch: Fetch, *, urgent: bool) -> None:
         """Run a fetch as soon as a thread is free."""
-        queue = self._awaited if urgent else self._ahead
+        queue = self._urgent if urgent else self._ahead
         with self._lock:
             if not self._closed:
                 queue.append(fetch)
@@ -284,7 +299,7 @@ class FetchQueue:
 
         Return False if no thread exists and none can be started.
         """
-        if len(self._threads) < N_FETCHES + (N_MORE_AWAITED if self._awaited else 0):
+        if len(self._threads) < N_FETCHES + (N_MORE_URGENT if self._urgent else 0):
             thread = Thread(target=self._work, name="tiercache-fetch", daemon=True)
             self._threads.add(thread)
             try:
@@ -294,18 +309,35 @@ class FetchQueue:
         return bool(self._threads)
 
     def prioritize(self, fetch: Fetch) -> None:
-        """Move a queued prefetch to the fetches that a lease waits for."""
+        """Move a queued prefetch to the urgent fetches."""
         with self._lock:
             if fetch in self._ahead:
                 self._ahead.remove(fetch)
-                self._awaited.append(fetch)
+                self._urgent.append(fetch)
                 self._have_thread()
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether urgent fetches have made the threads more than those of prefetches."""
+        return len(self._threads) > N_FETCHES
+
+    def _requeue(self, fetch: Fetch) -> None:
+        """Run a fetch that has yielded again, before the prefetches that have not begun."""
+        with self._lock:
+            # Under the lock: prioritize() finds the fetch in a queue, or its units are seen to be urgent here.
+            if not self._closed:
+                if fetch.missing_units()[1].any():
+                    self._urgent.append(fetch)
+                else:
+                    self._ahead.appendleft(fetch)
+                return
+        self._end(fetch)
 
     def _work(self) -> None:
         while True:
             with self._lock:
-                # The extra threads take only fetches that a lease waits for.
-                queue = self._awaited or (self._ahead if len(self._threads) <= N_FETCHES else None)
+                # The extra threads take only urgent fetches.
+                queue = self._urgent or (self._ahead if len(self._threads) <= N_FETCHES else None)
                 if not queue:
                     self._threads.discard(current_thread())
                     return
@@ -316,11 +348,16 @@ class FetchQueue:
         """Run a fetch in the calling thread, and pass its result to all waiting leases."""
         error: BaseException | None = None
         try:
-            self._run(fetch)
+            if not self._run(fetch):
+                self._requeue(fetch)
+                return
         except BaseException as raised:  # noqa: BLE001 - top of a thread: passed to all waiting leases
             # The cache was closed during the wait: the lease bypasses the cache, as it does if its fetch had no thread
             # yet.
             error = None if self._closed and fetch.cancel.is_set() and isinstance(raised, StoreError) else raised
+        self._end(fetch, error)
+
+    def _end(self, fetch: Fetch, error: BaseException | None = None) -> None:
         try:
             fetch.end(error)  # first: a caller that finds no fetch in the table may rely on all its files being closed
         finally:
@@ -332,8 +369,8 @@ class FetchQueue:
         """Cancel all fetches and wait until the threads have ended."""
         with self._lock:
             self._closed = True
-            queued, running = [*self._awaited, *self._ahead], list(self._table.values())
-            self._awaited.clear()
+            queued, running = [*self._urgent, *self._ahead], list(self._table.values())
+            self._urgent.clear()
             self._ahead.clear()
             threads = list(self._threads)
         for fetch in running:

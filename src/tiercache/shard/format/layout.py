@@ -32,7 +32,9 @@ RELEASE = (0, 1)
 RELEASE_TEXT = "{}.{}".format(*RELEASE)
 # Features that this release supports: names in version files, bits in shards.
 FEATURES: frozenset[str] = frozenset()
-SHARD_FEATURES = 0
+# The chunks of some columns lie together behind the chunks of all blocks.
+GROUPED_COLUMNS = 1 << 0
+SHARD_FEATURES = GROUPED_COLUMNS
 
 
 def check_format(found: int, release: str, *, what: str, url: str) -> None:
@@ -96,21 +98,19 @@ def n_pages(raw_bytes: Table, codecs: Table) -> U64:
     return np.where(codecs == codec.RAW, pages, np.uint64(0))
 
 
-def check_chunks(chunks: Table, pages: Table, footer_offset: int) -> str:
+def check_chunks(chunks: Table, pages: Table, footer_offset: int, features: int = 0) -> str:
     """Check that chunks lie between head and footer, with consistent codecs, lengths and pages.
 
-    Returns the problem, or "". Raises UnknownCodecError.
+    features: Feature bits of the shard. Returns the problem, or "". Raises UnknownCodecError.
     """
     flat = chunks.ravel()
     offset, stored, raw, codecs = flat["offset"], flat["stored"], flat["raw"], flat["codec"]
     limit = np.uint64(footer_offset)
     if (offset > limit).any() or (stored > limit - np.minimum(offset, limit)).any():
         return "a chunk ends beyond the footer's start"
-    if (
-        (offset % np.uint64(ALIGN_BYTES)).any()
-        or (offset[:1] < HEAD_BYTES).any()
-        or (offset[1:] < (offset + stored)[:-1]).any()
-    ):
+    places = np.argsort(offset, kind="stable") if features & GROUPED_COLUMNS else slice(None)
+    begins, ends = offset[places], (offset + stored)[places]
+    if (begins % np.uint64(ALIGN_BYTES)).any() or (begins[:1] < HEAD_BYTES).any() or (begins[1:] < ends[:-1]).any():
         return "chunks are not aligned, or overlap"
     if not np.isin(codecs, codec.CODECS).all():
         unknown = sorted(set(codecs.tolist()) - set(codec.CODECS))
@@ -290,12 +290,16 @@ def parse_head(data: bytes, url: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """Tail of a shard: position, lengths and CRC-32C of the footer. footer_raw_bytes: Length before compression."""
+    """Tail of a shard: position, lengths and CRC-32C of the footer.
+
+    footer_raw_bytes: Length before compression. features: Feature bits that a reader must support.
+    """
 
     footer_offset: int
     footer_bytes: int
     footer_raw_bytes: int
     footer_crc: int
+    features: int = 0
 
     @property
     def file_bytes(self) -> int:
@@ -311,7 +315,7 @@ class Tail:
             self.footer_crc,
             FORMAT_VERSION,
             self.file_bytes,
-            SHARD_FEATURES,
+            self.features,
             *RELEASE,
         )
         body = _TAIL.pack(*fields, 0, TAIL_MAGIC)[:-12]
@@ -333,7 +337,7 @@ class Tail:
         release = f"{major}.{minor}" if major or minor else ""
         check_format(version, release, what="shard", url=url)
         check_features(names_of_bits(features), release, what="shard", url=url)
-        tail = Tail(offset, stored, raw, footer_crc)
+        tail = Tail(offset, stored, raw, footer_crc, features)
         if n_bytes != file_bytes or tail.file_bytes != file_bytes:
             raise CorruptShard(f"states a shard of {n_bytes} bytes, but it has {file_bytes}", url=url, part="tail")
         if offset < HEAD_BYTES or offset % ALIGN_BYTES or raw > FOOTER_LIMIT_BYTES or stored > FOOTER_LIMIT_BYTES:
@@ -420,7 +424,7 @@ class Footer:
             raise CorruptShard("CRC-32C does not match", url=url, part="footer")
         try:
             raw = codec.decompress(stored, tail.footer_raw_bytes)
-            return _Sections(raw, tail.footer_offset).footer()
+            return _Sections(raw, tail).footer()
         except (codec.UnknownCodecError, UnknownKindError) as error:
             # The checksums match, so nothing is damaged; the writer should have set a feature bit in the tail.
             check_features([error.needed], "", what="shard", url=url)
@@ -436,11 +440,11 @@ class _BadFooter(ValueError):
 class _Sections:
     """Parser of a decoded footer."""
 
-    def __init__(self, raw: memoryview, footer_offset: int) -> None:
+    def __init__(self, raw: memoryview, tail: Tail) -> None:
         if len(raw) < _PREFIX.size:
             self.fail("it is too short")
         self.raw = raw
-        self.footer_offset = footer_offset
+        self._tail = tail
         self.shard_id, self.n_records, self.n_blocks, self.n_columns, n_sections = _PREFIX.unpack_from(raw)
         table_end = _PREFIX.size + _SECTION.size * n_sections
         if not len(_SECTIONS) <= n_sections <= _MAX_SECTIONS or table_end > len(raw):
@@ -508,7 +512,7 @@ class _Sections:
         if footer.n_blocks and int(footer.block_records.max()) >= 2**32:
             self.fail("a block has 2**32 records or more")
         problem = (
-            check_chunks(footer.chunks, footer.pages, self.footer_offset)
+            check_chunks(footer.chunks, footer.pages, self._tail.footer_offset, self._tail.features)
             or check_nodes(footer.schema, footer.chunks, footer.nodes, footer.block_records)
             or check_buffers(footer.schema, footer.chunks, footer.nodes, footer.buffers)
         )

@@ -111,6 +111,23 @@ class ShardReader:
         whole = self.mapped_blocks(columns) if is_kept else None
         return self._load(blocks, columns) if whole is None else whole.select(blocks)
 
+    def prefetch(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
+        """Start fetching blocks, which are loaded next, into the local copy, if there is one. Returns at once."""
+        self._chunks.prefetch(blocks, columns)
+
+    def load_shapes(self, blocks: Sequence[int], column: int) -> Blocks:
+        """Load some blocks of a ragged column, of which only the stream of shapes may be read. Raises as load().
+
+        Of raw chunks that are not in a local copy, only the pages that hold the shapes are fetched.
+        """
+        self._check_open()
+        ids = self._ids(blocks, [column])
+        if self._chunks.is_cached(ids):
+            return self.load(blocks, [column])
+        shapes = next(stream for stream in self.schema.columns[column].streams(column) if stream.role == "shape")
+        loaded = self._chunks.load_buffer(ids, shapes.values_buffer)
+        return Blocks(self.footer, self.url, tuple(map(int, blocks)), (int(column),), loaded)
+
     def is_mapped(self, columns: Sequence[int]) -> bool:
         """Return whether all blocks of these columns are read in place, in the mapping of a local copy."""
         self._check_open()
@@ -229,6 +246,10 @@ class FooterCache:
         if shard not in self._kept and self._n_bytes + footer.nbytes <= self._limit_bytes:
             self._kept[shard] = footer
             self._n_bytes += footer.nbytes
+
+    def get(self, shard: int) -> Footer | None:
+        """Return the footer of a shard, which stays; None if there is none."""
+        return self._kept.get(shard)
 
     def take(self, shard: int) -> Footer | None:
         """Remove and return the footer of a shard; None if there is none."""

@@ -16,12 +16,14 @@ from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ShardIdentity, ShardInfo
 from tiercache.shard.format.layout import TAIL_BYTES, Footer, Tail
 from tiercache.shard.memory import Bytes
-from tiercache.store.contract import Lease, LocalStore, Span, Store
+from tiercache.store.contract import Lease, LocalStore, Span, Store, read_unpinned
 from tiercache.store.posix import os_errors
 
 # The kernel's file clock ticks every 1 to 10 ms, so two writes within a tick leave the same ctime. A ctime younger than
 # this does not identify a state of the file.
 MIN_CTIME_AGE_NS = 20_000_000
+# How often bytes from a store that do not match their checksum are read again: they may have been damaged in transit.
+READS_AGAIN = 5
 # Longer ranges that a file states are compared with the store before memory of that length is allocated.
 _CLAIMED_BYTES = 1 << 20
 
@@ -107,10 +109,10 @@ class ByteSource:
         """The local copy; None if there is none."""
         return self._copy
 
-    def prefetch(self, ranges: Sequence[ByteRange]) -> None:
-        """Start fetching ranges into the local copy, if there is one."""
+    def prefetch(self, ranges: Sequence[ByteRange], *, urgent: bool = False) -> None:
+        """Start fetching ranges into the local copy, if there is one. urgent: See Lease.prefetch."""
         if self._copy is not None:
-            self._copy.lease.prefetch(ranges)
+            self._copy.lease.prefetch(ranges, urgent=urgent)
 
     def ensure_cached(self, ranges: Sequence[ByteRange]) -> LocalCopy | None:
         """Return the local copy after these ranges are present; None if the caller must read() them from the store."""
@@ -129,7 +131,12 @@ class ByteSource:
         Raises CorruptShard if the object is too short, and StoreError.
         """
         try:
-            self._store.read_into(self._key, spans, if_match=self.etag)
+            try:
+                self._store.read_into(self._key, spans, if_match=self.etag)
+            except ObjectChanged:
+                if self.etag is not None:
+                    raise
+                read_unpinned(self._store, self._key, spans)  # the reader compares the bytes with checksums
         except (NotFound, ObjectChanged):
             raise
         except StoreError as error:
@@ -194,15 +201,16 @@ TAIL_GUESS_BYTES = 64 << 10
 def read_footer(source: ByteSource, info: ShardInfo | None) -> tuple[Footer, Tail]:
     """Return footer and tail of a shard, with one ranged read if info is given, and at most two otherwise.
 
-    If data from a store fails its checksum, it is fetched once more, because it may have been damaged in transit. Data
-    of a local copy is not read again: the caller drops the copy. Raises CorruptShard and UnsupportedFormat.
+    If data from a store fails its checksum, it is fetched again, because it may have been damaged in transit. Data of a
+    local copy is not read again: the caller drops the copy. Raises CorruptShard and UnsupportedFormat.
     """
-    try:
-        return _read_footer(source, info)
-    except CorruptShard:
-        copy = source.local_copy
-        if copy is not None and copy.lease.present([ByteRange(max(copy.n_bytes - TAIL_BYTES, 0), copy.n_bytes)]):
-            raise
+    for _ in range(READS_AGAIN):
+        try:
+            return _read_footer(source, info)
+        except CorruptShard:
+            copy = source.local_copy
+            if copy is not None and copy.lease.present([ByteRange(max(copy.n_bytes - TAIL_BYTES, 0), copy.n_bytes)]):
+                raise
     return _read_footer(source, info)
 
 
@@ -260,7 +268,8 @@ def check_identity(footer: Footer, info: ShardInfo | None, identity: ShardIdenti
 # Columns that occupy at least 15/16 of a shard are not fetched by ranges: the whole shard takes the same time, and
 # other readers can use it.
 _MOST, _OF = 15, 16
-# Ranges with a smaller gap are merged, because the bytes between cost less than another request.
+# Ranges with a smaller gap are merged, because the bytes between cost less than another request. They take space in the
+# cache; so longer gaps, which would still cost less time than a request, are not fetched.
 _GAP_BYTES = 16 << 10
 
 
@@ -271,6 +280,14 @@ def column_ranges(footer: Footer, info: ShardInfo, columns: Sequence[int]) -> tu
     ends = np.append((chunks["offset"] + chunks["stored"]).astype(np.int64), info.n_bytes)
     ranges = merge_ranges(starts, ends, _GAP_BYTES)
     return None if sum(r.n_bytes for r in ranges) * _OF >= info.n_bytes * _MOST else tuple(ranges)
+
+
+def block_ranges(footer: Footer, info: ShardInfo, blocks: Sequence[int], columns: Sequence[int]) -> list[ByteRange]:
+    """Return the ranges of some blocks of these columns, and of the footer."""
+    chunks = footer.chunks[np.ix_(list(blocks), list(columns))].ravel()
+    starts = np.append(chunks["offset"].astype(np.int64), info.footer_offset)
+    ends = np.append((chunks["offset"] + chunks["stored"]).astype(np.int64), info.n_bytes)
+    return merge_ranges(starts, ends, _GAP_BYTES)
 
 
 def merge_ranges(starts: NDArray[np.int64], ends: NDArray[np.int64], gap_bytes: int) -> list[ByteRange]:

@@ -104,8 +104,9 @@ class _Verification:
         except (CorruptShard, UnsupportedFormat) as error:
             yield finding_of(error, "head")
         self._counted = {column.name: ColumnStatistics(column) for column in footer.schema.columns}
-        for block in range(footer.n_blocks):
-            yield from self._block(footer, block)
+        n_columns = len(footer.schema)
+        for chunk in np.argsort(footer.chunks["offset"].ravel(), kind="stable").tolist():
+            yield from self._next_chunk(footer, *divmod(chunk, n_columns))
         yield from self._check_statistics(footer)
         yield from self._rest()
 
@@ -124,20 +125,19 @@ class _Verification:
         self._position = end
         return memory
 
-    def _block(self, footer: Footer, block: int) -> Iterator[Finding]:
-        last = footer.chunks[block, -1]
-        start, end = self._position, 0
-        memory = self._read_to(align(int(last["offset"] + last["stored"])))
-        for number, column in enumerate(footer.schema.columns):
-            row = footer.chunks[block, number]
-            first = int(row["offset"]) - start
-            yield from self._gap(footer, block, memory[end:first])
-            end = first + int(row["stored"])
-            try:
-                self._chunk(footer, block, number, memory[first : first + int(row["stored"])])
-            except CorruptShard as error:
-                self._counted.pop(column.name, None)
-                yield replace(finding_of(error, "chunk"), block=block, column=column.name)
+    def _next_chunk(self, footer: Footer, block: int, number: int) -> Iterator[Finding]:
+        """Check the chunk of a block and a column, and the bytes before it and up to its aligned end."""
+        row, start = footer.chunks[block, number], self._position
+        offset, stored_bytes = int(row["offset"]), int(row["stored"])
+        memory = self._read_to(align(offset + stored_bytes))
+        first, end = offset - start, offset - start + stored_bytes
+        try:
+            self._chunk(footer, block, number, memory[first:end])
+        except CorruptShard as error:
+            name = footer.schema.columns[number].name
+            self._counted.pop(name, None)
+            yield replace(finding_of(error, "chunk"), block=block, column=name)
+        yield from self._gap(footer, block, memory[:first])
         yield from self._gap(footer, block, memory[end:])
 
     def _gap(self, footer: Footer, block: int, between: Bytes) -> Iterator[Finding]:

@@ -13,11 +13,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from typing import Any, Literal, TypeAlias
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import CorruptShard, NotFound, SchemaError
 from tiercache.shard.format.layout import FORMAT_VERSION, RELEASE_TEXT, SOFTWARE, check_features, check_format
+from tiercache.shard.read.source import READS_AGAIN
 from tiercache.shard.schema import Schema, UnknownKindError
 from tiercache.shard.versions.segments import SegmentRef, ShardTable, read_segments
 from tiercache.store.contract import Store
@@ -334,13 +336,15 @@ def read_shards(store: Store, version: Version) -> ShardTable:
 
 def _parsed(store: Store, data: bytes, number: int) -> Version:
     url = f"{store.url}/{version_key(number)}"
-    try:
-        version = parse_version(data, number=number, url=url)
-    except CorruptShard:  # the data may have been damaged in transit: fetch once more
-        again = version_log(store).get(number)
-        if again is None or again == data:
-            raise
-        version = parse_version(again, number=number, url=url)
+    for n_reads in count(1):
+        try:
+            version = parse_version(data, number=number, url=url)
+            break
+        except CorruptShard:  # the data may have been damaged in transit
+            again = version_log(store).get(number)
+            if again is None or again == data or n_reads > READS_AGAIN:
+                raise
+            data = again
     try:
         len(version.schema)
     except UnknownKindError as error:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tiercache._native.checksum import crc32c
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ByteRange, ShardIdentity, ShardInfo
-from tiercache.shard.read.source import ByteSource
+from tiercache.shard.read.source import READS_AGAIN, ByteSource
 from tiercache.store.contract import LocalStore, Store
 
 SEGMENTS_FOLDER = "_tiercache/segments/"
@@ -205,13 +205,13 @@ def _read_segment(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Table:
         if data is not None and _is_whole(data, ref):
             return parse_segment(data, ref, url=source.url)
         # If the local copy differs from what the version states, only the copy may be damaged: read the source instead,
-        # and once more, because the data may have been damaged in transit.
+        # and again, because the data may have been damaged in transit.
         if source.local_copy is not None and isinstance(store, LocalStore):
             store.remove_if_corrupt(ref.key, ref.identity(dataset_id))
             source.close()
             continue
         n_fetches += 1
-        if n_fetches == 2:
+        if n_fetches > READS_AGAIN:
             message = f"the CRC-32C is not {ref.crc32c:#010x}, which the version states"
             raise CorruptShard(message, url=source.url, part="segment")
 

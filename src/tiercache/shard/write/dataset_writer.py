@@ -78,6 +78,7 @@ class Writer:
         self._ended = ""
         self.version: Version | None = None
         given = None if schema is None else Schema.of(schema)
+        self._store.require_conditional_put()  # here, because the commit comes hours later
         self._parent = find_latest(self._store)
         if mode == "create" and self._parent is not None:
             raise data_set_exists_error(self._store, self._parent)
@@ -147,6 +148,9 @@ class Writer:
 
         The writer owns them from now on: it commits them, or deletes them in abort().
 
+        Args:
+            infos: Descriptions of the shards, from the processes that wrote them.
+
         Raises:
             ValueError: The writer has no schema yet, or is closed.
         """
@@ -215,6 +219,14 @@ class Writer:
         except SchemaError:
             self._schema = self._shards = None
             raise
+
+    def __repr__(self) -> str:
+        state = self._ended or "open"
+        if self.version is not None:
+            state = f"committed as version {self.version.number}"
+        schema = "schema not known yet" if self._schema is None else repr(self._schema)
+        records = f"{self.n_records:,} record{'' if self.n_records == 1 else 's'}"
+        return f"Writer({self.url!r}, mode={self._mode!r}, {state}, {records}: {schema})"
 
     def __enter__(self) -> Writer:
         return self

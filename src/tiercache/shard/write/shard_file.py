@@ -20,11 +20,12 @@ from tiercache.errors import StoreError
 from tiercache.model import ShardInfo
 from tiercache.shard.format import codec
 from tiercache.shard.format.codec import BlockCodec
-from tiercache.shard.format.layout import CHUNK_ROW, Footer, Tail, align, pack_head
+from tiercache.shard.format.layout import CHUNK_ROW, GROUPED_COLUMNS, Footer, Tail, align, pack_head
 from tiercache.shard.format.statistics import ColumnStatistics
 from tiercache.shard.memory import BUFFER_POOL, Bytes
 from tiercache.shard.schema import Schema
 from tiercache.shard.write.column_data import ColumnData, EncodedChunk, encode
+from tiercache.store.coalescing import RequestCosts
 from tiercache.store.contract import Store, Upload
 
 Task: TypeAlias = Callable[[], None]
@@ -243,11 +244,50 @@ class _PartBuffer:
         self._uploads.complete(self._upload)
 
 
-class ShardFile:
-    """A shard that is being written, invisible before finish(). For one thread. Abort its uploads to discard it."""
+# Maximum stored bytes of the grouped columns of a shard: a few requests read all of them.
+GROUP_BYTES = 256 << 10
+# A reader of single blocks needs one more range for the group. So the gap that a projection would read for each block
+# must cost this many requests.
+_LEAST_GAP_REQUESTS = 4
 
-    def __init__(self, uploads: UploadQueue, key: str, schema: Schema, block_codec: BlockCodec) -> None:
+
+def columns_to_group(chunk_bytes: Sequence[int], n_blocks: int, costs: RequestCosts) -> frozenset[int]:
+    """Return the columns whose chunks should lie together behind all blocks, so that few requests read one of them.
+
+    Without that, a projection of a small column costs a request for each block, because the gap to the chunk of the
+    next block costs more than a request. The smallest columns are grouped, as many as GROUP_BYTES hold.
+
+    Args:
+        chunk_bytes: Stored bytes of each column's chunk in a typical block.
+        n_blocks: Expected number of blocks of the shard.
+        costs: Costs of requests.
+    """
+    grouped: set[int] = set()
+    group_bytes, gap_bytes = 0, sum(chunk_bytes)
+    for column in sorted(range(len(chunk_bytes)), key=chunk_bytes.__getitem__) if n_blocks > 1 else ():
+        group_bytes += align(chunk_bytes[column]) * n_blocks
+        gap_bytes -= chunk_bytes[column]
+        if group_bytes > GROUP_BYTES or gap_bytes <= _LEAST_GAP_REQUESTS * costs.gap_bytes:
+            break
+        grouped.add(column)
+    return frozenset(grouped)
+
+
+class ShardFile:
+    """A shard that is being written, invisible before finish(). For one thread. Abort its uploads to discard it.
+
+    The chunks of small columns (columns_to_group) stay in memory until finish().
+    """
+
+    def __init__(
+        self, uploads: UploadQueue, key: str, schema: Schema, block_codec: BlockCodec, shard_bytes: int = 0
+    ) -> None:
+        """Begin a shard. shard_bytes: Expected size, which says whether small columns are worth grouping."""
         self.key = key
+        self._shard_bytes = shard_bytes
+        self._grouped: frozenset[int] = frozenset()
+        self._group: list[tuple[int, Bytes]] = []  # index in _chunks, and stored bytes
+        self._group_bytes = 0
         self.n_blocks = 0
         self._schema = schema
         self._codec = block_codec
@@ -265,7 +305,7 @@ class ShardFile:
     @property
     def n_bytes(self) -> int:
         """Number of bytes written so far, without the footer."""
-        return self._out.n_bytes
+        return self._out.n_bytes + self._group_bytes
 
     @property
     def table_bytes(self) -> int:
@@ -277,8 +317,16 @@ class ShardFile:
         """Append a block. parts: Data of each column, of equal lengths."""
         chunks = [encode(column, data) for column, data in zip(self._schema.columns, columns, strict=True)]
         frames = self._codec.encode([chunk.n_bytes for chunk in chunks], lambda number: self._laid_out(chunks[number]))
+        if not self.n_blocks:
+            sizes = [
+                chunk.n_bytes if frame is None else len(frame) for chunk, frame in zip(chunks, frames, strict=True)
+            ]
+            n_blocks = self._shard_bytes // max(sum(map(align, sizes)), 1)
+            self._grouped = columns_to_group(sizes, n_blocks, RequestCosts())
         for number, (chunk, frame) in enumerate(zip(chunks, frames, strict=True)):
-            stored_bytes = self._add_chunk(chunk, frame)
+            # The limit bounds the memory of chunks that become larger from block to block.
+            is_grouped = number in self._grouped and self._group_bytes < 4 * GROUP_BYTES
+            stored_bytes = self._add_chunk(chunk, frame, is_grouped=is_grouped)
             data = columns[number]
             nulls = chunk.nodes[0][1]
             self._statistics[number].add(data.values, data.valid, data.n, nulls, chunk.n_bytes, stored_bytes)
@@ -291,27 +339,48 @@ class ShardFile:
         chunk.lay_out(raw)
         return raw
 
-    def _add_chunk(self, chunk: EncodedChunk, frame: bytes | None) -> int:
-        """Append a chunk, raw if frame is None, otherwise as the frame. Returns its number of stored bytes."""
+    def _add_chunk(self, chunk: EncodedChunk, frame: bytes | None, *, is_grouped: bool) -> int:
+        """Append a chunk, raw if frame is None, otherwise as the frame; or keep it for the group.
+
+        Returns its number of stored bytes.
+        """
         first_node, first_buffer, first_page = len(self._nodes), len(self._buffers), self._n_pages
         self._nodes.extend(chunk.nodes)
         self._buffers.extend(zip(chunk.ends, chunk.lengths, strict=False))  # no buffer begins at the last end
+        stored_bytes = chunk.n_bytes if frame is None else len(frame)
+        memory = np.empty(stored_bytes, np.uint8) if is_grouped else self._out.reserve(stored_bytes)
         if frame is None:
-            stored_bytes = chunk.n_bytes
-            crc, sums = chunk.lay_out(self._out.reserve(stored_bytes))
+            crc, sums = chunk.lay_out(memory)
             self._pages.append(sums)
             self._n_pages += len(sums)
         else:
-            stored_bytes, crc = len(frame), crc32c(frame)
-            self._out.reserve(stored_bytes)[:] = np.frombuffer(frame, np.uint8)
+            crc = crc32c(frame)
+            memory[:] = np.frombuffer(frame, np.uint8)
         offset, kind = self._out.n_bytes, codec.RAW if frame is None else codec.ZSTD
-        self._out.add(stored_bytes, crc)
+        if is_grouped:
+            self._group.append((len(self._chunks), memory))
+            self._group_bytes += align(stored_bytes)
+        else:
+            self._append_aligned(stored_bytes, crc)
         self._chunks.append((offset, stored_bytes, chunk.n_bytes, kind, crc, first_node, first_buffer, first_page))
-        self._out.append(bytes(align(stored_bytes) - stored_bytes))
         return stored_bytes
+
+    def _append_aligned(self, n_bytes: int, crc: int) -> None:
+        self._out.add(n_bytes, crc)
+        self._out.append(bytes(align(n_bytes) - n_bytes))
+
+    def _append_group(self) -> None:
+        """Append the grouped chunks, column by column."""
+        for number, memory in sorted(self._group, key=lambda chunk: (chunk[0] % len(self._schema), chunk[0])):
+            _, stored_bytes, raw_bytes, kind, crc, *firsts = self._chunks[number]
+            self._chunks[number] = (self._out.n_bytes, stored_bytes, raw_bytes, kind, crc, *firsts)
+            self._out.reserve(stored_bytes)[:] = memory
+            self._append_aligned(stored_bytes, crc)
+        self._group_bytes = 0
 
     def finish(self, metadata: Mapping[str, Any]) -> ShardInfo:
         """Write footer and tail, and queue the completion of the upload. Returns the description of the shard."""
+        self._append_group()
         names = self._schema.names
         statistics = {name: column.as_json() for name, column in zip(names, self._statistics, strict=True)}
         footer = Footer(
@@ -328,7 +397,8 @@ class ShardFile:
             metadata=metadata,
         )
         stored, raw_bytes = footer.pack()
-        tail = Tail(self._out.n_bytes, len(stored), raw_bytes, crc32c(stored))
+        features = GROUPED_COLUMNS if self._group else 0
+        tail = Tail(self._out.n_bytes, len(stored), raw_bytes, crc32c(stored), features)
         self._out.append(stored)
         self._out.append(tail.pack())
         self._out.complete()

@@ -344,7 +344,7 @@ class ShardWriter:
         for block in blocks:
             if self._file is None:
                 key = shard_key(self.writer_id, len(self._infos))
-                self._file = ShardFile(self._uploads, key, self._schema, self._codec)
+                self._file = ShardFile(self._uploads, key, self._schema, self._codec, self._options.shard_bytes)
             self._file.add_block(block)
             # At a quarter of the footer's limit, the rows of the next block and the rest of the footer still fit.
             if self._file.n_bytes >= self._options.shard_bytes or self._file.table_bytes > FOOTER_LIMIT_BYTES // 4:

@@ -43,9 +43,9 @@ What can happen between two steps:
     7-8  Another process with another journal moves the object back: its placement leads to src, and step 8 reads that.
     8-9  src is replaced: the mover checks src again after all slow checks, and the delete request to S3 names the ETag.
          Other stores have no such request: the time that the announcement takes remains as a window.
-    8-9  Somebody removes the copy in dst: the mover checks dst again, as it does src. A copy that is removed while the
-         deletion of the other one is announced and made is lost with it: no store deletes one object only if another
-         object exists.
+    8-9  Somebody removes or replaces the copy in dst: the mover checks dst again, as it does src. If that happens while
+         the deletion from src is announced and made, what the copy had is lost: no store deletes one object only if
+         another object exists and is unchanged.
     8-9  The object is pinned: the mover reads the rule file again after all slow checks. From tier_drop.decided on,
          while one batch of deletions is announced and made, a pin is too late for that batch; it protects the rest.
     8-9  The lock was lost while this process slept: the mover checks the lock after everything that step 8 checks,

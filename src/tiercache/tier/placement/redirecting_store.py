@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow.compute as pc
 
 from tiercache.errors import ArchivedShards
-from tiercache.model import ObjectInfo, ShardIdentity, format_bytes
-from tiercache.prices import FREE, Prices, is_free, price_table
+from tiercache.model import ByteRange, ObjectInfo, ShardIdentity, format_bytes
+from tiercache.prices import FREE, Prices, is_free, price_table, provider_prices, read_dollars
 from tiercache.store import Lease, LocalFolder, LocalStore, Span, Store
-from tiercache.store.contract import WrapperStore
+from tiercache.store.contract import Receive, WrapperStore
 from tiercache.tier.costs import region_of, restored_home_dollars
 from tiercache.tier.placement.resolver import LocationResolver, ObjectLocation, is_remote
 from tiercache.tier.placement.use_reports import UseRecorder
@@ -68,10 +68,19 @@ class RedirectingStore(WrapperStore):
         return self
 
     def figures(self) -> dict[str, float]:
-        """Return the counters (requests, bytes_read, ...), summed over the home and the other locations."""
-        sums: dict[str, float] = {}
+        """Return the counters (requests, bytes_read, ...), summed over the home and the other locations.
+
+        dollars is the price of the requests, and egress_dollars what the bytes cost if they leave the region; both are
+        0 for stores whose provider is unknown.
+        """
+        sums: dict[str, float] = {"dollars": 0.0, "egress_dollars": 0.0}
         for store in self.resolver.stores():
-            for name, figure in store.counters.snapshot().items():
+            counters = store.counters.snapshot()
+            prices = provider_prices(store.provider)
+            if prices is not None:
+                dollars, egress = read_dollars(prices, counters.get("requests", 0), counters.get("bytes_read", 0))
+                counters |= {"dollars": dollars, "egress_dollars": egress}
+            for name, figure in counters.items():
                 sums[name] = sums.get(name, 0) + figure
         return sums
 
@@ -89,11 +98,34 @@ class RedirectingStore(WrapperStore):
         """See Store.read_into. An ETag means the object as it was opened, wherever it has moved since."""
 
         def read(found: ObjectLocation) -> None:
-            etag = self.resolver.etag_of(key, if_match) if found.info is None else found.info.etag
-            wanted = None if if_match is None else etag
-            found.store.read_into(key, spans, if_match=wanted, deadline_s=deadline_s, cancel=cancel)
+            etag = self._etag_at(found, key, if_match)
+            found.store.read_into(key, spans, if_match=etag, deadline_s=deadline_s, cancel=cancel)
 
         self.resolver.follow(key, read, if_match)
+
+    def read_pieces(
+        self,
+        key: str,
+        ranges: Sequence[ByteRange],
+        receive: Receive,
+        *,
+        if_match: str | None = None,
+        deadline_s: float | None = None,
+        cancel: Event | None = None,
+    ) -> None:
+        """See Store.read_pieces, and read_into() for the ETag."""
+
+        def read(found: ObjectLocation) -> None:
+            etag = self._etag_at(found, key, if_match)
+            found.store.read_pieces(key, ranges, receive, if_match=etag, deadline_s=deadline_s, cancel=cancel)
+
+        self.resolver.follow(key, read, if_match)
+
+    def _etag_at(self, found: ObjectLocation, key: str, if_match: str | None) -> str | None:
+        """Return the ETag that the object must have where it is now; None without a condition."""
+        if if_match is None:
+            return None
+        return self.resolver.etag_of(key, if_match) if found.info is None else found.info.etag
 
     def head(self, key: str) -> ObjectInfo:
         """See Store.head."""

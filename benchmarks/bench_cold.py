@@ -1,0 +1,272 @@
+"""The first epoch from a store: through the cache to disk and past it, in order and shuffled, beside plain clients.
+
+    python benchmarks/bench_cold.py [--folder DIR] [--megabytes 1024] [--delays 0 0.02 0.05] [--repetitions 5] [--quick]
+
+A server process of its own serves the data set's files by HTTP ranges (range_server.py). The plain clients read the
+same bytes in ranges of 8 MiB by 16 threads: obstore, and a plain socket. Ways of one repetition are interleaved, and
+each begins with an empty cache. A row has the throughput, its share of the faster plain client's in the same
+repetition, the processor seconds per GB of this process, and their ratio to those of the plain client that takes least.
+The last rows have a server that delays 1 % of the responses by 2 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import socket
+import threading
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+import obstore
+import obstore.store
+
+import tiercache as tc
+from range_server import RangeServer
+from rows import OUT, spread, table, write_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+RANGE_BYTES = 8 << 20
+N_THREADS = 16
+RECORD_BYTES = 64 << 10
+BATCH_SIZE = 64
+PLAIN = ("obstore", "socket")
+TITLES = ("case", "MB/s", "of the fastest plain", "CPU s/GB", "of the least plain")
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The data set that is read.
+
+    Attributes:
+        folder: Folder that the server serves; the data set is its folder "data".
+        n_records: Number of records.
+        objects: Path below the folder, and size, of each shard.
+    """
+
+    folder: Path
+    n_records: int
+    objects: tuple[tuple[str, int], ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(size for _, size in self.objects)
+
+    def ranges(self) -> Iterator[tuple[int, str, int, int]]:
+        """Yield number and path of a shard with start and end of each range."""
+        for number, (path, size) in enumerate(self.objects):
+            for start in range(0, size, RANGE_BYTES):
+                yield number, path, start, min(start + RANGE_BYTES, size)
+
+
+def make_data(folder: Path, megabytes: int) -> Data:
+    """Write a data set of random records."""
+    shutil.rmtree(folder, ignore_errors=True)
+    n_records = max((megabytes << 20) // RECORD_BYTES, BATCH_SIZE)
+    rng = np.random.default_rng(1)
+    with tc.Writer(str(folder / "data")) as writer:
+        for start in range(0, n_records, 256):
+            n = min(256, n_records - start)
+            writer.write_batch(
+                {"id": np.arange(start, start + n), "value": rng.integers(0, 256, (n, RECORD_BYTES), np.uint8)}
+            )
+    shards = sorted((folder / "data").rglob("shards/*"))
+    return Data(folder, n_records, tuple((str(p.relative_to(folder)), p.stat().st_size) for p in shards if p.is_file()))
+
+
+class Sink:
+    """Where a plain client puts bytes: the files of a folder, or memory that is dropped."""
+
+    def __init__(self, data: Data, folder: Path | None) -> None:
+        flags = os.O_RDWR | os.O_CREAT
+        self._fds = [os.open(folder / str(i), flags, 0o600) for i in range(len(data.objects))] if folder else []
+
+    def put(self, number: int, offset: int, piece: Any) -> None:
+        """Write a piece."""
+        if self._fds:
+            os.pwrite(self._fds[number], piece, offset)
+
+    def close(self) -> None:
+        """Close the files."""
+        for fd in self._fds:
+            os.close(fd)
+
+
+def read_by_obstore(data: Data, url: str, sink: Sink) -> None:
+    """Read all ranges by obstore."""
+    store = obstore.store.HTTPStore(url, client_options={"allow_http": True})
+
+    def read(job: tuple[int, str, int, int]) -> None:
+        number, path, start, end = job
+        sink.put(number, start, memoryview(obstore.get_range(store, path, start=start, end=end)))
+
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        list(pool.map(read, data.ranges()))
+
+
+def read_by_socket(data: Data, url: str, sink: Sink) -> None:
+    """Read all ranges by plain sockets, one for each thread."""
+    server, local, opened = urlsplit(url), threading.local(), []
+
+    def connection() -> tuple[socket.socket, bytearray]:
+        if not hasattr(local, "connection"):
+            local.connection = socket.create_connection((server.hostname or "", server.port or 80))
+            local.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            local.buffer = bytearray(1 << 20)
+            opened.append(local.connection)
+        return local.connection, local.buffer
+
+    def read(job: tuple[int, str, int, int]) -> None:
+        number, path, position, end = job
+        wire, buffer = connection()
+        wire.sendall(f"GET /{path} HTTP/1.1\r\nHost: x\r\nRange: bytes={position}-{end - 1}\r\n\r\n".encode())
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += wire.recv(4096)
+        piece = memoryview(head.split(b"\r\n\r\n", 1)[1])
+        while True:
+            sink.put(number, position, piece)
+            position += len(piece)
+            if position == end:
+                return
+            piece = memoryview(buffer)[: wire.recv_into(buffer, min(len(buffer), end - position))]
+
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        list(pool.map(read, data.ranges()))
+    for wire in opened:
+        wire.close()
+
+
+def read_by_loader(data: Data, url: str, cache: tc.Cache | Literal[False], *, shuffle: bool) -> None:
+    """Serve one epoch. Raises RuntimeError if records are missing."""
+    dataset = tc.Dataset(f"{url}/data", cache=cache)
+    n_seen = 0
+    for batch in tc.DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=shuffle):
+        n_seen += len(batch["id"])
+    dataset.close()
+    if n_seen != data.n_records:
+        raise RuntimeError(f"{n_seen} of {data.n_records} records were served")
+
+
+def ways(data: Data, url: str, target: Path) -> dict[str, Callable[[], None]]:
+    """Return the ways to read the data set, by case; the part after the comma says where the bytes go."""
+
+    def plain(read: Callable[[Data, str, Sink], None], folder: Path | None) -> None:
+        sink = Sink(data, folder)
+        read(data, url, sink)
+        sink.close()
+
+    def cached(*, shuffle: bool) -> None:
+        with tc.Cache(target / "cache", size=4 * data.n_bytes) as cache:
+            read_by_loader(data, url, cache, shuffle=shuffle)
+
+    return {
+        "obstore, to disk": lambda: plain(read_by_obstore, target),
+        "socket, to disk": lambda: plain(read_by_socket, target),
+        "in order, to disk": lambda: cached(shuffle=False),
+        "shuffled, to disk": lambda: cached(shuffle=True),
+        "obstore, to memory": lambda: plain(read_by_obstore, None),
+        "socket, to memory": lambda: plain(read_by_socket, None),
+        "in order, to memory": lambda: read_by_loader(data, url, False, shuffle=False),
+        "shuffled, to memory": lambda: read_by_loader(data, url, False, shuffle=True),
+    }
+
+
+def cpu_s() -> float:
+    """Return the processor seconds of this process."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def measure(data: Data, target: Path, delay_s: float, slow_share: float, repetitions: int) -> list[dict[str, Any]]:
+    """Return a row for each way to read from a server with this latency."""
+    rates: dict[str, list[float]] = defaultdict(list)
+    costs: dict[str, list[float]] = defaultdict(list)
+    shares: dict[str, list[float]] = defaultdict(list)
+    ratios: dict[str, list[float]] = defaultdict(list)
+    with RangeServer(data.folder, delay_s, slow_share) as server:
+        ways(data, server.url, target)["in order, to memory"]()  # the first epoch of a process imports libraries
+        for _ in range(repetitions):
+            for case, read in ways(data, server.url, target).items():
+                shutil.rmtree(target, ignore_errors=True)
+                target.mkdir(parents=True)
+                before_s, start_s = cpu_s(), time.perf_counter()
+                read()
+                rates[case].append(data.n_bytes / (time.perf_counter() - start_s))
+                costs[case].append((cpu_s() - before_s) / (data.n_bytes / 1e9))
+            for case in rates:
+                where = case.partition(", ")[2]
+                plain = [f"{name}, {where}" for name in PLAIN]
+                shares[case].append(rates[case][-1] / max(rates[name][-1] for name in plain))
+                ratios[case].append(costs[case][-1] / max(min(costs[name][-1] for name in plain), 1e-9))
+    return [
+        {
+            "benchmark": "cold",
+            "case": case,
+            "delay_s": delay_s,
+            "slow_share": slow_share,
+            "n_bytes": data.n_bytes,
+            "bytes_per_s": spread(rates[case]),
+            "of_fastest_plain": spread(shares[case]),
+            "cpu_s_per_gb": spread(costs[case]),
+            "cpu_of_least_plain": spread(ratios[case]),
+        }
+        for case in rates
+    ]
+
+
+def text_of(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a table of the rows of one server."""
+    lines = [
+        [
+            row["case"],
+            f"{row['bytes_per_s']['median'] / 1e6:,.0f}",
+            f"{row['of_fastest_plain']['median']:.2f}",
+            f"{row['cpu_s_per_gb']['median']:.2f}",
+            f"{row['cpu_of_least_plain']['median']:.2f}",
+        ]
+        for row in rows
+    ]
+    return table(TITLES, lines)
+
+
+def main(given: list[str] | None = None) -> None:
+    """Measure, print tables, write the rows."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--folder", type=Path, default=OUT / "cold", help="Folder for data, cache and rows.")
+    parser.add_argument("--megabytes", type=int, default=1024)
+    parser.add_argument("--delays", type=float, nargs="+", default=[0.0, 0.02, 0.05], help="Latencies in seconds.")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="Smoke test: little data, and no meaningful figures.")
+    asked = parser.parse_args(given)
+    megabytes, repetitions = (8, 1) if asked.quick else (asked.megabytes, asked.repetitions)
+    servers = [(delay_s, 0.0) for delay_s in asked.delays]
+    servers = [(0.0, 0.0)] if asked.quick else [*servers, (asked.delays[-1], 0.01)]
+    data = make_data(asked.folder / "data", megabytes)
+    rows = []
+    try:
+        for delay_s, slow_share in servers:
+            found = measure(data, asked.folder / "target", delay_s, slow_share, repetitions)
+            slow = f", {slow_share:.0%} of the responses 2 s later" if slow_share else ""
+            print(f"{delay_s * 1e3:.0f} ms{slow}\n{text_of(found)}\n")
+            rows += found
+    finally:
+        shutil.rmtree(asked.folder / "data")
+        shutil.rmtree(asked.folder / "target", ignore_errors=True)
+    write_rows(asked.folder / "cold.jsonl", rows)
+    print(f"rows: {asked.folder / 'cold.jsonl'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,589 @@
+"""Peers: the machines of a job that serve the contents of their caches to each other (serve.py has the server).
+
+A rendezvous hash over the live machines chooses the owner of each copy. The owner fetches from the origin, and the
+others fetch from the owner. A reader tries at most N_TRIED machines, and then the origin. Nothing that a peer sends is
+trusted more than the origin: shards and segments are compared with their checksums, and versions with theirs.
+
+Two processes never wait for each other for a shard: a server reads shards only from its own cache and from the origin.
+It refuses requests of readers of its own cache folder (status 421), by which a reader learns which peer is its own
+machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from hashlib import blake2b
+from http import HTTPStatus
+from itertools import product
+from random import SystemRandom
+from threading import Event, Lock
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from tiercache import config
+from tiercache.cache.fetch.partial import mask_of, n_units
+from tiercache.errors import NotFound, StoreError
+from tiercache.model import OWN_FOLDER, ByteRange
+from tiercache.stats import Counters
+from tiercache.store import CloudStore, Span, Store, open_store, redact
+from tiercache.store.contract import Receive, WrapperStore
+from tiercache.store.options import CloudOptions
+from tiercache.store.remote import ReadSettings
+from tiercache.store.retry import RetryPolicy
+from tiercache.waiting import SYSTEM_CLOCK, Clock, pause
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from tiercache.cache.names import CopySpec
+
+T = TypeVar("T")
+
+logger = logging.getLogger("tiercache")
+
+DEFAULT_PORT = 9740
+READER_HEADER = "X-Tiercache-Reader"
+OWN_REQUEST = 421  # status of a server that got a request from a reader of its own cache folder
+# The owner, and the machine that owns the copy while the owner is away. Of 1,000 machines that lose an owner, each then
+# asks the same second machine, and not the origin.
+N_TRIED = 2
+# A machine that lost its power answers nothing: its connections fail after CONNECT_S, and open ones after STALL_S. An
+# owner sends what it fetches when a request of up to 8 MiB has come, so an origin below about 1 MB/s for each request
+# makes it look dead; the reader then asks the origin itself.
+CONNECT_S = 2.0
+STALL_S = 10.0
+IDLE_S = 30.0  # nginx closes idle connections after 75 s: a request must not meet one that is being closed
+SLOWEST_BYTES_S = 1e6
+FIRST_ABSENCE_S, LONGEST_ABSENCE_S = 5.0, 60.0
+RESOLVE_EVERY_S = 30.0
+# Versions and segments are needed by all machines at once: one machine of each group of this size fetches them.
+GROUP_MACHINES = 64
+JITTER_S_PER_MACHINE, LONGEST_JITTER_S = 0.002, 2.0
+# A store keeps some threads and connections.
+MOST_STORES = 64
+MOST_DISTRUSTED = 4096
+MOST_REPORTED = 20  # failures that are warnings: a job that runs no servers at all must not fill the log
+
+_jitter = SystemRandom()  # not the seeded generator: machines must not start in step
+_HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)"
+_ADDRESS = re.compile(rf"(?:(https?)://)?({_HOST})(?::([0-9]{{1,5}}))?/?")
+_SOURCE = re.compile(rf"(slurm|torchrun)(?::([0-9]{{1,5}}))?|dns:({_HOST})(?::([0-9]{{1,5}}))?")
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{8,512}")
+_VERSION_KEY = re.compile(rf"{OWN_FOLDER}(latest|versions/[0-9]{{20}}\.json)")
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PeerOptions:
+    """The machines of a job, and how they are reached.
+
+    Attributes:
+        members: Addresses ("host", "host:port" or "https://host:port"), or one source of addresses: "dns:NAME[:PORT]"
+            (all addresses of a DNS name), "slurm[:PORT]" (the nodes of the Slurm job) or "torchrun[:PORT]" (the node of
+            the rendezvous).
+        token: Token that the servers demand; None: none.
+        ca_file: File of trusted certificates (PEM), which also means that addresses without a scheme are reached by
+            TLS; None: plain HTTP, or the system's certificates for https addresses.
+    """
+
+    members: tuple[str, ...]
+    token: str | None = field(default=None, repr=False)
+    ca_file: str | None = None
+
+    @classmethod
+    def parse(
+        cls, members: str | Sequence[str] | None, token: str | None = None, ca_file: str | None = None
+    ) -> PeerOptions | None:
+        """Return the options of a list, or of a text with commas; None if there are no members. Raises ValueError."""
+        texts = members.split(",") if isinstance(members, str) else members or ()
+        stripped = tuple(text.strip() for text in texts if text.strip())
+        return cls(stripped, token, ca_file) if stripped else None
+
+    def __post_init__(self) -> None:
+        """Check the values. Raises ValueError."""
+        if any(_SOURCE.fullmatch(text) for text in self.members) and len(self.members) > 1:
+            raise ValueError(f"peers are a list of addresses or one source of addresses, got {self.members!r}")
+        for text in self.members:
+            match = _SOURCE.fullmatch(text) or _ADDRESS.fullmatch(text)
+            if match is None or not all(0 < int(port) < 65536 for port in match.groups() if port and port.isdigit()):
+                raise ValueError(
+                    f"not an address of a peer: {text!r}; expected 'host', 'host:port', 'https://host:port', "
+                    "'dns:NAME:PORT', 'slurm' or 'torchrun'"
+                )
+        if self.token is not None:
+            check_token(self.token)
+        if self.ca_file is not None:
+            CloudOptions.parse("http", {"root_certificate": self.ca_file})
+
+    def urls(self, look_up: Callable[[str, int], list[str]] | None = None) -> list[str]:
+        """Return the URLs of all servers, sorted. Raises OSError if a DNS name has no address.
+
+        look_up: Function that returns the addresses of a DNS name and a port; None: the system's resolver.
+        """
+        source = _SOURCE.fullmatch(self.members[0])
+        if source is None:
+            return sorted({self._url(text) for text in self.members})
+        launcher, launcher_port, name, name_port = source.groups()
+        if name is None:
+            hosts, port = expand_hosts(config.launcher_hosts(launcher)), launcher_port
+        else:
+            hosts, port = (look_up or look_up_host)(name.strip("[]"), int(name_port or DEFAULT_PORT)), name_port
+        shown = [f"[{host}]" if ":" in host else host for host in hosts]
+        return sorted({self._url(f"{host}:{port or DEFAULT_PORT}") for host in shown})
+
+    def _url(self, text: str) -> str:
+        match = _ADDRESS.fullmatch(text)
+        if match is None:
+            raise ValueError(f"not an address of a peer: {text!r}")
+        scheme = match[1] or ("http" if self.ca_file is None else "https")
+        return f"{scheme}://{match[2]}:{match[3] or DEFAULT_PORT}"
+
+
+def check_token(token: str) -> str:
+    """Return the token if a header and nginx's configuration can hold it. Raises ValueError, without the token."""
+    if not _TOKEN.fullmatch(token):
+        raise ValueError("a token of peers is 8 to 512 characters of A-Z a-z 0-9 . _ ~ + / = -")
+    return token
+
+
+def look_up_host(name: str, port: int) -> list[str]:
+    """Return all addresses of a host name. Raises OSError."""
+    return sorted({str(found[4][0]) for found in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)})
+
+
+def expand_hosts(text: str) -> list[str]:
+    """Return the hosts of a list in Slurm's form: "gpu[001-003,7],login" names five hosts. Raises ValueError."""
+    hosts: list[str] = []
+    for item in filter(None, (item.strip() for item in re.split(r",(?![^\[]*\])", text))):
+        if not re.fullmatch(r"(?:[^\[\]]|\[[^\[\]]+\])+", item):
+            raise ValueError(f"not a list of hosts: {text!r}")
+        # Every second piece is the inside of a pair of brackets.
+        pieces = re.split(r"[\[\]]", item)
+        choices = [[piece] if i % 2 == 0 else _expand_numbers(piece, text) for i, piece in enumerate(pieces)]
+        hosts += ["".join(chosen) for chosen in product(*choices)]
+    return hosts
+
+
+def _expand_numbers(ranges: str, text: str) -> list[str]:
+    numbers: list[str] = []
+    for part in ranges.split(","):
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
+        if match is None:
+            raise ValueError(f"not a list of hosts: {text!r}")
+        first, last = match[1], match[2] or match[1]
+        numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return numbers
+
+
+# -- choice of the owner -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Members:
+    """The machines of a job, as one reader knows them.
+
+    Attributes:
+        urls: URL of each server, sorted.
+        seeds: Hash of each URL, uint64[n].
+    """
+
+    urls: tuple[str, ...]
+    seeds: NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, urls: Sequence[str]) -> Members:
+        """Return the members with these URLs."""
+        ordered = tuple(sorted(set(urls)))
+        return cls(ordered, np.array([hash_of(url) for url in ordered], np.uint64))
+
+    def order(self, key: int) -> Iterator[str]:
+        """Yield the URLs in the order in which they own the thing with this key (rendezvous hashing).
+
+        If a machine leaves, only what it owned changes its owner, and is spread over all others.
+        """
+        order = np.argsort(_mix(self.seeds ^ np.uint64(key)), kind="stable").tolist()
+        return map(self.urls.__getitem__, order)
+
+
+@lru_cache(maxsize=4)
+def _listed_members(options: PeerOptions) -> Members:
+    """Return the members of a list of addresses: 2 ms for 1,000."""
+    return Members.of(options.urls())
+
+
+def hash_of(text: str) -> int:
+    """Return 64 bits that are the same in all processes."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return splitmix64's finalizer of each value: a permutation of all 64-bit numbers without visible structure."""
+    z = values + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: NDArray[np.uint64] = z ^ (z >> np.uint64(31))
+    return mixed
+
+
+def data_set_name(store: Store) -> str:
+    """Return the name under which a data set's version objects are requested: a hash of its location, 40 hex digits."""
+    while isinstance(store, WrapperStore):
+        store = store.inner
+    location = store.identity if isinstance(store, CloudStore) else (redact(store.url).rstrip("/"),)
+    return blake2b("\n".join(location).encode(), digest_size=20).hexdigest()
+
+
+def version_path(store: Store, key: str) -> str | None:
+    """Return the path at which peers serve an object of a store; None: it is neither a version nor the hint."""
+    match = _VERSION_KEY.fullmatch(key)
+    return None if match is None else f"objects/{data_set_name(store)}/{match[1]}"
+
+
+# -- readers -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Peer:
+    """What this process knows about one machine, and its store, which is open while it is used."""
+
+    url: str
+    store: Store | None = None
+    n_users: int = 0
+    n_failures: int = 0
+    absent_until_s: float = 0.0
+    is_own: bool = False
+
+
+class Peers:
+    """The peers of one process: who is alive, who owns a copy, and the requests to them. Safe from any thread.
+
+    The lock guards the table of peers; requests and DNS queries run outside it. A peer that fails is left out for
+    FIRST_ABSENCE_S, and twice as long after each further failure; then one request tries it again.
+
+    Attributes:
+        counters: Number of peer_requests, peer_bytes (received), and peer_failures.
+    """
+
+    def __init__(
+        self,
+        options: PeerOptions,
+        reader_id: str,
+        *,
+        open_peer: Callable[[str, PeerOptions, str], Store] | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        """Keep the options; nothing is resolved or requested.
+
+        Args:
+            options: Machines of the job.
+            reader_id: Id of this machine's cache folder.
+            open_peer: Function that returns the store of a peer's URL; None: an HTTP store.
+            clock: Clock of the absences.
+        """
+        self._options, self._reader_id, self._clock = options, reader_id, clock
+        self._open_peer = open_peer or open_peer_store
+        self.counters = Counters("peer_requests", "peer_bytes", "peer_failures")
+        self._lock, self._resolving, self._starting = Lock(), Lock(), Lock()
+        self._members: Members | None = None
+        self._resolve_at_s = -np.inf
+        self._peers: dict[str, _Peer] = {}
+        self._distrusted: dict[str, None] = {}
+        self._has_started = False
+        self._n_reported = 0
+
+    def source(self, spec: CopySpec, origin: Store) -> Store:
+        """Return the store from which a copy is fetched: its peers, and behind them the origin."""
+        is_served = spec.identity is not None and spec.name not in self._distrusted
+        return PeerSource(self, spec, origin) if is_served else origin
+
+    def version_object(self, origin: Store, key: str) -> bytes | None:
+        """Return a version or the hint from a peer; b"": it does not exist; None: the caller must ask the origin.
+
+        The answer is as new as one of the origin: a server asks the origin after the request has come, and one question
+        answers all requests that wait for it.
+        """
+        path = version_path(origin, key)
+        if path is None:
+            return None
+        self._start()
+        return self.ask(self.key(data_set_name(origin), is_shared=True), lambda store: store.get(path), set())
+
+    def distrust(self, name: str) -> None:
+        """Fetch a copy from the origin from now on: what the peers sent was corrupt."""
+        with self._lock:
+            self._distrusted[name] = None
+            if len(self._distrusted) > MOST_DISTRUSTED:
+                del self._distrusted[next(iter(self._distrusted))]
+
+    def key(self, name: str, *, is_shared: bool) -> int:
+        """Return the key by which the owner of a name is chosen.
+
+        Args:
+            name: 40 hex digits.
+            is_shared: Whether all machines need it at once: then each group of machines has an owner of its own.
+        """
+        number = int(name[:16], 16)
+        n_groups = -(-len(self._current().urls) // GROUP_MACHINES)
+        return (
+            number ^ hash_of(f"group {hash_of(self._reader_id) % n_groups}") if is_shared and n_groups > 1 else number
+        )
+
+    def ask(self, key: int, request: Callable[[Store], T], refused: set[str], cancel: Event | None = None) -> T | None:
+        """Return request(store of the owner); None: the caller must ask the origin.
+
+        Args:
+            key: Key of the wanted thing.
+            request: Function that reads from the store of a peer.
+            refused: URLs of peers that do not have it, or are too busy, to which this method adds.
+            cancel: Event after which a failed request says nothing about the peer.
+        """
+        n_tried = 0
+        for url in self._current().order(key):
+            if n_tried == N_TRIED:
+                break
+            peer = None if url in refused else self._live(url)
+            if peer is None:
+                continue
+            if peer.is_own:
+                break
+            n_tried += 1
+            self.counters.add("peer_requests")
+            try:
+                with self._store_of(peer) as store:
+                    found = request(store)
+            except (StoreError, OSError) as error:  # OSError: a network error that the store did not convert
+                if cancel is not None and cancel.is_set():
+                    break
+                status = error.status if isinstance(error, StoreError) else None
+                if isinstance(error, NotFound) or status == HTTPStatus.SERVICE_UNAVAILABLE:
+                    refused.add(url)
+                elif status == OWN_REQUEST:
+                    peer.is_own = True
+                    break
+                else:
+                    self._failed(peer, error)
+            else:
+                peer.n_failures, peer.absent_until_s = 0, 0.0
+                return found
+        return None
+
+    def _current(self) -> Members:
+        """Return the members; a DNS name or a launcher's list is read again every RESOLVE_EVERY_S."""
+        known = self._members
+        if known is not None and self._clock.monotonic() < self._resolve_at_s:
+            return known
+        if known is not None and not self._resolving.acquire(blocking=False):
+            return known  # another thread asks the resolver, which may take seconds
+        if known is None:
+            self._resolving.acquire()
+        try:
+            known = self._members
+            if known is None or self._clock.monotonic() >= self._resolve_at_s:
+                known = self._members = self._resolved(known)
+                self._resolve_at_s = self._clock.monotonic() + RESOLVE_EVERY_S
+            return known
+        finally:
+            self._resolving.release()
+
+    def _resolved(self, known: Members | None) -> Members:
+        """Return the members now; the known ones if the resolver fails."""
+        if known is None and not _SOURCE.fullmatch(self._options.members[0]):
+            return _listed_members(self._options)
+        try:
+            urls = tuple(self._options.urls())
+        except (OSError, ValueError) as error:
+            logger.warning("peers %s cannot be resolved: %s", ",".join(self._options.members), error)
+            return known or Members.of(())
+        return known if known is not None and known.urls == urls else Members.of(urls)
+
+    def _start(self) -> None:
+        """Wait for a random time before the first request of this process: all machines of a job start at once."""
+        with self._starting:
+            if not self._has_started:
+                self._has_started = True
+                longest_s = min(JITTER_S_PER_MACHINE * len(self._current().urls), LONGEST_JITTER_S)
+                pause(_jitter.uniform(0.0, longest_s), self._clock)
+
+    def _live(self, url: str) -> _Peer | None:
+        """Return a peer that may be asked now; None: it is left out."""
+        now_s = self._clock.monotonic()
+        with self._lock:
+            peer = self._peers.setdefault(url, _Peer(url))
+            if now_s < peer.absent_until_s:
+                return None
+            if peer.n_failures:  # this request tries it; the others go on without it until its result is known
+                peer.absent_until_s = now_s + STALL_S
+            return peer
+
+    def _failed(self, peer: _Peer, error: Exception) -> None:
+        self.counters.add("peer_failures")
+        with self._lock:
+            peer.n_failures += 1
+            longest_s = min(FIRST_ABSENCE_S * 2.0 ** min(peer.n_failures - 1, 10), LONGEST_ABSENCE_S)
+            absence_s = longest_s * _jitter.uniform(0.5, 1.0)
+            peer.absent_until_s = self._clock.monotonic() + absence_s
+        is_refused = isinstance(error, StoreError) and error.status == HTTPStatus.UNAUTHORIZED
+        hint = "; check peers_token" if is_refused else ""
+        self._n_reported += 1
+        level = logging.WARNING if self._n_reported <= MOST_REPORTED else logging.INFO
+        logger.log(level, "peer %s is left out for %.0f s: %s%s", peer.url, absence_s, error, hint)
+
+    @contextmanager
+    def _store_of(self, peer: _Peer) -> Iterator[Store]:
+        idle: list[Store] = []
+        with self._lock:
+            if peer.store is None:
+                try:
+                    peer.store = self._open_peer(peer.url, self._options, self._reader_id)
+                except ValueError as error:  # the file of certificates is gone
+                    raise StoreError(str(error), url=peer.url) from error
+                opened = [one for one in self._peers.values() if one.store is not None]
+                for one in [one for one in opened if not one.n_users and one is not peer][: len(opened) - MOST_STORES]:
+                    if one.store is not None:
+                        idle.append(one.store)
+                    one.store = None
+            store = peer.store
+            peer.n_users += 1
+        try:
+            for one_store in idle:
+                one_store.close()
+            yield store
+        finally:
+            with self._lock:
+                peer.n_users -= 1
+
+    def close(self) -> None:
+        """Close all connections. Running requests fail, and their callers ask the origin."""
+        with self._lock:
+            stores = [peer.store for peer in self._peers.values() if peer.store is not None]
+            for peer in self._peers.values():
+                peer.store = None
+        for store in stores:
+            with suppress(StoreError):
+                store.close()
+
+
+def open_peer_store(url: str, options: PeerOptions, reader_id: str) -> Store:
+    """Return the HTTP store of a peer. Failed requests are not repeated: another peer, or the origin, is faster."""
+    headers = {READER_HEADER: reader_id}
+    if options.token is not None:
+        headers["Authorization"] = f"Bearer {options.token}"
+    given: dict[str, Any] = {"timeout": STALL_S, "connect_timeout": CONNECT_S, "read_timeout": STALL_S}
+    given["pool_idle_timeout"] = IDLE_S
+    if options.ca_file is not None:
+        given["root_certificate"] = options.ca_file
+    store = open_store(url, default_headers=headers, **given)
+    if not isinstance(store, CloudStore):
+        raise ValueError(f"not an address of a peer: {url!r}")
+    return CloudStore(
+        store.folder, store.options, ReadSettings(policy=RetryPolicy(n_attempts=1), most_requests=4, adapts=False)
+    )
+
+
+class _ReceiverError(Exception):
+    """The receiver of pieces failed, such as a full disk of this machine: no fault of a peer."""
+
+
+class PeerSource(WrapperStore):
+    """Store of one object that is read from its owner, and from the origin if that fails.
+
+    No byte is read from peers twice. A second request of the same bytes means that they were corrupt, or lost by a disk
+    fault: then they come from the origin. `counters` are those of the origin.
+    """
+
+    def __init__(self, peers: Peers, spec: CopySpec, origin: Store) -> None:
+        super().__init__(origin)
+        self._peers, self._spec = peers, spec
+        self._lock = Lock()
+        self._taken = np.zeros(n_units(spec.n_bytes), bool)
+        self._refused: set[str] = set()
+
+    def read_into(
+        self,
+        key: str,
+        spans: Sequence[Span],
+        *,
+        if_match: str | None = None,
+        deadline_s: float | None = None,
+        cancel: Event | None = None,
+    ) -> None:
+        """See Store.read_into."""
+
+        def read(store: Store, name: str, limit_s: float) -> None:
+            store.read_into(name, spans, deadline_s=limit_s, cancel=cancel)
+
+        if not self._read_from_peer(key, [span for span, _ in spans], read, deadline_s, cancel):
+            self.inner.read_into(key, spans, if_match=if_match, deadline_s=deadline_s, cancel=cancel)
+
+    def read_pieces(
+        self,
+        key: str,
+        ranges: Sequence[ByteRange],
+        receive: Receive,
+        *,
+        if_match: str | None = None,
+        deadline_s: float | None = None,
+        cancel: Event | None = None,
+    ) -> None:
+        """See Store.read_pieces. Ranges that a peer sent in part are passed again from their start."""
+
+        def receive_or_end(offset: int, data: memoryview) -> None:
+            try:
+                receive(offset, data)
+            except Exception as error:
+                raise _ReceiverError from error
+
+        def read(store: Store, name: str, limit_s: float) -> None:
+            store.read_pieces(name, ranges, receive_or_end, deadline_s=limit_s, cancel=cancel)
+
+        try:
+            is_read = self._read_from_peer(key, ranges, read, deadline_s, cancel)
+        except _ReceiverError as error:
+            raise error.__cause__ or error  # noqa: B904 - the caller's own error, as it raised it
+        if not is_read:
+            self.inner.read_pieces(key, ranges, receive, if_match=if_match, deadline_s=deadline_s, cancel=cancel)
+
+    def _read_from_peer(
+        self,
+        key: str,
+        ranges: Sequence[ByteRange],
+        read: Callable[[Store, str, float], None],
+        deadline_s: float | None,
+        cancel: Event | None,
+    ) -> bool:
+        """Read ranges from a peer, if one has them and none of them was read from a peer before.
+
+        read: Function that reads them from the store of a peer, by the name of the copy, within some seconds.
+        """
+        n_bytes, spec = sum(span.n_bytes for span in ranges), self._spec
+        if key != spec.key or not n_bytes or not self._take(ranges):
+            return False
+        limit_s = STALL_S + n_bytes / SLOWEST_BYTES_S
+        limit_s = limit_s if deadline_s is None else min(limit_s, deadline_s)
+
+        def request(store: Store) -> bool:
+            read(store, f"copies/{spec.name}", limit_s)
+            return True
+
+        owner_key = self._peers.key(spec.name, is_shared=key.startswith(OWN_FOLDER))
+        if self._peers.ask(owner_key, request, self._refused, cancel) is None:
+            return False
+        self._peers.counters.add("peer_bytes", n_bytes)
+        return True
+
+    def _take(self, ranges: Sequence[ByteRange]) -> bool:
+        """Return whether none of these bytes was read from a peer before, and remember them."""
+        units = mask_of(ranges, self._spec.n_bytes)
+        with self._lock:
+            is_new = not (self._taken & units).any()
+            self._taken |= units
+        return is_new

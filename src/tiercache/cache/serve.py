@@ -1,0 +1,649 @@
+"""`tiercache serve`: nginx serves the complete copies of a cache to other machines, and `PeerService` all else.
+
+nginx serves files of the cache folder whose name is that of a copy, and passes requests for other names of copies, and
+for versions, to `PeerService` through a Unix socket. The service knows the names of all shards and segments of the data
+sets that it was started with, and fetches what is requested of them through this machine's cache: under a lease, so
+that eviction cannot take the copy away, and one fetch for all who request it. No other name is answered, and no request
+can name a store or a key.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import socketserver
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing, contextmanager, suppress
+from ctypes import CDLL
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from threading import BoundedSemaphore, Condition, Event, Lock, Thread
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tiercache.cache.fetch.partial import read_all
+from tiercache.cache.names import NameTable, name_of_identity, names_of
+from tiercache.cache.peers import DEFAULT_PORT, OWN_REQUEST, READER_HEADER, check_token, data_set_name
+from tiercache.errors import NotFound, TierCacheError
+from tiercache.model import ByteRange, ShardIdentity
+from tiercache.shard.versions.manifest import HINT_KEY, VERSIONS_FOLDER, Version, latest, read_version
+from tiercache.shard.versions.segments import ShardTable, read_segments
+from tiercache.store.retry import stop_retries_when
+from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
+
+if TYPE_CHECKING:
+    from tiercache.cache.cache import Cache, CachedStore
+    from tiercache.cache.lease import CopyLease
+    from tiercache.store import Store
+
+# A name that no known version has is looked up in newer versions at most this often.
+REFRESH_EVERY_S = 2.0
+# Versions before the newest that are searched for a name.
+MOST_VERSIONS = 100
+# Reading the names of a million shards takes seconds. A reader waits less than its own limit, and then asks elsewhere.
+LOAD_WAIT_S = 5.0
+MOST_TEXTS, LONGEST_TEXT_BYTES = 64, 1 << 20
+# Bytes that are sent as soon as they have come: a reader that gets nothing for 10 s gives up.
+PIECE_BYTES = 512 << 10
+FETCH_DEADLINE_S = 60.0
+MOST_REQUESTS = 512  # at once, each with a piece in memory; further ones are told to ask elsewhere
+REQUEST_TIMEOUT_S = 30.0  # longest time in which nginx sends a request, or takes a piece
+START_S = 15.0
+JOIN_S = 10.0
+
+_COPY = re.compile(r"/copies/([0-9a-f]{40})")
+_OBJECT = re.compile(r"/objects/([0-9a-f]{40})/(latest|versions/[0-9]{20}\.json)")
+_RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{1,18})")
+_PATH = re.compile(r"/[^\0-\x1f\x7f\"'\\${};#]*")
+_LISTEN = re.compile(r"[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]")
+
+
+# -- what is served ----------------------------------------------------------------------------------------------------
+
+
+class _SegmentNames:
+    """Names of the copies of the shards of one segment."""
+
+    def __init__(self, table: ShardTable, dataset_id: str) -> None:
+        self._table, self._dataset_id = table, dataset_id
+        names = NameTable.of(names_of(dataset_id, *table.identities(np.arange(len(table)))))
+        self._rows = names.order()
+        self._names = names.take(self._rows)
+
+    def find(self, name: str) -> tuple[str, ShardIdentity] | None:
+        """Return key and identity of the shard whose copy has this name; None: there is none."""
+        row = int(self._names.rows_of(NameTable.of_texts([name]))[0]) if len(self._names) else -1
+        if row < 0:
+            return None
+        (found,) = self._table.objects(self._dataset_id, self._rows[row : row + 1])
+        return found
+
+
+class ServedDataSet:
+    """The shards and segments of a data set that may be served, by the names of their copies. Safe from any thread.
+
+    The lock is held while versions are read, so that one thread reads them for all that wait.
+    """
+
+    def __init__(self, store: CachedStore, versions: Store | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
+        """Read nothing yet.
+
+        Args:
+            store: The data set through this machine's cache, which must read from no peers.
+            versions: Store from which versions and segments are read; None: the same. It may read from peers, so that
+                1,000 servers do not all fetch them from the origin.
+            clock: Clock of REFRESH_EVERY_S.
+        """
+        self.store, self.name = store, data_set_name(store)
+        self._versions = store if versions is None else versions
+        self._clock, self._lock = clock, Lock()
+        self._segments: dict[str, tuple[str, ShardIdentity]] = {}  # by the name of the segment's copy
+        self._shards: dict[str, _SegmentNames] = {}  # by the segment's file name
+        self._newest = self._oldest = 0
+        self._fingerprint = ""  # of the newest version
+        self._parent: int | None = None  # of the oldest version that is known
+        self._refresh_at_s = -np.inf
+
+    def find(self, name: str) -> tuple[str, ShardIdentity] | None:
+        """Return key and identity of the object whose copy has this name.
+
+        None: The data set has none, or its versions are still being read after LOAD_WAIT_S seconds.
+
+        Raises:
+            StoreError, CorruptShard: The versions of the data set cannot be read.
+        """
+        found = self.find_known(name)
+        if found is not None or not self._lock.acquire(timeout=LOAD_WAIT_S):
+            return found
+        try:
+            found = self.find_known(name)
+            if found is None and self._clock.monotonic() >= self._refresh_at_s:
+                found = self._find_in_versions(name)
+        finally:
+            self._lock.release()
+        return found
+
+    def find_known(self, name: str) -> tuple[str, ShardIdentity] | None:
+        """Return the result of find() without reading a version."""
+        found = self._segments.get(name)
+        for segment in list(self._shards.values()) if found is None else ():
+            found = segment.find(name)
+            if found is not None:
+                break
+        return found
+
+    def load(self) -> None:
+        """Read the newest version, if it is not known. Raises StoreError, CorruptShard."""
+        with self._lock:
+            self._read_newest()
+
+    def _find_in_versions(self, name: str) -> tuple[str, ShardIdentity] | None:
+        try:
+            self._read_newest()
+            found = self.find_known(name)
+            while found is None and self._parent is not None and self._newest - self._parent <= MOST_VERSIONS:
+                self._add(read_version(self._versions, self._parent))
+                found = self.find_known(name)
+        finally:  # also after an error: names that nobody knows must not be many questions to a store that fails
+            self._refresh_at_s = self._clock.monotonic() + REFRESH_EVERY_S
+        return found
+
+    def _read_newest(self) -> None:
+        newest = latest(self._versions)
+        if newest.fingerprint != self._fingerprint:
+            self._add(newest)
+            self._newest, self._fingerprint = newest.number, newest.fingerprint
+
+    def _add(self, version: Version) -> None:
+        # Segments are served by their names before this machine has them: it may be their owner.
+        objects = [(ref.key, ref.identity(version.dataset_id)) for ref in version.segments]
+        self._segments |= {name_of_identity(identity): (key, identity) for key, identity in objects}
+        for ref in version.segments:
+            if ref.name not in self._shards:
+                (rows,) = read_segments(self._versions, version.dataset_id, [ref])
+                self._shards[ref.name] = _SegmentNames(ShardTable([rows]), version.dataset_id)
+        if not self._oldest or version.number < self._oldest:
+            self._oldest, self._parent = version.number, version.parent
+
+
+class SharedCalls:
+    """Lets callers that wait with the same key share one call, which starts after all of them have arrived.
+
+    So no caller gets an answer that is older than its question.
+    """
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._next: dict[object, Future[Any]] = {}
+        self._running: set[object] = set()
+
+    def call(self, key: object, make: Callable[[], bytes]) -> bytes:
+        """Return make(), called by one of the callers with this key that wait at the same time. Raises as make()."""
+        with self._changed:
+            future = self._next.get(key)
+            is_first = future is None
+            if future is None:
+                future = self._next[key] = Future()
+        if is_first:
+            with self._changed:
+                self._changed.wait_for(lambda: key not in self._running)
+                self._running.add(key)
+                del self._next[key]  # later callers wait for the next call
+            try:
+                future.set_result(make())
+            except BaseException as error:  # noqa: BLE001 - top of a call for others: passed to all that wait
+                future.set_exception(error)
+            finally:
+                with self._changed:
+                    self._running.discard(key)
+                    self._changed.notify_all()
+        found: bytes = future.result()
+        return found
+
+
+class PeerService:
+    """Answers what nginx cannot: copies that are not complete, and versions. Safe from any thread.
+
+    Attributes:
+        data_sets: The data sets that are served.
+    """
+
+    def __init__(
+        self, stores: Sequence[CachedStore], versions: Sequence[Store] | None = None, clock: Clock = SYSTEM_CLOCK
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            stores: Data sets through this machine's cache, which must read from no peers.
+            versions: Stores from which their versions and segments are read, in the same order; None: the same stores.
+            clock: Clock of the data sets.
+        """
+        pairs = zip(stores, stores if versions is None else versions, strict=True)
+        self.data_sets = [ServedDataSet(store, of_versions, clock) for store, of_versions in pairs]
+        self._by_name = {one.name: one for one in self.data_sets}
+        self._calls = SharedCalls()
+        self._texts: dict[str, tuple[str | None, bytes]] = {}  # ETag and text of versions by URL
+        self._lock = Lock()
+
+    def open(self, name: str) -> tuple[CopyLease, CachedStore, str, ShardIdentity] | None:
+        """Return a lease on the copy with this name, its store, key and identity; the caller closes the lease.
+
+        None: No data set has it, or the cache has no space for it. Raises StoreError, CorruptShard.
+        """
+        found = self._find(name)
+        if found is None:
+            return None
+        store, key, identity = found
+        spec = store.spec_of(key, identity)
+        lease = None if spec is None or spec.name != name else store.open_copy(spec)
+        return None if lease is None else (lease, store, key, identity)
+
+    def _find(self, name: str) -> tuple[CachedStore, str, ShardIdentity] | None:
+        """Return store, key and identity of the object whose copy has this name. Raises StoreError, CorruptShard."""
+        for data_set in self.data_sets:
+            if (known := data_set.find_known(name)) is not None:
+                return data_set.store, *known
+        failure: TierCacheError | None = None
+        for data_set in self.data_sets:
+            try:
+                if (found := data_set.find(name)) is not None:
+                    return data_set.store, *found
+            except TierCacheError as error:  # another data set may have it
+                failure = error
+        if failure is not None:
+            raise failure
+        return None
+
+    def load(self, stop: Event) -> None:
+        """Read the newest version of each data set, until stop is set: a first request then need not wait for it."""
+        with stop_retries_when(stop):
+            for data_set in self.data_sets:
+                with suppress(TierCacheError, OSError):  # the request that needs the names fails, or tries again
+                    if not stop.is_set():
+                        data_set.load()
+
+    def version_object(self, data_set: str, path: str) -> bytes | None:
+        """Return the hint ("latest") or a version ("versions/NUMBER.json") of a data set; b"": it does not exist.
+
+        None: The data set is not served. Raises StoreError.
+        """
+        served = self._by_name.get(data_set)
+        return None if served is None else self._calls.call((data_set, path), lambda: self._read(served.store, path))
+
+    def _read(self, store: Store, path: str) -> bytes:
+        """Return an object as it is now; b"": it does not exist. The text of a version that has not changed is kept."""
+        try:
+            if path == "latest":
+                return store.get(HINT_KEY)
+            key = f"{VERSIONS_FOLDER}{path.removeprefix('versions/')}"
+            etag = store.head(key).etag  # a data set may have been deleted and created again at the same URL
+            kept = self._texts.get(f"{store.url}/{key}")
+            if etag is not None and kept is not None and kept[0] == etag:
+                return kept[1]
+            text = store.get(key)
+        except NotFound:
+            return b""
+        if len(text) <= LONGEST_TEXT_BYTES:
+            with self._lock:
+                self._texts[f"{store.url}/{key}"] = etag, text
+                if len(self._texts) > MOST_TEXTS:
+                    del self._texts[next(iter(self._texts))]
+        return text
+
+
+# -- the server on a Unix socket ---------------------------------------------------------------------------------------
+
+
+class _Answer(Exception):
+    """Ends a request with a status and an empty body."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection of nginx, which carries one request."""
+
+    server: _UnixServer
+    protocol_version = "HTTP/1.1"
+    timeout = REQUEST_TIMEOUT_S
+    server_version, sys_version = "tiercache", ""
+
+    def do_GET(self) -> None:
+        """Answer a GET."""
+        self.close_connection = True
+        if not self.server.slots.acquire(blocking=False):
+            self._send(HTTPStatus.SERVICE_UNAVAILABLE)
+            return
+        try:
+            self._answer()
+        except _Answer as answer:
+            self._send(answer.status)
+        except NotFound:
+            self._send(HTTPStatus.NOT_FOUND)
+        except TierCacheError:
+            self._send(HTTPStatus.BAD_GATEWAY)
+        except OSError:
+            pass  # nginx has closed the connection, or a file cannot be read: the body ends early
+        finally:
+            self.server.slots.release()
+
+    def do_HEAD(self) -> None:
+        """Answer a HEAD: the same without a body."""
+        self.do_GET()
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name of the base class
+        """Log nothing: nginx does."""
+
+    def _answer(self) -> None:
+        copy, named = _COPY.fullmatch(self.path), _OBJECT.fullmatch(self.path)
+        if self.headers.get(READER_HEADER) == self.server.reader_id:
+            raise _Answer(OWN_REQUEST)
+        if copy is not None:
+            self._send_copy(copy[1])
+        elif named is not None:
+            found = self.server.service.version_object(named[1], named[2])
+            if found is None:
+                raise _Answer(HTTPStatus.NOT_FOUND)
+            self._send(HTTPStatus.OK, found)
+        else:
+            raise _Answer(HTTPStatus.NOT_FOUND)
+
+    def _send_copy(self, name: str) -> None:
+        opened = self.server.service.open(name)
+        if opened is None:
+            raise _Answer(HTTPStatus.NOT_FOUND)
+        lease, store, key, identity = opened
+        with lease:
+            span = self._span(lease.n_bytes)
+            starts = range(span.start, span.end, PIECE_BYTES)
+            pieces = [ByteRange(start, min(start + PIECE_BYTES, span.end)) for start in starts]
+            is_head = self.command == "HEAD"
+            if not is_head:
+                lease.prefetch([span])
+            # The first piece comes before the status, which can then still say that nothing will come.
+            first = b"" if is_head or not pieces else _read(lease, pieces[0])
+            if first is None:
+                store.remove_if_corrupt(key, identity)
+                raise _Answer(HTTPStatus.NOT_FOUND)
+            is_whole = "Range" not in self.headers
+            self.send_response(HTTPStatus.OK if is_whole else HTTPStatus.PARTIAL_CONTENT)
+            if not is_whole:
+                self.send_header("Content-Range", f"bytes {span.start}-{span.end - 1}/{lease.n_bytes}")
+            self.send_header("Accept-Ranges", "bytes")
+            self._send_headers(span.n_bytes)
+            try:
+                for piece in [] if is_head else pieces:
+                    data = first if piece is pieces[0] else _read(lease, piece)
+                    if data is None:
+                        return  # the body ends early, which the reader notices
+                    self.wfile.write(data)
+            except TierCacheError:
+                return  # the same
+
+    def _span(self, n_bytes: int) -> ByteRange:
+        text = self.headers.get("Range")
+        if text is None:
+            return ByteRange(0, n_bytes)
+        match = _RANGE.fullmatch(text)
+        if match is None or not int(match[1]) <= int(match[2]):
+            raise _Answer(HTTPStatus.BAD_REQUEST)
+        if int(match[1]) >= n_bytes:
+            raise _Answer(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
+        return ByteRange(int(match[1]), min(int(match[2]) + 1, n_bytes))
+
+    def _send(self, status: int, body: bytes = b"") -> None:
+        with suppress(OSError):  # nginx has closed the connection
+            self.send_response(status)
+            self._send_headers(len(body))
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+    def _send_headers(self, n_bytes: int) -> None:
+        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("Content-Length", str(n_bytes))
+        self.send_header("Connection", "close")
+        self.end_headers()
+
+
+def _read(lease: CopyLease, span: ByteRange) -> bytearray | None:
+    """Return a piece of a copy, once it has come; None: it will not come, or is corrupt. Raises StoreError."""
+    if not lease.wait([span], deadline_s=FETCH_DEADLINE_S):
+        return None
+    data = bytearray(span.n_bytes)
+    view = memoryview(data)
+    is_read = lease.read([(span, view)]) if lease.presence is not None else read_all(lease.fd, view, span.start)
+    return data if is_read else None
+
+
+class _UnixServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    request_queue_size = 1024
+
+    def __init__(self, path: str, service: PeerService, reader_id: str) -> None:
+        self.service, self.reader_id = service, reader_id
+        self.slots = BoundedSemaphore(MOST_REQUESTS)
+        super().__init__(path, _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Ignore a connection that nginx has closed."""
+
+
+@contextmanager
+def run_service(cache: Cache, service: PeerService, path: Path) -> Iterator[None]:
+    """Answer requests on a Unix socket while the block runs. At the end the cache is closed.
+
+    Args:
+        cache: Cache through which the service reads.
+        service: Service that answers.
+        path: Path of the socket. An existing socket is replaced.
+    """
+    if os.path.lexists(path):
+        if not path.is_socket():
+            raise ValueError(f"{path} exists and is no socket")
+        path.unlink()
+    server = _UnixServer(str(path), service, cache.folder_id)
+    stop = Event()
+    threads = [
+        Thread(target=server.serve_forever, name="tiercache-serve", kwargs={"poll_interval": 0.1}, daemon=True),
+        Thread(target=service.load, name="tiercache-serve-load", args=(stop,), daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        server.shutdown()
+        cache.close()  # first: it ends the fetches for which requests wait
+        for thread in threads:
+            thread.join(JOIN_S)
+        server.server_close()
+        path.unlink(missing_ok=True)
+
+
+# -- nginx -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """How nginx serves a cache.
+
+    Attributes:
+        root: Folder of the cache, which contains the folder "copies".
+        socket: Path of the service's Unix socket.
+        reader_id: Id of the cache folder, whose own readers are refused.
+        address: Address on which nginx listens: "0.0.0.0", "[::]", or that of one network.
+        port: Port on which nginx listens.
+        token: Token that requests must have; None: none.
+        tls_cert: Path of the server's certificate (PEM); None: plain HTTP.
+        tls_key: Path of the certificate's key.
+    """
+
+    root: Path
+    socket: Path
+    reader_id: str
+    address: str = "0.0.0.0"  # noqa: S104 - other machines are to reach it
+    port: int = DEFAULT_PORT
+    token: str | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check that all values can stand in nginx's configuration. Raises ValueError."""
+        for path in (self.root, self.socket, self.tls_cert, self.tls_key):
+            if path is not None and not _PATH.fullmatch(str(path)):
+                raise ValueError(f"nginx cannot be configured with the path {str(path)!r}: an absolute path is needed")
+        if not _LISTEN.fullmatch(self.address):
+            raise ValueError(f"not an address to listen on: {self.address!r}")
+        if not 0 < self.port < 65536:
+            raise ValueError(f"a port is from 1 to 65535, got {self.port}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("TLS needs a certificate and its key (--tls-cert and --tls-key)")
+        if self.token is not None:
+            check_token(self.token)
+
+
+def server_block(options: ServerOptions) -> str:
+    """Return the `server` block of nginx's configuration, which stands in an `http` block."""
+    tls = "" if options.tls_cert is None else " ssl"
+    lines = [f"listen {options.address}:{options.port}{tls};"]
+    if options.tls_cert is not None:
+        lines += [
+            f'ssl_certificate "{options.tls_cert}";',
+            f'ssl_certificate_key "{options.tls_key}";',
+            "ssl_protocols TLSv1.2 TLSv1.3;",
+        ]
+    lines += [
+        # The names of copies never stand for other bytes, and readers compare checksums. Dates of files would look like
+        # other versions: the service has none, and the file of a copy gets its name while it is being read.
+        "etag off;",
+        'add_header Last-Modified "";',
+        "if_modified_since off;",
+        "max_ranges 1;",
+        "sendfile on;",
+        "access_log off;",
+        "server_tokens off;",
+        "autoindex off;",
+        "default_type application/octet-stream;",
+        "client_max_body_size 1k;",
+        "keepalive_requests 100000;",
+        f'root "{options.root}";',
+        "disable_symlinks on from=$document_root;",
+        "if ($request_method !~ ^(GET|HEAD)$) { return 405; }",
+    ]
+    if options.token is not None:
+        lines.append(f'if ($http_authorization != "Bearer {options.token}") {{ return 401; }}')
+    if options.reader_id:
+        header = READER_HEADER.lower().replace("-", "_")
+        lines.append(f'if ($http_{header} = "{options.reader_id}") {{ return {OWN_REQUEST}; }}')
+    passed = [
+        f'proxy_pass "http://unix:{options.socket}";',
+        "proxy_http_version 1.1;",
+        'proxy_set_header Connection "";',
+        "proxy_buffering off;",
+        "proxy_connect_timeout 2s;",
+        f"proxy_read_timeout {FETCH_DEADLINE_S:.0f}s;",
+    ]
+    lines += [
+        r'location ~ "^/copies/([0-9a-f]{40})\z" { try_files "/copies/$1" @fetch; }',
+        r'location ~ "^/objects/[0-9a-f]{40}/(latest|versions/[0-9]{20}\.json)\z" { ' + " ".join(passed) + " }",
+        "location @fetch { " + " ".join(passed) + " }",
+        "location / { return 404; }",
+    ]
+    return "server {\n" + "".join(f"    {line}\n" for line in lines) + "}\n"
+
+
+def nginx_config(options: ServerOptions, folder: Path, user: str | None = None) -> str:
+    """Return the whole configuration of an nginx of our own, which runs in the foreground.
+
+    Args:
+        options: Cache folder, address, token and certificate of the server.
+        folder: Folder of nginx's temporary files.
+        user: User under whom the worker processes run, if nginx is started by root; None: the user who starts it.
+    """
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    main = [] if user is None else [f"user {user};"]
+    main += ["daemon off;", "worker_processes 4;", "worker_rlimit_nofile 16384;"]
+    main += [f'pid "{folder}/nginx.pid";', "error_log stderr error;"]
+    temporary = "".join(f'{kind}_temp_path "{folder}/{kind}";\n' for kind in kinds)
+    block = server_block(options)
+    return "\n".join(main) + "\nevents { worker_connections 4096; }\nhttp {\n" + temporary + block + "}\n"
+
+
+@contextmanager
+def run_nginx(options: ServerOptions) -> Iterator[subprocess.Popen[bytes]]:
+    """Run nginx while the block runs, and yield its process once it answers.
+
+    Raises:
+        FileNotFoundError: nginx is not installed.
+        RuntimeError: nginx ended, or did not answer within START_S seconds. Its messages are on standard error.
+    """
+    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/sbin")
+    if program is None:
+        raise FileNotFoundError(
+            "nginx is not installed: install the package nginx-light or nginx, or give --socket to run only the "
+            "service beside an nginx of your own (see --print-config)"
+        )
+    user = pwd.getpwuid(0).pw_name if os.geteuid() == 0 else None
+    with tempfile.TemporaryDirectory(prefix="tiercache-serve-") as text:
+        folder = Path(text)
+        file = folder / "nginx.conf"
+        file.touch(mode=0o600)
+        file.write_text(nginx_config(options, folder, user), encoding="utf-8")
+        process = subprocess.Popen(
+            [program, "-e", "stderr", "-p", str(folder), "-c", str(file)], preexec_fn=_end_with_parent
+        )
+        try:
+            if not wait_for(lambda: process.poll() is not None or _answers(options), START_S):
+                raise RuntimeError(f"nginx did not answer on port {options.port} within {START_S:g} s")
+            if process.poll() is not None:
+                raise RuntimeError(f"nginx could not start on port {options.port}; its messages are above")
+            yield process
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _answers(options: ServerOptions) -> bool:
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(options.address, options.address.strip("[]"))  # noqa: S104
+    with suppress(OSError), closing(socket.create_connection((host, options.port), 1.0)):
+        return True
+    return False
+
+
+_libc = CDLL(None)  # loaded before the fork: the loader's lock may be held by another thread
+
+
+def _end_with_parent() -> None:
+    """In the child before exec: let the kernel end nginx when the process that started it is killed."""
+    _libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+@contextmanager
+def serve(cache: Cache, service: PeerService, options: ServerOptions) -> Iterator[subprocess.Popen[bytes]]:
+    """Serve a cache by nginx and a service while the block runs; yield nginx's process. At the end the cache is closed.
+
+    Args:
+        cache: Cache that is served; it must read from no peers.
+        service: Service that answers what nginx cannot, through that cache.
+        options: Address, token and certificate.
+    """
+    with run_service(cache, service, options.socket), run_nginx(options) as process:
+        yield process
+
+
+def wait_until_stopped(process: subprocess.Popen[bytes] | None, stop: Event) -> bool:
+    """Wait until stop is set, or nginx has ended; return whether it was stopped."""
+    wait_for(lambda: stop.is_set() or (process is not None and process.poll() is not None), None, longest_poll_s=0.2)
+    return stop.is_set()

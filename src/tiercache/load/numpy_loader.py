@@ -1,0 +1,143 @@
+"""The loader of NumPy batches: the native path of `tiercache.DataLoader` without torch."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from tiercache.load.array_library import NumpyLibrary
+from tiercache.load.engine import LoaderArguments, OrderEngine
+from tiercache.load.options import LoaderOptions
+from tiercache.load.state import RunState
+from tiercache.model import short_repr
+
+if TYPE_CHECKING:
+    from tiercache.load.batch import Batch
+    from tiercache.load.output_spec import NativeDataset
+
+
+class NumpyLoader:
+    """Batches of NumPy arrays; `Dataset.iter_numpy` returns it. Neither it nor its batches need torch.
+
+    Order, ranks and state are those of `DataLoader` with the same arguments, and either of them continues from a state
+    of the other. Each iter() begins the next epoch. A batch is a dict by column, or a list if the data set serves
+    tuples: arrays [n, ...] of the column's dtype; lists for bytes, str, JSON and encoded images; a list of arrays for
+    ragged columns and for images of various sizes; `<column>.valid`, bool[n], beside a nullable column. The consumer
+    owns a batch and may write to it. One thread at a time uses a loader, which pickles with its position.
+
+    Args:
+        dataset: Data set without a transform, of a class that does not override how records are read.
+        batch_size: Number of records per batch, 1 or more.
+        shuffle: Whether to serve the records in a new random order in each epoch.
+        drop_last: Whether to drop the last batch of an epoch if it is shorter than `batch_size`.
+        options: Seed, ranks and shuffle quality, and the resources of the native path. Without a seed, a run draws one
+            from NumPy's global generator when it begins; all its epochs follow from it.
+
+    Raises:
+        TypeError: `options` is not a LoaderOptions, or batch_size is no integer.
+        ValueError: batch_size is below 1; or the data set has a transform, or its class overrides record access.
+        SchemaError: A column has the layout "nested", which is a torch tensor; or it is served as bfloat16, and
+            ml_dtypes is not installed.
+    """
+
+    def __init__(
+        self,
+        dataset: NativeDataset,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        options: LoaderOptions | None = None,
+    ) -> None:
+        batch_size = operator.index(batch_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        if options is not None and not isinstance(options, LoaderOptions):
+            raise TypeError(f"options= takes a tiercache.LoaderOptions(...), got {options!r}")
+        access = dataset.__tiercache__()
+        has_batch_transform = access.batch_transform is not None or (options and options.batch_transform is not None)
+        if not access.is_plain or has_batch_transform:
+            raise ValueError(
+                "iter_numpy() serves records as they are stored, and the data set or the options have a transform, or "
+                "the data set's class overrides how records are read: apply the function to the batches instead"
+            )
+        if options is not None and options.device is not None:
+            raise ValueError(
+                f"device={options.device!r}: NumPy arrays lie in host memory: remove device=, or use DataLoader"
+            )
+        library, spec = NumpyLibrary(), access.output_spec
+        library.check(access.source.schema, spec)
+        self._dataset = dataset
+        self._start(
+            LoaderArguments(
+                library=library,
+                batch_size=batch_size,
+                shuffle=bool(shuffle),
+                drop_last=bool(drop_last),
+                timeout_s=0,
+                pin_memory=False,
+                generator=None,
+                options=options or LoaderOptions(),
+                output_spec=spec,
+            )
+        )
+
+    def _start(self, arguments: LoaderArguments) -> None:
+        self._engine = OrderEngine(self._dataset.__tiercache__().source, arguments)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Return the iterator of the next epoch. It ends its threads when it is exhausted or dropped."""
+        return self._engine.iterate()
+
+    def __len__(self) -> int:
+        return self._engine.n_batches()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position as plain values for a checkpoint; equal on all ranks. See `DataLoader.state_dict`."""
+        return self._engine.state().to_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a saved state, of this class or of `DataLoader`, on any number of ranks.
+
+        Args:
+            state_dict: Value that state_dict() returned.
+
+        Raises:
+            ValueError: It is no such state, or an argument or option differs from it, so that the order would change.
+            ObjectChanged: The data set differs from the one that the state was saved on.
+        """
+        self._engine.load(RunState.from_dict(state_dict))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make `epoch` the next epoch. A state that was loaded for that epoch keeps its position.
+
+        Args:
+            epoch: Number of the epoch, 0 or more.
+        """
+        self._engine.set_epoch(epoch)
+
+    def stats(self, *, across_ranks: bool = False) -> dict[str, Any]:
+        """Return the counters and the bottleneck, as `DataLoader.stats` (docs/guide/loader.md).
+
+        Args:
+            across_ranks: Whether `exposed_wait_s` also tells of the slowest rank. Then the call is a collective of
+                torch.distributed: all ranks must make it.
+        """
+        return self._engine.stats(across_ranks=across_ranks)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self._dataset, self._engine.rebuild_arguments
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._dataset, (arguments, position) = state
+        self._start(arguments)
+        if position is not None:
+            self._engine.load(position)
+
+    def __repr__(self) -> str:
+        arguments = self._engine.arguments
+        facts = [repr(self._dataset), f"batch_size={arguments.batch_size}"]
+        facts += [f"{name}=True" for name in ("shuffle", "drop_last") if getattr(arguments, name)]
+        facts += [] if arguments.options == LoaderOptions() else [short_repr(arguments.options)]
+        return f"{type(self).__name__}({', '.join(facts)}, {self._engine.rank()})"

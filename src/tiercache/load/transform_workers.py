@@ -1,0 +1,432 @@
+"""Worker processes that run the user's functions on gathered batches, as torch's workers would.
+
+The training process gathers; a worker only runs Python. Each worker has blocks of shared memory of its own: some for
+gathered batches on their way to it, some for batches on their way back. A batch that comes back lies in its block as
+long as the consumer refers to it, and the block is used again afterwards. Messages on a pipe say which block holds
+what; a worker that is done with an input block says so by its answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import pickle
+import random
+import signal
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import connection, reduction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.multiprocessing
+from torch._utils import ExceptionWrapper
+from torch.utils.data._utils import worker as torch_worker
+
+from tiercache.load.batch import BatchMemory, lend
+from tiercache.load.pipeline import ClosingPipeline
+from tiercache.load.shared_block import SharedBlock, StoredObject, read
+from tiercache.load.transform import (
+    WAITING,
+    BatchFunction,
+    BatchKeys,
+    Job,
+    JobQueue,
+    TransformedPipeline,
+    as_batch_error,
+)
+from tiercache.load.transform_random import ProcessRandomness, UnseededDrawError
+from tiercache.rng import use_key
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    from tiercache.load.decode import DecodedPipeline
+    from tiercache.load.pipeline import Pipeline, PipelineInputs
+
+# Blocks for batches that the consumer holds, beyond those that are ahead: the one that it processes, and the one
+# before, to which loops still refer. If it holds more, batches are copied out of their blocks.
+HELD_BY_CONSUMER = 2
+# A worker looks this often whether its parent lives: other processes may hold the parent's end of its pipe open.
+PARENT_CHECK_S = 5.0
+# A worker that runs a user's function when the loader is closed ends after it, or is killed after this time.
+END_S, TERMINATE_S = 1.0, 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A batch for a worker: which blocks it uses, and where the gathered batch lies in its block."""
+
+    job: int
+    input: int
+    stored: StoredObject
+    output: int
+    keys: BatchKeys
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """A worker's answer: where the batch lies in its block, or the error of a user's function; and the time it took."""
+
+    job: int
+    stored: StoredObject | None
+    error: bytes
+    took_ns: int
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    """A worker process, as its parent sees it.
+
+    `free_inputs` and `free_outputs` are numbers of blocks. The finalizer of a batch appends to `free_outputs`; single
+    operations of a deque need no lock.
+    """
+
+    number: int
+    process: Any
+    pipe: Connection
+    inputs: list[SharedBlock] = field(default_factory=list)
+    outputs: list[SharedBlock] = field(default_factory=list)
+    free_inputs: deque[int] = field(default_factory=deque)
+    free_outputs: deque[int] = field(default_factory=deque)
+    requests: dict[int, tuple[_Request, JobQueue, Job]] = field(default_factory=dict)  # by number, not answered
+
+    def make_blocks(self, n_inputs: int, n_outputs: int) -> None:
+        """Make blocks of shared memory and give them to the process."""
+        self.pipe.send((n_inputs, n_outputs))
+        blocks = (self.inputs, self.free_inputs, n_inputs), (self.outputs, self.free_outputs, n_outputs)
+        for made, free, n_blocks in blocks:
+            for number in range(n_blocks):
+                made.append(SharedBlock.create())
+                reduction.send_handle(self.pipe, made[-1].fd, self.process.pid)
+                free.append(number)
+
+    @property
+    def has_room(self) -> bool:
+        return bool(self.free_inputs) and bool(self.free_outputs)
+
+    def send(self, number: int, queue: JobQueue, job: Job) -> None:
+        """Give the worker a batch. Raises ConnectionError if it has died."""
+        assert job.keys is not None  # noqa: S101 -- the caller's invariant
+        block = self.inputs[self.free_inputs[0]]
+        stored = block.write(job.gathered)
+        job.gathered = None
+        request = _Request(number, self.free_inputs.popleft(), stored, self.free_outputs.popleft(), job.keys)
+        self.requests[number] = request, queue, job
+        self.pipe.send(request)
+
+    def finish(self, answer: _Answer) -> JobQueue:
+        """Give the batch of an answer to its queue, or the error in its place; return the queue."""
+        request, queue, job = self.requests.pop(answer.job)
+        self.free_inputs.append(request.input)
+        batch: Any = None
+        error: BaseException | None = None
+        if answer.stored is None:
+            self.free_outputs.append(request.output)
+            error = _error_of(answer.error)
+        else:
+            try:
+                batch = self._batch(request.output, answer.stored)
+            except Exception as raised:  # noqa: BLE001 -- top of a thread: the batch cannot be unpickled here
+                error = raised
+        queue.done(job, batch, error, answer.took_ns)
+        return queue
+
+    def _batch(self, number: int, stored: StoredObject) -> Any:
+        block = self.outputs[number]
+        block.map(stored.n_bytes)
+        if not self.free_outputs:  # the consumer holds many batches: without this block the worker could not go on
+            memory = block.memory[: stored.n_bytes].copy()
+            self.free_outputs.append(number)
+        else:
+            memory = lend(block.memory, stored.n_bytes, partial(self.free_outputs.append, number))
+        return read(memory, stored)
+
+
+@dataclass(frozen=True, slots=True)
+class TransformStage:
+    """The user's functions of a loader, and the worker processes that run them.
+
+    Attributes:
+        function: The user's functions.
+        n_workers: Number of worker processes; 0: a thread of this process runs the functions.
+        context: multiprocessing's context that starts the processes; None: the default one.
+        worker_init_fn: Function that each process calls with its number before its first batch.
+        prefetch_factor: Number of batches that are in a worker process at a time.
+        keeps_workers: Whether the processes live from one epoch to the next.
+    """
+
+    function: BatchFunction
+    n_workers: int = 0
+    context: Any = None
+    worker_init_fn: Callable[[int], None] | None = None
+    prefetch_factor: int = 2
+    keeps_workers: bool = False
+
+    def pipeline(self, work: PipelineInputs, gathered: Pipeline | DecodedPipeline) -> TransformedPipeline:
+        """Return the pipeline whose batches the functions make of those of a native pipeline, which it owns."""
+        return TransformedPipeline(work, gathered)
+
+    def start_workers(self, seed: int) -> WorkerPool:
+        """Return new worker processes. seed: Seed of the run."""
+        return WorkerPool(self, seed)
+
+
+class WorkerPool(ClosingPipeline):
+    """The worker processes of a loader. They serve one pipeline at a time, and may serve the pipelines of many epochs.
+
+    send_all() and receive_all() each run in a thread of the pipeline. The pool closes itself when its last reference is
+    dropped; at interpreter exit multiprocessing ends the processes.
+
+    Args:
+        stage: The user's functions, and the settings of the processes.
+        seed: Seed of the run, from which the workers' own seeds follow.
+
+    Raises:
+        Exception: Any error of pickling the user's functions for another process.
+    """
+
+    def __init__(self, stage: TransformStage, seed: int) -> None:
+        self.stage = stage
+        self.is_used = False  # by a pipeline
+        self._numbers = itertools.count()
+        self._wake_reader, self._wake_writer = connection.Pipe(duplex=False)
+        self._is_closed = self._is_broken = False
+        self._workers: list[_Worker] = []
+        self._pid = os.getpid()
+        # A thread of the pipeline before may run a little longer than its pipeline.
+        self._sending, self._receiving = threading.Lock(), threading.Lock()
+        try:
+            for number in range(stage.n_workers):
+                worker = _start_worker(stage, number, use_key(seed, 0, number).seeds[1] >> 1)
+                self._workers.append(worker)
+                n_inputs = stage.prefetch_factor
+                worker.make_blocks(n_inputs, n_inputs + WAITING + HELD_BY_CONSUMER)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether another pipeline may use the pool."""
+        return not (self.is_used or self._is_closed or self._is_broken or self.is_forked_copy)
+
+    def release(self) -> None:
+        """End the use by a pipeline; close the pool unless its processes are to live on."""
+        self.is_used = False
+        if self._is_broken or not self.stage.keeps_workers:
+            self.close()
+
+    def wake(self) -> None:
+        """Let receive_all() look whether its queue is closed."""
+        if not (self._is_closed or self.is_forked_copy):
+            self._wake_writer.send_bytes(b"w")
+
+    def send_all(self, queue: JobQueue, open_next: Callable[[], Job]) -> None:
+        """Send the batches of a pipeline to the workers, each to the one with the fewest; run as a thread.
+
+        open_next: Function that returns the next batch.
+        """
+        with self._sending:
+            while queue.wait_for_room(lambda: any(worker.has_room for worker in self._workers)):
+                job = open_next()
+                queue.add(job)
+                if job.gathered is not None:
+                    worker = min((one for one in self._workers if one.has_room), key=lambda one: len(one.requests))
+                    try:
+                        worker.send(next(self._numbers), queue, job)
+                    except ConnectionError:
+                        queue.fail(self._death_of(worker))
+                    except Exception as error:  # noqa: BLE001 -- top of a thread: the batch cannot be pickled
+                        queue.done(job, None, error, 0)
+                del job  # a waiting thread must not hold a batch
+
+    def receive_all(self, queue: JobQueue) -> None:
+        """Receive the workers' answers until the pipeline is closed, or a worker dies; run as a thread."""
+        try:
+            with self._receiving:
+                self._receive_until_closed(queue)
+        except Exception as error:  # noqa: BLE001 -- top of a thread: the consumer would wait for ever
+            queue.fail(error)
+
+    def close(self) -> None:
+        """End the processes; batches that were taken stay valid. May be called repeatedly."""
+        if self._is_closed or self.is_forked_copy:
+            return
+        self._is_closed = True
+        for worker in self._workers:
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(worker.pipe.fileno())) as end:
+                end.shutdown(socket.SHUT_RDWR)  # workers that were forked later hold this end of the pipe, too
+            worker.pipe.close()  # an idle worker ends at once
+        for sent, wait_s in ((None, END_S), ("terminate", TERMINATE_S), ("kill", None)):
+            end_s = None if wait_s is None else time.monotonic() + wait_s
+            for process in [worker.process for worker in self._workers if worker.process.is_alive()]:
+                if sent is not None:
+                    getattr(process, sent)()
+                process.join(None if end_s is None else max(0.0, end_s - time.monotonic()))
+        for worker in self._workers:
+            worker.process.close()
+            for block in (*worker.inputs, *worker.outputs):
+                block.close()
+        self._wake_reader.close()
+        self._wake_writer.close()
+
+    def _receive_until_closed(self, queue: JobQueue) -> None:
+        sources: dict[Any, _Worker] = {}
+        for worker in self._workers:
+            sources |= {worker.pipe: worker, worker.process.sentinel: worker}
+        while not queue.is_closed:
+            ready = connection.wait([self._wake_reader, *sources])
+            if self._wake_reader in ready:
+                self._wake_reader.recv_bytes()
+            for worker in {id(sources[source]): sources[source] for source in ready if source in sources}.values():
+                if not self._receive(worker, queue):
+                    return
+
+    def _receive(self, worker: _Worker, queue: JobQueue) -> bool:
+        """Receive one answer; return False if the worker has died."""
+        try:
+            if not worker.pipe.poll():  # only the sentinel was ready
+                raise EOFError
+            answer = worker.pipe.recv()
+        except (EOFError, OSError):
+            queue.fail(self._death_of(worker))
+            return False
+        if worker.finish(answer) is not queue:  # the batch was of an earlier pipeline, which left it in the worker
+            queue.wake()
+        return True
+
+    def _death_of(self, worker: _Worker) -> RuntimeError:
+        if self._is_closed:
+            return RuntimeError("this iterator is closed")
+        self._is_broken = True
+        worker.process.join(END_S)
+        code = worker.process.exitcode
+        how = f"exit code {code}"
+        if code is not None and code < 0:
+            how += f", killed by {signal.Signals(-code).name}"
+        return RuntimeError(
+            f"DataLoader worker {worker.number} (pid {worker.process.pid}) ended unexpectedly ({how}) while it ran "
+            "transforms: perhaps a library crashed in a transform, or the machine has run out of memory"
+        )
+
+
+def _error_of(pickled: bytes) -> BaseException:
+    """Return the error that a worker has wrapped."""
+    try:
+        pickle.loads(pickled).reraise()  # noqa: S301 -- written by a process of this loader
+    except BaseException as raised:  # noqa: BLE001 -- the user's code: the consumer raises it in its place
+        return as_batch_error(raised)
+    raise AssertionError("a wrapped error was not raised")
+
+
+def _start_worker(stage: TransformStage, number: int, seed: int) -> _Worker:
+    context = stage.context or torch.multiprocessing
+    ours, theirs = (context or connection).Pipe(duplex=True)
+    process = context.Process(
+        target=_run_worker,
+        args=(theirs, ours, stage.function, stage.worker_init_fn, number, stage.n_workers, seed),
+        name=f"tiercache-transform-worker-{number}",
+        daemon=True,
+    )
+    process.start()
+    theirs.close()
+    return _Worker(number, process, ours)
+
+
+def _run_worker(
+    pipe: Connection,
+    parents: Connection,
+    function: BatchFunction,
+    init_fn: Callable[[int], None] | None,
+    number: int,
+    n_workers: int,
+    seed: int,
+) -> None:
+    """Run a worker process. parents: The parent's end of the pipe, which is closed here."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its workers
+    # A handler of the training script, which may only note that the job is to end, must not keep the worker alive.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parents.close()
+    parent = os.getppid()
+    torch.set_num_threads(1)
+    random.seed(seed)
+    torch.manual_seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch_worker._worker_info = torch_worker.WorkerInfo(  # noqa: SLF001 -- what torch's get_worker_info() returns
+        id=number, num_workers=n_workers, seed=seed, dataset=function.dataset
+    )
+    failed = b""
+    if init_fn is not None:
+        try:
+            init_fn(number)
+        except BaseException:  # noqa: BLE001 -- the user's code: the consumer raises it in place of a batch
+            failed = _wrapped(number)
+    try:
+        n_inputs, n_outputs = pipe.recv()
+        blocks = [SharedBlock(reduction.recv_handle(pipe)) for _ in range(n_inputs + n_outputs)]
+        maker = _Maker(function, number, blocks[:n_inputs], blocks[n_inputs:], failed)
+        while os.getppid() == parent:
+            if pipe.poll(PARENT_CHECK_S):
+                pipe.send(maker.answer(pipe.recv()))
+    except (EOFError, OSError):  # the parent closed the pipe, or has died
+        return
+
+
+@dataclass(slots=True)
+class _Maker:
+    """Makes the batches in a worker process. failed: The error of worker_init_fn, as an answer gives it, or b""."""
+
+    function: BatchFunction
+    number: int
+    inputs: list[SharedBlock]
+    outputs: list[SharedBlock]
+    failed: bytes
+    memory: BatchMemory = field(default_factory=lambda: BatchMemory(keep=2))
+    randomness: ProcessRandomness = field(default_factory=ProcessRandomness)
+
+    def answer(self, request: _Request) -> _Answer:
+        if self.failed:
+            return _Answer(request.job, None, self.failed, 0)
+        start_ns = time.perf_counter_ns()
+        try:
+            stored = self._make(request)
+        except BaseException:  # noqa: BLE001 -- the user's code: the consumer raises it in place of the batch
+            return _Answer(request.job, None, _wrapped(self.number), time.perf_counter_ns() - start_ns)
+        return _Answer(request.job, stored, b"", time.perf_counter_ns() - start_ns)
+
+    def _make(self, request: _Request) -> StoredObject:
+        """Make a batch. Again, if its random numbers were not those of its keys."""
+        while True:
+            try:
+                return self._make_once(request)
+            except UnseededDrawError:
+                continue
+
+    def _make_once(self, request: _Request) -> StoredObject:
+        block, output = self.inputs[request.input], self.outputs[request.output]
+        n_bytes = request.stored.n_bytes
+        block.map(n_bytes)
+        # The user's functions may keep parts of a batch, and the parent reuses the block.
+        own = self.memory.lend(n_bytes, 1 << (n_bytes - 1).bit_length())
+        own[:] = block.memory[:n_bytes]
+        output.clear()
+        return output.write(self.function.make(read(own, request.stored), request.keys, self.randomness, output))
+
+
+def _wrapped(number: int) -> bytes:
+    """Return the exception that is being handled as torch's workers report it, pickled."""
+    wrap: Any = ExceptionWrapper
+    wrapped = wrap(where=f"in DataLoader worker process {number}")
+    try:
+        return pickle.dumps(wrapped)
+    except Exception:  # noqa: BLE001 -- the user's code: an exception's class that cannot be pickled
+        wrapped.exc_type = RuntimeError
+        return pickle.dumps(wrapped)

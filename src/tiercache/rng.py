@@ -1,0 +1,171 @@
+"""Random numbers inside transforms: a function of the run's seed, the epoch and a position, and of nothing else.
+
+The loader enters a key with use_key() around each call of a user's function. rng() returns the random numbers of the
+key that this thread has entered. Keys are cheap, and generators are made on first use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import threading
+from functools import cached_property, lru_cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import numpy as np
+
+_PERSON = b"tiercache rng"
+_entered = threading.local()  # .key: the innermost key that the thread has entered
+
+
+class TransformRNG:
+    """Random numbers of one call of a transform: a seed, and generators that begin with it.
+
+    It belongs to one call: do not keep it, and do not use it in another thread.
+
+    Attributes:
+        seed: Integer of 64 bits, 0 <= seed < 2**64, for libraries that have generators of their own.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    @cached_property
+    def numpy(self) -> np.random.Generator:
+        """NumPy generator that was seeded with `seed`."""
+        random = import_module("numpy").random
+        generator: np.random.Generator = random.Generator(random.PCG64(self.seed))
+        return generator
+
+    @cached_property
+    def torch(self) -> Any:
+        """torch.Generator of the CPU that was seeded with `seed`. Raises ModuleNotFoundError without torch."""
+        return import_module("torch").Generator().manual_seed(self.seed)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(seed={self.seed})"
+
+
+@lru_cache(maxsize=16)
+def _hash_of_epoch(kind: str, seed: int, epoch: int) -> Any:
+    return hashlib.blake2b(f"{kind}:{seed}:{epoch}:".encode(), digest_size=16, person=_PERSON)
+
+
+class Key:
+    """Key of the random numbers of one call of a user's function, and the context in which they are valid.
+
+    Args:
+        seed: Seed of the run, any integer.
+        epoch: Number of the epoch.
+        position: Position in the epoch's order of the record, or of the first record of the batch.
+        kind: "record" or "batch". A batch and its first record have the same position and different numbers.
+    """
+
+    __slots__ = ("_outer", "_parts", "_rng", "_seeds")
+
+    def __init__(self, seed: int, epoch: int, position: int, kind: Literal["record", "batch"] = "record") -> None:
+        self._parts = (kind, seed, epoch, position)
+        self._rng: TransformRNG | None = None
+        self._seeds: tuple[int, int] | None = None
+        self._outer: Key | None = None
+
+    def __enter__(self) -> Key:
+        self._outer, _entered.key = getattr(_entered, "key", None), self
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        _entered.key, self._outer = self._outer, None
+
+    @property
+    def rng(self) -> TransformRNG:
+        """The random numbers of the key, the same object each time."""
+        if self._rng is None:
+            self._rng = TransformRNG(self.seeds[0])
+        return self._rng
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """The seed of `rng`, and that of libraries' global generators; both have 64 bits.
+
+        A run is repeatable only if this never changes: BLAKE2b-128 of the text "kind:seed:epoch:position".
+        """
+        if self._seeds is None:
+            kind, seed, epoch, position = self._parts
+            hashed = _hash_of_epoch(kind, seed, epoch).copy()
+            hashed.update(b"%d" % position)
+            digest = hashed.digest()
+            self._seeds = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+        return self._seeds
+
+
+class _FreshKey(Key):
+    """Key of a call outside of the loader's native path: its numbers are drawn when they are first asked for."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__(0, 0, 0)
+
+    @property
+    def seeds(self) -> tuple[int, int]:
+        """Seeds from torch's generator if torch is imported, else from NumPy's global one."""
+        if self._seeds is None:
+            torch = sys.modules.get("torch")
+            if torch is None:
+                drawn = import_module("numpy").random.randint(0, 2**63 - 1, 2).tolist()
+            else:
+                drawn = torch.randint(0, 2**63 - 1, (2,)).tolist()
+            self._seeds = drawn[0], drawn[1]
+        return self._seeds
+
+
+class _OuterKey:
+    """Context that changes nothing: a transform that runs inside of another one draws that one's numbers."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+_OUTER_KEY = _OuterKey()
+
+
+def use_key(seed: int, epoch: int, position: int, kind: Literal["record", "batch"] = "record") -> Key:
+    """Return a context in which rng() returns the random numbers of a key, in this thread. See Key."""
+    return Key(seed, epoch, position, kind)
+
+
+def use_fresh_key() -> Key | _OuterKey:
+    """Return a context in which rng() returns new random numbers, unless this thread has entered a key already."""
+    return _FreshKey() if getattr(_entered, "key", None) is None else _OUTER_KEY
+
+
+def rng() -> TransformRNG:
+    """Return the random numbers of this call of a transform.
+
+    In a transform that `tiercache.DataLoader` runs on its native path, the numbers are a function of the loader's seed,
+    the epoch, and the record's position in the epoch's order. A resumed run therefore draws the same numbers, on any
+    number of ranks and workers. In a `batch_transform` or `collate_fn` the position is that of the batch's first
+    record. `dataset[i]` and loaders on torch's path draw new numbers from torch's generator.
+
+    Returns:
+        Object with `seed`, an integer of 64 bits; `numpy`, a `numpy.random.Generator`; and `torch`, a `torch.Generator`
+        of the CPU. The generators are made on first use. All calls during one call of the transform return the same
+        object.
+
+    Raises:
+        RuntimeError: No transform runs in this thread.
+    """
+    key: Key | None = getattr(_entered, "key", None)
+    if key is None:
+        raise RuntimeError(
+            "tiercache.rng() was called outside of a transform: it has random numbers only while a loader or a data "
+            "set calls the function of transform=, batch_transform= or collate_fn=, in the thread of that call"
+        )
+    return key.rng

@@ -1,0 +1,722 @@
+"""Who owns a copy, who is asked, and what happens if nobody answers; without a network."""
+
+import errno
+import pickle
+import random
+from collections import Counter
+from contextlib import closing
+from itertools import count, islice
+from threading import Event
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.clock import FakeClock
+from tests.support.stores import CountingStore
+
+from tiercache import config
+from tiercache._native.checksum import crc32c
+from tiercache.cache import Cache
+from tiercache.cache.names import copy_spec
+from tiercache.cache.peers import (
+    FIRST_ABSENCE_S,
+    GROUP_MACHINES,
+    JITTER_S_PER_MACHINE,
+    LONGEST_ABSENCE_S,
+    MOST_REPORTED,
+    RESOLVE_EVERY_S,
+    Members,
+    PeerOptions,
+    Peers,
+    data_set_name,
+    expand_hosts,
+)
+from tiercache.cache.serve import PeerService
+from tiercache.errors import NotFound, StoreError
+from tiercache.model import ByteRange, ShardIdentity
+from tiercache.shard.versions.manifest import HINT_KEY, version_key
+from tiercache.store import MemoryStore
+from tiercache.testing import WrapperStore
+from tiercache.testing.http_server import HttpFault, HttpFaultServer
+
+KEYS = st.integers(0, 2**64 - 1)
+URLS = st.lists(st.integers(0, 10_000).map(lambda n: f"http://m{n}:9740"), min_size=1, max_size=40, unique=True)
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("members", "urls"),
+    [
+        ("a, b:1234", ["http://a:9740", "http://b:1234"]),
+        (["b", "https://a:1"], ["http://b:9740", "https://a:1"]),
+        ("[fe80::1]:77", ["http://[fe80::1]:77"]),
+        ("10.0.0.1,10.0.0.1", ["http://10.0.0.1:9740"]),
+    ],
+)
+def test_a_list_of_addresses_is_a_list_of_urls(members, urls):
+    assert PeerOptions.parse(members).urls() == urls
+
+
+@pytest.mark.parametrize(
+    "members", ["http://a/path", "a:0", "a:70000", "a b", "dns:", "slurm,a", "http://user:secret@a", "file:///etc"]
+)
+def test_what_is_no_address_is_refused(members):
+    with pytest.raises(ValueError, match="peer"):
+        PeerOptions.parse(members)
+
+
+def test_no_members_mean_no_peers():
+    assert PeerOptions.parse(None) is None
+    assert PeerOptions.parse(" , ") is None
+
+
+def test_a_certificate_file_means_tls(certificate, tmp_path):
+    assert PeerOptions.parse("a,http://b", ca_file=str(certificate[0])).urls() == ["http://b:9740", "https://a:9740"]
+    with pytest.raises(ValueError, match="root_certificate"):
+        PeerOptions.parse("a", ca_file=str(tmp_path / "missing.pem"))
+
+
+def test_a_dns_name_stands_for_all_its_addresses():
+    options = PeerOptions.parse("dns:peers.job.svc:81")
+    seen = []
+    found = options.urls(lambda name, port: seen.append((name, port)) or ["10.0.0.2", "10.0.0.1", "fd00::1"])
+    assert found == ["http://10.0.0.1:81", "http://10.0.0.2:81", "http://[fd00::1]:81"]
+    assert seen == [("peers.job.svc", 81)]
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("gpu1", ["gpu1"]),
+        ("gpu[001-003,7],login", ["gpu001", "gpu002", "gpu003", "gpu7", "login"]),
+        ("r[1-2]n[09-10]", ["r1n09", "r1n10", "r2n09", "r2n10"]),
+        ("a-b.c[1]", ["a-b.c1"]),
+        ("", []),
+    ],
+)
+def test_slurm_lists_of_nodes_are_expanded(text, hosts):
+    assert expand_hosts(text) == hosts
+
+
+@pytest.mark.parametrize("text", ["gpu[1-", "gpu[a-b]", "gpu[]", "gpu]1["])
+def test_a_broken_list_of_nodes_is_an_error(text):
+    with pytest.raises(ValueError, match="not a list of hosts"):
+        expand_hosts(text)
+
+
+@given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 30)), min_size=1, max_size=6), st.integers(1, 4))
+def test_a_list_of_nodes_names_each_node_of_its_ranges(ranges, width):
+    text = "n[" + ",".join(f"{first:0{width}}-{first + more}" for first, more in ranges) + "],head"
+    expected = [
+        f"n{i:0{max(width, len(str(first)))}}" for first, more in ranges for i in range(first, first + more + 1)
+    ]
+    assert expand_hosts(text) == [*expected, "head"]
+
+
+def test_slurm_and_torchrun_are_read_from_the_environment(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "gpu[1-2]")
+    monkeypatch.setenv("MASTER_ADDR", "gpu1")
+    assert PeerOptions.parse("slurm").urls() == ["http://gpu1:9740", "http://gpu2:9740"]
+    assert PeerOptions.parse("slurm:80").urls() == ["http://gpu1:80", "http://gpu2:80"]
+    assert PeerOptions.parse("torchrun").urls() == ["http://gpu1:9740"]
+
+
+def test_the_settings_name_peers_and_never_show_the_token(monkeypatch, tmp_path):
+    (tmp_path / "tiercache.toml").write_text('peers = ["a", "b:81"]\npeers_ca = "ca.pem"\n')
+    monkeypatch.setenv("TIERCACHE_PEERS_TOKEN", "secret-token")
+    settings = config.load(tmp_path)
+    assert (settings.peers, settings.peers_token) == ("a,b:81", "secret-token")
+    assert settings.peers_ca == tmp_path / "ca.pem"
+    assert "secret" not in repr(settings) + repr(PeerOptions.parse(settings.peers, settings.peers_token))
+
+
+def test_a_token_that_a_header_cannot_hold_is_refused_without_being_shown(tmp_path):
+    with pytest.raises(ValueError, match="token") as caught:
+        Cache(tmp_path / "cache", size="1MB", peers=["a"], peers_token="bad token\r\n")
+    assert "bad token" not in str(caught.value)
+
+
+def test_a_pickled_cache_keeps_its_peers(tmp_path):
+    cache = Cache(tmp_path / "cache", size="1MB", peers=["a", "b"], peers_token="0123456789")
+    with cache, pickle.loads(pickle.dumps(cache)) as other:
+        assert other._options == cache._options
+        assert other.stats()["peer_requests"] == 0
+
+
+def test_the_default_cache_has_the_configured_peers_unless_it_is_told_otherwise(monkeypatch, tmp_path):
+    monkeypatch.setenv("TIERCACHE_PEERS", "a")
+    with Cache.default(path=tmp_path / "cache", size="1MB") as cache:
+        assert "peer_bytes" in cache.stats()
+        with Cache.default(path=tmp_path / "cache", size="1MB", peers=False) as own:
+            assert "peer_bytes" not in own.stats()
+
+
+# -- choice of the owner -----------------------------------------------------------------------------------------------
+
+
+@given(URLS, KEYS, st.randoms())
+def test_all_machines_agree_on_the_order_of_owners(urls, key, rng):
+    shuffled = rng.sample(urls, len(urls))
+    order = list(Members.of(urls).order(key))
+    assert list(Members.of(shuffled).order(key)) == order
+    assert sorted(order) == sorted(urls)
+
+
+@given(URLS, KEYS, st.data())
+def test_if_a_machine_leaves_the_order_of_the_others_stays(urls, key, data):
+    gone = data.draw(st.sampled_from(urls))
+    left = [url for url in Members.of(urls).order(key) if url != gone]
+    assert list(Members.of([url for url in urls if url != gone]).order(key)) == left
+
+
+@pytest.mark.parametrize("n_machines", [2, 4, 7, 12])
+def test_owners_are_balanced_and_what_a_lost_machine_owned_is_spread_over_all_others(n_machines):
+    members = Members.of([f"http://10.0.{i // 256}.{i % 256}:9740" for i in range(n_machines)])
+    keys = [random.Random(i).getrandbits(64) for i in range(n_machines * 400)]
+    orders = [list(islice(members.order(key), 2)) for key in keys]
+    owned = Counter(order[0] for order in orders)
+    assert len(owned) == n_machines
+    assert all(abs(n - 400) < 5 * 20 for n in owned.values())  # five standard deviations of a binomial count
+    lost = max(owned)
+    heirs = Counter(order[1] for order in orders if order[0] == lost)
+    expected = sum(heirs.values()) / (n_machines - 1)
+    assert all(abs(heirs[url] - expected) < 5 * expected**0.5 for url in members.urls if url != lost)
+
+
+# -- asking ------------------------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """Stores of scripted peers: each returns its URL, or raises its error. Records who was asked."""
+
+    def __init__(self, urls):
+        self.errors, self.asked = dict.fromkeys(urls), []
+
+    def open(self, url, _options, _reader_id):
+        answers = self
+
+        class PeerStore(WrapperStore):
+            def get(self, key):
+                answers.asked.append(url)
+                if answers.errors[url] is not None:
+                    raise answers.errors[url]
+                return url.encode()
+
+        return PeerStore(MemoryStore(url.partition("//")[2].replace(":", "-"), ""))
+
+
+class Asker:
+    """Peers of a reader over scripted answers, with the owners of one key in order."""
+
+    def __init__(self, n_machines=3):
+        self.urls = [f"http://m{i}:9740" for i in range(n_machines)]
+        self.answers, self.clock = Answers(self.urls), FakeClock()
+        options = PeerOptions.parse([f"m{i}" for i in range(n_machines)])
+        self.peers = Peers(options, "r" * 32, open_peer=self.answers.open, clock=self.clock)
+        self.owners = list(Members.of(self.urls).order(7))
+        self.refused = set()
+
+    def ask(self, cancel=None):
+        del self.answers.asked[:]
+        found = self.peers.ask(7, lambda store: store.get("x"), self.refused, cancel)
+        return None if found is None else found.decode()
+
+
+def unreachable():
+    return StoreError("cannot connect", url="http://m", retryable=True)
+
+
+@pytest.fixture
+def asker():
+    asker = Asker()
+    with closing(asker.peers):
+        yield asker
+
+
+def test_the_owner_is_asked_and_nobody_else(asker):
+    assert asker.ask() == asker.owners[0]
+    assert asker.answers.asked == asker.owners[:1]
+
+
+def test_if_the_owner_fails_the_next_one_is_asked_and_the_owner_is_left_out_for_a_time(asker):
+    asker.answers.errors[asker.owners[0]] = unreachable()
+    assert asker.ask() == asker.owners[1]
+    assert asker.ask() == asker.owners[1]
+    assert asker.answers.asked == [asker.owners[1]]
+    asker.answers.errors[asker.owners[0]] = None
+    asker.clock.advance(FIRST_ABSENCE_S)
+    assert asker.ask() == asker.owners[0]
+
+
+def test_a_peer_that_keeps_failing_is_tried_less_and_less_often(asker):
+    asker.answers.errors[asker.owners[0]] = unreachable()
+    n_tries = 0
+    for _ in range(600):
+        asker.ask()
+        n_tries += asker.answers.asked.count(asker.owners[0])
+        asker.clock.advance(1.0)
+    assert 600 / LONGEST_ABSENCE_S <= n_tries <= 4 + 600 / (LONGEST_ABSENCE_S / 2)
+
+
+def test_while_one_request_tries_a_peer_again_the_others_go_on_without_it(asker):
+    asker.answers.errors[asker.owners[0]] = unreachable()
+    asker.ask()
+    asker.clock.advance(FIRST_ABSENCE_S)
+    during = []
+
+    def request(store):
+        if not during:
+            during.append(None)
+            during[0] = asker.peers.ask(7, lambda other: other.get("x"), set())
+        return store.get("x")
+
+    asker.answers.errors[asker.owners[0]] = None
+    assert asker.peers.ask(7, request, set()) == asker.owners[0].encode()
+    assert during == [asker.owners[1].encode()]
+
+
+def test_at_most_two_machines_are_asked(asker):
+    for url in asker.urls:
+        asker.answers.errors[url] = unreachable()
+    assert asker.ask() is None
+    assert asker.answers.asked == asker.owners[:2]
+
+
+@pytest.mark.parametrize("error", [NotFound("no", url="m"), StoreError("busy", url="m", status=503, retryable=True)])
+def test_a_peer_that_cannot_serve_a_name_or_is_busy_still_serves_others(asker, error):
+    asker.answers.errors[asker.owners[0]] = error
+    assert asker.ask() == asker.owners[1]
+    assert asker.refused == {asker.owners[0]}
+    asker.answers.errors[asker.owners[0]] = None
+    asker.refused = set()
+    assert asker.ask() == asker.owners[0]
+    assert asker.peers.counters.snapshot()["peer_failures"] == 0
+
+
+def test_what_this_machine_owns_it_reads_from_the_origin(asker):
+    asker.answers.errors[asker.owners[0]] = StoreError("misdirected", url="http://m", status=421)
+    assert asker.ask() is None
+    assert asker.ask() is None
+    assert asker.answers.asked == []
+
+
+def test_a_cancelled_request_says_nothing_about_the_peer(asker):
+    cancel = Event()
+    cancel.set()
+    asker.answers.errors[asker.owners[0]] = unreachable()
+    assert asker.ask(cancel) is None
+    asker.answers.errors[asker.owners[0]] = None
+    assert asker.ask() == asker.owners[0]
+
+
+def test_a_job_that_runs_no_servers_logs_some_warnings_and_not_one_for_each_machine(caplog):
+    asker = Asker(100)
+    with closing(asker.peers):
+        for url in asker.urls:
+            asker.answers.errors[url] = unreachable()
+        for key in range(100):
+            assert asker.peers.ask(key, lambda store: store.get("x"), set()) is None
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == MOST_REPORTED
+
+
+def test_only_idle_connections_are_closed_when_there_are_many(monkeypatch):
+    monkeypatch.setattr("tiercache.cache.peers.MOST_STORES", 2)
+    asker = Asker(5)
+    closed = []
+    with closing(asker.peers):
+        for key in range(40):
+            asker.peers.ask(key, lambda store: closed.append(store) or store.get("x"), set())
+        opened = [peer for peer in asker.peers._peers.values() if peer.store is not None]
+    assert len(opened) <= 2
+    assert len({id(store) for store in closed}) > 5  # others were opened again
+
+
+def test_addresses_behind_a_name_are_read_again_and_kept_while_the_resolver_fails(monkeypatch):
+    addresses, clock = [["10.0.0.1"], ["10.0.0.1", "10.0.0.2"], OSError("no resolver"), ["10.0.0.2"]], FakeClock()
+
+    def look_up(_name, _port):
+        found = addresses.pop(0)
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    monkeypatch.setattr("tiercache.cache.peers.look_up_host", look_up)
+    peers = Peers(PeerOptions.parse("dns:job"), "r", clock=clock)
+    seen = []
+    for _ in range(4):
+        seen.append([url[7:15] for url in peers._current().urls])
+        clock.advance(RESOLVE_EVERY_S)
+    assert seen == [["10.0.0.1"], ["10.0.0.1", "10.0.0.2"], ["10.0.0.1", "10.0.0.2"], ["10.0.0.2"]]
+
+
+# -- copies and versions through the cache -----------------------------------------------------------------------------
+
+
+class ScriptedPeer(WrapperStore):
+    """A peer that serves objects by the names of their copies, and versions by path, and records its answers."""
+
+    def __init__(self, copies, versions=None):
+        super().__init__(MemoryStore("peer", ""))
+        self.copies, self.versions, self.error = copies, versions or {}, None
+        self.reads = []
+
+    def read_into(self, key, spans, **_limits):
+        if self.error is not None:
+            raise self.error
+        data = self.copies.get(key.removeprefix("copies/"))
+        if data is None:
+            raise NotFound("no such copy", url="http://m")
+        for span, buffer in spans:
+            self.reads.append(span)
+            buffer[:] = data[span.start : span.end]
+
+    def get(self, key):
+        if self.error is not None:
+            raise self.error
+        if key not in self.versions:
+            raise NotFound("not served", url="http://m")
+        return self.versions[key]
+
+
+@pytest.fixture
+def peer(monkeypatch):
+    peer = ScriptedPeer({})
+    monkeypatch.setattr("tiercache.cache.peers.open_peer_store", lambda *_: peer)
+    return peer
+
+
+def name_of(world, key):
+    return copy_spec(world.folder, key, world.identity(key)).name
+
+
+def test_a_copy_comes_from_its_owner_and_not_from_the_origin(world, peer):
+    world.put("a", 3_000_000)
+    peer.copies[name_of(world, "a")] = world.data["a"]
+    cache = world.cache(peers=["m"])
+    world.fetch(world.store(cache), "a")
+    assert world.n_reads() == 0
+    assert cache.stats()["peer_bytes"] == 3_000_000
+
+
+@pytest.mark.parametrize(
+    "error", [unreachable(), StoreError("HTTP 401", url="http://m", status=401), NotFound("", url="m")]
+)
+def test_if_the_peers_fail_the_copy_comes_from_the_origin(world, peer, error):
+    world.put("a", 3_000_000)
+    peer.error = error
+    world.fetch(world.store(world.cache(peers=["m"])), "a")
+    assert world.n_reads() > 0
+
+
+@pytest.mark.parametrize("n_bytes", [5_000, 20_000_000])
+def test_bytes_that_a_peer_sends_wrong_are_fetched_from_the_origin(world, peer, n_bytes):
+    world.put("a", n_bytes)
+    wrong = bytearray(world.data["a"])
+    wrong[n_bytes // 2] ^= 1
+    peer.copies[name_of(world, "a")] = bytes(wrong)
+    cache = world.cache(size="50MB", peers=["m"])
+    world.fetch(world.store(cache), "a")
+    assert world.n_reads() > 0
+    assert cache.stats()["poisoned"] == 0
+    assert sum(span.n_bytes for span in peer.reads) == n_bytes  # each byte once
+
+
+def test_a_partial_copy_that_readers_find_wrong_is_fetched_from_the_origin(world, peer):
+    world.put("a", 3_000_000)
+    peer.copies[name_of(world, "a")] = bytes(3_000_000)
+    store = world.store(world.cache(peers=["m"]))
+    span = ByteRange(0, 8192)
+    for _ in range(2):
+        with store.open_local("a", world.identity("a")) as lease:
+            assert lease.wait([span])
+            data = memoryview(bytearray(8192))
+            assert lease.read([(span, data)])
+        if bytes(data) == world.data["a"][:8192]:
+            break
+        assert store.remove_if_corrupt("a", world.identity("a"))
+    assert bytes(data) == world.data["a"][:8192]
+
+
+def test_an_object_of_no_data_set_comes_from_its_store(world, peer):
+    world.put("a")
+    store = world.store(world.cache(peers=["m"]))
+    with store.open_local("a") as lease:
+        assert lease.wait([ByteRange(0, lease.n_bytes)])
+    assert not peer.reads
+    assert world.n_reads() > 0
+
+
+def test_ranges_past_the_cache_come_from_the_owner_once_and_then_from_the_origin(world, peer):
+    world.put("a")
+    peer.copies[name_of(world, "a")] = world.data["a"]
+    store = world.store(world.cache(peers=["m"]))
+    source = store.source_of("a", world.identity("a"), world.inner)
+    for n_reads in (0, 1):
+        data = memoryview(bytearray(100))
+        source.read_into("a", [(ByteRange(9_000, 9_100), data)])
+        assert bytes(data) == world.data["a"][9_000:9_100]
+        assert world.n_reads() == n_reads
+
+
+def test_an_error_of_the_receiver_is_raised_and_is_no_failure_of_the_peer(world, peer):
+    world.put("a")
+    peer.copies[name_of(world, "a")] = world.data["a"]
+    cache = world.cache(peers=["m"])
+    source = world.store(cache).source_of("a", world.identity("a"), world.inner)
+
+    def full_disk(_offset, _data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        source.read_pieces("a", [ByteRange(0, 10_000)], full_disk)
+    assert (len(peer.reads), world.n_reads(), cache.stats()["peer_failures"]) == (1, 0, 0)
+
+
+def test_versions_come_from_the_owner_and_other_objects_from_the_origin(world, peer):
+    store = world.store(world.cache(peers=["m"]))
+    path = f"objects/{data_set_name(world.inner)}"
+    peer.versions = {
+        f"{path}/latest": b"7\n",
+        f"{path}/versions/{7:020d}.json": b"{}",
+        f"{path}/versions/{8:020d}.json": b"",
+    }
+    world.put("note.txt")
+    assert store.get(HINT_KEY) == b"7\n"
+    assert store.get(version_key(7)) == b"{}"
+    with pytest.raises(NotFound):
+        store.get(version_key(8))
+    assert world.inner.n_calls("get") == 0
+    assert store.get("note.txt") == world.data["note.txt"]
+
+
+def test_machines_that_start_at_once_wait_for_a_random_time_before_their_first_question():
+    clocks = [FakeClock() for _ in range(20)]
+    options = PeerOptions.parse([f"m{i}" for i in range(500)])
+    for clock in clocks:
+        answers = Answers(Members.of(options.urls()).urls)
+        with closing(Peers(options, "r" * 32, open_peer=answers.open, clock=clock)) as peers:
+            for _ in range(3):
+                peers.version_object(MemoryStore("origin", ""), HINT_KEY)
+    assert all(len(clock.slept) == 1 for clock in clocks)
+    first_s = [clock.slept[0] for clock in clocks]
+    assert 0 <= min(first_s) < max(first_s) <= 500 * JITTER_S_PER_MACHINE
+
+
+def test_groups_of_machines_have_owners_of_their_own_for_what_all_need():
+    options = PeerOptions.parse([f"m{i}" for i in range(1000)])
+    name = "5" * 40
+    readers = [Peers(options, f"{i:032x}") for i in range(1000)]
+    shared = Counter(peers.key(name, is_shared=True) for peers in readers)
+    assert len(shared) == -(-1000 // GROUP_MACHINES)
+    assert max(shared.values()) <= 2 * GROUP_MACHINES
+    assert len({peers.key(name, is_shared=False) for peers in readers}) == 1
+
+
+def test_a_version_that_no_peer_serves_comes_from_the_origin(world, peer):
+    store = world.store(world.cache(peers=["m"]))
+    world.put(HINT_KEY, 3)
+    assert store.get(HINT_KEY) == world.data[HINT_KEY]
+    peer.error = unreachable()
+    assert store.get(HINT_KEY) == world.data[HINT_KEY]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        HttpFault("status", status=500),
+        HttpFault("status", status=503),
+        HttpFault("status", status=416),
+        HttpFault("status", status=302, header=(("Location", "http://127.0.0.1:1/"),)),
+        HttpFault("status", status=200, body=b"<html>not what was asked for</html>"),
+        HttpFault("reset"),
+        HttpFault("reset", n_bytes=0),
+        HttpFault("short"),
+        HttpFault("stall"),
+        HttpFault("silence"),
+        HttpFault("whole"),
+        HttpFault("replace"),
+        HttpFault("drop"),
+    ],
+    ids=lambda fault: f"{fault.kind}-{fault.status}-{fault.n_bytes}",
+)
+@pytest.mark.parametrize("is_broken", [lambda _n: True, lambda n: n % 2 == 1], ids=["always", "every second"])
+def test_whatever_a_peer_answers_the_copy_is_right(world, monkeypatch, fault, is_broken):
+    monkeypatch.setattr("tiercache.cache.peers.STALL_S", 0.3)
+    monkeypatch.setattr("tiercache.cache.peers.FIRST_ABSENCE_S", 0.0)
+    for key in ("a", "b", "c"):
+        world.put(key, 300_000)
+    answers = count()
+    with HttpFaultServer({f"copies/{name_of(world, key)}": world.data[key] for key in "abc"}) as server:
+        server.when(lambda _method, _path: fault if is_broken(next(answers)) else None)
+        cache = world.cache(peers=[server.url])
+        store = world.store(cache)
+        for key in "abc":
+            world.fetch(store, key)
+        assert next(answers) >= 3
+        assert cache.stats()["poisoned"] == 0
+        cache.close()
+
+
+def test_a_dns_name_leads_to_the_peers_behind_it(world):
+    world.put("a", 300_000)
+    with HttpFaultServer({f"copies/{name_of(world, 'a')}": world.data["a"]}) as server:
+        cache = world.cache(peers=f"dns:localhost:{server.url.rpartition(':')[2]}")
+        world.fetch(world.store(cache), "a")
+        assert cache.stats()["peer_bytes"] == 300_000
+        assert world.n_reads() == 0
+        cache.close()
+
+
+def test_a_cache_without_peers_asks_nobody(world, peer):
+    world.put("a")
+    peer.copies[name_of(world, "a")] = world.data["a"]
+    world.fetch(world.store(), "a")
+    assert not peer.reads
+
+
+# -- 1,000 machines ----------------------------------------------------------------------------------------------------
+
+N_NODES = 1000
+SHARD_BYTES = 4096
+
+
+class Node:
+    """A machine of the simulation: what it keeps, its real `Peers`, and what its server answers."""
+
+    def __init__(self, number, world):
+        self.world, self.number, self.kept, self.is_dead = world, number, {}, False
+        self.peers = Peers(world.options, f"{number:032x}", open_peer=world.open_peer, clock=FakeClock())
+        self.service = PeerService([world.origin])
+
+    def version_object(self, key):
+        """Return a version as the cache does: from a peer, or from the origin."""
+        found = self.peers.version_object(self.world.origin, key)
+        return self.world.origin.get(key) if found is None else found
+
+    def read(self, key):
+        """Read a whole object as a job does: what this machine has not yet comes by its peers' source."""
+        if key not in self.kept:
+            data = memoryview(bytearray(self.world.sizes[key]))
+            source = self.peers.source(self.world.specs[key], self.world.origin)
+            source.read_into(key, [(ByteRange(0, len(data)), data)])
+            self.kept[key] = bytes(data)
+        return self.kept[key]
+
+    def serve(self, key):
+        """Answer as the server does: what this machine has not yet comes from the origin."""
+        if key not in self.kept:
+            data = memoryview(bytearray(self.world.sizes[key]))
+            self.world.origin.read_into(key, [(ByteRange(0, len(data)), data)])
+            self.kept[key] = bytes(data)
+        return self.kept[key]
+
+
+class NodeStore(WrapperStore):
+    """The server of a node, as one reader reaches it."""
+
+    def __init__(self, node, reader_id):
+        super().__init__(node.world.origin)
+        self.node, self.reader_id = node, reader_id
+
+    def _refuse(self):
+        if self.node.is_dead:
+            raise unreachable()
+        if self.reader_id == f"{self.node.number:032x}":
+            raise StoreError("misdirected", url="http://m", status=421)
+
+    def get(self, key):
+        self._refuse()
+        _, data_set, path = key.split("/", 2)
+        return self.node.service.version_object(data_set, path)
+
+    def read_into(self, key, spans, **_limits):
+        self._refuse()
+        data = self.node.serve(self.node.world.keys[key.removeprefix("copies/")])
+        for span, buffer in spans:
+            buffer[:] = data[span.start : span.end]
+
+
+class OriginStore(CountingStore):
+    """An origin that counts the bytes that it sends."""
+
+    n_bytes = 0
+
+    def read_into(self, key, spans, **limits):
+        self.n_bytes += sum(span.n_bytes for span, _ in spans)
+        super().read_into(key, spans, **limits)
+
+    def get(self, key):
+        data = super().get(key)
+        self.n_bytes += len(data)
+        return data
+
+
+class Job:
+    """1,000 machines that read a data set of one shard for each, its newest version and its segment."""
+
+    def __init__(self):
+        self.origin = OriginStore(MemoryStore("origin", ""))
+        self.options = PeerOptions.parse([f"m{i}" for i in range(N_NODES)])
+        self.specs, self.sizes, self.keys = {}, {}, {}
+        self.segment = "_tiercache/segments/" + "5" * 32 + ".arrow"
+        self.shards = [f"shards/{i:05d}" for i in range(N_NODES)]
+        for i, key in enumerate([self.segment, *self.shards]):
+            data = np.random.default_rng(i).bytes(SHARD_BYTES)
+            self.origin.put(key, data)
+            identity = ShardIdentity("d" * 32, f"{i:032x}", len(data), crc32c(data))
+            self.specs[key], self.sizes[key] = copy_spec(self.origin, key, identity), len(data)
+            self.keys[self.specs[key].name] = key
+        self.origin.put(HINT_KEY, b"1\n")
+        self.origin.put(version_key(1), b"v" * SHARD_BYTES)
+        self.nodes = [Node(i, self) for i in range(N_NODES)]
+        self.at = {f"http://m{i}:9740": node for i, node in enumerate(self.nodes)}
+        del self.origin.calls[:]
+
+    def open_peer(self, url, _options, reader_id):
+        return NodeStore(self.at[url], reader_id)
+
+    def start(self):
+        """Let each living machine find the newest version, as `latest` does."""
+        for node in self.nodes:
+            if not node.is_dead:
+                assert node.version_object(HINT_KEY) == b"1\n"
+                assert node.version_object(version_key(1)) == b"v" * SHARD_BYTES
+
+    def epoch(self, number):
+        """Let each living machine read the segment, and its share of the shards in this epoch's order."""
+        order = np.random.default_rng(number).permutation(len(self.shards)).reshape(N_NODES, 1)
+        for node in self.nodes:
+            if not node.is_dead:
+                for key in [self.segment, *(self.shards[i] for i in order[node.number])]:
+                    assert crc32c(node.read(key)) == self.specs[key].identity.crc32c
+
+    @property
+    def n_copies(self):
+        return self.origin.n_bytes / sum(self.sizes.values())
+
+    def close(self):
+        for node in self.nodes:
+            node.peers.close()
+
+
+def test_1000_machines_fetch_about_one_copy_from_the_origin():
+    n_groups = -(-N_NODES // GROUP_MACHINES)
+    with closing(Job()) as job:
+        job.start()
+        for epoch in range(2):
+            job.epoch(epoch)
+        assert job.n_copies <= 1.05  # with the groups' 16 copies of the version and of the segment
+        assert job.origin.n_calls("get", version_key(1)) <= 2 * n_groups
+        assert job.origin.n_calls("read_into", job.segment) <= n_groups
+        n_reads = Counter(key for _, key in job.origin.calls if key.startswith("shards/"))
+        assert set(n_reads.values()) == {1}
+
+
+def test_1000_machines_of_which_100_are_dead_still_fetch_about_one_copy():
+    with closing(Job()) as job:
+        for node in random.Random(1).sample(job.nodes, 100):
+            node.is_dead = True
+        job.epoch(0)
+        assert job.n_copies <= 1.05

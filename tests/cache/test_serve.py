@@ -1,0 +1,547 @@
+"""Machines serve their caches to each other: the service on its Unix socket, nginx in front of it, and whole jobs."""
+
+import http.client
+import random
+import shutil
+import socket
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from threading import Event, Thread
+
+import numpy as np
+import pytest
+from tests.cache.machines import Machine, data_set_objects, read_all_records
+from tests.support.clock import FakeClock
+from tests.support.stores import CountingStore, GateStore
+
+import tiercache as tc
+from tiercache.cache.serve import (
+    REFRESH_EVERY_S,
+    PeerService,
+    ServedDataSet,
+    ServerOptions,
+    SharedCalls,
+    nginx_config,
+    run_service,
+    server_block,
+)
+from tiercache.errors import NotFound, StoreError
+from tiercache.shard.versions.manifest import HINT_KEY, latest, read_shards
+from tiercache.store import LocalFolder
+from tiercache.store.pacing import RequestTimes
+from tiercache.testing import Fault, FaultStore
+from tiercache.testing.http_server import HttpFaultServer
+from tiercache.waiting import wait_for
+
+NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+needs_nginx = pytest.mark.skipif(NGINX is None, reason="nginx is not installed (package nginx-light)")
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """The objects of a data set of 2.4 MB in ten shards."""
+    return data_set_objects(tmp_path_factory.mktemp("objects"))
+
+
+@pytest.fixture(scope="module")
+def records(objects, tmp_path_factory):
+    """The records of that data set, read without a cache."""
+    return read_all_records(str(folder_of(objects, tmp_path_factory.mktemp("records"))), False)
+
+
+@pytest.fixture
+def origin(objects):
+    with HttpFaultServer(dict(objects)) as server:
+        yield server
+
+
+def folder_of(objects, folder):
+    for path, data in objects.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    return folder / "ds"
+
+
+# -- the configuration -------------------------------------------------------------------------------------------------
+
+
+def options_in(tmp_path, **more):
+    return ServerOptions(tmp_path / "cache", tmp_path / "s", "0" * 32, **more)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"token": 'x"; return 200; #'},
+        {"address": "0.0.0.0; root /"},
+        {"port": 0},
+        {"tls_cert": Path("/cert.pem")},
+        {"tls_cert": Path("/cert;.pem"), "tls_key": Path("/key.pem")},
+        {"token": "short"},
+    ],
+)
+def test_values_that_could_change_the_configuration_are_refused(tmp_path, more):
+    with pytest.raises(ValueError, match=r"token|address|port|TLS|nginx"):
+        options_in(tmp_path, **more)
+
+
+@pytest.mark.parametrize("name", ["a;b", "a$b", 'a"b', "a\nb", "a{b}"])
+def test_a_folder_whose_path_nginx_would_parse_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="nginx"):
+        ServerOptions(tmp_path / name, tmp_path / "s", "0" * 32)
+
+
+@needs_nginx
+@pytest.mark.parametrize("more", [{}, {"token": "0123456789"}, {"address": "127.0.0.1", "port": 8123}])
+def test_nginx_accepts_the_configuration_also_as_a_block_in_another(tmp_path, more):
+    options = options_in(tmp_path, **more)
+    own, other = tmp_path / "own.conf", tmp_path / "other.conf"
+    own.write_text(nginx_config(options, tmp_path))
+    other.write_text(
+        f"pid {tmp_path}/pid;\nevents {{}}\nhttp {{\n access_log off; client_body_temp_path {tmp_path}/body;\n"
+        f"{server_block(options)}}}\n"
+    )
+    for file in (own, other):
+        done = subprocess.run([NGINX, "-t", "-e", "stderr", "-c", file], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+# -- the service -------------------------------------------------------------------------------------------------------
+
+
+class Service:
+    """A service over a data set in a local folder, and requests to it."""
+
+    def __init__(self, tmp_path, source, size="64MB"):
+        self.path = tmp_path / "s"
+        self.cache = tc.Cache(tmp_path / "cache", size=size, min_free="0%")
+        self.store = self.cache.store(source)
+        self.service = PeerService([self.store])
+        self.version = latest(source)
+        self.shards = read_shards(source, self.version)
+        self.names = [
+            self.store.spec_of(info.name, info.identity(self.version.dataset_id)).name for info in self.shards.infos()
+        ]
+        self.data_set = self.service.data_sets[0].name
+
+    def get(self, path, headers=None, method="GET"):
+        """Status, header fields and body of an answer."""
+        with closing(UnixConnection(str(self.path))) as connection:
+            connection.request(method, path, headers=headers or {})
+            answer = connection.getresponse()
+            return answer.status, dict(answer.headers), answer.read()
+
+
+class UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path):
+        super().__init__("localhost", timeout=30)
+        self.path = path
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(30)
+        self.sock.connect(self.path)
+
+
+@pytest.fixture
+def source(objects, tmp_path):
+    return LocalFolder(folder_of(objects, tmp_path / "source"))
+
+
+@pytest.fixture
+def service(tmp_path, source):
+    service = Service(tmp_path, source)
+    with run_service(service.cache, service.service, service.path):
+        yield service
+
+
+def shard_bytes(service, i):
+    return service.store.inner.get(service.shards.info(i).name)
+
+
+def test_ranges_of_a_copy_that_is_not_cached_are_fetched_and_served(service):
+    data = shard_bytes(service, 3)
+    status, headers, body = service.get(f"/copies/{service.names[3]}", {"Range": "bytes=100-5099"})
+    assert (status, body) == (206, data[100:5100])
+    assert headers["Content-Range"] == f"bytes 100-5099/{len(data)}"
+    assert service.get(f"/copies/{service.names[3]}")[::2] == (200, data)
+    assert service.get(f"/copies/{service.names[3]}", {"Range": "bytes=5-99999999"})[::2] == (206, data[5:])
+
+
+def test_a_segment_is_served_like_a_shard(service):
+    (ref,) = service.version.segments
+    spec = service.store.spec_of(ref.key, ref.identity(service.version.dataset_id))
+    assert service.get(f"/copies/{spec.name}")[::2] == (200, service.store.inner.get(ref.key))
+
+
+def test_head_sends_the_size_and_fetches_nothing(service):
+    status, headers, body = service.get(f"/copies/{service.names[0]}", method="HEAD")
+    assert (status, body) == (200, b"")
+    assert int(headers["Content-Length"]) == len(shard_bytes(service, 0))
+    assert service.names[0] not in service.cache._open().folder.sizes()
+
+
+@pytest.mark.parametrize("text", ["bytes=9-5", "bytes=-5", "bytes=5-", "bytes=0-1,5-6", "lines=1-2", "bytes=x-y"])
+def test_other_forms_of_ranges_are_refused(service, text):
+    assert service.get(f"/copies/{service.names[0]}", {"Range": text})[0] == 400
+
+
+def test_a_range_behind_the_end_is_refused(service):
+    assert service.get(f"/copies/{service.names[0]}", {"Range": "bytes=99999999-999999999"})[0] == 416
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/copies/" + "0" * 40,
+        "/copies/" + "0" * 39,
+        "/copies/../tiercache-cache.json",
+        "/tiercache-cache.json",
+        "/objects/" + "0" * 40 + "/latest",
+        "/",
+        "http://example.com/x",
+        "/copies/http://example.com/x",
+    ],
+)
+def test_only_names_of_the_data_sets_are_answered(service, path):
+    assert service.get(path)[0] == 404
+
+
+@pytest.mark.parametrize("tail", ["tiers.json", "versions/1.json", "versions/../latest", "latest/", "segments/x.arrow"])
+def test_of_other_objects_only_versions_and_the_hint_are_served(service, tail):
+    assert service.get(f"/objects/{service.data_set}/{tail}")[0] == 404
+
+
+@pytest.mark.parametrize("method", ["PUT", "POST", "DELETE", "MOVE", "PROPFIND", "OPTIONS"])
+def test_the_service_only_reads(service, method):
+    assert service.get(f"/copies/{service.names[0]}", method=method)[0] == 501
+
+
+def test_versions_and_the_hint_are_served_and_a_missing_one_is_empty(service):
+    base = f"/objects/{service.data_set}"
+    assert service.get(f"{base}/latest")[::2] == (200, service.store.inner.get(HINT_KEY))
+    number = f"versions/{1:020d}.json"
+    assert service.get(f"{base}/{number}")[::2] == (200, service.store.inner.get(f"_tiercache/{number}"))
+    assert service.get(f"{base}/versions/{2:020d}.json")[::2] == (200, b"")
+
+
+def test_readers_of_the_own_folder_are_sent_away(service):
+    headers = {"X-Tiercache-Reader": service.cache.folder_id}
+    assert service.get(f"/copies/{service.names[0]}", headers)[0] == 421
+
+
+def test_what_the_cache_has_no_space_for_is_refused(tmp_path, source):
+    service = Service(tmp_path, source, size="100KB")
+    with run_service(service.cache, service.service, service.path):
+        assert service.get(f"/copies/{service.names[0]}")[0] == 404
+
+
+def test_a_store_that_fails_is_a_bad_gateway_and_an_object_that_is_gone_is_not_found(tmp_path, source):
+    faults = FaultStore(source, [Fault("read_into", keys="shards/*", retryable=False, times=99)])
+    service = Service(tmp_path, faults)
+    with run_service(service.cache, service.service, service.path):
+        assert service.get(f"/copies/{service.names[0]}")[0] == 502
+        (source.root / service.shards.info(0).name).unlink()
+        assert service.get(f"/objects/{service.data_set}/latest")[0] == 200
+
+
+def test_a_copy_whose_bytes_on_disk_are_wrong_is_not_served(service):
+    name = service.names[2]
+    service.get(f"/copies/{name}", {"Range": "bytes=0-4095"})
+    part = service.cache.path / "copies" / f"{name}.part"
+    with part.open("r+b") as file:
+        file.write(b"\1" * 100)
+    status, _, body = service.get(f"/copies/{name}", {"Range": "bytes=0-4095"})
+    assert status == 404 or body == shard_bytes(service, 2)[:4096]
+    assert service.get(f"/copies/{name}", {"Range": "bytes=0-4095"})[::2] == (206, shard_bytes(service, 2)[:4096])
+
+
+def test_requests_for_one_copy_at_once_are_one_fetch(tmp_path, source):
+    gated = GateStore(source)
+    (segment,) = latest(source).segments
+    with gated.stop_at("before_read_into", "shards/*") as gate:
+        service = Service(tmp_path, gated)
+        with run_service(service.cache, service.service, service.path), ThreadPoolExecutor(8) as pool:
+            answers = [pool.submit(service.get, f"/copies/{service.names[0]}") for _ in range(8)]
+            gate.wait_reached()
+            gate.open()
+            bodies = {answer.result()[2] for answer in answers}
+        assert bodies == {shard_bytes(service, 0)}
+        n_bytes = len(shard_bytes(service, 0)) + segment.n_bytes
+        assert service.cache.counters.snapshot()["bytes_fetched"] == n_bytes
+
+
+def test_more_requests_than_it_can_hold_are_told_to_ask_elsewhere(tmp_path, source, monkeypatch):
+    monkeypatch.setattr("tiercache.cache.serve.MOST_REQUESTS", 2)
+    gated = GateStore(source)
+    with gated.stop_at("before_read_into", "shards/*") as gate:
+        service = Service(tmp_path, gated)
+        with run_service(service.cache, service.service, service.path), ThreadPoolExecutor(2) as pool:
+            answers = [pool.submit(service.get, f"/copies/{service.names[0]}") for _ in range(2)]
+            gate.wait_reached()
+            assert wait_for(lambda: service.get(f"/objects/{service.data_set}/latest")[0] == 503, 30)
+            gate.open()
+            assert {answer.result()[0] for answer in answers} == {200}
+            assert service.get(f"/objects/{service.data_set}/latest")[0] == 200
+
+
+def test_a_version_that_is_committed_later_is_served_after_a_moment(tmp_path, source):
+    clock, cache = FakeClock(), tc.Cache(tmp_path / "cache", size="64MB", min_free="0%")
+    with cache:
+        served = ServedDataSet(cache.store(source), clock=clock)
+        first = latest(source)
+        old = names_of_version(cache.store(source), first)
+        assert all(served.find(name) for name in old)
+        with tc.Writer(source.root, mode="overwrite", schema={"id": "int64", "data": "bytes"}) as writer:
+            writer.write({"id": 0, "data": b"new"})
+        (new,) = names_of_version(cache.store(source), latest(source))
+        assert served.find(new) is None
+        clock.advance(REFRESH_EVERY_S)
+        assert served.find(new) is not None
+        later = ServedDataSet(cache.store(source), clock=clock)  # a server that starts now
+        assert later.find(old[0]) is not None
+        assert later.find("0" * 40) is None
+
+
+def test_a_data_set_that_is_created_again_at_the_same_url_is_served_and_not_the_former_one(tmp_path, source):
+    clock = FakeClock()
+    with tc.Cache(tmp_path / "cache", size="64MB", min_free="0%") as cache:
+        store = cache.store(source)
+        service = PeerService([store], clock=clock)
+        name, path = service.data_sets[0].name, f"versions/{1:020d}.json"
+        former = service.version_object(name, path)
+        assert service.version_object(name, path) == former
+        old_names = names_of_version(store, latest(source))
+        assert service.data_sets[0].find(old_names[0])
+        shutil.rmtree(source.root)
+        with tc.Writer(source.root, schema={"id": "int64"}) as writer:
+            writer.write({"id": 0})
+        assert service.version_object(name, path) == source.get(f"_tiercache/{path}") != former
+        clock.advance(REFRESH_EVERY_S)
+        (new_name,) = names_of_version(store, latest(source))
+        assert service.data_sets[0].find(new_name)
+
+
+def test_an_unchanged_version_is_read_from_the_store_once(tmp_path, source):
+    counting = CountingStore(source)
+    with tc.Cache(tmp_path / "cache", size="64MB", min_free="0%") as cache:
+        service = PeerService([cache.store(counting)])
+        for _ in range(3):
+            assert service.version_object(service.data_sets[0].name, f"versions/{1:020d}.json")
+    assert counting.n_calls("get") == 1
+
+
+def names_of_version(store, version):
+    infos = read_shards(store.inner, version).infos()
+    return [store.spec_of(info.name, info.identity(version.dataset_id)).name for info in infos]
+
+
+def test_a_data_set_whose_store_fails_does_not_keep_others_from_being_served(tmp_path, source, objects):
+    other = LocalFolder(folder_of(objects, tmp_path / "other"))
+    failing = FaultStore(other, [Fault("get", retryable=False, times=999)])
+    with tc.Cache(tmp_path / "cache", size="64MB", min_free="0%") as cache:
+        store = cache.store(source)
+        service = PeerService([cache.store(failing), store])
+        (name, *_) = names_of_version(store, latest(source))
+        with pytest.raises(StoreError):
+            service.open("0" * 40)
+        assert service.open("0" * 40) is None  # the store is not asked again at once
+        lease, *_ = service.open(name)
+        lease.close()
+
+
+def test_an_answer_is_never_older_than_its_question():
+    calls, started, release = SharedCalls(), Event(), Event()
+    state = {"version": 1, "calls": 0}
+
+    def read():
+        state["calls"] += 1
+        found = b"%d" % state["version"]
+        started.set()
+        release.wait(30)
+        return found
+
+    results = []
+    threads = [Thread(target=lambda: results.append(calls.call("hint", read))) for _ in range(6)]
+    threads[0].start()
+    assert started.wait(30)
+    state["version"] = 2  # a commit, after which five others ask
+    for thread in threads[1:]:
+        thread.start()
+    release.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(results)[1:] == [b"2"] * 5
+    assert 2 <= state["calls"] <= 6
+
+
+def test_an_error_reaches_all_who_wait_for_the_same_call():
+    calls = SharedCalls()
+
+    def fail():
+        raise NotFound("gone", url="http://origin")
+
+    for _ in range(2):
+        with pytest.raises(NotFound):
+            calls.call("x", fail)
+    assert calls.call("x", lambda: b"1") == b"1"
+
+
+# -- nginx -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machines(origin, tmp_path):
+    """Four machines, each with a folder and an nginx of its own."""
+    machines = [Machine(tmp_path / f"m{i}", [f"{origin.url}/ds"]) for i in range(4)]
+    urls = [machine.url for machine in machines]
+    with ExitStack() as stack:
+        for machine in machines:
+            machine.folder.mkdir()
+            stack.enter_context(machine.run(urls))
+        yield machines
+
+
+def raw_status(machine, request):
+    """The status of the answer to these bytes."""
+    with closing(socket.create_connection(("127.0.0.1", machine.port), 30)) as connection:
+        connection.sendall(request)
+        return int(connection.makefile("rb").readline().split()[1])
+
+
+@needs_nginx
+def test_nginx_serves_nothing_but_copies_by_name(origin, tmp_path):
+    machine = Machine(tmp_path, [f"{origin.url}/ds"])
+    with machine.open_cache() as cache:
+        read_all_records(f"{origin.url}/ds", cache)
+        name = sorted(path.name for path in (cache.path / "copies").iterdir() if "." not in path.name)[0]
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "cache/copies" / ("f" * 40)).symlink_to(tmp_path / "secret")
+    with machine.run():
+        assert raw_status(machine, b"GET /copies/%s HTTP/1.0\r\n\r\n" % name.encode()) == 200
+        for path in (
+            "/", "/copies", "/copies/", "/tiercache-cache.json", "/catalog.sqlite", f"/copies/{name}.json",
+            f"/copies/{name}.pin", f"/copies/{name}/", f"/copies/{name}%00", f"/copies/{name}%0a", "/copies/%0a",
+            f"//copies/{name}.json", f"/copies//{name}.json",
+            "/copies/../tiercache-cache.json", "/copies/..%2ftiercache-cache.json", "/copies/%2e%2e/catalog.sqlite",
+            "/copies/" + "f" * 40, "/copies/" + "../" * 20 + "etc/passwd", "/locks/" + name, f"/copies/{name.upper()}",
+            "/objects/x/latest", "/@fetch",
+        ):  # fmt: skip
+            assert raw_status(machine, f"GET {path} HTTP/1.0\r\n\r\n".encode()) in (400, 403, 404), path
+        for method in ("PUT", "POST", "DELETE", "MKCOL", "COPY", "MOVE", "PATCH", "TRACE", "OPTIONS"):
+            request = f"{method} /copies/{name} HTTP/1.0\r\nContent-Length: 0\r\n\r\n".encode()
+            assert raw_status(machine, request) in (405, 501), method
+        own = f"GET /copies/{name} HTTP/1.0\r\nX-Tiercache-Reader: {cache.folder_id}\r\n\r\n".encode()
+        assert raw_status(machine, own) == 421
+    assert (tmp_path / "cache/copies" / name).exists()
+
+
+@pytest.fixture
+def no_repeats(monkeypatch):
+    """No request is hedged or sent again because it is late: a test that counts bytes may run on a loaded machine."""
+    monkeypatch.setattr(RequestTimes, "grant_hedge", lambda *_: False)
+    monkeypatch.setattr(RequestTimes, "deadline_s", lambda *_: 60.0)
+
+
+@needs_nginx
+@pytest.mark.usefixtures("no_repeats")
+def test_the_origin_sends_one_copy_to_four_machines_that_read_at_once(machines, origin, objects, records):
+    urls = [machine.url for machine in machines]
+
+    def read(i):
+        with machines[i].open_cache(peers=urls) as cache:
+            order = np.random.default_rng(i).permutation(len(records))
+            return read_all_records(f"{origin.url}/ds", cache, order), cache.stats()
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, stats in pool.map(read, range(4)):
+            assert found == records
+            assert stats["peer_failures"] == 0
+            assert stats["peer_bytes"] > 0
+    assert origin.n_bytes_sent <= 1.05 * sum(map(len, objects.values()))
+
+
+@needs_nginx
+@pytest.mark.usefixtures("no_repeats")
+def test_shuffled_epochs_come_from_peers_too(machines, origin, objects):
+    urls = [machine.url for machine in machines]
+    for machine in machines[:2]:
+        with (
+            machine.open_cache(peers=urls) as cache,
+            closing(tc.Dataset(f"{origin.url}/ds", cache=cache, columns=["id"])) as labels,
+        ):
+            batches = labels.iter_numpy(64, shuffle=True, options=tc.LoaderOptions(seed=1))
+            assert sorted(number for batch in batches for number in batch["id"].tolist()) == list(range(len(labels)))
+            assert cache.stats()["peer_bytes"] > 0
+    assert origin.n_bytes_sent <= 1.05 * sum(map(len, objects.values()))
+
+
+@needs_nginx
+def test_killing_peers_changes_nothing_but_the_time(machines, origin, records, monkeypatch):
+    rng = random.Random(5)
+    monkeypatch.setattr("tiercache.cache.peers.FIRST_ABSENCE_S", 0.05)
+    kill_while_reading(machines, f"{origin.url}/ds", records, rng, n_kills=3)
+
+
+@needs_nginx
+@pytest.mark.stress
+def test_50_kills_change_nothing_but_the_time(machines, origin, records, monkeypatch):
+    rng = random.Random(6)
+    monkeypatch.setattr("tiercache.cache.peers.FIRST_ABSENCE_S", 0.05)
+    kill_while_reading(machines, f"{origin.url}/ds", records, rng, n_kills=50)
+
+
+def kill_while_reading(machines, url, records, rng, n_kills):
+    """Let one machine after the other read all records with an empty cache, while another one is killed and returns."""
+    urls = [machine.url for machine in machines]
+    for i in range(n_kills):
+        reader, victim = rng.sample(machines, 2)
+        with reader.open_cache(peers=urls) as cache, ThreadPoolExecutor(1) as pool:
+            cache.evict()
+            order = np.random.default_rng(i).permutation(len(records))
+            reading = pool.submit(read_all_records, url, cache, order)
+            victim.kill()
+            victim.start(urls)
+            assert reading.result() == records
+
+
+def test_a_peer_that_accepts_connections_and_is_silent_costs_only_time(origin, records, tmp_path, monkeypatch):
+    monkeypatch.setattr("tiercache.cache.peers.STALL_S", 0.3)
+    with (
+        closing(socket.create_server(("127.0.0.1", 0))) as silent,
+        tc.Cache(
+            tmp_path / "cache", size="64MB", min_free="0%", peers=[f"127.0.0.1:{silent.getsockname()[1]}"]
+        ) as cache,
+    ):
+        assert read_all_records(f"{origin.url}/ds", cache) == records
+        assert cache.stats()["peer_bytes"] == 0
+        assert cache.stats()["peer_failures"] >= 1
+
+
+@needs_nginx
+def test_without_the_token_nothing_is_served_and_with_it_everything(origin, records, tmp_path):
+    (tmp_path / "m").mkdir()
+    machine = Machine(tmp_path / "m", [f"{origin.url}/ds"], token="0123456789abcdef")
+    with machine.run():
+        for i, (token, is_served) in enumerate(
+            [("0123456789abcdef", True), ("0123456789ABCDEF", False), (None, False)]
+        ):
+            with tc.Cache(
+                tmp_path / f"r{i}", size="64MB", min_free="0%", peers=[machine.url], peers_token=token
+            ) as cache:
+                assert read_all_records(f"{origin.url}/ds", cache) == records
+                assert (cache.stats()["peer_bytes"] > 0) == is_served
+
+
+@needs_nginx
+def test_peers_are_reached_by_tls(origin, records, tmp_path, certificate):
+    (tmp_path / "m").mkdir()
+    authority, own = certificate
+    machine = Machine(tmp_path / "m", [f"{origin.url}/ds"], tls_cert=own, tls_key=own)
+    with machine.run():
+        for name, ca, is_served in (("a", authority, True), ("b", None, False)):
+            with tc.Cache(tmp_path / name, size="64MB", min_free="0%", peers=[machine.url], peers_ca=ca) as cache:
+                assert read_all_records(f"{origin.url}/ds", cache) == records
+                assert (cache.stats()["peer_bytes"] > 0) == is_served

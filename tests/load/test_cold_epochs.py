@@ -1,0 +1,197 @@
+"""The requests of a cold epoch and their order, as a store records them, and what a batch waits for."""
+
+from __future__ import annotations
+
+import math
+import threading
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+import tiercache as tc
+from tiercache import opened_version
+from tiercache.load.planner import SHARDS_AHEAD
+from tiercache.store import MemoryStore
+from tiercache.store.contract import WrapperStore
+from tiercache.waiting import wait_for
+
+N, BLOCK_RECORDS, SHARD_BLOCKS = 3072, 16, 8
+RECORD_BYTES = 8192 + 8
+BLOCK_BYTES = BLOCK_RECORDS * RECORD_BYTES
+N_SHARDS = N // (BLOCK_RECORDS * SHARD_BLOCKS)
+
+
+class ScriptedStore(WrapperStore):
+    """Records the ranges that are read of shards. Once budget_bytes were read, further reads wait until `go` is set."""
+
+    def __init__(self, inner, budget_bytes=math.inf):
+        super().__init__(inner)
+        self.budget_bytes, self.n_bytes = budget_bytes, 0
+        self.reads, self.go, self.is_held = [], threading.Event(), False
+        self._lock = threading.Lock()
+
+    def read_into(self, key, spans, **options):
+        if key.startswith("shards/"):
+            with self._lock:
+                self.reads.append((key, [span for span, _ in spans]))
+                self.is_held = self.n_bytes >= self.budget_bytes
+                self.n_bytes += sum(span.n_bytes for span, _ in spans)
+            if self.is_held:
+                assert self.go.wait(60)
+        super().read_into(key, spans, **options)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    url = f"memory://{tmp_path_factory.mktemp('cold').name}"
+    rng = np.random.default_rng(0)
+    sizes = {"shard_size": SHARD_BLOCKS * BLOCK_BYTES, "block_size": BLOCK_BYTES, "compression": "none"}
+    with tc.Writer(url, schema={"x": tc.Tensor("uint8", (8192,)), "id": "int64"}, **sizes) as writer:
+        for first in range(0, N, 128):
+            x = rng.integers(0, 255, (128, 8192), dtype=np.uint8)
+            writer.write_batch({"x": x, "id": np.arange(first, first + 128)})
+    return url
+
+
+@pytest.fixture
+def cold(packed, tmp_path, monkeypatch):
+    """Function that opens the data set through a new cache, or none, over a scripted store, and makes a loader."""
+    opened = []
+
+    def make(budget_bytes=math.inf, *, cached=True, columns=None, **options):
+        store = ScriptedStore(MemoryStore(packed.removeprefix("memory://")), budget_bytes)
+        monkeypatch.setattr(opened_version.DatasetLocation, "open", lambda _: store)
+        cache = tc.Cache(tmp_path / "cache", size="1GB", min_free=0) if cached else False
+        dataset = tc.Dataset("s3://scripted/data", cache=cache, columns=columns)
+        sizes = {"shuffle_group_bytes": "9MiB", "shuffle_window_bytes": "9MiB"} | options.pop("sizes", {})
+        options = tc.LoaderOptions(seed=1, memory_bytes=1, **sizes)
+        loader = tc.DataLoader(dataset, BLOCK_RECORDS, shuffle=True, options=options, timeout=60)
+        opened.append((store, dataset, cache))
+        return store, loader
+
+    yield make
+    for store, dataset, cache in opened:
+        store.go.set()
+        dataset.close()
+        if cache:
+            cache.close()
+
+
+def is_footer(spans) -> bool:
+    return sum(span.n_bytes for span in spans) < 8192
+
+
+def blocks_of(batch) -> int:
+    """Return the number of blocks whose records a batch has."""
+    return len({int(i) // BLOCK_RECORDS for i in batch["id"]})
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_first_shuffled_batch_waits_only_for_the_blocks_of_its_slice(cold, cached, monkeypatch):
+    monkeypatch.setattr("tiercache.load.prefetch.SLICE_BYTES", 1)
+    # The store holds back everything beyond the 16 blocks of the first batch, and the footers.
+    budget_bytes = BLOCK_RECORDS * BLOCK_BYTES + N_SHARDS * 4096
+    store, loader = cold(budget_bytes, cached=cached, sizes={"shuffle_group_bytes": "all"})
+    batches = iter(loader)
+    first = next(batches)
+    store.go.set()
+    ids = [*first["id"].tolist(), *(i for batch in batches for i in batch["id"].tolist())]
+    assert 1 < blocks_of(first) <= BLOCK_RECORDS
+    assert sorted(ids) == list(range(N))
+
+
+def test_slices_do_not_change_the_order(cold, monkeypatch):
+    orders = []
+    for slice_bytes in (1, 1 << 40):
+        monkeypatch.setattr("tiercache.load.prefetch.SLICE_BYTES", slice_bytes)
+        _, loader = cold(cached=False)
+        orders.append([i for batch in loader for i in batch["id"].tolist()])
+    assert orders[0] == orders[1]
+
+
+def test_without_a_cache_no_block_is_read_twice_for_slices(cold, monkeypatch):
+    monkeypatch.setattr("tiercache.load.prefetch.SLICE_BYTES", 1)
+    store, loader = cold(cached=False)
+    assert sum(len(batch["id"]) for batch in loader) == N
+    assert store.n_bytes <= N_SHARDS * SHARD_BLOCKS * BLOCK_BYTES * 1.02
+
+
+def test_the_blocks_of_the_first_slice_are_the_first_reads_after_the_footers(cold, monkeypatch):
+    monkeypatch.setattr("tiercache.load.prefetch.SLICE_BYTES", 1)
+    store, loader = cold(sizes={"shuffle_group_bytes": "all"})
+    with closing(iter(loader)) as batches:
+        first = next(batches)
+        n_shards = len({int(i) // (BLOCK_RECORDS * SHARD_BLOCKS) for i in first["id"]})
+        footers, following = store.reads[:N_SHARDS], store.reads[N_SHARDS : N_SHARDS + n_shards]
+    assert len({key for key, _ in footers}) == N_SHARDS
+    assert all(is_footer(spans) for _, spans in footers)
+    assert len({key for key, _ in following}) == n_shards  # one read of each shard: its blocks and its footer
+    n_bytes = sum(span.n_bytes for _, spans in following for span in spans)
+    assert n_bytes <= blocks_of(first) * BLOCK_BYTES + n_shards * 8192
+
+
+def test_the_first_blocks_of_the_next_group_are_requested_while_a_group_is_served(cold):
+    n_group = 9 * (1 << 20) // (SHARD_BLOCKS * BLOCK_BYTES)
+    assert n_group > SHARDS_AHEAD
+    store, loader = cold(sizes={"shuffle_window_bytes": "4MiB"})
+    with closing(iter(loader)) as batches:
+        for _ in range(24):  # three quarters of the first window
+            next(batches)
+
+        def next_group():
+            """Keys of the second group's shards, as far as their footers were read, and the reads of their blocks."""
+            with store._lock:
+                reads = list(store.reads)
+            keys = list(dict.fromkeys(key for key, spans in reads if is_footer(spans)))[n_group : 2 * n_group]
+            return keys, [(key, spans) for key, spans in reads if key in keys and not is_footer(spans)]
+
+        # From here on the consumer stands still.
+        assert wait_for(lambda: len({key for key, _ in next_group()[1]}) == n_group, 60)
+        first_reads = [spans for _, spans in next_group()[1][:n_group]]
+    n_bytes = sum(span.n_bytes for spans in first_reads for span in spans)
+    # The blocks of its first window, each run of them in whole units of 4 KiB, and the footers.
+    assert n_bytes <= (4 << 20) + n_group * 16384
+
+
+def test_a_footer_that_is_missing_is_an_error_after_the_batches_before_it(cold, monkeypatch):
+    store, loader = cold()
+    ids, read_into = [], store.read_into
+    footers = []
+
+    def fail_in_the_second_group(key, spans, **options):
+        if key.startswith("shards/") and key not in footers:
+            footers.append(key)
+            if len(footers) > 8:
+                raise tc.StoreError("gone", url=key, retryable=False)
+        read_into(key, spans, **options)
+
+    monkeypatch.setattr(store, "read_into", fail_in_the_second_group)
+    with pytest.raises(tc.StoreError, match="gone"):
+        ids.extend(i for batch in loader for i in batch["id"].tolist())
+    assert len(ids) == 8 * SHARD_BLOCKS * BLOCK_RECORDS
+
+
+def test_a_cached_projection_of_labels_takes_a_read_of_each_footer_and_one_of_the_labels_of_each_shard(
+    tmp_path, monkeypatch
+):
+    sizes = {"shard_size": 64 * 32_000, "block_size": 16 * 32_000, "compression": "none"}
+    name = f"labels-{tmp_path.name}"
+    with tc.Writer(
+        f"memory://{name}", schema={"label": "int64", "x": tc.Tensor("uint8", (32_000,))}, **sizes
+    ) as writer:
+        writer.write_batch({"label": np.arange(256), "x": np.zeros((256, 32_000), np.uint8)})
+    store = ScriptedStore(MemoryStore(name))
+    monkeypatch.setattr(opened_version.DatasetLocation, "open", lambda _: store)
+    cache = tc.Cache(tmp_path / "cache", size="1GB", min_free=0)
+    dataset = tc.Dataset("s3://scripted/labels", cache=cache, columns=["label"])
+    n_shards = len(dataset._source.leaves[0].table)
+    n_blocks = sum(len(sizes.records) for sizes in dataset._source.leaves[0].block_sizes(range(n_shards)))
+    loader = tc.DataLoader(dataset, 16, shuffle=True, options=tc.LoaderOptions(seed=1), timeout=60)
+    assert sorted(i for batch in loader for i in batch["label"].tolist()) == list(range(256))
+    assert n_blocks >= 4 * n_shards - 4
+    assert len(store.reads) == 2 * n_shards
+    assert store.n_bytes < n_shards * 32_000
+    del loader
+    dataset.close()
+    cache.close()

@@ -1,0 +1,155 @@
+"""Adjustments of colours, against torchvision; tables, against numpy's indexing."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchvision.transforms.v2 import functional
+
+from tiercache._native.pixels import BRIGHTNESS, CONTRAST, MAX_FACTOR, SATURATION, adjust, look_up
+
+EXPECTED = {
+    BRIGHTNESS: functional.adjust_brightness,
+    CONTRAST: functional.adjust_contrast,
+    SATURATION: functional.adjust_saturation,
+}
+
+
+def make_planes(n: int, seed: int, spread: int = 256) -> np.ndarray:
+    """Random colours, uint8[3, n]; a small spread makes them nearly grey."""
+    rng = np.random.default_rng(seed)
+    base = rng.integers(0, 257 - spread, n)
+    return (base + rng.integers(0, spread, (3, n))).astype(np.uint8)
+
+
+def adjusted(planes: np.ndarray, *steps: tuple[int, float]) -> np.ndarray:
+    found = planes.copy()
+    adjust(found, steps)
+    return found
+
+
+def by_torchvision(planes: np.ndarray, *steps: tuple[int, float]) -> np.ndarray:
+    image = torch.from_numpy(planes.copy()).reshape(3, 1, -1)
+    for kind, factor in steps:
+        image = EXPECTED[kind](image, factor)
+    return image.reshape(3, -1).numpy()
+
+
+@given(
+    st.sampled_from([BRIGHTNESS, CONTRAST]),
+    st.one_of(st.floats(0, 2), st.floats(0, MAX_FACTOR)),
+    st.integers(1, 70),
+    st.integers(0, 99),
+    st.sampled_from([1, 20, 256]),
+)
+def test_brightness_and_contrast_are_those_of_torchvision_up_to_one_level(kind, factor, n, seed, spread):
+    planes = make_planes(n, seed, spread)
+    difference = np.abs(adjusted(planes, (kind, factor)).astype(int) - by_torchvision(planes, (kind, factor)))
+    assert difference.max() <= 1
+
+
+@given(st.one_of(st.floats(0, 2), st.floats(0, MAX_FACTOR)), st.integers(1, 70), st.integers(0, 99))
+def test_the_saturation_is_that_of_torchvision_up_to_one_level_of_the_grey_value(factor, n, seed):
+    planes = make_planes(n, seed)
+    difference = np.abs(
+        adjusted(planes, (SATURATION, factor)).astype(int) - by_torchvision(planes, (SATURATION, factor))
+    )
+    assert difference.max() <= 1 + math.ceil(abs(1 - factor))
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+@pytest.mark.parametrize("factor", [0.6, 0.9, 1.3, 1.7, 3.0, 7.5])
+def test_few_pixels_differ_from_torchvision(kind, factor):
+    planes = make_planes(20_000, 1)
+    difference = np.abs(adjusted(planes, (kind, factor)).astype(int) - by_torchvision(planes, (kind, factor)))
+    # Where a result is exactly an integer, torchvision's float32 arithmetic may be rounded down to the one below it.
+    assert difference.mean() < 0.1
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_a_factor_of_one_changes_nothing(kind):
+    every = np.array(list(itertools.product(range(0, 256, 15), repeat=3)), np.uint8).T.copy()
+    assert np.array_equal(adjusted(every, (kind, 1.0)), every)
+
+
+def test_factors_of_zero_give_black_one_grey_and_grey_pixels():
+    planes = make_planes(5000, 2)
+    assert not adjusted(planes, (BRIGHTNESS, 0.0)).any()
+    assert len(np.unique(adjusted(planes, (CONTRAST, 0.0)))) == 1
+    grey = adjusted(planes, (SATURATION, 0.0))
+    assert np.array_equal(grey, by_torchvision(planes, (SATURATION, 0.0))[[0, 0, 0]]) or np.ptp(grey, axis=0).max() == 0
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(EXPECTED)))
+def test_steps_are_applied_in_their_order(order):
+    planes, steps = make_planes(3000, 3), [(kind, 0.7 + 0.3 * kind) for kind in order]
+    expected = planes
+    for step in steps:
+        expected = adjusted(expected, step)
+    assert np.array_equal(adjusted(planes, *steps), expected)
+    assert np.abs(expected.astype(int) - by_torchvision(planes, *steps)).max() <= 4
+
+
+def test_the_order_of_steps_matters():
+    planes = make_planes(3000, 3)
+    steps = (BRIGHTNESS, 1.8), (CONTRAST, 0.5)
+    assert not np.array_equal(adjusted(planes, *steps), adjusted(planes, *steps[::-1]))
+
+
+def test_no_pixels_and_no_steps_are_allowed():
+    adjust(np.zeros((3, 0), np.uint8), [(CONTRAST, 0.5)])
+    planes = make_planes(9, 0)
+    assert np.array_equal(adjusted(planes), planes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "steps"),
+    [
+        ((2, 4), []),
+        ((3, 4), [(3, 1.0)]),
+        ((3, 4), [(-1, 1.0)]),
+        ((3, 4), [(BRIGHTNESS, -0.1)]),
+        ((3, 4), [(BRIGHTNESS, MAX_FACTOR + 0.01)]),
+        ((3, 4), [(BRIGHTNESS, float("nan"))]),
+        ((3, 4), [(BRIGHTNESS, 1.0)] * 4),
+    ],
+)
+def test_adjustments_that_are_out_of_range_are_refused(shape, steps):
+    with pytest.raises(ValueError, match="expected"):
+        adjust(np.zeros(shape, np.uint8), steps)
+
+
+@given(st.integers(0, 40), st.sampled_from([np.uint16, np.uint32]), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_every_value_becomes_the_element_of_its_channels_table(n, dtype, is_planar, to_planar, seed):
+    rng = np.random.default_rng(seed)
+    tables = rng.integers(0, 2**16, (3, 256)).astype(dtype)
+    planes = rng.integers(0, 256, (3, n)).astype(np.uint8)
+    expected = np.stack([table[plane] for table, plane in zip(tables, planes, strict=True)])
+    values = planes if is_planar else np.ascontiguousarray(planes.T)
+    out = np.zeros((3, n) if to_planar else (n, 3), dtype)
+    look_up(values.reshape(-1), is_planar, tables.view(np.uint8), out.reshape(-1).view(np.uint8), to_planar)
+    assert np.array_equal(out if to_planar else out.T, expected)
+
+
+@pytest.mark.parametrize(
+    ("n_values", "table_shape", "n_bytes", "skip"),
+    [
+        (6, (3, 512), 11, 0),
+        (7, (3, 512), 14, 0),
+        (6, (2, 512), 12, 0),
+        (6, (3, 256), 6, 0),
+        (6, (3, 768), 18, 0),
+        (6, (3, 500), 12, 0),
+        (6, (3, 512), 12, 1),
+    ],
+)
+def test_tables_and_memory_that_do_not_match_are_refused(n_values, table_shape, n_bytes, skip):
+    out = np.zeros(n_bytes + 8, np.uint8)[skip : skip + n_bytes]
+    with pytest.raises(ValueError, match="expected"):
+        look_up(np.zeros(n_values, np.uint8), True, np.zeros(table_shape, np.uint8), out, True)

@@ -1,0 +1,122 @@
+"""Small columns whose chunks lie together: which columns they are, and that readers see the same records."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.shard import later
+
+import tiercache as tc
+from tiercache.errors import CorruptShard
+from tiercache.shard.format.layout import GROUPED_COLUMNS, Tail
+from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.read.verify import verify_shard
+from tiercache.shard.schema import Schema
+from tiercache.shard.write.shard_file import GROUP_BYTES, columns_to_group
+from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
+from tiercache.store import MemoryStore
+from tiercache.store.coalescing import RequestCosts
+from tiercache.store.contract import WrapperStore
+
+N, ROWS_A_BLOCK = 160, 10
+SCHEMA = Schema.of({"label": "int64", "x": tc.Tensor("uint8", (50_000,)), "name": "str"})
+
+
+class CountingStore(WrapperStore):
+    """Counts the ranges that are read."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.ranges = []
+
+    def read_into(self, key, spans, **options):
+        self.ranges += [span for span, _ in spans]
+        super().read_into(key, spans, **options)
+
+
+def columns():
+    x = np.random.default_rng(0).integers(0, 255, (N, 50_000), dtype=np.uint8)
+    return {"label": np.arange(N), "x": x, "name": [f"name {i}" for i in range(N)]}
+
+
+@pytest.fixture(scope="module", params=["none", "zstd:1"])
+def packed(request):
+    store = MemoryStore(f"grouped-{request.param}")
+    options = ShardOptions(block_bytes=ROWS_A_BLOCK * 50_200, compression=request.param)
+    with ShardWriter(store, SCHEMA, options) as writer:
+        writer.write_batch(columns())
+        (info,) = writer.finish()
+    return store, info
+
+
+def test_small_columns_of_large_blocks_are_read_by_one_request(packed):
+    store, info = packed
+    counting = CountingStore(store)
+    with ShardReader(counting, info.name, info=info) as reader:
+        assert reader.footer.n_blocks > 10
+        counting.ranges.clear()
+        for column in (0, 2):
+            loaded = reader.load(range(reader.footer.n_blocks), [column])
+            values = loaded.array(0, column).to_pylist()
+            assert values == list(columns()[SCHEMA.names[column]])[: len(values)]
+        assert len(counting.ranges) == 2
+
+
+def test_grouped_columns_have_the_records_that_were_written(packed):
+    store, info = packed
+    expected = columns()
+    with ShardReader(store, info.name, info=info) as reader:
+        for block, first in enumerate(reader.footer.block_first[:-1].tolist()):
+            last = int(reader.footer.block_first[block + 1])
+            loaded = reader.load([block], [0, 1, 2])
+            assert loaded.array(0, 0).to_pylist() == list(range(first, last))
+            assert loaded.array(0, 2).to_pylist() == expected["name"][first:last]
+    assert list(verify_shard(store, info.name)) == []
+
+
+def test_a_damaged_byte_of_a_grouped_chunk_is_found_with_its_block_and_column(packed):
+    store, info = packed
+    with ShardReader(store, info.name, info=info) as reader:
+        chunk = reader.footer.chunks[3, 0]
+    data = bytearray(store.get(info.name))
+    data[int(chunk["offset"]) + 3] ^= 1
+    store.put("damaged", bytes(data))
+    with ShardReader(store, "damaged") as reader, pytest.raises(CorruptShard, match="label"):
+        reader.load([3], [0]).array(0, 0)
+    assert [(finding.block, finding.column) for finding in verify_shard(store, "damaged")] == [(3, "label")]
+
+
+def test_a_shard_without_the_feature_must_have_its_chunks_in_the_order_of_the_table(packed):
+    store, info = packed
+    data = store.get(info.name)
+    tail = Tail.parse(data[-64:], len(data), "memory://grouped")
+    assert tail.features == GROUPED_COLUMNS
+    changed = bytearray(data[-64:])
+    changed[40:44] = bytes(4)
+    store.put("without", data[:-64] + later.resum_tail(changed))
+    with pytest.raises(CorruptShard, match="not aligned, or overlap"):
+        ShardReader(store, "without")
+
+
+def test_blocks_that_are_small_themselves_have_no_grouped_columns():
+    store = MemoryStore("small-blocks")
+    with ShardWriter(store, SCHEMA, ShardOptions(block_bytes=100_000, compression="none")) as writer:
+        writer.write_batch(columns())
+        (info,) = writer.finish()
+    data = store.get(info.name)
+    assert Tail.parse(data[-64:], len(data), "memory://small-blocks").features == 0
+
+
+@given(st.lists(st.integers(0, 4 << 20), min_size=1, max_size=6), st.integers(0, 3000))
+def test_grouped_columns_are_small_together_and_leave_a_gap_dearer_than_a_request(sizes, n_blocks):
+    costs = RequestCosts()
+    grouped = columns_to_group(sizes, n_blocks, costs)
+    assert sum(sizes[column] for column in grouped) * n_blocks <= GROUP_BYTES
+    if grouped:
+        assert n_blocks > 1
+        assert sum(size for column, size in enumerate(sizes) if column not in grouped) > costs.gap_bytes
+        assert max(sizes[column] for column in grouped) <= min(
+            size for column, size in enumerate(sizes) if column not in grouped
+        )

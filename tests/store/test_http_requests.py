@@ -1,0 +1,346 @@
+"""What a store sends when requests hang, break or are throttled: over HTTP and S3, against a server that misbehaves."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.support.clock import FakeClock
+
+from tiercache.errors import ObjectChanged, StoreError
+from tiercache.model import ByteRange
+from tiercache.store import CloudStore, open_store
+from tiercache.store.cloud import fallback_client
+from tiercache.store.machine_limits import StoreLimits
+from tiercache.store.obstore import BucketFolder
+from tiercache.store.options import CloudOptions
+from tiercache.store.remote import ReadSettings
+from tiercache.store.retry import RetryPolicy
+from tiercache.testing.http_server import HttpFault
+from tiercache.testing.suite import pattern, read_ranges
+from tiercache.waiting import SYSTEM_CLOCK, wait_for
+
+MIB = 1 << 20
+DATA = pattern(3 * MIB)
+WHOLE = [ByteRange(0, len(DATA))]
+
+
+@pytest.fixture(autouse=True)
+def _own_runtime_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+
+@pytest.fixture
+def make(http_server):
+    """A store of the fault server: S3 in all but the signature."""
+    http_server.objects = {"bucket/a": DATA, "a": DATA}
+    made = []
+
+    def build(clock=None, **options):
+        given = {"endpoint": http_server.url, "anon": True, "region": "us-east-1", **options}
+        reading = ReadSettings(clock=FakeClock() if clock is None else clock)
+        made.append(
+            CloudStore(BucketFolder("s3", "bucket", "", "s3://bucket"), CloudOptions.parse("s3", given), reading)
+        )
+        return made[-1]
+
+    yield build
+    http_server.release()
+    for store in made:
+        store.close()
+
+
+@pytest.mark.parametrize("kind", ["reset", "short"])
+def test_after_a_broken_body_the_rest_is_requested(http_server, make, kind):
+    http_server.next(HttpFault(kind, n_bytes=2 * MIB + 5))
+    store = make()
+    assert read_ranges(store, "a", WHOLE) == [DATA]
+    first, second = (seen.range for seen in http_server.log)
+    assert first == f"bytes=0-{len(DATA) - 1}"
+    start = int(second.removeprefix("bytes=").partition("-")[0])
+    # A reset may discard bytes that had arrived.
+    assert (MIB if kind == "short" else 0) <= start <= 2 * MIB + 5
+    assert second.endswith(f"-{len(DATA) - 1}")
+    assert http_server.log[1].if_match is not None, "of the same version"
+    assert store.counters["retries"] == 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 80), st.integers(1, 400)), min_size=1, max_size=6))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_pieces_of_a_range_come_in_order_whatever_gaps_lie_between_the_ranges(make, sizes):
+    """The store reads short gaps between ranges, and must not split a range between two requests."""
+    ranges, at = [], 0
+    for gap, length in sizes:
+        start = at + gap * 1024
+        at = start + length * 1024
+        if at <= len(DATA):
+            ranges.append(ByteRange(start, at))
+    received = {one.start: b"" for one in ranges}
+    lock = threading.Lock()
+
+    def receive(offset, data):
+        with lock:
+            start = max(start for start in received if start <= offset)
+            if offset == start:
+                received[start] = b""
+            assert offset == start + len(received[start])
+            received[start] += bytes(data)
+
+    make(SYSTEM_CLOCK).read_pieces("a", ranges, receive)
+    assert received == {one.start: DATA[one.start : one.end] for one in ranges}
+
+
+def test_a_store_that_does_not_adapt_is_asked_again_at_once_after_it_was_busy(http_server, make):
+    store, clock = make(), FakeClock()
+    store = CloudStore(store.folder, store.options, ReadSettings(RetryPolicy(n_attempts=1), clock=clock, adapts=False))
+    for _ in range(3):
+        http_server.next(HttpFault("status", 503))
+        with pytest.raises(StoreError, match="503"):
+            store.get("a")
+    assert store.get("a") == DATA
+    assert clock.slept == []
+    assert store.counters["throttled"] == 0
+    store.close()
+
+
+def test_a_body_that_breaks_again_and_again_arrives_in_the_end(http_server, make):
+    http_server.when(lambda method, path: HttpFault("short", n_bytes=MIB + 70_000))
+    clock = FakeClock()
+    assert read_ranges(make(clock), "a", WHOLE) == [DATA]
+    assert len(http_server.log) <= 6
+    assert all(slept_s <= 0.1 for slept_s in clock.slept), "each attempt made progress"
+
+
+def test_the_rest_of_a_replaced_object_is_never_joined_to_the_old_beginning(http_server, make):
+    http_server.next(HttpFault("reset", n_bytes=2 * MIB), HttpFault("replace"))
+    with pytest.raises(ObjectChanged):
+        read_ranges(make(), "a", WHOLE)
+
+
+@pytest.mark.parametrize("call", ["head", "get", "read_tail", "read_into"])
+def test_a_request_that_hangs_is_hedged(http_server, make, call):
+    store = make(SYSTEM_CLOCK)
+    calls = {
+        "head": lambda: store.head("a").n_bytes == len(DATA),
+        "get": lambda: store.get("a") == DATA,
+        "read_tail": lambda: store.read_tail("a", 100)[0] == DATA[-100:],
+        "read_into": lambda: read_ranges(store, "a", [ByteRange(0, 1000)]) == [DATA[:1000]],
+    }
+    for _ in range(30):
+        store.read_tail("a", 10)
+    http_server.next(HttpFault("silence"))
+    assert calls[call]()  # long before the server's stall or the client's timeout ends
+    # On a loaded machine, an earlier request may have been late and have used the hedge.
+    assert store.counters["hedges"] + store.counters["retries"] >= 1
+
+
+def test_a_body_that_stalls_is_hedged_and_its_rest_is_requested(http_server, make):
+    store = make(SYSTEM_CLOCK)
+    for _ in range(30):
+        read_ranges(store, "a", WHOLE)
+    n_before = len(http_server.log)
+    http_server.next(HttpFault("stall", n_bytes=2 * MIB + 300_000))
+    assert read_ranges(store, "a", WHOLE) == [DATA]
+    rest = [seen for seen in http_server.log[n_before:] if not seen.range.startswith("bytes=0-")]
+    assert rest
+    assert all(seen.n_bytes < 2 * MIB for seen in rest)
+
+
+def test_throttled_requests_are_counted_and_all_processes_leave_the_store_alone(http_server, make):
+    clock = FakeClock()
+    store, neighbour = make(clock), make(clock)
+    http_server.next(
+        *[HttpFault("status", 503, body=b"<Error><Code>SlowDown</Code></Error>")] * 3, HttpFault("status", 429)
+    )
+    assert store.get("a") == DATA
+    counters = store.counters.snapshot()
+    assert (counters["throttled"], counters["retries"], counters["requests"]) == (4, 4, 5)
+    store.call_limit("a", "get").on_failure(StoreError("no", url="u", status=503))  # another throttled request
+    n_slept = len(clock.slept)
+    assert neighbour.get("a") == DATA
+    assert len(clock.slept) == n_slept + 1
+    assert 0 < clock.slept[-1] <= 5.0
+
+
+def test_more_faults_than_any_number_of_attempts_do_not_end_a_read_that_has_time(http_server, make):
+    clock = FakeClock()
+    http_server.next(*[HttpFault("status", 500)] * 20)
+    assert make(clock, timeout=600).get("a") == DATA
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket", "http://server", "gs://bucket", "az://container", "filecache::http://server"]
+)
+def test_limits_are_storage_options_of_every_kind_of_store(url):
+    store = open_store(url, max_requests="8", max_bandwidth="5Gbit")
+    assert pickle.loads(pickle.dumps(store)).limits == StoreLimits(8, 5e9 / 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "bytes_per_s"),
+    [("5Gbit", 625e6), ("800 Mbit/s", 1e8), ("1gbps", None), ("600MB", 600e6), ("600MB/s", 600e6), (10**6, 1e6)],
+)
+def test_a_bandwidth_is_bits_or_bytes_per_second(given, bytes_per_s):
+    if bytes_per_s is None:
+        with pytest.raises(ValueError, match="5Gbit"):
+            CloudOptions.parse("s3", {"max_bandwidth": given})
+    else:
+        assert CloudOptions.parse("s3", {"max_bandwidth": given}).limits.max_bytes_per_s == bytes_per_s
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_requests": 0},
+        {"max_requests": "many"},
+        {"max_requests": True},
+        {"max_bandwidth": "fast"},
+        {"max_bandwidth": 1},
+    ],
+)
+def test_limits_that_mean_nothing_are_refused(options):
+    with pytest.raises(ValueError, match=f"storage option '{next(iter(options))}'"):
+        CloudOptions.parse("s3", options)
+
+
+def test_reads_are_held_to_the_bandwidth(make):
+    clock = FakeClock()
+    store = make(clock, max_bandwidth="1MB")
+    started_s = clock.monotonic()
+    for _ in range(4):
+        assert read_ranges(store, "a", WHOLE) == [DATA]
+    assert clock.monotonic() - started_s >= 4 * len(DATA) / 1e6 - 0.2
+
+
+def test_many_threads_read_right_bytes_while_a_tenth_of_the_requests_fails(http_server, make):
+    """Faults of all kinds at once: every byte is right, and the reads end."""
+    faults = [
+        HttpFault("reset"),
+        HttpFault("short", n_bytes=1000),
+        HttpFault("status", 500),
+        HttpFault("stall", n_bytes=5),
+    ]
+    lock, n_seen = threading.Lock(), [0]
+
+    def rule(method, path):
+        with lock:
+            n_seen[0] += 1
+            return faults[n_seen[0] // 10 % 4] if n_seen[0] % 10 == 0 else None
+
+    http_server.when(rule)
+    store = make(SYSTEM_CLOCK)
+    ranges = [ByteRange(i * 100_000, i * 100_000 + 90_000) for i in range(30)]
+    results = []
+
+    def read():
+        for _ in range(2):
+            results.append(read_ranges(store, "a", ranges) == [DATA[r.start : r.end] for r in ranges])
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert results == [True] * 6
+
+
+class Received:
+    """Receives pieces, and joins those of each range."""
+
+    def __init__(self, ranges):
+        self.joined = {wanted.start: bytearray() for wanted in ranges}
+        self.ranges, self._lock = ranges, threading.Lock()
+
+    def __call__(self, offset, data):
+        with self._lock:
+            (wanted,) = (one for one in self.ranges if one.start <= offset < one.end)
+            assert offset == wanted.start + len(self.joined[wanted.start]), "in order"
+            self.joined[wanted.start] += data
+
+
+@pytest.mark.parametrize("kind", ["s3", "memory", "local"])
+def test_pieces_of_each_range_come_in_order_and_once(http_server, make, kind, tmp_path):
+    store = make() if kind == "s3" else open_store("memory://pieces" if kind == "memory" else tmp_path)
+    if kind != "s3":
+        store.put("a", DATA)
+    else:
+        http_server.next(
+            HttpFault("reset", n_bytes=MIB + 9), None, HttpFault("short", n_bytes=3), HttpFault("status", 503)
+        )
+    ranges = [ByteRange(0, 2 * MIB), ByteRange(2 * MIB + 100, 2 * MIB + 200), ByteRange(len(DATA) - 300_000, len(DATA))]
+    received = Received(ranges)
+    store.read_pieces("a", ranges, received)
+    assert [bytes(received.joined[one.start]) for one in ranges] == [DATA[one.start : one.end] for one in ranges]
+
+
+def test_an_error_of_the_receiver_ends_the_read_and_is_no_error_of_the_store(http_server, make):
+    def receive(offset, data):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        make().read_pieces("a", WHOLE, receive)
+    assert not isinstance(caught.value, StoreError)
+    assert len(http_server.log) == 1, "it is not repeated"
+
+
+def test_nothing_is_received_after_the_call_has_ended(http_server, make):
+    http_server.when(lambda method, path: HttpFault("stall", n_bytes=2 * MIB))
+    received = Received(WHOLE)
+    store = make(SYSTEM_CLOCK)
+    with pytest.raises(StoreError):
+        store.read_pieces("a", WHOLE, received, deadline_s=0.3)
+    n_bytes = len(received.joined[0])
+    http_server.release()
+    for thread in threading.enumerate():
+        if thread.name.startswith("tiercache-store"):
+            store.close()
+            thread.join(10)
+    assert len(received.joined[0]) == n_bytes < len(DATA)
+
+
+def test_a_store_that_is_not_used_has_neither_threads_nor_open_files(make, tmp_path):
+    store = make(SYSTEM_CLOCK)
+
+    def held():
+        threads = [thread for thread in threading.enumerate() if thread.name.startswith("tiercache-store")]
+        files = [link for link in Path("/proc/self/fd").iterdir() if str(tmp_path) in os.path.realpath(link)]
+        return threads + files
+
+    for _ in range(2):
+        assert store.get("a") == DATA
+        assert wait_for(lambda: not held(), 30)
+
+
+def test_a_local_file_that_is_replaced_while_pieces_are_read_is_an_error(tmp_path):
+    store = open_store(tmp_path)
+    store.put("a", DATA)
+    with pytest.raises(ObjectChanged):
+        store.read_pieces("a", WHOLE, lambda _offset, _data: store.put("a", DATA[::-1]))
+    with pytest.raises(StoreError, match="not done within"):
+        store.read_pieces("a", WHOLE, lambda _offset, _data: None, deadline_s=-1.0)
+
+
+@pytest.mark.parametrize("cloud", ["http", "s3"])
+def test_retry_after_is_honoured_by_the_clients_that_show_it(http_server, cloud):
+    clock = FakeClock()
+    http_server.objects = {"bucket/a": DATA, "a": DATA}
+    if cloud == "http":
+        folder, options = BucketFolder("http", http_server.url, "", http_server.url), CloudOptions.parse("http", {})
+    else:
+        given = {"endpoint": http_server.url, "anon": True, "region": "us-east-1"}
+        folder, options = BucketFolder("s3", "bucket", "", "s3://bucket"), CloudOptions.parse("s3", given)
+
+    class Forked(CloudStore):
+        def _open_client(self):
+            return fallback_client(self.folder, self.options, self.counters)
+
+    store = Forked(folder, options, ReadSettings(clock=clock))
+    http_server.next(HttpFault("status", 503, header=(("Retry-After", "17"),)))
+    assert read_ranges(store, "a", [ByteRange(0, 100)]) == [DATA[:100]]
+    assert max(clock.slept) >= 17
+    store.close()

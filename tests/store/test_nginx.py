@@ -1,0 +1,52 @@
+"""Plain HTTP ranges from a real nginx."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tests.support.local_servers import nginx_over
+
+import tiercache as tc
+from tiercache.store import CloudStore, open_store
+from tiercache.testing.suite import ReadSuite
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A folder, and the URL under which nginx serves it."""
+    root = tmp_path_factory.mktemp("served")
+    with nginx_over(root, tmp_path_factory.mktemp("nginx")) as url:
+        yield root, url
+
+
+class TestHttpOnNginx(ReadSuite):
+    @pytest.fixture
+    def store(self, served, request):
+        self.folder = served[0] / f"{abs(hash(request.node.name))}"
+        store = open_store(f"{served[1]}/{self.folder.name}")
+        assert isinstance(store, CloudStore)
+        yield store
+        store.close()
+
+    def raw_put(self, store, key, data):
+        (self.folder / key).parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / key).write_bytes(data)
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "uncached"])
+def test_an_epoch_is_read_from_nginx(served, tmp_path, cached):
+    root, url = served
+    values = np.random.default_rng(1).integers(0, 256, (1000, 256), np.uint8)
+    data = root / f"data-{cached}"
+    with tc.Writer(data, schema={"id": "int64", "x": tc.Tensor("uint8", (256,))}, shard_size="64KiB") as writer:
+        writer.write_batch({"id": np.arange(1000), "x": values})
+    cache = tc.Cache(tmp_path / "cache", size="16MiB") if cached else False
+    dataset = tc.Dataset(f"{url}/{data.name}", cache=cache)
+    seen = []
+    for batch in tc.DataLoader(dataset, batch_size=50, shuffle=True):
+        seen += batch["id"].tolist()
+        np.testing.assert_array_equal(batch["x"].numpy(), values[batch["id"].numpy()])
+    assert sorted(seen) == [*range(1000)]
+    dataset.close()
+    if cached:
+        cache.close()

@@ -1,0 +1,202 @@
+"""A device without hardware: streams are queues of operations, which run when a test says so.
+
+Its memory is host memory. Memory that nothing refers to any more is lent again at once, as torch's allocator does, and
+is poisoned in stream order. A copy checks that its source is still what it was when the copy was queued. So a loader
+that breaks a rule of stream memory hands out wrong values here, or raises an AssertionError.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from tiercache.load.batch import BatchMemory
+from tiercache.load.device import BACKENDS
+
+POISON = 0xA5
+
+
+class FakeEvent:
+    """An event that is done when its stream has come to it."""
+
+    def __init__(self, device: FakeDevice) -> None:
+        self._device = device
+        self.is_done = False
+        self.at_ms = 0.0
+
+    def query(self) -> bool:
+        return self.is_done
+
+    def synchronize(self) -> None:
+        self._device.n_synchronised += 1
+        self._device.run_until(lambda: self.is_done)
+
+    def elapsed_time(self, end_event: FakeEvent) -> float:
+        assert self.is_done
+        assert end_event.is_done
+        return end_event.at_ms - self.at_ms
+
+    def complete(self) -> None:
+        self.is_done, self.at_ms = True, self._device.now_ms
+
+
+class FakeStream:
+    """A queue of operations; an operation that is an event waits for it."""
+
+    def __init__(self, device: FakeDevice) -> None:
+        self._device = device
+        self.operations: deque[FakeEvent | Callable[[], None]] = deque()
+
+    def submit(self, operation: FakeEvent | Callable[[], None]) -> None:
+        self.operations.append(operation)
+        if self._device.is_eager:
+            self._device.run_all()
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self.submit(event)
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.submit(self._device.record(other))
+
+    def synchronize(self) -> None:
+        self._device.run_until(lambda: not self.operations)
+
+    @property
+    def can_run(self) -> bool:
+        return bool(self.operations) and (not isinstance(self.operations[0], FakeEvent) or self.operations[0].is_done)
+
+    def run_one(self) -> None:
+        operation = self.operations.popleft()
+        if not isinstance(operation, FakeEvent):
+            operation()
+
+
+class AlignedMemory(BatchMemory):
+    """Lends memory that is aligned as a device's is."""
+
+    def _allocate(self, n_bytes: int) -> np.ndarray:
+        return torch.empty(n_bytes, dtype=torch.uint8).numpy()
+
+
+class FakeDevice:
+    """A backend (tiercache.load.device.Backend) for tests.
+
+    Args:
+        device: Device that it stands for.
+        is_eager: Whether every operation runs when it is submitted.
+    """
+
+    def __init__(self, device: torch.device, *, is_eager: bool = False) -> None:
+        self.device, self.is_eager = device, is_eager
+        self.now_ms = 0.0
+        self.choose: Callable[[list[FakeStream]], FakeStream] = lambda streams: streams[0]
+        self.streams: list[FakeStream] = []
+        self.current = self.new_stream()
+        self.n_copies = self.n_synchronised = 0
+        self.pinned_bytes: list[int] = []
+        self.copied_bytes: list[int] = []
+        self.sources: list[tuple[int, int]] = []  # addresses from which copies read
+        self.fail_allocation = False
+        self._memory: dict[int, AlignedMemory] = {}  # by stream, as torch's allocator keeps it
+        # memory that is never freed, so that operations can refer to it by address
+        self._owned: list[np.ndarray] = []
+        self._pinned: list[np.ndarray] = []
+
+    def pin(self, n_bytes: int) -> torch.Tensor:
+        self.pinned_bytes.append(n_bytes)
+        pinned = torch.full((n_bytes,), POISON, dtype=torch.uint8)
+        self._owned.append(pinned.numpy())
+        self._pinned.append(pinned.numpy())
+        return pinned
+
+    def allocate(self, n_bytes: int) -> torch.Tensor:
+        if self.fail_allocation:
+            raise RuntimeError("out of memory")
+        memory = self._memory.setdefault(id(self.current), AlignedMemory(keep=1000))
+        lent = memory.lend(max(n_bytes, 1), -(-max(n_bytes, 1) // 512) * 512)
+        block = torch.frombuffer(lent, dtype=torch.uint8)[:n_bytes]
+        if not any(_contains(owned, block.data_ptr()) for owned in self._owned):
+            self._owned.append(lent.base)
+        there = self.raw(block)
+        self.current.submit(lambda: there.fill(POISON))
+        return block
+
+    def current_stream(self) -> FakeStream:
+        return self.current
+
+    def new_stream(self) -> FakeStream:
+        self.streams.append(FakeStream(self))
+        return self.streams[-1]
+
+    def record(self, stream: FakeStream, *, timed: bool = False) -> FakeEvent:
+        event = FakeEvent(self)
+        stream.submit(event.complete)
+        return event
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: FakeStream) -> None:
+        self.n_copies += 1
+        self.copied_bytes.append(source.nbytes)
+        self.sources.append((source.data_ptr(), source.data_ptr() + source.nbytes))
+        is_from_host = self.is_pinned(source)
+        is_pageable = self._owner(source) is None
+        to, origin = self.raw(destination), source.numpy().copy() if is_pageable else self.raw(source)
+        before = origin.copy()
+
+        def run() -> None:
+            if is_from_host:
+                assert np.array_equal(origin, before), "the source was rewritten before its copy was done"
+            to[...] = origin
+
+        stream.submit(run)
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return any(_contains(memory, tensor.data_ptr()) for memory in self._pinned)
+
+    def raw(self, tensor: torch.Tensor) -> np.ndarray:
+        """The tensor's memory, without a reference to the tensor: it may be lent again meanwhile."""
+        start, dtype = tensor.data_ptr(), str(tensor.dtype).removeprefix("torch.")
+        if tensor.nbytes == 0:
+            return np.empty(tuple(tensor.shape), dtype)
+        owned = self._owner(tensor)
+        assert owned is not None, "the tensor is neither on the device nor in pinned memory"
+        first = start - owned.ctypes.data
+        return owned[first : first + tensor.nbytes].view(dtype).reshape(tuple(tensor.shape))
+
+    def _owner(self, tensor: torch.Tensor) -> np.ndarray | None:
+        return next((owned for owned in self._owned if _contains(owned, tensor.data_ptr())), None)
+
+    def run_one(self) -> bool:
+        ready = [stream for stream in self.streams if stream.can_run]
+        if not ready:
+            return False
+        self.now_ms += 1
+        self.choose(ready).run_one()
+        return True
+
+    def run_until(self, is_done: Callable[[], bool]) -> None:
+        while not is_done():
+            assert self.run_one(), "the host waits for work that nothing can begin"
+
+    def run_all(self) -> None:
+        while self.run_one():
+            pass
+
+
+def _contains(memory: np.ndarray, address: int) -> bool:
+    return bool(memory.ctypes.data <= address < memory.ctypes.data + memory.size)
+
+
+def install(monkeypatch: Any, **options: Any) -> list[FakeDevice]:
+    """Let `LoaderOptions(device="privateuseone:n")` name fake devices; return the list of those that loaders made."""
+    made: list[FakeDevice] = []
+
+    def make(device: torch.device) -> FakeDevice:
+        made.append(FakeDevice(device, **options))
+        return made[-1]
+
+    monkeypatch.setitem(BACKENDS, "privateuseone", make)
+    return made
