@@ -55,7 +55,7 @@ def make_data_set(folder: Path, n_shards: int) -> int:
     facts = second.dataset_id, 2, second.schema_bytes, n_records
     second = replace(second, fingerprint=fingerprint_of(*facts, [ref.digest]))
     store.put(version_key(2), encode_version(second))
-    store.put(HINT_KEY, encode_hint(2))
+    store.put(HINT_KEY, encode_hint(second))
     return ref.n_bytes
 
 

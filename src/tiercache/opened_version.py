@@ -29,7 +29,7 @@ from tiercache.shard.read import shard_reader
 from tiercache.shard.read.shard_reader import FooterCache, MappedRecords, ShardReader
 from tiercache.shard.read.source import block_ranges, column_ranges, fetch_footer
 from tiercache.shard.read.values import empty_values, join_values
-from tiercache.shard.versions.manifest import latest, read_shards, read_version
+from tiercache.shard.versions.manifest import open_latest, read_shards, read_version
 from tiercache.shard.versions.segments import as_arrow
 from tiercache.store import LocalStore, MemoryStore, Store, open_store
 from tiercache.tier.placement.redirecting_store import TieredReader, follow_placement
@@ -243,6 +243,20 @@ class VersionStores:
         self.store.close()
 
 
+def _open_newest(access: VersionStores) -> tuple[Version, ShardTable]:
+    """Return the newest version and its shards. From a remote store, the placement is read at the same time."""
+    if isinstance(access.inner, LocalStore | MemoryStore):
+        return open_latest(access.store)
+    with ThreadPoolExecutor(1, "tiercache-placement") as pool:
+        pool.submit(access.tiers.read_placement)  # the run that needs the placement reads it again after an error
+        return open_latest(access.store)
+
+
+def _open_numbered(store: Store, number: int) -> tuple[Version, ShardTable]:
+    version = read_version(store, number)
+    return version, read_shards(store, version)
+
+
 def _open_shard(
     stores: VersionStores,
     table: ShardTable,
@@ -309,9 +323,8 @@ class OpenedVersion:
         self.location = location
         self.access = access = VersionStores(location)
         self.inner, self.cache, self.store = access.inner, access.cache, access.store
-        self.manifest: Version = latest(self.store) if version is None else read_version(self.store, version)
+        self.manifest, self.table = _open_newest(access) if version is None else _open_numbered(access.store, version)
         self.stored_schema: Schema = self.manifest.schema
-        self.table: ShardTable = read_shards(self.store, self.manifest)
         self.n_records = int(self.table.first_record[-1])
         self._names = CopyNames(self.manifest, self.table)
         # Live objects of this and other versions with any columns: joined views of one version share its open shards.

@@ -12,8 +12,10 @@ import pytest
 import tiercache as tc
 from tiercache import opened_version
 from tiercache.load.planner import SHARDS_AHEAD
-from tiercache.store import MemoryStore
+from tiercache.shard.versions.manifest import latest, read_shards
+from tiercache.store import LocalFolder, MemoryStore
 from tiercache.store.contract import WrapperStore
+from tiercache.testing.http_server import HttpFaultServer
 from tiercache.waiting import wait_for
 
 N, BLOCK_RECORDS, SHARD_BLOCKS = 3072, 16, 8
@@ -195,3 +197,55 @@ def test_a_cached_projection_of_labels_takes_a_read_of_each_footer_and_one_of_th
     del loader
     dataset.close()
     cache.close()
+
+
+class Rounds:
+    """Holds each request of a cold start until all requests of its round have come, so that none may wait for another.
+
+    The hint is the first round. The second are the versions, the segment and the tracking marker, which may come with
+    the hint; the third are the footers.
+    """
+
+    def __init__(self, footers):
+        self.footers, self.problems, self.n_blocks = footers, [], 0
+        self.arrived, self.changed = {"hint": set(), "version": set(), "footer": set()}, threading.Condition()
+
+    def __call__(self, path, headers):
+        with self.changed:
+            name, n_expected = self._round(path, headers)
+            if name is None:
+                self.n_blocks += 1
+                return
+            self.arrived[name].add(path)
+            self.changed.notify_all()
+            if not self.changed.wait_for(lambda: len(self.arrived[name]) >= n_expected, timeout=60):
+                self.problems.append(f"{path} waited for the other requests of its round: {self.arrived}")
+
+    def _round(self, path, headers):
+        if path.endswith("_tiercache/latest"):
+            return "hint", 1
+        if "_tiercache/" in path:
+            return "version", 4
+        offset = int(headers.get("range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        return ("footer", len(self.footers)) if offset == self.footers[path.partition("shards/")[2]] else (None, 0)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_cold_start_takes_three_round_trips_before_its_blocks(tmp_path, cached):
+    with tc.Writer(tmp_path / "ds", shard_size="32KiB", block_size="32KiB", compression="none") as writer:
+        writer.write_batch({"x": np.arange(4 * 4096).reshape(-1, 1024)})
+    store = LocalFolder(tmp_path / "ds")
+    table = read_shards(store, latest(store))
+    infos = [table.info(i) for i in range(len(table))]
+    assert len(infos) == 4
+    rounds = Rounds({info.name.removeprefix("shards/"): info.footer_offset for info in infos})
+    cache = tc.Cache(tmp_path / "cache", size="1GB", min_free=0) if cached else False
+    with HttpFaultServer(tmp_path) as server:
+        server.admit(rounds)
+        with closing(tc.Dataset(f"{server.url}/ds", cache=cache)) as dataset:
+            assert len(next(iter(tc.DataLoader(dataset, 2, timeout=300)))["x"]) == 2
+    assert rounds.problems == []
+    assert [len(paths) for paths in rounds.arrived.values()] == [1, 4, 4]
+    assert rounds.n_blocks
+    if cache:
+        cache.close()

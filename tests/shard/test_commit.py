@@ -72,7 +72,7 @@ class TestModes:
 
     def test_every_commit_leaves_a_hint(self, store: MemoryStore, first: Version) -> None:
         append(store, shard())
-        assert manifest.parse_hint(store.get(manifest.HINT_KEY)) == 2
+        assert manifest.parse_hint(store.get(manifest.HINT_KEY)) == manifest.Hint(2, manifest.latest(store))
 
     def test_a_hint_that_cannot_be_written_does_not_matter(self, store: MemoryStore, first: Version) -> None:
         faulty = FaultStore(store, [Fault("put", keys=manifest.HINT_KEY)])

@@ -23,8 +23,9 @@ from tiercache.shard.versions import manifest, segments
 from tiercache.shard.versions import manifest as manifest_module
 from tiercache.shard.versions.manifest import Version, encode_version, fingerprint_of, parse_version, version_key
 from tiercache.shard.versions.segments import SegmentRef, new_segment, pack_segment
-from tiercache.store import LocalFolder, MemoryStore
+from tiercache.store import LocalFolder, MemoryStore, open_store
 from tiercache.testing import Fault, FaultKind, FaultStore
+from tiercache.testing.http_server import HttpFaultServer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -215,8 +216,8 @@ class TestLatest:
 
     def test_a_correct_hint_costs_three_requests_and_no_listing(self, store: MemoryStore) -> None:
         for number in range(1, 4):
-            store_version(store, number)
-        store.put(manifest.HINT_KEY, manifest.encode_hint(3))
+            version = store_version(store, number)
+        store.put(manifest.HINT_KEY, manifest.encode_hint(version))
         counting = CountingStore(store)
         manifest.latest(counting)
         assert counting.calls == [("get", manifest.HINT_KEY), ("get", version_key(3)), ("get", version_key(4))]
@@ -231,6 +232,28 @@ class TestLatest:
             store.put(manifest.HINT_KEY, hint)
         blind = FaultStore(store, [Fault("list", times=100, retryable=False, status=405)])
         assert manifest.latest(blind).number == 3
+
+    @pytest.mark.parametrize("change", ["outdated", "of a deleted data set", "corrupt", "of a later format"])
+    @pytest.mark.parametrize("where", ["memory", "remote"])
+    def test_a_hint_that_is_a_wrong_version_is_not_believed(self, store: MemoryStore, change: str, where: str) -> None:
+        for number in range(1, 4):
+            version = store_version(store, number, [[shard(number)]])
+        text = manifest.encode_hint(version)
+        if change == "outdated":
+            newer = store_version(store, 4, [[shard(4)]])
+        else:
+            newer = version
+            other = replace(version, writer="another", created="2025-01-01T00:00:00+00:00")
+            text = {
+                "of a deleted data set": manifest.encode_hint(other),
+                "corrupt": text.replace(b'"number":3', b'"number":7'),
+                "of a later format": text.replace(b'"format":1', b'"format":2'),
+            }[change]
+        store.put(manifest.HINT_KEY, text)
+        with HttpFaultServer(store) as server:  # segments of a remote store are read before the version is known
+            found, table = manifest.open_latest(store if where == "memory" else open_store(server.url))
+        assert found == newer
+        assert table.names.to_pylist() == [shard(newer.number).name]
 
     def test_a_temporary_error_of_a_listing_is_raised(self, store: MemoryStore) -> None:
         store_version(store, 1)

@@ -33,7 +33,7 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.model import OWN_FOLDER, ByteRange
 from tiercache.stats import Counters
 from tiercache.store import CloudStore, Span, Store, open_store, redact
-from tiercache.store.contract import Receive, WrapperStore
+from tiercache.store.contract import Receive, WrapperStore, unwrapped
 from tiercache.store.options import CloudOptions
 from tiercache.store.remote import ReadSettings
 from tiercache.store.retry import RetryPolicy
@@ -236,8 +236,7 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def data_set_name(store: Store) -> str:
     """Return the name under which a data set's version objects are requested: a hash of its location, 40 hex digits."""
-    while isinstance(store, WrapperStore):
-        store = store.inner
+    store = unwrapped(store)
     location = store.identity if isinstance(store, CloudStore) else (redact(store.url).rstrip("/"),)
     return blake2b("\n".join(location).encode(), digest_size=20).hexdigest()
 

@@ -404,6 +404,13 @@ class WrapperStore(Store):
         self.inner.close()
 
 
+def unwrapped(store: Store) -> Store:
+    """Return the store inside all wrappers."""
+    while isinstance(store, WrapperStore):
+        store = store.inner
+    return store
+
+
 class _WrappedUpload(Upload):
     def __init__(self, store: WrapperStore, key: str, inner: Upload) -> None:
         self._store, self._key, self._inner = store, key, inner

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tiercache.errors import NotFound, StoreError
-from tiercache.store.contract import Store
+from tiercache.store.contract import Store, unwrapped
+from tiercache.store.remote import RemoteStore
 
 _FORBIDDEN = 403
 _DIGITS = 20
@@ -79,11 +81,22 @@ class NumberedLog:
             return None
 
     def probe(self, number: int, *, is_listed: bool = False) -> tuple[int, bytes] | None:
-        """Return the last of number, number + 1, ... before the first gap; None if `number` is missing."""
-        found, newer = None, self.get(number, is_listed=is_listed)
+        """Return the last of number, number + 1, ... before the first gap; None if `number` is missing.
+
+        From a remote store, the first two are requested at once: normally the first is the newest.
+        """
+        if number >= 1 and isinstance(unwrapped(self.store), RemoteStore):
+            with ThreadPoolExecutor(1, "tiercache-probe") as pool:
+                second = pool.submit(self.get, number + 1)
+                first = self.get(number, is_listed=is_listed)
+                newer = None if first is None else second.result()
+        else:
+            first = self.get(number, is_listed=is_listed)
+            newer = None if first is None else self.get(number + 1)
+        found = None if first is None else (number, first)
         while newer is not None:
-            found, number = (number, newer), number + 1
-            newer = self.get(number)
+            number += 1
+            found, newer = (number, newer), self.get(number + 1)
         return found
 
     def newest(self, start: int) -> tuple[int, bytes] | None:

@@ -90,7 +90,7 @@ class Commit:
             standing = self._put(version)
             self._unsettled = None
             if (standing.writer, standing.nonce) == (version.writer, version.nonce):
-                self._hint(version.number)
+                self._hint(version)
                 return version
             base = self._rebase(standing)
         raise CommitConflict(f"lost {MAX_REBASES} races against other appends; try again later", url=self._store.url)
@@ -206,10 +206,10 @@ class Commit:
             nonce=version.nonce,
         )
 
-    def _hint(self, number: int) -> None:
+    def _hint(self, version: Version) -> None:
         # Readers probe upward from the hint, so an outdated hint only costs a few requests.
         with suppress(StoreError):
-            self._store.put(manifest.HINT_KEY, manifest.encode_hint(number))
+            self._store.put(manifest.HINT_KEY, manifest.encode_hint(version))
 
 
 def find_latest(store: Store) -> Version | None:

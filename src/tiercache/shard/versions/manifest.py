@@ -1,7 +1,12 @@
 """Versions of a data set: their JSON form, and how a reader finds a version and its shards.
 
 A version is small and immutable. Store.get() is sufficient to read it; Store.list() is called only without a usable
-hint.
+hint. The hint is a copy of a recent version, normally of the newest one, so a data set opens in two round trips::
+
+    1. the hint
+    2. at once: the hinted version, the one after it (which is missing if the hint is right), and the hinted segments
+
+No reader trusts the hint: the version itself decides, and other segments are read if it names others.
 """
 
 from __future__ import annotations
@@ -11,19 +16,21 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from typing import Any, Literal, TypeAlias
 
 from tiercache._native.checksum import crc32c
-from tiercache.errors import CorruptShard, NotFound, SchemaError
+from tiercache.errors import CorruptShard, NotFound, SchemaError, UnsupportedFormat
 from tiercache.shard.format.layout import FORMAT_VERSION, RELEASE_TEXT, SOFTWARE, check_features, check_format
 from tiercache.shard.read.source import READS_AGAIN
 from tiercache.shard.schema import Schema, UnknownKindError
 from tiercache.shard.versions.segments import SegmentRef, ShardTable, read_segments
-from tiercache.store.contract import Store
+from tiercache.store.contract import Store, unwrapped
 from tiercache.store.numbered_log import NumberedLog
+from tiercache.store.remote import RemoteStore
 
 VERSIONS_FOLDER = "_tiercache/versions/"
 VersionKind: TypeAlias = Literal["create", "append", "overwrite"]
@@ -248,6 +255,7 @@ def _problem(version: Version, number: int) -> str:
 
 __all__ = [
     "HINT_KEY",
+    "Hint",
     "SegmentRef",
     "ShardTable",
     "Version",
@@ -255,6 +263,7 @@ __all__ = [
     "latest",
     "list_versions",
     "newest_from",
+    "open_latest",
     "parse_hint",
     "read_shards",
     "read_version",
@@ -270,15 +279,37 @@ def version_log(store: Store) -> NumberedLog:
     return NumberedLog(store, VERSIONS_FOLDER, ".json")
 
 
-def encode_hint(number: int) -> bytes:
-    """Return the text of the hint object, which names a recent version."""
-    return b"%d\n" % number
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """What the hint object states; nothing of it is trusted.
+
+    Attributes:
+        number: Number of a version that may exist.
+        version: The version with this number, if the hint has a copy of it that this release can read.
+    """
+
+    number: int
+    version: Version | None = None
 
 
-def parse_hint(data: bytes) -> int | None:
-    """Return the version number in a hint; None if the hint is invalid, which is no error: no reader trusts a hint."""
+def encode_hint(version: Version) -> bytes:
+    """Return the text of the hint object: that of the version."""
+    return encode_version(version)
+
+
+def parse_hint(data: bytes) -> Hint | None:
+    """Return what a hint states; None if it is invalid, which is no error. Old hints are a number only."""
     text = data.strip()
-    return int(text) if 0 < len(text) <= _HINT_DIGITS and text.isdigit() and int(text) > 0 else None
+    if 0 < len(text) <= _HINT_DIGITS and text.isdigit():
+        return Hint(int(text)) if int(text) else None
+    try:
+        number = _int(json.loads(data), "number")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    try:
+        return Hint(number, parse_version(data, number=number, url=HINT_KEY))
+    except (CorruptShard, UnsupportedFormat):
+        return Hint(number)
 
 
 def latest(store: Store) -> Version:
@@ -286,11 +317,35 @@ def latest(store: Store) -> Version:
 
     Raises NotFound without a data set, CorruptShard, UnsupportedFormat and StoreError.
     """
+    return _latest(store, _read_hint(store))
+
+
+def open_latest(store: Store) -> tuple[Version, ShardTable]:
+    """Return the newest version and its shards. Raises as latest() and read_shards().
+
+    From a remote store, the segments that the hint names are read while the versions are probed.
+    """
+    hint = _read_hint(store)
+    if hint is None or hint.version is None or not isinstance(unwrapped(store), RemoteStore):
+        version = _latest(store, hint)
+        return version, read_shards(store, version)
+    with ThreadPoolExecutor(1, "tiercache-open") as pool:
+        shards = pool.submit(read_shards, store, hint.version)
+        version = _latest(store, hint)
+        if version == hint.version:
+            return version, shards.result()
+    return version, read_shards(store, version)
+
+
+def _read_hint(store: Store) -> Hint | None:
     try:
-        hint = parse_hint(store.get(HINT_KEY)) or 0
+        return parse_hint(store.get(HINT_KEY))
     except NotFound:
-        hint = 0
-    found = newest_from(store, hint)
+        return None
+
+
+def _latest(store: Store, hint: Hint | None) -> Version:
+    found = newest_from(store, 0 if hint is None else hint.number)
     if found is None:
         highest = version_log(store).highest()
         found = newest_from(store, 1 if highest is None else highest)  # None: the store cannot list

@@ -263,12 +263,17 @@ def _archived(
 class TieredReader:
     """How one process reads one data set whose shards may be moved. Thread-safe, and fork-safe.
 
-    It queries no store before a run begins, or before a shard is missing from its known location.
+    It queries no store before a run begins, or before a shard is missing from its known location; read_placement() does
+    so earlier.
     """
 
     def __init__(self, store: RedirectingStore) -> None:
         self._store, self._resolver = store, store.resolver
         self._recorder = UseRecorder(self._resolver)
+
+    def read_placement(self) -> None:
+        """Read the placement now, so that no later request waits for it. Raises as LocationResolver.placement_once."""
+        self._resolver.placement_once()
 
     def opened(self, key: str, identity: ShardIdentity) -> LocalFolder | None:
         """Count an opened shard. Return a local folder, other than the home, that has it; None if there is none."""
