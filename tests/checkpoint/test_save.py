@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import threading
+import uuid
 from contextlib import contextmanager
 
 import numpy as np
