@@ -15,6 +15,7 @@ from tiercache.errors import (
     ArchivedShards,
     CacheFull,
     CommitConflict,
+    CorruptCheckpoint,
     CorruptShard,
     NotFound,
     ObjectChanged,
@@ -27,6 +28,7 @@ from tiercache.version import __version__
 
 if TYPE_CHECKING:
     from tiercache.cache import Cache
+    from tiercache.checkpoint.checkpoints import Checkpoints
     from tiercache.combinations import mix, zip_columns
     from tiercache.dataset import Dataset, concat
     from tiercache.description import describe
@@ -50,7 +52,9 @@ __all__ = [
     "Buffer",
     "Cache",
     "CacheFull",
+    "Checkpoints",
     "CommitConflict",
+    "CorruptCheckpoint",
     "CorruptShard",
     "CutMix",
     "DataLoader",
@@ -86,6 +90,7 @@ __all__ = [
 _HOMES = {
     "Buffer": "tiercache.load.output_spec",
     "Cache": "tiercache.cache",
+    "Checkpoints": "tiercache.checkpoint.checkpoints",
     "CutMix": "tiercache.load.mixup",
     "DataLoader": "tiercache.load.loader",
     "Dataset": "tiercache.dataset",

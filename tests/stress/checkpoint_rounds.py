@@ -18,9 +18,9 @@ from tests.stress.kills import PointRounds, Report, points_where, rounds_asked, 
 from tests.support.forks import SendLine, run_forked
 from tests.support.kill_points import KillAt, count_points, kill_at
 
+from tiercache.checkpoint import staging
 from tiercache.checkpoint.checkpoints import Checkpoints
 from tiercache.checkpoint.layout import list_names, parse_name
-from tiercache.checkpoint.staging import SHARED_MIN_BYTES
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder
 from tiercache.store.posix import TEMP_PREFIX
@@ -28,6 +28,8 @@ from tiercache.testing.faults import Fault, FaultStore
 
 DEADLINE_S = 120.0
 N_BEFORE, N_SAVES, PENDING = 2, 3, 2
+LARGE_BYTES = 1 << 14
+staging.SHARED_MIN_BYTES = LARGE_BYTES  # rounds of small states are fast
 
 
 def points_of_checkpoints() -> dict[str, str]:
@@ -39,8 +41,8 @@ def state_at(step: int) -> dict:
     """The state of a step: one large part that never changes, one that does, and small ones."""
     values = np.random.default_rng(step)
     return {
-        "frozen": np.full(SHARED_MIN_BYTES, 7, np.uint8),
-        "moving": values.integers(0, 255, SHARED_MIN_BYTES, np.uint8),
+        "frozen": np.full(LARGE_BYTES, 7, np.uint8),
+        "moving": values.integers(0, 255, LARGE_BYTES, np.uint8),
         "small": [values.normal(size=(3, 5)), values.integers(0, 9, 4)],
         "epoch": step,
     }
