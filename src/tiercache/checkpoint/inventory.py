@@ -1,7 +1,7 @@
-"""Which checkpoints exist: the objects of each tier, their manifests, tags and pins, and what a name of one refers to.
+"""Which checkpoints exist: the objects of each tier, their manifests, tags and pins.
 
-A tier of checkpoints is a store: "local" (a folder of this machine) or "remote" (the URL). An inventory lists each store
-once; a manifest is immutable, so that it is read once in a process.
+A tier of checkpoints is a store: "local" (a folder of this machine) or "remote" (the URL). A scan lists each store once;
+a manifest is immutable, so that a process reads it once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from tiercache.model import ObjectInfo
 from tiercache.store import Store
 from tiercache.tier.placement.resolver import is_archived
 
-CheckpointTier: TypeAlias = Literal["local", "remote"]
+CheckpointTier: TypeAlias = str
+"""Name of a tier: "local", "remote", or a tier of a rule file to which the tier engine has moved checkpoints."""
 State: TypeAlias = Literal["complete", "saving", "failed", "incomplete"]
 
 TOMBSTONE_NAME = "deleted.json"
@@ -178,9 +179,7 @@ class Scan:
     def loadable_names(self) -> list[str]:
         """Names of the checkpoints that are complete in some tier, or can be restored, written first to last."""
         return [
-            name
-            for name, copies in self.copies.items()
-            if any(copy.is_complete or copy.is_archived for copy in copies)
+            name for name, copies in self.copies.items() if any(copy.is_complete or copy.is_archived for copy in copies)
         ]
 
 
