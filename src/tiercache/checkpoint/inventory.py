@@ -1,7 +1,7 @@
 """Which checkpoints exist: the objects of each tier, their manifests, tags and pins.
 
-A tier of checkpoints is a store: "local" (a folder of this machine) or "remote" (the URL). A scan lists each store once;
-a manifest is immutable, so that a process reads it once.
+A tier of checkpoints is a store: "local" (a folder of this machine) or "remote" (the URL). A scan lists each store
+once; a manifest is immutable, so that a process reads it once.
 """
 
 from __future__ import annotations

@@ -147,16 +147,14 @@ class StoredCheckpoints:
             names = [resolve(found, which)]
             if which == "latest":
                 names += [name for name in reversed(found.loadable_names) if name != names[0]]
-            failure: TierCacheError | None = None
+            failure: CorruptCheckpoint | None = None
             for name in names:
                 try:
                     return self._load(found, stores, name, into, map_location, strict=strict, wait=wait)
-                except (CorruptCheckpoint, StoreError) as error:
+                except CorruptCheckpoint as error:
                     failure = failure or error
                     if name != names[-1]:
-                        _warn(
-                            f"checkpoint {name}: no copy can be read ({error}); the checkpoint written before follows"
-                        )
+                        _warn(f"{name}: no copy can be read ({error}); the checkpoint written before it is next")
             if failure is None:
                 raise NotFound("there are no checkpoints", url=self.remote_store.url)
             raise failure
@@ -176,7 +174,7 @@ class StoredCheckpoints:
 
     @contextmanager
     def _found(self, scan: Scan, which: str | int) -> Iterator[tuple[Scan, Mapping[str, Store]]]:
-        """Yield a listing that has the checkpoint, and the stores of its tiers; the other tiers are listed if it must."""
+        """Yield a listing that has the checkpoint, and the stores of other tiers, which are listed only if they must."""
         try:
             resolve(scan, which)
         except NotFound:
