@@ -18,15 +18,17 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from threading import Condition, Event
 from typing import Any, Literal, TypeAlias
 
 from tiercache.checkpoint.layout import Manifest, checkpoint_name, written_order
+from tiercache.checkpoint.retention import Keep, referenced_tensors
 from tiercache.checkpoint.staging import HostMemory, StagedState, stage_state
 from tiercache.checkpoint.state_tree import encode_state, state_text
+from tiercache.checkpoint.stored import StoredCheckpoints
 from tiercache.checkpoint.writer import CheckpointWriter, SaveDropped, SharedTensors, TaskThread
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError
@@ -122,7 +124,7 @@ class _Save:
     is_running: bool = False
 
 
-class Checkpoints:
+class Checkpoints(StoredCheckpoints):
     """Checkpoints of one training run, below a URL. Any thread may call the methods, save() one at a time.
 
     A checkpoint exists once its manifest is put, which happens only after size and checksum of every file were checked
@@ -146,7 +148,8 @@ class Checkpoints:
     Attributes:
         remote_store: Store of `url`.
         local_store: Store of `local`; None if there is none.
-        keep, dedup: As given.
+        keep: Rules of retention.
+        dedup: As given.
     """
 
     def __init__(
@@ -154,7 +157,7 @@ class Checkpoints:
         url: str | os.PathLike[str] | Store,
         *,
         local: str | os.PathLike[str] | None = None,
-        keep: Sequence[Any] = (),
+        keep: Keep | Iterable[Keep] = (),
         dedup: bool = False,
         pending: int = 1,
         when_busy: WhenBusy = "wait",
@@ -166,9 +169,13 @@ class Checkpoints:
             raise ValueError(f"pending and writers are at least 1, got {pending} and {writers}")
         if when_busy not in ("wait", "skip", "drop"):
             raise ValueError(f"when_busy is 'wait', 'skip' or 'drop', got {when_busy!r}")
-        self.remote_store = url if isinstance(url, Store) else open_store(url, **(storage_options or {}))
-        self.local_store = None if local is None else LocalFolder(local)
-        self.keep, self.dedup = tuple(keep), dedup
+        remote_store = url if isinstance(url, Store) else open_store(url, **(storage_options or {}))
+        local_store = None if local is None else LocalFolder(local)
+        self.shared = SharedTensors()
+        super().__init__(
+            remote_store, local_store, keep=keep, storage_options=storage_options, shared_tensors=self.shared
+        )
+        self.dedup = dedup
         self._pending, self._when_busy, self._n_streams, self._rank = pending, when_busy, writers, rank
         self._memory = HostMemory()
         self._changed = Condition()
@@ -177,12 +184,12 @@ class Checkpoints:
         self._unreported: list[SaveHandle] = []  # failed saves whose error nobody has seen
         self._newest_s = 0.0
         self._pid, self._is_closed = os.getpid(), False
-        self.shared = SharedTensors()
-        self._remote = CheckpointWriter(self.remote_store, writers, self.shared)
-        self._local = None if self.local_store is None else CheckpointWriter(self.local_store, writers, self.shared)
+        self._remote = self._writer_to(remote_store, "remote")
+        self._local = None if local_store is None else self._writer_to(local_store, "local")
         self._writing, self._uploading = TaskThread("tiercache-checkpoint"), TaskThread("tiercache-checkpoint-upload")
         self._deleting = TaskThread("tiercache-checkpoint-delete")
-        self._on_commit: list[Callable[[str, Target], object]] = []  # called in the thread that deletes
+        # Called in the thread that deletes.
+        self._on_commit: list[Callable[[str, Target], object]] = [lambda _name, _target: self.apply_retention()]
         _register_finish()
         _open.add(self)
 
@@ -200,6 +207,10 @@ class Checkpoints:
             if kind is None:  # the error that ends the block counts
                 raise
 
+    def _writer_to(self, store: Store, target: Target) -> CheckpointWriter:
+        referenced = partial(referenced_tensors, self.inventory, target)
+        return CheckpointWriter(store, self._n_streams, self.shared, referenced)
+
     @property
     def targets(self) -> tuple[Target, ...]:
         """Places at which a checkpoint is committed, in this order."""
@@ -211,6 +222,10 @@ class Checkpoints:
         with self._changed:
             handles = {*self._failed, *(save.handle for save in self._saves)}
             return tuple(sorted(handles, key=lambda one: written_order(one.name)))
+
+    def unfinished_saves(self) -> Mapping[str, SaveHandle]:
+        """See StoredCheckpoints.unfinished_saves()."""
+        return {handle.name: handle for handle in self.saves}
 
     def save(
         self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None, note: Any = None
