@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from tiercache._native.checksum import crc32c
@@ -43,7 +43,7 @@ _NAME = re.compile(r"step-([0-9]{12,18})\.([0-9]{8}T[0-9]{9}Z)-([0-9a-f]{6})")
 _SHARED_FILE = re.compile(re.escape(_SHARED_PATH) + r"([0-9a-f]{40})\.safetensors")
 _DIGEST = re.compile("[0-9a-f]{40}")
 _TEXT = re.compile(r"[^\0]{1,200}")
-_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MOST_STEPS = 10**18 - 1
 _MOST = 2**63 - 1
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
