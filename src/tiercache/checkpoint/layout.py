@@ -132,7 +132,7 @@ def checkpoint_name(step: int, created_s: float, nonce: str) -> str:
     Raises:
         ValueError: A value is outside its limits.
     """
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= _MOST_STEPS:
+    if type(step) is not int or not 0 <= step <= _MOST_STEPS:
         raise ValueError(f"step is an integer from 0 to 10^18 - 1, got {step!r}")
     created = _EPOCH + timedelta(milliseconds=round(created_s * 1000))
     name = f"step-{step:012d}.{created:%Y%m%dT%H%M%S}{created.microsecond // 1000:03d}Z-{nonce}"
