@@ -50,6 +50,7 @@ __all__ = [
     "Buffer",
     "Cache",
     "CacheFull",
+    "Checkpoints",
     "CommitConflict",
     "CorruptShard",
     "CutMix",
@@ -86,6 +87,7 @@ __all__ = [
 _HOMES = {
     "Buffer": "tiercache.load.output_spec",
     "Cache": "tiercache.cache",
+    "Checkpoints": "tiercache.checkpoint.checkpoints",
     "CutMix": "tiercache.load.mixup",
     "DataLoader": "tiercache.load.loader",
     "Dataset": "tiercache.dataset",

@@ -64,6 +64,7 @@ from tiercache.checkpoint.layout import (
 )
 from tiercache.checkpoint.safetensors_file import FileLayout, TensorSpec, distribute, lay_out_file
 from tiercache.checkpoint.state_tree import DTYPES, EncodedState, decode_state, encode_state, parse_state, state_text
+from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptCheckpoint, NotFound, StoreError
 from tiercache.model import ByteRange
 
@@ -265,6 +266,7 @@ class CheckpointWriter(StorageWriter):
 
         stores = self._checkpoints.stores
         _upload(stores, key, pieces(), layout.n_bytes)
+        crash_point("dcp.written")
         file = StoredFile(path, layout.n_bytes, file_crc)
         for store in stores:
             verify_stored(store, key, file)
@@ -310,7 +312,9 @@ class CheckpointWriter(StorageWriter):
                 verify_stored(store, key_of(self.name, path), files[path])
             if store is self._checkpoints.remote_store and not _has_files(store, manifest):
                 raise StoreError("a file of the checkpoint is missing or has another size", url=store.url)
+            crash_point("dcp.described")
             _put_manifest(store, manifest)
+            crash_point("dcp.committed")
         self._checkpoints.run_retention()
 
 
@@ -495,39 +499,54 @@ def _put_manifest(store: Store, manifest: Manifest) -> None:
 def _encode_metadata(
     metadata: Metadata, stored: Mapping[MetadataIndex, Any], blocks: Mapping[str, Sequence[int]]
 ) -> bytes:
-    """Return the text of state.json: a tree with one node for each key of the state, and checksums of the parts.
+    """Return the text of state.json: the tree of the state, as Checkpoints.save() writes it, and checksums of the parts.
 
     Raises:
         ValueError: A part is missing, or the planner's own data cannot be stored.
     """
+    nodes: dict[str, Any] = {}
+    for fqn, found in metadata.state_dict_metadata.items():
+        is_tensor = isinstance(found, TensorStorageMetadata)
+        nodes[fqn] = _tensor_node(fqn, found, stored) if is_tensor else stored[MetadataIndex(fqn)].node
     paths = metadata.planner_data
-    if paths is not None and not (isinstance(paths, Mapping) and paths.keys() >= metadata.state_dict_metadata.keys()):
+    if paths is not None and not (isinstance(paths, Mapping) and paths.keys() >= nodes.keys()):
         raise ValueError(
             f"the planner has data of its own ({type(paths).__name__}), which a checkpoint cannot hold; it holds the "
             "paths of keys, as DefaultSavePlanner has them"
         )
-    nodes = {}
-    for fqn, found in metadata.state_dict_metadata.items():
-        if isinstance(found, TensorStorageMetadata):
-            node = _tensor_node(fqn, found, stored)
-        else:
-            node = stored[MetadataIndex(fqn)].node
-        nodes[fqn] = [None if paths is None else list(paths[fqn]), node]
-    body = json.loads(state_text({"$flat": nodes}))
-    body["blocks"] = {"bytes": BLOCK_BYTES, "crc32c": {name: list(crcs) for name, crcs in blocks.items()}}
+    tree = _dict_node(nodes) if paths is None else _tree_of({tuple(paths[fqn]): node for fqn, node in nodes.items()})
+    checksums = {"bytes": BLOCK_BYTES, "crc32c": {name: list(crcs) for name, crcs in blocks.items()}}
+    body = json.loads(state_text(tree)) | {"blocks": checksums, "is_flat": paths is None}
     return json.dumps(body, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii") + b"\n"
 
 
+def _tree_of(nodes: Mapping[tuple[str | int, ...], Any]) -> Any:
+    """Return the tree that has each node at its path, in which a number is an index of a list."""
+    if () in nodes:
+        return nodes[()]
+    below: dict[str | int, dict[tuple[str | int, ...], Any]] = {}
+    for (key, *rest), node in nodes.items():
+        below.setdefault(key, {})[tuple(rest)] = node
+    found = {key: _tree_of(part) for key, part in below.items()}
+    if found and all(isinstance(key, int) for key in found):
+        return [found[number] for number in range(len(found))]
+    return _dict_node(found)
+
+
+def _dict_node(nodes: Mapping[Any, Any]) -> Any:
+    return {"$dict": [list(item) for item in nodes.items()]} if any(k.startswith("$") for k in nodes) else dict(nodes)
+
+
 def _tensor_node(fqn: str, found: TensorStorageMetadata, stored: Mapping[MetadataIndex, Any]) -> Any:
-    parts = []
+    parts: list[Any] = []
     for chunk in found.chunks:
         part = stored.get(MetadataIndex(fqn, chunk.offsets))
         if not isinstance(part, _StoredPart):
             raise ValueError(f"no rank has stored {fqn} at {tuple(chunk.offsets)}")
-        parts.append([list(chunk.offsets), list(chunk.sizes), part.name])
-    dtype = _dtype_name(fqn, found.properties.dtype)
-    facts = {"dtype": dtype, "size": list(found.size), "requires_grad": found.properties.requires_grad}
-    return {"$sharded": {**facts, "parts": parts}}
+        parts.append([list(chunk.offsets), list(chunk.sizes), {"$tensor": part.name}])
+    if len(parts) == 1 and parts[0][1] == list(found.size):
+        return parts[0][2]
+    return {"$sharded": {"dtype": _dtype_name(fqn, found.properties.dtype), "size": list(found.size), "parts": parts}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -545,27 +564,29 @@ class _Contents:
     values: Mapping[str, Any]
 
 
-def _contents_of(tree: Any, manifest: Manifest) -> _Contents:
-    """Return the contents of a checkpoint from its state, whether torch's planners or Checkpoints.save() wrote it."""
-    nodes: Mapping[str, Sequence[Any]]
-    if isinstance(tree, dict) and "$flat" in tree:
-        nodes = tree["$flat"]
-    else:
-        nodes = {".".join(map(str, path)): (path, node) for path, node in _leaves(tree, ())}
+def _contents_of(tree: Any, manifest: Manifest, *, is_flat: bool) -> _Contents:
+    """Return the contents of a checkpoint from its state, whether torch's planners or Checkpoints.save() wrote it.
+
+    is_flat: Whether the planner that wrote it kept nested dicts as one value each.
+    """
+    leaves = (((key,), node) for key, node in _items_of(tree) or ()) if is_flat else _leaves(tree, ())
     found: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     parts, values = dict[MetadataIndex, str](), dict[str, Any]()
-    for fqn, (_, node) in nodes.items():
+    paths = {}
+    for path, node in leaves:
+        fqn = ".".join(map(str, path))
+        paths[fqn] = path
         facts = _sharded_facts(node, manifest)
         if facts is None:
             found[fqn], values[fqn] = BytesStorageMetadata(), node
             continue
-        properties = TensorProperties(getattr(torch, DTYPES[facts["dtype"]]), requires_grad=facts["requires_grad"])
+        properties = TensorProperties(getattr(torch, DTYPES[facts["dtype"]]))
         found[fqn] = tensor = TensorStorageMetadata(properties, torch.Size(facts["size"]), [])
-        for offsets, sizes, name in facts["parts"]:
+        for offsets, sizes, part in facts["parts"]:
             tensor.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-            parts[MetadataIndex(fqn, offsets)] = name
-    paths = {fqn: tuple(path) for fqn, (path, _) in nodes.items() if path is not None}
-    return _Contents(Metadata(found, planner_data=paths or None, storage_data=parts), parts, values)
+            parts[MetadataIndex(fqn, offsets)] = part["$tensor"]
+    metadata = Metadata(found, planner_data=None if is_flat else paths, storage_data=parts)
+    return _Contents(metadata, parts, values)
 
 
 def _sharded_facts(node: Any, manifest: Manifest) -> Any:
@@ -576,8 +597,7 @@ def _sharded_facts(node: Any, manifest: Manifest) -> Any:
         name = node["$tensor"]
         entry = manifest.tensors[name]
         shape = list(entry.shape)
-        parts = [[[0] * len(shape), shape, name]]
-        return {"dtype": entry.dtype, "size": shape, "requires_grad": False, "parts": parts}
+        return {"dtype": entry.dtype, "size": shape, "parts": [[[0] * len(shape), shape, node]]}
     return node.get("$sharded")
 
 
@@ -607,7 +627,7 @@ def _items_of(node: Any) -> Iterable[Sequence[Any]] | None:
 def _is_value(node: list[Any]) -> bool:
     """Return whether torch's planners keep a list as one value: it contains neither tensors nor dicts."""
     for one in node:
-        if _items_of(one) is not None or (isinstance(one, dict) and "$tensor" in one):
+        if _items_of(one) is not None or (isinstance(one, dict) and ("$tensor" in one or "$sharded" in one)):
             return False
         if isinstance(one, list) and not _is_value(one):
             return False
@@ -726,7 +746,7 @@ class CheckpointReader(StorageReader):
         try:
             body, tree = json.loads(bytes(data)), parse_state(bytes(data))
             self._blocks = body.get("blocks", {}).get("crc32c", {})
-            self._contents = _contents_of(tree, self._manifest)
+            self._contents = _contents_of(tree, self._manifest, is_flat=body.get("is_flat", False))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             url = f"{self._checkpoints.remote_store.url}/{self.name}"
             raise CorruptCheckpoint(f"its state cannot be read: {error!r}", url=url, part=STATE_NAME) from error
