@@ -127,9 +127,7 @@ def load(url: str, local: str | None, kinds: list[str]) -> dict[str, list[str]]:
         state = state_of(model, optimizer)
         state["loader"] = {"epoch": 0, "served": []}
         dcp.load(state, storage_reader=checkpoints.dcp_reader(step))
-        set_state_dict(
-            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         found[kind] = [digest(state), digest(state_of(model, optimizer))]
     checkpoints.close()
     dist.destroy_process_group()

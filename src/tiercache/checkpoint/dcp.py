@@ -15,13 +15,11 @@ import io
 import json
 import math
 import pickle
-import secrets
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from threading import Event
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -48,7 +46,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from tiercache._native.checksum import combine, crc32c
+from tiercache._native.checksum import crc32c
+from tiercache.checkpoint.inventory import resolve
 from tiercache.checkpoint.layout import (
     METRICS_NAME,
     STATE_NAME,
@@ -56,16 +55,14 @@ from tiercache.checkpoint.layout import (
     StoredFile,
     TensorEntry,
     checkpoint_name,
-    encode_manifest,
     key_of,
-    manifest_key,
     metric_json,
-    parse_name,
 )
 from tiercache.checkpoint.safetensors_file import FileLayout, TensorSpec, distribute, lay_out_file
 from tiercache.checkpoint.state_tree import DTYPES, EncodedState, decode_state, encode_state, parse_state, state_text
+from tiercache.checkpoint.writer import SourceFile, equal_parts, in_parallel, part_bytes
 from tiercache.crash_points import crash_point
-from tiercache.errors import CommitConflict, CorruptCheckpoint, NotFound, StoreError
+from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
 from tiercache.model import ByteRange
 
 if TYPE_CHECKING:
@@ -76,12 +73,11 @@ if TYPE_CHECKING:
 
 # Each part of a tensor has a checksum for every so many bytes: a rank that reads a range checks what it reads.
 BLOCK_BYTES = 1 << 20
-# Of one request of an upload. A file of 1 GiB has far fewer parts than the 10,000 that S3 accepts.
-_PART_BYTES = 16 << 20
-_MOST_PARTS = 9000
 # Bytes that a thread reads before it copies them to their tensors.
 _READ_BYTES = 128 << 20
 _READS_AGAIN = 2
+
+_NEVER = Event()  # nothing stops a save of torch's
 
 _DTYPE_NAMES = {name: key for key, name in DTYPES.items()}
 Shape: TypeAlias = tuple[int, ...]
@@ -131,7 +127,7 @@ class _Source:
     load: Callable[[], torch.Tensor]
 
 
-class CheckpointWriter(StorageWriter):
+class DistributedWriter(StorageWriter):
     """Writer of one checkpoint, for `dcp.save` and `dcp.async_save`. Every rank makes its own, with the same arguments.
 
     When `dcp.save` returns, the checkpoint is verified and committed at the store. If a rank fails, all ranks raise the
@@ -151,7 +147,7 @@ class CheckpointWriter(StorageWriter):
         super().__init__()
         checkpoint_name(step, 0.0, "000000")  # checks the step
         self._checkpoints, self._step = checkpoints, step
-        self._metrics, self._note = dict(metrics or {}), note
+        self._metrics, self._note = numbers(metrics or {}), json_copy(note)
         self._created_s, self.name = 0.0, ""
 
     @classmethod
@@ -175,7 +171,9 @@ class CheckpointWriter(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *_args: Any, **kwargs: Any) -> None:  # noqa: ARG002, FBT001
         """Begin a save. Raises ValueError without collectives, by which the ranks agree on the checkpoint's name."""
         if not kwargs.get("use_collectives", True):
-            raise ValueError("tc.Checkpoints commits one checkpoint of all ranks: use_collectives=False is not supported")
+            raise ValueError(
+                "tc.Checkpoints commits one checkpoint of all ranks: use_collectives=False is not supported"
+            )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Return the plan as it is."""
@@ -193,8 +191,7 @@ class CheckpointWriter(StorageWriter):
                 "the new checkpoint: use a planner without caching"
             )
         self._checkpoints.remote_store.require_conditional_put()
-        self._created_s = round(time.time() * 1000) / 1000
-        self.name = checkpoint_name(self._step, self._created_s, secrets.token_hex(3))
+        self.name, self._created_s = self._checkpoints.new_name(self._step)
         planned: set[MetadataIndex] = set()
         tasks = []
         for rank, plan in enumerate(plans):
@@ -204,7 +201,7 @@ class CheckpointWriter(StorageWriter):
         return tasks
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write and verify the parts of this rank.
+        """Write the parts of this rank, and check them at the store.
 
         Raises:
             TypeError, ValueError: A value cannot be stored; the message names its key.
@@ -235,45 +232,29 @@ class CheckpointWriter(StorageWriter):
         return future
 
     def _write_files(self, task: _Task, sources: Mapping[str, _Source]) -> dict[str, _StoredPart]:
-        files = distribute([source.spec for source in sources.values()], self._checkpoints.writers)
-        stored: dict[str, _StoredPart] = {}
-        with ThreadPoolExecutor(self._checkpoints.writers, thread_name_prefix="tiercache-dcp") as pool:
-            jobs = []
-            for number, specs in enumerate(files, start=1):
-                path = f"tensors-rank{task.rank:05d}-{number:05d}-of-{len(files):05d}.safetensors"
-                jobs.append(pool.submit(self._write_file, task.name, path, specs, sources))
-            for job in jobs:
-                stored.update(job.result())
+        """Write the tensors to the local folder and upload them from there, or to the store at once."""
+        first, *others = self._checkpoints.file_writers
+        specs = distribute([source.spec for source in sources.values()], self._checkpoints.n_streams)
+
+        def write(number: int) -> list[_StoredPart]:
+            path = f"tensors-rank{task.rank:05d}-{number + 1:05d}-of-{len(specs):05d}.safetensors"
+            layout = lay_out_file(specs[number])
+            blocks: dict[str, tuple[int, ...]] = {}
+            file = first.write(task.name, SourceFile(path, layout.n_bytes, lambda: parts_of(layout, blocks)), _NEVER)
+            crash_point("dcp.written")
+            return [
+                _StoredPart(spec.name, _entry(path, layout, spec), blocks[spec.name], file) for spec in specs[number]
+            ]
+
+        def parts_of(layout: FileLayout, blocks: dict[str, tuple[int, ...]]) -> Iterator[memoryview]:
+            return equal_parts(_pieces(layout, sources, blocks), part_bytes(layout.n_bytes))
+
+        written = in_parallel([partial(write, number) for number in range(len(specs))], self._checkpoints.n_streams)
+        stored = {part.name: part for parts in written for part in parts}
+        files = tuple({part.file.path: part.file for part in stored.values()}.values())
+        for writer in others:
+            writer.upload(Manifest(task.name, self._step, 0.0, files), first.store, _NEVER)
         return stored
-
-    def _write_file(
-        self, name: str, path: str, specs: Sequence[TensorSpec], sources: Mapping[str, _Source]
-    ) -> dict[str, _StoredPart]:
-        """Write one file to all stores, and verify it there. Return the tensors that it contains, by name."""
-        layout, by_name = lay_out_file(specs), {spec.name: spec for spec in specs}
-        blocks: dict[str, tuple[int, ...]] = {}
-        file_crc, key = 0, key_of(name, path)
-
-        def pieces() -> Iterator[memoryview]:
-            nonlocal file_crc
-            file_crc = crc32c(layout.header)
-            yield memoryview(layout.header)
-            for tensor_name in layout.offsets:
-                data = _bytes_of(sources[tensor_name])
-                blocks[tensor_name] = _block_checksums(data)
-                file_crc = combine(file_crc, _joined(blocks[tensor_name], data.nbytes), data.nbytes)
-                yield data
-
-        stores = self._checkpoints.stores
-        _upload(stores, key, pieces(), layout.n_bytes)
-        crash_point("dcp.written")
-        file = StoredFile(path, layout.n_bytes, file_crc)
-        for store in stores:
-            verify_stored(store, key, file)
-        return {
-            tensor_name: _StoredPart(tensor_name, _entry(path, layout, by_name[tensor_name]), crcs, file)
-            for tensor_name, crcs in blocks.items()
-        }
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Describe the parts of all ranks, and commit the checkpoint.
@@ -290,32 +271,37 @@ class CheckpointWriter(StorageWriter):
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"two tensors of the state would be stored as {twice!r}: rename one of their keys")
         text = _encode_metadata(metadata, stored, {part.name: part.blocks for part in parts})
-        metrics = {name: metric_json(float(value)) for name, value in self._metrics.items()}
-        small = {STATE_NAME: text, METRICS_NAME: json.dumps(metrics, sort_keys=True).encode() + b"\n"}
         files = {part.file.path: part.file for part in parts}
-        for path, data in small.items():
-            files[path] = StoredFile(path, len(data), crc32c(data))
-        manifest = Manifest(
-            name=self.name,
-            step=self._step,
-            created_s=self._created_s,
-            files=tuple(files[path] for path in sorted(files)),
-            tensors=tensors,
-            metrics={name: float(value) for name, value in self._metrics.items()},
-            note=self._note,
-        )
-        for store in reversed(self._checkpoints.stores):  # the remote store first: it alone has the files of all ranks
-            if store is not self._checkpoints.remote_store and not _has_files(store, manifest, except_for=small):
-                continue  # ranks on other machines have local folders of their own
-            for path, data in small.items():
-                _upload([store], key_of(self.name, path), iter([memoryview(data)]), len(data))
-                verify_stored(store, key_of(self.name, path), files[path])
-            if store is self._checkpoints.remote_store and not _has_files(store, manifest):
-                raise StoreError("a file of the checkpoint is missing or has another size", url=store.url)
+        texts = {STATE_NAME: text}
+        if self._metrics:
+            texts[METRICS_NAME] = json.dumps(
+                {name: metric_json(value) for name, value in self._metrics.items()}
+            ).encode()
+        # The store first: it alone has the files of all ranks. A local folder has those of the ranks of its machine.
+        for writer in reversed(self._checkpoints.file_writers):
+            is_remote = writer.store is self._checkpoints.remote_store
+            missing = _missing_file(writer.store, self.name, files.values())
+            if missing and is_remote:
+                raise StoreError(f"{missing} is missing, or has another size", url=f"{writer.store.url}/{self.name}")
+            if missing:
+                continue
+            small = [
+                writer.write(self.name, SourceFile(path, len(data), partial(iter, [memoryview(data)])), _NEVER)
+                for path, data in texts.items()
+            ]
+            manifest = Manifest(
+                name=self.name,
+                step=self._step,
+                created_s=self._created_s,
+                files=(*(files[path] for path in sorted(files)), *small),
+                tensors=tensors,
+                metrics=self._metrics,
+                note=self._note,
+            )
             crash_point("dcp.described")
-            _put_manifest(store, manifest)
+            writer.commit(manifest)
             crash_point("dcp.committed")
-        self._checkpoints.run_retention()
+        self._checkpoints.announce(self.name, "remote")
 
 
 def _add(sources: dict[str, _Source], source: _Source) -> None:
@@ -394,48 +380,19 @@ def _memory_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
+def _pieces(
+    layout: FileLayout, sources: Mapping[str, _Source], blocks: dict[str, tuple[int, ...]]
+) -> Iterator[memoryview]:
+    """Yield the bytes of a file, and note the checksums of the tensors by name. Tensors are loaded one after another."""
+    yield memoryview(layout.header)
+    for name in layout.offsets:
+        data = _bytes_of(sources[name])
+        blocks[name] = _block_checksums(data)
+        yield data
+
+
 def _block_checksums(data: memoryview) -> tuple[int, ...]:
     return tuple(crc32c(data[start : start + BLOCK_BYTES]) for start in range(0, data.nbytes, BLOCK_BYTES))
-
-
-def _joined(blocks: Sequence[int], n_bytes: int) -> int:
-    """Return the checksum of all blocks together."""
-    found = 0
-    for number, block in enumerate(blocks):
-        found = combine(found, block, min(BLOCK_BYTES, n_bytes - number * BLOCK_BYTES))
-    return found
-
-
-def _upload(stores: Sequence[Store], key: str, pieces: Iterator[memoryview], n_bytes: int) -> None:
-    """Write one object to all stores at once: the pieces are used once."""
-    part_bytes = max(_PART_BYTES, -(-n_bytes // _MOST_PARTS), *(store.min_part_bytes for store in stores))
-    with ExitStack() as stack:
-        uploads = [stack.enter_context(store.create(key)) for store in stores]
-        for number, part in enumerate(_parts(pieces, part_bytes)):
-            for upload in uploads:
-                upload.put_part(number, part)
-        for upload in uploads:
-            upload.complete()
-
-
-def _parts(pieces: Iterable[memoryview], part_bytes: int) -> Iterator[memoryview]:
-    """Yield the bytes of all pieces in parts of part_bytes; the last one may be shorter. Large pieces are not copied."""
-    rest = bytearray()
-    for piece in pieces:
-        start = 0
-        if rest:
-            start = min(part_bytes - len(rest), piece.nbytes)
-            rest += piece[:start]
-            if len(rest) < part_bytes:
-                continue
-            yield memoryview(rest)
-            rest = bytearray()
-        while piece.nbytes - start >= part_bytes:
-            yield piece[start : start + part_bytes]
-            start += part_bytes
-        rest += piece[start:]
-    if rest:
-        yield memoryview(rest)
 
 
 def _entry(path: str, layout: FileLayout, spec: TensorSpec) -> TensorEntry:
@@ -446,51 +403,11 @@ def _parts_of(found: _StoredPart | _StoredValue) -> tuple[_StoredPart, ...]:
     return found.parts if isinstance(found, _StoredValue) else (found,)
 
 
-def verify_stored(store: Store, key: str, file: StoredFile) -> None:
-    """Check size and checksum of a file at its store: by the store's own checksum, else by reading it.
-
-    Raises:
-        CorruptCheckpoint: The store has other bytes than it was given.
-        StoreError: The store failed.
-    """
-    info = store.head(key)
-    url, found = f"{store.url}/{key}", info.crc32c
-    if info.n_bytes != file.n_bytes:
-        raise CorruptCheckpoint(f"the store has {info.n_bytes} of {file.n_bytes} bytes", url=url, part=file.path)
-    if found is None:
-        found, buffer = 0, memoryview(bytearray(min(file.n_bytes, _PART_BYTES)))
-        for start in range(0, file.n_bytes, _PART_BYTES):
-            piece = buffer[: min(_PART_BYTES, file.n_bytes - start)]
-            store.read_into(key, [(ByteRange(start, start + piece.nbytes), piece)], if_match=info.etag)
-            found = crc32c(piece, found)
-    if found != file.crc32c:
-        raise CorruptCheckpoint(
-            f"the store's bytes have the CRC-32C {found:08x}, those written {file.crc32c:08x}", url=url, part=file.path
-        )
-
-
-def _has_files(store: Store, manifest: Manifest, except_for: Iterable[str] = ()) -> bool:
-    """Return whether a store has the files of a checkpoint, with their sizes. The store is listed once."""
-    prefix = f"{manifest.name}/"
+def _missing_file(store: Store, name: str, files: Iterable[StoredFile]) -> str:
+    """Return which file of a checkpoint a store lacks, or has with another size; "" if none. The store is listed once."""
+    prefix = f"{name}/"
     sizes = {info.key.removeprefix(prefix): info.n_bytes for info in store.list(prefix)}
-    return all(sizes.get(file.path) == file.n_bytes for file in manifest.files if file.path not in except_for)
-
-
-def _put_manifest(store: Store, manifest: Manifest) -> None:
-    """Commit a checkpoint in a store."""
-    key, text = manifest_key(manifest.name), encode_manifest(manifest)
-    try:
-        is_first = store.put_if_absent(key, text)
-    except StoreError as error:
-        if not error.maybe_done:
-            raise
-        is_first = False  # the answer was lost: what is there now decides
-        with suppress(NotFound):
-            if store.get(key) == text:
-                return
-        raise
-    if not is_first and store.get(key) != text:
-        raise CommitConflict("another process has committed a checkpoint of this name", url=f"{store.url}/{key}")
+    return next((file.path for file in files if sizes.get(file.path) != file.n_bytes), "")
 
 
 # -- description of the parts ----------------------------------------------------------------------------------------
@@ -699,7 +616,7 @@ class _Read:
         self.buffer = self.buffer[:0]
 
 
-class CheckpointReader(StorageReader):
+class DistributedReader(StorageReader):
     """Reader of one checkpoint, for `dcp.load`. Every rank makes its own, with the same arguments.
 
     A rank reads the byte ranges that its parts need, and checks each block that it reads. It reads the local copy where
@@ -737,8 +654,9 @@ class CheckpointReader(StorageReader):
             NotFound: There is no such complete checkpoint.
             CorruptCheckpoint: No copy of its state can be read.
         """
-        self._manifest = self._checkpoints.manifest(self._which)
-        self.name = self._manifest.name
+        scan = self._checkpoints.inventory.scan()
+        self.name = resolve(scan, self._which)
+        self._manifest = scan.manifest(self.name) or self._manifest
         file = self._file(STATE_NAME)
         data = bytearray(file.n_bytes)
         spans = [(ByteRange(0, file.n_bytes), memoryview(data))]
@@ -786,11 +704,10 @@ class CheckpointReader(StorageReader):
             else:
                 read = self._plan_read(item, planner)
                 reads.setdefault(read.entry.file, []).append(read)
-        with ThreadPoolExecutor(self._checkpoints.writers, thread_name_prefix="tiercache-dcp") as pool:
-            jobs = [pool.submit(self._read, file, batch) for file, found in reads.items() for batch in _batches(found)]
-            for job in jobs:
-                for read in job.result():
-                    planner.commit_tensor(read.item, read.target)
+        calls = [partial(self._read, path, batch) for path, found in reads.items() for batch in _batches(found)]
+        for batch in in_parallel(calls, self._checkpoints.n_streams):
+            for read in batch:
+                planner.commit_tensor(read.item, read.target)
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -829,7 +746,7 @@ class CheckpointReader(StorageReader):
 
         check: Function that returns what is wrong with the bytes in the buffers; "" if nothing is.
         """
-        key, stores = key_of(self.name, file.path), self._checkpoints.stores
+        key, stores = key_of(self.name, file.path), [*self._checkpoints.inventory.tiers.values()]
         for number, store in enumerate(stores, start=1):
             url = f"{store.url}/{key}"
             try:
