@@ -218,13 +218,13 @@ def test_a_state_is_a_dict():
 
 
 def test_a_kind_of_a_later_release_is_named():
-    with pytest.raises(ValueError, match="unknown kind '\\$new'"):
+    with pytest.raises(ValueError, match=r"unknown kind '\$new'"):
         decode_state({"x": {"$new": 1}}, None)
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"version":2,"state":1}'])
 def test_a_text_that_is_no_state_is_refused(text):
-    with pytest.raises(ValueError, match="expected|Expecting"):
+    with pytest.raises(ValueError, match=r"expected|Expecting"):
         parse_state(text)
 
 

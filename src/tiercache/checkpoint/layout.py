@@ -21,12 +21,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from hashlib import blake2b
 from typing import Any
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import CorruptCheckpoint, UnsupportedFormat
 from tiercache.model import ObjectInfo
-from tiercache.store.contract import Store, check_key
+from tiercache.store.contract import Buffer, Store, check_key
 from tiercache.version import __version__
 
 FORMAT = 1
@@ -189,6 +190,20 @@ def shared_digest(path: str) -> str | None:
     """Return the digest in the path of a shared tensor; None for a file of one checkpoint."""
     match = _SHARED_FILE.fullmatch(path)
     return match[1] if match else None
+
+
+def tensor_digest(dtype: str, shape: Iterable[int], values: Iterable[Buffer]) -> str:
+    """Return the 40 hex digits by which checkpoints share a tensor: BLAKE2b-160 of type, shape and values.
+
+    Args:
+        dtype: Type by the name of safetensors.
+        shape: Sizes of the dimensions.
+        values: Pieces of the values, in order.
+    """
+    digest = blake2b(_canonical([dtype, list(shape)]) + b"\n", digest_size=20)
+    for piece in values:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 # -- listing ---------------------------------------------------------------------------------------------------------
