@@ -278,7 +278,7 @@ class TestRules:
         keep = (
             read(
                 TIERS + '[[tags]]\nmatch = "*"\ntags = "release"\n'
-                '[[rules]]\nmatch = "*"\nkeep_hot = {every = "6h", younger = "7d", tags = "release",'
+                '[[rules]]\nmatch = "*"\nkeep_hot = {every = "6h", younger_than = "7d", tags = "release",'
                 ' best = ["loss:2", "top 1 : 3 : max", {metric = ["a", "b"], n = 1, mode = "max"}]}'
             )
             .rules[0]

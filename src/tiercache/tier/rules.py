@@ -269,7 +269,7 @@ class KeepList(RuleTable):
     every_s: PositiveSeconds | None = Field(default=None, validation_alias="every")
     best: Annotated[tuple[BestMetric, ...], BeforeValidator(read_bests)] = ()
     tags: Texts = ()
-    younger_s: PositiveSeconds | None = Field(default=None, validation_alias="younger")
+    younger_s: PositiveSeconds | None = Field(default=None, validation_alias="younger_than")
 
 
 class Rule(RuleTable):
@@ -386,7 +386,7 @@ _MOST_TIERS = 100
 _KEEP = "keep_"
 _NOT_SHOWN = ("storage_options", "prices", "url")
 # Keys that have another name now; the old one is read for one release.
-_RENAMED = {"tiering.settle": "quiet_period", "tiering.silence": "reader_timeout"}
+_RENAMED = {"tiering.settle": "quiet_period", "tiering.silence": "reader_timeout", "rules.younger": "younger_than"}
 # Keys of earlier releases, and how to replace them.
 _REMOVED = {
     "rules.promote": "it was removed: delete the line; the local cache keeps copies of what is read from colder tiers",
@@ -515,11 +515,7 @@ def _rule(given: object, where: str, tiers: Sequence[Tier], tags: Sequence[Tag])
         name = _one_tier(key.removeprefix(_KEEP), f"{where}.{key}", tiers)
         if name in keep:
             raise ValueError(f"{where}.{key}: tier {name!r} has a keep list already")
-        if not _table(table, f"{where}.{key}"):
-            raise ValueError(f"{where}.{key}: is empty; its keys are {', '.join(sorted(_keys(KeepList)))}")
-        if empty := [inner for inner, value in table.items() if value == []]:
-            raise ValueError(f"{where}.{key}.{empty[0]}: expected one or more values, got an empty list")
-        keep[name] = _built(KeepList, table, f"{where}.{key}")
+        keep[name] = keep_list(_table(table, f"{where}.{key}"), f"{where}.{key}")
         # The rule would delete what an undefined tag was to keep.
         defined = sorted({name for tag in tags for name in tag.tags})
         for tag in [tag for tag in keep[name].tags if tag not in defined]:
@@ -566,6 +562,23 @@ def _one_tier(given: str, where: str, tiers: Sequence[Tier]) -> str:
     if len(found) > 1:
         raise ValueError(f"{where}: several tiers have the role {given!r}: name one of {', '.join(found)}")
     return found[0]
+
+
+def keep_list(given: Mapping[str, object], where: str) -> KeepList:
+    """Return the keep list of a table with the keys of a rule file.
+
+    Args:
+        given: Values by key, such as {"last": 3, "every": "6h"}.
+        where: Position of the table, for messages.
+
+    Raises:
+        ValueError: The table is empty, or a key or a value is wrong; the message names the key.
+    """
+    if not given:
+        raise ValueError(f"{where}: is empty; its keys are {', '.join(sorted(_keys(KeepList)))}")
+    if empty := [key for key, value in given.items() if value == []]:
+        raise ValueError(f"{where}.{empty[0]}: expected one or more values, got an empty list")
+    return _built(KeepList, given, where)
 
 
 def _list(tables: Mapping[str, Any], section: str) -> list[tuple[str, object]]:
