@@ -29,7 +29,8 @@ ENVIRONMENT_FILE, SLEEPING_FILE = "config.py", "waiting.py"
 ENVIRONMENT_NAMES = frozenset({"os.environ", "os.environb", "os.getenv"})
 
 # Signatures and help texts of the command. The verbs' bodies import the implementation: `--help` loads none of it.
-LAZY_FILES = ("cli/commands.py", "cli/tier_commands.py")
+# checkpoints.py imports dcp.py, and with it torch, where its writer is wanted: states of arrays do not need torch.
+LAZY_FILES = ("cli/commands.py", "cli/tier_commands.py", "checkpoint/checkpoints.py")
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 

@@ -47,6 +47,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from tiercache._native.checksum import crc32c
+from tiercache.checkpoint.checkpoints import Checkpoints, json_copy, numbers
 from tiercache.checkpoint.inventory import resolve
 from tiercache.checkpoint.layout import (
     METRICS_NAME,
@@ -68,7 +69,6 @@ from tiercache.model import ByteRange
 if TYPE_CHECKING:
     import os
 
-    from tiercache.checkpoint.checkpoints import Checkpoints
     from tiercache.store import Store
 
 # Each part of a tensor has a checksum for every so many bytes: a rank that reads a range checks what it reads.
@@ -168,7 +168,7 @@ class DistributedWriter(StorageWriter):
         """Return where the checkpoints are."""
         return StorageMeta(checkpoint_id=self._checkpoints.remote_store.url)
 
-    def set_up_storage_writer(self, is_coordinator: bool, *_args: Any, **kwargs: Any) -> None:  # noqa: ARG002, FBT001
+    def set_up_storage_writer(self, is_coordinator: bool, *_args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Begin a save. Raises ValueError without collectives, by which the ranks agree on the checkpoint's name."""
         if not kwargs.get("use_collectives", True):
             raise ValueError(
@@ -671,7 +671,7 @@ class DistributedReader(StorageReader):
         self._contents.metadata.storage_meta = StorageMeta(checkpoint_id=self.name)
         return self._contents.metadata
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_args: Any, **_kwargs: Any) -> None:  # noqa: FBT001
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_args: Any, **_kwargs: Any) -> None:
         """Begin a load."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
