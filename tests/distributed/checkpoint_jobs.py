@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -79,6 +80,8 @@ def digest(state: Any) -> str:
         if isinstance(value, Mapping):
             for key in sorted(value, key=str):
                 add(f"{path}.{key}", value[key])
+        elif isinstance(value, list):
+            add(path, dict(enumerate(value)))
         elif isinstance(value, torch.Tensor):
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             found.update(f"{path} {whole.dtype} {tuple(whole.shape)}".encode())
@@ -159,14 +162,15 @@ def fail(url: str, local: str, answers: str) -> None:
     dcp.save(state, storage_writer=checkpoints.dcp_writer(0))
     found = {"digest": digest(state)}
     train(model, optimizer)
-    whole = checkpoints.remote_store
+    remote = checkpoints.file_writers[-1]
+    whole = remote.store
     if rank == 1:
-        checkpoints.remote_store = FaultStore(whole, [Fault("complete", retryable=False, status=403)])
+        remote.store = FaultStore(whole, [Fault("complete", retryable=False, status=403)])
     try:
         dcp.save(state_of(model, optimizer), storage_writer=checkpoints.dcp_writer(1))
-    except dcp.CheckpointException as error:
+    except CheckpointException as error:
         found["error"] = str(error)
-    checkpoints.remote_store = whole
+    remote.store = whole
     Path(answers, f"{rank}.json").write_text(json.dumps(found))
     if rank == 1:
         crash_points.set_hook(Killer("dcp.written"))

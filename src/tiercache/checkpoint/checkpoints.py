@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from tiercache.checkpoint.layout import Manifest, checkpoint_name, written_order
 from tiercache.checkpoint.staging import HostMemory, StagedState, stage_state
 from tiercache.checkpoint.state_tree import encode_state, state_text
+from tiercache.checkpoint.stored import StoredCheckpoints
 from tiercache.checkpoint.writer import CheckpointWriter, SaveDropped, SharedTensors, TaskThread
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError
@@ -125,7 +126,7 @@ class _Save:
     is_running: bool = False
 
 
-class Checkpoints:
+class Checkpoints(StoredCheckpoints):
     """Checkpoints of one training run, below a URL. Any thread may call the methods, save() one at a time.
 
     A checkpoint exists once its manifest is put, which happens only after size and checksum of every file were checked
@@ -148,7 +149,7 @@ class Checkpoints:
     Attributes:
         remote_store: Store of `url`.
         local_store: Store of `local`; None if there is none.
-        keep, dedup: As given.
+        dedup: As given.
     """
 
     def __init__(
@@ -168,9 +169,11 @@ class Checkpoints:
             raise ValueError(f"pending and writers are at least 1, got {pending} and {writers}")
         if when_busy not in ("wait", "skip", "drop"):
             raise ValueError(f"when_busy is 'wait', 'skip' or 'drop', got {when_busy!r}")
-        self.remote_store: Store = open_store(url, **(storage_options or {}))
-        self.local_store = None if local is None else LocalFolder(local)
-        self.keep, self.dedup = tuple(keep), dedup
+        local_store = None if local is None else LocalFolder(local)
+        super().__init__(
+            open_store(url, **(storage_options or {})), local_store, keep=keep, storage_options=storage_options
+        )
+        self.dedup = dedup
         self._pending, self._when_busy, self._n_streams, self._rank = pending, when_busy, writers, rank
         self._memory = HostMemory()
         self._changed = Condition()
@@ -184,7 +187,8 @@ class Checkpoints:
         self._local = None if self.local_store is None else CheckpointWriter(self.local_store, writers, self.shared)
         self._writing, self._uploading = TaskThread("tiercache-checkpoint"), TaskThread("tiercache-checkpoint-upload")
         self._deleting = TaskThread("tiercache-checkpoint-delete")
-        self._on_commit: list[Callable[[str, Target], object]] = []  # called in the thread that deletes
+        # called in the thread that deletes
+        self._on_commit: list[Callable[[str, Target], object]] = [self._retain]
         _register_finish()
         _open.add(self)
 
@@ -446,8 +450,18 @@ class Checkpoints:
             self._advance(save, "done" if target == "remote" else "local")
             if target == "remote":
                 self._saves.remove(save)
+        self.announce(save.handle.name, target)
+
+    def announce(self, name: str, target: Target) -> None:
+        """Let the thread that deletes apply the rules of retention, after a checkpoint was committed."""
         for call in self._on_commit:
-            self._deleting.submit(partial(call, save.handle.name, target))
+            self._deleting.submit(partial(call, name, target))
+
+    def _retain(self, name: str, target: Target) -> None:  # noqa: ARG002 - of _on_commit
+        try:
+            self.retention.run()
+        except StoreError as error:  # the next commit tries again
+            warnings.warn(f"retention has not ended: {error}", RuntimeWarning, stacklevel=2)
 
     def _end(self, save: _Save, state: SaveState, error: Exception | None = None) -> None:
         """Note that a save has ended before it was committed everywhere."""
