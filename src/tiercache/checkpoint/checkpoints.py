@@ -133,7 +133,8 @@ class Checkpoints(StoredCheckpoints):
     at the store. A save that fails, or a process that is killed, leaves the earlier checkpoints as they are.
 
     Args:
-        url: URL or path of the folder in which the checkpoints are kept. One process writes to it at a time.
+        url: URL or path of the folder in which the checkpoints are kept, or an open store, which close() closes. One
+            process writes to it at a time.
         local: Folder on a local disk to which each checkpoint is written first; None: none.
         keep: Rules of retention (Keep); a checkpoint is kept if any rule keeps it. Without rules, all are kept.
         dedup: Whether checkpoints share tensors of 1 MiB or more whose values are equal.
@@ -154,7 +155,7 @@ class Checkpoints(StoredCheckpoints):
 
     def __init__(
         self,
-        url: str | os.PathLike[str],
+        url: str | os.PathLike[str] | Store,
         *,
         local: str | os.PathLike[str] | None = None,
         keep: Sequence[Any] = (),
@@ -169,10 +170,9 @@ class Checkpoints(StoredCheckpoints):
             raise ValueError(f"pending and writers are at least 1, got {pending} and {writers}")
         if when_busy not in ("wait", "skip", "drop"):
             raise ValueError(f"when_busy is 'wait', 'skip' or 'drop', got {when_busy!r}")
+        store = url if isinstance(url, Store) else open_store(url, **(storage_options or {}))
         local_store = None if local is None else LocalFolder(local)
-        super().__init__(
-            open_store(url, **(storage_options or {})), local_store, keep=keep, storage_options=storage_options
-        )
+        super().__init__(store, local_store, keep=keep, storage_options=storage_options)
         self.dedup = dedup
         self._pending, self._when_busy, self._n_streams, self._rank = pending, when_busy, writers, rank
         self._memory = HostMemory()

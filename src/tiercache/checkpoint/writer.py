@@ -109,9 +109,11 @@ class CheckpointWriter:
 
     def __init__(self, store: Store, n_streams: int, shared: SharedTensors) -> None:
         self.store, self._n_streams, self._shared = store, n_streams, shared
-        is_s3 = isinstance(store, CloudStore) and store.cloud == "s3" and has_boto3()
-        # It sends a checksum with every part, which the server compares, and knows the checksum of the whole object.
-        self._classes = S3StorageClasses.of(store) if is_s3 and isinstance(store, CloudStore) else None
+        self._classes: S3StorageClasses | None = None
+        if isinstance(store, CloudStore) and store.cloud == "s3" and has_boto3():
+            # boto3 sends a checksum with every part, which the server compares, and asks for that of the whole object.
+            with suppress(ValueError):  # an option that only obstore has
+                self._classes = S3StorageClasses.of(store)
         self._lock = Lock()
         self._checked: dict[str, int] = {}  # checksums of shared tensors that were checked at the store
 
