@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Only these files and folders may import these packages, so that a package can be replaced or left out there.
-_TORCH_HOMES = ("load/", "checkpoint/", "integrations/", "demo/train.py", "rng.py")  # rng.py: on first use of a torch.Generator
+_TORCH_HOMES = (
+    "load/",
+    "checkpoint/",
+    "integrations/",
+    "demo/train.py",
+    "rng.py",
+)  # rng.py: on first use of a torch.Generator
 HOMES = {
     "obstore": ("store/obstore.py", "testing/"),
     "fsspec": ("store/fsspec.py", "integrations/fsspec.py", "testing/"),

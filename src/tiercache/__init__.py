@@ -27,6 +27,8 @@ from tiercache.version import __version__
 
 if TYPE_CHECKING:
     from tiercache.cache import Cache
+    from tiercache.checkpoint.checkpoints import Checkpoints
+    from tiercache.checkpoint.retention import Keep
     from tiercache.combinations import mix, zip_columns
     from tiercache.dataset import Dataset, concat
     from tiercache.description import describe
@@ -59,6 +61,7 @@ __all__ = [
     "DecodeImage",
     "FillInMiddle",
     "Image",
+    "Keep",
     "LoaderOptions",
     "MixUp",
     "NotFound",
@@ -94,6 +97,7 @@ _HOMES = {
     "DecodeImage": "tiercache.images.options",
     "FillInMiddle": "tiercache.views.packing",
     "Image": "tiercache.shard.schema",
+    "Keep": "tiercache.checkpoint.retention",
     "LoaderOptions": "tiercache.load.options",
     "NumpyLoader": "tiercache.load.numpy_loader",
     "MixUp": "tiercache.load.mixup",

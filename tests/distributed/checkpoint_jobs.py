@@ -121,7 +121,7 @@ def save(url: str, local: str | None, kinds: list[str]) -> dict[str, str]:
 
 
 def load(url: str, local: str | None, kinds: list[str]) -> dict[str, list[str]]:
-    """Load each checkpoint that save() wrote into other models; the digests of the states, before and after they are set."""
+    """Load what save() wrote into other models; the digests of the states, before and after they are set."""
     dist.init_process_group("gloo")
     checkpoints = tc.Checkpoints(url, local=local)
     found = {}

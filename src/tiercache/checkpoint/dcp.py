@@ -216,7 +216,7 @@ class DistributedWriter(StorageWriter):
                 values[item.index] = _encode_value(item, planner)
                 for name, tensor in values[item.index].tensors.items():
                     spec = TensorSpec(name, tensor.dtype, tensor.shape, tensor.n_bytes)
-                    _add(sources, _Source(spec, lambda value=tensor.value: torch.as_tensor(value)))
+                    _add(sources, _Source(spec, partial(torch.as_tensor, tensor.value)))
             else:
                 source = _source_of(item, planner)
                 parts[item.index] = source.spec.name
@@ -224,7 +224,7 @@ class DistributedWriter(StorageWriter):
         stored = self._write_files(task, sources)
         results = [WriteResult(index, stored[name].entry.n_bytes, stored[name]) for index, name in parts.items()]
         for index, value in values.items():
-            (node,) = value.tree.values()
+            ((_, node),) = _items_of(value.tree) or ()
             found = _StoredValue(node, tuple(stored[name] for name in value.tensors))
             results.append(WriteResult(index, sum(part.entry.n_bytes for part in found.parts), found))
         future: Future[list[WriteResult]] = Future()
@@ -377,13 +377,14 @@ def _memory_of(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a contiguous tensor on the CPU, which can be written."""
     if not tensor.numel():
         return memoryview(b"")
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(values)
 
 
 def _pieces(
     layout: FileLayout, sources: Mapping[str, _Source], blocks: dict[str, tuple[int, ...]]
 ) -> Iterator[memoryview]:
-    """Yield the bytes of a file, and note the checksums of the tensors by name. Tensors are loaded one after another."""
+    """Yield the bytes of a file, one tensor after another, and note the checksums of the tensors by name."""
     yield memoryview(layout.header)
     for name in layout.offsets:
         data = _bytes_of(sources[name])
@@ -404,7 +405,7 @@ def _parts_of(found: _StoredPart | _StoredValue) -> tuple[_StoredPart, ...]:
 
 
 def _missing_file(store: Store, name: str, files: Iterable[StoredFile]) -> str:
-    """Return which file of a checkpoint a store lacks, or has with another size; "" if none. The store is listed once."""
+    """Return which file a store lacks, or has with another size; "" if none. The store is listed once."""
     prefix = f"{name}/"
     sizes = {info.key.removeprefix(prefix): info.n_bytes for info in store.list(prefix)}
     return next((file.path for file in files if sizes.get(file.path) != file.n_bytes), "")
@@ -416,15 +417,17 @@ def _missing_file(store: Store, name: str, files: Iterable[StoredFile]) -> str:
 def _encode_metadata(
     metadata: Metadata, stored: Mapping[MetadataIndex, Any], blocks: Mapping[str, Sequence[int]]
 ) -> bytes:
-    """Return the text of state.json: the tree of the state, as Checkpoints.save() writes it, and checksums of the parts.
+    """Return the text of state.json: the tree of the state, as of Checkpoints.save(), and checksums of the parts.
 
     Raises:
         ValueError: A part is missing, or the planner's own data cannot be stored.
     """
     nodes: dict[str, Any] = {}
     for fqn, found in metadata.state_dict_metadata.items():
-        is_tensor = isinstance(found, TensorStorageMetadata)
-        nodes[fqn] = _tensor_node(fqn, found, stored) if is_tensor else stored[MetadataIndex(fqn)].node
+        if isinstance(found, TensorStorageMetadata):
+            nodes[fqn] = _tensor_node(fqn, found, stored)
+        else:
+            nodes[fqn] = stored[MetadataIndex(fqn)].node
     paths = metadata.planner_data
     if paths is not None and not (isinstance(paths, Mapping) and paths.keys() >= nodes.keys()):
         raise ValueError(

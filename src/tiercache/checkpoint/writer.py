@@ -178,7 +178,7 @@ class CheckpointWriter:
         crash_point("checkpoint_write.files_written")
         return list(stored.values()), tensors
 
-    def upload(self, manifest: Manifest, local: LocalFolder, stop: Event) -> None:
+    def upload(self, manifest: Manifest, local: Store, stop: Event) -> None:
         """Write the files of a checkpoint that is committed in a local folder, and check them.
 
         Raises:
