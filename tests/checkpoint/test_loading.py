@@ -1,6 +1,5 @@
 """Load: the nearest complete copy, corrupt copies, what goes into the caller's objects, and differences of keys."""
 
-import os
 import warnings
 from pathlib import Path
 
@@ -244,7 +243,7 @@ def test_without_strict_everything_that_fits_is_loaded_and_the_rest_is_named_in_
 def test_the_error_says_that_the_keys_differ_by_the_prefix_of_a_wrapper(remote):
     net, _ = trained()
     write_checkpoint(remote, 1, {"model": {f"module.{key}": value for key, value in net.state_dict().items()}})
-    with pytest.raises(ValueError, match="The keys of the checkpoint begin with 'module.'"):
+    with pytest.raises(ValueError, match=r"The keys of the checkpoint begin with 'module\.'"):
         StoredCheckpoints(remote).load(into={"model": Net()})
 
 
@@ -350,7 +349,7 @@ class Bucket(FaultStore):
 
     def __init__(self, inner, script=()):
         super().__init__(inner, script)
-        self.url = f"s3://bucket/{os.path.basename(inner.url)}"
+        self.url = f"s3://bucket/{Path(inner.url).name}"
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ class StoredCheckpoints:
 
     @contextmanager
     def _found(self, scan: Scan, which: str | int) -> Iterator[tuple[Scan, Mapping[str, Store]]]:
-        """Yield a listing that has the checkpoint, and the stores of other tiers, which are listed only if they must."""
+        """Yield a listing that has the checkpoint, and the stores of other tiers, which are listed only if needed."""
         try:
             resolve(scan, which)
         except NotFound:
