@@ -22,15 +22,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from threading import Condition, Event
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tiercache.checkpoint.layout import Manifest, checkpoint_name, written_order
 from tiercache.checkpoint.staging import HostMemory, StagedState, stage_state
 from tiercache.checkpoint.state_tree import encode_state, state_text
+from tiercache.checkpoint.stored import StoredCheckpoints
 from tiercache.checkpoint.writer import CheckpointWriter, SaveDropped, SharedTensors, TaskThread
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder, Store, open_store
+
+if TYPE_CHECKING:
+    from tiercache.checkpoint.dcp import DistributedReader, DistributedWriter
 
 Target: TypeAlias = Literal["local", "remote"]
 WhenBusy: TypeAlias = Literal["wait", "skip", "drop"]
@@ -122,7 +126,7 @@ class _Save:
     is_running: bool = False
 
 
-class Checkpoints:
+class Checkpoints(StoredCheckpoints):
     """Checkpoints of one training run, below a URL. Any thread may call the methods, save() one at a time.
 
     A checkpoint exists once its manifest is put, which happens only after size and checksum of every file were checked
@@ -146,7 +150,7 @@ class Checkpoints:
     Attributes:
         remote_store: Store of `url`.
         local_store: Store of `local`; None if there is none.
-        keep, dedup: As given.
+        dedup: As given.
     """
 
     def __init__(
@@ -166,9 +170,10 @@ class Checkpoints:
             raise ValueError(f"pending and writers are at least 1, got {pending} and {writers}")
         if when_busy not in ("wait", "skip", "drop"):
             raise ValueError(f"when_busy is 'wait', 'skip' or 'drop', got {when_busy!r}")
-        self.remote_store = url if isinstance(url, Store) else open_store(url, **(storage_options or {}))
-        self.local_store = None if local is None else LocalFolder(local)
-        self.keep, self.dedup = tuple(keep), dedup
+        store = url if isinstance(url, Store) else open_store(url, **(storage_options or {}))
+        local_store = None if local is None else LocalFolder(local)
+        super().__init__(store, local_store, keep=keep, storage_options=storage_options)
+        self.dedup = dedup
         self._pending, self._when_busy, self._n_streams, self._rank = pending, when_busy, writers, rank
         self._memory = HostMemory()
         self._changed = Condition()
@@ -182,7 +187,8 @@ class Checkpoints:
         self._local = None if self.local_store is None else CheckpointWriter(self.local_store, writers, self.shared)
         self._writing, self._uploading = TaskThread("tiercache-checkpoint"), TaskThread("tiercache-checkpoint-upload")
         self._deleting = TaskThread("tiercache-checkpoint-delete")
-        self._on_commit: list[Callable[[str, Target], object]] = []  # called in the thread that deletes
+        # called in the thread that deletes
+        self._on_commit: list[Callable[[str, Target], object]] = [self._retain]
         _register_finish()
         _open.add(self)
 
@@ -199,6 +205,44 @@ class Checkpoints:
         except StoreError:
             if kind is None:  # the error that ends the block counts
                 raise
+
+    @property
+    def n_streams(self) -> int:
+        """Number of files that are written, or uploaded, in parallel."""
+        return self._n_streams
+
+    @property
+    def file_writers(self) -> tuple[CheckpointWriter, ...]:
+        """Writers of files, in the order in which a checkpoint is written: to the local folder, to the store."""
+        return (self._remote,) if self._local is None else (self._local, self._remote)
+
+    def dcp_writer(
+        self, step: int, *, metrics: Mapping[str, float] | None = None, note: Any = None
+    ) -> DistributedWriter:
+        """Return a writer of one checkpoint for torch.distributed.checkpoint: `dcp.save(state, storage_writer=...)`.
+
+        Every rank calls this with the same arguments. `dcp.save` returns when the checkpoint is committed at the store.
+
+        Args:
+            step: Step of the training run.
+            metrics: Metrics by name, for the rules of retention.
+            note: JSON value that list() returns.
+        """
+        from tiercache.checkpoint.dcp import DistributedWriter
+
+        return DistributedWriter(self, step, metrics=metrics, note=note)
+
+    def dcp_reader(self, which: str | int = "latest") -> DistributedReader:
+        """Return a reader of one checkpoint for torch.distributed.checkpoint: `dcp.load(state, storage_reader=...)`.
+
+        Every rank calls this with the same arguments. The number of ranks may differ from that of the save.
+
+        Args:
+            which: "latest", "best:METRIC", a step or a name, as for load().
+        """
+        from tiercache.checkpoint.dcp import DistributedReader
+
+        return DistributedReader(self, which)
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -233,9 +277,8 @@ class Checkpoints:
         """
         self._check_usable()
         self._raise_failure()
-        step, numbers, note = operator.index(step), _numbers(metrics or {}), _json_copy(note)
-        created_s = self._next_time()
-        name = checkpoint_name(step, created_s, secrets.token_hex(3))
+        step, metrics, note = operator.index(step), numbers(metrics or {}), json_copy(note)
+        name, created_s = self.new_name(step)
         handle = SaveHandle(name, step, self.targets, self._changed)
         if self._find_rank() != 0 or not self._wait_for_turn():
             handle.state = "skipped"
@@ -243,7 +286,7 @@ class Checkpoints:
         encoded = encode_state(state)
         staged = stage_state(encoded, self._memory, n_streams=self._n_streams, shares=self.dedup)
         crash_point("checkpoint_stage.copied")
-        manifest = Manifest(name, step, created_s, (), {}, numbers, note)
+        manifest = Manifest(name, step, created_s, (), {}, metrics, note)
         save = _Save(handle, staged, state_text(encoded.tree), encoded.aliases, manifest)
         with self._changed:
             self._saves.append(save)
@@ -308,11 +351,14 @@ class Checkpoints:
             return 0
         return int(torch.distributed.get_rank())
 
-    def _next_time(self) -> float:
-        """Return the present time, but later than that of every earlier save: names tell which save is the newest."""
+    def new_name(self, step: int) -> tuple[str, float]:
+        """Return a name and its time: the present, but later than that of every earlier save of this process.
+
+        Names tell which save is the newest.
+        """
         with self._changed:
             self._newest_s = max(round(time.time(), 3), round(self._newest_s + 0.001, 3))
-            return self._newest_s
+            return checkpoint_name(step, self._newest_s, secrets.token_hex(3)), self._newest_s
 
     def _wait_for_turn(self) -> bool:
         """Return whether a new save may begin, after waiting for an unfinished one where necessary."""
@@ -404,8 +450,18 @@ class Checkpoints:
             self._advance(save, "done" if target == "remote" else "local")
             if target == "remote":
                 self._saves.remove(save)
+        self.announce(save.handle.name, target)
+
+    def announce(self, name: str, target: Target) -> None:
+        """Let the thread that deletes apply the rules of retention, after a checkpoint was committed."""
         for call in self._on_commit:
-            self._deleting.submit(partial(call, save.handle.name, target))
+            self._deleting.submit(partial(call, name, target))
+
+    def _retain(self, name: str, target: Target) -> None:  # noqa: ARG002 - of _on_commit
+        try:
+            self.retention.run()
+        except StoreError as error:  # the next commit tries again
+            warnings.warn(f"retention has not ended: {error}", RuntimeWarning, stacklevel=2)
 
     def _end(self, save: _Save, state: SaveState, error: Exception | None = None) -> None:
         """Note that a save has ended before it was committed everywhere."""
@@ -428,7 +484,7 @@ class Checkpoints:
         return "" if self.local_store is None else self.local_store.url
 
 
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return metrics as numbers. Raises TypeError or ValueError if a value is none."""
     found = {}
     for name, value in metrics.items():
@@ -438,7 +494,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _json_copy(note: Any) -> Any:
+def json_copy(note: Any) -> Any:
     """Return a JSON value that later changes do not reach. Raises TypeError or ValueError if it is none."""
     return json.loads(json.dumps(note, allow_nan=False))
 

@@ -351,6 +351,8 @@ def _shape(node: Any, tensors: _Tensors) -> tuple[int, ...] | None:
             return shape[:-1] if "as" in node else shape  # complex128 is stored as pairs
     if isinstance(node, dict) and "$numpy" in node:
         return tuple(node["$numpy"][1])
+    if isinstance(node, dict) and "$sharded" in node:
+        return tuple(node["$sharded"]["size"])
     return None
 
 

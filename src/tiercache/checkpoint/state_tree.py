@@ -315,6 +315,15 @@ def _decode_tensor(value: Any, node: Any, find: FindTensor) -> Any:
     return import_module("torch").view_as_complex(tensor.contiguous()) if node.get("as") == _PAIRS else tensor
 
 
+def _decode_sharded(value: Any, _node: Any, find: FindTensor) -> Any:
+    torch = import_module("torch")
+    whole = torch.empty(value["size"], dtype=getattr(torch, DTYPES[value["dtype"]]))
+    for offsets, sizes, part in value["parts"]:  # of a checkpoint of several ranks: dcp.py
+        box = tuple(slice(start, start + n) for start, n in zip(offsets, sizes, strict=True))
+        whole[box] = decode_state(part, find)
+    return whole
+
+
 def _decode_array(value: Any, node: Any, find: FindTensor) -> Any:
     array = find(value, "numpy")
     return np.ascontiguousarray(array).view(np.complex128)[..., 0] if node.get("as") == _PAIRS else array
@@ -336,6 +345,7 @@ _DECODERS: Mapping[str, Callable[[Any, Any, FindTensor], Any]] = {
     "$dict": _decode_dict,
     "$state_dict": _decode_state_dict,
     "$tensor": _decode_tensor,
+    "$sharded": _decode_sharded,
     "$array": _decode_array,
     "$numpy": _decode_inline,
     "$scalar": lambda value, node, find: _decode_inline(value, node, find)[()],
