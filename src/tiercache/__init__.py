@@ -29,6 +29,7 @@ from tiercache.version import __version__
 if TYPE_CHECKING:
     from tiercache.cache import Cache
     from tiercache.checkpoint.checkpoints import Checkpoints
+    from tiercache.checkpoint.retention import Keep
     from tiercache.combinations import mix, zip_columns
     from tiercache.dataset import Dataset, concat
     from tiercache.description import describe
@@ -62,6 +63,7 @@ __all__ = [
     "DecodeImage",
     "FillInMiddle",
     "Image",
+    "Keep",
     "LoaderOptions",
     "MixUp",
     "NotFound",
@@ -97,6 +99,7 @@ _HOMES = {
     "DecodeImage": "tiercache.images.options",
     "FillInMiddle": "tiercache.views.packing",
     "Image": "tiercache.shard.schema",
+    "Keep": "tiercache.checkpoint.retention",
     "LoaderOptions": "tiercache.load.options",
     "NumpyLoader": "tiercache.load.numpy_loader",
     "MixUp": "tiercache.load.mixup",

@@ -50,10 +50,14 @@ def some_tensor(draw):
 
 
 @given(st.dictionaries(st.text("abc", min_size=1), some_tensor(), max_size=6), st.integers(1, 3))
-def test_tensors_of_any_type_and_strides_are_copied_across_segments(state, n_pages):
+def test_tensors_of_any_type_and_strides_are_copied_across_slabs(state, n_pages):
     found = tensors_in(staged(state, HostMemory(n_pages * PAGE_BYTES)))
     assert found.keys() == state.keys()
     assert all(same(found[name], tensor.resolve_conj()) for name, tensor in state.items())
+
+
+def test_a_single_item_of_any_stride_is_copied():
+    assert same(tensors_in(staged({"x": torch.arange(4.0)[1::4]}))["x"], torch.ones(1))
 
 
 def test_arrays_of_numpy_are_copied():

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from threading import Condition, Event
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tiercache.checkpoint.layout import Manifest, checkpoint_name, written_order
 from tiercache.checkpoint.retention import Keep, referenced_tensors
@@ -33,6 +33,9 @@ from tiercache.checkpoint.writer import CheckpointWriter, SaveDropped, SharedTen
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder, Store, open_store
+
+if TYPE_CHECKING:
+    from tiercache.checkpoint.dcp import DistributedReader, DistributedWriter
 
 Target: TypeAlias = Literal["local", "remote"]
 WhenBusy: TypeAlias = Literal["wait", "skip", "drop"]
@@ -148,7 +151,6 @@ class Checkpoints(StoredCheckpoints):
     Attributes:
         remote_store: Store of `url`.
         local_store: Store of `local`; None if there is none.
-        keep: Rules of retention.
         dedup: As given.
     """
 
@@ -188,8 +190,8 @@ class Checkpoints(StoredCheckpoints):
         self._local = None if local_store is None else self._writer_to(local_store, "local")
         self._writing, self._uploading = TaskThread("tiercache-checkpoint"), TaskThread("tiercache-checkpoint-upload")
         self._deleting = TaskThread("tiercache-checkpoint-delete")
-        # Called in the thread that deletes.
-        self._on_commit: list[Callable[[str, Target], object]] = [lambda _name, _target: self.apply_retention()]
+        # called in the thread that deletes
+        self._on_commit: list[Callable[[str, Target], object]] = [self._retain]
         _register_finish()
         _open.add(self)
 
@@ -210,6 +212,44 @@ class Checkpoints(StoredCheckpoints):
     def _writer_to(self, store: Store, target: Target) -> CheckpointWriter:
         referenced = partial(referenced_tensors, self.inventory, target)
         return CheckpointWriter(store, self._n_streams, self.shared, referenced)
+
+    @property
+    def n_streams(self) -> int:
+        """Number of files that are written, or uploaded, in parallel."""
+        return self._n_streams
+
+    @property
+    def file_writers(self) -> tuple[CheckpointWriter, ...]:
+        """Writers of files, in the order in which a checkpoint is written: to the local folder, to the store."""
+        return (self._remote,) if self._local is None else (self._local, self._remote)
+
+    def dcp_writer(
+        self, step: int, *, metrics: Mapping[str, float] | None = None, note: Any = None
+    ) -> DistributedWriter:
+        """Return a writer of one checkpoint for torch.distributed.checkpoint: `dcp.save(state, storage_writer=...)`.
+
+        Every rank calls this with the same arguments. `dcp.save` returns when the checkpoint is committed at the store.
+
+        Args:
+            step: Step of the training run.
+            metrics: Metrics by name, for the rules of retention.
+            note: JSON value that list() returns.
+        """
+        from tiercache.checkpoint.dcp import DistributedWriter
+
+        return DistributedWriter(self, step, metrics=metrics, note=note)
+
+    def dcp_reader(self, which: str | int = "latest") -> DistributedReader:
+        """Return a reader of one checkpoint for torch.distributed.checkpoint: `dcp.load(state, storage_reader=...)`.
+
+        Every rank calls this with the same arguments. The number of ranks may differ from that of the save.
+
+        Args:
+            which: "latest", "best:METRIC", a step or a name, as for load().
+        """
+        from tiercache.checkpoint.dcp import DistributedReader
+
+        return DistributedReader(self, which)
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -248,9 +288,8 @@ class Checkpoints(StoredCheckpoints):
         """
         self._check_usable()
         self._raise_failure()
-        step, numbers, note = operator.index(step), _numbers(metrics or {}), _json_copy(note)
-        created_s = self._next_time()
-        name = checkpoint_name(step, created_s, secrets.token_hex(3))
+        step, metrics, note = operator.index(step), numbers(metrics or {}), json_copy(note)
+        name, created_s = self.new_name(step)
         handle = SaveHandle(name, step, self.targets, self._changed)
         if self._find_rank() != 0 or not self._wait_for_turn():
             handle.state = "skipped"
@@ -258,7 +297,7 @@ class Checkpoints(StoredCheckpoints):
         encoded = encode_state(state)
         staged = stage_state(encoded, self._memory, n_streams=self._n_streams, shares=self.dedup)
         crash_point("checkpoint_stage.copied")
-        manifest = Manifest(name, step, created_s, (), {}, numbers, note)
+        manifest = Manifest(name, step, created_s, (), {}, metrics, note)
         save = _Save(handle, staged, state_text(encoded.tree), encoded.aliases, manifest)
         with self._changed:
             self._saves.append(save)
@@ -323,11 +362,14 @@ class Checkpoints(StoredCheckpoints):
             return 0
         return int(torch.distributed.get_rank())
 
-    def _next_time(self) -> float:
-        """Return the present time, but later than that of every earlier save: names tell which save is the newest."""
+    def new_name(self, step: int) -> tuple[str, float]:
+        """Return a name and its time: the present, but later than that of every earlier save of this process.
+
+        Names tell which save is the newest.
+        """
         with self._changed:
             self._newest_s = max(round(time.time(), 3), round(self._newest_s + 0.001, 3))
-            return self._newest_s
+            return checkpoint_name(step, self._newest_s, secrets.token_hex(3)), self._newest_s
 
     def _wait_for_turn(self) -> bool:
         """Return whether a new save may begin, after waiting for an unfinished one where necessary."""
@@ -419,8 +461,15 @@ class Checkpoints(StoredCheckpoints):
             self._advance(save, "done" if target == "remote" else "local")
             if target == "remote":
                 self._saves.remove(save)
+        self.announce(save.handle.name, target)
+
+    def announce(self, name: str, target: Target) -> None:
+        """Let the thread that deletes apply the rules of retention, after a checkpoint was committed."""
         for call in self._on_commit:
-            self._deleting.submit(partial(call, save.handle.name, target))
+            self._deleting.submit(partial(call, name, target))
+
+    def _retain(self, name: str, target: Target) -> None:  # noqa: ARG002 - of _on_commit
+        self.apply_retention()
 
     def _end(self, save: _Save, state: SaveState, error: Exception | None = None) -> None:
         """Note that a save has ended before it was committed everywhere."""
@@ -443,7 +492,7 @@ class Checkpoints(StoredCheckpoints):
         return "" if self.local_store is None else self.local_store.url
 
 
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return metrics as numbers. Raises TypeError or ValueError if a value is none."""
     found = {}
     for name, value in metrics.items():
@@ -453,7 +502,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _json_copy(note: Any) -> Any:
+def json_copy(note: Any) -> Any:
     """Return a JSON value that later changes do not reach. Raises TypeError or ValueError if it is none."""
     return json.loads(json.dumps(note, allow_nan=False))
 

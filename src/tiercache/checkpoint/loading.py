@@ -18,7 +18,7 @@ import numpy as np
 
 from tiercache.checkpoint.layout import FORMAT, STATE_NAME, Manifest, TensorEntry
 from tiercache.checkpoint.reading import CopyReader
-from tiercache.checkpoint.state_tree import DTYPES, Library, decode_state, parse_state
+from tiercache.checkpoint.state_tree import DTYPES, Library, decode_state, flat_bytes, parse_state
 from tiercache.errors import CorruptCheckpoint, UnsupportedFormat
 from tiercache.store import Store
 
@@ -145,8 +145,7 @@ def memory_of(value: Any) -> memoryview:
     """Return the bytes of a contiguous tensor of the host, or of an array, as writable memory."""
     if isinstance(value, np.ndarray):
         return value.reshape(-1).view(np.uint8).data
-    torch = import_module("torch")
-    return memoryview(value.detach().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(flat_bytes(value).numpy())
 
 
 def usable(entry: TensorEntry, library: Library, value: Any) -> bool:
@@ -352,6 +351,8 @@ def _shape(node: Any, tensors: _Tensors) -> tuple[int, ...] | None:
             return shape[:-1] if "as" in node else shape  # complex128 is stored as pairs
     if isinstance(node, dict) and "$numpy" in node:
         return tuple(node["$numpy"][1])
+    if isinstance(node, dict) and "$sharded" in node:
+        return tuple(node["$sharded"]["size"])
     return None
 
 

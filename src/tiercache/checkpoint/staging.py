@@ -1,8 +1,8 @@
 """The copy of a state to host memory: the only part of a save for which training waits.
 
-The memory consists of segments that later saves use again: new memory costs a page fault for every page, and pinned
+The memory consists of slabs that later saves use again: new memory costs a page fault for every page, and pinned
 memory a call of the driver. Files lie in it as they will be on the disk, one after another, each from a page on, so
-that they are written from there with direct I/O. A file may continue in the next segment.
+that they are written from there with direct I/O. A file may continue in the next slab.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiercache.checkpoint.safetensors_file import PAGE_BYTES, FileLayout, TensorSpec, distribute, lay_out_file
-from tiercache.checkpoint.state_tree import EncodedState, TensorSource
+from tiercache.checkpoint.state_tree import EncodedState, TensorSource, flat_bytes
 
-SEGMENT_BYTES = 64 << 20
+SLAB_BYTES = 64 << 20
 SHARED_MIN_BYTES = 1 << 20
 """Size from which a tensor is shared between checkpoints."""
 SHARED_NAME = "tensor"
@@ -98,7 +98,7 @@ def _torch_device(device: Any) -> TorchDevice:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Segment:
+class Slab:
     """A piece of host memory that begins at a page.
 
     Attributes:
@@ -113,55 +113,55 @@ class Segment:
 
 
 class HostMemory:
-    """Segments for staged states, kept for later saves. Thread-safe: the writer returns them.
+    """Slabs for staged states, kept for later saves. Thread-safe: the writer returns them.
 
     Args:
-        segment_bytes: Size of a segment, of whole pages.
+        slab_bytes: Size of a slab, of whole pages.
     """
 
-    def __init__(self, segment_bytes: int = SEGMENT_BYTES) -> None:
-        self.segment_bytes = segment_bytes
+    def __init__(self, slab_bytes: int = SLAB_BYTES) -> None:
+        self.slab_bytes = slab_bytes
         self._lock = Lock()
-        self._free: list[Segment] = []
+        self._free: list[Slab] = []
 
-    def take(self, n_bytes: int, device: DeviceCopies | None) -> list[Segment]:
-        """Return segments of n_bytes together; pinned by a device if one is given."""
-        found: list[Segment] = []
+    def take(self, n_bytes: int, device: DeviceCopies | None) -> list[Slab]:
+        """Return slabs of n_bytes together; pinned by a device if one is given."""
+        found: list[Slab] = []
         try:
-            while len(found) * self.segment_bytes < n_bytes:
+            while len(found) * self.slab_bytes < n_bytes:
                 found.append(self._reused(device is not None) or self._new(device))
         except BaseException:
             self.give(found)
             raise
         return found
 
-    def give(self, segments: Sequence[Segment]) -> None:
-        """Keep segments for later saves."""
+    def give(self, slabs: Sequence[Slab]) -> None:
+        """Keep slabs for later saves."""
         with self._lock:
-            self._free += segments
+            self._free += slabs
 
     def clear(self) -> None:
-        """Free the segments that no save uses."""
+        """Free the slabs that no save uses."""
         with self._lock:
             self._free.clear()
 
-    def _reused(self, is_pinned: bool) -> Segment | None:
+    def _reused(self, is_pinned: bool) -> Slab | None:
         with self._lock:
-            for number, segment in enumerate(self._free):
-                if segment.is_pinned == is_pinned:
+            for number, slab in enumerate(self._free):
+                if slab.is_pinned == is_pinned:
                     return self._free.pop(number)
         return None
 
-    def _new(self, device: DeviceCopies | None) -> Segment:
+    def _new(self, device: DeviceCopies | None) -> Slab:
         if device is not None:
-            tensor = device.pin(self.segment_bytes)
-            return Segment(tensor.numpy(), tensor, is_pinned=True)
-        memory = mmap.mmap(-1, self.segment_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            tensor = device.pin(self.slab_bytes)
+            return Slab(tensor.numpy(), tensor, is_pinned=True)
+        memory = mmap.mmap(-1, self.slab_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError):  # a kernel without huge pages; they make the first copy faster
             memory.madvise(mmap.MADV_HUGEPAGE)
         array = np.frombuffer(memory, np.uint8)
         torch = sys.modules.get("torch")
-        return Segment(array, None if torch is None else torch.from_numpy(array), is_pinned=False)
+        return Slab(array, None if torch is None else torch.from_numpy(array), is_pinned=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -193,13 +193,13 @@ class StagedState:
 
     files: Sequence[StagedFile]
     _memory: HostMemory
-    _segments: list[Segment] = field(default_factory=list)
+    _slabs: list[Slab] = field(default_factory=list)
 
     def release(self) -> None:
         """Return the memory. Repeated calls have no effect."""
         self.files = ()
-        segments, self._segments = self._segments, []
-        self._memory.give(segments)
+        slabs, self._slabs = self._slabs, []
+        self._memory.give(slabs)
 
 
 def stage_state(
@@ -230,7 +230,7 @@ def stage_state(
         starts.append(end)
         end += -(-layout.n_bytes // PAGE_BYTES) * PAGE_BYTES
     pinning = next((device for device in devices.values() if device is not None), None)
-    copy = _Copy(memory.take(end, pinning), memory.segment_bytes)
+    copy = _Copy(memory.take(end, pinning), memory.slab_bytes)
     try:
         placed = [
             (
@@ -249,7 +249,7 @@ def stage_state(
         copy.finish()
     except BaseException:
         copy.finish()
-        memory.give(copy.segments)
+        memory.give(copy.slabs)
         raise
     files = [
         StagedFile(
@@ -261,7 +261,7 @@ def stage_state(
         )
         for (is_shared, group), layout, start in zip(groups, layouts, starts, strict=True)
     ]
-    return StagedState(files, memory, copy.segments)
+    return StagedState(files, memory, copy.slabs)
 
 
 def _layout(is_shared: bool, group: Sequence[TensorSpec]) -> FileLayout:
@@ -272,22 +272,22 @@ def _layout(is_shared: bool, group: Sequence[TensorSpec]) -> FileLayout:
 
 
 class _Copy:
-    """The copies of one state into segments, whose bytes are numbered through."""
+    """The copies of one state into slabs, whose bytes are numbered through."""
 
-    def __init__(self, segments: list[Segment], segment_bytes: int) -> None:
-        self.segments, self._segment_bytes = segments, segment_bytes
+    def __init__(self, slabs: list[Slab], slab_bytes: int) -> None:
+        self.slabs, self._slab_bytes = slabs, slab_bytes
         self._devices: list[tuple[DeviceCopies, Any]] = []
         self._sources: list[Any] = []  # of copies that may still run
 
     def spans(self, start: int, n_bytes: int) -> list[tuple[NDArray[np.uint8], int, int]]:
-        """Return the pieces of a range: the array of the segment, and the range in it."""
-        return [(self.segments[number].array, first, last) for number, first, last in self._pieces(start, n_bytes)]
+        """Return the pieces of a range: the array of the slab, and the range in it."""
+        return [(self.slabs[number].array, first, last) for number, first, last in self._pieces(start, n_bytes)]
 
     def _pieces(self, start: int, n_bytes: int) -> list[tuple[int, int, int]]:
         found, position, end = [], start, start + n_bytes
         while position < end:
-            number, first = divmod(position, self._segment_bytes)
-            last = min(self._segment_bytes, first + end - position)
+            number, first = divmod(position, self._slab_bytes)
+            last = min(self._slab_bytes, first + end - position)
             found.append((number, first, last))
             position += last - first
         return found
@@ -299,15 +299,15 @@ class _Copy:
         if isinstance(source.value, np.ndarray):
             self.array(np.ascontiguousarray(source.value).reshape(-1).view(np.uint8), start)
             return
-        torch, value, pieces = sys.modules["torch"], source.value, self._pieces(start, source.n_bytes)
+        value, pieces = source.value, self._pieces(start, source.n_bytes)
         if device is None and not value.is_contiguous() and len(pieces) == 1:
             ((number, first, last),) = pieces
-            self._segment_tensor(number)[first:last].view(value.dtype).view(value.shape).copy_(value)
+            self._slab_tensor(number)[first:last].view(value.dtype).view(value.shape).copy_(value)
             return
-        flat = value.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+        flat = flat_bytes(value.resolve_conj().resolve_neg().contiguous())
         position = 0
         for number, first, last in pieces:
-            destination, part = self._segment_tensor(number)[first:last], flat[position : position + last - first]
+            destination, part = self._slab_tensor(number)[first:last], flat[position : position + last - first]
             if device is None:
                 destination.copy_(part)
             else:
@@ -330,10 +330,10 @@ class _Copy:
         self._devices.clear()
         self._sources.clear()
 
-    def _segment_tensor(self, number: int) -> Any:
-        segment = self.segments[number]
-        # A segment that was made before torch was imported has none.
-        return sys.modules["torch"].from_numpy(segment.array) if segment.tensor is None else segment.tensor
+    def _slab_tensor(self, number: int) -> Any:
+        slab = self.slabs[number]
+        # A slab that was made before torch was imported has none.
+        return sys.modules["torch"].from_numpy(slab.array) if slab.tensor is None else slab.tensor
 
     def _stream_of(self, device: DeviceCopies) -> Any:
         for known, stream in self._devices:

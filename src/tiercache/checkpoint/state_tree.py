@@ -146,6 +146,12 @@ def decode_state(tree: Any, find: FindTensor) -> Any:
     return decode(tree[tag], tree, find)
 
 
+def flat_bytes(tensor: Any) -> Any:
+    """Return the values of a contiguous tensor of torch as uint8[n_bytes] over the same memory."""
+    # The stride of a single item may be any number, even of a contiguous tensor; view() refuses all but 1.
+    return tensor.detach().reshape(-1).as_strided((tensor.numel(),), (1,)).view(import_module("torch").uint8)
+
+
 # -- encoding --------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +315,15 @@ def _decode_tensor(value: Any, node: Any, find: FindTensor) -> Any:
     return import_module("torch").view_as_complex(tensor.contiguous()) if node.get("as") == _PAIRS else tensor
 
 
+def _decode_sharded(value: Any, _node: Any, find: FindTensor) -> Any:
+    torch = import_module("torch")
+    whole = torch.empty(value["size"], dtype=getattr(torch, DTYPES[value["dtype"]]))
+    for offsets, sizes, part in value["parts"]:  # of a checkpoint of several ranks: dcp.py
+        box = tuple(slice(start, start + n) for start, n in zip(offsets, sizes, strict=True))
+        whole[box] = decode_state(part, find)
+    return whole
+
+
 def _decode_array(value: Any, node: Any, find: FindTensor) -> Any:
     array = find(value, "numpy")
     return np.ascontiguousarray(array).view(np.complex128)[..., 0] if node.get("as") == _PAIRS else array
@@ -330,6 +345,7 @@ _DECODERS: Mapping[str, Callable[[Any, Any, FindTensor], Any]] = {
     "$dict": _decode_dict,
     "$state_dict": _decode_state_dict,
     "$tensor": _decode_tensor,
+    "$sharded": _decode_sharded,
     "$array": _decode_array,
     "$numpy": _decode_inline,
     "$scalar": lambda value, node, find: _decode_inline(value, node, find)[()],

@@ -173,7 +173,7 @@ class CheckpointWriter:
             digest = _digest_of(file) if file.is_shared else None
             path = paths[id(file)] if digest is None else shared_path(digest)
             source = SourceFile(path, file.layout.n_bytes, partial(self._parts_of, file.pieces))
-            stored = self._write(name, source, stop) if digest is None else self._share(name, source, stop)
+            stored = self.write(name, source, stop) if digest is None else self._share(name, source, stop)
             return stored, {
                 state_name: TensorEntry(
                     path,
@@ -192,12 +192,12 @@ class CheckpointWriter:
             text = json.dumps({metric: metric_json(value) for metric, value in metrics.items()}, allow_nan=False)
             texts.append((METRICS_NAME, text.encode("ascii")))
         small = [SourceFile(path, len(text), partial(iter, [memoryview(text)])) for path, text in texts]
-        stored = {one.path: one for one, _ in written} | {one.path: self._write(name, one, stop) for one in small}
+        stored = {one.path: one for one, _ in written} | {one.path: self.write(name, one, stop) for one in small}
         tensors = {name: entry for _, entries in written for name, entry in entries.items()}
         crash_point("checkpoint_write.files_written")
         return list(stored.values()), tensors
 
-    def upload(self, manifest: Manifest, local: LocalFolder, stop: Event) -> None:
+    def upload(self, manifest: Manifest, local: Store, stop: Event) -> None:
         """Write the files of a checkpoint that is committed in a local folder, and check them.
 
         Raises:
@@ -212,7 +212,7 @@ class CheckpointWriter:
             source = SourceFile(file.path, file.n_bytes, parts, file.crc32c)
             try:
                 if shared_digest(file.path) is None:
-                    self._write(manifest.name, source, stop)
+                    self.write(manifest.name, source, stop)
                 else:
                     self._share(manifest.name, source, stop)
             except _WrongSource as error:
@@ -276,7 +276,7 @@ class CheckpointWriter:
                 raise
             is_usable = False
         if not is_usable:
-            self._write(name, source, stop)
+            self.write(name, source, stop)
         with self._lock:
             self._checked[key] = crc
         return StoredFile(source.path, source.n_bytes, crc)
@@ -290,8 +290,8 @@ class CheckpointWriter:
                 self._referenced = name, self._find_referenced()
             return key in self._referenced[1]
 
-    def _write(self, name: str, source: SourceFile, stop: Event) -> StoredFile:
-        """Write a file and check it at the store."""
+    def write(self, name: str, source: SourceFile, stop: Event) -> StoredFile:
+        """Write a file of a checkpoint and check it at the store. Errors as for write_staged()."""
         key, crc = key_of(name, source.path), 0
         with self._create(key) as upload:
             for number, part in enumerate(source.parts()):
@@ -310,9 +310,9 @@ class CheckpointWriter:
 
     def _parts_of(self, pieces: Sequence[memoryview]) -> Iterator[memoryview]:
         """Yield the parts of a file in host memory."""
-        step = _part_bytes(sum(piece.nbytes for piece in pieces))
+        step = part_bytes(sum(piece.nbytes for piece in pieces))
         if not isinstance(self.store, LocalFolder):
-            yield from _equal_parts(pieces, step)
+            yield from equal_parts(pieces, step)
             return
         for piece in pieces:  # as they lie, at pages: a copy could not be written with direct I/O
             yield from (piece[start : start + step] for start in range(0, piece.nbytes, step))
@@ -356,12 +356,12 @@ class _WrongSource(Exception):
         self.found = found
 
 
-def _part_bytes(n_bytes: int) -> int:
+def part_bytes(n_bytes: int) -> int:
     """Return the size of the parts of a file: of whole pages, and as many as S3 allows."""
     return max(PART_BYTES, -(-n_bytes // MOST_PARTS // PAGE_BYTES) * PAGE_BYTES)
 
 
-def _equal_parts(pieces: Iterable[memoryview], step: int) -> Iterator[memoryview]:
+def equal_parts(pieces: Iterable[memoryview], step: int) -> Iterator[memoryview]:
     """Yield the bytes of the pieces in parts of one size; a part that two pieces contain is a copy."""
     held = bytearray()
     for piece in pieces:
@@ -379,7 +379,7 @@ def _equal_parts(pieces: Iterable[memoryview], step: int) -> Iterator[memoryview
 
 def _parts_of_file(store: Store, key: str, n_bytes: int, *, if_match: str | None = None) -> Iterator[memoryview]:
     """Yield the parts of an object, in one buffer."""
-    step = _part_bytes(n_bytes)
+    step = part_bytes(n_bytes)
     buffer = memoryview(bytearray(min(step, n_bytes)))
     for start in range(0, n_bytes, step):
         part = ByteRange(start, min(start + step, n_bytes))
