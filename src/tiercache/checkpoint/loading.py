@@ -131,10 +131,11 @@ def _new(entry: TensorEntry, library: Library) -> Any:
     if library == "torch":
         torch = import_module("torch")
         return torch.empty(entry.shape, dtype=getattr(torch, DTYPES[entry.dtype]))
-    return np.empty(entry.shape, _numpy_dtype(entry.dtype))
+    return np.empty(entry.shape, numpy_dtype(entry.dtype))
 
 
-def _numpy_dtype(name: str) -> np.dtype[Any]:
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return NumPy's type of a type of safetensors. Raises ValueError if it has none."""
     try:
         return np.dtype(DTYPES[name])
     except TypeError as error:
