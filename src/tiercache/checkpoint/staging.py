@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -164,6 +165,10 @@ class HostMemory:
         return Slab(array, None if torch is None else torch.from_numpy(array), is_pinned=False)
 
 
+class SaveDropped(Exception):
+    """The save was dropped to make room for a later one, or its state could not be copied."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StagedFile:
     """A safetensors file in host memory.
@@ -174,6 +179,7 @@ class StagedFile:
         specs: Tensors by their names in the file.
         layout: Header and positions.
         pieces: Its bytes in order; each piece but the last has whole pages.
+        copied: Future that is done when the bytes are there; its result raises SaveDropped if the copy failed.
     """
 
     is_shared: bool
@@ -181,87 +187,105 @@ class StagedFile:
     specs: Mapping[str, TensorSpec]
     layout: FileLayout
     pieces: tuple[memoryview, ...]
+    copied: Future[None] = field(default_factory=Future)
 
 
-@dataclass(slots=True)
 class StagedState:
-    """A state in host memory. release() returns the memory; after that the files have no bytes.
+    """A state in host memory: the files as they will be on the disk, which are written while later ones are copied.
 
-    Attributes:
-        files: Files of the state.
-    """
-
-    files: Sequence[StagedFile]
-    _memory: HostMemory
-    _slabs: list[Slab] = field(default_factory=list)
-
-    def release(self) -> None:
-        """Return the memory. Repeated calls have no effect."""
-        self.files = ()
-        slabs, self._slabs = self._slabs, []
-        self._memory.give(slabs)
-
-
-def stage_state(
-    state: EncodedState, memory: HostMemory, *, n_streams: int, shares: bool, device_of: FindDevice = find_device
-) -> StagedState:
-    """Copy the tensors of a state to host memory, and return when all values are there.
+    One thread calls copy() while others wait for the files. release() is called when nobody uses the files any more.
 
     Args:
-        state: State whose tensors are copied; they may be changed when the call returns.
+        state: State whose tensors are copied.
         memory: Memory for the copy. It is pinned if a tensor is on a device.
         n_streams: Number of files that are written in parallel.
         shares: Whether tensors of SHARED_MIN_BYTES or more become files of their own.
         device_of: Function that returns the device of a tensor.
+
+    Attributes:
+        files: Files of the state; none after release().
     """
-    torch = sys.modules.get("torch")
-    specs = [TensorSpec(name, one.dtype, one.shape, one.n_bytes) for name, one in state.tensors.items()]
-    least_bytes = SHARED_MIN_BYTES if shares else sys.maxsize
-    groups = [(True, [one]) for one in specs if one.n_bytes >= least_bytes]
-    groups += [(False, one) for one in distribute([one for one in specs if one.n_bytes < least_bytes], n_streams)]
-    devices = {
-        name: device_of(source.value)
-        for name, source in state.tensors.items()
-        if torch is not None and isinstance(source.value, torch.Tensor)
-    }
-    layouts = [_layout(is_shared, group) for is_shared, group in groups]
-    starts, end = [], 0
-    for layout in layouts:
-        starts.append(end)
-        end += -(-layout.n_bytes // PAGE_BYTES) * PAGE_BYTES
-    pinning = next((device for device in devices.values() if device is not None), None)
-    copy = _Copy(memory.take(end, pinning), memory.slab_bytes)
-    try:
-        placed = [
-            (
-                state.tensors[one.name],
-                start + layout.offsets[SHARED_NAME if is_shared else one.name],
-                devices.get(one.name),
+
+    def __init__(
+        self,
+        state: EncodedState,
+        memory: HostMemory,
+        *,
+        n_streams: int,
+        shares: bool,
+        device_of: FindDevice = find_device,
+    ) -> None:
+        torch = sys.modules.get("torch")
+        self._devices = {
+            name: device_of(source.value)
+            for name, source in state.tensors.items()
+            if torch is not None and isinstance(source.value, torch.Tensor)
+        }
+        specs = [TensorSpec(name, one.dtype, one.shape, one.n_bytes) for name, one in state.tensors.items()]
+        least_bytes = SHARED_MIN_BYTES if shares else sys.maxsize
+        groups = [(True, [one]) for one in specs if one.n_bytes >= least_bytes]
+        groups += [(False, one) for one in distribute([one for one in specs if one.n_bytes < least_bytes], n_streams)]
+        layouts = [_layout(is_shared, group) for is_shared, group in groups]
+        self._starts, end = [], 0
+        for layout in layouts:
+            self._starts.append(end)
+            end += -(-layout.n_bytes // PAGE_BYTES) * PAGE_BYTES
+        pinning = next((device for device in self._devices.values() if device is not None), None)
+        self._sources, self._memory = state.tensors, memory
+        self._copy = _Copy(memory.take(end, pinning), memory.slab_bytes)
+        self.files: Sequence[StagedFile] = [
+            StagedFile(
+                is_shared,
+                {SHARED_NAME if is_shared else one.name: one.name for one in group},
+                {SHARED_NAME if is_shared else one.name: one for one in group},
+                layout,
+                tuple(array[first:last].data for array, first, last in self._copy.spans(start, layout.n_bytes)),
             )
-            for (is_shared, group), layout, start in zip(groups, layouts, starts, strict=True)
-            for one in group
+            for (is_shared, group), layout, start in zip(groups, layouts, self._starts, strict=True)
         ]
-        # Copies from devices run while the tensors in host memory are copied.
-        for source, offset, device in sorted(placed, key=lambda one: one[2] is None):
-            copy.tensor(source, offset, device)
-        for layout, start in zip(layouts, starts, strict=True):
-            copy.array(np.frombuffer(layout.header, np.uint8), start)
-        copy.finish()
-    except BaseException:
-        copy.finish()
-        memory.give(copy.slabs)
-        raise
-    files = [
-        StagedFile(
-            is_shared,
-            {SHARED_NAME if is_shared else one.name: one.name for one in group},
-            {SHARED_NAME if is_shared else one.name: one for one in group},
-            layout,
-            tuple(array[first:last].data for array, first, last in copy.spans(start, layout.n_bytes)),
-        )
-        for (is_shared, group), layout, start in zip(groups, layouts, starts, strict=True)
-    ]
-    return StagedState(files, memory, copy.slabs)
+
+    def copy(self) -> None:
+        """Copy the tensors, and return when all values are there: the state may then be changed."""
+        placed = [*zip(self.files, self._starts, strict=True)]
+        try:
+            # Copies from devices run while the tensors in host memory are copied.
+            events = [self._copy_file(file, start, on_device=True) for file, start in placed]
+            for (file, start), copies in zip(placed, events, strict=True):
+                self._copy.array(np.frombuffer(file.layout.header, np.uint8), start)
+                self._copy_file(file, start, on_device=False)
+                for event in copies:
+                    event.synchronize()
+                file.copied.set_result(None)
+        except BaseException:
+            self._copy.finish()
+            self.abandon()
+            raise
+        finally:
+            self._sources = {}
+
+    def abandon(self) -> None:
+        """Tell all who wait for a file that it will not be copied."""
+        for file in self.files:
+            if not file.copied.done():
+                file.copied.set_exception(SaveDropped())
+
+    def release(self) -> None:
+        """Return the memory, as soon as copy() does not use it any more. Repeated calls have no effect."""
+        wait([file.copied for file in self.files])
+        self.files = ()
+        slabs, self._copy.slabs = self._copy.slabs, []
+        self._memory.give(slabs)
+
+    def _copy_file(self, file: StagedFile, start: int, *, on_device: bool) -> list[Event]:
+        """Copy the tensors of a file that are on a device, or the others. Return events after the copies."""
+        devices = list[DeviceCopies]()
+        for file_name, name in file.names.items():
+            device = self._devices.get(name)
+            if (device is not None) == on_device:
+                self._copy.tensor(self._sources[name], start + file.layout.offsets[file_name], device)
+                if device is not None and device not in devices:
+                    devices.append(device)
+        return [self._copy.record(device) for device in devices]
 
 
 def _layout(is_shared: bool, group: Sequence[TensorSpec]) -> FileLayout:
@@ -322,6 +346,10 @@ class _Copy:
         for array, first, last in self.spans(start, data.nbytes):
             np.copyto(array[first:last], data[position : position + last - first])
             position += last - first
+
+    def record(self, device: DeviceCopies) -> Event:
+        """Return an event after the present copies from a device."""
+        return device.record(self._stream_of(device))
 
     def finish(self) -> None:
         """Wait for the copies from devices."""
