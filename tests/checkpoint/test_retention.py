@@ -20,9 +20,8 @@ from tiercache.checkpoint.layout import (
     list_names,
     manifest_key,
     parse_manifest,
-    shared_digest,
 )
-from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention, plan_retention, reusable_tensors
+from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention, plan_retention, referenced_tensors
 from tiercache.checkpoint.stored import StoredCheckpoints
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
@@ -350,9 +349,9 @@ def test_a_save_may_refer_to_the_tensors_of_visible_checkpoints_only(remote):
     write_checkpoint(remote, 2, {"w": B}, share=True)
     write_checkpoint(remote, 3, {"w": C}, share=True, commit=False)
     inventory = Inventory({"remote": remote})
-    assert len(reusable_tensors(inventory, "remote")) == 2
+    assert len(referenced_tensors(inventory, "remote")) == 2
     delete(remote, first, now_s=START_S)
-    assert len(reusable_tensors(inventory, "remote")) == 1
+    assert len(referenced_tensors(inventory, "remote")) == 1
 
 
 VALUES = st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True)
@@ -388,7 +387,7 @@ class SavesAndDeletes(RuleBasedStateMachine):
     @rule(values=VALUES)
     def begin(self, values):
         """Decide which tensors are written and which are reused."""
-        reusable = reusable_tensors(Inventory({"remote": self.store}), "remote")
+        reusable = referenced_tensors(Inventory({"remote": self.store}), "remote")
         self.step += 1
         self.saves.append(
             {"step": self.step, "begin_s": self.store.now_s, "values": values, "reusable": reusable, "put": False}
@@ -407,7 +406,7 @@ class SavesAndDeletes(RuleBasedStateMachine):
     def _write(self, save):
         _, files = self._manifest(save)
         for key, value in files.items():
-            if shared_digest(f"../{key}") not in save["reusable"]:
+            if not key.startswith(SHARED_FOLDER) or key not in save["reusable"]:
                 self.store.put(key, value)
         save["put"] = True
 

@@ -18,13 +18,14 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from threading import Condition, Event
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tiercache.checkpoint.layout import Manifest, checkpoint_name, written_order
+from tiercache.checkpoint.retention import Keep, referenced_tensors
 from tiercache.checkpoint.staging import HostMemory, StagedState, stage_state
 from tiercache.checkpoint.state_tree import encode_state, state_text
 from tiercache.checkpoint.stored import StoredCheckpoints
@@ -150,6 +151,7 @@ class Checkpoints(StoredCheckpoints):
     Attributes:
         remote_store: Store of `url`.
         local_store: Store of `local`; None if there is none.
+        keep: Rules of retention.
         dedup: As given.
     """
 
@@ -158,7 +160,7 @@ class Checkpoints(StoredCheckpoints):
         url: str | os.PathLike[str] | Store,
         *,
         local: str | os.PathLike[str] | None = None,
-        keep: Sequence[Any] = (),
+        keep: Keep | Iterable[Keep] = (),
         dedup: bool = False,
         pending: int = 1,
         when_busy: WhenBusy = "wait",
@@ -170,9 +172,12 @@ class Checkpoints(StoredCheckpoints):
             raise ValueError(f"pending and writers are at least 1, got {pending} and {writers}")
         if when_busy not in ("wait", "skip", "drop"):
             raise ValueError(f"when_busy is 'wait', 'skip' or 'drop', got {when_busy!r}")
-        store = url if isinstance(url, Store) else open_store(url, **(storage_options or {}))
+        remote_store = url if isinstance(url, Store) else open_store(url, **(storage_options or {}))
         local_store = None if local is None else LocalFolder(local)
-        super().__init__(store, local_store, keep=keep, storage_options=storage_options)
+        self.shared = SharedTensors()
+        super().__init__(
+            remote_store, local_store, keep=keep, storage_options=storage_options, shared_tensors=self.shared
+        )
         self.dedup = dedup
         self._pending, self._when_busy, self._n_streams, self._rank = pending, when_busy, writers, rank
         self._memory = HostMemory()
@@ -182,13 +187,12 @@ class Checkpoints(StoredCheckpoints):
         self._unreported: list[SaveHandle] = []  # failed saves whose error nobody has seen
         self._newest_s = 0.0
         self._pid, self._is_closed = os.getpid(), False
-        self.shared = SharedTensors()
-        self._remote = CheckpointWriter(self.remote_store, writers, self.shared)
-        self._local = None if self.local_store is None else CheckpointWriter(self.local_store, writers, self.shared)
+        self._remote = self._writer_to(remote_store, "remote")
+        self._local = None if local_store is None else self._writer_to(local_store, "local")
         self._writing, self._uploading = TaskThread("tiercache-checkpoint"), TaskThread("tiercache-checkpoint-upload")
         self._deleting = TaskThread("tiercache-checkpoint-delete")
-        # called in the thread that deletes
-        self._on_commit: list[Callable[[str, Target], object]] = [self._retain]
+        # Called in the thread that deletes.
+        self._on_commit: list[Callable[[str, Target], object]] = [lambda _name, _target: self.apply_retention()]
         _register_finish()
         _open.add(self)
 
@@ -205,6 +209,10 @@ class Checkpoints(StoredCheckpoints):
         except StoreError:
             if kind is None:  # the error that ends the block counts
                 raise
+
+    def _writer_to(self, store: Store, target: Target) -> CheckpointWriter:
+        referenced = partial(referenced_tensors, self.inventory, target)
+        return CheckpointWriter(store, self._n_streams, self.shared, referenced)
 
     @property
     def n_streams(self) -> int:
@@ -255,6 +263,10 @@ class Checkpoints(StoredCheckpoints):
         with self._changed:
             handles = {*self._failed, *(save.handle for save in self._saves)}
             return tuple(sorted(handles, key=lambda one: written_order(one.name)))
+
+    def unfinished_saves(self) -> Mapping[str, SaveHandle]:
+        """See StoredCheckpoints.unfinished_saves()."""
+        return {handle.name: handle for handle in self.saves}
 
     def save(
         self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None, note: Any = None
@@ -354,7 +366,8 @@ class Checkpoints(StoredCheckpoints):
     def new_name(self, step: int) -> tuple[str, float]:
         """Return a name and its time: the present, but later than that of every earlier save of this process.
 
-        Names tell which save is the newest.
+        Args:
+            step: Step of the training run.
         """
         with self._changed:
             self._newest_s = max(round(time.time(), 3), round(self._newest_s + 0.001, 3))
@@ -453,15 +466,14 @@ class Checkpoints(StoredCheckpoints):
         self.announce(save.handle.name, target)
 
     def announce(self, name: str, target: Target) -> None:
-        """Let the thread that deletes apply the rules of retention, after a checkpoint was committed."""
+        """Let the thread that deletes apply the rules of retention after a commit.
+
+        Args:
+            name: Name of the checkpoint that was committed.
+            target: Where it was committed.
+        """
         for call in self._on_commit:
             self._deleting.submit(partial(call, name, target))
-
-    def _retain(self, name: str, target: Target) -> None:  # noqa: ARG002 - of _on_commit
-        try:
-            self.retention.run()
-        except StoreError as error:  # the next commit tries again
-            warnings.warn(f"retention has not ended: {error}", RuntimeWarning, stacklevel=2)
 
     def _end(self, save: _Save, state: SaveState, error: Exception | None = None) -> None:
         """Note that a save has ended before it was committed everywhere."""

@@ -32,7 +32,6 @@ from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
     SHARED_FOLDER,
     Manifest,
-    StoredFile,
     encode_manifest,
     key_of,
     manifest_key,
@@ -40,6 +39,7 @@ from tiercache.checkpoint.layout import (
     parse_name,
     shared_digest,
 )
+from tiercache.checkpoint.writer import SharedTensors
 from tiercache.crash_points import crash_point
 from tiercache.errors import CorruptCheckpoint, NotFound, UnsupportedFormat
 from tiercache.model import ObjectInfo
@@ -235,6 +235,7 @@ class Retention:
         unfinished: Function that returns the names of the saves of this process that are not finished: they are never
             leftovers.
         now: Function that returns the time in seconds since the Unix epoch, which is compared with that of the stores.
+        shared_tensors: Shared tensors that saves of this process use; none of them is deleted.
 
     Raises:
         ValueError: A rule is for the tier "local", and there is none.
@@ -248,9 +249,11 @@ class Retention:
         gc_age_s: float = GC_AGE_S,
         unfinished: Callable[[], Collection[str]] = tuple,
         now: Callable[[], float] = time.time,
+        shared_tensors: SharedTensors | None = None,
     ) -> None:
         self.inventory, self.keeps = inventory, tuple(keeps)
         self.gc_age_s, self._unfinished, self._now = gc_age_s, unfinished, now
+        self._shared_tensors = SharedTensors() if shared_tensors is None else shared_tensors
         tiers = tuple(inventory.tiers)
         for keep in self.keeps:
             if not isinstance(keep, Keep):
@@ -277,6 +280,7 @@ class Retention:
                 copies = [copy for name in names for copy in scan.copies[name] if copy.tier == tier]
                 n_bytes += delete_copies(copies)
                 deleted[tier] = names
+            self._release(scan, deleted)
         collected = self._collect(self.inventory.scan() if any(deleted.values()) else scan)
         return RetentionReport(deleted, collected.n_leftovers, collected.n_shared, n_bytes + collected.n_bytes)
 
@@ -301,6 +305,7 @@ class Retention:
             copies = [copy for name in wanted for copy in scan.copies[name] if copy.tier == tier]
             n_bytes += delete_copies(copies)
             deleted[tier] = tuple(copy.name for copy in copies)
+        self._release(scan, deleted)
         return RetentionReport(deleted, n_bytes=n_bytes)
 
     def collect(self) -> RetentionReport:
@@ -311,6 +316,12 @@ class Retention:
         """
         return self._collect(self.inventory.scan())
 
+    def _release(self, scan: Scan, deleted: Mapping[CheckpointTier, Collection[str]]) -> None:
+        """Release the shared tensors of the checkpoints that exist in no tier any more."""
+        for name in {name for names in deleted.values() for name in names} - set(self._unfinished()):
+            if all(name in deleted.get(copy.tier, ()) for copy in scan.copies[name]):
+                self._shared_tensors.release(name)
+
     def _collect(self, scan: Scan) -> RetentionReport:
         n_leftovers = n_shared = n_bytes = 0
         old_s = self._now() - self.gc_age_s
@@ -318,8 +329,8 @@ class Retention:
         for tier, store in self.inventory.tiers.items():
             copies = [copy for found in scan.copies.values() for copy in found if copy.tier == tier]
             # Before the leftovers, among which are tombstones: a failed deletion below leaves them in force.
-            tensors = _unused(store, copies, scan.shared[tier], old_s)
-            store.delete([info.key for info in tensors])
+            unused = {info.key: info for info in _unused(store, copies, scan.shared[tier], old_s)}
+            tensors = [unused[key] for key in self._shared_tensors.delete_unclaimed(unused, store.delete)]
             folders = [copy for copy in copies if not copy.is_committed and copy.name not in unfinished]
             leftovers = [info for copy in folders for info in _leftovers(copy, old_s)]
             store.delete([info.key for info in leftovers])
@@ -426,8 +437,8 @@ def _shared_keys(manifest: Manifest | None) -> set[str]:
     return {key_of(manifest.name, file.path) for file in manifest.files if shared_digest(file.path)}
 
 
-def reusable_tensors(inventory: Inventory, tier: CheckpointTier) -> dict[str, StoredFile]:
-    """Return the shared tensors, by digest, to which a save that has begun may refer without writing them.
+def referenced_tensors(inventory: Inventory, tier: CheckpointTier) -> frozenset[str]:
+    """Return the keys of the shared tensors to which a save that has begun may refer without writing them.
 
     Args:
         inventory: Inventory of the checkpoints.
@@ -436,12 +447,6 @@ def reusable_tensors(inventory: Inventory, tier: CheckpointTier) -> dict[str, St
     Raises:
         StoreError: The tier cannot be listed or read.
     """
-    found: dict[str, StoredFile] = {}
-    for copies in inventory.scan().copies.values():
-        for copy in copies:
-            if copy.tier == tier and copy.is_complete and copy.manifest is not None:
-                for file in copy.manifest.files:
-                    digest = shared_digest(file.path)
-                    if digest is not None:
-                        found[digest] = file
-    return found
+    store = inventory.tiers[tier]
+    copies = [copy for found in Inventory({tier: store}).scan().copies.values() for copy in found]
+    return frozenset(key for copy in copies if copy.is_complete for key in _shared_keys(copy.manifest))

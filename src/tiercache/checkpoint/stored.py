@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,9 +26,12 @@ from tiercache.checkpoint.layout import key_of, parse_name
 from tiercache.checkpoint.loading import load_copy
 from tiercache.checkpoint.reading import CopyReader
 from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention, RetentionReport
+from tiercache.checkpoint.writer import SharedTensors
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, TierCacheError
 from tiercache.store import LocalFolder, Store
 from tiercache.tier.placement.resolver import is_archived, is_remote
+
+logger = logging.getLogger("tiercache")
 
 _ROUNDS = 3  # restores of one load: the manifest, the files that it names, and one more attempt
 
@@ -71,25 +75,31 @@ class StoredCheckpoints:
         cache: Function that returns the cache through which a remote store is read.
         archive: Tiers to which the tier engine may have moved checkpoints; None: those of the rule file that applies.
         gc_age_s: Age in seconds from which leftovers of killed saves are removed.
+        shared_tensors: Shared tensors that saves of this process use.
     """
 
     def __init__(
         self,
         remote_store: Store,
-        local_store: Store | None = None,
+        local_store: LocalFolder | None = None,
         *,
         keep: Keep | Iterable[Keep] = (),
         storage_options: Mapping[str, Any] | None = None,
         cache: Callable[[], Cache] = Cache.default,
         archive: Archive | None = None,
         gc_age_s: float = GC_AGE_S,
+        shared_tensors: SharedTensors | None = None,
     ) -> None:
         self.remote_store, self.local_store = remote_store, local_store
         tiers: dict[CheckpointTier, Store] = {} if local_store is None else {"local": local_store}
         self.inventory = Inventory({**tiers, "remote": remote_store})
-        keeps = (keep,) if isinstance(keep, Keep) else tuple(keep)
+        self.keep = (keep,) if isinstance(keep, Keep) else tuple(keep)
         self.retention = Retention(
-            self.inventory, keeps, gc_age_s=gc_age_s, unfinished=lambda: self.unfinished_saves().keys()
+            self.inventory,
+            self.keep,
+            gc_age_s=gc_age_s,
+            unfinished=lambda: self.unfinished_saves().keys(),
+            shared_tensors=shared_tensors,
         )
         self._archive = Archive(remote_store.url, storage_options) if archive is None else archive
         self._open_cache = cache
@@ -322,6 +332,13 @@ class StoredCheckpoints:
             StoreError: A store failed.
         """
         return self.retention.collect()
+
+    def apply_retention(self) -> None:
+        """Delete what no rule keeps, and collect leftovers. An error is logged: the next call continues."""
+        try:
+            self.retention.run()
+        except TierCacheError as error:
+            logger.warning("%s: old checkpoints were not deleted: %s", self.remote_store.url, error)
 
     def _change_tags(self, which: str | int, change: Callable[[Tags], Tags]) -> None:
         scan = self.inventory.scan()

@@ -8,7 +8,7 @@ durable. The manifest is put last and only if every file has been checked at the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -78,10 +78,15 @@ class SharedTensors:
         self._lock = Lock()
         self._keys: dict[str, set[str]] = {}
 
-    def claim(self, name: str, key: str) -> None:
-        """Note that a checkpoint uses a tensor. The claim holds until release()."""
+    def claim(self, name: str, key: str) -> bool:
+        """Note that a checkpoint uses a tensor. The claim holds until release().
+
+        Returns:
+            Whether another checkpoint of this process uses it.
+        """
         with self._lock:
             self._keys.setdefault(name, set()).add(key)
+            return any(key in keys for other, keys in self._keys.items() if other != name)
 
     def release(self, name: str) -> None:
         """Forget the claims of a checkpoint that does not exist, or no longer."""
@@ -105,10 +110,24 @@ class CheckpointWriter:
         store: Store of the checkpoints.
         n_streams: Number of files that are written in parallel.
         shared: Claims of shared tensors.
+        find_referenced: Function that returns the keys of the shared tensors of visible checkpoints. A tensor that is
+            in the store, and is neither among them nor claimed, is written again: another process may be deleting it
+            (retention.py). None: every tensor in the store is used.
     """
 
-    def __init__(self, store: Store, n_streams: int, shared: SharedTensors) -> None:
+    def __init__(
+        self,
+        store: Store,
+        n_streams: int,
+        shared: SharedTensors,
+        find_referenced: Callable[[], Container[str]] | None = None,
+    ) -> None:
         self.store, self._n_streams, self._shared = store, n_streams, shared
+        self._find_referenced = find_referenced
+        self._referenced: tuple[str, Container[str]] = (
+            "",
+            (),
+        )  # name of the save for which they were found, and the keys
         self._classes: S3StorageClasses | None = None
         if isinstance(store, CloudStore) and store.cloud == "s3" and has_boto3():
             # boto3 sends a checksum with every part, which the server compares, and asks for that of the whole object.
@@ -242,7 +261,7 @@ class CheckpointWriter:
     def _share(self, name: str, source: SourceFile, stop: Event) -> StoredFile:
         """Write a shared tensor if the store does not have it."""
         key, crc = key_of(name, source.path), source.crc32c
-        self._shared.claim(name, key)
+        is_claimed = self._shared.claim(name, key)
         crash_point("checkpoint_write.claimed")
         if crc is None:
             crc = _crc_of(source.parts())
@@ -251,13 +270,25 @@ class CheckpointWriter:
         try:
             # A tensor that this process has checked is not read again, but must still be there.
             self._check(key, source.n_bytes, crc, is_confirmed=is_known)
+            is_usable = is_claimed or self._is_referenced(name, key)
         except StoreError as error:
             if not isinstance(error, NotFound) and not error.details.get("wrong"):
                 raise
+            is_usable = False
+        if not is_usable:
             self.write(name, source, stop)
         with self._lock:
             self._checked[key] = crc
         return StoredFile(source.path, source.n_bytes, crc)
+
+    def _is_referenced(self, name: str, key: str) -> bool:
+        """Return whether a checkpoint that was visible after the save `name` began refers to a shared tensor."""
+        if self._find_referenced is None:
+            return True
+        with self._lock:
+            if self._referenced[0] != name:
+                self._referenced = name, self._find_referenced()
+            return key in self._referenced[1]
 
     def write(self, name: str, source: SourceFile, stop: Event) -> StoredFile:
         """Write a file of a checkpoint and check it at the store. Errors as for write_staged()."""
