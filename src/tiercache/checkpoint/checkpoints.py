@@ -151,6 +151,7 @@ class Checkpoints(StoredCheckpoints):
     Attributes:
         remote_store: Store of `url`.
         local_store: Store of `local`; None if there is none.
+        keep: Rules of retention.
         dedup: As given.
     """
 
@@ -371,7 +372,8 @@ class Checkpoints(StoredCheckpoints):
     def new_name(self, step: int) -> tuple[str, float]:
         """Return a name and its time: the present, but later than that of every earlier save of this process.
 
-        Names tell which save is the newest.
+        Args:
+            step: Step of the training run.
         """
         with self._changed:
             self._newest_s = max(round(time.time(), 3), round(self._newest_s + 0.001, 3))
@@ -470,7 +472,12 @@ class Checkpoints(StoredCheckpoints):
         self.announce(save.handle.name, target)
 
     def announce(self, name: str, target: Target) -> None:
-        """Let the thread that deletes apply the rules of retention, after a checkpoint was committed."""
+        """Let the thread that deletes apply the rules of retention after a commit.
+
+        Args:
+            name: Name of the checkpoint that was committed.
+            target: Where it was committed.
+        """
         for call in self._on_commit:
             self._deleting.submit(partial(call, name, target))
 
