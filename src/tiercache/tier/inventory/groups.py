@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,15 @@ from numpy.typing import NDArray
 from tiercache.catalog.tiers import read_uses, uses_under
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
-from tiercache.tier.inventory.layouts import COMPLETION_MARKER, LACKS, NO_GROUP, NOTHING, KeyGroups, group_keys
+from tiercache.tier.inventory.layouts import (
+    COMPLETION_MARKER,
+    LACKS,
+    NO_GROUP,
+    NOTHING,
+    KeyGroups,
+    UserLayout,
+    group_keys,
+)
 from tiercache.tier.inventory.listing import NO_CRC, Listing, ObjectTable, Progress, list_tiers, release_memory
 from tiercache.tier.inventory.metrics import find_metrics
 from tiercache.tier.model import (
@@ -268,8 +276,8 @@ class Inventory:
     - `datasets`: tuple of FoundDataset; `unlisted`: tiers that were not listed.
     - `n_objects`: number of listed objects; `n_own`: number of tiercache's own objects among them.
     - Findings with a count and example names: `orphans` (shards that no version names), `missing` (shards that no tier
-      has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid keys), `differing`
-      (objects that differ between two tiers), `unread` (checkpoints whose metrics cannot be read).
+      has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid keys), `shared` (tensors
+      that our own checkpoints share, which stay where they are), `differing` (objects that differ between two tiers), `unread` (checkpoints whose metrics cannot be read).
     - `incomplete`: number of incomplete checkpoints, by what they lack.
     - `in_files`: group to the names of the metrics in its files, for groups whose files were read.
     - `missing_shards`: keys of all shards that no tier has and that are not placed elsewhere, and when each was first
@@ -325,7 +333,7 @@ def take_inventory(
     release_memory()
     own = match_regex(listed.keys, OWN_KEY)
     shards, datasets = read_datasets(file, stores, listed, pa.array(np.flatnonzero(own)), now_s=now_s)
-    grouped = _grouped(listed, own, shards)
+    grouped = _grouped(listed, own, shards, file.layouts)
     release_memory()
     copies = copies_of(listed, grouped.objects, lambda tier: catalog.checksums(file.tiers[tier].name))
     complete = _complete(grouped, copies, now_s=now_s, quiet_period_s=file.tiering.quiet_period_s)
@@ -368,6 +376,7 @@ class _Grouped:
     orphans: pa.Array  # keys of shards that no version names
     unfinished: pa.Array  # keys that are still being written
     no_keys: pa.Array  # names that are not valid keys
+    shared: pa.Array  # tensors that our own checkpoints share
 
     def from_layout(self, column: NDArray[Any], otherwise: object) -> NDArray[Any]:
         """Expand a column of the layout's groups to all groups."""
@@ -376,14 +385,16 @@ class _Grouped:
         return found
 
 
-def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards) -> _Grouped:
+def _grouped(
+    listed: Listing, own: NDArray[np.bool_], shards: LiveShards, layouts: Sequence[UserLayout]
+) -> _Grouped:
     rows = np.flatnonzero(~own)
     keys, key = _numbered(take_rows(listed.keys, rows))
     release_memory()
     shard = index_in(keys, shards.keys)
     is_orphan = (shard < 0) & match_regex(keys, SHARD_KEY)
     others = np.flatnonzero((shard < 0) & ~is_orphan)
-    layout = group_keys(take_rows(keys, others))
+    layout = group_keys(take_rows(keys, others), layouts)
     release_memory()
     is_shard = np.flatnonzero(shard >= 0)
     # A checkpoint folder may have the name of a shard; paths of the snapshot must be unique, so the folder wins.
@@ -416,7 +427,8 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards) -> _Gr
         objects=Objects(rows, key, group.astype(np.int32), shard, rank, unfinished, on_top, shards),
         orphans=keys.take(pa.array(np.flatnonzero(is_orphan))),
         unfinished=keys.take(pa.array(others[~in_layout & layout.unfinished])),
-        no_keys=keys.take(pa.array(others[~in_layout & ~layout.unfinished])),
+        no_keys=keys.take(pa.array(others[~in_layout & ~layout.unfinished & ~layout.shared])),
+        shared=keys.take(pa.array(others[layout.shared])),
     )
 
 
@@ -501,6 +513,8 @@ def _snapshot(
     log_use_s, n_uses = _uses(file, listed, grouped)
     created_s, last_use_s = np.full(len(grouped.kind), np.inf), np.full(len(grouped.kind), np.inf)
     np.minimum.at(created_s, copies.group, copies.written_s)
+    in_name_s = grouped.from_layout(grouped.layout.written_s, np.nan)
+    created_s = np.where(np.isnan(in_name_s), created_s, np.minimum(in_name_s, now_s))
     # A group without a known use counts as used when its oldest copy was written: a restored copy is not idle at once.
     np.minimum.at(last_use_s, copies.group, copies.modified_s)
     of_shard, shard = grouped.shard >= 0, grouped.shard[grouped.shard >= 0]
@@ -549,6 +563,7 @@ def _facts(
         "missing_shards": (grouped.shards.keys.take(pa.array(lacking)), grouped.shards.named_s[lacking]),
         "unfinished": _some(grouped.unfinished),
         "no_keys": _some(grouped.no_keys),
+        "shared": _some(grouped.shared),
         "differing": _some(differing),
         "incomplete": dict(Counter(LACKS[number] or "time to settle, or a whole copy" for number in lacks.tolist())),
     }

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store import StoreFile
-from tiercache.tier.inventory.layouts import DECIMAL, NUMBER, SUFFIXES, WORD
+from tiercache.tier.inventory.layouts import DATE, DECIMAL, NUMBER, SUFFIXES, WORD
 from tiercache.tier.model import READABLE, RESTORED
 from tiercache.tier.text_columns import ROWS_AT_A_TIME, match_regex, split_keys
 
@@ -293,6 +293,7 @@ _METRIC = re.compile(
     rf"(?i)(?:^|(?<=[-_]))(?P<name>[a-z][\w@.]*?)(?:=(?P<number>{NUMBER})|[-_]?(?P<decimal>{DECIMAL}))(?=$|[-_])"
 )
 _SUFFIX = re.compile(rf"(?i){SUFFIXES}+$")
+_DATED = re.compile(rf"{DATE}$")
 # Keys of a Trainer log line that describe progress and are not metrics.
 _NO_METRICS = ("step", "epoch", "total_flos")
 
@@ -303,7 +304,7 @@ def metrics_in_name(name: str) -> dict[str, float]:
     Counters (epoch, step and similar) are not metrics. Without "=", a value must have a decimal point.
     """
     found: dict[str, float] = {}
-    for part in _COUNTER.split(_SUFFIX.sub("", name)):
+    for part in _COUNTER.split(_DATED.sub("", _SUFFIX.sub("", name))):
         for match in _METRIC.finditer(part):
             found |= _finite(match["name"], float(match["number"] or match["decimal"]))
     return found
