@@ -244,11 +244,16 @@ class Oracle:
             return "it is pinned"
         if self.protected.get(group.series) == name:
             return "it is the newest complete checkpoint of its run"
-        newer = [other for other in self.groups.values() if other.series == group.series and other.step > group.step]
+        newer = [other for other in self.groups.values() if other.series == group.series and self._is_newer(other, group)]
         here = [other for other in newer if other.name not in self.deleted and self._counted(other)]
         if group.series and len(here) < group.keep_last:
             return f"it is among the last {group.keep_last}"
         return ""
+
+    def _is_newer(self, other: Group, group: Group) -> bool:
+        """Whether another checkpoint may be newer: by its step, or because some of it was written later."""
+        times = [[self.written_s[key] for key in one.keys if key in self.written_s] for one in (other, group)]
+        return other.step > group.step or (all(times) and max(times[0]) > min(times[1]))
 
     def _counted(self, group: Group) -> bool:
         """Whether it is one of the newer ones: also if somebody has removed it when it was decided what goes."""
