@@ -304,6 +304,19 @@ class LocalFolder(Store):
                     _rmdir(inner, inner_fd)
             _rmdir(name, folder_fd)
 
+    def remove_empty_above(self, key: str) -> None:
+        """Remove the folders that contain a key and nothing else any more, from the innermost one upwards.
+
+        The root stays, and so does a folder that contains anything, or into which another process writes.
+        """
+        folders, _ = _split(key)
+        with self._errors(key, "remove_empty_above"):
+            while folders:
+                *folders, name = folders
+                with suppress(FileNotFoundError, NotADirectoryError), open_folder(self.root, folders) as folder_fd:
+                    if not _rmdir(name, folder_fd):
+                        return
+
     def copy(self, src: str, dst: str) -> ObjectInfo:
         """Copy inside the kernel, and share blocks if the file system supports it."""
         with self._opened(src, "copy") as src_fd, self._new_file(dst, "copy") as (file, name):
@@ -370,13 +383,17 @@ class LocalFolder(Store):
             yield file, name
 
 
-def _rmdir(name: str, above_fd: int) -> None:
-    """Remove a folder if it is an empty folder."""
+def _rmdir(name: str, above_fd: int) -> bool:
+    """Remove a folder if it is an empty folder. Return whether it is gone."""
     try:
         os.rmdir(name, dir_fd=above_fd)
+    except FileNotFoundError:
+        return True
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR):
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
+        return False
+    return True
 
 
 def _unlink_file(name: str, folder_fd: int) -> None:

@@ -82,6 +82,8 @@ class Snapshot:
     verified: NDArray[np.bool_]  # whether its bytes were compared with checksums and have not changed since
     # By copy: a symbolic link in its tier that points to the copy or into it, and would dangle without it.
     links: Mapping[int, str]
+    # Groups that their own tags.json pins, or whose tags.json cannot be read.
+    pinned: frozenset[int] = frozenset()
 
     @property
     def n_groups(self) -> int:

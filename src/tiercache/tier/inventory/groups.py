@@ -10,9 +10,11 @@ Uncertain objects are left out or marked incomplete, and reported in `facts`.
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.catalog.tiers import read_uses, uses_under
+from tiercache.errors import NotFound, StoreError
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
 from tiercache.tier.inventory.layouts import (
@@ -60,6 +63,7 @@ _HARDER = np.array([0, 3, 2, 1], np.uint8)
 _STATES = np.array([READABLE, RESTORED, RESTORING, ARCHIVED], np.uint8)
 _NEVER_S = -np.inf
 _TIERS = 256  # above every tier number
+_THREADS = 16
 _COPY_COLUMNS = (
     *("group", "tier", "n_objects", "n_bytes", "smallest_bytes"),
     *("modified_s", "storage_class", "state", "whole", "verified"),
@@ -353,6 +357,7 @@ def take_inventory(
         complete=complete,
         metrics=found.columns,
         unread=unread,
+        **_own_tags(file, stores, listed, grouped, copies),
     )
     facts = _facts(listed, grouped, copies, complete, datasets)
     facts |= {"n_own": int(own.sum()), "unread": _some(grouped.paths.take(pa.array(found.unread)))}
@@ -450,7 +455,9 @@ def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, quiet_period_s
     object is newer, or if no object has changed for quiet_period_s.
     """
     settled = now_s - copies.modified_s >= quiet_period_s
-    closed = (copies.marked_s > -np.inf) & (copies.rest_s <= copies.marked_s) & ~copies.unfinished
+    # The manifest of our own checkpoints is put last; only their tags are written later.
+    is_own = grouped.from_layout(grouped.layout.own, otherwise=False)[copies.group]
+    closed = (copies.marked_s > -np.inf) & ((copies.rest_s <= copies.marked_s) | is_own) & ~copies.unfinished
     good = copies.whole & (copies.verified | settled | closed)
     complete = np.zeros(len(grouped.kind), np.bool_)
     complete[copies.group[good]] = True
@@ -476,6 +483,47 @@ def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, cop
             if copy is not None:
                 found.setdefault(copy, link)
     return found
+
+
+_TAGS_NAME = "tags.json"
+
+
+def _own_tags(file: RuleFile, stores: Stores, listed: Listing, grouped: _Grouped, copies: Copies) -> dict[str, Any]:
+    """Return the tags and the pins in the tags.json of our own checkpoints, of all their copies, by group.
+
+    A file that cannot be read counts as a pin, so that nothing is deleted.
+    """
+    is_own = grouped.from_layout(grouped.layout.own, otherwise=False)
+    at = np.flatnonzero(np.repeat(is_own[copies.group], np.diff(copies.start)))
+    keys = listed.keys.take(pa.array(copies.row[at]))
+    hits = at[match_regex(keys, rf"/{_TAGS_NAME}$")] if len(at) else at
+    copy_of = np.searchsorted(copies.start, hits, side="right") - 1
+
+    def read(hit: int, copy: int) -> tuple[frozenset[str], bool]:
+        key = listed.keys[int(copies.row[hit])].as_py()
+        try:
+            body = json.loads(stores.store(file.tiers[int(copies.tier[copy])].name).get(key))
+            tags, is_pinned = frozenset(map(str, body["tags"])), bool(body["pinned"])
+        except NotFound:  # deleted since it was listed
+            return frozenset(), False
+        except StoreError as error:
+            if error.retryable:
+                raise
+            return frozenset(), True
+        except (ValueError, TypeError, KeyError):
+            return frozenset(), True
+        return tags, is_pinned
+
+    tags: dict[int, frozenset[str]] = {}
+    pinned: set[int] = set()
+    with ThreadPoolExecutor(_THREADS, "tiercache-tags") as pool:
+        for copy, (some, is_pinned) in zip(
+            copy_of.tolist(), pool.map(read, hits.tolist(), copy_of.tolist()), strict=True
+        ):
+            group = int(copies.group[copy])
+            tags[group] = tags.get(group, frozenset()) | some
+            pinned |= {group} if is_pinned else set()
+    return {"tags": {group: some for group, some in tags.items() if some}, "pinned": frozenset(pinned)}
 
 
 def _with_folders(key: str) -> list[str]:
@@ -539,7 +587,6 @@ def _snapshot(
         uses_recorded_since_s=uses_recorded_since_s,
         unreported=unreported,
         in_use=in_use,
-        tags={},
         **{name: getattr(copies, name) for name in _COPY_COLUMNS},
         **columns,
     )

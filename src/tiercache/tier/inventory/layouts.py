@@ -173,6 +173,7 @@ class KeyGroups:
     checkpoint: NDArray[np.bool_]  # whether the group is a checkpoint; the other groups are files
     step: NDArray[np.int64]  # NO_STEP for files
     series: NDArray[np.int32]  # equal for the checkpoints that one run writes under one name; NO_SERIES for files
+    own: NDArray[np.bool_]  # whether the group is one of our own checkpoints (checkpoint/layout.py)
     written_s: NDArray[np.float64]  # time of writing in the name of a checkpoint, in seconds since the epoch; or NaN
     lacks: NDArray[np.uint8]  # indices of LACKS
     marked: NDArray[np.bool_]  # whether the group has an object that its writer writes last
@@ -218,6 +219,7 @@ def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
         checkpoint=checkpoint,
         step=step,
         series=series,
+        own=is_own,
         written_s=written_s,
         lacks=np.where(checkpoint, _lacking(members, series), NOTHING).astype(np.uint8),
         marked=checkpoint & members.groups_with(members.marks()),

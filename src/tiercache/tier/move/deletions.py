@@ -595,16 +595,21 @@ class DeferredDeletions:
         self._catalog.forget(gone)
 
     def _remove_folders(self, due: Sequence[DueDeletion]) -> None:
-        """Remove empty folders of deleted checkpoints from local tiers: frameworks would try to resume from them."""
+        """Remove the folders that deletions have emptied from local tiers.
+
+        Frameworks would try to resume from the empty folder of a checkpoint. A copy that comes back creates the folders
+        that it needs.
+        """
         for deletion in due:
             row = deletion.row
-            if row.kind != "checkpoint" or any(obj.key == row.path for obj in row.objects):
-                continue
+            is_folder = row.kind == "checkpoint" and all(obj.key != row.path for obj in row.objects)
             for tier in sorted({obj.tier or row.src for obj in row.objects}):
                 store = self._context.stores.store(tier)
                 if isinstance(store, LocalFolder):
                     with suppress(StoreError):  # the objects are gone; an empty folder is only cosmetic
-                        store.remove_empty(row.path)
+                        if is_folder:
+                            store.remove_empty(row.path)
+                        store.remove_empty_above(row.path)
 
     def _revert_placements(self, due: Sequence[DueDeletion]) -> None:
         """Revert the placement where src stays, before the redirect is forgotten."""

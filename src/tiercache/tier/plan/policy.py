@@ -122,6 +122,8 @@ def refuse_protected(index: SnapshotIndex, moves: MoveColumns, refused: list[Mov
     pinned = index.pin[moves.group]
     text = format_reasons(lambda pin: f"pinned (pins[{pin + 1}]){whys[pin]}", pinned[pinned >= 0])
     moves = refuse(moves, refused, pinned >= 0, text)
+    in_file = np.isin(moves.group, sorted(index.snapshot.pinned))
+    moves = refuse(moves, refused, in_file, "pinned in its tags.json, or that file cannot be read")
     in_use = index.snapshot.in_use[moves.group]
     moves = refuse(moves, refused, in_use, "in use")
     partial = ~index.snapshot.complete[moves.group] & (index.snapshot.kind[moves.group] == CHECKPOINT)
@@ -404,6 +406,7 @@ class _Policy:
         index = self.index
         is_held = self.is_moved | index.snapshot.in_use | (index.pin >= 0) | (index.at[tier] < 0)
         is_held |= (index.snapshot.kind == CHECKPOINT) & (~index.snapshot.complete | index.newest)
+        is_held[sorted(index.snapshot.pinned)] = True
         linked = [copy for copy in index.snapshot.links if index.snapshot.tier[copy] == tier]
         is_held[index.snapshot.group[linked]] = True
         for of_rule in proposals:
