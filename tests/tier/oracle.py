@@ -244,7 +244,9 @@ class Oracle:
             return "it is pinned"
         if self.protected.get(group.series) == name:
             return "it is the newest complete checkpoint of its run"
-        newer = [other for other in self.groups.values() if other.series == group.series and self._is_newer(other, group)]
+        newer = [
+            other for other in self.groups.values() if other.series == group.series and self._is_newer(other, group)
+        ]
         here = [other for other in newer if other.name not in self.deleted and self._counted(other)]
         if group.series and len(here) < group.keep_last:
             return f"it is among the last {group.keep_last}"

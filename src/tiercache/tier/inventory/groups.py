@@ -390,9 +390,7 @@ class _Grouped:
         return found
 
 
-def _grouped(
-    listed: Listing, own: NDArray[np.bool_], shards: LiveShards, layouts: Sequence[UserLayout]
-) -> _Grouped:
+def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards, layouts: Sequence[UserLayout]) -> _Grouped:
     rows = np.flatnonzero(~own)
     keys, key = _numbered(take_rows(listed.keys, rows))
     release_memory()

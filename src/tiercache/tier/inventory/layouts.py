@@ -137,9 +137,7 @@ def layout_pattern(pattern: str) -> str:
             f"folders, got {pattern!r}"
         )
     at = _date_position(parts[1], is_file=not pattern.endswith("/"))
-    head, tail, suffix = (
-        re.escape(part).replace(r"\*", "[^/]*?") for part in (parts[0], parts[1][:at], parts[1][at:])
-    )
+    head, tail, suffix = (re.escape(part).replace(r"\*", "[^/]*?") for part in (parts[0], parts[1][:at], parts[1][at:]))
     return rf"(?P<head>{head})(?P<number>[0-9]{{1,18}})(?P<tail>{tail}(?:{DATE})?{suffix})"
 
 

@@ -50,7 +50,9 @@ def remove_groups(context: MoveContext, inventory: Inventory, groups: Sequence[i
     """
     unavailable = unavailable_tiers(context.file, context.stores, context.catalog)
     for tier, reason in unavailable.items():
-        raise StoreError(f"nothing is removed while tier {tier} cannot be seen: {reason}", url=context.file.tier(tier).url)
+        raise StoreError(
+            f"nothing is removed while tier {tier} cannot be seen: {reason}", url=context.file.tier(tier).url
+        )
     plan = f"rm-{secrets.token_hex(8)}"
     rows = [_row(context, inventory, group, plan, number) for number, group in enumerate(groups, start=1)]
     pins = context.pin_reasons(rows, context.clock())
