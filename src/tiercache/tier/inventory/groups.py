@@ -38,6 +38,7 @@ from tiercache.tier.inventory.layouts import (
 )
 from tiercache.tier.inventory.listing import NO_CRC, Listing, ObjectTable, Progress, list_tiers, release_memory
 from tiercache.tier.inventory.metrics import find_metrics
+from tiercache.tier.inventory.rewritten import find_older_copies, undated_path, with_dated_keys
 from tiercache.tier.model import (
     ARCHIVED,
     CHECKPOINT,
@@ -103,6 +104,7 @@ class Copies:
     state: NDArray[np.uint8]
     whole: NDArray[np.bool_]
     verified: NDArray[np.bool_]
+    catalogued: NDArray[np.bool_]  # whether the catalog has verified each of its objects, whatever other copies are
     start: NDArray[np.int64]  # int64[n + 1], offsets of each copy's objects in the columns below
     row: NDArray[np.int64]  # row in the listing; by copy, its final object last
     crc32c: NDArray[np.int64]  # checksum of each object; NO_CRC where it is unknown
@@ -160,6 +162,7 @@ def copies_of(listed: Listing, objects: Objects, checksums_of: Callable[[int], p
         state=_STATES[_reduced(np.maximum, _HARDER[listed.state[row]], first)],
         whole=(n_objects == n_keys[group[first]]) & ~_reduced(np.logical_or, facts.differs, first),
         verified=_reduced(np.logical_and, facts.verified, first),
+        catalogued=_reduced(np.logical_and, facts.catalogued, first),
         start=np.append(first, len(row)),
         row=row,
         crc32c=facts.crc32c,
@@ -206,7 +209,7 @@ class _ObjectFacts:
         unsure = np.zeros(n_keys, np.bool_)
         unsure[key[crc32c == NO_CRC]] = True
         shared = np.bincount(key, minlength=n_keys) > 1
-        self.crc32c = crc32c
+        self.crc32c, self.catalogued = crc32c, verified
         self.differs = wrong | (free & (two_sizes | two_crcs)[key])
         self.verified = verified & ~self.differs & ~(free & (unsure & shared)[key])
 
@@ -339,7 +342,15 @@ def take_inventory(
     shards, datasets = read_datasets(file, stores, listed, pa.array(np.flatnonzero(own)), now_s=now_s)
     grouped = _grouped(listed, own, shards, file.layouts)
     release_memory()
-    copies = copies_of(listed, grouped.objects, lambda tier: catalog.checksums(file.tiers[tier].name))
+
+    def checksums_of(tier: int) -> pa.Table:
+        return catalog.checksums(file.tiers[tier].name)
+
+    copies = copies_of(listed, grouped.objects, checksums_of)
+    older = find_older_copies(listed, grouped, copies)
+    if older:
+        grouped = _grouped(with_dated_keys(listed, copies, older), own, shards, file.layouts)
+        copies = copies_of(listed, grouped.objects, checksums_of)
     complete = _complete(grouped, copies, now_s=now_s, quiet_period_s=file.tiering.quiet_period_s)
     checkpoints = np.flatnonzero(grouped.kind == CHECKPOINT)
     found = find_metrics(file, stores, listed, copies, grouped.paths, checkpoints)
@@ -357,6 +368,7 @@ def take_inventory(
         complete=complete,
         metrics=found.columns,
         unread=unread,
+        misnamed=_misnamed(grouped, older.values()),
         **_own_tags(file, stores, listed, grouped, copies),
     )
     facts = _facts(listed, grouped, copies, complete, datasets)
@@ -368,7 +380,7 @@ def take_inventory(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Grouped:
+class Grouped:
     """All groups, sorted by path."""
 
     paths: pa.Array  # paths of the groups
@@ -390,7 +402,7 @@ class _Grouped:
         return found
 
 
-def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards, layouts: Sequence[UserLayout]) -> _Grouped:
+def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards, layouts: Sequence[UserLayout]) -> Grouped:
     rows = np.flatnonzero(~own)
     keys, key = _numbered(take_rows(listed.keys, rows))
     release_memory()
@@ -420,7 +432,7 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards, layout
     rank[others], unfinished[others], on_top[others] = layout.rank, layout.unfinished, layout.on_top
     is_in_group = group[key] != NO_GROUP
     rows, key = rows[is_in_group], key[is_in_group]
-    return _Grouped(
+    return Grouped(
         paths=take_rows(paths, order),
         kind=kind,
         shard=shard_of,
@@ -446,7 +458,7 @@ def _numbered(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
 # -- completeness, links, use, and the snapshot ----------------------------------------------------------------------
 
 
-def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, quiet_period_s: float) -> NDArray[np.bool_]:
+def _complete(grouped: Grouped, copies: Copies, *, now_s: float, quiet_period_s: float) -> NDArray[np.bool_]:
     """Return whether each checkpoint is complete in some tier: by its names, and because nobody writes it any more.
 
     A copy is finished if it was verified (only complete checkpoints are moved), if its final object exists and no other
@@ -483,10 +495,17 @@ def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, cop
     return found
 
 
+def _misnamed(grouped: Grouped, paths: Collection[str]) -> dict[int, str]:
+    """Return the groups whose objects shall be renamed to these paths, with the path that the objects have now."""
+    unique = sorted(set(paths))
+    rows = index_in(pa.array(unique, pa.large_string()), grouped.paths).tolist()
+    return {row: undated_path(path) for row, path in zip(rows, unique, strict=True) if row >= 0}
+
+
 _TAGS_NAME = "tags.json"
 
 
-def _own_tags(file: RuleFile, stores: Stores, listed: Listing, grouped: _Grouped, copies: Copies) -> dict[str, Any]:
+def _own_tags(file: RuleFile, stores: Stores, listed: Listing, grouped: Grouped, copies: Copies) -> dict[str, Any]:
     """Return the tags and the pins in the tags.json of our own checkpoints, of all their copies, by group.
 
     A file that cannot be read counts as a pin, so that nothing is deleted.
@@ -529,7 +548,7 @@ def _with_folders(key: str) -> list[str]:
     return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == "/")]
 
 
-def _uses(file: RuleFile, listed: Listing, grouped: _Grouped) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _uses(file: RuleFile, listed: Listing, grouped: Grouped) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return last use (NaN: unknown) and number of uses of each group, from the read logs of caches on this machine.
 
     The use of any object, in any tier, is a use of its group.
@@ -554,7 +573,7 @@ def _uses(file: RuleFile, listed: Listing, grouped: _Grouped) -> tuple[NDArray[n
 
 
 def _snapshot(
-    file: RuleFile, listed: Listing, grouped: _Grouped, copies: Copies, *, now_s: float, **columns: Any
+    file: RuleFile, listed: Listing, grouped: Grouped, copies: Copies, *, now_s: float, **columns: Any
 ) -> Snapshot:
     log_use_s, n_uses = _uses(file, listed, grouped)
     created_s, last_use_s = np.full(len(grouped.kind), np.inf), np.full(len(grouped.kind), np.inf)
@@ -591,7 +610,7 @@ def _snapshot(
 
 
 def _facts(
-    listed: Listing, grouped: _Grouped, copies: Copies, complete: NDArray[np.bool_], datasets: tuple[FoundDataset, ...]
+    listed: Listing, grouped: Grouped, copies: Copies, complete: NDArray[np.bool_], datasets: tuple[FoundDataset, ...]
 ) -> dict[str, Any]:
     lacks = grouped.from_layout(grouped.layout.lacks, NOTHING)[~complete]
     is_listed = np.zeros(len(grouped.shards), np.bool_)

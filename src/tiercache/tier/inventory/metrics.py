@@ -294,6 +294,7 @@ _METRIC = re.compile(
 )
 _SUFFIX = re.compile(rf"(?i){SUFFIXES}+$")
 _DATED = re.compile(rf"{DATE}$")
+_DATES = re.compile(DATE)
 # Keys of a Trainer log line that describe progress and are not metrics.
 _NO_METRICS = ("step", "epoch", "total_flos")
 
@@ -339,9 +340,10 @@ def read_metrics(store: Store, objects: Sequence[ObjectInfo], path: str) -> dict
     found: dict[str, float] = {}
     for one in objects:
         is_part = one.key == f"{path}/{_LIGHTNING_PART}"
-        if path.endswith(_LIGHTNING_FILE) and (one.key == path or is_part):
+        if path.endswith(_LIGHTNING_FILE) and (one.key in (path, _DATES.sub("", path)) or is_part):
             with suppress(NotFound):
-                found |= read_scores(store, one.key, one.n_bytes, path.rpartition("/")[2])
+                # The score is stored under the name that the file was written with.
+                found |= read_scores(store, one.key, one.n_bytes, _DATES.sub("", path.rpartition("/")[2]))
     for one in files_of(objects):
         try:
             data, info = store.read_tail(one.key, MAX_BYTES)
