@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -279,6 +280,13 @@ class LocalFolder(Store):
 
         Links are not objects and are not followed. A user of a link still loses the target if it is deleted.
         """
+        root = os.path.realpath(self.root).rstrip("/")
+        for key, target in self.symlinks():
+            if target.startswith(f"{root}/"):
+                yield key, target[len(root) + 1 :]
+
+    def symlinks(self) -> Iterator[tuple[str, str]]:
+        """List the symbolic links to something that exists, as (path of the link below the root, target without links)."""
         root = os.path.realpath(self.root)
         found: list[str] = []
 
@@ -289,9 +297,40 @@ class LocalFolder(Store):
         for _ in self._walk("links", "", visit):
             for key in found:
                 target = os.path.realpath(f"{root}/{key}")
-                if target.startswith(f"{root.rstrip('/')}/") and os.path.exists(target):  # noqa: PTH110 - realpath's
-                    yield key, target[len(root.rstrip("/")) + 1 :]
+                if os.path.exists(target):  # noqa: PTH110 - realpath's
+                    yield key, target
             found.clear()
+
+    def link_target(self, key: str) -> str | None:
+        """Return the place to which a symbolic link leads, without links; None: it is no link."""
+        path = f"{os.path.realpath(self.root)}/{check_key(key)}"
+        return os.path.realpath(path) if os.path.islink(path) else None  # noqa: PTH114 - realpath's
+
+    def put_link(self, key: str, target: str) -> None:
+        """Make a symbolic link with this text, atomically. It replaces a link, and nothing else.
+
+        Raises ObjectChanged if something else has the name.
+        """
+        folders, name = _split(key)
+        with self._errors(key, "put_link"), open_folder(self.root, folders, make=True) as folder_fd:
+            with suppress(FileNotFoundError):
+                if not stat.S_ISLNK(os.stat(name, dir_fd=folder_fd, follow_symlinks=False).st_mode):
+                    raise ObjectChanged("put_link: expected a symbolic link, found another file", url=self._at(key))
+            temp = TEMP_PREFIX + secrets.token_hex(8)
+            os.symlink(target, temp, dir_fd=folder_fd)
+            os.rename(temp, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+            sync_folder(folder_fd)
+
+    def remove_link(self, key: str) -> None:
+        """Remove a symbolic link. What is no link stays, and a missing one is not an error."""
+        folders, name = _split(key)
+        with (
+            self._errors(key, "remove_link"),
+            suppress(FileNotFoundError, NotADirectoryError),
+            open_folder(self.root, folders) as folder_fd,
+        ):
+            if stat.S_ISLNK(os.stat(name, dir_fd=folder_fd, follow_symlinks=False).st_mode):
+                os.unlink(name, dir_fd=folder_fd)
 
     def remove_empty(self, folder: str) -> None:
         """Remove a folder and its subfolders as far as they contain nothing else. A missing folder is not an error.

@@ -44,6 +44,16 @@ NO_STEP = -1
 NO_SERIES = -1
 
 
+@dataclass(frozen=True, slots=True)
+class Symlink:
+    """A symbolic link in a local tier whose target lies in a local tier. key, target: Paths below the tiers' URLs."""
+
+    tier: str
+    key: str
+    target_tier: str
+    target: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
     """The input of the policy: all groups and their copies. Immutable; row g of a group column is group g."""
@@ -81,10 +91,13 @@ class Snapshot:
     state: NDArray[np.uint8]  # READABLE, ARCHIVED, RESTORING or RESTORED
     whole: NDArray[np.bool_]  # whether it has all objects of the group, with the same sizes as the other copies
     verified: NDArray[np.bool_]  # whether its bytes were compared with checksums and have not changed since
-    # By copy: a symbolic link in its tier that points to the copy or into it, and would dangle without it.
+    # By copy: a symbolic link that points to the copy or into it from elsewhere, and would dangle without it.
     links: Mapping[int, str]
     # Older copies of names that were written again: groups with a date in the path, and the path of their objects now.
     misnamed: Mapping[int, str] = field(default_factory=dict)
+    # By copy: a symbolic link inside the folder of the copy.
+    inner_links: Mapping[int, str] = field(default_factory=dict)
+    symlinks: tuple[Symlink, ...] = ()  # links of all local tiers
     # Groups that their own tags.json pins, or whose tags.json cannot be read.
     pinned: frozenset[int] = frozenset()
 

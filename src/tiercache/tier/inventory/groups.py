@@ -11,6 +11,7 @@ Uncertain objects are left out or marked incomplete, and reported in `facts`.
 from __future__ import annotations
 
 import json
+import os
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -50,6 +51,7 @@ from tiercache.tier.model import (
     RESTORING,
     SHARD,
     Snapshot,
+    Symlink,
 )
 from tiercache.tier.text_columns import ROWS_AT_A_TIME, index_in, inverse, match_regex, sort_order, take_rows
 
@@ -364,7 +366,7 @@ def take_inventory(
         grouped,
         copies,
         now_s=now_s,
-        links=_links(file, stores, listed, grouped.paths, copies),
+        **_links(file, stores, listed, grouped.paths, copies),
         complete=complete,
         metrics=found.columns,
         unread=unread,
@@ -477,22 +479,42 @@ def _complete(grouped: Grouped, copies: Copies, *, now_s: float, quiet_period_s:
     return complete
 
 
-def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, copies: Copies) -> dict[int, str]:
-    """Return, by copy, a symbolic link in its tier that points to the copy or into it."""
-    found: dict[int, str] = {}
-    for number in listed.tiers:
-        store = stores.store(file.tiers[number].name)
-        if not isinstance(store, LocalFolder):
-            continue
-        # The target may be the group, or lie in a folder that is one.
-        pairs = [(link, above) for link, key in sorted(store.links()) for above in _with_folders(key)]
-        pairs = [(link, above) for link, above in pairs if not link.startswith(f"{above}/")]  # moves with the group
-        rows = index_in(pa.array([above for _, above in pairs], pa.large_string()), paths)
-        for (link, _), row in zip(pairs, rows.tolist(), strict=True):
-            copy = copies.find(row, number) if row >= 0 else None
-            if copy is not None:
-                found.setdefault(copy, link)
-    return found
+def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, copies: Copies) -> dict[str, Any]:
+    """Return the symbolic links of local tiers: links and inner_links by copy, and all of them."""
+    folders = {
+        number: store
+        for number in listed.tiers
+        if isinstance(store := stores.store(file.tiers[number].name), LocalFolder)
+    }
+    roots = {number: os.path.realpath(store.root).rstrip("/") + "/" for number, store in folders.items()}
+    links: dict[int, str] = {}
+    inner: dict[int, str] = {}
+    found: list[Symlink] = []
+    for number, store in folders.items():
+        for link, place in sorted(store.symlinks()):
+            tier = next((other for other, root in roots.items() if place.startswith(root)), None)
+            if tier is None:
+                continue
+            target = place.removeprefix(roots[tier])
+            found.append(Symlink(file.tiers[number].name, link, file.tiers[tier].name, target))
+            holder = _copy_above(paths, copies, link.rpartition("/")[0], number)
+            if holder is not None:
+                inner.setdefault(holder, link)
+            # The target may be the group, or lie in a folder that is one.
+            copy = _copy_above(paths, copies, target, tier)
+            if copy is not None and copy != holder:
+                links.setdefault(copy, link if tier == number else f"{store.url}/{link}")
+    return {"links": links, "inner_links": inner, "symlinks": tuple(found)}
+
+
+def _copy_above(paths: pa.Array, copies: Copies, key: str, tier: int) -> int | None:
+    """Return the copy, in a tier, of the group that is this key or a folder above it; None: there is none."""
+    above = _with_folders(key) if key else []
+    for row in index_in(pa.array(above, pa.large_string()), paths).tolist():
+        copy = copies.find(row, tier) if row >= 0 else None
+        if copy is not None:
+            return copy
+    return None
 
 
 def _misnamed(grouped: Grouped, paths: Collection[str]) -> dict[int, str]:

@@ -156,15 +156,20 @@ def keep_newest(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColu
 
 
 def keep_symlink_targets(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
-    """Refuse moves that would remove a copy to which a symbolic link points. A move of such a copy becomes a copy."""
-    links = index.snapshot.links
-    if not links:
+    """Refuse moves that would remove a copy to which a symbolic link points. A move of such a copy becomes a copy.
+
+    A move to a local tier is made: the link follows it. A link inside a checkpoint does not speak against its deletion.
+    """
+    if not index.snapshot.links and not index.snapshot.inner_links:
         return moves
-    has_link = np.zeros(index.snapshot.n_copies + 1, np.bool_)  # index -1 (no copy) is the last entry
-    has_link[[*links]] = True
-    takes = has_link[index.at[moves.src, moves.group]]
+    links = {**index.snapshot.inner_links, **index.snapshot.links}
+    has_link, has_outer = (np.zeros(index.snapshot.n_copies + 1, np.bool_) for _ in range(2))
+    has_link[[*links]] = True  # index -1 (no copy) is the last entry
+    has_outer[[*index.snapshot.links]] = True
+    follows = np.array([tier.is_local for tier in index.file.tiers] + [False], np.bool_)[moves.dst]
     deletes = moves.action == DELETE
-    takes |= deletes & has_link[index.at[:, moves.group]].any(axis=0)
+    takes = has_link[index.at[moves.src, moves.group]] & ~follows & ~deletes
+    takes |= deletes & has_outer[index.at[:, moves.group]].any(axis=0)
     stays = takes & (deletes | (moves.action == DROP))
     text = np.empty(int(stays.sum()), np.object_)
     for row, group in enumerate(moves.group[stays].tolist()):
