@@ -169,7 +169,7 @@ class TestRm:
     def test_a_checkpoint_is_deleted_from_all_tiers_with_its_folder(self, tiercache, root):
         step(root, 1, 0.5, 9, tier="store")
         tiercache("ckpt", "rm", "runs/a/step-1", "--yes")
-        assert [path for path in root.rglob("step-1")] == []
+        assert list(root.rglob("step-1")) == []
         assert (root / "nvme/runs/a/step-2/model.pt").exists()
         assert not (root / "store/runs").exists()
 

@@ -604,3 +604,8 @@ def write_file(path: Path, days: float = 30) -> None:
     path.write_bytes(b"x" * 1000)
     number = int("".join(filter(str.isdigit, path.stem)))
     os.utime(path, (time.time() - days * DAY_S + number * 60,) * 2)
+
+
+def test_verbs_of_data_sets_accept_the_name_of_a_tier_before_a_path(tiercache, root):
+    found = tiercache("info", "standard/datasets/photos", "--json").events[-1]
+    assert found == tiercache("info", root / "store/datasets/photos", "--json").events[-1]

@@ -84,7 +84,7 @@ def test_steps_are_compared_as_numbers():
 
 
 def test_the_last_checkpoints_are_those_written_last_after_a_restart_at_a_lower_step():
-    """step 400 was written; the run restarted at 100."""
+    """Step 400 was written; the run restarted at 100."""
     groups = [checkpoint(0, step, HERE, days=days) for step, days in ((200, 9), (300, 8), (400, 7), (101, 2), (102, 1))]
     assert named_steps(groups, last=2) == [101, 102]
 

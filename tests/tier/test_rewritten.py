@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from tests.tier.moving import HookAt, Killed
 
+from tiercache.store import open_store
 from tiercache.tier.move.mover import run_once
 from tiercache.tier.placement import log
 from tiercache.tier.rules import load_rule_file
-from tiercache.store import open_store
 
 DAY_S = 86_400.0
 DATED = re.compile(r"[.][0-9]{8}T[0-9]{6}Z")

@@ -44,8 +44,8 @@ def show(output: Output, path: Path, rules: Rules = None) -> None:
 def verify(output: Output, paths: Paths, rules: Rules = None) -> None:
     """Read checkpoints completely, in every tier that has a copy, and compare the bytes with known checksums.
 
-    Checksums are those of checkpoint.json, of the store, of this machine's catalog, or of another copy. The exit code is
-    4 if a copy is corrupt, and 3 if a copy is incomplete or cannot be read (for example, because it is archived).
+    Checksums are those of checkpoint.json, of the store, of this machine's catalog, or of another copy. The exit code
+    is 4 if a copy is corrupt, and 3 if a copy is incomplete or cannot be read (for example, because it is archived).
     """
     from tiercache.cli import checkpoint_verbs
 

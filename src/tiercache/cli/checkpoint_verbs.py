@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,7 +77,7 @@ class CheckpointTiers:
 
     def tier(self, copy: int) -> str:
         """Return the name of a copy's tier."""
-        return self.snapshot.tiers[self.snapshot.tier[copy]]
+        return self.snapshot.tiers[int(self.snapshot.tier[copy])]
 
     def is_readable(self, copy: int) -> bool:
         """Return whether a copy can be read now."""
@@ -164,8 +164,8 @@ def _opened(rules: Path | None, arguments: Sequence[str]) -> Iterator[tuple[Open
             return
     if not arguments:
         raise ValueError(
-            f"no {config.FILE_NAME} with [tiers.NAME] tables was found: write one (`tiercache tier init FOLDER`), name it "
-            "with --rules, or give a folder or a URL with checkpoints"
+            f"no {config.FILE_NAME} with [tiers.NAME] tables was found: write one (`tiercache tier init FOLDER`), "
+            "name it with --rules, or give a folder or a URL with checkpoints"
         )
     file, chosen = _one_tier(arguments)
     urls = {tier.name: tier.url for tier in file.tiers}
@@ -193,7 +193,7 @@ def _one_tier(arguments: Sequence[str]) -> tuple[RuleFile, list[tuple[str | None
     if is_glob(folder):
         folder = folder[: min(folder.index(sign) for sign in "*?[{" if sign in folder)].rpartition("/")[0]
     # A checkpoint is recognised by its name, so the tier begins above it.
-    is_folder = len(texts) == 1 and places[0].path.rstrip("/") == "" or (not places[0].scheme and folder == "/")
+    is_folder = (len(texts) == 1 and places[0].path.rstrip("/") == "") or (not places[0].scheme and folder == "/")
     root = folder if is_folder else folder.rpartition("/")[0] or "/"
     inside = [text.removeprefix(root.rstrip("/") + "/") if text != root else "" for text in texts]
     if any(path == text for path, text in zip(inside, texts, strict=True)):
@@ -355,7 +355,7 @@ def _show_lines(facts: Mapping[str, Any], reasons: Sequence[KeepReason]) -> Iter
     for reason in reasons:
         yield f"kept by {reason}"
     yield f"next plan: {facts['next']}"
-    files = next(iter(facts["files"].values()), [])
+    files: Sequence[Mapping[str, Any]] = next(iter(facts["files"].values()), [])
     for one in files[:_SHOWN_FILES]:
         yield f"  {one['key'].removeprefix(facts['path'] + '/')}  {format_bytes(one['n_bytes'])}"
     if len(files) > _SHOWN_FILES:
@@ -431,61 +431,70 @@ def verify(output: Output, rules: Path | None, paths: Sequence[str]) -> None:
         raise typer.Exit(CORRUPT if corrupt else PARTIAL)
 
 
+@dataclass(slots=True)
+class _ReadCopy:
+    """A copy that was read. known, read: CRC-32C by key, as it should be, and as it was read."""
+
+    tier: str
+    problems: list[str]
+    known: dict[str, int] = field(default_factory=dict)
+    read: dict[str, int] = field(default_factory=dict)
+    n_bytes: int = 0
+    is_corrupt: bool = False
+
+
 def _verify_group(
     found: CheckpointTiers, transfer: Transfer, group: int, on_bytes: Callable[[int], object]
 ) -> Iterator[_Finding]:
     """Yield the result of each copy of a checkpoint."""
-    path, copies = found.path(group), found.copies(group)
-    lacking = "" if found.snapshot.complete[group] else "the checkpoint is not complete"
-    sums: dict[str, dict[str, int]] = {}  # tier -> key -> CRC-32C that was read
-    known: dict[str, dict[str, int]] = {}  # tier -> key -> CRC-32C that is known
-    results: list[tuple[int, int, list[str], bool]] = []
-    for copy in copies:
-        tier, problems, is_corrupt = found.tier(copy), [lacking] if lacking else [], False
-        n_bytes = 0
-        if not found.is_readable(copy):
-            command = f"tiercache restore {path}"
-            problems.append(f"it is {_STATES[found.snapshot.state[copy]]} and cannot be read: {command}")
-            results.append((copy, 0, problems, False))
-            continue
-        if not found.snapshot.whole[copy]:
-            problems.append("files are missing, or differ from those of another tier")
-        objects = found.objects(copy)
+    path = found.path(group)
+    copies = [_read_copy(found, transfer, path, copy, on_bytes) for copy in found.copies(group)]
+    for one in copies:
+        others = [other for other in copies if other is not one and other.read]
+        for other in others:
+            for key in sorted(one.read.keys() & other.read.keys() - one.known.keys()):
+                if one.read[key] != other.read[key]:
+                    text = f"its bytes differ from those in {other.tier}, and no checksum tells which are right"
+                    one.problems.append(f"{key}: {text}")
+        compared = {*one.known, *(key for other in others for key in other.read)}
+        is_proven = bool(one.read) and one.read.keys() <= compared and not one.problems
+        if not found.snapshot.complete[group]:
+            one.problems.append("the checkpoint is not complete")
+        yield _Finding(path, one.tier, one.n_bytes, tuple(one.problems), one.is_corrupt, is_proven)
+
+
+def _read_copy(
+    found: CheckpointTiers, transfer: Transfer, path: str, copy: int, on_bytes: Callable[[int], object]
+) -> _ReadCopy:
+    """Read all objects of a copy, and compare them with the known checksums."""
+    one = _ReadCopy(found.tier(copy), [])
+    if not found.is_readable(copy):
+        state = _STATES[found.snapshot.state[copy]]
+        one.problems.append(f"it is {state} and cannot be read: tiercache restore {path}")
+        return one
+    if not found.snapshot.whole[copy]:
+        one.problems.append("files are missing, or differ from those of another tier")
+    objects = found.objects(copy)
+    try:
+        one.known = _checksums(found, one.tier, path, objects)
+    except CorruptCheckpoint as error:
+        one.problems.append(str(error))
+        one.is_corrupt = True
+    for info in objects:
         try:
-            known[tier] = _checksums(found, tier, path, objects)
-        except CorruptCheckpoint as error:
-            problems.append(str(error))
-            is_corrupt = True
-            known[tier] = {}
-        sums[tier] = {}
-        for one in objects:
-            try:
-                crc = transfer.checksum_of(tier, one, on_bytes)
-            except StoreError as error:
-                problems.append(str(error))
-                continue
-            n_bytes += one.n_bytes
-            sums[tier][one.key] = crc
-            expected = known[tier].get(one.key)
-            if expected is not None and crc != expected:
-                problems.append(f"{one.key}: expected CRC-32C {expected:08x}, found {crc:08x}")
-                is_corrupt = True
-        for key in sorted(known[tier].keys() - {one.key for one in objects}):
-            problems.append(f"{key}: its manifest names it, and it is missing")
-            is_corrupt = True
-        results.append((copy, n_bytes, problems, is_corrupt))
-    for copy, n_bytes, problems, is_corrupt in results:
-        tier = found.tier(copy)
-        mine = sums.get(tier, {})
-        for other in sorted(sums.keys() - {tier}):
-            for key in sorted(mine.keys() & sums[other].keys()):
-                if mine[key] != sums[other][key] and key not in known.get(tier, {}):
-                    problems.append(
-                        f"{key}: its bytes differ from those in {other}, and no checksum tells which are right"
-                    )
-        others = {key for other in sums.keys() - {tier} for key in sums[other]}
-        is_proven = bool(mine) and all(key in known.get(tier, {}) or key in others for key in mine)
-        yield _Finding(path, tier, n_bytes, tuple(problems), is_corrupt, is_proven and not problems)
+            crc = one.read[info.key] = transfer.checksum_of(one.tier, info, on_bytes)
+        except StoreError as error:
+            one.problems.append(str(error))
+            continue
+        one.n_bytes += info.n_bytes
+        expected = one.known.get(info.key, crc)
+        if crc != expected:
+            one.problems.append(f"{info.key}: expected CRC-32C {expected:08x}, found {crc:08x}")
+            one.is_corrupt = True
+    for key in sorted(one.known.keys() - {info.key for info in objects}):
+        one.problems.append(f"{key}: its manifest names it, and it is missing")
+        one.is_corrupt = True
+    return one
 
 
 def _checksums(found: CheckpointTiers, tier: str, path: str, objects: Sequence[ObjectInfo]) -> dict[str, int]:
@@ -674,7 +683,7 @@ def _files(found: CheckpointTiers, group: int) -> dict[str, str]:
     """Return the size and the checksum of each file of a checkpoint, as texts, by path in the checkpoint."""
     path, manifest = found.path(group), found.manifest(group)
     stated = {} if manifest is None else {one.path: one.crc32c for one in manifest.files}
-    files = {}
+    files: dict[str, str] = {}
     for copy in reversed(found.copies(group)):
         for one in found.objects(copy):
             name = one.key.removeprefix(f"{path}/") if one.key != path else Path(path).suffix

@@ -47,14 +47,11 @@ def init(output: Output, folder: str, standard: str | None, archive: str | None,
         "patterns": sorted({one for some in scan.patterns.values() for one in some}),
         "files": scan.n_files,
     }
-    counts = [
-        count(facts["checkpoints"], "checkpoint"),
-        count(facts["data_sets"], "data set"),
-        count(scan.n_files, "other file"),
-    ]
-    output.summary(
-        facts, printable(f"{target}: rules for {', '.join(counts)}; read it, then run `tiercache tier check`")
+    found = (
+        f"{count(scan.n_checkpoints, 'checkpoint')}, {count(len(scan.data_sets), 'data set')}, "
+        f"{count(scan.n_files, 'other file')}"
     )
+    output.summary(facts, printable(f"{target}: rules for {found}; read it, then run `tiercache tier check`"))
 
 
 def _absolute(url: str) -> str:

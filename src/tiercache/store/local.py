@@ -286,7 +286,7 @@ class LocalFolder(Store):
                 yield key, target[len(root) + 1 :]
 
     def symlinks(self) -> Iterator[tuple[str, str]]:
-        """List the symbolic links to something that exists, as (path of the link below the root, target without links)."""
+        """List the symbolic links to something that exists, as (path below the root, target without links)."""
         root = os.path.realpath(self.root)
         found: list[str] = []
 

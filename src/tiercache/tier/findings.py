@@ -400,7 +400,7 @@ _LISTED = 10  # number of unmatched files that a finding names
 
 @dataclass(frozen=True, slots=True)
 class UnmatchedFiles:
-    """Files that a rule with keep lists matches and that belong to no checkpoint, so that the rule leaves them alone."""
+    """Files that a rule with keep lists matches and leaves alone, because they belong to no checkpoint."""
 
     rule: str  # name of the rule
     n_files: int  # number of such files

@@ -3,7 +3,8 @@
 A *group* is the unit of a move: a file, a shard or a checkpoint. Its path is relative to the URLs of the tiers. A
 *copy* is a group in one tier; the loading path uses the word for a cached object. A *move* is any change of where a
 group lies, with one of six *actions*: copy, move, drop, reclass, delete or rename. The action `move` copies a group and
-deletes its source; `rename` gives an older copy of a name that was written again a name with a date, in its tier. Columns refer to tiers and groups by number; values for people contain names.
+deletes its source; `rename` puts a date into the name of an older copy whose name was written again. Columns refer to
+tiers and groups by number; values for people contain names.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import secrets
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -48,7 +49,7 @@ def remove_tables(path: Path, section: Section, tables: Sequence[Mapping[str, ob
     left = [dict(one) for one in tables]
     starts = [i for i, line in enumerate(lines) if _TABLE.match(line)] + [len(lines)]
     kept = lines[: starts[0]]
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts):
         block, table = lines[start:end], None
         with suppress(tomllib.TOMLDecodeError):  # a bracket inside a longer value is no table
             table = tomllib.loads("".join(block)).get(section)

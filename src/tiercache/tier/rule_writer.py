@@ -1,4 +1,4 @@
-"""Writes a first rule file for what a folder contains: its runs of checkpoints, data sets and other files, with comments.
+"""Writes a first rule file, with comments, for what a folder contains: runs of checkpoints, data sets, other files.
 
 What the folder does not show (the URL of a bucket, how much is to be kept) is written as a line that is commented out,
 or as a default that a comment explains. The text is a valid rule file in every case.
@@ -196,10 +196,8 @@ def rule_text(
         *_data_set_lines(scan, archive=archive),
     ]
     if scan.n_files:
-        lines += [
-            f"# Other files: {scan.n_files:,}, {format_bytes(scan.file_bytes)}. Keep lists do not apply to them: they stay.",
-            "",
-        ]
+        size = format_bytes(scan.file_bytes)
+        lines += [f"# Other files: {scan.n_files:,}, {size}. Keep lists do not apply to them: they stay.", ""]
     lines += [
         "# Checkpoints that no rule may touch:",
         "# [[pins]]",
@@ -306,8 +304,8 @@ def _rule_lines(
 
 def _round_steps(highest: int) -> int:
     """Return a round number of steps, about a tenth of the highest step."""
-    digits = 10 ** max(len(str(max(highest, 1) // 10)) - 1, 0)
-    return max(highest // 10 // digits, 1) * digits
+    tenth = str(max(highest // 10, 1))
+    return int(tenth[0]) * int(f"1{'0' * (len(tenth) - 1)}")
 
 
 def _data_set_lines(scan: FolderScan, *, archive: str | None) -> list[str]:

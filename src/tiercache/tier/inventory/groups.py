@@ -285,8 +285,9 @@ class Inventory:
     - `datasets`: tuple of FoundDataset; `unlisted`: tiers that were not listed.
     - `n_objects`: number of listed objects; `n_own`: number of tiercache's own objects among them.
     - Findings with a count and example names: `orphans` (shards that no version names), `missing` (shards that no tier
-      has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid keys), `shared` (tensors
-      that our own checkpoints share, which stay where they are), `differing` (objects that differ between two tiers), `unread` (checkpoints whose metrics cannot be read).
+      has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid keys), `shared`
+      (tensors that our own checkpoints share, which stay where they are), `differing` (objects that differ between two
+      tiers), `unread` (checkpoints whose metrics cannot be read).
     - `incomplete`: number of incomplete checkpoints, by what they lack.
     - `in_files`: group to the names of the metrics in its files, for groups whose files were read.
     - `missing_shards`: keys of all shards that no tier has and that are not placed elsewhere, and when each was first

@@ -10,16 +10,17 @@ training/checkpointing.py, DeepSpeed engine.py, transformers trainer.py)::
     epoch=1-step=100-val_loss=0.3.ckpt                    Lightning; a folder with FSDP or DeepSpeed
     iter_0000100/mp_rank_00/model_optim_rng.pt            Megatron-LM; with torch_dist .metadata, then metadata.json
     global_step100/mp_rank_00_model_states.pt             DeepSpeed
-    step-000000000100.20261129T193324123Z-7f3a9c/checkpoint.json    our own (checkpoint/layout.py); the manifest is put last
+    step-000000000100.20261129T193324123Z-7f3a9c/checkpoint.json  our own (checkpoint/layout.py); it is put last
 
-A rule may add layouts of its users (UserLayout). A date in a name is the time of writing: our own names have one, and
-so has an older checkpoint whose name was written again (dated_name()). The outermost folder with such a name is the checkpoint: global_step100 inside checkpoint-100 is a part of it.
+A rule may describe further names (UserLayout). A date in a name is the time of writing: our own names have one, and an
+older checkpoint whose name was written again gets one (dated_name()). The outermost folder with such a name is the
+checkpoint: global_step100 inside checkpoint-100 is a part of it.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -290,7 +291,7 @@ def _user_folders(
 
 
 def _of_user(parts: pa.StructArray, parent: pa.Array, layout: UserLayout) -> pa.Table:
-    """Return step and series of checkpoints whose names a user's layout describes. parts: Groups of layout_pattern()."""
+    """Return step and series of checkpoints of a user's layout. parts: Groups of layout_pattern()."""
     step = pc.struct_field(parts, "number").cast(pa.int64())
     pattern = pa.array([layout.pattern] * len(parts), pa.large_string())
     tail = pc.replace_substring_regex(pc.struct_field(parts, "tail"), DATE, "")

@@ -5,7 +5,7 @@ name: step_100.pt and step_100.20261101T120000Z.pt. The planner proposes to rena
 have their old keys. Own checkpoints are not looked at (their names are unique), nor are shards (they do not change).
 
 A copy is an older one only if that is certain: without the catalog, the date of a copy is the date of its move, so that
-a copy in a colder tier may look newer than its source. Then the group stays as it is, and the planner refuses its moves.
+a copy in a colder tier may look newer than its source. Then the group stays as it is, and its moves are refused.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def renamed_key(key: str, path: str) -> str:
 def find_older_copies(listed: Listing, grouped: Grouped, copies: Copies) -> dict[int, str]:
     """Return the older copies of names that were written again, by number, with the paths that they shall have."""
     found: dict[int, str] = {}
-    for group in _candidates(listed, grouped, copies):
+    for group in _candidates(grouped, copies):
         path = grouped.paths[group].as_py()
         if _DATED.search(path.rpartition("/")[2]):
             continue
@@ -54,12 +54,14 @@ def find_older_copies(listed: Listing, grouped: Grouped, copies: Copies) -> dict
         newest = max(range(first, last), key=lambda copy: (copies.written_s[copy], -copies.tier[copy]))
         for copy in range(first, last):
             if copy != newest and _is_older(listed, copies, copy, newest):
-                is_file = copies.n_objects[copy] == 1 and listed.keys[int(copies.row[copies.start[copy]])].as_py() == path
+                is_file = (
+                    copies.n_objects[copy] == 1 and listed.keys[int(copies.row[copies.start[copy]])].as_py() == path
+                )
                 found[copy] = _free_path(grouped, path, float(copies.written_s[copy]), is_file)
     return found
 
 
-def _candidates(listed: Listing, grouped: Grouped, copies: Copies) -> NDArray[np.int64]:
+def _candidates(grouped: Grouped, copies: Copies) -> NDArray[np.int64]:
     """Return the groups of which two copies differ, or may differ because one was written after the other."""
     n_groups = len(grouped.kind)
     copy_of = np.searchsorted(copies.start, copies.differing, side="right") - 1

@@ -1,8 +1,9 @@
 """Symbolic links of a run, which follow the copies that they lead to when a copy leaves a local tier for another.
 
-Lightning's `last.ckpt -> step-2.ckpt` is rewritten to the copy in the other tier, so that it still opens the checkpoint;
-a link inside a checkpoint's folder is made again in the other folder. A link of the same tier is relative, as its writer
-made it; a link into another tier is absolute. No object store can hold a link: a copy that a link needs stays then.
+Lightning's `last.ckpt -> step-2.ckpt` is rewritten to the copy in the other tier, so that it still opens the
+checkpoint; a link inside a checkpoint's folder is made again in the other folder. A link within a tier is relative, as
+its writer made it; a link into another tier is absolute. No object store can hold a link: a copy that a link needs
+stays then.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def carry_links(stores: Stores, path: str, src: str, dst: str, symlinks: Sequence[Symlink]) -> None:
-    """Rewrite the links that lead to a group's copy in src, and make its inner links again in dst, before src is dropped.
+    """Rewrite the links to a group's copy in src, and make the links inside its folder again in dst.
 
-    A link that leads elsewhere by now stays as it is. Every step may be repeated.
+    The caller drops the copy in src afterwards. A link that leads elsewhere by now stays. Every step may be repeated.
 
     Args:
         stores: Stores of the tiers; src and dst are local folders.

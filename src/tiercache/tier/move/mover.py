@@ -28,8 +28,8 @@ from tiercache.tier.move.checks import ApplyResult, MoveContext, Progress, Stopp
 from tiercache.tier.move.deletions import deletion_facts_of, run_due_deletions
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.lock import TierLock
-from tiercache.tier.move.renames import finish_renames
 from tiercache.tier.move.placement_updates import track_ruled
+from tiercache.tier.move.renames import finish_renames
 from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide

@@ -1,8 +1,8 @@
 """Removal of groups from all tiers at a user's request, without a rule and without a grace period.
 
-Steps: 1. The pins are read again; the objects are compared with the listing. 2. The placement forgets the group, so that
-readers find no object rather than a location without one. 3. The object that makes the group complete is deleted from
-each tier, then the others. A killed removal leaves an incomplete group; the same removal deletes the rest.
+Steps: 1. The pins are read again; the objects are compared with the listing. 2. The placement forgets the group, so
+that readers find no object rather than a location without one. 3. The object that makes the group complete is deleted
+from each tier, then the others. A killed removal leaves an incomplete group; the same removal deletes the rest.
 """
 
 from __future__ import annotations

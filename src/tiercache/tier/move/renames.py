@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
+from tiercache.catalog.tiers import CatalogEntry, JournalRow, MoveState, PlannedObject
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
 from tiercache.store import LocalFolder
@@ -95,15 +95,12 @@ class _Rename:
         self._write("done")
         return ""
 
-    def _end(self, state: str, reason: str) -> str:
-        self.row = replace(self.row, note=reason)
-        self._write("cancelled" if state == "cancelled" else "begun")
+    def _end(self, state: MoveState, reason: str) -> str:
+        self._write(state, reason)
         return reason
 
-    def _write(self, state: str) -> None:
-        known = "begun" if state == "begun" else "done" if state == "done" else "cancelled"
-        row = replace(self.row, state=known, changed_s=self.context.clock())  # type: ignore[arg-type]
-        self.context.catalog.write([row])
+    def _write(self, state: MoveState, note: str = "") -> None:
+        self.context.catalog.write([replace(self.row, state=state, note=note, changed_s=self.context.clock())])
 
     def _new_key(self, obj: PlannedObject) -> str:
         return renamed_key(obj.key, self.row.path)
@@ -134,7 +131,7 @@ class _Rename:
         return self.context.pin_reasons([self.row], self.context.clock()).get((self.row.plan, self.row.number), "")
 
     def _equals_newer(self) -> bool:
-        """Return whether another tier has the same bytes under the old keys; the catalog then knows them as verified."""
+        """Return whether another tier has the same bytes under the old keys; the catalog then has them as verified."""
         context, row = self.context, self.row
         entries = context.catalog.entries(row.src, [obj.key for obj in row.objects])
         for tier in context.file.tiers:
@@ -167,7 +164,9 @@ class _Rename:
         made = context.head(row.src, key)
         if made is not None:
             same_file = made.etag is not None and made.etag == obj.etag
-            if not same_file and (made.n_bytes != obj.n_bytes or self._sum_of(key, made) != self._sum_of(obj.key, None)):
+            if not same_file and (
+                made.n_bytes != obj.n_bytes or self._sum_of(key, made) != self._sum_of(obj.key, None)
+            ):
                 where = f"{row.src_place}/{key}"
                 raise _Changed(f"{where}: expected nothing there, or a copy of {obj.key}; found another object")
             return

@@ -208,7 +208,9 @@ class Transfer:
             if found is None:
                 raise ObjectChanged("the name is taken: it is not overwritten", url=self._at(name, key))
             made, is_equal = found, self.checksum_of(name, found) == crc
-        is_equal = is_equal or (not needs_restore(made) and self.checksum_of(name, made) == self.checksum_of(name, info))
+        is_equal = is_equal or (
+            not needs_restore(made) and self.checksum_of(name, made) == self.checksum_of(name, info)
+        )
         if made.n_bytes != info.n_bytes or not is_equal:
             self._remove(name, made)
             raise _wrong(self._at(name, key), f"the bytes of {obj.key}", "other bytes", "the copy")

@@ -422,8 +422,8 @@ class _Policy:
         tiers, rows = np.nonzero(index.at[:, groups] >= 0)
         groups, tiers = groups[rows], tiers.astype(np.int8)
         names = [misnamed[group] for group in groups.tolist()]
-        text = [f"{name} was written again; this older copy gets the date of its writing in its name" for name in names]
-        moves = MoveColumns.of(groups, RENAME, tiers, tiers, index.rule[groups], np.array(text, np.object_))
+        what = [f"{name} was written again; this older copy gets the date of its writing in its name" for name in names]
+        moves = MoveColumns.of(groups, RENAME, tiers, tiers, index.rule[groups], np.array(what, np.object_))
         whys = [f": {pin.why}" if pin.why else "" for pin in index.file.pins]
         pinned = index.pin[moves.group]
         why = format_reasons(lambda pin: f"pinned (pins[{pin + 1}]){whys[pin]}", pinned[pinned >= 0])
@@ -431,8 +431,8 @@ class _Policy:
         moves = refuse(moves, self.refused, index.snapshot.in_use[moves.group], "in use")
         unreadable = ~index.readable[moves.src, moves.group]
         names = [misnamed[group] for group in moves.group[unreadable].tolist()]
-        why = [f"it is archived, and must be restored before it can be renamed: tiercache restore {n}" for n in names]
-        moves = refuse(moves, self.refused, unreadable, np.array(why, np.object_))
+        what = [f"it is archived, and must be restored before it can be renamed: tiercache restore {n}" for n in names]
+        moves = refuse(moves, self.refused, unreadable, np.array(what, np.object_))
         for name, reason in self.unavailable.items():
             moves = refuse(moves, self.refused, moves.src == index.file.index(name), reason)
         self.is_moved[moves.group] = True

@@ -1,8 +1,9 @@
 """Selects groups: which rule, pins, tags and keep lists apply to each, and which tiers hold copies of it.
 
-The last checkpoints of a run are those that were written last, whatever their steps: a run that restarts at a lower step
-goes on from them. Steps are compared as numbers, within the part of a run between two restarts. An incomplete checkpoint is kept only by its tags and its age, so that it does not displace a complete one. If no
-checkpoint of a run has the metric of a `best`, the keep list keeps all checkpoints of that run.
+The last checkpoints of a run are those that were written last, whatever their steps: a run that restarts at a lower
+step goes on from them. Steps are compared as numbers, within the part of a run between two restarts. An incomplete
+checkpoint is kept only by its tags and its age, so that it does not displace a complete one. If no checkpoint of a run
+has the metric of a `best`, the keep list keeps all checkpoints of that run.
 """
 
 from __future__ import annotations
