@@ -139,6 +139,10 @@ class DistributedWriter(StorageWriter):
         step: Step of the training run.
         metrics: Metrics by name; those of the coordinator count.
         note: JSON value of the user; that of the coordinator counts.
+
+    Attributes:
+        name: Name of the checkpoint, which the coordinator knows once the save has begun; "" before.
+        step: Step of the training run.
     """
 
     def __init__(
@@ -146,9 +150,10 @@ class DistributedWriter(StorageWriter):
     ) -> None:
         super().__init__()
         checkpoint_name(step, 0.0, "000000")  # checks the step
-        self._checkpoints, self._step = checkpoints, step
+        self._checkpoints, self.step = checkpoints, step
         self._metrics, self._note = numbers(metrics or {}), json_copy(note)
         self._created_s, self.name = 0.0, ""
+        self._is_committed = False
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003 - torch's interface
@@ -191,7 +196,7 @@ class DistributedWriter(StorageWriter):
                 "the new checkpoint: use a planner without caching"
             )
         self._checkpoints.remote_store.require_conditional_put()
-        self.name, self._created_s = self._checkpoints.new_name(self._step)
+        self.name, self._created_s = self._checkpoints.new_name(self.step)
         planned: set[MetadataIndex] = set()
         tasks = []
         for rank, plan in enumerate(plans):
@@ -253,7 +258,7 @@ class DistributedWriter(StorageWriter):
         stored = {part.name: part for parts in written for part in parts}
         files = tuple({part.file.path: part.file for part in stored.values()}.values())
         for writer in others:
-            writer.upload(Manifest(task.name, self._step, 0.0, files), first.store, _NEVER)
+            writer.upload(Manifest(task.name, self.step, 0.0, files), first.store, _NEVER)
         return stored
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -291,7 +296,7 @@ class DistributedWriter(StorageWriter):
             ]
             manifest = Manifest(
                 name=self.name,
-                step=self._step,
+                step=self.step,
                 created_s=self._created_s,
                 files=(*(files[path] for path in sorted(files)), *small),
                 tensors=tensors,
@@ -301,7 +306,14 @@ class DistributedWriter(StorageWriter):
             crash_point("dcp.described")
             writer.commit(manifest)
             crash_point("dcp.committed")
+        self._is_committed = True
         self._checkpoints.announce(self.name, "remote")
+
+    def done(self) -> bool:
+        """Return whether the checkpoint is committed at the store; the coordinator knows."""
+        return self._is_committed
+
+    wait = done
 
 
 def _add(sources: dict[str, _Source], source: _Source) -> None:
