@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tiercache.cache import Cache
     from tiercache.checkpoint.checkpoints import Checkpoints
     from tiercache.checkpoint.retention import Keep
+    from tiercache.checkpoint.weights import open_weights
     from tiercache.combinations import mix, zip_columns
     from tiercache.dataset import Dataset, concat
     from tiercache.description import describe
@@ -83,6 +84,7 @@ __all__ = [
     "concat",
     "describe",
     "mix",
+    "open_weights",
     "pack",
     "pack_sequences",
     "rng",
@@ -112,6 +114,7 @@ _HOMES = {
     "concat": "tiercache.dataset",
     "describe": "tiercache.description",
     "mix": "tiercache.combinations",
+    "open_weights": "tiercache.checkpoint.weights",
     "pack": "tiercache.pack",
     "pack_sequences": "tiercache.sequences",
     "rng": "tiercache.rng",

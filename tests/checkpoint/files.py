@@ -1,8 +1,8 @@
 """Writes checkpoints as the layout says, without the code that saves them: for tests of what reads and deletes them."""
 
-import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,10 @@ from tiercache.checkpoint.layout import (
     manifest_key,
     metric_json,
     shared_path,
+    tensor_digest,
 )
 from tiercache.checkpoint.safetensors_file import TensorSpec, lay_out_file
+from tiercache.checkpoint.staging import SHARED_NAME
 from tiercache.checkpoint.state_tree import encode_state, state_text
 from tiercache.store import Store
 
@@ -58,20 +60,20 @@ def write_checkpoint(
     files, entries = [], {}
     groups = [[key] for key in specs] if share else [list(specs)[i::n_files] for i in range(n_files)]
     for number, keys in enumerate(filter(None, groups), start=1):
-        layout = lay_out_file(specs[key] for key in keys)
-        data = bytearray(layout.header)
-        for key in layout.offsets:
-            data += bytes_of(encoded.tensors[key].value)
+        inside = {SHARED_NAME: keys[0]} if share else {key: key for key in keys}
+        layout = lay_out_file(replace(specs[key], name=name_inside) for name_inside, key in inside.items())
+        values = {key: bytes_of(encoded.tensors[key].value) for key in keys}
+        data = layout.header + b"".join(values[inside[name_inside]] for name_inside in layout.offsets)
         path, digest = f"tensors-{number:05d}-of-{n_files:05d}.safetensors", None
         if share:
-            (key,) = keys
-            data = bytearray(data.replace(key.encode(), b"x" * len(key)))
-            digest = hashlib.blake2b(bytes_of(encoded.tensors[key].value), digest_size=20).hexdigest()
+            spec = specs[keys[0]]
+            digest = tensor_digest(spec.dtype, spec.shape, [memoryview(values[keys[0]])])
             path = shared_path(digest)
-        for key, offset in layout.offsets.items():
-            entries[key] = TensorEntry(path, offset, specs[key].n_bytes, specs[key].dtype, specs[key].shape, digest)
+        for name_inside, offset in layout.offsets.items():
+            spec = specs[inside[name_inside]]
+            entries[spec.name] = TensorEntry(path, offset, spec.n_bytes, spec.dtype, spec.shape, digest)
         if path not in [one.path for one in files]:
-            files.append(put_file(store, name, path, bytes(data)))
+            files.append(put_file(store, name, path, data))
     for alias, key in encoded.aliases.items():
         entries[alias] = entries[key]
     files.append(put_file(store, name, STATE_NAME, state_text(encoded.tree)))

@@ -166,6 +166,11 @@ def test_a_manifest_of_a_later_format_asks_for_an_upgrade():
         parse_manifest(written_otherwise(format=FORMAT + 1, anything="new"), "u")
 
 
+def test_a_manifest_that_needs_a_later_feature_asks_for_an_upgrade():
+    with pytest.raises(UnsupportedFormat, match="needs encryption: upgrade tiercache"):
+        parse_manifest(written_otherwise(needs_to_read=["encryption"]), "u")
+
+
 def test_keys_that_a_later_release_added_are_ignored():
     assert parse_manifest(written_otherwise(added=[1]), "u") == a_manifest()
 

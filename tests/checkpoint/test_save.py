@@ -423,6 +423,20 @@ def test_memory_is_reused_after_a_failure(memory_store):
         assert len(checkpoints._memory._free) == 1
 
 
+def test_a_state_that_cannot_be_copied_is_no_checkpoint_and_the_next_save_works(tmp_path, monkeypatch):
+    with opened(tmp_path) as checkpoints:
+        monkeypatch.setattr("tiercache.checkpoint.staging._Copy.array", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            checkpoints.save(1, a_state())
+        monkeypatch.undo()
+        saved = checkpoints.save(2, a_state())
+        assert saved.wait(timeout_s=WAIT_S)
+        checkpoints.close()
+        assert checkpoints.saves == ()
+        assert list_names(checkpoints.remote_store) == [saved.name]
+        assert leftovers(checkpoints.remote_store) == {}
+
+
 # -- back-pressure ----------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """The copy of a state to host memory, and the reuse of that memory."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -9,14 +11,17 @@ from safetensors.torch import load
 from tests.support.fake_device import FakeDevice
 
 from tiercache.checkpoint.safetensors_file import PAGE_BYTES
-from tiercache.checkpoint.staging import SHARED_MIN_BYTES, SHARED_NAME, HostMemory, stage_state
+from tiercache.checkpoint.staging import SHARED_MIN_BYTES, SHARED_NAME, HostMemory, SaveDropped, StagedState
 from tiercache.checkpoint.state_tree import encode_state
 
 DEVICE = torch.device("privateuseone")
 
 
 def staged(state, memory=None, **options):
-    return stage_state(encode_state(state), memory or HostMemory(), **{"n_streams": 4, "shares": False} | options)
+    """A state whose copy has ended."""
+    made = StagedState(encode_state(state), memory or HostMemory(), **{"n_streams": 4, "shares": False} | options)
+    made.copy()
+    return made
 
 
 def tensors_in(state):
@@ -50,10 +55,14 @@ def some_tensor(draw):
 
 
 @given(st.dictionaries(st.text("abc", min_size=1), some_tensor(), max_size=6), st.integers(1, 3))
-def test_tensors_of_any_type_and_strides_are_copied_across_segments(state, n_pages):
+def test_tensors_of_any_type_and_strides_are_copied_across_slabs(state, n_pages):
     found = tensors_in(staged(state, HostMemory(n_pages * PAGE_BYTES)))
     assert found.keys() == state.keys()
     assert all(same(found[name], tensor.resolve_conj()) for name, tensor in state.items())
+
+
+def test_a_single_item_of_any_stride_is_copied():
+    assert same(tensors_in(staged({"x": torch.arange(4.0)[1::4]}))["x"], torch.ones(1))
 
 
 def test_arrays_of_numpy_are_copied():
@@ -155,13 +164,41 @@ class FailingDevice(FakeDevice):
         raise RuntimeError("device-side assert")
 
 
-def test_memory_returns_if_the_copy_fails():
+def test_a_copy_that_fails_tells_those_who_wait_for_its_files_and_its_memory_returns():
     device, memory = FailingDevice(DEVICE), HostMemory(4 * PAGE_BYTES)
     tensor = on_device(device, torch.ones(3))
     for _ in range(2):
+        state = StagedState(
+            encode_state({"x": tensor}), memory, n_streams=4, shares=False, device_of=fake(device, tensor)
+        )
         with pytest.raises(RuntimeError, match="device-side assert"):
-            staged({"x": tensor}, memory, device_of=fake(device, tensor))
+            state.copy()
+        with pytest.raises(SaveDropped):
+            state.files[0].copied.result(0)
+        state.release()
     assert len(device.pinned_bytes) == 1
+
+
+def test_a_file_can_be_written_before_the_next_one_is_copied(monkeypatch):
+    monkeypatch.setattr("tiercache.checkpoint.staging.SHARED_MIN_BYTES", PAGE_BYTES)
+    tensors = {name: torch.full((2000,), float(number)) for number, name in enumerate("abc")}
+    state = StagedState(encode_state(tensors), HostMemory(), n_streams=4, shares=True)
+    seen = []
+    for file in state.files:
+        file.copied.add_done_callback(lambda _: seen.append([one.copied.done() for one in state.files]))
+    state.copy()
+    assert seen == [[True, False, False], [True, True, False], [True, True, True]]
+
+
+def test_memory_is_not_returned_before_the_copy_has_ended():
+    memory = HostMemory(4 * PAGE_BYTES)
+    state = StagedState(encode_state({"x": torch.ones(3)}), memory, n_streams=4, shares=False)
+    releasing = threading.Thread(target=state.release)
+    releasing.start()
+    assert memory._free == []
+    state.copy()
+    releasing.join()
+    assert len(memory._free) == 1
 
 
 @pytest.mark.gpu

@@ -1,9 +1,9 @@
 """Checkpoints of a training run: the public class, and the order of the steps of a save.
 
-save() copies the state to host memory in the caller's thread. One thread then writes and commits the checkpoint in the
-local folder, a second one uploads it from there and commits it at the store, so that the next state is written while an
-earlier one is uploaded. Without a local folder, the first thread writes to the store from host memory. A third thread
-deletes. A condition guards the states of the saves; no step runs under it.
+save() copies the state to host memory in the caller's thread. One thread writes the files as soon as they are copied,
+and commits the checkpoint in the local folder; a second one uploads it from there and commits it at the store, so that
+the next state is written while an earlier one is uploaded. Without a local folder, the first thread writes to the store
+from host memory. A third thread deletes. A condition guards the states of the saves; no step runs under it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tiercache.checkpoint.layout import Manifest, checkpoint_name, written_order
 from tiercache.checkpoint.retention import Keep, referenced_tensors
-from tiercache.checkpoint.staging import HostMemory, StagedState, stage_state
+from tiercache.checkpoint.staging import HostMemory, SaveDropped, StagedState
 from tiercache.checkpoint.state_tree import encode_state, state_text
 from tiercache.checkpoint.stored import StoredCheckpoints
-from tiercache.checkpoint.writer import CheckpointWriter, SaveDropped, SharedTensors, TaskThread
+from tiercache.checkpoint.writer import CheckpointWriter, SharedTensors, TaskThread
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder, Store, open_store
@@ -151,7 +151,6 @@ class Checkpoints(StoredCheckpoints):
     Attributes:
         remote_store: Store of `url`.
         local_store: Store of `local`; None if there is none.
-        keep: Rules of retention.
         dedup: As given.
     """
 
@@ -191,8 +190,8 @@ class Checkpoints(StoredCheckpoints):
         self._local = None if local_store is None else self._writer_to(local_store, "local")
         self._writing, self._uploading = TaskThread("tiercache-checkpoint"), TaskThread("tiercache-checkpoint-upload")
         self._deleting = TaskThread("tiercache-checkpoint-delete")
-        # Called in the thread that deletes.
-        self._on_commit: list[Callable[[str, Target], object]] = [lambda _name, _target: self.apply_retention()]
+        # called in the thread that deletes
+        self._on_commit: list[Callable[[str, Target], object]] = [self._retain]
         _register_finish()
         _open.add(self)
 
@@ -296,13 +295,19 @@ class Checkpoints(StoredCheckpoints):
             handle.state = "skipped"
             return handle
         encoded = encode_state(state)
-        staged = stage_state(encoded, self._memory, n_streams=self._n_streams, shares=self.dedup)
-        crash_point("checkpoint_stage.copied")
+        staged = StagedState(encoded, self._memory, n_streams=self._n_streams, shares=self.dedup)
         manifest = Manifest(name, step, created_s, (), {}, metrics, note)
         save = _Save(handle, staged, state_text(encoded.tree), encoded.aliases, manifest)
         with self._changed:
             self._saves.append(save)
-        self._writing.submit(partial(self._run, save, self._write))
+        try:
+            self._writing.submit(partial(self._run, save, self._write))  # it writes what is copied already
+        except RuntimeError:  # no thread can be started
+            staged.abandon()
+            self._end(save, "dropped")
+            raise
+        staged.copy()
+        crash_point("checkpoint_stage.copied")
         return handle
 
     def wait(self, target: Target = "remote", timeout_s: float | None = None) -> None:
@@ -474,6 +479,9 @@ class Checkpoints(StoredCheckpoints):
         """
         for call in self._on_commit:
             self._deleting.submit(partial(call, name, target))
+
+    def _retain(self, name: str, target: Target) -> None:  # noqa: ARG002 - of _on_commit
+        self.apply_retention()
 
     def _end(self, save: _Save, state: SaveState, error: Exception | None = None) -> None:
         """Note that a save has ended before it was committed everywhere."""

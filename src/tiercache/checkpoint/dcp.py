@@ -60,7 +60,15 @@ from tiercache.checkpoint.layout import (
     metric_json,
 )
 from tiercache.checkpoint.safetensors_file import FileLayout, TensorSpec, distribute, lay_out_file
-from tiercache.checkpoint.state_tree import DTYPES, EncodedState, decode_state, encode_state, parse_state, state_text
+from tiercache.checkpoint.state_tree import (
+    DTYPES,
+    EncodedState,
+    decode_state,
+    encode_state,
+    flat_bytes,
+    parse_state,
+    state_text,
+)
 from tiercache.checkpoint.writer import SourceFile, equal_parts, in_parallel, part_bytes
 from tiercache.crash_points import crash_point
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
@@ -389,7 +397,7 @@ def _memory_of(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a contiguous tensor on the CPU, which can be written."""
     if not tensor.numel():
         return memoryview(b"")
-    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    values: Any = flat_bytes(tensor).numpy()
     return memoryview(values)
 
 
@@ -600,7 +608,7 @@ class _Read:
 
     def span(self) -> tuple[ByteRange, memoryview]:
         """Take memory, and return what is to be read into it: a byte range of the file."""
-        target = self.target.reshape(-1).view(torch.uint8) if self.is_direct else None
+        target = flat_bytes(self.target) if self.is_direct else None
         self.buffer = torch.empty(self.block_range.n_bytes, dtype=torch.uint8) if target is None else target
         start = self.entry.offset
         return ByteRange(start + self.block_range.start, start + self.block_range.end), _memory_of(self.buffer)

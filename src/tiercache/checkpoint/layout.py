@@ -248,6 +248,7 @@ def encode_manifest(manifest: Manifest) -> bytes:
     """
     body = {
         "format": manifest.format,
+        "needs_to_read": [],
         "name": manifest.name,
         "step": manifest.step,
         "created_ms": round(manifest.created_s * 1000),
@@ -282,6 +283,9 @@ def parse_manifest(data: bytes, url: str) -> Manifest:
         found = _count(body, "format")
         if found > FORMAT:
             message = f"the checkpoint has format {found}, which a later release of tiercache wrote: upgrade tiercache"
+            raise UnsupportedFormat(message, url=url, found=found, supported=FORMAT)
+        if needed := body["needs_to_read"]:
+            message = f"reading the checkpoint needs {', '.join(map(str, needed))}: upgrade tiercache"
             raise UnsupportedFormat(message, url=url, found=found, supported=FORMAT)
         return _manifest_of(body)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -18,7 +18,7 @@ import numpy as np
 
 from tiercache.checkpoint.layout import FORMAT, STATE_NAME, Manifest, TensorEntry
 from tiercache.checkpoint.reading import CopyReader
-from tiercache.checkpoint.state_tree import DTYPES, Library, decode_state, parse_state
+from tiercache.checkpoint.state_tree import DTYPES, Library, decode_state, flat_bytes, parse_state
 from tiercache.errors import CorruptCheckpoint, UnsupportedFormat
 from tiercache.store import Store
 
@@ -131,10 +131,11 @@ def _new(entry: TensorEntry, library: Library) -> Any:
     if library == "torch":
         torch = import_module("torch")
         return torch.empty(entry.shape, dtype=getattr(torch, DTYPES[entry.dtype]))
-    return np.empty(entry.shape, _numpy_dtype(entry.dtype))
+    return np.empty(entry.shape, numpy_dtype(entry.dtype))
 
 
-def _numpy_dtype(name: str) -> np.dtype[Any]:
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return NumPy's type of a type of safetensors. Raises ValueError if it has none."""
     try:
         return np.dtype(DTYPES[name])
     except TypeError as error:
@@ -145,8 +146,7 @@ def memory_of(value: Any) -> memoryview:
     """Return the bytes of a contiguous tensor of the host, or of an array, as writable memory."""
     if isinstance(value, np.ndarray):
         return value.reshape(-1).view(np.uint8).data
-    torch = import_module("torch")
-    return memoryview(value.detach().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(flat_bytes(value).numpy())
 
 
 def usable(entry: TensorEntry, library: Library, value: Any) -> bool:

@@ -333,7 +333,8 @@ class Retention:
             tensors = [unused[key] for key in self._shared_tensors.delete_unclaimed(unused, store.delete)]
             folders = [copy for copy in copies if not copy.is_committed and copy.name not in unfinished]
             leftovers = [info for copy in folders for info in _leftovers(copy, old_s)]
-            store.delete([info.key for info in leftovers])
+            if leftovers:
+                store.delete([info.key for info in leftovers])
             if isinstance(store, LocalFolder):
                 for copy in folders:
                     if _newest_s(copy) <= old_s:

@@ -1,8 +1,8 @@
 """The copy of a state to host memory: the only part of a save for which training waits.
 
-The memory consists of segments that later saves use again: new memory costs a page fault for every page, and pinned
+The memory consists of slabs that later saves use again: new memory costs a page fault for every page, and pinned
 memory a call of the driver. Files lie in it as they will be on the disk, one after another, each from a page on, so
-that they are written from there with direct I/O. A file may continue in the next segment.
+that they are written from there with direct I/O. A file may continue in the next slab.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiercache.checkpoint.safetensors_file import PAGE_BYTES, FileLayout, TensorSpec, distribute, lay_out_file
-from tiercache.checkpoint.state_tree import EncodedState, TensorSource
+from tiercache.checkpoint.state_tree import EncodedState, TensorSource, flat_bytes
 
-SEGMENT_BYTES = 64 << 20
+SLAB_BYTES = 64 << 20
 SHARED_MIN_BYTES = 1 << 20
 """Size from which a tensor is shared between checkpoints."""
 SHARED_NAME = "tensor"
@@ -98,7 +99,7 @@ def _torch_device(device: Any) -> TorchDevice:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Segment:
+class Slab:
     """A piece of host memory that begins at a page.
 
     Attributes:
@@ -113,55 +114,59 @@ class Segment:
 
 
 class HostMemory:
-    """Segments for staged states, kept for later saves. Thread-safe: the writer returns them.
+    """Slabs for staged states, kept for later saves. Thread-safe: the writer returns them.
 
     Args:
-        segment_bytes: Size of a segment, of whole pages.
+        slab_bytes: Size of a slab, of whole pages.
     """
 
-    def __init__(self, segment_bytes: int = SEGMENT_BYTES) -> None:
-        self.segment_bytes = segment_bytes
+    def __init__(self, slab_bytes: int = SLAB_BYTES) -> None:
+        self.slab_bytes = slab_bytes
         self._lock = Lock()
-        self._free: list[Segment] = []
+        self._free: list[Slab] = []
 
-    def take(self, n_bytes: int, device: DeviceCopies | None) -> list[Segment]:
-        """Return segments of n_bytes together; pinned by a device if one is given."""
-        found: list[Segment] = []
+    def take(self, n_bytes: int, device: DeviceCopies | None) -> list[Slab]:
+        """Return slabs of n_bytes together; pinned by a device if one is given."""
+        found: list[Slab] = []
         try:
-            while len(found) * self.segment_bytes < n_bytes:
+            while len(found) * self.slab_bytes < n_bytes:
                 found.append(self._reused(device is not None) or self._new(device))
         except BaseException:
             self.give(found)
             raise
         return found
 
-    def give(self, segments: Sequence[Segment]) -> None:
-        """Keep segments for later saves."""
+    def give(self, slabs: Sequence[Slab]) -> None:
+        """Keep slabs for later saves."""
         with self._lock:
-            self._free += segments
+            self._free += slabs
 
     def clear(self) -> None:
-        """Free the segments that no save uses."""
+        """Free the slabs that no save uses."""
         with self._lock:
             self._free.clear()
 
-    def _reused(self, is_pinned: bool) -> Segment | None:
+    def _reused(self, is_pinned: bool) -> Slab | None:
         with self._lock:
-            for number, segment in enumerate(self._free):
-                if segment.is_pinned == is_pinned:
+            for number, slab in enumerate(self._free):
+                if slab.is_pinned == is_pinned:
                     return self._free.pop(number)
         return None
 
-    def _new(self, device: DeviceCopies | None) -> Segment:
+    def _new(self, device: DeviceCopies | None) -> Slab:
         if device is not None:
-            tensor = device.pin(self.segment_bytes)
-            return Segment(tensor.numpy(), tensor, is_pinned=True)
-        memory = mmap.mmap(-1, self.segment_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            tensor = device.pin(self.slab_bytes)
+            return Slab(tensor.numpy(), tensor, is_pinned=True)
+        memory = mmap.mmap(-1, self.slab_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError):  # a kernel without huge pages; they make the first copy faster
             memory.madvise(mmap.MADV_HUGEPAGE)
         array = np.frombuffer(memory, np.uint8)
         torch = sys.modules.get("torch")
-        return Segment(array, None if torch is None else torch.from_numpy(array), is_pinned=False)
+        return Slab(array, None if torch is None else torch.from_numpy(array), is_pinned=False)
+
+
+class SaveDropped(Exception):
+    """The save was dropped to make room for a later one, or its state could not be copied."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,6 +179,7 @@ class StagedFile:
         specs: Tensors by their names in the file.
         layout: Header and positions.
         pieces: Its bytes in order; each piece but the last has whole pages.
+        copied: Future that is done when the bytes are there; its result raises SaveDropped if the copy failed.
     """
 
     is_shared: bool
@@ -181,87 +187,105 @@ class StagedFile:
     specs: Mapping[str, TensorSpec]
     layout: FileLayout
     pieces: tuple[memoryview, ...]
+    copied: Future[None] = field(default_factory=Future)
 
 
-@dataclass(slots=True)
 class StagedState:
-    """A state in host memory. release() returns the memory; after that the files have no bytes.
+    """A state in host memory: the files as they will be on the disk, which are written while later ones are copied.
 
-    Attributes:
-        files: Files of the state.
-    """
-
-    files: Sequence[StagedFile]
-    _memory: HostMemory
-    _segments: list[Segment] = field(default_factory=list)
-
-    def release(self) -> None:
-        """Return the memory. Repeated calls have no effect."""
-        self.files = ()
-        segments, self._segments = self._segments, []
-        self._memory.give(segments)
-
-
-def stage_state(
-    state: EncodedState, memory: HostMemory, *, n_streams: int, shares: bool, device_of: FindDevice = find_device
-) -> StagedState:
-    """Copy the tensors of a state to host memory, and return when all values are there.
+    One thread calls copy() while others wait for the files. release() is called when nobody uses the files any more.
 
     Args:
-        state: State whose tensors are copied; they may be changed when the call returns.
+        state: State whose tensors are copied.
         memory: Memory for the copy. It is pinned if a tensor is on a device.
         n_streams: Number of files that are written in parallel.
         shares: Whether tensors of SHARED_MIN_BYTES or more become files of their own.
         device_of: Function that returns the device of a tensor.
+
+    Attributes:
+        files: Files of the state; none after release().
     """
-    torch = sys.modules.get("torch")
-    specs = [TensorSpec(name, one.dtype, one.shape, one.n_bytes) for name, one in state.tensors.items()]
-    least_bytes = SHARED_MIN_BYTES if shares else sys.maxsize
-    groups = [(True, [one]) for one in specs if one.n_bytes >= least_bytes]
-    groups += [(False, one) for one in distribute([one for one in specs if one.n_bytes < least_bytes], n_streams)]
-    devices = {
-        name: device_of(source.value)
-        for name, source in state.tensors.items()
-        if torch is not None and isinstance(source.value, torch.Tensor)
-    }
-    layouts = [_layout(is_shared, group) for is_shared, group in groups]
-    starts, end = [], 0
-    for layout in layouts:
-        starts.append(end)
-        end += -(-layout.n_bytes // PAGE_BYTES) * PAGE_BYTES
-    pinning = next((device for device in devices.values() if device is not None), None)
-    copy = _Copy(memory.take(end, pinning), memory.segment_bytes)
-    try:
-        placed = [
-            (
-                state.tensors[one.name],
-                start + layout.offsets[SHARED_NAME if is_shared else one.name],
-                devices.get(one.name),
+
+    def __init__(
+        self,
+        state: EncodedState,
+        memory: HostMemory,
+        *,
+        n_streams: int,
+        shares: bool,
+        device_of: FindDevice = find_device,
+    ) -> None:
+        torch = sys.modules.get("torch")
+        self._devices = {
+            name: device_of(source.value)
+            for name, source in state.tensors.items()
+            if torch is not None and isinstance(source.value, torch.Tensor)
+        }
+        specs = [TensorSpec(name, one.dtype, one.shape, one.n_bytes) for name, one in state.tensors.items()]
+        least_bytes = SHARED_MIN_BYTES if shares else sys.maxsize
+        groups = [(True, [one]) for one in specs if one.n_bytes >= least_bytes]
+        groups += [(False, one) for one in distribute([one for one in specs if one.n_bytes < least_bytes], n_streams)]
+        layouts = [_layout(is_shared, group) for is_shared, group in groups]
+        self._starts, end = [], 0
+        for layout in layouts:
+            self._starts.append(end)
+            end += -(-layout.n_bytes // PAGE_BYTES) * PAGE_BYTES
+        pinning = next((device for device in self._devices.values() if device is not None), None)
+        self._sources, self._memory = state.tensors, memory
+        self._copy = _Copy(memory.take(end, pinning), memory.slab_bytes)
+        self.files: Sequence[StagedFile] = [
+            StagedFile(
+                is_shared,
+                {SHARED_NAME if is_shared else one.name: one.name for one in group},
+                {SHARED_NAME if is_shared else one.name: one for one in group},
+                layout,
+                tuple(array[first:last].data for array, first, last in self._copy.spans(start, layout.n_bytes)),
             )
-            for (is_shared, group), layout, start in zip(groups, layouts, starts, strict=True)
-            for one in group
+            for (is_shared, group), layout, start in zip(groups, layouts, self._starts, strict=True)
         ]
-        # Copies from devices run while the tensors in host memory are copied.
-        for source, offset, device in sorted(placed, key=lambda one: one[2] is None):
-            copy.tensor(source, offset, device)
-        for layout, start in zip(layouts, starts, strict=True):
-            copy.array(np.frombuffer(layout.header, np.uint8), start)
-        copy.finish()
-    except BaseException:
-        copy.finish()
-        memory.give(copy.segments)
-        raise
-    files = [
-        StagedFile(
-            is_shared,
-            {SHARED_NAME if is_shared else one.name: one.name for one in group},
-            {SHARED_NAME if is_shared else one.name: one for one in group},
-            layout,
-            tuple(array[first:last].data for array, first, last in copy.spans(start, layout.n_bytes)),
-        )
-        for (is_shared, group), layout, start in zip(groups, layouts, starts, strict=True)
-    ]
-    return StagedState(files, memory, copy.segments)
+
+    def copy(self) -> None:
+        """Copy the tensors, and return when all values are there: the state may then be changed."""
+        placed = [*zip(self.files, self._starts, strict=True)]
+        try:
+            # Copies from devices run while the tensors in host memory are copied.
+            events = [self._copy_file(file, start, on_device=True) for file, start in placed]
+            for (file, start), copies in zip(placed, events, strict=True):
+                self._copy.array(np.frombuffer(file.layout.header, np.uint8), start)
+                self._copy_file(file, start, on_device=False)
+                for event in copies:
+                    event.synchronize()
+                file.copied.set_result(None)
+        except BaseException:
+            self._copy.finish()
+            self.abandon()
+            raise
+        finally:
+            self._sources = {}
+
+    def abandon(self) -> None:
+        """Tell all who wait for a file that it will not be copied."""
+        for file in self.files:
+            if not file.copied.done():
+                file.copied.set_exception(SaveDropped())
+
+    def release(self) -> None:
+        """Return the memory, as soon as copy() does not use it any more. Repeated calls have no effect."""
+        wait([file.copied for file in self.files])
+        self.files = ()
+        slabs, self._copy.slabs = self._copy.slabs, []
+        self._memory.give(slabs)
+
+    def _copy_file(self, file: StagedFile, start: int, *, on_device: bool) -> list[Event]:
+        """Copy the tensors of a file that are on a device, or the others. Return events after the copies."""
+        devices = list[DeviceCopies]()
+        for file_name, name in file.names.items():
+            device = self._devices.get(name)
+            if (device is not None) == on_device:
+                self._copy.tensor(self._sources[name], start + file.layout.offsets[file_name], device)
+                if device is not None and device not in devices:
+                    devices.append(device)
+        return [self._copy.record(device) for device in devices]
 
 
 def _layout(is_shared: bool, group: Sequence[TensorSpec]) -> FileLayout:
@@ -272,22 +296,22 @@ def _layout(is_shared: bool, group: Sequence[TensorSpec]) -> FileLayout:
 
 
 class _Copy:
-    """The copies of one state into segments, whose bytes are numbered through."""
+    """The copies of one state into slabs, whose bytes are numbered through."""
 
-    def __init__(self, segments: list[Segment], segment_bytes: int) -> None:
-        self.segments, self._segment_bytes = segments, segment_bytes
+    def __init__(self, slabs: list[Slab], slab_bytes: int) -> None:
+        self.slabs, self._slab_bytes = slabs, slab_bytes
         self._devices: list[tuple[DeviceCopies, Any]] = []
         self._sources: list[Any] = []  # of copies that may still run
 
     def spans(self, start: int, n_bytes: int) -> list[tuple[NDArray[np.uint8], int, int]]:
-        """Return the pieces of a range: the array of the segment, and the range in it."""
-        return [(self.segments[number].array, first, last) for number, first, last in self._pieces(start, n_bytes)]
+        """Return the pieces of a range: the array of the slab, and the range in it."""
+        return [(self.slabs[number].array, first, last) for number, first, last in self._pieces(start, n_bytes)]
 
     def _pieces(self, start: int, n_bytes: int) -> list[tuple[int, int, int]]:
         found, position, end = [], start, start + n_bytes
         while position < end:
-            number, first = divmod(position, self._segment_bytes)
-            last = min(self._segment_bytes, first + end - position)
+            number, first = divmod(position, self._slab_bytes)
+            last = min(self._slab_bytes, first + end - position)
             found.append((number, first, last))
             position += last - first
         return found
@@ -299,15 +323,15 @@ class _Copy:
         if isinstance(source.value, np.ndarray):
             self.array(np.ascontiguousarray(source.value).reshape(-1).view(np.uint8), start)
             return
-        torch, value, pieces = sys.modules["torch"], source.value, self._pieces(start, source.n_bytes)
+        value, pieces = source.value, self._pieces(start, source.n_bytes)
         if device is None and not value.is_contiguous() and len(pieces) == 1:
             ((number, first, last),) = pieces
-            self._segment_tensor(number)[first:last].view(value.dtype).view(value.shape).copy_(value)
+            self._slab_tensor(number)[first:last].view(value.dtype).view(value.shape).copy_(value)
             return
-        flat = value.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+        flat = flat_bytes(value.resolve_conj().resolve_neg().contiguous())
         position = 0
         for number, first, last in pieces:
-            destination, part = self._segment_tensor(number)[first:last], flat[position : position + last - first]
+            destination, part = self._slab_tensor(number)[first:last], flat[position : position + last - first]
             if device is None:
                 destination.copy_(part)
             else:
@@ -323,6 +347,10 @@ class _Copy:
             np.copyto(array[first:last], data[position : position + last - first])
             position += last - first
 
+    def record(self, device: DeviceCopies) -> Event:
+        """Return an event after the present copies from a device."""
+        return device.record(self._stream_of(device))
+
     def finish(self) -> None:
         """Wait for the copies from devices."""
         for device, stream in self._devices:
@@ -330,10 +358,10 @@ class _Copy:
         self._devices.clear()
         self._sources.clear()
 
-    def _segment_tensor(self, number: int) -> Any:
-        segment = self.segments[number]
-        # A segment that was made before torch was imported has none.
-        return sys.modules["torch"].from_numpy(segment.array) if segment.tensor is None else segment.tensor
+    def _slab_tensor(self, number: int) -> Any:
+        slab = self.slabs[number]
+        # A slab that was made before torch was imported has none.
+        return sys.modules["torch"].from_numpy(slab.array) if slab.tensor is None else slab.tensor
 
     def _stream_of(self, device: DeviceCopies) -> Any:
         for known, stream in self._devices:

@@ -146,6 +146,12 @@ def decode_state(tree: Any, find: FindTensor) -> Any:
     return decode(tree[tag], tree, find)
 
 
+def flat_bytes(tensor: Any) -> Any:
+    """Return the values of a contiguous tensor of torch as uint8[n_bytes] over the same memory."""
+    # The stride of a single item may be any number, even of a contiguous tensor; view() refuses all but 1.
+    return tensor.detach().reshape(-1).as_strided((tensor.numel(),), (1,)).view(import_module("torch").uint8)
+
+
 # -- encoding --------------------------------------------------------------------------------------------------------
 
 

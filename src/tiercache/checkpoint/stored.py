@@ -314,15 +314,28 @@ class StoredCheckpoints:
         self._change_tags(which, lambda found: Tags(found.tags | _checked(tags), found.is_pinned))
 
     def untag(self, which: str | int, *tags: str) -> None:
-        """Remove tags from a checkpoint; arguments and errors as for tag()."""
+        """Remove tags from a checkpoint. Errors as for tag().
+
+        Args:
+            which: "latest", "best:METRIC", a step, or a name.
+            *tags: Tags; those that the checkpoint does not have are ignored.
+        """
         self._change_tags(which, lambda found: Tags(found.tags - _checked(tags), found.is_pinned))
 
     def pin(self, which: str | int) -> None:
-        """Pin a checkpoint: neither a rule nor delete() deletes any of its copies. Errors as for tag()."""
+        """Pin a checkpoint: neither a rule nor delete() deletes any of its copies. Errors as for tag().
+
+        Args:
+            which: "latest", "best:METRIC", a step, or a name.
+        """
         self._change_tags(which, lambda found: Tags(found.tags, is_pinned=True))
 
     def unpin(self, which: str | int) -> None:
-        """Remove the pin of a checkpoint. Errors as for tag()."""
+        """Remove the pin of a checkpoint. Errors as for tag().
+
+        Args:
+            which: "latest", "best:METRIC", a step, or a name.
+        """
         self._change_tags(which, lambda found: Tags(found.tags, is_pinned=False))
 
     def gc(self) -> RetentionReport:

@@ -31,7 +31,7 @@ from tiercache.checkpoint.layout import (
     tensor_digest,
 )
 from tiercache.checkpoint.safetensors_file import PAGE_BYTES
-from tiercache.checkpoint.staging import SHARED_NAME, StagedFile
+from tiercache.checkpoint.staging import SHARED_NAME, SaveDropped, StagedFile
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptCheckpoint, NotFound, StoreError
 from tiercache.model import ByteRange
@@ -44,10 +44,6 @@ T = TypeVar("T")
 PART_BYTES = 8 << 20
 # A put whose answer was lost is repeated if the store does not have the manifest.
 _COMMIT_ATTEMPTS = 3
-
-
-class SaveDropped(Exception):
-    """The save was dropped to make room for a later one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +150,7 @@ class CheckpointWriter:
 
         Args:
             name: Name of the checkpoint.
-            files: Staged files; their memory must stay until the call returns.
+            files: Staged files, some of which may still be copied; their memory must stay until the call returns.
             state_text: Text of the state without its tensors.
             metrics: Metrics by name; no file without one.
             stop: Event that ends the call with SaveDropped.
@@ -170,6 +166,7 @@ class CheckpointWriter:
         }
 
         def write(file: StagedFile) -> tuple[StoredFile, dict[str, TensorEntry]]:
+            file.copied.result()
             digest = _digest_of(file) if file.is_shared else None
             path = paths[id(file)] if digest is None else shared_path(digest)
             source = SourceFile(path, file.layout.n_bytes, partial(self._parts_of, file.pieces))
@@ -464,7 +461,13 @@ class TaskThread:
             if self._is_running:
                 return
             self._is_running = True
-        Thread(target=self._run, name=self._name).start()
+        try:
+            Thread(target=self._run, name=self._name).start()
+        except RuntimeError:  # the limit of threads, or the interpreter ends
+            with self._changed:
+                self._tasks.remove(task)
+                self._is_running = False
+            raise
 
     def join(self) -> None:
         """Wait until all tasks are done."""
