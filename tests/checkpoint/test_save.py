@@ -13,7 +13,9 @@ import pytest
 import torch
 from tests.checkpoint.plain_reader import leftovers, newest, read_checkpoint, same
 from tests.s3_fixtures import s3_server
+from tests.support.forks import in_child
 
+import tiercache as tc
 from tiercache.checkpoint import writer
 from tiercache.checkpoint.checkpoints import Checkpoints
 from tiercache.checkpoint.layout import list_names
@@ -124,6 +126,27 @@ def test_real_training_objects_are_saved(tmp_path):
     assert manifest.metrics == {"loss": 2.0}
     assert same(dict(state["model"]), dict(model.state_dict()))
     assert same(state["optim"], optimizer.state_dict())
+
+
+def test_the_position_of_our_loader_is_saved(tmp_path):
+    with tc.Writer(tmp_path / "data", schema={"x": "int64"}) as rows:
+        rows.write_batch({"x": np.arange(40)})
+
+    def loader():
+        return tc.DataLoader(
+            tc.Dataset(tmp_path / "data"), batch_size=4, shuffle=True, options=tc.LoaderOptions(seed=1)
+        )
+
+    whole = [batch["x"].tolist() for batch in loader()]
+    running, resumed = loader(), loader()
+    batches = iter(running)
+    seen = [next(batches)["x"].tolist() for _ in range(3)]
+    with opened(tmp_path / "run") as checkpoints:
+        saved = checkpoints.save(3, {"loader": running})
+        assert saved.wait(timeout_s=WAIT_S)
+        resumed.load_state_dict(read_checkpoint(checkpoints.remote_store, saved.name)[1]["loader"])
+    del batches
+    assert seen + [batch["x"].tolist() for batch in resumed] == whole
 
 
 def test_a_state_may_change_when_save_has_returned(tmp_path):
@@ -639,6 +662,19 @@ def test_closed_checkpoints_save_nothing_and_close_twice(tmp_path):
     checkpoints.close()
     with pytest.raises(ValueError, match="closed"):
         checkpoints.save(2, a_state())
+
+
+def test_a_forked_process_cannot_save(tmp_path):
+    def save_in_a_fork(checkpoints):
+        with pytest.raises(RuntimeError, match="not to a fork"):
+            checkpoints.save(2, {"x": 1})
+        checkpoints.close()
+
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.save(1, {"x": 1}).wait(timeout_s=WAIT_S)
+        checkpoints.join()
+        assert in_child(lambda: save_in_a_fork(checkpoints))
+        assert checkpoints.save(3, {"x": 1}).wait(timeout_s=WAIT_S)
 
 
 def test_a_program_that_ends_without_close_finishes_its_saves(tmp_path):

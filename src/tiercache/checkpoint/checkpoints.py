@@ -151,6 +151,7 @@ class Checkpoints(StoredCheckpoints):
     Attributes:
         remote_store: Store of `url`.
         local_store: Store of `local`; None if there is none.
+        keep: Rules of retention.
         dedup: As given.
     """
 
