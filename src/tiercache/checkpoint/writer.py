@@ -171,7 +171,7 @@ class CheckpointWriter:
             digest = _digest_of(file) if file.is_shared else None
             path = paths[id(file)] if digest is None else shared_path(digest)
             source = SourceFile(path, file.layout.n_bytes, partial(self._parts_of, file.pieces))
-            stored = self.write(name, source, stop) if digest is None else self._share(name, source, stop)
+            stored = self.write(name, source, stop) if digest is None else self.share(name, source, stop)
             return stored, {
                 state_name: TensorEntry(
                     path,
@@ -212,7 +212,7 @@ class CheckpointWriter:
                 if shared_digest(file.path) is None:
                     self.write(manifest.name, source, stop)
                 else:
-                    self._share(manifest.name, source, stop)
+                    self.share(manifest.name, source, stop)
             except _WrongSource as error:
                 message = (
                     f"the local file has CRC-32C {error.found:08x}, {file.crc32c:08x} was written: it was not uploaded"
@@ -283,8 +283,8 @@ class CheckpointWriter:
             self._classes.abort(upload.key, upload.upload_id)
         return len(found)
 
-    def _share(self, name: str, source: SourceFile, stop: Event) -> StoredFile:
-        """Write a shared tensor if the store does not have it."""
+    def share(self, name: str, source: SourceFile, stop: Event) -> StoredFile:
+        """Write a shared tensor if the store does not have it. Errors as for write_staged()."""
         key, crc = key_of(name, source.path), source.crc32c
         is_claimed = self._shared.claim(name, key)
         crash_point("checkpoint_write.claimed")
