@@ -254,6 +254,23 @@ def test_retention_deletes_what_no_rule_keeps_and_no_save_waits_for_it(tmp_path)
     assert kept == {info.name for info in checkpoints.list()}
 
 
+def test_tensors_that_do_not_change_are_stored_once(tmp_path):
+    frozen = torch.randn(512, 1024)  # 2 MiB
+    options = {"local": tmp_path / "local", "dedup": True, "keep": [tc.Keep(last=2)]}
+    with tc.Checkpoints(tmp_path / "remote", **options) as checkpoints:
+        for step in range(3):
+            state = {"frozen": frozen, "same": frozen.clone(), "trained": torch.full((512, 1024), step), "small": step}
+            dcp.save(state, storage_writer=checkpoints.dcp_writer(step))
+            checkpoints.join()
+        for tier in ("local", "remote"):  # the tensor of the deleted step 0 stays until it is a day old
+            assert len([*(tmp_path / tier / "tensors").iterdir()]) == 4
+        loaded = {"frozen": torch.zeros(512, 1024), "trained": torch.zeros(512, 1024, dtype=torch.int64), "small": 0}
+        dcp.load(loaded, storage_reader=checkpoints.dcp_reader("latest"))
+        assert torch.equal(loaded["frozen"], frozen)
+        assert loaded["trained"].unique().tolist() == [2]
+        assert checkpoints.load(1)["same"].equal(frozen)
+
+
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 

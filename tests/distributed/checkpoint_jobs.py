@@ -9,6 +9,7 @@ import signal
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import tiercache as tc
@@ -138,14 +139,17 @@ def load(url: str, local: str | None, kinds: list[str]) -> dict[str, list[str]]:
 
 
 class Killer:
-    """A hook of crash points that kills this process at one of them."""
+    """A hook of crash points that kills this process when it reaches one of them for the n-th time."""
 
-    def __init__(self, point: str) -> None:
-        self._point = point
+    def __init__(self, point: str, nth: int = 1) -> None:
+        self._point, self._n_left, self._lock = point, nth, Lock()
 
     def __call__(self, name: str) -> None:
         if name == self._point:
-            os.kill(os.getpid(), signal.SIGKILL)
+            with self._lock:
+                self._n_left -= 1
+                if self._n_left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fail(url: str, local: str, answers: str) -> None:
@@ -184,3 +188,29 @@ def die(url: str, local: str, point: str) -> None:
     for step in (0, 1):
         crash_points.set_hook(Killer(point) if step else None)
         dcp.save({"step": torch.full((1000,), step)}, storage_writer=checkpoints.dcp_writer(step))
+
+
+def save_until_killed(url: str, local: str, saved: str, rank: int, point: str, nth: int) -> None:
+    """Save up to 6 steps more, while a rank is killed when it reaches a point for the n-th time.
+
+    saved: File to which rank 0 appends each step once its save has returned.
+    """
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    checkpoints = tc.Checkpoints(url, local=local, keep=[tc.Keep(last=2)], dedup=True)
+    first = [max((info.step for info in checkpoints.list() if info.state == "complete"), default=-1) + 1]
+    dist.broadcast_object_list(first)
+    if dist.get_rank() == rank:
+        crash_points.set_hook(Killer(point, nth))
+    for step in range(first[0], first[0] + 6):
+        state = {
+            "weights": distribute_tensor(torch.full((40, 3), step), mesh, [Shard(0)]),
+            "frozen": torch.full((1 << 18,), 7.0),
+            "moving": torch.full((1 << 18,), float(step)),
+            "step": step,
+        }
+        dcp.save(state, storage_writer=checkpoints.dcp_writer(step))
+        if dist.get_rank() == 0:
+            with Path(saved).open("a") as file:
+                file.write(f"{step}\n")
+    checkpoints.close()

@@ -58,8 +58,11 @@ from tiercache.checkpoint.layout import (
     checkpoint_name,
     key_of,
     metric_json,
+    shared_path,
+    tensor_digest,
 )
 from tiercache.checkpoint.safetensors_file import FileLayout, TensorSpec, distribute, lay_out_file
+from tiercache.checkpoint.staging import SHARED_MIN_BYTES, SHARED_NAME
 from tiercache.checkpoint.state_tree import (
     DTYPES,
     EncodedState,
@@ -147,6 +150,10 @@ class DistributedWriter(StorageWriter):
         step: Step of the training run.
         metrics: Metrics by name; those of the coordinator count.
         note: JSON value of the user; that of the coordinator counts.
+
+    Attributes:
+        name: Name of the checkpoint, which the coordinator knows once the save has begun; "" before.
+        step: Step of the training run.
     """
 
     def __init__(
@@ -154,9 +161,10 @@ class DistributedWriter(StorageWriter):
     ) -> None:
         super().__init__()
         checkpoint_name(step, 0.0, "000000")  # checks the step
-        self._checkpoints, self._step = checkpoints, step
+        self._checkpoints, self.step = checkpoints, step
         self._metrics, self._note = numbers(metrics or {}), json_copy(note)
         self._created_s, self.name = 0.0, ""
+        self._is_committed = False
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003 - torch's interface
@@ -199,7 +207,7 @@ class DistributedWriter(StorageWriter):
                 "the new checkpoint: use a planner without caching"
             )
         self._checkpoints.remote_store.require_conditional_put()
-        self.name, self._created_s = self._checkpoints.new_name(self._step)
+        self.name, self._created_s = self._checkpoints.new_name(self.step)
         planned: set[MetadataIndex] = set()
         tasks = []
         for rank, plan in enumerate(plans):
@@ -242,26 +250,43 @@ class DistributedWriter(StorageWriter):
     def _write_files(self, task: _Task, sources: Mapping[str, _Source]) -> dict[str, _StoredPart]:
         """Write the tensors to the local folder and upload them from there, or to the store at once."""
         first, *others = self._checkpoints.file_writers
-        specs = distribute([source.spec for source in sources.values()], self._checkpoints.n_streams)
+        n_streams, specs = self._checkpoints.n_streams, [source.spec for source in sources.values()]
+        shared = [one for one in specs if self._checkpoints.dedup and one.n_bytes >= SHARED_MIN_BYTES]
+        files = distribute([one for one in specs if one not in shared], n_streams)
 
         def write(number: int) -> list[_StoredPart]:
-            path = f"tensors-rank{task.rank:05d}-{number + 1:05d}-of-{len(specs):05d}.safetensors"
-            layout = lay_out_file(specs[number])
+            path = f"tensors-rank{task.rank:05d}-{number + 1:05d}-of-{len(files):05d}.safetensors"
+            layout = lay_out_file(files[number])
             blocks: dict[str, tuple[int, ...]] = {}
-            file = first.write(task.name, SourceFile(path, layout.n_bytes, lambda: parts_of(layout, blocks)), _NEVER)
+
+            def parts() -> Iterator[memoryview]:
+                return equal_parts(_pieces(layout, sources, blocks), part_bytes(layout.n_bytes))
+
+            file = first.write(task.name, SourceFile(path, layout.n_bytes, parts), _NEVER)
             crash_point("dcp.written")
-            return [
-                _StoredPart(spec.name, _entry(path, layout, spec), blocks[spec.name], file) for spec in specs[number]
-            ]
+            return [_StoredPart(one.name, _entry(path, layout, one), blocks[one.name], file) for one in files[number]]
 
-        def parts_of(layout: FileLayout, blocks: dict[str, tuple[int, ...]]) -> Iterator[memoryview]:
-            return equal_parts(_pieces(layout, sources, blocks), part_bytes(layout.n_bytes))
+        def share(spec: TensorSpec) -> list[_StoredPart]:
+            data, alone = _bytes_of(sources[spec.name]), replace(spec, name=SHARED_NAME)
+            layout, digest = lay_out_file([alone]), tensor_digest(spec.dtype, spec.shape, [data])
 
-        written = in_parallel([partial(write, number) for number in range(len(specs))], self._checkpoints.n_streams)
-        stored = {part.name: part for parts in written for part in parts}
-        files = tuple({part.file.path: part.file for part in stored.values()}.values())
-        for writer in others:
-            writer.upload(Manifest(task.name, self._step, 0.0, files), first.store, _NEVER)
+            def parts() -> Iterator[memoryview]:
+                return equal_parts([memoryview(layout.header), data], part_bytes(layout.n_bytes))
+
+            path = shared_path(digest)
+            file = first.share(task.name, SourceFile(path, layout.n_bytes, parts), _NEVER)
+            entry = replace(_entry(path, layout, alone), digest=digest)
+            return [_StoredPart(spec.name, entry, _block_checksums(data), file)]
+
+        calls = [*(partial(write, number) for number in range(len(files))), *(partial(share, one) for one in shared)]
+        try:
+            stored = {part.name: part for parts in in_parallel(calls, n_streams) for part in parts}
+            written = tuple({part.file.path: part.file for part in stored.values()}.values())
+            for writer in others:
+                writer.upload(Manifest(task.name, self.step, 0.0, written), first.store, _NEVER)
+        finally:
+            # Tombstones and the age of the files protect them from deletions, which another process makes.
+            self._checkpoints.shared.release(task.name)
         return stored
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -299,7 +324,7 @@ class DistributedWriter(StorageWriter):
             ]
             manifest = Manifest(
                 name=self.name,
-                step=self._step,
+                step=self.step,
                 created_s=self._created_s,
                 files=(*(files[path] for path in sorted(files)), *small),
                 tensors=tensors,
@@ -309,7 +334,14 @@ class DistributedWriter(StorageWriter):
             crash_point("dcp.described")
             writer.commit(manifest)
             crash_point("dcp.committed")
+        self._is_committed = True
         self._checkpoints.announce(self.name, "remote")
+
+    def done(self) -> bool:
+        """Return whether the checkpoint is committed at the store; the coordinator knows."""
+        return self._is_committed
+
+    wait = done
 
 
 def _add(sources: dict[str, _Source], source: _Source) -> None:
@@ -413,10 +445,11 @@ def _parts_of(found: _StoredPart | _StoredValue) -> tuple[_StoredPart, ...]:
 
 
 def _missing_file(store: Store, name: str, files: Iterable[StoredFile]) -> str:
-    """Return which file a store lacks, or has with another size; "" if none. The store is listed once."""
-    prefix = f"{name}/"
-    sizes = {info.key.removeprefix(prefix): info.n_bytes for info in store.list(prefix)}
-    return next((file.path for file in files if sizes.get(file.path) != file.n_bytes), "")
+    """Return which file a store lacks, or has with another size; "" if none. The store is listed."""
+    wanted = {key_of(name, file.path): file for file in files}
+    folders = {key.partition("/")[0] + "/" for key in wanted}
+    sizes = {info.key: info.n_bytes for folder in folders for info in store.list(folder)}
+    return next((file.path for key, file in wanted.items() if sizes.get(key) != file.n_bytes), "")
 
 
 # -- description of the parts ----------------------------------------------------------------------------------------
