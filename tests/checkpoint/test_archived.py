@@ -157,3 +157,16 @@ def test_a_moved_checkpoint_is_loaded_from_the_archive_after_the_wait(moved):
     assert restored(vault)
     with pytest.raises(NotFound, match="of step 3"):
         checkpoints.load(3)
+
+
+def test_a_moved_checkpoint_finds_its_shared_tensors_where_it_was(moved):
+    checkpoints, vault = moved
+    home = checkpoints.remote_store
+    name = write_checkpoint(home, 5, {"w": np.arange(70)}, created_s=1.0, share=True)
+    for info in list(home.list(f"{name}/")):
+        vault.put(f"run7/{info.key}", home.get(info.key))
+    archive(vault)
+    home.delete([info.key for info in home.list(f"{name}/")])
+    with pytest.raises(ArchivedShards):
+        checkpoints.load(5)
+    assert np.array_equal(checkpoints.load(5, wait=True)["w"], np.arange(70))
