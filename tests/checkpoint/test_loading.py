@@ -112,6 +112,22 @@ def test_files_longer_than_a_piece_are_read_in_pieces(remote, monkeypatch):
     assert same(StoredCheckpoints(remote).load(), state)
 
 
+def test_many_shared_tensors_are_read_with_few_open_files(remote, monkeypatch):
+    monkeypatch.setattr(reading, "_OPEN_FILES", 2)
+    state = {f"t{n}": torch.full((4,), n) for n in range(30)}
+    write_checkpoint(remote, 1, state, share=True)
+    opened = []
+    open_local = remote.open_local
+
+    def count(key, identity=None):
+        opened.append(sum(1 for path in Path("/proc/self/fd").iterdir() if "tensors" in str(path.resolve())))
+        return open_local(key, identity)
+
+    monkeypatch.setattr(remote, "open_local", count)
+    assert same(StoredCheckpoints(remote).load(), state)
+    assert max(opened) <= 2
+
+
 # -- into objects --------------------------------------------------------------------------------------------------
 
 

@@ -328,6 +328,18 @@ def test_a_shared_tensor_stays_while_a_checkpoint_refers_to_it_and_goes_a_day_af
     assert list(remote.list()) == []
 
 
+def test_a_deleted_checkpoint_of_which_only_the_tombstone_is_left_is_not_listed(remote):
+    first = write_checkpoint(remote, 1, {"w": A}, share=True)
+    write_checkpoint(remote, 2, {"w": B}, share=True)
+    delete(remote, first, now_s=START_S)
+    checkpoints = StoredCheckpoints(remote)
+    assert [one.step for one in checkpoints.list()] == [2]
+    with pytest.raises(NotFound):
+        checkpoints.delete(first)
+    with pytest.raises(NotFound):
+        checkpoints.tag(1, "release")
+
+
 def test_no_shared_tensor_is_deleted_while_a_manifest_cannot_be_read(remote):
     first = write_checkpoint(remote, 1, {"w": A}, share=True)
     second = write_checkpoint(remote, 2, {"w": B}, share=True)

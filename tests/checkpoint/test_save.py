@@ -579,6 +579,25 @@ def test_waiting_ends_when_the_time_is_over(tmp_path):
             checkpoints.wait(timeout_s=0.01)
 
 
+@pytest.mark.s3
+def test_parts_that_a_killed_upload_has_left_are_removed_when_they_are_old(s3_server, monkeypatch):
+    store = s3_server.store("checkpoints-parts")
+    with opened(store) as checkpoints:
+        saved = checkpoints.save(1, {"x": 1})
+        assert saved.wait(timeout_s=WAIT_S)
+        classes = checkpoints._remote._classes
+        for key in (f"{saved.name}/tensors-00001-of-00001.safetensors", "tensors/00.safetensors", "other/file"):
+            upload = classes.create(key)
+            upload.put_part(0, bytes(5 << 20))
+            upload.put_part(1, b"end")
+        checkpoints.gc()
+        assert len([*classes.unfinished_uploads()]) == 3, "they may be running"
+        monkeypatch.setattr("tiercache.checkpoint.checkpoints.GC_AGE_S", -3600)
+        checkpoints.gc()
+        assert [one.key for one in classes.unfinished_uploads()] == ["other/file"]
+        checkpoints.close()
+
+
 # -- shared tensors ---------------------------------------------------------------------------------------------------
 
 

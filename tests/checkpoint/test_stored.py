@@ -5,16 +5,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.s3_fixtures import s3_server
 from tests.support.stores import GateStore
 
+from tiercache.cache import Cache
 from tiercache.checkpoint.checkpoints import Checkpoints
 from tiercache.checkpoint.inventory import Inventory
 from tiercache.checkpoint.layout import SHARED_FOLDER, list_names
 from tiercache.checkpoint.retention import Keep, Retention
 from tiercache.checkpoint.staging import SHARED_MIN_BYTES
+from tiercache.checkpoint.weights import open_weights
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder
 from tiercache.testing import Fault, FaultStore
+
+__all__ = ["s3_server"]
 
 WAIT_S = 60.0
 
@@ -142,3 +147,31 @@ def test_verify_reads_every_copy_and_names_the_wrong_files(tmp_path):
         assert file.name in result.problems["local"][0]
         file.unlink()
         assert "is missing" in checkpoints.verify(1).problems["local"][0]
+
+
+# -- S3 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.s3
+def test_checkpoints_in_s3_are_loaded_mapped_retained_and_deleted(s3_server, tmp_path):
+    state = {"model": {"w": torch.arange(1 << 20), "b": torch.ones(3)}, "epoch": 4}
+    store = s3_server.store("checkpoints-read")
+    with Cache(tmp_path / "cache", size="64MiB") as cache:
+        checkpoints = Checkpoints(store, keep=Keep(last=2), dedup=True)
+        checkpoints._open_cache = lambda: cache
+        for step in range(1, 4):
+            checkpoints.save(step, {**state, "epoch": step}).wait(timeout_s=WAIT_S)
+        checkpoints.join()
+        assert [one.step for one in checkpoints.list()] == [2, 3]
+        loaded = checkpoints.load("latest")
+        assert torch.equal(loaded["model"]["w"], state["model"]["w"])
+        assert loaded["epoch"] == 3
+        assert checkpoints.verify().is_right
+        url, options = f"{s3_server.url}/checkpoints-read", s3_server.storage_options
+        with open_weights(url, prefix="model.", cache=cache, storage_options=options) as weights:
+            assert torch.equal(weights["w"], state["model"]["w"])
+        checkpoints.tag(2, "release")
+        assert checkpoints.list()[0].tags == ("release",)
+        checkpoints.delete(3)
+        assert checkpoints.load()["epoch"] == 2
+        checkpoints.close()

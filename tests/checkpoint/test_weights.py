@@ -234,6 +234,33 @@ def test_a_corrupt_copy_is_found_at_the_first_use_and_fetched_again(tmp_path, ca
         assert equal(weights.load(), BIG)
 
 
+def test_tensors_are_fetched_again_after_another_tensor_of_their_copy_was_corrupt(tmp_path, cache):
+    inner = LocalFolder(model_folder(tmp_path / "model", BIG, n_files=1))
+    with Weights(cache.store(inner), ["model-00001-of-00001.safetensors"]) as weights:
+        before = weights["t5"]
+        weights.prefetch(["t2"])
+        with Weights(cache.store(LocalFolder(inner.url)), ["model-00001-of-00001.safetensors"]) as other:
+            assert torch.equal(other["t2"], BIG["t2"])
+        assert corrupt(cache, BIG["t2"]) == 1
+        assert torch.equal(weights["t2"], BIG["t2"])
+        assert torch.equal(weights["t5"], BIG["t5"])
+        assert torch.equal(before, BIG["t5"])
+
+
+def test_files_are_opened_only_for_the_tensors_of_a_checkpoint_that_are_used(tmp_path):
+    write_checkpoint(LocalFolder(tmp_path), 1, {f"t{n}": torch.full((5,), n) for n in range(40)}, share=True)
+    with open_weights(tmp_path) as weights:
+        assert weights["t7"].tolist() == [7] * 5
+        assert mapped_files().count(".safetensors") == 1
+
+
+def test_weights_that_are_closed_are_an_error(tmp_path):
+    weights = open_weights(model_folder(tmp_path))
+    weights.close()
+    with pytest.raises(ValueError, match="these weights are closed"):
+        weights["embed"]
+
+
 def test_without_a_cache_or_without_room_tensors_are_read_into_memory(tmp_path):
     folder = model_folder(tmp_path / "model", BIG, n_files=2)
 

@@ -19,13 +19,14 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from threading import Condition, Event
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tiercache.checkpoint.layout import Manifest, checkpoint_name, written_order
-from tiercache.checkpoint.retention import Keep, referenced_tensors
+from tiercache.checkpoint.retention import GC_AGE_S, Keep, RetentionReport, referenced_tensors
 from tiercache.checkpoint.staging import HostMemory, SaveDropped, StagedState
 from tiercache.checkpoint.state_tree import encode_state, state_text
 from tiercache.checkpoint.stored import StoredCheckpoints
@@ -186,6 +187,7 @@ class Checkpoints(StoredCheckpoints):
         self._failed: list[SaveHandle] = []
         self._unreported: list[SaveHandle] = []  # failed saves whose error nobody has seen
         self._newest_s = 0.0
+        self._has_aborted_uploads = False
         self._pid, self._is_closed = os.getpid(), False
         self._remote = self._writer_to(remote_store, "remote")
         self._local = None if local_store is None else self._writer_to(local_store, "local")
@@ -483,6 +485,23 @@ class Checkpoints(StoredCheckpoints):
 
     def _retain(self, name: str, target: Target) -> None:  # noqa: ARG002 - of _on_commit
         self.apply_retention()
+        if target == "remote" and not self._has_aborted_uploads:
+            self._has_aborted_uploads = True
+            with suppress(StoreError):  # the next process, and gc(), try again
+                self._remote.abort_uploads(GC_AGE_S)
+
+    def gc(self) -> RetentionReport:
+        """Remove what killed saves and deletions have left, and shared tensors without users, once they are a day old.
+
+        Parts of uploads that were interrupted are removed too, where the store lists them (S3, with boto3). The first
+        commit of a process does the same in the background.
+
+        Raises:
+            StoreError: A store failed.
+        """
+        report = super().gc()
+        self._remote.abort_uploads(GC_AGE_S)
+        return report
 
     def _end(self, save: _Save, state: SaveState, error: Exception | None = None) -> None:
         """Note that a save has ended before it was committed everywhere."""

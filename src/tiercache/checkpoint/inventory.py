@@ -104,6 +104,11 @@ class CheckpointCopy:
         return MANIFEST_NAME in self.objects
 
     @property
+    def is_deleted(self) -> bool:
+        """Whether the checkpoint was deleted, and only its tombstone, or what a kill has left, is here."""
+        return TOMBSTONE_NAME in self.objects and not self.is_committed
+
+    @property
     def url(self) -> str:
         """URL of the checkpoint's folder."""
         return f"{self.store.url}/{self.name}"
@@ -158,6 +163,10 @@ class Scan:
     def complete(self, name: str) -> list[CheckpointCopy]:
         """Return the complete copies of a checkpoint, the nearest first."""
         return [copy for copy in self.copies.get(name, ()) if copy.is_complete]
+
+    def exists(self, name: str) -> bool:
+        """Return whether a checkpoint, complete or not, is in some tier and was not deleted."""
+        return any(not copy.is_deleted for copy in self.copies.get(name, ()))
 
     def manifest(self, name: str) -> Manifest | None:
         """Return the manifest of a checkpoint from any of its tiers; None if none can be read."""
@@ -350,8 +359,8 @@ def _step(name: str) -> int:
 def _listed(scan: Scan) -> str:
     names = scan.complete_names
     if not names:
-        incomplete = len(scan.copies)
-        return f"there are {incomplete} unfinished saves" if incomplete else "there are no checkpoints"
+        incomplete = sum(map(scan.exists, scan.copies))
+        return f"there are only unfinished saves ({incomplete})" if incomplete else "there are no checkpoints"
     metrics = sorted({metric for name in names for metric in (scan.manifest(name) or _NO_METRICS).metrics})
     steps = ", ".join(str(_step(name)) for name in names[-5:])
     return f"the last of {len(names)} have the steps {steps}" + (f", metrics: {', '.join(metrics)}" if metrics else "")

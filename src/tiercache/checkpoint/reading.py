@@ -8,8 +8,9 @@ of one machine share one download.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from threading import Event
@@ -24,6 +25,8 @@ from tiercache.store import Lease, LocalStore, Span, Store
 # Threads that read; each has one piece in work. A piece is long enough for the full speed of a store's requests.
 READ_THREADS = 8
 PIECE_BYTES = 16 << 20
+# Files that are open at a time: with dedup=True, each shared tensor is one.
+_OPEN_FILES = 64
 # Bytes that are read from a file and then added to the checksum: they fit the second cache of a core.
 _STEP_BYTES = 1 << 20
 _MOST_BUFFERS = 1024  # of one preadv(2)
@@ -133,28 +136,33 @@ class CopyReader:
                 problems.append(error.message)
         return problems
 
-    def _read_files(self, files: Sequence[tuple[StoredFile, Sequence[_Piece]]]) -> None:
-        """Read the pieces of all files in parallel, and compare the checksums."""
-        sources = [self._source(file) for file, _ in files]
-        for source, (_, pieces) in zip(sources, files, strict=True):
-            source.prefetch(pieces)
-        running = [
-            [self._pool.submit(source.read, piece) for piece in pieces]
-            for source, (_, pieces) in zip(sources, files, strict=True)
-        ]
+    def _read_files(self, files: Iterable[tuple[StoredFile, Sequence[_Piece]]]) -> None:
+        """Read the pieces of files in parallel, and compare the checksums. A limited number of files is open."""
+        running: deque[tuple[_Source, StoredFile, Sequence[_Piece], list[Future[int]]]] = deque()
         try:
-            for source, (file, pieces), reads in zip(sources, files, running, strict=True):
-                sums = [read.result() for read in reads]
-                if self._crc_of(pieces, sums) != file.crc32c and not self._is_right_now(source, file, pieces):
-                    message = "the bytes differ from those that were written (CRC-32C)"
-                    raise CorruptCheckpoint(message, url=self.url(file))
-                source.close()
-        except NotFound as error:
-            raise CorruptCheckpoint(f"a file is missing: {error.message}", url=error.url) from error
+            for file, pieces in files:
+                if len(running) >= _OPEN_FILES:
+                    self._check(*running.popleft())
+                source = self._source(file)
+                source.prefetch(pieces)
+                running.append((source, file, pieces, [self._pool.submit(source.read, piece) for piece in pieces]))
+            while running:
+                self._check(*running.popleft())
         finally:
-            for reads in running:
+            for _, _, _, reads in running:
                 for read in reads:
                     read.cancel()
+
+    def _check(self, source: _Source, file: StoredFile, pieces: Sequence[_Piece], reads: Sequence[Future[int]]) -> None:
+        """Wait until the pieces of a file are read, and compare its checksum."""
+        try:
+            is_right = self._crc_of(pieces, [read.result() for read in reads]) == file.crc32c
+            if not is_right and not self._is_right_now(source, file, pieces):
+                message = "the bytes differ from those that were written (CRC-32C)"
+                raise CorruptCheckpoint(message, url=self.url(file))
+        except NotFound as error:
+            raise CorruptCheckpoint(f"a file is missing: {error.message}", url=error.url) from error
+        source.close()
 
     @staticmethod
     def _crc_of(pieces: Sequence[_Piece], sums: Sequence[int]) -> int:

@@ -296,7 +296,7 @@ class Retention:
         for name in wanted:
             if name in self._unfinished():
                 raise ValueError(f"{name} is being saved: wait for its save before it is deleted")
-            if name not in scan.copies:
+            if not scan.exists(name):
                 raise NotFound("no such checkpoint", url=name)
             if scan.tags(name).is_pinned:
                 raise ValueError(f"{name} is pinned: unpin it before it is deleted")

@@ -256,8 +256,10 @@ class StoredCheckpoints:
         scan = self.inventory.scan()
         kept_by = self.retention.plan(scan).kept_by
         unfinished = self.unfinished_saves()
-        found = [_info(scan, name, kept_by.get(name, {}), unfinished.get(name)) for name in scan.copies]
-        missing = [name for name in unfinished if name not in scan.copies]
+        found = [
+            _info(scan, name, kept_by.get(name, {}), unfinished.get(name)) for name in scan.copies if scan.exists(name)
+        ]
+        missing = [name for name in unfinished if not scan.exists(name)]
         found += [_info(scan, name, {}, unfinished[name]) for name in missing]
         return sorted(found, key=lambda one: (one.created_s, one.name))
 
@@ -272,7 +274,7 @@ class StoredCheckpoints:
             StoreError: A store failed.
         """
         scan = self.inventory.scan()
-        name = which if isinstance(which, str) and which in scan.copies else resolve(scan, which)
+        name = which if isinstance(which, str) and scan.exists(which) else resolve(scan, which)
         problems: dict[CheckpointTier, tuple[str, ...]] = {}
         n_bytes = 0
         for copy in scan.copies[name]:
@@ -361,7 +363,7 @@ class StoredCheckpoints:
     @staticmethod
     def _name(scan: Scan, which: str | int) -> str:
         """Return the name of a checkpoint, also of one that is not complete."""
-        return which if isinstance(which, str) and which in scan.copies else resolve(scan, which)
+        return which if isinstance(which, str) and scan.exists(which) else resolve(scan, which)
 
 
 def _checked(tags: Sequence[str]) -> frozenset[str]:

@@ -27,6 +27,7 @@ from tiercache.checkpoint.safetensors_file import header_bytes, parse_header
 from tiercache.checkpoint.state_tree import DTYPES
 from tiercache.checkpoint.writer import in_parallel
 from tiercache.errors import CorruptCheckpoint, NotFound
+from tiercache.file_limit import raise_limit_for
 from tiercache.model import ByteRange
 from tiercache.store import Lease, LocalStore, Store, check_key, open_store, split_url
 from tiercache.tier.placement.redirecting_store import follow_placement
@@ -131,7 +132,7 @@ class Weights(Mapping[str, Any]):
         framework: Framework = "torch",
         verify: bool = True,
     ) -> None:
-        """Open the files and read their headers.
+        """Read the headers of the files, unless a manifest describes the tensors.
 
         Args:
             store: Store of the files; close() closes it.
@@ -140,13 +141,9 @@ class Weights(Mapping[str, Any]):
             prefix, framework, verify: As for open_weights().
         """
         self._store, self._framework, self._verify = store, framework, verify
-        self._files: dict[str, _File] = {}
-
-        def open_file(key: str) -> None:
-            self._files[key] = _File(store, key)
-
+        self._files = {key: _File(store, key) for key in files}
+        raise_limit_for(3 * len(self._files))  # copy, unit map and mapping
         try:
-            in_parallel([partial(open_file, key) for key in files], _THREADS)
             if known is None:
                 parts = in_parallel([partial(_read_header, file) for file in self._files.values()], _THREADS)
                 known = _merged(parts, store.url)
@@ -159,7 +156,7 @@ class Weights(Mapping[str, Any]):
             self._close_files()
             raise NotFound(f"no tensor has a name that begins with {prefix!r}; there are {some}", url=store.url)
         self._lock = Lock()
-        self._usable: set[str] = set()  # tensors that may be served
+        self._usable: dict[str, int] = {}  # tensors that may be mapped, and the generation of the file
         self._memory: dict[str, bytearray] = {}  # those of them that cannot be mapped
 
     def __repr__(self) -> str:
@@ -208,28 +205,42 @@ class Weights(Mapping[str, Any]):
         """
         wanted = {name: self._infos[name] for name in (self._infos if names is None else names)}
         self.prefetch(wanted)
-        with self._lock:
-            new = [name for name in wanted if name not in self._usable]
-        pieces = [(name, piece) for name in new for piece in _pieces(wanted[name].range)]
-        checks = [
-            partial(self._files[wanted[name].key].is_usable, piece, verify=self._verify) for name, piece in pieces
-        ]
-        checked = zip(pieces, in_parallel(checks, _THREADS), strict=True)
-        unusable = {name for (name, _), is_usable in checked if not is_usable}
-        read = in_parallel(
-            [partial(self._files[wanted[name].key].read, wanted[name].range) for name in unusable], _THREADS
-        )
-        with self._lock:
-            self._memory.update(zip(unusable, read, strict=True))
-            self._usable.update(new)
-        return {name: self._tensor(name, info) for name, info in wanted.items()}
+        found: dict[str, Any] = {}
+        while left := [name for name in wanted if name not in found]:
+            self._make_usable(left)
+            for name in left:
+                buffer = self._buffer(name)
+                if buffer is not None:
+                    found[name] = self._tensor(wanted[name], *buffer)
+        return {name: found[name] for name in wanted}
 
-    def _tensor(self, name: str, info: WeightInfo) -> Any:
-        """Return a tensor over its mapped file, or over the memory into which it was read."""
-        buffer: Any = self._memory.get(name)
-        offset = 0
-        if buffer is None and info.n_bytes:
-            buffer, offset = self._files[info.key].mapping(), info.offset
+    def _make_usable(self, names: Sequence[str]) -> None:
+        """Wait until the ranges of tensors are local and checked; read those tensors that cannot be mapped."""
+        files = {name: self._files[self._infos[name].key] for name in names}
+        generations = {name: file.generation for name, file in files.items()}
+        with self._lock:
+            new = [name for name in names if name not in self._memory and self._usable.get(name) != generations[name]]
+        pieces = [(name, piece) for name in new for piece in _pieces(self._infos[name].range)]
+        checks = [partial(files[name].is_usable, piece, verify=self._verify) for name, piece in pieces]
+        checked = zip(pieces, in_parallel(checks, _THREADS), strict=True)
+        unusable = list(dict.fromkeys(name for (name, _), is_usable in checked if not is_usable))
+        memory = in_parallel([partial(files[name].read, self._infos[name].range) for name in unusable], _THREADS)
+        with self._lock:
+            self._memory.update(zip(unusable, memory, strict=True))
+            self._usable.update((name, generations[name]) for name in new)
+
+    def _buffer(self, name: str) -> tuple[Any, int] | None:
+        """Return the memory that contains a tensor, and its position there; None: its copy was corrupt meanwhile."""
+        info = self._infos[name]
+        with self._lock:
+            memory, generation = self._memory.get(name), self._usable.get(name)
+        if memory is not None or not info.n_bytes:
+            return memory, 0
+        mapping = self._files[info.key].mapping(generation)
+        return None if mapping is None else (mapping, info.offset)
+
+    def _tensor(self, info: WeightInfo, buffer: Any, offset: int) -> Any:
+        """Return a tensor over memory."""
         if self._framework == "numpy":
             dtype = numpy_dtype(info.dtype)
             if not info.n_bytes:
@@ -263,18 +274,36 @@ class Weights(Mapping[str, Any]):
 class _File:
     """A safetensors file: a lease on a local file or cached copy, which is mapped; or a store that is read by ranges.
 
-    The lock guards the lease and the mapping.
+    It is opened when it is first used. The lock guards the lease and the mapping.
+
+    Attributes:
+        generation: Number of copies that were found corrupt and replaced: what was local before is not any more.
     """
 
     def __init__(self, store: Store, key: str) -> None:
         self._store, self.key = store, key
         self._lock = Lock()
         self._mapping: mmap.mmap | None = None
-        self._lease = self._open()
-        self.n_bytes = store.head(key).n_bytes if self._lease is None else self._lease.n_bytes
+        self._lease: Lease | None = None
+        self._is_local = isinstance(store, LocalStore)
+        self._is_closed = False
+        self.generation = 0
 
-    def _open(self) -> Lease | None:
-        return self._store.open_local(self.key) if isinstance(self._store, LocalStore) else None
+    def _opened(self) -> Lease | None:
+        """Return the lease; None if the file is read by ranges."""
+        with self._lock:
+            if self._is_closed:
+                raise ValueError(f"{self.url}: these weights are closed")
+            if self._lease is None and self._is_local and isinstance(self._store, LocalStore):
+                self._lease = self._store.open_local(self.key)
+                self._is_local = self._lease is not None
+            return self._lease
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the file."""
+        lease = self._opened()
+        return self._store.head(self.key).n_bytes if lease is None else lease.n_bytes
 
     @property
     def url(self) -> str:
@@ -283,15 +312,17 @@ class _File:
 
     def prefetch(self, ranges: Sequence[ByteRange]) -> None:
         """Start to fetch ranges, or to read them from the disk."""
-        if self._lease is not None:
-            self._lease.prefetch(ranges)
+        lease = self._opened()
+        if lease is not None:
+            lease.prefetch(ranges)
 
     def head(self, n_bytes: int) -> bytes:
         """Return the first bytes of the file."""
         span = ByteRange(0, n_bytes)
         if not self.is_usable(span, verify=True):
             return bytes(self.read(span))
-        return self.mapping()[:n_bytes]
+        mapping = self.mapping(self.generation)
+        return bytes(self.read(span)) if mapping is None else mapping[:n_bytes]
 
     def is_usable(self, span: ByteRange, *, verify: bool) -> bool:
         """Wait until a range is local, and check it. Return False if it cannot be local, or is wrong once more.
@@ -299,18 +330,21 @@ class _File:
         A corrupt copy is removed and fetched again; tensors that were mapped from it keep the former file.
         """
         for _ in range(2):
-            lease = self._lease
+            lease = self._opened()
             if lease is None or not lease.wait([span]):
                 return False
             if not verify or not isinstance(self._store, CachedStore):
                 return True
+            # The threads read one descriptor at several offsets, so that the kernel's own read-ahead sees no sequence.
+            os.posix_fadvise(lease.fd, span.start, span.n_bytes, os.POSIX_FADV_WILLNEED)
             if self._store.is_right(self.key, lease, [span]):
                 return True
             with self._lock:
                 if self._lease is lease:  # this is the first thread that finds the copy corrupt
                     self._store.remove_if_corrupt(self.key)
                     lease.close()
-                    self._lease, self._mapping = self._open(), None
+                    self._lease = self._mapping = None
+                    self.generation += 1
         return False
 
     def read(self, span: ByteRange) -> bytearray:
@@ -319,20 +353,21 @@ class _File:
         self._store.read_into(self.key, [(span, memoryview(data))])
         return data
 
-    def mapping(self) -> mmap.mmap:
-        """Return the mapped file, of which the usable ranges may be read."""
+    def mapping(self, generation: int | None) -> mmap.mmap | None:
+        """Return the mapped file, of which the usable ranges may be read; None: it is of another generation."""
+        lease = self._opened()
         with self._lock:
+            if generation != self.generation or lease is None or self._lease is not lease:
+                return None
             if self._mapping is None:
-                if self._lease is None:
-                    raise ValueError(f"{self.url}: these weights are closed")
                 flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
-                self._mapping = mmap.mmap(self._lease.fd, self.n_bytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+                self._mapping = mmap.mmap(lease.fd, lease.n_bytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
             return self._mapping
 
     def close(self) -> None:
         """Close the lease. A mapping stays for the tensors that use it."""
         with self._lock:
-            lease, self._lease, self._mapping = self._lease, None, None
+            lease, self._lease, self._mapping, self._is_closed = self._lease, None, None, True
         if lease is not None:
             lease.close()
 

@@ -8,6 +8,7 @@ durable. The manifest is put last and only if every file has been checked at the
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import TypeVar
 from tiercache._native.checksum import crc32c
 from tiercache.checkpoint.layout import (
     METRICS_NAME,
+    SHARED_FOLDER,
     STATE_NAME,
     Manifest,
     StoredFile,
@@ -26,6 +28,7 @@ from tiercache.checkpoint.layout import (
     key_of,
     manifest_key,
     metric_json,
+    parse_name,
     shared_digest,
     shared_path,
     tensor_digest,
@@ -120,10 +123,8 @@ class CheckpointWriter:
     ) -> None:
         self.store, self._n_streams, self._shared = store, n_streams, shared
         self._find_referenced = find_referenced
-        self._referenced: tuple[str, Container[str]] = (
-            "",
-            (),
-        )  # name of the save for which they were found, and the keys
+        # Name of the save for which they were found, and the keys.
+        self._referenced: tuple[str, Container[str]] = ("", ())
         self._classes: S3StorageClasses | None = None
         if isinstance(store, CloudStore) and store.cloud == "s3" and has_boto3():
             # boto3 sends a checksum with every part, which the server compares, and asks for that of the whole object.
@@ -254,6 +255,33 @@ class CheckpointWriter:
             crash_point("checkpoint_discard.deleted")
             if isinstance(self.store, LocalFolder):
                 self.store.remove_empty(name)
+
+    def abort_uploads(self, age_s: float) -> int:
+        """Abort the uploads of checkpoints that began so long ago that their process must have been killed.
+
+        Only S3 through boto3 lists them; elsewhere their parts stay until a rule of the store removes them.
+
+        Args:
+            age_s: Age of an upload in seconds from which it is aborted.
+
+        Returns:
+            Number of aborted uploads.
+
+        Raises:
+            StoreError: They cannot be listed.
+        """
+        if self._classes is None:
+            return 0
+        until_s = time.time() - age_s
+        found = [
+            upload
+            for upload in self._classes.unfinished_uploads()
+            if upload.started_s <= until_s
+            and (upload.key.startswith(SHARED_FOLDER) or parse_name(upload.key.split("/")[0]))
+        ]
+        for upload in found:
+            self._classes.abort(upload.key, upload.upload_id)
+        return len(found)
 
     def share(self, name: str, source: SourceFile, stop: Event) -> StoredFile:
         """Write a shared tensor if the store does not have it. Errors as for write_staged()."""
