@@ -1,7 +1,7 @@
 """Writes checkpoints as the layout says, without the code that saves them: for tests of what reads and deletes them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -51,8 +51,12 @@ def write_checkpoint(
     share: bool = False,
     commit: bool = True,
     n_files: int = 2,
+    edit_tree: Callable[[Any], Any] = lambda tree: tree,
 ) -> str:
-    """Write one checkpoint and return its name. share: Put each tensor into a shared file of its own."""
+    """Write one checkpoint and return its name.
+
+    share: Put each tensor into a shared file of its own. edit_tree: Changes the tree of the state before it is written.
+    """
     created_s = START_S + 60.0 * step if created_s is None else created_s
     name = checkpoint_name(step, created_s, nonce)
     encoded = encode_state({"step": step} if state is None else state)
@@ -76,7 +80,7 @@ def write_checkpoint(
             files.append(put_file(store, name, path, data))
     for alias, key in encoded.aliases.items():
         entries[alias] = entries[key]
-    files.append(put_file(store, name, STATE_NAME, state_text(encoded.tree)))
+    files.append(put_file(store, name, STATE_NAME, state_text(edit_tree(encoded.tree))))
     body = json.dumps({key: metric_json(value) for key, value in (metrics or {}).items()}).encode()
     files.append(put_file(store, name, METRICS_NAME, body))
     manifest = Manifest(name, step, created_s, tuple(files), entries, dict(metrics or {}), note)

@@ -219,6 +219,27 @@ def test_into_must_be_a_dict_of_things_that_can_be_filled(remote):
         checkpoints.load(into=Net())
 
 
+def test_tensors_that_several_ranks_stored_in_parts_are_put_together(remote):
+    weight, bias = torch.randn(2, 8), torch.randn(2)
+
+    def in_parts(tree):
+        parts = [[[row, 0], [1, 8], {"$tensor": f"parts.{row}"}] for row in range(2)]
+        return {
+            "head": {"weight": {"$sharded": {"size": [2, 8], "dtype": "F32", "parts": parts}}, "bias": tree["bias"]}
+        }
+
+    state = {"parts": [weight[:1], weight[1:]], "bias": bias}
+    write_checkpoint(remote, 1, state, edit_tree=in_parts)
+    checkpoints = StoredCheckpoints(remote)
+    head = nn.Linear(8, 2)
+    checkpoints.load(into={"head": head})
+    assert torch.equal(head.weight, weight)
+    assert torch.equal(head.bias, bias)
+    assert torch.equal(checkpoints.load()["head"]["weight"], weight)
+    with pytest.raises(ValueError, match=r"head\.weight: \[2, 8\] in the checkpoint, \[3, 8\] in the object"):
+        checkpoints.load(into={"head": nn.Linear(8, 3)})
+
+
 # -- strict --------------------------------------------------------------------------------------------------------
 
 

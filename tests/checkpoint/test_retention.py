@@ -72,7 +72,7 @@ def hours(store, *steps, at=0.0, **facts):
 
 
 def steps_of(store):
-    return [int(name[5:17]) for name in list_names(store)]
+    return sorted(int(name[5:17]) for name in list_names(store))
 
 
 def retained(store, *keeps, now_s=START_S + 1000 * HOUR_S, local=None):
@@ -138,7 +138,19 @@ def test_a_misspelt_metric_deletes_nothing(remote):
 def test_the_checkpoint_written_last_stays_after_a_restart_at_a_lower_step(remote):
     hours(remote, 800, 900)
     hours(remote, 100, at=5)
-    assert 100 in retained(remote, Keep(best={"metric": "loss", "n": 1}), Keep(last=1))
+    assert retained(remote, Keep(last=1)) == [100]
+
+
+def test_last_counts_the_checkpoints_written_last_also_after_a_restart(remote):
+    hours(remote, 700, 800, 900)
+    hours(remote, 100, at=5)
+    assert retained(remote, Keep(last=2)) == [100, 900]
+
+
+def test_every_steps_counts_anew_after_a_restart(remote):
+    hours(remote, 100, 150, 200)
+    hours(remote, 110, 120, 210, at=5)
+    assert retained(remote, Keep(every_steps=100)) == [100, 110, 200, 210]
 
 
 def test_checkpoints_with_one_of_the_tags_are_kept_and_other_tags_keep_the_last_copy(remote):
