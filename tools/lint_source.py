@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Only these files and folders may import these packages, so that a package can be replaced or left out there.
-_TORCH_HOMES = ("load/", "integrations/", "demo/train.py", "rng.py")  # rng.py: on first use of a torch.Generator
+_TORCH_HOMES = (
+    "load/",
+    "checkpoint/",
+    "integrations/",
+    "demo/train.py",
+    "rng.py",
+)  # rng.py: on first use of a torch.Generator
 HOMES = {
     "obstore": ("store/obstore.py", "testing/"),
     "fsspec": ("store/fsspec.py", "integrations/fsspec.py", "testing/"),
@@ -29,7 +35,8 @@ ENVIRONMENT_FILE, SLEEPING_FILE = "config.py", "waiting.py"
 ENVIRONMENT_NAMES = frozenset({"os.environ", "os.environb", "os.getenv"})
 
 # Signatures and help texts of the command. The verbs' bodies import the implementation: `--help` loads none of it.
-LAZY_FILES = ("cli/commands.py", "cli/tier_commands.py")
+# checkpoints.py imports dcp.py, and with it torch, where its writer is wanted: states of arrays do not need torch.
+LAZY_FILES = ("cli/commands.py", "cli/tier_commands.py", "cli/checkpoint_commands.py", "checkpoint/checkpoints.py")
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 

@@ -15,6 +15,7 @@ from tiercache.errors import (
     ArchivedShards,
     CacheFull,
     CommitConflict,
+    CorruptCheckpoint,
     CorruptShard,
     NotFound,
     ObjectChanged,
@@ -27,6 +28,9 @@ from tiercache.version import __version__
 
 if TYPE_CHECKING:
     from tiercache.cache import Cache
+    from tiercache.checkpoint.checkpoints import Checkpoints
+    from tiercache.checkpoint.retention import Keep
+    from tiercache.checkpoint.weights import open_weights
     from tiercache.combinations import mix, zip_columns
     from tiercache.dataset import Dataset, concat
     from tiercache.description import describe
@@ -50,7 +54,9 @@ __all__ = [
     "Buffer",
     "Cache",
     "CacheFull",
+    "Checkpoints",
     "CommitConflict",
+    "CorruptCheckpoint",
     "CorruptShard",
     "CutMix",
     "DataLoader",
@@ -58,6 +64,7 @@ __all__ = [
     "DecodeImage",
     "FillInMiddle",
     "Image",
+    "Keep",
     "LoaderOptions",
     "MixUp",
     "NotFound",
@@ -77,6 +84,7 @@ __all__ = [
     "concat",
     "describe",
     "mix",
+    "open_weights",
     "pack",
     "pack_sequences",
     "rng",
@@ -86,12 +94,14 @@ __all__ = [
 _HOMES = {
     "Buffer": "tiercache.load.output_spec",
     "Cache": "tiercache.cache",
+    "Checkpoints": "tiercache.checkpoint.checkpoints",
     "CutMix": "tiercache.load.mixup",
     "DataLoader": "tiercache.load.loader",
     "Dataset": "tiercache.dataset",
     "DecodeImage": "tiercache.images.options",
     "FillInMiddle": "tiercache.views.packing",
     "Image": "tiercache.shard.schema",
+    "Keep": "tiercache.checkpoint.retention",
     "LoaderOptions": "tiercache.load.options",
     "NumpyLoader": "tiercache.load.numpy_loader",
     "MixUp": "tiercache.load.mixup",
@@ -104,6 +114,7 @@ _HOMES = {
     "concat": "tiercache.dataset",
     "describe": "tiercache.description",
     "mix": "tiercache.combinations",
+    "open_weights": "tiercache.checkpoint.weights",
     "pack": "tiercache.pack",
     "pack_sequences": "tiercache.sequences",
     "rng": "tiercache.rng",

@@ -13,7 +13,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "guide"
 
 @pytest.mark.integration
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("page", ["frameworks.md", "transforms.md"])
+@pytest.mark.parametrize("page", ["frameworks.md", "transforms.md", "checkpoints.md"])
 def test_every_example_of_the_page_runs(tmp_path, page):
     script, text = tmp_path / "examples.py", (GUIDE / page).read_text()
     script.write_text("\n".join(re.findall(r"^```py(?:thon)?\n(.*?)^```", text, re.M | re.S)))

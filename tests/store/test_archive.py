@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 
@@ -93,6 +94,19 @@ def test_an_aborted_upload_leaves_nothing(archive, door):
     assert door.uploads() == []
     with pytest.raises(NotFound):
         archive.head("a")
+
+
+def test_an_upload_that_was_neither_completed_nor_aborted_is_listed_until_it_is_aborted(s3, opened):
+    archive = opened(s3)
+    assert [*archive.unfinished_uploads()] == []
+    upload = archive.create("a/b")
+    upload.put_part(0, os.urandom(PART))
+    upload.put_part(1, b"end")
+    (found,) = archive.unfinished_uploads()
+    assert found.key == "a/b"
+    assert abs(found.started_s - time.time()) < 3600
+    archive.abort(found.key, found.upload_id)
+    assert [*archive.unfinished_uploads()] == []
 
 
 def test_a_missing_part_is_named_and_nothing_appears(archive):

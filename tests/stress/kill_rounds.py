@@ -26,8 +26,8 @@ WITHOUT_WITNESS = ("new_folder", "lost_catalog")
 
 
 def points_here() -> dict[str, str]:
-    """Every point of the source and where it stands, but those of tiers, which tests/stress/tier_rounds.py strikes."""
-    return points_where(lambda name: not name.startswith("tier_"))
+    """Every point of the source and where it stands, but those that tier_rounds.py and checkpoint_rounds.py strike."""
+    return points_where(lambda name: not name.startswith(("tier_", "checkpoint_", "retention.")))
 
 
 @dataclass

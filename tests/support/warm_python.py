@@ -25,8 +25,10 @@ from tests.testing.warm_process import ROOT, WITHOUT_THREADS
 
 # What the programs of tests import.
 WARM_MODULES = (
-    "torch.distributed", "torch.utils.data", "tiercache.integrations.accelerate", "tiercache.testing.s3_server",
-    "boto3", "obstore", "s3fs", "tiercache.cli.app", "tiercache.cli.cache_verbs", "tiercache.cli.data_sets",
+    "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
+    "torch._dynamo", "torch.utils.data", "tiercache.checkpoint.dcp", "tiercache.integrations.accelerate",
+    "tiercache.testing.s3_server", "boto3", "obstore", "s3fs", "tiercache.cli.app", "tiercache.cli.cache_verbs",
+    "tiercache.cli.data_sets",
     "tiercache.cli.simulate", "tiercache.cli.tier_verbs", "tiercache.images.decoder", "tiercache.load.loader",
     "tiercache.pack", "tiercache.shard.write.dataset_writer",
 )  # fmt: skip

@@ -34,7 +34,7 @@ to = "archive"
 delete_after = 9
 [[rules]]
 match = "c"
-keep_hot = { last = 1, every_steps = 1, every = 1, best = "a:1", tags = "g", younger = 1 }
+keep_hot = { last = 1, every_steps = 1, every = 1, best = "a:1", tags = "g", younger_than = 1 }
 then = "archive"
 after = 1
 [[pins]]

@@ -278,7 +278,7 @@ class TestRules:
         keep = (
             read(
                 TIERS + '[[tags]]\nmatch = "*"\ntags = "release"\n'
-                '[[rules]]\nmatch = "*"\nkeep_hot = {every = "6h", younger = "7d", tags = "release",'
+                '[[rules]]\nmatch = "*"\nkeep_hot = {every = "6h", younger_than = "7d", tags = "release",'
                 ' best = ["loss:2", "top 1 : 3 : max", {metric = ["a", "b"], n = 1, mode = "max"}]}'
             )
             .rules[0]
@@ -434,6 +434,9 @@ class TestTheRest:
         assert (tiering.quiet_period_s, tiering.reader_timeout_s) == (300.0, 86400.0)
         assert ["quiet_period" in str(caught[0].message), "reader_timeout" in str(caught[1].message)] == [True, True]
         assert "tiering.settle" in complaint(f'{TIERS}\n[tiering]\nsettle = "5m"\nquiet_period = "5m"')
+        with pytest.warns(DeprecationWarning, match="is called 'younger_than' now"):
+            (rule,) = read(f'{TIERS}\n[[rules]]\nmatch = "*"\nkeep_hot = {{younger = "7d"}}').rules
+        assert rule.keep["hot"].younger_s == 604800.0
 
     @pytest.mark.parametrize(
         ("text", "message"),

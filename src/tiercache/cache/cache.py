@@ -24,6 +24,7 @@ from tiercache.cache.check import verify_copies
 from tiercache.cache.disk import Breaker, Notices, disk_space
 from tiercache.cache.evict.evictor import delete_copy
 from tiercache.cache.folder import default_size_bytes
+from tiercache.cache.lease import CopyLease
 from tiercache.cache.locks import Holder, command_of, holders_of
 from tiercache.cache.names import CopySpec, Record, copy_spec
 from tiercache.cache.owners import Owner
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from tiercache.cache.check import CheckProgress, VerifyReport
-    from tiercache.cache.lease import CopyLease
     from tiercache.cache.peers import Peers
     from tiercache.cache.warm import Ranges, WarmPlan, WarmProgress, WarmReport
     from tiercache.model import ByteRange, ObjectInfo, PublishedPlan, ReadingPlan
@@ -222,6 +222,24 @@ class CachedStore(WrapperStore):
         """Fill spans from a cached copy; return False if it is missing or corrupt: the buffers are then undefined."""
         session = self._session()
         return session is not None and session.read(spec, spans)
+
+    def is_right(self, key: str, lease: Lease, ranges: Sequence[ByteRange]) -> bool:
+        """Return whether cached ranges are what the source sent; for readers that map the file of a lease.
+
+        Args:
+            key: Key of an object without identity, under which open_local() returned the lease.
+            lease: Lease on its copy.
+            ranges: Byte ranges that are present.
+
+        Returns:
+            True also if there are no checksums, as for a copy that is complete and has a checksum of the whole only.
+        """
+        with self._lock:
+            spec = self._specs.get(key)
+        session = self._session()
+        if spec is None or session is None or not isinstance(lease, CopyLease):
+            return True
+        return session.is_right(spec, lease, ranges)
 
     def source_of(self, key: str, identity: ShardIdentity, store: Store) -> Store:
         """Return the store from which ranges of an object are read past the cache: its peers, and behind them `store`.

@@ -20,6 +20,7 @@ from tiercache.cache.evict.reading_plans import ReadingPlans
 from tiercache.cache.fetch.fetch_runner import FetchRunner
 from tiercache.cache.fetch.partial import (
     CopyHandle,
+    are_right,
     bytes_of,
     hold_part,
     open_map,
@@ -334,6 +335,19 @@ class CacheSession:
         else:
             self.remove_if_corrupt(spec)
         return False
+
+    def is_right(self, spec: CopySpec, lease: CopyLease, ranges: Sequence[ByteRange]) -> bool:
+        """Return whether cached ranges of a lease are what the source sent, as far as there are checksums of units."""
+        presence = lease.presence
+        if presence is not None:
+            return are_right(lease.fd, presence, ranges)
+        presence = open_map(self.folder, spec.name, lease.fd, spec.n_bytes)
+        if presence is None:
+            return True
+        try:
+            return are_right(lease.fd, presence, ranges)
+        finally:
+            presence.close()
 
     # -- fetches -------------------------------------------------------------------------------------------------------
 

@@ -2,13 +2,18 @@
 
 Accelerate's own `prepare` makes a plain torch DataLoader of the data set and splits its batch sampler.
 docs/guide/frameworks.md gives the resulting speeds.
+
+save_state() and load_state() do what the methods of Accelerator do, with `tc.Checkpoints`; CheckpointHook lets those
+methods themselves keep the weights there.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +22,7 @@ from accelerate.data_loader import DataLoaderStateMixin
 from accelerate.state import GradientState
 from accelerate.utils import send_to_device, synchronize_rng_states
 
+from tiercache.checkpoint.checkpoints import Checkpoints, SaveHandle
 from tiercache.load.loader import DataLoader
 from tiercache.load.meshes import mesh_rank
 from tiercache.load.output_spec import Buffer
@@ -254,3 +260,107 @@ def _mesh(accelerator: Accelerator) -> Any:
 def _data_dims(mesh: Any) -> tuple[str, ...]:
     """Return the names of the mesh's dimensions along which processes take different batches."""
     return tuple(name for name in mesh.mesh_dim_names if name not in _SAME_BATCH)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+_HOOK_FILE = "tiercache.json"
+
+
+def save_state(
+    accelerator: Accelerator,
+    checkpoints: Checkpoints,
+    step: int,
+    *,
+    metrics: Mapping[str, float] | None = None,
+    note: Any = None,
+) -> SaveHandle:
+    """Save what `accelerator.save_state` saves, with `tc.Checkpoints`, while training goes on. All processes call it.
+
+    Models, optimizers, schedulers, tiercache's loaders, the gradient scaler and registered objects are saved; the
+    random generators are not.
+
+    Args:
+        accelerator: Accelerator of the loop.
+        checkpoints: Checkpoints.
+        step: Step of the training run.
+        metrics: Metrics by name, for the rules of retention.
+        note: JSON value that list() returns.
+
+    Raises:
+        ValueError: The models are sharded.
+        StoreError: An earlier save failed.
+    """
+    return checkpoints.save(step, _objects(accelerator), metrics=metrics, note=note)
+
+
+def load_state(accelerator: Accelerator, checkpoints: Checkpoints, which: str | int = "latest") -> None:
+    """Load what save_state() saved into the prepared objects of an accelerator. All processes call it.
+
+    Args:
+        accelerator: Accelerator whose objects are prepared and registered as they were at the save.
+        checkpoints: Checkpoints.
+        which: "latest", "best:METRIC", a step or a name.
+
+    Raises:
+        NotFound, ValueError, CorruptCheckpoint, StoreError: As Checkpoints.load().
+    """
+    checkpoints.load(which, into=_objects(accelerator))
+
+
+def _objects(accelerator: Accelerator) -> dict[str, dict[str, Any]]:
+    """Return the objects of an accelerator by kind and number."""
+    if str(accelerator.distributed_type) in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        raise ValueError(
+            f"the models are sharded ({accelerator.distributed_type}): save them with torch.distributed.checkpoint and "
+            "Checkpoints.dcp_writer()"
+        )
+    kinds = {
+        "models": [accelerator.unwrap_model(model) for model in accelerator._models],  # noqa: SLF001 - no other way
+        "optimizers": accelerator._optimizers,  # noqa: SLF001
+        "schedulers": accelerator._schedulers,  # noqa: SLF001
+        "loaders": [one for one in accelerator._dataloaders if isinstance(one, DataLoader)],  # noqa: SLF001
+        "objects": accelerator._custom_objects,  # noqa: SLF001
+        "scaler": [] if accelerator.scaler is None else [accelerator.scaler],
+    }
+    return {kind: {str(number): one for number, one in enumerate(found)} for kind, found in kinds.items()}
+
+
+class CheckpointHook:
+    """Hook by which `accelerator.save_state(folder)` keeps the models' weights in `tc.Checkpoints`.
+
+    The weights are written while training goes on, and are not in the folder, which names the checkpoint instead. All
+    other files of the folder are Accelerate's. `accelerator.load_state(folder)` loads the weights of that checkpoint.
+
+    Args:
+        accelerator: Accelerator with which the hook registers itself.
+        checkpoints: Checkpoints.
+        step: Function that returns the step of the training run at a save.
+    """
+
+    def __init__(self, accelerator: Accelerator, checkpoints: Checkpoints, step: Callable[[], int]) -> None:
+        self._accelerator, self._checkpoints, self._step = accelerator, checkpoints, step
+        self._handles = [
+            accelerator.register_save_state_pre_hook(self._save),
+            accelerator.register_load_state_pre_hook(self._load),
+        ]
+
+    def remove(self) -> None:
+        """Remove the hook from the accelerator."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _save(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
+        if len(weights) != len(models):
+            raise ValueError("the models are sharded: use torch.distributed.checkpoint and Checkpoints.dcp_writer()")
+        saved = self._checkpoints.save(self._step(), {"models": list(weights)})
+        weights.clear()
+        if self._accelerator.is_main_process:
+            Path(output_dir, _HOOK_FILE).write_text(json.dumps({"checkpoint": saved.name}), encoding="utf-8")
+
+    def _load(self, models: list[Any], input_dir: str) -> None:
+        name = json.loads(Path(input_dir, _HOOK_FILE).read_text(encoding="utf-8"))["checkpoint"]
+        self._checkpoints.wait()
+        for model, weights in zip(models, self._checkpoints.load(name)["models"], strict=True):
+            model.load_state_dict(weights)
+        models.clear()

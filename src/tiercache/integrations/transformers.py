@@ -1,12 +1,23 @@
-"""Hugging Face's Trainer: a callback that keeps a loader's state in the Trainer's checkpoints."""
+"""Hugging Face's Trainer: callbacks that keep a loader's state in checkpoints, and that save with `tc.Checkpoints`."""
 
 from __future__ import annotations
 
+import json
+import os
+import random
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.utils import SAFE_WEIGHTS_NAME
 
+from tiercache.checkpoint.checkpoints import Checkpoints
+from tiercache.errors import NotFound
 from tiercache.load.loader import DataLoader
 
 _LOADER_STATE = "loader_state"
@@ -70,3 +81,121 @@ class LoaderStateCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     def on_train_end(self, _args: Any, _state: Any, _control: Any, **_others: Any) -> None:
         """Release the loader."""
         self._loader = None
+
+
+class CheckpointCallback(TrainerCallback):  # type: ignore[misc]  # not installed where types are checked
+    """Callback that saves with `tc.Checkpoints` where the Trainer would write a folder, while training goes on.
+
+    The Trainer's own arguments (`save_strategy`, `save_steps`) decide when. It then writes no folder of its own, and
+    the rules `keep=` of the checkpoints take the place of `save_total_limit` and `load_best_model_at_end`. The metrics
+    of the last log and of the evaluation are stored with a checkpoint.
+
+    Args:
+        checkpoints: Checkpoints. The end of the training waits until they are committed at the store.
+    """
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
+        self._metrics: dict[str, float] = {}
+        self._is_due = False
+
+    def restore(self, folder: str | os.PathLike[str], which: str | int = "latest") -> str | None:
+        """Load a checkpoint, and write it into a folder from which the Trainer resumes: `resume_from_checkpoint=`.
+
+        Args:
+            folder: Folder in which a folder "checkpoint-STEP" is created.
+            which: "latest", "best:METRIC", a step or a name.
+
+        Returns:
+            Path of the new folder; None if there is no checkpoint yet and `which` is "latest".
+        """
+        try:
+            saved = self._checkpoints.load(which)
+        except NotFound:
+            if which == "latest":
+                return None
+            raise
+        path = Path(folder) / f"checkpoint-{saved['trainer']['global_step']}"
+        path.mkdir(parents=True, exist_ok=True)
+        save_file(dict(saved["model"]), path / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        for name in ("optimizer", "scheduler"):
+            torch.save(saved[name], path / f"{name}.pt")
+        if saved["random"] is not None:
+            torch.save(saved["random"], path / "rng_state.pth")
+        (path / "trainer_state.json").write_text(json.dumps(saved["trainer"], indent=2), encoding="utf-8")
+        return str(path)
+
+    def on_train_begin(self, args: Any, _state: Any, _control: Any, **_others: Any) -> None:
+        """Check that the state is that of one process. Raises ValueError with FSDP and DeepSpeed."""
+        if args.fsdp or args.deepspeed:
+            raise ValueError(
+                "CheckpointCallback saves models that each process has whole; save a sharded model with "
+                "torch.distributed.checkpoint and Checkpoints.dcp_writer()"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        """Take over a save that is due after this step."""
+        if not control.should_save:
+            return
+        control.should_save, self._is_due = False, True
+        if not (control.should_log or control.should_evaluate):
+            self._save(args, state, **objects)
+
+    on_epoch_end = on_step_end
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **objects: Any) -> None:
+        """Note the metrics, and save if no evaluation follows."""
+        self._metrics |= {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        if self._is_due and not control.should_evaluate:
+            self._save(args, state, **objects)
+
+    def on_evaluate(self, args: Any, state: Any, _control: Any, metrics: Any = None, **objects: Any) -> None:
+        """Note the metrics, and save."""
+        self._metrics |= {name: value for name, value in (metrics or {}).items() if isinstance(value, int | float)}
+        if self._is_due:
+            self._save(args, state, **objects)
+
+    def on_save(self, args: Any, state: Any, _control: Any, **objects: Any) -> None:
+        """Save what the Trainer has saved itself: with save_strategy="best", it decides after the evaluation."""
+        self._save(args, state, **objects)
+
+    def on_train_end(self, _args: Any, _state: Any, _control: Any, **_others: Any) -> None:
+        """Wait until all checkpoints are committed. Raises StoreError if a save failed."""
+        self._checkpoints.wait()
+
+    def _save(
+        self,
+        args: Any,
+        state: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        train_dataloader: Any = None,
+        **_others: Any,
+    ) -> None:
+        self._is_due = False
+        if not state.is_world_process_zero:
+            return
+        trainer = json.loads(json.dumps(asdict(state)))
+        if isinstance(train_dataloader, DataLoader) and LoaderStateCallback.__name__ in trainer["stateful_callbacks"]:
+            attributes = {_LOADER_STATE: train_dataloader.state_dict()}
+            trainer["stateful_callbacks"][LoaderStateCallback.__name__] = {"args": {}, "attributes": attributes}
+        self._checkpoints.save(
+            state.global_step,
+            {
+                "model": model,
+                "optimizer": optimizer,
+                "scheduler": lr_scheduler,
+                "trainer": trainer,
+                "random": _random_state() if args.world_size == 1 else None,
+            },
+            metrics=self._metrics,
+        )
+
+
+def _random_state() -> dict[str, Any]:
+    """Return the states of the random generators, as the Trainer keeps them."""
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.random.get_rng_state()
+    return states

@@ -34,7 +34,7 @@ from tiercache.store.s3 import (
 )
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
-__all__ = ["BucketSettings", "CopySizes", "RestoreState", "S3StorageClasses", "has_boto3"]
+__all__ = ["BucketSettings", "CopySizes", "RestoreState", "S3StorageClasses", "UnfinishedUpload", "has_boto3"]
 
 RestoreState: TypeAlias = Literal["started", "running", "done"]
 DeleteFailures: TypeAlias = list[tuple[str, str]]  # (key, reason)
@@ -84,6 +84,21 @@ class CopySizes:
     whole_bytes: int = 1 << 30
     part_bytes: int = 256 << 20
     n_parts: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class UnfinishedUpload:
+    """An upload in parts that is running, or that a killed process has left.
+
+    Attributes:
+        key: Key of the object.
+        upload_id: Id of the upload.
+        started_s: Time at which it began by the store's clock, in seconds since the Unix epoch.
+    """
+
+    key: str
+    upload_id: str
+    started_s: float
 
 
 class S3StorageClasses:
@@ -350,6 +365,23 @@ class S3StorageClasses:
         """Discard an upload. If this fails, the parts stay until a lifecycle rule of the bucket removes them."""
         with suppress(StoreError):
             self.call("abort_multipart_upload", key, UploadId=upload_id)
+
+    def unfinished_uploads(self) -> Iterator[UnfinishedUpload]:
+        """Yield the uploads in parts below the folder that were neither completed nor aborted, running ones included.
+
+        No listing shows their parts, which cost storage until the upload is aborted.
+        """
+        root = f"{self.prefix}/" if self.prefix else ""
+        markers: dict[str, Any] = {}
+        while True:
+            page = self._ask("list_multipart_uploads", self.url, Prefix=root, **markers)
+            for entry in page.get("Uploads", ()):
+                key = entry["Key"].removeprefix(root)
+                if is_object(key):
+                    yield UnfinishedUpload(key, str(entry["UploadId"]), entry["Initiated"].timestamp())
+            if not page.get("IsTruncated"):
+                return
+            markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def tags(self, key: str, head: Mapping[str, Any]) -> str | None:
         """Return an object's tags in the form of a request argument, or None if it has none."""

@@ -34,6 +34,7 @@ from pydantic import (
 from tiercache import config
 from tiercache.model import parse_bytes, parse_duration
 from tiercache.prices import named_prices, parse_prices, prices_of
+from tiercache.tier.inventory.layouts import UserLayout, layout_pattern
 from tiercache.tier.model import STANDARD, Kind
 from tiercache.tier.text_columns import check_globs
 
@@ -111,6 +112,14 @@ def read_globs(value: object) -> tuple[str, ...]:
             )
     check_globs(globs)
     return globs
+
+
+def read_layouts(value: object) -> tuple[str, ...]:
+    """Return a pattern such as "model_{step}.pt", or a list of patterns, as a tuple. Raises ValueError."""
+    patterns = read_texts(value)
+    for pattern in patterns:
+        layout_pattern(pattern)
+    return patterns
 
 
 def read_moment(value: object) -> float:
@@ -269,7 +278,7 @@ class KeepList(RuleTable):
     every_s: PositiveSeconds | None = Field(default=None, validation_alias="every")
     best: Annotated[tuple[BestMetric, ...], BeforeValidator(read_bests)] = ()
     tags: Texts = ()
-    younger_s: PositiveSeconds | None = Field(default=None, validation_alias="younger")
+    younger_s: PositiveSeconds | None = Field(default=None, validation_alias="younger_than")
 
 
 class Rule(RuleTable):
@@ -279,6 +288,8 @@ class Rule(RuleTable):
     match: Globs
     exclude: Annotated[tuple[str, ...], BeforeValidator(read_globs)] = Field(default=(), validation_alias="except")
     kind: Kind | None = None
+    # Names of files (or, with a slash at the end, of folders) that are a checkpoint each: "model_{step}.pt".
+    checkpoint: Annotated[tuple[str, ...], BeforeValidator(read_layouts)] = ()
     larger_than_bytes: Bytes | None = Field(default=None, validation_alias="larger_than")
     smaller_than_bytes: Bytes | None = Field(default=None, validation_alias="smaller_than")
     to: str | None = None
@@ -303,6 +314,8 @@ class Rule(RuleTable):
             raise ValueError(f"{key}: cannot be combined with keep lists: write two rules")
         if self.keep and self.kind not in (None, "checkpoint"):
             raise ValueError(f"kind: keep lists apply to checkpoints only, and this rule is for kind {self.kind!r}")
+        if self.checkpoint and self.kind not in (None, "checkpoint"):
+            raise ValueError(f"checkpoint: describes checkpoints, and this rule is for kind {self.kind!r}")
         if self.to is None and keys_of_to:
             raise ValueError(f"{keys_of_to[0]}: is a condition of `to`, and the rule has no `to`")
         if self.idle_by != "use" and self.idle_s is None and self.uses_below is None:
@@ -371,6 +384,13 @@ class RuleFile(RuleTable):
         return names.index(name)
 
     @property
+    def layouts(self) -> tuple[UserLayout, ...]:
+        """Layouts of checkpoints that the rules describe, in the order of the file."""
+        return tuple(
+            UserLayout(pattern, rule.match, rule.exclude) for rule in self.rules for pattern in rule.checkpoint
+        )
+
+    @property
     def home_tier(self) -> Tier:
         """The home tier: the first standard tier, or else the first tier.
 
@@ -386,7 +406,7 @@ _MOST_TIERS = 100
 _KEEP = "keep_"
 _NOT_SHOWN = ("storage_options", "prices", "url")
 # Keys that have another name now; the old one is read for one release.
-_RENAMED = {"tiering.settle": "quiet_period", "tiering.silence": "reader_timeout"}
+_RENAMED = {"tiering.settle": "quiet_period", "tiering.silence": "reader_timeout", "rules.younger": "younger_than"}
 # Keys of earlier releases, and how to replace them.
 _REMOVED = {
     "rules.promote": "it was removed: delete the line; the local cache keeps copies of what is read from colder tiers",
@@ -515,11 +535,7 @@ def _rule(given: object, where: str, tiers: Sequence[Tier], tags: Sequence[Tag])
         name = _one_tier(key.removeprefix(_KEEP), f"{where}.{key}", tiers)
         if name in keep:
             raise ValueError(f"{where}.{key}: tier {name!r} has a keep list already")
-        if not _table(table, f"{where}.{key}"):
-            raise ValueError(f"{where}.{key}: is empty; its keys are {', '.join(sorted(_keys(KeepList)))}")
-        if empty := [inner for inner, value in table.items() if value == []]:
-            raise ValueError(f"{where}.{key}.{empty[0]}: expected one or more values, got an empty list")
-        keep[name] = _built(KeepList, table, f"{where}.{key}")
+        keep[name] = keep_list(_table(table, f"{where}.{key}"), f"{where}.{key}")
         # The rule would delete what an undefined tag was to keep.
         defined = sorted({name for tag in tags for name in tag.tags})
         for tag in [tag for tag in keep[name].tags if tag not in defined]:
@@ -566,6 +582,23 @@ def _one_tier(given: str, where: str, tiers: Sequence[Tier]) -> str:
     if len(found) > 1:
         raise ValueError(f"{where}: several tiers have the role {given!r}: name one of {', '.join(found)}")
     return found[0]
+
+
+def keep_list(given: Mapping[str, object], where: str) -> KeepList:
+    """Return the keep list of a table with the keys of a rule file.
+
+    Args:
+        given: Values by key, such as {"last": 3, "every": "6h"}.
+        where: Position of the table, for messages.
+
+    Raises:
+        ValueError: The table is empty, or a key or a value is wrong; the message names the key.
+    """
+    if not given:
+        raise ValueError(f"{where}: is empty; its keys are {', '.join(sorted(_keys(KeepList)))}")
+    if empty := [key for key, value in given.items() if value == []]:
+        raise ValueError(f"{where}.{empty[0]}: expected one or more values, got an empty list")
+    return _built(KeepList, given, where)
 
 
 def _list(tables: Mapping[str, Any], section: str) -> list[tuple[str, object]]:

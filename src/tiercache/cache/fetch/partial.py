@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 UNIT_BYTES = 4096
 # The size of one request: long enough for the full speed of a store.
 REQUEST_BYTES = 8 << 20
+# Bytes that are read and checked at a time: they fit the second cache of a core.
+_CHECK_BYTES = 1 << 20
 # If less than this is missing of a file, it is fetched too: a whole copy needs no map and is verified as a whole.
 LITTLE_BYTES = 256 << 10
 LITTLE_SHARE = 32
@@ -596,6 +598,21 @@ def wrong_units(fd: int, presence: UnitMap) -> list[int]:
             is_wrong[: len(expected)] = expected != sums[: len(expected)]
             wrong += (start + UNIT_BYTES * np.flatnonzero(is_wrong)).tolist()
     return wrong
+
+
+def are_right(fd: int, presence: UnitMap, ranges: Sequence[ByteRange]) -> bool:
+    """Return whether the units of some ranges, which are present, can be read and are what the source sent."""
+    buffer = np.empty(_CHECK_BYTES, np.uint8)
+    for span in ranges:
+        end = min(-(-span.end // UNIT_BYTES) * UNIT_BYTES, presence.n_bytes)
+        for start in range(span.start // UNIT_BYTES * UNIT_BYTES, end, _CHECK_BYTES):
+            data = buffer[: end - start]
+            if not read_all(fd, data.data, start):
+                return False
+            sums, first = sums_of(data)[0], start // UNIT_BYTES
+            if not np.array_equal(presence.sums(first, first + len(sums)), sums):
+                return False
+    return True
 
 
 def read_verified(fd: int, presence: UnitMap, spans: Sequence[Span]) -> bool:

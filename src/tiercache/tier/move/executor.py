@@ -37,6 +37,7 @@ from tiercache.tier.move.checks import (
     matches_entry,
 )
 from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
+from tiercache.tier.move.renames import finish_renames, rename_older_copy
 from tiercache.tier.move.transfer import MayReplace, is_md5
 from tiercache.tier.stores import CLASSES_TO_RESTORE, deletion_block_reason, needs_restore
 
@@ -389,13 +390,19 @@ class PlanExecutor:
         for old in self._catalog.open_moves(self._file.home_tier.url):
             self._open[old.path].append(old)
         jobs = []
-        paths = Counter(move.path for move in self._plan.moves)
+        self._stopped += finish_renames(self._context)
+        paths = Counter(move.path for move in self._plan.moves if move.action != "rename")
         receiving = {move.dst for move in self._plan.moves if move.action in ("copy", "move")}
         self._unavailable = {
             tier.name: self._context.ensure_tier_marker(tier.name, gets=tier.name in receiving)
             for tier in self._file.tiers
         }
         for move in self._plan.moves:
+            if move.action == "rename":
+                self._rename(move, before.get(move.number))
+        for move in self._plan.moves:
+            if move.action == "rename":
+                continue
             earlier = before.get(move.number)
             if earlier is not None and earlier.state in ("waiting", "dropping", "done"):
                 self._n_done += 1
@@ -409,6 +416,16 @@ class PlanExecutor:
             self._run_batch(batch)
         n_waiting = len(self._catalog.open_moves(self._file.home_tier.url, "waiting", "dropping"))
         return ApplyResult(self._n_done, tuple(self._stopped), n_waiting, self._copied_bytes)
+
+    def _rename(self, move: Move, earlier: JournalRow | None) -> None:
+        """Free a name that was written again. Renames come first, because other moves of the plan need the names."""
+        reason = ""
+        if earlier is None or earlier.state != "done":
+            reason = self._unfit_reason(move) or rename_older_copy(self._context, self._placements, self._row(move))
+        if reason:
+            self._stopped.append(StoppedMove(move.number, reason, move.path, self._plan.id))
+        else:
+            self._n_done += 1
 
     def _count_bytes(self, n_bytes: int) -> None:
         with self._count_lock:
@@ -436,6 +453,8 @@ class PlanExecutor:
             facts = (was.url, was.role, was.storage_class), (tier.url, tier.role, tier.storage_class)
             if facts[0] != facts[1]:
                 return f"tiers.{name}: expected {facts[0]} as planned, found {facts[1]} in the rule file: plan anew"
+        if move.action == "rename":
+            return self._unavailable.get(move.src, "")
         if move.action == "delete":
             added = sorted(now.keys() - planned.keys())
             if added:

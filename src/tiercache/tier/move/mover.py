@@ -29,6 +29,7 @@ from tiercache.tier.move.deletions import deletion_facts_of, run_due_deletions
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.placement_updates import track_ruled
+from tiercache.tier.move.renames import finish_renames
 from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide
@@ -192,6 +193,7 @@ def run_once(
             context = stack.enter_context(open_mover(file, stores, catalog))
             # First, because the plan would otherwise count half of a copy.
             finished = run_due_deletions(context, only_begun=True)
+            finish_renames(context)
             crash_point("tier_run.finished")
             listed_s = SYSTEM_CLOCK.monotonic()
             report, inventory, decisions = _plan(file, stores, catalog)

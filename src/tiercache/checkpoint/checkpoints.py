@@ -1,0 +1,563 @@
+"""Checkpoints of a training run: the public class, and the order of the steps of a save.
+
+save() copies the state to host memory in the caller's thread. One thread writes the files as soon as they are copied,
+and commits the checkpoint in the local folder; a second one uploads it from there and commits it at the store, so that
+the next state is written while an earlier one is uploaded. Without a local folder, the first thread writes to the store
+from host memory. A third thread deletes. A condition guards the states of the saves; no step runs under it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import operator
+import os
+import secrets
+import sys
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache, partial
+from threading import Condition, Event
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from tiercache.checkpoint.layout import Manifest, checkpoint_name, written_order
+from tiercache.checkpoint.retention import GC_AGE_S, Keep, RetentionReport, referenced_tensors
+from tiercache.checkpoint.staging import HostMemory, SaveDropped, StagedState
+from tiercache.checkpoint.state_tree import encode_state, state_text
+from tiercache.checkpoint.stored import StoredCheckpoints
+from tiercache.checkpoint.writer import CheckpointWriter, SharedTensors, TaskThread
+from tiercache.crash_points import crash_point
+from tiercache.errors import StoreError
+from tiercache.store import LocalFolder, Store, open_store
+
+if TYPE_CHECKING:
+    from tiercache.checkpoint.dcp import DistributedReader, DistributedWriter
+
+Target: TypeAlias = Literal["local", "remote"]
+WhenBusy: TypeAlias = Literal["wait", "skip", "drop"]
+SaveState: TypeAlias = Literal["staged", "writing", "local", "done", "failed", "skipped", "dropped"]
+
+_ENDED = ("done", "failed", "skipped", "dropped")
+
+
+class SaveHandle:
+    """One save of a checkpoint. Any thread may use it.
+
+    Attributes:
+        name: Name of the checkpoint.
+        step: Step of the training run.
+        state: "staged" (in host memory), "writing" (to `local`, or to the store if there is no `local`), "local"
+            (committed in `local`, not yet at the store), "done" (committed everywhere), "failed", "skipped"
+            (when_busy="skip", or a rank that does not write) or "dropped" (when_busy="drop").
+        error: Error that ended the save; None if there is none.
+    """
+
+    def __init__(self, name: str, step: int, targets: Sequence[Target], changed: Condition) -> None:
+        self.name, self.step = name, step
+        self.state: SaveState = "staged"
+        self.error: Exception | None = None
+        self._targets, self._changed = targets, changed
+        self._committed: set[Target] = set()
+        self._is_reported = False  # whether wait() has raised the error
+
+    def __repr__(self) -> str:
+        return f"SaveHandle({self.name!r}, {self.state})"
+
+    def done(self, target: Target = "remote") -> bool:
+        """Return whether the checkpoint is committed at a target.
+
+        Args:
+            target: "local" or "remote".
+        """
+        return self._check_target(target) in self._committed
+
+    def wait(self, target: Target = "remote", timeout_s: float | None = None) -> bool:
+        """Wait until the checkpoint is committed at a target; return False if the save was skipped or dropped before.
+
+        Args:
+            target: "local" or "remote".
+            timeout_s: Seconds after which TimeoutError is raised; None for no limit.
+
+        Raises:
+            StoreError: The save failed.
+            TimeoutError: The time is over.
+        """
+        self._check_target(target)
+        with self._changed:
+            if not self._changed.wait_for(lambda: target in self._committed or self.state in _ENDED, timeout_s):
+                raise TimeoutError(f"{self.name} is not committed at {target!r} after {timeout_s:g} s: {self.state}")
+            if target in self._committed:
+                return True
+        if self.error is not None:
+            self._is_reported = True
+            raise self.error
+        return False
+
+    def _check_target(self, target: Target) -> Target:
+        if target not in self._targets:
+            hint = "; there is no local= folder" if target == "local" else ""
+            raise ValueError(f"target is {' or '.join(map(repr, self._targets))}, got {target!r}{hint}")
+        return target
+
+
+@dataclass(slots=True, eq=False)
+class _Save:
+    """What the threads know of an unfinished save.
+
+    Attributes:
+        handle: Its public side.
+        state: State in host memory.
+        text: Text of the state without its tensors.
+        aliases: Further names of tensors.
+        manifest: Manifest without files and tensors, which are known once they are written.
+        stop: Event that ends the writing.
+        is_running: Whether a thread writes or uploads it now.
+    """
+
+    handle: SaveHandle
+    state: StagedState
+    text: bytes
+    aliases: Mapping[str, str]
+    manifest: Manifest
+    stop: Event = field(default_factory=Event)
+    is_running: bool = False
+
+
+class Checkpoints(StoredCheckpoints):
+    """Checkpoints of one training run, below a URL. Any thread may call the methods, save() one at a time.
+
+    A checkpoint exists once its manifest is put, which happens only after size and checksum of every file were checked
+    at the store. A save that fails, or a process that is killed, leaves the earlier checkpoints as they are.
+
+    Args:
+        url: URL or path of the folder in which the checkpoints are kept, or an open store, which close() closes. One
+            process writes to it at a time.
+        local: Folder on a local disk to which each checkpoint is written first; None: none.
+        keep: Rules of retention (Keep); a checkpoint is kept if any rule keeps it. Without rules, all are kept.
+        dedup: Whether checkpoints share tensors of 1 MiB or more whose values are equal.
+        pending: Number of saves that may be unfinished at a time, uploads included. Each needs host memory for its
+            state until it is committed at the first target.
+        when_busy: What save() does if `pending` saves are unfinished: "wait" for one of them, "skip" the new save, or
+            "drop" an unfinished one: the oldest that has not begun to be written or uploaded, otherwise the oldest.
+        writers: Number of files that are written, or uploaded, in parallel.
+        rank: Number of this process among those that call save() with the same state, of which process 0 writes. None:
+            the rank in torch.distributed's default group, or 0.
+        storage_options: Options of the store of `url`.
+
+    Attributes:
+        remote_store: Store of `url`.
+        local_store: Store of `local`; None if there is none.
+        keep: Rules of retention.
+        dedup: As given.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str] | Store,
+        *,
+        local: str | os.PathLike[str] | None = None,
+        keep: Keep | Iterable[Keep] = (),
+        dedup: bool = False,
+        pending: int = 1,
+        when_busy: WhenBusy = "wait",
+        writers: int = 8,
+        rank: int | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if pending < 1 or writers < 1:
+            raise ValueError(f"pending and writers are at least 1, got {pending} and {writers}")
+        if when_busy not in ("wait", "skip", "drop"):
+            raise ValueError(f"when_busy is 'wait', 'skip' or 'drop', got {when_busy!r}")
+        remote_store = url if isinstance(url, Store) else open_store(url, **(storage_options or {}))
+        local_store = None if local is None else LocalFolder(local)
+        self.shared = SharedTensors()
+        super().__init__(
+            remote_store, local_store, keep=keep, storage_options=storage_options, shared_tensors=self.shared
+        )
+        self.dedup = dedup
+        self._pending, self._when_busy, self._n_streams, self._rank = pending, when_busy, writers, rank
+        self._memory = HostMemory()
+        self._changed = Condition()
+        self._saves: list[_Save] = []  # unfinished, oldest first
+        self._failed: list[SaveHandle] = []
+        self._unreported: list[SaveHandle] = []  # failed saves whose error nobody has seen
+        self._newest_s = 0.0
+        self._has_aborted_uploads = False
+        self._pid, self._is_closed = os.getpid(), False
+        self._remote = self._writer_to(remote_store, "remote")
+        self._local = None if local_store is None else self._writer_to(local_store, "local")
+        self._writing, self._uploading = TaskThread("tiercache-checkpoint"), TaskThread("tiercache-checkpoint-upload")
+        self._deleting = TaskThread("tiercache-checkpoint-delete")
+        # called in the thread that deletes
+        self._on_commit: list[Callable[[str, Target], object]] = [self._retain]
+        _register_finish()
+        _open.add(self)
+
+    def __repr__(self) -> str:
+        local = "" if self.local_store is None else f", local={self.local_store.url!r}"
+        return f"Checkpoints({self.remote_store.url!r}{local})"
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        try:
+            self.close()
+        except StoreError:
+            if kind is None:  # the error that ends the block counts
+                raise
+
+    def _writer_to(self, store: Store, target: Target) -> CheckpointWriter:
+        referenced = partial(referenced_tensors, self.inventory, target)
+        return CheckpointWriter(store, self._n_streams, self.shared, referenced)
+
+    @property
+    def n_streams(self) -> int:
+        """Number of files that are written, or uploaded, in parallel."""
+        return self._n_streams
+
+    @property
+    def file_writers(self) -> tuple[CheckpointWriter, ...]:
+        """Writers of files, in the order in which a checkpoint is written: to the local folder, to the store."""
+        return (self._remote,) if self._local is None else (self._local, self._remote)
+
+    def dcp_writer(
+        self, step: int, *, metrics: Mapping[str, float] | None = None, note: Any = None
+    ) -> DistributedWriter:
+        """Return a writer of one checkpoint for torch.distributed.checkpoint: `dcp.save(state, storage_writer=...)`.
+
+        Every rank calls this with the same arguments. `dcp.save` returns when the checkpoint is committed at the store.
+
+        Args:
+            step: Step of the training run.
+            metrics: Metrics by name, for the rules of retention.
+            note: JSON value that list() returns.
+        """
+        from tiercache.checkpoint.dcp import DistributedWriter
+
+        return DistributedWriter(self, step, metrics=metrics, note=note)
+
+    def dcp_reader(self, which: str | int = "latest") -> DistributedReader:
+        """Return a reader of one checkpoint for torch.distributed.checkpoint: `dcp.load(state, storage_reader=...)`.
+
+        Every rank calls this with the same arguments. The number of ranks may differ from that of the save.
+
+        Args:
+            which: "latest", "best:METRIC", a step or a name, as for load().
+        """
+        from tiercache.checkpoint.dcp import DistributedReader
+
+        return DistributedReader(self, which)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Places at which a checkpoint is committed, in this order."""
+        return ("remote",) if self._local is None else ("local", "remote")
+
+    @property
+    def saves(self) -> tuple[SaveHandle, ...]:
+        """Saves of this process that are unfinished or have failed, oldest first."""
+        with self._changed:
+            handles = {*self._failed, *(save.handle for save in self._saves)}
+            return tuple(sorted(handles, key=lambda one: written_order(one.name)))
+
+    def unfinished_saves(self) -> Mapping[str, SaveHandle]:
+        """See StoredCheckpoints.unfinished_saves()."""
+        return {handle.name: handle for handle in self.saves}
+
+    def save(
+        self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None, note: Any = None
+    ) -> SaveHandle:
+        """Copy a state to host memory and return; threads write it, upload it and commit it.
+
+        Args:
+            step: Step of the training run.
+            state: Dict of modules, optimizers, other objects with state_dict(), tensors, arrays and JSON values, nested
+                at will.
+            metrics: Metrics by name, for the rules of retention.
+            note: JSON value that load() and list() return.
+
+        Returns:
+            The save. Its state is "skipped" if nothing is written: see `when_busy` and `rank`.
+
+        Raises:
+            StoreError: An earlier save failed in the background; this save was not begun. The next call saves again.
+            TypeError, ValueError: An argument cannot be stored.
+        """
+        self._check_usable()
+        self._raise_failure()
+        step, metrics, note = operator.index(step), numbers(metrics or {}), json_copy(note)
+        name, created_s = self.new_name(step)
+        handle = SaveHandle(name, step, self.targets, self._changed)
+        if self._find_rank() != 0 or not self._wait_for_turn():
+            handle.state = "skipped"
+            return handle
+        encoded = encode_state(state)
+        staged = StagedState(encoded, self._memory, n_streams=self._n_streams, shares=self.dedup)
+        manifest = Manifest(name, step, created_s, (), {}, metrics, note)
+        save = _Save(handle, staged, state_text(encoded.tree), encoded.aliases, manifest)
+        with self._changed:
+            self._saves.append(save)
+        try:
+            self._writing.submit(partial(self._run, save, self._write))  # it writes what is copied already
+        except RuntimeError:  # no thread can be started
+            staged.abandon()
+            self._end(save, "dropped")
+            raise
+        staged.copy()
+        crash_point("checkpoint_stage.copied")
+        return handle
+
+    def wait(self, target: Target = "remote", timeout_s: float | None = None) -> None:
+        """Wait until no save is on its way to a target.
+
+        Args:
+            target: "local" or "remote".
+            timeout_s: Seconds after which TimeoutError is raised; None for no limit.
+
+        Raises:
+            StoreError: A save failed.
+            TimeoutError: The time is over.
+        """
+        if target not in self.targets:
+            raise ValueError(f"target is {' or '.join(map(repr, self.targets))}, got {target!r}")
+        with self._changed:
+            handles = [save.handle for save in self._saves]
+            if not self._changed.wait_for(
+                lambda: all(target in one._committed or one.state in _ENDED for one in handles),  # noqa: SLF001
+                timeout_s,
+            ):
+                raise TimeoutError(f"saves are not committed at {target!r} after {timeout_s:g} s: {handles}")
+        self._raise_failure()
+
+    def close(self) -> None:
+        """Finish all saves and deletions, end the threads and close the connections. Repeated calls have no effect.
+
+        Raises:
+            StoreError: A save failed.
+        """
+        if self._pid != os.getpid():
+            return
+        self._is_closed = True
+        self.join()
+        self._memory.clear()
+        self._remote.close()
+        self._raise_failure()
+
+    def join(self) -> None:
+        """Wait until the threads have nothing to do; errors stay for save(), wait() and close()."""
+        self._writing.join()
+        self._uploading.join()
+        self._deleting.join()
+
+    # -- the caller's thread -----------------------------------------------------------------------------------------
+
+    def _check_usable(self) -> None:
+        if self._is_closed:
+            raise ValueError("these checkpoints are closed")
+        if self._pid != os.getpid():
+            raise RuntimeError("these checkpoints belong to the process that opened them, not to a fork of it")
+
+    def _find_rank(self) -> int:
+        if self._rank is not None:
+            return self._rank
+        torch = sys.modules.get("torch")
+        if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return 0
+        return int(torch.distributed.get_rank())
+
+    def new_name(self, step: int) -> tuple[str, float]:
+        """Return a name and its time: the present, but later than that of every earlier save of this process.
+
+        Args:
+            step: Step of the training run.
+        """
+        with self._changed:
+            self._newest_s = max(round(time.time(), 3), round(self._newest_s + 0.001, 3))
+            return checkpoint_name(step, self._newest_s, secrets.token_hex(3)), self._newest_s
+
+    def _wait_for_turn(self) -> bool:
+        """Return whether a new save may begin, after waiting for an unfinished one where necessary."""
+        while True:
+            with self._changed:
+                if len(self._saves) < self._pending:
+                    return True
+                if self._when_busy == "skip":
+                    return False
+                if self._when_busy == "drop":
+                    waiting = [save for save in self._saves if not save.is_running and not save.stop.is_set()]
+                    (waiting or self._saves)[0].stop.set()
+                    if waiting:
+                        self._end(waiting[0], "dropped")
+                        continue
+                n_failed = len(self._unreported)
+                self._changed.wait_for(
+                    lambda: len(self._saves) < self._pending or len(self._unreported) > n_failed  # noqa: B023
+                )
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        """Raise the error of the oldest failed save that was not raised yet."""
+        with self._changed:
+            unreported = [handle for handle in self._unreported if not handle._is_reported]  # noqa: SLF001
+            self._unreported = unreported[1:]
+        if unreported and unreported[0].error is not None:
+            raise unreported[0].error
+
+    # -- the threads -------------------------------------------------------------------------------------------------
+
+    def _run(self, save: _Save, step: Callable[[_Save], None]) -> None:
+        """Execute a step of a save, unless it was dropped before."""
+        with self._changed:
+            if save.handle.state in _ENDED:
+                return
+            save.is_running = True
+        try:
+            step(save)
+        except SaveDropped:
+            self._end(save, "dropped")
+        except Exception as error:  # noqa: BLE001 -- top of a thread: raised by the next save(), wait() or close()
+            self._end(save, "failed", error)
+
+    def _write(self, save: _Save) -> None:
+        """Write a staged state to the first target and commit it."""
+        writer, target, name = self._local or self._remote, self.targets[0], save.handle.name
+        self._advance(save, "writing")
+        try:
+            files, tensors = writer.write_staged(name, save.state.files, save.text, save.manifest.metrics, save.stop)
+        except BaseException:
+            self.shared.release(name)
+            if target == "local":
+                writer.discard(name)  # a full disk must not stay full
+            else:
+                self._deleting.submit(partial(writer.discard, name))
+            raise
+        tensors |= {alias: tensors[first] for alias, first in save.aliases.items()}
+        told = save.manifest
+        save.manifest = Manifest(name, told.step, told.created_s, tuple(files), tensors, told.metrics, told.note)
+        writer.commit(save.manifest)
+        save.state.release()
+        self._commit(save, target)
+        if target == "local":
+            self._uploading.submit(partial(self._run, save, self._upload))
+
+    def _upload(self, save: _Save) -> None:
+        """Upload a checkpoint that is committed in the local folder, and commit it at the store."""
+        if self.local_store is None:  # never: _write() submits it for a local folder
+            return
+        try:
+            self._remote.upload(save.manifest, self.local_store, save.stop)
+        except BaseException:
+            self._deleting.submit(partial(self._remote.discard, save.handle.name))
+            raise
+        self._remote.commit(save.manifest)
+        self._commit(save, "remote")
+
+    def _advance(self, save: _Save, state: SaveState) -> None:
+        with self._changed:
+            save.handle.state = state
+            self._changed.notify_all()
+
+    def _commit(self, save: _Save, target: Target) -> None:
+        """Note that a checkpoint is committed at a target."""
+        with self._changed:
+            save.is_running = False
+            save.handle._committed.add(target)  # noqa: SLF001 - our own class
+            self._advance(save, "done" if target == "remote" else "local")
+            if target == "remote":
+                self._saves.remove(save)
+        self.announce(save.handle.name, target)
+
+    def announce(self, name: str, target: Target) -> None:
+        """Let the thread that deletes apply the rules of retention after a commit.
+
+        Args:
+            name: Name of the checkpoint that was committed.
+            target: Where it was committed.
+        """
+        for call in self._on_commit:
+            self._deleting.submit(partial(call, name, target))
+
+    def _retain(self, name: str, target: Target) -> None:  # noqa: ARG002 - of _on_commit
+        self.apply_retention()
+        if target == "remote" and not self._has_aborted_uploads:
+            self._has_aborted_uploads = True
+            with suppress(StoreError):  # the next process, and gc(), try again
+                self._remote.abort_uploads(GC_AGE_S)
+
+    def gc(self) -> RetentionReport:
+        """Remove what killed saves and deletions have left, and shared tensors without users, once they are a day old.
+
+        Parts of uploads that were interrupted are removed too, where the store lists them (S3, with boto3). The first
+        commit of a process does the same in the background.
+
+        Raises:
+            StoreError: A store failed.
+        """
+        report = super().gc()
+        self._remote.abort_uploads(GC_AGE_S)
+        return report
+
+    def _end(self, save: _Save, state: SaveState, error: Exception | None = None) -> None:
+        """Note that a save has ended before it was committed everywhere."""
+        save.state.release()
+        handle = save.handle
+        with self._changed:
+            if error is not None:
+                where = "" if "local" not in handle._committed else f"; it is committed in {self._local_url}"  # noqa: SLF001
+                message = f"the checkpoint of step {handle.step} was not saved: {error}{where}"
+                url = f"{self.remote_store.url}/{handle.name}"
+                handle.error = StoreError(message, url=url, retryable=getattr(error, "retryable", False))
+                handle.error.__cause__ = error
+                self._failed.append(handle)
+                self._unreported.append(handle)
+            self._saves.remove(save)
+            self._advance(save, state)
+
+    @property
+    def _local_url(self) -> str:
+        return "" if self.local_store is None else self.local_store.url
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return metrics as numbers. Raises TypeError or ValueError if a value is none."""
+    found = {}
+    for name, value in metrics.items():
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a metric is a text, got {name!r}")
+        found[name] = value if type(value) is int else float(value)
+    return found
+
+
+def json_copy(note: Any) -> Any:
+    """Return a JSON value that later changes do not reach. Raises TypeError or ValueError if it is none."""
+    return json.loads(json.dumps(note, allow_nan=False))
+
+
+# -- the end of the interpreter --------------------------------------------------------------------------------------
+
+_open: weakref.WeakSet[Checkpoints] = weakref.WeakSet()
+
+
+@cache
+def _register_finish() -> None:
+    """Let the interpreter finish the saves before it ends the pools of threads, which uploads need.
+
+    atexit's functions are called after that; threading has no public hook.
+    """
+    getattr(threading, "_register_atexit", atexit.register)(_finish_all)
+
+
+def _finish_all() -> None:
+    for checkpoints in [*_open]:
+        if checkpoints._pid != os.getpid():  # noqa: SLF001 - our own class
+            continue
+        checkpoints.join()
+        for handle in checkpoints._unreported:  # noqa: SLF001
+            if not handle._is_reported:  # noqa: SLF001
+                warnings.warn(f"{handle.error}", RuntimeWarning, stacklevel=2)

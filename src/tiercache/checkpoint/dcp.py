@@ -1,0 +1,868 @@
+"""torch.distributed.checkpoint over `tc.Checkpoints`: a StorageWriter and a StorageReader for states of many ranks.
+
+Each rank writes its parts of the tensors as safetensors files to the store (and to `local`), verifies them there, and
+tells the coordinator their sizes and checksums. The coordinator writes `state.json`, which says where each part of a
+tensor is and holds all other values, and puts the manifest. So a save in which a rank fails leaves no manifest: nobody
+sees it, and collection removes its files. torch's planners decide which rank writes and reads which part.
+
+Nothing is stored as pickle. torch hands over values that are not tensors as text of torch.save(): the writer turns them
+into JSON, and refuses those that are neither JSON values, tensors nor arrays; the reader does the reverse in memory.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from threading import Event
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from tiercache._native.checksum import crc32c
+from tiercache.checkpoint.checkpoints import Checkpoints, json_copy, numbers
+from tiercache.checkpoint.inventory import resolve
+from tiercache.checkpoint.layout import (
+    METRICS_NAME,
+    STATE_NAME,
+    Manifest,
+    StoredFile,
+    TensorEntry,
+    checkpoint_name,
+    key_of,
+    metric_json,
+    shared_path,
+    tensor_digest,
+)
+from tiercache.checkpoint.safetensors_file import FileLayout, TensorSpec, distribute, lay_out_file
+from tiercache.checkpoint.staging import SHARED_MIN_BYTES, SHARED_NAME
+from tiercache.checkpoint.state_tree import (
+    DTYPES,
+    EncodedState,
+    decode_state,
+    encode_state,
+    flat_bytes,
+    parse_state,
+    state_text,
+)
+from tiercache.checkpoint.writer import SourceFile, equal_parts, in_parallel, part_bytes
+from tiercache.crash_points import crash_point
+from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
+from tiercache.model import ByteRange
+
+if TYPE_CHECKING:
+    import os
+
+    from tiercache.store import Store
+
+# Each part of a tensor has a checksum for every so many bytes: a rank that reads a range checks what it reads.
+BLOCK_BYTES = 1 << 20
+# Bytes that a thread reads before it copies them to their tensors.
+_READ_BYTES = 128 << 20
+_READS_AGAIN = 2
+
+_NEVER = Event()  # nothing stops a save of torch's
+
+_DTYPE_NAMES = {name: key for key, name in DTYPES.items()}
+Shape: TypeAlias = tuple[int, ...]
+
+
+# -- saving ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What the coordinator tells each rank with its plan: the checkpoint's name, and the number of the rank."""
+
+    name: str
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredPart:
+    """A tensor, or a part of one, that a rank has stored.
+
+    Attributes:
+        name: Name in the manifest.
+        entry: Place of its values.
+        blocks: CRC-32C of each BLOCK_BYTES of its values.
+        file: File that contains it.
+    """
+
+    name: str
+    entry: TensorEntry
+    blocks: tuple[int, ...]
+    file: StoredFile
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredValue:
+    """A value that is not a tensor: its node in the state, and the tensors to which the node refers."""
+
+    node: Any
+    parts: tuple[_StoredPart, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A tensor that this rank writes. load: Function that returns it, on any device and with any strides."""
+
+    spec: TensorSpec
+    load: Callable[[], torch.Tensor]
+
+
+class DistributedWriter(StorageWriter):
+    """Writer of one checkpoint, for `dcp.save` and `dcp.async_save`. Every rank makes its own, with the same arguments.
+
+    When `dcp.save` returns, the checkpoint is verified and committed at the store. If a rank fails, all ranks raise the
+    error, and the checkpoints that were there before are unchanged. Retention runs in a thread of the coordinator after
+    the commit.
+
+    Args:
+        checkpoints: Checkpoints to which this one is added.
+        step: Step of the training run.
+        metrics: Metrics by name; those of the coordinator count.
+        note: JSON value of the user; that of the coordinator counts.
+
+    Attributes:
+        name: Name of the checkpoint, which the coordinator knows once the save has begun; "" before.
+        step: Step of the training run.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpoints, step: int, *, metrics: Mapping[str, float] | None = None, note: Any = None
+    ) -> None:
+        super().__init__()
+        checkpoint_name(step, 0.0, "000000")  # checks the step
+        self._checkpoints, self.step = checkpoints, step
+        self._metrics, self._note = numbers(metrics or {}), json_copy(note)
+        self._created_s, self.name = 0.0, ""
+        self._is_committed = False
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003 - torch's interface
+        """Return False: torch must not make this writer from a checkpoint_id."""
+        return False
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Prepare for another save. Raises ValueError if checkpoint_id is given: tiercache names its checkpoints."""
+        if checkpoint_id is not None:
+            raise ValueError(
+                f"checkpoint_id={str(checkpoint_id)!r} cannot be combined with a writer of tc.Checkpoints, which names "
+                "its checkpoints itself: leave checkpoint_id= out"
+            )
+        self.name = ""
+
+    def storage_meta(self) -> StorageMeta:
+        """Return where the checkpoints are."""
+        return StorageMeta(checkpoint_id=self._checkpoints.remote_store.url)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *_args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Begin a save. Raises ValueError without collectives, by which the ranks agree on the checkpoint's name."""
+        if not kwargs.get("use_collectives", True):
+            raise ValueError(
+                "tc.Checkpoints commits one checkpoint of all ranks: use_collectives=False is not supported"
+            )
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Return the plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Return the plans of all ranks with the checkpoint's name, each part in one of them only.
+
+        Raises:
+            ValueError: A planner caches its plans.
+        """
+        if not all(plan.usable for plan in plans):
+            raise ValueError(
+                "the planner caches plans (enable_plan_caching=True), with which the ranks would not learn the name of "
+                "the new checkpoint: use a planner without caching"
+            )
+        self._checkpoints.remote_store.require_conditional_put()
+        self.name, self._created_s = self._checkpoints.new_name(self.step)
+        planned: set[MetadataIndex] = set()
+        tasks = []
+        for rank, plan in enumerate(plans):
+            items = [item for item in plan.items if item.index not in planned]
+            planned.update(item.index for item in items)
+            tasks.append(replace(plan, items=items, storage_data=_Task(self.name, rank)))
+        return tasks
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write the parts of this rank, and check them at the store.
+
+        Raises:
+            TypeError, ValueError: A value cannot be stored; the message names its key.
+            StoreError: A store failed, or did not store what it was given.
+        """
+        task: _Task = plan.storage_data
+        sources: dict[str, _Source] = {}
+        values: dict[MetadataIndex, EncodedState] = {}
+        parts: dict[MetadataIndex, str] = {}
+        for item in plan.items:
+            if item.type == WriteItemType.BYTE_IO:
+                values[item.index] = _encode_value(item, planner)
+                for name, tensor in values[item.index].tensors.items():
+                    spec = TensorSpec(name, tensor.dtype, tensor.shape, tensor.n_bytes)
+                    _add(sources, _Source(spec, partial(torch.as_tensor, tensor.value)))
+            else:
+                source = _source_of(item, planner)
+                parts[item.index] = source.spec.name
+                _add(sources, source)
+        stored = self._write_files(task, sources)
+        results = [WriteResult(index, stored[name].entry.n_bytes, stored[name]) for index, name in parts.items()]
+        for index, value in values.items():
+            ((_, node),) = _items_of(value.tree) or ()
+            found = _StoredValue(node, tuple(stored[name] for name in value.tensors))
+            results.append(WriteResult(index, sum(part.entry.n_bytes for part in found.parts), found))
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def _write_files(self, task: _Task, sources: Mapping[str, _Source]) -> dict[str, _StoredPart]:
+        """Write the tensors to the local folder and upload them from there, or to the store at once."""
+        first, *others = self._checkpoints.file_writers
+        n_streams, specs = self._checkpoints.n_streams, [source.spec for source in sources.values()]
+        shared = [one for one in specs if self._checkpoints.dedup and one.n_bytes >= SHARED_MIN_BYTES]
+        files = distribute([one for one in specs if one not in shared], n_streams)
+
+        def write(number: int) -> list[_StoredPart]:
+            path = f"tensors-rank{task.rank:05d}-{number + 1:05d}-of-{len(files):05d}.safetensors"
+            layout = lay_out_file(files[number])
+            blocks: dict[str, tuple[int, ...]] = {}
+
+            def parts() -> Iterator[memoryview]:
+                return equal_parts(_pieces(layout, sources, blocks), part_bytes(layout.n_bytes))
+
+            file = first.write(task.name, SourceFile(path, layout.n_bytes, parts), _NEVER)
+            crash_point("dcp.written")
+            return [_StoredPart(one.name, _entry(path, layout, one), blocks[one.name], file) for one in files[number]]
+
+        def share(spec: TensorSpec) -> list[_StoredPart]:
+            data, alone = _bytes_of(sources[spec.name]), replace(spec, name=SHARED_NAME)
+            layout, digest = lay_out_file([alone]), tensor_digest(spec.dtype, spec.shape, [data])
+
+            def parts() -> Iterator[memoryview]:
+                return equal_parts([memoryview(layout.header), data], part_bytes(layout.n_bytes))
+
+            path = shared_path(digest)
+            file = first.share(task.name, SourceFile(path, layout.n_bytes, parts), _NEVER)
+            entry = replace(_entry(path, layout, alone), digest=digest)
+            return [_StoredPart(spec.name, entry, _block_checksums(data), file)]
+
+        calls = [*(partial(write, number) for number in range(len(files))), *(partial(share, one) for one in shared)]
+        try:
+            stored = {part.name: part for parts in in_parallel(calls, n_streams) for part in parts}
+            written = tuple({part.file.path: part.file for part in stored.values()}.values())
+            for writer in others:
+                writer.upload(Manifest(task.name, self.step, 0.0, written), first.store, _NEVER)
+        finally:
+            # Tombstones and the age of the files protect them from deletions, which another process makes.
+            self._checkpoints.shared.release(task.name)
+        return stored
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Describe the parts of all ranks, and commit the checkpoint.
+
+        Raises:
+            StoreError: A store failed; if .maybe_done is true, the checkpoint may be committed.
+            CommitConflict: The name of the checkpoint is taken.
+        """
+        stored = {result.index: result.storage_data for rank in results for result in rank}
+        parts = [part for found in stored.values() for part in _parts_of(found)]
+        tensors = {part.name: part.entry for part in parts}
+        if len(tensors) != len(parts):
+            names = [part.name for part in parts]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"two tensors of the state would be stored as {twice!r}: rename one of their keys")
+        text = _encode_metadata(metadata, stored, {part.name: part.blocks for part in parts})
+        files = {part.file.path: part.file for part in parts}
+        texts = {STATE_NAME: text}
+        if self._metrics:
+            texts[METRICS_NAME] = json.dumps(
+                {name: metric_json(value) for name, value in self._metrics.items()}
+            ).encode()
+        # The store first: it alone has the files of all ranks. A local folder has those of the ranks of its machine.
+        for writer in reversed(self._checkpoints.file_writers):
+            is_remote = writer.store is self._checkpoints.remote_store
+            missing = _missing_file(writer.store, self.name, files.values())
+            if missing and is_remote:
+                raise StoreError(f"{missing} is missing, or has another size", url=f"{writer.store.url}/{self.name}")
+            if missing:
+                continue
+            small = [
+                writer.write(self.name, SourceFile(path, len(data), partial(iter, [memoryview(data)])), _NEVER)
+                for path, data in texts.items()
+            ]
+            manifest = Manifest(
+                name=self.name,
+                step=self.step,
+                created_s=self._created_s,
+                files=(*(files[path] for path in sorted(files)), *small),
+                tensors=tensors,
+                metrics=self._metrics,
+                note=self._note,
+            )
+            crash_point("dcp.described")
+            writer.commit(manifest)
+            crash_point("dcp.committed")
+        self._is_committed = True
+        self._checkpoints.announce(self.name, "remote")
+
+    def done(self) -> bool:
+        """Return whether the checkpoint is committed at the store; the coordinator knows."""
+        return self._is_committed
+
+    wait = done
+
+
+def _add(sources: dict[str, _Source], source: _Source) -> None:
+    name = source.spec.name
+    if name in sources:
+        raise ValueError(f"two tensors of the state would be stored as {name!r}: rename one of their keys")
+    sources[name] = source
+
+
+def _source_of(item: WriteItem, planner: SavePlanner) -> _Source:
+    """Return the part of a tensor that an item of a plan names. The part is not loaded yet."""
+    data = item.tensor_data
+    if data is None:
+        raise ValueError(f"{item.index.fqn}: the planner describes no tensor")
+    dtype, shape = _dtype_name(item.index.fqn, data.properties.dtype), tuple(data.chunk.sizes)
+    name = _part_name(item.index.fqn, tuple(data.chunk.offsets), shape, tuple(data.size))
+    n_bytes = math.prod(shape) * data.properties.dtype.itemsize
+
+    def load() -> torch.Tensor:
+        found = planner.resolve_data(item)
+        if not isinstance(found, torch.Tensor):
+            raise TypeError(f"{item.index.fqn}: the planner announced a tensor, and gave a {type(found).__name__}")
+        return found
+
+    return _Source(TensorSpec(name, dtype, shape, n_bytes), load)
+
+
+def _dtype_name(fqn: str, dtype: torch.dtype) -> str:
+    name = _DTYPE_NAMES.get(str(dtype).removeprefix("torch."))
+    if name is None:
+        raise TypeError(f"{fqn} is a tensor of type {dtype}, which the safetensors format does not have")
+    return name
+
+
+def _part_name(fqn: str, offsets: Shape, shape: Shape, size: Shape) -> str:
+    """Return the name of a part: that of the tensor if the part is all of it, else with its ranges."""
+    if shape == size:
+        return fqn
+    return f"{fqn}[{','.join(f'{start}:{start + n}' for start, n in zip(offsets, shape, strict=True))}]"
+
+
+def _encode_value(item: WriteItem, planner: SavePlanner) -> EncodedState:
+    """Return a value that is not a tensor as JSON. Raises TypeError, with its key, if it cannot be stored."""
+    fqn = item.index.fqn
+    if isinstance(planner, DefaultSavePlanner) and not _changes_values(type(planner)):
+        return encode_state({fqn: planner.lookup_object(item.index)})
+    text = planner.resolve_data(item)
+    if isinstance(text, torch.Tensor):
+        raise TypeError(f"{fqn}: the planner announced a value that is no tensor, and gave a tensor")
+    text.seek(0)
+    try:
+        return encode_state({fqn: torch.load(text, weights_only=True)})
+    except pickle.UnpicklingError as error:
+        message = f"{fqn!r} is a value that only pickle could store, which tiercache does not use: store JSON values"
+        raise TypeError(f"{message}, tensors or arrays") from error
+
+
+def _changes_values(planner: type[DefaultSavePlanner]) -> bool:
+    plain = DefaultSavePlanner
+    return planner.resolve_data is not plain.resolve_data or planner.transform_object is not plain.transform_object
+
+
+def _bytes_of(source: _Source) -> memoryview:
+    """Return the values of a tensor in host memory, row by row. The memory lives as long as the view."""
+    spec, tensor = source.spec, source.load().detach()
+    if (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) != (spec.shape, DTYPES[spec.dtype]):
+        found = f"shape {tuple(tensor.shape)} and type {tensor.dtype}"
+        raise ValueError(f"{spec.name}: the planner announced shape {spec.shape} and type {spec.dtype}, found {found}")
+    return _memory_of(tensor.cpu().contiguous())
+
+
+def _memory_of(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU, which can be written."""
+    if not tensor.numel():
+        return memoryview(b"")
+    values: Any = flat_bytes(tensor).numpy()
+    return memoryview(values)
+
+
+def _pieces(
+    layout: FileLayout, sources: Mapping[str, _Source], blocks: dict[str, tuple[int, ...]]
+) -> Iterator[memoryview]:
+    """Yield the bytes of a file, one tensor after another, and note the checksums of the tensors by name."""
+    yield memoryview(layout.header)
+    for name in layout.offsets:
+        data = _bytes_of(sources[name])
+        blocks[name] = _block_checksums(data)
+        yield data
+
+
+def _block_checksums(data: memoryview) -> tuple[int, ...]:
+    return tuple(crc32c(data[start : start + BLOCK_BYTES]) for start in range(0, data.nbytes, BLOCK_BYTES))
+
+
+def _entry(path: str, layout: FileLayout, spec: TensorSpec) -> TensorEntry:
+    return TensorEntry(path, layout.offsets[spec.name], spec.n_bytes, spec.dtype, spec.shape)
+
+
+def _parts_of(found: _StoredPart | _StoredValue) -> tuple[_StoredPart, ...]:
+    return found.parts if isinstance(found, _StoredValue) else (found,)
+
+
+def _missing_file(store: Store, name: str, files: Iterable[StoredFile]) -> str:
+    """Return which file a store lacks, or has with another size; "" if none. The store is listed."""
+    wanted = {key_of(name, file.path): file for file in files}
+    folders = {key.partition("/")[0] + "/" for key in wanted}
+    sizes = {info.key: info.n_bytes for folder in folders for info in store.list(folder)}
+    return next((file.path for key, file in wanted.items() if sizes.get(key) != file.n_bytes), "")
+
+
+# -- description of the parts ----------------------------------------------------------------------------------------
+
+
+def _encode_metadata(
+    metadata: Metadata, stored: Mapping[MetadataIndex, Any], blocks: Mapping[str, Sequence[int]]
+) -> bytes:
+    """Return the text of state.json: the tree of the state, as of Checkpoints.save(), and checksums of the parts.
+
+    Raises:
+        ValueError: A part is missing, or the planner's own data cannot be stored.
+    """
+    nodes: dict[str, Any] = {}
+    for fqn, found in metadata.state_dict_metadata.items():
+        if isinstance(found, TensorStorageMetadata):
+            nodes[fqn] = _tensor_node(fqn, found, stored)
+        else:
+            nodes[fqn] = stored[MetadataIndex(fqn)].node
+    paths = metadata.planner_data
+    if paths is not None and not (isinstance(paths, Mapping) and paths.keys() >= nodes.keys()):
+        raise ValueError(
+            f"the planner has data of its own ({type(paths).__name__}), which a checkpoint cannot hold; it holds the "
+            "paths of keys, as DefaultSavePlanner has them"
+        )
+    tree = _dict_node(nodes) if paths is None else _tree_of({tuple(paths[fqn]): node for fqn, node in nodes.items()})
+    checksums = {"bytes": BLOCK_BYTES, "crc32c": {name: list(crcs) for name, crcs in blocks.items()}}
+    body = json.loads(state_text(tree)) | {"blocks": checksums, "is_flat": paths is None}
+    return json.dumps(body, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii") + b"\n"
+
+
+def _tree_of(nodes: Mapping[tuple[str | int, ...], Any]) -> Any:
+    """Return the tree that has each node at its path, in which a number is an index of a list."""
+    if () in nodes:
+        return nodes[()]
+    below: dict[str | int, dict[tuple[str | int, ...], Any]] = {}
+    for (key, *rest), node in nodes.items():
+        below.setdefault(key, {})[tuple(rest)] = node
+    found = {key: _tree_of(part) for key, part in below.items()}
+    if found and all(isinstance(key, int) for key in found):
+        return [found[number] for number in range(len(found))]
+    return _dict_node(found)
+
+
+def _dict_node(nodes: Mapping[Any, Any]) -> Any:
+    return {"$dict": [list(item) for item in nodes.items()]} if any(k.startswith("$") for k in nodes) else dict(nodes)
+
+
+def _tensor_node(fqn: str, found: TensorStorageMetadata, stored: Mapping[MetadataIndex, Any]) -> Any:
+    parts: list[Any] = []
+    for chunk in found.chunks:
+        part = stored.get(MetadataIndex(fqn, chunk.offsets))
+        if not isinstance(part, _StoredPart):
+            raise ValueError(f"no rank has stored {fqn} at {tuple(chunk.offsets)}")
+        parts.append([list(chunk.offsets), list(chunk.sizes), {"$tensor": part.name}])
+    if len(parts) == 1 and parts[0][1] == list(found.size):
+        return parts[0][2]
+    return {"$sharded": {"dtype": _dtype_name(fqn, found.properties.dtype), "size": list(found.size), "parts": parts}}
+
+
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What a checkpoint contains, in the terms of torch.
+
+    Attributes:
+        metadata: Sizes, types and parts of the tensors, and keys of other values.
+        parts: Name in the manifest of each part of a tensor.
+        values: Node of each other value in the state, by key.
+    """
+
+    metadata: Metadata
+    parts: Mapping[MetadataIndex, str]
+    values: Mapping[str, Any]
+
+
+def _contents_of(tree: Any, manifest: Manifest, *, is_flat: bool) -> _Contents:
+    """Return the contents of a checkpoint from its state, whether torch's planners or Checkpoints.save() wrote it.
+
+    is_flat: Whether the planner that wrote it kept nested dicts as one value each.
+    """
+    leaves = (((key,), node) for key, node in _items_of(tree) or ()) if is_flat else _leaves(tree, ())
+    found: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    parts, values = dict[MetadataIndex, str](), dict[str, Any]()
+    paths = {}
+    for path, node in leaves:
+        fqn = ".".join(map(str, path))
+        paths[fqn] = path
+        facts = _sharded_facts(node, manifest)
+        if facts is None:
+            found[fqn], values[fqn] = BytesStorageMetadata(), node
+            continue
+        properties = TensorProperties(getattr(torch, DTYPES[facts["dtype"]]))
+        found[fqn] = tensor = TensorStorageMetadata(properties, torch.Size(facts["size"]), [])
+        for offsets, sizes, part in facts["parts"]:
+            tensor.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+            parts[MetadataIndex(fqn, offsets)] = part["$tensor"]
+    metadata = Metadata(found, planner_data=None if is_flat else paths, storage_data=parts)
+    return _Contents(metadata, parts, values)
+
+
+def _sharded_facts(node: Any, manifest: Manifest) -> Any:
+    """Return type, size and parts of a node that is a tensor; None for another node."""
+    if not isinstance(node, dict):
+        return None
+    if "$tensor" in node and "as" not in node:
+        name = node["$tensor"]
+        entry = manifest.tensors[name]
+        shape = list(entry.shape)
+        return {"dtype": entry.dtype, "size": shape, "parts": [[[0] * len(shape), shape, node]]}
+    return node.get("$sharded")
+
+
+def _leaves(node: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Yield the nodes of a state that torch's planners regard as one value each, with their paths."""
+    if (items := _items_of(node)) is not None:
+        for key, value in items:
+            yield from _leaves(value, (*path, str(key)))
+    elif isinstance(node, list) and not _is_value(node):
+        for number, value in enumerate(node):
+            yield from _leaves(value, (*path, number))
+    else:
+        yield path, node
+
+
+def _items_of(node: Any) -> Iterable[Sequence[Any]] | None:
+    """Return keys and nodes of a dict in the state; None for another node."""
+    if not isinstance(node, dict):
+        return None
+    if "$state_dict" in node:
+        return _items_of(node["$state_dict"])
+    if "$dict" in node:
+        return node["$dict"]  # type: ignore[no-any-return]
+    return None if any(key.startswith("$") for key in node) else node.items()
+
+
+def _is_value(node: list[Any]) -> bool:
+    """Return whether torch's planners keep a list as one value: it contains neither tensors nor dicts."""
+    for one in node:
+        if _items_of(one) is not None or (isinstance(one, dict) and ("$tensor" in one or "$sharded" in one)):
+            return False
+        if isinstance(one, list) and not _is_value(one):
+            return False
+    return True
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False, slots=True)
+class _Read:
+    """A range of a part that is read into a tensor.
+
+    Attributes:
+        item: What the planner wants.
+        target: Tensor that receives the values, on any device and with any strides.
+        entry: Place of the part.
+        blocks: Checksums of the part's blocks; None if it has none.
+        wanted: Byte range of the part that contains the values.
+        block_range: The same, extended to whole blocks.
+        buffer: Memory that receives block_range.
+    """
+
+    item: ReadItem
+    target: torch.Tensor
+    entry: TensorEntry
+    blocks: Sequence[int] | None
+    wanted: ByteRange
+    block_range: ByteRange
+    buffer: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the values are those of the target, byte by byte, so that they are read into its memory."""
+        is_same = str(self.target.dtype).removeprefix("torch.") == DTYPES[self.entry.dtype]
+        is_whole = self.block_range == self.wanted == ByteRange(0, self.entry.n_bytes)
+        return is_whole and is_same and self.target.device.type == "cpu" and self.target.is_contiguous()
+
+    def span(self) -> tuple[ByteRange, memoryview]:
+        """Take memory, and return what is to be read into it: a byte range of the file."""
+        target = flat_bytes(self.target) if self.is_direct else None
+        self.buffer = torch.empty(self.block_range.n_bytes, dtype=torch.uint8) if target is None else target
+        start = self.entry.offset
+        return ByteRange(start + self.block_range.start, start + self.block_range.end), _memory_of(self.buffer)
+
+    def problem(self) -> str:
+        """Return which block of the buffer does not have its checksum; "" if all have it."""
+        first, found = self.block_range.start // BLOCK_BYTES, _block_checksums(_memory_of(self.buffer))
+        stated = list(self.blocks or ())[first : first + len(found)]
+        if list(found) == stated:
+            return ""
+        number = next((n for n, pair in enumerate(zip(found, stated, strict=False)) if pair[0] != pair[1]), len(stated))
+        return f"block {first + number} of {self.item.storage_index.fqn} does not match its CRC-32C"
+
+    def take(self, data: torch.Tensor) -> None:
+        """Copy the values into the target.
+
+        data: uint8, from the first byte of `wanted` on.
+        """
+        if self.is_direct and data.data_ptr() == self.target.data_ptr():
+            return
+        dtype = getattr(torch, DTYPES[self.entry.dtype])
+        values = data[: self.wanted.n_bytes].view(dtype)
+        self.target.copy_(values.as_strided(tuple(self.item.lengths), _strides(self.entry.shape)))
+
+    def finish(self) -> None:
+        """Copy what was read into the target, and release the memory."""
+        self.take(self.buffer[self.wanted.start - self.block_range.start :])
+        self.buffer = self.buffer[:0]
+
+
+class DistributedReader(StorageReader):
+    """Reader of one checkpoint, for `dcp.load`. Every rank makes its own, with the same arguments.
+
+    A rank reads the byte ranges that its parts need, and checks each block that it reads. It reads the local copy where
+    there is one, else the store; a corrupt local file is skipped with a warning. The ranks may be more or fewer than
+    those that saved, and may read what Checkpoints.save() wrote.
+
+    Args:
+        checkpoints: Checkpoints.
+        which: "latest", "best:METRIC", a step or a name, as for Checkpoints.load().
+    """
+
+    def __init__(self, checkpoints: Checkpoints, which: str | int = "latest") -> None:
+        super().__init__()
+        self._checkpoints, self._which = checkpoints, which
+        self.name = ""
+        self._manifest = Manifest("", 0, 0.0, ())
+        self._contents = _Contents(Metadata({}), {}, {})
+        self._blocks: Mapping[str, Sequence[int]] = {}
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003 - torch's interface
+        """Return False: torch must not make this reader from a checkpoint_id."""
+        return False
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Prepare for another load: of the same checkpoints, or of the one that checkpoint_id names."""
+        self.name = ""
+        if checkpoint_id is not None:
+            self._which = str(checkpoint_id)
+
+    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
+        """Return the description of the checkpoint.
+
+        Raises:
+            NotFound: There is no such complete checkpoint.
+            CorruptCheckpoint: No copy of its state can be read.
+        """
+        scan = self._checkpoints.inventory.scan()
+        self.name = resolve(scan, self._which)
+        self._manifest = scan.manifest(self.name) or self._manifest
+        file = self._file(STATE_NAME)
+        data = bytearray(file.n_bytes)
+        spans = [(ByteRange(0, file.n_bytes), memoryview(data))]
+        self._fill(file, spans, lambda: _whole_problem(file, memoryview(data)))
+        try:
+            body, tree = json.loads(bytes(data)), parse_state(bytes(data))
+            self._blocks = body.get("blocks", {}).get("crc32c", {})
+            self._contents = _contents_of(tree, self._manifest, is_flat=body.get("is_flat", False))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            url = f"{self._checkpoints.remote_store.url}/{self.name}"
+            raise CorruptCheckpoint(f"its state cannot be read: {error!r}", url=url, part=STATE_NAME) from error
+        self._contents.metadata.storage_meta = StorageMeta(checkpoint_id=self.name)
+        return self._contents.metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_args: Any, **_kwargs: Any) -> None:
+        """Begin a load."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Return the plan with the name of the checkpoint that this rank found."""
+        return replace(plan, storage_data=self.name)
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Return the plans. Raises StoreError if a checkpoint was committed while the ranks looked for the newest."""
+        names = sorted({str(plan.storage_data) for plan in plans})
+        if len(names) > 1:
+            raise StoreError(
+                f"the ranks found different checkpoints ({', '.join(names)}), because one was committed meanwhile: "
+                "load again, or name the checkpoint",
+                url=self._checkpoints.remote_store.url,
+                retryable=True,
+            )
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read the values that this rank needs.
+
+        Raises:
+            CorruptCheckpoint: No copy of a file is right; the message names the tensor.
+            StoreError: A store failed.
+        """
+        reads: dict[str, list[_Read]] = {}
+        for item in plan.items:
+            if item.type == LoadItemType.BYTE_IO:
+                self._load_value(item, planner)
+            else:
+                read = self._plan_read(item, planner)
+                reads.setdefault(read.entry.file, []).append(read)
+        calls = [partial(self._read, path, batch) for path, found in reads.items() for batch in _batches(found)]
+        for batch in in_parallel(calls, self._checkpoints.n_streams):
+            for read in batch:
+                planner.commit_tensor(read.item, read.target)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _plan_read(self, item: ReadItem, planner: LoadPlanner) -> _Read:
+        name = self._contents.parts[item.storage_index]
+        entry, target = self._manifest.tensors[name], planner.resolve_tensor(item).detach()
+        if target.shape != item.lengths:
+            raise ValueError(
+                f"{item.dest_index.fqn}: the planner wants values of shape {tuple(item.lengths)}, and gave a tensor of "
+                f"shape {tuple(target.shape)} for them"
+            )
+        wanted = _byte_range(entry, tuple(item.storage_offsets), tuple(item.lengths))
+        start = wanted.start // BLOCK_BYTES * BLOCK_BYTES
+        end = min(-(-wanted.end // BLOCK_BYTES) * BLOCK_BYTES, entry.n_bytes) if wanted.n_bytes else start
+        return _Read(item, target, entry, self._blocks.get(name), wanted, ByteRange(start, end))
+
+    def _read(self, path: str, reads: Sequence[_Read]) -> Sequence[_Read]:
+        """Read some ranges of a file. A file whose tensors have no checksums of their own is read and checked whole."""
+        file = self._file(path)
+        if any(read.blocks is None for read in reads):
+            data = torch.empty(file.n_bytes, dtype=torch.uint8)
+            whole = _memory_of(data)
+            self._fill(file, [(ByteRange(0, file.n_bytes), whole)], lambda: _whole_problem(file, whole))
+            for read in reads:
+                read.take(data[read.entry.offset + read.wanted.start :])
+            return reads
+        spans = [read.span() for read in reads if read.wanted.n_bytes]
+        self._fill(file, spans, lambda: next(filter(None, (read.problem() for read in reads)), ""))
+        for read in reads:
+            read.finish()
+        return reads
+
+    def _fill(self, file: StoredFile, spans: Sequence[tuple[ByteRange, memoryview]], check: Callable[[], str]) -> None:
+        """Fill buffers from the nearest copy of a file whose bytes are right.
+
+        check: Function that returns what is wrong with the bytes in the buffers; "" if nothing is.
+        """
+        key, stores = key_of(self.name, file.path), [*self._checkpoints.inventory.tiers.values()]
+        for number, store in enumerate(stores, start=1):
+            url = f"{store.url}/{key}"
+            try:
+                for _ in range(_READS_AGAIN):  # the bytes may have been damaged in transit
+                    store.read_into(key, spans)
+                    if not (problem := check()):
+                        return
+                error: StoreError | CorruptCheckpoint = CorruptCheckpoint(problem, url=url, part=file.path)
+            except StoreError as failed:
+                error = failed
+            if number == len(stores):
+                raise error
+            if not isinstance(error, NotFound):  # the local folder of this machine has the files of its own ranks only
+                warnings.warn(f"{error}; the next copy is read", RuntimeWarning, stacklevel=2)
+
+    def _load_value(self, item: ReadItem, planner: LoadPlanner) -> None:
+        """Give the planner a value that is not a tensor, in the form in which torch would have stored it."""
+        value, text = decode_state(self._contents.values[item.storage_index.fqn], self._find), io.BytesIO()
+        torch.save(value, text)
+        text.seek(0)
+        planner.load_bytes(item, text)
+
+    def _find(self, name: str, library: str) -> Any:
+        """Return a tensor, or an array of NumPy, to which a value refers."""
+        entry = self._manifest.tensors[name]
+        values = torch.empty(entry.shape, dtype=getattr(torch, DTYPES[entry.dtype]))
+        item = ReadItem(
+            LoadItemType.TENSOR, MetadataIndex(name), torch.Size(), MetadataIndex(name), torch.Size(), values.shape
+        )
+        whole = ByteRange(0, entry.n_bytes)
+        self._read(entry.file, [_Read(item, values, entry, self._blocks.get(name), whole, whole)])
+        return values.numpy() if library == "numpy" else values
+
+    def _file(self, path: str) -> StoredFile:
+        found = next((file for file in self._manifest.files if file.path == path), None)
+        if found is None:
+            url = f"{self._checkpoints.remote_store.url}/{self.name}"
+            raise CorruptCheckpoint("the manifest does not list this file", url=url, part=path)
+        return found
+
+
+def _whole_problem(file: StoredFile, data: memoryview) -> str:
+    return "" if crc32c(data) == file.crc32c else "the file does not match its CRC-32C"
+
+
+def _batches(reads: Sequence[_Read]) -> Iterator[list[_Read]]:
+    """Yield ranges of one file that are read together; those of a file that is checked whole are one batch."""
+    if any(read.blocks is None for read in reads):
+        yield [*reads]
+        return
+    batch: list[_Read] = []
+    n_bytes = 0
+    for read in sorted(reads, key=lambda one: (one.entry.offset, one.wanted.start)):
+        if batch and n_bytes + read.block_range.n_bytes > _READ_BYTES:
+            yield batch
+            batch, n_bytes = [], 0
+        batch.append(read)
+        n_bytes += read.block_range.n_bytes
+    if batch:
+        yield batch
+
+
+def _strides(shape: Shape) -> Shape:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def _byte_range(entry: TensorEntry, offsets: Shape, lengths: Shape) -> ByteRange:
+    """Return the bytes of a part from the first to the last value of a box of it."""
+    if not math.prod(lengths):
+        return ByteRange(0, 0)
+    item_bytes = getattr(torch, DTYPES[entry.dtype]).itemsize
+    strides = _strides(entry.shape)
+    first = sum(start * stride for start, stride in zip(offsets, strides, strict=True))
+    last = sum((start + n - 1) * stride for start, n, stride in zip(offsets, lengths, strides, strict=True))
+    return ByteRange(first * item_bytes, (last + 1) * item_bytes)

@@ -1,0 +1,387 @@
+"""Which checkpoints exist: the objects of each tier, their manifests, tags and pins.
+
+A tier of checkpoints is a store: "local" (a folder of this machine) or "remote" (the URL). A scan lists each store
+once; a manifest is immutable, so that a process reads it once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any, Literal, TypeAlias, TypeVar
+
+from tiercache.checkpoint.layout import (
+    MANIFEST_NAME,
+    SHARED_FOLDER,
+    TAGS_NAME,
+    Manifest,
+    checkpoint_objects,
+    key_of,
+    manifest_key,
+    parse_manifest,
+    parse_name,
+    parse_reference_key,
+    written_order,
+)
+from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, UnsupportedFormat
+from tiercache.model import ObjectInfo
+from tiercache.store import Store
+from tiercache.tier.placement.resolver import is_archived
+
+CheckpointTier: TypeAlias = str
+"""Name of a tier: "local", "remote", or a tier of a rule file to which the tier engine has moved checkpoints."""
+State: TypeAlias = Literal["complete", "saving", "failed", "incomplete", "moved"]
+
+_THREADS = 16
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """Tags of a checkpoint, and whether it is pinned."""
+
+    tags: frozenset[str] = frozenset()
+    is_pinned: bool = False
+
+    def __or__(self, other: Tags) -> Tags:
+        return Tags(self.tags | other.tags, self.is_pinned or other.is_pinned)
+
+    def encode(self) -> bytes:
+        """Return the text of tags.json."""
+        return json.dumps({"pinned": self.is_pinned, "tags": sorted(self.tags)}).encode() + b"\n"
+
+    @classmethod
+    def parse(cls, data: bytes) -> Tags:
+        """Return the tags in a text of tags.json. A text that cannot be read counts as a pin: nothing is deleted."""
+        try:
+            body = json.loads(data)
+            tags, is_pinned = frozenset(body["tags"]), body["pinned"]
+        except (ValueError, TypeError, KeyError):
+            return cls(is_pinned=True)
+        is_valid = type(is_pinned) is bool and all(isinstance(tag, str) for tag in tags)
+        return cls(tags, is_pinned) if is_valid else cls(is_pinned=True)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CheckpointCopy:
+    """The objects of one checkpoint in one tier.
+
+    Attributes:
+        tier: "local" or "remote".
+        store: Store of the tier.
+        name: Name of the checkpoint.
+        objects: Objects in the checkpoint's folder by path.
+        manifest: Manifest; None if there is none, or if it cannot be read.
+        problem: Reason why the copy is not complete: a file is missing, or has another size; "" for a complete copy.
+        tags: Tags and pin in this tier.
+        is_archived: Whether the manifest must be restored before it can be read.
+    """
+
+    tier: CheckpointTier
+    store: Store
+    name: str
+    objects: Mapping[str, ObjectInfo]
+    manifest: Manifest | None
+    problem: str
+    tags: Tags = Tags()
+    is_archived: bool = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the checkpoint is committed in this tier, and all its files exist with their sizes."""
+        return self.manifest is not None and not self.problem
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether the tier has a manifest of the checkpoint, readable or not."""
+        return MANIFEST_NAME in self.objects
+
+    @property
+    def url(self) -> str:
+        """URL of the checkpoint's folder."""
+        return f"{self.store.url}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """A checkpoint as `Checkpoints.list()` describes it.
+
+    Attributes:
+        name: Name of the checkpoint.
+        step: Step of the training run.
+        created_s: Time at which the save began, in seconds since the Unix epoch.
+        state: "complete" (committed in one tier or more), "saving", "failed" (its save ended with an error),
+            "incomplete" (an unfinished save of another process, or a corrupt checkpoint) or "moved" (by another
+            program, such as the tier engine, which may also have deleted it; known only with shared tensors).
+        tiers: Tiers that have a complete copy: "local", "remote".
+        n_bytes: Size of all files, shared tensors included; 0 if unknown.
+        metrics: Metrics by name.
+        tags: Tags, sorted.
+        is_pinned: Whether the checkpoint is pinned.
+        kept_by: Rules that keep it in each tier, as text.
+        note: JSON value of the user.
+        error: Reason of the state "failed", "incomplete" or "moved"; "" otherwise.
+    """
+
+    name: str
+    step: int
+    created_s: float
+    state: State
+    tiers: tuple[CheckpointTier, ...] = ()
+    n_bytes: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    is_pinned: bool = False
+    kept_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    note: Any = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scan:
+    """One listing of all tiers.
+
+    Attributes:
+        copies: Copies of each checkpoint folder by name, written first to last; the nearest tier comes first.
+        shared: Shared tensors of each tier by key.
+        references: References of each tier by name of the checkpoint.
+        tombstones: References of deleted checkpoints, in the same form.
+    """
+
+    copies: Mapping[str, Sequence[CheckpointCopy]]
+    shared: Mapping[str, Mapping[str, ObjectInfo]]
+    references: Mapping[str, Mapping[str, ObjectInfo]]
+    tombstones: Mapping[str, Mapping[str, ObjectInfo]]
+
+    def complete(self, name: str) -> list[CheckpointCopy]:
+        """Return the complete copies of a checkpoint, the nearest first."""
+        return [copy for copy in self.copies.get(name, ()) if copy.is_complete]
+
+    @property
+    def moved_names(self) -> list[str]:
+        """Names of checkpoints with shared tensors that another program has moved or deleted, written first to last."""
+        names = {name for found in self.references.values() for name in found if name not in self.copies}
+        deleted = {name for found in self.tombstones.values() for name in found}
+        return sorted(names - deleted, key=written_order)
+
+    def manifest(self, name: str) -> Manifest | None:
+        """Return the manifest of a checkpoint from any of its tiers; None if none can be read."""
+        return next((copy.manifest for copy in self.copies.get(name, ()) if copy.manifest is not None), None)
+
+    def tags(self, name: str) -> Tags:
+        """Return the tags and the pin of a checkpoint in all tiers together."""
+        found = Tags()
+        for copy in self.copies.get(name, ()):
+            found |= copy.tags
+        return found
+
+    @property
+    def complete_names(self) -> list[str]:
+        """Names of the checkpoints that are complete in some tier, written first to last."""
+        return [name for name in self.copies if self.complete(name)]
+
+    @property
+    def loadable_names(self) -> list[str]:
+        """Names of the checkpoints that are complete in some tier, or can be restored, written first to last."""
+        return [
+            name for name, copies in self.copies.items() if any(copy.is_complete or copy.is_archived for copy in copies)
+        ]
+
+
+class Inventory:
+    """The checkpoints of one or two tiers. Safe from any thread: the lock guards the manifests that were read.
+
+    Args:
+        tiers: Store of each tier, the nearest first.
+    """
+
+    def __init__(self, tiers: Mapping[CheckpointTier, Store]) -> None:
+        self.tiers = dict(tiers)
+        self._manifests: dict[tuple[str, str], Manifest] = {}
+        self._lock = Lock()
+
+    def scan(self, shared_tensors: Mapping[str, ObjectInfo] | None = None) -> Scan:
+        """List all tiers, and read the manifests and tags that are not known yet.
+
+        Args:
+            shared_tensors: Shared tensors of another store, by key, to which the checkpoints refer; None: each tier has
+                its own.
+
+        Raises:
+            StoreError: A tier cannot be listed or read.
+        """
+        found: dict[str, list[CheckpointCopy]] = {}
+        shared: dict[str, Mapping[str, ObjectInfo]] = {}
+        references: dict[str, dict[str, ObjectInfo]] = {}
+        tombstones: dict[str, dict[str, ObjectInfo]] = {}
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="tiercache-checkpoints") as pool:
+            for tier, store in self.tiers.items():
+                listed = list(store.list())
+                own = {info.key: info for info in listed if info.key.startswith(SHARED_FOLDER)}
+                of_tier = shared[tier] = own if shared_tensors is None else shared_tensors
+                references[tier], tombstones[tier] = {}, {}
+                for info in listed:
+                    if (parsed := parse_reference_key(info.key)) is not None:
+                        (tombstones if parsed[1] else references)[tier][parsed[0]] = info
+                folders = checkpoint_objects(listed)
+                with self._lock:
+                    for gone in [key for key in self._manifests if key[0] == tier and key[1] not in folders]:
+                        del self._manifests[gone]
+                read = [pool.submit(self._copy, tier, name, objects, of_tier) for name, objects in folders.items()]
+                for copy in (future.result() for future in read):
+                    found.setdefault(copy.name, []).append(copy)
+        ordered = {name: found[name] for name in sorted(found, key=written_order)}
+        return Scan(ordered, shared, references, tombstones)
+
+    def _copy(
+        self,
+        tier: CheckpointTier,
+        name: str,
+        objects: Mapping[str, ObjectInfo],
+        shared: Mapping[str, ObjectInfo],
+    ) -> CheckpointCopy:
+        store, manifest, tags, archived = self.tiers[tier], None, Tags(), False
+        problem = "it has no manifest: its save is not finished"
+        if MANIFEST_NAME in objects:
+            try:
+                manifest = self.manifest(tier, name)
+                problem = missing_file(manifest, objects, shared)
+            except (CorruptCheckpoint, UnsupportedFormat) as error:
+                problem = error.message
+            except NotFound:
+                problem = "it was deleted just now"
+            except StoreError as error:
+                if not is_archived(error):
+                    raise
+                problem, archived = "it is archived: it must be restored before it can be read", True
+        if TAGS_NAME in objects:
+            try:
+                tags = Tags.parse(store.get(f"{name}/{TAGS_NAME}"))
+            except NotFound:
+                pass
+            except StoreError as error:
+                if not is_archived(error):
+                    raise
+                tags = Tags(is_pinned=True)  # unknown: nothing is deleted
+        return CheckpointCopy(tier, store, name, objects, manifest, problem, tags, is_archived=archived)
+
+    def manifest(self, tier: CheckpointTier, name: str) -> Manifest:
+        """Return the manifest of a checkpoint in a tier; it is read once.
+
+        Raises:
+            NotFound: The tier does not have the checkpoint.
+            CorruptCheckpoint, UnsupportedFormat: The manifest cannot be read.
+            StoreError: The store failed.
+        """
+        with self._lock:
+            known = self._manifests.get((tier, name))
+        if known is not None:
+            return known
+        store = self.tiers[tier]
+        key = manifest_key(name)
+        found = parse_manifest(store.get(key), f"{store.url}/{key}")
+        if found.name != name:
+            raise CorruptCheckpoint(f"it is the manifest of {found.name}", url=f"{store.url}/{key}", part="manifest")
+        with self._lock:
+            self._manifests[tier, name] = found
+        return found
+
+    def set_tags(self, scan: Scan, name: str, tags: Tags) -> None:
+        """Write the tags of a checkpoint into every tier that has it.
+
+        Raises:
+            StoreError: A tier could not be written; the others may have the tags already.
+        """
+        for copy in scan.copies[name]:
+            if copy.is_committed:
+                copy.store.put(f"{name}/{TAGS_NAME}", tags.encode())
+
+
+def missing_file(manifest: Manifest, objects: Mapping[str, ObjectInfo], shared: Mapping[str, ObjectInfo]) -> str:
+    """Return which file of a checkpoint is missing or has another size than the manifest states; "" if none is.
+
+    Args:
+        manifest: Manifest of the checkpoint.
+        objects: Objects in the checkpoint's folder by path.
+        shared: Shared tensors by key.
+    """
+    for file in manifest.files:
+        key = key_of(manifest.name, file.path)
+        info = shared.get(key) if key.startswith(SHARED_FOLDER) else objects.get(file.path)
+        if info is None:
+            return f"{key} is missing"
+        if info.n_bytes != file.n_bytes:
+            return f"{key} has {info.n_bytes} bytes, and the manifest states {file.n_bytes}"
+    return ""
+
+
+def resolve(scan: Scan, which: str | int) -> str:
+    """Return the name of the checkpoint that `which` refers to.
+
+    Args:
+        scan: Listing of the checkpoints.
+        which: "latest", the checkpoint written last; "best:METRIC" or "best:METRIC:max"; a step (of several checkpoints
+            of one step, the one written last); or a name.
+
+    Raises:
+        NotFound: There is no such complete checkpoint; the message lists what there is.
+        ValueError: `which` is none of these.
+    """
+    names = scan.loadable_names
+    if isinstance(which, int) and not isinstance(which, bool):
+        found = [name for name in names if _step(name) == which]
+        what = f"of step {which}"
+    elif which == "latest":
+        found, what = names, "here"
+    elif isinstance(which, str) and which.startswith("best:"):
+        metric, _, mode = which.removeprefix("best:").partition(":")
+        if not metric or mode not in ("", "min", "max"):
+            raise ValueError(f"expected best:METRIC or best:METRIC:max, as in 'best:val_loss', got {which!r}")
+        found, what = _best(scan, names, metric, mode or "min"), f"with the metric {metric!r}"
+    elif isinstance(which, str) and parse_name(which) is not None:
+        found, what = [name for name in names if name == which], f"called {which}"
+    else:
+        raise ValueError(f"a checkpoint is 'latest', 'best:METRIC', a step or a name, got {which!r}")
+    if not found:
+        raise NotFound(f"no complete checkpoint {what}; {_listed(scan)}", url=_url(scan))
+    return found[-1]
+
+
+def _best(scan: Scan, names: Iterable[str], metric: str, mode: str) -> list[str]:
+    """Return the complete checkpoints with the metric, the best last; of equal values, the one written last."""
+    sign = 1 if mode == "max" else -1
+    scored = []
+    for number, name in enumerate(names):
+        manifest = scan.manifest(name)
+        value = None if manifest is None else manifest.metrics.get(metric)
+        if value is not None and value == value:  # NaN is no score
+            scored.append((sign * value, number, name))
+    return [name for *_, name in sorted(scored)]
+
+
+def _step(name: str) -> int:
+    parsed = parse_name(name)
+    return -1 if parsed is None else parsed[0]
+
+
+def _listed(scan: Scan) -> str:
+    names = scan.complete_names
+    if not names:
+        incomplete = len(scan.copies)
+        return f"there are only unfinished saves ({incomplete})" if incomplete else "there are no checkpoints"
+    metrics = sorted({metric for name in names for metric in (scan.manifest(name) or _NO_METRICS).metrics})
+    steps = ", ".join(str(_step(name)) for name in names[-5:])
+    return f"the last of {len(names)} have the steps {steps}" + (f", metrics: {', '.join(metrics)}" if metrics else "")
+
+
+_NO_METRICS = Manifest("", 0, 0.0, ())
+
+
+def _url(scan: Scan) -> str:
+    copies = [copy for found in scan.copies.values() for copy in found]
+    return copies[-1].store.url if copies else "checkpoints"

@@ -1,0 +1,394 @@
+"""What a loaded state becomes: data, or the contents of the caller's objects, after a comparison of their keys.
+
+Tensors of modules, optimizers and plain containers are filled in place where their type, shape and memory allow it, so
+that the bytes are read from the disk into their final memory. load_state_dict() then finds its own tensors and copies
+nothing. Everything is compared before the first byte is read: an error leaves the objects as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from tiercache.checkpoint.layout import FORMAT, STATE_NAME, Manifest, TensorEntry
+from tiercache.checkpoint.reading import CopyReader
+from tiercache.checkpoint.state_tree import DTYPES, Library, decode_state, flat_bytes, parse_state
+from tiercache.errors import CorruptCheckpoint, UnsupportedFormat
+from tiercache.store import Store
+
+_NAMED = 10  # keys of each kind in a message
+_TAGS: Mapping[str, Library] = {"$tensor": "torch", "$array": "numpy"}
+
+
+def load_copy(
+    store: Store, manifest: Manifest, *, into: Any = None, map_location: Any = None, strict: bool = True
+) -> Any:
+    """Load one copy of a checkpoint, and return the state, or `into`.
+
+    Args:
+        store: Store of the copy, or a cache of it.
+        manifest: Manifest of the checkpoint.
+        into: Dict of objects to fill, by their keys in the saved state; None: the state is returned as data.
+        map_location: Device of the tensors that are returned as data.
+        strict: Whether a difference between `into` and the checkpoint is an error.
+
+    Raises:
+        CorruptCheckpoint: The copy differs from what was written.
+        ValueError: The checkpoint does not fit `into`; nothing was changed.
+        StoreError: The store failed.
+    """
+    with CopyReader(store, manifest) as reader:
+        url = f"{store.url}/{manifest.name}"
+        try:
+            tree = parse_state(reader.small_file(STATE_NAME))
+        except ValueError as error:
+            raise CorruptCheckpoint(f"the state cannot be read: {error}", url=url, part=STATE_NAME) from error
+        tensors = _Tensors(manifest, url)
+        if into is None:
+            tensors.want(tree)
+            tensors.read(reader)
+            return decode_state(tree, lambda name, library: _moved(tensors.find(name, library), map_location))
+        plan = _IntoPlan(tensors)
+        plan.add(tree, into, (), is_top=True)
+        plan.check(manifest.name, strict=strict)
+        tensors.read(reader)
+        for apply in plan.actions:
+            apply()
+        return into
+
+
+def _moved(value: Any, device: Any) -> Any:
+    return value if device is None or isinstance(value, np.ndarray) else value.to(device)
+
+
+class _Tensors:
+    """The memory of the wanted tensors: new memory, or that of the caller's objects.
+
+    Names that share a stored tensor get memory of their own: with dedup=True, tensors share it because their values are
+    equal, and the run changes them one by one.
+    """
+
+    def __init__(self, manifest: Manifest, url: str) -> None:
+        self._manifest, self._url = manifest, url
+        self._found: dict[str, Any] = {}
+        self._first: dict[tuple[str, int], str] = {}
+
+    def entry(self, name: str) -> TensorEntry:
+        """Return where a tensor is stored. Raises CorruptCheckpoint if the manifest does not have it."""
+        entry = self._manifest.tensors.get(name)
+        if entry is None:
+            raise CorruptCheckpoint("the state names a tensor that the manifest lacks", url=self._url, part=name)
+        if entry.dtype not in DTYPES:
+            message = f"tensor {name!r} has the type {entry.dtype}, which this release does not know: upgrade tiercache"
+            raise UnsupportedFormat(message, url=self._url, found=self._manifest.format, supported=FORMAT)
+        return entry
+
+    def want(self, node: Any, places: Mapping[str, Any] | None = None) -> None:
+        """Provide memory for the tensors of a node. places: Memory of the caller by name of the tensor, as usable()."""
+        for name, library in tensor_names(node):
+            entry, given = self.entry(name), (places or {}).get(name)
+            self._found[name] = _new(entry, library) if given is None else given
+            if entry.n_bytes:
+                self._first.setdefault((entry.file, entry.offset), name)
+
+    def find(self, name: str, library: Library) -> Any:  # noqa: ARG002 - the signature of FindTensor
+        """Return the tensor, or array, with a name that was wanted."""
+        return self._found[name]
+
+    def read(self, reader: CopyReader) -> None:
+        """Fill the memory. Raises as CopyReader.fill()."""
+        reader.fill({place: memory_of(self._found[name]) for place, name in self._first.items()})
+        for name, value in self._found.items():
+            entry = self.entry(name)
+            if entry.n_bytes and (first := self._first[entry.file, entry.offset]) != name:
+                into, source = memory_of(value), memory_of(self._found[first])
+                if not np.shares_memory(into, source):  # tied weights
+                    into[:] = source
+
+
+def tensor_names(node: Any) -> Iterator[tuple[str, Library]]:
+    """Yield the name of each tensor in a tree of state_tree.py, and the library whose tensor it was."""
+    if isinstance(node, list):
+        for one in node:
+            yield from tensor_names(one)
+    elif isinstance(node, dict):
+        for tag, library in _TAGS.items():
+            if tag in node:
+                yield node[tag], library
+                return
+        for one in node.values():
+            yield from tensor_names(one)
+
+
+def _new(entry: TensorEntry, library: Library) -> Any:
+    """Return new memory for a tensor."""
+    if library == "torch":
+        torch = import_module("torch")
+        return torch.empty(entry.shape, dtype=getattr(torch, DTYPES[entry.dtype]))
+    return np.empty(entry.shape, numpy_dtype(entry.dtype))
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return NumPy's type of a type of safetensors. Raises ValueError if it has none."""
+    try:
+        return np.dtype(DTYPES[name])
+    except TypeError as error:
+        raise ValueError(f"NumPy does not have the type {DTYPES[name]}: import ml_dtypes before the load") from error
+
+
+def memory_of(value: Any) -> memoryview:
+    """Return the bytes of a contiguous tensor of the host, or of an array, as writable memory."""
+    if isinstance(value, np.ndarray):
+        return value.reshape(-1).view(np.uint8).data
+    return memoryview(flat_bytes(value).numpy())
+
+
+def usable(entry: TensorEntry, library: Library, value: Any) -> bool:
+    """Return whether the bytes of a stored tensor can be read straight into the memory of a value."""
+    if isinstance(value, np.ndarray):
+        same = library == "numpy" and value.dtype.isnative and value.dtype.name == DTYPES[entry.dtype]
+        return same and value.shape == entry.shape and value.flags.c_contiguous and value.flags.writeable
+    torch = sys.modules.get("torch")
+    if torch is None or library != "torch" or type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    if value.device.type != "cpu" or value.layout is not torch.strided or value.is_conj() or value.is_neg():
+        return False
+    has_type = str(value.dtype).removeprefix("torch.") == DTYPES[entry.dtype]
+    return has_type and tuple(value.shape) == entry.shape and value.is_contiguous()
+
+
+# -- into the caller's objects -----------------------------------------------------------------------------------------
+
+Path = tuple[Any, ...]
+
+
+@dataclass(slots=True)
+class _IntoPlan:
+    """How a tree goes into the caller's objects: differences, wanted tensors, and what is done after the read."""
+
+    tensors: _Tensors
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshaped: list[str] = field(default_factory=list)
+    actions: list[Callable[[], object]] = field(default_factory=list)
+
+    def add(self, node: Any, target: Any, path: Path, *, is_top: bool = False) -> None:
+        """Plan one object: a container is filled entry by entry, an object by its load_state_dict()."""
+        if isinstance(target, dict):
+            self._add_dict(node, target, path, is_top=is_top)
+        elif is_top:
+            raise TypeError(f"into is a dict such as {{'model': model}}, got {type(target).__name__}")
+        elif callable(getattr(target, "load_state_dict", None)):
+            self._add_object(node, target, path)
+        else:
+            raise TypeError(
+                f"into{_indexed(path)} cannot be filled: expected a module, an optimizer, another object with"
+                f" load_state_dict(), a tensor, an array or a dict, got {type(target).__name__}"
+            )
+
+    def _add_dict(self, node: Any, target: dict[Any, Any], path: Path, *, is_top: bool) -> None:
+        saved = children(node)
+        if saved is None:
+            self.misshaped.append(f"{_dotted(path)}: {_kind(node)} in the checkpoint, a dict in the object")
+            return
+        if not is_top:  # at the top, the caller names what is wanted
+            self.unexpected += [_dotted((*path, key)) for key in saved if key not in target]
+        for key, value in target.items():
+            if key not in saved:
+                self.missing.append(_dotted((*path, key)))
+            elif isinstance(value, dict) or callable(getattr(value, "load_state_dict", None)):
+                self.add(saved[key], value, (*path, key))
+            elif is_tensor(value):
+                self._add_tensor(saved[key], value, (*path, key))
+            else:
+                self._add_value(saved[key], target, key)
+
+    def _add_value(self, node: Any, target: dict[Any, Any], key: Any) -> None:
+        self.tensors.want(node)
+
+        def replace() -> None:
+            target[key] = decode_state(node, self.tensors.find)
+
+        self.actions.append(replace)
+
+    def _add_tensor(self, node: Any, target: Any, path: Path) -> None:
+        if (shape := _shape(node, self.tensors)) != tuple(target.shape):
+            self.misshaped.append(_misshaped(path, node, shape, target))
+            return
+        self.tensors.want(node, self._place(node, target))
+
+        def copy() -> None:
+            value = decode_state(node, self.tensors.find)
+            if isinstance(target, np.ndarray):
+                if value is not target:
+                    target[...] = value if isinstance(value, np.ndarray) else value.numpy()
+            else:
+                torch = import_module("torch")
+                with torch.no_grad():
+                    target.copy_(value if isinstance(value, torch.Tensor) else torch.from_numpy(value))
+
+        self.actions.append(copy)
+
+    def _add_object(self, node: Any, target: Any, path: Path) -> None:
+        torch = sys.modules.get("torch")
+        is_module = torch is not None and isinstance(target, torch.nn.Module)
+        place: dict[str, Any] = {}
+        dropped: set[Any] = set()
+        if is_module or (torch is not None and isinstance(target, torch.optim.Optimizer)):
+            current = target.state_dict()
+            if any(hasattr(value, "device_mesh") for value in current.values()):
+                raise TypeError(
+                    f"into{_indexed(path)} is sharded over several processes: load it with"
+                    " torch.distributed.checkpoint, to which tiercache gives a reader (tiercache.checkpoint.dcp)"
+                )
+            if is_module:
+                dropped = self._compare_module(node, current, path)
+            self._find_places(node, current, place)
+        kept = _without(node, dropped)
+        self.tensors.want(kept, place)
+
+        def load() -> None:
+            state = decode_state(kept, self.tensors.find)
+            if is_module:
+                target.load_state_dict(state, strict=False)  # _compare_module() has found all differences
+            else:
+                target.load_state_dict(state)
+
+        self.actions.append(load)
+
+    def _compare_module(self, node: Any, current: Mapping[str, Any], path: Path) -> set[Any]:
+        """Note the differences of a module, and return the keys of the checkpoint that it cannot take."""
+        saved = children(node)
+        if saved is None:
+            self.misshaped.append(f"{_dotted(path)}: {_kind(node)} in the checkpoint, a module in the object")
+            return set()
+        missing = [key for key in current if key not in saved]
+        unexpected = [key for key in saved if key not in current]
+        self.missing += [_dotted((*path, key)) for key in missing]
+        self.unexpected += [_dotted((*path, key)) for key in unexpected]
+        dropped = set(unexpected)
+        for key, value in current.items():
+            if key in saved and is_tensor(value) and (shape := _shape(saved[key], self.tensors)) != tuple(value.shape):
+                self.misshaped.append(_misshaped((*path, key), saved[key], shape, value))
+                dropped.add(key)
+        return dropped
+
+    def _find_places(self, node: Any, current: Any, place: dict[str, Any]) -> None:
+        """Collect the tensors of an object's present state into which stored tensors can be read."""
+        if is_tensor(current):
+            place.update(self._place(node, current))
+            return
+        if isinstance(current, Mapping):
+            saved = children(node) or {}
+            for key, value in current.items():
+                if key in saved:
+                    self._find_places(saved[key], value, place)
+
+    def _place(self, node: Any, value: Any) -> dict[str, Any]:
+        for tag, library in _TAGS.items():
+            if isinstance(node, dict) and tag in node and "as" not in node:
+                name = node[tag]
+                return {name: value} if usable(self.tensors.entry(name), library, value) else {}
+        return {}
+
+    def check(self, name: str, *, strict: bool) -> None:
+        """Raise ValueError, or warn, if the checkpoint and the objects differ."""
+        if not (self.missing or self.unexpected or self.misshaped):
+            return
+        lines = [
+            _line("missing in the checkpoint", self.missing),
+            _line("unexpected: in the checkpoint only", self.unexpected),
+            _line("of another shape", self.misshaped),
+        ]
+        text = "\n".join(filter(None, [f"{name} does not fit into=:", *lines, _hint(self.missing, self.unexpected)]))
+        if strict:
+            raise ValueError(f"{text}\nNothing was loaded. load(..., strict=False) loads everything that fits.")
+        warnings.warn(f"{text}\nEverything else is loaded (strict=False).", RuntimeWarning, stacklevel=5)
+
+
+def is_tensor(value: Any) -> bool:
+    """Return whether a value is a tensor of torch, or an array of NumPy."""
+    torch = sys.modules.get("torch")
+    return isinstance(value, np.ndarray) or (torch is not None and isinstance(value, torch.Tensor))
+
+
+def children(node: Any) -> dict[Any, Any] | None:
+    """Return the nodes below a dict, or a state dict, by key; None for another node."""
+    if not isinstance(node, dict):
+        return None
+    if "$state_dict" in node:
+        return children(node["$state_dict"])
+    if "$dict" in node:
+        return {decode_state(key, _no_tensor): value for key, value in node["$dict"]}
+    return None if any(key.startswith("$") for key in node) else node
+
+
+def _no_tensor(name: str, library: Library) -> Any:  # noqa: ARG001 - the signature of FindTensor
+    raise ValueError(f"a key of a dict is the tensor {name!r}")
+
+
+def _without(node: Any, dropped: set[Any]) -> Any:
+    """Return a node of a dict without some of its keys."""
+    if not dropped:
+        return node
+    if "$state_dict" in node:
+        return {**node, "$state_dict": _without(node["$state_dict"], dropped)}
+    if "$dict" in node:
+        return {"$dict": [pair for pair in node["$dict"] if decode_state(pair[0], _no_tensor) not in dropped]}
+    return {key: value for key, value in node.items() if key not in dropped}
+
+
+def _shape(node: Any, tensors: _Tensors) -> tuple[int, ...] | None:
+    """Return the shape of a stored tensor; None if the node is no tensor."""
+    for tag in _TAGS:
+        if isinstance(node, dict) and tag in node:
+            shape = tensors.entry(node[tag]).shape
+            return shape[:-1] if "as" in node else shape  # complex128 is stored as pairs
+    if isinstance(node, dict) and "$numpy" in node:
+        return tuple(node["$numpy"][1])
+    if isinstance(node, dict) and "$sharded" in node:
+        return tuple(node["$sharded"]["size"])
+    return None
+
+
+def _kind(node: Any) -> str:
+    if any(True for _ in tensor_names(node)) and children(node) is None:
+        return "a tensor"
+    return "a dict" if children(node) is not None else f"the value {node!r:.40}"
+
+
+def _misshaped(path: Path, node: Any, shape: tuple[int, ...] | None, target: Any) -> str:
+    found = _kind(node) if shape is None else list(shape)
+    return f"{_dotted(path)}: {found} in the checkpoint, {list(target.shape)} in the object"
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path)) or "the state"
+
+
+def _indexed(path: Path) -> str:
+    return "".join(f"[{key!r}]" for key in path)
+
+
+def _line(what: str, keys: Sequence[str]) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - _NAMED} more" if len(keys) > _NAMED else ""
+    separator = "\n    " if any(":" in key for key in keys) else ", "
+    return f"  {what} ({len(keys)}): {separator.join(keys[:_NAMED])}{more}"
+
+
+def _hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """Return the likely reason if the keys differ by a prefix that DistributedDataParallel or torch.compile adds."""
+    for prefix in ("module.", "_orig_mod."):
+        for have, lack, where in ((missing, unexpected, "the object"), (unexpected, missing, "the checkpoint")):
+            if have and sorted(key.replace(prefix, "", 1) for key in have) == sorted(lack):
+                wrapper = "DistributedDataParallel" if prefix == "module." else "torch.compile"
+                return f"  The keys of {where} begin with {prefix!r}: save and load the module inside {wrapper}."
+    return ""

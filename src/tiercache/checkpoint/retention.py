@@ -1,0 +1,492 @@
+"""Retention: which checkpoints stay, deletion in batches, and removal of leftovers and of shared tensors without users.
+
+The planner of the tier engine evaluates the rules (`tier/plan/selection.py`), so that `tc.Keep` and the keep lists of a
+rule file mean the same. plan_retention() decides, Retention acts.
+
+A deletion removes the manifest first, so that no reader sees a checkpoint that lacks files. A checkpoint with shared
+tensors has a reference (references/NAME.json), which stays if another program moves the checkpoint, and which a
+deletion turns into a tombstone (references/NAME.deleted.json). A shared tensor is deleted only if
+
+1. no manifest and no reference refers to it, and every one of them can be read,
+2. no tombstone younger than the age of collection refers to it, and
+3. the tensor itself is older than this age.
+
+A save may refer to a stored tensor only if a manifest that was visible after the save began refers to it; other tensors
+it writes again, which renews their date (rule 3). If that manifest is deleted later, its tombstone is younger than the
+save (rule 2). So a save that takes less than the age of collection never loses a tensor, in whichever process it runs.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from tiercache.checkpoint.inventory import CheckpointCopy, CheckpointTier, Inventory, Scan
+from tiercache.checkpoint.layout import (
+    MANIFEST_NAME,
+    SHARED_FOLDER,
+    Manifest,
+    encode_manifest,
+    key_of,
+    manifest_key,
+    parse_manifest,
+    parse_name,
+    reference_key,
+    shared_digest,
+    tombstone_key,
+)
+from tiercache.checkpoint.writer import SharedTensors
+from tiercache.crash_points import crash_point
+from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, UnsupportedFormat
+from tiercache.model import ObjectInfo
+from tiercache.store import LocalFolder, Store
+from tiercache.tier.model import CHECKPOINT, READABLE, Snapshot
+from tiercache.tier.placement.resolver import is_archived
+from tiercache.tier.plan.selection import evaluate_keep_list
+from tiercache.tier.rules import KeepList, keep_list
+
+GC_AGE_S = 86400.0
+"""Age of collection: leftovers of killed saves, and shared tensors without users, are removed once they are older."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """A rule of retention; a checkpoint that any rule keeps is kept.
+
+    The keys and their meaning are those of the keep lists of a rule file (docs/reference/tiers.md). Within a rule, a
+    checkpoint that any of the keys selects is kept.
+
+    Args:
+        last: Number of checkpoints written last.
+        every_steps: Number of steps; the first checkpoint at or after each multiple is kept.
+        every: Duration such as "6h", or seconds; the first checkpoint in each interval of this length is kept.
+        best: Metric and number, such as "val_loss:2" or "accuracy:1:max", or several of them.
+        tags: Tag, or several; checkpoints with one of them are kept.
+        younger_than: Duration such as "7d", or seconds; checkpoints that were written within this time are kept.
+        tier: "local" or "remote", the only tier to which the rule applies; None for both.
+
+    Raises:
+        ValueError: The rule has no key, or a value is wrong.
+    """
+
+    last: int | None = None
+    every_steps: int | None = None
+    every: str | float | None = None
+    best: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = ()
+    tags: str | Sequence[str] = ()
+    younger_than: str | float | None = None
+    tier: Literal["local", "remote"] | None = None
+    keep_list: KeepList = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.tier not in (None, "local", "remote"):
+            raise ValueError(f"Keep.tier: expected 'local', 'remote' or None, got {self.tier!r}")
+        object.__setattr__(self, "keep_list", keep_list(self._given(), "Keep"))
+
+    def _given(self) -> dict[str, Any]:
+        names = [one.name for one in fields(self) if one.name not in ("tier", "keep_list")]
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None and value != ()}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self._given().items())
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionPlan:
+    """What stays and what is deleted.
+
+    Attributes:
+        kept_by: Reasons for which each checkpoint stays, by name and tier.
+        deletes: Checkpoints to delete from each tier, written first to last.
+    """
+
+    kept_by: Mapping[str, Mapping[CheckpointTier, tuple[str, ...]]]
+    deletes: Mapping[CheckpointTier, tuple[str, ...]]
+
+
+def plan_retention(scan: Scan, keeps: Sequence[Keep], tiers: Sequence[CheckpointTier], now_s: float) -> RetentionPlan:
+    """Return what the rules keep and what they delete. Pure.
+
+    Rules compare the checkpoints of a tier with those of the tiers behind it. A tier without rules keeps everything.
+    Always kept are the checkpoint written last, pinned checkpoints, the last copy of a tagged checkpoint, and a local
+    copy of a checkpoint that the remote tier would keep and does not have yet. Only complete checkpoints are deleted.
+
+    Args:
+        scan: Listing of the checkpoints.
+        keeps: Rules.
+        tiers: Tiers, the nearest first.
+        now_s: Time, in seconds since the Unix epoch.
+    """
+    home = tiers[-1]
+    complete = {tier: [n for n in scan.copies if tier in {c.tier for c in scan.complete(n)}] for tier in tiers}
+    everywhere = scan.complete_names
+    latest = everywhere[-1:]
+    of_home = _kept(scan, everywhere, _rules_of(keeps, home), now_s)
+    kept_by: dict[str, dict[CheckpointTier, tuple[str, ...]]] = {}
+    deletes: dict[CheckpointTier, tuple[str, ...]] = {}
+    for number, tier in enumerate(tiers):
+        behind = [name for name in everywhere if any(name in complete[one] for one in tiers[number:])]
+        by_rules = _kept(scan, behind, _rules_of(keeps, tier), now_s)
+        for name in complete[tier]:
+            tags, reasons = scan.tags(name), [*by_rules[name]]
+            reasons += ["latest"] if name in latest else []
+            reasons += ["pinned"] if tags.is_pinned else []
+            is_last_copy = tier == home or name not in complete[home]
+            if is_last_copy and tags.tags:
+                reasons.append(f"tagged {', '.join(sorted(tags.tags))}")
+            elif is_last_copy and tier != home and of_home[name]:
+                reasons.append("not uploaded yet")
+            kept_by.setdefault(name, {})[tier] = tuple(reasons)
+        deletes[tier] = tuple(name for name in complete[tier] if not kept_by[name][tier])
+    return RetentionPlan(kept_by, deletes)
+
+
+def _rules_of(keeps: Sequence[Keep], tier: CheckpointTier) -> list[Keep]:
+    return [keep for keep in keeps if keep.tier in (None, tier)]
+
+
+def _kept(scan: Scan, names: Sequence[str], keeps: Sequence[Keep], now_s: float) -> dict[str, list[str]]:
+    """Return the texts of the rules that keep each of the checkpoints."""
+    if not keeps:
+        return {name: ["no rule for this tier"] for name in names}
+    snapshot, rows = _snapshot(scan, names, now_s), np.arange(len(names))
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for keep in keeps:
+        result = evaluate_keep_list(snapshot, rows, keep.keep_list)
+        for row, name in enumerate(names):
+            if result.named[row]:
+                found[name].append(str(keep))
+            elif result.unscored[row]:
+                found[name].append(f"{keep} (no checkpoint has the metric)")
+    return found
+
+
+def _snapshot(scan: Scan, names: Sequence[str], now_s: float) -> Snapshot:
+    """Return complete checkpoints of one run in the form that the planner of the tier engine takes, without copies."""
+    n = len(names)
+    parsed = [parse_name(name) or (0, 0.0) for name in names]
+    created_s = np.array([created_s for _, created_s in parsed], np.float64)
+    metrics: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = {}
+    for row, name in enumerate(names):
+        manifest = scan.manifest(name)
+        for metric, value in ({} if manifest is None else manifest.metrics).items():
+            metrics.setdefault(metric, np.full(n, np.nan))[row] = value
+    none = np.empty(0, np.int64)
+    return Snapshot(
+        now_s=now_s,
+        tiers=(),
+        classes=("",),
+        paths=pa.array(names, pa.large_string()),
+        kind=np.full(n, CHECKPOINT, np.uint8),
+        step=np.array([step for step, _ in parsed], np.int64),
+        series=np.zeros(n, np.int32),
+        complete=np.ones(n, np.bool_),
+        created_s=created_s,
+        last_use_s=created_s,
+        uses=np.zeros(n, np.int64),
+        uses_recorded_since_s=np.full(n, np.inf),
+        unreported=np.zeros(n, np.bool_),
+        in_use=np.zeros(n, np.bool_),
+        metrics=metrics,
+        unread=np.zeros(n, np.bool_),
+        tags={row: scan.tags(name).tags for row, name in enumerate(names)},
+        group=none.astype(np.int32),
+        tier=none.astype(np.int8),
+        n_objects=none.astype(np.int32),
+        n_bytes=none,
+        smallest_bytes=none,
+        modified_s=none.astype(np.float64),
+        storage_class=none.astype(np.int16),
+        state=np.full(0, READABLE, np.uint8),
+        whole=none.astype(np.bool_),
+        verified=none.astype(np.bool_),
+        links={},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionReport:
+    """What retention, a deletion or a collection has removed.
+
+    Attributes:
+        deleted: Checkpoints that were deleted from each tier.
+        n_leftovers: Number of objects of unfinished saves and of ended deletions.
+        n_shared: Number of shared tensors without users.
+        n_bytes: Size of all deleted objects.
+    """
+
+    deleted: Mapping[CheckpointTier, tuple[str, ...]] = field(default_factory=dict)
+    n_leftovers: int = 0
+    n_shared: int = 0
+    n_bytes: int = 0
+
+
+class Retention:
+    """Deletes checkpoints and leftovers. All methods may be called from any thread and any process.
+
+    Args:
+        inventory: Inventory of the checkpoints.
+        keeps: Rules.
+        gc_age_s: Age in seconds from which leftovers, and shared tensors without users, are removed.
+        unfinished: Function that returns the names of the saves of this process that are not finished: they are never
+            leftovers.
+        now: Function that returns the time in seconds since the Unix epoch, which is compared with that of the stores.
+        shared_tensors: Shared tensors that saves of this process use; none of them is deleted.
+
+    Raises:
+        ValueError: A rule is for the tier "local", and there is none.
+    """
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        keeps: Iterable[Keep] = (),
+        *,
+        gc_age_s: float = GC_AGE_S,
+        unfinished: Callable[[], Collection[str]] = tuple,
+        now: Callable[[], float] = time.time,
+        shared_tensors: SharedTensors | None = None,
+    ) -> None:
+        self.inventory, self.keeps = inventory, tuple(keeps)
+        self.gc_age_s, self._unfinished, self._now = gc_age_s, unfinished, now
+        self._shared_tensors = SharedTensors() if shared_tensors is None else shared_tensors
+        tiers = tuple(inventory.tiers)
+        for keep in self.keeps:
+            if not isinstance(keep, Keep):
+                raise TypeError(f"keep is a list of tc.Keep(...), got {keep!r}")
+            if keep.tier not in (None, *tiers):
+                raise ValueError(f"Keep({keep}, tier={keep.tier!r}): these checkpoints have no local folder")
+
+    def plan(self, scan: Scan) -> RetentionPlan:
+        """Return what the rules keep and delete now."""
+        return plan_retention(scan, self.keeps, tuple(self.inventory.tiers), self._now())
+
+    def run(self) -> RetentionReport:
+        """Delete what no rule keeps, and collect(). The background thread calls it after each commit.
+
+        Raises:
+            StoreError: A store failed; the next run continues.
+        """
+        deleted: dict[CheckpointTier, tuple[str, ...]] = {}
+        n_bytes = 0
+        scan = self.inventory.scan()
+        if self.keeps:
+            plan = self.plan(scan)
+            for tier, names in plan.deletes.items():
+                copies = [copy for name in names for copy in scan.copies[name] if copy.tier == tier]
+                n_bytes += delete_copies(copies)
+                deleted[tier] = names
+            self._release(scan, deleted)
+        collected = self._collect(self.inventory.scan() if any(deleted.values()) else scan)
+        return RetentionReport(deleted, collected.n_leftovers, collected.n_shared, n_bytes + collected.n_bytes)
+
+    def delete(self, names: Iterable[str]) -> RetentionReport:
+        """Delete checkpoints from all tiers, the nearest first, so that a deletion that ends early can be repeated.
+
+        Of a checkpoint that another program has moved, only the shared tensors are given up.
+
+        Raises:
+            NotFound: There is no such checkpoint.
+            ValueError: A checkpoint is pinned, or is being saved; nothing was deleted.
+            StoreError: A store failed.
+        """
+        scan, wanted, n_bytes = self.inventory.scan(), list(names), 0
+        for name in wanted:
+            if name in self._unfinished():
+                raise ValueError(f"{name} is being saved: wait for its save before it is deleted")
+            if name not in scan.copies and name not in scan.moved_names:
+                raise NotFound("no such checkpoint", url=name)
+            if scan.tags(name).is_pinned:
+                raise ValueError(f"{name} is pinned: unpin it before it is deleted")
+        deleted: dict[CheckpointTier, tuple[str, ...]] = {}
+        for tier in self.inventory.tiers:
+            copies = [copy for name in wanted for copy in scan.copies.get(name, ()) if copy.tier == tier]
+            n_bytes += delete_copies(copies)
+            moved = [name for name in wanted if name in scan.references[tier] and name not in scan.copies]
+            _bury(self.inventory.tiers[tier], [self._reference(tier, name) for name in moved])
+            if moved:
+                self.inventory.tiers[tier].delete([reference_key(name) for name in moved])
+            deleted[tier] = (*(copy.name for copy in copies), *moved)
+        self._release(scan, deleted)
+        return RetentionReport(deleted, n_bytes=n_bytes)
+
+    def collect(self) -> RetentionReport:
+        """Delete leftovers of unfinished saves and of ended deletions, and shared tensors without users, if old enough.
+
+        Raises:
+            StoreError: A store failed; the next collection continues.
+        """
+        return self._collect(self.inventory.scan())
+
+    def _release(self, scan: Scan, deleted: Mapping[CheckpointTier, Collection[str]]) -> None:
+        """Release the shared tensors of the checkpoints that exist in no tier any more."""
+        for name in {name for names in deleted.values() for name in names} - set(self._unfinished()):
+            if all(name in deleted.get(copy.tier, ()) for copy in scan.copies.get(name, ())):
+                self._shared_tensors.release(name)
+
+    def _collect(self, scan: Scan) -> RetentionReport:
+        n_leftovers = n_shared = n_bytes = 0
+        old_s = self._now() - self.gc_age_s
+        unfinished = frozenset(self._unfinished())
+        for tier, store in self.inventory.tiers.items():
+            copies = {name: copy for name, found in scan.copies.items() for copy in found if copy.tier == tier}
+            folders = [copy for copy in copies.values() if not copy.is_committed and copy.name not in unfinished]
+            old = [copy for copy in folders if _newest_s(copy) <= old_s or copy.name in scan.tombstones[tier]]
+            unused = {info.key: info for info in self._unused(scan, tier, copies, old_s)}
+            tensors = [unused[key] for key in self._shared_tensors.delete_unclaimed(unused, store.delete)]
+            # References go after the tensors, and before the folders: without its folder, one would stay for ever.
+            ended = _ended_references(scan, tier, copies, old_s)
+            ended += [scan.references[tier][copy.name] for copy in old if copy.name in scan.references[tier]]
+            leftovers = [info for copy in old for info in copy.objects.values()]
+            for objects in (ended, leftovers):
+                if objects:
+                    store.delete([info.key for info in objects])
+            if isinstance(store, LocalFolder):
+                for copy in old:
+                    store.remove_empty(copy.name)
+            n_shared, n_leftovers = n_shared + len(tensors), n_leftovers + len(leftovers) + len(ended)
+            n_bytes += sum(info.n_bytes for info in (*tensors, *leftovers, *ended))
+        return RetentionReport(n_leftovers=n_leftovers, n_shared=n_shared, n_bytes=n_bytes)
+
+    def _reference(self, tier: CheckpointTier, name: str) -> Manifest:
+        store, key = self.inventory.tiers[tier], reference_key(name)
+        return parse_manifest(store.get(key), f"{store.url}/{key}")
+
+    def _unused(
+        self, scan: Scan, tier: CheckpointTier, copies: Mapping[str, CheckpointCopy], old_s: float
+    ) -> list[ObjectInfo]:
+        """Return the shared tensors of a tier that may be deleted; see the module's docstring."""
+        store, shared = self.inventory.tiers[tier], scan.shared[tier]
+        old = [info for info in shared.values() if info.modified_s is not None and info.modified_s <= old_s]
+        if not old:
+            return []
+        used = {key for copy in copies.values() for key in _shared_keys(copy.manifest)}
+        read = {reference_key(copy.name) for copy in copies.values() if copy.manifest is not None}
+        read |= {info.key for info in _ended_references(scan, tier, copies, old_s)}
+        unreadable = [
+            f"{copy.url}: {copy.problem}"
+            for copy in copies.values()
+            if copy.is_committed and copy.manifest is None and copy.name not in scan.references[tier]
+        ]
+        for info in (*scan.references[tier].values(), *scan.tombstones[tier].values()):
+            if info.key in read:
+                continue
+            try:
+                used |= _shared_keys(parse_manifest(store.get(info.key), f"{store.url}/{info.key}"))
+            except NotFound:
+                continue  # another process has just collected it
+            except (CorruptCheckpoint, UnsupportedFormat) as error:
+                unreadable.append(error.message)
+            except StoreError as error:
+                if not is_archived(error):
+                    raise
+                unreadable.append(error.message)
+        if unreadable:
+            message = (
+                f"{unreadable[0]}; no shared tensor ({SHARED_FOLDER}) is deleted while this manifest cannot be read"
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            return []
+        unused = []
+        for info in old:
+            if info.key in used:
+                continue
+            with suppress(NotFound):  # the second question narrows the race with a save that writes the tensor again
+                now = store.head(info.key)
+                if now.modified_s is not None and now.modified_s <= old_s:
+                    unused.append(info)
+        return unused
+
+
+def delete_copies(copies: Sequence[CheckpointCopy]) -> int:
+    """Delete copies of checkpoints of one tier by a few requests, whatever their number. Return the number of bytes.
+
+    Shared tensors stay: Retention.collect() deletes those without users.
+
+    Raises:
+        StoreError: The store failed. Checkpoints whose manifests were deleted are gone; collect() removes their files.
+    """
+    if not copies:
+        return 0
+    store = copies[0].store
+    _bury(store, [copy.manifest for copy in copies if copy.manifest is not None])
+    crash_point("retention.tombstones")
+    store.delete([manifest_key(copy.name) for copy in copies if copy.is_committed])
+    crash_point("retention.manifests")
+    store.delete(
+        [
+            *(info.key for copy in copies for path, info in copy.objects.items() if path != MANIFEST_NAME),
+            *(reference_key(copy.name) for copy in copies if _shared_keys(copy.manifest)),
+        ]
+    )
+    crash_point("retention.files")
+    if isinstance(store, LocalFolder):
+        for copy in copies:
+            store.remove_empty(copy.name)
+    return sum(info.n_bytes for copy in copies for info in copy.objects.values())
+
+
+def _bury(store: Store, manifests: Iterable[Manifest]) -> None:
+    """Write the tombstones of checkpoints with shared tensors."""
+    for manifest in manifests:
+        if _shared_keys(manifest):
+            store.put(tombstone_key(manifest.name), encode_manifest(manifest))
+
+
+def _ended_references(
+    scan: Scan, tier: CheckpointTier, copies: Mapping[str, CheckpointCopy], old_s: float
+) -> list[ObjectInfo]:
+    """Return the references that protect nothing any more: old tombstones, and those of checkpoints that are gone.
+
+    A checkpoint whose folder is gone without a tombstone may have been moved by the tier engine, and its copy elsewhere
+    needs the tensors. If one of our own tiers behind this one has the checkpoint, that copy has tensors of its own.
+
+    copies: Copies of the tier by name.
+    """
+    tombstones = scan.tombstones[tier]
+    ended = [info for name, info in tombstones.items() if _modified_s(info, name) <= old_s]
+    behind = [*scan.references][[*scan.references].index(tier) + 1 :]
+    for name, info in scan.references[tier].items():
+        is_behind = any(copy.tier in behind for copy in scan.complete(name))
+        if name not in copies and (name in tombstones or is_behind) and _modified_s(info, name) <= old_s:
+            ended.append(info)
+    return ended
+
+
+def _newest_s(copy: CheckpointCopy) -> float:
+    return max((_modified_s(info, copy.name) for info in copy.objects.values()), default=0.0)
+
+
+def _modified_s(info: ObjectInfo, name: str) -> float:
+    """Return when an object was written; for a store that does not tell, when its save began."""
+    parsed = parse_name(name)
+    return info.modified_s if info.modified_s is not None else 0.0 if parsed is None else parsed[1]
+
+
+def _shared_keys(manifest: Manifest | None) -> set[str]:
+    if manifest is None:
+        return set()
+    return {key_of(manifest.name, file.path) for file in manifest.files if shared_digest(file.path)}
+
+
+def referenced_tensors(inventory: Inventory, tier: CheckpointTier) -> frozenset[str]:
+    """Return the keys of the shared tensors to which a save that has begun may refer without writing them.
+
+    Args:
+        inventory: Inventory of the checkpoints.
+        tier: Tier of the save.
+
+    Raises:
+        StoreError: The tier cannot be listed or read.
+    """
+    store = inventory.tiers[tier]
+    copies = [copy for found in Inventory({tier: store}).scan().copies.values() for copy in found]
+    return frozenset(key for copy in copies if copy.is_complete for key in _shared_keys(copy.manifest))

@@ -1,0 +1,372 @@
+"""The copy of a state to host memory: the only part of a save for which training waits.
+
+The memory consists of slabs that later saves use again: new memory costs a page fault for every page, and pinned
+memory a call of the driver. Files lie in it as they will be on the disk, one after another, each from a page on, so
+that they are written from there with direct I/O. A file may continue in the next slab.
+"""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from threading import Lock
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tiercache.checkpoint.safetensors_file import PAGE_BYTES, FileLayout, TensorSpec, distribute, lay_out_file
+from tiercache.checkpoint.state_tree import EncodedState, TensorSource, flat_bytes
+
+SLAB_BYTES = 64 << 20
+SHARED_MIN_BYTES = 1 << 20
+"""Size from which a tensor is shared between checkpoints."""
+SHARED_NAME = "tensor"
+"""Name of a shared tensor in its file: equal tensors have equal files."""
+
+
+class Event(Protocol):
+    """A point in a stream's work: the part of torch.Event that is used here."""
+
+    def synchronize(self) -> None:
+        """Wait until the work before the event is done."""
+
+
+class DeviceCopies(Protocol):
+    """What staging needs of a device. The thread that calls save() calls all methods."""
+
+    def pin(self, n_bytes: int) -> Any:
+        """Return uint8[n_bytes] of host memory, a tensor, to which a copy from the device runs beside other work."""
+
+    def current_stream(self) -> Any:
+        """Return the caller's current stream on the device."""
+
+    def copy(self, destination: Any, source: Any, stream: Any) -> None:
+        """Queue a copy in a stream."""
+
+    def record(self, stream: Any) -> Event:
+        """Return an event after the present work of a stream."""
+
+
+class TorchDevice:
+    """An accelerator through torch's device-independent API; before torch 2.6, through torch.cuda."""
+
+    def __init__(self, device: Any) -> None:
+        self._torch = sys.modules["torch"]
+        self._device = device
+        self._module = getattr(self._torch, "accelerator", None) or self._torch.cuda
+
+    def pin(self, n_bytes: int) -> Any:
+        """See DeviceCopies. A device without pinned memory, such as MPS, gets pageable memory."""
+        can_pin = self._device.type != "mps"
+        return self._torch.empty(n_bytes, dtype=self._torch.uint8, pin_memory=can_pin, device="cpu")
+
+    def current_stream(self) -> Any:
+        """See DeviceCopies."""
+        return None if self._device.type == "mps" else self._module.current_stream(self._device)
+
+    def copy(self, destination: Any, source: Any, stream: Any) -> None:
+        """See DeviceCopies. The stream is the current one, so that the copy follows the training step."""
+        destination.copy_(source, non_blocking=stream is not None)
+
+    def record(self, stream: Any) -> Event:
+        """See DeviceCopies. A stream has synchronize() too."""
+        return _NoEvent() if stream is None else stream
+
+
+class _NoEvent:
+    def synchronize(self) -> None:
+        return
+
+
+FindDevice = Callable[[Any], DeviceCopies | None]
+"""Returns the device of a tensor of torch; None for one in host memory."""
+
+
+def find_device(tensor: Any) -> DeviceCopies | None:
+    """Return the device of a tensor of torch; None for one in host memory."""
+    return None if tensor.device.type == "cpu" else _torch_device(tensor.device)
+
+
+@cache
+def _torch_device(device: Any) -> TorchDevice:
+    return TorchDevice(device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slab:
+    """A piece of host memory that begins at a page.
+
+    Attributes:
+        array: Its bytes.
+        tensor: Tensor of torch over the same bytes; None where torch is not used.
+        is_pinned: Whether a device made it.
+    """
+
+    array: NDArray[np.uint8]
+    tensor: Any
+    is_pinned: bool
+
+
+class HostMemory:
+    """Slabs for staged states, kept for later saves. Thread-safe: the writer returns them.
+
+    Args:
+        slab_bytes: Size of a slab, of whole pages.
+    """
+
+    def __init__(self, slab_bytes: int = SLAB_BYTES) -> None:
+        self.slab_bytes = slab_bytes
+        self._lock = Lock()
+        self._free: list[Slab] = []
+
+    def take(self, n_bytes: int, device: DeviceCopies | None) -> list[Slab]:
+        """Return slabs of n_bytes together; pinned by a device if one is given."""
+        found: list[Slab] = []
+        try:
+            while len(found) * self.slab_bytes < n_bytes:
+                found.append(self._reused(device is not None) or self._new(device))
+        except BaseException:
+            self.give(found)
+            raise
+        return found
+
+    def give(self, slabs: Sequence[Slab]) -> None:
+        """Keep slabs for later saves."""
+        with self._lock:
+            self._free += slabs
+
+    def clear(self) -> None:
+        """Free the slabs that no save uses."""
+        with self._lock:
+            self._free.clear()
+
+    def _reused(self, is_pinned: bool) -> Slab | None:
+        with self._lock:
+            for number, slab in enumerate(self._free):
+                if slab.is_pinned == is_pinned:
+                    return self._free.pop(number)
+        return None
+
+    def _new(self, device: DeviceCopies | None) -> Slab:
+        if device is not None:
+            tensor = device.pin(self.slab_bytes)
+            return Slab(tensor.numpy(), tensor, is_pinned=True)
+        memory = mmap.mmap(-1, self.slab_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel without huge pages; they make the first copy faster
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        array = np.frombuffer(memory, np.uint8)
+        torch = sys.modules.get("torch")
+        return Slab(array, None if torch is None else torch.from_numpy(array), is_pinned=False)
+
+
+class SaveDropped(Exception):
+    """The save was dropped to make room for a later one, or its state could not be copied."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StagedFile:
+    """A safetensors file in host memory.
+
+    Attributes:
+        is_shared: Whether it holds one tensor that checkpoints share; its path then follows from its values.
+        names: Name in the state of each tensor, by its name in the file.
+        specs: Tensors by their names in the file.
+        layout: Header and positions.
+        pieces: Its bytes in order; each piece but the last has whole pages.
+        copied: Future that is done when the bytes are there; its result raises SaveDropped if the copy failed.
+    """
+
+    is_shared: bool
+    names: Mapping[str, str]
+    specs: Mapping[str, TensorSpec]
+    layout: FileLayout
+    pieces: tuple[memoryview, ...]
+    copied: Future[None] = field(default_factory=Future)
+
+
+class StagedState:
+    """A state in host memory: the files as they will be on the disk, which are written while later ones are copied.
+
+    One thread calls copy() while others wait for the files. release() is called when nobody uses the files any more.
+
+    Args:
+        state: State whose tensors are copied.
+        memory: Memory for the copy. It is pinned if a tensor is on a device.
+        n_streams: Number of files that are written in parallel.
+        shares: Whether tensors of SHARED_MIN_BYTES or more become files of their own.
+        device_of: Function that returns the device of a tensor.
+
+    Attributes:
+        files: Files of the state; none after release().
+    """
+
+    def __init__(
+        self,
+        state: EncodedState,
+        memory: HostMemory,
+        *,
+        n_streams: int,
+        shares: bool,
+        device_of: FindDevice = find_device,
+    ) -> None:
+        torch = sys.modules.get("torch")
+        self._devices = {
+            name: device_of(source.value)
+            for name, source in state.tensors.items()
+            if torch is not None and isinstance(source.value, torch.Tensor)
+        }
+        specs = [TensorSpec(name, one.dtype, one.shape, one.n_bytes) for name, one in state.tensors.items()]
+        least_bytes = SHARED_MIN_BYTES if shares else sys.maxsize
+        groups = [(True, [one]) for one in specs if one.n_bytes >= least_bytes]
+        groups += [(False, one) for one in distribute([one for one in specs if one.n_bytes < least_bytes], n_streams)]
+        layouts = [_layout(is_shared, group) for is_shared, group in groups]
+        self._starts, end = [], 0
+        for layout in layouts:
+            self._starts.append(end)
+            end += -(-layout.n_bytes // PAGE_BYTES) * PAGE_BYTES
+        pinning = next((device for device in self._devices.values() if device is not None), None)
+        self._sources, self._memory = state.tensors, memory
+        self._copy = _Copy(memory.take(end, pinning), memory.slab_bytes)
+        self.files: Sequence[StagedFile] = [
+            StagedFile(
+                is_shared,
+                {SHARED_NAME if is_shared else one.name: one.name for one in group},
+                {SHARED_NAME if is_shared else one.name: one for one in group},
+                layout,
+                tuple(array[first:last].data for array, first, last in self._copy.spans(start, layout.n_bytes)),
+            )
+            for (is_shared, group), layout, start in zip(groups, layouts, self._starts, strict=True)
+        ]
+
+    def copy(self) -> None:
+        """Copy the tensors, and return when all values are there: the state may then be changed."""
+        placed = [*zip(self.files, self._starts, strict=True)]
+        try:
+            # Copies from devices run while the tensors in host memory are copied.
+            events = [self._copy_file(file, start, on_device=True) for file, start in placed]
+            for (file, start), copies in zip(placed, events, strict=True):
+                self._copy.array(np.frombuffer(file.layout.header, np.uint8), start)
+                self._copy_file(file, start, on_device=False)
+                for event in copies:
+                    event.synchronize()
+                file.copied.set_result(None)
+        except BaseException:
+            self._copy.finish()
+            self.abandon()
+            raise
+        finally:
+            self._sources = {}
+
+    def abandon(self) -> None:
+        """Tell all who wait for a file that it will not be copied."""
+        for file in self.files:
+            if not file.copied.done():
+                file.copied.set_exception(SaveDropped())
+
+    def release(self) -> None:
+        """Return the memory, as soon as copy() does not use it any more. Repeated calls have no effect."""
+        wait([file.copied for file in self.files])
+        self.files = ()
+        slabs, self._copy.slabs = self._copy.slabs, []
+        self._memory.give(slabs)
+
+    def _copy_file(self, file: StagedFile, start: int, *, on_device: bool) -> list[Event]:
+        """Copy the tensors of a file that are on a device, or the others. Return events after the copies."""
+        devices = list[DeviceCopies]()
+        for file_name, name in file.names.items():
+            device = self._devices.get(name)
+            if (device is not None) == on_device:
+                self._copy.tensor(self._sources[name], start + file.layout.offsets[file_name], device)
+                if device is not None and device not in devices:
+                    devices.append(device)
+        return [self._copy.record(device) for device in devices]
+
+
+def _layout(is_shared: bool, group: Sequence[TensorSpec]) -> FileLayout:
+    if not is_shared:
+        return lay_out_file(group)
+    (one,) = group
+    return lay_out_file([TensorSpec(SHARED_NAME, one.dtype, one.shape, one.n_bytes)])
+
+
+class _Copy:
+    """The copies of one state into slabs, whose bytes are numbered through."""
+
+    def __init__(self, slabs: list[Slab], slab_bytes: int) -> None:
+        self.slabs, self._slab_bytes = slabs, slab_bytes
+        self._devices: list[tuple[DeviceCopies, Any]] = []
+        self._sources: list[Any] = []  # of copies that may still run
+
+    def spans(self, start: int, n_bytes: int) -> list[tuple[NDArray[np.uint8], int, int]]:
+        """Return the pieces of a range: the array of the slab, and the range in it."""
+        return [(self.slabs[number].array, first, last) for number, first, last in self._pieces(start, n_bytes)]
+
+    def _pieces(self, start: int, n_bytes: int) -> list[tuple[int, int, int]]:
+        found, position, end = [], start, start + n_bytes
+        while position < end:
+            number, first = divmod(position, self._slab_bytes)
+            last = min(self._slab_bytes, first + end - position)
+            found.append((number, first, last))
+            position += last - first
+        return found
+
+    def tensor(self, source: TensorSource, start: int, device: DeviceCopies | None) -> None:
+        """Copy a tensor of torch or an array of NumPy; from a device, only queue the copy."""
+        if not source.n_bytes:
+            return
+        if isinstance(source.value, np.ndarray):
+            self.array(np.ascontiguousarray(source.value).reshape(-1).view(np.uint8), start)
+            return
+        value, pieces = source.value, self._pieces(start, source.n_bytes)
+        if device is None and not value.is_contiguous() and len(pieces) == 1:
+            ((number, first, last),) = pieces
+            self._slab_tensor(number)[first:last].view(value.dtype).view(value.shape).copy_(value)
+            return
+        flat = flat_bytes(value.resolve_conj().resolve_neg().contiguous())
+        position = 0
+        for number, first, last in pieces:
+            destination, part = self._slab_tensor(number)[first:last], flat[position : position + last - first]
+            if device is None:
+                destination.copy_(part)
+            else:
+                device.copy(destination, part, self._stream_of(device))
+            position += last - first
+        if device is not None:
+            self._sources.append(flat)
+
+    def array(self, data: NDArray[np.uint8], start: int) -> None:
+        """Copy bytes."""
+        position = 0
+        for array, first, last in self.spans(start, data.nbytes):
+            np.copyto(array[first:last], data[position : position + last - first])
+            position += last - first
+
+    def record(self, device: DeviceCopies) -> Event:
+        """Return an event after the present copies from a device."""
+        return device.record(self._stream_of(device))
+
+    def finish(self) -> None:
+        """Wait for the copies from devices."""
+        for device, stream in self._devices:
+            device.record(stream).synchronize()
+        self._devices.clear()
+        self._sources.clear()
+
+    def _slab_tensor(self, number: int) -> Any:
+        slab = self.slabs[number]
+        # A slab that was made before torch was imported has none.
+        return sys.modules["torch"].from_numpy(slab.array) if slab.tensor is None else slab.tensor
+
+    def _stream_of(self, device: DeviceCopies) -> Any:
+        for known, stream in self._devices:
+            if known is device:
+                return stream
+        stream = device.current_stream()
+        self._devices.append((device, stream))
+        return stream

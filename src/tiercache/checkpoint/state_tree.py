@@ -1,0 +1,358 @@
+"""The state of a run as a tree of JSON values, and the tensors that it names.
+
+Dicts, lists and JSON values are themselves in the tree. Everything else is an object with one key that starts with "$",
+such as {"$tensor": "model.weight"} or {"$tuple": [1, 2]}. An object with state_dict() is stored as its state dict.
+Nothing is pickled: a value of another type is refused with its place in the state.
+
+torch is not imported here before a stored tensor is wanted: without torch, no value can be a tensor.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from importlib import import_module
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+Library: TypeAlias = Literal["torch", "numpy"]
+FindTensor: TypeAlias = Callable[[str, Library], Any]
+"""Returns the tensor of torch, or the array of NumPy, with a name."""
+
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+"""Name of each type in torch and NumPy by its name in safetensors."""
+
+_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+_PAIRS = "complex128"  # which safetensors lacks: stored as pairs of float64
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_HEADER_KEY = "__metadata__"  # of safetensors; no tensor may have this name
+_ALLOWED = "dicts, lists, tuples, tensors, arrays, JSON values and objects with state_dict(); pickle is never used"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorSource:
+    """A tensor that is to be stored.
+
+    Attributes:
+        value: Tensor of torch, or array of NumPy, of any strides and device.
+        dtype: Type by the name of safetensors.
+        shape: Sizes of the dimensions.
+        n_bytes: Size of its values.
+    """
+
+    value: Any
+    dtype: str
+    shape: tuple[int, ...]
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedState:
+    """A state as it is stored.
+
+    Attributes:
+        tree: JSON values.
+        tensors: Tensors by name.
+        aliases: Further names of tensors that occur several times, such as tied weights, with the name in `tensors`.
+    """
+
+    tree: Any
+    tensors: Mapping[str, TensorSource]
+    aliases: Mapping[str, str]
+
+
+def encode_state(state: Mapping[str, Any]) -> EncodedState:
+    """Return a state as a tree and its tensors, which are not copied.
+
+    Raises:
+        TypeError: A value cannot be stored; the message names its place.
+        ValueError: The state contains itself.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state is a dict such as {{'model': model}}, got {type(state).__name__}")
+    encoder = _Encoder()
+    try:
+        tree = encoder.encode(state, ())
+    except RecursionError:
+        raise ValueError("the state is nested too deep to be stored, or contains itself") from None
+    return EncodedState(tree, encoder.tensors, encoder.aliases)
+
+
+def state_text(tree: Any) -> bytes:
+    """Return the text of a tree, as it is in the file of a checkpoint."""
+    body = {"version": _VERSION, "state": tree}
+    return json.dumps(body, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii") + b"\n"
+
+
+def parse_state(data: bytes) -> Any:
+    """Return the tree in a text of state_text().
+
+    Raises:
+        ValueError: The text is not the state of a checkpoint, or a later release wrote it.
+    """
+    body = json.loads(data)
+    if not isinstance(body, dict) or body.get("version") != _VERSION or "state" not in body:
+        raise ValueError(f"a state of version {_VERSION} was expected")
+    return body["state"]
+
+
+def decode_state(tree: Any, find: FindTensor) -> Any:
+    """Return the state that a tree describes; objects with state_dict() are their state dicts.
+
+    Args:
+        tree: Tree that encode_state() returned.
+        find: Function that returns the tensor or array with a name; it may be called several times for one name.
+
+    Raises:
+        ValueError: The tree is not valid.
+    """
+    if isinstance(tree, list):
+        return [decode_state(value, find) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    tag = next((key for key in tree if key.startswith("$")), None)
+    if tag is None:
+        return {key: decode_state(value, find) for key, value in tree.items()}
+    decode = _DECODERS.get(tag)
+    if decode is None:
+        raise ValueError(f"the state has a value of the unknown kind {tag!r}: a later release of tiercache wrote it")
+    return decode(tree[tag], tree, find)
+
+
+def flat_bytes(tensor: Any) -> Any:
+    """Return the values of a contiguous tensor of torch as uint8[n_bytes] over the same memory."""
+    # The stride of a single item may be any number, even of a contiguous tensor; view() refuses all but 1.
+    return tensor.detach().reshape(-1).as_strided((tensor.numel(),), (1,)).view(import_module("torch").uint8)
+
+
+# -- encoding --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Encoder:
+    """Collects the tensors of a tree. It keeps each of them, so that no address is used again before the end."""
+
+    tensors: dict[str, TensorSource] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    _by_memory: dict[tuple[Any, ...], str] = field(default_factory=dict)
+
+    def encode(self, value: Any, path: tuple[Any, ...]) -> Any:
+        """Return the node of a value."""
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(value, torch.Tensor):
+            return self._tensor(torch, value, path)
+        if isinstance(value, np.ndarray):
+            return self._array(value, path)
+        if isinstance(value, np.generic):
+            return {"$scalar": _inline(np.asarray(value), path)}
+        if value is None or isinstance(value, bool | int | float | str | bytes | bytearray | complex):
+            return _plain(value, path)
+        if isinstance(value, Mapping):
+            return self._mapping(value, path)
+        if torch is not None and (found := _torch_value(torch, value)) is not None:
+            return found
+        if isinstance(value, list):
+            return [self.encode(one, (*path, number)) for number, one in enumerate(value)]
+        if isinstance(value, tuple):
+            return {"$tuple": [self.encode(one, (*path, number)) for number, one in enumerate(value)]}
+        if isinstance(value, set | frozenset):
+            nodes = [self.encode(one, (*path, number)) for number, one in enumerate(value)]
+            return {"$set": sorted(nodes, key=json.dumps)}
+        if not isinstance(value, type) and callable(method := getattr(value, "state_dict", None)):
+            return self.encode(method(), path)
+        raise _refused(path, f"a {type(value).__module__}.{type(value).__qualname__}")
+
+    def _mapping(self, value: Mapping[Any, Any], path: tuple[Any, ...]) -> Any:
+        node: Any
+        if all(type(key) is str and not key.startswith("$") for key in value):
+            node = {key: self.encode(one, (*path, key)) for key, one in value.items()}
+        else:
+            node = {"$dict": [[self._key(key, path), self.encode(one, (*path, key))] for key, one in value.items()]}
+        # Versions of the modules, by which load_state_dict() of torch converts the state of older ones.
+        metadata = getattr(value, "_metadata", None)
+        if isinstance(metadata, Mapping):
+            return {"$state_dict": node, "metadata": self.encode(dict(metadata), (*path, "_metadata"))}
+        return node
+
+    def _key(self, key: Any, path: tuple[Any, ...]) -> Any:
+        if isinstance(key, tuple):
+            return {"$tuple": [self._key(one, path) for one in key]}
+        if key is None or isinstance(key, bool | int | float | str):
+            return _plain(key, path)
+        raise _refused(path, f"a dict with a key of type {type(key).__name__}")
+
+    def _tensor(self, torch: Any, value: Any, path: tuple[Any, ...]) -> Any:
+        if hasattr(value, "device_mesh"):
+            raise TypeError(
+                f"{_place(path)} is sharded over several processes: save such a state with "
+                "torch.distributed.checkpoint, to which tiercache gives a writer (tiercache.checkpoint.dcp)"
+            )
+        if value.layout is not torch.strided or value.is_quantized or hasattr(value, "__tensor_flatten__"):
+            raise _refused(path, f"a tensor of a special kind ({type(value).__name__}, {value.layout})")
+        if value.device.type == "meta":
+            raise _refused(path, "a tensor on the device meta, which has no values")
+        name = str(value.dtype).removeprefix("torch.")
+        stored = torch.view_as_real(value.detach().resolve_conj()) if name == _PAIRS else value.detach()
+        memory = value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
+        is_plain = value.nbytes > 0 and not (value.is_conj() or value.is_neg())
+        return self._add("$tensor", name, stored, ("torch", *memory) if is_plain else None, path)
+
+    def _array(self, value: np.ndarray[Any, Any], path: tuple[Any, ...]) -> Any:
+        name = value.dtype.name
+        if name not in (*_BY_NAME, _PAIRS):
+            return {"$numpy": _inline(value, path)}
+        native = value.astype(value.dtype.newbyteorder("="), copy=False)
+        stored = np.ascontiguousarray(native).view(np.float64).reshape(*value.shape, 2) if name == _PAIRS else native
+        memory = value.__array_interface__["data"][0], value.dtype.str, value.shape, value.strides
+        return self._add("$array", name, stored, ("numpy", *memory) if value.nbytes else None, path)
+
+    def _add(self, tag: str, name: str, stored: Any, memory: tuple[Any, ...] | None, path: tuple[Any, ...]) -> Any:
+        """Add a tensor and return its node.
+
+        name: Name of its type. memory: Description of its memory, equal for tensors that are the same; None for none.
+        """
+        dtype = _BY_NAME.get("float64" if name == _PAIRS else name)
+        if dtype is None:
+            raise _refused(path, f"a tensor of type {name}, which the safetensors format does not have")
+        key = self._free_name(path)
+        first = key if memory is None else self._by_memory.setdefault(memory, key)
+        if first == key:
+            self.tensors[key] = TensorSource(stored, dtype, tuple(stored.shape), int(stored.nbytes))
+        else:
+            self.aliases[key] = first
+        return {tag: key, "as": _PAIRS} if name == _PAIRS else {tag: key}
+
+    def _free_name(self, path: tuple[Any, ...]) -> str:
+        """Return the keys of a path joined by dots, with a number if another path has the same name."""
+        joined = ".".join(str(one) for one in path).encode("utf-8", "replace").decode() or "tensor"
+        name, number = joined, 1
+        while name in self.tensors or name in self.aliases or name == _HEADER_KEY:
+            number += 1
+            name = f"{joined}#{number}"
+        return name
+
+
+def _plain(value: Any, path: tuple[Any, ...]) -> Any:
+    """Return the node of a scalar of Python."""
+    if isinstance(value, Enum):  # would come back as its value
+        raise _refused(path, f"the enum member {value!r}")
+    if isinstance(value, bytes | bytearray):
+        return {"$bytes": base64.b64encode(value).decode("ascii")}
+    if isinstance(value, complex):
+        return {"$complex": [_plain(value.real, path), _plain(value.imag, path)]}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    return value
+
+
+def _torch_value(torch: Any, value: Any) -> Any:
+    """Return the node of a value of torch that is no tensor; None for another value."""
+    if isinstance(value, torch.Size):
+        return {"$torch": ["size", list(value)]}
+    if isinstance(value, torch.dtype):
+        return {"$torch": ["dtype", str(value).removeprefix("torch.")]}
+    return {"$torch": ["device", str(value)]} if isinstance(value, torch.device) else None
+
+
+def _inline(value: np.ndarray[Any, Any], path: tuple[Any, ...]) -> list[Any]:
+    """Return type, shape and values of an array that goes into the tree: a scalar, or a type of NumPy alone."""
+    if value.dtype.hasobject or value.dtype.names is not None:
+        raise _refused(path, f"an array of type {value.dtype}")
+    values = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode("ascii")
+    return [value.dtype.name if value.dtype.kind == "V" else value.dtype.str, list(value.shape), values]
+
+
+def _place(path: tuple[Any, ...]) -> str:
+    return "state" + "".join(f"[{key!r}]" for key in path)
+
+
+def _refused(path: tuple[Any, ...], what: str) -> TypeError:
+    return TypeError(f"{_place(path)} is {what}, which a checkpoint cannot hold; it holds {_ALLOWED}")
+
+
+# -- decoding --------------------------------------------------------------------------------------------------------
+
+
+def _decode_dict(value: Any, _node: Any, find: FindTensor) -> Any:
+    return {decode_state(key, find): decode_state(one, find) for key, one in value}
+
+
+def _decode_state_dict(value: Any, node: Any, find: FindTensor) -> Any:
+    state: Any = OrderedDict(decode_state(value, find))
+    state._metadata = OrderedDict(decode_state(node["metadata"], find))  # noqa: SLF001 - where torch keeps it
+    return state
+
+
+def _decode_tensor(value: Any, node: Any, find: FindTensor) -> Any:
+    tensor = find(value, "torch")
+    return import_module("torch").view_as_complex(tensor.contiguous()) if node.get("as") == _PAIRS else tensor
+
+
+def _decode_sharded(value: Any, _node: Any, find: FindTensor) -> Any:
+    torch = import_module("torch")
+    whole = torch.empty(value["size"], dtype=getattr(torch, DTYPES[value["dtype"]]))
+    for offsets, sizes, part in value["parts"]:  # of a checkpoint of several ranks: dcp.py
+        box = tuple(slice(start, start + n) for start, n in zip(offsets, sizes, strict=True))
+        whole[box] = decode_state(part, find)
+    return whole
+
+
+def _decode_array(value: Any, node: Any, find: FindTensor) -> Any:
+    array = find(value, "numpy")
+    return np.ascontiguousarray(array).view(np.complex128)[..., 0] if node.get("as") == _PAIRS else array
+
+
+def _decode_inline(value: Any, _node: Any, _find: FindTensor) -> Any:
+    dtype, shape, data = value
+    return np.frombuffer(base64.b64decode(data), np.dtype(dtype)).reshape(shape).copy()
+
+
+def _decode_torch(value: Any, _node: Any, _find: FindTensor) -> Any:
+    torch, (kind, what) = import_module("torch"), value
+    if kind == "size":
+        return torch.Size(what)
+    return torch.device(what) if kind == "device" else getattr(torch, what)
+
+
+_DECODERS: Mapping[str, Callable[[Any, Any, FindTensor], Any]] = {
+    "$dict": _decode_dict,
+    "$state_dict": _decode_state_dict,
+    "$tensor": _decode_tensor,
+    "$sharded": _decode_sharded,
+    "$array": _decode_array,
+    "$numpy": _decode_inline,
+    "$scalar": lambda value, node, find: _decode_inline(value, node, find)[()],
+    "$tuple": lambda value, _node, find: tuple(decode_state(one, find) for one in value),
+    "$set": lambda value, _node, find: {decode_state(one, find) for one in value},
+    "$bytes": lambda value, _node, _find: base64.b64decode(value),
+    "$float": lambda value, _node, _find: _NON_FINITE[value],
+    "$complex": lambda value, _node, find: complex(*(decode_state(one, find) for one in value)),
+    "$torch": _decode_torch,
+}

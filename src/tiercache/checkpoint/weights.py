@@ -1,0 +1,463 @@
+"""Model weights for inference: tensors of safetensors files, mapped from the cache of the machine.
+
+A file is one cached copy, which all processes of the machine map: its pages are in memory once. Only the ranges of
+requested tensors are fetched. A tensor is private memory of its process as soon as it is written to (copy-on-write), so
+that nobody changes the copy.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from threading import Lock
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from tiercache.cache import Cache, CachedStore
+from tiercache.checkpoint.inventory import Inventory, resolve
+from tiercache.checkpoint.layout import MANIFEST_NAME, Manifest, checkpoint_objects, key_of, parse_manifest
+from tiercache.checkpoint.loading import numpy_dtype
+from tiercache.checkpoint.safetensors_file import header_bytes, parse_header
+from tiercache.checkpoint.state_tree import DTYPES
+from tiercache.checkpoint.writer import in_parallel
+from tiercache.errors import CorruptCheckpoint, NotFound
+from tiercache.file_limit import raise_limit_for
+from tiercache.model import ByteRange
+from tiercache.store import Lease, LocalStore, Store, check_key, open_store, split_url
+from tiercache.tier.placement.redirecting_store import follow_placement
+from tiercache.tier.placement.resolver import is_remote
+
+Framework: TypeAlias = Literal["torch", "numpy"]
+
+_INDEX_NAME = "model.safetensors.index.json"
+_FILE_NAME = "model.safetensors"
+_SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
+# First read of a file; longer headers need a second one.
+_HEADER_GUESS_BYTES = 64 << 10
+_THREADS = 8
+_PIECE_BYTES = 16 << 20
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has the name from 3.13 on
+
+
+@dataclass(frozen=True, slots=True)
+class WeightInfo:
+    """A tensor of Weights.
+
+    Attributes:
+        key: Key of its file.
+        offset: Position of its first byte in the file.
+        n_bytes: Size of its values.
+        dtype: Type by the name of safetensors, such as "BF16".
+        shape: Sizes of the dimensions.
+    """
+
+    key: str
+    offset: int
+    n_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def range(self) -> ByteRange:
+        """Bytes of the tensor in its file."""
+        return ByteRange(self.offset, self.offset + self.n_bytes)
+
+
+def open_weights(
+    url: str | os.PathLike[str],
+    *,
+    prefix: str = "",
+    framework: Framework = "torch",
+    cache: Cache | Literal[False] | None = None,
+    verify: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Weights:
+    """Return the tensors of safetensors files, which are mapped, not loaded.
+
+    Args:
+        url: URL or path of a safetensors file; of a folder with `model.safetensors.index.json`, with
+            `model.safetensors`, or with other safetensors files, as on the Hugging Face Hub; of a checkpoint of
+            `Checkpoints`; or of its `Checkpoints`, for the one written last.
+        prefix: Beginning of the names of the wanted tensors, which is removed from them, such as "model.".
+        framework: Library of the tensors: "torch" or "numpy".
+        cache: Cache through which the files are read. None: local files are mapped in place, all others come through
+            `Cache.default()`. False: no cache; tensors of remote files are then read into memory of the process.
+        verify: Whether the bytes of a cached file are compared with their checksums when a tensor is first used in this
+            process. Local files have no checksums here; for checkpoints, `Checkpoints.verify()` compares them.
+        storage_options: Options of the store.
+
+    Returns:
+        A mapping from names to tensors. Close it, or use it as a context manager; tensors stay valid afterwards.
+
+    Raises:
+        NotFound: There are no safetensors files.
+        CorruptCheckpoint: A file is not what it should be.
+        StoreError: The store failed.
+        ValueError: The URL or an option is invalid.
+    """
+    if framework not in ("torch", "numpy"):
+        raise ValueError(f"framework is 'torch' or 'numpy', got {framework!r}")
+    root, name = _split(os.fspath(url))
+    options = dict(storage_options or {})
+    inner = follow_placement(open_store(root, **options), options)
+    is_cached = cache is not False and (cache is not None or is_remote(root))
+    store: Store = (cache or Cache.default()).store(inner) if is_cached else inner
+    try:
+        files, known = _find_files(store, name)
+        return Weights(store, files, known, prefix=prefix, framework=framework, verify=verify)
+    except BaseException:
+        store.close()
+        raise
+
+
+class Weights(Mapping[str, Any]):
+    """Tensors by name; open_weights() returns it. Any thread may use it, and a forked process goes on with it.
+
+    A tensor is fetched and mapped when it is first looked up: `weights["embed.weight"]`. load() gets many at once.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        files: Sequence[str],
+        known: Mapping[str, WeightInfo] | None = None,
+        *,
+        prefix: str = "",
+        framework: Framework = "torch",
+        verify: bool = True,
+    ) -> None:
+        """Read the headers of the files, unless a manifest describes the tensors.
+
+        Args:
+            store: Store of the files; close() closes it.
+            files: Keys of the files.
+            known: Tensors by name, if a manifest describes them; None: the headers of the files do.
+            prefix, framework, verify: As for open_weights().
+        """
+        self._store, self._framework, self._verify = store, framework, verify
+        self._files = {key: _File(store, key) for key in files}
+        raise_limit_for(3 * len(self._files))  # copy, unit map and mapping
+        try:
+            if known is None:
+                parts = in_parallel([partial(_read_header, file) for file in self._files.values()], _THREADS)
+                known = _merged(parts, store.url)
+        except BaseException:
+            self._close_files()
+            raise
+        self._infos = {name[len(prefix) :]: info for name, info in known.items() if name.startswith(prefix)}
+        if prefix and not self._infos:
+            some = ", ".join(sorted(known)[:5])
+            self._close_files()
+            raise NotFound(f"no tensor has a name that begins with {prefix!r}; there are {some}", url=store.url)
+        self._lock = Lock()
+        self._usable: dict[str, int] = {}  # tensors that may be mapped, and the generation of the file
+        self._memory: dict[str, bytearray] = {}  # those of them that cannot be mapped
+
+    def __repr__(self) -> str:
+        n_bytes = sum(info.n_bytes for info in self._infos.values())
+        return f"Weights({self._store.url!r}, {len(self)} tensors, {n_bytes} bytes)"
+
+    def __len__(self) -> int:
+        return len(self._infos)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._infos)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._infos
+
+    def __getitem__(self, name: str) -> Any:
+        return self.load([name])[name]
+
+    def info(self, name: str) -> WeightInfo:
+        """Return type, shape and place of a tensor, without its values. Raises KeyError."""
+        return self._infos[name]
+
+    def prefetch(self, names: Iterable[str] | None = None) -> None:
+        """Start to fetch tensors into the cache, and return at once.
+
+        Args:
+            names: Names of the tensors; None: all.
+        """
+        ranges: dict[str, list[ByteRange]] = {}
+        for name in self._infos if names is None else names:
+            info = self._infos[name]
+            ranges.setdefault(info.key, []).append(info.range)
+        for key, wanted in ranges.items():
+            self._files[key].prefetch(wanted)
+
+    def load(self, names: Iterable[str] | None = None) -> dict[str, Any]:
+        """Return tensors by name, fetched and checked by several threads.
+
+        Args:
+            names: Names of the tensors; None: all.
+
+        Raises:
+            KeyError: There is no such tensor.
+            StoreError: The store failed.
+            ValueError: NumPy does not have the type of a tensor.
+        """
+        wanted = {name: self._infos[name] for name in (self._infos if names is None else names)}
+        self.prefetch(wanted)
+        found: dict[str, Any] = {}
+        while left := [name for name in wanted if name not in found]:
+            self._make_usable(left)
+            for name in left:
+                buffer = self._buffer(name)
+                if buffer is not None:
+                    found[name] = self._tensor(wanted[name], *buffer)
+        return {name: found[name] for name in wanted}
+
+    def _make_usable(self, names: Sequence[str]) -> None:
+        """Wait until the ranges of tensors are local and checked; read those tensors that cannot be mapped."""
+        files = {name: self._files[self._infos[name].key] for name in names}
+        generations = {name: file.generation for name, file in files.items()}
+        with self._lock:
+            new = [name for name in names if name not in self._memory and self._usable.get(name) != generations[name]]
+        pieces = [(name, piece) for name in new for piece in _pieces(self._infos[name].range)]
+        checks = [partial(files[name].is_usable, piece, verify=self._verify) for name, piece in pieces]
+        checked = zip(pieces, in_parallel(checks, _THREADS), strict=True)
+        unusable = list(dict.fromkeys(name for (name, _), is_usable in checked if not is_usable))
+        memory = in_parallel([partial(files[name].read, self._infos[name].range) for name in unusable], _THREADS)
+        with self._lock:
+            self._memory.update(zip(unusable, memory, strict=True))
+            self._usable.update((name, generations[name]) for name in new)
+
+    def _buffer(self, name: str) -> tuple[Any, int] | None:
+        """Return the memory that contains a tensor, and its position there; None: its copy was corrupt meanwhile."""
+        info = self._infos[name]
+        with self._lock:
+            memory, generation = self._memory.get(name), self._usable.get(name)
+        if memory is not None or not info.n_bytes:
+            return memory, 0
+        mapping = self._files[info.key].mapping(generation)
+        return None if mapping is None else (mapping, info.offset)
+
+    def _tensor(self, info: WeightInfo, buffer: Any, offset: int) -> Any:
+        """Return a tensor over memory."""
+        if self._framework == "numpy":
+            dtype = numpy_dtype(info.dtype)
+            if not info.n_bytes:
+                return np.empty(info.shape, dtype)
+            return np.frombuffer(buffer, dtype, info.n_bytes // dtype.itemsize, offset).reshape(info.shape)
+        torch = import_module("torch")
+        torch_dtype = getattr(torch, DTYPES[info.dtype])
+        if not info.n_bytes:
+            return torch.empty(info.shape, dtype=torch_dtype)
+        if offset % torch_dtype.itemsize:  # a file of another writer, whose header is not padded
+            buffer, offset = bytearray(memoryview(buffer)[offset : offset + info.n_bytes]), 0
+        count = info.n_bytes // torch_dtype.itemsize
+        return torch.frombuffer(buffer, dtype=torch_dtype, count=count, offset=offset).reshape(info.shape)
+
+    def close(self) -> None:
+        """Close files and connections. Tensors stay valid: their memory keeps the file. Repeated calls do nothing."""
+        self._close_files()
+        self._store.close()
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _File:
+    """A safetensors file: a lease on a local file or cached copy, which is mapped; or a store that is read by ranges.
+
+    It is opened when it is first used. The lock guards the lease and the mapping.
+
+    Attributes:
+        generation: Number of copies that were found corrupt and replaced: what was local before is not any more.
+    """
+
+    def __init__(self, store: Store, key: str) -> None:
+        self._store, self.key = store, key
+        self._lock = Lock()
+        self._mapping: mmap.mmap | None = None
+        self._lease: Lease | None = None
+        self._is_local = isinstance(store, LocalStore)
+        self._is_closed = False
+        self.generation = 0
+
+    def _opened(self) -> Lease | None:
+        """Return the lease; None if the file is read by ranges."""
+        with self._lock:
+            if self._is_closed:
+                raise ValueError(f"{self.url}: these weights are closed")
+            if self._lease is None and self._is_local and isinstance(self._store, LocalStore):
+                self._lease = self._store.open_local(self.key)
+                self._is_local = self._lease is not None
+            return self._lease
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the file."""
+        lease = self._opened()
+        return self._store.head(self.key).n_bytes if lease is None else lease.n_bytes
+
+    @property
+    def url(self) -> str:
+        """URL of the file."""
+        return f"{self._store.url}/{self.key}"
+
+    def prefetch(self, ranges: Sequence[ByteRange]) -> None:
+        """Start to fetch ranges, or to read them from the disk."""
+        lease = self._opened()
+        if lease is not None:
+            lease.prefetch(ranges)
+
+    def head(self, n_bytes: int) -> bytes:
+        """Return the first bytes of the file."""
+        span = ByteRange(0, n_bytes)
+        if not self.is_usable(span, verify=True):
+            return bytes(self.read(span))
+        mapping = self.mapping(self.generation)
+        return bytes(self.read(span)) if mapping is None else mapping[:n_bytes]
+
+    def is_usable(self, span: ByteRange, *, verify: bool) -> bool:
+        """Wait until a range is local, and check it. Return False if it cannot be local, or is wrong once more.
+
+        A corrupt copy is removed and fetched again; tensors that were mapped from it keep the former file.
+        """
+        for _ in range(2):
+            lease = self._opened()
+            if lease is None or not lease.wait([span]):
+                return False
+            if not verify or not isinstance(self._store, CachedStore):
+                return True
+            # The threads read one descriptor at several offsets, so that the kernel's own read-ahead sees no sequence.
+            os.posix_fadvise(lease.fd, span.start, span.n_bytes, os.POSIX_FADV_WILLNEED)
+            if self._store.is_right(self.key, lease, [span]):
+                return True
+            with self._lock:
+                if self._lease is lease:  # this is the first thread that finds the copy corrupt
+                    self._store.remove_if_corrupt(self.key)
+                    lease.close()
+                    self._lease = self._mapping = None
+                    self.generation += 1
+        return False
+
+    def read(self, span: ByteRange) -> bytearray:
+        """Return a range, read from the store."""
+        data = bytearray(span.n_bytes)
+        self._store.read_into(self.key, [(span, memoryview(data))])
+        return data
+
+    def mapping(self, generation: int | None) -> mmap.mmap | None:
+        """Return the mapped file, of which the usable ranges may be read; None: it is of another generation."""
+        lease = self._opened()
+        with self._lock:
+            if generation != self.generation or lease is None or self._lease is not lease:
+                return None
+            if self._mapping is None:
+                flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+                self._mapping = mmap.mmap(lease.fd, lease.n_bytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+            return self._mapping
+
+    def close(self) -> None:
+        """Close the lease. A mapping stays for the tensors that use it."""
+        with self._lock:
+            lease, self._lease, self._mapping, self._is_closed = self._lease, None, None, True
+        if lease is not None:
+            lease.close()
+
+
+# -- finding the files -------------------------------------------------------------------------------------------------
+
+
+def _split(url: str) -> tuple[str, str]:
+    """Return the root URL, and the key of a file below it; "" if the URL is that of a folder."""
+    return split_url(url) if url.endswith((_SUFFIX, _INDEX_SUFFIX)) else (url, "")
+
+
+def _find_files(store: Store, name: str) -> tuple[list[str], dict[str, WeightInfo] | None]:
+    """Return the keys of the safetensors files, and the tensors if a manifest describes them.
+
+    Files that many folders have are asked for by name: stores behind plain HTTP cannot list.
+    """
+    if name.endswith(_SUFFIX):
+        return [name], None
+    for key in [name] if name else [_INDEX_NAME, MANIFEST_NAME, _FILE_NAME]:
+        try:
+            if key == MANIFEST_NAME:
+                return _of_manifest(parse_manifest(store.get(key), f"{store.url}/{key}"), lambda path: check_key(path))
+            if key == _FILE_NAME:
+                store.head(key)
+                return [key], None
+            return _indexed(store, key), None
+        except NotFound:
+            if name:
+                raise
+    found = list(store.list())
+    files = sorted(info.key for info in found if "/" not in info.key and info.key.endswith(_SUFFIX))
+    if files:
+        return files, None
+    if checkpoint_objects(found):
+        inventory = Inventory({"remote": store})
+        latest = resolve(inventory.scan(), "latest")
+        return _of_manifest(inventory.manifest("remote", latest), lambda path: key_of(latest, path))
+    raise NotFound(f"no {_INDEX_NAME}, {_FILE_NAME}, other safetensors file or checkpoint here", url=store.url)
+
+
+def _indexed(store: Store, key: str) -> list[str]:
+    """Return the files that an index names, relative to its folder."""
+    try:
+        names = sorted(set(json.loads(store.get(key))["weight_map"].values()))
+        folder = key.rpartition("/")[0]
+        return [check_key(f"{folder}/{name}" if folder else name) for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpoint(f"not an index of safetensors files: {error!r}", url=f"{store.url}/{key}") from error
+
+
+def _of_manifest(manifest: Manifest, key_of_path: Callable[[str], str]) -> tuple[list[str], dict[str, WeightInfo]]:
+    tensors = {
+        name: WeightInfo(key_of_path(entry.file), entry.offset, entry.n_bytes, entry.dtype, entry.shape)
+        for name, entry in manifest.tensors.items()
+    }
+    return sorted({info.key for info in tensors.values()}), tensors
+
+
+def _read_header(file: _File) -> dict[str, WeightInfo]:
+    """Return the tensors of a file."""
+
+    def first(n_bytes: int) -> bytes:
+        return bytes(file.head(min(n_bytes, file.n_bytes)))
+
+    try:
+        start = first(_HEADER_GUESS_BYTES)
+        n_bytes = header_bytes(start)
+        found = parse_header(start[:n_bytes] if n_bytes <= len(start) else first(n_bytes), file.n_bytes)
+    except ValueError as error:
+        raise CorruptCheckpoint(str(error), url=file.url) from error
+    return {
+        name: WeightInfo(file.key, offset, spec.n_bytes, spec.dtype, spec.shape)
+        for name, (spec, offset) in found.items()
+    }
+
+
+def _merged(parts: Iterable[Mapping[str, WeightInfo]], url: str) -> dict[str, WeightInfo]:
+    merged: dict[str, WeightInfo] = {}
+    for part in parts:
+        for name, info in part.items():
+            if name in merged:
+                raise CorruptCheckpoint(f"tensor {name!r} is in {merged[name].key} and in {info.key}", url=url)
+            if info.dtype not in DTYPES:
+                raise CorruptCheckpoint(f"tensor {name!r} has the type {info.dtype}, which is not supported", url=url)
+            merged[name] = info
+    return merged
+
+
+def _pieces(span: ByteRange) -> list[ByteRange]:
+    return [
+        ByteRange(start, min(start + _PIECE_BYTES, span.end)) for start in range(span.start, span.end, _PIECE_BYTES)
+    ]

@@ -1,0 +1,374 @@
+"""torch.distributed.checkpoint over Checkpoints in one process; tests/distributed/test_checkpoints.py has ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from threading import current_thread
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from fsspec.implementations.memory import MemoryFileSystem
+from tests.s3_fixtures import s3_server  # noqa: F401 - a fixture
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+
+import tiercache as tc
+from tiercache.checkpoint.safetensors_file import header_bytes, parse_header
+from tiercache.store import FsspecStore, LocalFolder
+from tiercache.store.contract import WrapperStore
+from tiercache.testing.faults import Fault, FaultKind, FaultStore
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    with tc.Checkpoints(tmp_path / "remote", local=tmp_path / "local") as found:
+        yield found
+
+
+def state_with(value: float) -> dict:
+    """A state of every kind of value that a training run has; value is in all of its tensors."""
+    model = torch.nn.Linear(3, 5)
+    with torch.no_grad():
+        model.weight.fill_(value)
+        model.bias.fill_(value)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.full((2, 3), value)).sum().backward()
+    optimizer.step()
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "strided": torch.full((4, 6), value).T,
+        "bf16": torch.full((7,), value, dtype=torch.bfloat16),
+        "scalar": torch.tensor(value),
+        "empty": torch.empty(0, 4),
+        "loader": {"epoch": int(value), "served": [1, 2], "pair": (value, None), "nan": float("inf")},
+        "random": np.full(5, value),
+        "size": np.float64(value),
+        "$name": "a key that begins with $",
+    }
+
+
+def is_same(found, expected) -> bool:
+    if isinstance(expected, torch.Tensor):
+        return found.dtype == expected.dtype and torch.equal(found, expected)
+    if isinstance(expected, np.ndarray | np.generic):
+        return type(found) is type(expected) and found.dtype == expected.dtype and bool((found == expected).all())
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(is_same(found[key], value) for key, value in expected.items())
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(is_same, found, expected))
+    return found == expected
+
+
+def steps(checkpoints) -> list[int]:
+    return [info.step for info in checkpoints.list() if info.state == "complete"]
+
+
+def test_a_state_comes_back_with_all_kinds_of_values(checkpoints):
+    dcp.save(state_with(1.5), storage_writer=checkpoints.dcp_writer(7, metrics={"loss": 0.5}, note={"run": "a"}))
+    loaded = state_with(-1.0)
+    dcp.load(loaded, storage_reader=checkpoints.dcp_reader("best:loss"))
+    assert is_same(loaded, state_with(1.5))
+    (info,) = checkpoints.list()
+    assert (info.step, info.tiers, info.note) == (7, ("local", "remote"), {"run": "a"})
+    assert checkpoints.verify().is_right
+
+
+def test_an_asynchronous_save_has_the_state_of_its_call(checkpoints):
+    state = {"weights": torch.ones(1000)}
+    saved = dcp.async_save(state, storage_writer=checkpoints.dcp_writer(1))
+    state["weights"].zero_()
+    saved.result()
+    assert checkpoints.load()["weights"].tolist() == [1.0] * 1000
+
+
+def test_the_files_are_safetensors_and_json(checkpoints, tmp_path):
+    dcp.save(state_with(1.0), storage_writer=checkpoints.dcp_writer(0))
+    files = [path for path in (tmp_path / "remote").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    for path in files:
+        data = path.read_bytes()
+        if path.suffix == ".json":
+            json.loads(data)
+        else:
+            assert "model.weight" in parse_header(data[: header_bytes(data)], len(data))
+
+
+class Unknown:
+    """A class whose instances only pickle could store."""
+
+
+@pytest.mark.parametrize("planner", [None, "changed"])
+def test_a_value_that_only_pickle_could_store_is_refused_with_its_key(checkpoints, planner):
+    class Changed(DefaultSavePlanner):
+        """A planner that stores its own values: the writer sees their pickles only."""
+
+        def transform_object(self, write_item, object):  # noqa: A002 - torch's name
+            return super().transform_object(write_item, object)
+
+    state = {"weights": torch.ones(2), "run": {"tokenizer": Unknown()}}
+    with pytest.raises(CheckpointException, match=r"run\.tokenizer"):
+        dcp.save(state, storage_writer=checkpoints.dcp_writer(0), planner=Changed() if planner else None)
+    assert steps(checkpoints) == []
+
+
+def test_a_planner_may_change_what_is_stored(checkpoints):
+    class HalfPlanner(DefaultSavePlanner):
+        """A planner that stores floats as halves, and marks the values of the loader."""
+
+        def create_local_plan(self):
+            plan = super().create_local_plan()
+            for item in plan.items:
+                if item.tensor_data is not None:
+                    item.tensor_data.properties.dtype = torch.float16
+            return plan
+
+        def resolve_data(self, write_item):
+            found = super().resolve_data(write_item)
+            return found.half() if isinstance(found, torch.Tensor) else found
+
+        def transform_object(self, write_item, object):  # noqa: A002 - torch's name
+            return super().transform_object(write_item, [object] if isinstance(object, int) else object)
+
+    state = {"weights": torch.full((4,), 1.5), "epoch": 3}
+    dcp.save(state, storage_writer=checkpoints.dcp_writer(0), planner=HalfPlanner())
+    loaded = checkpoints.load()
+    assert loaded["weights"].dtype == torch.float16
+    assert loaded["epoch"] == [3]
+    wide = {"weights": torch.zeros(4), "epoch": None}
+    dcp.load(wide, storage_reader=checkpoints.dcp_reader())
+    assert wide["weights"].tolist() == [1.5] * 4
+
+
+def test_planners_that_do_not_flatten_nested_dicts_find_them_whole(checkpoints):
+    state = {"weights": torch.ones(3), "loader": {"epoch": 3, "served": {"a": 1}}}
+    dcp.save(state, storage_writer=checkpoints.dcp_writer(0), planner=DefaultSavePlanner(flatten_state_dict=False))
+    loaded = {"weights": torch.zeros(3), "loader": None}
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    dcp.load(loaded, storage_reader=checkpoints.dcp_reader(), planner=planner)
+    assert is_same(loaded, state)
+
+
+def test_torch_loads_what_a_plain_save_wrote_and_the_reverse(checkpoints):
+    state = state_with(2.0)
+    checkpoints.save(0, state).wait()
+    loaded = state_with(-1.0)
+    dcp.load(loaded, storage_reader=checkpoints.dcp_reader())
+    assert is_same(loaded, state)
+    dcp.save(state, storage_writer=checkpoints.dcp_writer(1))
+    into = {"strided": torch.zeros(6, 4), "model": torch.nn.Linear(3, 5)}
+    checkpoints.load("latest", into=into)
+    assert is_same(into["strided"], state["strided"])
+    assert is_same(into["model"].state_dict(), state["model"])
+
+
+def test_what_would_not_commit_one_checkpoint_of_all_ranks_is_refused(checkpoints):
+    state = {"weights": torch.ones(2)}
+    with pytest.raises(ValueError, match="checkpoint_id"):
+        dcp.save(state, storage_writer=checkpoints.dcp_writer(0), checkpoint_id="mine")
+    with pytest.raises(ValueError, match="use_collectives"):
+        dcp.save(state, storage_writer=checkpoints.dcp_writer(0), use_collectives=False)
+    planner = DefaultSavePlanner(enable_plan_caching=True)
+    dcp.save(state, storage_writer=checkpoints.dcp_writer(1), planner=planner)
+    with pytest.raises(CheckpointException, match="enable_plan_caching"):
+        dcp.save(state, storage_writer=checkpoints.dcp_writer(2), planner=planner)
+    assert steps(checkpoints) == [1]
+
+
+# -- silent failures of other libraries ------------------------------------------------------------------------------
+
+
+class DroppingFileSystem(MemoryFileSystem):
+    """A file system in memory whose writers lose the end of large files, as if it was not flushed."""
+
+    store: dict = {}  # noqa: RUF012 - fsspec's own attributes
+    pseudo_dirs: list = [""]  # noqa: RUF012
+    drops = False
+
+    def pipe_file(self, path, value, mode="overwrite", **options):
+        super().pipe_file(path, value[:4096] if self.drops else value, mode, **options)
+
+
+@pytest.fixture
+def dropping():
+    yield DroppingFileSystem
+    DroppingFileSystem.drops = False
+    DroppingFileSystem.store.clear()
+
+
+@pytest.mark.parametrize("save", ["plain", "dcp"])
+def test_a_store_that_drops_unflushed_data_commits_nothing(dropping, save):
+    def write(checkpoints, step):
+        state = {"weights": torch.full((9000,), step)}
+        if save == "plain":
+            checkpoints.save(step, state).wait()
+        else:
+            dcp.save(state, storage_writer=checkpoints.dcp_writer(step))
+
+    store = FsspecStore("/run", "dropping://run", {}, dropping, is_single_writer=True)
+    checkpoints = tc.Checkpoints(store)
+    write(checkpoints, 0)
+    dropping.drops = True
+    with pytest.raises((tc.StoreError, CheckpointException), match=r"the store has 4096 bytes, .* was written"):
+        write(checkpoints, 1)
+    dropping.drops = False
+    assert steps(checkpoints) == [0]
+    assert checkpoints.load()["weights"].tolist() == [0] * 9000
+    checkpoints.join()
+
+
+class CountingStore(WrapperStore):
+    """A store that notes the verb and the first key of each call, and the thread that made it."""
+
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.calls = []
+
+    def around(self, method, key, call):
+        self.calls.append((method, key, current_thread().name))
+        return call()
+
+
+def test_retention_deletes_what_no_rule_keeps_and_no_save_waits_for_it(tmp_path):
+    store = CountingStore(LocalFolder(tmp_path))
+    n_requests = []
+    with tc.Checkpoints(store, keep=[tc.Keep(last=2)]) as checkpoints:
+        for step in range(6):
+            before = len(store.calls)
+            dcp.save({"weights": torch.full((1000,), step)}, storage_writer=checkpoints.dcp_writer(step))
+            n_requests.append(sum(thread == "MainThread" for *_, thread in store.calls[before:]))
+            checkpoints.join()
+    assert len(set(n_requests)) == 1, "a save that deletes others makes more requests itself"
+    deletes = [call for call in store.calls if call[0] == "delete"]
+    assert deletes
+    assert {thread for *_, thread in deletes} == {"tiercache-checkpoint-delete"}
+    assert steps(checkpoints) == [4, 5]
+    kept = {path.parent.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert kept == {info.name for info in checkpoints.list()}
+
+
+def test_tensors_that_do_not_change_are_stored_once(tmp_path):
+    frozen = torch.randn(512, 1024)  # 2 MiB
+    options = {"local": tmp_path / "local", "dedup": True, "keep": [tc.Keep(last=2)]}
+    with tc.Checkpoints(tmp_path / "remote", **options) as checkpoints:
+        for step in range(3):
+            state = {"frozen": frozen, "same": frozen.clone(), "trained": torch.full((512, 1024), step), "small": step}
+            dcp.save(state, storage_writer=checkpoints.dcp_writer(step))
+            checkpoints.join()
+        for tier in ("local", "remote"):  # the tensor of the deleted step 0 stays until it is a day old
+            assert len([*(tmp_path / tier / "tensors").iterdir()]) == 4
+        loaded = {"frozen": torch.zeros(512, 1024), "trained": torch.zeros(512, 1024, dtype=torch.int64), "small": 0}
+        dcp.load(loaded, storage_reader=checkpoints.dcp_reader("latest"))
+        assert torch.equal(loaded["frozen"], frozen)
+        assert loaded["trained"].unique().tolist() == [2]
+        assert checkpoints.load(1)["same"].equal(frozen)
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+def test_a_corrupt_local_file_is_skipped_with_a_warning(checkpoints, tmp_path):
+    dcp.save({"weights": torch.ones(1000)}, storage_writer=checkpoints.dcp_writer(0))
+    (file,) = (tmp_path / "local").rglob("*.safetensors")
+    flip(file, -5)
+    loaded = {"weights": torch.zeros(1000)}
+    with pytest.warns(RuntimeWarning, match="block 0 of weights"):
+        dcp.load(loaded, storage_reader=checkpoints.dcp_reader())
+    assert loaded["weights"].tolist() == [1.0] * 1000
+    (file,) = (tmp_path / "remote").rglob("*.safetensors")
+    flip(file, -5)
+    reader = checkpoints.dcp_reader()
+    with pytest.warns(RuntimeWarning), pytest.raises(CheckpointException, match="block 0 of weights"):
+        dcp.load(loaded, storage_reader=reader)
+
+
+def test_a_local_folder_that_lacks_the_files_of_other_machines_is_completed_by_the_store(checkpoints, tmp_path):
+    dcp.save({"weights": torch.ones(1000)}, storage_writer=checkpoints.dcp_writer(0))
+    (file,) = (tmp_path / "local").rglob("*.safetensors")
+    file.unlink()
+    loaded = {"weights": torch.zeros(1000)}
+    dcp.load(loaded, storage_reader=checkpoints.dcp_reader())
+    assert loaded["weights"].tolist() == [1.0] * 1000
+
+
+def test_bytes_that_are_damaged_in_transit_are_read_again(tmp_path):
+    store = FaultStore(LocalFolder(tmp_path))
+    checkpoints = tc.Checkpoints(store)
+    dcp.save({"weights": torch.ones(1000)}, storage_writer=checkpoints.dcp_writer(0))
+    store.add(Fault("read_into", kind=FaultKind.BIT_FLIP, keys="*.safetensors"))
+    loaded = {"weights": torch.zeros(1000)}
+    dcp.load(loaded, storage_reader=checkpoints.dcp_reader())
+    assert loaded["weights"].tolist() == [1.0] * 1000
+    assert len(store.faulted_calls) == 1
+    checkpoints.close()
+
+
+class OneBox:
+    """A load planner that wants one box of one tensor."""
+
+    def __init__(self, offsets, target):
+        self.item = ReadItem(
+            LoadItemType.TENSOR, MetadataIndex("weights", [0, 0]), torch.Size([0, 0]),
+            MetadataIndex("weights", [0, 0]), torch.Size(offsets), target.shape,
+        )  # fmt: skip
+        self.target, self.is_committed = target, False
+
+    def resolve_tensor(self, _item):
+        return self.target
+
+    def commit_tensor(self, _item, tensor):
+        self.is_committed = tensor.data_ptr() == self.target.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("offsets", "shape", "most_bytes"),
+    [((512, 0), (256, 1024), 1 << 20), ((0, 1000), (1024, 24), 4 << 20), ((3, 5), (1, 1), 1 << 20)],
+    ids=["rows", "columns", "one value"],
+)
+def test_a_rank_reads_the_blocks_that_it_needs(tmp_path, offsets, shape, most_bytes):
+    checkpoints = tc.Checkpoints(tmp_path)
+    values = torch.randn(1024, 1024)  # 4 MiB
+    dcp.save({"weights": values}, storage_writer=checkpoints.dcp_writer(0))
+    reader, box = checkpoints.dcp_reader(), OneBox(offsets, torch.zeros(shape))
+    reader.set_up_storage_reader(reader.read_metadata(), is_coordinator=True)
+    before = checkpoints.remote_store.counters["bytes_read"]
+    reader.read_data(LoadPlan([box.item]), box).wait()
+    assert checkpoints.remote_store.counters["bytes_read"] - before <= most_bytes
+    rows, columns = (slice(start, start + n) for start, n in zip(offsets, shape, strict=True))
+    assert torch.equal(box.target, values[rows, columns])
+    assert box.is_committed
+
+
+def test_ranks_that_find_different_checkpoints_do_not_load(checkpoints):
+    dcp.save({"weights": torch.ones(2)}, storage_writer=checkpoints.dcp_writer(0))
+    first, second = checkpoints.dcp_reader(), checkpoints.dcp_reader()
+    first.read_metadata()
+    dcp.save({"weights": torch.ones(2)}, storage_writer=checkpoints.dcp_writer(1))
+    second.read_metadata()
+    plans = [reader.prepare_local_plan(LoadPlan([])) for reader in (first, second)]
+    with pytest.raises(tc.StoreError, match="found different checkpoints"):
+        first.prepare_global_plan(plans)
+
+
+@pytest.mark.s3
+def test_a_checkpoint_in_an_object_store_comes_back(s3_server, tmp_path):  # noqa: F811 - the fixture
+    url, options = f"{s3_server.url}/dcp", s3_server.storage_options
+    with tc.Checkpoints(url, storage_options=options) as checkpoints:
+        dcp.save(state_with(4.0), storage_writer=checkpoints.dcp_writer(3))
+        loaded = state_with(-1.0)
+        dcp.load(loaded, storage_reader=checkpoints.dcp_reader())
+        assert is_same(loaded, state_with(4.0))

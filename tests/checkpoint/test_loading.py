@@ -1,0 +1,441 @@
+"""Load: the nearest complete copy, corrupt copies, what goes into the caller's objects, and differences of keys."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.checkpoint.files import START_S, write_checkpoint
+from torch import nn
+
+from tiercache.cache import Cache
+from tiercache.checkpoint import reading
+from tiercache.checkpoint.layout import MANIFEST_NAME
+from tiercache.checkpoint.stored import StoredCheckpoints
+from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
+from tiercache.store import LocalFolder, MemoryStore
+from tiercache.testing import Fault, FaultKind, FaultStore
+
+
+class Net(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.body = nn.Linear(width, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.head = nn.Linear(width, 2)
+
+
+def trained(seed=0, width=8, steps=2):
+    """A module and an optimizer after some steps."""
+    torch.manual_seed(seed)
+    net = Net(width)
+    optim = torch.optim.AdamW(net.parameters(), lr=0.01)
+    for _ in range(steps):
+        net.zero_grad()
+        net.head(net.norm(net.body(torch.randn(4, width)))).square().mean().backward()
+        optim.step()
+    return net, optim
+
+
+def same(left, right):
+    """Whether two states are equal bit by bit."""
+    if isinstance(left, dict):
+        return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(same(*pair) for pair in zip(left, right, strict=True))
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    return left == right
+
+
+@pytest.fixture
+def remote(tmp_path):
+    return LocalFolder(tmp_path / "remote")
+
+
+@pytest.fixture
+def local(tmp_path):
+    return LocalFolder(tmp_path / "local")
+
+
+def flip(store, key, at=-1):
+    """Invert a bit of a stored object."""
+    data = bytearray(store.get(key))
+    data[at] ^= 1
+    store.put(key, bytes(data))
+
+
+def tensor_files(store, name):
+    return sorted(info.key for info in store.list(f"{name}/") if info.key.endswith(".safetensors"))
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_comes_back_as_data_bit_by_bit(remote):
+    net, optim = trained()
+    state = {
+        "model": net.state_dict(),
+        "optim": optim.state_dict(),
+        "array": np.arange(6, dtype=np.int16).reshape(2, 3),
+        "half": torch.randn(3, dtype=torch.bfloat16),
+        "pairs": torch.randn(2, 2, dtype=torch.complex128),
+        "none": torch.empty(0, 4),
+        "scalar": torch.tensor(3.5),
+        "values": {"a": [1, None, "x", float("inf")], (1, 2): True},
+    }
+    write_checkpoint(remote, 5, state)
+    loaded = StoredCheckpoints(remote).load()
+    assert same({k: v for k, v in loaded.items() if k != "array"}, {k: v for k, v in state.items() if k != "array"})
+    assert loaded["array"].dtype == np.int16
+    assert np.array_equal(loaded["array"], state["array"])
+
+
+def test_tensors_that_share_a_stored_tensor_have_memory_of_their_own(remote):
+    write_checkpoint(remote, 1, {"a": torch.zeros(50), "b": torch.zeros(50)}, share=True)
+    loaded = StoredCheckpoints(remote).load()
+    loaded["a"] += 1
+    assert torch.equal(loaded["b"], torch.zeros(50))
+
+
+def test_map_location_moves_the_tensors_that_are_returned(remote):
+    write_checkpoint(remote, 1, {"a": torch.ones(2)})
+    assert StoredCheckpoints(remote).load(map_location="meta")["a"].device.type == "meta"
+
+
+def test_files_longer_than_a_piece_are_read_in_pieces(remote, monkeypatch):
+    monkeypatch.setattr(reading, "PIECE_BYTES", 5000)
+    monkeypatch.setattr(reading, "_STEP_BYTES", 700)
+    state = {f"t{n}": torch.randn(n * 37 + 1) for n in range(40)}
+    write_checkpoint(remote, 1, state)
+    assert same(StoredCheckpoints(remote).load(), state)
+
+
+def test_many_shared_tensors_are_read_with_few_open_files(remote, monkeypatch):
+    monkeypatch.setattr(reading, "_OPEN_FILES", 2)
+    state = {f"t{n}": torch.full((4,), n) for n in range(30)}
+    write_checkpoint(remote, 1, state, share=True)
+    opened = []
+    open_local = remote.open_local
+
+    def count(key, identity=None):
+        opened.append(sum(1 for path in Path("/proc/self/fd").iterdir() if "tensors" in str(path.resolve())))
+        return open_local(key, identity)
+
+    monkeypatch.setattr(remote, "open_local", count)
+    assert same(StoredCheckpoints(remote).load(), state)
+    assert max(opened) <= 2
+
+
+# -- into objects --------------------------------------------------------------------------------------------------
+
+
+def test_a_module_and_an_optimizer_go_on_from_where_they_were_saved(remote):
+    net, optim = trained()
+    write_checkpoint(remote, 1, {"model": net, "optim": optim})
+    again, optim_again = trained(seed=1, steps=0)
+    StoredCheckpoints(remote).load(into={"model": again, "optim": optim_again})
+    assert same(dict(again.state_dict()), dict(net.state_dict()))
+    assert same(optim_again.state_dict(), optim.state_dict())
+
+
+def test_parameters_are_filled_in_their_own_memory(remote):
+    net, optim = trained()
+    write_checkpoint(remote, 1, {"model": net, "optim": optim})
+    again, optim_again = trained(seed=1)
+    before = {key: value.data_ptr() for key, value in again.state_dict().items()}
+    StoredCheckpoints(remote).load(into={"model": again, "optim": optim_again})
+    assert {key: value.data_ptr() for key, value in again.state_dict().items()} == before
+    assert same(optim_again.state_dict(), optim.state_dict())
+
+
+def test_tensors_of_another_type_are_converted(remote):
+    net, _ = trained()
+    write_checkpoint(remote, 1, {"model": net})
+    again = Net().double()
+    StoredCheckpoints(remote).load(into={"model": again})
+    assert torch.equal(again.head.weight, net.head.weight.double())
+
+
+def test_tied_weights_are_filled_and_stay_tied(remote):
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    net[1].weight = net[0].weight
+    write_checkpoint(remote, 1, {"model": net})
+    tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    tied[1].weight = tied[0].weight
+    apart = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    checkpoints = StoredCheckpoints(remote)
+    checkpoints.load(into={"model": tied})
+    checkpoints.load(into={"model": apart})
+    assert tied[1].weight is tied[0].weight
+    for loaded in (tied, apart):
+        assert torch.equal(loaded[0].weight, net[0].weight)
+        assert torch.equal(loaded[1].weight, net[0].weight)
+
+
+def test_tensors_arrays_and_values_of_a_dict_are_filled_in_place(remote):
+    state = {"ema": {"w": torch.randn(3)}, "mean": np.arange(4.0), "epoch": 7, "turned": torch.randn(2, 3)}
+    write_checkpoint(remote, 1, state)
+    w, mean, turned = torch.zeros(3), np.zeros(4), torch.zeros(3, 2).t()
+    into = {"ema": {"w": w}, "mean": mean, "epoch": 0, "turned": turned}
+    assert StoredCheckpoints(remote).load(into=into) is into
+    assert torch.equal(w, state["ema"]["w"])
+    assert np.array_equal(mean, state["mean"])
+    assert torch.equal(turned, state["turned"])
+    assert into["epoch"] == 7
+
+
+def test_saved_objects_that_are_not_asked_for_are_not_loaded(remote):
+    net, optim = trained()
+    write_checkpoint(remote, 1, {"model": net, "optim": optim, "epoch": 3})
+    again = Net()
+    StoredCheckpoints(remote).load(into={"model": again})
+    assert same(dict(again.state_dict()), dict(net.state_dict()))
+
+
+def test_an_object_with_load_state_dict_gets_its_state(remote):
+    class Counter:
+        n = 0
+
+        def state_dict(self):
+            return {"n": self.n}
+
+        def load_state_dict(self, state):
+            self.n = state["n"]
+
+    counter = Counter()
+    counter.n = 41
+    write_checkpoint(remote, 1, {"counter": counter})
+    again = Counter()
+    StoredCheckpoints(remote).load(into={"counter": again})
+    assert again.n == 41
+
+
+def test_into_must_be_a_dict_of_things_that_can_be_filled(remote):
+    write_checkpoint(remote, 1, {"model": Net()})
+    checkpoints = StoredCheckpoints(remote)
+    with pytest.raises(TypeError, match="into is a dict such as"):
+        checkpoints.load(into=Net())
+
+
+def test_tensors_that_several_ranks_stored_in_parts_are_put_together(remote):
+    weight, bias = torch.randn(2, 8), torch.randn(2)
+
+    def in_parts(tree):
+        parts = [[[row, 0], [1, 8], {"$tensor": f"parts.{row}"}] for row in range(2)]
+        return {
+            "head": {"weight": {"$sharded": {"size": [2, 8], "dtype": "F32", "parts": parts}}, "bias": tree["bias"]}
+        }
+
+    state = {"parts": [weight[:1], weight[1:]], "bias": bias}
+    write_checkpoint(remote, 1, state, edit_tree=in_parts)
+    checkpoints = StoredCheckpoints(remote)
+    head = nn.Linear(8, 2)
+    checkpoints.load(into={"head": head})
+    assert torch.equal(head.weight, weight)
+    assert torch.equal(head.bias, bias)
+    assert torch.equal(checkpoints.load()["head"]["weight"], weight)
+    with pytest.raises(ValueError, match=r"head\.weight: \[2, 8\] in the checkpoint, \[3, 8\] in the object"):
+        checkpoints.load(into={"head": nn.Linear(8, 3)})
+
+
+# -- strict --------------------------------------------------------------------------------------------------------
+
+
+def other_net():
+    net = Net()
+    net.head, net.extra = nn.Linear(8, 3), nn.Linear(2, 2)
+    del net.norm
+    return net
+
+
+def test_one_error_lists_all_missing_unexpected_and_misshaped_keys_and_nothing_is_changed(remote):
+    net, _ = trained()
+    write_checkpoint(remote, 1, {"model": net})
+    into = {"model": other_net(), "optim": {}}
+    before = {key: value.clone() for key, value in into["model"].state_dict().items()}
+    with pytest.raises(ValueError, match="does not fit into=") as caught:
+        StoredCheckpoints(remote).load(into=into)
+    text = str(caught.value)
+    assert "missing in the checkpoint (3): model.extra.weight, model.extra.bias, optim" in text
+    assert "unexpected: in the checkpoint only (5): model.norm.weight, model.norm.bias" in text
+    assert "of another shape (2):" in text
+    assert "model.head.weight: [2, 8] in the checkpoint, [3, 8] in the object" in text
+    assert "Nothing was loaded" in text
+    assert same(dict(into["model"].state_dict()), before)
+
+
+def test_without_strict_everything_that_fits_is_loaded_and_the_rest_is_named_in_a_warning(remote):
+    net, _ = trained()
+    write_checkpoint(remote, 1, {"model": net})
+    into = other_net()
+    head = into.head.weight.clone()
+    with pytest.warns(RuntimeWarning, match="of another shape"):
+        StoredCheckpoints(remote).load(into={"model": into}, strict=False)
+    assert torch.equal(into.body.weight, net.body.weight)
+    assert torch.equal(into.head.weight, head)
+
+
+def test_the_error_says_that_the_keys_differ_by_the_prefix_of_a_wrapper(remote):
+    net, _ = trained()
+    write_checkpoint(remote, 1, {"model": {f"module.{key}": value for key, value in net.state_dict().items()}})
+    with pytest.raises(ValueError, match=r"The keys of the checkpoint begin with 'module\.'"):
+        StoredCheckpoints(remote).load(into={"model": Net()})
+
+
+# -- which checkpoint ----------------------------------------------------------------------------------------------
+
+
+def test_latest_is_the_checkpoint_written_last_whatever_its_step(remote):
+    write_checkpoint(remote, 900, {"n": 900}, created_s=START_S)
+    write_checkpoint(remote, 100, {"n": 100}, created_s=START_S + 50)
+    write_checkpoint(remote, 950, {"n": 950}, created_s=START_S + 99, commit=False)
+    assert StoredCheckpoints(remote).load() == {"n": 100}
+
+
+def test_a_checkpoint_is_found_by_step_by_name_and_by_its_metric(remote):
+    first = write_checkpoint(remote, 1, {"n": 1}, metrics={"loss": 0.5, "acc": 0.1})
+    write_checkpoint(remote, 2, {"n": 2}, metrics={"loss": 0.25, "acc": 0.4})
+    write_checkpoint(remote, 2, {"n": 22}, metrics={"loss": float("nan")}, nonce="00c0df")
+    checkpoints = StoredCheckpoints(remote)
+    found = [checkpoints.load(which)["n"] for which in (1, 2, first, "best:loss", "best:loss:max", "best:acc:max")]
+    assert found == [1, 22, 1, 2, 1, 2]
+
+
+def test_the_error_for_a_checkpoint_that_does_not_exist_lists_what_there_is(remote):
+    write_checkpoint(remote, 1, metrics={"loss": 0.5})
+    checkpoints = StoredCheckpoints(remote)
+    with pytest.raises(NotFound, match=r"no complete checkpoint of step 7; .* steps 1, metrics: loss"):
+        checkpoints.load(7)
+    with pytest.raises(NotFound, match="with the metric 'acc'"):
+        checkpoints.load("best:acc")
+    with pytest.raises(ValueError, match="'latest', 'best:METRIC', a step or a name, got 'newest'"):
+        checkpoints.load("newest")
+    with pytest.raises(NotFound, match="there are no checkpoints"):
+        StoredCheckpoints(MemoryStore("empty-of-checkpoints")).load()
+
+
+# -- which copy ----------------------------------------------------------------------------------------------------
+
+
+def both(local, remote, step=1):
+    """A checkpoint in both tiers."""
+    write_checkpoint(local, step, {"w": torch.full((100,), float(step))})
+    return write_checkpoint(remote, step, {"w": torch.full((100,), float(step))})
+
+
+def test_the_local_copy_is_read_where_there_is_one(local, remote):
+    name = both(local, remote)
+    remote.delete([info.key for info in remote.list(f"{name}/") if not info.key.endswith(MANIFEST_NAME)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(StoredCheckpoints(remote, local).load()["w"], torch.ones(100))
+
+
+@pytest.mark.parametrize("damage", ["bit", "gone", "short", "manifest"])
+def test_a_corrupt_copy_is_skipped_with_a_warning(local, remote, damage):
+    name = both(local, remote)
+    (key, *_) = tensor_files(local, name)
+    if damage == "bit":
+        flip(local, key)
+    elif damage == "gone":
+        local.delete([key])
+    elif damage == "short":
+        local.put(key, local.get(key)[:-1])
+    else:
+        flip(local, f"{name}/{MANIFEST_NAME}", at=5)
+    with pytest.warns(RuntimeWarning, match="this copy is skipped"):
+        assert torch.equal(StoredCheckpoints(remote, local).load()["w"], torch.ones(100))
+
+
+def test_latest_goes_back_to_the_checkpoint_before_if_no_copy_of_the_newest_is_right(local, remote):
+    write_checkpoint(remote, 1, {"n": torch.ones(1)})
+    name = both(local, remote, step=2)
+    for store in (local, remote):
+        flip(store, tensor_files(store, name)[0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert torch.equal(StoredCheckpoints(remote, local).load()["n"], torch.ones(1))
+    assert ["skipped" in str(one.message) for one in caught] == [True, True, False]
+    assert "the checkpoint written before it is next" in str(caught[-1].message)
+    with pytest.warns(RuntimeWarning, match="skipped"), pytest.raises(CorruptCheckpoint, match="CRC-32C"):
+        StoredCheckpoints(remote, local).load(2)
+
+
+def test_local_checkpoints_are_loaded_while_the_store_cannot_be_reached(local, remote):
+    both(local, remote)
+    broken = FaultStore(remote, [Fault("list", times=10)])
+    with pytest.warns(RuntimeWarning, match="only local checkpoints are considered"):
+        assert torch.equal(StoredCheckpoints(broken, local).load()["w"], torch.ones(100))
+
+
+def test_a_failing_store_is_an_error_and_not_an_older_checkpoint(remote):
+    write_checkpoint(remote, 1)
+    write_checkpoint(remote, 2, {"w": torch.ones(4)})
+    broken = FaultStore(remote, [Fault("read_into", times=100)])
+    with pytest.warns(RuntimeWarning, match="skipped"), pytest.raises(StoreError, match="scripted fault"):
+        StoredCheckpoints(broken).load()
+
+
+# -- through the cache ---------------------------------------------------------------------------------------------
+
+
+class Bucket(FaultStore):
+    """A store that counts as a remote one."""
+
+    def __init__(self, inner, script=()):
+        super().__init__(inner, script)
+        self.url = f"s3://bucket/{Path(inner.url).name}"
+
+
+@pytest.fixture
+def cache(tmp_path):
+    with Cache(tmp_path / "cache", size="64MiB") as cache:
+        yield cache
+
+
+def test_an_interrupted_load_continues_where_it_ended(remote, cache):
+    state = {f"t{n}": torch.randn(1 << 19) for n in range(8)}
+    write_checkpoint(remote, 1, state, n_files=8)
+    bucket = Bucket(remote, [Fault("read_into", nth=4, times=1000, retryable=False)])
+    with pytest.warns(RuntimeWarning, match="skipped"), pytest.raises(StoreError):
+        StoredCheckpoints(bucket, cache=lambda: cache).load()
+    interrupted = remote.counters["bytes_read"]
+    bucket = Bucket(remote)
+    assert same(StoredCheckpoints(bucket, cache=lambda: cache).load(), state)
+    again = remote.counters["bytes_read"] - interrupted
+    assert again < 8 * (1 << 21) - (1 << 20)
+
+
+def test_a_second_load_of_the_machine_reads_nothing_from_the_store_but_manifests(remote, cache):
+    write_checkpoint(remote, 1, {"w": torch.randn(1 << 18)})
+    StoredCheckpoints(Bucket(remote), cache=lambda: cache).load()
+    before = remote.counters["bytes_read"]
+    StoredCheckpoints(Bucket(remote), cache=lambda: cache).load()
+    assert remote.counters["bytes_read"] - before < 10_000
+
+
+def test_a_corrupt_cached_copy_is_fetched_again(remote, cache, tmp_path):
+    state = {"w": torch.randn(1 << 18)}
+    write_checkpoint(remote, 1, state)
+    StoredCheckpoints(Bucket(remote), cache=lambda: cache).load()
+    copies = [path for path in Path(cache.path, "copies").iterdir() if path.stat().st_size > 1 << 20]
+    assert copies
+    for path in copies:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        with path.open("r+b") as file:
+            file.write(data)
+    assert same(StoredCheckpoints(Bucket(remote), cache=lambda: cache).load(), state)
+
+
+def test_bytes_that_change_on_the_way_are_found(remote):
+    write_checkpoint(remote, 1, {"w": torch.randn(1000)})
+
+    class Plain(FaultStore):
+        """Without local files."""
+
+    flipping = Plain(remote, [Fault("read_into", times=50, kind=FaultKind.BIT_FLIP)])
+    with pytest.warns(RuntimeWarning), pytest.raises(CorruptCheckpoint):
+        StoredCheckpoints(flipping).load()

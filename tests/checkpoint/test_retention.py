@@ -1,0 +1,584 @@
+"""Retention: what each rule keeps in each tier, deletions in batches, leftovers, and shared tensors."""
+
+import os
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.checkpoint.files import START_S, write_checkpoint
+from tests.support.stores import CountingStore
+
+from tiercache.checkpoint.inventory import Inventory, Tags
+from tiercache.checkpoint.layout import (
+    MANIFEST_NAME,
+    SHARED_FOLDER,
+    encode_manifest,
+    key_of,
+    list_names,
+    manifest_key,
+    parse_manifest,
+    reference_key,
+)
+from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention, plan_retention, referenced_tensors
+from tiercache.checkpoint.stored import StoredCheckpoints
+from tiercache.errors import NotFound, StoreError
+from tiercache.model import ObjectInfo
+from tiercache.store import LocalFolder, MemoryStore
+from tiercache.store.contract import WrapperStore
+from tiercache.testing import Fault, FaultStore
+
+HOUR_S = 3600.0
+DAY_S = 86400.0
+
+
+class Dated(WrapperStore):
+    """A store whose objects have the dates of a clock of the test."""
+
+    def __init__(self, inner, now_s=START_S):
+        super().__init__(inner)
+        self.now_s = now_s
+        self.dates = {}
+
+    def around(self, method, key, call):
+        found = call()
+        if method in ("put", "put_if_absent", "complete"):
+            self.dates[key] = self.now_s
+        return found
+
+    def info_outside(self, info):
+        return ObjectInfo(info.key, info.n_bytes, info.etag, modified_s=self.dates.get(info.key, self.now_s))
+
+
+@pytest.fixture
+def remote():
+    store = Dated(MemoryStore(f"retention-{os.urandom(8).hex()}"))
+    yield store
+    store.delete([info.key for info in store.list()])
+
+
+@pytest.fixture
+def local(tmp_path):
+    return LocalFolder(tmp_path / "local")
+
+
+def hours(store, *steps, at=0.0, **facts):
+    """Checkpoints of these steps, one each hour."""
+    return [
+        write_checkpoint(store, step, created_s=START_S + (at + number) * HOUR_S, **facts)
+        for number, step in enumerate(steps)
+    ]
+
+
+def steps_of(store):
+    return sorted(int(name[5:17]) for name in list_names(store))
+
+
+def retained(store, *keeps, now_s=START_S + 1000 * HOUR_S, local=None):
+    """Run retention and return the steps that are left in the store."""
+    tiers = {"remote": store} if local is None else {"local": local, "remote": store}
+    Retention(Inventory(tiers), keeps, now=lambda: now_s).run()
+    return steps_of(store)
+
+
+# -- rules ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_rule_without_a_key_or_with_a_wrong_value_is_refused():
+    for wrong, message in (
+        ({}, "Keep: is empty; its keys are best, every, every_steps, last, tags, younger_than"),
+        ({"last": 0}, "Keep.last: .* greater than or equal to 1"),
+        ({"every": "soon"}, "Keep.every: not a duration: 'soon'"),
+        ({"best": "loss"}, "Keep.best: expected METRIC:N"),
+        ({"last": 1, "tier": "archive"}, "Keep.tier: expected 'local', 'remote' or None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Keep(**wrong)
+
+
+def test_without_rules_everything_is_kept(remote):
+    hours(remote, 1, 2, 3)
+    assert retained(remote) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        (Keep(last=2), [400, 500]),
+        (Keep(every_steps=200), [100, 200, 400, 500]),
+        (Keep(every="2h"), [100, 300, 500]),
+        (Keep(best="loss:2"), [200, 300, 500]),
+        (Keep(best="acc:1:max"), [100, 500]),
+        (Keep(best=["loss:1", "acc:1:max"]), [100, 300, 500]),
+        (Keep(younger_than="3h"), [300, 400, 500]),
+    ],
+    ids=str,
+)
+def test_each_key_keeps_what_the_keep_list_of_a_rule_file_keeps_and_always_the_newest(remote, keep, left):
+    for number, (step, loss, acc) in enumerate(
+        [(100, 0.9, 0.8), (200, 0.4, 0.3), (300, 0.2, 0.5), (400, 0.5, 0.6), (500, 0.6, 0.7)]
+    ):
+        metrics = {"loss": loss, "acc": acc}
+        write_checkpoint(remote, step, created_s=START_S + number * HOUR_S, metrics=metrics)
+    assert retained(remote, keep, now_s=START_S + 5 * HOUR_S) == left
+
+
+def test_a_checkpoint_that_any_rule_keeps_is_kept(remote):
+    hours(remote, 1, 2, 3, 4, 5, 6)
+    assert retained(remote, Keep(last=1), Keep(every_steps=3)) == [1, 3, 6]
+
+
+def test_a_misspelt_metric_deletes_nothing(remote):
+    for step in (1, 2, 3):
+        write_checkpoint(remote, step, metrics={"loss": step})
+    assert retained(remote, Keep(best="los:1")) == [1, 2, 3]
+
+
+def test_the_checkpoint_written_last_stays_after_a_restart_at_a_lower_step(remote):
+    hours(remote, 800, 900)
+    hours(remote, 100, at=5)
+    assert retained(remote, Keep(last=1)) == [100]
+
+
+def test_last_counts_the_checkpoints_written_last_also_after_a_restart(remote):
+    hours(remote, 700, 800, 900)
+    hours(remote, 100, at=5)
+    assert retained(remote, Keep(last=2)) == [100, 900]
+
+
+def test_every_steps_counts_anew_after_a_restart(remote):
+    hours(remote, 100, 150, 200)
+    hours(remote, 110, 120, 210, at=5)
+    assert retained(remote, Keep(every_steps=100)) == [100, 110, 200, 210]
+
+
+def test_checkpoints_with_one_of_the_tags_are_kept_and_other_tags_keep_the_last_copy(remote):
+    names = hours(remote, 1, 2, 3, 4)
+    checkpoints = StoredCheckpoints(remote)
+    checkpoints.tag(names[0], "release", "demo")
+    checkpoints.tag(2, "paper")
+    assert retained(remote, Keep(tags="release")) == [1, 2, 4]
+    checkpoints.untag(2, "paper")
+    assert retained(remote, Keep(tags="release")) == [1, 4]
+
+
+def test_a_pinned_checkpoint_is_deleted_by_no_rule_and_by_no_call(remote):
+    hours(remote, 1, 2, 3)
+    checkpoints = StoredCheckpoints(remote)
+    checkpoints.pin(1)
+    assert retained(remote, Keep(last=1)) == [1, 3]
+    with pytest.raises(ValueError, match="is pinned: unpin it"):
+        checkpoints.delete(1)
+    checkpoints.unpin(1)
+    assert retained(remote, Keep(last=1)) == [3]
+
+
+def test_tags_that_cannot_be_read_count_as_a_pin(remote):
+    names = hours(remote, 1, 2)
+    remote.put(f"{names[0]}/tags.json", b"{torn")
+    assert retained(remote, Keep(last=1)) == [1, 2]
+    assert Tags.parse(Tags(frozenset({"a"}), is_pinned=False).encode()) == Tags(frozenset({"a"}))
+
+
+def test_list_says_which_rules_keep_a_checkpoint_in_each_tier(remote, local):
+    for store in (local, remote):
+        hours(store, 1, 2, metrics={"loss": 0.5})
+    checkpoints = StoredCheckpoints(remote, local, keep=[Keep(last=1, tier="local"), Keep(last=5, best="loss:1")])
+    checkpoints.pin(1)
+    first, second = checkpoints.list()
+    assert first.kept_by == {
+        "local": ("last=5, best='loss:1'", "pinned"),
+        "remote": ("last=5, best='loss:1'", "pinned"),
+    }
+    assert second.kept_by["local"] == ("last=1", "last=5, best='loss:1'", "latest")
+    assert (first.is_pinned, first.metrics, first.tiers, first.state) == (
+        True,
+        {"loss": 0.5},
+        ("local", "remote"),
+        "complete",
+    )
+
+
+# -- tiers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_rule_of_one_tier_leaves_the_other_tier_alone(remote, local):
+    for store in (local, remote):
+        hours(store, 1, 2, 3)
+    assert retained(remote, Keep(last=1, tier="local"), local=local) == [1, 2, 3]
+    assert steps_of(local) == [3]
+
+
+def test_a_local_checkpoint_that_is_not_uploaded_yet_stays(remote, local):
+    hours(local, 1, 2, 3)
+    hours(remote, 1)
+    retained(remote, Keep(last=1, tier="local"), local=local)
+    assert steps_of(local) == [2, 3]
+
+
+def test_a_local_checkpoint_that_the_store_would_not_keep_need_not_be_uploaded(remote, local):
+    hours(local, 1, 2, 3)
+    hours(remote, 3)
+    retained(remote, Keep(last=1), local=local)
+    assert steps_of(local) == [3]
+
+
+def test_checkpoints_that_wait_for_their_upload_do_not_displace_uploaded_ones(remote, local):
+    hours(remote, 1, 2)
+    hours(local, 3, 4, at=5)
+    assert retained(remote, Keep(last=2, tier="remote"), local=local) == [1, 2]
+
+
+def test_a_rule_for_local_without_a_local_folder_is_refused(remote):
+    with pytest.raises(ValueError, match="have no local folder"):
+        StoredCheckpoints(remote, keep=[Keep(last=1, tier="local")])
+
+
+def test_an_unfinished_save_is_no_checkpoint_and_displaces_none(remote):
+    hours(remote, 1, 2)
+    hours(remote, 3, at=5, commit=False)
+    assert retained(remote, Keep(last=1), now_s=START_S + 6 * HOUR_S) == [2]
+    assert len({info.key.split("/")[0] for info in remote.list()}) == 2
+
+
+# -- deletions -----------------------------------------------------------------------------------------------------
+
+
+def test_many_checkpoints_are_deleted_by_few_requests(remote):
+    hours(remote, *range(1, 41))
+    counting = CountingStore(remote)
+    assert retained(counting, Keep(last=1)) == [40]
+    assert counting.n_calls("delete") <= 4
+
+
+def test_a_deletion_removes_every_object_and_folder(remote, local):
+    for store in (local, remote):
+        hours(store, 1, 2)
+    checkpoints = StoredCheckpoints(remote, local)
+    report = checkpoints.delete(1)
+    assert report.deleted.keys() == {"local", "remote"}
+    assert report.n_bytes > 0
+    for store in (local, remote):
+        assert {info.key.split("/")[0] for info in store.list()} == {list_names(store)[0]}
+    assert len(list(local.root.iterdir())) == 1
+    with pytest.raises(NotFound):
+        checkpoints.delete(1)
+
+
+def test_the_manifest_goes_first_so_that_no_reader_sees_a_part_of_a_checkpoint(remote):
+    names = hours(remote, 1, 2)
+    broken = FaultStore(remote, [Fault("delete", nth=2, retryable=False)])
+    with pytest.raises(StoreError):
+        Retention(Inventory({"remote": broken}), [Keep(last=1)], now=lambda: START_S).run()
+    assert list_names(remote) == names[1:]
+    checkpoints = StoredCheckpoints(remote)
+    assert [(one.step, one.state) for one in checkpoints.list()] == [(1, "incomplete"), (2, "complete")]
+
+
+def test_a_save_of_this_process_is_not_deleted(remote):
+    (name,) = hours(remote, 1, commit=False)
+    retention = Retention(Inventory({"remote": remote}), unfinished=lambda: {name}, now=lambda: START_S + 99 * DAY_S)
+    with pytest.raises(ValueError, match="is being saved"):
+        retention.delete([name])
+    assert retention.collect().n_leftovers == 0
+
+
+def test_leftovers_of_a_killed_save_are_removed_after_a_day(remote, local):
+    hours(remote, 1)
+    (name,) = hours(remote, 2, commit=False)
+    write_checkpoint(local, 2, commit=False)
+    (local.root / "step-000000000009.20270115T080200000Z-00c0de").mkdir()
+
+    def left(now_s):
+        Retention(Inventory({"remote": remote}), now=lambda: now_s).collect()
+        return any(info.key.startswith(name) for info in remote.list())
+
+    assert left(START_S + DAY_S - 1)
+    assert not left(START_S + DAY_S)
+    now_s = local.head(next(iter(local.list())).key).modified_s + DAY_S + 1
+    Retention(Inventory({"local": local}), now=lambda: now_s).collect()
+    assert list(local.list()) == []
+
+
+def test_the_rest_of_a_deletion_that_was_killed_is_removed_after_a_day(remote):
+    names = hours(remote, 1, 2, share=True)
+    remote.delete([manifest_key(names[0])])
+    Retention(Inventory({"remote": remote}), now=lambda: START_S + DAY_S).collect()
+    assert {info.key.split("/")[0] for info in remote.list()} == {names[1]}
+
+
+# -- shared tensors ------------------------------------------------------------------------------------------------
+
+A, B, C = (np.full(10, value, np.float32) for value in (1.0, 2.0, 3.0))
+
+
+def shared_of(store):
+    return {info.key for info in store.list(SHARED_FOLDER)}
+
+
+def collect(store, now_s):
+    return Retention(Inventory({"remote": store}), now=lambda: now_s).collect()
+
+
+def delete(store, *names, now_s):
+    store.now_s = now_s
+    Retention(Inventory({"remote": store}), now=lambda: now_s).delete(names)
+
+
+def test_a_shared_tensor_stays_while_a_checkpoint_refers_to_it_and_goes_a_day_after_the_last_one(remote):
+    first = write_checkpoint(remote, 1, {"w": A, "v": B}, share=True)
+    second = write_checkpoint(remote, 2, {"w": A, "v": C}, share=True)
+    later_s = START_S + 10 * DAY_S
+    delete(remote, first, now_s=later_s)
+    assert collect(remote, later_s + DAY_S - 1).n_shared == 0
+    assert collect(remote, later_s + DAY_S).n_shared == 1
+    loaded = StoredCheckpoints(remote).load(second)
+    assert np.array_equal(loaded["w"], A)
+    delete(remote, second, now_s=later_s + 5 * DAY_S)
+    collect(remote, later_s + 7 * DAY_S)
+    assert list(remote.list()) == []
+
+
+def test_a_shared_tensor_stays_for_a_checkpoint_that_the_tier_engine_has_moved(remote):
+    first = write_checkpoint(remote, 1, {"w": A}, share=True)
+    write_checkpoint(remote, 2, {"w": B}, share=True)
+    remote.delete([info.key for info in remote.list(f"{first}/")])
+    assert collect(remote, START_S + 99 * DAY_S).n_shared == 0
+    checkpoints = StoredCheckpoints(remote)
+    assert [(one.step, one.state) for one in checkpoints.list()] == [(1, "moved"), (2, "complete")]
+    remote.now_s = START_S + 99 * DAY_S
+    checkpoints.delete(first)
+    assert [one.step for one in checkpoints.list()] == [2]
+    assert collect(remote, START_S + 101 * DAY_S).n_shared == 1
+    assert {info.key for info in remote.list("references/")} == {reference_key(list_names(remote)[0])}
+
+
+def test_a_local_reference_ends_when_the_store_has_the_checkpoint(remote, local):
+    name = write_checkpoint(local, 1, {"w": A}, share=True)
+    local.delete([info.key for info in local.list(f"{name}/")])
+    now_s = next(local.list(SHARED_FOLDER)).modified_s + 3 * DAY_S
+
+    def collect_both():
+        return Retention(Inventory({"local": local, "remote": remote}), now=lambda: now_s).collect().n_shared
+
+    assert collect_both() == 0
+    write_checkpoint(remote, 1, {"w": A}, share=True)
+    remote.now_s = now_s
+    assert collect_both() == 1
+    assert list(local.list()) == []
+
+
+def test_a_deleted_checkpoint_of_which_only_the_tombstone_is_left_is_not_listed(remote):
+    first = write_checkpoint(remote, 1, {"w": A}, share=True)
+    write_checkpoint(remote, 2, {"w": B}, share=True)
+    delete(remote, first, now_s=START_S)
+    checkpoints = StoredCheckpoints(remote)
+    assert [one.step for one in checkpoints.list()] == [2]
+    with pytest.raises(NotFound):
+        checkpoints.delete(first)
+    with pytest.raises(NotFound):
+        checkpoints.tag(1, "release")
+
+
+def test_the_reference_protects_the_tensors_of_a_corrupt_manifest_and_without_it_nothing_is_deleted(remote):
+    first = write_checkpoint(remote, 1, {"w": A}, share=True)
+    second = write_checkpoint(remote, 2, {"w": B}, share=True)
+    third = write_checkpoint(remote, 3, {"w": C}, share=True)
+    remote.put(manifest_key(second), b"{}")
+    delete(remote, first, now_s=START_S)
+    assert collect(remote, START_S + 99 * DAY_S).n_shared == 1
+    delete(remote, third, now_s=START_S)
+    for wrong in ("corrupt", "gone"):
+        if wrong == "corrupt":
+            remote.put(reference_key(second), b"{}")
+        else:
+            remote.delete([reference_key(second)])
+        with pytest.warns(RuntimeWarning, match="while this manifest cannot be read"):
+            assert collect(remote, START_S + 99 * DAY_S).n_shared == 0
+    assert len(shared_of(remote)) == 2
+
+
+def test_a_new_tensor_without_a_manifest_is_not_deleted_before_it_is_a_day_old(remote):
+    write_checkpoint(remote, 1, {"w": A}, share=True, commit=False)
+    assert collect(remote, START_S + DAY_S - 1).n_shared == 0
+    assert len(shared_of(remote)) == 1
+
+
+def test_a_save_may_refer_to_the_tensors_of_visible_checkpoints_only(remote):
+    first = write_checkpoint(remote, 1, {"w": A}, share=True)
+    write_checkpoint(remote, 2, {"w": B}, share=True)
+    write_checkpoint(remote, 3, {"w": C}, share=True, commit=False)
+    inventory = Inventory({"remote": remote})
+    assert len(referenced_tensors(inventory, "remote")) == 2
+    delete(remote, first, now_s=START_S)
+    assert len(referenced_tensors(inventory, "remote")) == 1
+
+
+VALUES = st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True)
+
+
+class SavesAndDeletes(RuleBasedStateMachine):
+    """Saves that begin, write and commit step by step, among deletions and collections, on a clock of the test.
+
+    A save ends within the age of collection. Invariant: every visible checkpoint has all its tensors.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.store = Dated(MemoryStore(f"shared-{os.urandom(8).hex()}"))
+        self.saves = []
+        self.moved = {}
+        self.step = 0
+
+    def teardown(self):
+        self.store.delete([info.key for info in self.store.list()])
+
+    @initialize(values=VALUES)
+    def begin_with_an_old_checkpoint(self, values):
+        self.save(values)
+        self.store.now_s += 10 * DAY_S
+
+    @rule(values=VALUES)
+    def save(self, values):
+        self.begin(values)
+        save = self.saves[-1]
+        self._write(save)
+        self._commit(save)
+
+    @rule(values=VALUES)
+    def begin(self, values):
+        """Decide which tensors are written and which are reused."""
+        reusable = referenced_tensors(Inventory({"remote": self.store}), "remote")
+        self.step += 1
+        self.saves.append(
+            {"step": self.step, "begin_s": self.store.now_s, "values": values, "reusable": reusable, "put": False}
+        )
+
+    def _manifest(self, save):
+        """The manifest of a save, and the files that it writes; made in a store of its own."""
+        scratch = MemoryStore(f"scratch-{os.urandom(8).hex()}")
+        state = {f"t{value}": np.full(4, value, np.int64) for value in save["values"]}
+        name = write_checkpoint(scratch, save["step"], state, created_s=save["begin_s"], share=True)
+        manifest = parse_manifest(scratch.get(manifest_key(name)), "")
+        files = {key_of(name, file.path): scratch.get(key_of(name, file.path)) for file in manifest.files}
+        scratch.delete([info.key for info in scratch.list()])
+        return manifest, files
+
+    def _write(self, save):
+        _, files = self._manifest(save)
+        for key, value in files.items():
+            if not key.startswith(SHARED_FOLDER) or key not in save["reusable"]:
+                self.store.put(key, value)
+        save["put"] = True
+
+    def _commit(self, save, *, is_killed=False):
+        self.saves.remove(save)
+        manifest, _ = self._manifest(save)
+        self.store.put(reference_key(manifest.name), encode_manifest(manifest))
+        if not is_killed:
+            assert self.store.put_if_absent(manifest_key(manifest.name), encode_manifest(manifest))
+
+    @precondition(lambda self: self.saves)
+    @rule(data=st.data())
+    def go_on_with_a_save(self, data):
+        """Write its tensors, or commit it."""
+        save = data.draw(st.sampled_from(self.saves))
+        (self._commit if save["put"] else self._write)(save)
+
+    @precondition(lambda self: self.saves)
+    @rule(data=st.data())
+    def kill_a_save(self, data):
+        save = data.draw(st.sampled_from(self.saves))
+        if save["put"] and data.draw(st.booleans()):
+            self._commit(save, is_killed=True)
+        else:
+            self.saves.remove(save)
+
+    @precondition(lambda self: list_names(self.store))
+    @rule(data=st.data())
+    def move_away(self, data):
+        """The tier engine moves the folder of a checkpoint, which will come back."""
+        name = data.draw(st.sampled_from(list_names(self.store)))
+        self.moved[name] = {info.key: self.store.get(info.key) for info in self.store.list(f"{name}/")}
+        self.store.delete([*self.moved[name]])
+
+    @precondition(lambda self: self.moved)
+    @rule(data=st.data())
+    def bring_back(self, data):
+        for key, value in self.moved.pop(data.draw(st.sampled_from(sorted(self.moved)))).items():
+            self.store.put(key, value)
+
+    @precondition(lambda self: list_names(self.store))
+    @rule(data=st.data(), dies_at=st.integers(0, 3))
+    def delete(self, data, dies_at):
+        """Delete checkpoints, and perhaps die in between."""
+        names = list_names(self.store)
+        chosen = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+        dying = FaultStore(self.store, [Fault("delete", nth=dies_at, retryable=False)] if dies_at else [])
+        try:
+            Retention(Inventory({"remote": dying}), now=lambda: self.store.now_s).delete(chosen)
+        except StoreError:
+            assert dies_at
+
+    @rule()
+    def collect(self):
+        Retention(Inventory({"remote": self.store}), now=lambda: self.store.now_s).collect()
+
+    @rule(part=st.sampled_from([0.1, 0.5, 0.99]))
+    def pass_time(self, part):
+        """Let time pass, but no save takes longer than the age of collection. Collect, as the next save would."""
+        oldest_s = min((save["begin_s"] for save in self.saves), default=self.store.now_s)
+        left_s = GC_AGE_S - (self.store.now_s - oldest_s)
+        self.store.now_s += part * left_s
+        self.collect()
+
+    @invariant()
+    def every_visible_checkpoint_has_its_tensors(self):
+        keys = {info.key for info in self.store.list()}
+        for name in list_names(self.store):
+            manifest = parse_manifest(self.store.get(manifest_key(name)), name)
+            assert {key_of(name, file.path) for file in manifest.files} <= keys
+
+    @invariant()
+    def nothing_leaks(self):
+        """After some more days without saves, only what visible checkpoints need is left."""
+        if self.saves or self.moved:
+            return
+        copy = Dated(MemoryStore(f"copy-{os.urandom(8).hex()}"))
+        for info in self.store.list():
+            copy.inner.put(info.key, self.store.get(info.key))
+            copy.dates[info.key] = info.modified_s
+        copy.now_s = self.store.now_s
+        for _ in range(2):
+            copy.now_s += 2 * GC_AGE_S
+            Retention(Inventory({"remote": copy}), now=lambda: copy.now_s).collect()
+        needed = set()
+        for name in list_names(copy):
+            manifest = parse_manifest(copy.get(manifest_key(name)), name)
+            needed |= {manifest_key(name), reference_key(name), *(key_of(name, file.path) for file in manifest.files)}
+        left = {info.key for info in copy.list()}
+        copy.delete([info.key for info in copy.list()])
+        assert left <= needed
+
+
+TestSavesAndDeletes = SavesAndDeletes.TestCase
+TestSavesAndDeletes.settings = settings(max_examples=25, stateful_step_count=30)
+
+
+def test_retention_plans_are_pure_and_name_only_complete_checkpoints(remote):
+    names = hours(remote, 1, 2, 3)
+    remote.delete([next(info.key for info in remote.list(f"{names[0]}/") if not info.key.endswith(MANIFEST_NAME))])
+    scan = Inventory({"remote": remote}).scan()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plans = [plan_retention(scan, [Keep(last=1)], ("remote",), START_S) for _ in range(2)]
+    assert plans[0] == plans[1]
+    assert plans[0].deletes == {"remote": (names[1],)}
+
+
+def test_the_report_of_a_run_names_what_was_deleted(remote):
+    names = hours(remote, 1, 2, 3)
+    report = Retention(Inventory({"remote": remote}), [Keep(last=1)], now=lambda: START_S).run()
+    assert report.deleted == {"remote": tuple(names[:2])}

@@ -1,0 +1,748 @@
+"""Saves: what is committed, when save() returns, back-pressure, and failures in the background."""
+
+import json
+import math
+import subprocess
+import sys
+import threading
+import uuid
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from tests.checkpoint.plain_reader import leftovers, newest, read_checkpoint, same
+from tests.s3_fixtures import s3_server
+from tests.support.forks import in_child
+
+import tiercache as tc
+from tiercache.checkpoint import writer
+from tiercache.checkpoint.checkpoints import Checkpoints
+from tiercache.checkpoint.layout import list_names
+from tiercache.checkpoint.staging import SHARED_MIN_BYTES
+from tiercache.errors import CommitConflict, CorruptCheckpoint, StoreError
+from tiercache.store import LocalFolder, MemoryStore, open_store
+from tiercache.store.contract import WrapperStore
+from tiercache.testing.faults import Fault, FaultKind, FaultStore
+
+__all__ = ["s3_server"]
+
+WAIT_S = 60.0
+
+
+def a_state(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "model": {"w": torch.randn(300, 70, generator=generator), "b": torch.randn(7, generator=generator)},
+        "half": torch.randn(33, generator=generator).to(torch.bfloat16),
+        "counts": np.arange(seed, seed + 5),
+        "epoch": seed,
+        "best": math.inf,
+    }
+
+
+class GateStore(WrapperStore):
+    """A store whose calls of one verb wait until the gate opens. arrived: set when a call waits."""
+
+    def __init__(self, inner, verb="put_part"):
+        super().__init__(inner)
+        self.verb, self.gate, self.arrived = verb, threading.Event(), threading.Event()
+
+    def around(self, method, key, call):
+        if method == self.verb:
+            self.arrived.set()
+            assert self.gate.wait(WAIT_S)
+        return call()
+
+
+@contextmanager
+def opened(*args, **options):
+    """Checkpoints whose threads have ended afterwards, whatever failed."""
+    checkpoints = Checkpoints(*args, **options)
+    try:
+        yield checkpoints
+    finally:
+        for store in (checkpoints.remote_store, getattr(checkpoints._local, "store", None)):
+            if isinstance(store, GateStore):
+                store.gate.set()
+        checkpoints.join()
+
+
+@pytest.fixture
+def memory_store():
+    return MemoryStore(f"checkpoints-{uuid.uuid4().hex}", "run")
+
+
+# -- what is committed ------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_the_same_in_the_local_folder_and_at_the_store(tmp_path):
+    with opened(tmp_path / "remote", local=tmp_path / "local") as checkpoints:
+        saved = checkpoints.save(7, a_state(), metrics={"loss": 1.5, "n": 3}, note={"why": "test"})
+        assert saved.wait("remote", WAIT_S)
+        assert saved.done("local")
+        for store in (checkpoints.local_store, checkpoints.remote_store):
+            manifest, state = read_checkpoint(store, saved.name)
+            assert same(state, a_state())
+            assert (manifest.step, manifest.metrics, manifest.note) == (7, {"loss": 1.5, "n": 3}, {"why": "test"})
+            assert json.loads(store.get(f"{saved.name}/metrics.json")) == {"loss": 1.5, "n": 3}
+
+
+def test_a_checkpoint_without_a_local_folder_goes_to_the_store_directly(memory_store):
+    with opened(memory_store) as checkpoints:
+        saved = checkpoints.save(1, a_state())
+        assert saved.wait(timeout_s=WAIT_S)
+        assert same(read_checkpoint(memory_store, saved.name)[1], a_state())
+        with pytest.raises(ValueError, match="there is no local= folder"):
+            saved.wait("local")
+        with pytest.raises(ValueError, match="'remote', got 'local'"):
+            checkpoints.wait("local")
+
+
+@pytest.mark.s3
+def test_a_checkpoint_in_s3_reads_back_and_only_whole_objects_are_there(s3_server, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "PART_BYTES", 5 << 20)
+    store = s3_server.store("checkpoints-save")
+    state = {"large": torch.arange(3 << 20), "small": torch.ones(3)}
+    for local in (None, tmp_path / "local"):
+        with opened(store, local=local, writers=2) as checkpoints:
+            saved = checkpoints.save(1, state)
+            assert saved.wait(timeout_s=WAIT_S)
+            assert same(read_checkpoint(store, saved.name)[1], state)
+            checkpoints.close()
+    assert leftovers(store) == {}
+    store.close()
+
+
+def test_real_training_objects_are_saved(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(5, 4)).sum().backward()
+    optimizer.step()
+    with opened(tmp_path) as checkpoints:
+        saved = checkpoints.save(np.int64(3), {"model": model, "optim": optimizer}, metrics={"loss": torch.tensor(2.0)})
+        assert saved.wait(timeout_s=WAIT_S)
+        manifest, state = read_checkpoint(checkpoints.remote_store, saved.name)
+    assert manifest.metrics == {"loss": 2.0}
+    assert same(dict(state["model"]), dict(model.state_dict()))
+    assert same(state["optim"], optimizer.state_dict())
+
+
+def test_the_position_of_our_loader_is_saved(tmp_path):
+    with tc.Writer(tmp_path / "data", schema={"x": "int64"}) as rows:
+        rows.write_batch({"x": np.arange(40)})
+
+    def loader():
+        return tc.DataLoader(
+            tc.Dataset(tmp_path / "data"), batch_size=4, shuffle=True, options=tc.LoaderOptions(seed=1)
+        )
+
+    whole = [batch["x"].tolist() for batch in loader()]
+    running, resumed = loader(), loader()
+    batches = iter(running)
+    seen = [next(batches)["x"].tolist() for _ in range(3)]
+    with opened(tmp_path / "run") as checkpoints:
+        saved = checkpoints.save(3, {"loader": running})
+        assert saved.wait(timeout_s=WAIT_S)
+        resumed.load_state_dict(read_checkpoint(checkpoints.remote_store, saved.name)[1]["loader"])
+    del batches
+    assert seen + [batch["x"].tolist() for batch in resumed] == whole
+
+
+def test_a_state_may_change_when_save_has_returned(tmp_path):
+    store = GateStore(LocalFolder(tmp_path))
+    with opened(store) as checkpoints:
+        state = a_state()
+        saved = checkpoints.save(1, state)
+        assert store.arrived.wait(WAIT_S)
+        assert not saved.done()
+        for tensor in (state["model"]["w"], state["half"]):
+            tensor.zero_()
+        state["counts"][:] = 0
+        state["model"]["b"] = None
+        store.gate.set()
+        assert saved.wait(timeout_s=WAIT_S)
+        assert same(read_checkpoint(store.inner, saved.name)[1], a_state())
+
+
+def test_tied_weights_are_stored_once(tmp_path):
+    weight = torch.ones(1000)
+    with opened(tmp_path) as checkpoints:
+        saved = checkpoints.save(1, {"embed": weight, "head": weight})
+        assert saved.wait(timeout_s=WAIT_S)
+        manifest, state = read_checkpoint(checkpoints.remote_store, saved.name)
+    assert manifest.tensors["head"] == manifest.tensors["embed"]
+    assert manifest.n_bytes < 2 * weight.nbytes + 4096
+    assert torch.equal(state["head"], weight)
+
+
+def test_a_state_without_tensors_is_saved(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        saved = checkpoints.save(0, {"epoch": 1})
+        assert saved.wait(timeout_s=WAIT_S)
+        manifest, state = read_checkpoint(checkpoints.remote_store, saved.name)
+    assert [file.path for file in manifest.files] == ["state.json"]
+    assert state == {"epoch": 1}
+
+
+def test_a_metric_that_is_not_a_number_does_not_stop_the_save(tmp_path):
+    with opened(tmp_path) as checkpoints:
+        saved = checkpoints.save(0, {}, metrics={"loss": math.nan})
+        assert saved.wait(timeout_s=WAIT_S)
+        assert math.isnan(read_checkpoint(checkpoints.remote_store, saved.name)[0].metrics["loss"])
+
+
+def test_the_newest_checkpoint_is_the_one_written_last_whatever_its_step_and_the_clock(tmp_path, monkeypatch):
+    with opened(tmp_path) as checkpoints:
+        first = checkpoints.save(100, {"x": 1})
+        monkeypatch.setattr("tiercache.checkpoint.checkpoints.time.time", lambda: 5.0)
+        second = checkpoints.save(3, {"x": 2})
+        checkpoints.wait(timeout_s=WAIT_S)
+        assert list_names(checkpoints.remote_store) == [first.name, second.name]
+        assert newest(checkpoints.remote_store) == second.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((-1, {}), ValueError, "step is an integer from 0"),
+        ((1.5, {}), TypeError, "float"),
+        ((1, torch.nn.Linear(1, 1)), TypeError, "state is a dict"),
+        ((1, {"x": object()}), TypeError, r"state\['x'\]"),
+    ],
+)
+def test_a_wrong_argument_is_refused_at_once_and_nothing_is_written(arguments, error, message, tmp_path):
+    with opened(tmp_path) as checkpoints:
+        with pytest.raises(error, match=message):
+            checkpoints.save(*arguments)
+        with pytest.raises((TypeError, ValueError)):
+            checkpoints.save(1, {}, metrics={"loss": "high"})
+        with pytest.raises((TypeError, ValueError)):
+            checkpoints.save(1, {}, note={1, 2})
+        assert checkpoints.save(1, {"x": 1}).wait(timeout_s=WAIT_S), "the next save works"
+        assert len([*checkpoints.remote_store.list()]) == 2
+
+
+@pytest.mark.parametrize("options", [{"pending": 0}, {"writers": 0}, {"when_busy": "block"}])
+def test_wrong_options_are_refused(options, tmp_path):
+    with pytest.raises(ValueError, match=r"at least 1|when_busy is"):
+        Checkpoints(tmp_path, **options)
+
+
+# -- the check at the store -------------------------------------------------------------------------------------------
+
+
+def failure_of(store, **options):
+    """The error of a save to this store."""
+    with opened(store, **options) as checkpoints:
+        saved = checkpoints.save(1, a_state())
+        with pytest.raises(StoreError) as caught:
+            saved.wait(timeout_s=WAIT_S)
+        assert saved.state == "failed"
+        assert saved.error is caught.value
+        return caught.value
+
+
+class ForgettingStore(WrapperStore):
+    """As DCP's writer through fsspec was: the last part of an object is dropped, and every call succeeds."""
+
+    def create(self, key):
+        upload = self.inner.create(key)
+        put_part = upload.put_part
+        upload.put_part = lambda number, data: put_part(number, memoryview(data)[: memoryview(data).nbytes - 1])
+        return upload
+
+
+def test_a_store_that_drops_bytes_without_an_error_gets_no_manifest(memory_store):
+    error = failure_of(ForgettingStore(memory_store))
+    assert "was written" in str(error)
+    assert list_names(memory_store) == []
+
+
+class ChangingStore(WrapperStore):
+    """A store that keeps the size of what it is given, but not all bits."""
+
+    def create(self, key):
+        upload = self.inner.create(key)
+        put_part = upload.put_part
+
+        def changed(number, data):
+            copy = bytearray(data)
+            copy[-1] ^= 1
+            put_part(number, copy)
+
+        upload.put_part = changed
+        return upload
+
+
+def test_a_store_that_changes_bytes_gets_no_manifest(memory_store):
+    assert "CRC-32C" in str(failure_of(ChangingStore(memory_store)))
+    assert list_names(memory_store) == []
+
+
+def test_a_local_file_that_has_changed_is_not_uploaded(tmp_path, memory_store):
+    gate = GateStore(memory_store, "create")
+    with opened(gate, local=tmp_path) as checkpoints:
+        saved = checkpoints.save(1, a_state())
+        assert saved.wait("local", WAIT_S)
+        assert gate.arrived.wait(WAIT_S)
+        (path,) = (tmp_path / saved.name).glob("*.safetensors")
+        data = bytearray(path.read_bytes())
+        data[5000] ^= 1
+        path.write_bytes(data)
+        gate.gate.set()
+        with pytest.raises(StoreError, match="was not uploaded") as caught:
+            saved.wait("remote", WAIT_S)
+        assert isinstance(caught.value.__cause__, CorruptCheckpoint)
+        assert f"it is committed in {tmp_path}" in str(caught.value)
+        assert saved.done("local")
+    assert list_names(memory_store) == []
+
+
+# -- the manifest -----------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_comes_after_every_file(memory_store):
+    written = []
+
+    class Watching(WrapperStore):
+        def around(self, method, key, call):
+            if method in ("complete", "put", "put_if_absent", "head", "read_into"):
+                written.append((method, key.rpartition("/")[2]))
+            return call()
+
+    with opened(Watching(memory_store)) as checkpoints:
+        saved = checkpoints.save(1, a_state(), metrics={"loss": 1})
+        assert saved.wait(timeout_s=WAIT_S)
+    assert written[-1] == ("put_if_absent", "checkpoint.json")
+    files = {file.path for file in read_checkpoint(memory_store, saved.name)[0].files}
+    assert {key for method, key in written if method == "complete"} == files
+    assert {key for method, key in written if method in ("head", "read_into")} == files
+
+
+def test_a_lost_answer_of_the_manifest_s_put_does_not_matter(memory_store):
+    store = FaultStore(memory_store, [Fault("put_if_absent", kind=FaultKind.LOST_RESPONSE)])
+    with opened(store) as checkpoints:
+        saved = checkpoints.save(1, a_state())
+        assert saved.wait(timeout_s=WAIT_S)
+        assert same(read_checkpoint(memory_store, saved.name)[1], a_state())
+
+
+class LosingStore(WrapperStore):
+    """Every answer to a conditional put is lost; the first n puts have no effect either."""
+
+    def __init__(self, inner, n_without_effect):
+        super().__init__(inner)
+        self.n_left = n_without_effect
+
+    def put_if_absent(self, key, data):
+        self.n_left -= 1
+        if self.n_left < 0:
+            self.inner.put_if_absent(key, data)
+        raise StoreError("the answer was lost", url=key, maybe_done=True, retryable=True)
+
+
+def test_a_put_of_the_manifest_without_effect_is_repeated(memory_store):
+    with opened(LosingStore(memory_store, 2)) as checkpoints:
+        saved = checkpoints.save(1, a_state())
+        assert saved.wait(timeout_s=WAIT_S)
+
+
+def test_files_stay_if_nobody_knows_whether_the_manifest_was_put(memory_store):
+    error = failure_of(LosingStore(memory_store, 99))
+    assert "answers" in str(error)
+    assert len(leftovers(memory_store)) == 1
+
+
+def test_another_manifest_under_the_name_is_a_conflict(memory_store):
+    class Racing(WrapperStore):
+        def put_if_absent(self, key, data):
+            self.inner.put(key, b"other")
+            return False
+
+    assert isinstance(failure_of(Racing(memory_store)).__cause__, CommitConflict)
+
+
+# -- failures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_save_is_raised_by_the_next_one_and_named(memory_store):
+    store = FaultStore(memory_store, [Fault("complete", retryable=False)])
+    with opened(store) as checkpoints:
+        failed = checkpoints.save(1, a_state(1))
+        checkpoints.join()
+        assert checkpoints.saves == (failed,)
+        with pytest.raises(StoreError, match=r"the checkpoint of step 1 was not saved: .*scripted fault"):
+            checkpoints.save(2, a_state(2))
+        saved = checkpoints.save(2, a_state(2))
+        assert saved.wait(timeout_s=WAIT_S)
+        assert checkpoints.saves == (failed,), "it stays named"
+        checkpoints.wait(timeout_s=WAIT_S)
+    assert list_names(memory_store) == [saved.name]
+    assert leftovers(memory_store) == {}, "what it had written is deleted"
+
+
+def test_a_failed_save_is_raised_by_wait_and_by_close(memory_store):
+    for end in ("wait", "close"):
+        with opened(FaultStore(memory_store, [Fault("create", retryable=False)])) as checkpoints:
+            checkpoints.save(1, a_state())
+            checkpoints.join()
+            with pytest.raises(StoreError, match="step 1"):
+                getattr(checkpoints, end)()
+
+
+def test_a_failure_that_its_handle_has_raised_is_not_raised_again(memory_store):
+    with opened(FaultStore(memory_store, [Fault("create", retryable=False)])) as checkpoints:
+        saved = checkpoints.save(1, a_state())
+        with pytest.raises(StoreError):
+            saved.wait(timeout_s=WAIT_S)
+        assert checkpoints.save(2, a_state()).wait(timeout_s=WAIT_S)
+        checkpoints.close()
+
+
+def test_the_error_that_ends_a_with_block_is_not_hidden_by_a_failed_save(memory_store):
+    def save_and(end):
+        with Checkpoints(FaultStore(memory_store, [Fault("create", retryable=False)])) as checkpoints:
+            checkpoints.save(1, a_state())
+            end()
+
+    with pytest.raises(ZeroDivisionError):
+        save_and(lambda: 1 / 0)
+    with pytest.raises(StoreError, match="step 1"):
+        save_and(lambda: None)
+
+
+def test_a_full_disk_does_not_stay_full(tmp_path, memory_store):
+    with opened(memory_store, local=tmp_path) as checkpoints:
+        checkpoints._local.store = FaultStore(
+            LocalFolder(tmp_path), [Fault("complete", keys="*state.json", retryable=False)]
+        )
+        checkpoints.save(1, a_state())
+        with pytest.raises(StoreError):
+            checkpoints.wait("local", WAIT_S)
+        assert [*LocalFolder(tmp_path).list()] == []
+        assert [*memory_store.list()] == []
+
+
+def test_an_upload_that_fails_leaves_the_local_checkpoint(tmp_path, memory_store):
+    store = FaultStore(memory_store, [Fault("put_part", nth=2, retryable=False)])
+    with opened(store, local=tmp_path) as checkpoints:
+        saved = checkpoints.save(1, a_state())
+        with pytest.raises(StoreError):
+            saved.wait("remote", WAIT_S)
+        assert saved.wait("local", WAIT_S)
+        assert same(read_checkpoint(checkpoints.local_store, saved.name)[1], a_state())
+    assert [*memory_store.list()] == []
+
+
+def test_memory_is_reused_after_a_failure(memory_store):
+    with opened(FaultStore(memory_store, [Fault("create", retryable=False)])) as checkpoints:
+        checkpoints.save(1, a_state())
+        checkpoints.join()
+        assert len(checkpoints._memory._free) == 1
+        with pytest.raises(StoreError):
+            checkpoints.save(2, a_state())
+        assert checkpoints.save(2, a_state()).wait(timeout_s=WAIT_S)
+        assert len(checkpoints._memory._free) == 1
+
+
+def test_a_state_that_cannot_be_copied_is_no_checkpoint_and_the_next_save_works(tmp_path, monkeypatch):
+    with opened(tmp_path) as checkpoints:
+        monkeypatch.setattr("tiercache.checkpoint.staging._Copy.array", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            checkpoints.save(1, a_state())
+        monkeypatch.undo()
+        saved = checkpoints.save(2, a_state())
+        assert saved.wait(timeout_s=WAIT_S)
+        checkpoints.close()
+        assert checkpoints.saves == ()
+        assert list_names(checkpoints.remote_store) == [saved.name]
+        assert leftovers(checkpoints.remote_store) == {}
+
+
+# -- back-pressure ----------------------------------------------------------------------------------------------------
+
+
+def test_a_save_waits_for_an_unfinished_one(tmp_path):
+    gate = GateStore(LocalFolder(tmp_path))
+    with opened(gate) as checkpoints:
+        first = checkpoints.save(1, a_state(1))
+        assert gate.arrived.wait(WAIT_S)
+        seen = []
+        other = threading.Thread(target=lambda: seen.append(checkpoints.save(2, a_state(2))))
+        other.start()
+        assert not first.done()
+        gate.gate.set()
+        other.join(WAIT_S)
+        assert first.done(), "the second save was not begun before the first had ended"
+        assert seen[0].wait(timeout_s=WAIT_S)
+
+
+def test_a_waiting_save_raises_the_failure_for_which_it_waited(memory_store):
+    gate = GateStore(FaultStore(memory_store, [Fault("put_part", retryable=False)]))
+    with opened(gate) as checkpoints:
+        checkpoints.save(1, a_state(1))
+        assert gate.arrived.wait(WAIT_S)
+        threading.Timer(0.05, gate.gate.set).start()
+        with pytest.raises(StoreError, match="step 1"):
+            checkpoints.save(2, a_state(2))
+
+
+def test_as_many_saves_as_allowed_are_unfinished(tmp_path):
+    gate = GateStore(LocalFolder(tmp_path))
+    with opened(gate, pending=3, when_busy="skip") as checkpoints:
+        saves = [checkpoints.save(step, a_state(step)) for step in range(5)]
+        assert [save.state for save in saves[3:]] == ["skipped", "skipped"]
+        gate.gate.set()
+        assert [save.wait(timeout_s=WAIT_S) for save in saves] == [True, True, True, False, False]
+    assert len(list_names(gate.inner)) == 3
+
+
+def test_a_save_drops_the_oldest_that_has_not_begun(tmp_path):
+    gate = GateStore(LocalFolder(tmp_path))
+    with opened(gate, pending=2, when_busy="drop") as checkpoints:
+        running = checkpoints.save(1, a_state(1))
+        assert gate.arrived.wait(WAIT_S)
+        waiting = checkpoints.save(2, a_state(2))
+        newest_save = checkpoints.save(3, a_state(3))
+        assert waiting.state == "dropped"
+        assert not waiting.wait(timeout_s=WAIT_S)
+        gate.gate.set()
+        assert running.wait(timeout_s=WAIT_S)
+        assert newest_save.wait(timeout_s=WAIT_S)
+        assert same(read_checkpoint(gate.inner, newest_save.name)[1], a_state(3))
+    assert list_names(gate.inner) == [running.name, newest_save.name]
+
+
+def test_a_save_drops_the_running_one_if_no_other_is_unfinished(tmp_path):
+    gate = GateStore(LocalFolder(tmp_path))
+    with opened(gate, when_busy="drop") as checkpoints:
+        running = checkpoints.save(1, a_state(1))
+        assert gate.arrived.wait(WAIT_S)
+        threading.Timer(0.05, gate.gate.set).start()
+        second = checkpoints.save(2, a_state(2))
+        assert running.state == "dropped"
+        assert second.wait(timeout_s=WAIT_S)
+        checkpoints.close()
+    assert list_names(gate.inner) == [second.name]
+    assert leftovers(gate.inner) == {}
+
+
+def test_a_checkpoint_whose_upload_is_dropped_stays_in_the_local_folder(tmp_path, memory_store):
+    gate = GateStore(memory_store)
+    with opened(gate, local=tmp_path, pending=2, when_busy="drop") as checkpoints:
+        uploading = checkpoints.save(1, a_state(1))
+        assert gate.arrived.wait(WAIT_S)
+        dropped = checkpoints.save(2, a_state(2))
+        assert dropped.wait("local", WAIT_S)
+        third = checkpoints.save(3, a_state(3))
+        assert (dropped.state, dropped.done("local"), dropped.done("remote")) == ("dropped", True, False)
+        gate.gate.set()
+        assert uploading.wait(timeout_s=WAIT_S)
+        assert third.wait(timeout_s=WAIT_S)
+    assert list_names(memory_store) == [uploading.name, third.name]
+    assert list_names(checkpoints.local_store) == [uploading.name, dropped.name, third.name]
+
+
+def test_a_state_is_written_while_an_earlier_one_is_uploaded(tmp_path, memory_store):
+    gate = GateStore(memory_store)
+    with opened(gate, local=tmp_path, pending=2) as checkpoints:
+        first = checkpoints.save(1, a_state(1))
+        assert gate.arrived.wait(WAIT_S)
+        second = checkpoints.save(2, a_state(2))
+        assert second.wait("local", WAIT_S)
+        assert not first.done("remote")
+        gate.gate.set()
+        checkpoints.wait(timeout_s=WAIT_S)
+
+
+def test_deletes_do_not_make_a_save_longer(tmp_path):
+    """Deletes doubled the time of a save in another library: here a delete that hangs delays no save."""
+    gate = GateStore(LocalFolder(tmp_path), "delete")
+    with opened(gate) as checkpoints:
+        checkpoints._on_commit.append(lambda name, _target: gate.delete([f"{name}/nothing"]))
+        first = checkpoints.save(1, a_state(1))
+        assert gate.arrived.wait(WAIT_S)
+        assert first.done()
+        assert checkpoints.save(2, a_state(2)).wait(timeout_s=WAIT_S)
+        assert checkpoints.save(3, a_state(3)).wait(timeout_s=WAIT_S)
+        assert not gate.gate.is_set()
+
+
+def test_waiting_ends_when_the_time_is_over(tmp_path):
+    gate = GateStore(LocalFolder(tmp_path))
+    with opened(gate) as checkpoints:
+        saved = checkpoints.save(1, a_state())
+        with pytest.raises(TimeoutError, match=r"after 0\.01 s"):
+            saved.wait(timeout_s=0.01)
+        with pytest.raises(TimeoutError, match=r"after 0\.01 s"):
+            checkpoints.wait(timeout_s=0.01)
+
+
+@pytest.mark.s3
+def test_parts_that_a_killed_upload_has_left_are_removed_when_they_are_old(s3_server, monkeypatch):
+    store = s3_server.store("checkpoints-parts")
+    with opened(store) as checkpoints:
+        saved = checkpoints.save(1, {"x": 1})
+        assert saved.wait(timeout_s=WAIT_S)
+        classes = checkpoints._remote._classes
+        for key in (f"{saved.name}/tensors-00001-of-00001.safetensors", "tensors/00.safetensors", "other/file"):
+            upload = classes.create(key)
+            upload.put_part(0, bytes(5 << 20))
+            upload.put_part(1, b"end")
+        checkpoints.gc()
+        assert len([*classes.unfinished_uploads()]) == 3, "they may be running"
+        monkeypatch.setattr("tiercache.checkpoint.checkpoints.GC_AGE_S", -3600)
+        checkpoints.gc()
+        assert [one.key for one in classes.unfinished_uploads()] == ["other/file"]
+        checkpoints.close()
+
+
+# -- shared tensors ---------------------------------------------------------------------------------------------------
+
+
+def large(value):
+    return torch.full((SHARED_MIN_BYTES // 4,), float(value))
+
+
+def test_a_tensor_whose_values_are_unchanged_is_not_written_again(tmp_path):
+    with opened(tmp_path / "remote", local=tmp_path / "local", dedup=True) as checkpoints:
+        first = checkpoints.save(1, {"frozen": large(1), "moving": large(2)})
+        assert first.wait(timeout_s=WAIT_S)
+        before = {
+            store: store.counters["bytes_written"] for store in (checkpoints.local_store, checkpoints.remote_store)
+        }
+        second = checkpoints.save(2, {"frozen": large(1), "moving": large(3)})
+        assert second.wait(timeout_s=WAIT_S)
+        for store, n_bytes in before.items():
+            assert store.counters["bytes_written"] - n_bytes < 1.5 * SHARED_MIN_BYTES
+            assert same(read_checkpoint(store, first.name)[1], {"frozen": large(1), "moving": large(2)})
+            assert same(read_checkpoint(store, second.name)[1], {"frozen": large(1), "moving": large(3)})
+            assert len([*store.list("tensors/")]) == 3
+
+
+def test_equal_values_of_other_types_and_shapes_are_not_shared(tmp_path):
+    state = {"a": large(0), "b": large(0).view(torch.int32), "c": large(0).reshape(2, -1), "d": large(0).clone()}
+    with opened(tmp_path, dedup=True) as checkpoints:
+        saved = checkpoints.save(1, state)
+        assert saved.wait(timeout_s=WAIT_S)
+        assert same(read_checkpoint(checkpoints.remote_store, saved.name)[1], state)
+        assert len([*checkpoints.remote_store.list("tensors/")]) == 3
+
+
+@pytest.mark.parametrize("damage", ["short", "changed", "missing"])
+def test_a_shared_tensor_that_is_not_what_was_written_is_written_again(damage, memory_store):
+    with opened(memory_store, dedup=True) as checkpoints:
+        assert checkpoints.save(1, {"x": large(1)}).wait(timeout_s=WAIT_S)
+    (info,) = memory_store.list("tensors/")
+    data = memory_store.get(info.key)
+    if damage == "missing":
+        memory_store.delete([info.key])
+    else:
+        memory_store.put(info.key, data[:-1] if damage == "short" else data[:-1] + b"\xff")
+    with opened(memory_store, dedup=True) as checkpoints:  # another process, which has not checked the tensor
+        saved = checkpoints.save(2, {"x": large(1)})
+        assert saved.wait(timeout_s=WAIT_S)
+        assert same(read_checkpoint(memory_store, saved.name)[1], {"x": large(1)})
+
+
+def test_a_shared_tensor_that_a_save_uses_is_not_deleted_under_it(memory_store):
+    with opened(memory_store, dedup=True) as checkpoints:
+        first = checkpoints.save(1, {"x": large(1)})
+        assert first.wait(timeout_s=WAIT_S)
+        (info,) = memory_store.list("tensors/")
+        deleted = []
+        assert checkpoints.shared.delete_unclaimed([info.key, "tensors/other"], deleted.extend) == ["tensors/other"]
+        assert deleted == ["tensors/other"]
+        checkpoints.shared.release(first.name)
+        assert checkpoints.shared.delete_unclaimed([info.key], memory_store.delete) == [info.key]
+        saved = checkpoints.save(2, {"x": large(1)})
+        assert saved.wait(timeout_s=WAIT_S)
+        assert same(read_checkpoint(memory_store, saved.name)[1], {"x": large(1)})
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+def test_of_several_ranks_only_the_first_writes(tmp_path):
+    with opened(tmp_path, rank=1) as other, opened(tmp_path, rank=0) as first:
+        skipped = other.save(1, a_state())
+        assert skipped.state == "skipped"
+        assert not skipped.wait(timeout_s=WAIT_S)
+        assert first.save(1, a_state()).wait(timeout_s=WAIT_S)
+        assert len(list_names(first.remote_store)) == 1
+
+
+def test_closed_checkpoints_save_nothing_and_close_twice(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    saved = checkpoints.save(1, a_state())
+    checkpoints.close()
+    assert saved.done()
+    checkpoints.close()
+    with pytest.raises(ValueError, match="closed"):
+        checkpoints.save(2, a_state())
+
+
+def test_a_forked_process_cannot_save(tmp_path):
+    def save_in_a_fork(checkpoints):
+        with pytest.raises(RuntimeError, match="not to a fork"):
+            checkpoints.save(2, {"x": 1})
+        checkpoints.close()
+
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.save(1, {"x": 1}).wait(timeout_s=WAIT_S)
+        checkpoints.join()
+        assert in_child(lambda: save_in_a_fork(checkpoints))
+        assert checkpoints.save(3, {"x": 1}).wait(timeout_s=WAIT_S)
+
+
+def test_a_program_that_ends_without_close_finishes_its_saves(tmp_path):
+    code = f"""if True:
+        import numpy as np
+        from tiercache.checkpoint.checkpoints import Checkpoints
+        checkpoints = Checkpoints({str(tmp_path / "remote")!r}, local={str(tmp_path / "local")!r}, pending=2)
+        checkpoints.save(1, {{"x": np.arange(1 << 20)}})
+        checkpoints.save(2, {{"x": np.arange(1 << 20)}})
+    """
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=WAIT_S)
+    assert len(list_names(LocalFolder(tmp_path / "remote"))) == 2
+
+
+@pytest.mark.s3
+def test_a_program_that_ends_without_close_finishes_its_uploads_to_s3(s3_server):
+    url = f"{s3_server.url}/checkpoints-exit"
+    code = f"""if True:
+        import numpy as np
+        from tiercache.checkpoint.checkpoints import Checkpoints
+        checkpoints = Checkpoints({url!r}, storage_options={s3_server.storage_options!r})
+        checkpoints.save(1, {{"x": np.arange(4 << 20)}})
+    """
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=WAIT_S)
+    store = open_store(url, **s3_server.storage_options)
+    (name,) = list_names(store)
+    assert np.array_equal(read_checkpoint(store, name)[1]["x"], np.arange(4 << 20))
+    store.close()
+
+
+def test_a_program_that_ends_tells_of_a_failed_save(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    code = f"""if True:
+        from tiercache.checkpoint.checkpoints import Checkpoints
+        Checkpoints({str(tmp_path / "file" / "run")!r}).save(1, {{"x": 1}})
+    """
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=WAIT_S, capture_output=True, text=True)
+    assert "the checkpoint of step 1 was not saved" in done.stderr
+
+
+def test_arrays_are_saved_without_torch(tmp_path):
+    code = f"""if True:
+        import sys
+        sys.modules["torch"] = None
+        import numpy as np
+        from tiercache.checkpoint.checkpoints import Checkpoints
+        with Checkpoints({str(tmp_path)!r}) as checkpoints:
+            assert checkpoints.save(1, {{"x": np.arange(10)}}).wait()
+    """
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=WAIT_S)
+    (name,) = list_names(LocalFolder(tmp_path))
+    assert np.array_equal(read_checkpoint(LocalFolder(tmp_path), name)[1]["x"], np.arange(10))

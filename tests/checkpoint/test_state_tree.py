@@ -1,0 +1,248 @@
+"""States as trees of JSON values and tensors."""
+
+import collections
+import enum
+import json
+import math
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache.checkpoint.state_tree import DTYPES, decode_state, encode_state, parse_state, state_text
+
+
+def stored(state):
+    """The encoded state, and the state that its text and tensors decode to."""
+    encoded = encode_state(state)
+
+    def find(name, library):
+        source = encoded.tensors[encoded.aliases.get(name, name)]
+        assert isinstance(source.value, torch.Tensor if library == "torch" else np.ndarray)
+        return source.value.clone() if library == "torch" else source.value.copy()
+
+    return encoded, decode_state(parse_state(state_text(encoded.tree)), find)
+
+
+def read_back(state):
+    return stored(state)[1]
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
+scalars |= st.complex_numbers(allow_nan=False)
+keys = st.text() | st.integers() | st.none() | st.tuples(st.integers(), st.text())
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner) | st.dictionaries(keys, inner) | st.tuples(inner, inner), max_leaves=8
+)
+
+
+@given(st.dictionaries(keys, values))
+def test_values_of_python_come_back_equal_and_with_their_types(state):
+    found = read_back(state)
+    assert found == state
+    assert repr(found) == repr(state)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, complex(math.nan, math.inf), -0.0, 2**80])
+def test_numbers_that_json_lacks_come_back(value):
+    assert repr(read_back({"x": value})) == repr({"x": value})
+
+
+def test_the_text_of_a_state_is_plain_json():
+    text = state_text(encode_state({"x": math.nan, 1: b"\0"}).tree)
+    assert json.loads(text, parse_constant=pytest.fail)["state"]
+
+
+def test_random_states_of_python_and_numpy_come_back_usable():
+    found = read_back(
+        {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "rng": np.random.default_rng(3).bit_generator.state,
+        }
+    )
+    random.setstate(found["python"])
+    np.random.set_state(found["numpy"])
+    generator = np.random.default_rng()
+    generator.bit_generator.state = found["rng"]
+    assert generator.integers(1000) == np.random.default_rng(3).integers(1000)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_a_tensor_of_any_type_is_stored_as_it_is(dtype):
+    tensor = torch.arange(6).to(getattr(torch, dtype)).reshape(2, 3)
+    encoded, found = stored({"a": {"b": tensor}})
+    assert encoded.tree == {"a": {"b": {"$tensor": "a.b"}}}
+    assert DTYPES[encoded.tensors["a.b"].dtype] == dtype
+    assert encoded.tensors["a.b"].n_bytes == tensor.nbytes
+    assert torch.equal(found["a"]["b"].view(torch.uint8), tensor.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6, dtype=np.float32).reshape(2, 3),
+        np.arange(6, dtype=">i4"),
+        np.array(2.5),
+        np.array([], np.int8),
+        np.array([[1 + 2j, math.inf]]),
+        np.array(["a", "bcd"]),
+        np.array(["2026-01-01"], "datetime64[D]"),
+        np.arange(12).reshape(3, 4).T[::2],
+    ],
+)
+def test_an_array_of_numpy_comes_back_equal(array):
+    found = read_back({"x": array})["x"]
+    assert isinstance(found, np.ndarray)
+    assert (found.shape, found.dtype) == (array.shape, array.dtype.newbyteorder("="))
+    assert np.array_equal(found, array)
+
+
+def test_complex_tensors_of_both_precisions_come_back():
+    state = {"a": torch.tensor([1 + 2j], dtype=torch.complex128), "b": torch.tensor([3j], dtype=torch.complex64).conj()}
+    found = read_back(state)
+    assert found["a"].dtype is torch.complex128
+    assert torch.equal(found["a"], state["a"])
+    assert torch.equal(found["b"], state["b"])
+
+
+@pytest.mark.parametrize("value", [np.float64(1.5), np.int8(-3), np.bool_(True), np.datetime64("2026-01-01", "D")])
+def test_a_scalar_of_numpy_keeps_its_type(value):
+    found = read_back({"x": value})["x"]
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_dtypes_devices_and_sizes_of_torch_come_back():
+    state = {"dtype": torch.bfloat16, "device": torch.device("cuda", 1), "size": torch.Size([2, 3])}
+    found = read_back(state)
+    assert found == state
+    assert isinstance(found["size"], torch.Size)
+
+
+class WithState:
+    def state_dict(self):
+        return {"n": 3, "inner": [torch.ones(2)]}
+
+
+def test_objects_are_stored_by_their_state_dicts():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    encoded, found = stored({"model": model, "optim": optimizer, "own": WithState()})
+    assert set(encoded.tensors) >= {"model.0.weight", "model.1.running_var", "optim.state.0.exp_avg", "own.inner.0"}
+    assert found["own"]["n"] == 3
+    other = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    other.load_state_dict(found["model"])
+    again = torch.optim.Adam(other.parameters())
+    again.load_state_dict(found["optim"])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert torch.equal(again.state_dict()["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+def test_a_state_dict_keeps_the_versions_of_its_modules():
+    found = read_back({"model": torch.nn.BatchNorm1d(2)})["model"]
+    assert found._metadata == torch.nn.BatchNorm1d(2).state_dict()._metadata
+
+
+def test_tied_weights_are_stored_once_under_both_names():
+    weight = torch.ones(3, 4)
+    encoded, found = stored({"embed": weight, "head": {"w": weight}, "part": weight[:2], "copy": weight.clone()})
+    assert set(encoded.tensors) == {"embed", "part", "copy"}
+    assert encoded.aliases == {"head.w": "embed"}
+    assert torch.equal(found["head"]["w"], weight)
+
+
+def test_keys_that_give_one_name_are_told_apart():
+    state = {
+        "a.b": torch.zeros(1),
+        "a": {"b": torch.ones(1)},
+        "__metadata__": torch.full((1,), 2.0),
+        "\ud800": torch.ones(2),
+    }
+    encoded, found = stored(state)
+    assert len(encoded.tensors) == 4
+    assert all("\ud800" not in name and name != "__metadata__" for name in encoded.tensors)
+    assert [found["a.b"].item(), found["a"]["b"].item(), found["__metadata__"].item()] == [0, 1, 2]
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Loudness(enum.IntEnum):
+    HIGH = 1
+
+
+class Sharded(torch.Tensor):
+    device_mesh = "a mesh"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (object(), r"state\['a'\]\[0\] is a builtins.object"),
+        (lambda: 1, "a builtins.function"),
+        (Colour.RED, "Colour"),
+        (Loudness.HIGH, "the enum member"),
+        (torch.nn.Linear, "builtins.type"),
+        (torch.eye(3).to_sparse(), "special kind"),
+        (torch.empty(3, device="meta"), "device meta"),
+        (np.array([object()], object), "array of type object"),
+        ({frozenset(): 1}, "a key of type frozenset"),
+        (torch.ones(2).as_subclass(Sharded), r"torch\.distributed\.checkpoint"),
+        (torch.Generator(), "torch._C.Generator"),
+    ],
+)
+def test_a_value_that_cannot_be_stored_is_refused_with_its_place(value, message):
+    with pytest.raises(TypeError, match=message) as caught:
+        encode_state({"a": [value]})
+    assert "state['a'][0]" in str(caught.value)
+
+
+def test_a_state_that_contains_itself_is_refused():
+    state = {}
+    state["self"] = state
+    with pytest.raises(ValueError, match="contains itself"):
+        encode_state(state)
+
+
+def test_a_state_is_a_dict():
+    with pytest.raises(TypeError, match="got Linear"):
+        encode_state(torch.nn.Linear(1, 1))
+
+
+def test_a_kind_of_a_later_release_is_named():
+    with pytest.raises(ValueError, match=r"unknown kind '\$new'"):
+        decode_state({"x": {"$new": 1}}, None)
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"version":2,"state":1}'])
+def test_a_text_that_is_no_state_is_refused(text):
+    with pytest.raises(ValueError, match=r"expected|Expecting"):
+        parse_state(text)
+
+
+def test_states_of_arrays_need_no_torch():
+    code = """if True:
+        import sys
+        sys.modules["torch"] = None
+        import numpy as np
+        from tiercache.checkpoint.state_tree import decode_state, encode_state
+        encoded = encode_state({"x": np.ones(3), "y": [1, (2, np.float32(3))]})
+        found = decode_state(encoded.tree, lambda name, library: encoded.tensors[name].value)
+        assert found["y"] == [1, (2, 3.0)]
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_is_pickled(monkeypatch):
+    refuse = collections.defaultdict(lambda: pytest.fail)
+    monkeypatch.setattr("pickle.dumps", refuse[""])
+    monkeypatch.setattr("pickle.loads", refuse[""])
+    assert read_back({"x": [torch.ones(1), WithState()]})["x"][1]["n"] == 3

@@ -1,0 +1,179 @@
+"""Saved and loaded by one object: retention in the background, the list, verification and deletion."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.s3_fixtures import s3_server
+from tests.support.stores import GateStore
+
+from tiercache.cache import Cache
+from tiercache.checkpoint.checkpoints import Checkpoints
+from tiercache.checkpoint.inventory import Inventory
+from tiercache.checkpoint.layout import SHARED_FOLDER, list_names, reference_key
+from tiercache.checkpoint.retention import Keep, Retention
+from tiercache.checkpoint.staging import SHARED_MIN_BYTES
+from tiercache.checkpoint.weights import open_weights
+from tiercache.errors import StoreError
+from tiercache.store import LocalFolder
+from tiercache.testing import Fault, FaultStore
+
+__all__ = ["s3_server"]
+
+WAIT_S = 60.0
+
+
+@pytest.fixture
+def remote(tmp_path):
+    return LocalFolder(tmp_path / "remote")
+
+
+def steps_of(store):
+    return [int(name[5:17]) for name in list_names(store)]
+
+
+def test_what_was_saved_is_loaded_into_the_objects_that_go_on(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        net = torch.nn.Linear(8, 8)
+        return net, torch.optim.AdamW(net.parameters(), lr=0.1)
+
+    def train(net, optim, steps):
+        for step in steps:
+            torch.manual_seed(step)
+            optim.zero_grad()
+            net(torch.randn(4, 8)).square().mean().backward()
+            optim.step()
+
+    straight, optim = made()
+    train(straight, optim, range(6))
+    net, optim = made()
+    train(net, optim, range(3))
+    with Checkpoints(tmp_path / "remote", local=tmp_path / "local") as checkpoints:
+        checkpoints.save(3, {"model": net, "optim": optim, "epoch": 1}).wait()
+        again, optim_again = made()
+        checkpoints.load(into={"model": again, "optim": optim_again})
+    train(again, optim_again, range(3, 6))
+    assert torch.equal(again.weight, straight.weight)
+    assert torch.equal(again.bias, straight.bias)
+
+
+def test_old_checkpoints_are_deleted_in_the_background_after_each_commit(tmp_path):
+    keep = [Keep(last=1, tier="local"), Keep(last=2, tier="remote"), Keep(best="loss:1")]
+    with Checkpoints(tmp_path / "remote", local=tmp_path / "local", keep=keep) as checkpoints:
+        for step, loss in enumerate([0.5, 0.1, 0.9, 0.8, 0.7], start=1):
+            checkpoints.save(step, {"w": np.full(9, step)}, metrics={"loss": loss}).wait()
+        checkpoints.join()
+        assert steps_of(checkpoints.local_store) == [2, 5]
+        assert steps_of(checkpoints.remote_store) == [2, 4, 5]
+        assert checkpoints.load("best:loss")["w"][0] == 2
+        folders = [path.name for path in Path(checkpoints.remote_store.url).iterdir()]
+        assert sorted(folders) == sorted(list_names(checkpoints.remote_store)), "deleted folders are gone, too"
+
+
+def test_a_delete_that_takes_for_ever_holds_up_no_save(remote):
+    gates = GateStore(remote)
+    with gates.stop_at("before_delete") as gate, Checkpoints(gates, keep=Keep(last=1)) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"n": step}).wait(timeout_s=WAIT_S)
+        gate.wait_reached()
+        for step in (3, 4, 5):
+            checkpoints.save(step, {"n": step}).wait(timeout_s=WAIT_S)
+        assert 5 in steps_of(remote)
+        gate.open()
+        checkpoints.join()
+        assert steps_of(remote) == [5]
+
+
+def test_a_failed_deletion_is_logged_and_repeated_after_the_next_commit(remote, caplog):
+    broken = FaultStore(remote, [Fault("delete", retryable=False)])
+    with Checkpoints(broken, keep=Keep(last=1)) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"n": step}).wait()
+        checkpoints.join()
+        assert steps_of(remote) == [1, 2]
+        assert "old checkpoints were not deleted" in caplog.text
+        checkpoints.save(3, {"n": 3}).wait()
+        checkpoints.join()
+        assert steps_of(remote) == [3]
+
+
+def test_frozen_tensors_stay_while_their_checkpoints_come_and_go(tmp_path):
+    frozen = np.full(SHARED_MIN_BYTES, 7, np.uint8)
+    with Checkpoints(tmp_path, keep=Keep(last=1), dedup=True) as checkpoints:
+        for step in range(1, 4):
+            moving = np.full(SHARED_MIN_BYTES, step, np.uint8)
+            checkpoints.save(step, {"frozen": frozen, "moving": moving}).wait()
+        checkpoints.join()
+        (name,) = list_names(checkpoints.remote_store)
+        assert checkpoints.remote_store.head(reference_key(name)).n_bytes > 0
+        loaded = checkpoints.load()
+        assert np.array_equal(loaded["frozen"], frozen)
+        days_s = (tmp_path / SHARED_FOLDER).stat().st_mtime + 3 * 86400
+        inventory = Inventory({"remote": checkpoints.remote_store})
+        assert Retention(inventory, now=lambda: days_s).collect().n_shared == 2
+        assert np.array_equal(checkpoints.load()["frozen"], frozen)
+
+
+def test_the_list_names_failed_and_unfinished_saves(remote):
+    broken = FaultStore(remote, [Fault("put_if_absent", nth=2, retryable=False)])
+    gates = GateStore(broken)
+    checkpoints = Checkpoints(gates)
+    checkpoints.save(1, {"n": 1}, metrics={"loss": 0.5}, note={"data": "v3"}).wait()
+    with pytest.raises(StoreError):
+        checkpoints.save(2, {"n": 2}).wait()
+    with gates.stop_at("before_put_if_absent") as gate:
+        checkpoints.save(3, {"n": 3})
+        gate.wait_reached()
+        found = {one.step: one for one in checkpoints.list()}
+    checkpoints.wait()
+    assert {step: one.state for step, one in found.items()} == {1: "complete", 2: "failed", 3: "saving"}
+    assert (found[1].metrics, found[1].note, found[1].n_bytes > 0) == ({"loss": 0.5}, {"data": "v3"}, True)
+    assert "was not saved" in found[2].error
+    checkpoints.close()
+
+
+def test_verify_reads_every_copy_and_names_the_wrong_files(tmp_path):
+    with Checkpoints(tmp_path / "remote", local=tmp_path / "local") as checkpoints:
+        saved = checkpoints.save(1, {"w": np.arange(1000)})
+        saved.wait()
+        assert checkpoints.verify().is_right
+        (file,) = (tmp_path / "local" / saved.name).glob("*.safetensors")
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        result = checkpoints.verify(1)
+        assert not result.is_right
+        assert result.problems["remote"] == ()
+        assert file.name in result.problems["local"][0]
+        file.unlink()
+        assert "is missing" in checkpoints.verify(1).problems["local"][0]
+
+
+# -- S3 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.s3
+def test_checkpoints_in_s3_are_loaded_mapped_retained_and_deleted(s3_server, tmp_path):
+    state = {"model": {"w": torch.arange(1 << 20), "b": torch.ones(3)}, "epoch": 4}
+    store = s3_server.store("checkpoints-read")
+    with Cache(tmp_path / "cache", size="64MiB") as cache:
+        checkpoints = Checkpoints(store, keep=Keep(last=2), dedup=True)
+        checkpoints._open_cache = lambda: cache
+        for step in range(1, 4):
+            checkpoints.save(step, {**state, "epoch": step}).wait(timeout_s=WAIT_S)
+        checkpoints.join()
+        assert [one.step for one in checkpoints.list()] == [2, 3]
+        loaded = checkpoints.load("latest")
+        assert torch.equal(loaded["model"]["w"], state["model"]["w"])
+        assert loaded["epoch"] == 3
+        assert checkpoints.verify().is_right
+        url, options = f"{s3_server.url}/checkpoints-read", s3_server.storage_options
+        with open_weights(url, prefix="model.", cache=cache, storage_options=options) as weights:
+            assert torch.equal(weights["w"], state["model"]["w"])
+        checkpoints.tag(2, "release")
+        assert checkpoints.list()[0].tags == ("release",)
+        checkpoints.delete(3)
+        assert checkpoints.load()["epoch"] == 2
+        checkpoints.close()

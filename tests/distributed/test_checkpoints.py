@@ -1,0 +1,143 @@
+"""Sharded checkpoints of gloo ranks by torch.distributed.checkpoint: saved by 4 ranks, loaded by 4, 2 and 1."""
+
+import json
+import random
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch.distributed.checkpoint as dcp
+from tests.distributed.checkpoint_jobs import KINDS, digest, make, state_of
+from tests.distributed.ranks import Job, run_ranks
+from tests.support.kill_points import points_in
+
+import tiercache as tc
+from tiercache.checkpoint.layout import key_of, list_names, manifest_key
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
+
+SAVE, LOAD = "tests.distributed.checkpoint_jobs:save", "tests.distributed.checkpoint_jobs:load"
+KILLED = "tests.distributed.checkpoint_jobs:save_until_killed"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, warm_python):
+    """Where 4 ranks saved a checkpoint of each kind, and the digests of their states."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    arguments = {"url": str(folder / "remote"), "local": str(folder / "local"), "kinds": KINDS}
+    answers = run_ranks(warm_python, SAVE, 4, folder / "job", arguments)
+    assert answers == [answers[0]] * 4
+    return folder, answers[0]
+
+
+@pytest.mark.parametrize("n_ranks", [pytest.param(4, marks=pytest.mark.stress), 2])
+def test_ranks_load_what_four_ranks_saved(saved, tmp_path, warm_python, n_ranks):
+    folder, digests = saved
+    arguments = {"url": str(folder / "remote"), "local": str(folder / "local"), "kinds": KINDS}
+    for answer in run_ranks(warm_python, LOAD, n_ranks, tmp_path, arguments):
+        assert answer == {kind: [digest, digest] for kind, digest in digests.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_process_loads_what_four_ranks_saved(saved, kind):
+    folder, digests = saved
+    checkpoints = tc.Checkpoints(folder / "remote")
+    state = state_of(*make("plain", seed=1))
+    state["loader"] = {"epoch": 0, "served": []}
+    dcp.load(state, storage_reader=checkpoints.dcp_reader(KINDS.index(kind)))
+    assert digest(state) == digests[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_part_is_stored_once_however_many_ranks_have_it(saved, kind):
+    checkpoints = tc.Checkpoints(saved[0] / "remote")
+    state = state_of(*make("plain"))
+    moments = [value for of_one in state["optimizer"]["state"].values() for value in of_one.values()]
+    manifest = checkpoints.inventory.scan().manifest(name_of(checkpoints, KINDS.index(kind)))
+    stored = sum(entry.n_bytes for entry in manifest.tensors.values())
+    assert stored == sum(tensor.nbytes for tensor in [*state["model"].values(), *moments])
+
+
+def test_a_plain_load_puts_the_parts_of_all_ranks_together(saved):
+    folder, digests = saved
+    model, optimizer = make("plain", seed=1)
+    checkpoints = tc.Checkpoints(folder / "remote")
+    state = {**state_of(model, optimizer), "loader": {"epoch": 0, "served": []}}
+    assert digest(checkpoints.load("best:loss")) == digests[KINDS[-1]]
+    checkpoints.load("latest", into=state)
+    assert digest(state) == digests[KINDS[-1]]
+
+
+def name_of(checkpoints, step):
+    (name,) = [info.name for info in checkpoints.list() if info.step == step]
+    return name
+
+
+def test_a_rank_that_fails_or_is_killed_leaves_the_last_checkpoint(tmp_path, warm_python):
+    url, local = str(tmp_path / "remote"), str(tmp_path / "local")
+    arguments = {"url": url, "local": local, "answers": str(tmp_path)}
+    with Job(warm_python, "tests.distributed.checkpoint_jobs:fail", 2, tmp_path / "job", arguments) as job:
+        codes = job.exit_codes()
+    assert codes[1] == -signal.SIGKILL, job.said()
+    assert codes[0] != 0, "rank 0 saved without its peer"
+    answers = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    for answer in answers:  # both ranks learn of the failure
+        assert "scripted fault in complete" in answer["error"], answer
+    checkpoints = tc.Checkpoints(url, local=local)
+    assert [(info.step, info.state) for info in checkpoints.list()] == [
+        (0, "complete"), (1, "incomplete"), (2, "incomplete"),
+    ]  # fmt: skip
+    assert digest(checkpoints.load("latest")) == answers[0]["digest"]
+
+
+@pytest.mark.parametrize(("point", "newest"), [("dcp.described", 0), ("dcp.committed", 1)])
+def test_a_coordinator_that_is_killed_leaves_a_whole_checkpoint(tmp_path, warm_python, point, newest):
+    url, local = str(tmp_path / "remote"), str(tmp_path / "local")
+    arguments = {"url": url, "local": local, "point": point}
+    with Job(warm_python, "tests.distributed.checkpoint_jobs:die", 1, tmp_path / "job", arguments) as job:
+        assert job.exit_codes() == [-signal.SIGKILL], job.said()
+    state = tc.Checkpoints(url, local=local).load("latest")
+    assert state["step"].tolist() == [newest] * 1000
+
+
+N_ROUNDS = 100
+POINTS = ("dcp.", "checkpoint_write.", "checkpoint_upload.", "checkpoint_commit.", "retention.")
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(3600)
+def test_ranks_that_are_killed_at_any_point_lose_no_saved_checkpoint(tmp_path, warm_python, capsys):
+    chance = random.Random(23)
+    points = [name for name in points_in(Path(tc.__file__).parent) if name.startswith(POINTS)]
+    url, local, saved, struck = str(tmp_path / "remote"), str(tmp_path / "local"), tmp_path / "saved", Counter()
+    for number in range(N_ROUNDS):
+        rank, point = number % 2, points[number // 2 % len(points)]
+        arguments = {"url": url, "local": local, "saved": str(saved), "rank": rank, "point": point}
+        job = KILLED, 2, tmp_path / "job", {**arguments, "nth": chance.randrange(1, 6)}
+        with Job(warm_python, *job) as ranks:
+            codes = ranks.exit_codes()
+            struck[rank, point] += codes[rank] == -signal.SIGKILL
+            assert codes == [0, 0] or codes[rank] == -signal.SIGKILL, ranks.said()
+        n_saved = int(saved.read_text().split()[-1]) if saved.exists() else -1
+        checkpoints = tc.Checkpoints(url, local=local)
+        newest = [info.step for info in checkpoints.list() if info.state == "complete"][-1:]
+        assert newest or n_saved < 0, (rank, point)
+        if newest:
+            state = checkpoints.load("latest")
+            assert state["step"] == newest[0] >= n_saved, (rank, point)
+            assert state["weights"].tolist() == [[newest[0]] * 3] * 40
+            assert state["moving"].unique().tolist() == [newest[0]]
+            assert state["frozen"].unique().tolist() == [7.0]
+        checkpoints.close()
+    checkpoints = tc.Checkpoints(url, local=local, keep=[tc.Keep(last=2)])
+    checkpoints.retention.gc_age_s = 0
+    checkpoints.retention.run()
+    for store in checkpoints.inventory.tiers.values():  # nothing is left of saves that were killed
+        names = set(list_names(store))
+        kept = [checkpoints.inventory.scan().manifest(name) for name in names]
+        used = {key_of(one.name, file.path) for one in kept for file in one.files} | set(map(manifest_key, names))
+        assert {info.key for info in store.list()} == used
+    with capsys.disabled():
+        print(f"\n{N_ROUNDS} rounds of two ranks: {sum(struck.values())} struck, at {len(+struck)} ranks and points")
+    assert len({point for (_, point), n in struck.items() if n}) >= len(points) * 2 // 3, struck
