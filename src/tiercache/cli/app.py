@@ -88,6 +88,7 @@ _VERBS: tuple[tuple[typer.Typer, Callable[..., None], str], ...] = (
     (tier, tier_commands.apply, _GOES_ON),
     (tier, tier_commands.run, _GOES_ON),
     (tier, tier_commands.ls, _AGAIN),
+    (tier, tier_commands.get, "requested restores go on, finished copies stay; the same command continues from there"),
 )
 for _group, _verb, _how_to_go_on in _VERBS:
     _group.command(cls=_Command)(command(_verb, how_to_go_on=_how_to_go_on))

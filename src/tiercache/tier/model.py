@@ -82,6 +82,8 @@ class Snapshot:
     verified: NDArray[np.bool_]  # whether its bytes were compared with checksums and have not changed since
     # By copy: a symbolic link in its tier that points to the copy or into it, and would dangle without it.
     links: Mapping[int, str]
+    # By group: the reason for people of a hold in force (tier/holds.py), which protects the group like a pin.
+    held: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def n_groups(self) -> int:

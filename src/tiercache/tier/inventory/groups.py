@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from tiercache.catalog.tiers import read_uses, uses_under
 from tiercache.store import LocalFolder
+from tiercache.tier.holds import HOLDS_FOLDER, read_holds
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
 from tiercache.tier.inventory.layouts import COMPLETION_MARKER, LACKS, NO_GROUP, NOTHING, KeyGroups, group_keys
 from tiercache.tier.inventory.listing import NO_CRC, Listing, ObjectTable, Progress, list_tiers, release_memory
@@ -345,6 +346,7 @@ def take_inventory(
         complete=complete,
         metrics=found.columns,
         unread=unread,
+        held=_held(file, stores, listed, own, grouped.paths, now_s),
     )
     facts = _facts(listed, grouped, copies, complete, datasets)
     facts |= {"n_own": int(own.sum()), "unread": _some(grouped.paths.take(pa.array(found.unread)))}
@@ -464,6 +466,20 @@ def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, cop
             if copy is not None:
                 found.setdefault(copy, link)
     return found
+
+
+def _held(
+    file: RuleFile, stores: Stores, listed: Listing, own: NDArray[np.bool_], paths: pa.Array, now_s: float
+) -> dict[int, str]:
+    """Return, by group, the reason of the hold in force. Raises StoreError."""
+    home = file.home_tier.name
+    sharing = [file.index(name) for name in stores.sharing(home)]
+    rows = np.flatnonzero(own & np.isin(listed.tier, sharing))
+    keys = listed.keys.take(pa.array(rows))
+    keys = keys.filter(pc.starts_with(keys, HOLDS_FOLDER)).to_pylist()
+    found = read_holds(stores.store(home), now_s, keys).in_force() if keys else {}
+    groups = index_in(pa.array([*found], pa.large_string()), paths).tolist()
+    return {group: hold.reason for group, hold in zip(groups, found.values(), strict=True) if group >= 0}
 
 
 def _with_folders(key: str) -> list[str]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
+from tiercache.tier.holds import put_hold
 from tiercache.tier.move.checks import (
     ApplyResult,
     BatchLimits,
@@ -36,6 +37,7 @@ from tiercache.tier.move.checks import (
     in_batches,
     matches_entry,
 )
+from tiercache.tier.move.hand_copies import HandCopy, find_hand_copy
 from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
 from tiercache.tier.move.transfer import MayReplace, is_md5
 from tiercache.tier.stores import CLASSES_TO_RESTORE, deletion_block_reason, needs_restore
@@ -59,6 +61,7 @@ class MoveJob:
 
     Attributes:
         stop_reason: Reason why the move was stopped; "" while it was not.
+        hand_copy: Copy that the move would take away, and that somebody made by hand; None: there is none.
         is_finished: Whether nothing is left to do.
         made: Verified copies that are not in the catalog yet, as (tier, key, entry).
         n_bytes: Bytes that were copied.
@@ -67,6 +70,7 @@ class MoveJob:
 
     row: JournalRow
     stop_reason: str = ""
+    hand_copy: HandCopy | None = None
     is_finished: bool = False
     made: list[tuple[str, str, CatalogEntry]] = field(default_factory=list)
     n_bytes: int = 0
@@ -86,7 +90,7 @@ class MoveJob:
     @property
     def is_active(self) -> bool:
         """Whether there is more to do."""
-        return not self.stop_reason and not self.is_finished
+        return not (self.stop_reason or self.hand_copy or self.is_finished)
 
 
 class CopyMaker:
@@ -380,6 +384,7 @@ class PlanExecutor:
         self._n_done, self._done_bytes, self._copied_bytes = 0, 0, 0
         self._n_bytes = sum(move.n_bytes for move in plan.moves if move.action in ("copy", "move"))
         self._stopped: list[StoppedMove] = []
+        self._held: list[StoppedMove] = []
         self._unavailable: dict[str, str] = {}
 
     def run(self) -> ApplyResult:
@@ -408,7 +413,7 @@ class PlanExecutor:
         for batch in in_batches(jobs, _BATCH_LIMITS):
             self._run_batch(batch)
         n_waiting = len(self._catalog.open_moves(self._file.home_tier.url, "waiting", "dropping"))
-        return ApplyResult(self._n_done, tuple(self._stopped), n_waiting, self._copied_bytes)
+        return ApplyResult(self._n_done, tuple(self._stopped), n_waiting, self._copied_bytes, held=tuple(self._held))
 
     def _count_bytes(self, n_bytes: int) -> None:
         with self._count_lock:
@@ -479,6 +484,7 @@ class PlanExecutor:
         self._context.lock.check()
         self._check_sources(jobs)
         self._check_pins(jobs)
+        self._hold_hand_copies([job for job in jobs if job.is_active])
         self._begin([job for job in jobs if job.is_active])
         crash_point("tier_move.begun")
         self._make([job for job in jobs if job.is_active])
@@ -566,6 +572,31 @@ class PlanExecutor:
         for job in jobs:
             job.stop_if(pinned.get((job.row.plan, job.row.number), ""))
 
+    def _hold_hand_copies(self, jobs: Sequence[MoveJob]) -> None:
+        """Hold the groups of which a move would take away a copy that somebody made by hand; their moves end here."""
+        for job in jobs if self._file.tiering.hold_s > 0 else ():
+            try:
+                job.hand_copy = find_hand_copy(self._context, job.row)
+            except TierCacheError as error:
+                job.stop(str(error))
+        by_tier: dict[str, dict[str, HandCopy]] = defaultdict(dict)
+        for job in jobs:
+            if job.hand_copy is not None:
+                by_tier[job.hand_copy.tier][job.row.path] = job.hand_copy
+        for tier, copies in by_tier.items():
+            until_s, why = self._now_s + self._file.tiering.hold_s, f"its copy in {tier} was not made by tiercache"
+            put_hold(
+                self._context.stores.store(self._file.home_tier.name),
+                copies,
+                until_s=until_s,
+                now_s=self._now_s,
+                why=why,
+            )
+            # Recorded, so that the rules apply to it like to any other copy when the hold has ended.
+            entries = (pair for copy in copies.values() for pair in copy.entries.items())
+            self._catalog.record([(tier, key, entry) for key, entry in entries])
+        crash_point("tier_move.held")
+
     def _begin(self, jobs: Sequence[MoveJob]) -> None:
         """Write the jobs into the journal. Earlier moves of the same paths are cancelled in the same transaction.
 
@@ -646,9 +677,9 @@ class PlanExecutor:
                 rows.append(replace(job.row, state="done"))
                 # The source was deleted by somebody, so the copy in dst may be the last one.
                 self._catalog.source_deleted([(job.row.dst, obj.key) for obj in job.row.objects if job.row.dst])
-            elif job.stop_reason:
+            elif job.stop_reason or job.hand_copy:
                 gone += self._take_stopped(job)
-                rows.append(replace(job.row, note=job.stop_reason))
+                rows.append(replace(job.row, note=job.stop_reason or _held_reason(job)))
             elif job.row.action == "copy" or (
                 job.row.action == "reclass" and not self._context.ends_readability(job.row)
             ):
@@ -663,9 +694,16 @@ class PlanExecutor:
             self._copied_bytes += job.n_bytes
             if job.stop_reason:
                 self._stopped.append(StoppedMove(job.row.number, job.stop_reason, job.row.path, job.row.plan))
+            elif job.hand_copy:
+                self._held.append(StoppedMove(job.row.number, _held_reason(job), job.row.path, job.row.plan))
             else:
                 self._n_done += 1
         self._report_progress()
+
+
+def _held_reason(job: MoveJob) -> str:
+    tier = "" if job.hand_copy is None else job.hand_copy.tier
+    return f"its copy in {tier} was not made by tiercache: it is held for the time `hold`"
 
 
 def _is_same_deletion(old: JournalRow, new: JournalRow) -> bool:

@@ -22,6 +22,7 @@ from tiercache.catalog.tiers import TierCatalog
 from tiercache.crash_points import crash_point
 from tiercache.prices import prices_if_known
 from tiercache.tier.findings import Loss, MetricGap, find_losses, metric_gaps
+from tiercache.tier.holds import remove_obsolete_holds
 from tiercache.tier.inventory.groups import Inventory, take_inventory
 from tiercache.tier.model import RESTORING, Decisions, Plan
 from tiercache.tier.move.checks import ApplyResult, MoveContext, Progress, StoppedMove
@@ -141,6 +142,7 @@ class RunReport:
             "adopted": list(self.newly_tracked),
             "cost": round(self.plan.totals.cost, 6),
             "saving_month": round(self.plan.totals.saving_month, 6),
+            "held": [one.path for one in self.applied.held],
             "stopped": [
                 {"plan": one.plan, "id": one.number, "path": one.path, "reason": one.reason} for one in self.stopped
             ],
@@ -198,6 +200,7 @@ def run_once(
             crash_point("tier_run.planned")
             newly_tracked = track_ruled(inventory, stores)
             crash_point("tier_run.tracked")
+            remove_obsolete_holds(stores.store(file.home_tier.name), time.time())
             applied = apply_plan(context, report.plan, on_progress=on_progress)
             crash_point("tier_run.applied")
             # The listing is before this run's own moves. Without a grace period they are due already: it is made anew.
