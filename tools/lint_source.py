@@ -17,7 +17,7 @@ from pathlib import Path
 _TORCH_HOMES = ("load/", "integrations/", "demo/train.py", "rng.py")  # rng.py: on first use of a torch.Generator
 HOMES = {
     "obstore": ("store/obstore.py", "testing/"),
-    "fsspec": ("store/fsspec.py", "integrations/fsspec.py", "testing/"),
+    "fsspec": ("store/fsspec.py", "integrations/fsspec.py", "integrations/fsspec_moved.py", "testing/"),
     "boto3": ("store/s3.py", "testing/"),
     "botocore": ("store/s3.py", "store/credentials.py", "testing/"),
     **dict.fromkeys(("torch", "torchdata"), _TORCH_HOMES),

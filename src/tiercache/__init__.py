@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from tiercache.shard.schema import Image, Ragged, Tensor
     from tiercache.shard.versions.manifest import Version
     from tiercache.shard.write.dataset_writer import Writer
+    from tiercache.tier.placement.locations import locate
     from tiercache.views.packing import FillInMiddle
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "collate",
     "concat",
     "describe",
+    "locate",
     "mix",
     "pack",
     "pack_sequences",
@@ -103,6 +105,7 @@ _HOMES = {
     "collate": "tiercache.load.collate",
     "concat": "tiercache.dataset",
     "describe": "tiercache.description",
+    "locate": "tiercache.tier.placement.locations",
     "mix": "tiercache.combinations",
     "pack": "tiercache.pack",
     "pack_sequences": "tiercache.sequences",

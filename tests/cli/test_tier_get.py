@@ -182,6 +182,7 @@ def test_shards_are_not_recalled_to_a_tier_that_no_placement_leads_to(tiercache,
 
 def test_a_copy_that_was_made_by_hand_is_not_deleted_by_the_next_runs(tiercache, root, clock):
     shutil.copytree(root / "cold/runs/a/step-9", root / "nvme/runs/a/step-9")
+    clock.jump(3600.0)  # nobody writes it any more
     done = tiercache("tier", "run", "--once", "--json").events
     held = [one for one in done if one["event"] == "held"]
     assert [(one["path"], one["reason"].split(":")[0]) for one in held] == [
@@ -197,9 +198,10 @@ def test_a_copy_that_was_made_by_hand_is_not_deleted_by_the_next_runs(tiercache,
     assert "step-9" not in step_files(root, "nvme"), "the rules apply again when the hold has ended"
 
 
-def test_a_checkpoint_that_was_written_anew_is_no_copy_made_by_hand(tiercache, root):
+def test_a_checkpoint_that_was_written_anew_is_no_copy_made_by_hand(tiercache, root, clock):
     write_checkpoint(root, 9, 3)
     (root / "nvme/runs/a/step-9/model.bin").write_bytes(b"\7" * 5000)
+    clock.jump(3600.0)
     done = tiercache("tier", "run", "--once", "--json", code=3).events
     assert [one for one in done if one["event"] == "held"] == []
 

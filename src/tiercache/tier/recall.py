@@ -31,6 +31,8 @@ from tiercache.tier.model import (
     DROP,
     MOVE,
     READABLE,
+    RECLASS,
+    RESTORED,
     RESTORING,
     SHARD,
     Decisions,
@@ -142,14 +144,19 @@ def plan_recall(
         moves.append(of_tier.moves)
         refused.append(of_tier.not_whole)
         cold.append(of_tier.cold)
-    wanted = refuse_unavailable(index, with_costs(index, MoveColumns.concat(moves)), refused, unavailable or {})
     frozen = refuse_unavailable(index, MoveColumns.concat(cold), refused, unavailable or {})
+    restored, frozen, restore = _split_restored(index, inventory, stores, frozen, speed)
+    wanted = refuse_unavailable(index, MoveColumns.concat(moves), refused, unavailable or {})
+    wanted = with_costs(index, MoveColumns.concat([wanted, restored]))
     ledger = CapacityLedger(index, [stores.capacity(tier.name) for tier in file.tiers])
     admitted = wanted.take(ledger.admit(wanted, refused))
     frozen = frozen.take(ledger.admit(frozen, refused))
+    if restore is not None:
+        keys = {*_keys(inventory, frozen)}
+        objects = tuple(one for one in restore.objects if one.key in keys)
+        restore = replace(restore, objects=objects) if objects else None
     copies = make_plan(Decisions(admitted, MoveColumns.concat(refused), (RULE,)), inventory, file, prices)
     later = make_plan(Decisions(frozen, rules=(RULE,)), inventory, file, prices)
-    restore = _plan_restore(inventory, file, stores, prices, frozen, speed)
     found = np.unique(np.concatenate([*here, admitted.group, frozen.group]).astype(np.int64))
     cost, hours = _cost(index, admitted, restore), 0.0 if restore is None else restore.hours
     return RecallPlan(_paths(index, found), _paths(index, np.concatenate(here)), copies, later, restore, cost, hours)
@@ -208,20 +215,32 @@ def _any_source(index: SnapshotIndex, rows: Rows) -> NDArray[np.int8]:
     return np.asarray(np.argmax(lies, axis=0), np.int8)
 
 
-def _plan_restore(
-    inventory: Inventory,
-    file: RuleFile,
-    stores: Stores,
-    prices: Sequence[Prices | None],
-    cold: MoveColumns,
-    speed: Speed,
-) -> RestorePlan | None:
+def _split_restored(
+    index: SnapshotIndex, inventory: Inventory, stores: Stores, cold: MoveColumns, speed: Speed
+) -> tuple[MoveColumns, MoveColumns, RestorePlan | None]:
+    """Return the groups that can be copied by now, those that must be restored first, and the plan of these restores.
+
+    The listing may not say what was restored: S3 alone has that in listings. So each object is asked for.
+    """
     if not len(cold):
-        return None
-    objects = inventory.objects_of(cold.group, cold.src)
-    keys = objects.keys.take(pa.array(objects.row)).to_pylist()
-    plan = plan_restore(file, stores, keys, prices, speed=speed, to=file.tiers[int(cold.dst[0])].name)
-    return plan if plan.objects else None
+        return cold, cold, None
+    keys, file = _keys(inventory, cold), index.file
+    plan = plan_restore(file, stores, keys, index.prices, speed=speed, to=file.tiers[int(cold.dst[0])].name)
+    waiting = {one.key for one in plan.objects if one.state != RESTORED}
+    n_objects = np.diff(inventory.objects_of(cold.group, cold.src).start)
+    row = np.repeat(np.arange(len(cold)), n_objects)
+    is_open = np.ones(len(cold), np.bool_)
+    is_open[row[[key in waiting for key in keys]]] = False
+    restored, left = cold.take(is_open), cold.take(~is_open)
+    action = np.where(index.same_url[restored.src, restored.dst], RECLASS, COPY).astype(np.int8)
+    reason = np.full(len(restored), "its archived copy was restored", np.object_)
+    return replace(restored, action=action, reason=reason), left, plan if waiting else None
+
+
+def _keys(inventory: Inventory, moves: MoveColumns) -> list[str]:
+    objects = inventory.objects_of(moves.group, moves.src)
+    found: list[str] = objects.keys.take(pa.array(objects.row)).to_pylist()
+    return found
 
 
 def _cost(index: SnapshotIndex, moves: MoveColumns, restore: RestorePlan | None) -> float | None:
