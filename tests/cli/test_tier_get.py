@@ -56,7 +56,7 @@ def test_a_checkpoint_comes_back_to_the_first_tier_and_keeps_its_colder_copy(tie
 
 def test_the_plan_is_printed_first_and_a_dry_run_changes_nothing(tiercache, root):
     out = tiercache("tier", "get", "runs/a/step-9", "--dry-run").out.splitlines()
-    assert out[0].split() == "does path from to size cost saves/month back in why".split()
+    assert out[0].split() == ["does", "path", "from", "to", "size", "cost", "saves/month", "back", "in", "why"]
     assert out[1].split()[:5] == ["copy", "runs/a/step-9", "archive", "hot", "4.9"]
     assert out[-1].startswith("would recall 1 group, 4.9 KiB, for $0.00")
     assert step_files(root, "nvme") == ["step-11"]
@@ -105,7 +105,13 @@ def test_a_deletion_that_a_rule_asks_for_waits_for_the_hold(tiercache, root, clo
 
 @pytest.mark.parametrize(
     "named",
-    ["runs/a/step-9/**", "runs/*/step-9", "{root}/nvme/runs/a/step-9", "runs/a/step-9/model.bin", "{root}/cold/runs/a/step-9"],
+    [
+        "runs/a/step-9/**",
+        "runs/*/step-9",
+        "{root}/nvme/runs/a/step-9",
+        "runs/a/step-9/model.bin",
+        "{root}/cold/runs/a/step-9",
+    ],
 )
 def test_a_checkpoint_is_named_by_path_glob_or_old_location(tiercache, root, named):
     events = tiercache("tier", "get", named.format(root=root), "--dry-run", "--json").events
@@ -177,7 +183,8 @@ def test_shards_are_not_recalled_to_a_tier_that_no_placement_leads_to(tiercache,
     monkeypatch.chdir(root)
     done = tiercache("tier", "get", "datasets/**", "--to", "hot", "--yes", "--json", code=3)
     reasons = {one["reason"] for one in done.events if one["event"] == "refused"}
-    assert reasons == {"shards are read from standard or through the cache: recall them to standard, and warm the cache"}
+    what = "shards are read from standard or through the cache: recall them to standard, and warm the cache"
+    assert reasons == {what}
 
 
 def test_a_copy_that_was_made_by_hand_is_not_deleted_by_the_next_runs(tiercache, root, clock):

@@ -100,7 +100,7 @@ def test_the_plan_states_the_cost_and_the_time_of_the_restore(tiercache, bucket)
 
 
 def test_a_running_restore_exits_with_5_and_the_same_command_continues(tiercache, bucket, tmp_path, restores_take):
-    restores_take(8)
+    restores_take(6)
     done = tiercache("tier", "get", "runs/a/step-1", "--yes", code=5)
     assert "3 objects being restored; the same command continues, --wait waits" in done.out
     assert recalled(tmp_path) == {}
@@ -111,7 +111,7 @@ def test_a_running_restore_exits_with_5_and_the_same_command_continues(tiercache
 
 def test_the_error_of_a_file_that_must_be_restored_names_the_command(tiercache, bucket, tmp_path):
     for path in (tmp_path / "nvme/runs/a/step-1", tmp_path / "nvme/runs/a/step-1/.metadata"):
-        with pytest.raises(tc.ArchivedShards, match="tiercache tier get .*/cold/runs/a/step-1.* --wait") as caught:
+        with pytest.raises(tc.ArchivedShards, match=r"tiercache tier get .*/cold/runs/a/step-1.* --wait") as caught:
             tc.locate(path)
         words = caught.value.command.split()
         assert words[:3] == ["tiercache", "tier", "get"]

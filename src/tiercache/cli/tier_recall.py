@@ -91,6 +91,7 @@ class _Recall:
         n_left = self._restore(plan)
         if plan.restore is not None and not n_left:
             plan = self._plan()  # what was restored can be copied now
+            n_left = 0 if plan.restore is None else len(plan.restore.objects)
         applied = self._copy(plan)
         if self._hold_s and time.time() + self._hold_s * (1 - _RENEWED_AFTER) > self._held_until_s:
             self._hold(plan.paths)
@@ -190,7 +191,7 @@ class _Recall:
         parts += (
             [f"{count(n_left, 'object')} being restored; the same command continues, --wait waits"] if n_left else []
         )
-        parts += [f"held until {until:%Y-%m-%d %H:%M} UTC" if self._hold_s else "not held"]
+        parts += [f"held until {until:%Y-%m-%dT%H:%MZ}" if self._hold_s else "not held"]
         self._output.summary(facts, "; ".join(parts))
         return PENDING if n_left else PARTIAL if applied.stopped or n_refused else 0
 

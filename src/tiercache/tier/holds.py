@@ -55,7 +55,7 @@ class Hold:
     def reason(self) -> str:
         """The reason of a refusal, for people."""
         until = datetime.fromtimestamp(self.until_s, UTC)
-        return f"held until {until:%Y-%m-%d %H:%M} UTC: {self.why}"
+        return f"held until {until:%Y-%m-%dT%H:%MZ}: {self.why}"
 
 
 class Holds:

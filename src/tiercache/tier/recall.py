@@ -197,7 +197,7 @@ class _Selected:
         self.not_whole = replace(MoveColumns.of(none, COPY, _any_source(index, none), dst, 0, ""), reason=text)
         rows, sources = rows[has_source], sources[:, has_source]
         is_open = (sources & index.readable[:, rows]).any(axis=0)
-        reason = np.full(int(is_open.sum()), f"recalled to {index.name(dst)}", np.object_)
+        reason = np.full(int(is_open.sum()), "brought back", np.object_)
         open_sources = sources[:, is_open] & index.readable[:, rows[is_open]]
         moves, _ = propose_move(index, rows[is_open], open_sources, dst, (0, reason))
         # A copy leaves the colder copy where it is; a change of class cannot.
