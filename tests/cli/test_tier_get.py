@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from tests.cli.test_tier import RULES, age, write_checkpoint
 from tests.support.clock import JumpingClock
+from tests.tier.moving import HookAt, Killed
 
+from tiercache.cli.app import app
 from tiercache.pack import pack
 from tiercache.store import LocalFolder
 from tiercache.tier.holds import read_holds
@@ -211,6 +213,42 @@ def test_a_checkpoint_that_was_written_anew_is_no_copy_made_by_hand(tiercache, r
     clock.jump(3600.0)
     done = tiercache("tier", "run", "--once", "--json", code=3).events
     assert [one for one in done if one["event"] == "held"] == []
+
+
+@pytest.fixture
+def killed(root, clock):
+    """A recall of a checkpoint of two files that was killed when the first was copied."""
+    for name in ("model.bin", "optim.bin"):
+        path = root / "cold/runs/a/step-8" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(name.encode() * 1000)
+    clock.jump(3600.0)  # nobody writes it any more
+    with HookAt("tier_move.object"), pytest.raises(Killed):
+        app(["tier", "get", "runs/a/step-8", "--yes"], standalone_mode=False)
+    assert len(list((root / "nvme/runs/a/step-8").iterdir())) == 1
+    return root / "nvme/runs/a/step-8"
+
+
+def test_a_recall_that_was_killed_is_finished_by_the_next_run(tiercache, killed):
+    assert tiercache("tier", "run", "--once", "--json").events[-1]["recalled"] == 1
+    assert {path.name: path.read_bytes() for path in killed.iterdir()} == {
+        name: name.encode() * 1000 for name in ("model.bin", "optim.bin")
+    }
+
+
+def test_the_parts_of_a_killed_recall_are_removed_when_its_hold_has_ended(tiercache, root, killed, clock):
+    clock.jump(8 * DAY_S)
+    tiercache("tier", "run", "--once")
+    assert not killed.exists()
+    assert len(list((root / "cold/runs/a/step-8").iterdir())) == 2
+
+
+def test_parts_that_differ_from_the_colder_copy_are_left_alone(tiercache, killed, clock):
+    part = next(killed.iterdir())
+    part.write_bytes(part.read_bytes()[::-1])
+    clock.jump(8 * DAY_S)
+    tiercache("tier", "run", "--once")
+    assert part.exists()
 
 
 def test_restore_names_the_command_that_brings_readable_data_back(tiercache, root):

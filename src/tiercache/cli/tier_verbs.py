@@ -278,6 +278,7 @@ def _run_text(report: RunReport) -> str:
         (settled.proof_bytes, f"{format_bytes(settled.proof_bytes)} of copies read back first"),
         (settled.waiting_drops, f"{count(settled.waiting_drops, 'deletion')} waiting for grace"),
         (len(report.stopped), f"{len(report.stopped):,} stopped"),
+        (report.recalls.n_made, f"{count(report.recalls.n_made, 'recall')} finished"),
         (len(report.applied.held), f"{len(report.applied.held):,} held"),
         (len(report.losses), f"{count(len(report.losses), 'object')} lost"),
         (len(report.unavailable), f"{count(len(report.unavailable), 'tier')} not seen"),
