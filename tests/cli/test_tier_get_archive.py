@@ -3,6 +3,7 @@
 import json
 from contextlib import suppress
 
+import fsspec
 import pytest
 from tests.cli.test_tier_restore import Bucket, client, restores_take, server
 from tests.support.clock import JumpingClock
@@ -10,6 +11,7 @@ from tests.tier.moving import HookAt, Killed
 
 import tiercache as tc
 from tiercache.cli.app import app
+from tiercache.store.options import CloudOptions
 
 __all__ = ["client", "restores_take", "server"]
 
@@ -116,6 +118,46 @@ def test_the_error_of_a_file_that_must_be_restored_names_the_command(tiercache, 
         words = caught.value.command.split()
         assert words[:3] == ["tiercache", "tier", "get"]
         tiercache(*words[1:], "--dry-run")
+
+
+@pytest.fixture
+def file_system(tmp_path):
+    """Makes `tiercache` file systems over a target."""
+    made = []
+    with tc.Cache(tmp_path / "cache", size="64MiB", min_free="0") as cache:
+
+        def over(target, **options):
+            fs = fsspec.filesystem(
+                "tiercache", target_protocol=target, cache=cache, skip_instance_cache=True, **options
+            )
+            made.append(fs)
+            return fs
+
+        yield over
+        for fs in made:
+            fs.close()
+
+
+def test_a_file_that_moved_to_s3_is_read_through_the_cache_by_its_old_local_path(bucket, tmp_path, file_system):
+    bucket.put("standard", "runs/b/step-1/model.bin", b"moved" * 1000, "STANDARD")
+    fs, path = file_system("file"), tmp_path / "nvme/runs/b/step-1/model.bin"
+    assert fs.cat_file(str(path)) == b"moved" * 1000
+    assert fs.find(str(path.parent)) == [str(path)]
+    assert tc.locate(path) == bucket.url("standard") + "/runs/b/step-1/model.bin"
+
+
+def test_reading_an_archived_file_by_its_old_path_names_the_command(bucket, tmp_path, file_system):
+    fs = file_system("file")
+    with pytest.raises(tc.ArchivedShards, match=r"must be restored .*: tiercache tier get s3://.* --wait"):
+        fs.cat_file(str(tmp_path / "nvme/runs/a/step-1/__0_0.distcp"))
+
+
+def test_reading_an_archived_object_by_its_url_names_the_command(bucket, server, file_system):
+    options = CloudOptions.parse("s3", server.storage_options).for_s3fs()
+    fs = file_system("s3", target_options=options | {"skip_instance_cache": True})
+    url = bucket.url("cold") + "/runs/a/step-1/__0_0.distcp"
+    with pytest.raises(tc.ArchivedShards, match=r"tiercache tier get s3://.*__0_0\.distcp --wait"):
+        fs.cat_file(url)
 
 
 def test_a_recall_killed_at_any_point_goes_on_with_the_same_command(bucket, tmp_path, server, client, tiercache):
