@@ -77,7 +77,12 @@ class ApplyResult:
         stopped = tuple(move for move in self.stopped if (move.plan, move.number) not in again)
         n_bytes, proof_bytes = self.n_bytes + later.n_bytes, self.proof_bytes + later.proof_bytes
         return ApplyResult(
-            self.n_made + later.n_made, stopped + later.stopped, later.waiting_drops, n_bytes, proof_bytes
+            self.n_made + later.n_made,
+            stopped + later.stopped,
+            later.waiting_drops,
+            n_bytes,
+            proof_bytes,
+            self.held + later.held,
         )
 
 

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
-from tiercache.tier.holds import put_hold
 from tiercache.tier.move.checks import (
     ApplyResult,
     BatchLimits,
@@ -37,7 +36,7 @@ from tiercache.tier.move.checks import (
     in_batches,
     matches_entry,
 )
-from tiercache.tier.move.hand_copies import HandCopy, find_hand_copy
+from tiercache.tier.move.hand_copies import HandCopy, find_hand_copy, hold_hand_copies
 from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
 from tiercache.tier.move.transfer import MayReplace, is_md5
 from tiercache.tier.stores import CLASSES_TO_RESTORE, deletion_block_reason, needs_restore
@@ -579,22 +578,7 @@ class PlanExecutor:
                 job.hand_copy = find_hand_copy(self._context, job.row)
             except TierCacheError as error:
                 job.stop(str(error))
-        by_tier: dict[str, dict[str, HandCopy]] = defaultdict(dict)
-        for job in jobs:
-            if job.hand_copy is not None:
-                by_tier[job.hand_copy.tier][job.row.path] = job.hand_copy
-        for tier, copies in by_tier.items():
-            until_s, why = self._now_s + self._file.tiering.hold_s, f"its copy in {tier} was not made by tiercache"
-            put_hold(
-                self._context.stores.store(self._file.home_tier.name),
-                copies,
-                until_s=until_s,
-                now_s=self._now_s,
-                why=why,
-            )
-            # Recorded, so that the rules apply to it like to any other copy when the hold has ended.
-            entries = (pair for copy in copies.values() for pair in copy.entries.items())
-            self._catalog.record([(tier, key, entry) for key, entry in entries])
+        hold_hand_copies(self._context, {job.row.path: job.hand_copy for job in jobs if job.hand_copy is not None})
         crash_point("tier_move.held")
 
     def _begin(self, jobs: Sequence[MoveJob]) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tiercache.catalog.tiers import CatalogEntry
+from tiercache.tier.holds import put_hold
 from tiercache.tier.move.transfer import is_md5
 from tiercache.tier.stores import needs_restore
 
@@ -48,6 +49,22 @@ class HandCopy:
 
     tier: str
     entries: Mapping[str, CatalogEntry]
+
+
+def hold_hand_copies(context: MoveContext, copies: Mapping[str, HandCopy]) -> None:
+    """Hold groups, given by path, with copies that were made by hand, for the time `hold` of the rule file.
+
+    The copies are recorded as verified afterwards, so that the rules apply to them like to any other copy when the hold
+    has ended. Raises StoreError.
+    """
+    now_s, hold_s = context.clock(), context.file.tiering.hold_s
+    tiers = dict.fromkeys(copy.tier for copy in copies.values())
+    for tier in tiers if hold_s > 0 else ():
+        paths = [path for path, copy in copies.items() if copy.tier == tier]
+        why = f"its copy in {tier} was not made by tiercache"
+        home = context.stores.store(context.file.home_tier.name)
+        put_hold(home, paths, until_s=now_s + hold_s, now_s=now_s, why=why)
+    context.catalog.record([(copy.tier, key, entry) for copy in copies.values() for key, entry in copy.entries.items()])
 
 
 def _is_unknown(context: MoveContext, tier: str, objects: Sequence[PlannedObject]) -> bool:
