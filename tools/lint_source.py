@@ -29,7 +29,7 @@ ENVIRONMENT_FILE, SLEEPING_FILE = "config.py", "waiting.py"
 ENVIRONMENT_NAMES = frozenset({"os.environ", "os.environb", "os.getenv"})
 
 # Signatures and help texts of the command. The verbs' bodies import the implementation: `--help` loads none of it.
-LAZY_FILES = ("cli/commands.py", "cli/tier_commands.py")
+LAZY_FILES = ("cli/commands.py", "cli/tier_commands.py", "cli/checkpoint_commands.py")
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 

@@ -7,6 +7,7 @@
     │   ├── NotFound          (also FileNotFoundError) the object does not exist
     │   └── ObjectChanged     the object, or the data set under a resumed run, is not the one that was opened
     ├── CorruptShard          the bytes of a shard, segment or version differ from those written; exit code 4
+    ├── CorruptCheckpoint     the bytes of a checkpoint differ from those written; exit code 4
     ├── SchemaError           (also ValueError) an invalid schema, or a value that does not match the schema
     ├── CommitConflict        another writer committed first
     ├── CacheFull             the cache has not enough space for the request; exit code 6
@@ -184,6 +185,28 @@ class CorruptShard(TierCacheError):
         """Old name of location; deprecated."""
         warnings.warn("CorruptShard.place is now called location", DeprecationWarning, stacklevel=2)
         return self.location
+
+
+class CorruptCheckpoint(TierCacheError):
+    """The bytes of a checkpoint's file differ from those that were written, or a file is missing.
+
+    Args:
+        message: Description of the defect.
+        url: URL of the file, without credentials.
+        part: Corrupt part of the checkpoint, e.g. "manifest" or the name of a tensor; "" if unknown.
+        details: Further facts for the library itself.
+
+    Attributes:
+        reason: The message without its location.
+    """
+
+    exit_code = 4
+
+    def __init__(self, message: str, *, url: str, part: str = "", **details: object) -> None:
+        super().__init__(f"{url}: {part + ': ' if part else ''}{message}", **details)
+        self.reason = message
+        self.url = url
+        self.part = part
 
 
 class SchemaError(TierCacheError, ValueError):

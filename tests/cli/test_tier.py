@@ -538,3 +538,74 @@ class TestRun:
     def test_a_rule_file_can_be_named_with_an_option(self, tiercache, root, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         assert tiercache("tier", "run", "--once", "--rules", root / "tiercache.toml", "--json").events[-1]["done"] > 0
+
+
+class TestUnmatched:
+    def test_check_and_plan_list_files_that_keep_lists_leave_alone_and_suggest_a_pattern(self, tiercache, root):
+        for number in range(1, 27):
+            write_file(root / f"nvme/runs/b/model_{number}.pt")
+        for verb in (["check"], ["plan"]):
+            (found,) = [e for e in tiercache("tier", *verb, "--json").events if e["event"] == "unmatched"]
+            assert (found["rule"], found["n_files"], found["suggestion"]) == ("runs", 26, ["model_{step}.pt"])
+            line = next(one for one in tiercache("tier", *verb).out.splitlines() if "26 files left alone" in one)
+            assert 'write checkpoint = "model_{step}.pt" into the rule' in line
+
+    def test_the_suggested_pattern_makes_checkpoints_of_the_files(self, tiercache, root):
+        for number in range(1, 27):
+            write_file(root / f"nvme/runs/b/model_{number}.pt")
+        rules = RULES.replace('match = "runs/**"', 'match = "runs/**"\ncheckpoint = "model_{step}.pt"')
+        (root / "tiercache.toml").write_text(rules)
+        events = tiercache("tier", "plan", "--json").events
+        assert [e for e in events if e["event"] == "unmatched"] == []
+        moved = [e["path"] for e in events if e["event"] == "move" and e["path"].startswith("runs/b/")]
+        assert len(moved) == 25
+        assert "runs/b/model_26.pt" not in moved
+
+
+class TestInit:
+    def test_the_rule_file_of_a_folder_works_as_it_is(self, tiercache, root):
+        for number in (10, 20, 30):
+            write_file(root / f"nvme/old/net{number}.pt")
+        out = root / "rules.toml"
+        tiercache("tier", "init", "nvme", "--standard", "store", "--archive", "s3://cold/train", "--out", out)
+        text = out.read_text()
+        assert 'checkpoint = "net{step}.pt"' in text
+        assert "#   runs/a/step-*" in text
+        found = tiercache("tier", "check", "--offline", "--rules", out, "--json").events[-1]
+        assert (found["tiers"], found["rules"] >= 2) == (3, True)
+
+    def test_without_further_tiers_they_are_commented_out(self, tiercache, root):
+        out = root / "rules.toml"
+        tiercache("tier", "init", "nvme", "--out", out)
+        assert "# [tiers.standard]" in out.read_text()
+        events = tiercache("tier", "plan", "--rules", out, "--json").events
+        assert [e for e in events if e["event"] == "move"] == []
+
+    def test_an_existing_rule_file_is_not_overwritten(self, tiercache, root):
+        assert "is not overwritten" in tiercache("tier", "init", "nvme", code=1).err
+        assert (root / "tiercache.toml").read_text() == RULES
+
+    def test_a_missing_folder_is_an_error(self, tiercache, root):
+        assert "no such folder" in tiercache("tier", "init", "nowhere", "--out", root / "x.toml", code=1).err
+
+
+class TestPathsBelowATier:
+    def test_ls_accepts_the_name_of_a_tier_before_a_path(self, tiercache, root):
+        found = [e["path"] for e in tiercache("tier", "ls", "hot/runs", "--json").events if e["event"] == "group"]
+        assert found
+        assert all(path.startswith("runs/") for path in found)
+
+    def test_only_what_has_a_copy_in_that_tier_is_listed(self, tiercache, root):
+        assert "no object has this name" in tiercache("tier", "ls", "archive/runs", code=1).err
+
+
+def write_file(path: Path, days: float = 30) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * 1000)
+    number = int("".join(filter(str.isdigit, path.stem)))
+    os.utime(path, (time.time() - days * DAY_S + number * 60,) * 2)
+
+
+def test_verbs_of_data_sets_accept_the_name_of_a_tier_before_a_path(tiercache, root):
+    found = tiercache("info", "standard/datasets/photos", "--json").events[-1]
+    assert found == tiercache("info", root / "store/datasets/photos", "--json").events[-1]

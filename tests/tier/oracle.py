@@ -4,8 +4,10 @@ The world says what people do: write, remove, pin, and which bits it turns itsel
 point inside of one, the oracle looks at all objects as they lie and compares them with what lay there before.
 """
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 DAY_S = 86_400.0
 NEVER = float("inf")
@@ -244,11 +246,18 @@ class Oracle:
             return "it is pinned"
         if self.protected.get(group.series) == name:
             return "it is the newest complete checkpoint of its run"
-        newer = [other for other in self.groups.values() if other.series == group.series and other.step > group.step]
+        newer = [
+            other for other in self.groups.values() if other.series == group.series and self._is_newer(other, group)
+        ]
         here = [other for other in newer if other.name not in self.deleted and self._counted(other)]
         if group.series and len(here) < group.keep_last:
             return f"it is among the last {group.keep_last}"
         return ""
+
+    def _is_newer(self, other: Group, group: Group) -> bool:
+        """Whether another checkpoint may be newer: by its step, or because some of it was written later."""
+        times = [[self.written_s[key] for key in one.keys if key in self.written_s] for one in (other, group)]
+        return other.step > group.step or (all(times) and max(times[0]) > min(times[1]))
 
     def _counted(self, group: Group) -> bool:
         """Whether it is one of the newer ones: also if somebody has removed it when it was decided what goes."""
@@ -261,6 +270,8 @@ class Oracle:
             for key, seen in objects.items():
                 if key in self.ever and seen.data not in self.ever[key]:
                     found.append(f"{place}/{key}: {len(seen.data)} bytes that nobody wrote")
+                if key not in self.ever and seen.data in self.ever.get(undated(key), ()):
+                    continue  # an older object of a name that was written again
                 if key not in self.ever:
                     found.append(f"{place}/{key}: nobody wrote an object of that name")
         return found
@@ -418,5 +429,14 @@ class Oracle:
 
 
 def _lies(objects: Mapping[str, Seen], key: str, data: bytes) -> bool:
-    seen = objects.get(key)
-    return seen is not None and seen.data == data
+    """Whether an object has these bytes under its key, or with a date in its name."""
+    return any(seen.data == data for name, seen in objects.items() if name == key or undated(name) == key)
+
+
+@cache
+def undated(key: str) -> str:
+    """The key without the date that the library puts into the name of a file, or of a folder, that is written again."""
+    return _DATE.sub("", key)
+
+
+_DATE = re.compile(r"[.][0-9]{8}T[0-9]{6}Z(?=/|[.]|$)")

@@ -30,11 +30,19 @@ def kept_plainly(groups: list[Group], rows: list[int], keep: Any) -> set[int]:
 
 def _of_series(groups: list[Group], rows: list[int], keep: Any) -> set[int]:
     by_step = sorted(rows, key=lambda row: (groups[row].step, -groups[row].days, row))
-    named = set(by_step[-keep.last :]) if keep.last else set()
+    written = sorted(rows, key=lambda row: (-groups[row].days, groups[row].step, row))
+    named = set(written[-keep.last :]) if keep.last else set()
     if keep.every_steps:
-        highest = max((groups[row].step for row in rows), default=0)
-        for multiple in range(0, highest + 1, keep.every_steps):
-            named |= set([row for row in by_step if groups[row].step >= max(multiple, 0)][:1])
+        parts, before = [[]], -1
+        for row in (row for row in written if groups[row].step >= 0):
+            if groups[row].step < before:
+                parts.append([])
+            before = groups[row].step
+            parts[-1].append(row)
+        for part in parts:
+            highest = max((groups[row].step for row in part), default=0)
+            for multiple in range(0, highest + 1, keep.every_steps):
+                named |= set([row for row in part if groups[row].step >= multiple][:1])
     if keep.every_s:
         by_time = sorted(rows, key=lambda row: (-groups[row].days, row))
         start = end = None
@@ -92,16 +100,17 @@ class PlannerOracle:
         self.newest = self._newest()
 
     def _newest(self) -> set[int]:
-        runs: dict[int, int] = {}
-        for row, group in enumerate(self.groups):
-            if group.kind == "checkpoint" and group.complete:
-                best = runs.get(group.series)
-                if best is None or self._order(row) > self._order(best):
-                    runs[group.series] = row
-        return set(runs.values())
-
-    def _order(self, row: int) -> tuple[int, float, int]:
-        return self.groups[row].step, -self.groups[row].days, row
+        found = set()
+        for series in {group.series for group in self.groups}:
+            rows = [
+                row
+                for row, group in enumerate(self.groups)
+                if group.kind == "checkpoint" and group.complete and group.series == series
+            ]
+            if rows:
+                found.add(max(rows, key=lambda row: (-self.groups[row].days, self.groups[row].step, row)))
+                found.add(max(rows, key=lambda row: (self.groups[row].step, -self.groups[row].days, row)))
+        return found
 
     def rule_of(self, group: Group) -> Any:
         for rule in self.file.rules:

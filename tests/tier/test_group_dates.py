@@ -104,6 +104,7 @@ def test_a_rewritten_and_moved_checkpoint_has_its_own_date(folders):
     move_all(folders)
     (folders.root / "archive" / name(3)).unlink()
     write(folders, 3, SPRING_S + 300 * DAY_S, data=b"another")
+    write(folders, STEPS[-1], SPRING_S + 301 * DAY_S)
     move_all(folders, 2 * DAY_S + 2)
     assert folders.keys("archive") == [name(step) for step in STEPS[:-1]]
     assert ages(folders)[name(3)] == SPRING_S + 300 * DAY_S

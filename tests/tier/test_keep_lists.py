@@ -59,11 +59,12 @@ def chosen(rows: list[int], mask: np.ndarray) -> set[int]:
 
 
 @given(st.lists(checkpoints, max_size=14))
-def test_the_newest_of_a_run_is_its_complete_checkpoint_with_the_highest_step(groups):
+def test_the_newest_of_a_run_are_its_complete_checkpoints_written_last_and_with_the_highest_step(groups):
     found = set(np.flatnonzero(find_newest(snapshot_of(groups))).tolist())
     wanted = set()
     for series in {group.series for group in groups}:
         rows = [row for row, group in enumerate(groups) if group.series == series and group.complete]
+        wanted |= set(sorted(rows, key=lambda row: (-groups[row].days, groups[row].step, row))[-1:])
         wanted |= set(sorted(rows, key=lambda row: (groups[row].step, -groups[row].days, row))[-1:])
     assert found == wanted
 
@@ -80,6 +81,17 @@ def run(*steps: int, **facts: object) -> list[Group]:
 
 def test_steps_are_compared_as_numbers():
     assert named_steps(run(9, 10, 100), last=2) == [10, 100]
+
+
+def test_the_last_checkpoints_are_those_written_last_after_a_restart_at_a_lower_step():
+    """Step 400 was written; the run restarted at 100."""
+    groups = [checkpoint(0, step, HERE, days=days) for step, days in ((200, 9), (300, 8), (400, 7), (101, 2), (102, 1))]
+    assert named_steps(groups, last=2) == [101, 102]
+
+
+def test_a_restart_at_a_lower_step_begins_a_new_series_of_multiples():
+    groups = [checkpoint(0, step, HERE, days=days) for step, days in ((100, 9), (200, 8), (110, 2), (210, 1), (220, 0))]
+    assert named_steps(groups, every_steps=100) == [100, 110, 200, 210]
 
 
 def test_every_n_steps_keeps_the_first_at_or_after_each_multiple():

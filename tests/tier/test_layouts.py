@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.tier.inventory.layouts import COMPLETION_MARKER, INDEX, LACKS, MEMBER, NO_GROUP, KeyGroups, group_keys
+from tiercache.tier.inventory.layouts import (
+    COMPLETION_MARKER,
+    INDEX,
+    LACKS,
+    MEMBER,
+    NO_GROUP,
+    KeyGroups,
+    UserLayout,
+    dated_name,
+    group_keys,
+    layout_pattern,
+)
 from tiercache.tier.model import NO_SERIES, NO_STEP
 
 
@@ -464,3 +475,119 @@ def test_accelerate_checkpoints_need_no_final_object(tmp_path, model):
     keys = keys_below(tmp_path)
     assert steps(*keys) == {"checkpoints/checkpoint_0": 0, "checkpoints/checkpoint_1": 1}
     assert set(lacks(*keys).values()) == {""}
+
+
+# -- our own checkpoints, dates in names, and layouts of users -------------------------------------------------------
+
+OWN = "runs/7/step-000000000100.20261129T193324123Z-7f3a9c"
+
+
+def runs(layout: KeyGroups) -> set[frozenset[str]]:
+    """The checkpoints of each run."""
+    found: dict[int, set[str]] = {}
+    for path, series in zip(layout.paths.to_pylist(), layout.series.tolist(), strict=True):
+        if series != NO_SERIES:
+            found.setdefault(series, set()).add(path)
+    return {frozenset(paths) for paths in found.values()}
+
+
+def test_one_of_our_own_checkpoints_is_complete_with_its_manifest_alone():
+    tensors = f"{OWN}/tensors-00001-of-00004.safetensors", f"{OWN}/state.json"
+    assert lacks(*tensors) == {OWN: "checkpoint.json"}
+    assert lacks(*tensors, f"{OWN}/checkpoint.json") == {OWN: ""}
+
+
+def test_a_manifest_below_one_of_our_own_checkpoints_does_not_complete_it():
+    assert lacks(f"{OWN}/a/checkpoint.json") == {OWN: "checkpoint.json"}
+
+
+def test_the_manifest_of_one_of_our_own_checkpoints_is_its_final_object():
+    keys = [f"{OWN}/checkpoint.json", f"{OWN}/state.json", f"{OWN}/trainer_state.json", "step-1/checkpoint.json"]
+    layout = layout_of(*keys)
+    assert layout.rank.tolist() == [COMPLETION_MARKER, MEMBER, MEMBER, MEMBER]
+
+
+def test_our_own_checkpoints_of_a_folder_are_a_run_with_steps_and_times():
+    other = "runs/7/step-000000000040.20261130T000000000Z-000000"
+    layout = layout_of(f"{OWN}/checkpoint.json", f"{other}/checkpoint.json")
+    assert layout.paths.to_pylist() == [other, OWN]
+    assert (layout.step.tolist(), len(set(layout.series.tolist()))) == ([40, 100], 1)
+    assert layout.written_s[0] - layout.written_s[1] == pytest.approx(4 * 3600 + 26 * 60 + 35.877, abs=1e-3)
+
+
+def test_tensors_that_our_own_checkpoints_share_are_in_no_group():
+    keys = [f"runs/7/tensors/{'a' * 40}.safetensors", "runs/7/tensors/notes.txt"]
+    layout = layout_of(*keys)
+    assert layout.group.tolist() == [NO_GROUP, 0]
+    assert layout.shared.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_file", "dated"),
+    [
+        ("step_100.pt", True, "step_100.20270115T080000Z.pt"),
+        ("step_100.pth.tar", True, "step_100.20270115T080000Z.pth.tar"),
+        ("last.log", True, "last.20270115T080000Z.log"),
+        ("latest", True, "latest.20270115T080000Z"),
+        ("step-100", False, "step-100.20270115T080000Z"),
+        ("step1000-unsharded", False, "step1000-unsharded.20270115T080000Z"),
+        ("epoch=1-step=100-val_loss=0.5.ckpt", True, "epoch=1-step=100-val_loss=0.5.20270115T080000Z.ckpt"),
+        ("epoch=1-step=100.ckpt", False, "epoch=1-step=100.20270115T080000Z.ckpt"),
+    ],
+)
+def test_a_dated_name_has_the_date_before_its_suffix(name, is_file, dated):
+    assert dated_name(name, 1_800_000_000.7, is_file=is_file) == dated
+
+
+@pytest.mark.parametrize("name", ["step_100.pt", "ckpt-100.pth.tar", "epoch=1-step=100-val_loss=0.5.ckpt"])
+def test_a_file_with_a_date_in_its_name_is_a_checkpoint_of_the_same_run(name):
+    layout = layout_of(f"r/{name}", f"r/{dated_name(name, 1.8e9, is_file=True)}")
+    assert layout.step.tolist() == [100, 100]
+    assert len(runs(layout)) == 1
+    assert np.nanmax(layout.written_s) == 1.8e9
+
+
+@pytest.mark.parametrize("name", ["step-100", "checkpoint-100", "step100-unsharded", "epoch=1-step=100.ckpt", "100"])
+def test_a_folder_with_a_date_in_its_name_is_a_checkpoint_of_the_same_run(name):
+    folders = name, dated_name(name, 1.8e9, is_file=False)
+    layout = layout_of(*(f"r/{folder}/model.safetensors" for folder in folders))
+    assert layout.step.tolist() == [100, 100]
+    assert len(runs(layout)) == 1
+
+
+def test_each_file_of_a_users_layout_is_a_checkpoint():
+    keys = ["r/model_5.pt", "r/model_10.pt", "r/model_best.pt", "other/model_5.pt"]
+    layout = group_keys(pa.array(keys), [UserLayout("model_{step}.pt", ("r/**",))])
+    found = dict(zip(layout.paths.to_pylist(), layout.step.tolist(), strict=True))
+    assert found == {"r/model_5.pt": 5, "r/model_10.pt": 10, "r/model_best.pt": NO_STEP, "other/model_5.pt": NO_STEP}
+    assert runs(layout) == {frozenset({"r/model_5.pt", "r/model_10.pt"})}
+
+
+def test_each_folder_of_a_users_layout_is_a_checkpoint():
+    keys = ["r/w5.d/a.bin", "r/w5.d/x/b.bin", "r/w10.d/a.bin", "r/w5.d.txt"]
+    layout = group_keys(pa.array(keys), [UserLayout("w{step}.d/", ("r/*",))])
+    assert layout.paths.to_pylist() == ["r/w10.d", "r/w5.d", "r/w5.d.txt"]
+    assert layout.step.tolist() == [10, 5, NO_STEP]
+
+
+def test_a_star_in_a_users_layout_stands_for_any_characters_and_tells_runs_apart():
+    keys = ["r/a-net5.pt", "r/a-net6.pt", "r/b-net5.pt"]
+    layout = group_keys(pa.array(keys), [UserLayout("*-net{step}.pt")])
+    assert runs(layout) == {frozenset(keys[:2]), frozenset(keys[2:])}
+
+
+def test_a_users_layout_has_precedence_over_those_of_libraries():
+    layout = group_keys(pa.array(["r/step-7-part-3.pt"]), [UserLayout("step-7-part-{step}.pt")])
+    assert layout.step.tolist() == [3]
+
+
+def test_a_file_of_a_users_layout_with_a_date_in_its_name_is_of_the_same_run():
+    name = dated_name("model_5_weights.pt", 1.8e9, is_file=True)
+    layout = group_keys(pa.array(["r/model_5_weights.pt", f"r/{name}"]), [UserLayout("model_{step}_weights.pt")])
+    assert (layout.step.tolist(), len(runs(layout))) == ([5, 5], 1)
+
+
+@pytest.mark.parametrize("pattern", ["model.pt", "{step}/{step}.pt", "a/{step}.pt", "{stop}.pt", "{step}{step}"])
+def test_a_users_layout_has_one_number_in_one_name(pattern):
+    with pytest.raises(ValueError, match="expected a name with"):
+        layout_pattern(pattern)

@@ -331,14 +331,14 @@ def test_a_checkpoint_outside_a_keep_list_moves_down_and_outside_all_lists_to_th
 
 
 def test_a_checkpoint_younger_than_after_waits_in_the_last_tier_with_a_keep_list():
-    groups = [checkpoint(0, 1, {"standard": BIG}, days=13.0), *run_of(2, 3, tier="standard")]
+    groups = [checkpoint(0, 1, {"standard": BIG}, days=13.0), *run_of(2, 3, tier="standard", days=12.0)]
     assert moves_of(groups, KEEP) == []
-    young = [checkpoint(0, 1, {"hot": BIG}, days=13.0), *run_of(2, 3, tier="standard")]
+    young = [checkpoint(0, 1, {"hot": BIG}, days=13.0), *run_of(2, 3, tier="standard", days=12.0)]
     assert moves_of(young, KEEP) == [("ckpt/r0/step-1", "move", "hot", "standard")]
 
 
 def test_a_checkpoint_with_a_verified_copy_further_down_is_dropped():
-    groups = [checkpoint(0, 1, {"hot": BIG, "archive": BIG}, days=13.0), *run_of(2, 3, tier="standard")]
+    groups = [checkpoint(0, 1, {"hot": BIG, "archive": BIG}, days=13.0), *run_of(2, 3, tier="standard", days=12.0)]
     assert moves_of(groups, KEEP) == [("ckpt/r0/step-1", "drop", "hot", "archive")]
 
 
@@ -386,6 +386,17 @@ def test_the_newest_checkpoint_and_tagged_checkpoints_are_never_deleted(steps, f
     moves, refusals = planned(groups, DELETE)
     assert len(moves) == len(groups) - 1
     assert why in refusals[-1].reason
+
+
+def test_the_checkpoint_written_last_stays_after_a_restart_at_a_lower_step():
+    """The run was at step 900, and went on from step 100 in a new job: it is resumed from step 110."""
+    groups = [
+        *(checkpoint(0, step, {"hot": BIG}, days=30.0 - step / 100) for step in (700, 800, 900)),
+        checkpoint(0, 110, {"hot": BIG}, days=1.0),
+    ]
+    assert [path for path, *_ in moves_of(groups, KEEP)] == ["ckpt/r0/step-700", "ckpt/r0/step-800"]
+    deleted = [path for path, action, *_ in moves_of(groups, DELETE) if action == "delete"]
+    assert deleted == ["ckpt/r0/step-700", "ckpt/r0/step-800"]
 
 
 def test_a_checkpoint_in_a_keep_list_is_never_deleted():

@@ -397,10 +397,22 @@ def test_a_checkpoint_that_left_a_local_tier_leaves_no_empty_folder(tiers, clock
 
 def test_a_folder_that_is_not_empty_stays(tiers, clock):
     checkpoints(tiers, 1, 2)
-    (tiers.root / "standard/ck/run/step-1/more").symlink_to("__0_0.distcp")
+    (tiers.root / "standard/ck/run/step-1/more").symlink_to("nowhere")
     (tiers.root / "standard/ck/run/step-1/empty").mkdir()
     run_twice(tiers, clock)
     assert [path.name for path in (tiers.root / "standard/ck/run/step-1").iterdir()] == ["more"]
+
+
+def test_folders_that_a_move_empties_are_removed_and_made_again_when_their_files_come_back(tiers, clock):
+    tiers.write_rules('[[rules]]\nmatch = "x/**"\nto = "archive"\nage = "1d"\n')
+    tiers.write("standard", "x/a/b/file")
+    tiers.write("standard", "y/file")
+    run_twice(tiers, clock)
+    assert not (tiers.root / "standard/x").exists()
+    assert (tiers.root / "standard/y/file").exists()
+    (tiers.root / "archive/x/a/b/file").rename(tiers.root / "file")
+    LocalFolder(tiers.root / "standard").put("x/a/b/file", b"back")
+    assert (tiers.root / "standard/x/a/b/file").read_bytes() == b"back"
 
 
 def test_a_deleted_checkpoint_leaves_no_empty_folder(tiers, clock):
@@ -412,32 +424,73 @@ def test_a_deleted_checkpoint_leaves_no_empty_folder(tiers, clock):
 
 
 @pytest.mark.parametrize("target", ["step-1", "step-1/__0_0.distcp"])
-def test_the_target_of_a_symbolic_link_stays_until_the_link_changes(tiers, clock, target):
+def test_a_symbolic_link_follows_its_target_into_another_local_tier(tiers, clock, target):
     """Lightning's last.ckpt, with save_last="link"."""
     checkpoints(tiers, 1, 2)
     link = tiers.root / "standard/ck/run/last.ckpt"
     link.symlink_to(target)
-    first, second = run_twice(tiers, clock)
-    assert [(move.path, move.action) for move in first.plan.moves] == [("ck/run/step-1", "copy")]
-    (refusal,) = second.plan.refusals
-    assert (refusal.action, "ck/run/last.ckpt" in refusal.reason) == ("drop", True)
-    assert (link.resolve().exists(), len(tiers.keys("archive"))) == (True, 2)
-    link.unlink()
-    link.symlink_to("step-2")
+    before = sorted(path.name for path in link.resolve().glob("*")) or link.read_bytes()
     run_twice(tiers, clock)
-    assert [path.name for path in (tiers.root / "standard/ck/run").iterdir() if path.name != "step-2"] == ["last.ckpt"]
+    assert tiers.keys("standard", "ck/run/step-1/") == []
+    assert link.readlink() == (tiers.root / "archive/ck/run" / target).resolve()
+    assert (sorted(path.name for path in link.resolve().glob("*")) or link.read_bytes()) == before
 
 
-def test_a_symbolic_link_that_is_made_during_the_grace_period_keeps_the_copy(tiers, clock):
+def test_a_link_follows_its_target_through_several_tiers(tiers, clock):
+    tiers.write("hot", "lt/run/step-1.pt", b"one")
+    tiers.write("hot", "lt/run/step-2.pt", b"two")
+    link = tiers.root / "hot/lt/run/last.ckpt"
+    link.symlink_to("step-1.pt")
+    tiers.write_rules('[[rules]]\nmatch = "lt/**"\nkeep_hot = { last = 1 }\nthen = "standard"\n')
+    run_twice(tiers, clock)
+    assert link.readlink() == (tiers.root / "standard/lt/run/step-1.pt").resolve()
+    tiers.write_rules('[[rules]]\nmatch = "lt/**"\nkeep_hot = { last = 1 }\nthen = "archive"\n')
+    run_twice(tiers, clock)
+    assert link.readlink() == (tiers.root / "archive/lt/run/step-1.pt").resolve()
+    assert link.read_bytes() == b"one"
+
+
+def test_a_link_that_leads_elsewhere_by_now_stays_as_it_is(tiers, clock):
     checkpoints(tiers, 1, 2)
+    link = tiers.root / "standard/ck/run/last.ckpt"
+    link.symlink_to("step-1")
+
+    def change():
+        link.unlink()
+        link.symlink_to("step-2")
+
+    with HookAt("tier_drop.decided", do=change):
+        run_twice(tiers, clock)
+    assert link.readlink() == Path("step-2")
+    assert tiers.keys("standard", "ck/run/step-1/") == []
+
+
+def test_a_link_inside_a_checkpoint_moves_with_it(tiers, clock):
+    checkpoints(tiers, 1, 2)
+    tiers.write("standard", "ck/base.bin", b"base")
+    (tiers.root / "standard/ck/run/step-1/latest").symlink_to("__0_0.distcp")
+    (tiers.root / "standard/ck/run/step-1/base").symlink_to("../../base.bin")
+    run_twice(tiers, clock)
+    folder = tiers.root / "archive/ck/run/step-1"
+    assert (folder / "latest").readlink() == Path("__0_0.distcp")
+    assert (folder / "base").read_bytes() == b"base"
+    assert not (tiers.root / "standard/ck/run/step-1").exists()
+
+
+@pytest.mark.parametrize("point", ["tier_drop.linked", "tier_drop.unmade", "tier_drop.dropped"])
+def test_a_link_leads_to_the_checkpoint_whenever_the_mover_is_killed(tiers, clock, point):
+    checkpoints(tiers, 1, 2)
+    link = tiers.root / "standard/ck/run/last.ckpt"
+    link.symlink_to("step-1/__0_0.distcp")
+    before = link.read_bytes()
     clock.jump(2 * DAY_S)
-    assert [move.action for move in tiers.run().plan.moves] == ["move"]
-    (tiers.root / "standard/ck/run/best").symlink_to(tiers.root / "standard/ck/run/step-1")
-    clock.jump(DAY_S + 1)
-    assert tiers.run().exit_code == PARTLY
-    assert len(tiers.keys("standard", "ck/run/step-1/")) == 2
-    (tiers.root / "standard/ck/run/best").unlink()
     tiers.run()
+    clock.jump(DAY_S + 1)
+    with HookAt(point), pytest.raises(Killed):
+        tiers.run()
+    assert link.read_bytes() == before
+    tiers.run()
+    assert link.read_bytes() == before
     assert tiers.keys("standard", "ck/run/step-1/") == []
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from tiercache.cli import commands, tier_commands
+from tiercache.cli import checkpoint_commands, commands, tier_commands
 from tiercache.cli.output import command, show_warning
 from tiercache.version import __version__
 
@@ -30,6 +30,8 @@ app = typer.Typer(
 
 tier = typer.Typer(help="Move shards, checkpoints and files between tiers, by rules.", no_args_is_help=True)
 app.add_typer(tier, name="tier")
+ckpt = typer.Typer(help="List, verify, pin, tag, compare and delete checkpoints of every layout.", no_args_is_help=True)
+app.add_typer(ckpt, name="ckpt")
 
 
 # Former names of options by verb: they work for one release and print a warning.
@@ -89,6 +91,14 @@ _VERBS: tuple[tuple[typer.Typer, Callable[..., None], str], ...] = (
     (tier, tier_commands.run, _GOES_ON),
     (tier, tier_commands.ls, _AGAIN),
     (tier, tier_commands.get, "requested restores go on, finished copies stay; the same command continues from there"),
+    (tier, tier_commands.init, _AGAIN),
+    (ckpt, checkpoint_commands.ls, _AGAIN),
+    (ckpt, checkpoint_commands.show, _AGAIN),
+    (ckpt, checkpoint_commands.verify, _AGAIN),
+    (ckpt, checkpoint_commands.rm, "deleted checkpoints are gone; the same command deletes the rest"),
+    (ckpt, checkpoint_commands.pin, _AGAIN),
+    (ckpt, checkpoint_commands.tag, _AGAIN),
+    (ckpt, checkpoint_commands.diff, _AGAIN),
 )
 for _group, _verb, _how_to_go_on in _VERBS:
     _group.command(cls=_Command)(command(_verb, how_to_go_on=_how_to_go_on))

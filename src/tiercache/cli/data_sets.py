@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
 import typer
 
+from tiercache import config
 from tiercache.cli.options import parse_storage_options
 from tiercache.cli.output import Output, count, printable
 from tiercache.cli.pictures import picture
@@ -46,10 +48,32 @@ class OpenDataSet:
 
 @contextmanager
 def open_data_set_store(url: str, storage_options: Sequence[str] | None) -> Iterator[Store]:
-    """Yield the store of a data set's URL, and close it at the end. It finds shards that were moved to other tiers."""
-    options = parse_storage_options(storage_options)
+    """Yield the store of a data set's URL, and close it at the end. It finds shards that were moved to other tiers.
+
+    url: Also the name of a tier of the rule file and a path below its URL: "standard/datasets/web".
+    """
+    url, options = _tier_url(url)
+    options = options | parse_storage_options(storage_options)
     with closing(follow_placement(open_store(url, **options), options)) as store:
         yield store
+
+
+def _tier_url(url: str) -> tuple[str, dict[str, Any]]:
+    """Return the URL, and the storage options, of a path that begins with the name of a tier; others as they are.
+
+    A path that exists in the working folder is no such path.
+    """
+    name, _, path = url.partition("/")
+    if "://" in url or url[:1] in ("", "/", ".", "~") or Path(url).exists():
+        return url, {}
+    file = config.find_file(Path.cwd())
+    tiers = {} if file is None else config.parse_toml(file, config.read_file(file)).get("tiers", {})
+    tier = tiers.get(name) if isinstance(tiers, dict) else None
+    root = tier.get("url") if isinstance(tier, dict) else None
+    if file is None or not isinstance(tier, dict) or not isinstance(root, str):
+        return url, {}
+    root = root if "://" in root else str(file.parent / Path(root).expanduser())
+    return f"{root.rstrip('/')}/{path}".rstrip("/"), dict(tier.get("storage_options", {}))
 
 
 def open_data_set(store: Store, number: int | None = None) -> OpenDataSet:

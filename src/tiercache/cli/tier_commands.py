@@ -148,3 +148,25 @@ def get(
 
     options = tier_recall.GetOptions(to, hold, wait, speed, rows, yes, dry_run)
     tier_recall.get(output, what, rules, options)
+
+
+def init(
+    output: Output,
+    folder: Annotated[str, argument("FOLDER", "Folder or URL that is scanned: the first tier of the rule file.")],
+    standard: Annotated[
+        str | None, option("--standard", "URL", "Tier to which checkpoints move from FOLDER, e.g. s3://bucket/train.")
+    ] = None,
+    archive: Annotated[
+        str | None, option("--archive", "URL", "Tier for what is rarely read, e.g. s3://bucket-cold/train.")
+    ] = None,
+    out: Annotated[
+        Path | None, option("--out", "FILE", "File to write; default: tiercache.toml in this folder.")
+    ] = None,
+) -> None:
+    """Scan a folder, and write a rule file with comments for what is in it.
+
+    Nothing is moved, and no existing file is overwritten. Read the file, change it, and run `tiercache tier check`.
+    """
+    from tiercache.cli import tier_init
+
+    tier_init.init(output, folder, standard, archive, out)

@@ -29,7 +29,9 @@ from tiercache.cli.tiers import (
     print_metric_gaps,
     print_notes,
     print_unavailable,
+    print_unmatched,
     select_paths,
+    split_tier,
     tier_path,
 )
 from tiercache.errors import NotFound, StoreError
@@ -40,7 +42,7 @@ from tiercache.store.archive import S3StorageClasses
 from tiercache.store.options import ParsedUrl
 from tiercache.tier import restore as restoring
 from tiercache.tier.costs import Sizes, month_dollars
-from tiercache.tier.findings import Loss, bucket_findings, find_losses, metric_gaps
+from tiercache.tier.findings import Loss, bucket_findings, find_losses, metric_gaps, unmatched_files
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.inventory.listing import keys_of
 from tiercache.tier.model import KINDS, READABLE, SHARD, STANDARD, Move, Plan, Refusal, Snapshot
@@ -79,6 +81,7 @@ def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
     made = make_plan(decisions, inventory, file, tiers.prices)
     print_unavailable(output, file, unavailable)
     print_metric_gaps(output, metric_gaps(snapshot, file, inventory.facts["in_files"])[0])
+    print_unmatched(output, unmatched_files(snapshot, file))
     moved = decisions.moves.group
     tiers.print_untracked(output, inventory, snapshot.paths.take(pa.array(moved[snapshot.kind[moved] == SHARD])))
     return made
@@ -293,15 +296,24 @@ STATES = ("here", "archived", "restoring", "restored")
 
 
 def ls(output: Output, rules: Path | None, path: str | None) -> None:
-    """List shards, checkpoints and files with their tiers and costs. path: Path, URL in a tier, or glob; None: all."""
+    """List shards, checkpoints and files with their tiers and costs.
+
+    path: Path, URL in a tier, or glob; None: all. With the name of a tier before the path, what has a copy there.
+    """
     with open_tiers(rules) as tiers:
         selected = "" if path is None else tier_path(tiers.file, path)
+        tier = None if path is None else split_tier(tiers.file, path)[0]
         inventory = tiers.read_inventory(output)
         print_unavailable(output, tiers.file, unavailable_tiers(tiers.file, tiers.stores, tiers.catalog))
         tiers.print_pending_moves(output)
         snapshot = inventory.snapshot
         note = tiers.unpriced_note()
-    found = np.flatnonzero(select_paths(snapshot.paths, selected)).tolist()
+    is_selected = select_paths(snapshot.paths, selected)
+    if tier is not None:
+        is_selected &= np.isin(
+            np.arange(snapshot.n_groups), snapshot.group[snapshot.tier == snapshot.tiers.index(tier)]
+        )
+    found = np.flatnonzero(is_selected).tolist()
     if path is not None and not found:
         raise NotFound(f"no object has this name or matches it in the tiers {', '.join(snapshot.tiers)}", url=selected)
     month = monthly(snapshot, tiers.prices)
@@ -432,7 +444,7 @@ def parse_speed(text: str) -> Speed:
 def _paths(tiers: OpenTiers, what: Sequence[str]) -> list[str]:
     """Return the paths and globs, relative to the tiers' URLs. A name that follows a URL is relative to that URL."""
     first = tier_path(tiers.file, what[0])
-    is_place = first != what[0].strip("/")
+    is_place = first != what[0].strip("/") and split_tier(tiers.file, what[0])[0] is None
     found = [first]
     for text in what[1:]:
         path = tier_path(tiers.file, text)
@@ -541,6 +553,7 @@ _LEFT_ALONE = {
     "missing": "shards that a version contains but no tier has: a rule deleted them, or they are elsewhere",
     "unfinished": "still being written",
     "no_keys": "names that are not valid keys",
+    "shared": "tensors that checkpoints of tc.Checkpoints share",
     "differing": "different copies in two tiers",
 }
 _SHOWN = 3
@@ -582,6 +595,7 @@ def _check(output: Output, tiers: OpenTiers) -> None:
         print_metric_gaps(output, gaps)
         for one in unscored:
             output.event("passed_over", asdict(one), printable(f"note: {one.text}"))
+        print_unmatched(output, unmatched_files(inventory.snapshot, file))
         tiers.print_pending_moves(output)
         folders = [found.folder for found in inventory.facts["datasets"]]
         tiers.print_untracked(output, inventory, pa.array(folders, pa.large_string()))

@@ -23,7 +23,7 @@ from tiercache.model import format_bytes
 from tiercache.prices import Prices, prices_if_known
 from tiercache.store import redact
 from tiercache.store.options import ParsedUrl
-from tiercache.tier.findings import Loss, MetricGap
+from tiercache.tier.findings import Loss, MetricGap, UnmatchedFiles
 from tiercache.tier.inventory.groups import Inventory, take_inventory
 from tiercache.tier.model import TierTotals
 from tiercache.tier.move.mover import catalog_path
@@ -128,6 +128,12 @@ def print_metric_gaps(output: Output, gaps: Iterable[MetricGap]) -> None:
         output.event("no_metric", asdict(gap), printable(f"warning: {gap.text}"))
 
 
+def print_unmatched(output: Output, found: Iterable[UnmatchedFiles]) -> None:
+    """Print a note for each rule with keep lists that leaves files alone, because they belong to no checkpoint."""
+    for one in found:
+        output.event("unmatched", asdict(one), printable(f"note: {one.text}"))
+
+
 def print_losses(output: Output, losses: Sequence[Loss]) -> None:
     """Print a line for each lost object; people see the first 20."""
     shown = losses if output.as_json else losses[:_LOSSES_SHOWN]
@@ -166,12 +172,13 @@ def open_tiers(rules: Path | None) -> Iterator[OpenTiers]:
 def tier_path(file: RuleFile, text: str) -> str:
     """Return the path below the tiers' URLs that an argument names; "" is a whole tier.
 
-    text: URL or local path in a tier, or a path below the tiers' URLs. A local path is absolute, or begins with "~/",
-    "./" or "../". Raises ValueError if the URL or absolute path is in no tier.
+    text: URL or local path in a tier; the name of a tier and a path below its URL ("hot/checkpoints/run7"); or a path
+    below the tiers' URLs. A local path is absolute, or begins with "~/", "./" or "../". Raises ValueError if the URL or
+    absolute path is in no tier.
     """
     location = ParsedUrl.parse(os.path.abspath(text) if text.startswith(_HERE) else text)  # noqa: PTH100 - keeps links
     if not location.scheme and not Path(location.path).is_absolute():
-        return text.strip("/")
+        return split_tier(file, text)[1]
     whole = _whole(location)
     for tier in file.tiers:
         root = _whole(ParsedUrl.parse(tier.url))
@@ -181,6 +188,16 @@ def tier_path(file: RuleFile, text: str) -> str:
             return whole.removeprefix(root.rstrip("/") + "/")
     known = ", ".join(ParsedUrl.parse(tier.url).shown for tier in file.tiers)
     raise ValueError(f"{location.shown}: not in any tier of {file.path}: {known}")
+
+
+def split_tier(file: RuleFile, text: str) -> tuple[str | None, str]:
+    """Return the tier that an argument names first, and the path below it: "hot/a/b" is ("hot", "a/b").
+
+    (None, path) for an argument that begins with no tier's name.
+    """
+    name, _, rest = text.strip("/").partition("/")
+    is_tier = "://" not in text and name in [tier.name for tier in file.tiers]
+    return (name, rest) if is_tier and not text.startswith("/") else (None, text.strip("/"))
 
 
 def _whole(location: ParsedUrl) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from tiercache.store.contract import Buffer, Receive, SequentialUpload, Span, St
 from tiercache.store.posix import (
     CACHED_BYTES,
     MIN_BYTES,
+    NO_LINK,
     TEMP_PREFIX,
     DirectWriter,
     UnpublishedFile,
@@ -28,6 +30,7 @@ from tiercache.store.posix import (
     file_info,
     open_folder,
     os_errors,
+    sync_folder,
     write_all,
 )
 from tiercache.store.range_reads import check_read, check_spans, plan_requests
@@ -277,6 +280,13 @@ class LocalFolder(Store):
 
         Links are not objects and are not followed. A user of a link still loses the target if it is deleted.
         """
+        root = os.path.realpath(self.root).rstrip("/")
+        for key, target in self.symlinks():
+            if target.startswith(f"{root}/"):
+                yield key, target[len(root) + 1 :]
+
+    def symlinks(self) -> Iterator[tuple[str, str]]:
+        """List the symbolic links to something that exists, as (path below the root, target without links)."""
         root = os.path.realpath(self.root)
         found: list[str] = []
 
@@ -287,9 +297,40 @@ class LocalFolder(Store):
         for _ in self._walk("links", "", visit):
             for key in found:
                 target = os.path.realpath(f"{root}/{key}")
-                if target.startswith(f"{root.rstrip('/')}/") and os.path.exists(target):  # noqa: PTH110 - realpath's
-                    yield key, target[len(root.rstrip("/")) + 1 :]
+                if os.path.exists(target):  # noqa: PTH110 - realpath's
+                    yield key, target
             found.clear()
+
+    def link_target(self, key: str) -> str | None:
+        """Return the place to which a symbolic link leads, without links; None: it is no link."""
+        path = f"{os.path.realpath(self.root)}/{check_key(key)}"
+        return os.path.realpath(path) if os.path.islink(path) else None  # noqa: PTH114 - realpath's
+
+    def put_link(self, key: str, target: str) -> None:
+        """Make a symbolic link with this text, atomically. It replaces a link, and nothing else.
+
+        Raises ObjectChanged if something else has the name.
+        """
+        folders, name = _split(key)
+        with self._errors(key, "put_link"), open_folder(self.root, folders, make=True) as folder_fd:
+            with suppress(FileNotFoundError):
+                if not stat.S_ISLNK(os.stat(name, dir_fd=folder_fd, follow_symlinks=False).st_mode):
+                    raise ObjectChanged("put_link: expected a symbolic link, found another file", url=self._at(key))
+            temp = TEMP_PREFIX + secrets.token_hex(8)
+            os.symlink(target, temp, dir_fd=folder_fd)
+            os.rename(temp, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+            sync_folder(folder_fd)
+
+    def remove_link(self, key: str) -> None:
+        """Remove a symbolic link. What is no link stays, and a missing one is not an error."""
+        folders, name = _split(key)
+        with (
+            self._errors(key, "remove_link"),
+            suppress(FileNotFoundError, NotADirectoryError),
+            open_folder(self.root, folders) as folder_fd,
+        ):
+            if stat.S_ISLNK(os.stat(name, dir_fd=folder_fd, follow_symlinks=False).st_mode):
+                os.unlink(name, dir_fd=folder_fd)
 
     def remove_empty(self, folder: str) -> None:
         """Remove a folder and its subfolders as far as they contain nothing else. A missing folder is not an error.
@@ -303,6 +344,42 @@ class LocalFolder(Store):
                 for inner in inner_names:
                     _rmdir(inner, inner_fd)
             _rmdir(name, folder_fd)
+
+    def remove_empty_above(self, key: str) -> None:
+        """Remove the folders that contain a key and nothing else any more, from the innermost one upwards.
+
+        The root stays, and so does a folder that contains anything, or into which another process writes.
+        """
+        folders, _ = _split(key)
+        with self._errors(key, "remove_empty_above"):
+            while folders:
+                *folders, name = folders
+                with suppress(FileNotFoundError, NotADirectoryError), open_folder(self.root, folders) as folder_fd:
+                    if not _rmdir(name, folder_fd):
+                        return
+
+    def link(self, src: str, dst: str) -> ObjectInfo | None:
+        """Give a file a second name, which is durable when the call returns. The new name must be free.
+
+        Returns None where the file system has no hard links. Raises ObjectChanged if the name is taken.
+        """
+        src_folders, src_name = _split(src)
+        dst_folders, dst_name = _split(dst)
+        with (
+            self._errors(src, "link"),
+            open_folder(self.root, src_folders) as src_fd,
+            open_folder(self.root, dst_folders, make=True) as dst_fd,
+        ):
+            try:
+                os.link(src_name, dst_name, src_dir_fd=src_fd, dst_dir_fd=dst_fd, follow_symlinks=False)
+            except FileExistsError as error:
+                raise ObjectChanged("link: the name is taken", url=self._at(dst)) from error
+            except OSError as error:
+                if error.errno in NO_LINK:
+                    return None
+                raise
+            sync_folder(dst_fd)
+            return file_info(dst, os.stat(dst_name, dir_fd=dst_fd, follow_symlinks=False))
 
     def copy(self, src: str, dst: str) -> ObjectInfo:
         """Copy inside the kernel, and share blocks if the file system supports it."""
@@ -370,13 +447,17 @@ class LocalFolder(Store):
             yield file, name
 
 
-def _rmdir(name: str, above_fd: int) -> None:
-    """Remove a folder if it is an empty folder."""
+def _rmdir(name: str, above_fd: int) -> bool:
+    """Remove a folder if it is an empty folder. Return whether it is gone."""
     try:
         os.rmdir(name, dir_fd=above_fd)
+    except FileNotFoundError:
+        return True
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ENOTDIR):
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
+        return False
+    return True
 
 
 def _unlink_file(name: str, folder_fd: int) -> None:

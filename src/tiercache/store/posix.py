@@ -32,7 +32,7 @@ _RETRYABLE = (
     errno.EAGAIN, errno.EINTR, errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.EBUSY, errno.ENFILE,
 )  # fmt: skip
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)
-_NO_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.ENOSYS, errno.EMLINK)
+NO_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.ENOSYS, errno.EMLINK)
 
 
 def _store_error(error: OSError, doing: str, url: str) -> StoreError:
@@ -193,7 +193,7 @@ class UnpublishedFile:
         try:
             os.link(self._temp_name, name, src_dir_fd=self._folder_fd, dst_dir_fd=self._folder_fd)
         except OSError as error:
-            if error.errno not in _NO_LINK:
+            if error.errno not in NO_LINK:
                 raise
             self._copy_exclusively(name)
 

@@ -1,4 +1,4 @@
-"""Findings that `tier check` and `tier run` report: bucket settings, lost objects, metrics that are missing.
+"""Findings that `tier check`, `plan` and `run` report: bucket settings, lost objects, missing metrics, unmatched files.
 
 A lifecycle rule deletes or moves objects without notice. An object is lost if a version, a placement or the catalog
 says that it exists and no tier has a copy; unless its last tier is unavailable, a rule may have deleted it, or
@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY
 from tiercache.tier.inventory.metrics import metrics_in_name, used_metrics
-from tiercache.tier.model import CHECKPOINT
+from tiercache.tier.model import CHECKPOINT, FILE
 from tiercache.tier.placement import log
 from tiercache.tier.plan.selection import Flags, fits_size, largest_copies, rules_of, scores_of
 from tiercache.tier.stores import CLASSES_TO_RESTORE, unavailable_tiers
+from tiercache.tier.suggestions import suggest_layouts
 from tiercache.tier.text_columns import first_match, match_regex
 
 if TYPE_CHECKING:
@@ -390,3 +391,48 @@ def _likely(metrics: Sequence[str], found: Sequence[str]) -> str | None:
         if near:
             return plain[near[0]]
     return None
+
+
+# -- files that a rule with keep lists leaves alone ------------------------------------------------------------------
+
+_LISTED = 10  # number of unmatched files that a finding names
+
+
+@dataclass(frozen=True, slots=True)
+class UnmatchedFiles:
+    """Files that a rule with keep lists matches and leaves alone, because they belong to no checkpoint."""
+
+    rule: str  # name of the rule
+    n_files: int  # number of such files
+    n_bytes: int  # their size; of each the largest copy
+    paths: tuple[str, ...]  # paths of the first few
+    suggestion: tuple[str, ...]  # patterns for the rule's `checkpoint` that would make checkpoints of some of them
+
+    @property
+    def text(self) -> str:
+        """The message for people."""
+        more = ", ..." if self.n_files > len(self.paths) else ""
+        files = f"{self.n_files:,} file{'s' if self.n_files > 1 else ''}"
+        text = f"{self.rule}: {files} left alone, in no checkpoint, so that keep lists do not apply: "
+        text += ", ".join(self.paths) + more
+        if self.suggestion:
+            names = ", ".join(f'"{pattern}"' for pattern in self.suggestion)
+            names = names if len(self.suggestion) == 1 else f"[{names}]"
+            text += f"; if each is a checkpoint, write checkpoint = {names} into the rule"
+        return text
+
+
+def unmatched_files(snapshot: Snapshot, file: RuleFile) -> tuple[UnmatchedFiles, ...]:
+    """Return, for each rule with keep lists, the files that it matches and that belong to no checkpoint."""
+    found: list[UnmatchedFiles] = []
+    if not any(rule.keep for rule in file.rules):
+        return ()
+    rule_of, n_bytes = rules_of(snapshot, file), largest_copies(snapshot)
+    for number, rule in enumerate(file.rules):
+        rows = np.flatnonzero((rule_of == number) & (snapshot.kind == FILE))
+        if rule.keep and len(rows):
+            paths = snapshot.paths.take(pa.array(rows)).to_pylist()
+            few = tuple(paths[:_LISTED])
+            patterns = tuple(suggest_layouts(paths))[:_LISTED]
+            found.append(UnmatchedFiles(rule.name, len(rows), int(n_bytes[rows].sum()), few, patterns))
+    return tuple(found)

@@ -2,8 +2,9 @@
 
 A *group* is the unit of a move: a file, a shard or a checkpoint. Its path is relative to the URLs of the tiers. A
 *copy* is a group in one tier; the loading path uses the word for a cached object. A *move* is any change of where a
-group lies, with one of five *actions*: copy, move, drop, reclass or delete. The action `move` copies a group and
-deletes its source. Columns refer to tiers and groups by number; values for people contain names.
+group lies, with one of six *actions*: copy, move, drop, reclass, delete or rename. The action `move` copies a group and
+deletes its source; `rename` puts a date into the name of an older copy whose name was written again. Columns refer to
+tiers and groups by number; values for people contain names.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ Kind: TypeAlias = Literal["file", "shard", "checkpoint"]
 KINDS: tuple[Kind, ...] = ("file", "shard", "checkpoint")
 FILE, SHARD, CHECKPOINT = range(3)
 
-Action: TypeAlias = Literal["copy", "move", "drop", "reclass", "delete"]
-# In execution order: actions that free room come first, and of these the ones that transfer no bytes.
-ACTIONS: tuple[Action, ...] = ("delete", "drop", "reclass", "move", "copy")
-DELETE, DROP, RECLASS, MOVE, COPY = range(5)
+Action: TypeAlias = Literal["copy", "move", "drop", "reclass", "delete", "rename"]
+# In the order of plans: actions that free room come first, and of these the ones that transfer no bytes. The mover
+# makes renames before all others, because they free names.
+ACTIONS: tuple[Action, ...] = ("delete", "drop", "reclass", "move", "copy", "rename")
+DELETE, DROP, RECLASS, MOVE, COPY, RENAME = range(6)
 
 STANDARD = "STANDARD"  # storage class of S3 objects that name none
 
@@ -41,6 +43,16 @@ READABLE, ARCHIVED, RESTORING, RESTORED = range(4)
 
 NO_STEP = -1
 NO_SERIES = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Symlink:
+    """A symbolic link in a local tier whose target lies in a local tier. key, target: Paths below the tiers' URLs."""
+
+    tier: str
+    key: str
+    target_tier: str
+    target: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,8 +92,15 @@ class Snapshot:
     state: NDArray[np.uint8]  # READABLE, ARCHIVED, RESTORING or RESTORED
     whole: NDArray[np.bool_]  # whether it has all objects of the group, with the same sizes as the other copies
     verified: NDArray[np.bool_]  # whether its bytes were compared with checksums and have not changed since
-    # By copy: a symbolic link in its tier that points to the copy or into it, and would dangle without it.
+    # By copy: a symbolic link that points to the copy or into it from elsewhere, and would dangle without it.
     links: Mapping[int, str]
+    # Older copies of names that were written again: groups with a date in the path, and the path of their objects now.
+    misnamed: Mapping[int, str] = field(default_factory=dict)
+    # By copy: a symbolic link inside the folder of the copy.
+    inner_links: Mapping[int, str] = field(default_factory=dict)
+    symlinks: tuple[Symlink, ...] = ()  # links of all local tiers
+    # Groups that their own tags.json pins, or whose tags.json cannot be read.
+    pinned: frozenset[int] = frozenset()
     # By group: the reason for people of a hold in force (tier/holds.py), which protects the group like a pin.
     held: Mapping[int, str] = field(default_factory=dict)
 

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 RULE = "recall"  # name of the rule in plans
 _SHARD_REASON = "shards are read from {home} or through the cache: recall them to {home}, and warm the cache"
 _NOT_WHOLE = "no copy of it is whole: it is being written, or two copies differ: remove or rename one of the two"
+_NOT_RENAMED = "it is an older copy of a name that was written again: `tiercache tier run --once` renames it first"
 _NAMED = 20
 
 
@@ -136,6 +137,10 @@ def plan_recall(
         np.ones(len(elsewhere), np.bool_),
         _SHARD_REASON.format(home=file.home_tier.name),
     )
+    is_misnamed = np.isin(groups, sorted(index.snapshot.misnamed))
+    misnamed = MoveColumns.of(groups[is_misnamed], COPY, _any_source(index, groups[is_misnamed]), dst, 0, "")
+    refuse(misnamed, refused, np.ones(len(misnamed), np.bool_), _NOT_RENAMED)
+    groups, is_shard = groups[~is_misnamed], is_shard[~is_misnamed]
     here: list[NDArray[np.int64]] = []
     moves, cold = [], []
     for tier, rows in ((home, groups[is_shard & ~np.isin(groups, elsewhere)]), (dst, groups[~is_shard])):

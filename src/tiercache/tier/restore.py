@@ -18,7 +18,7 @@ import pyarrow as pa
 from tiercache.errors import NotFound, StoreError
 from tiercache.prices import SPEEDS, Speed
 from tiercache.tier.costs import PROMOTION_DAYS, restore_dollars, restored_home_dollars
-from tiercache.tier.inventory.layouts import group_keys
+from tiercache.tier.inventory.layouts import UserLayout, group_keys
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, Action, Kind, Move, Plan, PlannedObject, PlannedTier
 from tiercache.tier.stores import CLASSES_TO_RESTORE, Stores, state_of
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
@@ -266,7 +266,7 @@ def plan_copy_home(
     target = file.home_tier if to is None else file.tier(to)
     tiers = tuple(PlannedTier(tier.name, tier.role, tier.url, tier.storage_class) for tier in file.tiers)
     moves: list[Move] = []
-    for path, kind, objects in _groups([one for one in plan.objects if one.tier != target.name]):
+    for path, kind, objects in _groups([one for one in plan.objects if one.tier != target.name], file.layouts):
         src, planned = objects[0].tier, []
         entries = {} if catalog is None else catalog.entries(src, [one.key for one in objects])
         for one in objects:
@@ -280,9 +280,11 @@ def plan_copy_home(
     return Plan(secrets.token_hex(8), made_s, str(file.path), file.sha256, tiers, tuple(moves))
 
 
-def _groups(objects: Sequence[ArchivedObject]) -> list[tuple[str, Kind, list[ArchivedObject]]]:
+def _groups(
+    objects: Sequence[ArchivedObject], layouts: Sequence[UserLayout]
+) -> list[tuple[str, Kind, list[ArchivedObject]]]:
     """Return the groups that are moved as one: path, kind, and objects of one tier, the completing objects last."""
-    layout = group_keys(pa.array([one.key for one in objects], pa.large_string()))
+    layout = group_keys(pa.array([one.key for one in objects], pa.large_string()), layouts)
     found: dict[tuple[int, str], list[int]] = {}
     for i, one in enumerate(objects):
         found.setdefault((int(layout.group[i]), one.tier), []).append(i)

@@ -34,6 +34,7 @@ from pydantic import (
 from tiercache import config
 from tiercache.model import parse_bytes, parse_duration
 from tiercache.prices import named_prices, parse_prices, prices_of
+from tiercache.tier.inventory.layouts import UserLayout, layout_pattern
 from tiercache.tier.model import STANDARD, Kind
 from tiercache.tier.text_columns import check_globs
 
@@ -111,6 +112,14 @@ def read_globs(value: object) -> tuple[str, ...]:
             )
     check_globs(globs)
     return globs
+
+
+def read_layouts(value: object) -> tuple[str, ...]:
+    """Return a pattern such as "model_{step}.pt", or a list of patterns, as a tuple. Raises ValueError."""
+    patterns = read_texts(value)
+    for pattern in patterns:
+        layout_pattern(pattern)
+    return patterns
 
 
 def read_moment(value: object) -> float:
@@ -279,6 +288,8 @@ class Rule(RuleTable):
     match: Globs
     exclude: Annotated[tuple[str, ...], BeforeValidator(read_globs)] = Field(default=(), validation_alias="except")
     kind: Kind | None = None
+    # Names of files (or, with a slash at the end, of folders) that are a checkpoint each: "model_{step}.pt".
+    checkpoint: Annotated[tuple[str, ...], BeforeValidator(read_layouts)] = ()
     larger_than_bytes: Bytes | None = Field(default=None, validation_alias="larger_than")
     smaller_than_bytes: Bytes | None = Field(default=None, validation_alias="smaller_than")
     to: str | None = None
@@ -303,6 +314,8 @@ class Rule(RuleTable):
             raise ValueError(f"{key}: cannot be combined with keep lists: write two rules")
         if self.keep and self.kind not in (None, "checkpoint"):
             raise ValueError(f"kind: keep lists apply to checkpoints only, and this rule is for kind {self.kind!r}")
+        if self.checkpoint and self.kind not in (None, "checkpoint"):
+            raise ValueError(f"checkpoint: describes checkpoints, and this rule is for kind {self.kind!r}")
         if self.to is None and keys_of_to:
             raise ValueError(f"{keys_of_to[0]}: is a condition of `to`, and the rule has no `to`")
         if self.idle_by != "use" and self.idle_s is None and self.uses_below is None:
@@ -371,6 +384,13 @@ class RuleFile(RuleTable):
         if name not in names:
             raise ValueError(f"{self.path}: no tier is called {name!r}; there are {', '.join(names)}")
         return names.index(name)
+
+    @property
+    def layouts(self) -> tuple[UserLayout, ...]:
+        """Layouts of checkpoints that the rules describe, in the order of the file."""
+        return tuple(
+            UserLayout(pattern, rule.match, rule.exclude) for rule in self.rules for pattern in rule.checkpoint
+        )
 
     @property
     def home_tier(self) -> Tier:

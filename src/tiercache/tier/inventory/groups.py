@@ -10,9 +10,12 @@ Uncertain objects are left out or marked incomplete, and reported in `facts`.
 
 from __future__ import annotations
 
+import json
+import os
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +25,22 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.catalog.tiers import read_uses, uses_under
+from tiercache.errors import NotFound, StoreError
 from tiercache.store import LocalFolder
-from tiercache.tier.holds import HOLDS_FOLDER, read_holds
+from tiercache.tier.holds import HOLDS_FOLDER, Hold, read_holds
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
-from tiercache.tier.inventory.layouts import COMPLETION_MARKER, LACKS, NO_GROUP, NOTHING, KeyGroups, group_keys
+from tiercache.tier.inventory.layouts import (
+    COMPLETION_MARKER,
+    LACKS,
+    NO_GROUP,
+    NOTHING,
+    KeyGroups,
+    UserLayout,
+    group_keys,
+)
 from tiercache.tier.inventory.listing import NO_CRC, Listing, ObjectTable, Progress, list_tiers, release_memory
 from tiercache.tier.inventory.metrics import find_metrics
+from tiercache.tier.inventory.rewritten import find_older_copies, undated_path, with_dated_keys
 from tiercache.tier.model import (
     ARCHIVED,
     CHECKPOINT,
@@ -39,6 +52,7 @@ from tiercache.tier.model import (
     RESTORING,
     SHARD,
     Snapshot,
+    Symlink,
 )
 from tiercache.tier.text_columns import ROWS_AT_A_TIME, index_in, inverse, match_regex, sort_order, take_rows
 
@@ -53,6 +67,7 @@ _HARDER = np.array([0, 3, 2, 1], np.uint8)
 _STATES = np.array([READABLE, RESTORED, RESTORING, ARCHIVED], np.uint8)
 _NEVER_S = -np.inf
 _TIERS = 256  # above every tier number
+_THREADS = 16
 _COPY_COLUMNS = (
     *("group", "tier", "n_objects", "n_bytes", "smallest_bytes"),
     *("modified_s", "storage_class", "state", "whole", "verified"),
@@ -92,6 +107,7 @@ class Copies:
     state: NDArray[np.uint8]
     whole: NDArray[np.bool_]
     verified: NDArray[np.bool_]
+    catalogued: NDArray[np.bool_]  # whether the catalog has verified each of its objects, whatever other copies are
     start: NDArray[np.int64]  # int64[n + 1], offsets of each copy's objects in the columns below
     row: NDArray[np.int64]  # row in the listing; by copy, its final object last
     crc32c: NDArray[np.int64]  # checksum of each object; NO_CRC where it is unknown
@@ -149,6 +165,7 @@ def copies_of(listed: Listing, objects: Objects, checksums_of: Callable[[int], p
         state=_STATES[_reduced(np.maximum, _HARDER[listed.state[row]], first)],
         whole=(n_objects == n_keys[group[first]]) & ~_reduced(np.logical_or, facts.differs, first),
         verified=_reduced(np.logical_and, facts.verified, first),
+        catalogued=_reduced(np.logical_and, facts.catalogued, first),
         start=np.append(first, len(row)),
         row=row,
         crc32c=facts.crc32c,
@@ -195,7 +212,7 @@ class _ObjectFacts:
         unsure = np.zeros(n_keys, np.bool_)
         unsure[key[crc32c == NO_CRC]] = True
         shared = np.bincount(key, minlength=n_keys) > 1
-        self.crc32c = crc32c
+        self.crc32c, self.catalogued = crc32c, verified
         self.differs = wrong | (free & (two_sizes | two_crcs)[key])
         self.verified = verified & ~self.differs & ~(free & (unsure & shared)[key])
 
@@ -269,8 +286,9 @@ class Inventory:
     - `datasets`: tuple of FoundDataset; `unlisted`: tiers that were not listed.
     - `n_objects`: number of listed objects; `n_own`: number of tiercache's own objects among them.
     - Findings with a count and example names: `orphans` (shards that no version names), `missing` (shards that no tier
-      has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid keys), `differing`
-      (objects that differ between two tiers), `unread` (checkpoints whose metrics cannot be read).
+      has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid keys), `shared`
+      (tensors that our own checkpoints share, which stay where they are), `differing` (objects that differ between two
+      tiers), `unread` (checkpoints whose metrics cannot be read).
     - `incomplete`: number of incomplete checkpoints, by what they lack.
     - `in_files`: group to the names of the metrics in its files, for groups whose files were read.
     - `missing_shards`: keys of all shards that no tier has and that are not placed elsewhere, and when each was first
@@ -326,9 +344,19 @@ def take_inventory(
     release_memory()
     own = match_regex(listed.keys, OWN_KEY)
     shards, datasets = read_datasets(file, stores, listed, pa.array(np.flatnonzero(own)), now_s=now_s)
-    grouped = _grouped(listed, own, shards)
+    grouped = _grouped(listed, own, shards, file.layouts)
     release_memory()
-    copies = copies_of(listed, grouped.objects, lambda tier: catalog.checksums(file.tiers[tier].name))
+
+    def checksums_of(tier: int) -> pa.Table:
+        return catalog.checksums(file.tiers[tier].name)
+
+    copies = copies_of(listed, grouped.objects, checksums_of)
+    holds = _holds(file, stores, listed, own, now_s)
+    # The parts that a recall has copied so far look like a checkpoint that was written again with fewer files.
+    older = find_older_copies(listed, grouped, copies, held=frozenset(holds))
+    if older:
+        grouped = _grouped(with_dated_keys(listed, copies, older), own, shards, file.layouts)
+        copies = copies_of(listed, grouped.objects, checksums_of)
     complete = _complete(grouped, copies, now_s=now_s, quiet_period_s=file.tiering.quiet_period_s)
     checkpoints = np.flatnonzero(grouped.kind == CHECKPOINT)
     found = find_metrics(file, stores, listed, copies, grouped.paths, checkpoints)
@@ -342,11 +370,13 @@ def take_inventory(
         grouped,
         copies,
         now_s=now_s,
-        links=_links(file, stores, listed, grouped.paths, copies),
+        **_links(file, stores, listed, grouped.paths, copies),
         complete=complete,
         metrics=found.columns,
         unread=unread,
-        held=_held(file, stores, listed, own, grouped.paths, now_s),
+        misnamed=_misnamed(grouped, older.values()),
+        **_own_tags(file, stores, listed, grouped, copies),
+        held=_held_groups(holds, grouped.paths),
     )
     facts = _facts(listed, grouped, copies, complete, datasets)
     facts |= {"n_own": int(own.sum()), "unread": _some(grouped.paths.take(pa.array(found.unread)))}
@@ -357,7 +387,7 @@ def take_inventory(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Grouped:
+class Grouped:
     """All groups, sorted by path."""
 
     paths: pa.Array  # paths of the groups
@@ -370,6 +400,7 @@ class _Grouped:
     orphans: pa.Array  # keys of shards that no version names
     unfinished: pa.Array  # keys that are still being written
     no_keys: pa.Array  # names that are not valid keys
+    shared: pa.Array  # tensors that our own checkpoints share
 
     def from_layout(self, column: NDArray[Any], otherwise: object) -> NDArray[Any]:
         """Expand a column of the layout's groups to all groups."""
@@ -378,14 +409,14 @@ class _Grouped:
         return found
 
 
-def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards) -> _Grouped:
+def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards, layouts: Sequence[UserLayout]) -> Grouped:
     rows = np.flatnonzero(~own)
     keys, key = _numbered(take_rows(listed.keys, rows))
     release_memory()
     shard = index_in(keys, shards.keys)
     is_orphan = (shard < 0) & match_regex(keys, SHARD_KEY)
     others = np.flatnonzero((shard < 0) & ~is_orphan)
-    layout = group_keys(take_rows(keys, others))
+    layout = group_keys(take_rows(keys, others), layouts)
     release_memory()
     is_shard = np.flatnonzero(shard >= 0)
     # A checkpoint folder may have the name of a shard; paths of the snapshot must be unique, so the folder wins.
@@ -408,7 +439,7 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards) -> _Gr
     rank[others], unfinished[others], on_top[others] = layout.rank, layout.unfinished, layout.on_top
     is_in_group = group[key] != NO_GROUP
     rows, key = rows[is_in_group], key[is_in_group]
-    return _Grouped(
+    return Grouped(
         paths=take_rows(paths, order),
         kind=kind,
         shard=shard_of,
@@ -418,7 +449,8 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards) -> _Gr
         objects=Objects(rows, key, group.astype(np.int32), shard, rank, unfinished, on_top, shards),
         orphans=keys.take(pa.array(np.flatnonzero(is_orphan))),
         unfinished=keys.take(pa.array(others[~in_layout & layout.unfinished])),
-        no_keys=keys.take(pa.array(others[~in_layout & ~layout.unfinished])),
+        no_keys=keys.take(pa.array(others[~in_layout & ~layout.unfinished & ~layout.shared])),
+        shared=keys.take(pa.array(others[layout.shared])),
     )
 
 
@@ -433,14 +465,16 @@ def _numbered(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
 # -- completeness, links, use, and the snapshot ----------------------------------------------------------------------
 
 
-def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, quiet_period_s: float) -> NDArray[np.bool_]:
+def _complete(grouped: Grouped, copies: Copies, *, now_s: float, quiet_period_s: float) -> NDArray[np.bool_]:
     """Return whether each checkpoint is complete in some tier: by its names, and because nobody writes it any more.
 
     A copy is finished if it was verified (only complete checkpoints are moved), if its final object exists and no other
     object is newer, or if no object has changed for quiet_period_s.
     """
     settled = now_s - copies.modified_s >= quiet_period_s
-    closed = (copies.marked_s > -np.inf) & (copies.rest_s <= copies.marked_s) & ~copies.unfinished
+    # The manifest of our own checkpoints is put last; only their tags are written later.
+    is_own = grouped.from_layout(grouped.layout.own, otherwise=False)[copies.group]
+    closed = (copies.marked_s > -np.inf) & ((copies.rest_s <= copies.marked_s) | is_own) & ~copies.unfinished
     good = copies.whole & (copies.verified | settled | closed)
     complete = np.zeros(len(grouped.kind), np.bool_)
     complete[copies.group[good]] = True
@@ -450,36 +484,105 @@ def _complete(grouped: _Grouped, copies: Copies, *, now_s: float, quiet_period_s
     return complete
 
 
-def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, copies: Copies) -> dict[int, str]:
-    """Return, by copy, a symbolic link in its tier that points to the copy or into it."""
-    found: dict[int, str] = {}
-    for number in listed.tiers:
-        store = stores.store(file.tiers[number].name)
-        if not isinstance(store, LocalFolder):
-            continue
-        # The target may be the group, or lie in a folder that is one.
-        pairs = [(link, above) for link, key in sorted(store.links()) for above in _with_folders(key)]
-        pairs = [(link, above) for link, above in pairs if not link.startswith(f"{above}/")]  # moves with the group
-        rows = index_in(pa.array([above for _, above in pairs], pa.large_string()), paths)
-        for (link, _), row in zip(pairs, rows.tolist(), strict=True):
-            copy = copies.find(row, number) if row >= 0 else None
-            if copy is not None:
-                found.setdefault(copy, link)
-    return found
+def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, copies: Copies) -> dict[str, Any]:
+    """Return the symbolic links of local tiers: links and inner_links by copy, and all of them."""
+    folders = {
+        number: store
+        for number in listed.tiers
+        if isinstance(store := stores.store(file.tiers[number].name), LocalFolder)
+    }
+    roots = {number: os.path.realpath(store.root).rstrip("/") + "/" for number, store in folders.items()}
+    links: dict[int, str] = {}
+    inner: dict[int, str] = {}
+    found: list[Symlink] = []
+    for number, store in folders.items():
+        for link, place in sorted(store.symlinks()):
+            tier = next((other for other, root in roots.items() if place.startswith(root)), None)
+            if tier is None:
+                continue
+            target = place.removeprefix(roots[tier])
+            found.append(Symlink(file.tiers[number].name, link, file.tiers[tier].name, target))
+            holder = _copy_above(paths, copies, link.rpartition("/")[0], number)
+            if holder is not None:
+                inner.setdefault(holder, link)
+            # The target may be the group, or lie in a folder that is one.
+            copy = _copy_above(paths, copies, target, tier)
+            if copy is not None and copy != holder:
+                links.setdefault(copy, link if tier == number else f"{store.url}/{link}")
+    return {"links": links, "inner_links": inner, "symlinks": tuple(found)}
 
 
-def _held(
-    file: RuleFile, stores: Stores, listed: Listing, own: NDArray[np.bool_], paths: pa.Array, now_s: float
-) -> dict[int, str]:
-    """Return, by group, the reason of the hold in force. Raises StoreError."""
+def _copy_above(paths: pa.Array, copies: Copies, key: str, tier: int) -> int | None:
+    """Return the copy, in a tier, of the group that is this key or a folder above it; None: there is none."""
+    above = _with_folders(key) if key else []
+    for row in index_in(pa.array(above, pa.large_string()), paths).tolist():
+        copy = copies.find(row, tier) if row >= 0 else None
+        if copy is not None:
+            return copy
+    return None
+
+
+def _misnamed(grouped: Grouped, paths: Collection[str]) -> dict[int, str]:
+    """Return the groups whose objects shall be renamed to these paths, with the path that the objects have now."""
+    unique = sorted(set(paths))
+    rows = index_in(pa.array(unique, pa.large_string()), grouped.paths).tolist()
+    return {row: undated_path(path) for row, path in zip(rows, unique, strict=True) if row >= 0}
+
+
+_TAGS_NAME = "tags.json"
+
+
+def _own_tags(file: RuleFile, stores: Stores, listed: Listing, grouped: Grouped, copies: Copies) -> dict[str, Any]:
+    """Return the tags and the pins in the tags.json of our own checkpoints, of all their copies, by group.
+
+    A file that cannot be read counts as a pin, so that nothing is deleted.
+    """
+    is_own = grouped.from_layout(grouped.layout.own, otherwise=False)
+    at = np.flatnonzero(np.repeat(is_own[copies.group], np.diff(copies.start)))
+    keys = listed.keys.take(pa.array(copies.row[at]))
+    hits = at[match_regex(keys, rf"/{_TAGS_NAME}$")] if len(at) else at
+    copy_of = np.searchsorted(copies.start, hits, side="right") - 1
+
+    def read(hit: int, copy: int) -> tuple[frozenset[str], bool]:
+        key = listed.keys[int(copies.row[hit])].as_py()
+        try:
+            body = json.loads(stores.store(file.tiers[int(copies.tier[copy])].name).get(key))
+            tags, is_pinned = frozenset(map(str, body["tags"])), bool(body["pinned"])
+        except NotFound:  # deleted since it was listed
+            return frozenset(), False
+        except StoreError as error:
+            if error.retryable:
+                raise
+            return frozenset(), True
+        except (ValueError, TypeError, KeyError):
+            return frozenset(), True
+        return tags, is_pinned
+
+    tags: dict[int, frozenset[str]] = {}
+    pinned: set[int] = set()
+    with ThreadPoolExecutor(_THREADS, "tiercache-tags") as pool:
+        for copy, (some, is_pinned) in zip(
+            copy_of.tolist(), pool.map(read, hits.tolist(), copy_of.tolist()), strict=True
+        ):
+            group = int(copies.group[copy])
+            tags[group] = tags.get(group, frozenset()) | some
+            pinned |= {group} if is_pinned else set()
+    return {"tags": {group: some for group, some in tags.items() if some}, "pinned": frozenset(pinned)}
+
+
+def _holds(file: RuleFile, stores: Stores, listed: Listing, own: NDArray[np.bool_], now_s: float) -> Mapping[str, Hold]:
+    """Return the hold in force of each held path. Raises StoreError."""
     home = file.home_tier.name
     sharing = [file.index(name) for name in stores.sharing(home)]
-    rows = np.flatnonzero(own & np.isin(listed.tier, sharing))
-    keys = listed.keys.take(pa.array(rows))
+    keys = listed.keys.take(pa.array(np.flatnonzero(own & np.isin(listed.tier, sharing))))
     keys = keys.filter(pc.starts_with(keys, HOLDS_FOLDER)).to_pylist()
-    found = read_holds(stores.store(home), now_s, keys).in_force() if keys else {}
-    groups = index_in(pa.array([*found], pa.large_string()), paths).tolist()
-    return {group: hold.reason for group, hold in zip(groups, found.values(), strict=True) if group >= 0}
+    return read_holds(stores.store(home), now_s, keys).in_force() if keys else {}
+
+
+def _held_groups(holds: Mapping[str, Hold], paths: pa.Array) -> dict[int, str]:
+    """Return, by group, the reason of the hold in force."""
+    groups = index_in(pa.array([*holds], pa.large_string()), paths).tolist()
+    return {group: hold.reason for group, hold in zip(groups, holds.values(), strict=True) if group >= 0}
 
 
 def _with_folders(key: str) -> list[str]:
@@ -487,7 +590,7 @@ def _with_folders(key: str) -> list[str]:
     return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == "/")]
 
 
-def _uses(file: RuleFile, listed: Listing, grouped: _Grouped) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _uses(file: RuleFile, listed: Listing, grouped: Grouped) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return last use (NaN: unknown) and number of uses of each group, from the read logs of caches on this machine.
 
     The use of any object, in any tier, is a use of its group.
@@ -512,11 +615,13 @@ def _uses(file: RuleFile, listed: Listing, grouped: _Grouped) -> tuple[NDArray[n
 
 
 def _snapshot(
-    file: RuleFile, listed: Listing, grouped: _Grouped, copies: Copies, *, now_s: float, **columns: Any
+    file: RuleFile, listed: Listing, grouped: Grouped, copies: Copies, *, now_s: float, **columns: Any
 ) -> Snapshot:
     log_use_s, n_uses = _uses(file, listed, grouped)
     created_s, last_use_s = np.full(len(grouped.kind), np.inf), np.full(len(grouped.kind), np.inf)
     np.minimum.at(created_s, copies.group, copies.written_s)
+    in_name_s = grouped.from_layout(grouped.layout.written_s, np.nan)
+    created_s = np.where(np.isnan(in_name_s), created_s, np.minimum(in_name_s, now_s))
     # A group without a known use counts as used when its oldest copy was written: a restored copy is not idle at once.
     np.minimum.at(last_use_s, copies.group, copies.modified_s)
     of_shard, shard = grouped.shard >= 0, grouped.shard[grouped.shard >= 0]
@@ -541,14 +646,13 @@ def _snapshot(
         uses_recorded_since_s=uses_recorded_since_s,
         unreported=unreported,
         in_use=in_use,
-        tags={},
         **{name: getattr(copies, name) for name in _COPY_COLUMNS},
         **columns,
     )
 
 
 def _facts(
-    listed: Listing, grouped: _Grouped, copies: Copies, complete: NDArray[np.bool_], datasets: tuple[FoundDataset, ...]
+    listed: Listing, grouped: Grouped, copies: Copies, complete: NDArray[np.bool_], datasets: tuple[FoundDataset, ...]
 ) -> dict[str, Any]:
     lacks = grouped.from_layout(grouped.layout.lacks, NOTHING)[~complete]
     is_listed = np.zeros(len(grouped.shards), np.bool_)
@@ -565,6 +669,7 @@ def _facts(
         "missing_shards": (grouped.shards.keys.take(pa.array(lacking)), grouped.shards.named_s[lacking]),
         "unfinished": _some(grouped.unfinished),
         "no_keys": _some(grouped.no_keys),
+        "shared": _some(grouped.shared),
         "differing": _some(differing),
         "incomplete": dict(Counter(LACKS[number] or "time to settle, or a whole copy" for number in lacks.tolist())),
     }

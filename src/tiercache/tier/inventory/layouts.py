@@ -10,15 +10,20 @@ training/checkpointing.py, DeepSpeed engine.py, transformers trainer.py)::
     epoch=1-step=100-val_loss=0.3.ckpt                    Lightning; a folder with FSDP or DeepSpeed
     iter_0000100/mp_rank_00/model_optim_rng.pt            Megatron-LM; with torch_dist .metadata, then metadata.json
     global_step100/mp_rank_00_model_states.pt             DeepSpeed
+    step-000000000100.20261129T193324123Z-7f3a9c/checkpoint.json  our own (checkpoint/layout.py); it is put last
 
-The outermost folder with such a name is the checkpoint: global_step100 inside checkpoint-100 is a part of it.
+A rule may describe further names (UserLayout). A date in a name is the time of writing: our own names have one, and an
+older checkpoint whose name was written again gets one (dated_name()). The outermost folder with such a name is the
+checkpoint: global_step100 inside checkpoint-100 is a part of it.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +35,7 @@ from tiercache.tier.model import NO_SERIES, NO_STEP
 from tiercache.tier.text_columns import (
     ROWS_AT_A_TIME,
     as_numpy,
+    first_match,
     index_in,
     inverse,
     joined_codes,
@@ -45,7 +51,7 @@ NO_GROUP = -1
 MEMBER, INDEX, COMPLETION_MARKER = range(3)
 
 # What a checkpoint lacks to be complete, judged by names.
-NOTHING, METADATA, TRAINER_STATE, WEIGHTS, SHARDS, END_OF_SAVE = range(6)
+NOTHING, METADATA, TRAINER_STATE, WEIGHTS, SHARDS, END_OF_SAVE, MANIFEST = range(7)
 LACKS = (
     "",
     "a .metadata beside each .distcp",
@@ -53,6 +59,7 @@ LACKS = (
     "weights",
     "some of the shards that their names count",
     "the end of a save: there is a .metadata.tmp",
+    "checkpoint.json",
 )
 
 # -- patterns of names -----------------------------------------------------------------------------------------------
@@ -61,18 +68,25 @@ NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?|nan|inf)"
 DECIMAL = r"[-+]?[0-9]+\.[0-9]+(?:e[-+]?[0-9]+)?"
 WORD = r"global[-_]?step|step|iter(?:ation)?|ckpt|checkpoint|epoch"
 _METRIC = rf"[a-z][\w@.]*?(?:={NUMBER}|[-_]?{DECIMAL})"
+# The time of writing, UTC; in our own names with milliseconds and six random hex digits.
+DATE = r"[.][0-9]{8}T[0-9]{6}(?:[0-9]{3})?Z(?:-[0-9a-f]{6})?"
 # After the number: other counters, metrics, and Lightning's -v1, which it adds if the name exists already.
-_REST = rf"(?:[-_]v[0-9]+|[-_](?:{WORD})[-_=]?[0-9]+|[-_]{_METRIC})*"
+_REST = rf"(?:[-_]v[0-9]+|[-_](?:{WORD})[-_=]?[0-9]+|[-_]{_METRIC})*(?:{DATE})?"
 _HEAD = rf"(?P<prefix>(?:[^/]*?[-_.])??)(?P<word>{WORD})[-_=]?(?P<number>[0-9]{{1,18}})"
 SUFFIXES = r"(?:\.(?:pt|pth|ckpt|bin|safetensors|tar|npz))"
 _FILE_NAME = rf"(?i)^{_HEAD}(?P<rest>{_REST})(?P<suffix>{SUFFIXES}+)$"
 _IN_FOLDER = (
     rf"(?i)^(?P<parent>(?:[^/]+/)*?)(?P<name>{_HEAD}(?P<rest>{_REST}(?:[-_][a-z][^/]*?)?)(?P<suffix>{SUFFIXES}*))/"
 )
-_IN_NUMBER = r"(?:^|/)[0-9]{1,18}/"
+_IN_NUMBER = rf"(?:^|/)[0-9]{{1,18}}(?:{DATE})?/"
 _STEP_IN_REST = r"(?i)[-_](?P<word>(?:global[-_]?)?step|iter(?:ation)?)[-_=]?(?P<number>[0-9]{1,18})"
 # The parts of a name that differ between the checkpoints of one run.
-_VARYING = rf"(?i)(^|[-_])(?:v[0-9]+|(?:{WORD})[-_=]?[0-9]+|{_METRIC})"
+_VARYING = rf"(?i)(^|[-_])(?:v[0-9]+|(?:{WORD})[-_=]?[0-9]+|{_METRIC})|{DATE}"
+_WRITTEN = r"(?i)[.](?P<time>[0-9]{8}T[0-9]{6})(?P<ms>(?:[0-9]{3})?)Z(?:-[0-9a-f]{6})?(?:[.][a-z]+)*$"
+# Our own checkpoints, and the tensors that they share: no group has these, so that no rule moves or deletes them.
+_OWN = r"^(?:.*/)?step-[0-9]{12,18}\.[0-9]{8}T[0-9]{9}Z-[0-9a-f]{6}$"
+_OWN_MANIFEST = "checkpoint.json"
+_SHARED_TENSOR = r"(?:^|/)tensors/[0-9a-f]{40}\.safetensors$"
 
 # Names of unfinished writes. The last: Orbax writes to such a folder and renames it.
 _TEMPORARY = (
@@ -93,6 +107,62 @@ _RANK_METADATA = r"^__[0-9]+\.metadata$"
 _METADATA_TMP = r"^(?:__[0-9]+)?\.metadata\.tmp$"
 _INDEX = r"\.index\.json$|^meta\.pt$|^metadata\.json$"
 
+_NUMBER_NAME = re.compile(rf"[0-9]{{1,18}}(?:{DATE})?")
+_PLACEHOLDER = re.compile(r"\{(?:step|epoch)\}")
+
+
+@dataclass(frozen=True, slots=True)
+class UserLayout:
+    """Names of checkpoints that a rule describes. pattern: See layout_pattern(). match, exclude: Globs of the rule."""
+
+    pattern: str
+    match: tuple[str, ...] = ("**",)
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the checkpoints are folders: the pattern ends with a slash."""
+        return self.pattern.endswith("/")
+
+
+def layout_pattern(pattern: str) -> str:
+    """Return the expression that a pattern such as "model_{step}.pt" stands for, with the groups head, number and tail.
+
+    Raises ValueError unless the pattern is a name with {step} or {epoch} once; `*` stands for any characters in a name.
+    """
+    name = pattern.removesuffix("/")
+    parts = _PLACEHOLDER.split(name)
+    if len(parts) != 2 or "/" in name or any(sign in part for part in parts for sign in "{}\\"):
+        raise ValueError(
+            f"expected a name with {{step}} or {{epoch}} once, such as 'model_{{step}}.pt', or 'model_{{step}}/' for "
+            f"folders, got {pattern!r}"
+        )
+    at = _date_position(parts[1], is_file=not pattern.endswith("/"))
+    head, tail, suffix = (re.escape(part).replace(r"\*", "[^/]*?") for part in (parts[0], parts[1][:at], parts[1][at:]))
+    return rf"(?P<head>{head})(?P<number>[0-9]{{1,18}})(?P<tail>{tail}(?:{DATE})?{suffix})"
+
+
+def dated_name(name: str, written_s: float, *, is_file: bool) -> str:
+    """Return the name of a file or folder with the time of its writing before its suffix: "step_1.<time>Z.pt"."""
+    at = _date_position(name, is_file=is_file)
+    return f"{name[:at]}.{datetime.fromtimestamp(int(written_s), UTC):%Y%m%dT%H%M%SZ}{name[at:]}"
+
+
+def _date_position(name: str, *, is_file: bool) -> int:
+    """Return the position of a name's suffix, before which a date is put; its length if it has none."""
+    match = re.search(rf"(?i){SUFFIXES}+$", name) or (re.search(r"[.][A-Za-z]\w*$", name) if is_file else None)
+    return match.start() if match else len(name)
+
+
+def written_in_names(paths: pa.Array) -> NDArray[np.float64]:
+    """Return the time of writing in each name, in seconds since the epoch; NaN where there is none."""
+    parts = pc.extract_regex(paths, _WRITTEN)
+    texts, ms = pc.struct_field(parts, "time"), pc.struct_field(parts, "ms")
+    times = pc.strptime(texts, format="%Y%m%dT%H%M%S", unit="s", error_is_null=True).cast(pa.int64())
+    ms = pc.if_else(pc.equal(ms, ""), "0", ms).cast(pa.float64())
+    found = pc.add(times.cast(pa.float64()), pc.divide(ms, 1000.0)).fill_null(np.nan)
+    return as_numpy(found, np.float64)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyGroups:
@@ -102,25 +172,33 @@ class KeyGroups:
     checkpoint: NDArray[np.bool_]  # whether the group is a checkpoint; the other groups are files
     step: NDArray[np.int64]  # NO_STEP for files
     series: NDArray[np.int32]  # equal for the checkpoints that one run writes under one name; NO_SERIES for files
+    own: NDArray[np.bool_]  # whether the group is one of our own checkpoints (checkpoint/layout.py)
+    written_s: NDArray[np.float64]  # time of writing in the name of a checkpoint, in seconds since the epoch; or NaN
     lacks: NDArray[np.uint8]  # indices of LACKS
     marked: NDArray[np.bool_]  # whether the group has an object that its writer writes last
     # Columns of keys.
     group: NDArray[np.int32]  # NO_GROUP for unfinished objects and for names that are not valid keys
     rank: NDArray[np.uint8]  # MEMBER, INDEX or COMPLETION_MARKER
     unfinished: NDArray[np.bool_]  # by the name
+    shared: NDArray[np.bool_]  # whether the object is a tensor that our own checkpoints share; it is in no group
     on_top: NDArray[np.bool_]  # whether the object lies directly in the folder of its group
 
 
-def group_keys(keys: pa.Array) -> KeyGroups:
-    """Return the groups that these keys form. keys: string or large_string, unique, without nulls."""
+def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
+    """Return the groups that these keys form.
+
+    keys: string or large_string, unique, without nulls. layouts: Layouts of users, which have precedence.
+    """
     keys = keys.cast(pa.large_string())
     folders, folder, names = split_keys(keys)
-    in_folders, folder_row = _checkpoint_folders(folders, folder, names)
+    in_folders, folder_row = _checkpoint_folders(folders, folder, names, [one for one in layouts if one.is_folder])
     row = folder_row[folder] if len(keys) else np.empty(0, np.int64)
-    unfinished, no_key = match_regex(keys, _TEMPORARY), match_regex(keys, _NO_KEY)
+    unfinished, shared = match_regex(keys, _TEMPORARY), match_regex(keys, _SHARED_TENSOR)
+    shared &= row < 0
+    no_key = match_regex(keys, _NO_KEY) | shared
     rest = np.flatnonzero((row < 0) & ~unfinished & ~no_key)
     group, paths, place = _numbered(keys, row, in_folders["path"], rest, no_key)
-    in_files, file_rows = _checkpoint_files(folders, folder, names, rest)
+    in_files, file_rows = _checkpoint_files(folders, folder, names, rest, [one for one in layouts if not one.is_folder])
     # Folders come last and overwrite: a file and a folder with one name count as the folder.
     used = np.flatnonzero(place[: len(in_folders)] >= 0)
     of_group = place[np.concatenate([len(in_folders) + file_rows, used])]
@@ -130,18 +208,25 @@ def group_keys(keys: pa.Array) -> KeyGroups:
     series[of_group] = joined_codes(checkpoints["series"].chunks, pa.large_string())[0]
     checkpoint = series != NO_SERIES
     series[checkpoint] = _in_order(series[checkpoint])
-    members = _Members(names, folder, group, len(folders), checkpoint)
+    on_top = _on_top(folders, folder, paths, group)
+    is_own = match_regex(paths, _OWN) & checkpoint
+    members = _Members(names, folder, group, len(folders), checkpoint, is_own, on_top)
+    written_s = np.full(len(paths), np.nan)
+    written_s[checkpoint] = written_in_names(paths.filter(pa.array(checkpoint)))
     return KeyGroups(
         paths=paths,
         checkpoint=checkpoint,
         step=step,
         series=series,
+        own=is_own,
+        written_s=written_s,
         lacks=np.where(checkpoint, _lacking(members, series), NOTHING).astype(np.uint8),
         marked=checkpoint & members.groups_with(members.marks()),
         group=group,
         rank=members.ranks(),
         unfinished=unfinished,
-        on_top=_on_top(folders, folder, paths, group),
+        shared=shared,
+        on_top=on_top,
     )
 
 
@@ -152,30 +237,66 @@ _STEP_AND_SERIES = pa.schema([("step", pa.int64()), ("series", pa.dictionary(pa.
 
 
 def _checkpoint_folders(
-    folders: pa.Array, folder: NDArray[np.int64], names: pa.Array
+    folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, layouts: Sequence[UserLayout]
 ) -> tuple[pa.Table, NDArray[np.int64]]:
     """Return step, series and path of the checkpoints that are folders, and the row of each folder; -1: none."""
     parts = pc.extract_regex(folders, _IN_FOLDER)
     # A temporary folder is still being written; the writer renames it at the end.
-    is_named = np.asarray(pc.is_valid(parts).to_numpy(zero_copy_only=False), bool) & ~match_regex(folders, _TEMPORARY)
+    is_finished = ~match_regex(folders, _TEMPORARY)
+    user_row, users = _user_folders(folders, np.flatnonzero(is_finished), layouts)
+    is_finished[user_row] = False
+    is_named = np.asarray(pc.is_valid(parts).to_numpy(zero_copy_only=False), bool) & is_finished
     by_name = np.flatnonzero(is_named)
     parts = parts.take(pa.array(by_name))
     path = _joined([pc.struct_field(parts, "parent"), pc.struct_field(parts, "name")], "")
-    by_number = dict(_number_folders(folders, folder, names, is_named))
+    is_taken = is_named.copy()
+    is_taken[user_row] = True
+    by_number = dict(_number_folders(folders, folder, names, is_taken))
     numbered = pa.array(list(by_number.values()), pa.large_string())
-    more = pc.extract_regex(numbered, r"^(?P<parent>(?:.*/)?)(?P<number>[0-9]+)$")
+    more = pc.extract_regex(numbered, rf"^(?P<parent>(?:.*/)?)(?P<number>[0-9]+)(?:{DATE})?$")
     empty = pa.array([""] * len(numbered), pa.large_string())
     columns = {}
     for name in (*_NAME_PARTS, "number"):
         rest = pc.struct_field(more, name) if name in ("parent", "number") else empty
         columns[name] = pa.concat_arrays([pc.struct_field(parts, name), rest])
-    paths = pa.concat_arrays([path, numbered]).dictionary_encode()
+    table = pa.concat_tables([users.drop_columns(["path"]), _step_and_series(columns)])
+    paths = pa.concat_arrays([_one(users["path"]), path, numbered]).dictionary_encode()
     number = as_numpy(paths.indices, np.int64)
     first = np.unique(number, return_index=True)[1]
-    table = _step_and_series(columns).append_column("path", paths.cast(pa.large_string())).take(pa.array(first))
+    table = table.append_column("path", paths.cast(pa.large_string())).take(pa.array(first))
     row = np.full(len(folders), -1, np.int64)
-    row[np.concatenate([by_name, np.fromiter(by_number, np.int64, len(by_number))])] = number
+    row[np.concatenate([user_row, by_name, np.fromiter(by_number, np.int64, len(by_number))])] = number
     return table.combine_chunks(), row
+
+
+_STEP_SERIES_PATH = pa.schema([*_STEP_AND_SERIES, ("path", pa.large_string())])
+
+
+def _user_folders(
+    folders: pa.Array, rows: NDArray[np.int64], layouts: Sequence[UserLayout]
+) -> tuple[NDArray[np.int64], pa.Table]:
+    """Return the folders in or below checkpoints of users' layouts, and step, series and path of the checkpoint."""
+    found, tables = [np.empty(0, np.int64)], [_STEP_SERIES_PATH.empty_table()]
+    for layout in layouts:
+        pattern = rf"^(?P<parent>(?:[^/]+/)*?)(?P<name>{layout_pattern(layout.pattern[:-1])})/"
+        here = rows[match_regex(folders.take(pa.array(rows)), pattern)]
+        parts = pc.extract_regex(folders.take(pa.array(here)), pattern)
+        path = _joined([pc.struct_field(parts, "parent"), pc.struct_field(parts, "name")], "")
+        fits = np.flatnonzero(first_match(path, [(layout.match, layout.exclude)]) >= 0)
+        table = _of_user(parts, pc.struct_field(parts, "parent"), layout)
+        tables.append(table.append_column("path", path).take(pa.array(fits)))
+        found.append(here[fits])
+        rows = np.setdiff1d(rows, here[fits], assume_unique=True)
+    return np.concatenate(found), pa.concat_tables(tables).unify_dictionaries()
+
+
+def _of_user(parts: pa.StructArray, parent: pa.Array, layout: UserLayout) -> pa.Table:
+    """Return step and series of checkpoints of a user's layout. parts: Groups of layout_pattern()."""
+    step = pc.struct_field(parts, "number").cast(pa.int64())
+    pattern = pa.array([layout.pattern] * len(parts), pa.large_string())
+    tail = pc.replace_substring_regex(pc.struct_field(parts, "tail"), DATE, "")
+    series = _joined([parent, pc.struct_field(parts, "head"), tail, pattern], "\n")
+    return pa.Table.from_arrays([step, series.dictionary_encode()], schema=_STEP_AND_SERIES)
 
 
 def _number_folders(
@@ -208,18 +329,33 @@ def _numbered_above(folder: str) -> Iterator[str]:
     end = 0
     while (end := folder.find("/", end + 1)) >= 0:
         name = folder[folder.rfind("/", 0, end) + 1 : end]
-        if name.isascii() and name.isdigit() and len(name) <= 18:
+        if _NUMBER_NAME.fullmatch(name):
             yield folder[:end]
 
 
 def _checkpoint_files(
-    folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, rest: NDArray[np.int64]
+    folders: pa.Array,
+    folder: NDArray[np.int64],
+    names: pa.Array,
+    rest: NDArray[np.int64],
+    layouts: Sequence[UserLayout],
 ) -> tuple[pa.Table, NDArray[np.int64]]:
     """Return step and series of the keys in `rest` that are a checkpoint each, and their positions in `rest`."""
     tables, rows = [_STEP_AND_SERIES.empty_table()], [np.empty(0, np.int64)]
     for start in range(0, len(rest), ROWS_AT_A_TIME):
         some = rest[start : start + ROWS_AT_A_TIME]
-        is_one = np.flatnonzero(match_regex(names.take(pa.array(some)), _FILE_NAME))
+        is_free = np.ones(len(some), np.bool_)
+        for layout in layouts:
+            pattern = f"^{layout_pattern(layout.pattern)}$"
+            of_some = names.take(pa.array(some))
+            mine = np.flatnonzero(is_free & match_regex(of_some, pattern))
+            keys = _joined([folders.take(pa.array(folder[some[mine]])), of_some.take(pa.array(mine))], "")
+            mine = mine[first_match(keys, [(layout.match, layout.exclude)]) >= 0]
+            parts = pc.extract_regex(of_some.take(pa.array(mine)), pattern)
+            tables.append(_of_user(parts, folders.take(pa.array(folder[some[mine]])), layout))
+            rows.append(start + mine)
+            is_free[mine] = False
+        is_one = np.flatnonzero(is_free & match_regex(names.take(pa.array(some)), _FILE_NAME))
         parts = pc.extract_regex(names.take(pa.array(some[is_one])), _FILE_NAME)
         columns = {name: pc.struct_field(parts, name) for name in (*_NAME_PARTS[1:], "number")}
         tables.append(_step_and_series(columns | {"parent": folders.take(pa.array(folder[some[is_one]]))}))
@@ -311,6 +447,8 @@ class _Members:
         group: NDArray[np.int32],
         n_folders: int,
         checkpoint: NDArray[np.bool_],
+        is_own: NDArray[np.bool_],
+        on_top: NDArray[np.bool_],
     ) -> None:
         self.names, self.folder, self.group = names, folder, group
         self._n_folders, self._n_groups = n_folders, len(checkpoint)
@@ -320,6 +458,9 @@ class _Members:
         self._rows = np.flatnonzero(of_checkpoint)
         self._names = take_rows(names, self._rows)
         self.metadata, self.trainer_state = self.called(".metadata"), self.called("trainer_state.json")
+        self.is_own = is_own
+        self.manifest = self.called(_OWN_MANIFEST) & on_top
+        self.manifest[self._is_in] &= is_own[group[self._is_in]]
 
     def called(self, name: str) -> NDArray[np.bool_]:
         """Return whether each key belongs to a group and has this name; bool[n_keys]."""
@@ -345,7 +486,9 @@ class _Members:
 
     def marks(self) -> NDArray[np.bool_]:
         """Return the objects that a writer writes last; bool[n_keys]."""
-        return self.metadata | self.trainer_state
+        of_others = self.metadata | self.trainer_state
+        of_others[self._is_in] &= ~self.is_own[self.group[self._is_in]]
+        return of_others | self.manifest
 
     def ranks(self) -> NDArray[np.uint8]:
         """Return MEMBER, INDEX or COMPLETION_MARKER for each key; uint8[n_keys]."""
@@ -383,4 +526,6 @@ def _lacking(members: _Members, series: NDArray[np.int32]) -> NDArray[np.uint8]:
     closed = members.beside(members.metadata | members.named(_RANK_METADATA))
     lacks[members.groups_with(parts & ~closed[members.folder])] = METADATA
     lacks[members.groups_with(members.named(_METADATA_TMP))] = END_OF_SAVE
+    # The manifest commits one of our own checkpoints: without it there is none, and with it there is nothing to guess.
+    lacks[members.is_own] = np.where(members.groups_with(members.manifest)[members.is_own], NOTHING, MANIFEST)
     return lacks

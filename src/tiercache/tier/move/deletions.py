@@ -35,6 +35,7 @@ from tiercache.tier.move.checks import (
     is_readable,
 )
 from tiercache.tier.move.executor import change_classes
+from tiercache.tier.move.links import carry_links, remove_inner_links
 from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.plan.selection import find_newest
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.catalog.tiers import TierCatalog
-    from tiercache.tier.model import Decisions, Snapshot
+    from tiercache.tier.model import Decisions, Snapshot, Symlink
     from tiercache.tier.move.checks import MoveContext
     from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
@@ -60,7 +61,8 @@ class DeletionFacts:
         protected: Newest complete checkpoint of each run, and the newest one that can be read now.
         deletes: Paths whose last copies the rules delete now.
         asked: (path, tier) pairs from which the rules take a copy away now.
-        linked: (path, tier) -> symbolic link in that tier that leads to the group.
+        linked: (path, tier) -> symbolic link that leads to the group in that tier, or that lies in its folder there.
+        symlinks: Links of all local tiers.
         used_s: Path -> last read of a file or checkpoint through a cache of this machine, in seconds since the epoch.
     """
 
@@ -69,6 +71,7 @@ class DeletionFacts:
     deletes: frozenset[str] = frozenset()
     asked: frozenset[tuple[str, str]] = frozenset()
     linked: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    symlinks: tuple[Symlink, ...] = ()
     used_s: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -101,8 +104,9 @@ def deletion_facts_of(snapshot: Snapshot, decisions: Decisions) -> DeletionFacts
         ),
         linked={
             (snapshot.paths[int(snapshot.group[copy])].as_py(), tiers[snapshot.tier[copy]]): link
-            for copy, link in snapshot.links.items()
+            for copy, link in {**snapshot.inner_links, **snapshot.links}.items()
         },
+        symlinks=snapshot.symlinks,
         used_s={snapshot.paths[row].as_py(): snapshot.last_use_s[row] for row in np.flatnonzero(is_used).tolist()},
     )
 
@@ -320,7 +324,10 @@ class DeferredDeletions:
         else:
             self._check_target(deletion, heads, facts)
         deletion.set_verdict("cancel", pin)
-        links = (facts.linked.get((row.path, tier)) for tier in sorted({tier for tier, _ in deletion.present}))
+        # Links follow a copy into another local tier: carry_links().
+        is_carried = row.action in ("move", "drop") and self._file.tier(row.dst).is_local
+        tiers = [] if is_carried else sorted({tier for tier, _ in deletion.present})
+        links = (self._link_to(facts, row, tier) for tier in tiers)
         # A link cannot use a group whose objects are partly deleted already: such a deletion is finished.
         if (link := next(filter(None, links), None)) and not deletion.is_half_made:
             deletion.set_verdict("wait", f"{row.path}: expected no symbolic link to it, found {link}")
@@ -333,6 +340,12 @@ class DeferredDeletions:
             deletion.set_verdict("wait", f"{row.path}: expected no reader, found that a machine reads it now")
         if row.rules != self._file.sha256 and row.action != "delete" and (row.path, row.src) not in facts.asked:
             deletion.set_verdict("cancel", f"{row.path}: the rule file was changed and no longer asks for this")
+
+    def _link_to(self, facts: DeletionFacts, row: JournalRow, tier: str) -> str | None:
+        """Return a symbolic link that speaks against a deletion: one in the folder that is deleted does not."""
+        link = facts.linked.get((row.path, tier))
+        is_inner = link is not None and link.startswith(f"{row.path}/")
+        return None if is_inner and row.action == "delete" else link
 
     def _change_reason(self, deletion: DueDeletion, heads: Heads) -> str:
         """Compare the objects to delete with those that the journal recorded, and note which of them exist."""
@@ -490,11 +503,24 @@ class DeferredDeletions:
         self._context.lock.announce(
             sorted({(urls[tier], deletion.row.path) for deletion in drops for tier, _ in deletion.present})
         )
-        self._drop(drops)
+        self._carry_links(drops)
+        self._drop([deletion for deletion in drops if deletion.verdict == "go"])
         reclassed = [deletion for deletion in going if deletion.row.action == "reclass"]
         objects = [(deletion, deletion.row.dst, [obj for _, obj in deletion.present]) for deletion in reclassed]
         change_classes(self._context, objects, lambda deletion, reason: deletion.set_verdict("wait", reason))
         crash_point("tier_drop.reclassed")
+
+    def _carry_links(self, due: Sequence[DueDeletion]) -> None:
+        """Let symbolic links lead to the other copies. A copy stays if a link to it cannot be rewritten."""
+        symlinks = self._facts[0].symlinks if self._facts is not None else ()
+        for deletion in due if symlinks else ():
+            row = deletion.row
+            if row.dst:
+                try:
+                    carry_links(self._context.stores, row.path, row.src, row.dst, symlinks)
+                except StoreError as error:
+                    deletion.set_verdict("wait", f"a symbolic link to it cannot be rewritten: {error}")
+        crash_point("tier_drop.linked")
 
     def _look_again(self, due: Sequence[DueDeletion]) -> None:
         """Postpone what was written, or has lost its other copy, since the first check, which may be hours ago."""
@@ -595,16 +621,23 @@ class DeferredDeletions:
         self._catalog.forget(gone)
 
     def _remove_folders(self, due: Sequence[DueDeletion]) -> None:
-        """Remove empty folders of deleted checkpoints from local tiers: frameworks would try to resume from them."""
+        """Remove the folders that deletions have emptied from local tiers.
+
+        Frameworks would try to resume from the empty folder of a checkpoint. A copy that comes back creates the folders
+        that it needs.
+        """
         for deletion in due:
             row = deletion.row
-            if row.kind != "checkpoint" or any(obj.key == row.path for obj in row.objects):
-                continue
+            is_folder = row.kind == "checkpoint" and all(obj.key != row.path for obj in row.objects)
             for tier in sorted({obj.tier or row.src for obj in row.objects}):
                 store = self._context.stores.store(tier)
                 if isinstance(store, LocalFolder):
+                    if is_folder and self._facts is not None:
+                        remove_inner_links(self._context.stores, row.path, tier, self._facts[0].symlinks)
                     with suppress(StoreError):  # the objects are gone; an empty folder is only cosmetic
-                        store.remove_empty(row.path)
+                        if is_folder:
+                            store.remove_empty(row.path)
+                        store.remove_empty_above(row.path)
 
     def _revert_placements(self, due: Sequence[DueDeletion]) -> None:
         """Revert the placement where src stays, before the redirect is forgotten."""

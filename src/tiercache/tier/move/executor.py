@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
+from tiercache.tier.inventory.rewritten import undated_path
 from tiercache.tier.move.checks import (
     ApplyResult,
     BatchLimits,
@@ -36,8 +37,9 @@ from tiercache.tier.move.checks import (
     in_batches,
     matches_entry,
 )
-from tiercache.tier.move.hand_copies import HandCopy, find_hand_copy, hold_hand_copies
+from tiercache.tier.move.hand_copies import HandCopy, find_hand_copy, held_reason, hold_hand_copies
 from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
+from tiercache.tier.move.renames import finish_renames, rename_older_copy
 from tiercache.tier.move.transfer import MayReplace, is_md5
 from tiercache.tier.stores import CLASSES_TO_RESTORE, deletion_block_reason, needs_restore
 
@@ -393,13 +395,20 @@ class PlanExecutor:
         for old in self._catalog.open_moves(self._file.home_tier.url):
             self._open[old.path].append(old)
         jobs = []
-        paths = Counter(move.path for move in self._plan.moves)
+        self._stopped += finish_renames(self._context)
+        paths = Counter(move.path for move in self._plan.moves if move.action != "rename")
         receiving = {move.dst for move in self._plan.moves if move.action in ("copy", "move")}
         self._unavailable = {
             tier.name: self._context.ensure_tier_marker(tier.name, gets=tier.name in receiving)
             for tier in self._file.tiers
         }
         for move in self._plan.moves:
+            if move.action == "rename":
+                self._rename(move, before.get(move.number))
+        held = {one.path for one in self._held}  # by a rename whose name a copy has that was made by hand
+        for move in self._plan.moves:
+            if move.action == "rename" or move.path in held:
+                continue
             earlier = before.get(move.number)
             if earlier is not None and earlier.state in ("waiting", "dropping", "done"):
                 self._n_done += 1
@@ -413,6 +422,21 @@ class PlanExecutor:
             self._run_batch(batch)
         n_waiting = len(self._catalog.open_moves(self._file.home_tier.url, "waiting", "dropping"))
         return ApplyResult(self._n_done, tuple(self._stopped), n_waiting, self._copied_bytes, held=tuple(self._held))
+
+    def _rename(self, move: Move, earlier: JournalRow | None) -> None:
+        """Free a name that was written again. Renames come first, because other moves of the plan need the names."""
+        reason, hand_copy = "", None
+        if earlier is None or earlier.state != "done":
+            reason = self._unfit_reason(move)
+            if not reason:
+                reason, hand_copy = rename_older_copy(self._context, self._placements, self._row(move))
+        if reason:
+            self._stopped.append(StoppedMove(move.number, reason, move.path, self._plan.id))
+        elif hand_copy is not None:
+            path = undated_path(move.path)
+            self._held.append(StoppedMove(move.number, held_reason(hand_copy), path, self._plan.id))
+        else:
+            self._n_done += 1
 
     def _count_bytes(self, n_bytes: int) -> None:
         with self._count_lock:
@@ -440,6 +464,8 @@ class PlanExecutor:
             facts = (was.url, was.role, was.storage_class), (tier.url, tier.role, tier.storage_class)
             if facts[0] != facts[1]:
                 return f"tiers.{name}: expected {facts[0]} as planned, found {facts[1]} in the rule file: plan anew"
+        if move.action == "rename":
+            return self._unavailable.get(move.src, "")
         if move.action == "delete":
             added = sorted(now.keys() - planned.keys())
             if added:
@@ -663,7 +689,7 @@ class PlanExecutor:
                 self._catalog.source_deleted([(job.row.dst, obj.key) for obj in job.row.objects if job.row.dst])
             elif job.stop_reason or job.hand_copy:
                 gone += self._take_stopped(job)
-                rows.append(replace(job.row, note=job.stop_reason or _held_reason(job)))
+                rows.append(replace(job.row, note=job.stop_reason or held_reason(job.hand_copy)))
             elif job.row.action == "copy" or (
                 job.row.action == "reclass" and not self._context.ends_readability(job.row)
             ):
@@ -679,15 +705,10 @@ class PlanExecutor:
             if job.stop_reason:
                 self._stopped.append(StoppedMove(job.row.number, job.stop_reason, job.row.path, job.row.plan))
             elif job.hand_copy:
-                self._held.append(StoppedMove(job.row.number, _held_reason(job), job.row.path, job.row.plan))
+                self._held.append(StoppedMove(job.row.number, held_reason(job.hand_copy), job.row.path, job.row.plan))
             else:
                 self._n_done += 1
         self._report_progress()
-
-
-def _held_reason(job: MoveJob) -> str:
-    tier = "" if job.hand_copy is None else job.hand_copy.tier
-    return f"its copy in {tier} was not made by tiercache: it is held for the time `hold`"
 
 
 def _is_same_deletion(old: JournalRow, new: JournalRow) -> bool:

@@ -51,6 +51,12 @@ class HandCopy:
     entries: Mapping[str, CatalogEntry]
 
 
+def held_reason(copy: HandCopy | None) -> str:
+    """Return why a move was not made that would take a copy away, for people."""
+    where = "" if copy is None else f" in {copy.tier}"
+    return f"its copy{where} was not made by tiercache: it is held for the time `hold`"
+
+
 def hold_hand_copies(context: MoveContext, copies: Mapping[str, HandCopy]) -> None:
     """Hold groups, given by path, with copies that were made by hand, for the time `hold` of the rule file.
 

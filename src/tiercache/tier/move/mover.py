@@ -31,6 +31,7 @@ from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.placement_updates import track_ruled
 from tiercache.tier.move.recalls import finish_recalls, remove_ended_recalls
+from tiercache.tier.move.renames import finish_renames
 from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide
@@ -198,6 +199,7 @@ def run_once(
             context = stack.enter_context(open_mover(file, stores, catalog))
             # First, because the plan would otherwise count half of a copy.
             finished = run_due_deletions(context, only_begun=True)
+            finish_renames(context)
             ended = remove_ended_recalls(context)
             crash_point("tier_run.finished")
             listed_s = SYSTEM_CLOCK.monotonic()

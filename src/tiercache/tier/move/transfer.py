@@ -172,6 +172,49 @@ class Transfer:
             made = self._copy_small(request) if obj.n_bytes <= _SMALL_BYTES else self._copy_in_parts(request)
         return made
 
+    def copy_within(self, name: str, obj: PlannedObject, key: str) -> None:
+        """Copy an object inside its tier under another key, which must be free, and verify the copy.
+
+        In a local folder, the file gets a second name where the file system has hard links; in S3, the server copies.
+
+        Args:
+            name: Name of the tier.
+            obj: Expected object, as for copy().
+            key: Key of the copy.
+
+        Raises:
+            NotFound, ObjectChanged, StoreError: As copy().
+        """
+        info, store, s3_classes = self.check(name, obj), self._stores.store(name), self._stores.s3_classes(name)
+        if isinstance(store, LocalFolder) and store.link(obj.key, key) is not None:
+            return
+        if s3_classes is not None:
+            storage_class = self._stores.file.tier(name).storage_class
+            crc, etag = obj.crc32c, info.etag
+            before = s3_classes.checksums(obj.key)
+            made = s3_classes.copy_from(
+                s3_classes, obj.key, key, storage_class=storage_class, if_match=etag, crc32c=crc, replaces=False
+            )
+            is_equal = _is_proven(before, s3_classes.checksums(key), obj, made)
+        else:
+            with store.create(key) as upload, closing(self._parts(name, info, _nothing)) as parts:
+                crc = 0
+                for number, part in enumerate(parts):
+                    crc = combine(crc, part.crc32c, part.n_bytes)
+                    if part.buffer is not None:
+                        upload.put_part(number, part.buffer)
+                        self._buffers.give(part.buffer)
+                found = upload.complete(if_absent=True)
+            if found is None:
+                raise ObjectChanged("the name is taken: it is not overwritten", url=self._at(name, key))
+            made, is_equal = found, self.checksum_of(name, found) == crc
+        is_equal = is_equal or (
+            not needs_restore(made) and self.checksum_of(name, made) == self.checksum_of(name, info)
+        )
+        if made.n_bytes != info.n_bytes or not is_equal:
+            self._remove(name, made)
+            raise _wrong(self._at(name, key), f"the bytes of {obj.key}", "other bytes", "the copy")
+
     def check(self, name: str, obj: PlannedObject) -> ObjectInfo:
         """Return the metadata of an object, if it is the planned one and can be read. Raises as copy()."""
         self._check_cancelled(name, obj.key)

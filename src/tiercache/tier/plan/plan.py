@@ -23,6 +23,7 @@ from tiercache.tier.inventory.listing import ObjectTable
 from tiercache.tier.model import (
     ACTIONS,
     COPY,
+    DELETE,
     DROP,
     KINDS,
     MOVE,
@@ -282,8 +283,9 @@ def _copies_afterwards(snapshot: Snapshot, moves: MoveColumns) -> tuple[NDArray[
     groups, src, dst = moves.group, moves.src, moves.dst
     brings = np.isin(moves.action, (COPY, MOVE, RECLASS))
     takes = np.isin(moves.action, (MOVE, RECLASS, DROP))
+    deletes = moves.action == DELETE
     at[dst[brings], groups[brings]] = at[src[brings], groups[brings]]
     at[src[takes], groups[takes]] = -1
-    at[:, groups[~brings & ~takes]] = -1
+    at[:, groups[deletes]] = -1
     tiers, rows = np.nonzero(at >= 0)
     return at[tiers, rows].astype(np.int64), tiers.astype(np.int8)

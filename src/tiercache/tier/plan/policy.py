@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.model import format_bytes
@@ -31,8 +32,10 @@ from tiercache.tier.model import (
     DELETE,
     DROP,
     MOVE,
+    NO_MOVES,
     READABLE,
     RECLASS,
+    RENAME,
     Decisions,
     MoveColumns,
     Snapshot,
@@ -51,6 +54,7 @@ from tiercache.tier.plan.proposals import (
 )
 from tiercache.tier.plan.selection import Flags, Rows, SnapshotIndex
 from tiercache.tier.stores import deletion_block_reason
+from tiercache.tier.text_columns import index_in
 
 if TYPE_CHECKING:
     from tiercache.prices import Prices
@@ -125,6 +129,8 @@ def refuse_protected(index: SnapshotIndex, moves: MoveColumns, refused: list[Mov
     held = _held(index)[moves.group]
     whys = [index.snapshot.held[group] for group in moves.group[held].tolist()]
     moves = refuse(moves, refused, held, np.array(whys, np.object_))
+    in_file = np.isin(moves.group, sorted(index.snapshot.pinned))
+    moves = refuse(moves, refused, in_file, "pinned in its tags.json, or that file cannot be read")
     in_use = index.snapshot.in_use[moves.group]
     moves = refuse(moves, refused, in_use, "in use")
     partial = ~index.snapshot.complete[moves.group] & (index.snapshot.kind[moves.group] == CHECKPOINT)
@@ -160,15 +166,20 @@ def keep_newest(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColu
 
 
 def keep_symlink_targets(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
-    """Refuse moves that would remove a copy to which a symbolic link points. A move of such a copy becomes a copy."""
-    links = index.snapshot.links
-    if not links:
+    """Refuse moves that would remove a copy to which a symbolic link points. A move of such a copy becomes a copy.
+
+    A move to a local tier is made: the link follows it. A link inside a checkpoint does not speak against its deletion.
+    """
+    if not index.snapshot.links and not index.snapshot.inner_links:
         return moves
-    has_link = np.zeros(index.snapshot.n_copies + 1, np.bool_)  # index -1 (no copy) is the last entry
-    has_link[[*links]] = True
-    takes = has_link[index.at[moves.src, moves.group]]
+    links = {**index.snapshot.inner_links, **index.snapshot.links}
+    has_link, has_outer = (np.zeros(index.snapshot.n_copies + 1, np.bool_) for _ in range(2))
+    has_link[[*links]] = True  # index -1 (no copy) is the last entry
+    has_outer[[*index.snapshot.links]] = True
+    follows = np.array([tier.is_local for tier in index.file.tiers] + [False], np.bool_)[moves.dst]
     deletes = moves.action == DELETE
-    takes |= deletes & has_link[index.at[:, moves.group]].any(axis=0)
+    takes = has_link[index.at[moves.src, moves.group]] & ~follows & ~deletes
+    takes |= deletes & has_outer[index.at[:, moves.group]].any(axis=0)
     stays = takes & (deletes | (moves.action == DROP))
     text = np.empty(int(stays.sum()), np.object_)
     for row, group in enumerate(moves.group[stays].tolist()):
@@ -260,6 +271,38 @@ def dollars_in_reason(dollars: float) -> str:
     return f"{sign}${abs(dollars):,.2f}" if abs(dollars) >= 1 else f"{sign}${abs(dollars):.3g}"
 
 
+def _without_misnamed(index: SnapshotIndex, moves: MoveColumns) -> MoveColumns:
+    """Return the moves of groups whose objects have the names of their groups: others are renamed first."""
+    return moves.take(~np.isin(moves.group, sorted(index.snapshot.misnamed)))
+
+
+def _occupied_names(index: SnapshotIndex, renames: MoveColumns) -> dict[tuple[int, int], str]:
+    """Return the (group, tier) pairs whose names older copies have, and that no rename of the plan frees."""
+    snapshot = index.snapshot
+    freed = set(zip(renames.group.tolist(), renames.src.tolist(), strict=True))
+    names = list(snapshot.misnamed.values())
+    groups = index_in(pa.array(names, pa.large_string()), snapshot.paths).tolist()
+    found = {}
+    for (older, name), group in zip(snapshot.misnamed.items(), groups, strict=True):
+        for tier in np.flatnonzero(index.at[:, older] >= 0).tolist():
+            if group >= 0 and (older, tier) not in freed:
+                found[group, tier] = f"{index.name(tier)} has an older copy under this name, which is not renamed yet"
+                if not index.readable[tier, older]:
+                    found[group, tier] += f": restore it first: tiercache restore {name}"
+    return found
+
+
+def refuse_occupied(
+    moves: MoveColumns, refused: list[MoveColumns], occupied: Mapping[tuple[int, int], str]
+) -> MoveColumns:
+    """Refuse copies to tiers where an older copy has the name."""
+    if not occupied:
+        return moves
+    texts = [occupied.get(pair, "") for pair in zip(moves.group.tolist(), moves.dst.tolist(), strict=True)]
+    mask = np.array([bool(text) for text in texts], np.bool_)
+    return refuse(moves, refused, mask, np.array([text for text in texts if text], np.object_))
+
+
 class CapacityLedger:
     """Bytes in each tier: held, arriving and leaving.
 
@@ -292,7 +335,7 @@ class CapacityLedger:
         moves = moves.take(fits)
         n_bytes = bytes_of(self._index, moves)
         for tier in range(self._index.n_tiers):
-            leaves = (moves.src == tier) & (moves.action != COPY) & (moves.action != DELETE)
+            leaves = (moves.src == tier) & ~np.isin(moves.action, (COPY, DELETE, RENAME))
             self.leaving[tier] += n_bytes[leaves].sum()
             self.arriving[tier] += n_bytes[(moves.dst == tier) & np.isin(moves.action, _ADDS_BYTES_TO_DST)].sum()
             deleted = self._index.at[tier, moves.group[moves.action == DELETE]]
@@ -351,18 +394,23 @@ class _Policy:
     ) -> None:
         self.index, self.ledger, self.unavailable = index, CapacityLedger(index, capacity_bytes), unavailable
         self.is_moved = np.zeros(index.snapshot.n_groups, np.bool_)
+        self.occupied: dict[tuple[int, int], str] = {}
         self.moves: list[MoveColumns] = []
         self.refused: list[MoveColumns] = []
 
     def decide(self) -> Decisions:
         """Run both steps of the policy."""
         index, refused = self.index, self.refused
+        renames = self._rename_older_copies()
+        self.occupied = _occupied_names(index, renames)
         proposals = [propose(index, rule, number) for number, rule in enumerate(index.file.rules)]
         for of_rule in proposals:
             # Protection comes first, because its reason holds for a move that the rule itself refuses, too.
-            refused_by_rule = refuse_protected(index, of_rule.refused, refused)
+            refused_by_rule = refuse_protected(index, _without_misnamed(index, of_rule.refused), refused)
             refused.append(refused_by_rule)
-            moves = keep_newest(index, refuse_protected(index, of_rule.proposed, refused), refused)
+            proposed = _without_misnamed(index, of_rule.proposed)
+            moves = keep_newest(index, refuse_protected(index, proposed, refused), refused)
+            moves = refuse_occupied(moves, refused, self.occupied)
             moves = refuse_unavailable(index, keep_symlink_targets(index, moves, refused), refused, self.unavailable)
             self._admit(refuse_unprofitable(index, moves, refused))
         for tier in range(index.n_tiers - 1):
@@ -374,6 +422,32 @@ class _Policy:
         names = [rule.name for rule in index.file.rules]
         names += [f"tiers.{name}.high" for name in reversed(index.snapshot.tiers)]
         return Decisions(moves.take(np.argsort(moves.action, kind="stable")), all_refused.take(first), tuple(names))
+
+    def _rename_older_copies(self) -> MoveColumns:
+        """Propose a date in the names of older copies of names that were written again, and return these moves."""
+        index, misnamed = self.index, self.index.snapshot.misnamed
+        groups = np.array(sorted(group for group in misnamed if index.rule[group] >= 0), np.int64)
+        if not len(groups):
+            return NO_MOVES
+        tiers, rows = np.nonzero(index.at[:, groups] >= 0)
+        groups, tiers = groups[rows], tiers.astype(np.int8)
+        names = [misnamed[group] for group in groups.tolist()]
+        what = [f"{name} was written again; this older copy gets the date of its writing in its name" for name in names]
+        moves = MoveColumns.of(groups, RENAME, tiers, tiers, index.rule[groups], np.array(what, np.object_))
+        whys = [f": {pin.why}" if pin.why else "" for pin in index.file.pins]
+        pinned = index.pin[moves.group]
+        why = format_reasons(lambda pin: f"pinned (pins[{pin + 1}]){whys[pin]}", pinned[pinned >= 0])
+        moves = refuse(moves, self.refused, pinned >= 0, why)
+        moves = refuse(moves, self.refused, index.snapshot.in_use[moves.group], "in use")
+        unreadable = ~index.readable[moves.src, moves.group]
+        names = [misnamed[group] for group in moves.group[unreadable].tolist()]
+        what = [f"it is archived, and must be restored before it can be renamed: tiercache restore {n}" for n in names]
+        moves = refuse(moves, self.refused, unreadable, np.array(what, np.object_))
+        for name, reason in self.unavailable.items():
+            moves = refuse(moves, self.refused, moves.src == index.file.index(name), reason)
+        self.is_moved[moves.group] = True
+        self.moves.append(moves)
+        return moves
 
     def _admit(self, moves: MoveColumns) -> None:
         moves = moves.take(self.ledger.admit(moves, self.refused))
@@ -396,6 +470,7 @@ class _Policy:
         proposed, unreadable = propose_down(self.index, rows, tier, (-1 - tier, text))
         skipped = [unreadable]
         proposed = refuse_unavailable(self.index, proposed, skipped, self.unavailable)
+        proposed = refuse_occupied(proposed, skipped, self.occupied)
         moves = proposed.take(np.lexsort((proposed.group, -unused_s[proposed.group])))
         freed = np.cumsum(np.where(ledger.fitting(moves), bytes_of(self.index, moves), 0))
         n = int(np.searchsorted(freed, used - int(limit * of_tier.low))) + 1
@@ -413,7 +488,9 @@ class _Policy:
         """
         index = self.index
         is_held = self.is_moved | index.snapshot.in_use | (index.pin >= 0) | _held(index) | (index.at[tier] < 0)
+        is_held[sorted(index.snapshot.misnamed)] = True
         is_held |= (index.snapshot.kind == CHECKPOINT) & (~index.snapshot.complete | index.newest)
+        is_held[sorted(index.snapshot.pinned)] = True
         linked = [copy for copy in index.snapshot.links if index.snapshot.tier[copy] == tier]
         is_held[index.snapshot.group[linked]] = True
         for of_rule in proposals:

@@ -1,8 +1,9 @@
 """Selects groups: which rule, pins, tags and keep lists apply to each, and which tiers hold copies of it.
 
-Steps of checkpoints are compared as numbers. Among equal steps, the checkpoint that was written later ranks higher. An
-incomplete checkpoint is kept only by its tags and its age, so that it does not displace a complete one. If no
-checkpoint of a run has the metric of a `best`, the keep list keeps all checkpoints of that run.
+The last checkpoints of a run are those that were written last, whatever their steps: a run that restarts at a lower
+step goes on from them. Steps are compared as numbers, within the part of a run between two restarts. An incomplete
+checkpoint is kept only by its tags and its age, so that it does not displace a complete one. If no checkpoint of a run
+has the metric of a `best`, the keep list keeps all checkpoints of that run.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class SnapshotIndex:
     reliable: Flags  # [n_tiers, n_groups], whether the copy is whole and verified
     rule: NDArray[np.int16]  # [n_groups], number of the rule that applies to the group; -1: none
     pin: NDArray[np.int16]  # [n_groups], number of the first pin in force that matches the group; -1: none
-    newest: Flags  # [n_groups], whether the group is the newest complete checkpoint of its run
+    newest: Flags  # [n_groups], see find_newest()
     tagged: Flags  # [n_groups]
     age_s: NDArray[np.float64]  # [n_groups], seconds since the group was written
     unused_s: NDArray[np.float64]  # [n_groups], since its last use, or since it was written if that is later
@@ -178,11 +179,11 @@ def evaluate_keep_list(snapshot: Snapshot, rows: Rows, keep: KeepList) -> KeepRe
     named, unscored, without = (np.zeros(snapshot.n_groups, np.bool_) for _ in range(3))
     complete = rows[snapshot.complete[rows]]
     if keep.last is not None or keep.every_steps is not None:
-        rising = _sorted(snapshot, complete)
+        written = _by_time(snapshot, complete)
         if keep.last is not None:
-            named[rising[_from_end(snapshot.series[rising]) < keep.last]] = True
+            named[written[_from_end(snapshot.series[written]) < keep.last]] = True
         if keep.every_steps is not None:
-            named[_first_of_steps(snapshot, rising, keep.every_steps)] = True
+            named[_first_of_steps(snapshot, written, keep.every_steps)] = True
     if keep.every_s is not None:
         named[_first_of_stretches(snapshot, complete, keep.every_s)] = True
     unscored_by: list[tuple[str, ...]] = []
@@ -229,17 +230,23 @@ def scores_of(snapshot: Snapshot, complete: Rows, best: BestMetric) -> BestScore
 
 
 def find_newest(snapshot: Snapshot) -> Flags:
-    """Return whether each group is the newest complete checkpoint of its run; bool[n_groups]."""
+    """Return whether each group is the newest complete checkpoint of its run; bool[n_groups].
+
+    The newest is the one that was written last. The one with the highest step counts as newest, too: where the catalog
+    that knows when moved checkpoints were written is lost, copies of old checkpoints look as if they were written last.
+    """
     found = np.zeros(snapshot.n_groups, np.bool_)
-    rows = _sorted(snapshot, np.flatnonzero((snapshot.kind == CHECKPOINT) & snapshot.complete))
-    found[rows[_from_end(snapshot.series[rows]) == 0]] = True
+    complete = np.flatnonzero((snapshot.kind == CHECKPOINT) & snapshot.complete)
+    series, step, created_s = snapshot.series[complete], snapshot.step[complete], snapshot.created_s[complete]
+    for order in (np.lexsort((complete, step, created_s, series)), np.lexsort((complete, created_s, step, series))):
+        rows = complete[order]
+        found[rows[_from_end(snapshot.series[rows]) == 0]] = True
     return found
 
 
-def _sorted(snapshot: Snapshot, rows: Rows) -> Rows:
-    """Sort rows by run and step."""
-    columns = (rows, snapshot.created_s[rows], snapshot.step[rows], snapshot.series[rows])
-    return rows[np.lexsort(columns)]
+def _by_time(snapshot: Snapshot, rows: Rows) -> Rows:
+    """Sort rows by run and time of writing; by step where the times are equal."""
+    return rows[np.lexsort((rows, snapshot.step[rows], snapshot.created_s[rows], snapshot.series[rows]))]
 
 
 def _begins(*columns: NDArray[np.generic]) -> Flags:
@@ -260,9 +267,13 @@ def _from_end(series: NDArray[np.int32]) -> NDArray[np.int64]:
     return _from_start(series[::-1])[::-1]
 
 
-def _first_of_steps(snapshot: Snapshot, rising: Rows, every: int) -> Rows:
-    rows = rising[snapshot.step[rising] >= 0]
-    return rows[_begins(snapshot.series[rows], snapshot.step[rows] // every)]
+def _first_of_steps(snapshot: Snapshot, written: Rows, every: int) -> Rows:
+    """Return the first rows at or after each multiple, counted anew after each restart. written: Rows by time."""
+    rows = written[snapshot.step[written] >= 0]
+    series, step = snapshot.series[rows], snapshot.step[rows]
+    restarts = np.zeros(len(rows), np.int64)
+    restarts[1:] = np.cumsum((series[1:] == series[:-1]) & (step[1:] < step[:-1]))
+    return rows[_begins(series, restarts, step // every)]
 
 
 def _first_of_stretches(snapshot: Snapshot, rows: Rows, every_s: float) -> Rows:

@@ -1,0 +1,352 @@
+"""Layout of saved checkpoints: names, the manifest that commits a checkpoint, and which objects belong to which one.
+
+::
+
+    step-000000000100.20261129T193324123Z-7f3a9c/    step, time of the save's start (UTC, ms), 6 random hex digits
+        tensors-00001-of-00004.safetensors           tensors; several files, written and uploaded in parallel
+        state.json                                   everything that is not a tensor
+        metrics.json                                 metrics, also in the manifest; the tier engine reads this file
+        tags.json                                    tags and pins; replaced as a whole, not in the manifest
+        checkpoint.json                              the manifest, put if absent and last: it commits the checkpoint
+    tensors/<40 hex digits>.safetensors              a tensor that checkpoints share (dedup=True)
+
+A checkpoint exists if it has a manifest. Names sort by step; the newest checkpoint is the one that was written last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from tiercache._native.checksum import crc32c
+from tiercache.errors import CorruptCheckpoint, UnsupportedFormat
+from tiercache.model import ObjectInfo
+from tiercache.store.contract import Store, check_key
+from tiercache.version import __version__
+
+FORMAT = 1
+SOFTWARE = f"tiercache {__version__}"
+MANIFEST_NAME = "checkpoint.json"
+STATE_NAME = "state.json"
+METRICS_NAME = "metrics.json"
+TAGS_NAME = "tags.json"
+SHARED_FOLDER = "tensors/"
+"""Folder of the tensors that checkpoints share, below the URL of the checkpoints."""
+
+_SHARED_PATH = f"../{SHARED_FOLDER}"
+_NAME = re.compile(r"step-([0-9]{12,18})\.([0-9]{8}T[0-9]{9}Z)-([0-9a-f]{6})")
+_SHARED_FILE = re.compile(re.escape(_SHARED_PATH) + r"([0-9a-f]{40})\.safetensors")
+_DIGEST = re.compile("[0-9a-f]{40}")
+_TEXT = re.compile(r"[^\0]{1,200}")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MOST_STEPS = 10**18 - 1
+_MOST = 2**63 - 1
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of a checkpoint.
+
+    Attributes:
+        path: Path relative to the checkpoint's folder; "../tensors/..." for a shared tensor.
+        n_bytes: Size of the file.
+        crc32c: CRC-32C of the file.
+    """
+
+    path: str
+    n_bytes: int
+    crc32c: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Location of a stored tensor.
+
+    Attributes:
+        file: Path of its file, as in StoredFile.
+        offset: Position of its first byte in the file.
+        n_bytes: Size of its values: row-major, little-endian.
+        dtype: Type by the name of safetensors, such as "BF16".
+        shape: Sizes of the dimensions.
+        digest: 40 hex digits of the BLAKE2b-160 of type, shape and values, by which checkpoints share the tensor; None
+            for a tensor that belongs to this checkpoint alone.
+    """
+
+    file: str
+    offset: int
+    n_bytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Contents of a committed checkpoint.
+
+    Attributes:
+        name: Name of the checkpoint, which is the name of its folder.
+        step: Step of the training run.
+        created_s: Time at which the save began, in seconds since the Unix epoch; whole milliseconds.
+        files: All files except the manifest itself, tags included only by their own file.
+        tensors: Tensors by name.
+        metrics: Metrics by name; a value may be infinite or NaN.
+        note: JSON value of the user; None if there is none.
+        software: Name and release of the software that wrote the checkpoint.
+        format: Format version.
+    """
+
+    name: str
+    step: int
+    created_s: float
+    files: tuple[StoredFile, ...]
+    tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    note: Any = None
+    software: str = SOFTWARE
+    format: int = FORMAT
+
+    @property
+    def n_bytes(self) -> int:
+        """Sum of the sizes of all files, shared tensors included."""
+        return sum(file.n_bytes for file in self.files)
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_name(step: int, created_s: float, nonce: str) -> str:
+    """Return the name of a checkpoint.
+
+    Args:
+        step: Step of the training run, from 0 to 10^18 - 1.
+        created_s: Time at which the save began, in seconds since the Unix epoch.
+        nonce: Six random hex digits, which make the names of two saves at one step and time differ.
+
+    Raises:
+        ValueError: A value is outside its limits.
+    """
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= _MOST_STEPS:
+        raise ValueError(f"step is an integer from 0 to 10^18 - 1, got {step!r}")
+    created = _EPOCH + timedelta(milliseconds=round(created_s * 1000))
+    name = f"step-{step:012d}.{created:%Y%m%dT%H%M%S}{created.microsecond // 1000:03d}Z-{nonce}"
+    if parse_name(name) is None:
+        raise ValueError(f"nonce is six hex digits, got {nonce!r}")
+    return name
+
+
+def parse_name(name: str) -> tuple[int, float] | None:
+    """Return the step and the time (seconds since the Unix epoch) in a checkpoint's name; None for another name."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    try:
+        created = datetime.strptime(f"{match[2][:-4]}{match[2][-4:-1]}000+0000", "%Y%m%dT%H%M%S%f%z")
+    except ValueError:  # month 13
+        return None
+    return int(match[1]), round((created - _EPOCH) / timedelta(milliseconds=1)) / 1000
+
+
+def written_order(name: str) -> tuple[float, str]:
+    """Return the sort key by which names sort from the checkpoint written first to the one written last.
+
+    Raises:
+        ValueError: The text is not the name of a checkpoint.
+    """
+    parsed = parse_name(name)
+    if parsed is None:
+        raise ValueError(f"not the name of a checkpoint: {name!r}")
+    return parsed[1], name
+
+
+def key_of(name: str, path: str) -> str:
+    """Return the key of a checkpoint's file.
+
+    Args:
+        name: Name of the checkpoint.
+        path: Path of the file in the manifest.
+    """
+    return path.removeprefix("../") if path.startswith(_SHARED_PATH) else f"{name}/{path}"
+
+
+def manifest_key(name: str) -> str:
+    """Return the key of a checkpoint's manifest."""
+    return f"{name}/{MANIFEST_NAME}"
+
+
+def shared_path(digest: str) -> str:
+    """Return the path of the shared tensor with this digest, as a manifest states it."""
+    return f"{_SHARED_PATH}{digest}.safetensors"
+
+
+def shared_digest(path: str) -> str | None:
+    """Return the digest in the path of a shared tensor; None for a file of one checkpoint."""
+    match = _SHARED_FILE.fullmatch(path)
+    return match[1] if match else None
+
+
+# -- listing ---------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_objects(objects: Iterable[ObjectInfo]) -> dict[str, dict[str, ObjectInfo]]:
+    """Return the objects of each checkpoint folder by name of the folder and path in it, written first to last.
+
+    Folders without a manifest are included: they are saves that are not finished, or that a kill has ended. Shared
+    tensors and objects of others are not.
+
+    Args:
+        objects: Objects of a store, such as Store.list() yields them.
+    """
+    found: dict[str, dict[str, ObjectInfo]] = {}
+    for info in objects:
+        folder, _, path = info.key.partition("/")
+        if path and _NAME.fullmatch(folder):
+            found.setdefault(folder, {})[path] = info
+    return {name: found[name] for name in sorted(filter(parse_name, found), key=written_order)}
+
+
+def list_names(store: Store) -> list[str]:
+    """Return the names of the committed checkpoints of a store, from the one written first to the one written last.
+
+    Raises:
+        StoreError: The store cannot be listed.
+    """
+    return [name for name, objects in checkpoint_objects(store.list()).items() if MANIFEST_NAME in objects]
+
+
+# -- manifest --------------------------------------------------------------------------------------------------------
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Return the canonical text of a manifest: JSON in ASCII with sorted keys and without spaces, then a newline.
+
+    Its key "crc32c" is the checksum of the text without that key and without the newline.
+
+    Raises:
+        ValueError, TypeError: The note is not a JSON value.
+    """
+    body = {
+        "format": manifest.format,
+        "name": manifest.name,
+        "step": manifest.step,
+        "created_ms": round(manifest.created_s * 1000),
+        "software": manifest.software,
+        "files": [{"path": one.path, "bytes": one.n_bytes, "crc32c": one.crc32c} for one in manifest.files],
+        "tensors": {name: _tensor_json(tensor) for name, tensor in manifest.tensors.items()},
+        "metrics": {name: metric_json(value) for name, value in manifest.metrics.items()},
+        "note": manifest.note,
+    }
+    return _canonical(body | {"crc32c": crc32c(_canonical(body))}) + b"\n"
+
+
+def parse_manifest(data: bytes, url: str) -> Manifest:
+    """Return the manifest that a text describes; keys that a later release added are ignored.
+
+    Args:
+        data: Text of the manifest.
+        url: URL of the manifest, for messages.
+
+    Raises:
+        CorruptCheckpoint: The text is not the one that was written.
+        UnsupportedFormat: A later release wrote the checkpoint.
+    """
+    try:
+        body = json.loads(data)
+        if not isinstance(body, dict):
+            raise TypeError(f"a manifest is a JSON object, got {type(body).__name__}")
+        is_canonical = _canonical(body) + b"\n" == data
+        stated = body.pop("crc32c", None)
+        if not is_canonical or type(stated) is not int or crc32c(_canonical(body)) != stated:
+            raise CorruptCheckpoint("the text does not match its CRC-32C", url=url, part="manifest")
+        found = _count(body, "format")
+        if found > FORMAT:
+            message = f"the checkpoint has format {found}, which a later release of tiercache wrote: upgrade tiercache"
+            raise UnsupportedFormat(message, url=url, found=found, supported=FORMAT)
+        return _manifest_of(body)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptCheckpoint(f"cannot be read: {error!r}", url=url, part="manifest") from error
+
+
+def metric_json(value: float) -> float | str:
+    """Return the JSON form of a metric: a number, or the text "NaN", "Infinity" or "-Infinity", which JSON lacks."""
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _tensor_json(tensor: TensorEntry) -> dict[str, Any]:
+    found = {
+        "file": tensor.file,
+        "offset": tensor.offset,
+        "bytes": tensor.n_bytes,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+    }
+    return found if tensor.digest is None else {**found, "digest": tensor.digest}
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+def _manifest_of(body: Mapping[str, Any]) -> Manifest:
+    name, step, created_s = _text(body, "name"), _count(body, "step"), _count(body, "created_ms") / 1000
+    if parse_name(name) != (step, created_s):
+        raise ValueError(f"step {step} and time {created_s} are not those of the name {name!r}")
+    files = tuple(StoredFile(_path(one, "path"), _count(one, "bytes"), _count(one, "crc32c")) for one in body["files"])
+    sizes = {one.path: one.n_bytes for one in files}
+    if len(sizes) != len(files):
+        raise ValueError("a file occurs twice")
+    tensors = {tensor_name: _tensor_of(one) for tensor_name, one in body["tensors"].items()}
+    for tensor_name, tensor in tensors.items():
+        if tensor.offset + tensor.n_bytes > sizes.get(tensor.file, -1):
+            raise ValueError(f"tensor {tensor_name!r} does not lie inside its file {tensor.file!r}")
+    metrics = {metric: _metric_of(value) for metric, value in body["metrics"].items()}
+    return Manifest(name, step, created_s, files, tensors, metrics, body["note"], _text(body, "software"))
+
+
+def _tensor_of(body: Mapping[str, Any]) -> TensorEntry:
+    shape = body["shape"]
+    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size <= _MOST for size in shape):
+        raise ValueError(f"shape is a list of sizes, got {shape!r}")
+    digest = body.get("digest")
+    if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
+        raise ValueError(f"digest is 40 hex digits, got {digest!r}")
+    place = _path(body, "file"), _count(body, "offset"), _count(body, "bytes")
+    return TensorEntry(*place, _text(body, "dtype"), tuple(shape), digest)
+
+
+def _metric_of(value: object) -> float:
+    if isinstance(value, str):
+        return _NON_FINITE[value]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"a metric is a number, got {value!r}")
+    return value
+
+
+def _count(body: Mapping[str, Any], name: str) -> int:
+    value = body[name]
+    if type(value) is not int or not 0 <= value <= _MOST:
+        raise ValueError(f"{name} is an integer from 0 to 2^63 - 1, got {value!r}")
+    return value
+
+
+def _text(body: Mapping[str, Any], name: str) -> str:
+    value = body[name]
+    if not isinstance(value, str) or not _TEXT.fullmatch(value):
+        raise ValueError(f"{name} has the invalid value {value!r}")
+    return value
+
+
+def _path(body: Mapping[str, Any], name: str) -> str:
+    """Return a path that stays below the checkpoint's folder, or names a shared tensor."""
+    value = body[name]
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is a path, got {value!r}")
+    return value if shared_digest(value) is not None else check_key(value)

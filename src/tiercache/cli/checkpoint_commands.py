@@ -1,0 +1,108 @@
+"""The signatures, options and help texts of `tiercache ckpt`; see commands.py."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from tiercache.cli.options import DryRun, Rules, Yes, argument, flag, option
+from tiercache.cli.output import Output
+
+Paths = Annotated[
+    list[str],
+    argument("PATH...", "Checkpoints: paths below a tier (hot/runs/7/step-100), local paths, URLs, or globs."),
+]
+Path = Annotated[
+    str, argument("PATH", "Checkpoint: a path below a tier (hot/runs/7/step-100), a local path, or a URL.")
+]
+
+
+def ls(
+    output: Output,
+    path: Annotated[
+        str | None,
+        argument("[PATH]", "Folder, checkpoint or glob: below a tier, local, or a URL; default: all tiers."),
+    ] = None,
+    metrics: Annotated[bool, flag("--metrics", "Read the metrics of all listed checkpoints from their files.")] = False,
+    rules: Rules = None,
+) -> None:
+    """List checkpoints with step, size, age, tiers and metrics, and what keeps them.
+
+    Every layout that tiers recognise is listed. Without a rule file, PATH is a local folder or a URL.
+    """
+    from tiercache.cli import checkpoint_verbs
+
+    checkpoint_verbs.ls(output, rules, path, read_metrics=metrics)
+
+
+def show(output: Output, path: Path, rules: Rules = None) -> None:
+    """Show one checkpoint: its copies and files, its metrics, what keeps it, and what the next plan does with it."""
+    from tiercache.cli import checkpoint_verbs
+
+    checkpoint_verbs.show(output, rules, path)
+
+
+def verify(output: Output, paths: Paths, rules: Rules = None) -> None:
+    """Read checkpoints completely, in every tier that has a copy, and compare the bytes with known checksums.
+
+    Checksums are those of checkpoint.json, of the store, of this machine's catalog, or of another copy. The exit code
+    is 4 if a copy is corrupt, and 3 if a copy is incomplete or cannot be read (for example, because it is archived).
+    """
+    from tiercache.cli import checkpoint_verbs
+
+    checkpoint_verbs.verify(output, rules, paths)
+
+
+def rm(output: Output, paths: Paths, rules: Rules = None, yes: Yes = False, dry_run: DryRun = False) -> None:
+    """Delete checkpoints from all tiers, at once and for good.
+
+    Pinned checkpoints and checkpoints in use are left alone; the exit code is then 3. The checkpoint of a run that was
+    written last is deleted too if it is named.
+    """
+    from tiercache.cli import checkpoint_verbs
+
+    checkpoint_verbs.rm(output, rules, paths, yes=yes, dry_run=dry_run)
+
+
+def pin(
+    output: Output,
+    paths: Paths,
+    until: Annotated[str | None, option("--until", "DATE", "Last day of the pin; default: no end.")] = None,
+    why: Annotated[str, option("--why", "TEXT", "Reason, which plans show.")] = "",
+    remove: Annotated[bool, flag("--remove", "Remove the pins that name exactly these paths.")] = False,
+    rules: Rules = None,
+) -> None:
+    """Pin checkpoints: no rule moves or deletes them. The pins are [[pins]] tables of the rule file."""
+    from tiercache.cli import checkpoint_verbs
+
+    checkpoint_verbs.pin(output, rules, paths, checkpoint_verbs.PinOptions(until, why, remove=remove))
+
+
+def tag(
+    output: Output,
+    path: Path,
+    tags: Annotated[list[str], argument("TAG...", "Tags, such as release.")],
+    remove: Annotated[bool, flag("--remove", "Remove these tags of exactly this path.")] = False,
+    rules: Rules = None,
+) -> None:
+    """Tag a checkpoint: it is never deleted, and keep lists can name the tag.
+
+    The tags are [[tags]] tables of the rule file.
+    """
+    from tiercache.cli import checkpoint_verbs
+
+    checkpoint_verbs.tag(output, rules, path, tags, remove=remove)
+
+
+def diff(
+    output: Output,
+    first: Annotated[str, argument("FIRST", "Checkpoint: a path below a tier, a local path, or a URL.")],
+    second: Annotated[str, argument("SECOND", "Checkpoint to compare with it.")],
+    rules: Rules = None,
+) -> None:
+    """Compare two checkpoints: metrics, files by size and checksum, and tensors where they are listed.
+
+    The exit code is 0 also if they differ.
+    """
+    from tiercache.cli import checkpoint_verbs
+
+    checkpoint_verbs.diff(output, rules, first, second)

@@ -1,0 +1,36 @@
+"""Suggests patterns of names for checkpoints that are single files with names of a user's own."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+from tiercache.tier.inventory.layouts import SUFFIXES
+
+_DIGITS = re.compile(r"[0-9]+")
+_IS_STATE = re.compile(rf"(?i){SUFFIXES}$|\.(?:h5|pkl|weights|msgpack|onnx)$")
+# Names that begin with a shard number and state the total are parts of one checkpoint.
+_PART = re.compile(r"-[0-9]+-of-[0-9]+")
+_MIN_FILES = 2
+
+
+def suggest_layouts(paths: Iterable[str]) -> dict[str, int]:
+    """Return patterns such as "model_{step}.pt", each with the number of files that it describes, most files first.
+
+    A pattern describes at least two files of one folder, whose names differ in one number only and have the suffix of
+    files with weights. Of several patterns for a file, the one with most files is used.
+    """
+    names = defaultdict(set)
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        if _IS_STATE.search(name) and not _PART.search(name):
+            for match in _DIGITS.finditer(name[: name.rfind(".")]):
+                names[folder, f"{name[: match.start()]}{{step}}{name[match.end() :]}"].add(path)
+    left, found = set().union(*names.values()), defaultdict[str, int](int)
+    for (_, pattern), files in sorted(names.items(), key=lambda item: (-len(item[1]), item[0])):
+        mine = files & left
+        if len(mine) >= _MIN_FILES and not any(sign in pattern.replace("{step}", "") for sign in "*{}\\"):
+            found[pattern] += len(mine)
+            left -= mine
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))

@@ -1,0 +1,195 @@
+"""Names and manifests of checkpoints."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tiercache._native.checksum import crc32c
+from tiercache.checkpoint.layout import (
+    FORMAT,
+    Manifest,
+    StoredFile,
+    TensorEntry,
+    checkpoint_name,
+    checkpoint_objects,
+    encode_manifest,
+    key_of,
+    list_names,
+    manifest_key,
+    parse_manifest,
+    parse_name,
+    shared_digest,
+    shared_path,
+    written_order,
+)
+from tiercache.errors import CorruptCheckpoint, UnsupportedFormat
+from tiercache.store import LocalFolder
+
+CREATED_S = 1_795_980_804.123
+DIGEST = "0123456789abcdef0123456789abcdef01234567"
+
+
+def a_manifest(**changes):
+    files = (
+        StoredFile("tensors-00001-of-00001.safetensors", 5000, 7),
+        StoredFile(shared_path(DIGEST), 9000, 8),
+        StoredFile("state.json", 20, 9),
+    )
+    tensors = {
+        "model.weight": TensorEntry(files[0].path, 4096, 24, "F32", (2, 3)),
+        "model.frozen": TensorEntry(files[1].path, 4096, 8, "BF16", (4,), DIGEST),
+        "scalar": TensorEntry(files[0].path, 4120, 8, "I64", ()),
+    }
+    name = checkpoint_name(100, CREATED_S, "7f3a9c")
+    metrics = {"loss": 1.25, "acc": 3, "bad": math.inf, "worse": -math.inf}
+    return replace(Manifest(name, 100, CREATED_S, files, tensors, metrics, {"why": ["test", None]}), **changes)
+
+
+@given(st.integers(0, 10**18 - 1), st.integers(0, 253_402_300_799_999))
+def test_a_name_tells_its_step_and_time(step, created_ms):
+    assert parse_name(checkpoint_name(step, created_ms / 1000, "00ff00")) == (step, created_ms / 1000)
+
+
+def test_a_name_reads_as_step_time_and_nonce():
+    assert checkpoint_name(100, CREATED_S, "7f3a9c") == "step-000000000100.20261129T193324123Z-7f3a9c"
+
+
+@pytest.mark.parametrize("step", [-1, 10**18, 1.0, True, "7"])
+def test_a_step_outside_its_limits_is_refused(step):
+    with pytest.raises(ValueError, match="step is an integer from 0"):
+        checkpoint_name(step, CREATED_S, "7f3a9c")
+
+
+@pytest.mark.parametrize("nonce", ["", "7F3A9C", "7f3a9", "7f3a9c0", "../../"])
+def test_a_nonce_that_is_not_six_hex_digits_is_refused(nonce):
+    with pytest.raises(ValueError, match="six hex digits"):
+        checkpoint_name(1, CREATED_S, nonce)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "step-100",
+        "checkpoint-100",
+        "step-000000000100.20261329T193324123Z-7f3a9c",
+        "step-000000000100.20261129T193324123Z-7f3a9c.tmp",
+        "xstep-000000000100.20261129T193324123Z-7f3a9c",
+        "step-000000000100.20261129T193324123Z-7f3a9c\n",
+    ],
+)
+def test_another_name_is_no_checkpoint(name):
+    assert parse_name(name) is None
+    with pytest.raises(ValueError, match="not the name of a checkpoint"):
+        written_order(name)
+
+
+def test_a_manifest_reads_back_as_it_was_written():
+    manifest = a_manifest()
+    assert parse_manifest(encode_manifest(manifest), "u") == manifest
+
+
+def test_a_metric_that_is_not_a_number_reads_back():
+    manifest = a_manifest(metrics={"loss": math.nan})
+    assert math.isnan(parse_manifest(encode_manifest(manifest), "u").metrics["loss"])
+
+
+def test_equal_manifests_have_equal_texts():
+    first, second = a_manifest(), a_manifest(tensors=dict(reversed(a_manifest().tensors.items())))
+    assert encode_manifest(first) == encode_manifest(second)
+
+
+@given(st.data())
+def test_a_changed_byte_of_a_manifest_is_noticed(data):
+    text = bytearray(encode_manifest(a_manifest()))
+    at = data.draw(st.integers(0, len(text) - 1))
+    text[at] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(CorruptCheckpoint):
+        parse_manifest(bytes(text), "u")
+
+
+@pytest.mark.parametrize("text", [b"", b"[]\n", b"{}\n", b"{", b"\xff", b"null\n", b"[" * 100_000])
+def test_a_text_that_is_no_manifest_is_corrupt(text):
+    with pytest.raises(CorruptCheckpoint) as caught:
+        parse_manifest(text, "s3://b/run/x/checkpoint.json")
+    assert caught.value.exit_code == 4
+    assert "s3://b/run/x/checkpoint.json" in str(caught.value)
+
+
+def written_otherwise(**changes):
+    """The text of a manifest with other values under a right checksum: as a faulty writer would leave it."""
+    body = json.loads(encode_manifest(a_manifest())) | changes
+    del body["crc32c"]
+
+    def canonical(value):
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+    return canonical(body | {"crc32c": crc32c(canonical(body))}) + b"\n"
+
+
+A_FILE = {"path": "x.safetensors", "bytes": 5000, "crc32c": 7}
+A_TENSOR = {"file": "x.safetensors", "offset": 4096, "bytes": 24, "dtype": "F32", "shape": [2, 3]}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": 101},
+        {"created_ms": 0},
+        {"name": "latest"},
+        {"files": [A_FILE | {"path": "../other/x.safetensors"}], "tensors": {}},
+        {"files": [A_FILE | {"path": "/etc/passwd"}], "tensors": {}},
+        {"files": [A_FILE, A_FILE], "tensors": {}},
+        {"files": [A_FILE | {"bytes": -1}], "tensors": {}},
+        {"files": [A_FILE | {"bytes": True}], "tensors": {}},
+        {"files": [], "tensors": {"w": A_TENSOR}},
+        {"files": [A_FILE], "tensors": {"w": A_TENSOR | {"offset": 4990}}},
+        {"files": [A_FILE], "tensors": {"w": A_TENSOR | {"shape": [-1]}}},
+        {"files": [A_FILE], "tensors": {"w": A_TENSOR | {"digest": "00"}}},
+        {"metrics": {"loss": "high"}},
+        {"metrics": {"loss": True}},
+        {"metrics": []},
+        {"tensors": []},
+    ],
+)
+def test_a_manifest_with_impossible_values_is_corrupt(changes):
+    with pytest.raises(CorruptCheckpoint):
+        parse_manifest(written_otherwise(**changes), "u")
+
+
+def test_a_manifest_of_a_later_format_asks_for_an_upgrade():
+    with pytest.raises(UnsupportedFormat, match="upgrade tiercache"):
+        parse_manifest(written_otherwise(format=FORMAT + 1, anything="new"), "u")
+
+
+def test_keys_that_a_later_release_added_are_ignored():
+    assert parse_manifest(written_otherwise(added=[1]), "u") == a_manifest()
+
+
+def test_a_note_that_is_not_json_is_refused():
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        encode_manifest(a_manifest(note=object()))
+
+
+def test_a_shared_tensor_lies_beside_the_checkpoints():
+    assert key_of("n", shared_path(DIGEST)) == f"tensors/{DIGEST}.safetensors"
+    assert key_of("n", "state.json") == "n/state.json"
+    assert shared_digest(shared_path(DIGEST)) == DIGEST
+    assert shared_digest("state.json") is None
+
+
+def test_only_folders_with_a_manifest_are_checkpoints_and_the_one_written_last_comes_last(tmp_path):
+    store = LocalFolder(tmp_path)
+    later_lower = checkpoint_name(5, CREATED_S + 10, "000001")
+    earlier_higher = checkpoint_name(900, CREATED_S, "ffffff")
+    unfinished = checkpoint_name(950, CREATED_S + 20, "000002")
+    for name in (later_lower, earlier_higher):
+        store.put(manifest_key(name), b"x")
+    for key in (f"{unfinished}/state.json", "other/checkpoint.json", "notes.txt", f"tensors/{DIGEST}.safetensors"):
+        store.put(key, b"x")
+    assert list_names(store) == [earlier_higher, later_lower]
+    assert list(checkpoint_objects(store.list())) == [earlier_higher, later_lower, unfinished]

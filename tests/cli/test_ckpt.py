@@ -1,0 +1,256 @@
+"""tiercache ckpt: the checkpoints of every layout, listed, read, removed, pinned, tagged and compared."""
+
+import json
+import os
+import time
+
+import pytest
+
+from tiercache._native.checksum import crc32c
+from tiercache.checkpoint.layout import Manifest, StoredFile, checkpoint_name, encode_manifest
+
+RULES = """
+[tiers.hot]
+url = "nvme"
+
+[tiers.standard]
+url = "store"
+
+[tiers.archive]
+url = "cold"
+
+[[rules]]
+name = "runs"
+match = "runs/**"
+keep_hot = { last = 1, best = "val_loss:1" }
+then = "archive"
+after = "0s"
+
+[tiering]
+grace = "0s"
+state_dir = "state"
+"""
+DAY_S = 86400.0
+
+
+def write(root, tier, name, files, days):
+    """Write a checkpoint of so many days ago: a folder of files, or one file."""
+    for path, data in files.items():
+        file = root / tier / name / path if path else root / tier / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+        os.utime(file, (time.time() - days * DAY_S,) * 2)
+
+
+def step(root, number, loss, days, tier="nvme"):
+    files = {"model.pt": bytes([number]) * 1000, "metrics.json": json.dumps({"val_loss": loss}).encode()}
+    write(root, tier, f"runs/a/step-{number}", files, days)
+
+
+def own(root, number, days, tier="nvme"):
+    """Write one of our own checkpoints; return its path."""
+    name = checkpoint_name(number, round(time.time() - days * DAY_S, 3), "0123ab")
+    files = {"state.json": b"{}", "tensors-00001-of-00001.safetensors": bytes([number]) * 500}
+    stored = tuple(StoredFile(path, len(data), crc32c(data)) for path, data in files.items())
+    created_s = round(time.time() - days * DAY_S, 3)
+    name = checkpoint_name(number, created_s, "0123ab")
+    manifest = encode_manifest(Manifest(name, number, created_s, stored, metrics={"val_loss": 1.0}))
+    write(root, tier, f"own/{name}", files | {"checkpoint.json": manifest}, days)
+    return f"own/{name}"
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """Three checkpoints of a run, the best of which is the first, one file, and one of our own."""
+    (tmp_path / "tiercache.toml").write_text(RULES)
+    monkeypatch.chdir(tmp_path)
+    for tier in ("nvme", "store", "cold"):
+        (tmp_path / tier).mkdir()
+    for number, loss, days in ((1, 0.5, 9), (2, 0.9, 8), (3, 0.8, 7)):
+        step(tmp_path, number, loss, days)
+    write(tmp_path, "nvme", "files/ckpt-7.pt", {"": b"7" * 100}, 5)
+    return tmp_path
+
+
+def listed(tiercache, *arguments):
+    events = tiercache("ckpt", "ls", *arguments, "--json").events
+    return {one["path"]: one for one in events if one["event"] == "checkpoint"}
+
+
+class TestLs:
+    def test_every_layout_is_listed_with_step_size_age_tiers_and_metrics(self, tiercache, root):
+        name = own(root, 40, 2)
+        found = listed(tiercache, "--metrics")
+        assert {path: one["step"] for path, one in found.items()} == {
+            "runs/a/step-1": 1, "runs/a/step-2": 2, "runs/a/step-3": 3, "files/ckpt-7.pt": 7, name: 40,
+        }  # fmt: skip
+        one = found["runs/a/step-2"]
+        assert (one["n_bytes"], [copy["tier"] for copy in one["copies"]], one["metrics"]) == (
+            1000 + len('{"val_loss": 0.9}'),
+            ["hot"],
+            {"val_loss": 0.9},
+        )
+        assert abs(one["age_s"] - 8 * DAY_S) < 600
+        assert abs(found[name]["age_s"] - 2 * DAY_S) < 600
+
+    def test_each_checkpoint_has_the_rules_and_keys_that_keep_it(self, tiercache, root):
+        found = listed(tiercache)
+        texts = {path: [one["text"] for one in row["kept"]] for path, row in found.items()}
+        assert texts["runs/a/step-1"] == ["runs: keep_hot best = val_loss:1"]
+        assert texts["runs/a/step-2"] == []
+        assert texts["runs/a/step-3"] == ["newest of its run", "runs: keep_hot last = 1"]
+
+    def test_a_path_may_begin_with_the_name_of_a_tier(self, tiercache, root):
+        step(root, 4, 0.7, 1, tier="store")
+        assert list(listed(tiercache, "hot/runs/a")) == ["runs/a/step-1", "runs/a/step-2", "runs/a/step-3"]
+        assert list(listed(tiercache, "standard/runs")) == ["runs/a/step-4"]
+        assert list(listed(tiercache, "hot/runs/*/step-[12]")) == ["runs/a/step-1", "runs/a/step-2"]
+
+    def test_a_local_path_and_a_path_below_the_tiers_select_the_same(self, tiercache, root):
+        assert list(listed(tiercache, root / "nvme/runs/a/step-1")) == list(listed(tiercache, "runs/a/step-1"))
+
+    def test_without_a_rule_file_a_folder_is_listed(self, tiercache, root):
+        (root / "tiercache.toml").unlink()
+        assert sorted(one["step"] for one in listed(tiercache, root / "nvme/runs/a").values()) == [1, 2, 3]
+
+    def test_an_unknown_path_is_an_error_that_names_it(self, tiercache, root):
+        assert "runs/b: no checkpoint" in tiercache("ckpt", "ls", "hot/runs/b", code=1).err.replace("hot/", "")
+
+    def test_people_see_a_table(self, tiercache, root):
+        out = tiercache("ckpt", "ls").out.splitlines()
+        assert out[0].split()[:5] == ["checkpoint", "step", "size", "age", "tiers"]
+        assert out[-1] == "4 checkpoints of 2 runs, 3.1 KiB in all tiers"
+
+
+class TestShow:
+    def test_it_says_what_keeps_the_checkpoint_and_what_the_next_plan_does(self, tiercache, root):
+        out = tiercache("ckpt", "show", "hot/runs/a/step-2").out
+        assert "rule: runs" in out
+        assert "next plan: move from hot to archive: runs: in no keep list" in out
+        assert f"copy in hot: {root}/nvme/runs/a/step-2, 2 files" in out
+        assert "kept by newest of its run" in tiercache("ckpt", "show", "runs/a/step-3").out
+
+    def test_several_checkpoints_are_an_error(self, tiercache, root):
+        assert "expected one checkpoint, found 3" in tiercache("ckpt", "show", "runs/a", code=2).err
+
+
+class TestVerify:
+    def test_our_own_checkpoint_is_compared_with_its_manifest(self, tiercache, root):
+        name = own(root, 40, 2)
+        (found, _) = tiercache("ckpt", "verify", name, "--json").events
+        assert (found["is_proven"], found["problems"]) == (True, [])
+
+    def test_a_changed_byte_is_corrupt_and_named(self, tiercache, root):
+        name = own(root, 40, 2)
+        (root / "nvme" / name / "state.json").write_bytes(b"[]")
+        out = tiercache("ckpt", "verify", name, code=4).out
+        assert f"{name}/state.json: expected CRC-32C" in out
+
+    def test_a_missing_file_is_corrupt_and_named(self, tiercache, root):
+        name = own(root, 40, 2)
+        (root / "nvme" / name / "state.json").unlink()
+        assert f"{name}/state.json: its manifest names it" in tiercache("ckpt", "verify", name, code=4).out
+
+    def test_a_checkpoint_without_checksums_is_read(self, tiercache, root):
+        (found, _) = tiercache("ckpt", "verify", "runs/a/step-1", "--json").events
+        assert (found["is_proven"], found["problems"], found["n_bytes"] > 1000) == (False, [], True)
+
+    def test_a_moved_checkpoint_is_compared_with_the_catalog(self, tiercache, root):
+        tiercache("tier", "run", "--once")
+        (found, _) = tiercache("ckpt", "verify", "runs/a/step-2", "--json").events
+        assert (found["tier"], found["is_proven"]) == ("archive", True)
+
+    def test_two_copies_that_differ_are_reported(self, tiercache, root):
+        write(root, "store", "runs/a/step-1", {"model.pt": b"x" * 1000}, 9)
+        assert "files are missing, or differ" in tiercache("ckpt", "verify", "runs/a/step-1", code=3).out
+
+
+class TestRm:
+    def test_a_checkpoint_is_deleted_from_all_tiers_with_its_folder(self, tiercache, root):
+        step(root, 1, 0.5, 9, tier="store")
+        tiercache("ckpt", "rm", "runs/a/step-1", "--yes")
+        assert list(root.rglob("step-1")) == []
+        assert (root / "nvme/runs/a/step-2/model.pt").exists()
+        assert not (root / "store/runs").exists()
+
+    def test_a_moved_checkpoint_is_deleted_and_not_reported_as_lost(self, tiercache, root):
+        tiercache("tier", "run", "--once")
+        tiercache("ckpt", "rm", "archive/runs/a/step-2", "--yes")
+        assert [*root.glob("*/runs/a/step-2")] == []
+        assert tiercache("tier", "check", "--json").events[-1]["lost"] == []
+
+    def test_a_pinned_checkpoint_is_left_alone(self, tiercache, root):
+        tiercache("ckpt", "pin", "runs/a/step-1", "--why", "the paper")
+        out = tiercache("ckpt", "rm", "runs/a/step-*", "--yes", code=3).out
+        assert "runs/a/step-1: left: expected no pin" in out
+        assert [path.name for path in (root / "nvme/runs/a").iterdir()] == ["step-1"]
+
+    def test_a_dry_run_deletes_nothing(self, tiercache, root):
+        tiercache("ckpt", "rm", "runs/a", "--dry-run")
+        assert len(listed(tiercache, "runs/a")) == 3
+
+    def test_without_a_terminal_yes_is_required(self, tiercache, root):
+        assert "--yes" in tiercache("ckpt", "rm", "runs/a", code=2).err
+        assert len(listed(tiercache, "runs/a")) == 3
+
+
+class TestPinAndTag:
+    def test_a_pin_is_a_table_of_the_rule_file_and_keeps_the_checkpoint(self, tiercache, root):
+        tiercache("ckpt", "pin", "hot/runs/a/step-2", "--why", "the paper", "--until", "2099-01-01")
+        assert RULES.strip() in (root / "tiercache.toml").read_text()
+        assert [one["text"] for one in listed(tiercache, "runs/a/step-2")["runs/a/step-2"]["kept"]] == [
+            "pins[1]: the paper"
+        ]
+        tiercache("tier", "run", "--once")
+        assert (root / "nvme/runs/a/step-2/model.pt").exists()
+
+    def test_a_removed_pin_leaves_the_file_as_it_was(self, tiercache, root):
+        tiercache("ckpt", "pin", "runs/a/step-2", "runs/a/step-1")
+        tiercache("ckpt", "pin", "runs/a/step-1", "--remove")
+        assert 'match = "runs/a/step-2"' in (root / "tiercache.toml").read_text()
+        tiercache("ckpt", "pin", "runs/a/step-2", "--remove")
+        assert (root / "tiercache.toml").read_text().strip() == RULES.strip()
+
+    def test_a_pin_that_does_not_exist_cannot_be_removed(self, tiercache, root):
+        assert "names exactly 'runs/a/step-2'" in tiercache("ckpt", "pin", "runs/a/step-2", "--remove", code=2).err
+
+    def test_an_invalid_end_of_a_pin_changes_nothing(self, tiercache, root):
+        assert "until" in tiercache("ckpt", "pin", "runs/a/step-2", "--until", "soon", code=2).err
+        assert (root / "tiercache.toml").read_text() == RULES
+
+    def test_a_tag_is_shown_and_keeps_the_checkpoint_from_deletion(self, tiercache, root):
+        tiercache("ckpt", "tag", "runs/a/step-2", "release", "v1")
+        one = listed(tiercache, "runs/a/step-2")["runs/a/step-2"]
+        assert one["tags"] == ["release", "v1"]
+        tiercache("ckpt", "tag", "runs/a/step-2", "v1", "--remove")
+        assert listed(tiercache, "runs/a/step-2")["runs/a/step-2"]["tags"] == ["release"]
+
+    def test_our_own_checkpoint_is_pinned_and_tagged_in_its_folder(self, tiercache, root):
+        name = own(root, 40, 2)
+        tiercache("ckpt", "pin", name)
+        tiercache("ckpt", "tag", name, "release")
+        body = json.loads((root / "nvme" / name / "tags.json").read_text())
+        assert body == {"pinned": True, "tags": ["release"]}
+        one = listed(tiercache, name)[name]
+        assert (one["tags"], one["complete"]) == (["release"], True)
+        assert "pinned in its tags.json" in [reason["text"] for reason in one["kept"]]
+        assert "left" in tiercache("ckpt", "rm", name, "--yes", code=3).out
+        tiercache("ckpt", "pin", name, "--remove")
+        tiercache("ckpt", "rm", name, "--yes")
+        assert [*root.rglob("checkpoint.json")] == []
+
+
+class TestDiff:
+    def test_metrics_files_and_steps_that_differ_are_listed(self, tiercache, root):
+        (root / "nvme/runs/a/step-2/extra.bin").write_bytes(b"1")
+        events = tiercache("ckpt", "diff", "runs/a/step-1", "runs/a/step-2", "--json").events
+        found = {(one["what"], one["name"]) for one in events if one["event"] == "difference"}
+        assert found == {("step", ""), ("metric", "val_loss"), ("file", "extra.bin")}
+        assert events[-1]["unsure"] == 2
+
+    def test_our_own_checkpoints_are_compared_by_checksum(self, tiercache, root):
+        names = own(root, 40, 2), own(root, 41, 1)
+        events = tiercache("ckpt", "diff", *names, "--json").events
+        found = {one["name"] for one in events if one["event"] == "difference" and one["what"] == "file"}
+        assert "tensors-00001-of-00001.safetensors" in found
+        assert "state.json" not in found
