@@ -41,6 +41,7 @@ def write(root, tier, step, names=("model.bin", "metrics.json")):
 def test_a_checkpoint_is_located_by_the_path_that_it_has_left(root, step, tier):
     assert tc.locate(root / f"nvme/runs/a/step-{step}") == str(root / tier / f"runs/a/step-{step}")
     assert tc.locate(f"runs/a/step-{step}") == str(root / tier / f"runs/a/step-{step}")
+    assert tc.locate(f"hot/runs/a/step-{step}") == str(root / tier / f"runs/a/step-{step}")
 
 
 def test_a_file_of_a_checkpoint_is_located(root):

@@ -354,6 +354,7 @@ def _row(snapshot: Snapshot, group: int, copies: Sequence[int], month: NDArray[n
         "uses": int(snapshot.uses[group]),
         "in_use": bool(snapshot.in_use[group]),
         "unreported": bool(snapshot.unreported[group]),
+        "held": snapshot.held.get(group),
         "dollars_month": round(sum(float(month[copy]) for copy in copies), 9),
     }
 

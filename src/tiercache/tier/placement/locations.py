@@ -291,7 +291,7 @@ def locate(path: str | os.PathLike[str], *, rules: str | os.PathLike[str] | None
 
     Args:
         path: Path or URL under which it lies or once lay: in any tier, also one that it has left, or relative to the
-            tiers' URLs.
+            tiers' URLs, perhaps after the name of a tier.
         rules: Rule file; None: the tiercache.toml that applies to the working folder.
 
     Returns:
@@ -328,12 +328,14 @@ def locate(path: str | os.PathLike[str], *, rules: str | os.PathLike[str] | None
 
 
 def _asked(locator: FileLocator, text: str) -> str:
-    """Return the path or URL that an argument names. A relative path is below the tiers' URLs if there are tiers."""
+    """Return the path or URL that an argument names. If there are tiers, a relative path is below their URLs."""
     if scheme_of(text) or text.startswith("file://"):
         return text
     local = os.path.abspath(Path(text).expanduser())  # noqa: PTH100 - resolve() would follow links
     tiers = locator.tiers()
     is_relative = not Path(text).expanduser().is_absolute() and not text.startswith(("./", "../"))
     if is_relative and tiers and locator.key_of(local) is None:
-        return f"{tiers[0].url.rstrip('/')}/{text.strip('/')}"
+        name, _, below = text.strip("/").partition("/")
+        path = below if below and name in [tier.name for tier in tiers] else text.strip("/")
+        return f"{tiers[0].url.rstrip('/')}/{path}"
     return local
