@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from tiercache.tier.inventory.groups import Inventory
     from tiercache.tier.rules import RuleFile
 
-RULE = "recall"  # name of the rule in plans
+RULE = "tier get"  # name of the rule in plans and in the journal
 _SHARD_REASON = "shards are read from {home} or through the cache: recall them to {home}, and warm the cache"
 _NOT_WHOLE = "no copy of it is whole: it is being written, or two copies differ: remove or rename one of the two"
 _NOT_RENAMED = "it is an older copy of a name that was written again: `tiercache tier run --once` renames it first"

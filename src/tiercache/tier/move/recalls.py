@@ -80,7 +80,7 @@ def finish_recalls(
 
 def _begun(context: MoveContext) -> list[JournalRow]:
     rows = context.catalog.open_moves(context.file.home_tier.url, "begun")
-    return [row for row in rows if row.rule == RULE]
+    return [row for row in rows if row.rule == RULE and row.action == "copy"]
 
 
 def _remove_parts(context: MoveContext, row: JournalRow) -> None:
