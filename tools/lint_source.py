@@ -23,7 +23,7 @@ _TORCH_HOMES = (
 )  # rng.py: on first use of a torch.Generator
 HOMES = {
     "obstore": ("store/obstore.py", "testing/"),
-    "fsspec": ("store/fsspec.py", "integrations/fsspec.py", "testing/"),
+    "fsspec": ("store/fsspec.py", "integrations/fsspec.py", "integrations/fsspec_moved.py", "testing/"),
     "boto3": ("store/s3.py", "testing/"),
     "botocore": ("store/s3.py", "store/credentials.py", "testing/"),
     **dict.fromkeys(("torch", "torchdata"), _TORCH_HOMES),

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from tiercache.shard.schema import Image, Ragged, Tensor
     from tiercache.shard.versions.manifest import Version
     from tiercache.shard.write.dataset_writer import Writer
+    from tiercache.tier.placement.locations import locate
     from tiercache.views.packing import FillInMiddle
 
 __all__ = [
@@ -83,6 +84,7 @@ __all__ = [
     "collate",
     "concat",
     "describe",
+    "locate",
     "mix",
     "open_weights",
     "pack",
@@ -113,6 +115,7 @@ _HOMES = {
     "collate": "tiercache.load.collate",
     "concat": "tiercache.dataset",
     "describe": "tiercache.description",
+    "locate": "tiercache.tier.placement.locations",
     "mix": "tiercache.combinations",
     "open_weights": "tiercache.checkpoint.weights",
     "pack": "tiercache.pack",

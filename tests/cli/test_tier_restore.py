@@ -124,7 +124,7 @@ def test_restored_objects_are_copied_home_and_the_archived_copies_stay(tiercache
     assert (summary["objects"], summary["copied"], summary["stopped"], summary["pending"]) == (1, 1, 0, 0)
     assert bucket.get("standard", "runs/a/data.bin") == b"a" * 1000
     assert bucket.keys("cold") == [f"runs/{n}/data.bin" for n in "abc"]
-    assert tiercache("restore", "runs/a").out == "nothing to restore: all objects can be read\n"
+    assert tiercache("restore", "runs/a").out.startswith("nothing to restore: all objects can be read")
 
 
 def test_running_restores_exit_with_5_and_the_same_command_continues(tiercache, bucket, restores_take):

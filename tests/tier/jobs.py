@@ -93,6 +93,13 @@ def read(world: World) -> None:
     assert wrong == "", wrong
 
 
+def recall(world: World) -> None:
+    """Bring two groups back to hot, as `tiercache tier get` does; from then on, a hold keeps them there."""
+    names = ["checkpoints/run/step-10", "files/b.bin"]
+    world.oracle.pins(key for name in names for key in world.oracle.groups[name].keys)
+    world.recall(names)
+
+
 def heal(world: World, is_last: bool) -> None:
     """What the next run does, with no help; the last one leaves nothing open."""
     read(world)
@@ -112,6 +119,7 @@ JOBS = {
         TierJob("second_run", waiting, World.run_once),
         TierJob("delete", old, World.run_once),
         TierJob("changed", changed, World.run_once),
+        TierJob("recall", archived, recall),
         TierJob("read", archived, read, ("warm", "local")),
     )
 }

@@ -78,6 +78,7 @@ class Group:
     metrics: Mapping[str, float] = field(default_factory=dict)
     unread: bool = False
     tags: frozenset[str] = frozenset()
+    held: str = ""
 
 
 def checkpoint(run: int, step: int, copies: Mapping[str, Copy], **facts: object) -> Group:
@@ -133,6 +134,7 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         whole=copies(lambda copy: copy.whole, np.bool_),
         verified=copies(lambda copy: copy.verified, np.bool_),
         links={row: copy.link for row, (_, _, copy, _) in enumerate(rows) if copy.link},
+        held={number: group.held for number, group in enumerate(groups) if group.held},
     )
 
 

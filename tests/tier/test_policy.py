@@ -278,6 +278,12 @@ def test_an_expired_pin_has_no_effect():
     assert moves_of([lying("standard")], TO_ARCHIVE, pins=(Pin(match=("**",), until_s=1.0),))
 
 
+def test_a_held_group_is_neither_moved_nor_deleted_and_the_refusal_gives_the_reason():
+    held = lying("standard", held="held until tomorrow: recalled")
+    assert refusal_of([held], TO_ARCHIVE) == "held until tomorrow: recalled"
+    assert moves_of([held], Rule(name="gone", match=("**",), delete_after_s=1.0)) == []
+
+
 def test_a_group_in_use_stays():
     assert refusal_of([lying("standard", in_use=True)], TO_ARCHIVE) == "in use"
 
@@ -548,6 +554,11 @@ def test_a_watermark_respects_keep_lists_and_pins():
     rule = Rule(name="runs", match=("**",), keep={"hot": KeepList(every_steps=1)})
     assert moves_of(groups, rule, capacity=(105, None, None)) == []
     assert moves_of(ten_in_hot(), STAY, capacity=(105, None, None), pins=(Pin(match=("**",)),)) == []
+
+
+def test_a_watermark_spares_held_groups():
+    held = [replace(one, held="held until tomorrow") for one in ten_in_hot()]
+    assert moves_of(held, STAY, capacity=(105, None, None)) == []
 
 
 def test_a_watermark_does_not_move_the_newest_checkpoint():

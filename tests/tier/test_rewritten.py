@@ -128,12 +128,15 @@ def test_files_of_another_size_are_renamed_without_being_read(folders):
     assert folders.found("cold") == {"run/step_100.pt": "b", "run/step_100.DATE.pt": "a"}
 
 
-def test_a_file_with_equal_bytes_that_was_only_touched_is_not_renamed(folders):
+def test_a_file_with_equal_bytes_was_put_back_by_hand_so_that_nothing_is_renamed_and_it_is_held(folders):
     archive_first(folders)
     folders.write("hot", "run/step_100.pt", b"a", 3)
-    assert folders.run().exit_code == 0
+    report = folders.run()
+    assert (report.exit_code, [one.path for one in report.applied.held]) == (0, ["run/step_100.pt"])
+    report = folders.run()
+    assert (report.exit_code, report.applied.held, report.plan.refusals[0].path) == (0, (), "run/step_100.pt")
     assert folders.found("cold") == {"run/step_100.pt": "a"}
-    assert "run/step_100.pt" not in folders.found("hot")
+    assert folders.found("hot")["run/step_100.pt"] == "a"
 
 
 def test_the_plan_shows_the_rename_with_the_reason(folders):

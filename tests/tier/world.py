@@ -38,6 +38,8 @@ from tiercache.tier.move.lock import BootClock
 from tiercache.tier.move.mover import open_mover, run_once
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide
+from tiercache.tier.recall import hold_groups, plan_recall
+from tiercache.tier.restore import request_restore
 from tiercache.tier.rules import RuleFile, load_rule_file
 from tiercache.tier.stores import Stores
 
@@ -376,6 +378,22 @@ class World:
     def run_once(self):
         self.oracle.asked(self.oracle.groups, time.time())
         return run_once(self.file())
+
+    def recall(self, names: list[str], hold_s: float = 30 * DAY_S) -> None:
+        """Bring groups back to hot, and hold them. What a bucket restores can be read at once."""
+        with self.opened() as (file, stores, catalog):
+            for _ in range(2):  # once more when what must be restored first was requested
+                inventory = take_inventory(file, stores, catalog, now_s=time.time())
+                groups = np.flatnonzero([path in names for path in inventory.snapshot.paths.to_pylist()])
+                prices = [prices_if_known(tier) for tier in file.tiers]
+                plan = plan_recall(inventory, file, stores, prices, groups, to="hot")
+                hold_groups(stores, plan.paths, hold_s=hold_s, now_s=time.time())
+                if plan.restore is None:
+                    break
+                request_restore(stores, plan.restore)
+                self.days_pass(0.5)
+            with open_mover(file, stores, catalog) as context:
+                apply_plan(context, plan.copies)
 
     def wanted(self, plan: Plan) -> set[tuple[str, str]]:
         """(place, group) of all that a plan moves, where it is to lie."""

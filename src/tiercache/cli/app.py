@@ -90,6 +90,7 @@ _VERBS: tuple[tuple[typer.Typer, Callable[..., None], str], ...] = (
     (tier, tier_commands.apply, _GOES_ON),
     (tier, tier_commands.run, _GOES_ON),
     (tier, tier_commands.ls, _AGAIN),
+    (tier, tier_commands.get, "requested restores go on, finished copies stay; the same command continues from there"),
     (tier, tier_commands.init, _AGAIN),
     (ckpt, checkpoint_commands.ls, _AGAIN),
     (ckpt, checkpoint_commands.show, _AGAIN),

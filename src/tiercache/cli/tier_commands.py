@@ -110,6 +110,46 @@ def ls(
     tier_verbs.ls(output, rules, path)
 
 
+def get(
+    output: Output,
+    what: Annotated[
+        list[str],
+        argument(
+            "PATTERN...",
+            "Shards, checkpoints and files to bring back: paths below the tiers' URLs, URLs or local paths in a tier "
+            "(with everything below), or globs.",
+        ),
+    ],
+    to: Annotated[
+        str | None,
+        option("--to", "TIER", "Tier, or role, to copy to; default: the first tier, for shards the home tier."),
+    ] = None,
+    hold: Annotated[
+        str | None,
+        option(
+            "--hold", "TIME", "How long no run moves or deletes them, e.g. 30d; default: `hold` of the rule file, 7d."
+        ),
+    ] = None,
+    wait: Annotated[bool, flag("--wait", "Wait until archived objects are restored, then copy them.")] = False,
+    speed: Annotated[str, option("--speed", "SPEED", "Speed of restores: expedited, standard or bulk.")] = "standard",
+    rows: Rows = 20,
+    rules: Rules = None,
+    yes: Yes = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Bring shards, checkpoints and files back from any tier.
+
+    The command shows what would be copied and restored, with cost and time, and asks. It restores what an archive
+    must restore, copies, verifies, and holds what it brought back: until the hold ends, no run of the mover moves or
+    deletes it. The colder copy stays. Exit codes: 0 done; 3 some groups were refused or stopped; 5 restores are in
+    progress: the same command continues.
+    """
+    from tiercache.cli import tier_recall
+
+    options = tier_recall.GetOptions(to, hold, wait, speed, rows, yes, dry_run)
+    tier_recall.get(output, what, rules, options)
+
+
 def init(
     output: Output,
     folder: Annotated[str, argument("FOLDER", "Folder or URL that is scanned: the first tier of the rule file.")],

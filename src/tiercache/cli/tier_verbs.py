@@ -92,9 +92,9 @@ def print_plan(output: Output, made: Plan, max_rows: int) -> None:
     most = None if output.as_json or max_rows == 0 else max_rows
     if most is not None and len(made.moves) > most:
         _print_sums(output, made.moves)
-    _print_moves(output, made.moves[:most])
+    print_moves(output, made.moves[:most])
     _say_more(len(made.moves), most, "move")
-    _print_refusals(output, made.refusals[:most])
+    print_refusals(output, made.refusals[:most])
     _say_more(len(made.refusals), most, "refusal")
     print_holdings(output, [tier.name for tier in made.tiers], made.before, made.after)
 
@@ -110,7 +110,8 @@ def _print_sums(output: Output, moves: Sequence[Move]) -> None:
     output.table("sum", texts, texts)
 
 
-def _print_moves(output: Output, moves: Sequence[Move]) -> None:
+def print_moves(output: Output, moves: Sequence[Move]) -> None:
+    """Print a row for each move."""
     texts = [
         {"does": move.action, "path": move.path, "from": move.src, "to": move.dst or ""}
         | {"size": format_bytes(move.n_bytes), "cost": format_dollars(move.money.once)}
@@ -127,7 +128,8 @@ def _days(days: float | None) -> str:
     return format_duration(days * 86400.0) if days > 0 else "at once"
 
 
-def _print_refusals(output: Output, refusals: Sequence[Refusal]) -> None:
+def print_refusals(output: Output, refusals: Sequence[Refusal]) -> None:
+    """Print a row for each refused move."""
     texts = [
         {"refused": one.action, "path": one.path, "from": one.src, "to": one.dst or ""}
         | {"size": format_bytes(one.n_bytes), "why": f"{one.rule}: {one.reason}"}
@@ -203,6 +205,7 @@ def execute_plan(output: Output, tiers: OpenTiers, plan: Plan) -> ApplyResult:
     with output.byte_progress("moving") as advance, open_mover(tiers.file, tiers.stores, tiers.catalog) as context:
         applied = apply_plan(context, plan, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
     print_stopped(output, applied.stopped)
+    print_held(output, applied.held)
     return applied
 
 
@@ -211,6 +214,13 @@ def print_stopped(output: Output, stopped: Sequence[StoppedMove]) -> None:
     for one in stopped:
         facts = {"plan": one.plan, "id": one.number, "path": one.path, "reason": one.reason}
         output.event("stopped", facts, printable(f"stopped: {one.path}: {one.reason}"))
+
+
+def print_held(output: Output, held: Sequence[StoppedMove]) -> None:
+    """Print the moves that were not made because of a copy that somebody made by hand."""
+    for one in held:
+        facts = {"plan": one.plan, "id": one.number, "path": one.path, "reason": one.reason}
+        output.event("held", facts, printable(f"held: {one.path}: {one.reason}"))
 
 
 def tracked_text(newly_tracked: Sequence[str]) -> str:
@@ -236,6 +246,7 @@ def _apply_text(plan: Plan, applied: ApplyResult, grace_s: float) -> str:
             f"; {count(applied.waiting_drops, 'deletion')} due after the grace period ({format_duration(grace_s)}), "
             "by `tier run --once`"
         )
+    text += f"; {len(applied.held):,} held" if applied.held else ""
     return text + (f"; {len(applied.stopped):,} stopped" if applied.stopped else "")
 
 
@@ -250,6 +261,7 @@ def run(output: Output, rules: Path | None, max_rows: int, *, dry_run: bool) -> 
         print_plan(output, report.plan, max_rows)
     else:
         print_stopped(output, report.stopped)
+        print_held(output, report.applied.held)
     print_losses(output, report.losses)
     if not dry_run and not output.as_json:
         print_holdings(output, [tier.name for tier in report.plan.tiers], report.plan.before, report.plan.after)
@@ -269,6 +281,8 @@ def _run_text(report: RunReport) -> str:
         (settled.proof_bytes, f"{format_bytes(settled.proof_bytes)} of copies read back first"),
         (settled.waiting_drops, f"{count(settled.waiting_drops, 'deletion')} waiting for grace"),
         (len(report.stopped), f"{len(report.stopped):,} stopped"),
+        (report.recalls.n_made, f"{count(report.recalls.n_made, 'recall')} finished"),
+        (len(report.applied.held), f"{len(report.applied.held):,} held"),
         (len(report.losses), f"{count(len(report.losses), 'object')} lost"),
         (len(report.unavailable), f"{count(len(report.unavailable), 'tier')} not seen"),
         (len(report.plan.refusals), f"{len(report.plan.refusals):,} refused"),
@@ -340,6 +354,7 @@ def _row(snapshot: Snapshot, group: int, copies: Sequence[int], month: NDArray[n
         "uses": int(snapshot.uses[group]),
         "in_use": bool(snapshot.in_use[group]),
         "unreported": bool(snapshot.unreported[group]),
+        "held": snapshot.held.get(group),
         "dollars_month": round(sum(float(month[copy]) for copy in copies), 9),
     }
 
@@ -410,7 +425,7 @@ def restore(output: Output, what: Sequence[str], rules: Path | None, options: Re
     Raises typer.Exit with PENDING while restores are in progress, and with PARTIAL if moves to the home tier were
     stopped.
     """
-    speed = _speed(options.speed)
+    speed = parse_speed(options.speed)
     with open_tiers(rules) as tiers:
         keys = _archived_keys(tiers, _paths(tiers, what))
         plan = restoring.plan_restore(tiers.file, tiers.stores, keys, tiers.prices, speed=speed, days=options.days)
@@ -419,7 +434,8 @@ def restore(output: Output, what: Sequence[str], rules: Path | None, options: Re
         raise typer.Exit(code)
 
 
-def _speed(text: str) -> Speed:
+def parse_speed(text: str) -> Speed:
+    """Return the value of --speed. Raises ValueError."""
     for speed in SPEEDS:
         if speed == text:
             return speed
@@ -471,7 +487,8 @@ def _restore(output: Output, tiers: OpenTiers, plan: RestorePlan, options: Resto
     for one in plan.objects:
         output.event("object", {"key": one.key, "tier": one.tier, "n_bytes": one.n_bytes, "state": STATES[one.state]})
     if not plan.objects:
-        output.summary(_restore_facts(plan), "nothing to restore: all objects can be read")
+        advice = "`tiercache tier get` brings them to a faster tier"
+        output.summary(_restore_facts(plan), f"nothing to restore: all objects can be read; {advice}")
         return 0
     if options.dry_run:
         output.summary(_restore_facts(plan) | {"dry_run": True}, f"would restore {_restore_text(plan)}")

@@ -26,11 +26,15 @@ from fsspec.callbacks import DEFAULT_CALLBACK
 
 from tiercache.cache import Cache, CachedStore, drop_objects
 from tiercache.catalog import tiers
-from tiercache.errors import TierCacheError
+from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.integrations.fsspec_files import CachedFile, ObjectReader, WrittenFile
+from tiercache.integrations.fsspec_moved import FOLLOWED, MovedPaths, follow, moved_paths
 from tiercache.model import ByteRange
-from tiercache.store import FsspecStore, check_key, redact
+from tiercache.store import FsspecStore, Store, check_key, open_store, redact
 from tiercache.store.range_reads import ProcessLocal
+from tiercache.tier.placement.locations import FileLocator, archived_file_error
+from tiercache.tier.placement.log import prefix_store
+from tiercache.tier.placement.resolver import options_of, scheme_of
 
 _CHAIN = re.compile(r"tiercache(?:://|::)")
 _MAGIC = re.compile(r"[*?\[]")
@@ -94,7 +98,8 @@ class DelegatedMethods:
 
 
 for _method, (_paths, _written) in _PATH_METHODS.items():
-    setattr(DelegatedMethods, _method, _delegate(_method, _paths, _written))
+    _delegated = _delegate(_method, _paths, _written)
+    setattr(DelegatedMethods, _method, follow(_method, _delegated) if _method in FOLLOWED else _delegated)
 
 
 # Options that say on which server an object is; they are never secret. Objects with the same path, size and date on
@@ -282,6 +287,7 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
         self.cache, self._cache_dir, self._cache_size = cache, cache_dir, cache_size
         self._is_uncached = False
         self._stores: dict[str, CachedStore] = {}
+        self._locator = FileLocator(self._open_location)
         self._strip_protocol = self._strip_target_protocol  # fsspec also calls the class method, which has no target
 
     def __repr__(self) -> str:
@@ -302,6 +308,7 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
         """End the threads and connections through which the cache reads. A later read creates them again."""
         for store in list(self._stores.values()):
             store.close()
+        self._locator.close()
 
     def _strip_target_protocol(self, path: Any) -> Any:
         return self.fs._strip_protocol(without_protocol(path))  # noqa: SLF001 - part of every fsspec file system's interface
@@ -353,9 +360,52 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
             store = self._stores.setdefault(root, cache.store(self._target.store(root)))
         try:
             spec = store.spec_of(key)
+        except NotFound:
+            return self._read_moved(path)
         except TierCacheError:
             return None
         return None if spec is None else ObjectReader(store, spec)
+
+    # Files that a mover has sent to another tier
+
+    def _read_moved(self, path: str) -> ObjectReader | None:
+        """Open an object that the target no longer has, where it lies now; None: it is nowhere, or has no cache."""
+        cache = self._open_cache()
+        try:
+            found = self._locator.find_file(self._location_of(path))
+        except StoreError:
+            return None
+        if found is None or cache is None:
+            return None
+        if found.is_archived:
+            raise archived_file_error(found.url, found.info.n_bytes)
+        name = f"moved {found.store.url}"
+        store = self._stores.get(name) or self._stores.setdefault(name, cache.store(found.store))
+        spec = store.spec_of(found.key)
+        return None if spec is None else ObjectReader(store, spec)
+
+    def moved(self, path: str) -> MovedPaths | None:
+        """Return the names at or below a path (before its first wildcard) that moved to another tier; None: none."""
+        base = literal_prefix(str(self._strip_protocol(path))).rstrip("/")
+        try:
+            return moved_paths(self._locator, base, self._location_of(base)) if base else None
+        except StoreError:
+            return None
+
+    def _location_of(self, path: str) -> str:
+        """Return the URL or local path of a path of the target."""
+        url = str(self.fs.unstrip_protocol(path))
+        return tiers.plain_url(url) if url.startswith("file://") else url
+
+    def _open_location(self, url: str) -> Store:
+        """Return the store of a tier or home: through the target, which has credentials, if it is of the same kind."""
+        options = options_of(url)
+        is_same_kind = not options and scheme_of(url) == self._target.protocol
+        location = split_path(f"{url}/-".partition("://")[2]) if is_same_kind else None
+        if location is None:
+            return open_store(url, **options)
+        root, key = location
+        return prefix_store(self._target.store(root), key.removesuffix("-").rstrip("/"))
 
     def _open_cache(self) -> Cache | None:
         """Return the cache; None, with a warning, if the default cache cannot be opened: the user did not name it."""

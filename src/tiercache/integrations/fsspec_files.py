@@ -10,9 +10,11 @@ from io import BytesIO
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from tiercache.errors import ObjectChanged
+from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import Span, StoreFile, redact
+from tiercache.tier.placement.locations import archived_file_error
+from tiercache.tier.placement.resolver import is_archived
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -89,7 +91,7 @@ class ObjectReader:
         """Fill buffer with a range that ends within the object, and fetch up to ahead_bytes after it.
 
         The call waits for a small block of the bytes ahead only. Raises NotFound or ObjectChanged if the range is not
-        cached and the object is gone or replaced, and StoreError.
+        cached and the object is gone or replaced, ArchivedShards if it must be restored first, and StoreError.
         """
         if not byte_range.n_bytes:
             return
@@ -97,8 +99,14 @@ class ObjectReader:
             start = byte_range.start - self._block_start
             if start >= 0 and start + byte_range.n_bytes <= len(self._block):
                 buffer[:] = memoryview(self._block)[start : start + byte_range.n_bytes]
-            elif not self._read_cached(byte_range, buffer, ahead_bytes):
-                self._read_block(self._until(byte_range, ahead_bytes), buffer, self._read_source)
+                return
+            try:
+                if not self._read_cached(byte_range, buffer, ahead_bytes):
+                    self._read_block(self._until(byte_range, ahead_bytes), buffer, self._read_source)
+            except StoreError as error:
+                if is_archived(error):
+                    raise archived_file_error(self._spec.source, self.n_bytes) from error
+                raise
 
     def _until(self, byte_range: ByteRange, ahead_bytes: int) -> ByteRange:
         return ByteRange(byte_range.start, min(byte_range.end + ahead_bytes, self.n_bytes))

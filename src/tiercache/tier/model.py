@@ -101,6 +101,8 @@ class Snapshot:
     symlinks: tuple[Symlink, ...] = ()  # links of all local tiers
     # Groups that their own tags.json pins, or whose tags.json cannot be read.
     pinned: frozenset[int] = frozenset()
+    # By group: the reason for people of a hold in force (tier/holds.py), which protects the group like a pin.
+    held: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def n_groups(self) -> int:

@@ -99,10 +99,12 @@ def plan_restore(
     *,
     speed: Speed = "standard",
     days: int | None = None,
+    to: str | None = None,
 ) -> RestorePlan:
     """Plan the restore of some objects. Asks every tier for every key; changes nothing.
 
     keys: Relative to the URLs of the tiers. prices: Of each tier; None where they are unknown. days: See RestorePlan.
+    to: Name of the tier to which the objects are copied afterwards; None: the home tier.
 
     Raises:
         NotFound: A key is in no tier.
@@ -125,7 +127,7 @@ def plan_restore(
         else:
             objects.append(max(copies, key=lambda copy: _NEARER[copy.state]))
     by_name = dict(zip((tier.name for tier in file.tiers), prices, strict=True))
-    cost, hours = _estimate(file, objects, by_name, speed, days)
+    cost, hours = _estimate(file, objects, by_name, speed, days, to or file.home_tier.name)
     command = _command(file, [one.key for one in objects], speed, days)
     return RestorePlan(tuple(objects), tuple(readable), speed, days, cost, hours, command)
 
@@ -151,15 +153,16 @@ def _estimate(
     prices: Mapping[str, Prices | None],
     speed: Speed,
     days: int | None,
+    to: str,
 ) -> tuple[float | None, float | None]:
     """Return the dollars for requests that are not made yet, and the hours until all objects can be read.
 
-    Each is None where a price is unknown. days: None: copied to the home tier too.
+    Each is None where a price is unknown. days: None: copied to the tier `to` as well.
     """
     cost: float | None = 0.0
     hours: float | None = 0.0
     for name in {one.tier: None for one in objects}:
-        archive, home = prices[name], prices[file.home_tier.name]
+        archive, target = prices[name], prices[to]
         price = None if archive is None else archive.restore.get(speed)
         if archive is not None and archive.restore and price is None:
             speeds = ", ".join(archive.restore)
@@ -172,13 +175,13 @@ def _estimate(
             continue
         if archive is None or price is None:
             cost = None
-        elif days is not None or name == file.home_tier.name:
+        elif days is not None or name == to:
             cost += float(restore_dollars(archive, price, n_bytes, PROMOTION_DAYS if days is None else days).sum())
-        elif home is None:
+        elif target is None:
             cost = None
         else:
-            urls = file.tier(name).url, file.home_tier.url
-            cost += float(restored_home_dollars(archive, price, home, n_bytes, urls=urls).sum())
+            urls = file.tier(name).url, file.tier(to).url
+            cost += float(restored_home_dollars(archive, price, target, n_bytes, urls=urls).sum())
     return cost, hours
 
 

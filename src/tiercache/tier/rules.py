@@ -352,6 +352,8 @@ class TieringOptions(RuleTable):
     """Options of the planner and the mover. state_dir: None: config.state_folder()."""
 
     grace_s: Seconds = Field(default=86400.0, validation_alias="grace")
+    # Time for which recalled groups, and groups with a copy that was made by hand, stay where they are.
+    hold_s: Seconds = Field(default=7 * 86400.0, validation_alias="hold")
     quiet_period_s: Seconds = Field(default=600.0, validation_alias="quiet_period")
     reader_timeout_s: Seconds = Field(default=604800.0, validation_alias="reader_timeout")
     max_break_even_s: Seconds = Field(default=365 * 86400.0, validation_alias="max_break_even")

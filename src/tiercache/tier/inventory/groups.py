@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from tiercache.catalog.tiers import read_uses, uses_under
 from tiercache.errors import NotFound, StoreError
 from tiercache.store import LocalFolder
+from tiercache.tier.holds import HOLDS_FOLDER, Hold, read_holds
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
 from tiercache.tier.inventory.layouts import (
     COMPLETION_MARKER,
@@ -350,7 +351,9 @@ def take_inventory(
         return catalog.checksums(file.tiers[tier].name)
 
     copies = copies_of(listed, grouped.objects, checksums_of)
-    older = find_older_copies(listed, grouped, copies)
+    holds = _holds(file, stores, listed, own, now_s)
+    # The parts that a recall has copied so far look like a checkpoint that was written again with fewer files.
+    older = find_older_copies(listed, grouped, copies, held=frozenset(holds))
     if older:
         grouped = _grouped(with_dated_keys(listed, copies, older), own, shards, file.layouts)
         copies = copies_of(listed, grouped.objects, checksums_of)
@@ -373,6 +376,7 @@ def take_inventory(
         unread=unread,
         misnamed=_misnamed(grouped, older.values()),
         **_own_tags(file, stores, listed, grouped, copies),
+        held=_held_groups(holds, grouped.paths),
     )
     facts = _facts(listed, grouped, copies, complete, datasets)
     facts |= {"n_own": int(own.sum()), "unread": _some(grouped.paths.take(pa.array(found.unread)))}
@@ -564,6 +568,21 @@ def _own_tags(file: RuleFile, stores: Stores, listed: Listing, grouped: Grouped,
             tags[group] = tags.get(group, frozenset()) | some
             pinned |= {group} if is_pinned else set()
     return {"tags": {group: some for group, some in tags.items() if some}, "pinned": frozenset(pinned)}
+
+
+def _holds(file: RuleFile, stores: Stores, listed: Listing, own: NDArray[np.bool_], now_s: float) -> Mapping[str, Hold]:
+    """Return the hold in force of each held path. Raises StoreError."""
+    home = file.home_tier.name
+    sharing = [file.index(name) for name in stores.sharing(home)]
+    keys = listed.keys.take(pa.array(np.flatnonzero(own & np.isin(listed.tier, sharing))))
+    keys = keys.filter(pc.starts_with(keys, HOLDS_FOLDER)).to_pylist()
+    return read_holds(stores.store(home), now_s, keys).in_force() if keys else {}
+
+
+def _held_groups(holds: Mapping[str, Hold], paths: pa.Array) -> dict[int, str]:
+    """Return, by group, the reason of the hold in force."""
+    groups = index_in(pa.array([*holds], pa.large_string()), paths).tolist()
+    return {group: hold.reason for group, hold in zip(groups, holds.values(), strict=True) if group >= 0}
 
 
 def _with_folders(key: str) -> list[str]:

@@ -11,7 +11,7 @@ a copy in a colder tier may look newer than its source. Then the group stays as 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -43,12 +43,17 @@ def renamed_key(key: str, path: str) -> str:
     return f"{path}{key.removeprefix(undated_path(path))}"
 
 
-def find_older_copies(listed: Listing, grouped: Grouped, copies: Copies) -> dict[int, str]:
-    """Return the older copies of names that were written again, by number, with the paths that they shall have."""
+def find_older_copies(
+    listed: Listing, grouped: Grouped, copies: Copies, *, held: Collection[str] = ()
+) -> dict[int, str]:
+    """Return the older copies of names that were written again, by number, with the paths that they shall have.
+
+    held: Paths of groups that a hold protects: their copies keep their names.
+    """
     found: dict[int, str] = {}
     for group in _candidates(grouped, copies):
         path = grouped.paths[group].as_py()
-        if _DATED.search(path.rpartition("/")[2]):
+        if path in held or _DATED.search(path.rpartition("/")[2]):
             continue
         first, last = np.searchsorted(copies.group, [group, group + 1]).tolist()
         newest = max(range(first, last), key=lambda copy: (copies.written_s[copy], -copies.tier[copy]))

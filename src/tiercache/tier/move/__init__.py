@@ -2,12 +2,14 @@
 
 ``mover`` is the entry (open_mover, run_once); ``executor`` takes the moves of a plan up to their grace period;
 ``deletions`` makes the deletions that wait; ``checks`` compares objects with the plan and the catalog;
-``placement_updates`` tells readers; ``transfer`` moves bytes; ``lock`` admits one process.
+``placement_updates`` tells readers; ``transfer`` moves bytes; ``lock`` admits one process; ``hand_copies`` recognises
+copies that nobody here made; ``recalls`` finishes what a killed `tiercache tier get` has left.
 
 A move from src to dst has these steps. Each step is journaled before the next one, and each is harmless when repeated.
 PlanExecutor._run_batch() calls steps 1 to 7, and DeferredDeletions._run_batch() steps 8 to 10, for a batch of moves::
 
-    1. check     src has the planned objects, and no pin protects them (_check_sources, _check_pins)
+    1. check     src has the planned objects, no pin or hold protects them, and the copy in src was not made by hand
+                 (_check_sources, _check_pins, _hold_hand_copies)
     2. begin     the journal records the move and the expected state of every object, and cancels earlier moves of the
                  path (_begin)
     3. copy      copies the objects that dst lacks, and last the one that makes the group complete; verifies each copy

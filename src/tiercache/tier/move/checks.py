@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.errors import NotFound, StoreError, TierCacheError
+from tiercache.tier.holds import read_holds
 from tiercache.tier.model import READABLE, STANDARD
 from tiercache.tier.move.transfer import Transfer, find_difference
 from tiercache.tier.rules import load_rule_file
@@ -56,6 +57,8 @@ class ApplyResult:
         n_bytes: Bytes that were copied; of run_due_deletions(): bytes that were deleted.
         proof_bytes: Bytes of copies in local folders that run_due_deletions() read back before it deleted their
             sources.
+        held: Moves that were not made because they would take away a copy that somebody made by hand; from now on, a
+            hold protects it.
     """
 
     n_made: int = 0
@@ -63,6 +66,7 @@ class ApplyResult:
     waiting_drops: int = 0
     n_bytes: int = 0
     proof_bytes: int = 0
+    held: tuple[StoppedMove, ...] = ()
 
     def followed_by(self, later: ApplyResult) -> ApplyResult:
         """Return the results of two calls of run_due_deletions() as one.
@@ -73,7 +77,12 @@ class ApplyResult:
         stopped = tuple(move for move in self.stopped if (move.plan, move.number) not in again)
         n_bytes, proof_bytes = self.n_bytes + later.n_bytes, self.proof_bytes + later.proof_bytes
         return ApplyResult(
-            self.n_made + later.n_made, stopped + later.stopped, later.waiting_drops, n_bytes, proof_bytes
+            self.n_made + later.n_made,
+            stopped + later.stopped,
+            later.waiting_drops,
+            n_bytes,
+            proof_bytes,
+            self.held + later.held,
         )
 
 
@@ -255,11 +264,12 @@ class MoveContext:
     # -- checks of a whole move -------------------------------------------------------------------------------------
 
     def pin_reasons(self, rows: Sequence[JournalRow], now_s: float) -> dict[tuple[str, int], str]:
-        """Return the moves that a pin forbids now, as {(plan, number): reason}.
+        """Return the moves that a pin or a hold forbids now, as {(plan, number): reason}.
 
         The rule file is read again: a run may take days, and a pin that is added during it must count. The pins at the
         start of the run count too, because a file that is read while somebody writes it can be valid TOML and lack
-        pins. Raises TierCacheError where the file cannot be read now, because the pins are not known then.
+        pins. A hold does not forbid a move into a faster tier, which is how held groups get there. Raises
+        TierCacheError where the file or the holds cannot be read now, because the pins are not known then.
         """
         if not rows:
             return {}
@@ -269,19 +279,31 @@ class MoveContext:
             raise TierCacheError(f"expected to read the pins anew, found no rule file: {error}") from error
         both = (*file.pins, *(pin for pin in self.file.pins if pin not in file.pins))
         pins = [pin for pin in both if pin.until_s is None or pin.until_s > now_s]
+        reasons = self._hold_reasons(rows, now_s)
         if not pins:
-            return {}
+            return reasons
         texts, owners = [], []
         for row in rows:
             for text in {row.path, *(obj.key for obj in row.objects)}:
                 texts.append(text)
                 owners.append((row.plan, row.number))
         found = first_match(pa.array(texts, pa.large_string()), [(pin.match, ()) for pin in pins])
-        reasons = {}
         for owner, number in zip(owners, found.tolist(), strict=True):
             if number >= 0:
                 pin = pins[number]
                 reasons[owner] = f"expected no pin, found {', '.join(pin.match)}" + (f" ({pin.why})" if pin.why else "")
+        return reasons
+
+    def _hold_reasons(self, rows: Sequence[JournalRow], now_s: float) -> dict[tuple[str, int], str]:
+        """Return the moves that a hold forbids now, with reasons. Raises StoreError."""
+        holds = read_holds(self.stores.store(self.file.home_tier.name), now_s)
+        names = [tier.name for tier in self.file.tiers]
+        reasons = {}
+        for row in rows if holds else ():
+            goes_up = {row.src, row.dst} <= {*names} and names.index(row.dst) < names.index(row.src)
+            found = None if goes_up else holds.of(row.path)
+            if found is not None:
+                reasons[row.plan, row.number] = f"expected no hold, found it {found.reason}"
         return reasons
 
     def ensure_tier_marker(self, tier: str, *, gets: bool = True) -> str:

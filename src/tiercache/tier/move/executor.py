@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
+from tiercache.tier.inventory.rewritten import undated_path
 from tiercache.tier.move.checks import (
     ApplyResult,
     BatchLimits,
@@ -36,6 +37,7 @@ from tiercache.tier.move.checks import (
     in_batches,
     matches_entry,
 )
+from tiercache.tier.move.hand_copies import HandCopy, find_hand_copy, held_reason, hold_hand_copies
 from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
 from tiercache.tier.move.renames import finish_renames, rename_older_copy
 from tiercache.tier.move.transfer import MayReplace, is_md5
@@ -60,6 +62,7 @@ class MoveJob:
 
     Attributes:
         stop_reason: Reason why the move was stopped; "" while it was not.
+        hand_copy: Copy that the move would take away, and that somebody made by hand; None: there is none.
         is_finished: Whether nothing is left to do.
         made: Verified copies that are not in the catalog yet, as (tier, key, entry).
         n_bytes: Bytes that were copied.
@@ -68,6 +71,7 @@ class MoveJob:
 
     row: JournalRow
     stop_reason: str = ""
+    hand_copy: HandCopy | None = None
     is_finished: bool = False
     made: list[tuple[str, str, CatalogEntry]] = field(default_factory=list)
     n_bytes: int = 0
@@ -87,7 +91,7 @@ class MoveJob:
     @property
     def is_active(self) -> bool:
         """Whether there is more to do."""
-        return not self.stop_reason and not self.is_finished
+        return not (self.stop_reason or self.hand_copy or self.is_finished)
 
 
 class CopyMaker:
@@ -381,6 +385,7 @@ class PlanExecutor:
         self._n_done, self._done_bytes, self._copied_bytes = 0, 0, 0
         self._n_bytes = sum(move.n_bytes for move in plan.moves if move.action in ("copy", "move"))
         self._stopped: list[StoppedMove] = []
+        self._held: list[StoppedMove] = []
         self._unavailable: dict[str, str] = {}
 
     def run(self) -> ApplyResult:
@@ -400,8 +405,9 @@ class PlanExecutor:
         for move in self._plan.moves:
             if move.action == "rename":
                 self._rename(move, before.get(move.number))
+        held = {one.path for one in self._held}  # by a rename whose name a copy has that was made by hand
         for move in self._plan.moves:
-            if move.action == "rename":
+            if move.action == "rename" or move.path in held:
                 continue
             earlier = before.get(move.number)
             if earlier is not None and earlier.state in ("waiting", "dropping", "done"):
@@ -415,15 +421,20 @@ class PlanExecutor:
         for batch in in_batches(jobs, _BATCH_LIMITS):
             self._run_batch(batch)
         n_waiting = len(self._catalog.open_moves(self._file.home_tier.url, "waiting", "dropping"))
-        return ApplyResult(self._n_done, tuple(self._stopped), n_waiting, self._copied_bytes)
+        return ApplyResult(self._n_done, tuple(self._stopped), n_waiting, self._copied_bytes, held=tuple(self._held))
 
     def _rename(self, move: Move, earlier: JournalRow | None) -> None:
         """Free a name that was written again. Renames come first, because other moves of the plan need the names."""
-        reason = ""
+        reason, hand_copy = "", None
         if earlier is None or earlier.state != "done":
-            reason = self._unfit_reason(move) or rename_older_copy(self._context, self._placements, self._row(move))
+            reason = self._unfit_reason(move)
+            if not reason:
+                reason, hand_copy = rename_older_copy(self._context, self._placements, self._row(move))
         if reason:
             self._stopped.append(StoppedMove(move.number, reason, move.path, self._plan.id))
+        elif hand_copy is not None:
+            path = undated_path(move.path)
+            self._held.append(StoppedMove(move.number, held_reason(hand_copy), path, self._plan.id))
         else:
             self._n_done += 1
 
@@ -498,6 +509,7 @@ class PlanExecutor:
         self._context.lock.check()
         self._check_sources(jobs)
         self._check_pins(jobs)
+        self._hold_hand_copies([job for job in jobs if job.is_active])
         self._begin([job for job in jobs if job.is_active])
         crash_point("tier_move.begun")
         self._make([job for job in jobs if job.is_active])
@@ -585,6 +597,16 @@ class PlanExecutor:
         for job in jobs:
             job.stop_if(pinned.get((job.row.plan, job.row.number), ""))
 
+    def _hold_hand_copies(self, jobs: Sequence[MoveJob]) -> None:
+        """Hold the groups of which a move would take away a copy that somebody made by hand; their moves end here."""
+        for job in jobs if self._file.tiering.hold_s > 0 else ():
+            try:
+                job.hand_copy = find_hand_copy(self._context, job.row)
+            except TierCacheError as error:
+                job.stop(str(error))
+        hold_hand_copies(self._context, {job.row.path: job.hand_copy for job in jobs if job.hand_copy is not None})
+        crash_point("tier_move.held")
+
     def _begin(self, jobs: Sequence[MoveJob]) -> None:
         """Write the jobs into the journal. Earlier moves of the same paths are cancelled in the same transaction.
 
@@ -665,9 +687,9 @@ class PlanExecutor:
                 rows.append(replace(job.row, state="done"))
                 # The source was deleted by somebody, so the copy in dst may be the last one.
                 self._catalog.source_deleted([(job.row.dst, obj.key) for obj in job.row.objects if job.row.dst])
-            elif job.stop_reason:
+            elif job.stop_reason or job.hand_copy:
                 gone += self._take_stopped(job)
-                rows.append(replace(job.row, note=job.stop_reason))
+                rows.append(replace(job.row, note=job.stop_reason or held_reason(job.hand_copy)))
             elif job.row.action == "copy" or (
                 job.row.action == "reclass" and not self._context.ends_readability(job.row)
             ):
@@ -682,6 +704,8 @@ class PlanExecutor:
             self._copied_bytes += job.n_bytes
             if job.stop_reason:
                 self._stopped.append(StoppedMove(job.row.number, job.stop_reason, job.row.path, job.row.plan))
+            elif job.hand_copy:
+                self._held.append(StoppedMove(job.row.number, held_reason(job.hand_copy), job.row.path, job.row.plan))
             else:
                 self._n_done += 1
         self._report_progress()

@@ -3,7 +3,8 @@
 An older copy, which lies in one tier, gets the date of its writing in its name. Steps, each of which may be repeated:
 
 1. The objects are those of the plan, and no pin protects them. If their bytes equal those of the newer copy after all
-   (somebody only touched the files), the catalog records that, and nothing is renamed.
+   (somebody has copied them back by hand, or only touched the files), the catalog records that, and nothing is renamed;
+   a copy in a faster tier is held (hand_copies.py).
 2. The journal records the rename.
 3. Each object is copied under its new key in the same tier, the one that makes the group complete last. In a local
    folder, the file gets a second name (a hard link), and no byte is copied.
@@ -28,6 +29,7 @@ from tiercache.errors import CommitConflict, StoreError, TierCacheError
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.rewritten import renamed_key, undated_path
 from tiercache.tier.move.checks import Heads, StoppedMove, first_written_s
+from tiercache.tier.move.hand_copies import HandCopy, hold_hand_copies
 from tiercache.tier.move.placement_updates import PlacementUpdates
 from tiercache.tier.stores import needs_restore
 
@@ -51,12 +53,16 @@ def finish_renames(context: MoveContext) -> list[StoppedMove]:
     return stopped
 
 
-def rename_older_copy(context: MoveContext, placements: PlacementUpdates, row: JournalRow) -> str:
+def rename_older_copy(
+    context: MoveContext, placements: PlacementUpdates, row: JournalRow
+) -> tuple[str, HandCopy | None]:
     """Rename the objects of an older copy. Return the reason why that was not done; "" if it was, or need not be.
 
-    Raises CommitConflict if the tier lock was lost.
+    The second result is the newer copy, if it is a copy that somebody made by hand, and that is held now. Raises
+    CommitConflict if the tier lock was lost.
     """
-    return _Rename(context, placements, row).run(is_begun=False)
+    rename = _Rename(context, placements, row)
+    return rename.run(is_begun=False), rename.hand_copy
 
 
 @dataclass(slots=True)
@@ -66,6 +72,7 @@ class _Rename:
     context: MoveContext
     placements: PlacementUpdates
     row: JournalRow
+    hand_copy: HandCopy | None = None
 
     def run(self, *, is_begun: bool) -> str:
         """Make the steps. is_begun: Whether the journal has the rename: some objects may have their new keys only."""
@@ -140,7 +147,7 @@ class _Rename:
             infos = {obj.key: context.head(tier.name, obj.key) for obj in row.objects}
             if any(info is None or info.n_bytes != obj.n_bytes for obj in row.objects for info in [infos[obj.key]]):
                 continue
-            equal: list[tuple[str, str, CatalogEntry]] = []
+            equal: dict[str, CatalogEntry] = {}
             for obj in row.objects:
                 info, entry = infos[obj.key], entries.get(obj.key)
                 crc = obj.crc32c if obj.crc32c is not None or entry is None else entry.crc32c
@@ -148,9 +155,14 @@ class _Rename:
                     break
                 written_s = first_written_s(obj, entry)
                 known = entry is not None and entry.verified
-                equal.append((tier.name, info.key, CatalogEntry(info.n_bytes, info.etag, crc, "", written_s, known)))
+                equal[info.key] = CatalogEntry(info.n_bytes, info.etag, crc, "", written_s, known)
             if len(equal) == len(row.objects):
-                context.catalog.record(equal)
+                newer = HandCopy(tier.name, equal)
+                if context.file.tiering.hold_s > 0 and context.file.index(tier.name) < context.file.index(row.src):
+                    hold_hand_copies(context, {undated_path(row.path): newer})
+                    self.hand_copy = newer
+                else:
+                    context.catalog.record([(tier.name, key, entry) for key, entry in equal.items()])
                 return True
         return False
 

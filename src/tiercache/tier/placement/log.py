@@ -150,6 +150,13 @@ class Placement:
         """Return row `at` of the table."""
         return PlacementRow(**self.rows.select(_ROW_FIELDS).slice(at, 1).to_pylist()[0])
 
+    def urls_below(self, folder: str) -> tuple[str, ...]:
+        """Return the URLs of the rows whose keys are below a folder, each once."""
+        start, end = (
+            bisect_left(range(len(self)), f"{folder}{sign}", key=lambda i: self._keys[i].as_py()) for sign in "/0"
+        )
+        return tuple(self.rows["url"].slice(start, end - start).unique().to_pylist())
+
     def row_numbers(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
         """Return the row number of each key, -1 for those at home; int64[len(keys)]."""
         found = pc.index_in(keys.cast(pa.large_string()), value_set=self._keys).fill_null(-1)

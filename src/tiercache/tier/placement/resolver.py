@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -224,7 +225,7 @@ class LocationResolver:
             return call(found)
         except StoreError as error:
             if is_archived(error):
-                raise archived_error(key, found.row, found.store) from error
+                raise archived_error(key, found.row, found.store, self.home) from error
             raise
 
     def etag_of(self, key: str, etag: str | None) -> str | None:
@@ -266,7 +267,7 @@ class LocationResolver:
                 found=f"{info.n_bytes} bytes",
             )
         if is_archived(error):
-            raise archived_error(key, expected, self.store_at(expected)) from error
+            raise archived_error(key, expected, self.store_at(expected), self.home) from error
         raise last from (None if last is error else error)
 
     def _candidates(self, row: PlacementRow | None, before: PlacementRow | None) -> Iterator[PlacementRow | None]:
@@ -327,14 +328,16 @@ def _is_same(info: ObjectInfo, expected: PlacementRow) -> bool:
     return info.n_bytes == expected.n_bytes and (None in sums or sums[0] == sums[1])
 
 
-def archived_error(key: str, row: PlacementRow | None, store: Store) -> ArchivedShards:
-    """Return the error for one object that must be restored."""
+def archived_error(key: str, row: PlacementRow | None, store: Store, home: Store) -> ArchivedShards:
+    """Return the error for one object of a home that must be restored; it names the command that does that."""
     kind = "" if row is None or row.storage_class is None else f" (storage class {row.storage_class})"
+    command = shlex.join(["tiercache", "restore", home.url, key, "--wait"])
     return ArchivedShards(
-        f"{store.url}/{key}: is archived{kind} and must be restored before it can be read",
+        f"{store.url}/{key}: is archived{kind} and must be restored before it can be read: {command}",
         names=[key],
         url=store.url,
         n_bytes=0 if row is None else row.n_bytes,
+        command=command,
     )
 
 

@@ -121,11 +121,14 @@ def refuse(moves: MoveColumns, refused: list[MoveColumns], mask: Flags, text: Te
 
 
 def refuse_protected(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
-    """Refuse moves of groups that are pinned, in use or incomplete, and deletions of tagged groups."""
+    """Refuse moves of groups that are pinned, held, in use or incomplete, and deletions of tagged groups."""
     whys = [f": {pin.why}" if pin.why else "" for pin in index.file.pins]
     pinned = index.pin[moves.group]
     text = format_reasons(lambda pin: f"pinned (pins[{pin + 1}]){whys[pin]}", pinned[pinned >= 0])
     moves = refuse(moves, refused, pinned >= 0, text)
+    held = _held(index)[moves.group]
+    whys = [index.snapshot.held[group] for group in moves.group[held].tolist()]
+    moves = refuse(moves, refused, held, np.array(whys, np.object_))
     in_file = np.isin(moves.group, sorted(index.snapshot.pinned))
     moves = refuse(moves, refused, in_file, "pinned in its tags.json, or that file cannot be read")
     in_use = index.snapshot.in_use[moves.group]
@@ -136,6 +139,13 @@ def refuse_protected(index: SnapshotIndex, moves: MoveColumns, refused: list[Mov
     tagged = index.tagged[moves.group] & (moves.action == DELETE)
     names = [f"tagged {', '.join(sorted(index.snapshot.tags[group]))}" for group in moves.group[tagged].tolist()]
     return refuse(moves, refused, tagged, np.array(names, np.object_))
+
+
+def _held(index: SnapshotIndex) -> Flags:
+    """Return whether a hold protects each group; bool[n_groups]."""
+    found = np.zeros(index.snapshot.n_groups, np.bool_)
+    found[[*index.snapshot.held]] = True
+    return found
 
 
 def keep_newest(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
@@ -473,11 +483,11 @@ class _Policy:
     def _may_go(self, tier: int, proposals: Sequence[RuleProposals]) -> Rows:
         """Return the groups whose copy in the tier the watermark may send down.
 
-        A move of its own, a pin, a reader, an incomplete or newest checkpoint, a symbolic link and a keep list hold a
-        copy.
+        A move of its own, a pin, a hold, a reader, an incomplete or newest checkpoint, a symbolic link and a keep list
+        keep a copy.
         """
         index = self.index
-        is_held = self.is_moved | index.snapshot.in_use | (index.pin >= 0) | (index.at[tier] < 0)
+        is_held = self.is_moved | index.snapshot.in_use | (index.pin >= 0) | _held(index) | (index.at[tier] < 0)
         is_held[sorted(index.snapshot.misnamed)] = True
         is_held |= (index.snapshot.kind == CHECKPOINT) & (~index.snapshot.complete | index.newest)
         is_held[sorted(index.snapshot.pinned)] = True

@@ -1,0 +1,274 @@
+"""Recalls: groups brought back to a faster tier, by name, whatever tier they are in.
+
+::
+
+    plan_recall()      where each group can be copied from now, what must be restored first, cost and time
+    hold_groups()      a hold protects the groups from the next runs of the mover
+    restores           request_restore() and wait_restored() of tier/restore.py, where an archive needs them
+    apply_plan()       the mover's own steps: copy, verify, journal, placement
+
+A recall copies; the copy in the colder tier stays, so that the next move down transfers no bytes. It may be killed at
+any instant: the same command continues, because each step is one of the mover's, and what exists is not made again.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from tiercache.crash_points import crash_point
+from tiercache.prices import Speed
+from tiercache.tier.holds import put_hold
+from tiercache.tier.model import (
+    ARCHIVED,
+    COPY,
+    DROP,
+    MOVE,
+    READABLE,
+    RECLASS,
+    RESTORED,
+    RESTORING,
+    SHARD,
+    Decisions,
+    MoveColumns,
+    Plan,
+)
+from tiercache.tier.plan.plan import make_plan
+from tiercache.tier.plan.policy import CapacityLedger, refuse, refuse_unavailable, with_costs
+from tiercache.tier.plan.proposals import propose_move
+from tiercache.tier.plan.selection import Flags, Rows, SnapshotIndex
+from tiercache.tier.restore import RestorePlan, plan_restore
+from tiercache.tier.stores import CLASSES_TO_RESTORE, Stores
+
+if TYPE_CHECKING:
+    from tiercache.prices import Prices
+    from tiercache.tier.inventory.groups import Inventory
+    from tiercache.tier.rules import RuleFile
+
+RULE = "tier get"  # name of the rule in plans and in the journal
+_SHARD_REASON = "shards are read from {home} or through the cache: recall them to {home}, and warm the cache"
+_NOT_WHOLE = "no copy of it is whole: it is being written, or two copies differ: remove or rename one of the two"
+_NOT_RENAMED = "it is an older copy of a name that was written again: `tiercache tier run --once` renames it first"
+_NAMED = 20
+
+
+@dataclass(frozen=True, slots=True)
+class RecallPlan:
+    """Plan of a recall.
+
+    Attributes:
+        paths: Paths of all selected groups that are, or will be, in their tier.
+        here: Paths of groups that are in their tier already.
+        copies: Moves that can be made now, and refusals.
+        later: Moves that can be made when their sources are restored.
+        restore: Objects that must be restored first; None: no object.
+        cost: Dollars of the copies and of the restores that are not requested yet. None if a price is unknown.
+        hours: Maximum hours until the last object can be read, by the price table. None if it does not say.
+    """
+
+    paths: tuple[str, ...]
+    here: tuple[str, ...]
+    copies: Plan
+    later: Plan
+    restore: RestorePlan | None
+    cost: float | None
+    hours: float | None
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of what is copied, now or after a restore, in bytes."""
+        return self.copies.totals.n_bytes + self.later.totals.n_bytes
+
+    @property
+    def seconds(self) -> float:
+        """Estimated duration of the copies, without the restores, in seconds."""
+        return float(sum(move.seconds for plan in (self.copies, self.later) for move in plan.moves))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is nothing to copy, now or later."""
+        return not self.copies.moves and not self.later.moves
+
+
+def plan_recall(
+    inventory: Inventory,
+    file: RuleFile,
+    stores: Stores,
+    prices: Sequence[Prices | None],
+    groups: NDArray[np.int64],
+    *,
+    to: str | None = None,
+    speed: Speed = "standard",
+    unavailable: Mapping[str, str] | None = None,
+) -> RecallPlan:
+    """Plan the recall of some groups. Asks the tiers about objects that must be restored; changes nothing.
+
+    Args:
+        inventory: What is in the tiers now.
+        file: Rule file.
+        stores: Stores of its tiers.
+        prices: Prices of each tier; None where they are unknown.
+        groups: Numbers of the groups in the snapshot.
+        to: Name or role of the destination tier. None: the first tier; for shards always the home tier.
+        speed: Speed of restores.
+        unavailable: Name of each tier that is unavailable (perhaps not mounted), and the reason.
+
+    Raises:
+        ValueError: There is no such tier, what is in it must be restored before it can be read, or an archive has no
+            such speed.
+        StoreError: A tier could not be asked.
+    """
+    index = SnapshotIndex.of(inventory.snapshot, file, prices)
+    dst = destination(file, to)
+    home = file.index(file.home_tier.name)
+    is_shard = index.snapshot.kind[groups] == SHARD
+    refused: list[MoveColumns] = []
+    # Placements lead all machines to shards, so that a copy in a tier of this machine would have no reader.
+    elsewhere = groups[is_shard] if to is not None and dst != home else groups[:0]
+    refuse(
+        MoveColumns.of(elsewhere, COPY, _any_source(index, elsewhere), dst, 0, ""),
+        refused,
+        np.ones(len(elsewhere), np.bool_),
+        _SHARD_REASON.format(home=file.home_tier.name),
+    )
+    is_misnamed = np.isin(groups, sorted(index.snapshot.misnamed))
+    misnamed = MoveColumns.of(groups[is_misnamed], COPY, _any_source(index, groups[is_misnamed]), dst, 0, "")
+    refuse(misnamed, refused, np.ones(len(misnamed), np.bool_), _NOT_RENAMED)
+    groups, is_shard = groups[~is_misnamed], is_shard[~is_misnamed]
+    here: list[NDArray[np.int64]] = []
+    moves, cold = [], []
+    for tier, rows in ((home, groups[is_shard & ~np.isin(groups, elsewhere)]), (dst, groups[~is_shard])):
+        of_tier = _Selected(index, tier, rows)
+        here.append(of_tier.here)
+        moves.append(of_tier.moves)
+        refused.append(of_tier.not_whole)
+        cold.append(of_tier.cold)
+    frozen = refuse_unavailable(index, MoveColumns.concat(cold), refused, unavailable or {})
+    restored, frozen, restore = _split_restored(index, inventory, stores, frozen, speed)
+    wanted = refuse_unavailable(index, MoveColumns.concat(moves), refused, unavailable or {})
+    wanted = with_costs(index, MoveColumns.concat([wanted, restored]))
+    ledger = CapacityLedger(index, [stores.capacity(tier.name) for tier in file.tiers])
+    admitted = wanted.take(ledger.admit(wanted, refused))
+    frozen = frozen.take(ledger.admit(frozen, refused))
+    if restore is not None:
+        keys = {*_keys(inventory, frozen)}
+        objects = tuple(one for one in restore.objects if one.key in keys)
+        restore = replace(restore, objects=objects) if objects else None
+    copies = make_plan(Decisions(admitted, MoveColumns.concat(refused), (RULE,)), inventory, file, prices)
+    later = make_plan(Decisions(frozen, rules=(RULE,)), inventory, file, prices)
+    found = np.unique(np.concatenate([*here, admitted.group, frozen.group]).astype(np.int64))
+    cost, hours = _cost(index, admitted, restore), 0.0 if restore is None else restore.hours
+    return RecallPlan(_paths(index, found), _paths(index, np.concatenate(here)), copies, later, restore, cost, hours)
+
+
+def destination(file: RuleFile, to: str | None) -> int:
+    """Return the number of the tier with a name, or else the first with that role; None: the first tier.
+
+    Raises ValueError if there is none, or if its objects must be restored before they can be read.
+    """
+    if to is None:
+        return 0
+    by_role = next((tier.name for tier in file.tiers if tier.role == to), to)
+    number = file.index(to if to in [tier.name for tier in file.tiers] else by_role)
+    if file.tiers[number].storage_class in CLASSES_TO_RESTORE:
+        raise ValueError(f"tier {file.tiers[number].name!r} has objects that must be restored: recall to a faster tier")
+    return number
+
+
+class _Selected:
+    """The selected groups of one destination, by what must be done. Each column has one row for each group.
+
+    here: Groups whose copy there is whole and permanently readable. moves: Copies that can be made now. not_whole:
+    Groups of which no copy is whole, refused. cold: Groups whose whole copies must be restored first, with the tier.
+    """
+
+    def __init__(self, index: SnapshotIndex, dst: int, rows: Rows) -> None:
+        snapshot = index.snapshot
+        state = np.append(snapshot.state, ARCHIVED)  # index -1 (no copy) is the last entry
+        is_here = index.whole[dst, rows] & (state[index.at[dst, rows]] == READABLE)
+        self.here, rows = rows[is_here], rows[~is_here]
+        # A copy in dst that must be restored is no source, unless its class changes in place.
+        sources = index.whole[:, rows].copy()
+        sources[dst] = False
+        has_source = sources.any(axis=0)
+        none = rows[~has_source]
+        text = np.full(len(none), _NOT_WHOLE, np.object_)
+        self.not_whole = replace(MoveColumns.of(none, COPY, _any_source(index, none), dst, 0, ""), reason=text)
+        rows, sources = rows[has_source], sources[:, has_source]
+        is_open = (sources & index.readable[:, rows]).any(axis=0)
+        reason = np.full(int(is_open.sum()), "brought back", np.object_)
+        open_sources = sources[:, is_open] & index.readable[:, rows[is_open]]
+        moves, _ = propose_move(index, rows[is_open], open_sources, dst, (0, reason))
+        # A copy leaves the colder copy where it is; a change of class cannot.
+        moves = replace(moves, action=np.where(moves.action == MOVE, COPY, moves.action).astype(np.int8))
+        self.moves = moves.take(moves.action != DROP)
+        rows, sources = rows[~is_open], sources[:, ~is_open]
+        running = sources & (state[index.at[:, rows]] == RESTORING)
+        src = np.argmax(np.where(running.any(axis=0), running, sources), axis=0)
+        self.cold = MoveColumns.of(rows, COPY, src.astype(np.int8), dst, 0, "restored first")
+
+
+def _any_source(index: SnapshotIndex, rows: Rows) -> NDArray[np.int8]:
+    """Return the first tier that has a copy of each group."""
+    lies: Flags = index.at[:, rows] >= 0
+    return np.asarray(np.argmax(lies, axis=0), np.int8)
+
+
+def _split_restored(
+    index: SnapshotIndex, inventory: Inventory, stores: Stores, cold: MoveColumns, speed: Speed
+) -> tuple[MoveColumns, MoveColumns, RestorePlan | None]:
+    """Return the groups that can be copied by now, those that must be restored first, and the plan of these restores.
+
+    The listing may not say what was restored: S3 alone has that in listings. So each object is asked for.
+    """
+    if not len(cold):
+        return cold, cold, None
+    keys, file = _keys(inventory, cold), index.file
+    plan = plan_restore(file, stores, keys, index.prices, speed=speed, to=file.tiers[int(cold.dst[0])].name)
+    waiting = {one.key for one in plan.objects if one.state != RESTORED}
+    n_objects = np.diff(inventory.objects_of(cold.group, cold.src).start)
+    row = np.repeat(np.arange(len(cold)), n_objects)
+    is_open = np.ones(len(cold), np.bool_)
+    is_open[row[[key in waiting for key in keys]]] = False
+    restored, left = cold.take(is_open), cold.take(~is_open)
+    action = np.where(index.same_url[restored.src, restored.dst], RECLASS, COPY).astype(np.int8)
+    reason = np.full(len(restored), "its archived copy was restored", np.object_)
+    return replace(restored, action=action, reason=reason), left, plan if waiting else None
+
+
+def _keys(inventory: Inventory, moves: MoveColumns) -> list[str]:
+    objects = inventory.objects_of(moves.group, moves.src)
+    found: list[str] = objects.keys.take(pa.array(objects.row)).to_pylist()
+    return found
+
+
+def _cost(index: SnapshotIndex, moves: MoveColumns, restore: RestorePlan | None) -> float | None:
+    tiers = {*moves.src.tolist(), *moves.dst.tolist()}
+    if any(index.prices[tier] is None for tier in tiers) or (restore is not None and restore.cost is None):
+        return None
+    return float(moves.once.sum()) + (0.0 if restore is None or restore.cost is None else restore.cost)
+
+
+def _paths(index: SnapshotIndex, rows: NDArray[np.int64]) -> tuple[str, ...]:
+    return tuple(index.snapshot.paths.take(pa.array(rows)).to_pylist())
+
+
+def hold_groups(stores: Stores, paths: Sequence[str], *, hold_s: float, now_s: float, why: str = "recalled") -> None:
+    """Hold recalled groups from now on for hold_s seconds; 0 ends their holds. Raises StoreError."""
+    if paths:
+        put_hold(stores.store(stores.file.home_tier.name), paths, until_s=now_s + hold_s, now_s=now_s, why=why)
+    crash_point("tier_recall.held")
+
+
+def recall_command(file: RuleFile, paths: Sequence[str], *, to: str | None = None) -> str:
+    """Return the command line that recalls these paths. For very many paths it has the first ones, and a comment."""
+    words = ["tiercache", "tier", "get", *paths[:_NAMED], *([] if to is None else ["--to", to])]
+    words += ["--rules", str(file.path), "--wait"]
+    more = len(paths) - _NAMED
+    return shlex.join(words) + (f"  # and {more} more" if more > 0 else "")
