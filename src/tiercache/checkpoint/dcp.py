@@ -76,6 +76,7 @@ from tiercache.checkpoint.writer import SourceFile, equal_parts, in_parallel, pa
 from tiercache.crash_points import crash_point
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
 from tiercache.model import ByteRange
+from tiercache.tier.placement.resolver import is_archived
 
 if TYPE_CHECKING:
     import os
@@ -696,11 +697,17 @@ class DistributedReader(StorageReader):
 
         Raises:
             NotFound: There is no such complete checkpoint.
+            ArchivedShards: It must be restored first; the error has cost, duration and command.
             CorruptCheckpoint: No copy of its state can be read.
         """
-        scan = self._checkpoints.inventory.scan()
+        scan = self._checkpoints.scan_to_load()
         self.name = resolve(scan, self._which)
-        self._manifest = scan.manifest(self.name) or self._manifest
+        manifest = scan.manifest(self.name)
+        if manifest is None:
+            archived = [copy for copy in scan.copies[self.name] if copy.is_archived]
+            self._checkpoints.require_restored(info.key for copy in archived for info in copy.objects.values())
+            raise NotFound("the checkpoint was restored just now: load again", url=self.name, retryable=True)
+        self._manifest = manifest
         file = self._file(STATE_NAME)
         data = bytearray(file.n_bytes)
         spans = [(ByteRange(0, file.n_bytes), memoryview(data))]
@@ -802,6 +809,8 @@ class DistributedReader(StorageReader):
             except StoreError as failed:
                 error = failed
             if number == len(stores):
+                if isinstance(error, StoreError) and is_archived(error):
+                    self._checkpoints.require_restored(key_of(self.name, one.path) for one in self._manifest.files)
                 raise error
             if not isinstance(error, NotFound):  # the local folder of this machine has the files of its own ranks only
                 warnings.warn(f"{error}; the next copy is read", RuntimeWarning, stacklevel=2)
