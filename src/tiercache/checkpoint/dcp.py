@@ -15,6 +15,7 @@ import io
 import json
 import math
 import pickle
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -153,7 +154,7 @@ class DistributedWriter(StorageWriter):
         note: JSON value of the user; that of the coordinator counts.
 
     Attributes:
-        name: Name of the checkpoint, which the coordinator knows once the save has begun; "" before.
+        name: Name of the checkpoint, once the save has begun; "" before.
         step: Step of the training run.
     """
 
@@ -225,6 +226,7 @@ class DistributedWriter(StorageWriter):
             StoreError: A store failed, or did not store what it was given.
         """
         task: _Task = plan.storage_data
+        self.name = task.name
         sources: dict[str, _Source] = {}
         values: dict[MetadataIndex, EncodedState] = {}
         parts: dict[MetadataIndex, str] = {}
@@ -252,8 +254,9 @@ class DistributedWriter(StorageWriter):
         """Write the tensors to the local folder and upload them from there, or to the store at once."""
         first, *others = self._checkpoints.file_writers
         n_streams, specs = self._checkpoints.n_streams, [source.spec for source in sources.values()]
-        shared = [one for one in specs if self._checkpoints.dedup and one.n_bytes >= SHARED_MIN_BYTES]
-        files = distribute([one for one in specs if one not in shared], n_streams)
+        least_bytes = SHARED_MIN_BYTES if self._checkpoints.dedup else sys.maxsize
+        shared = [one for one in specs if one.n_bytes >= least_bytes]
+        files = distribute([one for one in specs if one.n_bytes < least_bytes], n_streams)
 
         def write(number: int) -> list[_StoredPart]:
             path = f"tensors-rank{task.rank:05d}-{number + 1:05d}-of-{len(files):05d}.safetensors"
@@ -756,7 +759,9 @@ class DistributedReader(StorageReader):
                 read = self._plan_read(item, planner)
                 reads.setdefault(read.entry.file, []).append(read)
         calls = [partial(self._read, path, batch) for path, found in reads.items() for batch in _batches(found)]
-        for batch in in_parallel(calls, self._checkpoints.n_streams):
+        # A file that is checked whole is held whole, so that only two of them are read at a time.
+        is_whole = any(read.blocks is None for found in reads.values() for read in found)
+        for batch in in_parallel(calls, 2 if is_whole else self._checkpoints.n_streams):
             for read in batch:
                 planner.commit_tensor(read.item, read.target)
         future: Future[None] = Future()
