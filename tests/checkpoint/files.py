@@ -19,6 +19,7 @@ from tiercache.checkpoint.layout import (
     key_of,
     manifest_key,
     metric_json,
+    reference_key,
     shared_path,
     tensor_digest,
 )
@@ -84,6 +85,8 @@ def write_checkpoint(
     body = json.dumps({key: metric_json(value) for key, value in (metrics or {}).items()}).encode()
     files.append(put_file(store, name, METRICS_NAME, body))
     manifest = Manifest(name, step, created_s, tuple(files), entries, dict(metrics or {}), note)
+    if any(entry.digest for entry in entries.values()):
+        store.put(reference_key(name), encode_manifest(manifest))
     if commit:
         assert store.put_if_absent(manifest_key(name), encode_manifest(manifest))
     return name

@@ -179,3 +179,16 @@ def test_torch_says_what_the_restore_of_an_archived_checkpoint_costs_and_loads_i
         restoring.load(wait=True)
         dcp.load(state, storage_reader=checkpoints.dcp_reader())
     assert state["w"].tolist() == list(range(100))
+
+
+def test_a_moved_checkpoint_finds_its_shared_tensors_where_it_was(moved):
+    checkpoints, vault = moved
+    home = checkpoints.remote_store
+    name = write_checkpoint(home, 5, {"w": np.arange(70)}, created_s=1.0, share=True)
+    for info in list(home.list(f"{name}/")):
+        vault.put(f"run7/{info.key}", home.get(info.key))
+    archive(vault)
+    home.delete([info.key for info in home.list(f"{name}/")])
+    with pytest.raises(ArchivedShards):
+        checkpoints.load(5)
+    assert np.array_equal(checkpoints.load(5, wait=True)["w"], np.arange(70))

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.checkpoint.files import START_S, write_checkpoint
 from tests.support.stores import CountingStore
 
-from tiercache.checkpoint.inventory import TOMBSTONE_NAME, Inventory, Tags
+from tiercache.checkpoint.inventory import Inventory, Tags
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
     SHARED_FOLDER,
@@ -20,6 +20,7 @@ from tiercache.checkpoint.layout import (
     list_names,
     manifest_key,
     parse_manifest,
+    reference_key,
 )
 from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention, plan_retention, referenced_tensors
 from tiercache.checkpoint.stored import StoredCheckpoints
@@ -340,6 +341,35 @@ def test_a_shared_tensor_stays_while_a_checkpoint_refers_to_it_and_goes_a_day_af
     assert list(remote.list()) == []
 
 
+def test_a_shared_tensor_stays_for_a_checkpoint_that_the_tier_engine_has_moved(remote):
+    first = write_checkpoint(remote, 1, {"w": A}, share=True)
+    write_checkpoint(remote, 2, {"w": B}, share=True)
+    remote.delete([info.key for info in remote.list(f"{first}/")])
+    assert collect(remote, START_S + 99 * DAY_S).n_shared == 0
+    checkpoints = StoredCheckpoints(remote)
+    assert [(one.step, one.state) for one in checkpoints.list()] == [(1, "moved"), (2, "complete")]
+    remote.now_s = START_S + 99 * DAY_S
+    checkpoints.delete(first)
+    assert [one.step for one in checkpoints.list()] == [2]
+    assert collect(remote, START_S + 101 * DAY_S).n_shared == 1
+    assert {info.key for info in remote.list("references/")} == {reference_key(list_names(remote)[0])}
+
+
+def test_a_local_reference_ends_when_the_store_has_the_checkpoint(remote, local):
+    name = write_checkpoint(local, 1, {"w": A}, share=True)
+    local.delete([info.key for info in local.list(f"{name}/")])
+    now_s = next(local.list(SHARED_FOLDER)).modified_s + 3 * DAY_S
+
+    def collect_both():
+        return Retention(Inventory({"local": local, "remote": remote}), now=lambda: now_s).collect().n_shared
+
+    assert collect_both() == 0
+    write_checkpoint(remote, 1, {"w": A}, share=True)
+    remote.now_s = now_s
+    assert collect_both() == 1
+    assert list(local.list()) == []
+
+
 def test_a_deleted_checkpoint_of_which_only_the_tombstone_is_left_is_not_listed(remote):
     first = write_checkpoint(remote, 1, {"w": A}, share=True)
     write_checkpoint(remote, 2, {"w": B}, share=True)
@@ -352,13 +382,21 @@ def test_a_deleted_checkpoint_of_which_only_the_tombstone_is_left_is_not_listed(
         checkpoints.tag(1, "release")
 
 
-def test_no_shared_tensor_is_deleted_while_a_manifest_cannot_be_read(remote):
+def test_the_reference_protects_the_tensors_of_a_corrupt_manifest_and_without_it_nothing_is_deleted(remote):
     first = write_checkpoint(remote, 1, {"w": A}, share=True)
     second = write_checkpoint(remote, 2, {"w": B}, share=True)
+    third = write_checkpoint(remote, 3, {"w": C}, share=True)
     remote.put(manifest_key(second), b"{}")
     delete(remote, first, now_s=START_S)
-    with pytest.warns(RuntimeWarning, match="while this manifest cannot be read"):
-        assert collect(remote, START_S + 99 * DAY_S).n_shared == 0
+    assert collect(remote, START_S + 99 * DAY_S).n_shared == 1
+    delete(remote, third, now_s=START_S)
+    for wrong in ("corrupt", "gone"):
+        if wrong == "corrupt":
+            remote.put(reference_key(second), b"{}")
+        else:
+            remote.delete([reference_key(second)])
+        with pytest.warns(RuntimeWarning, match="while this manifest cannot be read"):
+            assert collect(remote, START_S + 99 * DAY_S).n_shared == 0
     assert len(shared_of(remote)) == 2
 
 
@@ -391,6 +429,7 @@ class SavesAndDeletes(RuleBasedStateMachine):
         super().__init__()
         self.store = Dated(MemoryStore(f"shared-{os.urandom(8).hex()}"))
         self.saves = []
+        self.moved = {}
         self.step = 0
 
     def teardown(self):
@@ -434,10 +473,12 @@ class SavesAndDeletes(RuleBasedStateMachine):
                 self.store.put(key, value)
         save["put"] = True
 
-    def _commit(self, save):
+    def _commit(self, save, *, is_killed=False):
         self.saves.remove(save)
         manifest, _ = self._manifest(save)
-        assert self.store.put_if_absent(manifest_key(manifest.name), encode_manifest(manifest))
+        self.store.put(reference_key(manifest.name), encode_manifest(manifest))
+        if not is_killed:
+            assert self.store.put_if_absent(manifest_key(manifest.name), encode_manifest(manifest))
 
     @precondition(lambda self: self.saves)
     @rule(data=st.data())
@@ -449,7 +490,25 @@ class SavesAndDeletes(RuleBasedStateMachine):
     @precondition(lambda self: self.saves)
     @rule(data=st.data())
     def kill_a_save(self, data):
-        self.saves.remove(data.draw(st.sampled_from(self.saves)))
+        save = data.draw(st.sampled_from(self.saves))
+        if save["put"] and data.draw(st.booleans()):
+            self._commit(save, is_killed=True)
+        else:
+            self.saves.remove(save)
+
+    @precondition(lambda self: list_names(self.store))
+    @rule(data=st.data())
+    def move_away(self, data):
+        """The tier engine moves the folder of a checkpoint, which will come back."""
+        name = data.draw(st.sampled_from(list_names(self.store)))
+        self.moved[name] = {info.key: self.store.get(info.key) for info in self.store.list(f"{name}/")}
+        self.store.delete([*self.moved[name]])
+
+    @precondition(lambda self: self.moved)
+    @rule(data=st.data())
+    def bring_back(self, data):
+        for key, value in self.moved.pop(data.draw(st.sampled_from(sorted(self.moved)))).items():
+            self.store.put(key, value)
 
     @precondition(lambda self: list_names(self.store))
     @rule(data=st.data(), dies_at=st.integers(0, 3))
@@ -485,7 +544,7 @@ class SavesAndDeletes(RuleBasedStateMachine):
     @invariant()
     def nothing_leaks(self):
         """After some more days without saves, only what visible checkpoints need is left."""
-        if self.saves:
+        if self.saves or self.moved:
             return
         copy = Dated(MemoryStore(f"copy-{os.urandom(8).hex()}"))
         for info in self.store.list():
@@ -498,8 +557,8 @@ class SavesAndDeletes(RuleBasedStateMachine):
         needed = set()
         for name in list_names(copy):
             manifest = parse_manifest(copy.get(manifest_key(name)), name)
-            needed |= {manifest_key(name), *(key_of(name, file.path) for file in manifest.files)}
-        left = {info.key for info in copy.list() if not info.key.endswith(TOMBSTONE_NAME)}
+            needed |= {manifest_key(name), reference_key(name), *(key_of(name, file.path) for file in manifest.files)}
+        left = {info.key for info in copy.list()}
         copy.delete([info.key for info in copy.list()])
         assert left <= needed
 

@@ -11,7 +11,7 @@ from tests.support.stores import GateStore
 from tiercache.cache import Cache
 from tiercache.checkpoint.checkpoints import Checkpoints
 from tiercache.checkpoint.inventory import Inventory
-from tiercache.checkpoint.layout import SHARED_FOLDER, list_names
+from tiercache.checkpoint.layout import SHARED_FOLDER, list_names, reference_key
 from tiercache.checkpoint.retention import Keep, Retention
 from tiercache.checkpoint.staging import SHARED_MIN_BYTES
 from tiercache.checkpoint.weights import open_weights
@@ -106,6 +106,8 @@ def test_frozen_tensors_stay_while_their_checkpoints_come_and_go(tmp_path):
             moving = np.full(SHARED_MIN_BYTES, step, np.uint8)
             checkpoints.save(step, {"frozen": frozen, "moving": moving}).wait()
         checkpoints.join()
+        (name,) = list_names(checkpoints.remote_store)
+        assert checkpoints.remote_store.head(reference_key(name)).n_bytes > 0
         loaded = checkpoints.load()
         assert np.array_equal(loaded["frozen"], frozen)
         days_s = (tmp_path / SHARED_FOLDER).stat().st_mtime + 3 * 86400

@@ -107,6 +107,8 @@ class Rounds(PointRounds[str]):
                 self.problem(f"{tier}: {names} and {leftovers(store)} are left")
             if len(list(store.list("tensors/"))) != len(needed):
                 self.problem(f"{tier}: shared tensors are left that no checkpoint uses")
+            if len(list(store.list("references/"))) != len(names):
+                self.problem(f"{tier}: references are left that protect no checkpoint")
 
 
 def main() -> None:

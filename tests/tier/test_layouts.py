@@ -515,11 +515,13 @@ def test_our_own_checkpoints_of_a_folder_are_a_run_with_steps_and_times():
     assert layout.written_s[0] - layout.written_s[1] == pytest.approx(4 * 3600 + 26 * 60 + 35.877, abs=1e-3)
 
 
-def test_tensors_that_our_own_checkpoints_share_are_in_no_group():
-    keys = [f"runs/7/tensors/{'a' * 40}.safetensors", "runs/7/tensors/notes.txt"]
+def test_tensors_that_our_own_checkpoints_share_and_their_references_are_in_no_group():
+    name = "step-000000000100.20261129T193324123Z-7f3a9c"
+    references = [f"runs/7/references/{name}.json", f"runs/7/references/{name}.deleted.json"]
+    keys = [f"runs/7/tensors/{'a' * 40}.safetensors", *references, "runs/7/tensors/notes.txt"]
     layout = layout_of(*keys)
-    assert layout.group.tolist() == [NO_GROUP, 0]
-    assert layout.shared.tolist() == [True, False]
+    assert layout.group.tolist() == [NO_GROUP, NO_GROUP, NO_GROUP, 0]
+    assert layout.shared.tolist() == [True, True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from tiercache.checkpoint.layout import (
     manifest_key,
     parse_manifest,
     parse_name,
+    parse_reference_key,
     written_order,
 )
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, UnsupportedFormat
@@ -32,10 +33,7 @@ from tiercache.tier.placement.resolver import is_archived
 
 CheckpointTier: TypeAlias = str
 """Name of a tier: "local", "remote", or a tier of a rule file to which the tier engine has moved checkpoints."""
-State: TypeAlias = Literal["complete", "saving", "failed", "incomplete"]
-
-TOMBSTONE_NAME = "deleted.json"
-"""Manifest of a deleted checkpoint: it protects the shared tensors that a save which has begun before may refer to."""
+State: TypeAlias = Literal["complete", "saving", "failed", "incomplete", "moved"]
 
 _THREADS = 16
 
@@ -104,11 +102,6 @@ class CheckpointCopy:
         return MANIFEST_NAME in self.objects
 
     @property
-    def is_deleted(self) -> bool:
-        """Whether the checkpoint was deleted, and only its tombstone, or what a kill has left, is here."""
-        return TOMBSTONE_NAME in self.objects and not self.is_committed
-
-    @property
     def url(self) -> str:
         """URL of the checkpoint's folder."""
         return f"{self.store.url}/{self.name}"
@@ -122,8 +115,9 @@ class CheckpointInfo:
         name: Name of the checkpoint.
         step: Step of the training run.
         created_s: Time at which the save began, in seconds since the Unix epoch.
-        state: "complete" (committed in one tier or more), "saving", "failed" (its save ended with an error) or
-            "incomplete" (an unfinished save of another process, or a corrupt checkpoint).
+        state: "complete" (committed in one tier or more), "saving", "failed" (its save ended with an error),
+            "incomplete" (an unfinished save of another process, or a corrupt checkpoint) or "moved" (by another
+            program, such as the tier engine, which may also have deleted it; known only with shared tensors).
         tiers: Tiers that have a complete copy: "local", "remote".
         n_bytes: Size of all files, shared tensors included; 0 if unknown.
         metrics: Metrics by name.
@@ -131,7 +125,7 @@ class CheckpointInfo:
         is_pinned: Whether the checkpoint is pinned.
         kept_by: Rules that keep it in each tier, as text.
         note: JSON value of the user.
-        error: Reason of the state "failed" or "incomplete"; "" otherwise.
+        error: Reason of the state "failed", "incomplete" or "moved"; "" otherwise.
     """
 
     name: str
@@ -155,18 +149,25 @@ class Scan:
     Attributes:
         copies: Copies of each checkpoint folder by name, written first to last; the nearest tier comes first.
         shared: Shared tensors of each tier by key.
+        references: References of each tier by name of the checkpoint.
+        tombstones: References of deleted checkpoints, in the same form.
     """
 
     copies: Mapping[str, Sequence[CheckpointCopy]]
     shared: Mapping[str, Mapping[str, ObjectInfo]]
+    references: Mapping[str, Mapping[str, ObjectInfo]]
+    tombstones: Mapping[str, Mapping[str, ObjectInfo]]
 
     def complete(self, name: str) -> list[CheckpointCopy]:
         """Return the complete copies of a checkpoint, the nearest first."""
         return [copy for copy in self.copies.get(name, ()) if copy.is_complete]
 
-    def exists(self, name: str) -> bool:
-        """Return whether a checkpoint, complete or not, is in some tier and was not deleted."""
-        return any(not copy.is_deleted for copy in self.copies.get(name, ()))
+    @property
+    def moved_names(self) -> list[str]:
+        """Names of checkpoints with shared tensors that another program has moved or deleted, written first to last."""
+        names = {name for found in self.references.values() for name in found if name not in self.copies}
+        deleted = {name for found in self.tombstones.values() for name in found}
+        return sorted(names - deleted, key=written_order)
 
     def manifest(self, name: str) -> Manifest | None:
         """Return the manifest of a checkpoint from any of its tiers; None if none can be read."""
@@ -204,18 +205,29 @@ class Inventory:
         self._manifests: dict[tuple[str, str], Manifest] = {}
         self._lock = Lock()
 
-    def scan(self) -> Scan:
+    def scan(self, shared_tensors: Mapping[str, ObjectInfo] | None = None) -> Scan:
         """List all tiers, and read the manifests and tags that are not known yet.
+
+        Args:
+            shared_tensors: Shared tensors of another store, by key, to which the checkpoints refer; None: each tier has
+                its own.
 
         Raises:
             StoreError: A tier cannot be listed or read.
         """
         found: dict[str, list[CheckpointCopy]] = {}
-        shared: dict[str, dict[str, ObjectInfo]] = {}
+        shared: dict[str, Mapping[str, ObjectInfo]] = {}
+        references: dict[str, dict[str, ObjectInfo]] = {}
+        tombstones: dict[str, dict[str, ObjectInfo]] = {}
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="tiercache-checkpoints") as pool:
             for tier, store in self.tiers.items():
                 listed = list(store.list())
-                of_tier = shared[tier] = {info.key: info for info in listed if info.key.startswith(SHARED_FOLDER)}
+                own = {info.key: info for info in listed if info.key.startswith(SHARED_FOLDER)}
+                of_tier = shared[tier] = own if shared_tensors is None else shared_tensors
+                references[tier], tombstones[tier] = {}, {}
+                for info in listed:
+                    if (parsed := parse_reference_key(info.key)) is not None:
+                        (tombstones if parsed[1] else references)[tier][parsed[0]] = info
                 folders = checkpoint_objects(listed)
                 with self._lock:
                     for gone in [key for key in self._manifests if key[0] == tier and key[1] not in folders]:
@@ -223,7 +235,8 @@ class Inventory:
                 read = [pool.submit(self._copy, tier, name, objects, of_tier) for name, objects in folders.items()]
                 for copy in (future.result() for future in read):
                     found.setdefault(copy.name, []).append(copy)
-        return Scan({name: found[name] for name in sorted(found, key=written_order)}, shared)
+        ordered = {name: found[name] for name in sorted(found, key=written_order)}
+        return Scan(ordered, shared, references, tombstones)
 
     def _copy(
         self,
@@ -359,7 +372,7 @@ def _step(name: str) -> int:
 def _listed(scan: Scan) -> str:
     names = scan.complete_names
     if not names:
-        incomplete = sum(map(scan.exists, scan.copies))
+        incomplete = len(scan.copies)
         return f"there are only unfinished saves ({incomplete})" if incomplete else "there are no checkpoints"
     metrics = sorted({metric for name in names for metric in (scan.manifest(name) or _NO_METRICS).metrics})
     steps = ", ".join(str(_step(name)) for name in names[-5:])

@@ -9,6 +9,8 @@
         tags.json                                    tags and pins; replaced as a whole, not in the manifest
         checkpoint.json                              the manifest, put if absent and last: it commits the checkpoint
     tensors/<40 hex digits>.safetensors              a tensor that checkpoints share (dedup=True)
+    references/step-....json                         copy of the manifest of a checkpoint with shared tensors
+    references/step-....deleted.json                 the same of a deleted checkpoint, for a day
 
 A checkpoint exists if it has a manifest. Names sort by step; the newest checkpoint is the one that was written last.
 """
@@ -39,7 +41,14 @@ TAGS_NAME = "tags.json"
 SHARED_FOLDER = "tensors/"
 """Folder of the tensors that checkpoints share, below the URL of the checkpoints."""
 
+REFERENCES_FOLDER = "references/"
+"""Folder of the manifests of all checkpoints with shared tensors, below the URL of the checkpoints.
+
+A reference protects the tensors wherever the checkpoint's own folder is: the tier engine may move it.
+"""
+
 _SHARED_PATH = f"../{SHARED_FOLDER}"
+_TOMBSTONE_SUFFIX = ".deleted.json"
 _NAME = re.compile(r"step-([0-9]{12,18})\.([0-9]{8}T[0-9]{9}Z)-([0-9a-f]{6})")
 _SHARED_FILE = re.compile(re.escape(_SHARED_PATH) + r"([0-9a-f]{40})\.safetensors")
 _DIGEST = re.compile("[0-9a-f]{40}")
@@ -179,6 +188,26 @@ def key_of(name: str, path: str) -> str:
 def manifest_key(name: str) -> str:
     """Return the key of a checkpoint's manifest."""
     return f"{name}/{MANIFEST_NAME}"
+
+
+def reference_key(name: str) -> str:
+    """Return the key of the reference of a checkpoint with shared tensors: a copy of its manifest."""
+    return f"{REFERENCES_FOLDER}{name}.json"
+
+
+def tombstone_key(name: str) -> str:
+    """Return the key of the reference that a deleted checkpoint leaves for a day."""
+    return f"{REFERENCES_FOLDER}{name}{_TOMBSTONE_SUFFIX}"
+
+
+def parse_reference_key(key: str) -> tuple[str, bool] | None:
+    """Return the checkpoint of a reference's key, and whether it is a tombstone; None for another key."""
+    if not key.startswith(REFERENCES_FOLDER):
+        return None
+    rest = key.removeprefix(REFERENCES_FOLDER)
+    is_tombstone = rest.endswith(_TOMBSTONE_SUFFIX)
+    name = rest.removesuffix(_TOMBSTONE_SUFFIX if is_tombstone else ".json")
+    return (name, is_tombstone) if rest.endswith(".json") and parse_name(name) is not None else None
 
 
 def shared_path(digest: str) -> str:

@@ -4,9 +4,10 @@ The planner of the tier engine evaluates the rules (`tier/plan/selection.py`), s
 rule file mean the same. plan_retention() decides, Retention acts.
 
 A deletion removes the manifest first, so that no reader sees a checkpoint that lacks files. A checkpoint with shared
-tensors leaves its manifest under another name, the tombstone. A shared tensor is deleted only if
+tensors has a reference (references/NAME.json), which stays if another program moves the checkpoint, and which a
+deletion turns into a tombstone (references/NAME.deleted.json). A shared tensor is deleted only if
 
-1. no manifest refers to it, and every manifest can be read,
+1. no manifest and no reference refers to it, and every one of them can be read,
 2. no tombstone younger than the age of collection refers to it, and
 3. the tensor itself is older than this age.
 
@@ -27,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from tiercache.checkpoint.inventory import TOMBSTONE_NAME, CheckpointCopy, CheckpointTier, Inventory, Scan
+from tiercache.checkpoint.inventory import CheckpointCopy, CheckpointTier, Inventory, Scan
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
     SHARED_FOLDER,
@@ -37,14 +38,17 @@ from tiercache.checkpoint.layout import (
     manifest_key,
     parse_manifest,
     parse_name,
+    reference_key,
     shared_digest,
+    tombstone_key,
 )
 from tiercache.checkpoint.writer import SharedTensors
 from tiercache.crash_points import crash_point
-from tiercache.errors import CorruptCheckpoint, NotFound, UnsupportedFormat
+from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, UnsupportedFormat
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder, Store
 from tiercache.tier.model import CHECKPOINT, READABLE, Snapshot
+from tiercache.tier.placement.resolver import is_archived
 from tiercache.tier.plan.selection import evaluate_keep_list
 from tiercache.tier.rules import KeepList, keep_list
 
@@ -287,6 +291,8 @@ class Retention:
     def delete(self, names: Iterable[str]) -> RetentionReport:
         """Delete checkpoints from all tiers, the nearest first, so that a deletion that ends early can be repeated.
 
+        Of a checkpoint that another program has moved, only the shared tensors are given up.
+
         Raises:
             NotFound: There is no such checkpoint.
             ValueError: A checkpoint is pinned, or is being saved; nothing was deleted.
@@ -296,15 +302,19 @@ class Retention:
         for name in wanted:
             if name in self._unfinished():
                 raise ValueError(f"{name} is being saved: wait for its save before it is deleted")
-            if not scan.exists(name):
+            if name not in scan.copies and name not in scan.moved_names:
                 raise NotFound("no such checkpoint", url=name)
             if scan.tags(name).is_pinned:
                 raise ValueError(f"{name} is pinned: unpin it before it is deleted")
         deleted: dict[CheckpointTier, tuple[str, ...]] = {}
         for tier in self.inventory.tiers:
-            copies = [copy for name in wanted for copy in scan.copies[name] if copy.tier == tier]
+            copies = [copy for name in wanted for copy in scan.copies.get(name, ()) if copy.tier == tier]
             n_bytes += delete_copies(copies)
-            deleted[tier] = tuple(copy.name for copy in copies)
+            moved = [name for name in wanted if name in scan.references[tier] and name not in scan.copies]
+            _bury(self.inventory.tiers[tier], [self._reference(tier, name) for name in moved])
+            if moved:
+                self.inventory.tiers[tier].delete([reference_key(name) for name in moved])
+            deleted[tier] = (*(copy.name for copy in copies), *moved)
         self._release(scan, deleted)
         return RetentionReport(deleted, n_bytes=n_bytes)
 
@@ -319,7 +329,7 @@ class Retention:
     def _release(self, scan: Scan, deleted: Mapping[CheckpointTier, Collection[str]]) -> None:
         """Release the shared tensors of the checkpoints that exist in no tier any more."""
         for name in {name for names in deleted.values() for name in names} - set(self._unfinished()):
-            if all(name in deleted.get(copy.tier, ()) for copy in scan.copies[name]):
+            if all(name in deleted.get(copy.tier, ()) for copy in scan.copies.get(name, ())):
                 self._shared_tensors.release(name)
 
     def _collect(self, scan: Scan) -> RetentionReport:
@@ -327,21 +337,73 @@ class Retention:
         old_s = self._now() - self.gc_age_s
         unfinished = frozenset(self._unfinished())
         for tier, store in self.inventory.tiers.items():
-            copies = [copy for found in scan.copies.values() for copy in found if copy.tier == tier]
-            # Before the leftovers, among which are tombstones: a failed deletion below leaves them in force.
-            unused = {info.key: info for info in _unused(store, copies, scan.shared[tier], old_s)}
+            copies = {name: copy for name, found in scan.copies.items() for copy in found if copy.tier == tier}
+            folders = [copy for copy in copies.values() if not copy.is_committed and copy.name not in unfinished]
+            old = [copy for copy in folders if _newest_s(copy) <= old_s or copy.name in scan.tombstones[tier]]
+            unused = {info.key: info for info in self._unused(scan, tier, copies, old_s)}
             tensors = [unused[key] for key in self._shared_tensors.delete_unclaimed(unused, store.delete)]
-            folders = [copy for copy in copies if not copy.is_committed and copy.name not in unfinished]
-            leftovers = [info for copy in folders for info in _leftovers(copy, old_s)]
-            if leftovers:
-                store.delete([info.key for info in leftovers])
+            # References go after the tensors, and before the folders: without its folder, one would stay for ever.
+            ended = _ended_references(scan, tier, copies, old_s)
+            ended += [scan.references[tier][copy.name] for copy in old if copy.name in scan.references[tier]]
+            leftovers = [info for copy in old for info in copy.objects.values()]
+            for objects in (ended, leftovers):
+                if objects:
+                    store.delete([info.key for info in objects])
             if isinstance(store, LocalFolder):
-                for copy in folders:
-                    if _newest_s(copy) <= old_s:
-                        store.remove_empty(copy.name)
-            n_shared, n_leftovers = n_shared + len(tensors), n_leftovers + len(leftovers)
-            n_bytes += sum(info.n_bytes for info in (*tensors, *leftovers))
+                for copy in old:
+                    store.remove_empty(copy.name)
+            n_shared, n_leftovers = n_shared + len(tensors), n_leftovers + len(leftovers) + len(ended)
+            n_bytes += sum(info.n_bytes for info in (*tensors, *leftovers, *ended))
         return RetentionReport(n_leftovers=n_leftovers, n_shared=n_shared, n_bytes=n_bytes)
+
+    def _reference(self, tier: CheckpointTier, name: str) -> Manifest:
+        store, key = self.inventory.tiers[tier], reference_key(name)
+        return parse_manifest(store.get(key), f"{store.url}/{key}")
+
+    def _unused(
+        self, scan: Scan, tier: CheckpointTier, copies: Mapping[str, CheckpointCopy], old_s: float
+    ) -> list[ObjectInfo]:
+        """Return the shared tensors of a tier that may be deleted; see the module's docstring."""
+        store, shared = self.inventory.tiers[tier], scan.shared[tier]
+        old = [info for info in shared.values() if info.modified_s is not None and info.modified_s <= old_s]
+        if not old:
+            return []
+        used = {key for copy in copies.values() for key in _shared_keys(copy.manifest)}
+        read = {reference_key(copy.name) for copy in copies.values() if copy.manifest is not None}
+        read |= {info.key for info in _ended_references(scan, tier, copies, old_s)}
+        unreadable = [
+            f"{copy.url}: {copy.problem}"
+            for copy in copies.values()
+            if copy.is_committed and copy.manifest is None and copy.name not in scan.references[tier]
+        ]
+        for info in (*scan.references[tier].values(), *scan.tombstones[tier].values()):
+            if info.key in read:
+                continue
+            try:
+                used |= _shared_keys(parse_manifest(store.get(info.key), f"{store.url}/{info.key}"))
+            except NotFound:
+                continue  # another process has just collected it
+            except (CorruptCheckpoint, UnsupportedFormat) as error:
+                unreadable.append(error.message)
+            except StoreError as error:
+                if not is_archived(error):
+                    raise
+                unreadable.append(error.message)
+        if unreadable:
+            message = (
+                f"{unreadable[0]}; no shared tensor ({SHARED_FOLDER}) is deleted while this manifest cannot be read"
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            return []
+        unused = []
+        for info in old:
+            if info.key in used:
+                continue
+            with suppress(NotFound):  # the second question narrows the race with a save that writes the tensor again
+                now = store.head(info.key)
+                if now.modified_s is not None and now.modified_s <= old_s:
+                    unused.append(info)
+        return unused
 
 
 def delete_copies(copies: Sequence[CheckpointCopy]) -> int:
@@ -355,14 +417,16 @@ def delete_copies(copies: Sequence[CheckpointCopy]) -> int:
     if not copies:
         return 0
     store = copies[0].store
-    for copy in copies:
-        if copy.manifest is not None and any(shared_digest(file.path) for file in copy.manifest.files):
-            store.put(f"{copy.name}/{TOMBSTONE_NAME}", encode_manifest(copy.manifest))
+    _bury(store, [copy.manifest for copy in copies if copy.manifest is not None])
     crash_point("retention.tombstones")
     store.delete([manifest_key(copy.name) for copy in copies if copy.is_committed])
     crash_point("retention.manifests")
-    paths = [(copy.name, path) for copy in copies for path in copy.objects]
-    store.delete([f"{name}/{path}" for name, path in paths if path not in (MANIFEST_NAME, TOMBSTONE_NAME)])
+    store.delete(
+        [
+            *(info.key for copy in copies for path, info in copy.objects.items() if path != MANIFEST_NAME),
+            *(reference_key(copy.name) for copy in copies if _shared_keys(copy.manifest)),
+        ]
+    )
     crash_point("retention.files")
     if isinstance(store, LocalFolder):
         for copy in copies:
@@ -370,13 +434,31 @@ def delete_copies(copies: Sequence[CheckpointCopy]) -> int:
     return sum(info.n_bytes for copy in copies for info in copy.objects.values())
 
 
-def _leftovers(copy: CheckpointCopy, old_s: float) -> list[ObjectInfo]:
-    """Return the objects to delete of a folder without a manifest: a deletion, or a save, that has ended early."""
-    tombstone = copy.objects.get(TOMBSTONE_NAME)
-    if tombstone is None:
-        return list(copy.objects.values()) if _newest_s(copy) <= old_s else []
-    rest = [info for path, info in copy.objects.items() if path != TOMBSTONE_NAME]
-    return [*rest, tombstone] if _modified_s(tombstone, copy.name) <= old_s else rest
+def _bury(store: Store, manifests: Iterable[Manifest]) -> None:
+    """Write the tombstones of checkpoints with shared tensors."""
+    for manifest in manifests:
+        if _shared_keys(manifest):
+            store.put(tombstone_key(manifest.name), encode_manifest(manifest))
+
+
+def _ended_references(
+    scan: Scan, tier: CheckpointTier, copies: Mapping[str, CheckpointCopy], old_s: float
+) -> list[ObjectInfo]:
+    """Return the references that protect nothing any more: old tombstones, and those of checkpoints that are gone.
+
+    A checkpoint whose folder is gone without a tombstone may have been moved by the tier engine, and its copy elsewhere
+    needs the tensors. If one of our own tiers behind this one has the checkpoint, that copy has tensors of its own.
+
+    copies: Copies of the tier by name.
+    """
+    tombstones = scan.tombstones[tier]
+    ended = [info for name, info in tombstones.items() if _modified_s(info, name) <= old_s]
+    behind = [*scan.references][[*scan.references].index(tier) + 1 :]
+    for name, info in scan.references[tier].items():
+        is_behind = any(copy.tier in behind for copy in scan.complete(name))
+        if name not in copies and (name in tombstones or is_behind) and _modified_s(info, name) <= old_s:
+            ended.append(info)
+    return ended
 
 
 def _newest_s(copy: CheckpointCopy) -> float:
@@ -387,49 +469,6 @@ def _modified_s(info: ObjectInfo, name: str) -> float:
     """Return when an object was written; for a store that does not tell, when its save began."""
     parsed = parse_name(name)
     return info.modified_s if info.modified_s is not None else 0.0 if parsed is None else parsed[1]
-
-
-def _unused(
-    store: Store, copies: Sequence[CheckpointCopy], shared: Mapping[str, ObjectInfo], old_s: float
-) -> list[ObjectInfo]:
-    """Return the shared tensors of a tier that may be deleted; see the module's docstring."""
-    old = [info for info in shared.values() if info.modified_s is not None and info.modified_s <= old_s]
-    if not old:
-        return []
-    used: set[str] = set()
-    for copy in copies:
-        manifest = copy.manifest
-        if manifest is None and copy.is_committed:
-            _warn_unreadable(copy)
-            return []
-        tombstone = copy.objects.get(TOMBSTONE_NAME)
-        if manifest is None and tombstone is not None and _modified_s(tombstone, copy.name) > old_s:
-            try:
-                url = f"{store.url}/{tombstone.key}"
-                manifest = parse_manifest(store.get(tombstone.key), url)
-            except NotFound:
-                continue  # another process has just collected it
-            except (CorruptCheckpoint, UnsupportedFormat):
-                _warn_unreadable(copy)
-                return []
-        used |= _shared_keys(manifest)
-    unused = []
-    for info in old:
-        if info.key in used:
-            continue
-        with suppress(NotFound):  # the second question narrows the race with a save that writes the tensor again
-            now = store.head(info.key)
-            if now.modified_s is not None and now.modified_s <= old_s:
-                unused.append(info)
-    return unused
-
-
-def _warn_unreadable(copy: CheckpointCopy) -> None:
-    warnings.warn(
-        f"{copy.url}: {copy.problem}; no shared tensor ({SHARED_FOLDER}) is deleted while this manifest cannot be read",
-        RuntimeWarning,
-        stacklevel=2,
-    )
 
 
 def _shared_keys(manifest: Manifest | None) -> set[str]:

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -22,13 +22,14 @@ from tiercache.checkpoint.inventory import (
     Tags,
     resolve,
 )
-from tiercache.checkpoint.layout import key_of, parse_name
+from tiercache.checkpoint.layout import SHARED_FOLDER, key_of, parse_name
 from tiercache.checkpoint.loading import load_copy
 from tiercache.checkpoint.reading import CopyReader
 from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention, RetentionReport
 from tiercache.checkpoint.writer import SharedTensors
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, TierCacheError
-from tiercache.store import LocalFolder, Store
+from tiercache.store import LocalFolder, Span, Store
+from tiercache.store.contract import WrapperStore
 from tiercache.tier.placement.resolver import is_archived, is_remote
 
 logger = logging.getLogger("tiercache")
@@ -199,11 +200,17 @@ class StoredCheckpoints:
             with self._archive.other_stores() as others:
                 if not others:
                     raise
-                elsewhere = Inventory(others).scan()
+                others = {name: _WithSharedTensors(store, self.remote_store) for name, store in others.items()}
+                elsewhere = self._scan_others(scan, others)
                 copies = {name: [*scan.copies.get(name, ()), *found] for name, found in elsewhere.copies.items()}
-                yield Scan({**scan.copies, **copies}, {**scan.shared, **elsewhere.shared}), others
+                yield replace(scan, copies={**scan.copies, **copies}), others
         else:
             yield scan, {}
+
+    @staticmethod
+    def _scan_others(scan: Scan, others: Mapping[str, Store]) -> Scan:
+        """Return the checkpoints in other tiers. The tier engine leaves their shared tensors at the URL."""
+        return Inventory(others).scan(scan.shared.get("remote", {}))
 
     def _load(
         self,
@@ -247,7 +254,9 @@ class StoredCheckpoints:
                 raise StoreError(f"{name} was restored, and still cannot be read", url=self.remote_store.url)
             self._archive.restore(sorted(archived), wait=wait)
             restored |= archived
-            scan = Inventory({**self.inventory.tiers, **others}).scan()
+            scan = self.inventory.scan()
+            copies = self._scan_others(scan, others).copies.get(name, ()) if others else ()
+            scan = replace(scan, copies={name: [*scan.copies.get(name, ()), *copies]})
         raise StoreError(f"{name} was restored, and still cannot be read", url=self.remote_store.url)
 
     def _store_to_read(self, copy: CheckpointCopy) -> Store:
@@ -264,11 +273,9 @@ class StoredCheckpoints:
         scan = self.inventory.scan()
         kept_by = self.retention.plan(scan).kept_by
         unfinished = self.unfinished_saves()
-        found = [
-            _info(scan, name, kept_by.get(name, {}), unfinished.get(name)) for name in scan.copies if scan.exists(name)
-        ]
-        missing = [name for name in unfinished if not scan.exists(name)]
-        found += [_info(scan, name, {}, unfinished[name]) for name in missing]
+        names = [*scan.copies, *(name for name in unfinished if name not in scan.copies)]
+        found = [_info(scan, name, kept_by.get(name, {}), unfinished.get(name)) for name in names]
+        found += [_moved_info(name) for name in scan.moved_names if name not in unfinished]
         return sorted(found, key=lambda one: (one.created_s, one.name))
 
     def verify(self, which: str | int = "latest") -> CheckpointVerification:
@@ -282,7 +289,7 @@ class StoredCheckpoints:
             StoreError: A store failed.
         """
         scan = self.inventory.scan()
-        name = which if isinstance(which, str) and scan.exists(which) else resolve(scan, which)
+        name = which if isinstance(which, str) and which in scan.copies else resolve(scan, which)
         problems: dict[CheckpointTier, tuple[str, ...]] = {}
         n_bytes = 0
         for copy in scan.copies[name]:
@@ -307,7 +314,9 @@ class StoredCheckpoints:
             ValueError: The checkpoint is pinned, or is being saved.
             StoreError: A store failed; the same call continues.
         """
-        return self.retention.delete([self._name(self.inventory.scan(), which)])
+        scan = self.inventory.scan()
+        is_moved = isinstance(which, str) and which in scan.moved_names
+        return self.retention.delete([str(which) if is_moved else self._name(scan, which)])
 
     def tag(self, which: str | int, *tags: str) -> None:
         """Add tags to a checkpoint. The last copy of a checkpoint with a tag is never deleted by a rule.
@@ -371,13 +380,32 @@ class StoredCheckpoints:
     @staticmethod
     def _name(scan: Scan, which: str | int) -> str:
         """Return the name of a checkpoint, also of one that is not complete."""
-        return which if isinstance(which, str) and scan.exists(which) else resolve(scan, which)
+        return which if isinstance(which, str) and which in scan.copies else resolve(scan, which)
+
+
+class _WithSharedTensors(WrapperStore):
+    """The store of moved checkpoints, with the shared tensors of the store from which they were moved."""
+
+    def __init__(self, inner: Store, shared: Store) -> None:
+        super().__init__(inner)
+        self._shared = shared
+
+    def read_into(self, key: str, spans: Sequence[Span], **options: Any) -> None:
+        """See Store.read_into."""
+        store = self._shared if key.startswith(SHARED_FOLDER) else self.inner
+        store.read_into(key, spans, **options)
 
 
 def _checked(tags: Sequence[str]) -> frozenset[str]:
     if not tags or not all(tag.strip() for tag in tags):
         raise ValueError(f"expected one or more tags, none of them empty, got {tags!r}")
     return frozenset(tags)
+
+
+def _moved_info(name: str) -> CheckpointInfo:
+    step, created_s = parse_name(name) or (0, 0.0)
+    why = "moved or deleted by another program, such as the tier engine; delete() gives up its shared tensors"
+    return CheckpointInfo(name, step, created_s, "moved", error=why)
 
 
 def _info(

@@ -29,6 +29,7 @@ from tiercache.checkpoint.layout import (
     manifest_key,
     metric_json,
     parse_name,
+    reference_key,
     shared_digest,
     shared_path,
     tensor_digest,
@@ -230,6 +231,8 @@ class CheckpointWriter:
             StoreError: The put failed; the checkpoint may exist if .maybe_done is True.
         """
         key, text = manifest_key(manifest.name), encode_manifest(manifest)
+        if any(shared_digest(file.path) for file in manifest.files):
+            self.store.put(reference_key(manifest.name), text)
         crash_point("checkpoint_commit.files_checked")
         for _ in range(_COMMIT_ATTEMPTS):
             try:

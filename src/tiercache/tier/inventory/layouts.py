@@ -86,7 +86,10 @@ _WRITTEN = r"(?i)[.](?P<time>[0-9]{8}T[0-9]{6})(?P<ms>(?:[0-9]{3})?)Z(?:-[0-9a-f
 # Our own checkpoints, and the tensors that they share: no group has these, so that no rule moves or deletes them.
 _OWN = r"^(?:.*/)?step-[0-9]{12,18}\.[0-9]{8}T[0-9]{9}Z-[0-9a-f]{6}$"
 _OWN_MANIFEST = "checkpoint.json"
-_SHARED_TENSOR = r"(?:^|/)tensors/[0-9a-f]{40}\.safetensors$"
+_SHARED_TENSOR = (
+    r"(?:^|/)(?:tensors/[0-9a-f]{40}\.safetensors"
+    r"|references/step-[0-9]{12,18}\.[0-9]{8}T[0-9]{9}Z-[0-9a-f]{6}(?:\.deleted)?\.json)$"
+)
 
 # Names of unfinished writes. The last: Orbax writes to such a folder and renames it.
 _TEMPORARY = (
