@@ -4,9 +4,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from tests.checkpoint.files import write_checkpoint
 from tests.tier.bucket import DiskBucket, Script
+from torch.distributed.checkpoint.api import CheckpointException
 
+import tiercache as tc
 from tiercache.cache import Cache
 from tiercache.checkpoint.archived import Archive
 from tiercache.checkpoint.layout import MANIFEST_NAME
@@ -157,6 +161,24 @@ def test_a_moved_checkpoint_is_loaded_from_the_archive_after_the_wait(moved):
     assert restored(vault)
     with pytest.raises(NotFound, match="of step 3"):
         checkpoints.load(3)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("manifests", [True, False], ids=["all objects", "all but the manifest"])
+def test_torch_says_what_the_restore_of_an_archived_checkpoint_costs_and_loads_it_afterwards(bucket, cache, manifests):
+    state = {"w": torch.arange(100)}
+    with tc.Checkpoints(bucket) as checkpoints:
+        dcp.save(state, storage_writer=checkpoints.dcp_writer(1))
+        archive(bucket, manifests=manifests)
+        restoring, _ = opened(bucket, cache)
+        checkpoints._archive = restoring._archive
+        state["w"].zero_()
+        with pytest.raises(CheckpointException, match="must be restored, which costs"):
+            dcp.load(state, storage_reader=checkpoints.dcp_reader())
+        assert restored(bucket) == set()
+        restoring.load(wait=True)
+        dcp.load(state, storage_reader=checkpoints.dcp_reader())
+    assert state["w"].tolist() == list(range(100))
 
 
 def test_a_moved_checkpoint_finds_its_shared_tensors_where_it_was(moved):

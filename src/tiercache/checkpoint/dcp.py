@@ -15,6 +15,7 @@ import io
 import json
 import math
 import pickle
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -76,6 +77,7 @@ from tiercache.checkpoint.writer import SourceFile, equal_parts, in_parallel, pa
 from tiercache.crash_points import crash_point
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
 from tiercache.model import ByteRange
+from tiercache.tier.placement.resolver import is_archived
 
 if TYPE_CHECKING:
     import os
@@ -152,7 +154,7 @@ class DistributedWriter(StorageWriter):
         note: JSON value of the user; that of the coordinator counts.
 
     Attributes:
-        name: Name of the checkpoint, which the coordinator knows once the save has begun; "" before.
+        name: Name of the checkpoint, once the save has begun; "" before.
         step: Step of the training run.
     """
 
@@ -224,6 +226,7 @@ class DistributedWriter(StorageWriter):
             StoreError: A store failed, or did not store what it was given.
         """
         task: _Task = plan.storage_data
+        self.name = task.name
         sources: dict[str, _Source] = {}
         values: dict[MetadataIndex, EncodedState] = {}
         parts: dict[MetadataIndex, str] = {}
@@ -251,8 +254,9 @@ class DistributedWriter(StorageWriter):
         """Write the tensors to the local folder and upload them from there, or to the store at once."""
         first, *others = self._checkpoints.file_writers
         n_streams, specs = self._checkpoints.n_streams, [source.spec for source in sources.values()]
-        shared = [one for one in specs if self._checkpoints.dedup and one.n_bytes >= SHARED_MIN_BYTES]
-        files = distribute([one for one in specs if one not in shared], n_streams)
+        least_bytes = SHARED_MIN_BYTES if self._checkpoints.dedup else sys.maxsize
+        shared = [one for one in specs if one.n_bytes >= least_bytes]
+        files = distribute([one for one in specs if one.n_bytes < least_bytes], n_streams)
 
         def write(number: int) -> list[_StoredPart]:
             path = f"tensors-rank{task.rank:05d}-{number + 1:05d}-of-{len(files):05d}.safetensors"
@@ -696,11 +700,17 @@ class DistributedReader(StorageReader):
 
         Raises:
             NotFound: There is no such complete checkpoint.
+            ArchivedShards: It must be restored first; the error has cost, duration and command.
             CorruptCheckpoint: No copy of its state can be read.
         """
-        scan = self._checkpoints.inventory.scan()
+        scan = self._checkpoints.scan_to_load()
         self.name = resolve(scan, self._which)
-        self._manifest = scan.manifest(self.name) or self._manifest
+        manifest = scan.manifest(self.name)
+        if manifest is None:
+            archived = [copy for copy in scan.copies[self.name] if copy.is_archived]
+            self._checkpoints.require_restored(info.key for copy in archived for info in copy.objects.values())
+            raise NotFound("the checkpoint was restored just now: load again", url=self.name, retryable=True)
+        self._manifest = manifest
         file = self._file(STATE_NAME)
         data = bytearray(file.n_bytes)
         spans = [(ByteRange(0, file.n_bytes), memoryview(data))]
@@ -749,7 +759,9 @@ class DistributedReader(StorageReader):
                 read = self._plan_read(item, planner)
                 reads.setdefault(read.entry.file, []).append(read)
         calls = [partial(self._read, path, batch) for path, found in reads.items() for batch in _batches(found)]
-        for batch in in_parallel(calls, self._checkpoints.n_streams):
+        # A file that is checked whole is held whole, so that only two of them are read at a time.
+        is_whole = any(read.blocks is None for found in reads.values() for read in found)
+        for batch in in_parallel(calls, 2 if is_whole else self._checkpoints.n_streams):
             for read in batch:
                 planner.commit_tensor(read.item, read.target)
         future: Future[None] = Future()
@@ -802,6 +814,8 @@ class DistributedReader(StorageReader):
             except StoreError as failed:
                 error = failed
             if number == len(stores):
+                if isinstance(error, StoreError) and is_archived(error):
+                    self._checkpoints.require_restored(key_of(self.name, one.path) for one in self._manifest.files)
                 raise error
             if not isinstance(error, NotFound):  # the local folder of this machine has the files of its own ranks only
                 warnings.warn(f"{error}; the next copy is read", RuntimeWarning, stacklevel=2)

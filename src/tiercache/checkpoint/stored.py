@@ -153,7 +153,7 @@ class StoredCheckpoints:
             CorruptCheckpoint: No copy of the checkpoint is right.
             StoreError: A store failed.
         """
-        scan = self._scan_to_load()
+        scan = self.scan_to_load()
         with self._found(scan, which) as (found, stores):
             names = [resolve(found, which)]
             if which == "latest":
@@ -170,7 +170,15 @@ class StoredCheckpoints:
                 raise NotFound("there are no checkpoints", url=self.remote_store.url)
             raise failure
 
-    def _scan_to_load(self) -> Scan:
+    def require_restored(self, keys: Iterable[str]) -> None:
+        """Raise ArchivedShards, with cost, duration and command, if an object must be restored before it can be read.
+
+        Args:
+            keys: Keys of objects below the URL.
+        """
+        self._archive.restore(sorted(keys), wait=False)
+
+    def scan_to_load(self) -> Scan:
         """Return the checkpoints of all tiers; only the local ones, with a warning, if the store cannot be reached."""
         try:
             return self.inventory.scan()
