@@ -3,7 +3,7 @@
 import pytest
 
 from tiercache.demo import results
-from tiercache.demo.results import Epoch
+from tiercache.demo.results import Epoch, KilledTraining
 
 
 def epoch(*digests: str, fetched_bytes: int = 0, weights: str = "w") -> Epoch:
@@ -84,3 +84,17 @@ def test_the_newest_checkpoint_alone_must_stay_in_the_hot_tier(hot, holds):
 )
 def test_training_on_moved_data_must_have_the_same_batches_from_the_store(after, holds):
     assert results.trained_alike(epoch("a", "b"), after).holds is holds
+
+
+@pytest.mark.parametrize(
+    ("found", "holds"),
+    [
+        (KilledTraining(20, "w", "w"), True),
+        (KilledTraining(20, "w", "other"), False),
+        (KilledTraining(19, "w", "w"), False),
+        (KilledTraining(20, "", ""), False),
+    ],
+    ids=["equal", "other weights", "too few kills", "no weights"],
+)
+def test_a_killed_training_must_end_with_the_same_weights_after_all_kills(found, holds):
+    assert results.killed_alike(found, 20).holds is holds

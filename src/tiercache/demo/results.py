@@ -38,6 +38,44 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class KilledJob:
+    """The work of the process of tiercache.demo.killed. It contains the S3 server's key, as a Job does.
+
+    Attributes:
+        url: URL of the data set.
+        storage_options: Storage options of the URL and of the checkpoints.
+        cache: Folder of the cache.
+        cache_bytes: Size limit of the cache.
+        checkpoints: URL below which the checkpoints of both runs are kept.
+        local: Folder for the local copies of the checkpoints.
+        n_kills: Number of kills.
+    """
+
+    url: str
+    storage_options: Mapping[str, Any]
+    cache: str
+    cache_bytes: int
+    checkpoints: str
+    local: str
+    n_kills: int
+
+
+@dataclass(frozen=True, slots=True)
+class KilledTraining:
+    """What a training that was killed, and one that was not, ended with.
+
+    Attributes:
+        n_kills: Number of kills.
+        whole: SHA-256 of the weights of the training that was not killed.
+        killed: SHA-256 of the weights of the other one.
+    """
+
+    n_kills: int
+    whole: str
+    killed: str
+
+
+@dataclass(frozen=True, slots=True)
 class Epoch:
     """An epoch, or a part of one, with training.
 
@@ -90,6 +128,17 @@ def resumed_exactly(whole: Epoch, stopped: Epoch, resumed: Epoch) -> Claim:
     holds = bool(stopped.digests and resumed.digests) and served == whole.digests and resumed.weights == whole.weights
     found = f"{len(stopped.digests)} + {len(resumed.digests)} batches, {_equal(served, resumed, whole)}"
     return Claim(f"{whole.model}: a stopped and resumed epoch equals an uninterrupted one", holds, found)
+
+
+def killed_alike(found: KilledTraining, n_kills: int) -> Claim:
+    """Return the claim that a training that was killed n_kills times ends with the weights of one that was not."""
+    is_equal = bool(found.whole) and found.whole == found.killed
+    text = f"a training that is killed {n_kills} times ends with the weights of an uninterrupted one, bit by bit"
+    return Claim(
+        text,
+        is_equal and found.n_kills == n_kills,
+        f"{found.n_kills} kills, {'equal' if is_equal else 'other'} weights",
+    )
 
 
 def trained_alike(before: Epoch, after: Epoch) -> Claim:

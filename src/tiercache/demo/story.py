@@ -1,4 +1,4 @@
-"""The story: pack, list, train cold, train warm in a new process, stop, resume, evict, tier; with claims to check."""
+"""The story: pack, list, train cold, train warm in a new process, stop, resume, kill, evict, tier; with claims."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from importlib import import_module
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from tiercache.cache import Cache
 from tiercache.dataset import Dataset
 from tiercache.demo import results
-from tiercache.demo.results import Claim, Epoch, Job, Phase
+from tiercache.demo.results import Claim, Epoch, Job, KilledJob, KilledTraining, Phase
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
 from tiercache.pack import pack
@@ -45,6 +45,7 @@ WINDOW_BYTES = 128
 DATA_SETS = ("digits/train", "digits/test", "python")
 COLD = "python"  # the data set that the rules archive
 CACHE_BYTES = 1 << 30
+N_KILLS = 20
 # Real rules have idle = "30d", after = "14d" and grace = "24h". even_if_dearer = true, because the demo's shards have
 # 64 KiB and archive classes bill at least 128 KiB per object. The price of hot is that of a cloud disk.
 RULES = """\
@@ -110,6 +111,7 @@ def run_story(folder: Path, show: Show) -> Story:
         story.pack()
         story.verify()
         warm = story.train()
+        story.kill()
         story.evict()
         story.tier(warm)
     return story
@@ -214,6 +216,23 @@ class Story:
             self._show("epoch", facts, text)
         self.epochs += epochs
         return epochs
+
+    def kill(self) -> None:
+        """Kill a training again and again; it goes on from its checkpoints."""
+        self._step(f"Checkpoints: a training is killed {N_KILLS} times, and goes on from its newest checkpoint")
+        self._note("model, optimizer and loader, saved every other step by tc.Checkpoints to a local folder and to S3")
+        checkpoints, local = f"{self._server.url}/runs", str(self._folder / "checkpoints")
+        job = KilledJob(
+            self._url("digits/train"),
+            self._server.storage_options,
+            str(self._cache),
+            CACHE_BYTES,
+            checkpoints,
+            local,
+            N_KILLS,
+        )
+        for line in run_process("killed", asdict(job)):
+            self._claim(results.killed_alike(KilledTraining(**json.loads(line)), N_KILLS))
 
     def evict(self) -> None:
         """Empty the cache."""
@@ -338,12 +357,25 @@ def python_windows(n_bytes: int = TEXT_BYTES) -> npt.NDArray[np.uint8]:
 
 
 def run_job(job: Job) -> Iterator[Epoch]:
-    """Run a job in a new Python process and yield its epochs as they end. Closing the iterator ends the process.
+    """Run a job in a new Python process and yield its epochs as they end. See run_process()."""
+    with closing(run_process("train", asdict(job))) as lines:
+        for line in lines:
+            yield Epoch(**json.loads(line))
+
+
+def run_process(module: str, job: Mapping[str, Any]) -> Generator[str]:
+    """Run a module of the demo in a new Python process and yield the lines of its output.
+
+    Closing the iterator ends the process.
+
+    Args:
+        module: Name of the module.
+        job: JSON object for its standard input.
 
     Raises:
         TierCacheError: The process failed; the message has the end of its standard error.
     """
-    command = [sys.executable, "-m", "tiercache.demo.train"]
+    command = [sys.executable, "-m", f"tiercache.demo.{module}"]
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
@@ -351,14 +383,14 @@ def run_job(job: Job) -> Iterator[Epoch]:
         try:
             if process.stdin is None or process.stdout is None:
                 raise AssertionError("stdin and stdout are pipes")
-            process.stdin.write(json.dumps(asdict(job)))
+            process.stdin.write(json.dumps(job))
             process.stdin.close()
-            for line in process.stdout:
-                yield Epoch(**json.loads(line))
+            yield from process.stdout
             if process.wait() != 0:
                 errors.seek(0)
                 text = errors.read()[-ERROR_CHARACTERS:].strip()
-                raise TierCacheError(f"the training process ({job.phase}) ended with {process.returncode}:\n{text}")
+                name = job.get("phase", module)
+                raise TierCacheError(f"the training process ({name}) ended with {process.returncode}:\n{text}")
         finally:
             process.kill()
 
