@@ -19,6 +19,7 @@ _TORCH_HOMES = (
     "checkpoint/",
     "integrations/",
     "demo/train.py",
+    "demo/killed.py",
     "rng.py",
 )  # rng.py: on first use of a torch.Generator
 HOMES = {

@@ -56,7 +56,9 @@ def train(job: KilledJob, run: str, progress_fd: int) -> str:
         ) as checkpoints,
     ):
         dataset = Dataset(job.url, cache=cache, transform=augment_digit, storage_options=storage)
-        loader = DataLoader(dataset, BATCH_SIZE, shuffle=True, options=LoaderOptions(seed=SEED))
+        loader: DataLoader[dict[str, Any]] = DataLoader(
+            dataset, BATCH_SIZE, shuffle=True, options=LoaderOptions(seed=SEED)
+        )
         state: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader}
         step = first_epoch = 0
         try:
