@@ -57,6 +57,7 @@ class Copy:
     whole: bool = True
     verified: bool = True
     link: str = ""
+    inner_link: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Group:
     metrics: Mapping[str, float] = field(default_factory=dict)
     unread: bool = False
     tags: frozenset[str] = frozenset()
+    misnamed: str = ""  # path that its objects have now
+    is_pinned: bool = False  # by its own tags.json
 
 
 def checkpoint(run: int, step: int, copies: Mapping[str, Copy], **facts: object) -> Group:
@@ -133,6 +136,9 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         whole=copies(lambda copy: copy.whole, np.bool_),
         verified=copies(lambda copy: copy.verified, np.bool_),
         links={row: copy.link for row, (_, _, copy, _) in enumerate(rows) if copy.link},
+        inner_links={row: copy.inner_link for row, (_, _, copy, _) in enumerate(rows) if copy.inner_link},
+        misnamed={number: group.misnamed for number, group in enumerate(groups) if group.misnamed},
+        pinned=frozenset(number for number, group in enumerate(groups) if group.is_pinned),
     )
 
 
