@@ -250,7 +250,9 @@ class Oracle:
             other for other in self.groups.values() if other.series == group.series and self._is_newer(other, group)
         ]
         here = [other for other in newer if other.name not in self.deleted and self._counted(other)]
-        if group.series and len(here) < group.keep_last:
+        # Each older copy of a name that was written again counts by the date of its own writing.
+        is_rewritten = any(len(self.ever.get(key, ())) > 1 for key in group.keys)
+        if group.series and len(here) < group.keep_last and not is_rewritten:
             return f"it is among the last {group.keep_last}"
         return ""
 
@@ -258,7 +260,9 @@ class Oracle:
         """Whether another checkpoint may be newer: by its step, or because some of it was written later."""
         changed_s = [self.changed_s[key] for key in other.keys if key in self.changed_s]
         written_s = [self.written_s[key] for key in group.keys if key in self.written_s]
-        return other.step > group.step or max(changed_s, default=0.0) > min(written_s, default=NEVER)
+        is_later = max(changed_s, default=0.0) > min(written_s, default=NEVER)
+        # A bucket dates an object whose bits turned anew.
+        return other.step > group.step or is_later or any(self.spoilt.get(key) for key in other.keys)
 
     def _counted(self, group: Group) -> bool:
         """Whether it is one of the newer ones: also if somebody has removed it when it was decided what goes."""
