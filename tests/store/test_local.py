@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tiercache.errors import NotFound, StoreError
+from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder, open_store, posix
 from tiercache.store.posix import TEMP_PREFIX
@@ -334,3 +334,50 @@ def test_other_bytes_of_the_same_size_and_mtime_have_another_etag(tmp_path):
     assert store.delete_unchanged("f", after.etag)
     assert store.delete_unchanged("f", after.etag)
     assert list(store.list()) == []
+
+
+def test_a_second_name_of_a_file_shares_its_bytes_and_is_never_overwritten(store):
+    store.put("a/x", b"1")
+    assert store.link("a/x", "b/y").n_bytes == 1
+    assert store.get("b/y") == b"1"
+    assert store.head("a/x").etag == store.head("b/y").etag
+    store.put("c", b"2")
+    with pytest.raises(ObjectChanged):
+        store.link("a/x", "c")
+    assert store.get("c") == b"2"
+    with pytest.raises(NotFound):
+        store.link("nothing", "d")
+
+
+def test_without_hard_links_a_second_name_is_not_made(store, monkeypatch):
+    def link(*_args, **_options):
+        raise OSError(errno.EPERM, "no links here")
+
+    store.put("x", b"1")
+    monkeypatch.setattr(os, "link", link)
+    assert store.link("x", "y") is None
+    assert [info.key for info in store.list()] == ["x"]
+
+
+def test_a_symbolic_link_is_replaced_and_nothing_else_is(store):
+    store.put("x", b"1")
+    store.put_link("a/last", "../x")
+    store.put_link("a/last", "../y")
+    assert (store.root / "a/last").readlink() == Path("../y")
+    with pytest.raises(ObjectChanged):
+        store.put_link("x", "y")
+    store.remove_link("x")
+    store.remove_link("a/last")
+    store.remove_link("a/last")
+    assert [path.name for path in store.root.rglob("*") if not path.is_dir()] == ["x"]
+
+
+def test_empty_folders_above_a_key_are_removed_up_to_the_root(store):
+    store.put("a/b/c/x", b"1")
+    store.put("a/y", b"1")
+    store.delete(["a/b/c/x"])
+    store.remove_empty_above("a/b/c/x")
+    assert [path.name for path in store.root.rglob("*")] == ["a", "y"]
+    store.delete(["a/y"])
+    store.remove_empty_above("a/y")
+    assert list(store.root.iterdir()) == []

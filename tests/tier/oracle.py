@@ -250,14 +250,19 @@ class Oracle:
             other for other in self.groups.values() if other.series == group.series and self._is_newer(other, group)
         ]
         here = [other for other in newer if other.name not in self.deleted and self._counted(other)]
-        if group.series and len(here) < group.keep_last:
+        # Each older copy of a name that was written again counts by the date of its own writing.
+        is_rewritten = any(len(self.ever.get(key, ())) > 1 for key in group.keys)
+        if group.series and len(here) < group.keep_last and not is_rewritten:
             return f"it is among the last {group.keep_last}"
         return ""
 
     def _is_newer(self, other: Group, group: Group) -> bool:
         """Whether another checkpoint may be newer: by its step, or because some of it was written later."""
-        times = [[self.written_s[key] for key in one.keys if key in self.written_s] for one in (other, group)]
-        return other.step > group.step or (all(times) and max(times[0]) > min(times[1]))
+        changed_s = [self.changed_s[key] for key in other.keys if key in self.changed_s]
+        written_s = [self.written_s[key] for key in group.keys if key in self.written_s]
+        is_later = max(changed_s, default=0.0) > min(written_s, default=NEVER)
+        # A bucket dates an object whose bits turned anew.
+        return other.step > group.step or is_later or any(self.spoilt.get(key) for key in other.keys)
 
     def _counted(self, group: Group) -> bool:
         """Whether it is one of the newer ones: also if somebody has removed it when it was decided what goes."""
@@ -413,6 +418,8 @@ class Oracle:
                 now = picture.get(place, {}).get(key)
                 if now is not None and not (seen.readable and not now.readable):
                     continue
+                if key not in self.group_of or (now is None and _lies(picture.get(place, {}), key, seen.data)):
+                    continue  # an older object of a name that was written again, with a date in its name
                 # Spoilt bytes have no grace, also where the library has copied them and takes that back, being wrong.
                 if seen.data in self.spoilt.get(key, ()) or not self.may_not_delete(self.group_of[key], now_s):
                     continue

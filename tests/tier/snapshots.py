@@ -57,6 +57,7 @@ class Copy:
     whole: bool = True
     verified: bool = True
     link: str = ""
+    inner_link: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Group:
     unread: bool = False
     tags: frozenset[str] = frozenset()
     held: str = ""
+    misnamed: str = ""  # path that its objects have now
+    is_pinned: bool = False  # by its own tags.json
 
 
 def checkpoint(run: int, step: int, copies: Mapping[str, Copy], **facts: object) -> Group:
@@ -135,6 +138,9 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         verified=copies(lambda copy: copy.verified, np.bool_),
         links={row: copy.link for row, (_, _, copy, _) in enumerate(rows) if copy.link},
         held={number: group.held for number, group in enumerate(groups) if group.held},
+        inner_links={row: copy.inner_link for row, (_, _, copy, _) in enumerate(rows) if copy.inner_link},
+        misnamed={number: group.misnamed for number, group in enumerate(groups) if group.misnamed},
+        pinned=frozenset(number for number, group in enumerate(groups) if group.is_pinned),
     )
 
 

@@ -20,6 +20,8 @@ from tests.tier.snapshots import (
 
 from tiercache.prices import FREE, Prices, price_table
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING
+from tiercache.tier.plan.plan import holdings
+from tiercache.tier.plan.policy import decide
 from tiercache.tier.plan.proposals import ago
 from tiercache.tier.rules import BestMetric, KeepList, Pin, Rule, Tag, TieringOptions
 
@@ -609,3 +611,71 @@ def test_prices_and_capacities_need_one_entry_per_tier(prices, limits):
 
 def test_an_empty_snapshot_has_no_decisions():
     assert planned([], TO_ARCHIVE, KEEP) == ((), ())
+
+
+# -- older copies, links and tags.json ---------------------------------------------------------------------------------
+
+OLD = "ckpt/r0/step-9.20261101T120000Z"
+
+
+def rewritten(**old: object) -> list[Group]:
+    """Step 9 was written again while an older copy of it is in the archive; step 10 is newer."""
+    older = replace(
+        checkpoint(0, 9, {"archive": Copy(BIG.n_bytes, **old)}, days=90.0), path=OLD, misnamed="ckpt/r0/step-9"
+    )
+    return [checkpoint(0, 9, {"hot": BIG}, days=30.0), older, checkpoint(0, 10, {"hot": BIG}, days=1.0)]
+
+
+def test_an_older_copy_is_renamed_and_the_newer_one_may_move_to_its_tier():
+    rule = Rule(name="r", match=("**",), keep={"hot": KeepList(last=1)}, then="archive")
+    assert moves_of(rewritten(), rule) == [
+        ("ckpt/r0/step-9", "move", "hot", "archive"),
+        (OLD, "rename", "archive", "archive"),
+    ]
+
+
+def test_an_archived_older_copy_keeps_the_newer_one_from_its_tier_until_it_is_restored():
+    rule = Rule(name="r", match=("**",), keep={"hot": KeepList(last=1)}, then="archive")
+    moves, refusals = planned(rewritten(state=ARCHIVED), rule)
+    assert list(moves) == []
+    assert {refusal.action for refusal in refusals} == {"move", "rename"}
+    assert all("tiercache restore ckpt/r0/step-9" in refusal.reason for refusal in refusals)
+
+
+def test_the_newer_copy_of_a_name_moves_to_other_tiers_while_the_older_one_is_archived():
+    rule = Rule(name="r", match=("**",), keep={"hot": KeepList(last=1), "standard": KeepList(last=9)})
+    assert moves_of(rewritten(state=ARCHIVED), rule) == [("ckpt/r0/step-9", "move", "hot", "standard")]
+
+
+def test_an_older_copy_that_no_rule_matches_keeps_its_name():
+    assert moves_of(rewritten(), Rule(name="r", match=("other/**",), to="archive")) == []
+
+
+def test_a_renamed_copy_leaves_the_totals_of_tiers_as_they_are():
+    groups = rewritten()
+    rule = Rule(name="r", match=("ckpt/r0/step-9.*",), to="archive")
+    snapshot, file = snapshot_of(groups), tier_file([rule])
+    found = decide(snapshot, file, PRICES, capacity_bytes=[None] * 3)
+    assert len(found.moves) == 1
+    assert holdings(snapshot, PRICES, found) == holdings(snapshot, PRICES)
+
+
+@pytest.mark.parametrize("copy", [Copy(BIG.n_bytes, link="last"), Copy(BIG.n_bytes, inner_link="a/x")])
+def test_a_copy_that_a_link_needs_is_only_copied_to_an_object_store(copy):
+    (move,), _ = planned([Group("a", {"hot": copy}, days=100.0)], TO_ARCHIVE)
+    assert (move.action, "symbolic link" in move.reason) == ("copy", True)
+    both = Group("a", {"hot": copy, "archive": BIG}, days=100.0)
+    assert "symbolic link" in refusal_of([both], TO_ARCHIVE)
+
+
+def test_a_link_inside_a_checkpoint_does_not_prevent_its_deletion():
+    inner = [checkpoint(0, step, {"hot": Copy(BIG.n_bytes, inner_link="x")}, days=400.0 - step) for step in (1, 2)]
+    assert [action for _, action, *_ in moves_of(inner, DELETE)] == ["delete"]
+    outer = [checkpoint(0, step, {"hot": Copy(BIG.n_bytes, link="x")}, days=400.0 - step) for step in (1, 2)]
+    assert moves_of(outer, DELETE) == []
+
+
+def test_a_checkpoint_that_its_own_tags_file_pins_is_neither_moved_nor_deleted():
+    groups = [checkpoint(0, step, {"hot": BIG}, days=400.0 - step, is_pinned=step == 1) for step in (1, 2, 3)]
+    for rule in (DELETE, Rule(name="r", match=("**",), keep={"hot": KeepList(last=1)})):
+        assert [path for path, *_ in moves_of(groups, rule)] == ["ckpt/r0/step-2"]

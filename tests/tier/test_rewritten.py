@@ -149,13 +149,23 @@ def test_the_plan_shows_the_rename_with_the_reason(folders):
     assert report.plan.after["archive"].n_objects == 2
 
 
-def test_a_pinned_older_copy_keeps_its_name_and_the_newer_one_stays_where_it_is(folders):
+@pytest.mark.parametrize("pin", ["run/step_100*", "run/step_100.pt"])
+def test_a_pinned_older_copy_keeps_its_name_and_the_newer_one_stays_where_it_is(folders, pin):
     archive_first(folders)
     with (folders.root / "tiercache.toml").open("a") as file:
-        file.write(f"\n[[pins]]\nmatch = {json.dumps('run/step_100*')}\n")
+        file.write(f"\n[[pins]]\nmatch = {json.dumps(pin)}\n")
     folders.run()
     assert folders.found("cold") == {"run/step_100.pt": "a"}
     assert folders.found("hot") == {"run/step_900.pt": "N", "run/step_100.pt": "b"}
+
+
+def test_a_pin_of_a_name_holds_its_older_copies_too(folders):
+    archive_first(folders)
+    folders.run()
+    rules = (folders.root / "tiercache.toml").read_text().replace('after = "0s"', 'after = "0s"\ndelete_after = "1d"')
+    (folders.root / "tiercache.toml").write_text(rules + '\n[[pins]]\nmatch = "run/step_100.pt"\n')
+    folders.run()
+    assert folders.found("cold") == {"run/step_100.pt": "b", "run/step_100.DATE.pt": "a"}
 
 
 def test_a_file_that_is_no_checkpoint_is_renamed_too(folders):

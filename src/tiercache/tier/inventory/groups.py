@@ -37,10 +37,11 @@ from tiercache.tier.inventory.layouts import (
     KeyGroups,
     UserLayout,
     group_keys,
+    undated_path,
 )
 from tiercache.tier.inventory.listing import NO_CRC, Listing, ObjectTable, Progress, list_tiers, release_memory
 from tiercache.tier.inventory.metrics import find_metrics
-from tiercache.tier.inventory.rewritten import find_older_copies, undated_path, with_dated_keys
+from tiercache.tier.inventory.rewritten import find_older_copies, with_dated_keys
 from tiercache.tier.model import (
     ARCHIVED,
     CHECKPOINT,
@@ -621,7 +622,9 @@ def _snapshot(
     created_s, last_use_s = np.full(len(grouped.kind), np.inf), np.full(len(grouped.kind), np.inf)
     np.minimum.at(created_s, copies.group, copies.written_s)
     in_name_s = grouped.from_layout(grouped.layout.written_s, np.nan)
-    created_s = np.where(np.isnan(in_name_s), created_s, np.minimum(in_name_s, now_s))
+    # A dated name has whole seconds; where the exact time is known, it decides about the order.
+    is_exact = np.isnan(in_name_s) | ((created_s >= in_name_s) & (created_s < in_name_s + 1.0))
+    created_s = np.where(is_exact, created_s, np.minimum(in_name_s, now_s))
     # A group without a known use counts as used when its oldest copy was written: a restored copy is not idle at once.
     np.minimum.at(last_use_s, copies.group, copies.modified_s)
     of_shard, shard = grouped.shard >= 0, grouped.shard[grouped.shard >= 0]

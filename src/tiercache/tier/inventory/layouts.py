@@ -111,6 +111,7 @@ _METADATA_TMP = r"^(?:__[0-9]+)?\.metadata\.tmp$"
 _INDEX = r"\.index\.json$|^meta\.pt$|^metadata\.json$"
 
 _NUMBER_NAME = re.compile(rf"[0-9]{{1,18}}(?:{DATE})?")
+_ANY_DATE = re.compile(rf"{DATE}(?=[./]|$)")
 _PLACEHOLDER = re.compile(r"\{(?:step|epoch)\}")
 
 
@@ -155,6 +156,17 @@ def _date_position(name: str, *, is_file: bool) -> int:
     """Return the position of a name's suffix, before which a date is put; its length if it has none."""
     match = re.search(rf"(?i){SUFFIXES}+$", name) or (re.search(r"[.][A-Za-z]\w*$", name) if is_file else None)
     return match.start() if match else len(name)
+
+
+def undated_path(path: str) -> str:
+    """Return the path that a group, or an object of it, had before a date was put into the name of the group."""
+    return _ANY_DATE.sub("", path, count=1)
+
+
+def undated_paths(paths: pa.Array) -> tuple[NDArray[np.int64], pa.Array]:
+    """Return the rows of paths with a date in a name, and these paths without the date."""
+    rows = np.flatnonzero(match_regex(paths, rf"{DATE}(?:[./]|$)"))
+    return rows, pc.replace_substring_regex(paths.take(pa.array(rows)), DATE, "")
 
 
 def written_in_names(paths: pa.Array) -> NDArray[np.float64]:

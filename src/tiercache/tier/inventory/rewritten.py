@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from tiercache.tier.inventory.layouts import DATE, dated_name
+from tiercache.tier.inventory.layouts import DATE, dated_name, undated_path
 from tiercache.tier.inventory.listing import NO_CRC
 
 if TYPE_CHECKING:
@@ -30,12 +30,6 @@ if TYPE_CHECKING:
 # Assumed difference between the clocks of two stores.
 _SKEW_S = 60.0
 _DATED = re.compile(rf"(?i){DATE}")
-
-
-def undated_path(path: str) -> str:
-    """Return the path that a group had before a date was put into its name."""
-    folder, slash, name = path.rpartition("/")
-    return f"{folder}{slash}{_DATED.sub('', name, count=1)}"
 
 
 def renamed_key(key: str, path: str) -> str:

@@ -21,6 +21,7 @@ import pyarrow as pa
 from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.tier.holds import read_holds
+from tiercache.tier.inventory.layouts import undated_path
 from tiercache.tier.model import READABLE, STANDARD
 from tiercache.tier.move.transfer import Transfer, find_difference
 from tiercache.tier.rules import load_rule_file
@@ -284,7 +285,9 @@ class MoveContext:
             return reasons
         texts, owners = [], []
         for row in rows:
-            for text in {row.path, *(obj.key for obj in row.objects)}:
+            # A pin of a name holds its older copies, too, which have a date in the name.
+            names = {row.path, *(obj.key for obj in row.objects)}
+            for text in names | {undated_path(name) for name in names}:
                 texts.append(text)
                 owners.append((row.plan, row.number))
         found = first_match(pa.array(texts, pa.large_string()), [(pin.match, ()) for pin in pins])

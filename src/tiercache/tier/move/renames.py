@@ -27,7 +27,8 @@ from tiercache.catalog.tiers import CatalogEntry, JournalRow, MoveState, Planned
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
 from tiercache.store import LocalFolder
-from tiercache.tier.inventory.rewritten import renamed_key, undated_path
+from tiercache.tier.inventory.layouts import undated_path
+from tiercache.tier.inventory.rewritten import renamed_key
 from tiercache.tier.move.checks import Heads, StoppedMove, first_written_s
 from tiercache.tier.move.hand_copies import HandCopy, hold_hand_copies
 from tiercache.tier.move.placement_updates import PlacementUpdates

@@ -189,6 +189,7 @@ class Transfer:
         if isinstance(store, LocalFolder) and store.link(obj.key, key) is not None:
             return
         if s3_classes is not None:
+            self._expect_absent(name, key)  # not all servers check the condition of a copy request
             storage_class = self._stores.file.tier(name).storage_class
             crc, etag = obj.crc32c, info.etag
             before = s3_classes.checksums(obj.key)
@@ -206,7 +207,7 @@ class Transfer:
                         self._buffers.give(part.buffer)
                 found = upload.complete(if_absent=True)
             if found is None:
-                raise ObjectChanged("the name is taken: it is not overwritten", url=self._at(name, key))
+                raise self._is_taken(name, key)
             made, is_equal = found, self.checksum_of(name, found) == crc
         is_equal = is_equal or (
             not needs_restore(made) and self.checksum_of(name, made) == self.checksum_of(name, info)
@@ -214,6 +215,15 @@ class Transfer:
         if made.n_bytes != info.n_bytes or not is_equal:
             self._remove(name, made)
             raise _wrong(self._at(name, key), f"the bytes of {obj.key}", "other bytes", "the copy")
+
+    def _expect_absent(self, name: str, key: str) -> None:
+        """Raise ObjectChanged if a tier has an object with this key."""
+        with suppress(NotFound):
+            self._stores.head(name, key)
+            raise self._is_taken(name, key)
+
+    def _is_taken(self, name: str, key: str) -> ObjectChanged:
+        return ObjectChanged("the name is taken: it is not overwritten", url=self._at(name, key))
 
     def check(self, name: str, obj: PlannedObject) -> ObjectInfo:
         """Return the metadata of an object, if it is the planned one and can be read. Raises as copy()."""
