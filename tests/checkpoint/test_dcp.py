@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from threading import current_thread
 
@@ -175,6 +176,8 @@ def test_what_would_not_commit_one_checkpoint_of_all_ranks_is_refused(checkpoint
         dcp.save(state, storage_writer=checkpoints.dcp_writer(0), checkpoint_id="mine")
     with pytest.raises(ValueError, match="use_collectives"):
         dcp.save(state, storage_writer=checkpoints.dcp_writer(0), use_collectives=False)
+    with pytest.raises(TypeError, match=r"AsyncCheckpointerType\.THREAD"):
+        pickle.dumps(checkpoints.dcp_writer(0))
     planner = DefaultSavePlanner(enable_plan_caching=True)
     dcp.save(state, storage_writer=checkpoints.dcp_writer(1), planner=planner)
     with pytest.raises(CheckpointException, match="enable_plan_caching"):

@@ -168,6 +168,11 @@ class DistributedWriter(StorageWriter):
         self._created_s, self.name = 0.0, ""
         self._is_committed = False
 
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "a writer of tc.Checkpoints stays in its process: use dcp.async_save with AsyncCheckpointerType.THREAD"
+        )
+
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003 - torch's interface
         """Return False: torch must not make this writer from a checkpoint_id."""
