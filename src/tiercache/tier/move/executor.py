@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
-from tiercache.tier.inventory.rewritten import undated_path
+from tiercache.tier.inventory.layouts import undated_path
 from tiercache.tier.move.checks import (
     ApplyResult,
     BatchLimits,
