@@ -48,7 +48,7 @@ class Oracle:
     """The record, and the checks.
 
     alive: key to contents to the place where somebody has written them and not replaced or removed them himself.
-    ever: all contents that a key has had. rotten: (place, key) to the bytes that the world itself has spoilt there;
+    ever: all contents that a key has had. current: the one that somebody wrote last. rotten: (place, key) to the bytes that the world itself has spoilt there;
     spoilt: key to all of these.
     first_seen_s: (place, key, contents) to when they were seen there first; once_seen_s: of those that are gone from
     there. pinned: keys; pinned_late: of these, those that were pinned while it was decided already what goes;
@@ -64,6 +64,7 @@ class Oracle:
     groups: dict[str, Group] = field(default_factory=dict)
     alive: dict[str, dict[bytes, set[str]]] = field(default_factory=dict)
     ever: dict[str, set[bytes]] = field(default_factory=dict)
+    current: dict[str, bytes] = field(default_factory=dict)
     rotten: dict[tuple[str, str], bytes] = field(default_factory=dict)
     spoilt: dict[str, set[bytes]] = field(default_factory=dict)
     written_s: dict[str, float] = field(default_factory=dict)
@@ -117,6 +118,7 @@ class Oracle:
                 del contents[other]
         contents.setdefault(data, set()).add(place)
         self.ever.setdefault(key, set()).add(data)
+        self.current[key] = data
         self.written_s.setdefault(key, now_s)
         self.changed_s[key] = now_s
         self.deleted.discard(self.group_of[key])
@@ -228,14 +230,17 @@ class Oracle:
                 del contents[data]
                 if data in self.replaced_late.get(key, ()):
                     continue
-                why = self.may_not_delete(self.group_of[key], now_s)
+                why = self.may_not_delete(self.group_of[key], now_s, is_older=data != self.current.get(key))
                 if why:
                     found.append(f"{key}: its {len(data)} bytes lie nowhere any more, and must: {why}")
                 self.deleted.add(self.group_of[key])
         return found
 
-    def may_not_delete(self, name: str, now_s: float) -> str:
-        """Return why no rule may delete a group now; "": one may."""
+    def may_not_delete(self, name: str, now_s: float, *, is_older: bool = False) -> str:
+        """Return why no rule may delete a group now; "": one may.
+
+        is_older: What goes is an older copy of a name that was written again, which counts by its own date.
+        """
         group = self.groups[name]
         age_s = now_s - min(self.written_s[key] for key in group.keys if key in self.written_s)
         if group.delete_after_s == NEVER:
@@ -250,9 +255,7 @@ class Oracle:
             other for other in self.groups.values() if other.series == group.series and self._is_newer(other, group)
         ]
         here = [other for other in newer if other.name not in self.deleted and self._counted(other)]
-        # Each older copy of a name that was written again counts by the date of its own writing.
-        is_rewritten = any(len(self.ever.get(key, ())) > 1 for key in group.keys)
-        if group.series and len(here) < group.keep_last and not is_rewritten:
+        if group.series and len(here) < group.keep_last and not is_older:
             return f"it is among the last {group.keep_last}"
         return ""
 
@@ -421,7 +424,9 @@ class Oracle:
                 if key not in self.group_of or (now is None and _lies(picture.get(place, {}), key, seen.data)):
                     continue  # an older object of a name that was written again, with a date in its name
                 # Spoilt bytes have no grace, also where the library has copied them and takes that back, being wrong.
-                if seen.data in self.spoilt.get(key, ()) or not self.may_not_delete(self.group_of[key], now_s):
+                is_older = seen.data != self.current.get(key)
+                may_not = self.may_not_delete(self.group_of[key], now_s, is_older=is_older)
+                if seen.data in self.spoilt.get(key, ()) or not may_not:
                     continue
                 holders = [other for other in picture if _lies(picture[other], key, seen.data)]
                 since_s = [self.first_seen_s[other, key, seen.data] for other in holders if other != place]
