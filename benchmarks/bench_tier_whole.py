@@ -63,7 +63,7 @@ class MadeStore(MemoryStore):
         """Yield all objects."""
         name = CASES[self.case]
         for i in self.numbers:
-            yield ObjectInfo(name(i), 1_000_000 + i % 7, f'"{i:032x}"', modified_s=NOW_S - DAY_S - i % 1000)
+            yield ObjectInfo(name(i), 1_000_000 + i % 7, f'"{i:032x}"', modified_s=NOW_S - DAY_S - 1000 + i % 1000)
 
 
 def ranges_of(n: int) -> dict[str, range]:

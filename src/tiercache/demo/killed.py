@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from select import select
 from typing import Any
@@ -59,24 +60,22 @@ def train(job: KilledJob, run: str, progress_fd: int) -> str:
         loader: DataLoader[dict[str, Any]] = DataLoader(
             dataset, BATCH_SIZE, shuffle=True, options=LoaderOptions(seed=SEED)
         )
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader}
-        step = first_epoch = 0
-        try:
-            loaded = checkpoints.load("latest", into=state)
-            step, first_epoch = loaded["step"], loaded["epoch"]
-        except NotFound:
-            loader.set_epoch(0)
-        for epoch in range(first_epoch, N_EPOCHS):
-            if epoch > first_epoch:
+        loader.set_epoch(0)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader, "step": 0, "epoch": 0}
+        with suppress(NotFound):  # there is no checkpoint yet
+            checkpoints.load("latest", into=state)
+        for epoch in range(state["epoch"], N_EPOCHS):
+            if epoch > state["epoch"]:
                 loader.set_epoch(epoch)
+                state["epoch"] = epoch
             for batch in loader:
                 loss = F.cross_entropy(*model(batch))
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
-                step += 1
-                if step % STEPS_PER_SAVE == 0:
-                    checkpoints.save(step, {**state, "step": step, "epoch": epoch}, metrics={"loss": loss.item()})
+                state["step"] += 1
+                if state["step"] % STEPS_PER_SAVE == 0:
+                    checkpoints.save(state["step"], state, metrics={"loss": loss.item()})
                 os.write(progress_fd, b".")
         dataset.close()
     digest = hashlib.sha256()
