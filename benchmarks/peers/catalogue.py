@@ -22,6 +22,8 @@ PICTURE_FORMS = (FAST_DCT, PLANES)
 
 WORKLOADS = ("tokens", "bytes", "tensors", "rows", "images")
 AUGMENTED = "augmented"
+# The first epoch of a data set in an S3 store; only contenders that read stores run it.
+COLD = "cold"
 
 
 def manner(form: str) -> str:
@@ -74,7 +76,7 @@ PEERS = {
         tuned="never",
         forms=BOTH,
         picture_forms=PICTURE_FORMS,
-        workloads=(*WORKLOADS, AUGMENTED),
+        workloads=(*WORKLOADS, AUGMENTED, COLD),
     ),
     "torch_map": Peer(title="torch DataLoader, in memory", distribution="torch", workloads=(*WORKLOADS, AUGMENTED)),
     "torch_bulk": Peer(
@@ -108,6 +110,7 @@ PEERS = {
         distribution="mosaicml-streaming",
         requirements=("numpy", "mosaicml-streaming==0.13.0", TORCH, PILLOW),
         shuffles=ALL,
+        workloads=(*WORKLOADS, COLD),
         # It packs 34 to 55 thousand records/s, two million in up to a minute, and reads 12 to 20 thousand.
         fewer={"rows": 131_072},
     ),
@@ -116,6 +119,7 @@ PEERS = {
         distribution="litdata",
         requirements=("numpy", "litdata==0.2.76", TORCH, PILLOW),
         shuffles=ALL,
+        workloads=(*WORKLOADS, COLD),
         # It packs 40 to 71 thousand records/s, two million in up to a minute. In the stored order it reads 71 to 118
         # thousand: with fewer records than these, an epoch would be shorter than a span.
         fewer={"rows": 262_144},
@@ -125,6 +129,7 @@ PEERS = {
         distribution="webdataset",
         requirements=("numpy", "webdataset==1.0.2", TORCH, PILLOW),
         shuffles=("none", "default"),
+        workloads=(*WORKLOADS, COLD),
         # It packs 2.4 to 4 thousand records/s, 6 KB of tar each: two million take nine minutes or more, and 12 GB.
         fewer={"rows": 65_536},
     ),
@@ -174,6 +179,26 @@ PEERS = {
         requirements=("numpy", "datasets==5.2.0", TORCH, PILLOW),
         tuned="orders",
         forms=BOTH,
+    ),
+    "s3_connector": Peer(
+        title="s3torchconnector",
+        distribution="s3torchconnector",
+        requirements=("numpy", "s3torchconnector==1.5.0", TORCH),
+        workloads=(COLD,),
+    ),
+    "s3fs_ranges": Peer(
+        title="s3fs, torch DataLoader",
+        distribution="s3fs",
+        requirements=("numpy", "s3fs==2026.9.0", TORCH),
+        workloads=(COLD,),
+    ),
+    "obstore_floor": Peer(
+        title="obstore to disk",
+        distribution="obstore",
+        shuffles=("none",),
+        tuned="never",
+        workloads=(COLD,),
+        baseline=True,
     ),
 }
 
