@@ -54,11 +54,12 @@ def test_each_contender_has_a_row_for_the_cold_epoch_of_each_order(
 
     monkeypatch.setattr(bench("peers.runner").Runner, "run", run_in_a_fork)
     monkeypatch.setattr(compare, "cold_store", shared)
-    monkeypatch.setitem(peers, "s3fs_ranges", replace(peers["s3fs_ranges"], requirements=()))  # it is installed here
+    for name, shuffles in {"s3fs_map": ("full",), "s3fs_bulk": ("none",)}.items():
+        monkeypatch.setitem(peers, name, replace(peers[name], requirements=(), shuffles=shuffles))  # installed here
     plan = compare.Plan(
         folder=tmp_path,
         environments=tmp_path / "envs",
-        peers=("tiercache", "obstore_floor", "s3fs_ranges"),
+        peers=("tiercache", "obstore_floor", "s3fs_map", "s3fs_bulk"),
         shuffles=("none", "full"),
         workers=(0,),
         repetitions=1,
@@ -75,8 +76,8 @@ def test_each_contender_has_a_row_for_the_cold_epoch_of_each_order(
         ("tiercache", "none"),
         ("tiercache", "full"),
         ("obstore_floor", "none"),
-        ("s3fs_ranges", "none"),
-        ("s3fs_ranges", "full"),
+        ("s3fs_map", "full"),
+        ("s3fs_bulk", "none"),
     ]
     for (_, shuffle), row in loads.items():
         assert 0 < row["first_batch_s"]["min"] <= row["epoch_s"]["min"]
@@ -85,7 +86,7 @@ def test_each_contender_has_a_row_for_the_cold_epoch_of_each_order(
     text = bench("peers.report").markdown([{**row, **bench("rows").machine()} for row in rows])
     assert "In the stored order:" in text
     assert "Shuffled:" in text
-    assert text.count("| s3fs, torch DataLoader") == 3  # and in the table of packing
+    assert text.count("| s3fs, in bulk") == 2  # and in the table of packing
 
 
 def cold(bench: Callable[[str], ModuleType], folder: Path, batches: Callable[[Any], list[Any]]) -> Any:
@@ -165,8 +166,8 @@ def test_the_report_compares_cold_epochs_of_the_same_kind_of_shuffle(bench: Call
         ("tiercache", "full", 5.0),
         ("tiercache", "default", 4.0),
         ("obstore_floor", "none", 1.0),
-        ("s3fs_ranges", "none", 7.0),
-        ("s3fs_ranges", "full", 10.0),
+        ("s3fs_bulk", "none", 7.0),
+        ("s3fs_bulk", "full", 10.0),
         ("wds", "default", 3.0),
         ("lit", "default", 8.0),
     ]
@@ -174,8 +175,8 @@ def test_the_report_compares_cold_epochs_of_the_same_kind_of_shuffle(bench: Call
     titles = list(report.COLD_TITLES)
     floor, ratio, required = (titles.index(title) for title in ("x floor", "tiercache : it", "required"))
     assert [line[floor] for line in cells(text, "tiercache")] == ["0.50", "0.25", "0.20"]
-    assert [line[required] for line in cells(text, "s3fs_ranges")] == ["3 x: met", "3 x: NOT MET"]
-    assert [line[ratio] for line in cells(text, "s3fs_ranges")] == ["3.50", "2.00"]
+    assert [line[required] for line in cells(text, "s3fs_bulk")] == ["3 x: met", "3 x: NOT MET"]
+    assert [line[ratio] for line in cells(text, "s3fs_bulk")] == ["3.50", "2.00"]
     assert [line[required] for peer in ("wds", "lit") for line in cells(text, peer)] == ["1 x: NOT MET", "1 x: met"]
 
 

@@ -39,6 +39,7 @@ class Peer:
         title: Name in the output.
         distribution: Distribution whose version is reported, or "".
         requirements: Requirements for pip, in an environment of its own; none: the interpreter of the comparison.
+        environment: Name of its environment, which contenders with the same requirements share; "": its own name.
         system: pkg-config modules that its build needs.
         shuffles: The orders that it supports, of "none", "full" and "default".
         tuned: Whether the best number of workers is searched once per workload, once per order (if orders are read in
@@ -55,6 +56,7 @@ class Peer:
     title: str
     distribution: str = ""
     requirements: tuple[str, ...] = ()
+    environment: str = ""
     system: tuple[str, ...] = ()
     shuffles: tuple[str, ...] = ("none", "full")
     tuned: Literal["once", "orders", "never"] = "once"
@@ -68,6 +70,7 @@ class Peer:
 
 
 BOTH = ("list", "buffer")
+S3FS = ("numpy", "s3fs==2026.9.0", TORCH)
 
 PEERS = {
     "tiercache": Peer(
@@ -186,10 +189,18 @@ PEERS = {
         requirements=("numpy", "s3torchconnector==1.5.0", TORCH),
         workloads=(COLD,),
     ),
-    "s3fs_ranges": Peer(
-        title="s3fs, torch DataLoader",
+    "s3fs_map": Peer(
+        title="s3fs, record by record",
         distribution="s3fs",
-        requirements=("numpy", "s3fs==2026.9.0", TORCH),
+        requirements=S3FS,
+        environment="s3fs",
+        workloads=(COLD,),
+    ),
+    "s3fs_bulk": Peer(
+        title="s3fs, in bulk",
+        distribution="s3fs",
+        requirements=S3FS,
+        environment="s3fs",
         workloads=(COLD,),
     ),
     "obstore_floor": Peer(

@@ -34,6 +34,12 @@ def shards(workload: Workload) -> Iterator[tuple[str, range]]:
         yield f"shards/{start:09d}.bin", range(start, min(start + step, n))
 
 
+def ranges(workload: Workload) -> list[tuple[str, int, int]]:
+    """Return for each record the path of its shard, and where it begins and ends there."""
+    size = record_type(workload).itemsize
+    return [(name, at * size, (at + 1) * size) for name, numbers in shards(workload) for at in range(len(numbers))]
+
+
 def stored(source: Source, numbers: range) -> np.ndarray:
     """Return consecutive records as they are stored, record_type[n]."""
     batch, records = source.batch(numbers.start, numbers.stop), np.empty(len(numbers), record_type(source.workload))

@@ -25,7 +25,7 @@ ORDERS = {"none": "in the stored order", "full": "shuffled"}
 FLOORS = ("c_floor", "decoder_alone")
 OURS, COLD_FLOOR = "tiercache", "obstore_floor"
 # Minimum ratio of tiercache's rate to another contender's, in a cold epoch of the same order.
-COLD_REQUIRED = {"mosaic": 1.0, "lit": 1.0, "wds": 1.0, "s3_connector": 1.0, "s3fs_ranges": 3.0}
+COLD_REQUIRED = {"mosaic": 1.0, "lit": 1.0, "wds": 1.0, "s3_connector": 1.0, "s3fs_map": 3.0, "s3fs_bulk": 3.0}
 LOAD_TITLES = (
     "contender",
     "k samples/s, every byte read",

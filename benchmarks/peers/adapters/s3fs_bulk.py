@@ -1,7 +1,7 @@
-"""s3fs under torch's DataLoader: a data set that reads the records of each batch by ranges of raw shards.
+"""s3fs under torch's DataLoader: a data set that reads all records of a batch at once, by ranges of raw shards.
 
-The ranges of a batch are requested at the same time, and neighbouring records by one range. Nothing is kept on the
-disk: s3fs has no cache of ranges.
+The ranges of a batch are requested at the same time, and neighbouring records by one range. Few loaders are written
+like this. Nothing is stored.
 """
 
 from __future__ import annotations
@@ -22,34 +22,28 @@ if TYPE_CHECKING:
 pack = raw_shards.pack
 
 
-class Ranges(torch.utils.data.Dataset[dict[str, Any]]):
+class Batches(torch.utils.data.Dataset[dict[str, Any]]):
     """Records in raw shards of a store. A batch is requested with all its numbers."""
 
     def __init__(self, job: Job) -> None:
         self._workload = job.workload
-        self._record_bytes = raw_shards.record_type(job.workload).itemsize
-        self._places = [
-            (f"{job.url}/{name}", at) for name, numbers in raw_shards.shards(job.workload) for at in range(len(numbers))
-        ]
+        self._ranges = raw_shards.ranges(job.workload)
+        self._url = job.url
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._ranges)
 
     def __getitem__(self, numbers: Sequence[int]) -> dict[str, Any]:
-        ranges: list[tuple[str, int, int]] = []
+        merged: list[tuple[str, int, int]] = []
         for number in numbers:
-            path, at = self._places[number]
-            if ranges and ranges[-1][::2] == (path, at):
-                ranges[-1] = (path, ranges[-1][1], at + 1)
-            else:
-                ranges.append((path, at, at + 1))
+            name, start, stop = self._ranges[number]
+            if merged and merged[-1][0] == name and merged[-1][2] == start:
+                start = merged.pop()[1]
+            merged.append((name, start, stop))
+        names, starts, stops = (list(column) for column in zip(*merged, strict=True))
         # fsspec keeps one file system for each process; one that was made before a fork could not be used.
-        pieces = s3fs.S3FileSystem().cat_ranges(
-            [path for path, _, _ in ranges],
-            [start * self._record_bytes for _, start, _ in ranges],
-            [stop * self._record_bytes for _, _, stop in ranges],
-            on_error="raise",
-        )
+        store = s3fs.S3FileSystem()
+        pieces = store.cat_ranges([f"{self._url}/{name}" for name in names], starts, stops, on_error="raise")
         return raw_shards.batch_of(pieces, self._workload)
 
 
@@ -58,7 +52,7 @@ def opened(job: Job) -> Iterator[Opened]:
     """Yield the loader, without batching of its own: its sampler returns whole batches of numbers."""
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     data = torch.utils.data
-    dataset, generator = Ranges(job), torch.Generator().manual_seed(SEED)
+    dataset, generator = Batches(job), torch.Generator().manual_seed(SEED)
     numbers = data.RandomSampler(dataset, generator=generator) if job.shuffled else data.SequentialSampler(dataset)
     loader = data.DataLoader(
         dataset,
