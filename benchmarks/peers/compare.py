@@ -146,7 +146,7 @@ def _compare(workload: Workload, plan: Plan, tasks: Tasks, store: ColdStore | No
             _say(f"{workload.name}: {PEERS[name].title}, packed: {packed['records_per_s']:,.0f} records/s")
         if store is not None and not case.missing:
             case = replace(case, job=replace(case.job, url=store.upload(case.job.path, name)))
-        workers: dict[bool, Case] = {}
+        workers: dict[str, Case] = {}
         for found in cases(case, plan):
             ready = found if found.missing else tuned(found, workers, plan, tasks)
             if ready.missing:
@@ -226,13 +226,14 @@ def cases(packed: Case, plan: Plan) -> Iterator[Case]:
                 yield replace(packed, job=replace(packed.job, task="measure", shuffle=shuffle, form=form))
 
 
-def tuned(case: Case, chosen: dict[bool, Case], plan: Plan, tasks: Tasks) -> Case:
+def tuned(case: Case, chosen: dict[str, Case], plan: Plan, tasks: Tasks) -> Case:
     """Return the case with the number of workers that is fastest in a short run; missing if none runs.
 
-    chosen: Results so far, by whether the order is shuffled; layouts and kinds of shuffle share them.
+    chosen: Results so far. Layouts share them, and so do orders, unless they are read in different ways: cold epochs of
+        every kind of shuffle, and of some contenders the shuffled ones.
     """
     peer, job = PEERS[case.job.peer], case.job
-    key = job.shuffled and (peer.tuned == "orders" or job.url != "")
+    key = job.shuffle if job.url else str(job.shuffled and peer.tuned == "orders")
     able = [workers for workers in plan.workers if workers >= peer.min_workers] or [cores()]
     candidates = [0] if peer.tuned == "never" else able
     if case.python is None or len(candidates) == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,5 +61,6 @@ def _epoch(job: Job, store: Any, pool: ThreadPoolExecutor) -> Iterator[dict[str,
         while waiting:
             yield from batches(waiting.popleft().result())
     finally:
+        wait(waiting)  # after an error, threads may still write
         for fd in fds:
             os.close(fd)
