@@ -109,7 +109,8 @@ ROWS = Workload(
 )
 IMAGES = Workload("images", (Field("image", "jpeg", "uint8", (), 64_000),), 64, 1 << 11)
 AUGMENTED = Workload("augmented", (Field("image", "jpeg", "float16", (), 64_000),), 64, 1 << 11)
-WORKLOADS = {workload.name: workload for workload in (TOKENS, BYTES, TENSORS, ROWS, IMAGES, AUGMENTED)}
+COLD = Workload("cold", (array_field("values", "uint8", (64 << 10,)),), 64, 1 << 13)
+WORKLOADS = {workload.name: workload for workload in (TOKENS, BYTES, TENSORS, ROWS, IMAGES, AUGMENTED, COLD)}
 
 
 def scaled(workload: Workload, scale: float) -> Workload:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 QUICK_SCALE = 0.0
-QUICK_PEERS = ("tiercache", "torch_map", "numpy_memmap", "c_floor")
+QUICK_PEERS = ("tiercache", "torch_map", "numpy_memmap", "c_floor", "obstore_floor")
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:

@@ -22,6 +22,8 @@ PICTURE_FORMS = (FAST_DCT, PLANES)
 
 WORKLOADS = ("tokens", "bytes", "tensors", "rows", "images")
 AUGMENTED = "augmented"
+# The first epoch of a data set in an S3 store; only contenders that read stores run it.
+COLD = "cold"
 
 
 def manner(form: str) -> str:
@@ -37,6 +39,7 @@ class Peer:
         title: Name in the output.
         distribution: Distribution whose version is reported, or "".
         requirements: Requirements for pip, in an environment of its own; none: the interpreter of the comparison.
+        environment: Name of its environment, which contenders with the same requirements share; "": its own name.
         system: pkg-config modules that its build needs.
         shuffles: The orders that it supports, of "none", "full" and "default".
         tuned: Whether the best number of workers is searched once per workload, once per order (if orders are read in
@@ -53,6 +56,7 @@ class Peer:
     title: str
     distribution: str = ""
     requirements: tuple[str, ...] = ()
+    environment: str = ""
     system: tuple[str, ...] = ()
     shuffles: tuple[str, ...] = ("none", "full")
     tuned: Literal["once", "orders", "never"] = "once"
@@ -66,6 +70,7 @@ class Peer:
 
 
 BOTH = ("list", "buffer")
+S3FS = ("numpy", "s3fs==2026.9.0", TORCH)
 
 PEERS = {
     "tiercache": Peer(
@@ -74,7 +79,7 @@ PEERS = {
         tuned="never",
         forms=BOTH,
         picture_forms=PICTURE_FORMS,
-        workloads=(*WORKLOADS, AUGMENTED),
+        workloads=(*WORKLOADS, AUGMENTED, COLD),
     ),
     "torch_map": Peer(title="torch DataLoader, in memory", distribution="torch", workloads=(*WORKLOADS, AUGMENTED)),
     "torch_bulk": Peer(
@@ -108,6 +113,7 @@ PEERS = {
         distribution="mosaicml-streaming",
         requirements=("numpy", "mosaicml-streaming==0.13.0", TORCH, PILLOW),
         shuffles=ALL,
+        workloads=(*WORKLOADS, COLD),
         # It packs 34 to 55 thousand records/s, two million in up to a minute, and reads 12 to 20 thousand.
         fewer={"rows": 131_072},
     ),
@@ -116,6 +122,7 @@ PEERS = {
         distribution="litdata",
         requirements=("numpy", "litdata==0.2.76", TORCH, PILLOW),
         shuffles=ALL,
+        workloads=(*WORKLOADS, COLD),
         # It packs 40 to 71 thousand records/s, two million in up to a minute. In the stored order it reads 71 to 118
         # thousand: with fewer records than these, an epoch would be shorter than a span.
         fewer={"rows": 262_144},
@@ -125,6 +132,7 @@ PEERS = {
         distribution="webdataset",
         requirements=("numpy", "webdataset==1.0.2", TORCH, PILLOW),
         shuffles=("none", "default"),
+        workloads=(*WORKLOADS, COLD),
         # It packs 2.4 to 4 thousand records/s, 6 KB of tar each: two million take nine minutes or more, and 12 GB.
         fewer={"rows": 65_536},
     ),
@@ -174,6 +182,34 @@ PEERS = {
         requirements=("numpy", "datasets==5.2.0", TORCH, PILLOW),
         tuned="orders",
         forms=BOTH,
+    ),
+    "s3_connector": Peer(
+        title="s3torchconnector",
+        distribution="s3torchconnector",
+        requirements=("numpy", "s3torchconnector==1.5.0", TORCH),
+        workloads=(COLD,),
+    ),
+    "s3fs_map": Peer(
+        title="s3fs, record by record",
+        distribution="s3fs",
+        requirements=S3FS,
+        environment="s3fs",
+        workloads=(COLD,),
+    ),
+    "s3fs_bulk": Peer(
+        title="s3fs, in bulk",
+        distribution="s3fs",
+        requirements=S3FS,
+        environment="s3fs",
+        workloads=(COLD,),
+    ),
+    "obstore_floor": Peer(
+        title="obstore to disk",
+        distribution="obstore",
+        shuffles=("none",),
+        tuned="never",
+        workloads=(COLD,),
+        baseline=True,
     ),
 }
 

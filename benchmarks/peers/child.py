@@ -16,8 +16,8 @@ from typing import Any
 from consumer import Consumer, shuffle_quality
 from peers.catalogue import PEERS
 from peers.job import Job, UnsupportedError, job_of
-from peers.spans import Stream, read_for, timing
-from processes import PeakMemory, private_bytes
+from peers.spans import Batches, Stream, read_for, timing
+from processes import PeakMemory, cpu_s, private_bytes
 
 TUNE_S = 0.5
 PACK_TIMES, PACK_S = 3, 10.0
@@ -112,14 +112,49 @@ def check(consumer: Consumer, stream: Stream, job: Job) -> dict[str, Any]:
     return {"checked_share": share, **shuffle_quality(consumer.order, job.workload.n_records)}
 
 
+def cold(adapter: Any, job: Job) -> dict[str, Any]:
+    """Measure an epoch that begins without local copies. Each record is checked when it comes.
+
+    Raises:
+        WrongBatchesError: A record is not what was written, or was not served exactly once.
+    """
+    cache, consumer = Path(job.cache_folder), Consumer(job.source)
+    if cache.exists():
+        shutil.rmtree(cache)
+    cache.mkdir(parents=True)
+    # The pages that an earlier task wrote must not be written to the disk while this one is measured.
+    os.sync()
+    arrived_s: list[float] = []
+    cpu_before_s, started_s = cpu_s(), time.perf_counter()
+    with adapter.opened(job) as opened:
+        consumer.check_records(noting(opened.epoch(), arrived_s))
+        took_cpu_s = cpu_s() - cpu_before_s
+    epoch_s = arrived_s[-1] - started_s
+    return {
+        "epoch_s": epoch_s,
+        "first_batch_s": arrived_s[0] - started_s,
+        "cpu_s": took_cpu_s,
+        "samples_per_s": job.workload.n_records / epoch_s,
+        "note": opened.note,
+        **shuffle_quality(consumer.order, job.workload.n_records),
+    }
+
+
+def noting(batches: Batches, arrived_s: list[float]) -> Batches:
+    """Yield the batches, and append the time at which each one came."""
+    for batch in batches:
+        arrived_s.append(time.perf_counter())
+        yield batch
+
+
 def run(job: Job) -> dict[str, Any]:
     """Run the task. Return its figures, or the reason why it cannot be run as "unsupported"."""
-    if job.task == "measure":
+    if job.task == "measure" or job.url:
         # A training process has torch in memory, so each contender here does, whether it needs torch or not.
         importlib.import_module("torch")
     adapter = importlib.import_module(f"peers.adapters.{job.peer}")
     try:
-        found = {"pack": pack, "tune": tune, "measure": measure}[job.task](adapter, job)
+        found = (cold if job.url else {"pack": pack, "tune": tune, "measure": measure}[job.task])(adapter, job)
     except UnsupportedError as error:
         return {"unsupported": str(error)}
     return {**found, "version": version(adapter, PEERS[job.peer].distribution)}

@@ -1,15 +1,20 @@
-"""The comparison: generates data, packs it for each contender, interleaves all contenders, writes a row per case."""
+"""The comparison: generates data, packs it for each contender, interleaves all contenders, returns a row per case.
+
+Cold epochs take the same way, but the packed data is uploaded to an S3 server in processes of its own.
+"""
 
 from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from generate import generate
 from ledger import Ledger
-from peers.catalogue import PEERS, Peer, manner
+from peers.catalogue import COLD, PEERS, Peer, manner
+from peers.cold_store import ColdStore, cold_store
 from peers.environments import NotInstalledError, interpreter
 from peers.job import USUAL, Job, cores
 from peers.runner import FailedError, Runner
@@ -29,6 +34,7 @@ READS = ("every", "first")
 # A span of the usual length holds a dozen batches of images, so that one batch more or less would be several percent.
 LONGER = 3
 TIMED = ("samples_per_s", "cpu_s_per_million", "wait_share")
+COLD_FIGURES = ("epoch_s", "first_batch_s", "cpu_s", "samples_per_s", "sent_bytes", *CHECKED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +90,16 @@ class Tasks:
     def __init__(self, plan: Plan) -> None:
         self._runner = Runner(plan.folder / "logs", plan.timeout_s)
         self._ledger = Ledger(plan.folder / "ledger.jsonl", resume=plan.resume)
+        self._folder = plan.folder
+        self._store: ColdStore | None = None
+
+    @contextmanager
+    def store(self) -> Iterator[ColdStore]:
+        """Run an S3 server inside the block, which tasks with a URL read."""
+        with cold_store(self._folder / "server") as store:
+            self._store = store
+            yield store
+        self._store = None
 
     def known(self, job: Job, repetition: int = 0) -> dict[str, Any] | None:
         """Return the stored result of a task, if any."""
@@ -95,14 +111,18 @@ class Tasks:
         Raises:
             FailedError: The task failed. Failures are not stored, so another run tries again.
         """
-        found = self._runner.run(python, job)
+        if self._store is not None and job.url:
+            found = self._store.run(self._runner, python, job)
+        else:
+            found = self._runner.run(python, job)
         self._ledger.put(_task(job, repetition), found)
         return found
 
 
 def _task(job: Job, repetition: int) -> list[Any]:
-    """Return the key of a task, without the folders, which may move."""
-    return [replace(job, source_folder="", folder="", library_folder="").as_json(), repetition]
+    """Return the key of a task, without the places of its data, which may move."""
+    key = replace(job, source_folder="", folder="", library_folder="").as_json()
+    return [{name: value for name, value in key.items() if name not in ("url", "cache_folder")}, repetition]
 
 
 def compare(workload: Workload, plan: Plan, tasks: Tasks) -> list[dict[str, Any]]:
@@ -111,6 +131,11 @@ def compare(workload: Workload, plan: Plan, tasks: Tasks) -> list[dict[str, Any]
     The workload of a row has the records that its contender got; whole_records are those of the other contenders.
     """
     generate(workload, plan.folder / "data" / workload.name)
+    with tasks.store() if workload.name == COLD else nullcontext() as store:
+        return _compare(workload, plan, tasks, store)
+
+
+def _compare(workload: Workload, plan: Plan, tasks: Tasks, store: ColdStore | None) -> list[dict[str, Any]]:
     rows, running = [], []
     for name in plan.peers:
         if workload.name not in PEERS[name].workloads:
@@ -119,12 +144,14 @@ def compare(workload: Workload, plan: Plan, tasks: Tasks) -> list[dict[str, Any]
         rows.append({"benchmark": "pack", **_fixed(case), **packed})
         if "records_per_s" in packed:
             _say(f"{workload.name}: {PEERS[name].title}, packed: {packed['records_per_s']:,.0f} records/s")
-        workers: dict[bool, Case] = {}
+        if store is not None and not case.missing:
+            case = replace(case, job=replace(case.job, url=store.upload(case.job.path, name)))
+        workers: dict[str, Case] = {}
         for found in cases(case, plan):
             ready = found if found.missing else tuned(found, workers, plan, tasks)
             if ready.missing:
                 _say(f"{ready.name}: {ready.missing}")
-                rows.append({"benchmark": "load", **_fixed(ready), "missing": ready.missing})
+                rows.append({"benchmark": _benchmark(ready), **_fixed(ready), "missing": ready.missing})
             else:
                 running.append(ready)
     rows += measure(running, plan, tasks)
@@ -142,14 +169,19 @@ def _job(name: str, workload: Workload, plan: Plan) -> Job:
         source_folder=str(plan.folder / "data" / workload.name),
         folder=str(plan.folder / "packed" / name / place),
         library_folder=str(plan.folder),
+        cache_folder=str(plan.folder / "cache"),
         min_s=plan.min_s * (LONGER if workload.pictures else 1),
         check_s=0.0,
     )
 
 
+def _benchmark(case: Case) -> str:
+    return "cold" if case.job.workload.name == COLD else "load"
+
+
 def _fixed(case: Case) -> dict[str, Any]:
-    job = case.job
-    fixed = {"peer": job.peer, "title": PEERS[job.peer].title, "workload": job.workload.as_json(), "cache": "warm"}
+    job, cache = case.job, "cold" if case.job.workload.name == COLD else "warm"
+    fixed = {"peer": job.peer, "title": PEERS[job.peer].title, "workload": job.workload.as_json(), "cache": cache}
     return {**fixed, "shuffle": job.shuffle, "form": job.shown_form, "workers": job.workers}
 
 
@@ -194,13 +226,14 @@ def cases(packed: Case, plan: Plan) -> Iterator[Case]:
                 yield replace(packed, job=replace(packed.job, task="measure", shuffle=shuffle, form=form))
 
 
-def tuned(case: Case, chosen: dict[bool, Case], plan: Plan, tasks: Tasks) -> Case:
+def tuned(case: Case, chosen: dict[str, Case], plan: Plan, tasks: Tasks) -> Case:
     """Return the case with the number of workers that is fastest in a short run; missing if none runs.
 
-    chosen: Results so far, by whether the order is shuffled; layouts and kinds of shuffle share them.
+    chosen: Results so far. Layouts share them, and so do orders, unless they are read in different ways: cold epochs of
+        every kind of shuffle, and of some contenders the shuffled ones.
     """
     peer, job = PEERS[case.job.peer], case.job
-    key = job.shuffled and peer.tuned == "orders"
+    key = job.shuffle if job.url else str(job.shuffled and peer.tuned == "orders")
     able = [workers for workers in plan.workers if workers >= peer.min_workers] or [cores()]
     candidates = [0] if peer.tuned == "never" else able
     if case.python is None or len(candidates) == 1:
@@ -239,10 +272,14 @@ def measure(running: Sequence[Case], plan: Plan, tasks: Tasks) -> list[dict[str,
                 _say(f"{case.name}: {missing[i]}")
                 continue
             found[i].append(result)
-            rate = result["every"]["samples_per_s"]
+            rate = result.get("every", result)["samples_per_s"]
             _say(f"{case.name}, {repetition + 1}/{plan.repetitions}: {rate:,.0f} samples/s")
     return [
-        {"benchmark": "load", **_fixed(case), **({"missing": missing[i]} if i in missing else _summary(found[i]))}
+        {
+            "benchmark": _benchmark(case),
+            **_fixed(case),
+            **({"missing": missing[i]} if i in missing else _summary(found[i])),
+        }
         for i, case in enumerate(running)
     ]
 
@@ -260,6 +297,8 @@ def _repetition(case: Case, repetition: int, plan: Plan, tasks: Tasks) -> dict[s
 
 
 def _summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if "every" not in results[0]:
+        return _cold_summary(results)
     timed = {f"{name}.{read}": spread([r[read][name] for r in results]) for read in READS for name in TIMED}
     others = {name: spread([result[name] for result in results]) for name in SPREAD}
     checked = {name: spread([result[name] for result in results if name in result]) for name in CHECKED}
@@ -273,8 +312,13 @@ def _summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _cold_summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    figures = {name: spread([r[name] for r in results]) for name in COLD_FIGURES if name in results[0]}
+    return {"repetitions": len(results), "note": results[0]["note"], "version": results[0]["version"], **figures}
+
+
 def drop(plan: Plan) -> None:
-    """Remove the generated and the packed data."""
-    for name in ("data", "packed"):
+    """Remove the generated and the packed data, and local copies of it."""
+    for name in ("data", "packed", "cache"):
         if (plan.folder / name).exists():
             shutil.rmtree(plan.folder / name)

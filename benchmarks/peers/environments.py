@@ -28,7 +28,7 @@ def interpreter(name: str, peer: Peer, folder: Path) -> Path:
     """
     if not peer.requirements:
         return Path(sys.executable)
-    place = folder / name
+    place = folder / (peer.environment or name)
     python, stamp = place / "bin" / "python", place / STAMP
     wanted = "\n".join(peer.requirements) + "\n"
     if stamp.exists() and stamp.read_text() == wanted:

@@ -39,6 +39,9 @@ class Job:
         workers: Number of threads or processes of the contender; 0: none besides the consumer's thread.
         min_s: Seconds of each timing; epochs are repeated until this time is reached.
         check_s: Maximum seconds of the checked epoch; 0: no epoch is checked record by record.
+        url: URL of the packed records in an S3 store, for a cold epoch; "": they are read from the folder. The
+            environment has the address of the store and the keys, as AWS names them.
+        cache_folder: Folder for the contender's local copies, which a cold epoch begins without.
     """
 
     task: str
@@ -52,6 +55,8 @@ class Job:
     workers: int = 0
     min_s: float = 0.0
     check_s: float = math.inf
+    url: str = ""
+    cache_folder: str = ""
 
     @property
     def source(self) -> Source:

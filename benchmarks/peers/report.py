@@ -1,4 +1,7 @@
-"""Markdown tables of the rows: `python -m peers.report ROWS`, with `--into FILE` between the marks of the file."""
+"""Markdown tables of the rows: `python -m peers.report ROWS`, with `--into FILE` between the marks of the file.
+
+Cold epochs have tables and marks of their own.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peers.catalogue import PICTURE_FORMS, manner
+from peers.catalogue import COLD, PICTURE_FORMS, manner
 from workloads import workload_of
 
 if TYPE_CHECKING:
@@ -16,9 +19,13 @@ if TYPE_CHECKING:
     Row = dict[str, Any]
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+COLD_MARKS = "<!-- cold epochs: begin -->", "<!-- cold epochs: end -->"
 ORDERS = {"none": "in the stored order", "full": "shuffled"}
 # Each workload has one of them.
 FLOORS = ("c_floor", "decoder_alone")
+OURS, COLD_FLOOR = "tiercache", "obstore_floor"
+# Minimum ratio of tiercache's rate to another contender's, in a cold epoch of the same order.
+COLD_REQUIRED = {"mosaic": 1.0, "lit": 1.0, "wds": 1.0, "s3_connector": 1.0, "s3fs_map": 3.0, "s3fs_bulk": 3.0}
 LOAD_TITLES = (
     "contender",
     "k samples/s, every byte read",
@@ -28,6 +35,21 @@ LOAD_TITLES = (
     "CPU s per million",
     "peak private MB",
     "first batch ms",
+    "rank correlation",
+    "neighbour distance",
+    "run with",
+)
+COLD_TITLES = (
+    "contender",
+    "s per epoch",
+    "min - max",
+    "MB/s",
+    "x floor",
+    "tiercache : it",
+    "required",
+    "first batch s",
+    "CPU s",
+    "MB sent",
     "rank correlation",
     "neighbour distance",
     "run with",
@@ -51,6 +73,7 @@ def markdown(rows: Sequence[Row]) -> str:
         parts.append(f"### {name}")
         parts.append(f"{n_records:,} records of {workload.describe()}; batches of {workload.batch_size}.")
         for shuffle, order in ORDERS.items():
+            parts += cold(of_it, shuffle, order)
             for form in dict.fromkeys(row["form"] for row in of_it if row["benchmark"] == "load"):
                 parts += loading(of_it, shuffle, form, order)
         packed = [row for row in of_it if row["benchmark"] == "pack" and "missing" not in row]
@@ -86,12 +109,52 @@ def loading(rows: Sequence[Row], shuffle: str, form: str, order: str) -> list[st
     return [f"{title}:", table(LOAD_TITLES, [load_line(row, floor) for row in chosen])]
 
 
+def cold(rows: Sequence[Row], shuffle: str, order: str) -> list[str]:
+    """Return the table of an order's cold epochs, fastest first; shuffled ones also show each library's own shuffle."""
+    found = [row for row in rows if row["benchmark"] == "cold" and "missing" not in row]
+    chosen = [row for row in found if (row["shuffle"] == "none") == (shuffle == "none")]
+    if not chosen:
+        return []
+    chosen.sort(key=lambda row: row["epoch_s"]["median"])
+    floor = next((row for row in found if row["peer"] == COLD_FLOOR), None)
+    ours = {row["shuffle"]: row for row in found if row["peer"] == OURS}
+    lines = [cold_line(row, floor, ours.get(row["shuffle"])) for row in chosen]
+    return [f"{order[0].upper()}{order[1:]}:", table(COLD_TITLES, lines)]
+
+
+def cold_line(row: Row, floor: Row | None, ours: Row | None) -> list[str]:
+    """Return the cells of one case. ours: tiercache's row with the same kind of shuffle."""
+    workload, epoch_s = workload_of(row["workload"]), row["epoch_s"]
+    n_bytes = (workload.record_bytes + 8) * workload.n_records
+    ratio = epoch_s["median"] / ours["epoch_s"]["median"] if ours and row["peer"] != OURS else None
+    least = COLD_REQUIRED.get(row["peer"])
+    return [
+        named(row),
+        f"{epoch_s['median']:.2f}",
+        f"{epoch_s['min']:.2f} - {epoch_s['max']:.2f}",
+        f"{n_bytes / epoch_s['median'] / 1e6:,.0f}",
+        f"{floor['epoch_s']['median'] / epoch_s['median']:.2f}" if floor else "",
+        f"{ratio:.2f}" if ratio else "",
+        f"{least:g} x: {'met' if ratio >= least else 'NOT MET'}" if ratio and least else "",
+        f"{row['first_batch_s']['median']:.2f}",
+        f"{row['cpu_s']['median']:.1f}",
+        f"{row['sent_bytes']['median'] / 1e6:,.0f}" if "sent_bytes" in row else "",
+        f"{row['rank_correlation']['median']:.3f}",
+        f"{row['neighbour_distance']['median']:.3f}",
+        row["note"],
+    ]
+
+
+def named(row: Row) -> str:
+    """Return the name of a contender with its version."""
+    return f"{row['title']} {row['version']}".strip() + (", its own shuffle" if row["shuffle"] == "default" else "")
+
+
 def load_line(row: Row, floor: float | None) -> list[str]:
     """Return the cells of one case."""
     every, touched = row["samples_per_s.every"], row["samples_per_s.first"]
-    name = f"{row['title']} {row['version']}".strip() + (", its own shuffle" if row["shuffle"] == "default" else "")
     return [
-        name,
+        named(row),
         thousands(every["median"]),
         f"{thousands(every['min'])} - {thousands(every['max'])}",
         f"{every['median'] / floor:.2f}" if floor else "",
@@ -133,7 +196,7 @@ def missing(rows: Iterable[Row]) -> list[str]:
     """Return the contenders without figures and the reasons, each once. Data that needs no packing is not listed."""
     seen: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        if "missing" in row and row["benchmark"] == "load":
+        if "missing" in row and row["benchmark"] != "pack":
             how = f"shuffle {row['shuffle']} {manner(row['form'])}".rstrip()
             seen.setdefault((row["title"], row["missing"]), []).append(how)
     lines = [f"- {title} ({'; '.join(how)}): {reason}" for (title, reason), how in seen.items()]
@@ -166,11 +229,14 @@ def main() -> None:
     parser.add_argument("rows", type=Path, help="File peers.jsonl.")
     parser.add_argument("--into", type=Path, help="Markdown file with the marks that enclose the table.")
     given = parser.parse_args()
-    text = markdown(read(given.rows))
-    if given.into:
-        put(given.into, text)
-    else:
-        print(text)
+    rows = read(given.rows)
+    if not given.into:
+        print(markdown(rows))
+        return
+    of_cold = [row for row in rows if row["workload"]["name"] == COLD]
+    for chosen, marks in (([row for row in rows if row not in of_cold], (BEGIN, END)), (of_cold, COLD_MARKS)):
+        if chosen:
+            put(given.into, markdown(chosen), marks)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from peers.job import Job
 
 BENCHMARKS = Path(__file__).parents[1]
@@ -30,14 +32,19 @@ class Runner:
     logs: Path
     timeout_s: float
 
-    def run(self, python: Path, job: Job) -> dict[str, Any]:
+    def run(self, python: Path, job: Job, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Return the result of a task.
+
+        Args:
+            python: Interpreter of the contender.
+            job: The task.
+            environment: Environment of the process; None: this process's.
 
         Raises:
             FailedError: The task failed, served wrong records, or took too long.
         """
         self.logs.mkdir(parents=True, exist_ok=True)
-        if job.task != "pack":
+        if job.task != "pack" and not job.url:
             read_through(job.path if job.path.exists() else Path(job.source_folder))
         form = job.form.replace(" ", "_")
         log = self.logs / f"{job.workload.name}-{job.peer}-{job.task}-{job.shuffle}-{form}-{job.workers}.log"
@@ -49,6 +56,7 @@ class Runner:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                env=environment,
                 start_new_session=True,
             )
             try:

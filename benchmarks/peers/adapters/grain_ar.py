@@ -54,7 +54,7 @@ def _batches(source: Any, job: Job) -> Any:
     dataset = grain.MapDataset.source(source).seed(SEED)
     if job.shuffled:
         dataset = dataset.shuffle()
-    dataset = dataset.map_shard(partial(_record, job.workload))
+    dataset = dataset.map(partial(_record, job.workload))
     batches = dataset.batch(job.workload.batch_size, batch_fn=stack).repeat()
     batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=8, prefetch_buffer_size=8))
     if job.workers:

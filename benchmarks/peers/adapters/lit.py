@@ -1,12 +1,14 @@
-"""LitData: chunks made by optimize, and StreamingDataLoader."""
+"""LitData: chunks made by optimize, local or in a store, and StreamingDataLoader."""
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import litdata
+from litdata.streaming import downloader
 
 from images import decode
 from peers.job import SEED, Job, Opened, cores
@@ -57,8 +59,13 @@ def opened(job: Job) -> Iterator[Opened]:
     # LitData serves bytes as views of a chunk, which torch's collate function, used by its own loader, cannot batch.
     transforms = {"jpeg": _decoded, "bytes": _copied}
     transform = next((transforms[field.kind] for field in job.workload.fields if field.kind in transforms), None)
+    if job.url:
+        # LitData 0.2.76 reads chunks by obstore, with options that allow no plain HTTP, and has no option for it.
+        downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # noqa: SLF001
     dataset = litdata.StreamingDataset(
-        str(job.path / "data"),
+        f"{job.url or job.path}/data",
+        cache_dir=job.cache_folder if job.url else None,
+        storage_options={"endpoint_url": os.environ["AWS_ENDPOINT_URL"]} if job.url else {},
         shuffle=job.shuffled,
         seed=SEED,
         drop_last=False,

@@ -1,14 +1,14 @@
-"""tiercache with default options, except for the full shuffle and the fast transform of pictures."""
+"""tiercache with default options, except for the full shuffle, the fast transform of pictures, and the cache."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import tiercache as tc
 from peers.catalogue import PICTURE_FORMS, PLANES
 from peers.job import SEED, Job, Opened
-from tiercache import DataLoader, Dataset, Image, LoaderOptions, Tensor, Writer
+from tiercache import Cache, DataLoader, Dataset, Image, LoaderOptions, Tensor, Writer
 from workloads import DECODED_SIZE, JITTER, KEY, MEAN, STD
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from workloads import Workload
 
 VERSION = tc.__version__
+CACHE_BYTES = 1 << 40  # The folder never holds more than the data set.
 COLUMN_TYPES: dict[str, Any] = {"bytes": "bytes", "text": "str", "jpeg": Image("jpeg")}
 
 
@@ -60,19 +61,17 @@ def opened(job: Job) -> Iterator[Opened]:
     fields = job.workload.fields
     varied = [field.name for field in fields if field.kind in ("bytes", "text")] if job.form == "buffer" else []
     decoded = decode_options(job)
-    dataset = Dataset(
-        job.path / "data",
-        layouts=dict.fromkeys(varied, "buffer"),
-        decode={field.name: decoded for field in fields if field.kind == "jpeg"},
-    )
+    layouts, decode = dict.fromkeys(varied, "buffer"), {f.name: decoded for f in fields if f.kind == "jpeg"}
     full = {"shuffle_group_bytes": "all", "shuffle_window_bytes": "all"} if job.shuffle == "full" else {}
-    loader = DataLoader(
-        dataset,
-        batch_size=job.workload.batch_size,
-        shuffle=job.shuffled,
-        options=LoaderOptions(seed=SEED, **full),
-    )
-    yield Opened((lambda: _pairs(loader, varied)) if varied else (lambda: iter(loader)))
+    with Cache(job.cache_folder, size=CACHE_BYTES) if job.url else nullcontext(False) as cache:
+        dataset = Dataset(f"{job.url or job.path}/data", cache=cache, layouts=layouts, decode=decode)
+        loader = DataLoader(
+            dataset,
+            batch_size=job.workload.batch_size,
+            shuffle=job.shuffled,
+            options=LoaderOptions(seed=SEED, **full),
+        )
+        yield Opened((lambda: _pairs(loader, varied)) if varied else (lambda: iter(loader)))
 
 
 def _pairs(loader: Any, varied: list[str]) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,8 @@
-"""WebDataset: tar shards with raw members, batched inside the workers of WebLoader."""
+"""WebDataset: tar shards with raw members, batched inside the workers of WebLoader; curl reads those of a store."""
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 SHARD_BYTES = 64 << 20
 MIN_SHARDS = 8
 BUFFER_RECORDS = 1000
+# WebDataset passes S3 URLs to no client; its guide pipes the output of a command. curl signs the requests.
+CURL = 'pipe:curl --silent --fail --aws-sigv4 aws:amz:us-east-1:s3 --user "$AWS_ACCESS_KEY_ID:$AWS_SECRET_ACCESS_KEY"'
 
 
 def pack(source: Source, folder: Path) -> None:
@@ -54,14 +57,20 @@ def _record(workload: Workload, members: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
+def _address(url: str) -> str:
+    """Return the HTTP address of an S3 URL."""
+    return f"{os.environ['AWS_ENDPOINT_URL']}/{url.removeprefix('s3://')}"
+
+
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
     """Yield the loader; it shuffles the shards, and records in a buffer."""
-    shards = [str(path) for path in sorted(job.path.glob("*.tar"))]
+    paths = sorted(job.path.glob("*.tar"))
+    shards = [f"{CURL} {_address(job.url)}/{path.name}" if job.url else str(path) for path in paths]
     dataset = wds.WebDataset(shards, shardshuffle=len(shards) if job.shuffled else False, seed=SEED, empty_check=False)
     if job.shuffled:
         dataset = dataset.shuffle(BUFFER_RECORDS)
-    dataset = dataset.map_shard(partial(_record, job.workload)).batched(job.workload.batch_size, collation_fn=stack)
+    dataset = dataset.map(partial(_record, job.workload)).batched(job.workload.batch_size, collation_fn=stack)
     loader = wds.WebLoader(dataset, batch_size=None, num_workers=job.workers, persistent_workers=job.workers > 0)
     note = f"{job.workers} workers" + (f", a buffer of {BUFFER_RECORDS:,} records" if job.shuffled else "")
     yield Opened(lambda: (batch for batch in loader), note)
