@@ -49,7 +49,7 @@ def packed(tmp_path_factory) -> tuple[dict[str, bytes], int, int]:
 
 
 @pytest.fixture
-def server(packed) -> Iterator[HttpFaultServer]:
+def server(packed, no_hedges) -> Iterator[HttpFaultServer]:
     with HttpFaultServer(dict(packed[0])) as server:
         yield server
         for name in ("tiercache-plan", "tiercache-load"):  # the one starts the others

@@ -48,8 +48,8 @@ class Oracle:
     """The record, and the checks.
 
     alive: key to contents to the place where somebody has written them and not replaced or removed them himself.
-    ever: all contents that a key has had. current: the one that somebody wrote last. rotten: (place, key) to the bytes that the world itself has spoilt there;
-    spoilt: key to all of these.
+    ever: all contents that a key has had. current: the one that somebody wrote last.
+    rotten: (place, key) to the bytes that the world itself has spoilt there; spoilt: key to all of these.
     first_seen_s: (place, key, contents) to when they were seen there first; once_seen_s: of those that are gone from
     there. pinned: keys; pinned_late: of these, those that were pinned while it was decided already what goes;
     removed_late: groups of which somebody has removed or replaced something then; replaced_late: key to the contents

@@ -22,7 +22,7 @@ _DEADLINE_FACTOR = 8.0
 _DEADLINE_FLOOR_S = 2.0
 # Deadline before enough requests were observed.
 _FIRST_DEADLINE_S = 5.0
-_HEDGED_SHARE = 0.05
+HEDGED_SHARE = 0.05
 # If more than this share of the running requests is late, the store as a whole is slow, and hedges would add load.
 _SLOW_SHARE = 0.25
 
@@ -123,7 +123,7 @@ class RequestTimes:
         """Return whether a second request may be sent beside this one now, and count it if so."""
         if (
             not self._is_late(request, now_s)
-            or self.n_hedged + 1 > _HEDGED_SHARE * self.n_started
+            or self.n_hedged + 1 > HEDGED_SHARE * self.n_started
             or self.is_store_slow(now_s)
         ):
             return False
