@@ -117,7 +117,7 @@ def open_weights(
 
 
 class Weights(Mapping[str, Any]):
-    """Tensors by name; open_weights() returns it. Any thread may use it, and a forked process goes on with it.
+    """Mapping of names to tensors, as open_weights() returns it. Safe from any thread, and in a forked process.
 
     A tensor is fetched and mapped when it is first looked up: `weights["embed.weight"]`. load() gets many at once.
     """

@@ -439,8 +439,8 @@ def serve(
 ) -> None:
     """Serve this machine's cache to the other machines of a job.
 
-    nginx serves complete copies. What is missing is fetched from the data set's store once, for all machines that
-    request it. Runs until SIGTERM or Ctrl-C. See docs/guide/peers.md.
+    nginx serves complete copies. A copy that the cache lacks is fetched from the data set's store once, for all
+    machines that request it. Runs until SIGTERM or Ctrl-C. See docs/guide/peers.md.
     """
     from tiercache.cli import serve as verb
 

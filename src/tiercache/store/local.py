@@ -322,7 +322,7 @@ class LocalFolder(Store):
             sync_folder(folder_fd)
 
     def remove_link(self, key: str) -> None:
-        """Remove a symbolic link. What is no link stays, and a missing one is not an error."""
+        """Remove a symbolic link. Another kind of file is not removed, and a missing link is no error."""
         folders, name = _split(key)
         with (
             self._errors(key, "remove_link"),

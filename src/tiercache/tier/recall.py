@@ -110,7 +110,7 @@ def plan_recall(
     """Plan the recall of some groups. Asks the tiers about objects that must be restored; changes nothing.
 
     Args:
-        inventory: What is in the tiers now.
+        inventory: Present contents of the tiers.
         file: Rule file.
         stores: Stores of its tiers.
         prices: Prices of each tier; None where they are unknown.

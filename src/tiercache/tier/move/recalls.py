@@ -63,7 +63,7 @@ def finish_recalls(
 ) -> ApplyResult:
     """Finish the recalls that were broken off and are held.
 
-    inventory: What is in the tiers now. prices, unavailable: See plan_recall(). Raises as apply_plan().
+    inventory: Present contents of the tiers. prices, unavailable: See plan_recall(). Raises as apply_plan().
     """
     rows, snapshot, result = _begun(context), inventory.snapshot, ApplyResult()
     groups = index_in(pa.array([row.path for row in rows], pa.large_string()), snapshot.paths).tolist()

@@ -219,8 +219,9 @@ def _restore_estimate(url: str, rows: Sequence[PlacementRow]) -> tuple[float | N
 def check_readable(store: RedirectingStore, keys: pa.ChunkedArray, is_here: Callable[[int], bool]) -> None:
     """Raise ArchivedShards if some of these objects must be restored first; the error has all names, time and cost.
 
-    Costs one small GET if the home is not tracked. For objects that the placement calls archived, the store is asked
-    for one byte each, because they may have been restored. is_here: Whether object i is on this machine already.
+    Uses the placement that was read when the data set was opened, or reads it now. For objects that the placement
+    calls archived, the store is asked for one byte each, because they may have been restored.
+    is_here: Whether object i is on this machine already.
     """
     placement = store.resolver.placement_once()
     needed = () if placement is None else _archived(store, placement, keys, is_here)
