@@ -8,6 +8,8 @@ run, which saves many times: our memory is then allocated, and so is that of the
 
     copy         a plain copy of all tensors into memory that was used before
     disk         the bytes written to one file and read back, past the page cache, by several threads; synced
+    page-cache   a file of as many bytes read into memory by several threads through the page cache, as load() reads:
+                 processes that load the same checkpoint then share one read of the disk
     save         Checkpoints.save: blocked seconds, and seconds until it is committed on the disk; then load()
     save-s3      the same with an upload: seconds until it is committed at the store
     torch        torch.save to the disk and fsync, then an upload of the file by boto3; torch.load
@@ -28,7 +30,7 @@ import os
 import shutil
 import time
 import warnings
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 DISK_THREADS = 8
 QUICK_BYTES = 4 << 20
+STEP_BYTES = 1 << 20
 TITLES = (
     "way",
     "blocked s",
@@ -150,6 +153,25 @@ def disk_alone(world: World) -> Seconds:
     bench_disk.read(path, n_parts, DISK_THREADS, world.buffers)
     share = world.n_bytes / (n_parts * bench_disk.PART_BYTES)
     return {"disk_s": (written_s - start_s) * share, "load_s": (clock() - written_s) * share}
+
+
+def page_cache_alone(world: World) -> Seconds:
+    """Read as many bytes through the page cache."""
+    path, n_parts = world.path("page-cache"), max(world.n_bytes // bench_disk.PART_BYTES, 1)
+    bench_disk.write(path, n_parts, DISK_THREADS, world.buffers)
+    drop_cached(path.parent)
+    part_bytes = bench_disk.PART_BYTES
+    start_s, fd = clock(), os.open(path, os.O_RDONLY)
+
+    def read(number: int) -> None:
+        buffer, position = memoryview(world.buffers[number % DISK_THREADS]), number * part_bytes
+        for start in range(0, part_bytes, STEP_BYTES):
+            os.preadv(fd, [buffer[start : start + STEP_BYTES]], position + start)
+
+    with ThreadPoolExecutor(DISK_THREADS) as pool:
+        list(pool.map(read, range(n_parts)))
+    os.close(fd)
+    return {"load_s": (clock() - start_s) * world.n_bytes / (n_parts * part_bytes)}
 
 
 class OurSaves:
@@ -273,6 +295,8 @@ def ways(world: World, only: list[str]) -> Iterator[tuple[str, Callable[[World],
             yield name, plain_copy
         elif name == "disk":
             yield name, disk_alone
+        elif name == "page-cache":
+            yield name, page_cache_alone
         elif name in ("save", "save-s3"):
             yield name, OurSaves(world, name, uploads=name == "save-s3")
         elif name == "torch":
@@ -286,7 +310,7 @@ def ways(world: World, only: list[str]) -> Iterator[tuple[str, Callable[[World],
             print("s3torchconnector[dcp] is not installed: dcp-s3 is left out")
 
 
-WAYS = ("copy", "disk", "save", "save-s3", "torch", "dcp", "dcp-s3")
+WAYS = ("copy", "disk", "page-cache", "save", "save-s3", "torch", "dcp", "dcp-s3")
 
 
 def measure(world: World, only: list[str], repetitions: int) -> list[dict[str, Any]]:

@@ -511,6 +511,11 @@ class OpenedVersion:
         """See Records.can_prefetch."""
         return self.access.fetcher is not None
 
+    @property
+    def sends_requests(self) -> bool:
+        """See Records.sends_requests."""
+        return self.access.fetcher is None and not isinstance(self.access.inner, LocalStore | MemoryStore)
+
     def prefetch(self, shards: Sequence[int]) -> None:
         """Start fetching the served columns of these shards where they are not on this machine."""
         fetcher = self.access.fetcher

@@ -22,7 +22,7 @@ from tiercache.load.prefetch import loading_pool
 from tiercache.load.state import RunState
 from tiercache.opened_version import OpenedVersion
 
-SOURCE = SimpleNamespace(has_cache=False, selects_all=True, can_prefetch=False)
+SOURCE = SimpleNamespace(has_cache=False, selects_all=True, can_prefetch=False, sends_requests=False)
 OPTIONS = {"seed": 2, "shuffle_window_bytes": "2KiB", "shuffle_group_bytes": "9KiB"}
 
 
@@ -184,7 +184,7 @@ def test_the_next_epoch_does_not_wait_for_a_preparation_that_did_not_begin(make_
     loader = tc.DataLoader(dataset, batch_size=10, shuffle=True)
     gate = threading.Event()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tiercache.load.epoch.loading_pool", lambda n: (gate.wait(30), loading_pool(n))[1])
+        patch.setattr("tiercache.load.epoch.loading_pool", lambda n, **options: (gate.wait(30), loading_pool(n, **options))[1])
         iterator = iter(loader)
         start_s = time.monotonic()
         assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(100))
@@ -327,10 +327,10 @@ def test_closing_the_data_set_during_preparation_loads_nothing(server, loads, mo
     ids_of(loader)
     after = []
 
-    def closing(n_threads):
+    def closing(*arguments, **options):
         dataset.close()
         after.append(len(loads))
-        return loading_pool(n_threads)
+        return loading_pool(*arguments, **options)
 
     monkeypatch.setattr("tiercache.load.epoch.loading_pool", closing)
     ids_of(loader)  # epochs follow one another by now

@@ -101,7 +101,7 @@ def test_a_failed_preparation_is_reported_by_the_epoch_itself(make_dataset, monk
     dataset = tc.Dataset(make_dataset(100))
     loader = tc.DataLoader(dataset, batch_size=10)
 
-    def refuse(*arguments):
+    def refuse(*arguments, **options):
         raise PermissionError(errno.EACCES, "not for you")
 
     with monkeypatch.context() as patch:

@@ -677,7 +677,7 @@ class NextEpoch:
             if not pressure.fits(first) or not (self._is_expected or all(map(self._source.is_local, shards))):
                 return EpochStart(pieces, ())
             # An executor of its own, because the current epoch shuts its executor down at its end.
-            executor = loading_pool(threads.n_threads)
+            executor = loading_pool(threads.n_threads, sends_requests=self._source.sends_requests)
             source = self._source.for_epoch(self.share.seed, self.share.epoch)
             loading = [
                 WindowLoad(source, *pair, executor, threads.n_threads, unwanted=self._unwanted) for pair in pairs

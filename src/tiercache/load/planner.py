@@ -54,6 +54,13 @@ Rows: TypeAlias = "RowRun | tuple[NDArray[np.uint32], NDArray[np.uint32]]"
 SHARDS_AHEAD = 4
 # Pieces that are planned ahead at most. A window of many rows is many pieces, which need no further block.
 PIECES_AHEAD = 16
+# The next windows have at most this many times the bytes of the last one. Each request for a part of a shard takes
+# processor time, so that at the start of an epoch, where windows are small, the second one would wait for the requests
+# of several that are far larger: 4 s of an epoch of 8 s.
+AHEAD_FACTOR = 2
+# Bytes of the next windows that are loaded while a window is awaited, where a store is read without a cache: its
+# requests would otherwise stop at each border of windows, for as long as the last ones and the next first ones take.
+LOAD_AHEAD_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,8 +195,9 @@ class _Planner:
         self._shared = shared
         self._threads = threads
         self._pushed_rows = self._last_rows = 0  # rows pushed so far; rows of the last push
+        self._last_bytes = 0  # of the blocks of the last push
         self._windows: dict[int, LoadedWindow] = {}  # by the window's id; each holds its window
-        self._loading: dict[int, WindowLoad] = {}  # started by the epoch before
+        self._loading: dict[int, WindowLoad] = {}  # started ahead, here or by the epoch before; by the window's id
         self._joined: JoinedWindows | None = None
         self._served_windows: tuple[Window, ...] = ()  # the windows of the last push
         # Whether the ring holds rows of these windows only: then the next windows are the second set in memory.
@@ -202,26 +210,34 @@ class _Planner:
 
     def push_all(self) -> None:
         """Push every piece. Raises CancelledError if the ring is closed meanwhile."""
+        try:
+            self._push_pieces()
+        finally:
+            for load in self._loading.values():  # after an error
+                load.cancel()
+
+    def _push_pieces(self) -> None:
         lookahead = Lookahead(self._pieces())
         for piece in lookahead:
             if isinstance(piece, ArrayPiece) and len(piece.replaced):
                 self._shared.replaced_pieces.append((self._pushed_rows, piece))
             if not self.pressure.fits(piece):
-                self._push_under_pressure(piece)
+                self._push_under_pressure(piece, lookahead)
             elif not self._pushed_rows and not self._loading and is_worth_slicing(piece) and self._is_remote(piece):
                 for part in start_slices(piece, self._work.share.ranks.batch_size):
-                    self._push(part)
+                    self._push(part, lookahead)
+                    self._prefetch_rest()
             else:
-                self._push(piece)
+                self._push(piece, lookahead)
             if self._work.source.can_prefetch:
                 self._prefetch_ahead(lookahead)
 
-    def _push_under_pressure(self, piece: AnyPiece) -> None:
+    def _push_under_pressure(self, piece: AnyPiece, lookahead: Lookahead) -> None:
         for part in self.pressure.slices(piece):
             for window, needed in zip(part.windows, part.needed, strict=True):
                 if id(window) in self._windows and not self._windows[id(window)].covers(needed):
                     del self._windows[id(window)]
-            self._push(part)
+            self._push(part, lookahead)
             self._is_one_set = False  # the blocks of each slice are a set of their own
             if "pressure" not in self._work.warned and self.pressure.has_measured and not self.pressure.fits(piece):
                 self._warn()
@@ -256,7 +272,7 @@ class _Planner:
             yield piece
             start_s = time.perf_counter()
 
-    def _push(self, part: AnyPiece) -> None:
+    def _push(self, part: AnyPiece, lookahead: Lookahead) -> None:
         """Load the windows that a part needs and that are missing, and push its rows."""
         missing = self._drop_other_windows(part)
         rows = None
@@ -270,6 +286,8 @@ class _Planner:
         self._advance()
         if loading is None:
             loading = self._begin(missing)
+        if self._pushed_rows and self._source.sends_requests:
+            self._load_ahead(lookahead)
         if rows is None:
             rows = self._rows(part)
         start_s = time.perf_counter()
@@ -282,6 +300,7 @@ class _Planner:
         self._count("load_s", start_s)
         pushed = PushedRows(rows, joined)
         self._last_rows = pushed.n_rows
+        self._last_bytes = sum(int(w.block_bytes[n].sum()) for w, n in zip(part.windows, part.needed, strict=True))
         self._pushed_rows += self._last_rows
         self._shared.pushed.append((self._pushed_rows, pushed))
         if not self._ring.push(pushed.as_plan(self._work.setup.layouts)):
@@ -290,7 +309,6 @@ class _Planner:
             self._near.prefetch_pages(new, served, is_served=True)
             if self._work.publisher is not None:
                 self._work.publisher.complete()
-            self._prefetch_rest()
         self._is_one_set = is_first or self._served_windows == part.windows
         self._served_windows = part.windows
 
@@ -336,6 +354,16 @@ class _Planner:
         self._count("load_s", start_s)
         return loading
 
+    def _load_ahead(self, lookahead: Lookahead) -> None:
+        """Begin to load the next windows, after those that are awaited now."""
+        limit_bytes = min(LOAD_AHEAD_BYTES, self.pressure.spare_bytes)
+        for window, needed in lookahead.extend(limit_bytes):
+            if int(window.block_bytes[needed].sum()) <= limit_bytes:
+                threads = self._threads
+                self._loading[id(window)] = WindowLoad(
+                    self._source, window, needed, threads.executor, threads.n_threads
+                )
+
     def _request(self, windows: list[WindowBlocks]) -> None:
         """Request the blocks of windows, unless that was done ahead: before everything that is only prefetched."""
         if self._work.source.can_prefetch:
@@ -347,9 +375,9 @@ class _Planner:
     def _prefetch_ahead(self, lookahead: Lookahead) -> None:
         """Request the blocks of the next windows, in the order in which they are needed, and then their shards.
 
-        All blocks of the windows before have come, so nothing is delayed by these requests.
+        All blocks of the windows before have come, so these requests delay only the windows themselves.
         """
-        new = lookahead.extend(self.ahead_bytes)
+        new = lookahead.extend(min(self.ahead_bytes, AHEAD_FACTOR * self._last_bytes))
         self._request(new)
         self._requested |= {id(window): window for window, _ in new}
         self._begun += new

@@ -92,13 +92,15 @@ def _cut(run: NDArray[np.int64], window: Window, limit_bytes: int) -> list[NDArr
 
 T = TypeVar("T")
 
-# Minimum number of threads that wait for stores: they wait for the network, so there may be more of them than cores.
-MIN_LOAD_THREADS = 4
+# Minimum number of threads that load windows. Where they send requests to a store, each waits for the one or two of its
+# part. 16 requests at once are as many as a store's concurrency limit begins with.
+MIN_LOAD_THREADS, MIN_REQUEST_THREADS = 4, 16
 
 
-def loading_pool(n_threads: int) -> ThreadPoolExecutor:
+def loading_pool(n_threads: int, *, sends_requests: bool = False) -> ThreadPoolExecutor:
     """Return the threads that load windows, beside n_threads gather threads; they start with the first task."""
-    return ThreadPoolExecutor(max(MIN_LOAD_THREADS, n_threads), "tiercache-load")
+    least = MIN_REQUEST_THREADS if sends_requests else MIN_LOAD_THREADS
+    return ThreadPoolExecutor(max(least, n_threads), "tiercache-load")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -358,6 +360,11 @@ class MemoryPressure:
     def has_measured(self) -> bool:
         """Whether the share of a window that is not mapped is known."""
         return self._raw_bytes > 0
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes that further windows may take beside the two, a part of the half that the windows leave free."""
+        return self._room_bytes // 4
 
     def record_usage(self, loaded: LoadedWindow) -> None:
         """Count the memory that a loaded window takes."""

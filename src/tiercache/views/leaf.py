@@ -96,6 +96,10 @@ class Leaf(Protocol):
         """Whether prefetch() can fetch anything."""
 
     @property
+    def sends_requests(self) -> bool:
+        """Whether load() sends requests to a store, because there is no cache."""
+
+    @property
     def fill_ratio(self) -> float | None:
         """Share of the positions of packed rows that hold stored tokens; None if records are no packed rows."""
 

@@ -397,6 +397,11 @@ class PackedVersion:
         return self._leaf.can_prefetch
 
     @property
+    def sends_requests(self) -> bool:
+        """See OpenedVersion.sends_requests."""
+        return self._leaf.sends_requests
+
+    @property
     def is_drawn(self) -> bool:
         """Whether rows differ between epochs."""
         return self._options.fill_in_middle is not None

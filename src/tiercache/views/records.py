@@ -399,6 +399,11 @@ class Records:
         """Whether prefetch() can fetch anything; if not, no caller needs to compute the shards for it."""
         return any(version.can_prefetch for version in self.opened_versions)
 
+    @property
+    def sends_requests(self) -> bool:
+        """Whether load() sends requests to a store, because there is no cache."""
+        return any(version.sends_requests for version in self.opened_versions)
+
     def locate(self, shard: int) -> tuple[Leaf, int]:
         """Return the version that has a shard, and the shard's number there."""
         leaf = int(self._leaf_shards.searchsorted(shard, side="right")) - 1

@@ -135,6 +135,11 @@ class ZippedVersion:
         """See Records.can_prefetch."""
         return self._left.can_prefetch or self._right.can_prefetch
 
+    @property
+    def sends_requests(self) -> bool:
+        """See Records.sends_requests."""
+        return self._left.sends_requests or self._right.sends_requests
+
     def for_epoch(self, _seed: int, _epoch: int) -> ZippedVersion:
         """See OpenedVersion.for_epoch."""
         return self
