@@ -91,7 +91,7 @@ def test_a_failed_deletion_is_logged_and_repeated_after_the_next_commit(remote, 
     with Checkpoints(broken, keep=Keep(last=1)) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, {"n": step}).wait()
-        checkpoints.join()
+            checkpoints.join()  # each commit is followed by one look at what may be deleted
         assert steps_of(remote) == [1, 2]
         assert "old checkpoints were not deleted" in caplog.text
         checkpoints.save(3, {"n": 3}).wait()

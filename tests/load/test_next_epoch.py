@@ -184,7 +184,9 @@ def test_the_next_epoch_does_not_wait_for_a_preparation_that_did_not_begin(make_
     loader = tc.DataLoader(dataset, batch_size=10, shuffle=True)
     gate = threading.Event()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tiercache.load.epoch.loading_pool", lambda n, **options: (gate.wait(30), loading_pool(n, **options))[1])
+        patch.setattr(
+            "tiercache.load.epoch.loading_pool", lambda n, **options: (gate.wait(30), loading_pool(n, **options))[1]
+        )
         iterator = iter(loader)
         start_s = time.monotonic()
         assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(100))

@@ -10,9 +10,8 @@ from __future__ import annotations
 import mmap
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from threading import Lock
 from typing import Any, Protocol
@@ -165,10 +164,6 @@ class HostMemory:
         return Slab(array, None if torch is None else torch.from_numpy(array), is_pinned=False)
 
 
-class SaveDropped(Exception):
-    """The save was dropped to make room for a later one, or its state could not be copied."""
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class StagedFile:
     """A safetensors file in host memory.
@@ -179,7 +174,6 @@ class StagedFile:
         specs: Tensors by their names in the file.
         layout: Header and positions.
         pieces: Its bytes in order; each piece but the last has whole pages.
-        copied: Future that is done when the bytes are there; its result raises SaveDropped if the copy failed.
     """
 
     is_shared: bool
@@ -187,13 +181,12 @@ class StagedFile:
     specs: Mapping[str, TensorSpec]
     layout: FileLayout
     pieces: tuple[memoryview, ...]
-    copied: Future[None] = field(default_factory=Future)
 
 
 class StagedState:
-    """A state in host memory: the files as they will be on the disk, which are written while later ones are copied.
+    """A state in host memory: the files as they will be on the disk, once copy() has returned.
 
-    One thread calls copy() while others wait for the files. release() is called when nobody uses the files any more.
+    release() is called when nobody uses the files any more.
 
     Args:
         state: State whose tensors are copied.
@@ -246,46 +239,29 @@ class StagedState:
 
     def copy(self) -> None:
         """Copy the tensors, and return when all values are there: the state may then be changed."""
-        placed = [*zip(self.files, self._starts, strict=True)]
         try:
-            # Copies from devices run while the tensors in host memory are copied.
-            events = [self._copy_file(file, start, on_device=True) for file, start in placed]
-            for (file, start), copies in zip(placed, events, strict=True):
+            placed = [*zip(self.files, self._starts, strict=True)]
+            for file, start in placed:  # these copies run while the tensors in host memory are copied
+                self._copy_file(file, start, on_device=True)
+            for file, start in placed:
                 self._copy.array(np.frombuffer(file.layout.header, np.uint8), start)
                 self._copy_file(file, start, on_device=False)
-                for event in copies:
-                    event.synchronize()
-                file.copied.set_result(None)
-        except BaseException:
-            self._copy.finish()
-            self.abandon()
-            raise
         finally:
+            self._copy.finish()
             self._sources = {}
 
-    def abandon(self) -> None:
-        """Tell all who wait for a file that it will not be copied."""
-        for file in self.files:
-            if not file.copied.done():
-                file.copied.set_exception(SaveDropped())
-
     def release(self) -> None:
-        """Return the memory, as soon as copy() does not use it any more. Repeated calls have no effect."""
-        wait([file.copied for file in self.files])
+        """Return the memory. Repeated calls have no effect."""
         self.files = ()
         slabs, self._copy.slabs = self._copy.slabs, []
         self._memory.give(slabs)
 
-    def _copy_file(self, file: StagedFile, start: int, *, on_device: bool) -> list[Event]:
-        """Copy the tensors of a file that are on a device, or the others. Return events after the copies."""
-        devices = list[DeviceCopies]()
+    def _copy_file(self, file: StagedFile, start: int, *, on_device: bool) -> None:
+        """Copy the tensors of a file that are on a device, or the others."""
         for file_name, name in file.names.items():
             device = self._devices.get(name)
             if (device is not None) == on_device:
                 self._copy.tensor(self._sources[name], start + file.layout.offsets[file_name], device)
-                if device is not None and device not in devices:
-                    devices.append(device)
-        return [self._copy.record(device) for device in devices]
 
 
 def _layout(is_shared: bool, group: Sequence[TensorSpec]) -> FileLayout:
@@ -346,10 +322,6 @@ class _Copy:
         for array, first, last in self.spans(start, data.nbytes):
             np.copyto(array[first:last], data[position : position + last - first])
             position += last - first
-
-    def record(self, device: DeviceCopies) -> Event:
-        """Return an event after the present copies from a device."""
-        return device.record(self._stream_of(device))
 
     def finish(self) -> None:
         """Wait for the copies from devices."""

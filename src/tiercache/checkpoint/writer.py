@@ -35,7 +35,7 @@ from tiercache.checkpoint.layout import (
     tensor_digest,
 )
 from tiercache.checkpoint.safetensors_file import PAGE_BYTES
-from tiercache.checkpoint.staging import SHARED_NAME, SaveDropped, StagedFile
+from tiercache.checkpoint.staging import SHARED_NAME, StagedFile
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptCheckpoint, NotFound, StoreError
 from tiercache.model import ByteRange
@@ -48,6 +48,10 @@ T = TypeVar("T")
 PART_BYTES = 8 << 20
 # A put whose answer was lost is repeated if the store does not have the manifest.
 _COMMIT_ATTEMPTS = 3
+
+
+class SaveDropped(Exception):
+    """The save was dropped to make room for a later one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +156,7 @@ class CheckpointWriter:
 
         Args:
             name: Name of the checkpoint.
-            files: Staged files, some of which may still be copied; their memory must stay until the call returns.
+            files: Staged files, whose memory must stay until the call returns.
             state_text: Text of the state without its tensors.
             metrics: Metrics by name; no file without one.
             stop: Event that ends the call with SaveDropped.
@@ -168,7 +172,6 @@ class CheckpointWriter:
         }
 
         def write(file: StagedFile) -> tuple[StoredFile, dict[str, TensorEntry]]:
-            file.copied.result()
             digest = _digest_of(file) if file.is_shared else None
             path = paths[id(file)] if digest is None else shared_path(digest)
             source = SourceFile(path, file.layout.n_bytes, partial(self._parts_of, file.pieces))
