@@ -87,6 +87,18 @@ def test_the_date_of_a_group_survives_two_moves(folders):
     assert ages(folders) == before
 
 
+@pytest.mark.parametrize(
+    "change", [lambda path: path.chmod(0o600), lambda path: os.link(path, f"{path}.bak")], ids=["chmod", "hard link"]
+)
+def test_the_date_of_a_moved_group_survives_a_change_of_its_files_attributes(folders, change):
+    before = ages(folders)
+    move_all(folders)
+    for step in STEPS[:-1]:
+        change(folders.root / "archive" / name(step))
+    after = ages(folders)
+    assert {path: after[path] for path in before} == before
+
+
 def test_a_checkpoint_that_is_rewritten_under_its_path_gets_a_new_date(folders):
     move_all(folders)
     (folders.root / "archive" / name(3)).unlink()

@@ -196,11 +196,12 @@ class _ObjectFacts:
         self.written_s = np.full(len(row), np.inf)
         for number in listed.tiers:
             at = np.flatnonzero(listed.tier[row] == number)
-            for same, found in _look_up(listed, row, at[np.argsort(key[at])], checksums_of(number)):
+            for here, entries, is_same in _look_up(listed, row, at[np.argsort(key[at])], checksums_of(number)):
+                self.written_s[here] = entries["written_s"].fill_null(np.inf).to_numpy()
+                same, found = here[is_same], entries.filter(pa.array(is_same))
                 verified[same] = found["verified"].to_numpy()
                 crcs = found["crc32c"].fill_null(NO_CRC).to_numpy()
                 crc32c[same] = np.where(crcs == NO_CRC, crc32c[same], crcs)
-                self.written_s[same] = found["written_s"].fill_null(np.inf).to_numpy()
         stated_bytes, stated = (np.append(column, 0)[shard] for column in (shards.n_bytes, shards.crc32c))
         wrong = is_shard & ((n_bytes != stated_bytes) | ((crc32c != NO_CRC) & (crc32c != stated)))
         # The manifest's checksum identifies a shard in every tier, regardless of who wrote it.
@@ -220,8 +221,11 @@ class _ObjectFacts:
 
 def _look_up(
     listed: Listing, row: NDArray[np.int64], at: NDArray[np.int64], checksums: pa.Table
-) -> Iterator[tuple[NDArray[np.int64], pa.Table]]:
-    """Yield, in parts, the objects whose size and ETag equal the catalog's, and the catalog's entry of each.
+) -> Iterator[tuple[NDArray[np.int64], pa.Table, NDArray[np.bool_]]]:
+    """Yield, in parts, objects, the catalog's entry of each, and whether size and ETag are equal.
+
+    Where they are not, the object is a local file of which only the ctime changed, by chmod, chown or a hard link: its
+    bytes may be others, but the date of its writing is still that of the entry.
 
     at: The tier's objects, sorted by key, so that a part is searched in the matching range of the catalog only.
     """
@@ -238,9 +242,21 @@ def _look_up(
         some, found = some[hit >= 0], part.drop_columns(["key"]).take(pa.array(hit[hit >= 0])).combine_chunks()
         # Without an ETag, a rewritten object cannot be detected, so that the catalog's entry does not apply.
         etags = pa.chunked_array([listed.etags.take(pa.array(row[some]))])
-        same_etag = pc.equal(found["etag"], etags).fill_null(False)
-        same = np.asarray(same_etag.to_numpy(), np.bool_) & (listed.n_bytes[row[some]] == found["n_bytes"].to_numpy())
-        yield some[same], found.filter(pa.array(same))
+        is_size = listed.n_bytes[row[some]] == found["n_bytes"].to_numpy()
+        is_same = is_size & _are_equal(found["etag"], etags)
+        here = is_same
+        if not is_same.all():
+            here = is_size & _are_equal(_without_ctime(found["etag"]), _without_ctime(etags))
+        yield some[here], found.filter(pa.array(here)), is_same[here]
+
+
+def _are_equal(one: pa.ChunkedArray, other: pa.ChunkedArray) -> NDArray[np.bool_]:
+    return np.asarray(pc.equal(one, other).fill_null(False).to_numpy(), np.bool_)
+
+
+def _without_ctime(etags: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return ETags, those of local files without their last part (see file_info() of store/posix.py)."""
+    return pc.replace_substring_regex(etags, r'^("[0-9a-f]+-[0-9a-f]+-[0-9a-f]+)-[0-9a-f]+"$', r"\1")
 
 
 def _is_rising(keys: pa.ChunkedArray) -> bool:
