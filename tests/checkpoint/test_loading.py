@@ -219,6 +219,23 @@ def test_into_must_be_a_dict_of_things_that_can_be_filled(remote):
         checkpoints.load(into=Net())
 
 
+def test_a_list_of_objects_is_refused_because_none_of_them_would_be_filled(remote):
+    net = other_net()
+    write_checkpoint(remote, 1, {"models": [net]})
+    with pytest.raises(TypeError, match=r"into\['models'\] cannot be filled.*dict"):
+        StoredCheckpoints(remote).load(into={"models": [other_net()]})
+
+
+def test_other_parameter_groups_of_an_optimizer_are_found_before_the_model_is_filled(remote):
+    net, other = other_net(), other_net()
+    write_checkpoint(remote, 1, {"model": net, "optim": torch.optim.SGD(net.parameters(), lr=0.1)})
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    fewer = torch.optim.SGD([*other.parameters()][:1], lr=0.1)
+    with pytest.raises(ValueError, match=r"optim: parameter groups of \[\d+\] parameters in the checkpoint, \[1\]"):
+        StoredCheckpoints(remote).load(into={"model": other, "optim": fewer})
+    assert same(other.state_dict(), before)
+
+
 def test_tensors_that_several_ranks_stored_in_parts_are_put_together(remote):
     weight, bias = torch.randn(2, 8), torch.randn(2)
 

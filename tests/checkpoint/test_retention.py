@@ -225,6 +225,22 @@ def test_a_local_checkpoint_that_the_store_would_not_keep_need_not_be_uploaded(r
     assert steps_of(local) == [3]
 
 
+def test_a_local_checkpoint_stays_while_it_is_uploaded_whatever_the_rules_say(remote, local):
+    _, uploading, _ = hours(local, 1, 2, 3)
+    hours(remote, 3)
+    tiers = {"local": local, "remote": remote}
+    Retention(Inventory(tiers), [Keep(last=1)], unfinished=lambda: {uploading}, now=lambda: START_S).run()
+    assert steps_of(local) == [2, 3]
+
+
+def test_the_store_keeps_the_last_checkpoint_that_it_has_until_the_next_one_is_uploaded(remote, local):
+    hours(remote, 1, 2)
+    hours(local, 3, at=5)
+    assert retained(remote, Keep(every_steps=1000), local=local) == [1, 2]
+    hours(remote, 3, at=5)
+    assert retained(remote, Keep(every_steps=1000), local=local) == [1, 3]
+
+
 def test_checkpoints_that_wait_for_their_upload_do_not_displace_uploaded_ones(remote, local):
     hours(remote, 1, 2)
     hours(local, 3, 4, at=5)

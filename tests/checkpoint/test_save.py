@@ -412,16 +412,28 @@ def test_the_error_that_ends_a_with_block_is_not_hidden_by_a_failed_save(memory_
         save_and(lambda: None)
 
 
-def test_a_full_disk_does_not_stay_full(tmp_path, memory_store):
+@pytest.mark.parametrize(
+    "fault",
+    [Fault("complete", keys="*state.json", retryable=False), Fault("put_if_absent", retryable=False)],
+    ids=["file", "manifest"],
+)
+def test_a_full_disk_does_not_stay_full(tmp_path, memory_store, fault):
     with opened(memory_store, local=tmp_path) as checkpoints:
-        checkpoints._local.store = FaultStore(
-            LocalFolder(tmp_path), [Fault("complete", keys="*state.json", retryable=False)]
-        )
+        checkpoints._local.store = FaultStore(LocalFolder(tmp_path), [fault])
         checkpoints.save(1, a_state())
         with pytest.raises(StoreError):
             checkpoints.wait("local", WAIT_S)
         assert [*LocalFolder(tmp_path).list()] == []
         assert [*memory_store.list()] == []
+
+
+def test_a_save_that_failed_can_be_deleted(tmp_path, memory_store):
+    with opened(FaultStore(memory_store, [Fault("put_part", retryable=False)]), local=tmp_path) as checkpoints:
+        saved = checkpoints.save(1, a_state())
+        with pytest.raises(StoreError):
+            checkpoints.wait("remote", WAIT_S)
+        checkpoints.delete(saved.name)
+        assert list_names(LocalFolder(tmp_path)) == []
 
 
 def test_an_upload_that_fails_leaves_the_local_checkpoint(tmp_path, memory_store):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import operator
 import os
 import secrets
@@ -30,7 +31,7 @@ from tiercache.checkpoint.retention import GC_AGE_S, Keep, RetentionReport, refe
 from tiercache.checkpoint.staging import HostMemory, StagedState
 from tiercache.checkpoint.state_tree import encode_state, state_text
 from tiercache.checkpoint.stored import StoredCheckpoints
-from tiercache.checkpoint.writer import CheckpointWriter, SaveDropped, SharedTensors, TaskThread
+from tiercache.checkpoint.writer import CheckpointWriter, SaveDropped, SharedTensors, TaskThread, may_be_committed
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder, Store, open_store
@@ -187,7 +188,7 @@ class Checkpoints(StoredCheckpoints):
         self._failed: list[SaveHandle] = []
         self._unreported: list[SaveHandle] = []  # failed saves whose error nobody has seen
         self._newest_s = 0.0
-        self._has_aborted_uploads = False
+        self._uploads_seen_s = -math.inf  # when unfinished uploads were looked for, by the monotonic clock
         self._pid, self._is_closed = os.getpid(), False
         self._remote = self._writer_to(remote_store, "remote")
         self._local = None if local_store is None else self._writer_to(local_store, "local")
@@ -435,17 +436,19 @@ class Checkpoints(StoredCheckpoints):
         self._advance(save, "writing")
         try:
             files, tensors = writer.write_staged(name, save.state.files, save.text, save.manifest.metrics, save.stop)
-        except BaseException:
+            tensors |= {alias: tensors[first] for alias, first in save.aliases.items()}
+            told = save.manifest
+            save.manifest = Manifest(name, told.step, told.created_s, tuple(files), tensors, told.metrics, told.note)
+            writer.commit(save.manifest)
+        except BaseException as error:
+            if may_be_committed(error):
+                raise
             self.shared.release(name)
             if target == "local":
                 writer.discard(name)  # a full disk must not stay full
             else:
                 self._deleting.submit(partial(writer.discard, name))
             raise
-        tensors |= {alias: tensors[first] for alias, first in save.aliases.items()}
-        told = save.manifest
-        save.manifest = Manifest(name, told.step, told.created_s, tuple(files), tensors, told.metrics, told.note)
-        writer.commit(save.manifest)
         save.state.release()
         self._commit(save, target)
         if target == "local":
@@ -457,10 +460,11 @@ class Checkpoints(StoredCheckpoints):
             return
         try:
             self._remote.upload(save.manifest, self.local_store, save.stop)
-        except BaseException:
-            self._deleting.submit(partial(self._remote.discard, save.handle.name))
+            self._remote.commit(save.manifest)
+        except BaseException as error:
+            if not may_be_committed(error):
+                self._deleting.submit(partial(self._remote.discard, save.handle.name))
             raise
-        self._remote.commit(save.manifest)
         self._commit(save, "remote")
 
     def _advance(self, save: _Save, state: SaveState) -> None:
@@ -490,8 +494,9 @@ class Checkpoints(StoredCheckpoints):
 
     def _retain(self, name: str, target: Target) -> None:  # noqa: ARG002 - of _on_commit
         self.apply_retention()
-        if target == "remote" and not self._has_aborted_uploads:
-            self._has_aborted_uploads = True
+        now_s = time.monotonic()
+        if target == "remote" and now_s - self._uploads_seen_s >= GC_AGE_S:  # those of a kill are a day old by then
+            self._uploads_seen_s = now_s
             with suppress(StoreError):  # the next process, and gc(), try again
                 self._remote.abort_uploads(GC_AGE_S)
 

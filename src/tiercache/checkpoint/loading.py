@@ -206,6 +206,11 @@ class _IntoPlan:
                 self.add(saved[key], value, (*path, key))
             elif is_tensor(value):
                 self._add_tensor(saved[key], value, (*path, key))
+            elif isinstance(value, (list, tuple)) and any(_is_filled(one) for one in value):
+                raise TypeError(
+                    f"into{_indexed((*path, key))} cannot be filled: it is a {type(value).__name__} of objects; save"
+                    " and load them as a dict, such as dict(enumerate(objects))"
+                )
             else:
                 self._add_value(saved[key], target, key)
 
@@ -249,6 +254,8 @@ class _IntoPlan:
                 )
             if is_module:
                 dropped = self._compare_module(node, current, path)
+            else:
+                self._compare_optimizer(node, current, path)
             self._find_places(node, current, place)
         kept = _without(node, dropped)
         self.tensors.want(kept, place)
@@ -278,6 +285,17 @@ class _IntoPlan:
                 self.misshaped.append(_misshaped((*path, key), saved[key], shape, value))
                 dropped.add(key)
         return dropped
+
+    def _compare_optimizer(self, node: Any, current: Mapping[str, Any], path: Path) -> None:
+        """Note other numbers of parameters, which load_state_dict() refuses after the models were filled."""
+        saved = (children(node) or {}).get("param_groups")
+        if isinstance(saved, list):
+            found = [len((children(group) or {}).get("params", ())) for group in saved]
+            mine = [len(group["params"]) for group in current.get("param_groups", ())]
+            if found != mine:
+                self.misshaped.append(
+                    f"{_dotted(path)}: parameter groups of {found} parameters in the checkpoint, {mine} in the object"
+                )
 
     def _find_places(self, node: Any, current: Any, place: dict[str, Any]) -> None:
         """Collect the tensors of an object's present state into which stored tensors can be read."""
@@ -310,6 +328,11 @@ class _IntoPlan:
         if strict:
             raise ValueError(f"{text}\nNothing was loaded. load(..., strict=False) loads everything that fits.")
         warnings.warn(f"{text}\nEverything else is loaded (strict=False).", RuntimeWarning, stacklevel=5)
+
+
+def _is_filled(value: Any) -> bool:
+    """Return whether load() fills a value, and does not replace it."""
+    return is_tensor(value) or isinstance(value, dict) or callable(getattr(value, "load_state_dict", None))
 
 
 def is_tensor(value: Any) -> bool:

@@ -112,23 +112,31 @@ class RetentionPlan:
     deletes: Mapping[CheckpointTier, tuple[str, ...]]
 
 
-def plan_retention(scan: Scan, keeps: Sequence[Keep], tiers: Sequence[CheckpointTier], now_s: float) -> RetentionPlan:
+def plan_retention(
+    scan: Scan,
+    keeps: Sequence[Keep],
+    tiers: Sequence[CheckpointTier],
+    now_s: float,
+    unfinished: Collection[str] = (),
+) -> RetentionPlan:
     """Return what the rules keep and what they delete. Pure.
 
-    Rules compare the checkpoints of a tier with those of the tiers behind it. A tier without rules keeps everything.
-    Always kept are the checkpoint written last, pinned checkpoints, the last copy of a tagged checkpoint, and a local
-    copy of a checkpoint that the remote tier would keep and does not have yet. Only complete checkpoints are deleted.
+    Rules of the local tier count local and remote checkpoints together; those of the remote tier count remote ones. A
+    tier without rules keeps everything. Always kept are the checkpoint of the tier, or of a tier behind it, that was
+    written last, pinned checkpoints, the last copy of a tagged checkpoint, a checkpoint that is being uploaded, and a
+    local copy of a checkpoint that the remote tier would keep and does not have yet. Only complete checkpoints are
+    deleted.
 
     Args:
         scan: Listing of the checkpoints.
         keeps: Rules.
         tiers: Tiers, the nearest first.
         now_s: Time, in seconds since the Unix epoch.
+        unfinished: Checkpoints that this process saves now: their local copy is the source of their upload.
     """
     home = tiers[-1]
     complete = {tier: [n for n in scan.copies if tier in {c.tier for c in scan.complete(n)}] for tier in tiers}
     everywhere = scan.complete_names
-    latest = everywhere[-1:]
     of_home = _kept(scan, everywhere, _rules_of(keeps, home), now_s)
     kept_by: dict[str, dict[CheckpointTier, tuple[str, ...]]] = {}
     deletes: dict[CheckpointTier, tuple[str, ...]] = {}
@@ -137,7 +145,8 @@ def plan_retention(scan: Scan, keeps: Sequence[Keep], tiers: Sequence[Checkpoint
         by_rules = _kept(scan, behind, _rules_of(keeps, tier), now_s)
         for name in complete[tier]:
             tags, reasons = scan.tags(name), [*by_rules[name]]
-            reasons += ["latest"] if name in latest else []
+            reasons += ["latest"] if name == behind[-1] else []  # of the store too: it outlives this machine
+            reasons += ["being uploaded"] if name in unfinished and tier != home else []
             reasons += ["pinned"] if tags.is_pinned else []
             is_last_copy = tier == home or name not in complete[home]
             if is_last_copy and tags.tags:
@@ -267,7 +276,7 @@ class Retention:
 
     def plan(self, scan: Scan) -> RetentionPlan:
         """Return what the rules keep and delete now."""
-        return plan_retention(scan, self.keeps, tuple(self.inventory.tiers), self._now())
+        return plan_retention(scan, self.keeps, tuple(self.inventory.tiers), self._now(), frozenset(self._unfinished()))
 
     def run(self) -> RetentionReport:
         """Delete what no rule keeps, and collect(). The background thread calls it after each commit.

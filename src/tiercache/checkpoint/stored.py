@@ -99,14 +99,14 @@ class StoredCheckpoints:
             self.inventory,
             self.keep,
             gc_age_s=gc_age_s,
-            unfinished=lambda: self.unfinished_saves().keys(),
+            unfinished=lambda: {name for name, save in self.unfinished_saves().items() if save.error is None},
             shared_tensors=shared_tensors,
         )
         self._archive = Archive(remote_store.url, storage_options) if archive is None else archive
         self._open_cache = cache
 
     def unfinished_saves(self) -> Mapping[str, UnfinishedSave]:
-        """Return the saves of this process that are not committed everywhere, by the name of the checkpoint."""
+        """Return the saves of this process that are unfinished or have failed, by the name of the checkpoint."""
         return {}
 
     @cached_property

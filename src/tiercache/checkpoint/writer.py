@@ -54,6 +54,11 @@ class SaveDropped(Exception):
     """The save was dropped to make room for a later one."""
 
 
+def may_be_committed(error: BaseException) -> bool:
+    """Return whether the checkpoint of a failed save may exist: the answer to the put of its manifest was lost."""
+    return isinstance(error, CommitConflict) or bool(getattr(error, "maybe_done", False))
+
+
 @dataclass(frozen=True, slots=True)
 class SourceFile:
     """A file that is to be written.
@@ -237,18 +242,25 @@ class CheckpointWriter:
         if any(shared_digest(file.path) for file in manifest.files):
             self.store.put(reference_key(manifest.name), text)
         crash_point("checkpoint_commit.files_checked")
-        for _ in range(_COMMIT_ATTEMPTS):
+        for attempt in range(_COMMIT_ATTEMPTS):
             try:
                 if self.store.put_if_absent(key, text):
                     crash_point("checkpoint_commit.committed")
                     return
             except StoreError as error:
                 if not error.maybe_done:
+                    error.maybe_done = attempt > 0  # an earlier put may have had an effect
                     raise
-            with suppress(NotFound):  # the answer was lost, and the put may have had an effect or not
-                if self.store.get(key) == text:
-                    return
-                raise CommitConflict("another manifest has been put under this name", url=f"{self.store.url}/{key}")
+            try:
+                found = self.store.get(key)
+            except NotFound:
+                continue  # the answer was lost, and the put had no effect
+            except StoreError as error:
+                error.maybe_done = True
+                raise
+            if found == text:
+                return
+            raise CommitConflict("another manifest has been put under this name", url=f"{self.store.url}/{key}")
         raise StoreError("the answers of all puts were lost", url=f"{self.store.url}/{key}", maybe_done=True)
 
     def discard(self, name: str) -> None:
