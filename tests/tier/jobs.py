@@ -21,6 +21,9 @@ class TierJob:
     shapes: tuple[str, ...] = SHAPES
 
 
+UNWANTED = "checkpoints/solo/step-10.pt"
+
+
 def write(world: World, place: str, name: str, version: int = 0) -> None:
     """Write a group."""
     for key, n_bytes in zip(world.oracle.groups[name].keys, SIZES, strict=False):
@@ -100,6 +103,16 @@ def recall(world: World) -> None:
     world.recall(names)
 
 
+def unwanted(world: World) -> None:
+    """As archived(), with a checkpoint that somebody is going to remove."""
+    archived(world)
+    world.oracle.removed_by_hand.add(UNWANTED)
+
+
+def remove(world: World) -> None:
+    world.remove([UNWANTED])
+
+
 def heal(world: World, is_last: bool) -> None:
     """What the next run does, with no help; the last one leaves nothing open."""
     read(world)
@@ -120,6 +133,7 @@ JOBS = {
         TierJob("delete", old, World.run_once),
         TierJob("changed", changed, World.run_once),
         TierJob("recall", archived, recall),
+        TierJob("remove", unwanted, remove),
         TierJob("read", archived, read, ("warm", "local")),
     )
 }

@@ -81,6 +81,7 @@ class Oracle:
     is_decided: bool = False
     asked_s: dict[str, float] = field(default_factory=dict)
     deleted: set[str] = field(default_factory=set)
+    removed_by_hand: set[str] = field(default_factory=set)
     before: Picture = field(default_factory=dict)
     group_of: dict[str, str] = field(default_factory=dict)
     protected: dict[str, str] = field(default_factory=dict)
@@ -241,6 +242,8 @@ class Oracle:
 
         is_older: What goes is an older copy of a name that was written again, which counts by its own date.
         """
+        if name in self.removed_by_hand:
+            return ""
         group = self.groups[name]
         age_s = now_s - min(self.written_s[key] for key in group.keys if key in self.written_s)
         if group.delete_after_s == NEVER:

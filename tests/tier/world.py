@@ -36,6 +36,7 @@ from tiercache.tier.move.deletions import run_due_deletions
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.lock import BootClock
 from tiercache.tier.move.mover import open_mover, run_once
+from tiercache.tier.move.removal import remove_groups
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.recall import hold_groups, plan_recall
@@ -394,6 +395,15 @@ class World:
                 self.days_pass(0.5)
             with open_mover(file, stores, catalog) as context:
                 apply_plan(context, plan.copies)
+
+    def remove(self, names: list[str]) -> None:
+        """Remove groups from all tiers, as `tiercache ckpt rm` does."""
+        with self.opened() as (file, stores, catalog):
+            inventory = take_inventory(file, stores, catalog, now_s=time.time())
+            groups = np.flatnonzero([path in names for path in inventory.snapshot.paths.to_pylist()])
+            with open_mover(file, stores, catalog) as context:
+                found = remove_groups(context, inventory, groups.tolist())
+        assert [one.reason for one in found] == [""] * len(names)
 
     def wanted(self, plan: Plan) -> set[tuple[str, str]]:
         """(place, group) of all that a plan moves, where it is to lie."""
