@@ -248,7 +248,8 @@ def test_retention_deletes_what_no_rule_keeps_and_no_save_waits_for_it(tmp_path)
             dcp.save({"weights": torch.full((1000,), step)}, storage_writer=checkpoints.dcp_writer(step))
             n_requests.append(sum(thread == "MainThread" for *_, thread in store.calls[before:]))
             checkpoints.join()
-    assert len(set(n_requests)) == 1, "a save that deletes others makes more requests itself"
+    # The first save also lists the checkpoints of the run.
+    assert len(set(n_requests[1:])) == 1, "a save that deletes others makes more requests itself"
     deletes = [call for call in store.calls if call[0] == "delete"]
     assert deletes
     assert {thread for *_, thread in deletes} == {"tiercache-checkpoint-delete"}

@@ -219,6 +219,33 @@ def test_into_must_be_a_dict_of_things_that_can_be_filled(remote):
         checkpoints.load(into=Net())
 
 
+def test_weights_that_were_not_tied_are_loaded_into_tied_ones(remote):
+    tied = nn.Linear(3, 3)
+    write_checkpoint(remote, 1, {"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        StoredCheckpoints(remote).load(into={"a": tied, "b": tied})
+    data = StoredCheckpoints(remote).load()
+    assert same(dict(tied.state_dict()), dict(data["b"]))
+
+
+def test_a_list_of_tensors_is_replaced(remote):
+    states = {"cuda": [torch.get_rng_state()], "numpy": np.random.get_state()}
+    write_checkpoint(remote, 1, states)
+    into = {"cuda": [torch.zeros(3)], "numpy": (np.zeros(2),)}
+    StoredCheckpoints(remote).load(into=into)
+    assert torch.equal(into["cuda"][0], states["cuda"][0])
+    assert np.array_equal(into["numpy"][1], states["numpy"][1])
+
+
+def test_latest_says_which_later_checkpoint_is_incomplete(remote):
+    write_checkpoint(remote, 1, {"n": 1})
+    name = write_checkpoint(remote, 2, {"n": 2}, created_s=START_S + 100)
+    remote.delete([f"{name}/state.json"])
+    with pytest.warns(RuntimeWarning, match=f"{name}.*state.json"):
+        assert StoredCheckpoints(remote).load()["n"] == 1
+
+
 def test_a_list_of_objects_is_refused_because_none_of_them_would_be_filled(remote):
     net = other_net()
     write_checkpoint(remote, 1, {"models": [net]})

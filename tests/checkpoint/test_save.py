@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from contextlib import contextmanager
 
@@ -425,6 +426,22 @@ def test_a_full_disk_does_not_stay_full(tmp_path, memory_store, fault):
             checkpoints.wait("local", WAIT_S)
         assert [*LocalFolder(tmp_path).list()] == []
         assert [*memory_store.list()] == []
+
+
+def test_a_run_that_restarts_where_the_clock_is_behind_keeps_what_it_saves(tmp_path, monkeypatch):
+    for seconds, steps in ((0.0, (100, 200)), (-30.0, (210, 220))):
+        monkeypatch.setattr(time, "time", lambda real=time.time, ahead_s=seconds: real() + ahead_s)
+        with Checkpoints(tmp_path, keep=tc.Keep(last=2)) as checkpoints:
+            for step in steps:
+                checkpoints.save(step, {"n": step}).wait()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert [one.step for one in checkpoints.list()] == [210, 220]
+        assert checkpoints.load()["n"] == 220
+
+
+def test_a_local_folder_that_is_the_folder_of_the_checkpoints_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="local= is the folder of the checkpoints itself"):
+        Checkpoints(tmp_path, local=tmp_path / ".")
 
 
 def test_a_save_that_failed_can_be_deleted(tmp_path, memory_store):

@@ -110,7 +110,7 @@ def unwanted(world: World) -> None:
 
 
 def remove(world: World) -> None:
-    world.remove([UNWANTED])
+    world.remove_checkpoints([UNWANTED])
 
 
 def heal(world: World, is_last: bool) -> None:

@@ -396,7 +396,7 @@ class World:
             with open_mover(file, stores, catalog) as context:
                 apply_plan(context, plan.copies)
 
-    def remove(self, names: list[str]) -> None:
+    def remove_checkpoints(self, names: list[str]) -> None:
         """Remove groups from all tiers, as `tiercache ckpt rm` does."""
         with self.opened() as (file, stores, catalog):
             inventory = take_inventory(file, stores, catalog, now_s=time.time())

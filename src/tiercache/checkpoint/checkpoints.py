@@ -26,7 +26,7 @@ from functools import cache, partial
 from threading import Condition, Event
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from tiercache.checkpoint.layout import Manifest, checkpoint_name, written_order
+from tiercache.checkpoint.layout import Manifest, checkpoint_name, checkpoint_objects, written_order
 from tiercache.checkpoint.retention import GC_AGE_S, Keep, RetentionReport, referenced_tensors
 from tiercache.checkpoint.staging import HostMemory, StagedState
 from tiercache.checkpoint.state_tree import encode_state, state_text
@@ -176,6 +176,11 @@ class Checkpoints(StoredCheckpoints):
             raise ValueError(f"when_busy is 'wait', 'skip' or 'drop', got {when_busy!r}")
         remote_store = url if isinstance(url, Store) else open_store(url, **(storage_options or {}))
         local_store = None if local is None else LocalFolder(local)
+        roots = [
+            os.path.realpath(store.root) for store in (local_store, remote_store) if isinstance(store, LocalFolder)
+        ]
+        if len(roots) > len({*roots}):
+            raise ValueError(f"local= is the folder of the checkpoints itself, {roots[0]}: leave it out")
         self.shared = SharedTensors()
         super().__init__(
             remote_store, local_store, keep=keep, storage_options=storage_options, shared_tensors=self.shared
@@ -378,14 +383,26 @@ class Checkpoints(StoredCheckpoints):
         return int(torch.distributed.get_rank())
 
     def new_name(self, step: int) -> tuple[str, float]:
-        """Return a name and its time: the present, but later than that of every earlier save of this process.
+        """Return a name and its time: the present, but later than that of every checkpoint of the run.
+
+        The clock of a machine on which the run restarts may be behind. The first call lists the checkpoints for that.
 
         Args:
             step: Step of the training run.
         """
+        if not self._newest_s:
+            self._newest_s = max([self._newest_s, *self._stored_times_s()])
         with self._changed:
             self._newest_s = max(round(time.time(), 3), round(self._newest_s + 0.001, 3))
             return checkpoint_name(step, self._newest_s, secrets.token_hex(3)), self._newest_s
+
+    def _stored_times_s(self) -> list[float]:
+        """Return the times in the names of the checkpoints, without those of a store that cannot be reached."""
+        found: list[float] = []
+        for store in self.inventory.tiers.values():
+            with suppress(StoreError):  # the save itself reports it, or waits until the store is back
+                found += [written_order(name)[0] for name in checkpoint_objects(store.list())]
+        return found
 
     def _wait_for_turn(self) -> bool:
         """Return whether a new save may begin, after waiting for an unfinished one where necessary."""

@@ -169,6 +169,17 @@ class Scan:
         deleted = {name for found in self.tombstones.values() for name in found}
         return sorted(names - deleted, key=written_order)
 
+    def problems_after(self, name: str) -> list[str]:
+        """Return why committed checkpoints that were written after this one cannot be loaded, one text for each."""
+        later = [other for other in self.copies if written_order(other) > written_order(name)]
+        return [
+            f"{copy.url}: {copy.problem or 'its manifest cannot be read'}"
+            for other in later
+            if other not in self.loadable_names
+            for copy in self.copies[other][:1]
+            if copy.is_committed
+        ]
+
     def manifest(self, name: str) -> Manifest | None:
         """Return the manifest of a checkpoint from any of its tiers; None if none can be read."""
         return next((copy.manifest for copy in self.copies.get(name, ()) if copy.manifest is not None), None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -71,13 +72,15 @@ class _Tensors:
     """The memory of the wanted tensors: new memory, or that of the caller's objects.
 
     Names that share a stored tensor get memory of their own: with dedup=True, tensors share it because their values are
-    equal, and the run changes them one by one.
+    equal, and the run changes them one by one. If two stored tensors belong into one memory, because weights are tied
+    now that were not, only the first is read into it.
     """
 
     def __init__(self, manifest: Manifest, url: str) -> None:
         self._manifest, self._url = manifest, url
         self._found: dict[str, Any] = {}
         self._first: dict[tuple[str, int], str] = {}
+        self._used: list[tuple[int, int, tuple[str, int]]] = []  # memory of the caller: start, end and stored tensor
 
     def entry(self, name: str) -> TensorEntry:
         """Return where a tensor is stored. Raises CorruptCheckpoint if the manifest does not have it."""
@@ -93,9 +96,22 @@ class _Tensors:
         """Provide memory for the tensors of a node. places: Memory of the caller by name of the tensor, as usable()."""
         for name, library in tensor_names(node):
             entry, given = self.entry(name), (places or {}).get(name)
+            if given is not None and self._is_used(entry, given):
+                given = None  # load_state_dict() copies it
             self._found[name] = _new(entry, library) if given is None else given
             if entry.n_bytes:
                 self._first.setdefault((entry.file, entry.offset), name)
+
+    def _is_used(self, entry: TensorEntry, given: Any) -> bool:
+        """Return whether another stored tensor is read into a part of this memory; note the memory if not."""
+        start = np.frombuffer(memory_of(given), np.uint8).ctypes.data if entry.n_bytes else 0
+        stored, end = (entry.file, entry.offset), start + entry.n_bytes
+        number = bisect_right(self._used, (start, end, stored))
+        near = self._used[max(number - 1, 0) : number + 1]
+        if any(start < last and first < end and stored != other for first, last, other in near):
+            return True
+        self._used.insert(number, (start, end, stored))
+        return False
 
     def find(self, name: str, library: Library) -> Any:  # noqa: ARG002 - the signature of FindTensor
         """Return the tensor, or array, with a name that was wanted."""
@@ -206,7 +222,7 @@ class _IntoPlan:
                 self.add(saved[key], value, (*path, key))
             elif is_tensor(value):
                 self._add_tensor(saved[key], value, (*path, key))
-            elif isinstance(value, (list, tuple)) and any(_is_filled(one) for one in value):
+            elif isinstance(value, (list, tuple)) and any(_is_object(one) for one in value):
                 raise TypeError(
                     f"into{_indexed((*path, key))} cannot be filled: it is a {type(value).__name__} of objects; save"
                     " and load them as a dict, such as dict(enumerate(objects))"
@@ -330,9 +346,9 @@ class _IntoPlan:
         warnings.warn(f"{text}\nEverything else is loaded (strict=False).", RuntimeWarning, stacklevel=5)
 
 
-def _is_filled(value: Any) -> bool:
-    """Return whether load() fills a value, and does not replace it."""
-    return is_tensor(value) or isinstance(value, dict) or callable(getattr(value, "load_state_dict", None))
+def _is_object(value: Any) -> bool:
+    """Return whether a value is an object that load() fills by its load_state_dict()."""
+    return callable(getattr(value, "load_state_dict", None))
 
 
 def is_tensor(value: Any) -> bool:

@@ -158,6 +158,8 @@ class StoredCheckpoints:
             names = [resolve(found, which)]
             if which == "latest":
                 names += [name for name in reversed(found.loadable_names) if name != names[0]]
+                for problem in found.problems_after(names[0]):
+                    _warn(f"{problem}; {names[0]}, which was written before it, is loaded")
             failure: CorruptCheckpoint | None = None
             for name in names:
                 try:
