@@ -349,6 +349,7 @@ def test_a_rank_reads_the_blocks_that_it_needs(tmp_path, offsets, shape, most_by
     dcp.save({"weights": values}, storage_writer=checkpoints.dcp_writer(0))
     reader, box = checkpoints.dcp_reader(), OneBox(offsets, torch.zeros(shape))
     reader.set_up_storage_reader(reader.read_metadata(), is_coordinator=True)
+    checkpoints.join()  # the thread that deletes reads, too
     before = checkpoints.remote_store.counters["bytes_read"]
     reader.read_data(LoadPlan([box.item]), box).wait()
     assert checkpoints.remote_store.counters["bytes_read"] - before <= most_bytes

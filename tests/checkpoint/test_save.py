@@ -424,8 +424,9 @@ def test_a_full_disk_does_not_stay_full(tmp_path, memory_store, fault):
         checkpoints.save(1, a_state())
         with pytest.raises(StoreError):
             checkpoints.wait("local", WAIT_S)
-        assert [*LocalFolder(tmp_path).list()] == []
-        assert [*memory_store.list()] == []
+        assert [info.key for store in (LocalFolder(tmp_path), memory_store) for info in store.list()] == [
+            "run.json"
+        ] * 2
 
 
 def test_a_run_that_restarts_where_the_clock_is_behind_keeps_what_it_saves(tmp_path, monkeypatch):
@@ -442,6 +443,21 @@ def test_a_run_that_restarts_where_the_clock_is_behind_keeps_what_it_saves(tmp_p
 def test_a_local_folder_that_is_the_folder_of_the_checkpoints_is_refused(tmp_path):
     with pytest.raises(ValueError, match="local= is the folder of the checkpoints itself"):
         Checkpoints(tmp_path, local=tmp_path / ".")
+
+
+def test_a_local_folder_serves_one_run(tmp_path):
+    with Checkpoints(tmp_path / "a", local=tmp_path / "local") as checkpoints:
+        checkpoints.save(1, {"n": 1}).wait()
+    with pytest.raises(
+        ValueError,
+        match=r"has local copies of other checkpoints than those at .*/b: give each run a local folder of its own",
+    ):
+        Checkpoints(tmp_path / "b", local=tmp_path / "local")
+    (tmp_path / "a" / "run.json").unlink()  # as a rule of tiers may move it
+    with Checkpoints(tmp_path / "a", local=tmp_path / "local") as checkpoints:
+        assert checkpoints.load()["n"] == 1
+        checkpoints.save(2, {"n": 2}).wait()
+    assert (tmp_path / "a" / "run.json").read_bytes() == (tmp_path / "local" / "run.json").read_bytes()
 
 
 def test_a_save_that_failed_can_be_deleted(tmp_path, memory_store):
@@ -461,7 +477,7 @@ def test_an_upload_that_fails_leaves_the_local_checkpoint(tmp_path, memory_store
             saved.wait("remote", WAIT_S)
         assert saved.wait("local", WAIT_S)
         assert same(read_checkpoint(checkpoints.local_store, saved.name)[1], a_state())
-    assert [*memory_store.list()] == []
+    assert [info.key for info in memory_store.list()] == ["run.json"]
 
 
 def test_memory_is_reused_after_a_failure(memory_store):

@@ -26,14 +26,14 @@ from functools import cache, partial
 from threading import Condition, Event
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from tiercache.checkpoint.layout import Manifest, checkpoint_name, checkpoint_objects, written_order
+from tiercache.checkpoint.layout import RUN_NAME, Manifest, checkpoint_name, checkpoint_objects, written_order
 from tiercache.checkpoint.retention import GC_AGE_S, Keep, RetentionReport, referenced_tensors
 from tiercache.checkpoint.staging import HostMemory, StagedState
 from tiercache.checkpoint.state_tree import encode_state, state_text
 from tiercache.checkpoint.stored import StoredCheckpoints
 from tiercache.checkpoint.writer import CheckpointWriter, SaveDropped, SharedTensors, TaskThread, may_be_committed
 from tiercache.crash_points import crash_point
-from tiercache.errors import StoreError
+from tiercache.errors import NotFound, StoreError
 from tiercache.store import LocalFolder, Store, open_store
 
 if TYPE_CHECKING:
@@ -194,6 +194,7 @@ class Checkpoints(StoredCheckpoints):
         self._unreported: list[SaveHandle] = []  # failed saves whose error nobody has seen
         self._newest_s = 0.0
         self._uploads_seen_s = -math.inf  # when unfinished uploads were looked for, by the monotonic clock
+        self._check_local_folder()
         self._pid, self._is_closed = os.getpid(), False
         self._remote = self._writer_to(remote_store, "remote")
         self._local = None if local_store is None else self._writer_to(local_store, "local")
@@ -391,10 +392,40 @@ class Checkpoints(StoredCheckpoints):
             step: Step of the training run.
         """
         if not self._newest_s:
+            self._take_local_folder()
             self._newest_s = max([self._newest_s, *self._stored_times_s()])
         with self._changed:
             self._newest_s = max(round(time.time(), 3), round(self._newest_s + 0.001, 3))
             return checkpoint_name(step, self._newest_s, secrets.token_hex(3)), self._newest_s
+
+    def _check_local_folder(self) -> None:
+        """Raise ValueError if the local folder has copies of other checkpoints, which would be loaded and deleted.
+
+        The store and the folder have the same random id, so that either may be moved or mounted elsewhere.
+        """
+        if self.local_store is None:
+            return
+        with suppress(StoreError):  # the store cannot be reached now
+            mine, theirs = _run_id(self.local_store), _run_id(self.remote_store)
+            # A store that has checkpoints and no id is the right one: a rule of tiers has moved the file.
+            if mine and mine != theirs and (theirs or not checkpoint_objects(self.remote_store.list())):
+                root = self.local_store.root
+                raise ValueError(
+                    f"local={str(root)!r} has local copies of other checkpoints than those at {self.remote_store.url}: "
+                    f"give each run a local folder of its own. If these are its copies, because the checkpoints at the "
+                    f"URL were deleted, delete {root / RUN_NAME}"
+                )
+
+    def _take_local_folder(self) -> None:
+        """Give store and local folder the same id, and check it. Raises ValueError."""
+        if self.local_store is not None:
+            self._check_local_folder()
+            with suppress(StoreError):  # the save itself reports a full disk, or waits for the store
+                text = json.dumps({"id": _run_id(self.local_store) or secrets.token_hex(16)}).encode("ascii")
+                if not self.remote_store.put_if_absent(RUN_NAME, text):
+                    text = self.remote_store.get(RUN_NAME)
+                self.local_store.put_if_absent(RUN_NAME, text)
+            self._check_local_folder()
 
     def _stored_times_s(self) -> list[float]:
         """Return the times in the names of the checkpoints, without those of a store that cannot be reached."""
@@ -549,6 +580,14 @@ class Checkpoints(StoredCheckpoints):
     @property
     def _local_url(self) -> str:
         return "" if self.local_store is None else self.local_store.url
+
+
+def _run_id(store: Store) -> str:
+    """Return the random id of the run whose checkpoints a store has; "" if it has none. Raises StoreError."""
+    try:
+        return str(json.loads(store.get(RUN_NAME))["id"])
+    except (NotFound, ValueError, KeyError, TypeError):
+        return ""
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -11,6 +11,7 @@
     tensors/<40 hex digits>.safetensors              a tensor that checkpoints share (dedup=True)
     references/step-....json                         copy of the manifest of a checkpoint with shared tensors
     references/step-....deleted.json                 the same of a deleted checkpoint, for a day
+    run.json                                         random id that the URL and its local folder share
 
 A checkpoint exists if it has a manifest. Names sort by step; the newest checkpoint is the one that was written last.
 """
@@ -38,6 +39,8 @@ MANIFEST_NAME = "checkpoint.json"
 STATE_NAME = "state.json"
 METRICS_NAME = "metrics.json"
 TAGS_NAME = "tags.json"
+RUN_NAME = "run.json"
+"""File of a store, and of the local folder with copies of its checkpoints, with the same random id."""
 SHARED_FOLDER = "tensors/"
 """Folder of the tensors that checkpoints share, below the URL of the checkpoints."""
 
