@@ -225,6 +225,14 @@ class TestPinAndTag:
         tiercache("ckpt", "tag", "runs/a/step-2", "v1", "--remove")
         assert listed(tiercache, "runs/a/step-2")["runs/a/step-2"]["tags"] == ["release"]
 
+    def test_without_a_rule_file_a_checkpoint_is_removed_unless_it_is_pinned(self, tiercache, root):
+        pinned, unwanted = own(root, 40, 2), own(root, 50, 1)
+        (root / "tiercache.toml").unlink()
+        tiercache("ckpt", "pin", f"nvme/{pinned}")
+        tiercache("ckpt", "rm", f"nvme/{unwanted}", "--yes")
+        assert "left" in tiercache("ckpt", "rm", f"nvme/{pinned}", "--yes", code=3).out
+        assert [path.parent.name for path in root.rglob("checkpoint.json")] == [pinned.removeprefix("own/")]
+
     def test_our_own_checkpoint_is_pinned_and_tagged_in_its_folder(self, tiercache, root):
         name = own(root, 40, 2)
         tiercache("ckpt", "pin", name)
