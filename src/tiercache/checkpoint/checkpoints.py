@@ -406,9 +406,10 @@ class Checkpoints(StoredCheckpoints):
         if self.local_store is None:
             return
         with suppress(StoreError):  # the store cannot be reached now
-            mine, theirs = _run_id(self.local_store), _run_id(self.remote_store)
+            mine = _run_id(self.local_store)
+            theirs = _run_id(self.remote_store) if mine else ""
             # A store that has checkpoints and no id is the right one: a rule of tiers has moved the file.
-            if mine and mine != theirs and (theirs or not checkpoint_objects(self.remote_store.list())):
+            if mine != theirs and (theirs or not checkpoint_objects(self.remote_store.list())):
                 root = self.local_store.root
                 raise ValueError(
                     f"local={str(root)!r} has local copies of other checkpoints than those at {self.remote_store.url}: "
