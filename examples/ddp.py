@@ -99,10 +99,14 @@ def main(data: str, folder: str, epochs: int = 2, batch_size: int = 32, save_eve
                 print(training.step, training.learn(batch).hex(), file=log, flush=True)
                 if training.step % save_every == 0:
                     training.save()
-    print(f"rank {rank}: {training.step} steps, weights {training.digest()}")
+    digest = training.digest()
+    print(f"rank {rank}: {training.step} steps, weights {digest}")
+    # First: a model that is the last to refer to the process group ends its thread while it holds the interpreter lock,
+    # for which that thread may wait (torch 2.13, gloo): the process then hangs.
+    del training
     if dist.is_initialized():
         dist.destroy_process_group()
-    return training.digest()
+    return digest
 
 
 if __name__ == "__main__":
