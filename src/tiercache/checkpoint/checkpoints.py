@@ -310,7 +310,7 @@ class Checkpoints(StoredCheckpoints):
         save = _Save(handle, staged, state_text(encoded.tree), encoded.aliases, manifest)
         try:
             # Writing while the rest is copied would save a part of the copy's time in the background, but take it from
-            # the training: with two cores, save() then blocked for 1.5 times a plain copy instead of 1.1.
+            # the training: with two cores, save() then blocked for 1.5 times a plain copy instead of 1.2.
             staged.copy()
         except BaseException:
             staged.release()
