@@ -91,7 +91,7 @@ def test_one_rank_fetches_only_what_the_cache_cannot_hold(server, packed, tmp_pa
         server.log.clear()
         assert sorted(read_epoch(server, cache, epoch)) == list(range(N))
         bound = packed[1] if epoch == 0 else packed[1] * (1 - share)
-        assert fetched(server) <= 1.1 * bound
+        assert fetched(server) <= 1.04 * bound
     assert fetched(server) >= 0.9 * bound
 
 
@@ -122,7 +122,7 @@ def test_shards_that_a_rank_needs_next_are_kept_until_slower_ranks_end(server, p
         server.log.clear()
         for rank in ranks:
             read_epoch(server, cache, epoch, **rank)
-    assert fetched(server) <= 1.12 * packed[1] / 2  # a few shards more on a busy machine, whose plan comes later
+    assert fetched(server) <= 1.06 * packed[1] / 2
 
 
 def test_with_global_placement_the_plan_keeps_shards_that_are_needed_soon(server, packed, tmp_path):
