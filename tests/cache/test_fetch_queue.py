@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tests.support.stores import CountingStore, GateStore
 
+from tiercache.cache.evict.evictor import Evictor
 from tiercache.cache.fetch import fetch_runner, queue
 from tiercache.cache.fetch.partial import UnitWriter
 from tiercache.cache.locks import is_locked
@@ -119,6 +120,32 @@ def test_units_written_by_another_process_are_verified_before_publication(world,
     assert len(world.copies()) == (when == "receive")
     if when == "receive":
         assert world.read(store, "a", identity) == world.data["a"]
+
+
+def test_refused_units_are_not_fetched_with_the_rest_of_a_small_file(world, monkeypatch):
+    """Their reader reads them from the source: fetching them later transfers the same bytes again."""
+    identity, blocker_identity = world.put("a", 60 * UNIT), world.put("blocker", 45 * UNIT)
+    store = world.store(world.cache(70 * UNIT))
+    refused, later = ByteRange(0, 50 * UNIT), ByteRange(55 * UNIT, 60 * UNIT)
+    reserve, n_refused = Evictor.reserve, []
+    with store.open_local("a", identity) as lease, store.open_local("blocker", blocker_identity) as blocker:
+        assert blocker.wait([ByteRange(0, 45 * UNIT)], deadline_s=30)
+
+        def request_when_refused(self, name, *args, **options):
+            has_space = reserve(self, name, *args, **options)
+            n_refused.append(not has_space)
+            if sum(n_refused) == 2:  # with the rest and without it; now there is space, and another request
+                blocker.close()
+                lease.prefetch([later], urgent=True)
+            return has_space
+
+        monkeypatch.setattr(Evictor, "reserve", request_when_refused)
+        assert not lease.wait([refused], deadline_s=30)
+        for thread in threading.enumerate():
+            if thread.name.startswith("tiercache-fetch"):
+                thread.join(30)
+        assert lease.present([later])
+        assert not lease.present([ByteRange(0, UNIT)])
 
 
 def test_an_unconverted_network_error_does_not_count_as_a_disk_failure(world):

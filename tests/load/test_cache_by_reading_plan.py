@@ -64,7 +64,11 @@ def options(**given: Any) -> tc.LoaderOptions:
 
 
 def read_epoch(server: HttpFaultServer, cache: dict[str, Any], epoch: int, columns=None, **given: Any) -> list[int]:
-    """One epoch as a process of its own reads it: a cache, a data set and a loader that begin with nothing."""
+    """One epoch as a process of its own reads it: a cache, a data set and a loader that begin with nothing.
+
+    The process ends when the first shards of the next epoch are fetched: copies were evicted for them, so a process that
+    ends earlier leaves less in the cache, up to a shard for each fetch.
+    """
     with tc.Cache(cache["path"], size=cache["size"], min_free=0, policy=cache["policy"]) as opened:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -72,12 +76,23 @@ def read_epoch(server: HttpFaultServer, cache: dict[str, Any], epoch: int, colum
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options(**given))
         loader.set_epoch(epoch)
         found = [i for batch in loader for i in batch["id"].tolist()]
+        end_threads()
         dataset.close()
     return found
 
 
 def fetched(server: HttpFaultServer) -> int:
     return sum(seen.n_bytes for seen in server.log if "/shards/" in seen.path)
+
+
+def most_bytes(packed, share: float) -> float:
+    """Bytes of an epoch of which the cache holds a share: the rest, and two shards.
+
+    A copy of which the cache has only a part, and one whose first blocks found no space, are each fetched in part again,
+    depending on how the threads of the loader and of the fetches meet.
+    """
+    n_shards = sum("/shards/" in key for key in packed[0])
+    return packed[1] * (1.005 - share + 2 / n_shards)
 
 
 def cache_of(tmp_path: Path, packed, share: float, policy: str = "plan") -> dict[str, Any]:
@@ -90,9 +105,8 @@ def test_one_rank_fetches_only_what_the_cache_cannot_hold(server, packed, tmp_pa
     for epoch in range(3):
         server.log.clear()
         assert sorted(read_epoch(server, cache, epoch)) == list(range(N))
-        bound = packed[1] if epoch == 0 else packed[1] * (1 - share)
-        assert fetched(server) <= 1.04 * bound
-    assert fetched(server) >= 0.9 * bound
+        assert fetched(server) <= most_bytes(packed, share if epoch else 0)
+    assert fetched(server) >= 0.9 * packed[1] * (1 - share)
 
 
 def test_two_ranks_of_a_machine_fetch_no_more_than_one(server, packed, tmp_path):
@@ -122,7 +136,7 @@ def test_shards_that_a_rank_needs_next_are_kept_until_slower_ranks_end(server, p
         server.log.clear()
         for rank in ranks:
             read_epoch(server, cache, epoch, **rank)
-    assert fetched(server) <= 1.06 * packed[1] / 2
+    assert fetched(server) <= most_bytes(packed, 0.5)
 
 
 def test_with_global_placement_the_plan_keeps_shards_that_are_needed_soon(server, packed, tmp_path):

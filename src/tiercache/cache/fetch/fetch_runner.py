@@ -213,10 +213,13 @@ class Download:
         return part
 
     def _admit(self, units: Mask) -> None:
-        """Reserve space for requested units, and with them the rest of the file if it is small; or refuse them."""
+        """Reserve space for requested units, and with them the rest of the file if it is small; or refuse them.
+
+        Refused units are not part of the rest: their reader reads them from the source.
+        """
         if not units.any():
             return
-        for more in (to_fetch(self._admitted, units, self._spec.n_bytes), units):
+        for more in (to_fetch(self._admitted, units, self._spec.n_bytes) & ~self._fetch.refused_units(), units):
             if self._reserve(self._admitted | more):
                 self._admitted |= more
                 return

@@ -182,6 +182,11 @@ class Fetch:
             units = self._missing()
             return units, units & self._urgent
 
+    def refused_units(self) -> Mask:
+        """Return the units that were refused."""
+        with self._changed:
+            return self._refused.copy()
+
     def should_yield(self) -> bool:
         """Return whether the fetch should give up its thread: nothing urgent is missing of it, but of other fetches."""
         return self._is_queued and self._queue.is_crowded and not self.missing_units()[1].any()
