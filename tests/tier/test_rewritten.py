@@ -112,6 +112,18 @@ def test_a_checkpoint_folder_is_renamed_as_a_whole(folders):
     assert list((folders.root / "hot/run").iterdir()) == [folders.root / "hot/run/step-900"]
 
 
+def test_an_older_checkpoint_keeps_its_name_until_the_newer_one_is_complete(folders):
+    archive_first(folders, "step-100", CHECKPOINT)
+    (folders.root / "hot/run/step-100/.metadata").unlink()
+    folders.run()
+    assert folders.found("cold") == {f"run/step-100/{name}": "a" for name in CHECKPOINT}
+    assert folders.found("hot")["run/step-100/__0_0.distcp"] == "b"
+    folders.write("hot", "run/step-100", b"b", 3, {".metadata": 50})
+    assert folders.run().exit_code == 0
+    cold = {f"run/step-100/{name}": "b" for name in CHECKPOINT}
+    assert folders.found("cold") == cold | {f"run/step-100.DATE/{name}": "a" for name in CHECKPOINT}
+
+
 def test_readers_of_the_old_name_are_led_to_the_newer_file(folders):
     archive_first(folders)
     folders.run()

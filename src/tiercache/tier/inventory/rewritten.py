@@ -4,7 +4,8 @@ The newer objects keep the name. The older copy is a group of its own from then 
 name: step_100.pt and step_100.20261101T120000Z.pt. The planner proposes to rename its objects; until that is done, they
 have their old keys. Own checkpoints are not looked at (their names are unique), nor are shards (they do not change).
 
-A copy is an older one only if that is certain: without the catalog, the date of a copy is the date of its move, so that
+While the newer objects are not a complete checkpoint yet, the older copy keeps the name, so that its readers find a
+complete one. A copy is an older one only if that is certain: without the catalog, the date of a copy is the date of its move, so that
 a copy in a colder tier may look newer than its source. Then the group stays as it is, and its moves are refused.
 """
 
@@ -52,7 +53,7 @@ def find_older_copies(
         first, last = np.searchsorted(copies.group, [group, group + 1]).tolist()
         newest = max(range(first, last), key=lambda copy: (copies.written_s[copy], -copies.tier[copy]))
         for copy in range(first, last):
-            if copy != newest and _is_older(listed, copies, copy, newest):
+            if copy != newest and not _is_begun(copies, copy, newest) and _is_older(listed, copies, copy, newest):
                 is_file = (
                     copies.n_objects[copy] == 1 and listed.keys[int(copies.row[copies.start[copy]])].as_py() == path
                 )
@@ -71,6 +72,12 @@ def _candidates(grouped: Grouped, copies: Copies) -> NDArray[np.int64]:
     has_unknown[copies.group[~copies.catalogued]] = True
     is_free = (grouped.of >= 0) & ~grouped.from_layout(grouped.layout.own, otherwise=False)
     return np.flatnonzero((may | (has_known & has_unknown)) & is_free)
+
+
+def _is_begun(copies: Copies, copy: int, newest: int) -> bool:
+    """Return whether the newest copy lacks the object that its writer writes last, and a copy before it has it."""
+    has_last = copies.marked_s > -np.inf
+    return bool(copies.unfinished[newest]) or (bool(has_last[copy]) and not has_last[newest])
 
 
 def _is_older(listed: Listing, copies: Copies, copy: int, newest: int) -> bool:
