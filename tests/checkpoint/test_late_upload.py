@@ -209,7 +209,7 @@ def test_a_checkpoint_that_the_store_has_already_is_not_written_again(folders):
     """The process was killed after the commit, before it removed the mark."""
     local, remote = folders
     name = save(folders, 1)
-    local.put(f"{name}/{NOT_UPLOADED_NAME}", b"{}\n")
+    local.put(f"{name}/{NOT_UPLOADED_NAME}", local.get("run.json"))
     before = {info.key: info.etag for info in remote.list(name)}
     save(folders, 2)
     assert {info.key: info.etag for info in remote.list(name)} == before
@@ -283,6 +283,21 @@ def test_nothing_is_uploaded_late_to_the_store_of_another_run(folders, tmp_path,
         run.join()
         assert wrong not in list_names(other)
     assert "has local copies of other checkpoints" in caplog.text
+
+
+def test_a_folder_that_got_no_id_because_its_store_was_down_is_not_uploaded_to_another_url(folders, tmp_path):
+    local, remote = folders
+    store = SwitchedStore(remote)
+    store.is_on = False
+    with opened(store, local=local.root) as run:
+        saved = run.save(1, a_state(1))
+        assert saved.wait("local", WAIT_S)
+    other = LocalFolder(tmp_path / "other")
+    newer = save((local, other), 2)
+    assert list_names(other) == [newer]
+    (local.root / "run.json").unlink()
+    save(folders, 3)
+    assert saved.name in list_names(remote)
 
 
 def test_shared_tensors_of_a_late_upload_are_written_once(folders):

@@ -3,11 +3,14 @@
 import errno
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 import uuid
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +18,7 @@ import pytest
 import torch
 from tests.checkpoint.plain_reader import leftovers, newest, read_checkpoint, same
 from tests.checkpoint.saves import WAIT_S, GateStore, a_state, opened
+from tests.guide_session import blocks
 from tests.s3_fixtures import s3_server
 from tests.support.forks import in_child
 
@@ -30,6 +34,8 @@ from tiercache.store.contract import WrapperStore
 from tiercache.testing.faults import Fault, FaultKind, FaultStore
 
 __all__ = ["s3_server"]
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "checkpoints.md"
 
 
 @pytest.fixture
@@ -426,7 +432,7 @@ def test_a_local_folder_serves_one_run(tmp_path):
 def test_a_local_disk_that_is_full_when_the_run_gets_its_id_loses_no_save(tmp_path, memory_store):
     full = FaultStore(
         LocalFolder(tmp_path / "local"),
-        [Fault("put_if_absent", keys="run.json", times=2, status=None, retryable=False)],
+        [Fault("put_if_absent", keys="run.json", status=None, retryable=False)],
     )
     with opened(memory_store, local=tmp_path / "local") as checkpoints:
         checkpoints.local_store = full
@@ -446,17 +452,15 @@ def test_a_local_disk_that_is_full_when_the_run_gets_its_id_loses_no_save(tmp_pa
 def test_a_local_disk_that_stays_full_is_named_by_the_save(tmp_path, memory_store):
     with opened(memory_store, local=tmp_path / "local") as checkpoints:
         disk = LocalFolder(tmp_path / "local")
-        full = [OSError(errno.ENOSPC, "No space left on device")] * 100
 
         class Full(WrapperStore):
             def around(self, method, key, call):
                 if method in ("put", "put_if_absent", "create"):
-                    error = full.pop()
-                    raise StoreError(f"cannot write: {error}", url=key) from error
+                    raise StoreError(f"cannot write: {os.strerror(errno.ENOSPC)}", url=key)
                 return call()
 
         checkpoints.local_store = checkpoints._local.store = Full(disk)
-        with pytest.raises(StoreError, match="the checkpoint of step 1 was not saved: .*No space left on device"):
+        with pytest.raises(StoreError, match=r"the checkpoint of step 1 was not saved: .*No space left on device"):
             checkpoints.save(1, a_state()).wait("local", WAIT_S)
         assert list_names(memory_store) == []
 
@@ -496,6 +500,24 @@ def test_an_upload_that_fails_leaves_the_local_checkpoint(tmp_path, memory_store
         assert saved.wait("local", WAIT_S)
         assert same(read_checkpoint(checkpoints.local_store, saved.name)[1], a_state())
     assert list_names(memory_store) == []
+
+
+def test_a_save_is_complete_also_if_no_thread_can_be_started_for_deletions(tmp_path, memory_store, monkeypatch):
+    with opened(memory_store, local=tmp_path, keep=tc.Keep(last=1)) as checkpoints:
+        assert checkpoints.save(1, a_state(1)).wait("remote", WAIT_S)
+        checkpoints.join()
+
+        def cannot_start(task):
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(checkpoints._deleting, "submit", cannot_start)
+        assert checkpoints.save(2, a_state(2)).wait("remote", WAIT_S)
+        checkpoints.join()
+        assert len(list_names(memory_store)) == 2, "nothing was deleted"
+        monkeypatch.undo()
+        last = checkpoints.save(3, a_state(3))
+        checkpoints.close()
+    assert list_names(memory_store) == [last.name]
 
 
 def test_memory_is_reused_after_a_failure(memory_store):
@@ -825,6 +847,30 @@ def test_a_program_that_ends_without_close_finishes_its_saves(tmp_path):
     """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=WAIT_S)
     assert len(list_names(LocalFolder(tmp_path / "remote"))) == 2
+
+
+def test_a_program_that_handles_sigterm_as_the_guide_says_finishes_its_saves(tmp_path):
+    (handler,) = [code for code in blocks(GUIDE.read_text(), "python") if "SIGTERM" in code]
+    code = f"""if True:
+        import os, threading
+        from tests.checkpoint.saves import GateStore, a_state
+        from tiercache.checkpoint.checkpoints import Checkpoints
+        from tiercache.store import LocalFolder
+
+        store = GateStore(LocalFolder({str(tmp_path / "remote")!r}))
+        with Checkpoints(store, local={str(tmp_path / "local")!r}) as checkpoints:
+            checkpoints.save(1, a_state())
+            store.arrived.wait()
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                threading.Event().wait()
+            finally:
+                store.gate.set()  # the upload goes on when the signal has come
+    """
+    done = subprocess.run([sys.executable, "-c", handler + code], check=False, timeout=WAIT_S)
+    assert done.returncode == 128 + signal.SIGTERM
+    (name,) = list_names(LocalFolder(tmp_path / "remote"))
+    assert same(read_checkpoint(LocalFolder(tmp_path / "remote"), name)[1], a_state())
 
 
 @pytest.mark.s3

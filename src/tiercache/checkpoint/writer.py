@@ -476,7 +476,7 @@ def in_parallel(calls: Sequence[Callable[[], T]], n_threads: int) -> list[T]:
                 return
             try:
                 results[number] = calls[number]()
-            except BaseException as error:  # noqa: BLE001 -- raised below; also an interrupt of the caller's thread
+            except BaseException as error:  # noqa: BLE001 -- a thread's top: raised below, as is an interrupt
                 errors.append(error)
 
     threads: list[Thread] = []
@@ -538,6 +538,6 @@ class TaskThread:
                 task = self._tasks.pop(0)
             try:
                 task()
-            except BaseException:  # noqa: BLE001 -- a defect, reported as that of any thread; later tasks still run
+            except BaseException:  # noqa: BLE001 -- a thread's top: a defect is reported, and later tasks run
                 threading.excepthook(ExceptHookArgs((*sys.exc_info(), current_thread())))
             del task  # it may hold the memory of a state
