@@ -379,7 +379,9 @@ class Checkpoints(StoredCheckpoints):
         self._raise_failure()
 
     def close(self) -> None:
-        """Finish all saves and deletions, end the threads and close the connections. Repeated calls have no effect.
+        """Finish all saves, late uploads and deletions, end the threads and close the connections.
+
+        Repeated calls have no effect.
 
         Raises:
             StoreError: A save failed.
