@@ -1,18 +1,24 @@
 """Saves: what is committed, when save() returns, back-pressure, and failures in the background."""
 
+import errno
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 import uuid
-from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tests.checkpoint.plain_reader import leftovers, newest, read_checkpoint, same
+from tests.checkpoint.saves import WAIT_S, GateStore, a_state, opened
+from tests.guide_session import blocks
 from tests.s3_fixtures import s3_server
 from tests.support.forks import in_child
 
@@ -20,6 +26,7 @@ import tiercache as tc
 from tiercache.checkpoint import writer
 from tiercache.checkpoint.checkpoints import Checkpoints
 from tiercache.checkpoint.layout import list_names
+from tiercache.checkpoint.retention import GC_AGE_S
 from tiercache.checkpoint.staging import SHARED_MIN_BYTES
 from tiercache.errors import CommitConflict, CorruptCheckpoint, StoreError
 from tiercache.store import LocalFolder, MemoryStore, open_store
@@ -28,45 +35,7 @@ from tiercache.testing.faults import Fault, FaultKind, FaultStore
 
 __all__ = ["s3_server"]
 
-WAIT_S = 60.0
-
-
-def a_state(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "model": {"w": torch.randn(300, 70, generator=generator), "b": torch.randn(7, generator=generator)},
-        "half": torch.randn(33, generator=generator).to(torch.bfloat16),
-        "counts": np.arange(seed, seed + 5),
-        "epoch": seed,
-        "best": math.inf,
-    }
-
-
-class GateStore(WrapperStore):
-    """A store whose calls of one verb wait until the gate opens. arrived: set when a call waits."""
-
-    def __init__(self, inner, verb="put_part"):
-        super().__init__(inner)
-        self.verb, self.gate, self.arrived = verb, threading.Event(), threading.Event()
-
-    def around(self, method, key, call):
-        if method == self.verb:
-            self.arrived.set()
-            assert self.gate.wait(WAIT_S)
-        return call()
-
-
-@contextmanager
-def opened(*args, **options):
-    """Checkpoints whose threads have ended afterwards, whatever failed."""
-    checkpoints = Checkpoints(*args, **options)
-    try:
-        yield checkpoints
-    finally:
-        for store in (checkpoints.remote_store, getattr(checkpoints._local, "store", None)):
-            if isinstance(store, GateStore):
-                store.gate.set()
-        checkpoints.join()
+GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "checkpoints.md"
 
 
 @pytest.fixture
@@ -224,9 +193,9 @@ def test_a_wrong_argument_is_refused_at_once_and_nothing_is_written(arguments, e
         assert len([*checkpoints.remote_store.list()]) == 2
 
 
-@pytest.mark.parametrize("options", [{"pending": 0}, {"writers": 0}, {"when_busy": "block"}])
+@pytest.mark.parametrize("options", [{"pending": 0}, {"writers": 0}, {"when_busy": "block"}, {"when_busy": "drop"}])
 def test_wrong_options_are_refused(options, tmp_path):
-    with pytest.raises(ValueError, match=r"at least 1|when_busy is"):
+    with pytest.raises(ValueError, match=r"at least 1|when_busy is|when_busy='drop' needs pending=2 or more"):
         Checkpoints(tmp_path, **options)
 
 
@@ -460,6 +429,59 @@ def test_a_local_folder_serves_one_run(tmp_path):
     assert (tmp_path / "a" / "run.json").read_bytes() == (tmp_path / "local" / "run.json").read_bytes()
 
 
+def test_a_local_disk_that_is_full_when_the_run_gets_its_id_loses_no_save(tmp_path, memory_store):
+    full = FaultStore(
+        LocalFolder(tmp_path / "local"),
+        [Fault("put_if_absent", keys="run.json", status=None, retryable=False)],
+    )
+    with opened(memory_store, local=tmp_path / "local") as checkpoints:
+        checkpoints.local_store = full
+        saved = checkpoints.save(1, a_state())
+        assert saved.wait("remote", WAIT_S)
+        assert full.faulted_calls == [("put_if_absent", "run.json")]
+        checkpoints.close()
+    for store in (LocalFolder(tmp_path / "local"), memory_store):
+        assert same(read_checkpoint(store, saved.name)[1], a_state())
+    with opened(memory_store, local=tmp_path / "local") as checkpoints:  # there is room again
+        assert checkpoints.load(saved.name)["epoch"] == 0
+        assert checkpoints.save(2, a_state()).wait("remote", WAIT_S)
+        checkpoints.close()
+    assert (tmp_path / "local" / "run.json").read_bytes() == memory_store.get("run.json")
+
+
+def test_a_local_disk_that_stays_full_is_named_by_the_save(tmp_path, memory_store):
+    with opened(memory_store, local=tmp_path / "local") as checkpoints:
+        disk = LocalFolder(tmp_path / "local")
+
+        class Full(WrapperStore):
+            def around(self, method, key, call):
+                if method in ("put", "put_if_absent", "create"):
+                    raise StoreError(f"cannot write: {os.strerror(errno.ENOSPC)}", url=key)
+                return call()
+
+        checkpoints.local_store = checkpoints._local.store = Full(disk)
+        with pytest.raises(StoreError, match=r"the checkpoint of step 1 was not saved: .*No space left on device"):
+            checkpoints.save(1, a_state()).wait("local", WAIT_S)
+        assert list_names(memory_store) == []
+
+
+def test_the_first_save_does_not_wait_long_for_a_store_that_does_not_answer(tmp_path, memory_store, monkeypatch):
+    monkeypatch.setattr("tiercache.checkpoint.checkpoints.FIRST_LOOK_S", 0.05)
+    with opened(memory_store, local=tmp_path) as checkpoints:
+        earlier = checkpoints.save(1, {"n": 1})
+        assert earlier.wait("remote", WAIT_S)
+    monkeypatch.setattr(time, "time", lambda real=time.time: real() - 3600)  # the clock is behind
+    gate = GateStore(memory_store, "list")
+    with opened(gate, local=tmp_path, pending=2) as checkpoints:
+        saved = checkpoints.save(2, a_state())
+        assert saved.wait("local", WAIT_S)
+        assert gate.arrived.is_set()
+        assert not gate.gate.is_set()
+        assert list_names(checkpoints.local_store) == [earlier.name, saved.name], "in the order of the writing"
+        gate.gate.set()
+        assert saved.wait("remote", WAIT_S)
+
+
 def test_a_save_that_failed_can_be_deleted(tmp_path, memory_store):
     with opened(FaultStore(memory_store, [Fault("put_part", retryable=False)]), local=tmp_path) as checkpoints:
         saved = checkpoints.save(1, a_state())
@@ -477,7 +499,25 @@ def test_an_upload_that_fails_leaves_the_local_checkpoint(tmp_path, memory_store
             saved.wait("remote", WAIT_S)
         assert saved.wait("local", WAIT_S)
         assert same(read_checkpoint(checkpoints.local_store, saved.name)[1], a_state())
-    assert [info.key for info in memory_store.list()] == ["run.json"]
+    assert list_names(memory_store) == []
+
+
+def test_a_save_is_complete_also_if_no_thread_can_be_started_for_deletions(tmp_path, memory_store, monkeypatch):
+    with opened(memory_store, local=tmp_path, keep=tc.Keep(last=1)) as checkpoints:
+        assert checkpoints.save(1, a_state(1)).wait("remote", WAIT_S)
+        checkpoints.join()
+
+        def cannot_start(task):
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(checkpoints._deleting, "submit", cannot_start)
+        assert checkpoints.save(2, a_state(2)).wait("remote", WAIT_S)
+        checkpoints.join()
+        assert len(list_names(memory_store)) == 2, "nothing was deleted"
+        monkeypatch.undo()
+        last = checkpoints.save(3, a_state(3))
+        checkpoints.close()
+    assert list_names(memory_store) == [last.name]
 
 
 def test_memory_is_reused_after_a_failure(memory_store):
@@ -559,18 +599,36 @@ def test_a_save_drops_the_oldest_that_has_not_begun(tmp_path):
     assert list_names(gate.inner) == [running.name, newest_save.name]
 
 
-def test_a_save_drops_the_running_one_if_no_other_is_unfinished(tmp_path):
+def test_saves_that_come_faster_than_they_drain_complete_some_and_drop_the_others(tmp_path):
     gate = GateStore(LocalFolder(tmp_path))
-    with opened(gate, when_busy="drop") as checkpoints:
-        running = checkpoints.save(1, a_state(1))
-        assert gate.arrived.wait(WAIT_S)
-        threading.Timer(0.05, gate.gate.set).start()
-        second = checkpoints.save(2, a_state(2))
-        assert running.state == "dropped"
-        assert second.wait(timeout_s=WAIT_S)
-        checkpoints.close()
-    assert list_names(gate.inner) == [second.name]
+    with opened(gate, pending=2, when_busy="drop") as checkpoints:
+        saves = [checkpoints.save(step, a_state(step)) for step in range(6)]  # the store writes nothing meanwhile
+        assert [save.state for save in saves[1:]] == ["dropped"] * 4 + ["staged"]
+        gate.gate.set()
+        checkpoints.wait(timeout_s=WAIT_S)
+        assert [save.done() for save in saves] == [True, False, False, False, False, True]
+    assert list_names(gate.inner) == [saves[0].name, saves[5].name]
     assert leftovers(gate.inner) == {}
+
+
+def test_a_save_that_is_uploaded_or_written_is_not_dropped(tmp_path, memory_store):
+    """Nothing waits while one is uploaded and one is written: the next save waits until the second is committed."""
+    uploads, writes = GateStore(memory_store), GateStore(LocalFolder(tmp_path))
+    with opened(uploads, local=tmp_path, pending=2, when_busy="drop") as checkpoints:
+        first = checkpoints.save(1, a_state(1))
+        assert uploads.arrived.wait(WAIT_S)
+        checkpoints._local.store = writes
+        second = checkpoints.save(2, a_state(2))
+        assert writes.arrived.wait(WAIT_S)
+        seen = []
+        other = threading.Thread(target=lambda: seen.append(checkpoints.save(3, a_state(3))))
+        other.start()
+        writes.gate.set()
+        other.join(WAIT_S)
+        assert (second.state, second.done("local")) == ("dropped", True)
+        uploads.gate.set()
+        assert first.wait(timeout_s=WAIT_S)
+        assert seen[0].wait(timeout_s=WAIT_S)
 
 
 def test_a_checkpoint_whose_upload_is_dropped_stays_in_the_local_folder(tmp_path, memory_store):
@@ -622,6 +680,44 @@ def test_waiting_ends_when_the_time_is_over(tmp_path):
             saved.wait(timeout_s=0.01)
         with pytest.raises(TimeoutError, match=r"after 0\.01 s"):
             checkpoints.wait(timeout_s=0.01)
+
+
+def test_unfinished_uploads_are_looked_for_after_the_first_commit_and_then_once_a_day(memory_store, monkeypatch):
+    now_s, ages_s = [0.0], []
+    clock = SimpleNamespace(time=time.time, monotonic=lambda: now_s[0])
+    monkeypatch.setattr("tiercache.checkpoint.checkpoints.time", clock)
+
+    def abort_uploads(age_s):
+        ages_s.append(age_s)
+        raise StoreError("scripted: the uploads cannot be listed", url="")
+
+    with opened(memory_store) as checkpoints:
+        monkeypatch.setattr(checkpoints._remote, "abort_uploads", abort_uploads)
+        looks = []
+        for step, after_s in enumerate((0.0, GC_AGE_S - 1, 1.0, 5.0, 2 * GC_AGE_S)):
+            now_s[0] += after_s
+            assert checkpoints.save(step, {"x": 1}).wait(timeout_s=WAIT_S)
+            checkpoints.join()
+            looks.append(len(ages_s))
+        checkpoints.close()
+    assert looks == [1, 1, 2, 2, 3]
+    assert ages_s == [GC_AGE_S] * 3, "younger ones may be running"
+
+
+@pytest.mark.s3
+def test_the_first_commit_removes_the_parts_that_a_killed_upload_has_left(s3_server, monkeypatch):
+    monkeypatch.setattr("tiercache.checkpoint.checkpoints.GC_AGE_S", -3600)
+    store = s3_server.store("checkpoints-parts-of-a-kill")
+    with opened(store) as checkpoints:
+        classes = checkpoints._remote._classes
+        upload = classes.create("step-000000000001.20261129T193324123Z-7f3a9c/tensors-00001-of-00001.safetensors")
+        upload.put_part(0, bytes(5 << 20))
+        upload.put_part(1, b"end")
+        assert len([*classes.unfinished_uploads()]) == 1
+        assert checkpoints.save(1, {"x": 1}).wait(timeout_s=WAIT_S)
+        checkpoints.join()
+        assert [*classes.unfinished_uploads()] == []
+        checkpoints.close()
 
 
 @pytest.mark.s3
@@ -751,6 +847,30 @@ def test_a_program_that_ends_without_close_finishes_its_saves(tmp_path):
     """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=WAIT_S)
     assert len(list_names(LocalFolder(tmp_path / "remote"))) == 2
+
+
+def test_a_program_that_handles_sigterm_as_the_guide_says_finishes_its_saves(tmp_path):
+    (handler,) = [code for code in blocks(GUIDE.read_text(), "python") if "SIGTERM" in code]
+    code = f"""if True:
+        import os, threading
+        from tests.checkpoint.saves import GateStore, a_state
+        from tiercache.checkpoint.checkpoints import Checkpoints
+        from tiercache.store import LocalFolder
+
+        store = GateStore(LocalFolder({str(tmp_path / "remote")!r}))
+        with Checkpoints(store, local={str(tmp_path / "local")!r}) as checkpoints:
+            checkpoints.save(1, a_state())
+            store.arrived.wait()
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                threading.Event().wait()
+            finally:
+                store.gate.set()  # the upload goes on when the signal has come
+    """
+    done = subprocess.run([sys.executable, "-c", handler + code], check=False, timeout=WAIT_S)
+    assert done.returncode == 128 + signal.SIGTERM
+    (name,) = list_names(LocalFolder(tmp_path / "remote"))
+    assert same(read_checkpoint(LocalFolder(tmp_path / "remote"), name)[1], a_state())
 
 
 @pytest.mark.s3

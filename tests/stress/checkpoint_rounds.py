@@ -139,6 +139,9 @@ class Rounds(PointRounds[str]):
         for target, store in self.world.stores().items():
             if parse_name(newest(store) or "")[0] != 90:
                 self.problem(f"{target}: the newest checkpoint is not the one of the next process")
+        names = {target: set(list_names(store)) for target, store in self.world.stores().items()}
+        if missing := names["local"] - names["remote"]:
+            self.problem(f"the next process has not uploaded {sorted(missing)}")
 
     def work(self, job: Callable) -> Callable[[SendLine], None]:
         return lambda tell: job(self.world, tell, range(N_BEFORE, N_BEFORE + N_SAVES))

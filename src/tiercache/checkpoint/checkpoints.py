@@ -3,13 +3,15 @@
 save() copies the state to host memory in the caller's thread. Then one thread writes the files and commits the
 checkpoint in the local folder; a second one uploads it from there and commits it at the store, so that the next state
 is written while an earlier one is uploaded. Without a local folder, the first thread writes to the store
-from host memory. A third thread deletes. A condition guards the states of the saves; no step runs under it.
+from host memory. A third thread deletes. A fourth one makes up for uploads that failed, or that a kill has ended. A
+condition guards the states of the saves; no step runs under it.
 """
 
 from __future__ import annotations
 
 import atexit
 import json
+import logging
 import math
 import operator
 import os
@@ -20,20 +22,31 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
-from threading import Condition, Event
+from threading import Condition, Event, Lock
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from tiercache.checkpoint.layout import RUN_NAME, Manifest, checkpoint_name, checkpoint_objects, written_order
+from tiercache.checkpoint.layout import (
+    MANIFEST_NAME,
+    NOT_UPLOADED_NAME,
+    RUN_NAME,
+    TAGS_NAME,
+    Manifest,
+    checkpoint_name,
+    checkpoint_objects,
+    manifest_key,
+    written_order,
+)
 from tiercache.checkpoint.retention import GC_AGE_S, Keep, RetentionReport, referenced_tensors
 from tiercache.checkpoint.staging import HostMemory, StagedState
 from tiercache.checkpoint.state_tree import encode_state, state_text
 from tiercache.checkpoint.stored import StoredCheckpoints
-from tiercache.checkpoint.writer import CheckpointWriter, SaveDropped, SharedTensors, TaskThread, may_be_committed
+from tiercache.checkpoint.writer import CheckpointWriter, SharedTensors, TaskThread, may_be_committed
 from tiercache.crash_points import crash_point
-from tiercache.errors import NotFound, StoreError
+from tiercache.errors import CommitConflict, CorruptCheckpoint, NotFound, StoreError, TierCacheError
 from tiercache.store import LocalFolder, Store, open_store
 
 if TYPE_CHECKING:
@@ -43,7 +56,12 @@ Target: TypeAlias = Literal["local", "remote"]
 WhenBusy: TypeAlias = Literal["wait", "skip", "drop"]
 SaveState: TypeAlias = Literal["staged", "writing", "local", "done", "failed", "skipped", "dropped"]
 
+FIRST_LOOK_S = 10.0
+"""Time that the first save of a process waits for the store."""
 _ENDED = ("done", "failed", "skipped", "dropped")
+_NEVER = Event()
+
+logger = logging.getLogger("tiercache")
 
 
 class SaveHandle:
@@ -94,9 +112,10 @@ class SaveHandle:
                 raise TimeoutError(f"{self.name} is not committed at {target!r} after {timeout_s:g} s: {self.state}")
             if target in self._committed:
                 return True
-        if self.error is not None:
+            error = self.error
+        if error is not None:
             self._is_reported = True
-            raise self.error
+            raise error
         return False
 
     def _check_target(self, target: Target) -> Target:
@@ -116,7 +135,6 @@ class _Save:
         text: Text of the state without its tensors.
         aliases: Further names of tensors.
         manifest: Manifest without files and tensors, which are known once they are written.
-        stop: Event that ends the writing.
         is_running: Whether a thread writes or uploads it now.
     """
 
@@ -125,7 +143,6 @@ class _Save:
     text: bytes
     aliases: Mapping[str, str]
     manifest: Manifest
-    stop: Event = field(default_factory=Event)
     is_running: bool = False
 
 
@@ -138,13 +155,16 @@ class Checkpoints(StoredCheckpoints):
     Args:
         url: URL or path of the folder in which the checkpoints are kept, or an open store, which close() closes. One
             process writes to it at a time.
-        local: Folder on a local disk to which each checkpoint is written first; None: none.
+        local: Folder on a local disk to which each checkpoint is written first; None: none. Checkpoints in it whose
+            upload failed, or was ended by a kill, are uploaded after the first save of the next process, and after each
+            later one, if the rules keep them.
         keep: Rules of retention (Keep); a checkpoint is kept if any rule keeps it. Without rules, all are kept.
         dedup: Whether checkpoints share tensors of 1 MiB or more whose values are equal.
         pending: Number of saves that may be unfinished at a time, uploads included. Each needs host memory for its
             state until it is committed at the first target.
         when_busy: What save() does if `pending` saves are unfinished: "wait" for one of them, "skip" the new save, or
-            "drop" an unfinished one: the oldest that has not begun to be written or uploaded, otherwise the oldest.
+            "drop" the oldest one that waits to be written or uploaded. The save that began first is always finished, so
+            "drop" needs `pending` of 2 or more.
         writers: Number of files that are written, or uploaded, in parallel.
         rank: Number of this process among those that call save() with the same state, of which process 0 writes. None:
             the rank in torch.distributed's default group, or 0.
@@ -174,6 +194,11 @@ class Checkpoints(StoredCheckpoints):
             raise ValueError(f"pending and writers are at least 1, got {pending} and {writers}")
         if when_busy not in ("wait", "skip", "drop"):
             raise ValueError(f"when_busy is 'wait', 'skip' or 'drop', got {when_busy!r}")
+        if when_busy == "drop" and pending == 1:
+            raise ValueError(
+                "when_busy='drop' needs pending=2 or more: the save that is being written is never dropped, because "
+                "none would be complete if saves come faster than they are written"
+            )
         remote_store = url if isinstance(url, Store) else open_store(url, **(storage_options or {}))
         local_store = None if local is None else LocalFolder(local)
         roots = [
@@ -193,6 +218,10 @@ class Checkpoints(StoredCheckpoints):
         self._failed: list[SaveHandle] = []
         self._unreported: list[SaveHandle] = []  # failed saves whose error nobody has seen
         self._newest_s = 0.0
+        self._run_look: Future[None] | None = None  # the first look at the run's checkpoints
+        self._late: SaveHandle | None = None  # checkpoint of an earlier process, or failed save, that is uploaded now
+        self._committed_last = (0.0, "")  # written_order() of the newest checkpoint that this process has committed
+        self._collecting = Lock()  # held by gc(), and while the next late upload is chosen
         self._uploads_seen_s = -math.inf  # when unfinished uploads were looked for, by the monotonic clock
         self._check_local_folder()
         self._pid, self._is_closed = os.getpid(), False
@@ -200,6 +229,7 @@ class Checkpoints(StoredCheckpoints):
         self._local = None if local_store is None else self._writer_to(local_store, "local")
         self._writing, self._uploading = TaskThread("tiercache-checkpoint"), TaskThread("tiercache-checkpoint-upload")
         self._deleting = TaskThread("tiercache-checkpoint-delete")
+        self._uploading_late = TaskThread("tiercache-checkpoint-late-upload")
         # called in the thread that deletes
         self._on_commit: list[Callable[[str, Target], object]] = [self._retain]
         _register_finish()
@@ -275,7 +305,8 @@ class Checkpoints(StoredCheckpoints):
 
     def unfinished_saves(self) -> Mapping[str, SaveHandle]:
         """See StoredCheckpoints.unfinished_saves()."""
-        return {handle.name: handle for handle in self.saves}
+        late = self._late
+        return {handle.name: handle for handle in (*self.saves, *([] if late is None else [late]))}
 
     def save(
         self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None, note: Any = None
@@ -348,7 +379,9 @@ class Checkpoints(StoredCheckpoints):
         self._raise_failure()
 
     def close(self) -> None:
-        """Finish all saves and deletions, end the threads and close the connections. Repeated calls have no effect.
+        """Finish all saves, late uploads and deletions, end the threads and close the connections.
+
+        Repeated calls have no effect.
 
         Raises:
             StoreError: A save failed.
@@ -366,6 +399,9 @@ class Checkpoints(StoredCheckpoints):
         self._writing.join()
         self._uploading.join()
         self._deleting.join()
+        while self._late is not None:  # the thread that deletes sets and clears it
+            self._uploading_late.join()
+            self._deleting.join()
 
     # -- the caller's thread -----------------------------------------------------------------------------------------
 
@@ -386,14 +422,27 @@ class Checkpoints(StoredCheckpoints):
     def new_name(self, step: int) -> tuple[str, float]:
         """Return a name and its time: the present, but later than that of every checkpoint of the run.
 
-        The clock of a machine on which the run restarts may be behind. The first call lists the checkpoints for that.
+        The clock of a machine on which the run restarts may be behind. The first call looks at the run for that, and
+        waits at most FIRST_LOOK_S for a store that does not answer.
 
         Args:
             step: Step of the training run.
+
+        Raises:
+            ValueError: The local folder has copies of other checkpoints.
         """
-        if not self._newest_s:
-            self._take_local_folder()
-            self._newest_s = max([self._newest_s, *self._stored_times_s()])
+        if self._run_look is None:
+            self._run_look = Future()
+            try:
+                self._deleting.submit(partial(self._look_at_run, self._run_look))
+            except RuntimeError:
+                self._run_look = None
+                raise
+            if not wait([self._run_look], FIRST_LOOK_S).done:
+                logger.warning("%s does not answer: save() does not wait for it", self.remote_store.url)
+        if self._run_look.done() and (error := self._run_look.exception()) is not None:
+            self._run_look = None
+            raise error
         with self._changed:
             self._newest_s = max(round(time.time(), 3), round(self._newest_s + 0.001, 3))
             return checkpoint_name(step, self._newest_s, secrets.token_hex(3)), self._newest_s
@@ -428,13 +477,19 @@ class Checkpoints(StoredCheckpoints):
                 self.local_store.put_if_absent(RUN_NAME, text)
             self._check_local_folder()
 
-    def _stored_times_s(self) -> list[float]:
-        """Return the times in the names of the checkpoints, without those of a store that cannot be reached."""
-        found: list[float] = []
-        for store in self.inventory.tiers.values():
-            with suppress(StoreError):  # the save itself reports it, or waits until the store is back
-                found += [written_order(name)[0] for name in checkpoint_objects(store.list())]
-        return found
+    def _look_at_run(self, look: Future[None]) -> None:
+        """Note the time of the newest checkpoint of each store that can be reached, and take the local folder."""
+        try:
+            for store in self.inventory.tiers.values():  # the local folder first: it always answers
+                with suppress(StoreError):  # the save itself reports it, or waits until the store is back
+                    times_s = [written_order(name)[0] for name in checkpoint_objects(store.list())]
+                    with self._changed:
+                        self._newest_s = max([self._newest_s, *times_s])
+            self._take_local_folder()
+        except Exception as error:  # noqa: BLE001 -- top of a thread: new_name() raises it
+            look.set_exception(error)
+        else:
+            look.set_result(None)
 
     def _wait_for_turn(self) -> bool:
         """Return whether a new save may begin, after waiting for an unfinished one where necessary."""
@@ -444,25 +499,37 @@ class Checkpoints(StoredCheckpoints):
                     return True
                 if self._when_busy == "skip":
                     return False
-                if self._when_busy == "drop":
-                    waiting = [save for save in self._saves if not save.is_running and not save.stop.is_set()]
-                    (waiting or self._saves)[0].stop.set()
-                    if waiting:
-                        self._end(waiting[0], "dropped")
-                        continue
                 n_failed = len(self._unreported)
                 self._changed.wait_for(
-                    lambda: len(self._saves) < self._pending or len(self._unreported) > n_failed  # noqa: B023
+                    lambda: (
+                        len(self._saves) < self._pending
+                        or len(self._unreported) > n_failed  # noqa: B023
+                        or self._droppable
+                    )
                 )
-            self._raise_failure()
+                dropped = self._droppable[:1] if len(self._saves) >= self._pending else []
+                for save in dropped:
+                    save.handle.state = "dropped"  # no thread begins it any more
+            for save in dropped:
+                self._unmark(save.handle.name)  # before it ends: it must not be uploaded later
+                self._end(save, "dropped")
+            if not dropped:
+                self._raise_failure()
+
+    @property
+    def _droppable(self) -> list[_Save]:
+        """Saves that may be dropped, oldest first. The oldest of all never is, so some are finished in any case."""
+        if self._when_busy != "drop":
+            return []
+        return [save for save in self._saves[1:] if not save.is_running and save.handle.state not in _ENDED]
 
     def _raise_failure(self) -> None:
         """Raise the error of the oldest failed save that was not raised yet."""
         with self._changed:
-            unreported = [handle for handle in self._unreported if not handle._is_reported]  # noqa: SLF001
-            self._unreported = unreported[1:]
-        if unreported and unreported[0].error is not None:
-            raise unreported[0].error
+            errors = [(one, one.error) for one in self._unreported if one.error and not one._is_reported]  # noqa: SLF001
+            self._unreported = [one for one, _ in errors[1:]]
+        if errors:
+            raise errors[0][1]
 
     # -- the threads -------------------------------------------------------------------------------------------------
 
@@ -474,8 +541,6 @@ class Checkpoints(StoredCheckpoints):
             save.is_running = True
         try:
             step(save)
-        except SaveDropped:
-            self._end(save, "dropped")
         except Exception as error:  # noqa: BLE001 -- top of a thread: raised by the next save(), wait() or close()
             self._end(save, "failed", error)
 
@@ -484,10 +549,15 @@ class Checkpoints(StoredCheckpoints):
         writer, target, name = self._local or self._remote, self.targets[0], save.handle.name
         self._advance(save, "writing")
         try:
-            files, tensors = writer.write_staged(name, save.state.files, save.text, save.manifest.metrics, save.stop)
+            files, tensors = writer.write_staged(name, save.state.files, save.text, save.manifest.metrics, _NEVER)
             tensors |= {alias: tensors[first] for alias, first in save.aliases.items()}
             told = save.manifest
             save.manifest = Manifest(name, told.step, told.created_s, tuple(files), tensors, told.metrics, told.note)
+            if target == "local":
+                # The folder has no id yet if the store could not be reached: then the URL stands for the run.
+                run = _run_id(writer.store) or self.remote_store.url
+                writer.store.put(_mark_key(name), json.dumps({"id": run}).encode("ascii"))
+                crash_point("checkpoint_upload.marked")
             writer.commit(save.manifest)
         except BaseException as error:
             if may_be_committed(error):
@@ -496,7 +566,7 @@ class Checkpoints(StoredCheckpoints):
             if target == "local":
                 writer.discard(name)  # a full disk must not stay full
             else:
-                self._deleting.submit(partial(writer.discard, name))
+                self._submit_deletion(partial(writer.discard, name))
             raise
         save.state.release()
         self._commit(save, target)
@@ -504,17 +574,31 @@ class Checkpoints(StoredCheckpoints):
             self._uploading.submit(partial(self._run, save, self._upload))
 
     def _upload(self, save: _Save) -> None:
-        """Upload a checkpoint that is committed in the local folder, and commit it at the store."""
-        if self.local_store is None:  # never: _write() submits it for a local folder
-            return
-        try:
-            self._remote.upload(save.manifest, self.local_store, save.stop)
-            self._remote.commit(save.manifest)
-        except BaseException as error:
-            if not may_be_committed(error):
-                self._deleting.submit(partial(self._remote.discard, save.handle.name))
-            raise
+        """Upload a checkpoint that is committed in the local folder.
+
+        If it fails, the files that are at the store stay: a later upload writes them again, or they are collected.
+        """
+        self._put_at_store(save.manifest)
         self._commit(save, "remote")
+
+    def _put_at_store(self, manifest: Manifest) -> None:
+        """Upload a checkpoint that is committed in the local folder, commit it at the store, and remove its mark."""
+        if self.local_store is None:  # never: _write() and _upload_missing() have checked it
+            return
+        self._remote.upload(manifest, self.local_store, _NEVER)
+        tags_key = f"{manifest.name}/{TAGS_NAME}"
+        with suppress(NotFound):  # given since it was saved
+            self.remote_store.put(tags_key, self.local_store.get(tags_key))
+        self.local_store.head(manifest_key(manifest.name))  # NotFound: it was deleted meanwhile, and must not come back
+        self._remote.commit(manifest)
+        self._unmark(manifest.name)
+        crash_point("checkpoint_upload.unmarked")
+
+    def _unmark(self, name: str) -> None:
+        """Remove the mark of a checkpoint whose upload has not ended: nobody uploads it any more."""
+        if self.local_store is not None:
+            with suppress(StoreError):  # the next look for marks finds the checkpoint at the store
+                self.local_store.delete([_mark_key(name)])
 
     def _advance(self, save: _Save, state: SaveState) -> None:
         with self._changed:
@@ -531,6 +615,10 @@ class Checkpoints(StoredCheckpoints):
                 self._saves.remove(save)
         self.announce(save.handle.name, target)
 
+    def _submit_deletion(self, task: Callable[[], object]) -> None:
+        with suppress(RuntimeError):  # no thread can be started: the next commit, or gc(), deletes the same
+            self._deleting.submit(task)
+
     def announce(self, name: str, target: Target) -> None:
         """Let the thread that deletes apply the rules of retention after a commit.
 
@@ -539,15 +627,98 @@ class Checkpoints(StoredCheckpoints):
             target: Where it was committed.
         """
         for call in self._on_commit:
-            self._deleting.submit(partial(call, name, target))
+            self._submit_deletion(partial(call, name, target))
 
-    def _retain(self, name: str, target: Target) -> None:  # noqa: ARG002 - of _on_commit
+    def _retain(self, name: str, target: Target) -> None:
         self.apply_retention()
+        self._committed_last = max(self._committed_last, written_order(name))
         now_s = time.monotonic()
         if target == "remote" and now_s - self._uploads_seen_s >= GC_AGE_S:  # those of a kill are a day old by then
             self._uploads_seen_s = now_s
             with suppress(StoreError):  # the next process, and gc(), try again
                 self._remote.abort_uploads(GC_AGE_S)
+        if self.local_store is not None and self._late is None:
+            try:
+                with self._collecting:
+                    self._upload_missing(self.local_store)
+            except (TierCacheError, ValueError) as error:
+                logger.warning("%s: earlier checkpoints were not uploaded: %s", self.remote_store.url, error)
+
+    # -- uploads that an earlier process, or a failed save, has left undone ------------------------------------------
+
+    def _upload_missing(self, local_store: LocalFolder) -> None:
+        """Begin to upload the oldest checkpoint that has a mark, and that the rules of the store keep.
+
+        Only those are considered that are older than the one committed last: a failed upload is tried again after the
+        next save, which has raised its error.
+
+        Its files at the store are overwritten, so no collection may delete them meanwhile as leftovers. Therefore the
+        thread that deletes calls this, after a collection: what is left at the store is younger than the age of
+        collection, and from now on the checkpoint is one of unfinished_saves().
+
+        Raises:
+            StoreError: A store failed.
+            ValueError: The local folder has copies of other checkpoints.
+        """
+        saving = {name for name, save in self.unfinished_saves().items() if save.error is None}
+        marked = {
+            name
+            for name, objects in checkpoint_objects(local_store.list()).items()
+            if MANIFEST_NAME in objects
+            and NOT_UPLOADED_NAME in objects
+            and name not in saving
+            and written_order(name) < self._committed_last
+        }
+        if not marked:
+            return
+        self._take_local_folder()
+        run = _run_id(local_store)
+        if not run or run != _run_id(self.remote_store):
+            return
+        marked = {name for name in marked if _run_id(local_store, _mark_key(name)) in (run, self.remote_store.url)}
+        scan = self.inventory.scan()
+        copies = [copy for name in marked for copy in scan.copies.get(name, ())]
+        at_store = {copy.name for copy in copies if copy.tier == "remote" and copy.is_committed}
+        for name in at_store:  # the process was killed after the commit
+            self._unmark(name)
+        for name in self.retention.plan(scan).missing:
+            copy = scan.complete(name)[0]
+            if name in marked - at_store and copy.tier == "local" and copy.manifest is not None:
+                self._late = SaveHandle(name, copy.manifest.step, self.targets, self._changed)
+                try:
+                    self._uploading_late.submit(partial(self._upload_late, copy.manifest))
+                except RuntimeError:  # no thread can be started: the next commit tries again
+                    self._late = None
+                return
+
+    def _upload_late(self, manifest: Manifest) -> None:
+        """Upload a checkpoint that has no running save, in a thread of its own, so that no save waits for it."""
+        name, is_uploaded = manifest.name, False
+        try:
+            self._put_at_store(manifest)
+            is_uploaded = True
+        except Exception as error:  # noqa: BLE001 -- top of a thread
+            logger.warning("%s: the earlier checkpoint %s was not uploaded: %s", self.remote_store.url, name, error)
+            if isinstance(error, CorruptCheckpoint | CommitConflict):
+                self._unmark(name)  # it would fail each time
+        try:
+            self._deleting.submit(partial(self._end_late, name, is_uploaded=is_uploaded))
+        except RuntimeError:  # no thread can be started
+            self._late = None
+
+    def _end_late(self, name: str, *, is_uploaded: bool) -> None:
+        """Note the end of a late upload in the thread that deletes; after a success, apply the rules and go on."""
+        self._late = None
+        if not is_uploaded:
+            return  # the next commit tries again
+        with self._changed:
+            for handle in [one for one in self._failed if one.name == name]:
+                self._failed.remove(handle)
+                handle._committed.add("remote")  # noqa: SLF001 - our own class
+                handle.state, handle.error = "done", None
+            self._changed.notify_all()
+        for call in self._on_commit:
+            call(name, "remote")
 
     def gc(self) -> RetentionReport:
         """Remove what killed saves and deletions have left, and shared tensors without users, once they are a day old.
@@ -558,7 +729,8 @@ class Checkpoints(StoredCheckpoints):
         Raises:
             StoreError: A store failed.
         """
-        report = super().gc()
+        with self._collecting:
+            report = super().gc()
         self._remote.abort_uploads(GC_AGE_S)
         return report
 
@@ -568,7 +740,8 @@ class Checkpoints(StoredCheckpoints):
         handle = save.handle
         with self._changed:
             if error is not None:
-                where = "" if "local" not in handle._committed else f"; it is committed in {self._local_url}"  # noqa: SLF001
+                is_local = "local" in handle._committed  # noqa: SLF001 - our own class
+                where = f"; it is committed in {self._local_url}, and a later save uploads it" if is_local else ""
                 message = f"the checkpoint of step {handle.step} was not saved: {error}{where}"
                 url = f"{self.remote_store.url}/{handle.name}"
                 handle.error = StoreError(message, url=url, retryable=getattr(error, "retryable", False))
@@ -583,10 +756,14 @@ class Checkpoints(StoredCheckpoints):
         return "" if self.local_store is None else self.local_store.url
 
 
-def _run_id(store: Store) -> str:
+def _mark_key(name: str) -> str:
+    return f"{name}/{NOT_UPLOADED_NAME}"
+
+
+def _run_id(store: Store, key: str = RUN_NAME) -> str:
     """Return the random id of the run whose checkpoints a store has; "" if it has none. Raises StoreError."""
     try:
-        return str(json.loads(store.get(RUN_NAME))["id"])
+        return str(json.loads(store.get(key))["id"])
     except (NotFound, ValueError, KeyError, TypeError):
         return ""
 

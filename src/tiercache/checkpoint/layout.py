@@ -7,6 +7,7 @@
         state.json                                   everything that is not a tensor
         metrics.json                                 metrics, also in the manifest; the tier engine reads this file
         tags.json                                    tags and pins; replaced as a whole, not in the manifest
+        not-uploaded.json                            only in a local folder, until the store has the checkpoint
         checkpoint.json                              the manifest, put if absent and last: it commits the checkpoint
     tensors/<40 hex digits>.safetensors              a tensor that checkpoints share (dedup=True)
     references/step-....json                         copy of the manifest of a checkpoint with shared tensors
@@ -39,6 +40,11 @@ MANIFEST_NAME = "checkpoint.json"
 STATE_NAME = "state.json"
 METRICS_NAME = "metrics.json"
 TAGS_NAME = "tags.json"
+NOT_UPLOADED_NAME = "not-uploaded.json"
+"""Mark of a checkpoint in a local folder whose upload has not ended, with the id of the run or the URL.
+
+Without it, a checkpoint in a local folder is never uploaded: it may have been at the store and be deleted or moved.
+"""
 RUN_NAME = "run.json"
 """File of a store, and of the local folder with copies of its checkpoints, with the same random id."""
 SHARED_FOLDER = "tensors/"

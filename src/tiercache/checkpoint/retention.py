@@ -28,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from tiercache.checkpoint.inventory import CheckpointCopy, CheckpointTier, Inventory, Scan
+from tiercache.checkpoint.inventory import CheckpointCopy, CheckpointTier, Inventory, Scan, Tags
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
     SHARED_FOLDER,
@@ -106,10 +106,12 @@ class RetentionPlan:
     Attributes:
         kept_by: Reasons for which each checkpoint stays, by name and tier.
         deletes: Checkpoints to delete from each tier, written first to last.
+        missing: Checkpoints that the remote tier would keep and does not have, written first to last.
     """
 
     kept_by: Mapping[str, Mapping[CheckpointTier, tuple[str, ...]]]
     deletes: Mapping[CheckpointTier, tuple[str, ...]]
+    missing: tuple[str, ...] = ()
 
 
 def plan_retention(
@@ -155,7 +157,12 @@ def plan_retention(
                 reasons.append("not uploaded yet")
             kept_by.setdefault(name, {})[tier] = tuple(reasons)
         deletes[tier] = tuple(name for name in complete[tier] if not kept_by[name][tier])
-    return RetentionPlan(kept_by, deletes)
+    missing = tuple(
+        name
+        for name in everywhere
+        if name not in complete[home] and (of_home[name] or name == everywhere[-1] or scan.tags(name) != Tags())
+    )
+    return RetentionPlan(kept_by, deletes, missing)
 
 
 def _rules_of(keeps: Sequence[Keep], tier: CheckpointTier) -> list[Keep]:

@@ -8,12 +8,14 @@ durable. The manifest is put last and only if every file has been checked at the
 from __future__ import annotations
 
 import json
+import sys
+import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from threading import Condition, Event, Lock, Thread
+from threading import Condition, Event, ExceptHookArgs, Lock, Thread, current_thread
 from typing import TypeVar
 
 from tiercache._native.checksum import crc32c
@@ -133,8 +135,8 @@ class CheckpointWriter:
     ) -> None:
         self.store, self._n_streams, self._shared = store, n_streams, shared
         self._find_referenced = find_referenced
-        # Name of the save for which they were found, and the keys.
-        self._referenced: tuple[str, Container[str]] = ("", ())
+        # Keys by the name of the save for which they were found: of a save, and of an upload that is made up for.
+        self._referenced: dict[str, Container[str]] = {}
         self._classes: S3StorageClasses | None = None
         if isinstance(store, CloudStore) and store.cloud == "s3" and has_boto3():
             # boto3 sends a checksum with every part, which the server compares, and asks for that of the whole object.
@@ -212,6 +214,8 @@ class CheckpointWriter:
             SaveDropped, StoreError: See write_staged().
         """
         crash_point("checkpoint_upload.begun")
+        with self._lock:
+            self._referenced.pop(manifest.name, None)  # an earlier attempt may have found them long ago
 
         def upload(file: StoredFile) -> None:
             key = key_of(manifest.name, file.path)
@@ -329,9 +333,9 @@ class CheckpointWriter:
         if self._find_referenced is None:
             return True
         with self._lock:
-            if self._referenced[0] != name:
-                self._referenced = name, self._find_referenced()
-            return key in self._referenced[1]
+            if name not in self._referenced:
+                self._referenced = {**dict([*self._referenced.items()][-1:]), name: self._find_referenced()}
+            return key in self._referenced[name]
 
     def write(self, name: str, source: SourceFile, stop: Event) -> StoredFile:
         """Write a file of a checkpoint and check it at the store. Errors as for write_staged()."""
@@ -456,11 +460,12 @@ def _after(pieces: Iterable[memoryview], n_bytes: int) -> Iterator[memoryview]:
 def in_parallel(calls: Sequence[Callable[[], T]], n_threads: int) -> list[T]:
     """Return the results of calls that are made by several threads, the caller's own included.
 
-    After an error, no further call begins, and the error is raised when the running ones have ended. The threads are
-    not those of a pool of the library, whose pools start no thread any more while the interpreter ends.
+    After an error, no further call begins, and the error is raised when the running ones have ended: nothing that they
+    read or write is used after the return. If fewer threads can be started, those make all calls. The threads are not
+    those of a pool of the library, whose pools start no thread any more while the interpreter ends.
     """
     results: dict[int, T] = {}
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
     lock, numbers = Lock(), iter(range(len(calls)))
 
     def work() -> None:
@@ -471,15 +476,20 @@ def in_parallel(calls: Sequence[Callable[[], T]], n_threads: int) -> list[T]:
                 return
             try:
                 results[number] = calls[number]()
-            except Exception as error:  # noqa: BLE001 -- top of a thread: the caller raises it
+            except BaseException as error:  # noqa: BLE001 -- a thread's top: raised below, as is an interrupt
                 errors.append(error)
 
-    threads = [Thread(target=work, name="tiercache-checkpoint-file") for _ in range(min(n_threads, len(calls)) - 1)]
-    for thread in threads:
-        thread.start()
-    work()
-    for thread in threads:
-        thread.join()
+    threads: list[Thread] = []
+    with suppress(RuntimeError):  # the limit of threads
+        for _ in range(min(n_threads, len(calls)) - 1):
+            thread = Thread(target=work, name="tiercache-checkpoint-file")
+            thread.start()
+            threads.append(thread)
+    try:
+        work()
+    finally:
+        for thread in threads:
+            thread.join()
     if errors:
         raise errors[0]
     return [results[number] for number in range(len(calls))]
@@ -501,19 +511,17 @@ class TaskThread:
         self._is_running = False
 
     def submit(self, task: Callable[[], object]) -> None:
-        """Run a task, which handles its own errors, after the earlier ones."""
+        """Run a task, which handles its own errors, after the earlier ones.
+
+        Raises:
+            RuntimeError: No thread can be started: the limit of threads, or the interpreter ends. The task is not run.
+        """
         with self._changed:
+            if not self._is_running:
+                # Under the lock, so that no other thread leaves a task to a thread that cannot be started.
+                Thread(target=self._run, name=self._name).start()
+                self._is_running = True
             self._tasks.append(task)
-            if self._is_running:
-                return
-            self._is_running = True
-        try:
-            Thread(target=self._run, name=self._name).start()
-        except RuntimeError:  # the limit of threads, or the interpreter ends
-            with self._changed:
-                self._tasks.remove(task)
-                self._is_running = False
-            raise
 
     def join(self) -> None:
         """Wait until all tasks are done."""
@@ -530,9 +538,6 @@ class TaskThread:
                 task = self._tasks.pop(0)
             try:
                 task()
-            except BaseException:  # a defect; later tasks get a new thread
-                with self._changed:
-                    self._is_running = False
-                    self._changed.notify_all()
-                raise
+            except BaseException:  # noqa: BLE001 -- a thread's top: a defect is reported, and later tasks run
+                threading.excepthook(ExceptHookArgs((*sys.exc_info(), current_thread())))
             del task  # it may hold the memory of a state
