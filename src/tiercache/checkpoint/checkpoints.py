@@ -2,9 +2,9 @@
 
 save() copies the state to host memory in the caller's thread. Then one thread writes the files and commits the
 checkpoint in the local folder; a second one uploads it from there and commits it at the store, so that the next state
-is written while an earlier one is uploaded. Without a local folder, the first thread writes to the store
-from host memory. A third thread deletes. A fourth one makes up for uploads that failed, or that a kill has ended. A
-condition guards the states of the saves; no step runs under it.
+is written while an earlier one is uploaded. Without a local folder, the first thread writes to the store from host
+memory. A third thread deletes. A fourth one repeats uploads that failed or that a kill interrupted. A condition guards
+the states of the saves; no step runs under it.
 """
 
 from __future__ import annotations
@@ -156,8 +156,7 @@ class Checkpoints(StoredCheckpoints):
         url: URL or path of the folder in which the checkpoints are kept, or an open store, which close() closes. One
             process writes to it at a time.
         local: Folder on a local disk to which each checkpoint is written first; None: none. Checkpoints in it whose
-            upload failed, or was ended by a kill, are uploaded after the first save of the next process, and after each
-            later one, if the rules keep them.
+            upload failed or was interrupted by a kill are uploaded after the next save, if the rules keep them.
         keep: Rules of retention (Keep); a checkpoint is kept if any rule keeps it. Without rules, all are kept.
         dedup: Whether checkpoints share tensors of 1 MiB or more whose values are equal.
         pending: Number of saves that may be unfinished at a time, uploads included. Each needs host memory for its

@@ -135,7 +135,7 @@ class CheckpointWriter:
     ) -> None:
         self.store, self._n_streams, self._shared = store, n_streams, shared
         self._find_referenced = find_referenced
-        # Keys by the name of the save for which they were found: of a save, and of an upload that is made up for.
+        # Keys by the name of the save for which they were found: of a save, and of a repeated upload.
         self._referenced: dict[str, Container[str]] = {}
         self._classes: S3StorageClasses | None = None
         if isinstance(store, CloudStore) and store.cloud == "s3" and has_boto3():
