@@ -490,7 +490,7 @@ def test_the_error_for_a_checkpoint_that_does_not_exist_lists_what_there_is(remo
         checkpoints.load("best:acc")
     with pytest.raises(ValueError, match="'latest', 'best:METRIC', a step or a name, got 'newest'"):
         checkpoints.load("newest")
-    with pytest.raises(NotFound, match="there are no checkpoints"):
+    with pytest.raises(NotFound, match="there are no checkpoints at this URL: expected folders step"):
         StoredCheckpoints(MemoryStore("empty-of-checkpoints")).load()
 
 

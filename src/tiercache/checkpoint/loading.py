@@ -263,8 +263,8 @@ class _IntoPlan:
             elif _holds_objects(value):
                 raise TypeError(
                     f"into{_indexed((*path, key))} cannot be filled: it is a {type(value).__name__} of objects or"
-                    " parameters; save and load them as a dict, such as dict(enumerate(objects)), or put None in its place"
-                    " to get a new value"
+                    " parameters; save and load them as a dict, such as dict(enumerate(objects)), or put None in its"
+                    " place to get a new value"
                 )
             elif _is_value(value):
                 self._add_value(saved[key], target, key)
