@@ -409,8 +409,8 @@ def _step(name: str) -> int:
 def _listed(scan: Scan, metrics: Sequence[str]) -> str:
     names = scan.loadable_names
     if not names and scan.copies:
-        name, (copy, *_) = next(reversed(scan.copies.items()))
-        return f"there are only incomplete ones ({len(scan.copies)}): the last, {name}: {copy.problem}"
+        name = [*scan.copies][-1]
+        return f"there are only incomplete ones ({len(scan.copies)}): the last, {name}: {scan.copies[name][0].problem}"
     if not names:
         expected = f"expected folders step-.../ with a {MANIFEST_NAME}, which save() writes"
         return f"there are no checkpoints at this URL: {scan.hint or expected}"

@@ -479,12 +479,12 @@ def _type_name(value: Any) -> str:
 def _can_cast(found: str, mine: str) -> bool:
     """Return whether values of a type can be copied into another: numbers lose their precision at most."""
     try:
-        types = [np.dtype(np.float32 if name.startswith(("bfloat", "float8")) else name) for name in (found, mine)]
+        src, dst = (np.dtype(np.float32 if name.startswith(("bfloat", "float8")) else name) for name in (found, mine))
     except TypeError:  # a type of torch that no checkpoint has, such as complex32
         return True
-    if all(one.kind in _NUMBERS for one in types):
-        return np.can_cast(*types, "same_kind")
-    return types[0].kind == types[1].kind and np.can_cast(*types, "safe")
+    if src.kind in _NUMBERS and dst.kind in _NUMBERS:
+        return np.can_cast(src, dst, "same_kind")
+    return src.kind == dst.kind and np.can_cast(src, dst, "safe")
 
 
 def is_tensor(value: Any) -> bool:

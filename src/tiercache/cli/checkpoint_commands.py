@@ -7,12 +7,16 @@ from typing import Annotated
 from tiercache.cli.options import DryRun, Rules, Yes, argument, flag, option
 from tiercache.cli.output import Output
 
+_WHICH = "RUN/latest, RUN/best:METRIC[:max] and RUN/STEP select one of a run."
 Paths = Annotated[
     list[str],
-    argument("PATH...", "Checkpoints: paths below a tier (hot/runs/7/step-100), local paths, URLs, or globs."),
+    argument(
+        "PATH...", f"Checkpoints: paths below a tier (hot/runs/7/step-100), local paths, URLs, or globs. {_WHICH}"
+    ),
 ]
 Path = Annotated[
-    str, argument("PATH", "Checkpoint: a path below a tier (hot/runs/7/step-100), a local path, or a URL.")
+    str,
+    argument("PATH", f"Checkpoint: a path below a tier (hot/runs/7/step-100), a local path, or a URL. {_WHICH}"),
 ]
 
 
@@ -95,7 +99,7 @@ def tag(
 
 def diff(
     output: Output,
-    first: Annotated[str, argument("FIRST", "Checkpoint: a path below a tier, a local path, or a URL.")],
+    first: Annotated[str, argument("FIRST", f"Checkpoint: a path below a tier, a local path, or a URL. {_WHICH}")],
     second: Annotated[str, argument("SECOND", "Checkpoint to compare with it.")],
     rules: Rules = None,
 ) -> None:
