@@ -268,8 +268,11 @@ def _choose(found: CheckpointTiers, argument: str, groups: Sequence[int], choice
         what = f" with the metric {choice.text!r}{did_you_mean(choice.text, known)}"
         what += f"; known metrics: {', '.join(known)}" if known else "; no metrics are known"
     if not fitting:
-        steps = ", ".join(str(int(snapshot.step[group])) for group in whole[-5:]) or "none"
-        raise NotFound(f"no complete checkpoint{what}; steps of the last ones: {steps}", url=argument)
+        steps = ", ".join(str(int(snapshot.step[group])) for group in whole[-5:])
+        there = (
+            f"steps of the last ones: {steps}" if whole else f"{found.name(groups[-1])}: {found.problems[groups[-1]]}"
+        )
+        raise NotFound(f"no complete checkpoint{what}; {there}", url=argument)
     return fitting[-1]
 
 
