@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import tiercache as tc
+from tiercache.checkpoint.layout import parse_name
 
 RULES = """
 [tiers.hot]
@@ -107,6 +108,36 @@ def test_rm_deletes_only_the_checkpoint_that_is_meant(root, tiercache, steps):
     assert steps("run") == [20]
 
 
+def test_which_may_be_a_word_after_the_run(root, tiercache, steps):
+    write(root / "run", "own", 10, 30, 20)
+    write(root / "other", "dcp", 7)
+    events = tiercache("ckpt", "verify", "run", "latest", "10", "other", "--json").events
+    assert [one["path"].split("-")[1].split(".")[0].lstrip("0") for one in events[:-1]] == ["20", "10", "7"]
+    name = next(path.name for path in (root / "run").glob("step-*30.*"))
+    for which in ("best:loss", "30", name):
+        assert f"run/{name}: step 30" in tiercache("ckpt", "show", "run", which).out
+    tiercache("ckpt", "rm", "run/", "latest", "--yes")
+    assert steps("run") == [10, 30]
+
+
+def test_ls_takes_several_paths_as_a_shell_makes_them_of_a_glob(root, tiercache):
+    write(root / "run", "dcp", 10, 30)
+    events = tiercache("ckpt", "ls", "run/step-10", "run/step-30", "--json").events
+    assert [one["step"] for one in events[:-1]] == [10, 30]
+
+
+def test_a_pin_does_not_change_which_checkpoint_is_the_latest(root, tiercache, steps):
+    write(root / "run", "own", 10, 20)
+    (first,) = (root / "run").glob("step-*10.*")
+    written_s = parse_name(first.name)[1]
+    for path in first.iterdir():  # the second save began before the files of the first one were written
+        os.utime(path, (written_s + 0.9,) * 2)
+    tiercache("ckpt", "pin", "run/latest")
+    (tags,) = (root / "run").glob("*/tags.json")
+    os.utime(tags, (written_s + 5,) * 2)
+    assert steps("run/latest") == [20]
+
+
 def test_checkpoints_of_several_runs_can_be_named_together(root, tiercache):
     write(root / "runs/a", "own", 10)
     write(root / "runs/b", "dcp", 20)
@@ -130,6 +161,7 @@ def test_the_error_says_what_there_is_instead(root, tiercache):
     assert "of step 7; steps of the last ones: 10, 20" in tiercache("ckpt", "show", "run/7", code=1).err
     assert "the last one is run/latest" in tiercache("ckpt", "show", "run", code=2).err
     assert "no checkpoints of a known layout" in tiercache("ckpt", "ls", "rnu", code=1).err
+    assert "did you mean 'latest'" in tiercache("ckpt", "show", "run/lastest", code=1).err
 
 
 def test_a_folder_outside_the_tiers_is_found_with_its_path(root, tiercache, steps):

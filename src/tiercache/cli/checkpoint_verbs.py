@@ -189,9 +189,11 @@ def open_checkpoints(output: Output, rules: Path | None, arguments: Sequence[str
 
     Raises NotFound if an argument selects none, and ValueError if it does not say which one is meant.
     """
+    arguments = _joined(arguments)
     with _opened(rules, arguments) as (tiers, chosen, prefix):
         inventory = tiers.read_inventory(output)
-        print_unavailable(output, tiers.file, unavailable_tiers(tiers.file, tiers.stores, tiers.catalog))
+        if tiers.file.sha256:
+            print_unavailable(output, tiers.file, unavailable_tiers(tiers.file, tiers.stores, tiers.catalog))
         found = CheckpointTiers(tiers, inventory, with_tags(inventory.snapshot, tiers.file), (), prefix)
         selections = [
             _select(found, argument, tier, path)
@@ -224,13 +226,27 @@ def _select(found: CheckpointTiers, argument: str, tier: str | None, path: str) 
             order = sorted(np.flatnonzero(hit).tolist(), key=lambda g: (snapshot.series[g], snapshot.created_s[g], g))
             return order, picked
     if not file.sha256:
-        raise NotFound(
-            "there are no checkpoints of a known layout; expected a run, a checkpoint or a glob", url=argument
-        )
+        text = "there are no checkpoints of a known layout; expected a run, a checkpoint or a glob"
+        raise NotFound(f"{text}{did_you_mean(argument.rpartition('/')[2], ['latest'])}", url=argument)
     names = f"the tier {tier}" if tier else f"the tiers {', '.join(snapshot.tiers)}"
     text = f"no checkpoint has this path, or lies below it, in {names}; `tiercache ckpt ls` lists them"
     outside = "; a folder outside the tiers is written ./FOLDER" if Path(base_folder(argument)).exists() else ""
     raise NotFound(f"{text}{outside}", url=argument)
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Return arguments in which RUN WHICH... are RUN/WHICH..."""
+    found: list[str] = []
+    run = ""
+    for text in arguments:
+        if run and _choice(text) is not None:
+            if found[-1] == run:
+                found.pop()
+            found.append(f"{run.rstrip('/')}/{text}")
+        else:
+            run = "" if _choice(text.rpartition("/")[2]) is not None else text
+            found.append(text)
+    return found
 
 
 def _match(paths: pa.Array, text: str) -> NDArray[np.bool_]:
@@ -392,9 +408,9 @@ def _in_parallel(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
 # -- ls and show ------------------------------------------------------------------------------------------------------
 
 
-def ls(output: Output, rules: Path | None, path: str | None, *, read_metrics: bool) -> None:
-    """List checkpoints. path: See open_checkpoints(). read_metrics: Whether to read the metrics of all from files."""
-    with open_checkpoints(output, rules, [] if path is None else [path]) as found:
+def ls(output: Output, rules: Path | None, paths: Sequence[str], *, read_metrics: bool) -> None:
+    """List checkpoints. paths: See open_checkpoints(). read_metrics: Whether to read the metrics of all from files."""
+    with open_checkpoints(output, rules, paths) as found:
         reasons = keep_reasons(found.snapshot, found.tiers.file)
         metrics = _in_parallel(found.metrics if read_metrics else found.known_metrics, found.groups)
         rows = [
@@ -479,9 +495,9 @@ def _kept_text(kept: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(f"{rule}: {', '.join(texts)}" if rule else ", ".join(texts) for rule, texts in parts.items())
 
 
-def show(output: Output, rules: Path | None, path: str) -> None:
-    """Show one checkpoint, and what the next plan does with it."""
-    with open_checkpoints(output, rules, [path]) as found:
+def show(output: Output, rules: Path | None, path: str, which: str | None) -> None:
+    """Show one checkpoint, and what the next plan does with it. which: Which checkpoint of the run at the path."""
+    with open_checkpoints(output, rules, [path] if which is None else [f"{path.rstrip('/')}/{which}"]) as found:
         group = _one(found, path)
         tiers, file, snapshot = found.tiers, found.tiers.file, found.snapshot
         reasons = keep_reasons(snapshot, file).get(group, ())
