@@ -127,7 +127,9 @@ def test_ls_takes_several_paths_as_a_shell_makes_them_of_a_glob(root, tiercache)
 
 
 def test_a_pin_does_not_change_which_checkpoint_is_the_latest(root, tiercache, steps):
-    write(root / "run", "own", 10, 20)
+    with tc.Checkpoints(root / "run", pending=3) as checkpoints:
+        for step in (5, 10, 20):
+            checkpoints.save(step, {"n": step})
     (first,) = (root / "run").glob("step-*10.*")
     written_s = parse_name(first.name)[1]
     for path in first.iterdir():  # the second save began before the files of the first one were written
