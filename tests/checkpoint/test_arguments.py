@@ -167,6 +167,20 @@ def test_a_typing_error_gives_what_was_probably_meant(tmp_path):
             checkpoints.load(which)
 
 
+def test_the_error_for_a_misspelt_key_of_into_lists_the_keys_of_the_state(run):
+    run.save(1, {"model": torch.nn.Linear(2, 2), "optim": {"lr": 1}}).wait()
+    with pytest.raises(ValueError, match=r"missing in the checkpoint \(1\): modle\n.*state \(2\): model, optim"):
+        run.load(into={"modle": torch.nn.Linear(2, 2)})
+    with pytest.raises(TypeError, match="objects to fill are the argument into="):
+        run.load({"model": torch.nn.Linear(2, 2)})
+
+
+def test_a_tag_is_a_text(run):
+    run.save(1, {"n": 1}).wait()
+    with pytest.raises(ValueError, match=r"expected one or more tags, none of them empty, got \(\['a'\],\)"):
+        run.tag("latest", ["a"])
+
+
 @pytest.mark.parametrize("which", [1.0, None, True, ["latest"]])
 def test_what_is_neither_text_nor_integer_is_a_type_error(tmp_path, which):
     write_checkpoint(LocalFolder(tmp_path), 1)

@@ -141,6 +141,21 @@ def test_a_pin_does_not_change_which_checkpoint_is_the_latest(root, tiercache, s
     assert steps("run/latest") == [20]
 
 
+def test_a_url_names_a_run_a_checkpoint_and_which(root, tiercache, steps):
+    url = "memory://ckpt-arguments/runs/a"
+    for step in (10, 20):
+        with tc.Checkpoints(url) as checkpoints:
+            checkpoints.save(step, {"n": step}).wait()
+            name = checkpoints.list()[-1].name
+    assert steps(url) == [10, 20]
+    assert steps(f"{url}/latest") == steps(f"{url}/{name}") == [20]
+    assert f"{url}/{name}: step 20" in tiercache("ckpt", "show", url, "latest").out
+    tiercache("ckpt", "pin", f"{url}/latest")
+    assert f"{url}/{name}: left" in tiercache("ckpt", "rm", f"{url}/latest", "--yes", code=3).out
+    tiercache("ckpt", "rm", f"{url}/10", "--yes")
+    assert steps(url) == [20]
+
+
 def test_checkpoints_of_several_runs_can_be_named_together(root, tiercache):
     write(root / "runs/a", "own", 10)
     write(root / "runs/b", "dcp", 20)

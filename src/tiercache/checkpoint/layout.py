@@ -273,7 +273,8 @@ def parse_choice(which: str | int) -> Choice:
                 raise TypeError
             return Choice("step", step=operator.index(which))
         except TypeError:
-            raise TypeError(f"{_CHOICES}, got the {type(which).__name__} {which!r}") from None
+            hint = ": objects to fill are the argument into=" if isinstance(which, Mapping) else ""
+            raise TypeError(f"{_CHOICES}, got the {type(which).__name__} {which!r:.60}{hint}") from None
     if which == "latest":
         return Choice("latest")
     if which.startswith("best:"):

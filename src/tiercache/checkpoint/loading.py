@@ -228,6 +228,7 @@ class _IntoPlan:
     mistyped: list[str] = field(default_factory=list)
     unfillable: list[str] = field(default_factory=list)
     actions: list[Callable[[], object]] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)  # keys of the saved state, if `into` has another one
 
     def add(self, node: Any, target: Any, path: Path, *, is_top: bool = False) -> None:
         """Plan one object: a container is filled entry by entry, an object by its load_state_dict()."""
@@ -256,6 +257,7 @@ class _IntoPlan:
         for key, value in target.items():
             if key not in saved:
                 self.missing.append(_dotted((*path, key)))
+                self.known = [*map(str, saved)] if is_top else self.known
             elif isinstance(value, dict) or callable(getattr(value, "load_state_dict", None)):
                 self.add(saved[key], value, (*path, key))
             elif is_tensor(value):
@@ -393,6 +395,7 @@ class _IntoPlan:
             _line("of another shape", self.misshaped),
             _line("of another type", self.mistyped),
             _line("cannot be filled", self.unfillable),
+            _line("keys of the saved state", self.known),
         ]
         text = "\n".join(filter(None, [f"{name} does not fit into=:", *lines, _hint(self.missing, self.unexpected)]))
         if strict:

@@ -400,7 +400,7 @@ class _WithSharedTensors(WrapperStore):
 
 
 def _checked(tags: Sequence[str]) -> frozenset[str]:
-    if not tags or not all(tag.strip() for tag in tags):
+    if not tags or not all(isinstance(tag, str) and tag.strip() for tag in tags):
         raise ValueError(f"expected one or more tags, none of them empty, got {tags!r}")
     return frozenset(tags)
 
