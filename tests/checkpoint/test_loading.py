@@ -366,6 +366,15 @@ def test_an_object_that_load_can_neither_fill_nor_replace_is_refused(remote):
     assert torch.equal(checkpoints.load(into={"rng": None})["rng"], torch.get_rng_state())
 
 
+def test_a_sharded_tensor_is_refused_with_the_reader_for_it(remote):
+    class Sharded(torch.Tensor):
+        device_mesh = "a mesh"
+
+    write_checkpoint(remote, 1, {"w": torch.ones(2)})
+    with pytest.raises(TypeError, match=r"into\['w'\] is sharded .*torch\.distributed\.checkpoint"):
+        StoredCheckpoints(remote).load(into={"w": torch.zeros(2).as_subclass(Sharded)})
+
+
 def test_keys_of_another_type_are_told_apart_in_the_error(remote):
     write_checkpoint(remote, 1, {"x": {0: 1}})
     with pytest.raises(ValueError, match=r"checkpoint \(1\): x\.0\n.*\(1\): x\[0\]\nNothing"):

@@ -399,7 +399,7 @@ class _WithSharedTensors(WrapperStore):
         store.read_into(key, spans, **options)
 
 
-def _checked(tags: Sequence[str]) -> frozenset[str]:
+def _checked(tags: Sequence[Any]) -> frozenset[str]:
     if not tags or not all(isinstance(tag, str) and tag.strip() for tag in tags):
         raise ValueError(f"expected one or more tags, none of them empty, got {tags!r}")
     return frozenset(tags)
