@@ -104,6 +104,22 @@ def test_map_location_moves_the_tensors_that_are_returned(remote):
     assert StoredCheckpoints(remote).load(map_location="meta")["a"].device.type == "meta"
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        ("cud:0", ValueError, "map_location='cud:0' is not a device of this machine"),
+        ("cuda:99", ValueError, "map_location='cuda:99' is not a device of this machine"),
+        ({"cuda:0": "cpu"}, TypeError, "one device, such as 'cpu' or 'cuda:0', got a dict"),
+        (lambda storage, location: storage, TypeError, "one device, such as 'cpu' or 'cuda:0', got a function"),
+    ],
+)
+def test_what_is_no_device_is_refused_before_anything_is_read(remote, value, error, text):
+    write_checkpoint(remote, 1, {"a": torch.ones(2)})
+    broken = FaultStore(remote, [Fault("read_into", times=100)])
+    with pytest.raises(error, match=text):
+        StoredCheckpoints(broken).load(map_location=value)
+
+
 def test_files_longer_than_a_piece_are_read_in_pieces(remote, monkeypatch):
     monkeypatch.setattr(reading, "PIECE_BYTES", 5000)
     monkeypatch.setattr(reading, "_STEP_BYTES", 700)
@@ -238,6 +254,133 @@ def test_a_list_of_tensors_is_replaced(remote):
     assert np.array_equal(into["numpy"][1], states["numpy"][1])
 
 
+def read_only():
+    array = np.zeros(6)
+    array.flags.writeable = False
+    return array
+
+
+def of_inference_mode():
+    with torch.inference_mode():
+        return torch.zeros(6)
+
+
+UNFILLABLE = {
+    "a read-only array": read_only,
+    "a masked array": lambda: np.ma.array(np.zeros(6), mask=[1, 0, 0, 0, 0, 0]),
+    "an array whose elements share memory": lambda: np.lib.stride_tricks.as_strided(np.zeros(3), (6,), (0,)),
+    "a tensor whose elements share memory": lambda: torch.zeros(1).expand(6),
+    "a tensor on the device meta": lambda: torch.empty(6, device="meta"),
+    "a sparse tensor": lambda: torch.zeros(6).to_sparse(),
+    "a nested tensor": lambda: torch.nested.nested_tensor([torch.ones(3), torch.ones(3)], layout=torch.jagged),
+    r"a tensor of torch.inference_mode\(\)": of_inference_mode,
+}
+
+
+@pytest.mark.parametrize("kind", UNFILLABLE)
+def test_what_cannot_be_filled_is_named_before_anything_is_read(remote, kind):
+    write_checkpoint(remote, 1, {"first": torch.ones(3), "ema": {"w": torch.arange(6.0)}})
+    checkpoints, first = StoredCheckpoints(remote), torch.zeros(3)
+    with pytest.raises(ValueError, match=rf"cannot be filled \(1\): \s*ema\.w is {kind}"):
+        checkpoints.load(into={"first": first, "ema": {"w": UNFILLABLE[kind]()}})
+    assert torch.equal(first, torch.zeros(3))
+    with pytest.warns(RuntimeWarning, match="cannot be filled"):
+        checkpoints.load(into={"first": first, "ema": {"w": UNFILLABLE[kind]()}}, strict=False)
+    assert torch.equal(first, torch.ones(3))
+
+
+def test_all_parameters_of_a_module_without_memory_are_named(remote):
+    net, _ = trained()
+    write_checkpoint(remote, 1, {"model": net})
+    with torch.device("meta"):
+        bare = Net()
+    with pytest.raises(ValueError, match=r"cannot be filled \(9\)(.|\n)*model\.body\.weight(.|\n)*to_empty"):
+        StoredCheckpoints(remote).load(into={"model": bare})
+    bare.to_empty(device="cpu")
+    StoredCheckpoints(remote).load(into={"model": bare})
+    assert same(dict(bare.state_dict()), dict(net.state_dict()))
+
+
+def test_a_lazy_module_gets_its_shapes_from_the_checkpoint(remote):
+    net = nn.Linear(3, 2)
+    write_checkpoint(remote, 1, {"model": net})
+    lazy = nn.LazyLinear(2)
+    StoredCheckpoints(remote).load(into={"model": lazy})
+    assert torch.equal(lazy.weight, net.weight)
+
+
+@pytest.mark.parametrize(
+    ("saved", "target"),
+    [
+        (torch.tensor([0.5]), torch.zeros(1, dtype=torch.int64)),
+        (torch.tensor([0.5]), torch.zeros(1, dtype=torch.bool)),
+        (torch.tensor([1j]), torch.zeros(1)),
+        (torch.tensor([1j], dtype=torch.complex128), np.zeros(1)),
+        (np.array(["2026-01-01"], "datetime64[D]"), torch.zeros(1)),
+        (np.array(["abc"]), np.array(["a"])),
+        (np.zeros(1), np.zeros(1, [("x", "f8")])),
+    ],
+)
+def test_a_type_that_cannot_hold_the_values_is_named_before_anything_is_read(remote, saved, target):
+    write_checkpoint(remote, 1, {"first": torch.ones(3), "x": saved})
+    first = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"of another type \(1\): \s*x: .* in the checkpoint, .* in the object"):
+        StoredCheckpoints(remote).load(into={"first": first, "x": target})
+    assert torch.equal(first, torch.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float16, torch.int64, torch.bool])
+def test_a_tensor_of_any_type_fills_an_array_of_wider_numbers(remote, dtype):
+    write_checkpoint(remote, 1, {"x": torch.tensor([0, 1, 1]).to(dtype)})
+    array = np.ones(6)[::2]
+    StoredCheckpoints(remote).load(into={"x": array})
+    assert array.tolist() == [0, 1, 1]
+
+
+def test_tensors_with_gaps_views_and_subclasses_are_filled(remote):
+    class Own(torch.Tensor):
+        pass
+
+    whole = torch.zeros(3, 4, dtype=torch.complex64)
+    into = {
+        "column": whole.real[:, 1],
+        "conjugate": torch.zeros(3, dtype=torch.complex64).conj(),
+        "own": torch.zeros(3).as_subclass(Own),
+        "leaf": torch.zeros(3, requires_grad=True),
+        "reversed": np.zeros(3)[::-1],
+    }
+    write_checkpoint(remote, 1, {key: torch.arange(3.0) for key in into})
+    StoredCheckpoints(remote).load(into=into)
+    assert all(value.tolist() == [0, 1, 2] for value in into.values())
+    assert whole.real[:, 1].tolist() == [0, 1, 2]
+    assert type(into["own"]) is Own
+
+
+def test_an_object_that_load_can_neither_fill_nor_replace_is_refused(remote):
+    write_checkpoint(remote, 1, {"rng": torch.get_rng_state(), "params": [torch.ones(2)]})
+    checkpoints = StoredCheckpoints(remote)
+    with pytest.raises(TypeError, match=r"into\['rng'\] cannot be filled: .* got Generator"):
+        checkpoints.load(into={"rng": torch.Generator()})
+    with pytest.raises(TypeError, match=r"into\['params'\] cannot be filled: it is a list of objects or parameters"):
+        checkpoints.load(into={"params": [nn.Parameter(torch.zeros(2))]})
+    assert torch.equal(checkpoints.load(into={"rng": None})["rng"], torch.get_rng_state())
+
+
+def test_a_sharded_tensor_is_refused_with_the_reader_for_it(remote):
+    class Sharded(torch.Tensor):
+        device_mesh = "a mesh"
+
+    write_checkpoint(remote, 1, {"w": torch.ones(2)})
+    with pytest.raises(TypeError, match=r"into\['w'\] is sharded .*torch\.distributed\.checkpoint"):
+        StoredCheckpoints(remote).load(into={"w": torch.zeros(2).as_subclass(Sharded)})
+
+
+def test_keys_of_another_type_are_told_apart_in_the_error(remote):
+    write_checkpoint(remote, 1, {"x": {0: 1}})
+    with pytest.raises(ValueError, match=r"checkpoint \(1\): x\.0\n.*\(1\): x\[0\]\nNothing"):
+        StoredCheckpoints(remote).load(into={"x": {"0": 1}})
+
+
 def test_latest_says_which_later_checkpoint_is_incomplete(remote):
     write_checkpoint(remote, 1, {"n": 1})
     name = write_checkpoint(remote, 2, {"n": 2}, created_s=START_S + 100)
@@ -356,7 +499,7 @@ def test_the_error_for_a_checkpoint_that_does_not_exist_lists_what_there_is(remo
         checkpoints.load("best:acc")
     with pytest.raises(ValueError, match="'latest', 'best:METRIC', a step or a name, got 'newest'"):
         checkpoints.load("newest")
-    with pytest.raises(NotFound, match="there are no checkpoints"):
+    with pytest.raises(NotFound, match="there are no checkpoints at this URL: expected folders step"):
         StoredCheckpoints(MemoryStore("empty-of-checkpoints")).load()
 
 

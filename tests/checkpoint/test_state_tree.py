@@ -1,12 +1,15 @@
 """States as trees of JSON values and tensors."""
 
 import collections
+import dataclasses
 import enum
 import json
 import math
 import random
 import subprocess
 import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -179,6 +182,17 @@ class Loudness(enum.IntEnum):
     HIGH = 1
 
 
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: int
+
+
+class Pair(NamedTuple):
+    x: int
+    y: int
+
+
 class Sharded(torch.Tensor):
     device_mesh = "a mesh"
 
@@ -191,10 +205,22 @@ class Sharded(torch.Tensor):
         (Colour.RED, "Colour"),
         (Loudness.HIGH, "the enum member"),
         (torch.nn.Linear, "builtins.type"),
-        (torch.eye(3).to_sparse(), "special kind"),
+        (torch.eye(3).to_sparse(), r"a sparse tensor .*to_dense\(\)"),
+        (torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged), "a nested tensor"),
+        (torch.empty(2, dtype=torch.bits8), "bits8, a type that the safetensors format lacks"),
+        (np.ma.array([1.0, 2.0], mask=[True, False]), r"a masked array .*getmaskarray"),
+        (np.zeros(2, [("x", "i4"), ("y", "f8")]), "with the fields x, y"),
+        (np.zeros(2, "V4"), r"array of type \|V4"),
+        (np.float64, "builtins.type"),
+        (Point(1, 2), "Point"),
+        (Path("file"), "PosixPath"),
+        (range(3), "builtins.range"),
+        (memoryview(b"a"), "builtins.memoryview"),
         (torch.empty(3, device="meta"), "device meta"),
         (np.array([object()], object), "array of type object"),
-        ({frozenset(): 1}, "a key of type frozenset"),
+        ({Colour.RED: 1}, "a key of type Colour"),
+        ({Loudness.HIGH: 1}, "the enum member"),
+        ({WithState()}, "a key of type WithState"),
         (torch.ones(2).as_subclass(Sharded), r"torch\.distributed\.checkpoint"),
         (torch.Generator(), "torch._C.Generator"),
     ],
@@ -208,8 +234,96 @@ def test_a_value_that_cannot_be_stored_is_refused_with_its_place(value, message)
 def test_a_state_that_contains_itself_is_refused():
     state = {}
     state["self"] = state
-    with pytest.raises(ValueError, match="contains itself"):
+    with pytest.raises(ValueError, match=r"state\['self'\] is a dict that contains itself"):
         encode_state(state)
+    inner = []
+    inner.append((inner,))
+    with pytest.raises(ValueError, match=r"state\['x'\]\[0\]\[0\] is a list that contains itself"):
+        encode_state({"x": inner})
+
+
+def test_an_integer_that_python_refuses_to_write_as_text_is_refused_with_its_place():
+    assert read_back({"x": [2**14_279, -(2**14_279)]}) == {"x": [2**14_279, -(2**14_279)]}
+    with pytest.raises(ValueError, match=r"state\['x'\]\[0\] is an integer of 16,610 bits"):
+        encode_state({"x": [10**5000]})
+
+
+def test_an_object_that_occurs_twice_is_stored_twice():
+    shared = [1, {"a": 2}]
+    assert read_back({"x": [shared, shared]}) == {"x": [shared, shared]}
+
+
+def same(left, right):
+    """Whether two values are equal with their types, down to the last NaN."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, np.ndarray):
+        return left.dtype == right.dtype and np.array_equal(left, right)
+    if isinstance(left, dict):
+        return [*map(repr, left)] == [*map(repr, right)] and all(map(same, left.values(), right.values()))
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right or (left != left and right != right)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(value, id=name)
+        for name, value in {
+            "expanded tensor": torch.ones(3, 1).expand(3, 4),
+            "tensor without elements": torch.empty(0, 3),
+            "tensor of no dimensions": torch.tensor(1.5),
+            "transposed tensor": torch.arange(6.0).reshape(2, 3).t(),
+            "leaf that requires grad": torch.ones(2, requires_grad=True),
+            "result that requires grad": torch.ones(2, requires_grad=True) * 2,
+            "conjugate view": torch.tensor([1 + 2j]).conj(),
+            "negative view": torch.tensor([1 + 2j]).conj().imag,
+            "channels last": torch.arange(24.0).reshape(1, 2, 3, 4).to(memory_format=torch.channels_last),
+            "read-only array": np.broadcast_to(np.ones(1), (4,)),
+            "reversed array": np.arange(5)[::-1],
+            "array of seconds": np.array(["2026-01-01"], "datetime64[s]"),
+            "array of durations": np.array([1], "timedelta64[ms]"),
+            "array of long doubles": np.ones(2, np.longdouble),
+            "array of texts": np.array(["\u00e4", "bc"]),
+            "array of bytes": np.array([b"a", b"bc"]),
+            "tuples and lists": [(1, [2, (3,)]), []],
+            "sets in a set": {frozenset({1, (2, b"c")}), "a", None, 1.5},
+            "frozenset": frozenset({1}),
+            "keys of many types": {1: 2, "1": 3, None: 5, 2.5: 6, b"k": 7, (1, "a"): 8, frozenset({1}): 9},
+            "keys of numpy": {np.int64(3): 1, np.str_("a"): 2},
+            "key that is no number": {math.nan: 1},
+            "keys like tags": {"$tensor": 1, "$dict": [[1, 2]]},
+            "unusual texts as keys": {
+                key: torch.ones(2) for key in ("a/b", "a.b", "", " ", "\u00e4", "\0", "a\nb", "..")
+            },
+            "empty names below empty names": {"": {"": torch.ones(2), ".": torch.zeros(1)}},
+            "numbers that are not finite": [math.nan, math.inf, -math.inf],
+            "empty containers": [{}, [], (), set(), frozenset(), b"", ""],
+        }.items()
+    ],
+)
+def test_a_value_comes_back_equal_and_with_its_type(value):
+    found = read_back({"x": value})["x"]
+    assert same(found, value), found
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (torch.nn.Parameter(torch.ones(2)), torch.ones(2)),
+        (np.char.array(["a"]), np.array(["a"])),
+        (np.arange(3, dtype=">i4"), np.arange(3, dtype="<i4")),
+        (collections.OrderedDict(a=1), {"a": 1}),
+        (collections.Counter("aab"), {"a": 2, "b": 1}),
+        (Pair(1, 2), (1, 2)),
+        (bytearray(b"a"), b"a"),
+    ],
+)
+def test_a_subclass_comes_back_as_its_plain_type(value, plain):
+    assert same(read_back({"x": value})["x"], plain)
 
 
 def test_a_state_is_a_dict():

@@ -48,6 +48,7 @@ from tiercache.checkpoint.writer import CheckpointWriter, SharedTensors, TaskThr
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptCheckpoint, NotFound, StoreError, TierCacheError
 from tiercache.store import LocalFolder, Store, open_store
+from tiercache.store.options import ParsedUrl
 
 if TYPE_CHECKING:
     from tiercache.checkpoint.dcp import DistributedReader, DistributedWriter
@@ -199,7 +200,7 @@ class Checkpoints(StoredCheckpoints):
                 "none would be complete if saves come faster than they are written"
             )
         remote_store = url if isinstance(url, Store) else open_store(url, **(storage_options or {}))
-        local_store = None if local is None else LocalFolder(local)
+        local_store = None if local is None else LocalFolder(_local_path(local))
         roots = [
             os.path.realpath(store.root) for store in (local_store, remote_store) if isinstance(store, LocalFolder)
         ]
@@ -276,7 +277,7 @@ class Checkpoints(StoredCheckpoints):
         """
         from tiercache.checkpoint.dcp import DistributedWriter
 
-        return DistributedWriter(self, step, metrics=metrics, note=note)
+        return DistributedWriter(self, _integer(step), metrics=metrics, note=note)
 
     def dcp_reader(self, which: str | int = "latest") -> DistributedReader:
         """Return a reader of one checkpoint for torch.distributed.checkpoint: `dcp.load(state, storage_reader=...)`.
@@ -328,7 +329,7 @@ class Checkpoints(StoredCheckpoints):
         """
         self._check_usable()
         self._raise_failure()
-        step, metrics, note = operator.index(step), numbers(metrics or {}), json_copy(note)
+        step, metrics, note = _integer(step), numbers(metrics or {}), json_copy(note)
         name, created_s = self.new_name(step)
         handle = SaveHandle(name, step, self.targets, self._changed)
         if self._find_rank() != 0 or not self._wait_for_turn():
@@ -767,19 +768,62 @@ def _run_id(store: Store, key: str = RUN_NAME) -> str:
         return ""
 
 
+def _local_path(local: str | os.PathLike[str]) -> str:
+    """Return the path of the local folder. Raises ValueError for the URL of a store."""
+    parsed = ParsedUrl.parse(local)
+    if parsed.scheme:
+        raise ValueError(
+            f"local= is a folder of this machine, such as '/nvme/run7', got the URL {parsed.shown}: the first argument"
+            " is the URL of the store"
+        )
+    return parsed.path
+
+
+def _integer(step: Any) -> int:
+    """Return a step as an integer of Python. Raises TypeError."""
+    try:
+        return operator.index(step)
+    except TypeError:
+        raise TypeError(f"step is an integer, got the {type(step).__name__} {step!r}") from None
+
+
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return metrics as numbers. Raises TypeError or ValueError if a value is none."""
-    found = {}
+    """Return metrics as numbers. Raises TypeError or ValueError, with the name, if a value is none."""
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics is a dict such as {{'loss': 0.5}}, got {type(metrics).__name__}")
+    found: dict[str, float] = {}
     for name, value in metrics.items():
         if not isinstance(name, str):
             raise TypeError(f"the name of a metric is a text, got {name!r}")
-        found[name] = value if type(value) is int else float(value)
+        try:
+            if isinstance(value, str | bytes):
+                raise TypeError("a text is no number")
+            number = float(value.detach() if hasattr(value, "detach") else value)
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+            OverflowError,
+        ) as error:  # RuntimeError: a tensor of several values
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"the metric {name!r} is a number, got {type(value).__name__} {value!r:.60}: {error}") from None
+        found[name] = value if type(value) is int else number
     return found
 
 
 def json_copy(note: Any) -> Any:
     """Return a JSON value that later changes do not reach. Raises TypeError or ValueError if it is none."""
-    return json.loads(json.dumps(note, allow_nan=False))
+
+    def plain(value: Any) -> Any:
+        if callable(getattr(value, "tolist", None)):  # a number, an array or a tensor
+            return value.tolist()
+        raise TypeError(f"it contains a {type(value).__name__}")
+
+    try:
+        return json.loads(json.dumps(note, allow_nan=False, default=plain))
+    except (TypeError, ValueError, RecursionError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"note is a JSON value, such as a dict of texts and numbers: {error}") from None
 
 
 # -- the end of the interpreter --------------------------------------------------------------------------------------

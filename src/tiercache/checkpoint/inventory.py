@@ -15,12 +15,15 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
+    RUN_NAME,
     SHARED_FOLDER,
     TAGS_NAME,
     Manifest,
     checkpoint_objects,
+    did_you_mean,
     key_of,
     manifest_key,
+    parse_choice,
     parse_manifest,
     parse_name,
     parse_reference_key,
@@ -151,12 +154,16 @@ class Scan:
         shared: Shared tensors of each tier by key.
         references: References of each tier by name of the checkpoint.
         tombstones: References of deleted checkpoints, in the same form.
+        url: URL of the farthest tier.
+        hint: What else is stored there if there are no checkpoints.
     """
 
     copies: Mapping[str, Sequence[CheckpointCopy]]
     shared: Mapping[str, Mapping[str, ObjectInfo]]
     references: Mapping[str, Mapping[str, ObjectInfo]]
     tombstones: Mapping[str, Mapping[str, ObjectInfo]]
+    url: str = ""
+    hint: str = ""
 
     def complete(self, name: str) -> list[CheckpointCopy]:
         """Return the complete copies of a checkpoint, the nearest first."""
@@ -230,6 +237,7 @@ class Inventory:
         shared: dict[str, Mapping[str, ObjectInfo]] = {}
         references: dict[str, dict[str, ObjectInfo]] = {}
         tombstones: dict[str, dict[str, ObjectInfo]] = {}
+        url, hint = "", ""
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="tiercache-checkpoints") as pool:
             for tier, store in self.tiers.items():
                 listed = list(store.list())
@@ -240,6 +248,7 @@ class Inventory:
                     if (parsed := parse_reference_key(info.key)) is not None:
                         (tombstones if parsed[1] else references)[tier][parsed[0]] = info
                 folders = checkpoint_objects(listed)
+                url, hint = store.url, _foreign_objects(store.url, listed)
                 with self._lock:
                     for gone in [key for key in self._manifests if key[0] == tier and key[1] not in folders]:
                         del self._manifests[gone]
@@ -247,7 +256,7 @@ class Inventory:
                 for copy in (future.result() for future in read):
                     found.setdefault(copy.name, []).append(copy)
         ordered = {name: found[name] for name in sorted(found, key=written_order)}
-        return Scan(ordered, shared, references, tombstones)
+        return Scan(ordered, shared, references, tombstones, url, "" if ordered else hint)
 
     def _copy(
         self,
@@ -331,6 +340,21 @@ def missing_file(manifest: Manifest, objects: Mapping[str, ObjectInfo], shared: 
     return ""
 
 
+def _foreign_objects(url: str, listed: Sequence[ObjectInfo]) -> str:
+    """Return what is stored at a URL without checkpoints, for messages: the URL of a checkpoint, runs, or others."""
+    if parse_name(url.rpartition("/")[2]) is not None and any(info.key == MANIFEST_NAME for info in listed):
+        return f"this is the URL of a checkpoint; that of its run is {url.rpartition('/')[0]}"
+    paths = [info.key.rsplit("/", 2) for info in listed if info.key.endswith(f"/{MANIFEST_NAME}")]
+    runs = sorted({path[0] for path in paths if len(path) == 3 and parse_name(path[1]) is not None})
+    if runs:
+        more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
+        return f"there are runs in folders below this URL: {', '.join(runs[:3])}{more}"
+    other = next((info.key for info in listed if info.key != RUN_NAME), None)
+    if other is not None:
+        return f"there are only other objects, such as {other}; `tiercache ckpt ls URL` lists those of other libraries"
+    return ""
+
+
 def resolve(scan: Scan, which: str | int) -> str:
     """Return the name of the checkpoint that `which` refers to.
 
@@ -341,25 +365,27 @@ def resolve(scan: Scan, which: str | int) -> str:
 
     Raises:
         NotFound: There is no such complete checkpoint; the message lists what there is.
-        ValueError: `which` is none of these.
+        ValueError, TypeError: `which` is none of these.
     """
     names = scan.loadable_names
-    if isinstance(which, int) and not isinstance(which, bool):
-        found = [name for name in names if _step(name) == which]
-        what = f"of step {which}"
-    elif which == "latest":
-        found, what = names, "here"
-    elif isinstance(which, str) and which.startswith("best:"):
-        metric, _, mode = which.removeprefix("best:").partition(":")
-        if not metric or mode not in ("", "min", "max"):
-            raise ValueError(f"expected best:METRIC or best:METRIC:max, as in 'best:val_loss', got {which!r}")
-        found, what = _best(scan, names, metric, mode or "min"), f"with the metric {metric!r}"
-    elif isinstance(which, str) and parse_name(which) is not None:
-        found, what = [name for name in names if name == which], f"called {which}"
+    metrics = sorted({metric for name in names for metric in (scan.manifest(name) or _NO_METRICS).metrics})
+    try:
+        choice = parse_choice(which)
+    except ValueError as error:
+        options = ["latest", *(f"best:{metric}" for metric in metrics), *names]
+        raise ValueError(f"{error}{did_you_mean(str(which), options)}") from None
+    if choice.kind == "latest":
+        found, what = names, ""
+    elif choice.kind == "step":
+        found, what = [name for name in names if _step(name) == choice.step], f" of step {choice.step}"
+    elif choice.kind == "best":
+        found, what = _best(scan, names, choice.text, choice.mode), f" with the metric {choice.text!r}"
+        what += did_you_mean(choice.text, metrics)
     else:
-        raise ValueError(f"a checkpoint is 'latest', 'best:METRIC', a step or a name, got {which!r}")
+        found, what = [name for name in names if name == choice.text], f" called {choice.text}"
+        what += did_you_mean(choice.text, names)
     if not found:
-        raise NotFound(f"no complete checkpoint {what}; {_listed(scan)}", url=_url(scan))
+        raise NotFound(f"no complete checkpoint{what}; {_listed(scan, metrics)}", url=scan.url)
     return found[-1]
 
 
@@ -380,19 +406,16 @@ def _step(name: str) -> int:
     return -1 if parsed is None else parsed[0]
 
 
-def _listed(scan: Scan) -> str:
-    names = scan.complete_names
+def _listed(scan: Scan, metrics: Sequence[str]) -> str:
+    names = scan.loadable_names
+    if not names and scan.copies:
+        name = [*scan.copies][-1]
+        return f"there are only incomplete ones ({len(scan.copies)}): the last, {name}: {scan.copies[name][0].problem}"
     if not names:
-        incomplete = len(scan.copies)
-        return f"there are only unfinished saves ({incomplete})" if incomplete else "there are no checkpoints"
-    metrics = sorted({metric for name in names for metric in (scan.manifest(name) or _NO_METRICS).metrics})
+        expected = f"expected folders step-.../ with a {MANIFEST_NAME}, which save() writes"
+        return f"there are no checkpoints at this URL: {scan.hint or expected}"
     steps = ", ".join(str(_step(name)) for name in names[-5:])
     return f"the last of {len(names)} have the steps {steps}" + (f", metrics: {', '.join(metrics)}" if metrics else "")
 
 
 _NO_METRICS = Manifest("", 0, 0.0, ())
-
-
-def _url(scan: Scan) -> str:
-    copies = [copy for found in scan.copies.values() for copy in found]
-    return copies[-1].store.url if copies else "checkpoints"

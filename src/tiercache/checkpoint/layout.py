@@ -21,12 +21,14 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Literal
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import CorruptCheckpoint, UnsupportedFormat
@@ -242,6 +244,64 @@ def tensor_digest(dtype: str, shape: Iterable[int], values: Iterable[Buffer]) ->
     for piece in values:
         digest.update(piece)
     return digest.hexdigest()
+
+
+# -- which checkpoint of a run -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which checkpoint of a run is meant.
+
+    Attributes:
+        kind: "latest" (the one written last), "best" (by a metric), "step" or "name".
+        text: Metric or name; "" otherwise.
+        step: Step; -1 otherwise.
+        mode: "min" or "max": which value of the metric is the best.
+    """
+
+    kind: Literal["latest", "best", "step", "name"]
+    text: str = ""
+    step: int = -1
+    mode: Literal["min", "max"] = "min"
+
+
+def parse_choice(which: str | int) -> Choice:
+    """Return the choice that "latest", "best:METRIC", "best:METRIC:max", a step (also as text) or a name states.
+
+    Raises:
+        TypeError: `which` is neither a text nor an integer.
+        ValueError: The text is none of these.
+    """
+    if not isinstance(which, str):
+        try:
+            if isinstance(which, bool):
+                raise TypeError
+            return Choice("step", step=operator.index(which))
+        except TypeError:
+            hint = ": objects to fill are the argument into=" if isinstance(which, Mapping) else ""
+            raise TypeError(f"{_CHOICES}, got the {type(which).__name__} {which!r:.60}{hint}") from None
+    if which == "latest":
+        return Choice("latest")
+    if which.startswith("best:"):
+        metric, _, mode = which.removeprefix("best:").partition(":")
+        if not metric or mode not in ("", "min", "max"):
+            raise ValueError(f"expected best:METRIC or best:METRIC:max, as in 'best:val_loss', got {which!r}")
+        return Choice("best", metric, mode="max" if mode == "max" else "min")
+    if which.isascii() and which.isdecimal():
+        return Choice("step", step=int(which))
+    if parse_name(which) is not None:
+        return Choice("name", which)
+    raise ValueError(f"{_CHOICES}, got {which!r}")
+
+
+_CHOICES = "a checkpoint is 'latest', 'best:METRIC', a step or a name"
+
+
+def did_you_mean(text: str, options: Iterable[str]) -> str:
+    """Return ": did you mean 'latest'?" for an option that resembles a text; "" if none does."""
+    near = get_close_matches(text, [*options], n=1)
+    return f": did you mean {near[0]!r}?" if near else ""
 
 
 # -- listing ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -19,11 +19,29 @@ import numpy as np
 
 from tiercache.checkpoint.layout import FORMAT, STATE_NAME, Manifest, TensorEntry
 from tiercache.checkpoint.reading import CopyReader
-from tiercache.checkpoint.state_tree import DTYPES, Library, decode_state, flat_bytes, parse_state
+from tiercache.checkpoint.state_tree import DTYPES, Library, decode_state, flat_bytes, parse_state, special_kind
 from tiercache.errors import CorruptCheckpoint, UnsupportedFormat
 from tiercache.store import Store
 
 _NAMED = 10  # keys of each kind in a message
+_NUMBERS = "biufc"  # kinds of NumPy's types
+_OR_NONE = ", or None, in whose place the loaded value is put"
+_VALUES = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    bytearray,
+    list,
+    tuple,
+    set,
+    frozenset,
+    Mapping,
+    np.generic,
+)
 _TAGS: Mapping[str, Library] = {"$tensor": "torch", "$array": "numpy"}
 
 
@@ -41,9 +59,11 @@ def load_copy(
 
     Raises:
         CorruptCheckpoint: The copy differs from what was written.
-        ValueError: The checkpoint does not fit `into`; nothing was changed.
+        TypeError, ValueError: The checkpoint does not fit `into`, or map_location is no device; nothing was changed.
         StoreError: The store failed.
     """
+    if map_location is not None:
+        _check_device(map_location)
     with CopyReader(store, manifest) as reader:
         url = f"{store.url}/{manifest.name}"
         try:
@@ -62,6 +82,19 @@ def load_copy(
         for apply in plan.actions:
             apply()
         return into
+
+
+def _check_device(device: Any) -> None:
+    """Raise an error if tensors cannot be moved to a device, before any is read."""
+    if isinstance(device, Mapping) or callable(device):
+        raise TypeError(
+            f"map_location is one device, such as 'cpu' or 'cuda:0', got a {type(device).__name__}: checkpoints do not"
+            " store the device of a tensor, so there is nothing to map"
+        )
+    try:
+        import_module("torch").empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch without CUDA
+        raise ValueError(f"map_location={device!r} is not a device of this machine: {error}") from None
 
 
 def _moved(value: Any, device: Any) -> Any:
@@ -192,7 +225,10 @@ class _IntoPlan:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshaped: list[str] = field(default_factory=list)
+    mistyped: list[str] = field(default_factory=list)
+    unfillable: list[str] = field(default_factory=list)
     actions: list[Callable[[], object]] = field(default_factory=list)
+    known: list[str] = field(default_factory=list)  # keys of the saved state, if `into` has another one
 
     def add(self, node: Any, target: Any, path: Path, *, is_top: bool = False) -> None:
         """Plan one object: a container is filled entry by entry, an object by its load_state_dict()."""
@@ -205,30 +241,37 @@ class _IntoPlan:
         else:
             raise TypeError(
                 f"into{_indexed(path)} cannot be filled: expected a module, an optimizer, another object with"
-                f" load_state_dict(), a tensor, an array or a dict, got {type(target).__name__}"
+                f" load_state_dict(), a tensor, an array, a dict, or a value such as None, which is replaced, got"
+                f" {type(target).__name__}"
             )
 
     def _add_dict(self, node: Any, target: dict[Any, Any], path: Path, *, is_top: bool) -> None:
         saved = children(node)
         if saved is None:
-            self.misshaped.append(f"{_dotted(path)}: {_kind(node)} in the checkpoint, a dict in the object")
+            self.misshaped.append(
+                f"{_dotted(path)}: {_kind(node, self.tensors)} in the checkpoint, a dict in the object"
+            )
             return
         if not is_top:  # at the top, the caller names what is wanted
             self.unexpected += [_dotted((*path, key)) for key in saved if key not in target]
         for key, value in target.items():
             if key not in saved:
                 self.missing.append(_dotted((*path, key)))
+                self.known = [*map(str, saved)] if is_top else self.known
             elif isinstance(value, dict) or callable(getattr(value, "load_state_dict", None)):
                 self.add(saved[key], value, (*path, key))
             elif is_tensor(value):
                 self._add_tensor(saved[key], value, (*path, key))
-            elif isinstance(value, (list, tuple)) and any(_is_object(one) for one in value):
+            elif _holds_objects(value):
                 raise TypeError(
-                    f"into{_indexed((*path, key))} cannot be filled: it is a {type(value).__name__} of objects; save"
-                    " and load them as a dict, such as dict(enumerate(objects))"
+                    f"into{_indexed((*path, key))} cannot be filled: it is a {type(value).__name__} of objects or"
+                    " parameters; save and load them as a dict, such as dict(enumerate(objects)), or put None in its"
+                    " place to get a new value"
                 )
-            else:
+            elif _is_value(value):
                 self._add_value(saved[key], target, key)
+            else:
+                self.add(saved[key], value, (*path, key))  # raises TypeError
 
     def _add_value(self, node: Any, target: dict[Any, Any], key: Any) -> None:
         self.tensors.want(node)
@@ -239,8 +282,16 @@ class _IntoPlan:
         self.actions.append(replace)
 
     def _add_tensor(self, node: Any, target: Any, path: Path) -> None:
+        _refuse_sharded([target], path)
+        if reason := unfillable(target):
+            self.unfillable.append(f"{_dotted(path)} is {reason}")
+            return
         if (shape := _shape(node, self.tensors)) != tuple(target.shape):
-            self.misshaped.append(_misshaped(path, node, shape, target))
+            self.misshaped.append(_misshaped(path, _kind(node, self.tensors), shape, target))
+            return
+        found, mine = _type(node, self.tensors), _type_name(target)
+        if not _can_cast(found, mine):
+            self.mistyped.append(f"{_dotted(path)}: {found} in the checkpoint, {mine} in the object")
             return
         self.tensors.want(node, self._place(node, target))
 
@@ -248,7 +299,7 @@ class _IntoPlan:
             value = decode_state(node, self.tensors.find)
             if isinstance(target, np.ndarray):
                 if value is not target:
-                    target[...] = value if isinstance(value, np.ndarray) else value.numpy()
+                    target[...] = value if isinstance(value, np.ndarray) else _as_array(value)
             else:
                 torch = import_module("torch")
                 with torch.no_grad():
@@ -263,11 +314,7 @@ class _IntoPlan:
         dropped: set[Any] = set()
         if is_module or (torch is not None and isinstance(target, torch.optim.Optimizer)):
             current = target.state_dict()
-            if any(hasattr(value, "device_mesh") for value in current.values()):
-                raise TypeError(
-                    f"into{_indexed(path)} is sharded over several processes: load it with"
-                    " torch.distributed.checkpoint, to which tiercache gives a reader (tiercache.checkpoint.dcp)"
-                )
+            _refuse_sharded(current.values(), path)
             if is_module:
                 dropped = self._compare_module(node, current, path)
             else:
@@ -289,7 +336,9 @@ class _IntoPlan:
         """Note the differences of a module, and return the keys of the checkpoint that it cannot take."""
         saved = children(node)
         if saved is None:
-            self.misshaped.append(f"{_dotted(path)}: {_kind(node)} in the checkpoint, a module in the object")
+            self.misshaped.append(
+                f"{_dotted(path)}: {_kind(node, self.tensors)} in the checkpoint, a module in the object"
+            )
             return set()
         missing = [key for key in current if key not in saved]
         unexpected = [key for key in saved if key not in current]
@@ -297,8 +346,13 @@ class _IntoPlan:
         self.unexpected += [_dotted((*path, key)) for key in unexpected]
         dropped = set(unexpected)
         for key, value in current.items():
-            if key in saved and is_tensor(value) and (shape := _shape(saved[key], self.tensors)) != tuple(value.shape):
-                self.misshaped.append(_misshaped((*path, key), saved[key], shape, value))
+            if key not in saved or not is_tensor(value) or _is_lazy(value):
+                continue
+            if reason := unfillable(value):
+                self.unfillable.append(f"{_dotted((*path, key))} is {reason}")
+                dropped.add(key)
+            elif (shape := _shape(saved[key], self.tensors)) != tuple(value.shape):
+                self.misshaped.append(_misshaped((*path, key), _kind(saved[key], self.tensors), shape, value))
                 dropped.add(key)
         return dropped
 
@@ -333,12 +387,15 @@ class _IntoPlan:
 
     def check(self, name: str, *, strict: bool) -> None:
         """Raise ValueError, or warn, if the checkpoint and the objects differ."""
-        if not (self.missing or self.unexpected or self.misshaped):
+        if not (self.missing or self.unexpected or self.misshaped or self.mistyped or self.unfillable):
             return
         lines = [
             _line("missing in the checkpoint", self.missing),
             _line("unexpected: in the checkpoint only", self.unexpected),
             _line("of another shape", self.misshaped),
+            _line("of another type", self.mistyped),
+            _line("cannot be filled", self.unfillable),
+            _line("keys of the saved state", self.known),
         ]
         text = "\n".join(filter(None, [f"{name} does not fit into=:", *lines, _hint(self.missing, self.unexpected)]))
         if strict:
@@ -346,9 +403,91 @@ class _IntoPlan:
         warnings.warn(f"{text}\nEverything else is loaded (strict=False).", RuntimeWarning, stacklevel=5)
 
 
-def _is_object(value: Any) -> bool:
-    """Return whether a value is an object that load() fills by its load_state_dict()."""
-    return callable(getattr(value, "load_state_dict", None))
+def _refuse_sharded(values: Iterable[Any], path: Path) -> None:
+    """Raise TypeError if a tensor is a DTensor."""
+    if any(hasattr(value, "device_mesh") for value in values):
+        raise TypeError(
+            f"into{_indexed(path)} is sharded over several processes: load it with"
+            " torch.distributed.checkpoint, to which tiercache gives a reader (tiercache.checkpoint.dcp)"
+        )
+
+
+def _holds_objects(value: Any) -> bool:
+    """Return whether a container, which load() replaces, has parameters or objects that its owner expects filled."""
+    if not isinstance(value, (list, tuple, Mapping)):
+        return False
+    inner = value.values() if isinstance(value, Mapping) else value
+    return any(
+        callable(getattr(one, "load_state_dict", None)) or getattr(one, "requires_grad", False) or _holds_objects(one)
+        for one in inner
+    )
+
+
+def _is_value(value: Any) -> bool:
+    """Return whether a value is one that load() replaces."""
+    torch = sys.modules.get("torch")
+    return isinstance(value, _VALUES) or (torch is not None and isinstance(value, (torch.dtype, torch.device)))
+
+
+def unfillable(value: Any) -> str:
+    """Return what a tensor or an array is whose memory nothing can be copied into, and what to do; "" for others."""
+    if isinstance(value, np.ndarray):
+        if isinstance(value, np.ma.MaskedArray):
+            return f"a masked array: give its .data{_OR_NONE}"
+        if not value.flags.writeable:
+            return f"a read-only array: give a copy(){_OR_NONE}"
+        overlaps = _overlaps(value.shape, value.strides, value.itemsize)
+        return f"an array whose elements share memory: give a copy(){_OR_NONE}" if overlaps else ""
+    torch = import_module("torch")
+    if special := special_kind(torch, value):
+        return f"{special}: give a dense tensor{_OR_NONE}"
+    if value.device.type == "meta":
+        return "a tensor on the device meta, without memory: call module.to_empty(device=...), or give another tensor"
+    if value.is_inference() and not torch.is_inference_mode_enabled():
+        return f"a tensor of torch.inference_mode(), which cannot be changed: give a clone(){_OR_NONE}"
+    overlaps = _overlaps(value.shape, value.stride(), 1)
+    return f"a tensor whose elements share memory, as after expand(): give a clone(){_OR_NONE}" if overlaps else ""
+
+
+def _overlaps(shape: Sequence[int], strides: Sequence[int], width: int) -> bool:
+    """Return whether elements may share memory. strides, width: Distances and size of elements, in one unit."""
+    end = width  # of the block of elements so far
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(strides, shape, strict=True)):
+        if n > 1:
+            if stride < end:
+                return True
+            end += stride * (n - 1)
+    return False
+
+
+def _is_lazy(value: Any) -> bool:
+    """Return whether a value is a parameter of a lazy module, whose shape is that of the checkpoint."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.nn.parameter.UninitializedTensorMixin)
+
+
+def _as_array(value: Any) -> Any:
+    """Return the array of a tensor of the host; types that NumPy lacks, such as bfloat16, become float64."""
+    return (value.double() if value.is_floating_point() and value.element_size() < 4 else value).numpy()
+
+
+def _type_name(value: Any) -> str:
+    """Return the name of the type of a tensor or an array."""
+    dtype = value.dtype
+    if not isinstance(value, np.ndarray):
+        return str(dtype).removeprefix("torch.")
+    return str(dtype.name if dtype.kind in _NUMBERS or dtype.name in DTYPES.values() else dtype.str)
+
+
+def _can_cast(found: str, mine: str) -> bool:
+    """Return whether values of a type can be copied into another: numbers lose their precision at most."""
+    try:
+        src, dst = (np.dtype(np.float32 if name.startswith(("bfloat", "float8")) else name) for name in (found, mine))
+    except TypeError:  # a type of torch that no checkpoint has, such as complex32
+        return True
+    if src.kind in _NUMBERS and dst.kind in _NUMBERS:
+        return np.can_cast(src, dst, "same_kind")
+    return src.kind == dst.kind and np.can_cast(src, dst, "safe")
 
 
 def is_tensor(value: Any) -> bool:
@@ -396,19 +535,36 @@ def _shape(node: Any, tensors: _Tensors) -> tuple[int, ...] | None:
     return None
 
 
-def _kind(node: Any) -> str:
-    if any(True for _ in tensor_names(node)) and children(node) is None:
+def _type(node: Any, tensors: _Tensors) -> str:
+    """Return the name of the type of a stored tensor; the node has a shape."""
+    if "$numpy" in node:
+        return str(node["$numpy"][0])
+    if "$sharded" in node:
+        return DTYPES[node["$sharded"]["dtype"]]
+    name = next(node[tag] for tag in _TAGS if tag in node)
+    return str(node.get("as") or DTYPES[tensors.entry(name).dtype])
+
+
+def _kind(node: Any, tensors: _Tensors) -> str:
+    """Return what a node is, for messages."""
+    if children(node) is not None:
+        return "a dict"
+    if _shape(node, tensors) is not None:
         return "a tensor"
-    return "a dict" if children(node) is not None else f"the value {node!r:.40}"
+    if isinstance(node, list) or (isinstance(node, dict) and not {"$tuple", "$set", "$frozenset"}.isdisjoint(node)):
+        return "a list, tuple or set"
+    return f"the value {decode_state(node, _no_tensor)!r:.40}"
 
 
-def _misshaped(path: Path, node: Any, shape: tuple[int, ...] | None, target: Any) -> str:
-    found = _kind(node) if shape is None else list(shape)
+def _misshaped(path: Path, kind: str, shape: tuple[int, ...] | None, target: Any) -> str:
+    found = kind if shape is None else list(shape)
     return f"{_dotted(path)}: {found} in the checkpoint, {list(target.shape)} in the object"
 
 
 def _dotted(path: Path) -> str:
-    return ".".join(map(str, path)) or "the state"
+    """Return a path as "model.weight"; a key that is no text is in brackets."""
+    texts = (f".{key}" if isinstance(key, str) else f"[{key!r}]" for key in path)
+    return "".join(texts).removeprefix(".") or "the state"
 
 
 def _indexed(path: Path) -> str:
@@ -427,7 +583,11 @@ def _hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
     """Return the likely reason if the keys differ by a prefix that DistributedDataParallel or torch.compile adds."""
     for prefix in ("module.", "_orig_mod."):
         for have, lack, where in ((missing, unexpected, "the object"), (unexpected, missing, "the checkpoint")):
-            if have and sorted(key.replace(prefix, "", 1) for key in have) == sorted(lack):
+            if (
+                have
+                and all(prefix in key for key in have)
+                and sorted(key.replace(prefix, "", 1) for key in have) == sorted(lack)
+            ):
                 wrapper = "DistributedDataParallel" if prefix == "module." else "torch.compile"
                 return f"  The keys of {where} begin with {prefix!r}: save and load the module inside {wrapper}."
     return ""

@@ -53,6 +53,7 @@ _PAIRS = "complex128"  # which safetensors lacks: stored as pairs of float64
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _HEADER_KEY = "__metadata__"  # of safetensors; no tensor may have this name
 _ALLOWED = "dicts, lists, tuples, tensors, arrays, JSON values and objects with state_dict(); pickle is never used"
+_MOST_BITS = 14_280  # of an integer: Python refuses to write or read one of more than 4,300 digits
 _VERSION = 1
 
 
@@ -162,9 +163,18 @@ class _Encoder:
     tensors: dict[str, TensorSource] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     _by_memory: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    _outer: set[int] = field(default_factory=set)  # ids of the values that contain the present one
 
     def encode(self, value: Any, path: tuple[Any, ...]) -> Any:
         """Return the node of a value."""
+        if id(value) in self._outer:
+            raise ValueError(f"{_place(path)} is a {type(value).__name__} that contains itself")
+        self._outer.add(id(value))
+        node = self._node(value, path)
+        self._outer.discard(id(value))
+        return node
+
+    def _node(self, value: Any, path: tuple[Any, ...]) -> Any:
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(value, torch.Tensor):
             return self._tensor(torch, value, path)
@@ -183,8 +193,7 @@ class _Encoder:
         if isinstance(value, tuple):
             return {"$tuple": [self.encode(one, (*path, number)) for number, one in enumerate(value)]}
         if isinstance(value, set | frozenset):
-            nodes = [self.encode(one, (*path, number)) for number, one in enumerate(value)]
-            return {"$set": sorted(nodes, key=json.dumps)}
+            return _key(value, path)
         if not isinstance(value, type) and callable(method := getattr(value, "state_dict", None)):
             return self.encode(method(), path)
         raise _refused(path, f"a {type(value).__module__}.{type(value).__qualname__}")
@@ -194,19 +203,12 @@ class _Encoder:
         if all(type(key) is str and not key.startswith("$") for key in value):
             node = {key: self.encode(one, (*path, key)) for key, one in value.items()}
         else:
-            node = {"$dict": [[self._key(key, path), self.encode(one, (*path, key))] for key, one in value.items()]}
+            node = {"$dict": [[_key(key, path), self.encode(one, (*path, key))] for key, one in value.items()]}
         # Versions of the modules, by which load_state_dict() of torch converts the state of older ones.
         metadata = getattr(value, "_metadata", None)
         if isinstance(metadata, Mapping):
             return {"$state_dict": node, "metadata": self.encode(dict(metadata), (*path, "_metadata"))}
         return node
-
-    def _key(self, key: Any, path: tuple[Any, ...]) -> Any:
-        if isinstance(key, tuple):
-            return {"$tuple": [self._key(one, path) for one in key]}
-        if key is None or isinstance(key, bool | int | float | str):
-            return _plain(key, path)
-        raise _refused(path, f"a dict with a key of type {type(key).__name__}")
 
     def _tensor(self, torch: Any, value: Any, path: tuple[Any, ...]) -> Any:
         if hasattr(value, "device_mesh"):
@@ -214,8 +216,8 @@ class _Encoder:
                 f"{_place(path)} is sharded over several processes: save such a state with "
                 "torch.distributed.checkpoint, to which tiercache gives a writer (tiercache.checkpoint.dcp)"
             )
-        if value.layout is not torch.strided or value.is_quantized or hasattr(value, "__tensor_flatten__"):
-            raise _refused(path, f"a tensor of a special kind ({type(value).__name__}, {value.layout})")
+        if special := special_kind(torch, value):
+            raise _refused(path, special)
         if value.device.type == "meta":
             raise _refused(path, "a tensor on the device meta, which has no values")
         name = str(value.dtype).removeprefix("torch.")
@@ -225,6 +227,8 @@ class _Encoder:
         return self._add("$tensor", name, stored, ("torch", *memory) if is_plain else None, path)
 
     def _array(self, value: np.ndarray[Any, Any], path: tuple[Any, ...]) -> Any:
+        if isinstance(value, np.ma.MaskedArray):
+            raise _refused(path, "a masked array (its .data and np.ma.getmaskarray() of it can be stored)")
         name = value.dtype.name
         if name not in (*_BY_NAME, _PAIRS):
             return {"$numpy": _inline(value, path)}
@@ -240,7 +244,7 @@ class _Encoder:
         """
         dtype = _BY_NAME.get("float64" if name == _PAIRS else name)
         if dtype is None:
-            raise _refused(path, f"a tensor of type {name}, which the safetensors format does not have")
+            raise _refused(path, f"a tensor of type {name}, a type that the safetensors format lacks")
         key = self._free_name(path)
         first = key if memory is None else self._by_memory.setdefault(memory, key)
         if first == key:
@@ -263,6 +267,10 @@ def _plain(value: Any, path: tuple[Any, ...]) -> Any:
     """Return the node of a scalar of Python."""
     if isinstance(value, Enum):  # would come back as its value
         raise _refused(path, f"the enum member {value!r}")
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise ValueError(
+            f"{_place(path)} is an integer of {value.bit_length():,} bits; a checkpoint holds {_MOST_BITS:,}"
+        )
     if isinstance(value, bytes | bytearray):
         return {"$bytes": base64.b64encode(value).decode("ascii")}
     if isinstance(value, complex):
@@ -270,6 +278,35 @@ def _plain(value: Any, path: tuple[Any, ...]) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
     return value
+
+
+def _key(value: Any, path: tuple[Any, ...]) -> Any:
+    """Return the node of a dict's key, of a set, or of an element of a set: it decodes to a value with a hash."""
+    torch = sys.modules.get("torch")
+    if torch is not None and (found := _torch_value(torch, value)) is not None:
+        return found
+    if isinstance(value, tuple):
+        return {"$tuple": [_key(one, path) for one in value]}
+    if isinstance(value, set | frozenset):
+        tag = "$set" if isinstance(value, set) else "$frozenset"
+        return {tag: sorted((_key(one, path) for one in value), key=json.dumps)}
+    if isinstance(value, np.generic):
+        return {"$scalar": _inline(np.asarray(value), path)}
+    if value is None or isinstance(value, bool | int | float | str | bytes | complex):
+        return _plain(value, path)
+    raise _refused(path, f"a dict or a set with a key of type {type(value).__name__}")
+
+
+def special_kind(torch: Any, value: Any) -> str:
+    """Return what a tensor is whose values are not one block of plain numbers, such as "a sparse tensor"; or ""."""
+    if value.is_nested:
+        return "a nested tensor"
+    if value.layout is not torch.strided:
+        return f"a sparse tensor ({value.layout}; its to_dense() can be stored)"
+    if value.is_quantized:
+        return "a quantized tensor (its int_repr(), scale and zero point can be stored)"
+    has_parts = hasattr(value, "__tensor_flatten__")
+    return f"a tensor of the special kind {type(value).__name__}" if has_parts else ""
 
 
 def _torch_value(torch: Any, value: Any) -> Any:
@@ -283,7 +320,9 @@ def _torch_value(torch: Any, value: Any) -> Any:
 
 def _inline(value: np.ndarray[Any, Any], path: tuple[Any, ...]) -> list[Any]:
     """Return type, shape and values of an array that goes into the tree: a scalar, or a type of NumPy alone."""
-    if value.dtype.hasobject or value.dtype.names is not None:
+    if value.dtype.names is not None:
+        raise _refused(path, f"an array with the fields {', '.join(value.dtype.names)} (each can be stored by itself)")
+    if value.dtype.hasobject or value.dtype.type is np.void:
         raise _refused(path, f"an array of type {value.dtype}")
     values = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode("ascii")
     return [value.dtype.name if value.dtype.kind == "V" else value.dtype.str, list(value.shape), values]
@@ -351,6 +390,7 @@ _DECODERS: Mapping[str, Callable[[Any, Any, FindTensor], Any]] = {
     "$scalar": lambda value, node, find: _decode_inline(value, node, find)[()],
     "$tuple": lambda value, _node, find: tuple(decode_state(one, find) for one in value),
     "$set": lambda value, _node, find: {decode_state(one, find) for one in value},
+    "$frozenset": lambda value, _node, find: frozenset(decode_state(one, find) for one in value),
     "$bytes": lambda value, _node, _find: base64.b64decode(value),
     "$float": lambda value, _node, _find: _NON_FINITE[value],
     "$complex": lambda value, _node, find: complex(*(decode_state(one, find) for one in value)),

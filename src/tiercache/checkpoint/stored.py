@@ -135,7 +135,7 @@ class StoredCheckpoints:
             which: "latest" (the checkpoint written last), "best:METRIC", "best:METRIC:max", a step, or a name.
             into: Dict of objects to fill, with the keys of the saved state: modules, optimizers, other objects with
                 load_state_dict(), tensors, arrays, dicts of these, and JSON values such as a step, which are replaced.
-                Saved objects that it does not name are not loaded. If an error other than ValueError ends the load,
+                Saved objects that it does not name are not loaded. If a StoreError or CorruptCheckpoint ends the load,
                 their contents are undefined. None: the state is returned as data, with the state dicts of objects.
             map_location: Device of tensors that are returned as data, such as "cuda:0"; None: the host's memory.
             strict: Whether a difference between `into` and the checkpoint is an error. With False, everything that fits
@@ -148,7 +148,8 @@ class StoredCheckpoints:
         Raises:
             NotFound: There is no such checkpoint.
             ValueError: The checkpoint does not fit `into`; the message lists all missing, unexpected and mis-shaped
-                keys, and nothing was changed.
+                keys, and those that cannot be filled. Nothing was changed.
+            TypeError: `into` has an object that is neither filled nor replaced; nothing was changed.
             ArchivedShards: The checkpoint must be restored first; the error has cost, duration and command.
             CorruptCheckpoint: No copy of the checkpoint is right.
             StoreError: A store failed.
@@ -398,8 +399,8 @@ class _WithSharedTensors(WrapperStore):
         store.read_into(key, spans, **options)
 
 
-def _checked(tags: Sequence[str]) -> frozenset[str]:
-    if not tags or not all(tag.strip() for tag in tags):
+def _checked(tags: Sequence[Any]) -> frozenset[str]:
+    if not tags or not all(isinstance(tag, str) and tag.strip() for tag in tags):
         raise ValueError(f"expected one or more tags, none of them empty, got {tags!r}")
     return frozenset(tags)
 

@@ -7,20 +7,24 @@ from typing import Annotated
 from tiercache.cli.options import DryRun, Rules, Yes, argument, flag, option
 from tiercache.cli.output import Output
 
+_WHICH = "RUN/latest, RUN/best:METRIC[:max] and RUN/STEP select one of a run."
 Paths = Annotated[
     list[str],
-    argument("PATH...", "Checkpoints: paths below a tier (hot/runs/7/step-100), local paths, URLs, or globs."),
+    argument(
+        "PATH...", f"Checkpoints: paths below a tier (hot/runs/7/step-100), local paths, URLs, or globs. {_WHICH}"
+    ),
 ]
 Path = Annotated[
-    str, argument("PATH", "Checkpoint: a path below a tier (hot/runs/7/step-100), a local path, or a URL.")
+    str,
+    argument("PATH", f"Checkpoint: a path below a tier (hot/runs/7/step-100), a local path, or a URL. {_WHICH}"),
 ]
 
 
 def ls(
     output: Output,
-    path: Annotated[
-        str | None,
-        argument("[PATH]", "Folder, checkpoint or glob: below a tier, local, or a URL; default: all tiers."),
+    paths: Annotated[
+        list[str] | None,
+        argument("[PATH...]", f"Runs or globs: below a tier, local, or URLs; default: all tiers. {_WHICH}"),
     ] = None,
     metrics: Annotated[bool, flag("--metrics", "Read the metrics of all listed checkpoints from their files.")] = False,
     rules: Rules = None,
@@ -31,14 +35,21 @@ def ls(
     """
     from tiercache.cli import checkpoint_verbs
 
-    checkpoint_verbs.ls(output, rules, path, read_metrics=metrics)
+    checkpoint_verbs.ls(output, rules, paths or [], read_metrics=metrics)
 
 
-def show(output: Output, path: Path, rules: Rules = None) -> None:
+def show(
+    output: Output,
+    path: Path,
+    which: Annotated[
+        str | None, argument("[WHICH]", "Checkpoint of the run PATH: latest, best:METRIC[:max], a step or a name.")
+    ] = None,
+    rules: Rules = None,
+) -> None:
     """Show one checkpoint: its copies and files, its metrics, what keeps it, and what the next plan does with it."""
     from tiercache.cli import checkpoint_verbs
 
-    checkpoint_verbs.show(output, rules, path)
+    checkpoint_verbs.show(output, rules, path, which)
 
 
 def verify(output: Output, paths: Paths, rules: Rules = None) -> None:
@@ -71,7 +82,10 @@ def pin(
     remove: Annotated[bool, flag("--remove", "Remove the pins that name exactly these paths.")] = False,
     rules: Rules = None,
 ) -> None:
-    """Pin checkpoints: no rule moves or deletes them. The pins are [[pins]] tables of the rule file."""
+    """Pin checkpoints: no rule moves or deletes them.
+
+    Pins of checkpoints of tc.Checkpoints are in their tags.json; all others are [[pins]] tables of the rule file.
+    """
     from tiercache.cli import checkpoint_verbs
 
     checkpoint_verbs.pin(output, rules, paths, checkpoint_verbs.PinOptions(until, why, remove=remove))
@@ -86,7 +100,7 @@ def tag(
 ) -> None:
     """Tag a checkpoint: it is never deleted, and keep lists can name the tag.
 
-    The tags are [[tags]] tables of the rule file.
+    Tags of checkpoints of tc.Checkpoints are in their tags.json; all others are [[tags]] tables of the rule file.
     """
     from tiercache.cli import checkpoint_verbs
 
@@ -95,7 +109,7 @@ def tag(
 
 def diff(
     output: Output,
-    first: Annotated[str, argument("FIRST", "Checkpoint: a path below a tier, a local path, or a URL.")],
+    first: Annotated[str, argument("FIRST", f"Checkpoint: a path below a tier, a local path, or a URL. {_WHICH}")],
     second: Annotated[str, argument("SECOND", "Checkpoint to compare with it.")],
     rules: Rules = None,
 ) -> None:

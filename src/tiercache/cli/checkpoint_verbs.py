@@ -1,30 +1,50 @@
 """The verbs of `tiercache ckpt`; checkpoint_commands.py has their options.
 
 They work on the inventory of the tiers, so on every layout that it recognises, and on the same snapshot as plans.
-Without a rule file, the folder or URL in the argument is the only tier.
+Without a rule file, the folder or URL of the runs in the arguments is the only tier.
+
+An argument is a path with everything below it, a glob, or RUN/WHICH: a path, and which checkpoint below it is meant.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import typer
+from numpy.typing import NDArray
 
 from tiercache import config
 from tiercache._native.checksum import crc32c
 from tiercache.catalog.tiers import TierCatalog
-from tiercache.checkpoint.layout import MANIFEST_NAME, TAGS_NAME, Manifest, key_of, parse_manifest, parse_name
+from tiercache.checkpoint.inventory import missing_file
+from tiercache.checkpoint.layout import (
+    MANIFEST_NAME,
+    SHARED_FOLDER,
+    TAGS_NAME,
+    Choice,
+    Manifest,
+    did_you_mean,
+    key_of,
+    parse_choice,
+    parse_manifest,
+    parse_name,
+)
 from tiercache.cli.output import CORRUPT, PARTIAL, Output, confirm, count, printable
 from tiercache.cli.tiers import (
     OpenTiers,
+    base_folder,
     format_duration,
     is_glob,
     open_tiers,
@@ -38,6 +58,7 @@ from tiercache.model import ObjectInfo, format_bytes
 from tiercache.prices import prices_if_known
 from tiercache.store.options import ParsedUrl
 from tiercache.tier.inventory.groups import Inventory
+from tiercache.tier.inventory.layouts import group_keys
 from tiercache.tier.inventory.metrics import metrics_in_name, read_metrics
 from tiercache.tier.model import CHECKPOINT, READABLE, RESTORED, Snapshot
 from tiercache.tier.move.mover import catalog_path, open_mover
@@ -54,6 +75,7 @@ from tiercache.tier.stores import Stores, unavailable_tiers
 _THREADS = 16
 _STATES = ("here", "archived", "restoring", "restored")
 _SHOWN_FILES = 20
+_NOT_COMPLETE = "not complete"  # text of a KeepReason
 
 T = TypeVar("T")
 
@@ -66,6 +88,12 @@ class CheckpointTiers:
     inventory: Inventory
     snapshot: Snapshot  # of the inventory, with the tags of the rule file
     groups: tuple[int, ...]
+    prefix: str = ""  # of the paths of the only tier, where there is no rule file, so that they are arguments
+    problems: Mapping[int, str] = field(default_factory=dict)  # of incomplete checkpoints, as far as they were examined
+
+    def name(self, group: int) -> str:
+        """Return the path of a checkpoint as people write it."""
+        return f"{self.prefix}{self.path(group)}"
 
     def path(self, group: int) -> str:
         """Return the path of a checkpoint below the URLs of the tiers."""
@@ -102,6 +130,42 @@ class CheckpointTiers:
                 found = read_metrics(self.tiers.stores.store(self.tier(copy)), self.objects(copy), path)
         return found | metrics_in_name(path.rpartition("/")[2])
 
+    def find_problem(self, group: int) -> str:
+        """Return why a checkpoint is not complete; "" if it is complete in some tier, or cannot be read now."""
+        path = self.path(group)
+        if parse_name(path.rpartition("/")[2]) is not None:
+            text = ""
+            for copy in self.copies(group):
+                text = self._find_missing(path, copy)
+                if not text:
+                    break
+            if text:
+                return text
+        return "" if self.snapshot.complete[group] else "files are missing, or it is still being written"
+
+    def _find_missing(self, path: str, copy: int) -> str:
+        """Return which file of a copy of our own checkpoint is missing or has another size than the manifest states."""
+        name = path.rpartition("/")[2]
+        objects = {one.key.removeprefix(f"{path}/"): one for one in self.objects(copy)}
+        if MANIFEST_NAME not in objects:
+            return "it has no manifest: its save is not finished, or has failed"
+        if not self.is_readable(copy):
+            return ""
+        store, key = self.tiers.stores.store(self.tier(copy)), f"{path}/{MANIFEST_NAME}"
+        try:
+            manifest = parse_manifest(store.get(key), f"{store.url}/{key}")
+        except TierCacheError as error:
+            return str(error)
+        shared = [one for one in manifest.files if one.path.startswith("../")]
+        keys = [f"{path.removesuffix(name)}{key_of(name, one.path)}" for one in shared]
+        listed = self.inventory.lies(pa.array(keys, pa.large_string()))  # their sizes are not known
+        known = {
+            key_of(name, one.path): ObjectInfo(one.path, one.n_bytes)
+            for one, is_listed in zip(shared, listed, strict=True)
+            if is_listed
+        }
+        return missing_file(manifest, objects, known).replace(f"{name}/", "")
+
     def known_metrics(self, group: int) -> dict[str, float]:
         """Return the metrics in a checkpoint's name, and those that rules use."""
         used = {name: float(values[group]) for name, values in self.snapshot.metrics.items()}
@@ -123,31 +187,136 @@ class CheckpointTiers:
 def open_checkpoints(output: Output, rules: Path | None, arguments: Sequence[str]) -> Iterator[CheckpointTiers]:
     """Yield the checkpoints that the arguments name, by path below the tiers; no argument: all.
 
-    Raises NotFound if an argument selects none.
+    Raises NotFound if an argument selects none, and ValueError if it does not say which one is meant.
     """
-    with _opened(rules, arguments) as (tiers, chosen):
+    arguments = _joined(arguments)
+    with _opened(rules, arguments) as (tiers, chosen, prefix):
         inventory = tiers.read_inventory(output)
-        print_unavailable(output, tiers.file, unavailable_tiers(tiers.file, tiers.stores, tiers.catalog))
-        snapshot = inventory.snapshot
-        is_checkpoint = snapshot.kind == CHECKPOINT
+        if tiers.file.sha256:
+            print_unavailable(output, tiers.file, unavailable_tiers(tiers.file, tiers.stores, tiers.catalog))
+        found = CheckpointTiers(tiers, inventory, with_tags(inventory.snapshot, tiers.file), (), prefix)
+        selections = [
+            _select(found, argument, tier, path)
+            for argument, (tier, path) in zip(arguments or ("",), chosen or ((None, ""),), strict=True)
+        ]
+        found = _examine(found, {group for groups, _ in selections for group in groups})
         groups: dict[int, None] = {}
-        for argument, (tier, path) in zip(arguments or ("",), chosen or ((None, ""),), strict=True):
-            found = is_checkpoint & select_paths(snapshot.paths, path)
-            if tier is not None:
-                here = snapshot.group[snapshot.tier == snapshot.tiers.index(tier)]
-                found &= np.isin(np.arange(snapshot.n_groups), here)
-            if argument and not found.any():
-                where = f"the tier {tier}" if tier else f"the tiers {', '.join(snapshot.tiers)}"
-                message = f"no checkpoint has this path, or lies below it, in {where}; `tiercache ckpt ls` lists them"
-                raise NotFound(message, url=argument)
-            order = sorted(np.flatnonzero(found).tolist(), key=lambda g: (snapshot.series[g], snapshot.created_s[g], g))
-            groups |= dict.fromkeys(order)
-        yield CheckpointTiers(tiers, inventory, with_tags(snapshot, tiers.file), tuple(groups))
+        for argument, (some, choice) in zip(arguments or ("",), selections, strict=True):
+            groups |= dict.fromkeys(some if choice is None else [_choose(found, argument, some, choice)])
+        yield replace(found, groups=tuple(groups))
+
+
+def _select(found: CheckpointTiers, argument: str, tier: str | None, path: str) -> tuple[Sequence[int], Choice | None]:
+    """Return the checkpoints at or below a path, by run and time; of RUN/WHICH those of the run, and the choice."""
+    snapshot, file = found.snapshot, found.tiers.file
+    run, _, last = path.rpartition("/")
+    choice = _choice(last)
+    places: list[tuple[str | None, str, Choice | None]] = [(tier, path, None)]
+    places += [] if choice is None else [(tier, run, choice)]
+    if tier is None and file.sha256 and not argument.startswith(("/", "~")) and "://" not in argument:
+        with suppress(ValueError):  # a relative path that is no path below a tier may be a path here
+            here = tier_path(file, f"./{argument}")
+            places += [(None, here, None)]
+            places += [] if choice is None else [(None, here.rpartition("/")[0], choice)]
+    for where, text, picked in places:
+        hit = (snapshot.kind == CHECKPOINT) & _match(snapshot.paths, text)
+        if where is not None:
+            hit &= np.isin(np.arange(snapshot.n_groups), snapshot.group[snapshot.tier == snapshot.tiers.index(where)])
+        if hit.any() or not argument:
+            order = sorted(np.flatnonzero(hit).tolist(), key=lambda g: (snapshot.series[g], snapshot.created_s[g], g))
+            return order, picked
+    if not file.sha256:
+        text = "there are no checkpoints of a known layout; expected a run, a checkpoint or a glob"
+        raise NotFound(f"{text}{did_you_mean(argument.rpartition('/')[2], ['latest'])}", url=argument)
+    names = f"the tier {tier}" if tier else f"the tiers {', '.join(snapshot.tiers)}"
+    text = f"no checkpoint has this path, or lies below it, in {names}; `tiercache ckpt ls` lists them"
+    outside = "; a folder outside the tiers is written ./FOLDER" if Path(base_folder(argument)).exists() else ""
+    raise NotFound(f"{text}{outside}", url=argument)
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Return arguments in which RUN WHICH... are RUN/WHICH..."""
+    found: list[str] = []
+    run = ""
+    for text in arguments:
+        if run and _choice(text) is not None:
+            if found[-1] == run:
+                found.pop()
+            found.append(f"{run.rstrip('/')}/{text}")
+        else:
+            run = "" if _choice(text.rpartition("/")[2]) is not None else text
+            found.append(text)
+    return found
+
+
+def _match(paths: pa.Array, text: str) -> NDArray[np.bool_]:
+    """Return the paths that a path or a glob selects, with everything below it; bool[n]."""
+    return select_paths(paths, text) | select_paths(paths, f"{text}/**") if is_glob(text) else select_paths(paths, text)
+
+
+def _choice(text: str) -> Choice | None:
+    """Return which checkpoint of a run a text means; None if it is a name."""
+    with suppress(ValueError):
+        choice = parse_choice(text)
+        return None if choice.kind == "name" else choice
+    return None
+
+
+def _choose(found: CheckpointTiers, argument: str, groups: Sequence[int], choice: Choice) -> int:
+    """Return the checkpoint that a choice means among those of one run."""
+    snapshot = found.snapshot
+    if len({int(snapshot.series[group]) for group in groups}) > 1:
+        runs = {int(snapshot.series[group]): found.name(group) for group in groups}
+        names = " and ".join([*runs.values()][:2])
+        raise ValueError(
+            f"{argument}: expected one run, found several, such as those of {names}: name the run's folder"
+        )
+    whole = [group for group in groups if snapshot.complete[group]]
+    fitting, what = whole, ""
+    if choice.kind == "step":
+        fitting, what = [group for group in whole if snapshot.step[group] == choice.step], f" of step {choice.step}"
+    elif choice.kind == "best":
+        metrics = dict(zip(whole, _in_parallel(found.metrics, whole), strict=True))
+        sign = 1 if choice.mode == "max" else -1
+        scores = {group: sign * some.get(choice.text, math.nan) for group, some in metrics.items()}
+        fitting = sorted((group for group in whole if scores[group] == scores[group]), key=lambda group: scores[group])
+        known = sorted({name for some in metrics.values() for name in some})
+        what = f" with the metric {choice.text!r}{did_you_mean(choice.text, known)}"
+        what += f"; known metrics: {', '.join(known)}" if known else "; no metrics are known"
+    if not fitting:
+        steps = ", ".join(str(int(snapshot.step[group])) for group in whole[-5:])
+        there = (
+            f"steps of the last ones: {steps}" if whole else f"{found.name(groups[-1])}: {found.problems[groups[-1]]}"
+        )
+        raise NotFound(f"no complete checkpoint{what}; {there}", url=argument)
+    return fitting[-1]
+
+
+def _examine(found: CheckpointTiers, groups: Collection[int]) -> CheckpointTiers:
+    """Return the same with `problems`, and the snapshot's `complete` corrected by the manifests of our own checkpoints.
+
+    groups: Selected checkpoints; those of their runs that were written later are examined too, because the newest
+    complete one is kept.
+    """
+    snapshot = found.snapshot
+    complete = snapshot.complete.copy()
+    is_checkpoint = snapshot.kind == CHECKPOINT
+    examined = set(groups)
+    for run in {int(snapshot.series[group]) for group in groups}:
+        since_s = min(float(snapshot.created_s[group]) for group in groups if snapshot.series[group] == run)
+        later = is_checkpoint & (snapshot.series == run) & (snapshot.created_s >= since_s)
+        examined.update(np.flatnonzero(later).tolist())
+    order = sorted(examined)
+    problems = {group: text for group, text in zip(order, _in_parallel(found.find_problem, order), strict=True) if text}
+    complete[[*problems]] = False
+    return replace(found, snapshot=replace(snapshot, complete=complete), problems=problems)
 
 
 @contextmanager
-def _opened(rules: Path | None, arguments: Sequence[str]) -> Iterator[tuple[OpenTiers, list[tuple[str | None, str]]]]:
-    """Yield the tiers, and the tier (None: any) and the path of each argument."""
+def _opened(
+    rules: Path | None, arguments: Sequence[str]
+) -> Iterator[tuple[OpenTiers, list[tuple[str | None, str]], str]]:
+    """Yield the tiers, the tier (None: any) and the path of each argument, and the prefix of paths for people."""
     file = None
     if rules is not None or config.find_file(Path.cwd()) is not None:
         with suppress(_NoTiers):
@@ -160,17 +329,17 @@ def _opened(rules: Path | None, arguments: Sequence[str]) -> Iterator[tuple[Open
                 raise
         else:
             with open_tiers(file.path) as tiers:
-                yield tiers, chosen
+                yield tiers, chosen, ""
             return
     if not arguments:
         raise ValueError(
             f"no {config.FILE_NAME} with [tiers.NAME] tables was found: write one (`tiercache tier init FOLDER`), "
             "name it with --rules, or give a folder or a URL with checkpoints"
         )
-    file, chosen = _one_tier(arguments)
+    file, chosen, prefix = _one_tier(arguments)
     urls = {tier.name: tier.url for tier in file.tiers}
     with Stores(file) as stores, TierCatalog(catalog_path(file), urls) as catalog:
-        yield OpenTiers(file, stores, catalog, tuple(prices_if_known(tier) for tier in file.tiers)), chosen
+        yield OpenTiers(file, stores, catalog, tuple(prices_if_known(tier) for tier in file.tiers)), chosen, prefix
 
 
 class _NoTiers(Exception):
@@ -185,31 +354,49 @@ def _rule_file(rules: Path | None) -> RuleFile:
     return load_rule_file(rules)
 
 
-def _one_tier(arguments: Sequence[str]) -> tuple[RuleFile, list[tuple[str | None, str]]]:
-    """Return a rule file without rules, whose only tier contains all arguments, and their paths below it."""
+def _one_tier(arguments: Sequence[str]) -> tuple[RuleFile, list[tuple[str | None, str]], str]:
+    """Return a rule file without rules, whose only tier has all arguments, their paths below it, and its prefix."""
     places = [ParsedUrl.parse(text) for text in arguments]
-    texts = [place.full.rstrip("/") if place.scheme else str(Path(place.path).absolute()) for place in places]
-    folder = texts[0]
-    if is_glob(folder):
-        folder = folder[: min(folder.index(sign) for sign in "*?[{" if sign in folder)].rpartition("/")[0]
-    # A checkpoint is recognised by its name, so the tier begins above it.
-    is_folder = (len(texts) == 1 and places[0].path.rstrip("/") == "") or (not places[0].scheme and folder == "/")
-    root = folder if is_folder else folder.rpartition("/")[0] or "/"
-    inside = [text.removeprefix(root.rstrip("/") + "/") if text != root else "" for text in texts]
-    if any(path == text for path, text in zip(inside, texts, strict=True)):
+    texts = [place.full.rstrip("/") if place.scheme else os.path.abspath(place.path) for place in places]  # noqa: PTH100 - keeps links
+    folders = [_run_folder(text) for text in texts]
+    steps = zip(*(folder.split("/") for folder in folders), strict=False)
+    root = "/".join(step[0] for step in takewhile(lambda step: len({*step}) == 1, steps))
+    is_server = root.count("/") < 3 and places[0].scheme != ""
+    if root not in folders and (root == "" or is_server):
         raise ValueError(
-            f"expected checkpoints in one folder, {root}: `tiercache tier init` writes a rule file for more"
+            f"expected checkpoints in one folder, got {' and '.join(sorted({*arguments})[:2])}: "
+            "`tiercache tier init` writes a rule file for more"
         )
+    root = root or "/"
+    inside = ["" if text == root else text.removeprefix(root.rstrip("/") + "/") for text in texts]
     tier = Tier(name="standard", role="standard", url=root)
     file = RuleFile(path=Path.cwd() / config.FILE_NAME, sha256="", tiers=(tier,))
-    return file, [(None, path) for path in inside]
+    is_relative = not any(place.scheme or place.path.startswith("/") for place in places)
+    prefix = os.path.relpath(root) if is_relative else ParsedUrl.parse(root).shown.rstrip("/")
+    return file, [(None, path) for path in inside], "" if prefix == "." else f"{prefix}/"
+
+
+def _run_folder(text: str) -> str:
+    """Return the folder, or URL, that has the runs or checkpoints of an argument: a checkpoint is known by its name."""
+    base = base_folder(text)
+    head, _, last = base.rpartition("/")
+    is_inside = bool(head) and not head.endswith("/")
+    return head if is_inside and (_choice(last) is not None or _is_checkpoint_name(last)) else base
+
+
+def _is_checkpoint_name(name: str) -> bool:
+    """Return whether the inventory takes a folder or a file with this name for a checkpoint."""
+    return bool(group_keys(pa.array([name, f"{name}/model.safetensors"])).checkpoint.any())
 
 
 def _one(found: CheckpointTiers, argument: str) -> int:
     """Return the only selected checkpoint. Raises ValueError if there are several."""
     if len(found.groups) != 1:
-        names = ", ".join(found.path(group) for group in found.groups[:3])
-        raise ValueError(f"{argument}: expected one checkpoint, found {len(found.groups)}: {names}, ...")
+        names = ", ".join(found.name(group) for group in found.groups[:3])
+        raise ValueError(
+            f"{argument}: expected one checkpoint, found {len(found.groups)}: {names}, ...; the last one is"
+            f" {argument.rstrip('/')}/latest"
+        )
     return found.groups[0]
 
 
@@ -221,9 +408,9 @@ def _in_parallel(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
 # -- ls and show ------------------------------------------------------------------------------------------------------
 
 
-def ls(output: Output, rules: Path | None, path: str | None, *, read_metrics: bool) -> None:
-    """List checkpoints. path: See open_checkpoints(). read_metrics: Whether to read the metrics of all from files."""
-    with open_checkpoints(output, rules, [] if path is None else [path]) as found:
+def ls(output: Output, rules: Path | None, paths: Sequence[str], *, read_metrics: bool) -> None:
+    """List checkpoints. paths: See open_checkpoints(). read_metrics: Whether to read the metrics of all from files."""
+    with open_checkpoints(output, rules, paths) as found:
         reasons = keep_reasons(found.snapshot, found.tiers.file)
         metrics = _in_parallel(found.metrics if read_metrics else found.known_metrics, found.groups)
         rows = [
@@ -247,13 +434,14 @@ def _facts(
     snapshot, copies = found.snapshot, found.copies(group)
     created_s = float(snapshot.created_s[group])
     return {
-        "path": found.path(group),
+        "path": found.name(group),
         "run": int(snapshot.series[group]),
         "step": int(snapshot.step[group]),
         "n_bytes": max(int(snapshot.n_bytes[copy]) for copy in copies),
         "created": _time(created_s),
         "age_s": round(snapshot.now_s - created_s, 3),
         "complete": bool(snapshot.complete[group]),
+        "problem": found.problems.get(group, ""),
         "copies": [
             {
                 "tier": found.tier(copy),
@@ -283,7 +471,7 @@ def _row_text(row: Mapping[str, Any]) -> dict[str, str]:
         "age": format_duration(row["age_s"]),
         "tiers": ", ".join(_where(copy) for copy in row["copies"]),
         "metrics": _metrics_text(row["metrics"]),
-        "kept by": _kept_text(row["kept"]),
+        "kept by": _kept_text(row["kept"]).replace(_NOT_COMPLETE, f"{_NOT_COMPLETE}: {row['problem']}"),
     }
 
 
@@ -307,9 +495,9 @@ def _kept_text(kept: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(f"{rule}: {', '.join(texts)}" if rule else ", ".join(texts) for rule, texts in parts.items())
 
 
-def show(output: Output, rules: Path | None, path: str) -> None:
-    """Show one checkpoint, and what the next plan does with it."""
-    with open_checkpoints(output, rules, [path]) as found:
+def show(output: Output, rules: Path | None, path: str, which: str | None) -> None:
+    """Show one checkpoint, and what the next plan does with it. which: Which checkpoint of the run at the path."""
+    with open_checkpoints(output, rules, [path] if which is None else [f"{path.rstrip('/')}/{which}"]) as found:
         group = _one(found, path)
         tiers, file, snapshot = found.tiers, found.tiers.file, found.snapshot
         reasons = keep_reasons(snapshot, file).get(group, ())
@@ -317,7 +505,8 @@ def show(output: Output, rules: Path | None, path: str) -> None:
         objects = {found.tier(copy): found.objects(copy) for copy in found.copies(group)}
         number = int(rules_of(snapshot, file)[group])
         plan_text = _next_move(tiers, found.inventory, group)
-        urls = {name: f"{tiers.stores.store(name).url}/{found.path(group)}" for name in objects}
+        below = found.path(group)
+        urls = {name: f"{tiers.stores.store(name).url}/{below}" for name in objects}
     rule = file.rules[number].name if number >= 0 else None
     facts = _facts(found, group, metrics, reasons) | {
         "rule": rule,
@@ -333,12 +522,13 @@ def show(output: Output, rules: Path | None, path: str) -> None:
     if output.as_json:
         output.event("checkpoint", facts)
         return
-    for line in _show_lines(facts, reasons):
+    for line in _show_lines(facts, reasons, below):
         typer.echo(printable(line))
 
 
-def _show_lines(facts: Mapping[str, Any], reasons: Sequence[KeepReason]) -> Iterator[str]:
-    state = "complete" if facts["complete"] else "not complete"
+def _show_lines(facts: Mapping[str, Any], reasons: Sequence[KeepReason], path: str) -> Iterator[str]:
+    """Yield the lines for people. path: Path of the checkpoint below its tiers."""
+    state = "complete" if facts["complete"] else f"NOT COMPLETE: {facts['problem']}"
     yield f"{facts['path']}: step {facts['step']:,}, {format_bytes(facts['n_bytes'])}, {state}"
     yield f"written {facts['created']}, {format_duration(facts['age_s'])} ago"
     for copy in facts["copies"]:
@@ -357,7 +547,7 @@ def _show_lines(facts: Mapping[str, Any], reasons: Sequence[KeepReason]) -> Iter
     yield f"next plan: {facts['next']}"
     files: Sequence[Mapping[str, Any]] = next(iter(facts["files"].values()), [])
     for one in files[:_SHOWN_FILES]:
-        yield f"  {one['key'].removeprefix(facts['path'] + '/')}  {format_bytes(one['n_bytes'])}"
+        yield f"  {one['key'].removeprefix(path + '/')}  {format_bytes(one['n_bytes'])}"
     if len(files) > _SHOWN_FILES:
         yield f"  ... and {count(len(files) - _SHOWN_FILES, 'file')} more"
 
@@ -458,9 +648,9 @@ def _verify_group(
                     one.problems.append(f"{key}: {text}")
         compared = {*one.known, *(key for other in others for key in other.read)}
         is_proven = bool(one.read) and one.read.keys() <= compared and not one.problems
-        if not found.snapshot.complete[group]:
-            one.problems.append("the checkpoint is not complete")
-        yield _Finding(path, one.tier, one.n_bytes, tuple(one.problems), one.is_corrupt, is_proven)
+        if not found.snapshot.complete[group] and not one.problems:
+            one.problems.append(f"the checkpoint is not complete: {found.problems.get(group, '')}")
+        yield _Finding(found.name(group), one.tier, one.n_bytes, tuple(one.problems), one.is_corrupt, is_proven)
 
 
 def _read_copy(
@@ -476,45 +666,62 @@ def _read_copy(
         one.problems.append("files are missing, or differ from those of another tier")
     objects = found.objects(copy)
     try:
-        one.known = _checksums(found, one.tier, path, objects)
+        one.known, shared = _checksums(found, one.tier, path, objects)
     except CorruptCheckpoint as error:
         one.problems.append(str(error))
-        one.is_corrupt = True
-    for info in objects:
+        one.is_corrupt, shared = True, []
+    for info in [*objects, *shared]:
         try:
-            crc = one.read[info.key] = transfer.checksum_of(one.tier, info, on_bytes)
+            crc = one.read[info.key] = _checksum_of(found, transfer, one.tier, info, on_bytes)
         except StoreError as error:
             one.problems.append(str(error))
+            one.is_corrupt |= info in shared and isinstance(error, NotFound)
             continue
         one.n_bytes += info.n_bytes
         expected = one.known.get(info.key, crc)
         if crc != expected:
             one.problems.append(f"{info.key}: expected CRC-32C {expected:08x}, found {crc:08x}")
             one.is_corrupt = True
-    for key in sorted(one.known.keys() - {info.key for info in objects}):
+    for key in sorted(one.known.keys() - {info.key for info in [*objects, *shared]}):
         one.problems.append(f"{key}: its manifest names it, and it is missing")
         one.is_corrupt = True
     return one
 
 
-def _checksums(found: CheckpointTiers, tier: str, path: str, objects: Sequence[ObjectInfo]) -> dict[str, int]:
-    """Return the known CRC-32C of each object of a copy; of our own layout, also of objects that should be there.
+def _checksum_of(
+    found: CheckpointTiers, transfer: Transfer, tier: str, info: ObjectInfo, on_bytes: Callable[[int], object]
+) -> int:
+    """Return the CRC-32C of an object of a copy; shared tensors stay in the home tier when a checkpoint is moved."""
+    home = found.tiers.file.home_tier.name
+    try:
+        return transfer.checksum_of(tier, info, on_bytes)
+    except NotFound:
+        if f"/{SHARED_FOLDER}" not in f"/{info.key}" or tier == home:
+            raise
+        return transfer.checksum_of(home, info, on_bytes)
 
-    Raises CorruptCheckpoint if the manifest of our own layout is corrupt.
+
+def _checksums(
+    found: CheckpointTiers, tier: str, path: str, objects: Sequence[ObjectInfo]
+) -> tuple[dict[str, int], list[ObjectInfo]]:
+    """Return the known CRC-32C of each object of a copy, and the shared tensors that belong to it.
+
+    Of our own layout, checksums of objects that should be there are included. Raises CorruptCheckpoint if the manifest
+    is corrupt.
     """
     sums = {one.key: one.crc32c for one in objects if one.crc32c is not None}
     name = path.rpartition("/")[2]
     manifest = next((one for one in objects if one.key == f"{path}/{MANIFEST_NAME}"), None)
-    if manifest is not None and parse_name(name) is not None:
-        store = found.tiers.stores.store(tier)
-        data = store.get(manifest.key)  # parse_manifest() compares it with the checksum that it contains
-        stated = parse_manifest(data, f"{store.url}/{manifest.key}")
-        # Shared tensors lie beside the checkpoint in the home tier; tc.Checkpoints.verify() reads them.
-        own = [one for one in stated.files if not one.path.startswith("../")]
-        parent = path[: len(path) - len(name)]
-        sums |= {f"{parent}{key_of(name, one.path)}": one.crc32c for one in own}
-        sums.setdefault(manifest.key, crc32c(data))
-    return sums
+    if manifest is None or parse_name(name) is None:
+        return sums, []
+    store = found.tiers.stores.store(tier)
+    data = store.get(manifest.key)  # parse_manifest() compares it with the checksum that it contains
+    stated = parse_manifest(data, f"{store.url}/{manifest.key}")
+    parent = path[: len(path) - len(name)]
+    sums |= {f"{parent}{key_of(name, one.path)}": one.crc32c for one in stated.files}
+    sums.setdefault(manifest.key, crc32c(data))
+    shared = [one for one in stated.files if one.path.startswith("../")]
+    return sums, [ObjectInfo(f"{parent}{key_of(name, one.path)}", one.n_bytes) for one in shared]
 
 
 # -- rm, pin, tag -----------------------------------------------------------------------------------------------------
@@ -530,8 +737,8 @@ def rm(output: Output, rules: Path | None, paths: Sequence[str], *, yes: bool, d
         if dry_run:
             for group in found.groups:
                 names = ", ".join(found.tier(copy) for copy in found.copies(group))
-                facts = {"path": found.path(group), "tiers": names.split(", ")}
-                output.event("checkpoint", facts, f"would delete {found.path(group)} from {names}")
+                facts = {"path": found.name(group), "tiers": names.split(", ")}
+                output.event("checkpoint", facts, f"would delete {found.name(group)} from {names}")
             output.summary(
                 {"checkpoints": len(found.groups), "n_bytes": n_bytes, "dry_run": True}, f"would delete {text}"
             )
@@ -540,7 +747,10 @@ def rm(output: Output, rules: Path | None, paths: Sequence[str], *, yes: bool, d
             last = f", among them {count(len(newest), 'checkpoint')} from which a run is resumed" if newest else ""
             confirm(f"Delete {text}{last}, for good?", "nothing was deleted")
         with open_mover(found.tiers.file, found.tiers.stores, found.tiers.catalog) as context:
-            removals = remove_groups(context, found.inventory, found.groups)
+            removals = [
+                replace(one, path=f"{found.prefix}{one.path}")
+                for one in remove_groups(context, found.inventory, found.groups)
+            ]
     for one in removals:
         facts = asdict(one) | {"tiers": list(one.tiers)}
         where = ", ".join(one.tiers)
@@ -575,7 +785,7 @@ def pin(output: Output, rules: Path | None, paths: Sequence[str], options: PinOp
     with open_checkpoints(output, rules, paths) as found:
         own, others = _by_layout(found)
         if own and (options.until or options.why) and not options.remove:
-            name = found.path(own[0])
+            name = found.name(own[0])
             raise ValueError(f"{name}: a pin of tc.Checkpoints has neither --until nor --why: it is in its tags.json")
         for group in own:
             _write_tags(found, group, frozenset(), remove=False, is_pinned=not options.remove)
@@ -585,7 +795,7 @@ def pin(output: Output, rules: Path | None, paths: Sequence[str], options: PinOp
             for group in others
         ]
         _edit(found.tiers.file, "pins", tables, remove=options.remove)
-        names = [found.path(group) for group in found.groups]
+        names = [found.name(group) for group in found.groups]
     for name in names:
         output.event(
             "pin", {"path": name, "pinned": not options.remove}, f"{'unpinned' if options.remove else 'pinned'} {name}"
@@ -603,7 +813,7 @@ def tag(output: Output, rules: Path | None, path: str, tags: Sequence[str], *, r
         else:
             tables = [{"match": literal_glob(found.path(group)), "tags": [one]} for one in tags]
             _edit(found.tiers.file, "tags", tables, remove=remove)
-        name = found.path(group)
+        name = found.name(group)
     verb = "removed from" if remove else "added to"
     facts = {"path": name, "tags": list(tags), "removed": remove}
     output.summary(facts, f"{', '.join(tags)} {verb} {name}")
@@ -658,7 +868,7 @@ def diff(output: Output, rules: Path | None, first: str, second: str) -> None:
         metrics = [found.metrics(group) for group in found.groups]
         files = [_files(found, group) for group in found.groups]
         manifests = [found.manifest(group) for group in found.groups]
-        names = [found.path(group) for group in found.groups]
+        names = [found.name(group) for group in found.groups]
         steps = [int(found.snapshot.step[group]) for group in found.groups]
     rows = [{"what": "step", "name": "", "first": f"{steps[0]:,}", "second": f"{steps[1]:,}"}]
     rows += _differences("metric", *({name: f"{value:.6g}" for name, value in some.items()} for some in metrics))

@@ -638,8 +638,10 @@ def _snapshot(
     created_s, last_use_s = np.full(len(grouped.kind), np.inf), np.full(len(grouped.kind), np.inf)
     np.minimum.at(created_s, copies.group, copies.written_s)
     in_name_s = grouped.from_layout(grouped.layout.written_s, np.nan)
-    # A dated name has whole seconds; where the exact time is known, it decides about the order.
-    is_exact = np.isnan(in_name_s) | ((created_s >= in_name_s) & (created_s < in_name_s + 1.0))
+    # A dated name has whole seconds; where the exact time is known, it decides about the order. Our own names have
+    # milliseconds, in the order of the saves; a tag that is written later must not change it.
+    is_own = grouped.from_layout(grouped.layout.own, otherwise=False)
+    is_exact = np.isnan(in_name_s) | ((created_s >= in_name_s) & (created_s < in_name_s + 1.0) & ~is_own)
     created_s = np.where(is_exact, created_s, np.minimum(in_name_s, now_s))
     # A group without a known use counts as used when its oldest copy was written: a restored copy is not idle at once.
     np.minimum.at(last_use_s, copies.group, copies.modified_s)
