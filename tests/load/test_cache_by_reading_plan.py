@@ -66,8 +66,8 @@ def options(**given: Any) -> tc.LoaderOptions:
 def read_epoch(server: HttpFaultServer, cache: dict[str, Any], epoch: int, columns=None, **given: Any) -> list[int]:
     """One epoch as a process of its own reads it: a cache, a data set and a loader that begin with nothing.
 
-    The process ends when the first shards of the next epoch are fetched: copies were evicted for them, so a process that
-    ends earlier leaves less in the cache, up to a shard for each fetch.
+    The process ends when the first shards of the next epoch are fetched: copies were evicted for them, so a process
+    that ends earlier leaves less in the cache, up to a shard for each fetch.
     """
     with tc.Cache(cache["path"], size=cache["size"], min_free=0, policy=cache["policy"]) as opened:
         with warnings.catch_warnings():
@@ -88,8 +88,8 @@ def fetched(server: HttpFaultServer) -> int:
 def most_bytes(packed, share: float) -> float:
     """Bytes of an epoch of which the cache holds a share: the rest, and two shards.
 
-    A copy of which the cache has only a part, and one whose first blocks found no space, are each fetched in part again,
-    depending on how the threads of the loader and of the fetches meet.
+    A copy of which the cache has only a part, and one whose first blocks found no space, are each fetched in part
+    again, depending on how the threads of the loader and of the fetches meet.
     """
     n_shards = sum("/shards/" in key for key in packed[0])
     return packed[1] * (1.005 - share + 2 / n_shards)

@@ -5,8 +5,9 @@ name: step_100.pt and step_100.20261101T120000Z.pt. The planner proposes to rena
 have their old keys. Own checkpoints are not looked at (their names are unique), nor are shards (they do not change).
 
 While the newer objects are not a complete checkpoint yet, the older copy keeps the name, so that its readers find a
-complete one. A copy is an older one only if that is certain: without the catalog, the date of a copy is the date of its move, so that
-a copy in a colder tier may look newer than its source. Then the group stays as it is, and its moves are refused.
+complete one. A copy is an older one only if that is certain: without the catalog, the date of a copy is the date of its
+move, so that a copy in a colder tier may look newer than its source. Then the group stays as it is, and its moves are
+refused.
 """
 
 from __future__ import annotations
