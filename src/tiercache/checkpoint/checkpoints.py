@@ -37,7 +37,8 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.store import LocalFolder, Store, open_store
 
 if TYPE_CHECKING:
-    from tiercache.checkpoint.dcp import DistributedReader, DistributedWriter
+    from tiercache.checkpoint.dcp_reader import DistributedReader
+    from tiercache.checkpoint.dcp_writer import DistributedWriter
 
 Target: TypeAlias = Literal["local", "remote"]
 WhenBusy: TypeAlias = Literal["wait", "skip", "drop"]
@@ -245,7 +246,7 @@ class Checkpoints(StoredCheckpoints):
             metrics: Metrics by name, for the rules of retention.
             note: JSON value that list() returns.
         """
-        from tiercache.checkpoint.dcp import DistributedWriter
+        from tiercache.checkpoint.dcp_writer import DistributedWriter
 
         return DistributedWriter(self, step, metrics=metrics, note=note)
 
@@ -257,7 +258,7 @@ class Checkpoints(StoredCheckpoints):
         Args:
             which: "latest", "best:METRIC", a step or a name, as for load().
         """
-        from tiercache.checkpoint.dcp import DistributedReader
+        from tiercache.checkpoint.dcp_reader import DistributedReader
 
         return DistributedReader(self, which)
 
