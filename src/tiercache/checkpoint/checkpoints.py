@@ -31,7 +31,7 @@ from tiercache.checkpoint.retention import GC_AGE_S, Keep, RetentionReport, refe
 from tiercache.checkpoint.staging import HostMemory, StagedState
 from tiercache.checkpoint.state_tree import encode_state, state_text
 from tiercache.checkpoint.stored import StoredCheckpoints
-from tiercache.checkpoint.writer import CheckpointWriter, SaveDropped, SharedTensors, TaskThread, may_be_committed
+from tiercache.checkpoint.writer import CheckpointWriter, SaveDropped, TaskThread, may_be_committed
 from tiercache.crash_points import crash_point
 from tiercache.errors import NotFound, StoreError
 from tiercache.store import LocalFolder, Store, open_store
@@ -182,10 +182,7 @@ class Checkpoints(StoredCheckpoints):
         ]
         if len(roots) > len({*roots}):
             raise ValueError(f"local= is the folder of the checkpoints itself, {roots[0]}: leave it out")
-        self.shared = SharedTensors()
-        super().__init__(
-            remote_store, local_store, keep=keep, storage_options=storage_options, shared_tensors=self.shared
-        )
+        super().__init__(remote_store, local_store, keep=keep, storage_options=storage_options)
         self.dedup = dedup
         self._pending, self._when_busy, self._n_streams, self._rank = pending, when_busy, writers, rank
         self._memory = HostMemory()
@@ -222,7 +219,7 @@ class Checkpoints(StoredCheckpoints):
 
     def _writer_to(self, store: Store, target: Target) -> CheckpointWriter:
         referenced = partial(referenced_tensors, self.inventory, target)
-        return CheckpointWriter(store, self._n_streams, self.shared, referenced)
+        return CheckpointWriter(store, self._n_streams, self.retention.claims[target], referenced)
 
     @property
     def n_streams(self) -> int:
@@ -493,7 +490,6 @@ class Checkpoints(StoredCheckpoints):
         except BaseException as error:
             if may_be_committed(error):
                 raise
-            self.shared.release(name)
             if target == "local":
                 writer.discard(name)  # a full disk must not stay full
             else:

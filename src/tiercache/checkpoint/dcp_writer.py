@@ -237,7 +237,8 @@ class DistributedWriter(StorageWriter):
                 writer.upload(Manifest(task.name, self.step, 0.0, written), first.store, _NEVER)
         finally:
             # Tombstones and the age of the files protect them from deletions, which another process makes.
-            self._checkpoints.shared.release(task.name)
+            for writer in self._checkpoints.file_writers:
+                writer.shared.release(task.name)
         return stored
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

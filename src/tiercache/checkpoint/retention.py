@@ -248,7 +248,12 @@ class Retention:
         unfinished: Function that returns the names of the saves of this process that are not finished: they are never
             leftovers.
         now: Function that returns the time in seconds since the Unix epoch, which is compared with that of the stores.
-        shared_tensors: Shared tensors that saves of this process use; none of them is deleted.
+
+    Attributes:
+        inventory: Inventory of the checkpoints.
+        keeps: Rules.
+        gc_age_s: As given.
+        claims: Shared tensors of each tier that saves of this process use; none of them is deleted.
 
     Raises:
         ValueError: A rule is for the tier "local", and there is none.
@@ -262,12 +267,11 @@ class Retention:
         gc_age_s: float = GC_AGE_S,
         unfinished: Callable[[], Collection[str]] = tuple,
         now: Callable[[], float] = time.time,
-        shared_tensors: SharedTensors | None = None,
     ) -> None:
         self.inventory, self.keeps = inventory, tuple(keeps)
         self.gc_age_s, self._unfinished, self._now = gc_age_s, unfinished, now
-        self._shared_tensors = SharedTensors() if shared_tensors is None else shared_tensors
         tiers = tuple(inventory.tiers)
+        self.claims: Mapping[CheckpointTier, SharedTensors] = {tier: SharedTensors() for tier in tiers}
         for keep in self.keeps:
             if not isinstance(keep, Keep):
                 raise TypeError(f"keep is a list of tc.Keep(...), got {keep!r}")
@@ -293,7 +297,7 @@ class Retention:
                 copies = [copy for name in names for copy in scan.copies[name] if copy.tier == tier]
                 n_bytes += delete_copies(copies)
                 deleted[tier] = names
-            self._release(scan, deleted)
+            self._release(deleted)
         collected = self._collect(self.inventory.scan() if any(deleted.values()) else scan)
         return RetentionReport(deleted, collected.n_leftovers, collected.n_shared, n_bytes + collected.n_bytes)
 
@@ -324,7 +328,7 @@ class Retention:
             if moved:
                 self.inventory.tiers[tier].delete([reference_key(name) for name in moved])
             deleted[tier] = (*(copy.name for copy in copies), *moved)
-        self._release(scan, deleted)
+        self._release(deleted)
         return RetentionReport(deleted, n_bytes=n_bytes)
 
     def collect(self) -> RetentionReport:
@@ -335,11 +339,11 @@ class Retention:
         """
         return self._collect(self.inventory.scan())
 
-    def _release(self, scan: Scan, deleted: Mapping[CheckpointTier, Collection[str]]) -> None:
-        """Release the shared tensors of the checkpoints that exist in no tier any more."""
-        for name in {name for names in deleted.values() for name in names} - set(self._unfinished()):
-            if all(name in deleted.get(copy.tier, ()) for copy in scan.copies.get(name, ())):
-                self._shared_tensors.release(name)
+    def _release(self, deleted: Mapping[CheckpointTier, Collection[str]]) -> None:
+        """Release the shared tensors of checkpoints, in the tiers from which they were deleted."""
+        for tier, names in deleted.items():
+            for name in {*names} - {*self._unfinished()}:
+                self.claims[tier].release(name)
 
     def _collect(self, scan: Scan) -> RetentionReport:
         n_leftovers = n_shared = n_bytes = 0
@@ -350,7 +354,7 @@ class Retention:
             folders = [copy for copy in copies.values() if not copy.is_committed and copy.name not in unfinished]
             old = [copy for copy in folders if _newest_s(copy) <= old_s or copy.name in scan.tombstones[tier]]
             unused = {info.key: info for info in self._unused(scan, tier, copies, old_s)}
-            tensors = [unused[key] for key in self._shared_tensors.delete_unclaimed(unused, store.delete)]
+            tensors = [unused[key] for key in self.claims[tier].delete_unclaimed(unused, store.delete)]
             # References go after the tensors, and before the folders: without its folder, one would stay for ever.
             ended = _ended_references(scan, tier, copies, old_s)
             ended += [scan.references[tier][copy.name] for copy in old if copy.name in scan.references[tier]]

@@ -77,7 +77,9 @@ class SourceFile:
 
 
 class SharedTensors:
-    """The shared tensors that checkpoints of this process use, so that none is deleted under them. Thread-safe.
+    """The shared tensors of one store that checkpoints of this process use, so that none is deleted under them.
+
+    Thread-safe.
 
     A save claims a tensor before it looks whether the store has it. A deletion holds the lock from the check of the
     claims until the tensor is deleted. So the save either finds the tensor and keeps it, or writes it again.
@@ -118,7 +120,7 @@ class CheckpointWriter:
     Args:
         store: Store of the checkpoints.
         n_streams: Number of files that are written in parallel.
-        shared: Claims of shared tensors.
+        shared: Claims of shared tensors in this store.
         find_referenced: Function that returns the keys of the shared tensors of visible checkpoints. A tensor that is
             in the store, and is neither among them nor claimed, is written again: another process may be deleting it
             (retention.py). None: every tensor in the store is used.
@@ -131,7 +133,7 @@ class CheckpointWriter:
         shared: SharedTensors,
         find_referenced: Callable[[], Container[str]] | None = None,
     ) -> None:
-        self.store, self._n_streams, self._shared = store, n_streams, shared
+        self.store, self._n_streams, self.shared = store, n_streams, shared
         self._find_referenced = find_referenced
         # Name of the save for which they were found, and the keys.
         self._referenced: tuple[str, Container[str]] = ("", ())
@@ -264,10 +266,13 @@ class CheckpointWriter:
         raise StoreError("the answers of all puts were lost", url=f"{self.store.url}/{key}", maybe_done=True)
 
     def discard(self, name: str) -> None:
-        """Delete the files of a save that was not committed; errors are ignored, because gc() deletes them too.
+        """Release the shared tensors and delete the files of a save that was not committed.
+
+        Errors are ignored, because gc() deletes the files too.
 
         Only for a save of this process whose manifest was never put.
         """
+        self.shared.release(name)
         with suppress(StoreError):
             self.store.delete([info.key for info in self.store.list(f"{name}/")])
             crash_point("checkpoint_discard.deleted")
@@ -302,9 +307,12 @@ class CheckpointWriter:
         return len(found)
 
     def share(self, name: str, source: SourceFile, stop: Event) -> StoredFile:
-        """Write a shared tensor if the store does not have it. Errors as for write_staged()."""
+        """Write a shared tensor if the store does not have it, or has other bytes. Errors as for write_staged().
+
+        A tensor that this process has neither written nor checked is checked as a new file is, and a local one is read.
+        """
         key, crc = key_of(name, source.path), source.crc32c
-        is_claimed = self._shared.claim(name, key)
+        is_claimed = self.shared.claim(name, key)
         crash_point("checkpoint_write.claimed")
         if crc is None:
             crc = _crc_of(source.parts())
@@ -347,7 +355,10 @@ class CheckpointWriter:
                 raise _WrongSource(crc)
             upload.complete()
             crash_point("checkpoint_write.published")
-        self._check(key, source.n_bytes, crc, is_confirmed=getattr(upload, "is_confirmed", False))
+        # A file that was written to a folder has been synced. Reading it back from the disk would take as long again;
+        # the upload from it, and verify(), compare its checksum.
+        is_confirmed = isinstance(self.store, LocalFolder) or getattr(upload, "is_confirmed", False)
+        self._check(key, source.n_bytes, crc, is_confirmed=is_confirmed)
         crash_point("checkpoint_write.checked")
         return StoredFile(source.path, source.n_bytes, crc)
 
@@ -366,11 +377,10 @@ class CheckpointWriter:
     def _check(self, key: str, n_bytes: int, crc: int, *, is_confirmed: bool) -> None:
         """Check size and checksum of an object at the store.
 
-        is_confirmed: Whether the server has returned a matching checksum of every part.
+        is_confirmed: Whether the bytes need not be read: the server has returned a matching checksum of every part, or
+            this process has checked them before.
 
-        The store's own checksum is used if there is one; otherwise the bytes are read back. A local file is not: its
-        writer has synced it, and reading it back from the disk would take as long again. The upload from it, and
-        verify(), compare its checksum.
+        The store's own checksum is used if there is one; otherwise the bytes are read.
 
         Raises:
             NotFound: The store does not have the object.
@@ -379,10 +389,11 @@ class CheckpointWriter:
         info = self.store.head(key) if self._classes is None else self._classes.head(key)
         if info.n_bytes != n_bytes:
             raise self._wrong(key, f"{n_bytes} bytes", f"{info.n_bytes} bytes")
-        if isinstance(self.store, LocalFolder) or info.crc32c == crc or (info.crc32c is None and is_confirmed):
+        if info.crc32c == crc or (info.crc32c is None and is_confirmed):
             return
         # A checksum that differs does not prove a wrong object: some servers compute it of something else.
-        found = _crc_of(_parts_of_file(self.store, key, n_bytes, if_match=info.etag))
+        # No ETag is required: another rank may write an equal shared tensor again meanwhile.
+        found = _crc_of(_parts_of_file(self.store, key, n_bytes))
         if found != crc:
             raise self._wrong(key, f"CRC-32C {crc:08x}", f"CRC-32C {found:08x}")
 
@@ -420,13 +431,13 @@ def equal_parts(pieces: Iterable[memoryview], step: int) -> Iterator[memoryview]
         yield memoryview(held)
 
 
-def _parts_of_file(store: Store, key: str, n_bytes: int, *, if_match: str | None = None) -> Iterator[memoryview]:
+def _parts_of_file(store: Store, key: str, n_bytes: int) -> Iterator[memoryview]:
     """Yield the parts of an object, in one buffer."""
     step = part_bytes(n_bytes)
     buffer = memoryview(bytearray(min(step, n_bytes)))
     for start in range(0, n_bytes, step):
         part = ByteRange(start, min(start + step, n_bytes))
-        store.read_into(key, [(part, buffer[: part.n_bytes])], if_match=if_match)
+        store.read_into(key, [(part, buffer[: part.n_bytes])])
         yield buffer[: part.n_bytes]
 
 
