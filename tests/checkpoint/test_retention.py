@@ -1,6 +1,7 @@
 """Retention: what each rule keeps in each tier, deletions in batches, leftovers, and shared tensors."""
 
 import os
+import time
 import warnings
 
 import numpy as np
@@ -15,6 +16,7 @@ from tiercache.checkpoint.inventory import Inventory, Tags
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
     SHARED_FOLDER,
+    checkpoint_objects,
     encode_manifest,
     key_of,
     list_names,
@@ -245,6 +247,21 @@ def test_checkpoints_that_wait_for_their_upload_do_not_displace_uploaded_ones(re
     hours(remote, 1, 2)
     hours(local, 3, 4, at=5)
     assert retained(remote, Keep(last=2, tier="remote"), local=local) == [1, 2]
+
+
+def test_files_of_the_ranks_of_one_machine_are_kept_as_long_as_a_local_copy(remote, local):
+    deleted = hours(remote, 0, at=-1, commit=False)  # or never committed
+    names = hours(remote, 1, 2, 3)
+    begun = hours(remote, 4, at=5, commit=False)
+    for name in deleted + names + begun:
+        local.put(f"{name}/tensors-rank00001-00001-of-00001.safetensors", b"a part")
+    retention = Retention(Inventory({"local": local, "remote": remote}), [Keep(last=2)], now=time.time)
+    retention.run(["local"])
+    assert list_names(local) == []
+    assert [*checkpoint_objects(local.list())] == names[1:] + begun
+    assert steps_of(remote) == [1, 2, 3], "only the local tier was asked for"
+    retention.run()
+    assert steps_of(remote) == [2, 3]
 
 
 def test_a_rule_for_local_without_a_local_folder_is_refused(remote):

@@ -190,6 +190,28 @@ def die(url: str, local: str, point: str) -> None:
         dcp.save({"step": torch.full((1000,), step)}, storage_writer=checkpoints.dcp_writer(step))
 
 
+def save_on_machines(url: str, local: str, n_saves: int) -> list[int]:
+    """Save some steps, each rank to a local folder of its own, as on a machine of its own, and load the last one.
+
+    Returns:
+        Steps of which the rank's folder has files.
+    """
+    dist.init_process_group("gloo")
+    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (dist.get_world_size(),))
+    checkpoints = tc.Checkpoints(url, local=f"{local}-{rank}", keep=[tc.Keep(last=1)])
+    for step in range(n_saves):
+        state = {"weights": distribute_tensor(torch.full((40, 3), step), mesh, [Shard(0)])}
+        dcp.save(state, storage_writer=checkpoints.dcp_writer(step))
+    checkpoints.join()
+    state["weights"].zero_()
+    dcp.load(state, storage_reader=checkpoints.dcp_reader())
+    assert state["weights"].full_tensor().tolist() == [[n_saves - 1] * 3] * 40
+    assert checkpoints.verify().is_right
+    checkpoints.close()
+    dist.destroy_process_group()
+    return sorted(int(path.name[5:17]) for path in Path(f"{local}-{rank}").glob("step-*"))
+
+
 def save_until_killed(url: str, local: str, saved: str, rank: int, point: str, nth: int) -> None:
     """Save up to 6 steps more, while a rank is killed when it reaches a point for the n-th time.
 

@@ -101,6 +101,13 @@ def test_a_coordinator_that_is_killed_leaves_a_whole_checkpoint(tmp_path, warm_p
     assert state["step"].tolist() == [newest] * 1000
 
 
+def test_retention_cleans_the_local_folder_of_every_machine(tmp_path, warm_python):
+    arguments = {"url": str(tmp_path / "remote"), "local": str(tmp_path / "local"), "n_saves": 4}
+    first, second = run_ranks(warm_python, "tests.distributed.checkpoint_jobs:save_on_machines", 2, tmp_path, arguments)
+    assert first == [3]
+    assert second in ([3], [2, 3])  # applied while step 3 is written: it may be committed by then
+
+
 N_ROUNDS = 100
 POINTS = ("dcp.", "checkpoint_write.", "checkpoint_upload.", "checkpoint_commit.", "retention.")
 

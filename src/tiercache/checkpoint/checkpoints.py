@@ -538,6 +538,10 @@ class Checkpoints(StoredCheckpoints):
         for call in self._on_commit:
             self._deleting.submit(partial(call, name, target))
 
+    def retain_local(self) -> None:
+        """Let the thread that deletes apply the rules of retention to the local folder only."""
+        self._deleting.submit(partial(self.apply_retention, ("local",)))
+
     def _retain(self, name: str, target: Target) -> None:  # noqa: ARG002 - of _on_commit
         self.apply_retention()
         now_s = time.monotonic()

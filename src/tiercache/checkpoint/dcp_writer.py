@@ -15,7 +15,8 @@ import json
 import math
 import pickle
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Event
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from tiercache.cache.owners import boot_id
 from tiercache.checkpoint.checkpoints import Checkpoints, json_copy, numbers
 from tiercache.checkpoint.dcp_metadata import (
     Shape,
@@ -43,7 +45,6 @@ from tiercache.checkpoint.layout import (
     METRICS_NAME,
     STATE_NAME,
     Manifest,
-    StoredFile,
     TensorEntry,
     checkpoint_name,
     key_of,
@@ -54,24 +55,31 @@ from tiercache.checkpoint.layout import (
 from tiercache.checkpoint.safetensors_file import FileLayout, TensorSpec, distribute, lay_out_file
 from tiercache.checkpoint.staging import SHARED_MIN_BYTES, SHARED_NAME
 from tiercache.checkpoint.state_tree import DTYPES, EncodedState, encode_state
-from tiercache.checkpoint.writer import SourceFile, equal_parts, in_parallel, part_bytes
+from tiercache.checkpoint.writer import CheckpointWriter, SourceFile, equal_parts, in_parallel, part_bytes
 from tiercache.crash_points import crash_point
-from tiercache.errors import StoreError
+from tiercache.errors import StoreError, TierCacheError
 
 if TYPE_CHECKING:
     import os
 
-    from tiercache.store import Store
+    from tiercache.store import LocalFolder, Store
 
 _NEVER = Event()  # nothing stops a save of torch's
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What the coordinator tells each rank with its plan: the checkpoint's name, and the number of the rank."""
+    """What the coordinator tells each rank with its plan.
+
+    Attributes:
+        name: Name of the checkpoint.
+        rank: Number of the rank.
+        retains: Whether the rank applies retention to its local folder, which the coordinator and lower ranks lack.
+    """
 
     name: str
     rank: int
+    retains: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +94,9 @@ class DistributedWriter(StorageWriter):
     """Writer of one checkpoint, for `dcp.save` and `dcp.async_save`. Every rank makes its own, with the same arguments.
 
     When `dcp.save` returns, the checkpoint is verified and committed at the store. If a rank fails, all ranks raise the
-    error, and the checkpoints that were there before are unchanged. Retention runs in a thread of the coordinator after
-    the commit.
+    error, and the checkpoints that were there before are unchanged. If only the copy in the local folder fails, the
+    coordinator warns. Retention runs in a thread of the coordinator after the commit; to the local folders of other
+    machines, their first rank applies it during the next save.
 
     Args:
         checkpoints: Checkpoints to which this one is added.
@@ -121,13 +130,12 @@ class DistributedWriter(StorageWriter):
         return False
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Prepare for another save. Raises ValueError if checkpoint_id is given: tiercache names its checkpoints."""
+        """Begin a save. Raises ValueError if checkpoint_id is given: tiercache names its checkpoints."""
         if checkpoint_id is not None:
             raise ValueError(
                 f"checkpoint_id={str(checkpoint_id)!r} cannot be combined with a writer of tc.Checkpoints, which names "
                 "its checkpoints itself: leave checkpoint_id= out"
             )
-        self.name = ""
 
     def storage_meta(self) -> StorageMeta:
         """Return where the checkpoints are."""
@@ -141,15 +149,19 @@ class DistributedWriter(StorageWriter):
             )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Return the plan as it is."""
-        return plan
+        """Return the plan with what tells the local folder of this rank from those of others."""
+        return replace(plan, storage_data=_folder_id(self._checkpoints.local_store))
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Return the plans of all ranks with the checkpoint's name, each part in one of them only.
 
         Raises:
-            ValueError: A planner caches its plans.
+            ValueError: A planner caches its plans, or the writer has already saved its checkpoint.
         """
+        if self._is_committed:
+            raise ValueError(
+                f"this writer has saved {self.name}: make one for each checkpoint, with dcp_writer(step), on every rank"
+            )
         if not all(plan.usable for plan in plans):
             raise ValueError(
                 "the planner caches plans (enable_plan_caching=True), with which the ranks would not learn the name of "
@@ -159,10 +171,14 @@ class DistributedWriter(StorageWriter):
         self.name, self._created_s = self._checkpoints.new_name(self.step)
         planned: set[MetadataIndex] = set()
         tasks = []
+        folders = {_folder_id(self._checkpoints.local_store)}
         for rank, plan in enumerate(plans):
             items = [item for item in plan.items if item.index not in planned]
             planned.update(item.index for item in items)
-            tasks.append(replace(plan, items=items, storage_data=_Task(self.name, rank)))
+            folder = plan.storage_data
+            retains = bool(folder) and folder not in folders
+            folders.add(folder)
+            tasks.append(replace(plan, items=items, storage_data=_Task(self.name, rank, retains)))
         return tasks
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -174,6 +190,8 @@ class DistributedWriter(StorageWriter):
         """
         task: _Task = plan.storage_data
         self.name = task.name
+        if task.retains:  # the checkpoint before this one is committed by now
+            self._checkpoints.retain_local()
         sources: dict[str, _Source] = {}
         values: dict[MetadataIndex, EncodedState] = {}
         parts: dict[MetadataIndex, str] = {}
@@ -235,6 +253,10 @@ class DistributedWriter(StorageWriter):
             written = tuple({part.file.path: part.file for part in stored.values()}.values())
             for writer in others:
                 writer.upload(Manifest(task.name, self.step, 0.0, written), first.store, _NEVER)
+        except BaseException:
+            if others:
+                first.discard(task.name)  # a full disk must not stay full; the other ranks' parts are of no use
+            raise
         finally:
             # Tombstones and the age of the files protect them from deletions, which another process makes.
             for writer in self._checkpoints.file_writers:
@@ -262,31 +284,29 @@ class DistributedWriter(StorageWriter):
             texts[METRICS_NAME] = json.dumps(
                 {name: metric_json(value) for name, value in self._metrics.items()}
             ).encode()
+        manifest = Manifest(
+            name=self.name,
+            step=self.step,
+            created_s=self._created_s,
+            files=tuple(files[path] for path in sorted(files)),
+            tensors=tensors,
+            metrics=self._metrics,
+            note=self._note,
+        )
         # The store first: it alone has the files of all ranks. A local folder has those of the ranks of its machine.
-        for writer in reversed(self._checkpoints.file_writers):
-            is_remote = writer.store is self._checkpoints.remote_store
-            missing = _missing_file(writer.store, self.name, files.values())
-            if missing and is_remote:
-                raise StoreError(f"{missing} is missing, or has another size", url=f"{writer.store.url}/{self.name}")
-            if missing:
-                continue
-            small = [
-                writer.write(self.name, SourceFile(path, len(data), partial(iter, [memoryview(data)])), _NEVER)
-                for path, data in texts.items()
-            ]
-            manifest = Manifest(
-                name=self.name,
-                step=self.step,
-                created_s=self._created_s,
-                files=(*(files[path] for path in sorted(files)), *small),
-                tensors=tensors,
-                metrics=self._metrics,
-                note=self._note,
-            )
-            crash_point("dcp.described")
-            writer.commit(manifest)
-            crash_point("dcp.committed")
+        *local, remote = self._checkpoints.file_writers
+        if missing := _missing_file(remote.store, manifest):
+            raise StoreError(f"{missing} is missing, or has another size", url=f"{remote.store.url}/{self.name}")
+        _commit(remote, manifest, texts)
         self._is_committed = True
+        for writer in local:
+            try:
+                if not _missing_file(writer.store, manifest):
+                    _commit(writer, manifest, texts)
+            except TierCacheError as error:
+                where = f"{remote.store.url}/{self.name}"
+                message = f"the checkpoint is committed at {where}, but has no complete local copy: {error}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
         self._checkpoints.announce(self.name, "remote")
 
     def done(self) -> bool:
@@ -377,9 +397,29 @@ def _parts_of(found: StoredPart | StoredValue) -> tuple[StoredPart, ...]:
     return found.parts if isinstance(found, StoredValue) else (found,)
 
 
-def _missing_file(store: Store, name: str, files: Iterable[StoredFile]) -> str:
-    """Return which file a store lacks, or has with another size; "" if none. The store is listed."""
-    wanted = {key_of(name, file.path): file for file in files}
+def _folder_id(store: LocalFolder | None) -> str:
+    """Return what tells apart the local folders of ranks, also of several machines; "" if there is none yet."""
+    try:
+        found = None if store is None else store.root.stat()
+    except OSError:
+        return ""
+    return "" if found is None else f"{boot_id()}-{found.st_dev}-{found.st_ino}"
+
+
+def _commit(writer: CheckpointWriter, manifest: Manifest, texts: Mapping[str, bytes]) -> None:
+    """Write the files of the coordinator, given as texts by path, and commit a checkpoint."""
+    small = [
+        writer.write(manifest.name, SourceFile(path, len(data), partial(iter, [memoryview(data)])), _NEVER)
+        for path, data in texts.items()
+    ]
+    crash_point("dcp.described")
+    writer.commit(replace(manifest, files=(*manifest.files, *small)))
+    crash_point("dcp.committed")
+
+
+def _missing_file(store: Store, manifest: Manifest) -> str:
+    """Return which file of a checkpoint a store lacks, or has with another size; "" if none. The store is listed."""
+    wanted = {key_of(manifest.name, file.path): file for file in manifest.files}
     folders = {key.partition("/")[0] + "/" for key in wanted}
     sizes = {info.key: info.n_bytes for folder in folders for info in store.list(folder)}
     return next((file.path for key, file in wanted.items() if sizes.get(key) != file.n_bytes), "")

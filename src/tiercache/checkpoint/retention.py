@@ -41,6 +41,7 @@ from tiercache.checkpoint.layout import (
     reference_key,
     shared_digest,
     tombstone_key,
+    written_order,
 )
 from tiercache.checkpoint.writer import SharedTensors
 from tiercache.crash_points import crash_point
@@ -125,7 +126,8 @@ def plan_retention(
     tier without rules keeps everything. Always kept are the checkpoint of the tier, or of a tier behind it, that was
     written last, pinned checkpoints, the last copy of a tagged checkpoint, a checkpoint that is being uploaded, and a
     local copy of a checkpoint that the remote tier would keep and does not have yet. Only complete checkpoints are
-    deleted.
+    deleted. Files in the local tier without a manifest, such as those of the ranks of one machine, count as a copy if
+    the remote tier has the checkpoint; if no tier has it, they are deleted once the remote tier has a later one.
 
     Args:
         scan: Listing of the checkpoints.
@@ -143,7 +145,9 @@ def plan_retention(
     for number, tier in enumerate(tiers):
         behind = [name for name in everywhere if any(name in complete[one] for one in tiers[number:])]
         by_rules = _kept(scan, behind, _rules_of(keeps, tier), now_s)
-        for name in complete[tier]:
+        parts = [] if tier == home else _uncommitted(scan, tier)
+        here = [name for name in behind if name in complete[tier] or (name in complete[home] and name in parts)]
+        for name in here:
             tags, reasons = scan.tags(name), [*by_rules[name]]
             reasons += ["latest"] if name == behind[-1] else []  # of the store too: it outlives this machine
             reasons += ["being uploaded"] if name in unfinished and tier != home else []
@@ -154,8 +158,21 @@ def plan_retention(
             elif is_last_copy and tier != home and of_home[name]:
                 reasons.append("not uploaded yet")
             kept_by.setdefault(name, {})[tier] = tuple(reasons)
-        deletes[tier] = tuple(name for name in complete[tier] if not kept_by[name][tier])
+        gone = [
+            name
+            for name in parts
+            if any(written_order(name) < written_order(later) for later in complete[home][-1:])
+            and name not in unfinished
+            and not any(copy.is_committed for copy in scan.copies[name])
+        ]
+        deletes[tier] = (*gone, *(name for name in here if not kept_by[name][tier]))
     return RetentionPlan(kept_by, deletes)
+
+
+def _uncommitted(scan: Scan, tier: CheckpointTier) -> list[str]:
+    """Return the names of the checkpoints of which a tier has files without a manifest."""
+    copies = [copy for found in scan.copies.values() for copy in found if copy.tier == tier]
+    return [copy.name for copy in copies if not copy.is_committed]
 
 
 def _rules_of(keeps: Sequence[Keep], tier: CheckpointTier) -> list[Keep]:
@@ -282,8 +299,11 @@ class Retention:
         """Return what the rules keep and delete now."""
         return plan_retention(scan, self.keeps, tuple(self.inventory.tiers), self._now(), frozenset(self._unfinished()))
 
-    def run(self) -> RetentionReport:
+    def run(self, tiers: Collection[CheckpointTier] | None = None) -> RetentionReport:
         """Delete what no rule keeps, and collect(). The background thread calls it after each commit.
+
+        Args:
+            tiers: Tiers from which is deleted; None: all.
 
         Raises:
             StoreError: A store failed; the next run continues.
@@ -291,14 +311,16 @@ class Retention:
         deleted: dict[CheckpointTier, tuple[str, ...]] = {}
         n_bytes = 0
         scan = self.inventory.scan()
+        tiers = self.inventory.tiers.keys() if tiers is None else tiers
         if self.keeps:
-            plan = self.plan(scan)
-            for tier, names in plan.deletes.items():
+            deletes = self.plan(scan).deletes
+            for tier in tiers:
+                names = deletes[tier]
                 copies = [copy for name in names for copy in scan.copies[name] if copy.tier == tier]
                 n_bytes += delete_copies(copies)
                 deleted[tier] = names
             self._release(deleted)
-        collected = self._collect(self.inventory.scan() if any(deleted.values()) else scan)
+        collected = self._collect(self.inventory.scan() if any(deleted.values()) else scan, tiers)
         return RetentionReport(deleted, collected.n_leftovers, collected.n_shared, n_bytes + collected.n_bytes)
 
     def delete(self, names: Iterable[str]) -> RetentionReport:
@@ -337,7 +359,7 @@ class Retention:
         Raises:
             StoreError: A store failed; the next collection continues.
         """
-        return self._collect(self.inventory.scan())
+        return self._collect(self.inventory.scan(), self.inventory.tiers)
 
     def _release(self, deleted: Mapping[CheckpointTier, Collection[str]]) -> None:
         """Release the shared tensors of checkpoints, in the tiers from which they were deleted."""
@@ -345,11 +367,12 @@ class Retention:
             for name in {*names} - {*self._unfinished()}:
                 self.claims[tier].release(name)
 
-    def _collect(self, scan: Scan) -> RetentionReport:
+    def _collect(self, scan: Scan, tiers: Iterable[CheckpointTier]) -> RetentionReport:
         n_leftovers = n_shared = n_bytes = 0
         old_s = self._now() - self.gc_age_s
         unfinished = frozenset(self._unfinished())
-        for tier, store in self.inventory.tiers.items():
+        for tier in tiers:
+            store = self.inventory.tiers[tier]
             copies = {name: copy for name, found in scan.copies.items() for copy in found if copy.tier == tier}
             folders = [copy for copy in copies.values() if not copy.is_committed and copy.name not in unfinished]
             old = [copy for copy in folders if _newest_s(copy) <= old_s or copy.name in scan.tombstones[tier]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -291,6 +291,8 @@ class StoredCheckpoints:
         problems: dict[CheckpointTier, tuple[str, ...]] = {}
         n_bytes = 0
         for copy in scan.copies[name]:
+            if not copy.is_committed and scan.complete(name):
+                continue  # no copy: the files of the ranks of this machine
             if copy.manifest is None or copy.problem:
                 problems[copy.tier] = (f"{copy.url}: {copy.problem}",)
                 continue
@@ -363,10 +365,14 @@ class StoredCheckpoints:
         """
         return self.retention.collect()
 
-    def apply_retention(self) -> None:
-        """Delete what no rule keeps, and collect leftovers. An error is logged: the next call continues."""
+    def apply_retention(self, tiers: Collection[CheckpointTier] | None = None) -> None:
+        """Delete what no rule keeps, and collect leftovers. An error is logged: the next call continues.
+
+        Args:
+            tiers: Tiers from which is deleted; None: all.
+        """
         try:
-            self.retention.run()
+            self.retention.run(tiers)
         except TierCacheError as error:
             logger.warning("%s: old checkpoints were not deleted: %s", self.remote_store.url, error)
 
