@@ -374,10 +374,11 @@ def test_a_shared_tensor_stays_while_a_checkpoint_refers_to_it_and_goes_a_day_af
     assert list(remote.list()) == []
 
 
-def test_a_shared_tensor_stays_for_a_checkpoint_that_the_tier_engine_has_moved(remote):
+@pytest.mark.parametrize("is_killed", [False, True], ids=["moved", "killed when it has deleted the manifest"])
+def test_a_shared_tensor_stays_for_a_checkpoint_that_the_tier_engine_has_moved(remote, is_killed):
     first = write_checkpoint(remote, 1, {"w": A}, share=True)
     write_checkpoint(remote, 2, {"w": B}, share=True)
-    remote.delete([info.key for info in remote.list(f"{first}/")])
+    remote.delete([manifest_key(first)] if is_killed else [info.key for info in remote.list(f"{first}/")])
     assert collect(remote, START_S + 99 * DAY_S).n_shared == 0
     checkpoints = StoredCheckpoints(remote)
     assert [(one.step, one.state) for one in checkpoints.list()] == [(1, "moved"), (2, "complete")]
@@ -386,6 +387,14 @@ def test_a_shared_tensor_stays_for_a_checkpoint_that_the_tier_engine_has_moved(r
     assert [one.step for one in checkpoints.list()] == [2]
     assert collect(remote, START_S + 101 * DAY_S).n_shared == 1
     assert {info.key for info in remote.list("references/")} == {reference_key(list_names(remote)[0])}
+
+
+def test_a_checkpoint_whose_save_was_killed_before_it_put_its_reference_gets_one(remote):
+    name = write_checkpoint(remote, 1, {"w": A}, share=True)
+    remote.delete([reference_key(name)])
+    collect(remote, START_S + DAY_S)
+    remote.delete([info.key for info in remote.list(f"{name}/")])  # the tier engine moves it
+    assert collect(remote, START_S + 99 * DAY_S).n_shared == 0
 
 
 def test_a_local_reference_ends_when_the_store_has_the_checkpoint(remote, local):

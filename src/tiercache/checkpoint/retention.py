@@ -4,8 +4,9 @@ The planner of the tier engine evaluates the rules (`tier/plan/selection.py`), s
 rule file mean the same. plan_retention() decides, Retention acts.
 
 A deletion removes the manifest first, so that no reader sees a checkpoint that lacks files. A checkpoint with shared
-tensors has a reference (references/NAME.json), which stays if another program moves the checkpoint, and which a
-deletion turns into a tombstone (references/NAME.deleted.json). A shared tensor is deleted only if
+tensors has a reference (references/NAME.json), which is put after its manifest, stays if another program moves the
+checkpoint, and is turned into a tombstone (references/NAME.deleted.json) by a deletion. A shared tensor is deleted only
+if
 
 1. no manifest and no reference refers to it, and every one of them can be read,
 2. no tombstone younger than the age of collection refers to it, and
@@ -378,9 +379,10 @@ class Retention:
             old = [copy for copy in folders if _newest_s(copy) <= old_s or copy.name in scan.tombstones[tier]]
             unused = {info.key: info for info in self._unused(scan, tier, copies, old_s)}
             tensors = [unused[key] for key in self.claims[tier].delete_unclaimed(unused, store.delete)]
-            # References go after the tensors, and before the folders: without its folder, one would stay for ever.
+            for copy in copies.values():  # whose save was killed before it put the reference
+                if copy.manifest is not None and _shared_keys(copy.manifest) and copy.name not in scan.references[tier]:
+                    store.put(reference_key(copy.name), encode_manifest(copy.manifest))
             ended = _ended_references(scan, tier, copies, old_s)
-            ended += [scan.references[tier][copy.name] for copy in old if copy.name in scan.references[tier]]
             leftovers = [info for copy in old for info in copy.objects.values()]
             for objects in (ended, leftovers):
                 if objects:
@@ -482,8 +484,9 @@ def _ended_references(
 ) -> list[ObjectInfo]:
     """Return the references that protect nothing any more: old tombstones, and those of checkpoints that are gone.
 
-    A checkpoint whose folder is gone without a tombstone may have been moved by the tier engine, and its copy elsewhere
-    needs the tensors. If one of our own tiers behind this one has the checkpoint, that copy has tensors of its own.
+    A checkpoint whose folder, or manifest, is gone without a tombstone may have been moved by the tier engine, or is
+    being moved, and its copy elsewhere needs the tensors. If one of our own tiers behind this one has the checkpoint,
+    that copy has tensors of its own.
 
     copies: Copies of the tier by name.
     """
@@ -492,7 +495,8 @@ def _ended_references(
     behind = [*scan.references][[*scan.references].index(tier) + 1 :]
     for name, info in scan.references[tier].items():
         is_behind = any(copy.tier in behind for copy in scan.complete(name))
-        if name not in copies and (name in tombstones or is_behind) and _modified_s(info, name) <= old_s:
+        is_gone = name not in copies or not copies[name].is_committed
+        if is_gone and (name in tombstones or is_behind) and _modified_s(info, name) <= old_s:
             ended.append(info)
     return ended
 

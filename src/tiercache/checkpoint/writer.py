@@ -234,20 +234,27 @@ class CheckpointWriter:
         crash_point("checkpoint_upload.files_written")
 
     def commit(self, manifest: Manifest) -> None:
-        """Put the manifest: from now on the checkpoint exists.
+        """Put the manifest: from now on the checkpoint exists. Then put the reference to its shared tensors.
+
+        So a folder with a reference and without a manifest is never an unfinished save, but one that another program
+        moves. If the reference is not put, the next collection does so.
 
         Raises:
             CommitConflict: The store has another manifest of this name.
             StoreError: The put failed; the checkpoint may exist if .maybe_done is True.
         """
-        key, text = manifest_key(manifest.name), encode_manifest(manifest)
-        if any(shared_digest(file.path) for file in manifest.files):
-            self.store.put(reference_key(manifest.name), text)
+        text = encode_manifest(manifest)
         crash_point("checkpoint_commit.files_checked")
+        self._put_manifest(manifest_key(manifest.name), text)
+        crash_point("checkpoint_commit.committed")
+        if any(shared_digest(file.path) for file in manifest.files):
+            with suppress(StoreError):
+                self.store.put(reference_key(manifest.name), text)
+
+    def _put_manifest(self, key: str, text: bytes) -> None:
         for attempt in range(_COMMIT_ATTEMPTS):
             try:
                 if self.store.put_if_absent(key, text):
-                    crash_point("checkpoint_commit.committed")
                     return
             except StoreError as error:
                 if not error.maybe_done:
