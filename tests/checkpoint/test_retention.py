@@ -518,9 +518,11 @@ class SavesAndDeletes(RuleBasedStateMachine):
     def _commit(self, save, *, is_killed=False):
         self.saves.remove(save)
         manifest, _ = self._manifest(save)
-        self.store.put(reference_key(manifest.name), encode_manifest(manifest))
-        if not is_killed:
-            assert self.store.put_if_absent(manifest_key(manifest.name), encode_manifest(manifest))
+        assert self.store.put_if_absent(manifest_key(manifest.name), encode_manifest(manifest))
+        if is_killed:  # the engine moves it after a later commit only, and thus after a collection
+            self.collect()
+        else:
+            self.store.put(reference_key(manifest.name), encode_manifest(manifest))
 
     @precondition(lambda self: self.saves)
     @rule(data=st.data())
@@ -539,12 +541,12 @@ class SavesAndDeletes(RuleBasedStateMachine):
             self.saves.remove(save)
 
     @precondition(lambda self: list_names(self.store))
-    @rule(data=st.data())
-    def move_away(self, data):
-        """The tier engine moves the folder of a checkpoint, which will come back."""
+    @rule(data=st.data(), dies=st.booleans())
+    def move_away(self, data, dies):
+        """The tier engine moves the folder of a checkpoint, which will come back, and perhaps dies in between."""
         name = data.draw(st.sampled_from(list_names(self.store)))
         self.moved[name] = {info.key: self.store.get(info.key) for info in self.store.list(f"{name}/")}
-        self.store.delete([*self.moved[name]])
+        self.store.delete([manifest_key(name)] if dies else [*self.moved[name]])
 
     @precondition(lambda self: self.moved)
     @rule(data=st.data())
