@@ -85,10 +85,10 @@ def write_checkpoint(
     body = json.dumps({key: metric_json(value) for key, value in (metrics or {}).items()}).encode()
     files.append(put_file(store, name, METRICS_NAME, body))
     manifest = Manifest(name, step, created_s, tuple(files), entries, dict(metrics or {}), note)
-    if any(entry.digest for entry in entries.values()):
-        store.put(reference_key(name), encode_manifest(manifest))
     if commit:
         assert store.put_if_absent(manifest_key(name), encode_manifest(manifest))
+        if any(entry.digest for entry in entries.values()):
+            store.put(reference_key(name), encode_manifest(manifest))
     return name
 
 

@@ -188,6 +188,47 @@ def test_what_would_not_commit_one_checkpoint_of_all_ranks_is_refused(checkpoint
 # -- silent failures of other libraries ------------------------------------------------------------------------------
 
 
+def test_a_checkpoint_at_the_store_without_a_local_copy_is_a_warning(checkpoints):
+    writer = checkpoints.file_writers[0]
+    writer.store = FaultStore(writer.store, [Fault("complete", keys="*state.json", retryable=False)])
+    saving = checkpoints.dcp_writer(3)
+    with pytest.warns(RuntimeWarning, match=r"is committed at .*, but has no complete local copy: .*scripted fault"):
+        dcp.save(state_with(1.0), storage_writer=saving)
+    assert saving.done()
+    (info,) = checkpoints.list()
+    assert info.tiers == ("remote",)
+    assert checkpoints.verify().is_right
+    loaded = state_with(-1.0)
+    dcp.load(loaded, storage_reader=checkpoints.dcp_reader())
+    assert is_same(loaded, state_with(1.0))
+
+
+@pytest.mark.parametrize("keys", ["*.safetensors", "*state.json"])
+def test_a_save_that_fails_is_not_done_and_a_rank_that_fails_leaves_no_local_files(checkpoints, keys):
+    writer = checkpoints.file_writers[-1]
+    whole = writer.store
+    writer.store = FaultStore(whole, [Fault("complete", keys=keys, retryable=False)])
+    saving = checkpoints.dcp_writer(3)
+    with pytest.raises(CheckpointException, match="scripted fault"):
+        dcp.save(state_with(1.0), storage_writer=saving)
+    assert not saving.done()
+    assert steps(checkpoints) == []
+    if keys == "*.safetensors":
+        assert [info.key for info in checkpoints.local_store.list() if info.key != "run.json"] == []
+    writer.store = whole
+    dcp.save(state_with(2.0), storage_writer=saving)  # the same save again
+    assert saving.done()
+    assert steps(checkpoints) == [3]
+
+
+def test_a_writer_saves_one_checkpoint(checkpoints):
+    writer = checkpoints.dcp_writer(0)
+    dcp.save({"weights": torch.ones(2)}, storage_writer=writer)
+    with pytest.raises(CheckpointException, match=f"this writer has saved {writer.name}: make one for each"):
+        dcp.save({"weights": torch.zeros(2)}, storage_writer=writer)
+    assert checkpoints.load()["weights"].tolist() == [1.0, 1.0]
+
+
 class DroppingFileSystem(MemoryFileSystem):
     """A file system in memory whose writers lose the end of large files, as if it was not flushed."""
 

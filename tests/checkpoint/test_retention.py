@@ -1,6 +1,7 @@
 """Retention: what each rule keeps in each tier, deletions in batches, leftovers, and shared tensors."""
 
 import os
+import time
 import warnings
 
 import numpy as np
@@ -15,6 +16,7 @@ from tiercache.checkpoint.inventory import Inventory, Tags
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
     SHARED_FOLDER,
+    checkpoint_objects,
     encode_manifest,
     key_of,
     list_names,
@@ -247,6 +249,21 @@ def test_checkpoints_that_wait_for_their_upload_do_not_displace_uploaded_ones(re
     assert retained(remote, Keep(last=2, tier="remote"), local=local) == [1, 2]
 
 
+def test_files_of_the_ranks_of_one_machine_are_kept_as_long_as_a_local_copy(remote, local):
+    deleted = hours(remote, 0, at=-1, commit=False)  # or never committed
+    names = hours(remote, 1, 2, 3)
+    begun = hours(remote, 4, at=5, commit=False)
+    for name in deleted + names + begun:
+        local.put(f"{name}/tensors-rank00001-00001-of-00001.safetensors", b"a part")
+    retention = Retention(Inventory({"local": local, "remote": remote}), [Keep(last=2)], now=time.time)
+    retention.run(["local"])
+    assert list_names(local) == []
+    assert [*checkpoint_objects(local.list())] == names[1:] + begun
+    assert steps_of(remote) == [1, 2, 3], "only the local tier was asked for"
+    retention.run()
+    assert steps_of(remote) == [2, 3]
+
+
 def test_a_rule_for_local_without_a_local_folder_is_refused(remote):
     with pytest.raises(ValueError, match="have no local folder"):
         StoredCheckpoints(remote, keep=[Keep(last=1, tier="local")])
@@ -357,10 +374,11 @@ def test_a_shared_tensor_stays_while_a_checkpoint_refers_to_it_and_goes_a_day_af
     assert list(remote.list()) == []
 
 
-def test_a_shared_tensor_stays_for_a_checkpoint_that_the_tier_engine_has_moved(remote):
+@pytest.mark.parametrize("is_killed", [False, True], ids=["moved", "killed when it has deleted the manifest"])
+def test_a_shared_tensor_stays_for_a_checkpoint_that_the_tier_engine_has_moved(remote, is_killed):
     first = write_checkpoint(remote, 1, {"w": A}, share=True)
     write_checkpoint(remote, 2, {"w": B}, share=True)
-    remote.delete([info.key for info in remote.list(f"{first}/")])
+    remote.delete([manifest_key(first)] if is_killed else [info.key for info in remote.list(f"{first}/")])
     assert collect(remote, START_S + 99 * DAY_S).n_shared == 0
     checkpoints = StoredCheckpoints(remote)
     assert [(one.step, one.state) for one in checkpoints.list()] == [(1, "moved"), (2, "complete")]
@@ -369,6 +387,14 @@ def test_a_shared_tensor_stays_for_a_checkpoint_that_the_tier_engine_has_moved(r
     assert [one.step for one in checkpoints.list()] == [2]
     assert collect(remote, START_S + 101 * DAY_S).n_shared == 1
     assert {info.key for info in remote.list("references/")} == {reference_key(list_names(remote)[0])}
+
+
+def test_a_checkpoint_whose_save_was_killed_before_it_put_its_reference_gets_one(remote):
+    name = write_checkpoint(remote, 1, {"w": A}, share=True)
+    remote.delete([reference_key(name)])
+    collect(remote, START_S + DAY_S)
+    remote.delete([info.key for info in remote.list(f"{name}/")])  # the tier engine moves it
+    assert collect(remote, START_S + 99 * DAY_S).n_shared == 0
 
 
 def test_a_local_reference_ends_when_the_store_has_the_checkpoint(remote, local):
@@ -492,9 +518,11 @@ class SavesAndDeletes(RuleBasedStateMachine):
     def _commit(self, save, *, is_killed=False):
         self.saves.remove(save)
         manifest, _ = self._manifest(save)
-        self.store.put(reference_key(manifest.name), encode_manifest(manifest))
-        if not is_killed:
-            assert self.store.put_if_absent(manifest_key(manifest.name), encode_manifest(manifest))
+        assert self.store.put_if_absent(manifest_key(manifest.name), encode_manifest(manifest))
+        if is_killed:  # the engine moves it after a later commit only, and thus after a collection
+            self.collect()
+        else:
+            self.store.put(reference_key(manifest.name), encode_manifest(manifest))
 
     @precondition(lambda self: self.saves)
     @rule(data=st.data())
@@ -513,12 +541,12 @@ class SavesAndDeletes(RuleBasedStateMachine):
             self.saves.remove(save)
 
     @precondition(lambda self: list_names(self.store))
-    @rule(data=st.data())
-    def move_away(self, data):
-        """The tier engine moves the folder of a checkpoint, which will come back."""
+    @rule(data=st.data(), dies=st.booleans())
+    def move_away(self, data, dies):
+        """The tier engine moves the folder of a checkpoint, which will come back, and perhaps dies in between."""
         name = data.draw(st.sampled_from(list_names(self.store)))
         self.moved[name] = {info.key: self.store.get(info.key) for info in self.store.list(f"{name}/")}
-        self.store.delete([*self.moved[name]])
+        self.store.delete([manifest_key(name)] if dies else [*self.moved[name]])
 
     @precondition(lambda self: self.moved)
     @rule(data=st.data())

@@ -771,20 +771,48 @@ def test_equal_values_of_other_types_and_shapes_are_not_shared(tmp_path):
         assert len([*checkpoints.remote_store.list("tensors/")]) == 3
 
 
+@pytest.mark.parametrize("place", ["memory", "folder"])
 @pytest.mark.parametrize("damage", ["short", "changed", "missing"])
-def test_a_shared_tensor_that_is_not_what_was_written_is_written_again(damage, memory_store):
-    with opened(memory_store, dedup=True) as checkpoints:
-        assert checkpoints.save(1, {"x": large(1)}).wait(timeout_s=WAIT_S)
-    (info,) = memory_store.list("tensors/")
-    data = memory_store.get(info.key)
+def test_a_shared_tensor_that_is_not_what_was_written_is_written_again(damage, place, memory_store, tmp_path):
+    store = memory_store if place == "memory" else LocalFolder(tmp_path)
+    with opened(store, dedup=True) as checkpoints:
+        first = checkpoints.save(1, {"x": large(1)})
+        assert first.wait(timeout_s=WAIT_S)
+    (info,) = store.list("tensors/")
+    data = store.get(info.key)
     if damage == "missing":
-        memory_store.delete([info.key])
+        store.delete([info.key])
     else:
-        memory_store.put(info.key, data[:-1] if damage == "short" else data[:-1] + b"\xff")
-    with opened(memory_store, dedup=True) as checkpoints:  # another process, which has not checked the tensor
+        store.put(info.key, data[:-1] if damage == "short" else data[:-1] + b"\xff")
+    with opened(store, dedup=True) as checkpoints:  # another process, which has not checked the tensor
         saved = checkpoints.save(2, {"x": large(1)})
         assert saved.wait(timeout_s=WAIT_S)
-        assert same(read_checkpoint(memory_store, saved.name)[1], {"x": large(1)})
+        for name in (first.name, saved.name):
+            assert same(read_checkpoint(store, name)[1], {"x": large(1)})
+
+
+def test_a_process_reads_a_shared_tensor_in_a_folder_once_and_not_what_it_has_written(tmp_path):
+    store = LocalFolder(tmp_path)
+    for n_reads in (0, 1):
+        with opened(store, dedup=True) as checkpoints:
+            before = store.counters["bytes_read"]
+            for step in range(3):
+                assert checkpoints.save(step, {"x": large(1)}).wait(timeout_s=WAIT_S)
+                checkpoints.join()
+            assert (store.counters["bytes_read"] - before) // large(1).nbytes == n_reads
+
+
+def test_a_shared_tensor_at_the_store_that_only_local_checkpoints_use_is_written_again(tmp_path):
+    store = FaultStore(LocalFolder(tmp_path / "remote"))
+    with opened(store, local=tmp_path / "local", dedup=True) as checkpoints:
+        store.add(Fault("complete", keys="*state.json", retryable=False))
+        failed = checkpoints.save(1, {"x": large(1)})
+        with pytest.raises(StoreError, match="it is committed in"):
+            failed.wait("remote", timeout_s=WAIT_S)
+        checkpoints.join()
+        (info,) = store.list("tensors/")  # no checkpoint at the store names it: another process may be deleting it
+        assert checkpoints.save(2, {"x": large(1)}).wait(timeout_s=WAIT_S)
+        assert store.head(info.key).etag != info.etag
 
 
 def test_a_shared_tensor_that_a_save_uses_is_not_deleted_under_it(memory_store):
@@ -792,11 +820,11 @@ def test_a_shared_tensor_that_a_save_uses_is_not_deleted_under_it(memory_store):
         first = checkpoints.save(1, {"x": large(1)})
         assert first.wait(timeout_s=WAIT_S)
         (info,) = memory_store.list("tensors/")
-        deleted = []
-        assert checkpoints.shared.delete_unclaimed([info.key, "tensors/other"], deleted.extend) == ["tensors/other"]
+        deleted, claims = [], checkpoints.retention.claims["remote"]
+        assert claims.delete_unclaimed([info.key, "tensors/other"], deleted.extend) == ["tensors/other"]
         assert deleted == ["tensors/other"]
-        checkpoints.shared.release(first.name)
-        assert checkpoints.shared.delete_unclaimed([info.key], memory_store.delete) == [info.key]
+        claims.release(first.name)
+        assert claims.delete_unclaimed([info.key], memory_store.delete) == [info.key]
         saved = checkpoints.save(2, {"x": large(1)})
         assert saved.wait(timeout_s=WAIT_S)
         assert same(read_checkpoint(memory_store, saved.name)[1], {"x": large(1)})

@@ -7,7 +7,8 @@ import json
 import os
 import signal
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -21,9 +22,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from typer.testing import CliRunner
 
 import tiercache as tc
 from tiercache import crash_points
+from tiercache.cli.app import app
 from tiercache.testing.faults import Fault, FaultStore
 
 KINDS = ("fsdp", "tp", "fsdp x tp", "hsdp")
@@ -190,27 +193,112 @@ def die(url: str, local: str, point: str) -> None:
         dcp.save({"step": torch.full((1000,), step)}, storage_writer=checkpoints.dcp_writer(step))
 
 
-def save_until_killed(url: str, local: str, saved: str, rank: int, point: str, nth: int) -> None:
-    """Save up to 6 steps more, while a rank is killed when it reaches a point for the n-th time.
+def save_on_machines(url: str, local: str, n_saves: int) -> list[int]:
+    """Save some steps, each rank to a local folder of its own, as on a machine of its own, and load the last one.
 
-    saved: File to which rank 0 appends each step once its save has returned.
+    Returns:
+        Steps of which the rank's folder has files.
     """
     dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    checkpoints = tc.Checkpoints(url, local=local, keep=[tc.Keep(last=2)], dedup=True)
-    first = [max((info.step for info in checkpoints.list() if info.state == "complete"), default=-1) + 1]
-    dist.broadcast_object_list(first)
-    if dist.get_rank() == rank:
-        crash_points.set_hook(Killer(point, nth))
-    for step in range(first[0], first[0] + 6):
-        state = {
-            "weights": distribute_tensor(torch.full((40, 3), step), mesh, [Shard(0)]),
-            "frozen": torch.full((1 << 18,), 7.0),
-            "moving": torch.full((1 << 18,), float(step)),
-            "step": step,
-        }
+    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (dist.get_world_size(),))
+    checkpoints = tc.Checkpoints(url, local=f"{local}-{rank}", keep=[tc.Keep(last=1)])
+    for step in range(n_saves):
+        state = {"weights": distribute_tensor(torch.full((40, 3), step), mesh, [Shard(0)])}
         dcp.save(state, storage_writer=checkpoints.dcp_writer(step))
-        if dist.get_rank() == 0:
+    checkpoints.join()
+    state["weights"].zero_()
+    dcp.load(state, storage_reader=checkpoints.dcp_reader())
+    assert state["weights"].full_tensor().tolist() == [[n_saves - 1] * 3] * 40
+    assert checkpoints.verify().is_right
+    checkpoints.close()
+    dist.destroy_process_group()
+    return sorted(int(path.name[5:17]) for path in Path(f"{local}-{rank}").glob("step-*"))
+
+
+def killed_at(kill: dict[str, Any] | None, counts: str = "") -> Callable[[], None]:
+    """Set the hook of crash points: die at a point, or count how often each is reached.
+
+    Args:
+        kill: Arguments of Killer; None: this process counts.
+        counts: File for the counts, as JSON; "": none.
+
+    Returns:
+        Function that writes the counts at the end of the work.
+    """
+    found: Counter[str] = Counter()
+    crash_points.set_hook(Killer(**kill) if kill else lambda name: found.update([name]))
+    return lambda: Path(counts).write_text(json.dumps(found)) if counts else None
+
+
+def state_at(step: int) -> dict[str, Any]:
+    """The state of a step: a tensor for all ranks together, one that never changes, one that does, and a number."""
+    values = torch.Generator().manual_seed(step)
+    return {
+        "weights": torch.randn(40, 3, generator=values),
+        "frozen": torch.full((1 << 18,), 7.0),
+        "moving": torch.randn(1 << 18, generator=values),
+        "step": step,
+    }
+
+
+def save_until_killed(
+    url: str,
+    locals_: list[str],
+    n_saves: int,
+    saved: str,
+    keep_last: int,
+    kill: dict[str, Any] | None,
+    rank: int,
+    counts: str = "",
+) -> None:
+    """Save some steps more, while a rank is killed when it reaches a point for the n-th time.
+
+    Args:
+        url: URL of the checkpoints.
+        locals_: Local folder of each rank; empty: none.
+        n_saves: Number of steps.
+        saved: File to which rank 0 appends each step once its save has returned.
+        keep_last: Checkpoints that stay; 0: all.
+        kill: What kills `rank`, or None.
+        rank: Rank that is killed.
+        counts: Beginning of the files for the counts of the ranks.
+    """
+    dist.init_process_group("gloo")
+    me, mesh = dist.get_rank(), init_device_mesh("cpu", (dist.get_world_size(),))
+    keep = [tc.Keep(last=keep_last)] if keep_last else []
+    checkpoints = tc.Checkpoints(url, local=locals_[me] if locals_ else None, keep=keep, dedup=True)
+    first = [1 + int((Path(saved).read_text().split() or [-1])[-1]) if Path(saved).exists() else 0]
+    dist.broadcast_object_list(first)
+    end = killed_at(kill if me == rank else None, counts and f"{counts}-{me}")
+    for step in range(first[0], first[0] + n_saves):
+        state = state_at(step)
+        state["weights"] = distribute_tensor(state["weights"], mesh, [Shard(0)])
+        dcp.save(state, storage_writer=checkpoints.dcp_writer(step))
+        if me == 0:
             with Path(saved).open("a") as file:
                 file.write(f"{step}\n")
     checkpoints.close()
+    end()
+
+
+def load_exactly(url: str, step: int) -> bool:
+    """Whether every rank loads a step bit by bit."""
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    checkpoints, expected = tc.Checkpoints(url), state_at(step)
+    state = {key: torch.zeros_like(value) if key != "step" else -1 for key, value in expected.items()}
+    state["weights"] = distribute_tensor(state["weights"], mesh, [Shard(0)])
+    dcp.load(state, storage_reader=checkpoints.dcp_reader(step))
+    state["weights"] = state["weights"].full_tensor()
+    checkpoints.close()
+    dist.destroy_process_group()
+    return digest(state) == digest(expected)
+
+
+def run_tier_command(cwd: str, arguments: list[str], kill: dict[str, Any] | None, counts: str = "") -> None:
+    """Run `tiercache tier ...` in a folder, and die at a point."""
+    os.chdir(cwd)
+    end = killed_at(kill, counts)
+    done = CliRunner().invoke(app, ["tier", *arguments])
+    assert done.exit_code == 0, done.output
+    end()

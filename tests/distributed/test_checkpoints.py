@@ -1,24 +1,20 @@
 """Sharded checkpoints of gloo ranks by torch.distributed.checkpoint: saved by 4 ranks, loaded by 4, 2 and 1."""
 
 import json
-import random
 import signal
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch.distributed.checkpoint as dcp
 from tests.distributed.checkpoint_jobs import KINDS, digest, make, state_of
 from tests.distributed.ranks import Job, run_ranks
-from tests.support.kill_points import points_in
+from tests.stress.rank_rounds import Rounds, points_of_ranks
 
 import tiercache as tc
-from tiercache.checkpoint.layout import key_of, list_names, manifest_key, reference_key
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
 
 SAVE, LOAD = "tests.distributed.checkpoint_jobs:save", "tests.distributed.checkpoint_jobs:load"
-KILLED = "tests.distributed.checkpoint_jobs:save_until_killed"
+N_ROUNDS = 450  # half an hour on two cores; `python -m tests.stress.rank_rounds` takes any number
 
 
 @pytest.fixture(scope="module")
@@ -101,48 +97,24 @@ def test_a_coordinator_that_is_killed_leaves_a_whole_checkpoint(tmp_path, warm_p
     assert state["step"].tolist() == [newest] * 1000
 
 
-N_ROUNDS = 100
-POINTS = ("dcp.", "checkpoint_write.", "checkpoint_upload.", "checkpoint_commit.", "retention.")
+def test_retention_cleans_the_local_folder_of_every_machine(tmp_path, warm_python):
+    arguments = {"url": str(tmp_path / "remote"), "local": str(tmp_path / "local"), "n_saves": 4}
+    first, second = run_ranks(warm_python, "tests.distributed.checkpoint_jobs:save_on_machines", 2, tmp_path, arguments)
+    assert first == [3]
+    assert second in ([3], [2, 3])  # applied while step 3 is written: it may be committed by then
 
 
 @pytest.mark.stress
-@pytest.mark.timeout(3600)
-def test_ranks_that_are_killed_at_any_point_lose_no_saved_checkpoint(tmp_path, warm_python, capsys):
-    chance = random.Random(23)
-    points = [name for name in points_in(Path(tc.__file__).parent) if name.startswith(POINTS)]
-    url, local, saved, struck = str(tmp_path / "remote"), str(tmp_path / "local"), tmp_path / "saved", Counter()
-    for number in range(N_ROUNDS):
-        rank, point = number % 2, points[number // 2 % len(points)]
-        arguments = {"url": url, "local": local, "saved": str(saved), "rank": rank, "point": point}
-        job = KILLED, 2, tmp_path / "job", {**arguments, "nth": chance.randrange(1, 6)}
-        with Job(warm_python, *job) as ranks:
-            codes = ranks.exit_codes()
-            struck[rank, point] += codes[rank] == -signal.SIGKILL
-            assert codes == [0, 0] or codes[rank] == -signal.SIGKILL, ranks.said()
-        n_saved = int(saved.read_text().split()[-1]) if saved.exists() else -1
-        checkpoints = tc.Checkpoints(url, local=local)
-        newest = [info.step for info in checkpoints.list() if info.state == "complete"][-1:]
-        assert newest or n_saved < 0, (rank, point)
-        if newest:
-            state = checkpoints.load("latest")
-            assert state["step"] == newest[0] >= n_saved, (rank, point)
-            assert state["weights"].tolist() == [[newest[0]] * 3] * 40
-            assert state["moving"].unique().tolist() == [newest[0]]
-            assert state["frozen"].unique().tolist() == [7.0]
-        checkpoints.close()
-    checkpoints = tc.Checkpoints(url, local=local, keep=[tc.Keep(last=2)])
-    checkpoints.retention.gc_age_s = 0
-    checkpoints.retention.run()
-    checkpoints.retention.run()  # the first one has deleted references of killed saves, which protected tensors
-    for store in checkpoints.inventory.tiers.values():  # nothing is left of saves that were killed
-        names = set(list_names(store))
-        kept = [checkpoints.inventory.scan().manifest(name) for name in names]
-        used = (
-            {key_of(one.name, file.path) for one in kept for file in one.files}
-            | set(map(manifest_key, names))
-            | set(map(reference_key, names))
-        )
-        assert {info.key for info in store.list()} == used
+@pytest.mark.timeout(7200)
+def test_kills_of_ranks_and_of_the_tier_engine_lose_no_checkpoint_and_leave_nothing(tmp_path, warm_python, capsys):
+    rounds = Rounds(tmp_path, seed=23, python=warm_python)
+    rounds.run(N_ROUNDS)
+    report = rounds.report
     with capsys.disabled():
-        print(f"\n{N_ROUNDS} rounds of two ranks: {sum(struck.values())} struck, at {len(+struck)} ranks and points")
-    assert len({point for (_, point), n in struck.items() if n}) >= len(points) * 2 // 3, struck
+        print(
+            f"\ntwo ranks and the tier engine: {report.n_struck} rounds struck {len(report.struck)} points; "
+            f"{report.missed} missed; {report.seconds:.0f} s; {len(report.problems)} problems"
+        )
+    assert report.problems == []
+    assert report.never_reached == []
+    assert points_of_ranks().keys() <= report.struck.keys()

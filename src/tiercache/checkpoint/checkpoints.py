@@ -26,7 +26,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
-from threading import Condition, Event, Lock
+from threading import Condition, Lock
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tiercache.checkpoint.layout import (
@@ -44,14 +44,15 @@ from tiercache.checkpoint.retention import GC_AGE_S, Keep, RetentionReport, refe
 from tiercache.checkpoint.staging import HostMemory, StagedState
 from tiercache.checkpoint.state_tree import encode_state, state_text
 from tiercache.checkpoint.stored import StoredCheckpoints
-from tiercache.checkpoint.writer import CheckpointWriter, SharedTensors, TaskThread, may_be_committed
+from tiercache.checkpoint.writer import CheckpointWriter, TaskThread, may_be_committed
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptCheckpoint, NotFound, StoreError, TierCacheError
 from tiercache.store import LocalFolder, Store, open_store
 from tiercache.store.options import ParsedUrl
 
 if TYPE_CHECKING:
-    from tiercache.checkpoint.dcp import DistributedReader, DistributedWriter
+    from tiercache.checkpoint.dcp_reader import DistributedReader
+    from tiercache.checkpoint.dcp_writer import DistributedWriter
 
 Target: TypeAlias = Literal["local", "remote"]
 WhenBusy: TypeAlias = Literal["wait", "skip", "drop"]
@@ -60,7 +61,6 @@ SaveState: TypeAlias = Literal["staged", "writing", "local", "done", "failed", "
 FIRST_LOOK_S = 10.0
 """Time that the first save of a process waits for the store."""
 _ENDED = ("done", "failed", "skipped", "dropped")
-_NEVER = Event()
 
 logger = logging.getLogger("tiercache")
 
@@ -206,10 +206,7 @@ class Checkpoints(StoredCheckpoints):
         ]
         if len(roots) > len({*roots}):
             raise ValueError(f"local= is the folder of the checkpoints itself, {roots[0]}: leave it out")
-        self.shared = SharedTensors()
-        super().__init__(
-            remote_store, local_store, keep=keep, storage_options=storage_options, shared_tensors=self.shared
-        )
+        super().__init__(remote_store, local_store, keep=keep, storage_options=storage_options)
         self.dedup = dedup
         self._pending, self._when_busy, self._n_streams, self._rank = pending, when_busy, writers, rank
         self._memory = HostMemory()
@@ -251,7 +248,7 @@ class Checkpoints(StoredCheckpoints):
 
     def _writer_to(self, store: Store, target: Target) -> CheckpointWriter:
         referenced = partial(referenced_tensors, self.inventory, target)
-        return CheckpointWriter(store, self._n_streams, self.shared, referenced)
+        return CheckpointWriter(store, self._n_streams, self.retention.claims[target], referenced)
 
     @property
     def n_streams(self) -> int:
@@ -275,7 +272,7 @@ class Checkpoints(StoredCheckpoints):
             metrics: Metrics by name, for the rules of retention.
             note: JSON value that list() returns.
         """
-        from tiercache.checkpoint.dcp import DistributedWriter
+        from tiercache.checkpoint.dcp_writer import DistributedWriter
 
         return DistributedWriter(self, _integer(step), metrics=metrics, note=note)
 
@@ -287,7 +284,7 @@ class Checkpoints(StoredCheckpoints):
         Args:
             which: "latest", "best:METRIC", a step or a name, as for load().
         """
-        from tiercache.checkpoint.dcp import DistributedReader
+        from tiercache.checkpoint.dcp_reader import DistributedReader
 
         return DistributedReader(self, which)
 
@@ -549,7 +546,7 @@ class Checkpoints(StoredCheckpoints):
         writer, target, name = self._local or self._remote, self.targets[0], save.handle.name
         self._advance(save, "writing")
         try:
-            files, tensors = writer.write_staged(name, save.state.files, save.text, save.manifest.metrics, _NEVER)
+            files, tensors = writer.write_staged(name, save.state.files, save.text, save.manifest.metrics)
             tensors |= {alias: tensors[first] for alias, first in save.aliases.items()}
             told = save.manifest
             save.manifest = Manifest(name, told.step, told.created_s, tuple(files), tensors, told.metrics, told.note)
@@ -562,7 +559,6 @@ class Checkpoints(StoredCheckpoints):
         except BaseException as error:
             if may_be_committed(error):
                 raise
-            self.shared.release(name)
             if target == "local":
                 writer.discard(name)  # a full disk must not stay full
             else:
@@ -585,12 +581,18 @@ class Checkpoints(StoredCheckpoints):
         """Upload a checkpoint that is committed in the local folder, commit it at the store, and remove its mark."""
         if self.local_store is None:  # never: _write() and _upload_missing() have checked it
             return
-        self._remote.upload(manifest, self.local_store, _NEVER)
-        tags_key = f"{manifest.name}/{TAGS_NAME}"
-        with suppress(NotFound):  # given since it was saved
-            self.remote_store.put(tags_key, self.local_store.get(tags_key))
-        self.local_store.head(manifest_key(manifest.name))  # NotFound: it was deleted meanwhile, and must not come back
-        self._remote.commit(manifest)
+        try:
+            self._remote.upload(manifest, self.local_store)
+            tags_key = f"{manifest.name}/{TAGS_NAME}"
+            with suppress(NotFound):  # given since it was saved
+                self.remote_store.put(tags_key, self.local_store.get(tags_key))
+            # NotFound: it was deleted meanwhile, and must not come back
+            self.local_store.head(manifest_key(manifest.name))
+            self._remote.commit(manifest)
+        except BaseException as error:
+            if not may_be_committed(error):
+                self._remote.shared.release(manifest.name)
+            raise
         self._unmark(manifest.name)
         crash_point("checkpoint_upload.unmarked")
 
@@ -628,6 +630,10 @@ class Checkpoints(StoredCheckpoints):
         """
         for call in self._on_commit:
             self._submit_deletion(partial(call, name, target))
+
+    def retain_local(self) -> None:
+        """Let the thread that deletes apply the rules of retention to the local folder only."""
+        self._submit_deletion(partial(self.apply_retention, ("local",)))
 
     def _retain(self, name: str, target: Target) -> None:
         self.apply_retention()

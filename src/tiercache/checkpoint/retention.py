@@ -4,8 +4,9 @@ The planner of the tier engine evaluates the rules (`tier/plan/selection.py`), s
 rule file mean the same. plan_retention() decides, Retention acts.
 
 A deletion removes the manifest first, so that no reader sees a checkpoint that lacks files. A checkpoint with shared
-tensors has a reference (references/NAME.json), which stays if another program moves the checkpoint, and which a
-deletion turns into a tombstone (references/NAME.deleted.json). A shared tensor is deleted only if
+tensors has a reference (references/NAME.json), which is put after its manifest, stays if another program moves the
+checkpoint, and is turned into a tombstone (references/NAME.deleted.json) by a deletion. A shared tensor is deleted only
+if
 
 1. no manifest and no reference refers to it, and every one of them can be read,
 2. no tombstone younger than the age of collection refers to it, and
@@ -41,6 +42,7 @@ from tiercache.checkpoint.layout import (
     reference_key,
     shared_digest,
     tombstone_key,
+    written_order,
 )
 from tiercache.checkpoint.writer import SharedTensors
 from tiercache.crash_points import crash_point
@@ -127,7 +129,8 @@ def plan_retention(
     tier without rules keeps everything. Always kept are the checkpoint of the tier, or of a tier behind it, that was
     written last, pinned checkpoints, the last copy of a tagged checkpoint, a checkpoint that is being uploaded, and a
     local copy of a checkpoint that the remote tier would keep and does not have yet. Only complete checkpoints are
-    deleted.
+    deleted. Files in the local tier without a manifest, such as those of the ranks of one machine, count as a copy if
+    the remote tier has the checkpoint; if no tier has it, they are deleted once the remote tier has a later one.
 
     Args:
         scan: Listing of the checkpoints.
@@ -145,7 +148,9 @@ def plan_retention(
     for number, tier in enumerate(tiers):
         behind = [name for name in everywhere if any(name in complete[one] for one in tiers[number:])]
         by_rules = _kept(scan, behind, _rules_of(keeps, tier), now_s)
-        for name in complete[tier]:
+        parts = [] if tier == home else _uncommitted(scan, tier)
+        here = [name for name in behind if name in complete[tier] or (name in complete[home] and name in parts)]
+        for name in here:
             tags, reasons = scan.tags(name), [*by_rules[name]]
             reasons += ["latest"] if name == behind[-1] else []  # of the store too: it outlives this machine
             reasons += ["being uploaded"] if name in unfinished and tier != home else []
@@ -156,13 +161,26 @@ def plan_retention(
             elif is_last_copy and tier != home and of_home[name]:
                 reasons.append("not uploaded yet")
             kept_by.setdefault(name, {})[tier] = tuple(reasons)
-        deletes[tier] = tuple(name for name in complete[tier] if not kept_by[name][tier])
+        gone = [
+            name
+            for name in parts
+            if any(written_order(name) < written_order(later) for later in complete[home][-1:])
+            and name not in unfinished
+            and not any(copy.is_committed for copy in scan.copies[name])
+        ]
+        deletes[tier] = (*gone, *(name for name in here if not kept_by[name][tier]))
     missing = tuple(
         name
         for name in everywhere
         if name not in complete[home] and (of_home[name] or name == everywhere[-1] or scan.tags(name) != Tags())
     )
     return RetentionPlan(kept_by, deletes, missing)
+
+
+def _uncommitted(scan: Scan, tier: CheckpointTier) -> list[str]:
+    """Return the names of the checkpoints of which a tier has files without a manifest."""
+    copies = [copy for found in scan.copies.values() for copy in found if copy.tier == tier]
+    return [copy.name for copy in copies if not copy.is_committed]
 
 
 def _rules_of(keeps: Sequence[Keep], tier: CheckpointTier) -> list[Keep]:
@@ -255,7 +273,12 @@ class Retention:
         unfinished: Function that returns the names of the saves of this process that are not finished: they are never
             leftovers.
         now: Function that returns the time in seconds since the Unix epoch, which is compared with that of the stores.
-        shared_tensors: Shared tensors that saves of this process use; none of them is deleted.
+
+    Attributes:
+        inventory: Inventory of the checkpoints.
+        keeps: Rules.
+        gc_age_s: As given.
+        claims: Shared tensors of each tier that saves of this process use; none of them is deleted.
 
     Raises:
         ValueError: A rule is for the tier "local", and there is none.
@@ -269,12 +292,11 @@ class Retention:
         gc_age_s: float = GC_AGE_S,
         unfinished: Callable[[], Collection[str]] = tuple,
         now: Callable[[], float] = time.time,
-        shared_tensors: SharedTensors | None = None,
     ) -> None:
         self.inventory, self.keeps = inventory, tuple(keeps)
         self.gc_age_s, self._unfinished, self._now = gc_age_s, unfinished, now
-        self._shared_tensors = SharedTensors() if shared_tensors is None else shared_tensors
         tiers = tuple(inventory.tiers)
+        self.claims: Mapping[CheckpointTier, SharedTensors] = {tier: SharedTensors() for tier in tiers}
         for keep in self.keeps:
             if not isinstance(keep, Keep):
                 raise TypeError(f"keep is a list of tc.Keep(...), got {keep!r}")
@@ -285,8 +307,11 @@ class Retention:
         """Return what the rules keep and delete now."""
         return plan_retention(scan, self.keeps, tuple(self.inventory.tiers), self._now(), frozenset(self._unfinished()))
 
-    def run(self) -> RetentionReport:
+    def run(self, tiers: Collection[CheckpointTier] | None = None) -> RetentionReport:
         """Delete what no rule keeps, and collect(). The background thread calls it after each commit.
+
+        Args:
+            tiers: Tiers from which is deleted; None: all.
 
         Raises:
             StoreError: A store failed; the next run continues.
@@ -294,14 +319,16 @@ class Retention:
         deleted: dict[CheckpointTier, tuple[str, ...]] = {}
         n_bytes = 0
         scan = self.inventory.scan()
+        tiers = self.inventory.tiers.keys() if tiers is None else tiers
         if self.keeps:
-            plan = self.plan(scan)
-            for tier, names in plan.deletes.items():
+            deletes = self.plan(scan).deletes
+            for tier in tiers:
+                names = deletes[tier]
                 copies = [copy for name in names for copy in scan.copies[name] if copy.tier == tier]
                 n_bytes += delete_copies(copies)
                 deleted[tier] = names
-            self._release(scan, deleted)
-        collected = self._collect(self.inventory.scan() if any(deleted.values()) else scan)
+            self._release(deleted)
+        collected = self._collect(self.inventory.scan() if any(deleted.values()) else scan, tiers)
         return RetentionReport(deleted, collected.n_leftovers, collected.n_shared, n_bytes + collected.n_bytes)
 
     def delete(self, names: Iterable[str]) -> RetentionReport:
@@ -331,7 +358,7 @@ class Retention:
             if moved:
                 self.inventory.tiers[tier].delete([reference_key(name) for name in moved])
             deleted[tier] = (*(copy.name for copy in copies), *moved)
-        self._release(scan, deleted)
+        self._release(deleted)
         return RetentionReport(deleted, n_bytes=n_bytes)
 
     def collect(self) -> RetentionReport:
@@ -340,27 +367,29 @@ class Retention:
         Raises:
             StoreError: A store failed; the next collection continues.
         """
-        return self._collect(self.inventory.scan())
+        return self._collect(self.inventory.scan(), self.inventory.tiers)
 
-    def _release(self, scan: Scan, deleted: Mapping[CheckpointTier, Collection[str]]) -> None:
-        """Release the shared tensors of the checkpoints that exist in no tier any more."""
-        for name in {name for names in deleted.values() for name in names} - set(self._unfinished()):
-            if all(name in deleted.get(copy.tier, ()) for copy in scan.copies.get(name, ())):
-                self._shared_tensors.release(name)
+    def _release(self, deleted: Mapping[CheckpointTier, Collection[str]]) -> None:
+        """Release the shared tensors of checkpoints, in the tiers from which they were deleted."""
+        for tier, names in deleted.items():
+            for name in {*names} - {*self._unfinished()}:
+                self.claims[tier].release(name)
 
-    def _collect(self, scan: Scan) -> RetentionReport:
+    def _collect(self, scan: Scan, tiers: Iterable[CheckpointTier]) -> RetentionReport:
         n_leftovers = n_shared = n_bytes = 0
         old_s = self._now() - self.gc_age_s
         unfinished = frozenset(self._unfinished())
-        for tier, store in self.inventory.tiers.items():
+        for tier in tiers:
+            store = self.inventory.tiers[tier]
             copies = {name: copy for name, found in scan.copies.items() for copy in found if copy.tier == tier}
             folders = [copy for copy in copies.values() if not copy.is_committed and copy.name not in unfinished]
             old = [copy for copy in folders if _newest_s(copy) <= old_s or copy.name in scan.tombstones[tier]]
             unused = {info.key: info for info in self._unused(scan, tier, copies, old_s)}
-            tensors = [unused[key] for key in self._shared_tensors.delete_unclaimed(unused, store.delete)]
-            # References go after the tensors, and before the folders: without its folder, one would stay for ever.
+            tensors = [unused[key] for key in self.claims[tier].delete_unclaimed(unused, store.delete)]
+            for copy in copies.values():  # whose save was killed before it put the reference
+                if copy.manifest is not None and _shared_keys(copy.manifest) and copy.name not in scan.references[tier]:
+                    store.put(reference_key(copy.name), encode_manifest(copy.manifest))
             ended = _ended_references(scan, tier, copies, old_s)
-            ended += [scan.references[tier][copy.name] for copy in old if copy.name in scan.references[tier]]
             leftovers = [info for copy in old for info in copy.objects.values()]
             for objects in (ended, leftovers):
                 if objects:
@@ -462,8 +491,9 @@ def _ended_references(
 ) -> list[ObjectInfo]:
     """Return the references that protect nothing any more: old tombstones, and those of checkpoints that are gone.
 
-    A checkpoint whose folder is gone without a tombstone may have been moved by the tier engine, and its copy elsewhere
-    needs the tensors. If one of our own tiers behind this one has the checkpoint, that copy has tensors of its own.
+    A checkpoint whose folder, or manifest, is gone without a tombstone may have been moved by the tier engine, or is
+    being moved, and its copy elsewhere needs the tensors. If one of our own tiers behind this one has the checkpoint,
+    that copy has tensors of its own.
 
     copies: Copies of the tier by name.
     """
@@ -472,7 +502,8 @@ def _ended_references(
     behind = [*scan.references][[*scan.references].index(tier) + 1 :]
     for name, info in scan.references[tier].items():
         is_behind = any(copy.tier in behind for copy in scan.complete(name))
-        if name not in copies and (name in tombstones or is_behind) and _modified_s(info, name) <= old_s:
+        is_gone = name not in copies or not copies[name].is_committed
+        if is_gone and (name in tombstones or is_behind) and _modified_s(info, name) <= old_s:
             ended.append(info)
     return ended
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +26,6 @@ from tiercache.checkpoint.layout import SHARED_FOLDER, key_of, parse_name
 from tiercache.checkpoint.loading import load_copy
 from tiercache.checkpoint.reading import CopyReader
 from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention, RetentionReport
-from tiercache.checkpoint.writer import SharedTensors
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, TierCacheError
 from tiercache.store import LocalFolder, Span, Store
 from tiercache.store.contract import WrapperStore
@@ -76,7 +75,6 @@ class StoredCheckpoints:
         cache: Function that returns the cache through which a remote store is read.
         archive: Tiers to which the tier engine may have moved checkpoints; None: those of the rule file that applies.
         gc_age_s: Age in seconds from which leftovers of killed saves are removed.
-        shared_tensors: Shared tensors that saves of this process use.
     """
 
     def __init__(
@@ -89,7 +87,6 @@ class StoredCheckpoints:
         cache: Callable[[], Cache] = Cache.default,
         archive: Archive | None = None,
         gc_age_s: float = GC_AGE_S,
-        shared_tensors: SharedTensors | None = None,
     ) -> None:
         self.remote_store, self.local_store = remote_store, local_store
         tiers: dict[CheckpointTier, Store] = {} if local_store is None else {"local": local_store}
@@ -100,7 +97,6 @@ class StoredCheckpoints:
             self.keep,
             gc_age_s=gc_age_s,
             unfinished=lambda: {name for name, save in self.unfinished_saves().items() if save.error is None},
-            shared_tensors=shared_tensors,
         )
         self._archive = Archive(remote_store.url, storage_options) if archive is None else archive
         self._open_cache = cache
@@ -296,6 +292,8 @@ class StoredCheckpoints:
         problems: dict[CheckpointTier, tuple[str, ...]] = {}
         n_bytes = 0
         for copy in scan.copies[name]:
+            if not copy.is_committed and scan.complete(name):
+                continue  # no copy: the files of the ranks of this machine
             if copy.manifest is None or copy.problem:
                 problems[copy.tier] = (f"{copy.url}: {copy.problem}",)
                 continue
@@ -368,10 +366,14 @@ class StoredCheckpoints:
         """
         return self.retention.collect()
 
-    def apply_retention(self) -> None:
-        """Delete what no rule keeps, and collect leftovers. An error is logged: the next call continues."""
+    def apply_retention(self, tiers: Collection[CheckpointTier] | None = None) -> None:
+        """Delete what no rule keeps, and collect leftovers. An error is logged: the next call continues.
+
+        Args:
+            tiers: Tiers from which is deleted; None: all.
+        """
         try:
-            self.retention.run()
+            self.retention.run(tiers)
         except TierCacheError as error:
             logger.warning("%s: old checkpoints were not deleted: %s", self.remote_store.url, error)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from threading import Condition, Event, ExceptHookArgs, Lock, Thread, current_thread
+from threading import Condition, ExceptHookArgs, Lock, Thread, current_thread
 from typing import TypeVar
 
 from tiercache._native.checksum import crc32c
@@ -52,10 +52,6 @@ PART_BYTES = 8 << 20
 _COMMIT_ATTEMPTS = 3
 
 
-class SaveDropped(Exception):
-    """The save was dropped to make room for a later one."""
-
-
 def may_be_committed(error: BaseException) -> bool:
     """Return whether the checkpoint of a failed save may exist: the answer to the put of its manifest was lost."""
     return isinstance(error, CommitConflict) or bool(getattr(error, "maybe_done", False))
@@ -79,7 +75,9 @@ class SourceFile:
 
 
 class SharedTensors:
-    """The shared tensors that checkpoints of this process use, so that none is deleted under them. Thread-safe.
+    """The shared tensors of one store that checkpoints of this process use, so that none is deleted under them.
+
+    Thread-safe.
 
     A save claims a tensor before it looks whether the store has it. A deletion holds the lock from the check of the
     claims until the tensor is deleted. So the save either finds the tensor and keeps it, or writes it again.
@@ -120,7 +118,7 @@ class CheckpointWriter:
     Args:
         store: Store of the checkpoints.
         n_streams: Number of files that are written in parallel.
-        shared: Claims of shared tensors.
+        shared: Claims of shared tensors in this store.
         find_referenced: Function that returns the keys of the shared tensors of visible checkpoints. A tensor that is
             in the store, and is neither among them nor claimed, is written again: another process may be deleting it
             (retention.py). None: every tensor in the store is used.
@@ -133,7 +131,7 @@ class CheckpointWriter:
         shared: SharedTensors,
         find_referenced: Callable[[], Container[str]] | None = None,
     ) -> None:
-        self.store, self._n_streams, self._shared = store, n_streams, shared
+        self.store, self._n_streams, self.shared = store, n_streams, shared
         self._find_referenced = find_referenced
         # Keys by the name of the save for which they were found: of a save, and of a repeated upload.
         self._referenced: dict[str, Container[str]] = {}
@@ -157,7 +155,6 @@ class CheckpointWriter:
         files: Sequence[StagedFile],
         state_text: bytes,
         metrics: Mapping[str, float],
-        stop: Event,
     ) -> tuple[list[StoredFile], dict[str, TensorEntry]]:
         """Write the files of a staged state and check them. Return the files, and the tensors by their names.
 
@@ -166,10 +163,9 @@ class CheckpointWriter:
             files: Staged files, whose memory must stay until the call returns.
             state_text: Text of the state without its tensors.
             metrics: Metrics by name; no file without one.
-            stop: Event that ends the call with SaveDropped.
 
         Raises:
-            SaveDropped, StoreError: See above; the files that were written are not deleted.
+            StoreError: The store failed; the files that were written are not deleted.
         """
         crash_point("checkpoint_write.begun")
         numbered = [file for file in files if not file.is_shared]
@@ -182,7 +178,7 @@ class CheckpointWriter:
             digest = _digest_of(file) if file.is_shared else None
             path = paths[id(file)] if digest is None else shared_path(digest)
             source = SourceFile(path, file.layout.n_bytes, partial(self._parts_of, file.pieces))
-            stored = self.write(name, source, stop) if digest is None else self.share(name, source, stop)
+            stored = self.write(name, source) if digest is None else self.share(name, source)
             return stored, {
                 state_name: TensorEntry(
                     path,
@@ -201,17 +197,17 @@ class CheckpointWriter:
             text = json.dumps({metric: metric_json(value) for metric, value in metrics.items()}, allow_nan=False)
             texts.append((METRICS_NAME, text.encode("ascii")))
         small = [SourceFile(path, len(text), partial(iter, [memoryview(text)])) for path, text in texts]
-        stored = {one.path: one for one, _ in written} | {one.path: self.write(name, one, stop) for one in small}
+        stored = {one.path: one for one, _ in written} | {one.path: self.write(name, one) for one in small}
         tensors = {name: entry for _, entries in written for name, entry in entries.items()}
         crash_point("checkpoint_write.files_written")
         return list(stored.values()), tensors
 
-    def upload(self, manifest: Manifest, local: Store, stop: Event) -> None:
+    def upload(self, manifest: Manifest, local: Store) -> None:
         """Write the files of a checkpoint that is committed in a local folder, and check them.
 
         Raises:
             CorruptCheckpoint: A local file has other bytes than were written.
-            SaveDropped, StoreError: See write_staged().
+            StoreError: See write_staged().
         """
         crash_point("checkpoint_upload.begun")
         with self._lock:
@@ -223,9 +219,9 @@ class CheckpointWriter:
             source = SourceFile(file.path, file.n_bytes, parts, file.crc32c)
             try:
                 if shared_digest(file.path) is None:
-                    self.write(manifest.name, source, stop)
+                    self.write(manifest.name, source)
                 else:
-                    self.share(manifest.name, source, stop)
+                    self.share(manifest.name, source)
             except _WrongSource as error:
                 message = (
                     f"the local file has CRC-32C {error.found:08x}, {file.crc32c:08x} was written: it was not uploaded"
@@ -236,20 +232,27 @@ class CheckpointWriter:
         crash_point("checkpoint_upload.files_written")
 
     def commit(self, manifest: Manifest) -> None:
-        """Put the manifest: from now on the checkpoint exists.
+        """Put the manifest: from now on the checkpoint exists. Then put the reference to its shared tensors.
+
+        So a folder with a reference and without a manifest is never an unfinished save, but one that another program
+        moves. If the reference is not put, the next collection does so.
 
         Raises:
             CommitConflict: The store has another manifest of this name.
             StoreError: The put failed; the checkpoint may exist if .maybe_done is True.
         """
-        key, text = manifest_key(manifest.name), encode_manifest(manifest)
-        if any(shared_digest(file.path) for file in manifest.files):
-            self.store.put(reference_key(manifest.name), text)
+        text = encode_manifest(manifest)
         crash_point("checkpoint_commit.files_checked")
+        self._put_manifest(manifest_key(manifest.name), text)
+        crash_point("checkpoint_commit.committed")
+        if any(shared_digest(file.path) for file in manifest.files):
+            with suppress(StoreError):
+                self.store.put(reference_key(manifest.name), text)
+
+    def _put_manifest(self, key: str, text: bytes) -> None:
         for attempt in range(_COMMIT_ATTEMPTS):
             try:
                 if self.store.put_if_absent(key, text):
-                    crash_point("checkpoint_commit.committed")
                     return
             except StoreError as error:
                 if not error.maybe_done:
@@ -268,10 +271,13 @@ class CheckpointWriter:
         raise StoreError("the answers of all puts were lost", url=f"{self.store.url}/{key}", maybe_done=True)
 
     def discard(self, name: str) -> None:
-        """Delete the files of a save that was not committed; errors are ignored, because gc() deletes them too.
+        """Release the shared tensors and delete the files of a save that was not committed.
+
+        Errors are ignored, because gc() deletes the files too.
 
         Only for a save of this process whose manifest was never put.
         """
+        self.shared.release(name)
         with suppress(StoreError):
             self.store.delete([info.key for info in self.store.list(f"{name}/")])
             crash_point("checkpoint_discard.deleted")
@@ -305,10 +311,13 @@ class CheckpointWriter:
             self._classes.abort(upload.key, upload.upload_id)
         return len(found)
 
-    def share(self, name: str, source: SourceFile, stop: Event) -> StoredFile:
-        """Write a shared tensor if the store does not have it. Errors as for write_staged()."""
+    def share(self, name: str, source: SourceFile) -> StoredFile:
+        """Write a shared tensor if the store does not have it, or has other bytes. Errors as for write_staged().
+
+        A tensor that this process has neither written nor checked is checked as a new file is, and a local one is read.
+        """
         key, crc = key_of(name, source.path), source.crc32c
-        is_claimed = self._shared.claim(name, key)
+        is_claimed = self.shared.claim(name, key)
         crash_point("checkpoint_write.claimed")
         if crc is None:
             crc = _crc_of(source.parts())
@@ -323,7 +332,7 @@ class CheckpointWriter:
                 raise
             is_usable = False
         if not is_usable:
-            self.write(name, source, stop)
+            self.write(name, source)
         with self._lock:
             self._checked[key] = crc
         return StoredFile(source.path, source.n_bytes, crc)
@@ -337,13 +346,11 @@ class CheckpointWriter:
                 self._referenced = {**dict([*self._referenced.items()][-1:]), name: self._find_referenced()}
             return key in self._referenced[name]
 
-    def write(self, name: str, source: SourceFile, stop: Event) -> StoredFile:
+    def write(self, name: str, source: SourceFile) -> StoredFile:
         """Write a file of a checkpoint and check it at the store. Errors as for write_staged()."""
         key, crc = key_of(name, source.path), 0
         with self._create(key) as upload:
             for number, part in enumerate(source.parts()):
-                if stop.is_set():
-                    raise SaveDropped
                 crc = crc32c(part, crc)
                 upload.put_part(number, part)
                 crash_point("checkpoint_write.part")
@@ -351,7 +358,10 @@ class CheckpointWriter:
                 raise _WrongSource(crc)
             upload.complete()
             crash_point("checkpoint_write.published")
-        self._check(key, source.n_bytes, crc, is_confirmed=getattr(upload, "is_confirmed", False))
+        # A file that was written to a folder has been synced. Reading it back from the disk would take as long again;
+        # the upload from it, and verify(), compare its checksum.
+        is_confirmed = isinstance(self.store, LocalFolder) or getattr(upload, "is_confirmed", False)
+        self._check(key, source.n_bytes, crc, is_confirmed=is_confirmed)
         crash_point("checkpoint_write.checked")
         return StoredFile(source.path, source.n_bytes, crc)
 
@@ -370,11 +380,10 @@ class CheckpointWriter:
     def _check(self, key: str, n_bytes: int, crc: int, *, is_confirmed: bool) -> None:
         """Check size and checksum of an object at the store.
 
-        is_confirmed: Whether the server has returned a matching checksum of every part.
+        is_confirmed: Whether the bytes need not be read: the server has returned a matching checksum of every part, or
+            this process has checked them before.
 
-        The store's own checksum is used if there is one; otherwise the bytes are read back. A local file is not: its
-        writer has synced it, and reading it back from the disk would take as long again. The upload from it, and
-        verify(), compare its checksum.
+        The store's own checksum is used if there is one; otherwise the bytes are read.
 
         Raises:
             NotFound: The store does not have the object.
@@ -383,10 +392,11 @@ class CheckpointWriter:
         info = self.store.head(key) if self._classes is None else self._classes.head(key)
         if info.n_bytes != n_bytes:
             raise self._wrong(key, f"{n_bytes} bytes", f"{info.n_bytes} bytes")
-        if isinstance(self.store, LocalFolder) or info.crc32c == crc or (info.crc32c is None and is_confirmed):
+        if info.crc32c == crc or (info.crc32c is None and is_confirmed):
             return
         # A checksum that differs does not prove a wrong object: some servers compute it of something else.
-        found = _crc_of(_parts_of_file(self.store, key, n_bytes, if_match=info.etag))
+        # No ETag is required: another rank may write an equal shared tensor again meanwhile.
+        found = _crc_of(_parts_of_file(self.store, key, n_bytes))
         if found != crc:
             raise self._wrong(key, f"CRC-32C {crc:08x}", f"CRC-32C {found:08x}")
 
@@ -424,13 +434,13 @@ def equal_parts(pieces: Iterable[memoryview], step: int) -> Iterator[memoryview]
         yield memoryview(held)
 
 
-def _parts_of_file(store: Store, key: str, n_bytes: int, *, if_match: str | None = None) -> Iterator[memoryview]:
+def _parts_of_file(store: Store, key: str, n_bytes: int) -> Iterator[memoryview]:
     """Yield the parts of an object, in one buffer."""
     step = part_bytes(n_bytes)
     buffer = memoryview(bytearray(min(step, n_bytes)))
     for start in range(0, n_bytes, step):
         part = ByteRange(start, min(start + step, n_bytes))
-        store.read_into(key, [(part, buffer[: part.n_bytes])], if_match=if_match)
+        store.read_into(key, [(part, buffer[: part.n_bytes])])
         yield buffer[: part.n_bytes]
 
 

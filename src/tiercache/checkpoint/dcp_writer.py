@@ -1,0 +1,422 @@
+"""A StorageWriter of torch.distributed.checkpoint: `Checkpoints` of states of many ranks.
+
+Each rank writes its parts of the tensors as safetensors files to the store (and to `local`), verifies them there, and
+tells the coordinator their sizes and checksums. The coordinator writes `state.json`, which says where each part of a
+tensor is and holds all other values, and puts the manifest. So a save in which a rank fails leaves no manifest: nobody
+sees it, and collection removes its files. torch's planners decide which rank writes which part.
+
+Nothing is stored as pickle. torch hands over values that are not tensors as text of torch.save(): the writer turns them
+into JSON, and refuses those that are neither JSON values, tensors nor arrays; the reader does the reverse in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from tiercache.cache.owners import boot_id
+from tiercache.checkpoint.checkpoints import Checkpoints, json_copy, numbers
+from tiercache.checkpoint.dcp_metadata import (
+    Shape,
+    StoredPart,
+    StoredValue,
+    block_checksums,
+    dtype_name,
+    encode_metadata,
+    items_of,
+    memory_of,
+)
+from tiercache.checkpoint.layout import (
+    METRICS_NAME,
+    STATE_NAME,
+    Manifest,
+    TensorEntry,
+    checkpoint_name,
+    key_of,
+    metric_json,
+    shared_path,
+    tensor_digest,
+)
+from tiercache.checkpoint.safetensors_file import FileLayout, TensorSpec, distribute, lay_out_file
+from tiercache.checkpoint.staging import SHARED_MIN_BYTES, SHARED_NAME
+from tiercache.checkpoint.state_tree import DTYPES, EncodedState, encode_state
+from tiercache.checkpoint.writer import CheckpointWriter, SourceFile, equal_parts, in_parallel, part_bytes
+from tiercache.crash_points import crash_point
+from tiercache.errors import StoreError, TierCacheError
+
+if TYPE_CHECKING:
+    import os
+
+    from tiercache.store import LocalFolder, Store
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What the coordinator tells each rank with its plan.
+
+    Attributes:
+        name: Name of the checkpoint.
+        rank: Number of the rank.
+        retains: Whether the rank applies retention to its local folder, which the coordinator and lower ranks lack.
+    """
+
+    name: str
+    rank: int
+    retains: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A tensor that this rank writes. load: Function that returns it, on any device and with any strides."""
+
+    spec: TensorSpec
+    load: Callable[[], torch.Tensor]
+
+
+class DistributedWriter(StorageWriter):
+    """Writer of one checkpoint, for `dcp.save` and `dcp.async_save`. Every rank makes its own, with the same arguments.
+
+    When `dcp.save` returns, the checkpoint is verified and committed at the store. If a rank fails, all ranks raise the
+    error, and the checkpoints that were there before are unchanged. If only the copy in the local folder fails, the
+    coordinator warns. Retention runs in a thread of the coordinator after the commit; to the local folders of other
+    machines, their first rank applies it during the next save.
+
+    Args:
+        checkpoints: Checkpoints to which this one is added.
+        step: Step of the training run.
+        metrics: Metrics by name; those of the coordinator count.
+        note: JSON value of the user; that of the coordinator counts.
+
+    Attributes:
+        name: Name of the checkpoint, once the save has begun; "" before.
+        step: Step of the training run.
+    """
+
+    def __init__(
+        self, checkpoints: Checkpoints, step: int, *, metrics: Mapping[str, float] | None = None, note: Any = None
+    ) -> None:
+        super().__init__()
+        checkpoint_name(step, 0.0, "000000")  # checks the step
+        self._checkpoints, self.step = checkpoints, step
+        self._metrics, self._note = numbers(metrics or {}), json_copy(note)
+        self._created_s, self.name = 0.0, ""
+        self._is_committed = False
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "a writer of tc.Checkpoints stays in its process: use dcp.async_save with AsyncCheckpointerType.THREAD"
+        )
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003 - torch's interface
+        """Return False: torch must not make this writer from a checkpoint_id."""
+        return False
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Begin a save. Raises ValueError if checkpoint_id is given: tiercache names its checkpoints."""
+        if checkpoint_id is not None:
+            raise ValueError(
+                f"checkpoint_id={str(checkpoint_id)!r} cannot be combined with a writer of tc.Checkpoints, which names "
+                "its checkpoints itself: leave checkpoint_id= out"
+            )
+
+    def storage_meta(self) -> StorageMeta:
+        """Return where the checkpoints are."""
+        return StorageMeta(checkpoint_id=self._checkpoints.remote_store.url)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *_args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Begin a save. Raises ValueError without collectives, by which the ranks agree on the checkpoint's name."""
+        if not kwargs.get("use_collectives", True):
+            raise ValueError(
+                "tc.Checkpoints commits one checkpoint of all ranks: use_collectives=False is not supported"
+            )
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Return the plan with what tells the local folder of this rank from those of others."""
+        return replace(plan, storage_data=_folder_id(self._checkpoints.local_store))
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Return the plans of all ranks with the checkpoint's name, each part in one of them only.
+
+        Raises:
+            ValueError: A planner caches its plans, or the writer has already saved its checkpoint.
+        """
+        if self._is_committed:
+            raise ValueError(
+                f"this writer has saved {self.name}: make one for each checkpoint, with dcp_writer(step), on every rank"
+            )
+        if not all(plan.usable for plan in plans):
+            raise ValueError(
+                "the planner caches plans (enable_plan_caching=True), with which the ranks would not learn the name of "
+                "the new checkpoint: use a planner without caching"
+            )
+        self._checkpoints.remote_store.require_conditional_put()
+        self.name, self._created_s = self._checkpoints.new_name(self.step)
+        planned: set[MetadataIndex] = set()
+        tasks = []
+        folders = {_folder_id(self._checkpoints.local_store)}
+        for rank, plan in enumerate(plans):
+            items = [item for item in plan.items if item.index not in planned]
+            planned.update(item.index for item in items)
+            folder = plan.storage_data
+            retains = bool(folder) and folder not in folders
+            folders.add(folder)
+            tasks.append(replace(plan, items=items, storage_data=_Task(self.name, rank, retains)))
+        return tasks
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write the parts of this rank, and check them at the store.
+
+        Raises:
+            TypeError, ValueError: A value cannot be stored; the message names its key.
+            StoreError: A store failed, or did not store what it was given.
+        """
+        task: _Task = plan.storage_data
+        self.name = task.name
+        if task.retains:  # the checkpoint before this one is committed by now
+            self._checkpoints.retain_local()
+        sources: dict[str, _Source] = {}
+        values: dict[MetadataIndex, EncodedState] = {}
+        parts: dict[MetadataIndex, str] = {}
+        for item in plan.items:
+            if item.type == WriteItemType.BYTE_IO:
+                values[item.index] = _encode_value(item, planner)
+                for name, tensor in values[item.index].tensors.items():
+                    spec = TensorSpec(name, tensor.dtype, tensor.shape, tensor.n_bytes)
+                    _add(sources, _Source(spec, partial(torch.as_tensor, tensor.value)))
+            else:
+                source = _source_of(item, planner)
+                parts[item.index] = source.spec.name
+                _add(sources, source)
+        stored = self._write_files(task, sources)
+        results = [WriteResult(index, stored[name].entry.n_bytes, stored[name]) for index, name in parts.items()]
+        for index, value in values.items():
+            ((_, node),) = items_of(value.tree) or ()
+            found = StoredValue(node, tuple(stored[name] for name in value.tensors))
+            results.append(WriteResult(index, sum(part.entry.n_bytes for part in found.parts), found))
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def _write_files(self, task: _Task, sources: Mapping[str, _Source]) -> dict[str, StoredPart]:
+        """Write the tensors to the local folder and upload them from there, or to the store at once."""
+        first, *others = self._checkpoints.file_writers
+        n_streams, specs = self._checkpoints.n_streams, [source.spec for source in sources.values()]
+        least_bytes = SHARED_MIN_BYTES if self._checkpoints.dedup else sys.maxsize
+        shared = [one for one in specs if one.n_bytes >= least_bytes]
+        files = distribute([one for one in specs if one.n_bytes < least_bytes], n_streams)
+
+        def write(number: int) -> list[StoredPart]:
+            path = f"tensors-rank{task.rank:05d}-{number + 1:05d}-of-{len(files):05d}.safetensors"
+            layout = lay_out_file(files[number])
+            blocks: dict[str, tuple[int, ...]] = {}
+
+            def parts() -> Iterator[memoryview]:
+                return equal_parts(_pieces(layout, sources, blocks), part_bytes(layout.n_bytes))
+
+            file = first.write(task.name, SourceFile(path, layout.n_bytes, parts))
+            crash_point("dcp.written")
+            return [StoredPart(one.name, _entry(path, layout, one), blocks[one.name], file) for one in files[number]]
+
+        def share(spec: TensorSpec) -> list[StoredPart]:
+            data, alone = _bytes_of(sources[spec.name]), replace(spec, name=SHARED_NAME)
+            layout, digest = lay_out_file([alone]), tensor_digest(spec.dtype, spec.shape, [data])
+
+            def parts() -> Iterator[memoryview]:
+                return equal_parts([memoryview(layout.header), data], part_bytes(layout.n_bytes))
+
+            path = shared_path(digest)
+            file = first.share(task.name, SourceFile(path, layout.n_bytes, parts))
+            entry = replace(_entry(path, layout, alone), digest=digest)
+            return [StoredPart(spec.name, entry, block_checksums(data), file)]
+
+        calls = [*(partial(write, number) for number in range(len(files))), *(partial(share, one) for one in shared)]
+        try:
+            stored = {part.name: part for parts in in_parallel(calls, n_streams) for part in parts}
+            written = tuple({part.file.path: part.file for part in stored.values()}.values())
+            for writer in others:
+                writer.upload(Manifest(task.name, self.step, 0.0, written), first.store)
+        except BaseException:
+            if others:
+                first.discard(task.name)  # a full disk must not stay full; the other ranks' parts are of no use
+            raise
+        finally:
+            # Tombstones and the age of the files protect them from deletions, which another process makes.
+            for writer in self._checkpoints.file_writers:
+                writer.shared.release(task.name)
+        return stored
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Describe the parts of all ranks, and commit the checkpoint.
+
+        Raises:
+            StoreError: A store failed; if .maybe_done is true, the checkpoint may be committed.
+            CommitConflict: The name of the checkpoint is taken.
+        """
+        stored = {result.index: result.storage_data for rank in results for result in rank}
+        parts = [part for found in stored.values() for part in _parts_of(found)]
+        tensors = {part.name: part.entry for part in parts}
+        if len(tensors) != len(parts):
+            names = [part.name for part in parts]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"two tensors of the state would be stored as {twice!r}: rename one of their keys")
+        text = encode_metadata(metadata, stored, {part.name: part.blocks for part in parts})
+        files = {part.file.path: part.file for part in parts}
+        texts = {STATE_NAME: text}
+        if self._metrics:
+            texts[METRICS_NAME] = json.dumps(
+                {name: metric_json(value) for name, value in self._metrics.items()}
+            ).encode()
+        manifest = Manifest(
+            name=self.name,
+            step=self.step,
+            created_s=self._created_s,
+            files=tuple(files[path] for path in sorted(files)),
+            tensors=tensors,
+            metrics=self._metrics,
+            note=self._note,
+        )
+        # The store first: it alone has the files of all ranks. A local folder has those of the ranks of its machine.
+        *local, remote = self._checkpoints.file_writers
+        if missing := _missing_file(remote.store, manifest):
+            raise StoreError(f"{missing} is missing, or has another size", url=f"{remote.store.url}/{self.name}")
+        _commit(remote, manifest, texts)
+        self._is_committed = True
+        for writer in local:
+            try:
+                if not _missing_file(writer.store, manifest):
+                    _commit(writer, manifest, texts)
+            except TierCacheError as error:
+                where = f"{remote.store.url}/{self.name}"
+                message = f"the checkpoint is committed at {where}, but has no complete local copy: {error}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+        self._checkpoints.announce(self.name, "remote")
+
+    def done(self) -> bool:
+        """Return whether the checkpoint is committed at the store; the coordinator knows."""
+        return self._is_committed
+
+    wait = done
+
+
+def _add(sources: dict[str, _Source], source: _Source) -> None:
+    name = source.spec.name
+    if name in sources:
+        raise ValueError(f"two tensors of the state would be stored as {name!r}: rename one of their keys")
+    sources[name] = source
+
+
+def _source_of(item: WriteItem, planner: SavePlanner) -> _Source:
+    """Return the part of a tensor that an item of a plan names. The part is not loaded yet."""
+    data = item.tensor_data
+    if data is None:
+        raise ValueError(f"{item.index.fqn}: the planner describes no tensor")
+    dtype, shape = dtype_name(item.index.fqn, data.properties.dtype), tuple(data.chunk.sizes)
+    name = _part_name(item.index.fqn, tuple(data.chunk.offsets), shape, tuple(data.size))
+    n_bytes = math.prod(shape) * data.properties.dtype.itemsize
+
+    def load() -> torch.Tensor:
+        found = planner.resolve_data(item)
+        if not isinstance(found, torch.Tensor):
+            raise TypeError(f"{item.index.fqn}: the planner announced a tensor, and gave a {type(found).__name__}")
+        return found
+
+    return _Source(TensorSpec(name, dtype, shape, n_bytes), load)
+
+
+def _part_name(fqn: str, offsets: Shape, shape: Shape, size: Shape) -> str:
+    """Return the name of a part: that of the tensor if the part is all of it, else with its ranges."""
+    if shape == size:
+        return fqn
+    return f"{fqn}[{','.join(f'{start}:{start + n}' for start, n in zip(offsets, shape, strict=True))}]"
+
+
+def _encode_value(item: WriteItem, planner: SavePlanner) -> EncodedState:
+    """Return a value that is not a tensor as JSON. Raises TypeError, with its key, if it cannot be stored."""
+    fqn = item.index.fqn
+    if isinstance(planner, DefaultSavePlanner) and not _changes_values(type(planner)):
+        return encode_state({fqn: planner.lookup_object(item.index)})
+    text = planner.resolve_data(item)
+    if isinstance(text, torch.Tensor):
+        raise TypeError(f"{fqn}: the planner announced a value that is no tensor, and gave a tensor")
+    text.seek(0)
+    try:
+        return encode_state({fqn: torch.load(text, weights_only=True)})
+    except pickle.UnpicklingError as error:
+        message = f"{fqn!r} is a value that only pickle could store, which tiercache does not use: store JSON values"
+        raise TypeError(f"{message}, tensors or arrays") from error
+
+
+def _changes_values(planner: type[DefaultSavePlanner]) -> bool:
+    plain = DefaultSavePlanner
+    return planner.resolve_data is not plain.resolve_data or planner.transform_object is not plain.transform_object
+
+
+def _bytes_of(source: _Source) -> memoryview:
+    """Return the values of a tensor in host memory, row by row. The memory lives as long as the view."""
+    spec, tensor = source.spec, source.load().detach()
+    if (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) != (spec.shape, DTYPES[spec.dtype]):
+        found = f"shape {tuple(tensor.shape)} and type {tensor.dtype}"
+        raise ValueError(f"{spec.name}: the planner announced shape {spec.shape} and type {spec.dtype}, found {found}")
+    return memory_of(tensor.cpu().contiguous())
+
+
+def _pieces(
+    layout: FileLayout, sources: Mapping[str, _Source], blocks: dict[str, tuple[int, ...]]
+) -> Iterator[memoryview]:
+    """Yield the bytes of a file, one tensor after another, and note the checksums of the tensors by name."""
+    yield memoryview(layout.header)
+    for name in layout.offsets:
+        data = _bytes_of(sources[name])
+        blocks[name] = block_checksums(data)
+        yield data
+
+
+def _entry(path: str, layout: FileLayout, spec: TensorSpec) -> TensorEntry:
+    return TensorEntry(path, layout.offsets[spec.name], spec.n_bytes, spec.dtype, spec.shape)
+
+
+def _parts_of(found: StoredPart | StoredValue) -> tuple[StoredPart, ...]:
+    return found.parts if isinstance(found, StoredValue) else (found,)
+
+
+def _folder_id(store: LocalFolder | None) -> str:
+    """Return what tells apart the local folders of ranks, also of several machines; "" if there is none yet."""
+    try:
+        found = None if store is None else store.root.stat()
+    except OSError:
+        return ""
+    return "" if found is None else f"{boot_id()}-{found.st_dev}-{found.st_ino}"
+
+
+def _commit(writer: CheckpointWriter, manifest: Manifest, texts: Mapping[str, bytes]) -> None:
+    """Write the files of the coordinator, given as texts by path, and commit a checkpoint."""
+    small = [
+        writer.write(manifest.name, SourceFile(path, len(data), partial(iter, [memoryview(data)])))
+        for path, data in texts.items()
+    ]
+    crash_point("dcp.described")
+    writer.commit(replace(manifest, files=(*manifest.files, *small)))
+    crash_point("dcp.committed")
+
+
+def _missing_file(store: Store, manifest: Manifest) -> str:
+    """Return which file of a checkpoint a store lacks, or has with another size; "" if none. The store is listed."""
+    wanted = {key_of(manifest.name, file.path): file for file in manifest.files}
+    folders = {key.partition("/")[0] + "/" for key in wanted}
+    sizes = {info.key: info.n_bytes for folder in folders for info in store.list(folder)}
+    return next((file.path for key, file in wanted.items() if sizes.get(key) != file.n_bytes), "")
