@@ -252,7 +252,7 @@ class Oracle:
             return f"it is {age_s / DAY_S:.1f} days old"
         if (self.pinned - self.pinned_late) & set(group.keys):
             return "it is pinned"
-        if self.protected.get(group.series) == name:
+        if self.protected.get(group.series) == name and not is_older:  # _newest() sees that some tier has it whole
             return "it is the newest complete checkpoint of its run"
         newer = [
             other for other in self.groups.values() if other.series == group.series and self._is_newer(other, group)
