@@ -234,7 +234,8 @@ class Oracle:
                 why = self.may_not_delete(self.group_of[key], now_s, is_older=data != self.current.get(key))
                 if why:
                     found.append(f"{key}: its {len(data)} bytes lie nowhere any more, and must: {why}")
-                self.deleted.add(self.group_of[key])
+                if not any(key in objects for objects in picture.values()):  # other bytes still count as the group
+                    self.deleted.add(self.group_of[key])
         return found
 
     def may_not_delete(self, name: str, now_s: float, *, is_older: bool = False) -> str:
