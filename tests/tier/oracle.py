@@ -234,7 +234,8 @@ class Oracle:
                 why = self.may_not_delete(self.group_of[key], now_s, is_older=data != self.current.get(key))
                 if why:
                     found.append(f"{key}: its {len(data)} bytes lie nowhere any more, and must: {why}")
-                self.deleted.add(self.group_of[key])
+                if not any(key in objects for objects in picture.values()):  # other bytes still count as the group
+                    self.deleted.add(self.group_of[key])
         return found
 
     def may_not_delete(self, name: str, now_s: float, *, is_older: bool = False) -> str:
@@ -252,7 +253,7 @@ class Oracle:
             return f"it is {age_s / DAY_S:.1f} days old"
         if (self.pinned - self.pinned_late) & set(group.keys):
             return "it is pinned"
-        if self.protected.get(group.series) == name:
+        if self.protected.get(group.series) == name and not is_older:  # _newest() sees that some tier has it whole
             return "it is the newest complete checkpoint of its run"
         newer = [
             other for other in self.groups.values() if other.series == group.series and self._is_newer(other, group)
