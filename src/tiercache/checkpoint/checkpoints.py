@@ -220,7 +220,8 @@ class Checkpoints(StoredCheckpoints):
         self._committed_last = (0.0, "")  # written_order() of the newest checkpoint that this process has committed
         self._collecting = Lock()  # held by gc(), and while the next late upload is chosen
         self._uploads_seen_s = -math.inf  # when unfinished uploads were looked for, by the monotonic clock
-        self._check_local_folder()
+        with suppress(StoreError):  # the first save looks again
+            self._check_local_folder()
         self._pid, self._is_closed = os.getpid(), False
         self._remote = self._writer_to(remote_store, "remote")
         self._local = None if local_store is None else self._writer_to(local_store, "local")
@@ -447,32 +448,33 @@ class Checkpoints(StoredCheckpoints):
     def _check_local_folder(self) -> None:
         """Raise ValueError if the local folder has copies of other checkpoints, which would be loaded and deleted.
 
-        The store and the folder have the same random id, so that either may be moved or mounted elsewhere.
+        The store and the folder have the same random id, so that either may be moved or mounted elsewhere. Raises
+        StoreError if that cannot be known now.
         """
         if self.local_store is None:
             return
-        with suppress(StoreError):  # the store cannot be reached now
-            mine = _run_id(self.local_store)
-            theirs = _run_id(self.remote_store) if mine else ""
-            # A store that has checkpoints and no id is the right one: a rule of tiers has moved the file.
-            if mine != theirs and (theirs or not checkpoint_objects(self.remote_store.list())):
-                root = self.local_store.root
-                raise ValueError(
-                    f"local={str(root)!r} has local copies of other checkpoints than those at {self.remote_store.url}: "
-                    f"give each run a local folder of its own. If these are its copies, because the checkpoints at the "
-                    f"URL were deleted, delete {root / RUN_NAME}"
-                )
+        mine = _run_id(self.local_store)
+        theirs = _run_id(self.remote_store) if mine else ""
+        # A store that has checkpoints and no id is the right one: a rule of tiers has moved the file.
+        if mine != theirs and (theirs or not checkpoint_objects(self.remote_store.list())):
+            root = self.local_store.root
+            raise ValueError(
+                f"local={str(root)!r} has local copies of other checkpoints than those at {self.remote_store.url}: "
+                f"give each run a local folder of its own. If these are its copies, because the checkpoints at the "
+                f"URL were deleted, delete {root / RUN_NAME}"
+            )
 
     def _take_local_folder(self) -> None:
         """Give store and local folder the same id, and check it. Raises ValueError."""
         if self.local_store is not None:
-            self._check_local_folder()
-            with suppress(StoreError):  # the save itself reports a full disk, or waits for the store
+            # The save itself reports a full disk, or waits for the store, which is not asked again if it fails.
+            with suppress(StoreError):
+                self._check_local_folder()
                 text = json.dumps({"id": _run_id(self.local_store) or secrets.token_hex(16)}).encode("ascii")
                 if not self.remote_store.put_if_absent(RUN_NAME, text):
                     text = self.remote_store.get(RUN_NAME)
                 self.local_store.put_if_absent(RUN_NAME, text)
-            self._check_local_folder()
+                self._check_local_folder()
 
     def _look_at_run(self, look: Future[None]) -> None:
         """Note the time of the newest checkpoint of each store that can be reached, and take the local folder."""
@@ -588,6 +590,8 @@ class Checkpoints(StoredCheckpoints):
                 self.remote_store.put(tags_key, self.local_store.get(tags_key))
             # NotFound: it was deleted meanwhile, and must not come back
             self.local_store.head(manifest_key(manifest.name))
+            if self._late is not None and self._late.name == manifest.name:
+                self._remote.put_reference(manifest)
             self._remote.commit(manifest)
         except BaseException as error:
             if not may_be_committed(error):

@@ -4,9 +4,9 @@ The planner of the tier engine evaluates the rules (`tier/plan/selection.py`), s
 rule file mean the same. plan_retention() decides, Retention acts.
 
 A deletion removes the manifest first, so that no reader sees a checkpoint that lacks files. A checkpoint with shared
-tensors has a reference (references/NAME.json), which is put after its manifest, stays if another program moves the
-checkpoint, and is turned into a tombstone (references/NAME.deleted.json) by a deletion. A shared tensor is deleted only
-if
+tensors has a reference (references/NAME.json), which is put after its manifest, or before it by a late upload. The
+reference stays if another program moves the checkpoint, and is turned into a tombstone (references/NAME.deleted.json)
+by a deletion. A shared tensor is deleted only if
 
 1. no manifest and no reference refers to it, and every one of them can be read,
 2. no tombstone younger than the age of collection refers to it, and
@@ -32,6 +32,7 @@ import pyarrow as pa
 from tiercache.checkpoint.inventory import CheckpointCopy, CheckpointTier, Inventory, Scan, Tags
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
+    NOT_UPLOADED_NAME,
     SHARED_FOLDER,
     Manifest,
     encode_manifest,
@@ -128,9 +129,10 @@ def plan_retention(
     Rules of the local tier count local and remote checkpoints together; those of the remote tier count remote ones. A
     tier without rules keeps everything. Always kept are the checkpoint of the tier, or of a tier behind it, that was
     written last, pinned checkpoints, the last copy of a tagged checkpoint, a checkpoint that is being uploaded, and a
-    local copy of a checkpoint that the remote tier would keep and does not have yet. Only complete checkpoints are
-    deleted. Files in the local tier without a manifest, such as those of the ranks of one machine, count as a copy if
-    the remote tier has the checkpoint; if no tier has it, they are deleted once the remote tier has a later one.
+    local copy of a checkpoint that the remote tier would keep and does not have yet: one that a rule of the remote tier
+    names, or, if it has no rules, one that is still to be uploaded. Otherwise saves that when_busy="drop" has dropped
+    would fill the local disk. Only complete checkpoints are deleted. Files in the local tier without a manifest, such
+    as those of the ranks of one machine, count as a copy if the remote tier has the checkpoint; if no tier has it, they are deleted once the remote tier has a later one.
 
     Args:
         scan: Listing of the checkpoints.
@@ -143,6 +145,8 @@ def plan_retention(
     complete = {tier: [n for n in scan.copies if tier in {c.tier for c in scan.complete(n)}] for tier in tiers}
     everywhere = scan.complete_names
     of_home = _kept(scan, everywhere, _rules_of(keeps, home), now_s)
+    has_home_rules = bool(_rules_of(keeps, home))
+    awaited = [name for name in everywhere if of_home[name] and (has_home_rules or _is_marked(scan, name))]
     kept_by: dict[str, dict[CheckpointTier, tuple[str, ...]]] = {}
     deletes: dict[CheckpointTier, tuple[str, ...]] = {}
     for number, tier in enumerate(tiers):
@@ -158,7 +162,7 @@ def plan_retention(
             is_last_copy = tier == home or name not in complete[home]
             if is_last_copy and tags.tags:
                 reasons.append(f"tagged {', '.join(sorted(tags.tags))}")
-            elif is_last_copy and tier != home and of_home[name]:
+            elif is_last_copy and tier != home and name in awaited:
                 reasons.append("not uploaded yet")
             kept_by.setdefault(name, {})[tier] = tuple(reasons)
         gone = [
@@ -181,6 +185,11 @@ def _uncommitted(scan: Scan, tier: CheckpointTier) -> list[str]:
     """Return the names of the checkpoints of which a tier has files without a manifest."""
     copies = [copy for found in scan.copies.values() for copy in found if copy.tier == tier]
     return [copy.name for copy in copies if not copy.is_committed]
+
+
+def _is_marked(scan: Scan, name: str) -> bool:
+    """Return whether a checkpoint is still to be uploaded."""
+    return any(NOT_UPLOADED_NAME in copy.objects for copy in scan.copies[name])
 
 
 def _rules_of(keeps: Sequence[Keep], tier: CheckpointTier) -> list[Keep]:
@@ -353,11 +362,12 @@ class Retention:
         for tier in self.inventory.tiers:
             copies = [copy for name in wanted for copy in scan.copies.get(name, ()) if copy.tier == tier]
             n_bytes += delete_copies(copies)
-            moved = [name for name in wanted if name in scan.references[tier] and name not in scan.copies]
+            committed = {copy.name for copy in copies if copy.is_committed}
+            moved = [name for name in wanted if name in scan.references[tier] and name not in committed]
             _bury(self.inventory.tiers[tier], [self._reference(tier, name) for name in moved])
             if moved:
                 self.inventory.tiers[tier].delete([reference_key(name) for name in moved])
-            deleted[tier] = (*(copy.name for copy in copies), *moved)
+            deleted[tier] = tuple(dict.fromkeys([*(copy.name for copy in copies), *moved]))
         self._release(deleted)
         return RetentionReport(deleted, n_bytes=n_bytes)
 

@@ -245,9 +245,19 @@ class CheckpointWriter:
         crash_point("checkpoint_commit.files_checked")
         self._put_manifest(manifest_key(manifest.name), text)
         crash_point("checkpoint_commit.committed")
+        with suppress(StoreError):
+            self.put_reference(manifest)
+
+    def put_reference(self, manifest: Manifest) -> None:
+        """Put the reference of a checkpoint to its shared tensors, if it has any.
+
+        Before commit() only for a checkpoint that is not the newest: the tier engine may move it at once.
+
+        Raises:
+            StoreError: The put failed.
+        """
         if any(shared_digest(file.path) for file in manifest.files):
-            with suppress(StoreError):
-                self.store.put(reference_key(manifest.name), text)
+            self.store.put(reference_key(manifest.name), encode_manifest(manifest))
 
     def _put_manifest(self, key: str, text: bytes) -> None:
         for attempt in range(_COMMIT_ATTEMPTS):
