@@ -132,7 +132,8 @@ def plan_retention(
     local copy of a checkpoint that the remote tier would keep and does not have yet: one that a rule of the remote tier
     names, or, if it has no rules, one that is still to be uploaded. Otherwise saves that when_busy="drop" has dropped
     would fill the local disk. Only complete checkpoints are deleted. Files in the local tier without a manifest, such
-    as those of the ranks of one machine, count as a copy if the remote tier has the checkpoint; if no tier has it, they are deleted once the remote tier has a later one.
+    as those of the ranks of one machine, count as a copy if the remote tier has the checkpoint; if no tier has it, they
+    are deleted once the remote tier has a later one.
 
     Args:
         scan: Listing of the checkpoints.
