@@ -315,7 +315,8 @@ def test_shared_tensors_of_a_late_upload_are_written_once(folders):
         assert same(read_checkpoint(remote, name)[1], state(step))
 
 
-def test_the_reference_of_a_late_upload_is_put_before_its_manifest(folders):
+@pytest.mark.parametrize("is_killed", [False, True], ids=["fails", "is killed"])
+def test_the_reference_of_a_late_upload_is_put_before_its_manifest(folders, is_killed):
     """It is not the newest checkpoint, so the tier engine may move it as soon as it has a manifest."""
     local, remote = folders
 
@@ -325,16 +326,19 @@ def test_the_reference_of_a_late_upload_is_put_before_its_manifest(folders):
     (late,) = saved_locally(folders, 1, state=state, dedup=True)
 
     class Dying(WrapperStore):
-        """A store that fails after the reference of the late upload, as if the process was killed."""
+        """A store that has the reference of the late upload, and does not take its manifest."""
 
         def around(self, method, key, call):
             if method == "put_if_absent" and key == manifest_key(late):
+                raise StoreError("scripted: killed", url=key)
+            if is_killed and method == "delete" and key == reference_key(late):
                 raise StoreError("scripted: killed", url=key)
             return call()
 
     newer = save(folders, 2, state, remote=Dying(remote), dedup=True)
     assert list_names(remote) == [newer]
-    assert {info.key for info in remote.list("references/")} == {reference_key(late), reference_key(newer)}
+    left = {reference_key(late), reference_key(newer)} if is_killed else {reference_key(newer)}
+    assert {info.key for info in remote.list("references/")} == left
     assert len(marks(local)) == 1, "the upload is repeated"
     newest = save(folders, 3, state, dedup=True)
     assert list_names(remote) == [late, newer, newest]

@@ -330,6 +330,26 @@ def test_a_save_of_this_process_is_not_deleted(remote):
     assert retention.collect().n_leftovers == 0
 
 
+def test_a_save_that_ends_while_the_stores_are_listed_is_deleted_by_no_call(remote):
+    """The listing has its files without the manifest: a deletion would leave a manifest without files."""
+    name = write_checkpoint(remote, 1, commit=False)
+    saving = {name}
+
+    class Ending(Inventory):
+        def scan(self, *args):
+            found = super().scan(*args)
+            saving.clear()
+            return found
+
+    retention = Retention(Ending({"remote": remote}), unfinished=lambda: {*saving}, now=lambda: START_S + 9 * DAY_S)
+    with pytest.raises(ValueError, match="is being saved"):
+        retention.delete([name])
+    for act in (retention.run, retention.collect):
+        saving.add(name)
+        assert act().n_leftovers == 0
+    assert retention.collect().n_leftovers > 0
+
+
 def test_leftovers_of_a_killed_save_are_removed_after_a_day(remote, local):
     hours(remote, 1)
     (name,) = hours(remote, 2, commit=False)

@@ -218,7 +218,7 @@ class Checkpoints(StoredCheckpoints):
         self._run_look: Future[None] | None = None  # the first look at the run's checkpoints
         self._late: SaveHandle | None = None  # checkpoint of an earlier process, or failed save, that is uploaded now
         self._committed_last = (0.0, "")  # written_order() of the newest checkpoint that this process has committed
-        self._collecting = Lock()  # held by gc(), and while the next late upload is chosen
+        self._collecting = Lock()  # held by gc(), delete(), and while the next late upload is chosen
         self._uploads_seen_s = -math.inf  # when unfinished uploads were looked for, by the monotonic clock
         with suppress(StoreError):  # the first save looks again
             self._check_local_folder()
@@ -590,9 +590,8 @@ class Checkpoints(StoredCheckpoints):
                 self.remote_store.put(tags_key, self.local_store.get(tags_key))
             # NotFound: it was deleted meanwhile, and must not come back
             self.local_store.head(manifest_key(manifest.name))
-            if self._late is not None and self._late.name == manifest.name:
-                self._remote.put_reference(manifest)
-            self._remote.commit(manifest)
+            is_late = self._late is not None and self._late.name == manifest.name
+            (self._remote.commit_late if is_late else self._remote.commit)(manifest)
         except BaseException as error:
             if not may_be_committed(error):
                 self._remote.shared.release(manifest.name)
@@ -729,6 +728,11 @@ class Checkpoints(StoredCheckpoints):
             self._changed.notify_all()
         for call in self._on_commit:
             call(name, "remote")
+
+    def delete(self, which: str | int) -> RetentionReport:
+        """See StoredCheckpoints.delete(). No late upload of the checkpoint begins meanwhile."""
+        with self._collecting:
+            return super().delete(which)
 
     def gc(self) -> RetentionReport:
         """Remove what killed saves and deletions have left, and shared tensors without users, once they are a day old.

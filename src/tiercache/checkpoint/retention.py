@@ -313,9 +313,16 @@ class Retention:
             if keep.tier not in (None, *tiers):
                 raise ValueError(f"Keep({keep}, tier={keep.tier!r}): these checkpoints have no local folder")
 
-    def plan(self, scan: Scan) -> RetentionPlan:
-        """Return what the rules keep and delete now."""
-        return plan_retention(scan, self.keeps, tuple(self.inventory.tiers), self._now(), frozenset(self._unfinished()))
+    def plan(self, scan: Scan, before: Collection[str] = ()) -> RetentionPlan:
+        """Return what the rules keep and delete now.
+
+        Args:
+            scan: Listing of the checkpoints.
+            before: Saves that were unfinished before the listing. If they have ended since, the listing has only a part
+                of their files.
+        """
+        unfinished = frozenset((*before, *self._unfinished()))
+        return plan_retention(scan, self.keeps, tuple(self.inventory.tiers), self._now(), unfinished)
 
     def run(self, tiers: Collection[CheckpointTier] | None = None) -> RetentionReport:
         """Delete what no rule keeps, and collect(). The background thread calls it after each commit.
@@ -328,17 +335,18 @@ class Retention:
         """
         deleted: dict[CheckpointTier, tuple[str, ...]] = {}
         n_bytes = 0
+        before = tuple(self._unfinished())
         scan = self.inventory.scan()
         tiers = self.inventory.tiers.keys() if tiers is None else tiers
         if self.keeps:
-            deletes = self.plan(scan).deletes
+            deletes = self.plan(scan, before).deletes
             for tier in tiers:
                 names = deletes[tier]
                 copies = [copy for name in names for copy in scan.copies[name] if copy.tier == tier]
                 n_bytes += delete_copies(copies)
                 deleted[tier] = names
             self._release(deleted)
-        collected = self._collect(self.inventory.scan() if any(deleted.values()) else scan, tiers)
+        collected = self._collect(self.inventory.scan() if any(deleted.values()) else scan, tiers, before)
         return RetentionReport(deleted, collected.n_leftovers, collected.n_shared, n_bytes + collected.n_bytes)
 
     def delete(self, names: Iterable[str]) -> RetentionReport:
@@ -351,9 +359,10 @@ class Retention:
             ValueError: A checkpoint is pinned, or is being saved; nothing was deleted.
             StoreError: A store failed.
         """
+        before = tuple(self._unfinished())  # a save that ends during the listing is in it without its manifest
         scan, wanted, n_bytes = self.inventory.scan(), list(names), 0
         for name in wanted:
-            if name in self._unfinished():
+            if name in before or name in self._unfinished():
                 raise ValueError(f"{name} is being saved: wait for its save before it is deleted")
             if name not in scan.copies and name not in scan.moved_names:
                 raise NotFound("no such checkpoint", url=name)
@@ -378,7 +387,8 @@ class Retention:
         Raises:
             StoreError: A store failed; the next collection continues.
         """
-        return self._collect(self.inventory.scan(), self.inventory.tiers)
+        before = tuple(self._unfinished())
+        return self._collect(self.inventory.scan(), self.inventory.tiers, before)
 
     def _release(self, deleted: Mapping[CheckpointTier, Collection[str]]) -> None:
         """Release the shared tensors of checkpoints, in the tiers from which they were deleted."""
@@ -386,10 +396,10 @@ class Retention:
             for name in {*names} - {*self._unfinished()}:
                 self.claims[tier].release(name)
 
-    def _collect(self, scan: Scan, tiers: Iterable[CheckpointTier]) -> RetentionReport:
+    def _collect(self, scan: Scan, tiers: Iterable[CheckpointTier], before: Collection[str]) -> RetentionReport:
         n_leftovers = n_shared = n_bytes = 0
         old_s = self._now() - self.gc_age_s
-        unfinished = frozenset(self._unfinished())
+        unfinished = frozenset((*before, *self._unfinished()))
         for tier in tiers:
             store = self.inventory.tiers[tier]
             copies = {name: copy for name, found in scan.copies.items() for copy in found if copy.tier == tier}

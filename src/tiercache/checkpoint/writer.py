@@ -245,19 +245,27 @@ class CheckpointWriter:
         crash_point("checkpoint_commit.files_checked")
         self._put_manifest(manifest_key(manifest.name), text)
         crash_point("checkpoint_commit.committed")
-        with suppress(StoreError):
-            self.put_reference(manifest)
+        if _has_shared(manifest):
+            with suppress(StoreError):
+                self.store.put(reference_key(manifest.name), text)
 
-    def put_reference(self, manifest: Manifest) -> None:
-        """Put the reference of a checkpoint to its shared tensors, if it has any.
+    def commit_late(self, manifest: Manifest) -> None:
+        """Commit a checkpoint that is not the newest: the tier engine may move it once it has a manifest.
 
-        Before commit() only for a checkpoint that is not the newest: the tier engine may move it at once.
+        Therefore the reference is put first. If a kill leaves it without a manifest, the upload is repeated.
 
         Raises:
-            StoreError: The put failed.
+            CommitConflict, StoreError: See commit().
         """
-        if any(shared_digest(file.path) for file in manifest.files):
-            self.store.put(reference_key(manifest.name), encode_manifest(manifest))
+        key = reference_key(manifest.name)
+        is_new = _has_shared(manifest) and self.store.put_if_absent(key, encode_manifest(manifest))
+        try:
+            self.commit(manifest)
+        except StoreError as error:
+            if is_new and not may_be_committed(error):
+                with suppress(StoreError):  # a later upload uses it, or delete() removes it
+                    self.store.delete([key])
+            raise
 
     def _put_manifest(self, key: str, text: bytes) -> None:
         for attempt in range(_COMMIT_ATTEMPTS):
@@ -421,6 +429,10 @@ class _WrongSource(Exception):
     def __init__(self, found: int) -> None:
         super().__init__()
         self.found = found
+
+
+def _has_shared(manifest: Manifest) -> bool:
+    return any(shared_digest(file.path) for file in manifest.files)
 
 
 def part_bytes(n_bytes: int) -> int:
