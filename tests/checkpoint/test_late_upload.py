@@ -315,6 +315,21 @@ def test_shared_tensors_of_a_late_upload_are_written_once(folders):
         assert same(read_checkpoint(remote, name)[1], state(step))
 
 
+def test_a_checkpoint_whose_upload_always_fails_does_not_stop_the_others(folders):
+    _, remote = folders
+    failing, other = saved_locally(folders, 1, 2)
+    newer = []
+    for step in (3, 4):
+        refusing = FaultStore(remote, [Fault("create", times=10**6, retryable=False, keys=f"{failing}/*")])
+        with Checkpoints(refusing, local=folders[0].root) as run:
+            for number in range(2):
+                saved = run.save(step, a_state(number))
+                assert saved.wait("remote", WAIT_S)
+                newer.append(saved.name)
+                run.join()
+    assert list_names(remote) == [other, *newer]
+
+
 @pytest.mark.parametrize("is_killed", [False, True], ids=["fails", "is killed"])
 def test_the_reference_of_a_late_upload_is_put_before_its_manifest(folders, is_killed):
     """It is not the newest checkpoint, so the tier engine may move it as soon as it has a manifest."""

@@ -21,6 +21,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -217,6 +218,7 @@ class Checkpoints(StoredCheckpoints):
         self._newest_s = 0.0
         self._run_look: Future[None] | None = None  # the first look at the run's checkpoints
         self._late: SaveHandle | None = None  # checkpoint of an earlier process, or failed save, that is uploaded now
+        self._late_failures: Counter[str] = Counter()  # by name: one that always fails must not stop the others
         self._committed_last = (0.0, "")  # written_order() of the newest checkpoint that this process has committed
         self._collecting = Lock()  # held by gc(), delete(), and while the next late upload is chosen
         self._uploads_seen_s = -math.inf  # when unfinished uploads were looked for, by the monotonic clock
@@ -658,6 +660,8 @@ class Checkpoints(StoredCheckpoints):
     def _upload_missing(self, local_store: LocalFolder) -> None:
         """Begin to upload the oldest checkpoint that has a mark, and that the rules of the store keep.
 
+        Of several, one whose upload has failed less often comes first.
+
         Only those are considered that are older than the one committed last: a failed upload is tried again after the
         next save, which has raised its error.
 
@@ -690,7 +694,7 @@ class Checkpoints(StoredCheckpoints):
         at_store = {copy.name for copy in copies if copy.tier == "remote" and copy.is_committed}
         for name in at_store:  # the process was killed after the commit
             self._unmark(name)
-        for name in self.retention.plan(scan).missing:
+        for name in sorted(self.retention.plan(scan).missing, key=lambda one: self._late_failures[one]):
             copy = scan.complete(name)[0]
             if name in marked - at_store and copy.tier == "local" and copy.manifest is not None:
                 self._late = SaveHandle(name, copy.manifest.step, self.targets, self._changed)
@@ -708,6 +712,7 @@ class Checkpoints(StoredCheckpoints):
             is_uploaded = True
         except Exception as error:  # noqa: BLE001 -- top of a thread
             logger.warning("%s: the earlier checkpoint %s was not uploaded: %s", self.remote_store.url, name, error)
+            self._late_failures[name] += 1
             if isinstance(error, CorruptCheckpoint | CommitConflict):
                 self._unmark(name)  # it would fail each time
         try:
