@@ -44,7 +44,7 @@ from tiercache.checkpoint.layout import (
 from tiercache.checkpoint.retention import GC_AGE_S, Keep, RetentionReport, referenced_tensors
 from tiercache.checkpoint.staging import HostMemory, StagedState
 from tiercache.checkpoint.state_tree import encode_state, state_text
-from tiercache.checkpoint.stored import StoredCheckpoints
+from tiercache.checkpoint.stored import StoredCheckpoints, UnfinishedSave
 from tiercache.checkpoint.writer import CheckpointWriter, TaskThread, may_be_committed
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptCheckpoint, NotFound, StoreError, TierCacheError
@@ -218,6 +218,8 @@ class Checkpoints(StoredCheckpoints):
         self._newest_s = 0.0
         self._run_look: Future[None] | None = None  # the first look at the run's checkpoints
         self._late: SaveHandle | None = None  # checkpoint of an earlier process, or failed save, that is uploaded now
+        # Weak: of a save that another rank has ended by an error, no rank but that one is told.
+        self._dcp_writers: weakref.WeakSet[DistributedWriter] = weakref.WeakSet()
         self._late_failures: Counter[str] = Counter()  # by name: one that always fails must not stop the others
         self._committed_last = (0.0, "")  # written_order() of the newest checkpoint that this process has committed
         self._collecting = Lock()  # held by gc(), delete(), and while the next late upload is chosen
@@ -277,7 +279,10 @@ class Checkpoints(StoredCheckpoints):
         """
         from tiercache.checkpoint.dcp_writer import DistributedWriter
 
-        return DistributedWriter(self, _integer(step), metrics=metrics, note=note)
+        writer = DistributedWriter(self, _integer(step), metrics=metrics, note=note)
+        with self._changed:
+            self._dcp_writers.add(writer)
+        return writer
 
     def dcp_reader(self, which: str | int = "latest") -> DistributedReader:
         """Return a reader of one checkpoint for torch.distributed.checkpoint: `dcp.load(state, storage_reader=...)`.
@@ -303,10 +308,12 @@ class Checkpoints(StoredCheckpoints):
             handles = {*self._failed, *(save.handle for save in self._saves)}
             return tuple(sorted(handles, key=lambda one: written_order(one.name)))
 
-    def unfinished_saves(self) -> Mapping[str, SaveHandle]:
+    def unfinished_saves(self) -> Mapping[str, UnfinishedSave]:
         """See StoredCheckpoints.unfinished_saves()."""
         late = self._late
-        return {handle.name: handle for handle in (*self.saves, *([] if late is None else [late]))}
+        with self._changed:
+            writing = {writer.name: writer for writer in [*self._dcp_writers] if writer.is_writing}
+        return {**writing, **{handle.name: handle for handle in (*self.saves, *([] if late is None else [late]))}}
 
     def save(
         self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None, note: Any = None
