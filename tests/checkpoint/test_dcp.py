@@ -299,6 +299,25 @@ def test_retention_deletes_what_no_rule_keeps_and_no_save_waits_for_it(tmp_path)
     assert kept == {info.name for info in checkpoints.list()}
 
 
+def test_retention_after_another_save_leaves_the_local_files_of_a_save_alone(tmp_path):
+    """A plain save that began later is committed while the files of all ranks are uploaded."""
+    others = []
+
+    class Overtaken(WrapperStore):
+        def around(self, method, key, call):
+            if method == "create" and "tensors-rank" in key and not others:
+                others.append(checkpoints.save(2, {"a": 1}))
+                assert others[0].wait(timeout_s=60)
+                checkpoints.join()
+            return call()
+
+    store = Overtaken(LocalFolder(tmp_path / "remote"))
+    with tc.Checkpoints(store, local=tmp_path / "local", keep=tc.Keep(last=3)) as checkpoints:
+        dcp.save({"w": torch.ones(100)}, storage_writer=checkpoints.dcp_writer(1))
+        assert [(one.step, one.tiers) for one in checkpoints.list()] == [(n, ("local", "remote")) for n in (1, 2)]
+        assert checkpoints.unfinished_saves() == {}
+
+
 def test_tensors_that_do_not_change_are_stored_once(tmp_path):
     frozen = torch.randn(512, 1024)  # 2 MiB
     options = {"local": tmp_path / "local", "dedup": True, "keep": [tc.Keep(last=2)]}

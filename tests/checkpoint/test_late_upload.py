@@ -13,7 +13,7 @@ from tests.checkpoint.saves import WAIT_S, GateStore, a_state, opened
 
 import tiercache as tc
 from tiercache.checkpoint.checkpoints import Checkpoints
-from tiercache.checkpoint.layout import NOT_UPLOADED_NAME, list_names
+from tiercache.checkpoint.layout import NOT_UPLOADED_NAME, list_names, manifest_key, reference_key, tombstone_key
 from tiercache.checkpoint.staging import SHARED_MIN_BYTES
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder, MemoryStore
@@ -313,6 +313,61 @@ def test_shared_tensors_of_a_late_upload_are_written_once(folders):
     assert len([*remote.list("tensors/")]) == 1
     for step, name in enumerate(names, start=1):
         assert same(read_checkpoint(remote, name)[1], state(step))
+
+
+def test_a_checkpoint_whose_upload_always_fails_does_not_stop_the_others(folders):
+    _, remote = folders
+    failing, other = saved_locally(folders, 1, 2)
+    newer = []
+    for step in (3, 4):
+        refusing = FaultStore(remote, [Fault("create", times=10**6, retryable=False, keys=f"{failing}/*")])
+        with Checkpoints(refusing, local=folders[0].root) as run:
+            for number in range(2):
+                saved = run.save(step, a_state(number))
+                assert saved.wait("remote", WAIT_S)
+                newer.append(saved.name)
+                run.join()
+    assert list_names(remote) == [other, *newer]
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["fails", "is killed"])
+def test_the_reference_of_a_late_upload_is_put_before_its_manifest(folders, is_killed):
+    """It is not the newest checkpoint, so the tier engine may move it as soon as it has a manifest."""
+    local, remote = folders
+
+    def state(step):
+        return {"frozen": torch.full((SHARED_MIN_BYTES // 4,), float(step))}
+
+    (late,) = saved_locally(folders, 1, state=state, dedup=True)
+
+    class Dying(WrapperStore):
+        """A store that has the reference of the late upload, and does not take its manifest."""
+
+        def around(self, method, key, call):
+            if method == "put_if_absent" and key == manifest_key(late):
+                raise StoreError("scripted: killed", url=key)
+            if is_killed and method == "delete" and key == reference_key(late):
+                raise StoreError("scripted: killed", url=key)
+            return call()
+
+    newer = save(folders, 2, state, remote=Dying(remote), dedup=True)
+    assert list_names(remote) == [newer]
+    left = {reference_key(late), reference_key(newer)} if is_killed else {reference_key(newer)}
+    assert {info.key for info in remote.list("references/")} == left
+    assert len(marks(local)) == 1, "the upload is repeated"
+    newest = save(folders, 3, state, dedup=True)
+    assert list_names(remote) == [late, newer, newest]
+    assert same(read_checkpoint(remote, late)[1], state(1))
+
+
+def test_a_deletion_gives_up_the_tensors_of_a_late_upload_that_ended_before_its_manifest(folders):
+    _, remote = folders
+    name = write_checkpoint(remote, 1, {"w": torch.ones(3)}, share=True)
+    remote.delete([manifest_key(name)])
+    with Checkpoints(remote) as run:
+        run.delete(name)
+        assert run.list() == []
+    assert [info.key for info in remote.list("references/")] == [tombstone_key(name)]
 
 
 def test_checkpoints_without_a_mark_are_left_alone(folders):

@@ -15,6 +15,7 @@ from tests.support.stores import CountingStore
 from tiercache.checkpoint.inventory import Inventory, Tags
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
+    NOT_UPLOADED_NAME,
     SHARED_FOLDER,
     checkpoint_objects,
     encode_manifest,
@@ -214,10 +215,21 @@ def test_a_rule_of_one_tier_leaves_the_other_tier_alone(remote, local):
 
 
 def test_a_local_checkpoint_that_is_not_uploaded_yet_stays(remote, local):
-    hours(local, 1, 2, 3)
+    for name in hours(local, 1, 2, 3)[1:]:
+        local.put(f"{name}/{NOT_UPLOADED_NAME}", b"{}")
     hours(remote, 1)
     retained(remote, Keep(last=1, tier="local"), local=local)
     assert steps_of(local) == [2, 3]
+
+
+def test_a_local_checkpoint_that_nobody_uploads_any_more_stays_only_if_a_rule_keeps_it(remote, local):
+    """Its save was dropped, for example: a store without rules, which would keep everything, keeps it no longer."""
+    hours(local, 1, 2, 3)
+    hours(remote, 1)
+    retained(remote, Keep(last=1, tier="local"), Keep(last=2, tier="remote"), local=local)
+    assert steps_of(local) == [2, 3]
+    retained(remote, Keep(last=1, tier="local"), local=local)
+    assert steps_of(local) == [3]
 
 
 def test_a_local_checkpoint_that_the_store_would_not_keep_need_not_be_uploaded(remote, local):
@@ -316,6 +328,26 @@ def test_a_save_of_this_process_is_not_deleted(remote):
     with pytest.raises(ValueError, match="is being saved"):
         retention.delete([name])
     assert retention.collect().n_leftovers == 0
+
+
+def test_a_save_that_ends_while_the_stores_are_listed_is_deleted_by_no_call(remote):
+    """The listing has its files without the manifest: a deletion would leave a manifest without files."""
+    name = write_checkpoint(remote, 1, commit=False)
+    saving = {name}
+
+    class Ending(Inventory):
+        def scan(self, *args):
+            found = super().scan(*args)
+            saving.clear()
+            return found
+
+    retention = Retention(Ending({"remote": remote}), unfinished=lambda: {*saving}, now=lambda: START_S + 9 * DAY_S)
+    with pytest.raises(ValueError, match="is being saved"):
+        retention.delete([name])
+    for act in (retention.run, retention.collect):
+        saving.add(name)
+        assert act().n_leftovers == 0
+    assert retention.collect().n_leftovers > 0
 
 
 def test_leftovers_of_a_killed_save_are_removed_after_a_day(remote, local):

@@ -29,6 +29,7 @@ from tiercache.checkpoint.layout import list_names
 from tiercache.checkpoint.retention import GC_AGE_S
 from tiercache.checkpoint.staging import SHARED_MIN_BYTES
 from tiercache.errors import CommitConflict, CorruptCheckpoint, StoreError
+from tiercache.integrations.checkpoint_log import CheckpointLog
 from tiercache.store import LocalFolder, MemoryStore, open_store
 from tiercache.store.contract import WrapperStore
 from tiercache.testing.faults import Fault, FaultKind, FaultStore
@@ -543,6 +544,42 @@ def test_a_state_that_cannot_be_copied_is_no_checkpoint_and_the_next_save_works(
         assert checkpoints.saves == ()
         assert list_names(checkpoints.remote_store) == [saved.name]
         assert leftovers(checkpoints.remote_store) == {}
+
+
+def test_a_log_of_checkpoints_does_not_swallow_the_error_of_a_save(tmp_path):
+    class Log(CheckpointLog):
+        def log(self, record):
+            logged.append(record.step)
+
+    logged = []
+    checkpoints = Checkpoints(
+        FaultStore(LocalFolder(tmp_path), [Fault("complete", retryable=False, keys="step-000000000001*")])
+    )
+    log = Log(checkpoints)
+    for step in range(2):
+        log(checkpoints.save(step, a_state()))
+        checkpoints.join()
+    log.close()
+    assert logged == [0]
+    with pytest.raises(StoreError, match="step 1 was not saved"):
+        checkpoints.close()
+
+
+def test_a_store_that_does_not_answer_is_asked_for_the_id_of_the_run_once(tmp_path):
+    """Each call waits for the limit of time, and close() waits for all of them."""
+    calls = []
+
+    class Down(WrapperStore):
+        def around(self, method, key, call):
+            calls.append((method, key))
+            raise StoreError("scripted: cannot be reached", url=key)
+
+    LocalFolder(tmp_path / "local").put("run.json", b'{"id": "0123"}')
+    with opened(Down(LocalFolder(tmp_path / "remote")), local=tmp_path / "local") as checkpoints:
+        calls.clear()
+        checkpoints.new_name(1)
+        checkpoints.join()
+    assert [method for method, key in calls if key == "run.json"] == ["get"]
 
 
 # -- back-pressure ----------------------------------------------------------------------------------------------------

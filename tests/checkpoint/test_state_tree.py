@@ -248,6 +248,29 @@ def test_an_integer_that_python_refuses_to_write_as_text_is_refused_with_its_pla
         encode_state({"x": [10**5000]})
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda value: np.full(4096, value, ">f4"),
+        lambda value: np.full((64, 128), value, np.complex128)[:, ::2],
+    ],
+    ids=["big-endian", "complex with gaps"],
+)
+def test_arrays_that_objects_make_for_their_state_dicts_are_not_taken_for_each_other(make):
+    """The memory of a temporary array that is copied is used again for the next one."""
+
+    class Temporary:
+        def __init__(self, value):
+            self.value = value
+
+        def state_dict(self):
+            return {"x": make(self.value)}
+
+    encoded = encode_state({f"object{number}": Temporary(number) for number in range(6)})
+    assert encoded.aliases == {}
+    assert len(encoded.tensors) == 6
+
+
 def test_an_object_that_occurs_twice_is_stored_twice():
     shared = [1, {"a": 2}]
     assert read_back({"x": [shared, shared]}) == {"x": [shared, shared]}

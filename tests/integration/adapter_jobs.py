@@ -7,7 +7,6 @@ import json
 import os
 import warnings
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +169,15 @@ def saves(url: str, folder: str, make_log: Any) -> dict[str, Any]:
         remote.store = FaultStore(remote.store, [Fault("complete", retryable=False)])
         log(checkpoints.save(3, {"weights": torch.ones(3)}), metrics={"loss": 9.0}, loader=loader)
         log.close()
-        with suppress(tc.StoreError):
+        error = ""
+        try:
             checkpoints.wait()
+        except tc.StoreError as failure:  # the log has not swallowed it
+            error = str(failure)
         names = [info.name for info in checkpoints.list() if info.state == "complete"]
         dataset = loader.dataset
-        return {"names": names, "version": dataset.version, "fingerprint": dataset.fingerprint}
+        facts = {"version": dataset.version, "fingerprint": dataset.fingerprint}
+        return {"names": names, "error": error, **facts}
 
 
 def log_to_mlflow(url: str, folder: str) -> dict[str, Any]:

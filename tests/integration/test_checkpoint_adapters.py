@@ -107,6 +107,7 @@ def test_two_processes_with_accelerate_resume_from_one_checkpoint(run):
 
 def expected_facts(found, tmp_path, prefix):
     name = found["names"][-1]
+    assert "step 3 was not saved" in found["error"], "the log has not swallowed it"
     return {
         f"{prefix}checkpoint": name,
         f"{prefix}checkpoint_url": f"{tmp_path / 'run' / 'remote'}/{name}",

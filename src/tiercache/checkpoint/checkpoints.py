@@ -21,6 +21,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -43,7 +44,7 @@ from tiercache.checkpoint.layout import (
 from tiercache.checkpoint.retention import GC_AGE_S, Keep, RetentionReport, referenced_tensors
 from tiercache.checkpoint.staging import HostMemory, StagedState
 from tiercache.checkpoint.state_tree import encode_state, state_text
-from tiercache.checkpoint.stored import StoredCheckpoints
+from tiercache.checkpoint.stored import StoredCheckpoints, UnfinishedSave
 from tiercache.checkpoint.writer import CheckpointWriter, TaskThread, may_be_committed
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptCheckpoint, NotFound, StoreError, TierCacheError
@@ -217,10 +218,14 @@ class Checkpoints(StoredCheckpoints):
         self._newest_s = 0.0
         self._run_look: Future[None] | None = None  # the first look at the run's checkpoints
         self._late: SaveHandle | None = None  # checkpoint of an earlier process, or failed save, that is uploaded now
+        # Weak: of a save that another rank has ended by an error, no rank but that one is told.
+        self._dcp_writers: weakref.WeakSet[DistributedWriter] = weakref.WeakSet()
+        self._late_failures: Counter[str] = Counter()  # by name: one that always fails must not stop the others
         self._committed_last = (0.0, "")  # written_order() of the newest checkpoint that this process has committed
-        self._collecting = Lock()  # held by gc(), and while the next late upload is chosen
+        self._collecting = Lock()  # held by gc(), delete(), and while the next late upload is chosen
         self._uploads_seen_s = -math.inf  # when unfinished uploads were looked for, by the monotonic clock
-        self._check_local_folder()
+        with suppress(StoreError):  # the first save looks again
+            self._check_local_folder()
         self._pid, self._is_closed = os.getpid(), False
         self._remote = self._writer_to(remote_store, "remote")
         self._local = None if local_store is None else self._writer_to(local_store, "local")
@@ -274,7 +279,10 @@ class Checkpoints(StoredCheckpoints):
         """
         from tiercache.checkpoint.dcp_writer import DistributedWriter
 
-        return DistributedWriter(self, _integer(step), metrics=metrics, note=note)
+        writer = DistributedWriter(self, _integer(step), metrics=metrics, note=note)
+        with self._changed:
+            self._dcp_writers.add(writer)
+        return writer
 
     def dcp_reader(self, which: str | int = "latest") -> DistributedReader:
         """Return a reader of one checkpoint for torch.distributed.checkpoint: `dcp.load(state, storage_reader=...)`.
@@ -300,10 +308,12 @@ class Checkpoints(StoredCheckpoints):
             handles = {*self._failed, *(save.handle for save in self._saves)}
             return tuple(sorted(handles, key=lambda one: written_order(one.name)))
 
-    def unfinished_saves(self) -> Mapping[str, SaveHandle]:
+    def unfinished_saves(self) -> Mapping[str, UnfinishedSave]:
         """See StoredCheckpoints.unfinished_saves()."""
         late = self._late
-        return {handle.name: handle for handle in (*self.saves, *([] if late is None else [late]))}
+        with self._changed:
+            writing = {writer.name: writer for writer in [*self._dcp_writers] if writer.is_writing}
+        return {**writing, **{handle.name: handle for handle in (*self.saves, *([] if late is None else [late]))}}
 
     def save(
         self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None, note: Any = None
@@ -447,32 +457,33 @@ class Checkpoints(StoredCheckpoints):
     def _check_local_folder(self) -> None:
         """Raise ValueError if the local folder has copies of other checkpoints, which would be loaded and deleted.
 
-        The store and the folder have the same random id, so that either may be moved or mounted elsewhere.
+        The store and the folder have the same random id, so that either may be moved or mounted elsewhere. Raises
+        StoreError if that cannot be known now.
         """
         if self.local_store is None:
             return
-        with suppress(StoreError):  # the store cannot be reached now
-            mine = _run_id(self.local_store)
-            theirs = _run_id(self.remote_store) if mine else ""
-            # A store that has checkpoints and no id is the right one: a rule of tiers has moved the file.
-            if mine != theirs and (theirs or not checkpoint_objects(self.remote_store.list())):
-                root = self.local_store.root
-                raise ValueError(
-                    f"local={str(root)!r} has local copies of other checkpoints than those at {self.remote_store.url}: "
-                    f"give each run a local folder of its own. If these are its copies, because the checkpoints at the "
-                    f"URL were deleted, delete {root / RUN_NAME}"
-                )
+        mine = _run_id(self.local_store)
+        theirs = _run_id(self.remote_store) if mine else ""
+        # A store that has checkpoints and no id is the right one: a rule of tiers has moved the file.
+        if mine != theirs and (theirs or not checkpoint_objects(self.remote_store.list())):
+            root = self.local_store.root
+            raise ValueError(
+                f"local={str(root)!r} has local copies of other checkpoints than those at {self.remote_store.url}: "
+                f"give each run a local folder of its own. If these are its copies, because the checkpoints at the "
+                f"URL were deleted, delete {root / RUN_NAME}"
+            )
 
     def _take_local_folder(self) -> None:
         """Give store and local folder the same id, and check it. Raises ValueError."""
         if self.local_store is not None:
-            self._check_local_folder()
-            with suppress(StoreError):  # the save itself reports a full disk, or waits for the store
+            # The save itself reports a full disk, or waits for the store, which is not asked again if it fails.
+            with suppress(StoreError):
+                self._check_local_folder()
                 text = json.dumps({"id": _run_id(self.local_store) or secrets.token_hex(16)}).encode("ascii")
                 if not self.remote_store.put_if_absent(RUN_NAME, text):
                     text = self.remote_store.get(RUN_NAME)
                 self.local_store.put_if_absent(RUN_NAME, text)
-            self._check_local_folder()
+                self._check_local_folder()
 
     def _look_at_run(self, look: Future[None]) -> None:
         """Note the time of the newest checkpoint of each store that can be reached, and take the local folder."""
@@ -588,7 +599,8 @@ class Checkpoints(StoredCheckpoints):
                 self.remote_store.put(tags_key, self.local_store.get(tags_key))
             # NotFound: it was deleted meanwhile, and must not come back
             self.local_store.head(manifest_key(manifest.name))
-            self._remote.commit(manifest)
+            is_late = self._late is not None and self._late.name == manifest.name
+            (self._remote.commit_late if is_late else self._remote.commit)(manifest)
         except BaseException as error:
             if not may_be_committed(error):
                 self._remote.shared.release(manifest.name)
@@ -655,6 +667,8 @@ class Checkpoints(StoredCheckpoints):
     def _upload_missing(self, local_store: LocalFolder) -> None:
         """Begin to upload the oldest checkpoint that has a mark, and that the rules of the store keep.
 
+        Of several, one whose upload has failed less often comes first.
+
         Only those are considered that are older than the one committed last: a failed upload is tried again after the
         next save, which has raised its error.
 
@@ -687,7 +701,7 @@ class Checkpoints(StoredCheckpoints):
         at_store = {copy.name for copy in copies if copy.tier == "remote" and copy.is_committed}
         for name in at_store:  # the process was killed after the commit
             self._unmark(name)
-        for name in self.retention.plan(scan).missing:
+        for name in sorted(self.retention.plan(scan).missing, key=lambda one: self._late_failures[one]):
             copy = scan.complete(name)[0]
             if name in marked - at_store and copy.tier == "local" and copy.manifest is not None:
                 self._late = SaveHandle(name, copy.manifest.step, self.targets, self._changed)
@@ -705,6 +719,7 @@ class Checkpoints(StoredCheckpoints):
             is_uploaded = True
         except Exception as error:  # noqa: BLE001 -- top of a thread
             logger.warning("%s: the earlier checkpoint %s was not uploaded: %s", self.remote_store.url, name, error)
+            self._late_failures[name] += 1
             if isinstance(error, CorruptCheckpoint | CommitConflict):
                 self._unmark(name)  # it would fail each time
         try:
@@ -725,6 +740,11 @@ class Checkpoints(StoredCheckpoints):
             self._changed.notify_all()
         for call in self._on_commit:
             call(name, "remote")
+
+    def delete(self, which: str | int) -> RetentionReport:
+        """See StoredCheckpoints.delete(). No late upload of the checkpoint begins meanwhile."""
+        with self._collecting:
+            return super().delete(which)
 
     def gc(self) -> RetentionReport:
         """Remove what killed saves and deletions have left, and shared tensors without users, once they are a day old.

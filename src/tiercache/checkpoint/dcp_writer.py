@@ -104,7 +104,11 @@ class DistributedWriter(StorageWriter):
     Attributes:
         name: Name of the checkpoint, once the save has begun; "" before.
         step: Step of the training run.
+        is_writing: Whether the save has begun and not ended, as far as this rank knows.
+        error: None; see StoredCheckpoints.unfinished_saves().
     """
+
+    error: BaseException | None = None
 
     def __init__(
         self, checkpoints: Checkpoints, step: int, *, metrics: Mapping[str, float] | None = None, note: Any = None
@@ -114,7 +118,7 @@ class DistributedWriter(StorageWriter):
         self._checkpoints, self.step = checkpoints, step
         self._metrics, self._note = numbers(metrics or {}), json_copy(note)
         self._created_s, self.name = 0.0, ""
-        self._is_committed = False
+        self._is_committed = self._is_coordinator = self.is_writing = False
 
     def __getstate__(self) -> Any:
         raise TypeError(
@@ -138,8 +142,9 @@ class DistributedWriter(StorageWriter):
         """Return where the checkpoints are."""
         return StorageMeta(checkpoint_id=self._checkpoints.remote_store.url)
 
-    def set_up_storage_writer(self, is_coordinator: bool, *_args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+    def set_up_storage_writer(self, is_coordinator: bool, *_args: Any, **kwargs: Any) -> None:
         """Begin a save. Raises ValueError without collectives, by which the ranks agree on the checkpoint's name."""
+        self._is_coordinator = is_coordinator
         if not kwargs.get("use_collectives", True):
             raise ValueError(
                 "tc.Checkpoints commits one checkpoint of all ranks: use_collectives=False is not supported"
@@ -202,7 +207,13 @@ class DistributedWriter(StorageWriter):
                 source = _source_of(item, planner)
                 parts[item.index] = source.spec.name
                 _add(sources, source)
-        stored = self._write_files(task, sources)
+        self.is_writing = True  # retention after another save leaves the local files alone
+        try:
+            stored = self._write_files(task, sources)
+        except BaseException:
+            self.is_writing = False
+            raise
+        self.is_writing = self._is_coordinator
         results = [WriteResult(index, stored[name].entry.n_bytes, stored[name]) for index, name in parts.items()]
         for index, value in values.items():
             ((_, node),) = items_of(value.tree) or ()
@@ -267,6 +278,13 @@ class DistributedWriter(StorageWriter):
             StoreError: A store failed; if .maybe_done is true, the checkpoint may be committed.
             CommitConflict: The name of the checkpoint is taken.
         """
+        try:
+            self._finish(metadata, results)
+        finally:
+            self.is_writing = False
+        self._checkpoints.announce(self.name, "remote")
+
+    def _finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         stored = {result.index: result.storage_data for rank in results for result in rank}
         parts = [part for found in stored.values() for part in _parts_of(found)]
         tensors = {part.name: part.entry for part in parts}
@@ -303,8 +321,7 @@ class DistributedWriter(StorageWriter):
             except TierCacheError as error:
                 where = f"{remote.store.url}/{self.name}"
                 message = f"the checkpoint is committed at {where}, but has no complete local copy: {error}"
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
-        self._checkpoints.announce(self.name, "remote")
+                warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def done(self) -> bool:
         """Return whether the checkpoint is committed at the store; the coordinator knows."""

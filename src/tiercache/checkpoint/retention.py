@@ -4,9 +4,9 @@ The planner of the tier engine evaluates the rules (`tier/plan/selection.py`), s
 rule file mean the same. plan_retention() decides, Retention acts.
 
 A deletion removes the manifest first, so that no reader sees a checkpoint that lacks files. A checkpoint with shared
-tensors has a reference (references/NAME.json), which is put after its manifest, stays if another program moves the
-checkpoint, and is turned into a tombstone (references/NAME.deleted.json) by a deletion. A shared tensor is deleted only
-if
+tensors has a reference (references/NAME.json), which is put after its manifest, or before it by a late upload. The
+reference stays if another program moves the checkpoint, and is turned into a tombstone (references/NAME.deleted.json)
+by a deletion. A shared tensor is deleted only if
 
 1. no manifest and no reference refers to it, and every one of them can be read,
 2. no tombstone younger than the age of collection refers to it, and
@@ -32,6 +32,7 @@ import pyarrow as pa
 from tiercache.checkpoint.inventory import CheckpointCopy, CheckpointTier, Inventory, Scan, Tags
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
+    NOT_UPLOADED_NAME,
     SHARED_FOLDER,
     Manifest,
     encode_manifest,
@@ -128,9 +129,11 @@ def plan_retention(
     Rules of the local tier count local and remote checkpoints together; those of the remote tier count remote ones. A
     tier without rules keeps everything. Always kept are the checkpoint of the tier, or of a tier behind it, that was
     written last, pinned checkpoints, the last copy of a tagged checkpoint, a checkpoint that is being uploaded, and a
-    local copy of a checkpoint that the remote tier would keep and does not have yet. Only complete checkpoints are
-    deleted. Files in the local tier without a manifest, such as those of the ranks of one machine, count as a copy if
-    the remote tier has the checkpoint; if no tier has it, they are deleted once the remote tier has a later one.
+    local copy of a checkpoint that the remote tier would keep and does not have yet: one that a rule of the remote tier
+    names, or, if it has no rules, one that is still to be uploaded. Otherwise saves that when_busy="drop" has dropped
+    would fill the local disk. Only complete checkpoints are deleted. Files in the local tier without a manifest, such
+    as those of the ranks of one machine, count as a copy if the remote tier has the checkpoint; if no tier has it, they
+    are deleted once the remote tier has a later one.
 
     Args:
         scan: Listing of the checkpoints.
@@ -143,6 +146,8 @@ def plan_retention(
     complete = {tier: [n for n in scan.copies if tier in {c.tier for c in scan.complete(n)}] for tier in tiers}
     everywhere = scan.complete_names
     of_home = _kept(scan, everywhere, _rules_of(keeps, home), now_s)
+    has_home_rules = bool(_rules_of(keeps, home))
+    awaited = [name for name in everywhere if of_home[name] and (has_home_rules or _is_marked(scan, name))]
     kept_by: dict[str, dict[CheckpointTier, tuple[str, ...]]] = {}
     deletes: dict[CheckpointTier, tuple[str, ...]] = {}
     for number, tier in enumerate(tiers):
@@ -158,7 +163,7 @@ def plan_retention(
             is_last_copy = tier == home or name not in complete[home]
             if is_last_copy and tags.tags:
                 reasons.append(f"tagged {', '.join(sorted(tags.tags))}")
-            elif is_last_copy and tier != home and of_home[name]:
+            elif is_last_copy and tier != home and name in awaited:
                 reasons.append("not uploaded yet")
             kept_by.setdefault(name, {})[tier] = tuple(reasons)
         gone = [
@@ -181,6 +186,11 @@ def _uncommitted(scan: Scan, tier: CheckpointTier) -> list[str]:
     """Return the names of the checkpoints of which a tier has files without a manifest."""
     copies = [copy for found in scan.copies.values() for copy in found if copy.tier == tier]
     return [copy.name for copy in copies if not copy.is_committed]
+
+
+def _is_marked(scan: Scan, name: str) -> bool:
+    """Return whether a checkpoint is still to be uploaded."""
+    return any(NOT_UPLOADED_NAME in copy.objects for copy in scan.copies[name])
 
 
 def _rules_of(keeps: Sequence[Keep], tier: CheckpointTier) -> list[Keep]:
@@ -303,9 +313,16 @@ class Retention:
             if keep.tier not in (None, *tiers):
                 raise ValueError(f"Keep({keep}, tier={keep.tier!r}): these checkpoints have no local folder")
 
-    def plan(self, scan: Scan) -> RetentionPlan:
-        """Return what the rules keep and delete now."""
-        return plan_retention(scan, self.keeps, tuple(self.inventory.tiers), self._now(), frozenset(self._unfinished()))
+    def plan(self, scan: Scan, before: Collection[str] = ()) -> RetentionPlan:
+        """Return what the rules keep and delete now.
+
+        Args:
+            scan: Listing of the checkpoints.
+            before: Saves that were unfinished before the listing. If they have ended since, the listing has only a part
+                of their files.
+        """
+        unfinished = frozenset((*before, *self._unfinished()))
+        return plan_retention(scan, self.keeps, tuple(self.inventory.tiers), self._now(), unfinished)
 
     def run(self, tiers: Collection[CheckpointTier] | None = None) -> RetentionReport:
         """Delete what no rule keeps, and collect(). The background thread calls it after each commit.
@@ -318,17 +335,18 @@ class Retention:
         """
         deleted: dict[CheckpointTier, tuple[str, ...]] = {}
         n_bytes = 0
+        before = tuple(self._unfinished())
         scan = self.inventory.scan()
         tiers = self.inventory.tiers.keys() if tiers is None else tiers
         if self.keeps:
-            deletes = self.plan(scan).deletes
+            deletes = self.plan(scan, before).deletes
             for tier in tiers:
                 names = deletes[tier]
                 copies = [copy for name in names for copy in scan.copies[name] if copy.tier == tier]
                 n_bytes += delete_copies(copies)
                 deleted[tier] = names
             self._release(deleted)
-        collected = self._collect(self.inventory.scan() if any(deleted.values()) else scan, tiers)
+        collected = self._collect(self.inventory.scan() if any(deleted.values()) else scan, tiers, before)
         return RetentionReport(deleted, collected.n_leftovers, collected.n_shared, n_bytes + collected.n_bytes)
 
     def delete(self, names: Iterable[str]) -> RetentionReport:
@@ -341,9 +359,10 @@ class Retention:
             ValueError: A checkpoint is pinned, or is being saved; nothing was deleted.
             StoreError: A store failed.
         """
+        before = tuple(self._unfinished())  # a save that ends during the listing is in it without its manifest
         scan, wanted, n_bytes = self.inventory.scan(), list(names), 0
         for name in wanted:
-            if name in self._unfinished():
+            if name in before or name in self._unfinished():
                 raise ValueError(f"{name} is being saved: wait for its save before it is deleted")
             if name not in scan.copies and name not in scan.moved_names:
                 raise NotFound("no such checkpoint", url=name)
@@ -353,11 +372,12 @@ class Retention:
         for tier in self.inventory.tiers:
             copies = [copy for name in wanted for copy in scan.copies.get(name, ()) if copy.tier == tier]
             n_bytes += delete_copies(copies)
-            moved = [name for name in wanted if name in scan.references[tier] and name not in scan.copies]
+            committed = {copy.name for copy in copies if copy.is_committed}
+            moved = [name for name in wanted if name in scan.references[tier] and name not in committed]
             _bury(self.inventory.tiers[tier], [self._reference(tier, name) for name in moved])
             if moved:
                 self.inventory.tiers[tier].delete([reference_key(name) for name in moved])
-            deleted[tier] = (*(copy.name for copy in copies), *moved)
+            deleted[tier] = tuple(dict.fromkeys([*(copy.name for copy in copies), *moved]))
         self._release(deleted)
         return RetentionReport(deleted, n_bytes=n_bytes)
 
@@ -367,7 +387,8 @@ class Retention:
         Raises:
             StoreError: A store failed; the next collection continues.
         """
-        return self._collect(self.inventory.scan(), self.inventory.tiers)
+        before = tuple(self._unfinished())
+        return self._collect(self.inventory.scan(), self.inventory.tiers, before)
 
     def _release(self, deleted: Mapping[CheckpointTier, Collection[str]]) -> None:
         """Release the shared tensors of checkpoints, in the tiers from which they were deleted."""
@@ -375,10 +396,10 @@ class Retention:
             for name in {*names} - {*self._unfinished()}:
                 self.claims[tier].release(name)
 
-    def _collect(self, scan: Scan, tiers: Iterable[CheckpointTier]) -> RetentionReport:
+    def _collect(self, scan: Scan, tiers: Iterable[CheckpointTier], before: Collection[str]) -> RetentionReport:
         n_leftovers = n_shared = n_bytes = 0
         old_s = self._now() - self.gc_age_s
-        unfinished = frozenset(self._unfinished())
+        unfinished = frozenset((*before, *self._unfinished()))
         for tier in tiers:
             store = self.inventory.tiers[tier]
             copies = {name: copy for name, found in scan.copies.items() for copy in found if copy.tier == tier}

@@ -163,6 +163,7 @@ class _Encoder:
     tensors: dict[str, TensorSource] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     _by_memory: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    _kept: list[Any] = field(default_factory=list)  # arrays whose copies are in `tensors`
     _outer: set[int] = field(default_factory=set)  # ids of the values that contain the present one
 
     def encode(self, value: Any, path: tuple[Any, ...]) -> Any:
@@ -234,6 +235,7 @@ class _Encoder:
             return {"$numpy": _inline(value, path)}
         native = value.astype(value.dtype.newbyteorder("="), copy=False)
         stored = np.ascontiguousarray(native).view(np.float64).reshape(*value.shape, 2) if name == _PAIRS else native
+        self._kept.append(value)  # `stored` may be a copy: then the memory of a temporary array would be used again
         memory = value.__array_interface__["data"][0], value.dtype.str, value.shape, value.strides
         return self._add("$array", name, stored, ("numpy", *memory) if value.nbytes else None, path)
 

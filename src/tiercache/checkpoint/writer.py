@@ -245,9 +245,27 @@ class CheckpointWriter:
         crash_point("checkpoint_commit.files_checked")
         self._put_manifest(manifest_key(manifest.name), text)
         crash_point("checkpoint_commit.committed")
-        if any(shared_digest(file.path) for file in manifest.files):
+        if _has_shared(manifest):
             with suppress(StoreError):
                 self.store.put(reference_key(manifest.name), text)
+
+    def commit_late(self, manifest: Manifest) -> None:
+        """Commit a checkpoint that is not the newest: the tier engine may move it once it has a manifest.
+
+        Therefore the reference is put first. If a kill leaves it without a manifest, the upload is repeated.
+
+        Raises:
+            CommitConflict, StoreError: See commit().
+        """
+        key = reference_key(manifest.name)
+        is_new = _has_shared(manifest) and self.store.put_if_absent(key, encode_manifest(manifest))
+        try:
+            self.commit(manifest)
+        except StoreError as error:
+            if is_new and not may_be_committed(error):
+                with suppress(StoreError):  # a later upload uses it, or delete() removes it
+                    self.store.delete([key])
+            raise
 
     def _put_manifest(self, key: str, text: bytes) -> None:
         for attempt in range(_COMMIT_ATTEMPTS):
@@ -411,6 +429,10 @@ class _WrongSource(Exception):
     def __init__(self, found: int) -> None:
         super().__init__()
         self.found = found
+
+
+def _has_shared(manifest: Manifest) -> bool:
+    return any(shared_digest(file.path) for file in manifest.files)
 
 
 def part_bytes(n_bytes: int) -> int:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from tiercache.checkpoint.checkpoints import Checkpoints
-from tiercache.errors import StoreError
 
 
 class Saved(Protocol):
@@ -19,9 +18,6 @@ class Saved(Protocol):
 
     def done(self) -> bool:
         """Return whether the checkpoint is committed at the store."""
-
-    def wait(self) -> bool:
-        """Wait until it is; return False if the save was skipped or dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +92,9 @@ class CheckpointLog(ABC):
 
     def close(self) -> None:
         """Wait for the saves that are not committed yet, and log them. Checkpoints.close() raises their errors."""
+        self._checkpoints.join()  # wait() of a save would count as the report of its error
         for saved, record in self._waiting:
-            try:
-                is_committed = saved.wait()
-            except StoreError:
-                continue
-            if is_committed:
+            if saved.done():
                 self.log(record)
         self._waiting.clear()
 
