@@ -432,8 +432,11 @@ class Oracle:
                 may_not = self.may_not_delete(self.group_of[key], now_s, is_older=is_older)
                 if seen.data in self.spoilt.get(key, ()) or not may_not:
                     continue
-                holders = [other for other in picture if _lies(picture[other], key, seen.data)]
-                since_s = [self.first_seen_s[other, key, seen.data] for other in holders if other != place]
+                since_s = [
+                    first_s
+                    for (other, name, data), first_s in self.first_seen_s.items()
+                    if data == seen.data and key in (name, undated(name)) and other != place
+                ]
                 if now is not None:
                     since_s = [self.asked_s.get(self.group_of[key], NEVER)]
                 if since_s and min(since_s) + self.grace_s > now_s + 1.0:
