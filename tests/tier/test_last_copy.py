@@ -32,8 +32,8 @@ VERBS = ("head", "read_into", "read_tail", "get", "put", "put_if_absent", "creat
          "list", "set_class", "copy_from")  # fmt: skip
 
 # Where a batch has asked for pins for the last time, and where its deletions and changes of class are made.
-DECIDED = ("tier_drop.decided", "tier_move.decided")
-DONE = ("tier_drop.reclassed", "tier_move.reclassed")
+DECIDED = ("tier_drop.decided", "tier_move.decided", "tier_rename.decided")
+DONE = ("tier_drop.reclassed", "tier_move.reclassed", "tier_rename.deleted")
 
 groups = st.sampled_from(GROUPS)
 keys = st.sampled_from(KEYS)

@@ -10,6 +10,8 @@ An older copy, which lies in one tier, gets the date of its writing in its name.
    folder, the file gets a second name (a hard link), and no byte is copied.
 4. The placement leads readers of the new name to the tier, and no reader of the old name to the older copy.
 5. The objects are checked once more, and deleted under their old keys: the one that makes the group complete first.
+   The delete request to S3 names the ETag, and a local file is checked directly before it is unlinked. Other stores have
+   no such request: what is written there between the check and the deletion is lost.
 6. The journal and the catalog record the new names.
 
 A killed rename is finished by the next run, before it takes the inventory: finish_renames(). There is no grace period:
@@ -206,6 +208,10 @@ class _Rename:
     def _delete(self, left: Sequence[PlannedObject]) -> None:
         """Delete the objects under their old keys; the last one makes the group complete, and is deleted first."""
         context, row = self.context, self.row
+        if pinned := self._pin_reason():
+            raise _Changed(pinned)
+        context.lock.announce([(row.src_place, undated_path(row.path))])
+        crash_point("tier_rename.decided")  # a pin that is added from here on is too late
         heads = context.heads([(row.src, obj.key) for obj in left] + [(row.src, self._new_key(obj)) for obj in left])
         now: list[PlannedObject] = []
         for obj in left:
@@ -220,10 +226,7 @@ class _Rename:
                 context.stores.store(row.src).delete(linked)
                 raise _Changed(f"{row.src_place}/{obj.key}: it was written again during its rename, and stays")
             now.append(obj._replace(etag=info.etag, modified_s=info.modified_s))
-        if pinned := self._pin_reason():
-            raise _Changed(pinned)
         crash_point("tier_rename.checked")
-        context.lock.announce([(row.src_place, undated_path(row.path))])
         last = [obj for obj in now if obj.key == row.objects[-1].key]
         context.transfer.delete_objects(row.src, last)
         crash_point("tier_rename.unmade")
