@@ -34,7 +34,12 @@ from tiercache.store.posix import TEMP_PREFIX
 
 JOBS = "tests.distributed.checkpoint_jobs"
 OF_RANKS = ("dcp.", "checkpoint_write.", "checkpoint_upload.", "checkpoint_commit.", "retention.")
-OF_PLAIN_SAVES = ("checkpoint_write.begun", "checkpoint_write.files_written")
+OF_PLAIN_SAVES = (
+    "checkpoint_write.begun",
+    "checkpoint_write.files_written",
+    "checkpoint_upload.marked",
+    "checkpoint_upload.unmarked",
+)
 N_RANKS, N_SAVES, N_KEPT = 2, 3, 2
 NEW_RUNS_AFTER = 10  # rounds: the archive grows, and leftovers wait for their collection
 RULES = """
