@@ -10,8 +10,8 @@ An older copy, which lies in one tier, gets the date of its writing in its name.
    folder, the file gets a second name (a hard link), and no byte is copied.
 4. The placement leads readers of the new name to the tier, and no reader of the old name to the older copy.
 5. The objects are checked once more, and deleted under their old keys: the one that makes the group complete first.
-   The delete request to S3 names the ETag, and a local file is checked directly before it is unlinked. Other stores have
-   no such request: what is written there between the check and the deletion is lost.
+   The delete request to S3 names the ETag, and a local file is checked directly before it is unlinked. Other stores
+   have no such request: what is written there between the check and the deletion is lost.
 6. The journal and the catalog record the new names.
 
 A killed rename is finished by the next run, before it takes the inventory: finish_renames(). There is no grace period:
