@@ -81,9 +81,10 @@ def test_a_rank_that_fails_or_is_killed_leaves_the_last_checkpoint(tmp_path, war
     for answer in answers:  # both ranks learn of the failure
         assert "scripted fault in complete" in answer["error"], answer
     checkpoints = tc.Checkpoints(url, local=local)
-    assert [(info.step, info.state) for info in checkpoints.list()] == [
-        (0, "complete"), (1, "incomplete"), (2, "incomplete"),
-    ]  # fmt: skip
+    found = [(info.step, info.state) for info in checkpoints.list()]
+    if (1, "incomplete") in found:  # unless rank 1 failed, and deleted the local files, before rank 0 uploaded any
+        found.remove((1, "incomplete"))
+    assert found == [(0, "complete"), (2, "incomplete")]
     assert digest(checkpoints.load("latest")) == answers[0]["digest"]
 
 

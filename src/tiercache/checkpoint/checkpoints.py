@@ -742,7 +742,14 @@ class Checkpoints(StoredCheckpoints):
             call(name, "remote")
 
     def delete(self, which: str | int) -> RetentionReport:
-        """See StoredCheckpoints.delete(). No late upload of the checkpoint begins meanwhile."""
+        """Delete a checkpoint from all tiers. Tensors that other checkpoints share stay. No late upload begins meanwhile.
+
+        Args:
+            which: "latest", "best:METRIC", a step, or a name; of a step, the checkpoint written last.
+
+        Raises:
+            NotFound, ValueError, StoreError: See StoredCheckpoints.delete().
+        """
         with self._collecting:
             return super().delete(which)
 
