@@ -742,7 +742,7 @@ class Checkpoints(StoredCheckpoints):
             call(name, "remote")
 
     def delete(self, which: str | int) -> RetentionReport:
-        """Delete a checkpoint from all tiers; tensors that other checkpoints share stay. No late upload begins meanwhile.
+        """Delete a checkpoint from all tiers; shared tensors of others stay. No late upload begins meanwhile.
 
         Args:
             which: "latest", "best:METRIC", a step, or a name; of a step, the checkpoint written last.
