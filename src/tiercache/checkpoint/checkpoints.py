@@ -585,11 +585,14 @@ class Checkpoints(StoredCheckpoints):
 
         If it fails, the files that are at the store stay: a later upload writes them again, or they are collected.
         """
-        self._put_at_store(save.manifest)
+        self._put_at_store(save.manifest, self._remote.commit)
         self._commit(save, "remote")
 
-    def _put_at_store(self, manifest: Manifest) -> None:
-        """Upload a checkpoint that is committed in the local folder, commit it at the store, and remove its mark."""
+    def _put_at_store(self, manifest: Manifest, commit: Callable[[Manifest], None]) -> None:
+        """Upload a checkpoint that is committed in the local folder, commit it at the store, and remove its mark.
+
+        commit: CheckpointWriter.commit, or commit_late if later checkpoints exist.
+        """
         if self.local_store is None:  # never: _write() and _upload_missing() have checked it
             return
         try:
@@ -599,8 +602,7 @@ class Checkpoints(StoredCheckpoints):
                 self.remote_store.put(tags_key, self.local_store.get(tags_key))
             # NotFound: it was deleted meanwhile, and must not come back
             self.local_store.head(manifest_key(manifest.name))
-            is_late = self._late is not None and self._late.name == manifest.name
-            (self._remote.commit_late if is_late else self._remote.commit)(manifest)
+            commit(manifest)
         except BaseException as error:
             if not may_be_committed(error):
                 self._remote.shared.release(manifest.name)
@@ -715,7 +717,7 @@ class Checkpoints(StoredCheckpoints):
         """Upload a checkpoint that has no running save, in a thread of its own, so that no save waits for it."""
         name, is_uploaded = manifest.name, False
         try:
-            self._put_at_store(manifest)
+            self._put_at_store(manifest, self._remote.commit_late)
             is_uploaded = True
         except Exception as error:  # noqa: BLE001 -- top of a thread
             logger.warning("%s: the earlier checkpoint %s was not uploaded: %s", self.remote_store.url, name, error)
@@ -832,12 +834,8 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
             if isinstance(value, str | bytes):
                 raise TypeError("a text is no number")
             number = float(value.detach() if hasattr(value, "detach") else value)
-        except (
-            TypeError,
-            ValueError,
-            RuntimeError,
-            OverflowError,
-        ) as error:  # RuntimeError: a tensor of several values
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            # RuntimeError: a tensor of several values
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"the metric {name!r} is a number, got {type(value).__name__} {value!r:.60}: {error}") from None
         found[name] = value if type(value) is int else number

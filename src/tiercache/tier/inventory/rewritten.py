@@ -54,7 +54,11 @@ def find_older_copies(
         first, last = np.searchsorted(copies.group, [group, group + 1]).tolist()
         newest = max(range(first, last), key=lambda copy: (copies.written_s[copy], -copies.tier[copy]))
         for copy in range(first, last):
-            if copy != newest and not _is_begun(copies, copy, newest) and _is_older(listed, copies, copy, newest):
+            if (
+                copy != newest
+                and not _is_being_written(copies, copy, newest)
+                and _is_older(listed, copies, copy, newest)
+            ):
                 is_file = (
                     copies.n_objects[copy] == 1 and listed.keys[int(copies.row[copies.start[copy]])].as_py() == path
                 )
@@ -75,8 +79,11 @@ def _candidates(grouped: Grouped, copies: Copies) -> NDArray[np.int64]:
     return np.flatnonzero((may | (has_known & has_unknown)) & is_free)
 
 
-def _is_begun(copies: Copies, copy: int, newest: int) -> bool:
-    """Return whether the newest copy lacks the object that its writer writes last, and a copy before it has it."""
+def _is_being_written(copies: Copies, copy: int, newest: int) -> bool:
+    """Return whether the newest copy is not complete yet.
+
+    It has an object that is still being written, or lacks the object that is written last, which the older copy has.
+    """
     has_last = copies.marked_s > -np.inf
     return bool(copies.unfinished[newest]) or (bool(has_last[copy]) and not has_last[newest])
 
