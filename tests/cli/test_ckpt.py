@@ -189,6 +189,12 @@ class TestRm:
         tiercache("ckpt", "rm", "runs/a", "--dry-run")
         assert len(listed(tiercache, "runs/a")) == 3
 
+    def test_a_dry_run_names_the_pinned_checkpoints_that_stay(self, tiercache, root):
+        tiercache("ckpt", "pin", "runs/a/step-1")
+        out = tiercache("ckpt", "rm", "runs/a", "--dry-run").out
+        assert "would leave runs/a/step-1, which is pinned" in out
+        assert "would delete 2 checkpoints" in out
+
     def test_without_a_terminal_yes_is_required(self, tiercache, root):
         assert "--yes" in tiercache("ckpt", "rm", "runs/a", code=2).err
         assert len(listed(tiercache, "runs/a")) == 3

@@ -64,7 +64,7 @@ from tiercache.tier.model import CHECKPOINT, READABLE, RESTORED, Snapshot
 from tiercache.tier.move.mover import catalog_path, open_mover
 from tiercache.tier.move.removal import remove_groups
 from tiercache.tier.move.transfer import Transfer
-from tiercache.tier.plan.explanations import KeepReason, keep_reasons
+from tiercache.tier.plan.explanations import KeepReason, keep_reasons, pinned_groups
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.plan.selection import rules_of, with_tags
@@ -735,12 +735,18 @@ def rm(output: Output, rules: Path | None, paths: Sequence[str], *, yes: bool, d
         text = f"{count(len(found.groups), 'checkpoint')}, {format_bytes(n_bytes)} in all tiers"
         newest = [group for group in found.groups if _is_last_of_run(snapshot, group)]
         if dry_run:
+            pinned = pinned_groups(snapshot, found.tiers.file)
             for group in found.groups:
                 names = ", ".join(found.tier(copy) for copy in found.copies(group))
-                facts = {"path": found.name(group), "tiers": names.split(", ")}
-                output.event("checkpoint", facts, f"would delete {found.name(group)} from {names}")
+                facts = {"path": found.name(group), "tiers": names.split(", "), "pinned": group in pinned}
+                stays = f"would leave {found.name(group)}, which is pinned"
+                goes = f"would delete {found.name(group)} from {names}"
+                output.event("checkpoint", facts, stays if group in pinned else goes)
+            going = [group for group in found.groups if group not in pinned]
+            going_bytes = sum(int(snapshot.n_bytes[copy]) for group in going for copy in found.copies(group))
             output.summary(
-                {"checkpoints": len(found.groups), "n_bytes": n_bytes, "dry_run": True}, f"would delete {text}"
+                {"checkpoints": len(going), "n_bytes": going_bytes, "dry_run": True},
+                f"would delete {count(len(going), 'checkpoint')}, {format_bytes(going_bytes)} in all tiers",
             )
             return
         if not yes:

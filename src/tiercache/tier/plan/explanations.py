@@ -63,6 +63,12 @@ def keep_reasons(snapshot: Snapshot, file: RuleFile) -> Mapping[int, tuple[KeepR
     return {group: tuple(reasons) for group, reasons in found.items()}
 
 
+def pinned_groups(snapshot: Snapshot, file: RuleFile) -> frozenset[int]:
+    """Return the groups that a pin of the rule file, or of their own tags.json, protects."""
+    index = SnapshotIndex.of(snapshot, file, [None] * len(file.tiers))
+    return frozenset((*np.flatnonzero(index.pin >= 0).tolist(), *snapshot.pinned))
+
+
 def _always(index: SnapshotIndex, found: dict[int, list[KeepReason]]) -> None:
     """Add the reasons that hold under every rule."""
     snapshot = index.snapshot
