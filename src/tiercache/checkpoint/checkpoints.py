@@ -21,7 +21,6 @@ import threading
 import time
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -31,23 +30,19 @@ from threading import Condition, Lock
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tiercache.checkpoint.layout import (
-    MANIFEST_NAME,
-    NOT_UPLOADED_NAME,
-    RUN_NAME,
-    TAGS_NAME,
     Manifest,
     checkpoint_name,
     checkpoint_objects,
-    manifest_key,
     written_order,
 )
+from tiercache.checkpoint.local_copies import LateUploads, LocalCopies
 from tiercache.checkpoint.retention import GC_AGE_S, Keep, RetentionReport, referenced_tensors
 from tiercache.checkpoint.staging import HostMemory, StagedState
 from tiercache.checkpoint.state_tree import encode_state, state_text
 from tiercache.checkpoint.stored import StoredCheckpoints, UnfinishedSave
 from tiercache.checkpoint.writer import CheckpointWriter, TaskThread, may_be_committed
 from tiercache.crash_points import crash_point
-from tiercache.errors import CommitConflict, CorruptCheckpoint, NotFound, StoreError, TierCacheError
+from tiercache.errors import StoreError, TierCacheError
 from tiercache.store import LocalFolder, Store, open_store
 from tiercache.store.options import ParsedUrl
 
@@ -217,21 +212,25 @@ class Checkpoints(StoredCheckpoints):
         self._unreported: list[SaveHandle] = []  # failed saves whose error nobody has seen
         self._newest_s = 0.0
         self._run_look: Future[None] | None = None  # the first look at the run's checkpoints
-        self._late: SaveHandle | None = None  # checkpoint of an earlier process, or failed save, that is uploaded now
         # Weak: of a save that another rank has ended by an error, no rank but that one is told.
         self._dcp_writers: weakref.WeakSet[DistributedWriter] = weakref.WeakSet()
-        self._late_failures: Counter[str] = Counter()  # by name: one that always fails must not stop the others
         self._committed_last = (0.0, "")  # written_order() of the newest checkpoint that this process has committed
-        self._collecting = Lock()  # held by gc(), delete(), and while the next late upload is chosen
+        self._collecting = Lock()  # held by gc(), delete(), and while the next late upload is selected
         self._uploads_seen_s = -math.inf  # when unfinished uploads were looked for, by the monotonic clock
-        with suppress(StoreError):  # the first save looks again
-            self._check_local_folder()
         self._pid, self._is_closed = os.getpid(), False
         self._remote = self._writer_to(remote_store, "remote")
         self._local = None if local_store is None else self._writer_to(local_store, "local")
         self._writing, self._uploading = TaskThread("tiercache-checkpoint"), TaskThread("tiercache-checkpoint-upload")
         self._deleting = TaskThread("tiercache-checkpoint-delete")
-        self._uploading_late = TaskThread("tiercache-checkpoint-late-upload")
+        self._copies: LocalCopies | None = None
+        self._late_uploads: LateUploads | None = None
+        if local_store is not None:
+            self._copies = LocalCopies(local_store, remote_store)
+            with suppress(StoreError):  # the first save looks again
+                self._copies.check()
+            self._late_uploads = LateUploads(
+                self._copies, self._remote, self.inventory, self.retention, self._deleting, self._note_late_upload
+            )
         # called in the thread that deletes
         self._on_commit: list[Callable[[str, Target], object]] = [self._retain]
         _register_finish()
@@ -310,10 +309,11 @@ class Checkpoints(StoredCheckpoints):
 
     def unfinished_saves(self) -> Mapping[str, UnfinishedSave]:
         """See StoredCheckpoints.unfinished_saves()."""
-        late = self._late
+        late = None if self._late_uploads is None else self._late_uploads.current
         with self._changed:
             writing = {writer.name: writer for writer in [*self._dcp_writers] if writer.is_writing}
-        return {**writing, **{handle.name: handle for handle in (*self.saves, *([] if late is None else [late]))}}
+        saving = {handle.name: handle for handle in self.saves}
+        return {**writing, **saving, **({} if late is None else {late.name: late})}
 
     def save(
         self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None, note: Any = None
@@ -406,9 +406,8 @@ class Checkpoints(StoredCheckpoints):
         self._writing.join()
         self._uploading.join()
         self._deleting.join()
-        while self._late is not None:  # the thread that deletes sets and clears it
-            self._uploading_late.join()
-            self._deleting.join()
+        if self._late_uploads is not None:
+            self._late_uploads.join()
 
     # -- the caller's thread -----------------------------------------------------------------------------------------
 
@@ -454,37 +453,6 @@ class Checkpoints(StoredCheckpoints):
             self._newest_s = max(round(time.time(), 3), round(self._newest_s + 0.001, 3))
             return checkpoint_name(step, self._newest_s, secrets.token_hex(3)), self._newest_s
 
-    def _check_local_folder(self) -> None:
-        """Raise ValueError if the local folder has copies of other checkpoints, which would be loaded and deleted.
-
-        The store and the folder have the same random id, so that either may be moved or mounted elsewhere. Raises
-        StoreError if that cannot be known now.
-        """
-        if self.local_store is None:
-            return
-        mine = _run_id(self.local_store)
-        theirs = _run_id(self.remote_store) if mine else ""
-        # A store that has checkpoints and no id is the right one: a rule of tiers has moved the file.
-        if mine != theirs and (theirs or not checkpoint_objects(self.remote_store.list())):
-            root = self.local_store.root
-            raise ValueError(
-                f"local={str(root)!r} has local copies of other checkpoints than those at {self.remote_store.url}: "
-                f"give each run a local folder of its own. If these are its copies, because the checkpoints at the "
-                f"URL were deleted, delete {root / RUN_NAME}"
-            )
-
-    def _take_local_folder(self) -> None:
-        """Give store and local folder the same id, and check it. Raises ValueError."""
-        if self.local_store is not None:
-            # The save itself reports a full disk, or waits for the store, which is not asked again if it fails.
-            with suppress(StoreError):
-                self._check_local_folder()
-                text = json.dumps({"id": _run_id(self.local_store) or secrets.token_hex(16)}).encode("ascii")
-                if not self.remote_store.put_if_absent(RUN_NAME, text):
-                    text = self.remote_store.get(RUN_NAME)
-                self.local_store.put_if_absent(RUN_NAME, text)
-                self._check_local_folder()
-
     def _look_at_run(self, look: Future[None]) -> None:
         """Note the time of the newest checkpoint of each store that can be reached, and take the local folder."""
         try:
@@ -493,7 +461,8 @@ class Checkpoints(StoredCheckpoints):
                     times_s = [written_order(name)[0] for name in checkpoint_objects(store.list())]
                     with self._changed:
                         self._newest_s = max([self._newest_s, *times_s])
-            self._take_local_folder()
+            if self._copies is not None:
+                self._copies.take()
         except Exception as error:  # noqa: BLE001 -- top of a thread: new_name() raises it
             look.set_exception(error)
         else:
@@ -519,7 +488,8 @@ class Checkpoints(StoredCheckpoints):
                 for save in dropped:
                     save.handle.state = "dropped"  # no thread begins it any more
             for save in dropped:
-                self._unmark(save.handle.name)  # before it ends: it must not be uploaded later
+                if self._copies is not None:
+                    self._copies.unmark(save.handle.name)  # before it ends: it must not be uploaded later
                 self._end(save, "dropped")
             if not dropped:
                 self._raise_failure()
@@ -561,11 +531,8 @@ class Checkpoints(StoredCheckpoints):
             tensors |= {alias: tensors[first] for alias, first in save.aliases.items()}
             told = save.manifest
             save.manifest = Manifest(name, told.step, told.created_s, tuple(files), tensors, told.metrics, told.note)
-            if target == "local":
-                # The folder has no id yet if the store could not be reached: then the URL stands for the run.
-                run = _run_id(writer.store) or self.remote_store.url
-                writer.store.put(_mark_key(name), json.dumps({"id": run}).encode("ascii"))
-                crash_point("checkpoint_upload.marked")
+            if self._copies is not None:
+                self._copies.mark(name)
             writer.commit(save.manifest)
         except BaseException as error:
             if may_be_committed(error):
@@ -577,44 +544,13 @@ class Checkpoints(StoredCheckpoints):
             raise
         save.state.release()
         self._commit(save, target)
-        if target == "local":
-            self._uploading.submit(partial(self._run, save, self._upload))
+        if self._copies is not None:
+            self._uploading.submit(partial(self._run, save, partial(self._upload, self._copies)))
 
-    def _upload(self, save: _Save) -> None:
-        """Upload a checkpoint that is committed in the local folder.
-
-        If it fails, the files that are at the store stay: a later upload writes them again, or they are collected.
-        """
-        self._put_at_store(save.manifest, self._remote.commit)
+    def _upload(self, copies: LocalCopies, save: _Save) -> None:
+        """Upload a checkpoint that is committed in the local folder, and commit it at the store."""
+        copies.upload(save.manifest, self._remote, self._remote.commit)
         self._commit(save, "remote")
-
-    def _put_at_store(self, manifest: Manifest, commit: Callable[[Manifest], None]) -> None:
-        """Upload a checkpoint that is committed in the local folder, commit it at the store, and remove its mark.
-
-        commit: CheckpointWriter.commit, or commit_late if later checkpoints exist.
-        """
-        if self.local_store is None:  # never: _write() and _upload_missing() have checked it
-            return
-        try:
-            self._remote.upload(manifest, self.local_store)
-            tags_key = f"{manifest.name}/{TAGS_NAME}"
-            with suppress(NotFound):  # given since it was saved
-                self.remote_store.put(tags_key, self.local_store.get(tags_key))
-            # NotFound: it was deleted meanwhile, and must not come back
-            self.local_store.head(manifest_key(manifest.name))
-            commit(manifest)
-        except BaseException as error:
-            if not may_be_committed(error):
-                self._remote.shared.release(manifest.name)
-            raise
-        self._unmark(manifest.name)
-        crash_point("checkpoint_upload.unmarked")
-
-    def _unmark(self, name: str) -> None:
-        """Remove the mark of a checkpoint whose upload has not ended: nobody uploads it any more."""
-        if self.local_store is not None:
-            with suppress(StoreError):  # the next look for marks finds the checkpoint at the store
-                self.local_store.delete([_mark_key(name)])
 
     def _advance(self, save: _Save, state: SaveState) -> None:
         with self._changed:
@@ -657,83 +593,16 @@ class Checkpoints(StoredCheckpoints):
             self._uploads_seen_s = now_s
             with suppress(StoreError):  # the next process, and gc(), try again
                 self._remote.abort_uploads(GC_AGE_S)
-        if self.local_store is not None and self._late is None:
+        if self._late_uploads is not None:
+            saving = {name for name, save in self.unfinished_saves().items() if save.error is None}
             try:
                 with self._collecting:
-                    self._upload_missing(self.local_store)
+                    self._late_uploads.begin(saving, self._committed_last)
             except (TierCacheError, ValueError) as error:
                 logger.warning("%s: earlier checkpoints were not uploaded: %s", self.remote_store.url, error)
 
-    # -- uploads that an earlier process, or a failed save, has left undone ------------------------------------------
-
-    def _upload_missing(self, local_store: LocalFolder) -> None:
-        """Begin to upload the oldest checkpoint that has a mark, and that the rules of the store keep.
-
-        Of several, one whose upload has failed less often comes first.
-
-        Only those are considered that are older than the one committed last: a failed upload is tried again after the
-        next save, which has raised its error.
-
-        Its files at the store are overwritten, so no collection may delete them meanwhile as leftovers. Therefore the
-        thread that deletes calls this, after a collection: what is left at the store is younger than the age of
-        collection, and from now on the checkpoint is one of unfinished_saves().
-
-        Raises:
-            StoreError: A store failed.
-            ValueError: The local folder has copies of other checkpoints.
-        """
-        saving = {name for name, save in self.unfinished_saves().items() if save.error is None}
-        marked = {
-            name
-            for name, objects in checkpoint_objects(local_store.list()).items()
-            if MANIFEST_NAME in objects
-            and NOT_UPLOADED_NAME in objects
-            and name not in saving
-            and written_order(name) < self._committed_last
-        }
-        if not marked:
-            return
-        self._take_local_folder()
-        run = _run_id(local_store)
-        if not run or run != _run_id(self.remote_store):
-            return
-        marked = {name for name in marked if _run_id(local_store, _mark_key(name)) in (run, self.remote_store.url)}
-        scan = self.inventory.scan()
-        copies = [copy for name in marked for copy in scan.copies.get(name, ())]
-        at_store = {copy.name for copy in copies if copy.tier == "remote" and copy.is_committed}
-        for name in at_store:  # the process was killed after the commit
-            self._unmark(name)
-        for name in sorted(self.retention.plan(scan).missing, key=lambda one: self._late_failures[one]):
-            copy = scan.complete(name)[0]
-            if name in marked - at_store and copy.tier == "local" and copy.manifest is not None:
-                self._late = SaveHandle(name, copy.manifest.step, self.targets, self._changed)
-                try:
-                    self._uploading_late.submit(partial(self._upload_late, copy.manifest))
-                except RuntimeError:  # no thread can be started: the next commit tries again
-                    self._late = None
-                return
-
-    def _upload_late(self, manifest: Manifest) -> None:
-        """Upload a checkpoint that has no running save, in a thread of its own, so that no save waits for it."""
-        name, is_uploaded = manifest.name, False
-        try:
-            self._put_at_store(manifest, self._remote.commit_late)
-            is_uploaded = True
-        except Exception as error:  # noqa: BLE001 -- top of a thread
-            logger.warning("%s: the earlier checkpoint %s was not uploaded: %s", self.remote_store.url, name, error)
-            self._late_failures[name] += 1
-            if isinstance(error, CorruptCheckpoint | CommitConflict):
-                self._unmark(name)  # it would fail each time
-        try:
-            self._deleting.submit(partial(self._end_late, name, is_uploaded=is_uploaded))
-        except RuntimeError:  # no thread can be started
-            self._late = None
-
-    def _end_late(self, name: str, *, is_uploaded: bool) -> None:
-        """Note the end of a late upload in the thread that deletes; after a success, apply the rules and go on."""
-        self._late = None
-        if not is_uploaded:
-            return  # the next commit tries again
+    def _note_late_upload(self, name: str) -> None:
+        """Note that a late upload has succeeded; apply the rules, and begin the next one."""
         with self._changed:
             for handle in [one for one in self._failed if one.name == name]:
                 self._failed.remove(handle)
@@ -789,18 +658,6 @@ class Checkpoints(StoredCheckpoints):
     @property
     def _local_url(self) -> str:
         return "" if self.local_store is None else self.local_store.url
-
-
-def _mark_key(name: str) -> str:
-    return f"{name}/{NOT_UPLOADED_NAME}"
-
-
-def _run_id(store: Store, key: str = RUN_NAME) -> str:
-    """Return the random id of the run whose checkpoints a store has; "" if it has none. Raises StoreError."""
-    try:
-        return str(json.loads(store.get(key))["id"])
-    except (NotFound, ValueError, KeyError, TypeError):
-        return ""
 
 
 def _local_path(local: str | os.PathLike[str]) -> str:
