@@ -58,9 +58,9 @@ def verify(output: Output, paths: Paths, rules: Rules = None) -> None:
     Checksums are those of checkpoint.json, of the store, of this machine's catalog, or of another copy. The exit code
     is 4 if a copy is corrupt, and 3 if a copy is incomplete or cannot be read (for example, because it is archived).
     """
-    from tiercache.cli import checkpoint_verbs
+    from tiercache.cli import checkpoint_verify
 
-    checkpoint_verbs.verify(output, rules, paths)
+    checkpoint_verify.verify(output, rules, paths)
 
 
 def rm(output: Output, paths: Paths, rules: Rules = None, yes: Yes = False, dry_run: DryRun = False) -> None:

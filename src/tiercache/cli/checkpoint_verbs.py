@@ -1,408 +1,50 @@
-"""The verbs of `tiercache ckpt`; checkpoint_commands.py has their options.
-
-They work on the inventory of the tiers, so on every layout that it recognises, and on the same snapshot as plans.
-Without a rule file, the folder or URL of the runs in the arguments is the only tier.
-
-An argument is a path with everything below it, a glob, or RUN/WHICH: a path, and which checkpoint below it is meant.
-"""
+"""The verbs of `tiercache ckpt` except verify; checkpoint_commands.py has their options."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import typer
-from numpy.typing import NDArray
 
 from tiercache import config
-from tiercache._native.checksum import crc32c
-from tiercache.catalog.tiers import TierCatalog
-from tiercache.checkpoint.inventory import missing_file
 from tiercache.checkpoint.layout import (
-    MANIFEST_NAME,
-    SHARED_FOLDER,
     TAGS_NAME,
-    Choice,
     Manifest,
-    did_you_mean,
-    key_of,
-    parse_choice,
-    parse_manifest,
     parse_name,
 )
-from tiercache.cli.output import CORRUPT, PARTIAL, Output, confirm, count, printable
+from tiercache.cli.checkpoint_selection import (
+    STATE_NAMES,
+    CheckpointTiers,
+    in_parallel,
+    only_checkpoint,
+    open_checkpoints,
+)
+from tiercache.cli.output import PARTIAL, Output, confirm, count, printable
 from tiercache.cli.tiers import (
     OpenTiers,
-    base_folder,
     format_duration,
-    is_glob,
-    open_tiers,
-    print_unavailable,
-    select_paths,
-    split_tier,
-    tier_path,
 )
-from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, TierCacheError
-from tiercache.model import ObjectInfo, format_bytes
-from tiercache.prices import prices_if_known
-from tiercache.store.options import ParsedUrl
+from tiercache.model import format_bytes
 from tiercache.tier.inventory.groups import Inventory
-from tiercache.tier.inventory.layouts import group_keys
-from tiercache.tier.inventory.metrics import metrics_in_name, read_metrics
-from tiercache.tier.model import CHECKPOINT, READABLE, RESTORED, Snapshot
-from tiercache.tier.move.mover import catalog_path, open_mover
+from tiercache.tier.model import CHECKPOINT, READABLE, Snapshot
+from tiercache.tier.move.mover import open_mover
 from tiercache.tier.move.removal import remove_groups
-from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.plan.explanations import KeepReason, keep_reasons, pinned_groups
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide
-from tiercache.tier.plan.selection import rules_of, with_tags
+from tiercache.tier.plan.selection import rules_of
 from tiercache.tier.rule_edits import Section, add_tables, literal_glob, remove_tables
-from tiercache.tier.rules import RuleFile, Tier, load_rule_file
-from tiercache.tier.stores import Stores, unavailable_tiers
+from tiercache.tier.rules import RuleFile
+from tiercache.tier.stores import unavailable_tiers
 
-_THREADS = 16
-_STATES = ("here", "archived", "restoring", "restored")
 _SHOWN_FILES = 20
 _NOT_COMPLETE = "not complete"  # text of a KeepReason
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointTiers:
-    """Opened tiers, their inventory, and the checkpoints that the arguments select: numbers of groups, in order."""
-
-    tiers: OpenTiers
-    inventory: Inventory
-    snapshot: Snapshot  # of the inventory, with the tags of the rule file
-    groups: tuple[int, ...]
-    prefix: str = ""  # of the paths of the only tier, where there is no rule file, so that they are arguments
-    problems: Mapping[int, str] = field(default_factory=dict)  # of incomplete checkpoints, as far as they were examined
-
-    def name(self, group: int) -> str:
-        """Return the path of a checkpoint as people write it."""
-        return f"{self.prefix}{self.path(group)}"
-
-    def path(self, group: int) -> str:
-        """Return the path of a checkpoint below the URLs of the tiers."""
-        return str(self.snapshot.paths[group].as_py())
-
-    def copies(self, group: int) -> list[int]:
-        """Return the numbers of a checkpoint's copies, the fastest tier first."""
-        return [int(copy) for copy in np.flatnonzero(self.snapshot.group == group)]
-
-    def tier(self, copy: int) -> str:
-        """Return the name of a copy's tier."""
-        return self.snapshot.tiers[int(self.snapshot.tier[copy])]
-
-    def is_readable(self, copy: int) -> bool:
-        """Return whether a copy can be read now."""
-        return int(self.snapshot.state[copy]) in (READABLE, RESTORED)
-
-    def objects(self, copy: int) -> list[ObjectInfo]:
-        """Return the objects of a copy, with the checksums that the store, a manifest or the catalog knows."""
-        snapshot = self.snapshot
-        table = self.inventory.objects_of(snapshot.group[[copy]].astype(np.int64), snapshot.tier[[copy]])
-        return [
-            ObjectInfo(key, n_bytes, etag=etag, modified_s=modified_s, crc32c=crc32c)
-            for key, n_bytes, etag, modified_s, crc32c in table.named(0, 1)
-        ]
-
-    def metrics(self, group: int) -> dict[str, float]:
-        """Return the metrics in a checkpoint's name and in the small files of its first readable copy."""
-        path = self.path(group)
-        found: dict[str, float] = {}
-        copy = next(filter(self.is_readable, self.copies(group)), None)
-        if copy is not None:
-            with suppress(StoreError):  # a checkpoint that cannot be read has the metrics of its name
-                found = read_metrics(self.tiers.stores.store(self.tier(copy)), self.objects(copy), path)
-        return found | metrics_in_name(path.rpartition("/")[2])
-
-    def find_problem(self, group: int) -> str:
-        """Return why a checkpoint is not complete; "" if it is complete in some tier, or cannot be read now."""
-        path = self.path(group)
-        if parse_name(path.rpartition("/")[2]) is not None:
-            text = ""
-            for copy in self.copies(group):
-                text = self._find_missing(path, copy)
-                if not text:
-                    break
-            if text:
-                return text
-        return "" if self.snapshot.complete[group] else "files are missing, or it is still being written"
-
-    def _find_missing(self, path: str, copy: int) -> str:
-        """Return which file of a copy of our own checkpoint is missing or has another size than the manifest states."""
-        name = path.rpartition("/")[2]
-        objects = {one.key.removeprefix(f"{path}/"): one for one in self.objects(copy)}
-        if MANIFEST_NAME not in objects:
-            return "it has no manifest: its save is not finished, or has failed"
-        if not self.is_readable(copy):
-            return ""
-        store, key = self.tiers.stores.store(self.tier(copy)), f"{path}/{MANIFEST_NAME}"
-        try:
-            manifest = parse_manifest(store.get(key), f"{store.url}/{key}")
-        except TierCacheError as error:
-            return str(error)
-        shared = [one for one in manifest.files if one.path.startswith("../")]
-        keys = [f"{path.removesuffix(name)}{key_of(name, one.path)}" for one in shared]
-        listed = self.inventory.lies(pa.array(keys, pa.large_string()))  # their sizes are not known
-        known = {
-            key_of(name, one.path): ObjectInfo(one.path, one.n_bytes)
-            for one, is_listed in zip(shared, listed, strict=True)
-            if is_listed
-        }
-        return missing_file(manifest, objects, known).replace(f"{name}/", "")
-
-    def known_metrics(self, group: int) -> dict[str, float]:
-        """Return the metrics in a checkpoint's name, and those that rules use."""
-        used = {name: float(values[group]) for name, values in self.snapshot.metrics.items()}
-        return {name: v for name, v in used.items() if v == v} | metrics_in_name(self.path(group).rpartition("/")[2])
-
-    def manifest(self, group: int) -> Manifest | None:
-        """Return the manifest of a checkpoint of tc.Checkpoints; None: it has another layout, or cannot be read."""
-        path = self.path(group)
-        if parse_name(path.rpartition("/")[2]) is None:
-            return None
-        for copy in filter(self.is_readable, self.copies(group)):
-            store, key = self.tiers.stores.store(self.tier(copy)), f"{path}/{MANIFEST_NAME}"
-            with suppress(TierCacheError):
-                return parse_manifest(store.get(key), f"{store.url}/{key}")
-        return None
-
-
-@contextmanager
-def open_checkpoints(output: Output, rules: Path | None, arguments: Sequence[str]) -> Iterator[CheckpointTiers]:
-    """Yield the checkpoints that the arguments name, by path below the tiers; no argument: all.
-
-    Raises NotFound if an argument selects none, and ValueError if it does not say which one is meant.
-    """
-    arguments = _joined(arguments)
-    with _opened(rules, arguments) as (tiers, chosen, prefix):
-        inventory = tiers.read_inventory(output)
-        if tiers.file.sha256:
-            print_unavailable(output, tiers.file, unavailable_tiers(tiers.file, tiers.stores, tiers.catalog))
-        found = CheckpointTiers(tiers, inventory, with_tags(inventory.snapshot, tiers.file), (), prefix)
-        selections = [
-            _select(found, argument, tier, path)
-            for argument, (tier, path) in zip(arguments or ("",), chosen or ((None, ""),), strict=True)
-        ]
-        found = _examine(found, {group for groups, _ in selections for group in groups})
-        groups: dict[int, None] = {}
-        for argument, (some, choice) in zip(arguments or ("",), selections, strict=True):
-            groups |= dict.fromkeys(some if choice is None else [_choose(found, argument, some, choice)])
-        yield replace(found, groups=tuple(groups))
-
-
-def _select(found: CheckpointTiers, argument: str, tier: str | None, path: str) -> tuple[Sequence[int], Choice | None]:
-    """Return the checkpoints at or below a path, by run and time; of RUN/WHICH those of the run, and the choice."""
-    snapshot, file = found.snapshot, found.tiers.file
-    run, _, last = path.rpartition("/")
-    choice = _choice(last)
-    places: list[tuple[str | None, str, Choice | None]] = [(tier, path, None)]
-    places += [] if choice is None else [(tier, run, choice)]
-    if tier is None and file.sha256 and not argument.startswith(("/", "~")) and "://" not in argument:
-        with suppress(ValueError):  # a relative path that is no path below a tier may be a path here
-            here = tier_path(file, f"./{argument}")
-            places += [(None, here, None)]
-            places += [] if choice is None else [(None, here.rpartition("/")[0], choice)]
-    for where, text, picked in places:
-        hit = (snapshot.kind == CHECKPOINT) & _match(snapshot.paths, text)
-        if where is not None:
-            hit &= np.isin(np.arange(snapshot.n_groups), snapshot.group[snapshot.tier == snapshot.tiers.index(where)])
-        if hit.any() or not argument:
-            order = sorted(np.flatnonzero(hit).tolist(), key=lambda g: (snapshot.series[g], snapshot.created_s[g], g))
-            return order, picked
-    if not file.sha256:
-        text = "there are no checkpoints of a known layout; expected a run, a checkpoint or a glob"
-        raise NotFound(f"{text}{did_you_mean(argument.rpartition('/')[2], ['latest'])}", url=argument)
-    names = f"the tier {tier}" if tier else f"the tiers {', '.join(snapshot.tiers)}"
-    text = f"no checkpoint has this path, or lies below it, in {names}; `tiercache ckpt ls` lists them"
-    outside = "; a folder outside the tiers is written ./FOLDER" if Path(base_folder(argument)).exists() else ""
-    raise NotFound(f"{text}{outside}", url=argument)
-
-
-def _joined(arguments: Sequence[str]) -> list[str]:
-    """Return arguments in which RUN WHICH... are RUN/WHICH..."""
-    found: list[str] = []
-    run = ""
-    for text in arguments:
-        if run and _choice(text) is not None:
-            if found[-1] == run:
-                found.pop()
-            found.append(f"{run.rstrip('/')}/{text}")
-        else:
-            run = "" if _choice(text.rpartition("/")[2]) is not None else text
-            found.append(text)
-    return found
-
-
-def _match(paths: pa.Array, text: str) -> NDArray[np.bool_]:
-    """Return the paths that a path or a glob selects, with everything below it; bool[n]."""
-    return select_paths(paths, text) | select_paths(paths, f"{text}/**") if is_glob(text) else select_paths(paths, text)
-
-
-def _choice(text: str) -> Choice | None:
-    """Return which checkpoint of a run a text means; None if it is a name."""
-    with suppress(ValueError):
-        choice = parse_choice(text)
-        return None if choice.kind == "name" else choice
-    return None
-
-
-def _choose(found: CheckpointTiers, argument: str, groups: Sequence[int], choice: Choice) -> int:
-    """Return the checkpoint that a choice means among those of one run."""
-    snapshot = found.snapshot
-    if len({int(snapshot.series[group]) for group in groups}) > 1:
-        runs = {int(snapshot.series[group]): found.name(group) for group in groups}
-        names = " and ".join([*runs.values()][:2])
-        raise ValueError(
-            f"{argument}: expected one run, found several, such as those of {names}: name the run's folder"
-        )
-    whole = [group for group in groups if snapshot.complete[group]]
-    fitting, what = whole, ""
-    if choice.kind == "step":
-        fitting, what = [group for group in whole if snapshot.step[group] == choice.step], f" of step {choice.step}"
-    elif choice.kind == "best":
-        metrics = dict(zip(whole, _in_parallel(found.metrics, whole), strict=True))
-        sign = 1 if choice.mode == "max" else -1
-        scores = {group: sign * some.get(choice.text, math.nan) for group, some in metrics.items()}
-        fitting = sorted((group for group in whole if scores[group] == scores[group]), key=lambda group: scores[group])
-        known = sorted({name for some in metrics.values() for name in some})
-        what = f" with the metric {choice.text!r}{did_you_mean(choice.text, known)}"
-        what += f"; known metrics: {', '.join(known)}" if known else "; no metrics are known"
-    if not fitting:
-        steps = ", ".join(str(int(snapshot.step[group])) for group in whole[-5:])
-        there = (
-            f"steps of the last ones: {steps}" if whole else f"{found.name(groups[-1])}: {found.problems[groups[-1]]}"
-        )
-        raise NotFound(f"no complete checkpoint{what}; {there}", url=argument)
-    return fitting[-1]
-
-
-def _examine(found: CheckpointTiers, groups: Collection[int]) -> CheckpointTiers:
-    """Return the same with `problems`, and the snapshot's `complete` corrected by the manifests of our own checkpoints.
-
-    groups: Selected checkpoints; those of their runs that were written later are examined too, because the newest
-    complete one is kept.
-    """
-    snapshot = found.snapshot
-    complete = snapshot.complete.copy()
-    is_checkpoint = snapshot.kind == CHECKPOINT
-    examined = set(groups)
-    for run in {int(snapshot.series[group]) for group in groups}:
-        since_s = min(float(snapshot.created_s[group]) for group in groups if snapshot.series[group] == run)
-        later = is_checkpoint & (snapshot.series == run) & (snapshot.created_s >= since_s)
-        examined.update(np.flatnonzero(later).tolist())
-    order = sorted(examined)
-    problems = {group: text for group, text in zip(order, _in_parallel(found.find_problem, order), strict=True) if text}
-    complete[[*problems]] = False
-    return replace(found, snapshot=replace(snapshot, complete=complete), problems=problems)
-
-
-@contextmanager
-def _opened(
-    rules: Path | None, arguments: Sequence[str]
-) -> Iterator[tuple[OpenTiers, list[tuple[str | None, str]], str]]:
-    """Yield the tiers, the tier (None: any) and the path of each argument, and the prefix of paths for people."""
-    file = None
-    if rules is not None or config.find_file(Path.cwd()) is not None:
-        with suppress(_NoTiers):
-            file = _rule_file(rules)
-    if file is not None:
-        try:
-            chosen = [(split_tier(file, text)[0], tier_path(file, text)) for text in arguments]
-        except ValueError:  # a URL or a path in no tier
-            if rules is not None:
-                raise
-        else:
-            with open_tiers(file.path) as tiers:
-                yield tiers, chosen, ""
-            return
-    if not arguments:
-        raise ValueError(
-            f"no {config.FILE_NAME} with [tiers.NAME] tables was found: write one (`tiercache tier init FOLDER`), "
-            "name it with --rules, or give a folder or a URL with checkpoints"
-        )
-    file, chosen, prefix = _one_tier(arguments)
-    urls = {tier.name: tier.url for tier in file.tiers}
-    with Stores(file) as stores, TierCatalog(catalog_path(file), urls) as catalog:
-        yield OpenTiers(file, stores, catalog, tuple(prices_if_known(tier) for tier in file.tiers)), chosen, prefix
-
-
-class _NoTiers(Exception):
-    """The settings file that was found has no tiers."""
-
-
-def _rule_file(rules: Path | None) -> RuleFile:
-    if rules is None:
-        found = config.find_file(Path.cwd())
-        if found is not None and "tiers" not in config.parse_toml(found, config.read_file(found)):
-            raise _NoTiers
-    return load_rule_file(rules)
-
-
-def _one_tier(arguments: Sequence[str]) -> tuple[RuleFile, list[tuple[str | None, str]], str]:
-    """Return a rule file without rules, whose only tier has all arguments, their paths below it, and its prefix."""
-    places = [ParsedUrl.parse(text) for text in arguments]
-    texts = [place.full.rstrip("/") if place.scheme else os.path.abspath(place.path) for place in places]  # noqa: PTH100 - keeps links
-    folders = [_run_folder(text) for text in texts]
-    steps = zip(*(folder.split("/") for folder in folders), strict=False)
-    root = "/".join(step[0] for step in takewhile(lambda step: len({*step}) == 1, steps))
-    is_server = root.count("/") < 3 and places[0].scheme != ""
-    if root not in folders and (root == "" or is_server):
-        raise ValueError(
-            f"expected checkpoints in one folder, got {' and '.join(sorted({*arguments})[:2])}: "
-            "`tiercache tier init` writes a rule file for more"
-        )
-    root = root or "/"
-    inside = ["" if text == root else text.removeprefix(root.rstrip("/") + "/") for text in texts]
-    tier = Tier(name="standard", role="standard", url=root)
-    file = RuleFile(path=Path.cwd() / config.FILE_NAME, sha256="", tiers=(tier,))
-    is_relative = not any(place.scheme or place.path.startswith("/") for place in places)
-    prefix = os.path.relpath(root) if is_relative else ParsedUrl.parse(root).shown.rstrip("/")
-    return file, [(None, path) for path in inside], "" if prefix == "." else f"{prefix}/"
-
-
-def _run_folder(text: str) -> str:
-    """Return the folder, or URL, that has the runs or checkpoints of an argument: a checkpoint is known by its name."""
-    base = base_folder(text)
-    head, _, last = base.rpartition("/")
-    is_inside = bool(head) and not head.endswith("/")
-    return head if is_inside and (_choice(last) is not None or _is_checkpoint_name(last)) else base
-
-
-def _is_checkpoint_name(name: str) -> bool:
-    """Return whether the inventory takes a folder or a file with this name for a checkpoint."""
-    return bool(group_keys(pa.array([name, f"{name}/model.safetensors"])).checkpoint.any())
-
-
-def _one(found: CheckpointTiers, argument: str) -> int:
-    """Return the only selected checkpoint. Raises ValueError if there are several."""
-    if len(found.groups) != 1:
-        names = ", ".join(found.name(group) for group in found.groups[:3])
-        raise ValueError(
-            f"{argument}: expected one checkpoint, found {len(found.groups)}: {names}, ...; the last one is"
-            f" {argument.rstrip('/')}/latest"
-        )
-    return found.groups[0]
-
-
-def _in_parallel(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
-    with ThreadPoolExecutor(_THREADS, "tiercache-ckpt") as pool:
-        return list(pool.map(work, items))
 
 
 # -- ls and show ------------------------------------------------------------------------------------------------------
@@ -412,7 +54,7 @@ def ls(output: Output, rules: Path | None, paths: Sequence[str], *, read_metrics
     """List checkpoints. paths: See open_checkpoints(). read_metrics: Whether to read the metrics of all from files."""
     with open_checkpoints(output, rules, paths) as found:
         reasons = keep_reasons(found.snapshot, found.tiers.file)
-        metrics = _in_parallel(found.metrics if read_metrics else found.known_metrics, found.groups)
+        metrics = in_parallel(found.metrics if read_metrics else found.known_metrics, found.groups)
         rows = [
             _facts(found, group, some, reasons.get(group, ()))
             for group, some in zip(found.groups, metrics, strict=True)
@@ -445,7 +87,7 @@ def _facts(
         "copies": [
             {
                 "tier": found.tier(copy),
-                "state": _STATES[snapshot.state[copy]],
+                "state": STATE_NAMES[snapshot.state[copy]],
                 "n_objects": int(snapshot.n_objects[copy]),
                 "n_bytes": int(snapshot.n_bytes[copy]),
                 "whole": bool(snapshot.whole[copy]),
@@ -476,7 +118,7 @@ def _row_text(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _where(copy: Mapping[str, Any]) -> str:
-    notes = [] if copy["state"] == _STATES[READABLE] else [copy["state"]]
+    notes = [] if copy["state"] == STATE_NAMES[READABLE] else [copy["state"]]
     notes += [] if copy["whole"] else ["in part"]
     return f"{copy['tier']} ({', '.join(notes)})" if notes else str(copy["tier"])
 
@@ -498,7 +140,7 @@ def _kept_text(kept: Sequence[Mapping[str, Any]]) -> str:
 def show(output: Output, rules: Path | None, path: str, which: str | None) -> None:
     """Show one checkpoint, and what the next plan does with it. which: Which checkpoint of the run at the path."""
     with open_checkpoints(output, rules, [path] if which is None else [f"{path.rstrip('/')}/{which}"]) as found:
-        group = _one(found, path)
+        group = only_checkpoint(found, path)
         tiers, file, snapshot = found.tiers, found.tiers.file, found.snapshot
         reasons = keep_reasons(snapshot, file).get(group, ())
         metrics, manifest = found.metrics(group), found.manifest(group)
@@ -568,160 +210,6 @@ def _next_move(tiers: OpenTiers, inventory: Inventory, group: int) -> str:
         to = f" to {one.dst}" if one.dst else ""
         return f"no move; {one.action} from {one.src}{to} is refused: {one.reason}"
     return f"no move of {path}"
-
-
-# -- verify -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Finding:
-    """Result for one copy. is_corrupt: Whether bytes differ from a checksum. is_proven: Whether all were compared."""
-
-    path: str
-    tier: str
-    n_bytes: int = 0
-    problems: tuple[str, ...] = ()
-    is_corrupt: bool = False
-    is_proven: bool = False
-
-    @property
-    def text(self) -> str:
-        """The message for people."""
-        if self.problems:
-            return f"{self.path} in {self.tier}: {'CORRUPT: ' if self.is_corrupt else ''}{'; '.join(self.problems)}"
-        what = "all bytes as they were written" if self.is_proven else "readable; no checksum of all its files is known"
-        return f"{self.path} in {self.tier}: {what} ({format_bytes(self.n_bytes)})"
-
-
-def verify(output: Output, rules: Path | None, paths: Sequence[str]) -> None:
-    """Read checkpoints and compare them with known checksums. Raises typer.Exit with CORRUPT or PARTIAL."""
-    findings: list[_Finding] = []
-    with open_checkpoints(output, rules, paths) as found, Transfer(found.tiers.stores) as transfer:
-        total = sum(int(found.snapshot.n_bytes[copy]) for group in found.groups for copy in found.copies(group))
-        done = 0
-        with output.byte_progress("reading") as advance:
-
-            def on_bytes(n_bytes: int) -> None:
-                nonlocal done
-                done += n_bytes
-                advance(done, total)
-
-            for group in found.groups:
-                for finding in _verify_group(found, transfer, group, on_bytes):
-                    findings.append(finding)
-                    facts = asdict(finding) | {"problems": list(finding.problems)}
-                    output.event("copy", facts, printable(finding.text))
-    corrupt = sum(one.is_corrupt for one in findings)
-    other = sum(bool(one.problems) for one in findings) - corrupt
-    text = f"{count(len(findings), 'copy', 'copies')} of {count(len(found.groups), 'checkpoint')}"
-    text += f"; {corrupt} corrupt" if corrupt else ""
-    text += f"; {other} not read" if other else ""
-    output.summary({"copies": len(findings), "corrupt": corrupt, "not_read": other}, text)
-    if corrupt or other:
-        raise typer.Exit(CORRUPT if corrupt else PARTIAL)
-
-
-@dataclass(slots=True)
-class _ReadCopy:
-    """A copy that was read. known, read: CRC-32C by key, as it should be, and as it was read."""
-
-    tier: str
-    problems: list[str]
-    known: dict[str, int] = field(default_factory=dict)
-    read: dict[str, int] = field(default_factory=dict)
-    n_bytes: int = 0
-    is_corrupt: bool = False
-
-
-def _verify_group(
-    found: CheckpointTiers, transfer: Transfer, group: int, on_bytes: Callable[[int], object]
-) -> Iterator[_Finding]:
-    """Yield the result of each copy of a checkpoint."""
-    path = found.path(group)
-    copies = [_read_copy(found, transfer, path, copy, on_bytes) for copy in found.copies(group)]
-    for one in copies:
-        others = [other for other in copies if other is not one and other.read]
-        for other in others:
-            for key in sorted(one.read.keys() & other.read.keys() - one.known.keys()):
-                if one.read[key] != other.read[key]:
-                    text = f"its bytes differ from those in {other.tier}, and no checksum tells which are right"
-                    one.problems.append(f"{key}: {text}")
-        compared = {*one.known, *(key for other in others for key in other.read)}
-        is_proven = bool(one.read) and one.read.keys() <= compared and not one.problems
-        if not found.snapshot.complete[group] and not one.problems:
-            one.problems.append(f"the checkpoint is not complete: {found.problems.get(group, '')}")
-        yield _Finding(found.name(group), one.tier, one.n_bytes, tuple(one.problems), one.is_corrupt, is_proven)
-
-
-def _read_copy(
-    found: CheckpointTiers, transfer: Transfer, path: str, copy: int, on_bytes: Callable[[int], object]
-) -> _ReadCopy:
-    """Read all objects of a copy, and compare them with the known checksums."""
-    one = _ReadCopy(found.tier(copy), [])
-    if not found.is_readable(copy):
-        state = _STATES[found.snapshot.state[copy]]
-        one.problems.append(f"it is {state} and cannot be read: tiercache restore {path}")
-        return one
-    if not found.snapshot.whole[copy]:
-        one.problems.append("files are missing, or differ from those of another tier")
-    objects = found.objects(copy)
-    try:
-        one.known, shared = _checksums(found, one.tier, path, objects)
-    except CorruptCheckpoint as error:
-        one.problems.append(str(error))
-        one.is_corrupt, shared = True, []
-    for info in [*objects, *shared]:
-        try:
-            crc = one.read[info.key] = _checksum_of(found, transfer, one.tier, info, on_bytes)
-        except StoreError as error:
-            one.problems.append(str(error))
-            one.is_corrupt |= info in shared and isinstance(error, NotFound)
-            continue
-        one.n_bytes += info.n_bytes
-        expected = one.known.get(info.key, crc)
-        if crc != expected:
-            one.problems.append(f"{info.key}: expected CRC-32C {expected:08x}, found {crc:08x}")
-            one.is_corrupt = True
-    for key in sorted(one.known.keys() - {info.key for info in [*objects, *shared]}):
-        one.problems.append(f"{key}: its manifest names it, and it is missing")
-        one.is_corrupt = True
-    return one
-
-
-def _checksum_of(
-    found: CheckpointTiers, transfer: Transfer, tier: str, info: ObjectInfo, on_bytes: Callable[[int], object]
-) -> int:
-    """Return the CRC-32C of an object of a copy; shared tensors stay in the home tier when a checkpoint is moved."""
-    home = found.tiers.file.home_tier.name
-    try:
-        return transfer.checksum_of(tier, info, on_bytes)
-    except NotFound:
-        if f"/{SHARED_FOLDER}" not in f"/{info.key}" or tier == home:
-            raise
-        return transfer.checksum_of(home, info, on_bytes)
-
-
-def _checksums(
-    found: CheckpointTiers, tier: str, path: str, objects: Sequence[ObjectInfo]
-) -> tuple[dict[str, int], list[ObjectInfo]]:
-    """Return the known CRC-32C of each object of a copy, and the shared tensors that belong to it.
-
-    Of our own layout, checksums of objects that should be there are included. Raises CorruptCheckpoint if the manifest
-    is corrupt.
-    """
-    sums = {one.key: one.crc32c for one in objects if one.crc32c is not None}
-    name = path.rpartition("/")[2]
-    manifest = next((one for one in objects if one.key == f"{path}/{MANIFEST_NAME}"), None)
-    if manifest is None or parse_name(name) is None:
-        return sums, []
-    store = found.tiers.stores.store(tier)
-    data = store.get(manifest.key)  # parse_manifest() compares it with the checksum that it contains
-    stated = parse_manifest(data, f"{store.url}/{manifest.key}")
-    parent = path[: len(path) - len(name)]
-    sums |= {f"{parent}{key_of(name, one.path)}": one.crc32c for one in stated.files}
-    sums.setdefault(manifest.key, crc32c(data))
-    shared = [one for one in stated.files if one.path.startswith("../")]
-    return sums, [ObjectInfo(f"{parent}{key_of(name, one.path)}", one.n_bytes) for one in shared]
 
 
 # -- rm, pin, tag -----------------------------------------------------------------------------------------------------
@@ -812,7 +300,7 @@ def pin(output: Output, rules: Path | None, paths: Sequence[str], options: PinOp
 def tag(output: Output, rules: Path | None, path: str, tags: Sequence[str], *, remove: bool) -> None:
     """Tag a checkpoint: one of tc.Checkpoints in its tags.json, others in the rule file."""
     with open_checkpoints(output, rules, [path]) as found:
-        group = _one(found, path)
+        group = only_checkpoint(found, path)
         own, _ = _by_layout(found)
         if own:
             _write_tags(found, group, frozenset(tags), remove=remove, is_pinned=None)
