@@ -62,6 +62,25 @@ uint32_t tc_crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t n_bytes_b) {
     return times(power_of_bytes(n_bytes_b), crc_a) ^ crc_b;
 }
 
+/* table: the effect on a checksum of n_bytes zero bytes after it, byte by byte. */
+static void make_after(uint32_t table[4][256], size_t n_bytes) {
+    uint32_t power = power_of_bytes(n_bytes);
+    for (int part = 0; part < 4; part++)
+        for (uint32_t byte = 0; byte < 256; byte++) table[part][byte] = times(power, byte << (8 * part));
+}
+
+static uint32_t shift(uint32_t table[4][256], uint32_t crc) {
+    return table[0][crc & 0xff] ^ table[1][(crc >> 8) & 0xff] ^ table[2][(crc >> 16) & 0xff] ^ table[3][crc >> 24];
+}
+
+uint32_t tc_crc32c_combine_pages(const uint32_t *sums, size_t count, size_t page_bytes, uint64_t n_bytes) {
+    uint32_t table[4][256], whole = 0;
+    if (!count) return 0;
+    make_after(table, page_bytes);
+    for (size_t i = 0; i + 1 < count; i++) whole = shift(table, whole) ^ sums[i];
+    return tc_crc32c_combine(whole, sums[count - 1], n_bytes - (uint64_t)(count - 1) * page_bytes);
+}
+
 static uint64_t little_endian(const uint8_t *p) {
     uint64_t word = 0;
     for (int i = 0; i < 8; i++) word |= (uint64_t)p[i] << (8 * i);
@@ -82,16 +101,6 @@ static uint32_t run_portable(uint32_t crc, const uint8_t *p, size_t n) {
 /* Two part lengths, so that few bytes remain for the slow single stream: joining costs about as much as 100 bytes. */
 enum { LONG_BYTES = 4096, SHORT_BYTES = 256 };
 static uint32_t after_long[4][256], after_short[4][256];
-
-static void make_after(uint32_t table[4][256], size_t n_bytes) {
-    uint32_t power = power_of_bytes(n_bytes);
-    for (int part = 0; part < 4; part++)
-        for (uint32_t byte = 0; byte < 256; byte++) table[part][byte] = times(power, byte << (8 * part));
-}
-
-static uint32_t shift(uint32_t table[4][256], uint32_t crc) {
-    return table[0][crc & 0xff] ^ table[1][(crc >> 8) & 0xff] ^ table[2][(crc >> 16) & 0xff] ^ table[3][crc >> 24];
-}
 
 static uint64_t load(const uint8_t *p) {
     uint64_t word;

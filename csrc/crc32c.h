@@ -36,6 +36,9 @@ uint32_t tc_crc32c_run(int kernel, uint32_t seed, const uint8_t *data, size_t n)
 /* The checksum of a followed by b, from the checksums of a and b and the length of b in bytes. */
 uint32_t tc_crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t n_bytes_b);
 
+/* The checksum of n_bytes, from the checksums of their count pages of page_bytes; the last page may be short. */
+uint32_t tc_crc32c_combine_pages(const uint32_t *sums, size_t count, size_t page_bytes, uint64_t n_bytes);
+
 
 /* Lay out a chunk: copy its pieces to their places page by page, and compute the checksum of each page while the page
  * is in the cache.

@@ -5,11 +5,13 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import warnings
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from tests.cache.conftest import World
 
 from tiercache.cache import Cache
 from tiercache.cache import folder as folder_module
@@ -192,6 +194,8 @@ def test_a_file_system_that_squashes_users_is_accepted(world, monkeypatch):
 
 READER = """
 import os, sys, warnings
+from tests.cache.conftest import World
+
 from tiercache.cache import Cache
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder
@@ -223,8 +227,19 @@ def read_as_another(world, identity, group):
     return subprocess.run([sys.executable, "-c", READER, *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.fixture
+def public_world():
+    """As world, below a folder that all users may enter: each pytest of a user makes those of all of them private."""
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder))
+        yield world
+        for cache in world.caches:
+            cache.close()
+
+
 @needs_root
-def test_a_shared_cache_serves_another_user_of_its_group_and_nobody_else(world):
+def test_a_shared_cache_serves_another_user_of_its_group_and_nobody_else(public_world):
+    world = public_world
     identity = world.put("a")
     world.put("b")
     cache = world.cache(shared="group")
@@ -243,7 +258,8 @@ def test_a_shared_cache_serves_another_user_of_its_group_and_nobody_else(world):
 
 
 @needs_root
-def test_a_private_cache_serves_no_other_user(world):
+def test_a_private_cache_serves_no_other_user(public_world):
+    world = public_world
     identity = world.put("a")
     world.fetch(world.store(), "a")
     refused = read_as_another(world, identity, "0")

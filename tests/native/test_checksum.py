@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache._native import checksum
-from tiercache._native.checksum import combine, crc32c, crc32c_many, crc32c_pages, kernels
+from tiercache._native.checksum import combine, combine_pages, crc32c, crc32c_many, crc32c_pages, kernels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -108,6 +108,7 @@ def test_crc32c_pages_returns_the_checksum_of_each_page_and_of_all(kernel: str, 
     out = np.zeros(-(-n_bytes // page_bytes), np.uint32)
     whole = crc32c_pages(address_of(data), n_bytes, page_bytes, out, kernel=kernel)
     assert whole == crc32c(data, kernel="portable")
+    assert whole == combine_pages(out, page_bytes, n_bytes)
     assert out.tolist() == [crc32c(data[at : at + page_bytes]) for at in range(0, n_bytes, page_bytes)]
 
 
@@ -125,11 +126,14 @@ def test_empty_input_is_no_error() -> None:
     empty = np.zeros(0, np.uint64)
     crc32c_many(empty, empty, np.zeros(0, np.uint32))
     assert crc32c_pages(0, 0, 4096, np.zeros(0, np.uint32)) == 0
+    assert combine_pages(np.zeros(0, np.uint32), 4096, 0) == 0
     assert crc32c(b"", 5) == 5
 
 
 def test_an_output_of_the_wrong_size_raises_an_error() -> None:
     three = np.zeros(3, np.uint64)
+    with pytest.raises(ValueError, match="4097 bytes in pages of 4096 bytes, got 1 checksums"):
+        combine_pages(np.zeros(1, np.uint32), 4096, 4097)
     with pytest.raises(ValueError, match="3 addresses need as many"):
         crc32c_many(three, three[:2], np.zeros(3, np.uint32))
     with pytest.raises(ValueError, match="2 pages"):

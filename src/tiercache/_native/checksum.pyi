@@ -91,3 +91,15 @@ def lay_out(
 
 def combine(crc_a: int, crc_b: int, n_bytes_b: int) -> int:
     """Return the checksum of a followed by b, from their checksums and the length of b in bytes."""
+
+def combine_pages(sums: NDArray[np.uint32], page_bytes: int, n_bytes: int) -> int:
+    """Return the checksum of n_bytes, from the checksums of their pages as crc32c_pages() computes them.
+
+    Args:
+        sums: uint32[ceil(n_bytes / page_bytes)]. May be read-only.
+        page_bytes: Size of a page, more than 0; the last page may be short.
+        n_bytes: Size of all pages.
+
+    Raises:
+        ValueError: page_bytes is 0, or sums has another length.
+    """

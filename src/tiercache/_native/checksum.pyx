@@ -19,6 +19,7 @@ cdef extern from "crc32c.h" nogil:
     int tc_crc32c_many(int kernel, const uint64_t *addresses, const uint64_t *lengths, size_t count, uint32_t *out)
     int tc_crc32c_pages(int kernel, const uint8_t *data, size_t n, size_t page_bytes, uint32_t *out, uint32_t *whole)
     uint32_t tc_crc32c_combine(uint32_t crc_a, uint32_t crc_b, uint64_t n_bytes_b)
+    uint32_t tc_crc32c_combine_pages(const uint32_t *sums, size_t count, size_t page_bytes, uint64_t n_bytes)
 
 cdef extern from "crc32c.h" nogil:
     ctypedef struct tc_pieces:
@@ -154,3 +155,10 @@ def lay_out(const uint64_t[::1] addresses not None, const uint64_t[::1] lengths 
 
 def combine(uint32_t crc_a, uint32_t crc_b, uint64_t n_bytes_b) -> int:
     return tc_crc32c_combine(crc_a, crc_b, n_bytes_b)
+
+
+def combine_pages(const uint32_t[::1] sums not None, size_t page_bytes, uint64_t n_bytes) -> int:
+    cdef size_t count = sums.shape[0]
+    if page_bytes == 0 or count != n_bytes // page_bytes + (n_bytes % page_bytes != 0):
+        raise ValueError(f"{n_bytes} bytes in pages of {page_bytes} bytes, got {count} checksums")
+    return tc_crc32c_combine_pages(&sums[0], count, page_bytes, n_bytes) if count else 0

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache._native.checksum import combine
 from tiercache.cache.disk import is_disk_full
 from tiercache.cache.fetch.partial import (
     LITTLE_BYTES,
@@ -75,6 +74,7 @@ class Download:
 
     Attributes:
         part: The partial copy; None: it is created with the first request.
+        is_alone: Whether no other process has written units that this one was writing.
     """
 
     def __init__(self, fetch_runner: FetchRunner, fetch: Fetch, lock: NameLock) -> None:
@@ -87,8 +87,7 @@ class Download:
         self._reserved_bytes = self._charged_bytes = 0
         self._lock = Lock()
         self._error: BaseException | None = None
-        # CRC-32C and length of each range that was written as a whole, by offset
-        self._sums: dict[int, tuple[int, int]] = {}
+        self.is_alone = True
         fetch.step = f"being fetched by process {os.getpid()}"
         self.part = PartialCopy.open(fetch_runner.folder, self._spec.name, self._spec.n_bytes)
         if self.part is not None:
@@ -249,9 +248,8 @@ class Download:
         if self._spec.n_bytes:  # an empty object has nothing to read
             self._read(ranges, writers)
         for span in ranges:
-            crc = writers[span.start].finish()
-            if crc is not None:
-                self._sums[span.start] = crc, span.n_bytes
+            if not writers[span.start].finish():
+                self.is_alone = False
         self._fetch_runner.counters.add("bytes_fetched", sum(span.n_bytes for span in ranges))
         self._fetch.add_present(part.present)
 
@@ -303,17 +301,6 @@ class Download:
                 receive(span.start, data)
 
     # -- end --------------------------------------------------------------------------------------------------------
-
-    def checksum(self) -> int | None:
-        """Return the CRC-32C of the whole file, combined from its ranges; None if other processes wrote some."""
-        crc = offset = 0
-        while offset in self._sums and (offset < self._spec.n_bytes or not offset):
-            range_crc, n_bytes = self._sums[offset]
-            crc = combine(crc, range_crc, n_bytes)
-            offset += n_bytes
-            if not n_bytes:
-                break
-        return crc if offset == self._spec.n_bytes else None
 
     def note_reservation(self, n_bytes: int) -> None:
         """Write to the lock file how many bytes this fetch may still add, in case the accounts must be rebuilt."""
@@ -617,7 +604,9 @@ class FetchRunner:
             part = download.part
             if part is not None and part.is_complete():
                 download.note_reservation(0)
-                crc = self._publish(fetch, part, download.checksum())
+                # Of a unit that two processes have written, the map may have the checksum of bytes that were replaced.
+                crc = part.checksum() if download.is_alone else checksum_of(part.fd, fetch.spec.n_bytes)
+                crc = self._publish(fetch, part, crc)
                 if crc is not None:
                     fetch.reset()
                     return crc
@@ -627,15 +616,15 @@ class FetchRunner:
                 download.update_charge()
                 return None
 
-    def _publish(self, fetch: Fetch, part: PartialCopy, crc: int | None) -> int | None:
+    def _publish(self, fetch: Fetch, part: PartialCopy, crc: int) -> int | None:
         """Verify a complete partial copy, give it its final name, and enter it in the accounts.
+
+        crc: CRC-32C of the file.
 
         Returns:
             None: The copy is published. Otherwise the CRC-32C of the file, which was corrupt and is removed.
         """
         spec = fetch.spec
-        if crc is None:
-            crc = checksum_of(part.fd, spec.n_bytes)
         if spec.crc32c is not None and crc != spec.crc32c:
             self.remove(spec.name)
             self.accounts.release(spec.name)

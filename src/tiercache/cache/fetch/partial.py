@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tiercache._native.checksum import combine, crc32c, crc32c_pages
+from tiercache._native.checksum import combine_pages, crc32c, crc32c_pages
 from tiercache.cache.locks import close_private, keep_private, try_shared
 from tiercache.cache.owners import boot_id
 from tiercache.catalog import charge_bytes
@@ -421,7 +421,7 @@ class PartialCopy:
             folder.remove_part(name, keep_map=folder.has_copy(name))
         return None
 
-    def write(self, start: int, data: np.ndarray) -> int | None:
+    def write(self, start: int, data: np.ndarray) -> bool:
         """Write whole units from start on, as a UnitWriter does, and return what its finish() returns."""
         writer = UnitWriter(self, ByteRange(start, start + len(data)))
         if len(data):
@@ -436,6 +436,13 @@ class PartialCopy:
         """
         self.present |= read_flags(self._map_fd, 0, len(self.present))
         return bool(self.present.all())
+
+    def checksum(self) -> int:
+        """Return the CRC-32C of the whole file, combined from those of its units, which must all be present."""
+        data = os.pread(self._map_fd, 4 * len(self.present), _crc_offset(self.n_bytes))
+        if len(data) < 4 * len(self.present) or not self.n_bytes:  # somebody has truncated the map
+            return checksum_of(self.fd, self.n_bytes)
+        return combine_pages(np.frombuffer(data, "<u4"), UNIT_BYTES, self.n_bytes)
 
     def hold(self) -> CopyHandle:
         """Return a reader's handle on this file, even if another file has its name by now."""
@@ -490,7 +497,7 @@ class UnitWriter:
         self._begin()
 
     def _begin(self) -> None:
-        self._position, self._crc, self._unit_crc = self._span.start, 0, 0
+        self._position, self._unit_crc = self._span.start, 0
 
     def receive(self, offset: int, data: memoryview) -> None:
         """Write the next bytes of the range; bytes from its start begin again. Raises OSError: the disk failed."""
@@ -522,20 +529,18 @@ class UnitWriter:
                 piece = data[done : done + UNIT_BYTES - in_unit]
                 self._unit_crc = crc32c(piece.data, self._unit_crc if in_unit else 0)
                 self._sums[unit] = self._unit_crc  # of a unit so far: the last unit of the file may be short
-                crc = crc32c(piece.data)
             else:
                 piece = data[done : done + n_whole * UNIT_BYTES]
                 address = int(piece.__array_interface__["data"][0])
-                crc = crc32c_pages(address, len(piece), UNIT_BYTES, self._sums[unit : unit + n_whole])
-            self._crc = combine(self._crc, crc, len(piece))
+                crc32c_pages(address, len(piece), UNIT_BYTES, self._sums[unit : unit + n_whole])
             self._position += len(piece)
             done += len(piece)
 
-    def finish(self) -> int | None:
+    def finish(self) -> bool:
         """Mark the units as present, once all bytes of the range are written.
 
         Returns:
-            CRC-32C of the range; None if another process had written a part of it.
+            Whether the map has the checksums of all these bytes: False if another process had written a part of them.
 
         Raises:
             OSError: The disk failed.
@@ -553,7 +558,7 @@ class UnitWriter:
             write_all(part._map_fd, memoryview(b"\x01" * (end - begin)), HEAD_BYTES + self._first + begin)  # noqa: SLF001
             crash_point("fetch.flags")
         part.present[self._first : self._first + len(self._missing)] = True
-        return self._crc if missing.all() else None
+        return bool(missing.all())
 
 
 def _is_verified(fd: int, map_fd: int, n_bytes: int) -> bool:
