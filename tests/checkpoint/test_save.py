@@ -430,37 +430,43 @@ def test_a_local_folder_serves_one_run(tmp_path):
     assert (tmp_path / "a" / "run.json").read_bytes() == (tmp_path / "local" / "run.json").read_bytes()
 
 
-def test_a_local_disk_that_is_full_when_the_run_gets_its_id_loses_no_save(tmp_path, memory_store):
-    full = FaultStore(
-        LocalFolder(tmp_path / "local"),
-        [Fault("put_if_absent", keys="run.json", status=None, retryable=False)],
-    )
-    with opened(memory_store, local=tmp_path / "local") as checkpoints:
-        checkpoints.local_store = full
+def fill_disk(patch, *methods, key=None):
+    """Let these methods of local folders fail, for one key or all. Return the list of the calls that failed."""
+    failed = []
+
+    def full(method, write):
+        def call(self, written, *arguments):
+            if key not in (None, written):
+                return write(self, written, *arguments)
+            failed.append((method, written))
+            raise StoreError(f"cannot write: {os.strerror(errno.ENOSPC)}", url=written)
+
+        return call
+
+    for method in methods:
+        patch.setattr(LocalFolder, method, full(method, getattr(LocalFolder, method)))
+    return failed
+
+
+def test_a_local_disk_that_is_full_when_the_run_gets_its_id_loses_no_save(tmp_path, memory_store, monkeypatch):
+    with opened(memory_store, local=tmp_path) as checkpoints, monkeypatch.context() as patch:
+        failed = fill_disk(patch, "put_if_absent", key="run.json")
         saved = checkpoints.save(1, a_state())
         assert saved.wait("remote", WAIT_S)
-        assert full.faulted_calls == [("put_if_absent", "run.json")]
+        assert failed == [("put_if_absent", "run.json")]
         checkpoints.close()
-    for store in (LocalFolder(tmp_path / "local"), memory_store):
+    for store in (LocalFolder(tmp_path), memory_store):
         assert same(read_checkpoint(store, saved.name)[1], a_state())
-    with opened(memory_store, local=tmp_path / "local") as checkpoints:  # there is room again
+    with opened(memory_store, local=tmp_path) as checkpoints:  # there is room again
         assert checkpoints.load(saved.name)["epoch"] == 0
         assert checkpoints.save(2, a_state()).wait("remote", WAIT_S)
         checkpoints.close()
-    assert (tmp_path / "local" / "run.json").read_bytes() == memory_store.get("run.json")
+    assert (tmp_path / "run.json").read_bytes() == memory_store.get("run.json")
 
 
-def test_a_local_disk_that_stays_full_is_named_by_the_save(tmp_path, memory_store):
-    with opened(memory_store, local=tmp_path / "local") as checkpoints:
-        disk = LocalFolder(tmp_path / "local")
-
-        class Full(WrapperStore):
-            def around(self, method, key, call):
-                if method in ("put", "put_if_absent", "create"):
-                    raise StoreError(f"cannot write: {os.strerror(errno.ENOSPC)}", url=key)
-                return call()
-
-        checkpoints.local_store = checkpoints._local.store = Full(disk)
+def test_a_local_disk_that_stays_full_is_named_by_the_save(tmp_path, memory_store, monkeypatch):
+    with opened(memory_store, local=tmp_path) as checkpoints, monkeypatch.context() as patch:
+        fill_disk(patch, "put", "put_if_absent", "create")
         with pytest.raises(StoreError, match=r"the checkpoint of step 1 was not saved: .*No space left on device"):
             checkpoints.save(1, a_state()).wait("local", WAIT_S)
         assert list_names(memory_store) == []

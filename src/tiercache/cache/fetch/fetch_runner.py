@@ -606,8 +606,7 @@ class FetchRunner:
                 download.note_reservation(0)
                 # Of a unit that two processes have written, the map may have the checksum of bytes that were replaced.
                 crc = part.checksum() if download.is_alone else checksum_of(part.fd, fetch.spec.n_bytes)
-                crc = self._publish(fetch, part, crc)
-                if crc is not None:
+                if not self._publish(fetch, part, crc):
                     fetch.reset()
                     return crc
                 if fetch.close_if_done():
@@ -616,25 +615,25 @@ class FetchRunner:
                 download.update_charge()
                 return None
 
-    def _publish(self, fetch: Fetch, part: PartialCopy, crc: int) -> int | None:
+    def _publish(self, fetch: Fetch, part: PartialCopy, crc: int) -> bool:
         """Verify a complete partial copy, give it its final name, and enter it in the accounts.
 
         crc: CRC-32C of the file.
 
         Returns:
-            None: The copy is published. Otherwise the CRC-32C of the file, which was corrupt and is removed.
+            False: The file is corrupt and was removed.
         """
         spec = fetch.spec
         if spec.crc32c is not None and crc != spec.crc32c:
             self.remove(spec.name)
             self.accounts.release(spec.name)
-            return crc
+            return False
         crash_point("publish.checked")
         set_mode(part.fd, self.folder.rights.copy)  # from here on nobody can open the file for writing
         crash_point("publish.sealed")
         if not self._commit(spec, crc, part):  # without enforced flock: the copy that has the name counts
             self._offer_copy(fetch)
-        return None
+        return True
 
     def _commit(self, spec: CopySpec, crc: int, part: PartialCopy | None = None) -> bool:
         """Write the record, then the name, then the accounts, so that the next process can repair a crash in between.
