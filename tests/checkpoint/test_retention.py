@@ -24,6 +24,7 @@ from tiercache.checkpoint.layout import (
     manifest_key,
     parse_manifest,
     reference_key,
+    tombstone_key,
 )
 from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention, plan_retention, referenced_tensors
 from tiercache.checkpoint.stored import StoredCheckpoints
@@ -572,11 +573,16 @@ class SavesAndDeletes(RuleBasedStateMachine):
         else:
             self.saves.remove(save)
 
-    @precondition(lambda self: list_names(self.store))
+    def _movable(self):
+        """The visible checkpoints whose deletion has not begun: others count as deleted once they are moved."""
+        keys = {info.key for info in self.store.list()}
+        return [name for name in list_names(self.store) if tombstone_key(name) not in keys]
+
+    @precondition(lambda self: self._movable())
     @rule(data=st.data(), dies=st.booleans())
     def move_away(self, data, dies):
         """The tier engine moves the folder of a checkpoint, which will come back, and perhaps dies in between."""
-        name = data.draw(st.sampled_from(list_names(self.store)))
+        name = data.draw(st.sampled_from(self._movable()))
         self.moved[name] = {info.key: self.store.get(info.key) for info in self.store.list(f"{name}/")}
         self.store.delete([manifest_key(name)] if dies else [*self.moved[name]])
 

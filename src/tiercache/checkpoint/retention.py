@@ -15,6 +15,9 @@ by a deletion. A shared tensor is deleted only if
 A save may refer to a stored tensor only if a manifest that was visible after the save began refers to it; other tensors
 it writes again, which renews their date (rule 3). If that manifest is deleted later, its tombstone is younger than the
 save (rule 2). So a save that takes less than the age of collection never loses a tensor, in whichever process it runs.
+
+A deletion that is killed after the tombstone and before the manifest leaves the checkpoint as it was, and the tombstone
+goes after the age of collection. A checkpoint that the tier engine moves before that counts as deleted.
 """
 
 from __future__ import annotations
