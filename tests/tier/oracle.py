@@ -231,7 +231,8 @@ class Oracle:
                 del contents[data]
                 if data in self.replaced_late.get(key, ()):
                     continue
-                why = self.may_not_delete(self.group_of[key], now_s, is_older=data != self.current.get(key))
+                is_older = data != self.current.get(key) or self._is_spoilt(key, picture)
+                why = self.may_not_delete(self.group_of[key], now_s, is_older=is_older)
                 if why:
                     found.append(f"{key}: its {len(data)} bytes lie nowhere any more, and must: {why}")
                 if not any(key in objects for objects in picture.values()):  # other bytes still count as the group
@@ -403,8 +404,23 @@ class Oracle:
         return [
             f"{name} is the newest complete checkpoint of {series}, and no place has it whole and readable"
             for series, name in self.protected.items()
-            if name not in self.removed_late and not self._whole_in(self.groups[name], picture)
+            if name not in self.removed_late
+            and not self._whole_in(self.groups[name], picture)
+            and not self._whole_as_older(self.groups[name], picture)
         ]
+
+    def _whole_as_older(self, group: Group, picture: Picture) -> bool:
+        """Whether a place has the right bytes of a group of which a bit has turned, with a date in their names.
+
+        A bucket dates an object whose bits turned anew, so the right one counts as an older copy.
+        """
+        return any(self._is_spoilt(key, picture) for key in group.keys) and any(
+            all(any(_lies(objects, key, data) for data in self.alive.get(key, ())) for key in group.keys)
+            for objects in picture.values()
+        )
+
+    def _is_spoilt(self, key: str, picture: Picture) -> bool:
+        return any(key in objects and objects[key].data in self.spoilt.get(key, ()) for objects in picture.values())
 
     def _pins(self, picture: Picture) -> list[str]:
         found = []

@@ -134,6 +134,17 @@ def test_a_checkpoint_with_an_object_that_is_corrupt_everywhere_may_stay_half_co
     assert oracle.at_rest({**picture(hot, HALF), "warm": objects(OLD)}, WANTED) != []
 
 
+def test_the_right_bytes_of_the_newest_checkpoint_may_have_a_date_in_their_names_if_a_bit_has_turned(oracle):
+    """A bucket dates an object whose bits turned anew, so the right one counts as an older copy."""
+    assert found(oracle, picture(cold=objects(NEW))) == ""
+    oracle.rotted("cold", "c/2/a", b"rot")
+    cold = objects(NEW) | {"c/2/a": Seen(b"rot")}
+    oracle.begins(picture(cold=cold), DAY_S)
+    dated = {key.replace("c/2/", "c/2.20261130T060939Z/"): seen for key, seen in objects(NEW).items()}
+    assert found(oracle, picture(objects(OLD, FILE) | dated, cold)) == ""
+    assert "newest complete checkpoint" in found(oracle, picture(objects(OLD, FILE), cold), day=9)
+
+
 def test_a_half_copied_checkpoint_may_stay_where_no_plan_wants_it(oracle):
     assert oracle.at_rest(picture(cold=HALF), ()) == []
     assert "2 of its 3 objects were left" in oracle.at_rest({"hot": LAST, "cold": HALF}, ())[1]
