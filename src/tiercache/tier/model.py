@@ -75,10 +75,10 @@ class Snapshot:
     uses_recorded_since_s: NDArray[np.float64]
     # Whether a machine that may have used the group has not reported, so that the group does not count as idle.
     unreported: NDArray[np.bool_]
-    in_use: NDArray[np.bool_]  # whether a job is reading the group now
+    in_use: NDArray[np.bool_]  # whether a job reads the shard now; False for other groups, whose readers are not known
     metrics: Mapping[str, NDArray[np.float64]]  # by name; NaN where a checkpoint does not have the metric
-    # Whether a checkpoint has files that may hold metrics, none of which can be read, and was not put where it lies by
-    # the mover.
+    # Whether the metrics of a checkpoint are unknown because no file that may hold them can be read. False for what the
+    # mover moved, which was not among the best while its metrics were readable.
     unread: NDArray[np.bool_]
     tags: Mapping[int, frozenset[str]]  # by group, for groups that have tags
     # From here on, row c is copy c.

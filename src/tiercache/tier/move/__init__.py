@@ -3,7 +3,8 @@
 ``mover`` is the entry (open_mover, run_once); ``executor`` takes the moves of a plan up to their grace period;
 ``deletions`` makes the deletions that wait; ``checks`` compares objects with the plan and the catalog;
 ``placement_updates`` tells readers; ``transfer`` moves bytes; ``lock`` admits one process; ``hand_copies`` recognises
-copies that nobody here made; ``recalls`` finishes what a killed `tiercache tier get` has left.
+copies that nobody here made; ``recalls`` finishes what a killed `tiercache tier get` has left; ``renames`` frees names
+that were written again; ``links`` lets symbolic links follow copies; ``removal`` deletes checkpoints that a user names.
 
 A move from src to dst has these steps. Each step is journaled before the next one, and each is harmless when repeated.
 PlanExecutor._run_batch() calls steps 1 to 7, and DeferredDeletions._run_batch() steps 8 to 10, for a batch of moves::
@@ -33,8 +34,8 @@ What can happen between two steps:
          path in another plan replaces the row.
     3-4  The process is killed: copies exist that the catalog does not know. They are compared with src, and are not
          copied again.
-    3-7  The process is killed after a lost copy was made again: the row was reset before the catalog knew the new copy,
-         so the grace period starts again.
+    3-7  A copy in dst was lost, and is made again: _begin_anew resets the row first, so a kill at any point starts the
+         grace period again.
     4-5  src is replaced: step 5 sees another ETag and stops. The copy in dst stays, verified as what it is. A later
          move from src overwrites it only while it is as it was made, and only if the group consists of that one object.
     5-6  src is replaced in this instant: readers are led to the old object. Step 8 notices and reverts the placement.
