@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.checkpoint.files import START_S, write_checkpoint
 from tests.support.stores import CountingStore
 
-from tiercache.checkpoint.inventory import Inventory, Tags
+from tiercache.checkpoint.inventory import Inventory
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
     NOT_UPLOADED_NAME,
@@ -32,6 +32,7 @@ from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.store.contract import WrapperStore
 from tiercache.testing import Fault, FaultStore
+from tiercache.tier.inventory.tags import Tags
 
 HOUR_S = 3600.0
 DAY_S = 86400.0

@@ -21,7 +21,6 @@ from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
     NOT_UPLOADED_NAME,
     RUN_NAME,
-    TAGS_NAME,
     Manifest,
     checkpoint_objects,
     manifest_key,
@@ -32,6 +31,7 @@ from tiercache.checkpoint.writer import CheckpointWriter, TaskThread, may_be_com
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptCheckpoint, NotFound, StoreError
 from tiercache.store import LocalFolder, Store
+from tiercache.tier.inventory.tags import TAGS_NAME
 
 logger = logging.getLogger("tiercache")
 

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from tiercache.checkpoint.inventory import CheckpointCopy, CheckpointTier, Inventory, Scan, Tags
+from tiercache.checkpoint.inventory import CheckpointCopy, CheckpointTier, Inventory, Scan
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
     NOT_UPLOADED_NAME,
@@ -50,6 +50,7 @@ from tiercache.crash_points import crash_point
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, UnsupportedFormat
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder, Store
+from tiercache.tier.inventory.tags import Tags
 from tiercache.tier.model import CHECKPOINT, READABLE, Snapshot
 from tiercache.tier.placement.resolver import is_archived
 from tiercache.tier.plan.selection import evaluate_keep_list
@@ -127,13 +128,18 @@ def plan_retention(
     """Return what the rules keep and what they delete. Pure.
 
     Rules of the local tier count local and remote checkpoints together; those of the remote tier count remote ones. A
-    tier without rules keeps everything. Always kept are the checkpoint of the tier, or of a tier behind it, that was
-    written last, pinned checkpoints, the last copy of a tagged checkpoint, a checkpoint that is being uploaded, and a
-    local copy of a checkpoint that the remote tier would keep and does not have yet: one that a rule of the remote tier
-    names, or, if it has no rules, one that is still to be uploaded. Otherwise saves that when_busy="drop" has dropped
-    would fill the local disk. Only complete checkpoints are deleted. Files in the local tier without a manifest, such
-    as those of the ranks of one machine, count as a copy if the remote tier has the checkpoint; if no tier has it, they
-    are deleted once the remote tier has a later one.
+    tier without rules keeps everything. Whatever the rules say, these are kept:
+
+    - the checkpoint of the tier, or of a tier behind it, that was written last;
+    - pinned checkpoints, and the last copy of a tagged checkpoint;
+    - a checkpoint that is being uploaded;
+    - a local copy of a checkpoint that the remote tier would keep and does not have yet: one that a rule of the remote
+      tier names, or, if the remote tier has no rules, one that is still to be uploaded. (Saves that when_busy="drop"
+      has dropped are not: they would fill the local disk.)
+
+    Only complete checkpoints are deleted. Files in the local tier without a manifest, such as those of the ranks of one
+    machine, count as a copy if the remote tier has the checkpoint; if no tier has it, they are deleted once the remote
+    tier has a later one.
 
     Args:
         scan: Listing of the checkpoints.
@@ -142,34 +148,34 @@ def plan_retention(
         now_s: Time, in seconds since the Unix epoch.
         unfinished: Checkpoints that this process saves now: their local copy is the source of their upload.
     """
-    home = tiers[-1]
+    remote = tiers[-1]
     complete = {tier: [n for n in scan.copies if tier in {c.tier for c in scan.complete(n)}] for tier in tiers}
     everywhere = scan.complete_names
-    of_home = _kept(scan, everywhere, _rules_of(keeps, home), now_s)
-    has_home_rules = bool(_rules_of(keeps, home))
-    awaited = [name for name in everywhere if of_home[name] and (has_home_rules or _is_marked(scan, name))]
+    of_remote = _kept(scan, everywhere, _rules_of(keeps, remote), now_s)
+    has_remote_rules = bool(_rules_of(keeps, remote))
+    awaited = [name for name in everywhere if of_remote[name] and (has_remote_rules or _is_marked(scan, name))]
     kept_by: dict[str, dict[CheckpointTier, tuple[str, ...]]] = {}
     deletes: dict[CheckpointTier, tuple[str, ...]] = {}
     for number, tier in enumerate(tiers):
         behind = [name for name in everywhere if any(name in complete[one] for one in tiers[number:])]
         by_rules = _kept(scan, behind, _rules_of(keeps, tier), now_s)
-        parts = [] if tier == home else _uncommitted(scan, tier)
-        here = [name for name in behind if name in complete[tier] or (name in complete[home] and name in parts)]
+        parts = [] if tier == remote else _uncommitted(scan, tier)
+        here = [name for name in behind if name in complete[tier] or (name in complete[remote] and name in parts)]
         for name in here:
             tags, reasons = scan.tags(name), [*by_rules[name]]
             reasons += ["latest"] if name == behind[-1] else []  # of the store too: it outlives this machine
-            reasons += ["being uploaded"] if name in unfinished and tier != home else []
+            reasons += ["being uploaded"] if name in unfinished and tier != remote else []
             reasons += ["pinned"] if tags.is_pinned else []
-            is_last_copy = tier == home or name not in complete[home]
+            is_last_copy = tier == remote or name not in complete[remote]
             if is_last_copy and tags.tags:
                 reasons.append(f"tagged {', '.join(sorted(tags.tags))}")
-            elif is_last_copy and tier != home and name in awaited:
+            elif is_last_copy and tier != remote and name in awaited:
                 reasons.append("not uploaded yet")
             kept_by.setdefault(name, {})[tier] = tuple(reasons)
         gone = [
             name
             for name in parts
-            if any(written_order(name) < written_order(later) for later in complete[home][-1:])
+            if any(written_order(name) < written_order(later) for later in complete[remote][-1:])
             and name not in unfinished
             and not any(copy.is_committed for copy in scan.copies[name])
         ]
@@ -177,7 +183,7 @@ def plan_retention(
     missing = tuple(
         name
         for name in everywhere
-        if name not in complete[home] and (of_home[name] or name == everywhere[-1] or scan.tags(name) != Tags())
+        if name not in complete[remote] and (of_remote[name] or name == everywhere[-1] or scan.tags(name) != Tags())
     )
     return RetentionPlan(kept_by, deletes, missing)
 

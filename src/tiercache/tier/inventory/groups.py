@@ -10,12 +10,10 @@ Uncertain objects are left out or marked incomplete, and reported in `facts`.
 
 from __future__ import annotations
 
-import json
 import os
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +23,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.catalog.tiers import read_uses, uses_under
-from tiercache.errors import NotFound, StoreError
 from tiercache.store import LocalFolder
 from tiercache.tier.holds import HOLDS_FOLDER, Hold, read_holds
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
@@ -42,6 +39,7 @@ from tiercache.tier.inventory.layouts import (
 from tiercache.tier.inventory.listing import NO_CRC, Listing, ObjectTable, Progress, list_tiers, release_memory
 from tiercache.tier.inventory.metrics import find_metrics
 from tiercache.tier.inventory.rewritten import find_older_copies, with_dated_keys
+from tiercache.tier.inventory.tags import read_own_tags
 from tiercache.tier.model import (
     ARCHIVED,
     CHECKPOINT,
@@ -68,7 +66,6 @@ _HARDER = np.array([0, 3, 2, 1], np.uint8)
 _STATES = np.array([READABLE, RESTORED, RESTORING, ARCHIVED], np.uint8)
 _NEVER_S = -np.inf
 _TIERS = 256  # above every tier number
-_THREADS = 16
 _COPY_COLUMNS = (
     *("group", "tier", "n_objects", "n_bytes", "smallest_bytes"),
     *("modified_s", "storage_class", "state", "whole", "verified"),
@@ -222,10 +219,11 @@ class _ObjectFacts:
 def _look_up(
     listed: Listing, row: NDArray[np.int64], at: NDArray[np.int64], checksums: pa.Table
 ) -> Iterator[tuple[NDArray[np.int64], pa.Table, NDArray[np.bool_]]]:
-    """Yield, in parts, objects, the catalog's entry of each, and whether size and ETag are equal.
+    """Yield parts of three columns: objects, their entries in the catalog, and whether the ETags are equal.
 
-    Where they are not, the object is a local file of which only the ctime changed, by chmod, chown or a hard link: its
-    bytes may be others, but the date of its writing is still that of the entry.
+    Of a local file, the third column is False if only the ctime differs, by chmod, chown or a hard link: its bytes may
+    be others, but the date of its writing is still that of the entry. Objects without an entry, or that differ
+    otherwise, are left out.
 
     at: The tier's objects, sorted by key, so that a part is searched in the matching range of the catalog only.
     """
@@ -392,7 +390,7 @@ def take_inventory(
         metrics=found.columns,
         unread=unread,
         misnamed=_misnamed(grouped, older.values()),
-        **_own_tags(file, stores, listed, grouped, copies),
+        **read_own_tags(file, stores, listed, grouped, copies),
         held=_held_groups(holds, grouped.paths),
     )
     facts = _facts(listed, grouped, copies, complete, datasets)
@@ -544,47 +542,6 @@ def _misnamed(grouped: Grouped, paths: Collection[str]) -> dict[int, str]:
     unique = sorted(set(paths))
     rows = index_in(pa.array(unique, pa.large_string()), grouped.paths).tolist()
     return {row: undated_path(path) for row, path in zip(rows, unique, strict=True) if row >= 0}
-
-
-_TAGS_NAME = "tags.json"
-
-
-def _own_tags(file: RuleFile, stores: Stores, listed: Listing, grouped: Grouped, copies: Copies) -> dict[str, Any]:
-    """Return the tags and the pins in the tags.json of our own checkpoints, of all their copies, by group.
-
-    A file that cannot be read counts as a pin, so that nothing is deleted.
-    """
-    is_own = grouped.from_layout(grouped.layout.own, otherwise=False)
-    at = np.flatnonzero(np.repeat(is_own[copies.group], np.diff(copies.start)))
-    keys = listed.keys.take(pa.array(copies.row[at]))
-    hits = at[match_regex(keys, rf"/{_TAGS_NAME}$")] if len(at) else at
-    copy_of = np.searchsorted(copies.start, hits, side="right") - 1
-
-    def read(hit: int, copy: int) -> tuple[frozenset[str], bool]:
-        key = listed.keys[int(copies.row[hit])].as_py()
-        try:
-            body = json.loads(stores.store(file.tiers[int(copies.tier[copy])].name).get(key))
-            tags, is_pinned = frozenset(map(str, body["tags"])), bool(body["pinned"])
-        except NotFound:  # deleted since it was listed
-            return frozenset(), False
-        except StoreError as error:
-            if error.retryable:
-                raise
-            return frozenset(), True
-        except (ValueError, TypeError, KeyError):
-            return frozenset(), True
-        return tags, is_pinned
-
-    tags: dict[int, frozenset[str]] = {}
-    pinned: set[int] = set()
-    with ThreadPoolExecutor(_THREADS, "tiercache-tags") as pool:
-        for copy, (some, is_pinned) in zip(
-            copy_of.tolist(), pool.map(read, hits.tolist(), copy_of.tolist()), strict=True
-        ):
-            group = int(copies.group[copy])
-            tags[group] = tags.get(group, frozenset()) | some
-            pinned |= {group} if is_pinned else set()
-    return {"tags": {group: some for group, some in tags.items() if some}, "pinned": frozenset(pinned)}
 
 
 def _holds(file: RuleFile, stores: Stores, listed: Listing, own: NDArray[np.bool_], now_s: float) -> Mapping[str, Hold]:
