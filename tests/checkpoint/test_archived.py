@@ -110,26 +110,39 @@ def test_an_archived_checkpoint_is_listed_and_never_deleted_by_a_rule(bucket, ca
     assert "it is archived" in listed.error
 
 
+def test_with_a_rule_file_the_error_has_the_command_whatever_its_only_tier_is_called(
+    bucket, cache, tmp_path, monkeypatch
+):
+    write_checkpoint(bucket, 1, {"w": np.arange(100)})
+    archive(bucket)
+    (tmp_path / "tiercache.toml").write_text(f'[tiers.remote]\nurl = "{bucket.url}"\nstorage_class = "GLACIER"\n')
+    monkeypatch.chdir(tmp_path)
+    checkpoints, _ = opened(bucket, cache)
+    with pytest.raises(ArchivedShards, match="run `tiercache restore") as caught:
+        checkpoints.load()
+    assert caught.value.command.startswith("tiercache restore step-000000000001")
+
+
 # -- tiers of a rule file ------------------------------------------------------------------------------------------
 
 RULES = """
 [tiers.hot]
 url = "{hot}"
 
-[tiers.archive]
+[tiers.{name}]
 url = "s3://vault"
 storage_class = "GLACIER"
 prices = "aws:us-east-1:GLACIER"
 """
 
 
-@pytest.fixture
-def moved(tmp_path, bucket, monkeypatch):
-    """A checkpoint that the tier engine has moved to the archive, and the folder where it was."""
+@pytest.fixture(params=["archive", "remote"])
+def moved(tmp_path, bucket, monkeypatch, request):
+    """A checkpoint that the tier engine has moved to a tier of any name, and the folder where it was."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    (work / "tiercache.toml").write_text(RULES.format(hot=tmp_path / "hot"))
+    (work / "tiercache.toml").write_text(RULES.format(hot=tmp_path / "hot", name=request.param))
     vault = DiskBucket(tmp_path / "vault", "s3://vault", Script())
     below = DiskBucket(tmp_path / "vault", "s3://vault/run7", Script(), prefix="run7/")
     home = LocalFolder(tmp_path / "hot" / "run7")
@@ -139,7 +152,7 @@ def moved(tmp_path, bucket, monkeypatch):
     clock = RestoringClock(vault)
 
     def stores(file):
-        return Stores(file, stores={"archive": vault}, s3_classes={"archive": vault})
+        return Stores(file, stores={request.param: vault}, s3_classes={request.param: vault})
 
     monkeypatch.setattr("tiercache.checkpoint.archived.open_store", lambda url, **_options: below)
     return StoredCheckpoints(home, archive=Archive(home.url, open_stores=stores, clock=clock)), vault

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,9 +60,8 @@ class Archive:
                 folder = _folder_below(tier.url, self.url)
                 if folder is not None:
                     return file, tier.name, folder
-        digest = hashlib.sha256(self.url.encode()).hexdigest()
         tier = Tier(name=REMOTE, role="archive", url=self.url, storage_options=self._options)
-        return RuleFile(path=Path(config.FILE_NAME), sha256=digest, tiers=(tier,)), REMOTE, ""
+        return RuleFile(path=Path(config.FILE_NAME), sha256="", tiers=(tier,)), REMOTE, ""
 
     @contextmanager
     def other_stores(self) -> Iterator[dict[str, Store]]:
@@ -102,7 +100,7 @@ class Archive:
                 return
             text = restore_text(plan)
             if not wait:
-                command = plan.command if file.tiers[0].name != REMOTE or len(file.tiers) > 1 else ""
+                command = plan.command if file.is_from_file else ""
                 how = f"run `{command}`, or call load(..., wait=True)" if command else "call load(..., wait=True)"
                 raise ArchivedShards(
                     f"{self.url}: {text}; to restore it, {how}",

@@ -24,7 +24,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from threading import Condition, Lock
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -231,8 +231,6 @@ class Checkpoints(StoredCheckpoints):
             self._late_uploads = LateUploads(
                 self._copies, self._remote, self.inventory, self.retention, self._deleting, self._note_late_upload
             )
-        # called in the thread that deletes
-        self._on_commit: list[Callable[[str, Target], object]] = [self._retain]
         _register_finish()
         _open.add(self)
 
@@ -529,8 +527,7 @@ class Checkpoints(StoredCheckpoints):
         try:
             files, tensors = writer.write_staged(name, save.state.files, save.text, save.manifest.metrics)
             tensors |= {alias: tensors[first] for alias, first in save.aliases.items()}
-            told = save.manifest
-            save.manifest = Manifest(name, told.step, told.created_s, tuple(files), tensors, told.metrics, told.note)
+            save.manifest = replace(save.manifest, files=tuple(files), tensors=tensors)
             if self._copies is not None:
                 self._copies.mark(name)
             writer.commit(save.manifest)
@@ -578,8 +575,7 @@ class Checkpoints(StoredCheckpoints):
             name: Name of the checkpoint that was committed.
             target: Where it was committed.
         """
-        for call in self._on_commit:
-            self._submit_deletion(partial(call, name, target))
+        self._submit_deletion(partial(self._retain, name, target))
 
     def retain_local(self) -> None:
         """Let the thread that deletes apply the rules of retention to the local folder only."""
@@ -609,8 +605,7 @@ class Checkpoints(StoredCheckpoints):
                 handle._committed.add("remote")  # noqa: SLF001 - our own class
                 handle.state, handle.error = "done", None
             self._changed.notify_all()
-        for call in self._on_commit:
-            call(name, "remote")
+        self._retain(name, "remote")
 
     def delete(self, which: str | int) -> RetentionReport:
         """Delete a checkpoint from all tiers; shared tensors of others stay. No late upload begins meanwhile.

@@ -19,7 +19,6 @@ from tiercache.checkpoint.inventory import (
     Inventory,
     Scan,
     State,
-    Tags,
     resolve,
 )
 from tiercache.checkpoint.layout import SHARED_FOLDER, key_of, parse_name
@@ -29,6 +28,7 @@ from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention, RetentionR
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, TierCacheError
 from tiercache.store import LocalFolder, Span, Store
 from tiercache.store.contract import WrapperStore
+from tiercache.tier.inventory.tags import Tags
 from tiercache.tier.placement.resolver import is_archived, is_remote
 
 logger = logging.getLogger("tiercache")
@@ -237,8 +237,9 @@ class StoredCheckpoints:
                         _warn(f"{failure}: this copy is skipped")
                     continue
                 try:
-                    store = others.get(copy.tier) or self._store_to_read(copy)
-                    return load_copy(store, copy.manifest, into=into, map_location=map_location, strict=strict)
+                    return load_copy(
+                        self._store_to_read(copy), copy.manifest, into=into, map_location=map_location, strict=strict
+                    )
                 except CorruptCheckpoint as error:
                     failure = error
                 except StoreError as error:
@@ -259,7 +260,8 @@ class StoredCheckpoints:
         raise StoreError(f"{name} was restored, and still cannot be read", url=self.remote_store.url)
 
     def _store_to_read(self, copy: CheckpointCopy) -> Store:
-        return self._cached_remote if copy.tier == "remote" else copy.store
+        # By store, not by name: a tier of the rule file may be called "remote", too.
+        return self._cached_remote if copy.store is self.remote_store else copy.store
 
     # -- list and verify ---------------------------------------------------------------------------------------------
 

@@ -179,7 +179,7 @@ def open_checkpoints(output: Output, rules: Path | None, arguments: Sequence[str
     arguments = _joined(arguments)
     with _opened(rules, arguments) as (tiers, chosen, prefix):
         inventory = tiers.read_inventory(output)
-        if tiers.file.sha256:
+        if tiers.file.is_from_file:
             print_unavailable(output, tiers.file, unavailable_tiers(tiers.file, tiers.stores, tiers.catalog))
         found = CheckpointTiers(tiers, inventory, with_tags(inventory.snapshot, tiers.file), (), prefix)
         selections = [
@@ -200,7 +200,7 @@ def _select(found: CheckpointTiers, argument: str, tier: str | None, path: str) 
     choice = _choice(last)
     places: list[tuple[str | None, str, Choice | None]] = [(tier, path, None)]
     places += [] if choice is None else [(tier, run, choice)]
-    if tier is None and file.sha256 and not argument.startswith(("/", "~")) and "://" not in argument:
+    if tier is None and file.is_from_file and not argument.startswith(("/", "~")) and "://" not in argument:
         with suppress(ValueError):  # a relative path that is no path below a tier may be a path here
             here = tier_path(file, f"./{argument}")
             places += [(None, here, None)]
@@ -212,7 +212,7 @@ def _select(found: CheckpointTiers, argument: str, tier: str | None, path: str) 
         if hit.any() or not argument:
             order = sorted(np.flatnonzero(hit).tolist(), key=lambda g: (snapshot.series[g], snapshot.created_s[g], g))
             return order, picked
-    if not file.sha256:
+    if not file.is_from_file:
         text = "there are no checkpoints of a known layout; expected a run, a checkpoint or a glob"
         raise NotFound(f"{text}{did_you_mean(argument.rpartition('/')[2], ['latest'])}", url=argument)
     names = f"the tier {tier}" if tier else f"the tiers {', '.join(snapshot.tiers)}"

@@ -13,11 +13,7 @@ import numpy as np
 import typer
 
 from tiercache import config
-from tiercache.checkpoint.layout import (
-    TAGS_NAME,
-    Manifest,
-    parse_name,
-)
+from tiercache.checkpoint.layout import Manifest, parse_name
 from tiercache.cli.checkpoint_selection import (
     STATE_NAMES,
     CheckpointTiers,
@@ -32,16 +28,16 @@ from tiercache.cli.tiers import (
 )
 from tiercache.model import format_bytes
 from tiercache.tier.inventory.groups import Inventory
+from tiercache.tier.inventory.tags import TAGS_NAME, Tags
 from tiercache.tier.model import CHECKPOINT, READABLE, Snapshot
 from tiercache.tier.move.mover import open_mover
 from tiercache.tier.move.removal import remove_groups
-from tiercache.tier.plan.explanations import KeepReason, keep_reasons, pinned_groups
+from tiercache.tier.plan.explanations import KeepReason, keep_reasons, protected_groups
 from tiercache.tier.plan.plan import make_plan
-from tiercache.tier.plan.policy import decide
+from tiercache.tier.plan.policy import decide_now
 from tiercache.tier.plan.selection import rules_of
 from tiercache.tier.rule_edits import Section, add_tables, literal_glob, remove_tables
 from tiercache.tier.rules import RuleFile
-from tiercache.tier.stores import unavailable_tiers
 
 _SHOWN_FILES = 20
 _NOT_COMPLETE = "not complete"  # text of a KeepReason
@@ -197,9 +193,7 @@ def _show_lines(facts: Mapping[str, Any], reasons: Sequence[KeepReason], path: s
 def _next_move(tiers: OpenTiers, inventory: Inventory, group: int) -> str:
     """Return what a plan made now would do with a checkpoint."""
     file, path = tiers.file, inventory.snapshot.paths[group].as_py()
-    unavailable = unavailable_tiers(file, tiers.stores, tiers.catalog)
-    limits = [tiers.stores.capacity(tier.name) for tier in file.tiers]
-    decisions = decide(inventory.snapshot, file, tiers.prices, capacity_bytes=limits, unavailable=unavailable)
+    decisions, _ = decide_now(inventory.snapshot, file, tiers.stores, tiers.catalog)
     made = make_plan(decisions, inventory, file, tiers.prices)
     for row in np.flatnonzero(decisions.moves.group == group).tolist():
         move = made.moves[row]
@@ -223,14 +217,15 @@ def rm(output: Output, rules: Path | None, paths: Sequence[str], *, yes: bool, d
         text = f"{count(len(found.groups), 'checkpoint')}, {format_bytes(n_bytes)} in all tiers"
         newest = [group for group in found.groups if _is_last_of_run(snapshot, group)]
         if dry_run:
-            pinned = pinned_groups(snapshot, found.tiers.file)
+            protected = protected_groups(snapshot, found.tiers.file)
             for group in found.groups:
-                names = ", ".join(found.tier(copy) for copy in found.copies(group))
-                facts = {"path": found.name(group), "tiers": names.split(", "), "pinned": group in pinned}
-                stays = f"would leave {found.name(group)}, which is pinned"
-                goes = f"would delete {found.name(group)} from {names}"
-                output.event("checkpoint", facts, stays if group in pinned else goes)
-            going = [group for group in found.groups if group not in pinned]
+                name, reason = found.name(group), protected.get(group)
+                names = [found.tier(copy) for copy in found.copies(group)]
+                facts = {"path": name, "tiers": names, "pinned": reason == "pinned", "held": snapshot.held.get(group)}
+                goes = f"would delete {name} from {', '.join(names)}"
+                stays = f"would leave {name}, which is {reason}"
+                output.event("checkpoint", facts, goes if reason is None else printable(stays))
+            going = [group for group in found.groups if group not in protected]
             going_bytes = sum(int(snapshot.n_bytes[copy]) for group in going for copy in found.copies(group))
             output.summary(
                 {"checkpoints": len(going), "n_bytes": going_bytes, "dry_run": True},
@@ -326,8 +321,7 @@ def _write_tags(
     snapshot = found.inventory.snapshot  # without the tags of the rule file
     before = snapshot.tags.get(group, frozenset())
     after = before - tags if remove else before | tags
-    pinned = group in snapshot.pinned if is_pinned is None else is_pinned
-    data = json.dumps({"pinned": pinned, "tags": sorted(after)}).encode() + b"\n"
+    data = Tags(after, group in snapshot.pinned if is_pinned is None else is_pinned).encode()
     for copy in found.copies(group):
         found.tiers.stores.store(found.tier(copy)).put(f"{found.path(group)}/{TAGS_NAME}", data)
 
@@ -335,7 +329,7 @@ def _write_tags(
 def _edit(file: RuleFile, section: Section, tables: Sequence[Mapping[str, object]], *, remove: bool) -> None:
     if not tables:
         return
-    if not file.sha256:
+    if not file.is_from_file:
         raise ValueError(
             f"{section} of checkpoints of other libraries are tables of a rule file, and there is none: "
             "`tiercache tier init FOLDER` writes one"

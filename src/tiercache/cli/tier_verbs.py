@@ -52,7 +52,7 @@ from tiercache.tier.move.mover import RunReport, open_mover, run_once
 from tiercache.tier.move.placement_updates import track_planned
 from tiercache.tier.plan.plan import make_plan, totals_by_route
 from tiercache.tier.plan.plan_file import read_plan, write_plan
-from tiercache.tier.plan.policy import decide
+from tiercache.tier.plan.policy import decide_now
 from tiercache.tier.plan.selection import largest_copies, rules_of
 from tiercache.tier.restore import RestorePlan
 from tiercache.tier.rules import Rule, RuleFile, Tier, load_rule_file
@@ -75,9 +75,7 @@ def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
     """Return a plan of what is in the tiers now."""
     inventory = tiers.read_inventory(output)
     file, snapshot = tiers.file, inventory.snapshot
-    unavailable = unavailable_tiers(file, tiers.stores, tiers.catalog)
-    limits = [tiers.stores.capacity(tier.name) for tier in file.tiers]
-    decisions = decide(snapshot, file, tiers.prices, capacity_bytes=limits, unavailable=unavailable)
+    decisions, unavailable = decide_now(snapshot, file, tiers.stores, tiers.catalog)
     made = make_plan(decisions, inventory, file, tiers.prices)
     print_unavailable(output, file, unavailable)
     print_metric_gaps(output, metric_gaps(snapshot, file, inventory.facts["in_files"])[0])

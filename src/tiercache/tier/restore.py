@@ -276,7 +276,7 @@ def plan_copy_home(
             planned.append(PlannedObject(one.key, one.n_bytes, one.etag, one.modified_s, crc32c))
         action: Action = "reclass" if file.tier(src).url == target.url else "copy"
         reason = f"restored from {src} ({objects[0].storage_class})"
-        moves.append(Move(len(moves), path, kind, action, src, target.name, "restore", reason, tuple(planned)))
+        moves.append(Move(len(moves) + 1, path, kind, action, src, target.name, "restore", reason, tuple(planned)))
     return Plan(secrets.token_hex(8), made_s, str(file.path), file.sha256, tiers, tuple(moves))
 
 

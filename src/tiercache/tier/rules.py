@@ -367,7 +367,7 @@ class RuleFile(RuleTable):
     """A rule file."""
 
     path: Path  # path of the file
-    sha256: str  # SHA-256 of the file's bytes, in hex
+    sha256: str  # SHA-256 of the file's bytes, in hex; "": there is no file, see is_from_file
     tiers: tuple[Tier, ...] = Field(min_length=1)  # tiers, the fastest first
     rules: tuple[Rule, ...] = ()  # rules, in the order of the file; the first that matches an object applies
     pins: tuple[Pin, ...] = ()
@@ -384,6 +384,11 @@ class RuleFile(RuleTable):
         if name not in names:
             raise ValueError(f"{self.path}: no tier is called {name!r}; there are {', '.join(names)}")
         return names.index(name)
+
+    @property
+    def is_from_file(self) -> bool:
+        """Whether it was read from a file. False: it was made for one URL, its only tier, and `path` does not exist."""
+        return bool(self.sha256)
 
     @property
     def layouts(self) -> tuple[UserLayout, ...]:

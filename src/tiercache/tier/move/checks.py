@@ -275,7 +275,7 @@ class MoveContext:
         if not rows:
             return {}
         try:
-            file = load_rule_file(self.file.path) if self.file.sha256 else self.file  # "": there was no rule file
+            file = load_rule_file(self.file.path) if self.file.is_from_file else self.file
         except ValueError as error:
             raise TierCacheError(f"expected to read the pins anew, found no rule file: {error}") from error
         both = (*file.pins, *(pin for pin in self.file.pins if pin not in file.pins))

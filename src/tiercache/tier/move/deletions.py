@@ -1,9 +1,9 @@
 """Deferred deletions: drops, deletions of last copies, class changes that end readability, after their grace period.
 
-The tiers are listed and planned once more (DeletionFacts), whatever an earlier plan said. Every condition is checked
-again, directly before the deletion; the package's docstring gives the reasons. A deletion whose conditions no longer
-hold is cancelled if the objects or rules have changed, and its redirect is reverted; or it keeps waiting if the reason
-may pass.
+What depends on the state of all tiers comes from a listing and a plan that are at most 10 minutes old (DeletionFacts):
+those of this run, or new ones. All else is checked again directly before the deletion; the package's docstring gives
+the reasons. A deletion whose conditions no longer hold is cancelled if the objects or rules have changed, and its
+redirect is reverted; or it keeps waiting if the reason may pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import pyarrow as pa
 from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError, TierCacheError
-from tiercache.prices import prices_if_known
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.model import CHECKPOINT, DELETE, DROP, MOVE, READABLE, RECLASS, SHARD
@@ -37,7 +36,7 @@ from tiercache.tier.move.checks import (
 from tiercache.tier.move.executor import change_classes
 from tiercache.tier.move.links import carry_links, remove_inner_links
 from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
-from tiercache.tier.plan.policy import decide
+from tiercache.tier.plan.policy import decide_now
 from tiercache.tier.plan.selection import find_newest
 from tiercache.tier.stores import deletion_block_reason, unavailable_tiers
 from tiercache.waiting import SYSTEM_CLOCK
@@ -78,11 +77,7 @@ class DeletionFacts:
 def take_deletion_facts(file: RuleFile, stores: Stores, catalog: TierCatalog, now_s: float) -> DeletionFacts:
     """List all tiers and plan once more. Raises as take_inventory()."""
     snapshot = take_inventory(file, stores, catalog, now_s=now_s).snapshot
-    prices = [prices_if_known(tier) for tier in file.tiers]
-    capacity = [stores.capacity(tier.name) for tier in file.tiers]
-    unavailable = unavailable_tiers(file, stores, catalog)
-    decisions = decide(snapshot, file, prices, capacity_bytes=capacity, unavailable=unavailable)
-    return deletion_facts_of(snapshot, decisions)
+    return deletion_facts_of(snapshot, decide_now(snapshot, file, stores, catalog)[0])
 
 
 def deletion_facts_of(snapshot: Snapshot, decisions: Decisions) -> DeletionFacts:

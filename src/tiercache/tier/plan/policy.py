@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.model import format_bytes
+from tiercache.prices import prices_if_known
 from tiercache.tier.costs import (
     DAY_S,
     Sizes,
@@ -53,12 +54,14 @@ from tiercache.tier.plan.proposals import (
     transfer_dollars,
 )
 from tiercache.tier.plan.selection import Flags, Rows, SnapshotIndex
-from tiercache.tier.stores import deletion_block_reason
+from tiercache.tier.stores import deletion_block_reason, unavailable_tiers
 from tiercache.tier.text_columns import index_in
 
 if TYPE_CHECKING:
+    from tiercache.catalog.tiers import TierCatalog
     from tiercache.prices import Prices
     from tiercache.tier.rules import RuleFile
+    from tiercache.tier.stores import Stores
 
 
 Dollars = NDArray[np.float64]
@@ -384,6 +387,25 @@ def decide(
         if len(values) != len(file.tiers):
             raise ValueError(f"expected {name} of {len(file.tiers)} tiers, got {len(values)}")
     return _Policy(SnapshotIndex.of(snapshot, file, prices), capacity_bytes, unavailable or {}).decide()
+
+
+def decide_now(
+    snapshot: Snapshot, file: RuleFile, stores: Stores, catalog: TierCatalog
+) -> tuple[Decisions, Mapping[str, str]]:
+    """Return the decisions for tiers as they are now, and the reason for each unavailable tier, by name.
+
+    Unlike decide(), it asks the tiers for their capacity, and whether their copies can be seen.
+
+    Args:
+        snapshot: Snapshot of the tiers, which was just taken.
+        file: Rule file, for its tiers, rules, pins, tags and prices.
+        stores: Stores of its tiers.
+        catalog: Catalog of this machine.
+    """
+    unavailable = unavailable_tiers(file, stores, catalog)
+    prices = [prices_if_known(tier) for tier in file.tiers]
+    capacity = [stores.capacity(tier.name) for tier in file.tiers]
+    return decide(snapshot, file, prices, capacity_bytes=capacity, unavailable=unavailable), unavailable
 
 
 class _Policy:
