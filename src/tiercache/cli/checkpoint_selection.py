@@ -35,8 +35,7 @@ from tiercache.checkpoint.layout import (
     parse_manifest,
     parse_name,
 )
-from tiercache.cli.output import Output
-from tiercache.cli.tiers import (
+from tiercache.cli.open_tiers import (
     OpenTiers,
     base_folder,
     is_glob,
@@ -46,6 +45,7 @@ from tiercache.cli.tiers import (
     split_tier,
     tier_path,
 )
+from tiercache.cli.output import Output
 from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.model import ObjectInfo
 from tiercache.prices import prices_if_known
@@ -60,9 +60,6 @@ from tiercache.tier.rules import RuleFile, Tier, load_rule_file
 from tiercache.tier.stores import Stores, unavailable_tiers
 
 _THREADS = 16
-
-STATE_NAMES = ("here", "archived", "restoring", "restored")
-"""Names of the states of copies, by the number of the state in a snapshot."""
 
 T = TypeVar("T")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,17 @@ import typer
 from tiercache import config
 from tiercache.checkpoint.layout import Manifest, parse_name
 from tiercache.cli.checkpoint_selection import (
-    STATE_NAMES,
     CheckpointTiers,
     in_parallel,
     only_checkpoint,
     open_checkpoints,
 )
+from tiercache.cli.open_tiers import STATE_NAMES, OpenTiers, format_copy, format_duration, format_time
 from tiercache.cli.output import PARTIAL, Output, confirm, count, printable
-from tiercache.cli.tiers import (
-    OpenTiers,
-    format_duration,
-)
 from tiercache.model import format_bytes
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.inventory.tags import TAGS_NAME, Tags
-from tiercache.tier.model import CHECKPOINT, READABLE, Snapshot
+from tiercache.tier.model import CHECKPOINT, Snapshot
 from tiercache.tier.move.mover import open_mover
 from tiercache.tier.move.removal import remove_groups
 from tiercache.tier.plan.explanations import KeepReason, keep_reasons, protected_groups
@@ -76,7 +71,7 @@ def _facts(
         "run": int(snapshot.series[group]),
         "step": int(snapshot.step[group]),
         "n_bytes": max(int(snapshot.n_bytes[copy]) for copy in copies),
-        "created": _time(created_s),
+        "created": format_time(created_s),
         "age_s": round(snapshot.now_s - created_s, 3),
         "complete": bool(snapshot.complete[group]),
         "problem": found.problems.get(group, ""),
@@ -97,26 +92,16 @@ def _facts(
     }
 
 
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
-
-
 def _row_text(row: Mapping[str, Any]) -> dict[str, str]:
     return {
         "checkpoint": row["path"],
         "step": f"{row['step']:,}",
         "size": format_bytes(row["n_bytes"]),
         "age": format_duration(row["age_s"]),
-        "tiers": ", ".join(_where(copy) for copy in row["copies"]),
+        "tiers": ", ".join(format_copy(copy) for copy in row["copies"]),
         "metrics": _metrics_text(row["metrics"]),
         "kept by": _kept_text(row["kept"]).replace(_NOT_COMPLETE, f"{_NOT_COMPLETE}: {row['problem']}"),
     }
-
-
-def _where(copy: Mapping[str, Any]) -> str:
-    notes = [] if copy["state"] == STATE_NAMES[READABLE] else [copy["state"]]
-    notes += [] if copy["whole"] else ["in part"]
-    return f"{copy['tier']} ({', '.join(notes)})" if notes else str(copy["tier"])
 
 
 def _metrics_text(metrics: Mapping[str, float]) -> str:
@@ -172,7 +157,7 @@ def _show_lines(facts: Mapping[str, Any], reasons: Sequence[KeepReason], path: s
     for copy in facts["copies"]:
         verified = ", verified" if copy["verified"] else ""
         size = f"{count(copy['n_objects'], 'file')}, {format_bytes(copy['n_bytes'])}"
-        yield f"copy in {_where(copy)}: {facts['urls'][copy['tier']]}, {size}{verified}"
+        yield f"copy in {format_copy(copy)}: {facts['urls'][copy['tier']]}, {size}{verified}"
     if facts["metrics"]:
         yield f"metrics: {_metrics_text(facts['metrics'])}"
     if facts["tags"]:

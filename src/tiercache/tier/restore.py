@@ -35,7 +35,7 @@ B = TypeVar("B")
 _N_THREADS = 16
 _LONGEST_POLL_S = 60.0
 _SHARD_SUFFIX = ".tcs"
-_NAMED = 20
+_MOST_NAMES = 20  # in a command line
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,12 +186,23 @@ def _estimate(
 
 
 def _command(file: RuleFile, keys: Sequence[str], speed: Speed, days: int | None) -> str:
-    """Return the command line of the restore. For very many keys it has the first ones, and a comment."""
-    words = ["tiercache", "restore", *keys[:_NAMED], "--rules", str(file.path), "--speed", speed]
-    words += ["--days", str(days)] if days is not None else []
-    words.append("--wait")
-    more = len(keys) - _NAMED
-    return shlex.join(words) + (f"  # and {more} more" if more > 0 else "")
+    """Return the command line of the restore."""
+    options = ["--rules", str(file.path), "--speed", speed]
+    options += ["--days", str(days)] if days is not None else []
+    return command_line("restore", keys, [*options, "--wait"])
+
+
+def command_line(verb: str, names: Sequence[str], options: Sequence[str]) -> str:
+    """Return a command line of tiercache that people can run. Of very many names it has the first ones, and a comment.
+
+    Args:
+        verb: Words after "tiercache".
+        names: Arguments.
+        options: Options, with their values.
+    """
+    more = len(names) - _MOST_NAMES
+    line = shlex.join(["tiercache", *verb.split(), *names[:_MOST_NAMES], *options])
+    return f"{line}  # and {more} more" if more > 0 else line
 
 
 def request_restore(stores: Stores, plan: RestorePlan) -> Counter[RestoreState]:

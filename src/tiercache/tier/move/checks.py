@@ -3,8 +3,8 @@
 A check tells whether an object is still the planned one, or a copy still the verified one. No check writes the journal,
 or changes objects of users. Three of them write: ensure_tier_marker() creates a mount marker, probe_shared_location()
 puts an object and deletes it again, and unconfirmed_reason() records a new ETag in the catalog. A function whose name
-ends in `_reason` returns "" if everything is as expected, otherwise a text for people that says what was expected and
-what was found.
+ends in `_reason`, and each of the first two of these three, returns "" if everything is as expected, otherwise a text
+for people that says what was expected and what was found.
 """
 
 from __future__ import annotations

@@ -401,7 +401,7 @@ class DeferredDeletions:
             )
         if deletion.verdict == "go":
             at_home = self._placements.copies_at_home(row, heads)
-            deletion.set_verdict("cancel", self._placements.unredirected_reason(row, at_home))
+            deletion.set_verdict("cancel", self._placements.stale_placement_reason(row, at_home))
 
     def _postpone_overlaps(self, due: Sequence[DueDeletion]) -> None:
         """Postpone a deletion if its source proves another deletion of the batch, or the reverse, for any paths.

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tiercache.errors import StoreError, TierCacheError
+from tiercache.shard.versions.manifest import VERSIONS_FOLDER
 from tiercache.tier.model import SHARD
 from tiercache.tier.move.checks import is_readable
 from tiercache.tier.placement import log
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 RowChanges: TypeAlias = "dict[str, PlacementRow | None]"
-
-_VERSIONS = "_tiercache/versions/"
 
 
 class PlacementUpdates:
@@ -147,7 +146,7 @@ class PlacementUpdates:
         placed = [(key, self._row("", key)) for key in keys]
         return [key for key, found in placed if found is not None and _equal_urls(found.url, url)]
 
-    def unredirected_reason(self, row: JournalRow, at_home: Infos) -> str:
+    def stale_placement_reason(self, row: JournalRow, at_home: Infos) -> str:
         """Return why readers would still look where a move deletes; "" if all are redirected.
 
         Raises as log.read_placement().
@@ -238,7 +237,7 @@ def _equal_urls(first: str, second: str) -> bool:
 def dataset_folder_above(home_store: Store, folder: str) -> str | None:
     """Return the nearest folder, from `folder` upwards, that holds versions of a data set. Raises StoreError."""
     while True:
-        prefix = f"{folder}/{_VERSIONS}" if folder else _VERSIONS
+        prefix = f"{folder}/{VERSIONS_FOLDER}" if folder else VERSIONS_FOLDER
         if next(iter(home_store.list(prefix)), None) is not None:
             return folder
         if not folder:
