@@ -80,7 +80,7 @@ class Group:
     unread: bool = False
     tags: frozenset[str] = frozenset()
     held: str = ""
-    misnamed: str = ""  # path that its objects have now
+    older_name: str = ""  # path that its objects have now
     is_pinned: bool = False  # by its own tags.json
 
 
@@ -139,7 +139,7 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         links={row: copy.link for row, (_, _, copy, _) in enumerate(rows) if copy.link},
         held={number: group.held for number, group in enumerate(groups) if group.held},
         inner_links={row: copy.inner_link for row, (_, _, copy, _) in enumerate(rows) if copy.inner_link},
-        misnamed={number: group.misnamed for number, group in enumerate(groups) if group.misnamed},
+        older_names={number: group.older_name for number, group in enumerate(groups) if group.older_name},
         pinned=frozenset(number for number, group in enumerate(groups) if group.is_pinned),
     )
 

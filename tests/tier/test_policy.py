@@ -621,7 +621,7 @@ OLD = "ckpt/r0/step-9.20261101T120000Z"
 def rewritten(**old: object) -> list[Group]:
     """Step 9 was written again while an older copy of it is in the archive; step 10 is newer."""
     older = replace(
-        checkpoint(0, 9, {"archive": Copy(BIG.n_bytes, **old)}, days=90.0), path=OLD, misnamed="ckpt/r0/step-9"
+        checkpoint(0, 9, {"archive": Copy(BIG.n_bytes, **old)}, days=90.0), path=OLD, older_name="ckpt/r0/step-9"
     )
     return [checkpoint(0, 9, {"hot": BIG}, days=30.0), older, checkpoint(0, 10, {"hot": BIG}, days=1.0)]
 

@@ -95,7 +95,7 @@ class Snapshot:
     # By copy: a symbolic link that points to the copy or into it from elsewhere, and would dangle without it.
     links: Mapping[int, str]
     # Older copies of names that were written again: groups with a date in the path, and the path of their objects now.
-    misnamed: Mapping[int, str] = field(default_factory=dict)
+    older_names: Mapping[int, str] = field(default_factory=dict)
     # By copy: a symbolic link inside the folder of the copy.
     inner_links: Mapping[int, str] = field(default_factory=dict)
     symlinks: tuple[Symlink, ...] = ()  # links of all local tiers

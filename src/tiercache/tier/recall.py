@@ -135,10 +135,10 @@ def plan_recall(
         np.ones(len(elsewhere), np.bool_),
         _SHARD_REASON.format(home=file.home_tier.name),
     )
-    is_misnamed = np.isin(groups, sorted(index.snapshot.misnamed))
-    misnamed = MoveColumns.of(groups[is_misnamed], COPY, _any_source(index, groups[is_misnamed]), dst, 0, "")
-    refuse(misnamed, refused, np.ones(len(misnamed), np.bool_), _NOT_RENAMED)
-    groups, is_shard = groups[~is_misnamed], is_shard[~is_misnamed]
+    is_older = np.isin(groups, sorted(index.snapshot.older_names))
+    older = MoveColumns.of(groups[is_older], COPY, _any_source(index, groups[is_older]), dst, 0, "")
+    refuse(older, refused, np.ones(len(older), np.bool_), _NOT_RENAMED)
+    groups, is_shard = groups[~is_older], is_shard[~is_older]
     here: list[NDArray[np.int64]] = []
     moves, cold = [], []
     for tier, rows in ((home, groups[is_shard & ~np.isin(groups, elsewhere)]), (dst, groups[~is_shard])):

@@ -389,7 +389,7 @@ def take_inventory(
         complete=complete,
         metrics=found.columns,
         unread=unread,
-        misnamed=_misnamed(grouped, older.values()),
+        older_names=_older_names(grouped, older.values()),
         **read_own_tags(file, stores, listed, grouped, copies),
         held=_held_groups(holds, grouped.paths),
     )
@@ -537,7 +537,7 @@ def _copy_above(paths: pa.Array, copies: Copies, key: str, tier: int) -> int | N
     return None
 
 
-def _misnamed(grouped: Grouped, paths: Collection[str]) -> dict[int, str]:
+def _older_names(grouped: Grouped, paths: Collection[str]) -> dict[int, str]:
     """Return the groups whose objects shall be renamed to these paths, with the path that the objects have now."""
     unique = sorted(set(paths))
     rows = index_in(pa.array(unique, pa.large_string()), grouped.paths).tolist()

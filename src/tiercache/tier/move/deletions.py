@@ -254,7 +254,7 @@ class DeferredDeletions:
 
     def _check(self, due: Sequence[DueDeletion], facts: DeletionFacts) -> None:
         for deletion in due:
-            deletion.set_verdict("cancel", self._misnamed_reason(deletion.row))
+            deletion.set_verdict("cancel", self._changed_tiers_reason(deletion.row))
         due = [deletion for deletion in due if deletion.verdict == "go"]
         pinned = self._pin_reasons(due)
         heads = self._context.heads(
@@ -292,7 +292,7 @@ class DeferredDeletions:
         for deletion in due:
             deletion.set_verdict("cancel", pinned.get((deletion.row.plan, deletion.row.number), ""))
 
-    def _misnamed_reason(self, row: JournalRow) -> str:
+    def _changed_tiers_reason(self, row: JournalRow) -> str:
         """Return why the rule file no longer has the tiers of a move; "" if it has."""
         urls = {tier.name: tier.url for tier in self._file.tiers}
         for name, url in ((row.src, row.src_place), (row.dst, row.dst_place)):
