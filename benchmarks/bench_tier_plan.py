@@ -110,7 +110,7 @@ def made_snapshot(n: int) -> Snapshot:
         created_s=created,
         last_use_s=created + random.random(n) * (NOW_S - created),
         uses=random.integers(0, 100, n),
-        uses_recorded_since_s=np.full(n, -np.inf),
+        uses_tracked_since_s=np.full(n, -np.inf),
         unreported=random.random(n) < 0.01,
         in_use=random.random(n) < 0.01,
         metrics={"val_loss": np.where(kind == CHECKPOINT, random.random(n), np.nan)},

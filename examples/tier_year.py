@@ -236,7 +236,7 @@ class World:
             classes=tuple(one.storage_class or "" for one in self.file.tiers),
             paths=all_of.paths.slice(0, n), kind=all_of.kind[:n], step=all_of.step[:n], series=all_of.series[:n],
             complete=np.ones(n, bool), created_s=all_of.born_s[:n], last_use_s=self._last_use_s[:n],
-            uses=self._uses[:n], uses_recorded_since_s=np.full(n, -np.inf), unreported=np.zeros(n, bool),
+            uses=self._uses[:n], uses_tracked_since_s=np.full(n, -np.inf), unreported=np.zeros(n, bool),
             in_use=self._in_use[:n],
             metrics={"val_loss": all_of.loss[:n]}, unread=np.zeros(n, bool), tags={},
             group=group.astype(np.int32), tier=tier.astype(np.int8), n_objects=n_objects, n_bytes=n_bytes,

@@ -74,7 +74,7 @@ class Group:
     unused_days: float | None = None
     uses: int = 0
     unreported: bool = False
-    counted_days: float | None = np.inf  # since uses are recorded; None: they are not
+    counted_days: float | None = np.inf  # since uses are tracked; None: they are not
     in_use: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict)
     unread: bool = False
@@ -113,7 +113,7 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         created_s=created,
         last_use_s=np.array([now_s - days * DAY_S for days in unused], np.float64),
         uses=np.array([group.uses for group in groups], np.int64),
-        uses_recorded_since_s=np.array(
+        uses_tracked_since_s=np.array(
             [np.inf if group.counted_days is None else now_s - group.counted_days * DAY_S for group in groups],
             np.float64,
         ),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.tier.inventory.layouts import (
-    COMPLETION_MARKER,
+    COMPLETING,
     INDEX,
     LACKS,
     MEMBER,
@@ -312,7 +312,7 @@ def test_numbered_shards_are_counted_per_folder():
 
 def test_the_final_object_has_the_highest_rank():
     keys = ("s/step-1/.metadata", "s/step-1/__0_0.distcp", "s/step-1/meta.pt", "s/step-1/m.safetensors.index.json")
-    assert layout_of(*keys).rank.tolist() == [COMPLETION_MARKER, MEMBER, INDEX, INDEX]
+    assert layout_of(*keys).rank.tolist() == [COMPLETING, MEMBER, INDEX, INDEX]
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,7 @@ def test_the_order_of_keys_changes_nothing(keys, random):
     random.shuffle(mixed)
     one, other = layout_of(*keys), layout_of(*mixed)
     assert one.paths.equals(other.paths)
-    for name in ("checkpoint", "step", "lacks", "marked"):
+    for name in ("checkpoint", "step", "lacks", "has_completing"):
         assert getattr(one, name).tolist() == getattr(other, name).tolist()
     assert len(set(zip(one.series.tolist(), other.series.tolist(), strict=True))) == len(set(one.series.tolist()))
 
@@ -441,7 +441,7 @@ def test_a_torch_distributed_checkpoint_is_complete_with_its_metadata(tmp_path, 
             dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / f"step-{step}", no_dist=True)
     layout = layout_of(*keys_below(tmp_path))
     assert (layout.paths.to_pylist(), layout.step.tolist()) == (["step-10", "step-9"], [10, 9])
-    assert (layout.marked.all(), layout.lacks.any()) == (True, False)
+    assert (layout.has_completing.all(), layout.lacks.any()) == (True, False)
     (tmp_path / "step-9" / ".metadata").unlink()
     assert lacks(*keys_below(tmp_path))["step-9"] == "a .metadata beside each .distcp"
 
@@ -504,7 +504,7 @@ def test_a_manifest_below_one_of_our_own_checkpoints_does_not_complete_it():
 def test_the_manifest_of_one_of_our_own_checkpoints_is_its_final_object():
     keys = [f"{OWN}/checkpoint.json", f"{OWN}/state.json", f"{OWN}/trainer_state.json", "step-1/checkpoint.json"]
     layout = layout_of(*keys)
-    assert layout.rank.tolist() == [COMPLETION_MARKER, MEMBER, MEMBER, MEMBER]
+    assert layout.rank.tolist() == [COMPLETING, MEMBER, MEMBER, MEMBER]
 
 
 def test_our_own_checkpoints_of_a_folder_are_a_run_with_steps_and_times():

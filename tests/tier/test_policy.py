@@ -156,7 +156,7 @@ def test_a_group_without_recorded_uses_is_idle_only_with_idle_by_mtime():
     assert 'idle_by = "mtime"' in why
     by_mtime = TO_ARCHIVE.model_copy(update={"idle_by": "mtime"})
     (move,), _ = planned([uncounted], by_mtime)
-    assert move.reason == 'not written for 100 days, its uses are not recorded (idle = 30 days, idle_by = "mtime")'
+    assert move.reason == 'not written for 100 days, its uses are not tracked (idle = 30 days, idle_by = "mtime")'
 
 
 def test_a_recorded_use_counts_with_idle_by_mtime_too():

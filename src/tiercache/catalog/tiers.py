@@ -263,7 +263,7 @@ class JournalRow:
         rules: SHA-256 of the rule file that asked for the move.
         state: Progress of the move.
         since_s, due_s: Start and end of the grace period, in seconds since the epoch; 0 before it begins.
-        objects: Objects of the move; the one that makes the group complete is last.
+        objects: Objects of the move; the completing object of the group is last.
         note: Reason why the move stopped last time, for people.
         changed_s: Time at which this row was written.
     """

@@ -242,7 +242,7 @@ def _snapshot(scan: Scan, names: Sequence[str], now_s: float) -> Snapshot:
         created_s=created_s,
         last_use_s=created_s,
         uses=np.zeros(n, np.int64),
-        uses_recorded_since_s=np.full(n, np.inf),
+        uses_tracked_since_s=np.full(n, np.inf),
         unreported=np.zeros(n, np.bool_),
         in_use=np.zeros(n, np.bool_),
         metrics=metrics,

@@ -67,12 +67,13 @@ class Snapshot:
     step: NDArray[np.int64]  # training step of a checkpoint, or NO_STEP
     series: NDArray[np.int32]  # number of the run that a checkpoint belongs to, or NO_SERIES
     complete: NDArray[np.bool_]  # whether a checkpoint is whole in some tier; True for other groups
-    created_s: NDArray[np.float64]  # when the group was first written, in any tier; a move does not change it
+    # When its newest object was written; the earliest such date of all copies. A move keeps it.
+    created_s: NDArray[np.float64]
     last_use_s: NDArray[np.float64]  # time of the last use; the date of the oldest copy if no use is known
-    uses: NDArray[np.int64]  # number of known uses
-    # Time since which uses are recorded; inf: they are not. For a shard: since its data set is managed by tiers; for
-    # other groups: since the last use through a cache of this machine.
-    uses_recorded_since_s: NDArray[np.float64]
+    uses: NDArray[np.int64]  # number of tracked uses
+    # Time since which uses are tracked; inf: they are not. Of a shard: since its data set is tracked; of other groups:
+    # since the last use through a cache of this machine.
+    uses_tracked_since_s: NDArray[np.float64]
     # Whether a machine that may have used the group has not reported, so that the group does not count as idle.
     unreported: NDArray[np.bool_]
     in_use: NDArray[np.bool_]  # whether a job reads the shard now; False for other groups, whose readers are not known
@@ -175,7 +176,7 @@ class Decisions:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A move of a plan, with names and with every object of the copy in src, those that complete the group last."""
+    """A move of a plan, with names and with every object of the copy in src, completing objects last."""
 
     number: int  # within the plan
     path: str

@@ -27,7 +27,7 @@ from tiercache.store import LocalFolder
 from tiercache.tier.holds import HOLDS_FOLDER, Hold, read_holds
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
 from tiercache.tier.inventory.layouts import (
-    COMPLETION_MARKER,
+    COMPLETING,
     LACKS,
     NO_GROUP,
     NOTHING,
@@ -97,8 +97,8 @@ class Copies:
     n_bytes: NDArray[np.int64]
     smallest_bytes: NDArray[np.int64]
     modified_s: NDArray[np.float64]
-    written_s: NDArray[np.float64]  # latest first-write time of its objects, preserved across moves
-    marked_s: NDArray[np.float64]  # time when its newest final object was written; -inf: it has none
+    written_s: NDArray[np.float64]  # when its newest object was written; a move keeps it
+    completing_s: NDArray[np.float64]  # time when its newest completing object was written; -inf: it has none
     rest_s: NDArray[np.float64]  # time when the newest of its other objects was written
     unfinished: NDArray[np.bool_]  # whether it has an object that is still being written
     storage_class: NDArray[np.int16]
@@ -107,7 +107,7 @@ class Copies:
     verified: NDArray[np.bool_]
     catalogued: NDArray[np.bool_]  # whether the catalog has verified each of its objects, whatever other copies are
     start: NDArray[np.int64]  # int64[n + 1], offsets of each copy's objects in the columns below
-    row: NDArray[np.int64]  # row in the listing; by copy, its final object last
+    row: NDArray[np.int64]  # row in the listing; by copy, its completing object last
     crc32c: NDArray[np.int64]  # checksum of each object; NO_CRC where it is unknown
     differing: NDArray[np.int64]  # positions in `row` of objects that have another size or checksum in another tier
 
@@ -147,7 +147,7 @@ def copies_of(listed: Listing, objects: Objects, checksums_of: Callable[[int], p
     n_objects = np.diff(np.append(first, len(row)))
     n_keys = np.bincount(_group_of_each_key(key, group), minlength=int(group.max(initial=-1)) + 1)
     n_bytes, modified_s = listed.n_bytes[row], listed.modified_s[row]
-    is_completion_marker = (objects.rank[key] == COMPLETION_MARKER) & objects.on_top[key]
+    is_completing = (objects.rank[key] == COMPLETING) & objects.on_top[key]
     return Copies(
         group=group[first],
         tier=tier[first],
@@ -156,8 +156,8 @@ def copies_of(listed: Listing, objects: Objects, checksums_of: Callable[[int], p
         smallest_bytes=_reduced(np.minimum, n_bytes, first),
         modified_s=_reduced(np.maximum, modified_s, first),
         written_s=_reduced(np.maximum, np.minimum(modified_s, facts.written_s), first),
-        marked_s=_reduced(np.maximum, np.where(is_completion_marker, modified_s, _NEVER_S), first),
-        rest_s=_reduced(np.maximum, np.where(is_completion_marker, _NEVER_S, modified_s), first),
+        completing_s=_reduced(np.maximum, np.where(is_completing, modified_s, _NEVER_S), first),
+        rest_s=_reduced(np.maximum, np.where(is_completing, _NEVER_S, modified_s), first),
         unfinished=_reduced(np.logical_or, objects.unfinished[key], first),
         storage_class=listed.storage_class[row][_largest(n_bytes, first, n_objects)],
         state=_STATES[_reduced(np.maximum, _HARDER[listed.state[row]], first)],
@@ -322,8 +322,8 @@ class Inventory:
     def objects_of(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> ObjectTable:
         """Return the objects of many copies as columns: for each group, its copy in the tier at the same index.
 
-        Their crc32c comes from the store, the manifest or the catalog, if it is valid for the current object. Objects
-        that complete a copy come last.
+        Their crc32c comes from the store, the manifest or the catalog, if it is valid for the current object.
+        Completing objects come last.
         """
         listed, copies = self._listed, self._copies
         copy = copies_at(copies.group, copies.tier, groups, tiers)
@@ -483,13 +483,13 @@ def _numbered(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
 def _complete(grouped: Grouped, copies: Copies, *, now_s: float, quiet_period_s: float) -> NDArray[np.bool_]:
     """Return whether each checkpoint is complete in some tier: by its names, and because nobody writes it any more.
 
-    A copy is finished if it was verified (only complete checkpoints are moved), if its final object exists and no other
-    object is newer, or if no object has changed for quiet_period_s.
+    A copy is finished if it was verified (only complete checkpoints are moved), if its completing object exists and no
+    other object is newer, or if no object has changed for quiet_period_s.
     """
     settled = now_s - copies.modified_s >= quiet_period_s
     # The manifest of our own checkpoints is put last; only their tags are written later.
     is_own = grouped.from_layout(grouped.layout.own, otherwise=False)[copies.group]
-    closed = (copies.marked_s > -np.inf) & ((copies.rest_s <= copies.marked_s) | is_own) & ~copies.unfinished
+    closed = (copies.completing_s > -np.inf) & ((copies.rest_s <= copies.completing_s) | is_own) & ~copies.unfinished
     good = copies.whole & (copies.verified | settled | closed)
     complete = np.zeros(len(grouped.kind), np.bool_)
     complete[copies.group[good]] = True
@@ -608,8 +608,8 @@ def _snapshot(
     in_use[of_shard], unreported[of_shard] = grouped.shards.in_use[shard], grouped.shards.unreported[shard]
     last_use_s = np.fmax(last_use_s, log_use_s)
     last_use_s[of_shard] = np.fmax(last_use_s[of_shard], grouped.shards.last_use_s[shard])
-    uses_recorded_since_s = np.where(np.isnan(log_use_s), np.inf, log_use_s)
-    uses_recorded_since_s[of_shard] = grouped.shards.uses_recorded_since_s[shard]
+    uses_tracked_since_s = np.where(np.isnan(log_use_s), np.inf, log_use_s)
+    uses_tracked_since_s[of_shard] = grouped.shards.uses_tracked_since_s[shard]
     return Snapshot(
         now_s=now_s,
         tiers=tuple(tier.name for tier in file.tiers),
@@ -621,7 +621,7 @@ def _snapshot(
         created_s=created_s,
         last_use_s=last_use_s,
         uses=n_uses,
-        uses_recorded_since_s=uses_recorded_since_s,
+        uses_tracked_since_s=uses_tracked_since_s,
         unreported=unreported,
         in_use=in_use,
         **{name: getattr(copies, name) for name in _COPY_COLUMNS},

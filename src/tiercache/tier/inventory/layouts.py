@@ -47,8 +47,8 @@ from tiercache.tier.text_columns import (
 
 NO_GROUP = -1
 
-# Copy order of a group's objects: the object that marks it complete comes last.
-MEMBER, INDEX, COMPLETION_MARKER = range(3)
+# Copy order of a group's objects: the completing object, which its writer writes last, comes last.
+MEMBER, INDEX, COMPLETING = range(3)
 
 # What a checkpoint lacks to be complete, judged by names.
 NOTHING, METADATA, TRAINER_STATE, WEIGHTS, SHARDS, END_OF_SAVE, MANIFEST = range(7)
@@ -190,10 +190,10 @@ class KeyGroups:
     own: NDArray[np.bool_]  # whether the group is one of our own checkpoints (checkpoint/layout.py)
     written_s: NDArray[np.float64]  # time of writing in the name of a checkpoint, in seconds since the epoch; or NaN
     lacks: NDArray[np.uint8]  # indices of LACKS
-    marked: NDArray[np.bool_]  # whether the group has an object that its writer writes last
+    has_completing: NDArray[np.bool_]  # whether the group has a completing object
     # Columns of keys.
     group: NDArray[np.int32]  # NO_GROUP for unfinished objects and for names that are not valid keys
-    rank: NDArray[np.uint8]  # MEMBER, INDEX or COMPLETION_MARKER
+    rank: NDArray[np.uint8]  # MEMBER, INDEX or COMPLETING
     unfinished: NDArray[np.bool_]  # by the name
     shared: NDArray[np.bool_]  # whether the object is a tensor that our own checkpoints share; it is in no group
     on_top: NDArray[np.bool_]  # whether the object lies directly in the folder of its group
@@ -236,7 +236,7 @@ def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
         own=is_own,
         written_s=written_s,
         lacks=np.where(checkpoint, _lacking(members, series), NOTHING).astype(np.uint8),
-        marked=checkpoint & members.groups_with(members.marks()),
+        has_completing=checkpoint & members.groups_with(members.are_completing()),
         group=group,
         rank=members.ranks(),
         unfinished=unfinished,
@@ -499,16 +499,16 @@ class _Members:
         has[self.folder[members]] = True
         return has
 
-    def marks(self) -> NDArray[np.bool_]:
-        """Return the objects that a writer writes last; bool[n_keys]."""
+    def are_completing(self) -> NDArray[np.bool_]:
+        """Return whether each object is a completing one, which a writer writes last; bool[n_keys]."""
         of_others = self.metadata | self.trainer_state
         of_others[self._is_in] &= ~self.is_own[self.group[self._is_in]]
         return of_others | self.manifest
 
     def ranks(self) -> NDArray[np.uint8]:
-        """Return MEMBER, INDEX or COMPLETION_MARKER for each key; uint8[n_keys]."""
+        """Return MEMBER, INDEX or COMPLETING for each key; uint8[n_keys]."""
         rank = np.where(match_regex(self.names, _INDEX) & self._is_in, INDEX, MEMBER).astype(np.uint8)
-        rank[self.marks()] = COMPLETION_MARKER
+        rank[self.are_completing()] = COMPLETING
         return rank
 
     def count_wrong(self) -> NDArray[np.bool_]:

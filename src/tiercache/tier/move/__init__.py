@@ -13,7 +13,7 @@ PlanExecutor._run_batch() calls steps 1 to 7, and DeferredDeletions._run_batch()
                  (_check_sources, _check_pins, _hold_hand_copies)
     2. begin     the journal records the move and the expected state of every object, and cancels earlier moves of the
                  path (_begin)
-    3. copy      copies the objects that dst lacks, and last the one that makes the group complete; verifies each copy
+    3. copy      copies the objects that dst lacks, the completing object last; verifies each copy
                  (_make, CopyMaker.copy)
     4. record    the catalog of this machine records the verified copies in src and dst, by size, ETag and CRC-32C
                  (CopyMaker.copy)
@@ -24,8 +24,8 @@ PlanExecutor._run_batch() calls steps 1 to 7, and DeferredDeletions._run_batch()
     8. re-check  dst is complete and as it was verified; src is as it was copied; nobody reads src; no pin
                  protects it; the placement leads to dst; src and dst are two locations; files in dst are read from disk
                  (_check, _postpone_overlaps, _read_back, _check_pins)
-    9. drop      checks src, dst and the pins once more; deletes from src, first the object that makes the group
-                 complete, then the rest (_carry_out)
+    9. drop      checks src, dst and the pins once more; deletes from src, first the completing object, then the
+                 rest (_carry_out)
     10. done     the journal and the catalog record that everything is over (_end)
 
 What can happen between two steps:

@@ -83,7 +83,7 @@ def take_deletion_facts(file: RuleFile, stores: Stores, catalog: TierCatalog, no
 def deletion_facts_of(snapshot: Snapshot, decisions: Decisions) -> DeletionFacts:
     """Return what deletions need to know of a snapshot and of the decisions on it."""
     tiers = snapshot.tiers
-    is_used = np.isfinite(snapshot.uses_recorded_since_s) & (snapshot.kind != SHARD)
+    is_used = np.isfinite(snapshot.uses_tracked_since_s) & (snapshot.kind != SHARD)
     moves = decisions.moves
     takes, deletes = np.isin(moves.action, (MOVE, DROP, RECLASS)), moves.action == DELETE
     return DeletionFacts(
@@ -555,12 +555,11 @@ class DeferredDeletions:
         crash_point("tier_drop.unplaced")
 
     def _drop(self, due: Sequence[DueDeletion]) -> None:
-        """Delete the objects that make groups complete, so that no partial group looks complete; then all others."""
+        """Delete the completing objects first, so that no partial group looks complete; then all others."""
         first: list[tuple[DueDeletion, str, PlannedObject]] = []
         rest: list[tuple[DueDeletion, str, PlannedObject]] = []
         for deletion in due:
-            # By tier: the object that makes the group complete may exist in one of several tiers, and only there comes
-            # last.
+            # By tier: the completing object may exist in one of several tiers, and only there comes last.
             last = {obj.tier: obj.key for obj in deletion.row.objects} if len(deletion.row.objects) > 1 else {}
             for tier, obj in deletion.present:
                 (first if obj.key == last.get(obj.tier) else rest).append((deletion, tier, obj))

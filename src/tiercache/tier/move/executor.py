@@ -7,7 +7,7 @@ or that came from another tier, is never overwritten::
     1. hot has v1 of a key, and home has v2. 2. v1 is copied to the archive, and dropped from hot.
     3. v2 is copied to the archive, and overwrites the last copy of v1.
 
-The last object of a group makes the group complete. It is copied when all the others are there, so that an incomplete
+The last object of a group is its completing object. It is copied when all the others are there, so that an incomplete
 copy never looks complete.
 """
 

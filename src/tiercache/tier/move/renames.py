@@ -6,10 +6,10 @@ An older copy, which lies in one tier, gets the date of its writing in its name.
    (somebody has copied them back by hand, or only touched the files), the catalog records that, and nothing is renamed;
    a copy in a faster tier is held (hand_copies.py).
 2. The journal records the rename.
-3. Each object is copied under its new key in the same tier, the one that makes the group complete last. In a local
+3. Each object is copied under its new key in the same tier, the completing object last. In a local
    folder, the file gets a second name (a hard link), and no byte is copied.
 4. The placement leads readers of the new name to the tier, and no reader of the old name to the older copy.
-5. The objects are checked once more, and deleted under their old keys: the one that makes the group complete first.
+5. The objects are checked once more, and deleted under their old keys: the completing object first.
    The delete request to S3 names the ETag, and a local file is checked directly before it is unlinked. Other stores
    have no such request: what is written there between the check and the deletion is lost.
 6. The journal and the catalog record the new names.
@@ -206,7 +206,7 @@ class _Rename:
             raise TierCacheError(reason)
 
     def _delete(self, left: Sequence[PlannedObject]) -> None:
-        """Delete the objects under their old keys; the last one makes the group complete, and is deleted first."""
+        """Delete the objects under their old keys; the last one is the completing object, and is deleted first."""
         context, row = self.context, self.row
         if pinned := self._pin_reason():
             raise _Changed(pinned)

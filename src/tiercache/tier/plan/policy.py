@@ -131,7 +131,7 @@ def refuse_protected(index: SnapshotIndex, moves: MoveColumns, refused: list[Mov
     moves = refuse(moves, refused, pinned >= 0, text)
     by_hold = _protected_by_hold(index)[moves.group]
     whys = [index.snapshot.held[group] for group in moves.group[by_hold].tolist()]
-    moves = refuse(moves, refused, held, np.array(whys, np.object_))
+    moves = refuse(moves, refused, by_hold, np.array(whys, np.object_))
     in_file = np.isin(moves.group, sorted(index.snapshot.pinned))
     moves = refuse(moves, refused, in_file, "pinned in its tags.json, or that file cannot be read")
     in_use = index.snapshot.in_use[moves.group]

@@ -186,7 +186,7 @@ _UNREPORTED = "its use is not known yet: a machine that may have used it has not
 
 
 def _untracked_reasons(rule: Rule, index: SnapshotIndex, waiting: MoveColumns) -> Texts:
-    """Explain why a rule on idle time does not move groups whose uses are not recorded."""
+    """Explain why a rule on idle time does not move groups whose uses are not tracked."""
     key = "idle" if rule.idle_s is not None else "uses_below"
 
     def words(is_shard: bool) -> str:
@@ -219,16 +219,16 @@ def _conditions_hold(index: SnapshotIndex, rule: Rule, rows: Rows) -> tuple[Flag
     if rule.uses_below is not None:
         fits &= index.snapshot.uses[rows] < rule.uses_below
     asks_use = bool(rule.idle_s) or rule.uses_below is not None  # idle = 0 holds for every group
-    untracked = np.isposinf(index.snapshot.uses_recorded_since_s[rows]) & (rule.idle_by == "use")
+    untracked = np.isposinf(index.snapshot.uses_tracked_since_s[rows]) & (rule.idle_by == "use")
     return fits, fits & (index.snapshot.unreported[rows] | untracked) & asks_use
 
 
 def _unused_s(index: SnapshotIndex, rule: Rule, rows: Rows) -> NDArray[np.float64]:
-    """Return the idle time of each row in seconds, at most the time since which uses are recorded.
+    """Return the idle time of each row in seconds, at most the time since which uses are tracked.
 
     A rule with idle_by = "mtime" uses the time since the last write or use instead.
     """
-    unused_s, since_s = index.unused_s[rows], index.snapshot.uses_recorded_since_s[rows]
+    unused_s, since_s = index.unused_s[rows], index.snapshot.uses_tracked_since_s[rows]
     if rule.idle_by == "mtime":
         return unused_s
     return np.where(np.isposinf(since_s), unused_s, np.minimum(unused_s, index.snapshot.now_s - since_s))
@@ -239,7 +239,7 @@ def _reasons(index: SnapshotIndex, rule: Rule, rows: Rows) -> Texts:
         parts = []
         if rule.idle_s is not None and is_by_mtime:
             limit = f'idle = {span(rule.idle_s)}, idle_by = "mtime"'
-            parts.append(f"not written for {ago(unused)}, its uses are not recorded ({limit})")
+            parts.append(f"not written for {ago(unused)}, its uses are not tracked ({limit})")
         elif rule.idle_s is not None:
             parts.append(f"not used for {ago(unused)} (idle = {span(rule.idle_s)})")
         if rule.age_s is not None:
@@ -252,7 +252,7 @@ def _reasons(index: SnapshotIndex, rule: Rule, rows: Rows) -> Texts:
     unused = none if rule.idle_s is None else hours(_unused_s(index, rule, rows))
     age = none if rule.age_s is None else hours(index.age_s[rows])
     n_uses = none if rule.uses_below is None else index.snapshot.uses[rows]
-    is_by_mtime = np.isposinf(index.snapshot.uses_recorded_since_s[rows]) & (rule.idle_by == "mtime")
+    is_by_mtime = np.isposinf(index.snapshot.uses_tracked_since_s[rows]) & (rule.idle_by == "mtime")
     return format_reasons(words, unused, age, n_uses, is_by_mtime)
 
 
