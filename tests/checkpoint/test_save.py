@@ -511,7 +511,7 @@ def test_a_save_is_complete_also_if_no_thread_can_be_started_for_deletions(tmp_p
         def cannot_start(task):
             raise RuntimeError("can't start new thread")
 
-        monkeypatch.setattr(checkpoints._deleting, "submit", cannot_start)
+        monkeypatch.setattr(checkpoints._housekeeping, "submit", cannot_start)
         assert checkpoints.save(2, a_state(2)).wait("remote", WAIT_S)
         checkpoints.join()
         assert len(list_names(memory_store)) == 2, "nothing was deleted"

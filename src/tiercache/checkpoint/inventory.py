@@ -35,7 +35,7 @@ from tiercache.tier.placement.resolver import is_archived
 
 CheckpointTier: TypeAlias = str
 """Name of a tier: "local", "remote", or a tier of a rule file to which the tier engine has moved checkpoints."""
-State: TypeAlias = Literal["complete", "saving", "failed", "incomplete", "moved"]
+CheckpointState: TypeAlias = Literal["complete", "saving", "failed", "incomplete", "moved"]
 
 _THREADS = 16
 
@@ -104,7 +104,7 @@ class CheckpointInfo:
     name: str
     step: int
     created_s: float
-    state: State
+    state: CheckpointState
     tiers: tuple[CheckpointTier, ...] = ()
     n_bytes: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -181,8 +181,8 @@ class Scan:
         ]
 
 
-class Inventory:
-    """The checkpoints of one or two tiers. Safe from any thread: the lock guards the manifests that were read.
+class CheckpointStores:
+    """The stores that have the checkpoints of one run. Thread-safe: the lock guards the manifests that were read.
 
     Args:
         tiers: Store of each tier, the nearest first.

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from tiercache.checkpoint.inventory import CheckpointCopy, CheckpointTier, Inventory, Scan
+from tiercache.checkpoint.inventory import CheckpointCopy, CheckpointStores, CheckpointTier, Scan
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
     NOT_UPLOADED_NAME,
@@ -283,7 +283,7 @@ class Retention:
     """Deletes checkpoints and leftovers. All methods may be called from any thread and any process.
 
     Args:
-        inventory: Inventory of the checkpoints.
+        stores: Stores of the checkpoints.
         keeps: Rules.
         gc_age_s: Age in seconds from which leftovers, and shared tensors without users, are removed.
         unfinished: Function that returns the names of the saves of this process that are not finished: they are never
@@ -291,7 +291,7 @@ class Retention:
         now: Function that returns the time in seconds since the Unix epoch, which is compared with that of the stores.
 
     Attributes:
-        inventory: Inventory of the checkpoints.
+        stores: Stores of the checkpoints.
         keeps: Rules.
         gc_age_s: As given.
         claims: Shared tensors of each tier that saves of this process use; none of them is deleted.
@@ -302,16 +302,16 @@ class Retention:
 
     def __init__(
         self,
-        inventory: Inventory,
+        stores: CheckpointStores,
         keeps: Iterable[Keep] = (),
         *,
         gc_age_s: float = GC_AGE_S,
         unfinished: Callable[[], Collection[str]] = tuple,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self.inventory, self.keeps = inventory, tuple(keeps)
+        self.stores, self.keeps = stores, tuple(keeps)
         self.gc_age_s, self._unfinished, self._now = gc_age_s, unfinished, now
-        tiers = tuple(inventory.tiers)
+        tiers = tuple(stores.tiers)
         self.claims: Mapping[CheckpointTier, SharedTensors] = {tier: SharedTensors() for tier in tiers}
         for keep in self.keeps:
             if not isinstance(keep, Keep):
@@ -328,7 +328,7 @@ class Retention:
                 of their files.
         """
         unfinished = frozenset((*before, *self._unfinished()))
-        return plan_retention(scan, self.keeps, tuple(self.inventory.tiers), self._now(), unfinished)
+        return plan_retention(scan, self.keeps, tuple(self.stores.tiers), self._now(), unfinished)
 
     def run(self, tiers: Collection[CheckpointTier] | None = None) -> RetentionReport:
         """Delete what no rule keeps, and collect(). The background thread calls it after each commit.
@@ -342,8 +342,8 @@ class Retention:
         deleted: dict[CheckpointTier, tuple[str, ...]] = {}
         n_bytes = 0
         before = tuple(self._unfinished())
-        scan = self.inventory.scan()
-        tiers = self.inventory.tiers.keys() if tiers is None else tiers
+        scan = self.stores.scan()
+        tiers = self.stores.tiers.keys() if tiers is None else tiers
         if self.keeps:
             deletes = self.plan(scan, before).deletes
             for tier in tiers:
@@ -352,7 +352,7 @@ class Retention:
                 n_bytes += delete_copies(copies)
                 deleted[tier] = names
             self._release(deleted)
-        collected = self._collect(self.inventory.scan() if any(deleted.values()) else scan, tiers, before)
+        collected = self._collect(self.stores.scan() if any(deleted.values()) else scan, tiers, before)
         return RetentionReport(deleted, collected.n_leftovers, collected.n_shared, n_bytes + collected.n_bytes)
 
     def delete(self, names: Iterable[str]) -> RetentionReport:
@@ -366,7 +366,7 @@ class Retention:
             StoreError: A store failed.
         """
         before = tuple(self._unfinished())  # a save that ends during the listing is in it without its manifest
-        scan, wanted, n_bytes = self.inventory.scan(), list(names), 0
+        scan, wanted, n_bytes = self.stores.scan(), list(names), 0
         for name in wanted:
             if name in before or name in self._unfinished():
                 raise ValueError(f"{name} is being saved: wait for its save before it is deleted")
@@ -375,14 +375,14 @@ class Retention:
             if scan.tags(name).is_pinned:
                 raise ValueError(f"{name} is pinned: unpin it before it is deleted")
         deleted: dict[CheckpointTier, tuple[str, ...]] = {}
-        for tier in self.inventory.tiers:
+        for tier in self.stores.tiers:
             copies = [copy for name in wanted for copy in scan.copies.get(name, ()) if copy.tier == tier]
             n_bytes += delete_copies(copies)
             committed = {copy.name for copy in copies if copy.is_committed}
             moved = [name for name in wanted if name in scan.references[tier] and name not in committed]
-            _bury(self.inventory.tiers[tier], [self._reference(tier, name) for name in moved])
+            _bury(self.stores.tiers[tier], [self._reference(tier, name) for name in moved])
             if moved:
-                self.inventory.tiers[tier].delete([reference_key(name) for name in moved])
+                self.stores.tiers[tier].delete([reference_key(name) for name in moved])
             deleted[tier] = tuple(dict.fromkeys([*(copy.name for copy in copies), *moved]))
         self._release(deleted)
         return RetentionReport(deleted, n_bytes=n_bytes)
@@ -394,7 +394,7 @@ class Retention:
             StoreError: A store failed; the next collection continues.
         """
         before = tuple(self._unfinished())
-        return self._collect(self.inventory.scan(), self.inventory.tiers, before)
+        return self._collect(self.stores.scan(), self.stores.tiers, before)
 
     def _release(self, deleted: Mapping[CheckpointTier, Collection[str]]) -> None:
         """Release the shared tensors of checkpoints, in the tiers from which they were deleted."""
@@ -407,7 +407,7 @@ class Retention:
         old_s = self._now() - self.gc_age_s
         unfinished = frozenset((*before, *self._unfinished()))
         for tier in tiers:
-            store = self.inventory.tiers[tier]
+            store = self.stores.tiers[tier]
             copies = {name: copy for name, found in scan.copies.items() for copy in found if copy.tier == tier}
             folders = [copy for copy in copies.values() if not copy.is_committed and copy.name not in unfinished]
             old = [copy for copy in folders if _newest_s(copy) <= old_s or copy.name in scan.tombstones[tier]]
@@ -429,14 +429,14 @@ class Retention:
         return RetentionReport(n_leftovers=n_leftovers, n_shared=n_shared, n_bytes=n_bytes)
 
     def _reference(self, tier: CheckpointTier, name: str) -> Manifest:
-        store, key = self.inventory.tiers[tier], reference_key(name)
+        store, key = self.stores.tiers[tier], reference_key(name)
         return parse_manifest(store.get(key), f"{store.url}/{key}")
 
     def _unused(
         self, scan: Scan, tier: CheckpointTier, copies: Mapping[str, CheckpointCopy], old_s: float
     ) -> list[ObjectInfo]:
         """Return the shared tensors of a tier that may be deleted; see the module's docstring."""
-        store, shared = self.inventory.tiers[tier], scan.shared[tier]
+        store, shared = self.stores.tiers[tier], scan.shared[tier]
         old = [info for info in shared.values() if info.modified_s is not None and info.modified_s <= old_s]
         if not old:
             return []
@@ -551,16 +551,16 @@ def _shared_keys(manifest: Manifest | None) -> set[str]:
     return {key_of(manifest.name, file.path) for file in manifest.files if shared_digest(file.path)}
 
 
-def referenced_tensors(inventory: Inventory, tier: CheckpointTier) -> frozenset[str]:
+def referenced_tensors(stores: CheckpointStores, tier: CheckpointTier) -> frozenset[str]:
     """Return the keys of the shared tensors to which a save that has begun may refer without writing them.
 
     Args:
-        inventory: Inventory of the checkpoints.
+        stores: Stores of the checkpoints.
         tier: Tier of the save.
 
     Raises:
         StoreError: The tier cannot be listed or read.
     """
-    store = inventory.tiers[tier]
-    copies = [copy for found in Inventory({tier: store}).scan().copies.values() for copy in found]
+    store = stores.tiers[tier]
+    copies = [copy for found in CheckpointStores({tier: store}).scan().copies.values() for copy in found]
     return frozenset(key for copy in copies if copy.is_complete for key in _shared_keys(copy.manifest))

@@ -36,7 +36,7 @@ from tiercache.tier.inventory.layouts import (
     group_keys,
     undated_path,
 )
-from tiercache.tier.inventory.listing import NO_CRC, Listing, ObjectTable, Progress, list_tiers, release_memory
+from tiercache.tier.inventory.listing import NO_CRC, Listing, ListingProgress, ObjectTable, list_tiers, release_memory
 from tiercache.tier.inventory.metrics import find_metrics
 from tiercache.tier.inventory.rewritten import find_older_copies, with_dated_keys
 from tiercache.tier.inventory.tags import read_own_tags
@@ -340,7 +340,7 @@ def take_inventory(
     catalog: TierCatalog,
     *,
     now_s: float,
-    on_progress: Progress | None = None,
+    on_progress: ListingProgress | None = None,
     may_miss: Collection[str] = (),
 ) -> Inventory:
     """List all tiers and return their content.

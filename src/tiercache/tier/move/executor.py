@@ -654,7 +654,7 @@ class PlanExecutor:
         heads = self._context.heads(
             (tier, obj.key)
             for job in jobs
-            for tier in self._placements.tiers_to_query(job.row)
+            for tier in self._placements.deciding_tiers(job.row)
             for obj in job.row.objects
         )
         changes: list[tuple[MoveJob, str, RowChanges]] = []

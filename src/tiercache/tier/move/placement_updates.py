@@ -72,13 +72,13 @@ class PlacementUpdates:
         """Return whether a tier has the same location as home."""
         return self._stores.same_url(tier, self.home_name)
 
-    def tiers_to_query(self, row: JournalRow) -> list[str]:
+    def deciding_tiers(self, row: JournalRow) -> list[str]:
         """Return the tiers whose copies decide about the placement: dst, and home where it is neither src nor dst."""
         return [row.dst] if self.is_home(row.src) or self.is_home(row.dst) else [row.dst, self.home_name]
 
     def copies_at_home(self, row: JournalRow, heads: Heads) -> Infos:
         """Return the metadata of a move's objects at home; nothing where home is src or dst."""
-        return heads.infos(self.home_name, row) if len(self.tiers_to_query(row)) > 1 else {}
+        return heads.infos(self.home_name, row) if len(self.deciding_tiers(row)) > 1 else {}
 
     # -- writing placements -----------------------------------------------------------------------------------------
 

@@ -42,8 +42,8 @@ from tiercache.tier.model import (
     Snapshot,
 )
 from tiercache.tier.plan.proposals import (
+    Reasons,
     RuleProposals,
-    Texts,
     ago,
     append_to_reasons,
     format_reasons,
@@ -115,7 +115,7 @@ def _seconds_until_deletion(index: SnapshotIndex, moves: MoveColumns) -> NDArray
 # -- refusals -----------------------------------------------------------------------------------------------------
 
 
-def refuse(moves: MoveColumns, refused: list[MoveColumns], mask: Flags, text: Texts | str) -> MoveColumns:
+def refuse(moves: MoveColumns, refused: list[MoveColumns], mask: Flags, text: Reasons | str) -> MoveColumns:
     """Refuse the proposed moves of a mask, and return the others. text: Reason of each refused move, or of all."""
     if not mask.any():
         return moves
@@ -243,7 +243,7 @@ def _is_about_cost(index: SnapshotIndex, moves: MoveColumns) -> Flags:
     return np.asarray(is_move & paid[moves.src] & known[moves.dst], np.bool_)
 
 
-def _unprofitable_reasons(too_late: MoveColumns, limit_s: float, deleted_in_s: NDArray[np.float64]) -> Texts:
+def _unprofitable_reasons(too_late: MoveColumns, limit_s: float, deleted_in_s: NDArray[np.float64]) -> Reasons:
     def words(once: float, saving: float, days: float, deleted_in_days: int) -> str:
         when = "never earned back" if np.isinf(days) else f"earned back in {days:.3g} days"
         what = f"costs {dollars_in_reason(once)} once and saves {dollars_in_reason(saving)} a month: {when}"

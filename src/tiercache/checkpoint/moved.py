@@ -1,4 +1,4 @@
-"""Checkpoints in the archive: where else the tier engine may have put one, and its restore with cost and duration."""
+"""Moved checkpoints: where else the tier engine may have put one, and the restore of one in an archive."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ logger = logging.getLogger("tiercache")
 REMOTE = "remote"
 
 
-class Archive:
-    """The tiers in which checkpoints of a URL may lie: those of the rule file that applies, or the URL alone.
+class MovedCheckpoints:
+    """Checkpoints of a URL that the tier engine has moved: to other tiers of the rule file, or into an archive.
+
+    The rule file is the one that applies; without one, the URL is the only tier.
 
     Args:
         url: URL of the checkpoints.

@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import tiercache as tc
 from tiercache.cache import Cache
-from tiercache.checkpoint.archived import Archive
 from tiercache.checkpoint.layout import MANIFEST_NAME
+from tiercache.checkpoint.moved import MovedCheckpoints
 from tiercache.checkpoint.retention import Keep
 from tiercache.checkpoint.stored import StoredCheckpoints
 from tiercache.errors import ArchivedShards, NotFound
@@ -65,8 +65,8 @@ def opened(bucket, cache):
     def stores(file):
         return Stores(file, stores={"remote": bucket}, s3_classes={"remote": bucket})
 
-    archived = Archive(bucket.url, open_stores=stores, clock=clock)
-    return StoredCheckpoints(bucket, cache=lambda: cache, archive=archived), clock
+    archived = MovedCheckpoints(bucket.url, open_stores=stores, clock=clock)
+    return StoredCheckpoints(bucket, cache=lambda: cache, moved=archived), clock
 
 
 def restored(bucket):
@@ -154,8 +154,8 @@ def moved(tmp_path, bucket, monkeypatch, request):
     def stores(file):
         return Stores(file, stores={request.param: vault}, s3_classes={request.param: vault})
 
-    monkeypatch.setattr("tiercache.checkpoint.archived.open_store", lambda url, **_options: below)
-    return StoredCheckpoints(home, archive=Archive(home.url, open_stores=stores, clock=clock)), vault
+    monkeypatch.setattr("tiercache.checkpoint.moved.open_store", lambda url, **_options: below)
+    return StoredCheckpoints(home, moved=MovedCheckpoints(home.url, open_stores=stores, clock=clock)), vault
 
 
 def test_a_checkpoint_that_the_tier_engine_has_moved_is_found_with_the_price_and_time_of_its_restore(moved):
@@ -184,7 +184,7 @@ def test_torch_says_what_the_restore_of_an_archived_checkpoint_costs_and_loads_i
         dcp.save(state, storage_writer=checkpoints.dcp_writer(1))
         archive(bucket, manifests=manifests)
         restoring, _ = opened(bucket, cache)
-        checkpoints._archive = restoring._archive
+        checkpoints._moved = restoring._moved
         state["w"].zero_()
         with pytest.raises(CheckpointException, match="must be restored, which costs"):
             dcp.load(state, storage_reader=checkpoints.dcp_reader())
