@@ -14,7 +14,7 @@ from tiercache.errors import ArchivedShards
 from tiercache.model import format_bytes
 from tiercache.prices import prices_if_known
 from tiercache.store import LocalFolder, Store, open_store
-from tiercache.tier.costs import PROMOTION_DAYS
+from tiercache.tier.costs import RESTORE_DAYS
 from tiercache.tier.restore import RestorePlan, plan_restore, request_restore, wait_restored
 from tiercache.tier.rules import RuleFile, Tier, load_rule_file
 from tiercache.tier.stores import Stores
@@ -97,7 +97,7 @@ class MovedCheckpoints:
         file, _, folder = self._rules()
         with self._open_stores(file) as stores:
             prices = [prices_if_known(tier) for tier in file.tiers]
-            plan = plan_restore(file, stores, [f"{folder}{key}" for key in keys], prices, days=PROMOTION_DAYS)
+            plan = plan_restore(file, stores, [f"{folder}{key}" for key in keys], prices, days=RESTORE_DAYS)
             if not plan.objects:
                 return
             text = restore_text(plan)

@@ -500,10 +500,10 @@ def _restore(output: Output, tiers: OpenTiers, plan: RestorePlan, options: Resto
     if plan.days is not None:
         output.summary(facts, f"{count(len(plan.objects), 'object')} can be read for {count(plan.days, 'day')}")
         return 0
-    return _promote(output, tiers, plan, facts)
+    return _copy_home(output, tiers, plan, facts)
 
 
-def _promote(output: Output, tiers: OpenTiers, plan: RestorePlan, facts: dict[str, Any]) -> int:
+def _copy_home(output: Output, tiers: OpenTiers, plan: RestorePlan, facts: dict[str, Any]) -> int:
     """Copy the restored objects to the home tier; return the exit code."""
     moves = restoring.plan_copy_home(tiers.file, plan, made_s=time.time(), catalog=tiers.catalog)
     applied = execute_plan(output, tiers, moves)

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from tiercache.errors import NotFound, StoreError
 from tiercache.prices import SPEEDS, Speed
-from tiercache.tier.costs import PROMOTION_DAYS, restore_dollars, restored_home_dollars
+from tiercache.tier.costs import RESTORE_DAYS, restore_dollars, restored_home_dollars
 from tiercache.tier.inventory.layouts import UserLayout, group_keys
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, Action, Kind, Move, Plan, PlannedObject, PlannedTier
 from tiercache.tier.stores import CLASSES_TO_RESTORE, Stores, state_of
@@ -176,7 +176,7 @@ def _estimate(
         if archive is None or price is None:
             cost = None
         elif days is not None or name == to:
-            cost += float(restore_dollars(archive, price, n_bytes, PROMOTION_DAYS if days is None else days).sum())
+            cost += float(restore_dollars(archive, price, n_bytes, RESTORE_DAYS if days is None else days).sum())
         elif target is None:
             cost = None
         else:
@@ -214,7 +214,7 @@ def request_restore(stores: Stores, plan: RestorePlan) -> Counter[RestoreState]:
         StoreError: .unable where a store cannot restore at all; otherwise the first error. Requests made before it
             stand: call again.
     """
-    days = PROMOTION_DAYS if plan.days is None else plan.days
+    days = RESTORE_DAYS if plan.days is None else plan.days
 
     def request(one: ArchivedObject) -> RestoreState:
         if one.state == RESTORING:

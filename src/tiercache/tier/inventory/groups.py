@@ -284,8 +284,8 @@ def _largest(n_bytes: NDArray[np.int64], first: NDArray[np.int64], n_objects: ND
     if not len(first):
         return first
     most = np.repeat(_reduced(np.maximum, n_bytes, first), n_objects)
-    place = np.where(n_bytes == most, np.arange(len(n_bytes)), len(n_bytes))
-    return np.asarray(_reduced(np.minimum, place, first), np.int64)
+    position = np.where(n_bytes == most, np.arange(len(n_bytes)), len(n_bytes))
+    return np.asarray(_reduced(np.minimum, position, first), np.int64)
 
 
 # Number of example names that a fact contains.
@@ -438,11 +438,11 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards, layout
     is_shard = is_shard[index_in(keys.take(pa.array(is_shard)), layout.paths) < 0]
     paths = pa.concat_arrays([layout.paths, keys.take(pa.array(is_shard))]) if len(is_shard) else layout.paths
     order = sort_order(paths)
-    place = inverse(order)
+    position = inverse(order)
     group = np.full(len(keys), NO_GROUP, np.int64)
     in_layout = layout.group != NO_GROUP
-    group[others[in_layout]] = place[layout.group[in_layout]]
-    group[is_shard] = place[len(layout.paths) :]
+    group[others[in_layout]] = position[layout.group[in_layout]]
+    group[is_shard] = position[len(layout.paths) :]
     of = np.where(order < len(layout.paths), order, -1)
     shard_of = np.full(len(order), -1, np.int64)
     shard_of[group[is_shard]] = shard[is_shard]
@@ -473,8 +473,8 @@ def _numbered(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
     """Return the distinct keys, sorted, and the number of each key."""
     encoded = keys.dictionary_encode()
     order = sort_order(encoded.dictionary)
-    place = inverse(order)
-    return take_rows(encoded.dictionary, order), place[np.asarray(encoded.indices.to_numpy(), np.int64)]
+    position = inverse(order)
+    return take_rows(encoded.dictionary, order), position[np.asarray(encoded.indices.to_numpy(), np.int64)]
 
 
 # -- completeness, links, use, and the snapshot ----------------------------------------------------------------------
@@ -511,11 +511,11 @@ def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, cop
     inner: dict[int, str] = {}
     found: list[Symlink] = []
     for number, store in folders.items():
-        for link, place in sorted(store.symlinks()):
-            tier = next((other for other, root in roots.items() if place.startswith(root)), None)
+        for link, path in sorted(store.symlinks()):
+            tier = next((other for other, root in roots.items() if path.startswith(root)), None)
             if tier is None:
                 continue
-            target = place.removeprefix(roots[tier])
+            target = path.removeprefix(roots[tier])
             found.append(Symlink(file.tiers[number].name, link, file.tiers[tier].name, target))
             holder = _copy_above(paths, copies, link.rpartition("/")[0], number)
             if holder is not None:

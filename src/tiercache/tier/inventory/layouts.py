@@ -212,11 +212,11 @@ def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
     shared &= row < 0
     no_key = match_regex(keys, _NO_KEY) | shared
     rest = np.flatnonzero((row < 0) & ~unfinished & ~no_key)
-    group, paths, place = _numbered(keys, row, in_folders["path"], rest, no_key)
+    group, paths, position = _numbered(keys, row, in_folders["path"], rest, no_key)
     in_files, file_rows = _checkpoint_files(folders, folder, names, rest, [one for one in layouts if not one.is_folder])
     # Folders come last and overwrite: a file and a folder with one name count as the folder.
-    used = np.flatnonzero(place[: len(in_folders)] >= 0)
-    of_group = place[np.concatenate([len(in_folders) + file_rows, used])]
+    used = np.flatnonzero(position[: len(in_folders)] >= 0)
+    of_group = position[np.concatenate([len(in_folders) + file_rows, used])]
     checkpoints = pa.concat_tables([in_files, in_folders.drop_columns(["path"]).take(pa.array(used))])
     step, series = np.full(len(paths), NO_STEP, np.int64), np.full(len(paths), NO_SERIES, np.int32)
     step[of_group] = as_numpy(checkpoints["step"], np.int64)
@@ -420,16 +420,16 @@ def _numbered(
     paths = pa.concat_arrays([of_folders.take(pa.array(used)), paths]) if len(used) else paths
     order = sort_order(paths)
     of_path = inverse(order)
-    place = np.full(n_folders + len(rest), -1, np.int64)
-    place[used] = of_path[: len(used)]
-    place[n_folders + alone] = of_path[len(used) :]
+    position = np.full(n_folders + len(rest), -1, np.int64)
+    position[used] = of_path[: len(used)]
+    position[n_folders + alone] = of_path[len(used) :]
     named = np.flatnonzero(same >= 0)
-    place[n_folders + to_folder] = place[same[to_folder]]
-    place[same[named]] = place[n_folders + named]
+    position[n_folders + to_folder] = position[same[to_folder]]
+    position[same[named]] = position[n_folders + named]
     group = np.full(len(keys), NO_GROUP, np.int32)
-    group[inside] = place[row[inside]]
-    group[rest] = place[n_folders:]
-    return group, take_rows(paths, order), place
+    group[inside] = position[row[inside]]
+    group[rest] = position[n_folders:]
+    return group, take_rows(paths, order), position
 
 
 def _on_top(

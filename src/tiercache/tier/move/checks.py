@@ -210,7 +210,7 @@ class MoveContext:
         at = f"{self.stores.store(tier).url}/{key}"
         if info is None:
             return f"{at}: expected a verified copy, found none"
-        if entry is None or entry.is_intended or not entry.verified:
+        if entry is None or not entry.is_verified:
             return f"{at}: expected a verified copy, found one that nobody has verified"
         if info.n_bytes != entry.n_bytes:
             return f"{at}: expected the {entry.n_bytes} bytes that were verified, found {info.n_bytes}"

@@ -1,5 +1,7 @@
 """Deferred deletions: drops, deletions of last copies, class changes that end readability, after their grace period.
 
+In names and texts here, "deletion" covers all three.
+
 What depends on the state of all tiers comes from a listing and a plan that are at most 10 minutes old (DeletionFacts):
 those of this run, or new ones. All else is checked again directly before the deletion; the package's docstring gives
 the reasons. A deletion whose conditions no longer hold is cancelled if the objects or rules have changed, and its
@@ -130,7 +132,7 @@ _FACTS_MAX_AGE_S = 600.0
 
 @dataclass(slots=True)
 class DueDeletion:
-    """A move whose grace period is over.
+    """A move whose grace period is over: something is deleted, or gets a class that ends its readability.
 
     Attributes:
         verdict: Decision of the checks so far, and `reason`: why.
@@ -295,7 +297,7 @@ class DeferredDeletions:
     def _changed_tiers_reason(self, row: JournalRow) -> str:
         """Return why the rule file no longer has the tiers of a move; "" if it has."""
         urls = {tier.name: tier.url for tier in self._file.tiers}
-        for name, url in ((row.src, row.src_place), (row.dst, row.dst_place)):
+        for name, url in ((row.src, row.src_url), (row.dst, row.dst_url)):
             if name and urls.get(name) != url:
                 return f"expected tier {name!r} at {url}, found {urls.get(name, 'no such tier')} in the rule file"
         gone = {obj.tier for obj in row.objects if obj.tier} - urls.keys()
@@ -356,7 +358,7 @@ class DeferredDeletions:
             deletion.present.append((tier, obj))
             changed = changed or context.change_reason(tier, info, obj)
         if row.action == "reclass" and not deletion.is_whole:
-            changed = changed or f"{row.src_place}/{row.path}: expected {len(row.objects)} objects, some are missing"
+            changed = changed or f"{row.src_url}/{row.path}: expected {len(row.objects)} objects, some are missing"
         for tier in sorted(set(where_of.values())):
             changed = changed or context.extra_object_reason(tier, row.path, [obj.key for obj in row.objects])
         return changed or (self._new_copy_reason(row, heads) if row.action == "delete" else "")
@@ -384,10 +386,10 @@ class DeferredDeletions:
         copies = heads.infos(row.dst, row)
         if row.action != "reclass":
             deletion.set_verdict("cancel", context.unconfirmed_move_reason(row, copies))
-            if since_s := context.lock.doomed_copies.get((row.dst_place, row.path)):
+            if since_s := context.lock.doomed_copies.get((row.dst_url, row.path)):
                 deletion.set_verdict(
                     "wait",
-                    f"{row.dst_place}/{row.path}: another process lost the tier lock {self._now_s - since_s:.0f} s ago "
+                    f"{row.dst_url}/{row.path}: another process lost the tier lock {self._now_s - since_s:.0f} s ago "
                     f"and may still delete this copy: it is not relied on for a week",
                 )
             if deletion.verdict == "go" and not deletion.present:

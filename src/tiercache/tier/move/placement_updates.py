@@ -202,7 +202,7 @@ class PlacementUpdates:
             info = infos[obj.key]
             if info is None or self._context.change_reason(row.src, info, obj):
                 return folder, {}
-        back = self.changes(replace(row, dst=row.src, dst_place=row.src_place), infos, {})[1]
+        back = self.changes(replace(row, dst=row.src, dst_url=row.src_url), infos, {})[1]
         return folder, {key: back[key] for key in led}
 
     def _rows_of_last_copies(self, row: JournalRow, folder: str) -> RowChanges:
@@ -215,7 +215,7 @@ class PlacementUpdates:
             if {obj.key for obj in objects} == keys:
                 infos = self._context.heads((tier.name, key) for key in keys).infos(tier.name, row)
                 if all(infos.values()):
-                    moved = replace(row, action="move", dst=tier.name, dst_place=tier.url, objects=objects)
+                    moved = replace(row, action="move", dst=tier.name, dst_url=tier.url, objects=objects)
                     return self.changes(moved, infos, {})[1]
         return {}
 

@@ -269,8 +269,8 @@ def _begins(*columns: NDArray[np.generic]) -> Flags:
 def _from_start(series: NDArray[np.int32]) -> NDArray[np.int64]:
     """Return, for each row of a sorted column, the number of earlier rows of its run; int64[n]."""
     starts = np.flatnonzero(_begins(series))
-    places = np.arange(len(series))
-    return places - np.repeat(starts, np.diff(np.append(starts, len(series))))
+    positions = np.arange(len(series))
+    return positions - np.repeat(starts, np.diff(np.append(starts, len(series))))
 
 
 def _from_end(series: NDArray[np.int32]) -> NDArray[np.int64]:
