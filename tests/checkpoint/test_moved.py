@@ -115,7 +115,9 @@ def test_with_a_rule_file_the_error_has_the_command_whatever_its_only_tier_is_ca
 ):
     write_checkpoint(bucket, 1, {"w": np.arange(100)})
     archive(bucket)
-    (tmp_path / "tiercache.toml").write_text(f'[tiers.remote]\nurl = "{bucket.url}"\nstorage_class = "GLACIER"\n')
+    (tmp_path / "tiercache.toml").write_text(
+        f'[tiers.remote]\nrole = "archive"\nurl = "{bucket.url}"\nstorage_class = "GLACIER"\n'
+    )
     monkeypatch.chdir(tmp_path)
     checkpoints, _ = opened(bucket, cache)
     with pytest.raises(ArchivedShards, match="run `tiercache restore") as caught:
@@ -130,6 +132,7 @@ RULES = """
 url = "{hot}"
 
 [tiers.{name}]
+role = "archive"
 url = "s3://vault"
 storage_class = "GLACIER"
 prices = "aws:us-east-1:GLACIER"
