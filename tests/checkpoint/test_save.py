@@ -436,7 +436,7 @@ def test_a_local_disk_that_is_full_when_the_run_gets_its_id_loses_no_save(tmp_pa
         [Fault("put_if_absent", keys="run.json", status=None, retryable=False)],
     )
     with opened(memory_store, local=tmp_path / "local") as checkpoints:
-        checkpoints.local_store = full
+        checkpoints._copies.store = full
         saved = checkpoints.save(1, a_state())
         assert saved.wait("remote", WAIT_S)
         assert full.faulted_calls == [("put_if_absent", "run.json")]
