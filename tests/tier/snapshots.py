@@ -12,7 +12,7 @@ from tiercache.tier.costs import break_even_days
 from tiercache.tier.model import (
     ACTIONS,
     KINDS,
-    NO_SERIES,
+    NO_RUN,
     NO_STEP,
     READABLE,
     Decisions,
@@ -68,7 +68,7 @@ class Group:
     copies: Mapping[str, Copy]
     kind: Kind = "file"
     step: int = NO_STEP
-    series: int = NO_SERIES
+    run: int = NO_RUN
     complete: bool = True
     days: float = 0.0
     unused_days: float | None = None
@@ -108,7 +108,7 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         paths=pa.array([group.path for group in groups], pa.string()),
         kind=np.array([KINDS.index(group.kind) for group in groups], np.uint8),
         step=np.array([group.step for group in groups], np.int64),
-        series=np.array([group.series for group in groups], np.int32),
+        run=np.array([group.run for group in groups], np.int32),
         complete=np.array([group.complete for group in groups], np.bool_),
         created_s=created,
         last_use_s=np.array([now_s - days * DAY_S for days in unused], np.float64),

@@ -237,7 +237,7 @@ def _snapshot(scan: Scan, names: Sequence[str], now_s: float) -> Snapshot:
         paths=pa.array(names, pa.large_string()),
         kind=np.full(n, CHECKPOINT, np.uint8),
         step=np.array([step for step, _ in parsed], np.int64),
-        series=np.zeros(n, np.int32),
+        run=np.zeros(n, np.int32),
         complete=np.ones(n, np.bool_),
         created_s=created_s,
         last_use_s=created_s,

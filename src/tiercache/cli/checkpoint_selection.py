@@ -207,7 +207,7 @@ def _select(found: CheckpointTiers, argument: str, tier: str | None, path: str) 
         if where is not None:
             hit &= np.isin(np.arange(snapshot.n_groups), snapshot.group[snapshot.tier == snapshot.tiers.index(where)])
         if hit.any() or not argument:
-            order = sorted(np.flatnonzero(hit).tolist(), key=lambda g: (snapshot.series[g], snapshot.created_s[g], g))
+            order = sorted(np.flatnonzero(hit).tolist(), key=lambda g: (snapshot.run[g], snapshot.created_s[g], g))
             return order, picked
     if not file.is_from_file:
         text = "there are no checkpoints of a known layout; expected a run, a checkpoint or a glob"
@@ -249,8 +249,8 @@ def _choice(text: str) -> Choice | None:
 def _choose(found: CheckpointTiers, argument: str, groups: Sequence[int], choice: Choice) -> int:
     """Return the checkpoint that a choice means among those of one run."""
     snapshot = found.snapshot
-    if len({int(snapshot.series[group]) for group in groups}) > 1:
-        runs = {int(snapshot.series[group]): found.name(group) for group in groups}
+    if len({int(snapshot.run[group]) for group in groups}) > 1:
+        runs = {int(snapshot.run[group]): found.name(group) for group in groups}
         names = " and ".join([*runs.values()][:2])
         raise ValueError(
             f"{argument}: expected one run, found several, such as those of {names}: name the run's folder"
@@ -286,9 +286,9 @@ def _examine(found: CheckpointTiers, groups: Collection[int]) -> CheckpointTiers
     complete = snapshot.complete.copy()
     is_checkpoint = snapshot.kind == CHECKPOINT
     examined = set(groups)
-    for run in {int(snapshot.series[group]) for group in groups}:
-        since_s = min(float(snapshot.created_s[group]) for group in groups if snapshot.series[group] == run)
-        later = is_checkpoint & (snapshot.series == run) & (snapshot.created_s >= since_s)
+    for run in {int(snapshot.run[group]) for group in groups}:
+        since_s = min(float(snapshot.created_s[group]) for group in groups if snapshot.run[group] == run)
+        later = is_checkpoint & (snapshot.run == run) & (snapshot.created_s >= since_s)
         examined.update(np.flatnonzero(later).tolist())
     order = sorted(examined)
     problems = {group: text for group, text in zip(order, in_parallel(found.find_problem, order), strict=True) if text}

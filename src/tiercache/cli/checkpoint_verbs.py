@@ -68,7 +68,7 @@ def _facts(
     created_s = float(snapshot.created_s[group])
     return {
         "path": found.name(group),
-        "run": int(snapshot.series[group]),
+        "run": int(snapshot.run[group]),
         "step": int(snapshot.step[group]),
         "n_bytes": max(int(snapshot.n_bytes[copy]) for copy in copies),
         "created": format_time(created_s),
@@ -241,7 +241,7 @@ def rm(output: Output, rules: Path | None, paths: Sequence[str], *, yes: bool, d
 
 
 def _is_last_of_run(snapshot: Snapshot, group: int) -> bool:
-    run = (snapshot.series == snapshot.series[group]) & snapshot.complete & (snapshot.kind == CHECKPOINT)
+    run = (snapshot.run == snapshot.run[group]) & snapshot.complete & (snapshot.kind == CHECKPOINT)
     return bool(run[group] and snapshot.created_s[group] == snapshot.created_s[run].max())
 
 

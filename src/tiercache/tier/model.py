@@ -42,7 +42,7 @@ STANDARD = "STANDARD"  # storage class of S3 objects that name none
 READABLE, ARCHIVED, RESTORING, RESTORED = range(4)
 
 NO_STEP = -1
-NO_SERIES = -1
+NO_RUN = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Snapshot:
     paths: pa.Array  # string or large_string, unique
     kind: NDArray[np.uint8]  # indices of KINDS
     step: NDArray[np.int64]  # training step of a checkpoint, or NO_STEP
-    series: NDArray[np.int32]  # number of the run ("series" in names of columns) of a checkpoint, or NO_SERIES
+    run: NDArray[np.int32]  # number of the run that a checkpoint belongs to, or NO_RUN
     complete: NDArray[np.bool_]  # whether a checkpoint is whole in some tier; True for other groups
     # When its newest object was written; the earliest such date of all copies. A move keeps it.
     created_s: NDArray[np.float64]

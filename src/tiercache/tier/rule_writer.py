@@ -122,11 +122,11 @@ def _runs(
             rows[group].append(row)
         elif group != NO_GROUP:
             file_rows.append(row)
-    series: dict[int, list[int]] = defaultdict(list)
+    by_run: dict[int, list[int]] = defaultdict(list)
     for group in rows:
-        series[int(layout.series[group])].append(group)
+        by_run[int(layout.run[group])].append(group)
     runs: dict[str, list[FoundRun]] = defaultdict(list)
-    for groups in series.values():
+    for groups in by_run.values():
         paths = [layout.paths[group].as_py() for group in groups]
         steps = sorted(int(layout.step[group]) for group in groups)
         last = max(groups, key=lambda group: int(layout.step[group]))
@@ -321,7 +321,7 @@ def _data_set_lines(scan: FolderScan, *, archive: str | None) -> list[str]:
         match = f"{literal_glob(top)}/**" if top else "**"
         lines += [f"{comment}[[rules]]", f"{comment}name = {json.dumps(name, ensure_ascii=False)}"]
         lines += [f"{comment}match = {json.dumps(match, ensure_ascii=False)}", f'{comment}kind = "shard"']
-        lines += [f'{comment}idle = "30d"      # not used for this time, counted from the first `tier run --once`']
+        lines += [f'{comment}idle = "30d"      # not used for this time, tracked from the first `tier run --once`']
         lines += [f'{comment}to = "archive"', ""]
     return lines
 

@@ -78,7 +78,7 @@ def _always(index: SnapshotIndex, found: dict[int, list[KeepReason]]) -> None:
     snapshot = index.snapshot
     is_checkpoint = snapshot.kind == CHECKPOINT
     for group in np.flatnonzero(index.newest & is_checkpoint).tolist():
-        run = np.flatnonzero((snapshot.series == snapshot.series[group]) & snapshot.complete & is_checkpoint)
+        run = np.flatnonzero((snapshot.run == snapshot.run[group]) & snapshot.complete & is_checkpoint)
         is_last = snapshot.created_s[group] == snapshot.created_s[run].max()
         found[group].append(KeepReason("", None, "newest of its run" if is_last else "highest step of its run"))
     for group in np.flatnonzero(is_checkpoint & ~snapshot.complete).tolist():
