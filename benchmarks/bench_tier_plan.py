@@ -20,7 +20,7 @@ import pyarrow as pa
 from cases import Bench, mib, peak_bytes
 from rows import spread
 from tiercache.prices import prices_of
-from tiercache.tier.model import CHECKPOINT, FILE, NO_SERIES, NO_STEP, READABLE, SHARD, Snapshot
+from tiercache.tier.model import CHECKPOINT, FILE, NO_RUN, NO_STEP, READABLE, SHARD, Snapshot
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.rules import KeepList, Rule, RuleFile, Tier
 from tiercache.tier.text_columns import first_match
@@ -72,24 +72,24 @@ def made_file(case: str, n_rules: int) -> RuleFile:
 
 
 def made_paths(n: int) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Return paths, kinds, steps and series: 60% shards, 30% files, 10% checkpoints."""
+    """Return paths, kinds, steps and runs: 60% shards, 30% files, 10% checkpoints."""
     kind = np.array([SHARD] * 6 + [FILE] * 3 + [CHECKPOINT], np.uint8)[np.arange(n) % 10]
-    paths, step, series = [], np.full(n, NO_STEP, np.int64), np.full(n, NO_SERIES, np.int32)
+    paths, step, run = [], np.full(n, NO_STEP, np.int64), np.full(n, NO_RUN, np.int32)
     for i, of_kind in enumerate(kind.tolist()):
         if of_kind == SHARD:
             paths.append(f"datasets/set-{i % 40}/shards/{i:08d}-{i * 2654435761 % 2**32:08x}.tcs")
         elif of_kind == FILE:
             paths.append(f"users/team-{i % 50}/results/{i // 1000}/file-{i}.{('bin', 'csv', 'npz')[i % 3]}")
         else:
-            series[i], step[i] = i // 1000, i % 1000 // 10 * 500
-            paths.append(f"checkpoints/run-{series[i]}/step-{step[i]}")
-    return paths, kind, step, series
+            run[i], step[i] = i // 1000, i % 1000 // 10 * 500
+            paths.append(f"checkpoints/run-{run[i]}/step-{step[i]}")
+    return paths, kind, step, run
 
 
 def made_snapshot(n: int) -> Snapshot:
     """Return a snapshot of n groups, each in one or two tiers, of all ages."""
     random = np.random.default_rng(0)
-    paths, kind, step, series = made_paths(n)
+    paths, kind, step, run = made_paths(n)
     created = NOW_S - random.uniform(0, 400, n) * DAY_S
     also_hot = random.random(n) < 0.2
     group = np.concatenate([np.flatnonzero(also_hot), np.arange(n)])
@@ -105,12 +105,12 @@ def made_snapshot(n: int) -> Snapshot:
         paths=pa.array(paths),
         kind=kind,
         step=step,
-        series=series,
+        run=run,
         complete=np.ones(n, np.bool_),
         created_s=created,
         last_use_s=created + random.random(n) * (NOW_S - created),
         uses=random.integers(0, 100, n),
-        uses_recorded_since_s=np.full(n, -np.inf),
+        uses_tracked_since_s=np.full(n, -np.inf),
         unreported=random.random(n) < 0.01,
         in_use=random.random(n) < 0.01,
         metrics={"val_loss": np.where(kind == CHECKPOINT, random.random(n), np.nan)},

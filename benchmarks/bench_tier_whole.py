@@ -27,9 +27,9 @@ from bench_tier_plan import DAY_S, NOW_S, TIERS
 from cases import Bench, asked, mib, peak_bytes
 from rows import spread
 from tiercache.catalog.tiers import CatalogEntry, TierCatalog
+from tiercache.cli.open_tiers import OpenTiers
 from tiercache.cli.output import Output
 from tiercache.cli.tier_verbs import plan_facts, plan_text, plan_tiers, print_plan
-from tiercache.cli.tiers import OpenTiers
 from tiercache.model import ObjectInfo
 from tiercache.prices import prices_if_known
 from tiercache.store import MemoryStore

@@ -26,7 +26,7 @@ from tiercache.tier.model import (
     COPY,
     DELETE,
     DROP,
-    NO_SERIES,
+    NO_RUN,
     NO_STEP,
     READABLE,
     SHARD,
@@ -114,7 +114,7 @@ class ShardGroups:
     born_s: NDArray[np.float64]
     kind: NDArray[np.uint8]
     step: NDArray[np.int64]
-    series: NDArray[np.int32]
+    run: NDArray[np.int32]
     n_objects: NDArray[np.int32]
     n_bytes: NDArray[np.int64]
     loss: NDArray[np.float64]
@@ -124,20 +124,20 @@ def make_groups(n_shards: int, trainings: Sequence[Training]) -> ShardGroups:
     """The data set, and what the trainings write, with a validation loss that falls and trembles."""
     random = np.random.default_rng(7)
     rows: list[tuple[float, str, int, int, float]] = []
-    for series, training in enumerate(trainings):
+    for run, training in enumerate(trainings):
         for number in range(training.days * CHECKPOINTS_A_DAY):
             born_s = START_S + (training.first_day + (number + 1) / CHECKPOINTS_A_DAY) * DAY_S
             step = (number + 1) * STEPS
             loss = 2 + 3 / np.sqrt(number + 1) + random.normal(0, 0.05)
-            rows.append((born_s, f"checkpoints/{training.name}/step-{step}", step, series, loss))
-    born, paths, steps, series_of, losses = zip(*rows, strict=True)
+            rows.append((born_s, f"checkpoints/{training.name}/step-{step}", step, run, loss))
+    born, paths, steps, run_of, losses = zip(*rows, strict=True)
     n = len(rows)
     return ShardGroups(
         paths=pa.array([f"datasets/web/{i:06d}.tcs" for i in range(n_shards)] + list(paths)),
         born_s=np.array([START_S] * n_shards + list(born)),
         kind=np.array([SHARD] * n_shards + [CHECKPOINT] * n, np.uint8),
         step=np.array([NO_STEP] * n_shards + list(steps)),
-        series=np.array([NO_SERIES] * n_shards + list(series_of), np.int32),
+        run=np.array([NO_RUN] * n_shards + list(run_of), np.int32),
         n_objects=np.array([1] * n_shards + [CHECKPOINT_OBJECTS] * n, np.int32),
         n_bytes=np.array([SET_BYTES // n_shards] * n_shards + [CHECKPOINT_BYTES] * n),
         loss=np.array([np.nan] * n_shards + list(losses)),
@@ -234,9 +234,9 @@ class World:
         return Snapshot(
             now_s=self.now_s, tiers=tuple(one.name for one in self.file.tiers),
             classes=tuple(one.storage_class or "" for one in self.file.tiers),
-            paths=all_of.paths.slice(0, n), kind=all_of.kind[:n], step=all_of.step[:n], series=all_of.series[:n],
+            paths=all_of.paths.slice(0, n), kind=all_of.kind[:n], step=all_of.step[:n], run=all_of.run[:n],
             complete=np.ones(n, bool), created_s=all_of.born_s[:n], last_use_s=self._last_use_s[:n],
-            uses=self._uses[:n], uses_recorded_since_s=np.full(n, -np.inf), unreported=np.zeros(n, bool),
+            uses=self._uses[:n], uses_tracked_since_s=np.full(n, -np.inf), unreported=np.zeros(n, bool),
             in_use=self._in_use[:n],
             metrics={"val_loss": all_of.loss[:n]}, unread=np.zeros(n, bool), tags={},
             group=group.astype(np.int32), tier=tier.astype(np.int8), n_objects=n_objects, n_bytes=n_bytes,

@@ -54,8 +54,8 @@ def test_a_directly_readable_class_needs_no_restore(story):
 
 def test_the_newest_checkpoint_of_each_run_is_on_the_fast_disk(story, year):
     groups = year.world.groups
-    for series in range(len(story.TRAININGS)):
-        newest = max((i for i in range(len(groups.step)) if groups.series[i] == series), key=lambda i: groups.step[i])
+    for run in range(len(story.TRAININGS)):
+        newest = max((i for i in range(len(groups.step)) if groups.run[i] == run), key=lambda i: groups.step[i])
         assert year.world.present[newest, 0]
 
 

@@ -68,6 +68,20 @@ def test_an_intended_copy_is_not_among_the_checksums(catalog):
     assert catalog.entries("cold", ["k"])["k"].is_intended
 
 
+@pytest.mark.parametrize(
+    ("entry", "is_verified"),
+    [
+        (CatalogEntry(3, '"e"', 9), True),
+        (CatalogEntry(3, '"e"', 9, verified=False), False),
+        (CatalogEntry(3, None, None, made_from="s3://home"), False),
+    ],
+    ids=["verified", "not verified", "intended"],
+)
+def test_of_the_three_kinds_of_entries_only_one_is_verified(catalog, entry, is_verified):
+    catalog.record([("cold", "k", entry)])
+    assert catalog.entries("cold", ["k"])["k"].is_verified is is_verified
+
+
 def test_forgotten_copies_are_gone(catalog):
     catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9)), ("cold", "l", CatalogEntry(3, '"e"', 9))])
     catalog.forget([("cold", "k")])

@@ -293,7 +293,7 @@ def test_retention_deletes_what_no_rule_keeps_and_no_save_waits_for_it(tmp_path)
     assert len(set(n_requests[1:])) == 1, "a save that deletes others makes more requests itself"
     deletes = [call for call in store.calls if call[0] == "delete"]
     assert deletes
-    assert {thread for *_, thread in deletes} == {"tiercache-checkpoint-delete"}
+    assert {thread for *_, thread in deletes} == {"tiercache-checkpoint-housekeeping"}
     assert steps(checkpoints) == [4, 5]
     kept = {path.parent.name for path in tmp_path.rglob("*") if path.is_file()}
     assert kept == {info.name for info in checkpoints.list()}
@@ -409,7 +409,7 @@ def test_a_rank_reads_the_blocks_that_it_needs(tmp_path, offsets, shape, most_by
     dcp.save({"weights": values}, storage_writer=checkpoints.dcp_writer(0))
     reader, box = checkpoints.dcp_reader(), OneBox(offsets, torch.zeros(shape))
     reader.set_up_storage_reader(reader.read_metadata(), is_coordinator=True)
-    checkpoints.join()  # the thread that deletes reads, too
+    checkpoints.join()  # the housekeeping thread reads, too
     before = checkpoints.remote_store.counters["bytes_read"]
     reader.read_data(LoadPlan([box.item]), box).wait()
     assert checkpoints.remote_store.counters["bytes_read"] - before <= most_bytes

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tests.checkpoint.files import START_S, write_checkpoint
 from tests.support.stores import CountingStore
 
-from tiercache.checkpoint.inventory import Inventory, Tags
+from tiercache.checkpoint.inventory import CheckpointStores
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
     NOT_UPLOADED_NAME,
@@ -33,6 +33,7 @@ from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.store.contract import WrapperStore
 from tiercache.testing import Fault, FaultStore
+from tiercache.tier.inventory.tags import Tags
 
 HOUR_S = 3600.0
 DAY_S = 86400.0
@@ -83,7 +84,7 @@ def steps_of(store):
 def retained(store, *keeps, now_s=START_S + 1000 * HOUR_S, local=None):
     """Run retention and return the steps that are left in the store."""
     tiers = {"remote": store} if local is None else {"local": local, "remote": store}
-    Retention(Inventory(tiers), keeps, now=lambda: now_s).run()
+    Retention(CheckpointStores(tiers), keeps, now=lambda: now_s).run()
     return steps_of(store)
 
 
@@ -244,7 +245,7 @@ def test_a_local_checkpoint_stays_while_it_is_uploaded_whatever_the_rules_say(re
     _, uploading, _ = hours(local, 1, 2, 3)
     hours(remote, 3)
     tiers = {"local": local, "remote": remote}
-    Retention(Inventory(tiers), [Keep(last=1)], unfinished=lambda: {uploading}, now=lambda: START_S).run()
+    Retention(CheckpointStores(tiers), [Keep(last=1)], unfinished=lambda: {uploading}, now=lambda: START_S).run()
     assert steps_of(local) == [2, 3]
 
 
@@ -268,7 +269,7 @@ def test_files_of_the_ranks_of_one_machine_are_kept_as_long_as_a_local_copy(remo
     begun = hours(remote, 4, at=5, commit=False)
     for name in deleted + names + begun:
         local.put(f"{name}/tensors-rank00001-00001-of-00001.safetensors", b"a part")
-    retention = Retention(Inventory({"local": local, "remote": remote}), [Keep(last=2)], now=time.time)
+    retention = Retention(CheckpointStores({"local": local, "remote": remote}), [Keep(last=2)], now=time.time)
     retention.run(["local"])
     assert list_names(local) == []
     assert [*checkpoint_objects(local.list())] == names[1:] + begun
@@ -317,7 +318,7 @@ def test_the_manifest_goes_first_so_that_no_reader_sees_a_part_of_a_checkpoint(r
     names = hours(remote, 1, 2)
     broken = FaultStore(remote, [Fault("delete", nth=2, retryable=False)])
     with pytest.raises(StoreError):
-        Retention(Inventory({"remote": broken}), [Keep(last=1)], now=lambda: START_S).run()
+        Retention(CheckpointStores({"remote": broken}), [Keep(last=1)], now=lambda: START_S).run()
     assert list_names(remote) == names[1:]
     checkpoints = StoredCheckpoints(remote)
     assert [(one.step, one.state) for one in checkpoints.list()] == [(1, "incomplete"), (2, "complete")]
@@ -325,7 +326,9 @@ def test_the_manifest_goes_first_so_that_no_reader_sees_a_part_of_a_checkpoint(r
 
 def test_a_save_of_this_process_is_not_deleted(remote):
     (name,) = hours(remote, 1, commit=False)
-    retention = Retention(Inventory({"remote": remote}), unfinished=lambda: {name}, now=lambda: START_S + 99 * DAY_S)
+    retention = Retention(
+        CheckpointStores({"remote": remote}), unfinished=lambda: {name}, now=lambda: START_S + 99 * DAY_S
+    )
     with pytest.raises(ValueError, match="is being saved"):
         retention.delete([name])
     assert retention.collect().n_leftovers == 0
@@ -336,7 +339,7 @@ def test_a_save_that_ends_while_the_stores_are_listed_is_deleted_by_no_call(remo
     name = write_checkpoint(remote, 1, commit=False)
     saving = {name}
 
-    class Ending(Inventory):
+    class Ending(CheckpointStores):
         def scan(self, *args):
             found = super().scan(*args)
             saving.clear()
@@ -358,20 +361,20 @@ def test_leftovers_of_a_killed_save_are_removed_after_a_day(remote, local):
     (local.root / "step-000000000009.20270115T080200000Z-00c0de").mkdir()
 
     def left(now_s):
-        Retention(Inventory({"remote": remote}), now=lambda: now_s).collect()
+        Retention(CheckpointStores({"remote": remote}), now=lambda: now_s).collect()
         return any(info.key.startswith(name) for info in remote.list())
 
     assert left(START_S + DAY_S - 1)
     assert not left(START_S + DAY_S)
     now_s = local.head(next(iter(local.list())).key).modified_s + DAY_S + 1
-    Retention(Inventory({"local": local}), now=lambda: now_s).collect()
+    Retention(CheckpointStores({"local": local}), now=lambda: now_s).collect()
     assert list(local.list()) == []
 
 
 def test_the_rest_of_a_deletion_that_was_killed_is_removed_after_a_day(remote):
     names = hours(remote, 1, 2, share=True)
     remote.delete([manifest_key(names[0])])
-    Retention(Inventory({"remote": remote}), now=lambda: START_S + DAY_S).collect()
+    Retention(CheckpointStores({"remote": remote}), now=lambda: START_S + DAY_S).collect()
     assert {info.key.split("/")[0] for info in remote.list()} == {names[1]}
 
 
@@ -385,12 +388,12 @@ def shared_of(store):
 
 
 def collect(store, now_s):
-    return Retention(Inventory({"remote": store}), now=lambda: now_s).collect()
+    return Retention(CheckpointStores({"remote": store}), now=lambda: now_s).collect()
 
 
 def delete(store, *names, now_s):
     store.now_s = now_s
-    Retention(Inventory({"remote": store}), now=lambda: now_s).delete(names)
+    Retention(CheckpointStores({"remote": store}), now=lambda: now_s).delete(names)
 
 
 def test_a_shared_tensor_stays_while_a_checkpoint_refers_to_it_and_goes_a_day_after_the_last_one(remote):
@@ -436,7 +439,7 @@ def test_a_local_reference_ends_when_the_store_has_the_checkpoint(remote, local)
     now_s = next(local.list(SHARED_FOLDER)).modified_s + 3 * DAY_S
 
     def collect_both():
-        return Retention(Inventory({"local": local, "remote": remote}), now=lambda: now_s).collect().n_shared
+        return Retention(CheckpointStores({"local": local, "remote": remote}), now=lambda: now_s).collect().n_shared
 
     assert collect_both() == 0
     write_checkpoint(remote, 1, {"w": A}, share=True)
@@ -485,10 +488,10 @@ def test_a_save_may_refer_to_the_tensors_of_visible_checkpoints_only(remote):
     first = write_checkpoint(remote, 1, {"w": A}, share=True)
     write_checkpoint(remote, 2, {"w": B}, share=True)
     write_checkpoint(remote, 3, {"w": C}, share=True, commit=False)
-    inventory = Inventory({"remote": remote})
-    assert len(referenced_tensors(inventory, "remote")) == 2
+    stores = CheckpointStores({"remote": remote})
+    assert len(referenced_tensors(stores, "remote")) == 2
     delete(remote, first, now_s=START_S)
-    assert len(referenced_tensors(inventory, "remote")) == 1
+    assert len(referenced_tensors(stores, "remote")) == 1
 
 
 VALUES = st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True)
@@ -525,7 +528,7 @@ class SavesAndDeletes(RuleBasedStateMachine):
     @rule(values=VALUES)
     def begin(self, values):
         """Decide which tensors are written and which are reused."""
-        reusable = referenced_tensors(Inventory({"remote": self.store}), "remote")
+        reusable = referenced_tensors(CheckpointStores({"remote": self.store}), "remote")
         self.step += 1
         self.saves.append(
             {"step": self.step, "begin_s": self.store.now_s, "values": values, "reusable": reusable, "put": False}
@@ -600,13 +603,13 @@ class SavesAndDeletes(RuleBasedStateMachine):
         chosen = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
         dying = FaultStore(self.store, [Fault("delete", nth=dies_at, retryable=False)] if dies_at else [])
         try:
-            Retention(Inventory({"remote": dying}), now=lambda: self.store.now_s).delete(chosen)
+            Retention(CheckpointStores({"remote": dying}), now=lambda: self.store.now_s).delete(chosen)
         except StoreError:
             assert dies_at
 
     @rule()
     def collect(self):
-        Retention(Inventory({"remote": self.store}), now=lambda: self.store.now_s).collect()
+        Retention(CheckpointStores({"remote": self.store}), now=lambda: self.store.now_s).collect()
 
     @rule(part=st.sampled_from([0.1, 0.5, 0.99]))
     def pass_time(self, part):
@@ -635,7 +638,7 @@ class SavesAndDeletes(RuleBasedStateMachine):
         copy.now_s = self.store.now_s
         for _ in range(2):
             copy.now_s += 2 * GC_AGE_S
-            Retention(Inventory({"remote": copy}), now=lambda: copy.now_s).collect()
+            Retention(CheckpointStores({"remote": copy}), now=lambda: copy.now_s).collect()
         needed = set()
         for name in list_names(copy):
             manifest = parse_manifest(copy.get(manifest_key(name)), name)
@@ -652,7 +655,7 @@ TestSavesAndDeletes.settings = settings(max_examples=25, stateful_step_count=30)
 def test_retention_plans_are_pure_and_name_only_complete_checkpoints(remote):
     names = hours(remote, 1, 2, 3)
     remote.delete([next(info.key for info in remote.list(f"{names[0]}/") if not info.key.endswith(MANIFEST_NAME))])
-    scan = Inventory({"remote": remote}).scan()
+    scan = CheckpointStores({"remote": remote}).scan()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plans = [plan_retention(scan, [Keep(last=1)], ("remote",), START_S) for _ in range(2)]
@@ -662,5 +665,5 @@ def test_retention_plans_are_pure_and_name_only_complete_checkpoints(remote):
 
 def test_the_report_of_a_run_names_what_was_deleted(remote):
     names = hours(remote, 1, 2, 3)
-    report = Retention(Inventory({"remote": remote}), [Keep(last=1)], now=lambda: START_S).run()
+    report = Retention(CheckpointStores({"remote": remote}), [Keep(last=1)], now=lambda: START_S).run()
     assert report.deleted == {"remote": tuple(names[:2])}

@@ -26,7 +26,7 @@ import tiercache as tc
 from tiercache.checkpoint import writer
 from tiercache.checkpoint.checkpoints import Checkpoints
 from tiercache.checkpoint.layout import list_names
-from tiercache.checkpoint.retention import GC_AGE_S
+from tiercache.checkpoint.retention import GC_AGE_S, Keep
 from tiercache.checkpoint.staging import SHARED_MIN_BYTES
 from tiercache.errors import CommitConflict, CorruptCheckpoint, StoreError
 from tiercache.integrations.checkpoint_log import CheckpointLog
@@ -517,7 +517,7 @@ def test_a_save_is_complete_also_if_no_thread_can_be_started_for_deletions(tmp_p
         def cannot_start(task):
             raise RuntimeError("can't start new thread")
 
-        monkeypatch.setattr(checkpoints._deleting, "submit", cannot_start)
+        monkeypatch.setattr(checkpoints._housekeeping, "submit", cannot_start)
         assert checkpoints.save(2, a_state(2)).wait("remote", WAIT_S)
         checkpoints.join()
         assert len(list_names(memory_store)) == 2, "nothing was deleted"
@@ -705,13 +705,12 @@ def test_a_state_is_written_while_an_earlier_one_is_uploaded(tmp_path, memory_st
 def test_deletes_do_not_make_a_save_longer(tmp_path):
     """Deletes doubled the time of a save in another library: here a delete that hangs delays no save."""
     gate = GateStore(LocalFolder(tmp_path), "delete")
-    with opened(gate) as checkpoints:
-        checkpoints._on_commit.append(lambda name, _target: gate.delete([f"{name}/nothing"]))
-        first = checkpoints.save(1, a_state(1))
-        assert gate.arrived.wait(WAIT_S)
-        assert first.done()
+    with opened(gate, keep=Keep(last=1)) as checkpoints:
+        assert checkpoints.save(1, a_state(1)).wait(timeout_s=WAIT_S)
         assert checkpoints.save(2, a_state(2)).wait(timeout_s=WAIT_S)
+        assert gate.arrived.wait(WAIT_S), "the first one is deleted"
         assert checkpoints.save(3, a_state(3)).wait(timeout_s=WAIT_S)
+        assert checkpoints.save(4, a_state(4)).wait(timeout_s=WAIT_S)
         assert not gate.gate.is_set()
 
 

@@ -10,7 +10,7 @@ from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
 from tiercache.checkpoint.checkpoints import Checkpoints
-from tiercache.checkpoint.inventory import Inventory
+from tiercache.checkpoint.inventory import CheckpointStores
 from tiercache.checkpoint.layout import SHARED_FOLDER, list_names, reference_key
 from tiercache.checkpoint.retention import Keep, Retention
 from tiercache.checkpoint.staging import SHARED_MIN_BYTES
@@ -111,8 +111,8 @@ def test_frozen_tensors_stay_while_their_checkpoints_come_and_go(tmp_path):
         loaded = checkpoints.load()
         assert np.array_equal(loaded["frozen"], frozen)
         days_s = (tmp_path / SHARED_FOLDER).stat().st_mtime + 3 * 86400
-        inventory = Inventory({"remote": checkpoints.remote_store})
-        assert Retention(inventory, now=lambda: days_s).collect().n_shared == 2
+        stores = CheckpointStores({"remote": checkpoints.remote_store})
+        assert Retention(stores, now=lambda: days_s).collect().n_shared == 2
         assert np.array_equal(checkpoints.load()["frozen"], frozen)
 
 

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+import tiercache as tc
 from tiercache._native.checksum import crc32c
 from tiercache.checkpoint.layout import Manifest, StoredFile, checkpoint_name, encode_manifest
 
@@ -252,6 +253,15 @@ class TestPinAndTag:
         tiercache("ckpt", "pin", name, "--remove")
         tiercache("ckpt", "rm", name, "--yes")
         assert [*root.rglob("checkpoint.json")] == []
+
+    @pytest.mark.parametrize("text", ["{", '{"pinned": "no", "tags": []}', '{"pinned": false, "tags": [1]}'])
+    def test_a_tags_file_that_cannot_be_read_is_a_pin_for_the_command_and_for_checkpoints(self, tiercache, root, text):
+        name = own(root, 40, 2)
+        (root / "nvme" / name / "tags.json").write_text(text)
+        assert "which is pinned" in tiercache("ckpt", "rm", name, "--dry-run").out
+        assert listed(tiercache, name)[name]["tags"] == []
+        with tc.Checkpoints(root / "nvme/own") as checkpoints:
+            assert [(one.is_pinned, one.tags) for one in checkpoints.list()] == [(True, ())]
 
 
 class TestDiff:

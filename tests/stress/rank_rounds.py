@@ -26,7 +26,7 @@ from tests.support.kill_points import KillAt
 from tests.support.warm_python import WarmPython
 
 import tiercache as tc
-from tiercache.checkpoint.inventory import Inventory
+from tiercache.checkpoint.inventory import CheckpointStores
 from tiercache.checkpoint.layout import RUN_NAME, key_of, list_names, manifest_key, reference_key
 from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention
 from tiercache.store import LocalFolder
@@ -197,8 +197,8 @@ class Rounds(PointRounds[tuple[str, int]]):
             stores = [(older / "hot" / "run", None, [])]
         for remote, local, keeps in stores:
             tiers = {} if local is None else {"local": LocalFolder(local)}
-            inventory = Inventory({**tiers, "remote": LocalFolder(remote)})
-            Retention(inventory, keeps, now=lambda: time.time() + 2 * GC_AGE_S).run()
+            stores = CheckpointStores({**tiers, "remote": LocalFolder(remote)})
+            Retention(stores, keeps, now=lambda: time.time() + 2 * GC_AGE_S).run()
         (self.look_at_saving if run is self.saving else self.look_at_tiered)(older)
         for root in {folder for remote, local, _ in stores for folder in (remote, local) if folder is not None}:
             self.look_for_leaks(root, older)
@@ -252,7 +252,7 @@ class Rounds(PointRounds[tuple[str, int]]):
 
 def _manifests(store: LocalFolder) -> dict:
     names = list_names(store)
-    found = Inventory({"remote": store}) if names else None
+    found = CheckpointStores({"remote": store}) if names else None
     return {name: found.manifest("remote", name) for name in names}
 
 

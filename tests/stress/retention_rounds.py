@@ -16,7 +16,7 @@ from tests.stress.kills import PointRounds, Report, points_where, rounds_asked, 
 from tests.support.forks import run_forked
 from tests.support.kill_points import KillAt, count_points, kill_at
 
-from tiercache.checkpoint.inventory import Inventory
+from tiercache.checkpoint.inventory import CheckpointStores
 from tiercache.checkpoint.layout import list_names
 from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention
 from tiercache.store import LocalFolder
@@ -81,10 +81,10 @@ class Rounds(PointRounds[str]):
 
     def retain(self) -> None:
         """Retention as the thread of a run executes it, and once more some days later."""
-        inventory = Inventory(self.stores(self.world))
-        Retention(inventory, [Keep(last=N_KEPT)], now=lambda: START_S).run()
-        newest_s = max(info.modified_s for store in inventory.tiers.values() for info in store.list())
-        Retention(inventory, now=lambda: newest_s + 2 * GC_AGE_S).collect()
+        stores = CheckpointStores(self.stores(self.world))
+        Retention(stores, [Keep(last=N_KEPT)], now=lambda: START_S).run()
+        newest_s = max(info.modified_s for store in stores.tiers.values() for info in store.list())
+        Retention(stores, now=lambda: newest_s + 2 * GC_AGE_S).collect()
 
     def look(self, n_visible: int | None = None) -> None:
         """Read everything. n_visible: how many checkpoints there must be, without anything else; None: any number."""

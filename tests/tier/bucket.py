@@ -28,7 +28,7 @@ from tiercache.store.s3 import crc32c_to_text
 UNREADABLE = ("GLACIER", "DEEP_ARCHIVE")
 DAY_S = 86_400.0
 RESTORE_S = 5 * 3600.0
-PROMOTED_DAYS = 10
+DEFAULT_RESTORE_DAYS = 10
 
 
 class Died(BaseException):
@@ -310,7 +310,7 @@ class DiskBucket(Store):
             if restore is not None and now_s < restore["until_s"]:
                 return "running" if now_s < restore["ready_s"] else "done"
             ready_s = now_s + RESTORE_S
-            until_s = ready_s + (PROMOTED_DAYS if days is None else days) * DAY_S
+            until_s = ready_s + (DEFAULT_RESTORE_DAYS if days is None else days) * DAY_S
             self._change(key, restore={"ready_s": ready_s, "until_s": until_s})
             return "started"
 

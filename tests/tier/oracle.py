@@ -30,14 +30,14 @@ Picture = Mapping[str, Mapping[str, Seen]]
 class Group:
     """A group of objects that moves as one.
 
-    last: Key that completes the group; "": none, it is complete when nothing has changed for settle_s. series, step:
-    Of a checkpoint. delete_after_s: Of its rule. keep_last: Number of checkpoints of a series that are never deleted.
+    last: Key that completes the group; "": none, it is complete when nothing has changed for settle_s. run, step:
+    Of a checkpoint. delete_after_s: Of its rule. keep_last: Number of checkpoints of a run that are never deleted.
     """
 
     name: str
     keys: tuple[str, ...]
     last: str = ""
-    series: str = ""
+    run: str = ""
     step: int = -1
     delete_after_s: float = NEVER
     keep_last: int = 0
@@ -56,7 +56,7 @@ class Oracle:
     that somebody has replaced or written then; is_decided: it is so now.
     asked_s: path of a group to when a plan of it was applied first. apart: (place, group)
     that looked whole and were not when the step began; in_parts: that people have left in parts; whole_at: that were
-    whole since nothing of them was there. protected: series to its newest complete checkpoint, when it began.
+    whole since nothing of them was there. protected: run to its newest complete checkpoint, when it began.
     """
 
     grace_s: float
@@ -176,8 +176,8 @@ class Oracle:
         if not is_decided:
             # What somebody has removed meanwhile may be gone for good: from now on another one is the newest.
             self.protected = {
-                series: name
-                for series, name in self.protected.items()
+                run: name
+                for run, name in self.protected.items()
                 if name not in self.removed_late or self._whole_in(self.groups[name], self.before)
             }
             self.pinned_late, self.removed_late, self.replaced_late = set(), set(), {}
@@ -254,13 +254,11 @@ class Oracle:
             return f"it is {age_s / DAY_S:.1f} days old"
         if (self.pinned - self.pinned_late) & set(group.keys):
             return "it is pinned"
-        if self.protected.get(group.series) == name and not is_older:  # _newest() sees that some tier has it whole
+        if self.protected.get(group.run) == name and not is_older:  # _newest() sees that some tier has it whole
             return "it is the newest complete checkpoint of its run"
-        newer = [
-            other for other in self.groups.values() if other.series == group.series and self._is_newer(other, group)
-        ]
+        newer = [other for other in self.groups.values() if other.run == group.run and self._is_newer(other, group)]
         here = [other for other in newer if other.name not in self.deleted and self._counted(other)]
-        if group.series and len(here) < group.keep_last and not is_older:
+        if group.run and len(here) < group.keep_last and not is_older:
             return f"it is among the last {group.keep_last}"
         return ""
 
@@ -373,14 +371,14 @@ class Oracle:
         (self.in_parts.add if is_apart else self.in_parts.discard)((place, group.name))
 
     def newest_complete(self, picture: Picture, now_s: float) -> dict[str, str]:
-        """Series to its newest checkpoint that looks whole, if it is so, and can be read, in some place now."""
+        """Run to its newest checkpoint that looks whole, if it is so, and can be read, in some place now."""
         newest: dict[str, Group] = {}
         for group in self.groups.values():
-            known = newest.get(group.series)
-            is_newer = bool(group.series) and (known is None or group.step > known.step)
+            known = newest.get(group.run)
+            is_newer = bool(group.run) and (known is None or group.step > known.step)
             if is_newer and self._looks_whole(group) and self._is_complete(group, now_s):
-                newest[group.series] = group
-        return {series: group.name for series, group in newest.items() if self._whole_in(group, picture)}
+                newest[group.run] = group
+        return {run: group.name for run, group in newest.items() if self._whole_in(group, picture)}
 
     def _looks_whole(self, group: Group) -> bool:
         """Whether what makes it whole lies somewhere: that people have taken away or spoilt it cannot be seen."""
@@ -402,8 +400,8 @@ class Oracle:
 
     def _newest(self, picture: Picture) -> list[str]:
         return [
-            f"{name} is the newest complete checkpoint of {series}, and no place has it whole and readable"
-            for series, name in self.protected.items()
+            f"{name} is the newest complete checkpoint of {run}, and no place has it whole and readable"
+            for run, name in self.protected.items()
             if name not in self.removed_late
             and not self._whole_in(self.groups[name], picture)
             and not self._whole_as_older(self.groups[name], picture)

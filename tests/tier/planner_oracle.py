@@ -17,10 +17,10 @@ PART = 8 << 20
 
 
 def kept_plainly(groups: list[Group], rows: list[int], keep: Any) -> set[int]:
-    """Rows that a keep list names: every series is walked."""
+    """Rows that a keep list names: every run is walked."""
     named = set()
-    for series in {groups[row].series for row in rows}:
-        mine = [row for row in rows if groups[row].series == series]
+    for run in {groups[row].run for row in rows}:
+        mine = [row for row in rows if groups[row].run == run]
         named |= {row for row in mine if groups[row].tags & set(keep.tags)}
         if keep.younger_s is not None:
             named |= {row for row in mine if groups[row].days * DAY_S <= keep.younger_s}
@@ -67,8 +67,8 @@ def _of_series(groups: list[Group], rows: list[int], keep: Any) -> set[int]:
 def unscored_plainly(groups: list[Group], rows: list[int], keep: Any) -> set[int]:
     """Rows that a keep list keeps because nobody can say whether they are among the best."""
     found = set()
-    for series in {groups[row].series for row in rows}:
-        mine = [row for row in rows if groups[row].series == series and groups[row].complete]
+    for run in {groups[row].run for row in rows}:
+        mine = [row for row in rows if groups[row].run == run and groups[row].complete]
         for best in keep.best:
             first = next((name for name in best.metrics if any(_has(groups[row], name) for row in mine)), "")
             found |= {row for row in mine if not first or (not _has(groups[row], first) and groups[row].unread)}
@@ -101,11 +101,11 @@ class PlannerOracle:
 
     def _newest(self) -> set[int]:
         found = set()
-        for series in {group.series for group in self.groups}:
+        for run in {group.run for group in self.groups}:
             rows = [
                 row
                 for row, group in enumerate(self.groups)
-                if group.kind == "checkpoint" and group.complete and group.series == series
+                if group.kind == "checkpoint" and group.complete and group.run == run
             ]
             if rows:
                 found.add(max(rows, key=lambda row: (-self.groups[row].days, self.groups[row].step, row)))

@@ -12,7 +12,7 @@ from tiercache.tier.costs import break_even_days
 from tiercache.tier.model import (
     ACTIONS,
     KINDS,
-    NO_SERIES,
+    NO_RUN,
     NO_STEP,
     READABLE,
     Decisions,
@@ -68,19 +68,19 @@ class Group:
     copies: Mapping[str, Copy]
     kind: Kind = "file"
     step: int = NO_STEP
-    series: int = NO_SERIES
+    run: int = NO_RUN
     complete: bool = True
     days: float = 0.0
     unused_days: float | None = None
     uses: int = 0
     unreported: bool = False
-    counted_days: float | None = np.inf  # since uses are recorded; None: they are not
+    counted_days: float | None = np.inf  # since uses are tracked; None: they are not
     in_use: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict)
     unread: bool = False
     tags: frozenset[str] = frozenset()
     held: str = ""
-    misnamed: str = ""  # path that its objects have now
+    older_name: str = ""  # path that its objects have now
     is_pinned: bool = False  # by its own tags.json
 
 
@@ -108,12 +108,12 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         paths=pa.array([group.path for group in groups], pa.string()),
         kind=np.array([KINDS.index(group.kind) for group in groups], np.uint8),
         step=np.array([group.step for group in groups], np.int64),
-        series=np.array([group.series for group in groups], np.int32),
+        run=np.array([group.run for group in groups], np.int32),
         complete=np.array([group.complete for group in groups], np.bool_),
         created_s=created,
         last_use_s=np.array([now_s - days * DAY_S for days in unused], np.float64),
         uses=np.array([group.uses for group in groups], np.int64),
-        uses_recorded_since_s=np.array(
+        uses_tracked_since_s=np.array(
             [np.inf if group.counted_days is None else now_s - group.counted_days * DAY_S for group in groups],
             np.float64,
         ),
@@ -139,7 +139,7 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         links={row: copy.link for row, (_, _, copy, _) in enumerate(rows) if copy.link},
         held={number: group.held for number, group in enumerate(groups) if group.held},
         inner_links={row: copy.inner_link for row, (_, _, copy, _) in enumerate(rows) if copy.inner_link},
-        misnamed={number: group.misnamed for number, group in enumerate(groups) if group.misnamed},
+        older_names={number: group.older_name for number, group in enumerate(groups) if group.older_name},
         pinned=frozenset(number for number, group in enumerate(groups) if group.is_pinned),
     )
 

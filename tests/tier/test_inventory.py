@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.tier.scripted_tiers import NOW_S, OLD_S, SETTLE_S, ListedStore, ScriptedCatalog, Tiers, scripted
 
-from tiercache.tier.model import ARCHIVED, FILE, NO_SERIES, NO_STEP, READABLE, RESTORED, RESTORING
+from tiercache.tier.model import ARCHIVED, FILE, NO_RUN, NO_STEP, READABLE, RESTORED, RESTORING
 
 
 @pytest.fixture
@@ -40,10 +40,10 @@ def test_groups_are_sorted_by_path(tiers):
 def test_a_file_has_neither_step_nor_series_and_is_complete(tiers):
     tiers.hot.add("a/x", modified_s=NOW_S)
     by_name = tiers.take()
-    assert [by_name.of("a/x", name) for name in ("kind", "step", "series", "complete")] == [
+    assert [by_name.of("a/x", name) for name in ("kind", "step", "run", "complete")] == [
         FILE,
         NO_STEP,
-        NO_SERIES,
+        NO_RUN,
         True,
     ]
 
@@ -194,7 +194,7 @@ def test_the_inventory_does_not_depend_on_the_order_of_listings(tiers):
     tiers.hot.infos = dict(reversed(tiers.hot.infos.items()))
     second = tiers.take()
     assert first.paths == second.paths
-    for name in ("step", "series", "complete", "group", "n_bytes", "whole"):
+    for name in ("step", "run", "complete", "group", "n_bytes", "whole"):
         assert getattr(first.snapshot, name).tolist() == getattr(second.snapshot, name).tolist()
 
 

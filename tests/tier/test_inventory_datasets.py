@@ -56,7 +56,7 @@ def test_shards_that_only_an_old_version_names_are_live(local):
 
 def test_without_reports_no_use_is_known(local):
     snapshot = local.take().snapshot
-    assert np.isposinf(snapshot.uses_recorded_since_s).all()
+    assert np.isposinf(snapshot.uses_tracked_since_s).all()
     assert not snapshot.unreported.any()
 
 
@@ -65,7 +65,7 @@ def test_uses_are_recorded_from_the_start_of_tracking(local):
     for path in local.home.rglob("*.tcs"):
         os.utime(path, (NOW_S - 10**6, NOW_S - 10**6))
     snapshot = local.take().snapshot
-    assert (snapshot.uses_recorded_since_s == int(NOW_S - 5000)).all()
+    assert (snapshot.uses_tracked_since_s == int(NOW_S - 5000)).all()
     assert (snapshot.last_use_s == snapshot.created_s).all()
 
 

@@ -62,8 +62,8 @@ def chosen(rows: list[int], mask: np.ndarray) -> set[int]:
 def test_the_newest_of_a_run_are_its_complete_checkpoints_written_last_and_with_the_highest_step(groups):
     found = set(np.flatnonzero(find_newest(snapshot_of(groups))).tolist())
     wanted = set()
-    for series in {group.series for group in groups}:
-        rows = [row for row, group in enumerate(groups) if group.series == series and group.complete]
+    for run in {group.run for group in groups}:
+        rows = [row for row, group in enumerate(groups) if group.run == run and group.complete]
         wanted |= set(sorted(rows, key=lambda row: (-groups[row].days, groups[row].step, row))[-1:])
         wanted |= set(sorted(rows, key=lambda row: (groups[row].step, -groups[row].days, row))[-1:])
     assert found == wanted

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.tier.inventory.layouts import (
-    COMPLETION_MARKER,
+    COMPLETING,
     INDEX,
     LACKS,
     MEMBER,
@@ -22,7 +22,7 @@ from tiercache.tier.inventory.layouts import (
     group_keys,
     layout_pattern,
 )
-from tiercache.tier.model import NO_SERIES, NO_STEP
+from tiercache.tier.model import NO_RUN, NO_STEP
 
 
 def layout_of(*keys: str) -> KeyGroups:
@@ -227,12 +227,12 @@ def test_steps_are_parsed_as_numbers():
     assert sorted(found, key=found.get) == ["r/step-9.pt", "r/step-10.pt", "r/step-0011.pt"]
 
 
-# -- series -----------------------------------------------------------------------------------------------------------
+# -- runs ----------------------------------------------------------------------------------------------------------
 
 
-def series(*keys: str) -> dict[str, int]:
+def runs_of(*keys: str) -> dict[str, int]:
     layout = layout_of(*keys)
-    return dict(zip(layout.paths.to_pylist(), layout.series.tolist(), strict=True))
+    return dict(zip(layout.paths.to_pylist(), layout.run.tolist(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -247,8 +247,8 @@ def series(*keys: str) -> dict[str, int]:
     ],
 )
 def test_checkpoints_of_one_run_form_one_series(one, other):
-    first, second = series(one, other).values()
-    assert first == second != NO_SERIES
+    first, second = runs_of(one, other).values()
+    assert first == second != NO_RUN
 
 
 @pytest.mark.parametrize(
@@ -262,11 +262,11 @@ def test_checkpoints_of_one_run_form_one_series(one, other):
     ],
 )
 def test_other_names_form_another_series(one, other):
-    assert len(set(series(one, other).values())) == 2
+    assert len(set(runs_of(one, other).values())) == 2
 
 
 def test_files_have_no_series():
-    assert series("a/x.txt", "a/last.ckpt") == {"a/x.txt": NO_SERIES, "a/last.ckpt": NO_SERIES}
+    assert runs_of("a/x.txt", "a/last.ckpt") == {"a/x.txt": NO_RUN, "a/last.ckpt": NO_RUN}
 
 
 # -- whole or not -----------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def test_numbered_shards_are_counted_per_folder():
 
 def test_the_final_object_has_the_highest_rank():
     keys = ("s/step-1/.metadata", "s/step-1/__0_0.distcp", "s/step-1/meta.pt", "s/step-1/m.safetensors.index.json")
-    assert layout_of(*keys).rank.tolist() == [COMPLETION_MARKER, MEMBER, INDEX, INDEX]
+    assert layout_of(*keys).rank.tolist() == [COMPLETING, MEMBER, INDEX, INDEX]
 
 
 @pytest.mark.parametrize(
@@ -397,9 +397,9 @@ def test_the_order_of_keys_changes_nothing(keys, random):
     random.shuffle(mixed)
     one, other = layout_of(*keys), layout_of(*mixed)
     assert one.paths.equals(other.paths)
-    for name in ("checkpoint", "step", "lacks", "marked"):
+    for name in ("checkpoint", "step", "lacks", "has_completing"):
         assert getattr(one, name).tolist() == getattr(other, name).tolist()
-    assert len(set(zip(one.series.tolist(), other.series.tolist(), strict=True))) == len(set(one.series.tolist()))
+    assert len(set(zip(one.run.tolist(), other.run.tolist(), strict=True))) == len(set(one.run.tolist()))
 
 
 @given(st.lists(st.text(alphabet="ab1/-_.=\\stepmtd\x00é", min_size=1, max_size=12), unique=True, max_size=20))
@@ -416,7 +416,7 @@ def test_many_keys_are_grouped_as_few_are():
     keys = [f"runs/r{run}/checkpoint-{step}/m-{n:05d}-of-00004.bin" for run, step, n in
             itertools.product(range(20), range(100, 2100, 100), range(1, 5))]  # fmt: skip
     layout = layout_of(*keys)
-    assert (len(layout.paths), len(np.unique(layout.series)), layout.lacks.any()) == (400, 20, False)
+    assert (len(layout.paths), len(np.unique(layout.run)), layout.lacks.any()) == (400, 20, False)
 
 
 # -- what libraries write here ----------------------------------------------------------------------------------------
@@ -441,7 +441,7 @@ def test_a_torch_distributed_checkpoint_is_complete_with_its_metadata(tmp_path, 
             dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / f"step-{step}", no_dist=True)
     layout = layout_of(*keys_below(tmp_path))
     assert (layout.paths.to_pylist(), layout.step.tolist()) == (["step-10", "step-9"], [10, 9])
-    assert (layout.marked.all(), layout.lacks.any()) == (True, False)
+    assert (layout.has_completing.all(), layout.lacks.any()) == (True, False)
     (tmp_path / "step-9" / ".metadata").unlink()
     assert lacks(*keys_below(tmp_path))["step-9"] == "a .metadata beside each .distcp"
 
@@ -485,9 +485,9 @@ OWN = "runs/7/step-000000000100.20261129T193324123Z-7f3a9c"
 def runs(layout: KeyGroups) -> set[frozenset[str]]:
     """The checkpoints of each run."""
     found: dict[int, set[str]] = {}
-    for path, series in zip(layout.paths.to_pylist(), layout.series.tolist(), strict=True):
-        if series != NO_SERIES:
-            found.setdefault(series, set()).add(path)
+    for path, run in zip(layout.paths.to_pylist(), layout.run.tolist(), strict=True):
+        if run != NO_RUN:
+            found.setdefault(run, set()).add(path)
     return {frozenset(paths) for paths in found.values()}
 
 
@@ -504,14 +504,14 @@ def test_a_manifest_below_one_of_our_own_checkpoints_does_not_complete_it():
 def test_the_manifest_of_one_of_our_own_checkpoints_is_its_final_object():
     keys = [f"{OWN}/checkpoint.json", f"{OWN}/state.json", f"{OWN}/trainer_state.json", "step-1/checkpoint.json"]
     layout = layout_of(*keys)
-    assert layout.rank.tolist() == [COMPLETION_MARKER, MEMBER, MEMBER, MEMBER]
+    assert layout.rank.tolist() == [COMPLETING, MEMBER, MEMBER, MEMBER]
 
 
 def test_our_own_checkpoints_of_a_folder_are_a_run_with_steps_and_times():
     other = "runs/7/step-000000000040.20261130T000000000Z-000000"
     layout = layout_of(f"{OWN}/checkpoint.json", f"{other}/checkpoint.json")
     assert layout.paths.to_pylist() == [other, OWN]
-    assert (layout.step.tolist(), len(set(layout.series.tolist()))) == ([40, 100], 1)
+    assert (layout.step.tolist(), len(set(layout.run.tolist()))) == ([40, 100], 1)
     assert layout.written_s[0] - layout.written_s[1] == pytest.approx(4 * 3600 + 26 * 60 + 35.877, abs=1e-3)
 
 

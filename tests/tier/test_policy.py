@@ -156,7 +156,7 @@ def test_a_group_without_recorded_uses_is_idle_only_with_idle_by_mtime():
     assert 'idle_by = "mtime"' in why
     by_mtime = TO_ARCHIVE.model_copy(update={"idle_by": "mtime"})
     (move,), _ = planned([uncounted], by_mtime)
-    assert move.reason == 'not written for 100 days, its uses are not recorded (idle = 30 days, idle_by = "mtime")'
+    assert move.reason == 'not written for 100 days, its uses are not tracked (idle = 30 days, idle_by = "mtime")'
 
 
 def test_a_recorded_use_counts_with_idle_by_mtime_too():
@@ -621,7 +621,7 @@ OLD = "ckpt/r0/step-9.20261101T120000Z"
 def rewritten(**old: object) -> list[Group]:
     """Step 9 was written again while an older copy of it is in the archive; step 10 is newer."""
     older = replace(
-        checkpoint(0, 9, {"archive": Copy(BIG.n_bytes, **old)}, days=90.0), path=OLD, misnamed="ckpt/r0/step-9"
+        checkpoint(0, 9, {"archive": Copy(BIG.n_bytes, **old)}, days=90.0), path=OLD, older_name="ckpt/r0/step-9"
     )
     return [checkpoint(0, 9, {"hot": BIG}, days=30.0), older, checkpoint(0, 10, {"hot": BIG}, days=1.0)]
 

@@ -250,16 +250,16 @@ def test_an_object_that_is_not_being_restored_is_an_error(world, clock):
         wait_restored(world.stores, world.plan("a"), clock=clock)
 
 
-# -- promotion --------------------------------------------------------------------------------------------------------
+# -- the copy home ---------------------------------------------------------------------------------------------------
 
 
-def promoted(world, *keys, **more):
+def copied_home(world, *keys, **more):
     return plan_copy_home(world.file, world.plan(*keys), made_s=1.0, **more)
 
 
 def test_restored_objects_are_copied_home_and_stay_in_the_archive(world):
     world.archive(a=3)
-    (move,) = promoted(world, "a").moves
+    (move,) = copied_home(world, "a").moves
     assert (move.action, move.src, move.dst, [one.key for one in move.objects]) == ("copy", "vault", "home", ["a"])
 
 
@@ -267,13 +267,13 @@ def test_a_checkpoint_is_one_move_with_its_completing_object_last(world):
     keys = ["run/step-5/.metadata", "run/step-5/__0_0.distcp", "run/step-5/__1_0.distcp"]
     for key in keys:
         world.vault.store.put(key, b"x")
-    (move,) = promoted(world, *keys).moves
+    (move,) = copied_home(world, *keys).moves
     assert (move.kind, move.path, move.objects[-1].key) == ("checkpoint", "run/step-5", keys[0])
 
 
 def test_a_restored_shard_is_moved_as_a_shard(world):
     world.vault.store.put("data/shards/0.tcs", b"x")
-    assert [move.kind for move in promoted(world, "data/shards/0.tcs").moves] == ["shard"]
+    assert [move.kind for move in copied_home(world, "data/shards/0.tcs").moves] == ["shard"]
 
 
 @pytest.mark.parametrize(("etag", "crc32c"), [("right", 7), ("of another", None), (None, None)])
@@ -283,13 +283,13 @@ def test_a_copy_to_home_must_have_the_checksum_of_the_catalog(world, tmp_path, e
     entry = CatalogEntry(archived.n_bytes, archived.etag if etag == "right" else etag, 7)
     with TierCatalog(tmp_path / "tiers.sqlite") as catalog:
         catalog.record([("vault", "a", entry)])
-        (move,) = promoted(world, "a", catalog=catalog).moves
+        (move,) = copied_home(world, "a", catalog=catalog).moves
     assert move.objects[0].crc32c == crc32c
 
 
 def test_a_plan_to_copy_home_names_its_rule_file(world):
     world.archive(a=1)
-    plan = promoted(world, "a")
+    plan = copied_home(world, "a")
     assert (plan.rules_sha256, [tier.url for tier in plan.tiers]) == ("of the file", [world.home.url, world.vault.url])
 
 

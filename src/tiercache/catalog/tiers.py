@@ -178,6 +178,7 @@ KEPT_S = 90 * 86400.0  # finished and stopped moves stay in the journal for this
 # s with 1,024, which used 50 to 100 MiB more in one run of three; this is between.
 _ROWS_AT_A_TIME = 1 << 12
 
+# `place` is the URL of a tier.
 _SCHEMA = """
 CREATE TABLE copies (
     place TEXT NOT NULL, key TEXT NOT NULL, n_bytes INTEGER NOT NULL, etag TEXT, crc32c INTEGER,
@@ -215,7 +216,8 @@ class CatalogEntry(NamedTuple):
         made_from: URL of the tier from which a move has copied it, while that tier still has the object; otherwise "".
         written_s: Time at which the object was first written, whichever copy this is. None: the object's own date
             counts.
-        verified: False if nobody has compared its bytes, or if they were wrong; an intended copy has True.
+        verified: False if nobody has compared its bytes, or if they were wrong. An intended copy has True: see
+            is_verified.
     """
 
     n_bytes: int
@@ -229,6 +231,11 @@ class CatalogEntry(NamedTuple):
     def is_intended(self) -> bool:
         """Whether the copy was about to be made, and nothing more is known."""
         return bool(self.made_from) and self.etag is None and self.crc32c is None
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether the bytes of the object were compared: neither not verified, nor only intended."""
+        return self.verified and not self.is_intended
 
 
 class PlannedObject(NamedTuple):
@@ -258,12 +265,13 @@ class JournalRow:
     Attributes:
         plan, number: Identify the move.
         path, kind, action, src, dst, rule: As in the plan; dst is "" where there is none.
-        src_place, dst_place, home: URLs of src, of dst and of the home tier, because the names may mean other tiers
+        src_url, dst_url, home: URLs of src, of dst and of the home tier, because the names may mean other tiers
             later.
         rules: SHA-256 of the rule file that asked for the move.
-        state: Progress of the move.
+        state: Progress of the move. A move in the state "begun" is in progress, or was stopped for the reason in
+            `note`.
         since_s, due_s: Start and end of the grace period, in seconds since the epoch; 0 before it begins.
-        objects: Objects of the move; the one that makes the group complete is last.
+        objects: Objects of the move; the completing object of the group is last.
         note: Reason why the move stopped last time, for people.
         changed_s: Time at which this row was written.
     """
@@ -275,8 +283,8 @@ class JournalRow:
     action: str
     src: str
     dst: str
-    src_place: str
-    dst_place: str
+    src_url: str
+    dst_url: str
     home: str
     rules: str
     rule: str
@@ -290,7 +298,9 @@ class JournalRow:
 
 _COPY = ", ".join(CatalogEntry._fields)
 _KNOWN = "(etag IS NOT NULL OR crc32c IS NOT NULL)"
-_COLUMNS = tuple(field.name for field in fields(JournalRow))
+_FIELDS = tuple(field.name for field in fields(JournalRow))
+# The file keeps the first names of its columns.
+_COLUMNS = tuple({"src_url": "src_place", "dst_url": "dst_place"}.get(name, name) for name in _FIELDS)
 
 
 class TierCatalog:
@@ -448,9 +458,9 @@ def _prepare(db: sqlite3.Connection) -> None:
 def _values(row: JournalRow) -> tuple[object, ...]:
     if row.state not in get_args(MoveState):
         raise ValueError(f"a move is in one of the states {get_args(MoveState)}, got {row.state!r}")
-    return tuple(json.dumps(row.objects) if name == "objects" else getattr(row, name) for name in _COLUMNS)
+    return tuple(json.dumps(row.objects) if name == "objects" else getattr(row, name) for name in _FIELDS)
 
 
 def _row(values: tuple[Any, ...]) -> JournalRow:
-    row = dict(zip(_COLUMNS, values, strict=True))
+    row = dict(zip(_FIELDS, values, strict=True))
     return JournalRow(**row | {"objects": tuple(PlannedObject(*one) for one in json.loads(row["objects"]))})

@@ -3,8 +3,9 @@
 save() copies the state to host memory in the caller's thread. Then one thread writes the files and commits the
 checkpoint in the local folder; a second one uploads it from there and commits it at the store, so that the next state
 is written while an earlier one is uploaded. Without a local folder, the first thread writes to the store from host
-memory. A third thread deletes. A fourth one repeats uploads that failed or that a kill interrupted. A condition guards
-the states of the saves; no step runs under it.
+memory. The housekeeping thread looks at the run before the first save, deletes what the rules no longer keep, aborts
+old uploads, and chooses late uploads; a fourth thread makes these: uploads that failed or that a kill interrupted. A
+condition guards the states of the saves; no step runs under it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from threading import Condition, Lock
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from tiercache.checkpoint.dcp_writer import DistributedWriter
 
 Target: TypeAlias = Literal["local", "remote"]
+"""Place where a save commits a checkpoint; each is a tier of checkpoints (CheckpointTier) of the same name."""
 WhenBusy: TypeAlias = Literal["wait", "skip", "drop"]
 SaveState: TypeAlias = Literal["staged", "writing", "local", "done", "failed", "skipped", "dropped"]
 
@@ -221,7 +223,7 @@ class Checkpoints(StoredCheckpoints):
         self._remote = self._writer_to(remote_store, "remote")
         self._local = None if local_store is None else self._writer_to(local_store, "local")
         self._writing, self._uploading = TaskThread("tiercache-checkpoint"), TaskThread("tiercache-checkpoint-upload")
-        self._deleting = TaskThread("tiercache-checkpoint-delete")
+        self._housekeeping = TaskThread("tiercache-checkpoint-housekeeping")
         self._copies: LocalCopies | None = None
         self._late_uploads: LateUploads | None = None
         if local_store is not None:
@@ -229,10 +231,8 @@ class Checkpoints(StoredCheckpoints):
             with suppress(StoreError):  # the first save looks again
                 self._copies.check()
             self._late_uploads = LateUploads(
-                self._copies, self._remote, self.inventory, self.retention, self._deleting, self._note_late_upload
+                self._copies, self._remote, self.stores, self.retention, self._housekeeping, self._note_late_upload
             )
-        # called in the thread that deletes
-        self._on_commit: list[Callable[[str, Target], object]] = [self._retain]
         _register_finish()
         _open.add(self)
 
@@ -251,7 +251,7 @@ class Checkpoints(StoredCheckpoints):
                 raise
 
     def _writer_to(self, store: Store, target: Target) -> CheckpointWriter:
-        referenced = partial(referenced_tensors, self.inventory, target)
+        referenced = partial(referenced_tensors, self.stores, target)
         return CheckpointWriter(store, self._n_streams, self.retention.claims[target], referenced)
 
     @property
@@ -405,7 +405,7 @@ class Checkpoints(StoredCheckpoints):
         """Wait until the threads have nothing to do; errors stay for save(), wait() and close()."""
         self._writing.join()
         self._uploading.join()
-        self._deleting.join()
+        self._housekeeping.join()
         if self._late_uploads is not None:
             self._late_uploads.join()
 
@@ -440,7 +440,7 @@ class Checkpoints(StoredCheckpoints):
         if self._run_look is None:
             self._run_look = Future()
             try:
-                self._deleting.submit(partial(self._look_at_run, self._run_look))
+                self._housekeeping.submit(partial(self._look_at_run, self._run_look))
             except RuntimeError:
                 self._run_look = None
                 raise
@@ -456,7 +456,7 @@ class Checkpoints(StoredCheckpoints):
     def _look_at_run(self, look: Future[None]) -> None:
         """Note the time of the newest checkpoint of each store that can be reached, and take the local folder."""
         try:
-            for store in self.inventory.tiers.values():  # the local folder first: it always answers
+            for store in self.stores.tiers.values():  # the local folder first: it always answers
                 with suppress(StoreError):  # the save itself reports it, or waits until the store is back
                     times_s = [written_order(name)[0] for name in checkpoint_objects(store.list())]
                     with self._changed:
@@ -529,8 +529,7 @@ class Checkpoints(StoredCheckpoints):
         try:
             files, tensors = writer.write_staged(name, save.state.files, save.text, save.manifest.metrics)
             tensors |= {alias: tensors[first] for alias, first in save.aliases.items()}
-            told = save.manifest
-            save.manifest = Manifest(name, told.step, told.created_s, tuple(files), tensors, told.metrics, told.note)
+            save.manifest = replace(save.manifest, files=tuple(files), tensors=tensors)
             if self._copies is not None:
                 self._copies.mark(name)
             writer.commit(save.manifest)
@@ -540,7 +539,7 @@ class Checkpoints(StoredCheckpoints):
             if target == "local":
                 writer.discard(name)  # a full disk must not stay full
             else:
-                self._submit_deletion(partial(writer.discard, name))
+                self._submit_housekeeping(partial(writer.discard, name))
             raise
         save.state.release()
         self._commit(save, target)
@@ -567,23 +566,22 @@ class Checkpoints(StoredCheckpoints):
                 self._saves.remove(save)
         self.announce(save.handle.name, target)
 
-    def _submit_deletion(self, task: Callable[[], object]) -> None:
+    def _submit_housekeeping(self, task: Callable[[], object]) -> None:
         with suppress(RuntimeError):  # no thread can be started: the next commit, or gc(), deletes the same
-            self._deleting.submit(task)
+            self._housekeeping.submit(task)
 
     def announce(self, name: str, target: Target) -> None:
-        """Let the thread that deletes apply the rules of retention after a commit.
+        """Let the housekeeping thread apply the rules of retention after a commit.
 
         Args:
             name: Name of the checkpoint that was committed.
             target: Where it was committed.
         """
-        for call in self._on_commit:
-            self._submit_deletion(partial(call, name, target))
+        self._submit_housekeeping(partial(self._retain, name, target))
 
     def retain_local(self) -> None:
-        """Let the thread that deletes apply the rules of retention to the local folder only."""
-        self._submit_deletion(partial(self.apply_retention, ("local",)))
+        """Let the housekeeping thread apply the rules of retention to the local folder only."""
+        self._submit_housekeeping(partial(self.apply_retention, ("local",)))
 
     def _retain(self, name: str, target: Target) -> None:
         self.apply_retention()
@@ -609,8 +607,7 @@ class Checkpoints(StoredCheckpoints):
                 handle._committed.add("remote")  # noqa: SLF001 - our own class
                 handle.state, handle.error = "done", None
             self._changed.notify_all()
-        for call in self._on_commit:
-            call(name, "remote")
+        self._retain(name, "remote")
 
     def delete(self, which: str | int) -> RetentionReport:
         """Delete a checkpoint from all tiers; shared tensors of others stay. No late upload begins meanwhile.

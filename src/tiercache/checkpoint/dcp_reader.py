@@ -236,7 +236,7 @@ class DistributedReader(StorageReader):
 
         check: Function that returns what is wrong with the bytes in the buffers; "" if nothing is.
         """
-        key, stores = key_of(self.name, file.path), [*self._checkpoints.inventory.tiers.values()]
+        key, stores = key_of(self.name, file.path), [*self._checkpoints.stores.tiers.values()]
         for number, store in enumerate(stores, start=1):
             url = f"{store.url}/{key}"
             try:

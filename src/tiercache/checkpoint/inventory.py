@@ -6,18 +6,16 @@ once; a manifest is immutable, so that a process reads it once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
     RUN_NAME,
     SHARED_FOLDER,
-    TAGS_NAME,
     Manifest,
     checkpoint_objects,
     did_you_mean,
@@ -32,42 +30,14 @@ from tiercache.checkpoint.layout import (
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, UnsupportedFormat
 from tiercache.model import ObjectInfo
 from tiercache.store import Store
+from tiercache.tier.inventory.tags import TAGS_NAME, Tags
 from tiercache.tier.placement.resolver import is_archived
 
 CheckpointTier: TypeAlias = str
 """Name of a tier: "local", "remote", or a tier of a rule file to which the tier engine has moved checkpoints."""
-State: TypeAlias = Literal["complete", "saving", "failed", "incomplete", "moved"]
+CheckpointState: TypeAlias = Literal["complete", "saving", "failed", "incomplete", "moved"]
 
 _THREADS = 16
-
-A = TypeVar("A")
-B = TypeVar("B")
-
-
-@dataclass(frozen=True, slots=True)
-class Tags:
-    """Tags of a checkpoint, and whether it is pinned."""
-
-    tags: frozenset[str] = frozenset()
-    is_pinned: bool = False
-
-    def __or__(self, other: Tags) -> Tags:
-        return Tags(self.tags | other.tags, self.is_pinned or other.is_pinned)
-
-    def encode(self) -> bytes:
-        """Return the text of tags.json."""
-        return json.dumps({"pinned": self.is_pinned, "tags": sorted(self.tags)}).encode() + b"\n"
-
-    @classmethod
-    def parse(cls, data: bytes) -> Tags:
-        """Return the tags in a text of tags.json. A text that cannot be read counts as a pin: nothing is deleted."""
-        try:
-            body = json.loads(data)
-            tags, is_pinned = frozenset(body["tags"]), body["pinned"]
-        except (ValueError, TypeError, KeyError):
-            return cls(is_pinned=True)
-        is_valid = type(is_pinned) is bool and all(isinstance(tag, str) for tag in tags)
-        return cls(tags, is_pinned) if is_valid else cls(is_pinned=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +45,7 @@ class CheckpointCopy:
     """The objects of one checkpoint in one tier.
 
     Attributes:
-        tier: "local" or "remote".
+        tier: "local", "remote", or the tier of the rule file to which the checkpoint was moved.
         store: Store of the tier.
         name: Name of the checkpoint.
         objects: Objects in the checkpoint's folder by path.
@@ -91,7 +61,7 @@ class CheckpointCopy:
     objects: Mapping[str, ObjectInfo]
     manifest: Manifest | None
     problem: str
-    tags: Tags = Tags()
+    tags: Tags = field(default_factory=Tags)
     is_archived: bool = False
 
     @property
@@ -134,7 +104,7 @@ class CheckpointInfo:
     name: str
     step: int
     created_s: float
-    state: State
+    state: CheckpointState
     tiers: tuple[CheckpointTier, ...] = ()
     n_bytes: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -211,8 +181,8 @@ class Scan:
         ]
 
 
-class Inventory:
-    """The checkpoints of one or two tiers. Safe from any thread: the lock guards the manifests that were read.
+class CheckpointStores:
+    """The stores that have the checkpoints of one run. Thread-safe: the lock guards the manifests that were read.
 
     Args:
         tiers: Store of each tier, the nearest first.

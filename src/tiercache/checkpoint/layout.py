@@ -41,7 +41,6 @@ SOFTWARE = f"tiercache {__version__}"
 MANIFEST_NAME = "checkpoint.json"
 STATE_NAME = "state.json"
 METRICS_NAME = "metrics.json"
-TAGS_NAME = "tags.json"
 NOT_UPLOADED_NAME = "not-uploaded.json"
 """Mark of a checkpoint in a local folder whose upload has not ended, with the id of the run or the URL.
 

@@ -16,12 +16,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from tiercache.checkpoint.inventory import Inventory
+from tiercache.checkpoint.inventory import CheckpointStores
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
     NOT_UPLOADED_NAME,
     RUN_NAME,
-    TAGS_NAME,
     Manifest,
     checkpoint_objects,
     manifest_key,
@@ -32,6 +31,7 @@ from tiercache.checkpoint.writer import CheckpointWriter, TaskThread, may_be_com
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptCheckpoint, NotFound, StoreError
 from tiercache.store import LocalFolder, Store
+from tiercache.tier.inventory.tags import TAGS_NAME
 
 logger = logging.getLogger("tiercache")
 
@@ -151,15 +151,15 @@ class LateUpload:
 class LateUploads:
     """Uploads of marked checkpoints that have no running save: one at a time, in a thread, so that no save waits.
 
-    `current` is set and cleared in the thread that deletes only.
+    `current` is set and cleared in the housekeeping thread only.
 
     Args:
         copies: Local copies of the run.
         writer: Writer of files to the store.
-        inventory: Inventory of the run.
+        stores: Stores of the checkpoints.
         retention: Rules of the run: what they do not keep at the store is not uploaded.
-        deleting: Thread that deletes.
-        on_upload: Function of the name, which the thread that deletes calls after each upload.
+        housekeeping: Housekeeping thread.
+        on_upload: Function of the name, which the housekeeping thread calls after each upload.
 
     Attributes:
         current: Upload that runs now; None: there is none.
@@ -169,13 +169,13 @@ class LateUploads:
         self,
         copies: LocalCopies,
         writer: CheckpointWriter,
-        inventory: Inventory,
+        stores: CheckpointStores,
         retention: Retention,
-        deleting: TaskThread,
+        housekeeping: TaskThread,
         on_upload: Callable[[str], None],
     ) -> None:
-        self._copies, self._writer, self._inventory, self._retention = copies, writer, inventory, retention
-        self._deleting, self._on_upload = deleting, on_upload
+        self._copies, self._writer, self._stores, self._retention = copies, writer, stores, retention
+        self._housekeeping, self._on_upload = housekeeping, on_upload
         self._uploading = TaskThread("tiercache-checkpoint-late-upload")
         self._n_failures: Counter[str] = Counter()  # by name: one that always fails must not stop the others
         self.current: LateUpload | None = None
@@ -184,7 +184,7 @@ class LateUploads:
         """Wait until no upload runs and none follows."""
         while self.current is not None:
             self._uploading.join()
-            self._deleting.join()
+            self._housekeeping.join()
 
     def begin(self, saving: Collection[str], newest: tuple[float, str]) -> None:
         """Begin to upload the oldest marked checkpoint that the rules keep at the store, unless one is uploaded now.
@@ -192,7 +192,7 @@ class LateUploads:
         Of several, one whose upload has failed less often comes first.
 
         Its files at the store are overwritten, so no collection may delete them meanwhile as leftovers. Therefore the
-        thread that deletes calls this, after a collection: what is left at the store is younger than the age of
+        housekeeping thread calls this, after a collection: what is left at the store is younger than the age of
         collection, and from now on the checkpoint is one of the unfinished saves.
 
         Args:
@@ -209,7 +209,7 @@ class LateUploads:
         marked = self._copies.find_marked(lambda name: name not in saving and written_order(name) < newest)
         if not marked:
             return
-        scan = self._inventory.scan()
+        scan = self._stores.scan()
         copies = [copy for name in marked for copy in scan.copies.get(name, ())]
         at_store = {copy.name for copy in copies if copy.tier == "remote" and copy.is_committed}
         for name in at_store:  # the process was killed after the commit
@@ -236,7 +236,7 @@ class LateUploads:
             if isinstance(error, CorruptCheckpoint | CommitConflict):
                 self._copies.unmark(name)  # it would fail each time
         try:
-            self._deleting.submit(partial(self._end, name, is_uploaded=is_uploaded))
+            self._housekeeping.submit(partial(self._end, name, is_uploaded=is_uploaded))
         except RuntimeError:  # no thread can be started
             self.current = None
 

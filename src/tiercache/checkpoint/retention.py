@@ -32,7 +32,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from tiercache.checkpoint.inventory import CheckpointCopy, CheckpointTier, Inventory, Scan, Tags
+from tiercache.checkpoint.inventory import CheckpointCopy, CheckpointStores, CheckpointTier, Scan
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
     NOT_UPLOADED_NAME,
@@ -53,6 +53,7 @@ from tiercache.crash_points import crash_point
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, UnsupportedFormat
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder, Store
+from tiercache.tier.inventory.tags import Tags
 from tiercache.tier.model import CHECKPOINT, READABLE, Snapshot
 from tiercache.tier.placement.resolver import is_archived
 from tiercache.tier.plan.selection import evaluate_keep_list
@@ -130,13 +131,18 @@ def plan_retention(
     """Return what the rules keep and what they delete. Pure.
 
     Rules of the local tier count local and remote checkpoints together; those of the remote tier count remote ones. A
-    tier without rules keeps everything. Always kept are the checkpoint of the tier, or of a tier behind it, that was
-    written last, pinned checkpoints, the last copy of a tagged checkpoint, a checkpoint that is being uploaded, and a
-    local copy of a checkpoint that the remote tier would keep and does not have yet: one that a rule of the remote tier
-    names, or, if it has no rules, one that is still to be uploaded. Otherwise saves that when_busy="drop" has dropped
-    would fill the local disk. Only complete checkpoints are deleted. Files in the local tier without a manifest, such
-    as those of the ranks of one machine, count as a copy if the remote tier has the checkpoint; if no tier has it, they
-    are deleted once the remote tier has a later one.
+    tier without rules keeps everything. Whatever the rules say, these are kept:
+
+    - the checkpoint of the tier, or of a tier behind it, that was written last;
+    - pinned checkpoints, and the last copy of a tagged checkpoint;
+    - a checkpoint that is being uploaded;
+    - a local copy of a checkpoint that the remote tier would keep and does not have yet: one that a rule of the remote
+      tier names, or, if the remote tier has no rules, one that is still to be uploaded. (Saves that when_busy="drop"
+      has dropped are not: they would fill the local disk.)
+
+    Only complete checkpoints are deleted. Files in the local tier without a manifest, such as those of the ranks of one
+    machine, count as a copy if the remote tier has the checkpoint; if no tier has it, they are deleted once the remote
+    tier has a later one.
 
     Args:
         scan: Listing of the checkpoints.
@@ -145,34 +151,34 @@ def plan_retention(
         now_s: Time, in seconds since the Unix epoch.
         unfinished: Checkpoints that this process saves now: their local copy is the source of their upload.
     """
-    home = tiers[-1]
+    remote = tiers[-1]
     complete = {tier: [n for n in scan.copies if tier in {c.tier for c in scan.complete(n)}] for tier in tiers}
     everywhere = scan.complete_names
-    of_home = _kept(scan, everywhere, _rules_of(keeps, home), now_s)
-    has_home_rules = bool(_rules_of(keeps, home))
-    awaited = [name for name in everywhere if of_home[name] and (has_home_rules or _is_marked(scan, name))]
+    of_remote = _kept(scan, everywhere, _rules_of(keeps, remote), now_s)
+    has_remote_rules = bool(_rules_of(keeps, remote))
+    awaited = [name for name in everywhere if of_remote[name] and (has_remote_rules or _is_marked(scan, name))]
     kept_by: dict[str, dict[CheckpointTier, tuple[str, ...]]] = {}
     deletes: dict[CheckpointTier, tuple[str, ...]] = {}
     for number, tier in enumerate(tiers):
         behind = [name for name in everywhere if any(name in complete[one] for one in tiers[number:])]
         by_rules = _kept(scan, behind, _rules_of(keeps, tier), now_s)
-        parts = [] if tier == home else _uncommitted(scan, tier)
-        here = [name for name in behind if name in complete[tier] or (name in complete[home] and name in parts)]
+        parts = [] if tier == remote else _uncommitted(scan, tier)
+        here = [name for name in behind if name in complete[tier] or (name in complete[remote] and name in parts)]
         for name in here:
             tags, reasons = scan.tags(name), [*by_rules[name]]
             reasons += ["latest"] if name == behind[-1] else []  # of the store too: it outlives this machine
-            reasons += ["being uploaded"] if name in unfinished and tier != home else []
+            reasons += ["being uploaded"] if name in unfinished and tier != remote else []
             reasons += ["pinned"] if tags.is_pinned else []
-            is_last_copy = tier == home or name not in complete[home]
+            is_last_copy = tier == remote or name not in complete[remote]
             if is_last_copy and tags.tags:
                 reasons.append(f"tagged {', '.join(sorted(tags.tags))}")
-            elif is_last_copy and tier != home and name in awaited:
+            elif is_last_copy and tier != remote and name in awaited:
                 reasons.append("not uploaded yet")
             kept_by.setdefault(name, {})[tier] = tuple(reasons)
         gone = [
             name
             for name in parts
-            if any(written_order(name) < written_order(later) for later in complete[home][-1:])
+            if any(written_order(name) < written_order(later) for later in complete[remote][-1:])
             and name not in unfinished
             and not any(copy.is_committed for copy in scan.copies[name])
         ]
@@ -180,7 +186,7 @@ def plan_retention(
     missing = tuple(
         name
         for name in everywhere
-        if name not in complete[home] and (of_home[name] or name == everywhere[-1] or scan.tags(name) != Tags())
+        if name not in complete[remote] and (of_remote[name] or name == everywhere[-1] or scan.tags(name) != Tags())
     )
     return RetentionPlan(kept_by, deletes, missing)
 
@@ -234,12 +240,12 @@ def _snapshot(scan: Scan, names: Sequence[str], now_s: float) -> Snapshot:
         paths=pa.array(names, pa.large_string()),
         kind=np.full(n, CHECKPOINT, np.uint8),
         step=np.array([step for step, _ in parsed], np.int64),
-        series=np.zeros(n, np.int32),
+        run=np.zeros(n, np.int32),
         complete=np.ones(n, np.bool_),
         created_s=created_s,
         last_use_s=created_s,
         uses=np.zeros(n, np.int64),
-        uses_recorded_since_s=np.full(n, np.inf),
+        uses_tracked_since_s=np.full(n, np.inf),
         unreported=np.zeros(n, np.bool_),
         in_use=np.zeros(n, np.bool_),
         metrics=metrics,
@@ -280,7 +286,7 @@ class Retention:
     """Deletes checkpoints and leftovers. All methods may be called from any thread and any process.
 
     Args:
-        inventory: Inventory of the checkpoints.
+        stores: Stores of the checkpoints.
         keeps: Rules.
         gc_age_s: Age in seconds from which leftovers, and shared tensors without users, are removed.
         unfinished: Function that returns the names of the saves of this process that are not finished: they are never
@@ -288,7 +294,7 @@ class Retention:
         now: Function that returns the time in seconds since the Unix epoch, which is compared with that of the stores.
 
     Attributes:
-        inventory: Inventory of the checkpoints.
+        stores: Stores of the checkpoints.
         keeps: Rules.
         gc_age_s: As given.
         claims: Shared tensors of each tier that saves of this process use; none of them is deleted.
@@ -299,16 +305,16 @@ class Retention:
 
     def __init__(
         self,
-        inventory: Inventory,
+        stores: CheckpointStores,
         keeps: Iterable[Keep] = (),
         *,
         gc_age_s: float = GC_AGE_S,
         unfinished: Callable[[], Collection[str]] = tuple,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self.inventory, self.keeps = inventory, tuple(keeps)
+        self.stores, self.keeps = stores, tuple(keeps)
         self.gc_age_s, self._unfinished, self._now = gc_age_s, unfinished, now
-        tiers = tuple(inventory.tiers)
+        tiers = tuple(stores.tiers)
         self.claims: Mapping[CheckpointTier, SharedTensors] = {tier: SharedTensors() for tier in tiers}
         for keep in self.keeps:
             if not isinstance(keep, Keep):
@@ -325,7 +331,7 @@ class Retention:
                 of their files.
         """
         unfinished = frozenset((*before, *self._unfinished()))
-        return plan_retention(scan, self.keeps, tuple(self.inventory.tiers), self._now(), unfinished)
+        return plan_retention(scan, self.keeps, tuple(self.stores.tiers), self._now(), unfinished)
 
     def run(self, tiers: Collection[CheckpointTier] | None = None) -> RetentionReport:
         """Delete what no rule keeps, and collect(). The background thread calls it after each commit.
@@ -339,8 +345,8 @@ class Retention:
         deleted: dict[CheckpointTier, tuple[str, ...]] = {}
         n_bytes = 0
         before = tuple(self._unfinished())
-        scan = self.inventory.scan()
-        tiers = self.inventory.tiers.keys() if tiers is None else tiers
+        scan = self.stores.scan()
+        tiers = self.stores.tiers.keys() if tiers is None else tiers
         if self.keeps:
             deletes = self.plan(scan, before).deletes
             for tier in tiers:
@@ -349,7 +355,7 @@ class Retention:
                 n_bytes += delete_copies(copies)
                 deleted[tier] = names
             self._release(deleted)
-        collected = self._collect(self.inventory.scan() if any(deleted.values()) else scan, tiers, before)
+        collected = self._collect(self.stores.scan() if any(deleted.values()) else scan, tiers, before)
         return RetentionReport(deleted, collected.n_leftovers, collected.n_shared, n_bytes + collected.n_bytes)
 
     def delete(self, names: Iterable[str]) -> RetentionReport:
@@ -363,7 +369,7 @@ class Retention:
             StoreError: A store failed.
         """
         before = tuple(self._unfinished())  # a save that ends during the listing is in it without its manifest
-        scan, wanted, n_bytes = self.inventory.scan(), list(names), 0
+        scan, wanted, n_bytes = self.stores.scan(), list(names), 0
         for name in wanted:
             if name in before or name in self._unfinished():
                 raise ValueError(f"{name} is being saved: wait for its save before it is deleted")
@@ -372,14 +378,14 @@ class Retention:
             if scan.tags(name).is_pinned:
                 raise ValueError(f"{name} is pinned: unpin it before it is deleted")
         deleted: dict[CheckpointTier, tuple[str, ...]] = {}
-        for tier in self.inventory.tiers:
+        for tier in self.stores.tiers:
             copies = [copy for name in wanted for copy in scan.copies.get(name, ()) if copy.tier == tier]
             n_bytes += delete_copies(copies)
             committed = {copy.name for copy in copies if copy.is_committed}
             moved = [name for name in wanted if name in scan.references[tier] and name not in committed]
-            _bury(self.inventory.tiers[tier], [self._reference(tier, name) for name in moved])
+            _bury(self.stores.tiers[tier], [self._reference(tier, name) for name in moved])
             if moved:
-                self.inventory.tiers[tier].delete([reference_key(name) for name in moved])
+                self.stores.tiers[tier].delete([reference_key(name) for name in moved])
             deleted[tier] = tuple(dict.fromkeys([*(copy.name for copy in copies), *moved]))
         self._release(deleted)
         return RetentionReport(deleted, n_bytes=n_bytes)
@@ -391,7 +397,7 @@ class Retention:
             StoreError: A store failed; the next collection continues.
         """
         before = tuple(self._unfinished())
-        return self._collect(self.inventory.scan(), self.inventory.tiers, before)
+        return self._collect(self.stores.scan(), self.stores.tiers, before)
 
     def _release(self, deleted: Mapping[CheckpointTier, Collection[str]]) -> None:
         """Release the shared tensors of checkpoints, in the tiers from which they were deleted."""
@@ -404,7 +410,7 @@ class Retention:
         old_s = self._now() - self.gc_age_s
         unfinished = frozenset((*before, *self._unfinished()))
         for tier in tiers:
-            store = self.inventory.tiers[tier]
+            store = self.stores.tiers[tier]
             copies = {name: copy for name, found in scan.copies.items() for copy in found if copy.tier == tier}
             folders = [copy for copy in copies.values() if not copy.is_committed and copy.name not in unfinished]
             old = [copy for copy in folders if _newest_s(copy) <= old_s or copy.name in scan.tombstones[tier]]
@@ -426,14 +432,14 @@ class Retention:
         return RetentionReport(n_leftovers=n_leftovers, n_shared=n_shared, n_bytes=n_bytes)
 
     def _reference(self, tier: CheckpointTier, name: str) -> Manifest:
-        store, key = self.inventory.tiers[tier], reference_key(name)
+        store, key = self.stores.tiers[tier], reference_key(name)
         return parse_manifest(store.get(key), f"{store.url}/{key}")
 
     def _unused(
         self, scan: Scan, tier: CheckpointTier, copies: Mapping[str, CheckpointCopy], old_s: float
     ) -> list[ObjectInfo]:
         """Return the shared tensors of a tier that may be deleted; see the module's docstring."""
-        store, shared = self.inventory.tiers[tier], scan.shared[tier]
+        store, shared = self.stores.tiers[tier], scan.shared[tier]
         old = [info for info in shared.values() if info.modified_s is not None and info.modified_s <= old_s]
         if not old:
             return []
@@ -548,16 +554,16 @@ def _shared_keys(manifest: Manifest | None) -> set[str]:
     return {key_of(manifest.name, file.path) for file in manifest.files if shared_digest(file.path)}
 
 
-def referenced_tensors(inventory: Inventory, tier: CheckpointTier) -> frozenset[str]:
+def referenced_tensors(stores: CheckpointStores, tier: CheckpointTier) -> frozenset[str]:
     """Return the keys of the shared tensors to which a save that has begun may refer without writing them.
 
     Args:
-        inventory: Inventory of the checkpoints.
+        stores: Stores of the checkpoints.
         tier: Tier of the save.
 
     Raises:
         StoreError: The tier cannot be listed or read.
     """
-    store = inventory.tiers[tier]
-    copies = [copy for found in Inventory({tier: store}).scan().copies.values() for copy in found]
+    store = stores.tiers[tier]
+    copies = [copy for found in CheckpointStores({tier: store}).scan().copies.values() for copy in found]
     return frozenset(key for copy in copies if copy.is_complete for key in _shared_keys(copy.manifest))

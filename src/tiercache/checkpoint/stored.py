@@ -11,24 +11,24 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from tiercache.cache import Cache
-from tiercache.checkpoint.archived import Archive
 from tiercache.checkpoint.inventory import (
     CheckpointCopy,
     CheckpointInfo,
+    CheckpointState,
+    CheckpointStores,
     CheckpointTier,
-    Inventory,
     Scan,
-    State,
-    Tags,
     resolve,
 )
 from tiercache.checkpoint.layout import SHARED_FOLDER, key_of, parse_name
 from tiercache.checkpoint.loading import load_copy
+from tiercache.checkpoint.moved import MovedCheckpoints
 from tiercache.checkpoint.reading import CopyReader
 from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention, RetentionReport
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, TierCacheError
 from tiercache.store import LocalFolder, Span, Store
 from tiercache.store.contract import WrapperStore
+from tiercache.tier.inventory.tags import Tags
 from tiercache.tier.placement.resolver import is_archived, is_remote
 
 logger = logging.getLogger("tiercache")
@@ -73,7 +73,7 @@ class StoredCheckpoints:
         keep: Rules of retention.
         storage_options: Options of the store of the URL.
         cache: Function that returns the cache through which a remote store is read.
-        archive: Tiers to which the tier engine may have moved checkpoints; None: those of the rule file that applies.
+        moved: Checkpoints that the tier engine has moved; None: those of the rule file that applies.
         gc_age_s: Age in seconds from which leftovers of killed saves are removed.
     """
 
@@ -85,20 +85,20 @@ class StoredCheckpoints:
         keep: Keep | Iterable[Keep] = (),
         storage_options: Mapping[str, Any] | None = None,
         cache: Callable[[], Cache] = Cache.default,
-        archive: Archive | None = None,
+        moved: MovedCheckpoints | None = None,
         gc_age_s: float = GC_AGE_S,
     ) -> None:
         self.remote_store, self.local_store = remote_store, local_store
         tiers: dict[CheckpointTier, Store] = {} if local_store is None else {"local": local_store}
-        self.inventory = Inventory({**tiers, "remote": remote_store})
+        self.stores = CheckpointStores({**tiers, "remote": remote_store})
         self.keep = (keep,) if isinstance(keep, Keep) else tuple(keep)
         self.retention = Retention(
-            self.inventory,
+            self.stores,
             self.keep,
             gc_age_s=gc_age_s,
             unfinished=lambda: {name for name, save in self.unfinished_saves().items() if save.error is None},
         )
-        self._archive = Archive(remote_store.url, storage_options) if archive is None else archive
+        self._moved = MovedCheckpoints(remote_store.url, storage_options) if moved is None else moved
         self._open_cache = cache
 
     def unfinished_saves(self) -> Mapping[str, UnfinishedSave]:
@@ -175,16 +175,16 @@ class StoredCheckpoints:
         Args:
             keys: Keys of objects below the URL.
         """
-        self._archive.restore(sorted(keys), wait=False)
+        self._moved.restore(sorted(keys), wait=False)
 
     def scan_to_load(self) -> Scan:
         """Return the checkpoints of all tiers; only the local ones, with a warning, if the store cannot be reached."""
         try:
-            return self.inventory.scan()
+            return self.stores.scan()
         except StoreError as error:
             if self.local_store is None:
                 raise
-            scan = Inventory({"local": self.local_store}).scan()
+            scan = CheckpointStores({"local": self.local_store}).scan()
             if not scan.complete_names:
                 raise
             _warn(f"{self.remote_store.url}: cannot be listed ({error}); only local checkpoints are considered")
@@ -196,7 +196,7 @@ class StoredCheckpoints:
         try:
             resolve(scan, which)
         except NotFound:
-            with self._archive.other_stores() as others:
+            with self._moved.other_stores() as others:
                 if not others:
                     raise
                 others = {name: _WithSharedTensors(store, self.remote_store) for name, store in others.items()}
@@ -209,7 +209,7 @@ class StoredCheckpoints:
     @staticmethod
     def _scan_others(scan: Scan, others: Mapping[str, Store]) -> Scan:
         """Return the checkpoints in other tiers. The tier engine leaves their shared tensors at the URL."""
-        return Inventory(others).scan(scan.shared.get("remote", {}))
+        return CheckpointStores(others).scan(scan.shared.get("remote", {}))
 
     def _load(
         self,
@@ -237,8 +237,9 @@ class StoredCheckpoints:
                         _warn(f"{failure}: this copy is skipped")
                     continue
                 try:
-                    store = others.get(copy.tier) or self._store_to_read(copy)
-                    return load_copy(store, copy.manifest, into=into, map_location=map_location, strict=strict)
+                    return load_copy(
+                        self._store_to_read(copy), copy.manifest, into=into, map_location=map_location, strict=strict
+                    )
                 except CorruptCheckpoint as error:
                     failure = error
                 except StoreError as error:
@@ -251,15 +252,16 @@ class StoredCheckpoints:
                 raise failure or NotFound(f"no copy of {name} is complete", url=self.remote_store.url)
             if archived <= restored:
                 raise StoreError(f"{name} was restored, and still cannot be read", url=self.remote_store.url)
-            self._archive.restore(sorted(archived), wait=wait)
+            self._moved.restore(sorted(archived), wait=wait)
             restored |= archived
-            scan = self.inventory.scan()
+            scan = self.stores.scan()
             copies = self._scan_others(scan, others).copies.get(name, ()) if others else ()
             scan = replace(scan, copies={name: [*scan.copies.get(name, ()), *copies]})
         raise StoreError(f"{name} was restored, and still cannot be read", url=self.remote_store.url)
 
     def _store_to_read(self, copy: CheckpointCopy) -> Store:
-        return self._cached_remote if copy.tier == "remote" else copy.store
+        # By store, not by name: a tier of the rule file may be called "remote", too.
+        return self._cached_remote if copy.store is self.remote_store else copy.store
 
     # -- list and verify ---------------------------------------------------------------------------------------------
 
@@ -269,7 +271,7 @@ class StoredCheckpoints:
         Raises:
             StoreError: A store cannot be listed.
         """
-        scan = self.inventory.scan()
+        scan = self.stores.scan()
         kept_by = self.retention.plan(scan).kept_by
         unfinished = self.unfinished_saves()
         names = [*scan.copies, *(name for name in unfinished if name not in scan.copies)]
@@ -287,7 +289,7 @@ class StoredCheckpoints:
             NotFound: There is no such checkpoint.
             StoreError: A store failed.
         """
-        scan = self.inventory.scan()
+        scan = self.stores.scan()
         name = which if isinstance(which, str) and which in scan.copies else resolve(scan, which)
         problems: dict[CheckpointTier, tuple[str, ...]] = {}
         n_bytes = 0
@@ -315,7 +317,7 @@ class StoredCheckpoints:
             ValueError: The checkpoint is pinned, or is being saved.
             StoreError: A store failed; the same call continues.
         """
-        scan = self.inventory.scan()
+        scan = self.stores.scan()
         is_moved = isinstance(which, str) and which in scan.moved_names
         return self.retention.delete([str(which) if is_moved else self._name(scan, which)])
 
@@ -378,9 +380,9 @@ class StoredCheckpoints:
             logger.warning("%s: old checkpoints were not deleted: %s", self.remote_store.url, error)
 
     def _change_tags(self, which: str | int, change: Callable[[Tags], Tags]) -> None:
-        scan = self.inventory.scan()
+        scan = self.stores.scan()
         name = self._name(scan, which)
-        self.inventory.set_tags(scan, name, change(scan.tags(name)))
+        self.stores.set_tags(scan, name, change(scan.tags(name)))
 
     @staticmethod
     def _name(scan: Scan, which: str | int) -> str:
@@ -418,7 +420,7 @@ def _info(
 ) -> CheckpointInfo:
     parsed = parse_name(name) or (0, 0.0)
     manifest, tags, complete = scan.manifest(name), scan.tags(name), scan.complete(name)
-    state: State = "complete" if complete else "incomplete"
+    state: CheckpointState = "complete" if complete else "incomplete"
     error = "" if complete else next((copy.problem for copy in scan.copies.get(name, ())), "")
     if save is not None and save.error is not None:
         state, error = ("complete" if complete else "failed"), str(save.error)

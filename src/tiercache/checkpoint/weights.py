@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from tiercache.cache import Cache, CachedStore
-from tiercache.checkpoint.inventory import Inventory, resolve
+from tiercache.checkpoint.inventory import CheckpointStores, resolve
 from tiercache.checkpoint.layout import MANIFEST_NAME, Manifest, checkpoint_objects, key_of, parse_manifest
 from tiercache.checkpoint.loading import numpy_dtype
 from tiercache.checkpoint.safetensors_file import header_bytes, parse_header
@@ -403,9 +403,9 @@ def _find_files(store: Store, name: str) -> tuple[list[str], dict[str, WeightInf
     if files:
         return files, None
     if checkpoint_objects(found):
-        inventory = Inventory({"remote": store})
-        latest = resolve(inventory.scan(), "latest")
-        return _of_manifest(inventory.manifest("remote", latest), lambda path: key_of(latest, path))
+        stores = CheckpointStores({"remote": store})
+        latest = resolve(stores.scan(), "latest")
+        return _of_manifest(stores.manifest("remote", latest), lambda path: key_of(latest, path))
     raise NotFound(f"no {_INDEX_NAME}, {_FILE_NAME}, other safetensors file or checkpoint here", url=store.url)
 
 

@@ -66,8 +66,8 @@ def verify(output: Output, paths: Paths, rules: Rules = None) -> None:
 def rm(output: Output, paths: Paths, rules: Rules = None, yes: Yes = False, dry_run: DryRun = False) -> None:
     """Delete checkpoints from all tiers, at once and for good.
 
-    Pinned checkpoints and checkpoints in use are left alone; the exit code is then 3. The checkpoint of a run that was
-    written last is deleted too if it is named.
+    Pinned and held checkpoints are left alone; the exit code is then 3. The checkpoint of a run that was written last
+    is deleted too if it is named, and so is one that a job reads now: reads of checkpoints are not known.
     """
     from tiercache.cli import checkpoint_verbs
 

@@ -35,8 +35,7 @@ from tiercache.checkpoint.layout import (
     parse_manifest,
     parse_name,
 )
-from tiercache.cli.output import Output
-from tiercache.cli.tiers import (
+from tiercache.cli.open_tiers import (
     OpenTiers,
     base_folder,
     is_glob,
@@ -46,6 +45,7 @@ from tiercache.cli.tiers import (
     split_tier,
     tier_path,
 )
+from tiercache.cli.output import Output
 from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.model import ObjectInfo
 from tiercache.prices import prices_if_known
@@ -60,9 +60,6 @@ from tiercache.tier.rules import RuleFile, Tier, load_rule_file
 from tiercache.tier.stores import Stores, unavailable_tiers
 
 _THREADS = 16
-
-STATE_NAMES = ("here", "archived", "restoring", "restored")
-"""Names of the states of copies, by the number of the state in a snapshot."""
 
 T = TypeVar("T")
 
@@ -179,7 +176,7 @@ def open_checkpoints(output: Output, rules: Path | None, arguments: Sequence[str
     arguments = _joined(arguments)
     with _opened(rules, arguments) as (tiers, chosen, prefix):
         inventory = tiers.read_inventory(output)
-        if tiers.file.sha256:
+        if tiers.file.is_from_file:
             print_unavailable(output, tiers.file, unavailable_tiers(tiers.file, tiers.stores, tiers.catalog))
         found = CheckpointTiers(tiers, inventory, with_tags(inventory.snapshot, tiers.file), (), prefix)
         selections = [
@@ -200,7 +197,7 @@ def _select(found: CheckpointTiers, argument: str, tier: str | None, path: str) 
     choice = _choice(last)
     places: list[tuple[str | None, str, Choice | None]] = [(tier, path, None)]
     places += [] if choice is None else [(tier, run, choice)]
-    if tier is None and file.sha256 and not argument.startswith(("/", "~")) and "://" not in argument:
+    if tier is None and file.is_from_file and not argument.startswith(("/", "~")) and "://" not in argument:
         with suppress(ValueError):  # a relative path that is no path below a tier may be a path here
             here = tier_path(file, f"./{argument}")
             places += [(None, here, None)]
@@ -210,9 +207,9 @@ def _select(found: CheckpointTiers, argument: str, tier: str | None, path: str) 
         if where is not None:
             hit &= np.isin(np.arange(snapshot.n_groups), snapshot.group[snapshot.tier == snapshot.tiers.index(where)])
         if hit.any() or not argument:
-            order = sorted(np.flatnonzero(hit).tolist(), key=lambda g: (snapshot.series[g], snapshot.created_s[g], g))
+            order = sorted(np.flatnonzero(hit).tolist(), key=lambda g: (snapshot.run[g], snapshot.created_s[g], g))
             return order, picked
-    if not file.sha256:
+    if not file.is_from_file:
         text = "there are no checkpoints of a known layout; expected a run, a checkpoint or a glob"
         raise NotFound(f"{text}{did_you_mean(argument.rpartition('/')[2], ['latest'])}", url=argument)
     names = f"the tier {tier}" if tier else f"the tiers {', '.join(snapshot.tiers)}"
@@ -252,8 +249,8 @@ def _choice(text: str) -> Choice | None:
 def _choose(found: CheckpointTiers, argument: str, groups: Sequence[int], choice: Choice) -> int:
     """Return the checkpoint that a choice means among those of one run."""
     snapshot = found.snapshot
-    if len({int(snapshot.series[group]) for group in groups}) > 1:
-        runs = {int(snapshot.series[group]): found.name(group) for group in groups}
+    if len({int(snapshot.run[group]) for group in groups}) > 1:
+        runs = {int(snapshot.run[group]): found.name(group) for group in groups}
         names = " and ".join([*runs.values()][:2])
         raise ValueError(
             f"{argument}: expected one run, found several, such as those of {names}: name the run's folder"
@@ -289,9 +286,9 @@ def _examine(found: CheckpointTiers, groups: Collection[int]) -> CheckpointTiers
     complete = snapshot.complete.copy()
     is_checkpoint = snapshot.kind == CHECKPOINT
     examined = set(groups)
-    for run in {int(snapshot.series[group]) for group in groups}:
-        since_s = min(float(snapshot.created_s[group]) for group in groups if snapshot.series[group] == run)
-        later = is_checkpoint & (snapshot.series == run) & (snapshot.created_s >= since_s)
+    for run in {int(snapshot.run[group]) for group in groups}:
+        since_s = min(float(snapshot.created_s[group]) for group in groups if snapshot.run[group] == run)
+        later = is_checkpoint & (snapshot.run == run) & (snapshot.created_s >= since_s)
         examined.update(np.flatnonzero(later).tolist())
     order = sorted(examined)
     problems = {group: text for group, text in zip(order, in_parallel(found.find_problem, order), strict=True) if text}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +12,27 @@ import numpy as np
 import typer
 
 from tiercache import config
-from tiercache.checkpoint.layout import (
-    TAGS_NAME,
-    Manifest,
-    parse_name,
-)
+from tiercache.checkpoint.layout import Manifest, parse_name
 from tiercache.cli.checkpoint_selection import (
-    STATE_NAMES,
     CheckpointTiers,
     in_parallel,
     only_checkpoint,
     open_checkpoints,
 )
+from tiercache.cli.open_tiers import STATE_NAMES, OpenTiers, format_copy, format_duration, format_time
 from tiercache.cli.output import PARTIAL, Output, confirm, count, printable
-from tiercache.cli.tiers import (
-    OpenTiers,
-    format_duration,
-)
 from tiercache.model import format_bytes
 from tiercache.tier.inventory.groups import Inventory
-from tiercache.tier.model import CHECKPOINT, READABLE, Snapshot
+from tiercache.tier.inventory.tags import TAGS_NAME, Tags
+from tiercache.tier.model import CHECKPOINT, Snapshot
 from tiercache.tier.move.mover import open_mover
 from tiercache.tier.move.removal import remove_groups
-from tiercache.tier.plan.explanations import KeepReason, keep_reasons, pinned_groups
+from tiercache.tier.plan.explanations import KeepReason, keep_reasons, protected_groups
 from tiercache.tier.plan.plan import make_plan
-from tiercache.tier.plan.policy import decide
+from tiercache.tier.plan.policy import decide_now
 from tiercache.tier.plan.selection import rules_of
 from tiercache.tier.rule_edits import Section, add_tables, literal_glob, remove_tables
 from tiercache.tier.rules import RuleFile
-from tiercache.tier.stores import unavailable_tiers
 
 _SHOWN_FILES = 20
 _NOT_COMPLETE = "not complete"  # text of a KeepReason
@@ -77,10 +68,10 @@ def _facts(
     created_s = float(snapshot.created_s[group])
     return {
         "path": found.name(group),
-        "run": int(snapshot.series[group]),
+        "run": int(snapshot.run[group]),
         "step": int(snapshot.step[group]),
         "n_bytes": max(int(snapshot.n_bytes[copy]) for copy in copies),
-        "created": _time(created_s),
+        "created": format_time(created_s),
         "age_s": round(snapshot.now_s - created_s, 3),
         "complete": bool(snapshot.complete[group]),
         "problem": found.problems.get(group, ""),
@@ -101,26 +92,16 @@ def _facts(
     }
 
 
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
-
-
 def _row_text(row: Mapping[str, Any]) -> dict[str, str]:
     return {
         "checkpoint": row["path"],
         "step": f"{row['step']:,}",
         "size": format_bytes(row["n_bytes"]),
         "age": format_duration(row["age_s"]),
-        "tiers": ", ".join(_where(copy) for copy in row["copies"]),
+        "tiers": ", ".join(format_copy(copy) for copy in row["copies"]),
         "metrics": _metrics_text(row["metrics"]),
         "kept by": _kept_text(row["kept"]).replace(_NOT_COMPLETE, f"{_NOT_COMPLETE}: {row['problem']}"),
     }
-
-
-def _where(copy: Mapping[str, Any]) -> str:
-    notes = [] if copy["state"] == STATE_NAMES[READABLE] else [copy["state"]]
-    notes += [] if copy["whole"] else ["in part"]
-    return f"{copy['tier']} ({', '.join(notes)})" if notes else str(copy["tier"])
 
 
 def _metrics_text(metrics: Mapping[str, float]) -> str:
@@ -176,7 +157,7 @@ def _show_lines(facts: Mapping[str, Any], reasons: Sequence[KeepReason], path: s
     for copy in facts["copies"]:
         verified = ", verified" if copy["verified"] else ""
         size = f"{count(copy['n_objects'], 'file')}, {format_bytes(copy['n_bytes'])}"
-        yield f"copy in {_where(copy)}: {facts['urls'][copy['tier']]}, {size}{verified}"
+        yield f"copy in {format_copy(copy)}: {facts['urls'][copy['tier']]}, {size}{verified}"
     if facts["metrics"]:
         yield f"metrics: {_metrics_text(facts['metrics'])}"
     if facts["tags"]:
@@ -197,9 +178,7 @@ def _show_lines(facts: Mapping[str, Any], reasons: Sequence[KeepReason], path: s
 def _next_move(tiers: OpenTiers, inventory: Inventory, group: int) -> str:
     """Return what a plan made now would do with a checkpoint."""
     file, path = tiers.file, inventory.snapshot.paths[group].as_py()
-    unavailable = unavailable_tiers(file, tiers.stores, tiers.catalog)
-    limits = [tiers.stores.capacity(tier.name) for tier in file.tiers]
-    decisions = decide(inventory.snapshot, file, tiers.prices, capacity_bytes=limits, unavailable=unavailable)
+    decisions, _ = decide_now(inventory.snapshot, file, tiers.stores, tiers.catalog)
     made = make_plan(decisions, inventory, file, tiers.prices)
     for row in np.flatnonzero(decisions.moves.group == group).tolist():
         move = made.moves[row]
@@ -223,14 +202,15 @@ def rm(output: Output, rules: Path | None, paths: Sequence[str], *, yes: bool, d
         text = f"{count(len(found.groups), 'checkpoint')}, {format_bytes(n_bytes)} in all tiers"
         newest = [group for group in found.groups if _is_last_of_run(snapshot, group)]
         if dry_run:
-            pinned = pinned_groups(snapshot, found.tiers.file)
+            protected = protected_groups(snapshot, found.tiers.file)
             for group in found.groups:
-                names = ", ".join(found.tier(copy) for copy in found.copies(group))
-                facts = {"path": found.name(group), "tiers": names.split(", "), "pinned": group in pinned}
-                stays = f"would leave {found.name(group)}, which is pinned"
-                goes = f"would delete {found.name(group)} from {names}"
-                output.event("checkpoint", facts, stays if group in pinned else goes)
-            going = [group for group in found.groups if group not in pinned]
+                name, reason = found.name(group), protected.get(group)
+                names = [found.tier(copy) for copy in found.copies(group)]
+                facts = {"path": name, "tiers": names, "pinned": reason == "pinned", "held": snapshot.held.get(group)}
+                goes = f"would delete {name} from {', '.join(names)}"
+                stays = f"would leave {name}, which is {reason}"
+                output.event("checkpoint", facts, goes if reason is None else printable(stays))
+            going = [group for group in found.groups if group not in protected]
             going_bytes = sum(int(snapshot.n_bytes[copy]) for group in going for copy in found.copies(group))
             output.summary(
                 {"checkpoints": len(going), "n_bytes": going_bytes, "dry_run": True},
@@ -261,7 +241,7 @@ def rm(output: Output, rules: Path | None, paths: Sequence[str], *, yes: bool, d
 
 
 def _is_last_of_run(snapshot: Snapshot, group: int) -> bool:
-    run = (snapshot.series == snapshot.series[group]) & snapshot.complete & (snapshot.kind == CHECKPOINT)
+    run = (snapshot.run == snapshot.run[group]) & snapshot.complete & (snapshot.kind == CHECKPOINT)
     return bool(run[group] and snapshot.created_s[group] == snapshot.created_s[run].max())
 
 
@@ -326,8 +306,7 @@ def _write_tags(
     snapshot = found.inventory.snapshot  # without the tags of the rule file
     before = snapshot.tags.get(group, frozenset())
     after = before - tags if remove else before | tags
-    pinned = group in snapshot.pinned if is_pinned is None else is_pinned
-    data = json.dumps({"pinned": pinned, "tags": sorted(after)}).encode() + b"\n"
+    data = Tags(after, group in snapshot.pinned if is_pinned is None else is_pinned).encode()
     for copy in found.copies(group):
         found.tiers.stores.store(found.tier(copy)).put(f"{found.path(group)}/{TAGS_NAME}", data)
 
@@ -335,7 +314,7 @@ def _write_tags(
 def _edit(file: RuleFile, section: Section, tables: Sequence[Mapping[str, object]], *, remove: bool) -> None:
     if not tables:
         return
-    if not file.sha256:
+    if not file.is_from_file:
         raise ValueError(
             f"{section} of checkpoints of other libraries are tables of a rule file, and there is none: "
             "`tiercache tier init FOLDER` writes one"

@@ -1,4 +1,4 @@
-"""The signatures, options and help texts of all verbs except those of `tiercache tier`.
+"""The signatures, options and help texts of all verbs except those of `tiercache tier` and `tiercache ckpt`.
 
 `tiercache --help` imports this module, so it imports only light modules. The body of each verb imports the module that
 implements the verb. tests/cli/test_help.py checks which modules `--help` loads.

@@ -15,10 +15,7 @@ import pyarrow.compute as pc
 import typer
 from numpy.typing import NDArray
 
-from tiercache.cli.options import parse_age
-from tiercache.cli.output import PARTIAL, PENDING, Output, confirm, count
-from tiercache.cli.tier_verbs import execute_plan, parse_speed, print_moves, print_refusals
-from tiercache.cli.tiers import (
+from tiercache.cli.open_tiers import (
     OpenTiers,
     format_dollars,
     format_duration,
@@ -28,6 +25,9 @@ from tiercache.cli.tiers import (
     select_paths,
     tier_path,
 )
+from tiercache.cli.options import parse_age
+from tiercache.cli.output import PARTIAL, PENDING, Output, confirm, count
+from tiercache.cli.tier_verbs import execute_plan, parse_speed, print_moves, print_refusals
 from tiercache.errors import NotFound
 from tiercache.model import format_bytes
 from tiercache.tier.inventory.groups import Inventory

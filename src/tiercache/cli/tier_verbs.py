@@ -7,7 +7,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ import pyarrow as pa
 import typer
 from numpy.typing import NDArray
 
-from tiercache.cli.output import FAILED, PARTIAL, PENDING, Output, confirm, count, printable
-from tiercache.cli.tiers import (
+from tiercache.cli.open_tiers import (
+    STATE_NAMES,
     OpenTiers,
     base_folder,
+    format_copy,
     format_dollars,
     format_duration,
+    format_time,
     is_glob,
     open_tiers,
     print_holdings,
@@ -34,6 +35,7 @@ from tiercache.cli.tiers import (
     split_tier,
     tier_path,
 )
+from tiercache.cli.output import FAILED, PARTIAL, PENDING, Output, confirm, count, printable
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo, format_bytes
 from tiercache.prices import SPEEDS, Prices, Speed, price_notes, price_table
@@ -52,7 +54,7 @@ from tiercache.tier.move.mover import RunReport, open_mover, run_once
 from tiercache.tier.move.placement_updates import track_planned
 from tiercache.tier.plan.plan import make_plan, totals_by_route
 from tiercache.tier.plan.plan_file import read_plan, write_plan
-from tiercache.tier.plan.policy import decide
+from tiercache.tier.plan.policy import decide_now
 from tiercache.tier.plan.selection import largest_copies, rules_of
 from tiercache.tier.restore import RestorePlan
 from tiercache.tier.rules import Rule, RuleFile, Tier, load_rule_file
@@ -75,9 +77,7 @@ def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
     """Return a plan of what is in the tiers now."""
     inventory = tiers.read_inventory(output)
     file, snapshot = tiers.file, inventory.snapshot
-    unavailable = unavailable_tiers(file, tiers.stores, tiers.catalog)
-    limits = [tiers.stores.capacity(tier.name) for tier in file.tiers]
-    decisions = decide(snapshot, file, tiers.prices, capacity_bytes=limits, unavailable=unavailable)
+    decisions, unavailable = decide_now(snapshot, file, tiers.stores, tiers.catalog)
     made = make_plan(decisions, inventory, file, tiers.prices)
     print_unavailable(output, file, unavailable)
     print_metric_gaps(output, metric_gaps(snapshot, file, inventory.facts["in_files"])[0])
@@ -292,7 +292,6 @@ def _run_text(report: RunReport) -> str:
 
 
 _DIGITS = re.compile(r"([0-9]+)")
-STATES = ("here", "archived", "restoring", "restored")
 
 
 def ls(output: Output, rules: Path | None, path: str | None) -> None:
@@ -348,8 +347,8 @@ def _row(snapshot: Snapshot, group: int, copies: Sequence[int], month: NDArray[n
         "complete": bool(snapshot.complete[group]),
         "copies": [_copy(snapshot, copy, month) for copy in copies],
         "n_bytes": max((int(snapshot.n_bytes[copy]) for copy in copies), default=0),
-        "created": _time(float(snapshot.created_s[group])),
-        "last_use": _time(last_use_s),
+        "created": format_time(float(snapshot.created_s[group])),
+        "last_use": format_time(last_use_s),
         "last_use_s": last_use_s,
         "uses": int(snapshot.uses[group]),
         "in_use": bool(snapshot.in_use[group]),
@@ -362,7 +361,7 @@ def _row(snapshot: Snapshot, group: int, copies: Sequence[int], month: NDArray[n
 def _copy(snapshot: Snapshot, copy: int, month: NDArray[np.float64]) -> dict[str, Any]:
     return {
         "tier": snapshot.tiers[snapshot.tier[copy]],
-        "state": STATES[snapshot.state[copy]],
+        "state": STATE_NAMES[snapshot.state[copy]],
         "storage_class": snapshot.classes[snapshot.storage_class[copy]] or None,
         "n_objects": int(snapshot.n_objects[copy]),
         "n_bytes": int(snapshot.n_bytes[copy]),
@@ -372,10 +371,6 @@ def _copy(snapshot: Snapshot, copy: int, month: NDArray[np.float64]) -> dict[str
     }
 
 
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
-
-
 def _row_text(row: Mapping[str, Any], now_s: float) -> dict[str, str]:
     """Return a row of _row() for people."""
     used = "now" if row["in_use"] else f"{format_duration(now_s - row['last_use_s'])} ago"
@@ -383,17 +378,11 @@ def _row_text(row: Mapping[str, Any], now_s: float) -> dict[str, str]:
         "path": row["path"],
         "kind": row["kind"] if row["complete"] else f"{row['kind']} (not complete)",
         "size": format_bytes(row["n_bytes"]),
-        "where": ", ".join(_where(copy) for copy in row["copies"]),
+        "where": ", ".join(format_copy(copy) for copy in row["copies"]),
         "last use": used + (" or later" if row["unreported"] else ""),
         "uses": f"{row['uses']:,}",
         "$/month": format_dollars(row["dollars_month"]),
     }
-
-
-def _where(copy: Mapping[str, Any]) -> str:
-    notes = [] if copy["state"] == STATES[READABLE] else [copy["state"]]
-    notes += [] if copy["whole"] else ["in part"]
-    return f"{copy['tier']} ({', '.join(notes)})" if notes else str(copy["tier"])
 
 
 def _print_ls_summary(output: Output, rows: Sequence[Mapping[str, Any]], tiers: Sequence[str], note: str) -> None:
@@ -485,7 +474,9 @@ def _selected(tiers: OpenTiers, tier: str, text: str) -> list[ObjectInfo]:
 def _restore(output: Output, tiers: OpenTiers, plan: RestorePlan, options: RestoreOptions) -> int:
     """Carry out the plan as far as possible now; return the exit code."""
     for one in plan.objects:
-        output.event("object", {"key": one.key, "tier": one.tier, "n_bytes": one.n_bytes, "state": STATES[one.state]})
+        output.event(
+            "object", {"key": one.key, "tier": one.tier, "n_bytes": one.n_bytes, "state": STATE_NAMES[one.state]}
+        )
     if not plan.objects:
         advice = "`tiercache tier get` brings them to a faster tier"
         output.summary(_restore_facts(plan), f"nothing to restore: all objects can be read; {advice}")
@@ -509,10 +500,10 @@ def _restore(output: Output, tiers: OpenTiers, plan: RestorePlan, options: Resto
     if plan.days is not None:
         output.summary(facts, f"{count(len(plan.objects), 'object')} can be read for {count(plan.days, 'day')}")
         return 0
-    return _promote(output, tiers, plan, facts)
+    return _copy_home(output, tiers, plan, facts)
 
 
-def _promote(output: Output, tiers: OpenTiers, plan: RestorePlan, facts: dict[str, Any]) -> int:
+def _copy_home(output: Output, tiers: OpenTiers, plan: RestorePlan, facts: dict[str, Any]) -> int:
     """Copy the restored objects to the home tier; return the exit code."""
     moves = restoring.plan_copy_home(tiers.file, plan, made_s=time.time(), catalog=tiers.catalog)
     applied = execute_plan(output, tiers, moves)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DAY_S = 86400.0
 MONTH_DAYS = 30.0
-PROMOTION_DAYS = 3
+RESTORE_DAYS = 3
 """Lifetime in days of a restored copy that is copied home: long enough to repeat a failed copy."""
 
 Dollars = NDArray[np.float64]
@@ -126,12 +126,12 @@ def restored_home_dollars(
 ) -> Dollars:
     """Return the cost to copy each archived object home.
 
-    The cost includes a restore for PROMOTION_DAYS, and the copy or the change of class.
+    The cost includes a restore for RESTORE_DAYS, and the copy or the change of class.
 
     urls: URLs of the archive tier and of the home tier. If they are equal, only the storage class changes.
     """
     sizes = Sizes(np.ones_like(n_bytes), n_bytes, n_bytes)
-    dollars = restore_dollars(archive, speed, n_bytes, PROMOTION_DAYS)
+    dollars = restore_dollars(archive, speed, n_bytes, RESTORE_DAYS)
     if urls[0].rstrip("/") == urls[1].rstrip("/"):
         return dollars + reclass_dollars(archive, home, sizes)
     leaves, streams = leaves_and_streams(*urls, archive, home)

@@ -220,7 +220,7 @@ def _add_from_catalog(
         _add(expected, keys.filter(lacking), written_s, tier.name, "a move has verified it")
         # For shards, the catalog only adds the tiers that held them last.
         for key, copy in catalog.entries(tier.name, shards).items() if shards else ():
-            if copy.verified and not copy.is_intended:
+            if copy.is_verified:
                 expected[key].tiers.add(tier.name)
 
 
@@ -354,15 +354,15 @@ def metric_gaps(
         for metrics, (best, tiers) in used.items():
             scores = scores_of(snapshot, rows, best)
             unscored = rows[scores.is_unscored]
-            for series in np.unique(snapshot.series[unscored]).tolist():
-                run = unscored[snapshot.series[unscored] == series]
+            for number in np.unique(snapshot.run[unscored]).tolist():
+                run = unscored[snapshot.run[unscored] == number]
                 found = _names_in(snapshot, run, in_files)
                 facts = (rule.name, tuple(dict.fromkeys(tiers)), metrics, _run_name(snapshot, run), len(run))
                 gaps.append(MetricGap(*facts, found, _likely(metrics, found)))
             without = rows[np.isnan(scores.values) & ~scores.is_unscored & ~snapshot.unread[rows]]
             if len(without):
                 paths = tuple(snapshot.paths[row].as_py() for row in without[:3].tolist())
-                n_runs = len(np.unique(snapshot.series[without]))
+                n_runs = len(np.unique(snapshot.run[without]))
                 unscored_checkpoints.append(UnscoredCheckpoints(rule.name, metrics, len(without), n_runs, paths))
     return tuple(gaps), tuple(unscored_checkpoints)
 

@@ -42,7 +42,7 @@ STANDARD = "STANDARD"  # storage class of S3 objects that name none
 READABLE, ARCHIVED, RESTORING, RESTORED = range(4)
 
 NO_STEP = -1
-NO_SERIES = -1
+NO_RUN = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +65,21 @@ class Snapshot:
     paths: pa.Array  # string or large_string, unique
     kind: NDArray[np.uint8]  # indices of KINDS
     step: NDArray[np.int64]  # training step of a checkpoint, or NO_STEP
-    series: NDArray[np.int32]  # number of the run that a checkpoint belongs to, or NO_SERIES
+    run: NDArray[np.int32]  # number of the run that a checkpoint belongs to, or NO_RUN
     complete: NDArray[np.bool_]  # whether a checkpoint is whole in some tier; True for other groups
-    created_s: NDArray[np.float64]  # when the group was first written, in any tier; a move does not change it
+    # When its newest object was written; the earliest such date of all copies. A move keeps it.
+    created_s: NDArray[np.float64]
     last_use_s: NDArray[np.float64]  # time of the last use; the date of the oldest copy if no use is known
-    uses: NDArray[np.int64]  # number of known uses
-    # Time since which uses are recorded; inf: they are not. For a shard: since its data set is managed by tiers; for
-    # other groups: since the last use through a cache of this machine.
-    uses_recorded_since_s: NDArray[np.float64]
+    uses: NDArray[np.int64]  # number of tracked uses
+    # Time since which uses are tracked; inf: they are not. Of a shard: since its data set is tracked; of other groups:
+    # since the last use through a cache of this machine.
+    uses_tracked_since_s: NDArray[np.float64]
     # Whether a machine that may have used the group has not reported, so that the group does not count as idle.
     unreported: NDArray[np.bool_]
-    in_use: NDArray[np.bool_]  # whether a job is reading the group now
+    in_use: NDArray[np.bool_]  # whether a job reads the shard now; False for other groups, whose readers are not known
     metrics: Mapping[str, NDArray[np.float64]]  # by name; NaN where a checkpoint does not have the metric
-    # Whether a checkpoint has files that may hold metrics, none of which can be read, and was not put where it lies by
-    # the mover.
+    # Whether the metrics of a checkpoint are unknown because no file that may hold them can be read. False for what the
+    # mover moved, which was not among the best while its metrics were readable.
     unread: NDArray[np.bool_]
     tags: Mapping[int, frozenset[str]]  # by group, for groups that have tags
     # From here on, row c is copy c.
@@ -95,7 +96,7 @@ class Snapshot:
     # By copy: a symbolic link that points to the copy or into it from elsewhere, and would dangle without it.
     links: Mapping[int, str]
     # Older copies of names that were written again: groups with a date in the path, and the path of their objects now.
-    misnamed: Mapping[int, str] = field(default_factory=dict)
+    older_names: Mapping[int, str] = field(default_factory=dict)
     # By copy: a symbolic link inside the folder of the copy.
     inner_links: Mapping[int, str] = field(default_factory=dict)
     symlinks: tuple[Symlink, ...] = ()  # links of all local tiers
@@ -175,7 +176,7 @@ class Decisions:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A move of a plan, with names and with every object of the copy in src, those that complete the group last."""
+    """A move of a plan, with names and with every object of the copy in src, completing objects last."""
 
     number: int  # within the plan
     path: str

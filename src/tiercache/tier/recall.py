@@ -13,7 +13,6 @@ any instant: the same command continues, because each step is one of the mover's
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -43,7 +42,7 @@ from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import CapacityLedger, refuse, refuse_unavailable, with_costs
 from tiercache.tier.plan.proposals import propose_move
 from tiercache.tier.plan.selection import Flags, Rows, SnapshotIndex
-from tiercache.tier.restore import RestorePlan, plan_restore
+from tiercache.tier.restore import RestorePlan, command_line, plan_restore
 from tiercache.tier.stores import CLASSES_TO_RESTORE, Stores
 
 if TYPE_CHECKING:
@@ -55,7 +54,6 @@ RULE = "tier get"  # name of the rule in plans and in the journal
 _SHARD_REASON = "shards are read from {home} or through the cache: recall them to {home}, and warm the cache"
 _NOT_WHOLE = "no copy of it is whole: it is being written, or two copies differ: remove or rename one of the two"
 _NOT_RENAMED = "it is an older copy of a name that was written again: `tiercache tier run --once` renames it first"
-_NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +135,10 @@ def plan_recall(
         np.ones(len(elsewhere), np.bool_),
         _SHARD_REASON.format(home=file.home_tier.name),
     )
-    is_misnamed = np.isin(groups, sorted(index.snapshot.misnamed))
-    misnamed = MoveColumns.of(groups[is_misnamed], COPY, _any_source(index, groups[is_misnamed]), dst, 0, "")
-    refuse(misnamed, refused, np.ones(len(misnamed), np.bool_), _NOT_RENAMED)
-    groups, is_shard = groups[~is_misnamed], is_shard[~is_misnamed]
+    is_older = np.isin(groups, sorted(index.snapshot.older_names))
+    older = MoveColumns.of(groups[is_older], COPY, _any_source(index, groups[is_older]), dst, 0, "")
+    refuse(older, refused, np.ones(len(older), np.bool_), _NOT_RENAMED)
+    groups, is_shard = groups[~is_older], is_shard[~is_older]
     here: list[NDArray[np.int64]] = []
     moves, cold = [], []
     for tier, rows in ((home, groups[is_shard & ~np.isin(groups, elsewhere)]), (dst, groups[~is_shard])):
@@ -267,8 +265,6 @@ def hold_groups(stores: Stores, paths: Sequence[str], *, hold_s: float, now_s: f
 
 
 def recall_command(file: RuleFile, paths: Sequence[str], *, to: str | None = None) -> str:
-    """Return the command line that recalls these paths. For very many paths it has the first ones, and a comment."""
-    words = ["tiercache", "tier", "get", *paths[:_NAMED], *([] if to is None else ["--to", to])]
-    words += ["--rules", str(file.path), "--wait"]
-    more = len(paths) - _NAMED
-    return shlex.join(words) + (f"  # and {more} more" if more > 0 else "")
+    """Return the command line that recalls these paths; see command_line()."""
+    target = [] if to is None else ["--to", to]
+    return command_line("tier get", paths, [*target, "--rules", str(file.path), "--wait"])

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from tiercache.errors import NotFound, StoreError
 from tiercache.prices import SPEEDS, Speed
-from tiercache.tier.costs import PROMOTION_DAYS, restore_dollars, restored_home_dollars
+from tiercache.tier.costs import RESTORE_DAYS, restore_dollars, restored_home_dollars
 from tiercache.tier.inventory.layouts import UserLayout, group_keys
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, Action, Kind, Move, Plan, PlannedObject, PlannedTier
 from tiercache.tier.stores import CLASSES_TO_RESTORE, Stores, state_of
@@ -35,7 +35,7 @@ B = TypeVar("B")
 _N_THREADS = 16
 _LONGEST_POLL_S = 60.0
 _SHARD_SUFFIX = ".tcs"
-_NAMED = 20
+_MOST_NAMES = 20  # in a command line
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,7 @@ def _estimate(
         if archive is None or price is None:
             cost = None
         elif days is not None or name == to:
-            cost += float(restore_dollars(archive, price, n_bytes, PROMOTION_DAYS if days is None else days).sum())
+            cost += float(restore_dollars(archive, price, n_bytes, RESTORE_DAYS if days is None else days).sum())
         elif target is None:
             cost = None
         else:
@@ -186,12 +186,23 @@ def _estimate(
 
 
 def _command(file: RuleFile, keys: Sequence[str], speed: Speed, days: int | None) -> str:
-    """Return the command line of the restore. For very many keys it has the first ones, and a comment."""
-    words = ["tiercache", "restore", *keys[:_NAMED], "--rules", str(file.path), "--speed", speed]
-    words += ["--days", str(days)] if days is not None else []
-    words.append("--wait")
-    more = len(keys) - _NAMED
-    return shlex.join(words) + (f"  # and {more} more" if more > 0 else "")
+    """Return the command line of the restore."""
+    options = ["--rules", str(file.path), "--speed", speed]
+    options += ["--days", str(days)] if days is not None else []
+    return command_line("restore", keys, [*options, "--wait"])
+
+
+def command_line(verb: str, names: Sequence[str], options: Sequence[str]) -> str:
+    """Return a command line of tiercache that people can run. Of very many names it has the first ones, and a comment.
+
+    Args:
+        verb: Words after "tiercache".
+        names: Arguments.
+        options: Options, with their values.
+    """
+    more = len(names) - _MOST_NAMES
+    line = shlex.join(["tiercache", *verb.split(), *names[:_MOST_NAMES], *options])
+    return f"{line}  # and {more} more" if more > 0 else line
 
 
 def request_restore(stores: Stores, plan: RestorePlan) -> Counter[RestoreState]:
@@ -203,7 +214,7 @@ def request_restore(stores: Stores, plan: RestorePlan) -> Counter[RestoreState]:
         StoreError: .unable where a store cannot restore at all; otherwise the first error. Requests made before it
             stand: call again.
     """
-    days = PROMOTION_DAYS if plan.days is None else plan.days
+    days = RESTORE_DAYS if plan.days is None else plan.days
 
     def request(one: ArchivedObject) -> RestoreState:
         if one.state == RESTORING:
@@ -276,7 +287,7 @@ def plan_copy_home(
             planned.append(PlannedObject(one.key, one.n_bytes, one.etag, one.modified_s, crc32c))
         action: Action = "reclass" if file.tier(src).url == target.url else "copy"
         reason = f"restored from {src} ({objects[0].storage_class})"
-        moves.append(Move(len(moves), path, kind, action, src, target.name, "restore", reason, tuple(planned)))
+        moves.append(Move(len(moves) + 1, path, kind, action, src, target.name, "restore", reason, tuple(planned)))
     return Plan(secrets.token_hex(8), made_s, str(file.path), file.sha256, tiers, tuple(moves))
 
 

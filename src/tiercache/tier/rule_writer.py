@@ -18,6 +18,7 @@ import numpy as np
 
 from tiercache.errors import StoreError
 from tiercache.model import ObjectInfo, format_bytes
+from tiercache.shard.versions.manifest import VERSIONS_FOLDER
 from tiercache.tier.inventory.datasets import OWN_KEY
 from tiercache.tier.inventory.layouts import DATE, NO_GROUP, UserLayout, group_keys
 from tiercache.tier.inventory.listing import keys_of
@@ -29,7 +30,6 @@ from tiercache.tier.text_columns import match_regex
 if TYPE_CHECKING:
     from tiercache.store import Store
 
-_VERSIONS = "_tiercache/versions/"
 _MOST_RUNS = 20  # runs that the comments of a rule list
 _MIN_STEPS = 100  # highest step of a run from which on a rule keeps one checkpoint for each tenth of it
 _HIGH_IS_GOOD = ("acc", "f1", "auc", "bleu", "rouge", "precision", "recall", "reward", "map", "iou", "psnr", "dice")
@@ -75,7 +75,7 @@ def scan_folder(store: Store) -> FolderScan:
     infos = list(store.list())
     data_sets: dict[str, int] = {}
     for info in infos:
-        folder, found, _ = info.key.rpartition(_VERSIONS)
+        folder, found, _ = info.key.rpartition(VERSIONS_FOLDER)
         if found:
             data_sets.setdefault(folder.rstrip("/"), 0)
     rest: list[ObjectInfo] = []
@@ -122,11 +122,11 @@ def _runs(
             rows[group].append(row)
         elif group != NO_GROUP:
             file_rows.append(row)
-    series: dict[int, list[int]] = defaultdict(list)
+    by_run: dict[int, list[int]] = defaultdict(list)
     for group in rows:
-        series[int(layout.series[group])].append(group)
+        by_run[int(layout.run[group])].append(group)
     runs: dict[str, list[FoundRun]] = defaultdict(list)
-    for groups in series.values():
+    for groups in by_run.values():
         paths = [layout.paths[group].as_py() for group in groups]
         steps = sorted(int(layout.step[group]) for group in groups)
         last = max(groups, key=lambda group: int(layout.step[group]))
@@ -321,7 +321,7 @@ def _data_set_lines(scan: FolderScan, *, archive: str | None) -> list[str]:
         match = f"{literal_glob(top)}/**" if top else "**"
         lines += [f"{comment}[[rules]]", f"{comment}name = {json.dumps(name, ensure_ascii=False)}"]
         lines += [f"{comment}match = {json.dumps(match, ensure_ascii=False)}", f'{comment}kind = "shard"']
-        lines += [f'{comment}idle = "30d"      # not used for this time, counted from the first `tier run --once`']
+        lines += [f'{comment}idle = "30d"      # not used for this time, tracked from the first `tier run --once`']
         lines += [f'{comment}to = "archive"', ""]
     return lines
 

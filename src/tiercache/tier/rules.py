@@ -297,7 +297,7 @@ class Rule(RuleTable):
     idle_s: Seconds | None = Field(default=None, validation_alias="idle")
     age_s: Seconds | None = Field(default=None, validation_alias="age")
     uses_below: int | None = Field(default=None, ge=1, le=MAX_COUNT)
-    # "mtime": use the modification time as the time of the last use of objects whose uses are not recorded.
+    # "mtime": use the modification time as the time of the last use of objects whose uses are not tracked.
     idle_by: Literal["use", "mtime"] = "use"
     even_if_dearer: bool = False  # whether the rule's moves may cost more than they save
     keep: Mapping[str, KeepList] = Field(default_factory=dict)  # keep list of each tier, the fastest tier first
@@ -367,7 +367,7 @@ class RuleFile(RuleTable):
     """A rule file."""
 
     path: Path  # path of the file
-    sha256: str  # SHA-256 of the file's bytes, in hex
+    sha256: str  # SHA-256 of the file's bytes, in hex; "": there is no file, see is_from_file
     tiers: tuple[Tier, ...] = Field(min_length=1)  # tiers, the fastest first
     rules: tuple[Rule, ...] = ()  # rules, in the order of the file; the first that matches an object applies
     pins: tuple[Pin, ...] = ()
@@ -384,6 +384,11 @@ class RuleFile(RuleTable):
         if name not in names:
             raise ValueError(f"{self.path}: no tier is called {name!r}; there are {', '.join(names)}")
         return names.index(name)
+
+    @property
+    def is_from_file(self) -> bool:
+        """Whether it was read from a file. False: it was made for one URL, its only tier, and `path` does not exist."""
+        return bool(self.sha256)
 
     @property
     def layouts(self) -> tuple[UserLayout, ...]:
@@ -413,7 +418,7 @@ _RENAMED = {"tiering.settle": "quiet_period", "tiering.silence": "reader_timeout
 _REMOVED = {
     "rules.promote": "it was removed: delete the line; the local cache keeps copies of what is read from colder tiers",
     "tiering.uncounted": 'it was removed: write idle_by = "mtime" into each rule that may use the modification time'
-    " of objects whose uses are not recorded",
+    " of objects whose uses are not tracked",
     "tiering.small": "it was removed: a move must pay back within max_break_even, which includes minimum sizes;"
     " to allow other moves, write even_if_dearer = true into the rule",
     "tiering.early": "it was removed: a move must pay back within max_break_even, which includes early-deletion fees;"

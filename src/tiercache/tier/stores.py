@@ -195,10 +195,10 @@ class Stores:
     def capacity(self, name: str) -> int | None:
         """Return the capacity of a tier in bytes; None: unlimited. A percentage refers to the disk of a local path."""
         tier = self.file.tier(name)
-        place = ParsedUrl.parse(tier.url)
-        if tier.capacity is None or place.scheme:
+        location = ParsedUrl.parse(tier.url)
+        if tier.capacity is None or location.scheme:
             return tier.capacity_bytes(None)
-        return tier.capacity_bytes(_disk_bytes(place.path))
+        return tier.capacity_bytes(_disk_bytes(location.path))
 
 
 def _s3_classes(tier: Tier, store: Store) -> S3StorageClasses | None:

@@ -41,9 +41,9 @@ def split_keys(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64], pa.Array]:
 def joined_codes(encoded: Sequence[pa.DictionaryArray], kind: pa.DataType) -> tuple[NDArray[np.int64], pa.Array]:
     """Unify dictionary-encoded arrays: return the code of every value, and the distinct values."""
     once = pa.concat_arrays([pa.array([], kind), *(one.dictionary for one in encoded)]).dictionary_encode()
-    place, codes, start = as_numpy(once.indices, np.int64), [np.empty(0, np.int64)], 0
+    position, codes, start = as_numpy(once.indices, np.int64), [np.empty(0, np.int64)], 0
     for one in encoded:
-        codes.append(place[start + as_numpy(one.indices, np.int64)])
+        codes.append(position[start + as_numpy(one.indices, np.int64)])
         start += len(one.dictionary)
     return np.concatenate(codes), once.dictionary
 
@@ -59,10 +59,10 @@ def sort_order(texts: pa.Array) -> NDArray[np.int64]:
 
 
 def inverse(order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the place of each row in an order of all rows."""
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    return place
+    """Return the position of each row in an order of all rows."""
+    position = np.empty(len(order), np.int64)
+    position[order] = np.arange(len(order))
+    return position
 
 
 def take_rows(texts: pa.Array, rows: NDArray[np.int64]) -> pa.Array:

@@ -62,7 +62,7 @@ class LiveShards:
     # Commit time of the first version that names the shard, in seconds since the epoch; NaN: unknown.
     named_s: NDArray[np.float64]
     elsewhere: NDArray[np.bool_]  # whether the placement leads to a URL that is not a tier's
-    uses_recorded_since_s: NDArray[np.float64]  # time since which machines report uses; inf: they do not yet
+    uses_tracked_since_s: NDArray[np.float64]  # time since which machines report uses; inf: they do not yet
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -133,7 +133,7 @@ class _DatasetReader:
             found, table.names, now_s=now_s, reader_timeout_s=self._file.tiering.reader_timeout_s
         )
         # Without the tracking marker, readers do not report: a data set that is read daily must not be archived on the
-        # day of the first rules. A marker without a date comes from an early release: uses have been recorded for long.
+        # day of the first rules. A marker without a date comes from an early release: uses have been tracked for long.
         since_s = (log.tracked_since_s(self._store) or 0.0) if has_tracking_marker else np.inf
         names = pa.concat_arrays([pa.nulls(0, pa.large_string()), *table.names.chunks])
         shards = LiveShards(
@@ -146,7 +146,7 @@ class _DatasetReader:
             unreported=np.full(len(table), used.unreported),
             named_s=named_s,
             elsewhere=self._elsewhere(names) if has_tracking_marker else np.zeros(len(table), np.bool_),
-            uses_recorded_since_s=np.full(len(table), since_s),
+            uses_tracked_since_s=np.full(len(table), since_s),
         )
         return shards, FoundDataset(self._folder, self._tier, len(versions), len(table), is_tracked=has_tracking_marker)
 

@@ -10,12 +10,10 @@ Uncertain objects are left out or marked incomplete, and reported in `facts`.
 
 from __future__ import annotations
 
-import json
 import os
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +23,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.catalog.tiers import read_uses, uses_under
-from tiercache.errors import NotFound, StoreError
 from tiercache.store import LocalFolder
 from tiercache.tier.holds import HOLDS_FOLDER, Hold, read_holds
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
 from tiercache.tier.inventory.layouts import (
-    COMPLETION_MARKER,
+    COMPLETING,
     LACKS,
     NO_GROUP,
     NOTHING,
@@ -39,14 +36,15 @@ from tiercache.tier.inventory.layouts import (
     group_keys,
     undated_path,
 )
-from tiercache.tier.inventory.listing import NO_CRC, Listing, ObjectTable, Progress, list_tiers, release_memory
+from tiercache.tier.inventory.listing import NO_CRC, Listing, ListingProgress, ObjectTable, list_tiers, release_memory
 from tiercache.tier.inventory.metrics import find_metrics
 from tiercache.tier.inventory.rewritten import find_older_copies, with_dated_keys
+from tiercache.tier.inventory.tags import read_own_tags
 from tiercache.tier.model import (
     ARCHIVED,
     CHECKPOINT,
     FILE,
-    NO_SERIES,
+    NO_RUN,
     NO_STEP,
     READABLE,
     RESTORED,
@@ -68,7 +66,6 @@ _HARDER = np.array([0, 3, 2, 1], np.uint8)
 _STATES = np.array([READABLE, RESTORED, RESTORING, ARCHIVED], np.uint8)
 _NEVER_S = -np.inf
 _TIERS = 256  # above every tier number
-_THREADS = 16
 _COPY_COLUMNS = (
     *("group", "tier", "n_objects", "n_bytes", "smallest_bytes"),
     *("modified_s", "storage_class", "state", "whole", "verified"),
@@ -100,8 +97,8 @@ class Copies:
     n_bytes: NDArray[np.int64]
     smallest_bytes: NDArray[np.int64]
     modified_s: NDArray[np.float64]
-    written_s: NDArray[np.float64]  # latest first-write time of its objects, preserved across moves
-    marked_s: NDArray[np.float64]  # time when its newest final object was written; -inf: it has none
+    written_s: NDArray[np.float64]  # when its newest object was written; a move keeps it
+    completing_s: NDArray[np.float64]  # time when its newest completing object was written; -inf: it has none
     rest_s: NDArray[np.float64]  # time when the newest of its other objects was written
     unfinished: NDArray[np.bool_]  # whether it has an object that is still being written
     storage_class: NDArray[np.int16]
@@ -110,7 +107,7 @@ class Copies:
     verified: NDArray[np.bool_]
     catalogued: NDArray[np.bool_]  # whether the catalog has verified each of its objects, whatever other copies are
     start: NDArray[np.int64]  # int64[n + 1], offsets of each copy's objects in the columns below
-    row: NDArray[np.int64]  # row in the listing; by copy, its final object last
+    row: NDArray[np.int64]  # row in the listing; by copy, its completing object last
     crc32c: NDArray[np.int64]  # checksum of each object; NO_CRC where it is unknown
     differing: NDArray[np.int64]  # positions in `row` of objects that have another size or checksum in another tier
 
@@ -150,7 +147,7 @@ def copies_of(listed: Listing, objects: Objects, checksums_of: Callable[[int], p
     n_objects = np.diff(np.append(first, len(row)))
     n_keys = np.bincount(_group_of_each_key(key, group), minlength=int(group.max(initial=-1)) + 1)
     n_bytes, modified_s = listed.n_bytes[row], listed.modified_s[row]
-    is_completion_marker = (objects.rank[key] == COMPLETION_MARKER) & objects.on_top[key]
+    is_completing = (objects.rank[key] == COMPLETING) & objects.on_top[key]
     return Copies(
         group=group[first],
         tier=tier[first],
@@ -159,8 +156,8 @@ def copies_of(listed: Listing, objects: Objects, checksums_of: Callable[[int], p
         smallest_bytes=_reduced(np.minimum, n_bytes, first),
         modified_s=_reduced(np.maximum, modified_s, first),
         written_s=_reduced(np.maximum, np.minimum(modified_s, facts.written_s), first),
-        marked_s=_reduced(np.maximum, np.where(is_completion_marker, modified_s, _NEVER_S), first),
-        rest_s=_reduced(np.maximum, np.where(is_completion_marker, _NEVER_S, modified_s), first),
+        completing_s=_reduced(np.maximum, np.where(is_completing, modified_s, _NEVER_S), first),
+        rest_s=_reduced(np.maximum, np.where(is_completing, _NEVER_S, modified_s), first),
         unfinished=_reduced(np.logical_or, objects.unfinished[key], first),
         storage_class=listed.storage_class[row][_largest(n_bytes, first, n_objects)],
         state=_STATES[_reduced(np.maximum, _HARDER[listed.state[row]], first)],
@@ -222,10 +219,11 @@ class _ObjectFacts:
 def _look_up(
     listed: Listing, row: NDArray[np.int64], at: NDArray[np.int64], checksums: pa.Table
 ) -> Iterator[tuple[NDArray[np.int64], pa.Table, NDArray[np.bool_]]]:
-    """Yield, in parts, objects, the catalog's entry of each, and whether size and ETag are equal.
+    """Yield parts of three columns: objects, their entries in the catalog, and whether the ETags are equal.
 
-    Where they are not, the object is a local file of which only the ctime changed, by chmod, chown or a hard link: its
-    bytes may be others, but the date of its writing is still that of the entry.
+    Of a local file, the third column is False if only the ctime differs, by chmod, chown or a hard link: its bytes may
+    be others, but the date of its writing is still that of the entry. Objects without an entry, or that differ
+    otherwise, are left out.
 
     at: The tier's objects, sorted by key, so that a part is searched in the matching range of the catalog only.
     """
@@ -286,8 +284,8 @@ def _largest(n_bytes: NDArray[np.int64], first: NDArray[np.int64], n_objects: ND
     if not len(first):
         return first
     most = np.repeat(_reduced(np.maximum, n_bytes, first), n_objects)
-    place = np.where(n_bytes == most, np.arange(len(n_bytes)), len(n_bytes))
-    return np.asarray(_reduced(np.minimum, place, first), np.int64)
+    position = np.where(n_bytes == most, np.arange(len(n_bytes)), len(n_bytes))
+    return np.asarray(_reduced(np.minimum, position, first), np.int64)
 
 
 # Number of example names that a fact contains.
@@ -324,8 +322,8 @@ class Inventory:
     def objects_of(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> ObjectTable:
         """Return the objects of many copies as columns: for each group, its copy in the tier at the same index.
 
-        Their crc32c comes from the store, the manifest or the catalog, if it is valid for the current object. Objects
-        that complete a copy come last.
+        Their crc32c comes from the store, the manifest or the catalog, if it is valid for the current object.
+        Completing objects come last.
         """
         listed, copies = self._listed, self._copies
         copy = copies_at(copies.group, copies.tier, groups, tiers)
@@ -342,7 +340,7 @@ def take_inventory(
     catalog: TierCatalog,
     *,
     now_s: float,
-    on_progress: Progress | None = None,
+    on_progress: ListingProgress | None = None,
     may_miss: Collection[str] = (),
 ) -> Inventory:
     """List all tiers and return their content.
@@ -391,8 +389,8 @@ def take_inventory(
         complete=complete,
         metrics=found.columns,
         unread=unread,
-        misnamed=_misnamed(grouped, older.values()),
-        **_own_tags(file, stores, listed, grouped, copies),
+        older_names=_older_names(grouped, older.values()),
+        **read_own_tags(file, stores, listed, grouped, copies),
         held=_held_groups(holds, grouped.paths),
     )
     facts = _facts(listed, grouped, copies, complete, datasets)
@@ -440,11 +438,11 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards, layout
     is_shard = is_shard[index_in(keys.take(pa.array(is_shard)), layout.paths) < 0]
     paths = pa.concat_arrays([layout.paths, keys.take(pa.array(is_shard))]) if len(is_shard) else layout.paths
     order = sort_order(paths)
-    place = inverse(order)
+    position = inverse(order)
     group = np.full(len(keys), NO_GROUP, np.int64)
     in_layout = layout.group != NO_GROUP
-    group[others[in_layout]] = place[layout.group[in_layout]]
-    group[is_shard] = place[len(layout.paths) :]
+    group[others[in_layout]] = position[layout.group[in_layout]]
+    group[is_shard] = position[len(layout.paths) :]
     of = np.where(order < len(layout.paths), order, -1)
     shard_of = np.full(len(order), -1, np.int64)
     shard_of[group[is_shard]] = shard[is_shard]
@@ -475,8 +473,8 @@ def _numbered(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
     """Return the distinct keys, sorted, and the number of each key."""
     encoded = keys.dictionary_encode()
     order = sort_order(encoded.dictionary)
-    place = inverse(order)
-    return take_rows(encoded.dictionary, order), place[np.asarray(encoded.indices.to_numpy(), np.int64)]
+    position = inverse(order)
+    return take_rows(encoded.dictionary, order), position[np.asarray(encoded.indices.to_numpy(), np.int64)]
 
 
 # -- completeness, links, use, and the snapshot ----------------------------------------------------------------------
@@ -485,13 +483,13 @@ def _numbered(keys: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
 def _complete(grouped: Grouped, copies: Copies, *, now_s: float, quiet_period_s: float) -> NDArray[np.bool_]:
     """Return whether each checkpoint is complete in some tier: by its names, and because nobody writes it any more.
 
-    A copy is finished if it was verified (only complete checkpoints are moved), if its final object exists and no other
-    object is newer, or if no object has changed for quiet_period_s.
+    A copy is finished if it was verified (only complete checkpoints are moved), if its completing object exists and no
+    other object is newer, or if no object has changed for quiet_period_s.
     """
     settled = now_s - copies.modified_s >= quiet_period_s
     # The manifest of our own checkpoints is put last; only their tags are written later.
     is_own = grouped.from_layout(grouped.layout.own, otherwise=False)[copies.group]
-    closed = (copies.marked_s > -np.inf) & ((copies.rest_s <= copies.marked_s) | is_own) & ~copies.unfinished
+    closed = (copies.completing_s > -np.inf) & ((copies.rest_s <= copies.completing_s) | is_own) & ~copies.unfinished
     good = copies.whole & (copies.verified | settled | closed)
     complete = np.zeros(len(grouped.kind), np.bool_)
     complete[copies.group[good]] = True
@@ -513,11 +511,11 @@ def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, cop
     inner: dict[int, str] = {}
     found: list[Symlink] = []
     for number, store in folders.items():
-        for link, place in sorted(store.symlinks()):
-            tier = next((other for other, root in roots.items() if place.startswith(root)), None)
+        for link, path in sorted(store.symlinks()):
+            tier = next((other for other, root in roots.items() if path.startswith(root)), None)
             if tier is None:
                 continue
-            target = place.removeprefix(roots[tier])
+            target = path.removeprefix(roots[tier])
             found.append(Symlink(file.tiers[number].name, link, file.tiers[tier].name, target))
             holder = _copy_above(paths, copies, link.rpartition("/")[0], number)
             if holder is not None:
@@ -539,52 +537,11 @@ def _copy_above(paths: pa.Array, copies: Copies, key: str, tier: int) -> int | N
     return None
 
 
-def _misnamed(grouped: Grouped, paths: Collection[str]) -> dict[int, str]:
+def _older_names(grouped: Grouped, paths: Collection[str]) -> dict[int, str]:
     """Return the groups whose objects shall be renamed to these paths, with the path that the objects have now."""
     unique = sorted(set(paths))
     rows = index_in(pa.array(unique, pa.large_string()), grouped.paths).tolist()
     return {row: undated_path(path) for row, path in zip(rows, unique, strict=True) if row >= 0}
-
-
-_TAGS_NAME = "tags.json"
-
-
-def _own_tags(file: RuleFile, stores: Stores, listed: Listing, grouped: Grouped, copies: Copies) -> dict[str, Any]:
-    """Return the tags and the pins in the tags.json of our own checkpoints, of all their copies, by group.
-
-    A file that cannot be read counts as a pin, so that nothing is deleted.
-    """
-    is_own = grouped.from_layout(grouped.layout.own, otherwise=False)
-    at = np.flatnonzero(np.repeat(is_own[copies.group], np.diff(copies.start)))
-    keys = listed.keys.take(pa.array(copies.row[at]))
-    hits = at[match_regex(keys, rf"/{_TAGS_NAME}$")] if len(at) else at
-    copy_of = np.searchsorted(copies.start, hits, side="right") - 1
-
-    def read(hit: int, copy: int) -> tuple[frozenset[str], bool]:
-        key = listed.keys[int(copies.row[hit])].as_py()
-        try:
-            body = json.loads(stores.store(file.tiers[int(copies.tier[copy])].name).get(key))
-            tags, is_pinned = frozenset(map(str, body["tags"])), bool(body["pinned"])
-        except NotFound:  # deleted since it was listed
-            return frozenset(), False
-        except StoreError as error:
-            if error.retryable:
-                raise
-            return frozenset(), True
-        except (ValueError, TypeError, KeyError):
-            return frozenset(), True
-        return tags, is_pinned
-
-    tags: dict[int, frozenset[str]] = {}
-    pinned: set[int] = set()
-    with ThreadPoolExecutor(_THREADS, "tiercache-tags") as pool:
-        for copy, (some, is_pinned) in zip(
-            copy_of.tolist(), pool.map(read, hits.tolist(), copy_of.tolist()), strict=True
-        ):
-            group = int(copies.group[copy])
-            tags[group] = tags.get(group, frozenset()) | some
-            pinned |= {group} if is_pinned else set()
-    return {"tags": {group: some for group, some in tags.items() if some}, "pinned": frozenset(pinned)}
 
 
 def _holds(file: RuleFile, stores: Stores, listed: Listing, own: NDArray[np.bool_], now_s: float) -> Mapping[str, Hold]:
@@ -651,8 +608,8 @@ def _snapshot(
     in_use[of_shard], unreported[of_shard] = grouped.shards.in_use[shard], grouped.shards.unreported[shard]
     last_use_s = np.fmax(last_use_s, log_use_s)
     last_use_s[of_shard] = np.fmax(last_use_s[of_shard], grouped.shards.last_use_s[shard])
-    uses_recorded_since_s = np.where(np.isnan(log_use_s), np.inf, log_use_s)
-    uses_recorded_since_s[of_shard] = grouped.shards.uses_recorded_since_s[shard]
+    uses_tracked_since_s = np.where(np.isnan(log_use_s), np.inf, log_use_s)
+    uses_tracked_since_s[of_shard] = grouped.shards.uses_tracked_since_s[shard]
     return Snapshot(
         now_s=now_s,
         tiers=tuple(tier.name for tier in file.tiers),
@@ -660,11 +617,11 @@ def _snapshot(
         paths=grouped.paths,
         kind=grouped.kind,
         step=grouped.from_layout(grouped.layout.step, NO_STEP),
-        series=grouped.from_layout(grouped.layout.series, NO_SERIES),
+        run=grouped.from_layout(grouped.layout.run, NO_RUN),
         created_s=created_s,
         last_use_s=last_use_s,
         uses=n_uses,
-        uses_recorded_since_s=uses_recorded_since_s,
+        uses_tracked_since_s=uses_tracked_since_s,
         unreported=unreported,
         in_use=in_use,
         **{name: getattr(copies, name) for name in _COPY_COLUMNS},

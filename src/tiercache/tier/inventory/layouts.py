@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.store.posix import TEMP_PREFIX
-from tiercache.tier.model import NO_SERIES, NO_STEP
+from tiercache.tier.model import NO_RUN, NO_STEP
 from tiercache.tier.text_columns import (
     ROWS_AT_A_TIME,
     as_numpy,
@@ -47,8 +47,8 @@ from tiercache.tier.text_columns import (
 
 NO_GROUP = -1
 
-# Copy order of a group's objects: the object that marks it complete comes last.
-MEMBER, INDEX, COMPLETION_MARKER = range(3)
+# Copy order of a group's objects: the completing object, which its writer writes last, comes last.
+MEMBER, INDEX, COMPLETING = range(3)
 
 # What a checkpoint lacks to be complete, judged by names.
 NOTHING, METADATA, TRAINER_STATE, WEIGHTS, SHARDS, END_OF_SAVE, MANIFEST = range(7)
@@ -186,14 +186,14 @@ class KeyGroups:
     paths: pa.Array  # large_string, sorted, unique
     checkpoint: NDArray[np.bool_]  # whether the group is a checkpoint; the other groups are files
     step: NDArray[np.int64]  # NO_STEP for files
-    series: NDArray[np.int32]  # equal for the checkpoints that one run writes under one name; NO_SERIES for files
+    run: NDArray[np.int32]  # equal for the checkpoints that one run writes under one name; NO_RUN for files
     own: NDArray[np.bool_]  # whether the group is one of our own checkpoints (checkpoint/layout.py)
     written_s: NDArray[np.float64]  # time of writing in the name of a checkpoint, in seconds since the epoch; or NaN
     lacks: NDArray[np.uint8]  # indices of LACKS
-    marked: NDArray[np.bool_]  # whether the group has an object that its writer writes last
+    has_completing: NDArray[np.bool_]  # whether the group has a completing object
     # Columns of keys.
     group: NDArray[np.int32]  # NO_GROUP for unfinished objects and for names that are not valid keys
-    rank: NDArray[np.uint8]  # MEMBER, INDEX or COMPLETION_MARKER
+    rank: NDArray[np.uint8]  # MEMBER, INDEX or COMPLETING
     unfinished: NDArray[np.bool_]  # by the name
     shared: NDArray[np.bool_]  # whether the object is a tensor that our own checkpoints share; it is in no group
     on_top: NDArray[np.bool_]  # whether the object lies directly in the folder of its group
@@ -212,17 +212,17 @@ def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
     shared &= row < 0
     no_key = match_regex(keys, _NO_KEY) | shared
     rest = np.flatnonzero((row < 0) & ~unfinished & ~no_key)
-    group, paths, place = _numbered(keys, row, in_folders["path"], rest, no_key)
+    group, paths, position = _numbered(keys, row, in_folders["path"], rest, no_key)
     in_files, file_rows = _checkpoint_files(folders, folder, names, rest, [one for one in layouts if not one.is_folder])
     # Folders come last and overwrite: a file and a folder with one name count as the folder.
-    used = np.flatnonzero(place[: len(in_folders)] >= 0)
-    of_group = place[np.concatenate([len(in_folders) + file_rows, used])]
+    used = np.flatnonzero(position[: len(in_folders)] >= 0)
+    of_group = position[np.concatenate([len(in_folders) + file_rows, used])]
     checkpoints = pa.concat_tables([in_files, in_folders.drop_columns(["path"]).take(pa.array(used))])
-    step, series = np.full(len(paths), NO_STEP, np.int64), np.full(len(paths), NO_SERIES, np.int32)
+    step, run = np.full(len(paths), NO_STEP, np.int64), np.full(len(paths), NO_RUN, np.int32)
     step[of_group] = as_numpy(checkpoints["step"], np.int64)
-    series[of_group] = joined_codes(checkpoints["series"].chunks, pa.large_string())[0]
-    checkpoint = series != NO_SERIES
-    series[checkpoint] = _in_order(series[checkpoint])
+    run[of_group] = joined_codes(checkpoints["run"].chunks, pa.large_string())[0]
+    checkpoint = run != NO_RUN
+    run[checkpoint] = _in_order(run[checkpoint])
     on_top = _on_top(folders, folder, paths, group)
     is_own = match_regex(paths, _OWN) & checkpoint
     members = _Members(names, folder, group, len(folders), checkpoint, is_own, on_top)
@@ -232,11 +232,11 @@ def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
         paths=paths,
         checkpoint=checkpoint,
         step=step,
-        series=series,
+        run=run,
         own=is_own,
         written_s=written_s,
-        lacks=np.where(checkpoint, _lacking(members, series), NOTHING).astype(np.uint8),
-        marked=checkpoint & members.groups_with(members.marks()),
+        lacks=np.where(checkpoint, _lacking(members, run), NOTHING).astype(np.uint8),
+        has_completing=checkpoint & members.groups_with(members.are_completing()),
         group=group,
         rank=members.ranks(),
         unfinished=unfinished,
@@ -248,13 +248,13 @@ def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
 _NAME_PARTS = ("parent", "prefix", "word", "rest", "suffix")
-_STEP_AND_SERIES = pa.schema([("step", pa.int64()), ("series", pa.dictionary(pa.int32(), pa.large_string()))])
+_STEP_AND_RUN = pa.schema([("step", pa.int64()), ("run", pa.dictionary(pa.int32(), pa.large_string()))])
 
 
 def _checkpoint_folders(
     folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, layouts: Sequence[UserLayout]
 ) -> tuple[pa.Table, NDArray[np.int64]]:
-    """Return step, series and path of the checkpoints that are folders, and the row of each folder; -1: none."""
+    """Return step, run and path of the checkpoints that are folders, and the row of each folder; -1: none."""
     parts = pc.extract_regex(folders, _IN_FOLDER)
     # A temporary folder is still being written; the writer renames it at the end.
     is_finished = ~match_regex(folders, _TEMPORARY)
@@ -284,14 +284,14 @@ def _checkpoint_folders(
     return table.combine_chunks(), row
 
 
-_STEP_SERIES_PATH = pa.schema([*_STEP_AND_SERIES, ("path", pa.large_string())])
+_STEP_RUN_PATH = pa.schema([*_STEP_AND_RUN, ("path", pa.large_string())])
 
 
 def _user_folders(
     folders: pa.Array, rows: NDArray[np.int64], layouts: Sequence[UserLayout]
 ) -> tuple[NDArray[np.int64], pa.Table]:
-    """Return the folders in or below checkpoints of users' layouts, and step, series and path of the checkpoint."""
-    found, tables = [np.empty(0, np.int64)], [_STEP_SERIES_PATH.empty_table()]
+    """Return the folders in or below checkpoints of users' layouts, and step, run and path of the checkpoint."""
+    found, tables = [np.empty(0, np.int64)], [_STEP_RUN_PATH.empty_table()]
     for layout in layouts:
         pattern = rf"^(?P<parent>(?:[^/]+/)*?)(?P<name>{layout_pattern(layout.pattern[:-1])})/"
         here = rows[match_regex(folders.take(pa.array(rows)), pattern)]
@@ -306,12 +306,12 @@ def _user_folders(
 
 
 def _of_user(parts: pa.StructArray, parent: pa.Array, layout: UserLayout) -> pa.Table:
-    """Return step and series of checkpoints of a user's layout. parts: Groups of layout_pattern()."""
+    """Return step and run of checkpoints of a user's layout. parts: Groups of layout_pattern()."""
     step = pc.struct_field(parts, "number").cast(pa.int64())
     pattern = pa.array([layout.pattern] * len(parts), pa.large_string())
     tail = pc.replace_substring_regex(pc.struct_field(parts, "tail"), DATE, "")
-    series = _joined([parent, pc.struct_field(parts, "head"), tail, pattern], "\n")
-    return pa.Table.from_arrays([step, series.dictionary_encode()], schema=_STEP_AND_SERIES)
+    run = _joined([parent, pc.struct_field(parts, "head"), tail, pattern], "\n")
+    return pa.Table.from_arrays([step, run.dictionary_encode()], schema=_STEP_AND_RUN)
 
 
 def _number_folders(
@@ -355,8 +355,8 @@ def _checkpoint_files(
     rest: NDArray[np.int64],
     layouts: Sequence[UserLayout],
 ) -> tuple[pa.Table, NDArray[np.int64]]:
-    """Return step and series of the keys in `rest` that are a checkpoint each, and their positions in `rest`."""
-    tables, rows = [_STEP_AND_SERIES.empty_table()], [np.empty(0, np.int64)]
+    """Return step and run of the keys in `rest` that are a checkpoint each, and their positions in `rest`."""
+    tables, rows = [_STEP_AND_RUN.empty_table()], [np.empty(0, np.int64)]
     for start in range(0, len(rest), ROWS_AT_A_TIME):
         some = rest[start : start + ROWS_AT_A_TIME]
         is_free = np.ones(len(some), np.bool_)
@@ -379,9 +379,9 @@ def _checkpoint_files(
 
 
 def _step_and_series(columns: dict[str, pa.Array]) -> pa.Table:
-    """Return step and series of checkpoints from the parts of their names: _NAME_PARTS and number.
+    """Return step and run of checkpoints from the parts of their names: _NAME_PARTS and number.
 
-    A step in the rest of the name has precedence over an epoch before it. The series is the part of the name that is
+    A step in the rest of the name has precedence over an epoch before it. The run is the part of the name that is
     equal for all checkpoints of a run.
     """
     rest, word = columns["rest"], pc.utf8_lower(columns["word"])
@@ -390,8 +390,8 @@ def _step_and_series(columns: dict[str, pa.Array]) -> pa.Table:
     step = pc.if_else(is_better, pc.struct_field(inner, "number"), columns["number"]).cast(pa.int64())
     word = pc.if_else(is_better, pc.utf8_lower(pc.struct_field(inner, "word")), word)
     prefix, rest = (pc.replace_substring_regex(part, _VARYING, "") for part in (columns["prefix"], rest))
-    series = _joined([columns["parent"], prefix, word, rest, columns["suffix"]], "\n")
-    return pa.Table.from_arrays([step, series.dictionary_encode()], schema=_STEP_AND_SERIES)
+    run = _joined([columns["parent"], prefix, word, rest, columns["suffix"]], "\n")
+    return pa.Table.from_arrays([step, run.dictionary_encode()], schema=_STEP_AND_RUN)
 
 
 def _in_order(codes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -420,16 +420,16 @@ def _numbered(
     paths = pa.concat_arrays([of_folders.take(pa.array(used)), paths]) if len(used) else paths
     order = sort_order(paths)
     of_path = inverse(order)
-    place = np.full(n_folders + len(rest), -1, np.int64)
-    place[used] = of_path[: len(used)]
-    place[n_folders + alone] = of_path[len(used) :]
+    position = np.full(n_folders + len(rest), -1, np.int64)
+    position[used] = of_path[: len(used)]
+    position[n_folders + alone] = of_path[len(used) :]
     named = np.flatnonzero(same >= 0)
-    place[n_folders + to_folder] = place[same[to_folder]]
-    place[same[named]] = place[n_folders + named]
+    position[n_folders + to_folder] = position[same[to_folder]]
+    position[same[named]] = position[n_folders + named]
     group = np.full(len(keys), NO_GROUP, np.int32)
-    group[inside] = place[row[inside]]
-    group[rest] = place[n_folders:]
-    return group, take_rows(paths, order), place
+    group[inside] = position[row[inside]]
+    group[rest] = position[n_folders:]
+    return group, take_rows(paths, order), position
 
 
 def _on_top(
@@ -499,16 +499,16 @@ class _Members:
         has[self.folder[members]] = True
         return has
 
-    def marks(self) -> NDArray[np.bool_]:
-        """Return the objects that a writer writes last; bool[n_keys]."""
+    def are_completing(self) -> NDArray[np.bool_]:
+        """Return whether each object is a completing one, which a writer writes last; bool[n_keys]."""
         of_others = self.metadata | self.trainer_state
         of_others[self._is_in] &= ~self.is_own[self.group[self._is_in]]
         return of_others | self.manifest
 
     def ranks(self) -> NDArray[np.uint8]:
-        """Return MEMBER, INDEX or COMPLETION_MARKER for each key; uint8[n_keys]."""
+        """Return MEMBER, INDEX or COMPLETING for each key; uint8[n_keys]."""
         rank = np.where(match_regex(self.names, _INDEX) & self._is_in, INDEX, MEMBER).astype(np.uint8)
-        rank[self.marks()] = COMPLETION_MARKER
+        rank[self.are_completing()] = COMPLETING
         return rank
 
     def count_wrong(self) -> NDArray[np.bool_]:
@@ -524,14 +524,14 @@ class _Members:
         return wrong
 
 
-def _lacking(members: _Members, series: NDArray[np.int32]) -> NDArray[np.uint8]:
+def _lacking(members: _Members, run: NDArray[np.int32]) -> NDArray[np.uint8]:
     """Return what each group lacks, as indices of LACKS; meaningless for files."""
-    lacks = np.full(len(series), NOTHING, np.uint8)
+    lacks = np.full(len(run), NOTHING, np.uint8)
     weights = members.named(_WEIGHTS) & ~members.named(_NO_WEIGHTS)
     # Either of two files in any checkpoint of the run identifies Trainer: other libraries write checkpoint-N too.
     trainer = members.groups_with(members.trainer_state)
-    trainers = np.unique(series[trainer | members.groups_with(members.named(r"^training_args\.bin$"))])
-    is_trainer = np.isin(series, trainers[trainers != NO_SERIES])
+    trainers = np.unique(run[trainer | members.groups_with(members.named(r"^training_args\.bin$"))])
+    is_trainer = np.isin(run, trainers[trainers != NO_RUN])
     lacks[members.count_wrong()] = SHARDS
     # A lone .metadata, whose .distcp files were deleted by hand, must not count as the newest complete checkpoint.
     lacks[members.groups_with(members.metadata & ~members.beside(weights)[members.folder])] = WEIGHTS

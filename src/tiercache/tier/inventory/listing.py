@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tiercache.tier.stores import Stores
 
 # Callback (tier, number of its objects listed so far), called from several threads.
-Progress: TypeAlias = Callable[[str, int], None]
+ListingProgress: TypeAlias = Callable[[str, int], None]
 
 NO_CRC = -1
 # Rows that are Python objects at a time, few enough for the processor's cache: 16,384 took 1.5 times as long.
@@ -66,7 +66,7 @@ def list_tiers(
     stores: Stores,
     *,
     now_s: float,
-    on_progress: Progress | None = None,
+    on_progress: ListingProgress | None = None,
     may_miss: Collection[str] = (),
 ) -> Listing:
     """List all tiers; tiers with the same URL share one listing, which one thread makes.

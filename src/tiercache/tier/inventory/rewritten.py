@@ -82,10 +82,10 @@ def _candidates(grouped: Grouped, copies: Copies) -> NDArray[np.int64]:
 def _is_being_written(copies: Copies, copy: int, newest: int) -> bool:
     """Return whether the newest copy is not complete yet.
 
-    It has an object that is still being written, or lacks the object that is written last, which the older copy has.
+    It has an object that is still being written, or lacks the completing object, which the older copy has.
     """
-    has_last = copies.marked_s > -np.inf
-    return bool(copies.unfinished[newest]) or (bool(has_last[copy]) and not has_last[newest])
+    has_completing = copies.completing_s > -np.inf
+    return bool(copies.unfinished[newest]) or (bool(has_completing[copy]) and not has_completing[newest])
 
 
 def _is_older(listed: Listing, copies: Copies, copy: int, newest: int) -> bool:

@@ -3,7 +3,8 @@
 ``mover`` is the entry (open_mover, run_once); ``executor`` takes the moves of a plan up to their grace period;
 ``deletions`` makes the deletions that wait; ``checks`` compares objects with the plan and the catalog;
 ``placement_updates`` tells readers; ``transfer`` moves bytes; ``lock`` admits one process; ``hand_copies`` recognises
-copies that nobody here made; ``recalls`` finishes what a killed `tiercache tier get` has left.
+copies that nobody here made; ``recalls`` finishes what a killed `tiercache tier get` has left; ``renames`` frees names
+that were written again; ``links`` lets symbolic links follow copies; ``removal`` deletes checkpoints that a user names.
 
 A move from src to dst has these steps. Each step is journaled before the next one, and each is harmless when repeated.
 PlanExecutor._run_batch() calls steps 1 to 7, and DeferredDeletions._run_batch() steps 8 to 10, for a batch of moves::
@@ -12,7 +13,7 @@ PlanExecutor._run_batch() calls steps 1 to 7, and DeferredDeletions._run_batch()
                  (_check_sources, _check_pins, _hold_hand_copies)
     2. begin     the journal records the move and the expected state of every object, and cancels earlier moves of the
                  path (_begin)
-    3. copy      copies the objects that dst lacks, and last the one that makes the group complete; verifies each copy
+    3. copy      copies the objects that dst lacks, the completing object last; verifies each copy
                  (_make, CopyMaker.copy)
     4. record    the catalog of this machine records the verified copies in src and dst, by size, ETag and CRC-32C
                  (CopyMaker.copy)
@@ -23,8 +24,8 @@ PlanExecutor._run_batch() calls steps 1 to 7, and DeferredDeletions._run_batch()
     8. re-check  dst is complete and as it was verified; src is as it was copied; nobody reads src; no pin
                  protects it; the placement leads to dst; src and dst are two locations; files in dst are read from disk
                  (_check, _postpone_overlaps, _read_back, _check_pins)
-    9. drop      checks src, dst and the pins once more; deletes from src, first the object that makes the group
-                 complete, then the rest (_carry_out)
+    9. drop      checks src, dst and the pins once more; deletes from src, first the completing object, then the
+                 rest (_carry_out)
     10. done     the journal and the catalog record that everything is over (_end)
 
 What can happen between two steps:
@@ -33,8 +34,8 @@ What can happen between two steps:
          path in another plan replaces the row.
     3-4  The process is killed: copies exist that the catalog does not know. They are compared with src, and are not
          copied again.
-    3-7  The process is killed after a lost copy was made again: the row was reset before the catalog knew the new copy,
-         so the grace period starts again.
+    3-7  A copy in dst was lost, and is made again: _begin_anew resets the row first, so a kill at any point starts the
+         grace period again.
     4-5  src is replaced: step 5 sees another ETag and stops. The copy in dst stays, verified as what it is. A later
          move from src overwrites it only while it is as it was made, and only if the group consists of that one object.
     5-6  src is replaced in this instant: readers are led to the old object. Step 8 notices and reverts the placement.

@@ -3,8 +3,8 @@
 A check tells whether an object is still the planned one, or a copy still the verified one. No check writes the journal,
 or changes objects of users. Three of them write: ensure_tier_marker() creates a mount marker, probe_shared_location()
 puts an object and deletes it again, and unconfirmed_reason() records a new ETag in the catalog. A function whose name
-ends in `_reason` returns "" if everything is as expected, otherwise a text for people that says what was expected and
-what was found.
+ends in `_reason`, and each of the first two of these three, returns "" if everything is as expected, otherwise a text
+for people that says what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ class MoveContext:
         at = f"{self.stores.store(tier).url}/{key}"
         if info is None:
             return f"{at}: expected a verified copy, found none"
-        if entry is None or entry.is_intended or not entry.verified:
+        if entry is None or not entry.is_verified:
             return f"{at}: expected a verified copy, found one that nobody has verified"
         if info.n_bytes != entry.n_bytes:
             return f"{at}: expected the {entry.n_bytes} bytes that were verified, found {info.n_bytes}"
@@ -275,7 +275,7 @@ class MoveContext:
         if not rows:
             return {}
         try:
-            file = load_rule_file(self.file.path) if self.file.sha256 else self.file  # "": there was no rule file
+            file = load_rule_file(self.file.path) if self.file.is_from_file else self.file
         except ValueError as error:
             raise TierCacheError(f"expected to read the pins anew, found no rule file: {error}") from error
         both = (*file.pins, *(pin for pin in self.file.pins if pin not in file.pins))

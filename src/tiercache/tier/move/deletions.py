@@ -1,9 +1,11 @@
 """Deferred deletions: drops, deletions of last copies, class changes that end readability, after their grace period.
 
-The tiers are listed and planned once more (DeletionFacts), whatever an earlier plan said. Every condition is checked
-again, directly before the deletion; the package's docstring gives the reasons. A deletion whose conditions no longer
-hold is cancelled if the objects or rules have changed, and its redirect is reverted; or it keeps waiting if the reason
-may pass.
+In names and texts here, "deletion" covers all three.
+
+What depends on the state of all tiers comes from a listing and a plan that are at most 10 minutes old (DeletionFacts):
+those of this run, or new ones. All else is checked again directly before the deletion; the package's docstring gives
+the reasons. A deletion whose conditions no longer hold is cancelled if the objects or rules have changed, and its
+redirect is reverted; or it keeps waiting if the reason may pass.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ import pyarrow as pa
 from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError, TierCacheError
-from tiercache.prices import prices_if_known
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.model import CHECKPOINT, DELETE, DROP, MOVE, READABLE, RECLASS, SHARD
@@ -37,7 +38,7 @@ from tiercache.tier.move.checks import (
 from tiercache.tier.move.executor import change_classes
 from tiercache.tier.move.links import carry_links, remove_inner_links
 from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
-from tiercache.tier.plan.policy import decide
+from tiercache.tier.plan.policy import decide_now
 from tiercache.tier.plan.selection import find_newest
 from tiercache.tier.stores import deletion_block_reason, unavailable_tiers
 from tiercache.waiting import SYSTEM_CLOCK
@@ -78,17 +79,13 @@ class DeletionFacts:
 def take_deletion_facts(file: RuleFile, stores: Stores, catalog: TierCatalog, now_s: float) -> DeletionFacts:
     """List all tiers and plan once more. Raises as take_inventory()."""
     snapshot = take_inventory(file, stores, catalog, now_s=now_s).snapshot
-    prices = [prices_if_known(tier) for tier in file.tiers]
-    capacity = [stores.capacity(tier.name) for tier in file.tiers]
-    unavailable = unavailable_tiers(file, stores, catalog)
-    decisions = decide(snapshot, file, prices, capacity_bytes=capacity, unavailable=unavailable)
-    return deletion_facts_of(snapshot, decisions)
+    return deletion_facts_of(snapshot, decide_now(snapshot, file, stores, catalog)[0])
 
 
 def deletion_facts_of(snapshot: Snapshot, decisions: Decisions) -> DeletionFacts:
     """Return what deletions need to know of a snapshot and of the decisions on it."""
     tiers = snapshot.tiers
-    is_used = np.isfinite(snapshot.uses_recorded_since_s) & (snapshot.kind != SHARD)
+    is_used = np.isfinite(snapshot.uses_tracked_since_s) & (snapshot.kind != SHARD)
     moves = decisions.moves
     takes, deletes = np.isin(moves.action, (MOVE, DROP, RECLASS)), moves.action == DELETE
     return DeletionFacts(
@@ -135,7 +132,7 @@ _FACTS_MAX_AGE_S = 600.0
 
 @dataclass(slots=True)
 class DueDeletion:
-    """A move whose grace period is over.
+    """A move whose grace period is over: something is deleted, or gets a class that ends its readability.
 
     Attributes:
         verdict: Decision of the checks so far, and `reason`: why.
@@ -259,7 +256,7 @@ class DeferredDeletions:
 
     def _check(self, due: Sequence[DueDeletion], facts: DeletionFacts) -> None:
         for deletion in due:
-            deletion.set_verdict("cancel", self._misnamed_reason(deletion.row))
+            deletion.set_verdict("cancel", self._changed_tiers_reason(deletion.row))
         due = [deletion for deletion in due if deletion.verdict == "go"]
         pinned = self._pin_reasons(due)
         heads = self._context.heads(
@@ -297,10 +294,10 @@ class DeferredDeletions:
         for deletion in due:
             deletion.set_verdict("cancel", pinned.get((deletion.row.plan, deletion.row.number), ""))
 
-    def _misnamed_reason(self, row: JournalRow) -> str:
+    def _changed_tiers_reason(self, row: JournalRow) -> str:
         """Return why the rule file no longer has the tiers of a move; "" if it has."""
         urls = {tier.name: tier.url for tier in self._file.tiers}
-        for name, url in ((row.src, row.src_place), (row.dst, row.dst_place)):
+        for name, url in ((row.src, row.src_url), (row.dst, row.dst_url)):
             if name and urls.get(name) != url:
                 return f"expected tier {name!r} at {url}, found {urls.get(name, 'no such tier')} in the rule file"
         gone = {obj.tier for obj in row.objects if obj.tier} - urls.keys()
@@ -361,7 +358,7 @@ class DeferredDeletions:
             deletion.present.append((tier, obj))
             changed = changed or context.change_reason(tier, info, obj)
         if row.action == "reclass" and not deletion.is_whole:
-            changed = changed or f"{row.src_place}/{row.path}: expected {len(row.objects)} objects, some are missing"
+            changed = changed or f"{row.src_url}/{row.path}: expected {len(row.objects)} objects, some are missing"
         for tier in sorted(set(where_of.values())):
             changed = changed or context.extra_object_reason(tier, row.path, [obj.key for obj in row.objects])
         return changed or (self._new_copy_reason(row, heads) if row.action == "delete" else "")
@@ -389,10 +386,10 @@ class DeferredDeletions:
         copies = heads.infos(row.dst, row)
         if row.action != "reclass":
             deletion.set_verdict("cancel", context.unconfirmed_move_reason(row, copies))
-            if since_s := context.lock.doomed_copies.get((row.dst_place, row.path)):
+            if since_s := context.lock.doomed_copies.get((row.dst_url, row.path)):
                 deletion.set_verdict(
                     "wait",
-                    f"{row.dst_place}/{row.path}: another process lost the tier lock {self._now_s - since_s:.0f} s ago "
+                    f"{row.dst_url}/{row.path}: another process lost the tier lock {self._now_s - since_s:.0f} s ago "
                     f"and may still delete this copy: it is not relied on for a week",
                 )
             if deletion.verdict == "go" and not deletion.present:
@@ -406,7 +403,7 @@ class DeferredDeletions:
             )
         if deletion.verdict == "go":
             at_home = self._placements.copies_at_home(row, heads)
-            deletion.set_verdict("cancel", self._placements.unredirected_reason(row, at_home))
+            deletion.set_verdict("cancel", self._placements.stale_placement_reason(row, at_home))
 
     def _postpone_overlaps(self, due: Sequence[DueDeletion]) -> None:
         """Postpone a deletion if its source proves another deletion of the batch, or the reverse, for any paths.
@@ -560,12 +557,11 @@ class DeferredDeletions:
         crash_point("tier_drop.unplaced")
 
     def _drop(self, due: Sequence[DueDeletion]) -> None:
-        """Delete the objects that make groups complete, so that no partial group looks complete; then all others."""
+        """Delete the completing objects first, so that no partial group looks complete; then all others."""
         first: list[tuple[DueDeletion, str, PlannedObject]] = []
         rest: list[tuple[DueDeletion, str, PlannedObject]] = []
         for deletion in due:
-            # By tier: the object that makes the group complete may exist in one of several tiers, and only there comes
-            # last.
+            # By tier: the completing object may exist in one of several tiers, and only there comes last.
             last = {obj.tier: obj.key for obj in deletion.row.objects} if len(deletion.row.objects) > 1 else {}
             for tier, obj in deletion.present:
                 (first if obj.key == last.get(obj.tier) else rest).append((deletion, tier, obj))

@@ -7,7 +7,7 @@ or that came from another tier, is never overwritten::
     1. hot has v1 of a key, and home has v2. 2. v1 is copied to the archive, and dropped from hot.
     3. v2 is copied to the archive, and overwrites the last copy of v1.
 
-The last object of a group makes the group complete. It is copied when all the others are there, so that an incomplete
+The last object of a group is its completing object. It is copied when all the others are there, so that an incomplete
 copy never looks complete.
 """
 
@@ -125,7 +125,7 @@ class CopyMaker:
         objects = [(job.row, obj) for job in jobs for obj in job.row.objects]
         heads = self._context.heads((row.dst, obj.key) for row, obj in objects)
         self._context.catalog.record(
-            (row.dst, obj.key, CatalogEntry(obj.n_bytes, None, None, row.src_place))
+            (row.dst, obj.key, CatalogEntry(obj.n_bytes, None, None, row.src_url))
             for row, obj in objects
             if heads.is_absent(row.dst, obj.key)
         )
@@ -206,7 +206,7 @@ class CopyMaker:
             if any(context.stores.same_url(tier.name, other) for other in (job.row.src, dst)):
                 continue
             entry = context.catalog.entries(tier.name, [obj.key]).get(obj.key)
-            if entry is None or not entry.verified or (entry.n_bytes, entry.crc32c) != (obj.n_bytes, obj.crc32c):
+            if entry is None or not entry.is_verified or (entry.n_bytes, entry.crc32c) != (obj.n_bytes, obj.crc32c):
                 continue
             equal = obj._replace(etag=entry.etag, modified_s=None)
             with suppress(StoreError):  # the error to report is the one of src
@@ -249,15 +249,15 @@ class CopyMaker:
             found = context.checksum_of(dst, info, entry)
             # For an object that cannot be read, the checksum that the store reports is all there is.
             if expected == (info.crc32c if found is None else found):
-                same = entry if entry is not None and entry.verified and matches_entry(info, entry) else None
+                same = entry if entry is not None and entry.is_verified and matches_entry(info, entry) else None
                 came_from, first_s = ("", None) if same is None else (same.made_from, same.written_s)
                 copy = CatalogEntry(info.n_bytes, info.etag, expected, came_from, first_s)
                 return self._found(job, obj, copy, is_new=same is None)
-        if entry is not None and entry.made_from == job.row.src_place:
+        if entry is not None and entry.made_from == job.row.src_url:
             is_size = entry.n_bytes == info.n_bytes == obj.n_bytes
             if entry.is_intended and is_size and is_cold:  # a readable object was compared above
                 if _is_by_etag(info, obj):
-                    copy = CatalogEntry(info.n_bytes, info.etag, None, job.row.src_place)
+                    copy = CatalogEntry(info.n_bytes, info.etag, None, job.row.src_url)
                     return self._found(job, obj, copy, is_new=True)
                 if self._may_make_again(job, obj, info):
                     return False
@@ -490,8 +490,8 @@ class PlanExecutor:
             action=move.action,
             src=move.src,
             dst=move.dst or "",
-            src_place=self._file.tier(move.src).url,
-            dst_place="" if move.dst is None else self._file.tier(move.dst).url,
+            src_url=self._file.tier(move.src).url,
+            dst_url="" if move.dst is None else self._file.tier(move.dst).url,
             home=self._file.home_tier.url,
             rules=self._file.sha256,
             rule=move.rule,
@@ -545,7 +545,7 @@ class PlanExecutor:
         for obj in row.objects:
             info = found[obj.key]
             if info is None:
-                job.stop(f"{row.src_place}/{obj.key}: expected {obj.n_bytes} bytes, found nothing")
+                job.stop(f"{row.src_url}/{obj.key}: expected {obj.n_bytes} bytes, found nothing")
                 return
             # An earlier attempt may have changed the class already, and the ETag with it.
             is_made = row.action == "reclass" and context.has_class(row.dst, info) and info.n_bytes == obj.n_bytes
@@ -585,7 +585,7 @@ class PlanExecutor:
         if not objects:
             job.is_finished = True
         elif not any(obj.tier == row.src for obj in objects):
-            job.stop(f"{row.src_place}/{row.path}: expected the copy that was planned, found none")
+            job.stop(f"{row.src_url}/{row.path}: expected the copy that was planned, found none")
         job.row = replace(row, objects=tuple(objects) or row.objects)
 
     def _check_pins(self, jobs: Sequence[MoveJob]) -> None:
@@ -654,7 +654,7 @@ class PlanExecutor:
         heads = self._context.heads(
             (tier, obj.key)
             for job in jobs
-            for tier in self._placements.tiers_to_query(job.row)
+            for tier in self._placements.deciding_tiers(job.row)
             for obj in job.row.objects
         )
         changes: list[tuple[MoveJob, str, RowChanges]] = []
@@ -715,6 +715,6 @@ def _is_same_deletion(old: JournalRow, new: JournalRow) -> bool:
     """Return whether two moves wait for the same deletion (or end of readability) of the same objects."""
     drops = ("move", "drop")
     same_action = old.action == new.action or (old.action in drops and new.action in drops)
-    same_urls = (old.src_place, old.dst_place, old.src, old.dst) == (new.src_place, new.dst_place, new.src, new.dst)
+    same_urls = (old.src_url, old.dst_url, old.src, old.dst) == (new.src_url, new.dst_url, new.src, new.dst)
     facts = [sorted((obj.tier, obj.key, obj.n_bytes, obj.etag or "") for obj in row.objects) for row in (old, new)]
     return old.since_s > 0 and new.action != "copy" and same_action and same_urls and facts[0] == facts[1]

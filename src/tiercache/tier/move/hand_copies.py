@@ -90,7 +90,7 @@ def _compare(
     verified = context.catalog.entries(other, [obj.key for obj in objects])
     if context.stores.same_url(other, tier) or len(verified) < len(objects):
         return None
-    if not all(entry.verified and not entry.is_intended for entry in verified.values()):
+    if not all(entry.is_verified for entry in verified.values()):
         return None
     infos = context.heads((name, obj.key) for name in (tier, other) for obj in objects)
     found = {}

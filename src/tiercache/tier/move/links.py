@@ -45,10 +45,10 @@ def carry_links(stores: Stores, path: str, src: str, dst: str, symlinks: Sequenc
         is_inner = link.tier == src and link.key.startswith(f"{path}/")
         if not isinstance(folder, LocalFolder) or not (is_target or is_inner):
             continue
-        before = _place(stores, link.target_tier, link.target)
+        before = _path_of(stores, link.target_tier, link.target)
         if folder.link_target(link.key) != before:
             continue
-        after = _place(stores, dst, link.target) if is_target else before
+        after = _path_of(stores, dst, link.target) if is_target else before
         if is_inner:
             target.put_link(link.key, _text(target, link.key, after))
         else:
@@ -65,16 +65,16 @@ def remove_inner_links(stores: Stores, path: str, src: str, symlinks: Sequence[S
                     source.remove_link(link.key)
 
 
-def _place(stores: Stores, tier: str, key: str) -> str:
+def _path_of(stores: Stores, tier: str, key: str) -> str:
     store = stores.store(tier)
     if not isinstance(store, LocalFolder):
         raise StoreError("a link leads to a local folder, which this tier is not", url=store.url)
     return os.path.join(os.path.realpath(store.root), key)  # noqa: PTH118 - compared with realpath
 
 
-def _text(folder: LocalFolder, key: str, place: str) -> str:
+def _text(folder: LocalFolder, key: str, path: str) -> str:
     """Return the text of a link: relative if the target lies below the same root."""
     root = os.path.realpath(folder.root)
-    if place.startswith(f"{root}/"):
-        return os.path.relpath(place, os.path.dirname(f"{root}/{key}"))  # noqa: PTH120 - a text
-    return place
+    if path.startswith(f"{root}/"):
+        return os.path.relpath(path, os.path.dirname(f"{root}/{key}"))  # noqa: PTH120 - a text
+    return path

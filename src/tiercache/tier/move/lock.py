@@ -121,7 +121,11 @@ class LockRecord:
 
     @property
     def runs(self) -> bool | None:
-        """Whether the holder's process runs; None if this machine cannot tell."""
+        """Whether the holder's process runs; None if this machine cannot tell.
+
+        Another boot may be another machine, because the lock is in a store that machines share. (The owners of a cache
+        folder are of this machine: there, a process of another boot is gone.)
+        """
         if self.boot != boot_id() or self.namespace != pid_namespace() or self.boot == "0":
             return None
         if start_time(self.pid) != self.started:
@@ -323,7 +327,7 @@ def _doomed_after(before: LockRecord | None, now_s: float) -> tuple[tuple[str, s
 
 
 def boot_id() -> str:
-    """Return the id of this boot of this machine; "0" where the system does not tell."""
+    """Return the id of this boot of this machine, as records have it; "0" where the system does not tell."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

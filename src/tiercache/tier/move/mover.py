@@ -34,8 +34,8 @@ from tiercache.tier.move.recalls import finish_recalls, remove_ended_recalls
 from tiercache.tier.move.renames import finish_renames
 from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.plan.plan import make_plan
-from tiercache.tier.plan.policy import decide
-from tiercache.tier.stores import Stores, unavailable_tiers
+from tiercache.tier.plan.policy import decide_now
+from tiercache.tier.stores import Stores
 from tiercache.waiting import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def run_once(
             context = stack.enter_context(open_mover(file, stores, catalog))
             # First, because the plan would otherwise count half of a copy.
             finished = run_due_deletions(context, only_begun=True)
-            finish_renames(context)
+            finish_renames(context)  # apply_plan() tries again, and reports those that cannot be finished
             ended = remove_ended_recalls(context)
             crash_point("tier_run.finished")
             listed_s = SYSTEM_CLOCK.monotonic()
@@ -230,15 +230,12 @@ def run_once(
 
 def _plan(file: RuleFile, stores: Stores, catalog: TierCatalog) -> tuple[RunReport, Inventory, Decisions]:
     """Return a report of the plan that is due now, with the inventory and the decisions behind it."""
-    prices = [prices_if_known(tier) for tier in file.tiers]
     now_s = time.time()
     inventory = take_inventory(file, stores, catalog, now_s=now_s)
-    unavailable = unavailable_tiers(file, stores, catalog)
-    capacity = [stores.capacity(tier.name) for tier in file.tiers]
     snapshot = inventory.snapshot
-    decisions = decide(snapshot, file, prices, capacity_bytes=capacity, unavailable=unavailable)
+    decisions, unavailable = decide_now(snapshot, file, stores, catalog)
     report = RunReport(
-        make_plan(decisions, inventory, file, prices),
+        make_plan(decisions, inventory, file, [prices_if_known(tier) for tier in file.tiers]),
         unavailable=unavailable,
         gaps=metric_gaps(snapshot, file, inventory.facts["in_files"])[0],
         losses=find_losses(inventory, file, stores, catalog, now_s=now_s),

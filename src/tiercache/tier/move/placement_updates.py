@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tiercache.errors import StoreError, TierCacheError
+from tiercache.shard.versions.manifest import VERSIONS_FOLDER
 from tiercache.tier.model import SHARD
 from tiercache.tier.move.checks import is_readable
 from tiercache.tier.placement import log
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 RowChanges: TypeAlias = "dict[str, PlacementRow | None]"
-
-_VERSIONS = "_tiercache/versions/"
 
 
 class PlacementUpdates:
@@ -73,13 +72,13 @@ class PlacementUpdates:
         """Return whether a tier has the same location as home."""
         return self._stores.same_url(tier, self.home_name)
 
-    def tiers_to_query(self, row: JournalRow) -> list[str]:
+    def deciding_tiers(self, row: JournalRow) -> list[str]:
         """Return the tiers whose copies decide about the placement: dst, and home where it is neither src nor dst."""
         return [row.dst] if self.is_home(row.src) or self.is_home(row.dst) else [row.dst, self.home_name]
 
     def copies_at_home(self, row: JournalRow, heads: Heads) -> Infos:
         """Return the metadata of a move's objects at home; nothing where home is src or dst."""
-        return heads.infos(self.home_name, row) if len(self.tiers_to_query(row)) > 1 else {}
+        return heads.infos(self.home_name, row) if len(self.deciding_tiers(row)) > 1 else {}
 
     # -- writing placements -----------------------------------------------------------------------------------------
 
@@ -147,7 +146,7 @@ class PlacementUpdates:
         placed = [(key, self._row("", key)) for key in keys]
         return [key for key, found in placed if found is not None and _equal_urls(found.url, url)]
 
-    def unredirected_reason(self, row: JournalRow, at_home: Infos) -> str:
+    def stale_placement_reason(self, row: JournalRow, at_home: Infos) -> str:
         """Return why readers would still look where a move deletes; "" if all are redirected.
 
         Raises as log.read_placement().
@@ -203,7 +202,7 @@ class PlacementUpdates:
             info = infos[obj.key]
             if info is None or self._context.change_reason(row.src, info, obj):
                 return folder, {}
-        back = self.changes(replace(row, dst=row.src, dst_place=row.src_place), infos, {})[1]
+        back = self.changes(replace(row, dst=row.src, dst_url=row.src_url), infos, {})[1]
         return folder, {key: back[key] for key in led}
 
     def _rows_of_last_copies(self, row: JournalRow, folder: str) -> RowChanges:
@@ -216,7 +215,7 @@ class PlacementUpdates:
             if {obj.key for obj in objects} == keys:
                 infos = self._context.heads((tier.name, key) for key in keys).infos(tier.name, row)
                 if all(infos.values()):
-                    moved = replace(row, action="move", dst=tier.name, dst_place=tier.url, objects=objects)
+                    moved = replace(row, action="move", dst=tier.name, dst_url=tier.url, objects=objects)
                     return self.changes(moved, infos, {})[1]
         return {}
 
@@ -238,7 +237,7 @@ def _equal_urls(first: str, second: str) -> bool:
 def dataset_folder_above(home_store: Store, folder: str) -> str | None:
     """Return the nearest folder, from `folder` upwards, that holds versions of a data set. Raises StoreError."""
     while True:
-        prefix = f"{folder}/{_VERSIONS}" if folder else _VERSIONS
+        prefix = f"{folder}/{VERSIONS_FOLDER}" if folder else VERSIONS_FOLDER
         if next(iter(home_store.list(prefix)), None) is not None:
             return folder
         if not folder:

@@ -86,7 +86,7 @@ def _begun(context: MoveContext) -> list[JournalRow]:
 def _remove_parts(context: MoveContext, row: JournalRow) -> None:
     """Remove what a recall has copied, if all of what it was copied from is there, and the parts equal it."""
     tiers = {tier.name: tier.url for tier in context.file.tiers}
-    if (tiers.get(row.src), tiers.get(row.dst)) != (row.src_place, row.dst_place):
+    if (tiers.get(row.src), tiers.get(row.dst)) != (row.src_url, row.dst_url):
         return
     keys = [obj.key for obj in row.objects]
     heads = context.heads((tier, key) for tier in (row.src, row.dst) for key in keys)

@@ -1,8 +1,8 @@
-"""Removal of groups from all tiers at a user's request, without a rule and without a grace period.
+"""Removal of checkpoints from all tiers at a user's request, without a rule and without a grace period.
 
-Steps: 1. The pins are read again; the objects are compared with the listing. 2. The placement forgets the group, so
-that readers find no object rather than a location without one. 3. The object that makes the group complete is deleted
-from each tier, then the others. A killed removal leaves an incomplete group; the same removal deletes the rest.
+Steps: 1. The pins and holds are read again; the objects are compared with the listing. 2. The placement forgets the
+checkpoint, so that readers find no object rather than a location without one. 3. The completing object is deleted from
+each tier, then the others. A killed removal leaves an incomplete checkpoint; the same removal deletes the rest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """A group that was removed, or the reason why it was not. n_bytes: Size of the deleted objects of all tiers."""
+    """A checkpoint that was removed, or the reason why it was not. n_bytes: Size of its objects in all tiers."""
 
     path: str
     n_bytes: int
@@ -39,10 +39,15 @@ class Removal:
 
 
 def remove_groups(context: MoveContext, inventory: Inventory, groups: Sequence[int]) -> list[Removal]:
-    """Delete groups from all tiers, one after another. Return what was done, in the order of the groups.
+    """Delete checkpoints from all tiers, one after another. Return what was done, in the order of the groups.
 
-    A group stays if it is pinned, if it is in use, or if an object has changed since the inventory. Nothing is deleted
-    while a tier cannot be seen, because a copy in it would stay.
+    A checkpoint stays if a pin or a hold protects it, or if an object has changed since the inventory. Nothing is
+    deleted while a tier cannot be seen, because a copy in it would stay. A job that reads a checkpoint is not noticed.
+
+    Args:
+        context: Tiers, with the lock.
+        inventory: Inventory of these tiers.
+        groups: Numbers of checkpoints in the inventory.
 
     Raises:
         CommitConflict: The tier lock was lost to another process.
@@ -63,8 +68,6 @@ def remove_groups(context: MoveContext, inventory: Inventory, groups: Sequence[i
         reason = pins.get((row.plan, row.number), "")
         if group in inventory.snapshot.pinned:
             reason = reason or "it is pinned in its tags.json, or that file cannot be read"
-        if inventory.snapshot.in_use[group]:
-            reason = reason or "a machine reads it now"
         found.append(_remove(context, placements, row, reason))
     return found
 
@@ -86,8 +89,8 @@ def _row(context: MoveContext, inventory: Inventory, group: int, plan: str, numb
         action="delete",
         src=objects[0].tier,
         dst="",
-        src_place=file.tier(objects[0].tier).url,
-        dst_place="",
+        src_url=file.tier(objects[0].tier).url,
+        dst_url="",
         home=file.home_tier.url,
         rules=file.sha256,
         rule="ckpt rm",

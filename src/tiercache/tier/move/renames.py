@@ -6,10 +6,10 @@ An older copy, which lies in one tier, gets the date of its writing in its name.
    (somebody has copied them back by hand, or only touched the files), the catalog records that, and nothing is renamed;
    a copy in a faster tier is held (hand_copies.py).
 2. The journal records the rename.
-3. Each object is copied under its new key in the same tier, the one that makes the group complete last. In a local
+3. Each object is copied under its new key in the same tier, the completing object last. In a local
    folder, the file gets a second name (a hard link), and no byte is copied.
 4. The placement leads readers of the new name to the tier, and no reader of the old name to the older copy.
-5. The objects are checked once more, and deleted under their old keys: the one that makes the group complete first.
+5. The objects are checked once more, and deleted under their old keys: the completing object first.
    The delete request to S3 names the ETag, and a local file is checked directly before it is unlinked. Other stores
    have no such request: what is written there between the check and the deletion is lost.
 6. The journal and the catalog record the new names.
@@ -49,7 +49,7 @@ def finish_renames(context: MoveContext) -> list[StoppedMove]:
     stopped = []
     placements = PlacementUpdates(context)
     for row in context.catalog.open_moves(context.file.home_tier.url, "begun"):
-        if row.action == "rename" and row.src_place == context.catalog.url(row.src):
+        if row.action == "rename" and row.src_url == context.catalog.url(row.src):
             reason = _Rename(context, placements, row).run(is_begun=True)
             if reason:
                 stopped.append(StoppedMove(row.number, reason, row.path, row.plan))
@@ -92,7 +92,7 @@ class _Rename:
             for obj in left:
                 self._copy(obj)
                 crash_point("tier_rename.object")
-            self._place()
+            self._commit_placement()
             crash_point("tier_rename.placed")
             self._delete(left)
             self._record()
@@ -124,7 +124,7 @@ class _Rename:
             if info is None:
                 made = context.head(row.src, self._new_key(obj)) if is_begun else None
                 if made is None or made.n_bytes != obj.n_bytes:
-                    raise _Changed(f"{row.src_place}/{obj.key}: expected {obj.n_bytes} bytes, found nothing")
+                    raise _Changed(f"{row.src_url}/{obj.key}: expected {obj.n_bytes} bytes, found nothing")
                 continue
             if reason := context.change_reason(row.src, info, obj):
                 # The second name of a file has changed its ETag: it is this file under both names.
@@ -157,7 +157,7 @@ class _Rename:
                 if info is None or crc is None or self._checksum(tier.name, info) != crc:
                     break
                 written_s = first_written_s(obj, entry)
-                known = entry is not None and entry.verified
+                known = entry is not None and entry.is_verified
                 equal[info.key] = CatalogEntry(info.n_bytes, info.etag, crc, "", written_s, known)
             if len(equal) == len(row.objects):
                 newer = HandCopy(tier.name, equal)
@@ -182,7 +182,7 @@ class _Rename:
             if not same_file and (
                 made.n_bytes != obj.n_bytes or self._sum_of(key, made) != self._sum_of(obj.key, None)
             ):
-                where = f"{row.src_place}/{key}"
+                where = f"{row.src_url}/{key}"
                 raise _Changed(f"{where}: expected nothing there, or a copy of {obj.key}; found another object")
             return
         context.transfer.copy_within(row.src, obj, key)
@@ -193,38 +193,38 @@ class _Rename:
             return None
         return info.crc32c if needs_restore(info) else self._checksum(self.row.src, info)
 
-    def _place(self) -> None:
+    def _commit_placement(self) -> None:
         """Lead readers of the new keys to the tier, and readers of the old keys to no older copy."""
         context, row, placements = self.context, self.row, self.placements
         placements.forget_placements()
         moved = tuple(obj._replace(key=self._new_key(obj)) for obj in row.objects)
         infos = {obj.key: context.head(row.src, obj.key) for obj in moved}
-        as_move = replace(row, action="move", dst=row.src, dst_place=row.src_place, objects=moved)
+        as_move = replace(row, action="move", dst=row.src, dst_url=row.src_url, objects=moved)
         _, changes = placements.changes(as_move, infos, {})
         changes |= dict.fromkeys(placements.keys_led_to(row.src, [obj.key for obj in row.objects]))
         for _, reason in placements.commit([(row, "", changes)]):
             raise TierCacheError(reason)
 
     def _delete(self, left: Sequence[PlannedObject]) -> None:
-        """Delete the objects under their old keys; the last one makes the group complete, and is deleted first."""
+        """Delete the objects under their old keys; the last one is the completing object, and is deleted first."""
         context, row = self.context, self.row
         if pinned := self._pin_reason():
             raise _Changed(pinned)
-        context.lock.announce([(row.src_place, undated_path(row.path))])
+        context.lock.announce([(row.src_url, undated_path(row.path))])
         crash_point("tier_rename.decided")  # a pin that is added from here on is too late
         heads = context.heads([(row.src, obj.key) for obj in left] + [(row.src, self._new_key(obj)) for obj in left])
         now: list[PlannedObject] = []
         for obj in left:
             info, made = heads.info(row.src, obj.key), heads.info(row.src, self._new_key(obj))
             if made is None or made.n_bytes != obj.n_bytes:
-                raise TierCacheError(f"{row.src_place}/{self._new_key(obj)}: expected a copy of {obj.key}, found none")
+                raise TierCacheError(f"{row.src_url}/{self._new_key(obj)}: expected a copy of {obj.key}, found none")
             if info is None:
                 continue
             if self._is_changed(obj, info, made):
                 # Both names of a local file that was written in place lead to the new bytes.
                 linked = [self._new_key(one) for one in left if self._is_linked(heads, one)]
                 context.stores.store(row.src).delete(linked)
-                raise _Changed(f"{row.src_place}/{obj.key}: it was written again during its rename, and stays")
+                raise _Changed(f"{row.src_url}/{obj.key}: it was written again during its rename, and stays")
             now.append(obj._replace(etag=info.etag, modified_s=info.modified_s))
         crash_point("tier_rename.checked")
         last = [obj for obj in now if obj.key == row.objects[-1].key]
@@ -262,7 +262,7 @@ class _Rename:
             if info is None or info.etag is None:
                 continue
             crc = obj.crc32c if obj.crc32c is not None or entry is None else entry.crc32c
-            is_verified = crc is not None and entry is not None and entry.verified
+            is_verified = crc is not None and entry is not None and entry.is_verified
             made.append(
                 (row.src, key, CatalogEntry(info.n_bytes, info.etag, crc, "", first_written_s(obj, entry), is_verified))
             )

@@ -75,7 +75,7 @@ _WRONG = (
 )
 _HEADER, _COMPRESSION = 2, 3  # field numbers in Arrow's flatbuffer tables Message and RecordBatch
 
-State: TypeAlias = Literal["here", "archived"]
+PlacementState: TypeAlias = Literal["here", "archived"]
 
 _SCHEMA = pa.schema(
     [
@@ -111,15 +111,17 @@ class PlacementRow:
     key: str
     url: str
     storage_class: str | None = None
-    state: State = "here"
+    state: PlacementState = "here"
     n_bytes: int = 0
     crc32c: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values. Raises ValueError."""
         check_key(self.key)
-        if not self.url or self.n_bytes < 0 or self.state not in get_args(State):
-            raise ValueError(f"a row needs a URL, a size of 0 or more and a state of {get_args(State)}, got {self!r}")
+        if not self.url or self.n_bytes < 0 or self.state not in get_args(PlacementState):
+            raise ValueError(
+                f"a row needs a URL, a size of 0 or more and a state of {get_args(PlacementState)}, got {self!r}"
+            )
 
 
 class Placement:
@@ -268,7 +270,7 @@ def _problem(table: pa.Table, number: int, stated: tuple[object, object]) -> str
     if any(a >= b for a, b in itertools.pairwise(keys)):
         return "keys out of order"
     states = pc.unique(table["state"]).to_pylist()
-    if set(states) - set(get_args(State)):
+    if set(states) - set(get_args(PlacementState)):
         return f"a state of {states}"
     if pc.any(pc.less(table["n_bytes"], 0)).as_py() or pc.any(pc.equal(table["url"], "")).as_py():
         return "a row without a URL, or with a negative size"

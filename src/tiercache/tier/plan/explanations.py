@@ -63,10 +63,14 @@ def keep_reasons(snapshot: Snapshot, file: RuleFile) -> Mapping[int, tuple[KeepR
     return {group: tuple(reasons) for group, reasons in found.items()}
 
 
-def pinned_groups(snapshot: Snapshot, file: RuleFile) -> frozenset[int]:
-    """Return the groups that a pin of the rule file, or of their own tags.json, protects."""
+def protected_groups(snapshot: Snapshot, file: RuleFile) -> Mapping[int, str]:
+    """Return the groups that a pin (of the rule file, or of their own tags.json) or a hold protects, with the reason.
+
+    The reason completes "which is": "pinned", or "held until ...".
+    """
     index = SnapshotIndex.of(snapshot, file, [None] * len(file.tiers))
-    return frozenset((*np.flatnonzero(index.pin >= 0).tolist(), *snapshot.pinned))
+    pinned = (*np.flatnonzero(index.pin >= 0).tolist(), *snapshot.pinned)
+    return {**snapshot.held, **dict.fromkeys(pinned, "pinned")}
 
 
 def _always(index: SnapshotIndex, found: dict[int, list[KeepReason]]) -> None:
@@ -74,7 +78,7 @@ def _always(index: SnapshotIndex, found: dict[int, list[KeepReason]]) -> None:
     snapshot = index.snapshot
     is_checkpoint = snapshot.kind == CHECKPOINT
     for group in np.flatnonzero(index.newest & is_checkpoint).tolist():
-        run = np.flatnonzero((snapshot.series == snapshot.series[group]) & snapshot.complete & is_checkpoint)
+        run = np.flatnonzero((snapshot.run == snapshot.run[group]) & snapshot.complete & is_checkpoint)
         is_last = snapshot.created_s[group] == snapshot.created_s[run].max()
         found[group].append(KeepReason("", None, "newest of its run" if is_last else "highest step of its run"))
     for group in np.flatnonzero(is_checkpoint & ~snapshot.complete).tolist():
@@ -84,6 +88,9 @@ def _always(index: SnapshotIndex, found: dict[int, list[KeepReason]]) -> None:
         found[group].append(KeepReason(f"pins[{index.pin[group] + 1}]", None, pin.why or "pinned"))
     for group in sorted(snapshot.pinned):
         found[group].append(KeepReason("", None, "pinned in its tags.json"))
+    for group, reason in snapshot.held.items():
+        if is_checkpoint[group]:
+            found[group].append(KeepReason("", None, reason))
     for group in np.flatnonzero(is_checkpoint & index.tagged).tolist():
         found[group].append(KeepReason("", None, f"tagged {', '.join(sorted(snapshot.tags[group]))}: never deleted"))
 

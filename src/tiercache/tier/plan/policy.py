@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.model import format_bytes
+from tiercache.prices import prices_if_known
 from tiercache.tier.costs import (
     DAY_S,
     Sizes,
@@ -41,8 +42,8 @@ from tiercache.tier.model import (
     Snapshot,
 )
 from tiercache.tier.plan.proposals import (
+    Reasons,
     RuleProposals,
-    Texts,
     ago,
     append_to_reasons,
     format_reasons,
@@ -53,12 +54,14 @@ from tiercache.tier.plan.proposals import (
     transfer_dollars,
 )
 from tiercache.tier.plan.selection import Flags, Rows, SnapshotIndex
-from tiercache.tier.stores import deletion_block_reason
+from tiercache.tier.stores import deletion_block_reason, unavailable_tiers
 from tiercache.tier.text_columns import index_in
 
 if TYPE_CHECKING:
+    from tiercache.catalog.tiers import TierCatalog
     from tiercache.prices import Prices
     from tiercache.tier.rules import RuleFile
+    from tiercache.tier.stores import Stores
 
 
 Dollars = NDArray[np.float64]
@@ -112,7 +115,7 @@ def _seconds_until_deletion(index: SnapshotIndex, moves: MoveColumns) -> NDArray
 # -- refusals -----------------------------------------------------------------------------------------------------
 
 
-def refuse(moves: MoveColumns, refused: list[MoveColumns], mask: Flags, text: Texts | str) -> MoveColumns:
+def refuse(moves: MoveColumns, refused: list[MoveColumns], mask: Flags, text: Reasons | str) -> MoveColumns:
     """Refuse the proposed moves of a mask, and return the others. text: Reason of each refused move, or of all."""
     if not mask.any():
         return moves
@@ -126,9 +129,9 @@ def refuse_protected(index: SnapshotIndex, moves: MoveColumns, refused: list[Mov
     pinned = index.pin[moves.group]
     text = format_reasons(lambda pin: f"pinned (pins[{pin + 1}]){whys[pin]}", pinned[pinned >= 0])
     moves = refuse(moves, refused, pinned >= 0, text)
-    held = _held(index)[moves.group]
-    whys = [index.snapshot.held[group] for group in moves.group[held].tolist()]
-    moves = refuse(moves, refused, held, np.array(whys, np.object_))
+    by_hold = _protected_by_hold(index)[moves.group]
+    whys = [index.snapshot.held[group] for group in moves.group[by_hold].tolist()]
+    moves = refuse(moves, refused, by_hold, np.array(whys, np.object_))
     in_file = np.isin(moves.group, sorted(index.snapshot.pinned))
     moves = refuse(moves, refused, in_file, "pinned in its tags.json, or that file cannot be read")
     in_use = index.snapshot.in_use[moves.group]
@@ -141,7 +144,7 @@ def refuse_protected(index: SnapshotIndex, moves: MoveColumns, refused: list[Mov
     return refuse(moves, refused, tagged, np.array(names, np.object_))
 
 
-def _held(index: SnapshotIndex) -> Flags:
+def _protected_by_hold(index: SnapshotIndex) -> Flags:
     """Return whether a hold protects each group; bool[n_groups]."""
     found = np.zeros(index.snapshot.n_groups, np.bool_)
     found[[*index.snapshot.held]] = True
@@ -240,7 +243,7 @@ def _is_about_cost(index: SnapshotIndex, moves: MoveColumns) -> Flags:
     return np.asarray(is_move & paid[moves.src] & known[moves.dst], np.bool_)
 
 
-def _unprofitable_reasons(too_late: MoveColumns, limit_s: float, deleted_in_s: NDArray[np.float64]) -> Texts:
+def _unprofitable_reasons(too_late: MoveColumns, limit_s: float, deleted_in_s: NDArray[np.float64]) -> Reasons:
     def words(once: float, saving: float, days: float, deleted_in_days: int) -> str:
         when = "never earned back" if np.isinf(days) else f"earned back in {days:.3g} days"
         what = f"costs {dollars_in_reason(once)} once and saves {dollars_in_reason(saving)} a month: {when}"
@@ -271,19 +274,19 @@ def dollars_in_reason(dollars: float) -> str:
     return f"{sign}${abs(dollars):,.2f}" if abs(dollars) >= 1 else f"{sign}${abs(dollars):.3g}"
 
 
-def _without_misnamed(index: SnapshotIndex, moves: MoveColumns) -> MoveColumns:
+def _without_older_names(index: SnapshotIndex, moves: MoveColumns) -> MoveColumns:
     """Return the moves of groups whose objects have the names of their groups: others are renamed first."""
-    return moves.take(~np.isin(moves.group, sorted(index.snapshot.misnamed)))
+    return moves.take(~np.isin(moves.group, sorted(index.snapshot.older_names)))
 
 
 def _occupied_names(index: SnapshotIndex, renames: MoveColumns) -> dict[tuple[int, int], str]:
     """Return the (group, tier) pairs whose names older copies have, and that no rename of the plan frees."""
     snapshot = index.snapshot
     freed = set(zip(renames.group.tolist(), renames.src.tolist(), strict=True))
-    names = list(snapshot.misnamed.values())
+    names = list(snapshot.older_names.values())
     groups = index_in(pa.array(names, pa.large_string()), snapshot.paths).tolist()
     found = {}
-    for (older, name), group in zip(snapshot.misnamed.items(), groups, strict=True):
+    for (older, name), group in zip(snapshot.older_names.items(), groups, strict=True):
         for tier in np.flatnonzero(index.at[:, older] >= 0).tolist():
             if group >= 0 and (older, tier) not in freed:
                 found[group, tier] = f"{index.name(tier)} has an older copy under this name, which is not renamed yet"
@@ -304,7 +307,7 @@ def refuse_occupied(
 
 
 class CapacityLedger:
-    """Bytes in each tier: held, arriving and leaving.
+    """Bytes in each tier: stored, arriving and leaving.
 
     Leaving bytes still occupy the tier until the grace period is over.
     """
@@ -312,9 +315,9 @@ class CapacityLedger:
     def __init__(self, index: SnapshotIndex, capacity_bytes: Sequence[int | None]) -> None:
         snapshot = index.snapshot
         self._index, self.limits = index, tuple(capacity_bytes)
-        held = np.bincount(snapshot.tier, weights=snapshot.n_bytes.astype(np.float64), minlength=index.n_tiers)
-        self.held = held.astype(np.int64)
-        self.arriving, self.leaving = np.zeros_like(self.held), np.zeros_like(self.held)
+        stored = np.bincount(snapshot.tier, weights=snapshot.n_bytes.astype(np.float64), minlength=index.n_tiers)
+        self.stored_bytes = stored.astype(np.int64)
+        self.arriving_bytes, self.leaving_bytes = np.zeros_like(self.stored_bytes), np.zeros_like(self.stored_bytes)
 
     def fitting(self, moves: MoveColumns) -> Flags:
         """Return which proposed moves fit, in their order; bool[n]."""
@@ -322,7 +325,7 @@ class CapacityLedger:
         for tier, limit in enumerate(self.limits):
             rows = np.flatnonzero((moves.dst == tier) & np.isin(moves.action, _ADDS_BYTES_TO_DST))
             if limit is not None and len(rows):
-                left_bytes = limit - int(self.held[tier] + self.arriving[tier])
+                left_bytes = limit - int(self.stored_bytes[tier] + self.arriving_bytes[tier])
                 fits[rows] = _first_fit(bytes_of(self._index, moves.take(rows)), left_bytes)
         return fits
 
@@ -336,10 +339,10 @@ class CapacityLedger:
         n_bytes = bytes_of(self._index, moves)
         for tier in range(self._index.n_tiers):
             leaves = (moves.src == tier) & ~np.isin(moves.action, (COPY, DELETE, RENAME))
-            self.leaving[tier] += n_bytes[leaves].sum()
-            self.arriving[tier] += n_bytes[(moves.dst == tier) & np.isin(moves.action, _ADDS_BYTES_TO_DST)].sum()
+            self.leaving_bytes[tier] += n_bytes[leaves].sum()
+            self.arriving_bytes[tier] += n_bytes[(moves.dst == tier) & np.isin(moves.action, _ADDS_BYTES_TO_DST)].sum()
             deleted = self._index.at[tier, moves.group[moves.action == DELETE]]
-            self.leaving[tier] += self._index.snapshot.n_bytes[deleted[deleted >= 0]].sum()
+            self.leaving_bytes[tier] += self._index.snapshot.n_bytes[deleted[deleted >= 0]].sum()
         return fits
 
 
@@ -386,6 +389,25 @@ def decide(
     return _Policy(SnapshotIndex.of(snapshot, file, prices), capacity_bytes, unavailable or {}).decide()
 
 
+def decide_now(
+    snapshot: Snapshot, file: RuleFile, stores: Stores, catalog: TierCatalog
+) -> tuple[Decisions, Mapping[str, str]]:
+    """Return the decisions for tiers as they are now, and the reason for each unavailable tier, by name.
+
+    Unlike decide(), it asks the tiers for their capacity, and whether their copies can be seen.
+
+    Args:
+        snapshot: Snapshot of the tiers, which was just taken.
+        file: Rule file, for its tiers, rules, pins, tags and prices.
+        stores: Stores of its tiers.
+        catalog: Catalog of this machine.
+    """
+    unavailable = unavailable_tiers(file, stores, catalog)
+    prices = [prices_if_known(tier) for tier in file.tiers]
+    capacity = [stores.capacity(tier.name) for tier in file.tiers]
+    return decide(snapshot, file, prices, capacity_bytes=capacity, unavailable=unavailable), unavailable
+
+
 class _Policy:
     """Collects the moves of one plan. is_moved: bool[n_groups], whether the group has a move already."""
 
@@ -406,9 +428,9 @@ class _Policy:
         proposals = [propose(index, rule, number) for number, rule in enumerate(index.file.rules)]
         for of_rule in proposals:
             # Protection comes first, because its reason holds for a move that the rule itself refuses, too.
-            refused_by_rule = refuse_protected(index, _without_misnamed(index, of_rule.refused), refused)
+            refused_by_rule = refuse_protected(index, _without_older_names(index, of_rule.refused), refused)
             refused.append(refused_by_rule)
-            proposed = _without_misnamed(index, of_rule.proposed)
+            proposed = _without_older_names(index, of_rule.proposed)
             moves = keep_newest(index, refuse_protected(index, proposed, refused), refused)
             moves = refuse_occupied(moves, refused, self.occupied)
             moves = refuse_unavailable(index, keep_symlink_targets(index, moves, refused), refused, self.unavailable)
@@ -425,13 +447,13 @@ class _Policy:
 
     def _rename_older_copies(self) -> MoveColumns:
         """Propose a date in the names of older copies of names that were written again, and return these moves."""
-        index, misnamed = self.index, self.index.snapshot.misnamed
-        groups = np.array(sorted(group for group in misnamed if index.rule[group] >= 0), np.int64)
+        index, older_names = self.index, self.index.snapshot.older_names
+        groups = np.array(sorted(group for group in older_names if index.rule[group] >= 0), np.int64)
         if not len(groups):
             return NO_MOVES
         tiers, rows = np.nonzero(index.at[:, groups] >= 0)
         groups, tiers = groups[rows], tiers.astype(np.int8)
-        names = [misnamed[group] for group in groups.tolist()]
+        names = [older_names[group] for group in groups.tolist()]
         what = [f"{name} was written again; this older copy gets the date of its writing in its name" for name in names]
         moves = MoveColumns.of(groups, RENAME, tiers, tiers, index.rule[groups], np.array(what, np.object_))
         whys = [f": {pin.why}" if pin.why else "" for pin in index.file.pins]
@@ -440,7 +462,7 @@ class _Policy:
         moves = refuse(moves, self.refused, pinned >= 0, why)
         moves = refuse(moves, self.refused, index.snapshot.in_use[moves.group], "in use")
         unreadable = ~index.readable[moves.src, moves.group]
-        names = [misnamed[group] for group in moves.group[unreadable].tolist()]
+        names = [older_names[group] for group in moves.group[unreadable].tolist()]
         what = [f"it is archived, and must be restored before it can be renamed: tiercache restore {n}" for n in names]
         moves = refuse(moves, self.refused, unreadable, np.array(what, np.object_))
         for name, reason in self.unavailable.items():
@@ -459,7 +481,7 @@ class _Policy:
     def _keep_below_high(self, tier: int, proposals: Sequence[RuleProposals]) -> None:
         ledger, of_tier, unused_s = self.ledger, self.index.file.tiers[tier], self.index.unused_s
         limit = ledger.limits[tier]
-        used = int(ledger.held[tier] + ledger.arriving[tier] - ledger.leaving[tier])
+        used = int(ledger.stored_bytes[tier] + ledger.arriving_bytes[tier] - ledger.leaving_bytes[tier])
         if limit is None or used <= limit * of_tier.high:
             return
         rows = self._may_go(tier, proposals)
@@ -487,13 +509,15 @@ class _Policy:
         keep a copy.
         """
         index = self.index
-        is_held = self.is_moved | index.snapshot.in_use | (index.pin >= 0) | _held(index) | (index.at[tier] < 0)
-        is_held[sorted(index.snapshot.misnamed)] = True
-        is_held |= (index.snapshot.kind == CHECKPOINT) & (~index.snapshot.complete | index.newest)
-        is_held[sorted(index.snapshot.pinned)] = True
+        must_stay = (
+            self.is_moved | index.snapshot.in_use | (index.pin >= 0) | _protected_by_hold(index) | (index.at[tier] < 0)
+        )
+        must_stay[sorted(index.snapshot.older_names)] = True
+        must_stay |= (index.snapshot.kind == CHECKPOINT) & (~index.snapshot.complete | index.newest)
+        must_stay[sorted(index.snapshot.pinned)] = True
         linked = [copy for copy in index.snapshot.links if index.snapshot.tier[copy] == tier]
-        is_held[index.snapshot.group[linked]] = True
+        must_stay[index.snapshot.group[linked]] = True
         for of_rule in proposals:
             if of_rule.kept is not None:
-                is_held[of_rule.rows[of_rule.kept[tier]]] = True
-        return np.flatnonzero(~is_held)
+                must_stay[of_rule.rows[of_rule.kept[tier]]] = True
+        return np.flatnonzero(~must_stay)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tiercache.tier.rules import Rule
 
 
-Texts = NDArray[np.object_]
+Reasons = NDArray[np.object_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,7 +34,7 @@ class RuleProposals:
 # -- reasons ---------------------------------------------------------------------------------------------------------
 
 
-def format_reasons(words: Callable[..., str], *figures: NDArray[Any]) -> Texts:
+def format_reasons(words: Callable[..., str], *figures: NDArray[Any]) -> Reasons:
     """Return words(figure, ...) of each row. Rows with equal figures share one text object, which is formatted once."""
     texts: dict[tuple[Any, ...], str] = {}
     out = np.empty(len(figures[0]), np.object_)
@@ -43,7 +43,7 @@ def format_reasons(words: Callable[..., str], *figures: NDArray[Any]) -> Texts:
     return out
 
 
-def append_to_reasons(texts: Texts, mask: Flags, end: str) -> Texts:
+def append_to_reasons(texts: Reasons, mask: Flags, end: str) -> Reasons:
     """Append `end` to the texts of the mask. Rows that shared one text share the new text."""
     new: dict[str, str] = {}
     out = texts.copy()
@@ -76,7 +76,7 @@ def ago(n_hours: int) -> str:
 
 
 def propose_move(
-    index: SnapshotIndex, rows: Rows, sources: Flags, dst: int, reasons: tuple[int, Texts]
+    index: SnapshotIndex, rows: Rows, sources: Flags, dst: int, reasons: tuple[int, Reasons]
 ) -> tuple[MoveColumns, MoveColumns]:
     """Propose how groups get from any of their source tiers to dst. Returns (proposed, refused).
 
@@ -135,7 +135,7 @@ def transfer_dollars(index: SnapshotIndex, rows: Rows, src: int, dst: int) -> ND
     return copy_dollars(src_prices, dst_prices, sizes, leaves=leaves, streams=streams)
 
 
-def _unreadable_reasons(index: SnapshotIndex, refused: MoveColumns) -> Texts:
+def _unreadable_reasons(index: SnapshotIndex, refused: MoveColumns) -> Reasons:
     out = np.empty(len(refused), np.object_)
     state = index.snapshot.state[index.at[refused.src, refused.group]]
     paths = index.snapshot.paths.take(pa.array(refused.group)).to_pylist()
@@ -185,8 +185,8 @@ def propose(index: SnapshotIndex, rule: Rule, number: int) -> RuleProposals:
 _UNREPORTED = "its use is not known yet: a machine that may have used it has not reported"
 
 
-def _untracked_reasons(rule: Rule, index: SnapshotIndex, waiting: MoveColumns) -> Texts:
-    """Explain why a rule on idle time does not move groups whose uses are not recorded."""
+def _untracked_reasons(rule: Rule, index: SnapshotIndex, waiting: MoveColumns) -> Reasons:
+    """Explain why a rule on idle time does not move groups whose uses are not tracked."""
     key = "idle" if rule.idle_s is not None else "uses_below"
 
     def words(is_shard: bool) -> str:
@@ -219,27 +219,27 @@ def _conditions_hold(index: SnapshotIndex, rule: Rule, rows: Rows) -> tuple[Flag
     if rule.uses_below is not None:
         fits &= index.snapshot.uses[rows] < rule.uses_below
     asks_use = bool(rule.idle_s) or rule.uses_below is not None  # idle = 0 holds for every group
-    untracked = np.isposinf(index.snapshot.uses_recorded_since_s[rows]) & (rule.idle_by == "use")
+    untracked = np.isposinf(index.snapshot.uses_tracked_since_s[rows]) & (rule.idle_by == "use")
     return fits, fits & (index.snapshot.unreported[rows] | untracked) & asks_use
 
 
 def _unused_s(index: SnapshotIndex, rule: Rule, rows: Rows) -> NDArray[np.float64]:
-    """Return the idle time of each row in seconds, at most the time since which uses are recorded.
+    """Return the idle time of each row in seconds, at most the time since which uses are tracked.
 
     A rule with idle_by = "mtime" uses the time since the last write or use instead.
     """
-    unused_s, since_s = index.unused_s[rows], index.snapshot.uses_recorded_since_s[rows]
+    unused_s, since_s = index.unused_s[rows], index.snapshot.uses_tracked_since_s[rows]
     if rule.idle_by == "mtime":
         return unused_s
     return np.where(np.isposinf(since_s), unused_s, np.minimum(unused_s, index.snapshot.now_s - since_s))
 
 
-def _reasons(index: SnapshotIndex, rule: Rule, rows: Rows) -> Texts:
+def _reasons(index: SnapshotIndex, rule: Rule, rows: Rows) -> Reasons:
     def words(unused: int, age: int, uses: int, is_by_mtime: bool) -> str:
         parts = []
         if rule.idle_s is not None and is_by_mtime:
             limit = f'idle = {span(rule.idle_s)}, idle_by = "mtime"'
-            parts.append(f"not written for {ago(unused)}, its uses are not recorded ({limit})")
+            parts.append(f"not written for {ago(unused)}, its uses are not tracked ({limit})")
         elif rule.idle_s is not None:
             parts.append(f"not used for {ago(unused)} (idle = {span(rule.idle_s)})")
         if rule.age_s is not None:
@@ -252,7 +252,7 @@ def _reasons(index: SnapshotIndex, rule: Rule, rows: Rows) -> Texts:
     unused = none if rule.idle_s is None else hours(_unused_s(index, rule, rows))
     age = none if rule.age_s is None else hours(index.age_s[rows])
     n_uses = none if rule.uses_below is None else index.snapshot.uses[rows]
-    is_by_mtime = np.isposinf(index.snapshot.uses_recorded_since_s[rows]) & (rule.idle_by == "mtime")
+    is_by_mtime = np.isposinf(index.snapshot.uses_tracked_since_s[rows]) & (rule.idle_by == "mtime")
     return format_reasons(words, unused, age, n_uses, is_by_mtime)
 
 
@@ -330,7 +330,7 @@ def _then(index: SnapshotIndex, rule: Rule, number: int, rows: Rows) -> tuple[Mo
 
 
 def propose_down(
-    index: SnapshotIndex, rows: Rows, tier: int, reasons: tuple[int, Texts], kept_below: Flags | None = None
+    index: SnapshotIndex, rows: Rows, tier: int, reasons: tuple[int, Reasons], kept_below: Flags | None = None
 ) -> tuple[MoveColumns, MoveColumns]:
     """Propose to send copies in a tier down. Returns (proposed, refused).
 

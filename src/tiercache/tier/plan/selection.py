@@ -191,7 +191,7 @@ def evaluate_keep_list(snapshot: Snapshot, rows: Rows, keep: KeepList) -> KeepRe
     if keep.last is not None or keep.every_steps is not None:
         written = _by_time(snapshot, complete)
         if keep.last is not None:
-            named[written[_from_end(snapshot.series[written]) < keep.last]] = True
+            named[written[_from_end(snapshot.run[written]) < keep.last]] = True
         if keep.every_steps is not None:
             named[_first_of_steps(snapshot, written, keep.every_steps)] = True
     if keep.every_s is not None:
@@ -227,7 +227,7 @@ def scores_of(snapshot: Snapshot, complete: Rows, best: BestMetric) -> BestScore
 
     One metric is used per run, because values of two metrics cannot be compared.
     """
-    _, run = np.unique(snapshot.series[complete], return_inverse=True)
+    _, run = np.unique(snapshot.run[complete], return_inverse=True)
     values = np.full(len(complete), np.nan)
     has = np.zeros(int(run.max(initial=-1)) + 1, np.bool_)
     for name in best.metrics:
@@ -247,16 +247,16 @@ def find_newest(snapshot: Snapshot) -> Flags:
     """
     found = np.zeros(snapshot.n_groups, np.bool_)
     complete = np.flatnonzero((snapshot.kind == CHECKPOINT) & snapshot.complete)
-    series, step, created_s = snapshot.series[complete], snapshot.step[complete], snapshot.created_s[complete]
-    for order in (np.lexsort((complete, step, created_s, series)), np.lexsort((complete, created_s, step, series))):
+    run, step, created_s = snapshot.run[complete], snapshot.step[complete], snapshot.created_s[complete]
+    for order in (np.lexsort((complete, step, created_s, run)), np.lexsort((complete, created_s, step, run))):
         rows = complete[order]
-        found[rows[_from_end(snapshot.series[rows]) == 0]] = True
+        found[rows[_from_end(snapshot.run[rows]) == 0]] = True
     return found
 
 
 def _by_time(snapshot: Snapshot, rows: Rows) -> Rows:
     """Sort rows by run and time of writing; by step where the times are equal."""
-    return rows[np.lexsort((rows, snapshot.step[rows], snapshot.created_s[rows], snapshot.series[rows]))]
+    return rows[np.lexsort((rows, snapshot.step[rows], snapshot.created_s[rows], snapshot.run[rows]))]
 
 
 def _begins(*columns: NDArray[np.generic]) -> Flags:
@@ -266,37 +266,37 @@ def _begins(*columns: NDArray[np.generic]) -> Flags:
     return begins
 
 
-def _from_start(series: NDArray[np.int32]) -> NDArray[np.int64]:
+def _from_start(run: NDArray[np.int32]) -> NDArray[np.int64]:
     """Return, for each row of a sorted column, the number of earlier rows of its run; int64[n]."""
-    starts = np.flatnonzero(_begins(series))
-    places = np.arange(len(series))
-    return places - np.repeat(starts, np.diff(np.append(starts, len(series))))
+    starts = np.flatnonzero(_begins(run))
+    positions = np.arange(len(run))
+    return positions - np.repeat(starts, np.diff(np.append(starts, len(run))))
 
 
-def _from_end(series: NDArray[np.int32]) -> NDArray[np.int64]:
-    return _from_start(series[::-1])[::-1]
+def _from_end(run: NDArray[np.int32]) -> NDArray[np.int64]:
+    return _from_start(run[::-1])[::-1]
 
 
 def _first_of_steps(snapshot: Snapshot, written: Rows, every: int) -> Rows:
     """Return the first rows at or after each multiple, counted anew after each restart. written: Rows by time."""
     rows = written[snapshot.step[written] >= 0]
-    series, step = snapshot.series[rows], snapshot.step[rows]
+    run, step = snapshot.run[rows], snapshot.step[rows]
     restarts = np.zeros(len(rows), np.int64)
-    restarts[1:] = np.cumsum((series[1:] == series[:-1]) & (step[1:] < step[:-1]))
-    return rows[_begins(series, restarts, step // every)]
+    restarts[1:] = np.cumsum((run[1:] == run[:-1]) & (step[1:] < step[:-1]))
+    return rows[_begins(run, restarts, step // every)]
 
 
 def _first_of_stretches(snapshot: Snapshot, rows: Rows, every_s: float) -> Rows:
-    rows = rows[np.lexsort((rows, snapshot.created_s[rows], snapshot.series[rows]))]
-    series, created_s = snapshot.series[rows], snapshot.created_s[rows]
-    starts = np.flatnonzero(_begins(series))
+    rows = rows[np.lexsort((rows, snapshot.created_s[rows], snapshot.run[rows]))]
+    run, created_s = snapshot.run[rows], snapshot.created_s[rows]
+    starts = np.flatnonzero(_begins(run))
     first_s = np.repeat(created_s[starts], np.diff(np.append(starts, len(rows))))
-    return rows[_begins(series, np.floor((created_s - first_s) / every_s))]
+    return rows[_begins(run, np.floor((created_s - first_s) / every_s))]
 
 
 def _best(snapshot: Snapshot, rows: Rows, values: NDArray[np.float64], best: BestMetric) -> Rows:
     """Return the best rows of each run. Among equal values, the higher step is better. values: Value of each row."""
     rows, values = rows[~np.isnan(values)], values[~np.isnan(values)]
     worse = values if best.mode == "min" else -values
-    rows = rows[np.lexsort((-rows, -snapshot.created_s[rows], -snapshot.step[rows], worse, snapshot.series[rows]))]
-    return rows[_from_start(snapshot.series[rows]) < best.n]
+    rows = rows[np.lexsort((-rows, -snapshot.created_s[rows], -snapshot.step[rows], worse, snapshot.run[rows]))]
+    return rows[_from_start(snapshot.run[rows]) < best.n]

@@ -1,8 +1,7 @@
-"""Checkpoints in the archive: where else the tier engine may have put one, and its restore with cost and duration."""
+"""Moved checkpoints: where else the tier engine may have put one, and the restore of one in an archive."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from tiercache.errors import ArchivedShards
 from tiercache.model import format_bytes
 from tiercache.prices import prices_if_known
 from tiercache.store import LocalFolder, Store, open_store
-from tiercache.tier.costs import PROMOTION_DAYS
+from tiercache.tier.costs import RESTORE_DAYS
 from tiercache.tier.restore import RestorePlan, plan_restore, request_restore, wait_restored
 from tiercache.tier.rules import RuleFile, Tier, load_rule_file
 from tiercache.tier.stores import Stores
@@ -26,8 +25,10 @@ logger = logging.getLogger("tiercache")
 REMOTE = "remote"
 
 
-class Archive:
-    """The tiers in which checkpoints of a URL may lie: those of the rule file that applies, or the URL alone.
+class MovedCheckpoints:
+    """Checkpoints of a URL that the tier engine has moved: to other tiers of the rule file, or into an archive.
+
+    The rule file is the one that applies; without one, the URL is the only tier.
 
     Args:
         url: URL of the checkpoints.
@@ -61,9 +62,8 @@ class Archive:
                 folder = _folder_below(tier.url, self.url)
                 if folder is not None:
                     return file, tier.name, folder
-        digest = hashlib.sha256(self.url.encode()).hexdigest()
         tier = Tier(name=REMOTE, role="archive", url=self.url, storage_options=self._options)
-        return RuleFile(path=Path(config.FILE_NAME), sha256=digest, tiers=(tier,)), REMOTE, ""
+        return RuleFile(path=Path(config.FILE_NAME), sha256="", tiers=(tier,)), REMOTE, ""
 
     @contextmanager
     def other_stores(self) -> Iterator[dict[str, Store]]:
@@ -97,12 +97,12 @@ class Archive:
         file, _, folder = self._rules()
         with self._open_stores(file) as stores:
             prices = [prices_if_known(tier) for tier in file.tiers]
-            plan = plan_restore(file, stores, [f"{folder}{key}" for key in keys], prices, days=PROMOTION_DAYS)
+            plan = plan_restore(file, stores, [f"{folder}{key}" for key in keys], prices, days=RESTORE_DAYS)
             if not plan.objects:
                 return
             text = restore_text(plan)
             if not wait:
-                command = plan.command if file.tiers[0].name != REMOTE or len(file.tiers) > 1 else ""
+                command = plan.command if file.is_from_file else ""
                 how = f"run `{command}`, or call load(..., wait=True)" if command else "call load(..., wait=True)"
                 raise ArchivedShards(
                     f"{self.url}: {text}; to restore it, {how}",

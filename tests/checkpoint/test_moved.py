@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import tiercache as tc
 from tiercache.cache import Cache
-from tiercache.checkpoint.archived import Archive
 from tiercache.checkpoint.layout import MANIFEST_NAME
+from tiercache.checkpoint.moved import MovedCheckpoints
 from tiercache.checkpoint.retention import Keep
 from tiercache.checkpoint.stored import StoredCheckpoints
 from tiercache.errors import ArchivedShards, NotFound
@@ -65,8 +65,8 @@ def opened(bucket, cache):
     def stores(file):
         return Stores(file, stores={"remote": bucket}, s3_classes={"remote": bucket})
 
-    archived = Archive(bucket.url, open_stores=stores, clock=clock)
-    return StoredCheckpoints(bucket, cache=lambda: cache, archive=archived), clock
+    archived = MovedCheckpoints(bucket.url, open_stores=stores, clock=clock)
+    return StoredCheckpoints(bucket, cache=lambda: cache, moved=archived), clock
 
 
 def restored(bucket):
@@ -110,26 +110,42 @@ def test_an_archived_checkpoint_is_listed_and_never_deleted_by_a_rule(bucket, ca
     assert "it is archived" in listed.error
 
 
+def test_with_a_rule_file_the_error_has_the_command_whatever_its_only_tier_is_called(
+    bucket, cache, tmp_path, monkeypatch
+):
+    write_checkpoint(bucket, 1, {"w": np.arange(100)})
+    archive(bucket)
+    (tmp_path / "tiercache.toml").write_text(
+        f'[tiers.remote]\nrole = "archive"\nurl = "{bucket.url}"\nstorage_class = "GLACIER"\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    checkpoints, _ = opened(bucket, cache)
+    with pytest.raises(ArchivedShards, match="run `tiercache restore") as caught:
+        checkpoints.load()
+    assert caught.value.command.startswith("tiercache restore step-000000000001")
+
+
 # -- tiers of a rule file ------------------------------------------------------------------------------------------
 
 RULES = """
 [tiers.hot]
 url = "{hot}"
 
-[tiers.archive]
+[tiers.{name}]
+role = "archive"
 url = "s3://vault"
 storage_class = "GLACIER"
 prices = "aws:us-east-1:GLACIER"
 """
 
 
-@pytest.fixture
-def moved(tmp_path, bucket, monkeypatch):
-    """A checkpoint that the tier engine has moved to the archive, and the folder where it was."""
+@pytest.fixture(params=["archive", "remote"])
+def moved(tmp_path, bucket, monkeypatch, request):
+    """A checkpoint that the tier engine has moved to a tier of any name, and the folder where it was."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    (work / "tiercache.toml").write_text(RULES.format(hot=tmp_path / "hot"))
+    (work / "tiercache.toml").write_text(RULES.format(hot=tmp_path / "hot", name=request.param))
     vault = DiskBucket(tmp_path / "vault", "s3://vault", Script())
     below = DiskBucket(tmp_path / "vault", "s3://vault/run7", Script(), prefix="run7/")
     home = LocalFolder(tmp_path / "hot" / "run7")
@@ -139,10 +155,10 @@ def moved(tmp_path, bucket, monkeypatch):
     clock = RestoringClock(vault)
 
     def stores(file):
-        return Stores(file, stores={"archive": vault}, s3_classes={"archive": vault})
+        return Stores(file, stores={request.param: vault}, s3_classes={request.param: vault})
 
-    monkeypatch.setattr("tiercache.checkpoint.archived.open_store", lambda url, **_options: below)
-    return StoredCheckpoints(home, archive=Archive(home.url, open_stores=stores, clock=clock)), vault
+    monkeypatch.setattr("tiercache.checkpoint.moved.open_store", lambda url, **_options: below)
+    return StoredCheckpoints(home, moved=MovedCheckpoints(home.url, open_stores=stores, clock=clock)), vault
 
 
 def test_a_checkpoint_that_the_tier_engine_has_moved_is_found_with_the_price_and_time_of_its_restore(moved):
@@ -171,7 +187,7 @@ def test_torch_says_what_the_restore_of_an_archived_checkpoint_costs_and_loads_i
         dcp.save(state, storage_writer=checkpoints.dcp_writer(1))
         archive(bucket, manifests=manifests)
         restoring, _ = opened(bucket, cache)
-        checkpoints._archive = restoring._archive
+        checkpoints._moved = restoring._moved
         state["w"].zero_()
         with pytest.raises(CheckpointException, match="must be restored, which costs"):
             dcp.load(state, storage_reader=checkpoints.dcp_reader())

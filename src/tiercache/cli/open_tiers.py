@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tiercache.store import redact
 from tiercache.store.options import ParsedUrl
 from tiercache.tier.findings import Loss, MetricGap, UnmatchedFiles
 from tiercache.tier.inventory.groups import Inventory, take_inventory
-from tiercache.tier.model import TierTotals
+from tiercache.tier.model import READABLE, TierTotals
 from tiercache.tier.move.mover import catalog_path
 from tiercache.tier.rules import RuleFile, load_rule_file
 from tiercache.tier.stores import Stores, missing_folder_message
@@ -48,6 +49,22 @@ def format_duration(seconds: float) -> str:
         if seconds >= 2 * length_s:
             return f"{seconds / length_s:,.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
+
+
+def format_time(seconds: float) -> str:
+    """Return a time, given in seconds since the epoch, in ISO format in UTC, with whole seconds."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+STATE_NAMES = ("here", "archived", "restoring", "restored")
+"""Names of the states of copies, by the number of the state in a snapshot."""
+
+
+def format_copy(copy: Mapping[str, Any]) -> str:
+    """Return where a copy is, for people: "archive (restoring, in part)". copy: Its facts in JSON output."""
+    notes = [] if copy["state"] == STATE_NAMES[READABLE] else [copy["state"]]
+    notes += [] if copy["whole"] else ["in part"]
+    return f"{copy['tier']} ({', '.join(notes)})" if notes else str(copy["tier"])
 
 
 def print_holdings(
