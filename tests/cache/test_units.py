@@ -1,5 +1,6 @@
 """Units of a file, and the two files of a partial copy."""
 
+import itertools
 import os
 
 import numpy as np
@@ -47,6 +48,15 @@ def test_the_units_of_ranges_contain_their_bytes(case):
     assert set(np.flatnonzero(mask).tolist()) == units_by_byte(ranges, n_bytes)
     assert partial_module.covers(mask, [r for r in ranges if r.end <= n_bytes], n_bytes)
     assert not partial_module.covers(mask, [ByteRange(n_bytes, n_bytes + 1)], n_bytes)
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_runs_are_the_units_of_a_mask_and_do_not_touch(mask):
+    runs = partial_module.runs_of(np.array(mask, bool))
+    assert [unit for first, last in runs for unit in range(first, last)] == [
+        i for i, is_set in enumerate(mask) if is_set
+    ]
+    assert all(last < first for (_, last), (first, _) in itertools.pairwise(runs))
 
 
 @given(ranges_in(), st.sampled_from([UNIT, 3 * UNIT, 1 << 30]))

@@ -100,8 +100,12 @@ def covers(present: Mask, ranges: Iterable[ByteRange], n_bytes: int) -> bool:
 
 def runs_of(mask: Mask) -> list[tuple[int, int]]:
     """Return the runs of consecutive units, each as [first, last)."""
-    edges = np.flatnonzero(np.diff(mask.view(np.int8), prepend=np.int8(0), append=np.int8(0)))
-    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+    edges = (np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist()
+    if mask[:1].any():
+        edges.insert(0, 0)
+    if mask[-1:].any():
+        edges.append(len(mask))
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def ranges_of(mask: Mask, n_bytes: int) -> list[ByteRange]:
