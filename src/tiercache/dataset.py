@@ -35,10 +35,11 @@ from tiercache.load.output_spec import (
     tuple_columns,
 )
 from tiercache.model import short_repr
-from tiercache.opened_version import DatasetLocation, OpenedVersion, Verify
+from tiercache.opened_version import DatasetLocation, OpenedVersion
 from tiercache.rng import use_fresh_key
 from tiercache.selection_methods import SelectionMethods, record_numbers
 from tiercache.shard.conversion import parse_casts
+from tiercache.shard.read.chunks import Verify, check_verify
 from tiercache.shard.read.values import ColumnValues, as_records
 from tiercache.shard.versions.manifest import list_versions
 from tiercache.views import Records, RecordsSpec, arrow_batches, join, spans
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from tiercache.images.options import DecodeImage
     from tiercache.load.options import LoaderOptions
     from tiercache.shard.schema import Column, Schema, UserType
-    from tiercache.views.records import Records
 
 
 # Arguments of the constructor, and the field of OutputSpec that has each of them by column.
@@ -135,8 +135,7 @@ class Dataset(SelectionMethods):
     ) -> None:
         layouts = renamed_argument("Dataset", "forms", forms, "layouts", layouts)
         fill_nulls = renamed_argument("Dataset", "nulls", nulls, "fill_nulls", fill_nulls)
-        if verify not in ("first", "always", "never"):
-            raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
+        check_verify(verify)
         columns = None if columns is None else _names(columns)
         if transform is not None and layouts:
             raise ValueError("layouts= cannot be combined with transform=: the transform's results make up a batch")

@@ -45,13 +45,11 @@ if TYPE_CHECKING:
     from tiercache.shard.format.layout import Footer
     from tiercache.shard.format.statistics import Statistics
     from tiercache.shard.read.blocks import Blocks
+    from tiercache.shard.read.chunks import Verify
     from tiercache.shard.read.values import ColumnValues
     from tiercache.shard.schema import Schema
     from tiercache.shard.versions.manifest import Version
     from tiercache.shard.versions.segments import ShardTable
-
-
-Verify = Literal["first", "always", "never"]
 
 
 @dataclass(frozen=True, slots=True)

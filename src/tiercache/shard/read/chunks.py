@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
 from weakref import ref
 
 import numpy as np
@@ -37,6 +37,12 @@ Addresses: TypeAlias = npt.NDArray[np.uint64]
 _FUNCTIONS = ("ZSTD_createDCtx", "ZSTD_freeDCtx", "ZSTD_decompressDCtx", "ZSTD_getFrameContentSize")
 # Creating a decoder costs more than decoding a small frame; a decoder is for one thread at a time.
 _here = threading.local()
+
+
+def check_verify(verify: object) -> None:
+    """Raise ValueError if the value is not a Verify."""
+    if verify not in get_args(Verify):
+        raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
 
 
 class BadFrameError(codec.CodecError):

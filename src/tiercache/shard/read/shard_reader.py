@@ -20,7 +20,7 @@ from tiercache.model import ShardIdentity, ShardInfo
 from tiercache.shard.conversion import ServedColumns, cast_kind
 from tiercache.shard.format.layout import Footer
 from tiercache.shard.read.blocks import Blocks, check_indices
-from tiercache.shard.read.chunks import STAT_INTERVAL_S, Chunks, Ids, Verify, chunk_ids
+from tiercache.shard.read.chunks import STAT_INTERVAL_S, Chunks, Ids, Verify, check_verify, chunk_ids
 from tiercache.shard.read.source import ByteSource, LocalCopy, check_identity, read_footer
 from tiercache.shard.read.values import ColumnValues, block_values, gather_values
 from tiercache.shard.schema import Column, Kind, Schema
@@ -57,8 +57,7 @@ class ShardReader:
 
         Raises NotFound, UnsupportedFormat, and CorruptShard if it is not the shard that info or identity describes.
         """
-        if verify not in ("first", "always", "never"):
-            raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
+        check_verify(verify)
         self._verify = verify
         self._source = ByteSource(store, key, identity)
         self.url = self._source.url
