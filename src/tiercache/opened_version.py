@@ -162,7 +162,7 @@ class CopyNames:
             np.concatenate([plan.shards, len(self._table) + np.arange(n)]),
             np.concatenate([plan.first, np.zeros(n, np.int64)]),
             np.concatenate([plan.last, np.full(n, NEVER - 1)]),
-            np.concatenate([plan.then, np.full(n, NEVER)]),
+            np.concatenate([plan.first_later, np.full(n, NEVER)]),
             plan.reader,
         )
         return np.concatenate([self.of_shards(plan.shards), segments.reshape(-1, NAME_BYTES)]), whole

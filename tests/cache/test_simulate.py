@@ -140,7 +140,8 @@ class Asked:
     def make_room(self, i, need):
         names = list(self.rows)
         at = self.next_at[i]
-        decision = self.policy(self.snapshot(i), SpaceRequest(need, then=NEVER if at == NEVER else int(at - i)))
+        distance = NEVER if at == NEVER else int(at - i)
+        decision = self.policy(self.snapshot(i), SpaceRequest(need, use_after_next=distance))
         for move in decision.moves:
             self.rows[names[move.row]] |= {"main": move.main, "freq": move.freq, "turn": self.tick()}
         for row in decision.victims:

@@ -195,7 +195,7 @@ def test_a_plan_begins_at_the_resumed_position_and_advances_with_served_records(
         n_shards = len(dataset._source.leaves[0].table)
         assert len(first.shards) == n_shards
         assert first.first.min() == 0
-        assert (first.then >= first.last.max()).all()
+        assert (first.first_later >= first.last.max()).all()
         assert 0 < clocks[-1] < first.last.max() * 0.6
         assert clocks == sorted(clocks)
         plans.clear()
@@ -206,7 +206,7 @@ def test_a_plan_begins_at_the_resumed_position_and_advances_with_served_records(
         left = plans[0]
         over = left.first == NEVER
         assert 0.3 * n_shards < over.sum() < 0.6 * n_shards
-        assert (left.then[over] != NEVER).all()
+        assert (left.first_later[over] != NEVER).all()
         assert left.last[~over].max() == pytest.approx(packed[1] * (1 - 50 * 16 / (N)), rel=0.05)
         del batches, resumed, loader
         dataset.close()

@@ -75,7 +75,8 @@ def test_a_shard_is_read_then_when_the_next_epochs_first_use_of_it_comes(case: C
             for shard in found.shards.tolist():
                 then[shard] = min(then[shard], passed + int(found.clock.at(found.begins[[shard]])[0]))
             passed += found.clock.total
-        rows = zip(plan.shards.tolist(), plan.first.tolist(), plan.last.tolist(), plan.then.tolist(), strict=True)
+        columns = plan.shards, plan.first, plan.last, plan.first_later
+        rows = zip(*(column.tolist() for column in columns), strict=True)
         for shard, first, last, again in rows:
             assert then.pop(shard) == again
             if uses.ends[shard]:
@@ -121,8 +122,8 @@ def plans_of(placement, streams: int, world_size: int, n_later: int, n_shards: i
 def test_one_later_epoch_is_examined_if_a_rank_reads_all_shards():
     plan, n_looked = plans_of("global", 1, 1, 5)
     assert n_looked == 1
-    assert (plan.then >= 64 * 200).all()
-    assert (plan.then < 2 * 64 * 200).all()
+    assert (plan.first_later >= 64 * 200).all()
+    assert (plan.first_later < 2 * 64 * 200).all()
 
 
 def test_later_epochs_are_examined_until_no_new_shard_appears():
@@ -133,7 +134,7 @@ def test_later_epochs_are_examined_until_no_new_shard_appears():
     assert 5 < n_looked < 64
     assert len(plan.shards) > 60
     assert (plan.first == NEVER).any()
-    assert (plan.then != NEVER).all()
+    assert (plan.first_later != NEVER).all()
 
 
 @pytest.mark.parametrize(("epochs", "max_shards"), [(3, 1 << 21), (64, 3 * (64 + 1024))])
@@ -141,4 +142,4 @@ def test_the_number_of_examined_epochs_is_limited(monkeypatch, epochs, max_shard
     monkeypatch.setattr(module, "MAX_EPOCHS_AHEAD", epochs)
     plan, n_looked = plans_of("global", 16, 16, 64, max_shards=max_shards)
     assert n_looked == 3
-    assert (plan.then[plan.first != NEVER] == NEVER).any()
+    assert (plan.first_later[plan.first != NEVER] == NEVER).any()
