@@ -289,7 +289,7 @@ def test_a_forked_child_drops_an_epoch_during_publication_of_its_plan(server, pa
         child = os.fork()
         if not child:
             batches.close()
-            loader._native._next_epoch.on_source_closed()
+            loader._native._next_epoch.drop_preparation()
             os._exit(7)
         try:
             assert wait_for_exit(child, 60) == 7

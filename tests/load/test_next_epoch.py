@@ -210,7 +210,7 @@ def test_an_epoch_other_than_the_predicted_one_starts_without_preparation(make_d
 def test_a_preparation_dropped_while_it_runs_is_not_used():
     class Share:
         def pieces(self, _):
-            coming.on_source_closed()
+            coming.drop_preparation()
             return iter(())
 
     coming = NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True)

@@ -267,7 +267,7 @@ class NativeIterator(FastIterator, Iterator[Batch]):
                     self._replace_corrupt(error)
                 self._count(self._pipeline.figures())
                 if self._work.next_epoch is not None:
-                    self._work.next_epoch.on_source_closed()
+                    self._work.next_epoch.drop_preparation()
                 here = replace(self._work, first_batch=self._position.n_yielded, epoch_start=None)
                 self._start(here)
                 try:

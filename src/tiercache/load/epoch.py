@@ -506,7 +506,7 @@ def mixture_values(source: Records) -> dict[str, Any] | None:
     return {"weights": changes if len(changes) > 1 else changes[0][1], "stop": mixture.stop}
 
 
-# Shards per call of prefetch(): some ms if each is looked up in a cache. on_source_closed() waits for at most one call.
+# Shards per call of prefetch(): some ms if each is looked up in a cache. drop_preparation() waits for at most one call.
 _SHARDS_A_STEP = 16
 
 
@@ -560,7 +560,7 @@ class NextEpoch:
         self._share: OrderShare | None = None
         # Set to stop the loads of the next epoch, so that closing the data set does not wait for them.
         self._unwanted = threading.Event()
-        # Held during each step of the preparation. on_source_closed() waits for the current step, so no step begins
+        # Held during each step of the preparation. drop_preparation() waits for the current step, so no step begins
         # after the caller closes the cache or the store. Re-entrant, because the garbage collector may call it in a
         # thread that is within a step.
         self._step = threading.RLock()
@@ -619,7 +619,14 @@ class NextEpoch:
         return taken
 
     def on_source_closed(self) -> None:
-        """Drop the preparation: a local copy that it reads may be gone, or the data set is closed."""
+        """See CloseListener."""
+        self.drop_preparation()
+
+    def drop_preparation(self) -> None:
+        """End the preparation and release its blocks: a local copy may be replaced, or the data set is closed.
+
+        The epoch may still begin: it is then planned anew.
+        """
         if self._pid != os.getpid():
             return
         ready, plan = self._end(), self.publisher
@@ -656,7 +663,7 @@ class NextEpoch:
         if not self._is_predicted:
             return None
         rest = self.share.pieces(0)
-        # Reads footers. on_source_closed() does not wait for that, because a store may be slow.
+        # Reads footers. drop_preparation() does not wait for that, because a store may be slow.
         first = next(rest, None)
         if first is None:
             return None
@@ -692,7 +699,7 @@ class NextEpoch:
 
     @contextlib.contextmanager
     def _a_step(self) -> Iterator[None]:
-        """Context of one step of the preparation. Raises CancelledError after on_source_closed()."""
+        """Context of one step of the preparation. Raises CancelledError after drop_preparation()."""
         with self._step:
             if self._unwanted.is_set():
                 raise CancelledError
