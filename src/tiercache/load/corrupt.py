@@ -10,7 +10,7 @@ import os
 import threading
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tiercache.load.options import LoaderOptions
     from tiercache.load.output_spec import OutputSpec
     from tiercache.load.prefetch import AnyPiece, LoadedWindow
-    from tiercache.order import Window
+    from tiercache.order import AnyWindow
     from tiercache.shard.read.blocks import Blocks
     from tiercache.views import Records
 
@@ -273,9 +273,9 @@ def replace_corrupt(pieces: Iterable[AnyPiece], corruption: CorruptionMap, walk:
 class _TrimmedWindow:
     """A window without its unreadable blocks; made once, so that all its pieces have the same object."""
 
-    window: Window
+    window: AnyWindow
     kept: NDArray[np.bool_]
-    left: Window
+    left: AnyWindow
 
 
 @dataclass(slots=True)
@@ -289,7 +289,7 @@ class _RecordReplacer:
     walk: RecordWalk
     last: RecordLocation | None = None
     _without: dict[int, _TrimmedWindow] = field(default_factory=dict)
-    _alone: tuple[RecordLocation, Window] | None = None
+    _alone: tuple[RecordLocation, AnyWindow] | None = None
 
     def repair(self, piece: AnyPiece, n_before: int) -> AnyPiece:
         """Return the piece, which begins after n_before rows, with its corrupt records replaced."""
@@ -356,7 +356,7 @@ class _RecordReplacer:
             raise CorruptShard("no record of this rank's share can be read", url=url)
         return location
 
-    def _left(self, piece: AnyPiece) -> tuple[tuple[Window, ...], tuple[NDArray[np.bool_], ...], NDArray[np.int64]]:
+    def _left(self, piece: AnyPiece) -> tuple[tuple[AnyWindow, ...], tuple[NDArray[np.bool_], ...], NDArray[np.int64]]:
         """Return the windows without unreadable blocks, their needed blocks, and the new number of each block."""
         going = {id(window): self._without.get(id(window)) or self._cut(window) for window in piece.windows}
         self._without = going
@@ -369,7 +369,7 @@ class _RecordReplacer:
         ]
         return tuple(window for window, _ in pairs), tuple(needed for _, needed in pairs), numbers
 
-    def _cut(self, window: Window) -> _TrimmedWindow:
+    def _cut(self, window: AnyWindow) -> _TrimmedWindow:
         kept = np.ones(len(window.blocks), np.bool_)
         for number in np.flatnonzero(np.isin(window.shards, self.corruption.shards)).tolist():
             kept[number] = self.corruption.rows(int(window.shards[number]), int(window.blocks[number])) is not None
@@ -377,13 +377,13 @@ class _RecordReplacer:
             return _TrimmedWindow(window, kept, window)
         parts = window.shards[kept], window.blocks[kept], window.block_bytes[kept]
         left = ExplicitWindow(window.start, window.stop, *parts)
-        return _TrimmedWindow(window, kept, cast("Window", left))
+        return _TrimmedWindow(window, kept, left)
 
-    def _window_of(self, location: RecordLocation) -> Window:
+    def _window_of(self, location: RecordLocation) -> AnyWindow:
         """Return a window of the single block of a record; the last one is cached."""
         shard, block, _ = location
         if self._alone is None or self._alone[0][:2] != (shard, block):
             raw_bytes = self.corruption.block_sizes([shard])[0].raw_bytes[block : block + 1]
             numbers = np.array([shard], np.int32), np.array([block], np.int32)
-            self._alone = location, cast("Window", ExplicitWindow(0, 0, *numbers, raw_bytes))
+            self._alone = location, ExplicitWindow(0, 0, *numbers, raw_bytes)
         return self._alone[1]

@@ -13,7 +13,7 @@ import threading
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tiercache.load.prefetch import AnyPiece, LoadThreads, MemoryPressure
     from tiercache.load.ranks import Rank
     from tiercache.load.state import RunState
-    from tiercache.order import Order, Section
+    from tiercache.order import AnyWindow, Order, Section
     from tiercache.order.explicit import ServedOrder
     from tiercache.views import Records
 
@@ -111,7 +111,7 @@ class Piece:
         needed: bool[n_blocks] for each window: the blocks that this piece or later pieces of the window need.
     """
 
-    windows: tuple[Window, ...]
+    windows: tuple[AnyWindow, ...]
     n_rows: int
     needed: tuple[NDArray[np.bool_], ...]
     _rows_of_sections: tuple[_SectionRows, ...]
@@ -237,8 +237,8 @@ class _Cutter:
     def _piece(self, cursors: list[_StreamCursor], start: int, stop: int) -> Piece:
         """Return the piece of the rows [start, stop) and advance the streams."""
         rows_of_sections: list[_SectionRows] = []
-        needed: dict[Window, NDArray[np.bool_]] = {}  # streams that share a window need the same blocks of it
-        first_blocks: dict[Window, int] = {}
+        needed: dict[AnyWindow, NDArray[np.bool_]] = {}  # streams that share a window need the same blocks of it
+        first_blocks: dict[AnyWindow, int] = {}
         n_blocks = 0
         by_stream = {cursor.stream: cursor for cursor in cursors}
         for stream in sorted(self._held):
@@ -295,7 +295,7 @@ class _Cutter:
         return (needed,)
 
 
-def _is_covered(window: Any, section: Section) -> bool:
+def _is_covered(window: AnyWindow, section: Section) -> bool:
     """Whether a section of an explicit order is the only one that uses its window."""
     return isinstance(window, ExplicitWindow) and len(window) == section.stop - section.start
 
@@ -472,8 +472,7 @@ def explicit_order(read: Records | CorruptionMap, numbers: ServedOrder, window_b
     """Return the order that serves these records, counted in stored order. window_bytes: limit of unmapped blocks."""
     source = read.source if isinstance(read, CorruptionMap) else read
     layout = DatasetLayout(source.shard_records, source.shard_bytes, read.block_sizes)
-    # Its windows have the interface of Window; its sections store their rows, so no permutation is computed.
-    return cast("Order", ExplicitOrder(layout, numbers, window_bytes, source.is_mapped))
+    return ExplicitOrder(layout, numbers, window_bytes, source.is_mapped)
 
 
 def order_options(state: RunState) -> OrderOptions:

@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from tiercache._native.ring import Ring
     from tiercache.load.pipeline import PipelineInputs
     from tiercache.load.prefetch import AnyPiece, LoadThreads
-    from tiercache.order import Window
+    from tiercache.order import AnyWindow
 
 
 # A window with its needed blocks, bool[n_blocks].
-WindowBlocks: TypeAlias = "tuple[Window, NDArray[np.bool_]]"
+WindowBlocks: TypeAlias = "tuple[AnyWindow, NDArray[np.bool_]]"
 # Locations of rows: a run whose rows are computed as they are gathered, or block and row, uint32[n] each.
 Rows: TypeAlias = "RowRun | tuple[NDArray[np.uint32], NDArray[np.uint32]]"
 
@@ -199,10 +199,10 @@ class _Planner:
         self._windows: dict[int, LoadedWindow] = {}  # by the window's id; each holds its window
         self._loading: dict[int, WindowLoad] = {}  # started ahead, here or by the epoch before; by the window's id
         self._joined: JoinedWindows | None = None
-        self._served_windows: tuple[Window, ...] = ()  # the windows of the last push
+        self._served_windows: tuple[AnyWindow, ...] = ()  # the windows of the last push
         # Whether the ring holds rows of these windows only: then the next windows are the second set in memory.
         self._is_one_set = False
-        self._requested: dict[int, Window] = {}  # windows whose blocks are requested ahead, by id
+        self._requested: dict[int, AnyWindow] = {}  # windows whose blocks are requested ahead, by id
         self._begun: list[WindowBlocks] = []  # windows whose shards are not requested as a whole yet
         self.ahead_bytes = SHARDS_AHEAD * work.setup.largest_bytes
         self._near = PagePrefetcher(threads, work.setup.stored_bytes)

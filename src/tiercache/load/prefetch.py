@@ -22,7 +22,6 @@ from tiercache import config
 from tiercache._native.mapping import are_resident
 from tiercache.errors import CorruptShard
 from tiercache.model import format_bytes
-from tiercache.order import Window
 from tiercache.shard.read.blocks import renew_checks
 from tiercache.store.retry import stop_retries_when
 
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 
     from tiercache.load.corrupt import RecordLocation
     from tiercache.load.epoch import Piece
+    from tiercache.order import AnyWindow
     from tiercache.shard.read.blocks import Blocks
     from tiercache.views import Records
 
@@ -45,7 +45,7 @@ MIN_PART_BYTES, MAX_PART_BYTES = 1 << 20, 16 << 20
 
 
 def split_window(
-    window: Window, needed: NDArray[np.bool_], n_threads: int, is_mapped: Callable[[int], bool]
+    window: AnyWindow, needed: NDArray[np.bool_], n_threads: int, is_mapped: Callable[[int], bool]
 ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
     """Cut the needed blocks of a window into parts, each the indices of blocks of one shard, in its order.
 
@@ -77,7 +77,7 @@ def part_bytes(n_bytes: int, n_threads: int) -> int:
     return min(max(n_bytes // (n_threads * PARTS_A_THREAD), MIN_PART_BYTES), MAX_PART_BYTES)
 
 
-def _cut(run: NDArray[np.int64], window: Window, limit_bytes: int) -> list[NDArray[np.int64]]:
+def _cut(run: NDArray[np.int64], window: AnyWindow, limit_bytes: int) -> list[NDArray[np.int64]]:
     """Cut a shard's blocks into parts of about the same size, at most limit_bytes unless a block is larger."""
     sums = np.cumsum(window.block_bytes[run])
     n_parts = -(-int(sums[-1]) // limit_bytes)
@@ -112,7 +112,7 @@ class LoadedWindow:
     block (-1: none), and the block's index there.
     """
 
-    window: Window
+    window: AnyWindow
     addresses: NDArray[np.uint64]
     block_groups: tuple[Blocks, ...]
     group_of_block: NDArray[np.int32]
@@ -218,7 +218,7 @@ class WindowLoad:
     def __init__(
         self,
         source: Records,
-        window: Window,
+        window: AnyWindow,
         needed: NDArray[np.bool_],
         executor: Executor,
         n_threads: int,
@@ -288,8 +288,8 @@ class WindowLoad:
         shard = int(self.window.shards[indices[0]])
         try:
             blocks = self._source.load(shard, self.window.blocks[indices].tolist())
-            # Single pages of 4 KiB are read for listed rows; checking would read 64 KiB for each of them.
-            if isinstance(self.window, Window):
+            # A single row needs one or two pages of 4 KiB; checking it would read 64 KiB.
+            if self.window.reads_whole_blocks:
                 renew_checks(blocks)
             return blocks
         except CorruptShard as error:
@@ -314,7 +314,7 @@ class ArrayPiece:
         replaced: int64[m], rising, the rows whose records are replaced.
     """
 
-    windows: tuple[Window, ...]
+    windows: tuple[AnyWindow, ...]
     needed: tuple[NDArray[np.bool_], ...]
     block: NDArray[np.uint32]
     row: NDArray[np.uint32]
@@ -408,7 +408,7 @@ class MemoryPressure:
         """Share of a block's raw bytes that takes memory of its own."""
         return self._private_bytes / self._raw_bytes if self._raw_bytes else 1.0
 
-    def _decoded_bytes(self, window: Window, needed: NDArray[np.bool_]) -> int:
+    def _decoded_bytes(self, window: AnyWindow, needed: NDArray[np.bool_]) -> int:
         if not self._share:
             return 0
         whole = self._share * int(window.block_bytes[needed].sum())
@@ -461,12 +461,12 @@ def start_slices(piece: AnyPiece, n_rows: int) -> Iterator[ArrayPiece]:
         start, n_rows = stop, 2 * n_rows
 
 
-def shards_of(window: Window, needed: NDArray[np.bool_]) -> list[int]:
+def shards_of(window: AnyWindow, needed: NDArray[np.bool_]) -> list[int]:
     """Return the shards of the needed blocks of a window, in the order in which the window names them."""
     return list(dict.fromkeys(window.shards[needed].tolist()))
 
 
-def blocks_by_shard(window: Window, needed: NDArray[np.bool_]) -> list[tuple[int, list[int]]]:
+def blocks_by_shard(window: AnyWindow, needed: NDArray[np.bool_]) -> list[tuple[int, list[int]]]:
     """Return the needed blocks of a window by shard, shards in the order in which the window names them.
 
     Blocks in short gaps between them are needed later, and are returned too (see GAP_BYTES).
@@ -489,7 +489,7 @@ def _with_short_gaps(blocks: list[int], longest_gap: int) -> list[int]:
     return with_gaps
 
 
-def _touched(windows: tuple[Window, ...], block: NDArray[np.uint32]) -> tuple[NDArray[np.bool_], ...]:
+def _touched(windows: tuple[AnyWindow, ...], block: NDArray[np.uint32]) -> tuple[NDArray[np.bool_], ...]:
     ends = np.cumsum([len(window.blocks) for window in windows])
     touched = np.zeros(int(ends[-1]), np.bool_)
     touched[block] = True
@@ -521,10 +521,10 @@ class PagePrefetcher:
     def __init__(self, threads: LoadThreads, stored_bytes: int) -> None:
         self._threads = threads
         self._stored_bytes = stored_bytes
-        self._near: list[tuple[Window, list[Blocks]]] = []
+        self._near: list[tuple[AnyWindow, list[Blocks]]] = []
 
     def prefetch_pages(
-        self, windows: Sequence[LoadedWindow], served: Sequence[Window], *, is_served: bool = False
+        self, windows: Sequence[LoadedWindow], served: Sequence[AnyWindow], *, is_served: bool = False
     ) -> list[Future[int]]:
         """Start to read the mapped pages of windows, as far as there is room; returns at once.
 
@@ -568,7 +568,7 @@ class PagePrefetcher:
         huge = _kernel() >= _HUGE_SINCE and share_of_huge_pages(pages) <= most and _expect(pages, _HUGEPAGE)
         return self._threads.executor.submit(_read, blocks, self._threads.stop, huge)
 
-    def _release_served(self, served: Sequence[Window], *, larger: bool) -> None:
+    def _release_served(self, served: Sequence[AnyWindow], *, larger: bool) -> None:
         """Forget windows that were served; if the data set is larger than memory, let their pages be evicted first."""
         ids = set(map(id, served))
         gone = [near for near in self._near if id(near[0]) not in ids]

@@ -6,12 +6,14 @@ knows torch or does I/O, except through `DatasetLayout.blocks`, the caller's fun
 
 from tiercache.order.contract import MAX_STREAMS, BlockSizes, DatasetLayout, Order, OrderOptions, Section
 from tiercache.order.epoch_order import EpochOrder, derive_key
+from tiercache.order.explicit import AnyWindow
 from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture
 from tiercache.order.rank_plan import RankPlan
 from tiercache.order.window import RowRun, Window
 
 __all__ = [
     "MAX_STREAMS",
+    "AnyWindow",
     "BlockSizes",
     "DatasetLayout",
     "EpochOrder",

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.order.window import ShardGroups, Window
+    from tiercache.order.explicit import AnyWindow
+    from tiercache.order.window import ShardGroups
 
 
 # One stream for each rank of the largest cluster. A stream number fits 16 bits, which numpy sorts in linear time.
@@ -127,7 +128,7 @@ class Section(Protocol):
         """Position after the last one."""
 
     @property
-    def windows(self) -> tuple[Window, ...]:
+    def windows(self) -> tuple[AnyWindow, ...]:
         """Windows that hold the section's records."""
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:

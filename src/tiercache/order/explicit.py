@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 import numpy as np
 
 from tiercache._native.permute import permute, permute_at
-from tiercache.order.window import ShardGroups, offsets_of_counts, single_shard_groups
+from tiercache.order.window import ShardGroups, Window, offsets_of_counts, single_shard_groups
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -246,6 +246,14 @@ class ExplicitWindow:
     def raw_bytes(self) -> int:
         """Decoded bytes of its blocks, all columns."""
         return int(self.block_bytes.sum())
+
+    @property
+    def reads_whole_blocks(self) -> bool:
+        """See Window.reads_whole_blocks: of a block, an explicit order may serve a single row."""
+        return False
+
+
+AnyWindow: TypeAlias = Window | ExplicitWindow
 
 
 @dataclass(frozen=True, slots=True, eq=False)
