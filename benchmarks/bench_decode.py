@@ -24,7 +24,7 @@ import tiercache as tc
 from rows import OUT, spread, table, write_rows
 from tiercache import config
 from tiercache.load.prefetch import split_window
-from tiercache.order import DatasetLayout, EpochOrder, OrderOptions
+from tiercache.order import DatasetSizes, EpochOrder, OrderOptions
 
 TOKENS, BATCH = 1024, 64
 _here = threading.local()
@@ -72,8 +72,8 @@ def load(folder: Path, window_mib: int) -> None:
 def parts_of(dataset: tc.Dataset, window_mib: int, n_threads: int) -> list[tuple[int, list[int]]]:
     """Return (shard, blocks) of every part that is loaded at a time, in the order of an epoch."""
     source = dataset.__tiercache__().source
-    layout = DatasetLayout(source.shard_records, source.shard_bytes, source.block_sizes)
-    order = EpochOrder(layout, OrderOptions(seed=1, shuffle=True, group_bytes=None, window_bytes=window_mib << 20), 0)
+    sizes = DatasetSizes(source.shard_records, source.shard_bytes, source.block_sizes)
+    order = EpochOrder(sizes, OrderOptions(seed=1, shuffle=True, group_bytes=None, window_bytes=window_mib << 20), 0)
     parts = []
     for window in order.windows(0):
         _, work = split_window(window, np.ones(len(window.blocks), bool), n_threads, lambda _: False)

@@ -22,7 +22,7 @@ from tiercache.errors import TierCacheError
 from tiercache.load.corrupt import CorruptionMap, replace_corrupt
 from tiercache.load.prefetch import WindowLoad, blocks_by_shard, loading_pool, shards_of
 from tiercache.load.reading_plan import ReadingPlanPublisher
-from tiercache.order import DatasetLayout, EpochOrder, OrderOptions, RankPlan, RowRun, Window
+from tiercache.order import DatasetSizes, EpochOrder, OrderOptions, RankPlan, RowRun, Window
 from tiercache.order.explicit import ExplicitOrder, ExplicitWindow
 from tiercache.order.mixture import MixtureOrder
 from tiercache.order.window import MOST_ROWS, allocate_rows
@@ -458,21 +458,21 @@ def plan_epoch(
 def make_order(read: Records | CorruptionMap, state: RunState) -> Order:
     """Return the order of the state's epoch."""
     source = read.source if isinstance(read, CorruptionMap) else read
-    layout = DatasetLayout(source.shard_records, source.shard_bytes, read.block_sizes)
+    sizes = DatasetSizes(source.shard_records, source.shard_bytes, read.block_sizes)
     options = order_options(state)
     if source.mixture is not None:
-        return MixtureOrder(layout, source.mixture, options, state.key_epoch)
+        return MixtureOrder(sizes, source.mixture, options, state.key_epoch)
     listed = source.record_order
     if listed is not None and not state.shuffle:
         return explicit_order(read, listed, state.window_bytes)
-    return EpochOrder(layout, options, state.key_epoch)
+    return EpochOrder(sizes, options, state.key_epoch)
 
 
 def explicit_order(read: Records | CorruptionMap, numbers: ServedOrder, window_bytes: int | None) -> Order:
     """Return the order that serves these records, counted in stored order. window_bytes: limit of unmapped blocks."""
     source = read.source if isinstance(read, CorruptionMap) else read
-    layout = DatasetLayout(source.shard_records, source.shard_bytes, read.block_sizes)
-    return ExplicitOrder(layout, numbers, window_bytes, source.is_mapped)
+    sizes = DatasetSizes(source.shard_records, source.shard_bytes, read.block_sizes)
+    return ExplicitOrder(sizes, numbers, window_bytes, source.is_mapped)
 
 
 def order_options(state: RunState) -> OrderOptions:

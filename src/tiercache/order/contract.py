@@ -1,6 +1,6 @@
 """Inputs and interface of an order.
 
-`OrderOptions`, `DatasetLayout` and `BlockSizes` are what an order is made from; `Order` and its sections are what a
+`OrderOptions`, `DatasetSizes` and `BlockSizes` are what an order is made from; `Order` and its sections are what a
 loader reads by.
 """
 
@@ -26,7 +26,7 @@ MAX_STREAMS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class OrderOptions:
-    """Options of an epoch's order. The order depends only on these options, the layout and the epoch.
+    """Options of an epoch's order. The order depends only on these options, the sizes of the data set and the epoch.
 
     Attributes:
         seed: Any integer.
@@ -78,8 +78,8 @@ class BlockSizes:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DatasetLayout:
-    """Shards of a data set in stored order, and access to their footers.
+class DatasetSizes:
+    """Sizes of the shards of a data set, in stored order, and of their blocks.
 
     Attributes:
         records: int64[n_shards], number of records of each shard.
