@@ -64,7 +64,7 @@ def test_a_shard_is_read_then_when_the_next_epochs_first_use_of_it_comes(case: C
     offset, n_shards = min(offset, case.data.n_records), len(case.data.blocks)
     for ranks in case.plans(offset):
         share = share_of(case.order, ranks)
-        orders = [EpochOrder(case.data.layout, case.how, case.epoch + 1 + i) for i in range(n_later)]
+        orders = [EpochOrder(case.data.dataset_sizes, case.how, case.epoch + 1 + i) for i in range(n_later)]
         later = [share_of(order, replace(ranks, offset=0)) for order in orders]
         uses = find_shard_uses(share, offset, n_shards)
         plan = make_reading_plan("me", uses, later, n_shards + 1)
@@ -105,7 +105,7 @@ def plans_of(placement, streams: int, world_size: int, n_later: int, n_shards: i
     """Rank 0's plan, and how many later epochs were looked at."""
     data, looked = uniform(n_shards, 2, 5, 100), []
     how = OrderOptions(3, True, 1000, 100, streams, placement)
-    orders = [EpochOrder(data.layout, how, epoch) for epoch in range(n_later + 1)]
+    orders = [EpochOrder(data.dataset_sizes, how, epoch) for epoch in range(n_later + 1)]
     ranks = RankPlan(0, world_size, 0, 4, False, data.n_records, streams)
 
     def later():

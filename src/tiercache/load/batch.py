@@ -68,7 +68,9 @@ class BatchMemory:
         self._free: defaultdict[int, deque[Bytes]] = defaultdict(deque)
 
     def lend(self, n_bytes: int, size_bytes: int) -> Bytes:
-        """Return uint8[n_bytes], writable, with arbitrary content.
+        """Return uint8[n_bytes], writable, with arbitrary content: the first bytes of an array of size_bytes.
+
+        size_bytes: size of the array to take or to allocate; one size is reused for all requests of that size.
 
         The memory returns when nothing refers to *this* array any more. An array of `ArrayLibrary.over` refers to it; a
         NumPy view does not (NumPy's views refer to the array that owns the memory).
@@ -345,9 +347,9 @@ def _dtype(column: Column) -> str:
 
 
 def _tensor_entry(dtype: str, shape: tuple[int, ...], stream: int, library: ArrayLibrary) -> Make | TensorEntry:
-    layout = library.layout(dtype, shape)
-    if layout is not None:
-        return TensorEntry(stream, layout)
+    row_type = library.row_type(dtype, shape)
+    if row_type is not None:
+        return TensorEntry(stream, row_type)
     over = library.rows_over(dtype, shape)
     return lambda slot, n: over(slot, slot.stream_position(stream)[0], n)
 
@@ -423,7 +425,7 @@ def _lengths_maker(column: Column, stream: int, library: ArrayLibrary) -> Make:
 
 def _buffer_entry(column: Column, stream: int, library: ArrayLibrary) -> Make | BufferEntry:
     make, inner = _buffer_maker(column, stream, library), tuple(d or 0 for d in column.shape[1:])
-    values, offsets = library.layout(_dtype(column), inner), library.layout("int64", ())
+    values, offsets = library.row_type(_dtype(column), inner), library.row_type("int64", ())
     if values is None or offsets is None or not is_stack_of_rows(column):
         return make
     return BufferEntry(stream, values, offsets, Buffer, make)

@@ -115,7 +115,7 @@ class PipelineInputs:
         workers: Processes that run these functions. None: a thread runs them.
         device: Device to which the last stage copies batches. None: batches stay in host memory.
         pinned: Pinned memory in which this stage leaves its batches. None: ordinary memory.
-        headspace: Whether the first batch is served as all batches.
+        headspace: Whether the first batch is served again and again, to measure the training loop alone.
     """
 
     setup: PipelineSetup
@@ -137,7 +137,7 @@ class PipelineInputs:
 
     @property
     def source(self) -> Records:
-        """Records that is read."""
+        """Records that are read."""
         return self.setup.source
 
     @property
@@ -217,16 +217,17 @@ class Pipeline(ClosingPipeline):
         threads = LoadThreads(self._pool, self._shared.stop, resources.n_threads, resources.limit_bytes)
         self._memory_bytes = resources.memory_bytes
         self._ahead: deque[Slot | Exception] = deque(maxlen=1)  # taken from the ring, not handed out yet
-        # also taken from the ring; empty again at once, unless Ctrl-C struck
+        # Result of the last wait for the ring. take() removes it at once, so it holds something only if Ctrl-C struck
+        # between the two steps.
         self._waited: deque[Slot | int] = deque(maxlen=1)
         self._n_replaced = 0
         # replaced rows of the batch that take() returned last, and the locations of their replacements
         self.replaced: dict[int, RecordLocation] = {}
         self._is_closed = False
         self._taking = threading.RLock()
-        special_queues = (self._waited, self._shared.replaced_pieces)
+        slow_if_any = (self._waited, self._shared.replaced_pieces)
         self._taker = BatchTaker(
-            self._ring, self._assembler.entries, self._shared.pushed, special_queues, self._taking, work.waits.bins
+            self._ring, self._assembler.entries, self._shared.pushed, slow_if_any, self._taking, work.waits.bins
         )
         # The thread holds no reference to this object, so that dropping the last outside reference closes it.
         self._planner = threading.Thread(
