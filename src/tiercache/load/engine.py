@@ -59,10 +59,14 @@ logger = logging.getLogger("tiercache")
 class EpochPosition:
     """The position in an epoch. The loader keeps it; the epoch's iterator updates it, and may be dropped long before.
 
+    Args:
+        start: State at which the epoch began or was resumed.
+        ranks: The batches of this rank from there.
+        is_counted: Whether n_yielded is known; it is not if another loader hands the batches out.
+
     Attributes:
         n_yielded: Number of batches handed out since the epoch began or was resumed.
         finished: Whether the end was reached.
-        is_counted: Whether n_yielded is known; it is not if another loader hands the batches out.
     """
 
     def __init__(self, start: RunState, ranks: RankPlan, *, is_counted: bool = True) -> None:
@@ -135,8 +139,8 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         self._read_again: Counter[int] = Counter()  # how often each shard was read again
         self._replaced_locations: set[CorruptLocation] = set()
         self._draws = draws
-        # torch's sampler draws numbers before the first batch. It draws again at its end, which comes before a short
-        # last batch.
+        # Batches 1 to n_undrawn - 1, counted from 0, draw no random numbers and may take the fast path. torch's sampler
+        # draws numbers before the first batch. It draws again at its end, which comes before a short last batch.
         n_undrawn = work.share.ranks.n_batches - 1 if self._draws.ends_short else sys.maxsize
         self._profiler = work.setup.library.profiler
         super().__init__(position, self._profiler, n_undrawn, is_plain=self._pin is None and self._names is None)

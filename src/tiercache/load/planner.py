@@ -339,7 +339,7 @@ class _Planner:
         return any(not is_mapped(shard) for window, needed in missing for shard in set(window.shards[needed].tolist()))
 
     def _begin(self, missing: list[WindowBlocks]) -> list[WindowLoad]:
-        """Begin to load windows that the epoch before has not begun to load."""
+        """Return the loads of the missing windows; start those that nothing has started."""
         start_s = time.perf_counter()
         new = [pair for pair in missing if id(pair[0]) not in self._loading]
         self._request(new)
