@@ -81,8 +81,8 @@ class Dataset(SelectionMethods):
 
     Args:
         url: Local path, `s3://`, `gs://`, `az://`, `http(s)://`, `memory://` or any fsspec URL of the data set.
-        cache: Cache through which the data set is read. None: local folders are read in place, everything else is read
-            through `Cache.default()`. False: no cache.
+        cache: Cache through which the data set is read. None: local folders are read in place and `memory://` directly;
+            everything else is read through `Cache.default()`. False: no cache.
         columns: Names of the columns to serve, in order. None: all columns.
         version: Number of the version to read. None: the newest version at the time of opening; later commits do not
             change it.

@@ -1,7 +1,9 @@
 """The cache simulator: what a cache of a given size and policy would do with a trace of accesses, and the trace files.
 
-The functions of evict/policy.py make the decisions, as in the cache itself; here the candidates come from structures
-that follow the trace (a queue, a heap) instead of arrays of all cached copies. A million accesses take 1 to 4 s.
+The cache finds the candidates for eviction in arrays of all cached copies; here they come from structures that follow
+the trace (a queue, a heap). Of evict/policy.py, `lru` and `plan` use choose_victims(), `s3fifo` uses the queues, and
+`plan` calls plan() for traces of several jobs; `resident` uses nothing of it. Tests compare them with the policies. A
+million accesses take 1 to 4 s.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `plan` evicts the copy with the furthest next use (L. A. Belady, "A study of replacement algorithms for a
 virtual-storage computer", IBM Systems Journal 5(2), 1966), and does not admit a copy that is needed later still.
 `s3fifo` is Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. The simulator
-(cache/simulate.py) uses choose_victims(), Queues and `plan` too, and repeats the simple policies on its own structures.
+(cache/simulate.py) uses choose_victims(), Queues and, for several jobs, `plan` too.
 """
 
 from __future__ import annotations
