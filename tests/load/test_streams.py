@@ -310,6 +310,6 @@ def test_a_share_locates_each_record_of_a_batch(packed, layout, how, shuffle, ra
     iterator = iter(tc.DataLoader(dataset, batch_size=ranks.batch_size, shuffle=shuffle, options=options))
     share, source = iterator._work.share, dataset._source
     for number, batch in enumerate(itertools.islice(iterator, 4)):
-        places = [share.locate(position) for position in share.ranks.positions(number).tolist()]
+        places = [share.locate(position) for position in share.rank_plan.positions(number).tolist()]
         assert [record_number(source, *place) for place in places] == batch["id"].tolist()
     iterator.close()

@@ -189,7 +189,7 @@ class _Opener:
         if batch is None:
             return _Job()
         decode = self.work.output_spec.decode
-        positions = self.work.share.ranks.positions(self.number)
+        positions = self.work.share.rank_plan.positions(self.number)
         n_rows = len(positions)
         draws = self.draws.of(positions)
         n_bytes = self.gathered.figures()["bytes_served"] - before
@@ -216,7 +216,7 @@ class _Opener:
         column, index = divmod(task, job.n_rows)
         location = job.replaced.get(index)
         if location is None:
-            location = self.work.share.locate(int(self.work.share.ranks.positions(job.number)[index]))
+            location = self.work.share.locate(int(self.work.share.rank_plan.positions(job.number)[index]))
         record = record_number(self.work.source, *location)
         error = image_decode_error(self.work.source, job.columns[column].name, record, str(decode_error))
         error.__cause__ = decode_error.with_traceback(None)  # the frames of the traceback would hold the batch's memory

@@ -61,7 +61,7 @@ class EpochPosition:
 
     Args:
         start: State at which the epoch began or was resumed.
-        ranks: The batches of this rank from there.
+        rank_plan: The batches of this rank from there.
         is_counted: Whether n_yielded is known; it is not if another loader hands the batches out.
 
     Attributes:
@@ -69,9 +69,9 @@ class EpochPosition:
         finished: Whether the end was reached.
     """
 
-    def __init__(self, start: RunState, ranks: RankPlan, *, is_counted: bool = True) -> None:
+    def __init__(self, start: RunState, rank_plan: RankPlan, *, is_counted: bool = True) -> None:
         self._start = start
-        self.ranks = ranks
+        self.rank_plan = rank_plan
         self._is_counted = is_counted
         self._redirected: RunState | None = None
         self._next: RunState | None = None  # cached by next_state()
@@ -96,7 +96,7 @@ class EpochPosition:
                 f"set_epoch({self._start.epoch + 1}) of this loader first. To resume within an epoch, use "
                 "load_state_dict() instead"
             )
-        return replace(self._start, offset=self.ranks.offset_after(self.n_yielded))
+        return replace(self._start, offset=self.rank_plan.offset_after(self.n_yielded))
 
     def next_state(self) -> RunState:
         """Return the state from which the loader's next iter() begins: the next epoch, even if this one did not end."""
@@ -141,13 +141,13 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         self._draws = draws
         # Batches 1 to n_undrawn - 1, counted from 0, draw no random numbers and may take the fast path. torch's sampler
         # draws numbers before the first batch. It draws again at its end, which comes before a short last batch.
-        n_undrawn = work.share.ranks.n_batches - 1 if self._draws.ends_short else sys.maxsize
+        n_undrawn = work.share.rank_plan.n_batches - 1 if self._draws.ends_short else sys.maxsize
         self._profiler = work.setup.library.profiler
         super().__init__(position, self._profiler, n_undrawn, is_plain=self._pin is None and self._names is None)
         self._start(work)
 
     def __len__(self) -> int:
-        return self._work.share.ranks.n_batches
+        return self._work.share.rank_plan.n_batches
 
     def __getstate__(self) -> NoReturn:
         raise NotImplementedError(f"{type(self).__name__} cannot be pickled")  # torch's iterators raise the same error
@@ -243,11 +243,11 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         if batch is None:
             self._position.finished = True
             self._draws.exhaust()
-            self._work.counters.add("padded", self._work.share.ranks.n_padding)
+            self._work.counters.add("padded", self._work.share.rank_plan.n_padding)
             self.close()
             raise StopIteration
         self._position.n_yielded += 1
-        if self._draws.ends_short and self._position.n_yielded == self._work.share.ranks.n_batches:
+        if self._draws.ends_short and self._position.n_yielded == self._work.share.rank_plan.n_batches:
             self._draws.exhaust()
         return batch
 
@@ -409,11 +409,12 @@ class Engine(ABC):
             self._device = self._devices.batch_device(self._device_type, options, self._device)
             # A stage of transforms holds batches as long as it likes; what it makes is copied into pinned memory.
             pinned = self._device.pinned if stage is None else None
-            if self._device.is_fixed and share.ranks.n_served % share.ranks.batch_size:
+            batch_size = share.rank_plan.batch_size
+            n_last = share.rank_plan.n_served % batch_size
+            if self._device.is_fixed and n_last:
                 raise ValueError(
-                    f'device_buffers="fixed" serves full batches only, and this epoch ends with a batch of '
-                    f"{share.ranks.n_served % share.ranks.batch_size} records instead of {share.ranks.batch_size}: "
-                    "give drop_last=True"
+                    f'device_buffers="fixed" serves full batches only, and this epoch ends with a batch of {n_last} '
+                    f"records instead of {batch_size}: give drop_last=True"
                 )
         workers = None if stage is None or not stage.n_workers else self._start_workers(stage, share.seed)
         work = PipelineInputs(
@@ -578,9 +579,9 @@ class OrderEngine(Engine):
             share, publisher = plan_share(state), ReadingPlanPublisher(self._source, state, plan_share)
             if self._next_epoch is not None:
                 publisher.succeed(self._next_epoch.publisher)
-        if share.ranks.ignores_streams:
-            self._warn_of_streams(share.ranks)
-        position = EpochPosition(state, share.ranks)
+        if share.rank_plan.ignores_streams:
+            self._warn_of_streams(share.rank_plan)
+        position = EpochPosition(state, share.rank_plan)
         following = position.next_state()
         next_epoch = NextEpoch(
             self._source,
@@ -643,7 +644,7 @@ class OrderEngine(Engine):
         planned = state if rank.world_size > 1 else replace(state, drop_last=False)
         read = self._numbered()
         share = plan_epoch(read, rank, self._arguments.batch_size, self._arguments.fills_first, planned)
-        self._position = EpochPosition(state, share.ranks, is_counted=False)
+        self._position = EpochPosition(state, share.rank_plan, is_counted=False)
         self._foreseen = None
         self._n_epochs += 1
         return state, read, share, self._draws(is_sampled=is_again)
@@ -659,7 +660,7 @@ class OrderEngine(Engine):
         handed out yet.
         """
         position = self._position
-        if position is not None and position.ranks is share.ranks and not self._arguments.num_workers:
+        if position is not None and position.rank_plan is share.rank_plan and not self._arguments.num_workers:
             position.finished = True
 
     @property
@@ -723,16 +724,16 @@ class OrderEngine(Engine):
         """Return the records of an epoch of a source, all ranks together."""
         return epoch_records(source)
 
-    def _warn_of_streams(self, ranks: RankPlan) -> None:
+    def _warn_of_streams(self, rank_plan: RankPlan) -> None:
         """Warn once that several ranks read the same blocks."""
         if "streams" in self._warned:
             return
         self._warned.add("streams")
         warnings.warn(
-            f"the order's {ranks.n_streams} streams do not divide a global batch of {ranks.global_batch} records "
-            f"({ranks.world_size} ranks of {ranks.batch_size}): each rank is served records of all streams, so several "
-            "ranks read the same blocks; choose a batch_size that makes the global batch a multiple of "
-            f"{ranks.n_streams} to avoid that",
+            f"the order's {rank_plan.n_streams} streams do not divide a global batch of {rank_plan.global_batch} "
+            f"records ({rank_plan.world_size} ranks of {rank_plan.batch_size}): each rank is served records of all "
+            "streams, so several ranks read the same blocks; choose a batch_size that makes the global batch a "
+            f"multiple of {rank_plan.n_streams} to avoid that",
             RuntimeWarning,
             stacklevel=4,  # the caller of iter(loader)
         )

@@ -154,25 +154,25 @@ class PieceSizes:
 ARRAY_PIECES, RUN_PIECES = PieceSizes(), PieceSizes(run=RUN_ROWS)
 
 
-def pieces(order: Order, ranks: RankPlan, sizes: PieceSizes = ARRAY_PIECES) -> Iterator[Piece]:
+def pieces(order: Order, rank_plan: RankPlan, sizes: PieceSizes = ARRAY_PIECES) -> Iterator[Piece]:
     """Yield what the rank is served from its offset to the end of the epoch, in order, padding last.
 
     A piece ends where a window of one of its streams ends, or at its maximum size, independent of the batches. The
     maximum is four times as large for each next piece. Making a piece may read footers (`Order.section_at`); their
     errors pass through.
     """
-    cutter = _Cutter(order, ranks)
-    full_stop = ranks.n_full * ranks.batch_size
+    cutter = _Cutter(order, rank_plan)
+    full_stop = rank_plan.n_full * rank_plan.batch_size
     row, n_rows = 0, sizes.first
-    while row < ranks.n_served:
-        limit = full_stop if row < full_stop else ranks.n_served
+    while row < rank_plan.n_served:
+        limit = full_stop if row < full_stop else rank_plan.n_served
         stop = min(row + n_rows, limit)
-        if n_rows > sizes.most and not cutter.is_run(ranks.range_between(row, stop)):
+        if n_rows > sizes.most and not cutter.is_run(rank_plan.range_between(row, stop)):
             stop = min(row + sizes.most, limit)
-        if row == full_stop and ranks.n_padding:
+        if row == full_stop and rank_plan.n_padding:
             # Padding repeats earlier records, so the blocks that are held say nothing about the blocks that it needs.
-            cutter = _Cutter(order, ranks)
-        yield from cutter.cut(ranks.range_or_positions(row, stop), is_last=stop == ranks.n_served)
+            cutter = _Cutter(order, rank_plan)
+        yield from cutter.cut(rank_plan.range_or_positions(row, stop), is_last=stop == rank_plan.n_served)
         row, n_rows = stop, min(4 * n_rows, max(sizes.most, sizes.run))
 
 
@@ -189,9 +189,9 @@ class _StreamCursor:
 class _Cutter:
     """Cuts a rank's rows where sections end. It holds each stream's section as long as it is in use."""
 
-    def __init__(self, order: Order, ranks: RankPlan) -> None:
+    def __init__(self, order: Order, rank_plan: RankPlan) -> None:
         self._order = order
-        self._ranks = ranks
+        self._rank_plan = rank_plan
         self._held: dict[int, tuple[Section, tuple[NDArray[np.bool_], ...]]] = {}
 
     def is_run(self, positions: range | None) -> bool:
@@ -279,13 +279,15 @@ class _Cutter:
         # Otherwise later sections use the same windows and need other blocks of them.
         if not (window is section or _is_covered(window, section)):
             return tuple(np.ones(len(window.blocks), np.bool_) for window in section.windows)
-        n_blocks, n_left, ranks = len(window.blocks), section.stop - position, self._ranks
-        sharing = ranks.world_size if ranks.ignores_streams else max(ranks.world_size // self._order.n_streams, 1)
+        n_blocks, n_left, rank_plan = len(window.blocks), section.stop - position, self._rank_plan
+        sharing = (
+            rank_plan.world_size if rank_plan.ignores_streams else max(rank_plan.world_size // self._order.n_streams, 1)
+        )
         n_rows = n_left // sharing if rest is None else len(rest)
         if n_rows <= _SPARSE_ROWS * n_blocks and n_left <= _SPARSE_POSITIONS:
             if rest is None:
                 rest = np.arange(position, section.stop, dtype=np.int64)
-                rest = rest[ranks.owns(rest * self._order.n_streams + stream)]
+                rest = rest[rank_plan.owns(rest * self._order.n_streams + stream)]
             needed = np.zeros(n_blocks, np.bool_)
             needed[_rows_at(section, rest)[0]] = True
         elif window.key is None and isinstance(window, Window):  # blocks before the position are not needed
@@ -350,14 +352,14 @@ class OrderShare:
 
     Attributes:
         order: Order of all ranks' records.
-        ranks: The batches of this rank, from where the epoch begins for it.
+        rank_plan: The batches of this rank, from where the epoch begins for it.
         seed, epoch: The random values of a record follow from them and from the record's position.
         corruption: Corrupt records that are replaced. None: corrupt data is an error.
         sizes: Maximum rows of its pieces.
     """
 
     order: Order
-    ranks: RankPlan
+    rank_plan: RankPlan
     seed: int
     epoch: int
     corruption: CorruptionMap | None = None
@@ -365,11 +367,11 @@ class OrderShare:
 
     def pieces(self, n_batches: int) -> Iterator[AnyPiece]:
         """Yield what is served after n_batches, in order, padding last. Reads footers."""
-        ranks = replace(self.ranks, offset=self.ranks.offset_after(n_batches))
-        all_pieces = pieces(self.order, ranks, self.sizes)
+        rank_plan = replace(self.rank_plan, offset=self.rank_plan.offset_after(n_batches))
+        all_pieces = pieces(self.order, rank_plan, self.sizes)
         if self.corruption is None:
             return all_pieces
-        return replace_corrupt(all_pieces, self.corruption, RecordWalk(self, ranks))
+        return replace_corrupt(all_pieces, self.corruption, RecordWalk(self, rank_plan))
 
     def locate(self, position: int) -> tuple[int, int, int]:
         """Return (shard, block, row in the block) of a position of the epoch. Reads footers."""
@@ -387,8 +389,8 @@ class OrderShare:
 
         Their stored bytes are about n_bytes, or less near the end of the epoch.
         """
-        n_done = min(n_batches + n_rows // self.ranks.batch_size, self.ranks.n_batches)
-        offset, n_streams, streams = self.ranks.offset_after(n_done), self.order.n_streams, self.ranks.streams
+        n_done = min(n_batches + n_rows // self.rank_plan.batch_size, self.rank_plan.n_batches)
+        offset, n_streams, streams = self.rank_plan.offset_after(n_done), self.order.n_streams, self.rank_plan.streams
         share_bytes = max(n_bytes // len(streams), 1)
         runs = [
             self.order.shards_ahead(stream, -(-(offset - stream) // n_streams), share_bytes).tolist()
@@ -400,27 +402,27 @@ class OrderShare:
 
 @dataclass(frozen=True, slots=True)
 class RecordWalk:
-    """A rank's records one by one, counted in rows from the start of its pieces, which begin at `ranks`.
+    """A rank's records one by one, counted in rows from the start of its pieces, which begin at `rank_plan`.
 
     Locations have the order's row numbers.
     """
 
     share: OrderShare
-    ranks: RankPlan
+    rank_plan: RankPlan
 
     def before(self, n_rows: int) -> Iterator[RecordLocation]:
         """Yield the records before row n_rows, latest first, back to the start of the epoch."""
-        ranks, locate = self.ranks, self.share.locate
+        rank_plan, locate = self.rank_plan, self.share.locate
         for row in reversed(range(n_rows)):
-            yield locate(int(ranks.positions_between(row, row + 1)[0]))
-        while ranks.offset >= ranks.global_batch:
-            ranks = replace(ranks, offset=ranks.offset - ranks.global_batch)
-            yield from map(locate, ranks.positions(0)[::-1].tolist())
+            yield locate(int(rank_plan.positions_between(row, row + 1)[0]))
+        while rank_plan.offset >= rank_plan.global_batch:
+            rank_plan = replace(rank_plan, offset=rank_plan.offset - rank_plan.global_batch)
+            yield from map(locate, rank_plan.positions(0)[::-1].tolist())
 
     def after(self, n_rows: int) -> Iterator[RecordLocation]:
         """Yield the record at row n_rows, and those after it."""
-        for row in range(n_rows, self.ranks.n_served):
-            yield self.share.locate(int(self.ranks.positions_between(row, row + 1)[0]))
+        for row in range(n_rows, self.rank_plan.n_served):
+            yield self.share.locate(int(self.rank_plan.positions_between(row, row + 1)[0]))
 
 
 def interleaved(runs: Sequence[Sequence[int]]) -> list[int]:
@@ -442,7 +444,7 @@ def plan_epoch(
     sizes = (
         RUN_PIECES if corruption is None and source.selects_all else ARRAY_PIECES
     )  # otherwise the rows are needed as arrays
-    ranks = RankPlan(
+    rank_plan = RankPlan(
         offset=state.offset,
         world_size=rank.world_size,
         rank=rank.rank,
@@ -452,7 +454,7 @@ def plan_epoch(
         n_streams=order.n_streams,
         fills_first=fills_first,
     )
-    return OrderShare(order, ranks, state.seed, state.key_epoch, corruption, sizes)
+    return OrderShare(order, rank_plan, state.seed, state.key_epoch, corruption, sizes)
 
 
 def make_order(read: Records | CorruptionMap, state: RunState) -> Order:

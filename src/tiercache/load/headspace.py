@@ -22,7 +22,7 @@ class HeadspacePipeline(ClosingPipeline):
     def __init__(self, work: PipelineInputs, before: Any) -> None:
         self._before = before
         self._waits = work.waits
-        self._n_taken, self._n_batches = work.first_batch, work.share.ranks.n_batches
+        self._n_taken, self._n_batches = work.first_batch, work.share.rank_plan.n_batches
         self._batch: Any = None
         self._first: dict[str, float] = {}  # figures of the first batch
         self._n_served = 0

@@ -148,7 +148,7 @@ class PipelineInputs:
     @property
     def batch_rows(self) -> int:
         """Rows of the longest batch."""
-        return max(min(self.share.ranks.batch_size, self.share.ranks.n_records), 1)
+        return max(min(self.share.rank_plan.batch_size, self.share.rank_plan.n_records), 1)
 
 
 class ClosingPipeline(ABC):
@@ -444,7 +444,7 @@ class Pipeline(ClosingPipeline):
         names = [column.name for column in source.schema.columns for _ in column.streams(0)]
         # Ctrl-C may have lost batches: the ring counted them, but the taker did not.
         n_uncounted = self._ring.figures()["batches"] - self._taker.batches
-        stop = self._taker.rows + (1 + n_uncounted) * self._work.share.ranks.batch_size
+        stop = self._taker.rows + (1 + n_uncounted) * self._work.share.rank_plan.batch_size
         served = served_columns(
             source.schema, self._work.output_spec.cast if isinstance(error, gather.CastError) else {}
         )
@@ -490,8 +490,8 @@ class Pipeline(ClosingPipeline):
         replaced = self._replaced(start, stop)
 
         def number(index: int) -> int:
-            batch, within = divmod(start + index, share.ranks.batch_size)
-            position = int(share.ranks.positions(self._work.first_batch + batch)[within])
+            batch, within = divmod(start + index, share.rank_plan.batch_size)
+            position = int(share.rank_plan.positions(self._work.first_batch + batch)[within])
             return record_number(source, *(replaced.get(index) or share.locate(position)))
 
         for index, (loaded, block, row) in enumerate(self._locations(start, stop)):

@@ -224,7 +224,7 @@ class _Planner:
             if not self.pressure.fits(piece):
                 self._push_under_pressure(piece, lookahead)
             elif not self._pushed_rows and not self._loading and is_worth_slicing(piece) and self._is_remote(piece):
-                for part in start_slices(piece, self._work.share.ranks.batch_size):
+                for part in start_slices(piece, self._work.share.rank_plan.batch_size):
                     self._push(part, lookahead)
                     self._prefetch_rest()
             else:

@@ -94,10 +94,10 @@ def find_shard_uses(share: OrderShare, start: int, n_shards: int) -> ShardUses:
 
     Padding, and records of a last batch that come from another rank's stream, are not counted.
     """
-    order, ranks = share.order, share.ranks
+    order, rank_plan = share.order, share.rank_plan
     begins, ends = np.full(n_shards, NEVER), np.zeros(n_shards, np.int64)
     spans: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
-    for stream in ranks.streams:
+    for stream in rank_plan.streams:
         groups = _groups_from(order.groups(stream), stream, order.n_streams, start)
         sizes = np.diff(groups.cuts)
         np.minimum.at(begins, groups.shards, np.repeat(groups.starts, sizes))
@@ -151,7 +151,7 @@ def make_reading_plan(
 
 def cost_of(share: OrderShare, n_shards: int) -> int:
     """Return the cost of examining one epoch, in shards."""
-    return n_shards + _SHARDS_A_STREAM * len(share.ranks.streams)
+    return n_shards + _SHARDS_A_STREAM * len(share.rank_plan.streams)
 
 
 logger = logging.getLogger("tiercache")
@@ -189,7 +189,7 @@ class ReadingPlanPublisher:
         """
         if self._share is not None or self._is_closed or not self._source.has_cache:
             return
-        self._share, self._start = share, share.ranks.offset_after(n_batches)
+        self._share, self._start = share, share.rank_plan.offset_after(n_batches)
         if len(self._source.shard_records) <= QUICK_SHARDS:
             self._is_complete = True
             self._publish(QUICK_SHARDS_AHEAD)
@@ -204,8 +204,8 @@ class ReadingPlanPublisher:
         """Set the clock to n_batches of the share and then n_rows."""
         uses, share = self._uses, self._share
         if uses is not None and share is not None:
-            n_done = min(n_batches + n_rows // share.ranks.batch_size, share.ranks.n_batches)
-            position = np.array([share.ranks.offset_after(n_done)], np.int64)
+            n_done = min(n_batches + n_rows // share.rank_plan.batch_size, share.rank_plan.n_batches)
+            position = np.array([share.rank_plan.offset_after(n_done)], np.int64)
             self._advance(int(uses.clock.at(position)[0]))
 
     def finish(self) -> None:
@@ -271,8 +271,8 @@ class ReadingPlanPublisher:
             return None
         n_shards = len(source.shard_records)
         self._uses = find_shard_uses(share, self._start, n_shards)
-        ranks, n_filled = share.ranks, int(np.count_nonzero(source.shard_records))
-        owner = f"rank {ranks.rank} of {ranks.world_size}, epoch {self._state.epoch}, seed {share.seed}"
+        rank_plan, n_filled = share.rank_plan, int(np.count_nonzero(source.shard_records))
+        owner = f"rank {rank_plan.rank} of {rank_plan.world_size}, epoch {self._state.epoch}, seed {share.seed}"
         # The rank's shares of the following epochs.
         later = (self._plan_epoch(self._state.following(n)) for n in itertools.count(self._state.epoch + 1))
         plan = make_reading_plan(owner, self._uses, later, n_filled, max_shards)
@@ -287,7 +287,7 @@ class ReadingPlanPublisher:
         One of several ranks ends its epoch first. The cache remembers what that rank reads next, so that the other
         ranks do not evict it.
         """
-        ranks, parts = share.ranks, [(part.dataset_id, part.selection) for part in self._source.parts]
-        beside = ranks.world_size > 1
+        rank_plan, parts = share.rank_plan, [(part.dataset_id, part.selection) for part in self._source.parts]
+        beside = rank_plan.world_size > 1
         seed = self._state.following(0).seed  # the same in all epochs of the run
-        return f"rank {ranks.rank} of {ranks.world_size}, seed {seed}, of {parts}" if beside else ""
+        return f"rank {rank_plan.rank} of {rank_plan.world_size}, seed {seed}, of {parts}" if beside else ""

@@ -177,7 +177,7 @@ class SamplerEngine(Engine):
             numbers = listed[numbers]
         read = self._source if self._corruption is None else self._corruption
         order = explicit_order(read, numbers, self._arguments.options.window_bytes)
-        share = OrderShare(order, epoch.ranks, epoch.seed, epoch.epoch, self._corruption)
+        share = OrderShare(order, epoch.rank_plan, epoch.seed, epoch.epoch, self._corruption)
         return self._start_iterator(epoch, share, self._draws(epoch), pin)
 
 
@@ -228,7 +228,7 @@ class IndexSampler:
     def __iter__(self) -> Iterator[Any]:
         """Yield lists of indices for batches, or single indices."""
         read, share, draws = self._epoch
-        size = share.ranks.batch_size
+        size = share.rank_plan.batch_size
         left = np.empty(0, np.int64)
         for numbers in served_numbers(read, share, draws):
             rows = np.concatenate([left, numbers]) if len(left) else numbers
@@ -279,13 +279,13 @@ class TorchPathEngine(OrderEngine):
         self._n_records = None  # a subclass may have another length now
         read = self._numbered()
         share = plan_epoch(read, self.rank(), self._arguments.batch_size, self._arguments.fills_first, state)
-        if share.ranks.ignores_streams:
-            self._warn_of_streams(share.ranks)
+        if share.rank_plan.ignores_streams:
+            self._warn_of_streams(share.rank_plan)
         draws = TorchDraws(
-            self._arguments.generator, self._arguments.shuffle, share.ranks.n_records, is_sampled=is_resumed
+            self._arguments.generator, self._arguments.shuffle, share.rank_plan.n_records, is_sampled=is_resumed
         )
         self.sampler.begin(read, share, draws)
-        self._pending = EpochPosition(state, share.ranks)
+        self._pending = EpochPosition(state, share.rank_plan)
         return is_resumed
 
     def set_iterator(self, iterator: Any) -> None:
@@ -325,8 +325,8 @@ def served_numbers(read: Any, share: OrderShare, draws: EpochDraws) -> Iterator[
     if draws.shuffle:
         yield from _shuffled_numbers(read, share)
     else:  # position p is record p, also in listed and mixed sources
-        for start in range(0, share.ranks.n_served, _CHUNK_ROWS):
-            yield share.ranks.positions_between(start, min(start + _CHUNK_ROWS, share.ranks.n_served))
+        for start in range(0, share.rank_plan.n_served, _CHUNK_ROWS):
+            yield share.rank_plan.positions_between(start, min(start + _CHUNK_ROWS, share.rank_plan.n_served))
     draws.exhaust()
 
 

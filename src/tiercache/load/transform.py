@@ -247,7 +247,7 @@ class _Opener:
         if batch is None:
             return Job()
         after, share = self.gathered.figures(), self.work.share
-        positions = share.ranks.positions(self.number).tolist()
+        positions = share.rank_plan.positions(self.number).tolist()
         keys = BatchKeys(share.seed, share.epoch, positions)
         n_bytes, n_replaced = (int(after[name] - before[name]) for name in ("bytes_served", "skipped"))
         job = Job(None, self.number, len(positions), n_bytes, n_replaced, n_left=1, gathered=batch, keys=keys)
