@@ -501,8 +501,8 @@ class OpenedVersion:
             return None
         # Read limit_bytes first: it raises if the cache is being closed, and then nothing must have been published.
         has_room = int(self.table.n_bytes.sum()) <= self.cache.limit_bytes
-        following = self.store.publish(*self._names.planned(plan))
-        return following if has_room else shard_reader.ReleasingPlan(following, self._readers, plan)
+        published = self.store.publish(*self._names.planned(plan))
+        return published if has_room else shard_reader.ReleasingPlan(published, self._readers, plan)
 
     @property
     def can_prefetch(self) -> bool:

@@ -64,7 +64,7 @@ class EpochSeeds(Protocol):
     def next(self, generator: torch.Generator | None, *, after_begin: bool) -> int:
         """Return the seed that the next epoch would draw. See `torch_rng.next_seed`."""
 
-    def predict(self, generator: torch.Generator | None, n_records: int, *, begins: bool) -> int | None:
+    def predict(self, generator: torch.Generator | None, n_records: int, *, draws_base_seed: bool) -> int | None:
         """Return the seed that the epoch after this one will draw, or None. See `torch_rng.predict_seed`."""
 
     def initial(self, generator: torch.Generator | None) -> int:
@@ -83,7 +83,7 @@ class Devices(Protocol):
     def batch_device(self, device: torch.device, options: LoaderOptions, existing: BatchDevice | None) -> BatchDevice:
         """Return what the pipelines of a loader with a device share: `existing`, unless the device has changed."""
 
-    def pipeline(self, work: PipelineInputs, device: BatchDevice, before: Any) -> DevicePipeline:
+    def pipeline(self, inputs: PipelineInputs, device: BatchDevice, before: Any) -> DevicePipeline:
         """Return the stage that copies the batches of the pipeline `before` to a device."""
 
 

@@ -270,8 +270,8 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             with self._torchdata_iterator():
                 state = super().state_dict()
         if isinstance(self.sampler, RandomSampler) and state["_iterator_finished"]:
-            begins = not (self.persistent_workers and self.num_workers)
-            state = {**state, NEXT_EPOCH: self.sampler.next_epoch(begins=begins)}
+            draws_base_seed = not (self.persistent_workers and self.num_workers)
+            state = {**state, NEXT_EPOCH: self.sampler.next_epoch(draws_base_seed=draws_base_seed)}
         epoch = get_sampler_epoch(self._index_sampler)
         return settled(state if epoch is None else {**state, SAMPLER_EPOCH: epoch})
 

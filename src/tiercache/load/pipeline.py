@@ -191,21 +191,23 @@ class Pipeline(ClosingPipeline):
     closes itself at the end of the epoch, at an error, when its last reference is dropped, and at interpreter exit.
     """
 
-    def __init__(self, work: PipelineInputs, resources: Resources) -> None:
-        self._work = work
-        self._assembler = work.setup.assembler
-        slot_bytes, about_bytes = work.setup.slot_bytes(work.batch_rows)
+    def __init__(self, inputs: PipelineInputs, resources: Resources) -> None:
+        self._inputs = inputs
+        self._assembler = inputs.setup.assembler
+        slot_bytes, about_bytes = inputs.setup.slot_bytes(inputs.batch_rows)
         if self._assembler.bytes_streams:
             keep_freed_memory()
         depth = max(MIN_DEPTH, min(MAX_DEPTH, min(CACHE_BYTES, resources.memory_bytes) // max(about_bytes, 1)))
         memory: Bytes | None = None
-        if work.pinned is not None:
-            if work.setup.pads:  # padding may take as much again; slots are not enlarged within an epoch
+        if inputs.pinned is not None:
+            if inputs.setup.pads:  # padding may take as much again; slots are not enlarged within an epoch
                 slot_bytes = max(slot_bytes, 2 * about_bytes)
-            memory, slot_bytes = work.pinned.lend_arena(work.pinned.slot_bytes(slot_bytes), depth + work.pinned.n_held)
+            memory, slot_bytes = inputs.pinned.lend_arena(
+                inputs.pinned.slot_bytes(slot_bytes), depth + inputs.pinned.n_held
+            )
         self._ring = Ring(
             self._assembler.streams,
-            batch_rows=work.batch_rows,
+            batch_rows=inputs.batch_rows,
             depth=depth,
             n_threads=resources.n_threads,
             slot_bytes=slot_bytes,
@@ -213,7 +215,7 @@ class Pipeline(ClosingPipeline):
         )
         del memory  # the ring keeps it as long as it is used
         self._shared = PlannerState()
-        self._pool = loading_pool(resources.n_threads, sends_requests=work.source.sends_requests)
+        self._pool = loading_pool(resources.n_threads, sends_requests=inputs.source.sends_requests)
         threads = LoadThreads(self._pool, self._shared.stop, resources.n_threads, resources.limit_bytes)
         self._memory_bytes = resources.memory_bytes
         self._ahead: deque[Slot | Exception] = deque(maxlen=1)  # taken from the ring, not handed out yet
@@ -227,11 +229,11 @@ class Pipeline(ClosingPipeline):
         self._taking = threading.RLock()
         slow_if_any = (self._waited, self._shared.replaced_pieces)
         self._taker = BatchTaker(
-            self._ring, self._assembler.entries, self._shared.pushed, slow_if_any, self._taking, work.waits.bins
+            self._ring, self._assembler.entries, self._shared.pushed, slow_if_any, self._taking, inputs.waits.bins
         )
         # The thread holds no reference to this object, so that dropping the last outside reference closes it.
         self._planner = threading.Thread(
-            target=run_planner, args=(work, self._ring, self._shared, threads), name="tiercache-plan", daemon=True
+            target=run_planner, args=(inputs, self._ring, self._shared, threads), name="tiercache-plan", daemon=True
         )
         self._register()
         self._planner.start()
@@ -273,8 +275,8 @@ class Pipeline(ClosingPipeline):
         with contextlib.suppress(InvalidStateError):  # The pipeline was closed before.
             self._shared.stop.set_result(None)
         self._ring.close()
-        if self._work.pinned is not None:
-            self._work.pinned.note_largest(self._ring.figures()["largest"])
+        if self._inputs.pinned is not None:
+            self._inputs.pinned.note_largest(self._ring.figures()["largest"])
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._planner is not threading.current_thread() and self._planner.is_alive():
             self._planner.join(PLANNER_NEXT_S if self._shared.ended else PLANNER_END_S)
@@ -292,7 +294,7 @@ class Pipeline(ClosingPipeline):
 
         The ring counts a batch that Ctrl-C lost; no other counter does.
         """
-        return self._work.first_batch + self._ring.figures()["batches"] - len(self._ahead) - len(self._waited)
+        return self._inputs.first_batch + self._ring.figures()["batches"] - len(self._ahead) - len(self._waited)
 
     def figures(self) -> dict[str, float]:
         """Return samples, batches, bytes_served and skipped (replaced records) of take(); gather_ns of all threads.
@@ -352,7 +354,7 @@ class Pipeline(ClosingPipeline):
         if not self._waited:
             slot = self._ring.take(0.0)
             if not isinstance(slot, int):
-                self._work.waits.add_zero()
+                self._inputs.waits.add_zero()
                 return slot
             start_s = time.perf_counter()
             try:
@@ -360,7 +362,7 @@ class Pipeline(ClosingPipeline):
                 # loses no batch.
                 self._waited.extend(map(self._ring.take, (timeout_s,)))
             finally:
-                self._work.waits.add(time.perf_counter() - start_s)
+                self._inputs.waits.add(time.perf_counter() - start_s)
         return self._waited.popleft()
 
     def _next_filled(self, timeout_s: float) -> Slot | int:
@@ -370,7 +372,7 @@ class Pipeline(ClosingPipeline):
         """
         slot: Slot | int | Exception
         if self._ahead:
-            self._work.waits.add_zero()
+            self._inputs.waits.add_zero()
             slot = self._ahead.popleft()
         else:
             slot = self._started(self._next_slot(timeout_s))
@@ -439,14 +441,14 @@ class Pipeline(ClosingPipeline):
     def _explain(self, error: OSError | ValueError) -> TierCacheError:
         """Return the error of the first block that cannot be read, found by reading the batch's rows one by one."""
         text = str(error.strerror if isinstance(error, OSError) else error)
-        source = self._work.source
+        source = self._inputs.source
         streams = gather_streams(source.schema)
         names = [column.name for column in source.schema.columns for _ in column.streams(0)]
         # Ctrl-C may have lost batches: the ring counted them, but the taker did not.
         n_uncounted = self._ring.figures()["batches"] - self._taker.batches
-        stop = self._taker.rows + (1 + n_uncounted) * self._work.share.rank_plan.batch_size
+        stop = self._taker.rows + (1 + n_uncounted) * self._inputs.share.rank_plan.batch_size
         served = served_columns(
-            source.schema, self._work.output_spec.cast if isinstance(error, gather.CastError) else {}
+            source.schema, self._inputs.output_spec.cast if isinstance(error, gather.CastError) else {}
         )
         examined: set[PackedBlocks] = set()
         if isinstance(error, gather.TooLongError):
@@ -486,12 +488,12 @@ class Pipeline(ClosingPipeline):
 
     def _too_long(self, start: int, stop: int) -> SchemaError | None:
         """Return the error of the first row of [start, stop) of the sequence that is longer than a max_length."""
-        share, source, output_spec = self._work.share, self._work.source, self._work.output_spec
+        share, source, output_spec = self._inputs.share, self._inputs.source, self._inputs.output_spec
         replaced = self._replaced(start, stop)
 
         def number(index: int) -> int:
             batch, within = divmod(start + index, share.rank_plan.batch_size)
-            position = int(share.rank_plan.positions(self._work.first_batch + batch)[within])
+            position = int(share.rank_plan.positions(self._inputs.first_batch + batch)[within])
             return record_number(source, *(replaced.get(index) or share.locate(position)))
 
         for index, (loaded, block, row) in enumerate(self._locations(start, stop)):

@@ -38,22 +38,22 @@ if TYPE_CHECKING:
     from tiercache.views import Records
 
 
-# Parts per thread: at the end the other threads wait at most for one such part.
-PARTS_A_THREAD = 2
-# A part costs about 0.2 ms beside its bytes. A part of 16 MiB is decoded in 20 ms, which is how long close() may wait.
-MIN_PART_BYTES, MAX_PART_BYTES = 1 << 20, 16 << 20
+# Load tasks per thread: at the end the other threads wait at most for one such task.
+TASKS_A_THREAD = 2
+# A task costs about 0.2 ms beside its bytes. A task of 16 MiB is decoded in 20 ms, which is how long close() may wait.
+MIN_TASK_BYTES, MAX_TASK_BYTES = 1 << 20, 16 << 20
 
 
-def split_window(
+def plan_load_tasks(
     window: AnyWindow, needed: NDArray[np.bool_], n_threads: int, is_mapped: Callable[[int], bool]
 ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-    """Cut the needed blocks of a window into parts, each the indices of blocks of one shard, in its order.
+    """Cut the needed blocks of a window into load tasks, each the indices of blocks of one shard, in its order.
 
-    A thread takes the next part when its last one is done, so all threads are busy to the end, whatever the shards.
+    A thread takes the next task when its last one is done, so all threads are busy to the end, whatever the shards.
 
     Returns:
-        Whole shards that are only mapped; and the parts to read, fetch or decode, of about the same size and at most
-        MAX_PART_BYTES unless a part is a single block. Shards are in the order in which the window names them.
+        Whole shards that are only mapped; and the tasks of reading, fetching or decoding, of about the same size and at
+        most MAX_TASK_BYTES unless a task is a single block. Shards are in the order in which the window names them.
     """
     indices = np.flatnonzero(needed)
     if not len(indices):
@@ -67,33 +67,33 @@ def split_window(
     runs = [indices[starts[turn] : stops[turn]] for turn in turns.tolist()]
     free = [is_mapped(int(window.shards[run[0]])) for run in runs]
     mapped = [run for run, is_free in zip(runs, free, strict=True) if is_free]
-    work = [run for run, is_free in zip(runs, free, strict=True) if not is_free]
-    limit = part_bytes(sum(int(window.block_bytes[run].sum()) for run in work), n_threads)
-    return mapped, [part for run in work for part in _cut(run, window, limit)]
+    others = [run for run, is_free in zip(runs, free, strict=True) if not is_free]
+    limit = task_bytes(sum(int(window.block_bytes[run].sum()) for run in others), n_threads)
+    return mapped, [task for run in others for task in _cut(run, window, limit)]
 
 
-def part_bytes(n_bytes: int, n_threads: int) -> int:
-    """Return the size of a part of a window that has n_bytes to load."""
-    return min(max(n_bytes // (n_threads * PARTS_A_THREAD), MIN_PART_BYTES), MAX_PART_BYTES)
+def task_bytes(n_bytes: int, n_threads: int) -> int:
+    """Return the size of a load task of a window that has n_bytes to load."""
+    return min(max(n_bytes // (n_threads * TASKS_A_THREAD), MIN_TASK_BYTES), MAX_TASK_BYTES)
 
 
 def _cut(run: NDArray[np.int64], window: AnyWindow, limit_bytes: int) -> list[NDArray[np.int64]]:
-    """Cut a shard's blocks into parts of about the same size, at most limit_bytes unless a block is larger."""
+    """Cut a shard's blocks into load tasks of about the same size, at most limit_bytes unless a block is larger."""
     sums = np.cumsum(window.block_bytes[run])
-    n_parts = -(-int(sums[-1]) // limit_bytes)
-    share = -(-int(sums[-1]) // max(n_parts, 1))
-    parts, begin, start_bytes = [], 0, 0
+    n_tasks = -(-int(sums[-1]) // limit_bytes)
+    share = -(-int(sums[-1]) // max(n_tasks, 1))
+    tasks, begin, start_bytes = [], 0, 0
     while begin < len(run):
         end = max(int(np.searchsorted(sums, start_bytes + share, side="right")), begin + 1)
-        parts.append(run[begin:end])
+        tasks.append(run[begin:end])
         begin, start_bytes = end, int(sums[end - 1])
-    return parts
+    return tasks
 
 
 T = TypeVar("T")
 
 # Minimum number of threads that load windows. Where they send requests to a store, each waits for the one or two of its
-# part. 16 requests at once are as many as a store's concurrency limit begins with.
+# task. 16 requests at once are as many as a store's concurrency limit begins with.
 MIN_LOAD_THREADS, MIN_REQUEST_THREADS = 4, 16
 
 
@@ -108,8 +108,8 @@ class LoadedWindow:
     """The loaded blocks of a window. It owns their memory: addresses are valid while it lives.
 
     addresses: uint64[n_streams, n_blocks, 3], zeros for blocks that were not requested; block_groups: the
-    parts that were loaded concurrently; group_of_block, position: int32[n_blocks], the index of the part that has the
-    block (-1: none), and the block's index there.
+    blocks of each load task; group_of_block, position: int32[n_blocks], the index of the group that has the block (-1:
+    none), and the block's index there.
     """
 
     window: AnyWindow
@@ -209,7 +209,7 @@ class LoadThreads:
 
 
 class WindowLoad:
-    """A window that is being loaded: threads read and decode, concurrently in parts; finish() maps the rest.
+    """A window that is being loaded: threads read and decode, in load tasks; finish() maps the rest.
 
     Mapping a shard takes some 0.3 ms of Python, for which threads would only wait for each other. The blocks of `base`,
     the same window with some blocks, are not loaded again.
@@ -232,9 +232,9 @@ class WindowLoad:
         missing = needed if base is None else needed & (base.group_of_block < 0)
         self._source, self._unwanted = source, unwanted
         self._n_streams = sum(len(column.streams(0)) for column in source.schema.columns)
-        self._mapped, work = split_window(window, missing, n_threads, source.is_mapped)
+        self._mapped, tasks = plan_load_tasks(window, missing, n_threads, source.is_mapped)
         self._loaded: list[tuple[NDArray[np.int64], Blocks]] = []
-        self._work = [(indices, executor.submit(self._load_unless_unwanted, indices)) for indices in work]
+        self._tasks = [(indices, executor.submit(self._load_unless_unwanted, indices)) for indices in tasks]
 
     def finish(self, threads: LoadThreads) -> LoadedWindow:
         """Return the window when all of it is loaded. May be called once.
@@ -253,11 +253,11 @@ class WindowLoad:
         try:
             while self.map_next_shard():
                 pass
-            loaded = [*self._loaded, *((indices, threads.result(future)) for indices, future in self._work)]
+            loaded = [*self._loaded, *((indices, threads.result(future)) for indices, future in self._tasks)]
         finally:
-            self.cancel()  # after an error the other parts need not start
+            self.cancel()  # after an error the other tasks need not start
             # The epoch refers to this object to its end, and must not keep this memory.
-            self._loaded, self._work, self._base = [], [], None
+            self._loaded, self._tasks, self._base = [], [], None
         for number, (indices, blocks) in enumerate(loaded, len(groups)):
             addresses[:, indices] = blocks.addresses
             holder[indices] = number
@@ -274,8 +274,8 @@ class WindowLoad:
         return True
 
     def cancel(self) -> None:
-        """Cancel the parts that no thread has started."""
-        for _, future in self._work:
+        """Cancel the tasks that no thread has started."""
+        for _, future in self._tasks:
             future.cancel()
 
     def _load_unless_unwanted(self, indices: NDArray[np.int64]) -> Blocks:
@@ -592,7 +592,7 @@ def plan_steps(pages: NDArray[np.uint64]) -> list[tuple[int, int]]:
 
 
 def count_near(sizes: Sequence[int], room_bytes: int) -> int:
-    """Return how many of the first parts fit room_bytes together."""
+    """Return how many of the first groups of blocks fit room_bytes together."""
     return int(np.searchsorted(np.cumsum(np.array(sizes, np.int64)), room_bytes, side="right"))
 
 

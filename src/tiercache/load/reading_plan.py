@@ -176,8 +176,8 @@ class ReadingPlanPublisher:
         self._lock = threading.RLock()  # The garbage collector may call close() in a thread that holds the lock.
         self._share: OrderShare | None = None
         self._uses: ShardUses | None = None
-        self._following: PublishedPlan | None = None
-        self._before: ReadingPlanPublisher | None = None  # closed once this publisher has published
+        self._published: PublishedPlan | None = None
+        self._earlier: ReadingPlanPublisher | None = None  # closed once this publisher has published
         self._is_complete = self._is_closed = False
         self._clock = 0
         self._pid = os.getpid()
@@ -213,15 +213,15 @@ class ReadingPlanPublisher:
         if self._uses is not None and self._pid == os.getpid():  # a forked child may have inherited the lock locked
             self._advance(self._uses.clock.total)
 
-    def succeed(self, before: ReadingPlanPublisher) -> None:
+    def replace_earlier(self, earlier: ReadingPlanPublisher) -> None:
         """Close another publisher as soon as this one has published, or is closed."""
         if self._pid != os.getpid():
             return
         with self._lock:
-            if self._following is None and not self._is_closed and self._source.has_cache:
-                self._before = before
+            if self._published is None and not self._is_closed and self._source.has_cache:
+                self._earlier = earlier
                 return
-        before.close()
+        earlier.close()
 
     def close(self) -> None:
         """Withdraw the plan. May be called repeatedly."""
@@ -229,9 +229,9 @@ class ReadingPlanPublisher:
             return
         with self._lock:
             self._is_closed = True
-            following, self._following = self._following, None
-            before, self._before = self._before, None
-        for one in (following, before):
+            published, self._published = self._published, None
+            earlier, self._earlier = self._earlier, None
+        for one in (published, earlier):
             if one is not None:
                 one.close()
 
@@ -243,29 +243,29 @@ class ReadingPlanPublisher:
         with self._lock:  # The planner may report an older position after the consumer took the last batch.
             if clock > self._clock:
                 self._clock = clock
-                if self._following is not None:
-                    self._following.advance(clock)
+                if self._published is not None:
+                    self._published.advance(clock)
 
     def _publish(self, max_shards: int) -> None:
-        following: PublishedPlan | None
+        published: PublishedPlan | None
         try:
-            following = self._follow(max_shards)
+            published = self._make_and_publish(max_shards)
         except (OSError, TierCacheError) as error:
             logger.debug("the reading plan cannot be published, so the cache does not know what comes: %s", error)
             # The earlier plan is withdrawn all the same: it would announce this epoch as the next one for ever.
-            following = None
+            published = None
         with self._lock:
-            before, self._before = self._before, None
+            earlier, self._earlier = self._earlier, None
             is_unwanted = self._is_closed
             if not is_unwanted:
-                self._following = following
-                if following is not None and self._clock:
-                    following.advance(self._clock)
-        for one in (before, following if is_unwanted else None):
+                self._published = published
+                if published is not None and self._clock:
+                    published.advance(self._clock)
+        for one in (earlier, published if is_unwanted else None):
             if one is not None:
                 one.close()
 
-    def _follow(self, max_shards: int) -> PublishedPlan | None:
+    def _make_and_publish(self, max_shards: int) -> PublishedPlan | None:
         share, source = self._share, self._source
         if share is None:
             return None

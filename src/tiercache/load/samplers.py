@@ -209,15 +209,15 @@ class RandomSampler(torch_data.RandomSampler):
         self.__dict__.update(state)
         self._loaded_under = torch.initial_seed()  # of this process
 
-    def next_epoch(self, *, begins: bool) -> dict[str, Any]:
+    def next_epoch(self, *, draws_base_seed: bool) -> dict[str, Any]:
         """Return what names the next epoch's order, if no other code draws until then.
 
-        begins: whether the loader draws a base seed before it asks for indices.
+        draws_base_seed: whether the loader draws a base seed before it asks for indices.
         """
         if self.generator is not None:
             return {_GENERATOR: self.generator.get_state()}
         seed = self._loaded_seed()
-        return {_SEED: next_seed(None, after_begin=not begins) if seed is None else seed}
+        return {_SEED: next_seed(None, after_begin=not draws_base_seed) if seed is None else seed}
 
     def load_next_epoch(self, state: Mapping[str, Any]) -> None:
         """Make the epoch that next_epoch() named the next one."""

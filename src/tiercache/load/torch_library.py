@@ -68,9 +68,9 @@ class TorchSeeds:
         """See EpochSeeds."""
         return next_seed(generator, after_begin=after_begin)
 
-    def predict(self, generator: torch.Generator | None, n_records: int, *, begins: bool) -> int | None:
+    def predict(self, generator: torch.Generator | None, n_records: int, *, draws_base_seed: bool) -> int | None:
         """See EpochSeeds."""
-        return predict_seed(generator, n_records, begins=begins)
+        return predict_seed(generator, n_records, draws_base_seed=draws_base_seed)
 
     def initial(self, generator: torch.Generator | None) -> int:
         """See EpochSeeds."""
@@ -103,9 +103,9 @@ class TorchDevices:
         """See Devices."""
         return make_batch_device(device, options, existing)
 
-    def pipeline(self, work: PipelineInputs, device: BatchDevice, before: Any) -> DevicePipeline:
+    def pipeline(self, inputs: PipelineInputs, device: BatchDevice, before: Any) -> DevicePipeline:
         """See Devices."""
-        return DevicePipeline(work, device, before)
+        return DevicePipeline(inputs, device, before)
 
 
 class TorchLibrary(ArrayLibrary):

@@ -170,9 +170,9 @@ class TransformStage:
     prefetch_factor: int = 2
     keeps_workers: bool = False
 
-    def pipeline(self, work: PipelineInputs, gathered: Pipeline | DecodedPipeline) -> TransformedPipeline:
+    def pipeline(self, inputs: PipelineInputs, gathered: Pipeline | DecodedPipeline) -> TransformedPipeline:
         """Return the pipeline whose batches the functions make of those of a native pipeline, which it owns."""
-        return TransformedPipeline(work, gathered)
+        return TransformedPipeline(inputs, gathered)
 
     def start_workers(self, seed: int) -> WorkerPool:
         """Return new worker processes. seed: Seed of the run."""

@@ -434,8 +434,8 @@ class ReleasingPlan:
     others.
     """
 
-    def __init__(self, following: PublishedPlan, readers: ReaderPool, plan: ReadingPlan) -> None:
-        self._following = following
+    def __init__(self, published: PublishedPlan, readers: ReaderPool, plan: ReadingPlan) -> None:
+        self._published = published
         self._readers = readers
         order = np.argsort(plan.last, kind="stable")
         self._shards, self._last = plan.shards[order], plan.last[order]
@@ -443,7 +443,7 @@ class ReleasingPlan:
 
     def advance(self, clock: int) -> None:
         """See PublishedPlan.advance."""
-        self._following.advance(clock)
+        self._published.advance(clock)
         n_done = int(np.searchsorted(self._last, clock, side="right"))
         for shard in self._shards[self._n_done : n_done].tolist():
             self._readers.drop(shard)
@@ -451,7 +451,7 @@ class ReleasingPlan:
 
     def close(self) -> None:
         """See PublishedPlan.close."""
-        self._following.close()
+        self._published.close()
 
 
 class ReaderPool:
