@@ -118,7 +118,7 @@ class CorruptionMap:
         self.source = source
         self._lock, self._pid = threading.Lock(), os.getpid()
         self._blocks: dict[tuple[int, int], Rows] = {}
-        # wholly corrupt shards; block numbers are those of the shard, or of its stand-in table
+        # wholly corrupt shards; block numbers are those of the shard, or of its stand-in
         self._shards: frozenset[int] = frozenset()
         self._stand_ins: dict[int, BlockSizes] = {}
         self._surveyed: set[int] = set()
@@ -170,13 +170,13 @@ class CorruptionMap:
 
     def block_sizes(self, shards: Sequence[int]) -> list[BlockSizes]:
         """See Records.block_sizes. A shard with an unreadable footer has one block, which is corrupt."""
-        tables = dict(self._stand_ins)
-        left = [shard for shard in dict.fromkeys(shards) if shard not in tables]
+        found = dict(self._stand_ins)
+        left = [shard for shard in dict.fromkeys(shards) if shard not in found]
         try:
-            tables.update(zip(left, self.source.block_sizes(left), strict=True))
+            found.update(zip(left, self.source.block_sizes(left), strict=True))
         except CorruptShard:
-            tables.update((shard, self._table(shard)) for shard in left)
-        return [tables[shard] for shard in shards]
+            found.update((shard, self._read_block_sizes(shard)) for shard in left)
+        return [found[shard] for shard in shards]
 
     def _add(self, shard: int, block: int | None, rows: Rows) -> None:
         if self._pid != os.getpid():  # a forked child may have inherited the lock locked
@@ -190,15 +190,16 @@ class CorruptionMap:
                 self._blocks = {**self._blocks, (shard, block): both}
             self.shards = np.union1d(self.shards, [shard])
 
-    def _table(self, shard: int) -> BlockSizes:
+    def _read_block_sizes(self, shard: int) -> BlockSizes:
+        """Return the block sizes of a shard; if its footer is unreadable, of one corrupt block that stands in."""
         try:
             return self.source.block_sizes([shard])[0]
         except CorruptShard as error:
             counts = self.source.shard_records[shard : shard + 1], self.source.shard_bytes[shard : shard + 1]
-            table = self._stand_ins[shard] = BlockSizes(*counts)
+            sizes = self._stand_ins[shard] = BlockSizes(*counts)
             self.add((shard, None, None))
             self._warn(shard, error)
-            return table
+            return sizes
 
     def _survey(self, shard: int) -> dict[int, Rows]:
         """Return the corrupt rows of a shard, by block. Reads and checks the whole shard once, block by block."""

@@ -571,8 +571,8 @@ class OrderEngine(Engine):
             self._foreseen = foreseen
         self._check_readable()
         rank = self.rank()
-        read = self._source if self._corruption is None else self._corruption
-        plan_share = partial(plan_epoch, read, rank, self._arguments.batch_size, self._arguments.fills_first)
+        ordered = self._source if self._corruption is None else self._corruption
+        plan_share = partial(plan_epoch, ordered, rank, self._arguments.batch_size, self._arguments.fills_first)
         epoch_start: Future[EpochStart | None] | None = None
         prepared = None if self._next_epoch is None else self._next_epoch.take(self._source, state)
         if prepared is not None:
@@ -644,12 +644,12 @@ class OrderEngine(Engine):
         # A single rank also returns the records of a last batch that is dropped, as torch's sampler does: the batch
         # sampler drops it.
         planned = state if rank.world_size > 1 else replace(state, drop_last=False)
-        read = self._numbered()
-        share = plan_epoch(read, rank, self._arguments.batch_size, self._arguments.fills_first, planned)
+        ordered = self._numbered()
+        share = plan_epoch(ordered, rank, self._arguments.batch_size, self._arguments.fills_first, planned)
         self._position = EpochPosition(state, share.rank_plan, is_counted=False)
         self._foreseen = None
         self._n_epochs += 1
-        return state, read, share, self._draws(is_sampled=is_again)
+        return state, ordered, share, self._draws(is_sampled=is_again)
 
     def _numbered(self) -> Any:
         """Return the source whose record numbers the order counts."""

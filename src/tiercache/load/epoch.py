@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from tiercache.order.explicit import ServedOrder
     from tiercache.views import Records
 
+    # The records that an order orders, or their corrupt records if these are replaced.
+    Ordered: TypeAlias = Records | CorruptionMap
     PlanEpoch: TypeAlias = Callable[[RunState], "OrderShare"]
     ClaimedEpoch: TypeAlias = tuple["OrderShare", Future["EpochStart | None"] | None, ReadingPlanPublisher]
 
@@ -431,19 +433,20 @@ def interleaved(runs: Sequence[Sequence[int]]) -> list[int]:
     return list(dict.fromkeys(run[i] for i in range(longest) for run in runs if i < len(run)))
 
 
-def plan_epoch(
-    read: Records | CorruptionMap, rank: Rank, batch_size: int, fills_first: bool, state: RunState
-) -> OrderShare:
+def records_of(ordered: Ordered) -> Records:
+    """Return the records that an order orders."""
+    return ordered.source if isinstance(ordered, CorruptionMap) else ordered
+
+
+def plan_epoch(ordered: Ordered, rank: Rank, batch_size: int, fills_first: bool, state: RunState) -> OrderShare:
     """Return the rank's share of the state's epoch. Costs O(shards); reads no data.
 
-    read: the source, or its corrupt records if they are replaced; fills_first: see `RankPlan`. Raises ValueError: the
+    fills_first: see `RankPlan`. Raises ValueError: the
     state's offset is outside the epoch, or this release does not know its order.
     """
-    order, corruption = make_order(read, state), read if isinstance(read, CorruptionMap) else None
-    source = read.source if isinstance(read, CorruptionMap) else read
-    sizes = (
-        RUN_PIECES if corruption is None and source.selects_all else ARRAY_PIECES
-    )  # otherwise the rows are needed as arrays
+    order, corruption = make_order(ordered, state), ordered if isinstance(ordered, CorruptionMap) else None
+    is_run = corruption is None and records_of(ordered).selects_all  # otherwise the rows are needed as arrays
+    sizes = RUN_PIECES if is_run else ARRAY_PIECES
     rank_plan = RankPlan(
         offset=state.offset,
         world_size=rank.world_size,
@@ -457,23 +460,23 @@ def plan_epoch(
     return OrderShare(order, rank_plan, state.seed, state.key_epoch, corruption, sizes)
 
 
-def make_order(read: Records | CorruptionMap, state: RunState) -> Order:
+def make_order(ordered: Ordered, state: RunState) -> Order:
     """Return the order of the state's epoch."""
-    source = read.source if isinstance(read, CorruptionMap) else read
-    sizes = DatasetSizes(source.shard_records, source.shard_bytes, read.block_sizes)
+    source = records_of(ordered)
+    sizes = DatasetSizes(source.shard_records, source.shard_bytes, ordered.block_sizes)
     options = order_options(state)
     if source.mixture is not None:
         return MixtureOrder(sizes, source.mixture, options, state.key_epoch)
     listed = source.record_order
     if listed is not None and not state.shuffle:
-        return explicit_order(read, listed, state.window_bytes)
+        return explicit_order(ordered, listed, state.window_bytes)
     return EpochOrder(sizes, options, state.key_epoch)
 
 
-def explicit_order(read: Records | CorruptionMap, numbers: ServedOrder, window_bytes: int | None) -> Order:
+def explicit_order(ordered: Ordered, numbers: ServedOrder, window_bytes: int | None) -> Order:
     """Return the order that serves these records, counted in stored order. window_bytes: limit of unmapped blocks."""
-    source = read.source if isinstance(read, CorruptionMap) else read
-    sizes = DatasetSizes(source.shard_records, source.shard_bytes, read.block_sizes)
+    source = records_of(ordered)
+    sizes = DatasetSizes(source.shard_records, source.shard_bytes, ordered.block_sizes)
     return ExplicitOrder(sizes, numbers, window_bytes, source.is_mapped)
 
 

@@ -305,12 +305,12 @@ class EpochOrder:
         stream = kept.stream
         run = slice(int(stream.cuts[index]), int(stream.cuts[index + 1]))
         members = stream.shards[run]
-        tables = self._tables_of(members)
-        n_blocks = [len(table.records) for table in tables]
+        of_shards = self._block_sizes_of(members)
+        n_blocks = [len(sizes.records) for sizes in of_shards]
         shards = np.repeat(members.astype(np.int32), n_blocks)
         blocks = np.concatenate([np.arange(n, dtype=np.int32) for n in n_blocks])
-        records = np.concatenate([table.records for table in tables])
-        raw_bytes = np.concatenate([table.raw_bytes for table in tables])
+        records = np.concatenate([sizes.records for sizes in of_shards])
+        raw_bytes = np.concatenate([sizes.raw_bytes for sizes in of_shards])
         row_start = None
         if stream.is_cut:
             row_start, records = _own_rows(records, _rows_of(stream, run), n_blocks)
@@ -332,13 +332,13 @@ class EpochOrder:
             cuts=cuts,
         )
 
-    def _tables_of(self, members: NDArray[np.int64]) -> Sequence[BlockSizes]:
-        tables = self.sizes.blocks(members.tolist())
-        for shard, table in zip(members.tolist(), tables, strict=True):
-            found, expected = int(table.records.sum()), int(self.sizes.records[shard])
+    def _block_sizes_of(self, members: NDArray[np.int64]) -> Sequence[BlockSizes]:
+        of_shards = self.sizes.blocks(members.tolist())
+        for shard, sizes in zip(members.tolist(), of_shards, strict=True):
+            found, expected = int(sizes.records.sum()), int(self.sizes.records[shard])
             if found != expected:
                 raise ValueError(f"shard {shard}: its footer holds {found} records, but the version lists {expected}")
-        return tables
+        return of_shards
 
     def _first_limits(self, stream: Stream, index: int, group_raw_bytes: int) -> tuple[int, ...]:
         """Return the sizes of the first windows of a group: a ramp at the start of a long stream, else nothing.
