@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from tiercache.load.epoch import EpochStart
     from tiercache.load.samplers import SamplerPass
     from tiercache.load.transform import TransformedPipeline
-    from tiercache.load.transform_workers import TransformStage, WorkerPool
+    from tiercache.load.transform_workers import TransformSettings, WorkerPool
 
 
 logger = logging.getLogger("tiercache")
@@ -186,12 +186,12 @@ class NativeIterator(FastIterator, Iterator[Batch]):
 
     def _start(self, inputs: PipelineInputs) -> None:
         kind = DecodedPipeline if inputs.output_spec.decode else Pipeline
-        stage, device = inputs.transforms, inputs.device
+        transforms, device = inputs.transforms, inputs.device
         inner = replace(inputs, waits=WaitHistogram())  # the waits of a stage before another one are not the consumer's
         self._pipeline: Pipeline | DecodedPipeline | TransformedPipeline | DevicePipeline | HeadspacePipeline
-        self._pipeline = native = kind(inputs if stage is None and device is None else inner, self._resources)
-        if stage is not None:
-            self._pipeline = stage.pipeline(inputs if device is None else inner, native)
+        self._pipeline = native = kind(inputs if transforms is None and device is None else inner, self._resources)
+        if transforms is not None:
+            self._pipeline = transforms.pipeline(inputs if device is None else inner, native)
         if device is not None:
             devices = inputs.setup.library.devices
             assert devices is not None  # noqa: S101 -- `device` is one of them
@@ -328,7 +328,7 @@ class Engine(ABC):
         self._corruption = corruption_map_for(source, arguments.options)
         self._setup: PipelineSetup | None = None  # of the last pipeline
         # the user's functions, which the loader sets before each epoch; None: batches are served as gathered
-        self.transforms: TransformStage | None = None
+        self.transforms: TransformSettings | None = None
         self._workers: WorkerPool | None = None  # of the last epoch
         self._counters = Counters("padded")
         self._waits = WaitHistogram()
@@ -405,12 +405,12 @@ class Engine(ABC):
         """Return the iterator of an epoch, whose pipeline has begun. planned: Further fields of PipelineInputs."""
         if self._setup is None or self._setup.source is not self._source:
             self._setup = PipelineSetup(self._source, self._arguments.output_spec, self._arguments.library)
-        stage = self.transforms
+        transforms = self.transforms
         options, pinned = self._arguments.options, None
         if self._device_type is not None and self._devices is not None:
             self._device = self._devices.batch_device(self._device_type, options, self._device)
             # A stage of transforms holds batches as long as it likes; what it makes is copied into pinned memory.
-            pinned = self._device.pinned if stage is None else None
+            pinned = self._device.pinned if transforms is None else None
             batch_size = share.rank_plan.batch_size
             n_last = share.rank_plan.n_served % batch_size
             if self._device.is_fixed and n_last:
@@ -418,7 +418,9 @@ class Engine(ABC):
                     f'device_buffers="fixed" serves full batches only, and this epoch ends with a batch of {n_last} '
                     f"records instead of {batch_size}: give drop_last=True"
                 )
-        workers = None if stage is None or not stage.n_workers else self._start_workers(stage, share.seed)
+        workers = (
+            None if transforms is None or not transforms.n_workers else self._start_workers(transforms, share.seed)
+        )
         inputs = PipelineInputs(
             setup=self._setup,
             share=share,
@@ -427,7 +429,7 @@ class Engine(ABC):
             memory=self._memory if pinned is None else pinned,
             warned=self._warned,
             corruption=self._corruption,
-            transforms=stage,
+            transforms=transforms,
             workers=workers,
             device=self._device,
             pinned=pinned,
@@ -436,10 +438,10 @@ class Engine(ABC):
         )
         return NativeIterator(position, inputs, self._resources(), self._arguments.timeout_s, pin, draws)
 
-    def _start_workers(self, stage: TransformStage, seed: int) -> WorkerPool:
+    def _start_workers(self, transforms: TransformSettings, seed: int) -> WorkerPool:
         """Return the processes of the last epoch if they live and are free, else new ones."""
         if self._workers is None or not self._workers.is_reusable:
-            self._workers = stage.start_workers(seed)
+            self._workers = transforms.start_workers(seed)
         self._workers.is_used = True
         return self._workers
 

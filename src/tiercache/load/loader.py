@@ -40,7 +40,7 @@ from tiercache.load.state import STEPS_SINCE, RunState, state_for_workers
 from tiercache.load.torch_library import TorchLibrary
 from tiercache.load.torch_rng import RandomGenerators, loadable, next_seed, settled
 from tiercache.load.transform import BatchFunction
-from tiercache.load.transform_workers import TransformStage
+from tiercache.load.transform_workers import TransformSettings
 from tiercache.model import short_repr
 from tiercache.rng import use_fresh_key
 
@@ -189,7 +189,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         self._native: OrderEngine | SamplerEngine | None = None
         self._indexed: TorchPathEngine | None = None
         if access is not None and (path.is_ordered or not path.reason):
-            stage = self._stage()
+            transforms = self._transform_settings()
             arguments = LoaderArguments(
                 library=TorchLibrary(),
                 batch_size=int(batch_size or 1),
@@ -199,7 +199,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 pin_memory=pin_memory,
                 generator=generator,
                 options=options or LoaderOptions(),
-                output_spec=access.output_spec if stage is None else stage.function.gathered_spec,
+                output_spec=access.output_spec if transforms is None else transforms.function.gathered_spec,
                 num_workers=num_workers,
                 persistent_workers=persistent_workers,
             )
@@ -242,7 +242,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 return super().__iter__()
         if self.pin_memory and self.pin_memory_device and hasattr(torch, "accelerator"):  # 2.6 and later
             warnings.warn(_NO_PIN_DEVICE.format(self.pin_memory_device), stacklevel=2)
-        self._native.transforms = self._stage()
+        self._native.transforms = self._transform_settings()
         return self._native.iterate()
 
     def check_worker_number_rationality(self) -> None:
@@ -550,7 +550,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             self._native = self._make_engine(replace(arguments, shuffle=False))
         self._starts_workers = self._native is None or self._runs_functions
 
-    def _stage(self) -> TransformStage | None:
+    def _transform_settings(self) -> TransformSettings | None:
         """Return the user's functions of the native path, and their processes; None: there are no such functions.
 
         It is made for each epoch, because frameworks set worker_init_fn and others after the loader was made.
@@ -569,7 +569,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             collate_fn=None if access.transform is None else collate_fn,
             batch_transforms=batch_transforms,
         )
-        return TransformStage(
+        return TransformSettings(
             function=function,
             n_workers=self.num_workers,
             context=self.multiprocessing_context,

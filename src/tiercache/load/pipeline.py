@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from tiercache.load.prefetch import LoadedWindow
     from tiercache.load.ranks import Rank
     from tiercache.load.reading_plan import ReadingPlanPublisher
-    from tiercache.load.transform_workers import TransformStage, WorkerPool
+    from tiercache.load.transform_workers import TransformSettings, WorkerPool
     from tiercache.stats import Counters, WaitHistogram
     from tiercache.views import Records
 
@@ -129,7 +129,7 @@ class PipelineInputs:
     next_epoch: NextEpoch | None = None
     corruption: CorruptionMap | None = None
     publisher: ReadingPlanPublisher | None = None
-    transforms: TransformStage | None = None
+    transforms: TransformSettings | None = None
     workers: WorkerPool | None = None
     device: BatchDevice | None = None
     pinned: PinnedMemory | None = None

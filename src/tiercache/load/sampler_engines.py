@@ -339,8 +339,8 @@ def _shuffled_numbers(ordered: Any, share: OrderShare) -> Iterator[NDArray[np.in
         shards = sorted({int(shard) for window in piece.windows for shard in window.shards})
         missing = [shard for shard in shards if shard not in starts]
         starts = {shard: starts[shard] for shard in shards if shard in starts}
-        for shard, table in zip(missing, ordered.block_sizes(missing), strict=True):
-            starts[shard] = first_records[shard] + np.cumsum(table.records) - table.records
+        for shard, sizes in zip(missing, ordered.block_sizes(missing), strict=True):
+            starts[shard] = first_records[shard] + np.cumsum(sizes.records) - sizes.records
         numbers = _record_numbers(piece, starts)
         yield numbers if served is None else served[numbers]
 

@@ -267,15 +267,15 @@ class TransformedPipeline(StagePipeline):
     """
 
     def __init__(self, inputs: PipelineInputs, gathered: Pipeline | DecodedPipeline) -> None:
-        stage, pool = inputs.transforms, inputs.workers
-        assert stage is not None  # noqa: S101 -- an invariant of the engine
+        transforms, pool = inputs.transforms, inputs.workers
+        assert transforms is not None  # noqa: S101 -- an invariant of the engine
         self._pool = pool
-        n_ahead = BATCHES_AHEAD if pool is None else stage.n_workers * (stage.prefetch_factor + WAITING)
+        n_ahead = BATCHES_AHEAD if pool is None else transforms.n_workers * (transforms.prefetch_factor + WAITING)
         queue = JobQueue(n_ahead)
         super().__init__("transform", inputs, gathered, queue)
         opener = _Opener(inputs, gathered)
         if pool is None:
-            self._begin([partial(_run_here, queue, opener, stage.function, ThreadRandomness(inputs.warned))])
+            self._begin([partial(_run_here, queue, opener, transforms.function, ThreadRandomness(inputs.warned))])
         else:
             self._begin([partial(pool.send_all, queue, opener.open), partial(pool.receive_all, queue)])
 

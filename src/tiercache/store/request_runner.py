@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from tiercache.errors import StoreError
 from tiercache.stats import Counters
 from tiercache.store.machine_limits import NO_SLOT, MachineLimits
-from tiercache.store.pacing import ConcurrencyLimit, RequestTimes, RunningRequest
+from tiercache.store.pacing import ConcurrencyLimit, RequestTimes, RunningAttempt
 from tiercache.store.retry import CallLimit, RetryPolicy, with_retries
 from tiercache.waiting import Clock, pause, wait_for
 
@@ -112,7 +112,7 @@ class Gate:
 class Attempt:
     """One attempt of a request, as its function sees it. Used by one thread, and looked at by the caller's."""
 
-    def __init__(self, runner: RequestRunner, task: _Task, permit: _Permit, running: RunningRequest) -> None:
+    def __init__(self, runner: RequestRunner, task: _Task, permit: _Permit, running: RunningAttempt) -> None:
         self._runner, self._task = runner, task
         self.permit, self.running = permit, running
 
