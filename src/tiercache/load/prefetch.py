@@ -433,8 +433,8 @@ SLICE_BYTES = 4 << 20
 # Blocks of a first piece of less than this many slices come in a second or less: then slices only cost requests.
 MIN_SLICES = 32
 # Blocks between needed ones are requested with them up to this gap, because later windows need them in any case, and
-# a request costs more.
-GAP_BYTES = 128 << 10
+# a request costs more. docs/design/stores.md compares the limits of all layers.
+BLOCK_GAP_BYTES = 128 << 10
 
 
 def is_worth_slicing(piece: AnyPiece) -> bool:
@@ -469,13 +469,13 @@ def shards_of(window: AnyWindow, needed: NDArray[np.bool_]) -> list[int]:
 def blocks_by_shard(window: AnyWindow, needed: NDArray[np.bool_]) -> list[tuple[int, list[int]]]:
     """Return the needed blocks of a window by shard, shards in the order in which the window names them.
 
-    Blocks in short gaps between them are needed later, and are returned too (see GAP_BYTES).
+    Blocks in short gaps between them are needed later, and are returned too (see BLOCK_GAP_BYTES).
     """
     found: dict[int, list[int]] = {}
     for shard, block in zip(window.shards[needed].tolist(), window.blocks[needed].tolist(), strict=True):
         found.setdefault(shard, []).append(block)
     sizes = window.block_bytes[needed]
-    longest_gap = GAP_BYTES // max(int(sizes.mean()), 1) if len(sizes) else 0
+    longest_gap = BLOCK_GAP_BYTES // max(int(sizes.mean()), 1) if len(sizes) else 0
     return [(shard, _with_short_gaps(blocks, longest_gap)) for shard, blocks in found.items()]
 
 

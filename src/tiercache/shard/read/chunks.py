@@ -106,7 +106,7 @@ def find_libzstd() -> tuple[int, int, int, int] | None:
 
 
 # Chunks with a smaller gap are read as one range, because the bytes between cost less than another request.
-_GAP_BYTES = 4096
+_CHUNK_GAP_BYTES = 4096
 # Bytes that arrive in the 20 ms that a request takes. While single pages cost fewer requests than the whole columns,
 # and at most 8 times, single pages are fetched; then the whole columns, because records are found in the mapping only
 # if the columns are complete. For 10,000 records in random order from 49 shards of 0.8 MB: 97 requests instead of 707.
@@ -257,7 +257,7 @@ class Chunks:
         """Return the ranges of the file that hold these chunks, int64[n]; neighbours form one range."""
         ids = np.flatnonzero(np.bincount(ids))  # distinct; a first np.unique() takes 6 ms
         starts = self._rows["offset"][ids].astype(np.int64)
-        return merge_ranges(starts, starts + self._rows["stored"][ids].astype(np.int64), _GAP_BYTES)
+        return merge_ranges(starts, starts + self._rows["stored"][ids].astype(np.int64), _CHUNK_GAP_BYTES)
 
     def is_cached(self, ids: Ids) -> bool:
         """Return whether a complete or partial local copy holds these chunks now."""
