@@ -150,8 +150,10 @@ def decode(data: bytes) -> PlanTable | None:
         return None
     rows = np.frombuffer(data, _ROW, m, _HEADER.size)
     # A user with write permission may write invalid values: they must not overflow later computations.
-    columns = (np.clip(rows[column].astype(np.int64), 0, NEVER) for column in ("first", "last", "first_later"))
-    return PlanTable(NameTable.of(rows["name"]), *columns, data[end:].decode(errors="replace"), reader)
+    first, last, first_later = (
+        np.clip(rows[column].astype(np.int64), 0, NEVER) for column in ("first", "last", "first_later")
+    )
+    return PlanTable(NameTable.of(rows["name"]), first, last, first_later, data[end:].decode(errors="replace"), reader)
 
 
 _NO_USES = np.empty(0, np.int64)
