@@ -59,17 +59,17 @@ class ShardReader:
         """
         check_verify(verify)
         self._verify = verify
-        self._source = ByteSource(store, key, identity)
-        self.url = self._source.url
+        self._byte_source = ByteSource(store, key, identity)
+        self.url = self._byte_source.url
         try:
-            if footer is None or self._source.local_copy is not None:
-                footer, _ = read_footer(self._source, info)
+            if footer is None or self._byte_source.local_copy is not None:
+                footer, _ = read_footer(self._byte_source, info)
             self.footer = footer
             check_identity(self.footer, info, identity, self.url)
         except BaseException:
-            self._source.close()
+            self._byte_source.close()
             raise
-        self._chunks = Chunks(self._source, self.footer, verify)
+        self._chunks = Chunks(self._byte_source, self.footer, verify)
         self._served = served or {}
         self._prefetched: frozenset[int] = frozenset()  # columns that need no further call of prefetch_columns()
         self._kept: Blocks | None = None  # the last result of mapped_blocks()
@@ -88,12 +88,12 @@ class ShardReader:
     @property
     def local_copy(self) -> LocalCopy | None:
         """The local copy; None if there is none or the reader is closed."""
-        return self._source.local_copy
+        return self._byte_source.local_copy
 
     @property
     def n_descriptors(self) -> int:
         """Number of file descriptors that the reader holds until it is closed or dropped."""
-        copy = self._source.local_copy
+        copy = self._byte_source.local_copy
         return 0 if copy is None else copy.lease.n_descriptors
 
     def load(self, blocks: Sequence[int], columns: Sequence[int]) -> Blocks:
@@ -141,7 +141,7 @@ class ShardReader:
         CorruptShard if the file of the copy has been truncated.
         """
         self._check_open()
-        kept, copy = self._kept_of(columns), self._source.local_copy
+        kept, copy = self._kept_of(columns), self._byte_source.local_copy
         if kept is not None and copy is not None:
             copy.map_file()  # raises if the file has been truncated
             return kept
@@ -210,7 +210,7 @@ class ShardReader:
         """Release the shard. Loaded Blocks stay valid. A repeated call does nothing."""
         self._closed = True
         self._kept = None
-        self._source.close()
+        self._byte_source.close()
 
     def __enter__(self) -> ShardReader:
         return self
