@@ -77,7 +77,7 @@ class Gate:
             slot = self.machine.take_slot()
             return None if slot is None else _Permit(slot)
 
-        # None: the call was stopped meanwhile. Its thread ends without a request, and needs no slot of the machine.
+        # None: the call was stopped meanwhile. An attempt that it still makes holds no slot of the machine.
         return wait_for(take, None, clock, cancel=stop) or _Permit(NO_SLOT)
 
     def release(self, permit: _Permit) -> None:
