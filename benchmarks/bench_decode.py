@@ -3,7 +3,7 @@
     python benchmarks/bench_decode.py [--mib 128] [--window-mib 8] [--repetitions 5]
 
 The baseline is threads that decode whole frames with python-zstandard, one call per frame, and drop the result.
-Compared are the loader's decode stage alone (the same parts as its windows, with as many threads: read, checked,
+Compared are the loader's decode stage alone (the same load tasks as its windows, with as many threads: read, checked,
 decoded), and the whole loader, which shuffles fully and whose consumer reads the first byte of every batch. All are
 interleaved; figures are MB/s of decoded bytes.
 """
@@ -23,8 +23,8 @@ import zstandard
 import tiercache as tc
 from rows import OUT, spread, table, write_rows
 from tiercache import config
-from tiercache.load.prefetch import split_window
-from tiercache.order import DatasetLayout, EpochOrder, OrderOptions
+from tiercache.load.prefetch import plan_load_tasks
+from tiercache.order import DatasetSizes, EpochOrder, OrderOptions
 
 TOKENS, BATCH = 1024, 64
 _here = threading.local()
@@ -69,16 +69,16 @@ def load(folder: Path, window_mib: int) -> None:
     dataset.close()
 
 
-def parts_of(dataset: tc.Dataset, window_mib: int, n_threads: int) -> list[tuple[int, list[int]]]:
-    """Return (shard, blocks) of every part that is loaded at a time, in the order of an epoch."""
+def tasks_of(dataset: tc.Dataset, window_mib: int, n_threads: int) -> list[tuple[int, list[int]]]:
+    """Return (shard, blocks) of every load task, in the order of an epoch."""
     source = dataset.__tiercache__().source
-    layout = DatasetLayout(source.shard_records, source.shard_bytes, source.block_sizes)
-    order = EpochOrder(layout, OrderOptions(seed=1, shuffle=True, group_bytes=None, window_bytes=window_mib << 20), 0)
-    parts = []
+    sizes = DatasetSizes(source.shard_records, source.shard_bytes, source.block_sizes)
+    order = EpochOrder(sizes, OrderOptions(seed=1, shuffle=True, group_bytes=None, window_bytes=window_mib << 20), 0)
+    found = []
     for window in order.windows(0):
-        _, work = split_window(window, np.ones(len(window.blocks), bool), n_threads, lambda _: False)
-        parts += [(int(window.shards[places[0]]), window.blocks[places].tolist()) for places in work]
-    return parts
+        _, tasks = plan_load_tasks(window, np.ones(len(window.blocks), bool), n_threads, lambda _: False)
+        found += [(int(window.shards[places[0]]), window.blocks[places].tolist()) for places in tasks]
+    return found
 
 
 def main() -> None:
@@ -97,14 +97,14 @@ def main() -> None:
         n_bytes = write(folder, given.mib << 20)
         frames = frames_of(folder)
         dataset = tc.Dataset(folder)
-        parts = parts_of(dataset, given.window_mib, n_threads)
+        tasks = tasks_of(dataset, given.window_mib, n_threads)
 
-        def load_part(part: tuple[int, list[int]]) -> None:
-            dataset.__tiercache__().source.load(*part)
+        def load_task(task: tuple[int, list[int]]) -> None:
+            dataset.__tiercache__().source.load(*task)
 
         ways = {
             "frames alone": lambda: list(pool.map(decode, frames)),
-            "windows": lambda: list(pool.map(load_part, parts)),
+            "windows": lambda: list(pool.map(load_task, tasks)),
             "loader": lambda: load(folder, given.window_mib),
         }
         for _ in range(given.repetitions):

@@ -27,7 +27,7 @@ from tiercache._native.permute import RowFinder, permute
 from tiercache.load.epoch import pieces
 from tiercache.load.state import RunState
 from tiercache.model import SourcePart
-from tiercache.order import BlockSizes, DatasetLayout, EpochOrder, OrderOptions, RankPlan
+from tiercache.order import BlockSizes, DatasetSizes, EpochOrder, OrderOptions, RankPlan
 from tiercache.order.mixture import MixtureOrder, MixtureSpec
 
 if TYPE_CHECKING:
@@ -104,26 +104,26 @@ def speed(given: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def made_up(n_records: int, n_shards: int, n_blocks: int) -> DatasetLayout:
-    """Return a layout of equal shards with equal blocks; reading a block table costs as much as making two arrays."""
+def made_up(n_records: int, n_shards: int, n_blocks: int) -> DatasetSizes:
+    """Return the sizes of equal shards with equal blocks; reading a block table costs as much as making two arrays."""
     per_block = n_records // n_shards // n_blocks
 
     def tables(shards: Sequence[int]) -> list[BlockSizes]:
         return [BlockSizes(np.full(n_blocks, per_block), np.full(n_blocks, per_block * RECORD_BYTES)) for _ in shards]
 
     records = np.full(n_shards, per_block * n_blocks)
-    return DatasetLayout(records, records * RECORD_BYTES, tables)
+    return DatasetSizes(records, records * RECORD_BYTES, tables)
 
 
 def resume(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the milliseconds from a layout and an offset to the first piece's rows."""
+    """Return the milliseconds from the sizes of a data set and an offset to the first piece's rows."""
     n_shards = 250 if given.quick else 10_000
-    layout = made_up(n_shards * 100_000, n_shards, 100)
+    sizes = made_up(n_shards * 100_000, n_shards, 100)
     options = OrderOptions(1, True, 4 << 30, 256 << 20, 8)
     spec = MixtureSpec((0, n_shards // 2, n_shards * 9 // 10), (0.7, 0.2, 0.1))
     orders: dict[str, Callable[[], Order]] = {
-        "one data set": lambda: EpochOrder(layout, options, 3),
-        "mixture of three": lambda: MixtureOrder(layout, spec, options, 3),
+        "one data set": lambda: EpochOrder(sizes, options, 3),
+        "mixture of three": lambda: MixtureOrder(sizes, spec, options, 3),
     }
     rows = []
     for name, make in orders.items():

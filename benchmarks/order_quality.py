@@ -1,6 +1,6 @@
 """Quality of the shuffle of data stored in sorted order: statistics, and models trained with it on real data.
 
-The orders come from `EpochOrder` over synthetic layouts: they are what a loader would serve, without written shards.
+The orders come from `EpochOrder` over synthetic sizes: they are what a loader would serve, without written shards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-from tiercache.order import BlockSizes, DatasetLayout, EpochOrder, OrderOptions
+from tiercache.order import BlockSizes, DatasetSizes, EpochOrder, OrderOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +53,7 @@ class Setting:
             return np.arange(n)
         if self.n_groups == 0:
             return np.random.default_rng((seed, epoch)).permutation(n)
-        layout, first = even_layout(n, self.n_shards, self.block_records)
+        sizes, first = even_sizes(n, self.n_shards, self.block_records)
         total = n * RECORD_BYTES
         options = OrderOptions(
             seed,
@@ -62,10 +62,10 @@ class Setting:
             window_bytes=-(-total // self.n_windows) if self.n_windows > 1 else None,
             streams=self.streams,
         )
-        return served(EpochOrder(layout, options, epoch), first, self.block_records)
+        return served(EpochOrder(sizes, options, epoch), first, self.block_records)
 
 
-def even_layout(n: int, n_shards: int, block_records: int) -> tuple[DatasetLayout, np.ndarray]:
+def even_sizes(n: int, n_shards: int, block_records: int) -> tuple[DatasetSizes, np.ndarray]:
     """Return shards of about equal size in blocks of block_records records, and the first record of each shard."""
     ends = np.linspace(0, n, n_shards + 1).astype(np.int64)
     records = np.diff(ends)
@@ -74,7 +74,7 @@ def even_layout(n: int, n_shards: int, block_records: int) -> tuple[DatasetLayou
         found = [np.diff(np.append(np.arange(0, records[shard], block_records), records[shard])) for shard in shards]
         return [BlockSizes(blocks, blocks * RECORD_BYTES) for blocks in found]
 
-    return DatasetLayout(records, records * RECORD_BYTES, tables), ends[:-1]
+    return DatasetSizes(records, records * RECORD_BYTES, tables), ends[:-1]
 
 
 def served(order: EpochOrder, first: np.ndarray, block_records: int) -> np.ndarray:

@@ -19,6 +19,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* Kind 4 is TC_PADDED (output_layout.h), and kind 5 is TC_PACKED (packing.h). */
 enum { TC_FIXED = 0, TC_BITS = 1, TC_VAR = 2, TC_REF = 3 };
 
 #define TC_CORRUPT (-6) /* A page's checksum is wrong, or offsets decrease or leave their chunk. */

@@ -23,11 +23,11 @@ enum { TC_PADDED = 4, TC_MAX_DIMS = 32 };
 
 /* Output layout of one stream; twelve 64-bit words, as Python writes them. */
 typedef struct tc_output_layout {
-    uint64_t gathered_first;       /* 1: other streams depend on this one (a validity mask or shapes), so tc_forms_begin gathers it first. */
-    uint64_t valid;       /* Index of the validity mask's stream if nulls are replaced, else TC_NONE. */
+    uint64_t gathered_first;       /* 1: other streams depend on this one (a validity mask or shapes), so tc_layouts_begin gathers it first. */
+    uint64_t valid;       /* Index of the validity mask's stream if nulls are replaced, else TC_NO_STREAM. */
     const uint8_t *fill;
     uint64_t fill_bytes;  /* Size as served: a whole row of TC_FIXED and TC_BITS; a multiple of the element size for TC_VAR, TC_PADDED and TC_REF. */
-    uint64_t shape;       /* Index of the stream of shapes (int32[n][n_dims]), or TC_NONE. */
+    uint64_t shape;       /* Index of the stream of shapes (int32[n][n_dims]), or TC_NO_STREAM. */
     const int64_t *dims;  /* [n_dims] Dimensions of a record, -1 where they vary. Without shapes at most one dimension varies. */
     uint64_t n_dims;      /* 1 to TC_MAX_DIMS for TC_PADDED and for streams with shapes, else 0. */
     uint64_t counts_rows;     /* 1: the offsets count rows. */
@@ -51,7 +51,7 @@ size_t tc_layout_head_bytes(const tc_output_layout *output_layout, size_t n);
  * Returns 0, TC_CORRUPT (a shape does not fit), TC_TOO_LONG or TC_NOMEM. */
 int tc_layouts_begin(struct tc_slot *slot, const tc_stream *streams, size_t n_streams, const struct tc_part *parts, size_t n_parts);
 
-/* Whether tc_forms_begin or tc_forms_end copies the stream. If so, the plain gather must skip it. */
+/* Whether tc_layouts_begin or tc_layouts_end copies the stream. If so, the plain gather must skip it. */
 int tc_layout_owns(const struct tc_slot *slot, const tc_stream *stream, const tc_output_layout *output_layout);
 
 /* Last step, after all other streams are gathered: copy the streams that the output layouts own, and fill nulls or

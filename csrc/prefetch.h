@@ -1,6 +1,7 @@
 #ifndef TC_PREFETCH_H
 #define TC_PREFETCH_H
-/* Prefetch the source lines of upcoming copies into L2. Used for rows that are longer than one or two cache lines.
+/* Prefetch the source lines of upcoming copies into L2. Used for rows that are longer than one or two cache lines. This
+ * is the processor's prefetch; the prefetch of blocks and shards is load/prefetch.py.
  *
  * L1 can track only a few outstanding lines. A non-temporal prefetch (prefetchnta, the compiler's locality 0) fills no
  * other cache on Intel processors, so the line may be evicted before it is copied. Measured against prefetchnta on a

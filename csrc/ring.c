@@ -184,9 +184,9 @@ static int work_once(tc_ring *ring) {
 /* work_once() on behalf of a consumer. Closing the ring waits for it. */
 static int gather_as_consumer(tc_ring *ring) {
     ring->n_gathering_consumers++;
-    int consumers_done = work_once(ring);
+    int did_work = work_once(ring);
     if (--ring->n_gathering_consumers == 0 && ring->closing) pthread_cond_broadcast(&ring->consumers_done);
-    return consumers_done;
+    return did_work;
 }
 
 static void *worker(void *argument) {

@@ -2,10 +2,11 @@
 #define TC_RING_H
 /* Ring: threads without Python that gather batches ahead of one consumer.
  *
- * A planner thread pushes plans (rows of a window, in output order). The ring cuts the sequence of rows into batches of
- * batch_rows rows. Threads gather each batch into a slot of memory; several threads share a large batch (batch.h). The
- * consumer takes the slots in order. At most `depth` batches are cut and not yet taken. A taken slot belongs to the consumer until tc_slot_release, which any thread may
- * call: its memory is reused only after that, and if the consumer holds all slots, new ones are made.
+ * A planner thread pushes plans (rows of the windows that are served together, in output order). The ring cuts the
+ * sequence of rows into batches of batch_rows rows. Threads gather each batch into a slot of memory; several threads
+ * share a large batch (batch.h). The consumer takes the slots in order. At most `depth` batches are cut and not yet
+ * taken. A taken slot belongs to the consumer until tc_slot_release, which any thread may call: its memory is reused
+ * only after that, and if the consumer holds all slots, new ones are made.
  *
  * A consumer that would have to wait gathers too, so a ring of n threads has n - 1 workers. If the consumer slept
  * instead, a worker would have to wake it for each batch, and there would be one thread more than cores.
@@ -63,8 +64,8 @@ void tc_ring_finish(tc_ring *ring, int status);
 int tc_ring_wait_room(tc_ring *ring, uint64_t row, uint64_t *retired);
 
 /* Take the next batch. Returns TC_OK (the caller owns *slot), TC_END, TC_FAILED, TC_TIMEOUT, TC_CLOSED, TC_EIO (a
- * source could not be read), TC_CORRUPT, TC_MISFIT or TC_NOMEM. *first_row: Position of the batch's first row in the
- * sequence. Each call retires the rows of the batch that was taken before. */
+ * source could not be read), TC_CORRUPT, TC_MISFIT, TC_TOO_LONG or TC_NOMEM. *first_row: Position of the batch's first
+ * row in the sequence. Each call retires the rows of the batch that was taken before. */
 int tc_ring_take(tc_ring *ring, uint64_t timeout_ns, tc_slot **slot, uint64_t *first_row);
 
 /* Take the next batch if it is ready and has no error: TC_OK. Otherwise nothing is taken, and tc_ring_take gives the

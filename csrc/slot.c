@@ -342,7 +342,7 @@ static tc_slot *take_last_filled(tc_pool *pool) {
 
 /* A worker's batch was read by the consumer and is in the consumer's cache. Writing to this memory took three times as
  * long as writing to memory that is in no other core's cache. Slots therefore stay unused for a while, and new slots of
- * the arena are used until enough are unused: REST_BYTES, or, for small slots, the number of batches ahead. */
+ * the arena are used until enough are unused: IDLE_BYTES, or, for small slots, the number of batches ahead. */
 static tc_slot *take_idle(tc_pool *pool) {
     int enough = pool->n_free >= pool->n_ahead || pool->idle_bytes >= IDLE_BYTES;
     return pool->n_free && (enough || !has_room(pool)) ? unlink_after(pool, NULL) : NULL;

@@ -9,7 +9,7 @@
 
 #define TC_NOMEM (-12)
 
-/* Rows of a window in output order. The caller owns the plan, which must live until its rows are retired
+/* Rows of the windows that are served together, in output order. The caller owns the plan, which must live until its rows are retired
  * (tc_ring_wait_room) or the ring is closed. */
 typedef struct {
     const tc_source *sources; /* [n_streams][n_blocks] */
@@ -73,8 +73,9 @@ typedef struct {
 /* Filling a slot has three steps. begin: check pages that are not checked yet, measure and lay out the streams; the
  * memory grows if needed. The streams that are served as tensors form one range, so that one copy moves them to a
  * device: [heads on the host][heads of tensors][values of tensors][values on the host], where TC_REF and on_host streams
- * stay on the host. Each stream begins at a multiple of 64 bytes. copy: copy each row of the batch once; threads may share the rows. end: apply the output
- * layouts. Each step returns 0, TC_EIO (a source could not be read), TC_CORRUPT or TC_MISFIT (gather.h), or TC_NOMEM. */
+ * stay on the host. Each stream begins at a multiple of 64 bytes. copy: copy each row of the batch once; threads may share
+ * the rows. end: apply the output layouts. Each step returns 0, TC_EIO (a source could not be read), TC_CORRUPT, TC_MISFIT
+ * or TC_TOO_LONG (gather.h), or TC_NOMEM. */
 int tc_slot_begin(tc_slot *slot, const tc_content *content);
 int tc_slot_copy(tc_slot *slot, const tc_content *content, size_t first, size_t stop);
 int tc_slot_end(tc_slot *slot, const tc_content *content);

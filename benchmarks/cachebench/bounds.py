@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.order.contract import DatasetLayout, OrderOptions
+from tiercache.order.contract import DatasetSizes, OrderOptions
 from tiercache.order.epoch_order import EpochOrder
 
 if TYPE_CHECKING:
@@ -23,11 +23,13 @@ AHEAD_EPOCHS = 24
 
 def orders(packed: Packed, job: Job, n_epochs: int) -> list[list[int]]:
     """Return the shards that the job's rank reads in each epoch, in reading order."""
-    layout = DatasetLayout(packed.shard_records, packed.shard_bytes, _no_footers)
+    dataset_sizes = DatasetSizes(packed.shard_records, packed.shard_bytes, _no_footers)
     options = OrderOptions(
         job.seed, True, job.group_bytes, job.window_bytes, streams=job.world_size, placement=job.placement
     )
-    return [EpochOrder(layout, options, epoch).shards_ahead(job.rank, 0, None).tolist() for epoch in range(n_epochs)]
+    return [
+        EpochOrder(dataset_sizes, options, epoch).shards_ahead(job.rank, 0, None).tolist() for epoch in range(n_epochs)
+    ]
 
 
 def _no_footers(shards: Sequence[int]) -> Sequence[object]:

@@ -15,7 +15,7 @@ import tomllib
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 from tiercache.model import parse_bool, parse_bytes
 
@@ -44,6 +44,9 @@ def _default_cache_dir() -> Path:
     return folder
 
 
+CachePolicy: TypeAlias = Literal["plan", "resident", "s3fifo", "lru"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """All settings, validated by load().
@@ -65,7 +68,7 @@ class Settings:
 
     cache_dir: Path = field(default_factory=_default_cache_dir)
     cache_size: str | None = None
-    cache_policy: Literal["plan", "resident", "s3fifo", "lru"] = "plan"
+    cache_policy: CachePolicy = "plan"
     cache_shared: Literal["group"] | None = None
     cache_trace: Path | None = None
     state_dir: Path | None = None
@@ -76,7 +79,7 @@ class Settings:
 
 SETTINGS = tuple(setting.name for setting in fields(Settings))
 _PATHS = ("cache_dir", "cache_trace", "state_dir", "peers_ca")
-CHOICES = {"cache_policy": ("plan", "resident", "s3fifo", "lru"), "cache_shared": ("group",)}
+CHOICES = {"cache_policy": get_args(CachePolicy), "cache_shared": ("group",)}
 
 
 def _checked(name: str, value: object) -> Any:

@@ -35,10 +35,11 @@ from tiercache.load.output_spec import (
     tuple_columns,
 )
 from tiercache.model import short_repr
-from tiercache.opened_version import DatasetLocation, OpenedVersion, Verify
+from tiercache.opened_version import DatasetLocation, OpenedVersion
 from tiercache.rng import use_fresh_key
 from tiercache.selection_methods import SelectionMethods, record_numbers
 from tiercache.shard.conversion import parse_casts
+from tiercache.shard.read.chunks import Verify, check_verify
 from tiercache.shard.read.values import ColumnValues, as_records
 from tiercache.shard.versions.manifest import list_versions
 from tiercache.views import Records, RecordsSpec, arrow_batches, join, spans
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
     from tiercache.images.options import DecodeImage
     from tiercache.load.options import LoaderOptions
     from tiercache.shard.schema import Column, Schema, UserType
-    from tiercache.views.records import Records
 
 
 # Arguments of the constructor, and the field of OutputSpec that has each of them by column.
@@ -81,8 +81,8 @@ class Dataset(SelectionMethods):
 
     Args:
         url: Local path, `s3://`, `gs://`, `az://`, `http(s)://`, `memory://` or any fsspec URL of the data set.
-        cache: Cache through which the data set is read. None: local folders are read in place, everything else is read
-            through `Cache.default()`. False: no cache.
+        cache: Cache through which the data set is read. None: local folders are read in place and `memory://` directly;
+            everything else is read through `Cache.default()`. False: no cache.
         columns: Names of the columns to serve, in order. None: all columns.
         version: Number of the version to read. None: the newest version at the time of opening; later commits do not
             change it.
@@ -135,8 +135,7 @@ class Dataset(SelectionMethods):
     ) -> None:
         layouts = renamed_argument("Dataset", "forms", forms, "layouts", layouts)
         fill_nulls = renamed_argument("Dataset", "nulls", nulls, "fill_nulls", fill_nulls)
-        if verify not in ("first", "always", "never"):
-            raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
+        check_verify(verify)
         columns = None if columns is None else _names(columns)
         if transform is not None and layouts:
             raise ValueError("layouts= cannot be combined with transform=: the transform's results make up a batch")

@@ -226,7 +226,7 @@ class ReadingPlan:
         first: int64[m], clock of a shard's first read in this epoch; NEVER if this epoch does not read it.
         last: int64[m], clock at which a shard has been read for the last time in this epoch; NEVER where `first` is
             NEVER.
-        then: int64[m], clock of a shard's first read in a later epoch; NEVER if that lies beyond the horizon.
+        first_later: int64[m], clock of a shard's first read in a later epoch; NEVER if that lies beyond the horizon.
         reader: Id that is the same in all epochs of a rank if other ranks read the same shards: its next reads stay
             published for a while after its epoch has ended. Empty: nothing stays published.
     """
@@ -235,7 +235,7 @@ class ReadingPlan:
     shards: NDArray[np.int64]
     first: NDArray[np.int64]
     last: NDArray[np.int64]
-    then: NDArray[np.int64]
+    first_later: NDArray[np.int64]
     reader: str = ""
 
 

@@ -45,13 +45,11 @@ if TYPE_CHECKING:
     from tiercache.shard.format.layout import Footer
     from tiercache.shard.format.statistics import Statistics
     from tiercache.shard.read.blocks import Blocks
+    from tiercache.shard.read.chunks import Verify
     from tiercache.shard.read.values import ColumnValues
     from tiercache.shard.schema import Schema
     from tiercache.shard.versions.manifest import Version
     from tiercache.shard.versions.segments import ShardTable
-
-
-Verify = Literal["first", "always", "never"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +162,7 @@ class CopyNames:
             np.concatenate([plan.shards, len(self._table) + np.arange(n)]),
             np.concatenate([plan.first, np.zeros(n, np.int64)]),
             np.concatenate([plan.last, np.full(n, NEVER - 1)]),
-            np.concatenate([plan.then, np.full(n, NEVER)]),
+            np.concatenate([plan.first_later, np.full(n, NEVER)]),
             plan.reader,
         )
         return np.concatenate([self.of_shards(plan.shards), segments.reshape(-1, NAME_BYTES)]), whole
@@ -243,13 +241,13 @@ class VersionStores:
         self.store.close()
 
 
-def _open_newest(access: VersionStores) -> tuple[Version, ShardTable]:
+def _open_newest(stores: VersionStores) -> tuple[Version, ShardTable]:
     """Return the newest version and its shards. From a remote store, the placement is read at the same time."""
-    if isinstance(access.inner, LocalStore | MemoryStore):
-        return open_latest(access.store)
+    if isinstance(stores.inner, LocalStore | MemoryStore):
+        return open_latest(stores.store)
     with ThreadPoolExecutor(1, "tiercache-placement") as pool:
-        pool.submit(access.tiers.read_placement)  # the run that needs the placement reads it again after an error
-        return open_latest(access.store)
+        pool.submit(stores.tiers.read_placement)  # the run that needs the placement reads it again after an error
+        return open_latest(stores.store)
 
 
 def _open_numbered(store: Store, number: int) -> tuple[Version, ShardTable]:
@@ -279,8 +277,8 @@ def _open_shard(
 READ_THREADS = 16
 # Footers of a shard group are small, and read before the first batch: up to this many take one round trip of a store.
 FOOTER_THREADS = 64
-# The block sizes of a shard take a few KiB; a shard group has a few dozen shards.
-MAX_TABLES = 4096
+# Number of shards whose block sizes are kept: those of a shard take a few KiB; a shard group has a few dozen shards.
+MAX_KEPT_SIZES = 4096
 # How often a shard is read again after its bytes did not match their checksums: from a new copy, then from the store,
 # after the cache has given up the object.
 SHARD_READS_AGAIN = 5
@@ -321,9 +319,9 @@ class OpenedVersion:
 
     def __init__(self, location: DatasetLocation, version: int | None, columns: Sequence[str] | None) -> None:
         self.location = location
-        self.access = access = VersionStores(location)
-        self.inner, self.cache, self.store = access.inner, access.cache, access.store
-        self.manifest, self.table = _open_newest(access) if version is None else _open_numbered(access.store, version)
+        self.stores = stores = VersionStores(location)
+        self.inner, self.cache, self.store = stores.inner, stores.cache, stores.store
+        self.manifest, self.table = _open_newest(stores) if version is None else _open_numbered(stores.store, version)
         self.stored_schema: Schema = self.manifest.schema
         self.n_records = int(self.table.first_record[-1])
         self._names = CopyNames(self.manifest, self.table)
@@ -336,7 +334,7 @@ class OpenedVersion:
 
     def _serve(self, columns: Sequence[str], *, past_cache: bool = False) -> None:
         self._schema = self.stored_schema.select(columns)
-        self._tables: dict[int, BlockSizes] = {}
+        self._block_sizes: dict[int, BlockSizes] = {}
         self._ranges: dict[int, tuple[ByteRange, ...] | None] = {}  # of the served columns; None: the whole shard
         self.stored_columns = tuple(self.stored_schema.index(name) for name in self._schema.names)
         self.spec = VersionSpec(self.location, self.version, self._schema.names)
@@ -345,7 +343,7 @@ class OpenedVersion:
             self.stored_schema, self.stored_columns, self.table.first_record, self.url, self._served
         )
         self._footers = FooterCache()
-        opened = (self.access, self.table, self.dataset_id, self._footers, past_cache)
+        opened = (self.stores, self.table, self.dataset_id, self._footers, past_cache)
         # Not a bound method: the reference cycle would keep descriptors open until the garbage collector runs.
         open_shard = partial(_open_shard, *opened, verify=self.location.verify, served=self._served)
         self._readers = shard_reader.ReaderPool(open_shard, self._mapped)
@@ -401,18 +399,18 @@ class OpenedVersion:
 
     def block_sizes(self, shards: Sequence[int]) -> list[BlockSizes]:
         """Return the block sizes of each of these shards, read from their footers in parallel. Raises as `load`."""
-        tables = self._tables  # local reference: another thread may replace the attribute
-        missing = [shard for shard in dict.fromkeys(shards) if shard not in tables]
-        if len(tables) + len(missing) > MAX_TABLES:
-            self._tables = tables = {shard: tables[shard] for shard in shards if shard in tables}
-            self._ranges = {shard: self._ranges.get(shard) for shard in tables}
+        known = self._block_sizes  # local reference: another thread may replace the attribute
+        missing = [shard for shard in dict.fromkeys(shards) if shard not in known]
+        if len(known) + len(missing) > MAX_KEPT_SIZES:
+            self._block_sizes = known = {shard: known[shard] for shard in shards if shard in known}
+            self._ranges = {shard: self._ranges.get(shard) for shard in known}
         if missing:
             n_threads = READ_THREADS if isinstance(self.inner, LocalStore) else FOOTER_THREADS
             # A thread may open a local copy.
             n_threads = min(n_threads, max(self._readers.capacity // 4, 1), len(missing))
             with ThreadPoolExecutor(n_threads, "tiercache-footer") as pool:
-                tables.update(zip(missing, pool.map(self._read_table, missing), strict=True))
-        return [tables[shard] for shard in shards]
+                known.update(zip(missing, pool.map(self._read_block_sizes, missing), strict=True))
+        return [known[shard] for shard in shards]
 
     def block_elements(self, shard: int) -> NDArray[np.int64]:
         """Return the number of elements in each block of the only served column, which is ragged: int64[n_blocks].
@@ -420,7 +418,7 @@ class OpenedVersion:
         Reads the footer. Raises as `load`.
         """
         footer = self._footer(shard)
-        self._tables[shard] = self._table_of(shard, footer)
+        self._block_sizes[shard] = self._sizes_of_footer(shard, footer)
         (column,) = self.stored_columns
         (values, *_) = footer.schema.columns[column].streams(column)
         buffers = footer.chunks["first_buffer"][:, column] + np.uint64(values.values_buffer)
@@ -503,22 +501,22 @@ class OpenedVersion:
             return None
         # Read limit_bytes first: it raises if the cache is being closed, and then nothing must have been published.
         has_room = int(self.table.n_bytes.sum()) <= self.cache.limit_bytes
-        following = self.store.publish(*self._names.planned(plan))
-        return following if has_room else shard_reader.ReleasingPlan(following, self._readers, plan)
+        published = self.store.publish(*self._names.planned(plan))
+        return published if has_room else shard_reader.ReleasingPlan(published, self._readers, plan)
 
     @property
     def can_prefetch(self) -> bool:
         """See Records.can_prefetch."""
-        return self.access.fetcher is not None
+        return self.stores.fetcher is not None
 
     @property
     def sends_requests(self) -> bool:
         """See Records.sends_requests."""
-        return self.access.fetcher is None and not isinstance(self.access.inner, LocalStore | MemoryStore)
+        return self.stores.fetcher is None and not isinstance(self.stores.inner, LocalStore | MemoryStore)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Start fetching the served columns of these shards where they are not on this machine."""
-        fetcher = self.access.fetcher
+        fetcher = self.stores.fetcher
         if fetcher is None:
             return
         # An open shard requests what it needs itself. If the cache refused an open shard, the shard is read by ranges
@@ -527,19 +525,19 @@ class OpenedVersion:
         unopened = [shard for shard in dict.fromkeys(shards) if shard not in self._readers]
         objects = self.table.objects(self.dataset_id, np.array(unopened, np.int64))
         for shard, (key, identity) in zip(unopened, objects, strict=True):
-            if self.access.is_worth_fetching(key, identity):
+            if self.stores.is_worth_fetching(key, identity):
                 fetcher.prefetch(key, identity, self._ranges.get(shard))
 
     def prefetch_blocks(self, shard: int, blocks: Sequence[int]) -> None:
         """See Records.prefetch_blocks. Does nothing for a shard whose footer has not been read."""
-        fetcher = self.access.fetcher
+        fetcher = self.stores.fetcher
         if fetcher is None:
             return
         if shard in self._readers:
             self._readers.get(shard).prefetch(blocks, self.stored_columns)
             return
         footer, (key, identity) = self._footers.get(shard), self._object(shard)
-        if footer is not None and self.access.is_worth_fetching(key, identity):
+        if footer is not None and self.stores.is_worth_fetching(key, identity):
             # The reader that opens the copy checks its footer, which therefore comes with the blocks.
             urgent = block_ranges(footer, self.table.info(shard), blocks, self.stored_columns)
             fetcher.prefetch(key, identity, self._ranges.get(shard), urgent_ranges=urgent)
@@ -551,7 +549,7 @@ class OpenedVersion:
     def remove_if_corrupt(self, shard: int) -> bool:
         """Remove a shard's local copy if it is corrupt. Returns True if it was: the caller loads the shard again."""
         key, identity = self._object(shard)
-        was_removed = self.access.remove_if_corrupt(key, identity)
+        was_removed = self.stores.remove_if_corrupt(key, identity)
         self._readers.drop(shard)  # even if the copy is right: it may be newer than the opened one
         if was_removed:
             logger.warning("%s: the local copy of %s was damaged and is fetched again", self.url, key)
@@ -561,13 +559,13 @@ class OpenedVersion:
         """Whether the served columns of the shard are on this machine: in a local folder or in the cache."""
         key, identity = self._object(shard)
         is_open = self.has_cache and self.is_mapped(shard)
-        return is_open or self.access.is_local(key, identity, self._ranges.get(shard))
+        return is_open or self.stores.is_local(key, identity, self._ranges.get(shard))
 
     def prepare_reading(self, shards: NDArray[np.int64]) -> None:
         """See Records.prepare_reading."""
         keys = self.table.names.take(as_arrow(shards))
         reads_all = len(shards) == len(self.table)
-        self.access.prepare_reading(keys, lambda i: self.identity(int(shards[i])), reads_all=reads_all)
+        self.stores.prepare_reading(keys, lambda i: self.identity(int(shards[i])), reads_all=reads_all)
 
     def at_versions(self, numbers: Sequence[int]) -> OpenedVersion:
         """Return the version with the only number, and the same columns.
@@ -613,7 +611,7 @@ class OpenedVersion:
 
     def figures(self) -> dict[str, float]:
         """Return the counters of this process: requests, bytes_fetched, retries, cache_hits, ..., and dollars."""
-        return self.access.figures()
+        return self.stores.figures()
 
     def close(self) -> None:
         """Release shards and connections; shards in use stay valid until they are released."""
@@ -622,16 +620,16 @@ class OpenedVersion:
             if found is not None:
                 found.on_source_closed()
         self._readers.clear()
-        self.access.close()
+        self.stores.close()
 
     def on_close(self, keeper: CloseListener) -> None:
         """See Records.on_close. Of two calls at once, one may be lost: its loader keeps blocks until it is deleted."""
         self._keepers = [*(one for one in self._keepers if one() is not None), ref(keeper)]
 
-    def _read_table(self, shard: int) -> BlockSizes:
-        return self._table_of(shard, self._footer(shard))
+    def _read_block_sizes(self, shard: int) -> BlockSizes:
+        return self._sizes_of_footer(shard, self._footer(shard))
 
-    def _table_of(self, shard: int, footer: Footer) -> BlockSizes:
+    def _sizes_of_footer(self, shard: int, footer: Footer) -> BlockSizes:
         if self.has_cache:
             self._ranges[shard] = column_ranges(footer, self.table.info(shard), self.stored_columns)
         return BlockSizes(footer.block_records.astype(np.int64), footer.block_raw_bytes.astype(np.int64))
@@ -642,8 +640,8 @@ class OpenedVersion:
             if not self.store.is_cached(info.name, self.identity(shard), [ByteRange(info.footer_offset, info.n_bytes)]):
                 # The order of a shard group needs all footers of the group. A few KiB for each one now are cheaper than
                 # fetching each shard completely before the first batch.
-                source = self.store.source_of(info.name, self.identity(shard), self.access.placed.by_ranges)
-                footer = fetch_footer(source, info.name, info)
+                store = self.store.store_for(info.name, self.identity(shard), self.stores.placed.by_ranges)
+                footer = fetch_footer(store, info.name, info)
                 self._footers.put(shard, footer)
                 return footer
         return self._read(shard, lambda reader: reader.footer)
@@ -652,8 +650,8 @@ class OpenedVersion:
         """Return the ranges of the served columns by shard key, for shards not served whole. Reads missing footers."""
         found: dict[str, tuple[ByteRange, ...]] = {}
         is_all = len(self.stored_columns) == len(self.stored_schema)
-        for first in range(0, 0 if is_all else len(shards), MAX_TABLES):
-            some = shards[first : first + MAX_TABLES]
+        for first in range(0, 0 if is_all else len(shards), MAX_KEPT_SIZES):
+            some = shards[first : first + MAX_KEPT_SIZES]
             self.block_sizes(some)
             for shard in some:
                 ranges = self._ranges.get(shard)

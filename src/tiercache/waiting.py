@@ -1,7 +1,9 @@
-"""The clock, and the only function that polls: inside a process, threads wait on conditions instead.
+"""The clock, and the only functions that sleep: inside a process, threads wait on conditions, queues and events.
 
 Code that queries another process, a file lock or a store repeatedly uses wait_for(). Retries use pause() between two
-attempts. Both take the clock as an argument, so tests run them without waiting.
+attempts. Both take the clock as an argument, so tests run them without waiting. fail_fast_if_unreachable() decides
+whether calls wait for an endpoint. It is not in store/, because the command imports it for `--help`, which loads no
+store.
 """
 
 from __future__ import annotations

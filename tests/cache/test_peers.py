@@ -452,7 +452,7 @@ def test_ranges_past_the_cache_come_from_the_owner_once_and_then_from_the_origin
     world.put("a")
     peer.copies[name_of(world, "a")] = world.data["a"]
     store = world.store(world.cache(peers=["m"]))
-    source = store.source_of("a", world.identity("a"), world.inner)
+    source = store.store_for("a", world.identity("a"), world.inner)
     for n_reads in (0, 1):
         data = memoryview(bytearray(100))
         source.read_into("a", [(ByteRange(9_000, 9_100), data)])
@@ -464,7 +464,7 @@ def test_an_error_of_the_receiver_is_raised_and_is_no_failure_of_the_peer(world,
     world.put("a")
     peer.copies[name_of(world, "a")] = world.data["a"]
     cache = world.cache(peers=["m"])
-    source = world.store(cache).source_of("a", world.identity("a"), world.inner)
+    source = world.store(cache).store_for("a", world.identity("a"), world.inner)
 
     def full_disk(_offset, _data):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -599,7 +599,7 @@ class Node:
         """Read a whole object as a job does: what this machine has not yet comes by its peers' source."""
         if key not in self.kept:
             data = memoryview(bytearray(self.world.sizes[key]))
-            source = self.peers.source(self.world.specs[key], self.world.origin)
+            source = self.peers.store_for(self.world.specs[key], self.world.origin)
             source.read_into(key, [(ByteRange(0, len(data)), data)])
             self.kept[key] = bytes(data)
         return self.kept[key]

@@ -1,5 +1,7 @@
 """Properties of the policies."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -111,26 +113,27 @@ def test_plan_evicts_unplanned_copies_and_then_those_needed_last(copies, ask):
 @given(snapshots(), asks)
 def test_plan_evicts_only_copies_that_are_needed_later(copies, ask):
     for use in copies.next_use[list(plan(copies, ask).victims)]:
-        assert use == UNPLANNED or use > ask.then
+        assert use == UNPLANNED or use > ask.use_after_next
 
 
 @given(snapshots(), asks)
 def test_plan_refuses_only_if_the_evictable_copies_are_too_small(copies, ask):
-    may_go = ~copies.keep & ((copies.next_use == UNPLANNED) | ((copies.next_use > ask.then) & (copies.next_use > 0)))
+    use = copies.next_use
+    may_go = ~copies.keep & ((use == UNPLANNED) | ((use > ask.use_after_next) & (use > 0)))
     assert plan(copies, ask).admit == (copies.charge_bytes[may_go].sum() >= ask.need_bytes)
 
 
 def test_a_copy_without_a_planned_use_does_not_displace_its_like():
     """One job reads every shard once: then plan is resident, not a queue that gives up what it has just fetched."""
     copies = example(next_use=[NEVER, NEVER])
-    assert not plan(copies, SpaceRequest(10, then=NEVER)).admit
-    assert plan(copies, SpaceRequest(10, then=100)).admit
+    assert not plan(copies, SpaceRequest(10, use_after_next=NEVER)).admit
+    assert plan(copies, SpaceRequest(10, use_after_next=100)).admit
 
 
 def test_a_planned_copy_displaces_an_unplanned_one():
     copies = example(next_use=[UNPLANNED, 5])
-    assert plan(copies, SpaceRequest(10, then=NEVER)).victims == (0,)
-    assert not plan(copies, SpaceRequest(20, then=NEVER)).admit
+    assert plan(copies, SpaceRequest(10, use_after_next=NEVER)).victims == (0,)
+    assert not plan(copies, SpaceRequest(20, use_after_next=NEVER)).admit
 
 
 def example(next_use, **columns):
@@ -160,7 +163,7 @@ def test_the_decision_does_not_depend_on_the_order_of_the_rows(policy, copies, a
 @replacing
 @given(copies=snapshots(), ask=asks)
 def test_a_larger_request_starts_with_the_same_victims(policy, copies, ask):
-    short, long = policy(copies, ask), policy(copies, SpaceRequest(ask.need_bytes, ask.want_bytes + 40, ask.then))
+    short, long = policy(copies, ask), policy(copies, replace(ask, want_bytes=ask.want_bytes + 40))
     assert long.admit == short.admit
     assert long.victims[: len(short.victims)] == short.victims
 

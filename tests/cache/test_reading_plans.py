@@ -326,7 +326,7 @@ def test_a_folder_that_was_deleted_has_no_plans(open_side):
 
 
 def test_columns_of_different_length_are_an_error(open_side):
-    with pytest.raises(ValueError, match="same length"):
+    with pytest.raises(ValueError, match="must have one length"):
         open_side().plans.publish(names_of(1, 2), plan_of([(5, 6, 7)]))
 
 

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tiercache.cache import simulate as simulate_module
-from tiercache.cache.evict.policy import UNPLANNED, CopyTable, SpaceRequest, lru, plan, s3fifo
+from tiercache.cache.evict.policy import POLICIES, UNPLANNED, CopyTable, SpaceRequest, lru, plan, s3fifo
 from tiercache.cache.simulate import Trace, Tracer, bound, next_positions, read_trace, simulate, trace_of_plans
 from tiercache.catalog import GHOSTS_SHARE
 from tiercache.model import NEVER, ReadingPlan
@@ -84,7 +84,7 @@ def test_no_policy_fetches_less_than_the_bound(names, sizes, size):
     trace = Trace.of(np.array(names, np.int64), np.array([sizes[name] for name in names], np.int64))
     least = bound(trace, size).bytes_fetched
     assert least <= fewest_fetched(tuple(names), sizes, size)
-    for policy in ("plan", "resident", "s3fifo", "lru"):
+    for policy in POLICIES:
         assert simulate(trace, policy, size).bytes_fetched >= least
 
 
@@ -140,7 +140,8 @@ class Asked:
     def make_room(self, i, need):
         names = list(self.rows)
         at = self.next_at[i]
-        decision = self.policy(self.snapshot(i), SpaceRequest(need, then=NEVER if at == NEVER else int(at - i)))
+        distance = NEVER if at == NEVER else int(at - i)
+        decision = self.policy(self.snapshot(i), SpaceRequest(need, use_after_next=distance))
         for move in decision.moves:
             self.rows[names[move.row]] |= {"main": move.main, "freq": move.freq, "turn": self.tick()}
         for row in decision.victims:
@@ -280,7 +281,7 @@ def test_an_invalid_line_of_a_trace_is_an_error_that_names_it(tmp_path, line):
 def test_an_empty_trace_has_an_empty_report(tmp_path):
     path = tmp_path / "trace"
     path.write_text("")
-    for policy in ("plan", "resident", "s3fifo", "lru"):
+    for policy in POLICIES:
         report = simulate(read_trace(path), policy, 10)
         assert (report.hits, report.misses, report.hit_ratio, report.byte_hit_ratio) == (0, 0, 0.0, 0.0)
     assert bound(read_trace(path), 10).bytes_fetched == 0
@@ -295,7 +296,7 @@ def test_unknown_policies_and_columns_of_different_length_are_errors():
 
 def test_an_object_larger_than_the_cache_is_not_admitted_and_evicts_nothing():
     names, sizes = np.array([0, 1, 0, 1, 0]), np.array([4, 99, 4, 99, 4])
-    for policy in ("plan", "resident", "s3fifo", "lru"):
+    for policy in POLICIES:
         report = simulate(Trace.of(names, sizes), policy, 10)
         assert (report.hits, report.evicted, report.bytes_fetched) == (2, 0, 4 + 2 * 99)
 

@@ -10,6 +10,7 @@ from tiercache.cache import Cache
 from tiercache.cache import session as opened_module
 from tiercache.cache.disk import DiskSpace
 from tiercache.cache.evict import evictor as evictor_module
+from tiercache.cache.evict.policy import POLICIES
 from tiercache.cache.locks import NameLock
 from tiercache.catalog import Accounts
 from tiercache.errors import CacheFull
@@ -149,7 +150,7 @@ def a_large_one_and_two(world):
     return store, world.identity("a")
 
 
-@pytest.mark.parametrize("policy", ["plan", "lru", "s3fifo", "resident"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_opening_with_a_smaller_size_evicts_other_copies_than_leased_ones(world, policy):
     store, identity = a_large_one_and_two(world)
     with store.open_local("a", identity):

@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 from tests.cache.state_machine_world import KEYS, LIMITS, SIZES, MachineWorld, random_bytes
 from tests.support.clock import JumpingClock
 
+from tiercache.cache.evict.policy import POLICIES
 from tiercache.cache.fetch import fetch_runner
 from tiercache.cache.names import name_of_identity
 from tiercache.errors import CacheFull, NotFound, TierCacheError
@@ -26,7 +27,6 @@ from tiercache.model import ByteRange
 # From Python 3.12 on: a crash is a forked child's.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
-POLICIES = ("plan", "lru", "s3fifo", "resident")
 keys = st.sampled_from(KEYS)
 fractions = st.floats(0, 1, allow_nan=False)
 
@@ -151,13 +151,13 @@ class CacheMachine(RuleBasedStateMachine):
 
     # -- opening, closing, dying ------------------------------------------------------------------------------------
 
-    @rule(size=st.sampled_from(LIMITS), policy=st.sampled_from(POLICIES))
+    @rule(size=st.sampled_from(LIMITS), policy=st.sampled_from(list(POLICIES)))
     def open_another(self, size, policy):
         if len(self.world.caches) < 3:
             self.world.open_cache(size, policy)
             self.world.books_are_old = False
 
-    @rule(number=st.integers(0, 9), size=st.sampled_from(LIMITS), policy=st.sampled_from(POLICIES))
+    @rule(number=st.integers(0, 9), size=st.sampled_from(LIMITS), policy=st.sampled_from(list(POLICIES)))
     def reopen(self, number, size, policy):
         self.world.caches.pop(number % len(self.world.caches)).close()
         self.world.open_cache(size, policy)

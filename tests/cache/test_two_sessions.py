@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tiercache._native.checksum import crc32c
 from tiercache.cache import Cache
 from tiercache.cache.evict import evictor
+from tiercache.cache.evict.policy import POLICIES
 from tiercache.errors import CacheFull
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import MemoryStore
@@ -22,7 +23,6 @@ from tiercache.waiting import wait_for
 SIZES = {"a": 1, "b": 4096, "c": 5000, "d": 9000, "e": 16_000, "f": 30_000}
 BLOCK = 4096
 LIMIT = 14 * BLOCK
-POLICIES = ["plan", "resident", "s3fifo", "lru"]
 DATA = {key: random.Random(key).randbytes(n) for key, n in SIZES.items()}
 IDENTITIES = {key: ShardIdentity("d" * 32, key, len(data), crc32c(data)) for key, data in DATA.items()}
 keys = st.sampled_from(sorted(SIZES))
@@ -43,7 +43,7 @@ class CacheStates(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(evictor, "RECONCILE_INTERVAL_S", 0.0)
 
-    @initialize(policies=st.tuples(*[st.sampled_from(POLICIES)] * 2))
+    @initialize(policies=st.tuples(*[st.sampled_from(list(POLICIES))] * 2))
     def open(self, policies):
         self.root = Path(tempfile.mkdtemp())
         self.source = MemoryStore(f"states-{self.root.name}")

@@ -19,7 +19,7 @@ from tiercache.cli.selection import (
 )
 from tiercache.load.epoch import OrderShare
 from tiercache.model import ShardInfo
-from tiercache.order import DatasetLayout, EpochOrder, RankPlan
+from tiercache.order import DatasetSizes, EpochOrder, RankPlan
 from tiercache.shard.versions.segments import ShardTable, new_segment, parse_segment
 
 
@@ -50,7 +50,7 @@ def test_a_rank_reads_what_the_loader_says_it_reads_and_all_ranks_read_everythin
     records, sizes = np.array(shards, np.int64).T.copy()
     training = Training(seed, epoch, tuple(range(world_size)), world_size, placement=placement, group_bytes=group_bytes)
     reads = epoch_reads(records, sizes, training)
-    order = EpochOrder(DatasetLayout(records, sizes, lambda _: []), training.options, epoch)
+    order = EpochOrder(DatasetSizes(records, sizes, lambda _: []), training.options, epoch)
     for rank, mine in reads.items():
         plan = RankPlan(0, world_size, rank, 4, False, order.n_records, order.n_streams)
         expected = OrderShare(order, plan, seed, epoch).shards_ahead(0, 0, 1 << 60)
@@ -62,7 +62,7 @@ def test_a_rank_reads_what_the_loader_says_it_reads_and_all_ranks_read_everythin
 def test_a_rank_with_several_streams_reads_them_side_by_side():
     records, sizes = np.full(40, 10), np.full(40, 1000)
     mine = epoch_reads(records, sizes, Training(3, ranks=(1,), world_size=2, streams=8))[1].shards.tolist()
-    order = EpochOrder(DatasetLayout(records, sizes, lambda _: []), Training(3, streams=8).options, 0)
+    order = EpochOrder(DatasetSizes(records, sizes, lambda _: []), Training(3, streams=8).options, 0)
     streams = [order.shards_ahead(s, 0, None).tolist() for s in range(4, 8)]
     assert [mine[:4], mine[4:8]] == [[run[i] for run in streams] for i in range(2)]
 

@@ -166,7 +166,7 @@ def test_the_message_names_some_of_many_archived_shards_and_the_error_all(world)
     world.archived |= set(names)
     world.cold.objects.update({f"far/{key}": b"x" for key in names})
     with pytest.raises(ArchivedShards) as caught:
-        dataset._source.leaves[0].access.tiers.prepare_reading(
+        dataset._source.leaves[0].stores.tiers.prepare_reading(
             pa.chunked_array([names]), lambda i: False, reads_all=True
         )
     assert caught.value.names == tuple(names)

@@ -195,7 +195,7 @@ def test_a_plan_begins_at_the_resumed_position_and_advances_with_served_records(
         n_shards = len(dataset._source.leaves[0].table)
         assert len(first.shards) == n_shards
         assert first.first.min() == 0
-        assert (first.then >= first.last.max()).all()
+        assert (first.first_later >= first.last.max()).all()
         assert 0 < clocks[-1] < first.last.max() * 0.6
         assert clocks == sorted(clocks)
         plans.clear()
@@ -206,7 +206,7 @@ def test_a_plan_begins_at_the_resumed_position_and_advances_with_served_records(
         left = plans[0]
         over = left.first == NEVER
         assert 0.3 * n_shards < over.sum() < 0.6 * n_shards
-        assert (left.then[over] != NEVER).all()
+        assert (left.first_later[over] != NEVER).all()
         assert left.last[~over].max() == pytest.approx(packed[1] * (1 - 50 * 16 / (N)), rel=0.05)
         del batches, resumed, loader
         dataset.close()
@@ -276,7 +276,7 @@ def test_a_forked_child_drops_an_epoch_during_publication_of_its_plan(server, pa
         batches = iter(loader)
         assert sum(len(batch["id"]) for batch in batches) == N
         held, over = threading.Event(), threading.Event()
-        locks = loader._native._next_epoch.publisher._lock, batches._work.publisher._lock
+        locks = loader._native._next_epoch.publisher._lock, batches._inputs.publisher._lock
 
         def hold() -> None:
             with locks[0], locks[1]:
@@ -289,7 +289,7 @@ def test_a_forked_child_drops_an_epoch_during_publication_of_its_plan(server, pa
         child = os.fork()
         if not child:
             batches.close()
-            loader._native._next_epoch.on_source_closed()
+            loader._native._next_epoch.drop_preparation()
             os._exit(7)
         try:
             assert wait_for_exit(child, 60) == 7

@@ -178,7 +178,7 @@ def test_without_a_cache_the_next_windows_are_loaded_while_a_window_is_awaited(c
 
 
 def test_the_second_window_does_not_wait_for_requests_of_many_later_windows(cold, monkeypatch):
-    monkeypatch.setattr("tiercache.load.prefetch.GAP_BYTES", 0)
+    monkeypatch.setattr("tiercache.load.prefetch.BLOCK_GAP_BYTES", 0)
     requested, counts = [], []
     request, request_rest = opened_version.OpenedVersion.prefetch_blocks, opened_version.OpenedVersion.prefetch
 

@@ -240,7 +240,7 @@ def test_numpy_batches_hold_what_was_written_in_every_form(packed, asked, indice
 
 @settings(max_examples=20, deadline=None, suppress_health_check=FIXTURE)
 @given(asked=servings(), i=st.integers(0, N - 1))
-def test_a_record_has_its_fills_and_no_forms(packed, asked, i):
+def test_a_record_has_its_fills_and_no_layouts(packed, asked, i):
     record, usual = tc.Dataset(packed, **asked)[i], tc.Dataset(packed)[i]
     assert record.keys() == usual.keys()
     for name, value in usual.items():
@@ -552,7 +552,7 @@ def test_invalid_text_is_an_error_that_names_its_block_and_column(tmp_path):
         list(tc.DataLoader(tc.Dataset(tmp_path / "d", verify="never")))
 
 
-def test_a_table_of_forms_that_is_too_short_is_refused():
+def test_a_table_of_layouts_that_is_too_short_is_refused():
     one = np.zeros((1, 1, 3), np.uint64)
     with pytest.raises(ValueError, match="need 12 words"):
         Plan(one, np.zeros(1, np.uint32), np.zeros(1, np.uint32), None, output_layouts=np.zeros(7, np.uint64))

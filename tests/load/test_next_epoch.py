@@ -210,7 +210,7 @@ def test_an_epoch_other_than_the_predicted_one_starts_without_preparation(make_d
 def test_a_preparation_dropped_while_it_runs_is_not_used():
     class Share:
         def pieces(self, _):
-            coming.on_source_closed()
+            coming.drop_preparation()
             return iter(())
 
     coming = NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True)
@@ -264,8 +264,8 @@ def test_a_prepared_first_window_is_freed_after_it_was_served(make_dataset, load
 
 @pytest.mark.parametrize("is_asked_for", [False, True])
 def test_loads_of_a_prepared_epoch_are_cancelled_when_the_loader_is_dropped(make_dataset, is_asked_for, monkeypatch):
-    monkeypatch.setattr("tiercache.load.prefetch.MIN_PART_BYTES", 1)
-    monkeypatch.setattr("tiercache.load.prefetch.MAX_PART_BYTES", 1 << 10)  # many parts
+    monkeypatch.setattr("tiercache.load.prefetch.MIN_TASK_BYTES", 1)
+    monkeypatch.setattr("tiercache.load.prefetch.MAX_TASK_BYTES", 1 << 10)  # many tasks
     dataset = tc.Dataset(make_dataset(600, compression="zstd:3"))
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1, threads=1))
     gate, begun, load = threading.Event(), [], OpenedVersion.load

@@ -24,7 +24,7 @@ from tests.order.brute import (
 from tests.order.brute_mixture import Mixed, mixed_sequence, mixtures
 
 from tiercache.load.epoch import RUN_PIECES, RUN_ROWS, Piece, PieceSizes, pieces
-from tiercache.order import BlockSizes, DatasetLayout, EpochOrder, OrderOptions, RankPlan, Window
+from tiercache.order import BlockSizes, DatasetSizes, EpochOrder, OrderOptions, RankPlan, Window
 from tiercache.order.window import MOST_ROWS, allocate_rows
 
 # Each takes some 8 ms; `make fuzz` draws 5,000 of every kind.
@@ -44,7 +44,7 @@ class Case:
 
     @cached_property
     def order(self) -> EpochOrder:
-        return EpochOrder(self.data.layout, self.how, self.epoch)
+        return EpochOrder(self.data.dataset_sizes, self.how, self.epoch)
 
     def plans(self, offset: int) -> list[RankPlan]:
         ranks, n_streams = self.ranks, self.how.streams if self.how.shuffle else 1
@@ -147,9 +147,9 @@ def test_a_run_has_the_rows_of_its_piece(case: Case, data: st.DataObject) -> Non
 
 def test_pieces_of_a_rank_alone_or_with_a_stream_of_its_own_are_runs_and_longer_than_arrays() -> None:
     footer = BlockSizes(np.full(10, 10**6), np.full(10, 1 << 20))
-    layout = DatasetLayout(np.full(100, 10**7), np.full(100, 10 << 20), lambda shards: [footer] * len(shards))
+    dataset_sizes = DatasetSizes(np.full(100, 10**7), np.full(100, 10 << 20), lambda shards: [footer] * len(shards))
     for world_size in (1, 4):
-        order = EpochOrder(layout, OrderOptions(1, True, None, None, streams=world_size), 0)
+        order = EpochOrder(dataset_sizes, OrderOptions(1, True, None, None, streams=world_size), 0)
         plan = RankPlan(0, world_size, 0, 256, True, order.n_records, order.n_streams)
         found = list(itertools.islice(pieces(order, plan, RUN_PIECES), 5))
         assert all(piece.run is not None for piece in found)
@@ -279,15 +279,15 @@ def test_a_window_whose_last_row_was_served_is_in_no_later_piece() -> None:
 
 def test_blocks_before_the_position_are_not_needed_of_an_unshuffled_window() -> None:
     data = uniform(2, 10, 100, 10)
-    order = EpochOrder(data.layout, OrderOptions(1, False, None, None), 0)
+    order = EpochOrder(data.dataset_sizes, OrderOptions(1, False, None, None), 0)
     first = next(pieces(order, RankPlan(750, 1, 0, 50, False, 2000), PieceSizes(10)))
     assert [needed.tolist() for needed in first.needed] == [[False] * 7 + [True] * 13]
 
 
 def test_pieces_grow_from_a_small_first_one() -> None:
     footer = BlockSizes(np.full(10, 10**6), np.full(10, 1 << 20))
-    layout = DatasetLayout(np.full(100, 10**7), np.full(100, 10 << 20), lambda shards: [footer] * len(shards))
-    order = EpochOrder(layout, OrderOptions(1, True, None, None, streams=4), 0)
+    dataset_sizes = DatasetSizes(np.full(100, 10**7), np.full(100, 10 << 20), lambda shards: [footer] * len(shards))
+    order = EpochOrder(dataset_sizes, OrderOptions(1, True, None, None, streams=4), 0)
     plan = RankPlan(0, 2, 1, 256, True, order.n_records, order.n_streams)
     found = list(itertools.islice(pieces(order, plan), 6))
     assert [piece.n_rows for piece in found] == [1 << 15, 1 << 17, *[1 << 18] * 4]
@@ -299,6 +299,6 @@ def test_rows_of_one_section_reuse_memory() -> None:
     lent = [allocate_rows(MOST_ROWS) for _ in range(2)]
     used = {rows.ctypes.data for rows in lent}
     del lent
-    order = EpochOrder(uniform(2, 10, 10_000, 10).layout, OrderOptions(1, False, None, None), 0)
+    order = EpochOrder(uniform(2, 10, 10_000, 10).dataset_sizes, OrderOptions(1, False, None, None), 0)
     piece = next(pieces(order, RankPlan(0, 1, 0, 50, False, 200_000)))
     assert {rows.ctypes.data for rows in piece.rows()} == used

@@ -19,16 +19,16 @@ from tiercache.model import NEVER
 from tiercache.order import EpochOrder, OrderOptions, RankPlan
 
 
-def share_of(order, ranks: RankPlan, epoch: int = 0) -> OrderShare:
-    return OrderShare(order, ranks, 1, epoch)
+def share_of(order, rank_plan: RankPlan, epoch: int = 0) -> OrderShare:
+    return OrderShare(order, rank_plan, 1, epoch)
 
 
 def read_by(share: OrderShare, start: int) -> list[tuple[int, int]]:
     """(position, shard) of each record that the rank is served from a position on, without padding."""
     found = []
-    for row in range(share.ranks.n_served - share.ranks.n_padding):
-        position = int(share.ranks.positions_between(row, row + 1)[0])
-        if position >= start and position % share.order.n_streams in share.ranks.streams:
+    for row in range(share.rank_plan.n_served - share.rank_plan.n_padding):
+        position = int(share.rank_plan.positions_between(row, row + 1)[0])
+        if position >= start and position % share.order.n_streams in share.rank_plan.streams:
             found.append((position, share.locate(position)[0]))
     return found
 
@@ -38,7 +38,7 @@ def check_in_use(share: OrderShare, start: int, n_shards: int) -> None:
     for position, shard in read_by(share, start):
         assert uses.begins[shard] <= position < uses.ends[shard]
     assert (uses.begins[uses.shards] >= start).all()
-    clocks = uses.clock.at(np.arange(start, share.ranks.n_records + 1))
+    clocks = uses.clock.at(np.arange(start, share.rank_plan.n_records + 1))
     assert clocks[0] == 0
     assert (np.diff(clocks) >= 0).all()
     assert clocks[-1] == uses.clock.total
@@ -47,25 +47,25 @@ def check_in_use(share: OrderShare, start: int, n_shards: int) -> None:
 @given(cases(), st.integers(0, 40))
 def test_shards_are_in_use_in_the_plan_when_a_rank_reads_them(case: Case, offset: int):
     offset = min(offset, case.data.n_records)
-    for ranks in case.plans(offset):
-        check_in_use(share_of(case.order, ranks), offset, len(case.data.blocks))
+    for rank_plan in case.plans(offset):
+        check_in_use(share_of(case.order, rank_plan), offset, len(case.data.blocks))
 
 
 @given(mixtures(), st.integers(0, 2), st.integers(1, 3), st.integers(1, 5))
 def test_shards_of_a_mixture_are_in_use_in_the_plan_when_a_rank_reads_them(mixed: Mixed, epoch, world_size, batch_size):
     order = mixed.order(epoch)
     for rank in range(world_size):
-        ranks = RankPlan(0, world_size, rank, batch_size, False, order.n_records, order.n_streams)
-        check_in_use(share_of(order, ranks), 0, len(mixed.joined.blocks))
+        rank_plan = RankPlan(0, world_size, rank, batch_size, False, order.n_records, order.n_streams)
+        check_in_use(share_of(order, rank_plan), 0, len(mixed.joined.blocks))
 
 
 @given(cases(), st.integers(0, 3), st.integers(0, 40))
 def test_a_shard_is_read_then_when_the_next_epochs_first_use_of_it_comes(case: Case, n_later: int, offset: int):
     offset, n_shards = min(offset, case.data.n_records), len(case.data.blocks)
-    for ranks in case.plans(offset):
-        share = share_of(case.order, ranks)
-        orders = [EpochOrder(case.data.layout, case.how, case.epoch + 1 + i) for i in range(n_later)]
-        later = [share_of(order, replace(ranks, offset=0)) for order in orders]
+    for rank_plan in case.plans(offset):
+        share = share_of(case.order, rank_plan)
+        orders = [EpochOrder(case.data.dataset_sizes, case.how, case.epoch + 1 + i) for i in range(n_later)]
+        later = [share_of(order, replace(rank_plan, offset=0)) for order in orders]
         uses = find_shard_uses(share, offset, n_shards)
         plan = make_reading_plan("me", uses, later, n_shards + 1)
         assert plan.owner == "me"
@@ -75,7 +75,8 @@ def test_a_shard_is_read_then_when_the_next_epochs_first_use_of_it_comes(case: C
             for shard in found.shards.tolist():
                 then[shard] = min(then[shard], passed + int(found.clock.at(found.begins[[shard]])[0]))
             passed += found.clock.total
-        rows = zip(plan.shards.tolist(), plan.first.tolist(), plan.last.tolist(), plan.then.tolist(), strict=True)
+        columns = plan.shards, plan.first, plan.last, plan.first_later
+        rows = zip(*(column.tolist() for column in columns), strict=True)
         for shard, first, last, again in rows:
             assert then.pop(shard) == again
             if uses.ends[shard]:
@@ -104,15 +105,15 @@ def plans_of(placement, streams: int, world_size: int, n_later: int, n_shards: i
     """Rank 0's plan, and how many later epochs were looked at."""
     data, looked = uniform(n_shards, 2, 5, 100), []
     how = OrderOptions(3, True, 1000, 100, streams, placement)
-    orders = [EpochOrder(data.layout, how, epoch) for epoch in range(n_later + 1)]
-    ranks = RankPlan(0, world_size, 0, 4, False, data.n_records, streams)
+    orders = [EpochOrder(data.dataset_sizes, how, epoch) for epoch in range(n_later + 1)]
+    rank_plan = RankPlan(0, world_size, 0, 4, False, data.n_records, streams)
 
     def later():
         for epoch, order in enumerate(orders[1:], start=1):
             looked.append(epoch)
-            yield share_of(order, ranks, epoch)
+            yield share_of(order, rank_plan, epoch)
 
-    first = share_of(orders[0], ranks)
+    first = share_of(orders[0], rank_plan)
     plan = make_reading_plan("me", find_shard_uses(first, 0, n_shards), later(), n_shards, max_shards)
     assert data.footers == []
     return plan, len(looked)
@@ -121,8 +122,8 @@ def plans_of(placement, streams: int, world_size: int, n_later: int, n_shards: i
 def test_one_later_epoch_is_examined_if_a_rank_reads_all_shards():
     plan, n_looked = plans_of("global", 1, 1, 5)
     assert n_looked == 1
-    assert (plan.then >= 64 * 200).all()
-    assert (plan.then < 2 * 64 * 200).all()
+    assert (plan.first_later >= 64 * 200).all()
+    assert (plan.first_later < 2 * 64 * 200).all()
 
 
 def test_later_epochs_are_examined_until_no_new_shard_appears():
@@ -133,7 +134,7 @@ def test_later_epochs_are_examined_until_no_new_shard_appears():
     assert 5 < n_looked < 64
     assert len(plan.shards) > 60
     assert (plan.first == NEVER).any()
-    assert (plan.then != NEVER).all()
+    assert (plan.first_later != NEVER).all()
 
 
 @pytest.mark.parametrize(("epochs", "max_shards"), [(3, 1 << 21), (64, 3 * (64 + 1024))])
@@ -141,4 +142,4 @@ def test_the_number_of_examined_epochs_is_limited(monkeypatch, epochs, max_shard
     monkeypatch.setattr(module, "MAX_EPOCHS_AHEAD", epochs)
     plan, n_looked = plans_of("global", 16, 16, 64, max_shards=max_shards)
     assert n_looked == 3
-    assert (plan.then[plan.first != NEVER] == NEVER).any()
+    assert (plan.first_later[plan.first != NEVER] == NEVER).any()

@@ -308,8 +308,8 @@ def test_a_share_locates_each_record_of_a_batch(packed, layout, how, shuffle, ra
     dataset, rank = packed[layout], data.draw(st.integers(0, ranks.world_size - 1))
     options = tc.LoaderOptions(rank=rank, world_size=ranks.world_size, threads=1, **how)
     iterator = iter(tc.DataLoader(dataset, batch_size=ranks.batch_size, shuffle=shuffle, options=options))
-    share, source = iterator._work.share, dataset._source
+    share, source = iterator._inputs.share, dataset._source
     for number, batch in enumerate(itertools.islice(iterator, 4)):
-        places = [share.locate(position) for position in share.ranks.positions(number).tolist()]
+        places = [share.locate(position) for position in share.rank_plan.positions(number).tolist()]
         assert [record_number(source, *place) for place in places] == batch["id"].tolist()
     iterator.close()

@@ -22,9 +22,9 @@ from tiercache._native.ring import (
     BatchTaker,
     BufferEntry,
     FastIterator,
-    Layout,
     Plan,
     Ring,
+    RowType,
     TensorEntry,
     held_bytes,
 )
@@ -32,7 +32,7 @@ from tiercache.load.output_spec import Buffer
 from tiercache.waiting import wait_for
 
 N_ROWS, BATCH_ROWS = 40, 8
-INT64, UINT8 = Layout(0, 64), Layout(1, 8)
+INT64, UINT8 = RowType(0, 64), RowType(1, 8)
 STREAMS = np.array([[gather.FIXED, 8], [gather.VAR, 1]], np.uint32)
 
 
@@ -124,7 +124,7 @@ def test_an_entry_of_a_missing_stream_raises_an_error():
     with pytest.raises(ValueError, match="stream 2"):
         entries_of(("more", TensorEntry(2, INT64)))
     with pytest.raises(ValueError, match="no elements"):
-        BufferEntry(1, Layout(1, 8, (3, 0)), INT64, Buffer, Buffer)
+        BufferEntry(1, RowType(1, 8, (3, 0)), INT64, Buffer, Buffer)
     with pytest.raises(TypeError):
         BufferEntry(1, None, INT64, Buffer, Buffer)
 

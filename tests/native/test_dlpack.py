@@ -13,14 +13,14 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from tiercache._native import gather
-from tiercache._native.ring import Layout, Plan, Ring, held_bytes
+from tiercache._native.ring import Plan, Ring, RowType, held_bytes
 from tiercache.load import torch_library
 from tiercache.load.torch_library import TORCH_DTYPES, TorchLibrary
 
 N_ROWS, BATCH_ROWS = 40, 8
 DTYPES = list(TORCH_DTYPES.values())
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-UINT8 = Layout(1, 8, (64,))
+UINT8 = RowType(1, 8, (64,))
 
 
 def ring_of(rows: np.ndarray, depth: int = 2) -> Ring:
@@ -126,7 +126,7 @@ def test_an_unused_capsule_releases_the_slot(ring):
 def test_a_tensor_without_elements_has_torchs_strides(ring):
     slot = ring.take(10)
     for shape in ((0,), (3, 0), (0, 3), (2, 0, 2)):
-        tensor = from_dlpack(slot.tensor(Layout(1, 8, shape), 0, slot.n_rows))
+        tensor = from_dlpack(slot.tensor(RowType(1, 8, shape), 0, slot.n_rows))
         assert tensor.stride() == torch.empty(slot.n_rows, *shape).stride()
 
 
@@ -188,10 +188,10 @@ def test_rows_outside_the_slot_raise_an_error(ring, offset, n_rows):
 
 def test_rows_whose_size_overflows_raise_an_error():
     with pytest.raises(OverflowError):
-        Layout(1, 8, (1 << 32, 1 << 32))
+        RowType(1, 8, (1 << 32, 1 << 32))
 
 
 @pytest.mark.parametrize(("bits", "shape"), [(8, (1,) * 64), (4, (2,)), (8, (-1, -1))])
 def test_an_invalid_layout_raises_an_error(bits, shape):
     with pytest.raises(ValueError, match="whole bytes"):
-        Layout(1, bits, shape)
+        RowType(1, bits, shape)

@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tiercache._native.permute import permute_one
-from tiercache.order import BlockSizes, DatasetLayout, Order, OrderOptions, Window, derive_key
+from tiercache.order import BlockSizes, DatasetSizes, Order, OrderOptions, Window, derive_key
 
 Record = tuple[int, int, int]  # shard, block, row
 
@@ -27,9 +27,9 @@ class Shards:
     footers: list[int] = field(default_factory=list)
 
     @property
-    def layout(self) -> DatasetLayout:
+    def dataset_sizes(self) -> DatasetSizes:
         records = np.array([sum(r for r, _ in shard) for shard in self.blocks], np.int64)
-        return DatasetLayout(records, np.array(self.stored_bytes, np.int64), self._footers)
+        return DatasetSizes(records, np.array(self.stored_bytes, np.int64), self._footers)
 
     @property
     def n_records(self) -> int:

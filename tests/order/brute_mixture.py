@@ -49,12 +49,12 @@ class Mixed:
 
     def order(self, epoch: int) -> MixtureOrder:
         with mock.patch.object(part_module, "OWN_STREAM_RECORDS", self.own_stream):
-            return MixtureOrder(self.joined.layout, self.spec, self.how, epoch)
+            return MixtureOrder(self.joined.dataset_sizes, self.spec, self.how, epoch)
 
     def own_options(self) -> list[OrderOptions]:
         """Of each part; with one stream if it has none of its own."""
-        layouts = [part.layout for part in self.parts]
-        sizes = [(layout.records, layout.stored_bytes) for layout in layouts]
+        of_parts = [part.dataset_sizes for part in self.parts]
+        sizes = [(part.records, part.stored_bytes) for part in of_parts]
         found = part_module.part_options(self.how, self.spec.weights, sizes)
         has_streams = [
             min(part.n_records, share) >= self.own_stream * self.n_streams

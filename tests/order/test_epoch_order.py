@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.order.brute import Shards, greedy, options, read, records_of, sequence, shards, stream_windows, uniform
 
-from tiercache.order import BlockSizes, DatasetLayout, EpochOrder, OrderOptions
+from tiercache.order import BlockSizes, DatasetSizes, EpochOrder, OrderOptions
 from tiercache.order.epoch_order import MAX_GROUP_SHARDS
 from tiercache.order.window import cut_by_size
 
@@ -23,18 +23,18 @@ def numbers(data: Shards, order: EpochOrder) -> list[int]:
 
 @given(shards(), options(), st.integers(0, 2**40))
 def test_an_epoch_is_every_record_once(data: Shards, how: OrderOptions, epoch: int) -> None:
-    found = read(EpochOrder(data.layout, how, epoch))
+    found = read(EpochOrder(data.dataset_sizes, how, epoch))
     assert sorted(found) == data.all_records()
 
 
 @given(shards(), options(), st.integers(0, 9))
 def test_an_epoch_equals_the_brute_force_reference(data: Shards, how: OrderOptions, epoch: int) -> None:
-    assert read(EpochOrder(data.layout, how, epoch)) == sequence(data, how, epoch)
+    assert read(EpochOrder(data.dataset_sizes, how, epoch)) == sequence(data, how, epoch)
 
 
 @given(shards(), options())
 def test_windows_equal_the_brute_force_reference(data: Shards, how: OrderOptions) -> None:
-    order = EpochOrder(data.layout, how, 2)
+    order = EpochOrder(data.dataset_sizes, how, 2)
     for stream in range(order.n_streams):
         windows = list(order.windows(stream))
         expected = stream_windows(data, how, 2, stream)
@@ -48,21 +48,21 @@ def test_windows_equal_the_brute_force_reference(data: Shards, how: OrderOptions
 
 @given(shards(), options())
 def test_without_shuffle_position_p_is_record_p(data: Shards, how: OrderOptions) -> None:
-    order = EpochOrder(data.layout, replace(how, shuffle=False), 5)
+    order = EpochOrder(data.dataset_sizes, replace(how, shuffle=False), 5)
     assert order.n_streams == 1
     assert read(order) == data.all_records()
 
 
 @given(shards(), options(), st.data())
 def test_the_order_does_not_depend_on_the_start_position(data: Shards, how: OrderOptions, draw: st.DataObject) -> None:
-    whole = read(EpochOrder(data.layout, how, 3))
+    whole = read(EpochOrder(data.dataset_sizes, how, 3))
     position = draw.draw(st.integers(0, len(whole)))
-    assert read(EpochOrder(data.layout, how, 3), position) == whole[position:]
+    assert read(EpochOrder(data.dataset_sizes, how, 3), position) == whole[position:]
 
 
 @given(shards(), options(), st.data())
 def test_rows_of_a_range_equal_that_part_of_the_window(data: Shards, how: OrderOptions, draw: st.DataObject) -> None:
-    order = EpochOrder(data.layout, how, 0)
+    order = EpochOrder(data.dataset_sizes, how, 0)
     for window in order.windows(draw.draw(st.integers(0, order.n_streams - 1))):
         n = window.stop - window.start
         lo = draw.draw(st.integers(0, n))
@@ -72,7 +72,7 @@ def test_rows_of_a_range_equal_that_part_of_the_window(data: Shards, how: OrderO
 
 @given(shards(), options())
 def test_every_position_leads_to_the_window_that_holds_it(data: Shards, how: OrderOptions) -> None:
-    order = EpochOrder(data.layout, how, 0)
+    order = EpochOrder(data.dataset_sizes, how, 0)
     for stream in range(order.n_streams):
         stop = 0
         for window in order.windows(stream):
@@ -88,13 +88,13 @@ def test_every_position_leads_to_the_window_that_holds_it(data: Shards, how: Ord
 def test_only_a_stream_of_eight_windows_or_more_starts_with_small_windows() -> None:
     how = OrderOptions(1, True, None, 6400)
     long, short = uniform(8, 64, 10, 100), uniform(7, 64, 10, 100)
-    found = [window.raw_bytes for window in EpochOrder(long.layout, how, 0).windows(0)]
+    found = [window.raw_bytes for window in EpochOrder(long.dataset_sizes, how, 0).windows(0)]
     assert found == [100, 200, 400, 800, 1600, 3200, *[6400] * 7, 100]
-    assert [window.raw_bytes for window in EpochOrder(short.layout, how, 0).windows(0)] == [6400] * 7
+    assert [window.raw_bytes for window in EpochOrder(short.dataset_sizes, how, 0).windows(0)] == [6400] * 7
 
 
 def test_each_of_several_long_streams_starts_with_small_windows() -> None:
-    order = EpochOrder(uniform(16, 64, 10, 100).layout, OrderOptions(1, True, None, 6400, streams=2), 0)
+    order = EpochOrder(uniform(16, 64, 10, 100).dataset_sizes, OrderOptions(1, True, None, 6400, streams=2), 0)
     for stream in (0, 1):
         found = [window.raw_bytes for window in order.windows(stream)]
         assert found == [100, 200, 400, 800, 1600, 3200, *[6400] * 7, 100]
@@ -102,7 +102,7 @@ def test_each_of_several_long_streams_starts_with_small_windows() -> None:
 
 def test_later_groups_do_not_start_with_small_windows() -> None:
     data = uniform(16, 64, 10, 100)
-    windows = list(EpochOrder(data.layout, OrderOptions(1, True, 2 * 6400, 6400), 0).windows(0))
+    windows = list(EpochOrder(data.dataset_sizes, OrderOptions(1, True, 2 * 6400, 6400), 0).windows(0))
     assert [w.raw_bytes for w in windows if w.group == 0] == [100, 200, 400, 800, 1600, 3200, 6400, 100]
     assert [w.raw_bytes for w in windows if w.group > 0] == [6400] * 14
 
@@ -111,7 +111,7 @@ def test_a_group_has_a_maximum_number_of_shards() -> None:
     data = uniform(3 * MAX_GROUP_SHARDS // 2, 1, 2, 10)
     for group_bytes, sizes in ((1 << 40, [MAX_GROUP_SHARDS, MAX_GROUP_SHARDS // 2]), (None, [len(data.blocks)])):
         data.footers.clear()
-        order = EpochOrder(data.layout, OrderOptions(1, True, group_bytes, None), 0)
+        order = EpochOrder(data.dataset_sizes, OrderOptions(1, True, group_bytes, None), 0)
         order.section_at(0, 0)
         assert len(data.footers) == sizes[0]
         assert [len(window.shards) for window in order.windows(0)] == sizes
@@ -138,7 +138,7 @@ def test_runs_hold_as_many_items_as_fit_both_limits(sizes: list[int], limit: int
 
 @given(shards(), options(), st.data())
 def test_only_the_footers_of_the_current_group_are_read(data: Shards, how: OrderOptions, draw: st.DataObject) -> None:
-    order = EpochOrder(data.layout, how, 0)
+    order = EpochOrder(data.dataset_sizes, how, 0)
     if order.n_records == 0:
         return
     position = draw.draw(st.integers(0, order.n_records - 1))
@@ -148,12 +148,12 @@ def test_only_the_footers_of_the_current_group_are_read(data: Shards, how: Order
     assert data.footers == []
     group = order.section_at(stream, at).group
     read_footers = sorted(data.footers)
-    windows = EpochOrder(data.layout, how, 0).windows(stream)
+    windows = EpochOrder(data.dataset_sizes, how, 0).windows(stream)
     assert read_footers == sorted({int(s) for w in windows if w.group == group for s in w.shards})
 
 
 def test_the_last_window_of_each_stream_is_cached() -> None:
-    order = EpochOrder(uniform(12, 4, 5, 100).layout, OrderOptions(1, True, 1000, 300, streams=2), 0)
+    order = EpochOrder(uniform(12, 4, 5, 100).dataset_sizes, OrderOptions(1, True, 1000, 300, streams=2), 0)
     kept = [order.section_at(stream, 16) for stream in (0, 1)]
     assert [order.section_at(stream, 17) for stream in (0, 1)] == kept
 
@@ -161,7 +161,7 @@ def test_the_last_window_of_each_stream_is_cached() -> None:
 @pytest.mark.parametrize("n_streams", [1, 3])
 def test_an_epoch_reads_each_footer_once_per_stream(n_streams: int) -> None:
     data = uniform(12, 4, 5, 100)
-    read(EpochOrder(data.layout, OrderOptions(1, True, 1000, 300, n_streams), 0))
+    read(EpochOrder(data.dataset_sizes, OrderOptions(1, True, 1000, 300, n_streams), 0))
     assert sorted(data.footers) == list(range(12))  # 12 shards in 3 streams: none is cut
 
 
@@ -169,47 +169,47 @@ def test_other_epochs_and_seeds_give_other_orders() -> None:
     data = uniform(6, 5, 20, 100)
     how = OrderOptions(7, True, 1000, 300)
     orders = [
-        tuple(read(EpochOrder(data.layout, replace(how, seed=seed), epoch)))
+        tuple(read(EpochOrder(data.dataset_sizes, replace(how, seed=seed), epoch)))
         for seed, epoch in [(7, 0), (7, 1), (8, 0), (-7, 0), (7 + 2**64, 0), (7, 2**64)]
     ]
     assert len(set(orders)) == len(orders)
-    assert tuple(read(EpochOrder(data.layout, how, 0))) == orders[0]
+    assert tuple(read(EpochOrder(data.dataset_sizes, how, 0))) == orders[0]
 
 
 def test_the_order_equals_the_stored_golden_values() -> None:
     # Written once: runs in progress resume by this order, so a change here breaks users.
     data = uniform(3, 2, 2, 100)
-    one = EpochOrder(data.layout, OrderOptions(7, True, 400, 300), 2)
+    one = EpochOrder(data.dataset_sizes, OrderOptions(7, True, 400, 300), 2)
     assert numbers(data, one) == [4, 5, 6, 0, 1, 7, 2, 3, 10, 8, 11, 9]
-    whole = EpochOrder(data.layout, OrderOptions(7, True, None, None), 0)
+    whole = EpochOrder(data.dataset_sizes, OrderOptions(7, True, None, None), 0)
     assert numbers(data, whole) == [4, 3, 5, 10, 7, 0, 11, 9, 8, 1, 6, 2]
 
 
 def test_one_window_mixes_as_a_full_shuffle_and_default_windows_mix_many_shards() -> None:
     data = uniform(40, 10, 25, 1000)
-    whole = numbers(data, EpochOrder(data.layout, OrderOptions(3, True, None, None), 0))
+    whole = numbers(data, EpochOrder(data.dataset_sizes, OrderOptions(3, True, None, None), 0))
     assert abs(np.corrcoef(whole, np.arange(len(whole)))[0, 1]) < 0.05
-    windows = list(EpochOrder(data.layout, OrderOptions(3, True, 200_000, 20_000), 0).windows(0))
+    windows = list(EpochOrder(data.dataset_sizes, OrderOptions(3, True, 200_000, 20_000), 0).windows(0))
     full = [w for w in windows if w.raw_bytes == 20_000]
     assert np.mean([len(set(w.shards.tolist())) for w in full]) > 9
 
 
 def test_shards_ahead_are_those_of_the_next_windows_in_order() -> None:
     data = uniform(10, 4, 5, 100)
-    order = EpochOrder(data.layout, OrderOptions(1, True, 800, 100), 4)
+    order = EpochOrder(data.dataset_sizes, OrderOptions(1, True, 800, 100), 4)
     every = order.shards_ahead(0, 0, None).tolist()
     assert sorted(every) == list(range(10))
     assert order.shards_ahead(0, 40, None).tolist() == every[2:]
     assert order.shards_ahead(0, 45, 401).tolist() == every[2:4]
     assert order.shards_ahead(0, 45, 0).tolist() == every[2:3]
     assert order.shards_ahead(0, 200, None).tolist() == []
-    plain = EpochOrder(data.layout, OrderOptions(1, False, 800, 100), 4)
+    plain = EpochOrder(data.dataset_sizes, OrderOptions(1, False, 800, 100), 4)
     assert plain.shards_ahead(0, 45, 800).tolist() == [2, 3]
 
 
 @given(shards(), options())
 def test_shards_ahead_of_a_stream_are_those_of_its_windows(data: Shards, how: OrderOptions) -> None:
-    order = EpochOrder(data.layout, how, 1)
+    order = EpochOrder(data.dataset_sizes, how, 1)
     for stream in range(order.n_streams):
         windows = list(order.windows(stream))
         for window in windows[:3]:
@@ -225,15 +225,15 @@ def test_shards_ahead_of_a_stream_are_those_of_its_windows(data: Shards, how: Or
 
 def test_the_cost_of_an_order_grows_with_shards_and_not_with_records() -> None:
     footer = BlockSizes(np.full(10, 10**6), np.full(10, 1 << 20))
-    layout = DatasetLayout(np.full(1000, 10**7), np.full(1000, 10 << 20), lambda shards: [footer] * len(shards))
-    window = EpochOrder(layout, OrderOptions(1, True, None, None), 0).section_at(0, 9_999_999_999)
+    dataset_sizes = DatasetSizes(np.full(1000, 10**7), np.full(1000, 10 << 20), lambda shards: [footer] * len(shards))
+    window = EpochOrder(dataset_sizes, OrderOptions(1, True, None, None), 0).section_at(0, 9_999_999_999)
     assert (window.start, window.stop) == (0, 10**10)
     block, row = window.rows(10**10 - 1000, 10**10)
     assert len(set(zip(block.tolist(), row.tolist(), strict=True))) == 1000
 
 
 def test_a_position_outside_the_stream_is_refused() -> None:
-    order = EpochOrder(uniform(1, 1, 5, 10).layout, OrderOptions(1, True, None, None, streams=2), 0)
+    order = EpochOrder(uniform(1, 1, 5, 10).dataset_sizes, OrderOptions(1, True, None, None, streams=2), 0)
     for position in (-1, 2):
         with pytest.raises(ValueError, match="outside stream 1 of 2 records"):
             order.section_at(1, position)
@@ -248,11 +248,11 @@ def test_a_position_outside_the_stream_is_refused() -> None:
 
 
 def test_a_footer_with_another_record_count_than_the_version_is_an_error() -> None:
-    layout = DatasetLayout(
+    dataset_sizes = DatasetSizes(
         np.array([5, 6]), np.array([1, 1]), lambda shards: [BlockSizes(np.array([5]), np.array([1]))] * len(shards)
     )
     with pytest.raises(ValueError, match="shard 1: its footer holds 5 records, but the version lists 6"):
-        EpochOrder(layout, OrderOptions(1, True, None, None), 0).section_at(0, 0)
+        EpochOrder(dataset_sizes, OrderOptions(1, True, None, None), 0).section_at(0, 0)
 
 
 def test_invalid_options_and_tables_are_refused() -> None:
@@ -262,8 +262,8 @@ def test_invalid_options_and_tables_are_refused() -> None:
     with pytest.raises(ValueError, match="must be 0 or more"):
         BlockSizes(np.array([-1]), np.array([1]))
     with pytest.raises(ValueError, match="records has 2 shards"):
-        DatasetLayout(np.array([1, 2]), np.array([1]), lambda _: BlockSizes(np.array([1]), np.array([1])))
+        DatasetSizes(np.array([1, 2]), np.array([1]), lambda _: BlockSizes(np.array([1]), np.array([1])))
     with pytest.raises(ValueError, match="one-dimensional integer array"):
         BlockSizes(np.array([1.5]), np.array([1]))
     with pytest.raises(ValueError, match="epoch must be 0 or more"):
-        EpochOrder(uniform(1, 1, 1, 1).layout, OrderOptions(1, True, 10, 10), -1)
+        EpochOrder(uniform(1, 1, 1, 1).dataset_sizes, OrderOptions(1, True, 10, 10), -1)

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.order import BlockSizes, DatasetLayout
+from tiercache.order import BlockSizes, DatasetSizes
 from tiercache.order.explicit import ExplicitOrder, RecordLocator, count_fitting, explicit_section
 
 SHARDS = st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=5)
 
 
-def layout_of(shards, asked=None):
-    """A layout of shards whose blocks have these records, and 10 bytes and one for each record."""
+def sizes_of(shards, asked=None):
+    """The sizes of shards whose blocks have these records, and 10 bytes and one for each record."""
     tables = [BlockSizes(np.array(b, np.int64), 10 + np.array(b, np.int64)) for b in shards]
 
     def blocks(numbers):
@@ -23,7 +23,7 @@ def layout_of(shards, asked=None):
         return [tables[number] for number in numbers]
 
     records = np.array([sum(b) for b in shards], np.int64)
-    return DatasetLayout(records, records * 100 + 7, blocks)
+    return DatasetSizes(records, records * 100 + 7, blocks)
 
 
 def all_places(shards):
@@ -41,7 +41,7 @@ def as_list(section, lo=0, hi=None):
 def test_records_are_located_in_any_order(shards, wanted):
     places = all_places(shards)
     numbers = np.array([w % len(places) for w in wanted] if places else [], np.int64)
-    locator = RecordLocator(layout_of(shards))
+    locator = RecordLocator(sizes_of(shards))
     found = locator.find(numbers)
     assert locator.n_records == len(places)
     shard, block = found.shards[found.at], found.blocks[found.at]
@@ -53,7 +53,7 @@ def test_records_are_located_in_any_order(shards, wanted):
 
 def test_only_footers_of_requested_shards_are_read_and_each_once():
     asked = []
-    locator = RecordLocator(layout_of([[3], [2, 2], [4]], asked))
+    locator = RecordLocator(sizes_of([[3], [2, 2], [4]], asked))
     locator.find(np.array([8, 0, 9]))
     locator.find(np.array([0, 8, 10]))
     assert asked == [0, 2]
@@ -62,16 +62,18 @@ def test_only_footers_of_requested_shards_are_read_and_each_once():
 
 
 def test_a_footer_with_another_record_count_is_an_error_that_names_the_shard():
-    layout = DatasetLayout(np.array([3, 4]), np.array([1, 1]), lambda numbers: [BlockSizes([5], [9]) for _ in numbers])
+    dataset_sizes = DatasetSizes(
+        np.array([3, 4]), np.array([1, 1]), lambda numbers: [BlockSizes([5], [9]) for _ in numbers]
+    )
     with pytest.raises(ValueError, match="shard 1: its footer holds 5 records, but the version lists 4"):
-        RecordLocator(layout).find(np.array([4]))
+        RecordLocator(dataset_sizes).find(np.array([4]))
 
 
 @given(SHARDS, st.lists(st.integers(0, 99), max_size=30), st.sampled_from([None, 1, 12, 25, 60]), st.data())
 def test_an_explicit_order_serves_its_list_from_any_position_in_windows_that_fit(shards, wanted, window_bytes, data):
     places = all_places(shards)
     numbers = np.array([w % len(places) for w in wanted] if places else [], np.int64)
-    order = ExplicitOrder(layout_of(shards), numbers, window_bytes)
+    order = ExplicitOrder(sizes_of(shards), numbers, window_bytes)
     assert (order.n_records, order.n_streams, order.stream_records(0)) == (len(numbers), 1, len(numbers))
     position = start = data.draw(st.integers(0, len(numbers)))
     found = []
@@ -92,15 +94,15 @@ def test_an_explicit_order_serves_its_list_from_any_position_in_windows_that_fit
 def test_shards_ahead_are_in_reading_order(shards, wanted, data):
     places = all_places(shards)
     numbers = np.array([w % len(places) for w in wanted] if places else [], np.int64)
-    layout = layout_of(shards)
-    order = ExplicitOrder(layout, numbers, None)
+    dataset_sizes = sizes_of(shards)
+    order = ExplicitOrder(dataset_sizes, numbers, None)
     position = data.draw(st.integers(0, len(numbers)))
     expected = list(dict.fromkeys(places[n][0] for n in numbers[position:]))
     assert order.shards_ahead(0, position, None).tolist() == expected
     n_bytes = data.draw(st.integers(1, 3000))
     found = order.shards_ahead(0, position, n_bytes).tolist()
     assert found == expected[: len(found)]
-    held = np.cumsum(layout.stored_bytes[expected]).tolist()
+    held = np.cumsum(dataset_sizes.stored_bytes[expected]).tolist()
     assert len(found) == next((i + 1 for i, total in enumerate(held) if total >= n_bytes), len(expected))
 
 
@@ -108,7 +110,7 @@ def test_shards_ahead_are_in_reading_order(shards, wanted, data):
     ("stream", "position"), [(1, 0), (0, -1), (0, 4)], ids=["another stream", "before", "behind the end"]
 )
 def test_positions_outside_the_order_are_refused(stream, position):
-    order = ExplicitOrder(layout_of([[3]]), np.array([2, 0, 1]), None)
+    order = ExplicitOrder(sizes_of([[3]]), np.array([2, 0, 1]), None)
     for call in (order.section_at, lambda s, p: order.shards_ahead(s, p, None)):
         with pytest.raises(ValueError, match="outside an epoch of 3 records"):
             call(stream, position)
@@ -120,11 +122,11 @@ def test_positions_outside_the_order_are_refused(stream, position):
 
 def test_record_numbers_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"record numbers -1 to 3 exceed 3 records"):
-        ExplicitOrder(layout_of([[3]]), np.array([3, -1]), None)
+        ExplicitOrder(sizes_of([[3]]), np.array([3, -1]), None)
 
 
 def test_mapped_blocks_do_not_count_towards_the_window_limit():
-    locator = RecordLocator(layout_of([[2, 2], [2, 2]]))
+    locator = RecordLocator(sizes_of([[2, 2], [2, 2]]))
     found = locator.find(np.array([0, 2, 4, 1, 6]))  # blocks of 12 bytes: 0.0, 0.1, 1.0, 0.0 again, 1.1
     assert count_fitting(found, 24) == 2
     assert count_fitting(found, 36) == 4
@@ -137,14 +139,14 @@ def test_mapped_blocks_do_not_count_towards_the_window_limit():
 
 
 def test_a_window_of_an_explicit_order_is_not_in_stored_order():
-    found = RecordLocator(layout_of([[2, 2], [2, 2]])).find(np.arange(8))
+    found = RecordLocator(sizes_of([[2, 2], [2, 2]])).find(np.arange(8))
     assert not explicit_section(0, found).window.is_in_order
 
 
 def test_few_records_of_many_blocks_are_located():
-    layout = layout_of([[1] * 400, [2] * 400])
+    dataset_sizes = sizes_of([[1] * 400, [2] * 400])
     numbers = np.array([700, 3, 700, 1199])
-    found = RecordLocator(layout).find(np.concatenate([numbers, np.arange(1200)])).slice(0, 4)
+    found = RecordLocator(dataset_sizes).find(np.concatenate([numbers, np.arange(1200)])).slice(0, 4)
     assert as_list(explicit_section(0, found)) == [(1, 150, 0), (0, 3, 0), (1, 150, 0), (1, 399, 1)]
     assert count_fitting(found, 23) == 3
 
@@ -153,12 +155,12 @@ def test_a_window_of_all_blocks_is_kept_if_it_fits_and_most_blocks_are_needed(mo
     monkeypatch.setattr("tiercache.order.explicit.FIRST_WINDOW_ROWS", 6)
     monkeypatch.setattr("tiercache.order.explicit.MAX_WINDOW_ROWS", 6)
     numbers = np.array([0, 2, 4, 6, 0, 2, 4, 6, 1, 3, 5, 7])
-    layout = layout_of([[2, 2], [2, 2]])  # four blocks of 12 bytes
+    dataset_sizes = sizes_of([[2, 2], [2, 2]])  # four blocks of 12 bytes
     for window_bytes, is_mapped in ((48, lambda shard: False), (24, lambda shard: shard == 0), (1, lambda shard: True)):
-        order = ExplicitOrder(layout, numbers, window_bytes, is_mapped)
+        order = ExplicitOrder(dataset_sizes, numbers, window_bytes, is_mapped)
         first, second = order.section_at(0, 0), order.section_at(0, 6)
         assert first.window is second.window
         assert len(first.window.blocks) == 4
         assert as_list(first) + as_list(second) == [all_places([[2, 2], [2, 2]])[n] for n in numbers]
-    order = ExplicitOrder(layout, numbers, 47)
+    order = ExplicitOrder(dataset_sizes, numbers, 47)
     assert order.section_at(0, 0).stop == 3  # a fourth block does not fit

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.order.brute import read
 from tests.order.brute_mixture import Mixed, mixed_sequence, mixtures
 
-from tiercache.order import BlockSizes, DatasetLayout, OrderOptions, mixture
+from tiercache.order import BlockSizes, DatasetSizes, OrderOptions, mixture
 from tiercache.order.interleaving import StreamAllocation, interleave
 from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture
 
@@ -35,9 +35,9 @@ class Parts:
         return [shard for part in self.parts for shard in part]
 
     @property
-    def layout(self) -> DatasetLayout:
+    def dataset_sizes(self) -> DatasetSizes:
         records = np.array([sum(shard) for shard in self.shards], np.int64)
-        return DatasetLayout(records, records * RAW_BYTES // 2, self._tables)
+        return DatasetSizes(records, records * RAW_BYTES // 2, self._tables)
 
     def _tables(self, shards: list[int]) -> list[BlockSizes]:
         blocks = [np.array(self.shards[shard], np.int64) for shard in shards]
@@ -82,7 +82,7 @@ class Parts:
 
     def epoch(self, spec: MixtureSpec, options: OrderOptions, epoch: int) -> list[tuple[int, int]]:
         """The global sequence of an epoch."""
-        order = MixtureOrder(self.layout, spec, options, epoch)
+        order = MixtureOrder(self.dataset_sizes, spec, options, epoch)
         streams = [self.stream(order, stream) for stream in range(order.n_streams)]
         return [streams[p % order.n_streams][p // order.n_streams] for p in range(order.n_records)]
 
@@ -185,7 +185,7 @@ def test_an_invalid_mixture_is_refused() -> None:
 def test_a_part_without_records_is_refused_by_its_number() -> None:
     data = Parts((((3, 3),), ((0,), ())))
     with pytest.raises(ValueError, match="part 1 of the mixture has no records"):
-        MixtureOrder(data.layout, data.spec([1, 1]), options(), 0)
+        MixtureOrder(data.dataset_sizes, data.spec([1, 1]), options(), 0)
 
 
 @pytest.mark.parametrize(
@@ -293,11 +293,11 @@ def check_epoch(parts: Parts, spec: MixtureSpec, how: OrderOptions, epoch: int) 
     assert tuple(counts[part] for part in range(len(parts.parts))) == spec.epoch_shares(parts.sizes)
     if epoch == 0:  # "first": no record is repeated; "all": every record is served
         assert len(set(sequence)) == (len(sequence) if spec.stop == "first" else sum(parts.sizes))
-    order = MixtureOrder(parts.layout, spec, how, epoch)
+    order = MixtureOrder(parts.dataset_sizes, spec, how, epoch)
     for stream in range(order.n_streams):
         whole = parts.stream(order, stream)
         for position in range(0, len(whole), max(1, len(whole) // 3)):
-            again = MixtureOrder(parts.layout, spec, how, epoch)
+            again = MixtureOrder(parts.dataset_sizes, spec, how, epoch)
             assert parts.stream(again, stream, position) == whole[position:]
 
 
@@ -333,7 +333,7 @@ def test_an_epoch_equals_the_brute_force_reference(data: Mixed, epoch: int) -> N
 def test_two_threads_that_share_draws_each_get_the_range_of_their_draw() -> None:
     """A thread that puts its run in place after another has looked, and before that one takes it."""
     data = even(400, 400)
-    part_draws = MixtureOrder(data.layout, data.spec([1, 1]), options(), 0)._keep(0).all_draws[0]
+    part_draws = MixtureOrder(data.dataset_sizes, data.spec([1, 1]), options(), 0)._keep(0).all_draws[0]
     other = part_draws.range_at(300)
 
     class Contended(list):  # what another thread does at each store
@@ -351,12 +351,12 @@ def test_reading_from_any_position_is_the_rest_of_reading_from_the_start(
 ) -> None:
     spec = parts.spec(weights[: len(parts.parts)], stop)
     epoch = data.draw(st.integers(0, 5))
-    order = MixtureOrder(parts.layout, spec, how, epoch)
+    order = MixtureOrder(parts.dataset_sizes, spec, how, epoch)
     stream = data.draw(st.integers(0, order.n_streams - 1))
     whole = parts.stream(order, stream)
     assert len(whole) == order.stream_records(stream)
     position = data.draw(st.integers(0, len(whole)))
-    other = MixtureOrder(parts.layout, spec, how, epoch)
+    other = MixtureOrder(parts.dataset_sizes, spec, how, epoch)
     assert parts.stream(other, stream, position) == whole[position:]
     if position < len(whole):
         section, again = other.section_at(stream, position), order.section_at(stream, position)
@@ -371,7 +371,7 @@ def test_reading_from_any_position_is_the_rest_of_reading_from_the_start(
 def test_a_window_is_in_all_sections_from_its_first_record_to_its_last(
     parts: Parts, weights: list[int], stop: Literal["first", "all"], how: OrderOptions
 ) -> None:
-    order = MixtureOrder(parts.layout, parts.spec(weights[: len(parts.parts)], stop), how, 1)
+    order = MixtureOrder(parts.dataset_sizes, parts.spec(weights[: len(parts.parts)], stop), how, 1)
     for stream in range(order.n_streams):
         position, present, drawn = 0, {}, {}
         while position < order.stream_records(stream):
@@ -433,7 +433,7 @@ def test_no_record_of_a_part_is_repeated_within_a_part_epoch(
     spec = data.spec(spec_weights, stop)
     all_draws: dict[int, dict[int, int]] = {part: {} for part in range(3)}
     for epoch in range(7):
-        order = MixtureOrder(data.layout, spec, options(streams), epoch)
+        order = MixtureOrder(data.dataset_sizes, spec, options(streams), epoch)
         totals = spec.epoch_shares(sizes)
         allocation = StreamAllocation(totals, streams)
         for stream in range(streams):
@@ -462,7 +462,7 @@ def test_a_large_part_has_its_own_streams_and_repeats_no_record_in_a_part_epoch(
     assert totals == (2500, 2500)
     sequences: dict[tuple[int, int], list[int]] = {}
     for epoch in range(9):
-        order = MixtureOrder(data.layout, spec, options(streams, placement=placement), epoch)
+        order = MixtureOrder(data.dataset_sizes, spec, options(streams, placement=placement), epoch)
         for stream in range(streams):
             for part, record in data.stream(order, stream):
                 sequences.setdefault((part, stream), []).append(record)
@@ -498,7 +498,7 @@ def test_parts_with_equal_contents_come_in_different_orders() -> None:
 
 def test_a_part_of_one_record_does_not_end_a_section_at_each_repetition() -> None:
     data = even(1, 2000, shard=2000, block=500)
-    order = MixtureOrder(data.layout, data.spec([1, 1], "all"), OrderOptions(1, True, None, None, 4), 3)
+    order = MixtureOrder(data.dataset_sizes, data.spec([1, 1], "all"), OrderOptions(1, True, None, None, 4), 3)
     assert order.n_records == 4000
     for stream in range(4):
         section = order.section_at(stream, 500)
@@ -541,7 +541,7 @@ def test_records_by_number_are_exact_where_products_need_more_than_63_bits() -> 
 def test_shards_ahead_include_all_shards_that_are_read(
     parts: Parts, weights: list[int], stop: Literal["first", "all"], how: OrderOptions, data: st.DataObject
 ) -> None:
-    order = MixtureOrder(parts.layout, parts.spec(weights[: len(parts.parts)], stop), how, 2)
+    order = MixtureOrder(parts.dataset_sizes, parts.spec(weights[: len(parts.parts)], stop), how, 2)
     stream = data.draw(st.integers(0, order.n_streams - 1))
     n = order.stream_records(stream)
     position = data.draw(st.integers(0, n))
@@ -561,7 +561,7 @@ def test_shards_ahead_include_all_shards_that_are_read(
 
 def test_positions_and_streams_outside_are_refused() -> None:
     data = even(10, 10)
-    order = MixtureOrder(data.layout, data.spec([1, 1]), options(2), 0)
+    order = MixtureOrder(data.dataset_sizes, data.spec([1, 1]), options(2), 0)
     for stream, position in ((0, 10), (0, -1), (2, 0), (-1, 0)):
         with pytest.raises(ValueError, match=r"outside stream|there is no stream -?\d: the order has 2"):
             order.section_at(stream, position)
@@ -570,14 +570,14 @@ def test_positions_and_streams_outside_are_refused() -> None:
     with pytest.raises(ValueError, match="outside a section"):
         order.section_at(0, 0).rows(0, 11)
     with pytest.raises(ValueError, match="epoch must be 0 or more"):
-        MixtureOrder(data.layout, data.spec([1, 1]), options(), -1)
+        MixtureOrder(data.dataset_sizes, data.spec([1, 1]), options(), -1)
 
 
 def test_window_sizes_are_divided_by_the_bytes_that_the_parts_contribute() -> None:
     """By 4,000 bytes in blocks of 100: three quarters; a quarter at least, where a part brings a hundredth."""
     data = even(30_000, 10_000, shard=2000, block=10)
     for weights, expected in (([3, 1], (3000, 1000)), ([99, 1], (3900, 1000))):
-        order = MixtureOrder(data.layout, data.spec(weights, "all"), OrderOptions(1, True, None, 4000), 0)
+        order = MixtureOrder(data.dataset_sizes, data.spec(weights, "all"), OrderOptions(1, True, None, 4000), 0)
         section = order.section_at(0, 20_000)
         assert tuple(window.raw_bytes for window in section.windows) == expected
 
@@ -588,5 +588,5 @@ def test_mixtures_equal_the_stored_golden_values() -> None:
     found = data.epoch(data.spec([0.5, 0.3, 0.2]), options(2), 3)
     assert found[:7] == [(2, 0), (0, 5), (0, 9), (1, 36), (1, 35), (0, 1), (0, 4)]
     large = even(6000, 9000, shard=500, block=100)
-    order = MixtureOrder(large.layout, large.spec([2, 3]), options(2), 1)
+    order = MixtureOrder(large.dataset_sizes, large.spec([2, 3]), options(2), 1)
     assert large.stream(order, 1, 2000)[:5] == [(1, 1038), (0, 304), (1, 1081), (0, 330), (1, 1003)]

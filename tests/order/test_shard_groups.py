@@ -40,18 +40,18 @@ def check(groups: ShardGroups, records: list[int]) -> None:
 def test_shards_are_in_use_over_their_group_or_without_shuffle_over_their_own_records(
     data: Shards, how: OrderOptions, epoch: int
 ):
-    order = EpochOrder(data.layout, how, epoch)
+    order = EpochOrder(data.dataset_sizes, how, epoch)
     n_read = 0
     for stream in range(order.n_streams):
         groups = order.groups(stream)
         assert data.footers == []  # asked for below only
         n_read += int(groups.stored_bytes.sum())
-        records = shards_at(EpochOrder(data.layout, how, epoch), stream)
+        records = shards_at(EpochOrder(data.dataset_sizes, how, epoch), stream)
         data.footers.clear()
         check(groups, records)
         if how.shuffle:
             bounds: dict[int, tuple[int, int]] = {}
-            for window in EpochOrder(data.layout, how, epoch).windows(stream):
+            for window in EpochOrder(data.dataset_sizes, how, epoch).windows(stream):
                 start, _ = bounds.get(window.group, (window.start, 0))
                 bounds[window.group] = start, window.stop
             assert list(bounds.values()) == list(zip(groups.starts.tolist(), groups.stops.tolist(), strict=True))
@@ -69,7 +69,7 @@ def test_shards_of_an_explicit_order_are_in_use_from_their_first_record_to_their
     if not data.n_records:
         return
     numbers = np.array(draw.draw(st.lists(st.integers(0, data.n_records - 1), max_size=40)), np.int64)
-    order = ExplicitOrder(data.layout, numbers, draw.draw(st.one_of(st.none(), st.integers(1, 500))))
+    order = ExplicitOrder(data.dataset_sizes, numbers, draw.draw(st.one_of(st.none(), st.integers(1, 500))))
     records = shards_at(order, 0)
     groups = order.groups(0)
     check(groups, records)
@@ -98,8 +98,8 @@ def test_a_part_that_restarts_often_is_in_use_throughout(mixed: Mixed, epoch: in
 
 def test_a_missing_stream_is_refused():
     data = Shards([[(3, 10)]], [10])
-    order = EpochOrder(data.layout, OrderOptions(1, True, None, None), 0)
+    order = EpochOrder(data.dataset_sizes, OrderOptions(1, True, None, None), 0)
     with pytest.raises(ValueError, match="there is no stream 1: the order has 1"):
         order.groups(1)
     with pytest.raises(ValueError, match="stream 1"):
-        ExplicitOrder(data.layout, np.arange(3), None).groups(1)
+        ExplicitOrder(data.dataset_sizes, np.arange(3), None).groups(1)

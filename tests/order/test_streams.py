@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.order.brute import Shards, options, owners, read, shards, uniform
 
-from tiercache.order import DatasetLayout, EpochOrder, OrderOptions
+from tiercache.order import DatasetSizes, EpochOrder, OrderOptions
 
 
 def of_stream(order: EpochOrder, stream: int) -> list[tuple[int, int, int]]:
@@ -28,7 +28,7 @@ def blocks_of(order: EpochOrder, stream: int) -> set[tuple[int, int]]:
 
 @given(shards(), options(), st.integers(0, 5))
 def test_streams_are_equal_parts_of_the_shuffled_shards(data: Shards, how: OrderOptions, epoch: int) -> None:
-    order = EpochOrder(data.layout, how, epoch)
+    order = EpochOrder(data.dataset_sizes, how, epoch)
     expected = owners(data, how, epoch)
     assert order.n_streams == len(expected)
     assert [sorted(of_stream(order, s)) for s in range(order.n_streams)] == [sorted(run) for run in expected]
@@ -39,7 +39,7 @@ def test_streams_are_equal_parts_of_the_shuffled_shards(data: Shards, how: Order
 
 @given(shards(), options())
 def test_a_block_is_in_two_streams_only_where_the_cut_falls_inside_it(data: Shards, how: OrderOptions) -> None:
-    order = EpochOrder(data.layout, how, 0)
+    order = EpochOrder(data.dataset_sizes, how, 0)
     readers = [blocks_of(order, stream) for stream in range(order.n_streams)]
     n_filled = sum(records > 0 for shard in data.blocks for records, _ in shard)
     assert sum(map(len, readers)) - n_filled <= order.n_streams - 1
@@ -47,14 +47,14 @@ def test_a_block_is_in_two_streams_only_where_the_cut_falls_inside_it(data: Shar
 
 
 def test_streams_of_as_many_equal_shards_each_cut_no_block() -> None:
-    order = EpochOrder(uniform(12, 4, 5, 100).layout, OrderOptions(3, True, 800, 300, streams=4), 0)
+    order = EpochOrder(uniform(12, 4, 5, 100).dataset_sizes, OrderOptions(3, True, 800, 300, streams=4), 0)
     assert sum(len(blocks_of(order, stream)) for stream in range(4)) == 12 * 4
 
 
 @given(shards(), st.integers(0, 2**64), st.integers(2, 5))
 def test_a_sticky_stream_has_the_same_records_in_every_epoch(data: Shards, seed: int, n_streams: int) -> None:
     how = OrderOptions(seed, True, 300, 100, n_streams)
-    epochs = [EpochOrder(data.layout, how, epoch) for epoch in (0, 1, 7)]
+    epochs = [EpochOrder(data.dataset_sizes, how, epoch) for epoch in (0, 1, 7)]
     for stream in range(n_streams):
         assert len({tuple(sorted(of_stream(order, stream))) for order in epochs}) == 1
 
@@ -63,7 +63,7 @@ def test_a_global_stream_has_other_records_in_another_epoch_and_a_sticky_one_ano
     data = uniform(32, 2, 3, 100)
     sticky = OrderOptions(5, True, 800, 300, streams=4)
     for how in (sticky, replace(sticky, placement="global")):
-        first, second = (of_stream(EpochOrder(data.layout, how, epoch), 1) for epoch in (0, 1))
+        first, second = (of_stream(EpochOrder(data.dataset_sizes, how, epoch), 1) for epoch in (0, 1))
         assert first != second
         assert (sorted(first) == sorted(second)) == (how.placement == "sticky")
 
@@ -76,7 +76,7 @@ def test_records_do_not_cross_sticky_streams_and_do_cross_global_ones() -> None:
         met[placement] = {
             shard
             for epoch in range(8)
-            for run in [of_stream(EpochOrder(data.layout, how, epoch), 0)]
+            for run in [of_stream(EpochOrder(data.dataset_sizes, how, epoch), 0)]
             for shard, _, _ in run
         }
     assert len(met["sticky"]) == 8
@@ -86,14 +86,14 @@ def test_records_do_not_cross_sticky_streams_and_do_cross_global_ones() -> None:
 def test_one_stream_is_the_same_order_in_both_placements() -> None:
     data = uniform(6, 3, 4, 100)
     orders = [
-        read(EpochOrder(data.layout, OrderOptions(1, True, 600, 200, 1, placement), 3))
+        read(EpochOrder(data.dataset_sizes, OrderOptions(1, True, 600, 200, 1, placement), 3))
         for placement in ("sticky", "global")
     ]
     assert orders[0] == orders[1]
 
 
 def test_more_streams_than_records_leave_some_empty() -> None:
-    order = EpochOrder(uniform(1, 1, 3, 10).layout, OrderOptions(1, True, 10, 10, streams=8), 0)
+    order = EpochOrder(uniform(1, 1, 3, 10).dataset_sizes, OrderOptions(1, True, 10, 10, streams=8), 0)
     assert [order.stream_records(stream) for stream in range(8)] == [1, 1, 1, 0, 0, 0, 0, 0]
     assert list(order.windows(5)) == []
     assert order.shards_ahead(5, 0, None).tolist() == []
@@ -103,7 +103,7 @@ def test_more_streams_than_records_leave_some_empty() -> None:
 @pytest.mark.parametrize("n_streams", [1, 3])
 def test_an_order_without_records_is_empty(n_streams: int) -> None:
     for data in (Shards([], []), Shards([[], [(0, 5)]], [3, 4])):
-        order = EpochOrder(data.layout, OrderOptions(1, True, 10, 10, n_streams), 0)
+        order = EpochOrder(data.dataset_sizes, OrderOptions(1, True, 10, 10, n_streams), 0)
         assert (order.n_records, order.n_streams) == (0, n_streams)
         assert [list(order.windows(stream)) for stream in range(n_streams)] == [[]] * n_streams
 
@@ -111,10 +111,10 @@ def test_an_order_without_records_is_empty(n_streams: int) -> None:
 def test_a_cut_shard_counts_to_a_group_by_its_share_of_rows() -> None:
     # One shard of 4 streams: each has a quarter of its bytes, and takes the whole of what it has as one group.
     data = Shards([[(10, 100)] * 4, [(10, 100)] * 4], [400, 400])
-    order = EpochOrder(data.layout, OrderOptions(1, True, 100, None, streams=8), 0)
+    order = EpochOrder(data.dataset_sizes, OrderOptions(1, True, 100, None, streams=8), 0)
     assert [len(list(order.windows(stream))) for stream in range(8)] == [1] * 8
-    huge = DatasetLayout(
-        np.array([2**33]), np.array([2**62]), data.layout.blocks
+    huge = DatasetSizes(
+        np.array([2**33]), np.array([2**62]), data.dataset_sizes.blocks
     )  # the product needs more than 64 bits
     assert EpochOrder(huge, OrderOptions(1, True, 2**40, None, streams=2), 0).shards_ahead(1, 0, 2**60).tolist() == [0]
 
@@ -126,7 +126,7 @@ def test_the_order_of_streams_equals_the_stored_golden_values() -> None:
     found = {}
     for placement in ("sticky", "global"):
         for epoch in (0, 3):
-            order = EpochOrder(data.layout, OrderOptions(7, True, 200, 150, 3, placement), epoch)
+            order = EpochOrder(data.dataset_sizes, OrderOptions(7, True, 200, 150, 3, placement), epoch)
             found[placement, epoch] = [index[record] for record in read(order)]
     assert found == {
         ("sticky", 0): [7, 11, 4, 5, 0, 3, 8, 9, 1, 6, 10, 2],

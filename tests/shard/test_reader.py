@@ -538,7 +538,7 @@ def test_chunks_that_are_damaged_in_transit_are_read_again_alone(remote, times):
     store, info = remote
     reader = ShardReader(store, info.name, info=info)
     columns = range(len(SCHEMA))
-    reader._source._store = faulty = FaultStore(store, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=times)])
+    reader._byte_source._store = faulty = FaultStore(store, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=times)])
     store.requests.clear()
     loaded = reader.load([0, 1], columns)
     assert len(faulty.faulted_calls) == times
@@ -554,7 +554,7 @@ def test_chunks_that_are_damaged_in_transit_are_read_again_alone(remote, times):
 def test_chunks_that_stay_wrong_are_corrupt(remote):
     store, info = remote
     reader = ShardReader(store, info.name, info=info)
-    reader._source._store = faulty = FaultStore(store, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=99)])
+    reader._byte_source._store = faulty = FaultStore(store, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=99)])
     with pytest.raises(CorruptShard, match="CRC-32C does not match"):
         reader.load([0], range(len(SCHEMA)))
     assert len(faulty.faulted_calls) == 1 + READS_AGAIN

@@ -205,7 +205,7 @@ static void end_holder(void) {
 }
 
 static void hold(tc_slot *slot) {
-    static const tc_row_layout rows = {.code = 1, .bits = 8, .n_dims = 1, .dims = {WIDTH}, .row_bytes = WIDTH};
+    static const tc_row_type rows = {.code = 1, .bits = 8, .n_dims = 1, .dims = {WIDTH}, .row_bytes = WIDTH};
     end_holder();
     void *tensor = tc_tensor_new(slot, slot->values_at[FIXED], &rows, slot->n_rows);
     if (tensor == NULL || pthread_create(&holder, NULL, write_and_drop, tensor)) exit(2);

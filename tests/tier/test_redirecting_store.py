@@ -337,7 +337,7 @@ def test_remote_shards_of_a_local_home_are_read_through_the_default_cache(packed
             assert by_arrow(dataset) == ALL
             for _ in range(n_epochs):
                 assert by_loader(dataset) == ALL
-            assert isinstance(dataset._source.leaves[0].access.placed, RedirectingLocalStore)
+            assert isinstance(dataset._source.leaves[0].stores.placed, RedirectingLocalStore)
             dataset.close()
         sent = sum(seen.n_bytes for seen in cold.log if seen.method == "GET")
         assert sent <= sum(2 * info.n_bytes - info.footer_offset for info in moved.infos)
@@ -348,7 +348,7 @@ def test_a_corrupt_cached_copy_of_a_moved_shard_is_fetched_again(packed, tmp_pat
         moved = Moved(packed, LocalFolder(tmp_path / "home"))
         moved.move(moved.keys, ServedStore(cold, "far"))
         dataset = tc.Dataset(moved.store.url, cache=cache)
-        far = dataset._source.leaves[0].access.placed.remote_store
+        far = dataset._source.leaves[0].stores.placed.remote_store
         cache.warm(far, [(info.name, info.identity(moved.dataset_id)) for info in moved.infos])
         for copy in (tmp_path / "cache").rglob("*"):
             if copy.is_file() and copy.stat().st_size == moved.infos[0].n_bytes:
@@ -467,7 +467,7 @@ def test_a_shard_that_was_restored_to_home_during_the_read_is_read_there(server)
         far = ServedStore(cold, "far")
         moved.move(moved.keys, far, state="archived", storage_class="GLACIER")
         dataset = tc.Dataset(f"{server.url}/home", cache=False)
-        dataset._source.leaves[0].access.placed.resolver.placement_once()
+        dataset._source.leaves[0].stores.placed.resolver.placement_once()
         moved.move(moved.keys, moved.store, src=far, drop=False)
         cold.when(lambda method, path: ARCHIVED if method == "GET" else None)
         assert by_loader(dataset) == ALL

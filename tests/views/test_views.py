@@ -125,15 +125,15 @@ def test_block_tables_are_returned_while_another_thread_evicts_them(packed, monk
     source = tc.Dataset(packed)._source
     expected = [table.records.tolist() for table in source.block_sizes([0, 1])]
     source = tc.Dataset(packed)._source
-    monkeypatch.setattr(opened_version, "MAX_TABLES", 2)
-    read = OpenedVersion._read_table
+    monkeypatch.setattr(opened_version, "MAX_KEPT_SIZES", 2)
+    read = OpenedVersion._read_block_sizes
 
     def crowded(self, shard):
         if shard == 0:
             self.block_sizes([2, 3, 4])
         return read(self, shard)
 
-    monkeypatch.setattr(OpenedVersion, "_read_table", crowded)
+    monkeypatch.setattr(OpenedVersion, "_read_block_sizes", crowded)
     assert [table.records.tolist() for table in source.block_sizes([0, 1])] == expected
 
 

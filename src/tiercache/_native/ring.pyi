@@ -74,8 +74,8 @@ class Plan:
     @property
     def held(self) -> object: ...
 
-class Layout:
-    """Layout of consecutive rows.
+class RowType:
+    """Type of consecutive rows.
 
     Args:
         code, bits: Element type in DLPack's terms (0 int, 1 uint, 2 float, 4 bfloat, 6 bool) and its size in bits.
@@ -100,7 +100,7 @@ class Slot:
     def stream_position(self, stream: int) -> tuple[int, int, int]:
         """Return the byte positions of a stream's values and (VAR) int64 offsets, and (VAR) its number of elements."""
 
-    def tensor(self, layout: Layout, offset: int, n_rows: int) -> object:
+    def tensor(self, row_type: RowType, offset: int, n_rows: int) -> object:
         """Return a DLPack capsule of n_rows rows from byte position offset. The capsule keeps the slot.
 
         Raises:
@@ -212,18 +212,18 @@ class TensorEntry:
 
     Args:
         stream: Index of the stream.
-        layout: Element type and shape of a row.
+        row_type: Element type and shape of a row.
     """
 
-    def __init__(self, stream: int, layout: Layout) -> None: ...
+    def __init__(self, stream: int, row_type: RowType) -> None: ...
 
 class BufferEntry:
     """A buffer of values of varying length and their int64 offsets, from a VAR stream.
 
     Args:
         stream: Index of the stream.
-        values: Layout of a row of the values.
-        offsets: Layout of an offset.
+        values: Type of a row of the values.
+        offsets: Type of an offset.
         cls: Class of the result. Its instances get the attributes values, offsets and shapes (None), without a call of
             `__init__`.
         make_empty: Function (slot, n_rows) that makes the result if the batch has no elements.
@@ -235,8 +235,8 @@ class BufferEntry:
     def __init__(
         self,
         stream: int,
-        values: Layout,
-        offsets: Layout,
+        values: RowType,
+        offsets: RowType,
         cls: type[Any],
         make_empty: Callable[[Slot, int], Any],
     ) -> None: ...
@@ -272,8 +272,10 @@ class BatchTaker:
     Args:
         ring: Ring that batches are taken from.
         entries: Recipe of the batches.
-        pieces: Queue of (end row in the sequence, piece). A piece is dropped when the rows up to its end are taken.
-        odd: Queues that make batches special; while one of them holds something, take_ready() returns None.
+        pushed: Queue of (end row in the sequence, pushed rows), oldest first. An entry is dropped when the rows up to
+            its end are taken.
+        slow_if_any: Queues. While one of them holds something, take_ready() returns None: the normal path must serve
+            the batch.
         lock: Lock of the thread that takes batches.
         waits: Histogram of waits. The first bin counts the batches that were ready when they were requested.
     """
@@ -282,8 +284,8 @@ class BatchTaker:
         self,
         ring: Ring,
         entries: BatchBuilder,
-        pieces: deque[tuple[int, Any]],
-        odd: tuple[deque[Any], ...],
+        pushed: deque[tuple[int, Any]],
+        slow_if_any: tuple[deque[Any], ...],
         lock: RLock,
         waits: list[int],
     ) -> None: ...
@@ -300,10 +302,10 @@ class BatchTaker:
     @property
     def n_bytes(self) -> int: ...
     def count(self, slot: Slot) -> None:
-        """Count a batch, and drop the pieces whose rows are all taken."""
+        """Count a batch, and drop the entries of `pushed` whose rows are all taken."""
 
     def take_ready(self) -> dict[str, Any] | None:
-        """Take and count the next batch if it is ready and not special; otherwise return None and take nothing.
+        """Take and count the next batch if it is ready and takes the fast path; otherwise return None and take nothing.
 
         Raises:
             MemoryError: No memory for the batch, which is lost.
@@ -318,7 +320,7 @@ class FastIterator:
     Args:
         progress: Object with the attribute n_yielded, the number of batches returned, which is incremented.
         profiler: Module whose `_is_profiler_enabled` switches the fast path off.
-        n_undrawn: Number of batches up to which no number is drawn from torch's generator, except for the first batch.
+        n_undrawn: Batches 1 to n_undrawn - 1, counted from 0, draw no random numbers and may take the fast path.
         is_plain: Whether batches are returned as they are taken, without further processing.
     """
 
@@ -327,7 +329,7 @@ class FastIterator:
         """Set the function that takes ready batches, as `BatchTaker.take_ready`; None switches the fast path off."""
 
     def _next_ready(self) -> Any | None:
-        """Return the next batch, counted, if it is ready and nothing special has to be done for it, else None."""
+        """Return the next batch, counted, if it is ready and takes the fast path, else None."""
 
     def _next(self) -> Any:
         """Return the next batch on the normal path. Raises StopIteration at the end."""

@@ -102,14 +102,14 @@ cdef extern from "dlpack.h" nogil:
     enum:
         TC_TENSOR_DIMS
 
-    ctypedef struct tc_row_layout:
+    ctypedef struct tc_row_type:
         uint8_t code
         uint8_t bits
         int n_dims
         int64_t *dims
         size_t row_bytes
 
-    void *tc_tensor_new(tc_slot *, size_t, const tc_row_layout *, size_t)
+    void *tc_tensor_new(tc_slot *, size_t, const tc_row_type *, size_t)
     void tc_tensor_drop(void *)
 
 cdef extern from "slot.h" nogil:
@@ -142,7 +142,7 @@ cdef double LONGEST_S = 1e9  # Longest timeout: its nanoseconds must fit into 64
 
 
 cdef class Plan:
-    """The rows of a window in output order, and the objects that keep their memory alive."""
+    """Rows of the windows that are served together, in output order, and the objects that keep their memory alive."""
 
     cdef tc_plan plan
     cdef object held
@@ -267,19 +267,19 @@ cdef class BytesCopy:
         return self.objects
 
 
-cdef class Layout:
-    """Layout of consecutive rows: DLPack's code and bits of the element type, and the shape of a row."""
+cdef class RowType:
+    """Type of consecutive rows: DLPack's code and bits of the element type, and the shape of a row."""
 
-    cdef tc_row_layout layout
+    cdef tc_row_type fields
 
     def __init__(self, uint8_t code, uint8_t bits, shape=()):
         if len(shape) >= TC_TENSOR_DIMS or bits % 8 or min(shape, default=0) < 0:
             raise ValueError(f"expected fewer than {TC_TENSOR_DIMS} dimensions of whole bytes, got {tuple(shape)} of {bits} bits")
-        self.layout.code, self.layout.bits, self.layout.n_dims = code, bits, <int>len(shape)
+        self.fields.code, self.fields.bits, self.fields.n_dims = code, bits, <int>len(shape)
         # Exact: a product that wraps around would let rows outside the slot pass.
-        self.layout.row_bytes = math.prod(shape, start=bits // 8)
+        self.fields.row_bytes = math.prod(shape, start=bits // 8)
         for i, n in enumerate(shape):
-            self.layout.dims[<Py_ssize_t>i] = n
+            self.fields.dims[<Py_ssize_t>i] = n
 
 
 cdef void drop_unused(object capsule) noexcept:
@@ -320,14 +320,14 @@ cdef class Slot:
     def stream_position(self, size_t stream):
         return self.slot.values_at[stream], self.slot.offsets_at[stream], self.slot.n_elements[stream]
 
-    def tensor(self, Layout layout not None, size_t offset, size_t n_rows):
-        return self.capsule(layout, offset, n_rows)
+    def tensor(self, RowType row_type not None, size_t offset, size_t n_rows):
+        return self.capsule(row_type, offset, n_rows)
 
-    cdef object capsule(self, Layout layout, size_t offset, size_t n_rows):
-        cdef size_t row_bytes = layout.layout.row_bytes, capacity = self.slot.capacity
+    cdef object capsule(self, RowType row_type, size_t offset, size_t n_rows):
+        cdef size_t row_bytes = row_type.fields.row_bytes, capacity = self.slot.capacity
         if offset > capacity or (row_bytes > 0 and n_rows > (capacity - offset) // row_bytes):
             raise ValueError(f"{n_rows} rows of {row_bytes} bytes at offset {offset} exceed the slot's {capacity} bytes")
-        cdef void *tensor = tc_tensor_new(self.slot, offset, &layout.layout, n_rows)
+        cdef void *tensor = tc_tensor_new(self.slot, offset, &row_type.fields, n_rows)
         if tensor == NULL:
             raise MemoryError("no memory for a tensor over a batch")
         try:
@@ -537,23 +537,23 @@ cdef class TensorEntry:
     """A tensor over a stream of rows of fixed size."""
 
     cdef size_t stream
-    cdef Layout layout
+    cdef RowType row_type
 
-    def __init__(self, size_t stream, Layout layout not None):
-        self.stream, self.layout = stream, layout
+    def __init__(self, size_t stream, RowType row_type not None):
+        self.stream, self.row_type = stream, row_type
 
 
 cdef class BufferEntry:
     """Values of varying length and their offsets, as an object of `cls` with attributes values, offsets and shapes."""
 
     cdef size_t stream, n_inner
-    cdef Layout values, offsets
+    cdef RowType values, offsets
     cdef object cls, make_empty
 
-    def __init__(self, size_t stream, Layout values not None, Layout offsets not None, cls, make_empty):
+    def __init__(self, size_t stream, RowType values not None, RowType offsets not None, cls, make_empty):
         self.stream, self.values, self.offsets = stream, values, offsets
         self.cls, self.make_empty = cls, make_empty
-        self.n_inner = 8 * values.layout.row_bytes // values.layout.bits
+        self.n_inner = 8 * values.fields.row_bytes // values.fields.bits
         if self.n_inner == 0:
             raise ValueError("a row of the values has no elements, so the number of rows cannot be computed")
 
@@ -598,7 +598,7 @@ cdef class BatchBuilder:
         return out
 
     cdef object tensor(self, Slot slot, TensorEntry entry):
-        return self.from_dlpack(slot.capsule(entry.layout, slot.slot.values_at[entry.stream], slot.slot.n_rows))
+        return self.from_dlpack(slot.capsule(entry.row_type, slot.slot.values_at[entry.stream], slot.slot.n_rows))
 
     cdef object buffer(self, Slot slot, BufferEntry entry):
         cdef size_t stream = entry.stream, n_elements = slot.slot.n_elements[stream]
@@ -619,28 +619,28 @@ cdef class BatchTaker:
     cdef readonly uint64_t rows, samples, batches, n_bytes
     cdef Ring ring
     cdef BatchBuilder entries
-    cdef object pieces, odd, lock
+    cdef object pushed, slow_if_any, lock
     cdef list waits
 
-    def __init__(self, Ring ring not None, BatchBuilder entries not None, pieces, tuple odd, lock, list waits not None):
-        self.ring, self.entries, self.pieces, self.odd = ring, entries, pieces, odd
-        self.lock, self.waits = lock, waits
+    def __init__(self, Ring ring not None, BatchBuilder entries not None, pushed, tuple slow_if_any, lock, list waits not None):
+        self.ring, self.entries, self.lock, self.waits = ring, entries, lock, waits
+        self.pushed, self.slow_if_any = pushed, slow_if_any
 
     def count(self, Slot slot not None):
         self.rows = slot.first_row + slot.slot.n_rows  # Not a sum: a batch that Ctrl-C interrupted was not counted.
         self.samples += slot.slot.n_rows
         self.batches += 1
         self.n_bytes += slot.slot.n_bytes
-        while self.pieces and <uint64_t>self.pieces[0][0] <= self.rows:
-            self.pieces.popleft()
+        while self.pushed and <uint64_t>self.pushed[0][0] <= self.rows:
+            self.pushed.popleft()
 
     def take_ready(self):
         cdef Slot slot
         if not self.lock.acquire(False):
             return None
         try:
-            for some in self.odd:
-                if some:
+            for queue in self.slow_if_any:
+                if queue:
                     return None
             slot = self.ring.take_ready()
             if slot is None:

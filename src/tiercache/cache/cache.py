@@ -86,7 +86,7 @@ class CachedStore(WrapperStore):
         nanodollars = 0.0 if prices is None else 1e9 * read_dollars(prices, 1, 0)[0]
         self.counters.forward(id(cache), partial(_count_for, weakref.ref(cache), nanodollars))
         self._session = cache._session_or_none  # noqa: SLF001 - of one file
-        self._source = redact(inner.url).rstrip("/")
+        self._inner_url = redact(inner.url).rstrip("/")
         self._lock = Lock()
         self._specs: OrderedDict[str, CopySpec] = OrderedDict()
 
@@ -127,7 +127,7 @@ class CachedStore(WrapperStore):
         placements are not counted as uses of data.
         """
         if not key.startswith(OWN_FOLDER) and f"/{OWN_FOLDER}" not in key:
-            tiers.record_use(f"{self._source}/{key}")
+            tiers.record_use(f"{self._inner_url}/{key}")
 
     def _count(self, is_hit: bool) -> None:
         self.counters.add("cache_hits" if is_hit else "cache_misses")
@@ -241,7 +241,7 @@ class CachedStore(WrapperStore):
             return True
         return session.is_right(spec, lease, ranges)
 
-    def source_of(self, key: str, identity: ShardIdentity, store: Store) -> Store:
+    def store_for(self, key: str, identity: ShardIdentity, store: Store) -> Store:
         """Return the store from which ranges of an object are read past the cache: its peers, and behind them `store`.
 
         Args:
@@ -251,7 +251,7 @@ class CachedStore(WrapperStore):
         """
         peers = self._peers()
         spec = None if peers is None else self.spec_of(key, identity)
-        return store if spec is None or peers is None else peers.source(spec, store)
+        return store if spec is None or peers is None else peers.store_for(spec, store)
 
     def _peers(self) -> Peers | None:
         session = self._session() if self.cache._options.peers is not None else None  # noqa: SLF001 - of one file
@@ -274,7 +274,7 @@ class CachedStore(WrapperStore):
         peers = self._peers()
         found = None if peers is None else peers.version_object(self.inner, key)
         if found == b"":
-            raise NotFound("no such object, as a peer found", url=f"{self._source}/{key}")
+            raise NotFound("no such object, as a peer found", url=f"{self._inner_url}/{key}")
         return super().get(key) if found is None else found
 
     def delete(self, keys: Iterable[str]) -> None:

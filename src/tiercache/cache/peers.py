@@ -299,7 +299,7 @@ class Peers:
         self._has_started = False
         self._n_reported = 0
 
-    def source(self, spec: CopySpec, origin: Store) -> Store:
+    def store_for(self, spec: CopySpec, origin: Store) -> Store:
         """Return the store from which a copy is fetched: its peers, and behind them the origin."""
         is_served = spec.identity is not None and spec.name not in self._distrusted
         return PeerSource(self, spec, origin) if is_served else origin

@@ -80,7 +80,7 @@ class WriteSession:
         self.fetch_runner = FetchRunner(
             folder, self.owners, self.accounts, self.evictor, self.breaker, notices, counters
         )
-        self.fetcher = FetchQueue(self.fetch_runner.run, keep, None if peers is None else peers.source)
+        self.fetcher = FetchQueue(self.fetch_runner.run, keep, None if peers is None else peers.store_for)
 
     def sweep(self) -> None:
         """Remove the files of dead processes and records without copies, and make the accounts agree with the files."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from tiercache.cli.options import parse_fraction, parse_rate, parse_size
 from tiercache.load.options import LoaderOptions
-from tiercache.order import DatasetLayout, EpochOrder, OrderOptions, RankPlan
+from tiercache.order import DatasetSizes, EpochOrder, OrderOptions, RankPlan
 from tiercache.pack.files import selected
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def epoch_reads(
 
     records and stored_bytes are those of each shard, int64[n_shards].
     """
-    order = EpochOrder(DatasetLayout(records, stored_bytes, _no_footers), training.options, training.epoch)
+    order = EpochOrder(DatasetSizes(records, stored_bytes, _no_footers), training.options, training.epoch)
     runs = [order.shards_ahead(stream, 0, None) for stream in range(order.n_streams)]
     plan = RankPlan(
         offset=0,

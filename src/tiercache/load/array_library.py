@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from tiercache._native.ring import Layout, Slot
+    from tiercache._native.ring import RowType, Slot
     from tiercache.load.device import BatchDevice
     from tiercache.load.device_pipeline import DevicePipeline
     from tiercache.load.options import LoaderOptions
@@ -64,7 +64,7 @@ class EpochSeeds(Protocol):
     def next(self, generator: torch.Generator | None, *, after_begin: bool) -> int:
         """Return the seed that the next epoch would draw. See `torch_rng.next_seed`."""
 
-    def predict(self, generator: torch.Generator | None, n_records: int, *, begins: bool) -> int | None:
+    def predict(self, generator: torch.Generator | None, n_records: int, *, draws_base_seed: bool) -> int | None:
         """Return the seed that the epoch after this one will draw, or None. See `torch_rng.predict_seed`."""
 
     def initial(self, generator: torch.Generator | None) -> int:
@@ -83,7 +83,7 @@ class Devices(Protocol):
     def batch_device(self, device: torch.device, options: LoaderOptions, existing: BatchDevice | None) -> BatchDevice:
         """Return what the pipelines of a loader with a device share: `existing`, unless the device has changed."""
 
-    def pipeline(self, work: PipelineInputs, device: BatchDevice, before: Any) -> DevicePipeline:
+    def pipeline(self, inputs: PipelineInputs, device: BatchDevice, before: Any) -> DevicePipeline:
         """Return the stage that copies the batches of the pipeline `before` to a device."""
 
 
@@ -107,8 +107,8 @@ class ArrayLibrary(ABC):
     nested: Callable[[Any, Any], Any] | None = None
 
     @abstractmethod
-    def layout(self, dtype: str, shape: tuple[int, ...]) -> Layout | None:
-        """Return the memory layout of rows that from_dlpack() takes; None: rows_over() makes such arrays."""
+    def row_type(self, dtype: str, shape: tuple[int, ...]) -> RowType | None:
+        """Return the type of rows that from_dlpack() takes; None: rows_over() makes such arrays."""
 
     @abstractmethod
     def rows_over(self, dtype: str, shape: tuple[int, ...] = ()) -> Callable[[Slot, int, int], Any]:
@@ -205,7 +205,7 @@ class NumpyLibrary(ArrayLibrary):
             if "bfloat16" in (column.dtype, decode.dtype if decode is not None else None):
                 numpy_dtype("bfloat16", column.name)
 
-    def layout(self, dtype: str, shape: tuple[int, ...]) -> None:
+    def row_type(self, dtype: str, shape: tuple[int, ...]) -> None:
         """See ArrayLibrary. None: an array that NumPy makes of a DLPack capsule is read-only."""
 
     def rows_over(self, dtype: str, shape: tuple[int, ...] = ()) -> Callable[[Slot, int, int], Any]:

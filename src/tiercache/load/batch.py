@@ -68,7 +68,9 @@ class BatchMemory:
         self._free: defaultdict[int, deque[Bytes]] = defaultdict(deque)
 
     def lend(self, n_bytes: int, size_bytes: int) -> Bytes:
-        """Return uint8[n_bytes], writable, with arbitrary content.
+        """Return uint8[n_bytes], writable, with arbitrary content: the first bytes of an array of size_bytes.
+
+        size_bytes: size of the array to take or to allocate; one size is reused for all requests of that size.
 
         The memory returns when nothing refers to *this* array any more. An array of `ArrayLibrary.over` refers to it; a
         NumPy view does not (NumPy's views refer to the array that owns the memory).
@@ -138,9 +140,9 @@ def aligned(n_bytes: int) -> int:
 
 PADDED = 4  # csrc/output_layout.h
 # Words of a stream's row in the table of layouts (struct tc_output_layout).
-_EARLY, _VALID, _FILL, _FILL_BYTES, _SHAPE, _DIMS, _N_DIMS, _IN_ROWS = range(8)
-_PADDING, _MULTIPLE, _MAX_LENGTH, _TRUNCATES, _N_WORDS = range(8, 13)
-_NONE = 2**64 - 1
+_GATHERED_FIRST, _VALID, _FILL, _FILL_BYTES, _SHAPE, _DIMS, _N_DIMS, _COUNTS_ROWS = range(8)
+_PADDING, _MULTIPLE_OF, _MAX_LENGTH, _TRUNCATES, _N_WORDS = range(8, 13)
+_NO_STREAM = 2**64 - 1
 _NO_LIMIT = 2**63 - 1
 _BYTES_LIKE = (Kind.BYTES, Kind.STR, Kind.IMAGE, Kind.JSON)
 _ON_HOST = 1 << 24  # csrc/gather.h: on_host
@@ -165,10 +167,10 @@ def gather_streams(schema: Schema, output_spec: OutputSpec | None = None) -> NDA
 
 def _values_kind(column: Column, output_spec: OutputSpec) -> int | None:
     """Return the kind of a stream of values if it differs from the stored one."""
-    form = output_spec.layout(column)
-    if form == "padded":
+    layout = output_spec.layout(column)
+    if layout == "padded":
         return PADDED
-    return gather.REF if form == "list" and column.kind in (Kind.BYTES, Kind.IMAGE) else None
+    return gather.REF if layout == "list" and column.kind in (Kind.BYTES, Kind.IMAGE) else None
 
 
 def slot_bytes(streams: NDArray[np.uint32], n_rows: int) -> int:
@@ -193,7 +195,7 @@ def layout_table(schema: Schema, output_spec: OutputSpec) -> NDArray[np.uint64] 
     rows: list[list[int]] = []
     for column in schema.columns:
         rows += _column_rows(column, output_spec, len(rows), tail)
-    if not any(row[_EARLY] or row[_N_DIMS] or row[_VALID] != _NONE for row in rows):
+    if not any(row[_GATHERED_FIRST] or row[_N_DIMS] or row[_VALID] != _NO_STREAM for row in rows):
         return None
     table = np.zeros(len(rows) * _N_WORDS + len(tail) // 8, np.uint64)
     n_words = len(rows) * _N_WORDS
@@ -207,27 +209,27 @@ def layout_table(schema: Schema, output_spec: OutputSpec) -> NDArray[np.uint64] 
 def _column_rows(column: Column, output_spec: OutputSpec, first: int, tail: bytearray) -> list[list[int]]:
     """Return a column's rows of the table; its streams begin with number `first`. Pointers are offsets into `tail`."""
     column = output_spec.column(column)  # fill values have the served dtype; a cast column has the same streams
-    streams, form = column.streams(0), output_spec.layout(column)
-    rows = [[0, _NONE, 0, 0, _NONE, 0, 0, 0, 0, 1, _NO_LIMIT, 0] for _ in streams]
+    streams, layout = column.streams(0), output_spec.layout(column)
+    rows = [[0, _NO_STREAM, 0, 0, _NO_STREAM, 0, 0, 0, 0, 1, _NO_LIMIT, 0] for _ in streams]
     if not rows:
         return rows
     ragged = column.kind is Kind.RAGGED
     if column.name in output_spec.nulls:
         for row, fill in zip(rows, stream_fills(column, output_spec.nulls[column.name]), strict=False):
             row[_VALID], row[_FILL], row[_FILL_BYTES] = first + len(streams) - 1, _put(tail, fill), len(fill)
-        rows[-1][_EARLY] = 1
-    if ragged or form == "padded":
+        rows[-1][_GATHERED_FIRST] = 1
+    if ragged or layout == "padded":
         dims = np.array([-1 if d is None else d for d in column.shape] or [-1], np.int64)
         rows[0][_DIMS], rows[0][_N_DIMS] = _put(tail, dims.tobytes()), len(dims)
-    if form == "padded":
+    if layout == "padded":
         padding = output_spec.padding(column)
         rows[0][_PADDING] = int.from_bytes(padding.stored_value(column).tobytes(), "little")
-        rows[0][_MULTIPLE], rows[0][_TRUNCATES] = padding.multiple_of, int(padding.truncate)
+        rows[0][_MULTIPLE_OF], rows[0][_TRUNCATES] = padding.multiple_of, int(padding.truncate)
         rows[0][_MAX_LENGTH] = padding.max_length or _NO_LIMIT
     if ragged:
         rows[0][_SHAPE] = first + 1
-        rows[0][_IN_ROWS] = int(form in ("buffer", "nested") and is_stack_of_rows(column))
-        rows[1][_EARLY] = 1
+        rows[0][_COUNTS_ROWS] = int(layout in ("buffer", "nested") and is_stack_of_rows(column))
+        rows[1][_GATHERED_FIRST] = 1
     return rows
 
 
@@ -318,16 +320,16 @@ def _entries(column: Column, output_spec: OutputSpec, first: int, library: Array
     if column.kind is Kind.ARROW:
         return []
     valid = first + len(column.streams(0)) - 1 if output_spec.has_mask(column) else None
-    form, name = output_spec.layout(column), column.name
+    layout, name = output_spec.layout(column), column.name
     entries: list[tuple[str, Entry]]
-    if form == "padded":
+    if layout == "padded":
         lengths = _lengths_maker(column, first, library)
         entries = [(name, _padded_maker(column, first, library)), (f"{name}.lengths", lengths)]
-    elif form == "buffer":
+    elif layout == "buffer":
         entries = [(name, _buffer_entry(column, first, library))]
-    elif form == "nested":
+    elif layout == "nested":
         entries = [(name, _nested_maker(column, first, library))]
-    elif form == "boundaries":
+    elif layout == "boundaries":
         entries = list(zip((name, "max_seqlen"), _sequences_makers(column, first, library), strict=True))
     elif column.kind is Kind.RAGGED:
         entries = [(name, _ragged_maker(column, first, library))]
@@ -345,9 +347,9 @@ def _dtype(column: Column) -> str:
 
 
 def _tensor_entry(dtype: str, shape: tuple[int, ...], stream: int, library: ArrayLibrary) -> Make | TensorEntry:
-    layout = library.layout(dtype, shape)
-    if layout is not None:
-        return TensorEntry(stream, layout)
+    row_type = library.row_type(dtype, shape)
+    if row_type is not None:
+        return TensorEntry(stream, row_type)
     over = library.rows_over(dtype, shape)
     return lambda slot, n: over(slot, slot.stream_position(stream)[0], n)
 
@@ -423,7 +425,7 @@ def _lengths_maker(column: Column, stream: int, library: ArrayLibrary) -> Make:
 
 def _buffer_entry(column: Column, stream: int, library: ArrayLibrary) -> Make | BufferEntry:
     make, inner = _buffer_maker(column, stream, library), tuple(d or 0 for d in column.shape[1:])
-    values, offsets = library.layout(_dtype(column), inner), library.layout("int64", ())
+    values, offsets = library.row_type(_dtype(column), inner), library.row_type("int64", ())
     if values is None or offsets is None or not is_stack_of_rows(column):
         return make
     return BufferEntry(stream, values, offsets, Buffer, make)

@@ -10,7 +10,7 @@ import os
 import threading
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tiercache.load.options import LoaderOptions
     from tiercache.load.output_spec import OutputSpec
     from tiercache.load.prefetch import AnyPiece, LoadedWindow
-    from tiercache.order import Window
+    from tiercache.order import AnyWindow
     from tiercache.shard.read.blocks import Blocks
     from tiercache.views import Records
 
@@ -118,7 +118,7 @@ class CorruptionMap:
         self.source = source
         self._lock, self._pid = threading.Lock(), os.getpid()
         self._blocks: dict[tuple[int, int], Rows] = {}
-        # wholly corrupt shards; block numbers are those of the shard, or of its stand-in table
+        # wholly corrupt shards; block numbers are those of the shard, or of its stand-in
         self._shards: frozenset[int] = frozenset()
         self._stand_ins: dict[int, BlockSizes] = {}
         self._surveyed: set[int] = set()
@@ -170,13 +170,13 @@ class CorruptionMap:
 
     def block_sizes(self, shards: Sequence[int]) -> list[BlockSizes]:
         """See Records.block_sizes. A shard with an unreadable footer has one block, which is corrupt."""
-        tables = dict(self._stand_ins)
-        left = [shard for shard in dict.fromkeys(shards) if shard not in tables]
+        found = dict(self._stand_ins)
+        left = [shard for shard in dict.fromkeys(shards) if shard not in found]
         try:
-            tables.update(zip(left, self.source.block_sizes(left), strict=True))
+            found.update(zip(left, self.source.block_sizes(left), strict=True))
         except CorruptShard:
-            tables.update((shard, self._table(shard)) for shard in left)
-        return [tables[shard] for shard in shards]
+            found.update((shard, self._read_block_sizes(shard)) for shard in left)
+        return [found[shard] for shard in shards]
 
     def _add(self, shard: int, block: int | None, rows: Rows) -> None:
         if self._pid != os.getpid():  # a forked child may have inherited the lock locked
@@ -190,15 +190,16 @@ class CorruptionMap:
                 self._blocks = {**self._blocks, (shard, block): both}
             self.shards = np.union1d(self.shards, [shard])
 
-    def _table(self, shard: int) -> BlockSizes:
+    def _read_block_sizes(self, shard: int) -> BlockSizes:
+        """Return the block sizes of a shard; if its footer is unreadable, of one corrupt block that stands in."""
         try:
             return self.source.block_sizes([shard])[0]
         except CorruptShard as error:
             counts = self.source.shard_records[shard : shard + 1], self.source.shard_bytes[shard : shard + 1]
-            table = self._stand_ins[shard] = BlockSizes(*counts)
+            sizes = self._stand_ins[shard] = BlockSizes(*counts)
             self.add((shard, None, None))
             self._warn(shard, error)
-            return table
+            return sizes
 
     def _survey(self, shard: int) -> dict[int, Rows]:
         """Return the corrupt rows of a shard, by block. Reads and checks the whole shard once, block by block."""
@@ -273,9 +274,9 @@ def replace_corrupt(pieces: Iterable[AnyPiece], corruption: CorruptionMap, walk:
 class _TrimmedWindow:
     """A window without its unreadable blocks; made once, so that all its pieces have the same object."""
 
-    window: Window
+    window: AnyWindow
     kept: NDArray[np.bool_]
-    left: Window
+    left: AnyWindow
 
 
 @dataclass(slots=True)
@@ -289,7 +290,7 @@ class _RecordReplacer:
     walk: RecordWalk
     last: RecordLocation | None = None
     _without: dict[int, _TrimmedWindow] = field(default_factory=dict)
-    _alone: tuple[RecordLocation, Window] | None = None
+    _alone: tuple[RecordLocation, AnyWindow] | None = None
 
     def repair(self, piece: AnyPiece, n_before: int) -> AnyPiece:
         """Return the piece, which begins after n_before rows, with its corrupt records replaced."""
@@ -356,7 +357,7 @@ class _RecordReplacer:
             raise CorruptShard("no record of this rank's share can be read", url=url)
         return location
 
-    def _left(self, piece: AnyPiece) -> tuple[tuple[Window, ...], tuple[NDArray[np.bool_], ...], NDArray[np.int64]]:
+    def _left(self, piece: AnyPiece) -> tuple[tuple[AnyWindow, ...], tuple[NDArray[np.bool_], ...], NDArray[np.int64]]:
         """Return the windows without unreadable blocks, their needed blocks, and the new number of each block."""
         going = {id(window): self._without.get(id(window)) or self._cut(window) for window in piece.windows}
         self._without = going
@@ -369,7 +370,7 @@ class _RecordReplacer:
         ]
         return tuple(window for window, _ in pairs), tuple(needed for _, needed in pairs), numbers
 
-    def _cut(self, window: Window) -> _TrimmedWindow:
+    def _cut(self, window: AnyWindow) -> _TrimmedWindow:
         kept = np.ones(len(window.blocks), np.bool_)
         for number in np.flatnonzero(np.isin(window.shards, self.corruption.shards)).tolist():
             kept[number] = self.corruption.rows(int(window.shards[number]), int(window.blocks[number])) is not None
@@ -377,13 +378,13 @@ class _RecordReplacer:
             return _TrimmedWindow(window, kept, window)
         parts = window.shards[kept], window.blocks[kept], window.block_bytes[kept]
         left = ExplicitWindow(window.start, window.stop, *parts)
-        return _TrimmedWindow(window, kept, cast("Window", left))
+        return _TrimmedWindow(window, kept, left)
 
-    def _window_of(self, location: RecordLocation) -> Window:
+    def _window_of(self, location: RecordLocation) -> AnyWindow:
         """Return a window of the single block of a record; the last one is cached."""
         shard, block, _ = location
         if self._alone is None or self._alone[0][:2] != (shard, block):
             raw_bytes = self.corruption.block_sizes([shard])[0].raw_bytes[block : block + 1]
             numbers = np.array([shard], np.int32), np.array([block], np.int32)
-            self._alone = location, cast("Window", ExplicitWindow(0, 0, *numbers, raw_bytes))
+            self._alone = location, ExplicitWindow(0, 0, *numbers, raw_bytes)
         return self._alone[1]

@@ -47,24 +47,25 @@ SMALL_PART = 8
 class DecodedPipeline(StagePipeline):
     """A `Pipeline` whose images are decoded, with the same guarantees. All methods may be called from any thread."""
 
-    def __init__(self, work: PipelineInputs, resources: Resources) -> None:
-        for options in work.output_spec.decode.values():
+    def __init__(self, inputs: PipelineInputs, resources: Resources) -> None:
+        for options in inputs.output_spec.decode.values():
             load_libraries(options)  # a missing library is an error of the caller, not of a thread
-        ahead = _ahead(work, resources)
-        queue = _DecodeQueue(ahead, goes_on=work.corruption is not None)
+        ahead = _ahead(inputs, resources)
+        queue = _DecodeQueue(ahead, goes_on=inputs.corruption is not None)
         # Small limits, because decoding is slower and needs the memory; waiting times that are not the consumer's.
         n_gatherers = -(-resources.n_threads // DECODING_A_GATHERER)
         gathered = Pipeline(
-            replace(work, waits=WaitHistogram(), pinned=None), replace(resources, n_threads=n_gatherers, memory_bytes=0)
+            replace(inputs, waits=WaitHistogram(), pinned=None),
+            replace(resources, n_threads=n_gatherers, memory_bytes=0),
         )
-        super().__init__("decode", work, gathered, queue)
-        if work.pinned is None:
-            work.memory.keep = (ahead + HELD_BY_CONSUMER) * len(work.output_spec.decode)
+        super().__init__("decode", inputs, gathered, queue)
+        if inputs.pinned is None:
+            inputs.memory.keep = (ahead + HELD_BY_CONSUMER) * len(inputs.output_spec.decode)
         else:
-            work.pinned.keep = ahead + work.pinned.n_held
-        opener = _Opener(work, gathered)
-        if work.pinned is not None:
-            opener.reserve(work.pinned.keep)
+            inputs.pinned.keep = ahead + inputs.pinned.n_held
+        opener = _Opener(inputs, gathered)
+        if inputs.pinned is not None:
+            opener.reserve(inputs.pinned.keep)
         self._begin([partial(_decode, queue, opener)] * resources.n_threads)
 
 
@@ -161,25 +162,25 @@ class _DecodeQueue(StageQueue[_Job]):
 class _Opener:
     """Prepares gathered batches for decoding. One thread at a time calls it."""
 
-    work: PipelineInputs
+    inputs: PipelineInputs
     gathered: Pipeline
     number: int = field(init=False)
     draws: ImageDraws = field(init=False)
     small_bytes: int = field(init=False, default=0)  # room for small columns in a block of pinned memory
 
     def __post_init__(self) -> None:
-        share = self.work.share
-        self.draws = ImageDraws(share.seed, share.epoch, self.work.output_spec.decode.values())
-        self.number = self.work.first_batch
+        share = self.inputs.share
+        self.draws = ImageDraws(share.seed, share.epoch, self.inputs.output_spec.decode.values())
+        self.number = self.inputs.first_batch
 
     def reserve(self, n_blocks: int) -> None:
         """Allocate the pinned memory of n_blocks batches, in the caller's thread.
 
         An allocation by a decoding thread would break a CUDA graph that the training loop captures at that moment.
         """
-        self.small_bytes = slot_bytes(self.work.setup.assembler.streams, self.work.batch_rows)
+        self.small_bytes = slot_bytes(self.inputs.setup.assembler.streams, self.inputs.batch_rows)
         n_bytes = self._block_bytes()
-        blocks = [self.work.memory.lend(n_bytes, n_bytes) for _ in range(n_blocks)]
+        blocks = [self.inputs.memory.lend(n_bytes, n_bytes) for _ in range(n_blocks)]
         blocks.clear()  # they return to be lent again
 
     def open(self) -> _Job:
@@ -188,18 +189,18 @@ class _Opener:
         batch = self.gathered.take()
         if batch is None:
             return _Job()
-        decode = self.work.output_spec.decode
-        positions = self.work.share.ranks.positions(self.number)
+        decode = self.inputs.output_spec.decode
+        positions = self.inputs.share.rank_plan.positions(self.number)
         n_rows = len(positions)
         draws = self.draws.of(positions)
         n_bytes = self.gathered.figures()["bytes_served"] - before
-        library = self.work.setup.library
+        library = self.inputs.setup.library
         small = _small_columns(batch, decode.keys(), int(n_bytes), library)
-        if self.work.pinned is None:
+        if self.inputs.pinned is None:
             rooms = {name: self._room(options, n_rows) for name, options in decode.items()}
             small = {name: library.copy(value) for name, value in small.items()}
         else:
-            rooms, small = self._pinned_rooms(self.work.pinned, small, n_rows)
+            rooms, small = self._pinned_rooms(self.inputs.pinned, small, n_rows)
         columns = []
         for name, options in decode.items():
             encoded = _encoded(batch[name], batch.get(f"{name}.valid"), library)
@@ -216,11 +217,11 @@ class _Opener:
         column, index = divmod(task, job.n_rows)
         location = job.replaced.get(index)
         if location is None:
-            location = self.work.share.locate(int(self.work.share.ranks.positions(job.number)[index]))
-        record = record_number(self.work.source, *location)
-        error = image_decode_error(self.work.source, job.columns[column].name, record, str(decode_error))
+            location = self.inputs.share.locate(int(self.inputs.share.rank_plan.positions(job.number)[index]))
+        record = record_number(self.inputs.source, *location)
+        error = image_decode_error(self.inputs.source, job.columns[column].name, record, str(decode_error))
         error.__cause__ = decode_error.with_traceback(None)  # the frames of the traceback would hold the batch's memory
-        corruption = self.work.corruption
+        corruption = self.inputs.corruption
         if corruption is not None:
             error.location = stored = corruption.stored(location)
             corruption.add(stored)  # so that later images are replaced without starting a new pipeline for each
@@ -229,8 +230,8 @@ class _Opener:
     def _room(self, options: DecodeImage, n_rows: int) -> tuple[Any, Any]:
         """Return (the batch's value, a writable view of it)."""
         n_bytes = _picture_bytes(options)
-        lent = self.work.memory.lend(n_rows * n_bytes, self.work.batch_rows * n_bytes) if n_bytes else None
-        return _room_in(lent, 0, options, n_rows, self.work.setup.library)
+        lent = self.inputs.memory.lend(n_rows * n_bytes, self.inputs.batch_rows * n_bytes) if n_bytes else None
+        return _room_in(lent, 0, options, n_rows, self.inputs.setup.library)
 
     def _pinned_rooms(
         self, pinned: PinnedMemory, small: Mapping[str, Any], n_rows: int
@@ -246,8 +247,8 @@ class _Opener:
         size_bytes = self._block_bytes()
         lent = pinned.lend(size_bytes, size_bytes)
         rooms: dict[str, tuple[Any, Any]] = {}
-        end, library = 0, self.work.setup.library
-        for name, options in self.work.output_spec.decode.items():
+        end, library = 0, self.inputs.setup.library
+        for name, options in self.inputs.output_spec.decode.items():
             rooms[name] = _room_in(lent, end, options, n_rows, library)
             end += aligned(_picture_bytes(options) * n_rows)
         copies = {}
@@ -259,8 +260,8 @@ class _Opener:
 
     def _block_bytes(self) -> int:
         """Return the bytes of a batch's block of pinned memory."""
-        decode = self.work.output_spec.decode.values()
-        image_bytes = sum(aligned(_picture_bytes(options) * self.work.batch_rows) for options in decode)
+        decode = self.inputs.output_spec.decode.values()
+        image_bytes = sum(aligned(_picture_bytes(options) * self.inputs.batch_rows) for options in decode)
         return max(image_bytes + self.small_bytes, aligned(1))
 
 
@@ -327,10 +328,10 @@ def _small_columns(batch: Batch, decoded: Set[str], batch_bytes: int, library: A
     return library.small_arrays(beside, batch_bytes // SMALL_PART)
 
 
-def _ahead(work: PipelineInputs, resources: Resources) -> int:
+def _ahead(inputs: PipelineInputs, resources: Resources) -> int:
     """Return how many batches are decoded ahead of the consumer."""
-    n_rows = work.batch_rows
-    sized = [options for options in work.output_spec.decode.values() if options.size is not None]
+    n_rows = inputs.batch_rows
+    sized = [options for options in inputs.output_spec.decode.values() if options.size is not None]
     batch_bytes = n_rows * sum(int(np.prod(options.batch_shape)) * options.itemsize for options in sized)
     needed = max(BATCHES_AHEAD, -(-PICTURES_A_THREAD * resources.n_threads // n_rows))
     return max(MIN_AHEAD, min(needed, resources.memory_bytes // max(batch_bytes, 1)))

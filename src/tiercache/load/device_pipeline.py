@@ -257,10 +257,10 @@ class DevicePipeline(ClosingPipeline):
     `take` is called by one thread at a time, under a lock, and `close` by any thread.
     """
 
-    def __init__(self, work: PipelineInputs, device: BatchDevice, before: Any) -> None:
+    def __init__(self, inputs: PipelineInputs, device: BatchDevice, before: Any) -> None:
         self._before = before  # the stage before: a ClosingPipeline whose waits are not counted as the consumer's
         self._device = device
-        self._waits = work.waits
+        self._waits = inputs.waits
         self._queue: deque[_Entry] = deque()
         self._copying: deque[tuple[Event, list[Any]]] = deque()  # copies that are not known to be done, oldest first
         self._ended = False

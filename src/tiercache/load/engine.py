@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from tiercache.load.epoch import EpochStart
     from tiercache.load.samplers import SamplerPass
     from tiercache.load.transform import TransformedPipeline
-    from tiercache.load.transform_workers import TransformStage, WorkerPool
+    from tiercache.load.transform_workers import TransformSettings, WorkerPool
 
 
 logger = logging.getLogger("tiercache")
@@ -59,15 +59,19 @@ logger = logging.getLogger("tiercache")
 class EpochPosition:
     """The position in an epoch. The loader keeps it; the epoch's iterator updates it, and may be dropped long before.
 
+    Args:
+        start: State at which the epoch began or was resumed.
+        rank_plan: The batches of this rank from there.
+        is_counted: Whether n_yielded is known; it is not if another loader hands the batches out.
+
     Attributes:
         n_yielded: Number of batches handed out since the epoch began or was resumed.
         finished: Whether the end was reached.
-        is_counted: Whether n_yielded is known; it is not if another loader hands the batches out.
     """
 
-    def __init__(self, start: RunState, ranks: RankPlan, *, is_counted: bool = True) -> None:
+    def __init__(self, start: RunState, rank_plan: RankPlan, *, is_counted: bool = True) -> None:
         self._start = start
-        self.ranks = ranks
+        self.rank_plan = rank_plan
         self._is_counted = is_counted
         self._redirected: RunState | None = None
         self._next: RunState | None = None  # cached by next_state()
@@ -92,7 +96,7 @@ class EpochPosition:
                 f"set_epoch({self._start.epoch + 1}) of this loader first. To resume within an epoch, use "
                 "load_state_dict() instead"
             )
-        return replace(self._start, offset=self.ranks.offset_after(self.n_yielded))
+        return replace(self._start, offset=self.rank_plan.offset_after(self.n_yielded))
 
     def next_state(self) -> RunState:
         """Return the state from which the loader's next iter() begins: the next epoch, even if this one did not end."""
@@ -117,33 +121,33 @@ class NativeIterator(FastIterator, Iterator[Batch]):
     def __init__(
         self,
         position: EpochPosition | SamplerPass,
-        work: PipelineInputs,
+        inputs: PipelineInputs,
         resources: Resources,
         timeout_s: float,
         pin: Callable[[Any], Any] | None,
         draws: EpochDraws,
     ) -> None:
         self._position = position
-        self._work = work
+        self._inputs = inputs
         self._resources = resources
         self._timeout_s = timeout_s if timeout_s > 0 else -1.0
         self._pin = pin
         # names of the entries of a tuple; None: batches are dicts, or the user's functions make them
-        self._names = work.output_spec.names if work.transforms is None else None
+        self._names = inputs.output_spec.names if inputs.transforms is None else None
         self._start_s = time.perf_counter()
         self._counted = False
         self._read_again: Counter[int] = Counter()  # how often each shard was read again
         self._replaced_locations: set[CorruptLocation] = set()
         self._draws = draws
-        # torch's sampler draws numbers before the first batch. It draws again at its end, which comes before a short
-        # last batch.
-        n_undrawn = work.share.ranks.n_batches - 1 if self._draws.ends_short else sys.maxsize
-        self._profiler = work.setup.library.profiler
+        # Batches 1 to n_undrawn - 1, counted from 0, draw no random numbers and may take the fast path. torch's sampler
+        # draws numbers before the first batch. It draws again at its end, which comes before a short last batch.
+        n_undrawn = inputs.share.rank_plan.n_batches - 1 if self._draws.ends_short else sys.maxsize
+        self._profiler = inputs.setup.library.profiler
         super().__init__(position, self._profiler, n_undrawn, is_plain=self._pin is None and self._names is None)
-        self._start(work)
+        self._start(inputs)
 
     def __len__(self) -> int:
-        return self._work.share.ranks.n_batches
+        return self._inputs.share.rank_plan.n_batches
 
     def __getstate__(self) -> NoReturn:
         raise NotImplementedError(f"{type(self).__name__} cannot be pickled")  # torch's iterators raise the same error
@@ -166,32 +170,34 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         self._pipeline.close()
         if self._counted:
             return
-        if self._work.workers is not None:
-            self._work.workers.release()
-        publisher, next_epoch = self._work.publisher, self._work.next_epoch
+        if self._inputs.workers is not None:
+            self._inputs.workers.release()
+        publisher, next_epoch = self._inputs.publisher, self._inputs.next_epoch
         if publisher is not None and next_epoch is not None and self._position.finished:
             publisher.finish()
-            next_epoch.publisher.succeed(publisher)  # If another epoch follows, the cache has a plan at every moment.
+            next_epoch.publisher.replace_earlier(
+                publisher
+            )  # If another epoch follows, the cache has a plan at every moment.
         elif publisher is not None:
             publisher.close()
         if not self._pipeline.is_forked_copy:
             self._count(self.figures())
             self._counted = True
 
-    def _start(self, work: PipelineInputs) -> None:
-        kind = DecodedPipeline if work.output_spec.decode else Pipeline
-        stage, device = work.transforms, work.device
-        inner = replace(work, waits=WaitHistogram())  # the waits of a stage before another one are not the consumer's
+    def _start(self, inputs: PipelineInputs) -> None:
+        kind = DecodedPipeline if inputs.output_spec.decode else Pipeline
+        transforms, device = inputs.transforms, inputs.device
+        inner = replace(inputs, waits=WaitHistogram())  # the waits of a stage before another one are not the consumer's
         self._pipeline: Pipeline | DecodedPipeline | TransformedPipeline | DevicePipeline | HeadspacePipeline
-        self._pipeline = native = kind(work if stage is None and device is None else inner, self._resources)
-        if stage is not None:
-            self._pipeline = stage.pipeline(work if device is None else inner, native)
+        self._pipeline = native = kind(inputs if transforms is None and device is None else inner, self._resources)
+        if transforms is not None:
+            self._pipeline = transforms.pipeline(inputs if device is None else inner, native)
         if device is not None:
-            devices = work.setup.library.devices
+            devices = inputs.setup.library.devices
             assert devices is not None  # noqa: S101 -- `device` is one of them
-            self._pipeline = devices.pipeline(work, device, self._pipeline)
-        if work.headspace:
-            self._pipeline = HeadspacePipeline(work, self._pipeline)
+            self._pipeline = devices.pipeline(inputs, device, self._pipeline)
+        if inputs.headspace:
+            self._pipeline = HeadspacePipeline(inputs, self._pipeline)
         self._set_fast_path(self._pipeline.fast_take)
 
     def _next(self) -> Any:
@@ -215,7 +221,7 @@ class NativeIterator(FastIterator, Iterator[Batch]):
 
     def _count(self, figures: Mapping[str, float]) -> None:
         for name, figure in figures.items():
-            self._work.counters.add(name, figure)
+            self._inputs.counters.add(name, figure)
 
     def _take(self) -> Any:
         batch = self._next_ready()
@@ -239,11 +245,11 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         if batch is None:
             self._position.finished = True
             self._draws.exhaust()
-            self._work.counters.add("padded", self._work.share.ranks.n_padding)
+            self._inputs.counters.add("padded", self._inputs.share.rank_plan.n_padding)
             self.close()
             raise StopIteration
         self._position.n_yielded += 1
-        if self._draws.ends_short and self._position.n_yielded == self._work.share.ranks.n_batches:
+        if self._draws.ends_short and self._position.n_yielded == self._inputs.share.rank_plan.n_batches:
             self._draws.exhaust()
         return batch
 
@@ -253,11 +259,11 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         The order is a function of the position, so a second pipeline can continue where the first one failed. Raises
         CorruptShard: the data is corrupt in the store, and corrupt records are not replaced.
         """
-        corruption = self._work.corruption
+        corruption = self._inputs.corruption
         try:
             while True:
                 shard = self._pipeline.corrupt_shard
-                was_removed = shard is not None and self._work.source.remove_if_corrupt(shard)
+                was_removed = shard is not None and self._inputs.source.remove_if_corrupt(shard)
                 # Every shard is read again: another loader or process may have replaced the copy meanwhile, and if the
                 # cache has given up the object, it is read from its store. If that did not help and the local copy is
                 # right, the data itself is corrupt.
@@ -266,9 +272,9 @@ class NativeIterator(FastIterator, Iterator[Batch]):
                 else:
                     self._replace_corrupt(error)
                 self._count(self._pipeline.figures())
-                if self._work.next_epoch is not None:
-                    self._work.next_epoch.on_source_closed()
-                here = replace(self._work, first_batch=self._position.n_yielded, epoch_start=None)
+                if self._inputs.next_epoch is not None:
+                    self._inputs.next_epoch.drop_preparation()
+                here = replace(self._inputs, first_batch=self._position.n_yielded, epoch_start=None)
                 self._start(here)
                 try:
                     return self._pipeline.take(self._timeout_s)
@@ -282,13 +288,13 @@ class NativeIterator(FastIterator, Iterator[Batch]):
     def _replace_corrupt(self, error: CorruptShard) -> None:
         """Replace the corrupt records from now on. Raises the error if they must not be replaced, or already were."""
         location: CorruptLocation | None = error.location
-        if self._work.corruption is None or location is None or location in self._replaced_locations:
+        if self._inputs.corruption is None or location is None or location in self._replaced_locations:
             try:
                 raise error
             finally:
                 del error  # as in _take_past()
         self._replaced_locations.add(location)
-        self._work.corruption.note_corruption(location, error)
+        self._inputs.corruption.note_corruption(location, error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,7 +328,7 @@ class Engine(ABC):
         self._corruption = corruption_map_for(source, arguments.options)
         self._setup: PipelineSetup | None = None  # of the last pipeline
         # the user's functions, which the loader sets before each epoch; None: batches are served as gathered
-        self.transforms: TransformStage | None = None
+        self.transforms: TransformSettings | None = None
         self._workers: WorkerPool | None = None  # of the last epoch
         self._counters = Counters("padded")
         self._waits = WaitHistogram()
@@ -399,20 +405,23 @@ class Engine(ABC):
         """Return the iterator of an epoch, whose pipeline has begun. planned: Further fields of PipelineInputs."""
         if self._setup is None or self._setup.source is not self._source:
             self._setup = PipelineSetup(self._source, self._arguments.output_spec, self._arguments.library)
-        stage = self.transforms
+        transforms = self.transforms
         options, pinned = self._arguments.options, None
         if self._device_type is not None and self._devices is not None:
             self._device = self._devices.batch_device(self._device_type, options, self._device)
             # A stage of transforms holds batches as long as it likes; what it makes is copied into pinned memory.
-            pinned = self._device.pinned if stage is None else None
-            if self._device.is_fixed and share.ranks.n_served % share.ranks.batch_size:
+            pinned = self._device.pinned if transforms is None else None
+            batch_size = share.rank_plan.batch_size
+            n_last = share.rank_plan.n_served % batch_size
+            if self._device.is_fixed and n_last:
                 raise ValueError(
-                    f'device_buffers="fixed" serves full batches only, and this epoch ends with a batch of '
-                    f"{share.ranks.n_served % share.ranks.batch_size} records instead of {share.ranks.batch_size}: "
-                    "give drop_last=True"
+                    f'device_buffers="fixed" serves full batches only, and this epoch ends with a batch of {n_last} '
+                    f"records instead of {batch_size}: give drop_last=True"
                 )
-        workers = None if stage is None or not stage.n_workers else self._start_workers(stage, share.seed)
-        work = PipelineInputs(
+        workers = (
+            None if transforms is None or not transforms.n_workers else self._start_workers(transforms, share.seed)
+        )
+        inputs = PipelineInputs(
             setup=self._setup,
             share=share,
             counters=self._counters,
@@ -420,19 +429,19 @@ class Engine(ABC):
             memory=self._memory if pinned is None else pinned,
             warned=self._warned,
             corruption=self._corruption,
-            transforms=stage,
+            transforms=transforms,
             workers=workers,
             device=self._device,
             pinned=pinned,
             headspace=options.headspace,
             **planned,
         )
-        return NativeIterator(position, work, self._resources(), self._arguments.timeout_s, pin, draws)
+        return NativeIterator(position, inputs, self._resources(), self._arguments.timeout_s, pin, draws)
 
-    def _start_workers(self, stage: TransformStage, seed: int) -> WorkerPool:
+    def _start_workers(self, transforms: TransformSettings, seed: int) -> WorkerPool:
         """Return the processes of the last epoch if they live and are free, else new ones."""
         if self._workers is None or not self._workers.is_reusable:
-            self._workers = stage.start_workers(seed)
+            self._workers = transforms.start_workers(seed)
         self._workers.is_used = True
         return self._workers
 
@@ -550,22 +559,22 @@ class OrderEngine(Engine):
         arguments, n_records = self._arguments, self._epoch_records()
         ends_short = not arguments.drop_last and n_records % arguments.batch_size > 0
         draws = self._draws(ends_short, is_sampled=is_resumed)
-        if self._begins() and not is_resumed:
+        if self._draws_base_seed() and not is_resumed:
             draws.begin()
         state = self._next_state(drawn=True)
         foreseen: int | None = None
         is_predicted = True
         if (seeds := self._epoch_seeds(state)) is not None:
             if not is_resumed:
-                foreseen = seeds.predict(arguments.generator, n_records, begins=self._begins(1))
+                foreseen = seeds.predict(arguments.generator, n_records, draws_base_seed=self._draws_base_seed(1))
             # After an epoch whose seed was not the predicted one, no epoch is loaded ahead until a prediction was right
             # again.
             is_predicted = foreseen is not None and self._foreseen in (None, state.seed)
             self._foreseen = foreseen
         self._check_readable()
         rank = self.rank()
-        read = self._source if self._corruption is None else self._corruption
-        plan_share = partial(plan_epoch, read, rank, self._arguments.batch_size, self._arguments.fills_first)
+        ordered = self._source if self._corruption is None else self._corruption
+        plan_share = partial(plan_epoch, ordered, rank, self._arguments.batch_size, self._arguments.fills_first)
         epoch_start: Future[EpochStart | None] | None = None
         prepared = None if self._next_epoch is None else self._next_epoch.take(self._source, state)
         if prepared is not None:
@@ -573,10 +582,10 @@ class OrderEngine(Engine):
         else:
             share, publisher = plan_share(state), ReadingPlanPublisher(self._source, state, plan_share)
             if self._next_epoch is not None:
-                publisher.succeed(self._next_epoch.publisher)
-        if share.ranks.ignores_streams:
-            self._warn_of_streams(share.ranks)
-        position = EpochPosition(state, share.ranks)
+                publisher.replace_earlier(self._next_epoch.publisher)
+        if share.rank_plan.ignores_streams:
+            self._warn_of_streams(share.rank_plan)
+        position = EpochPosition(state, share.rank_plan)
         following = position.next_state()
         next_epoch = NextEpoch(
             self._source,
@@ -637,12 +646,12 @@ class OrderEngine(Engine):
         # A single rank also returns the records of a last batch that is dropped, as torch's sampler does: the batch
         # sampler drops it.
         planned = state if rank.world_size > 1 else replace(state, drop_last=False)
-        read = self._numbered()
-        share = plan_epoch(read, rank, self._arguments.batch_size, self._arguments.fills_first, planned)
-        self._position = EpochPosition(state, share.ranks, is_counted=False)
+        ordered = self._numbered()
+        share = plan_epoch(ordered, rank, self._arguments.batch_size, self._arguments.fills_first, planned)
+        self._position = EpochPosition(state, share.rank_plan, is_counted=False)
         self._foreseen = None
         self._n_epochs += 1
-        return state, read, share, self._draws(is_sampled=is_again)
+        return state, ordered, share, self._draws(is_sampled=is_again)
 
     def _numbered(self) -> Any:
         """Return the source whose record numbers the order counts."""
@@ -655,7 +664,7 @@ class OrderEngine(Engine):
         handed out yet.
         """
         position = self._position
-        if position is not None and position.ranks is share.ranks and not self._arguments.num_workers:
+        if position is not None and position.rank_plan is share.rank_plan and not self._arguments.num_workers:
             position.finished = True
 
     @property
@@ -668,14 +677,14 @@ class OrderEngine(Engine):
 
         drawn: whether iter() has drawn this epoch's base seed.
         """
-        state = self._begin(drawn=drawn) if self._position is None else self._position.next_state()
+        state = self._start_run(drawn=drawn) if self._position is None else self._position.next_state()
         seeds = self._epoch_seeds(state)
         if seeds is None or (self._position is None and self._keeps_seed(state)):
             return state
-        after_begin = drawn or not self._begins()
+        after_begin = drawn or not self._draws_base_seed()
         return replace(state, seed=seeds.next(self._arguments.generator, after_begin=after_begin))
 
-    def _begins(self, n_more: int = 0) -> bool:
+    def _draws_base_seed(self, n_more: int = 0) -> bool:
         """Whether torch's loader draws a base seed for workers in the next iter(), or n_more calls later."""
         return not (self._arguments.persistent_workers and self._arguments.num_workers and self._n_epochs + n_more)
 
@@ -719,16 +728,16 @@ class OrderEngine(Engine):
         """Return the records of an epoch of a source, all ranks together."""
         return epoch_records(source)
 
-    def _warn_of_streams(self, ranks: RankPlan) -> None:
+    def _warn_of_streams(self, rank_plan: RankPlan) -> None:
         """Warn once that several ranks read the same blocks."""
         if "streams" in self._warned:
             return
         self._warned.add("streams")
         warnings.warn(
-            f"the order's {ranks.n_streams} streams do not divide a global batch of {ranks.global_batch} records "
-            f"({ranks.world_size} ranks of {ranks.batch_size}): each rank is served records of all streams, so several "
-            "ranks read the same blocks; choose a batch_size that makes the global batch a multiple of "
-            f"{ranks.n_streams} to avoid that",
+            f"the order's {rank_plan.n_streams} streams do not divide a global batch of {rank_plan.global_batch} "
+            f"records ({rank_plan.world_size} ranks of {rank_plan.batch_size}): each rank is served records of all "
+            "streams, so several ranks read the same blocks; choose a batch_size that makes the global batch a "
+            f"multiple of {rank_plan.n_streams} to avoid that",
             RuntimeWarning,
             stacklevel=4,  # the caller of iter(loader)
         )
@@ -739,13 +748,13 @@ class OrderEngine(Engine):
         The counters of its store begin at 0, so earlier fetches are carried over.
         """
         if source is not self._source:
-            fetched, begins = self._fetched(), source.figures()
+            fetched, at_start = self._fetched(), source.figures()
             self._source, self._n_records = source, None
             self._corruption = corruption_map_for(source, self._options)
-            self._figures_before = {name: begins[name] - fetched[name] for name in begins}
+            self._figures_before = {name: at_start[name] - fetched[name] for name in at_start}
 
-    def _begin(self, *, drawn: bool) -> RunState:
-        """Return the start of the run. drawn: whether iter() has drawn this epoch's random numbers."""
+    def _start_run(self, *, drawn: bool) -> RunState:
+        """Return the state at the start of the run; start the run if it has not begun. drawn: see _next_state()."""
         if self._rank is None:
             self._rank = find_rank(self._options)
             warn_of_meshes(self._rank)

@@ -13,7 +13,7 @@ import threading
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from tiercache.errors import TierCacheError
 from tiercache.load.corrupt import CorruptionMap, replace_corrupt
 from tiercache.load.prefetch import WindowLoad, blocks_by_shard, loading_pool, shards_of
 from tiercache.load.reading_plan import ReadingPlanPublisher
-from tiercache.order import DatasetLayout, EpochOrder, OrderOptions, RankPlan, RowRun, Window
+from tiercache.order import DatasetSizes, EpochOrder, OrderOptions, RankPlan, RowRun, Window
 from tiercache.order.explicit import ExplicitOrder, ExplicitWindow
 from tiercache.order.mixture import MixtureOrder
 from tiercache.order.window import MOST_ROWS, allocate_rows
@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from tiercache.load.prefetch import AnyPiece, LoadThreads, MemoryPressure
     from tiercache.load.ranks import Rank
     from tiercache.load.state import RunState
-    from tiercache.order import Order, Section
+    from tiercache.order import AnyWindow, Order, Section
     from tiercache.order.explicit import ServedOrder
     from tiercache.views import Records
 
+    # The records that an order orders, or their corrupt records if these are replaced.
+    Ordered: TypeAlias = Records | CorruptionMap
     PlanEpoch: TypeAlias = Callable[[RunState], "OrderShare"]
     ClaimedEpoch: TypeAlias = tuple["OrderShare", Future["EpochStart | None"] | None, ReadingPlanPublisher]
 
@@ -111,7 +113,7 @@ class Piece:
         needed: bool[n_blocks] for each window: the blocks that this piece or later pieces of the window need.
     """
 
-    windows: tuple[Window, ...]
+    windows: tuple[AnyWindow, ...]
     n_rows: int
     needed: tuple[NDArray[np.bool_], ...]
     _rows_of_sections: tuple[_SectionRows, ...]
@@ -154,25 +156,25 @@ class PieceSizes:
 ARRAY_PIECES, RUN_PIECES = PieceSizes(), PieceSizes(run=RUN_ROWS)
 
 
-def pieces(order: Order, ranks: RankPlan, sizes: PieceSizes = ARRAY_PIECES) -> Iterator[Piece]:
+def pieces(order: Order, rank_plan: RankPlan, sizes: PieceSizes = ARRAY_PIECES) -> Iterator[Piece]:
     """Yield what the rank is served from its offset to the end of the epoch, in order, padding last.
 
     A piece ends where a window of one of its streams ends, or at its maximum size, independent of the batches. The
     maximum is four times as large for each next piece. Making a piece may read footers (`Order.section_at`); their
     errors pass through.
     """
-    cutter = _Cutter(order, ranks)
-    full_stop = ranks.n_full * ranks.batch_size
+    cutter = _Cutter(order, rank_plan)
+    full_stop = rank_plan.n_full * rank_plan.batch_size
     row, n_rows = 0, sizes.first
-    while row < ranks.n_served:
-        limit = full_stop if row < full_stop else ranks.n_served
+    while row < rank_plan.n_served:
+        limit = full_stop if row < full_stop else rank_plan.n_served
         stop = min(row + n_rows, limit)
-        if n_rows > sizes.most and not cutter.is_run(ranks.range_between(row, stop)):
+        if n_rows > sizes.most and not cutter.is_run(rank_plan.range_between(row, stop)):
             stop = min(row + sizes.most, limit)
-        if row == full_stop and ranks.n_padding:
+        if row == full_stop and rank_plan.n_padding:
             # Padding repeats earlier records, so the blocks that are held say nothing about the blocks that it needs.
-            cutter = _Cutter(order, ranks)
-        yield from cutter.cut(ranks.range_or_positions(row, stop), is_last=stop == ranks.n_served)
+            cutter = _Cutter(order, rank_plan)
+        yield from cutter.cut(rank_plan.range_or_positions(row, stop), is_last=stop == rank_plan.n_served)
         row, n_rows = stop, min(4 * n_rows, max(sizes.most, sizes.run))
 
 
@@ -189,9 +191,9 @@ class _StreamCursor:
 class _Cutter:
     """Cuts a rank's rows where sections end. It holds each stream's section as long as it is in use."""
 
-    def __init__(self, order: Order, ranks: RankPlan) -> None:
+    def __init__(self, order: Order, rank_plan: RankPlan) -> None:
         self._order = order
-        self._ranks = ranks
+        self._rank_plan = rank_plan
         self._held: dict[int, tuple[Section, tuple[NDArray[np.bool_], ...]]] = {}
 
     def is_run(self, positions: range | None) -> bool:
@@ -237,8 +239,8 @@ class _Cutter:
     def _piece(self, cursors: list[_StreamCursor], start: int, stop: int) -> Piece:
         """Return the piece of the rows [start, stop) and advance the streams."""
         rows_of_sections: list[_SectionRows] = []
-        needed: dict[Window, NDArray[np.bool_]] = {}  # streams that share a window need the same blocks of it
-        first_blocks: dict[Window, int] = {}
+        needed: dict[AnyWindow, NDArray[np.bool_]] = {}  # streams that share a window need the same blocks of it
+        first_blocks: dict[AnyWindow, int] = {}
         n_blocks = 0
         by_stream = {cursor.stream: cursor for cursor in cursors}
         for stream in sorted(self._held):
@@ -279,13 +281,15 @@ class _Cutter:
         # Otherwise later sections use the same windows and need other blocks of them.
         if not (window is section or _is_covered(window, section)):
             return tuple(np.ones(len(window.blocks), np.bool_) for window in section.windows)
-        n_blocks, n_left, ranks = len(window.blocks), section.stop - position, self._ranks
-        sharing = ranks.world_size if ranks.ignores_streams else max(ranks.world_size // self._order.n_streams, 1)
+        n_blocks, n_left, rank_plan = len(window.blocks), section.stop - position, self._rank_plan
+        sharing = (
+            rank_plan.world_size if rank_plan.ignores_streams else max(rank_plan.world_size // self._order.n_streams, 1)
+        )
         n_rows = n_left // sharing if rest is None else len(rest)
         if n_rows <= _SPARSE_ROWS * n_blocks and n_left <= _SPARSE_POSITIONS:
             if rest is None:
                 rest = np.arange(position, section.stop, dtype=np.int64)
-                rest = rest[ranks.owns(rest * self._order.n_streams + stream)]
+                rest = rest[rank_plan.owns(rest * self._order.n_streams + stream)]
             needed = np.zeros(n_blocks, np.bool_)
             needed[_rows_at(section, rest)[0]] = True
         elif window.key is None and isinstance(window, Window):  # blocks before the position are not needed
@@ -295,7 +299,7 @@ class _Cutter:
         return (needed,)
 
 
-def _is_covered(window: Any, section: Section) -> bool:
+def _is_covered(window: AnyWindow, section: Section) -> bool:
     """Whether a section of an explicit order is the only one that uses its window."""
     return isinstance(window, ExplicitWindow) and len(window) == section.stop - section.start
 
@@ -350,14 +354,14 @@ class OrderShare:
 
     Attributes:
         order: Order of all ranks' records.
-        ranks: The batches of this rank, from where the epoch begins for it.
+        rank_plan: The batches of this rank, from where the epoch begins for it.
         seed, epoch: The random values of a record follow from them and from the record's position.
         corruption: Corrupt records that are replaced. None: corrupt data is an error.
         sizes: Maximum rows of its pieces.
     """
 
     order: Order
-    ranks: RankPlan
+    rank_plan: RankPlan
     seed: int
     epoch: int
     corruption: CorruptionMap | None = None
@@ -365,11 +369,11 @@ class OrderShare:
 
     def pieces(self, n_batches: int) -> Iterator[AnyPiece]:
         """Yield what is served after n_batches, in order, padding last. Reads footers."""
-        ranks = replace(self.ranks, offset=self.ranks.offset_after(n_batches))
-        all_pieces = pieces(self.order, ranks, self.sizes)
+        rank_plan = replace(self.rank_plan, offset=self.rank_plan.offset_after(n_batches))
+        all_pieces = pieces(self.order, rank_plan, self.sizes)
         if self.corruption is None:
             return all_pieces
-        return replace_corrupt(all_pieces, self.corruption, RecordWalk(self, ranks))
+        return replace_corrupt(all_pieces, self.corruption, RecordWalk(self, rank_plan))
 
     def locate(self, position: int) -> tuple[int, int, int]:
         """Return (shard, block, row in the block) of a position of the epoch. Reads footers."""
@@ -387,8 +391,8 @@ class OrderShare:
 
         Their stored bytes are about n_bytes, or less near the end of the epoch.
         """
-        n_done = min(n_batches + n_rows // self.ranks.batch_size, self.ranks.n_batches)
-        offset, n_streams, streams = self.ranks.offset_after(n_done), self.order.n_streams, self.ranks.streams
+        n_done = min(n_batches + n_rows // self.rank_plan.batch_size, self.rank_plan.n_batches)
+        offset, n_streams, streams = self.rank_plan.offset_after(n_done), self.order.n_streams, self.rank_plan.streams
         share_bytes = max(n_bytes // len(streams), 1)
         runs = [
             self.order.shards_ahead(stream, -(-(offset - stream) // n_streams), share_bytes).tolist()
@@ -400,27 +404,27 @@ class OrderShare:
 
 @dataclass(frozen=True, slots=True)
 class RecordWalk:
-    """A rank's records one by one, counted in rows from the start of its pieces, which begin at `ranks`.
+    """A rank's records one by one, counted in rows from the start of its pieces, which begin at `rank_plan`.
 
     Locations have the order's row numbers.
     """
 
     share: OrderShare
-    ranks: RankPlan
+    rank_plan: RankPlan
 
     def before(self, n_rows: int) -> Iterator[RecordLocation]:
         """Yield the records before row n_rows, latest first, back to the start of the epoch."""
-        ranks, locate = self.ranks, self.share.locate
+        rank_plan, locate = self.rank_plan, self.share.locate
         for row in reversed(range(n_rows)):
-            yield locate(int(ranks.positions_between(row, row + 1)[0]))
-        while ranks.offset >= ranks.global_batch:
-            ranks = replace(ranks, offset=ranks.offset - ranks.global_batch)
-            yield from map(locate, ranks.positions(0)[::-1].tolist())
+            yield locate(int(rank_plan.positions_between(row, row + 1)[0]))
+        while rank_plan.offset >= rank_plan.global_batch:
+            rank_plan = replace(rank_plan, offset=rank_plan.offset - rank_plan.global_batch)
+            yield from map(locate, rank_plan.positions(0)[::-1].tolist())
 
     def after(self, n_rows: int) -> Iterator[RecordLocation]:
         """Yield the record at row n_rows, and those after it."""
-        for row in range(n_rows, self.ranks.n_served):
-            yield self.share.locate(int(self.ranks.positions_between(row, row + 1)[0]))
+        for row in range(n_rows, self.rank_plan.n_served):
+            yield self.share.locate(int(self.rank_plan.positions_between(row, row + 1)[0]))
 
 
 def interleaved(runs: Sequence[Sequence[int]]) -> list[int]:
@@ -429,20 +433,21 @@ def interleaved(runs: Sequence[Sequence[int]]) -> list[int]:
     return list(dict.fromkeys(run[i] for i in range(longest) for run in runs if i < len(run)))
 
 
-def plan_epoch(
-    read: Records | CorruptionMap, rank: Rank, batch_size: int, fills_first: bool, state: RunState
-) -> OrderShare:
+def records_of(ordered: Ordered) -> Records:
+    """Return the records that an order orders."""
+    return ordered.source if isinstance(ordered, CorruptionMap) else ordered
+
+
+def plan_epoch(ordered: Ordered, rank: Rank, batch_size: int, fills_first: bool, state: RunState) -> OrderShare:
     """Return the rank's share of the state's epoch. Costs O(shards); reads no data.
 
-    read: the source, or its corrupt records if they are replaced; fills_first: see `RankPlan`. Raises ValueError: the
+    fills_first: see `RankPlan`. Raises ValueError: the
     state's offset is outside the epoch, or this release does not know its order.
     """
-    order, corruption = make_order(read, state), read if isinstance(read, CorruptionMap) else None
-    source = read.source if isinstance(read, CorruptionMap) else read
-    sizes = (
-        RUN_PIECES if corruption is None and source.selects_all else ARRAY_PIECES
-    )  # otherwise the rows are needed as arrays
-    ranks = RankPlan(
+    order, corruption = make_order(ordered, state), ordered if isinstance(ordered, CorruptionMap) else None
+    is_run = corruption is None and records_of(ordered).selects_all  # otherwise the rows are needed as arrays
+    sizes = RUN_PIECES if is_run else ARRAY_PIECES
+    rank_plan = RankPlan(
         offset=state.offset,
         world_size=rank.world_size,
         rank=rank.rank,
@@ -452,28 +457,27 @@ def plan_epoch(
         n_streams=order.n_streams,
         fills_first=fills_first,
     )
-    return OrderShare(order, ranks, state.seed, state.key_epoch, corruption, sizes)
+    return OrderShare(order, rank_plan, state.seed, state.key_epoch, corruption, sizes)
 
 
-def make_order(read: Records | CorruptionMap, state: RunState) -> Order:
+def make_order(ordered: Ordered, state: RunState) -> Order:
     """Return the order of the state's epoch."""
-    source = read.source if isinstance(read, CorruptionMap) else read
-    layout = DatasetLayout(source.shard_records, source.shard_bytes, read.block_sizes)
+    source = records_of(ordered)
+    sizes = DatasetSizes(source.shard_records, source.shard_bytes, ordered.block_sizes)
     options = order_options(state)
     if source.mixture is not None:
-        return MixtureOrder(layout, source.mixture, options, state.key_epoch)
+        return MixtureOrder(sizes, source.mixture, options, state.key_epoch)
     listed = source.record_order
     if listed is not None and not state.shuffle:
-        return explicit_order(read, listed, state.window_bytes)
-    return EpochOrder(layout, options, state.key_epoch)
+        return explicit_order(ordered, listed, state.window_bytes)
+    return EpochOrder(sizes, options, state.key_epoch)
 
 
-def explicit_order(read: Records | CorruptionMap, numbers: ServedOrder, window_bytes: int | None) -> Order:
+def explicit_order(ordered: Ordered, numbers: ServedOrder, window_bytes: int | None) -> Order:
     """Return the order that serves these records, counted in stored order. window_bytes: limit of unmapped blocks."""
-    source = read.source if isinstance(read, CorruptionMap) else read
-    layout = DatasetLayout(source.shard_records, source.shard_bytes, read.block_sizes)
-    # Its windows have the interface of Window; its sections store their rows, so no permutation is computed.
-    return cast("Order", ExplicitOrder(layout, numbers, window_bytes, source.is_mapped))
+    source = records_of(ordered)
+    sizes = DatasetSizes(source.shard_records, source.shard_bytes, ordered.block_sizes)
+    return ExplicitOrder(sizes, numbers, window_bytes, source.is_mapped)
 
 
 def order_options(state: RunState) -> OrderOptions:
@@ -506,7 +510,7 @@ def mixture_values(source: Records) -> dict[str, Any] | None:
     return {"weights": changes if len(changes) > 1 else changes[0][1], "stop": mixture.stop}
 
 
-# Shards per call of prefetch(): some ms if each is looked up in a cache. on_source_closed() waits for at most one call.
+# Shards per call of prefetch(): some ms if each is looked up in a cache. drop_preparation() waits for at most one call.
 _SHARDS_A_STEP = 16
 
 
@@ -560,7 +564,7 @@ class NextEpoch:
         self._share: OrderShare | None = None
         # Set to stop the loads of the next epoch, so that closing the data set does not wait for them.
         self._unwanted = threading.Event()
-        # Held during each step of the preparation. on_source_closed() waits for the current step, so no step begins
+        # Held during each step of the preparation. drop_preparation() waits for the current step, so no step begins
         # after the caller closes the cache or the store. Re-entrant, because the garbage collector may call it in a
         # thread that is within a step.
         self._step = threading.RLock()
@@ -619,7 +623,14 @@ class NextEpoch:
         return taken
 
     def on_source_closed(self) -> None:
-        """Drop the preparation: a local copy that it reads may be gone, or the data set is closed."""
+        """See CloseListener."""
+        self.drop_preparation()
+
+    def drop_preparation(self) -> None:
+        """End the preparation and release its blocks: a local copy may be replaced, or the data set is closed.
+
+        The epoch may still begin: it is then planned anew.
+        """
         if self._pid != os.getpid():
             return
         ready, plan = self._end(), self.publisher
@@ -656,7 +667,7 @@ class NextEpoch:
         if not self._is_predicted:
             return None
         rest = self.share.pieces(0)
-        # Reads footers. on_source_closed() does not wait for that, because a store may be slow.
+        # Reads footers. drop_preparation() does not wait for that, because a store may be slow.
         first = next(rest, None)
         if first is None:
             return None
@@ -692,7 +703,7 @@ class NextEpoch:
 
     @contextlib.contextmanager
     def _a_step(self) -> Iterator[None]:
-        """Context of one step of the preparation. Raises CancelledError after on_source_closed()."""
+        """Context of one step of the preparation. Raises CancelledError after drop_preparation()."""
         with self._step:
             if self._unwanted.is_set():
                 raise CancelledError

@@ -19,10 +19,10 @@ class HeadspacePipeline(ClosingPipeline):
     One thread at a time calls take(); any thread may call close() and figures().
     """
 
-    def __init__(self, work: PipelineInputs, before: Any) -> None:
+    def __init__(self, inputs: PipelineInputs, before: Any) -> None:
         self._before = before
-        self._waits = work.waits
-        self._n_taken, self._n_batches = work.first_batch, work.share.ranks.n_batches
+        self._waits = inputs.waits
+        self._n_taken, self._n_batches = inputs.first_batch, inputs.share.rank_plan.n_batches
         self._batch: Any = None
         self._first: dict[str, float] = {}  # figures of the first batch
         self._n_served = 0

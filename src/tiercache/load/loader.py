@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from multiprocessing.context import BaseContext
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from tiercache.load.state import STEPS_SINCE, RunState, state_for_workers
 from tiercache.load.torch_library import TorchLibrary
 from tiercache.load.torch_rng import RandomGenerators, loadable, next_seed, settled
 from tiercache.load.transform import BatchFunction
-from tiercache.load.transform_workers import TransformStage
+from tiercache.load.transform_workers import TransformSettings
 from tiercache.model import short_repr
 from tiercache.rng import use_fresh_key
 
@@ -59,12 +59,20 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
     """torch's DataLoader with a resumable state and a native path for `tiercache.Dataset`.
 
     The loader honours torch's arguments (and torchdata's `snapshot_every_n_steps`) as torch does; only `options` is
-    new. A `tiercache.Dataset` takes the native path, in which threads gather batches without Python. The transforms of
-    the data set and of the options are applied to these batches: by a thread, or by `num_workers` processes, which
-    only run the user's functions. A plain sequence or a sampler of torch or torchdata replaces the order there.
-    torchdata's StatefulDataLoader serves everything else: other data sets in torch's order; a `tiercache.Dataset` with
-    a `collate_fn` but no transform, or of a class that overrides how records are read, with the order, the ranks and
-    the state of the native path; the user's own samplers and batch samplers; and any sampler over a mixture.
+    new. On the native path, threads gather batches without Python. The transforms of the data set and of the options
+    are applied to these batches: by a thread, or by `num_workers` processes, which only run the user's functions. On
+    torch's path, torchdata's StatefulDataLoader fetches and collates records. The arguments decide the path:
+
+    | data set | arguments | path | order and ranks | state |
+    | --- | --- | --- | --- | --- |
+    | `tiercache.Dataset` | no sampler | native | tiercache's | tiercache's |
+    | the same | a plain sequence, or a sampler of torch or torchdata | native | the sampler's | torchdata's form |
+    | the same, not a mixture | the user's own sampler or batch sampler | torch's | the sampler's | torchdata's |
+    | a mixture | any sampler | torch's | the sampler's | torchdata's |
+    | any other | any | torch's | torch's | torchdata's |
+
+    A `tiercache.Dataset` with a `collate_fn` but no transform, with `batch_size=None`, or of a class that overrides how
+    records are read always takes torch's path; without a sampler, it keeps tiercache's order, ranks and state there.
 
     On the native path a batch is a dict by column: tensors [n, ...] of the column's dtype; lists for bytes, str, JSON
     and encoded images; a list of tensors for ragged columns; `<column>.valid`, bool[n], beside a nullable column. The
@@ -137,7 +145,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         if access is not None or batch_transforms:
             collate_fn = _collate_of(access, collate_fn, batch_transforms, is_batched=batch_size is not None)
         self._has_sampler, self._is_mixture = path.has_sampler, path.is_mixture
-        self._starts_workers = path.starts_workers or self._runs_functions
+        self._starts_workers = path.name == "torch" or self._runs_functions
         shuffled = bool(shuffle)
         records: Any = dataset  # torch's stub of a data set has no length
         is_empty = shuffled and path.is_ordered and not len(records)
@@ -169,19 +177,19 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 prefetch_factor=prefetch_factor,
                 persistent_workers=persistent_workers,
                 pin_memory_device=pin_memory_device,
-                in_order=in_order or not path.starts_workers,  # torchdata warns about workers that do not exist here
+                in_order=in_order or path.name == "native",  # torchdata warns about workers that do not exist here
                 snapshot_every_n_steps=snapshot_every_n_steps,
             )
         if type(self.batch_sampler) is torchdata_samplers.BatchSampler and batch_sampler is None:
             self.batch_sampler.__class__ = BatchSampler  # torchdata creates it, and torch forbids replacing it later
         self.in_order = in_order
         has_state = isinstance(dataset, Stateful)
-        _check_options(options, path.why_not_native, is_ordered=path.is_ordered, has_state=has_state)
+        _check_options(options, path.reason, is_ordered=path.is_ordered, has_state=has_state)
         self._is_split = False
         self._native: OrderEngine | SamplerEngine | None = None
         self._indexed: TorchPathEngine | None = None
-        if access is not None and (path.is_ordered or not path.why_not_native):
-            stage = self._stage()
+        if access is not None and (path.is_ordered or not path.reason):
+            transforms = self._transform_settings()
             arguments = LoaderArguments(
                 library=TorchLibrary(),
                 batch_size=int(batch_size or 1),
@@ -191,20 +199,20 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 pin_memory=pin_memory,
                 generator=generator,
                 options=options or LoaderOptions(),
-                output_spec=access.output_spec if stage is None else stage.function.gathered_spec,
+                output_spec=access.output_spec if transforms is None else transforms.function.gathered_spec,
                 num_workers=num_workers,
                 persistent_workers=persistent_workers,
             )
-            if not path.why_not_native:
+            if not path.reason:
                 self._native = self._make_engine(arguments)
             elif has_state:  # torchdata keeps the data set's state beside the sampler's
                 self._is_split = arguments.options.split_ranks
             else:
                 self._indexed = TorchPathEngine(records, arguments, is_batched=batch_size is not None)
         self._bind_sampler()
-        # Set after a mid-epoch state in torchdata's form, which earlier releases saved, was loaded: torchdata serves
-        # the rest of that epoch.
-        self._resumes_in_torchdata = self._torchdata_serves_rest = False
+        # Set when a mid-epoch state in torchdata's form, which earlier releases saved, is loaded:
+        self._resumes_in_torchdata = False  # The next iter() continues that epoch in torchdata.
+        self._torchdata_serves_rest = False  # torchdata serves the epoch to its end. Still set when that iter() began.
         self._served_batch_sampler = self.batch_sampler
         self._newest_torch_iterator: Any = None
         if self._native is not None and num_workers:
@@ -234,7 +242,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 return super().__iter__()
         if self.pin_memory and self.pin_memory_device and hasattr(torch, "accelerator"):  # 2.6 and later
             warnings.warn(_NO_PIN_DEVICE.format(self.pin_memory_device), stacklevel=2)
-        self._native.transforms = self._stage()
+        self._native.transforms = self._transform_settings()
         return self._native.iterate()
 
     def check_worker_number_rationality(self) -> None:
@@ -262,8 +270,8 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             with self._torchdata_iterator():
                 state = super().state_dict()
         if isinstance(self.sampler, RandomSampler) and state["_iterator_finished"]:
-            begins = not (self.persistent_workers and self.num_workers)
-            state = {**state, NEXT_EPOCH: self.sampler.next_epoch(begins=begins)}
+            draws_base_seed = not (self.persistent_workers and self.num_workers)
+            state = {**state, NEXT_EPOCH: self.sampler.next_epoch(draws_base_seed=draws_base_seed)}
         epoch = get_sampler_epoch(self._index_sampler)
         return settled(state if epoch is None else {**state, SAMPLER_EPOCH: epoch})
 
@@ -542,7 +550,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             self._native = self._make_engine(replace(arguments, shuffle=False))
         self._starts_workers = self._native is None or self._runs_functions
 
-    def _stage(self) -> TransformStage | None:
+    def _transform_settings(self) -> TransformSettings | None:
         """Return the user's functions of the native path, and their processes; None: there are no such functions.
 
         It is made for each epoch, because frameworks set worker_init_fn and others after the loader was made.
@@ -561,7 +569,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             collate_fn=None if access.transform is None else collate_fn,
             batch_transforms=batch_transforms,
         )
-        return TransformStage(
+        return TransformSettings(
             function=function,
             n_workers=self.num_workers,
             context=self.multiprocessing_context,
@@ -594,38 +602,38 @@ class _Path:
     """How a loader serves its data set, as far as its arguments decide it.
 
     Attributes:
-        why_not_native: Reason why the loader cannot take the native path; "" if it can (with a known sampler, if it
-            has one).
+        name: Path that serves the loader.
+        reason: Reason why a loader over this data set takes torch's path, whatever its sampler; "" if there is none.
         has_sampler: Whether the caller gave a sampler or a batch sampler.
         is_ordered: Whether the order is tiercache's own, on either path.
         is_mixture: Whether the data set is a mixture. A record of a mixture has no fixed number: which record of a part
             comes next depends on the epoch.
-        starts_workers: Whether torch's path serves the loader, which may start worker processes.
     """
 
-    why_not_native: str
+    name: Literal["native", "torch"]
+    reason: str
     has_sampler: bool
     is_ordered: bool
     is_mixture: bool
-    starts_workers: bool
 
 
 def _choose_path(
     dataset: Any, access: NativeAccess | None, batch_size: int | None, sampler: Any, batch_sampler: Any, collate_fn: Any
 ) -> _Path:
     """Return the path for the loader's arguments. access: None for a data set of another library."""
-    why_not_native = _NOT_OURS.format(dataset)
+    reason = _NOT_OURS.format(dataset)
     if access is not None:
-        why_not_native = _why_not_native(access, batch_size, collate_fn, batch_sampler)
+        reason = _reason_for_torch(access, batch_size, collate_fn, batch_sampler)
     has_sampler = sampler is not None or batch_sampler is not None
     is_mixture = access is not None and access.source.mixture is not None
     is_known_sampler = is_known(sampler) if batch_sampler is None else is_known_batch_sampler(batch_sampler)
-    starts_workers = bool(why_not_native) or (has_sampler and (is_mixture or not is_known_sampler))
-    return _Path(why_not_native, has_sampler, access is not None and not has_sampler, is_mixture, starts_workers)
+    takes_torch_path = bool(reason) or (has_sampler and (is_mixture or not is_known_sampler))
+    name: Literal["native", "torch"] = "torch" if takes_torch_path else "native"
+    return _Path(name, reason, has_sampler, access is not None and not has_sampler, is_mixture)
 
 
-def _why_not_native(access: NativeAccess, batch_size: int | None, collate_fn: Any, batch_sampler: Any) -> str:
-    """Return the reason why a loader over a tiercache data set does not take the native path; "" if it does."""
+def _reason_for_torch(access: NativeAccess, batch_size: int | None, collate_fn: Any, batch_sampler: Any) -> str:
+    """Return the reason why a tiercache data set takes torch's path with any sampler; "" if there is none."""
     if batch_size is None and batch_sampler is None:
         return "batch_size=None asks for single records"
     if access.overrides_access:
@@ -701,21 +709,21 @@ def _log_ignored(num_workers: int, names: list[str], *, runs_functions: bool) ->
     )
 
 
-def _check_options(options: Any, why_not: str, *, is_ordered: bool, has_state: bool) -> None:
+def _check_options(options: Any, reason: str, *, is_ordered: bool, has_state: bool) -> None:
     """Raise TypeError or ValueError for `options` of a wrong type or without an effect.
 
-    is_ordered: whether the order is tiercache's own, also on torch's path; has_state: whether the data set has a state
-    of its own.
+    reason: see _Path; is_ordered: whether the order is tiercache's own, also on torch's path; has_state: whether the
+    data set has a state of its own.
     """
     if options is None:
         return
     if not isinstance(options, LoaderOptions):
         raise TypeError(f"options= takes a tiercache.LoaderOptions(...), got {options!r}")
-    if why_not and not is_ordered:
-        raise ValueError(f"options= {_OF_NATIVE_PATH} {why_not}: remove options=")
+    if reason and not is_ordered:
+        raise ValueError(f"options= {_OF_NATIVE_PATH} {reason}: remove options=")
     native_only = ("memory_bytes", "threads", "on_corrupt", "device", "headspace")
-    without_effect: Sequence[str] = native_only if why_not else ()
-    if why_not and has_state:
+    without_effect: Sequence[str] = native_only if reason else ()
+    if reason and has_state:
         without_effect = [field.name for field in fields(LoaderOptions) if field.name != "split_ranks"]
     defaults = LoaderOptions()
     for name in without_effect:
@@ -723,7 +731,7 @@ def _check_options(options: Any, why_not: str, *, is_ordered: bool, has_state: b
         if name == "device":
             value = find_device(value)  # None for the CPU, where batches are anyway
         if value != getattr(defaults, name):
-            raise ValueError(f"{name}={value!r} {_OF_NATIVE_PATH} {why_not}: {_instead_of(name)}")
+            raise ValueError(f"{name}={value!r} {_OF_NATIVE_PATH} {reason}: {_instead_of(name)}")
 
 
 def _instead_of(name: str) -> str:

@@ -23,7 +23,6 @@ import numpy.typing as npt
 from tiercache._native import packing
 from tiercache.errors import CorruptShard, SchemaError, TierCacheError
 from tiercache.images.options import DecodeImage
-from tiercache.model import CloseListener, SourcePart
 from tiercache.shard.conversion import Casts, ConversionError, as_numpy, bfloat16_tensor, served_column, served_columns
 from tiercache.shard.read.values import ColumnValues, as_batch, as_records
 from tiercache.shard.schema import Column, Kind, Schema
@@ -41,7 +40,7 @@ def stored_fill(column: Column, fill: Any) -> Any:
     A single number fills a whole tensor. Raises SchemaError: the column is not nullable, or cannot hold the value.
     """
     if not column.nullable:
-        message = "nulls: only a nullable column takes a fill value, and this column is not nullable"
+        message = "fill_nulls: only a nullable column takes a fill value, and this column is not nullable"
         raise SchemaError(message, column=column.name, expected="'mask'", got=repr(fill))
     plain = dataclasses.replace(column, nullable=False)
     if column.kind is Kind.TENSOR and _is_single(fill):
@@ -49,7 +48,7 @@ def stored_fill(column: Column, fill: Any) -> Any:
     try:
         value = value_converter(plain)(fill)
     except ConversionError as error:
-        message = f"nulls: the column cannot hold this fill value: {error}"
+        message = f"fill_nulls: the column cannot hold this fill value: {error}"
         raise SchemaError(message, column=column.name, expected=error.expected, got=error.got) from error
     if column.kind is Kind.TENSOR:
         return np.broadcast_to(np.asarray(value, column.stored), tuple(d or 0 for d in column.shape))
@@ -183,7 +182,7 @@ class Padded:
 _ZERO_PADDED = Padded()
 Layouts: TypeAlias = Mapping[str, ColumnLayout | Padded]
 
-_FORMS_OF: dict[Kind, tuple[ColumnLayout, ...]] = {
+_LAYOUTS_OF_KIND: dict[Kind, tuple[ColumnLayout, ...]] = {
     Kind.RAGGED: COLUMN_LAYOUTS,
     Kind.BYTES: COLUMN_LAYOUTS,
     Kind.STR: COLUMN_LAYOUTS,
@@ -308,7 +307,7 @@ def _name_of(layout: ServedLayout | Padded) -> ServedLayout:
 
 
 def _check_layout(column: Column, given: ColumnLayout | Padded) -> None:
-    allowed, layout = _FORMS_OF.get(column.kind, ()), _name_of(given)
+    allowed, layout = _LAYOUTS_OF_KIND.get(column.kind, ()), _name_of(given)
     if layout not in COLUMN_LAYOUTS:
         _refuse(column, "unknown layout", ", ".join(map(repr, allowed or COLUMN_LAYOUTS)), layout)
     if not allowed:
@@ -483,18 +482,18 @@ def apply_layouts(
         return as_batch(columns)
     batch: dict[str, Any] = {}
     for found in columns:
-        name, form = found.column.name, output_spec.layout(found.column)
-        if form == "list":
+        name, layout = found.column.name, output_spec.layout(found.column)
+        if layout == "list":
             batch[name] = found.values
-        elif form == "boundaries":
+        elif layout == "boundaries":
             batch[name], batch["max_seqlen"] = joined_boundaries(found.values)
-        elif form == "padded":
+        elif layout == "padded":
             padding = output_spec.padding(found.column)
             error = length_error(found, padding, number)
             if error is not None:
                 raise error
             batch[name], batch[f"{name}.lengths"] = _padded(found.column, _runs(found), padding)
-        elif form == "buffer":
+        elif layout == "buffer":
             batch[name] = _buffer(found.column, _runs(found))
         else:
             batch[name] = _nested(found.column, _buffer(found.column, _runs(found)))
@@ -590,7 +589,7 @@ def _nested(column: Column, buffer: Buffer) -> Any:
     try:
         torch = import_module("torch")
     except ModuleNotFoundError as error:
-        message = "the form 'nested' is a torch tensor, and torch is not installed; 'buffer' is of numpy arrays"
+        message = "the layout 'nested' is a torch tensor, and torch is not installed; 'buffer' is of NumPy arrays"
         raise SchemaError(message, column=column.name, expected="torch", got="no torch") from error
     values = torch.as_tensor(buffer.values)
     return torch.nested.nested_tensor_from_jagged(values, torch.from_numpy(buffer.offsets))
@@ -673,9 +672,6 @@ def _after_making(name: str) -> Callable[..., Any]:
 
 for _name in _LOOK:
     setattr(LazyRecords, _name, _after_making(_name))
-
-
-__all__ = ["CloseListener", "SourcePart"]
 
 
 @dataclass(frozen=True, slots=True)

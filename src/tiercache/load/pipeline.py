@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from tiercache.load.prefetch import LoadedWindow
     from tiercache.load.ranks import Rank
     from tiercache.load.reading_plan import ReadingPlanPublisher
-    from tiercache.load.transform_workers import TransformStage, WorkerPool
+    from tiercache.load.transform_workers import TransformSettings, WorkerPool
     from tiercache.stats import Counters, WaitHistogram
     from tiercache.views import Records
 
@@ -115,7 +115,7 @@ class PipelineInputs:
         workers: Processes that run these functions. None: a thread runs them.
         device: Device to which the last stage copies batches. None: batches stay in host memory.
         pinned: Pinned memory in which this stage leaves its batches. None: ordinary memory.
-        headspace: Whether the first batch is served as all batches.
+        headspace: Whether the first batch is served again and again, to measure the training loop alone.
     """
 
     setup: PipelineSetup
@@ -129,7 +129,7 @@ class PipelineInputs:
     next_epoch: NextEpoch | None = None
     corruption: CorruptionMap | None = None
     publisher: ReadingPlanPublisher | None = None
-    transforms: TransformStage | None = None
+    transforms: TransformSettings | None = None
     workers: WorkerPool | None = None
     device: BatchDevice | None = None
     pinned: PinnedMemory | None = None
@@ -137,7 +137,7 @@ class PipelineInputs:
 
     @property
     def source(self) -> Records:
-        """Records that is read."""
+        """Records that are read."""
         return self.setup.source
 
     @property
@@ -148,7 +148,7 @@ class PipelineInputs:
     @property
     def batch_rows(self) -> int:
         """Rows of the longest batch."""
-        return max(min(self.share.ranks.batch_size, self.share.ranks.n_records), 1)
+        return max(min(self.share.rank_plan.batch_size, self.share.rank_plan.n_records), 1)
 
 
 class ClosingPipeline(ABC):
@@ -191,21 +191,23 @@ class Pipeline(ClosingPipeline):
     closes itself at the end of the epoch, at an error, when its last reference is dropped, and at interpreter exit.
     """
 
-    def __init__(self, work: PipelineInputs, resources: Resources) -> None:
-        self._work = work
-        self._assembler = work.setup.assembler
-        slot_bytes, about_bytes = work.setup.slot_bytes(work.batch_rows)
+    def __init__(self, inputs: PipelineInputs, resources: Resources) -> None:
+        self._inputs = inputs
+        self._assembler = inputs.setup.assembler
+        slot_bytes, about_bytes = inputs.setup.slot_bytes(inputs.batch_rows)
         if self._assembler.bytes_streams:
             keep_freed_memory()
         depth = max(MIN_DEPTH, min(MAX_DEPTH, min(CACHE_BYTES, resources.memory_bytes) // max(about_bytes, 1)))
         memory: Bytes | None = None
-        if work.pinned is not None:
-            if work.setup.pads:  # padding may take as much again; slots are not enlarged within an epoch
+        if inputs.pinned is not None:
+            if inputs.setup.pads:  # padding may take as much again; slots are not enlarged within an epoch
                 slot_bytes = max(slot_bytes, 2 * about_bytes)
-            memory, slot_bytes = work.pinned.lend_arena(work.pinned.slot_bytes(slot_bytes), depth + work.pinned.n_held)
+            memory, slot_bytes = inputs.pinned.lend_arena(
+                inputs.pinned.slot_bytes(slot_bytes), depth + inputs.pinned.n_held
+            )
         self._ring = Ring(
             self._assembler.streams,
-            batch_rows=work.batch_rows,
+            batch_rows=inputs.batch_rows,
             depth=depth,
             n_threads=resources.n_threads,
             slot_bytes=slot_bytes,
@@ -213,24 +215,25 @@ class Pipeline(ClosingPipeline):
         )
         del memory  # the ring keeps it as long as it is used
         self._shared = PlannerState()
-        self._pool = loading_pool(resources.n_threads, sends_requests=work.source.sends_requests)
+        self._pool = loading_pool(resources.n_threads, sends_requests=inputs.source.sends_requests)
         threads = LoadThreads(self._pool, self._shared.stop, resources.n_threads, resources.limit_bytes)
         self._memory_bytes = resources.memory_bytes
         self._ahead: deque[Slot | Exception] = deque(maxlen=1)  # taken from the ring, not handed out yet
-        # also taken from the ring; empty again at once, unless Ctrl-C struck
+        # Result of the last wait for the ring. take() removes it at once, so it holds something only if Ctrl-C struck
+        # between the two steps.
         self._waited: deque[Slot | int] = deque(maxlen=1)
         self._n_replaced = 0
         # replaced rows of the batch that take() returned last, and the locations of their replacements
         self.replaced: dict[int, RecordLocation] = {}
         self._is_closed = False
         self._taking = threading.RLock()
-        special_queues = (self._waited, self._shared.replaced_pieces)
+        slow_if_any = (self._waited, self._shared.replaced_pieces)
         self._taker = BatchTaker(
-            self._ring, self._assembler.entries, self._shared.pushed, special_queues, self._taking, work.waits.bins
+            self._ring, self._assembler.entries, self._shared.pushed, slow_if_any, self._taking, inputs.waits.bins
         )
         # The thread holds no reference to this object, so that dropping the last outside reference closes it.
         self._planner = threading.Thread(
-            target=run_planner, args=(work, self._ring, self._shared, threads), name="tiercache-plan", daemon=True
+            target=run_planner, args=(inputs, self._ring, self._shared, threads), name="tiercache-plan", daemon=True
         )
         self._register()
         self._planner.start()
@@ -272,8 +275,8 @@ class Pipeline(ClosingPipeline):
         with contextlib.suppress(InvalidStateError):  # The pipeline was closed before.
             self._shared.stop.set_result(None)
         self._ring.close()
-        if self._work.pinned is not None:
-            self._work.pinned.note_largest(self._ring.figures()["largest"])
+        if self._inputs.pinned is not None:
+            self._inputs.pinned.note_largest(self._ring.figures()["largest"])
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._planner is not threading.current_thread() and self._planner.is_alive():
             self._planner.join(PLANNER_NEXT_S if self._shared.ended else PLANNER_END_S)
@@ -291,7 +294,7 @@ class Pipeline(ClosingPipeline):
 
         The ring counts a batch that Ctrl-C lost; no other counter does.
         """
-        return self._work.first_batch + self._ring.figures()["batches"] - len(self._ahead) - len(self._waited)
+        return self._inputs.first_batch + self._ring.figures()["batches"] - len(self._ahead) - len(self._waited)
 
     def figures(self) -> dict[str, float]:
         """Return samples, batches, bytes_served and skipped (replaced records) of take(); gather_ns of all threads.
@@ -351,7 +354,7 @@ class Pipeline(ClosingPipeline):
         if not self._waited:
             slot = self._ring.take(0.0)
             if not isinstance(slot, int):
-                self._work.waits.add_zero()
+                self._inputs.waits.add_zero()
                 return slot
             start_s = time.perf_counter()
             try:
@@ -359,7 +362,7 @@ class Pipeline(ClosingPipeline):
                 # loses no batch.
                 self._waited.extend(map(self._ring.take, (timeout_s,)))
             finally:
-                self._work.waits.add(time.perf_counter() - start_s)
+                self._inputs.waits.add(time.perf_counter() - start_s)
         return self._waited.popleft()
 
     def _next_filled(self, timeout_s: float) -> Slot | int:
@@ -369,7 +372,7 @@ class Pipeline(ClosingPipeline):
         """
         slot: Slot | int | Exception
         if self._ahead:
-            self._work.waits.add_zero()
+            self._inputs.waits.add_zero()
             slot = self._ahead.popleft()
         else:
             slot = self._started(self._next_slot(timeout_s))
@@ -438,14 +441,14 @@ class Pipeline(ClosingPipeline):
     def _explain(self, error: OSError | ValueError) -> TierCacheError:
         """Return the error of the first block that cannot be read, found by reading the batch's rows one by one."""
         text = str(error.strerror if isinstance(error, OSError) else error)
-        source = self._work.source
+        source = self._inputs.source
         streams = gather_streams(source.schema)
         names = [column.name for column in source.schema.columns for _ in column.streams(0)]
         # Ctrl-C may have lost batches: the ring counted them, but the taker did not.
         n_uncounted = self._ring.figures()["batches"] - self._taker.batches
-        stop = self._taker.rows + (1 + n_uncounted) * self._work.share.ranks.batch_size
+        stop = self._taker.rows + (1 + n_uncounted) * self._inputs.share.rank_plan.batch_size
         served = served_columns(
-            source.schema, self._work.output_spec.cast if isinstance(error, gather.CastError) else {}
+            source.schema, self._inputs.output_spec.cast if isinstance(error, gather.CastError) else {}
         )
         examined: set[PackedBlocks] = set()
         if isinstance(error, gather.TooLongError):
@@ -485,12 +488,12 @@ class Pipeline(ClosingPipeline):
 
     def _too_long(self, start: int, stop: int) -> SchemaError | None:
         """Return the error of the first row of [start, stop) of the sequence that is longer than a max_length."""
-        share, source, output_spec = self._work.share, self._work.source, self._work.output_spec
+        share, source, output_spec = self._inputs.share, self._inputs.source, self._inputs.output_spec
         replaced = self._replaced(start, stop)
 
         def number(index: int) -> int:
-            batch, within = divmod(start + index, share.ranks.batch_size)
-            position = int(share.ranks.positions(self._work.first_batch + batch)[within])
+            batch, within = divmod(start + index, share.rank_plan.batch_size)
+            position = int(share.rank_plan.positions(self._inputs.first_batch + batch)[within])
             return record_number(source, *(replaced.get(index) or share.locate(position)))
 
         for index, (loaded, block, row) in enumerate(self._locations(start, stop)):

@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from tiercache._native.ring import Ring
     from tiercache.load.pipeline import PipelineInputs
     from tiercache.load.prefetch import AnyPiece, LoadThreads
-    from tiercache.order import Window
+    from tiercache.order import AnyWindow
 
 
 # A window with its needed blocks, bool[n_blocks].
-WindowBlocks: TypeAlias = "tuple[Window, NDArray[np.bool_]]"
+WindowBlocks: TypeAlias = "tuple[AnyWindow, NDArray[np.bool_]]"
 # Locations of rows: a run whose rows are computed as they are gathered, or block and row, uint32[n] each.
 Rows: TypeAlias = "RowRun | tuple[NDArray[np.uint32], NDArray[np.uint32]]"
 
@@ -106,19 +106,19 @@ class PlannerState:
     ended: bool = False
 
 
-def run_planner(work: PipelineInputs, ring: Ring, shared: PlannerState, threads: LoadThreads) -> None:
+def run_planner(inputs: PipelineInputs, ring: Ring, shared: PlannerState, threads: LoadThreads) -> None:
     """Run the planner thread: push each piece of the epoch, then prepare the start of the next epoch."""
     is_planned = False
     try:
-        if work.publisher is not None:
-            work.publisher.begin(work.share, work.first_batch)
-        planner = _Planner(work, ring, shared, threads)
+        if inputs.publisher is not None:
+            inputs.publisher.begin(inputs.share, inputs.first_batch)
+        planner = _Planner(inputs, ring, shared, threads)
         planner.push_all()
         ring.finish()
         is_planned = True  # Later errors concern the next epoch, which raises them itself.
-        if work.next_epoch is not None and planner.has_room():
+        if inputs.next_epoch is not None and planner.has_room():
             planner.drop_windows()
-            work.next_epoch.prepare(threads, planner.pressure, planner.ahead_bytes)
+            inputs.next_epoch.prepare(threads, planner.pressure, planner.ahead_bytes)
     except CancelledError:  # close() was called while a window was loaded.
         ring.finish(failed=True)
     except Exception as error:  # noqa: BLE001 -- top of a thread: the consumer raises it in its place in the order
@@ -127,8 +127,8 @@ def run_planner(work: PipelineInputs, ring: Ring, shared: PlannerState, threads:
         ring.finish(failed=True)
     finally:
         # The pipeline was closed before it used the prepared start, which may not be ready yet.
-        if work.epoch_start is not None:
-            cancel_loads(work.epoch_start)
+        if inputs.epoch_start is not None:
+            cancel_loads(inputs.epoch_start)
 
 
 class Lookahead:
@@ -188,9 +188,9 @@ class _Planner:
     ahead_bytes: stored bytes of shards to prefetch ahead of the windows.
     """
 
-    def __init__(self, work: PipelineInputs, ring: Ring, shared: PlannerState, threads: LoadThreads) -> None:
-        self._work = work
-        self._source = work.source.for_epoch(work.share.seed, work.share.epoch)
+    def __init__(self, inputs: PipelineInputs, ring: Ring, shared: PlannerState, threads: LoadThreads) -> None:
+        self._inputs = inputs
+        self._source = inputs.source.for_epoch(inputs.share.seed, inputs.share.epoch)
         self._ring = ring
         self._shared = shared
         self._threads = threads
@@ -199,14 +199,15 @@ class _Planner:
         self._windows: dict[int, LoadedWindow] = {}  # by the window's id; each holds its window
         self._loading: dict[int, WindowLoad] = {}  # started ahead, here or by the epoch before; by the window's id
         self._joined: JoinedWindows | None = None
-        self._served_windows: tuple[Window, ...] = ()  # the windows of the last push
+        self._served_windows: tuple[AnyWindow, ...] = ()  # the windows of the last push
         # Whether the ring holds rows of these windows only: then the next windows are the second set in memory.
         self._is_one_set = False
-        self._requested: dict[int, Window] = {}  # windows whose blocks are requested ahead, by id
-        self._begun: list[WindowBlocks] = []  # windows whose shards are not requested as a whole yet
-        self.ahead_bytes = SHARDS_AHEAD * work.setup.largest_bytes
-        self._near = PagePrefetcher(threads, work.setup.stored_bytes)
-        self.pressure = MemoryPressure(work.source.is_mapped, threads.limit_bytes)
+        self._requested: dict[int, AnyWindow] = {}  # windows whose blocks are requested ahead, by id
+        # Windows of whose shards only blocks are requested: the shards are not requested as a whole yet.
+        self._requested_by_blocks: list[WindowBlocks] = []
+        self.ahead_bytes = SHARDS_AHEAD * inputs.setup.largest_bytes
+        self._near = PagePrefetcher(threads, inputs.setup.stored_bytes)
+        self.pressure = MemoryPressure(inputs.source.is_mapped, threads.limit_bytes)
 
     def push_all(self) -> None:
         """Push every piece. Raises CancelledError if the ring is closed meanwhile."""
@@ -224,27 +225,27 @@ class _Planner:
             if not self.pressure.fits(piece):
                 self._push_under_pressure(piece, lookahead)
             elif not self._pushed_rows and not self._loading and is_worth_slicing(piece) and self._is_remote(piece):
-                for part in start_slices(piece, self._work.share.ranks.batch_size):
-                    self._push(part, lookahead)
+                for piece_slice in start_slices(piece, self._inputs.share.rank_plan.batch_size):
+                    self._push(piece_slice, lookahead)
                     self._prefetch_rest()
             else:
                 self._push(piece, lookahead)
-            if self._work.source.can_prefetch:
+            if self._inputs.source.can_prefetch:
                 self._prefetch_ahead(lookahead)
 
     def _push_under_pressure(self, piece: AnyPiece, lookahead: Lookahead) -> None:
-        for part in self.pressure.slices(piece):
-            for window, needed in zip(part.windows, part.needed, strict=True):
+        for piece_slice in self.pressure.slices(piece):
+            for window, needed in zip(piece_slice.windows, piece_slice.needed, strict=True):
                 if id(window) in self._windows and not self._windows[id(window)].covers(needed):
                     del self._windows[id(window)]
-            self._push(part, lookahead)
+            self._push(piece_slice, lookahead)
             self._is_one_set = False  # the blocks of each slice are a set of their own
-            if "pressure" not in self._work.warned and self.pressure.has_measured and not self.pressure.fits(piece):
+            if "pressure" not in self._inputs.warned and self.pressure.has_measured and not self.pressure.fits(piece):
                 self._warn()
 
     def _is_remote(self, piece: AnyPiece) -> bool:
         """Return whether blocks of a piece must be fetched from a store."""
-        is_local = self._work.source.is_local
+        is_local = self._inputs.source.is_local
         pairs = zip(piece.windows, piece.needed, strict=True)
         return not all(is_local(shard) for window, needed in pairs for shard in shards_of(window, needed))
 
@@ -261,67 +262,67 @@ class _Planner:
 
     def _pieces(self) -> Iterator[AnyPiece]:
         start_s = time.perf_counter()
-        epoch_start = None if self._work.epoch_start is None else self._threads.result(self._work.epoch_start)
+        epoch_start = None if self._inputs.epoch_start is None else self._threads.result(self._inputs.epoch_start)
         if epoch_start is not None:
             self._loading = {id(load.window): load for load in epoch_start.loading}
             pieces = epoch_start.pieces
         else:
-            pieces = self._work.share.pieces(self._work.first_batch)
+            pieces = self._inputs.share.pieces(self._inputs.first_batch)
         for piece in pieces:
             self._count("plan_s", start_s)
             yield piece
             start_s = time.perf_counter()
 
-    def _push(self, part: AnyPiece, lookahead: Lookahead) -> None:
-        """Load the windows that a part needs and that are missing, and push its rows."""
-        missing = self._drop_other_windows(part)
+    def _push(self, piece: AnyPiece, lookahead: Lookahead) -> None:
+        """Load the windows that a piece, or a slice of one, needs and that are missing, and push its rows."""
+        missing = self._drop_other_windows(piece)
         rows = None
-        if not self._is_work(missing):  # computed while the piece before is served; else while windows are decoded
-            rows = self._rows(part)
-        loading = self._begin(missing) if self._is_one_set else None
+        if not self._must_load(missing):  # computed while the piece before is served; else while windows are decoded
+            rows = self._rows(piece)
+        loading = self._start_loads(missing) if self._is_one_set else None
         if not self._ring.wait_room(1):  # Also within a window: its rows in served order take 8 bytes each.
             for load in loading or ():
                 load.cancel()
             raise CancelledError
         self._advance()
         if loading is None:
-            loading = self._begin(missing)
+            loading = self._start_loads(missing)
         if self._pushed_rows and self._source.sends_requests:
             self._load_ahead(lookahead)
         if rows is None:
-            rows = self._rows(part)
+            rows = self._rows(piece)
         start_s = time.perf_counter()
         new = self._finish(loading)
-        joined = self._join(part)
+        joined = self._join(piece)
         # Prefetch its pages before a row of it is requested, while the window before is served.
-        is_first, served = not self._pushed_rows, (*self._served_windows, *part.windows)
+        is_first, served = not self._pushed_rows, (*self._served_windows, *piece.windows)
         for read in self._near.prefetch_pages(new, served) if not is_first else ():
             self._threads.result(read)
         self._count("load_s", start_s)
         pushed = PushedRows(rows, joined)
         self._last_rows = pushed.n_rows
-        self._last_bytes = sum(int(w.block_bytes[n].sum()) for w, n in zip(part.windows, part.needed, strict=True))
+        self._last_bytes = sum(int(w.block_bytes[n].sum()) for w, n in zip(piece.windows, piece.needed, strict=True))
         self._pushed_rows += self._last_rows
         self._shared.pushed.append((self._pushed_rows, pushed))
-        if not self._ring.push(pushed.as_plan(self._work.setup.layouts)):
+        if not self._ring.push(pushed.as_plan(self._inputs.setup.layouts)):
             raise CancelledError
         if is_first:  # The first batch does not wait for its whole window.
             self._near.prefetch_pages(new, served, is_served=True)
-            if self._work.publisher is not None:
-                self._work.publisher.complete()
-        self._is_one_set = is_first or self._served_windows == part.windows
-        self._served_windows = part.windows
+            if self._inputs.publisher is not None:
+                self._inputs.publisher.complete()
+        self._is_one_set = is_first or self._served_windows == piece.windows
+        self._served_windows = piece.windows
 
     def _advance(self) -> None:
         """Tell the cache that all rows but those of the last push are served, so that it may evict their shards."""
-        if self._work.publisher is not None:
-            self._work.publisher.advance(self._work.first_batch, self._pushed_rows - self._last_rows)
+        if self._inputs.publisher is not None:
+            self._inputs.publisher.advance(self._inputs.first_batch, self._pushed_rows - self._last_rows)
 
-    def _drop_other_windows(self, part: AnyPiece) -> list[WindowBlocks]:
-        """Drop the windows that the part does not need, before memory is used; return those that lack needed blocks."""
+    def _drop_other_windows(self, piece: AnyPiece) -> list[WindowBlocks]:
+        """Drop the windows that a piece does not need, before memory is used; return those that lack needed blocks."""
         still_needed: dict[int, LoadedWindow] = {}
         missing = []
-        for window, needed in zip(part.windows, part.needed, strict=True):
+        for window, needed in zip(piece.windows, piece.needed, strict=True):
             loaded = self._windows.get(id(window))
             if loaded is not None:
                 still_needed[id(window)] = loaded
@@ -332,18 +333,19 @@ class _Planner:
             self._joined = None
         return missing
 
-    def _is_work(self, missing: list[WindowBlocks]) -> bool:
-        is_mapped = self._work.source.is_mapped
+    def _must_load(self, missing: list[WindowBlocks]) -> bool:
+        """Whether threads must read or decode blocks of these windows, and nothing has started that."""
+        is_mapped = self._inputs.source.is_mapped
         # their reading and decoding is under way
         missing = [pair for pair in missing if id(pair[0]) not in self._loading]
         return any(not is_mapped(shard) for window, needed in missing for shard in set(window.shards[needed].tolist()))
 
-    def _begin(self, missing: list[WindowBlocks]) -> list[WindowLoad]:
-        """Begin to load windows that the epoch before has not begun to load."""
+    def _start_loads(self, missing: list[WindowBlocks]) -> list[WindowLoad]:
+        """Return the loads of the missing windows; start those that nothing has started."""
         start_s = time.perf_counter()
         new = [pair for pair in missing if id(pair[0]) not in self._loading]
         self._request(new)
-        self._begun += new
+        self._requested_by_blocks += new
         loading = []
         for window, needed in missing:
             load = self._loading.pop(id(window), None)
@@ -366,11 +368,11 @@ class _Planner:
 
     def _request(self, windows: list[WindowBlocks]) -> None:
         """Request the blocks of windows, unless that was done ahead: before everything that is only prefetched."""
-        if self._work.source.can_prefetch:
+        if self._inputs.source.can_prefetch:
             for window, needed in windows:
                 if self._requested.pop(id(window), None) is None:
                     for shard, blocks in blocks_by_shard(window, needed):
-                        self._work.source.prefetch_blocks(shard, blocks)
+                        self._inputs.source.prefetch_blocks(shard, blocks)
 
     def _prefetch_ahead(self, lookahead: Lookahead) -> None:
         """Request the blocks of the next windows, in the order in which they are needed, and then their shards.
@@ -380,20 +382,20 @@ class _Planner:
         new = lookahead.extend(min(self.ahead_bytes, AHEAD_FACTOR * self._last_bytes))
         self._request(new)
         self._requested |= {id(window): window for window, _ in new}
-        self._begun += new
+        self._requested_by_blocks += new
         self._prefetch_rest()
 
     def _prefetch_rest(self) -> None:
         """Prefetch the shards of the windows that were requested, and the shards after them."""
-        begun, self._begun, work = self._begun, [], self._work
-        if not begun or not work.source.can_prefetch:
+        windows, self._requested_by_blocks, inputs = self._requested_by_blocks, [], self._inputs
+        if not windows or not inputs.source.can_prefetch:
             return
-        own = interleaved([shards_of(*pair) for pair in begun])
-        ahead = work.share.shards_ahead(work.first_batch, self._pushed_rows, self.ahead_bytes)
+        own = interleaved([shards_of(*pair) for pair in windows])
+        ahead = inputs.share.shards_ahead(inputs.first_batch, self._pushed_rows, self.ahead_bytes)
         # Near the end of an epoch the shards of the next epoch come next.
-        if work.next_epoch is not None and int(work.source.shard_bytes[ahead].sum()) < self.ahead_bytes:
-            ahead += work.next_epoch.shards_ahead(self.ahead_bytes)
-        work.source.prefetch([*dict.fromkeys([*own, *ahead])])
+        if inputs.next_epoch is not None and int(inputs.source.shard_bytes[ahead].sum()) < self.ahead_bytes:
+            ahead += inputs.next_epoch.shards_ahead(self.ahead_bytes)
+        inputs.source.prefetch([*dict.fromkeys([*own, *ahead])])
 
     def _finish(self, loading: list[WindowLoad]) -> list[LoadedWindow]:
         new = []
@@ -408,31 +410,31 @@ class _Planner:
                 load.cancel()
         return new
 
-    def _join(self, part: AnyPiece) -> JoinedWindows:
-        windows = tuple(self._windows[id(window)] for window in part.windows)
+    def _join(self, piece: AnyPiece) -> JoinedWindows:
+        windows = tuple(self._windows[id(window)] for window in piece.windows)
         if self._joined is None or self._joined.windows != windows:
             self._joined = JoinedWindows(windows)
         return self._joined
 
-    def _rows(self, part: AnyPiece) -> Rows:
-        """Return the part's rows as they are stored."""
-        run = part.run if self._work.source.selects_all else None
+    def _rows(self, piece: AnyPiece) -> Rows:
+        """Return the piece's rows as they are stored."""
+        run = piece.run if self._inputs.source.selects_all else None
         if run is not None:
             return run
         start_s = time.perf_counter()
-        block, row = part.rows()
-        shards = [window.shards for window in part.windows]
-        blocks = [window.blocks for window in part.windows]
+        block, row = piece.rows()
+        shards = [window.shards for window in piece.windows]
+        blocks = [window.blocks for window in piece.windows]
         if len(shards) > 1:
             shards, blocks = [np.concatenate(shards)], [np.concatenate(blocks)]
-        row = self._work.source.stored_rows(shards[0], blocks[0], block, row)
+        row = self._inputs.source.stored_rows(shards[0], blocks[0], block, row)
         self._count("plan_s", start_s)
         return block, row
 
     def _count(self, name: str, start_s: float) -> None:
-        self._work.counters.add(name, time.perf_counter() - start_s)
+        self._inputs.counters.add(name, time.perf_counter() - start_s)
 
     def _warn(self) -> None:
         """Warn that blocks are read again and again."""
-        self._work.warned.add("pressure")
-        warnings.warn(self.pressure.explain(self._work.source.url), RuntimeWarning, stacklevel=2)
+        self._inputs.warned.add("pressure")
+        warnings.warn(self.pressure.explain(self._inputs.source.url), RuntimeWarning, stacklevel=2)

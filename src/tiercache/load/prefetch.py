@@ -22,7 +22,6 @@ from tiercache import config
 from tiercache._native.mapping import are_resident
 from tiercache.errors import CorruptShard
 from tiercache.model import format_bytes
-from tiercache.order import Window
 from tiercache.shard.read.blocks import renew_checks
 from tiercache.store.retry import stop_retries_when
 
@@ -34,26 +33,27 @@ if TYPE_CHECKING:
 
     from tiercache.load.corrupt import RecordLocation
     from tiercache.load.epoch import Piece
+    from tiercache.order import AnyWindow
     from tiercache.shard.read.blocks import Blocks
     from tiercache.views import Records
 
 
-# Parts per thread: at the end the other threads wait at most for one such part.
-PARTS_A_THREAD = 2
-# A part costs about 0.2 ms beside its bytes. A part of 16 MiB is decoded in 20 ms, which is how long close() may wait.
-MIN_PART_BYTES, MAX_PART_BYTES = 1 << 20, 16 << 20
+# Load tasks per thread: at the end the other threads wait at most for one such task.
+TASKS_A_THREAD = 2
+# A task costs about 0.2 ms beside its bytes. A task of 16 MiB is decoded in 20 ms, which is how long close() may wait.
+MIN_TASK_BYTES, MAX_TASK_BYTES = 1 << 20, 16 << 20
 
 
-def split_window(
-    window: Window, needed: NDArray[np.bool_], n_threads: int, is_mapped: Callable[[int], bool]
+def plan_load_tasks(
+    window: AnyWindow, needed: NDArray[np.bool_], n_threads: int, is_mapped: Callable[[int], bool]
 ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-    """Cut the needed blocks of a window into parts, each the indices of blocks of one shard, in its order.
+    """Cut the needed blocks of a window into load tasks, each the indices of blocks of one shard, in its order.
 
-    A thread takes the next part when its last one is done, so all threads are busy to the end, whatever the shards.
+    A thread takes the next task when its last one is done, so all threads are busy to the end, whatever the shards.
 
     Returns:
-        Whole shards that are only mapped; and the parts to read, fetch or decode, of about the same size and at most
-        MAX_PART_BYTES unless a part is a single block. Shards are in the order in which the window names them.
+        Whole shards that are only mapped; and the tasks of reading, fetching or decoding, of about the same size and at
+        most MAX_TASK_BYTES unless a task is a single block. Shards are in the order in which the window names them.
     """
     indices = np.flatnonzero(needed)
     if not len(indices):
@@ -67,33 +67,33 @@ def split_window(
     runs = [indices[starts[turn] : stops[turn]] for turn in turns.tolist()]
     free = [is_mapped(int(window.shards[run[0]])) for run in runs]
     mapped = [run for run, is_free in zip(runs, free, strict=True) if is_free]
-    work = [run for run, is_free in zip(runs, free, strict=True) if not is_free]
-    limit = part_bytes(sum(int(window.block_bytes[run].sum()) for run in work), n_threads)
-    return mapped, [part for run in work for part in _cut(run, window, limit)]
+    others = [run for run, is_free in zip(runs, free, strict=True) if not is_free]
+    limit = task_bytes(sum(int(window.block_bytes[run].sum()) for run in others), n_threads)
+    return mapped, [task for run in others for task in _cut(run, window, limit)]
 
 
-def part_bytes(n_bytes: int, n_threads: int) -> int:
-    """Return the size of a part of a window that has n_bytes to load."""
-    return min(max(n_bytes // (n_threads * PARTS_A_THREAD), MIN_PART_BYTES), MAX_PART_BYTES)
+def task_bytes(n_bytes: int, n_threads: int) -> int:
+    """Return the size of a load task of a window that has n_bytes to load."""
+    return min(max(n_bytes // (n_threads * TASKS_A_THREAD), MIN_TASK_BYTES), MAX_TASK_BYTES)
 
 
-def _cut(run: NDArray[np.int64], window: Window, limit_bytes: int) -> list[NDArray[np.int64]]:
-    """Cut a shard's blocks into parts of about the same size, at most limit_bytes unless a block is larger."""
+def _cut(run: NDArray[np.int64], window: AnyWindow, limit_bytes: int) -> list[NDArray[np.int64]]:
+    """Cut a shard's blocks into load tasks of about the same size, at most limit_bytes unless a block is larger."""
     sums = np.cumsum(window.block_bytes[run])
-    n_parts = -(-int(sums[-1]) // limit_bytes)
-    share = -(-int(sums[-1]) // max(n_parts, 1))
-    parts, begin, start_bytes = [], 0, 0
+    n_tasks = -(-int(sums[-1]) // limit_bytes)
+    share = -(-int(sums[-1]) // max(n_tasks, 1))
+    tasks, begin, start_bytes = [], 0, 0
     while begin < len(run):
         end = max(int(np.searchsorted(sums, start_bytes + share, side="right")), begin + 1)
-        parts.append(run[begin:end])
+        tasks.append(run[begin:end])
         begin, start_bytes = end, int(sums[end - 1])
-    return parts
+    return tasks
 
 
 T = TypeVar("T")
 
 # Minimum number of threads that load windows. Where they send requests to a store, each waits for the one or two of its
-# part. 16 requests at once are as many as a store's concurrency limit begins with.
+# task. 16 requests at once are as many as a store's concurrency limit begins with.
 MIN_LOAD_THREADS, MIN_REQUEST_THREADS = 4, 16
 
 
@@ -108,11 +108,11 @@ class LoadedWindow:
     """The loaded blocks of a window. It owns their memory: addresses are valid while it lives.
 
     addresses: uint64[n_streams, n_blocks, 3], zeros for blocks that were not requested; block_groups: the
-    parts that were loaded concurrently; group_of_block, position: int32[n_blocks], the index of the part that has the
-    block (-1: none), and the block's index there.
+    blocks of each load task; group_of_block, position: int32[n_blocks], the index of the group that has the block (-1:
+    none), and the block's index there.
     """
 
-    window: Window
+    window: AnyWindow
     addresses: NDArray[np.uint64]
     block_groups: tuple[Blocks, ...]
     group_of_block: NDArray[np.int32]
@@ -209,7 +209,7 @@ class LoadThreads:
 
 
 class WindowLoad:
-    """A window that is being loaded: threads read and decode, concurrently in parts; finish() maps the rest.
+    """A window that is being loaded: threads read and decode, in load tasks; finish() maps the rest.
 
     Mapping a shard takes some 0.3 ms of Python, for which threads would only wait for each other. The blocks of `base`,
     the same window with some blocks, are not loaded again.
@@ -218,7 +218,7 @@ class WindowLoad:
     def __init__(
         self,
         source: Records,
-        window: Window,
+        window: AnyWindow,
         needed: NDArray[np.bool_],
         executor: Executor,
         n_threads: int,
@@ -232,9 +232,9 @@ class WindowLoad:
         missing = needed if base is None else needed & (base.group_of_block < 0)
         self._source, self._unwanted = source, unwanted
         self._n_streams = sum(len(column.streams(0)) for column in source.schema.columns)
-        self._mapped, work = split_window(window, missing, n_threads, source.is_mapped)
+        self._mapped, tasks = plan_load_tasks(window, missing, n_threads, source.is_mapped)
         self._loaded: list[tuple[NDArray[np.int64], Blocks]] = []
-        self._work = [(indices, executor.submit(self._load_unless_unwanted, indices)) for indices in work]
+        self._tasks = [(indices, executor.submit(self._load_unless_unwanted, indices)) for indices in tasks]
 
     def finish(self, threads: LoadThreads) -> LoadedWindow:
         """Return the window when all of it is loaded. May be called once.
@@ -253,11 +253,11 @@ class WindowLoad:
         try:
             while self.map_next_shard():
                 pass
-            loaded = [*self._loaded, *((indices, threads.result(future)) for indices, future in self._work)]
+            loaded = [*self._loaded, *((indices, threads.result(future)) for indices, future in self._tasks)]
         finally:
-            self.cancel()  # after an error the other parts need not start
+            self.cancel()  # after an error the other tasks need not start
             # The epoch refers to this object to its end, and must not keep this memory.
-            self._loaded, self._work, self._base = [], [], None
+            self._loaded, self._tasks, self._base = [], [], None
         for number, (indices, blocks) in enumerate(loaded, len(groups)):
             addresses[:, indices] = blocks.addresses
             holder[indices] = number
@@ -274,8 +274,8 @@ class WindowLoad:
         return True
 
     def cancel(self) -> None:
-        """Cancel the parts that no thread has started."""
-        for _, future in self._work:
+        """Cancel the tasks that no thread has started."""
+        for _, future in self._tasks:
             future.cancel()
 
     def _load_unless_unwanted(self, indices: NDArray[np.int64]) -> Blocks:
@@ -288,8 +288,8 @@ class WindowLoad:
         shard = int(self.window.shards[indices[0]])
         try:
             blocks = self._source.load(shard, self.window.blocks[indices].tolist())
-            # Single pages of 4 KiB are read for listed rows; checking would read 64 KiB for each of them.
-            if isinstance(self.window, Window):
+            # A single row needs one or two pages of 4 KiB; checking it would read 64 KiB.
+            if self.window.reads_whole_blocks:
                 renew_checks(blocks)
             return blocks
         except CorruptShard as error:
@@ -314,7 +314,7 @@ class ArrayPiece:
         replaced: int64[m], rising, the rows whose records are replaced.
     """
 
-    windows: tuple[Window, ...]
+    windows: tuple[AnyWindow, ...]
     needed: tuple[NDArray[np.bool_], ...]
     block: NDArray[np.uint32]
     row: NDArray[np.uint32]
@@ -408,7 +408,7 @@ class MemoryPressure:
         """Share of a block's raw bytes that takes memory of its own."""
         return self._private_bytes / self._raw_bytes if self._raw_bytes else 1.0
 
-    def _decoded_bytes(self, window: Window, needed: NDArray[np.bool_]) -> int:
+    def _decoded_bytes(self, window: AnyWindow, needed: NDArray[np.bool_]) -> int:
         if not self._share:
             return 0
         whole = self._share * int(window.block_bytes[needed].sum())
@@ -433,8 +433,8 @@ SLICE_BYTES = 4 << 20
 # Blocks of a first piece of less than this many slices come in a second or less: then slices only cost requests.
 MIN_SLICES = 32
 # Blocks between needed ones are requested with them up to this gap, because later windows need them in any case, and
-# a request costs more.
-GAP_BYTES = 128 << 10
+# a request costs more. docs/design/stores.md compares the limits of all layers.
+BLOCK_GAP_BYTES = 128 << 10
 
 
 def is_worth_slicing(piece: AnyPiece) -> bool:
@@ -461,21 +461,21 @@ def start_slices(piece: AnyPiece, n_rows: int) -> Iterator[ArrayPiece]:
         start, n_rows = stop, 2 * n_rows
 
 
-def shards_of(window: Window, needed: NDArray[np.bool_]) -> list[int]:
+def shards_of(window: AnyWindow, needed: NDArray[np.bool_]) -> list[int]:
     """Return the shards of the needed blocks of a window, in the order in which the window names them."""
     return list(dict.fromkeys(window.shards[needed].tolist()))
 
 
-def blocks_by_shard(window: Window, needed: NDArray[np.bool_]) -> list[tuple[int, list[int]]]:
+def blocks_by_shard(window: AnyWindow, needed: NDArray[np.bool_]) -> list[tuple[int, list[int]]]:
     """Return the needed blocks of a window by shard, shards in the order in which the window names them.
 
-    Blocks in short gaps between them are needed later, and are returned too (see GAP_BYTES).
+    Blocks in short gaps between them are needed later, and are returned too (see BLOCK_GAP_BYTES).
     """
     found: dict[int, list[int]] = {}
     for shard, block in zip(window.shards[needed].tolist(), window.blocks[needed].tolist(), strict=True):
         found.setdefault(shard, []).append(block)
     sizes = window.block_bytes[needed]
-    longest_gap = GAP_BYTES // max(int(sizes.mean()), 1) if len(sizes) else 0
+    longest_gap = BLOCK_GAP_BYTES // max(int(sizes.mean()), 1) if len(sizes) else 0
     return [(shard, _with_short_gaps(blocks, longest_gap)) for shard, blocks in found.items()]
 
 
@@ -489,7 +489,7 @@ def _with_short_gaps(blocks: list[int], longest_gap: int) -> list[int]:
     return with_gaps
 
 
-def _touched(windows: tuple[Window, ...], block: NDArray[np.uint32]) -> tuple[NDArray[np.bool_], ...]:
+def _touched(windows: tuple[AnyWindow, ...], block: NDArray[np.uint32]) -> tuple[NDArray[np.bool_], ...]:
     ends = np.cumsum([len(window.blocks) for window in windows])
     touched = np.zeros(int(ends[-1]), np.bool_)
     touched[block] = True
@@ -521,10 +521,10 @@ class PagePrefetcher:
     def __init__(self, threads: LoadThreads, stored_bytes: int) -> None:
         self._threads = threads
         self._stored_bytes = stored_bytes
-        self._near: list[tuple[Window, list[Blocks]]] = []
+        self._near: list[tuple[AnyWindow, list[Blocks]]] = []
 
     def prefetch_pages(
-        self, windows: Sequence[LoadedWindow], served: Sequence[Window], *, is_served: bool = False
+        self, windows: Sequence[LoadedWindow], served: Sequence[AnyWindow], *, is_served: bool = False
     ) -> list[Future[int]]:
         """Start to read the mapped pages of windows, as far as there is room; returns at once.
 
@@ -568,7 +568,7 @@ class PagePrefetcher:
         huge = _kernel() >= _HUGE_SINCE and share_of_huge_pages(pages) <= most and _expect(pages, _HUGEPAGE)
         return self._threads.executor.submit(_read, blocks, self._threads.stop, huge)
 
-    def _release_served(self, served: Sequence[Window], *, larger: bool) -> None:
+    def _release_served(self, served: Sequence[AnyWindow], *, larger: bool) -> None:
         """Forget windows that were served; if the data set is larger than memory, let their pages be evicted first."""
         ids = set(map(id, served))
         gone = [near for near in self._near if id(near[0]) not in ids]
@@ -592,7 +592,7 @@ def plan_steps(pages: NDArray[np.uint64]) -> list[tuple[int, int]]:
 
 
 def count_near(sizes: Sequence[int], room_bytes: int) -> int:
-    """Return how many of the first parts fit room_bytes together."""
+    """Return how many of the first groups of blocks fit room_bytes together."""
     return int(np.searchsorted(np.cumsum(np.array(sizes, np.int64)), room_bytes, side="right"))
 
 

@@ -94,10 +94,10 @@ def find_shard_uses(share: OrderShare, start: int, n_shards: int) -> ShardUses:
 
     Padding, and records of a last batch that come from another rank's stream, are not counted.
     """
-    order, ranks = share.order, share.ranks
+    order, rank_plan = share.order, share.rank_plan
     begins, ends = np.full(n_shards, NEVER), np.zeros(n_shards, np.int64)
     spans: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
-    for stream in ranks.streams:
+    for stream in rank_plan.streams:
         groups = _groups_from(order.groups(stream), stream, order.n_streams, start)
         sizes = np.diff(groups.cuts)
         np.minimum.at(begins, groups.shards, np.repeat(groups.starts, sizes))
@@ -151,7 +151,7 @@ def make_reading_plan(
 
 def cost_of(share: OrderShare, n_shards: int) -> int:
     """Return the cost of examining one epoch, in shards."""
-    return n_shards + _SHARDS_A_STREAM * len(share.ranks.streams)
+    return n_shards + _SHARDS_A_STREAM * len(share.rank_plan.streams)
 
 
 logger = logging.getLogger("tiercache")
@@ -176,8 +176,8 @@ class ReadingPlanPublisher:
         self._lock = threading.RLock()  # The garbage collector may call close() in a thread that holds the lock.
         self._share: OrderShare | None = None
         self._uses: ShardUses | None = None
-        self._following: PublishedPlan | None = None
-        self._before: ReadingPlanPublisher | None = None  # closed once this publisher has published
+        self._published: PublishedPlan | None = None
+        self._earlier: ReadingPlanPublisher | None = None  # closed once this publisher has published
         self._is_complete = self._is_closed = False
         self._clock = 0
         self._pid = os.getpid()
@@ -189,7 +189,7 @@ class ReadingPlanPublisher:
         """
         if self._share is not None or self._is_closed or not self._source.has_cache:
             return
-        self._share, self._start = share, share.ranks.offset_after(n_batches)
+        self._share, self._start = share, share.rank_plan.offset_after(n_batches)
         if len(self._source.shard_records) <= QUICK_SHARDS:
             self._is_complete = True
             self._publish(QUICK_SHARDS_AHEAD)
@@ -204,8 +204,8 @@ class ReadingPlanPublisher:
         """Set the clock to n_batches of the share and then n_rows."""
         uses, share = self._uses, self._share
         if uses is not None and share is not None:
-            n_done = min(n_batches + n_rows // share.ranks.batch_size, share.ranks.n_batches)
-            position = np.array([share.ranks.offset_after(n_done)], np.int64)
+            n_done = min(n_batches + n_rows // share.rank_plan.batch_size, share.rank_plan.n_batches)
+            position = np.array([share.rank_plan.offset_after(n_done)], np.int64)
             self._advance(int(uses.clock.at(position)[0]))
 
     def finish(self) -> None:
@@ -213,15 +213,15 @@ class ReadingPlanPublisher:
         if self._uses is not None and self._pid == os.getpid():  # a forked child may have inherited the lock locked
             self._advance(self._uses.clock.total)
 
-    def succeed(self, before: ReadingPlanPublisher) -> None:
+    def replace_earlier(self, earlier: ReadingPlanPublisher) -> None:
         """Close another publisher as soon as this one has published, or is closed."""
         if self._pid != os.getpid():
             return
         with self._lock:
-            if self._following is None and not self._is_closed and self._source.has_cache:
-                self._before = before
+            if self._published is None and not self._is_closed and self._source.has_cache:
+                self._earlier = earlier
                 return
-        before.close()
+        earlier.close()
 
     def close(self) -> None:
         """Withdraw the plan. May be called repeatedly."""
@@ -229,9 +229,9 @@ class ReadingPlanPublisher:
             return
         with self._lock:
             self._is_closed = True
-            following, self._following = self._following, None
-            before, self._before = self._before, None
-        for one in (following, before):
+            published, self._published = self._published, None
+            earlier, self._earlier = self._earlier, None
+        for one in (published, earlier):
             if one is not None:
                 one.close()
 
@@ -243,36 +243,36 @@ class ReadingPlanPublisher:
         with self._lock:  # The planner may report an older position after the consumer took the last batch.
             if clock > self._clock:
                 self._clock = clock
-                if self._following is not None:
-                    self._following.advance(clock)
+                if self._published is not None:
+                    self._published.advance(clock)
 
     def _publish(self, max_shards: int) -> None:
-        following: PublishedPlan | None
+        published: PublishedPlan | None
         try:
-            following = self._follow(max_shards)
+            published = self._make_and_publish(max_shards)
         except (OSError, TierCacheError) as error:
             logger.debug("the reading plan cannot be published, so the cache does not know what comes: %s", error)
             # The earlier plan is withdrawn all the same: it would announce this epoch as the next one for ever.
-            following = None
+            published = None
         with self._lock:
-            before, self._before = self._before, None
+            earlier, self._earlier = self._earlier, None
             is_unwanted = self._is_closed
             if not is_unwanted:
-                self._following = following
-                if following is not None and self._clock:
-                    following.advance(self._clock)
-        for one in (before, following if is_unwanted else None):
+                self._published = published
+                if published is not None and self._clock:
+                    published.advance(self._clock)
+        for one in (earlier, published if is_unwanted else None):
             if one is not None:
                 one.close()
 
-    def _follow(self, max_shards: int) -> PublishedPlan | None:
+    def _make_and_publish(self, max_shards: int) -> PublishedPlan | None:
         share, source = self._share, self._source
         if share is None:
             return None
         n_shards = len(source.shard_records)
         self._uses = find_shard_uses(share, self._start, n_shards)
-        ranks, n_filled = share.ranks, int(np.count_nonzero(source.shard_records))
-        owner = f"rank {ranks.rank} of {ranks.world_size}, epoch {self._state.epoch}, seed {share.seed}"
+        rank_plan, n_filled = share.rank_plan, int(np.count_nonzero(source.shard_records))
+        owner = f"rank {rank_plan.rank} of {rank_plan.world_size}, epoch {self._state.epoch}, seed {share.seed}"
         # The rank's shares of the following epochs.
         later = (self._plan_epoch(self._state.following(n)) for n in itertools.count(self._state.epoch + 1))
         plan = make_reading_plan(owner, self._uses, later, n_filled, max_shards)
@@ -287,7 +287,7 @@ class ReadingPlanPublisher:
         One of several ranks ends its epoch first. The cache remembers what that rank reads next, so that the other
         ranks do not evict it.
         """
-        ranks, parts = share.ranks, [(part.dataset_id, part.selection) for part in self._source.parts]
-        beside = ranks.world_size > 1
+        rank_plan, parts = share.rank_plan, [(part.dataset_id, part.selection) for part in self._source.parts]
+        beside = rank_plan.world_size > 1
         seed = self._state.following(0).seed  # the same in all epochs of the run
-        return f"rank {ranks.rank} of {ranks.world_size}, seed {seed}, of {parts}" if beside else ""
+        return f"rank {rank_plan.rank} of {rank_plan.world_size}, seed {seed}, of {parts}" if beside else ""

@@ -175,9 +175,9 @@ class SamplerEngine(Engine):
         )
         if listed is not None:
             numbers = listed[numbers]
-        read = self._source if self._corruption is None else self._corruption
-        order = explicit_order(read, numbers, self._arguments.options.window_bytes)
-        share = OrderShare(order, epoch.ranks, epoch.seed, epoch.epoch, self._corruption)
+        ordered = self._source if self._corruption is None else self._corruption
+        order = explicit_order(ordered, numbers, self._arguments.options.window_bytes)
+        share = OrderShare(order, epoch.rank_plan, epoch.seed, epoch.epoch, self._corruption)
         return self._start_iterator(epoch, share, self._draws(epoch), pin)
 
 
@@ -221,16 +221,16 @@ class IndexSampler:
         self._is_batched = is_batched
         self._epoch: Any = None  # (source, share, draws)
 
-    def begin(self, read: Any, share: OrderShare, draws: EpochDraws) -> None:
-        """Return the indices of another epoch from now on. read: source of its order."""
-        self._epoch = read, share, draws
+    def begin(self, ordered: Any, share: OrderShare, draws: EpochDraws) -> None:
+        """Return the indices of another epoch from now on. ordered: source of its order."""
+        self._epoch = ordered, share, draws
 
     def __iter__(self) -> Iterator[Any]:
         """Yield lists of indices for batches, or single indices."""
-        read, share, draws = self._epoch
-        size = share.ranks.batch_size
+        ordered, share, draws = self._epoch
+        size = share.rank_plan.batch_size
         left = np.empty(0, np.int64)
-        for numbers in served_numbers(read, share, draws):
+        for numbers in served_numbers(ordered, share, draws):
             rows = np.concatenate([left, numbers]) if len(left) else numbers
             n_whole = len(rows) // size * size
             whole = rows[:n_whole].tolist()
@@ -277,15 +277,15 @@ class TorchPathEngine(OrderEngine):
         state = self._next_state(drawn=False)
         self._check_readable()
         self._n_records = None  # a subclass may have another length now
-        read = self._numbered()
-        share = plan_epoch(read, self.rank(), self._arguments.batch_size, self._arguments.fills_first, state)
-        if share.ranks.ignores_streams:
-            self._warn_of_streams(share.ranks)
+        ordered = self._numbered()
+        share = plan_epoch(ordered, self.rank(), self._arguments.batch_size, self._arguments.fills_first, state)
+        if share.rank_plan.ignores_streams:
+            self._warn_of_streams(share.rank_plan)
         draws = TorchDraws(
-            self._arguments.generator, self._arguments.shuffle, share.ranks.n_records, is_sampled=is_resumed
+            self._arguments.generator, self._arguments.shuffle, share.rank_plan.n_records, is_sampled=is_resumed
         )
-        self.sampler.begin(read, share, draws)
-        self._pending = EpochPosition(state, share.ranks)
+        self.sampler.begin(ordered, share, draws)
+        self._pending = EpochPosition(state, share.rank_plan)
         return is_resumed
 
     def set_iterator(self, iterator: Any) -> None:
@@ -316,31 +316,31 @@ class TorchPathEngine(OrderEngine):
         return self._source if n_records == epoch_records(self._source) else _Numbered(n_records)
 
 
-def served_numbers(read: Any, share: OrderShare, draws: EpochDraws) -> Iterator[NDArray[np.int64]]:
+def served_numbers(ordered: Any, share: OrderShare, draws: EpochDraws) -> Iterator[NDArray[np.int64]]:
     """Yield the indices of a rank's records in served order, some at a time, and draw what torch's sampler draws.
 
     Reads footers for a shuffled order.
     """
     draws.sample()
     if draws.shuffle:
-        yield from _shuffled_numbers(read, share)
+        yield from _shuffled_numbers(ordered, share)
     else:  # position p is record p, also in listed and mixed sources
-        for start in range(0, share.ranks.n_served, _CHUNK_ROWS):
-            yield share.ranks.positions_between(start, min(start + _CHUNK_ROWS, share.ranks.n_served))
+        for start in range(0, share.rank_plan.n_served, _CHUNK_ROWS):
+            yield share.rank_plan.positions_between(start, min(start + _CHUNK_ROWS, share.rank_plan.n_served))
     draws.exhaust()
 
 
-def _shuffled_numbers(read: Any, share: OrderShare) -> Iterator[NDArray[np.int64]]:
-    listed = None if read.mixture is not None else read.record_order
+def _shuffled_numbers(ordered: Any, share: OrderShare) -> Iterator[NDArray[np.int64]]:
+    listed = None if ordered.mixture is not None else ordered.record_order
     served = None if listed is None else np.argsort(listed, kind="stable")  # by number in stored order
-    first_records = np.concatenate([[0], np.cumsum(read.shard_records)])
+    first_records = np.concatenate([[0], np.cumsum(ordered.shard_records)])
     starts: dict[int, NDArray[np.int64]] = {}
     for piece in share.pieces(0):
         shards = sorted({int(shard) for window in piece.windows for shard in window.shards})
         missing = [shard for shard in shards if shard not in starts]
         starts = {shard: starts[shard] for shard in shards if shard in starts}
-        for shard, table in zip(missing, read.block_sizes(missing), strict=True):
-            starts[shard] = first_records[shard] + np.cumsum(table.records) - table.records
+        for shard, sizes in zip(missing, ordered.block_sizes(missing), strict=True):
+            starts[shard] = first_records[shard] + np.cumsum(sizes.records) - sizes.records
         numbers = _record_numbers(piece, starts)
         yield numbers if served is None else served[numbers]
 
@@ -440,11 +440,11 @@ class OrderIterator(Iterator[int]):
         epoch, self._sampler.requested_epoch = self._sampler.requested_epoch, None
         if state is None and epoch is not None:
             self._engine.set_epoch(epoch)
-        self._epoch_state, read, share, draws = self._engine.begin_for_sampler(state)
-        self._numbers = self._given(read, share, draws)
+        self._epoch_state, ordered, share, draws = self._engine.begin_for_sampler(state)
+        self._numbers = self._given(ordered, share, draws)
         return self._numbers
 
-    def _given(self, read: Any, share: OrderShare, draws: EpochDraws) -> Iterator[int]:
-        for numbers in served_numbers(read, share, draws):
+    def _given(self, ordered: Any, share: OrderShare, draws: EpochDraws) -> Iterator[int]:
+        for numbers in served_numbers(ordered, share, draws):
             yield from numbers.tolist()
         self._engine.end_for_sampler(share)

@@ -209,15 +209,15 @@ class RandomSampler(torch_data.RandomSampler):
         self.__dict__.update(state)
         self._loaded_under = torch.initial_seed()  # of this process
 
-    def next_epoch(self, *, begins: bool) -> dict[str, Any]:
+    def next_epoch(self, *, draws_base_seed: bool) -> dict[str, Any]:
         """Return what names the next epoch's order, if no other code draws until then.
 
-        begins: whether the loader draws a base seed before it asks for indices.
+        draws_base_seed: whether the loader draws a base seed before it asks for indices.
         """
         if self.generator is not None:
             return {_GENERATOR: self.generator.get_state()}
         seed = self._loaded_seed()
-        return {_SEED: next_seed(None, after_begin=not begins) if seed is None else seed}
+        return {_SEED: next_seed(None, after_begin=not draws_base_seed) if seed is None else seed}
 
     def load_next_epoch(self, state: Mapping[str, Any]) -> None:
         """Make the epoch that next_epoch() named the next one."""
@@ -328,11 +328,11 @@ class SamplerPass:
 
     Attributes:
         indices: int64[n], what the sampler returned. None: not drawn yet.
-        ranks: The batches of the pass, from where it was resumed; set with `indices`.
+        rank_plan: The batches of the pass, from where it was resumed; set with `indices`.
         n_yielded, finished: See EpochPosition.
     """
 
-    ranks: RankPlan
+    rank_plan: RankPlan
 
     def __init__(self, batch_sampler: Any, saved: Mapping[str, Any] | None, epoch: int, seed: int) -> None:
         self.indices: NDArray[np.int64] | None = None
@@ -381,7 +381,7 @@ class SamplerPass:
                 start = of_iterator[_OF_SAMPLER][_N_INDICES]
         self.indices = indices
         start = min(start, len(indices))
-        self.ranks = RankPlan(start, 1, 0, batch_sampler.batch_size, batch_sampler.drop_last, len(indices))
+        self.rank_plan = RankPlan(start, 1, 0, batch_sampler.batch_size, batch_sampler.drop_last, len(indices))
         self._add_to_checksum(start)
         if saved_replay is not None:
             self._replay.check(sampler, saved_replay)
@@ -392,7 +392,7 @@ class SamplerPass:
         if self.indices is None and self._saved is not None:
             return dict(self._saved)
         self.begin()
-        n_rows, n_batches = self.ranks.offset_after(self.n_yielded), self._n_before + self.n_yielded
+        n_rows, n_batches = self.rank_plan.offset_after(self.n_yielded), self._n_before + self.n_yielded
         return {
             _INDEX_SAMPLER: None,
             _SAMPLER_ITER: self._iterator_state(n_rows, n_batches),

@@ -155,15 +155,15 @@ class StagePipeline(ClosingPipeline):
 
     Args:
         name: Name of the stage, in the names of its threads and of its counter.
-        work: Inputs of the pipeline.
+        inputs: Inputs of the pipeline.
         gathered: Pipeline whose batches are changed; this object owns it from now on.
         queue: Queue between the threads and the consumer.
     """
 
-    def __init__(self, name: str, work: PipelineInputs, gathered: ClosingPipeline, queue: StageQueue[Any]) -> None:
+    def __init__(self, name: str, inputs: PipelineInputs, gathered: ClosingPipeline, queue: StageQueue[Any]) -> None:
         self._name = name
-        self._waits = work.waits
-        self._first_batch = work.first_batch
+        self._waits = inputs.waits
+        self._first_batch = inputs.first_batch
         self._gathered: Any = gathered
         self._queue = queue
         self._n_rows = self._n_batches = self._n_bytes = self._n_replaced = 0

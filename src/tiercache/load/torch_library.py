@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils import dlpack
 
-from tiercache._native.ring import Layout
+from tiercache._native.ring import RowType
 from tiercache.load.array_library import ArrayLibrary
 from tiercache.load.device import BatchDevice, find_device, make_batch_device
 from tiercache.load.device_pipeline import DevicePipeline
@@ -68,9 +68,9 @@ class TorchSeeds:
         """See EpochSeeds."""
         return next_seed(generator, after_begin=after_begin)
 
-    def predict(self, generator: torch.Generator | None, n_records: int, *, begins: bool) -> int | None:
+    def predict(self, generator: torch.Generator | None, n_records: int, *, draws_base_seed: bool) -> int | None:
         """See EpochSeeds."""
-        return predict_seed(generator, n_records, begins=begins)
+        return predict_seed(generator, n_records, draws_base_seed=draws_base_seed)
 
     def initial(self, generator: torch.Generator | None) -> int:
         """See EpochSeeds."""
@@ -103,9 +103,9 @@ class TorchDevices:
         """See Devices."""
         return make_batch_device(device, options, existing)
 
-    def pipeline(self, work: PipelineInputs, device: BatchDevice, before: Any) -> DevicePipeline:
+    def pipeline(self, inputs: PipelineInputs, device: BatchDevice, before: Any) -> DevicePipeline:
         """See Devices."""
-        return DevicePipeline(work, device, before)
+        return DevicePipeline(inputs, device, before)
 
 
 class TorchLibrary(ArrayLibrary):
@@ -117,10 +117,10 @@ class TorchLibrary(ArrayLibrary):
     from_dlpack = staticmethod(_from_dlpack)
     nested = staticmethod(torch.nested.nested_tensor_from_jagged)
 
-    def layout(self, dtype: str, shape: tuple[int, ...]) -> Layout | None:
+    def row_type(self, dtype: str, shape: tuple[int, ...]) -> RowType | None:
         """See ArrayLibrary. None if rows have no elements, or this torch cannot import them by DLPack."""
         code = None if 0 in shape else _dlpack_code(dtype)
-        return None if code is None else Layout(code, 8 * TORCH_DTYPES[dtype].itemsize, shape)
+        return None if code is None else RowType(code, 8 * TORCH_DTYPES[dtype].itemsize, shape)
 
     def rows_over(self, dtype: str, shape: tuple[int, ...] = ()) -> Callable[[Slot, int, int], torch.Tensor]:
         """See ArrayLibrary.
@@ -130,11 +130,11 @@ class TorchLibrary(ArrayLibrary):
         # An empty tensor would have the address of the next stream, and torch.save refuses two dtypes at one address.
         if 0 in shape:
             return lambda _slot, _offset, n: self.empty((n, *shape), dtype)
-        if (layout := self.layout(dtype, shape)) is None:
+        if (row_type := self.row_type(dtype, shape)) is None:
             stored = np.dtype(dtype)
             array: Callable[..., Any] = np.ndarray  # NumPy's stubs accept only built-in buffers
             return lambda slot, offset, n: torch.from_numpy(array((n, *shape), stored, slot, offset))
-        return lambda slot, offset, n: _from_dlpack(slot.tensor(layout, offset, n))
+        return lambda slot, offset, n: _from_dlpack(slot.tensor(row_type, offset, n))
 
     def over(self, memory: Any, dtype: str, shape: tuple[int, ...], offset: int = 0) -> torch.Tensor:
         """See ArrayLibrary."""

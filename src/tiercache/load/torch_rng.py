@@ -79,10 +79,10 @@ def next_seed(generator: torch.Generator | None, *, after_begin: bool) -> int:
     return _seed_of(_copy(generator), after_begin=after_begin)
 
 
-def predict_seed(generator: torch.Generator | None, n_records: int, *, begins: bool) -> int | None:
+def predict_seed(generator: torch.Generator | None, n_records: int, *, draws_base_seed: bool) -> int | None:
     """Return the seed that the next epoch will draw if no other code draws until then; None: that would take long.
 
-    It is called after the current epoch's TorchDraws.begin(). begins: whether the next epoch calls that too.
+    It is called after the current epoch's TorchDraws.begin(). draws_base_seed: whether the next epoch calls that too.
     """
     copy = _copy(generator)
     if generator is None:
@@ -92,7 +92,7 @@ def predict_seed(generator: torch.Generator | None, n_records: int, *, begins: b
     else:
         for _ in range(2):  # at the start and at the end of the epoch
             _permute(copy, n_records)
-    return _seed_of(copy, after_begin=not begins)
+    return _seed_of(copy, after_begin=not draws_base_seed)
 
 
 def _copy(generator: torch.Generator | None) -> torch.Generator:

@@ -227,12 +227,12 @@ class JobQueue(StageQueue[Job]):
 class _Opener:
     """Takes gathered batches. One thread calls it."""
 
-    work: PipelineInputs
+    inputs: PipelineInputs
     gathered: Pipeline | DecodedPipeline
     number: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.number = self.work.first_batch
+        self.number = self.inputs.first_batch
 
     def open(self) -> Job:
         """Return the next batch as a job; a job without records at the end of the epoch, or with an error."""
@@ -246,8 +246,8 @@ class _Opener:
         batch = self.gathered.take()
         if batch is None:
             return Job()
-        after, share = self.gathered.figures(), self.work.share
-        positions = share.ranks.positions(self.number).tolist()
+        after, share = self.gathered.figures(), self.inputs.share
+        positions = share.rank_plan.positions(self.number).tolist()
         keys = BatchKeys(share.seed, share.epoch, positions)
         n_bytes, n_replaced = (int(after[name] - before[name]) for name in ("bytes_served", "skipped"))
         job = Job(None, self.number, len(positions), n_bytes, n_replaced, n_left=1, gathered=batch, keys=keys)
@@ -262,20 +262,20 @@ class TransformedPipeline(StagePipeline):
     the pipeline.
 
     Args:
-        work: Inputs of the pipeline; `transforms` must be set.
+        inputs: Inputs of the pipeline; `transforms` must be set.
         gathered: Native pipeline, which this object owns from now on.
     """
 
-    def __init__(self, work: PipelineInputs, gathered: Pipeline | DecodedPipeline) -> None:
-        stage, pool = work.transforms, work.workers
-        assert stage is not None  # noqa: S101 -- an invariant of the engine
+    def __init__(self, inputs: PipelineInputs, gathered: Pipeline | DecodedPipeline) -> None:
+        transforms, pool = inputs.transforms, inputs.workers
+        assert transforms is not None  # noqa: S101 -- an invariant of the engine
         self._pool = pool
-        n_ahead = BATCHES_AHEAD if pool is None else stage.n_workers * (stage.prefetch_factor + WAITING)
+        n_ahead = BATCHES_AHEAD if pool is None else transforms.n_workers * (transforms.prefetch_factor + WAITING)
         queue = JobQueue(n_ahead)
-        super().__init__("transform", work, gathered, queue)
-        opener = _Opener(work, gathered)
+        super().__init__("transform", inputs, gathered, queue)
+        opener = _Opener(inputs, gathered)
         if pool is None:
-            self._begin([partial(_run_here, queue, opener, stage.function, ThreadRandomness(work.warned))])
+            self._begin([partial(_run_here, queue, opener, transforms.function, ThreadRandomness(inputs.warned))])
         else:
             self._begin([partial(pool.send_all, queue, opener.open), partial(pool.receive_all, queue)])
 

@@ -151,7 +151,7 @@ class _Worker:
 
 
 @dataclass(frozen=True, slots=True)
-class TransformStage:
+class TransformSettings:
     """The user's functions of a loader, and the worker processes that run them.
 
     Attributes:
@@ -170,9 +170,9 @@ class TransformStage:
     prefetch_factor: int = 2
     keeps_workers: bool = False
 
-    def pipeline(self, work: PipelineInputs, gathered: Pipeline | DecodedPipeline) -> TransformedPipeline:
+    def pipeline(self, inputs: PipelineInputs, gathered: Pipeline | DecodedPipeline) -> TransformedPipeline:
         """Return the pipeline whose batches the functions make of those of a native pipeline, which it owns."""
-        return TransformedPipeline(work, gathered)
+        return TransformedPipeline(inputs, gathered)
 
     def start_workers(self, seed: int) -> WorkerPool:
         """Return new worker processes. seed: Seed of the run."""
@@ -186,15 +186,15 @@ class WorkerPool(ClosingPipeline):
     dropped; at interpreter exit multiprocessing ends the processes.
 
     Args:
-        stage: The user's functions, and the settings of the processes.
+        settings: The user's functions, and the settings of the processes.
         seed: Seed of the run, from which the workers' own seeds follow.
 
     Raises:
         Exception: Any error of pickling the user's functions for another process.
     """
 
-    def __init__(self, stage: TransformStage, seed: int) -> None:
-        self.stage = stage
+    def __init__(self, settings: TransformSettings, seed: int) -> None:
+        self.settings = settings
         self.is_used = False  # by a pipeline
         self._numbers = itertools.count()
         self._wake_reader, self._wake_writer = connection.Pipe(duplex=False)
@@ -204,10 +204,10 @@ class WorkerPool(ClosingPipeline):
         # A thread of the pipeline before may run a little longer than its pipeline.
         self._sending, self._receiving = threading.Lock(), threading.Lock()
         try:
-            for number in range(stage.n_workers):
-                worker = _start_worker(stage, number, use_key(seed, 0, number).seeds[1] >> 1)
+            for number in range(settings.n_workers):
+                worker = _start_worker(settings, number, use_key(seed, 0, number).seeds[1] >> 1)
                 self._workers.append(worker)
-                n_inputs = stage.prefetch_factor
+                n_inputs = settings.prefetch_factor
                 worker.make_blocks(n_inputs, n_inputs + WAITING + HELD_BY_CONSUMER)
         except BaseException:
             self.close()
@@ -221,7 +221,7 @@ class WorkerPool(ClosingPipeline):
     def release(self) -> None:
         """End the use by a pipeline; close the pool unless its processes are to live on."""
         self.is_used = False
-        if self._is_broken or not self.stage.keeps_workers:
+        if self._is_broken or not self.settings.keeps_workers:
             self.close()
 
     def wake(self) -> None:
@@ -327,12 +327,12 @@ def _error_of(pickled: bytes) -> BaseException:
     raise AssertionError("a wrapped error was not raised")
 
 
-def _start_worker(stage: TransformStage, number: int, seed: int) -> _Worker:
-    context = stage.context or torch.multiprocessing
+def _start_worker(settings: TransformSettings, number: int, seed: int) -> _Worker:
+    context = settings.context or torch.multiprocessing
     ours, theirs = (context or connection).Pipe(duplex=True)
     process = context.Process(
         target=_run_worker,
-        args=(theirs, ours, stage.function, stage.worker_init_fn, number, stage.n_workers, seed),
+        args=(theirs, ours, settings.function, settings.worker_init_fn, number, settings.n_workers, seed),
         name=f"tiercache-transform-worker-{number}",
         daemon=True,
     )

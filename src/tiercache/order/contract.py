@@ -1,6 +1,6 @@
 """Inputs and interface of an order.
 
-`OrderOptions`, `DatasetLayout` and `BlockSizes` are what an order is made from; `Order` and its sections are what a
+`OrderOptions`, `DatasetSizes` and `BlockSizes` are what an order is made from; `Order` and its sections are what a
 loader reads by.
 """
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.order.window import ShardGroups, Window
+    from tiercache.order.explicit import AnyWindow
+    from tiercache.order.window import ShardGroups
 
 
 # One stream for each rank of the largest cluster. A stream number fits 16 bits, which numpy sorts in linear time.
@@ -25,7 +26,7 @@ MAX_STREAMS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class OrderOptions:
-    """Options of an epoch's order. The order depends only on these options, the layout and the epoch.
+    """Options of an epoch's order. The order depends only on these options, the sizes of the data set and the epoch.
 
     Attributes:
         seed: Any integer.
@@ -77,8 +78,8 @@ class BlockSizes:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DatasetLayout:
-    """Shards of a data set in stored order, and access to their footers.
+class DatasetSizes:
+    """Sizes of the shards of a data set, in stored order, and of their blocks.
 
     Attributes:
         records: int64[n_shards], number of records of each shard.
@@ -127,7 +128,7 @@ class Section(Protocol):
         """Position after the last one."""
 
     @property
-    def windows(self) -> tuple[Window, ...]:
+    def windows(self) -> tuple[AnyWindow, ...]:
         """Windows that hold the section's records."""
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:

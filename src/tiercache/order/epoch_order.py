@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.order.contract import BlockSizes, DatasetLayout, OrderOptions
+    from tiercache.order.contract import BlockSizes, DatasetSizes, OrderOptions
 
 
 _PERSON = b"tiercache.order1"  # 16 bytes of BLAKE2b personalisation: no other use of the hash yields the same keys
@@ -170,24 +170,24 @@ class _Kept:
 class EpochOrder:
     """Order of one epoch of a data set.
 
-    Creating it costs O(shards). It reads footers (`layout.blocks`) of one group of one stream at a time. It is
+    Creating it costs O(shards). It reads footers (`sizes.blocks`) of one group of one stream at a time. It is
     immutable except for the last group and window of each stream, which are cached: threads may share it, and at worst
     two of them build the same group.
     """
 
-    def __init__(self, layout: DatasetLayout, options: OrderOptions, epoch: int) -> None:
+    def __init__(self, sizes: DatasetSizes, options: OrderOptions, epoch: int) -> None:
         if epoch < 0:
             raise ValueError(f"epoch must be 0 or more, got {epoch}")
-        self.layout = layout
+        self.sizes = sizes
         self.options = options
         self.epoch = epoch
         self.n_streams = options.streams if options.shuffle else 1
-        shards = np.flatnonzero(layout.records)
+        shards = np.flatnonzero(sizes.records)
         if self.n_streams > 1:
             where = () if options.placement == "sticky" else (epoch,)
             shards = shards[permutation(derive_key(options.seed, "split", *where), len(shards))]
         self._shards = shards
-        self._ends = offsets_of_counts(layout.records[shards])
+        self._ends = offsets_of_counts(sizes.records[shards])
         self._kept: dict[int, _Kept] = {}
 
     @property
@@ -287,8 +287,8 @@ class EpochOrder:
     def _cut(
         self, index: int, shards: NDArray[np.int64], row_start: NDArray[np.int64], row_stop: NDArray[np.int64]
     ) -> Stream:
-        n_rows, whole = row_stop - row_start, self.layout.records[shards]
-        stored_bytes = self.layout.stored_bytes[shards]
+        n_rows, whole = row_stop - row_start, self.sizes.records[shards]
+        stored_bytes = self.sizes.stored_bytes[shards]
         parts = np.flatnonzero(n_rows != whole).tolist()  # at most the first and the last shard of the run
         for part in parts:  # Python integers: the product may exceed 64 bits
             stored_bytes[part] = int(stored_bytes[part]) * int(n_rows[part]) // int(whole[part])
@@ -305,12 +305,12 @@ class EpochOrder:
         stream = kept.stream
         run = slice(int(stream.cuts[index]), int(stream.cuts[index + 1]))
         members = stream.shards[run]
-        tables = self._tables_of(members)
-        n_blocks = [len(table.records) for table in tables]
+        of_shards = self._block_sizes_of(members)
+        n_blocks = [len(sizes.records) for sizes in of_shards]
         shards = np.repeat(members.astype(np.int32), n_blocks)
         blocks = np.concatenate([np.arange(n, dtype=np.int32) for n in n_blocks])
-        records = np.concatenate([table.records for table in tables])
-        raw_bytes = np.concatenate([table.raw_bytes for table in tables])
+        records = np.concatenate([sizes.records for sizes in of_shards])
+        raw_bytes = np.concatenate([sizes.raw_bytes for sizes in of_shards])
         row_start = None
         if stream.is_cut:
             row_start, records = _own_rows(records, _rows_of(stream, run), n_blocks)
@@ -332,13 +332,13 @@ class EpochOrder:
             cuts=cuts,
         )
 
-    def _tables_of(self, members: NDArray[np.int64]) -> Sequence[BlockSizes]:
-        tables = self.layout.blocks(members.tolist())
-        for shard, table in zip(members.tolist(), tables, strict=True):
-            found, expected = int(table.records.sum()), int(self.layout.records[shard])
+    def _block_sizes_of(self, members: NDArray[np.int64]) -> Sequence[BlockSizes]:
+        of_shards = self.sizes.blocks(members.tolist())
+        for shard, sizes in zip(members.tolist(), of_shards, strict=True):
+            found, expected = int(sizes.records.sum()), int(self.sizes.records[shard])
             if found != expected:
                 raise ValueError(f"shard {shard}: its footer holds {found} records, but the version lists {expected}")
-        return tables
+        return of_shards
 
     def _first_limits(self, stream: Stream, index: int, group_raw_bytes: int) -> tuple[int, ...]:
         """Return the sizes of the first windows of a group: a ramp at the start of a long stream, else nothing.

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 import numpy as np
 
 from tiercache._native.permute import permute, permute_at
-from tiercache.order.window import ShardGroups, offsets_of_counts, single_shard_groups
+from tiercache.order.window import ShardGroups, Window, offsets_of_counts, single_shard_groups
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from tiercache.order.contract import DatasetLayout
+    from tiercache.order.contract import DatasetSizes
 
 # Record locations of a window take 24 bytes a row; the maximum is located in about 20 ms. The first batch does not wait
 # for that: the first section is small, and each section has at most four times the rows of the one before.
@@ -161,10 +161,10 @@ class RecordLocator:
     Threads may share it: at worst two of them read the same footers.
     """
 
-    def __init__(self, layout: DatasetLayout) -> None:
-        self._first_record = offsets_of_counts(layout.records)
-        self._n_filled = int(np.count_nonzero(layout.records))  # number of non-empty shards
-        self._blocks = layout.blocks
+    def __init__(self, sizes: DatasetSizes) -> None:
+        self._first_record = offsets_of_counts(sizes.records)
+        self._n_filled = int(np.count_nonzero(sizes.records))  # number of non-empty shards
+        self._blocks = sizes.blocks
         self._known: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._table = _join({}, 0)
 
@@ -247,6 +247,14 @@ class ExplicitWindow:
         """Decoded bytes of its blocks, all columns."""
         return int(self.block_bytes.sum())
 
+    @property
+    def reads_whole_blocks(self) -> bool:
+        """See Window.reads_whole_blocks: of a block, an explicit order may serve a single row."""
+        return False
+
+
+AnyWindow: TypeAlias = Window | ExplicitWindow
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExplicitSection:
@@ -313,8 +321,8 @@ class ExplicitOrder:
     """Order (`contract.Order`) of one stream that serves records in an explicit order, without shuffle.
 
     Args:
-        layout: Layout of the shards whose records are numbered.
-        numbers: int64[n], record numbers in served order, with repetitions, 0 <= number < records of the layout. The
+        sizes: Sizes of the shards whose records are numbered.
+        numbers: int64[n], record numbers in served order, with repetitions, 0 <= number < records of the shards. The
             object keeps a reference to it.
         window_bytes: Raw bytes of the blocks of a window; None: no limit.
         is_mapped: Function that returns whether the blocks of a shard take no memory, so that they do not count.
@@ -324,18 +332,18 @@ class ExplicitOrder:
 
     def __init__(
         self,
-        layout: DatasetLayout,
+        sizes: DatasetSizes,
         numbers: ServedOrder,
         window_bytes: int | None,
         is_mapped: Callable[[int], bool] = lambda _shard: False,
     ) -> None:
         self._numbers = numbers
-        self._locator = RecordLocator(layout)
-        self._stored_bytes = layout.stored_bytes
+        self._locator = RecordLocator(sizes)
+        self._stored_bytes = sizes.stored_bytes
         self._window_bytes = window_bytes
         self._is_mapped = is_mapped
         self._last: ExplicitSection | None = None
-        self._whole: ExplicitWindow | None = None  # all blocks of the layout
+        self._whole: ExplicitWindow | None = None  # all blocks of the data set
         if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < self._locator.n_records:
             raise ValueError(
                 f"record numbers {numbers.min()} to {numbers.max()} exceed {self._locator.n_records} records"

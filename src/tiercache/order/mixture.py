@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from tiercache._native.permute import RowFinder
-from tiercache.order.contract import DatasetLayout, OrderOptions
+from tiercache.order.contract import DatasetSizes, OrderOptions
 from tiercache.order.epoch_order import EpochOrder, derive_key
 from tiercache.order.interleaving import StreamAllocation, apportion, apportion_next, interleave, stream_records
 from tiercache.order.window import ShardGroups, allocate_rows, concat_groups
@@ -44,15 +44,15 @@ _KEPT_EPOCHS = 4  # the streams of a part are in the same part epoch or in neigh
 class MixturePart:
     """One part of a mixture: its orders by part epoch, of which the last few are cached. Threads may share it."""
 
-    def __init__(self, layout: DatasetLayout, shards: slice, options: OrderOptions, n_drawn: int) -> None:
+    def __init__(self, sizes: DatasetSizes, shards: slice, options: OrderOptions, n_drawn: int) -> None:
         self.first_shard = shards.start
         self.n_drawn = n_drawn
-        self.layout = DatasetLayout(layout.records[shards], layout.stored_bytes[shards], self._blocks)
-        self.n_records = int(self.layout.records.sum())
-        self.n_stored_bytes = int(self.layout.stored_bytes.sum())
+        self.sizes = DatasetSizes(sizes.records[shards], sizes.stored_bytes[shards], self._blocks)
+        self.n_records = int(self.sizes.records.sum())
+        self.n_stored_bytes = int(self.sizes.stored_bytes.sum())
         has_streams = min(self.n_records, n_drawn) >= OWN_STREAM_RECORDS * options.streams
         self.options = options if has_streams else replace(options, streams=1)
-        self._joined = layout
+        self._joined = sizes
         self._orders: dict[int, EpochOrder] = {}
         self._windows: dict[int, tuple[Window, Window]] = {}
 
@@ -65,7 +65,7 @@ class MixturePart:
         """Return the part's order of one part epoch."""
         found = self._orders.get(own_epoch)
         if found is None:
-            found = EpochOrder(self.layout, self.options, own_epoch)
+            found = EpochOrder(self.sizes, self.options, own_epoch)
             self._orders = {**dict(list(self._orders.items())[1 - _KEPT_EPOCHS :]), own_epoch: found}
         return found
 
@@ -150,7 +150,7 @@ class PartDraws:
             wanted_bytes += group_bytes  # shards count from the start of their group, which lies before this draw
         own_epoch, position = divmod(self.base + draw * self.step, self.length)
         found = self.part.order(own_epoch).shards_ahead(self.stream, position, wanted_bytes).copy()
-        wanted_bytes -= int(self.part.layout.stored_bytes[found].sum())
+        wanted_bytes -= int(self.part.sizes.stored_bytes[found].sum())
         if wanted_bytes > 0:
             found = np.concatenate([found, self.part.order(own_epoch + 1).shards_ahead(self.stream, 0, wanted_bytes)])
             _, first = np.unique(found, return_index=True)
@@ -174,7 +174,7 @@ class PartDraws:
         return replace(groups, shards=groups.shards + self.part.first_shard)
 
     def _all_throughout(self, n_turns: int) -> ShardGroups:
-        shards = np.flatnonzero(self.part.layout.records) + self.part.first_shard
+        shards = np.flatnonzero(self.part.sizes.records) + self.part.first_shard
         starts, stops, cuts = (np.array(bound, np.int64) for bound in ([0], [self.quota], [0, len(shards)]))
         stored_bytes = min(self.part.n_stored_bytes * n_turns, np.iinfo(np.int64).max)
         return ShardGroups(starts, stops, cuts, shards, np.array([stored_bytes], np.int64))
@@ -550,20 +550,20 @@ class MixtureOrder:
     It is immutable except for the last windows, which are cached as in `EpochOrder`; threads may share it.
     """
 
-    def __init__(self, layout: DatasetLayout, spec: MixtureSpec, options: OrderOptions, epoch: int) -> None:
+    def __init__(self, sizes: DatasetSizes, spec: MixtureSpec, options: OrderOptions, epoch: int) -> None:
         if epoch < 0:
             raise ValueError(f"epoch must be 0 or more, got {epoch}")
-        self.layout = layout
+        self.sizes = sizes
         self.spec = spec
         self.options = options
         self.epoch = epoch
         n_streams = options.streams if options.shuffle else 1
-        self._allocation = spec.allocation(spec.part_records(layout.records), n_streams)
-        shards = [spec.shards_of(part, len(layout.records)) for part in range(spec.n_parts)]
+        self._allocation = spec.allocation(spec.part_records(sizes.records), n_streams)
+        shards = [spec.shards_of(part, len(sizes.records)) for part in range(spec.n_parts)]
         weights = self._allocation.totals if self._allocation.changes else spec.schedule[0][1]
-        options_of_parts = part_options(options, weights, [(layout.records[s], layout.stored_bytes[s]) for s in shards])
+        options_of_parts = part_options(options, weights, [(sizes.records[s], sizes.stored_bytes[s]) for s in shards])
         self._parts = [
-            MixturePart(layout, *of_part)
+            MixturePart(sizes, *of_part)
             for of_part in zip(shards, options_of_parts, self._allocation.totals, strict=True)
         ]
         self._streams: dict[int, _Stream] = {}

@@ -116,6 +116,11 @@ class Window:
         """Whether its rows are served in stored order."""
         return self.key is None
 
+    @property
+    def reads_whole_blocks(self) -> bool:
+        """Whether all rows of its blocks are served, by all ranks together."""
+        return True
+
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         """Return the block and the row of the records at positions [lo, hi), counted from the window's start."""
         return self.run(lo, hi).find(0, hi - lo)

@@ -50,6 +50,8 @@ class StoreLimits:
 
 
 NO_LIMITS = StoreLimits()
+# Number of no slot, for a request that needs none. give_back_slot() ignores it.
+NO_SLOT = -1
 
 
 class MachineLimits:
@@ -95,10 +97,10 @@ class MachineLimits:
             return wait_s
 
     def take_slot(self) -> int | None:
-        """Return a free slot of max_requests, or None if there is none now. -1 if there is no limit."""
+        """Return a free slot of max_requests, or None if there is none now. NO_SLOT if there is no limit."""
         most = self.limits.max_requests
         if most is None:
-            return -1
+            return NO_SLOT
         first = random.randrange(most)  # noqa: S311 - processes must not try the same slots in the same order
         with self._lock:
             for i in range(most):
@@ -110,7 +112,7 @@ class MachineLimits:
 
     def give_back_slot(self, slot: int) -> None:
         """Free a slot that take_slot() returned."""
-        if slot >= 0:
+        if slot != NO_SLOT:
             with self._lock:
                 self._slots.discard(slot)
                 if self._fd is not None:  # closing the file has freed the slot

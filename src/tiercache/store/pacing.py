@@ -23,7 +23,7 @@ _DEADLINE_FLOOR_S = 2.0
 # Deadline before enough requests were observed.
 _FIRST_DEADLINE_S = 5.0
 HEDGED_SHARE = 0.05
-# If more than this share of the running requests is late, the store as a whole is slow, and hedges would add load.
+# If more than this share of the running attempts is late, the store as a whole is slow, and hedges would add load.
 _SLOW_SHARE = 0.25
 
 
@@ -33,12 +33,12 @@ def _size_class(n_bytes: int) -> int:
 
 
 @dataclass(slots=True)
-class RunningRequest:
-    """A request that runs.
+class RunningAttempt:
+    """An attempt of a request that runs: the first, a retry or a hedge.
 
     Attributes:
         n_bytes: Number of requested bytes; 0 if unknown.
-        started_s: Start of the request.
+        started_s: Start of the attempt.
         quiet_since_s: Time of its last new byte, or its start.
     """
 
@@ -48,40 +48,41 @@ class RunningRequest:
 
 
 class RequestTimes:
-    """Durations of the requests of one store. Decides which requests are late, hedged or sent again.
+    """Durations of the attempts at one store. Decides which attempts are late, hedged or sent again.
 
-    A request is late when it has brought no new byte for longer than the p95 of the durations of whole requests of
-    its size. At most 5 % of all requests are hedged, at any time, and none while the store as a whole is slow.
+    An attempt is late when it has brought no new byte for longer than the p95 of the durations of whole answers of its
+    size. At any time, hedges are at most 5 % of the other attempts, and none is granted while the store as a whole is
+    slow.
 
     Attributes:
-        n_started: Number of requests that were started, without hedges.
-        n_hedged: Number of hedges.
+        n_attempts: Number of attempts that were started, without hedges.
+        n_hedges: Number of hedges.
     """
 
     def __init__(self) -> None:
-        self.n_started = self.n_hedged = 0
+        self.n_attempts = self.n_hedges = 0
         self._durations: dict[int, deque[float]] = {}
         self._late_s: dict[int, float] = {}  # p95 by size class, removed when a duration is added
-        self._running: dict[int, RunningRequest] = {}  # by id()
+        self._running: dict[int, RunningAttempt] = {}  # by id()
 
-    def begin(self, n_bytes: int, now_s: float, *, is_hedge: bool) -> RunningRequest:
-        """Enter a request that starts now. A hedge must have been granted by grant_hedge(), which has counted it."""
-        self.n_started += not is_hedge
-        request = RunningRequest(n_bytes, now_s, now_s)
-        self._running[id(request)] = request
-        return request
+    def begin(self, n_bytes: int, now_s: float, *, is_hedge: bool) -> RunningAttempt:
+        """Enter an attempt that starts now. A hedge must have been granted by grant_hedge(), which has counted it."""
+        self.n_attempts += not is_hedge
+        attempt = RunningAttempt(n_bytes, now_s, now_s)
+        self._running[id(attempt)] = attempt
+        return attempt
 
-    def end(self, request: RunningRequest, now_s: float, *, is_observed: bool) -> None:
-        """Remove a request. Repeated calls have no effect.
+    def end(self, attempt: RunningAttempt, now_s: float, *, is_observed: bool) -> None:
+        """Remove an attempt. Repeated calls have no effect.
 
         Args:
-            request: Request that begin() returned.
+            attempt: Attempt that begin() returned.
             now_s: Time of its end.
-            is_observed: Whether the request was answered in full, so that its duration says how fast the store is.
+            is_observed: Whether the attempt was answered in full, so that its duration says how fast the store is.
         """
-        if self._running.pop(id(request), None) is not None and is_observed:
-            number = _size_class(request.n_bytes)
-            self._durations.setdefault(number, deque(maxlen=_N_OBSERVED)).append(now_s - request.started_s)
+        if self._running.pop(id(attempt), None) is not None and is_observed:
+            number = _size_class(attempt.n_bytes)
+            self._durations.setdefault(number, deque(maxlen=_N_OBSERVED)).append(now_s - attempt.started_s)
             self._late_s.clear()
 
     def late_after_s(self, n_bytes: int) -> float | None:
@@ -111,23 +112,26 @@ class RequestTimes:
         return first_s * 2.0**n_repeated
 
     def is_store_slow(self, now_s: float) -> bool:
-        """Return whether so many requests are late that the store, and not a connection, is slow."""
-        late = sum(self._is_late(request, now_s) for request in self._running.values())
+        """Return whether so many attempts are late that the store, and not a connection, is slow."""
+        late = sum(self._is_late(attempt, now_s) for attempt in self._running.values())
         return late > max(1.0, _SLOW_SHARE * len(self._running))
 
-    def _is_late(self, request: RunningRequest, now_s: float) -> bool:
-        late_s = self.late_after_s(request.n_bytes)
-        return late_s is not None and now_s - request.quiet_since_s > late_s
+    def _is_late(self, attempt: RunningAttempt, now_s: float) -> bool:
+        late_s = self.late_after_s(attempt.n_bytes)
+        return late_s is not None and now_s - attempt.quiet_since_s > late_s
 
-    def grant_hedge(self, request: RunningRequest, now_s: float) -> bool:
-        """Return whether a second request may be sent beside this one now, and count it if so."""
+    def grant_hedge(self, attempt: RunningAttempt, now_s: float) -> bool:
+        """Return whether a second attempt may be sent beside this one now, and count it if so.
+
+        The caller must ask only once for each request: an attempt does not know its request.
+        """
         if (
-            not self._is_late(request, now_s)
-            or self.n_hedged + 1 > HEDGED_SHARE * self.n_started
+            not self._is_late(attempt, now_s)
+            or self.n_hedges + 1 > HEDGED_SHARE * self.n_attempts
             or self.is_store_slow(now_s)
         ):
             return False
-        self.n_hedged += 1
+        self.n_hedges += 1
         return True
 
 

@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 
 from tiercache.errors import StoreError
 from tiercache.stats import Counters
-from tiercache.store.machine_limits import MachineLimits
-from tiercache.store.pacing import ConcurrencyLimit, RequestTimes, RunningRequest
+from tiercache.store.machine_limits import NO_SLOT, MachineLimits
+from tiercache.store.pacing import ConcurrencyLimit, RequestTimes, RunningAttempt
 from tiercache.store.retry import CallLimit, RetryPolicy, with_retries
 from tiercache.waiting import Clock, pause, wait_for
 
@@ -77,7 +77,8 @@ class Gate:
             slot = self.machine.take_slot()
             return None if slot is None else _Permit(slot)
 
-        return wait_for(take, None, clock, cancel=stop) or _Permit(-1)
+        # None: the call was stopped meanwhile. An attempt that it still makes holds no slot of the machine.
+        return wait_for(take, None, clock, cancel=stop) or _Permit(NO_SLOT)
 
     def release(self, permit: _Permit) -> None:
         """Give a permit back. Repeated calls have no effect."""
@@ -111,7 +112,7 @@ class Gate:
 class Attempt:
     """One attempt of a request, as its function sees it. Used by one thread, and looked at by the caller's."""
 
-    def __init__(self, runner: RequestRunner, task: _Task, permit: _Permit, running: RunningRequest) -> None:
+    def __init__(self, runner: RequestRunner, task: _Task, permit: _Permit, running: RunningAttempt) -> None:
         self._runner, self._task = runner, task
         self.permit, self.running = permit, running
 
@@ -341,8 +342,9 @@ class RequestRunner:
 
             def attempt() -> Any:
                 nonlocal permit
-                taken, permit = self.gate.acquire(limit) if permit is None else permit, None
-                return self._attempt(task, taken, is_hedge)
+                own = self.gate.acquire(limit) if permit is None else permit
+                permit = None  # _attempt() releases it
+                return self._attempt(task, own, is_hedge)
 
             with limit.running():
                 result = with_retries(attempt, RetryPolicy(n_attempts=1) if is_hedge else self._policy, limit)

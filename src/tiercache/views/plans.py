@@ -38,9 +38,10 @@ def plan_of(plan: ReadingPlan, where: NDArray[np.int64], numbers: NDArray[np.int
     A shard that several rows name is in use from its first to its last use.
     """
     shards, at = np.unique(numbers, return_inverse=True)
-    first, then = np.full(len(shards), NEVER), np.full(len(shards), NEVER)
+    first, first_later = np.full(len(shards), NEVER), np.full(len(shards), NEVER)
     last = np.full(len(shards), -1, np.int64)
     np.minimum.at(first, at, plan.first[where])
-    np.minimum.at(then, at, plan.then[where])
+    np.minimum.at(first_later, at, plan.first_later[where])
     np.maximum.at(last, at, np.where(plan.last[where] == NEVER, -1, plan.last[where]))
-    return replace(plan, shards=shards, first=first, last=np.where(first == NEVER, NEVER, last), then=then)
+    last = np.where(first == NEVER, NEVER, last)
+    return replace(plan, shards=shards, first=first, last=last, first_later=first_later)

@@ -468,17 +468,17 @@ class Records:
         if self.node is None:
             return self.leaves[0].block_sizes(shards)
         chosen = [shard for shard in dict.fromkeys(shards) if self.shard_records[shard]]
-        found = {shard: self._selected(shard, table) for shard, table in self._stored_tables(chosen).items()}
+        found = {shard: self._selected(shard, sizes) for shard, sizes in self._stored_block_sizes(chosen).items()}
         return [found.get(shard, _NO_BLOCKS) for shard in shards]
 
-    def _selected(self, shard: int, table: BlockSizes) -> BlockSizes:
+    def _selected(self, shard: int, sizes: BlockSizes) -> BlockSizes:
         if self.selection is None:
-            return table
-        bounds = np.r_[0, np.cumsum(table.records)] + self._stored_first[shard]
-        return BlockSizes(np.diff(self.selection.n_below(bounds)), table.raw_bytes)
+            return sizes
+        bounds = np.r_[0, np.cumsum(sizes.records)] + self._stored_first[shard]
+        return BlockSizes(np.diff(self.selection.n_below(bounds)), sizes.raw_bytes)
 
-    def _stored_tables(self, shards: Sequence[int]) -> dict[int, BlockSizes]:
-        """Return the tables of whole blocks by shard. Several versions are read in parallel."""
+    def _stored_block_sizes(self, shards: Sequence[int]) -> dict[int, BlockSizes]:
+        """Return the sizes of whole blocks by shard. Several versions are read in parallel."""
         groups = self._by_version(shards)
         if len(groups) < 2:
             found = [version.block_sizes(numbers.tolist()) for version, _, numbers in groups]
@@ -486,9 +486,9 @@ class Records:
             with ThreadPoolExecutor(min(_THREADS, len(groups)), "tiercache-joined") as pool:
                 found = list(pool.map(lambda group: group[0].block_sizes(group[2].tolist()), groups))
         return {
-            shards[position]: table
-            for (_, where, _), tables in zip(groups, found, strict=True)
-            for position, table in zip(where.tolist(), tables, strict=True)
+            shards[position]: sizes
+            for (_, where, _), of_version in zip(groups, found, strict=True)
+            for position, sizes in zip(where.tolist(), of_version, strict=True)
         }
 
     def stored_rows(
@@ -507,10 +507,10 @@ class Records:
 
     def _spans(self, selection: Selection, shards: NDArray[np.int32], blocks: NDArray[np.int32]) -> BlockSpans:
         first, n_rows = np.empty(len(blocks), np.int64), np.empty(len(blocks), np.int64)
-        for shard, table in self._stored_tables(np.unique(shards).tolist()).items():
+        for shard, sizes in self._stored_block_sizes(np.unique(shards).tolist()).items():
             where = np.flatnonzero(shards == shard)
-            n_rows[where] = table.records[blocks[where]]
-            first[where] = np.cumsum(table.records)[blocks[where]] - n_rows[where] + self._stored_first[shard]
+            n_rows[where] = sizes.records[blocks[where]]
+            first[where] = np.cumsum(sizes.records)[blocks[where]] - n_rows[where] + self._stored_first[shard]
         position = selection.n_below(first)
         return BlockSpans(first, position, selection.n_below(first + n_rows) - position)
 
@@ -546,13 +546,13 @@ class Records:
         shards = np.searchsorted(self._stored_first, numbers, side="right") - 1
         arrays: list[list[pa.Array]] = []
         positions: list[NDArray[np.int64]] = []
-        for shard, table in self._stored_tables(np.unique(shards).tolist()).items():
+        for shard, sizes in self._stored_block_sizes(np.unique(shards).tolist()).items():
             where = np.flatnonzero(shards == shard)
-            ends = np.cumsum(table.records) + self._stored_first[shard]
+            ends = np.cumsum(sizes.records) + self._stored_first[shard]
             blocks = np.searchsorted(ends, numbers[where], side="right")
             for block in np.unique(blocks).tolist():
                 positions.append(where[blocks == block])
-                rows = as_arrow(numbers[positions[-1]] - (ends[block] - table.records[block]))
+                rows = as_arrow(numbers[positions[-1]] - (ends[block] - sizes.records[block]))
                 arrays.append([array.take(rows) for array in self.arrays(shard, block)])
         return join_arrow(arrays, positions, self.schema)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from tiercache.cache.disk import disk_space, is_disk_full
 from tiercache.cache.evict.policy import (
+    BEFORE_ALL_USES,
     POLICIES,
     UNPLANNED,
     CopyTable,
@@ -212,12 +214,14 @@ class Evictor:
         if not self._evicts:
             return 0
         with self._mirror_lock:
-            _, copies, (coming, after) = self._read_state(requested, requested)
+            _, copies, new = self._read_state(requested, requested)
         if not self._uses_plans:
             return int(copies.charge_bytes[~copies.keep].sum())
-        then = int(np.where(coming == UNPLANNED, UNPLANNED, after).min(initial=UNPLANNED))
+        of_planned = np.where(new.next_use == UNPLANNED, UNPLANNED, new.use_after_next)
+        use_after_next = int(of_planned.min(initial=UNPLANNED))
         next_use, n_bytes = (c[~copies.keep].tolist() for c in (copies.next_use, copies.charge_bytes))
-        return sum(n for n, use in zip(n_bytes, next_use, strict=True) if use > 0 and may_be_evicted_for(use, then))
+        held = zip(n_bytes, next_use, strict=True)
+        return sum(n for n, use in held if use > 0 and may_be_evicted_for(use, use_after_next))
 
     def would_refuse(self, name: str, charge_bytes: int) -> bool:
         """Return whether a reservation would certainly fail.
@@ -295,7 +299,7 @@ class Evictor:
         excluded: set[str] = set()
         with self._making_space() as is_alone:
             while (need_bytes := self._over_bytes()) > 0:
-                request = SpaceRequest(0, need_bytes * wider, then=-1)
+                request = SpaceRequest(0, need_bytes * wider, BEFORE_ALL_USES)
                 stayed = self._carry_out(*self._decide("", request, excluded, policy), need_bytes)
                 # If every chosen copy was deleted, that is enough, or there are no more. And a copy that another
                 # process is deleting looks like one in use, and stays in the accounts until that process is done.
@@ -330,10 +334,10 @@ class Evictor:
     ) -> tuple[NameTable, CopyTable, Decision]:
         """Return the policy's decision about space for a copy; the name "" stands for no copy in particular."""
         with self._mirror_lock:
-            names, copies, (coming, after) = self._read_state(excluded, [name] if name else [])
+            names, copies, new = self._read_state(excluded, [name] if name else [])
             if name:
-                then = UNPLANNED if coming[0] == UNPLANNED else int(after[0])
-                request = SpaceRequest(request.need_bytes, request.want_bytes, then)
+                use_after_next = UNPLANNED if new.next_use[0] == UNPLANNED else int(new.use_after_next[0])
+                request = replace(request, use_after_next=use_after_next)
             return names, copies, (policy or self._policy)(copies, request)
 
     def _read_state(self, excluded: Iterable[str], requested: Iterable[str]) -> tuple[NameTable, CopyTable, Uses]:

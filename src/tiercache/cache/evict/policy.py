@@ -3,7 +3,7 @@
 `plan` evicts the copy with the furthest next use (L. A. Belady, "A study of replacement algorithms for a
 virtual-storage computer", IBM Systems Journal 5(2), 1966), and does not admit a copy that is needed later still.
 `s3fifo` is Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023. The simulator
-(cache/simulate.py) uses choose_victims(), Queues and `plan` too, and repeats the simple policies on its own structures.
+(cache/simulate.py) uses choose_victims(), Queues and, for several jobs, `plan` too.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from tiercache.model import NEVER
 
 # Next use of a copy that no plan names: later than a use that lies beyond the end of a plan (NEVER).
 UNPLANNED = NEVER + 1
+# Second next use of a new copy that comes before every use, so that `plan` may evict any copy that is not in use.
+BEFORE_ALL_USES = -1
 # Yang et al., section 4.1: the small queue for new entries is a tenth; two uses there move an entry to the main queue.
 SMALL_SHARE = 0.1
 USES_TO_STAY = 2
@@ -64,13 +66,13 @@ class SpaceRequest:
     Attributes:
         need_bytes: Bytes that must be freed before the new copy fits.
         want_bytes: Bytes up to which victims are chosen, if more than need_bytes.
-        then: Bytes that a job reads before the second next use of the new copy; NEVER: no plan contains that use;
-            UNPLANNED: no plan names the new copy.
+        use_after_next: Bytes that a job reads before the second next use of the new copy; NEVER: no plan contains that
+            use; UNPLANNED: no plan names the new copy; BEFORE_ALL_USES: space is needed for no copy in particular.
     """
 
     need_bytes: int
     want_bytes: int = 0
-    then: int = UNPLANNED
+    use_after_next: int = UNPLANNED
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +102,16 @@ Candidate: TypeAlias = tuple[int, int, int]
 QueueEntry: TypeAlias = list[int]
 
 
-def may_be_evicted_for(next_use: int, then: int) -> bool:
-    """Return whether a copy may be evicted for a new one, whose second next use is `then`."""
-    return next_use > then or next_use == UNPLANNED
+def may_be_evicted_for(next_use: int, use_after_next: int) -> bool:
+    """Return whether a copy with this next use may be evicted for a new copy with this second next use."""
+    return next_use > use_after_next or next_use == UNPLANNED
 
 
 def choose_victims(candidates: Iterable[Candidate], ask: SpaceRequest) -> tuple[int, ...] | None:
     """Return the candidates to evict for a request, in their order; None: too few of them may be evicted."""
     victims, freed_bytes, want_bytes = [], 0, max(ask.need_bytes, ask.want_bytes)
     for row, n_bytes, next_use in candidates:
-        if freed_bytes >= want_bytes or not may_be_evicted_for(next_use, ask.then):
+        if freed_bytes >= want_bytes or not may_be_evicted_for(next_use, ask.use_after_next):
             break
         victims.append(row)
         freed_bytes += n_bytes
@@ -232,7 +234,7 @@ def plan(copies: CopyTable, ask: SpaceRequest) -> Decision:
     plan names.
     """
     named = copies.next_use != UNPLANNED
-    may_go = ~copies.keep & (~named | ((copies.next_use > ask.then) & (copies.next_use > 0)))
+    may_go = ~copies.keep & (~named | ((copies.next_use > ask.use_after_next) & (copies.next_use > 0)))
     unnamed_bytes = int(copies.charge_bytes[~named].sum())
     moves = _Moves()
 

@@ -8,7 +8,7 @@ A file `plans/OWNER.RANDOM.plan` holds one ReadingPlan as a table sorted by the 
     24  8  length in bytes of the label after the table
     32 16  hash of the reader, see model.ReadingPlan; 0: none
     48 16  0
-    64  44 m  name (20 bytes), first, last, then (int64 each, see model.ReadingPlan)
+    64  44 m  name (20 bytes), first, last, first_later (int64 each, see model.ReadingPlan)
         .. label: description of the job, for messages
 
 The owner keeps the file locked. When the lock and the owner are gone, the plan is void, and any process may sweep it.
@@ -31,7 +31,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from threading import Lock, RLock
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -57,25 +57,28 @@ _MAGIC = b"tcplan\x00\x01"
 _HEADER = struct.Struct("<8sQQQ16s16x")
 _CLOCK_AT = 16
 _CLOCK = struct.Struct("<Q")
-_ROW = np.dtype([("name", np.uint8, NAME_BYTES), ("first", "<i8"), ("last", "<i8"), ("then", "<i8")])
+_ROW = np.dtype([("name", np.uint8, NAME_BYTES), ("first", "<i8"), ("last", "<i8"), ("first_later", "<i8")])
 _SUFFIX, _TEMP_SUFFIX, _LEFT_SUFFIX = ".plan", ".new", ".left"
 _NOBODY = bytes(16)
 # Ranks end an epoch, and start the next one in new processes, within seconds of each other.
 LEFT_S = 60.0
 
 
-# The next use of each copy and the second next one, int64[n] each: see PlanTable.uses().
-Uses: TypeAlias = "tuple[NDArray[np.int64], NDArray[np.int64]]"
+class Uses(NamedTuple):
+    """The next use of each copy and the second next one, int64[n] each. See PlanTable.uses()."""
+
+    next_use: NDArray[np.int64]
+    use_after_next: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlanTable:
-    """A plan by names of copies, sorted; first, last and then are int64[m] as in a ReadingPlan."""
+    """A plan by names of copies, sorted; first, last and first_later are int64[m] as in a ReadingPlan."""
 
     names: NameTable
     first: NDArray[np.int64]
     last: NDArray[np.int64]
-    then: NDArray[np.int64]
+    first_later: NDArray[np.int64]
     label: str = ""
     reader: bytes = _NOBODY
 
@@ -88,17 +91,18 @@ class PlanTable:
         copies = NameTable.of(names)
         order = copies.order()
         copies = copies.take(order)
-        first, last, then = (np.asarray(column, np.int64)[order] for column in (plan.first, plan.last, plan.then))
+        columns = (plan.first, plan.last, plan.first_later)
+        first, last, first_later = (np.asarray(column, np.int64)[order] for column in columns)
         starts = np.flatnonzero(copies.is_new())
         if len(starts) < len(copies):
             copies = copies.take(starts)
-            first, then = np.minimum.reduceat(first, starts), np.minimum.reduceat(then, starts)
+            first, first_later = np.minimum.reduceat(first, starts), np.minimum.reduceat(first_later, starts)
             # The copy is in use until the last of its shards was read; NEVER stands for shards that this epoch does not
             # read.
             last = np.maximum.reduceat(np.where(last == NEVER, -1, last), starts)
             last = np.where(first == NEVER, NEVER, last)
         reader = blake2b(plan.reader.encode(), digest_size=len(_NOBODY)).digest() if plan.reader else _NOBODY
-        return cls(copies, first, last, then, plan.owner, reader)
+        return cls(copies, first, last, first_later, plan.owner, reader)
 
     @property
     def end(self) -> int:
@@ -113,25 +117,25 @@ class PlanTable:
         unplanned = rows < 0
         if unplanned.all():
             return _unplanned(len(rows))
-        first, last, then = self.first[rows], self.last[rows], self.then[rows]
+        first, last, first_later = self.first[rows], self.last[rows], self.first_later[rows]
         is_over = (first == NEVER) | (clock >= last)
-        later = np.where(then == NEVER, NEVER, np.maximum(then - clock, 1))
-        coming = np.where(is_over, later, np.maximum(first - clock, 0))
-        after = np.where(is_over, NEVER, later)
-        coming[unplanned] = after[unplanned] = UNPLANNED
-        return coming, after
+        later = np.where(first_later == NEVER, NEVER, np.maximum(first_later - clock, 1))
+        next_use = np.where(is_over, later, np.maximum(first - clock, 0))
+        use_after_next = np.where(is_over, NEVER, later)
+        next_use[unplanned] = use_after_next[unplanned] = UNPLANNED
+        return Uses(next_use, use_after_next)
 
 
 def _unplanned(n: int) -> Uses:
     column = np.full(n, UNPLANNED, np.int64)
-    return column, column
+    return Uses(column, column)
 
 
 def encode(table: PlanTable) -> bytes:
     """Return the bytes of a plan file, at clock 0."""
     rows = np.empty(len(table.names), _ROW)
     rows["name"] = table.names.raw
-    rows["first"], rows["last"], rows["then"] = table.first, table.last, table.then
+    rows["first"], rows["last"], rows["first_later"] = table.first, table.last, table.first_later
     label = table.label.encode()
     return _HEADER.pack(_MAGIC, len(rows), 0, len(label), table.reader) + rows.tobytes() + label
 
@@ -146,8 +150,10 @@ def decode(data: bytes) -> PlanTable | None:
         return None
     rows = np.frombuffer(data, _ROW, m, _HEADER.size)
     # A user with write permission may write invalid values: they must not overflow later computations.
-    first, last, then = (np.clip(rows[column].astype(np.int64), 0, NEVER) for column in ("first", "last", "then"))
-    return PlanTable(NameTable.of(rows["name"]), first, last, then, data[end:].decode(errors="replace"), reader)
+    first, last, first_later = (
+        np.clip(rows[column].astype(np.int64), 0, NEVER) for column in ("first", "last", "first_later")
+    )
+    return PlanTable(NameTable.of(rows["name"]), first, last, first_later, data[end:].decode(errors="replace"), reader)
 
 
 _NO_USES = np.empty(0, np.int64)
@@ -178,9 +184,9 @@ class ReadingPlans:
             OSError: The file cannot be written.
             ValueError: The columns of names and plan differ in length.
         """
-        lengths = [len(column) for column in (plan.shards, names, plan.first, plan.last, plan.then)]
+        lengths = [len(column) for column in (plan.shards, names, plan.first, plan.last, plan.first_later)]
         if len(set(lengths)) > 1:
-            raise ValueError(f"shards, names, first, last and then of a plan must have the same length, got {lengths}")
+            raise ValueError(f"shards, names, first, last and first_later must have one length, got {lengths}")
         published = PlanFile(self._folder, str(self._owners.me), PlanTable.of(names, plan))
         with self._lock:
             is_late = self._is_closed
@@ -283,12 +289,13 @@ def _merged(plans: list[Uses], names: NameTable) -> Uses:
     """Return the two nearest uses over all plans."""
     if not plans:
         return _unplanned(len(names))
-    coming, after = plans[0]
-    for its, its_after in plans[1:]:
+    next_use, use_after_next = plans[0]
+    for other in plans[1:]:
         # The second smallest of four uses: either the later one of the two next uses, or a second next one.
-        after = np.minimum(np.minimum(after, its_after), np.maximum(coming, its))
-        coming = np.minimum(coming, its)
-    return coming, after
+        second_next = np.minimum(use_after_next, other.use_after_next)
+        use_after_next = np.minimum(second_next, np.maximum(next_use, other.next_use))
+        next_use = np.minimum(next_use, other.next_use)
+    return Uses(next_use, use_after_next)
 
 
 class _OpenPlan:

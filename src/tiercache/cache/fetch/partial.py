@@ -57,7 +57,7 @@ _CHECK_BYTES = 1 << 20
 LITTLE_BYTES = 256 << 10
 LITTLE_SHARE = 32
 # A gap that is fetched takes space in the cache, which costs more than the time to read it; so only short gaps are.
-_GAP_COSTS = RequestCosts(max_gap_bytes=16 << 10, max_bytes=1 << 62)
+_UNIT_GAP_COSTS = RequestCosts(max_gap_bytes=16 << 10, max_bytes=1 << 62)
 # A gap of units that are to be fetched in any case only delays what comes after it. It must be fetched with its
 # neighbours if the store would read it between them: otherwise it comes twice.
 _REQUESTED_GAP_COSTS = RequestCosts(request_s=0.002, max_gap_bytes=256 << 10, max_bytes=1 << 62)
@@ -128,7 +128,7 @@ def next_request(
     return ranges_of(first, n_bytes)
 
 
-def with_gaps(mask: Mask, n_bytes: int, costs: RequestCosts = _GAP_COSTS) -> Mask:
+def with_gaps(mask: Mask, n_bytes: int, costs: RequestCosts = _UNIT_GAP_COSTS) -> Mask:
     """Return a mask with the units between its units where they cost less than a request."""
     return mask_of(cheapest_ranges(ranges_of(mask, n_bytes), costs), n_bytes)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
-from typing import Any, Literal, NoReturn, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
 from weakref import ref
 
 import numpy as np
@@ -37,6 +37,12 @@ Addresses: TypeAlias = npt.NDArray[np.uint64]
 _FUNCTIONS = ("ZSTD_createDCtx", "ZSTD_freeDCtx", "ZSTD_decompressDCtx", "ZSTD_getFrameContentSize")
 # Creating a decoder costs more than decoding a small frame; a decoder is for one thread at a time.
 _here = threading.local()
+
+
+def check_verify(verify: object) -> None:
+    """Raise ValueError if the value is not a Verify."""
+    if verify not in get_args(Verify):
+        raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
 
 
 class BadFrameError(codec.CodecError):
@@ -100,7 +106,7 @@ def find_libzstd() -> tuple[int, int, int, int] | None:
 
 
 # Chunks with a smaller gap are read as one range, because the bytes between cost less than another request.
-_GAP_BYTES = 4096
+_CHUNK_GAP_BYTES = 4096
 # Bytes that arrive in the 20 ms that a request takes. While single pages cost fewer requests than the whole columns,
 # and at most 8 times, single pages are fetched; then the whole columns, because records are found in the mapping only
 # if the columns are complete. For 10,000 records in random order from 49 shards of 0.8 MB: 97 requests instead of 707.
@@ -237,7 +243,7 @@ class Chunks:
     """
 
     def __init__(self, source: ByteSource, footer: Footer, verify: Verify) -> None:
-        self._source = source
+        self._byte_source = source
         self._footer = footer
         self._verify = verify
         self._rows = footer.chunks.ravel()
@@ -251,11 +257,11 @@ class Chunks:
         """Return the ranges of the file that hold these chunks, int64[n]; neighbours form one range."""
         ids = np.flatnonzero(np.bincount(ids))  # distinct; a first np.unique() takes 6 ms
         starts = self._rows["offset"][ids].astype(np.int64)
-        return merge_ranges(starts, starts + self._rows["stored"][ids].astype(np.int64), _GAP_BYTES)
+        return merge_ranges(starts, starts + self._rows["stored"][ids].astype(np.int64), _CHUNK_GAP_BYTES)
 
     def is_cached(self, ids: Ids) -> bool:
         """Return whether a complete or partial local copy holds these chunks now."""
-        copy = self._source.local_copy
+        copy = self._byte_source.local_copy
         if copy is None:
             return False
         # The check for a complete copy takes 1 us; computing the ranges of a shard's chunks takes tens of us.
@@ -267,7 +273,7 @@ class Chunks:
 
     def can_keep_blocks(self, columns: Sequence[int]) -> bool:
         """Return whether a complete copy is mapped, whose pages of these columns need no new check at each read."""
-        copy = self._source.local_copy
+        copy = self._byte_source.local_copy
         if copy is None or self._verify == "always" or not self._mappable_columns[list(columns)].all():
             return False
         return copy.lease.present([ByteRange(0, copy.n_bytes)])
@@ -277,25 +283,25 @@ class Chunks:
 
         Returns whether no further call is needed.
         """
-        if self._source.local_copy is None:
+        if self._byte_source.local_copy is None:
             return True
         ids = chunk_ids(range(self._footer.n_blocks), columns, len(self._footer.schema))
         n_bytes = int(self._rows["stored"][ids].sum())
         if n_bytes <= _BYTES_A_REQUEST:
-            self._source.ensure_cached(self.ranges(ids))
-        elif self._source.n_misses < min(n_bytes // _BYTES_A_REQUEST, _MOST_MISSES):
+            self._byte_source.ensure_cached(self.ranges(ids))
+        elif self._byte_source.n_misses < min(n_bytes // _BYTES_A_REQUEST, _MOST_MISSES):
             return False
         else:
-            self._source.prefetch(self.ranges(ids))
+            self._byte_source.prefetch(self.ranges(ids))
         return True
 
     def prefetch(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
         """Have the local copy fetch these chunks next, if there is one."""
-        copy = self._source.local_copy
+        copy = self._byte_source.local_copy
         # A complete copy costs 1 us here; computing the ranges takes tens of us.
         if copy is not None and not copy.lease.present([ByteRange(0, copy.n_bytes)]):
             ids = chunk_ids(blocks, columns, len(self._footer.schema))
-            self._source.prefetch(self.ranges(ids), urgent=True)
+            self._byte_source.prefetch(self.ranges(ids), urgent=True)
 
     def loads_whole(self, blocks: Ids, column: int) -> bool:
         """Return whether to load whole chunks of a column for single rows of blocks, and not only their pages."""
@@ -310,7 +316,9 @@ class Chunks:
             return LoadedChunks(np.zeros(0, np.uint64))
         ids, inverse = np.unique(ids, return_inverse=True)
         # If the copy has the chunks, ensure_cached() is not called: it touches each range, and waits for a cold disk.
-        copy = self._source.local_copy if self.is_cached(ids) else self._source.ensure_cached(self.ranges(ids))
+        copy = (
+            self._byte_source.local_copy if self.is_cached(ids) else self._byte_source.ensure_cached(self.ranges(ids))
+        )
         addresses = np.zeros(len(ids), np.uint64)
         mapped = self._mappable[ids] if copy is not None else np.zeros(len(ids), bool)
         owners: list[Any] = []
@@ -344,11 +352,11 @@ class Chunks:
         whole = self.load(ids[~raw])
         rows, runs = self._row_ranges(ids, len(columns), position, row)
         pages = self._pages(rows)
-        copy = self._source.ensure_cached(pages) if pages else None
+        copy = self._byte_source.ensure_cached(pages) if pages else None
         memory = self._row_memory(pages, copy)
         # The offsets in memory say where the elements of rows of varying length are.
         more = self._pages([self._run_ranges(memory, *run) for run in runs])
-        if more and copy is not None and self._source.ensure_cached(more) is None:
+        if more and copy is not None and self._byte_source.ensure_cached(more) is None:
             copy, memory = None, self._row_memory(pages, None)
         if more and copy is None:
             self._read_pages(memory, more)
@@ -366,7 +374,7 @@ class Chunks:
         whole = self.load(ids[~raw])
         offset, length = self._buffer(ids[raw], buffer)
         pages = self._pages([(ids[raw], offset, offset + length)])
-        copy = self._source.ensure_cached(pages) if pages else None
+        copy = self._byte_source.ensure_cached(pages) if pages else None
         memory = self._row_memory(pages, copy)
         addresses = np.uint64(address_of(memory)) + self._rows["offset"][ids]
         addresses[~raw] = whole.addresses
@@ -385,7 +393,7 @@ class Chunks:
 
     def _read_pages(self, memory: Bytes, pages: Sequence[ByteRange]) -> None:
         if pages:
-            self._source.read([(page, memory[page.start : page.end].data) for page in pages])
+            self._byte_source.read([(page, memory[page.start : page.end].data) for page in pages])
 
     def _row_ranges(
         self, ids: Ids, n_columns: int, position: Ids, row: Ids
@@ -430,7 +438,7 @@ class Chunks:
         try:
             gather.gather(gather.FIXED, 16, sources, n, np.zeros_like(n), bounds.view(np.uint8).reshape(-1))
         except OSError as error:
-            raise CorruptShard(f"the local copy cannot be read: {error.strerror}", url=self._source.url) from error
+            raise CorruptShard(f"the local copy cannot be read: {error.strerror}", url=self._byte_source.url) from error
         offset, length = self._buffer(chunks, stream.values_buffer)
         fits = (bounds[:, 0] >= 0) & (bounds[:, 1] >= bounds[:, 0]) & (bounds[:, 1] <= length // stream.width_bytes)
         ends = (offset[:, None] + bounds * stream.width_bytes)[fits]
@@ -476,7 +484,7 @@ class Chunks:
         if copy is not None:
             copy.read(spans)
         elif spans:
-            self._source.read(spans)
+            self._byte_source.read(spans)
         starts = np.array([r.start for r in ranges], np.int64)
         offsets = self._rows["offset"][ids].astype(np.int64)
         of_range = np.searchsorted(starts, offsets, side="right") - 1
@@ -527,7 +535,7 @@ class Chunks:
         """Raise CorruptShard for the chunk with this number."""
         block, column = divmod(chunk, len(self._footer.schema))
         name = self._footer.schema.columns[column].name
-        raise CorruptShard(message, url=self._source.url, block=block, column=name) from cause
+        raise CorruptShard(message, url=self._byte_source.url, block=block, column=name) from cause
 
 
 def chunk_ids(blocks: npt.ArrayLike, columns: Sequence[int], n_columns: int) -> Ids:

@@ -20,7 +20,7 @@ from tiercache.model import ShardIdentity, ShardInfo
 from tiercache.shard.conversion import ServedColumns, cast_kind
 from tiercache.shard.format.layout import Footer
 from tiercache.shard.read.blocks import Blocks, check_indices
-from tiercache.shard.read.chunks import STAT_INTERVAL_S, Chunks, Ids, Verify, chunk_ids
+from tiercache.shard.read.chunks import STAT_INTERVAL_S, Chunks, Ids, Verify, check_verify, chunk_ids
 from tiercache.shard.read.source import ByteSource, LocalCopy, check_identity, read_footer
 from tiercache.shard.read.values import ColumnValues, block_values, gather_values
 from tiercache.shard.schema import Column, Kind, Schema
@@ -57,20 +57,19 @@ class ShardReader:
 
         Raises NotFound, UnsupportedFormat, and CorruptShard if it is not the shard that info or identity describes.
         """
-        if verify not in ("first", "always", "never"):
-            raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
+        check_verify(verify)
         self._verify = verify
-        self._source = ByteSource(store, key, identity)
-        self.url = self._source.url
+        self._byte_source = ByteSource(store, key, identity)
+        self.url = self._byte_source.url
         try:
-            if footer is None or self._source.local_copy is not None:
-                footer, _ = read_footer(self._source, info)
+            if footer is None or self._byte_source.local_copy is not None:
+                footer, _ = read_footer(self._byte_source, info)
             self.footer = footer
             check_identity(self.footer, info, identity, self.url)
         except BaseException:
-            self._source.close()
+            self._byte_source.close()
             raise
-        self._chunks = Chunks(self._source, self.footer, verify)
+        self._chunks = Chunks(self._byte_source, self.footer, verify)
         self._served = served or {}
         self._prefetched: frozenset[int] = frozenset()  # columns that need no further call of prefetch_columns()
         self._kept: Blocks | None = None  # the last result of mapped_blocks()
@@ -89,12 +88,12 @@ class ShardReader:
     @property
     def local_copy(self) -> LocalCopy | None:
         """The local copy; None if there is none or the reader is closed."""
-        return self._source.local_copy
+        return self._byte_source.local_copy
 
     @property
     def n_descriptors(self) -> int:
         """Number of file descriptors that the reader holds until it is closed or dropped."""
-        copy = self._source.local_copy
+        copy = self._byte_source.local_copy
         return 0 if copy is None else copy.lease.n_descriptors
 
     def load(self, blocks: Sequence[int], columns: Sequence[int]) -> Blocks:
@@ -142,7 +141,7 @@ class ShardReader:
         CorruptShard if the file of the copy has been truncated.
         """
         self._check_open()
-        kept, copy = self._kept_of(columns), self._source.local_copy
+        kept, copy = self._kept_of(columns), self._byte_source.local_copy
         if kept is not None and copy is not None:
             copy.map_file()  # raises if the file has been truncated
             return kept
@@ -211,7 +210,7 @@ class ShardReader:
         """Release the shard. Loaded Blocks stay valid. A repeated call does nothing."""
         self._closed = True
         self._kept = None
-        self._source.close()
+        self._byte_source.close()
 
     def __enter__(self) -> ShardReader:
         return self
@@ -435,8 +434,8 @@ class ReleasingPlan:
     others.
     """
 
-    def __init__(self, following: PublishedPlan, readers: ReaderPool, plan: ReadingPlan) -> None:
-        self._following = following
+    def __init__(self, published: PublishedPlan, readers: ReaderPool, plan: ReadingPlan) -> None:
+        self._published = published
         self._readers = readers
         order = np.argsort(plan.last, kind="stable")
         self._shards, self._last = plan.shards[order], plan.last[order]
@@ -444,7 +443,7 @@ class ReleasingPlan:
 
     def advance(self, clock: int) -> None:
         """See PublishedPlan.advance."""
-        self._following.advance(clock)
+        self._published.advance(clock)
         n_done = int(np.searchsorted(self._last, clock, side="right"))
         for shard in self._shards[self._n_done : n_done].tolist():
             self._readers.drop(shard)
@@ -452,7 +451,7 @@ class ReleasingPlan:
 
     def close(self) -> None:
         """See PublishedPlan.close."""
-        self._following.close()
+        self._published.close()
 
 
 class ReaderPool:

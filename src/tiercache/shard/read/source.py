@@ -270,7 +270,7 @@ def check_identity(footer: Footer, info: ShardInfo | None, identity: ShardIdenti
 _MOST, _OF = 15, 16
 # Ranges with a smaller gap are merged, because the bytes between cost less than another request. They take space in the
 # cache; so longer gaps, which would still cost less time than a request, are not fetched.
-_GAP_BYTES = 16 << 10
+_COLUMN_GAP_BYTES = 16 << 10
 
 
 def column_ranges(footer: Footer, info: ShardInfo, columns: Sequence[int]) -> tuple[ByteRange, ...] | None:
@@ -278,7 +278,7 @@ def column_ranges(footer: Footer, info: ShardInfo, columns: Sequence[int]) -> tu
     chunks = footer.chunks[:, list(columns)].ravel()
     starts = np.append(chunks["offset"].astype(np.int64), info.footer_offset)
     ends = np.append((chunks["offset"] + chunks["stored"]).astype(np.int64), info.n_bytes)
-    ranges = merge_ranges(starts, ends, _GAP_BYTES)
+    ranges = merge_ranges(starts, ends, _COLUMN_GAP_BYTES)
     return None if sum(r.n_bytes for r in ranges) * _OF >= info.n_bytes * _MOST else tuple(ranges)
 
 
@@ -287,7 +287,7 @@ def block_ranges(footer: Footer, info: ShardInfo, blocks: Sequence[int], columns
     chunks = footer.chunks[np.ix_(list(blocks), list(columns))].ravel()
     starts = np.append(chunks["offset"].astype(np.int64), info.footer_offset)
     ends = np.append((chunks["offset"] + chunks["stored"]).astype(np.int64), info.n_bytes)
-    return merge_ranges(starts, ends, _GAP_BYTES)
+    return merge_ranges(starts, ends, _COLUMN_GAP_BYTES)
 
 
 def merge_ranges(starts: NDArray[np.int64], ends: NDArray[np.int64], gap_bytes: int) -> list[ByteRange]:

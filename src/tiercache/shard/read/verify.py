@@ -74,7 +74,7 @@ def verify_shard(
 
 class _Verification:
     def __init__(self, source: ByteSource, info: ShardInfo | None, identity: ShardIdentity | None) -> None:
-        self._source = source
+        self._byte_source = source
         self._info = info
         self._identity = identity
         self._crc = self._position = self._file_bytes = 0
@@ -84,9 +84,9 @@ class _Verification:
     def findings(self) -> Iterator[Finding]:
         """Yield all damage in file order, but the footer first, because the other checks need it."""
         try:
-            footer, tail = read_footer(self._source, None)
+            footer, tail = read_footer(self._byte_source, None)
             self._file_bytes = tail.file_bytes
-            check_identity(footer, self._info, self._identity, self._source.url)
+            check_identity(footer, self._info, self._identity, self._byte_source.url)
         except (CorruptShard, UnsupportedFormat) as error:
             yield finding_of(error, "footer")
             return
@@ -96,11 +96,11 @@ class _Verification:
                 f"its data set's row states 'footer_offset' {info.footer_offset} and 'footer_bytes' "
                 f"{info.footer_bytes}, its tail {tail.footer_offset} and {tail.footer_bytes}"
             )
-            yield Finding(self._source.url, "segment", message)
+            yield Finding(self._byte_source.url, "segment", message)
         try:
-            head = parse_head(self._read_to(HEAD_BYTES).tobytes(), self._source.url)
+            head = parse_head(self._read_to(HEAD_BYTES).tobytes(), self._byte_source.url)
             if head != footer.shard_id:
-                yield Finding(self._source.url, "head", "head and footer name different shards")
+                yield Finding(self._byte_source.url, "head", "head and footer name different shards")
         except (CorruptShard, UnsupportedFormat) as error:
             yield finding_of(error, "head")
         self._counted = {column.name: ColumnStatistics(column) for column in footer.schema.columns}
@@ -119,7 +119,7 @@ class _Verification:
         if n_bytes > len(self._ahead):
             start = self._position + len(self._ahead)
             stop = max(end, min(start + _PIECE_BYTES, self._file_bytes))
-            self._ahead = np.concatenate([self._ahead, np.frombuffer(self._source.range(start, stop), np.uint8)])
+            self._ahead = np.concatenate([self._ahead, np.frombuffer(self._byte_source.range(start, stop), np.uint8)])
         memory, self._ahead = self._ahead[:n_bytes], self._ahead[n_bytes:]
         self._crc = crc32c(memory.data, self._crc)
         self._position = end
@@ -143,7 +143,7 @@ class _Verification:
     def _gap(self, footer: Footer, block: int, between: Bytes) -> Iterator[Finding]:
         """Check that the bytes between chunks are zero. A later release with its own sections may use them."""
         if not footer.n_later_sections and between.any():
-            yield Finding(self._source.url, "chunk", "the bytes between chunks are not zeros", block)
+            yield Finding(self._byte_source.url, "chunk", "the bytes between chunks are not zeros", block)
 
     def _chunk(self, footer: Footer, block: int, number: int, stored: Bytes) -> None:
         row = footer.chunks[block, number]
@@ -152,7 +152,7 @@ class _Verification:
         crc = crc32c_pages(address_of(stored), len(stored), PAGE_BYTES, sums) if paged else crc32c(stored.data)
         first_page = int(row["first_page"])
         if crc != row["crc"] or (sums != footer.pages[first_page : first_page + len(sums)]).any():
-            raise CorruptShard("CRC-32C does not match", url=self._source.url)
+            raise CorruptShard("CRC-32C does not match", url=self._byte_source.url)
         raw = aligned_empty(int(row["raw"]))
         if row["codec"] == codec.RAW:
             raw[:] = stored
@@ -160,9 +160,9 @@ class _Verification:
             try:
                 codec.decompress_into(stored.data, raw.data)
             except codec.CodecError as error:
-                raise CorruptShard(str(error), url=self._source.url) from error
+                raise CorruptShard(str(error), url=self._byte_source.url) from error
         loaded = LoadedChunks(np.array([address_of(raw)], np.uint64), [raw])
-        blocks = Blocks(footer, self._source.url, (block,), (number,), loaded)
+        blocks = Blocks(footer, self._byte_source.url, (block,), (number,), loaded)
         check_values(blocks, number)
         self._count(blocks.array(0, number), footer.schema.columns[number], row)
 
@@ -185,7 +185,7 @@ class _Verification:
         try:
             facts = json.loads(self._info.stats_json or "{}")
         except (ValueError, RecursionError) as error:
-            yield Finding(self._source.url, "segment", f"statistics of its data set's row: not JSON: {error}")
+            yield Finding(self._byte_source.url, "segment", f"statistics of its data set's row: not JSON: {error}")
             return
         yield from self._check_facts(facts, footer, "segment")
 
@@ -193,11 +193,11 @@ class _Verification:
         whose = "its data set's row: " if part == "segment" else ""
         bad = dict(invalid_statistics(facts, footer.schema, footer.n_records))
         for column, problem in bad.items():
-            yield Finding(self._source.url, part, f"{whose}{problem}", column=column or None)
+            yield Finding(self._byte_source.url, part, f"{whose}{problem}", column=column or None)
         for column, counted in self._counted.items() if isinstance(facts, dict) else ():
             if column in facts and column not in bad and (difference := counted.difference(facts[column])):
                 message = f"{whose}statistics of column {column!r}: {difference}"
-                yield Finding(self._source.url, part, message, column=column)
+                yield Finding(self._byte_source.url, part, message, column=column)
 
     def _rest(self) -> Iterator[Finding]:
         """Read footer and tail for the checksum of the file, and compare size and checksum with the data set's."""
@@ -208,10 +208,10 @@ class _Verification:
             if named is None:
                 continue
             if named.n_bytes != end:
-                yield Finding(self._source.url, "file", f"has {end} bytes, its data set states {named.n_bytes}")
+                yield Finding(self._byte_source.url, "file", f"has {end} bytes, its data set states {named.n_bytes}")
             if named.crc32c != self._crc:
                 message = f"CRC-32C of the file is {self._crc:08x}, its data set states {named.crc32c:08x}"
-                yield Finding(self._source.url, "file", message)
+                yield Finding(self._byte_source.url, "file", message)
 
 
 def check_values(blocks: Blocks, number: int) -> None:

@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.load.prefetch import (
-    MAX_PART_BYTES,
-    PARTS_A_THREAD,
+    MAX_TASK_BYTES,
     STEP_BYTES,
+    TASKS_A_THREAD,
     count_near,
-    part_bytes,
+    plan_load_tasks,
     plan_steps,
     share_of_huge_pages,
-    split_window,
+    task_bytes,
 )
 from tiercache.order import Window
 from tiercache.shard.read.blocks import merge_pages
@@ -44,35 +44,35 @@ blocks = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40 << 20), st.bool
 
 
 @given(blocks, st.integers(1, 8))
-def test_each_block_is_in_one_part_and_a_part_is_of_one_shard(drawn, n_threads):
+def test_each_block_is_in_one_task_and_a_task_is_of_one_shard(drawn, n_threads):
     window = make_window([b[0] for b in drawn], [b[1] for b in drawn])
     needed = np.array([b[2] for b in drawn])
-    mapped, work = split_window(window, needed, n_threads, lambda shard: shard % 2 == 0)
-    parts = [*mapped, *work]
-    assert sorted(place for part in parts for place in part) == np.flatnonzero(needed).tolist()
-    assert all(window.shards[part[0]] % 2 == 0 for part in mapped)
-    assert all(window.shards[part[0]] % 2 == 1 for part in work)
-    assert len({int(window.shards[part[0]]) for part in mapped}) == len(mapped)
-    for part in parts:
-        assert len(set(window.shards[part])) == 1
-        assert (np.diff(window.blocks[part]) > 0).all()
+    mapped, loaded = plan_load_tasks(window, needed, n_threads, lambda shard: shard % 2 == 0)
+    tasks = [*mapped, *loaded]
+    assert sorted(place for task in tasks for place in task) == np.flatnonzero(needed).tolist()
+    assert all(window.shards[task[0]] % 2 == 0 for task in mapped)
+    assert all(window.shards[task[0]] % 2 == 1 for task in loaded)
+    assert len({int(window.shards[task[0]]) for task in mapped}) == len(mapped)
+    for task in tasks:
+        assert len(set(window.shards[task])) == 1
+        assert (np.diff(window.blocks[task]) > 0).all()
 
 
 @given(blocks, st.integers(1, 8))
-def test_a_part_is_not_larger_than_its_share_unless_it_is_one_block(drawn, n_threads):
+def test_a_task_is_not_larger_than_its_share_unless_it_is_one_block(drawn, n_threads):
     window = make_window([b[0] for b in drawn], [b[1] for b in drawn])
     needed = np.ones(len(drawn), bool)
-    limit = part_bytes(window.raw_bytes, n_threads)
-    assert limit <= MAX_PART_BYTES
-    for part in split_window(window, needed, n_threads, lambda _: False)[1]:
-        assert len(part) == 1 or int(window.block_bytes[part].sum()) <= limit
+    limit = task_bytes(window.raw_bytes, n_threads)
+    assert limit <= MAX_TASK_BYTES
+    for task in plan_load_tasks(window, needed, n_threads, lambda _: False)[1]:
+        assert len(task) == 1 or int(window.block_bytes[task].sum()) <= limit
 
 
 def test_a_window_in_one_shard_has_work_for_every_thread():
     window = make_window([0] * 64, [1 << 20] * 64)
-    parts = split_window(window, np.ones(64, bool), 4, lambda _: False)[1]
-    sizes = [int(window.block_bytes[part].sum()) for part in parts]
-    assert len(parts) == 4 * PARTS_A_THREAD
+    tasks = plan_load_tasks(window, np.ones(64, bool), 4, lambda _: False)[1]
+    sizes = [int(window.block_bytes[task].sum()) for task in tasks]
+    assert len(tasks) == 4 * TASKS_A_THREAD
     assert max(sizes) == min(sizes)
 
 
