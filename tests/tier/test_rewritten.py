@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from tests.tier.moving import HookAt, Killed
+from tests.tier.world import World as BucketWorld
+from tests.tier.world import content
 
 from tiercache.store import open_store
 from tiercache.tier.move.mover import run_once
@@ -122,6 +124,25 @@ def test_an_older_checkpoint_keeps_its_name_until_the_newer_one_is_complete(fold
     assert folders.run().exit_code == 0
     cold = {f"run/step-100/{name}": "b" for name in CHECKPOINT}
     assert folders.found("cold") == cold | {f"run/step-100.DATE/{name}": "a" for name in CHECKPOINT}
+
+
+def test_the_objects_of_one_bucket_are_one_copy_whatever_their_classes(tmp_path):
+    """A checkpoint of which some objects have the class of the archive is not torn when others are written again."""
+    world = BucketWorld(tmp_path, "one_warm")
+    groups = {group.name: group for group in world.groups}
+    old = groups["checkpoints/run/step-10"]
+    with world.entered():
+        for key in old.keys:
+            world.write("hot", key, content(key, 0, 700))
+        for key in (*old.keys[1:], *groups["checkpoints/run/step-20"].keys, *groups["checkpoints/run/step-30"].keys):
+            world.write("home", key, content(key, 0, 700))
+        world.days_pass(3.0)
+        world.run_once()
+        assert world.picture()["home"][old.keys[0]].storage_class == "STANDARD_IA"
+        world.write("home", old.keys[1], content(old.keys[1], 1, 900))
+        world.days_pass(0.5)
+        world.run_once()
+        assert {*old.keys} <= world.picture()["home"].keys()
 
 
 def test_readers_of_the_old_name_are_led_to_the_newer_file(folders):

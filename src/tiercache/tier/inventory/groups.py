@@ -368,7 +368,7 @@ def take_inventory(
     copies = copies_of(listed, grouped.objects, checksums_of)
     holds = _holds(file, stores, listed, own, now_s)
     # The parts that a recall has copied so far look like a checkpoint that was written again with fewer files.
-    older = find_older_copies(listed, grouped, copies, held=frozenset(holds))
+    older = find_older_copies(listed, grouped, copies, [tier.url for tier in file.tiers], held=frozenset(holds))
     if older:
         grouped = _grouped(with_dated_keys(listed, copies, older), own, shards, file.layouts)
         copies = copies_of(listed, grouped.objects, checksums_of)

@@ -13,7 +13,7 @@ refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -40,11 +40,17 @@ def renamed_key(key: str, path: str) -> str:
 
 
 def find_older_copies(
-    listed: Listing, grouped: Grouped, copies: Copies, *, held: Collection[str] = ()
+    listed: Listing, grouped: Grouped, copies: Copies, urls: Sequence[str], *, held: Collection[str] = ()
 ) -> dict[int, str]:
     """Return the older copies of names that were written again, by number, with the paths that they shall have.
 
-    held: Paths of groups that a hold protects: their copies keep their names.
+    Args:
+        listed: Objects of all tiers.
+        grouped: Their groups.
+        copies: Copies of the groups.
+        urls: URL of each tier. Objects of two tiers with one URL are one copy, some of whose objects have another
+            storage class.
+        held: Paths of groups that a hold protects: their copies keep their names.
     """
     found: dict[int, str] = {}
     for group in _candidates(grouped, copies):
@@ -55,7 +61,7 @@ def find_older_copies(
         newest = max(range(first, last), key=lambda copy: (copies.written_s[copy], -copies.tier[copy]))
         for copy in range(first, last):
             if (
-                copy != newest
+                urls[copies.tier[copy]] != urls[copies.tier[newest]]
                 and not _is_being_written(copies, copy, newest)
                 and _is_older(listed, copies, copy, newest)
             ):
