@@ -1,12 +1,14 @@
 """The first epoch from a store: through the cache to disk and past it, in order and shuffled, beside plain clients.
 
-    python benchmarks/bench_cold.py [--folder DIR] [--megabytes 1024] [--delays 0 0.02 0.05] [--repetitions 5] [--quick]
+    python benchmarks/bench_cold.py [--folder DIR] [--megabytes 1024] [--delays 0 0.02 0.05] [--repetitions 5]
+                                    [--wire-megabytes 125] [--quick]
 
 A server process of its own serves the data set's files by HTTP ranges (range_server.py). The plain clients read the
 same bytes in ranges of 8 MiB by 16 threads: obstore, and a plain socket. Ways of one repetition are interleaved, and
 each begins with an empty cache. A row has the throughput, its share of the faster plain client's in the same
 repetition, the processor seconds per GB of this process, and their ratio to those of the plain client that takes least.
-The last rows have a server that delays 1 % of the responses by 2 s.
+The last rows have a server that delays 1 % of the responses by 2 s. All of this is then measured once more over a
+network of a limited bandwidth (--wire-megabytes), with the share of it that each way reaches.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -41,7 +43,7 @@ N_THREADS = 16
 RECORD_BYTES = 64 << 10
 BATCH_SIZE = 64
 PLAIN = ("obstore", "socket")
-TITLES = ("case", "MB/s", "of the fastest plain", "CPU s/GB", "of the least plain")
+TITLES = ("case", "MB/s", "of the fastest plain", "of the wire", "CPU s/GB", "of the least plain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +191,27 @@ def cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def measure(data: Data, target: Path, delay_s: float, slow_share: float, repetitions: int) -> list[dict[str, Any]]:
-    """Return a row for each way to read from a server with this latency."""
+@dataclass(frozen=True, slots=True)
+class Network:
+    """How the server answers. See RangeServer."""
+
+    delay_s: float
+    slow_share: float = 0.0
+    wire_bytes_per_s: float = 0.0
+
+    def __str__(self) -> str:
+        slow = f", {self.slow_share:.0%} of the responses 2 s later" if self.slow_share else ""
+        wire = f", {self.wire_bytes_per_s / 1e6:.0f} MB/s" if self.wire_bytes_per_s else ""
+        return f"{self.delay_s * 1e3:.0f} ms{wire}{slow}"
+
+
+def measure(data: Data, target: Path, network: Network, repetitions: int) -> list[dict[str, Any]]:
+    """Return a row for each way to read from a server over this network."""
     rates: dict[str, list[float]] = defaultdict(list)
     costs: dict[str, list[float]] = defaultdict(list)
     shares: dict[str, list[float]] = defaultdict(list)
     ratios: dict[str, list[float]] = defaultdict(list)
-    with RangeServer(data.folder, delay_s, slow_share) as server:
+    with RangeServer(data.folder, network.delay_s, network.slow_share, network.wire_bytes_per_s) as server:
         ways(data, server.url, target)["in order, to memory"]()  # the first epoch of a process imports libraries
         for _ in range(repetitions):
             for case, read in ways(data, server.url, target).items():
@@ -214,8 +230,7 @@ def measure(data: Data, target: Path, delay_s: float, slow_share: float, repetit
         {
             "benchmark": "cold",
             "case": case,
-            "delay_s": delay_s,
-            "slow_share": slow_share,
+            **asdict(network),
             "n_bytes": data.n_bytes,
             "bytes_per_s": spread(rates[case]),
             "of_fastest_plain": spread(shares[case]),
@@ -233,6 +248,7 @@ def text_of(rows: Sequence[dict[str, Any]]) -> str:
             row["case"],
             f"{row['bytes_per_s']['median'] / 1e6:,.0f}",
             f"{row['of_fastest_plain']['median']:.2f}",
+            f"{row['bytes_per_s']['median'] / wire:.2f}" if (wire := row["wire_bytes_per_s"]) else "",
             f"{row['cpu_s_per_gb']['median']:.2f}",
             f"{row['cpu_of_least_plain']['median']:.2f}",
         ]
@@ -248,18 +264,23 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--megabytes", type=int, default=1024)
     parser.add_argument("--delays", type=float, nargs="+", default=[0.0, 0.02, 0.05], help="Latencies in seconds.")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--wire-megabytes", type=float, default=125.0, help="Bandwidth in MB/s; 0: no such rows.")
     parser.add_argument("--quick", action="store_true", help="Smoke test: little data, and no meaningful figures.")
     asked = parser.parse_args(given)
     megabytes, repetitions = (8, 1) if asked.quick else (asked.megabytes, asked.repetitions)
-    servers = [(delay_s, 0.0) for delay_s in asked.delays]
-    servers = [(0.0, 0.0)] if asked.quick else [*servers, (asked.delays[-1], 0.01)]
+    wires = [0.0, *([asked.wire_megabytes * 1e6] if asked.wire_megabytes else [])]
+    networks = [
+        network
+        for wire in wires
+        for network in (*(Network(s, 0.0, wire) for s in asked.delays), Network(asked.delays[-1], 0.01, wire))
+    ]
+    networks = [Network(0.0)] if asked.quick else networks
     data = make_data(asked.folder / "data", megabytes)
     rows = []
     try:
-        for delay_s, slow_share in servers:
-            found = measure(data, asked.folder / "target", delay_s, slow_share, repetitions)
-            slow = f", {slow_share:.0%} of the responses 2 s later" if slow_share else ""
-            print(f"{delay_s * 1e3:.0f} ms{slow}\n{text_of(found)}\n")
+        for network in networks:
+            found = measure(data, asked.folder / "target", network, repetitions)
+            print(f"{network}\n{text_of(found)}\n", flush=True)
             rows += found
     finally:
         shutil.rmtree(asked.folder / "data")

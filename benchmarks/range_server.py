@@ -1,7 +1,7 @@
 """A plain HTTP server of a folder's files with byte ranges, in a process of its own; responses may be delayed.
 
-`python range_server.py FOLDER DELAY_S SLOW_SHARE` prints its port. Bodies are sent by sendfile(2), so that the server
-takes little of the processor that the clients under measurement need.
+`python range_server.py FOLDER DELAY_S SLOW_SHARE WIRE_BYTES_PER_S` prints its port. Bodies are sent by sendfile(2), so
+that the server takes little of the processor that the clients under measurement need.
 """
 
 from __future__ import annotations
@@ -13,10 +13,28 @@ import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Lock
 from typing import Self
 from urllib.parse import unquote
 
 SLOW_S = 2.0
+_PACKET_BYTES = 64 << 10  # what the wire carries at a time
+
+
+class Wire:
+    """A network of a limited bandwidth, which all connections share. bytes_per_s: 0 for no limit."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s, self._lock, self._free_s = bytes_per_s, Lock(), 0.0
+
+    def carry(self, n_bytes: int) -> None:
+        """Wait until the wire has carried n_bytes."""
+        if self._bytes_per_s:
+            with self._lock:
+                self._free_s = max(self._free_s, time.monotonic()) + n_bytes / self._bytes_per_s
+                left_s = self._free_s - time.monotonic()
+            if left_s > 0:
+                time.sleep(left_s)
 
 
 class RangeServer:
@@ -26,10 +44,14 @@ class RangeServer:
         folder: Folder that is served.
         delay_s: Time between a request and its response, in seconds.
         slow_share: Share of the requests, chosen at random, that take SLOW_S longer.
+        wire_bytes_per_s: Bandwidth of all bodies together; 0: no limit.
     """
 
-    def __init__(self, folder: Path, delay_s: float = 0.0, slow_share: float = 0.0) -> None:
-        self._arguments = [sys.executable, __file__, str(folder), str(delay_s), str(slow_share)]
+    def __init__(
+        self, folder: Path, delay_s: float = 0.0, slow_share: float = 0.0, wire_bytes_per_s: float = 0.0
+    ) -> None:
+        figures = (str(figure) for figure in (delay_s, slow_share, wire_bytes_per_s))
+        self._arguments = [sys.executable, __file__, str(folder), *figures]
         self.url = ""
 
     def __enter__(self) -> Self:
@@ -48,9 +70,9 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 512
 
 
-def serve(folder: Path, delay_s: float, slow_share: float) -> None:
+def serve(folder: Path, delay_s: float, slow_share: float, wire_bytes_per_s: float) -> None:
     """Serve until the process is killed."""
-    root, draws = folder.resolve(), random.Random(7)
+    root, draws, wire = folder.resolve(), random.Random(7), Wire(wire_bytes_per_s)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -92,7 +114,10 @@ def serve(folder: Path, delay_s: float, slow_share: float) -> None:
                 self.end_headers()
                 try:
                     while with_body and start < end:
-                        start += os.sendfile(self.connection.fileno(), file.fileno(), start, end - start)
+                        length = min(end - start, _PACKET_BYTES) if wire_bytes_per_s else end - start
+                        n_sent = os.sendfile(self.connection.fileno(), file.fileno(), start, length)
+                        wire.carry(n_sent)
+                        start += n_sent
                 except OSError:
                     self.close_connection = True  # the client closed the connection
 
@@ -102,4 +127,4 @@ def serve(folder: Path, delay_s: float, slow_share: float) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))
+    serve(Path(sys.argv[1]), *map(float, sys.argv[2:5]))
