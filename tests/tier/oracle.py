@@ -258,9 +258,20 @@ class Oracle:
             return "it is the newest complete checkpoint of its run"
         newer = [other for other in self.groups.values() if other.run == group.run and self._is_newer(other, group)]
         here = [other for other in newer if other.name not in self.deleted and self._counted(other)]
-        if group.run and len(here) < group.keep_last and not is_older:
+        n_here = len(here) + sum(self._n_older_copies(other.name) for other in newer)
+        if group.run and n_here < group.keep_last and not is_older:
             return f"it is among the last {group.keep_last}"
         return ""
+
+    def _n_older_copies(self, name: str) -> int:
+        """Return how many older copies of a name have a date in their names: each is a checkpoint of the run."""
+        dates = {
+            found[0]
+            for objects in self.before.values()
+            for key in objects
+            if self.group_of.get(undated(key)) == name and (found := _DATE.search(key))
+        }
+        return len(dates)
 
     def _is_newer(self, other: Group, group: Group) -> bool:
         """Whether another checkpoint may be newer: by its step, or because some of it was written later."""

@@ -145,6 +145,21 @@ def test_the_right_bytes_of_the_newest_checkpoint_may_have_a_date_in_their_names
     assert "newest complete checkpoint" in found(oracle, picture(objects(OLD, FILE), cold), day=9)
 
 
+def test_an_older_copy_with_a_date_in_its_name_is_one_of_the_last_checkpoints(oracle):
+    third = Group("c/3", ("c/3/a", "c/3/last"), "c/3/last", "c", 3, 30 * DAY_S, 2)
+    oracle.knows(third)
+    for key in third.keys:
+        oracle.wrote("hot", key, data(key), 0.0)
+    two = Group("c/2", NEW.keys, NEW.last, "c", 2, 30 * DAY_S, 2)
+    oracle.knows(two)
+    now = {"hot": objects(OLD, NEW, FILE, third), "cold": {}}
+    oracle.begins(now, 40 * DAY_S)
+    assert "it is among the last 2" in oracle.may_not_delete("c/2", 40 * DAY_S)
+    dated = {key.replace("c/3/", "c/3.20261130T061109Z/"): seen for key, seen in objects(third).items()}
+    oracle.begins({**now, "cold": dated}, 40 * DAY_S)
+    assert oracle.may_not_delete("c/2", 40 * DAY_S) == ""
+
+
 def test_a_half_copied_checkpoint_may_stay_where_no_plan_wants_it(oracle):
     assert oracle.at_rest(picture(cold=HALF), ()) == []
     assert "2 of its 3 objects were left" in oracle.at_rest({"hot": LAST, "cold": HALF}, ())[1]
