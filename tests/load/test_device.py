@@ -834,13 +834,14 @@ def take_all(tracer: Tracer, *, is_fixed: bool, n: int = 3) -> list[int]:
     device.choose = random.Random(tracer.nth).choice
     served = []
     while True:
+        before = sys.gettrace()  # of a measurement of coverage
         sys.settrace(tracer)
         try:
             batch = pipeline.take()
         except KeyboardInterrupt:
             continue
         finally:
-            sys.settrace(None)
+            sys.settrace(before)
         if batch is None:
             break
         device.run_all()

@@ -71,11 +71,12 @@ class _Tracer:
         self.times: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> _Tracer:
+        self._before = sys.gettrace()  # of a measurement of coverage
         sys.settrace(self._called)
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        sys.settrace(None)
+        sys.settrace(self._before)
 
     def _called(self, frame: FrameType, _event: str, _argument: Any) -> Any:
         name = frame.f_code.co_filename
