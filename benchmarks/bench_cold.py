@@ -1,14 +1,14 @@
 """The first epoch from a store: through the cache to disk and past it, in order and shuffled, beside plain clients.
 
     python benchmarks/bench_cold.py [--folder DIR] [--megabytes 1024] [--delays 0 0.02 0.05] [--repetitions 5]
-                                    [--wire-megabytes 125] [--quick]
+                                    [--wires 0 125] [--quick]
 
 A server process of its own serves the data set's files by HTTP ranges (range_server.py). The plain clients read the
 same bytes in ranges of 8 MiB by 16 threads: obstore, and a plain socket. Ways of one repetition are interleaved, and
 each begins with an empty cache. A row has the throughput, its share of the faster plain client's in the same
 repetition, the processor seconds per GB of this process, and their ratio to those of the plain client that takes least.
-The last rows have a server that delays 1 % of the responses by 2 s. All of this is then measured once more over a
-network of a limited bandwidth (--wire-megabytes), with the share of it that each way reaches.
+The last rows have a server that delays 1 % of the responses by 2 s. All of this is measured for each bandwidth of the
+network (--wires, in MB/s, 0: no limit); the rows of a limited one have the share of it that each way reaches.
 """
 
 from __future__ import annotations
@@ -264,16 +264,14 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--megabytes", type=int, default=1024)
     parser.add_argument("--delays", type=float, nargs="+", default=[0.0, 0.02, 0.05], help="Latencies in seconds.")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--wire-megabytes", type=float, default=125.0, help="Bandwidth in MB/s; 0: no such rows.")
+    parser.add_argument(
+        "--wires", type=float, nargs="+", default=[0.0, 125.0], help="Bandwidths of the network in MB/s; 0: no limit."
+    )
     parser.add_argument("--quick", action="store_true", help="Smoke test: little data, and no meaningful figures.")
     asked = parser.parse_args(given)
     megabytes, repetitions = (8, 1) if asked.quick else (asked.megabytes, asked.repetitions)
-    wires = [0.0, *([asked.wire_megabytes * 1e6] if asked.wire_megabytes else [])]
-    networks = [
-        network
-        for wire in wires
-        for network in (*(Network(s, 0.0, wire) for s in asked.delays), Network(asked.delays[-1], 0.01, wire))
-    ]
+    answers = [*((delay_s, 0.0) for delay_s in asked.delays), (asked.delays[-1], 0.01)]
+    networks = [Network(*answer, wire * 1e6) for wire in asked.wires for answer in answers]
     networks = [Network(0.0)] if asked.quick else networks
     data = make_data(asked.folder / "data", megabytes)
     rows = []
