@@ -53,7 +53,8 @@ class Oracle:
     first_seen_s: (place, key, contents) to when they were seen there first; once_seen_s: of those that are gone from
     there. pinned: keys; pinned_late: of these, those that were pinned while it was decided already what goes;
     removed_late: groups of which somebody has removed or replaced something then; replaced_late: key to the contents
-    that somebody has replaced or written then; is_decided: it is so now.
+    that somebody has replaced or written then; is_decided: it is so now. is_last_look: the objects of a batch of
+    deletions are looked at for the last time, so that some of them have been.
     asked_s: path of a group to when a plan of it was applied first. apart: (place, group)
     that looked whole and were not when the step began; in_parts: that people have left in parts; whole_at: that were
     whole since nothing of them was there. protected: run to its newest complete checkpoint, when it began.
@@ -79,6 +80,7 @@ class Oracle:
     removed_late: set[str] = field(default_factory=set)
     replaced_late: dict[str, set[bytes]] = field(default_factory=dict)
     is_decided: bool = False
+    is_last_look: bool = False
     asked_s: dict[str, float] = field(default_factory=dict)
     deleted: set[str] = field(default_factory=set)
     removed_by_hand: set[str] = field(default_factory=set)
@@ -113,6 +115,8 @@ class Oracle:
             self.removed_late.add(self.group_of[key])
             replaced = {other for other in contents if _lies(self.before.get(place, {}), key, other)}
             self.replaced_late.setdefault(key, set()).update({data}, replaced)
+        elif self.is_last_look:
+            self.replaced_late.setdefault(key, set()).add(data)
         for other in [*contents]:
             contents[other].discard(place)
             if not any(_lies(self.before.get(p, {}), key, other) for p in contents[other]):
@@ -174,6 +178,7 @@ class Oracle:
         """
         self.is_decided = is_decided
         if not is_decided:
+            self.is_last_look = False
             # What somebody has removed meanwhile may be gone for good: from now on another one is the newest.
             self.protected = {
                 run: name
@@ -182,12 +187,19 @@ class Oracle:
             }
             self.pinned_late, self.removed_late, self.replaced_late = set(), set(), {}
 
+    def looks_for_the_last_time(self) -> None:
+        """The library begins to look at the objects of a batch of deletions for the last time.
+
+        A server that does not look at ETags deletes what somebody writes after the look at its object.
+        """
+        self.is_last_look = True
+
     # -- looking ----------------------------------------------------------------------------------------------------
 
     def begins(self, picture: Picture, now_s: float) -> None:
         """A step begins: what lies there by the hands of people is as it should be."""
         self._note_seen(picture, now_s)
-        self.before = picture
+        self.before, self.is_last_look = picture, False
         if not self.is_decided:
             self.protected = self.newest_complete(picture, now_s)
         self.apart = {(place, group) for place, group, _ in self._looks_whole_and_is_not(picture)}

@@ -33,6 +33,7 @@ VERBS = ("head", "read_into", "read_tail", "get", "put", "put_if_absent", "creat
 
 # Where a batch has asked for pins for the last time, and where its deletions and changes of class are made.
 DECIDED = ("tier_drop.decided", "tier_move.decided", "tier_rename.decided")
+LOOKS = "tier_drop.unplaced"  # before the objects of a batch are looked at for the last time
 DONE = ("tier_drop.reclassed", "tier_move.reclassed", "tier_rename.deleted")
 
 groups = st.sampled_from(GROUPS)
@@ -226,6 +227,8 @@ class TierMachine(RuleBasedStateMachine):
             if script.dead:
                 raise Died
             found.extend(f"at {name}: {problem}" for problem in self.world.look())
+            if name == LOOKS:
+                self.world.oracle.looks_for_the_last_time()
             if name in DECIDED or name in DONE:
                 self.world.oracle.decides(is_decided=name in DECIDED)
             if name.startswith("tier_") and next(n_points) == nth:

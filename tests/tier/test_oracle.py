@@ -160,6 +160,17 @@ def test_an_older_copy_with_a_date_in_its_name_is_one_of_the_last_checkpoints(or
     assert oracle.may_not_delete("c/2", 40 * DAY_S) == ""
 
 
+@pytest.mark.parametrize("is_last_look", [True, False])
+def test_what_somebody_writes_during_the_last_look_may_be_deleted_by_a_server_that_ignores_etags(oracle, is_last_look):
+    assert found(oracle, picture(cold=objects(FILE))) == ""
+    if is_last_look:
+        oracle.looks_for_the_last_time()
+    oracle.wrote("hot", "f", data("f", 1), 2.1 * DAY_S)
+    oracle.decides(is_decided=True)
+    missed = found(oracle, picture(objects(OLD, NEW), objects(FILE)), day=2.1)
+    assert ("lie nowhere any more" in missed) == (not is_last_look)
+
+
 def test_a_half_copied_checkpoint_may_stay_where_no_plan_wants_it(oracle):
     assert oracle.at_rest(picture(cold=HALF), ()) == []
     assert "2 of its 3 objects were left" in oracle.at_rest({"hot": LAST, "cold": HALF}, ())[1]
