@@ -444,7 +444,7 @@ class PartialCopy:
     def checksum(self) -> int:
         """Return the CRC-32C of the whole file, combined from those of its units, which must all be present."""
         data = os.pread(self._map_fd, 4 * len(self.present), _crc_offset(self.n_bytes))
-        if len(data) < 4 * len(self.present) or not self.n_bytes:  # somebody has truncated the map
+        if len(data) < 4 * len(self.present) or not self.n_bytes:  # a truncated map; an empty file, which has no pages
             return checksum_of(self.fd, self.n_bytes)
         return combine_pages(np.frombuffer(data, "<u4"), UNIT_BYTES, self.n_bytes)
 
