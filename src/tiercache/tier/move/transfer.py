@@ -172,59 +172,6 @@ class Transfer:
             made = self._copy_small(request) if obj.n_bytes <= _SMALL_BYTES else self._copy_in_parts(request)
         return made
 
-    def copy_within(self, name: str, obj: PlannedObject, key: str) -> None:
-        """Copy an object inside its tier under another key, which must be free, and verify the copy.
-
-        In a local folder, the file gets a second name where the file system has hard links; in S3, the server copies.
-
-        Args:
-            name: Name of the tier.
-            obj: Expected object, as for copy().
-            key: Key of the copy.
-
-        Raises:
-            NotFound, ObjectChanged, StoreError: As copy().
-        """
-        info, store, s3_classes = self.check(name, obj), self._stores.store(name), self._stores.s3_classes(name)
-        if isinstance(store, LocalFolder) and store.link(obj.key, key) is not None:
-            return
-        if s3_classes is not None:
-            self._expect_absent(name, key)  # not all servers check the condition of a copy request
-            storage_class = self._stores.file.tier(name).storage_class
-            crc, etag = obj.crc32c, info.etag
-            before = s3_classes.checksums(obj.key)
-            made = s3_classes.copy_from(
-                s3_classes, obj.key, key, storage_class=storage_class, if_match=etag, crc32c=crc, replaces=False
-            )
-            is_equal = _is_proven(before, s3_classes.checksums(key), obj, made)
-        else:
-            with store.create(key) as upload, closing(self._parts(name, info, _nothing)) as parts:
-                crc = 0
-                for number, part in enumerate(parts):
-                    crc = combine(crc, part.crc32c, part.n_bytes)
-                    if part.buffer is not None:
-                        upload.put_part(number, part.buffer)
-                        self._buffers.give(part.buffer)
-                found = upload.complete(if_absent=True)
-            if found is None:
-                raise self._is_taken(name, key)
-            made, is_equal = found, self.checksum_of(name, found) == crc
-        is_equal = is_equal or (
-            not needs_restore(made) and self.checksum_of(name, made) == self.checksum_of(name, info)
-        )
-        if made.n_bytes != info.n_bytes or not is_equal:
-            self._remove(name, made)
-            raise _wrong(self._at(name, key), f"the bytes of {obj.key}", "other bytes", "the copy")
-
-    def _expect_absent(self, name: str, key: str) -> None:
-        """Raise ObjectChanged if a tier has an object with this key."""
-        with suppress(NotFound):
-            self._stores.head(name, key)
-            raise self._is_taken(name, key)
-
-    def _is_taken(self, name: str, key: str) -> ObjectChanged:
-        return ObjectChanged("the name is taken: it is not overwritten", url=self._at(name, key))
-
     def check(self, name: str, obj: PlannedObject) -> ObjectInfo:
         """Return the metadata of an object, if it is the planned one and can be read. Raises as copy()."""
         self._check_cancelled(name, obj.key)
@@ -511,11 +458,11 @@ class Transfer:
             if not isinstance(store, LocalFolder):
                 store.delete([obj.key for obj in objects])
                 return
-            dated = [(obj.key, obj.etag) for obj in objects if obj.etag is not None]
-            store.delete([obj.key for obj in objects if obj.etag is None])
-            if changed := [key for key, etag in dated if not store.delete_unchanged(key, etag)]:
-                message = f"{len(changed)} files were changed since they were looked at, and were not deleted"
-                raise StoreError(message, url=self._at(name, changed[0]), failed=tuple(changed))
+            left = {obj.key: reason for obj in objects if (reason := _delete_file(store, obj))}
+            if left:
+                key, reason = next(iter(left.items()))
+                message = f"{len(left)} files were not deleted, the first because {reason}"
+                raise StoreError(message, url=self._at(name, key), failed=tuple(left))
             return
         if objects:
             self._check_cancelled(name, objects[0].key)
@@ -539,6 +486,18 @@ class Transfer:
     def _check_cancelled(self, name: str, key: str) -> None:
         if self._cancel.is_set():
             raise _cancelled(self._at(name, key))
+
+
+def _delete_file(folder: LocalFolder, obj: PlannedObject) -> str:
+    """Delete a file if it is still the expected one. Return why it was not deleted; "" if it was, or was missing."""
+    try:
+        if obj.etag is None:
+            folder.delete([obj.key])
+        elif not folder.delete_unchanged(obj.key, obj.etag):
+            return "it was changed since it was looked at"
+    except StoreError as error:
+        return str(error)
+    return ""
 
 
 def find_difference(obj: PlannedObject, info: ObjectInfo) -> tuple[str, object, object] | None:
