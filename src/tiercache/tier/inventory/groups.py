@@ -371,7 +371,10 @@ def take_inventory(
     holds = _holds(file, stores, listed, own, now_s)
     unfinished = _unfinished(file, catalog)
     copies = _without_unfinished(grouped, copies, unfinished)
+    conflicts = find_conflicts(listed, grouped, copies, file.tiers, unfinished)
     complete = _complete(grouped, copies, now_s=now_s, quiet_period_s=file.tiering.quiet_period_s)
+    # Nobody knows which one of two checkpoints is meant: neither displaces another one.
+    complete[[group for group in conflicts if grouped.kind[group] == CHECKPOINT]] = False
     checkpoints = np.flatnonzero(grouped.kind == CHECKPOINT)
     found = find_metrics(file, stores, listed, copies, grouped.paths, checkpoints)
     unread = np.zeros(len(grouped.kind), np.bool_)
@@ -388,8 +391,7 @@ def take_inventory(
         complete=complete,
         metrics=found.columns,
         unread=unread,
-        immovable=_shards_elsewhere(file, stores, grouped, datasets)
-        | find_conflicts(listed, grouped, copies, file.tiers, unfinished),
+        immovable=_shards_elsewhere(file, stores, grouped, datasets) | conflicts,
         **read_own_tags(file, stores, listed, grouped, copies),
         held=_held_groups(holds, grouped.paths),
     )
