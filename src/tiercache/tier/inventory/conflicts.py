@@ -1,11 +1,12 @@
 """Finds conflicts: different objects under one name in two tiers, of which no rule can tell which one is wanted.
 
 Somebody has written a name again whose earlier copy was moved, or has put a copy back by hand. No move touches either
-copy until a person has deleted or renamed one of them. Three kinds of copies are no conflict:
+copy until a person has deleted or renamed one of them. Four kinds of copies are no conflict, as far as sizes and known
+checksums are equal:
 
 - A copy that the mover is making: the journal has it (see tier/move/unfinished.py).
-- Copies that are equal as far as can be told, none of which the catalog knows: the catalog was lost. The mover compares
-  their bytes before it relies on one of them.
+- Copies none of which the catalog knows: the catalog was lost. The mover compares their bytes before it relies on one.
+- Copies of a group that another machine has recalled, whose catalog knows them: a hold names it. The mover compares.
 - Objects of one bucket that have several storage classes: they are one copy.
 
 Own checkpoints are left out, because their names are unique, and shards, whose checksums are in the manifest.
@@ -40,7 +41,13 @@ class _ListedObject(NamedTuple):
 
 
 def find_conflicts(
-    listed: Listing, grouped: Grouped, copies: Copies, tiers: Sequence[Tier], unfinished: Collection[tuple[int, str]]
+    listed: Listing,
+    grouped: Grouped,
+    copies: Copies,
+    tiers: Sequence[Tier],
+    *,
+    unfinished: Collection[tuple[int, str]],
+    recalled: Collection[str],
 ) -> dict[int, str]:
     """Return the groups of which two tiers have different objects, with the reason for people.
 
@@ -50,6 +57,7 @@ def find_conflicts(
         copies: Copies of the groups.
         tiers: Tiers of the rule file, in its order.
         unfinished: (tier, path) of copies that the mover has begun to make.
+        recalled: Paths of groups that any machine has recalled.
     """
     found: dict[int, str] = {}
     for group in _candidates(grouped, copies).tolist():
@@ -59,8 +67,10 @@ def find_conflicts(
         for one, other in combinations(numbers, 2):
             tier, other_tier = tiers[copies.tier[one]], tiers[copies.tier[other]]
             objects, other_objects = _objects(listed, copies, one), _objects(listed, copies, other)
-            key = None if tier.url == other_tier.url else _differing_key(objects, other_objects)
-            if key is not None:
+            key = _differing_key(objects, other_objects)
+            if key is None and path not in recalled:
+                key = _unrecorded_key(objects, other_objects)
+            if key is not None and tier.url != other_tier.url:
                 sides = f"{_side(tier, objects, key)}, {_side(other_tier, other_objects, key)}"
                 found[group] = (
                     f"conflict: two tiers have different objects under this name ({key}: {sides}): no rule touches "
@@ -92,15 +102,20 @@ def _objects(listed: Listing, copies: Copies, copy: int) -> dict[str, _ListedObj
 
 
 def _differing_key(one: dict[str, _ListedObject], other: dict[str, _ListedObject]) -> str | None:
-    """Return a key whose objects are different ones; None if the copies can be copies of the same objects.
-
-    The catalog has both sides of each copy that the mover has made. So where it has one copy completely, an object of
-    the other that it does not have was written by somebody else.
-    """
+    """Return a key whose objects have different sizes or checksums; None if there is none."""
     for key in sorted(one.keys() & other.keys()):
         sums = one[key].crc32c, other[key].crc32c
         if one[key].n_bytes != other[key].n_bytes or (NO_CRC not in sums and sums[0] != sums[1]):
             return key
+    return None
+
+
+def _unrecorded_key(one: dict[str, _ListedObject], other: dict[str, _ListedObject]) -> str | None:
+    """Return a key of an object that somebody else than the mover has written; None if there is none.
+
+    The catalog has both sides of each copy that the mover has made. So where it has one copy completely, an object of
+    the other that it does not have is not the mover's.
+    """
     for known, written in ((one, other), (other, one)):
         if all(obj.is_recorded for obj in known.values()):
             strange = [key for key, obj in written.items() if not obj.is_recorded]

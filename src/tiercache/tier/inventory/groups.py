@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from tiercache.catalog.tiers import read_uses, uses_under
 from tiercache.store import LocalFolder
-from tiercache.tier.holds import HOLDS_FOLDER, Hold, read_holds
+from tiercache.tier.holds import HOLDS_FOLDER, Hold, Holds, read_holds
 from tiercache.tier.inventory.conflicts import find_conflicts
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
 from tiercache.tier.inventory.layouts import (
@@ -371,7 +371,7 @@ def take_inventory(
     holds = _holds(file, stores, listed, own, now_s)
     unfinished = _unfinished(file, catalog)
     copies = _without_unfinished(grouped, copies, unfinished)
-    conflicts = find_conflicts(listed, grouped, copies, file.tiers, unfinished)
+    conflicts = find_conflicts(listed, grouped, copies, file.tiers, unfinished=unfinished, recalled=holds.recalled)
     complete = _complete(grouped, copies, now_s=now_s, quiet_period_s=file.tiering.quiet_period_s)
     # Nobody knows which one of two checkpoints is meant: neither displaces another one.
     complete[[group for group in conflicts if grouped.kind[group] == CHECKPOINT]] = False
@@ -393,7 +393,7 @@ def take_inventory(
         unread=unread,
         immovable=_shards_elsewhere(file, stores, grouped, datasets) | conflicts,
         **read_own_tags(file, stores, listed, grouped, copies),
-        held=_held_groups(holds, grouped.paths),
+        held=_held_groups(holds.in_force(), grouped.paths),
     )
     facts = _facts(listed, grouped, copies, complete, datasets)
     facts |= {"n_own": int(own.sum()), "unread": _some(grouped.paths.take(pa.array(found.unread)))}
@@ -579,13 +579,13 @@ def _shards_elsewhere(
     return found
 
 
-def _holds(file: RuleFile, stores: Stores, listed: Listing, own: NDArray[np.bool_], now_s: float) -> Mapping[str, Hold]:
-    """Return the hold in force of each held path. Raises StoreError."""
+def _holds(file: RuleFile, stores: Stores, listed: Listing, own: NDArray[np.bool_], now_s: float) -> Holds:
+    """Return the holds beside the home. Raises StoreError."""
     home = file.home_tier.name
     sharing = [file.index(name) for name in stores.sharing(home)]
     keys = listed.keys.take(pa.array(np.flatnonzero(own & np.isin(listed.tier, sharing))))
     keys = keys.filter(pc.starts_with(keys, HOLDS_FOLDER)).to_pylist()
-    return read_holds(stores.store(home), now_s, keys).in_force() if keys else {}
+    return read_holds(stores.store(home), now_s, keys)
 
 
 def _held_groups(holds: Mapping[str, Hold], paths: pa.Array) -> dict[int, str]:

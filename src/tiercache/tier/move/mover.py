@@ -204,9 +204,9 @@ def run_once(
             crash_point("tier_run.planned")
             newly_tracked = track_ruled(inventory, stores)
             crash_point("tier_run.tracked")
-            remove_obsolete_holds(stores.store(file.home_tier.name), time.time())
             applied = apply_plan(context, report.plan, on_progress=on_progress)
             crash_point("tier_run.applied")
+            remove_obsolete_holds(stores.store(file.home_tier.name), time.time())
             # The listing is before this run's own moves. Without a grace period they are due already: it is made anew.
             has_grace = file.tiering.grace_s > 0
             facts = (deletion_facts_of(inventory.snapshot, decisions), listed_s) if has_grace else None
