@@ -190,8 +190,11 @@ class CopyMaker:
         with self._lock:
             for group in [*self._queue]:
                 if not group.is_begun:
+                    reason = self._no_room_reason(group)
+                    if reason and any(other.n_running for other in self._queue):
+                        continue  # what these write is counted twice; the thread that ends the last of them looks again
                     group.is_begun = True
-                    group.job.stop_if(self._no_room_reason(group))
+                    group.job.stop_if(reason)
                 if (obj := group.next_object()) is not None:
                     group.n_running += 1
                     return group, obj
