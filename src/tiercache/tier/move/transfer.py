@@ -329,7 +329,7 @@ class Transfer:
         written_s = info.modified_s if request.written_s is None else request.written_s
         if written_s is None:
             return None
-        written_ns = round(written_s * 1e9)
+        written_ns = int(written_s // 1) * 10**9 + round(written_s % 1 * 1e9)  # a product would lose 100 ns
         return [FileAttributes(written_ns, written_ns)] * len(info.key.split("/"))
 
     def _parts(
