@@ -21,6 +21,7 @@ from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store import CloudStore, LocalFolder
 from tiercache.store.archive import MOST_PARTS, S3StorageClasses
 from tiercache.store.contract import Upload
+from tiercache.store.posix import FileAttributes
 from tiercache.tier.model import PART_BYTES, PlannedObject
 from tiercache.tier.stores import Stores, needs_restore
 from tiercache.waiting import SYSTEM_CLOCK, Clock, pause
@@ -77,6 +78,7 @@ class _CopyRequest:
     obj: PlannedObject
     on_bytes: Callable[[int], object]
     replaces: MayReplace
+    written_s: float | None
 
     @property
     def replaced_etag(self) -> str | None:
@@ -137,6 +139,7 @@ class Transfer:
         *,
         on_bytes: Callable[[int], object] | None = None,
         replaces: MayReplace = True,
+        written_s: float | None = None,
     ) -> CatalogEntry:
         """Copy an object to another tier, under the same key and with that tier's storage class, and verify the copy.
 
@@ -145,6 +148,10 @@ class Transfer:
         read back, except for large files in local folders: these are complete and synced, and checksum_on_disk()
         reads them later. The result has no checksum where the server copied and none was known: other checksums, or
         the bytes themselves, were compared then.
+
+        A copy in a local folder keeps the modification time. A copy of a local file also keeps mode, group and, if root
+        copies, owner; folders that it creates get those of the source's folders. Folders that exist keep their times,
+        so that neither a move nor a recall makes an old checkpoint look like the newest.
 
         Args:
             src: Name of the source tier.
@@ -155,6 +162,8 @@ class Transfer:
                 appears there stays. The store enforces this; for more than 1 MiB in a cloud without boto3, the
                 destination is checked directly before the upload completes. An ETag: only the object with this ETag is
                 overwritten. This is checked directly before; with boto3 the request names the ETag too.
+            written_s: Time when the object was first written, in seconds since the epoch; None: the date in src. A
+                store other than a local folder only has the date of the copy.
 
         Raises:
             NotFound, ObjectChanged: The object is not in src, is not the expected one or changed during the copy; or
@@ -166,7 +175,7 @@ class Transfer:
         if self._stores.same_url(src, dst):
             raise ValueError(f"{src} and {dst} have one URL: a move between them changes the class of {obj.key}")
         self._check_cancelled(src, obj.key)
-        request = _CopyRequest(src, dst, obj, on_bytes or _nothing, replaces)
+        request = _CopyRequest(src, dst, obj, on_bytes or _nothing, replaces, written_s)
         made = self._copy_by_server(request) if self._stores.same_endpoint(src, dst) else None
         if made is None:
             made = self._copy_small(request) if obj.n_bytes <= _SMALL_BYTES else self._copy_in_parts(request)
@@ -305,8 +314,23 @@ class Transfer:
             message = f"{info.n_bytes} bytes are more than this client writes in parts of 8 MiB"
             hint = ": pip install 'tiercache[archive]'" if store.cloud == "s3" else ""
             raise StoreError(message + hint, url=f"{store.url}/{info.key}")
+        if isinstance(store, LocalFolder):
+            with store.create(info.key, attributes=self._kept_attributes(request, info)) as upload:
+                yield upload
+            return
         with store.create(info.key) as upload:
             yield upload
+
+    def _kept_attributes(self, request: _CopyRequest, info: ObjectInfo) -> Sequence[FileAttributes] | None:
+        """Return the attributes of a copy in a local folder and of its new folders; None if the source has no date."""
+        store = self._stores.store(request.src)
+        if isinstance(store, LocalFolder):
+            return store.attributes(info.key)
+        written_s = info.modified_s if request.written_s is None else request.written_s
+        if written_s is None:
+            return None
+        written_ns = int(written_s // 1) * 10**9 + round(written_s % 1 * 1e9)  # a product would lose 100 ns
+        return [FileAttributes(written_ns, written_ns)] * len(info.key.split("/"))
 
     def _parts(
         self, name: str, info: ObjectInfo, on_bytes: Callable[[int], object], upload: Upload | None = None
