@@ -27,6 +27,7 @@ from tests.tier.generations import (
     KEEP_LAST,
     AfterTime,
     AtCall,
+    AtCopy,
     AtPoint,
     Interruption,
     Outcome,
@@ -138,7 +139,7 @@ class Rounds:
     def _round(self, world: World) -> bool:
         """Make one round; return whether the world can be used on."""
         chance, report = self.random, self.report
-        self._save(world, chance.randint(1, 3))
+        self._save(world, chance.choice((1, 2, 3, 3)))
         if self._deletes or chance.random() < 0.3:
             self._pass_days(world, chance.choice((0.2, 1.5, 4.0)))
         far = [save.path for save in world.oracle.saves if world.oracle.rank(save) >= KEEP_LAST[self._n_tiers][0]]
@@ -192,14 +193,17 @@ class Rounds:
         """Return the crash point that was used least, or any change of a file, or any instant."""
         chance = self.random
         end = chance.choice(ENDS)
-        kind = chance.choices(("point", "call", "time"), (4, 0 if self._server else 4, 2))[0]
+        on_files = 0 if self._server else 3
+        kind = chance.choices(("point", "call", "copy", "time"), (4, on_files, on_files, 1))[0]
         if kind == "call":
-            return AtCall(chance.randint(1, self._n_calls), end)
+            return AtCall(chance.randint(1, chance.randint(10, self._n_calls)), end)
+        if kind == "copy":
+            return AtCopy(chance.randint(1, 10), end)
         known = [point for point in self._points if self._reached[point]]
         if kind == "time" or not known:
-            return AfterTime(chance.uniform(0.03, 1.1 * self._seconds), end)
+            return AfterTime(chance.uniform(0.0, self._seconds), end)
         point = min(known, key=lambda name: (self.report.points[name], chance.random()))
-        return AtPoint(point, chance.randint(1, min(self._reached[point], MOST_NTH)), end)
+        return AtPoint(point, chance.randint(1, chance.randint(1, min(self._reached[point], MOST_NTH))), end)
 
     def _check(self, world: World, wrong: list[str]) -> bool:
         if wrong and len(self.report.problems) < MOST_PROBLEMS:

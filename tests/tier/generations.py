@@ -6,13 +6,17 @@ and objects of the tiers; see tests/support/named_checkpoints.py.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-import select
+import pickle
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -27,7 +31,8 @@ import numpy as np
 import typer
 from tests.support.clock import JumpingClock
 from tests.support.forks import DEADLINE_S, ForkedChild, SendLine, run_forked
-from tests.support.named_checkpoints import LAYOUTS, OWN, OWN_RUN, KeepRule, NamedCheckpoints, Objects, Picture
+from tests.support.named_checkpoints import LAYOUTS, OWN, OWN_RUN, KeepRule, Layout, NamedCheckpoints, Objects
+from tests.testing.warm_process import ROOT, WITHOUT_THREADS
 
 import tiercache as tc
 from tiercache import crash_points
@@ -47,6 +52,7 @@ KEEP_LAST = {2: (2,), 3: (1, 4)}
 # Saves get these modification times, so that all of them are older than quiet_period and each is newer than the last.
 SAVED_BEFORE_S, BETWEEN_SAVES_S = 2 * 3600.0, 5.0
 _BOOKS = "_tiercache/"  # folder of what the library keeps beside the data
+_UNFINISHED = ".tiercache-tmp-"  # prefix of files that are being written
 
 # How a child ends, or is told to end.
 KILL, EXIT, INT, TERM = "SIGKILL", "_exit", "SIGINT", "SIGTERM"
@@ -78,6 +84,14 @@ class AtCall:
 
 
 @dataclass(frozen=True, slots=True)
+class AtCopy:
+    """The n-th time that a file of a checkpoint is about to get its name in a folder."""
+
+    nth: int
+    end: str = KILL
+
+
+@dataclass(frozen=True, slots=True)
 class AfterTime:
     """So many seconds after the start of the command."""
 
@@ -85,7 +99,7 @@ class AfterTime:
     end: str = KILL
 
 
-Interruption = AtPoint | AtCall | AfterTime
+Interruption = AtPoint | AtCall | AtCopy | AfterTime
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +148,14 @@ _CHANGES = {"os.rename", "os.remove", "os.link", "os.symlink", "os.mkdir", "os.r
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
-def _watch_changes(counter: _Counter) -> None:
+def _watch_changes(calls: _Counter, copies: _Counter, names: frozenset[str]) -> None:
     """Count every change of a file that this process is about to make. It cannot be undone: only for children."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in _CHANGES or (event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES):
-            counter.count()
+            calls.count()
+        if event in ("os.link", "os.rename") and os.fsdecode(arguments[1]).rpartition("/")[2] in names:
+            copies.count()
 
     sys.addaudithook(hook)
 
@@ -184,6 +200,8 @@ class FolderTiers:
                 folders.remove("_tiercache")
             below = folder[len(root) + 1 :]
             for name in names:
+                if name.startswith(_UNFINISHED):  # never listed, and removed a day after their writer was killed
+                    continue
                 with open(f"{folder}/{name}", "rb") as file:
                     found[f"{below}/{name}" if below else name] = file.read()
         return found
@@ -302,43 +320,46 @@ class World:
 
     def save(self, n: int = 1) -> None:
         """Save n checkpoints of each run into the fastest tier."""
-        for _ in range(n):
-            self.step += 1
-            for name in self.setting.layouts:
-                self._save_own() if name == OWN else self._save(name)
+        steps = range(self.step + 1, self.step + n + 1)
+        self.step += n
+        for name in self.setting.layouts:
+            if name == OWN:
+                self._save_own(steps)
+            else:
+                for step in steps:
+                    self._save(LAYOUTS[name], step)
 
-    def _save(self, name: str) -> None:
-        layout, step, hot = LAYOUTS[name], self.step, self.rule.tiers[0]
+    def _save(self, layout: Layout, step: int) -> None:
         written_s = self.began_s - SAVED_BEFORE_S + step * BETWEEN_SAVES_S
         files, beside = layout.files(step), layout.files_beside(step)
         for number, (key, data) in enumerate([*files.items(), *beside.items()]):
-            self.tiers.put(hot, key, data, written_s + 0.01 * number)
+            self.tiers.put(self.rule.tiers[0], key, data, written_s + 0.01 * number)
         self.oracle.saved(f"{layout.run}/{layout.checkpoint(step)}", layout.run, files, written_s)
         self.oracle.beside |= beside
 
-    def _save_own(self) -> None:
-        """Save with the class in a child; its name is the new folder, its files are those of the new folder."""
-        hot, step = self.rule.tiers[0], self.step
-        known = {save.path for save in self.oracle.saves}
+    def _save_own(self, steps: range) -> None:
+        """Save with the class, in a child. The name of a checkpoint is that of the new folder with its step."""
+        hot = self.rule.tiers[0]
 
         def work(_tell: SendLine) -> None:
-            with JumpingClock() as clock:
+            with JumpingClock() as clock, tc.Checkpoints(f"{self.tiers.url(hot)}/{OWN_RUN}") as checkpoints:
                 clock.jump(self.ahead_s)
-                numbers = np.random.default_rng(step)
-                state = {"weights": numbers.random(200, np.float32), "bias": numbers.random(17), "step": step}
-                with tc.Checkpoints(f"{self.tiers.url(hot)}/{OWN_RUN}") as checkpoints:
+                for step in steps:
+                    numbers = np.random.default_rng(step)
+                    state = {"weights": numbers.random(200, np.float32), "bias": numbers.random(17), "step": step}
                     checkpoints.save(step, state).wait()
 
         ended = run_forked(work)
         if ended.code:
             raise RuntimeError(ended.error)
-        files: dict[str, dict[str, bytes]] = {}
+        files: dict[int, dict[str, bytes]] = {step: {} for step in steps}
         for key, data in self.tiers.objects(hot).items():
-            if key.startswith(f"{OWN_RUN}/"):
-                name = key.removeprefix(f"{OWN_RUN}/").partition("/")[0]
-                files.setdefault(f"{OWN_RUN}/{name}", {})[key] = data
-        [path] = [path for path in files if path not in known and int(path.partition("step-")[2].partition(".")[0]) == step]
-        self.oracle.saved(path, OWN_RUN, files[path], self.now_s)
+            match = re.match(rf"{OWN_RUN}/step-([0-9]+)[.]", key)
+            if match is not None and int(match[1]) in files:
+                files[int(match[1])][key] = data
+        for step in steps:
+            path = "/".join(next(iter(files[step])).split("/")[:3])
+            self.oracle.saved(path, OWN_RUN, files[step], self.now_s)
 
     # -- what the command does --------------------------------------------------------------------------------------
 
@@ -371,8 +392,6 @@ class World:
 
         began_s = time.monotonic()
         child = ForkedChild(work)
-        if isinstance(interruption, AfterTime):
-            _signal_after(child.pid, interruption)
         ended = child.wait(DEADLINE_S)
         seconds, text = time.monotonic() - began_s, printed.read_text(errors="replace")
         if ended.hung:
@@ -395,6 +414,8 @@ class World:
         end = KILL if interruption is None else interruption.end
         at_point = _Counter(interruption.nth if isinstance(interruption, AtPoint) else 0, lambda: _end(end))
         calls = _Counter(interruption.nth if isinstance(interruption, AtCall) else 0, lambda: _end(end))
+        copies = _Counter(interruption.nth if isinstance(interruption, AtCopy) else 0, lambda: _end(end))
+        names = frozenset(key.rpartition("/")[2] for save in self.oracle.saves for key in save.files)
         wanted = interruption.point if isinstance(interruption, AtPoint) else ""
 
         def hook(name: str) -> None:
@@ -402,8 +423,13 @@ class World:
             if not wanted or name == wanted:
                 at_point.count()
 
+        # A process is killed here, not a machine: what the kernel has is not lost, and to sync takes most of the time.
+        os.fsync = os.fdatasync = lambda _fd: None
         crash_points.set_hook(hook)
-        _watch_changes(calls)
+        _watch_changes(calls, copies, names)
+        if isinstance(interruption, AfterTime):
+            signal.signal(signal.SIGALRM, lambda *_: _end(end))
+            signal.setitimer(signal.ITIMER_REAL, interruption.seconds)
         return reached, calls
 
     # -- looking ----------------------------------------------------------------------------------------------------
@@ -416,12 +442,18 @@ class World:
         """Return what is wrong now."""
         return self.oracle.problems_now(self.picture(), self.now_s)
 
-    def heal(self, *, n_most: int = 3) -> list[str]:
+    def paths(self) -> list[str]:
+        """Return the paths of the checkpoints that were saved and that the rule did not allow to be deleted."""
+        return [save.path for save in self.oracle.saves if save.path not in self.oracle.may_be_gone]
+
+    def heal(self) -> list[str]:
         """Run the command, with grace periods in between, until the tiers are at rest; return what is wrong then.
 
-        Each run must end with 0, and after each of them nothing may be lost.
+        Each run must end with 0, and after each of them nothing may be lost. Without a grace period, three runs must
+        suffice. With one, a checkpoint may have to wait twice: on its way to the second tier, and to the third.
         """
         wrong: list[str] = []
+        n_most = 6 if self.setting.grace_s else 3
         for number in range(n_most):
             if number and self.setting.grace_s:
                 self.days_pass(1.5 * self.setting.grace_s / DAY_S)
@@ -438,12 +470,103 @@ class World:
         return [f"after {n_most} runs: {text}" for text in wrong]
 
 
-def _signal_after(pid: int, interruption: AfterTime) -> None:
-    pidfd = os.pidfd_open(pid)
-    try:
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        if not poll.poll(interruption.seconds * 1000):
-            os.kill(pid, signal.SIGKILL if interruption.end == EXIT else getattr(signal, interruption.end))
-    finally:
-        os.close(pidfd)
+# -- worlds in a process of their own --------------------------------------------------------------------------------
+
+
+class WorldProcess:
+    """Worlds in a warm process without threads, for tests, whose own process has threads and cannot be forked.
+
+    Call close() at the end. It has one world at a time.
+    """
+
+    def __init__(self) -> None:
+        """Start the process."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.tier.generations"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            env={**os.environ, **WITHOUT_THREADS},
+        )
+
+    def new_world(self, root: Path, setting: Setting, server: Mapping[str, str] | None = None) -> None:
+        """Make a world. server: Facts of an S3 server for s3_client(), its bucket and its environment."""
+        self._ask("new_world", root, setting, server)
+
+    def save(self, n: int = 1) -> None:
+        """See World."""
+        self._ask("save", n)
+
+    def days_pass(self, days: float) -> None:
+        """See World."""
+        self._ask("days_pass", days)
+
+    def run(self, interruption: Interruption | None = None) -> Outcome:
+        """See World."""
+        return self._ask("run", interruption)
+
+    def recall(self, path: str, interruption: Interruption | None = None) -> Outcome:
+        """See World."""
+        return self._ask("recall", path, interruption)
+
+    def look(self) -> list[str]:
+        """See World."""
+        return self._ask("look")
+
+    def heal(self) -> list[str]:
+        """See World."""
+        return self._ask("heal")
+
+    def paths(self) -> list[str]:
+        """Return the paths of the checkpoints that were saved and that the rule did not allow to be deleted."""
+        return self._ask("paths")
+
+    def _ask(self, verb: str, *arguments: object) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        pickle.dump((verb, arguments), self._process.stdin)
+        self._process.stdin.flush()
+        is_done, answer = pickle.load(self._process.stdout)
+        if not is_done:
+            raise RuntimeError(answer)
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def _serve() -> None:
+    """Answer a WorldProcess on standard input and output."""
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # children may print
+    gc.freeze()
+    world: World | None = None
+    while True:
+        try:
+            verb, arguments = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            if verb == "new_world":
+                world, answer = _made(*arguments), None
+            else:
+                answer = getattr(world, verb)(*arguments)
+            answer = (True, answer)
+        except Exception:  # noqa: BLE001 - top of the process: the error goes to the test
+            answer = (False, traceback.format_exc())
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+def _made(root: Path, setting: Setting, server: Mapping[str, str] | None) -> World:
+    if server is None:
+        return World(root, setting)
+    os.environ.update({name: value for name, value in server.items() if name.isupper()})
+    client = s3_client(server["endpoint"], server["AWS_ACCESS_KEY_ID"], server["AWS_SECRET_ACCESS_KEY"])
+    return World(root, setting, S3Tiers(client, server["bucket"], f"generations/{root.name}-{time.time_ns()}"))
+
+
+if __name__ == "__main__":
+    # Under its own name, so that both processes have the same classes.
+    import_module("tests.tier.generations")._serve()
