@@ -24,6 +24,7 @@ from tests.stress.kills import points_where, rounds_asked
 from tests.support.named_checkpoints import LAYOUTS, OWN
 from tests.tier.generations import (
     ENDS,
+    INTERRUPTED,
     KEEP_LAST,
     AfterTime,
     AtCall,
@@ -162,7 +163,8 @@ class Rounds:
         if isinstance(at, AtPoint):
             report.points[at.point] += 1
         wrong = [f"directly after the interruption: {text}" for text in world.look()]
-        if outcome.code == 130 and "nothing was lost" not in outcome.text and kind == "run":
+        has_begun = outcome.code == INTERRUPTED and outcome.text != ""
+        if has_begun and kind == "run" and "nothing was lost" not in outcome.text:
             wrong.append(f"the interrupted command printed {outcome.text!r}")
         if not wrong and chance.random() < 0.3:
             self._save(world, 1)

@@ -172,9 +172,7 @@ class NamedCheckpoints:
             if foreign:
                 found.append(f"{tier} has other bytes than were saved under {_list(foreign)}")
         found += [
-            f"{key} is not in {self.rule.tiers[0]}"
-            for key in self.beside
-            if key not in picture[self.rule.tiers[0]]
+            f"{key} is not in {self.rule.tiers[0]}" for key in self.beside if key not in picture[self.rule.tiers[0]]
         ]
         return found
 

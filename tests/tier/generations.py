@@ -34,8 +34,7 @@ from tests.support.forks import DEADLINE_S, ForkedChild, SendLine, run_forked
 from tests.support.named_checkpoints import LAYOUTS, OWN, OWN_RUN, KeepRule, Layout, NamedCheckpoints, Objects
 from tests.testing.warm_process import ROOT, WITHOUT_THREADS
 
-import tiercache as tc
-from tiercache import crash_points
+from tiercache import Checkpoints, crash_points
 from tiercache.cli import tier_recall, tier_verbs  # noqa: F401 - the children need not import them
 from tiercache.cli.app import app
 
@@ -47,6 +46,7 @@ for _name in ("pandas", "pyarrow.dataset"):
 DAY_S = 86_400.0
 HOLD_S = 12 * 3600.0
 DELETE_AFTER_S = 10 * DAY_S
+PRICES = "{ store_gb_month = 0.01 }"
 TIERS = {2: ("hot", "standard"), 3: ("hot", "standard", "archive")}
 KEEP_LAST = {2: (2,), 3: (1, 4)}
 # Saves get these modification times, so that all of them are older than quiet_period and each is newer than the last.
@@ -58,9 +58,9 @@ _UNFINISHED = ".tiercache-tmp-"  # prefix of files that are being written
 KILL, EXIT, INT, TERM = "SIGKILL", "_exit", "SIGINT", "SIGTERM"
 ENDS = (KILL, EXIT, INT, TERM)
 _EXITED = 77
-_INTERRUPTED = 130
+INTERRUPTED = 130
 # What an interrupted command may end with; SIGINT leaves an exit code, or the run was already over.
-_CODES = {KILL: {-9}, EXIT: {_EXITED}, INT: {_INTERRUPTED}, TERM: {-15, 143, _INTERRUPTED}}
+_CODES = {KILL: {-9}, EXIT: {_EXITED}, INT: {INTERRUPTED}, TERM: {-15, 143, INTERRUPTED}}
 
 
 # -- interruptions ---------------------------------------------------------------------------------------------------
@@ -148,6 +148,11 @@ _CHANGES = {"os.rename", "os.remove", "os.link", "os.symlink", "os.mkdir", "os.r
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
+def _do_not_sync() -> None:
+    """Let this process sync no file. A process is killed here, not a machine: the kernel loses nothing."""
+    os.fsync = os.fdatasync = lambda _fd: None  # type: ignore[assignment]
+
+
 def _watch_changes(calls: _Counter, copies: _Counter, names: frozenset[str]) -> None:
     """Count every change of a file that this process is about to make. It cannot be undone: only for children."""
 
@@ -202,8 +207,7 @@ class FolderTiers:
             for name in names:
                 if name.startswith(_UNFINISHED):  # never listed, and removed a day after their writer was killed
                     continue
-                with open(f"{folder}/{name}", "rb") as file:
-                    found[f"{below}/{name}" if below else name] = file.read()
+                found[f"{below}/{name}" if below else name] = Path(folder, name).read_bytes()
         return found
 
 
@@ -294,14 +298,18 @@ class World:
     def _write_rules(self) -> None:
         text = ""
         for name in self.rule.tiers:
-            text += f"[tiers.{name}]\nurl = {json.dumps(self.tiers.url(name))}\nprices = {{ store_gb_month = 0.01 }}\n\n"
+            text += (
+                f"[tiers.{name}]\nurl = {json.dumps(self.tiers.url(name))}\nprices = {{ store_gb_month = 0.01 }}\n\n"
+            )
         text += '[[rules]]\nname = "all"\nmatch = "checkpoints/**"\neven_if_dearer = true\n'
         for name, n in zip(self.rule.tiers, self.rule.keep_last, strict=False):
             text += f"keep_{name} = {{ last = {n} }}\n"
         text += f"then = {json.dumps(self.rule.tiers[-1])}\n"
         if self.setting.deletes:
             text += f'delete_after = "{DELETE_AFTER_S / DAY_S:.0f}d"\n'
-        text += f'\n[tiering]\ngrace = "{self.setting.grace_s:.0f}s"\nhold = "{HOLD_S:.0f}s"\njobs = {self.setting.jobs}\n'
+        text += (
+            f'\n[tiering]\ngrace = "{self.setting.grace_s:.0f}s"\nhold = "{HOLD_S:.0f}s"\njobs = {self.setting.jobs}\n'
+        )
         text += f"state_dir = {json.dumps(str(self.root / 'state'))}\n"
         if self.setting.rate is not None:
             text += f"rate = {self.setting.rate}\n"
@@ -342,7 +350,8 @@ class World:
         hot = self.rule.tiers[0]
 
         def work(_tell: SendLine) -> None:
-            with JumpingClock() as clock, tc.Checkpoints(f"{self.tiers.url(hot)}/{OWN_RUN}") as checkpoints:
+            _do_not_sync()
+            with JumpingClock() as clock, Checkpoints(f"{self.tiers.url(hot)}/{OWN_RUN}") as checkpoints:
                 clock.jump(self.ahead_s)
                 for step in steps:
                     numbers = np.random.default_rng(step)
@@ -386,9 +395,13 @@ class World:
                 clock.jump(self.ahead_s)
                 try:
                     command.main(arguments, prog_name="tiercache")
+                    code = 0
                 except SystemExit as end:
-                    sys.stdout.flush()
-                    tell(json.dumps({"code": end.code or 0, "reached": reached, "n_calls": calls.n}))
+                    code = end.code or 0
+                except KeyboardInterrupt:  # before the verb began
+                    code = INTERRUPTED
+                sys.stdout.flush()
+                tell(json.dumps({"code": code, "reached": reached, "n_calls": calls.n}))
 
         began_s = time.monotonic()
         child = ForkedChild(work)
@@ -423,8 +436,7 @@ class World:
             if not wanted or name == wanted:
                 at_point.count()
 
-        # A process is killed here, not a machine: what the kernel has is not lost, and to sync takes most of the time.
-        os.fsync = os.fdatasync = lambda _fd: None
+        _do_not_sync()
         crash_points.set_hook(hook)
         _watch_changes(calls, copies, names)
         if isinstance(interruption, AfterTime):

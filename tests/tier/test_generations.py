@@ -15,7 +15,6 @@ from tests.tier.generations import (
     INT,
     KILL,
     TERM,
-    AfterTime,
     AtCall,
     AtCopy,
     AtPoint,
@@ -68,7 +67,7 @@ def test_two_tiers_after_an_interruption(worlds, tmp_path, at):
 @pytest.mark.parametrize("end", [INT, TERM, KILL])
 def test_a_run_at_a_slow_rate_that_is_interrupted_says_so_and_loses_nothing(worlds, tmp_path, end):
     worlds.new_world(tmp_path / "world", Setting(("plain",), rate=SLOW_BYTES_S))
-    interrupted = second_generation(worlds, AfterTime(0.3, end))
+    interrupted = second_generation(worlds, AtCopy(4, end))
     assert ("nothing was lost; the same command continues" in interrupted.text) is (end == INT)
     assert worlds.heal() == []
 
@@ -196,7 +195,7 @@ def test_saves_runs_recalls_and_interruptions_in_any_order_lose_nothing(worlds, 
 @pytest.mark.parametrize("n_tiers", [2, 3])
 def test_many_orders_of_saves_runs_recalls_and_interruptions(worlds, tmp_path, n_tiers, deletes, grace_s):
     setting = Setting(("dcp", "files"), n_tiers=n_tiers, deletes=deletes, grace_s=grace_s, jobs=1)
-    run_machine(worlds, tmp_path, setting, n_examples=60, n_steps=15)
+    run_machine(worlds, tmp_path, setting, n_examples=20, n_steps=15)
 
 
 # -- rounds ----------------------------------------------------------------------------------------------------------

@@ -77,9 +77,7 @@ def test_a_part_of_a_copy_is_wrong_at_rest():
     picture["archive"][path(3)] = picture["standard"][path(3)]
     now, at_rest = problems(oracle, picture)
     assert now == []
-    assert at_rest == [
-        "checkpoints/plain/step-3 is torn in archive: 3 of 3 files in standard, 1 of 3 files in archive"
-    ]
+    assert at_rest == ["checkpoints/plain/step-3 is torn in archive: 3 of 3 files in standard, 1 of 3 files in archive"]
 
 
 def test_a_whole_copy_in_a_second_tier_is_wrong_at_rest():
@@ -99,9 +97,7 @@ def test_a_checkpoint_in_another_tier_than_the_rule_says_is_wrong_at_rest(step, 
         picture[tier][key] = picture[TIER_OF[step]].pop(key)
     now, at_rest = problems(oracle, picture)
     assert now == []
-    assert at_rest == [
-        f"checkpoints/plain/step-{step} should be in {TIER_OF[step]} alone: 3 of 3 files in {tier}"
-    ]
+    assert at_rest == [f"checkpoints/plain/step-{step} should be in {TIER_OF[step]} alone: 3 of 3 files in {tier}"]
 
 
 def test_a_file_beside_checkpoints_must_stay():
