@@ -13,10 +13,11 @@ import gc
 import json
 import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,11 +113,12 @@ class Rounds:
         """Make rounds until n_rounds of them were interrupted."""
         gc.freeze()  # a child's collector would copy every page of the parent's
         began_s = time.monotonic()
-        while self.report.n_rounds < n_rounds:
-            world = self._new_world()
-            for _ in range(self.random.randint(2, N_GENERATIONS)):
-                if self.report.n_rounds >= n_rounds or not self._round(world):
-                    break
+        with suppress(KeyboardInterrupt):  # the report is that of the rounds so far
+            while self.report.n_rounds < n_rounds:
+                world = self._new_world()
+                for _ in range(self.random.randint(2, N_GENERATIONS)):
+                    if self.report.n_rounds >= n_rounds or not self._round(world):
+                        break
         self.report.seconds = round(time.monotonic() - began_s, 1)
         return self.report
 
@@ -134,7 +136,7 @@ class Rounds:
             self._save(world, chance.randint(2, 6))
             self._learn(world.run())
             self._history.append("run")
-            self._check(world, world.heal())
+            self._check(self._heal(world))
         return world
 
     def _round(self, world: World) -> bool:
@@ -153,9 +155,9 @@ class Rounds:
         if not outcome.is_struck:
             report.missed += 1
             if outcome.code:
-                return self._check(world, [f"it ended with {outcome.code}: {outcome.text}"])
+                return self._check([f"it ended with {outcome.code}: {outcome.text}"])
             self._learn(outcome)
-            return self._check(world, world.look())
+            return self._check(world.look())
         report.n_rounds += 1
         report.by_end[at.end] += 1
         report.by_kind[f"{kind} {type(at).__name__}"] += 1
@@ -172,11 +174,11 @@ class Rounds:
             again = world.recall(recalled)
             self._history.append(f"get {recalled} -> {again.code}")
             wrong = [f"the same recall ended with {again.code}: {again.text}"] if again.code else world.look()
-        wrong = wrong or world.heal()
+        wrong = wrong or self._heal(world)
         if wrong:
             report.n_failed += 1
             report.failed_by_layout.update(world.setting.layouts)
-        return self._check(world, wrong)
+        return self._check(wrong)
 
     def _save(self, world: World, n: int) -> None:
         world.save(n)
@@ -207,10 +209,14 @@ class Rounds:
         point = min(known, key=lambda name: (self.report.points[name], chance.random()))
         return AtPoint(point, chance.randint(1, chance.randint(1, min(self._reached[point], MOST_NTH))), end)
 
-    def _check(self, world: World, wrong: list[str]) -> bool:
+    def _heal(self, world: World) -> list[str]:
+        self._history.append("heal")
+        return world.heal()
+
+    def _check(self, wrong: list[str]) -> bool:
+        """Note what is wrong, with its history; return whether nothing is."""
         if wrong and len(self.report.problems) < MOST_PROBLEMS:
             self.report.problems.append(f"{'; '.join(self._history)}: {' | '.join(wrong)}")
-        self._history.append("heal")
         return not wrong
 
 
@@ -222,6 +228,7 @@ def main() -> None:
     parser.add_argument("--tiers", type=int, default=3, choices=(2, 3))
     parser.add_argument("--delete-after", action="store_true", help="the rule deletes old checkpoints")
     asked = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with ExitStack() as stack:
         server = stack.enter_context(S3Server()) if asked.stores == "s3" else None
         if server is not None:

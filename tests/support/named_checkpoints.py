@@ -7,6 +7,7 @@ directly after a kill; `problems_at_rest` holds after runs that were not interru
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -158,6 +159,8 @@ class NamedCheckpoints:
         before = self.holds.get(path)
         was_certain = before is not None and before.is_certain and before.until_s > until_s
         self.holds[path] = Hold(until_s, is_certain or was_certain)
+        if is_certain:
+            self.may_be_gone.discard(path)  # the recall has found it
 
     def problems_now(self, picture: Picture, now_s: float) -> list[str]:
         """Return what is wrong with the tiers at any instant: what is lost, and names with the bytes of others."""
@@ -203,35 +206,33 @@ class NamedCheckpoints:
         torn = [tier for tier in present if tier not in whole]
         if torn:
             return f"is torn in {', '.join(torn)}"
+        if not whole:
+            return "" if self._may_be_gone(save, now_s) else "is nowhere"
         hold = self.holds.get(save.path)
         hot, wanted = self.rule.tiers[0], self.rule.tier_of(self.rank(save))
         if hold is not None and now_s < hold.until_s + self.slack_s:
-            if hold.is_certain and hot not in whole and now_s < hold.until_s - self.slack_s:
-                return f"was recalled and is held, but is not in {hot}"
-            return "" if whole else "is nowhere"
-        if not whole:
-            return "" if self._may_be_gone(save, now_s) else "is nowhere"
+            is_missing = hold.is_certain and hot not in whole and now_s < hold.until_s - self.slack_s
+            return f"was recalled and is held, but is not in {hot}" if is_missing else ""
         if self._is_overdue(save, now_s):
             return "should have been deleted"
-        if whole != [wanted]:
-            return f"should be in {wanted} alone"
-        return ""
+        return "" if whole == [wanted] else f"should be in {wanted} alone"
 
     def _may_be_gone(self, save: Save, now_s: float) -> bool:
-        age_s, rule = now_s - save.written_s, self.rule
-        if rule.delete_after_s is None or self.rank(save) < max(rule.keep_last):
-            return False
         hold = self.holds.get(save.path)
         is_held = hold is not None and hold.is_certain and now_s < hold.until_s - self.slack_s
-        if age_s > rule.delete_after_s - self.slack_s and not is_held:
+        if self._overdue_s(save, now_s) > -self.slack_s and not is_held:
             self.may_be_gone.add(save.path)
         return save.path in self.may_be_gone
 
     def _is_overdue(self, save: Save, now_s: float) -> bool:
+        return self._overdue_s(save, now_s) > self.slack_s
+
+    def _overdue_s(self, save: Save, now_s: float) -> float:
+        """Return for how long the rule has deleted a checkpoint; negative: not yet."""
         rule = self.rule
         if rule.delete_after_s is None or self.rank(save) < max(rule.keep_last):
-            return False
-        return now_s - save.written_s > rule.delete_after_s + self.slack_s
+            return -math.inf
+        return now_s - save.written_s - rule.delete_after_s
 
 
 def _tiers_with_all(save: Save, picture: Picture) -> list[str]:

@@ -169,3 +169,13 @@ def test_after_an_interrupted_recall_a_checkpoint_may_be_in_the_fastest_tier_but
     assert problems(oracle, picture) == ([], [])
     del picture["hot"][path(1)]
     assert problems(oracle, picture)[1] != []
+
+
+def test_an_interrupted_recall_does_not_keep_a_checkpoint_that_the_rule_deletes():
+    oracle, picture = saved(rule=KeepRule(RULE.tiers, RULE.keep_last, delete_after_s=8.5 * HOUR_S))
+    oracle.held("checkpoints/plain/step-1", NOW_S + 10 * HOUR_S, is_certain=False)
+    for key in LAYOUTS["plain"].files(1):
+        del picture["archive"][key]
+    assert problems(oracle, picture) == ([], [])
+    oracle.held("checkpoints/plain/step-1", NOW_S + 10 * HOUR_S, is_certain=True)
+    assert problems(oracle, picture)[0] == ["checkpoints/plain/step-1 is complete in no tier: no file left"]
