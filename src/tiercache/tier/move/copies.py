@@ -55,7 +55,7 @@ class MoveJob:
         is_finished: Whether nothing is left to do.
         made: Verified copies that are not in the catalog yet, as (tier, key, entry).
         n_bytes: Bytes that were copied.
-        there_bytes: Size of the objects that dst had when the move began.
+        absent: Keys of the objects that dst lacked when the move began.
         is_new: Whether a copy in dst was not in the catalog before.
     """
 
@@ -65,7 +65,7 @@ class MoveJob:
     is_finished: bool = False
     made: list[tuple[str, str, CatalogEntry]] = field(default_factory=list)
     n_bytes: int = 0
-    there_bytes: int = 0
+    absent: frozenset[str] = frozenset()
     is_new: bool = False
     lock: Lock = field(default_factory=Lock)
 
@@ -137,11 +137,10 @@ class CopyMaker:
         heads = self._context.heads((job.row.dst, obj.key) for job in jobs for obj in job.row.objects)
         for job in jobs:
             row = job.row
+            absent = frozenset(obj.key for obj in row.objects if heads.is_absent(row.dst, obj.key))
             # What an earlier, interrupted attempt of this copy has made is the move's own, too.
-            objects = (obj._replace(is_new=obj.is_new or heads.is_absent(row.dst, obj.key)) for obj in row.objects)
-            job.row = replace(row, objects=tuple(objects))
-            present = (obj for obj in row.objects if not heads.is_absent(row.dst, obj.key))
-            job.there_bytes = sum(obj.n_bytes for obj in present)
+            objects = (obj._replace(is_new=obj.is_new or obj.key in absent) for obj in row.objects)
+            job.row, job.absent = replace(row, objects=tuple(objects)), absent
 
     # -- groups -----------------------------------------------------------------------------------------------------
 
@@ -175,7 +174,7 @@ class CopyMaker:
                 self._copy_object(group.job, obj)
                 with self._lock:
                     group.n_running -= 1
-                    group.left_bytes -= obj.n_bytes
+                    group.left_bytes -= obj.n_bytes if obj.key in group.job.absent else 0
                     is_over = group.is_over
                     if is_over and group in self._queue:
                         self._queue.remove(group)
@@ -212,7 +211,7 @@ class CopyMaker:
         except OSError:  # there is no such folder yet
             return ""
         others = (other for other in self._queue if other is not group and other.is_begun and other.n_running)
-        free_bytes -= sum(max(other.left_bytes, 0) for other in others if other.job.row.dst == row.dst)
+        free_bytes -= sum(other.left_bytes for other in others if other.job.row.dst == row.dst)
         if group.left_bytes <= free_bytes:
             return ""
         need, free = format_bytes(group.left_bytes), format_bytes(max(free_bytes, 0))
@@ -254,7 +253,7 @@ class CopyMaker:
 
     def _ensure(self, job: MoveJob, obj: PlannedObject) -> None:
         context, src, dst = self._context, job.row.src, job.row.dst
-        info = context.head(dst, obj.key)
+        info = None if obj.key in job.absent else context.head(dst, obj.key)
         if info is not None and self._is_there(job, obj, info):
             return
         if not job.is_active:
@@ -418,8 +417,8 @@ def _is_by_etag(info: ObjectInfo, obj: PlannedObject) -> bool:
 
 
 def _group_copy(job: MoveJob) -> _GroupCopy:
-    n_bytes = sum(obj.n_bytes for obj in job.row.objects)
-    return _GroupCopy(job, list(job.row.objects[:-1]), n_bytes - job.there_bytes)
+    n_bytes = sum(obj.n_bytes for obj in job.row.objects if obj.key in job.absent)
+    return _GroupCopy(job, list(job.row.objects[:-1]), n_bytes)
 
 
 # -- withdrawal -------------------------------------------------------------------------------------------------------
