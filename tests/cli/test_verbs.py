@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tiercache.distribution import __version__
 from tiercache.pack import pack
 from tiercache.shard.versions.commit import Commit
-from tiercache.version import __version__
 
 
 def test_the_version_is_printed(tiercache):

@@ -527,7 +527,7 @@ def demo(
     The demo packs two data sets to a local S3 server and trains two small models: with a cold cache, with a warm cache,
     and stopped and resumed. Then it evicts the cache and moves data between tiers. It checks what tiercache promises;
     the exit code is 1 if a promise did not hold. Everything is made in a temporary folder and removed at the end. It
-    needs pip install 'tiercache[demo]'.
+    needs pip install 'tiercache-data[demo]'.
     """
     from tiercache.cli import demo as verb
 
