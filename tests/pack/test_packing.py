@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.pack.pictures import jpeg, png
 from tests.testing.strikes import strike
 
@@ -23,6 +25,23 @@ from tiercache.shard.versions.commit import Commit
 from tiercache.shard.versions.manifest import latest, list_versions, read_shards
 from tiercache.store import open_store
 
+NESTED_SCHEMA = pa.schema(
+    {
+        "list": pa.list_(pa.string()),
+        "deep": pa.list_(pa.list_(pa.int64())),
+        "struct": pa.struct({"a": pa.int64(), "b": pa.list_(pa.int8())}),
+        "map": pa.map_(pa.string(), pa.int64()),
+        "number": pa.int64(),
+    }
+)
+SMALL = st.none() | st.integers(0, 9)
+VALUES = {
+    "list": st.lists(st.none() | st.sampled_from("ab"), max_size=2),
+    "deep": st.lists(st.none() | st.lists(SMALL, max_size=2), max_size=2),
+    "struct": st.fixed_dictionaries({"a": SMALL, "b": st.none() | st.lists(SMALL, max_size=2)}),
+    "map": st.lists(st.tuples(st.sampled_from("ab"), SMALL), max_size=2),
+    "number": st.integers(0, 9),
+}
 PNG = png()
 JPEG = jpeg()
 
@@ -145,6 +164,7 @@ class TestParquet:
             "word": "str",
             "vector": "float32[3]",
         }
+        assert not version.schema.columns[-1].nullable  # tags, of which some are empty lists
         records = read(tmp_path / "out")
         expected = table.to_pylist()
         assert [{**r, "vector": r["vector"].tolist()} for r in records] == expected
@@ -153,6 +173,26 @@ class TestParquet:
         pq.write_table(self.table(), tmp_path / "in.parquet", write_statistics=False)
         version = pack(tmp_path / "in.parquet", tmp_path / "out")
         assert all(c.nullable for c in version.schema.columns)
+
+    @given(
+        st.sets(st.sampled_from(NESTED_SCHEMA.names)).flatmap(
+            lambda with_nulls: st.lists(
+                st.fixed_dictionaries({n: st.none() | v if n in with_nulls else v for n, v in VALUES.items()}),
+                min_size=1,
+                max_size=12,
+            )
+        )
+    )
+    def test_a_nested_column_is_nullable_only_if_it_has_a_null_itself(self, records):
+        table = pa.Table.from_pylist(records, NESTED_SCHEMA)
+        store = open_store("memory://test-pack-nested-nulls")
+        for i, part in enumerate((table[:5], table[5:])):
+            sink = pa.BufferOutputStream()
+            pq.write_table(part, sink, row_group_size=2)
+            store.put(f"in/{i}.parquet", sink.getvalue().to_pybytes())
+        plan = plan_pack("memory://test-pack-nested-nulls/in", "memory://test-pack-nested-nulls/out", PackOptions())
+        nullable = {column.name for column in plan.source.schema.columns if column.nullable}
+        assert nullable == {name for name in table.column_names if table[name].null_count}
 
     def test_other_files_in_a_folder_of_parquet_files_are_skipped(self, tmp_path):
         (tmp_path / "in").mkdir()
