@@ -102,6 +102,10 @@ def pack(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Number of processes; 0: one per CPU.")] = 1,
     include: Include = None,
     exclude: Exclude = None,
+    split_folders: Annotated[
+        bool,
+        flag("--split-folders", "Pack each folder in SOURCE, such as train and val, as the data set URL/FOLDER."),
+    ] = False,
     storage_option: StorageOptions = None,
     source_option: Annotated[
         list[str] | None,
@@ -132,7 +136,7 @@ def pack(
         storage_options=parse_storage_options(storage_option),
         source_options=parse_storage_options(source_option),
     )
-    data_sets.pack(output, source, url, options, dry_run=dry_run)
+    data_sets.pack(output, source, url, options, split_folders=split_folders, dry_run=dry_run)
 
 
 def ls(
