@@ -334,3 +334,45 @@ def test_a_killed_writer_needs_no_clean_up(tmp_path: Path, n_batches: int) -> No
     with Writer(tmp_path, mode="append") as writer:
         writer.write_batch(batch(0, 5))
     assert records(store) == written(0, 5)
+
+
+@pytest.mark.parametrize("schema", [SCHEMA, None])
+def test_a_dropped_writer_reports_the_records_that_it_loses(url, store, capsys, schema):
+    Writer(url, schema={"x": "int64"}).close()
+    writer = Writer(url, schema=schema, mode="overwrite", shard_size=1000, block_size=100)
+    writer.write_batch(batch(0, 500))
+    with pytest.warns(ResourceWarning, match=f"{url}: a Writer was not closed, so 500 records were not committed"):
+        del writer
+    assert capsys.readouterr().err == (
+        f"tiercache: error: {url}: a Writer was not closed, so 500 records were not committed and are lost: "
+        "use `with`, or call close()\n"
+    )
+    assert manifest.list_versions(store) == [1]
+
+
+def test_a_dropped_writer_without_records_is_silent(url, capsys):
+    with pytest.raises(SchemaError):
+        Writer(url).write({"x": object()})
+    writer = Writer(url, schema=SCHEMA)
+    with pytest.raises(SchemaError):
+        writer.write({"x": "not a number", "text": ""})
+    del writer
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("end", [Writer.close, Writer.abort])
+def test_a_writer_that_was_ended_is_silent_when_it_is_dropped(url, capsys, end):
+    writer = Writer(url)
+    writer.write({"x": 1})
+    end(writer)
+    del writer
+    assert capsys.readouterr().err == ""
+
+
+def test_a_forked_child_does_not_report_the_writer_of_its_parent(tmp_path):
+    code = (
+        "import os, sys, tiercache; w = tiercache.Writer(sys.argv[1], schema={'x': 'int64'}); w.write({'x': 1}); "
+        "pid = os.fork(); pid and (os.waitpid(pid, 0), w.abort())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
