@@ -22,6 +22,7 @@ from tiercache.shard.versions import manifest
 from tiercache.shard.versions.manifest import version_key
 from tiercache.shard.write import dataset_writer
 from tiercache.shard.write.dataset_writer import Writer
+from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
 from tiercache.store import LocalFolder, MemoryStore, Store
 from tiercache.testing import Fault, FaultKind, FaultStore
 
@@ -341,13 +342,24 @@ def test_a_dropped_writer_reports_the_records_that_it_loses(url, store, capsys, 
     Writer(url, schema={"x": "int64"}).close()
     writer = Writer(url, schema=schema, mode="overwrite", shard_size=1000, block_size=100)
     writer.write_batch(batch(0, 500))
-    with pytest.warns(ResourceWarning, match=f"{url}: a Writer was not closed, so 500 records were not committed"):
+    with pytest.warns(ResourceWarning, match=f"{url}: a Writer with 500 records was not closed"):
         del writer
     assert capsys.readouterr().err == (
-        f"tiercache: error: {url}: a Writer was not closed, so 500 records were not committed and are lost: "
+        f"tiercache: error: {url}: a Writer with 500 records was not closed, so nothing was committed: "
         "use `with`, or call close()\n"
     )
     assert manifest.list_versions(store) == [1]
+
+
+def test_a_dropped_writer_reports_added_shards_too(url, store):
+    with ShardWriter(store, Schema.of(SCHEMA), ShardOptions(1000, 100)) as shards:
+        shards.write_batch(batch(0, 30))
+        infos = shards.finish()
+    writer = Writer(url, schema=SCHEMA)
+    writer.add_shards(infos)
+    writer.write_batch(batch(30, 1))
+    with pytest.warns(ResourceWarning, match="a Writer with 31 records was not closed"):
+        del writer
 
 
 def test_a_dropped_writer_without_records_is_silent(url, capsys):

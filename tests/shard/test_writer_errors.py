@@ -143,7 +143,7 @@ def test_a_process_that_exits_without_close_leaves_no_data_set(tmp_path):
     )
     assert (ended.returncode, ended.stdout) == (0, "")
     assert ended.stderr == (
-        f"tiercache: error: {folder}: a Writer was not closed, so 40 records were not committed and are lost: "
+        f"tiercache: error: {folder}: a Writer with 40 records was not closed, so nothing was committed: "
         "use `with`, or call close()\n"
     )
     assert list(LocalFolder(folder).list()) == []

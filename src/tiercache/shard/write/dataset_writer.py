@@ -257,10 +257,11 @@ class Writer:
 
 def _report_unclosed(url: str, shards: ShardWriter, pid: int) -> None:
     """Report the records of a writer that nothing refers to any more, or that is open when the program ends."""
-    if not shards.n_records or pid != os.getpid():  # a forked child has only a copy of the writer
+    n_records = shards.n_records + shards.n_added_records
+    if not n_records or pid != os.getpid():  # a forked child has only a copy of the writer
         return
-    records = "1 record" if shards.n_records == 1 else f"{shards.n_records:,} records"
-    text = f"{url}: a Writer was not closed, so {records} were not committed and are lost: use `with`, or call close()"
+    records = "1 record" if n_records == 1 else f"{n_records:,} records"
+    text = f"{url}: a Writer with {records} was not closed, so nothing was committed: use `with`, or call close()"
     if sys.stderr is not None:
         sys.stderr.write(f"tiercache: error: {text}\n")  # Python does not show a ResourceWarning by default
     warnings.warn(text, ResourceWarning, stacklevel=2)
