@@ -36,6 +36,7 @@ from tiercache.cli.open_tiers import (
     tier_path,
 )
 from tiercache.cli.output import FAILED, PARTIAL, PENDING, Output, confirm, count, printable
+from tiercache.distribution import install_command
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo, format_bytes
 from tiercache.prices import SPEEDS, Prices, Speed, price_notes, price_table
@@ -639,7 +640,7 @@ def _print_buckets(output: Output, tiers: OpenTiers) -> None:
                 text = printable(f"{'warning' if found.is_danger else 'note'}: {found.text}")
                 output.event("bucket", asdict(found), text)
         elif tier.url.lower().startswith("s3://"):
-            text = f"tiers.{tier.name}: reading the bucket's lifecycle needs boto3: pip install 'tiercache[archive]'"
+            text = f"tiers.{tier.name}: reading the bucket's lifecycle needs boto3: {install_command('archive')}"
             output.event("note", {"text": text}, f"note: {text}")
 
 

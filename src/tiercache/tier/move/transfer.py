@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeAlias
 from tiercache._native.checksum import combine, crc32c
 from tiercache.catalog.tiers import CatalogEntry
 from tiercache.crash_points import crash_point
+from tiercache.distribution import install_command
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store import CloudStore, LocalFolder
@@ -312,7 +313,7 @@ class Transfer:
             return
         if isinstance(store, CloudStore) and info.n_bytes > MOST_PARTS * PART_BYTES:
             message = f"{info.n_bytes} bytes are more than this client writes in parts of 8 MiB"
-            hint = ": pip install 'tiercache[archive]'" if store.cloud == "s3" else ""
+            hint = f": {install_command('archive')}" if store.cloud == "s3" else ""
             raise StoreError(message + hint, url=f"{store.url}/{info.key}")
         if isinstance(store, LocalFolder):
             with store.create(info.key, attributes=self._kept_attributes(request, info)) as upload:
