@@ -635,8 +635,8 @@ def _snapshot(
     is_own = grouped.from_layout(grouped.layout.own, otherwise=False)
     is_exact = np.isnan(in_name_s) | ((created_s >= in_name_s) & (created_s < in_name_s + 1.0) & ~is_own)
     created_s = np.where(is_exact, created_s, np.minimum(in_name_s, now_s))
-    # A group without a known use counts as used when its oldest copy was written: a restored copy is not idle at once.
-    np.minimum.at(last_use_s, copies.group, copies.modified_s)
+    # A group without a known use counts as used when it was first written: a move is no use.
+    np.minimum.at(last_use_s, copies.group, copies.written_s)
     of_shard, shard = grouped.shard >= 0, grouped.shard[grouped.shard >= 0]
     in_use, unreported = np.zeros_like(of_shard), np.zeros_like(of_shard)
     n_uses[of_shard] += grouped.shards.uses[shard]

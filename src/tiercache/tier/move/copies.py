@@ -263,7 +263,10 @@ class CopyMaker:
         # Only the object that was seen is replaced, where the store gives it an ETag.
         replaces: MayReplace = False if info is None else info.etag or True
         try:
-            copied = context.transfer.copy(src, dst, obj, on_bytes=self._on_bytes, replaces=replaces)
+            written_s = first_written_s(obj, context.catalog.entries(src, [obj.key]).get(obj.key))
+            copied = context.transfer.copy(
+                src, dst, obj, on_bytes=self._on_bytes, replaces=replaces, written_s=written_s
+            )
         except StoreError as error:
             if not error.details.get("corrupt"):
                 raise
@@ -308,7 +311,9 @@ class CopyMaker:
                 continue
             equal = obj._replace(etag=entry.etag, modified_s=None)
             with suppress(StoreError):  # the error to report is the one of src
-                copied = context.transfer.copy(tier.name, dst, equal, on_bytes=self._on_bytes, replaces=replaces)
+                copied = context.transfer.copy(
+                    tier.name, dst, equal, on_bytes=self._on_bytes, replaces=replaces, written_s=entry.written_s
+                )
                 return tier.name, copied
         raise failure
 
