@@ -105,6 +105,7 @@ class Rounds:
             self._client = s3_client(server.endpoint, server.access_key_id, server.secret_access_key)
         self._points = sorted(points_where(lambda name: name.startswith(("tier_", "catalog."))))
         self._reached: Counter[str] = Counter()  # most often in one command
+        self._tried: Counter[str] = Counter()  # by crash point
         self._n_calls, self._seconds = 50, 0.3  # of the longest commands so far
         self._n_worlds = 0
         self._history: list[str] = []
@@ -132,7 +133,7 @@ class Rounds:
             tiers = S3Tiers(self._client, self._server.bucket, f"{self._root.name}/{self._n_worlds}")
         self._history = [repr(setting)]
         world = World(self._root / "world", setting, tiers)
-        if chance.random() < 0.8:  # a first generation that is not interrupted
+        if self._n_worlds == 1 or chance.random() < 0.8:  # a first generation that is not interrupted
             self._save(world, chance.randint(2, 6))
             self._learn(world.run())
             self._history.append("run")
@@ -191,10 +192,10 @@ class Rounds:
     def _learn(self, outcome: Outcome) -> None:
         self._reached |= outcome.reached
         self._n_calls = max(self._n_calls, outcome.n_calls)
-        self._seconds = 0.9 * self._seconds + 0.1 * outcome.seconds
+        self._seconds = 0.7 * self._seconds + 0.3 * outcome.seconds
 
     def _interruption(self) -> Interruption:
-        """Return the crash point that was used least, or any change of a file, or any instant."""
+        """Return the crash point that was chosen least, or any change of a file, or any instant."""
         chance = self.random
         end = chance.choice(ENDS)
         on_files = 0 if self._server else 3
@@ -206,7 +207,8 @@ class Rounds:
         known = [point for point in self._points if self._reached[point]]
         if kind == "time" or not known:
             return AfterTime(chance.uniform(0.0, self._seconds), end)
-        point = min(known, key=lambda name: (self.report.points[name], chance.random()))
+        point = min(known, key=lambda name: (self._tried[name], chance.random()))
+        self._tried[point] += 1
         return AtPoint(point, chance.randint(1, chance.randint(1, min(self._reached[point], MOST_NTH))), end)
 
     def _heal(self, world: World) -> list[str]:
