@@ -32,6 +32,16 @@ size_t tc_page_rounded(size_t n_bytes) {
     return (n_bytes + unit - 1) / unit * unit;
 }
 
+/* SMALL_BYTES: With its tensor, such a column fits into the chunks that malloc keeps for each thread, so its copy takes less
+ * time than the atomic operations on a slot that other cores use. Slots that are mapped singly take whole pages, also in
+ * batches of a few columns of this size.
+ * SMALL_PART: What a consumer keeps holds at most 16 times its bytes. A larger part would copy most columns of ordinary batches. */
+enum { SMALL_BYTES = 512, SMALL_PART = 16 };
+
+int tc_slot_is_small_column(const tc_slot *slot, size_t n_bytes) {
+    return slot->lent == NULL && (n_bytes <= SMALL_BYTES || n_bytes <= slot->end / SMALL_PART);
+}
+
 /* Make room for n_bytes, and keep the first keep_bytes. */
 static int slot_grow(tc_slot *slot, size_t n_bytes, size_t keep_bytes) {
     if (n_bytes <= slot->capacity) return 0;

@@ -84,6 +84,16 @@ class RowType:
 
     def __init__(self, code: int, bits: int, shape: tuple[int, ...] = ()) -> None: ...
 
+class CopiedBytes:
+    """A copy of bytes for the consumer, as a writable buffer. held_bytes() counts it.
+
+    Args:
+        source: Contiguous bytes.
+    """
+
+    def __init__(self, source: NDArray[np.uint8] | memoryview) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
 class Slot:
     """The memory of a batch, a writable buffer of bytes (for torch.frombuffer).
 
@@ -101,10 +111,21 @@ class Slot:
         """Return the byte positions of a stream's values and (VAR) int64 offsets, and (VAR) its number of elements."""
 
     def tensor(self, row_type: RowType, offset: int, n_rows: int) -> object:
-        """Return a DLPack capsule of n_rows rows from byte position offset. The capsule keeps the slot.
+        """Return a DLPack capsule of n_rows rows from byte position offset.
+
+        The capsule keeps the slot, or, for a small column, a copy of the rows.
 
         Raises:
             ValueError: The rows are not all inside the slot.
+        """
+
+    def column(self, offset: int, n_bytes: int) -> tuple[Slot | CopiedBytes, int]:
+        """Return the buffer for n_bytes from byte position offset, and their position there.
+
+        The buffer is a copy for a small column, so that what lies over it does not keep the batch; otherwise the slot.
+
+        Raises:
+            ValueError: The bytes are not all inside the slot.
         """
 
     def start_bytes(self, stream: int) -> None:
@@ -190,7 +211,11 @@ class Ring:
         """Return the statistics of the ring."""
 
 def held_bytes() -> int:
-    """Return the bytes of all batches still referred to, of all rings of the process, including dropped rings."""
+    """Return the bytes that keep batches of all rings of the process alive.
+
+    These are slots that are taken, columns that were copied, and unused slots of a ring that was dropped: they are freed
+    with its last slot.
+    """
 
 class ArenaKeeper:
     """While an instance lives, a ring that ends leaves its memory (up to 64 MiB) to the next ring of the same size."""

@@ -11,8 +11,10 @@ from cpython.object cimport PyObject_GenericSetAttr
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.pycapsule cimport PyCapsule_Destructor, PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New
 from libc.errno cimport EIO
+from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
 
 import math
 from collections import deque
@@ -95,6 +97,7 @@ cdef extern from "ring.h" nogil:
     void tc_ring_drop(tc_ring *)
     void tc_ring_get_stats(tc_ring *, tc_ring_stats *)
     size_t tc_live_batch_bytes()
+    void tc_count_copied(ptrdiff_t)
     int tc_ring_is_consumer_far()
     uint64_t tc_ring_n_measurements()
 
@@ -112,7 +115,11 @@ cdef extern from "dlpack.h" nogil:
     void *tc_tensor_new(tc_slot *, size_t, const tc_row_type *, size_t)
     void tc_tensor_drop(void *)
 
+cdef extern from "stdlib.h" nogil:
+    void *aligned_alloc(size_t, size_t)
+
 cdef extern from "slot.h" nogil:
+    int tc_slot_is_small_column(const tc_slot *, size_t)
     void tc_arena_keep()
     void tc_arena_let_go()
 
@@ -282,6 +289,45 @@ cdef class RowType:
             self.fields.dims[<Py_ssize_t>i] = n
 
 
+cdef class CopiedBytes:
+    """A copy of a buffer as a writable buffer of bytes, which held_bytes() counts."""
+
+    cdef uint8_t *memory
+    cdef Py_ssize_t n_bytes
+
+    def __cinit__(self):
+        self.memory = NULL
+
+    def __init__(self, const uint8_t[::1] source not None):
+        self.copy(&source[0] if source.shape[0] else NULL, source.shape[0])
+
+    @staticmethod
+    cdef CopiedBytes of(const uint8_t *source, Py_ssize_t n_bytes):
+        cdef CopiedBytes self = CopiedBytes.__new__(CopiedBytes)
+        self.copy(source, n_bytes)
+        return self
+
+    cdef int copy(self, const uint8_t *source, Py_ssize_t n_bytes) except -1:
+        if self.memory != NULL:
+            raise TypeError("the bytes were copied already")
+        self.memory = <uint8_t *>aligned_alloc(64, (<size_t>max(n_bytes, 1) + 63) & ~<size_t>63)  # SLOT_ALIGN
+        if self.memory == NULL:
+            raise MemoryError(f"no memory for {n_bytes} bytes of a batch")
+        if n_bytes:
+            memcpy(self.memory, source, n_bytes)
+        self.n_bytes = n_bytes
+        tc_count_copied(n_bytes)
+        return 0
+
+    def __dealloc__(self):
+        if self.memory != NULL:
+            tc_count_copied(-self.n_bytes)
+            free(self.memory)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self.memory, self.n_bytes, 0, flags)
+
+
 cdef void drop_unused(object capsule) noexcept:
     # A receiver that takes the tensor over renames its capsule.
     if PyCapsule_IsValid(capsule, DLPACK):
@@ -289,7 +335,7 @@ cdef void drop_unused(object capsule) noexcept:
 
 
 cdef class Slot:
-    """The memory of a batch, as a writable buffer of bytes. It returns to the ring when the last tensor over it is dropped."""
+    """The memory of a batch, as a writable buffer of bytes. It returns to the ring when the last column in it is dropped."""
 
     cdef tc_slot *slot
     cdef readonly uint64_t first_row
@@ -335,6 +381,13 @@ cdef class Slot:
         except MemoryError:
             tc_tensor_drop(tensor)
             raise
+
+    def column(self, size_t offset, size_t n_bytes):
+        if offset > self.slot.capacity or n_bytes > self.slot.capacity - offset:
+            raise ValueError(f"{n_bytes} bytes at offset {offset} exceed the slot's {self.slot.capacity} bytes")
+        if not tc_slot_is_small_column(self.slot, n_bytes):
+            return self, offset
+        return CopiedBytes.of(self.slot.memory + offset, n_bytes), 0
 
     def start_bytes(self, size_t stream):
         if self.bytes_copies is None:
