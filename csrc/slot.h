@@ -47,6 +47,7 @@ typedef struct tc_slot {
     size_t n_rows;
     size_t n_bytes; /* Size of the batch's values, including the bytes that references point to. */
     size_t end;     /* Used bytes of the memory. */
+    size_t small_bytes; /* Size of the largest column that is copied when it is handed out. */
     size_t *values_at, *offsets_at, *n_elements;
 } tc_slot;
 

@@ -84,11 +84,11 @@ class RowType:
 
     def __init__(self, code: int, bits: int, shape: tuple[int, ...] = ()) -> None: ...
 
-class CopiedBytes:
-    """A copy of bytes for the consumer, as a writable buffer. held_bytes() counts it.
+class ColumnMemory:
+    """The bytes of a column, as a writable buffer: in a slot, which it keeps, or a copy, which held_bytes() counts.
 
     Args:
-        source: Contiguous bytes.
+        source: Contiguous bytes, which are copied.
     """
 
     def __init__(self, source: NDArray[np.uint8] | memoryview) -> None: ...
@@ -107,6 +107,9 @@ class Slot:
     def n_bytes(self) -> int:
         """Size of the batch's values, including the bytes that references point to."""
 
+    def values_position(self, stream: int) -> int:
+        """Return the byte position of a stream's values."""
+
     def stream_position(self, stream: int) -> tuple[int, int, int]:
         """Return the byte positions of a stream's values and (VAR) int64 offsets, and (VAR) its number of elements."""
 
@@ -119,10 +122,8 @@ class Slot:
             ValueError: The rows are not all inside the slot.
         """
 
-    def column(self, offset: int, n_bytes: int) -> tuple[Slot | CopiedBytes, int]:
-        """Return the buffer for n_bytes from byte position offset, and their position there.
-
-        The buffer is a copy for a small column, so that what lies over it does not keep the batch; otherwise the slot.
+    def column(self, offset: int, n_bytes: int) -> ColumnMemory:
+        """Return the memory of a column: n_bytes from byte position offset. It is a copy for a small column.
 
         Raises:
             ValueError: The bytes are not all inside the slot.

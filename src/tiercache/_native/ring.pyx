@@ -115,9 +115,6 @@ cdef extern from "dlpack.h" nogil:
     void *tc_tensor_new(tc_slot *, size_t, const tc_row_type *, size_t)
     void tc_tensor_drop(void *)
 
-cdef extern from "stdlib.h" nogil:
-    void *aligned_alloc(size_t, size_t)
-
 cdef extern from "slot.h" nogil:
     int tc_slot_is_small_column(const tc_slot *, size_t)
     void tc_arena_keep()
@@ -289,45 +286,6 @@ cdef class RowType:
             self.fields.dims[<Py_ssize_t>i] = n
 
 
-cdef class CopiedBytes:
-    """A copy of a buffer as a writable buffer of bytes, which held_bytes() counts."""
-
-    cdef uint8_t *memory
-    cdef Py_ssize_t n_bytes
-
-    def __cinit__(self):
-        self.memory = NULL
-
-    def __init__(self, const uint8_t[::1] source not None):
-        self.copy(&source[0] if source.shape[0] else NULL, source.shape[0])
-
-    @staticmethod
-    cdef CopiedBytes of(const uint8_t *source, Py_ssize_t n_bytes):
-        cdef CopiedBytes self = CopiedBytes.__new__(CopiedBytes)
-        self.copy(source, n_bytes)
-        return self
-
-    cdef int copy(self, const uint8_t *source, Py_ssize_t n_bytes) except -1:
-        if self.memory != NULL:
-            raise TypeError("the bytes were copied already")
-        self.memory = <uint8_t *>aligned_alloc(64, (<size_t>max(n_bytes, 1) + 63) & ~<size_t>63)  # SLOT_ALIGN
-        if self.memory == NULL:
-            raise MemoryError(f"no memory for {n_bytes} bytes of a batch")
-        if n_bytes:
-            memcpy(self.memory, source, n_bytes)
-        self.n_bytes = n_bytes
-        tc_count_copied(n_bytes)
-        return 0
-
-    def __dealloc__(self):
-        if self.memory != NULL:
-            tc_count_copied(-self.n_bytes)
-            free(self.memory)
-
-    def __getbuffer__(self, Py_buffer *buffer, int flags):
-        PyBuffer_FillInfo(buffer, self, self.memory, self.n_bytes, 0, flags)
-
-
 cdef void drop_unused(object capsule) noexcept:
     # A receiver that takes the tensor over renames its capsule.
     if PyCapsule_IsValid(capsule, DLPACK):
@@ -363,6 +321,9 @@ cdef class Slot:
     def n_bytes(self):
         return self.slot.n_bytes
 
+    def values_position(self, size_t stream):
+        return self.slot.values_at[stream]
+
     def stream_position(self, size_t stream):
         return self.slot.values_at[stream], self.slot.offsets_at[stream], self.slot.n_elements[stream]
 
@@ -383,11 +344,15 @@ cdef class Slot:
             raise
 
     def column(self, size_t offset, size_t n_bytes):
+        cdef ColumnMemory out
         if offset > self.slot.capacity or n_bytes > self.slot.capacity - offset:
             raise ValueError(f"{n_bytes} bytes at offset {offset} exceed the slot's {self.slot.capacity} bytes")
-        if not tc_slot_is_small_column(self.slot, n_bytes):
-            return self, offset
-        return CopiedBytes.of(self.slot.memory + offset, n_bytes), 0
+        out = ColumnMemory.__new__(ColumnMemory)
+        if tc_slot_is_small_column(self.slot, n_bytes):
+            out.copy(self.slot.memory + offset, n_bytes)
+        else:
+            out.slot, out.memory, out.n_bytes = self, self.slot.memory + offset, n_bytes
+        return out
 
     def start_bytes(self, size_t stream):
         if self.bytes_copies is None:
@@ -402,6 +367,45 @@ cdef class Slot:
     def str_list(self, size_t stream):
         cdef const uint8_t *values = self.slot.memory + self.slot.values_at[stream]
         return str_of_buffer(values, <const int64_t *>(self.slot.memory + self.slot.offsets_at[stream]), self.slot.n_rows)
+
+
+@cython.final
+@cython.freelist(32)
+@cython.no_gc  # A slot refers to no column.
+cdef class ColumnMemory:
+    """The bytes of a column, as a writable buffer: in a slot, or a copy, which held_bytes() counts."""
+
+    cdef Slot slot  # None: the bytes are a copy
+    cdef void *block
+    cdef uint8_t *memory
+    cdef Py_ssize_t n_bytes
+
+    def __cinit__(self):
+        self.block = NULL
+
+    def __init__(self, const uint8_t[::1] source not None):
+        if self.memory != NULL:
+            raise TypeError("the memory of a column is set once")
+        self.copy(&source[0] if source.shape[0] else NULL, source.shape[0])
+
+    cdef int copy(self, const uint8_t *source, Py_ssize_t n_bytes) except -1:
+        self.block = malloc(<size_t>n_bytes + 63)  # aligned_alloc takes twice as long.
+        if self.block == NULL:
+            raise MemoryError(f"no memory for {n_bytes} bytes of a batch")
+        self.memory = <uint8_t *>((<size_t>self.block + 63) & ~<size_t>63)  # SLOT_ALIGN
+        if n_bytes:
+            memcpy(self.memory, source, n_bytes)
+        self.n_bytes = n_bytes
+        tc_count_copied(n_bytes)
+        return 0
+
+    def __dealloc__(self):
+        if self.block != NULL:
+            tc_count_copied(-self.n_bytes)
+            free(self.block)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self.memory, self.n_bytes, 0, flags)
 
 
 cdef Slot slot_of(tc_slot *slot, uint64_t first_row):

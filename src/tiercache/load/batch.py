@@ -354,7 +354,7 @@ def _tensor_entry(dtype: str, shape: tuple[int, ...], stream: int, library: Arra
     if row_type is not None:
         return TensorEntry(stream, row_type)
     over = library.rows_over(dtype, shape)
-    return lambda slot, n: over(slot, slot.stream_position(stream)[0], n)
+    return lambda slot, n: over(slot, slot.values_position(stream), n)
 
 
 def _list_maker(kind: Kind, stream: int, valid: int | None) -> Make:
@@ -386,8 +386,7 @@ def _ragged_maker(column: Column, stream: int, library: ArrayLibrary) -> Make:
         shapes = np.frombuffer(memory, np.int32, n * n_dims, slot.stream_position(stream + 1)[0]).reshape(n, n_dims)
         if n_elements == 0:
             return [library.empty(shape, dtype) for shape in shapes.tolist()]
-        held, at = slot.column(start, n_elements * item_bytes)
-        values = library.over(held, dtype, (n_elements,), at)
+        values = library.over(slot.column(start, n_elements * item_bytes), dtype, (n_elements,))
         if rows:  # split on the rows: a view per record would cost as much again
             return list(library.split(values.reshape(-1, *inner) if inner else values, shapes[:, 0].tolist()))
         sizes = np.diff(np.frombuffer(memory, np.int64, n + 1, offsets_at))
@@ -416,8 +415,7 @@ def _padded_maker(column: Column, stream: int, library: ArrayLibrary) -> Make:
             box[dimension] = longest
         if n_elements == 0:
             return library.empty((n, *box), dtype)
-        memory, at = slot.column(start, n * math.prod(box) * item_bytes)
-        return library.over(memory, dtype, (n, *box), at)
+        return library.over(slot.column(start, n * math.prod(box) * item_bytes), dtype, (n, *box))
 
     return make
 

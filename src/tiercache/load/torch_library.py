@@ -136,7 +136,7 @@ class TorchLibrary(ArrayLibrary):
             row_bytes = math.prod(shape) * stored.itemsize
 
             def over(slot: Slot, offset: int, n: int) -> torch.Tensor:
-                return torch.from_numpy(array((n, *shape), stored, *slot.column(offset, n * row_bytes)))
+                return torch.from_numpy(array((n, *shape), stored, slot.column(offset, n * row_bytes)))
 
             return over
         return lambda slot, offset, n: _from_dlpack(slot.tensor(row_type, offset, n))
