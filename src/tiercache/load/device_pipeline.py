@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -42,6 +42,7 @@ SMALL_RANGE_BYTES = 64 << 10
 # In larger batches, the smallest tensors get device memory of their own: so many of them at most, because issuing a copy
 # takes some microseconds, and only those that are at most this part (1/16) of the batch.
 MAX_OWN_COPIES, SMALL_PART = 8, 16
+BUFFER_TENSORS = 3  # tensors of a Buffer; a column of more is a list, which would use up the copies
 # Counters of the batches that were handed out; a stage counts batches that were only copied, too.
 _COUNTED = ("samples", "batches", "bytes_served", "skipped")
 
@@ -190,15 +191,23 @@ class _HostBatch:
         return [backend.allocate(n_bytes) for n_bytes in (self.n_bytes, *(memory.numel() for memory in self.own))]
 
     def _set_small_apart(self) -> None:
-        """Give the small tensors blocks of their own. Their bytes in block 0 are copied, too, and not used."""
+        """Give the small tensors blocks of their own. A range of other tensors, too, is copied to block 0 as a whole."""
         plain = [layout for layout in self.layouts if layout.offset >= 0 and layout.n_bytes]
-        for layout in sorted(plain, key=lambda layout: layout.n_bytes)[:MAX_OWN_COPIES]:
+        n_tensors = Counter(layout.column for layout in plain)
+        single = [layout for layout in plain if n_tensors[layout.column] <= BUFFER_TENSORS]
+        for layout in sorted(single, key=lambda layout: layout.n_bytes)[:MAX_OWN_COPIES]:
             if layout.n_bytes * SMALL_PART > self.n_bytes:
                 break
             first, memory = next(one for one in self.ranges if one[0] <= layout.offset < one[0] + one[1].numel())
             begin = layout.offset - first
             self.own.append(memory[begin : begin + layout.n_bytes])
             layout.block, layout.offset = len(self.own), 0
+        left = [layout.offset for layout in plain if not layout.block]
+        self.ranges = [
+            (first, memory)
+            for first, memory in self.ranges
+            if any(first <= offset < first + memory.numel() for offset in left)
+        ]
 
     def _take_slot(self, pinned: PinnedMemory) -> list[_TensorLayout]:
         """Place the tensors of the first slot that is found, by one copy; return the other plain tensors."""
