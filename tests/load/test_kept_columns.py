@@ -1,4 +1,4 @@
-"""Columns that the consumer keeps: a small one keeps only its own bytes, on every path, and held_bytes says what is kept."""
+"""Columns that the consumer keeps: a small one keeps only its own bytes, on every path, and held_bytes is what is kept."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def path(tmp_path_factory):
     with tc.Writer(path, schema=schema, compression="none") as writer:
         for i in range(N):
             image = np.full(WIDTH, i % 251, np.uint8)
-            writer.write(
-                {"image": image, "label": i, "boxes": np.full((i % 3, 4), i, np.float32), "mask": image ^ 255}
-            )
+            writer.write({"image": image, "label": i, "boxes": np.full((i % 3, 4), i, np.float32), "mask": image ^ 255})
     return path
 
 
@@ -186,6 +184,17 @@ def test_a_large_column_that_is_kept_is_not_copied_and_is_counted(path):
     assert held() - before >= 2 * N * WIDTH  # with the mask, which has the same size
     assert [image[0, 0] for image in images] == [ROWS * i % 251 for i in range(len(images))]
     del images
+    assert held() == before
+
+
+def test_many_columns_of_one_size_are_not_copied(tmp_path):
+    schema = {f"c{i}": tc.Tensor("uint8", (64,)) for i in range(32)}
+    with tc.Writer(tmp_path / "data", schema=schema) as writer:
+        writer.write_batch(dict.fromkeys(schema, np.ones((640, 64), np.uint8)))
+    before = held()
+    kept = kept_of(tc.DataLoader(tc.Dataset(tmp_path / "data"), 64), "c3")
+    assert held() - before >= 32 * 64 * 640
+    del kept
     assert held() == before
 
 

@@ -78,7 +78,9 @@ def test_a_tensor_over_a_slot_has_its_dtype_shape_and_bytes(monkeypatch, dtype, 
 
 def test_a_tensor_without_elements_does_not_alias_the_next_column(rows, ring):
     slot = ring.take(10)
-    column, nothing = (TorchLibrary().rows_over(dtype, shape) for dtype, shape in (("uint8", (WIDTH,)), ("int16", (0,))))
+    column, nothing = (
+        TorchLibrary().rows_over(dtype, shape) for dtype, shape in (("uint8", (WIDTH,)), ("int16", (0,)))
+    )
     batch = {"column": column(slot, 0, slot.n_rows), "nothing": nothing(slot, 0, slot.n_rows)}
     file = io.BytesIO()
     torch.save(batch, file)  # it refuses two dtypes at one address
