@@ -1,4 +1,4 @@
-"""Columns that the consumer keeps: a small one keeps only its own bytes, on every path, and held_bytes is what is kept."""
+"""Columns that the consumer keeps: a small one keeps only its own bytes, on every path; held_bytes is what is kept."""
 
 from __future__ import annotations
 

@@ -214,8 +214,8 @@ class Ring:
 def held_bytes() -> int:
     """Return the bytes that keep batches of all rings of the process alive.
 
-    These are slots that are taken, columns that were copied, and unused slots of a ring that was dropped: they are freed
-    with its last slot.
+    These are slots that are taken, columns that were copied, and unused slots of a ring that was dropped, which are
+    freed with its last slot.
     """
 
 class ArenaKeeper:

@@ -112,7 +112,7 @@ class ArrayLibrary(ABC):
 
     @abstractmethod
     def rows_over(self, dtype: str, shape: tuple[int, ...] = ()) -> Callable[[Slot, int, int], Any]:
-        """Return a function that makes an array [n, *shape] of a slot's column, from the slot, an offset in bytes and n.
+        """Return a function that makes an array [n, *shape] of a column, from the slot, an offset in bytes and n.
 
         The array lies over the slot, or, if it is small, in memory of its own.
         """

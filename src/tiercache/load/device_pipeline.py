@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 # If a batch has tensors outside its slot, this much of the slot is copied with them: copying 64 KiB takes less time
 # than issuing a second copy.
 SMALL_RANGE_BYTES = 64 << 10
-# In larger batches, the smallest tensors get device memory of their own: so many of them at most, because issuing a copy
-# takes some microseconds, and only those that are at most this part (1/16) of the batch.
+# In larger batches, the smallest tensors get device memory of their own: so many of them at most, because issuing a
+# copy takes some microseconds, and only those that are at most this part (1/16) of the batch.
 MAX_OWN_COPIES, SMALL_PART = 8, 16
 BUFFER_TENSORS = 3  # tensors of a Buffer; a column of more is a list, which would use up the copies
 # Counters of the batches that were handed out; a stage counts batches that were only copied, too.
@@ -153,8 +153,8 @@ def _tensors_over(blocks: Iterable[torch.Tensor], layouts: Iterable[_TensorLayou
 class _HostBatch:
     """The tensors of a batch in pinned memory, and where they go on the device.
 
-    ranges: (byte position in block 0, pinned memory), one for each copy to it. n_bytes: size of block 0. own: pinned memory
-    of the small tensors, which are the blocks from 1 on. held: objects that keep the pinned memory.
+    ranges: (byte position in block 0, pinned memory), one for each copy to it. n_bytes: size of block 0. own: pinned
+    memory of the small tensors, which are the blocks from 1 on. held: objects that keep the pinned memory.
     """
 
     layouts: list[_TensorLayout]
@@ -191,7 +191,7 @@ class _HostBatch:
         return [backend.allocate(n_bytes) for n_bytes in (self.n_bytes, *(memory.numel() for memory in self.own))]
 
     def _set_small_apart(self) -> None:
-        """Give the small tensors blocks of their own. A range of other tensors, too, is copied to block 0 as a whole."""
+        """Give the small tensors blocks of their own. A range with other tensors is copied to block 0 as a whole."""
         plain = [layout for layout in self.layouts if layout.offset >= 0 and layout.n_bytes]
         n_tensors = Counter(layout.column for layout in plain)
         single = [layout for layout in plain if n_tensors[layout.column] <= BUFFER_TENSORS]

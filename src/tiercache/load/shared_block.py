@@ -29,8 +29,8 @@ Bytes = npt.NDArray[np.uint8]
 _ALIGN = 64
 # Smaller arrays are pickled: a span of its own would cost more than it saves.
 _SMALL_BYTES = 256
-# When an object is read, its smallest arrays are copied to memory of their own, as long as they take at most this part (1/16)
-# of it, or one page, together. Otherwise the labels of a batch would keep its block.
+# When an object is read, its smallest arrays are copied to memory of their own, as long as they take at most this part
+# (1/16) of it, or one page, together. Otherwise the labels of a batch would keep its block.
 _SMALL_PART, _PAGE_BYTES = 16, 4096
 # Growing by less would map a block again for each batch that is a little longer than the ones before.
 _GROW_BYTES = 1 << 16
