@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from tiercache.load.pipeline import PipelineInputs
 
-# A thread of a stage ends after the image that it decodes, or the batch that it sends. close() waits no longer than this
-# for a thread.
+# A thread of a stage ends after the image that it decodes, or the batch that it sends. close() waits for it no longer
+# than this.
 THREAD_END_S = 1.0
 
 
