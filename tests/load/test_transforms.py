@@ -365,7 +365,7 @@ def draw_foreign_under_any_loader(record):
 
 
 def test_a_transform_and_the_loader_may_draw_from_one_generator(path):
-    """torch's sampler draws from it before the last batch, which is short."""
+    """The sampler of torch draws from it before the last batch, which is short."""
     runs = []
     for kind in (tc.DataLoader, TorchLoader):
         generator = torch.Generator().manual_seed(5)
