@@ -405,7 +405,10 @@ class DevicePipeline(ClosingPipeline):
             if timeout_s:
                 raise
             return False
-        except Exception as error:  # noqa: BLE001 -- as at the top of a thread: the consumer raises it in its place
+        except Exception as error:
+            if not self._queue:  # this is its place
+                self.close()
+                raise
             self._queue.append(_Entry(None, error=error.with_traceback(None)))
         return True
 
