@@ -435,7 +435,8 @@ def test_a_job_that_changes_its_number_of_ranks_writes_complete_checkpoints():
 def test_files_that_only_some_checkpoints_have_are_not_required_of_the_others():
     assert partial({1: ABC, 2: ABC, 3: ABC, 4: [*ABC, "ema.bin"]}) == set()
     assert partial({1: [*ABC, "eval.json"], 2: ABC}) == set()
-    assert partial({1: [*ABC, "eval.json"], 2: [*ABC, "eval.json"], 3: ABC, 4: ABC}) == set()
+    assert partial({1: [*ABC, "metrics.json"], 2: [*ABC, "metrics.json"], 3: ABC}) == set()
+    assert partial({1: [*ABC, "notes.txt"], 2: [*ABC, "notes.txt"], 3: ABC, 4: ABC}) == set()
     hashes = ["".join(c * 16 for c in pair) for pair in ("a1", "b2", "c3")]
     assert partial({n: ["m.bin", *[f"d/{one}" for one in hashes[:n]]] for n in (1, 2, 3)}) == set()
 

@@ -116,10 +116,12 @@ _HOLDS_STATE = (
 _COUNTED = r"(?i)^(?P<stem>.*)-(?P<number>[0-9]{3,6})-of-(?P<total>[0-9]{3,6})(?P<suffix>\.(?:bin|safetensors|pt|pth))$"
 # Objects in a folder that prove that the folder itself is a checkpoint, whatever the name of the folder above.
 _PROOFS = (".metadata", "trainer_state.json", "_CHECKPOINT_METADATA", "checkpoint.json")
-# Files that a job, or a person, may add to some checkpoints only: logs, results of evaluations, descriptions.
-_SIDE_FILE = re.compile(
-    r"(?i)\.(?:jsonl?|txt|log|md|ya?ml|toml|csv|tsv|png|html|py|sh|out|err)$|(?:^|/)(?:events\.out\.|_[A-Z_]+$)"
+# Files that a checkpoint need not have although others of its run have them: results, logs and pictures. Of the
+# descriptions, those that all others have are required.
+_RESULT = re.compile(
+    r"(?i)(?:metric|eval|result|score|sample)[^/]*$|\.(?:log|png|jpg|html|out|err|csv|tsv)$|(?:^|/)events\.out\.[^/]*$"
 )
+_DESCRIPTION = re.compile(r"(?i)\.(?:jsonl?|txt|md|ya?ml|toml|py|sh)$|(?:^|/)_[A-Z_]+$")
 _HASH = r"[0-9a-f-]{16,}"  # of content, as in Orbax, or an UUID
 _RANK_METADATA = r"^__[0-9]+\.metadata$"
 _METADATA_TMP = r"^(?:__[0-9]+)?\.metadata\.tmp$"
@@ -803,8 +805,12 @@ def _partial_copies(counts: dict[int, dict[int, int]], names: Sequence[str]) -> 
     for files in counts.values():
         for name, n in files.items():
             of_name[name].append(n)
-    common = {name: sorted(numbers) for name, numbers in of_name.items() if 2 * len(numbers) >= n_others}
-    is_side = {name: _SIDE_FILE.search(names[name]) is not None for name in common}
+    common = {
+        name: sorted(numbers)
+        for name, numbers in of_name.items()
+        if 2 * len(numbers) >= n_others and not _RESULT.search(names[name])
+    }
+    is_description = {name: _DESCRIPTION.search(names[name]) is not None for name in common}
     found = []
     for files, stretch in groupby(counts.items(), key=lambda item: item[1]):
         some = [one for one, _ in stretch]
@@ -814,7 +820,7 @@ def _partial_copies(counts: dict[int, dict[int, int]], names: Sequence[str]) -> 
             is_resized = n > 0 and "#" in names[name] and len(some) >= _RESIZED
             if is_resized or (n > 0 and "*" in names[name]):
                 continue
-            if (n == 0 and n_more == n_others > 1) if is_side[name] else (n_more > 0 and 2 * n_more >= n_others):
+            if (n == 0 and n_more == n_others > 1) if is_description[name] else (n_more > 0 and 2 * n_more >= n_others):
                 found += some
                 break
     return found
