@@ -43,9 +43,12 @@ _LONGEST_S = 10_000 * 365.0 * 86400.0
 
 
 def read_seconds(value: object) -> float:
-    """Return the seconds of a duration such as "30d", or of a number of seconds. Raises ValueError."""
+    """Return the seconds of a duration such as "30d", or of a number of seconds. Raises ValueError.
+
+    A rule file may not contain a number of seconds: see _built().
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"expected a duration such as '30d', '12h' or a number of seconds, got {value!r}")
+        raise ValueError(f"expected a duration such as '30d' or '12h', got {value!r}")
     try:
         seconds = parse_duration(value)
     except OverflowError:  # an integer of hundreds of digits
@@ -424,6 +427,12 @@ _REMOVED = {
     "tiering.early": "it was removed: a move must pay back within max_break_even, which includes early-deletion fees;"
     " to allow other moves, write even_if_dearer = true into the rule",
 }
+# Attributes that are durations: without a unit, `delete_after = 30` would be read as 30 seconds by us, and as 30 days by
+# its writer.
+_DURATIONS = (
+    *("idle_s", "age_s", "after_s", "delete_after_s", "every_s", "younger_s"),
+    *("grace_s", "hold_s", "quiet_period_s", "reader_timeout_s", "max_break_even_s"),
+)
 # Types of pydantic errors whose message shows the value already, or that have no value.
 _COMPLETE = ("value_error", "missing")
 
@@ -646,9 +655,16 @@ def _built(model: type[T], given: object, where: str, **resolved: object) -> T:
         if key not in keys:
             raise ValueError(f"{where}.{key}: {_REMOVED.get(f'{section}.{key}') or _unknown(key, keys)}")
     try:
-        return model.model_validate({**values, **resolved})
+        found = model.model_validate({**values, **resolved})
     except ValidationError as error:
         raise ValueError(_message(error, where)) from error
+    for key in [key for key, name in _keys(model).items() if name in _DURATIONS and values.get(key)]:
+        if not isinstance(values[key], str):
+            raise ValueError(
+                f'{where}.{key}: a duration needs a unit (s, m, h, d or w): write {key} = "{values[key]}d" for days, '
+                f'or "{values[key]}s" for seconds, got {values[key]!r}'
+            )
+    return found
 
 
 def _message(error: ValidationError, where: str) -> str:
