@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from tiercache.cli.open_tiers import (
     split_tier,
     tier_path,
 )
-from tiercache.cli.output import FAILED, PARTIAL, PENDING, Output, confirm, count, printable
+from tiercache.cli.output import FAILED, PARTIAL, PENDING, UNCONFIRMED, Output, confirm, count, printable
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo, format_bytes
 from tiercache.prices import SPEEDS, Prices, Speed, price_notes, price_table
@@ -47,11 +47,12 @@ from tiercache.tier.costs import Sizes, month_dollars
 from tiercache.tier.findings import Loss, bucket_findings, find_losses, metric_gaps, unmatched_files
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.inventory.listing import keys_of
-from tiercache.tier.model import KINDS, READABLE, SHARD, STANDARD, Move, Plan, Refusal, Snapshot
+from tiercache.tier.model import KINDS, READABLE, SHARD, STANDARD, ExceededLimit, Move, Plan, Refusal, Snapshot
 from tiercache.tier.move.checks import ApplyResult, StoppedMove
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.mover import RunReport, open_mover, run_once
 from tiercache.tier.move.placement_updates import track_planned
+from tiercache.tier.plan.deletion_limit import exceeded_limits
 from tiercache.tier.plan.plan import make_plan, totals_by_route
 from tiercache.tier.plan.plan_file import read_plan, write_plan
 from tiercache.tier.plan.policy import decide_now
@@ -78,7 +79,11 @@ def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
     inventory = tiers.read_inventory(output)
     file, snapshot = tiers.file, inventory.snapshot
     decisions, unavailable = decide_now(snapshot, file, tiers.stores, tiers.catalog)
-    made = make_plan(decisions, inventory, file, tiers.prices)
+    journal = tiers.catalog.open_moves(file.home_tier.url, "waiting", "dropping")
+    made = replace(
+        make_plan(decisions, inventory, file, tiers.prices),
+        exceeded=exceeded_limits(decisions, snapshot, file, journal),
+    )
     print_unavailable(output, file, unavailable)
     print_metric_gaps(output, metric_gaps(snapshot, file, inventory.facts["in_files"])[0])
     print_unmatched(output, unmatched_files(snapshot, file))
@@ -97,6 +102,16 @@ def print_plan(output: Output, made: Plan, max_rows: int) -> None:
     print_refusals(output, made.refusals[:most])
     _say_more(len(made.refusals), most, "refusal")
     print_holdings(output, [tier.name for tier in made.tiers], made.before, made.after)
+    for one in made.exceeded:
+        text = f"{one.text}: `tier run --once` and `tier apply` do nothing before you give --yes"
+        output.event("exceeded", asdict(one), f"warning: {text}")
+
+
+def _print_exceeded(output: Output, exceeded: Sequence[ExceededLimit]) -> None:
+    """Print why nothing was done: these rules delete too much without a confirmation."""
+    for one in exceeded:
+        text = f"{one.text}: nothing was done; look at `tiercache tier plan`, and give --yes if it is right"
+        output.event("exceeded", asdict(one), f"STOPPED: {text}")
 
 
 def _print_sums(output: Output, moves: Sequence[Move]) -> None:
@@ -178,12 +193,20 @@ def plan_text(made: Plan) -> str:
 
 
 def apply(output: Output, file: Path, rules: Path | None, max_rows: int, *, yes: bool, dry_run: bool) -> None:
-    """Make the moves of a plan file, or print them. Raises typer.Exit with PARTIAL if moves were stopped."""
+    """Make the moves of a plan file, or print them.
+
+    Raises typer.Exit with PARTIAL if moves were stopped, and with UNCONFIRMED if the plan deletes more than a rule may
+    without a confirmation.
+    """
     stored = read_plan(file)
     if dry_run:
         print_plan(output, stored, max_rows)
         output.summary({**plan_facts(stored), "dry_run": True}, f"would make {plan_text(stored)}")
         return
+    if stored.exceeded and not yes:
+        _print_exceeded(output, stored.exceeded)
+        output.summary(plan_facts(stored) | {"done": 0}, f"nothing was done of {plan_text(stored)}")
+        raise typer.Exit(UNCONFIRMED)
     with open_tiers(rules or Path(stored.rules)) as tiers:
         if tiers.file.sha256 != stored.rules_sha256:
             text = f"{tiers.file.path} has changed since the plan was made; moves of tiers that differ are stopped"
@@ -250,11 +273,11 @@ def _apply_text(plan: Plan, applied: ApplyResult, grace_s: float) -> str:
     return text + (f"; {len(applied.stopped):,} stopped" if applied.stopped else "")
 
 
-def run(output: Output, rules: Path | None, max_rows: int, *, dry_run: bool) -> None:
+def run(output: Output, rules: Path | None, max_rows: int, *, yes: bool, dry_run: bool) -> None:
     """Plan and make all moves that are due, or print them. Raises typer.Exit unless the report's code is 0."""
     file = load_rule_file(rules)
     with output.byte_progress("moving") as advance:
-        report = run_once(file, dry_run=dry_run, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
+        report = run_once(file, dry_run=dry_run, confirmed=yes, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
     print_unavailable(output, file, report.unavailable)
     print_metric_gaps(output, report.gaps)
     if dry_run:
@@ -262,8 +285,10 @@ def run(output: Output, rules: Path | None, max_rows: int, *, dry_run: bool) -> 
     else:
         print_stopped(output, report.stopped)
         print_held(output, report.applied.held)
+        if report.is_unconfirmed:
+            _print_exceeded(output, report.plan.exceeded)
     print_losses(output, report.losses)
-    if not dry_run and not output.as_json:
+    if not dry_run and not report.is_unconfirmed and not output.as_json:
         print_holdings(output, [tier.name for tier in report.plan.tiers], report.plan.before, report.plan.after)
     output.summary(report.to_json(), _run_text(report))
     if report.exit_code:
@@ -274,6 +299,8 @@ def _run_text(report: RunReport) -> str:
     """Return the summary for people."""
     if report.dry_run:
         return f"would make {plan_text(report.plan)}; {count(report.deletions.waiting_drops, 'deletion')} waiting"
+    if report.is_unconfirmed:
+        return f"nothing was done of {plan_text(report.plan)}: deletions must be confirmed with --yes"
     applied, settled = report.applied, report.deletions
     text = f"{applied.n_made:,} of {count(len(report.plan.moves), 'move')} done, {format_bytes(applied.n_bytes)} copied"
     text += f"; {count(settled.n_made, 'deletion')} made, {format_bytes(settled.n_bytes)}"

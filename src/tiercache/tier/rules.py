@@ -83,9 +83,9 @@ def read_fraction(value: object) -> float:
 
 
 def read_capacity(value: object) -> str:
-    """Return a size, or a percentage of a disk, as it is written in the file. Raises ValueError."""
+    """Return a size, or a percentage (of a disk, of all bytes), as it is written in the file. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"expected a size such as '2TB' or a percentage of the disk such as '80%', got {value!r}")
+        raise ValueError(f"expected a size such as '2TB' or a percentage such as '80%', got {value!r}")
     parse_bytes(value, whole_bytes=1)
     return str(value)
 
@@ -307,6 +307,8 @@ class Rule(RuleTable):
     then: str | None = None
     after_s: Seconds | None = Field(default=None, validation_alias="after")
     delete_after_s: PositiveSeconds | None = Field(default=None, validation_alias="delete_after")
+    # Size, or percentage of the bytes that the rule matches, that one run deletes without `--yes`, as in the file.
+    max_delete: Annotated[str, BeforeValidator(read_capacity)] = "50%"
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Rule:
@@ -329,6 +331,8 @@ class Rule(RuleTable):
             raise ValueError("then: needs a keep list; without one, write `to` and `age`")
         if self.after_s is not None and self.then is None:
             raise ValueError("after: needs `then`, and the rule has no `then`")
+        if self.delete_after_s is None and "max_delete" in self.model_fields_set:
+            raise ValueError("max_delete: needs `delete_after`: this rule deletes nothing")
         larger, smaller = self.larger_than_bytes, self.smaller_than_bytes
         if larger is not None and smaller is not None and larger >= smaller:
             raise ValueError(f"larger_than: must be below smaller_than, got {larger} and {smaller} bytes")
@@ -427,8 +431,7 @@ _REMOVED = {
     "tiering.early": "it was removed: a move must pay back within max_break_even, which includes early-deletion fees;"
     " to allow other moves, write even_if_dearer = true into the rule",
 }
-# Attributes that are durations: without a unit, `delete_after = 30` would be read as 30 seconds by us, and as 30 days by
-# its writer.
+# Attributes that are durations, which need a unit: the writer of `delete_after = 30` may mean days, not seconds.
 _DURATIONS = (
     *("idle_s", "age_s", "after_s", "delete_after_s", "every_s", "younger_s"),
     *("grace_s", "hold_s", "quiet_period_s", "reader_timeout_s", "max_break_even_s"),
