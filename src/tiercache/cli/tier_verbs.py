@@ -29,6 +29,7 @@ from tiercache.cli.open_tiers import (
     print_losses,
     print_metric_gaps,
     print_notes,
+    print_rule_warnings,
     print_unavailable,
     print_unmatched,
     select_paths,
@@ -44,7 +45,15 @@ from tiercache.store.archive import S3StorageClasses
 from tiercache.store.options import ParsedUrl
 from tiercache.tier import restore as restoring
 from tiercache.tier.costs import Sizes, month_dollars
-from tiercache.tier.findings import Loss, bucket_findings, find_losses, metric_gaps, unmatched_files
+from tiercache.tier.findings import (
+    Loss,
+    bucket_findings,
+    find_losses,
+    metric_gaps,
+    refuse_shared_folders,
+    rule_warnings,
+    unmatched_files,
+)
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.inventory.listing import keys_of
 from tiercache.tier.model import KINDS, READABLE, SHARD, STANDARD, ExceededLimit, Move, Plan, Refusal, Snapshot
@@ -56,6 +65,7 @@ from tiercache.tier.plan.deletion_limit import exceeded_limits
 from tiercache.tier.plan.plan import make_plan, totals_by_route
 from tiercache.tier.plan.plan_file import read_plan, write_plan
 from tiercache.tier.plan.policy import decide_now
+from tiercache.tier.plan.proposals import span
 from tiercache.tier.plan.selection import largest_copies, rules_of
 from tiercache.tier.restore import RestorePlan
 from tiercache.tier.rules import Rule, RuleFile, Tier, load_rule_file
@@ -86,6 +96,8 @@ def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
     )
     print_unavailable(output, file, unavailable)
     print_metric_gaps(output, metric_gaps(snapshot, file, inventory.facts["in_files"])[0])
+    print_rule_warnings(output, rule_warnings(file, snapshot))
+    _print_incomplete(output, inventory.facts)
     print_unmatched(output, unmatched_files(snapshot, file))
     moved = decisions.moves.group
     tiers.print_untracked(output, inventory, snapshot.paths.take(pa.array(moved[snapshot.kind[moved] == SHARD])))
@@ -582,8 +594,10 @@ _OFFLINE, _UNAVAILABLE = "not asked", "cannot be seen"
 def check_file(output: Output, rules: Path | None) -> None:
     """Check the rule file without reaching any tier."""
     file = load_rule_file(rules)
+    refuse_shared_folders(file)
     _print_tiers(output, file, {tier.name: _OFFLINE for tier in file.tiers})
     print_notes(output, filter(None, map(missing_folder_message, file.tiers)))
+    print_rule_warnings(output, rule_warnings(file))
     _sum_up(output, file, 0, None)
 
 
@@ -598,6 +612,7 @@ def check_tiers(output: Output, rules: Path | None) -> None:
 
 def _check(output: Output, tiers: OpenTiers) -> None:
     file = tiers.file
+    refuse_shared_folders(file)
     reached = {tier.name: _reached(tiers, tier) for tier in file.tiers}
     failed = {name for name, answer in reached.items() if answer != "yes"}
     unavailable = unavailable_tiers(file, tiers.stores, tiers.catalog, but=failed)
@@ -614,6 +629,7 @@ def _check(output: Output, tiers: OpenTiers) -> None:
         print_metric_gaps(output, gaps)
         for one in unscored:
             output.event("passed_over", asdict(one), printable(f"note: {one.text}"))
+        print_rule_warnings(output, rule_warnings(file, inventory.snapshot))
         print_unmatched(output, unmatched_files(inventory.snapshot, file))
         tiers.print_pending_moves(output)
         folders = [found.folder for found in inventory.facts["datasets"]]
@@ -660,7 +676,7 @@ def _print_rules(output: Output, file: RuleFile, inventory: Inventory) -> None:
         mine = matched == number
         kinds = {f"{kind}s": int(np.count_nonzero(mine & (snapshot.kind == i))) for i, kind in enumerate(KINDS)}
         n_bytes = int(sizes[mine].sum())
-        does = _does(file.rules[number]) if number >= 0 else "stays where it is"
+        does = _does(file.rules[number], file.tiering.grace_s) if number >= 0 else "stays where it is"
         rows.append({"rule": name, "does": does, **kinds, "n_bytes": n_bytes})
         counts = {kind: f"{n:,}" for kind, n in kinds.items()}
         texts.append({"rule": name, **counts, "size": format_bytes(n_bytes), "does": does})
@@ -693,15 +709,22 @@ def _print_left_alone(output: Output, facts: Mapping[str, Any], lost: Collection
             shown = ", ".join(names[:_SHOWN]) + (", ..." if n > _SHOWN else "")
             text = f"{count(n, 'object')} left alone, {what}: {shown}"
             output.event("left_alone", {"why": name, "objects": n, "names": list(names)}, f"note: {text}")
-    for lack, n in facts.get("incomplete", {}).items():
-        text = f"{count(n, 'checkpoint')} incomplete, lacking {lack}"
-        output.event("incomplete", {"without": lack, "checkpoints": n}, f"note: {text}")
+    _print_incomplete(output, facts)
     for found in facts.get("datasets", ()):
         if found.problem:
             output.event("data_set", {"folder": found.folder, "problem": found.problem}, f"note: {found.problem}")
 
 
-def _does(rule: Rule) -> str:
+def _print_incomplete(output: Output, facts: Mapping[str, Any]) -> None:
+    """Print the checkpoints that no rule moves or deletes because they are not complete."""
+    for lack, n in facts.get("incomplete", {}).items():
+        names = facts["incomplete_names"][lack]
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if n > _SHOWN else "")
+        text = f"{count(n, 'checkpoint')} incomplete and left alone, lacking {lack}: {shown}"
+        output.event("incomplete", {"without": lack, "checkpoints": n, "names": list(names)}, f"note: {text}")
+
+
+def _does(rule: Rule, grace_s: float) -> str:
     """Return a short description of what a rule does."""
     parts = []
     if rule.to is not None:
@@ -711,7 +734,8 @@ def _does(rule: Rule) -> str:
     if rule.then is not None:
         parts.append(f"then {rule.then}")
     if rule.delete_after_s is not None:
-        parts.append("deletes")
+        grace = f", and {span(grace_s)} of grace" if grace_s > 0 else ""
+        parts.append(f"deletes {span(rule.delete_after_s)} after the last write{grace}")
     return ", ".join(parts) or "stays where it is"
 
 

@@ -84,7 +84,7 @@ def plan_blocks(plan: Plan) -> Iterator[ReadableBuffer]:
         "after": {name: asdict(of) for name, of in plan.after.items()},
         "n_moves": len(plan.moves),
         **asdict(plan.totals),
-        "exceeded": [asdict(one) for one in plan.exceeded],
+        **({"exceeded": [asdict(one) for one in plan.exceeded]} if plan.exceeded else {}),
         "sha256": digest.hexdigest(),
     }
     yield _line(summary)

@@ -72,7 +72,7 @@ class SnapshotIndex:
         tagged[[group for group, tags in snapshot.tags.items() if tags]] = True
         pins = [pin for pin in file.pins if pin.until_s is None or pin.until_s > snapshot.now_s]
         # The snapshot has no objects: the path of a folder stands for the objects that `run/step-10/**` matches.
-        pin = _match_dated(snapshot.paths, [(pin.match + _folders(pin.match), ()) for pin in pins])
+        pin = _match_dated(snapshot.paths, [(pin.match + covered_folders(pin.match), ()) for pin in pins])
         tiers = [(tier.url.rstrip("/"), price) for tier, price in zip(file.tiers, prices, strict=True)]
         routes = np.array(
             [[(src == dst, *leaves_and_streams(src, dst, old, new)) for dst, new in tiers] for src, old in tiers]
@@ -162,7 +162,7 @@ def _match_dated(paths: pa.Array, globs: Sequence[tuple[tuple[str, ...], tuple[s
     return found
 
 
-def _folders(globs: Sequence[str]) -> tuple[str, ...]:
+def covered_folders(globs: Sequence[str]) -> tuple[str, ...]:
     """Return the folders that `**` globs cover completely: "a/b" for "a/b/**"."""
     return tuple(glob.removesuffix("/**") for glob in globs if glob.endswith("/**") and glob != "/**")
 
