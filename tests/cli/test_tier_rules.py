@@ -1,6 +1,8 @@
 """What tier check, plan, apply and run say of rules that delete too much, or that do not do what was meant."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -219,6 +221,16 @@ class TestOneFolder:
         done = folder.tier("check", *options, code=2)
         assert "tiers.archive.url" in done.err
         assert "are one folder by a link or a mount" in done.err
+
+    def test_check_refuses_a_tier_that_is_another_tier_by_a_bind_mount(self, folder):
+        if subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode:
+            pytest.skip("this machine lets no user make a mount")
+        folder.rules("")
+        check = f"{sys.executable} -m tiercache.cli.app tier check --offline"
+        command = ["unshare", "-rm", "sh", "-c", f"mount --bind hot cold && {check}"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder.root)
+        assert done.returncode == 2
+        assert "are one folder by a link or a mount" in done.stderr
 
     def test_check_refuses_a_tier_that_is_inside_another_by_a_link(self, folder):
         (folder.root / "cold").rmdir()

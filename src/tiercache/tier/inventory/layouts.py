@@ -121,7 +121,7 @@ _PROOFS = (".metadata", "trainer_state.json", "_CHECKPOINT_METADATA", "checkpoin
 _RESULT = re.compile(
     r"(?i)(?:metric|eval|result|score|sample)[^/]*$|\.(?:log|png|jpg|html|out|err|csv|tsv)$|(?:^|/)events\.out\.[^/]*$"
 )
-_DESCRIPTION = re.compile(r"(?i)\.(?:jsonl?|txt|md|ya?ml|toml|py|sh)$|(?:^|/)_[A-Z_]+$")
+_DESCRIPTION = re.compile(r"(?i)\.(?:jsonl?|txt|md|ya?ml|toml|jinja|py|sh)$|(?:^|/)_[A-Z_]+$")
 _HASH = r"[0-9a-f-]{16,}"  # of content, as in Orbax, or an UUID
 _RANK_METADATA = r"^__[0-9]+\.metadata$"
 _METADATA_TMP = r"^(?:__[0-9]+)?\.metadata\.tmp$"
