@@ -237,7 +237,7 @@ class TestRules:
             larger_than = "64KiB"
             smaller_than = 1000000
             idle = "12h"
-            age = 60
+            age = "60s"
             uses_below = 3
             to = "archive"
             from = "standard"
@@ -360,6 +360,26 @@ class TestRules:
     )
     def test_a_wrong_key_or_value_is_an_error_that_names_it(self, complaint, text, message):
         assert complaint(f"{TIERS}\n[[rules]]\n{text}").startswith(message)
+
+    @pytest.mark.parametrize(
+        ("text", "key"),
+        [
+            ('[[rules]]\nmatch = "*"\ndelete_after = 30', "rules[1].delete_after"),
+            ('[[rules]]\nmatch = "*"\nto = "archive"\nidle = 30', "rules[1].idle"),
+            ('[[rules]]\nmatch = "*"\nto = "archive"\nage = 1.5', "rules[1].age"),
+            ('[[rules]]\nmatch = "*"\nkeep_hot = {last = 1}\nthen = "archive"\nafter = 30', "rules[1].after"),
+            ('[[rules]]\nmatch = "*"\nkeep_hot = {every = 6}', "rules[1].keep_hot.every"),
+            ('[[rules]]\nmatch = "*"\nkeep_hot = {younger_than = 7}', "rules[1].keep_hot.younger_than"),
+            *((f"[tiering]\n{key} = 5", f"tiering.{key}") for key in ("grace", "hold", "quiet_period")),
+            *((f"[tiering]\n{key} = 5", f"tiering.{key}") for key in ("reader_timeout", "max_break_even")),
+        ],
+    )
+    def test_a_duration_without_a_unit_is_an_error(self, complaint, text, key):
+        tiers = f'{TIERS}\nprices = "aws:us-east-1:GLACIER_IR"\n'
+        assert complaint(f"{tiers}{text}").startswith(f"{key}: a duration needs a unit (s, m, h, d or w)")
+
+    def test_a_duration_of_zero_needs_no_unit(self, read):
+        assert read(f"{TIERS}\n[tiering]\ngrace = 0").tiering.grace_s == 0
 
     def test_a_role_of_several_tiers_is_ambiguous_in_to(self, complaint):
         archive = '\nrole = "archive"\nurl = '

@@ -73,10 +73,10 @@ class Keep:
     Args:
         last: Number of checkpoints written last.
         every_steps: Number of steps; the first checkpoint at or after each multiple is kept.
-        every: Duration such as "6h", or seconds; the first checkpoint in each interval of this length is kept.
+        every: Duration with a unit, such as "6h"; the first checkpoint in each interval of this length is kept.
         best: Metric and number, such as "val_loss:2" or "accuracy:1:max", or several of them.
         tags: Tag, or several; checkpoints with one of them are kept.
-        younger_than: Duration such as "7d", or seconds; checkpoints that were written within this time are kept.
+        younger_than: Duration with a unit, such as "7d"; checkpoints that were written within this time are kept.
         tier: "local" or "remote", the only tier to which the rule applies; None for both.
 
     Raises:
@@ -85,10 +85,10 @@ class Keep:
 
     last: int | None = None
     every_steps: int | None = None
-    every: str | float | None = None
+    every: str | None = None
     best: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = ()
     tags: str | Sequence[str] = ()
-    younger_than: str | float | None = None
+    younger_than: str | None = None
     tier: Literal["local", "remote"] | None = None
     keep_list: KeepList = field(init=False, repr=False, compare=False)
 

@@ -43,9 +43,12 @@ _LONGEST_S = 10_000 * 365.0 * 86400.0
 
 
 def read_seconds(value: object) -> float:
-    """Return the seconds of a duration such as "30d", or of a number of seconds. Raises ValueError."""
+    """Return the seconds of a duration such as "30d", or of a number of seconds. Raises ValueError.
+
+    A rule file may not contain a number of seconds: see _built().
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"expected a duration such as '30d', '12h' or a number of seconds, got {value!r}")
+        raise ValueError(f"expected a duration such as '30d' or '12h', got {value!r}")
     try:
         seconds = parse_duration(value)
     except OverflowError:  # an integer of hundreds of digits
@@ -80,9 +83,9 @@ def read_fraction(value: object) -> float:
 
 
 def read_capacity(value: object) -> str:
-    """Return a size, or a percentage of a disk, as it is written in the file. Raises ValueError."""
+    """Return a size, or a percentage (of a disk, of all bytes), as it is written in the file. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"expected a size such as '2TB' or a percentage of the disk such as '80%', got {value!r}")
+        raise ValueError(f"expected a size such as '2TB' or a percentage such as '80%', got {value!r}")
     parse_bytes(value, whole_bytes=1)
     return str(value)
 
@@ -304,6 +307,8 @@ class Rule(RuleTable):
     then: str | None = None
     after_s: Seconds | None = Field(default=None, validation_alias="after")
     delete_after_s: PositiveSeconds | None = Field(default=None, validation_alias="delete_after")
+    # Size, or percentage of the bytes that the rule matches, that one run deletes without `--yes`, as in the file.
+    max_delete: Annotated[str, BeforeValidator(read_capacity)] = "50%"
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Rule:
@@ -326,6 +331,8 @@ class Rule(RuleTable):
             raise ValueError("then: needs a keep list; without one, write `to` and `age`")
         if self.after_s is not None and self.then is None:
             raise ValueError("after: needs `then`, and the rule has no `then`")
+        if self.delete_after_s is None and "max_delete" in self.model_fields_set:
+            raise ValueError("max_delete: needs `delete_after`: this rule deletes nothing")
         larger, smaller = self.larger_than_bytes, self.smaller_than_bytes
         if larger is not None and smaller is not None and larger >= smaller:
             raise ValueError(f"larger_than: must be below smaller_than, got {larger} and {smaller} bytes")
@@ -424,6 +431,11 @@ _REMOVED = {
     "tiering.early": "it was removed: a move must pay back within max_break_even, which includes early-deletion fees;"
     " to allow other moves, write even_if_dearer = true into the rule",
 }
+# Attributes that are durations, which need a unit: the writer of `delete_after = 30` may mean days, not seconds.
+_DURATIONS = (
+    *("idle_s", "age_s", "after_s", "delete_after_s", "every_s", "younger_s"),
+    *("grace_s", "hold_s", "quiet_period_s", "reader_timeout_s", "max_break_even_s"),
+)
 # Types of pydantic errors whose message shows the value already, or that have no value.
 _COMPLETE = ("value_error", "missing")
 
@@ -646,9 +658,16 @@ def _built(model: type[T], given: object, where: str, **resolved: object) -> T:
         if key not in keys:
             raise ValueError(f"{where}.{key}: {_REMOVED.get(f'{section}.{key}') or _unknown(key, keys)}")
     try:
-        return model.model_validate({**values, **resolved})
+        found = model.model_validate({**values, **resolved})
     except ValidationError as error:
         raise ValueError(_message(error, where)) from error
+    for key in [key for key, name in _keys(model).items() if name in _DURATIONS and values.get(key)]:
+        if not isinstance(values[key], str):
+            raise ValueError(
+                f'{where}.{key}: a duration needs a unit (s, m, h, d or w): write {key} = "{values[key]}d" for days, '
+                f'or "{values[key]}s" for seconds, got {values[key]!r}'
+            )
+    return found
 
 
 def _message(error: ValidationError, where: str) -> str:

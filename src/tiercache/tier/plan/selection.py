@@ -71,7 +71,7 @@ class SnapshotIndex:
         tagged[[group for group, tags in snapshot.tags.items() if tags]] = True
         pins = [pin for pin in file.pins if pin.until_s is None or pin.until_s > snapshot.now_s]
         # The snapshot has no objects: the path of a folder stands for the objects that `run/step-10/**` matches.
-        pin = first_match(snapshot.paths, [(pin.match + _folders(pin.match), ()) for pin in pins])
+        pin = first_match(snapshot.paths, [(pin.match + covered_folders(pin.match), ()) for pin in pins])
         tiers = [(tier.url.rstrip("/"), price) for tier, price in zip(file.tiers, prices, strict=True)]
         routes = np.array(
             [[(src == dst, *leaves_and_streams(src, dst, old, new)) for dst, new in tiers] for src, old in tiers]
@@ -152,7 +152,7 @@ def with_tags(snapshot: Snapshot, file: RuleFile) -> Snapshot:
     return replace(snapshot, tags=tags)
 
 
-def _folders(globs: Sequence[str]) -> tuple[str, ...]:
+def covered_folders(globs: Sequence[str]) -> tuple[str, ...]:
     """Return the folders that `**` globs cover completely: "a/b" for "a/b/**"."""
     return tuple(glob.removesuffix("/**") for glob in globs if glob.endswith("/**") and glob != "/**")
 
