@@ -18,7 +18,6 @@ from tiercache.tier.inventory.layouts import (
     NO_GROUP,
     KeyGroups,
     UserLayout,
-    dated_name,
     group_keys,
     layout_pattern,
 )
@@ -697,39 +696,6 @@ def test_tensors_that_our_own_checkpoints_share_and_their_references_are_in_no_g
     assert layout.shared.tolist() == [True, True, True, False]
 
 
-@pytest.mark.parametrize(
-    ("name", "is_file", "dated"),
-    [
-        ("step_100.pt", True, "step_100.20270115T080000Z.pt"),
-        ("step_100.pth.tar", True, "step_100.20270115T080000Z.pth.tar"),
-        ("last.log", True, "last.20270115T080000Z.log"),
-        ("latest", True, "latest.20270115T080000Z"),
-        ("step-100", False, "step-100.20270115T080000Z"),
-        ("step1000-unsharded", False, "step1000-unsharded.20270115T080000Z"),
-        ("epoch=1-step=100-val_loss=0.5.ckpt", True, "epoch=1-step=100-val_loss=0.5.20270115T080000Z.ckpt"),
-        ("epoch=1-step=100.ckpt", False, "epoch=1-step=100.20270115T080000Z.ckpt"),
-    ],
-)
-def test_a_dated_name_has_the_date_before_its_suffix(name, is_file, dated):
-    assert dated_name(name, 1_800_000_000.7, is_file=is_file) == dated
-
-
-@pytest.mark.parametrize("name", ["step_100.pt", "ckpt-100.pth.tar", "epoch=1-step=100-val_loss=0.5.ckpt"])
-def test_a_file_with_a_date_in_its_name_is_a_checkpoint_of_the_same_run(name):
-    layout = layout_of(f"r/{name}", f"r/{dated_name(name, 1.8e9, is_file=True)}")
-    assert layout.step.tolist() == [100, 100]
-    assert len(runs(layout)) == 1
-    assert np.nanmax(layout.written_s) == 1.8e9
-
-
-@pytest.mark.parametrize("name", ["step-100", "checkpoint-100", "step100-unsharded", "epoch=1-step=100.ckpt", "100"])
-def test_a_folder_with_a_date_in_its_name_is_a_checkpoint_of_the_same_run(name):
-    folders = name, dated_name(name, 1.8e9, is_file=False)
-    layout = layout_of(*(f"r/{folder}/model.safetensors" for folder in folders))
-    assert layout.step.tolist() == [100, 100]
-    assert len(runs(layout)) == 1
-
-
 def test_each_file_of_a_users_layout_is_a_checkpoint():
     keys = ["r/model_5.pt", "r/model_10.pt", "r/model_best.pt", "other/model_5.pt"]
     layout = group_keys(pa.array(keys), [UserLayout("model_{step}.pt", ("r/**",))])
@@ -754,12 +720,6 @@ def test_a_star_in_a_users_layout_stands_for_any_characters_and_tells_runs_apart
 def test_a_users_layout_has_precedence_over_those_of_libraries():
     layout = group_keys(pa.array(["r/step-7-part-3.pt"]), [UserLayout("step-7-part-{step}.pt")])
     assert layout.step.tolist() == [3]
-
-
-def test_a_file_of_a_users_layout_with_a_date_in_its_name_is_of_the_same_run():
-    name = dated_name("model_5_weights.pt", 1.8e9, is_file=True)
-    layout = group_keys(pa.array(["r/model_5_weights.pt", f"r/{name}"]), [UserLayout("model_{step}_weights.pt")])
-    assert (layout.step.tolist(), len(runs(layout))) == ([5, 5], 1)
 
 
 @pytest.mark.parametrize("pattern", ["model.pt", "{step}/{step}.pt", "a/{step}.pt", "{stop}.pt", "{step}{step}"])

@@ -12,10 +12,10 @@ training/checkpointing.py, DeepSpeed engine.py, transformers trainer.py)::
     global_step100/mp_rank_00_model_states.pt             DeepSpeed
     step-000000000100.20261129T193324123Z-7f3a9c/checkpoint.json  our own (checkpoint/layout.py); it is put last
 
-A rule may describe further names (UserLayout). A date in a name is the time of writing: our own names have one, and an
-older checkpoint whose name was written again gets one (dated_name()). The outermost folder with such a name is the
-checkpoint: global_step100 inside checkpoint-100 is a part of it. A folder of a run may have such a name too:
-finetune_from_step_5000 is no checkpoint if it contains checkpoint-100 and checkpoint-200 (see _find_nesting).
+A rule may describe further names (UserLayout). A date in a name is the time of writing: our own names have one. The
+outermost folder with such a name is the checkpoint: global_step100 inside checkpoint-100 is a part of it. A folder of a
+run may have such a name too: finetune_from_step_5000 is no checkpoint if it contains checkpoint-100 and checkpoint-200
+(see _find_nesting).
 
 Names also show that a checkpoint is a partial copy: it has fewer files than other checkpoints of its run (see
 _fewer_files_than_neighbours()).
@@ -28,7 +28,6 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from itertools import groupby
 
 import numpy as np
@@ -128,7 +127,6 @@ _METADATA_TMP = r"^(?:__[0-9]+)?\.metadata\.tmp$"
 _INDEX = r"\.index\.json$|^meta\.pt$|^metadata\.json$"
 
 _NUMBER_NAME = re.compile(rf"[0-9]{{1,18}}(?:{DATE})?")
-_ANY_DATE = re.compile(rf"{DATE}(?=[./]|$)")
 _PLACEHOLDER = re.compile(r"\{(?:step|epoch)\}")
 
 
@@ -158,32 +156,8 @@ def layout_pattern(pattern: str) -> str:
             f"expected a name with {{step}} or {{epoch}} once, such as 'model_{{step}}.pt', or 'model_{{step}}/' for "
             f"folders, got {pattern!r}"
         )
-    at = _date_position(parts[1], is_file=not pattern.endswith("/"))
-    head, tail, suffix = (re.escape(part).replace(r"\*", "[^/]*?") for part in (parts[0], parts[1][:at], parts[1][at:]))
-    return rf"(?P<head>{head})(?P<number>[0-9]{{1,18}})(?P<tail>{tail}(?:{DATE})?{suffix})"
-
-
-def dated_name(name: str, written_s: float, *, is_file: bool) -> str:
-    """Return the name of a file or folder with the time of its writing before its suffix: "step_1.<time>Z.pt"."""
-    at = _date_position(name, is_file=is_file)
-    return f"{name[:at]}.{datetime.fromtimestamp(int(written_s), UTC):%Y%m%dT%H%M%SZ}{name[at:]}"
-
-
-def _date_position(name: str, *, is_file: bool) -> int:
-    """Return the position of a name's suffix, before which a date is put; its length if it has none."""
-    match = re.search(rf"(?i){SUFFIXES}+$", name) or (re.search(r"[.][A-Za-z]\w*$", name) if is_file else None)
-    return match.start() if match else len(name)
-
-
-def undated_path(path: str) -> str:
-    """Return the path that a group, or an object of it, had before a date was put into the name of the group."""
-    return _ANY_DATE.sub("", path, count=1)
-
-
-def undated_paths(paths: pa.Array) -> tuple[NDArray[np.int64], pa.Array]:
-    """Return the rows of paths with a date in a name, and these paths without the date."""
-    rows = np.flatnonzero(match_regex(paths, rf"{DATE}(?:[./]|$)"))
-    return rows, pc.replace_substring_regex(paths.take(pa.array(rows)), DATE, "")
+    head, tail = (re.escape(part).replace(r"\*", "[^/]*?") for part in parts)
+    return rf"(?P<head>{head})(?P<number>[0-9]{{1,18}})(?P<tail>{tail})"
 
 
 def written_in_names(paths: pa.Array) -> NDArray[np.float64]:
