@@ -172,8 +172,8 @@ def test_checkpoints_in_s3_are_loaded_mapped_retained_and_deleted(s3_server, tmp
         url, options = f"{s3_server.url}/checkpoints-read", s3_server.storage_options
         with open_weights(url, prefix="model.", cache=cache, storage_options=options) as weights:
             assert torch.equal(weights["w"], state["model"]["w"])
-        checkpoints.tag(2, "release")
-        assert checkpoints.list()[0].tags == ("release",)
+        checkpoints.pin(2, "release")
+        assert checkpoints.list()[0].why_pinned == "release"
         checkpoints.delete(3)
         assert checkpoints.load()["epoch"] == 2
         checkpoints.close()

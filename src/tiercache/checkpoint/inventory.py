@@ -1,4 +1,4 @@
-"""Which checkpoints exist: the objects of each tier, their manifests, tags and pins.
+"""Which checkpoints exist: the objects of each tier, their manifests and pins.
 
 A tier of checkpoints is a store: "local" (a folder of this machine) or "remote" (the URL). A scan lists each store
 once; a manifest is immutable, so that a process reads it once.
@@ -30,7 +30,7 @@ from tiercache.checkpoint.layout import (
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, UnsupportedFormat
 from tiercache.model import ObjectInfo
 from tiercache.store import Store
-from tiercache.tier.inventory.tags import TAGS_NAME, Tags
+from tiercache.tier.inventory.tags import PIN_NAME, UNREADABLE_PIN, encode_pin, parse_pin
 from tiercache.tier.placement.resolver import is_archived
 
 CheckpointTier: TypeAlias = str
@@ -51,7 +51,7 @@ class CheckpointCopy:
         objects: Objects in the checkpoint's folder by path.
         manifest: Manifest; None if there is none, or if it cannot be read.
         problem: Reason why the copy is not complete: a file is missing, or has another size; "" for a complete copy.
-        tags: Tags and pin in this tier.
+        pin: Reason of its pin in this tier, "" without one; None: it is not pinned here.
         is_archived: Whether the manifest must be restored before it can be read.
     """
 
@@ -61,7 +61,7 @@ class CheckpointCopy:
     objects: Mapping[str, ObjectInfo]
     manifest: Manifest | None
     problem: str
-    tags: Tags = field(default_factory=Tags)
+    pin: str | None = None
     is_archived: bool = False
 
     @property
@@ -94,8 +94,8 @@ class CheckpointInfo:
         tiers: Tiers that have a complete copy: "local", "remote".
         n_bytes: Size of all files, shared tensors included; 0 if unknown.
         metrics: Metrics by name.
-        tags: Tags, sorted.
         is_pinned: Whether the checkpoint is pinned.
+        why_pinned: Reason of the pin.
         kept_by: Rules that keep it in each tier, as text.
         note: JSON value of the user.
         error: Reason of the state "failed", "incomplete" or "moved"; "" otherwise.
@@ -108,8 +108,8 @@ class CheckpointInfo:
     tiers: tuple[CheckpointTier, ...] = ()
     n_bytes: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
-    tags: tuple[str, ...] = ()
     is_pinned: bool = False
+    why_pinned: str = ""
     kept_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     note: Any = None
     error: str = ""
@@ -161,12 +161,10 @@ class Scan:
         """Return the manifest of a checkpoint from any of its tiers; None if none can be read."""
         return next((copy.manifest for copy in self.copies.get(name, ()) if copy.manifest is not None), None)
 
-    def tags(self, name: str) -> Tags:
-        """Return the tags and the pin of a checkpoint in all tiers together."""
-        found = Tags()
-        for copy in self.copies.get(name, ()):
-            found |= copy.tags
-        return found
+    def pin(self, name: str) -> str | None:
+        """Return the reason of the pin of a checkpoint, in whichever tier; None if it is not pinned."""
+        found = [copy.pin for copy in self.copies.get(name, ()) if copy.pin is not None]
+        return max(found, key=len, default=None)
 
     @property
     def complete_names(self) -> list[str]:
@@ -194,7 +192,7 @@ class CheckpointStores:
         self._lock = Lock()
 
     def scan(self, shared_tensors: Mapping[str, ObjectInfo] | None = None) -> Scan:
-        """List all tiers, and read the manifests and tags that are not known yet.
+        """List all tiers, and read the pins, and the manifests that are not known yet.
 
         Args:
             shared_tensors: Shared tensors of another store, by key, to which the checkpoints refer; None: each tier has
@@ -235,7 +233,7 @@ class CheckpointStores:
         objects: Mapping[str, ObjectInfo],
         shared: Mapping[str, ObjectInfo],
     ) -> CheckpointCopy:
-        store, manifest, tags, archived = self.tiers[tier], None, Tags(), False
+        store, manifest, pin, archived = self.tiers[tier], None, None, False
         problem = "it has no manifest: its save is not finished"
         if MANIFEST_NAME in objects:
             try:
@@ -249,16 +247,16 @@ class CheckpointStores:
                 if not is_archived(error):
                     raise
                 problem, archived = "it is archived: it must be restored before it can be read", True
-        if TAGS_NAME in objects:
+        if PIN_NAME in objects:
             try:
-                tags = Tags.parse(store.get(f"{name}/{TAGS_NAME}"))
+                pin = parse_pin(store.get(f"{name}/{PIN_NAME}"))
             except NotFound:
                 pass
             except StoreError as error:
                 if not is_archived(error):
                     raise
-                tags = Tags(is_pinned=True)  # unknown: nothing is deleted
-        return CheckpointCopy(tier, store, name, objects, manifest, problem, tags, is_archived=archived)
+                pin = UNREADABLE_PIN
+        return CheckpointCopy(tier, store, name, objects, manifest, problem, pin, is_archived=archived)
 
     def manifest(self, tier: CheckpointTier, name: str) -> Manifest:
         """Return the manifest of a checkpoint in a tier; it is read once.
@@ -281,15 +279,16 @@ class CheckpointStores:
             self._manifests[tier, name] = found
         return found
 
-    def set_tags(self, scan: Scan, name: str, tags: Tags) -> None:
-        """Write the tags of a checkpoint into every tier that has it.
+    @staticmethod
+    def set_pin(scan: Scan, name: str, why: str | None) -> None:
+        """Pin a checkpoint in every tier that has it, or unpin it. why: Reason of the pin; None: it is removed.
 
         Raises:
-            StoreError: A tier could not be written; the others may have the tags already.
+            StoreError: A tier could not be written; the others may have the change already.
         """
         for copy in scan.copies[name]:
-            if copy.is_committed:
-                copy.store.put(f"{name}/{TAGS_NAME}", tags.encode())
+            if copy.is_committed and (why is not None or copy.pin is not None):
+                copy.store.put(f"{name}/{PIN_NAME}", encode_pin(why))
 
 
 def missing_file(manifest: Manifest, objects: Mapping[str, ObjectInfo], shared: Mapping[str, ObjectInfo]) -> str:

@@ -6,7 +6,7 @@
         tensors-00001-of-00004.safetensors           tensors; several files, written and uploaded in parallel
         state.json                                   everything that is not a tensor
         metrics.json                                 metrics, also in the manifest; the tier engine reads this file
-        tags.json                                    tags and pins; replaced as a whole, not in the manifest
+        tags.json                                    the pin; replaced as a whole, not in the manifest
         not-uploaded.json                            only in a local folder, until the store has the checkpoint
         checkpoint.json                              the manifest, put if absent and last: it commits the checkpoint
     tensors/<40 hex digits>.safetensors              a tensor that checkpoints share (dedup=True)

@@ -1,4 +1,4 @@
-"""The methods of `Checkpoints` that act on stored checkpoints: load, list, verify, delete, tag, pin and collect."""
+"""The methods of `Checkpoints` that act on stored checkpoints: load, list, verify, delete, pin and collect."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention, RetentionR
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, TierCacheError
 from tiercache.store import LocalFolder, Span, Store
 from tiercache.store.contract import WrapperStore
-from tiercache.tier.inventory.tags import Tags
 from tiercache.tier.placement.resolver import is_archived, is_remote
 
 logger = logging.getLogger("tiercache")
@@ -304,7 +303,7 @@ class StoredCheckpoints:
             n_bytes += copy.manifest.n_bytes
         return CheckpointVerification(name, problems, n_bytes)
 
-    # -- delete, tag and pin -----------------------------------------------------------------------------------------
+    # -- delete and pin -----------------------------------------------------------------------------------------
 
     def delete(self, which: str | int) -> RetentionReport:
         """Delete a checkpoint from all tiers. Tensors that other checkpoints share stay.
@@ -321,44 +320,29 @@ class StoredCheckpoints:
         is_moved = isinstance(which, str) and which in scan.moved_names
         return self.retention.delete([str(which) if is_moved else self._name(scan, which)])
 
-    def tag(self, which: str | int, *tags: str) -> None:
-        """Add tags to a checkpoint. The last copy of a checkpoint with a tag is never deleted by a rule.
+    def pin(self, which: str | int, why: str = "") -> None:
+        """Pin a checkpoint: no rule moves or deletes any of its copies, and neither delete() nor `ckpt rm` does.
 
         Args:
             which: "latest", "best:METRIC", a step, or a name.
-            *tags: Tags, for example "release".
+            why: Reason, for people, such as "the release of May".
 
         Raises:
             NotFound: There is no such checkpoint.
-            ValueError: No tag is given, or a tag is empty.
+            TypeError: The reason is not a text.
             StoreError: A store failed.
         """
-        self._change_tags(which, lambda found: Tags(found.tags | _checked(tags), found.is_pinned))
-
-    def untag(self, which: str | int, *tags: str) -> None:
-        """Remove tags from a checkpoint. Errors as for tag().
-
-        Args:
-            which: "latest", "best:METRIC", a step, or a name.
-            *tags: Tags; those that the checkpoint does not have are ignored.
-        """
-        self._change_tags(which, lambda found: Tags(found.tags - _checked(tags), found.is_pinned))
-
-    def pin(self, which: str | int) -> None:
-        """Pin a checkpoint: neither a rule nor delete() deletes any of its copies. Errors as for tag().
-
-        Args:
-            which: "latest", "best:METRIC", a step, or a name.
-        """
-        self._change_tags(which, lambda found: Tags(found.tags, is_pinned=True))
+        if not isinstance(why, str):
+            raise TypeError(f"why is a text, such as 'the release of May', got the {type(why).__name__} {why!r:.60}")
+        self._set_pin(which, why)
 
     def unpin(self, which: str | int) -> None:
-        """Remove the pin of a checkpoint. Errors as for tag().
+        """Remove the pin of a checkpoint. Errors as for pin().
 
         Args:
             which: "latest", "best:METRIC", a step, or a name.
         """
-        self._change_tags(which, lambda found: Tags(found.tags, is_pinned=False))
+        self._set_pin(which, None)
 
     def gc(self) -> RetentionReport:
         """Remove what killed saves and deletions have left, and shared tensors without users, once they are a day old.
@@ -379,10 +363,9 @@ class StoredCheckpoints:
         except TierCacheError as error:
             logger.warning("%s: old checkpoints were not deleted: %s", self.remote_store.url, error)
 
-    def _change_tags(self, which: str | int, change: Callable[[Tags], Tags]) -> None:
+    def _set_pin(self, which: str | int, why: str | None) -> None:
         scan = self.stores.scan()
-        name = self._name(scan, which)
-        self.stores.set_tags(scan, name, change(scan.tags(name)))
+        self.stores.set_pin(scan, self._name(scan, which), why)
 
     @staticmethod
     def _name(scan: Scan, which: str | int) -> str:
@@ -403,12 +386,6 @@ class _WithSharedTensors(WrapperStore):
         store.read_into(key, spans, **options)
 
 
-def _checked(tags: Sequence[Any]) -> frozenset[str]:
-    if not tags or not all(isinstance(tag, str) and tag.strip() for tag in tags):
-        raise ValueError(f"expected one or more tags, none of them empty, got {tags!r}")
-    return frozenset(tags)
-
-
 def _moved_info(name: str) -> CheckpointInfo:
     step, created_s = parse_name(name) or (0, 0.0)
     why = "moved or deleted by another program, such as the tier engine; delete() gives up its shared tensors"
@@ -419,7 +396,7 @@ def _info(
     scan: Scan, name: str, kept_by: Mapping[CheckpointTier, tuple[str, ...]], save: UnfinishedSave | None
 ) -> CheckpointInfo:
     parsed = parse_name(name) or (0, 0.0)
-    manifest, tags, complete = scan.manifest(name), scan.tags(name), scan.complete(name)
+    manifest, pin, complete = scan.manifest(name), scan.pin(name), scan.complete(name)
     state: CheckpointState = "complete" if complete else "incomplete"
     error = "" if complete else next((copy.problem for copy in scan.copies.get(name, ())), "")
     if save is not None and save.error is not None:
@@ -434,8 +411,8 @@ def _info(
         tiers=tuple(copy.tier for copy in complete),
         n_bytes=0 if manifest is None else manifest.n_bytes,
         metrics={} if manifest is None else manifest.metrics,
-        tags=tuple(sorted(tags.tags)),
-        is_pinned=tags.is_pinned,
+        is_pinned=pin is not None,
+        why_pinned=pin or "",
         kept_by=kept_by,
         note=None if manifest is None else manifest.note,
         error=error,

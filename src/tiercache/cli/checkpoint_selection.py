@@ -53,6 +53,7 @@ from tiercache.store.options import ParsedUrl
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.inventory.layouts import group_keys
 from tiercache.tier.inventory.metrics import metrics_in_name, read_metrics
+from tiercache.tier.inventory.tags import PIN_NAME, UNREADABLE_PIN, parse_pin
 from tiercache.tier.model import CHECKPOINT, READABLE, RESTORED, Snapshot
 from tiercache.tier.move.mover import catalog_path
 from tiercache.tier.plan.selection import with_tags
@@ -149,6 +150,19 @@ class CheckpointTiers:
             if is_listed
         }
         return missing_file(manifest, objects, known).replace(f"{name}/", "")
+
+    def why_pinned(self, group: int) -> str:
+        """Return the reason of the pin of a checkpoint of tc.Checkpoints; "" if none was given."""
+        reasons: list[str] = []
+        for copy in self.copies(group):
+            try:
+                found = parse_pin(self.tiers.stores.store(self.tier(copy)).get(f"{self.path(group)}/{PIN_NAME}"))
+            except NotFound:
+                continue
+            except StoreError:  # archived
+                found = UNREADABLE_PIN
+            reasons += [] if found is None else [found]
+        return max(reasons, key=len, default="")
 
     def known_metrics(self, group: int) -> dict[str, float]:
         """Return the metrics in a checkpoint's name, and those that rules use."""
