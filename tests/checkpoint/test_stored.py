@@ -68,8 +68,10 @@ def test_old_checkpoints_are_deleted_in_the_background_after_each_commit(tmp_pat
         assert steps_of(checkpoints.local_store) == [2, 5]
         assert steps_of(checkpoints.remote_store) == [2, 4, 5]
         assert checkpoints.load("best:loss")["w"][0] == 2
-        folders = [path.name for path in Path(checkpoints.remote_store.url).iterdir() if path.is_dir()]
+        folders = [path.name for path in Path(checkpoints.remote_store.url).glob("step-*")]
         assert sorted(folders) == sorted(list_names(checkpoints.remote_store)), "deleted folders are gone, too"
+        metrics = [path.stem for path in Path(checkpoints.remote_store.url).glob("_tiercache/metrics/*")]
+        assert sorted(metrics) == sorted(folders)
 
 
 def test_a_delete_that_takes_for_ever_holds_up_no_save(remote):

@@ -204,7 +204,9 @@ class Checkpoints(StoredCheckpoints):
         ]
         if len(roots) > len({*roots}):
             raise ValueError(f"local= is the folder of the checkpoints itself, {roots[0]}: leave it out")
-        super().__init__(remote_store, local_store, keep=keep, storage_options=storage_options)
+        # The options of an open store are not known, so that no other store is opened with them.
+        options = None if isinstance(url, Store) else storage_options or {}
+        super().__init__(remote_store, local_store, keep=keep, storage_options=options)
         self.dedup = dedup
         self._pending, self._when_busy, self._n_streams, self._rank = pending, when_busy, writers, rank
         self._memory = HostMemory()
@@ -252,7 +254,9 @@ class Checkpoints(StoredCheckpoints):
 
     def _writer_to(self, store: Store, target: Target) -> CheckpointWriter:
         referenced = partial(referenced_tensors, self.stores, target)
-        return CheckpointWriter(store, self._n_streams, self.retention.claims[target], referenced)
+        return CheckpointWriter(
+            store, self._n_streams, self.retention.claims[target], referenced, keeps_metrics=target == "remote"
+        )
 
     @property
     def n_streams(self) -> int:
@@ -398,6 +402,7 @@ class Checkpoints(StoredCheckpoints):
         self._is_closed = True
         self.join()
         self._memory.clear()
+        self.close_other_tiers()
         self._remote.close()
         self._raise_failure()
 

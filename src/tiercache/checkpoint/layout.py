@@ -32,7 +32,7 @@ from typing import Any, Literal
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import CorruptCheckpoint, UnsupportedFormat
-from tiercache.model import ObjectInfo
+from tiercache.model import OWN_FOLDER, ObjectInfo
 from tiercache.store.contract import Buffer, Store, check_key
 from tiercache.version import __version__
 
@@ -193,6 +193,24 @@ def key_of(name: str, path: str) -> str:
         path: Path of the file in the manifest.
     """
     return path.removeprefix("../") if path.startswith(_SHARED_PATH) else f"{name}/{path}"
+
+
+def metrics_key(name: str) -> str:
+    """Return the key of the metrics of a checkpoint that stay at the URL when its folder is moved or archived."""
+    return f"{OWN_FOLDER}metrics/{name}.json"
+
+
+def encode_metrics(metrics: Mapping[str, float]) -> bytes:
+    """Return metrics as a JSON text."""
+    return json.dumps({name: metric_json(value) for name, value in metrics.items()}, allow_nan=False).encode("ascii")
+
+
+def parse_metrics(data: bytes) -> dict[str, float] | None:
+    """Return the metrics in a JSON text; None if it is none."""
+    try:
+        return {str(name): _metric_of(value) for name, value in json.loads(data).items()}
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return None
 
 
 def manifest_key(name: str) -> str:

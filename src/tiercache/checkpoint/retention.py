@@ -41,6 +41,7 @@ from tiercache.checkpoint.layout import (
     encode_manifest,
     key_of,
     manifest_key,
+    metrics_key,
     parse_manifest,
     parse_name,
     reference_key,
@@ -498,6 +499,7 @@ def delete_copies(copies: Sequence[CheckpointCopy]) -> int:
         [
             *(info.key for copy in copies for path, info in copy.objects.items() if path != MANIFEST_NAME),
             *(reference_key(copy.name) for copy in copies if _shared_keys(copy.manifest)),
+            *(metrics_key(copy.name) for copy in copies if copy.tier == "remote"),
         ]
     )
     crash_point("retention.files")
