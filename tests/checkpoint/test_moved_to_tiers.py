@@ -113,6 +113,22 @@ def test_a_moved_checkpoint_is_not_deleted_here_and_may_be_pinned_there(work, ru
     assert (folder / "tags.json").exists()
 
 
+def test_a_step_that_was_moved_and_is_saved_again_after_a_restart_conflicts_with_nothing(work, run):
+    (work / "rules.toml").rename(work / "tiercache.toml")
+    for step in (1, 2):
+        run.save(step, {"w": np.full(9, 10 + step)}, metrics={"loss": 0.5}).wait()
+    done = CliRunner().invoke(app, ["tier", "run", "--once", "--rules", str(work / "tiercache.toml"), "--json"])
+    assert done.exit_code == 0, done.output
+    assert "conflict" not in done.output
+    assert [(one.step, one.state, len(one.tiers)) for one in run.list()] == [
+        (step, "complete", 1) for step in (1, 2, 3, 4, 1, 2)
+    ]
+    # The highest step of the run stays, as those that were written last do.
+    assert [one.tiers == ("remote",) for one in run.list()] == [False, False, False, True, True, True]
+    assert (value(run, "latest"), value(run, 1), value(run, run.list()[0].name)) == (12, 11, 1)
+    assert all(run.verify(one.name).is_right for one in run.list())
+
+
 class Unreachable(MovedCheckpoints):
     """Checkpoints of which no other tier answers."""
 

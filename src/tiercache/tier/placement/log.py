@@ -36,7 +36,7 @@ import pyarrow.compute as pc
 from tiercache._native.checksum import crc32c
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptShard, NotFound, StoreError, UnsupportedFormat
-from tiercache.store import Store, check_key
+from tiercache.store import LocalFolder, Store, check_key
 from tiercache.store.contract import WrapperStore
 from tiercache.store.numbered_log import NumberedLog, is_forbidden
 
@@ -440,12 +440,12 @@ def start_tracking(store: Store) -> bool:
 def lead_to_home(store: Store, home_url: str) -> None:
     """Let the marker of a tier lead to the home, so that readers of what has left the tier find it. Raises StoreError.
 
-    An empty store gets no marker, because its disk may not be mounted. A tier that is tracked itself stays so.
+    An empty folder gets no marker, because its disk may not be mounted. A tier that is tracked itself stays so.
     """
     mark = _mark(store)
     if _number_in(mark) is not None or (mark is not None and mark["home"] == home_url):
         return
-    if mark is not None or next(iter(store.list()), None) is not None:
+    if mark is not None or not isinstance(store, LocalFolder) or next(iter(store.list()), None) is not None:
         text = json.dumps({"format": "tiercache-tiers", "version": FORMAT_VERSION, "home": home_url})
         store.put(TRACKING_MARKER_KEY, text.encode() + b"\n")
 
