@@ -100,7 +100,7 @@ $(BIN)/python:
 
 # The installation builds the native modules too, so it also sets the stamp of the native build.
 $(VENV)/stamp-%: pyproject.toml setup.py | $(BIN)/python
-	@echo 'installing tiercache[$*] into $(VENV) (minutes, the first time)'
+	@echo 'installing tiercache-data[$*] into $(VENV) (minutes, the first time)'
 	@# torch is installed first and alone: together with boto3 and aiobotocore, pip backtracks to builds of torchvision that do not match torch.
 	@$(if $(filter dev,$*),$(PIP) install torch torchvision)
 	@$(PIP) install --editable '.[$*]'
@@ -108,7 +108,7 @@ $(VENV)/stamp-%: pyproject.toml setup.py | $(BIN)/python
 
 # The native modules are those of `make build`, because interpreter and sources are the same.
 $(FRAMEWORKS)/stamp: pyproject.toml setup.py | $(BIN)/python
-	@echo 'installing tiercache[integration] into $(FRAMEWORKS) (minutes, the first time)'
+	@echo 'installing tiercache-data[integration] into $(FRAMEWORKS) (minutes, the first time)'
 	@$(BIN)/python -m venv $(FRAMEWORKS)
 	@$(FRAMEWORKS)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade 'pip>=25'
 	@$(FRAMEWORKS)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[integration]'
@@ -116,7 +116,7 @@ $(FRAMEWORKS)/stamp: pyproject.toml setup.py | $(BIN)/python
 
 # JAX and TensorFlow, without torch.
 $(ARRAYS)/stamp: pyproject.toml setup.py | $(BIN)/python
-	@echo 'installing tiercache[arrays] into $(ARRAYS) (minutes, the first time)'
+	@echo 'installing tiercache-data[arrays] into $(ARRAYS) (minutes, the first time)'
 	@$(BIN)/python -m venv $(ARRAYS)
 	@$(ARRAYS)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade 'pip>=25'
 	@$(ARRAYS)/bin/python -m pip install --disable-pip-version-check --quiet --editable '.[arrays]'

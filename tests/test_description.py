@@ -115,7 +115,7 @@ class TestHtml:
             raise ModuleNotFoundError("simplejpeg")
 
         monkeypatch.setattr(description, "thumbnail", missing)
-        assert "tiercache[images]" in tc.Dataset(path)._repr_html_()
+        assert "tiercache-data[images]" in tc.Dataset(path)._repr_html_()
 
     def test_captions_are_class_names(self, tmp_path):
         for name in ("ant", "bee"):

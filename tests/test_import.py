@@ -58,7 +58,7 @@ except ImportError as error:
     print(error)
 """
     assert f"tiercache.{name} needs torch" in run_python("-c", code).stdout
-    assert "pip install 'tiercache[torch]'" in run_python("-c", code).stdout
+    assert "pip install 'tiercache-data[torch]'" in run_python("-c", code).stdout
 
 
 def test_reading_loads_nothing_that_only_filters_need(tmp_path):

@@ -11,6 +11,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from tiercache.distribution import __version__, install_command
 from tiercache.errors import (
     ArchivedShards,
     CacheFull,
@@ -24,7 +25,6 @@ from tiercache.errors import (
     TierCacheError,
     UnsupportedFormat,
 )
-from tiercache.version import __version__
 
 if TYPE_CHECKING:
     from tiercache.cache import Cache
@@ -139,7 +139,7 @@ def __getattr__(name: str) -> Any:
         library = (error.name or "").partition(".")[0]
         if library not in _TORCH:
             raise
-        message = f"tiercache.{name} needs {library}, which is not installed: pip install 'tiercache[torch]'"
+        message = f"tiercache.{name} needs {library}, which is not installed: {install_command('torch')}"
         raise ModuleNotFoundError(message, name=error.name) from error
     if name not in _OF_MODULES:
         globals()[name] = value

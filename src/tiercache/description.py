@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tiercache.distribution import install_command
 from tiercache.errors import TierCacheError
 from tiercache.images.thumbnail import as_png, thumbnail
 from tiercache.model import format_bytes
@@ -16,7 +17,7 @@ from tiercache.shard.schema import Kind
 
 _N_PICTURES = 8
 _SIDE = 96  # pixels of a thumbnail, which is then at most 28 KB
-_NO_LIBRARY = "(thumbnails need pip install 'tiercache[images]')"
+_NO_LIBRARY = f"(thumbnails need {install_command('images')})"
 
 
 def describe(batch: Any) -> str:

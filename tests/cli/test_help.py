@@ -12,7 +12,7 @@ GROUP = typer.main.get_command(app)
 TIER = GROUP.commands["tier"]
 VERBS = ["", *sorted(GROUP.commands), *(f"tier {name}" for name in sorted(TIER.commands))]
 HEAVY = ["numpy", "pandas", "pyarrow", "torch", "rich", "sqlite3", "obstore", "fsspec"]
-LIGHT = ["tiercache.cli", "tiercache.errors", "tiercache.model", "tiercache.version", "tiercache.waiting"]
+LIGHT = ["tiercache.cli", "tiercache.errors", "tiercache.model", "tiercache.distribution", "tiercache.waiting"]
 CODE = f"""
 import contextlib, io, sys
 from tiercache.cli.app import main

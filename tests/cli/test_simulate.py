@@ -217,7 +217,7 @@ class TestPlot:
 
         monkeypatch.setattr(simulate_module, "import_module", refuse)
         done = tiercache("simulate", data_set, "--plot", tmp_path / "a.svg", code=1)
-        assert "pip install 'tiercache[plot]'" in done.err
+        assert "pip install 'tiercache-data[plot]'" in done.err
         assert done.out == ""
 
 

@@ -609,3 +609,35 @@ def write_file(path: Path, days: float = 30) -> None:
 def test_verbs_of_data_sets_accept_the_name_of_a_tier_before_a_path(tiercache, root):
     found = tiercache("info", "standard/datasets/photos", "--json").events[-1]
     assert found == tiercache("info", root / "store/datasets/photos", "--json").events[-1]
+
+
+class TestDataSetsOutsideTheHome:
+    """A data set in the hot tier: readers follow moves only of data sets in the home tier, standard."""
+
+    @pytest.fixture
+    def hot(self, photos, root):
+        pack(photos, root / "nvme" / "datasets" / "digits", shard_size=8000, block_size=3000)
+        age(root / "nvme", 40)
+        rule = '[[rules]]\nmatch = "datasets/digits/**"\nkind = "shard"\nage = "1d"\nto = "archive"\n'
+        (root / "tiercache.toml").write_text(RULES.replace("[[rules]]", rule + "[[rules]]", 1))
+        return root / "nvme" / "datasets" / "digits"
+
+    def test_the_plan_refuses_its_moves_and_runs_go_on(self, tiercache, root, hot):
+        files = sorted(path for path in root.rglob("*.tcs") if hot in path.parents)
+        for _ in range(2):
+            tiercache("tier", "run", "--once")
+            assert sorted(path for path in root.rglob("*.tcs") if "digits" in path.parts) == files
+        out = tiercache("tier", "plan").out
+        assert "its data set lies in tier hot" in out
+
+    def test_a_recall_of_everything_leaves_it_where_it_is(self, tiercache, root, hot):
+        before = sorted(path for path in root.rglob("*") if "digits" in path.parts)
+        tiercache("tier", "get", "**", "--yes")
+        assert sorted(path for path in root.rglob("*") if "digits" in path.parts) == before
+        assert "orphan" not in tiercache("tier", "check").out
+
+    def test_init_writes_no_rule_for_it(self, tiercache, root, hot):
+        out = root / "made.toml"
+        tiercache("tier", "init", "nvme", "--standard", "store", "--archive", "cold", "--out", out)
+        assert 'kind = "shard"' not in out.read_text()
+        assert "They stay" in out.read_text()

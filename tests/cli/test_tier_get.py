@@ -1,7 +1,9 @@
 """tier get on three folders of this machine: what moved comes back, and stays for the time of its hold."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,8 @@ def root(tmp_path, monkeypatch, tiercache):
     """Three checkpoints of a run and a file, of which a run of the mover has sent all but the newest to the archive."""
     root = tmp_path / "tiers"
     for step, days in ((9, 3), (10, 2), (11, 1)):
-        write_checkpoint(root, step, days)
+        folder = write_checkpoint(root, step, days)
+        os.utime(folder, (time.time() - days * DAY_S,) * 2)
     (root / "nvme" / "notes").mkdir()
     (root / "nvme" / "notes" / "a.txt").write_text("kept by nobody")
     age(root / "nvme" / "notes", 40)
@@ -54,6 +57,21 @@ def test_a_checkpoint_comes_back_to_the_first_tier_and_keeps_its_colder_copy(tie
     assert (summary["groups"], summary["copied"], summary["stopped"], summary["restores"]) == (1, 1, 0, 0)
     assert (root / "nvme/runs/a/step-9/model.bin").read_bytes() == model(9)
     assert (root / "cold/runs/a/step-9/model.bin").read_bytes() == model(9)
+
+
+def test_a_recalled_checkpoint_has_its_mode_and_date_and_is_not_the_newest_of_its_run(tiercache, root):
+    run = root / "nvme" / "runs" / "a"
+    archived = (root / "cold/runs/a/step-9/model.bin").stat()
+    (root / "cold/runs/a/step-9/model.bin").chmod(0o640)
+    run_s = run.stat().st_mtime_ns
+    tiercache("tier", "get", "runs/a/step-9", "--yes")
+    recalled = (run / "step-9" / "model.bin").stat()
+    assert (recalled.st_mtime_ns, recalled.st_mode & 0o777) == (archived.st_mtime_ns, 0o640)
+    assert time.time() - recalled.st_mtime > 2 * DAY_S
+    assert run.stat().st_mtime_ns == run_s
+    assert max(run.glob("*/model.bin"), key=lambda path: path.stat().st_mtime).parent.name == "step-11"
+    for path in (run / "step-9", root / "cold/runs/a/step-9"):
+        assert time.time() - path.stat().st_mtime > 2 * DAY_S
 
 
 def test_the_plan_is_printed_first_and_a_dry_run_changes_nothing(tiercache, root):

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tiercache.distribution import __version__
 from tiercache.pack import pack
 from tiercache.shard.versions.commit import Commit
-from tiercache.version import __version__
 
 
 def test_the_version_is_printed(tiercache):
@@ -38,6 +38,19 @@ class TestPack:
         assert done.out.splitlines()[:3] == ["image: image<png>", "label: int64", "path: str"]
         assert f"would create {tmp_path}/out from 21.1 KiB of source, in 1 process" in done.out
         assert not (tmp_path / "out").exists()
+
+    def test_folders_are_packed_as_data_sets_of_their_own(self, tiercache, photos, tmp_path):
+        (tmp_path / "in").mkdir()
+        photos.rename(tmp_path / "in" / "train")
+        command = ("pack", tmp_path / "in", tmp_path / "out", "--split-folders")
+        planned = tiercache(*command, "--dry-run").out
+        assert f"would create {tmp_path}/out/train from 21.1 KiB of source, in 1 process\n" in planned
+        assert not (tmp_path / "out").exists()
+        done = tiercache(*command)
+        assert done.out.startswith(f"{tmp_path}/out/train: version 1 has 20 records in 1 shard, ")
+        data_set, summary = tiercache(*command, "--mode", "overwrite", "--json").events
+        assert (data_set["event"], data_set["url"], data_set["version"]) == ("data_set", f"{tmp_path}/out/train", 2)
+        assert (summary["event"], summary["data_sets"], summary["bytes"]) == ("summary", 1, data_set["bytes"])
 
     def test_column_types_can_be_given(self, tiercache, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"x": 1, "v": [1, 2]}\n')

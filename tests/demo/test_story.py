@@ -28,7 +28,7 @@ def test_windows_of_python_source_are_the_same_every_time():
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it():
-    with pytest.raises(TierCacheError, match=r"needs no_such_package: pip install 'tiercache\[demo\]'"):
+    with pytest.raises(TierCacheError, match=r"needs no_such_package: pip install 'tiercache-data\[demo\]'"):
         check_packages(("json", "no_such_package"))
 
 

@@ -263,4 +263,4 @@ except ImportError as error:
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert f"needs {name}" in said
-    assert "pip install 'tiercache[images]'" in said
+    assert "pip install 'tiercache-data[images]'" in said

@@ -455,6 +455,6 @@ def test_decode_with_another_type_is_refused(path):
 
 def test_a_missing_library_is_an_error_of_iter(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ModuleNotFoundError, match=r"opencv-python-headless.*tiercache\[images\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"opencv-python-headless.*tiercache-data\[images\]"):
         iter(loader_of(path))
     assert decoding_threads() == []

@@ -70,7 +70,9 @@ writer = tc.Writer(sys.argv[1] + "-written", schema={"x": "int64"}, shard_size="
 for x in range(4096): writer.write({"x": x})
 """
     process = begin(KEEP_MAIN + code, make_dataset(500, compression="zstd"))
-    assert process.communicate(timeout=120) == ("", "")
+    out, said = process.communicate(timeout=120)
+    assert (out, said.count("\n")) == ("", 1)
+    assert "-written: a Writer with 4,096 records was not closed, so nothing was committed" in said
     assert process.returncode == 0
 
 

@@ -12,17 +12,36 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.pack.pictures import jpeg, png
 from tests.testing.strikes import strike
 
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError, TierCacheError
-from tiercache.pack import PackOptions, jsonl, pack, plan_pack, run_pack
+from tiercache.pack import PackOptions, jsonl, pack, plan_pack, plan_split_folders, run_pack, run_packs
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.schema import Image, Kind, Ragged, Schema
 from tiercache.shard.versions.commit import Commit
 from tiercache.shard.versions.manifest import latest, list_versions, read_shards
 from tiercache.store import open_store
 
+NESTED_SCHEMA = pa.schema(
+    {
+        "list": pa.list_(pa.string()),
+        "deep": pa.list_(pa.list_(pa.int64())),
+        "struct": pa.struct({"a": pa.int64(), "b": pa.list_(pa.int8())}),
+        "map": pa.map_(pa.string(), pa.int64()),
+        "number": pa.int64(),
+    }
+)
+SMALL = st.none() | st.integers(0, 9)
+VALUES = {
+    "list": st.lists(st.none() | st.sampled_from("ab"), max_size=2),
+    "deep": st.lists(st.none() | st.lists(SMALL, max_size=2), max_size=2),
+    "struct": st.fixed_dictionaries({"a": SMALL, "b": st.none() | st.lists(SMALL, max_size=2)}),
+    "map": st.lists(st.tuples(st.sampled_from("ab"), SMALL), max_size=2),
+    "number": st.integers(0, 9),
+}
 PNG = png()
 JPEG = jpeg()
 
@@ -120,6 +139,95 @@ class TestImages:
         assert png(b"plain") in [r["image"] for r in read(tmp_path / "out")]
 
 
+@pytest.fixture
+def pets(tmp_path):
+    """Splits train and val; val has no bird, train no cat."""
+    for folder in ("train/bird", "train/dog", "val/cat", "val/dog"):
+        (tmp_path / "pets" / folder).mkdir(parents=True)
+        (tmp_path / "pets" / folder / "1.png").write_bytes(png(folder.encode()))
+    return tmp_path / "pets"
+
+
+class TestSplitFolders:
+    def test_a_second_level_of_folders_is_an_error_that_names_both_levels_and_the_option(self, pets, tmp_path):
+        with pytest.raises(SchemaError, match=r"pets/train/bird: a second level of folders") as caught:
+            pack(pets, tmp_path / "out")
+        assert "the folders 'bird', 'cat', 'dog' in 'train', 'val'" in str(caught.value)
+        assert "--split-folders" in str(caught.value)
+        assert not (tmp_path / "out").exists()
+
+    def test_folders_inside_one_class_are_an_error(self, photos, tmp_path):
+        (photos / "cat" / "batch").mkdir()
+        (photos / "cat" / "batch" / "1.png").write_bytes(PNG)
+        with pytest.raises(SchemaError, match=r"cat/batch: .*found the folders 'batch' in 'cat'"):
+            pack(photos, tmp_path / "out")
+        (photos / "cat" / "batch" / "1.png").unlink()
+        assert pack(photos, tmp_path / "out").n_records == 30
+
+    @pytest.mark.parametrize("jobs", [1, 2])
+    def test_each_folder_becomes_a_data_set_with_the_labels_of_all_folders(self, pets, tmp_path, jobs):
+        progress = []
+        plans = plan_split_folders(pets, tmp_path / "out", PackOptions(jobs=jobs))
+        versions = run_packs(plans, progress.append)
+        assert [plan.url for plan in plans] == [f"{tmp_path}/out/train", f"{tmp_path}/out/val"]
+        assert {v.schema.columns[1].classes for v in versions} == {("bird", "cat", "dog")}
+        expected = {"train": [(0, "bird"), (2, "dog")], "val": [(1, "cat"), (2, "dog")]}
+        for split, labels in expected.items():
+            assert read(tmp_path / "out" / split) == [
+                {"image": png(f"{split}/{name}".encode()), "label": label, "path": f"{name}/1.png"}
+                for label, name in labels
+            ]
+        assert (progress[-1].n_records, progress[-1].n_bytes) == (4, progress[-1].total_bytes)
+
+    def test_splits_of_a_store_and_globs_over_their_paths(self, tmp_path):
+        store = open_store("memory://test-pack-splits")
+        for path in ("train/cat/1.png", "train/dog/2.png", "val/dog/3.png", "test/dog/4.png"):
+            store.put(f"in/{path}", PNG)
+        options = PackOptions(include=["train/*", "val"], exclude=["train/cat/*"])
+        run_packs(plan_split_folders("memory://test-pack-splits/in", "memory://test-pack-splits/out", options))
+        for split, path in (("train", "dog/2.png"), ("val", "dog/3.png")):
+            assert [r["path"] for r in read(f"memory://test-pack-splits/out/{split}")] == [path]
+        assert not list(store.list("out/test/"))
+
+    def test_splits_of_tables(self, tmp_path):
+        for split in ("a b", "c%20"):
+            (tmp_path / "in" / split).mkdir(parents=True)
+            (tmp_path / "in" / split / "1.jsonl").write_text(f'{{"x": "{split}"}}')
+            (tmp_path / "in" / split / "README.md").write_text("")
+        plans = plan_split_folders(f"file://{tmp_path}/in", f"file://{tmp_path}/out", PackOptions())
+        assert [one.path for plan in plans for one in plan.skipped] == ["a b/README.md", "c%20/README.md"]
+        run_packs(plans)
+        assert [read(tmp_path / "out" / split) for split in ("a b", "c%20")] == [[{"x": "a b"}], [{"x": "c%20"}]]
+
+    def test_an_error_in_the_last_folder_commits_none(self, pets, tmp_path):
+        (pets / "val" / "dog" / "2.png").write_bytes(PNG[:-12])
+        plans = plan_split_folders(pets, tmp_path / "out", PackOptions())
+        with pytest.raises(SchemaError, match=r"val/dog/2\.png: incomplete png"):
+            run_packs(plans)
+        assert is_empty(tmp_path / "out")
+
+    def test_an_existing_data_set_is_found_before_anything_is_written(self, pets, tmp_path):
+        pack(pets / "val", tmp_path / "out" / "val")
+        with pytest.raises(CommitConflict, match=r"out/val: a data set exists already"):
+            plan_split_folders(pets, tmp_path / "out", PackOptions())
+        run_packs(plan_split_folders(pets, tmp_path / "out", PackOptions(mode="overwrite")))
+        assert {r["label"] for r in read(tmp_path / "out" / "val")} == {1, 2}
+
+    @pytest.mark.parametrize(
+        ("path", "message"),
+        [
+            ("a.png", r"pets/a\.png: expected only folders, .*exclude, as in 'a\.png'"),
+            ("train/a.png", r"train/a\.png: an image must lie in a sub-folder"),
+            ("train/dog/deep/a.png", r"train/dog/deep: a second level of folders: .* in 'dog'; move the images"),
+        ],
+    )
+    def test_a_file_at_another_level_is_named(self, pets, tmp_path, path, message):
+        (pets / path).parent.mkdir(exist_ok=True)
+        (pets / path).write_bytes(PNG)
+        with pytest.raises(SchemaError, match=message):
+            plan_split_folders(pets, tmp_path / "out", PackOptions())
+
+
 class TestParquet:
     def table(self, n=100, seed=0):
         rng = np.random.default_rng(seed)
@@ -145,6 +253,7 @@ class TestParquet:
             "word": "str",
             "vector": "float32[3]",
         }
+        assert not version.schema.columns[-1].nullable  # tags, of which some are empty lists
         records = read(tmp_path / "out")
         expected = table.to_pylist()
         assert [{**r, "vector": r["vector"].tolist()} for r in records] == expected
@@ -153,6 +262,26 @@ class TestParquet:
         pq.write_table(self.table(), tmp_path / "in.parquet", write_statistics=False)
         version = pack(tmp_path / "in.parquet", tmp_path / "out")
         assert all(c.nullable for c in version.schema.columns)
+
+    @given(
+        st.sets(st.sampled_from(NESTED_SCHEMA.names)).flatmap(
+            lambda with_nulls: st.lists(
+                st.fixed_dictionaries({n: st.none() | v if n in with_nulls else v for n, v in VALUES.items()}),
+                min_size=1,
+                max_size=12,
+            )
+        )
+    )
+    def test_a_nested_column_is_nullable_only_if_it_has_a_null_itself(self, records):
+        table = pa.Table.from_pylist(records, NESTED_SCHEMA)
+        store = open_store("memory://test-pack-nested-nulls")
+        for i, part in enumerate((table[:5], table[5:])):
+            sink = pa.BufferOutputStream()
+            pq.write_table(part, sink, row_group_size=2)
+            store.put(f"in/{i}.parquet", sink.getvalue().to_pybytes())
+        plan = plan_pack("memory://test-pack-nested-nulls/in", "memory://test-pack-nested-nulls/out", PackOptions())
+        nullable = {column.name for column in plan.source.schema.columns if column.nullable}
+        assert nullable == {name for name in table.column_names if table[name].null_count}
 
     def test_other_files_in_a_folder_of_parquet_files_are_skipped(self, tmp_path):
         (tmp_path / "in").mkdir()
@@ -431,7 +560,7 @@ def test_ctrl_c_deletes_the_shards_unless_the_message_says_otherwise(photos, tmp
             said.append(str(error))
             raise
 
-    struck = strike(at, run, ("run_pack",), ("line",))
+    struck = strike(at, run, ("run_packs",), ("line",))
     assert struck or at > 9  # so that it is known to strike
     shards = list(open_store(tmp_path / "out").list("shards/"))
     if struck:

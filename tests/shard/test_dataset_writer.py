@@ -22,6 +22,7 @@ from tiercache.shard.versions import manifest
 from tiercache.shard.versions.manifest import version_key
 from tiercache.shard.write import dataset_writer
 from tiercache.shard.write.dataset_writer import Writer
+from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
 from tiercache.store import LocalFolder, MemoryStore, Store
 from tiercache.testing import Fault, FaultKind, FaultStore
 
@@ -334,3 +335,56 @@ def test_a_killed_writer_needs_no_clean_up(tmp_path: Path, n_batches: int) -> No
     with Writer(tmp_path, mode="append") as writer:
         writer.write_batch(batch(0, 5))
     assert records(store) == written(0, 5)
+
+
+@pytest.mark.parametrize("schema", [SCHEMA, None])
+def test_a_dropped_writer_reports_the_records_that_it_loses(url, store, capsys, schema):
+    Writer(url, schema={"x": "int64"}).close()
+    writer = Writer(url, schema=schema, mode="overwrite", shard_size=1000, block_size=100)
+    writer.write_batch(batch(0, 500))
+    with pytest.warns(ResourceWarning, match=f"{url}: a Writer with 500 records was not closed"):
+        del writer
+    assert capsys.readouterr().err == (
+        f"tiercache: error: {url}: a Writer with 500 records was not closed, so nothing was committed: "
+        "use `with`, or call close()\n"
+    )
+    assert manifest.list_versions(store) == [1]
+
+
+def test_a_dropped_writer_reports_added_shards_too(url, store):
+    with ShardWriter(store, Schema.of(SCHEMA), ShardOptions(1000, 100)) as shards:
+        shards.write_batch(batch(0, 30))
+        infos = shards.finish()
+    writer = Writer(url, schema=SCHEMA)
+    writer.add_shards(infos)
+    writer.write_batch(batch(30, 1))
+    with pytest.warns(ResourceWarning, match="a Writer with 31 records was not closed"):
+        del writer
+
+
+def test_a_dropped_writer_without_records_is_silent(url, capsys):
+    with pytest.raises(SchemaError):
+        Writer(url).write({"x": object()})
+    writer = Writer(url, schema=SCHEMA)
+    with pytest.raises(SchemaError):
+        writer.write({"x": "not a number", "text": ""})
+    del writer
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("end", [Writer.close, Writer.abort])
+def test_a_writer_that_was_ended_is_silent_when_it_is_dropped(url, capsys, end):
+    writer = Writer(url)
+    writer.write({"x": 1})
+    end(writer)
+    del writer
+    assert capsys.readouterr().err == ""
+
+
+def test_a_forked_child_does_not_report_the_writer_of_its_parent(tmp_path):
+    code = (
+        "import os, sys, tiercache; w = tiercache.Writer(sys.argv[1], schema={'x': 'int64'}); w.write({'x': 1}); "
+        "pid = os.fork(); pid and (os.waitpid(pid, 0), w.abort())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -417,7 +417,7 @@ def test_only_s3_has_an_archive():
 
 def test_without_boto3_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr("tiercache.store.s3.has_boto3", lambda: False)
-    with pytest.raises(ValueError, match=r"tiercache\[archive\]"):
+    with pytest.raises(ValueError, match=r"tiercache-data\[archive\]"):
         open_archive("s3://bucket/folder", access_key_id="a", secret_access_key="b")
 
 

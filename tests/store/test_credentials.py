@@ -308,7 +308,7 @@ def test_an_error_of_an_aws_file_names_the_file_but_not_its_contents(tmp_path):
 def test_a_profile_that_needs_boto3_is_an_error_with_both_remedies(monkeypatch, tmp_path, lines):
     (tmp_path / "config").write_text(f"[profile work]\n{lines}")
     monkeypatch.setitem(sys.modules, "botocore.session", None)
-    with pytest.raises(ValueError, match=r"'work'.*tiercache\[archive\].*credential_process"):
+    with pytest.raises(ValueError, match=r"'work'.*tiercache-data\[archive\].*credential_process"):
         open_store("s3://bucket", profile="work").get("a")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -53,6 +55,32 @@ def make(http_server):
     http_server.release()
     for store in made:
         store.close()
+
+
+REQUESTS_AT_EXIT = """
+import atexit, sys
+from tiercache.model import ByteRange
+from tiercache.store import open_store
+
+def read():
+    buffers = [memoryview(bytearray(1 << 20)) for _ in range(3)]
+    spans = [(ByteRange(n << 20, (n + 1) << 20), buffer) for n, buffer in enumerate(buffers)]
+    store.read_into("a", spans, if_match=store.head("a").etag)
+    sys.stdout.buffer.write(b"".join(buffers))
+    sys.stdout.flush()
+
+store = open_store(sys.argv[1])
+atexit.register(read)
+"""
+
+
+def test_a_store_can_be_read_while_python_ends(http_server):
+    http_server.objects = {"a": DATA}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", REQUESTS_AT_EXIT, http_server.url], capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr.decode()) == (0, "")
+    assert done.stdout == DATA
 
 
 @pytest.mark.parametrize("kind", ["reset", "short"])

@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,24 @@ def refuse_nameless_files(monkeypatch):
     monkeypatch.setattr(posix.os, "open", refusing)
 
 
+WITHOUT = pytest.mark.parametrize(
+    "without", ["nothing", "nameless files", "hard links"], ids=lambda name: f"without {name}"
+)
+OLD_NS = 1_500_000_000_123_456_789
+
+
+def refuse(monkeypatch, without):
+    """Take from the file system what some file systems lack."""
+    if without != "nothing":
+        refuse_nameless_files(monkeypatch)
+    if without == "hard links":
+
+        def refusing(*args, **kwargs):
+            raise OSError(errno.EPERM, "no links here")
+
+        monkeypatch.setattr(posix.os, "link", refusing)
+
+
 class TestLocalFolderWithoutNamelessFiles(TestLocalFolder):
     """File systems without O_TMPFILE (network file systems, most FUSE) use a temporary name."""
 
@@ -74,10 +93,7 @@ class TestLocalFolderWithoutHardLinks(TestLocalFolderWithoutNamelessFiles):
 
     @pytest.fixture(autouse=True)
     def no_links(self, monkeypatch):
-        def refusing(*args, **kwargs):
-            raise OSError(errno.EPERM, "no links here")
-
-        monkeypatch.setattr(posix.os, "link", refusing)
+        refuse(monkeypatch, "hard links")
 
 
 @pytest.fixture
@@ -310,13 +326,115 @@ def test_a_missing_root_has_no_links(store):
     assert list(store.links()) == []
 
 
-def test_the_etag_of_an_upload_is_that_of_the_published_file(tmp_path, monkeypatch):
-    refuse_nameless_files(monkeypatch)
+@WITHOUT
+def test_the_etag_of_an_upload_is_that_of_the_published_file(tmp_path, monkeypatch, without):
+    refuse(monkeypatch, without)
     store = LocalFolder(tmp_path)
     with store.create("f") as upload:
         upload.put_part(0, b"bytes")
         made = upload.complete(if_absent=True)
     assert made == store.head("f")
+
+
+def write_old(path, mode):
+    """A file and its folder, with a mode, of long ago."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"old")
+    path.chmod(mode)
+    path.parent.chmod(mode | 0o700)
+    for one in (path, path.parent):
+        os.utime(one, ns=(OLD_NS - 5, OLD_NS))
+
+
+def copy_with_attributes(src, dst, key, *, if_absent=True):
+    with dst.create(key, attributes=src.attributes(key)) as upload:
+        upload.put_part(0, src.get(key))
+        return upload.complete(if_absent=if_absent)
+
+
+@WITHOUT
+@pytest.mark.parametrize("if_absent", [True, False])
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o400, 0o664])
+def test_a_copy_with_attributes_has_mode_and_times_of_its_source(tmp_path, monkeypatch, without, if_absent, mode):
+    refuse(monkeypatch, without)
+    src, dst = LocalFolder(tmp_path / "src"), LocalFolder(tmp_path / "dst")
+    write_old(src.root / "folder" / "f", mode)
+    made = copy_with_attributes(src, dst, "folder/f", if_absent=if_absent)
+    assert made == dst.head("folder/f")
+    copy = dst.root / "folder" / "f"
+    for one, other in ((copy, src.root / "folder" / "f"), (copy.parent, src.root / "folder")):
+        found, expected = one.stat(), other.stat()
+        assert (found.st_mode, found.st_mtime_ns) == (expected.st_mode, expected.st_mtime_ns)
+    assert copy.stat().st_atime_ns == OLD_NS - 5
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_a_copy_with_attributes_by_root_belongs_to_the_owner_of_its_source(tmp_path):
+    src, dst = LocalFolder(tmp_path / "src"), LocalFolder(tmp_path / "dst")
+    write_old(src.root / "folder" / "f", 0o600)
+    os.chown(src.root / "folder" / "f", 12345, 23456)
+    os.chown(src.root / "folder", 12346, 23457)
+    copy_with_attributes(src, dst, "folder/f")
+    file, folder = (dst.root / "folder" / "f").stat(), (dst.root / "folder").stat()
+    assert (file.st_uid, file.st_gid, folder.st_uid, folder.st_gid) == (12345, 23456, 12346, 23457)
+
+
+def test_a_copy_with_attributes_is_not_a_set_user_id_program(tmp_path):
+    src, dst = LocalFolder(tmp_path / "src"), LocalFolder(tmp_path / "dst")
+    write_old(src.root / "folder" / "f", 0o4755)
+    copy_with_attributes(src, dst, "folder/f")
+    assert (dst.root / "folder" / "f").stat().st_mode & 0o7777 == 0o755
+
+
+def test_an_unfinished_copy_of_a_private_file_is_private(tmp_path, monkeypatch):
+    refuse_nameless_files(monkeypatch)
+    src, dst = LocalFolder(tmp_path / "src"), LocalFolder(tmp_path / "dst")
+    write_old(src.root / "f", 0o600)
+    with dst.create("f", attributes=src.attributes("f")) as upload:
+        upload.put_part(0, b"secret")
+        (unfinished,) = dst.root.glob(f"{TEMP_PREFIX}*")
+        assert unfinished.stat().st_mode & 0o777 == 0o600
+
+
+@WITHOUT
+def test_copies_with_attributes_leave_the_time_of_a_folder_that_exists(tmp_path, monkeypatch, without):
+    refuse(monkeypatch, without)
+    src, dst = LocalFolder(tmp_path / "src"), LocalFolder(tmp_path / "dst")
+    keys = [f"runs/step-{step}/{name}" for step in (1, 2) for name in "abcdef"]
+    for key in keys:
+        write_old(src.root / key, 0o644)
+    (dst.root / "runs").mkdir(parents=True)
+    os.utime(dst.root / "runs", ns=(OLD_NS, OLD_NS + 7))
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda key: copy_with_attributes(src, dst, key), keys))
+        abandoned = dst.create("runs/step-1/g", attributes=src.attributes("runs/step-1/a"))
+        abandoned.abort()
+    assert (dst.root / "runs").stat().st_mtime_ns == OLD_NS + 7
+    assert {(dst.root / "runs" / step).stat().st_mtime_ns for step in ("step-1", "step-2")} == {OLD_NS}
+
+
+def test_a_file_system_that_refuses_owners_and_modes_gets_the_copy(tmp_path, monkeypatch):
+    def refusing(*args, **kwargs):
+        raise OSError(errno.EPERM, "no owners here")
+
+    src, dst = LocalFolder(tmp_path / "src"), LocalFolder(tmp_path / "dst")
+    write_old(src.root / "folder" / "f", 0o640)
+    for name in ("fchown", "fchmod"):
+        monkeypatch.setattr(posix.os, name, refusing)
+    copy_with_attributes(src, dst, "folder/f")
+    assert dst.get("folder/f") == b"old"
+
+
+def test_an_error_of_the_disk_while_attributes_are_set_fails_the_copy(tmp_path, monkeypatch):
+    def failing(*args, **kwargs):
+        raise OSError(errno.EIO, "broken")
+
+    src, dst = LocalFolder(tmp_path / "src"), LocalFolder(tmp_path / "dst")
+    write_old(src.root / "f", 0o640)
+    monkeypatch.setattr(posix.os, "fchmod", failing)
+    with pytest.raises(StoreError, match="Input/output"):
+        copy_with_attributes(src, dst, "f")
+    assert list(dst.list()) == []
 
 
 def test_other_bytes_of_the_same_size_and_mtime_have_another_etag(tmp_path):

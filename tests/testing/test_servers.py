@@ -241,7 +241,7 @@ def test_a_missing_server_package_is_an_error_if_the_platform_has_a_wheel(monkey
     monkeypatch.setattr(s3_module.importlib.metadata, "distribution", missing)
     monkeypatch.setattr(s3_module.sys, "platform", "linux")
     monkeypatch.setattr(s3_module.platform, "machine", lambda: "x86_64")
-    with pytest.raises(RuntimeError, match=r"tiercache\[demo\]"):
+    with pytest.raises(RuntimeError, match=r"tiercache-data\[demo\]"):
         weed_binary()
     monkeypatch.setattr(s3_module.platform, "machine", lambda: "riscv64")
     assert weed_binary() is None

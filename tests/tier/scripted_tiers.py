@@ -57,6 +57,9 @@ class ScriptedCatalog(dict):
     def checksums(self, tier, /):
         return entry_table([[(key, *known) for (of, key), known in self.items() if of == tier]])
 
+    def open_moves(self, home, /, *states):
+        return ()
+
     def verify(self, store, key, crc32c=7, *, verified=True, written_s=None):
         info = store.infos[key]
         self[store.name.rpartition("-")[2], key] = (info.n_bytes, info.etag, crc32c, verified, written_s)

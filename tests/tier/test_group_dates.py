@@ -122,13 +122,20 @@ def test_a_rewritten_and_moved_checkpoint_has_its_own_date(folders):
     assert ages(folders)[name(3)] == SPRING_S + 300 * DAY_S
 
 
-def test_without_the_catalog_groups_look_younger_and_never_older(folders):
+def test_without_the_catalog_files_that_were_moved_between_folders_have_their_dates(folders):
     before = ages(folders)
     move_all(folders)
     for path in catalog_path(folders.file).parent.glob("tiers.sqlite*"):
         path.unlink()
-    after = ages(folders)
-    assert all(after[path] > before[path] for path in before if path != name(STEPS[-1]))
+    assert ages(folders) == before
+
+
+def test_a_move_between_folders_is_no_use(folders):
+    before = look(folders)
+    move_all(folders)
+    after = look(folders)
+    assert after.last_use_s.tolist() == before.last_use_s.tolist()
+    assert after.uses.tolist() == before.uses.tolist()
 
 
 def test_keep_every_keeps_the_same_checkpoints_after_a_batch_was_moved(folders):

@@ -91,10 +91,10 @@ def test_a_catalog_entry_with_only_a_date_does_not_verify_an_object(tiers):
     assert (by_name.of("x", "created_s"), by_name.has("x", "archive", "verified")) == (OLD_S, False)
 
 
-def test_a_copied_group_is_not_idle_at_once(tiers):
+def test_a_move_is_no_use(tiers):
     tiers.archive.add("x", modified_s=NOW_S)
     tiers.catalog.verify(tiers.archive, "x", written_s=OLD_S)
-    assert tiers.take().of("x", "last_use_s") == NOW_S
+    assert tiers.take().of("x", "last_use_s") == OLD_S
 
 
 def test_an_object_without_a_date_has_the_time_of_the_listing(tiers):

@@ -161,8 +161,8 @@ KEY, MINE = "files/a.bin", b"written while a copy was under way"
 class ContestedFolder(LocalFolder):
     """Another writer puts an object of the name of which an upload has begun."""
 
-    def create(self, key):
-        upload = super().create(key)
+    def create(self, key, **options):
+        upload = super().create(key, **options)
         if key == KEY:
             self.put(key, MINE)
         return upload

@@ -101,7 +101,7 @@ def test_a_storage_class_without_boto3_is_an_error_that_names_the_extra(rules, m
     file = rules(standard="url = 's3://b'", archive="url = 's3://c'\nstorage_class = 'GLACIER'")
     with Stores(file) as stores:
         assert stores.s3_classes("standard") is None
-        with pytest.raises(ValueError, match=r"tiers.archive.storage_class.*tiercache\[archive\]"):
+        with pytest.raises(ValueError, match=r"tiers.archive.storage_class.*tiercache-data\[archive\]"):
             stores.s3_classes("archive")
 
 

@@ -23,6 +23,7 @@ from tiercache.tier.move.transfer import PART_BYTES, Transfer
 from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.stores import Stores
 
+OLD_NS = 1_500_000_000_123_456_789
 SMALL = b"a small object"
 LARGE = os.urandom(2 * PART_BYTES + 1234)
 SIZES = pytest.mark.parametrize(
@@ -113,6 +114,35 @@ def test_files_are_copied_between_folders(place, tmp_path, data):
     here.near.put("deep/a", data)
     here.transfer.copy("near", "far", here.planned("deep/a"))
     assert (tmp_path / "far" / "deep" / "a").read_bytes() == data
+
+
+@SIZES
+def test_a_copy_between_folders_keeps_the_mode_and_the_dates_of_file_and_folder(place, tmp_path, data):
+    here = place(LocalFolder(tmp_path / "near"), LocalFolder(tmp_path / "far"))
+    here.near.put("deep/a", data)
+    source, copy = tmp_path / "near" / "deep", tmp_path / "far" / "deep"
+    (source / "a").chmod(0o600)
+    source.chmod(0o700)
+    for path in (source / "a", source):
+        os.utime(path, ns=(OLD_NS, OLD_NS))
+    copied = here.transfer.copy("near", "far", here.planned("deep/a"))
+    assert copied.etag == here.far.head("deep/a").etag
+    for path in (copy / "a", copy):
+        assert path.stat().st_mtime_ns == OLD_NS
+    assert ((copy / "a").stat().st_mode & 0o777, copy.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+@pytest.mark.parametrize("written_s", [None, OLD_NS / 1e9])
+@SIZES
+def test_a_copy_from_a_store_into_a_folder_has_the_date_of_the_object(place, tmp_path, data, written_s):
+    here = place(far=LocalFolder(tmp_path / "far"))
+    here.near.put("deep/a", data)
+    planned = here.planned("deep/a")
+    copied = here.transfer.copy("near", "far", planned, written_s=written_s)
+    assert copied.etag == here.far.head("deep/a").etag
+    expected_s = planned.modified_s if written_s is None else written_s
+    for path in (tmp_path / "far" / "deep" / "a", tmp_path / "far" / "deep"):
+        assert path.stat().st_mtime == expected_s
 
 
 def test_a_large_file_is_read_back_by_checksum_on_disk_only(place, tmp_path):

@@ -295,6 +295,43 @@ def test_a_process_that_ends_without_closing_reports(moved):
     assert set(found.shards) == set(moved.keys)
 
 
+READ_AND_END_OPEN = {
+    "a record was read": """
+import sys
+import tiercache as tc
+dataset = tc.Dataset(sys.argv[1])
+assert dataset[0]["id"] == 0
+""",
+    "an epoch is under way": """
+import sys
+import tiercache as tc
+dataset = tc.Dataset(sys.argv[1])
+batches = iter(tc.DataLoader(dataset, batch_size=16))
+assert len(next(batches)["id"]) == 16
+""",
+}
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("script", READ_AND_END_OPEN.values(), ids=READ_AND_END_OPEN.keys())
+def test_a_data_set_in_s3_that_is_open_when_python_ends_is_reported_as_not_in_use(packed, s3_server, script):
+    home = s3_server.store(f"open-at-the-end-{len(script)}")
+    moved = Moved(packed, home)
+    moved.adopt()
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script, home.url],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **s3_server.environment},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    found = report(moved)
+    assert found.readers == {}
+    assert moved.keys[0] in found.shards
+    home.close()
+
+
 def test_shards_that_workers_read_are_reported_by_the_process_that_began_the_run(moved):
     moved.adopt()
     dataset = tc.Dataset(moved.store.url)

@@ -163,16 +163,18 @@ def entry_table(batches: Iterable[Sequence[Sequence[Any]]]) -> pa.Table:
     return pa.Table.from_batches(made, _ENTRY_SCHEMA)
 
 
-# begun: The journal has the move; nothing that readers rely on has changed. The copies may be in progress. A move that
-#   was stopped keeps this state, with the reason in `note`: the next plan replaces the row, or prune() deletes it.
+# begun: The journal has the move; nothing that readers rely on has changed. Parts of its copy may be in dst. The next
+#   run finishes the copy or removes the parts, before it lists the tiers (tier/move/unfinished.py).
+# stopped: The move was not made, for the reason in `note`, and dst has no part of its copy. The next plan replaces the
+#   row, or prune() deletes it.
 # waiting: The copies, if there are any, and the placement are made; the grace period runs until due_s. Deletions that
 #   a check postponed keep this state.
 # dropping: The grace period is over, and deletions may have been made. The next run finishes them.
 # done: Nothing is left to do.
 # cancelled: Another move of the path replaced it, or objects or rules changed before the deletions.
-MoveState: TypeAlias = Literal["begun", "waiting", "dropping", "done", "cancelled"]
-OPEN_STATES: tuple[MoveState, ...] = ("begun", "waiting", "dropping")
-_PRUNED_STATES: tuple[MoveState, ...] = ("begun", "done", "cancelled")
+MoveState: TypeAlias = Literal["begun", "stopped", "waiting", "dropping", "done", "cancelled"]
+OPEN_STATES: tuple[MoveState, ...] = ("begun", "stopped", "waiting", "dropping")
+_PRUNED_STATES: tuple[MoveState, ...] = ("stopped", "done", "cancelled")
 KEPT_S = 90 * 86400.0  # finished and stopped moves stay in the journal for this time, for people
 # Rows that are Python objects at once while many are read. A million rows took 2.1 to 2.9 s with 16,384, and 1.3 to 1.8
 # s with 1,024, which used 50 to 100 MiB more in one run of three; this is between.
@@ -201,23 +203,18 @@ CREATE INDEX moves_path ON moves (home, path);
 class CatalogEntry(NamedTuple):
     """Catalog entry: what this machine knows of an object in a tier.
 
-    There are three kinds, of which only the first proves that a copy is good. While size and ETag are equal, it is that
-    object:
-
-    - verified: the object as it was when its bytes were compared;
-    - not verified (verified=False): an object whose bytes nobody has compared, or that was found damaged;
-    - intended (is_intended): a copy that was about to be made, and that may not exist.
+    While size and ETag are equal, the object is the one of the entry. A verified entry proves that the copy is good: it
+    describes the object as it was when its bytes were compared. The bytes of another object were never compared, or
+    were found damaged.
 
     Attributes:
         n_bytes: Size, in bytes.
         etag: ETag; None if unknown.
-        crc32c: CRC-32C; None if unknown. With neither ETag nor checksum, the entry is of a copy that was about to be
-            made where nothing was; a half-made copy may be made again.
+        crc32c: CRC-32C; None if unknown.
         made_from: URL of the tier from which a move has copied it, while that tier still has the object; otherwise "".
         written_s: Time at which the object was first written, whichever copy this is. None: the object's own date
             counts.
-        verified: False if nobody has compared its bytes, or if they were wrong. An intended copy has True: see
-            is_verified.
+        verified: False if nobody has compared its bytes, or if they were wrong.
     """
 
     n_bytes: int
@@ -226,16 +223,6 @@ class CatalogEntry(NamedTuple):
     made_from: str = ""
     written_s: float | None = None
     verified: bool = True
-
-    @property
-    def is_intended(self) -> bool:
-        """Whether the copy was about to be made, and nothing more is known."""
-        return bool(self.made_from) and self.etag is None and self.crc32c is None
-
-    @property
-    def is_verified(self) -> bool:
-        """Whether the bytes of the object were compared: neither not verified, nor only intended."""
-        return self.verified and not self.is_intended
 
 
 class PlannedObject(NamedTuple):
@@ -248,6 +235,8 @@ class PlannedObject(NamedTuple):
         modified_s: Modification time, in seconds since the epoch.
         crc32c: CRC-32C, if the store, the manifest or the catalog knows it.
         tier: Name of its tier, in the journal of a move that covers several tiers.
+        is_new: Whether dst lacked the object when the journal recorded a copy or move, before its first byte was
+            copied: an object that dst has now under this key was made by this move.
     """
 
     key: str
@@ -256,6 +245,7 @@ class PlannedObject(NamedTuple):
     modified_s: float | None = None
     crc32c: int | None = None
     tier: str = ""
+    is_new: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,8 +258,7 @@ class JournalRow:
         src_url, dst_url, home: URLs of src, of dst and of the home tier, because the names may mean other tiers
             later.
         rules: SHA-256 of the rule file that asked for the move.
-        state: Progress of the move. A move in the state "begun" is in progress, or was stopped for the reason in
-            `note`.
+        state: Progress of the move. A move in the state "begun" is in progress, or was interrupted.
         since_s, due_s: Start and end of the grace period, in seconds since the epoch; 0 before it begins.
         objects: Objects of the move; the completing object of the group is last.
         note: Reason why the move stopped last time, for people.
@@ -297,7 +286,6 @@ class JournalRow:
 
 
 _COPY = ", ".join(CatalogEntry._fields)
-_KNOWN = "(etag IS NOT NULL OR crc32c IS NOT NULL)"
 _FIELDS = tuple(field.name for field in fields(JournalRow))
 # The file keeps the first names of its columns.
 _COLUMNS = tuple({"src_url": "src_place", "dst_url": "dst_place"}.get(name, name) for name in _FIELDS)
@@ -345,7 +333,7 @@ class TierCatalog:
         Columns: key, n_bytes, etag, crc32c, verified, written_s. An object with another ETag is another object.
         """
         names = ", ".join(_ENTRY_SCHEMA.names)
-        query = f"SELECT {names} FROM copies WHERE place = ? AND {_KNOWN} ORDER BY key"  # noqa: S608
+        query = f"SELECT {names} FROM copies WHERE place = ? ORDER BY key"  # noqa: S608
 
         def work(db: sqlite3.Connection) -> pa.Table:
             rows = db.execute(query, (self.url(tier),))
@@ -355,7 +343,7 @@ class TierCatalog:
 
     def has_entries(self, tier: str) -> bool:
         """Return whether a tier has held an object, as far as this machine knows."""
-        query = f"SELECT EXISTS (SELECT 1 FROM copies WHERE place = ? AND {_KNOWN})"  # noqa: S608
+        query = "SELECT EXISTS (SELECT 1 FROM copies WHERE place = ?)"
         return bool(self._database.run(lambda db: db.execute(query, (self.url(tier),)).fetchone()[0]))
 
     def entries(self, tier: str, keys: Iterable[str]) -> Mapping[str, CatalogEntry]:

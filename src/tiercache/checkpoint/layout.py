@@ -31,10 +31,10 @@ from hashlib import blake2b
 from typing import Any, Literal
 
 from tiercache._native.checksum import crc32c
+from tiercache.distribution import __version__
 from tiercache.errors import CorruptCheckpoint, UnsupportedFormat
 from tiercache.model import OWN_FOLDER, ObjectInfo
 from tiercache.store.contract import Buffer, Store, check_key
-from tiercache.version import __version__
 
 FORMAT = 1
 SOFTWARE = f"tiercache {__version__}"

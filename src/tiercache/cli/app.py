@@ -13,7 +13,7 @@ from typer.core import TyperCommand
 
 from tiercache.cli import checkpoint_commands, commands, tier_commands
 from tiercache.cli.output import command, show_warning
-from tiercache.version import __version__
+from tiercache.distribution import __version__
 
 _NAME = "tiercache"
 _COMPLETE = "_TIERCACHE_COMPLETE"  # environment variable with which a shell's completion script requests completions

@@ -102,6 +102,10 @@ def pack(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=0, help="Number of processes; 0: one per CPU.")] = 1,
     include: Include = None,
     exclude: Exclude = None,
+    split_folders: Annotated[
+        bool,
+        flag("--split-folders", "Pack each folder in SOURCE, such as train and val, as the data set URL/FOLDER."),
+    ] = False,
     storage_option: StorageOptions = None,
     source_option: Annotated[
         list[str] | None,
@@ -132,7 +136,7 @@ def pack(
         storage_options=parse_storage_options(storage_option),
         source_options=parse_storage_options(source_option),
     )
-    data_sets.pack(output, source, url, options, dry_run=dry_run)
+    data_sets.pack(output, source, url, options, split_folders=split_folders, dry_run=dry_run)
 
 
 def ls(
@@ -527,7 +531,7 @@ def demo(
     The demo packs two data sets to a local S3 server and trains two small models: with a cold cache, with a warm cache,
     and stopped and resumed. Then it evicts the cache and moves data between tiers. It checks what tiercache promises;
     the exit code is 1 if a promise did not hold. Everything is made in a temporary folder and removed at the end. It
-    needs pip install 'tiercache[demo]'.
+    needs pip install 'tiercache-data[demo]'.
     """
     from tiercache.cli import demo as verb
 

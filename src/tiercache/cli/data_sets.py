@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import typer
@@ -20,8 +20,8 @@ from tiercache.cli.output import Output, count, printable
 from tiercache.cli.pictures import picture
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import format_bytes
-from tiercache.pack import PackOptions, PackPlan, plan_pack, run_pack
-from tiercache.pack.files import selected
+from tiercache.pack import PackOptions, PackPlan, plan_pack, plan_split_folders, run_packs
+from tiercache.pack.files import SkippedFile, selected
 from tiercache.pack.parquet import Export, ExportOptions
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.schema import Column, Image, Kind, Ragged, Tensor, UserType
@@ -319,47 +319,68 @@ def parse_type(text: str) -> UserType:
 _MOST_SKIPPED = 20
 
 
-def pack(output: Output, source: str, url: str, options: PackOptions, *, dry_run: bool) -> None:
-    """Pack the source into a data set at url, or print the plan."""
-    plan = plan_pack(source, url, options)
-    _print_skipped(output, plan)
+def pack(output: Output, source: str, url: str, options: PackOptions, *, split_folders: bool, dry_run: bool) -> None:
+    """Pack the source into a data set at url, or its folders into one each below url, or print the plan."""
+    plans = plan_split_folders(source, url, options) if split_folders else [plan_pack(source, url, options)]
+    _print_skipped(output, [one for plan in plans for one in plan.skipped])
     if dry_run:
-        _print_plan(output, plan)
+        results = [_print_plan(output, plan) for plan in plans]
+        _print_results(output, redact(url), results, {"dry_run": True}, split_folders=split_folders)
         return
-    version = None
+    versions: list[Version] = []
     try:
         with output.byte_progress("packing") as advance:
-            version = run_pack(plan, lambda done: advance(done.n_bytes, done.total_bytes))
-        _print_version(output, redact(url), version)
+            versions = run_packs(plans, lambda done: advance(done.n_bytes, done.total_bytes))
+        results = [_version_result(redact(plan.url), v) for plan, v in zip(plans, versions, strict=True)]
+        _print_results(output, redact(url), results, {}, split_folders=split_folders)
     except KeyboardInterrupt as error:
-        if version is None:
+        if not versions:
             raise
-        raise KeyboardInterrupt(f"version {version.number} is committed and complete") from error
+        named = ", ".join(f"version {version.number}" for version in versions)
+        raise KeyboardInterrupt(f"{named} is committed and complete") from error
 
 
-def _print_version(output: Output, url: str, version: Version) -> None:
+_Result: TypeAlias = tuple[dict[str, Any], str]  # for JSON and for people
+
+
+def _print_results(
+    output: Output, url: str, results: Sequence[_Result], facts: dict[str, Any], *, split_folders: bool
+) -> None:
+    """Print the result of the only data set as the summary, or a line for each data set and a summary of all."""
+    if not split_folders:
+        output.summary(results[0][0] | facts, results[0][1])
+        return
+    for one, text in results:
+        output.event("data_set", one, text)
+    n_bytes = sum(one["bytes"] for one, _ in results)
+    facts = {"url": url, "data_sets": len(results), "bytes": n_bytes, **facts}
+    output.summary(facts, f"{count(len(results), 'data set')}, {format_bytes(n_bytes)}")
+
+
+def _version_result(url: str, version: Version) -> _Result:
     facts = {name: value for name, value in _version_facts(version).items() if name not in ("kind", "created")}
     text = (
         f"{count(version.n_records, 'record')} in {count(version.n_shards, 'shard')}, {format_bytes(version.n_bytes)}"
     )
-    output.summary({"url": url, **facts}, f"{url}: version {version.number} has {text}")
+    return {"url": url, **facts}, f"{url}: version {version.number} has {text}"
 
 
-def _print_skipped(output: Output, plan: PackPlan) -> None:
+def _print_skipped(output: Output, skipped: Sequence[SkippedFile]) -> None:
     """Print the files that are not packed, with the reason: all of them as JSON, the first 20 for people."""
-    for i, one in enumerate(plan.skipped):
+    for i, one in enumerate(skipped):
         text = f"left out: {one.path}: {one.reason}" if i < _MOST_SKIPPED else None
         output.event("left_out", {"path": one.path, "reason": one.reason}, text)
-    if len(plan.skipped) > _MOST_SKIPPED and not output.as_json:
-        output.event("left_out", {}, f"left out: {len(plan.skipped) - _MOST_SKIPPED:,} more (--json names all)")
+    if len(skipped) > _MOST_SKIPPED and not output.as_json:
+        output.event("left_out", {}, f"left out: {len(skipped) - _MOST_SKIPPED:,} more (--json names all)")
 
 
-def _print_plan(output: Output, plan: PackPlan) -> None:
+def _print_plan(output: Output, plan: PackPlan) -> _Result:
+    """Print the columns, and return what would be done."""
     for column in plan.source.schema.columns:
         output.event("column", {"name": column.name, "type": str(column)}, f"{column.name}: {column}")
     mode, url, processes = plan.options.mode, redact(plan.url), count(plan.n_processes, "process", "processes")
-    facts = {"url": url, "mode": mode, "bytes": plan.total_bytes, "processes": plan.n_processes, "dry_run": True}
-    output.summary(facts, f"would {mode} {url} from {format_bytes(plan.total_bytes)} of source, in {processes}")
+    facts = {"url": url, "mode": mode, "bytes": plan.total_bytes, "processes": plan.n_processes}
+    return facts, f"would {mode} {url} from {format_bytes(plan.total_bytes)} of source, in {processes}"
 
 
 def export(

@@ -19,6 +19,7 @@ from tiercache.cli.data_sets import open_data_set, open_data_set_store
 from tiercache.cli.options import parse_rate, parse_size
 from tiercache.cli.output import Output, count
 from tiercache.cli.selection import Training, epoch_reads
+from tiercache.distribution import install_command
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
 from tiercache.prices import GB
@@ -179,7 +180,7 @@ def load_matplotlib() -> ModuleType:
         return import_module("matplotlib.figure")
     except ImportError as error:
         raise TierCacheError(
-            f"--plot draws with matplotlib, which cannot be imported ({error}): pip install 'tiercache[plot]'"
+            f"--plot draws with matplotlib, which cannot be imported ({error}): {install_command('plot')}"
         ) from error
 
 

@@ -36,6 +36,7 @@ from tiercache.cli.open_tiers import (
     tier_path,
 )
 from tiercache.cli.output import FAILED, PARTIAL, PENDING, Output, confirm, count, printable
+from tiercache.distribution import install_command
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo, format_bytes
 from tiercache.prices import SPEEDS, Prices, Speed, price_notes, price_table
@@ -205,7 +206,6 @@ def execute_plan(output: Output, tiers: OpenTiers, plan: Plan) -> ApplyResult:
     with output.byte_progress("moving") as advance, open_mover(tiers.file, tiers.stores, tiers.catalog) as context:
         applied = apply_plan(context, plan, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
     print_stopped(output, applied.stopped)
-    print_held(output, applied.held)
     return applied
 
 
@@ -214,13 +214,6 @@ def print_stopped(output: Output, stopped: Sequence[StoppedMove]) -> None:
     for one in stopped:
         facts = {"plan": one.plan, "id": one.number, "path": one.path, "reason": one.reason}
         output.event("stopped", facts, printable(f"stopped: {one.path}: {one.reason}"))
-
-
-def print_held(output: Output, held: Sequence[StoppedMove]) -> None:
-    """Print the moves that were not made because of a copy that somebody made by hand."""
-    for one in held:
-        facts = {"plan": one.plan, "id": one.number, "path": one.path, "reason": one.reason}
-        output.event("held", facts, printable(f"held: {one.path}: {one.reason}"))
 
 
 def tracked_text(newly_tracked: Sequence[str]) -> str:
@@ -246,7 +239,6 @@ def _apply_text(plan: Plan, applied: ApplyResult, grace_s: float) -> str:
             f"; {count(applied.waiting_drops, 'deletion')} due after the grace period ({format_duration(grace_s)}), "
             "by `tier run --once`"
         )
-    text += f"; {len(applied.held):,} held" if applied.held else ""
     return text + (f"; {len(applied.stopped):,} stopped" if applied.stopped else "")
 
 
@@ -261,7 +253,6 @@ def run(output: Output, rules: Path | None, max_rows: int, *, dry_run: bool) -> 
         print_plan(output, report.plan, max_rows)
     else:
         print_stopped(output, report.stopped)
-        print_held(output, report.applied.held)
     print_losses(output, report.losses)
     if not dry_run and not output.as_json:
         print_holdings(output, [tier.name for tier in report.plan.tiers], report.plan.before, report.plan.after)
@@ -281,8 +272,7 @@ def _run_text(report: RunReport) -> str:
         (settled.proof_bytes, f"{format_bytes(settled.proof_bytes)} of copies read back first"),
         (settled.waiting_drops, f"{count(settled.waiting_drops, 'deletion')} waiting for grace"),
         (len(report.stopped), f"{len(report.stopped):,} stopped"),
-        (report.recalls.n_made, f"{count(report.recalls.n_made, 'recall')} finished"),
-        (len(report.applied.held), f"{len(report.applied.held):,} held"),
+        (report.resumed.n_made, f"{count(report.resumed.n_made, 'interrupted copy', 'interrupted copies')} finished"),
         (len(report.losses), f"{count(len(report.losses), 'object')} lost"),
         (len(report.unavailable), f"{count(len(report.unavailable), 'tier')} not seen"),
         (len(report.plan.refusals), f"{len(report.plan.refusals):,} refused"),
@@ -650,7 +640,7 @@ def _print_buckets(output: Output, tiers: OpenTiers) -> None:
                 text = printable(f"{'warning' if found.is_danger else 'note'}: {found.text}")
                 output.event("bucket", asdict(found), text)
         elif tier.url.lower().startswith("s3://"):
-            text = f"tiers.{tier.name}: reading the bucket's lifecycle needs boto3: pip install 'tiercache[archive]'"
+            text = f"tiers.{tier.name}: reading the bucket's lifecycle needs boto3: {install_command('archive')}"
             output.event("note", {"text": text}, f"note: {text}")
 
 

@@ -23,6 +23,7 @@ from tiercache.cache import Cache
 from tiercache.dataset import Dataset
 from tiercache.demo import results
 from tiercache.demo.results import Claim, Epoch, Job, KilledJob, KilledTraining, Phase
+from tiercache.distribution import install_command
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
 from tiercache.pack import pack
@@ -316,7 +317,7 @@ def check_packages(names: tuple[str, ...]) -> None:
     """Check that the packages of the extra `demo` are installed. Raises TierCacheError, which says how to do it."""
     missing = [name for name in names if find_spec(name) is None]
     if missing:
-        raise TierCacheError(f"the demo needs {', '.join(missing)}: pip install 'tiercache[demo]'")
+        raise TierCacheError(f"the demo needs {', '.join(missing)}: {install_command('demo')}")
 
 
 def write_digits(folder: Path) -> tuple[int, int]:

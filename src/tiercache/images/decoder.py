@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tiercache._native import pixels
+from tiercache.distribution import install_command
 from tiercache.errors import SchemaError
 from tiercache.images.image_plan import N_COLOUR_DRAWS, CropPlan, colour_tables, fresh_draws, plan_colours, plan_crop
 from tiercache.shard.conversion import bfloat16_tensor
@@ -429,7 +430,7 @@ def load_libraries(options: DecodeImage) -> tuple[Any, Any, Any]:
         try:
             found.append(import_module(module))
         except ModuleNotFoundError as error:
-            message = f"decoding images needs {distribution}, which is not installed: pip install 'tiercache[images]'"
+            message = f"decoding images needs {distribution}, which is not installed: {install_command('images')}"
             raise ModuleNotFoundError(message, name=error.name) from error
     if options.resize_in == "ycbcr":
         load_turbojpeg()

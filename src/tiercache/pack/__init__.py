@@ -7,7 +7,16 @@ the records of a split; `executor` writes them with a `Writer`, in this process 
 
 from __future__ import annotations
 
-from tiercache.pack.executor import PackProgress, pack, run_pack
-from tiercache.pack.plan import PackOptions, PackPlan, plan_pack
+from tiercache.pack.executor import PackProgress, pack, run_pack, run_packs
+from tiercache.pack.plan import PackOptions, PackPlan, plan_pack, plan_split_folders
 
-__all__ = ["PackOptions", "PackPlan", "PackProgress", "pack", "plan_pack", "run_pack"]
+__all__ = [
+    "PackOptions",
+    "PackPlan",
+    "PackProgress",
+    "pack",
+    "plan_pack",
+    "plan_split_folders",
+    "run_pack",
+    "run_packs",
+]

@@ -30,6 +30,7 @@ _STARTS = {
 _JPEG_SCAN = 0xDA
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_BARE = frozenset((0x00, 0x01, *range(0xD0, 0xDA), 0xFF))  # without a length
+_SHOWN_FOLDERS = 5
 _PNG_CHUNK_BYTES = 12  # length, type, checksum
 
 
@@ -168,11 +169,13 @@ class ImageFolder:
             raise SchemaError(f"{self.files.location(path)}: incomplete {encoding}: {damage}; {_leave_out(path)}")
 
 
-def find_images(files: Files, found: Sequence[SourceFile], *, classes: Sequence[str] | None = None) -> ImageFolder:
+def find_images(
+    files: Files, found: Sequence[SourceFile], *, classes: Sequence[str] | None = None, in_split: bool = False
+) -> ImageFolder:
     """Return the images of a folder, checked by their names and the first file's bytes.
 
-    classes fixes the class names and their order (when appending); None: the names of the sub-folders, sorted. Raises
-    SchemaError.
+    classes fixes the class names and their order; None: the names of the sub-folders, sorted. in_split: whether the
+    folder is one of several that are packed as splits, for messages. Raises SchemaError.
     """
     for file in found:
         suffix = _suffix(file.path)
@@ -182,6 +185,7 @@ def find_images(files: Files, found: Sequence[SourceFile], *, classes: Sequence[
             raise SchemaError(
                 f"{files.location(file.path)}: an image must lie in a sub-folder that is named after its class"
             )
+    _refuse_deep_folders(files, found, in_split=in_split)
     first = {SUFFIXES[_suffix(f.path)]: f.path for f in reversed(found) if _suffix(f.path)}
     if len(first) > 1:
         examples = ", ".join(f"{encoding} ({path})" for encoding, path in sorted(first.items()))
@@ -197,6 +201,31 @@ def find_images(files: Files, found: Sequence[SourceFile], *, classes: Sequence[
     if encoding is None:
         raise SchemaError(f"{files.location(found[0].path)}: not an image in a supported format")
     return ImageFolder(files, tuple(found), tuple(names if classes is None else classes), encoding)
+
+
+def _refuse_deep_folders(files: Files, found: Sequence[SourceFile], *, in_split: bool) -> None:
+    """Raise SchemaError if the folders of the classes have sub-folders: they may be splits instead of classes."""
+    deep = [f.path.split("/")[:-1] for f in found if f.path.count("/") > 1]
+    if not deep:
+        return
+    outer, inner = (_shown({folders[level] for folders in deep}) for level in (0, 1))
+    advice = "move the images into the folders of their classes"
+    if not in_split:
+        advice = (
+            f"if {outer} are not classes but splits, such as train and val, pack each of them by itself, or each as a "
+            f"data set in the folder of the destination with --split-folders (Python: plan_split_folders()); otherwise "
+            f"{advice}"
+        )
+    raise SchemaError(
+        f"{files.location('/'.join(deep[0]))}: a second level of folders: expected images directly in the folder of "
+        f"their class, found the folders {inner} in {outer}; {advice}"
+    )
+
+
+def _shown(names: set[str]) -> str:
+    shown = sorted(names)[:_SHOWN_FOLDERS]
+    more = f" and {len(names) - len(shown):,} more" if len(names) > len(shown) else ""
+    return ", ".join(map(repr, shown)) + more
 
 
 def _suffix(path: str) -> str:

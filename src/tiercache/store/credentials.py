@@ -26,6 +26,7 @@ from threading import Lock
 from typing import Any, Literal
 
 from tiercache.config import aws_endpoint_options, aws_files, aws_keys, aws_profile, aws_web_identity
+from tiercache.distribution import install_command
 from tiercache.errors import StoreError
 from tiercache.store.options import CloudOptions
 
@@ -391,9 +392,9 @@ def _by_botocore(name: str) -> Keys:
         exceptions = importlib.import_module("botocore.exceptions")
     except ImportError as error:
         raise ValueError(
-            f"the AWS profile {name!r} uses SSO or another role, which needs boto3: pip install "
-            "'tiercache[archive]', or give the profile a line `credential_process = aws configure "
-            f"export-credentials --profile OTHER --format process`"
+            f"the AWS profile {name!r} uses SSO or another role, which needs boto3: "
+            f"{install_command('archive')}, or give the profile a line `credential_process = aws configure "
+            "export-credentials --profile OTHER --format process`"
         ) from error
     try:
         # A new session each time: an old one does not see what `aws sso login` has written since.

@@ -25,6 +25,7 @@ from tiercache.store.posix import (
     NO_LINK,
     TEMP_PREFIX,
     DirectWriter,
+    FileAttributes,
     UnpublishedFile,
     copy_bytes,
     file_info,
@@ -209,11 +210,31 @@ class LocalFolder(Store):
         with self._new_file(key, "put_if_absent", data) as (file, name):
             return file.publish_if_absent(name)
 
-    def create(self, key: str) -> Upload:
-        """Start an upload that writes its parts to the disk as they come."""
+    def create(self, key: str, *, attributes: Sequence[FileAttributes] | None = None) -> Upload:
+        """Start an upload that writes its parts to the disk as they come.
+
+        Args:
+            key: Key of the file.
+            attributes: Attributes of the folders that the upload creates, from the outermost one on, and of the file;
+                see attributes(). With them, folders that exist keep their times. None: a new file of this process.
+        """
         folders, name = _split(key)
-        with self._errors(key, "create"), open_folder(self.root, folders, make=True) as folder_fd:
-            return FileUpload(UnpublishedFile(folder_fd), name, key, self._at(key), self.counters)
+        with (
+            self._errors(key, "create"),
+            open_folder(self.root, folders, make=True, attributes=attributes) as folder_fd,
+        ):
+            file = UnpublishedFile(folder_fd, None if attributes is None else attributes[-1])
+            return FileUpload(file, name, key, self._at(key), self.counters)
+
+    def attributes(self, key: str) -> list[FileAttributes]:
+        """Return the attributes of the folders that contain a file, from the outermost one below root on, and its own.
+
+        Raises NotFound.
+        """
+        steps = check_key(key).split("/")
+        with self._errors(key, "attributes"):
+            paths = [self.root.joinpath(*steps[: number + 1]) for number in range(len(steps))]
+            return [FileAttributes.of(path.lstat()) for path in paths]
 
     def delete(self, keys: Iterable[str]) -> None:
         """Unlink each file. The folders stay."""

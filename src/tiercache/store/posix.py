@@ -1,4 +1,4 @@
-"""System calls for local folders: confined descriptors, atomic publishing of new files, direct writes, error mapping.
+"""System calls for local folders: confined descriptors, atomic publishing of new files, kept attributes, direct writes.
 
 An unpublished file has no name where the file system supports O_TMPFILE, so a killed writer leaves nothing behind.
 Elsewhere its name starts with TEMP_PREFIX, in the destination folder; such names are never listed.
@@ -9,10 +9,13 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import stat
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from threading import RLock
 
 import numpy as np
 
@@ -32,6 +35,8 @@ _RETRYABLE = (
     errno.EAGAIN, errno.EINTR, errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.EBUSY, errno.ENFILE,
 )  # fmt: skip
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)
+# Errors of file systems without owners, modes or times, and of a server that refuses root the change of an owner.
+_NOT_KEPT = (errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 NO_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.ENOSYS, errno.EMLINK)
 
 
@@ -69,21 +74,89 @@ def file_info(key: str, status: os.stat_result) -> ObjectInfo:
     return ObjectInfo(key, status.st_size, etag=etag, modified_s=status.st_mtime)
 
 
+@dataclass(frozen=True, slots=True)
+class FileAttributes:
+    """Attributes of a file or a folder that a copy keeps, as far as the file system and the process's rights allow.
+
+    Attributes:
+        accessed_ns, modified_ns: Times, in nanoseconds since the epoch.
+        mode: Permission bits; of a folder also the set-group-ID and sticky bits. None: the umask decides.
+        owner: User and group. The user is kept by root only. None: the process's own.
+    """
+
+    accessed_ns: int
+    modified_ns: int
+    mode: int | None = None
+    owner: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileAttributes:
+        """Return the attributes of an existing file or folder."""
+        # Not the set-user-ID bit: where the owner cannot be kept, the file would run with the mover's rights.
+        # A folder stays writable for its owner, because the next files of the copy are written into it.
+        is_folder = stat.S_ISDIR(status.st_mode)
+        mode = status.st_mode & 0o3777 | 0o700 if is_folder else status.st_mode & 0o777
+        return cls(status.st_atime_ns, status.st_mtime_ns, mode, (status.st_uid, status.st_gid))
+
+    def set_rights(self, fd: int) -> None:
+        """Give an open file or folder the owner and the mode."""
+        if self.owner is not None:
+            user, group = self.owner
+            with _unless_refused():
+                os.fchown(fd, user if os.geteuid() == 0 else -1, group)
+        if self.mode is not None:
+            with _unless_refused():
+                os.fchmod(fd, self.mode)
+
+    def set_times(self, fd: int) -> None:
+        """Give an open file or folder the times."""
+        with _unless_refused():
+            os.utime(fd, ns=(self.accessed_ns, self.modified_ns))
+
+
 @contextmanager
-def open_folder(root: Path, folders: list[str], *, make: bool = False) -> Iterator[int]:
+def _unless_refused() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_KEPT:
+            raise
+
+
+# Held from the look at a folder's time until it is set back, so that no thread sets back to another thread's change.
+_folder_times = RLock()
+
+
+@contextmanager
+def _folder_time_kept(folder_fd: int) -> Iterator[None]:
+    """Leave the times of a folder as they are, while the block changes its entries."""
+    with _folder_times:
+        status = os.fstat(folder_fd)
+        try:
+            yield
+        finally:
+            FileAttributes.of(status).set_times(folder_fd)
+
+
+@contextmanager
+def open_folder(
+    root: Path, folders: list[str], *, make: bool = False, attributes: Sequence[FileAttributes] | None = None
+) -> Iterator[int]:
     """Yield a descriptor of a folder below root, opened step by step without following links below root.
 
-    make: create missing folders, root included, and sync the entry of each.
+    Args:
+        root: Root folder.
+        folders: Names of the folders below it, outermost first.
+        make: Whether to create missing folders, root included, and to sync the entry of each.
+        attributes: Attributes of each of the folders that is created below root; folders that exist keep their times.
     """
     if make:
         _make_root(root)
     fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for name in folders:
+        for number, name in enumerate(folders):
             if make:
-                with suppress(FileExistsError):
-                    os.mkdir(name, dir_fd=fd)
-                    sync_folder(fd)
+                _make_folder(name, fd, None if attributes is None else attributes[number])
             inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
             # Forget the descriptor before closing it: if Ctrl-C interrupts close(), a second close() could hit
             # another file that has received the same number.
@@ -92,6 +165,25 @@ def open_folder(root: Path, folders: list[str], *, make: bool = False) -> Iterat
         yield fd
     finally:
         os.close(fd)
+
+
+def _make_folder(name: str, above_fd: int, attributes: FileAttributes | None) -> None:
+    """Create a folder in an open folder unless it exists, and sync its entry."""
+    try:
+        if attributes is None:
+            os.mkdir(name, dir_fd=above_fd)
+        else:
+            with _folder_time_kept(above_fd):
+                os.mkdir(name, 0o777 if attributes.mode is None else attributes.mode, dir_fd=above_fd)
+                fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above_fd)
+                try:
+                    attributes.set_rights(fd)
+                    attributes.set_times(fd)
+                finally:
+                    os.close(fd)
+    except FileExistsError:
+        return
+    sync_folder(above_fd)
 
 
 def _make_root(root: Path) -> None:
@@ -132,18 +224,25 @@ def _sweep(folder_fd: int) -> None:
 
 
 class UnpublishedFile:
-    """An unpublished file in a folder, with its descriptor fd. close() discards a file that was not published."""
+    """An unpublished file in a folder, with its descriptor fd. close() discards a file that was not published.
 
-    def __init__(self, folder_fd: int) -> None:
+    attributes: Attributes that the file gets before it is published; the folder then keeps its times. None: the file is
+    a new one.
+    """
+
+    def __init__(self, folder_fd: int, attributes: FileAttributes | None = None) -> None:
+        self._attributes = attributes
         self._folder_fd = os.dup(folder_fd)
         self._open_fds = [self._folder_fd]
         self._temp_name: str | None = None
         try:
             self.fd = self._open()
+            self._open_fds.append(self.fd)
+            if attributes is not None:
+                attributes.set_rights(self.fd)  # now: until it is published, the bytes need the same protection
         except OSError:
             self.close()
             raise
-        self._open_fds.append(self.fd)
 
     def _open(self) -> int:
         flags = os.O_RDWR | os.O_CLOEXEC
@@ -154,35 +253,48 @@ class UnpublishedFile:
                 raise
         _sweep(self._folder_fd)
         name = TEMP_PREFIX + secrets.token_hex(8)
-        fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=self._folder_fd)
+        mode = 0o666 if self._attributes is None or self._attributes.mode is None else 0o600
+        with self._folder_time():
+            fd = os.open(name, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode, dir_fd=self._folder_fd)
         self._temp_name = name
         return fd
+
+    def _folder_time(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._attributes is None else _folder_time_kept(self._folder_fd)
+
+    def _set_times(self) -> None:
+        if self._attributes is not None:
+            self._attributes.set_times(self.fd)
 
     def publish_if_absent(self, name: str) -> bool:
         """Give the file its name atomically if the name is free. Return whether it was; the file is then durable."""
         os.fsync(self.fd)
-        try:
-            self._link(name)
-        except FileExistsError:
-            return False
-        self._unlink_temp()  # before the caller takes the ETag: unlinking changes the ctime, which is part of it
+        with self._folder_time():
+            self._set_times()
+            try:
+                self._link(name)
+            except FileExistsError:
+                return False
+            self._unlink_temp()  # before the caller takes the ETag: unlinking changes the ctime, which is part of it
         sync_folder(self._folder_fd)
         return True
 
     def publish(self, name: str) -> None:
         """Give the file its name atomically, replacing an existing file. The file is durable when the call returns."""
         os.fsync(self.fd)
-        if self._temp_name is None:
-            try:
-                # For a free name, no temporary name ever appears.
-                self._link(name)
-            except FileExistsError:
-                temp = TEMP_PREFIX + secrets.token_hex(8)
-                self._link(temp)
-                self._temp_name = temp
-        if self._temp_name is not None:
-            os.rename(self._temp_name, name, src_dir_fd=self._folder_fd, dst_dir_fd=self._folder_fd)
-            self._temp_name = None
+        with self._folder_time():
+            self._set_times()
+            if self._temp_name is None:
+                try:
+                    # For a free name, no temporary name ever appears.
+                    self._link(name)
+                except FileExistsError:
+                    temp = TEMP_PREFIX + secrets.token_hex(8)
+                    self._link(temp)
+                    self._temp_name = temp
+            if self._temp_name is not None:
+                os.rename(self._temp_name, name, src_dir_fd=self._folder_fd, dst_dir_fd=self._folder_fd)
+                self._temp_name = None
         sync_folder(self._folder_fd)
 
     def _link(self, name: str) -> None:
@@ -202,8 +314,12 @@ class UnpublishedFile:
         # after a crash, may see a partial file. Small files (versions) are written by one call.
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=self._folder_fd)
         try:
+            if self._attributes is not None:
+                self._attributes.set_rights(fd)
             copy_bytes(self.fd, fd, os.fstat(self.fd).st_size)
             os.fsync(fd)
+            os.dup2(fd, self.fd, inheritable=False)  # the published file, whose ETag the caller takes
+            self._set_times()
         finally:
             os.close(fd)
 
@@ -218,7 +334,7 @@ class UnpublishedFile:
 
     def _unlink_temp(self) -> None:
         if self._temp_name is not None:
-            with suppress(OSError):
+            with suppress(OSError), self._folder_time():
                 os.unlink(self._temp_name, dir_fd=self._folder_fd)
             self._temp_name = None
 

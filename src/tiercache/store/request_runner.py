@@ -288,7 +288,14 @@ class RequestRunner:
         return StoreError(f"{limit.doing}: the store was closed during the call", url=limit.url, retryable=True)
 
     def _start_line(self, task: _Task, *, is_hedge: bool = False) -> bool:
-        """Start a line of attempts; return False if the store is closed. Raises RuntimeError: no thread can start."""
+        """Start a line of attempts; return False if the store is closed.
+
+        If no thread can start, the calling thread sends the request, unless the task has a line already: for example,
+        use reports are written while Python ends, when executors take no more work.
+
+        Raises:
+            RuntimeError: No thread can start, and the task has another line.
+        """
         call = task.call
 
         def note_cancelled(future: Future[None]) -> None:
@@ -297,9 +304,13 @@ class RequestRunner:
 
         with call.lock:
             task.n_lines += 1
+            is_only = task.n_lines == 1
         try:
             future = call.threads.submit(self._run_line, task, is_hedge)
         except RuntimeError:
+            if is_only and not self._is_closed:
+                self._run_line(task, is_hedge)
+                return True
             with call.lock:
                 task.n_lines -= 1
             if self._is_closed:

@@ -8,7 +8,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Event
 from typing import Literal, TypeAlias, TypeVar
@@ -220,8 +220,9 @@ class CallMonitor:
         with self._lock:
             self._calls.add(limit)
             if not self._has_watcher:
-                self._has_watcher = True
-                threading.Thread(target=self._watch, name="tiercache-store-watch", daemon=True).start()
+                with suppress(RuntimeError):  # no thread can start, for example while Python ends: nobody reports waits
+                    threading.Thread(target=self._watch, name="tiercache-store-watch", daemon=True).start()
+                    self._has_watcher = True
         try:
             yield
         finally:
@@ -303,7 +304,10 @@ def with_retries(
 def _in_time(attempt: Callable[[], T], limit: CallLimit) -> T:
     """Return the result of attempt in a thread of its own, or abandon the thread when the time is over."""
     threads = ThreadPoolExecutor(1, thread_name_prefix="tiercache-store-attempt")
-    future = threads.submit(attempt)
+    try:
+        future = threads.submit(attempt)
+    except RuntimeError:  # no thread can start, for example while Python ends
+        return attempt()
     threads.shutdown(wait=False)  # the thread ends with the attempt
     while not wait((future,), timeout=limit.left_s).done:
         limit.check()  # returns if the attempt has made progress

@@ -12,6 +12,7 @@ from dataclasses import replace
 from threading import Lock
 from typing import Any
 
+from tiercache.distribution import install_command
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
@@ -137,7 +138,7 @@ class Boto3Client:
         """Open nothing yet. Raises ValueError if boto3 is missing, or does not support the options."""
         if not has_boto3():
             raise ValueError(
-                f"{url}: storage classes, restores and batch deletes need boto3: pip install 'tiercache[archive]'"
+                f"{url}: storage classes, restores and batch deletes need boto3: {install_command('archive')}"
             )
         if unknown := [name for name in options.unknown_to_s3fs if name not in _ENCRYPTION]:
             raise ValueError(f"{url}: storage classes need boto3, for which {', '.join(unknown)} cannot be set")

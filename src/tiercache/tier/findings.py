@@ -220,7 +220,7 @@ def _add_from_catalog(
         _add(expected, keys.filter(lacking), written_s, tier.name, "a move has verified it")
         # For shards, the catalog only adds the tiers that held them last.
         for key, copy in catalog.entries(tier.name, shards).items() if shards else ():
-            if copy.is_verified:
+            if copy.verified:
                 expected[key].tiers.add(tier.name)
 
 

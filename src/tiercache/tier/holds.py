@@ -1,7 +1,7 @@
 """Holds: pins with an end, kept beside the home, so that every mover of every machine sees them.
 
-A hold protects groups, by path, like a pin of the rule file. `tiercache tier get` writes one for what it brings back;
-the mover writes one for a copy that somebody made by hand. Each hold is one object, which is never changed::
+A hold protects groups, by path, like a pin of the rule file. `tiercache tier get` writes one for what it brings back.
+Each hold is one object, which is never changed::
 
     _tiercache/holds/<32 hex digits>.json      paths, until_s, made_s, why
 
@@ -78,6 +78,11 @@ class Holds:
     def in_force(self) -> dict[str, Hold]:
         """Return the hold in force of each held path."""
         return {path: hold for path, hold in self._newest.items() if hold.until_s > self._now_s}
+
+    @property
+    def recalled(self) -> frozenset[str]:
+        """Paths of all holds, also of those that have ended: a machine has recalled these groups."""
+        return frozenset(self._newest)
 
     def obsolete(self) -> tuple[str, ...]:
         """Return the keys of holds whose removal changes nothing: superseded, or ended with no older one in force."""

@@ -2,9 +2,8 @@
 
 A *group* is the unit of a move: a file, a shard or a checkpoint. Its path is relative to the URLs of the tiers. A
 *copy* is a group in one tier; the loading path uses the word for a cached object. A *move* is any change of where a
-group lies, with one of six *actions*: copy, move, drop, reclass, delete or rename. The action `move` copies a group and
-deletes its source; `rename` puts a date into the name of an older copy whose name was written again. Columns refer to
-tiers and groups by number; values for people contain names.
+group lies, with one of five *actions*: copy, move, drop, reclass or delete. The action `move` copies a group and
+deletes its source. Columns refer to tiers and groups by number; values for people contain names.
 """
 
 from __future__ import annotations
@@ -29,11 +28,10 @@ Kind: TypeAlias = Literal["file", "shard", "checkpoint"]
 KINDS: tuple[Kind, ...] = ("file", "shard", "checkpoint")
 FILE, SHARD, CHECKPOINT = range(3)
 
-Action: TypeAlias = Literal["copy", "move", "drop", "reclass", "delete", "rename"]
-# In the order of plans: actions that free room come first, and of these the ones that transfer no bytes. The mover
-# makes renames before all others, because they free names.
-ACTIONS: tuple[Action, ...] = ("delete", "drop", "reclass", "move", "copy", "rename")
-DELETE, DROP, RECLASS, MOVE, COPY, RENAME = range(6)
+Action: TypeAlias = Literal["copy", "move", "drop", "reclass", "delete"]
+# In the order of plans: actions that free room come first, and of these the ones that transfer no bytes.
+ACTIONS: tuple[Action, ...] = ("delete", "drop", "reclass", "move", "copy")
+DELETE, DROP, RECLASS, MOVE, COPY = range(5)
 
 STANDARD = "STANDARD"  # storage class of S3 objects that name none
 
@@ -95,8 +93,9 @@ class Snapshot:
     verified: NDArray[np.bool_]  # whether its bytes were compared with checksums and have not changed since
     # By copy: a symbolic link that points to the copy or into it from elsewhere, and would dangle without it.
     links: Mapping[int, str]
-    # Older copies of names that were written again: groups with a date in the path, and the path of their objects now.
-    older_names: Mapping[int, str] = field(default_factory=dict)
+    # By group: the reason for people why no move touches it: two tiers have different objects under its name
+    # (inventory/conflicts.py), or it is a shard of a data set outside the home tier.
+    immovable: Mapping[int, str] = field(default_factory=dict)
     # By copy: a symbolic link inside the folder of the copy.
     inner_links: Mapping[int, str] = field(default_factory=dict)
     symlinks: tuple[Symlink, ...] = ()  # links of all local tiers

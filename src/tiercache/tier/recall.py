@@ -52,8 +52,7 @@ if TYPE_CHECKING:
 
 RULE = "tier get"  # name of the rule in plans and in the journal
 _SHARD_REASON = "shards are read from {home} or through the cache: recall them to {home}, and warm the cache"
-_NOT_WHOLE = "no copy of it is whole: it is being written, or two copies differ: remove or rename one of the two"
-_NOT_RENAMED = "it is an older copy of a name that was written again: `tiercache tier run --once` renames it first"
+_NOT_WHOLE = "no copy of it is whole: it is being written, or objects of it are missing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +124,10 @@ def plan_recall(
     index = SnapshotIndex.of(inventory.snapshot, file, prices)
     dst = destination(file, to)
     home = file.index(file.home_tier.name)
-    is_shard = index.snapshot.kind[groups] == SHARD
     refused: list[MoveColumns] = []
+    here: list[NDArray[np.int64]] = []
+    groups = _refuse_immovable(index, groups, dst, here, refused)
+    is_shard = index.snapshot.kind[groups] == SHARD
     # Placements lead all machines to shards, so that a copy in a tier of this machine would have no reader.
     elsewhere = groups[is_shard] if to is not None and dst != home else groups[:0]
     refuse(
@@ -135,11 +136,6 @@ def plan_recall(
         np.ones(len(elsewhere), np.bool_),
         _SHARD_REASON.format(home=file.home_tier.name),
     )
-    is_older = np.isin(groups, sorted(index.snapshot.older_names))
-    older = MoveColumns.of(groups[is_older], COPY, _any_source(index, groups[is_older]), dst, 0, "")
-    refuse(older, refused, np.ones(len(older), np.bool_), _NOT_RENAMED)
-    groups, is_shard = groups[~is_older], is_shard[~is_older]
-    here: list[NDArray[np.int64]] = []
     moves, cold = [], []
     for tier, rows in ((home, groups[is_shard & ~np.isin(groups, elsewhere)]), (dst, groups[~is_shard])):
         of_tier = _Selected(index, tier, rows)
@@ -163,6 +159,20 @@ def plan_recall(
     found = np.unique(np.concatenate([*here, admitted.group, frozen.group]).astype(np.int64))
     cost, hours = _cost(index, admitted, restore), 0.0 if restore is None else restore.hours
     return RecallPlan(_paths(index, found), _paths(index, np.concatenate(here)), copies, later, restore, cost, hours)
+
+
+def _refuse_immovable(
+    index: SnapshotIndex, groups: Rows, dst: int, here: list[Rows], refused: list[MoveColumns]
+) -> Rows:
+    """Return the groups that may be recalled. The others are refused, or are `here` if dst has their only copy."""
+    snapshot, mask = index.snapshot, np.isin(groups, [*index.snapshot.immovable])
+    rows, lies = groups[mask], index.at[:, groups[mask]] >= 0
+    is_here = lies[dst] & (lies.sum(axis=0) == 1)
+    here.append(rows[is_here])
+    moves = MoveColumns.of(rows[~is_here], COPY, _any_source(index, rows[~is_here]), dst, 0, "")
+    reasons = [snapshot.immovable[group] for group in moves.group.tolist()]
+    refused.append(replace(moves, reason=np.array(reasons, np.object_)))
+    return groups[~mask]
 
 
 def destination(file: RuleFile, to: str | None) -> int:

@@ -193,7 +193,7 @@ def rule_text(
         "",
         *_tier_lines(folder, is_local=is_local, standard=standard, archive=archive, disk_bytes=disk_bytes),
         *_checkpoint_lines(scan, is_local=is_local, standard=standard, archive=archive),
-        *_data_set_lines(scan, archive=archive),
+        *_data_set_lines(scan, archive=archive, is_home=not is_local or standard is None),
     ]
     if scan.n_files:
         size = format_bytes(scan.file_bytes)
@@ -308,7 +308,8 @@ def _round_steps(highest: int) -> int:
     return int(tenth[0]) * int(f"1{'0' * (len(tenth) - 1)}")
 
 
-def _data_set_lines(scan: FolderScan, *, archive: str | None) -> list[str]:
+def _data_set_lines(scan: FolderScan, *, archive: str | None, is_home: bool) -> list[str]:
+    """Return the rules for data sets. is_home: Whether the folder is the home tier: readers follow moves only of it."""
     lines: list[str] = []
     by_top: dict[str, dict[str, int]] = defaultdict(dict)
     for folder, n_bytes in sorted(scan.data_sets.items()):
@@ -316,6 +317,9 @@ def _data_set_lines(scan: FolderScan, *, archive: str | None) -> list[str]:
     for top, some in by_top.items():
         names = ", ".join(map(_comment, [*some][:_MOST_RUNS])) + (", ..." if len(some) > _MOST_RUNS else "")
         lines.append(f"# Data sets: {len(some):,}, {format_bytes(sum(some.values()))}: {names}")
+        if not is_home:
+            lines += ["# They stay: rules move only data sets that lie in the standard tier.", ""]
+            continue
         comment = "" if archive else "# "
         name = f"data sets in {top}" if top else "data sets"
         match = f"{literal_glob(top)}/**" if top else "**"

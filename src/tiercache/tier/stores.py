@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from tiercache.distribution import install_command
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store import CloudStore, LocalFolder, Store, open_store
@@ -208,7 +209,7 @@ def _s3_classes(tier: Tier, store: Store) -> S3StorageClasses | None:
     if isinstance(store, CloudStore) and is_s3 and has_boto3():
         return S3StorageClasses.of(store)
     if tier.storage_class is not None:
-        reason = "needs boto3, which is not installed: pip install 'tiercache[archive]'"
+        reason = f"needs boto3, which is not installed: {install_command('archive')}"
         reason = reason if is_s3 else f"only S3 has storage classes, and {tier.url!r} is not S3"
         raise ValueError(f"tiers.{tier.name}.storage_class: {reason}")
     return None

@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache._native.checksum import crc32c
+from tiercache.distribution import UPGRADE_COMMAND, __version__
 from tiercache.errors import CorruptShard, SchemaError, UnsupportedFormat
 from tiercache.shard.column_types import Kind
 from tiercache.shard.format import codec
 from tiercache.shard.schema import Column, Schema, UnknownKindError
-from tiercache.version import __version__
 
 FORMAT_VERSION = 1
 SOFTWARE = f"tiercache {__version__}"
@@ -77,7 +77,7 @@ def names_of_bits(bits: int) -> list[str]:
 
 def _who(release: str) -> str:
     newer = f"tiercache {release} and later know" if release else "a later tiercache knows"
-    return f"{newer}; this is {__version__}: pip install -U tiercache"
+    return f"{newer}; this is {__version__}: {UPGRADE_COMMAND}"
 
 
 def _unsupported(message: str, *, url: str, found: int = FORMAT_VERSION, **facts: Any) -> UnsupportedFormat:

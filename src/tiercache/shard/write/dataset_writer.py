@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -31,7 +34,8 @@ class Writer:
     For one process and one thread. A background thread uploads, so a later call raises the error of a store, at the
     latest close(). Used as a context manager, the writer commits at the end of the `with` block; if an exception leaves
     the block, the writer commits nothing and deletes the shards that it has written. A killed writer needs no clean-up,
-    because no version lists its shards.
+    because no version lists its shards. A writer with records that is dropped without close() or abort(), or is still
+    open when the program ends, commits nothing: it prints an error line on standard error and gives a ResourceWarning.
 
     Attributes:
         version: The committed version; None before the commit.
@@ -74,6 +78,7 @@ class Writer:
         self._mode = mode
         self._store = open_store(url, **(storage_options or {}))
         self._shards: ShardWriter | None = None
+        self._finalizer: weakref.finalize[..., Writer] | None = None
         self._commit: Commit | None = None
         self._ended = ""
         self.version: Version | None = None
@@ -92,7 +97,15 @@ class Writer:
             given = self._parent.schema
         self._schema = given
         if given is not None:
-            self._shards = ShardWriter(self._store, given, self._options)
+            self._begin(ShardWriter(self._store, given, self._options))
+
+    def _begin(self, shards: ShardWriter) -> None:
+        self._shards = shards
+        self._finalizer = weakref.finalize(self, _report_unclosed, self.url, shards, os.getpid())
+
+    def _end_watch(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer.detach()
 
     @property
     def url(self) -> str:
@@ -172,6 +185,7 @@ class Writer:
         if self._ended == "closed":
             return
         self._check_open()
+        self._end_watch()  # from here on, an exception says what was not committed
         if self._commit is None:
             try:
                 self._commit = self._finished()
@@ -197,6 +211,7 @@ class Writer:
         """
         if self._ended:
             return
+        self._end_watch()
         self._ended = "aborted"
         # A shard that cannot be deleted now is harmless, because no version lists it.
         with suppress(StoreError):
@@ -213,10 +228,12 @@ class Writer:
         """Yield a shard writer for an inferred schema; drop both if the data that gave the schema cannot be written."""
         self._check_open()
         shards = ShardWriter(self._store, schema, self._options)
-        self._schema, self._shards = schema, shards
+        self._schema = schema
+        self._begin(shards)
         try:
             yield shards
         except SchemaError:
+            self._end_watch()
             self._schema = self._shards = None
             raise
 
@@ -236,3 +253,15 @@ class Writer:
             self.abort()
         elif self._ended != "aborted":
             self.close()
+
+
+def _report_unclosed(url: str, shards: ShardWriter, pid: int) -> None:
+    """Report the records of a writer that nothing refers to any more, or that is open when the program ends."""
+    n_records = shards.n_records + shards.n_added_records
+    if not n_records or pid != os.getpid():  # a forked child has only a copy of the writer
+        return
+    records = "1 record" if n_records == 1 else f"{n_records:,} records"
+    text = f"{url}: a Writer with {records} was not closed, so nothing was committed: use `with`, or call close()"
+    if sys.stderr is not None:
+        sys.stderr.write(f"tiercache: error: {text}\n")  # Python does not show a ResourceWarning by default
+    warnings.warn(text, ResourceWarning, stacklevel=2)

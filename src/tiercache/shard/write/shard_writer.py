@@ -246,6 +246,7 @@ class ShardWriter:
         # KeyboardInterrupt in that time leaves the writer broken.
         self._ended = _NEW
         self.n_records = 0
+        self.n_added_records = 0
 
     def write(self, record: Mapping[str, Any]) -> None:
         """See Writer.write."""
@@ -361,7 +362,9 @@ class ShardWriter:
         self._ended = _BROKEN
         self._end_shard()
         self._rows.set_room(self._cutter.room_bytes)
-        self._infos.extend(infos)
+        added = list(infos)
+        self._infos += added
+        self.n_added_records += sum(info.n_records for info in added)
         self._ended = ""
 
     def finish(self) -> list[ShardInfo]:

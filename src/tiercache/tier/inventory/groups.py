@@ -14,7 +14,7 @@ import os
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from tiercache.catalog.tiers import read_uses, uses_under
 from tiercache.store import LocalFolder
-from tiercache.tier.holds import HOLDS_FOLDER, Hold, read_holds
+from tiercache.tier.holds import HOLDS_FOLDER, Hold, Holds, read_holds
+from tiercache.tier.inventory.conflicts import find_conflicts
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
 from tiercache.tier.inventory.layouts import (
     COMPLETING,
@@ -34,11 +35,9 @@ from tiercache.tier.inventory.layouts import (
     KeyGroups,
     UserLayout,
     group_keys,
-    undated_path,
 )
 from tiercache.tier.inventory.listing import NO_CRC, Listing, ListingProgress, ObjectTable, list_tiers, release_memory
 from tiercache.tier.inventory.metrics import find_metrics
-from tiercache.tier.inventory.rewritten import find_older_copies, with_dated_keys
 from tiercache.tier.inventory.tags import read_own_tags
 from tiercache.tier.model import (
     ARCHIVED,
@@ -105,10 +104,10 @@ class Copies:
     state: NDArray[np.uint8]
     whole: NDArray[np.bool_]
     verified: NDArray[np.bool_]
-    catalogued: NDArray[np.bool_]  # whether the catalog has verified each of its objects, whatever other copies are
     start: NDArray[np.int64]  # int64[n + 1], offsets of each copy's objects in the columns below
     row: NDArray[np.int64]  # row in the listing; by copy, its completing object last
     crc32c: NDArray[np.int64]  # checksum of each object; NO_CRC where it is unknown
+    recorded: NDArray[np.bool_]  # whether the catalog has this very object
     differing: NDArray[np.int64]  # positions in `row` of objects that have another size or checksum in another tier
 
     def find(self, group: int, tier: int) -> int | None:
@@ -163,10 +162,10 @@ def copies_of(listed: Listing, objects: Objects, checksums_of: Callable[[int], p
         state=_STATES[_reduced(np.maximum, _HARDER[listed.state[row]], first)],
         whole=(n_objects == n_keys[group[first]]) & ~_reduced(np.logical_or, facts.differs, first),
         verified=_reduced(np.logical_and, facts.verified, first),
-        catalogued=_reduced(np.logical_and, facts.catalogued, first),
         start=np.append(first, len(row)),
         row=row,
         crc32c=facts.crc32c,
+        recorded=facts.recorded,
         differing=np.flatnonzero(facts.differs),
     )
 
@@ -175,7 +174,8 @@ class _ObjectFacts:
     """Properties of each object, in the given order.
 
     crc32c; written_s: first-write time in the catalog, inf if unknown; differs: from the manifest, or from the object
-    with the same key in another tier; verified: by the catalog, and equal to the objects with this key in other tiers.
+    with the same key in another tier; verified: by the catalog, and equal to the objects with this key in other tiers;
+    recorded: the catalog has this object, of which only the ctime of a file may have changed.
     """
 
     def __init__(
@@ -189,11 +189,13 @@ class _ObjectFacts:
         shard, shards = objects.shard[key], objects.shards
         is_shard = shard >= 0
         n_bytes = listed.n_bytes[row]
-        crc32c, verified = listed.crc32c[row].copy(), np.zeros(len(row), np.bool_)
+        crc32c = listed.crc32c[row].copy()
+        verified, self.recorded = np.zeros(len(row), np.bool_), np.zeros(len(row), np.bool_)
         self.written_s = np.full(len(row), np.inf)
         for number in listed.tiers:
             at = np.flatnonzero(listed.tier[row] == number)
             for here, entries, is_same in _look_up(listed, row, at[np.argsort(key[at])], checksums_of(number)):
+                self.recorded[here] = True
                 self.written_s[here] = entries["written_s"].fill_null(np.inf).to_numpy()
                 same, found = here[is_same], entries.filter(pa.array(is_same))
                 verified[same] = found["verified"].to_numpy()
@@ -211,7 +213,7 @@ class _ObjectFacts:
         unsure = np.zeros(n_keys, np.bool_)
         unsure[key[crc32c == NO_CRC]] = True
         shared = np.bincount(key, minlength=n_keys) > 1
-        self.crc32c, self.catalogued = crc32c, verified
+        self.crc32c = crc32c
         self.differs = wrong | (free & (two_sizes | two_crcs)[key])
         self.verified = verified & ~self.differs & ~(free & (unsure & shared)[key])
 
@@ -367,12 +369,12 @@ def take_inventory(
 
     copies = copies_of(listed, grouped.objects, checksums_of)
     holds = _holds(file, stores, listed, own, now_s)
-    # The parts that a recall has copied so far look like a checkpoint that was written again with fewer files.
-    older = find_older_copies(listed, grouped, copies, [tier.url for tier in file.tiers], held=frozenset(holds))
-    if older:
-        grouped = _grouped(with_dated_keys(listed, copies, older), own, shards, file.layouts)
-        copies = copies_of(listed, grouped.objects, checksums_of)
+    unfinished = _unfinished(file, catalog)
+    copies = _without_unfinished(grouped, copies, unfinished)
+    conflicts = find_conflicts(listed, grouped, copies, file.tiers, unfinished=unfinished, recalled=holds.recalled)
     complete = _complete(grouped, copies, now_s=now_s, quiet_period_s=file.tiering.quiet_period_s)
+    # Nobody knows which one of two checkpoints is meant: neither displaces another one.
+    complete[[group for group in conflicts if grouped.kind[group] == CHECKPOINT]] = False
     checkpoints = np.flatnonzero(grouped.kind == CHECKPOINT)
     found = find_metrics(file, stores, listed, copies, grouped.paths, checkpoints)
     unread = np.zeros(len(grouped.kind), np.bool_)
@@ -389,9 +391,9 @@ def take_inventory(
         complete=complete,
         metrics=found.columns,
         unread=unread,
-        older_names=_older_names(grouped, older.values()),
+        immovable=_shards_elsewhere(file, stores, grouped, datasets) | conflicts,
         **read_own_tags(file, stores, listed, grouped, copies),
-        held=_held_groups(holds, grouped.paths),
+        held=_held_groups(holds.in_force(), grouped.paths),
     )
     facts = _facts(listed, grouped, copies, complete, datasets)
     facts |= {"n_own": int(own.sum()), "unread": _some(grouped.paths.take(pa.array(found.unread)))}
@@ -537,20 +539,53 @@ def _copy_above(paths: pa.Array, copies: Copies, key: str, tier: int) -> int | N
     return None
 
 
-def _older_names(grouped: Grouped, paths: Collection[str]) -> dict[int, str]:
-    """Return the groups whose objects shall be renamed to these paths, with the path that the objects have now."""
-    unique = sorted(set(paths))
-    rows = index_in(pa.array(unique, pa.large_string()), grouped.paths).tolist()
-    return {row: undated_path(path) for row, path in zip(rows, unique, strict=True) if row >= 0}
+def _unfinished(file: RuleFile, catalog: TierCatalog) -> frozenset[tuple[int, str]]:
+    """Return (tier, path) of the copies that the mover has begun to make, by the journal."""
+    numbers = {tier.url: number for number, tier in enumerate(file.tiers)}
+    rows = catalog.open_moves(file.home_tier.url, "begun")
+    return frozenset(
+        (numbers[row.dst_url], row.path) for row in rows if row.action in ("copy", "move") and row.dst_url in numbers
+    )
 
 
-def _holds(file: RuleFile, stores: Stores, listed: Listing, own: NDArray[np.bool_], now_s: float) -> Mapping[str, Hold]:
-    """Return the hold in force of each held path. Raises StoreError."""
+def _without_unfinished(grouped: Grouped, copies: Copies, unfinished: Collection[tuple[int, str]]) -> Copies:
+    """Return the copies, where no unfinished one is whole: a part of a copy never counts as a checkpoint."""
+    if not unfinished:
+        return copies
+    rows = index_in(pa.array([path for _, path in unfinished], pa.large_string()), grouped.paths).tolist()
+    whole = copies.whole.copy()
+    for (tier, _), group in zip(unfinished, rows, strict=True):
+        copy = copies.find(group, tier) if group >= 0 else None
+        if copy is not None:
+            whole[copy] = False
+    return replace(copies, whole=whole)
+
+
+def _shards_elsewhere(
+    file: RuleFile, stores: Stores, grouped: Grouped, datasets: Collection[FoundDataset]
+) -> dict[int, str]:
+    """Return the shards of data sets outside the home tier, with the reason why none of them can be moved."""
+    found: dict[int, str] = {}
+    home, shards = file.home_tier, np.flatnonzero(grouped.kind == SHARD)
+    paths = grouped.paths.take(pa.array(shards))
+    for dataset in datasets:
+        if not stores.same_url(dataset.tier, home.name):
+            reason = (
+                f"its data set lies in tier {dataset.tier}, and readers follow only moves of data sets in the home "
+                f"tier: copy the data set to {home.url} to let rules move it"
+            )
+            hits = np.asarray(pc.starts_with(paths, dataset.folder).to_numpy(zero_copy_only=False), np.bool_)
+            found |= dict.fromkeys(shards[hits].tolist(), reason)
+    return found
+
+
+def _holds(file: RuleFile, stores: Stores, listed: Listing, own: NDArray[np.bool_], now_s: float) -> Holds:
+    """Return the holds beside the home. Raises StoreError."""
     home = file.home_tier.name
     sharing = [file.index(name) for name in stores.sharing(home)]
     keys = listed.keys.take(pa.array(np.flatnonzero(own & np.isin(listed.tier, sharing))))
     keys = keys.filter(pc.starts_with(keys, HOLDS_FOLDER)).to_pylist()
-    return read_holds(stores.store(home), now_s, keys).in_force() if keys else {}
+    return read_holds(stores.store(home), now_s, keys)
 
 
 def _held_groups(holds: Mapping[str, Hold], paths: pa.Array) -> dict[int, str]:
@@ -600,8 +635,8 @@ def _snapshot(
     is_own = grouped.from_layout(grouped.layout.own, otherwise=False)
     is_exact = np.isnan(in_name_s) | ((created_s >= in_name_s) & (created_s < in_name_s + 1.0) & ~is_own)
     created_s = np.where(is_exact, created_s, np.minimum(in_name_s, now_s))
-    # A group without a known use counts as used when its oldest copy was written: a restored copy is not idle at once.
-    np.minimum.at(last_use_s, copies.group, copies.modified_s)
+    # A group without a known use counts as used when it was first written: a move is no use.
+    np.minimum.at(last_use_s, copies.group, copies.written_s)
     of_shard, shard = grouped.shard >= 0, grouped.shard[grouped.shard >= 0]
     in_use, unreported = np.zeros_like(of_shard), np.zeros_like(of_shard)
     n_uses[of_shard] += grouped.shards.uses[shard]

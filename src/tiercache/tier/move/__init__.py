@@ -2,21 +2,20 @@
 
 ``mover`` is the entry (open_mover, run_once); ``executor`` takes the moves of a plan up to their grace period;
 ``deletions`` makes the deletions that wait; ``checks`` compares objects with the plan and the catalog;
-``placement_updates`` tells readers; ``transfer`` moves bytes; ``lock`` admits one process; ``hand_copies`` recognises
-copies that nobody here made; ``recalls`` finishes what a killed `tiercache tier get` has left; ``renames`` frees names
-that were written again; ``links`` lets symbolic links follow copies; ``removal`` deletes checkpoints that a user names.
+``placement_updates`` tells readers; ``copies`` copies groups, or withdraws their parts; ``transfer`` moves bytes;
+``lock`` admits one process; ``unfinished`` finishes interrupted copies; ``links`` lets symbolic links follow copies;
+``removal`` deletes checkpoints that a user names.
 
 A move from src to dst has these steps. Each step is journaled before the next one, and each is harmless when repeated.
-PlanExecutor._run_batch() calls steps 1 to 7, and DeferredDeletions._run_batch() steps 8 to 10, for a batch of moves::
+MoveExecutor._run_batch() calls steps 1 to 7, and DeferredDeletions._run_batch() steps 8 to 10, for a batch of moves::
 
-    1. check     src has the planned objects, no pin or hold protects them, and the copy in src was not made by hand
-                 (_check_sources, _check_pins, _hold_hand_copies)
-    2. begin     the journal records the move and the expected state of every object, and cancels earlier moves of the
-                 path (_begin)
-    3. copy      copies the objects that dst lacks, the completing object last; verifies each copy
-                 (_make, CopyMaker.copy)
-    4. record    the catalog of this machine records the verified copies in src and dst, by size, ETag and CRC-32C
-                 (CopyMaker.copy)
+    1. check     src has the planned objects, and no pin or hold protects them (_check_sources, _check_pins)
+    2. begin     the journal records the move: src, dst, size and date of every object, and which of them dst lacks. It
+                 cancels earlier moves of the path (_begin, CopyMaker.look)
+    3. copy      copies the objects that dst lacks, one group after another, the completing object last; verifies each
+                 copy; removes the parts of a group that cannot be completed (_make, CopyMaker.copy)
+    4. record    the catalog of this machine records the verified copies in src and dst, by size, ETag and CRC-32C, as
+                 soon as a group is complete (CopyMaker.copy)
     5. check     checks src again: an object that changed during the copy is not what dst has (_check_sources)
     6. place     confirms the copies in dst, and commits the placement, which tells every reader where the objects are
                  from now on (_commit_placements)
@@ -30,17 +29,21 @@ PlanExecutor._run_batch() calls steps 1 to 7, and DeferredDeletions._run_batch()
 
 What can happen between two steps:
 
-    2-3  The process is killed: a row stays open and does no harm. Applying the same plan again continues; a move of the
-         path in another plan replaces the row.
-    3-4  The process is killed: copies exist that the catalog does not know. They are compared with src, and are not
-         copied again.
+    2-6  The process is killed: the row stays in the state "begun". Until it is finished, no copy in its dst counts as
+         whole. The next run finishes the copy, or removes its parts, before it lists the tiers (unfinished.py).
+         Applying the same plan again continues it, too.
+    3-4  The process is killed: copies exist that the catalog does not know. The journal does: they are compared with
+         src, and are not copied again.
+    3-4  The network fails for longer than requests are repeated: the row stays "begun", and the next run continues. Any
+         other failure (a full disk, a lost right) withdraws the copy, and stops this move only.
     3-7  A copy in dst was lost, and is made again: _begin_anew resets the row first, so a kill at any point starts the
          grace period again.
-    4-5  src is replaced: step 5 sees another ETag and stops. The copy in dst stays, verified as what it is. A later
-         move from src overwrites it only while it is as it was made, and only if the group consists of that one object.
+    4-5  src is replaced: step 5 sees another ETag, and withdraws the copy in dst.
     5-6  src is replaced in this instant: readers are led to the old object. Step 8 notices and reverts the placement.
     6-7  The process is killed: readers know the placement, but no deletion waits. Applying the same plan again starts
          the grace period; another plan asks for a drop.
+    7-8  src is replaced: step 8 cancels the deletion and reverts the placement. The two objects under one name are a
+         conflict from then on (inventory/conflicts.py): a person decides which one is wanted.
     7-8  The copy in dst is lost, damaged, or restored and moved by somebody: step 8 compares, and stops. No store
          reports that a file has rotted; only reading the file shows it.
     7-8  Another process with another journal moves the object back: its placement leads to src, and step 8 reads that.

@@ -21,7 +21,6 @@ import pyarrow as pa
 from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.tier.holds import read_holds
-from tiercache.tier.inventory.layouts import undated_path
 from tiercache.tier.model import READABLE, STANDARD
 from tiercache.tier.move.transfer import Transfer, find_difference
 from tiercache.tier.rules import load_rule_file
@@ -58,8 +57,6 @@ class ApplyResult:
         n_bytes: Bytes that were copied; of run_due_deletions(): bytes that were deleted.
         proof_bytes: Bytes of copies in local folders that run_due_deletions() read back before it deleted their
             sources.
-        held: Moves that were not made because they would take away a copy that somebody made by hand; from now on, a
-            hold protects it.
     """
 
     n_made: int = 0
@@ -67,7 +64,6 @@ class ApplyResult:
     waiting_drops: int = 0
     n_bytes: int = 0
     proof_bytes: int = 0
-    held: tuple[StoppedMove, ...] = ()
 
     def followed_by(self, later: ApplyResult) -> ApplyResult:
         """Return the results of two calls of run_due_deletions() as one.
@@ -83,7 +79,6 @@ class ApplyResult:
             later.waiting_drops,
             n_bytes,
             proof_bytes,
-            self.held + later.held,
         )
 
 
@@ -210,7 +205,7 @@ class MoveContext:
         at = f"{self.stores.store(tier).url}/{key}"
         if info is None:
             return f"{at}: expected a verified copy, found none"
-        if entry is None or not entry.is_verified:
+        if entry is None or not entry.verified:
             return f"{at}: expected a verified copy, found one that nobody has verified"
         if info.n_bytes != entry.n_bytes:
             return f"{at}: expected the {entry.n_bytes} bytes that were verified, found {info.n_bytes}"
@@ -285,9 +280,7 @@ class MoveContext:
             return reasons
         texts, owners = [], []
         for row in rows:
-            # A pin of a name holds its older copies, too, which have a date in the name.
-            names = {row.path, *(obj.key for obj in row.objects)}
-            for text in names | {undated_path(name) for name in names}:
+            for text in {row.path, *(obj.key for obj in row.objects)}:
                 texts.append(text)
                 owners.append((row.plan, row.number))
         found = first_match(pa.array(texts, pa.large_string()), [(pin.match, ()) for pin in pins])

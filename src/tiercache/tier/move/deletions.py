@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -23,7 +22,6 @@ import pyarrow as pa
 from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError, TierCacheError
-from tiercache.store import LocalFolder
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.model import CHECKPOINT, DELETE, DROP, MOVE, READABLE, RECLASS, SHARD
 from tiercache.tier.move.checks import (
@@ -35,6 +33,7 @@ from tiercache.tier.move.checks import (
     in_batches,
     is_readable,
 )
+from tiercache.tier.move.copies import remove_empty_folders
 from tiercache.tier.move.executor import change_classes
 from tiercache.tier.move.links import carry_links, remove_inner_links
 from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
@@ -579,8 +578,11 @@ class DeferredDeletions:
             try:
                 self._context.transfer.delete_objects(tier, [obj for _, obj in pairs])
             except StoreError as error:  # some may be gone: the row says "dropping", and the next run deletes the rest
-                for deletion, _ in pairs:
-                    deletion.set_verdict("wait", str(error))
+                failed = error.details.get("failed")
+                keys = failed if isinstance(failed, tuple) else tuple(obj.key for _, obj in pairs)
+                for deletion, obj in pairs:
+                    if obj.key in keys:
+                        deletion.set_verdict("wait", str(error))
 
     # -- results ----------------------------------------------------------------------------------------------------
 
@@ -617,23 +619,14 @@ class DeferredDeletions:
         self._catalog.forget(gone)
 
     def _remove_folders(self, due: Sequence[DueDeletion]) -> None:
-        """Remove the folders that deletions have emptied from local tiers.
-
-        Frameworks would try to resume from the empty folder of a checkpoint. A copy that comes back creates the folders
-        that it needs.
-        """
+        """Remove the folders that deletions have emptied, and the links in them, from local tiers."""
         for deletion in due:
             row = deletion.row
             is_folder = row.kind == "checkpoint" and all(obj.key != row.path for obj in row.objects)
             for tier in sorted({obj.tier or row.src for obj in row.objects}):
-                store = self._context.stores.store(tier)
-                if isinstance(store, LocalFolder):
-                    if is_folder and self._facts is not None:
-                        remove_inner_links(self._context.stores, row.path, tier, self._facts[0].symlinks)
-                    with suppress(StoreError):  # the objects are gone; an empty folder is only cosmetic
-                        if is_folder:
-                            store.remove_empty(row.path)
-                        store.remove_empty_above(row.path)
+                if is_folder and self._facts is not None:
+                    remove_inner_links(self._context.stores, row.path, tier, self._facts[0].symlinks)
+                remove_empty_folders(self._context, row, tier)
 
     def _revert_placements(self, due: Sequence[DueDeletion]) -> None:
         """Revert the placement where src stays, before the redirect is forgotten."""

@@ -1,29 +1,19 @@
-"""The plan executor: takes the moves of one plan from the first check of their sources until they are done or wait.
+"""The move executor: takes moves from the first check of their sources until they are done or wait.
 
-The package's docstring lists the steps and the races. An object in dst is never overwritten, with one exception: a move
-made it from this very src, it is unchanged since, and src has a different object now. A copy whose source was dropped,
-or that came from another tier, is never overwritten::
-
-    1. hot has v1 of a key, and home has v2. 2. v1 is copied to the archive, and dropped from hot.
-    3. v2 is copied to the archive, and overwrites the last copy of v1.
-
-The last object of a group is its completing object. It is copied when all the others are there, so that an incomplete
-copy never looks complete.
+The package's docstring lists the steps and the races; copies.py makes the copies.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from threading import Lock
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
-from tiercache.errors import CommitConflict, StoreError, TierCacheError
-from tiercache.tier.inventory.layouts import undated_path
+from tiercache.errors import CommitConflict, TierCacheError
 from tiercache.tier.move.checks import (
     ApplyResult,
     BatchLimits,
@@ -31,291 +21,18 @@ from tiercache.tier.move.checks import (
     MoveContext,
     Progress,
     StoppedMove,
-    earliest,
     entry_after_class_change,
-    first_written_s,
     in_batches,
-    matches_entry,
 )
-from tiercache.tier.move.hand_copies import HandCopy, find_hand_copy, held_reason, hold_hand_copies
+from tiercache.tier.move.copies import CopyMaker, MoveJob, withdraw_copy
 from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
-from tiercache.tier.move.renames import finish_renames, rename_older_copy
-from tiercache.tier.move.transfer import MayReplace, is_md5
-from tiercache.tier.stores import CLASSES_TO_RESTORE, deletion_block_reason, needs_restore
+from tiercache.tier.stores import deletion_block_reason
 
 if TYPE_CHECKING:
-    from tiercache.model import ObjectInfo
     from tiercache.tier.model import Move, Plan
 
 
 T = TypeVar("T")
-
-# A copy of this size is recorded in the catalog at once, so that a killed process does not have to make it again.
-_AT_ONCE_BYTES = 8 << 20
-# Assumed difference between the clocks of stores.
-_STORE_SKEW_S = 60.0
-
-
-@dataclass(slots=True)
-class MoveJob:
-    """A move in progress. The lock guards the fields that pool threads change.
-
-    Attributes:
-        stop_reason: Reason why the move was stopped; "" while it was not.
-        hand_copy: Copy that the move would take away, and that somebody made by hand; None: there is none.
-        is_finished: Whether nothing is left to do.
-        made: Verified copies that are not in the catalog yet, as (tier, key, entry).
-        n_bytes: Bytes that were copied.
-        is_new: Whether a copy in dst was not in the catalog before.
-    """
-
-    row: JournalRow
-    stop_reason: str = ""
-    hand_copy: HandCopy | None = None
-    is_finished: bool = False
-    made: list[tuple[str, str, CatalogEntry]] = field(default_factory=list)
-    n_bytes: int = 0
-    is_new: bool = False
-    lock: Lock = field(default_factory=Lock)
-
-    def stop(self, reason: str) -> None:
-        """Stop the move. Only the first reason is kept. reason: Not empty; see stop_if()."""
-        with self.lock:
-            self.stop_reason = self.stop_reason or reason
-
-    def stop_if(self, reason: str) -> None:
-        """Stop the move if a check gave a reason; "" means that the check found nothing."""
-        if reason:
-            self.stop(reason)
-
-    @property
-    def is_active(self) -> bool:
-        """Whether there is more to do."""
-        return not (self.stop_reason or self.hand_copy or self.is_finished)
-
-
-class CopyMaker:
-    """Makes the copies of jobs in parallel. Use it from one thread at a time."""
-
-    def __init__(self, context: MoveContext, on_bytes: Callable[[int], object]) -> None:
-        self._context, self._on_bytes = context, on_bytes
-
-    def copy(self, jobs: Sequence[MoveJob]) -> None:
-        """Make each job's group complete and verified in dst, and record it in the catalog.
-
-        A failure stops its job only.
-        """
-        self._intend(jobs)
-        crash_point("tier_move.intended")
-        self._for_each(self._ensure, [(job, obj) for job in jobs for obj in job.row.objects[:-1]])
-        crash_point("tier_move.parts_copied")
-        self._for_each(self._ensure, [(job, job.row.objects[-1]) for job in jobs])
-        crash_point("tier_move.copied")
-        self._record(jobs)
-        crash_point("tier_move.recorded")
-
-    def _intend(self, jobs: Sequence[MoveJob]) -> None:
-        """Record the copies that are about to be made in archive classes, where they cannot be read afterwards.
-
-        Without the record: 1. An object is copied into an archive class. 2. The process is killed before it records the
-        copy. 3. Nobody can compare the copy, and a copy that was never compared is not overwritten: it and its source
-        would stay for good.
-        """
-        jobs = [job for job in jobs if self._context.stores.class_of(job.row.dst) in CLASSES_TO_RESTORE]
-        objects = [(job.row, obj) for job in jobs for obj in job.row.objects]
-        heads = self._context.heads((row.dst, obj.key) for row, obj in objects)
-        self._context.catalog.record(
-            (row.dst, obj.key, CatalogEntry(obj.n_bytes, None, None, row.src_url))
-            for row, obj in objects
-            if heads.is_absent(row.dst, obj.key)
-        )
-
-    def _record(self, jobs: Sequence[MoveJob]) -> None:
-        self._context.catalog.record([copy for job in jobs for copy in job.made])
-        for job in jobs:
-            job.made.clear()
-
-    def _for_each(
-        self, work: Callable[[MoveJob, PlannedObject], None], objects: Sequence[tuple[MoveJob, PlannedObject]]
-    ) -> None:
-        def work_on(pair: tuple[MoveJob, PlannedObject]) -> None:
-            job, obj = pair
-            if job.is_active:
-                try:
-                    work(job, obj)
-                except CommitConflict:
-                    raise  # the lock was lost: all work must stop
-                except TierCacheError as error:
-                    job.stop(str(error))
-
-        for _ in self._context.pool.map(work_on, objects):
-            pass
-
-    # -- one object -------------------------------------------------------------------------------------------------
-
-    def _ensure(self, job: MoveJob, obj: PlannedObject) -> None:
-        context, src, dst = self._context, job.row.src, job.row.dst
-        info = context.head(dst, obj.key)
-        if info is not None and self._is_there(job, obj, info):
-            return
-        if not job.is_active:
-            return
-        self._begin_anew(job)
-        source = src
-        # Only the object that was seen is replaced, where the store gives it an ETag.
-        replaces: MayReplace = False if info is None else info.etag or True
-        try:
-            copied = context.transfer.copy(src, dst, obj, on_bytes=self._on_bytes, replaces=replaces)
-        except StoreError as error:
-            if not error.details.get("corrupt"):
-                raise
-            source, copied = self._copied_from_others(job, obj, replaces, error)
-        crash_point("tier_move.object")
-        crc = copied.crc32c if copied.crc32c is not None else obj.crc32c
-        # A copy that was made from a third tier must not be replaced by one from src: a damaged object of src may
-        # have a newer date.
-        copied = copied._replace(crc32c=crc, made_from=context.file.tier(source).url)
-        self._record_copy(job, obj, copied, copied.n_bytes, of_source=source == src)
-
-    def _begin_anew(self, job: MoveJob) -> None:
-        """Record that the copy in dst is new, before it exists or is recorded as verified.
-
-        Its grace period starts again. Without the record: 1. A move waits, and its copy is lost. 2. The copy is made
-        again and recorded. 3. The process is killed. 4. The next run finds a verified copy, and a wait for the same
-        deletion that began long before that copy existed.
-
-        This is one write per move, not one per batch: where ETags are derived from the bytes, the catalog knows the new
-        copy as soon as it exists, because it still has the entry of the lost copy.
-        """
-        with job.lock:
-            job.is_new = True
-            if job.row.since_s > 0:
-                job.row = replace(job.row, since_s=0.0, due_s=0.0)
-                self._context.catalog.write([job.row])
-
-    def _copied_from_others(
-        self, job: MoveJob, obj: PlannedObject, replaces: MayReplace, failure: StoreError
-    ) -> tuple[str, CatalogEntry]:
-        """Copy an object that has rotted in src from another tier with an equal object. Return that tier and the copy.
-
-        Raises `failure` if no tier has one. Without this, the group would stay incomplete in dst on every run until
-        somebody looked.
-        """
-        context, dst = self._context, job.row.dst
-        for tier in context.file.tiers:
-            if any(context.stores.same_url(tier.name, other) for other in (job.row.src, dst)):
-                continue
-            entry = context.catalog.entries(tier.name, [obj.key]).get(obj.key)
-            if entry is None or not entry.is_verified or (entry.n_bytes, entry.crc32c) != (obj.n_bytes, obj.crc32c):
-                continue
-            equal = obj._replace(etag=entry.etag, modified_s=None)
-            with suppress(StoreError):  # the error to report is the one of src
-                copied = context.transfer.copy(tier.name, dst, equal, on_bytes=self._on_bytes, replaces=replaces)
-                return tier.name, copied
-        raise failure
-
-    def _record_copy(
-        self, job: MoveJob, obj: PlannedObject, copy: CatalogEntry, n_bytes: int, *, of_source: bool = True
-    ) -> None:
-        """Record a verified copy in the catalog. If src was the source, record src too: both were read and are equal.
-
-        The copy keeps the date of the object that it copies, also when the source is gone.
-        """
-        catalog = self._context.catalog
-        source = catalog.entries(job.row.src, [obj.key]).get(obj.key)
-        came_from = source.made_from if source is not None and source.etag == obj.etag else ""
-        first_s = first_written_s(obj, source)
-        copy = copy._replace(written_s=earliest(copy.written_s, first_s))
-        pair = [(job.row.dst, obj.key, copy)]
-        if of_source and obj.etag is not None:
-            pair.append((job.row.src, obj.key, CatalogEntry(obj.n_bytes, obj.etag, copy.crc32c, came_from, first_s)))
-        if copy.n_bytes >= _AT_ONCE_BYTES:
-            catalog.record(pair)
-            pair = []
-        with job.lock:
-            job.n_bytes += n_bytes
-            job.made.extend(pair)
-
-    def _is_there(self, job: MoveJob, obj: PlannedObject, info: ObjectInfo) -> bool:
-        """Return whether dst has an equal copy.
-
-        Stop the job if dst has a different object that must not be overwritten.
-        """
-        context, dst = self._context, job.row.dst
-        entry = context.catalog.entries(dst, [obj.key]).get(obj.key)
-        expected = self._expected_checksum(job, obj)
-        is_cold = needs_restore(info)
-        if info.n_bytes == obj.n_bytes and expected is not None:
-            found = context.checksum_of(dst, info, entry)
-            # For an object that cannot be read, the checksum that the store reports is all there is.
-            if expected == (info.crc32c if found is None else found):
-                same = entry if entry is not None and entry.is_verified and matches_entry(info, entry) else None
-                came_from, first_s = ("", None) if same is None else (same.made_from, same.written_s)
-                copy = CatalogEntry(info.n_bytes, info.etag, expected, came_from, first_s)
-                return self._found(job, obj, copy, is_new=same is None)
-        if entry is not None and entry.made_from == job.row.src_url:
-            is_size = entry.n_bytes == info.n_bytes == obj.n_bytes
-            if entry.is_intended and is_size and is_cold:  # a readable object was compared above
-                if _is_by_etag(info, obj):
-                    copy = CatalogEntry(info.n_bytes, info.etag, None, job.row.src_url)
-                    return self._found(job, obj, copy, is_new=True)
-                if self._may_make_again(job, obj, info):
-                    return False
-            if matches_entry(info, entry) and len(job.row.objects) == 1:
-                return False  # a copy of an earlier object of src: it may be replaced
-        where = f"{context.stores.store(dst).url}/{obj.key}"
-        archived = ", which must be restored before it can be compared" if is_cold else ""
-        job.stop(
-            f"{where}: expected nothing there, or a copy of the {obj.n_bytes} bytes in {job.row.src}; found another "
-            f"object of {info.n_bytes} bytes{archived}: it is not overwritten, remove or rename one of the two"
-        )
-        return False
-
-    def _found(self, job: MoveJob, obj: PlannedObject, copy: CatalogEntry, *, is_new: bool) -> Literal[True]:
-        """Record that dst has a copy already."""
-        if is_new:
-            self._begin_anew(job)
-        self._record_copy(job, obj, copy, 0)
-        self._on_bytes(obj.n_bytes)
-        return True
-
-    def _may_make_again(self, job: MoveJob, obj: PlannedObject, info: ObjectInfo) -> bool:
-        """Return whether src may replace an archived, never verified copy that a killed process has left.
-
-        If the store reports a checksum of the copy, it differs from that of src: one of the two is wrong, and it may be
-        src::
-
-            1. The object is copied, and the process is killed. 2. src rots. 3. The copy in dst is the last good one.
-
-        So src must have been written again since, and the group must not look complete in dst, because replacing one
-        part may fail.
-        """
-        if info.crc32c is None:
-            return True
-        if obj.modified_s is None or info.modified_s is None or obj.modified_s <= info.modified_s + _STORE_SKEW_S:
-            return False
-        objects = job.row.objects
-        return len(objects) == 1 or self._context.head(job.row.dst, objects[-1].key) is None
-
-    def _expected_checksum(self, job: MoveJob, obj: PlannedObject) -> int | None:
-        """Return the CRC-32C that a copy must have; None where nothing records it and src cannot be read."""
-        if obj.crc32c is not None:
-            return obj.crc32c
-        context, src = self._context, job.row.src
-        info = context.head(src, obj.key)
-        if info is None or context.change_reason(src, info, obj):
-            return None
-        return context.checksum_of(src, info, context.catalog.entries(src, [obj.key]).get(obj.key))
-
-
-def _is_by_etag(info: ObjectInfo, obj: PlannedObject) -> bool:
-    """Return whether the ETag alone shows that a copy equals src, as for server-side copies without a checksum.
-
-    Without this: 1. The object is copied, and the process is killed. 2. src rots, with its old ETag. 3. The copy in dst
-    is the last good one. Copying again would overwrite it first, and compare afterwards.
-    """
-    has_sum = info.crc32c is not None or obj.crc32c is not None
-    return not has_sum and info.etag is not None and info.etag == obj.etag and is_md5(info.etag)
 
 
 def change_classes(
@@ -352,8 +69,9 @@ def change_classes(
     context.catalog.record([entry for entries in made for entry in entries])
 
 
-# Moves that go through the steps together: all moves of a batch share one placement object.
-_BATCH_LIMITS = BatchLimits(1024, 4096, 64 << 30)
+# Moves that go through the steps together: all moves of a batch share one placement object, and readers follow when the
+# batch is copied.
+_BATCH_LIMITS = BatchLimits(1024, 4096, 4 << 30)
 
 
 def apply_plan(
@@ -369,94 +87,76 @@ def apply_plan(
         StoreError: The store of the home tier failed.
         OSError: The catalog of this machine cannot be written.
     """
-    return PlanExecutor(context, plan, on_progress).run()
-
-
-class PlanExecutor:
-    """One call of apply_plan(). Use it from one thread."""
-
-    def __init__(self, context: MoveContext, plan: Plan, on_progress: Callable[[Progress], object] | None) -> None:
-        self._context, self._plan, self._on_progress = context, plan, on_progress
-        self._file, self._catalog, self._now_s = context.file, context.catalog, context.clock()
-        self._placements = PlacementUpdates(context)
-        self._copies = CopyMaker(context, self._count_bytes)
-        self._open: dict[str, list[JournalRow]] = defaultdict(list)
-        self._count_lock = Lock()
-        self._n_done, self._done_bytes, self._copied_bytes = 0, 0, 0
-        self._n_bytes = sum(move.n_bytes for move in plan.moves if move.action in ("copy", "move"))
-        self._stopped: list[StoppedMove] = []
-        self._held: list[StoppedMove] = []
-        self._unavailable: dict[str, str] = {}
-
-    def run(self) -> ApplyResult:
-        """Apply the plan and return the result."""
-        self._catalog.prune(self._now_s)
-        before = self._catalog.of_plan(self._plan.id)
-        for old in self._catalog.open_moves(self._file.home_tier.url):
-            self._open[old.path].append(old)
-        jobs = []
-        self._stopped += finish_renames(self._context)
-        paths = Counter(move.path for move in self._plan.moves if move.action != "rename")
-        receiving = {move.dst for move in self._plan.moves if move.action in ("copy", "move")}
-        self._unavailable = {
-            tier.name: self._context.ensure_tier_marker(tier.name, gets=tier.name in receiving)
-            for tier in self._file.tiers
-        }
-        for move in self._plan.moves:
-            if move.action == "rename":
-                self._rename(move, before.get(move.number))
-        held = {one.path for one in self._held}  # by a rename whose name a copy has that was made by hand
-        for move in self._plan.moves:
-            if move.action == "rename" or move.path in held:
-                continue
-            earlier = before.get(move.number)
-            if earlier is not None and earlier.state in ("waiting", "dropping", "done"):
-                self._n_done += 1
-            elif reason := self._unfit_reason(move) or (
-                "expected one move of it in the plan" if paths[move.path] > 1 else ""
-            ):
-                self._stopped.append(StoppedMove(move.number, reason, move.path, self._plan.id))
-            else:
-                jobs.append(MoveJob(self._row(move)))
-        for batch in in_batches(jobs, _BATCH_LIMITS):
-            self._run_batch(batch)
-        n_waiting = len(self._catalog.open_moves(self._file.home_tier.url, "waiting", "dropping"))
-        return ApplyResult(self._n_done, tuple(self._stopped), n_waiting, self._copied_bytes, held=tuple(self._held))
-
-    def _rename(self, move: Move, earlier: JournalRow | None) -> None:
-        """Free a name that was written again. Renames come first, because other moves of the plan need the names."""
-        reason, hand_copy = "", None
-        if earlier is None or earlier.state != "done":
-            reason = self._unfit_reason(move)
-            if not reason:
-                reason, hand_copy = rename_older_copy(self._context, self._placements, self._row(move))
-        if reason:
-            self._stopped.append(StoppedMove(move.number, reason, move.path, self._plan.id))
-        elif hand_copy is not None:
-            path = undated_path(move.path)
-            self._held.append(StoppedMove(move.number, held_reason(hand_copy), path, self._plan.id))
+    catalog, home = context.catalog, context.file.home_tier.url
+    catalog.prune(context.clock())
+    before = catalog.of_plan(plan.id)
+    checks = _PlanChecks(context, plan)
+    n_earlier, jobs, stopped = 0, [], []
+    for move in plan.moves:
+        earlier = before.get(move.number)
+        if earlier is not None and earlier.state in ("waiting", "dropping", "done"):
+            n_earlier += 1
+        elif reason := checks.unfit_reason(move):
+            stopped.append(StoppedMove(move.number, reason, move.path, plan.id))
         else:
-            self._n_done += 1
+            jobs.append(MoveJob(_row(context, plan, move)))
+    made = MoveExecutor(context, on_progress, n_moves=len(plan.moves), n_earlier=n_earlier + len(stopped)).run(jobs)
+    n_waiting = len(catalog.open_moves(home, "waiting", "dropping"))
+    return replace(made, n_made=n_earlier + made.n_made, stopped=(*stopped, *made.stopped), waiting_drops=n_waiting)
 
-    def _count_bytes(self, n_bytes: int) -> None:
-        with self._count_lock:
-            self._done_bytes += n_bytes
-        self._report_progress()
 
-    def _report_progress(self) -> None:
-        if self._on_progress is not None:
-            done_moves = self._n_done + len(self._stopped)
-            n_bytes = max(self._n_bytes, self._done_bytes)
-            self._on_progress(Progress(done_moves, len(self._plan.moves), self._done_bytes, n_bytes))
+def _row(context: MoveContext, plan: Plan, move: Move) -> JournalRow:
+    file = context.file
+    return JournalRow(
+        plan=plan.id,
+        number=move.number,
+        path=move.path,
+        kind=move.kind,
+        action=move.action,
+        src=move.src,
+        dst=move.dst or "",
+        src_url=file.tier(move.src).url,
+        dst_url="" if move.dst is None else file.tier(move.dst).url,
+        home=file.home_tier.url,
+        rules=file.sha256,
+        rule=move.rule,
+        state="begun",
+        since_s=0.0,
+        due_s=0.0,
+        objects=tuple(obj._replace(tier=move.src) for obj in move.objects),
+        note="",
+        changed_s=context.clock(),
+    )
 
-    # -- which moves are allowed ------------------------------------------------------------------------------------
 
-    def _unfit_reason(self, move: Move) -> str:
+def _with_new_of(row: JournalRow, old: JournalRow) -> tuple[PlannedObject, ...]:
+    """Return the objects of a row, where those are new that an older row of the same copy has as new."""
+    new = {obj.key for obj in old.objects if obj.is_new}
+    return tuple(obj._replace(is_new=obj.is_new or obj.key in new) for obj in row.objects)
+
+
+class _PlanChecks:
+    """Which moves of a plan the rule file, as it is now, allows."""
+
+    def __init__(self, context: MoveContext, plan: Plan) -> None:
+        self._context, self._plan = context, plan
+        self._n_of_path = Counter(move.path for move in plan.moves)
+        self._open = defaultdict(list)
+        for row in context.catalog.open_moves(context.file.home_tier.url):
+            self._open[row.path].append(row)
+        receiving = {move.dst for move in plan.moves if move.action in ("copy", "move")}
+        self._unavailable = {
+            tier.name: context.ensure_tier_marker(tier.name, gets=tier.name in receiving) for tier in context.file.tiers
+        }
+
+    def unfit_reason(self, move: Move) -> str:
         """Return the reason why the rule file, as it is now, does not allow a move; "" if it does."""
         if not move.objects:
             return "expected the objects of the move, found none in the plan"
+        if self._n_of_path[move.path] > 1:
+            return "expected one move of it in the plan"
         planned = {tier.name: tier for tier in self._plan.tiers}
-        now = {tier.name: tier for tier in self._file.tiers}
+        now = {tier.name: tier for tier in self._context.file.tiers}
         for name in planned if move.action == "delete" else [n for n in (move.src, move.dst) if n is not None]:
             was, tier = planned.get(name), now.get(name)
             if was is None or tier is None:
@@ -464,8 +164,6 @@ class PlanExecutor:
             facts = (was.url, was.role, was.storage_class), (tier.url, tier.role, tier.storage_class)
             if facts[0] != facts[1]:
                 return f"tiers.{name}: expected {facts[0]} as planned, found {facts[1]} in the rule file: plan anew"
-        if move.action == "rename":
-            return self._unavailable.get(move.src, "")
         if move.action == "delete":
             added = sorted(now.keys() - planned.keys())
             if added:
@@ -480,28 +178,47 @@ class PlanExecutor:
             return "deletions of an earlier move of it were interrupted: `tiercache tier run --once` finishes them"
         return self._unavailable.get(move.dst, "")
 
-    def _row(self, move: Move) -> JournalRow:
-        objects = tuple(obj._replace(tier=move.src) for obj in move.objects)
-        return JournalRow(
-            plan=self._plan.id,
-            number=move.number,
-            path=move.path,
-            kind=move.kind,
-            action=move.action,
-            src=move.src,
-            dst=move.dst or "",
-            src_url=self._file.tier(move.src).url,
-            dst_url="" if move.dst is None else self._file.tier(move.dst).url,
-            home=self._file.home_tier.url,
-            rules=self._file.sha256,
-            rule=move.rule,
-            state="begun",
-            since_s=0.0,
-            due_s=0.0,
-            objects=objects,
-            note="",
-            changed_s=self._now_s,
-        )
+
+class MoveExecutor:
+    """Takes moves through the steps, batch by batch. Use it from one thread."""
+
+    def __init__(
+        self,
+        context: MoveContext,
+        on_progress: Callable[[Progress], object] | None,
+        *,
+        n_moves: int,
+        n_earlier: int = 0,
+    ) -> None:
+        """Do nothing yet. n_moves, n_earlier: For the progress: number of all moves, and of those that are over."""
+        self._context, self._on_progress, self._n_moves, self._n_over = context, on_progress, n_moves, n_earlier
+        self._file, self._catalog, self._now_s = context.file, context.catalog, context.clock()
+        self._placements = PlacementUpdates(context)
+        self._copies = CopyMaker(context, self._count_bytes)
+        self._open: dict[str, list[JournalRow]] = defaultdict(list)
+        self._count_lock = Lock()
+        self._n_done = self._n_bytes = self._done_bytes = self._copied_bytes = 0
+        self._stopped: list[StoppedMove] = []
+
+    def run(self, jobs: Sequence[MoveJob]) -> ApplyResult:
+        """Make the moves. A move that cannot be made is stopped, and the others go on. Raises as apply_plan()."""
+        self._n_bytes = sum(obj.n_bytes for job in jobs if job.copies for obj in job.row.objects)
+        for old in self._catalog.open_moves(self._file.home_tier.url):
+            self._open[old.path].append(old)
+        for batch in in_batches(jobs, _BATCH_LIMITS):
+            self._run_batch(batch)
+        return ApplyResult(self._n_done, tuple(self._stopped), n_bytes=self._copied_bytes)
+
+    def _count_bytes(self, n_bytes: int) -> None:
+        with self._count_lock:
+            self._done_bytes += n_bytes
+        self._report_progress()
+
+    def _report_progress(self) -> None:
+        if self._on_progress is not None:
+            n_over = self._n_over + self._n_done + len(self._stopped)
+            n_bytes = max(self._n_bytes, self._done_bytes)
+            self._on_progress(Progress(n_over, self._n_moves, self._done_bytes, n_bytes))
 
     # -- a batch, step by step --------------------------------------------------------------------------------------
 
@@ -509,7 +226,6 @@ class PlanExecutor:
         self._context.lock.check()
         self._check_sources(jobs)
         self._check_pins(jobs)
-        self._hold_hand_copies([job for job in jobs if job.is_active])
         self._begin([job for job in jobs if job.is_active])
         crash_point("tier_move.begun")
         self._make([job for job in jobs if job.is_active])
@@ -597,24 +313,18 @@ class PlanExecutor:
         for job in jobs:
             job.stop_if(pinned.get((job.row.plan, job.row.number), ""))
 
-    def _hold_hand_copies(self, jobs: Sequence[MoveJob]) -> None:
-        """Hold the groups of which a move would take away a copy that somebody made by hand; their moves end here."""
-        for job in jobs if self._file.tiering.hold_s > 0 else ():
-            try:
-                job.hand_copy = find_hand_copy(self._context, job.row)
-            except TierCacheError as error:
-                job.stop(str(error))
-        hold_hand_copies(self._context, {job.row.path: job.hand_copy for job in jobs if job.hand_copy is not None})
-        crash_point("tier_move.held")
-
     def _begin(self, jobs: Sequence[MoveJob]) -> None:
-        """Write the jobs into the journal. Earlier moves of the same paths are cancelled in the same transaction.
+        """Write the jobs into the journal, before the first byte. Earlier moves of the same paths are cancelled.
 
         A wait for the very same deletion continues where it was. Otherwise, with one plan a day, the wait would never
-        end.
+        end. The parts of an interrupted copy are the job's own if it copies to the same tier, and are removed if not.
         """
         rows: list[JournalRow] = []
         gone: list[tuple[str, int]] = []
+        for job in jobs:
+            job.stop_if(self._take_over_parts(job))
+        jobs = [job for job in jobs if job.is_active]
+        self._copies.look([job for job in jobs if job.copies])
         for job in jobs:
             gone += self._take_stopped(job)
             for old in self._open.pop(job.row.path, ()):
@@ -625,14 +335,31 @@ class PlanExecutor:
             rows.append(job.row)
         self._catalog.write(rows, instead_of=gone)
 
-    def _take_stopped(self, job: MoveJob) -> list[tuple[str, int]]:
-        """Return the earlier, stopped moves of the job's path, whose rows the job's row replaces.
+    def _take_over_parts(self, job: MoveJob) -> str:
+        """Take over, or remove, the parts of interrupted copies of the job's path. Return why that is impossible."""
+        for old in [*self._open[job.row.path]]:
+            if not _has_parts(old):
+                continue
+            if job.copies and old.dst_url == job.row.dst_url:
+                job.row = replace(job.row, objects=_with_new_of(job.row, old))
+            elif reason := withdraw_copy(self._context, old):
+                return reason
+            else:
+                self._open[job.row.path].remove(old)
+                self._catalog.write([], instead_of=[(old.plan, old.number)])
+        return ""
 
-        Otherwise a move that is stopped every day would leave one row a day.
+    def _take_stopped(self, job: MoveJob) -> list[tuple[str, int]]:
+        """Return the earlier moves of the job's path that were not made, whose rows the job's row replaces.
+
+        Otherwise a move that is stopped every day would leave one row a day. The row of an interrupted copy to another
+        tier stays: it alone names its parts.
         """
-        begun = [old for old in self._open[job.row.path] if old.state == "begun"]
-        self._open[job.row.path] = [old for old in self._open[job.row.path] if old.state != "begun"]
-        others = [old for old in begun if (old.plan, old.number) != (job.row.plan, job.row.number)]
+        open_rows = self._open[job.row.path]
+        not_made = [old for old in open_rows if old.state in ("begun", "stopped")]
+        not_made = [old for old in not_made if not _has_parts(old) or old.dst_url == job.row.dst_url]
+        self._open[job.row.path] = [old for old in open_rows if old not in not_made]
+        others = [old for old in not_made if (old.plan, old.number) != (job.row.plan, job.row.number)]
         for old in others:
             if _is_same_deletion(old, job.row):
                 job.row = replace(job.row, since_s=old.since_s, due_s=old.due_s)
@@ -640,7 +367,7 @@ class PlanExecutor:
 
     def _make(self, jobs: Sequence[MoveJob]) -> None:
         """Make the copies, and the class changes that leave objects readable."""
-        self._copies.copy([job for job in jobs if job.row.action in ("copy", "move")])
+        self._copies.copy([job for job in jobs if job.copies])
         reclassed = [j for j in jobs if j.row.action == "reclass" and not self._context.ends_readability(j.row)]
         self._check_pins(reclassed)  # again, because the copies may have taken hours
         crash_point("tier_move.decided")
@@ -687,9 +414,9 @@ class PlanExecutor:
                 rows.append(replace(job.row, state="done"))
                 # The source was deleted by somebody, so the copy in dst may be the last one.
                 self._catalog.source_deleted([(job.row.dst, obj.key) for obj in job.row.objects if job.row.dst])
-            elif job.stop_reason or job.hand_copy:
+            elif job.stop_reason:
+                rows.append(self._stopped_row(job))
                 gone += self._take_stopped(job)
-                rows.append(replace(job.row, note=job.stop_reason or held_reason(job.hand_copy)))
             elif job.row.action == "copy" or (
                 job.row.action == "reclass" and not self._context.ends_readability(job.row)
             ):
@@ -704,11 +431,29 @@ class PlanExecutor:
             self._copied_bytes += job.n_bytes
             if job.stop_reason:
                 self._stopped.append(StoppedMove(job.row.number, job.stop_reason, job.row.path, job.row.plan))
-            elif job.hand_copy:
-                self._held.append(StoppedMove(job.row.number, held_reason(job.hand_copy), job.row.path, job.row.plan))
             else:
                 self._n_done += 1
         self._report_progress()
+
+    def _stopped_row(self, job: MoveJob) -> JournalRow:
+        """Return the journal row of a move that was not made, after removing what it has copied."""
+        row = job.row
+        if job.copies:
+            # Only the journal has what an earlier, interrupted attempt has made.
+            for old in self._open[row.path]:
+                if _has_parts(old) and old.dst_url == row.dst_url:
+                    row = replace(row, objects=_with_new_of(row, old))
+            if any(obj.is_new for obj in row.objects) and job.may_continue:
+                return replace(row, note=job.stop_reason)
+            if reason := withdraw_copy(self._context, row):
+                job.stop_reason += f"; {reason}"
+                return replace(row, note=job.stop_reason)
+        return replace(row, state="stopped", note=job.stop_reason)
+
+
+def _has_parts(row: JournalRow) -> bool:
+    """Return whether a journal row is that of a copy which was interrupted, so that dst may have parts of it."""
+    return row.state == "begun" and row.action in ("copy", "move")
 
 
 def _is_same_deletion(old: JournalRow, new: JournalRow) -> bool:

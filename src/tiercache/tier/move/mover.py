@@ -1,7 +1,7 @@
 """The mover: one run for a scheduler. The package's docstring lists the steps of a move, and the races between them.
 
-run_once() finishes interrupted deletions, plans, makes the moves, and makes the deletions that are due. No process
-stays resident. Two runs at once do not conflict: the second one fails and names the process that holds the lock.
+run_once() finishes interrupted deletions and copies, plans, makes the moves, and makes the deletions that are due. No
+process stays resident. Two runs at once do not conflict: the second one fails and names the process that has the lock.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from tiercache.tier.move.deletions import deletion_facts_of, run_due_deletions
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.placement_updates import track_ruled
-from tiercache.tier.move.recalls import finish_recalls, remove_ended_recalls
-from tiercache.tier.move.renames import finish_renames
 from tiercache.tier.move.transfer import Transfer
+from tiercache.tier.move.unfinished import finish_copies
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide_now
 from tiercache.tier.stores import Stores, lead_readers_home
@@ -87,7 +86,7 @@ class RunReport:
     Attributes:
         plan: Plan that the run made and, unless dry_run, applied.
         applied: Result of applying the plan.
-        recalls: Result of finishing recalls that were broken off.
+        resumed: Result of finishing copies that were interrupted.
         deletions: Deletions whose grace period was over, and those that an earlier run had left unfinished.
         newly_tracked: Folders of data sets whose use is tracked from now on.
         unavailable: Tiers whose copies cannot be seen now (for example a disk that is not mounted), with reasons; see
@@ -102,7 +101,7 @@ class RunReport:
 
     plan: Plan
     applied: ApplyResult = field(default_factory=ApplyResult)
-    recalls: ApplyResult = field(default_factory=ApplyResult)
+    resumed: ApplyResult = field(default_factory=ApplyResult)
     deletions: ApplyResult = field(default_factory=ApplyResult)
     newly_tracked: tuple[str, ...] = ()
     unavailable: Mapping[str, str] = field(default_factory=dict)
@@ -116,7 +115,7 @@ class RunReport:
     @property
     def stopped(self) -> tuple[StoppedMove, ...]:
         """All moves that were not made, with reasons."""
-        return self.applied.stopped + self.recalls.stopped + self.deletions.stopped
+        return self.resumed.stopped + self.applied.stopped + self.deletions.stopped
 
     @property
     def exit_code(self) -> int:
@@ -138,7 +137,7 @@ class RunReport:
             "moves": len(self.plan.moves),
             "refused": len(self.plan.refusals),
             "done": self.applied.n_made,
-            "copied_bytes": self.applied.n_bytes + self.recalls.n_bytes,
+            "copied_bytes": self.applied.n_bytes + self.resumed.n_bytes,
             "dropped": self.deletions.n_made,
             "dropped_bytes": self.deletions.n_bytes,
             "proof_bytes": self.deletions.proof_bytes,
@@ -147,8 +146,7 @@ class RunReport:
             "adopted": list(self.newly_tracked),
             "cost": round(self.plan.totals.cost, 6),
             "saving_month": round(self.plan.totals.saving_month, 6),
-            "recalled": self.recalls.n_made,
-            "held": [one.path for one in self.applied.held],
+            "resumed": self.resumed.n_made,
             "stopped": [
                 {"plan": one.plan, "id": one.number, "path": one.path, "reason": one.reason} for one in self.stopped
             ],
@@ -200,21 +198,16 @@ def run_once(
             context = stack.enter_context(open_mover(file, stores, catalog))
             # First, because the plan would otherwise count half of a copy.
             finished = run_due_deletions(context, only_begun=True)
-            finish_renames(context)  # apply_plan() tries again, and reports those that cannot be finished
-            ended = remove_ended_recalls(context)
+            resumed = finish_copies(context, on_progress=on_progress)
             crash_point("tier_run.finished")
             listed_s = SYSTEM_CLOCK.monotonic()
             report, inventory, decisions = _plan(file, stores, catalog)
             crash_point("tier_run.planned")
             newly_tracked = track_ruled(inventory, stores)
             crash_point("tier_run.tracked")
-            remove_obsolete_holds(stores.store(file.home_tier.name), time.time())
             applied = apply_plan(context, report.plan, on_progress=on_progress)
             crash_point("tier_run.applied")
-            prices = [prices_if_known(tier) for tier in file.tiers]
-            recalls = finish_recalls(
-                context, inventory, prices, unavailable=report.unavailable, on_progress=on_progress
-            )
+            remove_obsolete_holds(stores.store(file.home_tier.name), time.time())
             # The listing is before this run's own moves. Without a grace period they are due already: it is made anew.
             has_grace = file.tiering.grace_s > 0
             facts = (deletion_facts_of(inventory.snapshot, decisions), listed_s) if has_grace else None
@@ -222,7 +215,7 @@ def run_once(
             report = replace(
                 report,
                 applied=applied,
-                recalls=ended.followed_by(recalls),
+                resumed=resumed,
                 deletions=finished.followed_by(deleted),
                 newly_tracked=newly_tracked,
             )

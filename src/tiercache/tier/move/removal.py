@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,8 +17,8 @@ import numpy as np
 from tiercache.catalog.tiers import JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError, TierCacheError
-from tiercache.store import LocalFolder
 from tiercache.tier.model import KINDS
+from tiercache.tier.move.copies import remove_empty_folders
 from tiercache.tier.move.placement_updates import PlacementUpdates
 from tiercache.tier.stores import unavailable_tiers
 
@@ -142,10 +141,5 @@ def _delete(context: MoveContext, row: JournalRow, tiers: Sequence[str]) -> None
     crash_point("tier_removal.unmade")
     for tier, objects in by_tier.items():
         context.transfer.delete_objects(tier, objects[:-1])
-        store = context.stores.store(tier)
-        if isinstance(store, LocalFolder):
-            with suppress(StoreError):  # the objects are gone; an empty folder is only cosmetic
-                if row.kind == "checkpoint" and all(obj.key != row.path for obj in objects):
-                    store.remove_empty(row.path)
-                store.remove_empty_above(row.path)
+        remove_empty_folders(context, row, tier)
     context.catalog.forget([(obj.tier, obj.key) for obj in row.objects])

@@ -16,11 +16,13 @@ from typing import NamedTuple, TypeAlias
 from tiercache._native.checksum import combine, crc32c
 from tiercache.catalog.tiers import CatalogEntry
 from tiercache.crash_points import crash_point
+from tiercache.distribution import install_command
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store import CloudStore, LocalFolder
 from tiercache.store.archive import MOST_PARTS, S3StorageClasses
 from tiercache.store.contract import Upload
+from tiercache.store.posix import FileAttributes
 from tiercache.tier.model import PART_BYTES, PlannedObject
 from tiercache.tier.stores import Stores, needs_restore
 from tiercache.waiting import SYSTEM_CLOCK, Clock, pause
@@ -77,6 +79,7 @@ class _CopyRequest:
     obj: PlannedObject
     on_bytes: Callable[[int], object]
     replaces: MayReplace
+    written_s: float | None
 
     @property
     def replaced_etag(self) -> str | None:
@@ -137,6 +140,7 @@ class Transfer:
         *,
         on_bytes: Callable[[int], object] | None = None,
         replaces: MayReplace = True,
+        written_s: float | None = None,
     ) -> CatalogEntry:
         """Copy an object to another tier, under the same key and with that tier's storage class, and verify the copy.
 
@@ -145,6 +149,10 @@ class Transfer:
         read back, except for large files in local folders: these are complete and synced, and checksum_on_disk()
         reads them later. The result has no checksum where the server copied and none was known: other checksums, or
         the bytes themselves, were compared then.
+
+        A copy in a local folder keeps the modification time. A copy of a local file also keeps mode, group and, if root
+        copies, owner; folders that it creates get those of the source's folders. Folders that exist keep their times,
+        so that neither a move nor a recall makes an old checkpoint look like the newest.
 
         Args:
             src: Name of the source tier.
@@ -155,6 +163,8 @@ class Transfer:
                 appears there stays. The store enforces this; for more than 1 MiB in a cloud without boto3, the
                 destination is checked directly before the upload completes. An ETag: only the object with this ETag is
                 overwritten. This is checked directly before; with boto3 the request names the ETag too.
+            written_s: Time when the object was first written, in seconds since the epoch; None: the date in src. A
+                store other than a local folder only has the date of the copy.
 
         Raises:
             NotFound, ObjectChanged: The object is not in src, is not the expected one or changed during the copy; or
@@ -166,64 +176,11 @@ class Transfer:
         if self._stores.same_url(src, dst):
             raise ValueError(f"{src} and {dst} have one URL: a move between them changes the class of {obj.key}")
         self._check_cancelled(src, obj.key)
-        request = _CopyRequest(src, dst, obj, on_bytes or _nothing, replaces)
+        request = _CopyRequest(src, dst, obj, on_bytes or _nothing, replaces, written_s)
         made = self._copy_by_server(request) if self._stores.same_endpoint(src, dst) else None
         if made is None:
             made = self._copy_small(request) if obj.n_bytes <= _SMALL_BYTES else self._copy_in_parts(request)
         return made
-
-    def copy_within(self, name: str, obj: PlannedObject, key: str) -> None:
-        """Copy an object inside its tier under another key, which must be free, and verify the copy.
-
-        In a local folder, the file gets a second name where the file system has hard links; in S3, the server copies.
-
-        Args:
-            name: Name of the tier.
-            obj: Expected object, as for copy().
-            key: Key of the copy.
-
-        Raises:
-            NotFound, ObjectChanged, StoreError: As copy().
-        """
-        info, store, s3_classes = self.check(name, obj), self._stores.store(name), self._stores.s3_classes(name)
-        if isinstance(store, LocalFolder) and store.link(obj.key, key) is not None:
-            return
-        if s3_classes is not None:
-            self._expect_absent(name, key)  # not all servers check the condition of a copy request
-            storage_class = self._stores.file.tier(name).storage_class
-            crc, etag = obj.crc32c, info.etag
-            before = s3_classes.checksums(obj.key)
-            made = s3_classes.copy_from(
-                s3_classes, obj.key, key, storage_class=storage_class, if_match=etag, crc32c=crc, replaces=False
-            )
-            is_equal = _is_proven(before, s3_classes.checksums(key), obj, made)
-        else:
-            with store.create(key) as upload, closing(self._parts(name, info, _nothing)) as parts:
-                crc = 0
-                for number, part in enumerate(parts):
-                    crc = combine(crc, part.crc32c, part.n_bytes)
-                    if part.buffer is not None:
-                        upload.put_part(number, part.buffer)
-                        self._buffers.give(part.buffer)
-                found = upload.complete(if_absent=True)
-            if found is None:
-                raise self._is_taken(name, key)
-            made, is_equal = found, self.checksum_of(name, found) == crc
-        is_equal = is_equal or (
-            not needs_restore(made) and self.checksum_of(name, made) == self.checksum_of(name, info)
-        )
-        if made.n_bytes != info.n_bytes or not is_equal:
-            self._remove(name, made)
-            raise _wrong(self._at(name, key), f"the bytes of {obj.key}", "other bytes", "the copy")
-
-    def _expect_absent(self, name: str, key: str) -> None:
-        """Raise ObjectChanged if a tier has an object with this key."""
-        with suppress(NotFound):
-            self._stores.head(name, key)
-            raise self._is_taken(name, key)
-
-    def _is_taken(self, name: str, key: str) -> ObjectChanged:
-        return ObjectChanged("the name is taken: it is not overwritten", url=self._at(name, key))
 
     def check(self, name: str, obj: PlannedObject) -> ObjectInfo:
         """Return the metadata of an object, if it is the planned one and can be read. Raises as copy()."""
@@ -356,10 +313,25 @@ class Transfer:
             return
         if isinstance(store, CloudStore) and info.n_bytes > MOST_PARTS * PART_BYTES:
             message = f"{info.n_bytes} bytes are more than this client writes in parts of 8 MiB"
-            hint = ": pip install 'tiercache[archive]'" if store.cloud == "s3" else ""
+            hint = f": {install_command('archive')}" if store.cloud == "s3" else ""
             raise StoreError(message + hint, url=f"{store.url}/{info.key}")
+        if isinstance(store, LocalFolder):
+            with store.create(info.key, attributes=self._kept_attributes(request, info)) as upload:
+                yield upload
+            return
         with store.create(info.key) as upload:
             yield upload
+
+    def _kept_attributes(self, request: _CopyRequest, info: ObjectInfo) -> Sequence[FileAttributes] | None:
+        """Return the attributes of a copy in a local folder and of its new folders; None if the source has no date."""
+        store = self._stores.store(request.src)
+        if isinstance(store, LocalFolder):
+            return store.attributes(info.key)
+        written_s = info.modified_s if request.written_s is None else request.written_s
+        if written_s is None:
+            return None
+        written_ns = int(written_s // 1) * 10**9 + round(written_s % 1 * 1e9)  # a product would lose 100 ns
+        return [FileAttributes(written_ns, written_ns)] * len(info.key.split("/"))
 
     def _parts(
         self, name: str, info: ObjectInfo, on_bytes: Callable[[int], object], upload: Upload | None = None
@@ -511,11 +483,11 @@ class Transfer:
             if not isinstance(store, LocalFolder):
                 store.delete([obj.key for obj in objects])
                 return
-            dated = [(obj.key, obj.etag) for obj in objects if obj.etag is not None]
-            store.delete([obj.key for obj in objects if obj.etag is None])
-            if changed := [key for key, etag in dated if not store.delete_unchanged(key, etag)]:
-                message = f"{len(changed)} files were changed since they were looked at, and were not deleted"
-                raise StoreError(message, url=self._at(name, changed[0]), failed=tuple(changed))
+            left = {obj.key: reason for obj in objects if (reason := _delete_file(store, obj))}
+            if left:
+                key, reason = next(iter(left.items()))
+                message = f"{len(left)} files were not deleted, the first because {reason}"
+                raise StoreError(message, url=self._at(name, key), failed=tuple(left))
             return
         if objects:
             self._check_cancelled(name, objects[0].key)
@@ -539,6 +511,18 @@ class Transfer:
     def _check_cancelled(self, name: str, key: str) -> None:
         if self._cancel.is_set():
             raise _cancelled(self._at(name, key))
+
+
+def _delete_file(folder: LocalFolder, obj: PlannedObject) -> str:
+    """Delete a file if it is still the expected one. Return why it was not deleted; "" if it was, or was missing."""
+    try:
+        if obj.etag is None:
+            folder.delete([obj.key])
+        elif not folder.delete_unchanged(obj.key, obj.etag):
+            return "it was changed since it was looked at"
+    except StoreError as error:
+        return str(error)
+    return ""
 
 
 def find_difference(obj: PlannedObject, info: ObjectInfo) -> tuple[str, object, object] | None:

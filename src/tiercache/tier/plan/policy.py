@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.model import format_bytes
@@ -33,10 +32,8 @@ from tiercache.tier.model import (
     DELETE,
     DROP,
     MOVE,
-    NO_MOVES,
     READABLE,
     RECLASS,
-    RENAME,
     Decisions,
     MoveColumns,
     Snapshot,
@@ -55,7 +52,6 @@ from tiercache.tier.plan.proposals import (
 )
 from tiercache.tier.plan.selection import Flags, Rows, SnapshotIndex
 from tiercache.tier.stores import deletion_block_reason, unavailable_tiers
-from tiercache.tier.text_columns import index_in
 
 if TYPE_CHECKING:
     from tiercache.catalog.tiers import TierCatalog
@@ -68,7 +64,7 @@ Dollars = NDArray[np.float64]
 
 # Actions after which dst holds more bytes; for the others, dst is -1 or has the copy already.
 _ADDS_BYTES_TO_DST = (RECLASS, MOVE, COPY)
-_NOT_WHOLE = "no copy of it is whole: it is not complete yet, or two copies differ: remove or rename one of the two"
+_NOT_WHOLE = "no copy of it is whole: it is not complete yet, or objects of it are missing"
 
 
 def with_costs(index: SnapshotIndex, moves: MoveColumns) -> MoveColumns:
@@ -124,7 +120,10 @@ def refuse(moves: MoveColumns, refused: list[MoveColumns], mask: Flags, text: Re
 
 
 def refuse_protected(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
-    """Refuse moves of groups that are pinned, held, in use or incomplete, and deletions of tagged groups."""
+    """Refuse moves of groups that are immovable, pinned, held, in use or incomplete, and deletions of tagged groups."""
+    immovable = np.isin(moves.group, [*index.snapshot.immovable])
+    whys = [index.snapshot.immovable[group] for group in moves.group[immovable].tolist()]
+    moves = refuse(moves, refused, immovable, np.array(whys, np.object_))
     whys = [f": {pin.why}" if pin.why else "" for pin in index.file.pins]
     pinned = index.pin[moves.group]
     text = format_reasons(lambda pin: f"pinned (pins[{pin + 1}]){whys[pin]}", pinned[pinned >= 0])
@@ -274,36 +273,13 @@ def dollars_in_reason(dollars: float) -> str:
     return f"{sign}${abs(dollars):,.2f}" if abs(dollars) >= 1 else f"{sign}${abs(dollars):.3g}"
 
 
-def _without_older_names(index: SnapshotIndex, moves: MoveColumns) -> MoveColumns:
-    """Return the moves of groups whose objects have the names of their groups: others are renamed first."""
-    return moves.take(~np.isin(moves.group, sorted(index.snapshot.older_names)))
-
-
-def _occupied_names(index: SnapshotIndex, renames: MoveColumns) -> dict[tuple[int, int], str]:
-    """Return the (group, tier) pairs whose names older copies have, and that no rename of the plan frees."""
-    snapshot = index.snapshot
-    freed = set(zip(renames.group.tolist(), renames.src.tolist(), strict=True))
-    names = list(snapshot.older_names.values())
-    groups = index_in(pa.array(names, pa.large_string()), snapshot.paths).tolist()
-    found = {}
-    for (older, name), group in zip(snapshot.older_names.items(), groups, strict=True):
-        for tier in np.flatnonzero(index.at[:, older] >= 0).tolist():
-            if group >= 0 and (older, tier) not in freed:
-                found[group, tier] = f"{index.name(tier)} has an older copy under this name, which is not renamed yet"
-                if not index.readable[tier, older]:
-                    found[group, tier] += f": restore it first: tiercache restore {name}"
-    return found
-
-
-def refuse_occupied(
-    moves: MoveColumns, refused: list[MoveColumns], occupied: Mapping[tuple[int, int], str]
-) -> MoveColumns:
-    """Refuse copies to tiers where an older copy has the name."""
-    if not occupied:
-        return moves
-    texts = [occupied.get(pair, "") for pair in zip(moves.group.tolist(), moves.dst.tolist(), strict=True)]
-    mask = np.array([bool(text) for text in texts], np.bool_)
-    return refuse(moves, refused, mask, np.array([text for text in texts if text], np.object_))
+def _refuse_immovable(index: SnapshotIndex) -> MoveColumns:
+    """Return a refusal for each group that no move may touch and that a rule applies to, with the reason."""
+    groups = np.array(sorted(group for group in index.snapshot.immovable if index.rule[group] >= 0), np.int64)
+    reasons = np.array([index.snapshot.immovable[group] for group in groups.tolist()], np.object_)
+    lies = index.at[:, groups] >= 0
+    src, dst = (np.argmax(lies, axis=0), index.n_tiers - 1 - np.argmax(lies[::-1], axis=0))
+    return replace(MoveColumns.of(groups, MOVE, src, dst, index.rule[groups], ""), reason=reasons)
 
 
 class CapacityLedger:
@@ -338,7 +314,7 @@ class CapacityLedger:
         moves = moves.take(fits)
         n_bytes = bytes_of(self._index, moves)
         for tier in range(self._index.n_tiers):
-            leaves = (moves.src == tier) & ~np.isin(moves.action, (COPY, DELETE, RENAME))
+            leaves = (moves.src == tier) & ~np.isin(moves.action, (COPY, DELETE))
             self.leaving_bytes[tier] += n_bytes[leaves].sum()
             self.arriving_bytes[tier] += n_bytes[(moves.dst == tier) & np.isin(moves.action, _ADDS_BYTES_TO_DST)].sum()
             deleted = self._index.at[tier, moves.group[moves.action == DELETE]]
@@ -416,23 +392,18 @@ class _Policy:
     ) -> None:
         self.index, self.ledger, self.unavailable = index, CapacityLedger(index, capacity_bytes), unavailable
         self.is_moved = np.zeros(index.snapshot.n_groups, np.bool_)
-        self.occupied: dict[tuple[int, int], str] = {}
         self.moves: list[MoveColumns] = []
         self.refused: list[MoveColumns] = []
 
     def decide(self) -> Decisions:
         """Run both steps of the policy."""
         index, refused = self.index, self.refused
-        renames = self._rename_older_copies()
-        self.occupied = _occupied_names(index, renames)
+        refused.append(_refuse_immovable(index))
         proposals = [propose(index, rule, number) for number, rule in enumerate(index.file.rules)]
         for of_rule in proposals:
             # Protection comes first, because its reason holds for a move that the rule itself refuses, too.
-            refused_by_rule = refuse_protected(index, _without_older_names(index, of_rule.refused), refused)
-            refused.append(refused_by_rule)
-            proposed = _without_older_names(index, of_rule.proposed)
-            moves = keep_newest(index, refuse_protected(index, proposed, refused), refused)
-            moves = refuse_occupied(moves, refused, self.occupied)
+            refused.append(refuse_protected(index, of_rule.refused, refused))
+            moves = keep_newest(index, refuse_protected(index, of_rule.proposed, refused), refused)
             moves = refuse_unavailable(index, keep_symlink_targets(index, moves, refused), refused, self.unavailable)
             self._admit(refuse_unprofitable(index, moves, refused))
         for tier in range(index.n_tiers - 1):
@@ -444,32 +415,6 @@ class _Policy:
         names = [rule.name for rule in index.file.rules]
         names += [f"tiers.{name}.high" for name in reversed(index.snapshot.tiers)]
         return Decisions(moves.take(np.argsort(moves.action, kind="stable")), all_refused.take(first), tuple(names))
-
-    def _rename_older_copies(self) -> MoveColumns:
-        """Propose a date in the names of older copies of names that were written again, and return these moves."""
-        index, older_names = self.index, self.index.snapshot.older_names
-        groups = np.array(sorted(group for group in older_names if index.rule[group] >= 0), np.int64)
-        if not len(groups):
-            return NO_MOVES
-        tiers, rows = np.nonzero(index.at[:, groups] >= 0)
-        groups, tiers = groups[rows], tiers.astype(np.int8)
-        names = [older_names[group] for group in groups.tolist()]
-        what = [f"{name} was written again; this older copy gets the date of its writing in its name" for name in names]
-        moves = MoveColumns.of(groups, RENAME, tiers, tiers, index.rule[groups], np.array(what, np.object_))
-        whys = [f": {pin.why}" if pin.why else "" for pin in index.file.pins]
-        pinned = index.pin[moves.group]
-        why = format_reasons(lambda pin: f"pinned (pins[{pin + 1}]){whys[pin]}", pinned[pinned >= 0])
-        moves = refuse(moves, self.refused, pinned >= 0, why)
-        moves = refuse(moves, self.refused, index.snapshot.in_use[moves.group], "in use")
-        unreadable = ~index.readable[moves.src, moves.group]
-        names = [older_names[group] for group in moves.group[unreadable].tolist()]
-        what = [f"it is archived, and must be restored before it can be renamed: tiercache restore {n}" for n in names]
-        moves = refuse(moves, self.refused, unreadable, np.array(what, np.object_))
-        for name, reason in self.unavailable.items():
-            moves = refuse(moves, self.refused, moves.src == index.file.index(name), reason)
-        self.is_moved[moves.group] = True
-        self.moves.append(moves)
-        return moves
 
     def _admit(self, moves: MoveColumns) -> None:
         moves = moves.take(self.ledger.admit(moves, self.refused))
@@ -492,7 +437,6 @@ class _Policy:
         proposed, unreadable = propose_down(self.index, rows, tier, (-1 - tier, text))
         skipped = [unreadable]
         proposed = refuse_unavailable(self.index, proposed, skipped, self.unavailable)
-        proposed = refuse_occupied(proposed, skipped, self.occupied)
         moves = proposed.take(np.lexsort((proposed.group, -unused_s[proposed.group])))
         freed = np.cumsum(np.where(ledger.fitting(moves), bytes_of(self.index, moves), 0))
         n = int(np.searchsorted(freed, used - int(limit * of_tier.low))) + 1
@@ -512,7 +456,7 @@ class _Policy:
         must_stay = (
             self.is_moved | index.snapshot.in_use | (index.pin >= 0) | _protected_by_hold(index) | (index.at[tier] < 0)
         )
-        must_stay[sorted(index.snapshot.older_names)] = True
+        must_stay[[*index.snapshot.immovable]] = True
         must_stay |= (index.snapshot.kind == CHECKPOINT) & (~index.snapshot.complete | index.newest)
         must_stay[sorted(index.snapshot.pinned)] = True
         linked = [copy for copy in index.snapshot.links if index.snapshot.tier[copy] == tier]

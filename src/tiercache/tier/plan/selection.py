@@ -17,7 +17,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.tier.costs import leaves_and_streams
-from tiercache.tier.inventory.layouts import undated_paths
 from tiercache.tier.model import CHECKPOINT, KINDS, READABLE, RESTORED
 from tiercache.tier.text_columns import first_match
 
@@ -72,7 +71,7 @@ class SnapshotIndex:
         tagged[[group for group, tags in snapshot.tags.items() if tags]] = True
         pins = [pin for pin in file.pins if pin.until_s is None or pin.until_s > snapshot.now_s]
         # The snapshot has no objects: the path of a folder stands for the objects that `run/step-10/**` matches.
-        pin = _match_dated(snapshot.paths, [(pin.match + _folders(pin.match), ()) for pin in pins])
+        pin = first_match(snapshot.paths, [(pin.match + _folders(pin.match), ()) for pin in pins])
         tiers = [(tier.url.rstrip("/"), price) for tier, price in zip(file.tiers, prices, strict=True)]
         routes = np.array(
             [[(src == dst, *leaves_and_streams(src, dst, old, new)) for dst, new in tiers] for src, old in tiers]
@@ -148,18 +147,9 @@ def with_tags(snapshot: Snapshot, file: RuleFile) -> Snapshot:
     paths = snapshot.paths.take(pa.array(checkpoints))
     tags = dict(snapshot.tags)
     for tag in file.tags:
-        for group in checkpoints[_match_dated(paths, [(tag.match, ())]) >= 0].tolist():
+        for group in checkpoints[first_match(paths, [(tag.match, ())]) >= 0].tolist():
             tags[group] = tags.get(group, frozenset()) | frozenset(tag.tags)
     return replace(snapshot, tags=tags)
-
-
-def _match_dated(paths: pa.Array, globs: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> NDArray[np.int16]:
-    """Return first_match(), where what matches a name also matches its older copies, which have a date in the name."""
-    found = first_match(paths, globs)
-    rows, undated = undated_paths(paths)
-    if len(rows) and globs:
-        found[rows] = np.where(found[rows] < 0, first_match(undated, globs), found[rows])
-    return found
 
 
 def _folders(globs: Sequence[str]) -> tuple[str, ...]:

@@ -1,0 +1,519 @@
+"""Copies of groups: one group after another, each complete and recorded, or withdrawn.
+
+Before the first byte, the journal has the intent: source, destination, every object with its size and date, and which
+of them dst lacked (PlannedObject.is_new). So a copy that the mover made is recognised after any interruption, and no
+part of one is taken for something that a user wrote.
+
+An object in dst is never overwritten, with one exception: a move made it from this very src, it is unchanged since, and
+src has a different object now. A copy whose source was dropped, or that came from another tier, is never overwritten::
+
+    1. hot has v1 of a key, and home has v2. 2. v1 is copied to the archive, and dropped from hot.
+    3. v2 is copied to the archive, and overwrites the last copy of v1.
+
+The last object of a group is its completing object. It is copied when all the others are there, so that an incomplete
+copy never looks complete.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from threading import Lock
+from typing import TYPE_CHECKING, Literal
+
+from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
+from tiercache.crash_points import crash_point
+from tiercache.errors import CommitConflict, StoreError, TierCacheError
+from tiercache.model import format_bytes
+from tiercache.store import LocalFolder
+from tiercache.tier.move.checks import Heads, MoveContext, earliest, first_written_s, matches_entry
+from tiercache.tier.move.transfer import MayReplace, is_md5
+from tiercache.tier.stores import needs_restore
+from tiercache.waiting import SYSTEM_CLOCK
+
+if TYPE_CHECKING:
+    from tiercache.model import ObjectInfo
+
+# A copy of this size is recorded in the catalog at once, so that a killed process does not have to make it again. What
+# is smaller is recorded when its group is complete, at most this often.
+_AT_ONCE_BYTES = 8 << 20
+_RECORD_S = 1.0
+# Assumed difference between the clocks of stores.
+_STORE_SKEW_S = 60.0
+
+
+@dataclass(slots=True)
+class MoveJob:
+    """A move in progress. The lock guards the fields that pool threads change.
+
+    Attributes:
+        stop_reason: Reason why the move was stopped; "" while it was not.
+        may_continue: Whether the reason may pass, so that the parts of the copy stay for the next run: the network.
+        is_finished: Whether nothing is left to do.
+        made: Verified copies that are not in the catalog yet, as (tier, key, entry).
+        n_bytes: Bytes that were copied.
+        absent: Keys of the objects that dst lacked when the move began.
+        is_new: Whether a copy in dst was not in the catalog before.
+    """
+
+    row: JournalRow
+    stop_reason: str = ""
+    may_continue: bool = False
+    is_finished: bool = False
+    made: list[tuple[str, str, CatalogEntry]] = field(default_factory=list)
+    n_bytes: int = 0
+    absent: frozenset[str] = frozenset()
+    is_new: bool = False
+    lock: Lock = field(default_factory=Lock)
+
+    def stop(self, reason: str, *, may_continue: bool = False) -> None:
+        """Stop the move. Only the first reason is kept. reason: Not empty; see stop_if()."""
+        with self.lock:
+            if not self.stop_reason:
+                self.stop_reason, self.may_continue = reason, may_continue
+
+    def stop_if(self, reason: str) -> None:
+        """Stop the move if a check gave a reason; "" means that the check found nothing."""
+        if reason:
+            self.stop(reason)
+
+    @property
+    def copies(self) -> bool:
+        """Whether the move copies objects from src to dst."""
+        return self.row.action in ("copy", "move")
+
+    @property
+    def is_active(self) -> bool:
+        """Whether there is more to do."""
+        return not (self.stop_reason or self.is_finished)
+
+
+@dataclass(slots=True, eq=False)
+class _GroupCopy:
+    """The copy of one group in progress. members: Objects that no thread has begun, without the completing object."""
+
+    job: MoveJob
+    members: list[PlannedObject]
+    left_bytes: int
+    n_running: int = 0
+    is_begun: bool = False
+    is_last_begun: bool = False
+
+    def next_object(self) -> PlannedObject | None:
+        """Return the object to copy next; None: there is none, or the completing object must wait for the others."""
+        if not self.job.is_active or self.is_last_begun:
+            return None
+        if self.members:
+            return self.members.pop(0)
+        if self.n_running:
+            return None
+        self.is_last_begun = True
+        return self.job.row.objects[-1]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no thread works on the group, or will."""
+        return self.n_running == 0 and (self.is_last_begun or not self.job.is_active)
+
+
+class CopyMaker:
+    """Makes the copies of jobs. Use it from one thread at a time."""
+
+    def __init__(self, context: MoveContext, on_bytes: Callable[[int], object]) -> None:
+        self._context, self._on_bytes = context, on_bytes
+        self._lock = Lock()  # guards the queue, and what is not recorded yet
+        self._withdrawing = Lock()  # the lock of the tiers announces one withdrawal at a time
+        self._queue: list[_GroupCopy] = []
+        self._unrecorded: list[tuple[str, str, CatalogEntry]] = []
+        self._recorded_s = 0.0
+
+    # -- the intent -------------------------------------------------------------------------------------------------
+
+    def look(self, jobs: Sequence[MoveJob]) -> None:
+        """Note in the rows of jobs which objects dst lacks, before the caller writes these rows into the journal."""
+        heads = self._context.heads((job.row.dst, obj.key) for job in jobs for obj in job.row.objects)
+        for job in jobs:
+            row = job.row
+            absent = frozenset(obj.key for obj in row.objects if heads.is_absent(row.dst, obj.key))
+            # What an earlier, interrupted attempt of this copy has made is the move's own, too.
+            objects = (obj._replace(is_new=obj.is_new or obj.key in absent) for obj in row.objects)
+            job.row, job.absent = replace(row, objects=tuple(objects)), absent
+
+    # -- groups -----------------------------------------------------------------------------------------------------
+
+    def copy(self, jobs: Sequence[MoveJob]) -> None:
+        """Make each job's group complete and verified in dst, and record it in the catalog.
+
+        The groups are copied in their order; further threads begin the next ones. A failure stops its job only, and
+        the parts that the job has copied are removed. A group that has no room in dst is not begun.
+        """
+        self._queue = [_group_copy(job) for job in jobs]
+        crash_point("tier_move.intended")
+        n_threads = min(self._context.file.tiering.jobs, sum(len(job.row.objects) for job in jobs))
+        threads: list[Future[None]] = [self._context.pool.submit(self._work) for _ in range(n_threads)]
+        try:
+            for thread in threads:
+                thread.result()
+        finally:
+            with self._lock:
+                self._queue = []
+        self._record()
+        crash_point("tier_move.recorded")
+
+    def _work(self) -> None:
+        """Copy objects until none is left that this thread can copy; the entry of a pool thread.
+
+        A thread may end while another one copies the last member of a group: that thread copies the completing object.
+        """
+        try:
+            while (task := self._next()) is not None:
+                group, obj = task
+                self._copy_object(group.job, obj)
+                with self._lock:
+                    group.n_running -= 1
+                    group.left_bytes -= obj.n_bytes if obj.key in group.job.absent else 0
+                    is_over = group.is_over
+                    if is_over and group in self._queue:
+                        self._queue.remove(group)
+                if is_over:
+                    self._end_group(group.job)
+        except BaseException:
+            with self._lock:
+                self._queue = []  # the other threads end, too
+            raise
+
+    def _next(self) -> tuple[_GroupCopy, PlannedObject] | None:
+        with self._lock:
+            for group in [*self._queue]:
+                if not group.is_begun:
+                    reason = self._no_room_reason(group)
+                    if reason and any(other.n_running for other in self._queue):
+                        continue  # what these write is counted twice; the thread that ends the last of them looks again
+                    group.is_begun = True
+                    group.job.stop_if(reason)
+                if (obj := group.next_object()) is not None:
+                    group.n_running += 1
+                    return group, obj
+                if group.is_over:
+                    self._queue.remove(group)
+        return None
+
+    def _no_room_reason(self, group: _GroupCopy) -> str:
+        """Return why a local destination has no room for a group; "" if it has, or if that is not known."""
+        row, store = group.job.row, self._context.stores.store(group.job.row.dst)
+        if not isinstance(store, LocalFolder):
+            return ""
+        try:
+            free_bytes = shutil.disk_usage(store.root).free
+        except OSError:  # there is no such folder yet
+            return ""
+        others = (other for other in self._queue if other is not group and other.is_begun and other.n_running)
+        free_bytes -= sum(other.left_bytes for other in others if other.job.row.dst == row.dst)
+        if group.left_bytes <= free_bytes:
+            return ""
+        need, free = format_bytes(group.left_bytes), format_bytes(max(free_bytes, 0))
+        return f"{store.url}: expected room for {row.path}, {need}, found {free} free: nothing of it was copied"
+
+    def _end_group(self, job: MoveJob) -> None:
+        """Record the complete copy of a group, or remove the parts of a stopped one."""
+        if job.is_active:
+            crash_point("tier_move.copied")
+            with self._lock:
+                self._unrecorded += job.made
+                job.made.clear()
+                is_due = SYSTEM_CLOCK.monotonic() - self._recorded_s >= _RECORD_S
+            if is_due:
+                self._record()
+        elif not job.may_continue:
+            with self._withdrawing:
+                withdraw_copy(self._context, job.row)  # the end of the move withdraws what cannot be removed now
+
+    def _record(self) -> None:
+        with self._lock:
+            made, self._unrecorded = self._unrecorded, []
+            self._recorded_s = SYSTEM_CLOCK.monotonic()
+        self._context.catalog.record(made)
+
+    def _copy_object(self, job: MoveJob, obj: PlannedObject) -> None:
+        if obj is job.row.objects[-1]:
+            crash_point("tier_move.parts_copied")
+        try:
+            self._ensure(job, obj)
+        except CommitConflict:
+            raise  # the lock was lost: all work must stop
+        except TierCacheError as error:
+            if error.details.get("cancelled"):
+                raise
+            job.stop(str(error), may_continue=isinstance(error, StoreError) and error.retryable)
+
+    # -- one object -------------------------------------------------------------------------------------------------
+
+    def _ensure(self, job: MoveJob, obj: PlannedObject) -> None:
+        context, src, dst = self._context, job.row.src, job.row.dst
+        info = None if obj.key in job.absent else context.head(dst, obj.key)
+        if info is not None and self._is_there(job, obj, info):
+            return
+        if not job.is_active:
+            return
+        self._begin_anew(job)
+        source = src
+        # Only the object that was seen is replaced, where the store gives it an ETag.
+        replaces: MayReplace = False if info is None else info.etag or True
+        try:
+            written_s = first_written_s(obj, context.catalog.entries(src, [obj.key]).get(obj.key))
+            copied = context.transfer.copy(
+                src, dst, obj, on_bytes=self._on_bytes, replaces=replaces, written_s=written_s
+            )
+        except StoreError as error:
+            if not error.details.get("corrupt"):
+                raise
+            source, copied = self._copied_from_others(job, obj, replaces, error)
+        crash_point("tier_move.object")
+        crc = copied.crc32c if copied.crc32c is not None else obj.crc32c
+        # A copy that was made from a third tier must not be replaced by one from src: a damaged object of src may
+        # have a newer date.
+        copied = copied._replace(crc32c=crc, made_from=context.file.tier(source).url)
+        self._record_copy(job, obj, copied, copied.n_bytes, of_source=source == src)
+
+    def _begin_anew(self, job: MoveJob) -> None:
+        """Record that the copy in dst is new, before it exists or is recorded as verified.
+
+        Its grace period starts again. Without the record: 1. A move waits, and its copy is lost. 2. The copy is made
+        again and recorded. 3. The process is killed. 4. The next run finds a verified copy, and a wait for the same
+        deletion that began long before that copy existed.
+
+        This is one write per move, not one per batch: where ETags are derived from the bytes, the catalog knows the new
+        copy as soon as it exists, because it still has the entry of the lost copy.
+        """
+        with job.lock:
+            job.is_new = True
+            if job.row.since_s > 0:
+                job.row = replace(job.row, since_s=0.0, due_s=0.0)
+                self._context.catalog.write([job.row])
+
+    def _copied_from_others(
+        self, job: MoveJob, obj: PlannedObject, replaces: MayReplace, failure: StoreError
+    ) -> tuple[str, CatalogEntry]:
+        """Copy an object that has rotted in src from another tier with an equal object. Return that tier and the copy.
+
+        Raises `failure` if no tier has one. Without this, the group would stay incomplete in dst on every run until
+        somebody looked.
+        """
+        context, dst = self._context, job.row.dst
+        for tier in context.file.tiers:
+            if any(context.stores.same_url(tier.name, other) for other in (job.row.src, dst)):
+                continue
+            entry = context.catalog.entries(tier.name, [obj.key]).get(obj.key)
+            if entry is None or not entry.verified or (entry.n_bytes, entry.crc32c) != (obj.n_bytes, obj.crc32c):
+                continue
+            equal = obj._replace(etag=entry.etag, modified_s=None)
+            with suppress(StoreError):  # the error to report is the one of src
+                copied = context.transfer.copy(
+                    tier.name, dst, equal, on_bytes=self._on_bytes, replaces=replaces, written_s=entry.written_s
+                )
+                return tier.name, copied
+        raise failure
+
+    def _record_copy(
+        self, job: MoveJob, obj: PlannedObject, copy: CatalogEntry, n_bytes: int, *, of_source: bool = True
+    ) -> None:
+        """Record a verified copy in the catalog. If src was the source, record src too: both were read and are equal.
+
+        The copy keeps the date of the object that it copies, also when the source is gone.
+        """
+        catalog = self._context.catalog
+        source = catalog.entries(job.row.src, [obj.key]).get(obj.key)
+        came_from = source.made_from if source is not None and source.etag == obj.etag else ""
+        first_s = first_written_s(obj, source)
+        copy = copy._replace(written_s=earliest(copy.written_s, first_s))
+        pair = [(job.row.dst, obj.key, copy)]
+        if of_source and obj.etag is not None:
+            pair.append((job.row.src, obj.key, CatalogEntry(obj.n_bytes, obj.etag, copy.crc32c, came_from, first_s)))
+        if copy.n_bytes >= _AT_ONCE_BYTES:
+            catalog.record(pair)
+            pair = []
+        with job.lock:
+            job.n_bytes += n_bytes
+            job.made.extend(pair)
+
+    def _is_there(self, job: MoveJob, obj: PlannedObject, info: ObjectInfo) -> bool:
+        """Return whether dst has an equal copy.
+
+        Stop the job if dst has a different object that must not be overwritten.
+        """
+        context, dst = self._context, job.row.dst
+        entry = context.catalog.entries(dst, [obj.key]).get(obj.key)
+        expected = self._expected_checksum(job, obj)
+        is_cold = needs_restore(info)
+        if info.n_bytes == obj.n_bytes and expected is not None:
+            found = context.checksum_of(dst, info, entry)
+            # For an object that cannot be read, the checksum that the store reports is all there is.
+            if expected == (info.crc32c if found is None else found):
+                same = entry if entry is not None and entry.verified and matches_entry(info, entry) else None
+                came_from, first_s = ("", None) if same is None else (same.made_from, same.written_s)
+                copy = CatalogEntry(info.n_bytes, info.etag, expected, came_from, first_s)
+                return self._found(job, obj, copy, is_new=same is None)
+        if obj.is_new and entry is None and is_cold and info.n_bytes == obj.n_bytes:
+            # A killed process has copied it. A readable object was compared above.
+            if _is_by_etag(info, obj):
+                copy = CatalogEntry(info.n_bytes, info.etag, None, job.row.src_url)
+                return self._found(job, obj, copy, is_new=True)
+            if self._may_make_again(job, obj, info):
+                return False
+        is_ours = entry is not None and entry.made_from == job.row.src_url and matches_entry(info, entry)
+        if is_ours and len(job.row.objects) == 1:
+            return False  # a copy of an earlier object of src: it may be replaced
+        where = f"{context.stores.store(dst).url}/{obj.key}"
+        archived = ", which must be restored before it can be compared" if is_cold else ""
+        job.stop(
+            f"{where}: expected nothing there, or a copy of the {obj.n_bytes} bytes in {job.row.src}; found another "
+            f"object of {info.n_bytes} bytes{archived}: it is not overwritten, remove or rename one of the two"
+        )
+        return False
+
+    def _found(self, job: MoveJob, obj: PlannedObject, copy: CatalogEntry, *, is_new: bool) -> Literal[True]:
+        """Record that dst has a copy already."""
+        if is_new:
+            self._begin_anew(job)
+        self._record_copy(job, obj, copy, 0)
+        self._on_bytes(obj.n_bytes)
+        return True
+
+    def _may_make_again(self, job: MoveJob, obj: PlannedObject, info: ObjectInfo) -> bool:
+        """Return whether src may replace an archived, never verified copy that a killed process has left.
+
+        If the store reports a checksum of the copy, it differs from that of src: one of the two is wrong, and it may be
+        src::
+
+            1. The object is copied, and the process is killed. 2. src rots. 3. The copy in dst is the last good one.
+
+        So src must have been written again since, and the group must not look complete in dst, because replacing one
+        part may fail.
+        """
+        if info.crc32c is None:
+            return True
+        if obj.modified_s is None or info.modified_s is None or obj.modified_s <= info.modified_s + _STORE_SKEW_S:
+            return False
+        objects = job.row.objects
+        return len(objects) == 1 or self._context.head(job.row.dst, objects[-1].key) is None
+
+    def _expected_checksum(self, job: MoveJob, obj: PlannedObject) -> int | None:
+        """Return the CRC-32C that a copy must have; None where nothing records it and src cannot be read."""
+        if obj.crc32c is not None:
+            return obj.crc32c
+        context, src = self._context, job.row.src
+        info = context.head(src, obj.key)
+        if info is None or context.change_reason(src, info, obj):
+            return None
+        return context.checksum_of(src, info, context.catalog.entries(src, [obj.key]).get(obj.key))
+
+
+def _is_by_etag(info: ObjectInfo, obj: PlannedObject) -> bool:
+    """Return whether the ETag alone shows that a copy equals src, as for server-side copies without a checksum.
+
+    Without this: 1. The object is copied, and the process is killed. 2. src rots, with its old ETag. 3. The copy in dst
+    is the last good one. Copying again would overwrite it first, and compare afterwards.
+    """
+    has_sum = info.crc32c is not None or obj.crc32c is not None
+    return not has_sum and info.etag is not None and info.etag == obj.etag and is_md5(info.etag)
+
+
+def _group_copy(job: MoveJob) -> _GroupCopy:
+    n_bytes = sum(obj.n_bytes for obj in job.row.objects if obj.key in job.absent)
+    return _GroupCopy(job, list(job.row.objects[:-1]), n_bytes)
+
+
+# -- withdrawal -------------------------------------------------------------------------------------------------------
+
+
+def withdraw_copy(context: MoveContext, row: JournalRow) -> str:
+    """Remove what a move has copied that is not made. Return why parts of the copy remain; "" if none does.
+
+    Only objects that dst lacked before are removed, and only while src has every object of the group. A complete and
+    recorded copy of what src has stays: it is a copy like others, and rules apply to it. If src was written again, the
+    copy is removed, too: otherwise the two would be a conflict that no user has caused.
+    """
+    new = [obj for obj in row.objects if obj.is_new]
+    if not new:
+        return ""
+    try:
+        heads = _heads(context, [(tier, obj.key) for obj in row.objects for tier in (row.src, row.dst)])
+        parts = [obj for obj in new if heads.info(row.dst, obj.key) is not None]
+        if not parts or (_is_recorded(context, row, heads) and _is_unchanged(context, row, heads)):
+            return ""
+        if missing := [obj.key for obj in row.objects if heads.info(row.src, obj.key) is None]:
+            return (
+                f"{row.src_url}/{missing[0]}: expected the source of an interrupted copy, found nothing: what was "
+                f"copied of it, {len(parts)} of {len(row.objects)} objects in {row.dst_url}/{row.path}, stays; delete "
+                f"it if it is not wanted"
+            )
+        ours = [obj for obj in parts if _is_own_part(context, row, obj, heads)]
+        found = [heads.info(row.dst, obj.key) for obj in ours]
+        context.lock.announce([(row.dst_url, row.path)])
+        context.transfer.delete_objects(
+            row.dst,
+            [obj._replace(etag=info.etag) for obj, info in zip(ours, found, strict=True) if info is not None],
+        )
+        crash_point("tier_move.withdrawn")
+        remove_empty_folders(context, row, row.dst)
+        context.catalog.forget((row.dst, obj.key) for obj in ours)
+    except CommitConflict:
+        raise
+    except TierCacheError as error:
+        return str(error)
+    return ""
+
+
+def _heads(context: MoveContext, pairs: Sequence[tuple[str, str]]) -> Heads:
+    """Return the metadata of objects, asked for in this thread: the threads of the pool copy, or wait for this one."""
+    return Heads({pair: context.head(*pair) for pair in pairs})
+
+
+def _is_recorded(context: MoveContext, row: JournalRow, heads: Heads) -> bool:
+    """Return whether dst has every object of a move as the catalog recorded it when it was verified."""
+    entries = context.catalog.entries(row.dst, [obj.key for obj in row.objects])
+    for obj in row.objects:
+        info, entry = heads.info(row.dst, obj.key), entries.get(obj.key)
+        if info is None or entry is None or not entry.verified or not matches_entry(info, entry):
+            return False
+    return True
+
+
+def _is_unchanged(context: MoveContext, row: JournalRow, heads: Heads) -> bool:
+    """Return whether no object of a move was written again in src. Objects that are gone do not count."""
+    infos = ((obj, heads.info(row.src, obj.key)) for obj in row.objects)
+    return not any(info is not None and context.change_reason(row.src, info, obj) for obj, info in infos)
+
+
+def _is_own_part(context: MoveContext, row: JournalRow, obj: PlannedObject, heads: Heads) -> bool:
+    """Return whether an object in dst, which lacked it before, is the copy that the move has made."""
+    info, source = heads.info(row.dst, obj.key), heads.info(row.src, obj.key)
+    if info is None or source is None or info.n_bytes != obj.n_bytes:
+        return False
+    entry = context.catalog.entries(row.dst, [obj.key]).get(obj.key)
+    if entry is not None and matches_entry(info, entry):
+        return True
+    expected = obj.crc32c
+    if expected is None and not context.change_reason(row.src, source, obj):
+        known = context.catalog.entries(row.src, [obj.key]).get(obj.key)
+        expected = context.checksum_of(row.src, source, known)
+    # Where src was written again, or one of the two cannot be read, the size and the journal decide.
+    found = info.crc32c if needs_restore(info) else context.checksum_of(row.dst, info, entry)
+    return None in (expected, found) or expected == found
+
+
+def remove_empty_folders(context: MoveContext, row: JournalRow, tier: str) -> None:
+    """Remove the folders that deletions of a group have emptied in a local tier.
+
+    Frameworks would try to resume from the empty folder of a checkpoint. A copy that comes back creates the folders
+    that it needs.
+    """
+    store = context.stores.store(tier)
+    if isinstance(store, LocalFolder):
+        with suppress(StoreError):  # the objects are gone; an empty folder is only cosmetic
+            if row.kind == "checkpoint" and all(obj.key != row.path for obj in row.objects):
+                store.remove_empty(row.path)
+            store.remove_empty_above(row.path)

@@ -1,0 +1,132 @@
+"""Different objects under one name in two tiers: no rule touches either, and the plan names both."""
+
+import shutil
+
+import pytest
+from tests.tier.folders import FILES, Folders, content
+
+from tiercache.catalog.tiers import TierCatalog
+from tiercache.tier.holds import put_hold
+from tiercache.tier.inventory.groups import take_inventory
+from tiercache.tier.move.mover import DONE, catalog_path
+from tiercache.tier.stores import Stores
+
+STEP = [f"run/step-1/{name}" for name in FILES]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Step 1 was moved to standard, and step 2 is the newest."""
+    folders = Folders(tmp_path)
+    folders.save(1, 2)
+    assert folders.run().exit_code == DONE
+    assert folders.lies(1) == ["standard"]
+    return folders
+
+
+def bytes_of(folders):
+    return {
+        (tier, key): (folders.root / tier / key).read_bytes()
+        for key, tiers in folders.found().items()
+        for tier in tiers
+    }
+
+
+def conflicts(report):
+    return {refusal.path: refusal.reason for refusal in report.plan.refusals if refusal.reason.startswith("conflict")}
+
+
+@pytest.mark.parametrize("version", ["again, and longer", ""], ids=["other bytes", "the same bytes by hand"])
+def test_a_name_that_was_written_again_is_a_conflict_that_no_run_touches(folders, version):
+    folders.save(1, version=version)
+    before = bytes_of(folders)
+    for _ in range(2):
+        report = folders.run()
+        assert bytes_of(folders) == before
+        assert list(conflicts(report)) == ["run/step-1"]
+
+
+def test_the_plan_names_both_sides_and_what_to_do(folders):
+    folders.save(1, version="again, and longer")
+    reason = conflicts(folders.run(dry_run=True))["run/step-1"]
+    assert "B of " in reason
+    assert "in hot" in reason
+    assert "in standard" in reason
+    assert "delete or rename the one that is not wanted" in reason
+
+
+@pytest.mark.parametrize("tier", ["hot", "standard"])
+def test_a_conflict_ends_when_a_person_has_deleted_one_side(folders, tier):
+    folders.save(1, version="again, and longer")
+    folders.run()
+    shutil.rmtree(folders.root / tier / "run/step-1")
+    report = folders.run()
+    assert conflicts(report) == {}
+    assert {tuple(tiers) for key, tiers in folders.found().items() if key in STEP} == {("standard",)}
+    kept = (folders.root / "standard" / STEP[0]).read_bytes()
+    assert kept == content(STEP[0], "again, and longer" if tier == "standard" else "")
+
+
+def test_a_name_of_which_one_file_was_written_again_is_a_conflict(folders):
+    folders.write("hot", STEP[0], content(STEP[0]), days=0.1)
+    before = bytes_of(folders)
+    report = folders.run()
+    assert bytes_of(folders) == before
+    assert list(conflicts(report)) == ["run/step-1"]
+
+
+def test_a_single_file_that_was_written_again_is_a_conflict(tmp_path):
+    folders = Folders(tmp_path, rules='[[rules]]\nmatch = "**"\nage = "1h"\nto = "archive"\n')
+    folders.write("hot", "model.pt", b"first", days=3)
+    assert folders.run().exit_code == DONE
+    folders.write("hot", "model.pt", b"second", days=1)
+    report = folders.run()
+    assert list(conflicts(report)) == ["model.pt"]
+    assert bytes_of(folders) == {("archive", "model.pt"): b"first", ("hot", "model.pt"): b"second"}
+
+
+def test_a_checkpoint_in_conflict_displaces_no_other_from_a_keep_list(folders):
+    folders.save(3, 4, 5)
+    folders.run()
+    assert [folders.lies(step) for step in (2, 3, 4)] == [["standard"]] * 3
+    folders.save(4, version="again, and longer")
+    folders.save(6)
+    folders.run()
+    # The last four without step 4 are 2, 3, 5 and 6.
+    assert [folders.lies(step) for step in (2, 3, 5, 6)] == [["standard"], ["standard"], ["standard"], ["hot"]]
+
+
+def test_copies_that_a_lost_catalog_does_not_know_are_compared_and_are_no_conflict(folders):
+    shutil.copytree(folders.root / "standard/run/step-1", folders.root / "hot/run/step-1")
+    catalog_path(folders.file).unlink()
+    report = folders.run()
+    assert conflicts(report) == {}
+    assert report.exit_code == DONE
+    assert folders.lies(1) == ["standard"]
+
+
+def test_a_copy_that_another_machine_has_recalled_is_no_conflict(folders):
+    shutil.copytree(folders.root / "standard/run/step-1", folders.root / "hot/run/step-1")
+    file = folders.file
+    with Stores(file) as stores:
+        put_hold(stores.store("standard"), ["run/step-1"], until_s=2.0, now_s=1.0, why="recalled elsewhere")
+    report = folders.run()
+    assert conflicts(report) == {}
+    assert folders.lies(1) == ["standard"]
+
+
+def test_a_change_of_mode_is_no_conflict(folders):
+    folders.write_rules(
+        '[[rules]]\nmatch = "**"\nkeep_hot = { last = 1 }\nthen = "archive"\n[[pins]]\nmatch = "run/step-1/**"\n'
+    )
+    for name in STEP:
+        (folders.root / "standard" / name).chmod(0o600)
+    assert conflicts(folders.run()) == {}
+
+
+def test_a_conflict_is_counted_by_no_inventory_as_a_complete_checkpoint(folders):
+    folders.save(1, version="again, and longer")
+    file = folders.file
+    with Stores(file) as stores, TierCatalog(catalog_path(file)) as catalog:
+        snapshot = take_inventory(file, stores, catalog, now_s=2e9).snapshot
+    assert not snapshot.complete[snapshot.paths.to_pylist().index("run/step-1")]
