@@ -93,7 +93,7 @@ def retained(store, *keeps, now_s=START_S + 1000 * HOUR_S, local=None):
 
 def test_a_rule_without_a_key_or_with_a_wrong_value_is_refused():
     for wrong, message in (
-        ({}, "Keep: is empty; its keys are best, every, every_steps, last, tags, younger_than"),
+        ({}, "Keep: is empty; its keys are best, every, every_steps, last, younger_than"),
         ({"last": 0}, "Keep.last: .* greater than or equal to 1"),
         ({"every": "soon"}, "Keep.every: not a duration: 'soon'"),
         ({"best": "loss"}, "Keep.best: expected METRIC:N"),

@@ -34,16 +34,13 @@ to = "archive"
 delete_after = 9
 [[rules]]
 match = "c"
-keep_hot = { last = 1, every_steps = 1, every = 1, best = "a:1", tags = "g", younger_than = 1 }
+keep_hot = { last = 1, every_steps = 1, every = 1, best = "a:1", younger_than = 1 }
 then = "archive"
 after = 1
 [[pins]]
 match = "d"
 until = 2027-01-01
 why = "e"
-[[tags]]
-match = "f"
-tags = "g"
 [tiering]
 grace = 1
 quiet_period = 1

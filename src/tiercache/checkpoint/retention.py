@@ -246,7 +246,6 @@ def _snapshot(scan: Scan, names: Sequence[str], now_s: float) -> Snapshot:
         in_use=np.zeros(n, np.bool_),
         metrics=metrics,
         unread=np.zeros(n, np.bool_),
-        tags={},
         group=none.astype(np.int32),
         tier=none.astype(np.int8),
         n_objects=none.astype(np.int32),

@@ -72,4 +72,4 @@ def read_own_tags(file: RuleFile, stores: Stores, listed: Listing, grouped: Grou
     with ThreadPoolExecutor(_THREADS, "tiercache-pins") as pool:
         pins = list(pool.map(read, hits.tolist(), copy_of.tolist()))
     groups = copies.group[copy_of].tolist()
-    return {"tags": {}, "pinned": frozenset(group for group, pin in zip(groups, pins, strict=True) if pin is not None)}
+    return {"pinned": frozenset(group for group, pin in zip(groups, pins, strict=True) if pin is not None)}
