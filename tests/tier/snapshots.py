@@ -79,7 +79,7 @@ class Group:
     metrics: Mapping[str, float] = field(default_factory=dict)
     unread: bool = False
     held: str = ""
-    older_name: str = ""  # path that its objects have now
+    immovable: str = ""
     is_pinned: bool = False  # by its own tags.json
 
 
@@ -137,7 +137,7 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         links={row: copy.link for row, (_, _, copy, _) in enumerate(rows) if copy.link},
         held={number: group.held for number, group in enumerate(groups) if group.held},
         inner_links={row: copy.inner_link for row, (_, _, copy, _) in enumerate(rows) if copy.inner_link},
-        older_names={number: group.older_name for number, group in enumerate(groups) if group.older_name},
+        immovable={number: group.immovable for number, group in enumerate(groups) if group.immovable},
         pinned=frozenset(number for number, group in enumerate(groups) if group.is_pinned),
     )
 

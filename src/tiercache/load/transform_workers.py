@@ -30,6 +30,7 @@ import torch.multiprocessing
 from torch._utils import ExceptionWrapper
 from torch.utils.data._utils import worker as torch_worker
 
+from tiercache._native.ring import ColumnMemory
 from tiercache.load.batch import BatchMemory, lend
 from tiercache.load.pipeline import ClosingPipeline
 from tiercache.load.shared_block import SharedBlock, StoredObject, read
@@ -143,7 +144,7 @@ class _Worker:
         block = self.outputs[number]
         block.map(stored.n_bytes)
         if not self.free_outputs:  # the consumer holds many batches: without this block the worker could not go on
-            memory = block.memory[: stored.n_bytes].copy()
+            memory: Any = ColumnMemory(block.memory[: stored.n_bytes])
             self.free_outputs.append(number)
         else:
             memory = lend(block.memory, stored.n_bytes, partial(self.free_outputs.append, number))
