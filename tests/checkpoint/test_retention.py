@@ -184,6 +184,13 @@ def test_a_pin_that_cannot_be_read_and_the_tags_of_earlier_releases_count_as_a_p
     assert retained(remote, Keep(last=1)) == [2]
 
 
+def test_the_metrics_of_a_killed_save_are_collected_with_its_files(remote):
+    name = write_checkpoint(remote, 1, commit=False)
+    remote.put(f"_tiercache/metrics/{name}.json", b"{}")
+    collect(remote, START_S + 99 * DAY_S)
+    assert [*remote.list()] == []
+
+
 @pytest.mark.parametrize("why", [None, "", "the release of May"])
 def test_a_pin_is_read_as_it_was_written(why):
     assert parse_pin(encode_pin(why)) == why

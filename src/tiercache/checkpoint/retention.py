@@ -422,6 +422,8 @@ class Retention:
             for objects in (ended, leftovers):
                 if objects:
                     store.delete([info.key for info in objects])
+            if old and tier == "remote":
+                store.delete([metrics_key(copy.name) for copy in old])
             if isinstance(store, LocalFolder):
                 for copy in old:
                     store.remove_empty(copy.name)
@@ -496,9 +498,9 @@ def delete_copies(copies: Sequence[CheckpointCopy]) -> int:
     crash_point("retention.manifests")
     store.delete(
         [
+            *(metrics_key(copy.name) for copy in copies if copy.tier == "remote"),  # a collection knows only folders
             *(info.key for copy in copies for path, info in copy.objects.items() if path != MANIFEST_NAME),
             *(reference_key(copy.name) for copy in copies if _shared_keys(copy.manifest)),
-            *(metrics_key(copy.name) for copy in copies if copy.tier == "remote"),
         ]
     )
     crash_point("retention.files")
