@@ -107,10 +107,10 @@ def test_the_next_runs_leave_recalled_data_alone_until_the_hold_ends(tiercache, 
 def test_a_held_checkpoint_is_not_removed_and_every_command_says_why(tiercache, root):
     tiercache("tier", "get", "runs/a/step-9", "--yes")
     out = tiercache("ckpt", "rm", "runs/a", "--dry-run").out
-    assert "would leave runs/a/step-9, which is held until " in out
+    assert "would leave runs/a/step-9: held until " in out
     assert "would delete 2 checkpoints" in out
     assert "held until " in tiercache("ckpt", "ls", "runs/a/step-9").out
-    assert "runs/a/step-9: left: expected no hold" in tiercache("ckpt", "rm", "runs/a", "--yes", code=3).out
+    assert "runs/a/step-9: left: held until " in tiercache("ckpt", "rm", "runs/a", "--yes", code=3).out
     assert step_files(root, "nvme") == ["step-9"]
 
 

@@ -22,7 +22,7 @@ from tiercache.prices import FREE, Prices, price_table
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.plan.proposals import ago
-from tiercache.tier.rules import BestMetric, KeepList, Pin, Rule, Tag, TieringOptions
+from tiercache.tier.rules import BestMetric, KeepList, Pin, Rule, TieringOptions
 
 MB = 1_000_000
 BIG = Copy(100 * MB, days=100)
@@ -358,13 +358,6 @@ def test_keep_lists_do_not_apply_to_files():
     assert planned([log], KEEP) == ((), ())
 
 
-def test_keep_lists_use_the_tags_of_the_rule_file():
-    rule = KEEP.model_copy(update={"keep": {"hot": KeepList(tags=("release",)), "standard": KeepList(last=1)}})
-    groups = run_of(1, 2, 3)
-    tags = (Tag(match=("ckpt/*/step-1",), tags=("release",)),)
-    assert [path for path, *_ in moves_of(groups, rule, tags=tags)] == ["ckpt/r0/step-2"]
-
-
 # -- deleting --------------------------------------------------------------------------------------------------------
 
 
@@ -375,18 +368,11 @@ def test_delete_after_deletes_old_groups_from_all_tiers():
     assert move.money.saving_month == pytest.approx(BIG.n_bytes / 2**30 * (0.02 + 0.004))
 
 
-@pytest.mark.parametrize(
-    ("steps", "facts", "why"),
-    [
-        ((1, 2, 3), {}, "newest"),
-        ((1,), {"tags": frozenset({"a"})}, "tagged a"),
-    ],
-)
-def test_the_newest_checkpoint_and_tagged_checkpoints_are_never_deleted(steps, facts, why):
-    groups = run_of(*steps, tier="standard", **facts)
+def test_the_newest_checkpoint_is_never_deleted():
+    groups = run_of(1, 2, 3, tier="standard")
     moves, refusals = planned(groups, DELETE)
     assert len(moves) == len(groups) - 1
-    assert why in refusals[-1].reason
+    assert "newest" in refusals[-1].reason
 
 
 def test_the_checkpoint_written_last_stays_after_a_restart_at_a_lower_step():

@@ -34,16 +34,13 @@ to = "archive"
 delete_after = "9s"
 [[rules]]
 match = "c"
-keep_hot = { last = 1, every_steps = 1, every = "1s", best = "a:1", tags = "g", younger_than = "1s" }
+keep_hot = { last = 1, every_steps = 1, every = "1s", best = "a:1", younger_than = "1s" }
 then = "archive"
 after = "1s"
 [[pins]]
 match = "d"
 until = 2027-01-01
 why = "e"
-[[tags]]
-match = "f"
-tags = "g"
 [tiering]
 grace = "1s"
 quiet_period = "1s"

@@ -80,7 +80,6 @@ class Snapshot:
     # Whether the metrics of a checkpoint are unknown because no file that may hold them can be read. False for what the
     # mover moved, which was not among the best while its metrics were readable.
     unread: NDArray[np.bool_]
-    tags: Mapping[int, frozenset[str]]  # by group, for groups that have tags
     # From here on, row c is copy c.
     group: NDArray[np.int32]  # ascending
     tier: NDArray[np.int8]  # ascending within a group

@@ -1,4 +1,4 @@
-"""The rule file: its tiers, rules, pins, tags and mover options, checked when it is read and frozen afterwards.
+"""The rule file: its tiers, rules, pins and mover options, checked when it is read and frozen afterwards.
 
 The tables stand in ``tiercache.toml`` beside the settings, or in a file that the caller names.
 ``docs/reference/tiers.md`` lists all keys. Each error message names the file and the key; a TOML syntax error names
@@ -280,7 +280,6 @@ class KeepList(RuleTable):
     every_steps: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     every_s: PositiveSeconds | None = Field(default=None, validation_alias="every")
     best: Annotated[tuple[BestMetric, ...], BeforeValidator(read_bests)] = ()
-    tags: Texts = ()
     younger_s: PositiveSeconds | None = Field(default=None, validation_alias="younger_than")
 
 
@@ -348,13 +347,6 @@ class Pin(RuleTable):
     why: str = ""  # reason, for people
 
 
-class Tag(RuleTable):
-    """Tags for the checkpoints that match the globs."""
-
-    match: Globs
-    tags: Annotated[Texts, AfterValidator(require_values)]
-
-
 class TieringOptions(RuleTable):
     """Options of the planner and the mover. state_dir: None: config.state_folder()."""
 
@@ -378,7 +370,6 @@ class RuleFile(RuleTable):
     tiers: tuple[Tier, ...] = Field(min_length=1)  # tiers, the fastest first
     rules: tuple[Rule, ...] = ()  # rules, in the order of the file; the first that matches an object applies
     pins: tuple[Pin, ...] = ()
-    tags: tuple[Tag, ...] = ()  # tags of checkpoints
     tiering: TieringOptions = TieringOptions()  # options of the planner and the mover
 
     def tier(self, name: str) -> Tier:
@@ -469,10 +460,9 @@ def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> RuleFile:
     if not tables.get("tiers"):
         raise ValueError("tiers: no tier is given; write [tiers.NAME] tables with role and url, the fastest first")
     tiers = _tiers(tables["tiers"], path.parent)
-    tags = tuple(_built(Tag, given, where) for where, given in _list(tables, "tags"))
     rules: list[Rule] = []
     for where, given in _list(tables, "rules"):
-        rules.append(_rule(given, where, tiers, tags))
+        rules.append(_rule(given, where, tiers))
         if rules[-1].name in [rule.name for rule in rules[:-1]]:
             raise ValueError(f"{where}.name: another rule is called {rules[-1].name!r}")
     tiering = _built(TieringOptions, tables.get("tiering", {}), "tiering")
@@ -489,7 +479,6 @@ def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> RuleFile:
         tiers=tiers,
         rules=tuple(rules),
         pins=tuple(_built(Pin, given, where) for where, given in _list(tables, "pins")),
-        tags=tags,
         tiering=tiering,
     )
 
@@ -545,7 +534,7 @@ def _location(tier: Tier) -> str:
     return os.path.normpath(path).rstrip("/")
 
 
-def _rule(given: object, where: str, tiers: Sequence[Tier], tags: Sequence[Tag]) -> Rule:
+def _rule(given: object, where: str, tiers: Sequence[Tier]) -> Rule:
     values = dict(_table(given, where))
     names = [tier.name for tier in tiers]
     keep: dict[str, KeepList] = {}
@@ -555,11 +544,6 @@ def _rule(given: object, where: str, tiers: Sequence[Tier], tags: Sequence[Tag])
         if name in keep:
             raise ValueError(f"{where}.{key}: tier {name!r} has a keep list already")
         keep[name] = keep_list(_table(table, f"{where}.{key}"), f"{where}.{key}")
-        # The rule would delete what an undefined tag was to keep.
-        defined = sorted({name for tag in tags for name in tag.tags})
-        for tag in [tag for tag in keep[name].tags if tag not in defined]:
-            hint = _near(tag, defined) if defined else "there is no [[tags]] table: write one with match and tags"
-            raise ValueError(f"{where}.{key}.tags: no [[tags]] table defines the tag {tag!r}; {hint}")
     values.setdefault("name", where)
     rule = _built(Rule, values, where, keep={name: keep[name] for name in names if name in keep})
     update: dict[str, Any] = {}

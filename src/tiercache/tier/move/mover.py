@@ -35,7 +35,7 @@ from tiercache.tier.move.unfinished import finish_copies
 from tiercache.tier.plan.deletion_limit import exceeded_limits
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide_now
-from tiercache.tier.stores import Stores
+from tiercache.tier.stores import Stores, lead_readers_home
 from tiercache.waiting import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def open_mover(
     tiering, cancel = file.tiering, Event()
     with ExitStack() as stack:
         lock = lock or stack.enter_context(TierLock(stores.store(file.home_tier.name)))
+        lead_readers_home(stores)
         transfer = Transfer(stores, jobs=tiering.jobs, rate_bytes_s=tiering.rate_bytes_s, cancel=cancel)
         stack.enter_context(transfer)
         pool = ThreadPoolExecutor(tiering.jobs, thread_name_prefix="tiercache-mover")
