@@ -168,7 +168,8 @@ def rng() -> TransformRNG:
     the epoch, and the record's position in the epoch's order. A resumed run therefore draws the same numbers, on any
     number of ranks and workers; so does a run that begins on another number of ranks, if its order has as many streams
     (`LoaderOptions.shuffle_streams`). In a `batch_transform` or `collate_fn` the position is that of the batch's first
-    record. `dataset[i]` and loaders on torch's path draw new numbers from torch's generator.
+    record. `dataset[i]` and loaders on torch's path draw new numbers from torch's generator; `dataset[i]` draws them
+    from NumPy's global generator if torch is not imported.
 
     Returns:
         Object with `seed`, an integer of 64 bits; `numpy`, a `numpy.random.Generator`; and `torch`, a `torch.Generator`

@@ -110,7 +110,7 @@ def test_a_moved_checkpoint_is_not_deleted_here_and_may_be_pinned_there(work, ru
     run.pin("best:loss", "the release of May")
     assert [one.why_pinned for one in run.list()] == ["the release of May", "", "", ""]
     (folder,) = (work / "second/run7").glob("step-000000000001.*")
-    assert (folder / "tags.json").exists()
+    assert (folder / "pin.json").exists()
 
 
 def test_a_step_that_was_moved_and_is_saved_again_after_a_restart_conflicts_with_nothing(work, run):

@@ -33,7 +33,7 @@ from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.store.contract import WrapperStore
 from tiercache.testing import Fault, FaultStore
-from tiercache.tier.inventory.tags import encode_pin, parse_pin
+from tiercache.tier.inventory.pins import encode_pin, parse_pin
 
 HOUR_S = 3600.0
 DAY_S = 86400.0
@@ -176,7 +176,7 @@ def test_a_pinned_checkpoint_is_deleted_by_no_rule_and_by_no_call(remote):
 @pytest.mark.parametrize("text", [b"{torn", b'{"pinned": 1}', b'{"pinned": false, "tags": ["release"]}'])
 def test_a_pin_that_cannot_be_read_and_the_tags_of_earlier_releases_count_as_a_pin(remote, text):
     names = hours(remote, 1, 2)
-    remote.put(f"{names[0]}/tags.json", text)
+    remote.put(f"{names[0]}/pin.json", text)
     assert retained(remote, Keep(last=1)) == [1, 2]
     with pytest.raises(ValueError, match="is pinned"):
         StoredCheckpoints(remote).delete(1)

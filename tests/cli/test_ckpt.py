@@ -236,7 +236,7 @@ class TestPin:
     def test_our_own_checkpoint_is_pinned_in_its_folder(self, tiercache, root):
         name = own(root, 40, 2)
         tiercache("ckpt", "pin", name, "--why", "the release of May")
-        body = json.loads((root / "nvme" / name / "tags.json").read_text())
+        body = json.loads((root / "nvme" / name / "pin.json").read_text())
         assert body == {"pinned": True, "why": "the release of May"}
         one = listed(tiercache, name)[name]
         assert one["complete"]
@@ -254,7 +254,7 @@ class TestPin:
         self, tiercache, root, text
     ):
         name = own(root, 40, 2)
-        (root / "nvme" / name / "tags.json").write_text(text)
+        (root / "nvme" / name / "pin.json").write_text(text)
         assert f"would leave {name}: pinned" in tiercache("ckpt", "rm", name, "--dry-run").out
         with tc.Checkpoints(root / "nvme/own") as checkpoints:
             assert [one.is_pinned for one in checkpoints.list()] == [True]

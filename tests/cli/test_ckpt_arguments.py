@@ -98,7 +98,7 @@ def test_every_command_takes_a_run_and_which(root, tiercache, command):
     out = tiercache("ckpt", verb, "run/latest", *more, *options).out
     assert f"run/{name}" in out
     if command in ("pin", "unpin"):
-        pin = json.loads((root / "run" / name / "tags.json").read_text())
+        pin = json.loads((root / "run" / name / "pin.json").read_text())
         assert pin == {"pinned": command == "pin", "why": ""}
 
 
@@ -136,7 +136,7 @@ def test_a_pin_does_not_change_which_checkpoint_is_the_latest(root, tiercache, s
         os.utime(path, (written_s + 0.9,) * 2)
     (last,) = (root / "run").glob("step-*20.*")
     tiercache("ckpt", "pin", f"run/{last.name}")
-    (tags,) = (root / "run").glob("*/tags.json")
+    (tags,) = (root / "run").glob("*/pin.json")
     os.utime(tags, (written_s + 5,) * 2)
     assert steps("run/latest") == [20]
 

@@ -69,7 +69,7 @@ def saved_bytes(tensor: torch.Tensor) -> int:
 
 WAYS = {
     "native": {},
-    "a transform in a thread": {"batch_transform": as_is},
+    "a transform in the training thread": {"batch_transform": as_is},
     "worker processes": {"batch_transform": as_is, "workers": 1},
 }
 

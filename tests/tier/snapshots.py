@@ -80,7 +80,7 @@ class Group:
     unread: bool = False
     held: str = ""
     immovable: str = ""
-    is_pinned: bool = False  # by its own tags.json
+    is_pinned: bool = False  # by its own pin.json
 
 
 def checkpoint(run: int, step: int, copies: Mapping[str, Copy], **facts: object) -> Group:

@@ -598,7 +598,7 @@ def test_an_empty_snapshot_has_no_decisions():
     assert planned([], TO_ARCHIVE, KEEP) == ((), ())
 
 
-# -- conflicts, links and tags.json ------------------------------------------------------------------------------------
+# -- conflicts, links and pin.json ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from tiercache.checkpoint.layout import (
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, UnsupportedFormat
 from tiercache.model import OWN_FOLDER, ObjectInfo
 from tiercache.store import Store
-from tiercache.tier.inventory.tags import PIN_NAME, UNREADABLE_PIN, encode_pin, parse_pin
+from tiercache.tier.inventory.pins import PIN_NAME, UNREADABLE_PIN, encode_pin, parse_pin
 from tiercache.tier.placement.resolver import is_archived
 
 CheckpointTier: TypeAlias = str

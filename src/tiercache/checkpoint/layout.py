@@ -6,7 +6,7 @@
         tensors-00001-of-00004.safetensors           tensors; several files, written and uploaded in parallel
         state.json                                   everything that is not a tensor
         metrics.json                                 metrics, also in the manifest; the tier engine reads this file
-        tags.json                                    the pin; replaced as a whole, not in the manifest
+        pin.json                                     the pin; replaced as a whole, not in the manifest
         not-uploaded.json                            only in a local folder, until the store has the checkpoint
         checkpoint.json                              the manifest, put if absent and last: it commits the checkpoint
     tensors/<40 hex digits>.safetensors              a tensor that checkpoints share (dedup=True)
@@ -114,7 +114,7 @@ class Manifest:
         name: Name of the checkpoint, which is the name of its folder.
         step: Step of the training run.
         created_s: Time at which the save began, in seconds since the Unix epoch; whole milliseconds.
-        files: All files except the manifest itself, tags included only by their own file.
+        files: All files except the manifest itself and pin.json.
         tensors: Tensors by name.
         metrics: Metrics by name; a value may be infinite or NaN.
         note: JSON value of the user; None if there is none.

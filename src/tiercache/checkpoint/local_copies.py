@@ -31,7 +31,7 @@ from tiercache.checkpoint.writer import CheckpointWriter, TaskThread, may_be_com
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptCheckpoint, NotFound, StoreError
 from tiercache.store import LocalFolder, Store
-from tiercache.tier.inventory.tags import PIN_NAME
+from tiercache.tier.inventory.pins import PIN_NAME
 
 logger = logging.getLogger("tiercache")
 

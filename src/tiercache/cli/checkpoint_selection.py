@@ -53,7 +53,7 @@ from tiercache.store.options import ParsedUrl
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.inventory.layouts import group_keys
 from tiercache.tier.inventory.metrics import metrics_in_name, read_metrics
-from tiercache.tier.inventory.tags import PIN_NAME, UNREADABLE_PIN, parse_pin
+from tiercache.tier.inventory.pins import PIN_NAME, UNREADABLE_PIN, parse_pin
 from tiercache.tier.model import CHECKPOINT, READABLE, RESTORED, Snapshot
 from tiercache.tier.move.mover import catalog_path
 from tiercache.tier.rules import RuleFile, Tier, load_rule_file

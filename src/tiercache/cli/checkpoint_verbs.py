@@ -24,18 +24,17 @@ from tiercache.cli.open_tiers import STATE_NAMES, OpenTiers, format_copy, format
 from tiercache.cli.output import PARTIAL, Output, confirm, count, printable
 from tiercache.model import format_bytes
 from tiercache.tier.inventory.groups import Inventory
-from tiercache.tier.inventory.tags import PIN_NAME, encode_pin
+from tiercache.tier.inventory.pins import PIN_NAME, encode_pin
 from tiercache.tier.model import CHECKPOINT, Snapshot
 from tiercache.tier.move.mover import open_mover
 from tiercache.tier.move.removal import Removal, remove_groups
-from tiercache.tier.plan.explanations import KeepReason, keep_reasons, protected_groups
+from tiercache.tier.plan.explanations import KeepReason, keep_reasons
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide_now
 from tiercache.tier.plan.selection import rules_of
-from tiercache.tier.rule_edits import add_tables, literal_glob, remove_tables
+from tiercache.tier.rule_edits import add_pins, literal_glob, remove_pins
 
 _SHOWN_FILES = 20
-_NOT_COMPLETE = "not complete"  # text of a KeepReason
 
 
 # -- ls and show ------------------------------------------------------------------------------------------------------
@@ -99,7 +98,7 @@ def _row_text(row: Mapping[str, Any]) -> dict[str, str]:
         "age": format_duration(row["age_s"]),
         "tiers": ", ".join(format_copy(copy) for copy in row["copies"]),
         "metrics": _metrics_text(row["metrics"]),
-        "kept by": _kept_text(row["kept"]).replace(_NOT_COMPLETE, f"{_NOT_COMPLETE}: {row['problem']}"),
+        "kept by": _kept_text(row["kept"]),
     }
 
 
@@ -194,7 +193,8 @@ def _next_move(tiers: OpenTiers, inventory: Inventory, group: int) -> str:
 def rm(output: Output, rules: Path | None, paths: Sequence[str], *, yes: bool, dry_run: bool) -> None:
     """Delete checkpoints from all tiers. Raises typer.Exit with PARTIAL if some stayed."""
     with open_checkpoints(output, rules, paths) as found:
-        snapshot, protected = found.snapshot, _refusals(found)
+        snapshot, reasons = found.snapshot, _kept(found)
+        protected = _refusals(found, reasons)
         going = [group for group in found.groups if group not in protected]
         n_bytes = sum(int(snapshot.n_bytes[copy]) for group in going for copy in found.copies(group))
         text = f"{count(len(going), 'checkpoint')}, {format_bytes(n_bytes)} in all tiers"
@@ -202,7 +202,7 @@ def rm(output: Output, rules: Path | None, paths: Sequence[str], *, yes: bool, d
             for group in found.groups:
                 name, reason = found.name(group), protected.get(group)
                 names = [found.tier(copy) for copy in found.copies(group)]
-                is_pinned = reason is not None and reason.startswith("pinned")
+                is_pinned = any(one.kind == "pin" for one in reasons.get(group, ()))
                 facts = {"path": name, "tiers": names, "pinned": is_pinned, "held": snapshot.held.get(group)}
                 goes = f"would delete {name} from {', '.join(names)}"
                 output.event(
@@ -233,29 +233,36 @@ def rm(output: Output, rules: Path | None, paths: Sequence[str], *, yes: bool, d
         raise typer.Exit(PARTIAL)
 
 
-def _refusals(found: CheckpointTiers) -> dict[int, str]:
-    """Return why selected checkpoints are not deleted, by group, with the command that removes the reason."""
-    protected = protected_groups(found.snapshot, found.tiers.file)
-    reasons = _kept(found) if protected else {}
+def _refusals(found: CheckpointTiers, reasons: Mapping[int, Sequence[KeepReason]]) -> dict[int, str]:
+    """Return why selected checkpoints are not deleted, by group, with the command that removes a pin."""
     refusals: dict[int, str] = {}
     for group in found.groups:
-        if protected.get(group) == "pinned":
-            pins = [str(one) for one in reasons.get(group, ()) if one.rule.startswith("pins[") or "pinned" in one.text]
-            why = ", ".join(one if one.startswith("pinned") else f"pinned by {one}" for one in pins) or "pinned"
-            refusals[group] = f"{why}; `tiercache ckpt unpin {shlex.quote(found.name(group))}` removes the pin"
-        elif group in protected:
-            refusals[group] = protected[group]
+        of_group = reasons.get(group, ())
+        pins = [f"pinned by {one}" if one.rule else str(one) for one in of_group if one.kind == "pin"]
+        if pins:
+            unpin = f"`tiercache ckpt unpin {shlex.quote(found.name(group))}` removes the pin"
+            refusals[group] = f"{', '.join(pins)}; {unpin}"
+        elif holds := [str(one) for one in of_group if one.kind == "hold"]:
+            refusals[group] = ", ".join(holds)
     return refusals
 
 
 def _kept(found: CheckpointTiers) -> dict[int, tuple[KeepReason, ...]]:
-    """Return the reasons that keep checkpoints, by group; of the pins of tc.Checkpoints as they were given."""
-    reasons = dict(keep_reasons(found.snapshot, found.tiers.file))
-    for group in found.snapshot.pinned.intersection(found.groups):
-        why = found.why_pinned(group)
-        own = KeepReason("", None, f"pinned: {why}" if why else "pinned")
-        reasons[group] = (*(one for one in reasons[group] if one.rule or not one.text.startswith("pinned")), own)
-    return reasons
+    """Return the reasons that keep the selected checkpoints, by group.
+
+    Unlike those of keep_reasons(), they state what an incomplete checkpoint lacks, and why its own file pins one.
+    """
+
+    def detailed(group: int, reason: KeepReason) -> KeepReason:
+        if reason.kind == "incomplete":
+            return replace(reason, text=f"{reason.text}: {found.problems.get(group, '')}")
+        if reason.kind == "pin" and not reason.rule:
+            why = found.why_pinned(group)
+            return replace(reason, text=f"pinned: {why}" if why else "pinned")
+        return reason
+
+    reasons = keep_reasons(found.snapshot, found.tiers.file)
+    return {group: tuple(detailed(group, one) for one in reasons[group]) for group in found.groups if group in reasons}
 
 
 def _question(found: CheckpointTiers, groups: Sequence[int], total: str) -> str:
@@ -289,7 +296,7 @@ def pin(output: Output, rules: Path | None, paths: Sequence[str], *, until: str 
         more = {key: text for key, text in {"until": until, "why": why}.items() if text}
         tables = [{"match": literal_glob(found.path(group))} | more for group in others]
         if tables:
-            add_tables(_file_of_pins(found), "pins", tables)
+            add_pins(_file_of_pins(found), tables)
         names = [found.name(group) for group in found.groups]
     _print_pins(output, names, is_pinned=True)
 
@@ -310,7 +317,7 @@ def unpin(output: Output, rules: Path | None, paths: Sequence[str]) -> None:
                     raise ValueError(
                         f"{path}: no [[pins]] table names exactly {glob!r}; edit the table whose glob matches it"
                     )
-                remove_tables(path, "pins", wanted)
+                remove_pins(path, wanted)
         names = [found.name(group) for group in found.groups]
     _print_pins(output, names, is_pinned=False)
 

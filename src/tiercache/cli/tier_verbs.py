@@ -116,14 +116,14 @@ def print_plan(output: Output, made: Plan, max_rows: int) -> None:
     _say_more(len(made.refusals), most, "refusal")
     print_holdings(output, [tier.name for tier in made.tiers], made.before, made.after)
     for one in made.exceeded:
-        text = f"{one.text}: `tier run --once` and `tier apply` do nothing before you give --yes"
+        text = f"{one.text}: `tier run --once` and `tier apply` do nothing of the plan without --yes"
         output.event("exceeded", asdict(one), f"warning: {text}")
 
 
 def _print_exceeded(output: Output, exceeded: Sequence[ExceededLimit]) -> None:
-    """Print why nothing was done: these rules delete too much without a confirmation."""
+    """Print why nothing of the plan was done: these rules delete too much without a confirmation."""
     for one in exceeded:
-        text = f"{one.text}: nothing was done; look at `tiercache tier plan`, and give --yes if it is right"
+        text = f"{one.text}: nothing of the plan was done; look at `tiercache tier plan`, and give --yes if it is right"
         output.event("exceeded", asdict(one), f"STOPPED: {text}")
 
 
@@ -218,7 +218,7 @@ def apply(output: Output, file: Path, rules: Path | None, max_rows: int, *, yes:
         return
     if stored.exceeded and not yes:
         _print_exceeded(output, stored.exceeded)
-        output.summary(plan_facts(stored) | {"done": 0}, f"nothing was done of {plan_text(stored)}")
+        output.summary(plan_facts(stored) | {"done": 0}, f"nothing of the plan was done: {plan_text(stored)}")
         raise typer.Exit(UNCONFIRMED)
     with open_tiers(rules or Path(stored.rules)) as tiers:
         if tiers.file.sha256 != stored.rules_sha256:
@@ -303,7 +303,7 @@ def _run_text(report: RunReport) -> str:
     if report.dry_run:
         return f"would make {plan_text(report.plan)}; {count(report.deletions.waiting_drops, 'deletion')} waiting"
     if report.is_unconfirmed:
-        return f"nothing was done of {plan_text(report.plan)}: deletions must be confirmed with --yes"
+        return f"nothing of the plan was done: {plan_text(report.plan)}; deletions must be confirmed with --yes"
     applied, settled = report.applied, report.deletions
     text = f"{applied.n_made:,} of {count(len(report.plan.moves), 'move')} done, {format_bytes(applied.n_bytes)} copied"
     text += f"; {count(settled.n_made, 'deletion')} made, {format_bytes(settled.n_bytes)}"

@@ -186,10 +186,10 @@ _TORCHS_STACK = default_collate_fn_map.get(torch.Tensor)
 class TransformedPipeline(ClosingPipeline):
     """The batches that the user's functions make of those of a native pipeline, in the thread of the consumer.
 
-    take() makes a batch when the consumer asks for it, and none ahead, so the functions draw from the global random
-    generators of the program at the same points of a seeded script in each run, as with torch's loader. The native
-    pipeline works ahead in its own threads.
-    An error of a user's function, or Ctrl-C within it, closes the pipeline; its batch does not count as taken.
+    take() makes a batch when the consumer asks for it, and none ahead. The functions then draw from the program's
+    random generators in a fixed order, so that a seeded script is repeatable. The native pipeline works ahead in its
+    own threads. An error of a user's function, or Ctrl-C within it, closes the pipeline; its batch does
+    not count as taken.
 
     Args:
         inputs: Inputs of the pipeline; `transforms` must be set.
@@ -201,7 +201,7 @@ class TransformedPipeline(ClosingPipeline):
         self._function = inputs.transforms.function
         self._share, self._waits = inputs.share, inputs.waits
         self._gathered = gathered
-        self._busy_ns = self._n_failed = 0
+        self._busy_ns, self._has_failed = 0, False
         self._taking = threading.RLock()
         self._register()
 
@@ -240,7 +240,7 @@ class TransformedPipeline(ClosingPipeline):
     @property
     def n_taken(self) -> int:
         """See Pipeline.n_taken."""
-        return self._gathered.n_taken - self._n_failed
+        return self._gathered.n_taken - self._has_failed
 
     @property
     def corrupt_shard(self) -> int | None:  # type: ignore[override]
@@ -256,7 +256,7 @@ class TransformedPipeline(ClosingPipeline):
         try:
             return self._function.make(gathered, BatchKeys.of(self._share, number))
         except BaseException as raised:
-            self._n_failed = 1
+            self._has_failed = True
             self.close()
             error = as_batch_error(raised)
             if error is raised:
@@ -273,6 +273,4 @@ def as_batch_error(error: BaseException) -> BaseException:
     """
     if not isinstance(error, StopIteration | TimeoutError | GeneratorExit):
         return error
-    wrapped = RuntimeError(f"a transform or collate function raised {type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped
+    return RuntimeError(f"a transform or collate function raised {type(error).__name__}: {error}")

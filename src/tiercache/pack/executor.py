@@ -58,12 +58,13 @@ def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None 
 
 
 def run_packs(plans: Sequence[PackPlan], on_progress: Callable[[PackProgress], None] | None = None) -> list[Version]:
-    """Write the shards of all data sets, then commit one after the other, and return the versions.
+    """Write the shards of all data sets, then commit one after the other, in order, and return the versions.
 
     Until the commits no reader sees anything. After an exception, Ctrl-C included, this deletes the shards that it has
     finished. A killed process leaves them behind: no version names them, and nothing needs to be cleaned up before
-    packing again. Ctrl-C during the commits also leaves them, because they may already belong to a version: the message
-    of the KeyboardInterrupt says so.
+    packing again. If a commit fails, the data sets that were committed before stay, and those after it are not
+    committed. Ctrl-C during a commit leaves its shards, because they may already belong to a version: the message of
+    the KeyboardInterrupt says so.
     Raises SchemaError (which names the location in the source), CommitConflict and StoreError.
     """
     done, total_bytes, is_committing = [0, 0], sum(plan.total_bytes for plan in plans), False
@@ -84,6 +85,8 @@ def run_packs(plans: Sequence[PackPlan], on_progress: Callable[[PackProgress], N
                     for number in range(len(plan.tasks)):
                         _write_splits(writers[-1], plan, number, report)
             is_committing = True
+            for writer in writers:
+                writer.close()
         return [cast("Version", writer.version) for writer in writers]
     except KeyboardInterrupt as error:
         if is_committing:

@@ -481,7 +481,7 @@ def _bad_order(file: RuleFile) -> Iterator[RuleWarning]:
         paths = pa.array([sample_path(glob) for glob in rule.match], pa.large_string())
         for above in file.rules[:number]:
             harm = _harm(above, rule)
-            is_covered = (first_match(paths, [(above.match, above.exclude)]) >= 0).any()
+            is_covered = (first_match(paths, [(above.match, above.exclude)]) >= 0).all()
             if harm and is_covered and (above.kind == rule.kind or None in (above.kind, rule.kind)):
                 text = (
                     f"{rule.name}: protects nothing, because {above.name}, which {harm}, stands above it and matches "

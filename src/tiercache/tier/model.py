@@ -99,7 +99,7 @@ class Snapshot:
     # By copy: a symbolic link inside the folder of the copy.
     inner_links: Mapping[int, str] = field(default_factory=dict)
     symlinks: tuple[Symlink, ...] = ()  # links of all local tiers
-    # Groups that their own tags.json pins, or whose tags.json cannot be read.
+    # Groups that their own pin.json pins, or whose pin.json cannot be read.
     pinned: frozenset[int] = frozenset()
     # By group: the reason for people of a hold in force (tier/holds.py), which protects the group like a pin.
     held: Mapping[int, str] = field(default_factory=dict)

@@ -15,11 +15,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from tiercache.tier.rules import load_rule_file
-
-Section: TypeAlias = Literal["pins"]
 
 _SIGNS = re.compile(r"[*?\[{}]")
 _TABLE = re.compile(r"^\s*\[")
@@ -30,29 +28,29 @@ def literal_glob(path: str) -> str:
     return _SIGNS.sub(lambda sign: f"[{sign[0]}]", path)
 
 
-def add_tables(path: Path, section: Section, tables: Sequence[Mapping[str, object]]) -> None:
-    """Append tables to a rule file.
+def add_pins(path: Path, pins: Sequence[Mapping[str, object]]) -> None:
+    """Append [[pins]] tables to a rule file.
 
-    tables: Keys and values of each; a text, or a list of texts. Raises ValueError if the new file would not be valid.
+    pins: Keys and values of each; a text, or a list of texts. Raises ValueError if the new file would not be valid.
     """
     text = path.read_text(encoding="utf-8")
-    added = "".join(f"\n[[{section}]]\n" + "".join(f"{k} = {_toml(v)}\n" for k, v in one.items()) for one in tables)
-    _replace(path, f"{text.rstrip()}\n{added}" if text.strip() else added.lstrip(), section, add=tables, remove=())
+    added = "".join("\n[[pins]]\n" + "".join(f"{k} = {_toml(v)}\n" for k, v in one.items()) for one in pins)
+    _replace(path, f"{text.rstrip()}\n{added}" if text.strip() else added.lstrip(), add=pins, remove=())
 
 
-def remove_tables(path: Path, section: Section, tables: Sequence[Mapping[str, object]]) -> None:
-    """Remove tables with exactly these keys and values from a rule file; each must be a `[[section]]` table.
+def remove_pins(path: Path, pins: Sequence[Mapping[str, object]]) -> None:
+    """Remove the [[pins]] tables with exactly these keys and values from a rule file.
 
     Raises ValueError if the new file would not be valid, or if a table cannot be found in the text.
     """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    left = [dict(one) for one in tables]
+    left = [dict(one) for one in pins]
     starts = [i for i, line in enumerate(lines) if _TABLE.match(line)] + [len(lines)]
     kept = lines[: starts[0]]
     for start, end in pairwise(starts):
         block, table = lines[start:end], None
         with suppress(tomllib.TOMLDecodeError):  # a bracket inside a longer value is no table
-            table = tomllib.loads("".join(block)).get(section)
+            table = tomllib.loads("".join(block)).get("pins")
         if isinstance(table, list) and len(table) == 1 and table[0] in left:
             left.remove(table[0])
             # A comment at the end of the block belongs to the next table.
@@ -63,26 +61,24 @@ def remove_tables(path: Path, section: Section, tables: Sequence[Mapping[str, ob
         else:
             kept += block
     if left:
-        raise ValueError(f"{path}: no [[{section}]] table with {_shown(left[0])} was found: remove it by hand")
-    _replace(path, "".join(kept), section, add=(), remove=tables)
+        raise ValueError(f"{path}: no [[pins]] table with {_shown(left[0])} was found: remove it by hand")
+    _replace(path, "".join(kept), add=(), remove=pins)
 
 
 def _replace(
     path: Path,
     text: str,
-    section: Section,
     *,
     add: Sequence[Mapping[str, object]],
     remove: Sequence[Mapping[str, object]],
 ) -> None:
     """Replace the file by the text, if that is a valid rule file with the intended tables."""
     wanted: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    tables = [*wanted.get(section, []), *(dict(one) for one in add)]
+    pins = [*wanted.pop("pins", []), *(dict(one) for one in add)]
     for one in remove:
-        tables.remove(dict(one))
-    found = tomllib.loads(text)
-    if found != ({**wanted, section: tables} if tables else {k: v for k, v in wanted.items() if k != section}):
-        raise ValueError(f"{path}: the edit would change other tables: write the [[{section}]] table by hand")
+        pins.remove(dict(one))
+    if tomllib.loads(text) != (wanted | {"pins": pins} if pins else wanted):
+        raise ValueError(f"{path}: the edit would change other tables: write the [[pins]] table by hand")
     target = Path(os.path.realpath(path))
     temp = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:

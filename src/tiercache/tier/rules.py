@@ -351,7 +351,7 @@ class TieringOptions(RuleTable):
     """Options of the planner and the mover. state_dir: None: config.state_folder()."""
 
     grace_s: Seconds = Field(default=86400.0, validation_alias="grace")
-    # Time for which recalled groups, and groups with a copy that was made by hand, stay where they are.
+    # Default duration of the holds that `tier get` writes.
     hold_s: Seconds = Field(default=7 * 86400.0, validation_alias="hold")
     quiet_period_s: Seconds = Field(default=600.0, validation_alias="quiet_period")
     reader_timeout_s: Seconds = Field(default=604800.0, validation_alias="reader_timeout")

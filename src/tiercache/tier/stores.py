@@ -331,7 +331,7 @@ def deletion_block_reason(unavailable: Mapping[str, str]) -> str:
 
     unavailable: Reason of each unavailable tier; "" for a tier that is available.
 
-    A rule would delete a group from all tiers although its tags, its use and whether it is the newest were computed
+    A rule would delete a group from all tiers although its pin, its use and whether it is the newest were computed
     without its copy in the unmounted tier.
     """
     for name, reason in unavailable.items():

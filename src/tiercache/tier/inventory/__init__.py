@@ -2,5 +2,5 @@
 
 ``listing`` lists the tiers, ``datasets`` reads manifests and reported uses, ``layouts`` recognises checkpoints by name,
 ``groups`` builds groups, copies and the snapshot, ``conflicts`` finds different objects under one name,
-``metrics`` and ``tags`` read the metrics, and the tags and pins, of checkpoints.
+``metrics`` reads the metrics of checkpoints, and ``pins`` the pins of our own.
 """

@@ -37,7 +37,7 @@ from tiercache.tier.inventory.layouts import (
 )
 from tiercache.tier.inventory.listing import NO_CRC, Listing, ListingProgress, ObjectTable, list_tiers, release_memory
 from tiercache.tier.inventory.metrics import find_metrics
-from tiercache.tier.inventory.tags import read_own_tags
+from tiercache.tier.inventory.pins import read_own_pins
 from tiercache.tier.model import (
     ARCHIVED,
     CHECKPOINT,
@@ -391,7 +391,7 @@ def take_inventory(
         metrics=found.columns,
         unread=unread,
         immovable=_shards_elsewhere(file, stores, grouped, datasets) | conflicts,
-        **read_own_tags(file, stores, listed, grouped, copies),
+        **read_own_pins(file, stores, listed, grouped, copies),
         held=_held_groups(holds.in_force(), grouped.paths),
     )
     facts = _facts(listed, grouped, copies, complete, datasets)

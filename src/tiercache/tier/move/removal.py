@@ -66,7 +66,7 @@ def remove_groups(context: MoveContext, inventory: Inventory, groups: Sequence[i
         context.lock.check()
         reason = pins.get((row.plan, row.number), "")
         if group in inventory.snapshot.pinned:
-            reason = reason or "it is pinned in its tags.json, or that file cannot be read"
+            reason = reason or "it is pinned in its pin.json, or that file cannot be read"
         found.append(_remove(context, placements, row, reason))
     return found
 

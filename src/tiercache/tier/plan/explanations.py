@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -26,11 +26,13 @@ class KeepReason:
     """A reason why a checkpoint is kept.
 
     Attributes:
+        kind: What keeps the checkpoint.
         rule: Name of the rule; "pins[N]" for a pin; "" for what holds under every rule.
         tier: Tier whose keep list names the checkpoint; None: every tier where it is.
         text: Condition, in the words of the rule file where it is one of its keys.
     """
 
+    kind: Literal["rule", "newest", "incomplete", "pin", "hold"]
     rule: str
     tier: str | None
     text: str
@@ -57,20 +59,11 @@ def keep_reasons(snapshot: Snapshot, file: RuleFile) -> Mapping[int, tuple[KeepR
             for text, alone in _keys(keep):
                 result = evaluate_keep_list(index.snapshot, rows, alone)
                 for group in rows[result.named].tolist():
-                    found[group].append(KeepReason(rule.name, tier, text))
+                    found[group].append(KeepReason("rule", rule.name, tier, text))
                 for group in rows[result.unscored & ~result.named].tolist():
-                    found[group].append(KeepReason(rule.name, tier, f"{text}, and its metric is not known"))
+                    unknown = f"{text}, and its metric is not known"
+                    found[group].append(KeepReason("rule", rule.name, tier, unknown))
     return {group: tuple(reasons) for group, reasons in found.items()}
-
-
-def protected_groups(snapshot: Snapshot, file: RuleFile) -> Mapping[int, str]:
-    """Return the groups that a pin (of the rule file, or of their own tags.json) or a hold protects, with the reason.
-
-    The reason completes "which is": "pinned", or "held until ...".
-    """
-    index = SnapshotIndex.of(snapshot, file, [None] * len(file.tiers))
-    pinned = (*np.flatnonzero(index.pin >= 0).tolist(), *snapshot.pinned)
-    return {**snapshot.held, **dict.fromkeys(pinned, "pinned")}
 
 
 def _always(index: SnapshotIndex, found: dict[int, list[KeepReason]]) -> None:
@@ -80,17 +73,18 @@ def _always(index: SnapshotIndex, found: dict[int, list[KeepReason]]) -> None:
     for group in np.flatnonzero(index.newest & is_checkpoint).tolist():
         run = np.flatnonzero((snapshot.run == snapshot.run[group]) & snapshot.complete & is_checkpoint)
         is_last = snapshot.created_s[group] == snapshot.created_s[run].max()
-        found[group].append(KeepReason("", None, "newest of its run" if is_last else "highest step of its run"))
+        text = "newest of its run" if is_last else "highest step of its run"
+        found[group].append(KeepReason("newest", "", None, text))
     for group in np.flatnonzero(is_checkpoint & ~snapshot.complete).tolist():
-        found[group].append(KeepReason("", None, "not complete"))
+        found[group].append(KeepReason("incomplete", "", None, "not complete"))
     for group in np.flatnonzero(is_checkpoint & (index.pin >= 0)).tolist():
         pin = index.file.pins[index.pin[group]]
-        found[group].append(KeepReason(f"pins[{index.pin[group] + 1}]", None, pin.why or "pinned"))
+        found[group].append(KeepReason("pin", f"pins[{index.pin[group] + 1}]", None, pin.why or "pinned"))
     for group in sorted(snapshot.pinned):
-        found[group].append(KeepReason("", None, "pinned in its tags.json"))
+        found[group].append(KeepReason("pin", "", None, "pinned in its pin.json"))
     for group, reason in snapshot.held.items():
         if is_checkpoint[group]:
-            found[group].append(KeepReason("", None, reason))
+            found[group].append(KeepReason("hold", "", None, reason))
 
 
 def _keys(keep: KeepList) -> Iterator[tuple[str, KeepList]]:

@@ -132,7 +132,7 @@ def refuse_protected(index: SnapshotIndex, moves: MoveColumns, refused: list[Mov
     whys = [index.snapshot.held[group] for group in moves.group[by_hold].tolist()]
     moves = refuse(moves, refused, by_hold, np.array(whys, np.object_))
     in_file = np.isin(moves.group, sorted(index.snapshot.pinned))
-    moves = refuse(moves, refused, in_file, "pinned in its tags.json, or that file cannot be read")
+    moves = refuse(moves, refused, in_file, "pinned in its pin.json, or that file cannot be read")
     in_use = index.snapshot.in_use[moves.group]
     moves = refuse(moves, refused, in_use, "in use")
     partial = ~index.snapshot.complete[moves.group] & (index.snapshot.kind[moves.group] == CHECKPOINT)
@@ -347,7 +347,7 @@ def decide(
 
     Args:
         snapshot: Snapshot of the tiers of the rule file.
-        file: Rule file, for its tiers, rules, pins and tags.
+        file: Rule file, for its tiers, rules and pins.
         prices: Prices of each tier; None: unknown, and costs are not considered for moves of this tier.
         capacity_bytes: Capacity of each tier in bytes; None: unlimited.
         unavailable: Name of each tier that is unavailable (perhaps not mounted), and the reason. Nothing moves to such
@@ -371,7 +371,7 @@ def decide_now(
 
     Args:
         snapshot: Snapshot of the tiers, which was just taken.
-        file: Rule file, for its tiers, rules, pins, tags and prices.
+        file: Rule file, for its tiers, rules, pins and prices.
         stores: Stores of its tiers.
         catalog: Catalog of this machine.
     """

@@ -1,4 +1,4 @@
-"""Pins of the checkpoints of tc.Checkpoints: the file tags.json in the folder of each."""
+"""Pins of the checkpoints of tc.Checkpoints: the file pin.json in the folder of each."""
 
 from __future__ import annotations
 
@@ -18,36 +18,33 @@ if TYPE_CHECKING:
     from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
 
-PIN_NAME = "tags.json"
+PIN_NAME = "pin.json"
 UNREADABLE_PIN = f"its {PIN_NAME} cannot be read"
 """Reason of the pin of a checkpoint of which it cannot be known whether it is pinned: nothing is deleted."""
 _THREADS = 16
 
 
 def encode_pin(why: str | None) -> bytes:
-    """Return the text of tags.json. why: Reason of the pin, for people; None: the checkpoint is not pinned."""
+    """Return the text of pin.json. why: Reason of the pin, for people; None: the checkpoint is not pinned."""
     return json.dumps({"pinned": why is not None, "why": why or ""}).encode() + b"\n"
 
 
 def parse_pin(data: bytes) -> str | None:
-    """Return the reason of the pin in a text of tags.json; None if there is no pin.
+    """Return the reason of the pin in a text of pin.json; None if there is no pin.
 
-    A text that cannot be read counts as a pin. So do tags, which checkpoints could have before they had reasons.
+    A text that cannot be read counts as a pin.
     """
     try:
         body = json.loads(data)
-        is_pinned, why, tags = body["pinned"], body.get("why", ""), body.get("tags", [])
+        is_pinned, why = body["pinned"], body.get("why", "")
     except (ValueError, TypeError, KeyError, AttributeError):
         return UNREADABLE_PIN
-    is_valid = type(is_pinned) is bool and isinstance(why, str) and isinstance(tags, list)
-    if not is_valid or not all(isinstance(tag, str) for tag in tags):
+    if type(is_pinned) is not bool or not isinstance(why, str):
         return UNREADABLE_PIN
-    if tags:
-        return why or f"tagged {', '.join(tags)}"
     return why if is_pinned else None
 
 
-def read_own_tags(file: RuleFile, stores: Stores, listed: Listing, grouped: Grouped, copies: Copies) -> dict[str, Any]:
+def read_own_pins(file: RuleFile, stores: Stores, listed: Listing, grouped: Grouped, copies: Copies) -> dict[str, Any]:
     """Return the pins of our own checkpoints: `pinned` of a Snapshot, the groups of which any copy is pinned.
 
     A file that cannot be read counts as a pin, so that nothing is deleted.
