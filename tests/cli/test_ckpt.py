@@ -249,10 +249,21 @@ class TestPin:
         tiercache("ckpt", "rm", name, "--yes")
         assert [*root.rglob("checkpoint.json")] == []
 
-    @pytest.mark.parametrize("text", ["{", '{"pinned": "no", "tags": []}', '{"pinned": false, "tags": ["v1"]}'])
-    def test_a_pin_that_cannot_be_read_and_earlier_tags_are_a_pin_for_the_command_and_for_checkpoints(
-        self, tiercache, root, text
+    def test_only_pins_are_named_as_pins_whatever_words_their_reasons_and_the_keys_of_rules_contain(
+        self, tiercache, root
     ):
+        (root / "tiercache.toml").write_text(RULES.replace("val_loss:1", "pinned_loss:1"))
+        name = own(root, 40, 2)
+        tiercache("ckpt", "pin", name, "--why", "pinned for the paper, not complete")
+        kept = listed(tiercache, name)[name]["kept"]
+        assert [one["text"] for one in kept if one["kind"] == "pin"] == ["pinned: pinned for the paper, not complete"]
+        tiercache("ckpt", "pin", "runs/a/step-1", "--why", "pinned by the team")
+        out = tiercache("ckpt", "rm", name, "runs/a/step-1", "--dry-run").out
+        assert f"would leave {name}: pinned: pinned for the paper, not complete; `" in out
+        assert "would leave runs/a/step-1: pinned by pins[1]: pinned by the team; `" in out
+
+    @pytest.mark.parametrize("text", ["{", '{"pinned": "no"}', '{"pinned": false, "why": 1}'])
+    def test_a_pin_that_cannot_be_read_is_a_pin_for_the_command_and_for_checkpoints(self, tiercache, root, text):
         name = own(root, 40, 2)
         (root / "nvme" / name / "pin.json").write_text(text)
         assert f"would leave {name}: pinned" in tiercache("ckpt", "rm", name, "--dry-run").out

@@ -136,8 +136,8 @@ def test_a_pin_does_not_change_which_checkpoint_is_the_latest(root, tiercache, s
         os.utime(path, (written_s + 0.9,) * 2)
     (last,) = (root / "run").glob("step-*20.*")
     tiercache("ckpt", "pin", f"run/{last.name}")
-    (tags,) = (root / "run").glob("*/pin.json")
-    os.utime(tags, (written_s + 5,) * 2)
+    (pin,) = (root / "run").glob("*/pin.json")
+    os.utime(pin, (written_s + 5,) * 2)
     assert steps("run/latest") == [20]
 
 

@@ -68,6 +68,7 @@ class TestMassDeletions:
         done = folder.tier("run", "--once", code=7)
         assert "STOPPED: old runs: would delete 600 B of 1000 B for good, and its max_delete is 50%" in done.out
         assert "--yes" in done.out
+        assert "nothing of the plan was done" in done.out
         assert len(folder.files()) == 10
         assert sorted(path.name for path in (folder.root / "hot/keep").iterdir()) == ["a.bin", "b.bin"]
 
@@ -155,6 +156,13 @@ class TestWarnings:
     def test_a_rule_for_all_the_rest_below_a_special_one_is_no_mistake(self, folder, verb):
         folder.rules('[[rules]]\nmatch = "runs/**"\ndelete_after = "99d"\n[[rules]]\nmatch = "**"\n')
         assert folder.warnings(verb) == []
+
+    def test_a_rule_below_another_protects_the_globs_that_only_it_has(self, folder, verb):
+        deletes = '[[rules]]\nname = "old"\nmatch = "runs/**"\ndelete_after = "99d"\n'
+        folder.rules(deletes + '[[rules]]\nname = "stays"\nmatch = ["runs/1.bin", "keep/**"]\n')
+        assert folder.warnings(verb) == []
+        folder.rules(deletes + '[[rules]]\nname = "stays"\nmatch = ["runs/1.bin", "runs/2.bin"]\n')
+        assert any("stays: protects nothing, because old" in text for text in folder.warnings(verb))
 
     def test_a_rule_all_of_whose_objects_belong_to_rules_above_is_named(self, folder, verb):
         rule = '[[rules]]\nname = "{}"\nmatch = "{}"\nage = "99d"\nto = "archive"\n'

@@ -206,6 +206,22 @@ class TestSplitFolders:
             run_packs(plans)
         assert is_empty(tmp_path / "out")
 
+    def test_if_a_commit_fails_the_data_sets_before_it_stay_and_no_shard_of_the_others_is_left(self, pets, tmp_path):
+        (pets / "zoo" / "dog").mkdir(parents=True)
+        (pets / "zoo" / "dog" / "9.png").write_bytes(PNG)
+        plans = plan_split_folders(pets, tmp_path / "out", PackOptions())
+        n_files = sum(len(list((pets / plan.url.rpartition("/")[2]).rglob("*.png"))) for plan in plans)
+
+        def another_writer(progress):
+            if progress.n_records == n_files:  # everything is written, and nothing committed
+                pack(pets / "val", tmp_path / "out" / "val")
+
+        with pytest.raises(CommitConflict, match=r"out/val: a data set exists already"):
+            run_packs(plans, another_writer)
+        assert [r["path"] for r in read(tmp_path / "out" / "train")] == ["bird/1.png", "dog/1.png"]
+        assert {r["label"] for r in read(tmp_path / "out" / "val")} == {0, 1}  # those of the other writer
+        assert is_empty(tmp_path / "out" / "zoo")
+
     def test_an_existing_data_set_is_found_before_anything_is_written(self, pets, tmp_path):
         pack(pets / "val", tmp_path / "out" / "val")
         with pytest.raises(CommitConflict, match=r"out/val: a data set exists already"):

@@ -649,7 +649,7 @@ def test_accelerate_checkpoints_need_no_final_object(tmp_path, model):
     assert set(lacks(*keys).values()) == {""}
 
 
-# -- our own checkpoints, dates in names, and layouts of users -------------------------------------------------------
+# -- our own checkpoints, and layouts of users -------------------------------------------------------
 
 OWN = "runs/7/step-000000000100.20261129T193324123Z-7f3a9c"
 
@@ -685,6 +685,13 @@ def test_our_own_checkpoints_of_a_folder_are_a_run_with_steps_and_times():
     assert layout.paths.to_pylist() == [other, OWN]
     assert (layout.step.tolist(), len(set(layout.run.tolist()))) == ([40, 100], 1)
     assert layout.written_s[0] - layout.written_s[1] == pytest.approx(4 * 3600 + 26 * 60 + 35.877, abs=1e-3)
+
+
+def test_only_our_own_names_have_a_time():
+    dated = ["r/step_5.20261129T193324Z.pt", "r/step_6.20261129T193324123Z-7f3a9c.pt"]
+    layout = layout_of("r/step_4.pt", *dated, "r/7.20261129T193324Z/model.pt", "r/8.20261129T193324Z/model.pt")
+    assert np.isnan(layout.written_s).all()
+    assert steps("r/step_4.pt", *dated) == {"r/step_4.pt": 4}
 
 
 def test_tensors_that_our_own_checkpoints_share_and_their_references_are_in_no_group():

@@ -598,7 +598,7 @@ def test_an_empty_snapshot_has_no_decisions():
     assert planned([], TO_ARCHIVE, KEEP) == ((), ())
 
 
-# -- conflicts, links and pin.json ------------------------------------------------------------------------------------
+# -- conflicts, links and pin.json -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -642,7 +642,7 @@ def test_a_link_inside_a_checkpoint_does_not_prevent_its_deletion():
     assert moves_of(outer, DELETE) == []
 
 
-def test_a_checkpoint_that_its_own_tags_file_pins_is_neither_moved_nor_deleted():
+def test_a_checkpoint_that_its_own_pin_file_pins_is_neither_moved_nor_deleted():
     groups = [checkpoint(0, step, {"hot": BIG}, days=400.0 - step, is_pinned=step == 1) for step in (1, 2, 3)]
     for rule in (DELETE, Rule(name="r", match=("**",), keep={"hot": KeepList(last=1)})):
         assert [path for path, *_ in moves_of(groups, rule)] == ["ckpt/r0/step-2"]

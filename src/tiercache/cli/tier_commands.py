@@ -88,8 +88,9 @@ def run(
     It finishes interrupted moves, plans, moves, and deletes sources after the grace period. It is for cron, Airflow or
     Kubernetes, and asks no questions. With --json, the last line is the summary. Exit codes: 0 done; 1 failed; 3 some
     moves were stopped (the others are done), an object is lost, or a tier cannot be seen (e.g. a disk that is not
-    mounted); 5 restores are in progress; 7 nothing of the plan was done, because a rule would delete more for good than its
-    max_delete (half of the bytes that it matches): look at `tier plan`, and give --yes if it is right.
+    mounted); 5 restores are in progress; 7 nothing of the plan was done (with --dry-run: would be done), because a rule
+    would delete more for good than its max_delete (half of the bytes that it matches): look at `tier plan`, and give
+    --yes if it is right.
     """
     from tiercache.cli import tier_verbs
 

@@ -20,7 +20,7 @@ from tiercache.errors import StoreError
 from tiercache.model import ObjectInfo, format_bytes
 from tiercache.shard.versions.manifest import VERSIONS_FOLDER
 from tiercache.tier.inventory.datasets import OWN_KEY
-from tiercache.tier.inventory.layouts import DATE, NO_GROUP, UserLayout, group_keys
+from tiercache.tier.inventory.layouts import NO_GROUP, OWN_TIME, UserLayout, group_keys
 from tiercache.tier.inventory.listing import keys_of
 from tiercache.tier.inventory.metrics import metrics_in_name, read_metrics
 from tiercache.tier.rule_edits import literal_glob
@@ -140,7 +140,7 @@ def _runs(
 def _glob(paths: Sequence[str]) -> str:
     """Return the paths of a run as a name for people: "runs/a/step-*"."""
     folder, slash, name = paths[0].rpartition("/")
-    return f"{folder}{slash}{re.sub('[0-9]+', '*', re.sub(DATE, '', name))}"
+    return f"{folder}{slash}{re.sub('[0-9]+', '*', re.sub(OWN_TIME, '', name))}"
 
 
 def _metrics(store: Store, objects: Sequence[ObjectInfo], path: str) -> tuple[str, ...]:

@@ -12,10 +12,9 @@ training/checkpointing.py, DeepSpeed engine.py, transformers trainer.py)::
     global_step100/mp_rank_00_model_states.pt             DeepSpeed
     step-000000000100.20261129T193324123Z-7f3a9c/checkpoint.json  our own (checkpoint/layout.py); it is put last
 
-A rule may describe further names (UserLayout). A date in a name is the time of writing: our own names have one. The
-outermost folder with such a name is the checkpoint: global_step100 inside checkpoint-100 is a part of it. A folder of a
-run may have such a name too: finetune_from_step_5000 is no checkpoint if it contains checkpoint-100 and checkpoint-200
-(see _find_nesting).
+A rule may describe further names (UserLayout). Our own names contain the time of writing. The outermost folder with
+such a name is the checkpoint: global_step100 inside checkpoint-100 is a part of it. A folder of a run may have such a
+name too: finetune_from_step_5000 is no checkpoint if it contains checkpoint-100 and checkpoint-200 (see _find_nesting).
 
 Names also show that a checkpoint is a partial copy: it has fewer files than other checkpoints of its run (see
 _fewer_files_than_neighbours()).
@@ -75,28 +74,27 @@ NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?|nan|inf)"
 DECIMAL = r"[-+]?[0-9]+\.[0-9]+(?:e[-+]?[0-9]+)?"
 WORD = r"global[-_]?step|step|iter(?:ation)?|ckpt|checkpoint|epoch"
 _METRIC = rf"[a-z][\w@.]*?(?:={NUMBER}|[-_]?{DECIMAL})"
-# The time of writing, UTC; in our own names with milliseconds and six random hex digits.
-DATE = r"[.][0-9]{8}T[0-9]{6}(?:[0-9]{3})?Z(?:-[0-9a-f]{6})?"
+# The end of our own names (checkpoint/layout.py): the time of writing, UTC, and six random hex digits.
+OWN_TIME = r"[.][0-9]{8}T[0-9]{9}Z-[0-9a-f]{6}"
 # After the number: other counters, metrics, and Lightning's -v1, which it adds if the name exists already.
-_REST = rf"(?:[-_]v[0-9]+|[-_](?:{WORD})[-_=]?[0-9]+|[-_]{_METRIC})*(?:{DATE})?"
+_REST = rf"(?:[-_]v[0-9]+|[-_](?:{WORD})[-_=]?[0-9]+|[-_]{_METRIC})*"
 _HEAD = rf"(?P<prefix>(?:[^/]*?[-_.])??)(?P<word>{WORD})[-_=]?(?P<number>[0-9]{{1,18}})"
 SUFFIXES = r"(?:\.(?:pt|pth|ckpt|bin|safetensors|tar|npz))"
 _FILE_NAME = rf"(?i)^{_HEAD}(?P<rest>{_REST})(?P<suffix>{SUFFIXES}+)$"
 _IN_FOLDER = (
-    rf"(?i)^(?P<parent>(?:[^/]+/)*?)(?P<name>{_HEAD}(?P<rest>{_REST}(?:[-_][a-z][^/]*?)?)(?P<suffix>{SUFFIXES}*))/"
+    rf"(?i)^(?P<parent>(?:[^/]+/)*?)(?P<name>{_HEAD}"
+    rf"(?P<rest>{_REST}(?:[-_][a-z][^/]*?)?|{OWN_TIME})(?P<suffix>{SUFFIXES}*))/"
 )
-_IN_NUMBER = rf"(?:^|/)[0-9]{{1,18}}(?:{DATE})?/"
+_IN_NUMBER = r"(?:^|/)[0-9]{1,18}/"
 _STEP_IN_REST = r"(?i)[-_](?P<word>(?:global[-_]?)?step|iter(?:ation)?)[-_=]?(?P<number>[0-9]{1,18})"
 # The parts of a name that differ between the checkpoints of one run.
-_VARYING = rf"(?i)(^|[-_])(?:v[0-9]+|(?:{WORD})[-_=]?[0-9]+|{_METRIC})|{DATE}"
-_WRITTEN = r"(?i)[.](?P<time>[0-9]{8}T[0-9]{6})(?P<ms>(?:[0-9]{3})?)Z(?:-[0-9a-f]{6})?(?:[.][a-z]+)*$"
+_VARYING = rf"(?i)(^|[-_])(?:v[0-9]+|(?:{WORD})[-_=]?[0-9]+|{_METRIC})|{OWN_TIME}"
 # Our own checkpoints, and the tensors that they share: no group has these, so that no rule moves or deletes them.
-_OWN = r"^(?:.*/)?step-[0-9]{12,18}\.[0-9]{8}T[0-9]{9}Z-[0-9a-f]{6}$"
+_OWN_NAME = rf"step-[0-9]{{12,18}}{OWN_TIME}"
+_OWN = rf"^(?:.*/)?{_OWN_NAME}$"
+_WRITTEN = r"[.](?P<time>[0-9]{8}T[0-9]{6})(?P<ms>[0-9]{3})Z-[0-9a-f]{6}$"
 _OWN_MANIFEST = "checkpoint.json"
-_SHARED_TENSOR = (
-    r"(?:^|/)(?:tensors/[0-9a-f]{40}\.safetensors"
-    r"|references/step-[0-9]{12,18}\.[0-9]{8}T[0-9]{9}Z-[0-9a-f]{6}(?:\.deleted)?\.json)$"
-)
+_SHARED_TENSOR = rf"(?:^|/)(?:tensors/[0-9a-f]{{40}}\.safetensors|references/{_OWN_NAME}(?:\.deleted)?\.json)$"
 
 # Names of unfinished writes. The last: Orbax writes to such a folder and renames it.
 _TEMPORARY = (
@@ -126,7 +124,7 @@ _RANK_METADATA = r"^__[0-9]+\.metadata$"
 _METADATA_TMP = r"^(?:__[0-9]+)?\.metadata\.tmp$"
 _INDEX = r"\.index\.json$|^meta\.pt$|^metadata\.json$"
 
-_NUMBER_NAME = re.compile(rf"[0-9]{{1,18}}(?:{DATE})?")
+_NUMBER_NAME = re.compile(r"[0-9]{1,18}")
 _PLACEHOLDER = re.compile(r"\{(?:step|epoch)\}")
 
 
@@ -160,13 +158,12 @@ def layout_pattern(pattern: str) -> str:
     return rf"(?P<head>{head})(?P<number>[0-9]{{1,18}})(?P<tail>{tail})"
 
 
-def written_in_names(paths: pa.Array) -> NDArray[np.float64]:
-    """Return the time of writing in each name, in seconds since the epoch; NaN where there is none."""
+def _written_in_own_names(paths: pa.Array) -> NDArray[np.float64]:
+    """Return the time of writing in each of our own names, in seconds since the epoch; NaN where it is no time."""
     parts = pc.extract_regex(paths, _WRITTEN)
     texts, ms = pc.struct_field(parts, "time"), pc.struct_field(parts, "ms")
     times = pc.strptime(texts, format="%Y%m%dT%H%M%S", unit="s", error_is_null=True).cast(pa.int64())
-    ms = pc.if_else(pc.equal(ms, ""), "0", ms).cast(pa.float64())
-    found = pc.add(times.cast(pa.float64()), pc.divide(ms, 1000.0)).fill_null(np.nan)
+    found = pc.add(times.cast(pa.float64()), pc.divide(ms.cast(pa.float64()), 1000.0)).fill_null(np.nan)
     return as_numpy(found, np.float64)
 
 
@@ -179,7 +176,7 @@ class KeyGroups:
     step: NDArray[np.int64]  # NO_STEP for files
     run: NDArray[np.int32]  # equal for the checkpoints that one run writes under one name; NO_RUN for files
     own: NDArray[np.bool_]  # whether the group is one of our own checkpoints (checkpoint/layout.py)
-    written_s: NDArray[np.float64]  # time of writing in the name of a checkpoint, in seconds since the epoch; or NaN
+    written_s: NDArray[np.float64]  # time of writing in one of our own names, in seconds since the epoch; or NaN
     lacks: NDArray[np.uint8]  # indices of LACKS
     has_completing: NDArray[np.bool_]  # whether the group has a completing object
     # Columns of keys.
@@ -220,7 +217,7 @@ def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
     is_own = match_regex(paths, _OWN) & checkpoint
     members = _Members(names, folder, group, len(folders), checkpoint, is_own, on_top)
     written_s = np.full(len(paths), np.nan)
-    written_s[checkpoint] = written_in_names(paths.filter(pa.array(checkpoint)))
+    written_s[is_own] = _written_in_own_names(paths.filter(pa.array(is_own)))
     lacks = np.where(checkpoint, _lacking(members, run), NOTHING).astype(np.uint8)
     lacks[index_in(pa.array(sorted(uncertain), pa.large_string()), paths)] = NESTING
     lacks[_fewer_files_than_neighbours(members, folders, paths, run, step, (lacks == NOTHING) & ~is_own)] = NEIGHBOURS
@@ -283,7 +280,7 @@ def _checkpoint_folders(
     is_taken[user_row] = True
     by_number = dict(_number_folders(folders, folder, names, is_taken))
     numbered = pa.array(list(by_number.values()), pa.large_string())
-    more = pc.extract_regex(numbered, rf"^(?P<parent>(?:.*/)?)(?P<number>[0-9]+)(?:{DATE})?$")
+    more = pc.extract_regex(numbered, r"^(?P<parent>(?:.*/)?)(?P<number>[0-9]+)$")
     empty = pa.array([""] * len(numbered), pa.large_string())
     for name in (*_NAME_PARTS, "number"):
         rest = pc.struct_field(more, name) if name in ("parent", "number") else empty
@@ -471,8 +468,7 @@ def _of_user(parts: pa.StructArray, parent: pa.Array, layout: UserLayout) -> pa.
     """Return step and run of checkpoints of a user's layout. parts: Groups of layout_pattern()."""
     step = pc.struct_field(parts, "number").cast(pa.int64())
     pattern = pa.array([layout.pattern] * len(parts), pa.large_string())
-    tail = pc.replace_substring_regex(pc.struct_field(parts, "tail"), DATE, "")
-    run = _joined([parent, pc.struct_field(parts, "head"), tail, pattern], "\n")
+    run = _joined([parent, pc.struct_field(parts, "head"), pc.struct_field(parts, "tail"), pattern], "\n")
     return pa.Table.from_arrays([step, run.dictionary_encode()], schema=_STEP_AND_RUN)
 
 

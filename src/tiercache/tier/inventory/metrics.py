@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store import StoreFile
-from tiercache.tier.inventory.layouts import DATE, DECIMAL, NUMBER, SUFFIXES, WORD
+from tiercache.tier.inventory.layouts import DECIMAL, NUMBER, OWN_TIME, SUFFIXES, WORD
 from tiercache.tier.model import READABLE, RESTORED
 from tiercache.tier.text_columns import ROWS_AT_A_TIME, match_regex, split_keys
 
@@ -293,8 +293,7 @@ _METRIC = re.compile(
     rf"(?i)(?:^|(?<=[-_]))(?P<name>[a-z][\w@.]*?)(?:=(?P<number>{NUMBER})|[-_]?(?P<decimal>{DECIMAL}))(?=$|[-_])"
 )
 _SUFFIX = re.compile(rf"(?i){SUFFIXES}+$")
-_DATED = re.compile(rf"{DATE}$")
-_DATES = re.compile(DATE)
+_OWN_TIME = re.compile(rf"{OWN_TIME}$")
 # Keys of a Trainer log line that describe progress and are not metrics.
 _NO_METRICS = ("step", "epoch", "total_flos")
 
@@ -305,7 +304,7 @@ def metrics_in_name(name: str) -> dict[str, float]:
     Counters (epoch, step and similar) are not metrics. Without "=", a value must have a decimal point.
     """
     found: dict[str, float] = {}
-    for part in _COUNTER.split(_DATED.sub("", _SUFFIX.sub("", name))):
+    for part in _COUNTER.split(_OWN_TIME.sub("", _SUFFIX.sub("", name))):
         for match in _METRIC.finditer(part):
             found |= _finite(match["name"], float(match["number"] or match["decimal"]))
     return found
@@ -340,10 +339,10 @@ def read_metrics(store: Store, objects: Sequence[ObjectInfo], path: str) -> dict
     found: dict[str, float] = {}
     for one in objects:
         is_part = one.key == f"{path}/{_LIGHTNING_PART}"
-        if path.endswith(_LIGHTNING_FILE) and (one.key in (path, _DATES.sub("", path)) or is_part):
+        if path.endswith(_LIGHTNING_FILE) and (one.key == path or is_part):
             with suppress(NotFound):
                 # The score is stored under the name that the file was written with.
-                found |= read_scores(store, one.key, one.n_bytes, _DATES.sub("", path.rpartition("/")[2]))
+                found |= read_scores(store, one.key, one.n_bytes, path.rpartition("/")[2])
     for one in files_of(objects):
         try:
             data, info = store.read_tail(one.key, MAX_BYTES)
