@@ -1,4 +1,4 @@
-"""albumentations in a transform: the seed of a record decides its augmentation, in the training thread and in workers."""
+"""albumentations in a transform: the seed of each record decides its augmentation, in this process and in workers."""
 
 import itertools
 from typing import Any
