@@ -405,11 +405,6 @@ class World:
                 found = remove_groups(context, inventory, groups.tolist())
         assert [one.reason for one in found] == [""] * len(names)
 
-    def wanted(self, plan: Plan) -> set[tuple[str, str]]:
-        """(place, group) of all that a plan moves, where it is to lie."""
-        place = {"hot": "hot", "standard": "home", "archive": "home" if self.is_one else "cold"}
-        return {(place[move.dst], move.path) for move in plan.moves if move.dst is not None}
-
     def read_data_set(self) -> str:
         """What is wrong with the records; "" where nothing is, or where shards must be restored first."""
         wanted, home = records(), self.places["home"].url
