@@ -377,8 +377,7 @@ class Oracle:
         return [
             f"{name} is the newest complete checkpoint of {run}, and no place has it whole and readable"
             for run, name in self.protected.items()
-            if name not in self.removed_late
-            and not self._whole_in(self.groups[name], picture)
+            if name not in self.removed_late and not self._whole_in(self.groups[name], picture)
         ]
 
     def _pins(self, picture: Picture) -> list[str]:
