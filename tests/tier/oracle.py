@@ -209,7 +209,7 @@ class Oracle:
             *self._strange(picture),
             *self._half(picture),
             *self._newest(picture),
-            *self._pins(picture),
+            *self._pins(picture, was_whole),
             *self._early(picture, now_s, was_whole),
         ]
         self.before = picture
@@ -380,12 +380,14 @@ class Oracle:
             if name not in self.removed_late and not self._whole_in(self.groups[name], picture)
         ]
 
-    def _pins(self, picture: Picture) -> list[str]:
+    def _pins(self, picture: Picture, was_whole: Collection[tuple[str, str]]) -> list[str]:
         found = []
         for place, objects in self.before.items():
             for key in (self.pinned - self.pinned_late) & set(objects):
                 now = picture.get(place, {}).get(key)
                 if now is None:
+                    if self._may_be_withdrawn(place, key, objects[key].data, picture, was_whole):
+                        continue  # a pin ends a copy that was interrupted
                     found.append(f"{place}/{key} is pinned, and gone from there")
                 elif now.storage_class != objects[key].storage_class:
                     found.append(f"{place}/{key} is pinned, and its class is {now.storage_class!r} now")

@@ -78,6 +78,14 @@ def test_a_complete_copy_may_be_withdrawn_unless_another_tier_has_got_one_since(
     assert "grace" in found(oracle, picture() | warm, day=1.4)
 
 
+def test_a_pin_may_end_an_interrupted_copy_and_keeps_what_users_wrote(oracle):
+    parts = {key: seen for key, seen in objects(OLD).items() if key != OLD.last}
+    assert found(oracle, picture(cold=parts)) == ""
+    oracle.pins(OLD.keys)
+    assert found(oracle, picture(), day=1.1) == ""
+    assert "is pinned, and gone from there" in found(oracle, picture(objects(NEW, FILE)), day=31)
+
+
 def test_a_part_that_a_user_wrote_is_not_withdrawn(oracle):
     oracle.wrote("cold", "c/1/a", data("c/1/a"), DAY_S)
     part = picture(cold={"c/1/a": Seen(data("c/1/a"))})
