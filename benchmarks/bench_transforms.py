@@ -1,9 +1,12 @@
-"""Transforms on the native path, compared with torch's DataLoader over the same data set, with as many workers.
+"""Transforms on the native path, compared with torch's DataLoader with as many workers, and with the bare functions.
 
     python benchmarks/bench_transforms.py [--repetitions 5] [--workers 0 2] [--folder benchmarks/out/transforms]
 
 Whole shuffled epochs of data in the page cache; workers live on between epochs, and the first epoch is not counted. The
-two loaders are interleaved in each repetition. Reported are the median records per second, and the median ratio.
+two loaders and the bare functions are interleaved in each repetition. The bare functions are the transform and torch's
+default collate function, called in a loop over records that are in memory. Reported are the median records per second,
+the median ratio of the loaders, and the processor time of each loader as a multiple of that of the bare functions, with
+worker processes included (medians).
 
 "trivial" converts records of 256 tokens; "torchvision" augments images of 64 x 64 (crop, flip, jitter, normalise).
 """
@@ -11,21 +14,25 @@ two loaders are interleaved in each repetition. Reported are the median records 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 
 import tiercache as tc
 from rows import OUT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable, Iterator
 
 N_TOKENS, N_IMAGES = 40_000, 3_000
 AUGMENT = v2.Compose(
@@ -49,8 +56,11 @@ def torchvision(record: dict[str, Any]) -> dict[str, Any]:
     return {"image": AUGMENT(torch.from_numpy(record["image"])), "id": record["id"]}
 
 
-def pack(folder: Path) -> tuple[tc.Dataset, tc.Dataset]:
-    """Return the data sets with their transforms, packed unless they exist."""
+TRANSFORMS = trivial, torchvision
+
+
+def pack(folder: Path) -> tuple[Path, Path]:
+    """Return the data sets of tokens and of images, packed unless they exist."""
     numbers = np.random.default_rng(1)
     tokens, images = folder / "tokens", folder / "images"
     if not tokens.exists():
@@ -61,28 +71,50 @@ def pack(folder: Path) -> tuple[tc.Dataset, tc.Dataset]:
         with tc.Writer(images, schema={"id": "int64", "image": tc.Tensor("uint8", (3, 64, 64))}) as out:
             pixels = numbers.integers(0, 256, (N_IMAGES, 3, 64, 64)).astype(np.uint8)
             out.write_batch({"id": np.arange(N_IMAGES), "image": pixels})
-    return tc.Dataset(tokens, transform=trivial), tc.Dataset(images, transform=torchvision)
+    return tokens, images
 
 
-def records_per_s(loader: Iterable[Any]) -> float:
-    """Return the records per second of one epoch."""
-    begin = time.perf_counter()
+@dataclass(frozen=True, slots=True)
+class BareFunctions:
+    """A transform and torch's default collate function, called in a loop over records that are in memory."""
+
+    transform: FunctionType
+    records: list[dict[str, Any]]
+    batch_size: int
+
+    def __iter__(self) -> Iterator[Any]:
+        for first in range(0, len(self.records), self.batch_size):
+            records = self.records[first : first + self.batch_size]
+            yield default_collate([self.transform(record) for record in records])
+
+
+def cpu_s() -> float:
+    """Return the processor seconds of this process and its living worker processes."""
+    pids = os.getpid(), *(process.pid for process in multiprocessing.active_children() if process.pid is not None)
+    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)  # as clock_getcpuclockid(3) makes the clock's number
+
+
+def measure_epoch(loader: Iterable[Any]) -> tuple[float, float]:
+    """Return the records per second of one epoch, and its processor seconds per record."""
+    begin, used_s = time.perf_counter(), cpu_s()
     n = sum(len(batch["id"]) for batch in loader)
-    return n / (time.perf_counter() - begin)
+    return n / (time.perf_counter() - begin), (cpu_s() - used_s) / n
 
 
-def compare(dataset: tc.Dataset, batch_size: int, workers: int, repetitions: int) -> tuple[float, float, float]:
-    """Return (our records per second, torch's, their ratio), medians."""
+def compare(path: Path, transform: FunctionType, batch_size: int, workers: int, repetitions: int) -> list[float]:
+    """Return medians: our records per second, torch's, their ratio; our processor time and torch's, of the bare one."""
     arguments: dict[str, Any] = {"batch_size": batch_size, "shuffle": True, "num_workers": workers}
     if workers:
         arguments |= {"persistent_workers": True, "multiprocessing_context": "fork"}
-    makes: tuple[Callable[..., Any], ...] = (tc.DataLoader, DataLoader)
-    loaders = [make(dataset, **arguments) for make in makes]
+    plain, dataset = tc.Dataset(path), tc.Dataset(path, transform=transform)
+    bare = BareFunctions(transform, [plain[i] for i in range(len(plain))], batch_size)
+    loaders = tc.DataLoader(dataset, **arguments), DataLoader(dataset, **arguments), bare
     for loader in loaders:
-        records_per_s(loader)
-    pairs = [[records_per_s(loader) for loader in loaders] for _ in range(repetitions)]
-    ours, torchs = (median(pair[i] for pair in pairs) for i in (0, 1))
-    return ours, torchs, median(pair[0] / pair[1] for pair in pairs)
+        measure_epoch(loader)
+    rounds = [[measure_epoch(loader) for loader in loaders] for _ in range(repetitions)]
+    rates = [(ours[0], torchs[0], ours[0] / torchs[0]) for ours, torchs, _ in rounds]
+    costs = [(ours[1] / alone[1], torchs[1] / alone[1]) for ours, torchs, alone in rounds]
+    return [median(column) for found in (rates, costs) for column in zip(*found, strict=True)]
 
 
 def main() -> None:
@@ -92,12 +124,18 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 2])
     parser.add_argument("--folder", type=Path, default=OUT / "transforms")
     asked = parser.parse_args()
-    print(f"{'transform':12} {'workers':>7} {'ours, records/s':>16} {'torch':>10} {'ratio':>6}")
-    for dataset, batch_size in zip(pack(asked.folder), (256, 64), strict=True):
+    torch.set_num_threads(1)  # as in workers; threads that spin while they wait would count as processor time
+    print(f"{'':20} {'records/s':>18} {'':6} {'processor time / bare':>22}")
+    print(f"{'transform':12} {'workers':>7} {'ours':>9} {'torch':>8} {'ratio':>6} {'ours':>12} {'torch':>9}")
+    for path, transform, batch_size in zip(pack(asked.folder), TRANSFORMS, (256, 64), strict=True):
         for workers in asked.workers:
-            ours, torchs, ratio = compare(dataset, batch_size, workers, asked.repetitions)
-            name = dataset.transform.__name__ if dataset.transform else ""
-            print(f"{name:12} {workers:7} {ours:16,.0f} {torchs:10,.0f} {ratio:6.2f}", flush=True)
+            ours, torchs, ratio, *costs = compare(path, transform, batch_size, workers, asked.repetitions)
+            our_cost, torchs_cost = costs
+            print(
+                f"{transform.__name__:12} {workers:7} {ours:9,.0f} {torchs:8,.0f} {ratio:6.2f} {our_cost:12.2f} "
+                f"{torchs_cost:9.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #ifndef TC_DLPACK_H
 #define TC_DLPACK_H
-/* Tensor: a part of a slot in DLPack's exchange format (https://dmlc.github.io/dlpack: DLManagedTensor).
+/* Tensor: a column of a batch in DLPack's exchange format (https://dmlc.github.io/dlpack: DLManagedTensor).
  *
- * The tensor holds the slot (tc_slot_hold) until its receiver calls the deleter, from any thread, with or without the
- * GIL.
+ * A small column (tc_slot_is_small_column) is copied to memory of its own. Another column lies in the slot, and its tensor
+ * holds the slot (tc_slot_hold) until its receiver calls the deleter, from any thread, with or without the GIL.
  */
 #include "slot.h"
 

@@ -57,6 +57,11 @@ uint64_t tc_ring_n_measurements(void) { return atomic_load_explicit(&distance.n_
 
 size_t tc_live_batch_bytes(void) { return atomic_load_explicit(&live_batch_bytes, memory_order_relaxed); }
 
+void tc_count_copied(ptrdiff_t n_bytes) { atomic_fetch_add_explicit(&live_batch_bytes, (size_t)n_bytes, memory_order_relaxed); }
+
+/* Bytes of unused slots that a dropped ring keeps for no other reason than a slot that the consumer holds. */
+static size_t idle_bytes(const tc_ring *ring) { return ring->dropped && ring->pool.lent.memory == NULL ? ring->pool.idle_bytes : 0; }
+
 /* ---- Gathering batches. The caller holds the lock. ---- */
 
 /* Number of rows of the next batch, 0 while it cannot be determined. Before a failure there is no short batch: a run
@@ -414,10 +419,12 @@ void tc_slot_release(tc_slot *slot) {
     tc_ring *ring = slot->ring;
     if (ring->pid != getpid()) return;
     pthread_mutex_lock(&ring->lock);
-    atomic_fetch_sub_explicit(&live_batch_bytes, slot->capacity, memory_order_relaxed);
+    size_t before = slot->capacity + idle_bytes(ring);
     tc_pool_return(&ring->pool, slot);
     ring->n_out--;
     int last = ring->dropped && ring->n_out == 0;
+    size_t after = last ? 0 : idle_bytes(ring);
+    atomic_fetch_sub_explicit(&live_batch_bytes, before - after, memory_order_relaxed);
     pthread_mutex_unlock(&ring->lock);
     if (last) free_ring(ring);
 }
@@ -485,7 +492,13 @@ void tc_ring_drop(tc_ring *ring) {
     tc_ring_close(ring);
     pthread_mutex_lock(&ring->lock);
     ring->dropped = 1;
+    for (size_t i = 0; i < ring->depth; i++) { /* Batches that nobody will take. */
+        tc_batch *c = &ring->batches[i];
+        if (c->state != TC_EMPTY && c->slot) tc_pool_return(&ring->pool, c->slot);
+        c->slot = NULL;
+    }
     int last = ring->n_out == 0;
+    if (!last) atomic_fetch_add_explicit(&live_batch_bytes, idle_bytes(ring), memory_order_relaxed);
     pthread_mutex_unlock(&ring->lock);
     if (last) free_ring(ring);
 }

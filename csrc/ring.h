@@ -102,8 +102,12 @@ int tc_ring_is_consumer_far(void);
 /* For tests: number of distance measurements that consumers have made. */
 uint64_t tc_ring_n_measurements(void);
 
-/* Memory in bytes of all taken slots, of all rings of the process, including rings that are dropped. */
+/* Memory in bytes that the consumer's batches keep from being used again: taken slots, copied columns, and the unused slots
+ * of dropped rings, of all rings of the process. */
 size_t tc_live_batch_bytes(void);
+
+/* Count bytes of a column that was copied out of its slot (negative: they are freed). */
+void tc_count_copied(ptrdiff_t n_bytes);
 
 
 #endif

@@ -186,6 +186,26 @@ static size_t place_values(tc_slot *slot, const tc_stream *streams, size_t n_str
     return end;
 }
 
+/* A column of SMALL_BYTES always gets memory of its own: with its tensor, it fits into the chunks that malloc keeps for each
+ * thread. Larger columns get it, from the smallest on, as long as they make up at most a 16th of the batch together.
+ * Without that limit, batches of 32 columns of 64 KiB took 3.8 times as long: each copy went to new pages. */
+enum { SMALL_BYTES = 512, SMALL_PART = 16 };
+
+static size_t small_bytes(const tc_slot *slot, const tc_stream *streams, size_t n_streams) {
+    size_t budget = slot->end / SMALL_PART;
+    for (size_t limit = budget; limit > SMALL_BYTES; limit /= 2) {
+        size_t total = 0;
+        for (size_t s = 0; s < n_streams; s++) {
+            size_t n_bytes = is_var(&streams[s]) ? slot->n_elements[s] * tc_cast_bytes(&streams[s], streams[s].width) : slot->n_rows * out_width(&streams[s]);
+            if (n_bytes <= limit && !is_on_host(&streams[s])) total += n_bytes;
+        }
+        if (total <= budget) return limit;
+    }
+    return SMALL_BYTES;
+}
+
+int tc_slot_is_small_column(const tc_slot *slot, size_t n_bytes) { return slot->lent == NULL && n_bytes <= slot->small_bytes; }
+
 int tc_slot_begin(tc_slot *slot, const tc_content *content) {
     const tc_stream *streams = content->streams;
     const tc_part *parts = content->parts;
@@ -206,6 +226,7 @@ int tc_slot_begin(tc_slot *slot, const tc_content *content) {
         if (status == 0) status = slot_grow(slot, end + 1, head);
     }
     slot->end = end;
+    slot->small_bytes = small_bytes(slot, streams, n_streams);
     return status;
 }
 

@@ -47,8 +47,13 @@ typedef struct tc_slot {
     size_t n_rows;
     size_t n_bytes; /* Size of the batch's values, including the bytes that references point to. */
     size_t end;     /* Used bytes of the memory. */
+    size_t small_bytes; /* Size of the largest column that is copied when it is handed out. */
     size_t *values_at, *offsets_at, *n_elements;
 } tc_slot;
+
+/* Whether a column of n_bytes must be copied to memory of its own when it is handed out, so that a consumer that keeps it
+ * does not keep the batch. Never for a slot in the caller's memory, from which one copy moves all columns. */
+int tc_slot_is_small_column(const tc_slot *slot, size_t n_bytes);
 
 /* Map n_bytes of private memory, a multiple of the page size. From 2 MiB, the memory is aligned to 2 MiB and advised to
  * use huge pages. NULL if no memory is left. */

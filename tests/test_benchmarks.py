@@ -416,6 +416,6 @@ def test_transforms_are_compared_with_torchs_loader(
     module = bench("bench_transforms")
     monkeypatch.setattr(module, "N_TOKENS", 40)
     monkeypatch.setattr(module, "N_IMAGES", 10)
-    for dataset in module.pack(tmp_path):
-        figures = module.compare(dataset, 8, workers, repetitions=1)
+    for path, transform in zip(module.pack(tmp_path), module.TRANSFORMS, strict=True):
+        figures = module.compare(path, transform, 8, workers, repetitions=1)
         assert all(figure > 0 for figure in figures)

@@ -129,7 +129,7 @@ def test_an_unknown_key_is_an_error_with_a_suggestion(tmp_path):
 
 
 def test_tables_of_tiers_are_allowed_only_at_the_top_level(tmp_path):
-    tables = "[tiers.hot]\nurl = 1\n[[rules]]\n[[pins]]\n[[tags]]\n[tiering]\n"
+    tables = "[tiers.hot]\nurl = 1\n[[rules]]\n[[pins]]\n[tiering]\n"
     write(tmp_path / "work" / "tiercache.toml", f'cache_size = "2GB"\n{tables}')
     assert config.load().cache_size == "2GB"
     with pytest.raises(ValueError, match="argument: unknown setting 'tiers'"):

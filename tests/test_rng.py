@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiercache as tc
-from tiercache.rng import use_fresh_key, use_key
+from tiercache.rng import seed_global_generators, use_fresh_key, use_key, worker_seed
 
 KEYS = st.tuples(st.integers(-(2**70), 2**70), st.integers(0, 2**40), st.integers(0, 2**60))
 
@@ -94,7 +95,43 @@ def test_a_fresh_key_inside_of_another_key_is_that_key():
             assert tc.rng() is outer
 
 
-def test_the_global_seed_differs_from_the_own_one():
-    own, of_globals = use_key(1, 2, 3).seeds
-    assert own != of_globals
-    assert np.random.default_rng(own).random() != np.random.default_rng(of_globals).random()
+@pytest.fixture
+def global_generators():
+    """The global generators are as before after the test."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    yield
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])
+
+
+def drawn_globally():
+    return torch.randint(1000, ()).item(), np.random.randint(1000), random.randrange(1000)
+
+
+@pytest.mark.usefixtures("global_generators")
+def test_the_global_numbers_of_a_batch_never_change():
+    """Resumed runs of earlier releases rely on them."""
+    seed_global_generators(7, 1, 42)
+    assert drawn_globally() == (445, 205, 971)
+
+
+@pytest.mark.usefixtures("global_generators")
+def test_the_global_numbers_of_a_batch_follow_from_seed_epoch_and_position_alone():
+    found = []
+    for key in ((7, 1, 42), (8, 1, 42), (7, 2, 42), (7, 1, 43), (7, 1, 42)):
+        seed_global_generators(*key)
+        found.append(drawn_globally())
+    assert found[0] == found[4]
+    assert len(set(found)) == 4
+
+
+@pytest.mark.usefixtures("global_generators")
+def test_the_global_seed_differs_from_that_of_the_batch_and_workers_have_seeds_of_their_own():
+    with use_key(7, 1, 42, "batch"):
+        own = tc.rng().seed
+    seed_global_generators(7, 1, 42)
+    assert torch.initial_seed() != own
+    seeds = {worker_seed(7, number) for number in range(8)}
+    assert len(seeds) == 8
+    assert all(0 <= seed < 2**63 for seed in seeds)

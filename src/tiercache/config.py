@@ -22,7 +22,7 @@ from tiercache.model import parse_bool, parse_bytes
 FILE_NAME = "tiercache.toml"
 PREFIX = "TIERCACHE_"
 # Tables of the same file that define tiers; tier/rules.py reads them.
-TIER_SECTIONS = ("tiers", "rules", "pins", "tags", "tiering")
+TIER_SECTIONS = ("tiers", "rules", "pins", "tiering")
 _NO_LIMIT_BYTES = 1 << 60  # cgroup v1 reports "no limit" as a number just below 2^63
 
 

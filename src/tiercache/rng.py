@@ -1,12 +1,14 @@
 """Random numbers inside transforms: a function of the run's seed, the epoch and a position, and of nothing else.
 
 The loader enters a key with use_key() around each call of a user's function. rng() returns the random numbers of the
-key that this thread has entered. Keys are cheap, and generators are made on first use.
+key that this thread has entered. Keys are cheap, and generators are made on first use. In a worker process the loader
+also seeds the global generators, from which other libraries draw, for each batch.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
 import sys
 import threading
 from functools import cached_property, lru_cache
@@ -37,8 +39,8 @@ class TransformRNG:
     @cached_property
     def numpy(self) -> np.random.Generator:
         """NumPy generator that was seeded with `seed`."""
-        random = import_module("numpy").random
-        generator: np.random.Generator = random.Generator(random.PCG64(self.seed))
+        library = import_module("numpy").random
+        generator: np.random.Generator = library.Generator(library.PCG64(self.seed))
         return generator
 
     @cached_property
@@ -55,6 +57,17 @@ def _hash_of_epoch(kind: str, seed: int, epoch: int) -> Any:
     return hashlib.blake2b(f"{kind}:{seed}:{epoch}:".encode(), digest_size=16, person=_PERSON)
 
 
+def _seeds_of(kind: str, seed: int, epoch: int, position: int) -> tuple[int, int]:
+    """Return two seeds of 64 bits: BLAKE2b-128 of the text "kind:seed:epoch:position".
+
+    A run is repeatable only if they never change.
+    """
+    hashed = _hash_of_epoch(kind, seed, epoch).copy()
+    hashed.update(b"%d" % position)
+    digest = hashed.digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
 class Key:
     """Key of the random numbers of one call of a user's function, and the context in which they are valid.
 
@@ -65,12 +78,11 @@ class Key:
         kind: "record" or "batch". A batch and its first record have the same position and different numbers.
     """
 
-    __slots__ = ("_outer", "_parts", "_rng", "_seeds")
+    __slots__ = ("_outer", "_parts", "_rng")
 
     def __init__(self, seed: int, epoch: int, position: int, kind: Literal["record", "batch"] = "record") -> None:
         self._parts = (kind, seed, epoch, position)
         self._rng: TransformRNG | None = None
-        self._seeds: tuple[int, int] | None = None
         self._outer: Key | None = None
 
     def __enter__(self) -> Key:
@@ -84,22 +96,11 @@ class Key:
     def rng(self) -> TransformRNG:
         """The random numbers of the key, the same object each time."""
         if self._rng is None:
-            self._rng = TransformRNG(self.seeds[0])
+            self._rng = TransformRNG(self._find_seed())
         return self._rng
 
-    @property
-    def seeds(self) -> tuple[int, int]:
-        """The seed of `rng`, and that of libraries' global generators; both have 64 bits.
-
-        A run is repeatable only if this never changes: BLAKE2b-128 of the text "kind:seed:epoch:position".
-        """
-        if self._seeds is None:
-            kind, seed, epoch, position = self._parts
-            hashed = _hash_of_epoch(kind, seed, epoch).copy()
-            hashed.update(b"%d" % position)
-            digest = hashed.digest()
-            self._seeds = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
-        return self._seeds
+    def _find_seed(self) -> int:
+        return _seeds_of(*self._parts)[0]
 
 
 class _FreshKey(Key):
@@ -110,17 +111,12 @@ class _FreshKey(Key):
     def __init__(self) -> None:
         super().__init__(0, 0, 0)
 
-    @property
-    def seeds(self) -> tuple[int, int]:
-        """Seeds from torch's generator if torch is imported, else from NumPy's global one."""
-        if self._seeds is None:
-            torch = sys.modules.get("torch")
-            if torch is None:
-                drawn = import_module("numpy").random.randint(0, 2**63 - 1, 2).tolist()
-            else:
-                drawn = torch.randint(0, 2**63 - 1, (2,)).tolist()
-            self._seeds = drawn[0], drawn[1]
-        return self._seeds
+    def _find_seed(self) -> int:
+        """Return a seed from torch's generator if torch is imported, else from NumPy's global one."""
+        torch = sys.modules.get("torch")
+        if torch is None:
+            return int(import_module("numpy").random.randint(0, 2**63 - 1))
+        return int(torch.randint(0, 2**63 - 1, ()))
 
 
 class _OuterKey:
@@ -146,12 +142,32 @@ def use_fresh_key() -> Key | _OuterKey:
     return _FreshKey() if getattr(_entered, "key", None) is None else _OUTER_KEY
 
 
+def seed_global_generators(seed: int, epoch: int, position: int) -> None:
+    """Seed the global generators of torch (on the CPU), NumPy and Python with the key of a batch, in a worker process.
+
+    Args:
+        seed: Seed of the run.
+        epoch: Number of the epoch.
+        position: Position of the batch's first record in the epoch's order.
+    """
+    of_batch = _seeds_of("batch", seed, epoch, position)[1]
+    import_module("torch").default_generator.manual_seed(of_batch)
+    import_module("numpy").random.seed(of_batch & 0xFFFFFFFF)
+    random.seed(of_batch)
+
+
+def worker_seed(seed: int, number: int) -> int:
+    """Return the seed of a worker process, of 63 bits, which holds until its first batch. seed: Seed of the run."""
+    return _seeds_of("worker", seed, 0, number)[0] >> 1
+
+
 def rng() -> TransformRNG:
     """Return the random numbers of this call of a transform.
 
     In a transform that `tiercache.DataLoader` runs on its native path, the numbers are a function of the loader's seed,
     the epoch, and the record's position in the epoch's order. A resumed run therefore draws the same numbers, on any
-    number of ranks and workers. In a `batch_transform` or `collate_fn` the position is that of the batch's first
+    number of ranks and workers; so does a run that begins on another number of ranks, if its order has as many streams
+    (`LoaderOptions.shuffle_streams`). In a `batch_transform` or `collate_fn` the position is that of the batch's first
     record. `dataset[i]` and loaders on torch's path draw new numbers from torch's generator.
 
     Returns:

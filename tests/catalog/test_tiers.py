@@ -62,26 +62,6 @@ def test_a_catalog_with_other_columns_is_made_anew(catalog):
     assert list(checksums(catalog, "cold")) == ["k"]
 
 
-def test_an_intended_copy_is_not_among_the_checksums(catalog):
-    catalog.record([("cold", "k", CatalogEntry(3, None, None, made_from="s3://home"))])
-    assert checksums(catalog, "cold") == {}
-    assert catalog.entries("cold", ["k"])["k"].is_intended
-
-
-@pytest.mark.parametrize(
-    ("entry", "is_verified"),
-    [
-        (CatalogEntry(3, '"e"', 9), True),
-        (CatalogEntry(3, '"e"', 9, verified=False), False),
-        (CatalogEntry(3, None, None, made_from="s3://home"), False),
-    ],
-    ids=["verified", "not verified", "intended"],
-)
-def test_of_the_three_kinds_of_entries_only_one_is_verified(catalog, entry, is_verified):
-    catalog.record([("cold", "k", entry)])
-    assert catalog.entries("cold", ["k"])["k"].is_verified is is_verified
-
-
 def test_forgotten_copies_are_gone(catalog):
     catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9)), ("cold", "l", CatalogEntry(3, '"e"', 9))])
     catalog.forget([("cold", "k")])
@@ -104,10 +84,10 @@ def test_a_move_comes_back_from_the_journal_as_it_was_written(catalog):
 
 
 def test_open_moves_are_those_of_their_home_that_are_not_over(catalog):
-    states = ("begun", "waiting", "dropping", "done", "cancelled")
+    states = ("begun", "waiting", "dropping", "stopped", "done", "cancelled")
     catalog.write([replace(ROW, number=n, state=state) for n, state in enumerate(states)])
     catalog.write([replace(ROW, plan="other", home="s3://elsewhere")])
-    assert [row.state for row in catalog.open_moves("s3://home")] == ["begun", "waiting", "dropping"]
+    assert [row.state for row in catalog.open_moves("s3://home")] == ["begun", "waiting", "dropping", "stopped"]
     assert [row.number for row in catalog.open_moves("s3://home", "waiting")] == [1]
 
 
@@ -117,10 +97,11 @@ def test_old_finished_moves_are_pruned(catalog):
     assert list(catalog.of_plan("plan")) == [2]
 
 
-def test_old_stopped_moves_are_pruned(catalog):
-    catalog.write([ROW, replace(ROW, number=2, state="dropping")])
+def test_old_stopped_moves_are_pruned_and_interrupted_ones_are_not(catalog):
+    states = ("stopped", "begun", "dropping")
+    catalog.write([replace(ROW, number=number, state=state) for number, state in enumerate(states)])
     catalog.prune(100.0 + 91 * 86400)
-    assert list(catalog.of_plan("plan")) == [2]
+    assert [row.state for row in catalog.of_plan("plan").values()] == ["begun", "dropping"]
 
 
 def test_rows_are_replaced_in_one_transaction(catalog):

@@ -175,10 +175,10 @@ def test_the_error_for_a_misspelt_key_of_into_lists_the_keys_of_the_state(run):
         run.load({"model": torch.nn.Linear(2, 2)})
 
 
-def test_a_tag_is_a_text(run):
+def test_the_reason_of_a_pin_is_a_text(run):
     run.save(1, {"n": 1}).wait()
-    with pytest.raises(ValueError, match=r"expected one or more tags, none of them empty, got \(\['a'\],\)"):
-        run.tag("latest", ["a"])
+    with pytest.raises(TypeError, match=r"why is a text, such as 'the release of May', got the list \['a'\]"):
+        run.pin("latest", ["a"])
 
 
 @pytest.mark.parametrize("which", [1.0, None, True, ["latest"]])

@@ -295,7 +295,7 @@ def test_retention_deletes_what_no_rule_keeps_and_no_save_waits_for_it(tmp_path)
     assert deletes
     assert {thread for *_, thread in deletes} == {"tiercache-checkpoint-housekeeping"}
     assert steps(checkpoints) == [4, 5]
-    kept = {path.parent.name for path in tmp_path.rglob("*") if path.is_file()}
+    kept = {path.parent.name for path in tmp_path.glob("step-*/*")}
     assert kept == {info.name for info in checkpoints.list()}
 
 

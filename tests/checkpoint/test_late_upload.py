@@ -171,11 +171,11 @@ def test_only_what_the_rules_of_the_store_keep_is_uploaded(folders):
     local, remote = folders
     names = saved_locally(folders, 1, 2, 3, 4)
     with Checkpoints(remote, local=local.root) as run:
-        run.tag(2, "release")
+        run.pin(2, "release")
     newest = save(folders, 5, keep=[tc.Keep(last=2, tier="remote"), tc.Keep(last=5, tier="local")])
     assert list_names(remote) == [names[1], names[3], newest]
     with Checkpoints(remote) as run:
-        assert [one.tags for one in run.list()] == [("release",), (), ()], "tags go with it"
+        assert [one.why_pinned for one in run.list()] == ["release", "", ""], "the pin goes with it"
 
 
 def test_a_checkpoint_that_was_at_the_store_and_is_gone_does_not_come_back(folders):

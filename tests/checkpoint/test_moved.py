@@ -16,7 +16,7 @@ from tiercache.checkpoint.layout import MANIFEST_NAME
 from tiercache.checkpoint.moved import MovedCheckpoints
 from tiercache.checkpoint.retention import Keep
 from tiercache.checkpoint.stored import StoredCheckpoints
-from tiercache.errors import ArchivedShards, NotFound
+from tiercache.errors import ArchivedShards, NotFound, StoreError
 from tiercache.store import LocalFolder
 from tiercache.tier.stores import Stores
 
@@ -54,7 +54,8 @@ def cache(tmp_path):
 
 def archive(bucket, *, manifests=True):
     for info in list(bucket.list()):
-        if manifests or not info.key.endswith(MANIFEST_NAME):
+        is_own = info.key.startswith("_tiercache/")  # the tier engine never moves these
+        if not is_own and (manifests or not info.key.endswith(MANIFEST_NAME)):
             bucket._change(info.key, **{"class": "GLACIER"})
 
 
@@ -106,8 +107,35 @@ def test_an_archived_checkpoint_is_listed_and_never_deleted_by_a_rule(bucket, ca
     checkpoints = StoredCheckpoints(bucket, cache=lambda: cache, keep=Keep(last=1))
     checkpoints.apply_retention()
     listed = checkpoints.list()[0]
-    assert (listed.name, listed.state) == (first, "incomplete")
-    assert "it is archived" in listed.error
+    assert (listed.name, listed.state, listed.n_bytes > 0) == (first, "archived", True)
+    assert f"load(wait=True) or `tiercache tier get {bucket.url}/{first} --wait`" in listed.error
+
+
+def test_the_metrics_of_an_archived_checkpoint_are_known(bucket, cache):
+    state = {"w": np.arange(100)}
+    with tc.Checkpoints(bucket) as saving:
+        saving.save(1, state, metrics={"loss": 0.1}).wait()
+        archive(bucket)
+        saving.save(2, state, metrics={"loss": 0.2}).wait()
+    checkpoints, _ = opened(bucket, cache)
+    assert [(one.step, one.state, one.metrics) for one in checkpoints.list()] == [
+        (1, "archived", {"loss": 0.1}),
+        (2, "complete", {"loss": 0.2}),
+    ]
+    assert np.array_equal(checkpoints.load("best:loss:max")["w"], np.arange(100))
+    with pytest.raises(ArchivedShards, match="must be restored"):
+        checkpoints.load("best:loss")
+    assert np.array_equal(checkpoints.load("best:loss", wait=True)["w"], np.arange(100))
+
+
+def test_an_archived_checkpoint_whose_metrics_are_unknown_may_be_the_best_one(bucket, cache):
+    first = write_checkpoint(bucket, 1, metrics={"loss": 0.1})
+    archive(bucket)
+    write_checkpoint(bucket, 2, metrics={"loss": 0.2})
+    checkpoints, _ = opened(bucket, cache)
+    with pytest.raises(StoreError, match=rf"best 'loss' cannot be known: the metrics of {first} are not known"):
+        checkpoints.load("best:loss")
+    assert checkpoints.load("latest")["step"] == 2
 
 
 def test_with_a_rule_file_the_error_has_the_command_whatever_its_only_tier_is_called(

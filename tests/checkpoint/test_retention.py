@@ -33,7 +33,7 @@ from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.store.contract import WrapperStore
 from tiercache.testing import Fault, FaultStore
-from tiercache.tier.inventory.tags import Tags
+from tiercache.tier.inventory.tags import encode_pin, parse_pin
 
 HOUR_S = 3600.0
 DAY_S = 86400.0
@@ -93,7 +93,7 @@ def retained(store, *keeps, now_s=START_S + 1000 * HOUR_S, local=None):
 
 def test_a_rule_without_a_key_or_with_a_wrong_value_is_refused():
     for wrong, message in (
-        ({}, "Keep: is empty; its keys are best, every, every_steps, last, tags, younger_than"),
+        ({}, "Keep: is empty; its keys are best, every, every_steps, last, younger_than"),
         ({"last": 0}, "Keep.last: .* greater than or equal to 1"),
         ({"every": "soon"}, "Keep.every: not a duration: 'soon'"),
         ({"best": "loss"}, "Keep.best: expected METRIC:N"),
@@ -159,32 +159,41 @@ def test_every_steps_counts_anew_after_a_restart(remote):
     assert retained(remote, Keep(every_steps=100)) == [100, 110, 200, 210]
 
 
-def test_checkpoints_with_one_of_the_tags_are_kept_and_other_tags_keep_the_last_copy(remote):
-    names = hours(remote, 1, 2, 3, 4)
-    checkpoints = StoredCheckpoints(remote)
-    checkpoints.tag(names[0], "release", "demo")
-    checkpoints.tag(2, "paper")
-    assert retained(remote, Keep(tags="release")) == [1, 2, 4]
-    checkpoints.untag(2, "paper")
-    assert retained(remote, Keep(tags="release")) == [1, 4]
-
-
 def test_a_pinned_checkpoint_is_deleted_by_no_rule_and_by_no_call(remote):
     hours(remote, 1, 2, 3)
     checkpoints = StoredCheckpoints(remote)
-    checkpoints.pin(1)
+    checkpoints.pin(1, "the release of May")
     assert retained(remote, Keep(last=1)) == [1, 3]
-    with pytest.raises(ValueError, match="is pinned: unpin it"):
+    with pytest.raises(ValueError, match=r"is pinned \(the release of May\) and was not deleted; unpin\('step-"):
         checkpoints.delete(1)
+    first = checkpoints.list()[0]
+    assert (first.is_pinned, first.why_pinned) == (True, "the release of May")
+    assert first.kept_by["remote"][-1] == "pinned: the release of May"
     checkpoints.unpin(1)
     assert retained(remote, Keep(last=1)) == [3]
 
 
-def test_tags_that_cannot_be_read_count_as_a_pin(remote):
+@pytest.mark.parametrize("text", [b"{torn", b'{"pinned": 1}', b'{"pinned": false, "tags": ["release"]}'])
+def test_a_pin_that_cannot_be_read_and_the_tags_of_earlier_releases_count_as_a_pin(remote, text):
     names = hours(remote, 1, 2)
-    remote.put(f"{names[0]}/tags.json", b"{torn")
+    remote.put(f"{names[0]}/tags.json", text)
     assert retained(remote, Keep(last=1)) == [1, 2]
-    assert Tags.parse(Tags(frozenset({"a"}), is_pinned=False).encode()) == Tags(frozenset({"a"}))
+    with pytest.raises(ValueError, match="is pinned"):
+        StoredCheckpoints(remote).delete(1)
+    StoredCheckpoints(remote).unpin(1)
+    assert retained(remote, Keep(last=1)) == [2]
+
+
+def test_the_metrics_of_a_killed_save_are_collected_with_its_files(remote):
+    name = write_checkpoint(remote, 1, commit=False)
+    remote.put(f"_tiercache/metrics/{name}.json", b"{}")
+    collect(remote, START_S + 99 * DAY_S)
+    assert [*remote.list()] == []
+
+
+@pytest.mark.parametrize("why", [None, "", "the release of May"])
+def test_a_pin_is_read_as_it_was_written(why):
+    assert parse_pin(encode_pin(why)) == why
 
 
 def test_list_says_which_rules_keep_a_checkpoint_in_each_tier(remote, local):
@@ -457,7 +466,7 @@ def test_a_deleted_checkpoint_of_which_only_the_tombstone_is_left_is_not_listed(
     with pytest.raises(NotFound):
         checkpoints.delete(first)
     with pytest.raises(NotFound):
-        checkpoints.tag(1, "release")
+        checkpoints.pin(1)
 
 
 def test_the_reference_protects_the_tensors_of_a_corrupt_manifest_and_without_it_nothing_is_deleted(remote):

@@ -191,7 +191,8 @@ def test_a_wrong_argument_is_refused_at_once_and_nothing_is_written(arguments, e
         with pytest.raises((TypeError, ValueError)):
             checkpoints.save(1, {}, note={1, 2})
         assert checkpoints.save(1, {"x": 1}).wait(timeout_s=WAIT_S), "the next save works"
-        assert len([*checkpoints.remote_store.list()]) == 2
+        names = sorted(info.key.rpartition("/")[2] for info in checkpoints.remote_store.list())
+        assert [name for name in names if "step-" not in name] == ["checkpoint.json", "state.json"]
 
 
 @pytest.mark.parametrize("options", [{"pending": 0}, {"writers": 0}, {"when_busy": "block"}, {"when_busy": "drop"}])
@@ -388,15 +389,20 @@ def test_the_error_that_ends_a_with_block_is_not_hidden_by_a_failed_save(memory_
     [Fault("complete", keys="*state.json", retryable=False), Fault("put_if_absent", retryable=False)],
     ids=["file", "manifest"],
 )
-def test_a_full_disk_does_not_stay_full(tmp_path, memory_store, fault):
+def test_a_full_disk_does_not_stay_full_and_the_checkpoint_is_uploaded_from_memory(
+    tmp_path, memory_store, fault, caplog
+):
     with opened(memory_store, local=tmp_path) as checkpoints:
         checkpoints._local.store = FaultStore(LocalFolder(tmp_path), [fault])
-        checkpoints.save(1, a_state())
-        with pytest.raises(StoreError):
-            checkpoints.wait("local", WAIT_S)
-        assert [info.key for store in (LocalFolder(tmp_path), memory_store) for info in store.list()] == [
-            "run.json"
-        ] * 2
+        saved = checkpoints.save(1, a_state())
+        assert saved.wait("local", WAIT_S), "it is safe at the store"
+        assert saved.state == "done"
+        assert (saved.done("local"), saved.done("remote")) == (False, True)
+        assert [info.key for info in LocalFolder(tmp_path).list()] == ["run.json"]
+        assert same(read_checkpoint(memory_store, saved.name)[1], a_state())
+        assert f"{saved.name}: uploaded from memory, because it has no local copy" in caplog.text
+        assert checkpoints.save(2, a_state()).wait("remote", WAIT_S)
+        assert list_names(LocalFolder(tmp_path)) == list_names(memory_store)[1:]
 
 
 def test_a_run_that_restarts_where_the_clock_is_behind_keeps_what_it_saves(tmp_path, monkeypatch):
@@ -408,6 +414,22 @@ def test_a_run_that_restarts_where_the_clock_is_behind_keeps_what_it_saves(tmp_p
     with Checkpoints(tmp_path) as checkpoints:
         assert [one.step for one in checkpoints.list()] == [210, 220]
         assert checkpoints.load()["n"] == 220
+
+
+def test_a_run_that_restarts_at_a_lower_step_saves_the_same_steps_again_beside_the_first_ones(tmp_path):
+    names = []
+    for attempt, steps in enumerate(((100, 200), (100,))):
+        with Checkpoints(tmp_path / "store", local=tmp_path / "local") as checkpoints:
+            for step in steps:
+                saved = checkpoints.save(step, {"attempt": attempt, "step": step}, metrics={"loss": 1.0 / step})
+                assert saved.wait("remote", WAIT_S)
+                names.append(saved.name)
+    with Checkpoints(tmp_path / "store", local=tmp_path / "local") as checkpoints:
+        assert [one.name for one in checkpoints.list()] == names
+        assert checkpoints.load("latest") == {"attempt": 1, "step": 100}
+        assert checkpoints.load(100) == {"attempt": 1, "step": 100}
+        assert checkpoints.load(names[0]) == {"attempt": 0, "step": 100}
+        assert all(checkpoints.verify(name).is_right for name in names)
 
 
 def test_a_local_folder_that_is_the_folder_of_the_checkpoints_is_refused(tmp_path):
@@ -464,12 +486,38 @@ def test_a_local_disk_that_is_full_when_the_run_gets_its_id_loses_no_save(tmp_pa
     assert (tmp_path / "run.json").read_bytes() == memory_store.get("run.json")
 
 
-def test_a_local_disk_that_stays_full_is_named_by_the_save(tmp_path, memory_store, monkeypatch):
-    with opened(memory_store, local=tmp_path) as checkpoints, monkeypatch.context() as patch:
+@pytest.mark.parametrize("pending", [1, 2])
+def test_a_local_disk_that_stays_full_fails_no_save(tmp_path, memory_store, monkeypatch, caplog, pending):
+    with opened(memory_store, local=tmp_path, pending=pending) as checkpoints, monkeypatch.context() as patch:
         fill_disk(patch, "put", "put_if_absent", "create")
-        with pytest.raises(StoreError, match=r"the checkpoint of step 1 was not saved: .*No space left on device"):
-            checkpoints.save(1, a_state()).wait("local", WAIT_S)
+        saves = [checkpoints.save(step, a_state(step)) for step in range(4)]
+        checkpoints.wait("remote", WAIT_S)
+        assert list_names(memory_store) == [saved.name for saved in saves]
+        assert all(same(read_checkpoint(memory_store, one.name)[1], a_state(step)) for step, one in enumerate(saves))
+        assert caplog.text.count("No space left on device") >= 4
+
+
+def test_a_save_fails_if_neither_the_local_disk_nor_the_store_takes_it_and_the_error_names_both(
+    tmp_path, memory_store, monkeypatch
+):
+    store = FaultStore(memory_store, [Fault("create", retryable=False, times=99)])
+    with opened(store, local=tmp_path) as checkpoints, monkeypatch.context() as patch:
+        fill_disk(patch, "put", "put_if_absent", "create")
+        saved = checkpoints.save(1, a_state())
+        with pytest.raises(StoreError, match=r"step 1 was not saved: .*from memory, because .*No space left on device"):
+            saved.wait("local", WAIT_S)
         assert list_names(memory_store) == []
+
+
+@pytest.mark.parametrize("has_local", [False, True])
+def test_wrong_credentials_are_reported_by_the_first_save_and_not_by_the_next_one(tmp_path, memory_store, has_local):
+    store = FaultStore(memory_store, [Fault("list", retryable=False, status=403, times=1)])
+    with opened(store, local=tmp_path if has_local else None) as checkpoints:
+        with pytest.raises(StoreError) as caught:
+            checkpoints.save(1, a_state())
+        assert caught.value.status == 403
+        assert checkpoints.saves == ()
+        assert checkpoints.save(1, a_state()).wait(timeout_s=WAIT_S), "the store takes it now"
 
 
 def test_the_first_save_does_not_wait_long_for_a_store_that_does_not_answer(tmp_path, memory_store, monkeypatch):

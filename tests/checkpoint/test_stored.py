@@ -68,8 +68,10 @@ def test_old_checkpoints_are_deleted_in_the_background_after_each_commit(tmp_pat
         assert steps_of(checkpoints.local_store) == [2, 5]
         assert steps_of(checkpoints.remote_store) == [2, 4, 5]
         assert checkpoints.load("best:loss")["w"][0] == 2
-        folders = [path.name for path in Path(checkpoints.remote_store.url).iterdir() if path.is_dir()]
+        folders = [path.name for path in Path(checkpoints.remote_store.url).glob("step-*")]
         assert sorted(folders) == sorted(list_names(checkpoints.remote_store)), "deleted folders are gone, too"
+        metrics = [path.stem for path in Path(checkpoints.remote_store.url).glob("_tiercache/metrics/*")]
+        assert sorted(metrics) == sorted(folders)
 
 
 def test_a_delete_that_takes_for_ever_holds_up_no_save(remote):
@@ -172,8 +174,8 @@ def test_checkpoints_in_s3_are_loaded_mapped_retained_and_deleted(s3_server, tmp
         url, options = f"{s3_server.url}/checkpoints-read", s3_server.storage_options
         with open_weights(url, prefix="model.", cache=cache, storage_options=options) as weights:
             assert torch.equal(weights["w"], state["model"]["w"])
-        checkpoints.tag(2, "release")
-        assert checkpoints.list()[0].tags == ("release",)
+        checkpoints.pin(2, "release")
+        assert checkpoints.list()[0].why_pinned == "release"
         checkpoints.delete(3)
         assert checkpoints.load()["epoch"] == 2
         checkpoints.close()

@@ -1,4 +1,4 @@
-"""tiercache ckpt: the checkpoints of every layout, listed, read, removed, pinned, tagged and compared."""
+"""tiercache ckpt: the checkpoints of every layout, listed, read, removed, pinned and compared."""
 
 import json
 import os
@@ -183,7 +183,7 @@ class TestRm:
     def test_a_pinned_checkpoint_is_left_alone(self, tiercache, root):
         tiercache("ckpt", "pin", "runs/a/step-1", "--why", "the paper")
         out = tiercache("ckpt", "rm", "runs/a/step-*", "--yes", code=3).out
-        assert "runs/a/step-1: left: expected no pin" in out
+        assert "runs/a/step-1: left: pinned by pins[1]: the paper; `tiercache ckpt unpin runs/a/step-1` removes" in out
         assert [path.name for path in (root / "nvme/runs/a").iterdir()] == ["step-1"]
 
     def test_a_dry_run_deletes_nothing(self, tiercache, root):
@@ -193,7 +193,7 @@ class TestRm:
     def test_a_dry_run_names_the_pinned_checkpoints_that_stay(self, tiercache, root):
         tiercache("ckpt", "pin", "runs/a/step-1")
         out = tiercache("ckpt", "rm", "runs/a", "--dry-run").out
-        assert "would leave runs/a/step-1, which is pinned" in out
+        assert "would leave runs/a/step-1: pinned" in out
         assert "would delete 2 checkpoints" in out
 
     def test_without_a_terminal_yes_is_required(self, tiercache, root):
@@ -201,7 +201,7 @@ class TestRm:
         assert len(listed(tiercache, "runs/a")) == 3
 
 
-class TestPinAndTag:
+class TestPin:
     def test_a_pin_is_a_table_of_the_rule_file_and_keeps_the_checkpoint(self, tiercache, root):
         tiercache("ckpt", "pin", "hot/runs/a/step-2", "--why", "the paper", "--until", "2099-01-01")
         assert RULES.strip() in (root / "tiercache.toml").read_text()
@@ -213,24 +213,17 @@ class TestPinAndTag:
 
     def test_a_removed_pin_leaves_the_file_as_it_was(self, tiercache, root):
         tiercache("ckpt", "pin", "runs/a/step-2", "runs/a/step-1")
-        tiercache("ckpt", "pin", "runs/a/step-1", "--remove")
+        tiercache("ckpt", "unpin", "runs/a/step-1")
         assert 'match = "runs/a/step-2"' in (root / "tiercache.toml").read_text()
-        tiercache("ckpt", "pin", "runs/a/step-2", "--remove")
+        tiercache("ckpt", "unpin", "runs/a/step-2")
         assert (root / "tiercache.toml").read_text().strip() == RULES.strip()
 
     def test_a_pin_that_does_not_exist_cannot_be_removed(self, tiercache, root):
-        assert "names exactly 'runs/a/step-2'" in tiercache("ckpt", "pin", "runs/a/step-2", "--remove", code=2).err
+        assert "names exactly 'runs/a/step-2'" in tiercache("ckpt", "unpin", "runs/a/step-2", code=2).err
 
     def test_an_invalid_end_of_a_pin_changes_nothing(self, tiercache, root):
         assert "until" in tiercache("ckpt", "pin", "runs/a/step-2", "--until", "soon", code=2).err
         assert (root / "tiercache.toml").read_text() == RULES
-
-    def test_a_tag_is_shown_and_keeps_the_checkpoint_from_deletion(self, tiercache, root):
-        tiercache("ckpt", "tag", "runs/a/step-2", "release", "v1")
-        one = listed(tiercache, "runs/a/step-2")["runs/a/step-2"]
-        assert one["tags"] == ["release", "v1"]
-        tiercache("ckpt", "tag", "runs/a/step-2", "v1", "--remove")
-        assert listed(tiercache, "runs/a/step-2")["runs/a/step-2"]["tags"] == ["release"]
 
     def test_without_a_rule_file_a_checkpoint_is_removed_unless_it_is_pinned(self, tiercache, root):
         pinned, unwanted = own(root, 40, 2), own(root, 50, 1)
@@ -240,28 +233,31 @@ class TestPinAndTag:
         assert "left" in tiercache("ckpt", "rm", f"nvme/{pinned}", "--yes", code=3).out
         assert [path.parent.name for path in root.rglob("checkpoint.json")] == [pinned.removeprefix("own/")]
 
-    def test_our_own_checkpoint_is_pinned_and_tagged_in_its_folder(self, tiercache, root):
+    def test_our_own_checkpoint_is_pinned_in_its_folder(self, tiercache, root):
         name = own(root, 40, 2)
-        tiercache("ckpt", "pin", name)
-        tiercache("ckpt", "tag", name, "release")
+        tiercache("ckpt", "pin", name, "--why", "the release of May")
         body = json.loads((root / "nvme" / name / "tags.json").read_text())
-        assert body == {"pinned": True, "tags": ["release"]}
+        assert body == {"pinned": True, "why": "the release of May"}
         one = listed(tiercache, name)[name]
-        assert (one["tags"], one["complete"]) == (["release"], True)
-        assert "pinned in its tags.json" in [reason["text"] for reason in one["kept"]]
-        assert "left" in tiercache("ckpt", "rm", name, "--yes", code=3).out
-        tiercache("ckpt", "pin", name, "--remove")
+        assert one["complete"]
+        assert "pinned: the release of May" in [reason["text"] for reason in one["kept"]]
+        out = tiercache("ckpt", "rm", name, "--yes", code=3).out
+        assert f"{name}: left: pinned: the release of May; `tiercache ckpt unpin {name}` removes the pin" in out
+        with tc.Checkpoints(root / "nvme/own") as checkpoints, pytest.raises(ValueError, match="tiercache ckpt unpin"):
+            checkpoints.delete(40)
+        tiercache("ckpt", "unpin", name)
         tiercache("ckpt", "rm", name, "--yes")
         assert [*root.rglob("checkpoint.json")] == []
 
-    @pytest.mark.parametrize("text", ["{", '{"pinned": "no", "tags": []}', '{"pinned": false, "tags": [1]}'])
-    def test_a_tags_file_that_cannot_be_read_is_a_pin_for_the_command_and_for_checkpoints(self, tiercache, root, text):
+    @pytest.mark.parametrize("text", ["{", '{"pinned": "no", "tags": []}', '{"pinned": false, "tags": ["v1"]}'])
+    def test_a_pin_that_cannot_be_read_and_earlier_tags_are_a_pin_for_the_command_and_for_checkpoints(
+        self, tiercache, root, text
+    ):
         name = own(root, 40, 2)
         (root / "nvme" / name / "tags.json").write_text(text)
-        assert "which is pinned" in tiercache("ckpt", "rm", name, "--dry-run").out
-        assert listed(tiercache, name)[name]["tags"] == []
+        assert f"would leave {name}: pinned" in tiercache("ckpt", "rm", name, "--dry-run").out
         with tc.Checkpoints(root / "nvme/own") as checkpoints:
-            assert [(one.is_pinned, one.tags) for one in checkpoints.list()] == [(True, ())]
+            assert [one.is_pinned for one in checkpoints.list()] == [True]
 
 
 class TestDiff:

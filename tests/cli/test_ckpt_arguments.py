@@ -37,7 +37,7 @@ COMMANDS = {
     "verify": ["verify"],
     "rm": ["rm", "--dry-run"],
     "pin": ["pin"],
-    "tag": ["tag"],
+    "unpin": ["unpin"],
     "diff": ["diff"],
 }
 
@@ -93,13 +93,13 @@ def test_one_checkpoint_of_a_run_is_named_by_which_and_by_path(root, steps, tier
 def test_every_command_takes_a_run_and_which(root, tiercache, command):
     write(root / "run", "own", 10, 30, 20)
     name = next(path.name for path in (root / "run").glob("step-*20.*"))
-    more = {"diff": ["run/best:loss"], "tag": ["release"]}.get(command, [])
+    more = {"diff": ["run/best:loss"]}.get(command, [])
     (verb, *options) = COMMANDS[command]
     out = tiercache("ckpt", verb, "run/latest", *more, *options).out
     assert f"run/{name}" in out
-    if command in ("pin", "tag"):
-        tags = json.loads((root / "run" / name / "tags.json").read_text())
-        assert tags == {"pinned": command == "pin", "tags": ["release"] if command == "tag" else []}
+    if command in ("pin", "unpin"):
+        pin = json.loads((root / "run" / name / "tags.json").read_text())
+        assert pin == {"pinned": command == "pin", "why": ""}
 
 
 def test_rm_deletes_only_the_checkpoint_that_is_meant(root, tiercache, steps):

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+import tiercache as tc
 from tiercache.testing.http_server import HttpFault, HttpFaultServer
 
 COMMAND = [sys.executable, "-m", "tiercache.cli.app"]
@@ -88,6 +89,21 @@ def test_a_terminal_gets_a_progress_bar_and_is_asked_before_evicting(tiercache, 
     assert "nothing was evicted" in shown
     assert "evicted 4 copies" in on_terminal(["evict", "--all", *cache], answer=b"y\n")
     assert str(data_set) not in tiercache("status", *cache).out
+
+
+def test_the_question_before_a_deletion_names_each_checkpoint_with_its_step_and_its_metrics(tmp_path):
+    run = tmp_path / "run"
+    with tc.Checkpoints(run) as checkpoints:
+        for step, loss in ((1000, 0.5), (2000, 0.25), (3000, 0.75)):
+            checkpoints.save(step, {"step": step}, metrics={"loss": loss, "lr": 0.1}).wait()
+        checkpoints.pin(2000)
+        first, pinned, last = checkpoints.list()
+    shown = on_terminal(["ckpt", "rm", str(run)], answer=b"n\n")
+    assert f"{first.name}: step 1,000, loss = 0.5, lr = 0.1" in shown
+    assert f"{last.name}: step 3,000, loss = 0.75, lr = 0.1, a run is resumed from it" in shown
+    assert f"{pinned.name}: step" not in shown
+    assert "Delete 2 checkpoints" in shown
+    assert "nothing was deleted" in shown
 
 
 def on_terminal(arguments, answer=b""):

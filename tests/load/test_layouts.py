@@ -306,14 +306,11 @@ def test_no_records_make_an_empty_batch_of_the_form(packed, form):
         assert batch["rows"].values.shape == (0, 2, 2)
 
 
-def test_native_tensors_lie_in_the_slot_and_are_the_consumers_own(packed):
+def test_native_tensors_are_the_consumers_own(packed):
     dataset = tc.Dataset(packed, columns=["id", "flat", "box"], layouts={"flat": "buffer", "box": "padded"})
     kept = []
     for batch in tc.DataLoader(dataset, batch_size=8, shuffle=True, options=tc.LoaderOptions(seed=2)):
-        start = batch["id"].untyped_storage().data_ptr()
         buffer = batch["flat"]
-        for tensor in (buffer.offsets, batch["box"], batch["box.lengths"]):
-            assert abs(tensor.data_ptr() - start) < 1 << 20
         if len(buffer.values):
             buffer.values[:] = 1
         batch["box"][:] = 5

@@ -50,7 +50,9 @@ def test_a_tensor_of_any_dtype_and_shape(block, dtype, shape):
 
 
 def test_large_tensors_and_arrays_lie_in_the_block(block):
-    found = copy_of(block, {"t": torch.arange(1000), "a": [np.arange(500.0)], "b": tc.Buffer(torch.ones(99), None)})
+    value = {"t": torch.arange(1000), "a": [np.arange(900.0)], "b": tc.Buffer(torch.ones(2000), torch.arange(50))}
+    found = copy_of(block, value)
+    assert not is_in(block, found["b"].offsets)
     assert is_in(block, found["t"])
     assert is_in(block, torch.from_numpy(found["a"][0]))
     assert is_in(block, found["b"].values)

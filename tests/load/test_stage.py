@@ -8,7 +8,7 @@ import pytest
 
 from tiercache.load.decode import _DecodeQueue, _Job
 from tiercache.load.stage import StageQueue
-from tiercache.load.transform import Job, JobQueue
+from tiercache.load.transform_workers import Job, JobQueue
 from tiercache.waiting import wait_for
 
 

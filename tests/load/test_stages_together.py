@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ def pictures(tmp_path_factory) -> Any:
 
 def with_noise(record: dict[str, Any]) -> dict[str, Any]:
     image = torch.as_tensor(record["image"]).float()
-    return {"image": image + torch.rand(image.shape), "id": record["id"], "draw": tc.rng().numpy.random()}
+    noise = torch.rand(image.shape, generator=tc.rng().torch)
+    return {"image": image + noise, "id": record["id"], "draw": tc.rng().numpy.random()}
 
 
 def loader_of(path, decode=decoded.RANDOM, *, transform=None, batch_size=8, workers=0, **options) -> tc.DataLoader[Any]:
@@ -61,6 +63,31 @@ def test_transformed_pictures_on_a_device_are_those_of_the_cpu(pictures, eager, 
     assert stats["unpinned"] == 0
     assert stats["stages"]["transform_s"] > 0
     assert stats["stages"]["decode_s"] > 0
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_transform_in_the_training_thread_makes_no_batch_ahead_for_a_device(pictures):
+    seen = []
+
+    def transform(record):
+        seen.append(1)
+        time.sleep(0.005)  # in which the next batch is gathered and decoded
+        return {"id": record["id"]}
+
+    batches = iter(loader_of(pictures, transform=transform, device=FAKE))
+    for n_batches in range(1, 6):
+        next(batches)
+        assert len(seen) == 8 * n_batches
+
+
+@pytest.mark.usefixtures("eager")
+def test_an_error_of_a_transform_before_a_device_has_the_transforms_traceback(pictures):
+    def fail(record):
+        raise LookupError("no such label")
+
+    with pytest.raises(LookupError, match="no such label") as caught:
+        next(iter(loader_of(pictures, transform=fail, device=FAKE)))
+    assert "fail" in [entry.name for entry in caught.traceback]
 
 
 def test_a_state_counts_batches_that_were_handed_out_behind_transforms_and_a_device(pictures, eager):

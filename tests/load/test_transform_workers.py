@@ -8,7 +8,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import random
 import re
 import signal
 import threading
@@ -26,12 +25,11 @@ from tests.load.conftest import SCHEMA, make_columns
 from tests.load.test_transforms import EVERY_KIND, N_FEW, STREAMS, columns_of_every_kind, same, serve
 from tests.load.transformed import draw_globals, fail_at_seven, loader_of, options, rows_of, together
 from torch.utils.data import get_worker_info
+from torchvision.transforms import v2
 
 import tiercache as tc
 from tiercache.load import stage, transform_workers
 from tiercache.load.shared_block import SharedBlock
-from tiercache.load.transform_random import ProcessRandomness, UnseededDrawError
-from tiercache.rng import use_key
 from tiercache.waiting import wait_for
 
 N = 101
@@ -71,54 +69,59 @@ def test_workers_see_the_records_that_indexing_gives(tmp_path):
         assert torch.equal(record["vector"], expected["vector"])
 
 
-def test_global_generators_are_seeded_for_each_record(path):
+def test_foreign_augmentations_are_equal_for_any_number_of_workers(path):
     whole = rows_of(loader_of(path, draw_globals, workers=1))
     assert rows_of(loader_of(path, draw_globals, workers=2)) == whole
-    halves = []
-    for rank in range(2):
-        halves += rows_of(loader_of(path, draw_globals, workers=1, batch_size=5, options=options(rank, 2)))
-    assert sorted(set(halves)) == sorted(whole)
     assert len({row[1:] for row in whole}) == N
 
 
-def draw_late(record):
-    """No draw from a global generator for a long time."""
-    is_late = record["id"] >= 60
-    python, numpy, own = (random.random(), np.random.rand(), torch.rand(()).item()) if is_late else (0.0, 0.0, 0.0)
-    return {"id": record["id"], "python": python, "numpy": numpy, "torch": own}
+def test_tiercaches_random_numbers_are_equal_for_any_workers_and_ranks_if_the_order_has_as_many_streams(path):
+    whole = rows_of(loader_of(path, workers=2, options=options(**STREAMS)))
+    halves = []
+    for rank in range(2):
+        halves += rows_of(loader_of(path, workers=1, batch_size=10, options=options(rank, 2, **STREAMS)))
+    assert sorted(set(halves)) == sorted(whole)
+    assert sorted(rows_of(loader_of(path, options=options(shuffle_streams=2)))) != sorted(whole)
 
 
-def expected_of(position):
-    seed = use_key(5, 0, position).seeds[1]
-    if position < 60:
-        return position, 0.0, 0.0, 0.0
-    numpy = np.random.RandomState(seed & 0xFFFFFFFF).rand()
-    own = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
-    return position, numpy, random.Random(seed).random(), own
+def test_each_batch_of_each_epoch_draws_other_numbers_from_the_global_generators(path):
+    loader = loader_of(path, draw_globals, workers=1, persistent_workers=True)
+    batches = [batch for _ in range(2) for batch in loader]
+    for name in ("torch", "python", "legacy"):
+        assert len({value for batch in batches for value in batch[name].tolist()}) == 2 * N
 
 
-@pytest.mark.parametrize(("workers", "batch_size"), [(1, 1), (1, 8), (2, 30)])
-def test_a_generator_that_rests_is_seeded_when_it_is_drawn_from(path, workers, batch_size):
-    rows = rows_of(loader_of(path, draw_late, workers=workers, batch_size=batch_size, shuffle=False))
-    assert rows == [expected_of(position) for position in range(N)]
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_that_resumes_at_any_batch_repeats_foreign_augmentations(path, before, after):
+    loader = loader_of(path, draw_globals, workers=before, batch_size=30)
+    states, served = [], []
+    for batch in loader:
+        served.append(rows_of([batch]))
+        states.append(json.loads(json.dumps(loader.state_dict())))
+    assert len(served) == 4
+    for step, state in enumerate(states[:-1], 1):
+        resumed = loader_of(path, draw_globals, workers=after, batch_size=30)
+        resumed.load_state_dict(state)
+        assert rows_of(resumed) == list(itertools.chain(*served[step:]))
 
 
-def test_a_batch_is_made_again_only_when_a_resting_generator_was_drawn_from():
-    randomness = ProcessRandomness()
+AUGMENT = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomResizedCrop(5), v2.ColorJitter(0.5, 0.5, 0.5)])
 
-    def make(function):
-        with randomness.batch():
-            for position in range(40):
-                randomness.begin(use_key(1, 2, position))
-                randomness.call(function, position)
 
-    make(abs)
-    make(abs)
-    for function in (lambda _: random.random(), lambda _: np.random.rand(), lambda _: torch.rand(())):
-        with pytest.raises(UnseededDrawError):
-            make(function)
-        make(function)
-    make(abs)
+def augment(record):
+    image = torch.from_numpy(np.resize(record["tokens"], (3, 9, 9)).astype(np.uint8))
+    return {"id": record["id"], "image": AUGMENT(image)}
+
+
+def test_torchvisions_transforms_draw_the_same_when_resumed(path):
+    whole = rows_of(loader_of(path, augment, workers=1))
+    loader = loader_of(path, augment, workers=1)
+    begun = rows_of(itertools.islice(loader, 5))
+    torch.manual_seed(9)
+    resumed = loader_of(path, augment, workers=2)
+    resumed.load_state_dict(loader.state_dict())
+    assert begun + rows_of(resumed) == whole
+    assert len({str(row[1]) for row in whole}) > N // 2
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 1), (1, 0)])

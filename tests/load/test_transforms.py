@@ -1,8 +1,7 @@
-"""Transforms on the native path, in the loader's own thread: what they see, draw and serve, and how they end."""
+"""Transforms on the native path, in the training thread: what they see, draw and serve, and how they end."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
 import json
@@ -24,10 +23,8 @@ from tests.load.decoded import write as write_pictures
 from tests.load.transformed import draw, draw_globals, fail_at_seven, loader_of, options, rows_of, together
 from torch.utils.data import DataLoader as TorchLoader
 from torch.utils.data import RandomSampler, default_collate
-from torchvision.transforms import v2
 
 import tiercache as tc
-from tiercache.load.transform_random import ThreadRandomness
 
 N = 101  # a prime: no batch size and no number of ranks divides it
 
@@ -259,8 +256,8 @@ def test_draws_are_a_function_of_seed_epoch_and_position_for_any_ranks_and_batch
 
 def test_every_record_draws_numbers_of_its_own_and_so_does_the_batch(path):
     rows = rows_of(loader_of(path, collate_fn=together))
-    n_values = len({value for row in rows for value in np.hstack(row[2:]).tolist()})
-    assert n_values > 7 * N  # the batch's number is the same for its records
+    assert len({value for _, _, *drawn in rows for value in drawn}) == 3 * N
+    assert len({row[0] for row in rows}) == 13  # the batch's number is the same for its records
 
 
 def test_a_padding_record_has_the_key_of_the_position_that_it_repeats(path):
@@ -304,100 +301,78 @@ def test_a_replaced_record_has_the_key_of_the_position_where_it_is_served(tmp_pa
     assert caught.value.record == 4
 
 
-def test_transforms_leave_the_training_loops_random_numbers_alone(path):
+def test_tiercaches_random_numbers_leave_the_programs_generators_alone(path):
     states = []
     for transform in (draw, lambda record: {"id": record["id"]}):
-        torch.manual_seed(3)
-        random.seed(3)
-        np.random.seed(3)
+        seed_all(3)
         list(loader_of(path, transform))
-        states.append((torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()))
+        states.append(states_of_generators())
     assert states[0] == states[1]
 
 
-def test_pythons_global_generator_is_reported_once(path):
-    loader = loader_of(path, draw_globals)
-    with pytest.warns(RuntimeWarning, match="functions of Python's random module.*num_workers=1") as caught:
-        list(loader)
-    assert len([w for w in caught if w.category is RuntimeWarning]) == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        list(loader)
-        list(loader_of(path, lambda record: {"x": random.Random(3).random()}))
+def seed_all(seed):
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
 
 
-def test_torchs_random_functions_without_a_generator_are_reported(path):
-    for function in (
-        lambda: torch.nn.functional.dropout(torch.ones(3)),
-        lambda: torch.dropout(torch.ones(3), 0.5, True),
-    ):
-        with pytest.warns(RuntimeWarning, match=r"torch's dropout\(\)"):
-            list(loader_of(path, lambda record, function=function: {"x": function()}))
-    off = torch.nn.Dropout().eval()
-    list(loader_of(path, lambda record: {"x": off(torch.ones(3)) + torch.dropout(torch.ones(3), 0.5, False)}))
+def states_of_generators():
+    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
 
 
-def test_torchvisions_transforms_draw_the_same_when_resumed(path):
-    augment = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomResizedCrop(5), v2.ColorJitter(0.5, 0.5, 0.5)])
-
-    def transform(record):
-        image = torch.from_numpy(np.resize(record["tokens"], (3, 9, 9)).astype(np.uint8))
-        return {"id": record["id"], "image": augment(image)}
-
-    whole = rows_of(loader_of(path, transform))
-    loader = loader_of(path, transform)
-    begun = rows_of(itertools.islice(loader, 5))
-    torch.manual_seed(9)
-    resumed = loader_of(path, transform)
-    resumed.load_state_dict(loader.state_dict())
-    assert begun + rows_of(resumed) == whole
-    assert len({str(row[1]) for row in whole}) > N // 2
+def draw_foreign(record):
+    """What foreign augmentations draw, without tiercache's own numbers."""
+    return {name: value for name, value in draw_globals({**record, "id": 0}).items() if name not in OF_TIERCACHE}
 
 
-RANDOM_FUNCTIONS = [
-    lambda: torch.rand(3),
-    lambda: torch.randn(2, 3),
-    lambda: torch.randint(5, 90, (4,)),
-    lambda: torch.randperm(9),
-    lambda: torch.normal(0.0, torch.ones(3)),
-    lambda: torch.bernoulli(torch.full((9,), 0.5)),
-    lambda: torch.multinomial(torch.ones(9), 4),
-    lambda: torch.poisson(torch.full((4,), 3.0)),
-    lambda: torch.full((9,), 0.5).bernoulli(),
-    lambda: torch.empty(4).uniform_(2, 3),
-    lambda: torch.empty(4).normal_(2, 3),
-    lambda: torch.empty(4).exponential_(),
-    lambda: torch.empty(4).random_(90),
-    lambda: torch.rand_like(torch.zeros(3), dtype=torch.float64),
-    lambda: torch.randn_like(torch.zeros(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)),
-    lambda: torch.randint_like(torch.zeros(7), 50),
-    lambda: torch.randint_like(torch.zeros(7), 5, 50),
-    lambda: torch.distributions.Beta(0.4, 0.4).sample((3,)),
-    lambda: torch.distributions.Normal(0.0, 1.0).sample((3,)),
-]
+OF_TIERCACHE = ("id", "pid", "seed", "numpy", "own")
 
 
-@pytest.mark.parametrize("function", RANDOM_FUNCTIONS, ids=range(len(RANDOM_FUNCTIONS)))
-def test_each_random_function_of_torch_draws_in_a_thread_what_it_draws_in_a_worker(function):
-    """In a worker torch's own generator is seeded instead."""
-    from tiercache.rng import use_key
+def train(loader, n_epochs=2):
+    """What the transforms of some epochs draw, and a training loop that draws from the same generators between them."""
+    rows = []
+    for _ in range(n_epochs):
+        for batch in loader:
+            rows.append((rows_of([batch]), torch.rand(()).item(), random.random(), np.random.rand()))
+    return rows
 
-    key = use_key(1, 2, 3)
-    randomness = ThreadRandomness(set())
-    before = torch.get_rng_state()
-    found = []
-    with randomness.batch():
-        for _ in range(2):
-            randomness.begin(key)
-            found.append(function())
-        again = function()
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.default_generator.manual_seed(key.seeds[1])
-    expected = [function(), function()]
-    torch.set_rng_state(before)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(again, expected[1])
+
+def test_a_seeded_script_draws_the_same_numbers_in_each_run(path):
+    runs = []
+    for _ in range(4):
+        seed_all(3)
+        runs.append((train(loader_of(path, draw_foreign)), states_of_generators()))
+    assert runs == [runs[0]] * 4
+    assert len({row for rows, *_ in runs[0][0] for row in rows}) == 2 * N
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_transforms_draw_in_the_order_of_torchs_loader(path, shuffle, drop_last):
+    """The records come in another order, if they are shuffled, but the draws do not."""
+    runs = []
+    dataset = tc.Dataset(path, transform=draw_foreign_under_any_loader)
+    for kind in (tc.DataLoader, TorchLoader):
+        seed_all(3)
+        loader = kind(dataset, 8, shuffle=shuffle, drop_last=drop_last)
+        runs.append((train(loader), states_of_generators()))
+    assert runs[0] == runs[1]
+
+
+def draw_foreign_under_any_loader(record):
+    """Under torch's loader, tc.rng() itself draws from torch's generator."""
+    return {"torch": torch.rand(()), "python": random.random(), "legacy": np.random.rand()}
+
+
+def test_a_transform_and_the_loader_may_draw_from_one_generator(path):
+    """The sampler of torch draws from it before the last batch, which is short."""
+    runs = []
+    for kind in (tc.DataLoader, TorchLoader):
+        generator = torch.Generator().manual_seed(5)
+        dataset = tc.Dataset(path, transform=lambda _, generator=generator: {"x": torch.rand((), generator=generator)})
+        loader = kind(dataset, 8, shuffle=True, generator=generator)
+        runs.append([rows_of(loader), rows_of(loader), generator.get_state().tolist()])
+    assert runs[0] == runs[1]
 
 
 # -- resume
@@ -521,6 +496,22 @@ def test_an_error_comes_in_place_of_its_batch_with_its_own_traceback(path):
         next(iterator)
 
 
+def test_ctrl_c_in_a_transform_loses_no_batch_of_a_state_that_is_saved_then(path):
+    def transform(record):
+        if record["id"] == 9:
+            raise KeyboardInterrupt
+        return {"id": record["id"]}
+
+    loader = loader_of(path, transform, shuffle=False, batch_size=4)
+    iterator = iter(loader)
+    rows = rows_of(itertools.islice(iterator, 2))
+    with pytest.raises(KeyboardInterrupt):
+        next(iterator)
+    resumed = loader_of(path, lambda record: {"id": record["id"]}, shuffle=False, batch_size=4)
+    resumed.load_state_dict(loader.state_dict())
+    assert rows + rows_of(resumed) == [(i,) for i in range(N)]
+
+
 @pytest.mark.parametrize("kind", [StopIteration, TimeoutError])
 def test_an_error_that_would_end_the_loop_in_silence_is_wrapped(path, kind):
     def transform(record):
@@ -538,39 +529,14 @@ def test_an_exit_in_a_transform_reaches_the_consumer(path):
         list(loader_of(path, transform))
 
 
-def test_a_timeout_is_honoured_and_ends_nothing(path):
-    may_go = threading.Event()
-
-    def transform(record):
-        may_go.wait(60)
-        return {"id": record["id"]}
-
-    loader = loader_of(path, transform, timeout=0.01)
-    iterator = iter(loader)
-    with pytest.raises(RuntimeError, match="timed out"):
+def test_transforms_run_in_the_training_thread_and_none_is_ahead(path):
+    threads, seen = set(), []
+    iterator = iter(loader_of(path, lambda record: threads.add(threading.get_ident()) or seen.append(1) or 0))
+    for n_batches in range(1, 5):
         next(iterator)
-    may_go.set()
-    rows = []
-    while len(rows) < N:
-        with contextlib.suppress(RuntimeError):
-            rows += rows_of([next(iterator)])
-
-
-def test_only_one_thread_runs_transforms_and_it_is_not_the_consumers(path):
-    threads = []
-    list(loader_of(path, lambda record: threads.append(threading.get_ident()) or 0))
-    assert len(set(threads)) == 1
-    assert threading.get_ident() not in threads
-
-
-def test_transforms_run_at_most_two_batches_ahead(path):
-    seen = []
-    iterator = iter(loader_of(path, lambda record: seen.append(1) or 0, batch_size=10))
-    next(iterator)
-    for _ in range(3):
-        next(iterator)
+        assert len(seen) == 8 * n_batches
     iterator.close()
-    assert 40 <= len(seen) <= 70
+    assert threads == {threading.get_ident()}
 
 
 def test_an_iterator_that_is_dropped_ends_its_threads_and_its_batches_live_on(path):
@@ -578,7 +544,7 @@ def test_an_iterator_that_is_dropped_ends_its_threads_and_its_batches_live_on(pa
     batch = next(iterator)
     del iterator
     gc.collect()
-    assert not [t for t in threading.enumerate() if t.name.startswith("tiercache-transform") and t.is_alive()]
+    assert not [t for t in threading.enumerate() if t.name.startswith("tiercache-plan") and t.is_alive()]
     assert [len(record["tokens"]) for record in batch] == [6] * 8
 
 

@@ -22,16 +22,19 @@ def draw(record: dict[str, Any]) -> dict[str, Any]:
         "seed": np.int64(own.seed >> 1),
         "numpy": own.numpy.random(),
         "own": torch.rand((), generator=own.torch),
-        "torch": torch.rand(()),
-        "normal": torch.empty(2).normal_(),
-        "like": torch.randn_like(torch.zeros(3)),
         "pid": os.getpid(),
     }
 
 
 def draw_globals(record: dict[str, Any]) -> dict[str, Any]:
-    """Also from the global generators of NumPy and Python."""
-    return {**draw(record), "python": random.random(), "legacy": np.random.rand()}
+    """Also from the global generators of torch, NumPy and Python, as foreign augmentations do."""
+    return {
+        **draw(record),
+        "torch": torch.rand(()),
+        "dropped": torch.nn.functional.dropout(torch.ones(8), 0.5),
+        "python": random.random(),
+        "legacy": np.random.rand(),
+    }
 
 
 def together(records: list[dict[str, Any]]) -> dict[str, Any]:

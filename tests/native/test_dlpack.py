@@ -20,7 +20,8 @@ from tiercache.load.torch_library import TORCH_DTYPES, TorchLibrary
 N_ROWS, BATCH_ROWS = 40, 8
 DTYPES = list(TORCH_DTYPES.values())
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-UINT8 = RowType(1, 8, (64,))
+WIDTH = 128  # bytes of a row: smaller batches would be copied as small columns
+UINT8 = RowType(1, 8, (WIDTH,))
 
 
 def ring_of(rows: np.ndarray, depth: int = 2) -> Ring:
@@ -40,7 +41,7 @@ def ring_of(rows: np.ndarray, depth: int = 2) -> Ring:
 
 @pytest.fixture
 def rows():
-    return np.random.default_rng(5).integers(0, 256, (N_ROWS, 64), dtype=np.uint8)
+    return np.random.default_rng(5).integers(0, 256, (N_ROWS, WIDTH), dtype=np.uint8)
 
 
 @pytest.fixture
@@ -77,7 +78,9 @@ def test_a_tensor_over_a_slot_has_its_dtype_shape_and_bytes(monkeypatch, dtype, 
 
 def test_a_tensor_without_elements_does_not_alias_the_next_column(rows, ring):
     slot = ring.take(10)
-    column, nothing = (TorchLibrary().rows_over(dtype, shape) for dtype, shape in (("uint8", (64,)), ("int16", (0,))))
+    column, nothing = (
+        TorchLibrary().rows_over(dtype, shape) for dtype, shape in (("uint8", (WIDTH,)), ("int16", (0,)))
+    )
     batch = {"column": column(slot, 0, slot.n_rows), "nothing": nothing(slot, 0, slot.n_rows)}
     file = io.BytesIO()
     torch.save(batch, file)  # it refuses two dtypes at one address
@@ -121,6 +124,29 @@ def test_an_unused_capsule_releases_the_slot(ring):
     assert held_bytes() > before
     del capsule
     assert held_bytes() == before
+
+
+@pytest.mark.parametrize(("n_bytes", "is_copied"), [(512, True), (4096, True), (8192, False)])
+def test_a_small_column_keeps_its_own_bytes_and_another_one_its_slot(n_bytes, is_copied):
+    rows = np.random.default_rng(5).integers(0, 256, (8, 8192), dtype=np.uint8)  # 64 KiB, of which 4 KiB are a 16th
+    ring, before = ring_of(rows), held_bytes()
+    slot = ring.take(10)
+    small = from_dlpack(slot.tensor(RowType(1, 8), 0, n_bytes))
+    array = np.frombuffer(slot.column(0, n_bytes), np.uint8)
+    memoryview(slot)[:8192] = bytes(8192)
+    del slot
+    assert small.data_ptr() % 64 == array.ctypes.data % 64 == 0
+    if is_copied:
+        assert held_bytes() - before == 2 * n_bytes
+        assert np.array_equal(small.numpy(), rows.ravel()[:n_bytes])
+        assert np.array_equal(array, rows.ravel()[:n_bytes])
+    else:
+        assert held_bytes() - before >= rows.nbytes
+        assert not small.any()
+        assert not array.any()
+    del small, array
+    assert held_bytes() == before
+    ring.close()
 
 
 def test_a_tensor_without_elements_has_torchs_strides(ring):

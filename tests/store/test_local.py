@@ -454,29 +454,6 @@ def test_other_bytes_of_the_same_size_and_mtime_have_another_etag(tmp_path):
     assert list(store.list()) == []
 
 
-def test_a_second_name_of_a_file_shares_its_bytes_and_is_never_overwritten(store):
-    store.put("a/x", b"1")
-    assert store.link("a/x", "b/y").n_bytes == 1
-    assert store.get("b/y") == b"1"
-    assert store.head("a/x").etag == store.head("b/y").etag
-    store.put("c", b"2")
-    with pytest.raises(ObjectChanged):
-        store.link("a/x", "c")
-    assert store.get("c") == b"2"
-    with pytest.raises(NotFound):
-        store.link("nothing", "d")
-
-
-def test_without_hard_links_a_second_name_is_not_made(store, monkeypatch):
-    def link(*_args, **_options):
-        raise OSError(errno.EPERM, "no links here")
-
-    store.put("x", b"1")
-    monkeypatch.setattr(os, "link", link)
-    assert store.link("x", "y") is None
-    assert [info.key for info in store.list()] == ["x"]
-
-
 def test_a_symbolic_link_is_replaced_and_nothing_else_is(store):
     store.put("x", b"1")
     store.put_link("a/last", "../x")

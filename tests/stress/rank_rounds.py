@@ -27,7 +27,7 @@ from tests.support.warm_python import WarmPython
 
 import tiercache as tc
 from tiercache.checkpoint.inventory import CheckpointStores
-from tiercache.checkpoint.layout import RUN_NAME, key_of, list_names, manifest_key, reference_key
+from tiercache.checkpoint.layout import RUN_NAME, key_of, list_names, manifest_key, metrics_key, reference_key
 from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention
 from tiercache.store import LocalFolder
 from tiercache.store.posix import TEMP_PREFIX
@@ -242,6 +242,7 @@ class Rounds(PointRounds[tuple[str, int]]):
         for place in (store, moved):
             for name, manifest in _manifests(place).items():
                 files = {key_of(name, file.path) for file in manifest.files} | {manifest_key(name)}
+                used.add(metrics_key(name))
                 used |= {key for key in files if place is store or key.startswith("tensors/")} | {reference_key(name)}
         left = {info.key for info in store.list()}
         if left - used:

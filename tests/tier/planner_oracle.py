@@ -21,7 +21,6 @@ def kept_plainly(groups: list[Group], rows: list[int], keep: Any) -> set[int]:
     named = set()
     for run in {groups[row].run for row in rows}:
         mine = [row for row in rows if groups[row].run == run]
-        named |= {row for row in mine if groups[row].tags & set(keep.tags)}
         if keep.younger_s is not None:
             named |= {row for row in mine if groups[row].days * DAY_S <= keep.younger_s}
         named |= _of_series(groups, [row for row in mine if groups[row].complete], keep)
@@ -137,7 +136,7 @@ class PlannerOracle:
             refused = Expected("delete", self._first(group), None, refused=True)
         if is_old and not any(named.values()):
             found = self._checked(row, Expected("delete", self._first(group), None))
-            if not found.refused or not (row in self.newest or group.tags):
+            if not found.refused or row not in self.newest:
                 return found
             refused = found
         wish = self._by_keep(row, rule, named) if rule.keep else self._by_to(row, rule)
@@ -230,8 +229,6 @@ class PlannerOracle:
         held = group.in_use or (group.kind == "checkpoint" and not group.complete)
         if held or self.is_pinned(group):
             return True
-        if wish.action == "delete" and group.tags:
-            return True
         if (wish.action == "delete" and len(self.unseen) > 0) or wish.dst in self.unseen:
             return True
         if row in self.newest:
@@ -259,7 +256,7 @@ class PlannerOracle:
         saving = self._month(wish.src, copy) - self._month(wish.dst, copy)
         once = self._fee(group, wish.src, copy) + self._way(copy, wish.src, wish.dst)
         limit_s = self.file.tiering.max_break_even_s
-        is_deleted = rule.delete_after_s is not None and self.groups.index(group) not in self.newest and not group.tags
+        is_deleted = rule.delete_after_s is not None and self.groups.index(group) not in self.newest
         if is_deleted:
             stays_s = max(rule.delete_after_s - group.days * DAY_S, 0)
             missing_days = max(self.prices[wish.dst].min_days - stays_s / DAY_S, 0)

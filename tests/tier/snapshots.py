@@ -78,9 +78,8 @@ class Group:
     in_use: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict)
     unread: bool = False
-    tags: frozenset[str] = frozenset()
     held: str = ""
-    older_name: str = ""  # path that its objects have now
+    immovable: str = ""
     is_pinned: bool = False  # by its own tags.json
 
 
@@ -121,7 +120,6 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         in_use=np.array([group.in_use for group in groups], np.bool_),
         metrics={name: np.array([group.metrics.get(name, np.nan) for group in groups]) for name in metrics},
         unread=np.array([group.unread for group in groups], np.bool_),
-        tags={number: group.tags for number, group in enumerate(groups) if group.tags},
         group=np.array([number for number, *_ in rows], np.int32),
         tier=np.array([tier for _, tier, *_ in rows], np.int8),
         n_objects=copies(lambda copy: copy.n_objects, np.int32),
@@ -139,7 +137,7 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         links={row: copy.link for row, (_, _, copy, _) in enumerate(rows) if copy.link},
         held={number: group.held for number, group in enumerate(groups) if group.held},
         inner_links={row: copy.inner_link for row, (_, _, copy, _) in enumerate(rows) if copy.inner_link},
-        older_names={number: group.older_name for number, group in enumerate(groups) if group.older_name},
+        immovable={number: group.immovable for number, group in enumerate(groups) if group.immovable},
         pinned=frozenset(number for number, group in enumerate(groups) if group.is_pinned),
     )
 

@@ -112,7 +112,7 @@ def test_a_move_that_is_stopped_every_day_has_one_journal_row(world, stopped):
     for day in range(3):
         world.later()
         assert len(world.apply(world.plan(move, name=f"day {day}")).stopped) == 1
-    assert world.rows() == [("day 2", "begun")]
+    assert world.rows() == [("day 2", "stopped")]
 
 
 def test_a_temporary_stop_does_not_restart_the_grace_period(world):

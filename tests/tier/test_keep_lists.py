@@ -26,7 +26,6 @@ checkpoints = st.builds(
     days=st.integers(0, 12).map(float),
     metrics=metrics,
     unread=st.booleans(),
-    tags=st.sets(st.sampled_from(["a", "b"]), max_size=1).map(frozenset),
 )
 bests = st.builds(
     lambda metric, n, mode: BestMetric(metric=metric, n=n, mode=mode),
@@ -40,7 +39,6 @@ keeps = st.builds(
     every_steps=st.none() | st.integers(1, 12),
     every_s=st.none() | st.sampled_from([DAY_S, 2 * DAY_S, 5 * DAY_S]),
     best=st.lists(bests, max_size=2).map(tuple),
-    tags=st.sampled_from([(), ("a",), ("a", "b")]),
     younger_s=st.none() | st.integers(1, 6).map(lambda days: days * DAY_S),
 )
 

@@ -20,10 +20,9 @@ from tests.tier.snapshots import (
 
 from tiercache.prices import FREE, Prices, price_table
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING
-from tiercache.tier.plan.plan import holdings
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.plan.proposals import ago
-from tiercache.tier.rules import BestMetric, KeepList, Pin, Rule, Tag, TieringOptions
+from tiercache.tier.rules import BestMetric, KeepList, Pin, Rule, TieringOptions
 
 MB = 1_000_000
 BIG = Copy(100 * MB, days=100)
@@ -359,13 +358,6 @@ def test_keep_lists_do_not_apply_to_files():
     assert planned([log], KEEP) == ((), ())
 
 
-def test_keep_lists_use_the_tags_of_the_rule_file():
-    rule = KEEP.model_copy(update={"keep": {"hot": KeepList(tags=("release",)), "standard": KeepList(last=1)}})
-    groups = run_of(1, 2, 3)
-    tags = (Tag(match=("ckpt/*/step-1",), tags=("release",)),)
-    assert [path for path, *_ in moves_of(groups, rule, tags=tags)] == ["ckpt/r0/step-2"]
-
-
 # -- deleting --------------------------------------------------------------------------------------------------------
 
 
@@ -376,18 +368,11 @@ def test_delete_after_deletes_old_groups_from_all_tiers():
     assert move.money.saving_month == pytest.approx(BIG.n_bytes / 2**30 * (0.02 + 0.004))
 
 
-@pytest.mark.parametrize(
-    ("steps", "facts", "why"),
-    [
-        ((1, 2, 3), {}, "newest"),
-        ((1,), {"tags": frozenset({"a"})}, "tagged a"),
-    ],
-)
-def test_the_newest_checkpoint_and_tagged_checkpoints_are_never_deleted(steps, facts, why):
-    groups = run_of(*steps, tier="standard", **facts)
+def test_the_newest_checkpoint_is_never_deleted():
+    groups = run_of(1, 2, 3, tier="standard")
     moves, refusals = planned(groups, DELETE)
     assert len(moves) == len(groups) - 1
-    assert why in refusals[-1].reason
+    assert "newest" in refusals[-1].reason
 
 
 def test_the_checkpoint_written_last_stays_after_a_restart_at_a_lower_step():
@@ -613,51 +598,33 @@ def test_an_empty_snapshot_has_no_decisions():
     assert planned([], TO_ARCHIVE, KEEP) == ((), ())
 
 
-# -- older copies, links and tags.json ---------------------------------------------------------------------------------
-
-OLD = "ckpt/r0/step-9.20261101T120000Z"
+# -- conflicts, links and tags.json ------------------------------------------------------------------------------------
 
 
-def rewritten(**old: object) -> list[Group]:
-    """Step 9 was written again while an older copy of it is in the archive; step 10 is newer."""
-    older = replace(
-        checkpoint(0, 9, {"archive": Copy(BIG.n_bytes, **old)}, days=90.0), path=OLD, older_name="ckpt/r0/step-9"
-    )
-    return [checkpoint(0, 9, {"hot": BIG}, days=30.0), older, checkpoint(0, 10, {"hot": BIG}, days=1.0)]
+@pytest.mark.parametrize(
+    "rule",
+    [
+        TO_ARCHIVE,
+        DELETE,
+        Rule(name="r", match=("**",), keep={"hot": KeepList(last=1)}),
+        Rule(name="r", match=("**",), keep={"hot": KeepList(last=1)}, then="archive", delete_after_s=DAY_S),
+    ],
+    ids=["to", "delete", "keep", "keep and delete"],
+)
+def test_a_group_that_no_move_may_touch_is_refused_with_its_reason(rule):
+    groups = [checkpoint(0, step, {"hot": BIG}, days=400.0 - step) for step in (1, 2, 3)]
+    groups[0] = replace(groups[0], immovable="conflict: hot and archive", copies={"hot": BIG, "archive": BIG})
+    moves, refusals = planned(groups, rule)
+    assert 0 not in [move.group for move in moves]
+    assert [one.reason for one in refusals if one.group == 0] == ["conflict: hot and archive"]
 
 
-def test_an_older_copy_is_renamed_and_the_newer_one_may_move_to_its_tier():
-    rule = Rule(name="r", match=("**",), keep={"hot": KeepList(last=1)}, then="archive")
-    assert moves_of(rewritten(), rule) == [
-        ("ckpt/r0/step-9", "move", "hot", "archive"),
-        (OLD, "rename", "archive", "archive"),
-    ]
-
-
-def test_an_archived_older_copy_keeps_the_newer_one_from_its_tier_until_it_is_restored():
-    rule = Rule(name="r", match=("**",), keep={"hot": KeepList(last=1)}, then="archive")
-    moves, refusals = planned(rewritten(state=ARCHIVED), rule)
-    assert list(moves) == []
-    assert {refusal.action for refusal in refusals} == {"move", "rename"}
-    assert all("tiercache restore ckpt/r0/step-9" in refusal.reason for refusal in refusals)
-
-
-def test_the_newer_copy_of_a_name_moves_to_other_tiers_while_the_older_one_is_archived():
-    rule = Rule(name="r", match=("**",), keep={"hot": KeepList(last=1), "standard": KeepList(last=9)})
-    assert moves_of(rewritten(state=ARCHIVED), rule) == [("ckpt/r0/step-9", "move", "hot", "standard")]
-
-
-def test_an_older_copy_that_no_rule_matches_keeps_its_name():
-    assert moves_of(rewritten(), Rule(name="r", match=("other/**",), to="archive")) == []
-
-
-def test_a_renamed_copy_leaves_the_totals_of_tiers_as_they_are():
-    groups = rewritten()
-    rule = Rule(name="r", match=("ckpt/r0/step-9.*",), to="archive")
-    snapshot, file = snapshot_of(groups), tier_file([rule])
-    found = decide(snapshot, file, PRICES, capacity_bytes=[None] * 3)
-    assert len(found.moves) == 1
-    assert holdings(snapshot, PRICES, found) == holdings(snapshot, PRICES)
+def test_a_watermark_moves_no_group_that_no_move_may_touch():
+    full = [Group(name, {"hot": BIG}, days=float(days)) for name, days in (("a", 9), ("b", 8))]
+    full[0] = replace(full[0], immovable="conflict")
+    snapshot = snapshot_of(full)
+    found = decide(snapshot, tier_file([]), PRICES, capacity_bytes=[BIG.n_bytes, None, None])
+    assert found.moves.group.tolist() == [1]
 
 
 @pytest.mark.parametrize("copy", [Copy(BIG.n_bytes, link="last"), Copy(BIG.n_bytes, inner_link="a/x")])

@@ -24,7 +24,7 @@ from tests.tier.snapshots import (
 
 from tiercache.prices import FREE
 from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
-from tiercache.tier.rules import BestMetric, KeepList, Pin, Rule, Tag, TieringOptions
+from tiercache.tier.rules import BestMetric, KeepList, Pin, Rule, TieringOptions
 
 # Worlds take long to draw, and half a dozen properties share them.
 FEWER = settings(max_examples=max(settings.default.max_examples // 2, 1))
@@ -56,11 +56,10 @@ def group(kind: str, folder: str, number: int, at: dict[str, Copy], named: dict)
     return Group(f"{folder}/{kind}-{number}", at, kind, **{k: v for k, v in named.items() if k not in OF_RUNS})
 
 
-OF_RUNS = ("complete", "metrics", "tags")
+OF_RUNS = ("complete", "metrics")
 of_runs = {
     "complete": st.sampled_from([True, True, True, False]),
     "metrics": st.fixed_dictionaries({}, optional={"loss": st.sampled_from([1.0, 2.0, 3.0])}),
-    "tags": st.sampled_from([frozenset(), frozenset(), frozenset({"release"})]),
 }
 KINDS = ("checkpoint", "checkpoint", "shard", "file")
 
@@ -101,7 +100,6 @@ keeps = st.builds(
     last=st.none() | st.integers(1, 3),
     every_steps=st.none() | st.just(15),
     best=st.sampled_from([(), (BestMetric(metric="loss", n=1),)]),
-    tags=st.sampled_from([(), ("release",)]),
     younger_s=in_days,
 )
 
@@ -131,8 +129,7 @@ pins = st.sampled_from([(), (), (Pin(match=("c/**",)),), (Pin(match=("a/**",), u
 def files(draw, *, one_bucket: bool | None = None):
     rules = draw(st.lists(st.one_of(to_rules, keep_rules()), max_size=3))
     bucket = draw(st.booleans()) if one_bucket is None else one_bucket
-    tags = draw(st.sampled_from([(), (Tag(match=("b/**",), tags=("release",)),)]))
-    return tier_file(rules, one_bucket=bucket, tiering=draw(tierings), pins=draw(pins), tags=tags)
+    return tier_file(rules, one_bucket=bucket, tiering=draw(tierings), pins=draw(pins))
 
 
 prices = st.sampled_from([PRICES, (FREE, STANDARD, FROZEN), (FREE, COLD, FROZEN)])
@@ -143,15 +140,13 @@ unseen = st.sampled_from(
 
 
 def fitting(file, groups: Sequence[Group]) -> list[Group]:
-    """Objects of one bucket lie in one of its tiers; what is tagged by the file is tagged."""
+    """Objects of one bucket lie in one of its tiers."""
     one_bucket = file.tiers[1].url == file.tiers[2].url
     out = []
     for one in groups:
         at = dict(one.copies)
         if one_bucket and "standard" in at:
             at.pop("archive", None)
-        if one.kind == "checkpoint" and file.tags and one.path.startswith("b/"):
-            one = replace(one, tags=one.tags | {"release"})
         out.append(replace(one, copies=at))
     return out
 
@@ -242,7 +237,6 @@ def test_only_groups_that_a_rule_deletes_and_nothing_keeps_are_deleted(groups, f
             rule = oracle.rule_of(gone)
             assert rule.delete_after_s is not None
             assert gone.days * DAY_S >= rule.delete_after_s
-            assert not gone.tags
             assert not any(one.group in oracle.kept(rule, keep) for keep in rule.keep.values())
 
 

@@ -23,7 +23,7 @@ from tiercache.testing.http_server import HttpFault, HttpFaultServer
 from tiercache.tier.placement import log
 from tiercache.tier.placement.log import TRACKING_MARKER_KEY, PlacementRow
 from tiercache.tier.placement.redirecting_store import RedirectingLocalStore, RedirectingStore, follow_placement
-from tiercache.tier.placement.resolver import LocationResolver, _same_service, options_of
+from tiercache.tier.placement.resolver import LocationResolver, is_same_service, options_of
 
 ALL = list(range(N))
 
@@ -503,4 +503,4 @@ def test_a_location_is_opened_with_the_storage_options_of_its_tier(tmp_path, mon
     ],
 )
 def test_options_of_the_home_are_sent_to_no_other_server(home, place, are_shown):
-    assert _same_service(place, home) is are_shown
+    assert is_same_service(place, home) is are_shown

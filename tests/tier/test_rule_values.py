@@ -24,31 +24,28 @@ except = "b"
 kind = "file"
 larger_than = 1
 smaller_than = 9
-idle = 1
+idle = "1s"
 idle_by = "mtime"
 even_if_dearer = true
-age = 1
+age = "1s"
 uses_below = 1
 from = "hot"
 to = "archive"
-delete_after = 9
+delete_after = "9s"
 [[rules]]
 match = "c"
-keep_hot = { last = 1, every_steps = 1, every = 1, best = "a:1", tags = "g", younger_than = 1 }
+keep_hot = { last = 1, every_steps = 1, every = "1s", best = "a:1", younger_than = "1s" }
 then = "archive"
-after = 1
+after = "1s"
 [[pins]]
 match = "d"
 until = 2027-01-01
 why = "e"
-[[tags]]
-match = "f"
-tags = "g"
 [tiering]
-grace = 1
-quiet_period = 1
-reader_timeout = 1
-max_break_even = 1
+grace = "1s"
+quiet_period = "1s"
+reader_timeout = "1s"
+max_break_even = "1s"
 jobs = 1
 rate = 1
 state_dir = "h"
@@ -65,7 +62,7 @@ def test_an_unusual_value_of_any_key_is_accepted_or_refused_by_name(tmp_path, li
     path = tmp_path / "tiercache.toml"
     assert said_of(path, EVERYTHING) == f"{path}: ", "as it stands it fits"
     key, _, value = line.partition(" = ")
-    inner = [f"{key} = {value.replace(' = ' + one, ' = ' + odd, 1)}" for one in ("1", '"a:1"') for odd in ODD]
+    inner = [f"{key} = {value.replace(' = ' + one, ' = ' + odd, 1)}" for one in ("1", '"1s"', '"a:1"') for odd in ODD]
     for changed in [*(f"{key} = {odd}" for odd in ODD), *(inner if value.startswith("{") else [])]:
         assert f"{path}: " in said_of(path, EVERYTHING.replace(line, changed, 1))
 

@@ -36,6 +36,7 @@ after = "1d"
 [[rules]]
 match = "scratch/**"
 delete_after = "5d"
+max_delete = "100%"
 """
 
 
@@ -343,7 +344,9 @@ def test_an_object_that_another_machine_may_have_deleted_by_a_rule_is_not_lost(t
 def test_shards_that_a_rule_deletes_are_lost_only_before_they_are_old_enough(tiers, clock):
     write_data(tiers)
     path = tiers.root / "tiercache.toml"
-    path.write_text(path.read_text().replace('age = "1d"\nto = "archive"\n', 'delete_after = "5d"\n'))
+    path.write_text(
+        path.read_text().replace('age = "1d"\nto = "archive"\n', 'delete_after = "5d"\nmax_delete = "100%"\n')
+    )
     shards = [key for key in tiers.keys("standard", "data") if key.endswith(".tcs")]
     (tiers.root / "standard" / shards[0]).unlink()
     clock.jump(DAY_S)

@@ -218,15 +218,3 @@ def test_a_changed_object_is_not_deleted(s3_server, tmp_path):
         with pytest.raises(StoreError, match="PreconditionFailed"):
             here.transfer.delete_objects("standard", [planned])
         assert here.stores.store("standard").get("a") == b"new"
-
-
-@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-@pytest.mark.parametrize("tier", ["hot", "standard", "cold"])
-def test_an_object_gets_a_second_key_in_its_tier_and_a_taken_key_is_not_overwritten(bucket, tier, data):
-    bucket.stores.store(tier).put("a", data)
-    bucket.stores.store(tier).put("taken", b"theirs")
-    bucket.transfer.copy_within(tier, bucket.planned(tier), "b/c")
-    assert bucket.stores.store(tier).get("b/c") == data
-    with pytest.raises(ObjectChanged):
-        bucket.transfer.copy_within(tier, bucket.planned(tier), "taken")
-    assert bucket.stores.store(tier).get("taken") == b"theirs"

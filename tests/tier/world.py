@@ -56,6 +56,7 @@ keep_standard = { last = 2 }
 then = "archive"
 after = "2d"
 delete_after = "30d"
+max_delete = "100%"
 
 [[rules]]
 match = "files/**"
@@ -71,6 +72,7 @@ to = "archive"
 [[rules]]
 match = "scratch/**"
 delete_after = "20d"
+max_delete = "100%"
 
 [tiering]
 quiet_period = "10m"

@@ -84,6 +84,16 @@ class RowType:
 
     def __init__(self, code: int, bits: int, shape: tuple[int, ...] = ()) -> None: ...
 
+class ColumnMemory:
+    """The bytes of a column, as a writable buffer: in a slot, which it keeps, or a copy, which held_bytes() counts.
+
+    Args:
+        source: Contiguous bytes, which are copied.
+    """
+
+    def __init__(self, source: NDArray[np.uint8] | memoryview) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
 class Slot:
     """The memory of a batch, a writable buffer of bytes (for torch.frombuffer).
 
@@ -97,14 +107,26 @@ class Slot:
     def n_bytes(self) -> int:
         """Size of the batch's values, including the bytes that references point to."""
 
+    def values_position(self, stream: int) -> int:
+        """Return the byte position of a stream's values."""
+
     def stream_position(self, stream: int) -> tuple[int, int, int]:
         """Return the byte positions of a stream's values and (VAR) int64 offsets, and (VAR) its number of elements."""
 
     def tensor(self, row_type: RowType, offset: int, n_rows: int) -> object:
-        """Return a DLPack capsule of n_rows rows from byte position offset. The capsule keeps the slot.
+        """Return a DLPack capsule of n_rows rows from byte position offset.
+
+        The capsule keeps the slot, or, for a small column, a copy of the rows.
 
         Raises:
             ValueError: The rows are not all inside the slot.
+        """
+
+    def column(self, offset: int, n_bytes: int) -> ColumnMemory:
+        """Return the memory of a column: n_bytes from byte position offset. It is a copy for a small column.
+
+        Raises:
+            ValueError: The bytes are not all inside the slot.
         """
 
     def start_bytes(self, stream: int) -> None:
@@ -190,7 +212,11 @@ class Ring:
         """Return the statistics of the ring."""
 
 def held_bytes() -> int:
-    """Return the bytes of all batches still referred to, of all rings of the process, including dropped rings."""
+    """Return the bytes that keep batches of all rings of the process alive.
+
+    These are slots that are taken, columns that were copied, and unused slots of a ring that was dropped, which are
+    freed with its last slot.
+    """
 
 class ArenaKeeper:
     """While an instance lives, a ring that ends leaves its memory (up to 64 MiB) to the next ring of the same size."""

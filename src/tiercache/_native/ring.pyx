@@ -11,8 +11,10 @@ from cpython.object cimport PyObject_GenericSetAttr
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.pycapsule cimport PyCapsule_Destructor, PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New
 from libc.errno cimport EIO
+from libc.stddef cimport ptrdiff_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
 
 import math
 from collections import deque
@@ -95,6 +97,7 @@ cdef extern from "ring.h" nogil:
     void tc_ring_drop(tc_ring *)
     void tc_ring_get_stats(tc_ring *, tc_ring_stats *)
     size_t tc_live_batch_bytes()
+    void tc_count_copied(ptrdiff_t)
     int tc_ring_is_consumer_far()
     uint64_t tc_ring_n_measurements()
 
@@ -113,6 +116,7 @@ cdef extern from "dlpack.h" nogil:
     void tc_tensor_drop(void *)
 
 cdef extern from "slot.h" nogil:
+    int tc_slot_is_small_column(const tc_slot *, size_t)
     void tc_arena_keep()
     void tc_arena_let_go()
 
@@ -289,7 +293,7 @@ cdef void drop_unused(object capsule) noexcept:
 
 
 cdef class Slot:
-    """The memory of a batch, as a writable buffer of bytes. It returns to the ring when the last tensor over it is dropped."""
+    """The memory of a batch, as a writable buffer of bytes. It returns to the ring when the last column in it is dropped."""
 
     cdef tc_slot *slot
     cdef readonly uint64_t first_row
@@ -317,6 +321,9 @@ cdef class Slot:
     def n_bytes(self):
         return self.slot.n_bytes
 
+    def values_position(self, size_t stream):
+        return self.slot.values_at[stream]
+
     def stream_position(self, size_t stream):
         return self.slot.values_at[stream], self.slot.offsets_at[stream], self.slot.n_elements[stream]
 
@@ -336,6 +343,17 @@ cdef class Slot:
             tc_tensor_drop(tensor)
             raise
 
+    def column(self, size_t offset, size_t n_bytes):
+        cdef ColumnMemory out
+        if offset > self.slot.capacity or n_bytes > self.slot.capacity - offset:
+            raise ValueError(f"{n_bytes} bytes at offset {offset} exceed the slot's {self.slot.capacity} bytes")
+        out = ColumnMemory.__new__(ColumnMemory)
+        if tc_slot_is_small_column(self.slot, n_bytes):
+            out.copy(self.slot.memory + offset, n_bytes)
+        else:
+            out.slot, out.memory, out.n_bytes = self, self.slot.memory + offset, n_bytes
+        return out
+
     def start_bytes(self, size_t stream):
         if self.bytes_copies is None:
             self.bytes_copies = {}
@@ -349,6 +367,45 @@ cdef class Slot:
     def str_list(self, size_t stream):
         cdef const uint8_t *values = self.slot.memory + self.slot.values_at[stream]
         return str_of_buffer(values, <const int64_t *>(self.slot.memory + self.slot.offsets_at[stream]), self.slot.n_rows)
+
+
+@cython.final
+@cython.freelist(32)
+@cython.no_gc  # A slot refers to no column.
+cdef class ColumnMemory:
+    """The bytes of a column, as a writable buffer: in a slot, or a copy, which held_bytes() counts."""
+
+    cdef Slot slot  # None: the bytes are a copy
+    cdef void *block
+    cdef uint8_t *memory
+    cdef Py_ssize_t n_bytes
+
+    def __cinit__(self):
+        self.block = NULL
+
+    def __init__(self, const uint8_t[::1] source not None):
+        if self.memory != NULL:
+            raise TypeError("the memory of a column is set once")
+        self.copy(&source[0] if source.shape[0] else NULL, source.shape[0])
+
+    cdef int copy(self, const uint8_t *source, Py_ssize_t n_bytes) except -1:
+        self.block = malloc(<size_t>n_bytes + 63)  # aligned_alloc takes twice as long.
+        if self.block == NULL:
+            raise MemoryError(f"no memory for {n_bytes} bytes of a batch")
+        self.memory = <uint8_t *>((<size_t>self.block + 63) & ~<size_t>63)  # SLOT_ALIGN
+        if n_bytes:
+            memcpy(self.memory, source, n_bytes)
+        self.n_bytes = n_bytes
+        tc_count_copied(n_bytes)
+        return 0
+
+    def __dealloc__(self):
+        if self.block != NULL:
+            tc_count_copied(-self.n_bytes)
+            free(self.block)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self.memory, self.n_bytes, 0, flags)
 
 
 cdef Slot slot_of(tc_slot *slot, uint64_t first_row):

@@ -5,7 +5,8 @@ checkpoint in the local folder; a second one uploads it from there and commits i
 is written while an earlier one is uploaded. Without a local folder, the first thread writes to the store from host
 memory. The housekeeping thread looks at the run before the first save, deletes what the rules no longer keep, aborts
 old uploads, and chooses late uploads; a fourth thread makes these: uploads that failed or that a kill interrupted. A
-condition guards the states of the saves; no step runs under it.
+condition guards the states of the saves; no step runs under it. A checkpoint that cannot be written to the local
+folder, for example to a full disk, is uploaded from host memory.
 """
 
 from __future__ import annotations
@@ -97,6 +98,9 @@ class SaveHandle:
     def wait(self, target: Target = "remote", timeout_s: float | None = None) -> bool:
         """Wait until the checkpoint is committed at a target; return False if the save was skipped or dropped before.
 
+        A checkpoint that could not be written to the local folder is uploaded from memory; wait("local") then waits for
+        the store.
+
         Args:
             target: "local" or "remote".
             timeout_s: Seconds after which TimeoutError is raised; None for no limit.
@@ -109,7 +113,7 @@ class SaveHandle:
         with self._changed:
             if not self._changed.wait_for(lambda: target in self._committed or self.state in _ENDED, timeout_s):
                 raise TimeoutError(f"{self.name} is not committed at {target!r} after {timeout_s:g} s: {self.state}")
-            if target in self._committed:
+            if target in self._committed or "remote" in self._committed:
                 return True
             error = self.error
         if error is not None:
@@ -155,7 +159,8 @@ class Checkpoints(StoredCheckpoints):
         url: URL or path of the folder in which the checkpoints are kept, or an open store, which close() closes. One
             process writes to it at a time.
         local: Folder on a local disk to which each checkpoint is written first; None: none. Checkpoints in it whose
-            upload failed or was interrupted by a kill are uploaded after the next save, if the rules keep them.
+            upload failed or was interrupted by a kill are uploaded after the next save, if the rules keep them. If the
+            disk is full, checkpoints are uploaded from memory, with a warning in the log.
         keep: Rules of retention (Keep); a checkpoint is kept if any rule keeps it. Without rules, all are kept.
         dedup: Whether checkpoints share tensors of 1 MiB or more whose values are equal.
         pending: Number of saves that may be unfinished at a time, uploads included. Each needs host memory for its
@@ -204,7 +209,9 @@ class Checkpoints(StoredCheckpoints):
         ]
         if len(roots) > len({*roots}):
             raise ValueError(f"local= is the folder of the checkpoints itself, {roots[0]}: leave it out")
-        super().__init__(remote_store, local_store, keep=keep, storage_options=storage_options)
+        # The options of an open store are not known, so that no other store is opened with them.
+        options = None if isinstance(url, Store) else storage_options or {}
+        super().__init__(remote_store, local_store, keep=keep, storage_options=options)
         self.dedup = dedup
         self._pending, self._when_busy, self._n_streams, self._rank = pending, when_busy, writers, rank
         self._memory = HostMemory()
@@ -252,7 +259,9 @@ class Checkpoints(StoredCheckpoints):
 
     def _writer_to(self, store: Store, target: Target) -> CheckpointWriter:
         referenced = partial(referenced_tensors, self.stores, target)
-        return CheckpointWriter(store, self._n_streams, self.retention.claims[target], referenced)
+        return CheckpointWriter(
+            store, self._n_streams, self.retention.claims[target], referenced, keeps_metrics=target == "remote"
+        )
 
     @property
     def n_streams(self) -> int:
@@ -331,7 +340,8 @@ class Checkpoints(StoredCheckpoints):
             The save. Its state is "skipped" if nothing is written: see `when_busy` and `rank`.
 
         Raises:
-            StoreError: An earlier save failed in the background; this save was not begun. The next call saves again.
+            StoreError: An earlier save failed in the background, or the store refuses the first look at the run, for
+                example because of wrong credentials; this save was not begun. The next call saves again.
             TypeError, ValueError: An argument cannot be stored.
         """
         self._check_usable()
@@ -398,6 +408,7 @@ class Checkpoints(StoredCheckpoints):
         self._is_closed = True
         self.join()
         self._memory.clear()
+        self.close_other_tiers()
         self._remote.close()
         self._raise_failure()
 
@@ -436,6 +447,7 @@ class Checkpoints(StoredCheckpoints):
 
         Raises:
             ValueError: The local folder has copies of other checkpoints.
+            StoreError: The store refuses to list the run, for example because of wrong credentials.
         """
         if self._run_look is None:
             self._run_look = Future()
@@ -456,11 +468,16 @@ class Checkpoints(StoredCheckpoints):
     def _look_at_run(self, look: Future[None]) -> None:
         """Note the time of the newest checkpoint of each store that can be reached, and take the local folder."""
         try:
-            for store in self.stores.tiers.values():  # the local folder first: it always answers
-                with suppress(StoreError):  # the save itself reports it, or waits until the store is back
+            for tier, store in self.stores.tiers.items():  # the local folder first: it always answers
+                try:
                     times_s = [written_order(name)[0] for name in checkpoint_objects(store.list())]
-                    with self._changed:
-                        self._newest_s = max([self._newest_s, *times_s])
+                except StoreError as error:
+                    is_refused = error.status is not None or error.details.get("before_request")
+                    if tier == "remote" and is_refused and not error.retryable:
+                        raise  # for example wrong credentials: no save can succeed
+                    continue  # the save itself reports it, or waits until the store is back
+                with self._changed:
+                    self._newest_s = max([self._newest_s, *times_s])
             if self._copies is not None:
                 self._copies.take()
         except Exception as error:  # noqa: BLE001 -- top of a thread: new_name() raises it
@@ -523,14 +540,40 @@ class Checkpoints(StoredCheckpoints):
             self._end(save, "failed", error)
 
     def _write(self, save: _Save) -> None:
-        """Write a staged state to the first target and commit it."""
-        writer, target, name = self._local or self._remote, self.targets[0], save.handle.name
+        """Write a staged state to the first target and commit it; if the local folder fails, let it be uploaded."""
         self._advance(save, "writing")
+        if self._local is None or self._copies is None:
+            self._write_to(save, self._remote, "remote")
+            return
+        try:
+            self._write_to(save, self._local, "local")
+        except StoreError as error:
+            if may_be_committed(error):
+                raise
+            logger.warning("%s: uploaded from memory, because it has no local copy: %s", save.handle.name, error)
+            with self._changed:
+                save.is_running = False
+            self._uploading.submit(partial(self._run, save, partial(self._upload_staged, error)))
+        else:
+            self._uploading.submit(partial(self._run, save, partial(self._upload, self._copies)))
+
+    def _upload_staged(self, local_error: StoreError, save: _Save) -> None:
+        """Upload a checkpoint from host memory, because it could not be written to the local folder."""
+        try:
+            self._write_to(save, self._remote, "remote")
+        except StoreError as error:
+            text = f"{error}; it was uploaded from memory, because the local folder failed: {local_error}"
+            url = f"{self.remote_store.url}/{save.handle.name}"
+            raise StoreError(text, url=url, retryable=error.retryable, maybe_done=error.maybe_done) from error
+
+    def _write_to(self, save: _Save, writer: CheckpointWriter, target: Target) -> None:
+        """Write a staged state to a target and commit it."""
+        name = save.handle.name
         try:
             files, tensors = writer.write_staged(name, save.state.files, save.text, save.manifest.metrics)
             tensors |= {alias: tensors[first] for alias, first in save.aliases.items()}
             save.manifest = replace(save.manifest, files=tuple(files), tensors=tensors)
-            if self._copies is not None:
+            if target == "local" and self._copies is not None:
                 self._copies.mark(name)
             writer.commit(save.manifest)
         except BaseException as error:
@@ -543,8 +586,6 @@ class Checkpoints(StoredCheckpoints):
             raise
         save.state.release()
         self._commit(save, target)
-        if self._copies is not None:
-            self._uploading.submit(partial(self._run, save, partial(self._upload, self._copies)))
 
     def _upload(self, copies: LocalCopies, save: _Save) -> None:
         """Upload a checkpoint that is committed in the local folder, and commit it at the store."""

@@ -26,6 +26,7 @@ from tiercache.checkpoint.state_tree import DTYPES, decode_state, flat_bytes, pa
 from tiercache.checkpoint.writer import in_parallel
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
 from tiercache.model import ByteRange
+from tiercache.store import Store
 from tiercache.tier.placement.resolver import is_archived
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ class DistributedReader(StorageReader):
         self._manifest = Manifest("", 0, 0.0, ())
         self._contents = Contents(Metadata({}), {}, {})
         self._blocks: Mapping[str, Sequence[int]] = {}
+        self._stores: Sequence[Store] = ()  # of the own tiers, and of those to which the checkpoint was moved
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003 - torch's interface
@@ -137,7 +139,7 @@ class DistributedReader(StorageReader):
             ArchivedShards: It must be restored first; the error has cost, duration and command.
             CorruptCheckpoint: No copy of its state can be read.
         """
-        scan = self._checkpoints.scan_to_load()
+        scan = self._checkpoints.scan_to_load(self._which)
         self.name = resolve(scan, self._which)
         manifest = scan.manifest(self.name)
         if manifest is None:
@@ -145,6 +147,8 @@ class DistributedReader(StorageReader):
             self._checkpoints.require_restored(info.key for copy in archived for info in copy.objects.values())
             raise NotFound("the checkpoint was restored just now: load again", url=self.name, retryable=True)
         self._manifest = manifest
+        own = [*self._checkpoints.stores.tiers.values()]
+        self._stores = [*own, *(copy.store for copy in scan.copies[self.name] if copy.store not in own)]
         file = self._file(STATE_NAME)
         data = bytearray(file.n_bytes)
         spans = [(ByteRange(0, file.n_bytes), memoryview(data))]
@@ -236,8 +240,8 @@ class DistributedReader(StorageReader):
 
         check: Function that returns what is wrong with the bytes in the buffers; "" if nothing is.
         """
-        key, stores = key_of(self.name, file.path), [*self._checkpoints.stores.tiers.values()]
-        for number, store in enumerate(stores, start=1):
+        key = key_of(self.name, file.path)
+        for number, store in enumerate(self._stores, start=1):
             url = f"{store.url}/{key}"
             try:
                 for _ in range(_READS_AGAIN):  # the bytes may have been damaged in transit
@@ -247,7 +251,7 @@ class DistributedReader(StorageReader):
                 error: StoreError | CorruptCheckpoint = CorruptCheckpoint(problem, url=url, part=file.path)
             except StoreError as failed:
                 error = failed
-            if number == len(stores):
+            if number == len(self._stores):
                 if isinstance(error, StoreError) and is_archived(error):
                     self._checkpoints.require_restored(key_of(self.name, one.path) for one in self._manifest.files)
                 raise error

@@ -1,4 +1,4 @@
-"""Which checkpoints exist: the objects of each tier, their manifests, tags and pins.
+"""Which checkpoints exist: the objects of each tier, their manifests and pins.
 
 A tier of checkpoints is a store: "local" (a folder of this machine) or "remote" (the URL). A scan lists each store
 once; a manifest is immutable, so that a process reads it once.
@@ -28,14 +28,14 @@ from tiercache.checkpoint.layout import (
     written_order,
 )
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, UnsupportedFormat
-from tiercache.model import ObjectInfo
+from tiercache.model import OWN_FOLDER, ObjectInfo
 from tiercache.store import Store
-from tiercache.tier.inventory.tags import TAGS_NAME, Tags
+from tiercache.tier.inventory.tags import PIN_NAME, UNREADABLE_PIN, encode_pin, parse_pin
 from tiercache.tier.placement.resolver import is_archived
 
 CheckpointTier: TypeAlias = str
 """Name of a tier: "local", "remote", or a tier of a rule file to which the tier engine has moved checkpoints."""
-CheckpointState: TypeAlias = Literal["complete", "saving", "failed", "incomplete", "moved"]
+CheckpointState: TypeAlias = Literal["complete", "saving", "failed", "incomplete", "archived", "moved"]
 
 _THREADS = 16
 
@@ -51,8 +51,9 @@ class CheckpointCopy:
         objects: Objects in the checkpoint's folder by path.
         manifest: Manifest; None if there is none, or if it cannot be read.
         problem: Reason why the copy is not complete: a file is missing, or has another size; "" for a complete copy.
-        tags: Tags and pin in this tier.
+        pin: Reason of its pin in this tier, "" without one; None: it is not pinned here.
         is_archived: Whether the manifest must be restored before it can be read.
+        is_unseen: Whether the tier could not be asked: only the placement states that the checkpoint is there.
     """
 
     tier: CheckpointTier
@@ -61,8 +62,9 @@ class CheckpointCopy:
     objects: Mapping[str, ObjectInfo]
     manifest: Manifest | None
     problem: str
-    tags: Tags = field(default_factory=Tags)
+    pin: str | None = None
     is_archived: bool = False
+    is_unseen: bool = False
 
     @property
     def is_complete(self) -> bool:
@@ -89,16 +91,17 @@ class CheckpointInfo:
         step: Step of the training run.
         created_s: Time at which the save began, in seconds since the Unix epoch.
         state: "complete" (committed in one tier or more), "saving", "failed" (its save ended with an error),
-            "incomplete" (an unfinished save of another process, or a corrupt checkpoint) or "moved" (by another
-            program, such as the tier engine, which may also have deleted it; known only with shared tensors).
-        tiers: Tiers that have a complete copy: "local", "remote".
+            "incomplete" (an unfinished save of another process, or a corrupt checkpoint), "archived" (it must be
+            restored before it can be read) or "moved" (to a tier that cannot be asked now, or by another program, which
+            may also have deleted it; the latter is known only with shared tensors).
+        tiers: Tiers that have a complete copy: "local", "remote", and those to which the tier engine has moved it.
         n_bytes: Size of all files, shared tensors included; 0 if unknown.
         metrics: Metrics by name.
-        tags: Tags, sorted.
         is_pinned: Whether the checkpoint is pinned.
+        why_pinned: Reason of the pin.
         kept_by: Rules that keep it in each tier, as text.
         note: JSON value of the user.
-        error: Reason of the state "failed", "incomplete" or "moved"; "" otherwise.
+        error: Reason of the state "failed", "incomplete", "archived" or "moved"; "" otherwise.
     """
 
     name: str
@@ -108,8 +111,8 @@ class CheckpointInfo:
     tiers: tuple[CheckpointTier, ...] = ()
     n_bytes: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
-    tags: tuple[str, ...] = ()
     is_pinned: bool = False
+    why_pinned: str = ""
     kept_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     note: Any = None
     error: str = ""
@@ -126,6 +129,8 @@ class Scan:
         tombstones: References of deleted checkpoints, in the same form.
         url: URL of the farthest tier.
         hint: What else is stored there if there are no checkpoints.
+        kept_metrics: Metrics, by name, of checkpoints whose manifest cannot be read now.
+        unasked: Reason why there may be further checkpoints: which tier could not be asked; "" if there are none.
     """
 
     copies: Mapping[str, Sequence[CheckpointCopy]]
@@ -134,6 +139,8 @@ class Scan:
     tombstones: Mapping[str, Mapping[str, ObjectInfo]]
     url: str = ""
     hint: str = ""
+    kept_metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    unasked: str = ""
 
     def complete(self, name: str) -> list[CheckpointCopy]:
         """Return the complete copies of a checkpoint, the nearest first."""
@@ -161,12 +168,15 @@ class Scan:
         """Return the manifest of a checkpoint from any of its tiers; None if none can be read."""
         return next((copy.manifest for copy in self.copies.get(name, ()) if copy.manifest is not None), None)
 
-    def tags(self, name: str) -> Tags:
-        """Return the tags and the pin of a checkpoint in all tiers together."""
-        found = Tags()
-        for copy in self.copies.get(name, ()):
-            found |= copy.tags
-        return found
+    def metrics(self, name: str) -> Mapping[str, float] | None:
+        """Return the metrics of a checkpoint; None if they are not known."""
+        manifest = self.manifest(name)
+        return self.kept_metrics.get(name) if manifest is None else manifest.metrics
+
+    def pin(self, name: str) -> str | None:
+        """Return the reason of the pin of a checkpoint, in whichever tier; None if it is not pinned."""
+        found = [copy.pin for copy in self.copies.get(name, ()) if copy.pin is not None]
+        return max(found, key=len, default=None)
 
     @property
     def complete_names(self) -> list[str]:
@@ -175,9 +185,11 @@ class Scan:
 
     @property
     def loadable_names(self) -> list[str]:
-        """Names of the checkpoints that are complete in some tier, or can be restored, written first to last."""
+        """Names of the checkpoints that are complete in some tier, or that are archived or unseen in one, in order."""
         return [
-            name for name, copies in self.copies.items() if any(copy.is_complete or copy.is_archived for copy in copies)
+            name
+            for name, copies in self.copies.items()
+            if any(copy.is_complete or copy.is_archived or copy.is_unseen for copy in copies)
         ]
 
 
@@ -186,15 +198,18 @@ class CheckpointStores:
 
     Args:
         tiers: Store of each tier, the nearest first.
+        manifests: Manifests that are known already, by tier and name of the checkpoint; those that are read are added.
     """
 
-    def __init__(self, tiers: Mapping[CheckpointTier, Store]) -> None:
+    def __init__(
+        self, tiers: Mapping[CheckpointTier, Store], manifests: dict[tuple[str, str], Manifest] | None = None
+    ) -> None:
         self.tiers = dict(tiers)
-        self._manifests: dict[tuple[str, str], Manifest] = {}
+        self._manifests = {} if manifests is None else manifests
         self._lock = Lock()
 
     def scan(self, shared_tensors: Mapping[str, ObjectInfo] | None = None) -> Scan:
-        """List all tiers, and read the manifests and tags that are not known yet.
+        """List all tiers, and read the pins, and the manifests that are not known yet.
 
         Args:
             shared_tensors: Shared tensors of another store, by key, to which the checkpoints refer; None: each tier has
@@ -235,7 +250,7 @@ class CheckpointStores:
         objects: Mapping[str, ObjectInfo],
         shared: Mapping[str, ObjectInfo],
     ) -> CheckpointCopy:
-        store, manifest, tags, archived = self.tiers[tier], None, Tags(), False
+        store, manifest, pin, archived = self.tiers[tier], None, None, False
         problem = "it has no manifest: its save is not finished"
         if MANIFEST_NAME in objects:
             try:
@@ -249,16 +264,16 @@ class CheckpointStores:
                 if not is_archived(error):
                     raise
                 problem, archived = "it is archived: it must be restored before it can be read", True
-        if TAGS_NAME in objects:
+        if PIN_NAME in objects:
             try:
-                tags = Tags.parse(store.get(f"{name}/{TAGS_NAME}"))
+                pin = parse_pin(store.get(f"{name}/{PIN_NAME}"))
             except NotFound:
                 pass
             except StoreError as error:
                 if not is_archived(error):
                     raise
-                tags = Tags(is_pinned=True)  # unknown: nothing is deleted
-        return CheckpointCopy(tier, store, name, objects, manifest, problem, tags, is_archived=archived)
+                pin = UNREADABLE_PIN
+        return CheckpointCopy(tier, store, name, objects, manifest, problem, pin, is_archived=archived)
 
     def manifest(self, tier: CheckpointTier, name: str) -> Manifest:
         """Return the manifest of a checkpoint in a tier; it is read once.
@@ -281,15 +296,16 @@ class CheckpointStores:
             self._manifests[tier, name] = found
         return found
 
-    def set_tags(self, scan: Scan, name: str, tags: Tags) -> None:
-        """Write the tags of a checkpoint into every tier that has it.
+    @staticmethod
+    def set_pin(scan: Scan, name: str, why: str | None) -> None:
+        """Pin a checkpoint in every tier that has it, or unpin it. why: Reason of the pin; None: it is removed.
 
         Raises:
-            StoreError: A tier could not be written; the others may have the tags already.
+            StoreError: A tier could not be written; the others may have the change already.
         """
         for copy in scan.copies[name]:
-            if copy.is_committed:
-                copy.store.put(f"{name}/{TAGS_NAME}", tags.encode())
+            if copy.is_committed and (why is not None or copy.pin is not None):
+                copy.store.put(f"{name}/{PIN_NAME}", encode_pin(why))
 
 
 def missing_file(manifest: Manifest, objects: Mapping[str, ObjectInfo], shared: Mapping[str, ObjectInfo]) -> str:
@@ -319,7 +335,8 @@ def _foreign_objects(url: str, listed: Sequence[ObjectInfo]) -> str:
     if runs:
         more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
         return f"there are runs in folders below this URL: {', '.join(runs[:3])}{more}"
-    other = next((info.key for info in listed if info.key != RUN_NAME), None)
+    own = (RUN_NAME, OWN_FOLDER)
+    other = next((info.key for info in listed if not info.key.startswith(own)), None)
     if other is not None:
         return f"there are only other objects, such as {other}; `tiercache ckpt ls URL` lists those of other libraries"
     return ""
@@ -335,15 +352,18 @@ def resolve(scan: Scan, which: str | int) -> str:
 
     Raises:
         NotFound: There is no such complete checkpoint; the message lists what there is.
+        StoreError: Which one it is cannot be known: a tier could not be asked, or metrics are not known.
         ValueError, TypeError: `which` is none of these.
     """
     names = scan.loadable_names
-    metrics = sorted({metric for name in names for metric in (scan.manifest(name) or _NO_METRICS).metrics})
+    metrics = sorted({metric for name in names for metric in scan.metrics(name) or ()})
     try:
         choice = parse_choice(which)
     except ValueError as error:
         options = ["latest", *(f"best:{metric}" for metric in metrics), *names]
         raise ValueError(f"{error}{did_you_mean(str(which), options)}") from None
+    if scan.unasked and not (choice.kind == "name" and choice.text in names):
+        raise StoreError(f"which checkpoint is {str(which)!r} cannot be known: {scan.unasked}", url=scan.url)
     if choice.kind == "latest":
         found, what = names, ""
     elif choice.kind == "step":
@@ -364,8 +384,15 @@ def _best(scan: Scan, names: Iterable[str], metric: str, mode: str) -> list[str]
     sign = 1 if mode == "max" else -1
     scored = []
     for number, name in enumerate(names):
-        manifest = scan.manifest(name)
-        value = None if manifest is None else manifest.metrics.get(metric)
+        metrics = scan.metrics(name)
+        if metrics is None:
+            problem = next((copy.problem for copy in scan.copies[name] if copy.problem), "")
+            raise StoreError(
+                f"which checkpoint has the best {metric!r} cannot be known: the metrics of {name} are not known"
+                f" ({problem}); restore it, or load a checkpoint by its step or name",
+                url=scan.url,
+            )
+        value = metrics.get(metric)
         if value is not None and value == value:  # NaN is no score
             scored.append((sign * value, number, name))
     return [name for *_, name in sorted(scored)]
@@ -386,6 +413,3 @@ def _listed(scan: Scan, metrics: Sequence[str]) -> str:
         return f"there are no checkpoints at this URL: {scan.hint or expected}"
     steps = ", ".join(str(_step(name)) for name in names[-5:])
     return f"the last of {len(names)} have the steps {steps}" + (f", metrics: {', '.join(metrics)}" if metrics else "")
-
-
-_NO_METRICS = Manifest("", 0, 0.0, ())

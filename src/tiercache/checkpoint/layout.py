@@ -6,7 +6,7 @@
         tensors-00001-of-00004.safetensors           tensors; several files, written and uploaded in parallel
         state.json                                   everything that is not a tensor
         metrics.json                                 metrics, also in the manifest; the tier engine reads this file
-        tags.json                                    tags and pins; replaced as a whole, not in the manifest
+        tags.json                                    the pin; replaced as a whole, not in the manifest
         not-uploaded.json                            only in a local folder, until the store has the checkpoint
         checkpoint.json                              the manifest, put if absent and last: it commits the checkpoint
     tensors/<40 hex digits>.safetensors              a tensor that checkpoints share (dedup=True)
@@ -33,7 +33,7 @@ from typing import Any, Literal
 from tiercache._native.checksum import crc32c
 from tiercache.distribution import __version__
 from tiercache.errors import CorruptCheckpoint, UnsupportedFormat
-from tiercache.model import ObjectInfo
+from tiercache.model import OWN_FOLDER, ObjectInfo
 from tiercache.store.contract import Buffer, Store, check_key
 
 FORMAT = 1
@@ -193,6 +193,24 @@ def key_of(name: str, path: str) -> str:
         path: Path of the file in the manifest.
     """
     return path.removeprefix("../") if path.startswith(_SHARED_PATH) else f"{name}/{path}"
+
+
+def metrics_key(name: str) -> str:
+    """Return the key of the metrics of a checkpoint that stay at the URL when its folder is moved or archived."""
+    return f"{OWN_FOLDER}metrics/{name}.json"
+
+
+def encode_metrics(metrics: Mapping[str, float]) -> bytes:
+    """Return metrics as a JSON text."""
+    return json.dumps({name: metric_json(value) for name, value in metrics.items()}, allow_nan=False).encode("ascii")
+
+
+def parse_metrics(data: bytes) -> dict[str, float] | None:
+    """Return the metrics in a JSON text; None if it is none."""
+    try:
+        return {str(name): _metric_of(value) for name, value in json.loads(data).items()}
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return None
 
 
 def manifest_key(name: str) -> str:

@@ -31,7 +31,7 @@ from tiercache.checkpoint.writer import CheckpointWriter, TaskThread, may_be_com
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptCheckpoint, NotFound, StoreError
 from tiercache.store import LocalFolder, Store
-from tiercache.tier.inventory.tags import TAGS_NAME
+from tiercache.tier.inventory.tags import PIN_NAME
 
 logger = logging.getLogger("tiercache")
 
@@ -126,9 +126,9 @@ class LocalCopies:
         """
         try:
             writer.upload(manifest, self.store)
-            tags_key = f"{manifest.name}/{TAGS_NAME}"
-            with suppress(NotFound):  # given since it was saved
-                self.remote_store.put(tags_key, self.store.get(tags_key))
+            pin_key = f"{manifest.name}/{PIN_NAME}"
+            with suppress(NotFound):  # pinned since it was saved
+                self.remote_store.put(pin_key, self.store.get(pin_key))
             # NotFound: it was deleted meanwhile, and must not come back
             self.store.head(manifest_key(manifest.name))
             commit(manifest)

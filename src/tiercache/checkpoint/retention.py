@@ -41,6 +41,7 @@ from tiercache.checkpoint.layout import (
     encode_manifest,
     key_of,
     manifest_key,
+    metrics_key,
     parse_manifest,
     parse_name,
     reference_key,
@@ -53,7 +54,6 @@ from tiercache.crash_points import crash_point
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, UnsupportedFormat
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder, Store
-from tiercache.tier.inventory.tags import Tags
 from tiercache.tier.model import CHECKPOINT, READABLE, Snapshot
 from tiercache.tier.placement.resolver import is_archived
 from tiercache.tier.plan.selection import evaluate_keep_list
@@ -73,10 +73,9 @@ class Keep:
     Args:
         last: Number of checkpoints written last.
         every_steps: Number of steps; the first checkpoint at or after each multiple is kept.
-        every: Duration such as "6h", or seconds; the first checkpoint in each interval of this length is kept.
+        every: Duration with a unit, such as "6h"; the first checkpoint in each interval of this length is kept.
         best: Metric and number, such as "val_loss:2" or "accuracy:1:max", or several of them.
-        tags: Tag, or several; checkpoints with one of them are kept.
-        younger_than: Duration such as "7d", or seconds; checkpoints that were written within this time are kept.
+        younger_than: Duration with a unit, such as "7d"; checkpoints that were written within this time are kept.
         tier: "local" or "remote", the only tier to which the rule applies; None for both.
 
     Raises:
@@ -85,10 +84,9 @@ class Keep:
 
     last: int | None = None
     every_steps: int | None = None
-    every: str | float | None = None
+    every: str | None = None
     best: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = ()
-    tags: str | Sequence[str] = ()
-    younger_than: str | float | None = None
+    younger_than: str | None = None
     tier: Literal["local", "remote"] | None = None
     keep_list: KeepList = field(init=False, repr=False, compare=False)
 
@@ -134,7 +132,7 @@ def plan_retention(
     tier without rules keeps everything. Whatever the rules say, these are kept:
 
     - the checkpoint of the tier, or of a tier behind it, that was written last;
-    - pinned checkpoints, and the last copy of a tagged checkpoint;
+    - pinned checkpoints;
     - a checkpoint that is being uploaded;
     - a local copy of a checkpoint that the remote tier would keep and does not have yet: one that a rule of the remote
       tier names, or, if the remote tier has no rules, one that is still to be uploaded. (Saves that when_busy="drop"
@@ -165,14 +163,12 @@ def plan_retention(
         parts = [] if tier == remote else _uncommitted(scan, tier)
         here = [name for name in behind if name in complete[tier] or (name in complete[remote] and name in parts)]
         for name in here:
-            tags, reasons = scan.tags(name), [*by_rules[name]]
+            reasons = [*by_rules[name]]
             reasons += ["latest"] if name == behind[-1] else []  # of the store too: it outlives this machine
             reasons += ["being uploaded"] if name in unfinished and tier != remote else []
-            reasons += ["pinned"] if tags.is_pinned else []
+            reasons += [] if (why := scan.pin(name)) is None else [f"pinned: {why}" if why else "pinned"]
             is_last_copy = tier == remote or name not in complete[remote]
-            if is_last_copy and tags.tags:
-                reasons.append(f"tagged {', '.join(sorted(tags.tags))}")
-            elif is_last_copy and tier != remote and name in awaited:
+            if is_last_copy and tier != remote and name in awaited:
                 reasons.append("not uploaded yet")
             kept_by.setdefault(name, {})[tier] = tuple(reasons)
         gone = [
@@ -186,7 +182,7 @@ def plan_retention(
     missing = tuple(
         name
         for name in everywhere
-        if name not in complete[remote] and (of_remote[name] or name == everywhere[-1] or scan.tags(name) != Tags())
+        if name not in complete[remote] and (of_remote[name] or name == everywhere[-1] or scan.pin(name) is not None)
     )
     return RetentionPlan(kept_by, deletes, missing)
 
@@ -250,7 +246,6 @@ def _snapshot(scan: Scan, names: Sequence[str], now_s: float) -> Snapshot:
         in_use=np.zeros(n, np.bool_),
         metrics=metrics,
         unread=np.zeros(n, np.bool_),
-        tags={row: scan.tags(name).tags for row, name in enumerate(names)},
         group=none.astype(np.int32),
         tier=none.astype(np.int8),
         n_objects=none.astype(np.int32),
@@ -375,8 +370,11 @@ class Retention:
                 raise ValueError(f"{name} is being saved: wait for its save before it is deleted")
             if name not in scan.copies and name not in scan.moved_names:
                 raise NotFound("no such checkpoint", url=name)
-            if scan.tags(name).is_pinned:
-                raise ValueError(f"{name} is pinned: unpin it before it is deleted")
+            if (why := scan.pin(name)) is not None:
+                raise ValueError(
+                    f"{name} is pinned{f' ({why})' if why else ''} and was not deleted; unpin({name!r}) or `tiercache"
+                    f" ckpt unpin` removes the pin"
+                )
         deleted: dict[CheckpointTier, tuple[str, ...]] = {}
         for tier in self.stores.tiers:
             copies = [copy for name in wanted for copy in scan.copies.get(name, ()) if copy.tier == tier]
@@ -424,6 +422,8 @@ class Retention:
             for objects in (ended, leftovers):
                 if objects:
                     store.delete([info.key for info in objects])
+            if old and tier == "remote":
+                store.delete([metrics_key(copy.name) for copy in old])
             if isinstance(store, LocalFolder):
                 for copy in old:
                     store.remove_empty(copy.name)
@@ -498,6 +498,7 @@ def delete_copies(copies: Sequence[CheckpointCopy]) -> int:
     crash_point("retention.manifests")
     store.delete(
         [
+            *(metrics_key(copy.name) for copy in copies if copy.tier == "remote"),  # a collection knows only folders
             *(info.key for copy in copies for path, info in copy.objects.items() if path != MANIFEST_NAME),
             *(reference_key(copy.name) for copy in copies if _shared_keys(copy.manifest)),
         ]

@@ -1,13 +1,13 @@
-"""The methods of `Checkpoints` that act on stored checkpoints: load, list, verify, delete, tag, pin and collect."""
+"""The methods of `Checkpoints` that act on stored checkpoints: load, list, verify, delete, pin and collect."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 from tiercache.cache import Cache
@@ -20,19 +20,28 @@ from tiercache.checkpoint.inventory import (
     Scan,
     resolve,
 )
-from tiercache.checkpoint.layout import SHARED_FOLDER, key_of, parse_name
+from tiercache.checkpoint.layout import (
+    SHARED_FOLDER,
+    Manifest,
+    key_of,
+    metrics_key,
+    parse_metrics,
+    parse_name,
+    written_order,
+)
 from tiercache.checkpoint.loading import load_copy
 from tiercache.checkpoint.moved import MovedCheckpoints
 from tiercache.checkpoint.reading import CopyReader
 from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention, RetentionReport
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, TierCacheError
-from tiercache.store import LocalFolder, Span, Store
+from tiercache.model import ObjectInfo
+from tiercache.store import LocalFolder, Span, Store, redact
 from tiercache.store.contract import WrapperStore
-from tiercache.tier.inventory.tags import Tags
 from tiercache.tier.placement.resolver import is_archived, is_remote
 
 logger = logging.getLogger("tiercache")
 
+_THREADS = 16
 _ROUNDS = 3  # restores of one load: the manifest, the files that it names, and one more attempt
 
 
@@ -99,6 +108,7 @@ class StoredCheckpoints:
             unfinished=lambda: {name for name, save in self.unfinished_saves().items() if save.error is None},
         )
         self._moved = MovedCheckpoints(remote_store.url, storage_options) if moved is None else moved
+        self._moved_manifests: dict[tuple[str, str], Manifest] = {}
         self._open_cache = cache
 
     def unfinished_saves(self) -> Mapping[str, UnfinishedSave]:
@@ -148,26 +158,26 @@ class StoredCheckpoints:
             TypeError: `into` has an object that is neither filled nor replaced; nothing was changed.
             ArchivedShards: The checkpoint must be restored first; the error has cost, duration and command.
             CorruptCheckpoint: No copy of the checkpoint is right.
-            StoreError: A store failed.
+            StoreError: A store failed, or it cannot be known which checkpoint is meant: the message names the tier that
+                could not be asked.
         """
-        scan = self.scan_to_load()
-        with self._found(scan, which) as (found, stores):
-            names = [resolve(found, which)]
-            if which == "latest":
-                names += [name for name in reversed(found.loadable_names) if name != names[0]]
-                for problem in found.problems_after(names[0]):
-                    _warn(f"{problem}; {names[0]}, which was written before it, is loaded")
-            failure: CorruptCheckpoint | None = None
-            for name in names:
-                try:
-                    return self._load(found, stores, name, into, map_location, strict=strict, wait=wait)
-                except CorruptCheckpoint as error:
-                    failure = failure or error
-                    if name != names[-1]:
-                        _warn(f"{name}: no copy can be read ({error}); the checkpoint written before it is next")
-            if failure is None:
-                raise NotFound("there are no checkpoints", url=self.remote_store.url)
-            raise failure
+        scan = self.scan_to_load(which)
+        names = [resolve(scan, which)]
+        if which == "latest":
+            names += [name for name in reversed(scan.loadable_names) if name != names[0]]
+            for problem in scan.problems_after(names[0]):
+                _warn(f"{problem}; {names[0]}, which was written before it, is loaded")
+        failure: CorruptCheckpoint | None = None
+        for name in names:
+            try:
+                return self._load(scan, name, into, map_location, strict=strict, wait=wait)
+            except CorruptCheckpoint as error:
+                failure = failure or error
+                if name != names[-1]:
+                    _warn(f"{name}: no copy can be read ({error}); the checkpoint written before it is next")
+        if failure is None:
+            raise NotFound("there are no checkpoints", url=self.remote_store.url)
+        raise failure
 
     def require_restored(self, keys: Iterable[str]) -> None:
         """Raise ArchivedShards, with cost, duration and command, if an object must be restored before it can be read.
@@ -177,10 +187,10 @@ class StoredCheckpoints:
         """
         self._moved.restore(sorted(keys), wait=False)
 
-    def scan_to_load(self) -> Scan:
+    def scan_to_load(self, which: str | int) -> Scan:
         """Return the checkpoints of all tiers; only the local ones, with a warning, if the store cannot be reached."""
         try:
-            return self.stores.scan()
+            scan = self.stores.scan()
         except StoreError as error:
             if self.local_store is None:
                 raise
@@ -189,32 +199,55 @@ class StoredCheckpoints:
                 raise
             _warn(f"{self.remote_store.url}: cannot be listed ({error}); only local checkpoints are considered")
             return scan
+        if isinstance(which, str) and scan.complete(which):  # by its name
+            return scan
+        return self._everywhere(scan, which)
 
-    @contextmanager
-    def _found(self, scan: Scan, which: str | int) -> Iterator[tuple[Scan, Mapping[str, Store]]]:
-        """Yield a listing that has the checkpoint, and the stores of other tiers, which are listed only if needed."""
+    def _everywhere(self, scan: Scan, which: str | int | None = None) -> Scan:
+        """Return a listing with the checkpoints that are in other tiers too.
+
+        Args:
+            scan: Listing of the own tiers.
+            which: Choice for which the listing is made; None: all checkpoints are described.
+        """
+        others = self._moved.tiers()
+        copies = {name: [*found] for name, found in scan.copies.items()}
+        unasked = others.problem
+        for tier, url in others.urls.items():
+            try:
+                store = _WithSharedTensors(self._moved.store(url), self.remote_store)
+                listed = CheckpointStores({tier: store}, self._moved_manifests).scan(scan.shared.get("remote", {}))
+                found = [copy for some in listed.copies.values() for copy in some]
+            except StoreError as error:
+                problem = f"the tier {tier} could not be asked: {error}"
+                names = [name for name in others.placed.get(url, ()) if parse_name(name) is not None]
+                unseen = partial(CheckpointCopy, tier, self.remote_store, objects={}, manifest=None, problem=problem)
+                found = [unseen(name=name, is_unseen=True) for name in names]
+                if others.home in (None, url):  # no placement states what is there
+                    unasked = unasked or problem
+            for copy in found:
+                copies.setdefault(copy.name, []).append(copy)
+        copies = {name: copies[name] for name in sorted(copies, key=written_order)}
+        merged = replace(scan, copies=copies, unasked=unasked, hint="" if copies else scan.hint)
+        if which is None or (isinstance(which, str) and which.startswith("best:")):
+            unread = [name for name in merged.loadable_names if merged.manifest(name) is None]
+            with ThreadPoolExecutor(_THREADS, thread_name_prefix="tiercache-checkpoints") as pool:
+                kept = dict(zip(unread, pool.map(self._kept_metrics, unread), strict=True))
+            merged = replace(merged, kept_metrics={name: some for name, some in kept.items() if some is not None})
+        return merged
+
+    def _kept_metrics(self, name: str) -> Mapping[str, float] | None:
+        """Return the metrics of a checkpoint whose manifest cannot be read; None if they are not known."""
         try:
-            resolve(scan, which)
-        except NotFound:
-            with self._moved.other_stores() as others:
-                if not others:
-                    raise
-                others = {name: _WithSharedTensors(store, self.remote_store) for name, store in others.items()}
-                elsewhere = self._scan_others(scan, others)
-                copies = {name: [*scan.copies.get(name, ()), *found] for name, found in elsewhere.copies.items()}
-                yield replace(scan, copies={**scan.copies, **copies}), others
-        else:
-            yield scan, {}
-
-    @staticmethod
-    def _scan_others(scan: Scan, others: Mapping[str, Store]) -> Scan:
-        """Return the checkpoints in other tiers. The tier engine leaves their shared tensors at the URL."""
-        return CheckpointStores(others).scan(scan.shared.get("remote", {}))
+            return parse_metrics(self.remote_store.get(metrics_key(name)))
+        except StoreError as error:
+            if isinstance(error, NotFound) or is_archived(error):
+                return None
+            raise
 
     def _load(
         self,
         scan: Scan,
-        others: Mapping[str, Store],
         name: str,
         into: Any,
         map_location: Any,
@@ -230,6 +263,9 @@ class StoredCheckpoints:
             for copy in scan.copies[name]:
                 if copy.is_archived:
                     archived.update(info.key for info in copy.objects.values())
+                    continue
+                if copy.is_unseen:
+                    failure = StoreError(f"cannot be loaded: {copy.problem}", url=copy.url)
                     continue
                 if copy.manifest is None or copy.problem:
                     if copy.is_committed:
@@ -254,10 +290,32 @@ class StoredCheckpoints:
                 raise StoreError(f"{name} was restored, and still cannot be read", url=self.remote_store.url)
             self._moved.restore(sorted(archived), wait=wait)
             restored |= archived
-            scan = self.stores.scan()
-            copies = self._scan_others(scan, others).copies.get(name, ()) if others else ()
-            scan = replace(scan, copies={name: [*scan.copies.get(name, ()), *copies]})
+            scan = self._everywhere(self.stores.scan(), name)
         raise StoreError(f"{name} was restored, and still cannot be read", url=self.remote_store.url)
+
+    def open_copy(self, scan: Scan, name: str) -> tuple[Manifest, Store]:
+        """Return the manifest of a checkpoint, and the store of its nearest complete copy.
+
+        The store is the one of the URL, or one that the caller closes.
+
+        Raises:
+            ArchivedShards: The checkpoint must be restored first.
+            StoreError: It is in a tier that cannot be asked.
+        """
+        for copy in scan.complete(name):
+            if copy.manifest is None or copy.store is self.remote_store:
+                return copy.manifest or self.stores.manifest(copy.tier, name), self.remote_store
+            opened = self._moved.open(self._moved.tiers().urls[copy.tier])
+            has_shared = any(entry.digest for entry in copy.manifest.tensors.values())
+            return copy.manifest, _WithSharedTensors(opened, self.remote_store) if has_shared else opened
+        if archived := [copy for copy in scan.copies[name] if copy.is_archived]:
+            self.require_restored(info.key for copy in archived for info in copy.objects.values())
+        problem = next((copy.problem for copy in scan.copies[name]), "it was restored just now: open it again")
+        raise StoreError(problem, url=f"{self.remote_store.url}/{name}")
+
+    def close_other_tiers(self) -> None:
+        """Close the stores of the tiers to which checkpoints were moved; later calls open them again."""
+        self._moved.close()
 
     def _store_to_read(self, copy: CheckpointCopy) -> Store:
         # By store, not by name: a tier of the rule file may be called "remote", too.
@@ -266,14 +324,17 @@ class StoredCheckpoints:
     # -- list and verify ---------------------------------------------------------------------------------------------
 
     def list(self) -> Sequence[CheckpointInfo]:
-        """Return all checkpoints, written first to last, with those that are being saved or that failed.
+        """Return all checkpoints of all tiers, written first to last, with those that are being saved or that failed.
 
         Raises:
-            StoreError: A store cannot be listed.
+            StoreError: A store cannot be listed, and it is not known which checkpoints it has.
         """
-        scan = self.stores.scan()
-        kept_by = self.retention.plan(scan).kept_by
+        own = self.stores.scan()
+        kept_by = self.retention.plan(own).kept_by
         unfinished = self.unfinished_saves()
+        scan = self._everywhere(own)
+        if scan.unasked:
+            raise StoreError(f"there may be further checkpoints: {scan.unasked}", url=self.remote_store.url)
         names = [*scan.copies, *(name for name in unfinished if name not in scan.copies)]
         found = [_info(scan, name, kept_by.get(name, {}), unfinished.get(name)) for name in names]
         found += [_moved_info(name) for name in scan.moved_names if name not in unfinished]
@@ -289,8 +350,8 @@ class StoredCheckpoints:
             NotFound: There is no such checkpoint.
             StoreError: A store failed.
         """
-        scan = self.stores.scan()
-        name = which if isinstance(which, str) and which in scan.copies else resolve(scan, which)
+        scan = self._everywhere(self.stores.scan(), which)
+        name = self._name(scan, which)
         problems: dict[CheckpointTier, tuple[str, ...]] = {}
         n_bytes = 0
         for copy in scan.copies[name]:
@@ -304,7 +365,7 @@ class StoredCheckpoints:
             n_bytes += copy.manifest.n_bytes
         return CheckpointVerification(name, problems, n_bytes)
 
-    # -- delete, tag and pin -----------------------------------------------------------------------------------------
+    # -- delete and pin -----------------------------------------------------------------------------------------
 
     def delete(self, which: str | int) -> RetentionReport:
         """Delete a checkpoint from all tiers. Tensors that other checkpoints share stay.
@@ -314,51 +375,45 @@ class StoredCheckpoints:
 
         Raises:
             NotFound: There is no such checkpoint.
-            ValueError: The checkpoint is pinned, or is being saved.
+            ValueError: The checkpoint is pinned, is being saved, or is in another tier, where `ckpt rm` deletes it.
             StoreError: A store failed; the same call continues.
         """
-        scan = self.stores.scan()
-        is_moved = isinstance(which, str) and which in scan.moved_names
-        return self.retention.delete([str(which) if is_moved else self._name(scan, which)])
+        own = self.stores.scan()
+        if isinstance(which, str) and which in own.moved_names:
+            return self.retention.delete([which])
+        scan = self._everywhere(own, which)
+        name = self._name(scan, which)
+        if others := [copy.tier for copy in scan.copies[name] if copy.tier not in self.stores.tiers]:
+            raise ValueError(
+                f"{name} is in {', '.join(others)}, where the tier engine has put it, and was not deleted;"
+                f" `tiercache ckpt rm {redact(self.remote_store.url)}/{name}` in a folder with the rule file deletes it"
+                " from all tiers"
+            )
+        return self.retention.delete([name])
 
-    def tag(self, which: str | int, *tags: str) -> None:
-        """Add tags to a checkpoint. The last copy of a checkpoint with a tag is never deleted by a rule.
+    def pin(self, which: str | int, why: str = "") -> None:
+        """Pin a checkpoint: no rule moves or deletes any of its copies, and neither delete() nor `ckpt rm` does.
 
         Args:
             which: "latest", "best:METRIC", a step, or a name.
-            *tags: Tags, for example "release".
+            why: Reason, for people, such as "the release of May".
 
         Raises:
             NotFound: There is no such checkpoint.
-            ValueError: No tag is given, or a tag is empty.
+            TypeError: The reason is not a text.
             StoreError: A store failed.
         """
-        self._change_tags(which, lambda found: Tags(found.tags | _checked(tags), found.is_pinned))
-
-    def untag(self, which: str | int, *tags: str) -> None:
-        """Remove tags from a checkpoint. Errors as for tag().
-
-        Args:
-            which: "latest", "best:METRIC", a step, or a name.
-            *tags: Tags; those that the checkpoint does not have are ignored.
-        """
-        self._change_tags(which, lambda found: Tags(found.tags - _checked(tags), found.is_pinned))
-
-    def pin(self, which: str | int) -> None:
-        """Pin a checkpoint: neither a rule nor delete() deletes any of its copies. Errors as for tag().
-
-        Args:
-            which: "latest", "best:METRIC", a step, or a name.
-        """
-        self._change_tags(which, lambda found: Tags(found.tags, is_pinned=True))
+        if not isinstance(why, str):
+            raise TypeError(f"why is a text, such as 'the release of May', got the {type(why).__name__} {why!r:.60}")
+        self._set_pin(which, why)
 
     def unpin(self, which: str | int) -> None:
-        """Remove the pin of a checkpoint. Errors as for tag().
+        """Remove the pin of a checkpoint. Errors as for pin().
 
         Args:
             which: "latest", "best:METRIC", a step, or a name.
         """
-        self._change_tags(which, lambda found: Tags(found.tags, is_pinned=False))
+        self._set_pin(which, None)
 
     def gc(self) -> RetentionReport:
         """Remove what killed saves and deletions have left, and shared tensors without users, once they are a day old.
@@ -379,10 +434,13 @@ class StoredCheckpoints:
         except TierCacheError as error:
             logger.warning("%s: old checkpoints were not deleted: %s", self.remote_store.url, error)
 
-    def _change_tags(self, which: str | int, change: Callable[[Tags], Tags]) -> None:
-        scan = self.stores.scan()
+    def _set_pin(self, which: str | int, why: str | None) -> None:
+        scan = self._everywhere(self.stores.scan(), which)
         name = self._name(scan, which)
-        self.stores.set_tags(scan, name, change(scan.tags(name)))
+        for copy in scan.copies[name]:
+            if copy.is_unseen:
+                raise StoreError(f"its pin cannot be changed: {copy.problem}", url=copy.url)
+        self.stores.set_pin(scan, name, why)
 
     @staticmethod
     def _name(scan: Scan, which: str | int) -> str:
@@ -397,16 +455,21 @@ class _WithSharedTensors(WrapperStore):
         super().__init__(inner)
         self._shared = shared
 
+    def _store_of(self, key: str) -> Store:
+        return self._shared if key.startswith(SHARED_FOLDER) else self.inner
+
+    def head(self, key: str) -> ObjectInfo:
+        """See Store.head."""
+        return self._store_of(key).head(key)
+
     def read_into(self, key: str, spans: Sequence[Span], **options: Any) -> None:
         """See Store.read_into."""
-        store = self._shared if key.startswith(SHARED_FOLDER) else self.inner
-        store.read_into(key, spans, **options)
+        self._store_of(key).read_into(key, spans, **options)
 
-
-def _checked(tags: Sequence[Any]) -> frozenset[str]:
-    if not tags or not all(isinstance(tag, str) and tag.strip() for tag in tags):
-        raise ValueError(f"expected one or more tags, none of them empty, got {tags!r}")
-    return frozenset(tags)
+    def close(self) -> None:
+        """Close the connections of both stores."""
+        self.inner.close()
+        self._shared.close()
 
 
 def _moved_info(name: str) -> CheckpointInfo:
@@ -419,9 +482,14 @@ def _info(
     scan: Scan, name: str, kept_by: Mapping[CheckpointTier, tuple[str, ...]], save: UnfinishedSave | None
 ) -> CheckpointInfo:
     parsed = parse_name(name) or (0, 0.0)
-    manifest, tags, complete = scan.manifest(name), scan.tags(name), scan.complete(name)
+    manifest, pin, complete = scan.manifest(name), scan.pin(name), scan.complete(name)
+    copies = scan.copies.get(name, ())
     state: CheckpointState = "complete" if complete else "incomplete"
-    error = "" if complete else next((copy.problem for copy in scan.copies.get(name, ())), "")
+    error = "" if complete else next((copy.problem for copy in copies), "")
+    if not complete and (away := [copy for copy in copies if copy.is_archived or copy.is_unseen]):
+        state, error = ("archived" if away[0].is_archived else "moved"), away[0].problem
+        if away[0].is_archived:
+            error += f", by load(wait=True) or `tiercache tier get {redact(away[0].url)} --wait`"
     if save is not None and save.error is not None:
         state, error = ("complete" if complete else "failed"), str(save.error)
     elif save is not None and not complete:
@@ -432,14 +500,19 @@ def _info(
         created_s=parsed[1],
         state=state,
         tiers=tuple(copy.tier for copy in complete),
-        n_bytes=0 if manifest is None else manifest.n_bytes,
-        metrics={} if manifest is None else manifest.metrics,
-        tags=tuple(sorted(tags.tags)),
-        is_pinned=tags.is_pinned,
+        n_bytes=max((_listed_bytes(copy) for copy in copies), default=0) if manifest is None else manifest.n_bytes,
+        metrics=scan.metrics(name) or {},
+        is_pinned=pin is not None,
+        why_pinned=pin or "",
         kept_by=kept_by,
         note=None if manifest is None else manifest.note,
         error=error,
     )
+
+
+def _listed_bytes(copy: CheckpointCopy) -> int:
+    """Return the size of the objects in the folder of an archived copy; 0 for any other."""
+    return sum(info.n_bytes for info in copy.objects.values()) if copy.is_archived else 0
 
 
 def _warn(message: str) -> None:

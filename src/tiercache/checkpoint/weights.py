@@ -20,11 +20,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from tiercache.cache import Cache, CachedStore
-from tiercache.checkpoint.inventory import CheckpointStores, resolve
-from tiercache.checkpoint.layout import MANIFEST_NAME, Manifest, checkpoint_objects, key_of, parse_manifest
+from tiercache.checkpoint.inventory import resolve
+from tiercache.checkpoint.layout import MANIFEST_NAME, Manifest, key_of, parse_manifest, parse_name
 from tiercache.checkpoint.loading import numpy_dtype
 from tiercache.checkpoint.safetensors_file import header_bytes, parse_header
 from tiercache.checkpoint.state_tree import DTYPES
+from tiercache.checkpoint.stored import StoredCheckpoints
 from tiercache.checkpoint.writer import in_parallel
 from tiercache.errors import CorruptCheckpoint, NotFound
 from tiercache.file_limit import raise_limit_for
@@ -105,11 +106,19 @@ def open_weights(
         raise ValueError(f"framework is 'torch' or 'numpy', got {framework!r}")
     root, name = _split(os.fspath(url))
     options = dict(storage_options or {})
-    inner = follow_placement(open_store(root, **options), options)
-    is_cached = cache is not False and (cache is not None or is_remote(root))
-    store: Store = (cache or Cache.default()).store(inner) if is_cached else inner
+
+    def through_cache(inner: Store) -> Store:
+        is_cached = cache is not False and (cache is not None or is_remote(inner.url))
+        return (cache or Cache.default()).store(inner) if is_cached else inner
+
+    store = through_cache(follow_placement(open_store(root, **options), options))
     try:
-        files, known = _find_files(store, name)
+        found = _find_files(store, name)
+        if found is None:
+            store.close()
+            inner, found = _find_checkpoint(root, options)
+            store = through_cache(inner)
+        files, known = found
         return Weights(store, files, known, prefix=prefix, framework=framework, verify=verify)
     except BaseException:
         store.close()
@@ -380,8 +389,8 @@ def _split(url: str) -> tuple[str, str]:
     return split_url(url) if url.endswith((_SUFFIX, _INDEX_SUFFIX)) else (url, "")
 
 
-def _find_files(store: Store, name: str) -> tuple[list[str], dict[str, WeightInfo] | None]:
-    """Return the keys of the safetensors files, and the tensors if a manifest describes them.
+def _find_files(store: Store, name: str) -> tuple[list[str], dict[str, WeightInfo] | None] | None:
+    """Return the keys of the safetensors files, and the tensors if a manifest describes them; None: there are none.
 
     Files that many folders have are asked for by name: stores behind plain HTTP cannot list.
     """
@@ -398,15 +407,40 @@ def _find_files(store: Store, name: str) -> tuple[list[str], dict[str, WeightInf
         except NotFound:
             if name:
                 raise
-    found = list(store.list())
-    files = sorted(info.key for info in found if "/" not in info.key and info.key.endswith(_SUFFIX))
-    if files:
-        return files, None
-    if checkpoint_objects(found):
-        stores = CheckpointStores({"remote": store})
-        latest = resolve(stores.scan(), "latest")
-        return _of_manifest(stores.manifest("remote", latest), lambda path: key_of(latest, path))
-    raise NotFound(f"no {_INDEX_NAME}, {_FILE_NAME}, other safetensors file or checkpoint here", url=store.url)
+    files = sorted(info.key for info in store.list() if "/" not in info.key and info.key.endswith(_SUFFIX))
+    return (files, None) if files else None
+
+
+def _find_checkpoint(
+    url: str, options: Mapping[str, Any]
+) -> tuple[Store, tuple[list[str], dict[str, WeightInfo] | None]]:
+    """Return the checkpoint of a URL, or the one written last of a run: an open store, and its files and tensors.
+
+    It is found in all tiers.
+
+    Raises:
+        NotFound: There is none.
+        ArchivedShards: It must be restored first; the error has cost, duration and command.
+    """
+    head, _, last = url.rstrip("/").rpartition("/")
+    run, which = (head, last) if parse_name(last) is not None else (url, "latest")
+    store = open_store(run, **options)
+    stored = StoredCheckpoints(store, storage_options=options)
+    try:
+        scan = stored.scan_to_load(which)
+        if not scan.loadable_names and not scan.unasked:
+            message = f"no {_INDEX_NAME}, {_FILE_NAME}, other safetensors file or checkpoint here"
+            raise NotFound(f"{message}; {scan.hint}" if scan.hint else message, url=url)
+        name = resolve(scan, which)
+        manifest, opened = stored.open_copy(scan, name)
+    except BaseException:
+        store.close()
+        raise
+    finally:
+        stored.close_other_tiers()
+    if opened is not store and not any(entry.digest for entry in manifest.tensors.values()):
+        store.close()
+    return opened, _of_manifest(manifest, lambda path: key_of(name, path))
 
 
 def _indexed(store: Store, key: str) -> list[str]:

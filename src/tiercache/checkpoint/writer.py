@@ -7,7 +7,6 @@ durable. The manifest is put last and only if every file has been checked at the
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -27,9 +26,10 @@ from tiercache.checkpoint.layout import (
     StoredFile,
     TensorEntry,
     encode_manifest,
+    encode_metrics,
     key_of,
     manifest_key,
-    metric_json,
+    metrics_key,
     parse_name,
     reference_key,
     shared_digest,
@@ -122,6 +122,7 @@ class CheckpointWriter:
         find_referenced: Function that returns the keys of the shared tensors of visible checkpoints. A tensor that is
             in the store, and is neither among them nor claimed, is written again: another process may be deleting it
             (retention.py). None: every tensor in the store is used.
+        keeps_metrics: Whether the metrics are put beside the checkpoints too, where they stay if these are moved.
     """
 
     def __init__(
@@ -130,9 +131,11 @@ class CheckpointWriter:
         n_streams: int,
         shared: SharedTensors,
         find_referenced: Callable[[], Container[str]] | None = None,
+        *,
+        keeps_metrics: bool = True,
     ) -> None:
         self.store, self._n_streams, self.shared = store, n_streams, shared
-        self._find_referenced = find_referenced
+        self._find_referenced, self._keeps_metrics = find_referenced, keeps_metrics
         # Keys by the name of the save for which they were found: of a save, and of a repeated upload.
         self._referenced: dict[str, Container[str]] = {}
         self._classes: S3StorageClasses | None = None
@@ -194,8 +197,7 @@ class CheckpointWriter:
         written = in_parallel([partial(write, file) for file in files], self._n_streams)
         texts = [(STATE_NAME, state_text)]
         if metrics:
-            text = json.dumps({metric: metric_json(value) for metric, value in metrics.items()}, allow_nan=False)
-            texts.append((METRICS_NAME, text.encode("ascii")))
+            texts.append((METRICS_NAME, encode_metrics(metrics)))
         small = [SourceFile(path, len(text), partial(iter, [memoryview(text)])) for path, text in texts]
         stored = {one.path: one for one, _ in written} | {one.path: self.write(name, one) for one in small}
         tensors = {name: entry for _, entries in written for name, entry in entries.items()}
@@ -243,6 +245,8 @@ class CheckpointWriter:
         """
         text = encode_manifest(manifest)
         crash_point("checkpoint_commit.files_checked")
+        if self._keeps_metrics:  # before the manifest: from then on the tier engine may move or archive the checkpoint
+            self.store.put(metrics_key(manifest.name), encode_metrics(manifest.metrics))
         self._put_manifest(manifest_key(manifest.name), text)
         crash_point("checkpoint_commit.committed")
         if _has_shared(manifest):
@@ -297,7 +301,7 @@ class CheckpointWriter:
         """
         self.shared.release(name)
         with suppress(StoreError):
-            self.store.delete([info.key for info in self.store.list(f"{name}/")])
+            self.store.delete([*(info.key for info in self.store.list(f"{name}/")), metrics_key(name)])
             crash_point("checkpoint_discard.deleted")
             if isinstance(self.store, LocalFolder):
                 self.store.remove_empty(name)

@@ -30,7 +30,7 @@ app = typer.Typer(
 
 tier = typer.Typer(help="Move shards, checkpoints and files between tiers, by rules.", no_args_is_help=True)
 app.add_typer(tier, name="tier")
-ckpt = typer.Typer(help="List, verify, pin, tag, compare and delete checkpoints of every layout.", no_args_is_help=True)
+ckpt = typer.Typer(help="List, verify, pin, compare and delete checkpoints of every layout.", no_args_is_help=True)
 app.add_typer(ckpt, name="ckpt")
 
 
@@ -97,7 +97,7 @@ _VERBS: tuple[tuple[typer.Typer, Callable[..., None], str], ...] = (
     (ckpt, checkpoint_commands.verify, _AGAIN),
     (ckpt, checkpoint_commands.rm, "deleted checkpoints are gone; the same command deletes the rest"),
     (ckpt, checkpoint_commands.pin, _AGAIN),
-    (ckpt, checkpoint_commands.tag, _AGAIN),
+    (ckpt, checkpoint_commands.unpin, _AGAIN),
     (ckpt, checkpoint_commands.diff, _AGAIN),
 )
 for _group, _verb, _how_to_go_on in _VERBS:

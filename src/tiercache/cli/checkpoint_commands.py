@@ -66,8 +66,9 @@ def verify(output: Output, paths: Paths, rules: Rules = None) -> None:
 def rm(output: Output, paths: Paths, rules: Rules = None, yes: Yes = False, dry_run: DryRun = False) -> None:
     """Delete checkpoints from all tiers, at once and for good.
 
-    Pinned and held checkpoints are left alone; the exit code is then 3. The checkpoint of a run that was written last
-    is deleted too if it is named, and so is one that a job reads now: reads of checkpoints are not known.
+    Pinned and held checkpoints are refused; the exit code is then 3 (`ckpt unpin` removes a pin). The checkpoint of a
+    run that was written last is deleted too if it is named, and so is one that a job reads now: reads of checkpoints
+    are not known.
     """
     from tiercache.cli import checkpoint_verbs
 
@@ -78,33 +79,26 @@ def pin(
     output: Output,
     paths: Paths,
     until: Annotated[str | None, option("--until", "DATE", "Last day of the pin; default: no end.")] = None,
-    why: Annotated[str, option("--why", "TEXT", "Reason, which plans show.")] = "",
-    remove: Annotated[bool, flag("--remove", "Remove the pins that name exactly these paths.")] = False,
+    why: Annotated[str, option("--why", "TEXT", "Reason, which `ckpt ls` shows.")] = "",
     rules: Rules = None,
 ) -> None:
-    """Pin checkpoints: no rule moves or deletes them.
+    """Pin checkpoints: no rule moves or deletes them, and `ckpt rm` refuses to.
 
-    Pins of checkpoints of tc.Checkpoints are in their tags.json; all others are [[pins]] tables of the rule file.
+    Pins of checkpoints of tc.Checkpoints are in their folders; all others are [[pins]] tables of the rule file.
     """
     from tiercache.cli import checkpoint_verbs
 
-    checkpoint_verbs.pin(output, rules, paths, checkpoint_verbs.PinOptions(until, why, remove=remove))
+    checkpoint_verbs.pin(output, rules, paths, until=until, why=why)
 
 
-def tag(
-    output: Output,
-    path: Path,
-    tags: Annotated[list[str], argument("TAG...", "Tags, such as release.")],
-    remove: Annotated[bool, flag("--remove", "Remove these tags of exactly this path.")] = False,
-    rules: Rules = None,
-) -> None:
-    """Tag a checkpoint: it is never deleted, and keep lists can name the tag.
+def unpin(output: Output, paths: Paths, rules: Rules = None) -> None:
+    """Remove the pins of checkpoints.
 
-    Tags of checkpoints of tc.Checkpoints are in their tags.json; all others are [[tags]] tables of the rule file.
+    Of a [[pins]] table of the rule file, only one that names exactly the path of the checkpoint is removed.
     """
     from tiercache.cli import checkpoint_verbs
 
-    checkpoint_verbs.tag(output, rules, path, tags, remove=remove)
+    checkpoint_verbs.unpin(output, rules, paths)
 
 
 def diff(

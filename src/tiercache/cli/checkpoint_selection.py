@@ -53,9 +53,9 @@ from tiercache.store.options import ParsedUrl
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.inventory.layouts import group_keys
 from tiercache.tier.inventory.metrics import metrics_in_name, read_metrics
+from tiercache.tier.inventory.tags import PIN_NAME, UNREADABLE_PIN, parse_pin
 from tiercache.tier.model import CHECKPOINT, READABLE, RESTORED, Snapshot
 from tiercache.tier.move.mover import catalog_path
-from tiercache.tier.plan.selection import with_tags
 from tiercache.tier.rules import RuleFile, Tier, load_rule_file
 from tiercache.tier.stores import Stores, unavailable_tiers
 
@@ -70,7 +70,7 @@ class CheckpointTiers:
 
     tiers: OpenTiers
     inventory: Inventory
-    snapshot: Snapshot  # of the inventory, with the tags of the rule file
+    snapshot: Snapshot  # of the inventory; `complete` is corrected by the manifests of our own checkpoints
     groups: tuple[int, ...]
     prefix: str = ""  # of the paths of the only tier, where there is no rule file, so that they are arguments
     problems: Mapping[int, str] = field(default_factory=dict)  # of incomplete checkpoints, as far as they were examined
@@ -150,6 +150,19 @@ class CheckpointTiers:
         }
         return missing_file(manifest, objects, known).replace(f"{name}/", "")
 
+    def why_pinned(self, group: int) -> str:
+        """Return the reason of the pin of a checkpoint of tc.Checkpoints; "" if none was given."""
+        reasons: list[str] = []
+        for copy in self.copies(group):
+            try:
+                found = parse_pin(self.tiers.stores.store(self.tier(copy)).get(f"{self.path(group)}/{PIN_NAME}"))
+            except NotFound:
+                continue
+            except StoreError:  # archived
+                found = UNREADABLE_PIN
+            reasons += [] if found is None else [found]
+        return max(reasons, key=len, default="")
+
     def known_metrics(self, group: int) -> dict[str, float]:
         """Return the metrics in a checkpoint's name, and those that rules use."""
         used = {name: float(values[group]) for name, values in self.snapshot.metrics.items()}
@@ -178,7 +191,7 @@ def open_checkpoints(output: Output, rules: Path | None, arguments: Sequence[str
         inventory = tiers.read_inventory(output)
         if tiers.file.is_from_file:
             print_unavailable(output, tiers.file, unavailable_tiers(tiers.file, tiers.stores, tiers.catalog))
-        found = CheckpointTiers(tiers, inventory, with_tags(inventory.snapshot, tiers.file), (), prefix)
+        found = CheckpointTiers(tiers, inventory, inventory.snapshot, (), prefix)
         selections = [
             _select(found, argument, tier, path)
             for argument, (tier, path) in zip(arguments or ("",), chosen or ((None, ""),), strict=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,15 @@ from tiercache.cli.open_tiers import STATE_NAMES, OpenTiers, format_copy, format
 from tiercache.cli.output import PARTIAL, Output, confirm, count, printable
 from tiercache.model import format_bytes
 from tiercache.tier.inventory.groups import Inventory
-from tiercache.tier.inventory.tags import TAGS_NAME, Tags
+from tiercache.tier.inventory.tags import PIN_NAME, encode_pin
 from tiercache.tier.model import CHECKPOINT, Snapshot
 from tiercache.tier.move.mover import open_mover
-from tiercache.tier.move.removal import remove_groups
+from tiercache.tier.move.removal import Removal, remove_groups
 from tiercache.tier.plan.explanations import KeepReason, keep_reasons, protected_groups
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide_now
 from tiercache.tier.plan.selection import rules_of
-from tiercache.tier.rule_edits import Section, add_tables, literal_glob, remove_tables
-from tiercache.tier.rules import RuleFile
+from tiercache.tier.rule_edits import add_tables, literal_glob, remove_tables
 
 _SHOWN_FILES = 20
 _NOT_COMPLETE = "not complete"  # text of a KeepReason
@@ -44,7 +44,7 @@ _NOT_COMPLETE = "not complete"  # text of a KeepReason
 def ls(output: Output, rules: Path | None, paths: Sequence[str], *, read_metrics: bool) -> None:
     """List checkpoints. paths: See open_checkpoints(). read_metrics: Whether to read the metrics of all from files."""
     with open_checkpoints(output, rules, paths) as found:
-        reasons = keep_reasons(found.snapshot, found.tiers.file)
+        reasons = _kept(found)
         metrics = in_parallel(found.metrics if read_metrics else found.known_metrics, found.groups)
         rows = [
             _facts(found, group, some, reasons.get(group, ()))
@@ -87,7 +87,6 @@ def _facts(
             for copy in copies
         ],
         "metrics": dict(metrics),
-        "tags": sorted(snapshot.tags.get(group, ())),
         "kept": [asdict(reason) | {"text": str(reason)} for reason in reasons],
     }
 
@@ -109,7 +108,7 @@ def _metrics_text(metrics: Mapping[str, float]) -> str:
 
 
 def _kept_text(kept: Sequence[Mapping[str, Any]]) -> str:
-    """Return the reasons for people, with the name of a rule once: "runs: keep_hot last = 2, keep_cold tags = a"."""
+    """Return the reasons for people, with the name of a rule once: "runs: keep_hot last = 2, keep_cold best = a:1"."""
     parts: dict[str, list[str]] = {}
     for one in kept:
         where = "" if one["tier"] is None else f"keep_{one['tier']} "
@@ -123,7 +122,7 @@ def show(output: Output, rules: Path | None, path: str, which: str | None) -> No
     with open_checkpoints(output, rules, [path] if which is None else [f"{path.rstrip('/')}/{which}"]) as found:
         group = only_checkpoint(found, path)
         tiers, file, snapshot = found.tiers, found.tiers.file, found.snapshot
-        reasons = keep_reasons(snapshot, file).get(group, ())
+        reasons = _kept(found).get(group, ())
         metrics, manifest = found.metrics(group), found.manifest(group)
         objects = {found.tier(copy): found.objects(copy) for copy in found.copies(group)}
         number = int(rules_of(snapshot, file)[group])
@@ -160,8 +159,6 @@ def _show_lines(facts: Mapping[str, Any], reasons: Sequence[KeepReason], path: s
         yield f"copy in {format_copy(copy)}: {facts['urls'][copy['tier']]}, {size}{verified}"
     if facts["metrics"]:
         yield f"metrics: {_metrics_text(facts['metrics'])}"
-    if facts["tags"]:
-        yield f"tags: {', '.join(facts['tags'])}"
     if facts["note"] is not None:
         yield f"note: {json.dumps(facts['note'], ensure_ascii=False)}"
     yield f"rule: {facts['rule'] or 'no rule matches it, so that it stays'}"
@@ -191,53 +188,84 @@ def _next_move(tiers: OpenTiers, inventory: Inventory, group: int) -> str:
     return f"no move of {path}"
 
 
-# -- rm, pin, tag -----------------------------------------------------------------------------------------------------
+# -- rm and pin -------------------------------------------------------------------------------------------------------
 
 
 def rm(output: Output, rules: Path | None, paths: Sequence[str], *, yes: bool, dry_run: bool) -> None:
     """Delete checkpoints from all tiers. Raises typer.Exit with PARTIAL if some stayed."""
     with open_checkpoints(output, rules, paths) as found:
-        snapshot = found.snapshot
-        n_bytes = sum(int(snapshot.n_bytes[copy]) for group in found.groups for copy in found.copies(group))
-        text = f"{count(len(found.groups), 'checkpoint')}, {format_bytes(n_bytes)} in all tiers"
-        newest = [group for group in found.groups if _is_last_of_run(snapshot, group)]
+        snapshot, protected = found.snapshot, _refusals(found)
+        going = [group for group in found.groups if group not in protected]
+        n_bytes = sum(int(snapshot.n_bytes[copy]) for group in going for copy in found.copies(group))
+        text = f"{count(len(going), 'checkpoint')}, {format_bytes(n_bytes)} in all tiers"
         if dry_run:
-            protected = protected_groups(snapshot, found.tiers.file)
             for group in found.groups:
                 name, reason = found.name(group), protected.get(group)
                 names = [found.tier(copy) for copy in found.copies(group)]
-                facts = {"path": name, "tiers": names, "pinned": reason == "pinned", "held": snapshot.held.get(group)}
+                is_pinned = reason is not None and reason.startswith("pinned")
+                facts = {"path": name, "tiers": names, "pinned": is_pinned, "held": snapshot.held.get(group)}
                 goes = f"would delete {name} from {', '.join(names)}"
-                stays = f"would leave {name}, which is {reason}"
-                output.event("checkpoint", facts, goes if reason is None else printable(stays))
-            going = [group for group in found.groups if group not in protected]
-            going_bytes = sum(int(snapshot.n_bytes[copy]) for group in going for copy in found.copies(group))
-            output.summary(
-                {"checkpoints": len(going), "n_bytes": going_bytes, "dry_run": True},
-                f"would delete {count(len(going), 'checkpoint')}, {format_bytes(going_bytes)} in all tiers",
-            )
+                output.event(
+                    "checkpoint", facts, goes if reason is None else printable(f"would leave {name}: {reason}")
+                )
+            output.summary({"checkpoints": len(going), "n_bytes": n_bytes, "dry_run": True}, f"would delete {text}")
             return
-        if not yes:
-            last = f", among them {count(len(newest), 'checkpoint')} from which a run is resumed" if newest else ""
-            confirm(f"Delete {text}{last}, for good?", "nothing was deleted")
-        with open_mover(found.tiers.file, found.tiers.stores, found.tiers.catalog) as context:
-            removals = [
-                replace(one, path=f"{found.prefix}{one.path}")
-                for one in remove_groups(context, found.inventory, found.groups)
-            ]
+        if going and not yes:
+            confirm(_question(found, going, text), "nothing was deleted")
+        made: dict[int, Removal] = {}
+        if going:
+            with open_mover(found.tiers.file, found.tiers.stores, found.tiers.catalog) as context:
+                made = dict(zip(going, remove_groups(context, found.inventory, going), strict=True))
+        for group, reason in protected.items():
+            tiers = tuple(found.tier(copy) for copy in found.copies(group))
+            made[group] = Removal(found.path(group), 0, tiers, reason)
+        removals = [replace(made[group], path=found.name(group)) for group in found.groups]
     for one in removals:
         facts = asdict(one) | {"tiers": list(one.tiers)}
-        where = ", ".join(one.tiers)
-        output.event(
-            "removed", facts, f"{one.path}: {'left: ' + one.reason if one.reason else 'deleted from ' + where}"
-        )
-    made = [one for one in removals if not one.reason]
-    left = len(removals) - len(made)
-    done_bytes = sum(one.n_bytes for one in made)
-    text = f"{count(len(made), 'checkpoint')} deleted, {format_bytes(done_bytes)}" + (f"; {left} left" if left else "")
-    output.summary({"deleted": len(made), "left": left, "n_bytes": done_bytes}, text)
+        text = f"left: {one.reason}" if one.reason else f"deleted from {', '.join(one.tiers)}"
+        output.event("removed", facts, printable(f"{one.path}: {text}"))
+    left = sum(bool(one.reason) for one in removals)
+    done = [one for one in removals if not one.reason]
+    done_bytes = sum(one.n_bytes for one in done)
+    text = f"{count(len(done), 'checkpoint')} deleted, {format_bytes(done_bytes)}" + (f"; {left} left" if left else "")
+    output.summary({"deleted": len(done), "left": left, "n_bytes": done_bytes}, text)
     if left:
         raise typer.Exit(PARTIAL)
+
+
+def _refusals(found: CheckpointTiers) -> dict[int, str]:
+    """Return why selected checkpoints are not deleted, by group, with the command that removes the reason."""
+    protected = protected_groups(found.snapshot, found.tiers.file)
+    reasons = _kept(found) if protected else {}
+    refusals: dict[int, str] = {}
+    for group in found.groups:
+        if protected.get(group) == "pinned":
+            pins = [str(one) for one in reasons.get(group, ()) if one.rule.startswith("pins[") or "pinned" in one.text]
+            why = ", ".join(one if one.startswith("pinned") else f"pinned by {one}" for one in pins) or "pinned"
+            refusals[group] = f"{why}; `tiercache ckpt unpin {shlex.quote(found.name(group))}` removes the pin"
+        elif group in protected:
+            refusals[group] = protected[group]
+    return refusals
+
+
+def _kept(found: CheckpointTiers) -> dict[int, tuple[KeepReason, ...]]:
+    """Return the reasons that keep checkpoints, by group; of the pins of tc.Checkpoints as they were given."""
+    reasons = dict(keep_reasons(found.snapshot, found.tiers.file))
+    for group in found.snapshot.pinned.intersection(found.groups):
+        why = found.why_pinned(group)
+        own = KeepReason("", None, f"pinned: {why}" if why else "pinned")
+        reasons[group] = (*(one for one in reasons[group] if one.rule or not one.text.startswith("pinned")), own)
+    return reasons
+
+
+def _question(found: CheckpointTiers, groups: Sequence[int], total: str) -> str:
+    """Return the question before a deletion, which names each checkpoint, its step and its metrics."""
+    lines = []
+    for group, metrics in zip(groups, in_parallel(found.metrics, groups), strict=True):
+        facts = [f"step {int(found.snapshot.step[group]):,}", *filter(None, [_metrics_text(metrics)])]
+        facts += ["a run is resumed from it"] if _is_last_of_run(found.snapshot, group) else []
+        lines.append(printable(f"  {found.name(group)}: {', '.join(facts)}"))
+    return "\n".join([*lines, f"Delete {total}, for good?"])
 
 
 def _is_last_of_run(snapshot: Snapshot, group: int) -> bool:
@@ -245,89 +273,73 @@ def _is_last_of_run(snapshot: Snapshot, group: int) -> bool:
     return bool(run[group] and snapshot.created_s[group] == snapshot.created_s[run].max())
 
 
-@dataclass(frozen=True, slots=True)
-class PinOptions:
-    """Options of a pin. until: Last day, as a text; None: no end. remove: Whether pins are removed instead."""
+def pin(output: Output, rules: Path | None, paths: Sequence[str], *, until: str | None, why: str) -> None:
+    """Pin checkpoints: those of tc.Checkpoints in their folders, others in the rule file.
 
-    until: str | None
-    why: str
-    remove: bool
-
-
-def pin(output: Output, rules: Path | None, paths: Sequence[str], options: PinOptions) -> None:
-    """Pin checkpoints: those of tc.Checkpoints in their tags.json, others in the rule file."""
+    until: Last day, as a text; None: no end.
+    """
     with open_checkpoints(output, rules, paths) as found:
         own, others = _by_layout(found)
-        if own and (options.until or options.why) and not options.remove:
-            name = found.name(own[0])
-            raise ValueError(f"{name}: a pin of tc.Checkpoints has neither --until nor --why: it is in its tags.json")
+        if own and until:
+            raise ValueError(
+                f"{found.name(own[0])}: a pin of tc.Checkpoints has no --until: it stays until `ckpt unpin`"
+            )
         for group in own:
-            _write_tags(found, group, frozenset(), remove=False, is_pinned=not options.remove)
-        more = {"until": options.until, "why": options.why or None}
-        tables = [
-            {"match": literal_glob(found.path(group))} | {key: text for key, text in more.items() if text is not None}
-            for group in others
-        ]
-        _edit(found.tiers.file, "pins", tables, remove=options.remove)
+            _put_pin(found, group, why)
+        more = {key: text for key, text in {"until": until, "why": why}.items() if text}
+        tables = [{"match": literal_glob(found.path(group))} | more for group in others]
+        if tables:
+            add_tables(_file_of_pins(found), "pins", tables)
         names = [found.name(group) for group in found.groups]
-    for name in names:
-        output.event(
-            "pin", {"path": name, "pinned": not options.remove}, f"{'unpinned' if options.remove else 'pinned'} {name}"
+    _print_pins(output, names, is_pinned=True)
+
+
+def unpin(output: Output, rules: Path | None, paths: Sequence[str]) -> None:
+    """Remove the pins of checkpoints."""
+    with open_checkpoints(output, rules, paths) as found:
+        own, others = _by_layout(found)
+        for group in own:
+            _put_pin(found, group, None)
+        if others:
+            path = _file_of_pins(found)
+            present = config.parse_toml(path, config.read_file(path)).get("pins", [])
+            for group in others:
+                glob = literal_glob(found.path(group))
+                wanted = [table for table in present if table.get("match") in (glob, [glob])]
+                if not wanted:
+                    raise ValueError(
+                        f"{path}: no [[pins]] table names exactly {glob!r}; edit the table whose glob matches it"
+                    )
+                remove_tables(path, "pins", wanted)
+        names = [found.name(group) for group in found.groups]
+    _print_pins(output, names, is_pinned=False)
+
+
+def _put_pin(found: CheckpointTiers, group: int, why: str | None) -> None:
+    """Pin a checkpoint of tc.Checkpoints in every tier that has it. why: Reason; None: the pin is removed."""
+    for copy in found.copies(group):
+        found.tiers.stores.store(found.tier(copy)).put(f"{found.path(group)}/{PIN_NAME}", encode_pin(why))
+
+
+def _file_of_pins(found: CheckpointTiers) -> Path:
+    if not found.tiers.file.is_from_file:
+        raise ValueError(
+            "pins of checkpoints of other libraries are tables of a rule file, and there is none: "
+            "`tiercache tier init FOLDER` writes one"
         )
+    return found.tiers.file.path
+
+
+def _print_pins(output: Output, names: Sequence[str], *, is_pinned: bool) -> None:
+    for name in names:
+        output.event("pin", {"path": name, "pinned": is_pinned}, f"{'pinned' if is_pinned else 'unpinned'} {name}")
     output.summary({"checkpoints": len(names)}, count(len(names), "checkpoint"))
-
-
-def tag(output: Output, rules: Path | None, path: str, tags: Sequence[str], *, remove: bool) -> None:
-    """Tag a checkpoint: one of tc.Checkpoints in its tags.json, others in the rule file."""
-    with open_checkpoints(output, rules, [path]) as found:
-        group = only_checkpoint(found, path)
-        own, _ = _by_layout(found)
-        if own:
-            _write_tags(found, group, frozenset(tags), remove=remove, is_pinned=None)
-        else:
-            tables = [{"match": literal_glob(found.path(group)), "tags": [one]} for one in tags]
-            _edit(found.tiers.file, "tags", tables, remove=remove)
-        name = found.name(group)
-    verb = "removed from" if remove else "added to"
-    facts = {"path": name, "tags": list(tags), "removed": remove}
-    output.summary(facts, f"{', '.join(tags)} {verb} {name}")
 
 
 def _by_layout(found: CheckpointTiers) -> tuple[list[int], list[int]]:
     """Return the selected checkpoints of tc.Checkpoints, and the others."""
     own = [group for group in found.groups if parse_name(found.path(group).rpartition("/")[2]) is not None]
     return own, [group for group in found.groups if group not in own]
-
-
-def _write_tags(
-    found: CheckpointTiers, group: int, tags: frozenset[str], *, remove: bool, is_pinned: bool | None
-) -> None:
-    """Change the tags.json of a checkpoint in every tier that has it. is_pinned: None: the pin stays as it is."""
-    snapshot = found.inventory.snapshot  # without the tags of the rule file
-    before = snapshot.tags.get(group, frozenset())
-    after = before - tags if remove else before | tags
-    data = Tags(after, group in snapshot.pinned if is_pinned is None else is_pinned).encode()
-    for copy in found.copies(group):
-        found.tiers.stores.store(found.tier(copy)).put(f"{found.path(group)}/{TAGS_NAME}", data)
-
-
-def _edit(file: RuleFile, section: Section, tables: Sequence[Mapping[str, object]], *, remove: bool) -> None:
-    if not tables:
-        return
-    if not file.is_from_file:
-        raise ValueError(
-            f"{section} of checkpoints of other libraries are tables of a rule file, and there is none: "
-            "`tiercache tier init FOLDER` writes one"
-        )
-    if not remove:
-        add_tables(file.path, section, tables)
-        return
-    present = config.parse_toml(file.path, config.read_file(file.path)).get(section, [])
-    for table in tables:
-        wanted = [one for one in present if all(one.get(key) in (value, [value]) for key, value in table.items())]
-        if not wanted:
-            raise ValueError(f"{file.path}: no [[{section}]] table names exactly {table['match']!r}")
-        remove_tables(file.path, section, wanted)
 
 
 # -- diff -------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from tiercache.model import format_bytes
 from tiercache.prices import Prices, prices_if_known
 from tiercache.store import redact
 from tiercache.store.options import ParsedUrl
-from tiercache.tier.findings import Loss, MetricGap, UnmatchedFiles
+from tiercache.tier.findings import Loss, MetricGap, RuleWarning, UnmatchedFiles
 from tiercache.tier.inventory.groups import Inventory, take_inventory
 from tiercache.tier.model import READABLE, TierTotals
 from tiercache.tier.move.mover import catalog_path
@@ -143,6 +143,12 @@ def print_metric_gaps(output: Output, gaps: Iterable[MetricGap]) -> None:
     """Print a warning for each run without a metric that a keep list needs."""
     for gap in gaps:
         output.event("no_metric", asdict(gap), printable(f"warning: {gap.text}"))
+
+
+def print_rule_warnings(output: Output, found: Iterable[RuleWarning]) -> None:
+    """Print a warning for each rule or pin that probably does not do what was meant."""
+    for one in found:
+        output.event("rule_warning", asdict(one), f"warning: {one.text}")
 
 
 def print_unmatched(output: Output, found: Iterable[UnmatchedFiles]) -> None:

@@ -134,6 +134,7 @@ USAGE = 2
 PARTIAL = 3
 CORRUPT = 4
 PENDING = 5
+UNCONFIRMED = 7
 INTERRUPTED = 130
 _DONE = "everything was already done"
 

@@ -62,7 +62,8 @@ def apply(
 ) -> None:
     """Make the moves of a stored plan, and no others.
 
-    A move whose objects or tiers have changed since is stopped. Data sets whose shards the plan moves or refuses are
+    A move whose objects or tiers have changed since is stopped. Without --yes, a plan that deletes more than a rule may
+    (max_delete) ends with exit code 7 before anything is done. Data sets whose shards the plan moves or refuses are
     tracked from then on: machines report which shards they use. The sources of the moves are deleted later, by
     `tiercache tier run --once` after the grace period. Without --rules, the rule file is the one that the plan was made
     with.
@@ -77,6 +78,9 @@ def run(
     once: Annotated[bool, flag("--once", "Required: run once, and do not stay resident.")] = False,
     rows: Rows = 20,
     rules: Rules = None,
+    yes: Annotated[
+        bool, flag("--yes -y", "Make the deletions of this run also if a rule deletes more than its max_delete.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Plan and make all moves that are due; for schedulers.
@@ -84,13 +88,14 @@ def run(
     It finishes interrupted moves, plans, moves, and deletes sources after the grace period. It is for cron, Airflow or
     Kubernetes, and asks no questions. With --json, the last line is the summary. Exit codes: 0 done; 1 failed; 3 some
     moves were stopped (the others are done), an object is lost, or a tier cannot be seen (e.g. a disk that is not
-    mounted); 5 restores are in progress.
+    mounted); 5 restores are in progress; 7 nothing was done, because a rule would delete more for good than its
+    max_delete (half of the bytes that it matches): look at `tier plan`, and give --yes if it is right.
     """
     from tiercache.cli import tier_verbs
 
     if not once:
         raise ValueError("give --once: tiercache does not stay resident, a scheduler such as cron repeats the command")
-    tier_verbs.run(output, rules, rows, dry_run=dry_run)
+    tier_verbs.run(output, rules, rows, yes=yes, dry_run=dry_run)
 
 
 def ls(

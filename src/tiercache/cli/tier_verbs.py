@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,14 @@ from tiercache.cli.open_tiers import (
     print_losses,
     print_metric_gaps,
     print_notes,
+    print_rule_warnings,
     print_unavailable,
     print_unmatched,
     select_paths,
     split_tier,
     tier_path,
 )
-from tiercache.cli.output import FAILED, PARTIAL, PENDING, Output, confirm, count, printable
+from tiercache.cli.output import FAILED, PARTIAL, PENDING, UNCONFIRMED, Output, confirm, count, printable
 from tiercache.distribution import install_command
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo, format_bytes
@@ -45,17 +46,27 @@ from tiercache.store.archive import S3StorageClasses
 from tiercache.store.options import ParsedUrl
 from tiercache.tier import restore as restoring
 from tiercache.tier.costs import Sizes, month_dollars
-from tiercache.tier.findings import Loss, bucket_findings, find_losses, metric_gaps, unmatched_files
+from tiercache.tier.findings import (
+    Loss,
+    bucket_findings,
+    find_losses,
+    metric_gaps,
+    refuse_shared_folders,
+    rule_warnings,
+    unmatched_files,
+)
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.inventory.listing import keys_of
-from tiercache.tier.model import KINDS, READABLE, SHARD, STANDARD, Move, Plan, Refusal, Snapshot
+from tiercache.tier.model import KINDS, READABLE, SHARD, STANDARD, ExceededLimit, Move, Plan, Refusal, Snapshot
 from tiercache.tier.move.checks import ApplyResult, StoppedMove
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.mover import RunReport, open_mover, run_once
 from tiercache.tier.move.placement_updates import track_planned
+from tiercache.tier.plan.deletion_limit import exceeded_limits
 from tiercache.tier.plan.plan import make_plan, totals_by_route
 from tiercache.tier.plan.plan_file import read_plan, write_plan
 from tiercache.tier.plan.policy import decide_now
+from tiercache.tier.plan.proposals import span
 from tiercache.tier.plan.selection import largest_copies, rules_of
 from tiercache.tier.restore import RestorePlan
 from tiercache.tier.rules import Rule, RuleFile, Tier, load_rule_file
@@ -79,9 +90,15 @@ def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
     inventory = tiers.read_inventory(output)
     file, snapshot = tiers.file, inventory.snapshot
     decisions, unavailable = decide_now(snapshot, file, tiers.stores, tiers.catalog)
-    made = make_plan(decisions, inventory, file, tiers.prices)
+    journal = tiers.catalog.open_moves(file.home_tier.url, "waiting", "dropping")
+    made = replace(
+        make_plan(decisions, inventory, file, tiers.prices),
+        exceeded=exceeded_limits(decisions, snapshot, file, journal),
+    )
     print_unavailable(output, file, unavailable)
     print_metric_gaps(output, metric_gaps(snapshot, file, inventory.facts["in_files"])[0])
+    print_rule_warnings(output, rule_warnings(file, snapshot))
+    _print_incomplete(output, inventory.facts)
     print_unmatched(output, unmatched_files(snapshot, file))
     moved = decisions.moves.group
     tiers.print_untracked(output, inventory, snapshot.paths.take(pa.array(moved[snapshot.kind[moved] == SHARD])))
@@ -98,6 +115,16 @@ def print_plan(output: Output, made: Plan, max_rows: int) -> None:
     print_refusals(output, made.refusals[:most])
     _say_more(len(made.refusals), most, "refusal")
     print_holdings(output, [tier.name for tier in made.tiers], made.before, made.after)
+    for one in made.exceeded:
+        text = f"{one.text}: `tier run --once` and `tier apply` do nothing before you give --yes"
+        output.event("exceeded", asdict(one), f"warning: {text}")
+
+
+def _print_exceeded(output: Output, exceeded: Sequence[ExceededLimit]) -> None:
+    """Print why nothing was done: these rules delete too much without a confirmation."""
+    for one in exceeded:
+        text = f"{one.text}: nothing was done; look at `tiercache tier plan`, and give --yes if it is right"
+        output.event("exceeded", asdict(one), f"STOPPED: {text}")
 
 
 def _print_sums(output: Output, moves: Sequence[Move]) -> None:
@@ -179,12 +206,20 @@ def plan_text(made: Plan) -> str:
 
 
 def apply(output: Output, file: Path, rules: Path | None, max_rows: int, *, yes: bool, dry_run: bool) -> None:
-    """Make the moves of a plan file, or print them. Raises typer.Exit with PARTIAL if moves were stopped."""
+    """Make the moves of a plan file, or print them.
+
+    Raises typer.Exit with PARTIAL if moves were stopped, and with UNCONFIRMED if the plan deletes more than a rule may
+    without a confirmation.
+    """
     stored = read_plan(file)
     if dry_run:
         print_plan(output, stored, max_rows)
         output.summary({**plan_facts(stored), "dry_run": True}, f"would make {plan_text(stored)}")
         return
+    if stored.exceeded and not yes:
+        _print_exceeded(output, stored.exceeded)
+        output.summary(plan_facts(stored) | {"done": 0}, f"nothing was done of {plan_text(stored)}")
+        raise typer.Exit(UNCONFIRMED)
     with open_tiers(rules or Path(stored.rules)) as tiers:
         if tiers.file.sha256 != stored.rules_sha256:
             text = f"{tiers.file.path} has changed since the plan was made; moves of tiers that differ are stopped"
@@ -242,19 +277,21 @@ def _apply_text(plan: Plan, applied: ApplyResult, grace_s: float) -> str:
     return text + (f"; {len(applied.stopped):,} stopped" if applied.stopped else "")
 
 
-def run(output: Output, rules: Path | None, max_rows: int, *, dry_run: bool) -> None:
+def run(output: Output, rules: Path | None, max_rows: int, *, yes: bool, dry_run: bool) -> None:
     """Plan and make all moves that are due, or print them. Raises typer.Exit unless the report's code is 0."""
     file = load_rule_file(rules)
     with output.byte_progress("moving") as advance:
-        report = run_once(file, dry_run=dry_run, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
+        report = run_once(file, dry_run=dry_run, confirmed=yes, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
     print_unavailable(output, file, report.unavailable)
     print_metric_gaps(output, report.gaps)
     if dry_run:
         print_plan(output, report.plan, max_rows)
     else:
         print_stopped(output, report.stopped)
+        if report.is_unconfirmed:
+            _print_exceeded(output, report.plan.exceeded)
     print_losses(output, report.losses)
-    if not dry_run and not output.as_json:
+    if not dry_run and not report.is_unconfirmed and not output.as_json:
         print_holdings(output, [tier.name for tier in report.plan.tiers], report.plan.before, report.plan.after)
     output.summary(report.to_json(), _run_text(report))
     if report.exit_code:
@@ -265,6 +302,8 @@ def _run_text(report: RunReport) -> str:
     """Return the summary for people."""
     if report.dry_run:
         return f"would make {plan_text(report.plan)}; {count(report.deletions.waiting_drops, 'deletion')} waiting"
+    if report.is_unconfirmed:
+        return f"nothing was done of {plan_text(report.plan)}: deletions must be confirmed with --yes"
     applied, settled = report.applied, report.deletions
     text = f"{applied.n_made:,} of {count(len(report.plan.moves), 'move')} done, {format_bytes(applied.n_bytes)} copied"
     text += f"; {count(settled.n_made, 'deletion')} made, {format_bytes(settled.n_bytes)}"
@@ -545,8 +584,10 @@ _OFFLINE, _UNAVAILABLE = "not asked", "cannot be seen"
 def check_file(output: Output, rules: Path | None) -> None:
     """Check the rule file without reaching any tier."""
     file = load_rule_file(rules)
+    refuse_shared_folders(file)
     _print_tiers(output, file, {tier.name: _OFFLINE for tier in file.tiers})
     print_notes(output, filter(None, map(missing_folder_message, file.tiers)))
+    print_rule_warnings(output, rule_warnings(file))
     _sum_up(output, file, 0, None)
 
 
@@ -561,6 +602,7 @@ def check_tiers(output: Output, rules: Path | None) -> None:
 
 def _check(output: Output, tiers: OpenTiers) -> None:
     file = tiers.file
+    refuse_shared_folders(file)
     reached = {tier.name: _reached(tiers, tier) for tier in file.tiers}
     failed = {name for name, answer in reached.items() if answer != "yes"}
     unavailable = unavailable_tiers(file, tiers.stores, tiers.catalog, but=failed)
@@ -577,6 +619,7 @@ def _check(output: Output, tiers: OpenTiers) -> None:
         print_metric_gaps(output, gaps)
         for one in unscored:
             output.event("passed_over", asdict(one), printable(f"note: {one.text}"))
+        print_rule_warnings(output, rule_warnings(file, inventory.snapshot))
         print_unmatched(output, unmatched_files(inventory.snapshot, file))
         tiers.print_pending_moves(output)
         folders = [found.folder for found in inventory.facts["datasets"]]
@@ -623,7 +666,7 @@ def _print_rules(output: Output, file: RuleFile, inventory: Inventory) -> None:
         mine = matched == number
         kinds = {f"{kind}s": int(np.count_nonzero(mine & (snapshot.kind == i))) for i, kind in enumerate(KINDS)}
         n_bytes = int(sizes[mine].sum())
-        does = _does(file.rules[number]) if number >= 0 else "stays where it is"
+        does = _does(file.rules[number], file.tiering.grace_s) if number >= 0 else "stays where it is"
         rows.append({"rule": name, "does": does, **kinds, "n_bytes": n_bytes})
         counts = {kind: f"{n:,}" for kind, n in kinds.items()}
         texts.append({"rule": name, **counts, "size": format_bytes(n_bytes), "does": does})
@@ -656,15 +699,22 @@ def _print_left_alone(output: Output, facts: Mapping[str, Any], lost: Collection
             shown = ", ".join(names[:_SHOWN]) + (", ..." if n > _SHOWN else "")
             text = f"{count(n, 'object')} left alone, {what}: {shown}"
             output.event("left_alone", {"why": name, "objects": n, "names": list(names)}, f"note: {text}")
-    for lack, n in facts.get("incomplete", {}).items():
-        text = f"{count(n, 'checkpoint')} incomplete, lacking {lack}"
-        output.event("incomplete", {"without": lack, "checkpoints": n}, f"note: {text}")
+    _print_incomplete(output, facts)
     for found in facts.get("datasets", ()):
         if found.problem:
             output.event("data_set", {"folder": found.folder, "problem": found.problem}, f"note: {found.problem}")
 
 
-def _does(rule: Rule) -> str:
+def _print_incomplete(output: Output, facts: Mapping[str, Any]) -> None:
+    """Print the checkpoints that no rule moves or deletes because they are not complete."""
+    for lack, n in facts.get("incomplete", {}).items():
+        names = facts["incomplete_names"][lack]
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if n > _SHOWN else "")
+        text = f"{count(n, 'checkpoint')} incomplete and left alone, lacking {lack}: {shown}"
+        output.event("incomplete", {"without": lack, "checkpoints": n, "names": list(names)}, f"note: {text}")
+
+
+def _does(rule: Rule, grace_s: float) -> str:
     """Return a short description of what a rule does."""
     parts = []
     if rule.to is not None:
@@ -674,7 +724,8 @@ def _does(rule: Rule) -> str:
     if rule.then is not None:
         parts.append(f"then {rule.then}")
     if rule.delete_after_s is not None:
-        parts.append("deletes")
+        grace = f", and {span(grace_s)} of grace" if grace_s > 0 else ""
+        parts.append(f"deletes {span(rule.delete_after_s)} after the last write{grace}")
     return ", ".join(parts) or "stays where it is"
 
 

@@ -31,6 +31,7 @@ from tiercache.load.output_spec import (
     value_of,
     varying,
 )
+from tiercache.shard.column_types import STORED
 from tiercache.shard.conversion import cast_kind, size_ratio
 from tiercache.shard.schema import Column, Kind, Schema
 
@@ -298,7 +299,9 @@ class Assembler:
         self.is_native = self.entries.is_native and not self.object_columns
 
     def batch(self, slot: Slot) -> Batch:
-        """Return the batch in a slot, without ARROW columns. Its tensors share the ownership of the slot.
+        """Return the batch in a slot, without ARROW columns.
+
+        Small columns have memory of their own (csrc/slot.c); the tensors of the others share the ownership of the slot.
 
         Raises:
             OSError: A mapped source could not be read (EIO).
@@ -351,7 +354,7 @@ def _tensor_entry(dtype: str, shape: tuple[int, ...], stream: int, library: Arra
     if row_type is not None:
         return TensorEntry(stream, row_type)
     over = library.rows_over(dtype, shape)
-    return lambda slot, n: over(slot, slot.stream_position(stream)[0], n)
+    return lambda slot, n: over(slot, slot.values_position(stream), n)
 
 
 def _list_maker(kind: Kind, stream: int, valid: int | None) -> Make:
@@ -375,7 +378,7 @@ def _list_maker(kind: Kind, stream: int, valid: int | None) -> Make:
 
 def _ragged_maker(column: Column, stream: int, library: ArrayLibrary) -> Make:
     dtype, n_dims, rows = _dtype(column), len(column.shape), is_stack_of_rows(column)
-    inner = tuple(d or 0 for d in column.shape[1:])
+    inner, item_bytes = tuple(d or 0 for d in column.shape[1:]), STORED[dtype].itemsize
 
     def make(slot: Slot, n: int) -> list[Any]:
         start, offsets_at, n_elements = slot.stream_position(stream)
@@ -383,7 +386,7 @@ def _ragged_maker(column: Column, stream: int, library: ArrayLibrary) -> Make:
         shapes = np.frombuffer(memory, np.int32, n * n_dims, slot.stream_position(stream + 1)[0]).reshape(n, n_dims)
         if n_elements == 0:
             return [library.empty(shape, dtype) for shape in shapes.tolist()]
-        values = library.over(slot, dtype, (n_elements,), start)
+        values = library.over(slot.column(start, n_elements * item_bytes), dtype, (n_elements,))
         if rows:  # split on the rows: a view per record would cost as much again
             return list(library.split(values.reshape(-1, *inner) if inner else values, shapes[:, 0].tolist()))
         sizes = np.diff(np.frombuffer(memory, np.int64, n + 1, offsets_at))
@@ -400,6 +403,7 @@ def _lengths_at(n: int) -> int:
 
 def _padded_maker(column: Column, stream: int, library: ArrayLibrary) -> Make:
     dtype, n_varying = _dtype(column), len(varying(column))
+    item_bytes = STORED[dtype].itemsize
     unpack = struct.Struct(f"<{n_varying}q").unpack_from
     dims = [d or 0 for d in column.shape] or [0]
     vary = varying(column)
@@ -411,7 +415,7 @@ def _padded_maker(column: Column, stream: int, library: ArrayLibrary) -> Make:
             box[dimension] = longest
         if n_elements == 0:
             return library.empty((n, *box), dtype)
-        return library.over(slot, dtype, (n, *box), start)
+        return library.over(slot.column(start, n * math.prod(box) * item_bytes), dtype, (n, *box))
 
     return make
 

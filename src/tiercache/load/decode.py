@@ -195,18 +195,17 @@ class _Opener:
         draws = self.draws.of(positions)
         n_bytes = self.gathered.figures()["bytes_served"] - before
         library = self.inputs.setup.library
-        small = _small_columns(batch, decode.keys(), int(n_bytes), library)
         if self.inputs.pinned is None:
             rooms = {name: self._room(options, n_rows) for name, options in decode.items()}
-            small = {name: library.copy(value) for name, value in small.items()}
         else:
+            small = _small_columns(batch, decode.keys(), int(n_bytes), library)
             rooms, small = self._pinned_rooms(self.inputs.pinned, small, n_rows)
+            batch.update(small)
         columns = []
         for name, options in decode.items():
             encoded = _encoded(batch[name], batch.get(f"{name}.valid"), library)
             batch[name], out = rooms[name]
             columns.append(_Pictures(name, options, encoded, draws, out, library))
-        batch.update(small)
         replaced = self.gathered.replaced
         job = _Job(batch, self.number, n_rows, int(n_bytes), len(replaced), columns=columns, replaced=replaced)
         self.number += 1
@@ -320,10 +319,7 @@ def _encoded(gathered: Buffer, valid: Any, library: ArrayLibrary) -> list[Any]:
 
 
 def _small_columns(batch: Batch, decoded: Set[str], batch_bytes: int, library: ArrayLibrary) -> dict[str, Any]:
-    """Return the other columns that are to be copied out of the slot: all, if they are a small part of it.
-
-    Otherwise a label of 8 bytes would keep the encoded images of its batch in memory.
-    """
+    """Return the other columns that are to be copied beside the images: all, if they are a small part of the batch."""
     beside = {name: value for name, value in batch.items() if name not in decoded}
     return library.small_arrays(beside, batch_bytes // SMALL_PART)
 

@@ -9,7 +9,8 @@ Rules of memory, which hold without record_stream:
 3. The host's tensors, and with them the slot of the ring, are kept until the copy's event is done.
 
 A batch whose tensors lie in one slot of pinned memory takes one copy: the range that the tensors cover. Other tensors
-(results of a transform, a batch that outgrew its slot) are copied into pinned memory first.
+(results of a transform, a batch that outgrew its slot) are copied into pinned memory first. Small tensors of a larger
+batch take a copy each, to device memory of their own: a label that is kept, or saved by torch.save, is only the label.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -30,14 +31,18 @@ from tiercache.load.output_spec import Buffer
 from tiercache.load.pipeline import CLOSED_MESSAGE, ClosingPipeline
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from tiercache.load.device import BatchDevice, DeviceStream, Event, PinnedMemory, PinnedSlot
+    from tiercache.load.device import Backend, BatchDevice, DeviceStream, Event, PinnedMemory, PinnedSlot
     from tiercache.load.pipeline import PipelineInputs
 
 # If a batch has tensors outside its slot, this much of the slot is copied with them: copying 64 KiB takes less time
 # than issuing a second copy.
 SMALL_RANGE_BYTES = 64 << 10
+# In larger batches, the smallest tensors get device memory of their own: so many of them at most, because issuing a
+# copy takes some microseconds, and only those that are at most this part (1/16) of the batch.
+MAX_OWN_COPIES, SMALL_PART = 8, 16
+BUFFER_TENSORS = 3  # tensors of a Buffer; a column of more is a list, which would use up the copies
 # Counters of the batches that were handed out; a stage counts batches that were only copied, too.
 _COUNTED = ("samples", "batches", "bytes_served", "skipped")
 
@@ -116,15 +121,17 @@ def _span_bytes(tensor: torch.Tensor) -> int:
 
 @dataclass(slots=True)
 class _TensorLayout:
-    """Where a tensor lies in the device block of its batch."""
+    """Where a tensor lies in the device memory of its batch."""
 
     column: str
     tensor: torch.Tensor
     offset: int = -1  # bytes; -1: it is not plain and moves by itself
+    n_bytes: int = 0  # from the first to the last element
     stride: tuple[int, ...] = ()
+    block: int = 0
 
     def over(self, storage: torch.UntypedStorage, first_byte: int) -> torch.Tensor:
-        """Return the tensor over the storage of a block that begins at first_byte.
+        """Return the tensor over the storage of its block, which begins at first_byte.
 
         It has a version counter of its own. With views of the block, autograd would take a change of one column for a
         change of all.
@@ -136,24 +143,25 @@ class _TensorLayout:
         return out.set_(storage, (first_byte + self.offset) // tensor.itemsize, tensor.shape, self.stride)
 
 
-def _tensors_over(block: torch.Tensor, layouts: Iterable[_TensorLayout]) -> list[torch.Tensor]:
-    """Return the tensors of a batch over the block that holds their bytes."""
-    storage, first_byte = block.untyped_storage(), int(block.storage_offset())
-    return [layout.over(storage, first_byte) for layout in layouts]
+def _tensors_over(blocks: Iterable[torch.Tensor], layouts: Iterable[_TensorLayout]) -> list[torch.Tensor]:
+    """Return the tensors of a batch over the blocks that hold their bytes."""
+    memory = [(block.untyped_storage(), int(block.storage_offset())) for block in blocks]
+    return [layout.over(*memory[layout.block]) for layout in layouts]
 
 
 @dataclass(slots=True)
 class _HostBatch:
     """The tensors of a batch in pinned memory, and where they go on the device.
 
-    ranges: (byte position in the device block, pinned memory), one for each copy. held: objects that keep the pinned
-    memory.
+    ranges: (byte position in block 0, pinned memory), one for each copy to it. n_bytes: size of block 0. own: pinned
+    memory of the small tensors, which are the blocks from 1 on. held: objects that keep the pinned memory.
     """
 
     layouts: list[_TensorLayout]
     ranges: list[tuple[int, torch.Tensor]]
     n_bytes: int
     held: list[Any]
+    own: list[torch.Tensor] = field(default_factory=list)
 
     @staticmethod
     def of(value: Any, pinned: PinnedMemory) -> _HostBatch:
@@ -168,7 +176,38 @@ class _HostBatch:
             outside = [layout for layout in layouts if _is_plain(layout.tensor)]
         if outside:
             batch._copy_to_pinned(outside, pinned)
+        if batch.n_bytes > SMALL_RANGE_BYTES:
+            batch._set_small_apart()
         return batch
+
+    def copies(self, blocks: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (destination in the blocks, pinned source) of each copy."""
+        for first, memory in self.ranges:
+            yield blocks[0][first : first + memory.numel()], memory
+        yield from zip(blocks[1:], self.own, strict=True)
+
+    def allocate(self, backend: Backend) -> list[torch.Tensor]:
+        """Return the blocks of the batch on the device."""
+        return [backend.allocate(n_bytes) for n_bytes in (self.n_bytes, *(memory.numel() for memory in self.own))]
+
+    def _set_small_apart(self) -> None:
+        """Give the small tensors blocks of their own. A range with other tensors is copied to block 0 as a whole."""
+        plain = [layout for layout in self.layouts if layout.offset >= 0 and layout.n_bytes]
+        n_tensors = Counter(layout.column for layout in plain)
+        single = [layout for layout in plain if n_tensors[layout.column] <= BUFFER_TENSORS]
+        for layout in sorted(single, key=lambda layout: layout.n_bytes)[:MAX_OWN_COPIES]:
+            if layout.n_bytes * SMALL_PART > self.n_bytes:
+                break
+            first, memory = next(one for one in self.ranges if one[0] <= layout.offset < one[0] + one[1].numel())
+            begin = layout.offset - first
+            self.own.append(memory[begin : begin + layout.n_bytes])
+            layout.block, layout.offset = len(self.own), 0
+        left = [layout.offset for layout in plain if not layout.block]
+        self.ranges = [
+            (first, memory)
+            for first, memory in self.ranges
+            if any(first <= offset < first + memory.numel() for offset in left)
+        ]
 
     def _take_slot(self, pinned: PinnedMemory) -> list[_TensorLayout]:
         """Place the tensors of the first slot that is found, by one copy; return the other plain tensors."""
@@ -192,8 +231,8 @@ class _HostBatch:
             return outside
         first = min(start for _, start, _ in inside)
         first -= (first - slot.start) % 64  # columns of the slot keep their alignment
-        for layout, start, _ in inside:
-            layout.offset, layout.stride = start - first, layout.tensor.stride()
+        for layout, start, stop in inside:
+            layout.offset, layout.n_bytes, layout.stride = start - first, stop - start, layout.tensor.stride()
         self.held += [layout.tensor for layout, _, _ in inside]
         end = max(end for _, _, end in inside)
         self.ranges.append((0, slot.memory[first - slot.start : end - slot.start]))
@@ -204,7 +243,8 @@ class _HostBatch:
         """Copy the tensors into pinned memory, each from a multiple of 64 bytes on; dense strides are kept."""
         begin = self.n_bytes
         for layout in outside:
-            layout.offset, layout.stride = self.n_bytes, torch.empty_like(layout.tensor, device="meta").stride()
+            layout.stride = torch.empty_like(layout.tensor, device="meta").stride()
+            layout.offset, layout.n_bytes = self.n_bytes, layout.tensor.nbytes
             self.n_bytes += aligned(layout.tensor.nbytes)
         n_bytes = self.n_bytes - begin
         if n_bytes == 0:
@@ -219,10 +259,10 @@ class _HostBatch:
 
 @dataclass(slots=True)
 class _Copy:
-    """A copy that was issued. stream: The consumer's stream on which `block`, the destination, was allocated."""
+    """A copy that was issued. stream: The consumer's stream on which `blocks`, the destination, were allocated."""
 
     host: _HostBatch
-    block: torch.Tensor
+    blocks: list[torch.Tensor]
     event: Event
     stream: DeviceStream
 
@@ -245,9 +285,9 @@ class _Entry:
 class _FixedBatch:
     """The device memory at which every batch is served. signature: (column, dtype, shape) of each tensor."""
 
-    block: torch.Tensor
+    blocks: list[torch.Tensor]
     tensors: list[torch.Tensor]
-    offsets: list[int]
+    offsets: list[tuple[int, int]]  # (block, byte position in it)
     signature: list[tuple[str, torch.dtype, torch.Size]] = field(default_factory=list)
 
 
@@ -365,7 +405,10 @@ class DevicePipeline(ClosingPipeline):
             if timeout_s:
                 raise
             return False
-        except Exception as error:  # noqa: BLE001 -- as at the top of a thread: the consumer raises it in its place
+        except Exception as error:
+            if not self._queue:  # this is its place
+                self.close()
+                raise
             self._queue.append(_Entry(None, error=error.with_traceback(None)))
         return True
 
@@ -383,16 +426,16 @@ class DevicePipeline(ClosingPipeline):
             earlier.stream.wait_event(earlier.event)
             entry.copy = None
         try:
-            block = backend.allocate(host.n_bytes)
+            blocks = host.allocate(backend)
             side.wait_stream(stream)
-            for first, memory in host.ranges:
-                backend.copy(block[first : first + memory.numel()], memory, side)
+            for destination, source in host.copies(blocks):
+                backend.copy(destination, source, side)
             event = backend.record(side)
             self._copying.append((event, host.held))
         except BaseException:  # Ctrl-C included: nothing may refer to the memory of a copy that is running
             side.synchronize()
             raise
-        entry.copy = _Copy(host, block, event, stream)
+        entry.copy = _Copy(host, blocks, event, stream)
         return entry.copy
 
     def _has_room(self) -> bool:
@@ -413,14 +456,14 @@ class DevicePipeline(ClosingPipeline):
             copy.event.synchronize()  # no graph that is captured from now on depends on another stream
             tensors = self._into_fixed(copy)
         else:
-            tensors = _tensors_over(copy.block, copy.host.layouts)
+            tensors = _tensors_over(copy.blocks, copy.host.layouts)
         return _rebuild(value, iter(tensors))
 
     def _into_fixed(self, copy: _Copy) -> list[torch.Tensor]:
         """Copy a batch to the fixed addresses, on the consumer's stream, and return the tensors there."""
-        device, host, block, stream = self._device, copy.host, copy.block, copy.stream
+        device, host, blocks, stream = self._device, copy.host, copy.blocks, copy.stream
         signature = [(layout.column, layout.tensor.dtype, layout.tensor.shape) for layout in host.layouts]
-        offsets = [layout.offset for layout in host.layouts]
+        offsets = [(layout.block, layout.offset) for layout in host.layouts]
         fixed: _FixedBatch | None = device.fixed
         if fixed is None:
             for layout in host.layouts:
@@ -430,7 +473,7 @@ class DevicePipeline(ClosingPipeline):
                         f"layout {layout.tensor.layout}, which has no fixed address: make it a plain tensor"
                     )
             with torch.inference_mode(False):  # else only code in that mode could write to the memory
-                memory = device.backend.allocate(host.n_bytes)
+                memory = host.allocate(device.backend)
                 fixed = _FixedBatch(memory, _tensors_over(memory, host.layouts), offsets, signature)
             device.fixed = fixed
         _check_signature(fixed.signature, signature)
@@ -438,9 +481,10 @@ class DevicePipeline(ClosingPipeline):
             stream.wait_stream(device.fixed_stream)
         device.fixed_stream = stream
         if offsets == fixed.offsets:
-            device.backend.copy(fixed.block, block, stream)
+            for destination, made in zip(fixed.blocks, blocks, strict=True):
+                device.backend.copy(destination, made, stream)
         else:  # A batch that outgrew its slot was copied: the same tensors, in other places.
-            for tensor, source in zip(fixed.tensors, _tensors_over(block, host.layouts), strict=True):
+            for tensor, source in zip(fixed.tensors, _tensors_over(blocks, host.layouts), strict=True):
                 device.backend.copy(tensor, source, stream)
         return fixed.tensors
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from tiercache.load.epoch import EpochStart
     from tiercache.load.samplers import SamplerPass
     from tiercache.load.transform import TransformedPipeline
-    from tiercache.load.transform_workers import TransformSettings, WorkerPool
+    from tiercache.load.transform_workers import TransformSettings, WorkerPipeline, WorkerPool
 
 
 logger = logging.getLogger("tiercache")
@@ -188,7 +188,9 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         kind = DecodedPipeline if inputs.output_spec.decode else Pipeline
         transforms, device = inputs.transforms, inputs.device
         inner = replace(inputs, waits=WaitHistogram())  # the waits of a stage before another one are not the consumer's
-        self._pipeline: Pipeline | DecodedPipeline | TransformedPipeline | DevicePipeline | HeadspacePipeline
+        self._pipeline: (
+            Pipeline | DecodedPipeline | TransformedPipeline | WorkerPipeline | DevicePipeline | HeadspacePipeline
+        )
         self._pipeline = native = kind(inputs if transforms is None and device is None else inner, self._resources)
         if transforms is not None:
             self._pipeline = transforms.pipeline(inputs if device is None else inner, native)
@@ -236,6 +238,8 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         if self._position.finished:
             raise StopIteration
         self._draws.sample()
+        if self._draws.ends_short and self._position.n_yielded + 1 == self._inputs.share.rank_plan.n_batches:
+            self._draws.exhaust()  # before the last batch is made: a transform may draw from the same generator
         try:
             batch = self._pipeline.take(self._timeout_s)
         except TimeoutError as error:
@@ -249,8 +253,6 @@ class NativeIterator(FastIterator, Iterator[Batch]):
             self.close()
             raise StopIteration
         self._position.n_yielded += 1
-        if self._draws.ends_short and self._position.n_yielded == self._inputs.share.rank_plan.n_batches:
-            self._draws.exhaust()
         return batch
 
     def _take_past(self, error: CorruptShard) -> Batch | None:
@@ -409,7 +411,7 @@ class Engine(ABC):
         options, pinned = self._arguments.options, None
         if self._device_type is not None and self._devices is not None:
             self._device = self._devices.batch_device(self._device_type, options, self._device)
-            # A stage of transforms holds batches as long as it likes; what it makes is copied into pinned memory.
+            # A transform may keep what it saw as long as it likes; what it makes is copied into pinned memory.
             pinned = self._device.pinned if transforms is None else None
             batch_size = share.rank_plan.batch_size
             n_last = share.rank_plan.n_served % batch_size

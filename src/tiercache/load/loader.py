@@ -60,7 +60,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
     The loader honours torch's arguments (and torchdata's `snapshot_every_n_steps`) as torch does; only `options` is
     new. On the native path, threads gather batches without Python. The transforms of the data set and of the options
-    are applied to these batches: by a thread, or by `num_workers` processes, which only run the user's functions. On
+    are applied to these batches: in next(), or by `num_workers` processes, which only run the user's functions. On
     torch's path, torchdata's StatefulDataLoader fetches and collates records. The arguments decide the path:
 
     | data set | arguments | path | order and ranks | state |

@@ -112,7 +112,7 @@ class PipelineInputs:
         corruption: Corrupt records that are replaced. None: corrupt data is an error.
         publisher: Publisher of the epoch's reading plan. None: a sampler decides the order, so there is no plan.
         transforms: The user's functions that make the batches. None: batches are served as gathered.
-        workers: Processes that run these functions. None: a thread runs them.
+        workers: Processes that run these functions. None: the consumer's thread runs them.
         device: Device to which the last stage copies batches. None: batches stay in host memory.
         pinned: Pinned memory in which this stage leaves its batches. None: ordinary memory.
         headspace: Whether the first batch is served again and again, to measure the training loop alone.
@@ -569,8 +569,8 @@ def summarise(
     """Return the dict of `DataLoader.stats()`.
 
     waits: how long the consumer's thread waited for the stages before the device; exposed: how long the training loop
-    had nothing to do but wait, on its device if it has one; workers: number of processes that run transforms (0: one
-    thread does).
+    had nothing to do but wait, on its device if it has one; workers: number of processes that run transforms (0: the
+    consumer's thread does, which counts as waiting).
     """
     wall_s = counters.get("wall_s", 0.0)
     wait, idle = waits.snapshot(), exposed.snapshot()
@@ -634,7 +634,7 @@ def _verdict(
     if busiest == "decode_s":
         return f"decode ({waited}; {threads} threads decode images; store smaller images, or give more threads)"
     if busiest == "transform_s":
-        runs = f"{workers} worker processes run" if workers else "one thread runs"
+        runs = f"{workers} worker processes run" if workers else "the training thread runs"
         return f"transform ({waited}; {runs} the transforms; give the loader more num_workers)"
     if busiest == "gather_s":
         return f"copy ({waited}; {threads} threads copy and check records; serve fewer columns or give more threads)"

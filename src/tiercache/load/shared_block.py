@@ -22,11 +22,16 @@ import numpy.typing as npt
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from tiercache._native.ring import ColumnMemory
+
 Bytes = npt.NDArray[np.uint8]
 
 _ALIGN = 64
 # Smaller arrays are pickled: a span of its own would cost more than it saves.
 _SMALL_BYTES = 256
+# When an object is read, its smallest arrays are copied to memory of their own, as long as they take at most this part
+# (1/16) of it, or one page, together. Otherwise the labels of a batch would keep its block.
+_SMALL_PART, _PAGE_BYTES = 16, 4096
 # Growing by less would map a block again for each batch that is a little longer than the ones before.
 _GROW_BYTES = 1 << 16
 
@@ -139,17 +144,24 @@ def _close_inherited() -> None:
 os.register_at_fork(after_in_child=_close_inherited)
 
 
-def read(memory: Bytes, stored: StoredObject) -> Any:
-    """Return the object that lies in memory. Its arrays and tensors are over `memory` and keep it alive.
+def read(memory: Bytes | ColumnMemory, stored: StoredObject) -> Any:
+    """Return the object that lies in memory.
+
+    Its small arrays and tensors are copied; the others are over `memory` and keep it alive.
 
     memory: uint8[n] that begins as the block does.
     """
     # NumPy's views refer to the array at the bottom of their chain, not to `memory`; views of a memoryview refer to it.
     view = memoryview(memory)  # type: ignore[arg-type]  # NumPy's stubs do not say that an array is a buffer
     start, n_bytes = stored.structure
-    return pickle.loads(  # noqa: S301 -- written by a process of this loader
-        view[start : start + n_bytes], buffers=[view[start : start + n] for start, n in stored.arrays]
-    )
+    buffers = [view[first : first + n] for first, n in stored.arrays]
+    budget_bytes = max(stored.n_bytes // _SMALL_PART, _PAGE_BYTES)
+    for number in sorted(range(len(buffers)), key=lambda number: buffers[number].nbytes):
+        budget_bytes -= buffers[number].nbytes
+        if budget_bytes < 0:
+            break
+        buffers[number] = memoryview(ColumnMemory(buffers[number]))
+    return pickle.loads(view[start : start + n_bytes], buffers=buffers)  # noqa: S301 -- written by this loader's process
 
 
 class _Pickler(pickle.Pickler):

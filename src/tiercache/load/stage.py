@@ -1,7 +1,7 @@
 """Stages between the native pipeline and the consumer: their threads change batches, some ahead, in order.
 
 `StageQueue` is the queue of the batches of a stage, and `StagePipeline` the stage as the consumer sees it: decoding
-(decode.py) and the user's functions (transform.py) are such stages.
+(decode.py) and the user's functions in worker processes (transform_workers.py) are such stages.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from tiercache.load.pipeline import PipelineInputs
 
-# A thread of a stage ends after the image that it decodes, or the user's function that it runs. close() does not wait
-# longer than this for a thread.
+# A thread of a stage ends after the image that it decodes, or the batch that it sends. close() waits for it no longer
+# than this.
 THREAD_END_S = 1.0
 
 

@@ -133,7 +133,12 @@ class TorchLibrary(ArrayLibrary):
         if (row_type := self.row_type(dtype, shape)) is None:
             stored = np.dtype(dtype)
             array: Callable[..., Any] = np.ndarray  # NumPy's stubs accept only built-in buffers
-            return lambda slot, offset, n: torch.from_numpy(array((n, *shape), stored, slot, offset))
+            row_bytes = math.prod(shape) * stored.itemsize
+
+            def over(slot: Slot, offset: int, n: int) -> torch.Tensor:
+                return torch.from_numpy(array((n, *shape), stored, slot.column(offset, n * row_bytes)))
+
+            return over
         return lambda slot, offset, n: _from_dlpack(slot.tensor(row_type, offset, n))
 
     def over(self, memory: Any, dtype: str, shape: tuple[int, ...], offset: int = 0) -> torch.Tensor:
@@ -169,8 +174,3 @@ class TorchLibrary(ArrayLibrary):
         if sum(tensor.nbytes for tensor in tensors.values()) > most_bytes:
             return {}
         return {name: tensor for name, tensor in tensors.items() if not tensor.is_nested}
-
-    def copy(self, array: Any) -> torch.Tensor:
-        """See ArrayLibrary."""
-        copied: torch.Tensor = array.clone()
-        return copied

@@ -1,18 +1,19 @@
 """The stage of the user's functions: it makes the batches of a native pipeline those of the user.
 
 A `BatchFunction` makes one batch: the records as `dataset[i]` makes them, the transform of each, the collate function,
-and the batch transforms. `TransformedPipeline` runs it ahead of the consumer, in order: in one thread, which calls the
-user's functions for one record at a time, or in worker processes (transform_workers.py).
+and the batch transforms. `TransformedPipeline` calls it in the consumer's thread, for each batch when the consumer asks
+for it; worker processes (transform_workers.py) call it ahead of the consumer.
 """
 
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import default_collate
@@ -20,41 +21,20 @@ from torch.utils.data._utils.collate import collate as collate_by_type
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from tiercache.load.output_spec import Buffer, OutputSpec, as_columns, is_stack_of_rows
-from tiercache.load.stage import StageJob, StagePipeline, StageQueue
-from tiercache.load.transform_random import ThreadRandomness
+from tiercache.load.pipeline import CLOSED_MESSAGE, ClosingPipeline
 from tiercache.rng import use_key
 from tiercache.shard.read.values import ColumnValues
 from tiercache.shard.schema import Column, Kind
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from tiercache.load.batch import Batch
     from tiercache.load.decode import DecodedPipeline
+    from tiercache.load.epoch import OrderShare
     from tiercache.load.output_spec import ColumnLayout
     from tiercache.load.pipeline import Pipeline, PipelineInputs
     from tiercache.load.shared_block import SharedBlock
-    from tiercache.rng import Key
 
-# Batches that the thread of the training process makes ahead: one to hide a stall, and one that is being made.
-BATCHES_AHEAD = 2
-# Batches of each worker that wait for the consumer, beyond those that are in the worker: it gets its next batch before
-# the consumer has taken the one that it made.
-WAITING = 1
 _APART = (Kind.BYTES, Kind.IMAGE, Kind.RAGGED)  # columns that are gathered end to end, and cut into values here
-
-
-class Randomness(Protocol):
-    """The random numbers of a thread or a process that runs the user's functions. See transform_random.py."""
-
-    def batch(self) -> AbstractContextManager[None]:
-        """Return the context of the calls for one batch; at its end it may raise that the batch must be made again."""
-
-    def begin(self, key: Key) -> None:
-        """Let the global random functions draw the numbers of this key from now on."""
-
-    def call(self, function: Callable[[Any], Any], value: Any) -> Any:
-        """Return function(value)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +44,11 @@ class BatchKeys:
     seed: int
     epoch: int
     positions: Sequence[int]
+
+    @staticmethod
+    def of(share: OrderShare, number: int) -> BatchKeys:
+        """Return the keys of the batch with this number of a rank's share."""
+        return BatchKeys(share.seed, share.epoch, share.rank_plan.positions(number).tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +80,13 @@ class BatchFunction:
         layouts: dict[str, ColumnLayout] = dict.fromkeys(apart, "buffer")
         return replace(self.output_spec, layouts=layouts, names=None)
 
-    def make(self, gathered: Batch, keys: BatchKeys, randomness: Randomness, block: SharedBlock | None = None) -> Any:
+    def make(self, gathered: Batch, keys: BatchKeys, block: SharedBlock | None = None) -> Any:
         """Return the batch.
 
         Args:
             gathered: Batch in the layouts of gathered_spec. Its memory must stay valid as long as anything refers to
                 it: the user's functions may keep parts of it.
             keys: Keys of the random numbers.
-            randomness: Random numbers of this thread or process.
             block: Memory into which the caller will write the batch. torch's default collate function then stacks
                 tensors there.
 
@@ -112,29 +96,24 @@ class BatchFunction:
         collate_fn, names = self.collate_fn, self.output_spec.names
         if collate_fn is default_collate and block is not None and not self.batch_transforms:
             collate_fn = _collate_into(block)
-        with randomness.batch():
-            records = None if collate_fn is None else self._records(gathered, keys, randomness)
-            key = use_key(keys.seed, keys.epoch, keys.positions[0], "batch")
-            randomness.begin(key)
-            with key:
-                if collate_fn is not None:
-                    batch = randomness.call(collate_fn, records)
-                else:
-                    batch = gathered if names is None else as_columns(gathered, names)
-                for function in self.batch_transforms:
-                    batch = randomness.call(function, batch)
+        records = [] if collate_fn is None else self._records(gathered, keys)
+        with use_key(keys.seed, keys.epoch, keys.positions[0], "batch"):
+            if collate_fn is not None:
+                batch = collate_fn(records)
+            else:
+                batch = gathered if names is None else as_columns(gathered, names)
+            for function in self.batch_transforms:
+                batch = function(batch)
         if batch is None:
             raise TypeError("collate_fn= or batch_transform= returned None instead of a batch")
         return batch
 
-    def _records(self, gathered: Batch, keys: BatchKeys, randomness: Randomness) -> list[Any]:
+    def _records(self, gathered: Batch, keys: BatchKeys) -> list[Any]:
         columns = [_values(column, gathered, self.output_spec) for column in self.columns]
         transform, records = self.dataset.transform, []
         for position, record in zip(keys.positions, _rows(columns), strict=True):
-            key = use_key(keys.seed, keys.epoch, position)
-            randomness.begin(key)
-            with key:
-                records.append(randomness.call(transform, record))
+            with use_key(keys.seed, keys.epoch, position):
+                records.append(transform(record))
         return records
 
 
@@ -204,62 +183,13 @@ def _collate_into(block: SharedBlock) -> Callable[[list[Any]], Any]:
 _TORCHS_STACK = default_collate_fn_map.get(torch.Tensor)
 
 
-@dataclass(slots=True, eq=False)
-class Job(StageJob):
-    """A batch in this stage. gathered: the batch to make it of; None: it is made, a worker has it, or there is none."""
+class TransformedPipeline(ClosingPipeline):
+    """The batches that the user's functions make of those of a native pipeline, in the thread of the consumer.
 
-    gathered: Batch | None = None
-    keys: BatchKeys | None = None
-
-
-class JobQueue(StageQueue[Job]):
-    """The queue of the batches that the user's functions make."""
-
-    def done(self, job: Job, batch: Any, error: BaseException | None, took_ns: int) -> None:
-        """Note that a batch is made, or why it cannot be: then no further batch is added."""
-        with self._lock:
-            job.gathered, job.batch, job.error = None, batch, error
-            self._has_ended = self._has_ended or error is not None
-            self._count_done(job, took_ns)
-
-
-@dataclass(slots=True)
-class _Opener:
-    """Takes gathered batches. One thread calls it."""
-
-    inputs: PipelineInputs
-    gathered: Pipeline | DecodedPipeline
-    number: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.number = self.inputs.first_batch
-
-    def open(self) -> Job:
-        """Return the next batch as a job; a job without records at the end of the epoch, or with an error."""
-        try:
-            return self._open()
-        except Exception as error:  # noqa: BLE001 -- top of a thread: the consumer raises it in its place
-            return Job(error=error)
-
-    def _open(self) -> Job:
-        before = self.gathered.figures()
-        batch = self.gathered.take()
-        if batch is None:
-            return Job()
-        after, share = self.gathered.figures(), self.inputs.share
-        positions = share.rank_plan.positions(self.number).tolist()
-        keys = BatchKeys(share.seed, share.epoch, positions)
-        n_bytes, n_replaced = (int(after[name] - before[name]) for name in ("bytes_served", "skipped"))
-        job = Job(None, self.number, len(positions), n_bytes, n_replaced, n_left=1, gathered=batch, keys=keys)
-        self.number += 1
-        return job
-
-
-class TransformedPipeline(StagePipeline):
-    """The batches that the user's functions make of those of a native pipeline, in order, with the same guarantees.
-
-    All methods may be called from any thread. An error of a user's function is raised in place of its batch, and closes
-    the pipeline.
+    take() makes a batch when the consumer asks for it, and none ahead, so the functions draw from the global random
+    generators of the program at the same points of a seeded script in each run, as with torch's loader. The native
+    pipeline works ahead in its own threads.
+    An error of a user's function, or Ctrl-C within it, closes the pipeline; its batch does not count as taken.
 
     Args:
         inputs: Inputs of the pipeline; `transforms` must be set.
@@ -267,40 +197,73 @@ class TransformedPipeline(StagePipeline):
     """
 
     def __init__(self, inputs: PipelineInputs, gathered: Pipeline | DecodedPipeline) -> None:
-        transforms, pool = inputs.transforms, inputs.workers
-        assert transforms is not None  # noqa: S101 -- an invariant of the engine
-        self._pool = pool
-        n_ahead = BATCHES_AHEAD if pool is None else transforms.n_workers * (transforms.prefetch_factor + WAITING)
-        queue = JobQueue(n_ahead)
-        super().__init__("transform", inputs, gathered, queue)
-        opener = _Opener(inputs, gathered)
-        if pool is None:
-            self._begin([partial(_run_here, queue, opener, transforms.function, ThreadRandomness(inputs.warned))])
-        else:
-            self._begin([partial(pool.send_all, queue, opener.open), partial(pool.receive_all, queue)])
+        assert inputs.transforms is not None  # noqa: S101 -- an invariant of the engine
+        self._function = inputs.transforms.function
+        self._share, self._waits = inputs.share, inputs.waits
+        self._gathered = gathered
+        self._busy_ns = self._n_failed = 0
+        self._taking = threading.RLock()
+        self._register()
+
+    def take(self, timeout_s: float = -1.0) -> Any:
+        """Return the next batch; None at the end of the epoch. Raises as Pipeline.take(), and the functions' errors.
+
+        timeout_s: Limit of the wait for the gathered batch. 0 asks for a batch that is ready, and none ever is.
+        """
+        if self.is_forked_copy:
+            raise RuntimeError(CLOSED_MESSAGE)
+        if timeout_s == 0:
+            raise TimeoutError("a transform in the consumer's thread makes no batch ahead")
+        start_s = time.perf_counter()
+        with self._taking:
+            try:
+                number = self._gathered.n_taken
+                gathered = self._gathered.take(timeout_s)
+                if gathered is None:
+                    self.close()
+                    return None
+                return self._make(gathered, number)
+            finally:
+                self._waits.add(time.perf_counter() - start_s)
+
+    @property
+    def fast_take(self) -> None:
+        """None: batches are returned by take() only. See Pipeline.fast_take."""
 
     def close(self) -> None:
-        """See StagePipeline.close."""
-        if self._pool is not None and not self.is_forked_copy:
-            self._queue.close()
-            self._pool.wake()
-        super().close()
+        """See Pipeline.close."""
+        if self.is_forked_copy:
+            return
+        self._gathered.close()
+        self._unregister()
 
+    @property
+    def n_taken(self) -> int:
+        """See Pipeline.n_taken."""
+        return self._gathered.n_taken - self._n_failed
 
-def _run_here(queue: JobQueue, opener: _Opener, function: BatchFunction, randomness: Randomness) -> None:
-    """Run the thread that makes all batches."""
-    while queue.wait_for_room():
-        job = opener.open()
-        queue.add(job)
-        if job.gathered is not None and job.keys is not None:
-            start_ns, batch, error = time.perf_counter_ns(), None, None
-            try:
-                batch = function.make(job.gathered, job.keys, randomness)
-            except BaseException as raised:  # noqa: BLE001 -- the user's code: the consumer raises it in its place
-                error = as_batch_error(raised)
-            queue.done(job, batch, error, time.perf_counter_ns() - start_ns)
-            del batch, error
-        del job  # a waiting thread must not hold a batch
+    @property
+    def corrupt_shard(self) -> int | None:  # type: ignore[override]
+        """See ClosingPipeline."""
+        return self._gathered.corrupt_shard
+
+    def figures(self) -> dict[str, float]:
+        """Return the figures of the native pipeline, and the time in the user's functions."""
+        return {**self._gathered.figures(), "transform_ns": self._busy_ns}
+
+    def _make(self, gathered: Batch, number: int) -> Any:
+        start_ns = time.perf_counter_ns()
+        try:
+            return self._function.make(gathered, BatchKeys.of(self._share, number))
+        except BaseException as raised:
+            self._n_failed = 1
+            self.close()
+            error = as_batch_error(raised)
+            if error is raised:
+                raise
+            raise error from raised
+        finally:
+            self._busy_ns += time.perf_counter_ns() - start_ns
 
 
 def as_batch_error(error: BaseException) -> BaseException:

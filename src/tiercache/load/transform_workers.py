@@ -30,27 +30,24 @@ import torch.multiprocessing
 from torch._utils import ExceptionWrapper
 from torch.utils.data._utils import worker as torch_worker
 
+from tiercache._native.ring import ColumnMemory
 from tiercache.load.batch import BatchMemory, lend
 from tiercache.load.pipeline import ClosingPipeline
 from tiercache.load.shared_block import SharedBlock, StoredObject, read
-from tiercache.load.transform import (
-    WAITING,
-    BatchFunction,
-    BatchKeys,
-    Job,
-    JobQueue,
-    TransformedPipeline,
-    as_batch_error,
-)
-from tiercache.load.transform_random import ProcessRandomness, UnseededDrawError
-from tiercache.rng import use_key
+from tiercache.load.stage import StageJob, StagePipeline, StageQueue
+from tiercache.load.transform import BatchFunction, BatchKeys, TransformedPipeline, as_batch_error
+from tiercache.rng import seed_global_generators, worker_seed
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
+    from tiercache.load.batch import Batch
     from tiercache.load.decode import DecodedPipeline
     from tiercache.load.pipeline import Pipeline, PipelineInputs
 
+# Batches of each worker that wait for the consumer, beyond those that are in the worker: it gets its next batch before
+# the consumer has taken the one that it made.
+WAITING = 1
 # Blocks for batches that the consumer holds, beyond those that are ahead: the one that it processes, and the one
 # before, to which loops still refer. If it holds more, batches are copied out of their blocks.
 HELD_BY_CONSUMER = 2
@@ -58,6 +55,56 @@ HELD_BY_CONSUMER = 2
 PARENT_CHECK_S = 5.0
 # A worker that runs a user's function when the loader is closed ends after it, or is killed after this time.
 END_S, TERMINATE_S = 1.0, 5.0
+
+
+@dataclass(slots=True, eq=False)
+class Job(StageJob):
+    """A batch in this stage. gathered: the batch to make it of; None: a worker has it, it is made, or there is none."""
+
+    gathered: Batch | None = None
+    keys: BatchKeys | None = None
+
+
+class JobQueue(StageQueue[Job]):
+    """The queue of the batches that the user's functions make."""
+
+    def done(self, job: Job, batch: Any, error: BaseException | None, took_ns: int) -> None:
+        """Note that a batch is made, or why it cannot be: then no further batch is added."""
+        with self._lock:
+            job.gathered, job.batch, job.error = None, batch, error
+            self._has_ended = self._has_ended or error is not None
+            self._count_done(job, took_ns)
+
+
+@dataclass(slots=True)
+class _Opener:
+    """Takes gathered batches. One thread calls it."""
+
+    inputs: PipelineInputs
+    gathered: Pipeline | DecodedPipeline
+    number: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.number = self.inputs.first_batch
+
+    def open(self) -> Job:
+        """Return the next batch as a job; a job without records at the end of the epoch, or with an error."""
+        try:
+            return self._open()
+        except Exception as error:  # noqa: BLE001 -- top of a thread: the consumer raises it in its place
+            return Job(error=error)
+
+    def _open(self) -> Job:
+        before = self.gathered.figures()
+        batch = self.gathered.take()
+        if batch is None:
+            return Job()
+        after = self.gathered.figures()
+        keys = BatchKeys.of(self.inputs.share, self.number)
+        n_bytes, n_replaced = (int(after[name] - before[name]) for name in ("bytes_served", "skipped"))
+        job = Job(None, self.number, len(keys.positions), n_bytes, n_replaced, n_left=1, gathered=batch, keys=keys)
+        self.number += 1
+        return job
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +190,7 @@ class _Worker:
         block = self.outputs[number]
         block.map(stored.n_bytes)
         if not self.free_outputs:  # the consumer holds many batches: without this block the worker could not go on
-            memory = block.memory[: stored.n_bytes].copy()
+            memory: Any = ColumnMemory(block.memory[: stored.n_bytes])
             self.free_outputs.append(number)
         else:
             memory = lend(block.memory, stored.n_bytes, partial(self.free_outputs.append, number))
@@ -156,7 +203,7 @@ class TransformSettings:
 
     Attributes:
         function: The user's functions.
-        n_workers: Number of worker processes; 0: a thread of this process runs the functions.
+        n_workers: Number of worker processes; 0: the consumer's thread calls the functions.
         context: multiprocessing's context that starts the processes; None: the default one.
         worker_init_fn: Function that each process calls with its number before its first batch.
         prefetch_factor: Number of batches that are in a worker process at a time.
@@ -170,13 +217,45 @@ class TransformSettings:
     prefetch_factor: int = 2
     keeps_workers: bool = False
 
-    def pipeline(self, inputs: PipelineInputs, gathered: Pipeline | DecodedPipeline) -> TransformedPipeline:
+    def pipeline(
+        self, inputs: PipelineInputs, gathered: Pipeline | DecodedPipeline
+    ) -> TransformedPipeline | WorkerPipeline:
         """Return the pipeline whose batches the functions make of those of a native pipeline, which it owns."""
-        return TransformedPipeline(inputs, gathered)
+        if inputs.workers is None:
+            return TransformedPipeline(inputs, gathered)
+        return WorkerPipeline(inputs, gathered, inputs.workers)
 
     def start_workers(self, seed: int) -> WorkerPool:
         """Return new worker processes. seed: Seed of the run."""
         return WorkerPool(self, seed)
+
+
+class WorkerPipeline(StagePipeline):
+    """The batches that worker processes make of those of a native pipeline, in order, with the same guarantees.
+
+    All methods may be called from any thread. An error of a user's function is raised in place of its batch, and closes
+    the pipeline.
+
+    Args:
+        inputs: Inputs of the pipeline.
+        gathered: Native pipeline, which this object owns from now on.
+        pool: The worker processes.
+    """
+
+    def __init__(self, inputs: PipelineInputs, gathered: Pipeline | DecodedPipeline, pool: WorkerPool) -> None:
+        self._pool = pool
+        n_ahead = pool.settings.n_workers * (pool.settings.prefetch_factor + WAITING)
+        queue = JobQueue(n_ahead)
+        super().__init__("transform", inputs, gathered, queue)
+        opener = _Opener(inputs, gathered)
+        self._begin([partial(pool.send_all, queue, opener.open), partial(pool.receive_all, queue)])
+
+    def close(self) -> None:
+        """See StagePipeline.close."""
+        if not self.is_forked_copy:
+            self._queue.close()
+            self._pool.wake()
+        super().close()
 
 
 class WorkerPool(ClosingPipeline):
@@ -205,7 +284,7 @@ class WorkerPool(ClosingPipeline):
         self._sending, self._receiving = threading.Lock(), threading.Lock()
         try:
             for number in range(settings.n_workers):
-                worker = _start_worker(settings, number, use_key(seed, 0, number).seeds[1] >> 1)
+                worker = _start_worker(settings, number, worker_seed(seed, number))
                 self._workers.append(worker)
                 n_inputs = settings.prefetch_factor
                 worker.make_blocks(n_inputs, n_inputs + WAITING + HELD_BY_CONSUMER)
@@ -390,7 +469,6 @@ class _Maker:
     outputs: list[SharedBlock]
     failed: bytes
     memory: BatchMemory = field(default_factory=lambda: BatchMemory(keep=2))
-    randomness: ProcessRandomness = field(default_factory=ProcessRandomness)
 
     def answer(self, request: _Request) -> _Answer:
         if self.failed:
@@ -403,14 +481,6 @@ class _Maker:
         return _Answer(request.job, stored, b"", time.perf_counter_ns() - start_ns)
 
     def _make(self, request: _Request) -> StoredObject:
-        """Make a batch. Again, if its random numbers were not those of its keys."""
-        while True:
-            try:
-                return self._make_once(request)
-            except UnseededDrawError:
-                continue
-
-    def _make_once(self, request: _Request) -> StoredObject:
         block, output = self.inputs[request.input], self.outputs[request.output]
         n_bytes = request.stored.n_bytes
         block.map(n_bytes)
@@ -418,7 +488,9 @@ class _Maker:
         own = self.memory.lend(n_bytes, 1 << (n_bytes - 1).bit_length())
         own[:] = block.memory[:n_bytes]
         output.clear()
-        return output.write(self.function.make(read(own, request.stored), request.keys, self.randomness, output))
+        keys = request.keys
+        seed_global_generators(keys.seed, keys.epoch, keys.positions[0])
+        return output.write(self.function.make(read(own, request.stored), keys, output))
 
 
 def _wrapped(number: int) -> bytes:

@@ -22,7 +22,6 @@ from tiercache.store.contract import Buffer, Receive, SequentialUpload, Span, St
 from tiercache.store.posix import (
     CACHED_BYTES,
     MIN_BYTES,
-    NO_LINK,
     TEMP_PREFIX,
     DirectWriter,
     FileAttributes,
@@ -378,29 +377,6 @@ class LocalFolder(Store):
                 with suppress(FileNotFoundError, NotADirectoryError), open_folder(self.root, folders) as folder_fd:
                     if not _rmdir(name, folder_fd):
                         return
-
-    def link(self, src: str, dst: str) -> ObjectInfo | None:
-        """Give a file a second name, which is durable when the call returns. The new name must be free.
-
-        Returns None where the file system has no hard links. Raises ObjectChanged if the name is taken.
-        """
-        src_folders, src_name = _split(src)
-        dst_folders, dst_name = _split(dst)
-        with (
-            self._errors(src, "link"),
-            open_folder(self.root, src_folders) as src_fd,
-            open_folder(self.root, dst_folders, make=True) as dst_fd,
-        ):
-            try:
-                os.link(src_name, dst_name, src_dir_fd=src_fd, dst_dir_fd=dst_fd, follow_symlinks=False)
-            except FileExistsError as error:
-                raise ObjectChanged("link: the name is taken", url=self._at(dst)) from error
-            except OSError as error:
-                if error.errno in NO_LINK:
-                    return None
-                raise
-            sync_folder(dst_fd)
-            return file_info(dst, os.stat(dst_name, dir_fd=dst_fd, follow_symlinks=False))
 
     def copy(self, src: str, dst: str) -> ObjectInfo:
         """Copy inside the kernel, and share blocks if the file system supports it."""

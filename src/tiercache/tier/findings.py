@@ -1,4 +1,7 @@
-"""Findings that `tier check`, `plan` and `run` report: bucket settings, lost objects, missing metrics, unmatched files.
+"""Findings that `tier check`, `plan` and `run` report.
+
+These are bucket settings, lost objects, missing metrics, unmatched files, rules that probably do not do what was meant,
+and tiers that are one folder.
 
 A lifecycle rule deletes or moves objects without notice. An object is lost if a version, a placement or the catalog
 says that it exists and no tier has a copy; unless its last tier is unavailable, a rule may have deleted it, or
@@ -7,11 +10,14 @@ says that it exists and no tier has a copy; unless its last tier is unavailable,
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -20,14 +26,16 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
+from tiercache.store.options import ParsedUrl
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY
 from tiercache.tier.inventory.metrics import metrics_in_name, used_metrics
-from tiercache.tier.model import CHECKPOINT, FILE
+from tiercache.tier.model import CHECKPOINT, FILE, KINDS
 from tiercache.tier.placement import log
-from tiercache.tier.plan.selection import Flags, fits_size, largest_copies, rules_of, scores_of
+from tiercache.tier.plan.proposals import span
+from tiercache.tier.plan.selection import Flags, covered_folders, fits_size, largest_copies, rules_of, scores_of
 from tiercache.tier.stores import CLASSES_TO_RESTORE, unavailable_tiers
-from tiercache.tier.suggestions import suggest_layouts
-from tiercache.tier.text_columns import first_match, match_regex
+from tiercache.tier.suggestions import nearest_glob, suggest_layouts
+from tiercache.tier.text_columns import first_match, match_regex, sample_path
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -36,7 +44,7 @@ if TYPE_CHECKING:
     from tiercache.store.archive import BucketSettings
     from tiercache.tier.inventory.groups import Inventory
     from tiercache.tier.model import Snapshot
-    from tiercache.tier.rules import BestMetric, RuleFile
+    from tiercache.tier.rules import BestMetric, Rule, RuleFile, Tier
     from tiercache.tier.stores import Stores
 
 
@@ -436,3 +444,134 @@ def unmatched_files(snapshot: Snapshot, file: RuleFile) -> tuple[UnmatchedFiles,
             patterns = tuple(suggest_layouts(paths))[:_LISTED]
             found.append(UnmatchedFiles(rule.name, len(rows), int(n_bytes[rows].sum()), few, patterns))
     return tuple(found)
+
+
+# -- rules that probably do not do what was meant --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RuleWarning:
+    """Something in a rule file that is valid, and probably not what was meant."""
+
+    kind: Literal["no_match", "order", "durations"]
+    rule: str  # name of the rule, or "pins[N]"
+    text: str  # message for people
+
+
+def rule_warnings(file: RuleFile, snapshot: Snapshot | None = None) -> tuple[RuleWarning, ...]:
+    """Return what is probably wrong with rules and pins. snapshot: None: nothing is known of the tiers."""
+    found = [*_bad_durations(file), *_bad_order(file)]
+    if snapshot is not None and snapshot.n_groups:
+        found += [*_unused_rules(file, snapshot), *_unused_pins(file, snapshot)]
+    return tuple(found)
+
+
+def _bad_durations(file: RuleFile) -> Iterator[RuleWarning]:
+    for rule in file.rules:
+        for key, before_s, tier in (("after", rule.after_s, rule.then), ("age", rule.age_s, rule.to)):
+            if rule.delete_after_s is not None and before_s is not None and rule.delete_after_s <= before_s:
+                text = f"{rule.name}: delete_after ({span(rule.delete_after_s)}) is not longer than {key} "
+                text += f"({span(before_s)}), so that objects are deleted and never move to {tier}"
+                yield RuleWarning("durations", rule.name, text)
+
+
+def _bad_order(file: RuleFile) -> Iterator[RuleWarning]:
+    """Yield a warning for each rule below another that applies to all that it is to protect."""
+    for number, rule in enumerate(file.rules):
+        paths = pa.array([sample_path(glob) for glob in rule.match], pa.large_string())
+        for above in file.rules[:number]:
+            harm = _harm(above, rule)
+            is_covered = (first_match(paths, [(above.match, above.exclude)]) >= 0).any()
+            if harm and is_covered and (above.kind == rule.kind or None in (above.kind, rule.kind)):
+                text = (
+                    f"{rule.name}: protects nothing, because {above.name}, which {harm}, stands above it and matches "
+                )
+                text += f"the same paths: move {rule.name} above {above.name}"
+                yield RuleWarning("order", rule.name, text)
+                break
+
+
+def _harm(above: Rule, rule: Rule) -> str:
+    """Return what a rule does with objects that another rule leaves alone; "": nothing."""
+    if above.delete_after_s is not None and rule.delete_after_s is None:
+        return "deletes"
+    is_idle = rule.to is None and not rule.keep and rule.delete_after_s is None
+    return "moves" if is_idle and (above.to is not None or above.keep) else ""
+
+
+def _unused_rules(file: RuleFile, snapshot: Snapshot) -> Iterator[RuleWarning]:
+    """Yield a warning for each rule, and each glob of `except`, that matches nothing."""
+    paths, rule_of = snapshot.paths.cast(pa.large_string()), rules_of(snapshot, file)
+    for number, rule in enumerate(file.rules):
+        of_kind = np.ones(snapshot.n_groups, np.bool_) if rule.kind is None else snapshot.kind == KINDS.index(rule.kind)
+        matched = of_kind & (first_match(paths, [(rule.match, ())]) >= 0)
+        left = matched & (first_match(paths, [(rule.exclude, ())]) < 0)
+        if not matched.any():
+            what = f"{rule.kind or 'object'}" + _near_globs(rule.match, paths)
+            yield RuleWarning("no_match", rule.name, f"{rule.name}: matches no {what}")
+            continue
+        if not left.any():
+            text = f"{rule.name}: matches nothing, because `except` matches all {int(matched.sum()):,} objects"
+            yield RuleWarning("no_match", rule.name, text)
+        elif not (rule_of == number).any():
+            above = file.rules[int(rule_of[np.flatnonzero(left)[0]])].name
+            text = f"{rule.name}: applies to nothing, because rules above it apply to all {int(left.sum()):,} objects "
+            yield RuleWarning("no_match", rule.name, f"{text}that it matches: the first of these is {above}")
+        for glob in rule.exclude:
+            if not (first_match(paths.filter(pa.array(matched)), [((glob,), ())]) >= 0).any():
+                text = f"{rule.name}: except = {glob!r} matches none of the objects that `match` matches"
+                yield RuleWarning("no_match", rule.name, text + _near_globs((glob,), paths))
+
+
+def _unused_pins(file: RuleFile, snapshot: Snapshot) -> Iterator[RuleWarning]:
+    """Yield a warning for each glob of a pin in force that matches nothing."""
+    paths = snapshot.paths.cast(pa.large_string())
+    for number, pin in enumerate(file.pins, start=1):
+        for glob in pin.match if pin.until_s is None or pin.until_s > snapshot.now_s else ():
+            globs = (glob, *covered_folders((glob,)))
+            if not (first_match(paths, [(globs, ())]) >= 0).any():
+                text = f"pins[{number}]: {glob!r} matches no object, and protects nothing"
+                yield RuleWarning("no_match", f"pins[{number}]", text + _near_globs((glob,), paths))
+
+
+def _near_globs(globs: Sequence[str], paths: pa.Array) -> str:
+    """Return the end of a message that names the globs that were probably meant."""
+    near = [found for glob in globs if (found := nearest_glob(glob, paths)) is not None]
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+# -- tiers that are one folder ---------------------------------------------------------------------------------------
+
+
+def refuse_shared_folders(file: RuleFile) -> None:
+    """Raise ValueError if two local tiers are one folder by a link or a mount, or if one is inside the other.
+
+    Their URLs do not show it. A copy in one would count as a copy in the other, and a deletion of one deletes both. The
+    mover makes sure before each deletion (move/checks.py), in stores of all kinds.
+    """
+    local = [tier for tier in file.tiers if tier.is_local]
+    for one, other in combinations(local, 2):
+        if one.url == other.url:
+            continue  # two storage classes
+        ids, other_ids = _folder_ids(one), _folder_ids(other)
+        is_inside = ids[0] in other_ids or other_ids[0] in ids
+        if is_inside:
+            how = "are one folder" if ids[0] == other_ids[0] else "lie inside one another"
+            raise ValueError(
+                f"{file.path}: tiers.{other.name}.url: {other.url}, and {one.url} of tiers.{one.name}, {how} by a link "
+                f"or a mount: what is deleted in one would be gone from the other; give each tier a folder of its own"
+            )
+
+
+def _folder_ids(tier: Tier) -> list[tuple[int, int] | str]:
+    """Return what identifies a tier's folder and each folder above it: device and inode, or else the path."""
+    folder = Path(os.path.realpath(ParsedUrl.parse(tier.url).path))
+    found: list[tuple[int, int] | str] = []
+    for path in (folder, *folder.parents):
+        try:
+            status = path.stat()
+        except OSError:
+            found.append(str(path))
+        else:
+            found.append((status.st_dev, status.st_ino))
+    return found

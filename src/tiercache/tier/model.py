@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from tiercache.catalog.tiers import PlannedObject as PlannedObject
+from tiercache.model import format_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -79,7 +80,6 @@ class Snapshot:
     # Whether the metrics of a checkpoint are unknown because no file that may hold them can be read. False for what the
     # mover moved, which was not among the best while its metrics were readable.
     unread: NDArray[np.bool_]
-    tags: Mapping[int, frozenset[str]]  # by group, for groups that have tags
     # From here on, row c is copy c.
     group: NDArray[np.int32]  # ascending
     tier: NDArray[np.int8]  # ascending within a group
@@ -230,6 +230,22 @@ class TierTotals:
 
 
 @dataclass(frozen=True, slots=True)
+class ExceededLimit:
+    """A rule that would delete more bytes for good than it may without a confirmation (plan/deletion_limit.py)."""
+
+    rule: str
+    n_bytes: int  # bytes that would be deleted
+    matched_bytes: int  # bytes that the rule matches
+    max_delete: str  # largest share or size that is deleted without a confirmation, as in the rule file
+
+    @property
+    def text(self) -> str:
+        """The message for people."""
+        deleted, matched = format_bytes(self.n_bytes), format_bytes(self.matched_bytes)
+        return f"{self.rule}: would delete {deleted} of {matched} for good, and its max_delete is {self.max_delete}"
+
+
+@dataclass(frozen=True, slots=True)
 class PlanTotals:
     """Totals of all moves of a plan: bytes, and costs in US dollars as in MoveCost."""
 
@@ -252,3 +268,4 @@ class Plan:
     totals: PlanTotals = field(default_factory=PlanTotals)
     before: Mapping[str, TierTotals] = field(default_factory=dict)  # by name of the tier
     after: Mapping[str, TierTotals] = field(default_factory=dict)
+    exceeded: tuple[ExceededLimit, ...] = ()  # rules whose deletions a person must confirm

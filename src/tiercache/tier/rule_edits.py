@@ -1,4 +1,4 @@
-"""Edits of a rule file: pins and tags are appended as tables of their own, and removed. The rest of the text stays.
+"""Edits of a rule file: pins are appended as tables of their own, and removed. The rest of the text stays.
 
 An edit is checked before it replaces the file: the new text must be a valid rule file that has exactly the intended
 tables. The file is replaced atomically; a link to it stays a link.
@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 
 from tiercache.tier.rules import load_rule_file
 
-Section: TypeAlias = Literal["pins", "tags"]
+Section: TypeAlias = Literal["pins"]
 
 _SIGNS = re.compile(r"[*?\[{}]")
 _TABLE = re.compile(r"^\s*\[")

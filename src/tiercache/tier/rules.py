@@ -1,4 +1,4 @@
-"""The rule file: its tiers, rules, pins, tags and mover options, checked when it is read and frozen afterwards.
+"""The rule file: its tiers, rules, pins and mover options, checked when it is read and frozen afterwards.
 
 The tables stand in ``tiercache.toml`` beside the settings, or in a file that the caller names.
 ``docs/reference/tiers.md`` lists all keys. Each error message names the file and the key; a TOML syntax error names
@@ -43,9 +43,12 @@ _LONGEST_S = 10_000 * 365.0 * 86400.0
 
 
 def read_seconds(value: object) -> float:
-    """Return the seconds of a duration such as "30d", or of a number of seconds. Raises ValueError."""
+    """Return the seconds of a duration such as "30d", or of a number of seconds. Raises ValueError.
+
+    A rule file may not contain a number of seconds: see _built().
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"expected a duration such as '30d', '12h' or a number of seconds, got {value!r}")
+        raise ValueError(f"expected a duration such as '30d' or '12h', got {value!r}")
     try:
         seconds = parse_duration(value)
     except OverflowError:  # an integer of hundreds of digits
@@ -80,9 +83,9 @@ def read_fraction(value: object) -> float:
 
 
 def read_capacity(value: object) -> str:
-    """Return a size, or a percentage of a disk, as it is written in the file. Raises ValueError."""
+    """Return a size, or a percentage (of a disk, of all bytes), as it is written in the file. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError(f"expected a size such as '2TB' or a percentage of the disk such as '80%', got {value!r}")
+        raise ValueError(f"expected a size such as '2TB' or a percentage such as '80%', got {value!r}")
     parse_bytes(value, whole_bytes=1)
     return str(value)
 
@@ -277,7 +280,6 @@ class KeepList(RuleTable):
     every_steps: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     every_s: PositiveSeconds | None = Field(default=None, validation_alias="every")
     best: Annotated[tuple[BestMetric, ...], BeforeValidator(read_bests)] = ()
-    tags: Texts = ()
     younger_s: PositiveSeconds | None = Field(default=None, validation_alias="younger_than")
 
 
@@ -304,6 +306,8 @@ class Rule(RuleTable):
     then: str | None = None
     after_s: Seconds | None = Field(default=None, validation_alias="after")
     delete_after_s: PositiveSeconds | None = Field(default=None, validation_alias="delete_after")
+    # Size, or percentage of the bytes that the rule matches, that one run deletes without `--yes`, as in the file.
+    max_delete: Annotated[str, BeforeValidator(read_capacity)] = "50%"
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> Rule:
@@ -326,6 +330,8 @@ class Rule(RuleTable):
             raise ValueError("then: needs a keep list; without one, write `to` and `age`")
         if self.after_s is not None and self.then is None:
             raise ValueError("after: needs `then`, and the rule has no `then`")
+        if self.delete_after_s is None and "max_delete" in self.model_fields_set:
+            raise ValueError("max_delete: needs `delete_after`: this rule deletes nothing")
         larger, smaller = self.larger_than_bytes, self.smaller_than_bytes
         if larger is not None and smaller is not None and larger >= smaller:
             raise ValueError(f"larger_than: must be below smaller_than, got {larger} and {smaller} bytes")
@@ -339,13 +345,6 @@ class Pin(RuleTable):
     # End of the pin, in seconds since the epoch; None: the pin does not expire.
     until_s: Annotated[float, BeforeValidator(read_moment)] | None = Field(default=None, validation_alias="until")
     why: str = ""  # reason, for people
-
-
-class Tag(RuleTable):
-    """Tags for the checkpoints that match the globs."""
-
-    match: Globs
-    tags: Annotated[Texts, AfterValidator(require_values)]
 
 
 class TieringOptions(RuleTable):
@@ -371,7 +370,6 @@ class RuleFile(RuleTable):
     tiers: tuple[Tier, ...] = Field(min_length=1)  # tiers, the fastest first
     rules: tuple[Rule, ...] = ()  # rules, in the order of the file; the first that matches an object applies
     pins: tuple[Pin, ...] = ()
-    tags: tuple[Tag, ...] = ()  # tags of checkpoints
     tiering: TieringOptions = TieringOptions()  # options of the planner and the mover
 
     def tier(self, name: str) -> Tier:
@@ -424,6 +422,11 @@ _REMOVED = {
     "tiering.early": "it was removed: a move must pay back within max_break_even, which includes early-deletion fees;"
     " to allow other moves, write even_if_dearer = true into the rule",
 }
+# Attributes that are durations, which need a unit: the writer of `delete_after = 30` may mean days, not seconds.
+_DURATIONS = (
+    *("idle_s", "age_s", "after_s", "delete_after_s", "every_s", "younger_s"),
+    *("grace_s", "hold_s", "quiet_period_s", "reader_timeout_s", "max_break_even_s"),
+)
 # Types of pydantic errors whose message shows the value already, or that have no value.
 _COMPLETE = ("value_error", "missing")
 
@@ -457,10 +460,9 @@ def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> RuleFile:
     if not tables.get("tiers"):
         raise ValueError("tiers: no tier is given; write [tiers.NAME] tables with role and url, the fastest first")
     tiers = _tiers(tables["tiers"], path.parent)
-    tags = tuple(_built(Tag, given, where) for where, given in _list(tables, "tags"))
     rules: list[Rule] = []
     for where, given in _list(tables, "rules"):
-        rules.append(_rule(given, where, tiers, tags))
+        rules.append(_rule(given, where, tiers))
         if rules[-1].name in [rule.name for rule in rules[:-1]]:
             raise ValueError(f"{where}.name: another rule is called {rules[-1].name!r}")
     tiering = _built(TieringOptions, tables.get("tiering", {}), "tiering")
@@ -477,7 +479,6 @@ def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> RuleFile:
         tiers=tiers,
         rules=tuple(rules),
         pins=tuple(_built(Pin, given, where) for where, given in _list(tables, "pins")),
-        tags=tags,
         tiering=tiering,
     )
 
@@ -533,7 +534,7 @@ def _location(tier: Tier) -> str:
     return os.path.normpath(path).rstrip("/")
 
 
-def _rule(given: object, where: str, tiers: Sequence[Tier], tags: Sequence[Tag]) -> Rule:
+def _rule(given: object, where: str, tiers: Sequence[Tier]) -> Rule:
     values = dict(_table(given, where))
     names = [tier.name for tier in tiers]
     keep: dict[str, KeepList] = {}
@@ -543,11 +544,6 @@ def _rule(given: object, where: str, tiers: Sequence[Tier], tags: Sequence[Tag])
         if name in keep:
             raise ValueError(f"{where}.{key}: tier {name!r} has a keep list already")
         keep[name] = keep_list(_table(table, f"{where}.{key}"), f"{where}.{key}")
-        # The rule would delete what an undefined tag was to keep.
-        defined = sorted({name for tag in tags for name in tag.tags})
-        for tag in [tag for tag in keep[name].tags if tag not in defined]:
-            hint = _near(tag, defined) if defined else "there is no [[tags]] table: write one with match and tags"
-            raise ValueError(f"{where}.{key}.tags: no [[tags]] table defines the tag {tag!r}; {hint}")
     values.setdefault("name", where)
     rule = _built(Rule, values, where, keep={name: keep[name] for name in names if name in keep})
     update: dict[str, Any] = {}
@@ -646,9 +642,16 @@ def _built(model: type[T], given: object, where: str, **resolved: object) -> T:
         if key not in keys:
             raise ValueError(f"{where}.{key}: {_REMOVED.get(f'{section}.{key}') or _unknown(key, keys)}")
     try:
-        return model.model_validate({**values, **resolved})
+        found = model.model_validate({**values, **resolved})
     except ValidationError as error:
         raise ValueError(_message(error, where)) from error
+    for key in [key for key, name in _keys(model).items() if name in _DURATIONS and values.get(key)]:
+        if not isinstance(values[key], str):
+            raise ValueError(
+                f'{where}.{key}: a duration needs a unit (s, m, h, d or w): write {key} = "{values[key]}d" for days, '
+                f'or "{values[key]}s" for seconds, got {values[key]!r}'
+            )
+    return found
 
 
 def _message(error: ValidationError, where: str) -> str:

@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from threading import Lock
@@ -22,6 +23,7 @@ from tiercache.store import CloudStore, LocalFolder, Store, open_store
 from tiercache.store.archive import S3StorageClasses, has_boto3
 from tiercache.store.options import ParsedUrl
 from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING, STANDARD
+from tiercache.tier.placement.log import lead_to_home
 
 if TYPE_CHECKING:
     from tiercache.catalog.tiers import TierCatalog
@@ -222,6 +224,15 @@ def _disk_bytes(path: str) -> int:
         return shutil.disk_usage(folder).total
     except OSError as error:
         raise StoreError(f"the size of its disk cannot be read ({error.strerror})", url=path) from error
+
+
+def lead_readers_home(stores: Stores) -> None:
+    """Let a marker in each tier lead readers without the rule file to the home, whose placement has what was moved."""
+    home = stores.file.home_tier
+    for tier in stores.file.tiers:
+        if not stores.same_url(tier.name, home.name):
+            with suppress(StoreError, ValueError):  # a tier that cannot be opened or written: the moves report it
+                lead_to_home(stores.store(tier.name), home.url)
 
 
 MOUNT_MARKER_KEY = "_tiercache/tier.id"

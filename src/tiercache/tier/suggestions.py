@@ -1,10 +1,14 @@
-"""Suggests patterns of names for checkpoints that are single files with names of a user's own."""
+"""Suggests what a user meant: layouts of checkpoints that are single files, and globs near one that matches nothing."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from difflib import get_close_matches
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from tiercache.tier.inventory.layouts import SUFFIXES
 
@@ -34,3 +38,24 @@ def suggest_layouts(paths: Iterable[str]) -> dict[str, int]:
             found[pattern] += len(mine)
             left -= mine
     return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+_WILDCARD = re.compile(r"[*?\[{]")
+
+
+def nearest_glob(glob: str, paths: pa.Array) -> str | None:
+    """Return the glob with the first folder or name in it that no path has replaced by a similar one; None: none is.
+
+    paths: large_string.
+    """
+    segments, above = glob.split("/"), ""
+    for number, segment in enumerate(segments):
+        if _WILDCARD.search(segment):
+            return None
+        rest = pc.utf8_slice_codeunits(paths.filter(pc.starts_with(paths, above)), start=len(above))
+        names = pc.replace_substring_regex(rest, "/(?s:.*)", "").unique().to_pylist()
+        if segment not in names:
+            near = get_close_matches(segment, names, n=1)
+            return "/".join([*segments[:number], near[0], *segments[number + 1 :]]) if near else None
+        above += f"{segment}/"
+    return None

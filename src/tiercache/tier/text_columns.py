@@ -104,6 +104,7 @@ _INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
 # stars, and `[{]` is no brace. No key contains a NUL.
 _DEEP, _CLASS_SIGN = "\0deep\0", "\0"
 _WHOLE_DEEP = re.compile(r"(?<![^/{,])\*\*(?![^/},])")
+_ANY = "\x01"
 _NOT_ALONE = "'**' must be a whole path segment; within a name write '*'"
 _UNCLOSED = {
     "[": "a '[' is not closed; write '[[]' for the character",
@@ -133,6 +134,14 @@ def first_match(paths: pa.Array, globs: Sequence[tuple[tuple[str, ...], tuple[st
             if not is_open.any():
                 break
     return found
+
+
+def sample_path(glob: str) -> str:
+    """Return a path that a glob matches: with other characters than names have, where it allows any."""
+    text = _CLASS.sub(lambda found: _ANY if found[0][1] in "!^" else found[0][1], glob)
+    while (changed := _INNERMOST_BRACES.sub(lambda found: found[1].partition(",")[0], text)) != text:
+        text = changed
+    return text.replace("**", f"{_ANY}/{_ANY}").replace("*", _ANY).replace("?", _ANY)
 
 
 def check_globs(globs: tuple[str, ...]) -> None:

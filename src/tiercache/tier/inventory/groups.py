@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -306,7 +305,7 @@ class Inventory:
       has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid keys), `shared`
       (tensors that our own checkpoints share, which stay where they are), `differing` (objects that differ between two
       tiers), `unread` (checkpoints whose metrics cannot be read).
-    - `incomplete`: number of incomplete checkpoints, by what they lack.
+    - `incomplete`: number of incomplete checkpoints, by what they lack; `incomplete_names`: example names of each.
     - `in_files`: group to the names of the metrics in its files, for groups whose files were read.
     - `missing_shards`: keys of all shards that no tier has and that are not placed elsewhere, and when each was first
       named, in seconds since the epoch.
@@ -668,6 +667,9 @@ def _facts(
     listed: Listing, grouped: Grouped, copies: Copies, complete: NDArray[np.bool_], datasets: tuple[FoundDataset, ...]
 ) -> dict[str, Any]:
     lacks = grouped.from_layout(grouped.layout.lacks, NOTHING)[~complete]
+    partial: dict[str, list[str]] = {}
+    for number, path in zip(lacks.tolist(), grouped.paths.filter(pa.array(~complete)).to_pylist(), strict=True):
+        partial.setdefault(LACKS[number] or "time to settle, or a whole copy", []).append(path)
     is_listed = np.zeros(len(grouped.shards), np.bool_)
     is_listed[grouped.shard[grouped.shard >= 0]] = True
     missing = grouped.shards.keys.take(pa.array(np.flatnonzero(~is_listed)))
@@ -684,7 +686,8 @@ def _facts(
         "no_keys": _some(grouped.no_keys),
         "shared": _some(grouped.shared),
         "differing": _some(differing),
-        "incomplete": dict(Counter(LACKS[number] or "time to settle, or a whole copy" for number in lacks.tolist())),
+        "incomplete": {lack: len(paths) for lack, paths in partial.items()},
+        "incomplete_names": {lack: tuple(paths[:_MANY]) for lack, paths in partial.items()},
     }
 
 

@@ -12,18 +12,23 @@ training/checkpointing.py, DeepSpeed engine.py, transformers trainer.py)::
     global_step100/mp_rank_00_model_states.pt             DeepSpeed
     step-000000000100.20261129T193324123Z-7f3a9c/checkpoint.json  our own (checkpoint/layout.py); it is put last
 
-A rule may describe further names (UserLayout). A date in a name is the time of writing: our own names have one, and an
-older checkpoint whose name was written again gets one (dated_name()). The outermost folder with such a name is the
-checkpoint: global_step100 inside checkpoint-100 is a part of it.
+A rule may describe further names (UserLayout). A date in a name is the time of writing: our own names have one. The
+outermost folder with such a name is the checkpoint: global_step100 inside checkpoint-100 is a part of it. A folder of a
+run may have such a name too: finetune_from_step_5000 is no checkpoint if it contains checkpoint-100 and checkpoint-200
+(see _find_nesting).
+
+Names also show that a checkpoint is a partial copy: it has fewer files than other checkpoints of its run (see
+_fewer_files_than_neighbours()).
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -51,7 +56,7 @@ NO_GROUP = -1
 MEMBER, INDEX, COMPLETING = range(3)
 
 # What a checkpoint lacks to be complete, judged by names.
-NOTHING, METADATA, TRAINER_STATE, WEIGHTS, SHARDS, END_OF_SAVE, MANIFEST = range(7)
+NOTHING, METADATA, TRAINER_STATE, WEIGHTS, SHARDS, END_OF_SAVE, MANIFEST, NEIGHBOURS, NESTING = range(9)
 LACKS = (
     "",
     "a .metadata beside each .distcp",
@@ -60,6 +65,8 @@ LACKS = (
     "some of the shards that their names count",
     "the end of a save: there is a .metadata.tmp",
     "checkpoint.json",
+    "files that other checkpoints of its run have",
+    "a sign whether it is one checkpoint, or its parts with names of other steps are checkpoints",
 )
 
 # -- patterns of names -----------------------------------------------------------------------------------------------
@@ -106,12 +113,20 @@ _HOLDS_STATE = (
     r"|\.(?:distcp|ocdbt)$|^\.metadata$|^_CHECKPOINT_METADATA$"
 )
 _COUNTED = r"(?i)^(?P<stem>.*)-(?P<number>[0-9]{3,6})-of-(?P<total>[0-9]{3,6})(?P<suffix>\.(?:bin|safetensors|pt|pth))$"
+# Objects in a folder that prove that the folder itself is a checkpoint, whatever the name of the folder above.
+_PROOFS = (".metadata", "trainer_state.json", "_CHECKPOINT_METADATA", "checkpoint.json")
+# Files that a checkpoint need not have although others of its run have them: results, logs and pictures. Of the
+# descriptions, those that all others have are required.
+_RESULT = re.compile(
+    r"(?i)(?:metric|eval|result|score|sample)[^/]*$|\.(?:log|png|jpg|html|out|err|csv|tsv)$|(?:^|/)events\.out\.[^/]*$"
+)
+_DESCRIPTION = re.compile(r"(?i)\.(?:jsonl?|txt|md|ya?ml|toml|jinja|py|sh)$|(?:^|/)_[A-Z_]+$")
+_HASH = r"[0-9a-f-]{16,}"  # of content, as in Orbax, or an UUID
 _RANK_METADATA = r"^__[0-9]+\.metadata$"
 _METADATA_TMP = r"^(?:__[0-9]+)?\.metadata\.tmp$"
 _INDEX = r"\.index\.json$|^meta\.pt$|^metadata\.json$"
 
 _NUMBER_NAME = re.compile(rf"[0-9]{{1,18}}(?:{DATE})?")
-_ANY_DATE = re.compile(rf"{DATE}(?=[./]|$)")
 _PLACEHOLDER = re.compile(r"\{(?:step|epoch)\}")
 
 
@@ -141,32 +156,8 @@ def layout_pattern(pattern: str) -> str:
             f"expected a name with {{step}} or {{epoch}} once, such as 'model_{{step}}.pt', or 'model_{{step}}/' for "
             f"folders, got {pattern!r}"
         )
-    at = _date_position(parts[1], is_file=not pattern.endswith("/"))
-    head, tail, suffix = (re.escape(part).replace(r"\*", "[^/]*?") for part in (parts[0], parts[1][:at], parts[1][at:]))
-    return rf"(?P<head>{head})(?P<number>[0-9]{{1,18}})(?P<tail>{tail}(?:{DATE})?{suffix})"
-
-
-def dated_name(name: str, written_s: float, *, is_file: bool) -> str:
-    """Return the name of a file or folder with the time of its writing before its suffix: "step_1.<time>Z.pt"."""
-    at = _date_position(name, is_file=is_file)
-    return f"{name[:at]}.{datetime.fromtimestamp(int(written_s), UTC):%Y%m%dT%H%M%SZ}{name[at:]}"
-
-
-def _date_position(name: str, *, is_file: bool) -> int:
-    """Return the position of a name's suffix, before which a date is put; its length if it has none."""
-    match = re.search(rf"(?i){SUFFIXES}+$", name) or (re.search(r"[.][A-Za-z]\w*$", name) if is_file else None)
-    return match.start() if match else len(name)
-
-
-def undated_path(path: str) -> str:
-    """Return the path that a group, or an object of it, had before a date was put into the name of the group."""
-    return _ANY_DATE.sub("", path, count=1)
-
-
-def undated_paths(paths: pa.Array) -> tuple[NDArray[np.int64], pa.Array]:
-    """Return the rows of paths with a date in a name, and these paths without the date."""
-    rows = np.flatnonzero(match_regex(paths, rf"{DATE}(?:[./]|$)"))
-    return rows, pc.replace_substring_regex(paths.take(pa.array(rows)), DATE, "")
+    head, tail = (re.escape(part).replace(r"\*", "[^/]*?") for part in parts)
+    return rf"(?P<head>{head})(?P<number>[0-9]{{1,18}})(?P<tail>{tail})"
 
 
 def written_in_names(paths: pa.Array) -> NDArray[np.float64]:
@@ -206,7 +197,9 @@ def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
     """
     keys = keys.cast(pa.large_string())
     folders, folder, names = split_keys(keys)
-    in_folders, folder_row = _checkpoint_folders(folders, folder, names, [one for one in layouts if one.is_folder])
+    in_folders, folder_row, uncertain = _checkpoint_folders(
+        folders, folder, names, [one for one in layouts if one.is_folder]
+    )
     row = folder_row[folder] if len(keys) else np.empty(0, np.int64)
     unfinished, shared = match_regex(keys, _TEMPORARY), match_regex(keys, _SHARED_TENSOR)
     shared &= row < 0
@@ -228,6 +221,9 @@ def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
     members = _Members(names, folder, group, len(folders), checkpoint, is_own, on_top)
     written_s = np.full(len(paths), np.nan)
     written_s[checkpoint] = written_in_names(paths.filter(pa.array(checkpoint)))
+    lacks = np.where(checkpoint, _lacking(members, run), NOTHING).astype(np.uint8)
+    lacks[index_in(pa.array(sorted(uncertain), pa.large_string()), paths)] = NESTING
+    lacks[_fewer_files_than_neighbours(members, folders, paths, run, step, (lacks == NOTHING) & ~is_own)] = NEIGHBOURS
     return KeyGroups(
         paths=paths,
         checkpoint=checkpoint,
@@ -235,7 +231,7 @@ def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
         run=run,
         own=is_own,
         written_s=written_s,
-        lacks=np.where(checkpoint, _lacking(members, run), NOTHING).astype(np.uint8),
+        lacks=lacks,
         has_completing=checkpoint & members.groups_with(members.are_completing()),
         group=group,
         rank=members.ranks(),
@@ -253,8 +249,11 @@ _STEP_AND_RUN = pa.schema([("step", pa.int64()), ("run", pa.dictionary(pa.int32(
 
 def _checkpoint_folders(
     folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, layouts: Sequence[UserLayout]
-) -> tuple[pa.Table, NDArray[np.int64]]:
-    """Return step, run and path of the checkpoints that are folders, and the row of each folder; -1: none."""
+) -> tuple[pa.Table, NDArray[np.int64], set[str]]:
+    """Return step, run and path of the checkpoints that are folders, and the row of each folder; -1: none.
+
+    The last value is the paths of those checkpoints that may contain checkpoints instead of being one.
+    """
     parts = pc.extract_regex(folders, _IN_FOLDER)
     # A temporary folder is still being written; the writer renames it at the end.
     is_finished = ~match_regex(folders, _TEMPORARY)
@@ -262,18 +261,33 @@ def _checkpoint_folders(
     is_finished[user_row] = False
     is_named = np.asarray(pc.is_valid(parts).to_numpy(zero_copy_only=False), bool) & is_finished
     by_name = np.flatnonzero(is_named)
-    parts = parts.take(pa.array(by_name))
-    path = _joined([pc.struct_field(parts, "parent"), pc.struct_field(parts, "name")], "")
+    columns = _name_columns(parts.take(pa.array(by_name)))
+    path = _joined([columns["parent"], columns["name"]], "")
+    containers, uncertain = _find_nesting(folders, folder, names, by_name)
+    if containers:
+        # Below a folder that contains checkpoints instead of being one, the next named folder is the checkpoint.
+        outer = index_in(path, pa.array(sorted(containers), pa.large_string())) >= 0
+        rows = by_name[outer]
+        above = [_above_checkpoint(folders[row].as_py(), containers) for row in rows.tolist()]
+        rest = [folders[row].as_py()[len(head) :] for row, head in zip(rows.tolist(), above, strict=True)]
+        inner = pc.extract_regex(pa.array(rest, pa.large_string()), _IN_FOLDER)
+        is_inner = inner.is_valid()
+        below = _name_columns(inner.filter(is_inner))
+        below["parent"] = _joined([pa.array(above, pa.large_string()).filter(is_inner), below["parent"]], "")
+        stays = pa.array(~outer)
+        columns = {name: pa.concat_arrays([columns[name].filter(stays), below[name]]) for name in columns}
+        is_named[rows[~_as_flags(is_inner)]] = False
+        by_name = np.concatenate([by_name[~outer], rows[_as_flags(is_inner)]])
+        path = _joined([columns["parent"], columns["name"]], "")
     is_taken = is_named.copy()
     is_taken[user_row] = True
     by_number = dict(_number_folders(folders, folder, names, is_taken))
     numbered = pa.array(list(by_number.values()), pa.large_string())
     more = pc.extract_regex(numbered, rf"^(?P<parent>(?:.*/)?)(?P<number>[0-9]+)(?:{DATE})?$")
     empty = pa.array([""] * len(numbered), pa.large_string())
-    columns = {}
     for name in (*_NAME_PARTS, "number"):
         rest = pc.struct_field(more, name) if name in ("parent", "number") else empty
-        columns[name] = pa.concat_arrays([pc.struct_field(parts, name), rest])
+        columns[name] = pa.concat_arrays([columns[name], rest])
     table = pa.concat_tables([users.drop_columns(["path"]), _step_and_series(columns)])
     paths = pa.concat_arrays([_one(users["path"]), path, numbered]).dictionary_encode()
     number = as_numpy(paths.indices, np.int64)
@@ -281,7 +295,155 @@ def _checkpoint_folders(
     table = table.append_column("path", paths.cast(pa.large_string())).take(pa.array(first))
     row = np.full(len(folders), -1, np.int64)
     row[np.concatenate([user_row, by_name, np.fromiter(by_number, np.int64, len(by_number))])] = number
-    return table.combine_chunks(), row
+    return table.combine_chunks(), row, uncertain
+
+
+def _name_columns(parts: pa.StructArray) -> dict[str, pa.Array]:
+    """Return the groups of _IN_FOLDER."""
+    return {name: pc.struct_field(parts, name) for name in (*_NAME_PARTS, "name", "number")}
+
+
+def _as_flags(column: pa.Array) -> NDArray[np.bool_]:
+    return np.asarray(column.to_numpy(zero_copy_only=False), np.bool_)
+
+
+def _above_checkpoint(folder: str, containers: set[str]) -> str:
+    """Return the part of a folder, with its slash, that is a folder of a run and not of a checkpoint."""
+    end, found = 0, ""
+    while (end := folder.find("/", end + 1)) >= 0:
+        found = folder[: end + 1] if folder[:end] in containers else found
+    return found
+
+
+# -- folders of runs whose names look like checkpoints ---------------------------------------------------------------
+
+# Folders with numbers up to ten times their count may be numbered from 0, like the parts of a checkpoint by rank.
+_PARTS_PER_NUMBER = 10
+
+
+@dataclass(slots=True)
+class _NamedFolder:
+    """A folder with the name of a checkpoint."""
+
+    step: int
+    is_proven: bool = False  # whether one of _PROOFS lies directly in it
+    has_weights: bool = False  # whether it directly contains files with weights that are no checkpoints by name
+    holds_weights: bool = False  # whether it, or a folder in it, does
+    # (step, is_proven, is_file) of each checkpoint that may be in it.
+    inner: list[tuple[int, bool, bool]] = field(default_factory=list)
+
+    def contains_checkpoints(self) -> bool | None:
+        """Return whether this is the folder of a run and not a checkpoint; None: that is not certain."""
+        others = [one for one in self.inner if one[0] != self.step]
+        steps = {step for step, *_ in others}
+        if any(is_proven for _, is_proven, _ in others):
+            return True
+        if self.is_proven or not others or (len(steps) == 1 and (self.has_weights or others[0][2])):
+            return False
+        is_counted = max(steps) < _PARTS_PER_NUMBER * len(steps)
+        return None if len(steps) == 1 or is_counted or self.has_weights else True
+
+
+def _find_nesting(
+    folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, named: NDArray[np.int64]
+) -> tuple[set[str], set[str]]:
+    """Return the named folders that contain checkpoints of other steps, and those of which this is not certain.
+
+    A checkpoint may have parts whose names look like checkpoints (global_step100 in checkpoint-100, ckpt_0 and ckpt_1
+    of two ranks), and a run may have a folder whose name looks like one (finetune_from_step_5000, dpo/iter_1). Objects
+    that prove a checkpoint decide; without them, the numbers do.
+
+    named: Rows of folders with a name of a checkpoint in their path.
+    """
+    tree = _named_folders(folders, folder, names, named)
+    containers: set[str] = set()
+    uncertain: set[str] = set()
+    for path in sorted(tree, key=len, reverse=True):
+        one, above = tree[path], _nearest(path, tree)
+        answer = one.contains_checkpoints()
+        if answer:
+            containers.add(path)
+        elif answer is None:
+            uncertain.add(path)
+        if above is not None and answer:
+            above.inner += one.inner
+        elif above is not None and one.holds_weights:
+            above.inner.append((one.step, one.is_proven, False))
+    return containers, uncertain
+
+
+def _named_folders(
+    folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, named: NDArray[np.int64]
+) -> dict[str, _NamedFolder]:
+    """Return the named folders in which, or above which, something else has a name of a checkpoint; by path."""
+    is_named = np.zeros(len(folders), np.bool_)
+    is_named[named] = True
+    keys = np.flatnonzero(is_named[folder])
+    some = names.take(pa.array(keys)).dictionary_encode()
+    code = as_numpy(some.indices, np.int64)
+    is_file = match_regex(some.dictionary, _FILE_NAME)
+    is_proof = as_numpy(pc.is_in(some.dictionary, value_set=pa.array(_PROOFS, pa.large_string())), np.bool_)
+    is_weight = match_regex(some.dictionary, _WEIGHTS) & ~match_regex(some.dictionary, _NO_WEIGHTS) & ~is_file
+    files = keys[is_file[code]]
+    proven, weighty = (np.unique(folder[keys[flags[code]]]) for flags in (is_proof, is_weight))
+    below = pc.replace_substring_regex(folders.take(pa.array(named)), _IN_FOLDER, "", max_replacements=1)
+    nested = named[match_regex(below, _IN_FOLDER)]
+    # Orbax names folders by their number alone.
+    numbered = np.intersect1d(named[match_regex(below, r"^(?:.*/)?[0-9]{1,18}/$")], proven)
+    rows = np.unique(np.concatenate([nested, numbered, folder[files]]))
+    tree = {path: _NamedFolder(step) for path, step in _steps_of_folders(folders.take(pa.array(rows)))}
+    for row in numbered.tolist():
+        path = folders[row].as_py()[:-1]
+        tree.setdefault(path, _NamedFolder(int(path.rpartition("/")[2])))
+    for row in np.union1d(weighty, proven).tolist() if tree else ():
+        for path in _paths_above(folders[row].as_py()):
+            if path in tree:
+                tree[path].holds_weights = True
+    for marked, name in ((proven, "is_proven"), (weighty, "has_weights")):
+        for row in marked.tolist() if tree else ():
+            if (one := tree.get(folders[row].as_py()[:-1])) is not None:
+                setattr(one, name, True)
+    steps = _step_and_series(_file_columns(names.take(pa.array(files))))["step"].to_pylist()
+    for row, step in zip(folder[files].tolist(), steps, strict=True):
+        if (above := _nearest(folders[row].as_py(), tree)) is not None:
+            above.inner.append((step, False, True))
+    return tree
+
+
+def _steps_of_folders(folders: pa.Array) -> Iterator[tuple[str, int]]:
+    """Yield path and step of each folder with the name of a checkpoint that is, or is above, one of these."""
+    texts = folders.to_pylist()
+    once = pa.array(sorted({f"{name}/" for text in texts for name in text[:-1].split("/")}), pa.large_string())
+    parts = pc.extract_regex(once, _IN_FOLDER)
+    found = parts.is_valid()
+    steps = _step_and_series(_name_columns(parts.filter(found)))["step"].to_pylist()
+    step_of = dict(zip(once.filter(found).to_pylist(), steps, strict=True))
+    for path in {path for text in texts for path in _paths_above(text)}:
+        if (step := step_of.get(f"{path.rpartition('/')[2]}/")) is not None:
+            yield path, step
+
+
+def _file_columns(names: pa.Array) -> dict[str, pa.Array]:
+    """Return the parts of names that _FILE_NAME matches, with an empty folder."""
+    parts = pc.extract_regex(names, _FILE_NAME)
+    columns = {name: pc.struct_field(parts, name) for name in (*_NAME_PARTS[1:], "number")}
+    return columns | {"parent": pa.array([""] * len(names), pa.large_string())}
+
+
+def _paths_above(folder: str) -> Iterator[str]:
+    """Yield the paths of a folder ("a/b/") and of the folders above it, the outermost first, without a slash."""
+    end = 0
+    while (end := folder.find("/", end + 1)) >= 0:
+        yield folder[:end]
+
+
+def _nearest(path: str, tree: dict[str, _NamedFolder]) -> _NamedFolder | None:
+    """Return the innermost of the folders above a path; for the text of a folder ("a/b/"), this may be the folder."""
+    while path:
+        path = path.rpartition("/")[0]
+        if path in tree:
+            return tree[path]
+    return None
 
 
 _STEP_RUN_PATH = pa.schema([*_STEP_AND_RUN, ("path", pa.large_string())])
@@ -341,11 +503,7 @@ def _number_folders(
 
 def _numbered_above(folder: str) -> Iterator[str]:
     """Yield the ancestors of the folder, and itself, whose name is a number; the outermost first."""
-    end = 0
-    while (end := folder.find("/", end + 1)) >= 0:
-        name = folder[folder.rfind("/", 0, end) + 1 : end]
-        if _NUMBER_NAME.fullmatch(name):
-            yield folder[:end]
+    return (path for path in _paths_above(folder) if _NUMBER_NAME.fullmatch(path.rpartition("/")[2]))
 
 
 def _checkpoint_files(
@@ -371,8 +529,7 @@ def _checkpoint_files(
             rows.append(start + mine)
             is_free[mine] = False
         is_one = np.flatnonzero(is_free & match_regex(names.take(pa.array(some)), _FILE_NAME))
-        parts = pc.extract_regex(names.take(pa.array(some[is_one])), _FILE_NAME)
-        columns = {name: pc.struct_field(parts, name) for name in (*_NAME_PARTS[1:], "number")}
+        columns = _file_columns(names.take(pa.array(some[is_one])))
         tables.append(_step_and_series(columns | {"parent": folders.take(pa.array(folder[some[is_one]]))}))
         rows.append(start + is_one)
     return pa.concat_tables(tables), np.concatenate(rows)
@@ -544,3 +701,100 @@ def _lacking(members: _Members, run: NDArray[np.int32]) -> NDArray[np.uint8]:
     # The manifest commits one of our own checkpoints: without it there is none, and with it there is nothing to guess.
     lacks[members.is_own] = np.where(members.groups_with(members.manifest)[members.is_own], NOTHING, MANIFEST)
     return lacks
+
+
+# Number of checkpoints in a row with equally many files per name that show that a job changed its number of ranks.
+_RESIZED = 3
+
+
+def _fewer_files_than_neighbours(
+    members: _Members,
+    folders: pa.Array,
+    paths: pa.Array,
+    run: NDArray[np.int32],
+    step: NDArray[np.int64],
+    compared: NDArray[np.bool_],
+) -> NDArray[np.bool_]:
+    """Return the checkpoints that have fewer files of a name than others of their run; bool[n_groups].
+
+    A killed copy leaves a folder that may look complete by its own names. Numbers and hashes in names do not count, so
+    that the files of all ranks have one name. docs/reference/tiers.md defines the rule. compared: Checkpoints that lack
+    nothing by their own names.
+    """
+    found = np.zeros(len(run), np.bool_)
+    folder_bytes, path_bytes = (as_numpy(pc.binary_length(texts), np.int64) for texts in (folders, paths))
+    rows = np.flatnonzero(members.group != NO_GROUP)
+    rows = rows[compared[members.group[rows]]]
+    rows = rows[folder_bytes[members.folder[rows]] > path_bytes[members.group[rows]]]  # not checkpoints that are files
+    n_neighbours = np.bincount(run[np.unique(members.group[rows])], minlength=1)
+    rows = rows[n_neighbours[run[members.group[rows]]] > 1]
+    if not len(rows):
+        return found
+    code, names = _plain_names(members, rows, folders, path_bytes)
+    (group, code), n_files = np.unique(np.stack([members.group[rows], code]), axis=1, return_counts=True)
+    facts = pa.table({"run": run[group], "name": code, "n": n_files}).group_by(["run", "name"])
+    facts = facts.aggregate([("n", "min"), ("n", "max"), ("n", "count")])
+    least, most, n_with, of_run = (as_numpy(facts[name], np.int64) for name in ("n_min", "n_max", "n_count", "run"))
+    # Most runs have equally many files per name in each checkpoint, and need no closer look.
+    at = np.flatnonzero(np.isin(run[group], of_run[(least != most) | (n_with < n_neighbours[of_run])]))
+    by_run: dict[int, dict[int, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
+    for one, name, n in zip(group[at].tolist(), code[at].tolist(), n_files[at].tolist(), strict=True):
+        by_run[int(run[one])][one][name] = n
+    for counts in by_run.values():
+        by_step = {one: counts[one] for one in sorted(counts, key=lambda one: (int(step[one]), one))}
+        found[_partial_copies(by_step, names)] = True
+    return found
+
+
+def _plain_names(
+    members: _Members, rows: NDArray[np.int64], folders: pa.Array, path_bytes: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], list[str]]:
+    """Return the number of each key's path in its checkpoint, without numbers and hashes, and these paths."""
+    inner, folder = np.unique(members.folder[rows], return_inverse=True)
+    group = np.zeros(len(inner), np.int64)
+    group[folder] = members.group[rows]
+    below = [
+        text.encode()[n_bytes + 1 :].decode()
+        for text, n_bytes in zip(folders.take(pa.array(inner)).to_pylist(), path_bytes[group].tolist(), strict=True)
+    ]
+    parts, codes = [], []
+    for texts, of_row in ((pa.array(below, pa.large_string()), folder), (take_rows(members.names, rows), None)):
+        encoded = texts.dictionary_encode()
+        plain = pc.replace_substring_regex(encoded.dictionary, _HASH, "*")
+        plain = pc.replace_substring_regex(plain, "[0-9]+", "#").dictionary_encode()
+        numbers = as_numpy(plain.indices, np.int64)[as_numpy(encoded.indices, np.int64)]
+        codes.append(numbers if of_row is None else numbers[of_row])
+        parts.append(plain.dictionary.to_pylist())
+    used, code = np.unique(codes[0] * len(parts[1]) + codes[1], return_inverse=True)
+    return code, [parts[0][number // len(parts[1])] + parts[1][number % len(parts[1])] for number in used.tolist()]
+
+
+def _partial_copies(counts: dict[int, dict[int, int]], names: Sequence[str]) -> list[int]:
+    """Return the checkpoints of a run that have fewer files of a name than at least half of the others.
+
+    counts: Number of files by name of each checkpoint, in order of steps.
+    """
+    n_others = len(counts) - 1
+    of_name: dict[int, list[int]] = defaultdict(list)
+    for files in counts.values():
+        for name, n in files.items():
+            of_name[name].append(n)
+    common = {
+        name: sorted(numbers)
+        for name, numbers in of_name.items()
+        if 2 * len(numbers) >= n_others and not _RESULT.search(names[name])
+    }
+    is_description = {name: _DESCRIPTION.search(names[name]) is not None for name in common}
+    found = []
+    for files, stretch in groupby(counts.items(), key=lambda item: item[1]):
+        some = [one for one, _ in stretch]
+        for name, numbers in common.items():
+            n = files.get(name, 0)
+            n_more = len(numbers) - bisect_right(numbers, n)
+            is_resized = n > 0 and "#" in names[name] and len(some) >= _RESIZED
+            if is_resized or (n > 0 and "*" in names[name]):
+                continue
+            if (n == 0 and n_more == n_others > 1) if is_description[name] else (n_more > 0 and 2 * n_more >= n_others):
+                found += some
+                break
+    return found

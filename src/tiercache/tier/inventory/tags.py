@@ -1,10 +1,9 @@
-"""Tags and pins of the checkpoints of tc.Checkpoints: the file tags.json in the folder of each."""
+"""Pins of the checkpoints of tc.Checkpoints: the file tags.json in the folder of each."""
 
 from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,64 +18,58 @@ if TYPE_CHECKING:
     from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
 
-TAGS_NAME = "tags.json"
+PIN_NAME = "tags.json"
+UNREADABLE_PIN = f"its {PIN_NAME} cannot be read"
+"""Reason of the pin of a checkpoint of which it cannot be known whether it is pinned: nothing is deleted."""
 _THREADS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Tags:
-    """Tags of a checkpoint, and whether it is pinned: the contents of its tags.json."""
+def encode_pin(why: str | None) -> bytes:
+    """Return the text of tags.json. why: Reason of the pin, for people; None: the checkpoint is not pinned."""
+    return json.dumps({"pinned": why is not None, "why": why or ""}).encode() + b"\n"
 
-    tags: frozenset[str] = frozenset()
-    is_pinned: bool = False
 
-    def __or__(self, other: Tags) -> Tags:
-        return Tags(self.tags | other.tags, self.is_pinned or other.is_pinned)
+def parse_pin(data: bytes) -> str | None:
+    """Return the reason of the pin in a text of tags.json; None if there is no pin.
 
-    def encode(self) -> bytes:
-        """Return the text of tags.json."""
-        return json.dumps({"pinned": self.is_pinned, "tags": sorted(self.tags)}).encode() + b"\n"
-
-    @classmethod
-    def parse(cls, data: bytes) -> Tags:
-        """Return the tags in a text of tags.json. A text that cannot be read counts as a pin: nothing is deleted."""
-        try:
-            body = json.loads(data)
-            tags, is_pinned = frozenset(body["tags"]), body["pinned"]
-        except (ValueError, TypeError, KeyError):
-            return cls(is_pinned=True)
-        is_valid = type(is_pinned) is bool and all(isinstance(tag, str) for tag in tags)
-        return cls(tags, is_pinned) if is_valid else cls(is_pinned=True)
+    A text that cannot be read counts as a pin. So do tags, which checkpoints could have before they had reasons.
+    """
+    try:
+        body = json.loads(data)
+        is_pinned, why, tags = body["pinned"], body.get("why", ""), body.get("tags", [])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return UNREADABLE_PIN
+    is_valid = type(is_pinned) is bool and isinstance(why, str) and isinstance(tags, list)
+    if not is_valid or not all(isinstance(tag, str) for tag in tags):
+        return UNREADABLE_PIN
+    if tags:
+        return why or f"tagged {', '.join(tags)}"
+    return why if is_pinned else None
 
 
 def read_own_tags(file: RuleFile, stores: Stores, listed: Listing, grouped: Grouped, copies: Copies) -> dict[str, Any]:
-    """Return the tags and the pins of our own checkpoints, of all their copies: `tags` and `pinned` of a Snapshot.
+    """Return the pins of our own checkpoints: `pinned` of a Snapshot, the groups of which any copy is pinned.
 
     A file that cannot be read counts as a pin, so that nothing is deleted.
     """
     is_own = grouped.from_layout(grouped.layout.own, otherwise=False)
     at = np.flatnonzero(np.repeat(is_own[copies.group], np.diff(copies.start)))
     keys = listed.keys.take(pa.array(copies.row[at]))
-    hits = at[match_regex(keys, rf"/{TAGS_NAME}$")] if len(at) else at
+    hits = at[match_regex(keys, rf"/{PIN_NAME}$")] if len(at) else at
     copy_of = np.searchsorted(copies.start, hits, side="right") - 1
 
-    def read(hit: int, copy: int) -> Tags:
+    def read(hit: int, copy: int) -> str | None:
         key = listed.keys[int(copies.row[hit])].as_py()
         try:
-            return Tags.parse(stores.store(file.tiers[int(copies.tier[copy])].name).get(key))
+            return parse_pin(stores.store(file.tiers[int(copies.tier[copy])].name).get(key))
         except NotFound:  # deleted since it was listed
-            return Tags()
+            return None
         except StoreError as error:
             if error.retryable:
                 raise
-            return Tags(is_pinned=True)
+            return UNREADABLE_PIN
 
-    found: dict[int, Tags] = {}
-    with ThreadPoolExecutor(_THREADS, "tiercache-tags") as pool:
-        for copy, tags in zip(copy_of.tolist(), pool.map(read, hits.tolist(), copy_of.tolist()), strict=True):
-            group = int(copies.group[copy])
-            found[group] = found.get(group, Tags()) | tags
-    return {
-        "tags": {group: one.tags for group, one in found.items() if one.tags},
-        "pinned": frozenset(group for group, one in found.items() if one.is_pinned),
-    }
+    with ThreadPoolExecutor(_THREADS, "tiercache-pins") as pool:
+        pins = list(pool.map(read, hits.tolist(), copy_of.tolist()))
+    groups = copies.group[copy_of].tolist()
+    return {"pinned": frozenset(group for group, pin in zip(groups, pins, strict=True) if pin is not None)}

@@ -32,9 +32,10 @@ from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.placement_updates import track_ruled
 from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.move.unfinished import finish_copies
+from tiercache.tier.plan.deletion_limit import exceeded_limits
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide_now
-from tiercache.tier.stores import Stores
+from tiercache.tier.stores import Stores, lead_readers_home
 from tiercache.waiting import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def open_mover(
     tiering, cancel = file.tiering, Event()
     with ExitStack() as stack:
         lock = lock or stack.enter_context(TierLock(stores.store(file.home_tier.name)))
+        lead_readers_home(stores)
         transfer = Transfer(stores, jobs=tiering.jobs, rate_bytes_s=tiering.rate_bytes_s, cancel=cancel)
         stack.enter_context(transfer)
         pool = ThreadPoolExecutor(tiering.jobs, thread_name_prefix="tiercache-mover")
@@ -75,7 +77,7 @@ def open_mover(
 
 
 # Exit codes that a scheduler sees: docs/reference/tiers.md.
-DONE, PARTLY, PENDING = 0, 3, 5
+DONE, PARTLY, PENDING, UNCONFIRMED = 0, 3, 5, 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ class RunReport:
         n_groups: Number of groups (shards, checkpoints, files) in all tiers.
         n_restoring: Number of copies whose restore is in progress.
         seconds: Duration of the run, in seconds.
+        is_unconfirmed: Whether the run moved and deleted nothing that it planned, because rules would delete more than
+            they may without a confirmation: see plan.exceeded.
         dry_run: Whether the run only listed and planned, and changed nothing.
     """
 
@@ -109,6 +113,7 @@ class RunReport:
     n_groups: int = 0
     n_restoring: int = 0
     seconds: float = 0.0
+    is_unconfirmed: bool = False
     dry_run: bool = False
 
     @property
@@ -120,8 +125,11 @@ class RunReport:
     def exit_code(self) -> int:
         """Exit code of the command.
 
-        3: moves were stopped, objects are lost or a tier cannot be seen. 5: restores are in progress. Otherwise 0.
+        7: deletions must be confirmed. 3: moves were stopped, objects are lost or a tier cannot be seen. 5: restores
+        are in progress. Otherwise 0.
         """
+        if self.is_unconfirmed:
+            return UNCONFIRMED
         if self.stopped or self.losses or self.unavailable:
             return PARTLY
         return PENDING if self.n_restoring else DONE
@@ -151,6 +159,7 @@ class RunReport:
             ],
             "lost": [one.path for one in self.losses],
             "unseen": list(self.unavailable),
+            "exceeded": [one.rule for one in self.plan.exceeded],
             "before": _holdings(self.plan, "before"),
             "after": _holdings(self.plan, "after"),
             "seconds": round(self.seconds, 3),
@@ -167,6 +176,7 @@ def run_once(
     file: RuleFile,
     *,
     dry_run: bool = False,
+    confirmed: bool = False,
     on_progress: Callable[[Progress], object] | None = None,
     stores: Stores | None = None,
 ) -> RunReport:
@@ -175,6 +185,8 @@ def run_once(
     Args:
         file: Rule file.
         dry_run: Whether to list and plan only, and change nothing.
+        confirmed: Whether a person has confirmed that rules may delete more than their `max_delete`. Otherwise a run
+            that would do so ends before it moves or deletes anything that it planned.
         on_progress: Function that receives the progress of the plan, then that of reading copies back; called from
             several threads.
         stores: Stores of the file's tiers, which stay the caller's. None: the run opens and closes them.
@@ -192,7 +204,10 @@ def run_once(
         if dry_run:
             report, _, _ = _plan(file, stores, catalog)
             waiting = len(catalog.open_moves(file.home_tier.url, "waiting", "dropping"))
-            report = replace(report, deletions=ApplyResult(waiting_drops=waiting), dry_run=True)
+            unconfirmed = bool(report.plan.exceeded) and not confirmed
+            report = replace(
+                report, deletions=ApplyResult(waiting_drops=waiting), dry_run=True, is_unconfirmed=unconfirmed
+            )
         else:
             context = stack.enter_context(open_mover(file, stores, catalog))
             # First, because the plan would otherwise count half of a copy.
@@ -202,6 +217,9 @@ def run_once(
             listed_s = SYSTEM_CLOCK.monotonic()
             report, inventory, decisions = _plan(file, stores, catalog)
             crash_point("tier_run.planned")
+            if report.plan.exceeded and not confirmed:
+                seconds = time.monotonic() - started_s
+                return replace(report, resumed=resumed, deletions=finished, is_unconfirmed=True, seconds=seconds)
             newly_tracked = track_ruled(inventory, stores)
             crash_point("tier_run.tracked")
             applied = apply_plan(context, report.plan, on_progress=on_progress)
@@ -227,8 +245,10 @@ def _plan(file: RuleFile, stores: Stores, catalog: TierCatalog) -> tuple[RunRepo
     inventory = take_inventory(file, stores, catalog, now_s=now_s)
     snapshot = inventory.snapshot
     decisions, unavailable = decide_now(snapshot, file, stores, catalog)
+    plan = make_plan(decisions, inventory, file, [prices_if_known(tier) for tier in file.tiers])
+    journal = catalog.open_moves(file.home_tier.url, "waiting", "dropping")
     report = RunReport(
-        make_plan(decisions, inventory, file, [prices_if_known(tier) for tier in file.tiers]),
+        replace(plan, exceeded=exceeded_limits(decisions, snapshot, file, journal)),
         unavailable=unavailable,
         gaps=metric_gaps(snapshot, file, inventory.facts["in_files"])[0],
         losses=find_losses(inventory, file, stores, catalog, now_s=now_s),

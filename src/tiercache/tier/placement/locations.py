@@ -4,8 +4,9 @@
 
     1. If the rule file of this machine has a tier that contains the path, the same path is looked up in all its tiers,
        from the fastest to the coldest. This needs no placement, and finds copies in tiers of this machine alone.
-    2. Otherwise a home is searched in the folders above the path: the first that has a tracking marker and whose
-       placement has a row for the path leads to the object. This works without a rule file.
+    2. Otherwise a home is searched in the folders above the path: the first that has a tracking marker, or that is a
+       tier whose marker leads to the home, and whose placement has a row for the path leads to the object. This works
+       without a rule file.
 
 A file is looked up by HEAD requests, a folder by listings. An object that must be restored is found last.
 """
@@ -72,6 +73,21 @@ class FolderLocation:
 
 
 @dataclass(frozen=True, slots=True)
+class FolderTiers:
+    """The tiers, other than a folder itself, in which objects of the folder may lie.
+
+    Attributes:
+        urls: URL of the folder in each tier, by the name of the tier; by the URL if no rule file has the tier.
+        placed: URL of the folder that has an object, by the object's key below the folder, as the placement states it.
+        home: URL of the folder in the home; None: no placement was found.
+    """
+
+    urls: Mapping[str, str]
+    placed: Mapping[str, str]
+    home: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class _TierUrl:
     name: str
     url: str
@@ -121,7 +137,7 @@ class FileLocator:
         for home, placement, below in self._homes_above(path):
             row = placement.find(below)
             if row is not None:
-                return self._first([self._store(row.url), home], below)
+                return self._first([self.store(row.url), home], below)
         return None
 
     def find_folder(self, path: str) -> FolderLocation | None:
@@ -132,8 +148,38 @@ class FileLocator:
         for home, placement, below in self._homes_above(path):
             urls = placement.urls_below(below)
             if urls:
-                return self._folder([*map(self._store, urls), home], below)
+                return self._folder([*map(self.store, urls), home], below)
         return None
+
+    def find_tiers(self, path: str, *, follows_placement: bool = True) -> FolderTiers:
+        """Return the tiers in which objects of a folder may lie, as the rule file and the placement state them.
+
+        follows_placement: Whether the folders above the path are searched for a home.
+
+        Raises:
+            StoreError: A marker, or the placement, could not be read.
+            CorruptShard, UnsupportedFormat: The placement is not readable.
+        """
+        key = self.key_of(path)
+        urls = {} if key is None else {tier.name: _below(tier.url, key) for tier in self.tiers()}
+        placed: dict[str, str] = {}
+        home = None
+        for folder, below in self._folders_above(f"{path.rstrip('/')}/-") if follows_placement else ():
+            found = self._home_at(folder)
+            if found is None:
+                continue
+            root, placement = found
+            below = below.removesuffix("-").rstrip("/")
+            home = _below(root, below)
+            rows, start = placement.rows_below(below), len(below) + 1 if below else 0
+            for object_key, url in zip(rows["key"].to_pylist(), rows["url"].to_pylist(), strict=True):
+                placed[object_key[start:]] = _below(url, below)
+            break
+        for url in dict.fromkeys([*([] if home is None else [home]), *placed.values()]):
+            if not any(_is_same_url(url, known) for known in urls.values()):
+                urls[redact(url)] = url
+        others = {name: url for name, url in urls.items() if not _is_same_url(url, path)}
+        return FolderTiers(others, placed, home)
 
     def key_of(self, path: str) -> str | None:
         """Return the path below the tiers' URLs of a path or URL; None: it is in no tier of the rule file."""
@@ -159,9 +205,10 @@ class FileLocator:
         return ()
 
     def _stores_of_tiers(self) -> list[Store]:
-        return [self._store(url) for url in dict.fromkeys(tier.url for tier in self.tiers())]
+        return [self.store(url) for url in dict.fromkeys(tier.url for tier in self.tiers())]
 
-    def _store(self, url: str) -> Store:
+    def store(self, url: str) -> Store:
+        """Return the store of a URL, opened once. Raises ValueError if it cannot be opened."""
         with self._lock:
             store = self._stores.get(url)
             if store is None:
@@ -214,6 +261,34 @@ class FileLocator:
 
     def _homes_above(self, path: str) -> Iterator[tuple[Store, log.Placement, str]]:
         """Yield (home, placement, path below it) for each tracked folder above a path, the nearest first."""
+        for url, below in self._folders_above(path):
+            found = None
+            # An unreadable placement of a folder above is not the error that the reader should get.
+            with suppress(StoreError, CorruptShard, UnsupportedFormat, ValueError):
+                found = self._home_at(url)
+            if found is None:
+                self._no_homes.setdefault(url, time.monotonic())
+            elif len(found[1]):
+                yield self.store(found[0]), found[1], below
+
+    def _home_at(self, url: str) -> tuple[str, log.Placement] | None:
+        """Return the URL of the home at a folder, or to which its marker leads, and its placement; None: no marker.
+
+        Raises as log.read_placement().
+        """
+        if self._no_homes.get(url, -_NO_HOME_S) + _NO_HOME_S > time.monotonic():
+            return None
+        found, home = log.follow_marker(self.store(url)), url
+        if isinstance(found, str):
+            home, found = found, log.read_placement(self.store(found)) or log.empty_placement()
+        if found is None:
+            self._no_homes[url] = time.monotonic()
+            return None
+        return home, found
+
+    @staticmethod
+    def _folders_above(path: str) -> Iterator[tuple[str, str]]:
+        """Yield the URL of each folder above a path that may be a home, the nearest first, and the path below it."""
         plain = plain_url(path)
         if scheme_of(plain) not in _HOME_SCHEMES or "::" in plain:
             return
@@ -222,18 +297,15 @@ class FileLocator:
         segments = (rest if found else plain).strip("/").split("/")
         first = 1 if found else 0  # a bucket is no folder
         for n in range(len(segments) - 1, max(first - 1, len(segments) - 1 - _MOST_FOLDERS), -1):
-            url = root + "/".join(segments[:n])
-            if self._no_homes.get(url, -_NO_HOME_S) + _NO_HOME_S > time.monotonic():
-                continue
-            placement = None
-            # An unreadable placement of a folder above is not the error that the reader should get.
-            with suppress(StoreError, CorruptShard, UnsupportedFormat, ValueError):
-                home = self._store(url)
-                placement = log.read_placement(home)
-            if placement is None:
-                self._no_homes[url] = time.monotonic()
-            elif len(placement):
-                yield home, placement, "/".join(segments[n:])
+            yield root + "/".join(segments[:n]), "/".join(segments[n:])
+
+
+def _below(url: str, path: str) -> str:
+    return f"{url.rstrip('/')}/{path}".rstrip("/")
+
+
+def _is_same_url(first: str, second: str) -> bool:
+    return plain_url(first).rstrip("/") == plain_url(second).rstrip("/")
 
 
 def _open(url: str) -> Store:

@@ -2,7 +2,8 @@
 
 ::
 
-    _tiercache/tiers.json                      tracking marker: it is tracked; the number of a recent placement
+    _tiercache/tiers.json                      tracking marker: it is tracked; the number of a recent placement. In the
+                                               other tiers of a rule file: the URL of the home, which has the placement
     _tiercache/placement/<20 digits>.arrow     a complete placement each: one row for each object that is away from home
 
 An untracked data set costs its readers one small GET. The placements are a numbered log (store/numbered_log.py): a
@@ -35,7 +36,7 @@ import pyarrow.compute as pc
 from tiercache._native.checksum import crc32c
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptShard, NotFound, StoreError, UnsupportedFormat
-from tiercache.store import Store, check_key
+from tiercache.store import LocalFolder, Store, check_key
 from tiercache.store.contract import WrapperStore
 from tiercache.store.numbered_log import NumberedLog, is_forbidden
 
@@ -154,10 +155,16 @@ class Placement:
 
     def urls_below(self, folder: str) -> tuple[str, ...]:
         """Return the URLs of the rows whose keys are below a folder, each once."""
+        return tuple(self.rows_below(folder)["url"].unique().to_pylist())
+
+    def rows_below(self, folder: str) -> pa.Table:
+        """Return the rows whose keys are below a folder; all for ""."""
+        if not folder:
+            return self.rows
         start, end = (
             bisect_left(range(len(self)), f"{folder}{sign}", key=lambda i: self._keys[i].as_py()) for sign in "/0"
         )
-        return tuple(self.rows["url"].slice(start, end - start).unique().to_pylist())
+        return self.rows.slice(start, end - start)
 
     def row_numbers(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
         """Return the row number of each key, -1 for those at home; int64[len(keys)]."""
@@ -317,7 +324,19 @@ def read_placement(store: Store) -> Placement | None:
         UnsupportedFormat: A newer release wrote it.
         StoreError: The store failed.
     """
-    marked = _marked(store)
+    found = follow_marker(store)
+    return None if isinstance(found, str) else found
+
+
+def follow_marker(store: Store) -> Placement | str | None:
+    """Return what the marker leads to: the newest placement, or, in a tier that is not the home, the URL of the home.
+
+    None: there is no marker. Raises as read_placement().
+    """
+    mark = _mark(store)
+    if mark is not None and isinstance(mark.get("home"), str):
+        return str(mark["home"])
+    marked = _number_in(mark)
     return None if marked is None else _found(store, _log_of(store).newest(marked))
 
 
@@ -356,9 +375,12 @@ def tracked_since_s(store: Store) -> float | None:
 
 
 def _marked(store: Store) -> int | None:
-    """Return the number in the marker, 0 if it has no valid one; None if there is no marker."""
-    mark = _mark(store)
-    if mark is None:
+    """Return the number in the marker, 0 if it has no valid one; None if there is no marker of a home."""
+    return _number_in(_mark(store))
+
+
+def _number_in(mark: Mapping[str, Any] | None) -> int | None:
+    if mark is None or "home" in mark:
         return None
     number = mark.get("placement")
     return number if type(number) is int and 0 <= number < 10**18 else 0
@@ -404,10 +426,28 @@ def _found(store: Store, found: tuple[int, bytes] | None) -> Placement:
 
 def start_tracking(store: Store) -> bool:
     """Put the marker: machines report their use from now on. Return whether it was missing. Raises StoreError."""
-    if is_tracked(store):
+    mark = _mark(store)
+    if _number_in(mark) is not None:
         return False
-    store.put_if_absent(TRACKING_MARKER_KEY, encode_tracking_marker(_log_of(store).highest(), time.time()))
+    marker = encode_tracking_marker(_log_of(store).highest(), time.time())
+    if mark is None:
+        store.put_if_absent(TRACKING_MARKER_KEY, marker)
+    else:  # it was a tier of another home
+        store.put(TRACKING_MARKER_KEY, marker)
     return True
+
+
+def lead_to_home(store: Store, home_url: str) -> None:
+    """Let the marker of a tier lead to the home, so that readers of what has left the tier find it. Raises StoreError.
+
+    An empty folder gets no marker, because its disk may not be mounted. A tier that is tracked itself stays so.
+    """
+    mark = _mark(store)
+    if _number_in(mark) is not None or (mark is not None and mark["home"] == home_url):
+        return
+    if mark is not None or not isinstance(store, LocalFolder) or next(iter(store.list()), None) is not None:
+        text = json.dumps({"format": "tiercache-tiers", "version": FORMAT_VERSION, "home": home_url})
+        store.put(TRACKING_MARKER_KEY, text.encode() + b"\n")
 
 
 def commit_placement(store: Store, changes: Mapping[str, PlacementRow | None]) -> Placement:

@@ -180,7 +180,7 @@ class LocationResolver:
         state, url = self._state, row.url
         with state.lock:
             if url not in state.stores:
-                own = self.options if _same_service(url, self.home.url) else {}
+                own = self.options if is_same_service(url, self.home.url) else {}
                 try:
                     state.stores[url] = open_store(url, **(own | options_of(url)))
                 except ValueError as error:
@@ -347,7 +347,7 @@ def scheme_of(url: str) -> str:
     return scheme.lower() if found and scheme.lower() != "file" else ""
 
 
-def _same_service(url: str, home: str) -> bool:
+def is_same_service(url: str, home: str) -> bool:
     """Return whether the home's options, including credentials, may be sent to a location that its placement names.
 
     For these clouds the options determine the server that is asked; for all others the URL does.

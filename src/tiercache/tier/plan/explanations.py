@@ -91,8 +91,6 @@ def _always(index: SnapshotIndex, found: dict[int, list[KeepReason]]) -> None:
     for group, reason in snapshot.held.items():
         if is_checkpoint[group]:
             found[group].append(KeepReason("", None, reason))
-    for group in np.flatnonzero(is_checkpoint & index.tagged).tolist():
-        found[group].append(KeepReason("", None, f"tagged {', '.join(sorted(snapshot.tags[group]))}: never deleted"))
 
 
 def _keys(keep: KeepList) -> Iterator[tuple[str, KeepList]]:
@@ -106,7 +104,5 @@ def _keys(keep: KeepList) -> Iterator[tuple[str, KeepList]]:
     for best in keep.best:
         mode = ":max" if best.mode == "max" else ""
         yield f"best = {' or '.join(best.metrics)}:{best.n}{mode}", KeepList(best=(best,))
-    if keep.tags:
-        yield f"tags = {', '.join(keep.tags)}", KeepList(tags=keep.tags)
     if keep.younger_s is not None:
         yield f"younger than {span(keep.younger_s)}", KeepList(younger_s=keep.younger_s)

@@ -26,6 +26,7 @@ from tiercache.store.posix import UnpublishedFile, open_folder, write_all
 from tiercache.tier.inventory.listing import NO_CRC
 from tiercache.tier.model import (
     Action,
+    ExceededLimit,
     Kind,
     Move,
     MoveCost,
@@ -83,6 +84,7 @@ def plan_blocks(plan: Plan) -> Iterator[ReadableBuffer]:
         "after": {name: asdict(of) for name, of in plan.after.items()},
         "n_moves": len(plan.moves),
         **asdict(plan.totals),
+        **({"exceeded": [asdict(one) for one in plan.exceeded]} if plan.exceeded else {}),
         "sha256": digest.hexdigest(),
     }
     yield _line(summary)
@@ -273,6 +275,7 @@ class _Summary(_Line):
     n_bytes: Count
     cost: float
     saving_month: float
+    exceeded: tuple[ExceededLimit, ...] = ()
     sha256: str
 
 
@@ -329,6 +332,7 @@ def read_plan(path: Path) -> Plan:
         totals=PlanTotals(end.n_bytes, end.cost, end.saving_month),
         before=end.before,
         after=end.after,
+        exceeded=end.exceeded,
     )
 
 

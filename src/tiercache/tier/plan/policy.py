@@ -104,7 +104,7 @@ def _seconds_until_deletion(index: SnapshotIndex, moves: MoveColumns) -> NDArray
     """Return the seconds from now until the rule of each proposed move deletes its group; inf: never."""
     limits = [np.inf if rule.delete_after_s is None else rule.delete_after_s for rule in index.file.rules]
     by_rule = np.array([*limits, np.inf])[np.where(moves.rule < 0, len(limits), moves.rule)]
-    by_rule[index.newest[moves.group] | index.tagged[moves.group]] = np.inf  # never deleted
+    by_rule[index.newest[moves.group]] = np.inf  # never deleted
     return np.asarray(np.maximum(by_rule - index.age_s[moves.group], 0.0), np.float64)
 
 
@@ -120,7 +120,7 @@ def refuse(moves: MoveColumns, refused: list[MoveColumns], mask: Flags, text: Re
 
 
 def refuse_protected(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
-    """Refuse moves of groups that are immovable, pinned, held, in use or incomplete, and deletions of tagged groups."""
+    """Refuse moves of groups that are immovable, pinned, held, in use or incomplete."""
     immovable = np.isin(moves.group, [*index.snapshot.immovable])
     whys = [index.snapshot.immovable[group] for group in moves.group[immovable].tolist()]
     moves = refuse(moves, refused, immovable, np.array(whys, np.object_))
@@ -137,10 +137,7 @@ def refuse_protected(index: SnapshotIndex, moves: MoveColumns, refused: list[Mov
     moves = refuse(moves, refused, in_use, "in use")
     partial = ~index.snapshot.complete[moves.group] & (index.snapshot.kind[moves.group] == CHECKPOINT)
     whole = index.whole[:, moves.group[partial]].any(axis=0)
-    moves = refuse(moves, refused, partial, np.where(whole, "not complete yet", _NOT_WHOLE).astype(np.object_))
-    tagged = index.tagged[moves.group] & (moves.action == DELETE)
-    names = [f"tagged {', '.join(sorted(index.snapshot.tags[group]))}" for group in moves.group[tagged].tolist()]
-    return refuse(moves, refused, tagged, np.array(names, np.object_))
+    return refuse(moves, refused, partial, np.where(whole, "not complete yet", _NOT_WHOLE).astype(np.object_))
 
 
 def _protected_by_hold(index: SnapshotIndex) -> Flags:

@@ -202,11 +202,11 @@ def _untracked_reasons(rule: Rule, index: SnapshotIndex, waiting: MoveColumns) -
 def _left(index: SnapshotIndex, rows: Rows, deletes: MoveColumns) -> Rows:
     """Return the rows that will not be deleted.
 
-    The newest checkpoint of a run and tagged groups are never deleted, so that the rule moves them as it does others.
+    The newest checkpoint of a run is never deleted, so that the rule moves it as it does others.
     """
     out = np.zeros(index.snapshot.n_groups, np.bool_)
     out[deletes.group] = True
-    return rows[~out[rows] | index.newest[rows] | index.tagged[rows]]
+    return rows[~out[rows] | index.newest[rows]]
 
 
 def _conditions_hold(index: SnapshotIndex, rule: Rule, rows: Rows) -> tuple[Flags, Flags]:

@@ -1,15 +1,15 @@
-"""Selects groups: which rule, pins, tags and keep lists apply to each, and which tiers hold copies of it.
+"""Selects groups: which rule, pins and keep lists apply to each, and which tiers hold copies of it.
 
 The last checkpoints of a run are those that were written last, whatever their steps: a run that restarts at a lower
 step goes on from them. Steps are compared as numbers, within the part of a run between two restarts. An incomplete
-checkpoint is kept only by its tags and its age, so that it does not displace a complete one. If no checkpoint of a run
+checkpoint is kept only by its age, so that it does not displace a complete one. If no checkpoint of a run
 has the metric of a `best`, the keep list keeps all checkpoints of that run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,7 +33,7 @@ Flags = NDArray[np.bool_]
 class SnapshotIndex:
     """The snapshot indexed for the policy. In two-dimensional columns, tiers are rows and groups are columns."""
 
-    snapshot: Snapshot  # with the tags of the rule file
+    snapshot: Snapshot
     file: RuleFile
     prices: Sequence[Prices | None]  # of each tier; None: unknown
     at: NDArray[np.int32]  # [n_tiers, n_groups], number of the group's copy in the tier; -1: none
@@ -43,7 +43,6 @@ class SnapshotIndex:
     rule: NDArray[np.int16]  # [n_groups], number of the rule that applies to the group; -1: none
     pin: NDArray[np.int16]  # [n_groups], number of the first pin in force that matches the group; -1: none
     newest: Flags  # [n_groups], see find_newest()
-    tagged: Flags  # [n_groups]
     age_s: NDArray[np.float64]  # [n_groups], seconds since the group was written
     unused_s: NDArray[np.float64]  # [n_groups], since its last use, or since it was written if that is later
     group_bytes: NDArray[np.int64]  # [n_groups], size of the largest copy
@@ -57,7 +56,6 @@ class SnapshotIndex:
         names = tuple(tier.name for tier in file.tiers)
         if snapshot.tiers != names:
             raise ValueError(f"the snapshot has tiers {snapshot.tiers}, and {file.path} has {names}: take a new one")
-        snapshot = with_tags(snapshot, file)
         shape = len(names), snapshot.n_groups
 
         def spread(column: NDArray[np.bool_]) -> Flags:
@@ -67,11 +65,9 @@ class SnapshotIndex:
 
         at = np.full(shape, -1, np.int32)
         at[snapshot.tier, snapshot.group] = np.arange(snapshot.n_copies, dtype=np.int32)
-        tagged = np.zeros(snapshot.n_groups, np.bool_)
-        tagged[[group for group, tags in snapshot.tags.items() if tags]] = True
         pins = [pin for pin in file.pins if pin.until_s is None or pin.until_s > snapshot.now_s]
         # The snapshot has no objects: the path of a folder stands for the objects that `run/step-10/**` matches.
-        pin = first_match(snapshot.paths, [(pin.match + _folders(pin.match), ()) for pin in pins])
+        pin = first_match(snapshot.paths, [(pin.match + covered_folders(pin.match), ()) for pin in pins])
         tiers = [(tier.url.rstrip("/"), price) for tier, price in zip(file.tiers, prices, strict=True)]
         routes = np.array(
             [[(src == dst, *leaves_and_streams(src, dst, old, new)) for dst, new in tiers] for src, old in tiers]
@@ -87,7 +83,6 @@ class SnapshotIndex:
             rule=rules_of(snapshot, file),
             pin=np.append([file.pins.index(pin) for pin in pins], -1).astype(np.int16)[pin],
             newest=find_newest(snapshot),
-            tagged=tagged,
             age_s=snapshot.now_s - snapshot.created_s,
             unused_s=snapshot.now_s - np.maximum(snapshot.last_use_s, snapshot.created_s),
             group_bytes=largest_copies(snapshot),
@@ -139,20 +134,7 @@ def largest_copies(snapshot: Snapshot) -> NDArray[np.int64]:
     return n_bytes
 
 
-def with_tags(snapshot: Snapshot, file: RuleFile) -> Snapshot:
-    """Return the snapshot with the tags of the rule file added to those that its checkpoints have."""
-    if not file.tags:
-        return snapshot
-    checkpoints = np.flatnonzero(snapshot.kind == CHECKPOINT)
-    paths = snapshot.paths.take(pa.array(checkpoints))
-    tags = dict(snapshot.tags)
-    for tag in file.tags:
-        for group in checkpoints[first_match(paths, [(tag.match, ())]) >= 0].tolist():
-            tags[group] = tags.get(group, frozenset()) | frozenset(tag.tags)
-    return replace(snapshot, tags=tags)
-
-
-def _folders(globs: Sequence[str]) -> tuple[str, ...]:
+def covered_folders(globs: Sequence[str]) -> tuple[str, ...]:
     """Return the folders that `**` globs cover completely: "a/b" for "a/b/**"."""
     return tuple(glob.removesuffix("/**") for glob in globs if glob.endswith("/**") and glob != "/**")
 
@@ -196,9 +178,6 @@ def evaluate_keep_list(snapshot: Snapshot, rows: Rows, keep: KeepList) -> KeepRe
         unscored[complete[unsure]], without[complete[lacks]] = True, True
         unscored_by += [best.metrics] if unsure.any() else []
         without_by += [best.metrics] if lacks.any() else []
-    if keep.tags:
-        names = set(keep.tags)
-        named[[group for group, tags in snapshot.tags.items() if not names.isdisjoint(tags)]] = True
     if keep.younger_s is not None:
         named[rows[snapshot.now_s - snapshot.created_s[rows] <= keep.younger_s]] = True
     return KeepResult(named[rows], unscored[rows], without[rows], tuple(unscored_by), tuple(without_by))

@@ -1,0 +1,253 @@
+"""What tier check, plan, apply and run say of rules that delete too much, or that do not do what was meant."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+DAY_S = 86400.0
+TIERS = """
+[tiers.hot]
+url = "hot"
+[tiers.archive]
+url = "cold"
+[tiering]
+grace = "1d"
+state_dir = "state"
+"""
+
+
+class Folder:
+    """Two tiers of 10 files in runs/, of 100 bytes each, and of two in keep/."""
+
+    def __init__(self, root: Path, tiercache) -> None:
+        self.root, self._tiercache = root, tiercache
+        (root / "cold").mkdir()
+        for n in range(10):
+            self.write(f"runs/{n}.bin", days=n)
+        for name in ("a", "b"):
+            self.write(f"keep/{name}.bin", days=20)
+
+    def write(self, key: str, days: float = 0.0) -> None:
+        path = self.root / "hot" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * 100)
+        self.age(path, days)
+
+    def age(self, path: Path, days: float) -> None:
+        os.utime(path, (time.time() - days * DAY_S - 60,) * 2)
+
+    def rules(self, text: str, grace: str = "1d") -> None:
+        (self.root / "tiercache.toml").write_text(TIERS.replace('grace = "1d"', f'grace = "{grace}"') + text)
+
+    def tier(self, *arguments, code=0):
+        return self._tiercache("tier", *arguments, code=code)
+
+    def warnings(self, *arguments) -> list[str]:
+        lines = self.tier(*arguments).out.splitlines()
+        return [line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")]
+
+    def files(self) -> list[str]:
+        return sorted(path.name for path in (self.root / "hot/runs").iterdir())
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, tiercache):
+    monkeypatch.chdir(tmp_path)
+    return Folder(tmp_path, tiercache)
+
+
+class TestMassDeletions:
+    RULE = '[[rules]]\nname = "old runs"\nmatch = "runs/**"\ndelete_after = "{}"\n{}\n'
+
+    def test_a_run_that_would_delete_more_than_half_stops_before_it_deletes_or_moves_anything(self, folder):
+        folder.rules('[[rules]]\nmatch = "keep/**"\nto = "archive"\n' + self.RULE.format("4d", ""), grace="0s")
+        done = folder.tier("run", "--once", code=7)
+        assert "STOPPED: old runs: would delete 600 B of 1000 B for good, and its max_delete is 50%" in done.out
+        assert "--yes" in done.out
+        assert len(folder.files()) == 10
+        assert sorted(path.name for path in (folder.root / "hot/keep").iterdir()) == ["a.bin", "b.bin"]
+
+    def test_a_run_that_deletes_half_does_not_stop(self, folder):
+        folder.rules(self.RULE.format("5d", ""), grace="0s")
+        folder.tier("run", "--once")
+        assert folder.files() == [f"{n}.bin" for n in range(5)]
+
+    def test_it_goes_on_with_yes(self, folder):
+        folder.rules(self.RULE.format("1d", ""), grace="0s")
+        summary = folder.tier("run", "--once", "--yes", "--json").events[-1]
+        assert (summary["exceeded"], summary["exit_code"]) == (["old runs"], 0)
+        assert folder.files() == ["0.bin"]
+
+    def test_deletions_that_were_confirmed_are_made_after_the_grace_period_without_another_question(self, folder):
+        folder.rules(self.RULE.format("1d", ""))
+        folder.tier("run", "--once", "--yes")
+        folder.tier("run", "--once")
+        assert len(folder.files()) == 10
+        folder.write("runs/10.bin", days=30)  # a further deletion, small enough by itself
+        folder.tier("run", "--once")
+        folder.rules(self.RULE.format("1d", ""), grace="0s")
+        folder.tier("run", "--once")
+        assert folder.files() == ["0.bin"]
+
+    @pytest.mark.parametrize(
+        ("limit", "code"), [("90%", 0), ("89%", 7), ("900", 0), ("899", 7), ("100%", 0), ("0%", 7), ("1TB", 0)]
+    )
+    def test_max_delete_of_a_rule_is_a_share_or_a_size(self, folder, limit, code):
+        folder.rules(self.RULE.format("1d", f'max_delete = "{limit}"'))
+        folder.tier("run", "--once", code=code)
+
+    def test_each_rule_has_its_own_limit(self, folder):
+        folder.rules('[[rules]]\nname = "all"\nmatch = "keep/*"\ndelete_after = "1d"\n' + self.RULE.format("9d", ""))
+        (event,) = [e for e in folder.tier("run", "--once", "--json", code=7).events if e["event"] == "exceeded"]
+        assert (event["rule"], event["n_bytes"], event["matched_bytes"]) == ("all", 200, 200)
+
+    def test_plan_warns_and_apply_of_the_plan_needs_yes_too(self, folder):
+        folder.rules(self.RULE.format("1d", ""), grace="0s")
+        (warning,) = folder.warnings("plan", "--out", "plan.json")
+        assert warning.startswith("old runs: would delete 900 B of 1000 B for good")
+        folder.tier("apply", "plan.json", code=7)
+        folder.tier("run", "--once", "--dry-run", code=7)
+        folder.rules(self.RULE.format("20d", ""), grace="0s")
+        folder.tier("run", "--once")
+        assert len(folder.files()) == 10
+        folder.rules(self.RULE.format("1d", ""), grace="0s")
+        assert "9 of 9 moves done" in folder.tier("apply", "plan.json", "--yes").out
+
+    def test_max_delete_without_delete_after_is_an_error(self, folder):
+        folder.rules('[[rules]]\nmatch = "*"\nmax_delete = "60%"\n')
+        assert "rules[1].max_delete: needs `delete_after`" in folder.tier("check", "--offline", code=2).err
+
+
+@pytest.mark.parametrize("verb", ["check", "plan"])
+class TestWarnings:
+    def test_a_rule_that_matches_nothing_is_named_with_the_nearest_glob(self, folder, verb):
+        folder.rules('[[rules]]\nname = "cold"\nmatch = "run/**"\nage = "1d"\nto = "archive"\n')
+        assert folder.warnings(verb) == ["cold: matches no object; did you mean 'runs/**'?"]
+
+    def test_a_pin_that_matches_nothing_is_named_with_the_nearest_glob(self, folder, verb):
+        folder.rules('[[pins]]\nmatch = ["runs/1.bin", "runs/33.bin", "keep/**"]\n')
+        (warning,) = folder.warnings(verb)
+        assert warning.startswith(
+            "pins[1]: 'runs/33.bin' matches no object, and protects nothing; did you mean 'runs/3"
+        )
+
+    def test_an_exception_that_matches_nothing_is_named(self, folder, verb):
+        rule = '[[rules]]\nname = "cold"\nmatch = "runs/**"\nage = "99d"\nto = "archive"\n'
+        folder.rules(f'{rule}except = ["keeep/*", "runs/3.bin"]\n')
+        (warning,) = folder.warnings(verb)
+        assert warning.startswith("cold: except = 'keeep/*' matches none of the objects that `match` matches")
+        assert warning.endswith("did you mean 'keep/*'?")
+
+    def test_a_rule_that_protects_what_a_rule_above_it_deletes_is_in_the_wrong_place(self, folder, verb):
+        rules = '[[rules]]\nname = "all"\nmatch = "**"\ndelete_after = "99d"\n'
+        folder.rules(rules + '[[rules]]\nname = "stays"\nmatch = "keep/**"\n')
+        assert (
+            "stays: protects nothing, because all, which deletes, stands above it and matches the same paths: "
+            "move stays above all"
+        ) in folder.warnings(verb)
+        folder.rules('[[rules]]\nname = "stays"\nmatch = "keep/**"\n' + rules)
+        assert folder.warnings(verb) == []
+
+    def test_a_rule_for_all_the_rest_below_a_special_one_is_no_mistake(self, folder, verb):
+        folder.rules('[[rules]]\nmatch = "runs/**"\ndelete_after = "99d"\n[[rules]]\nmatch = "**"\n')
+        assert folder.warnings(verb) == []
+
+    def test_a_rule_all_of_whose_objects_belong_to_rules_above_is_named(self, folder, verb):
+        rule = '[[rules]]\nname = "{}"\nmatch = "{}"\nage = "99d"\nto = "archive"\n'
+        folder.rules(rule.format("all", "**") + rule.format("some", "runs/*"))
+        (warning,) = folder.warnings(verb)
+        assert warning.startswith("some: applies to nothing, because rules above it apply to all 10 objects")
+        assert warning.endswith("the first of these is all")
+
+    def test_a_deletion_before_the_move_is_named(self, folder, verb):
+        text = '[[rules]]\nname = "r"\nmatch = "runs/**"\nkeep_hot = {last = 1}\nthen = "archive"\nafter = "99d"\n'
+        folder.rules(text + 'delete_after = "90d"\n')
+        (warning,) = folder.warnings(verb)
+        assert warning.startswith("r: delete_after (90 days) is not longer than after (99 days), so that objects are")
+
+    def test_a_partial_copy_of_a_checkpoint_is_named_with_the_reason(self, folder, verb):
+        folder.rules('[[rules]]\nmatch = "ck/**"\nkeep_hot = {last = 1}\nthen = "archive"\nafter = "1d"\n')
+        for step, names in ((1, "abc"), (2, "abc"), (3, "ab")):
+            for name in names:
+                folder.write(f"ck/step-{step}/{name}.bin", days=9 - step)
+        lines = folder.tier(verb).out.splitlines()
+        assert (
+            "note: 1 checkpoint incomplete and left alone, lacking files that other checkpoints of its run have: "
+            "ck/step-3"
+        ) in lines
+
+    def test_a_file_without_mistakes_gives_no_warning(self, folder, verb):
+        folder.rules('[[rules]]\nmatch = "runs/**"\nexcept = "runs/3.bin"\nage = "99d"\nto = "archive"\n')
+        assert folder.warnings(verb) == []
+
+
+def test_a_partial_copy_of_the_newest_checkpoint_deletes_none_of_the_complete_ones(folder):
+    folder.rules('[[rules]]\nmatch = "ck/**"\nkeep_hot = {last = 1}\ndelete_after = "1d"\nmax_delete = "100%"', "0s")
+    for step, names in ((1, "abc"), (2, "abc"), (3, "ab")):
+        for name in names:
+            folder.write(f"ck/step-{step}/{name}.bin", days=9 - step)
+    folder.tier("run", "--once")
+    assert sorted(path.name for path in (folder.root / "hot/ck").iterdir()) == ["step-2", "step-3"]
+
+
+def test_the_newest_checkpoint_in_a_folder_that_is_named_like_a_checkpoint_is_never_deleted(folder):
+    folder.rules('[[rules]]\nmatch = "ck/**"\ndelete_after = "1d"\nmax_delete = "100%"', "0s")
+    for run in (1, 2):
+        for step in (100, 200, 300):
+            for name in ("model.safetensors", "trainer_state.json"):
+                folder.write(f"ck/iter_{run}/checkpoint-{step}/{name}", days=9 - step / 100)
+    folder.tier("run", "--once")
+    left = sorted(path.relative_to(folder.root / "hot/ck").as_posix() for path in (folder.root / "hot/ck").glob("*/*"))
+    assert left == ["iter_1/checkpoint-300", "iter_2/checkpoint-300"]
+
+
+def test_check_prints_when_each_rule_deletes(folder):
+    folder.rules('[[rules]]\nname = "r"\nmatch = "runs/**"\ndelete_after = "30d"\n')
+    assert "deletes 30 days after the last write, and 24 hours of grace" in folder.tier("check").out
+    folder.rules('[[rules]]\nname = "r"\nmatch = "runs/**"\ndelete_after = "30d"\n', grace="0s")
+    assert "deletes 30 days after the last write\n" in folder.tier("check").out
+
+
+class TestOneFolder:
+    @pytest.mark.parametrize("options", [(), ("--offline",)])
+    def test_check_refuses_a_tier_that_is_another_tier_by_a_link(self, folder, options):
+        (folder.root / "cold").rmdir()
+        (folder.root / "cold").symlink_to("hot")
+        folder.rules("")
+        done = folder.tier("check", *options, code=2)
+        assert "tiers.archive.url" in done.err
+        assert "are one folder by a link or a mount" in done.err
+
+    def test_check_refuses_a_tier_that_is_another_tier_by_a_bind_mount(self, folder):
+        if subprocess.run(["unshare", "-rm", "true"], check=False, capture_output=True).returncode:
+            pytest.skip("this machine lets no user make a mount")
+        folder.rules("")
+        check = f"{sys.executable} -m tiercache.cli.app tier check --offline"
+        command = ["unshare", "-rm", "sh", "-c", f"mount --bind hot cold && {check}"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder.root)
+        assert done.returncode == 2
+        assert "are one folder by a link or a mount" in done.stderr
+
+    def test_check_refuses_a_tier_that_is_inside_another_by_a_link(self, folder):
+        (folder.root / "cold").rmdir()
+        (folder.root / "cold").symlink_to("hot/runs")
+        folder.rules("")
+        assert "lie inside one another by a link or a mount" in folder.tier("check", code=2).err
+
+    def test_a_tier_whose_folder_does_not_exist_yet_is_found_through_a_link_above_it(self, folder):
+        (folder.root / "link").symlink_to("hot")
+        folder.rules("")
+        path = folder.root / "tiercache.toml"
+        path.write_text(path.read_text().replace('url = "cold"', 'url = "link/new"'))
+        assert "lie inside one another" in folder.tier("check", code=2).err
+
+    def test_links_to_different_folders_are_accepted(self, folder):
+        (folder.root / "cold").rmdir()
+        (folder.root / "other").mkdir()
+        (folder.root / "cold").symlink_to("other")
+        folder.rules("")
+        folder.tier("check")
