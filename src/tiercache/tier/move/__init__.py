@@ -17,8 +17,8 @@ MoveExecutor._run_batch() calls steps 1 to 7, and DeferredDeletions._run_batch()
     4. record    the catalog of this machine records the verified copies in src and dst, by size, ETag and CRC-32C, as
                  soon as a group is complete (CopyMaker.copy)
     5. check     checks src again: an object that changed during the copy is not what dst has (_check_sources)
-    6. place     confirms the copies in dst, and commits the placement, which tells every reader where the objects are
-                 from now on (_commit_placements)
+    6. place     confirms the copies in dst, journals that they stay, and commits the placement, which tells every
+                 reader where the objects are from now on (_commit_placements)
     7. wait      waits for the grace period: readers that do not know the new placement yet still read src (_end)
     8. re-check  dst is complete and as it was verified; src is as it was copied; nobody reads src; no pin
                  protects it; the placement leads to dst; src and dst are two locations; files in dst are read from disk

@@ -439,8 +439,9 @@ def withdraw_copy(context: MoveContext, row: JournalRow) -> str:
     new = [obj for obj in row.objects if obj.is_new]
     if not new:
         return ""
+    pairs = [(tier, obj.key) for obj in row.objects for tier in (row.src, row.dst)]
     try:
-        heads = _heads(context, [(tier, obj.key) for obj in row.objects for tier in (row.src, row.dst)])
+        heads = _heads(context, pairs)
         parts = [obj for obj in new if heads.info(row.dst, obj.key) is not None]
         if not parts or (_is_recorded(context, row, heads) and _is_unchanged(context, row, heads)):
             return ""
@@ -455,6 +456,10 @@ def withdraw_copy(context: MoveContext, row: JournalRow) -> str:
             )
         ours = [obj for obj in parts if _is_own_part(context, row, obj, heads)]
         found = [heads.info(row.dst, obj.key) for obj in ours]
+        crash_point("tier_move.withdrawing")
+        now = _heads(context, pairs)  # reading the objects may have taken hours
+        if any(now.info(*pair) != heads.info(*pair) for pair in pairs):
+            return f"{row.path}: {row.src_url} or {row.dst_url} changed while an interrupted copy was compared"
         context.lock.announce([(row.dst_url, row.path)])
         context.transfer.delete_objects(
             row.dst,

@@ -390,6 +390,9 @@ class MoveExecutor:
             except TierCacheError as error:
                 job.stop(str(error))
         self._context.lock.check()
+        for job, _, _ in changes:  # readers may be led to these copies from now on: nothing withdraws them
+            job.row = replace(job.row, objects=tuple(obj._replace(is_new=False) for obj in job.row.objects))
+        self._catalog.write([job.row for job, _, _ in changes])
         for job, reason in self._placements.commit(changes):
             job.stop(reason)
 
