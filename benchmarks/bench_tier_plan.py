@@ -115,7 +115,6 @@ def made_snapshot(n: int) -> Snapshot:
         in_use=random.random(n) < 0.01,
         metrics={"val_loss": np.where(kind == CHECKPOINT, random.random(n), np.nan)},
         unread=np.zeros(n, np.bool_),
-        tags={},
         group=group,
         tier=tier,
         n_objects=np.ones(m, np.int32),

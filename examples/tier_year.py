@@ -238,7 +238,7 @@ class World:
             complete=np.ones(n, bool), created_s=all_of.born_s[:n], last_use_s=self._last_use_s[:n],
             uses=self._uses[:n], uses_tracked_since_s=np.full(n, -np.inf), unreported=np.zeros(n, bool),
             in_use=self._in_use[:n],
-            metrics={"val_loss": all_of.loss[:n]}, unread=np.zeros(n, bool), tags={},
+            metrics={"val_loss": all_of.loss[:n]}, unread=np.zeros(n, bool),
             group=group.astype(np.int32), tier=tier.astype(np.int8), n_objects=n_objects, n_bytes=n_bytes,
             smallest_bytes=n_bytes // n_objects, modified_s=self.since_s[group, tier],
             storage_class=tier.astype(np.int16),

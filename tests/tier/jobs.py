@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tests.tier.bucket import Died
 from tests.tier.world import SHAPES, World, content
 
+from tiercache import crash_points
 from tiercache.errors import ArchivedShards
 from tiercache.tier.plan.plan_file import read_plan, write_plan
 
@@ -22,6 +24,7 @@ class TierJob:
 
 
 UNWANTED = "checkpoints/solo/step-10.pt"
+INTERRUPTED = tuple(f"checkpoints/run/step-20/{part}" for part in ("__0_0.distcp", "__1_0.distcp", ".metadata"))
 
 
 def write(world: World, place: str, name: str, version: int = 0) -> None:
@@ -113,6 +116,40 @@ def remove(world: World) -> None:
     world.remove_checkpoints([UNWANTED])
 
 
+def interrupted(world: World) -> None:
+    """A run has died when a checkpoint lay in parts in the tier that it is copied to."""
+    fill(world)
+
+    def die(name: str) -> None:
+        there = world.picture()["home"].keys()
+        if world.script.dead or (name == "tier_move.parts_copied" and {*INTERRUPTED[:-1]} <= there):
+            world.script.dead = True
+            raise Died
+
+    before = crash_points.set_hook(die)
+    try:
+        once(world)
+    except Died:
+        pass
+    finally:
+        crash_points.set_hook(before)
+        world.script.dead = False
+    assert world.look() == []
+    assert INTERRUPTED[-1] not in world.picture()["home"]
+
+
+def unwanted_copy(world: World) -> None:
+    """As interrupted(), and the rules are others by now."""
+    interrupted(world)
+    world.pin("files/b.bin")
+
+
+def new_source(world: World) -> None:
+    """As interrupted(), and the checkpoint was written again."""
+    interrupted(world)
+    write(world, "hot", "checkpoints/run/step-20", version=1)
+
+
 def heal(world: World, is_last: bool) -> None:
     """What the next run does, with no help; the last one leaves nothing open."""
     read(world)
@@ -134,6 +171,9 @@ JOBS = {
         TierJob("changed", changed, World.run_once),
         TierJob("recall", archived, recall),
         TierJob("remove", unwanted, remove),
+        TierJob("finish", interrupted, World.run_once),
+        TierJob("withdraw", unwanted_copy, World.run_once),
+        TierJob("withdraw_older", new_source, World.run_once),
         TierJob("read", archived, read, ("warm", "local")),
     )
 }

@@ -4,10 +4,8 @@ The world says what people do: write, remove, pin, and which bits it turns itsel
 point inside of one, the oracle looks at all objects as they lie and compares them with what lay there before.
 """
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 
 DAY_S = 86_400.0
 NEVER = float("inf")
@@ -48,7 +46,7 @@ class Oracle:
     """The record, and the checks.
 
     alive: key to contents to the place where somebody has written them and not replaced or removed them himself.
-    ever: all contents that a key has had. current: the one that somebody wrote last.
+    ever: all contents that a key has had.
     rotten: (place, key) to the bytes that the world itself has spoilt there; spoilt: key to all of these.
     first_seen_s: (place, key, contents) to when they were seen there first; once_seen_s: of those that are gone from
     there. pinned: keys; pinned_late: of these, those that were pinned while it was decided already what goes;
@@ -65,7 +63,6 @@ class Oracle:
     groups: dict[str, Group] = field(default_factory=dict)
     alive: dict[str, dict[bytes, set[str]]] = field(default_factory=dict)
     ever: dict[str, set[bytes]] = field(default_factory=dict)
-    current: dict[str, bytes] = field(default_factory=dict)
     rotten: dict[tuple[str, str], bytes] = field(default_factory=dict)
     spoilt: dict[str, set[bytes]] = field(default_factory=dict)
     written_s: dict[str, float] = field(default_factory=dict)
@@ -123,7 +120,6 @@ class Oracle:
                 del contents[other]
         contents.setdefault(data, set()).add(place)
         self.ever.setdefault(key, set()).add(data)
-        self.current[key] = data
         self.written_s.setdefault(key, now_s)
         self.changed_s[key] = now_s
         self.deleted.discard(self.group_of[key])
@@ -206,14 +202,15 @@ class Oracle:
 
     def look(self, picture: Picture, now_s: float) -> list[str]:
         """Return what is wrong with the changes that the library has made since the picture before."""
+        was_whole = {*self.whole_at}
         self._note_seen(picture, now_s)
         found = [
             *self._lost(picture, now_s),
             *self._strange(picture),
             *self._half(picture),
             *self._newest(picture),
-            *self._pins(picture),
-            *self._early(picture, now_s),
+            *self._pins(picture, was_whole),
+            *self._early(picture, now_s, was_whole),
         ]
         self.before = picture
         return found
@@ -243,19 +240,14 @@ class Oracle:
                 del contents[data]
                 if data in self.replaced_late.get(key, ()):
                     continue
-                is_older = data != self.current.get(key) or self._is_spoilt(key, picture)
-                why = self.may_not_delete(self.group_of[key], now_s, is_older=is_older)
-                if why:
+                if why := self.may_not_delete(self.group_of[key], now_s):
                     found.append(f"{key}: its {len(data)} bytes lie nowhere any more, and must: {why}")
                 if not any(key in objects for objects in picture.values()):  # other bytes still count as the group
                     self.deleted.add(self.group_of[key])
         return found
 
-    def may_not_delete(self, name: str, now_s: float, *, is_older: bool = False) -> str:
-        """Return why no rule may delete a group now; "": one may.
-
-        is_older: What goes is an older copy of a name that was written again, which counts by its own date.
-        """
+    def may_not_delete(self, name: str, now_s: float) -> str:
+        """Return why no rule may delete a group now; "": one may."""
         if name in self.removed_by_hand:
             return ""
         group = self.groups[name]
@@ -266,24 +258,13 @@ class Oracle:
             return f"it is {age_s / DAY_S:.1f} days old"
         if (self.pinned - self.pinned_late) & set(group.keys):
             return "it is pinned"
-        if self.protected.get(group.run) == name and not is_older:  # _newest() sees that some tier has it whole
+        if self.protected.get(group.run) == name:  # _newest() sees that some tier has it whole
             return "it is the newest complete checkpoint of its run"
         newer = [other for other in self.groups.values() if other.run == group.run and self._is_newer(other, group)]
         here = [other for other in newer if other.name not in self.deleted and self._counted(other)]
-        n_here = len(here) + sum(self._n_older_copies(other.name) for other in newer)
-        if group.run and n_here < group.keep_last and not is_older:
+        if group.run and len(here) < group.keep_last:
             return f"it is among the last {group.keep_last}"
         return ""
-
-    def _n_older_copies(self, name: str) -> int:
-        """Return how many older copies of a name have a date in their names: each is a checkpoint of the run."""
-        dates = {
-            found[0]
-            for objects in self.before.values()
-            for key in objects
-            if self.group_of.get(undated(key)) == name and (found := _DATE.search(key))
-        }
-        return len(dates)
 
     def _is_newer(self, other: Group, group: Group) -> bool:
         """Whether another checkpoint may be newer: by its step, or because some of it was written later."""
@@ -304,8 +285,6 @@ class Oracle:
             for key, seen in objects.items():
                 if key in self.ever and seen.data not in self.ever[key]:
                     found.append(f"{place}/{key}: {len(seen.data)} bytes that nobody wrote")
-                if key not in self.ever and seen.data in self.ever.get(undated(key), ()):
-                    continue  # an older object of a name that was written again
                 if key not in self.ever:
                     found.append(f"{place}/{key}: nobody wrote an object of that name")
         return found
@@ -333,13 +312,11 @@ class Oracle:
             if key not in picture[place] and any(key in now for now in (*picture.values(), *self.before.values()))
         ]
 
-    def at_rest(
-        self, picture: Picture, wanted: Collection[tuple[str, str]] | None = None, handled: Collection[str] = ()
-    ) -> list[str]:
+    def at_rest(self, picture: Picture, handled: Collection[str] = ()) -> list[str]:
         """What is wrong when everything was done: a group in parts that nobody has taken apart.
 
-        wanted: (place, group), where the last plan would have it; None: wherever something of it lies. handled: groups
-        that people have changed object by object: parts that stay of these may be what they want.
+        handled: Groups that people have changed object by object: parts that stay of these may be what they want, or
+        differ from what another tier has, which only people can decide.
         """
         found = []
         for group in self.groups.values():
@@ -348,11 +325,12 @@ class Oracle:
             }:  # what is pinned stays as it is, the rest of a deletion that was begun too
                 continue
             for place, objects in picture.items():
-                there, missing = {*group.keys} & objects.keys(), self._missing(group, place, picture)
-                missing = [key for key in missing if self._is_good_somewhere(key, picture)]
-                is_wanted = wanted is None or (place, group.name) in wanted
-                is_known = (place, group.name) in self.in_parts
-                if there and missing and not is_known and (is_wanted or not self._may_stay(group, place, picture)):
+                # A spoilt part is not known to be the mover's own, so it stays.
+                there = [
+                    key for key in group.keys if key in objects and self.rotten.get((place, key)) != objects[key].data
+                ]
+                missing = [key for key in self._missing(group, place, picture) if self._is_good_somewhere(key, picture)]
+                if there and missing and (place, group.name) not in self.in_parts:
                     found.append(f"{place}/{group.name}: {len(there)} of its {len(group.keys)} objects were left")
         return found
 
@@ -360,32 +338,6 @@ class Oracle:
         """Whether it could be copied: of what is spoilt wherever it lies nobody can make a copy."""
         places = [place for place, objects in picture.items() if key in objects]
         return any(self.rotten.get((place, key)) != picture[place][key].data for place in places)
-
-    def _may_stay(self, group: Group, place: str, picture: Picture) -> bool:
-        """Whether parts of a group may be left in a place where no plan wants it.
-
-        What a copy that was broken off has left stays: nothing is deleted for it (docs/design/tiers.md). So
-        it is where two contents differ, of which nobody knows the right one, and where all that there is of the group
-        lies in another place, in which it is kept by now. But a deletion that was begun is finished.
-        """
-        is_contested = self._is_contested(place, {*group.keys} & picture[place].keys(), picture)
-        others = [picture[other].keys() & {*group.keys} for other in picture.keys() - {place}]
-        is_elsewhere = any(there >= picture[place].keys() & {*group.keys} | set().union(*others) for there in others)
-        return (place, group.name) not in self.whole_at and (is_contested or is_elsewhere)
-
-    def _is_contested(self, place: str, keys: set[str], picture: Picture) -> bool:
-        """Whether one of these is another object elsewhere, as somebody has written it: then it is moved no more.
-
-        1. A copy is broken off. 2. Its source is written anew; or it was one of two contents all the time, of which the
-        other place never said the checksum. 3. Of two copies that differ neither is whole, and nothing of the group is
-        moved (docs/reference/tiers.md): only people know which of them is wanted, and both stay.
-        """
-        for other in picture.keys() - {place}:
-            for key in keys & picture[other].keys():
-                data = picture[other][key].data
-                if data != picture[place][key].data and self.rotten.get((other, key)) != data:
-                    return True
-        return False
 
     def note_parts(self, place: str, key: str, picture: Picture) -> None:
         """Somebody has just done something to an object by hand: if its group lies there in parts, he knows."""
@@ -425,54 +377,44 @@ class Oracle:
         return [
             f"{name} is the newest complete checkpoint of {run}, and no place has it whole and readable"
             for run, name in self.protected.items()
-            if name not in self.removed_late
-            and not self._whole_in(self.groups[name], picture)
-            and not self._whole_as_older(self.groups[name], picture)
+            if name not in self.removed_late and not self._whole_in(self.groups[name], picture)
         ]
 
-    def _whole_as_older(self, group: Group, picture: Picture) -> bool:
-        """Whether a place has the right bytes of a group of which a bit has turned, with a date in their names.
-
-        A bucket dates an object whose bits turned anew, so the right one counts as an older copy.
-        """
-        return any(self._is_spoilt(key, picture) for key in group.keys) and any(
-            all(any(_lies(objects, key, data) for data in self.alive.get(key, ())) for key in group.keys)
-            for objects in picture.values()
-        )
-
-    def _is_spoilt(self, key: str, picture: Picture) -> bool:
-        return any(key in objects and objects[key].data in self.spoilt.get(key, ()) for objects in picture.values())
-
-    def _pins(self, picture: Picture) -> list[str]:
+    def _pins(self, picture: Picture, was_whole: Collection[tuple[str, str]]) -> list[str]:
         found = []
         for place, objects in self.before.items():
             for key in (self.pinned - self.pinned_late) & set(objects):
                 now = picture.get(place, {}).get(key)
                 if now is None:
+                    if self._may_be_withdrawn(place, key, objects[key].data, picture, was_whole):
+                        continue  # a pin ends a copy that was interrupted
                     found.append(f"{place}/{key} is pinned, and gone from there")
                 elif now.storage_class != objects[key].storage_class:
                     found.append(f"{place}/{key} is pinned, and its class is {now.storage_class!r} now")
         return found
 
-    def _early(self, picture: Picture, now_s: float) -> list[str]:
-        """Return the copies that vanished or became unreadable before the grace period of another copy was over."""
+    def _early(self, picture: Picture, now_s: float, was_whole: Collection[tuple[str, str]]) -> list[str]:
+        """Return the copies that vanished or became unreadable before the grace period of another copy was over.
+
+        was_whole: As whole_at, before the picture.
+        """
         found = []
         for place, objects in self.before.items():
             for key, seen in objects.items():
                 now = picture.get(place, {}).get(key)
                 if now is not None and not (seen.readable and not now.readable):
                     continue
-                if key not in self.group_of or (now is None and _lies(picture.get(place, {}), key, seen.data)):
-                    continue  # an older object of a name that was written again, with a date in its name
                 # Spoilt bytes have no grace, also where the library has copied them and takes that back, being wrong.
-                is_older = seen.data != self.current.get(key)
-                may_not = self.may_not_delete(self.group_of[key], now_s, is_older=is_older)
-                if seen.data in self.spoilt.get(key, ()) or not may_not:
+                if key not in self.group_of or seen.data in self.spoilt.get(key, ()):
+                    continue
+                if not self.may_not_delete(self.group_of[key], now_s):
+                    continue
+                if now is None and self._may_be_withdrawn(place, key, seen.data, picture, was_whole):
                     continue
                 since_s = [
                     first_s
                     for (other, name, data), first_s in self.first_seen_s.items()
-                    if data == seen.data and key in (name, undated(name)) and other != place
+                    if (name, data) == (key, seen.data) and other != place
                 ]
                 if now is not None:
                     since_s = [self.asked_s.get(self.group_of[key], NEVER)]
@@ -483,16 +425,25 @@ class Oracle:
                     )
         return found
 
+    def _may_be_withdrawn(
+        self, place: str, key: str, data: bytes, picture: Picture, was_whole: Collection[tuple[str, str]]
+    ) -> bool:
+        """Whether an object is what an interrupted copy has left, and what it was copied from is still there.
+
+        Nobody was told of such a copy: it is a part of a group that was never whole there, or no tier has got another
+        copy since, to which readers could have been led instead.
+        """
+        if place in self.alive.get(key, {}).get(data, ()):
+            return False  # somebody has written it there himself
+        others = [
+            self.first_seen_s[other, key, data]
+            for other, objects in picture.items()
+            if other != place and _lies(objects, key, data)
+        ]
+        is_part = (place, self.group_of[key]) not in was_whole
+        return bool(others) and (is_part or max(others) <= self.once_seen_s[place, key, data])
+
 
 def _lies(objects: Mapping[str, Seen], key: str, data: bytes) -> bool:
-    """Whether an object has these bytes under its key, or with a date in its name."""
-    return any(seen.data == data for name, seen in objects.items() if name == key or undated(name) == key)
-
-
-@cache
-def undated(key: str) -> str:
-    """The key without the date that the library puts into the name of a file, or of a folder, that is written again."""
-    return _DATE.sub("", key)
-
-
-_DATE = re.compile(r"[.][0-9]{8}T[0-9]{6}Z(?=/|[.]|$)")
+    """Whether an object has these bytes under its key."""
+    return key in objects and objects[key].data == data

@@ -1,14 +1,17 @@
 """Different objects under one name in two tiers: no rule touches either, and the plan names both."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 from tests.tier.folders import FILES, Folders, content
 
 from tiercache.catalog.tiers import TierCatalog
+from tiercache.store import MemoryStore
+from tiercache.testing import WrapperStore
 from tiercache.tier.holds import put_hold
 from tiercache.tier.inventory.groups import take_inventory
-from tiercache.tier.move.mover import DONE, catalog_path
+from tiercache.tier.move.mover import DONE, catalog_path, run_once
 from tiercache.tier.stores import Stores
 
 STEP = [f"run/step-1/{name}" for name in FILES]
@@ -130,3 +133,54 @@ def test_a_conflict_is_counted_by_no_inventory_as_a_complete_checkpoint(folders)
     with Stores(file) as stores, TierCatalog(catalog_path(file)) as catalog:
         snapshot = take_inventory(file, stores, catalog, now_s=2e9).snapshot
     assert not snapshot.complete[snapshot.paths.to_pylist().index("run/step-1")]
+
+
+def test_what_another_machine_has_recalled_is_no_conflict_while_both_copies_stay(folders):
+    folders.write_rules('[[rules]]\nmatch = "**"\nkeep_hot = { last = 9 }\nkeep_standard = { last = 9 }\n')
+    shutil.copytree(folders.root / "standard/run/step-1", folders.root / "hot/run/step-1")
+    with Stores(folders.file) as stores:
+        put_hold(stores.store("standard"), ["run/step-1"], until_s=2.0, now_s=1.0, why="recalled elsewhere")
+    for _ in range(3):
+        assert conflicts(folders.run()) == {}
+    assert folders.lies(1) == ["hot", "standard"]
+
+
+class WithoutETags(WrapperStore):
+    """A store that names no ETag."""
+
+    def head(self, key):
+        return replace(super().head(key), etag=None)
+
+    def list(self, prefix=""):
+        return (replace(info, etag=None) for info in super().list(prefix))
+
+    def read_tail(self, key, n_bytes):
+        data, info = super().read_tail(key, n_bytes)
+        return data, replace(info, etag=None)
+
+    def create(self, key, **options):
+        upload = super().create(key, **options)
+        complete = upload.complete
+
+        def complete_without_etag(**conditions):
+            info = complete(**conditions)
+            return None if info is None else replace(info, etag=None)
+
+        upload.complete = complete_without_etag
+        return upload
+
+
+def test_copies_in_a_store_without_etags_are_no_conflict(tmp_path):
+    folders = Folders(tmp_path, rules='[[rules]]\nmatch = "**"\nage = "1h"\nto = "archive"\n')
+    folders.save(1, 2)
+    file, archive = folders.file, MemoryStore(tmp_path.as_posix().strip("/").replace("/", "-"), "archive")
+    with Stores(file, stores={"archive": WithoutETags(archive)}) as stores:
+        for _ in range(3):
+            report = run_once(file, stores=stores)
+            assert conflicts(report) == {}
+            assert report.exit_code == DONE, report.stopped
+    # The newest checkpoint is only copied: it is dropped in a later run, when the copy is known to be verified.
+    assert (folders.lies(1), folders.lies(2)) == ([], ["hot"])
+    assert sorted(info.key for info in archive.list("run/")) == sorted(
+        f"run/step-{step}/{name}" for step in (1, 2) for name in FILES
+    )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 from tests.tier.bucket import Died
-from tests.tier.jobs import fill, write
+from tests.tier.jobs import INTERRUPTED, fill, interrupted, new_source, unwanted_copy, write
 from tests.tier.world import World, content
 
 from tiercache import crash_points
@@ -136,6 +136,24 @@ def dies_in_mid_copy(world: World) -> list[str]:
     return step(world, world.run_once, "tier_move.parts_copied")
 
 
+def next_run(prepare: Callable[[World], None]) -> Callable[[World], list[str]]:
+    """The next run after an interrupted copy leaves no part of it, and the runs after it do what the rules want."""
+
+    def disturb(world: World) -> list[str]:
+        prepare(world)
+        found = step(world, world.run_once) + world.oracle.at_rest(world.picture())
+        world.days_pass(1.5)
+        found += step(world, world.run_once) + world.oracle.at_rest(world.picture())
+        picture = world.picture()
+        # What was written again is the newest of its run, and stays in hot.
+        place = "hot" if prepare is new_source else "home"
+        assert [name for name in picture if {*INTERRUPTED} & picture[name].keys()] == [place]
+        return found
+
+    disturb.__name__ = f"next_run_after_{prepare.__name__}"
+    return disturb
+
+
 def copy_is_flipped(world: World) -> list[str]:
     """A bit flips on the way to the archive."""
     fill(world)
@@ -158,6 +176,12 @@ CASES = (
     (replaced_meanwhile("hot"), "places"),
     (dies_in_mid_drop, "places"),
     (dies_in_mid_copy, "places"),
+    (next_run(interrupted), "places"),
+    (next_run(interrupted), "local"),
+    (next_run(unwanted_copy), "places"),
+    (next_run(unwanted_copy), "local"),
+    (next_run(new_source), "places"),
+    (next_run(new_source), "local"),
     (copy_is_flipped, "places"),
 )
 

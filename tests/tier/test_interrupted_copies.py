@@ -162,6 +162,30 @@ def test_a_copy_that_is_complete_and_not_recorded_is_not_made_again(folders):
     assert folders.lies(1) == ["standard"]
 
 
+def test_a_complete_copy_whose_source_is_gone_is_the_checkpoint_whatever_the_rules_are_then(folders):
+    folders.save(1, 2)
+    interrupt(folders, "tier_move.copied")
+    for name in FILES:
+        (folders.root / "hot/run/step-1" / name).unlink()
+    folders.write_rules('[[rules]]\nmatch = "**"\nkeep_hot = { last = 5 }\nkeep_standard = { last = 5 }\n')
+    assert folders.run().exit_code == DONE
+    assert not begun(folders)
+    assert folders.lies(1) == ["standard"]
+
+
+def test_an_object_that_a_user_wrote_under_a_name_that_a_killed_run_meant_to_copy_is_kept(folders):
+    folders.save(1, 2)
+    interrupt(folders, "tier_move.intended")
+    name = f"run/step-1/{FILES[0]}"
+    theirs = content(name)[::-1]
+    folders.write("standard", name, theirs)
+    folders.write("hot", name, content(name) + b"again", days=0.1)
+    for _ in range(2):
+        folders.run()
+    assert (folders.root / "standard" / name).read_bytes() == theirs
+    assert (folders.root / "hot" / name).read_bytes() == content(name) + b"again"
+
+
 # -- groups that fail ------------------------------------------------------------------------------------------------
 
 

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 from tests.support.clock import FakeClock
-from tests.tier.moving import PARTS, HookAt, Killed, World, moved_away
+from tests.tier.moving import PARTS, HookAt, Killed, World, checkpoint, moved_away
 
 from tiercache.errors import CommitConflict, StoreError
 from tiercache.testing import Fault
 from tiercache.testing.faults import FaultKind
 from tiercache.tier.move.deletions import DeletionFacts
 from tiercache.tier.move.lock import LockRecord, TierLock
+from tiercache.tier.move.unfinished import finish_copies
 
 
 @pytest.fixture
@@ -123,6 +124,33 @@ def test_a_run_killed_at_any_point_loses_nothing_and_the_next_run_finishes(tmp_p
         world.later()
         a_day(world)
         check_all_is_done(world)
+
+
+def test_readers_are_led_to_no_copy_that_was_withdrawn_because_its_source_was_written_again(world):
+    world.put("standard", "f")
+    with HookAt("tier_move.placed"), pytest.raises(Killed):
+        world.apply(world.plan(world.move("f", "standard", "archive")))
+    world.inner["standard"].put("f", b"written again")
+    with world.opened() as context:
+        (stopped,) = finish_copies(context).stopped
+    assert "expected 1000 bytes, found 13" in stopped.reason
+    row = world.row("f")
+    assert row is None or "archive" in world.where("f")
+
+
+@pytest.mark.parametrize("tier", ["standard", "archive"])
+def test_what_somebody_changes_while_an_interrupted_copy_is_withdrawn_stays(world, tier):
+    plan = checkpoint(world)
+    with HookAt("tier_move.parts_copied"), pytest.raises(Killed):
+        world.apply(plan)
+    world.write_rules("# other rules")
+    change = HookAt("tier_move.withdrawing", do=lambda: world.inner[tier].put(PARTS[0], b"written again"))
+    with change, world.opened() as context:
+        (stopped,) = finish_copies(context).stopped
+    assert change.hit
+    assert "changed while an interrupted copy was compared" in stopped.reason
+    assert world.inner[tier].get(PARTS[0]) == b"written again"
+    assert PARTS[1] in world.keys("archive")
 
 
 @pytest.mark.parametrize("kind", [FaultKind.ERROR, FaultKind.LOST_RESPONSE])

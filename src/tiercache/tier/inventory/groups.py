@@ -174,7 +174,7 @@ class _ObjectFacts:
 
     crc32c; written_s: first-write time in the catalog, inf if unknown; differs: from the manifest, or from the object
     with the same key in another tier; verified: by the catalog, and equal to the objects with this key in other tiers;
-    recorded: the catalog has this object, of which only the ctime of a file may have changed.
+    recorded: the catalog has this object, as far as the store tells; only the ctime of a file may have changed.
     """
 
     def __init__(
@@ -193,8 +193,9 @@ class _ObjectFacts:
         self.written_s = np.full(len(row), np.inf)
         for number in listed.tiers:
             at = np.flatnonzero(listed.tier[row] == number)
-            for here, entries, is_same in _look_up(listed, row, at[np.argsort(key[at])], checksums_of(number)):
-                self.recorded[here] = True
+            for known, found, is_it, is_same in _look_up(listed, row, at[np.argsort(key[at])], checksums_of(number)):
+                self.recorded[known] = True
+                here, entries, is_same = known[is_it], found.filter(pa.array(is_it)), is_same[is_it]
                 self.written_s[here] = entries["written_s"].fill_null(np.inf).to_numpy()
                 same, found = here[is_same], entries.filter(pa.array(is_same))
                 verified[same] = found["verified"].to_numpy()
@@ -219,12 +220,12 @@ class _ObjectFacts:
 
 def _look_up(
     listed: Listing, row: NDArray[np.int64], at: NDArray[np.int64], checksums: pa.Table
-) -> Iterator[tuple[NDArray[np.int64], pa.Table, NDArray[np.bool_]]]:
-    """Yield parts of three columns: objects, their entries in the catalog, and whether the ETags are equal.
+) -> Iterator[tuple[NDArray[np.int64], pa.Table, NDArray[np.bool_], NDArray[np.bool_]]]:
+    """Yield parts of four columns: objects, their entries, whether the entry's date is theirs, whether ETags are equal.
 
-    Of a local file, the third column is False if only the ctime differs, by chmod, chown or a hard link: its bytes may
-    be others, but the date of its writing is still that of the entry. Objects without an entry, or that differ
-    otherwise, are left out.
+    Of a local file, the fourth column is False and the third one True if only the ctime differs, by chmod, chown or a
+    hard link: its bytes may be others, but the date of its writing is still that of the entry. Both are False where the
+    store gives no ETag. Objects without an entry, or that differ otherwise, are left out.
 
     at: The tier's objects, sorted by key, so that a part is searched in the matching range of the catalog only.
     """
@@ -243,10 +244,11 @@ def _look_up(
         etags = pa.chunked_array([listed.etags.take(pa.array(row[some]))])
         is_size = listed.n_bytes[row[some]] == found["n_bytes"].to_numpy()
         is_same = is_size & _are_equal(found["etag"], etags)
-        here = is_same
+        is_it = is_same
         if not is_same.all():
-            here = is_size & _are_equal(_without_ctime(found["etag"]), _without_ctime(etags))
-        yield some[here], found.filter(pa.array(here)), is_same[here]
+            is_it = is_size & _are_equal(_without_ctime(found["etag"]), _without_ctime(etags))
+        known = is_it | (is_size & np.asarray(etags.is_null().to_numpy(), np.bool_))
+        yield some[known], found.filter(pa.array(known)), is_it[known], is_same[known]
 
 
 def _are_equal(one: pa.ChunkedArray, other: pa.ChunkedArray) -> NDArray[np.bool_]:
@@ -488,7 +490,7 @@ def _complete(grouped: Grouped, copies: Copies, *, now_s: float, quiet_period_s:
     other object is newer, or if no object has changed for quiet_period_s.
     """
     settled = now_s - copies.modified_s >= quiet_period_s
-    # The manifest of our own checkpoints is put last; only their tags are written later.
+    # The manifest of our own checkpoints is put last; only their pin is written later.
     is_own = grouped.from_layout(grouped.layout.own, otherwise=False)[copies.group]
     closed = (copies.completing_s > -np.inf) & ((copies.rest_s <= copies.completing_s) | is_own) & ~copies.unfinished
     good = copies.whole & (copies.verified | settled | closed)
@@ -629,11 +631,8 @@ def _snapshot(
     created_s, last_use_s = np.full(len(grouped.kind), np.inf), np.full(len(grouped.kind), np.inf)
     np.minimum.at(created_s, copies.group, copies.written_s)
     in_name_s = grouped.from_layout(grouped.layout.written_s, np.nan)
-    # A dated name has whole seconds; where the exact time is known, it decides about the order. Our own names have
-    # milliseconds, in the order of the saves; a tag that is written later must not change it.
-    is_own = grouped.from_layout(grouped.layout.own, otherwise=False)
-    is_exact = np.isnan(in_name_s) | ((created_s >= in_name_s) & (created_s < in_name_s + 1.0) & ~is_own)
-    created_s = np.where(is_exact, created_s, np.minimum(in_name_s, now_s))
+    # Names of our own checkpoints have the time of their save, which a pin that is written later must not change.
+    created_s = np.where(np.isnan(in_name_s), created_s, np.minimum(in_name_s, now_s))
     # A group without a known use counts as used when it was first written: a move is no use.
     np.minimum.at(last_use_s, copies.group, copies.written_s)
     of_shard, shard = grouped.shard >= 0, grouped.shard[grouped.shard >= 0]

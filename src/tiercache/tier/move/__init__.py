@@ -17,8 +17,8 @@ MoveExecutor._run_batch() calls steps 1 to 7, and DeferredDeletions._run_batch()
     4. record    the catalog of this machine records the verified copies in src and dst, by size, ETag and CRC-32C, as
                  soon as a group is complete (CopyMaker.copy)
     5. check     checks src again: an object that changed during the copy is not what dst has (_check_sources)
-    6. place     confirms the copies in dst, and commits the placement, which tells every reader where the objects are
-                 from now on (_commit_placements)
+    6. place     confirms the copies in dst, journals that they stay, and commits the placement, which tells every
+                 reader where the objects are from now on (_commit_placements)
     7. wait      waits for the grace period: readers that do not know the new placement yet still read src (_end)
     8. re-check  dst is complete and as it was verified; src is as it was copied; nobody reads src; no pin
                  protects it; the placement leads to dst; src and dst are two locations; files in dst are read from disk
@@ -35,7 +35,7 @@ What can happen between two steps:
     3-4  The process is killed: copies exist that the catalog does not know. The journal does: they are compared with
          src, and are not copied again.
     3-4  The network fails for longer than requests are repeated: the row stays "begun", and the next run continues. Any
-         other failure (a full disk, a lost right) withdraws the copy, and stops this move only.
+         other failure (a full disk, a lost permission) withdraws the copy, and stops this move only.
     3-7  A copy in dst was lost, and is made again: _begin_anew resets the row first, so a kill at any point starts the
          grace period again.
     4-5  src is replaced: step 5 sees another ETag, and withdraws the copy in dst.
@@ -43,7 +43,7 @@ What can happen between two steps:
     6-7  The process is killed: readers know the placement, but no deletion waits. Applying the same plan again starts
          the grace period; another plan asks for a drop.
     7-8  src is replaced: step 8 cancels the deletion and reverts the placement. The two objects under one name are a
-         conflict from then on (inventory/conflicts.py): a person decides which one is wanted.
+         conflict for the next plan (inventory/conflicts.py): a person decides which one is wanted.
     7-8  The copy in dst is lost, damaged, or restored and moved by somebody: step 8 compares, and stops. No store
          reports that a file has rotted; only reading the file shows it.
     7-8  Another process with another journal moves the object back: its placement leads to src, and step 8 reads that.

@@ -439,12 +439,16 @@ def withdraw_copy(context: MoveContext, row: JournalRow) -> str:
     new = [obj for obj in row.objects if obj.is_new]
     if not new:
         return ""
+    pairs = [(tier, obj.key) for obj in row.objects for tier in (row.src, row.dst)]
     try:
-        heads = _heads(context, [(tier, obj.key) for obj in row.objects for tier in (row.src, row.dst)])
+        heads = _heads(context, pairs)
         parts = [obj for obj in new if heads.info(row.dst, obj.key) is not None]
         if not parts or (_is_recorded(context, row, heads) and _is_unchanged(context, row, heads)):
             return ""
-        if missing := [obj.key for obj in row.objects if heads.info(row.src, obj.key) is None]:
+        missing = [obj.key for obj in row.objects if heads.info(row.src, obj.key) is None]
+        if len(missing) == len(row.objects) and is_complete_in_dst(context, row):
+            return ""  # somebody has deleted the source since: the copy is the checkpoint
+        if missing:
             return (
                 f"{row.src_url}/{missing[0]}: expected the source of an interrupted copy, found nothing: what was "
                 f"copied of it, {len(parts)} of {len(row.objects)} objects in {row.dst_url}/{row.path}, stays; delete "
@@ -452,6 +456,10 @@ def withdraw_copy(context: MoveContext, row: JournalRow) -> str:
             )
         ours = [obj for obj in parts if _is_own_part(context, row, obj, heads)]
         found = [heads.info(row.dst, obj.key) for obj in ours]
+        crash_point("tier_move.withdrawing")
+        now = _heads(context, pairs)  # reading the objects may have taken hours
+        if any(now.info(*pair) != heads.info(*pair) for pair in pairs):
+            return f"{row.path}: {row.src_url} or {row.dst_url} changed while an interrupted copy was compared"
         context.lock.announce([(row.dst_url, row.path)])
         context.transfer.delete_objects(
             row.dst,
@@ -482,6 +490,19 @@ def _is_recorded(context: MoveContext, row: JournalRow, heads: Heads) -> bool:
     return True
 
 
+def is_complete_in_dst(context: MoveContext, row: JournalRow) -> bool:
+    """Return whether dst has every object of a move, with the planned size and, where it is known, checksum."""
+    entries = context.catalog.entries(row.dst, [obj.key for obj in row.objects])
+    for obj in row.objects:
+        info = context.head(row.dst, obj.key)
+        if info is None or info.n_bytes != obj.n_bytes:
+            return False
+        found = None if obj.crc32c is None else context.checksum_of(row.dst, info, entries.get(obj.key))
+        if found is not None and found != obj.crc32c:
+            return False
+    return True
+
+
 def _is_unchanged(context: MoveContext, row: JournalRow, heads: Heads) -> bool:
     """Return whether no object of a move was written again in src. Objects that are gone do not count."""
     infos = ((obj, heads.info(row.src, obj.key)) for obj in row.objects)
@@ -500,9 +521,16 @@ def _is_own_part(context: MoveContext, row: JournalRow, obj: PlannedObject, head
     if expected is None and not context.change_reason(row.src, source, obj):
         known = context.catalog.entries(row.src, [obj.key]).get(obj.key)
         expected = context.checksum_of(row.src, source, known)
-    # Where src was written again, or one of the two cannot be read, the size and the journal decide.
-    found = info.crc32c if needs_restore(info) else context.checksum_of(row.dst, info, entry)
-    return None in (expected, found) or expected == found
+    if expected is not None and not needs_restore(info):
+        return context.checksum_of(row.dst, info, entry) == expected
+    if expected is None and isinstance(context.stores.store(row.dst), LocalFolder):
+        # src was written again. A copy in a folder has the date of its source, and what a user writes has not.
+        known = context.catalog.entries(row.src, [obj.key]).get(obj.key)
+        dates_s = (obj.modified_s, first_written_s(obj, known))
+        written_s = info.modified_s
+        return written_s is not None and any(s is not None and abs(s - written_s) < 1.0 for s in dates_s)
+    # Of what cannot be read, the size and the journal decide, unless the store knows a checksum.
+    return None in (expected, info.crc32c) or expected == info.crc32c
 
 
 def remove_empty_folders(context: MoveContext, row: JournalRow, tier: str) -> None:

@@ -24,7 +24,7 @@ from tiercache.tier.move.checks import (
     entry_after_class_change,
     in_batches,
 )
-from tiercache.tier.move.copies import CopyMaker, MoveJob, withdraw_copy
+from tiercache.tier.move.copies import CopyMaker, MoveJob, is_complete_in_dst, withdraw_copy
 from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
 from tiercache.tier.stores import deletion_block_reason
 
@@ -255,7 +255,7 @@ class MoveExecutor:
     def _compare_source(self, job: MoveJob, heads: Heads) -> None:
         context, row = self._context, job.row
         found = heads.infos(row.src, row)
-        if row.action in ("move", "drop") and not any(found.values()) and self._was_made(row):
+        if row.action in ("move", "drop") and not any(found.values()) and is_complete_in_dst(context, row):
             job.is_finished = True
             return
         for obj in row.objects:
@@ -269,18 +269,6 @@ class MoveExecutor:
                 job.stop(reason)
                 return
         job.stop_if(context.extra_object_reason(row.src, row.path, found))
-
-    def _was_made(self, row: JournalRow) -> bool:
-        """Return whether a move whose source is gone was made before: as far as can be told, dst is complete."""
-        entries = self._catalog.entries(row.dst, [obj.key for obj in row.objects])
-        for obj in row.objects:
-            info = self._context.head(row.dst, obj.key)
-            if info is None or info.n_bytes != obj.n_bytes:
-                return False
-            found = self._context.checksum_of(row.dst, info, entries.get(obj.key)) if obj.crc32c is not None else None
-            if found is not None and found != obj.crc32c:
-                return False
-        return True
 
     def _compare_all_tiers(self, job: MoveJob, heads: Heads) -> None:
         row, stores = job.row, self._context.stores
@@ -337,17 +325,21 @@ class MoveExecutor:
 
     def _take_over_parts(self, job: MoveJob) -> str:
         """Take over, or remove, the parts of interrupted copies of the job's path. Return why that is impossible."""
+        self._merge_parts(job)
         for old in [*self._open[job.row.path]]:
-            if not _has_parts(old):
+            if not _has_parts(old) or (job.copies and old.dst_url == job.row.dst_url):
                 continue
-            if job.copies and old.dst_url == job.row.dst_url:
-                job.row = replace(job.row, objects=_with_new_of(job.row, old))
-            elif reason := withdraw_copy(self._context, old):
+            if reason := withdraw_copy(self._context, old):
                 return reason
-            else:
-                self._open[job.row.path].remove(old)
-                self._catalog.write([], instead_of=[(old.plan, old.number)])
+            self._open[job.row.path].remove(old)
+            self._catalog.write([], instead_of=[(old.plan, old.number)])
         return ""
+
+    def _merge_parts(self, job: MoveJob) -> None:
+        """Note in the row of a job what interrupted copies of its path to the same tier have made."""
+        for old in self._open[job.row.path] if job.copies else ():
+            if _has_parts(old) and old.dst_url == job.row.dst_url:
+                job.row = replace(job.row, objects=_with_new_of(job.row, old))
 
     def _take_stopped(self, job: MoveJob) -> list[tuple[str, int]]:
         """Return the earlier moves of the job's path that were not made, whose rows the job's row replaces.
@@ -398,6 +390,9 @@ class MoveExecutor:
             except TierCacheError as error:
                 job.stop(str(error))
         self._context.lock.check()
+        for job, _, _ in changes:  # readers may be led to these copies from now on: nothing withdraws them
+            job.row = replace(job.row, objects=tuple(obj._replace(is_new=False) for obj in job.row.objects))
+        self._catalog.write([job.row for job, _, _ in changes])
         for job, reason in self._placements.commit(changes):
             job.stop(reason)
 
@@ -437,12 +432,9 @@ class MoveExecutor:
 
     def _stopped_row(self, job: MoveJob) -> JournalRow:
         """Return the journal row of a move that was not made, after removing what it has copied."""
+        self._merge_parts(job)
         row = job.row
         if job.copies:
-            # Only the journal has what an earlier, interrupted attempt has made.
-            for old in self._open[row.path]:
-                if _has_parts(old) and old.dst_url == row.dst_url:
-                    row = replace(row, objects=_with_new_of(row, old))
             if any(obj.is_new for obj in row.objects) and job.may_continue:
                 return replace(row, note=job.stop_reason)
             if reason := withdraw_copy(self._context, row):

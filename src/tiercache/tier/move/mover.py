@@ -16,6 +16,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from tiercache import config
 from tiercache.catalog.tiers import TierCatalog
@@ -187,8 +188,8 @@ def run_once(
         dry_run: Whether to list and plan only, and change nothing.
         confirmed: Whether a person has confirmed that rules may delete more than their `max_delete`. Otherwise a run
             that would do so ends before it moves or deletes anything that it planned.
-        on_progress: Function that receives the progress of the plan, then that of reading copies back; called from
-            several threads.
+        on_progress: Function that receives the progress of interrupted copies, then of the plan, then of reading copies
+            back; called from several threads.
         stores: Stores of the file's tiers, which stay the caller's. None: the run opens and closes them.
 
     Raises:
@@ -210,7 +211,7 @@ def run_once(
             )
         else:
             context = stack.enter_context(open_mover(file, stores, catalog))
-            # First, because the plan would otherwise count half of a copy.
+            # First, because the plan would otherwise count a part of a group.
             finished = run_due_deletions(context, only_begun=True)
             resumed = finish_copies(context, on_progress=on_progress)
             crash_point("tier_run.finished")
@@ -224,7 +225,8 @@ def run_once(
             crash_point("tier_run.tracked")
             applied = apply_plan(context, report.plan, on_progress=on_progress)
             crash_point("tier_run.applied")
-            remove_obsolete_holds(stores.store(file.home_tier.name), time.time())
+            home = stores.store(file.home_tier.name)
+            remove_obsolete_holds(home, time.time(), recalled=_paths_with_two_copies(inventory))
             # The listing is before this run's own moves. Without a grace period they are due already: it is made anew.
             has_grace = file.tiering.grace_s > 0
             facts = (deletion_facts_of(inventory.snapshot, decisions), listed_s) if has_grace else None
@@ -256,6 +258,12 @@ def _plan(file: RuleFile, stores: Stores, catalog: TierCatalog) -> tuple[RunRepo
         n_restoring=int(np.count_nonzero(snapshot.state == RESTORING)),
     )
     return report, inventory, decisions
+
+
+def _paths_with_two_copies(inventory: Inventory) -> frozenset[str]:
+    snapshot = inventory.snapshot
+    n_copies = np.bincount(snapshot.group, minlength=snapshot.n_groups)
+    return frozenset(snapshot.paths.filter(pa.array(n_copies > 1)).to_pylist())
 
 
 def _holdings(plan: Plan, when: str) -> Mapping[str, Mapping[str, float]]:

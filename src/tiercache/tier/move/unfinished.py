@@ -1,8 +1,8 @@
 """Interrupted copies: a run finishes them, or removes their parts, before it lists, ranks or plans anything.
 
 The journal has each copy from before its first byte until it is made. A copy is finished if it is still wanted: a
-recall while its hold is in force, any other move while the rule file is the one that asked for it, and nothing has
-pinned the group since. Otherwise its parts are removed, and the next plan decides anew.
+recall while its hold is in force; any other move while the rule file is the one that asked for it, and no hold protects
+the group. Otherwise its parts are removed, and the next plan decides anew.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def finish_copies(context: MoveContext, *, on_progress: Callable[[Progress], obj
         elif _is_wanted(context, row, holds):
             jobs.append(MoveJob(row))
         elif not (reason := withdraw_copy(context, row)):
-            note = "the interrupted copy is not wanted any more: its parts were removed"
+            note = "the interrupted copy is not wanted any more: no part of it is left"
             catalog.write([replace(row, state="stopped", note=note, changed_s=context.clock())])
         if reason:
             stopped.append(StoppedMove(row.number, reason, row.path, row.plan))
