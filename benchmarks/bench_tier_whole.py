@@ -103,9 +103,9 @@ def fill(path: Path, file: RuleFile, n: int) -> None:
 def planned(tiers: OpenTiers, path: Path) -> dict[str, Any]:
     """Do what the command does once its tiers are open. Return the summary that it prints."""
     output = Output(as_json=False, quiet=True)
-    made = plan_tiers(output, tiers)
-    write_plan(made, path)
     with redirect_stdout(io.StringIO()):
+        made = plan_tiers(output, tiers)
+        write_plan(made, path)
         print_plan(output, made, SHOWN)
         output.summary(plan_facts(made), plan_text(made))
     return plan_facts(made)

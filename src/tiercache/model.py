@@ -69,7 +69,7 @@ def parse_duration(text: int | float | str) -> float:
         return float(text)
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d|w)\s*", str(text))
     if match is None:
-        raise ValueError(f"not a duration: {text!r}; write seconds as a number, or '30s', '5m', '24h', '7d'")
+        raise ValueError(f"not a duration: {text!r}; write a number with a unit: '30s', '5m', '24h', '7d'")
     return float(match[1]) * _SECONDS[match[2]]
 
 

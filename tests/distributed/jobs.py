@@ -136,7 +136,7 @@ def train(url: str, folder: str, batch_size: int, save_every: int, resume: bool)
 
 def augment_record(record: dict[str, Any]) -> dict[str, Any]:
     """A decoded picture with noise of every origin that is a function of the position."""
-    noise = torch.rand(()) + torch.rand((), generator=tc.rng().torch) + tc.rng().numpy.random()
+    noise = torch.rand((), generator=tc.rng().torch) + tc.rng().numpy.random()
     return {"id": int(record["id"]), "sum": float(record["image"].sum()), "noise": float(noise)}
 
 

@@ -7,8 +7,11 @@ from contextlib import contextmanager
 import pytest
 from tests.tier.folders import FILES, Folders, content
 from tests.tier.moving import HookAt, Killed
+from typer.testing import CliRunner
 
 from tiercache.catalog.tiers import TierCatalog
+from tiercache.cli.app import app
+from tiercache.tier.holds import put_hold
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.move.mover import DONE, PARTLY, catalog_path
 from tiercache.tier.stores import Stores
@@ -124,19 +127,89 @@ def test_a_copy_of_what_is_pinned_since_leaves_no_part(folders):
     assert folders.lies(1) == ["hot"]
 
 
-def test_a_checkpoint_that_was_written_again_during_its_copy_keeps_its_name_and_bytes(folders):
+def test_parts_beside_a_source_that_was_written_again_are_a_conflict_and_stay(folders):
     folders.save(1, 2)
     interrupt(folders, "tier_move.parts_copied")
     for name in FILES:
         folders.write("hot", f"run/step-1/{name}", content(f"run/step-1/{name}") + b"again", days=0.5)
-    folders.run()
-    folders.run()
-    found = folders.found()
-    assert {name: tiers for name, tiers in found.items() if "step-1/" in name} == {
-        f"run/step-1/{name}": ["hot"] for name in FILES
-    } or all(len(tiers) == 1 for tiers in found.values())
-    where = next(iter(found["run/step-1/rng.bin"]))
-    assert (folders.root / where / "run/step-1/rng.bin").read_bytes().endswith(b"again")
+    before = folders.found()
+    for _ in range(2):
+        report = folders.run()
+        assert folders.found() == before
+    assert [one.path for one in report.plan.refusals if one.reason.startswith("conflict")] == ["run/step-1"]
+
+
+def test_a_complete_copy_stays_if_its_source_was_damaged_since(folders):
+    folders.save(1, 2)
+    interrupt(folders, "tier_move.copied")
+    assert folders.lies(1) == ["hot", "standard"]
+    folders.write("hot", "run/step-1/optim.bin", b"", days=0.1)  # the machine crashed while a job wrote it
+    for _ in range(2):
+        folders.run()
+        assert folders.lies(1) == ["a part in hot", "standard"]
+
+
+@pytest.mark.parametrize("size", ["other", "the same"])
+def test_a_copy_that_a_second_machine_has_finished_stays_if_a_job_writes_the_name_again(folders, size):
+    folders.save(1, 2)
+    interrupt(folders, "tier_move.parts_copied")
+    # Another machine, with a catalog of its own, finishes the move.
+    (folders.root / "state").rename(folders.root / "first")
+    assert folders.run().exit_code == DONE
+    assert folders.lies(1) == ["standard"]
+    (folders.root / "state").rename(folders.root / "second")
+    (folders.root / "first").rename(folders.root / "state")
+    for name in FILES:
+        data = content(f"run/step-1/{name}")[::-1]
+        folders.write("hot", f"run/step-1/{name}", data if size == "the same" else data + b"more", days=0.1)
+    for _ in range(2):
+        folders.run()
+    assert folders.lies(1)[1:] == ["standard"]
+
+
+# -- deletions that were interrupted -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half_dropped(folders):
+    """Step 1 is whole in standard; a run was killed when it had deleted some of its objects from hot."""
+    folders.save(1, 2)
+    interrupt(folders, "tier_drop.unmade")
+    assert folders.lies(1) == ["a part in hot", "standard"]
+    return folders
+
+
+@pytest.mark.parametrize("change", ["rules", "pin", "hold", "chmod"])
+def test_a_deletion_that_was_begun_is_finished_whatever_is_wanted_then(half_dropped, change):
+    folders = half_dropped
+    if change == "rules":
+        folders.write_rules('[[rules]]\nmatch = "**"\nkeep_hot = { last = 5 }\nkeep_standard = { last = 5 }\n')
+    elif change == "pin":
+        folders.write_rules(folders.rules + '[[pins]]\nmatch = "run/step-1/**"\n')
+    elif change == "hold":
+        with Stores(folders.file) as stores:
+            put_hold(stores.store("standard"), ["run/step-1"], until_s=9e9, now_s=1.0, why="recalled")
+    else:
+        for file in (folders.root / "hot/run/step-1").iterdir():
+            file.chmod(0o600)
+    assert folders.run().exit_code == DONE
+    assert folders.lies(1) == ["standard"]
+
+
+def test_a_recall_finishes_a_deletion_that_was_begun_and_brings_the_checkpoint_back(half_dropped):
+    rules = str(half_dropped.root / "tiercache.toml")
+    done = CliRunner().invoke(app, ["tier", "get", "run/step-1", "--yes", "--rules", rules])
+    assert done.exit_code == 0, done.output
+    assert half_dropped.lies(1) == ["hot", "standard"]
+
+
+def test_a_checkpoint_that_was_removed_after_an_interrupted_deletion_is_not_lost(half_dropped):
+    rules = str(half_dropped.root / "tiercache.toml")
+    done = CliRunner().invoke(app, ["ckpt", "rm", "run/step-1", "--yes", "--rules", rules])
+    assert done.exit_code == 0, done.output
+    report = half_dropped.run()
+    assert (report.exit_code, report.losses) == (DONE, ())
+    assert half_dropped.lies(1) == []
 
 
 def test_parts_whose_source_is_gone_stay_and_are_named(folders):

@@ -188,7 +188,11 @@ class StoredCheckpoints:
         self._moved.restore(sorted(keys), wait=False)
 
     def scan_to_load(self, which: str | int) -> Scan:
-        """Return the checkpoints of all tiers; only the local ones, with a warning, if the store cannot be reached."""
+        """Return the checkpoints of all tiers; only the local ones, with a warning, if the store cannot be reached.
+
+        Args:
+            which: Checkpoint, as for load(); a name that is at the URL spares the other tiers.
+        """
         try:
             scan = self.stores.scan()
         except StoreError as error:
@@ -297,6 +301,10 @@ class StoredCheckpoints:
         """Return the manifest of a checkpoint, and the store of its nearest complete copy.
 
         The store is the one of the URL, or one that the caller closes.
+
+        Args:
+            scan: Copies of the checkpoints of all tiers.
+            name: Name of the checkpoint.
 
         Raises:
             ArchivedShards: The checkpoint must be restored first.

@@ -27,12 +27,14 @@ from tiercache.cli.open_tiers import (
 )
 from tiercache.cli.options import parse_age
 from tiercache.cli.output import PARTIAL, PENDING, Output, confirm, count
-from tiercache.cli.tier_verbs import execute_plan, parse_speed, print_moves, print_refusals
+from tiercache.cli.tier_verbs import execute_plan, parse_speed, print_moves, print_refusals, print_stopped
 from tiercache.errors import NotFound
 from tiercache.model import format_bytes
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.model import Snapshot
 from tiercache.tier.move.checks import ApplyResult
+from tiercache.tier.move.deletions import run_due_deletions
+from tiercache.tier.move.mover import open_mover
 from tiercache.tier.recall import RecallPlan, hold_groups, plan_recall, recall_command
 from tiercache.tier.restore import request_restore, wait_restored
 from tiercache.tier.stores import unavailable_tiers
@@ -77,7 +79,10 @@ class _Recall:
 
     def run(self) -> int:
         """Make the recall as far as possible now; return the exit code."""
-        plan, options = self._plan(), self._options
+        options = self._options
+        if not options.dry_run:
+            self._finish_deletions()
+        plan = self._plan()
         self._print(plan)
         n_refused = len(plan.copies.refusals)
         if options.dry_run:
@@ -96,6 +101,13 @@ class _Recall:
         if self._hold_s and time.time() + self._hold_s * (1 - _RENEWED_AFTER) > self._held_until_s:
             self._hold(plan.paths)
         return self._sum_up(plan, applied, n_left, n_refused)
+
+    def _finish_deletions(self) -> None:
+        """Finish deletions that were interrupted: they would otherwise refuse the recall of what they delete."""
+        tiers = self._tiers
+        if tiers.catalog.open_moves(tiers.file.home_tier.url, "dropping"):
+            with open_mover(tiers.file, tiers.stores, tiers.catalog) as context:
+                print_stopped(self._output, run_due_deletions(context, only_begun=True).stopped)
 
     def _plan(self) -> RecallPlan:
         tiers = self._tiers
@@ -182,7 +194,7 @@ class _Recall:
             "copied_bytes": applied.n_bytes,
             "stopped": len(applied.stopped),
             "pending": n_left,
-            "held_until": until.isoformat(timespec="seconds") if self._hold_s else None,
+            "held_until": until.isoformat(timespec="seconds") if self._hold_s and plan.paths else None,
         }
         parts = [f"{count(applied.n_made, 'group')} recalled, {format_bytes(applied.n_bytes)} copied"]
         parts += [f"{count(len(plan.here), 'group')} there already"] if plan.here else []
@@ -191,7 +203,8 @@ class _Recall:
         parts += (
             [f"{count(n_left, 'object')} being restored; the same command continues, --wait waits"] if n_left else []
         )
-        parts += [f"held until {until:%Y-%m-%dT%H:%MZ}" if self._hold_s else "not held"]
+        if plan.paths:
+            parts += [f"held until {until:%Y-%m-%dT%H:%MZ}" if self._hold_s else "not held"]
         self._output.summary(facts, "; ".join(parts))
         return PENDING if n_left else PARTIAL if applied.stopped or n_refused else 0
 

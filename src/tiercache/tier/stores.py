@@ -226,13 +226,17 @@ def _disk_bytes(path: str) -> int:
         raise StoreError(f"the size of its disk cannot be read ({error.strerror})", url=path) from error
 
 
-def lead_readers_home(stores: Stores) -> None:
-    """Let a marker in each tier lead readers without the rule file to the home, whose placement has what was moved."""
+def lead_readers_home(stores: Stores, catalog: TierCatalog) -> None:
+    """Let a marker in each tier lead readers without the rule file to the home, whose placement has what was moved.
+
+    A tier that may not be mounted gets none: it would hide that its folder is empty.
+    """
     home = stores.file.home_tier
     for tier in stores.file.tiers:
         if not stores.same_url(tier.name, home.name):
             with suppress(StoreError, ValueError):  # a tier that cannot be opened or written: the moves report it
-                lead_to_home(stores.store(tier.name), home.url)
+                if not unavailable_reason(tier, stores.store(tier.name), catalog):
+                    lead_to_home(stores.store(tier.name), home.url)
 
 
 MOUNT_MARKER_KEY = "_tiercache/tier.id"

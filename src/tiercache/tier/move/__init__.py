@@ -38,7 +38,8 @@ What can happen between two steps:
          other failure (a full disk, a lost permission) withdraws the copy, and stops this move only.
     3-7  A copy in dst was lost, and is made again: _begin_anew resets the row first, so a kill at any point starts the
          grace period again.
-    4-5  src is replaced: step 5 sees another ETag, and withdraws the copy in dst.
+    4-5  src is replaced: step 5 sees another ETag and stops. The copy in dst stays: the two are a conflict for the next
+         plan.
     5-6  src is replaced in this instant: readers are led to the old object. Step 8 notices and reverts the placement.
     6-7  The process is killed: readers know the placement, but no deletion waits. Applying the same plan again starts
          the grace period; another plan asks for a drop.
@@ -57,7 +58,7 @@ What can happen between two steps:
     8-9  The lock was lost while this process slept: the mover checks the lock after everything that step 8 checks,
          directly before the deletion. lock.py describes a process that sleeps just after that check.
     9-9  The process is killed between deletions: the row says "dropping", and the rest is deleted when dst is confirmed
-         once more.
+         once more, whatever rules, pins and holds say then: what is left in src is of no use.
     any  The catalog is lost or old: what it does not know is verified again, or stops the move; what it says is
          compared with the stores by ETag. The worst request of an old journal is a drop that step 8 refuses.
     any  The answer of a store is lost: a copy exists or not, deletions are repeated, the placement is read back.

@@ -369,8 +369,8 @@ class CopyMaker:
         where = f"{context.stores.store(dst).url}/{obj.key}"
         archived = ", which must be restored before it can be compared" if is_cold else ""
         job.stop(
-            f"{where}: expected nothing there, or a copy of the {obj.n_bytes} bytes in {job.row.src}; found another "
-            f"object of {info.n_bytes} bytes{archived}: it is not overwritten, remove or rename one of the two"
+            f"conflict: {where}: expected nothing there, or a copy of the {obj.n_bytes} bytes in {job.row.src}; found "
+            f"another object of {info.n_bytes} bytes{archived}: it is not overwritten; remove or rename one of the two"
         )
         return False
 
@@ -430,11 +430,11 @@ def _group_copy(job: MoveJob) -> _GroupCopy:
 
 
 def withdraw_copy(context: MoveContext, row: JournalRow) -> str:
-    """Remove what a move has copied that is not made. Return why parts of the copy remain; "" if none does.
+    """Remove the parts of a copy that a move has not made. Return why parts of the copy remain; "" if none does.
 
-    Only objects that dst lacked before are removed, and only while src has every object of the group. A complete and
-    recorded copy of what src has stays: it is a copy like others, and rules apply to it. If src was written again, the
-    copy is removed, too: otherwise the two would be a conflict that no user has caused.
+    Only objects that dst lacked before are removed, and only if they equal objects of src, where no object of the group
+    has changed or is gone. So nothing is removed that src does not have. A complete copy is no part: it stays, and
+    rules apply to it. What is left beside a source that was written again is a conflict for the next plan.
     """
     new = [obj for obj in row.objects if obj.is_new]
     if not new:
@@ -443,17 +443,20 @@ def withdraw_copy(context: MoveContext, row: JournalRow) -> str:
     try:
         heads = _heads(context, pairs)
         parts = [obj for obj in new if heads.info(row.dst, obj.key) is not None]
-        if not parts or (_is_recorded(context, row, heads) and _is_unchanged(context, row, heads)):
+        if not parts:
+            return ""
+        if is_complete_in_dst(context, row):
+            _record_complete(context, row, heads)
             return ""
         missing = [obj.key for obj in row.objects if heads.info(row.src, obj.key) is None]
-        if len(missing) == len(row.objects) and is_complete_in_dst(context, row):
-            return ""  # somebody has deleted the source since: the copy is the checkpoint
         if missing:
             return (
                 f"{row.src_url}/{missing[0]}: expected the source of an interrupted copy, found nothing: what was "
                 f"copied of it, {len(parts)} of {len(row.objects)} objects in {row.dst_url}/{row.path}, stays; delete "
                 f"it if it is not wanted"
             )
+        if not _is_unchanged(context, row, heads):
+            return ""
         ours = [obj for obj in parts if _is_own_part(context, row, obj, heads)]
         found = [heads.info(row.dst, obj.key) for obj in ours]
         crash_point("tier_move.withdrawing")
@@ -480,16 +483,6 @@ def _heads(context: MoveContext, pairs: Sequence[tuple[str, str]]) -> Heads:
     return Heads({pair: context.head(*pair) for pair in pairs})
 
 
-def _is_recorded(context: MoveContext, row: JournalRow, heads: Heads) -> bool:
-    """Return whether dst has every object of a move as the catalog recorded it when it was verified."""
-    entries = context.catalog.entries(row.dst, [obj.key for obj in row.objects])
-    for obj in row.objects:
-        info, entry = heads.info(row.dst, obj.key), entries.get(obj.key)
-        if info is None or entry is None or not entry.verified or not matches_entry(info, entry):
-            return False
-    return True
-
-
 def is_complete_in_dst(context: MoveContext, row: JournalRow) -> bool:
     """Return whether dst has every object of a move, with the planned size and, where it is known, checksum."""
     entries = context.catalog.entries(row.dst, [obj.key for obj in row.objects])
@@ -510,27 +503,33 @@ def _is_unchanged(context: MoveContext, row: JournalRow, heads: Heads) -> bool:
 
 
 def _is_own_part(context: MoveContext, row: JournalRow, obj: PlannedObject, heads: Heads) -> bool:
-    """Return whether an object in dst, which lacked it before, is the copy that the move has made."""
+    """Return whether an object in dst, which lacked it before, equals the object in src, which is as it was planned."""
     info, source = heads.info(row.dst, obj.key), heads.info(row.src, obj.key)
     if info is None or source is None or info.n_bytes != obj.n_bytes:
         return False
-    entry = context.catalog.entries(row.dst, [obj.key]).get(obj.key)
-    if entry is not None and matches_entry(info, entry):
-        return True
-    expected = obj.crc32c
-    if expected is None and not context.change_reason(row.src, source, obj):
+    entries = [context.catalog.entries(tier, [obj.key]).get(obj.key) for tier in (row.src, row.dst)]
+    expected = obj.crc32c if obj.crc32c is not None else context.checksum_of(row.src, source, entries[0])
+    found = info.crc32c if needs_restore(info) else context.checksum_of(row.dst, info, entries[1])
+    # Of a copy that must be restored before it can be read, the store may name no checksum: the journal decides.
+    return expected == found or (found is None and needs_restore(info))
+
+
+def _record_complete(context: MoveContext, row: JournalRow, heads: Heads) -> None:
+    """Record a complete copy that the mover has made, and its source, if the two are equal."""
+    made: list[tuple[str, str, CatalogEntry]] = []
+    for obj in row.objects:
+        info, source = heads.info(row.dst, obj.key), heads.info(row.src, obj.key)
+        if info is None or source is None or context.change_reason(row.src, source, obj):
+            return
         known = context.catalog.entries(row.src, [obj.key]).get(obj.key)
-        expected = context.checksum_of(row.src, source, known)
-    if expected is not None and not needs_restore(info):
-        return context.checksum_of(row.dst, info, entry) == expected
-    if expected is None and isinstance(context.stores.store(row.dst), LocalFolder):
-        # src was written again. A copy in a folder has the date of its source, and what a user writes has not.
-        known = context.catalog.entries(row.src, [obj.key]).get(obj.key)
-        dates_s = (obj.modified_s, first_written_s(obj, known))
-        written_s = info.modified_s
-        return written_s is not None and any(s is not None and abs(s - written_s) < 1.0 for s in dates_s)
-    # Of what cannot be read, the size and the journal decide, unless the store knows a checksum.
-    return None in (expected, info.crc32c) or expected == info.crc32c
+        crc = obj.crc32c if obj.crc32c is not None else context.checksum_of(row.src, source, known)
+        if crc is None or not _is_own_part(context, row, obj, heads):
+            return
+        first_s = first_written_s(obj, known)
+        made.append((row.dst, obj.key, CatalogEntry(info.n_bytes, info.etag, crc, row.src_url, first_s)))
+        came_from = "" if known is None else known.made_from
+        made.append((row.src, obj.key, CatalogEntry(source.n_bytes, source.etag, crc, came_from, first_s)))
+    context.catalog.record(made)
 
 
 def remove_empty_folders(context: MoveContext, row: JournalRow, tier: str) -> None:

@@ -39,13 +39,14 @@ from tiercache.tier.move.links import carry_links, remove_inner_links
 from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
 from tiercache.tier.plan.policy import decide_now
 from tiercache.tier.plan.selection import find_newest
-from tiercache.tier.stores import deletion_block_reason, unavailable_tiers
+from tiercache.tier.stores import deletion_block_reason, needs_restore, unavailable_tiers
 from tiercache.waiting import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.catalog.tiers import TierCatalog
+    from tiercache.model import ObjectInfo
     from tiercache.tier.model import Decisions, Snapshot, Symlink
     from tiercache.tier.move.checks import MoveContext
     from tiercache.tier.rules import RuleFile
@@ -162,6 +163,15 @@ class DueDeletion:
         """
         if reason and self.verdict == "go":
             self.verdict, self.reason = "cancel", reason
+
+    def cancel_unwanted(self, reason: str) -> None:
+        """Cancel the deletion because a rule, a pin, a hold or a reader speaks against it.
+
+        A half-made drop is finished nevertheless: what is left in src is of no use, and dst has all of it. reason: As
+        set_verdict().
+        """
+        if not (self.is_half_made and self.row.action in ("move", "drop")):
+            self.set_verdict("cancel", reason)
 
     @property
     def is_half_made(self) -> bool:
@@ -291,7 +301,7 @@ class DeferredDeletions:
         due = [deletion for deletion in due if deletion.verdict == "go"]
         pinned = self._pin_reasons(due)
         for deletion in due:
-            deletion.set_verdict("cancel", pinned.get((deletion.row.plan, deletion.row.number), ""))
+            deletion.cancel_unwanted(pinned.get((deletion.row.plan, deletion.row.number), ""))
 
     def _changed_tiers_reason(self, row: JournalRow) -> str:
         """Return why the rule file no longer has the tiers of a move; "" if it has."""
@@ -319,7 +329,7 @@ class DeferredDeletions:
             self._check_delete(deletion, facts)
         else:
             self._check_target(deletion, heads, facts)
-        deletion.set_verdict("cancel", pin)
+        deletion.cancel_unwanted(pin)
         # Links follow a copy into another local tier: carry_links().
         is_carried = row.action in ("move", "drop") and self._file.tier(row.dst).is_local
         tiers = [] if is_carried else sorted({tier for tier, _ in deletion.present})
@@ -329,13 +339,11 @@ class DeferredDeletions:
             deletion.set_verdict("wait", f"{row.path}: expected no symbolic link to it, found {link}")
         if row.rule in self._by_use and facts.used_s.get(row.path, 0.0) > row.since_s > 0:
             # No placement redirects readers of plain files to the copy: a reader that uses the URL reads the source.
-            deletion.set_verdict(
-                "cancel", f"{row.path}: expected no reader since it was copied, found that it was read"
-            )
+            deletion.cancel_unwanted(f"{row.path}: expected no reader since it was copied, found that it was read")
         if row.path in facts.in_use:
             deletion.set_verdict("wait", f"{row.path}: expected no reader, found that a machine reads it now")
         if row.rules != self._file.sha256 and row.action != "delete" and (row.path, row.src) not in facts.asked:
-            deletion.set_verdict("cancel", f"{row.path}: the rule file was changed and no longer asks for this")
+            deletion.cancel_unwanted(f"{row.path}: the rule file was changed and no longer asks for this")
 
     def _link_to(self, facts: DeletionFacts, row: JournalRow, tier: str) -> str | None:
         """Return a symbolic link that speaks against a deletion: one in the folder that is deleted does not."""
@@ -347,20 +355,33 @@ class DeferredDeletions:
         """Compare the objects to delete with those that the journal recorded, and note which of them exist."""
         row, context, changed = deletion.row, self._context, ""
         where_of = {obj: obj.tier if row.action == "delete" else row.src for obj in row.objects}
-        for obj, tier in where_of.items():
-            info = heads.info(tier, obj.key)
+        for planned, tier in where_of.items():
+            obj, info = planned, heads.info(tier, planned.key)
             if info is None:
                 deletion.is_whole = False
                 continue
             if row.action == "reclass" and context.has_class(row.dst, info) and info.n_bytes == obj.n_bytes:
                 continue
+            reason = context.change_reason(tier, info, obj)
+            if reason and deletion.is_begun and self._equals_copy(row, info):
+                # Half-made: chmod or chown has changed the ctime of a file, and with it its ETag, and no byte.
+                obj, reason = obj._replace(etag=info.etag, modified_s=info.modified_s), ""
             deletion.present.append((tier, obj))
-            changed = changed or context.change_reason(tier, info, obj)
+            changed = changed or reason
         if row.action == "reclass" and not deletion.is_whole:
             changed = changed or f"{row.src_url}/{row.path}: expected {len(row.objects)} objects, some are missing"
         for tier in sorted(set(where_of.values())):
             changed = changed or context.extra_object_reason(tier, row.path, [obj.key for obj in row.objects])
         return changed or (self._new_copy_reason(row, heads) if row.action == "delete" else "")
+
+    def _equals_copy(self, row: JournalRow, info: ObjectInfo) -> bool:
+        """Return whether an object in src has the bytes of its verified copy in dst, which is the reason to drop it."""
+        if row.action not in ("move", "drop") or needs_restore(info):
+            return False
+        entry = self._catalog.entries(row.dst, [info.key]).get(info.key)
+        if entry is None or not entry.verified or entry.n_bytes != info.n_bytes:
+            return False
+        return self._context.transfer.checksum_of(row.src, info) == entry.crc32c
 
     def _new_copy_reason(self, row: JournalRow, heads: Heads) -> str:
         """Return why there are more copies than the last copies that were to be deleted; "" if there are not."""
@@ -397,8 +418,8 @@ class DeferredDeletions:
                 deletion.set_verdict("cancel", context.probe_shared_location(row.src, row.dst))
         stays = row.action != "reclass" and all(info is not None and is_readable(info) for info in copies.values())
         if row.path in facts.protected and not stays:
-            deletion.set_verdict(
-                "cancel", f"{row.path}: the newest complete checkpoint of its run stays where it can be read"
+            deletion.cancel_unwanted(
+                f"{row.path}: the newest complete checkpoint of its run stays where it can be read"
             )
         if deletion.verdict == "go":
             at_home = self._placements.copies_at_home(row, heads)

@@ -65,7 +65,7 @@ def open_mover(
     tiering, cancel = file.tiering, Event()
     with ExitStack() as stack:
         lock = lock or stack.enter_context(TierLock(stores.store(file.home_tier.name)))
-        lead_readers_home(stores)
+        lead_readers_home(stores, catalog)
         transfer = Transfer(stores, jobs=tiering.jobs, rate_bytes_s=tiering.rate_bytes_s, cancel=cancel)
         stack.enter_context(transfer)
         pool = ThreadPoolExecutor(tiering.jobs, thread_name_prefix="tiercache-mover")

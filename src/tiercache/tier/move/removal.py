@@ -142,4 +142,4 @@ def _delete(context: MoveContext, row: JournalRow, tiers: Sequence[str]) -> None
     for tier, objects in by_tier.items():
         context.transfer.delete_objects(tier, objects[:-1])
         remove_empty_folders(context, row, tier)
-    context.catalog.forget([(obj.tier, obj.key) for obj in row.objects])
+    context.catalog.forget_group(row.path)

@@ -142,7 +142,10 @@ def _unreadable_reasons(index: SnapshotIndex, refused: MoveColumns) -> Reasons:
     whole = index.whole[refused.src, refused.group]
     for row, (path, tier, is_whole) in enumerate(zip(paths, refused.src.tolist(), whole.tolist(), strict=True)):
         if not is_whole:
-            out[row] = f"its copy in {index.name(tier)} is not whole: objects are missing, or sizes differ"
+            out[row] = (
+                f"its copy in {index.name(tier)} is not whole: objects of it are missing; `tiercache tier get {path}` "
+                f"completes it from another tier, or delete what is left of it"
+            )
         elif state[row] == RESTORING:
             out[row] = f"its copy in {index.name(tier)} is being restored: it can be read when that is done"
         else:
