@@ -306,7 +306,7 @@ class World:
             text += f"keep_{name} = {{ last = {n} }}\n"
         text += f"then = {json.dumps(self.rule.tiers[-1])}\n"
         if self.setting.deletes:
-            text += f'delete_after = "{DELETE_AFTER_S / DAY_S:.0f}d"\n'
+            text += f'delete_after = "{DELETE_AFTER_S / DAY_S:.0f}d"\nmax_delete = "100%"\n'
         text += (
             f'\n[tiering]\ngrace = "{self.setting.grace_s:.0f}s"\nhold = "{HOLD_S:.0f}s"\njobs = {self.setting.jobs}\n'
         )
