@@ -1,12 +1,15 @@
 """Different objects under one name in two tiers: no rule touches either, and the plan names both."""
 
+import json
 import shutil
 from dataclasses import replace
 
 import pytest
 from tests.tier.folders import FILES, Folders, content
+from typer.testing import CliRunner
 
 from tiercache.catalog.tiers import TierCatalog
+from tiercache.cli.app import app
 from tiercache.store import MemoryStore
 from tiercache.testing import WrapperStore
 from tiercache.tier.holds import put_hold
@@ -184,3 +187,31 @@ def test_copies_in_a_store_without_etags_are_no_conflict(tmp_path):
     assert sorted(info.key for info in archive.list("run/")) == sorted(
         f"run/step-{step}/{name}" for step in (1, 2) for name in FILES
     )
+
+
+def test_check_and_the_list_of_checkpoints_name_a_conflict(folders):
+    folders.save(1, version="again, and longer")
+    rules = ["--rules", str(folders.root / "tiercache.toml")]
+    (note,) = [line for line in invoke("tier", "check", *rules).splitlines() if "in conflict" in line]
+    assert "run/step-1" in note
+    lines = [json.loads(line) for line in invoke("ckpt", "ls", "--json", *rules).splitlines()]
+    (found,) = [one for one in lines if one.get("path") == "run/step-1"]
+    assert found["problem"].startswith("conflict: two tiers have different objects")
+
+
+def test_a_stored_plan_with_a_conflict_is_applied(folders):
+    folders.save(1, version="again, and longer")
+    folders.save(3)
+    rules = ["--rules", str(folders.root / "tiercache.toml")]
+    invoke("tier", "plan", "--out", str(folders.root / "plan.jsonl"), *rules)
+    before = {key: data for key, data in bytes_of(folders).items() if key[1] in STEP}
+    for _ in range(2):
+        invoke("tier", "apply", str(folders.root / "plan.jsonl"), "--yes", *rules)
+    assert (folders.root / "standard/run/step-2" / FILES[0]).exists()
+    assert {key: data for key, data in bytes_of(folders).items() if key[1] in STEP} == before
+
+
+def invoke(*words):
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    return done.stdout

@@ -117,6 +117,8 @@ class CheckpointTiers:
     def find_problem(self, group: int) -> str:
         """Return why a checkpoint is not complete; "" if it is complete in some tier, or cannot be read now."""
         path = self.path(group)
+        if group in self.snapshot.immovable:
+            return self.snapshot.immovable[group]
         if parse_name(path.rpartition("/")[2]) is not None:
             text = ""
             for copy in self.copies(group):

@@ -575,6 +575,7 @@ _LEFT_ALONE = {
     "unfinished": "still being written",
     "no_keys": "names that are not valid keys",
     "shared": "tensors that checkpoints of tc.Checkpoints share",
+    "conflicts": "in conflict, because two tiers have different objects under the name",
     "differing": "different copies in two tiers",
 }
 _SHOWN = 3

@@ -305,8 +305,9 @@ class Inventory:
     - `n_objects`: number of listed objects; `n_own`: number of tiercache's own objects among them.
     - Findings with a count and example names: `orphans` (shards that no version names), `missing` (shards that no tier
       has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid keys), `shared`
-      (tensors that our own checkpoints share, which stay where they are), `differing` (objects that differ between two
-      tiers), `unread` (checkpoints whose metrics cannot be read).
+      (tensors that our own checkpoints share, which stay where they are), `conflicts` (groups of which two tiers have
+      different objects), `differing` (objects of other groups that differ between two tiers), `unread` (checkpoints
+      whose metrics cannot be read).
     - `incomplete`: number of incomplete checkpoints, by what they lack; `incomplete_names`: example names of each.
     - `in_files`: group to the names of the metrics in its files, for groups whose files were read.
     - `missing_shards`: keys of all shards that no tier has and that are not placed elsewhere, and when each was first
@@ -396,7 +397,7 @@ def take_inventory(
         **read_own_pins(file, stores, listed, grouped, copies),
         held=_held_groups(holds.in_force(), grouped.paths),
     )
-    facts = _facts(listed, grouped, copies, complete, datasets)
+    facts = _facts(listed, grouped, copies, complete, datasets, conflicts)
     facts |= {"n_own": int(own.sum()), "unread": _some(grouped.paths.take(pa.array(found.unread)))}
     return Inventory(snapshot, facts | {"in_files": found.in_files}, listed, copies)
 
@@ -663,17 +664,25 @@ def _snapshot(
 
 
 def _facts(
-    listed: Listing, grouped: Grouped, copies: Copies, complete: NDArray[np.bool_], datasets: tuple[FoundDataset, ...]
+    listed: Listing,
+    grouped: Grouped,
+    copies: Copies,
+    complete: NDArray[np.bool_],
+    datasets: tuple[FoundDataset, ...],
+    conflicts: Collection[int],
 ) -> dict[str, Any]:
-    lacks = grouped.from_layout(grouped.layout.lacks, NOTHING)[~complete]
+    is_partial = ~complete
+    is_partial[[*conflicts]] = False
+    lacks = grouped.from_layout(grouped.layout.lacks, NOTHING)[is_partial]
     partial: dict[str, list[str]] = {}
-    for number, path in zip(lacks.tolist(), grouped.paths.filter(pa.array(~complete)).to_pylist(), strict=True):
+    for number, path in zip(lacks.tolist(), grouped.paths.filter(pa.array(is_partial)).to_pylist(), strict=True):
         partial.setdefault(LACKS[number] or "time to settle, or a whole copy", []).append(path)
     is_listed = np.zeros(len(grouped.shards), np.bool_)
     is_listed[grouped.shard[grouped.shard >= 0]] = True
     missing = grouped.shards.keys.take(pa.array(np.flatnonzero(~is_listed)))
     lacking = np.flatnonzero(~is_listed & ~grouped.shards.elsewhere)
-    differing = listed.keys.take(pa.array(copies.row[copies.differing])).unique()
+    group_of = copies.group[np.searchsorted(copies.start, copies.differing, side="right") - 1]
+    differing = copies.differing[~np.isin(group_of, [*conflicts])]
     return {
         "datasets": datasets,
         "unlisted": listed.unlisted,
@@ -684,7 +693,8 @@ def _facts(
         "unfinished": _some(grouped.unfinished),
         "no_keys": _some(grouped.no_keys),
         "shared": _some(grouped.shared),
-        "differing": _some(differing),
+        "conflicts": _some(grouped.paths.take(pa.array(sorted(conflicts), pa.int64()))),
+        "differing": _some(listed.keys.take(pa.array(copies.row[differing])).unique()),
         "incomplete": {lack: len(paths) for lack, paths in partial.items()},
         "incomplete_names": {lack: tuple(paths[:_MANY]) for lack, paths in partial.items()},
     }
