@@ -335,7 +335,7 @@ class TestCheck:
         done = tiercache("tier", "check", code=2)
         assert done.err == (
             f"tiercache: error: {root}/tiercache.toml: rules[1].idle: not a duration: 'soon'; "
-            "write seconds as a number, or '30s', '5m', '24h', '7d'\n"
+            "write a number with a unit: '30s', '5m', '24h', '7d'\n"
         )
 
     def test_a_malformed_glob_names_its_rule(self, tiercache, root):

@@ -320,9 +320,8 @@ class Oracle:
         """
         found = []
         for group in self.groups.values():
-            if group.name in handled or self.pinned & {
-                *group.keys
-            }:  # what is pinned stays as it is, the rest of a deletion that was begun too
+            # What is pinned stays as it is. Of two different objects under one name, only people know which is wanted.
+            if group.name in handled or self.pinned & {*group.keys} or self._is_in_conflict(group, picture):
                 continue
             for place, objects in picture.items():
                 # A spoilt part is not known to be the mover's own, so it stays.
@@ -333,6 +332,14 @@ class Oracle:
                 if there and missing and (place, group.name) not in self.in_parts:
                     found.append(f"{place}/{group.name}: {len(there)} of its {len(group.keys)} objects were left")
         return found
+
+    def _is_in_conflict(self, group: Group, picture: Picture) -> bool:
+        """Whether two places have different contents under a key of the group, none of which has rotted."""
+        for key in group.keys:
+            seen = {(place, objects[key].data) for place, objects in picture.items() if key in objects}
+            if len({data for place, data in seen if self.rotten.get((place, key)) != data}) > 1:
+                return True
+        return False
 
     def _is_good_somewhere(self, key: str, picture: Picture) -> bool:
         """Whether it could be copied: of what is spoilt wherever it lies nobody can make a copy."""
