@@ -162,6 +162,12 @@ class World:
         with TierCatalog(self.catalog_path) as catalog:
             return {number: row.state for number, row in catalog.of_plan("plan").items()}
 
+    def note(self) -> str:
+        """Return the note of the only move of the plan."""
+        with TierCatalog(self.catalog_path) as catalog:
+            (row,) = catalog.of_plan("plan").values()
+        return row.note
+
     def rows(self) -> list[tuple[str, str]]:
         """Return the plan and the state of every move in the journal."""
         with closing(sqlite3.connect(self.catalog_path)) as db:

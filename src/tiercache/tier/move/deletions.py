@@ -139,6 +139,7 @@ class DueDeletion:
         present: Objects that exist where something is deleted, as (tier, object).
         is_whole: Whether these are all the objects that there were.
         is_begun: Whether deletions may have been made already.
+        is_unwanted: Whether it is cancelled because a rule, a pin, a hold or a reader speaks against it.
     """
 
     row: JournalRow
@@ -147,6 +148,7 @@ class DueDeletion:
     present: list[tuple[str, PlannedObject]] = field(default_factory=list)
     is_whole: bool = True
     is_begun: bool = False
+    is_unwanted: bool = False
 
     def set_verdict(self, verdict: Verdict, reason: str) -> None:
         """Set the verdict, if there is no earlier one. reason: As a check returns it; "": the verdict stays.
@@ -167,10 +169,11 @@ class DueDeletion:
     def cancel_unwanted(self, reason: str) -> None:
         """Cancel the deletion because a rule, a pin, a hold or a reader speaks against it.
 
-        A half-made drop is finished nevertheless: what is left in src is of no use, and dst has all of it. reason: As
-        set_verdict().
+        Nothing has failed then, and the result does not count it among the stopped moves. A half-made drop is finished
+        nevertheless: what is left in src is of no use, and dst has all of it. reason: As set_verdict().
         """
         if not (self.is_half_made and self.row.action in ("move", "drop")):
+            self.is_unwanted |= bool(reason) and self.verdict == "go"
             self.set_verdict("cancel", reason)
 
     @property
@@ -626,6 +629,8 @@ class DeferredDeletions:
                 continue
             if deletion.verdict == "cancel":
                 rows.append(replace(row, state="cancelled", note=deletion.reason, changed_s=self._now_s))
+                if deletion.is_unwanted:
+                    continue
             else:
                 waits = replace(row, state="dropping" if deletion.is_begun else row.state)
                 rows.append(replace(waits, note=deletion.reason, changed_s=self._now_s))
