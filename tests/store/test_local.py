@@ -217,8 +217,12 @@ def test_forget_cached_drops_the_pages_of_a_file(store):
     store.put("a", bytes(1 << 20))
     if not _is_cached(store.root / "a"):
         pytest.skip("the system does not say what it has cached")
-    store.forget_cached("a")
-    assert not _is_cached(store.root / "a")
+    for _ in range(5):  # the kernel keeps pages that another processor has in a batch of its own at that moment
+        store.forget_cached("a")
+        if not _is_cached(store.root / "a"):
+            break
+    else:
+        pytest.fail("the pages of the file are still cached")
     assert store.get("a") == bytes(1 << 20)
 
 

@@ -114,7 +114,7 @@ def test_two_copies_with_different_sizes_are_both_not_whole(tiers):
     tiers.hot.add("x", 10)
     tiers.standard.add("x", 11)
     by_name = tiers.take()
-    assert (by_name.snapshot.whole.tolist(), by_name.facts["differing"]) == ([False, False], (1, ("x",)))
+    assert (by_name.snapshot.whole.tolist(), by_name.facts["conflicts"]) == ([False, False], (1, ("x",)))
 
 
 def test_two_copies_with_different_checksums_are_both_not_whole(tiers):
