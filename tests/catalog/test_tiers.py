@@ -35,8 +35,8 @@ def test_entries_are_kept_by_the_url_of_a_tier(catalog):
 
 def test_recording_a_copy_again_replaces_its_entry(catalog):
     catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9))])
-    catalog.record([("cold", "k", CatalogEntry(4, None, 8, made_from="s3://home"))])
-    assert catalog.entries("cold", ["k", "other"]) == {"k": CatalogEntry(4, None, 8, made_from="s3://home")}
+    catalog.record([("cold", "k", CatalogEntry(4, None, 8, written_s=9.5))])
+    assert catalog.entries("cold", ["k", "other"]) == {"k": CatalogEntry(4, None, 8, written_s=9.5)}
 
 
 def test_an_entry_keeps_the_date_of_first_writing(catalog):
@@ -156,11 +156,3 @@ def test_the_state_folder_is_private(catalog):
     catalog.write([ROW])
     assert catalog.path.stat().st_mode & 0o777 == 0o600
     assert catalog.path.parent.stat().st_mode & 0o777 == 0o700
-
-
-def test_source_deleted_clears_the_origin_of_a_copy(catalog):
-    catalog.record(
-        [("cold", "k", CatalogEntry(3, '"e"', 9, "s3://home")), ("cold", "l", CatalogEntry(3, '"e"', 9, "s3://home"))]
-    )
-    catalog.source_deleted([("cold", "k")])
-    assert [one.made_from for one in catalog.entries("cold", ["k", "l"]).values()] == ["", "s3://home"]

@@ -224,6 +224,6 @@ def test_copies_in_the_catalog_of_moves_are_verified(local):
     shutil.copy(local.root / "standard" / name, local.root / "archive" / name)
     (found,) = local.take().objects(name, "archive")
     with TierCatalog(local.root / "state" / "tiers.sqlite") as catalog:
-        catalog.record([("archive", name, CatalogEntry(found.n_bytes, found.etag, found.crc32c, made_from="standard"))])
+        catalog.record([("archive", name, CatalogEntry(found.n_bytes, found.etag, found.crc32c))])
         by_name = local.take(catalog)
     assert [by_name.has(name, tier, "verified") for tier in ("standard", "archive")] == [False, True]

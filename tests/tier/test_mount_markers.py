@@ -171,8 +171,8 @@ def test_an_empty_tier_without_a_marker_that_held_copies_is_unavailable(tiers):
     file = tiers.file
     with closing(sqlite3.connect(catalog_path(file))) as db, db:
         db.execute("DELETE FROM marks")
-        copy = str(tiers.root / "hot"), "other", 100, "e", 5, "", None, 1
-        db.execute("INSERT INTO copies VALUES (?, ?, ?, ?, ?, ?, ?, ?)", copy)
+        copy = str(tiers.root / "hot"), "other", 100, "e", 5, None, 1
+        db.execute("INSERT INTO copies VALUES (?, ?, ?, ?, ?, ?, ?)", copy)
     unmount(tiers, "hot")
     with (
         TierCatalog(catalog_path(file), {tier.name: tier.url for tier in file.tiers}) as catalog,

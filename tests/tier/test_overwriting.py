@@ -9,7 +9,8 @@ from tests.tier.moving import GRACE_S, PARTS, HookAt, Killed, World, content, mo
 from tests.tier.test_transfer_s3 import LARGE, SMALL, Bucket, bucket  # noqa: F401 - a fixture
 from tests.tier.world import World as TierWorld
 
-from tiercache.catalog.tiers import TierCatalog
+from tiercache._native.checksum import crc32c
+from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.errors import ObjectChanged
 from tiercache.store import LocalFolder
 from tiercache.store.archive import S3StorageClasses
@@ -130,26 +131,29 @@ class Contested(WrapperStore):
         return upload
 
 
-def test_the_mover_names_the_etag_of_the_copy_that_it_replaces(tmp_path):
+def moved_and_damaged(tmp_path):
+    """Return a world, and a plan that moves "f" again, whose copy in the archive was damaged and is not trusted."""
     world = World(tmp_path / "world")
     moved_away(world, "f")
-    world.inner["standard"].put("f", b"anew")
+    damaged = world.inner["archive"].put("f", b"damaged")
+    entry = CatalogEntry(damaged.n_bytes, damaged.etag, crc32c(content("f")), verified=False)
+    with TierCatalog(world.catalog_path) as catalog:
+        catalog.record([(world.url("archive"), "f", entry)])
+    return world, world.plan(world.move("f", "standard", "archive"), name="2")
+
+
+def test_the_mover_names_the_etag_of_the_damaged_copy_that_it_replaces(tmp_path):
+    world, plan = moved_and_damaged(tmp_path)
     world.faulty["archive"] = Contested(world.inner["archive"])
-    move = world.move("f", "standard", "archive")
-    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
-    assert "not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
+    assert "not overwritten" in world.apply(plan).stopped[0].reason
     assert world.inner["archive"].get("f") == THEIRS
-    assert world.inner["standard"].get("f") == b"anew"
+    assert world.where("f") == ["standard"]
 
 
-def test_the_mover_replaces_an_unchanged_earlier_copy(tmp_path):
-    world = World(tmp_path / "world")
-    moved_away(world, "f")
-    world.inner["standard"].put("f", b"anew")
-    move = world.move("f", "standard", "archive")
-    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
-    assert world.apply(world.plan(move, name="2")).stopped == ()
-    assert world.inner["archive"].get("f") == b"anew"
+def test_the_mover_replaces_a_damaged_copy(tmp_path):
+    world, plan = moved_and_damaged(tmp_path)
+    assert world.apply(plan).stopped == ()
+    assert world.where("f") == ["standard", "archive"]
 
 
 # -- objects that are created during a copy ------------------------------------------------------------------------

@@ -88,12 +88,29 @@ def test_a_corrupt_copy_is_not_trusted_and_made_again(world):
     assert world.where("f") == ["archive"]
 
 
-def test_one_corrupt_object_keeps_the_whole_group(world):
+def test_one_corrupt_object_keeps_the_whole_group_and_is_made_again(world):
     world.apply(checkpoint(world))
     rot(world, PARTS[1])
     world.later()
     assert world.run_due_deletions().n_made == 0
     assert all("standard" in world.where(key) for key in PARTS)
+    move = world.move("ck/step-1", "standard", "archive", keys=PARTS, kind="checkpoint")
+    assert world.apply(world.plan(move, name="again")).stopped == ()
+    world.later()
+    world.run_due_deletions()
+    assert all(world.where(key) == ["archive"] for key in PARTS)
+
+
+def test_a_damaged_copy_of_which_the_source_was_written_again_is_a_conflict(world):
+    moved_away(world, "f")
+    rot(world, "f")
+    world.later()
+    world.run_due_deletions()
+    world.inner["standard"].put("f", b"x" * len(content("f")))
+    move = world.move("f", "standard", "archive")
+    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
+    assert "conflict" in world.apply(world.plan(move, name="again")).stopped[0].reason
+    assert world.keys("archive") == ["f"]
 
 
 def test_the_copy_of_a_drop_is_read_back_too(world):

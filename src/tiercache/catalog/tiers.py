@@ -184,7 +184,7 @@ _ROWS_AT_A_TIME = 1 << 12
 _SCHEMA = """
 CREATE TABLE copies (
     place TEXT NOT NULL, key TEXT NOT NULL, n_bytes INTEGER NOT NULL, etag TEXT, crc32c INTEGER,
-    made_from TEXT NOT NULL, written_s REAL, verified INTEGER NOT NULL,
+    written_s REAL, verified INTEGER NOT NULL,
     PRIMARY KEY (place, key)
 ) WITHOUT ROWID;
 CREATE TABLE moves (
@@ -204,23 +204,21 @@ class CatalogEntry(NamedTuple):
     """Catalog entry: what this machine knows of an object in a tier.
 
     While size and ETag are equal, the object is the one of the entry. A verified entry proves that the copy is good: it
-    describes the object as it was when its bytes were compared. The bytes of another object were never compared, or
-    were found damaged.
+    describes the object as it was when its bytes were compared. An entry that is not verified, with a checksum, is that
+    of a damaged copy; without one, nobody has compared the bytes.
 
     Attributes:
         n_bytes: Size, in bytes.
         etag: ETag; None if unknown.
-        crc32c: CRC-32C; None if unknown.
-        made_from: URL of the tier from which a move has copied it, while that tier still has the object; otherwise "".
+        crc32c: CRC-32C that the object must have; None if unknown.
         written_s: Time at which the object was first written, whichever copy this is. None: the object's own date
             counts.
-        verified: False if nobody has compared its bytes, or if they were wrong.
+        verified: False if nobody has compared its bytes, or if they were found wrong since.
     """
 
     n_bytes: int
     etag: str | None
     crc32c: int | None
-    made_from: str = ""
     written_s: float | None = None
     verified: bool = True
 
@@ -361,17 +359,7 @@ class TierCatalog:
         """Record entries, as (tier, key, entry)."""
         rows = [(self.url(tier), key, *entry) for tier, key, entry in copies]
         if rows:
-            query = f"INSERT OR REPLACE INTO copies (place, key, {_COPY}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
-            self._database.run(lambda db: db.executemany(query, rows))
-
-    def source_deleted(self, copies: Iterable[tuple[str, str]]) -> None:
-        """Record that the sources of copies are being deleted: the copies may be the last ones.
-
-        copies: (tier, key) pairs.
-        """
-        rows = [(self.url(tier), key) for tier, key in copies]
-        if rows:
-            query = "UPDATE copies SET made_from = '' WHERE place = ? AND key = ?"
+            query = f"INSERT OR REPLACE INTO copies (place, key, {_COPY}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
             self._database.run(lambda db: db.executemany(query, rows))
 
     def forget(self, copies: Iterable[tuple[str, str]]) -> None:

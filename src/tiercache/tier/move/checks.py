@@ -233,12 +233,12 @@ class MoveContext:
         return next(filter(None, reasons), "")
 
     def disbelieve(self, tier: str, key: str, entry: CatalogEntry) -> None:
-        """Mark a copy as not verified in the catalog: if a move made it, a later move may replace it."""
-        self.catalog.record([(tier, key, entry._replace(crc32c=None, verified=False))])
+        """Record that a verified copy is damaged: while nobody writes it again, a later move replaces it."""
+        self.catalog.record([(tier, key, entry._replace(verified=False))])
 
     def checksum_of(self, tier: str, info: ObjectInfo, entry: CatalogEntry | None) -> int | None:
-        """Return an object's CRC-32C, from the catalog if unchanged, else by reading; None if it is archived."""
-        if entry is not None and entry.crc32c is not None and matches_entry(info, entry):
+        """Return an object's CRC-32C, from the catalog if it was verified, else by reading; None if it is archived."""
+        if entry is not None and entry.verified and entry.crc32c is not None and matches_entry(info, entry):
             return entry.crc32c
         if needs_restore(info):
             return None
@@ -383,9 +383,9 @@ def entry_after_class_change(
     entry: The entry before, see remember_dates(). An object without a checksum has an entry only for its date.
     """
     crc = changed.crc32c if changed.crc32c is not None else obj.crc32c
-    came_from, first_s = ("", obj.modified_s) if entry is None else (entry.made_from, first_written_s(obj, entry))
+    first_s = obj.modified_s if entry is None else first_written_s(obj, entry)
     if crc is not None:
-        return CatalogEntry(changed.n_bytes, changed.etag, crc, came_from, first_s)
+        return CatalogEntry(changed.n_bytes, changed.etag, crc, first_s)
     if changed.etag in (None, obj.etag):
         return None
     return CatalogEntry(changed.n_bytes, changed.etag, None, written_s=first_s, verified=False)

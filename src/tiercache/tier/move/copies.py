@@ -4,11 +4,13 @@ Before the first byte, the journal has the intent: source, destination, every ob
 of them dst lacked (PlannedObject.is_new). So a copy that the mover made is recognised after any interruption, and no
 part of one is taken for something that a user wrote.
 
-An object in dst is never overwritten, with one exception: a move made it from this very src, it is unchanged since, and
-src has a different object now. A copy whose source was dropped, or that came from another tier, is never overwritten::
+An object in dst that differs from src is a conflict, and is never overwritten, whoever wrote it::
 
     1. hot has v1 of a key, and home has v2. 2. v1 is copied to the archive, and dropped from hot.
     3. v2 is copied to the archive, and overwrites the last copy of v1.
+
+Only a damaged copy is replaced (see MoveContext.disbelieve), and an archived one that an interrupted move has left in a
+store which names no checksum of it.
 
 The last object of a group is its completing object. It is copied when all the others are there, so that an incomplete
 copy never looks complete.
@@ -41,8 +43,6 @@ if TYPE_CHECKING:
 # is smaller is recorded when its group is complete, at most this often.
 _AT_ONCE_BYTES = 8 << 20
 _RECORD_S = 1.0
-# Assumed difference between the clocks of stores.
-_STORE_SKEW_S = 60.0
 
 
 @dataclass(slots=True)
@@ -259,7 +259,7 @@ class CopyMaker:
         if not job.is_active:
             return
         self._begin_anew(job)
-        source = src
+        is_of_source = True
         # Only the object that was seen is replaced, where the store gives it an ETag.
         replaces: MayReplace = False if info is None else info.etag or True
         try:
@@ -270,13 +270,10 @@ class CopyMaker:
         except StoreError as error:
             if not error.details.get("corrupt"):
                 raise
-            source, copied = self._copied_from_others(job, obj, replaces, error)
+            is_of_source, copied = False, self._copied_from_others(job, obj, replaces, error)
         crash_point("tier_move.object")
         crc = copied.crc32c if copied.crc32c is not None else obj.crc32c
-        # A copy that was made from a third tier must not be replaced by one from src: a damaged object of src may
-        # have a newer date.
-        copied = copied._replace(crc32c=crc, made_from=context.file.tier(source).url)
-        self._record_copy(job, obj, copied, copied.n_bytes, of_source=source == src)
+        self._record_copy(job, obj, copied._replace(crc32c=crc), copied.n_bytes, of_source=is_of_source)
 
     def _begin_anew(self, job: MoveJob) -> None:
         """Record that the copy in dst is new, before it exists or is recorded as verified.
@@ -296,8 +293,8 @@ class CopyMaker:
 
     def _copied_from_others(
         self, job: MoveJob, obj: PlannedObject, replaces: MayReplace, failure: StoreError
-    ) -> tuple[str, CatalogEntry]:
-        """Copy an object that has rotted in src from another tier with an equal object. Return that tier and the copy.
+    ) -> CatalogEntry:
+        """Copy an object that has rotted in src from another tier with an equal object.
 
         Raises `failure` if no tier has one. Without this, the group would stay incomplete in dst on every run until
         somebody looked.
@@ -311,10 +308,9 @@ class CopyMaker:
                 continue
             equal = obj._replace(etag=entry.etag, modified_s=None)
             with suppress(StoreError):  # the error to report is the one of src
-                copied = context.transfer.copy(
+                return context.transfer.copy(
                     tier.name, dst, equal, on_bytes=self._on_bytes, replaces=replaces, written_s=entry.written_s
                 )
-                return tier.name, copied
         raise failure
 
     def _record_copy(
@@ -326,12 +322,11 @@ class CopyMaker:
         """
         catalog = self._context.catalog
         source = catalog.entries(job.row.src, [obj.key]).get(obj.key)
-        came_from = source.made_from if source is not None and source.etag == obj.etag else ""
         first_s = first_written_s(obj, source)
         copy = copy._replace(written_s=earliest(copy.written_s, first_s))
         pair = [(job.row.dst, obj.key, copy)]
         if of_source and obj.etag is not None:
-            pair.append((job.row.src, obj.key, CatalogEntry(obj.n_bytes, obj.etag, copy.crc32c, came_from, first_s)))
+            pair.append((job.row.src, obj.key, CatalogEntry(obj.n_bytes, obj.etag, copy.crc32c, first_s)))
         if copy.n_bytes >= _AT_ONCE_BYTES:
             catalog.record(pair)
             pair = []
@@ -353,19 +348,17 @@ class CopyMaker:
             # For an object that cannot be read, the checksum that the store reports is all there is.
             if expected == (info.crc32c if found is None else found):
                 same = entry if entry is not None and entry.verified and matches_entry(info, entry) else None
-                came_from, first_s = ("", None) if same is None else (same.made_from, same.written_s)
-                copy = CatalogEntry(info.n_bytes, info.etag, expected, came_from, first_s)
+                copy = CatalogEntry(info.n_bytes, info.etag, expected, None if same is None else same.written_s)
                 return self._found(job, obj, copy, is_new=same is None)
         if obj.is_new and entry is None and is_cold and info.n_bytes == obj.n_bytes:
             # A killed process has copied it. A readable object was compared above.
             if _is_by_etag(info, obj):
-                copy = CatalogEntry(info.n_bytes, info.etag, None, job.row.src_url)
+                copy = CatalogEntry(info.n_bytes, info.etag, None)
                 return self._found(job, obj, copy, is_new=True)
-            if self._may_make_again(job, obj, info):
-                return False
-        is_ours = entry is not None and entry.made_from == job.row.src_url and matches_entry(info, entry)
-        if is_ours and len(job.row.objects) == 1:
-            return False  # a copy of an earlier object of src: it may be replaced
+            if info.crc32c is None:
+                return False  # nothing tells whether it is complete
+        if entry is not None and _is_damaged_copy(info, entry, expected):
+            return False
         where = f"{context.stores.store(dst).url}/{obj.key}"
         archived = ", which must be restored before it can be compared" if is_cold else ""
         job.stop(
@@ -382,24 +375,6 @@ class CopyMaker:
         self._on_bytes(obj.n_bytes)
         return True
 
-    def _may_make_again(self, job: MoveJob, obj: PlannedObject, info: ObjectInfo) -> bool:
-        """Return whether src may replace an archived, never verified copy that a killed process has left.
-
-        If the store reports a checksum of the copy, it differs from that of src: one of the two is wrong, and it may be
-        src::
-
-            1. The object is copied, and the process is killed. 2. src rots. 3. The copy in dst is the last good one.
-
-        So src must have been written again since, and the group must not look complete in dst, because replacing one
-        part may fail.
-        """
-        if info.crc32c is None:
-            return True
-        if obj.modified_s is None or info.modified_s is None or obj.modified_s <= info.modified_s + _STORE_SKEW_S:
-            return False
-        objects = job.row.objects
-        return len(objects) == 1 or self._context.head(job.row.dst, objects[-1].key) is None
-
     def _expected_checksum(self, job: MoveJob, obj: PlannedObject) -> int | None:
         """Return the CRC-32C that a copy must have; None where nothing records it and src cannot be read."""
         if obj.crc32c is not None:
@@ -409,6 +384,11 @@ class CopyMaker:
         if info is None or context.change_reason(src, info, obj):
             return None
         return context.checksum_of(src, info, context.catalog.entries(src, [obj.key]).get(obj.key))
+
+
+def _is_damaged_copy(info: ObjectInfo, entry: CatalogEntry, expected: int | None) -> bool:
+    """Return whether an object is the very one that was verified as a copy of these bytes, and found damaged since."""
+    return not entry.verified and expected is not None and entry.crc32c == expected and matches_entry(info, entry)
 
 
 def _is_by_etag(info: ObjectInfo, obj: PlannedObject) -> bool:
@@ -526,9 +506,8 @@ def _record_complete(context: MoveContext, row: JournalRow, heads: Heads) -> Non
         if crc is None or not _is_own_part(context, row, obj, heads):
             return
         first_s = first_written_s(obj, known)
-        made.append((row.dst, obj.key, CatalogEntry(info.n_bytes, info.etag, crc, row.src_url, first_s)))
-        came_from = "" if known is None else known.made_from
-        made.append((row.src, obj.key, CatalogEntry(source.n_bytes, source.etag, crc, came_from, first_s)))
+        made.append((row.dst, obj.key, CatalogEntry(info.n_bytes, info.etag, crc, first_s)))
+        made.append((row.src, obj.key, CatalogEntry(source.n_bytes, source.etag, crc, first_s)))
     context.catalog.record(made)
 
 

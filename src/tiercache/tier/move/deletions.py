@@ -489,8 +489,8 @@ class DeferredDeletions:
             return None
         context.disbelieve(dst, key, entry)
         return "cancel", (
-            f"{at}: expected CRC-32C {entry.crc32c:08x}, found {found:08x} on its disk: what it was made from stays; "
-            f"look at that disk, and remove this copy: the next plan makes it again"
+            f"{at}: expected CRC-32C {entry.crc32c:08x}, found {found:08x} on its disk: what it was made from stays, "
+            f"and the next plan makes this copy again; look at that disk"
         )
 
     def _count_read(self, n_bytes: int) -> None:
@@ -508,9 +508,6 @@ class DeferredDeletions:
         self._catalog.write([replace(deletion.row, state="dropping", changed_s=self._now_s) for deletion in due])
         for deletion in due:
             deletion.is_begun = True
-        self._catalog.source_deleted(
-            [(deletion.row.dst, obj.key) for deletion in due if deletion.row.dst for obj in deletion.row.objects]
-        )
         crash_point("tier_drop.journaled")
         self._remove_placements([deletion for deletion in due if deletion.row.action == "delete"])
         self._look_again(due)
@@ -614,14 +611,13 @@ class DeferredDeletions:
         back = [deletion for deletion in due if deletion.verdict == "cancel" and deletion.is_whole and deletion.present]
         # The placement of a last copy changes when its deletion begins, not before.
         self._revert_placements([deletion for deletion in back if deletion.is_begun or deletion.row.action != "delete"])
-        rows, gone, lasting = [], [], []
+        rows, gone = [], []
         for deletion in due:
             row = deletion.row
             if deletion.verdict in ("go", "done"):
                 rows.append(replace(row, state="done", note="", changed_s=self._now_s))
                 self._n_done += 1
                 if row.action != "reclass":
-                    lasting += [(row.dst, obj.key) for obj in row.objects if row.dst]
                     gone += [(tier, obj.key) for tier, obj in deletion.present]
                 if row.action == "delete":  # and the catalog entries of copies that others have deleted
                     gone += [(tier.name, obj.key) for tier in self._file.tiers for obj in row.objects]
@@ -639,7 +635,6 @@ class DeferredDeletions:
         self._remove_folders(
             [deletion for deletion in due if deletion.verdict in ("go", "done") and deletion.row.action != "reclass"]
         )
-        self._catalog.source_deleted(lasting)  # also of sources that somebody else deleted
         self._catalog.write(rows)
         crash_point("tier_drop.done")
         self._catalog.forget(gone)

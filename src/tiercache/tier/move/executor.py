@@ -407,8 +407,6 @@ class MoveExecutor:
         for job in jobs:
             if job.is_finished and not job.stop_reason:
                 rows.append(replace(job.row, state="done"))
-                # The source was deleted by somebody, so the copy in dst may be the last one.
-                self._catalog.source_deleted([(job.row.dst, obj.key) for obj in job.row.objects if job.row.dst])
             elif job.stop_reason:
                 rows.append(self._stopped_row(job))
                 gone += self._take_stopped(job)
