@@ -282,7 +282,7 @@ def test_layouts_without_a_completing_file_are_told_from_parts_by_their_steps(ke
 )
 def test_parts_of_a_checkpoint_whose_names_contain_other_numbers_belong_to_it(keys):
     assert list(steps(*keys)) == [keys[0].rpartition("/")[0]]
-    assert "which" not in lacks(*keys)
+    assert "whether it is one checkpoint" not in "".join(lacks(*keys).values())
 
 
 @pytest.mark.parametrize(
@@ -298,6 +298,11 @@ def test_where_parts_and_checkpoints_cannot_be_told_apart_the_folder_is_not_comp
     path = "/".join(keys[0].split("/")[:2])
     assert list(steps(*keys)) == [path]
     assert "whether it is one checkpoint" in lacks(*keys)[path]
+
+
+def test_names_that_are_not_valid_keys_in_such_a_folder_change_no_other_group():
+    assert lacks("step-1/step-2/../model.pt") == {}
+    assert lacks("step-1/step-2/../model.pt", "z/step-9/model.pt") == lacks("z/step-9/model.pt")
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------

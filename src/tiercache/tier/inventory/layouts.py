@@ -219,7 +219,8 @@ def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
     written_s = np.full(len(paths), np.nan)
     written_s[is_own] = _written_in_own_names(paths.filter(pa.array(is_own)))
     lacks = np.where(checkpoint, _lacking(members, run), NOTHING).astype(np.uint8)
-    lacks[index_in(pa.array(sorted(uncertain), pa.large_string()), paths)] = NESTING
+    # A folder that has only names that are not valid keys is no group.
+    lacks[index_in(paths, pa.array(sorted(uncertain), pa.large_string())) >= 0] = NESTING
     lacks[_fewer_files_than_neighbours(members, folders, paths, run, step, (lacks == NOTHING) & ~is_own)] = NEIGHBOURS
     return KeyGroups(
         paths=paths,
