@@ -93,7 +93,7 @@ def test_the_journal_has_source_destination_and_objects_before_the_first_byte(fo
     assert {obj.key: obj.n_bytes for obj in row.objects} == {
         f"run/step-1/{name}": len(content(f"run/step-1/{name}")) for name in FILES
     }
-    assert all(obj.modified_s and obj.is_new for obj in row.objects)
+    assert all(obj.modified_s and obj.was_absent for obj in row.objects)
     assert folders.lies(1) == ["hot"], "nothing is copied yet"
 
 

@@ -11,8 +11,8 @@ from tiercache.errors import CommitConflict, StoreError
 from tiercache.testing import Fault
 from tiercache.testing.faults import FaultKind
 from tiercache.tier.move.deletions import DeletionFacts
+from tiercache.tier.move.interrupted_copies import finish_copies
 from tiercache.tier.move.lock import LockRecord, TierLock
-from tiercache.tier.move.unfinished import finish_copies
 
 
 @pytest.fixture

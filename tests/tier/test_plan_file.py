@@ -62,7 +62,7 @@ objects = st.builds(
     st.none() | amounts,
     st.none() | st.integers(0, 2**32 - 1),
     st.just(""),
-    st.just(False),  # is_new: only in the journal
+    st.just(False),  # was_absent: only in the journal
 )
 totals = st.dictionaries(
     texts, st.builds(TierTotals, st.integers(0, 2**60), st.integers(0, 2**40), amounts), max_size=2

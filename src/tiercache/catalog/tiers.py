@@ -164,7 +164,7 @@ def entry_table(batches: Iterable[Sequence[Sequence[Any]]]) -> pa.Table:
 
 
 # begun: The journal has the move; nothing that readers rely on has changed. Parts of its copy may be in dst. The next
-#   run finishes the copy or removes the parts, before it lists the tiers (tier/move/unfinished.py).
+#   run finishes the copy or removes the parts, before it lists the tiers (tier/move/interrupted_copies.py).
 # stopped: The move was not made, for the reason in `note`, and dst has no part of its copy (if the rule file still has
 #   that tier). The next plan replaces the row, or prune() deletes it.
 # waiting: The copies, if there are any, and the placement are made; the grace period runs until due_s. Deletions that
@@ -233,7 +233,7 @@ class PlannedObject(NamedTuple):
         modified_s: Modification time, in seconds since the epoch.
         crc32c: CRC-32C, if the store, the manifest or the catalog knows it.
         tier: Name of its tier, in the journal of a move that covers several tiers.
-        is_new: Whether dst lacked the object when the journal recorded a copy or move, before its first byte was
+        was_absent: Whether dst lacked the object when the journal recorded a copy or move, before its first byte was
             copied: an object that dst has now under this key was made by this move.
     """
 
@@ -243,7 +243,7 @@ class PlannedObject(NamedTuple):
     modified_s: float | None = None
     crc32c: int | None = None
     tier: str = ""
-    is_new: bool = False
+    was_absent: bool = False
 
 
 @dataclass(frozen=True, slots=True)

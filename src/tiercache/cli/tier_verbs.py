@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,6 @@ from tiercache.tier.move.checks import ApplyResult, StoppedMove
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.mover import RunReport, open_mover, run_once
 from tiercache.tier.move.placement_updates import track_planned
-from tiercache.tier.plan.deletion_limit import exceeded_limits
 from tiercache.tier.plan.plan import make_plan, totals_by_route
 from tiercache.tier.plan.plan_file import read_plan, write_plan
 from tiercache.tier.plan.policy import decide_now
@@ -90,11 +89,7 @@ def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
     inventory = tiers.read_inventory(output)
     file, snapshot = tiers.file, inventory.snapshot
     decisions, unavailable = decide_now(snapshot, file, tiers.stores, tiers.catalog)
-    journal = tiers.catalog.open_moves(file.home_tier.url, "waiting", "dropping")
-    made = replace(
-        make_plan(decisions, inventory, file, tiers.prices),
-        exceeded=exceeded_limits(decisions, snapshot, file, journal),
-    )
+    made = make_plan(decisions, inventory, file, tiers.prices)
     print_unavailable(output, file, unavailable)
     print_metric_gaps(output, metric_gaps(snapshot, file, inventory.facts["in_files"])[0])
     print_rule_warnings(output, rule_warnings(file, snapshot))

@@ -84,10 +84,10 @@ class Holds:
         """Paths of all holds, also of those that have ended: a machine has recalled these groups."""
         return frozenset(self._newest)
 
-    def obsolete(self, recalled: Collection[str] = ()) -> tuple[str, ...]:
+    def obsolete(self, keep: Collection[str] = ()) -> tuple[str, ...]:
         """Return the keys of holds whose removal changes nothing: superseded, or ended with no older one in force.
 
-        recalled: Paths whose newest hold stays although it has ended.
+        keep: Paths whose newest hold stays although it has ended.
         """
         shadowed = {
             path
@@ -95,9 +95,9 @@ class Holds:
             for path in (hold.paths if hold.until_s > self._now_s else ())
             if self._newest[path] is not hold
         }
-        stays = {*shadowed, *recalled}
-        kept = {hold.key for path, hold in self._newest.items() if hold.until_s > self._now_s or path in stays}
-        return tuple(hold.key for hold in self._all if hold.key not in kept)
+        needed = {*shadowed, *keep}
+        stay = {hold.key for path, hold in self._newest.items() if hold.until_s > self._now_s or path in needed}
+        return tuple(hold.key for hold in self._all if hold.key not in stay)
 
 
 def put_hold(store: Store, paths: Iterable[str], *, until_s: float, now_s: float, why: str) -> Hold:
@@ -124,13 +124,13 @@ def read_holds(store: Store, now_s: float, keys: Sequence[str] | None = None) ->
         return Holds([hold for hold in pool.map(read, keys) if hold is not None], now_s)
 
 
-def remove_obsolete_holds(store: Store, now_s: float, *, recalled: Collection[str] = ()) -> None:
+def remove_obsolete_holds(store: Store, now_s: float, *, keep: Collection[str] = ()) -> None:
     """Remove the holds that no longer matter. Only the holder of the tier lock may call this. Raises StoreError.
 
-    recalled: Paths of groups with more than one copy. Their holds stay, because they alone tell a machine whose catalog
+    keep: Paths of groups with more than one copy. Their holds stay, because they alone tell a machine whose catalog
     lacks one of the copies that another machine has recalled it.
     """
-    if obsolete := read_holds(store, now_s).obsolete(recalled):
+    if obsolete := read_holds(store, now_s).obsolete(keep):
         store.delete(obsolete)
 
 

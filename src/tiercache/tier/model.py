@@ -163,6 +163,22 @@ class MoveColumns:
 NO_MOVES = MoveColumns.of(np.empty(0, np.int64), 0, 0, -1, 0, "")
 
 
+@dataclass(frozen=True, slots=True)
+class ExceededLimit:
+    """A rule that would delete more bytes for good than it may without a confirmation (plan/deletion_limit.py)."""
+
+    rule: str
+    n_bytes: int  # bytes that would be deleted
+    matched_bytes: int  # bytes that the rule matches
+    max_delete: str  # largest share or size that is deleted without a confirmation, as in the rule file
+
+    @property
+    def text(self) -> str:
+        """The message for people."""
+        deleted, matched = format_bytes(self.n_bytes), format_bytes(self.matched_bytes)
+        return f"{self.rule}: would delete {deleted} of {matched} for good, and its max_delete is {self.max_delete}"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Decisions:
     """The output of the policy: moves in execution order, at most one per group, and refused moves."""
@@ -171,6 +187,7 @@ class Decisions:
     refusals: MoveColumns = NO_MOVES  # at most one per group, and none for groups that are moved
     # Names of rules, then of the watermarks from the last tier to the first: numbers of watermarks are negative.
     rules: tuple[str, ...] = ()
+    exceeded: tuple[ExceededLimit, ...] = ()  # rules whose deletions a person must confirm
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,22 +244,6 @@ class TierTotals:
     n_bytes: int = 0
     n_objects: int = 0
     dollars_month: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class ExceededLimit:
-    """A rule that would delete more bytes for good than it may without a confirmation (plan/deletion_limit.py)."""
-
-    rule: str
-    n_bytes: int  # bytes that would be deleted
-    matched_bytes: int  # bytes that the rule matches
-    max_delete: str  # largest share or size that is deleted without a confirmation, as in the rule file
-
-    @property
-    def text(self) -> str:
-        """The message for people."""
-        deleted, matched = format_bytes(self.n_bytes), format_bytes(self.matched_bytes)
-        return f"{self.rule}: would delete {deleted} of {matched} for good, and its max_delete is {self.max_delete}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,13 @@
 """Finds conflicts: different objects under one name in two tiers, of which no rule can tell which one is wanted.
 
 Somebody has written a name again whose earlier copy was moved, or has put a copy back by hand. No move touches either
-copy until a person has deleted or renamed one of them. Four kinds of copies are no conflict, as far as sizes and known
-checksums are equal:
+copy until a person has deleted or renamed one of them. These are no conflict:
 
-- A copy that the mover is making: the journal has it (see tier/move/unfinished.py).
-- Copies none of which the catalog knows: the catalog was lost. The mover compares their bytes before it relies on one.
-- Copies of a group that another machine has recalled, whose catalog knows them: a hold names it. The mover compares.
+- A copy that the mover is making: the journal has it (see tier/move/interrupted_copies.py).
 - Objects of one bucket that have several storage classes: they are one copy.
+- While sizes and known checksums are equal: copies none of which the catalog knows, because the catalog was lost, and
+  copies of a group that another machine has recalled, whose catalog knows them (a hold names the group). The mover
+  compares their bytes before it relies on one.
 
 Own checkpoints are left out, because their names are unique, and shards, whose checksums are in the manifest.
 """
@@ -46,7 +46,7 @@ def find_conflicts(
     copies: Copies,
     tiers: Sequence[Tier],
     *,
-    unfinished: Collection[tuple[int, str]],
+    interrupted: Collection[tuple[int, str]],
     recalled: Collection[str],
 ) -> dict[int, str]:
     """Return the groups of which two tiers have different objects, with the reason for people.
@@ -56,21 +56,23 @@ def find_conflicts(
         grouped: Their groups.
         copies: Copies of the groups.
         tiers: Tiers of the rule file, in its order.
-        unfinished: (tier, path) of copies that the mover has begun to make.
+        interrupted: (tier, path) of copies that the mover has begun to make and has not finished.
         recalled: Paths of groups that any machine has recalled.
     """
     found: dict[int, str] = {}
     for group in _candidates(grouped, copies).tolist():
         path = grouped.paths[group].as_py()
         first, last = np.searchsorted(copies.group, [group, group + 1]).tolist()
-        numbers = [copy for copy in range(first, last) if (int(copies.tier[copy]), path) not in unfinished]
+        numbers = [copy for copy in range(first, last) if (int(copies.tier[copy]), path) not in interrupted]
         for one, other in combinations(numbers, 2):
             tier, other_tier = tiers[copies.tier[one]], tiers[copies.tier[other]]
+            if tier.url == other_tier.url:
+                continue
             objects, other_objects = _objects(listed, copies, one), _objects(listed, copies, other)
             key = _differing_key(objects, other_objects)
             if key is None and path not in recalled:
                 key = _unrecorded_key(objects, other_objects)
-            if key is not None and tier.url != other_tier.url:
+            if key is not None:
                 sides = f"{_side(tier, objects, key)}, {_side(other_tier, other_objects, key)}"
                 found[group] = (
                     f"conflict: two tiers have different objects under this name ({key}: {sides}): no rule touches "

@@ -193,9 +193,11 @@ class _ObjectFacts:
         self.written_s = np.full(len(row), np.inf)
         for number in listed.tiers:
             at = np.flatnonzero(listed.tier[row] == number)
-            for known, found, is_it, is_same in _look_up(listed, row, at[np.argsort(key[at])], checksums_of(number)):
-                self.recorded[known] = True
-                here, entries, is_same = known[is_it], found.filter(pa.array(is_it)), is_same[is_it]
+            for recorded, found, has_date, is_same in _look_up(
+                listed, row, at[np.argsort(key[at])], checksums_of(number)
+            ):
+                self.recorded[recorded] = True
+                here, entries, is_same = recorded[has_date], found.filter(pa.array(has_date)), is_same[has_date]
                 self.written_s[here] = entries["written_s"].fill_null(np.inf).to_numpy()
                 same, found = here[is_same], entries.filter(pa.array(is_same))
                 verified[same] = found["verified"].to_numpy()
@@ -244,11 +246,11 @@ def _look_up(
         etags = pa.chunked_array([listed.etags.take(pa.array(row[some]))])
         is_size = listed.n_bytes[row[some]] == found["n_bytes"].to_numpy()
         is_same = is_size & _are_equal(found["etag"], etags)
-        is_it = is_same
+        has_date = is_same
         if not is_same.all():
-            is_it = is_size & _are_equal(_without_ctime(found["etag"]), _without_ctime(etags))
-        known = is_it | (is_size & np.asarray(etags.is_null().to_numpy(), np.bool_))
-        yield some[known], found.filter(pa.array(known)), is_it[known], is_same[known]
+            has_date = is_size & _are_equal(_without_ctime(found["etag"]), _without_ctime(etags))
+        recorded = has_date | (is_size & np.asarray(etags.is_null().to_numpy(), np.bool_))
+        yield some[recorded], found.filter(pa.array(recorded)), has_date[recorded], is_same[recorded]
 
 
 def _are_equal(one: pa.ChunkedArray, other: pa.ChunkedArray) -> NDArray[np.bool_]:
@@ -371,9 +373,9 @@ def take_inventory(
 
     copies = copies_of(listed, grouped.objects, checksums_of)
     holds = _holds(file, stores, listed, own, now_s)
-    unfinished = _unfinished(file, catalog)
-    copies = _without_unfinished(grouped, copies, unfinished)
-    conflicts = find_conflicts(listed, grouped, copies, file.tiers, unfinished=unfinished, recalled=holds.recalled)
+    interrupted = _interrupted_copies(file, catalog)
+    copies = _without_interrupted(grouped, copies, interrupted)
+    conflicts = find_conflicts(listed, grouped, copies, file.tiers, interrupted=interrupted, recalled=holds.recalled)
     complete = _complete(grouped, copies, now_s=now_s, quiet_period_s=file.tiering.quiet_period_s)
     # Nobody knows which one of two checkpoints is meant: neither displaces another one.
     complete[[group for group in conflicts if grouped.kind[group] == CHECKPOINT]] = False
@@ -541,8 +543,8 @@ def _copy_above(paths: pa.Array, copies: Copies, key: str, tier: int) -> int | N
     return None
 
 
-def _unfinished(file: RuleFile, catalog: TierCatalog) -> frozenset[tuple[int, str]]:
-    """Return (tier, path) of the copies that the mover has begun to make, by the journal."""
+def _interrupted_copies(file: RuleFile, catalog: TierCatalog) -> frozenset[tuple[int, str]]:
+    """Return (tier, path) of the copies that the mover has begun to make and has not finished, by the journal."""
     numbers = {tier.url: number for number, tier in enumerate(file.tiers)}
     rows = catalog.open_moves(file.home_tier.url, "begun")
     return frozenset(
@@ -550,13 +552,13 @@ def _unfinished(file: RuleFile, catalog: TierCatalog) -> frozenset[tuple[int, st
     )
 
 
-def _without_unfinished(grouped: Grouped, copies: Copies, unfinished: Collection[tuple[int, str]]) -> Copies:
-    """Return the copies, where no unfinished one is whole: a part of a copy never counts as a checkpoint."""
-    if not unfinished:
+def _without_interrupted(grouped: Grouped, copies: Copies, interrupted: Collection[tuple[int, str]]) -> Copies:
+    """Return the copies, where no interrupted one is whole: a part of a copy never counts as a checkpoint."""
+    if not interrupted:
         return copies
-    rows = index_in(pa.array([path for _, path in unfinished], pa.large_string()), grouped.paths).tolist()
+    rows = index_in(pa.array([path for _, path in interrupted], pa.large_string()), grouped.paths).tolist()
     whole = copies.whole.copy()
-    for (tier, _), group in zip(unfinished, rows, strict=True):
+    for (tier, _), group in zip(interrupted, rows, strict=True):
         copy = copies.find(group, tier) if group >= 0 else None
         if copy is not None:
             whole[copy] = False

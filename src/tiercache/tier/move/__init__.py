@@ -3,15 +3,15 @@
 ``mover`` is the entry (open_mover, run_once); ``executor`` takes the moves of a plan up to their grace period;
 ``deletions`` makes the deletions that wait; ``checks`` compares objects with the plan and the catalog;
 ``placement_updates`` tells readers; ``copies`` copies groups, or withdraws their parts; ``transfer`` moves bytes;
-``lock`` admits one process; ``unfinished`` finishes interrupted copies; ``links`` lets symbolic links follow copies;
-``removal`` deletes checkpoints that a user names.
+``lock`` admits one process; ``interrupted_copies`` finishes them, or removes their parts; ``links`` lets symbolic links
+follow copies; ``removal`` deletes checkpoints that a user names.
 
 A move from src to dst has these steps. Each step is journaled before the next one, and each is harmless when repeated.
 MoveExecutor._run_batch() calls steps 1 to 7, and DeferredDeletions._run_batch() steps 8 to 10, for a batch of moves::
 
     1. check     src has the planned objects, and no pin or hold protects them (_check_sources, _check_pins)
     2. begin     the journal records the move: src, dst, size and date of every object, and which of them dst lacks. It
-                 cancels earlier moves of the path (_begin, CopyMaker.look)
+                 cancels earlier moves of the path (_begin, CopyMaker.note_absent_objects)
     3. copy      copies the objects that dst lacks, one group after another, the completing object last; verifies each
                  copy; removes the parts of a group that cannot be completed (_make, CopyMaker.copy)
     4. record    the catalog of this machine records the verified copies in src and dst, by size, ETag and CRC-32C, as
@@ -30,7 +30,7 @@ MoveExecutor._run_batch() calls steps 1 to 7, and DeferredDeletions._run_batch()
 What can happen between two steps:
 
     2-6  The process is killed: the row stays in the state "begun". Until it is finished, no copy in its dst counts as
-         whole. The next run finishes the copy, or removes its parts, before it lists the tiers (unfinished.py).
+         whole. The next run finishes the copy, or removes its parts, before it lists the tiers (interrupted_copies.py).
          Applying the same plan again continues it, too.
     3-4  The process is killed: copies exist that the catalog does not know. The journal does: they are compared with
          src, and are not copied again.

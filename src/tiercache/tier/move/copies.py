@@ -1,8 +1,8 @@
 """Copies of groups: one group after another, each complete and recorded, or withdrawn.
 
 Before the first byte, the journal has the intent: source, destination, every object with its size and date, and which
-of them dst lacked (PlannedObject.is_new). So a copy that the mover made is recognised after any interruption, and no
-part of one is taken for something that a user wrote.
+of them dst lacked (PlannedObject.was_absent). So a copy that the mover made is recognised after any interruption, and
+no part of one is taken for something that a user wrote.
 
 An object in dst that differs from src is a conflict, and is never overwritten, whoever wrote it::
 
@@ -31,7 +31,7 @@ from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
 from tiercache.model import format_bytes
 from tiercache.store import LocalFolder
-from tiercache.tier.move.checks import Heads, MoveContext, earliest, first_written_s, matches_entry
+from tiercache.tier.move.checks import Heads, Infos, MoveContext, earliest, first_written_s, matches_entry
 from tiercache.tier.move.transfer import MayReplace, is_md5
 from tiercache.tier.stores import needs_restore
 from tiercache.waiting import SYSTEM_CLOCK
@@ -56,7 +56,8 @@ class MoveJob:
         made: Verified copies that are not in the catalog yet, as (tier, key, entry).
         n_bytes: Bytes that were copied.
         absent: Keys of the objects that dst lacked when the move began.
-        is_new: Whether a copy in dst was not in the catalog before.
+        restarts_grace: Whether the grace period starts again, because the catalog did not have a copy in dst before.
+        is_withdrawn: Whether the parts that the move had copied were removed.
     """
 
     row: JournalRow
@@ -66,7 +67,8 @@ class MoveJob:
     made: list[tuple[str, str, CatalogEntry]] = field(default_factory=list)
     n_bytes: int = 0
     absent: frozenset[str] = frozenset()
-    is_new: bool = False
+    restarts_grace: bool = False
+    is_withdrawn: bool = False
     lock: Lock = field(default_factory=Lock)
 
     def stop(self, reason: str, *, may_continue: bool = False) -> None:
@@ -132,14 +134,14 @@ class CopyMaker:
 
     # -- the intent -------------------------------------------------------------------------------------------------
 
-    def look(self, jobs: Sequence[MoveJob]) -> None:
+    def note_absent_objects(self, jobs: Sequence[MoveJob]) -> None:
         """Note in the rows of jobs which objects dst lacks, before the caller writes these rows into the journal."""
         heads = self._context.heads((job.row.dst, obj.key) for job in jobs for obj in job.row.objects)
         for job in jobs:
             row = job.row
             absent = frozenset(obj.key for obj in row.objects if heads.is_absent(row.dst, obj.key))
             # What an earlier, interrupted attempt of this copy has made is the move's own, too.
-            objects = (obj._replace(is_new=obj.is_new or obj.key in absent) for obj in row.objects)
+            objects = (obj._replace(was_absent=obj.was_absent or obj.key in absent) for obj in row.objects)
             job.row, job.absent = replace(row, objects=tuple(objects)), absent
 
     # -- groups -----------------------------------------------------------------------------------------------------
@@ -229,7 +231,8 @@ class CopyMaker:
                 self._record()
         elif not job.may_continue:
             with self._withdrawing:
-                withdraw_copy(self._context, job.row)  # the end of the move withdraws what cannot be removed now
+                # If a part cannot be removed now, the end of the move tries again.
+                job.is_withdrawn = not withdraw_copy(self._context, job.row)
 
     def _record(self) -> None:
         with self._lock:
@@ -286,7 +289,7 @@ class CopyMaker:
         copy as soon as it exists, because it still has the entry of the lost copy.
         """
         with job.lock:
-            job.is_new = True
+            job.restarts_grace = True
             if job.row.since_s > 0:
                 job.row = replace(job.row, since_s=0.0, due_s=0.0)
                 self._context.catalog.write([job.row])
@@ -349,12 +352,12 @@ class CopyMaker:
             if expected == (info.crc32c if found is None else found):
                 same = entry if entry is not None and entry.verified and matches_entry(info, entry) else None
                 copy = CatalogEntry(info.n_bytes, info.etag, expected, None if same is None else same.written_s)
-                return self._found(job, obj, copy, is_new=same is None)
-        if obj.is_new and entry is None and is_cold and info.n_bytes == obj.n_bytes:
+                return self._found(job, obj, copy, is_recorded=same is not None)
+        if obj.was_absent and entry is None and is_cold and info.n_bytes == obj.n_bytes:
             # A killed process has copied it. A readable object was compared above.
             if _is_by_etag(info, obj):
                 copy = CatalogEntry(info.n_bytes, info.etag, None)
-                return self._found(job, obj, copy, is_new=True)
+                return self._found(job, obj, copy, is_recorded=False)
             if info.crc32c is None:
                 return False  # nothing tells whether it is complete
         if entry is not None and _is_damaged_copy(info, entry, expected):
@@ -367,9 +370,9 @@ class CopyMaker:
         )
         return False
 
-    def _found(self, job: MoveJob, obj: PlannedObject, copy: CatalogEntry, *, is_new: bool) -> Literal[True]:
-        """Record that dst has a copy already."""
-        if is_new:
+    def _found(self, job: MoveJob, obj: PlannedObject, copy: CatalogEntry, *, is_recorded: bool) -> Literal[True]:
+        """Record that dst has a copy already. is_recorded: Whether the catalog has it as verified."""
+        if not is_recorded:
             self._begin_anew(job)
         self._record_copy(job, obj, copy, 0)
         self._on_bytes(obj.n_bytes)
@@ -383,7 +386,14 @@ class CopyMaker:
         info = context.head(src, obj.key)
         if info is None or context.change_reason(src, info, obj):
             return None
-        return context.checksum_of(src, info, context.catalog.entries(src, [obj.key]).get(obj.key))
+        return _source_checksum(context, src, obj, info)
+
+
+def _source_checksum(context: MoveContext, src: str, obj: PlannedObject, info: ObjectInfo) -> int | None:
+    """Return the CRC-32C of an unchanged object in src, which is read if nothing records it; None if it is archived."""
+    if obj.crc32c is not None:
+        return obj.crc32c
+    return context.checksum_of(src, info, context.catalog.entries(src, [obj.key]).get(obj.key))
 
 
 def _is_damaged_copy(info: ObjectInfo, entry: CatalogEntry, expected: int | None) -> bool:
@@ -414,18 +424,15 @@ def withdraw_copy(context: MoveContext, row: JournalRow) -> str:
 
     Only objects that dst lacked before are removed, and only if they equal objects of src, where no object of the group
     has changed or is gone. So nothing is removed that src does not have. A complete copy is no part: it stays, and
-    rules apply to it. What is left beside a source that was written again is a conflict for the next plan.
+    rules apply to it. If src was written again, the parts stay, and the next plan reports a conflict.
     """
-    new = [obj for obj in row.objects if obj.is_new]
-    if not new:
-        return ""
     pairs = [(tier, obj.key) for obj in row.objects for tier in (row.src, row.dst)]
     try:
-        heads = _heads(context, pairs)
-        parts = [obj for obj in new if heads.info(row.dst, obj.key) is not None]
+        heads = _heads(context, pairs) if any(obj.was_absent for obj in row.objects) else Heads({})
+        parts = [obj for obj in row.objects if obj.was_absent and heads.info(row.dst, obj.key) is not None]
         if not parts:
             return ""
-        if is_complete_in_dst(context, row):
+        if is_complete(context, row, heads.infos(row.dst, row)):
             _record_complete(context, row, heads)
             return ""
         missing = [obj.key for obj in row.objects if heads.info(row.src, obj.key) is None]
@@ -437,20 +444,16 @@ def withdraw_copy(context: MoveContext, row: JournalRow) -> str:
             )
         if not _is_unchanged(context, row, heads):
             return ""
-        ours = [obj for obj in parts if _is_own_part(context, row, obj, heads)]
-        found = [heads.info(row.dst, obj.key) for obj in ours]
+        ours = [(obj, info) for obj in parts if (info := _own_part(context, row, obj, heads)) is not None]
         crash_point("tier_move.withdrawing")
         now = _heads(context, pairs)  # reading the objects may have taken hours
         if any(now.info(*pair) != heads.info(*pair) for pair in pairs):
             return f"{row.path}: {row.src_url} or {row.dst_url} changed while an interrupted copy was compared"
         context.lock.announce([(row.dst_url, row.path)])
-        context.transfer.delete_objects(
-            row.dst,
-            [obj._replace(etag=info.etag) for obj, info in zip(ours, found, strict=True) if info is not None],
-        )
+        context.transfer.delete_objects(row.dst, [obj._replace(etag=info.etag) for obj, info in ours])
         crash_point("tier_move.withdrawn")
         remove_empty_folders(context, row, row.dst)
-        context.catalog.forget((row.dst, obj.key) for obj in ours)
+        context.catalog.forget((row.dst, obj.key) for obj, _ in ours)
     except CommitConflict:
         raise
     except TierCacheError as error:
@@ -463,11 +466,14 @@ def _heads(context: MoveContext, pairs: Sequence[tuple[str, str]]) -> Heads:
     return Heads({pair: context.head(*pair) for pair in pairs})
 
 
-def is_complete_in_dst(context: MoveContext, row: JournalRow) -> bool:
-    """Return whether dst has every object of a move, with the planned size and, where it is known, checksum."""
+def is_complete(context: MoveContext, row: JournalRow, copies: Infos) -> bool:
+    """Return whether dst has every object of a move, with the planned size and, where it is known, checksum.
+
+    copies: Metadata of the move's objects in dst.
+    """
     entries = context.catalog.entries(row.dst, [obj.key for obj in row.objects])
     for obj in row.objects:
-        info = context.head(row.dst, obj.key)
+        info = copies[obj.key]
         if info is None or info.n_bytes != obj.n_bytes:
             return False
         found = None if obj.crc32c is None else context.checksum_of(row.dst, info, entries.get(obj.key))
@@ -482,16 +488,23 @@ def _is_unchanged(context: MoveContext, row: JournalRow, heads: Heads) -> bool:
     return not any(info is not None and context.change_reason(row.src, info, obj) for obj, info in infos)
 
 
-def _is_own_part(context: MoveContext, row: JournalRow, obj: PlannedObject, heads: Heads) -> bool:
-    """Return whether an object in dst, which lacked it before, equals the object in src, which is as it was planned."""
+def _own_part(context: MoveContext, row: JournalRow, obj: PlannedObject, heads: Heads) -> ObjectInfo | None:
+    """Return an object that dst lacked before, if it equals the one in src, which is as it was planned; else None."""
     info, source = heads.info(row.dst, obj.key), heads.info(row.src, obj.key)
-    if info is None or source is None or info.n_bytes != obj.n_bytes:
+    if info is None or source is None:
+        return None
+    expected = _source_checksum(context, row.src, obj, source)
+    return info if _is_equal_copy(context, row.dst, obj, info, expected) else None
+
+
+def _is_equal_copy(context: MoveContext, dst: str, obj: PlannedObject, info: ObjectInfo, expected: int | None) -> bool:
+    """Return whether an object in dst, which a move has made, has the size and the checksum of its source."""
+    if info.n_bytes != obj.n_bytes:
         return False
-    entries = [context.catalog.entries(tier, [obj.key]).get(obj.key) for tier in (row.src, row.dst)]
-    expected = obj.crc32c if obj.crc32c is not None else context.checksum_of(row.src, source, entries[0])
-    found = info.crc32c if needs_restore(info) else context.checksum_of(row.dst, info, entries[1])
-    # Of a copy that must be restored before it can be read, the store may name no checksum: the journal decides.
-    return expected == found or (found is None and needs_restore(info))
+    if needs_restore(info):
+        # The store may name no checksum of it: the journal decides.
+        return info.crc32c is None or info.crc32c == expected
+    return expected == context.checksum_of(dst, info, context.catalog.entries(dst, [obj.key]).get(obj.key))
 
 
 def _record_complete(context: MoveContext, row: JournalRow, heads: Heads) -> None:
@@ -501,11 +514,10 @@ def _record_complete(context: MoveContext, row: JournalRow, heads: Heads) -> Non
         info, source = heads.info(row.dst, obj.key), heads.info(row.src, obj.key)
         if info is None or source is None or context.change_reason(row.src, source, obj):
             return
-        known = context.catalog.entries(row.src, [obj.key]).get(obj.key)
-        crc = obj.crc32c if obj.crc32c is not None else context.checksum_of(row.src, source, known)
-        if crc is None or not _is_own_part(context, row, obj, heads):
+        crc = _source_checksum(context, row.src, obj, source)
+        if crc is None or not _is_equal_copy(context, row.dst, obj, info, crc):
             return
-        first_s = first_written_s(obj, known)
+        first_s = first_written_s(obj, context.catalog.entries(row.src, [obj.key]).get(obj.key))
         made.append((row.dst, obj.key, CatalogEntry(info.n_bytes, info.etag, crc, first_s)))
         made.append((row.src, obj.key, CatalogEntry(source.n_bytes, source.etag, crc, first_s)))
     context.catalog.record(made)

@@ -24,7 +24,7 @@ from tiercache.tier.move.checks import (
     entry_after_class_change,
     in_batches,
 )
-from tiercache.tier.move.copies import CopyMaker, MoveJob, is_complete_in_dst, withdraw_copy
+from tiercache.tier.move.copies import CopyMaker, MoveJob, is_complete, withdraw_copy
 from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
 from tiercache.tier.stores import deletion_block_reason
 
@@ -129,10 +129,10 @@ def _row(context: MoveContext, plan: Plan, move: Move) -> JournalRow:
     )
 
 
-def _with_new_of(row: JournalRow, old: JournalRow) -> tuple[PlannedObject, ...]:
-    """Return the objects of a row, where those are new that an older row of the same copy has as new."""
-    new = {obj.key for obj in old.objects if obj.is_new}
-    return tuple(obj._replace(is_new=obj.is_new or obj.key in new) for obj in row.objects)
+def _with_absent_of(row: JournalRow, old: JournalRow) -> tuple[PlannedObject, ...]:
+    """Return the objects of a row, where those were absent that an older row of the same copy has as absent."""
+    absent = {obj.key for obj in old.objects if obj.was_absent}
+    return tuple(obj._replace(was_absent=obj.was_absent or obj.key in absent) for obj in row.objects)
 
 
 class _PlanChecks:
@@ -255,9 +255,11 @@ class MoveExecutor:
     def _compare_source(self, job: MoveJob, heads: Heads) -> None:
         context, row = self._context, job.row
         found = heads.infos(row.src, row)
-        if row.action in ("move", "drop") and not any(found.values()) and is_complete_in_dst(context, row):
-            job.is_finished = True
-            return
+        if row.action in ("move", "drop") and not any(found.values()):
+            copies = context.heads((row.dst, obj.key) for obj in row.objects).infos(row.dst, row)
+            if is_complete(context, row, copies):
+                job.is_finished = True
+                return
         for obj in row.objects:
             info = found[obj.key]
             if info is None:
@@ -312,9 +314,9 @@ class MoveExecutor:
         for job in jobs:
             job.stop_if(self._take_over_parts(job))
         jobs = [job for job in jobs if job.is_active]
-        self._copies.look([job for job in jobs if job.copies])
+        self._copies.note_absent_objects([job for job in jobs if job.copies])
         for job in jobs:
-            gone += self._take_stopped(job)
+            gone += self._take_replaced(job)
             for old in self._open.pop(job.row.path, ()):
                 if _is_same_deletion(old, job.row):
                     job.row = replace(job.row, since_s=old.since_s, due_s=old.due_s, note=old.note)
@@ -339,9 +341,9 @@ class MoveExecutor:
         """Note in the row of a job what interrupted copies of its path to the same tier have made."""
         for old in self._open[job.row.path] if job.copies else ():
             if _has_parts(old) and old.dst_url == job.row.dst_url:
-                job.row = replace(job.row, objects=_with_new_of(job.row, old))
+                job.row = replace(job.row, objects=_with_absent_of(job.row, old))
 
-    def _take_stopped(self, job: MoveJob) -> list[tuple[str, int]]:
+    def _take_replaced(self, job: MoveJob) -> list[tuple[str, int]]:
         """Return the earlier moves of the job's path that were not made, whose rows the job's row replaces.
 
         Otherwise a move that is stopped every day would leave one row a day. The row of an interrupted copy to another
@@ -390,9 +392,11 @@ class MoveExecutor:
             except TierCacheError as error:
                 job.stop(str(error))
         self._context.lock.check()
-        for job, _, _ in changes:  # readers may be led to these copies from now on: nothing withdraws them
-            job.row = replace(job.row, objects=tuple(obj._replace(is_new=False) for obj in job.row.objects))
-        self._catalog.write([job.row for job, _, _ in changes])
+        # Readers may be led to these copies from now on: nothing withdraws them.
+        placed = [job for job, _, _ in changes if any(obj.was_absent for obj in job.row.objects)]
+        for job in placed:
+            job.row = replace(job.row, objects=tuple(obj._replace(was_absent=False) for obj in job.row.objects))
+        self._catalog.write([job.row for job in placed])
         for job, reason in self._placements.commit(changes):
             job.stop(reason)
 
@@ -409,14 +413,14 @@ class MoveExecutor:
                 rows.append(replace(job.row, state="done"))
             elif job.stop_reason:
                 rows.append(self._stopped_row(job))
-                gone += self._take_stopped(job)
+                gone += self._take_replaced(job)
             elif job.row.action == "copy" or (
                 job.row.action == "reclass" and not self._context.ends_readability(job.row)
             ):
                 rows.append(replace(job.row, state="done"))
             else:
                 # A new copy did not exist yet when an earlier wait for the same deletion began.
-                goes_on = 0 < job.row.since_s <= now_s and not job.is_new
+                goes_on = 0 < job.row.since_s <= now_s and not job.restarts_grace
                 since_s = job.row.since_s if goes_on else now_s
                 rows.append(replace(job.row, state="waiting", since_s=since_s, due_s=since_s + grace_s))
         self._catalog.write([replace(row, changed_s=now_s) for row in rows], instead_of=gone)
@@ -433,9 +437,9 @@ class MoveExecutor:
         self._merge_parts(job)
         row = job.row
         if job.copies:
-            if any(obj.is_new for obj in row.objects) and job.may_continue:
+            if job.may_continue and any(obj.was_absent for obj in row.objects):
                 return replace(row, note=job.stop_reason)
-            if reason := withdraw_copy(self._context, row):
+            if not job.is_withdrawn and (reason := withdraw_copy(self._context, row)):
                 job.stop_reason += f"; {reason}"
                 return replace(row, note=job.stop_reason)
         return replace(row, state="stopped", note=job.stop_reason)

@@ -36,16 +36,15 @@ def finish_copies(context: MoveContext, *, on_progress: Callable[[Progress], obj
     jobs: list[MoveJob] = []
     stopped: list[StoppedMove] = []
     for row in rows:
-        reason = _lost_tier_reason(context, row)
-        if reason:  # nobody can remove what lies in a tier that the rule file does not have
+        if reason := _lost_tier_reason(context, row):
+            # Nobody can remove what lies in a tier that the rule file does not have.
             catalog.write([replace(row, state="stopped", note=reason, changed_s=context.clock())])
-        elif reason := unavailable.get(row.src, "") or unavailable.get(row.dst, ""):
-            pass
-        elif _is_wanted(context, row, holds):
-            jobs.append(MoveJob(row))
-        elif not (reason := withdraw_copy(context, row)):
-            note = "the interrupted copy is not wanted any more: no part of it is left"
-            catalog.write([replace(row, state="stopped", note=note, changed_s=context.clock())])
+        elif not (reason := unavailable.get(row.src, "") or unavailable.get(row.dst, "")):
+            if _is_wanted(context, row, holds):
+                jobs.append(MoveJob(row))
+            elif not (reason := withdraw_copy(context, row)):
+                note = "the interrupted copy is not wanted any more: no part of it is left"
+                catalog.write([replace(row, state="stopped", note=note, changed_s=context.clock())])
         if reason:
             stopped.append(StoppedMove(row.number, reason, row.path, row.plan))
     crash_point("tier_run.withdrawn")

@@ -29,11 +29,10 @@ from tiercache.tier.model import RESTORING, Decisions, Plan
 from tiercache.tier.move.checks import ApplyResult, MoveContext, Progress, StoppedMove
 from tiercache.tier.move.deletions import deletion_facts_of, run_due_deletions
 from tiercache.tier.move.executor import apply_plan
+from tiercache.tier.move.interrupted_copies import finish_copies
 from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.placement_updates import track_ruled
 from tiercache.tier.move.transfer import Transfer
-from tiercache.tier.move.unfinished import finish_copies
-from tiercache.tier.plan.deletion_limit import exceeded_limits
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide_now
 from tiercache.tier.stores import Stores, lead_readers_home
@@ -203,12 +202,9 @@ def run_once(
         urls = {tier.name: tier.url for tier in file.tiers}
         catalog = stack.enter_context(TierCatalog(catalog_path(file), urls))
         if dry_run:
-            report, _, _ = _plan(file, stores, catalog)
+            report, _, _ = _plan(file, stores, catalog, confirmed=confirmed)
             waiting = len(catalog.open_moves(file.home_tier.url, "waiting", "dropping"))
-            unconfirmed = bool(report.plan.exceeded) and not confirmed
-            report = replace(
-                report, deletions=ApplyResult(waiting_drops=waiting), dry_run=True, is_unconfirmed=unconfirmed
-            )
+            report = replace(report, deletions=ApplyResult(waiting_drops=waiting), dry_run=True)
         else:
             context = stack.enter_context(open_mover(file, stores, catalog))
             # First, because the plan would otherwise count a part of a group.
@@ -216,17 +212,16 @@ def run_once(
             resumed = finish_copies(context, on_progress=on_progress)
             crash_point("tier_run.finished")
             listed_s = SYSTEM_CLOCK.monotonic()
-            report, inventory, decisions = _plan(file, stores, catalog)
+            report, inventory, decisions = _plan(file, stores, catalog, confirmed=confirmed)
             crash_point("tier_run.planned")
-            if report.plan.exceeded and not confirmed:
-                seconds = time.monotonic() - started_s
-                return replace(report, resumed=resumed, deletions=finished, is_unconfirmed=True, seconds=seconds)
+            if report.is_unconfirmed:
+                return replace(report, resumed=resumed, deletions=finished, seconds=time.monotonic() - started_s)
             newly_tracked = track_ruled(inventory, stores)
             crash_point("tier_run.tracked")
             applied = apply_plan(context, report.plan, on_progress=on_progress)
             crash_point("tier_run.applied")
             home = stores.store(file.home_tier.name)
-            remove_obsolete_holds(home, time.time(), recalled=_paths_with_two_copies(inventory))
+            remove_obsolete_holds(home, time.time(), keep=_paths_with_two_copies(inventory))
             # The listing is before this run's own moves. Without a grace period they are due already: it is made anew.
             has_grace = file.tiering.grace_s > 0
             facts = (deletion_facts_of(inventory.snapshot, decisions), listed_s) if has_grace else None
@@ -241,21 +236,22 @@ def run_once(
     return replace(report, seconds=time.monotonic() - started_s)
 
 
-def _plan(file: RuleFile, stores: Stores, catalog: TierCatalog) -> tuple[RunReport, Inventory, Decisions]:
+def _plan(
+    file: RuleFile, stores: Stores, catalog: TierCatalog, *, confirmed: bool
+) -> tuple[RunReport, Inventory, Decisions]:
     """Return a report of the plan that is due now, with the inventory and the decisions behind it."""
     now_s = time.time()
     inventory = take_inventory(file, stores, catalog, now_s=now_s)
     snapshot = inventory.snapshot
     decisions, unavailable = decide_now(snapshot, file, stores, catalog)
-    plan = make_plan(decisions, inventory, file, [prices_if_known(tier) for tier in file.tiers])
-    journal = catalog.open_moves(file.home_tier.url, "waiting", "dropping")
     report = RunReport(
-        replace(plan, exceeded=exceeded_limits(decisions, snapshot, file, journal)),
+        make_plan(decisions, inventory, file, [prices_if_known(tier) for tier in file.tiers]),
         unavailable=unavailable,
         gaps=metric_gaps(snapshot, file, inventory.facts["in_files"])[0],
         losses=find_losses(inventory, file, stores, catalog, now_s=now_s),
         n_groups=snapshot.n_groups,
         n_restoring=int(np.count_nonzero(snapshot.state == RESTORING)),
+        is_unconfirmed=bool(decisions.exceeded) and not confirmed,
     )
     return report, inventory, decisions
 

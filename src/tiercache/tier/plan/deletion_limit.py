@@ -24,16 +24,18 @@ if TYPE_CHECKING:
 
 
 def exceeded_limits(
-    decisions: Decisions, snapshot: Snapshot, file: RuleFile, journal: Iterable[JournalRow] = ()
+    decisions: Decisions, snapshot: Snapshot, file: RuleFile, journal: Iterable[JournalRow]
 ) -> tuple[ExceededLimit, ...]:
     """Return the rules that delete more bytes than their `max_delete` allows.
 
     The bytes that a rule matches are those of the groups to which it applies, with keep lists only of checkpoints; of
-    each group the largest copy. journal: Moves in the journal. A deletion that waits there was accepted before.
+    each group the largest copy. journal: Moves that wait in the journal. A deletion among them was accepted before.
     """
-    rule_of, n_bytes = rules_of(snapshot, file), largest_copies(snapshot)
-    accepted = [row.path for row in journal if row.action == "delete" and row.state in ("waiting", "dropping")]
     deleted = decisions.moves.group[decisions.moves.action == DELETE]
+    if not len(deleted):
+        return ()
+    rule_of, n_bytes = rules_of(snapshot, file), largest_copies(snapshot)
+    accepted = [row.path for row in journal if row.action == "delete"]
     is_new = index_in(snapshot.paths.take(pa.array(deleted)), pa.array(accepted, pa.large_string())) < 0
     found = []
     for number, rule in enumerate(file.rules):

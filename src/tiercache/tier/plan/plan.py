@@ -255,6 +255,7 @@ def make_plan(decisions: Decisions, inventory: Inventory, file: RuleFile, prices
         totals=moves.totals(),
         before=holdings(snapshot, prices),
         after=holdings(snapshot, prices, decisions),
+        exceeded=decisions.exceeded,
     )
 
 

@@ -38,6 +38,7 @@ from tiercache.tier.model import (
     MoveColumns,
     Snapshot,
 )
+from tiercache.tier.plan.deletion_limit import exceeded_limits
 from tiercache.tier.plan.proposals import (
     Reasons,
     RuleProposals,
@@ -367,7 +368,8 @@ def decide_now(
 ) -> tuple[Decisions, Mapping[str, str]]:
     """Return the decisions for tiers as they are now, and the reason for each unavailable tier, by name.
 
-    Unlike decide(), it asks the tiers for their capacity, and whether their copies can be seen.
+    Unlike decide(), it asks the tiers for their capacity, and whether their copies can be seen, and finds the deletions
+    that a person must confirm.
 
     Args:
         snapshot: Snapshot of the tiers, which was just taken.
@@ -378,7 +380,9 @@ def decide_now(
     unavailable = unavailable_tiers(file, stores, catalog)
     prices = [prices_if_known(tier) for tier in file.tiers]
     capacity = [stores.capacity(tier.name) for tier in file.tiers]
-    return decide(snapshot, file, prices, capacity_bytes=capacity, unavailable=unavailable), unavailable
+    decisions = decide(snapshot, file, prices, capacity_bytes=capacity, unavailable=unavailable)
+    journal = catalog.open_moves(file.home_tier.url, "waiting", "dropping")
+    return replace(decisions, exceeded=exceeded_limits(decisions, snapshot, file, journal)), unavailable
 
 
 class _Policy:
