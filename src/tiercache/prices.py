@@ -103,13 +103,13 @@ class HasPrices(Protocol):
     """A tier of a rule file; its prices are a name, a table, or None."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str: ...
 
     @property
-    def url(self) -> str: ...  # noqa: D102
+    def url(self) -> str: ...
 
     @property
-    def prices(self) -> str | dict[str, Any] | None: ...  # noqa: D102
+    def prices(self) -> str | dict[str, Any] | None: ...
 
 
 @cache

@@ -7,8 +7,6 @@ ObjectChanged). The error names the redacted URL, and `.retryable` says whether 
 back end has finished its own retries by then.
 """
 
-# ruff: noqa: D102 - overriding methods inherit the docstrings of the base class
-
 from __future__ import annotations
 
 import io

@@ -1,7 +1,5 @@
 """Stores through fsspec: all other URLs, and S3 through s3fs where obstore cannot be used (forked children)."""
 
-# ruff: noqa: D102 - overriding methods inherit the docstrings of the base class
-
 from __future__ import annotations
 
 import errno

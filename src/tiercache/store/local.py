@@ -1,7 +1,5 @@
 """Local folders as a store: the keys are the files below a root folder."""
 
-# ruff: noqa: D102 - overriding methods inherit the docstrings of the base class
-
 from __future__ import annotations
 
 import errno

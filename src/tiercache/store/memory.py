@@ -1,7 +1,5 @@
 """Objects in the memory of this process, shared by name: for tests, examples and temporary data."""
 
-# ruff: noqa: D102 - overriding methods inherit the docstrings of the base class
-
 from __future__ import annotations
 
 import os

@@ -4,8 +4,6 @@ A call is one request, without the GIL and not retried. Status and kind of an er
 obstore exposes them nowhere else.
 """
 
-# ruff: noqa: D102 - overriding methods inherit the docstrings of the base class
-
 from __future__ import annotations
 
 import json

@@ -18,9 +18,6 @@ from tiercache.errors import NotFound, ObjectChanged
 from tiercache.model import ByteRange
 from tiercache.store.contract import Store
 
-# ruff: noqa: D102 - the names of the rules say what they do
-
-
 _keys = st.sampled_from(["a", "b", "a.b", "f/a", "f/b", "f/g/a", "fa/a", "ü b/+%"])
 _data = st.binary(max_size=40) | st.integers(0, 255).map(lambda n: bytes([n]) * 70_000)
 

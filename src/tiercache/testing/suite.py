@@ -27,9 +27,6 @@ from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store.contract import Lease, LocalStore, Store
 
-# ruff: noqa: D102 - the names of tests are sentences
-
-
 BAD_KEYS = ("", "/a", "a/", "a//b", ".", "..", "../a", "a/../b", "a/./b", "a\\b", "a\0b", "s3://a/b")
 CANARY = 0xA5
 
@@ -190,9 +187,6 @@ class ReadSuite:
         after = store.counters.snapshot()
         assert after["requests"] > before["requests"]
         assert after["bytes_read"] - before["bytes_read"] == 1000
-
-
-# ruff: noqa: D102 - the names of tests are sentences
 
 
 ODD_KEYS = ("a b", "a%20b", "ü/日本", "a+b=c&d", "x/#?!*'()", "~t/@:;,$", '{a}[b]^`|<>"')
