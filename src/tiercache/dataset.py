@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from tiercache.column_writer import write_columns
 from tiercache.description import first_pictures, html_of
-from tiercache.errors import SchemaError, renamed_argument
+from tiercache.errors import SchemaError
 from tiercache.images.decoder import decode_columns
 from tiercache.load.numpy_loader import NumpyLoader
 from tiercache.load.output_spec import (
@@ -103,7 +103,6 @@ class Dataset(SelectionMethods):
         verify: When stored bytes are compared with their CRC-32C: "first": when each part is first read, and again
             after its file has changed; "always"; or "never" (table in docs/guide/cache.md).
         storage_options: Options of the store, as docs/guide/storage.md lists them.
-        forms, nulls: Old names of layouts and fill_nulls; deprecated.
 
     Raises:
         NotFound: The URL holds no data set, or the version does not exist.
@@ -130,11 +129,7 @@ class Dataset(SelectionMethods):
         cast: Mapping[str, Any] | None = None,
         verify: Verify = "first",
         storage_options: Mapping[str, Any] | None = None,
-        forms: Layouts | None = None,
-        nulls: Mapping[str, Any] | None = None,
     ) -> None:
-        layouts = renamed_argument("Dataset", "forms", forms, "layouts", layouts)
-        fill_nulls = renamed_argument("Dataset", "nulls", nulls, "fill_nulls", fill_nulls)
         check_verify(verify)
         columns = None if columns is None else _names(columns)
         if transform is not None and layouts:

@@ -17,15 +17,12 @@
 An exception keeps each argument after `message` as an attribute, and builds its own message: what was expected, what
 was found, where, and what to do. `details` holds further facts for the library itself; their names may change. Wrong
 arguments raise plain ``ValueError`` or ``TypeError``, as in the standard library.
-
-renamed_argument() accepts the old name of an argument with a DeprecationWarning.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 
 class TierCacheError(Exception):
@@ -179,12 +176,6 @@ class CorruptShard(TierCacheError):
         self.column = column
         self.record = record
         self.location = location
-
-    @property
-    def place(self) -> tuple[int, int | None, int | None] | None:
-        """Old name of location; deprecated."""
-        warnings.warn("CorruptShard.place is now called location", DeprecationWarning, stacklevel=2)
-        return self.location
 
 
 class CorruptCheckpoint(TierCacheError):
@@ -340,29 +331,3 @@ class UnsupportedFormat(TierCacheError):
         self.url = url
         self.found = found
         self.supported = supported
-
-
-T = TypeVar("T")
-
-
-def renamed_argument(owner: str, old: str, old_value: T | None, new: str, new_value: T | None) -> T | None:
-    """Return the value of an argument that may have been given under its old name.
-
-    Args:
-        owner: Name of the function or class, for the messages.
-        old: Old name of the argument.
-        old_value: Value given under the old name; None: not given.
-        new: Present name of the argument.
-        new_value: Value given under the present name; None: not given.
-
-    Raises:
-        TypeError: Both names were given.
-    """
-    if old_value is None:
-        return new_value
-    if new_value is not None:
-        raise TypeError(f"{owner}: {old}= is the old name of {new}=; give {new}= alone")
-    # stacklevel: this function, the constructor, its caller.
-    message = f"{owner}: {old}= is now called {new}=; the old name will be removed"
-    warnings.warn(message, DeprecationWarning, stacklevel=3)
-    return old_value

@@ -350,10 +350,3 @@ def test_an_impossibly_large_size_is_an_error(tmp_path, size):
     with pytest.raises(ValueError, match="not a size"):
         Cache(tmp_path / "c", size="1MB", min_free=size)
     assert not (tmp_path / "c").exists()
-
-
-def test_the_former_name_of_min_free_still_works_and_warns(tmp_path):
-    with pytest.warns(DeprecationWarning, match="min_free"):
-        cache = Cache(tmp_path / "c", size="1MB", free_floor="100%")
-    assert cache.status()["min_free"] == "100%"
-    cache.close()

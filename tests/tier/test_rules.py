@@ -328,7 +328,6 @@ class TestRules:
             ('match = "*"\nto = "hot"', "rules[1].to: 'hot' is the first tier"),
             ('match = "*"\nto = "standard"\nfrom = "archive"', "rules[1].from: tier 'archive' must stand before"),
             ('match = "*"\nidle = "5d"', "rules[1].idle: is a condition of `to`"),
-            ('match = "*"\npromote = "on_access"', "rules[1].promote: it was removed: delete the line"),
             ('match = "*"\nthen = "archive"', "rules[1].then: needs a keep list"),
             ('match = "*"\nkeep_hot = {last = 1}\nafter = "1d"', "rules[1].after: needs `then`"),
             ('match = "*"\nkeep_hot = {last = 1}\nto = "archive"', "rules[1].to: cannot be combined with keep lists"),
@@ -428,16 +427,6 @@ class TestTheRest:
             state_dir=tmp_path / "s",
         )
 
-    def test_old_names_of_keys_work_for_one_release(self, read, complaint):
-        with pytest.warns(DeprecationWarning, match="is called") as caught:
-            tiering = read(f'{TIERS}\n[tiering]\nsettle = "5m"\nsilence = "1d"').tiering
-        assert (tiering.quiet_period_s, tiering.reader_timeout_s) == (300.0, 86400.0)
-        assert ["quiet_period" in str(caught[0].message), "reader_timeout" in str(caught[1].message)] == [True, True]
-        assert "tiering.settle" in complaint(f'{TIERS}\n[tiering]\nsettle = "5m"\nquiet_period = "5m"')
-        with pytest.warns(DeprecationWarning, match="is called 'younger_than' now"):
-            (rule,) = read(f'{TIERS}\n[[rules]]\nmatch = "*"\nkeep_hot = {{younger = "7d"}}').rules
-        assert rule.keep["hot"].younger_s == 604800.0
-
     @pytest.mark.parametrize(
         ("text", "message"),
         [
@@ -447,9 +436,6 @@ class TestTheRest:
             ('[tiering]\ngrace = "x"', "tiering.grace: not a duration: 'x'"),
             ("[tiering]\njobs = 0", "tiering.jobs: Input should be greater than or equal to 1, got 0"),
             ("[tiering]\nrate = 0", "tiering.rate: expected a rate of at least 1 byte"),
-            ('[tiering]\nsmall = "move"', "tiering.small: it was removed: a move must pay back within max_break_even"),
-            ('[tiering]\nearly = "pay"', "tiering.early: it was removed: a move must pay back within max_break_even"),
-            ('[tiering]\nuncounted = "idle"', 'tiering.uncounted: it was removed: write idle_by = "mtime"'),
             ('[[rules]]\nmatch = "*"\nto = "archive"\nidle_by = "mtime"', "rules[1].idle_by: needs `idle`"),
             ('[[rules]]\nmatch = "*"\neven_if_dearer = true', "rules[1].even_if_dearer: needs `to`"),
             (

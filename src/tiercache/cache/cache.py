@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event, Lock, RLock
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from tiercache import config
 from tiercache.cache.check import verify_copies
@@ -32,7 +32,7 @@ from tiercache.cache.peers import PeerOptions
 from tiercache.cache.session import CacheOptions, CacheSession
 from tiercache.cache.warm import plan_warm, warm
 from tiercache.catalog import FIGURES, CopyRow, tiers
-from tiercache.errors import NotFound, StoreError, renamed_argument
+from tiercache.errors import NotFound, StoreError
 from tiercache.model import OWN_FOLDER, ShardIdentity, parse_bytes
 from tiercache.prices import provider_prices, read_dollars
 from tiercache.stats import Counters
@@ -358,9 +358,8 @@ class Cache:
         *,
         size: int | str,
         policy: str = "plan",
-        min_free: int | str | None = None,
+        min_free: int | str = "5%",
         shared: Literal["group"] | None = None,
-        free_floor: int | str | None = None,
         peers: str | Sequence[str] | None = None,
         peers_token: str | None = None,
         peers_ca: str | os.PathLike[str] | None = None,
@@ -371,11 +370,10 @@ class Cache:
             path: Folder of the cache. It must be new, empty, or already a cache.
             size: Size limit: a number of bytes, a text such as "200GB", or a share of the disk such as "80%".
             policy: Eviction policy: "plan", "resident", "s3fifo" or "lru".
-            min_free: Disk space that the cache always leaves free, such as "10GB" or a share of the disk. None: "5%".
+            min_free: Disk space that the cache always leaves free, such as "10GB" or a share of the disk.
             shared: "group" lets the members of the folder's group read the copies, and reads a folder that another user
                 shares, whose contents are then trusted. None keeps the folder private, or as the mode of the folder
                 says (docs/guide/cache.md).
-            free_floor: Former name of min_free; deprecated.
             peers: Machines that run `tiercache serve` (docs/guide/peers.md): a list of addresses, or a text:
                 "dns:NAME:PORT", "slurm" or "torchrun". Shards that one of them has, or fetches, are read from it. None:
                 every shard is read from its store.
@@ -388,8 +386,6 @@ class Cache:
             PermissionError: The folder belongs to another user; the message names the user and says what to do.
             OSError: The folder cannot be created.
         """
-        given = renamed_argument("Cache", "free_floor", free_floor, "min_free", min_free)
-        min_free = "5%" if given is None else cast("int | str", given)
         ca_file = None if peers_ca is None else str(Path(peers_ca).expanduser().absolute())
         machines = PeerOptions.parse(peers, peers_token, ca_file)
         self._options = CacheOptions(Path(path).expanduser().absolute(), size, policy, min_free, shared, machines)

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from enum import StrEnum
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from tiercache.cli import checkpoint_commands, commands, tier_commands
-from tiercache.cli.output import command, show_warning
+from tiercache.cli.output import command
 from tiercache.distribution import __version__
 
 _NAME = "tiercache"
@@ -32,30 +31,6 @@ tier = typer.Typer(help="Move shards, checkpoints and files between tiers, by ru
 app.add_typer(tier, name="tier")
 ckpt = typer.Typer(help="List, verify, pin, compare and delete checkpoints of every layout.", no_args_is_help=True)
 app.add_typer(ckpt, name="ckpt")
-
-
-# Former names of options by verb: they work for one release and print a warning.
-_OLD_OPTIONS = {
-    "warm": {"--share": "--fraction", "--first": "--limit"},
-    "pin": {"--share": "--fraction", "--first": "--limit"},
-    "evict": {"--to": "--target-size"},
-    "tier plan": {"--limit": "--rows"},
-    "tier apply": {"--limit": "--rows"},
-    "tier run": {"--limit": "--rows"},
-}
-
-
-class _Command(TyperCommand):
-    """A command that accepts the former names of its options."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        old_options = _OLD_OPTIONS.get(ctx.command_path.partition(" ")[2], {})
-        for i, argument in enumerate(args[: args.index("--")] if "--" in args else args):
-            name, equals, value = argument.partition("=")
-            if name in old_options:
-                show_warning(f"{name} is now named {old_options[name]}; the next release removes the old name")
-                args[i] = f"{old_options[name]}{equals}{value}"
-        return super().parse_args(ctx, args)
 
 
 # Each verb, and the advice that follows Ctrl-C.
@@ -101,7 +76,7 @@ _VERBS: tuple[tuple[typer.Typer, Callable[..., None], str], ...] = (
     (ckpt, checkpoint_commands.diff, _AGAIN),
 )
 for _group, _verb, _how_to_go_on in _VERBS:
-    _group.command(cls=_Command)(command(_verb, how_to_go_on=_how_to_go_on))
+    _group.command()(command(_verb, how_to_go_on=_how_to_go_on))
 
 
 def _print_version(wanted: bool) -> None:

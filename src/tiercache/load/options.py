@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from tiercache.errors import renamed_argument
 from tiercache.model import parse_bytes
 from tiercache.order import MAX_STREAMS
 
@@ -66,7 +65,6 @@ class LoaderOptions:
             batches only.
         headspace: Whether to serve the first batch of an epoch as all of its batches, to measure what a loader that
             needs no time would give (`stats()["headspace"]`).
-        streams: Old name of shuffle_streams; deprecated.
     """
 
     seed: int | None = None
@@ -87,12 +85,9 @@ class LoaderOptions:
     device_batches: int | None = None
     device_buffers: Literal["new", "fixed"] = "new"
     headspace: bool = False
-    streams: InitVar[int | None] = None
 
-    def __post_init__(self, streams: int | None) -> None:
+    def __post_init__(self) -> None:
         """Check the values."""
-        given = renamed_argument("LoaderOptions", "streams", streams, "shuffle_streams", self.shuffle_streams)
-        object.__setattr__(self, "shuffle_streams", given)
         for name in ("seed", "rank", "world_size", "shuffle_streams", "threads", "device_batches"):
             self._as_int(name)
         self._check_ranks()

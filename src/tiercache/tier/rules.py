@@ -11,7 +11,6 @@ import hashlib
 import math
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, date, datetime, time, timedelta
@@ -411,17 +410,6 @@ _MOST_TIERS = 100
 _KEEP = "keep_"
 _NOT_SHOWN = ("storage_options", "prices", "url")
 # Keys that have another name now; the old one is read for one release.
-_RENAMED = {"tiering.settle": "quiet_period", "tiering.silence": "reader_timeout", "rules.younger": "younger_than"}
-# Keys of earlier releases, and how to replace them.
-_REMOVED = {
-    "rules.promote": "it was removed: delete the line; the local cache keeps copies of what is read from colder tiers",
-    "tiering.uncounted": 'it was removed: write idle_by = "mtime" into each rule that may use the modification time'
-    " of objects whose uses are not tracked",
-    "tiering.small": "it was removed: a move must pay back within max_break_even, which includes minimum sizes;"
-    " to allow other moves, write even_if_dearer = true into the rule",
-    "tiering.early": "it was removed: a move must pay back within max_break_even, which includes early-deletion fees;"
-    " to allow other moves, write even_if_dearer = true into the rule",
-}
 # Attributes that are durations, which need a unit: the writer of `delete_after = 30` may mean days, not seconds.
 _DURATIONS = (
     *("idle_s", "age_s", "after_s", "delete_after_s", "every_s", "younger_s"),
@@ -631,16 +619,9 @@ def _built(model: type[T], given: object, where: str, **resolved: object) -> T:
     """
     values = dict(_table(given, where))
     keys = [key for key in _keys(model) if key not in resolved]
-    section = where.partition("[")[0]  # "rules" of "rules[1]"
-    for key in [key for key in values if f"{section}.{key}" in _RENAMED]:
-        new = _RENAMED[f"{section}.{key}"]
-        if new in values:
-            raise ValueError(f"{where}.{key}: is the old name of {new!r}, which is there too: delete the line")
-        warnings.warn(f"{where}.{key} is called {new!r} now", DeprecationWarning, stacklevel=2)
-        values[new] = values.pop(key)
     for key in values:
         if key not in keys:
-            raise ValueError(f"{where}.{key}: {_REMOVED.get(f'{section}.{key}') or _unknown(key, keys)}")
+            raise ValueError(f"{where}.{key}: {_unknown(key, keys)}")
     try:
         found = model.model_validate({**values, **resolved})
     except ValidationError as error:
