@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rows import OUT, spread, table, write_rows
+from tiercache.demo.s3_server import S3Server
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder
-from tiercache.testing.s3_server import S3Server
 from tiercache.tier.model import PlannedObject
 from tiercache.tier.move.transfer import PartBufferPool, Transfer
 from tiercache.tier.rules import RuleFile, Tier

@@ -6,7 +6,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.support.cgroup import MemoryGroup, NoCgroup, drop_pages, memory_group
-
-from tiercache.testing.http_server import HttpFaultServer
+from tests.support.http_server import HttpFaultServer
 
 __all__ = ["HttpFaultServer", "MemoryGroup", "NoCgroup", "drop_pages", "memory_group"]

@@ -24,7 +24,7 @@ import numpy as np
 from tests.support.warm_python import WarmPython
 
 import tiercache as tc
-from tiercache.testing.s3_server import S3Server
+from tiercache.demo.s3_server import S3Server
 
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.M | re.S)
 LOCAL, S3 = "console", "console s3"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tiercache.testing.s3_server import S3Server
+from tiercache.demo.s3_server import S3Server
 
 # Each conftest that imports the fixture has one of its own; they share the server of the first that was asked.
 _running: list[S3Server] = []

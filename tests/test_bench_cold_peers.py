@@ -13,7 +13,7 @@ import pytest
 from tests.s3_fixtures import s3_server
 from tests.support.warm_python import WarmPython
 
-from tiercache.testing.s3_server import S3Server
+from tiercache.demo.s3_server import S3Server
 
 __all__ = ["s3_server"]
 

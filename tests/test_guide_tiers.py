@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tests import guide_session
 
+from tiercache.demo.s3_server import S3Server
 from tiercache.prices import prices_of
-from tiercache.testing.s3_server import S3Server
 from tiercache.tier.rules import load_rule_file
 
 PAGE = Path(__file__).parents[1] / "docs" / "guide" / "tiers.md"

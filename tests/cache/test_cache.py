@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
@@ -16,7 +17,6 @@ from tiercache.cache.names import name_of_identity
 from tiercache.errors import CacheFull, CorruptShard, NotFound, StoreError
 from tiercache.model import ByteRange, ReadingPlan
 from tiercache.store.retry import stop_retries_when
-from tiercache.testing import Fault, FaultKind, FaultStore
 
 
 def pairs_of(world, n=5, n_bytes=10_000):

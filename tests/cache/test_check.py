@@ -6,11 +6,11 @@ from contextlib import closing
 import numpy as np
 import pytest
 from tests.cache.conftest import turn
+from tests.support.faults import Fault, FaultKind, FaultStore
 
 import tiercache as tc
 from tiercache.cache.check import CopyState
 from tiercache.model import ByteRange
-from tiercache.testing import Fault, FaultKind, FaultStore
 
 
 @pytest.fixture

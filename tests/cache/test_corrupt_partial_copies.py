@@ -4,11 +4,11 @@ import os
 from contextlib import suppress
 
 import pytest
+from tests.support.faults import Fault, FaultKind, FaultStore
 
 from tiercache.cache.names import name_of_identity
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ShardIdentity
-from tiercache.testing import Fault, FaultKind, FaultStore
 
 UNIT = 4096
 MIB = 1 << 20

@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 import pytest
 from tests.support.clock import FakeClock
+from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.folder_check import Expected, FolderCheck
 from tests.support.stores import GateStore
 
@@ -24,7 +25,6 @@ from tiercache.cache.owners import Owners
 from tiercache.catalog import Accounts
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ReadingPlan
-from tiercache.testing import Fault, FaultKind, FaultStore
 from tiercache.waiting import wait_for
 
 WHOLE = [ByteRange(0, 10_000)]

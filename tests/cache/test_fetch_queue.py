@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from tests.support.faults import Fault, FaultStore
 from tests.support.stores import CountingStore, GateStore
 
 from tiercache.cache.evict.evictor import Evictor
@@ -13,7 +14,7 @@ from tiercache.cache.fetch.partial import UnitWriter
 from tiercache.cache.locks import is_locked
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
-from tiercache.testing import Fault, FaultStore, WrapperStore
+from tiercache.store.contract import WrapperStore
 from tiercache.waiting import wait_for
 
 UNIT = 4096

@@ -5,10 +5,10 @@ from contextlib import closing
 
 import pytest
 from tests.cache.machines import data_set_objects
+from tests.support.http_server import HttpFault, HttpFaultServer
 
 import tiercache as tc
-from tiercache.testing.http_server import HttpFault, HttpFaultServer
-from tiercache.testing.s3_server import S3Server, weed_binary
+from tiercache.demo.s3_server import S3Server, weed_binary
 
 
 class Gateway(S3Server):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from tests.support.faults import Fault, FaultStore
 from tests.support.folder_check import allocated_bytes
 from tests.support.stores import GateStore
 
@@ -17,7 +18,7 @@ from tiercache.cache.names import name_of_identity
 from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder
-from tiercache.testing import Fault, FaultStore, WrapperStore
+from tiercache.store.contract import WrapperStore
 
 UNIT = 4096
 MIB = 1 << 20

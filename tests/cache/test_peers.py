@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.clock import FakeClock
+from tests.support.http_server import HttpFault, HttpFaultServer
 from tests.support.stores import CountingStore
 
 from tiercache import config
@@ -37,8 +38,7 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.shard.versions.manifest import HINT_KEY, version_key
 from tiercache.store import MemoryStore
-from tiercache.testing import WrapperStore
-from tiercache.testing.http_server import HttpFault, HttpFaultServer
+from tiercache.store.contract import WrapperStore
 
 KEYS = st.integers(0, 2**64 - 1)
 URLS = st.lists(st.integers(0, 10_000).map(lambda n: f"http://m{n}:9740"), min_size=1, max_size=40, unique=True)

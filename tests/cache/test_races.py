@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tests.cache.conftest import open_below
+from tests.support.faults import Fault, FaultStore
 from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
@@ -15,7 +16,7 @@ from tiercache.cache.locks import NameLock
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder
-from tiercache.testing import Fault, FaultStore, WrapperStore
+from tiercache.store.contract import WrapperStore
 
 N = 8
 

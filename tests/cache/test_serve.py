@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from tests.cache.machines import Machine, data_set_objects, read_all_records
 from tests.support.clock import FakeClock
+from tests.support.faults import Fault, FaultStore
+from tests.support.http_server import HttpFaultServer
 from tests.support.stores import CountingStore, GateStore
 
 import tiercache as tc
@@ -31,8 +33,6 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.shard.versions.manifest import HINT_KEY, latest, read_shards
 from tiercache.store import LocalFolder
 from tiercache.store.pacing import RequestTimes
-from tiercache.testing import Fault, FaultStore
-from tiercache.testing.http_server import HttpFaultServer
 from tiercache.waiting import wait_for
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")

@@ -1,12 +1,12 @@
 """CachedStore passes the conformance suites of stores, and what it adds."""
 
 import pytest
+from tests.support.store_suite import LocalStoreSuite, StoreSuite
 
 from tiercache.cache import Cache
 from tiercache.errors import ObjectChanged
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder
-from tiercache.testing.suite import LocalStoreSuite, StoreSuite
 
 
 class TestCachedStore(StoreSuite, LocalStoreSuite):

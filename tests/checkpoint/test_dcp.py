@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from fsspec.implementations.memory import MemoryFileSystem
 from tests.s3_fixtures import s3_server  # noqa: F401 - a fixture
+from tests.support.faults import Fault, FaultKind, FaultStore
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -22,7 +23,6 @@ import tiercache as tc
 from tiercache.checkpoint.safetensors_file import header_bytes, parse_header
 from tiercache.store import FsspecStore, LocalFolder
 from tiercache.store.contract import WrapperStore
-from tiercache.testing.faults import Fault, FaultKind, FaultStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

@@ -10,6 +10,7 @@ import torch
 from tests.checkpoint.files import write_checkpoint
 from tests.checkpoint.plain_reader import leftovers, read_checkpoint, same
 from tests.checkpoint.saves import WAIT_S, GateStore, a_state, opened
+from tests.support.faults import Fault, FaultStore
 
 import tiercache as tc
 from tiercache.checkpoint.checkpoints import Checkpoints
@@ -18,7 +19,6 @@ from tiercache.checkpoint.staging import SHARED_MIN_BYTES
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.store.contract import WrapperStore
-from tiercache.testing.faults import Fault, FaultStore
 
 
 @pytest.fixture

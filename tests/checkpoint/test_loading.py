@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tests.checkpoint.files import START_S, write_checkpoint
+from tests.support.faults import Fault, FaultKind, FaultStore
 from torch import nn
 
 from tiercache.cache import Cache
@@ -15,7 +16,6 @@ from tiercache.checkpoint.layout import MANIFEST_NAME
 from tiercache.checkpoint.stored import StoredCheckpoints
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
 from tiercache.store import LocalFolder, MemoryStore
-from tiercache.testing import Fault, FaultKind, FaultStore
 
 
 class Net(nn.Module):

@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tests.checkpoint.files import START_S, write_checkpoint
+from tests.support.faults import Fault, FaultStore
 from tests.support.stores import CountingStore
 
 from tiercache.checkpoint.inventory import CheckpointStores
@@ -32,7 +33,6 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.store.contract import WrapperStore
-from tiercache.testing import Fault, FaultStore
 from tiercache.tier.inventory.pins import encode_pin, parse_pin
 
 HOUR_S = 3600.0

@@ -20,6 +20,7 @@ from tests.checkpoint.plain_reader import leftovers, newest, read_checkpoint, sa
 from tests.checkpoint.saves import WAIT_S, GateStore, a_state, opened
 from tests.guide_session import blocks
 from tests.s3_fixtures import s3_server
+from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.forks import in_child
 
 import tiercache as tc
@@ -32,7 +33,6 @@ from tiercache.errors import CommitConflict, CorruptCheckpoint, StoreError
 from tiercache.integrations.checkpoint_log import CheckpointLog
 from tiercache.store import LocalFolder, MemoryStore, open_store
 from tiercache.store.contract import WrapperStore
-from tiercache.testing.faults import Fault, FaultKind, FaultStore
 
 __all__ = ["s3_server"]
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tests.s3_fixtures import s3_server
+from tests.support.faults import Fault, FaultStore
 from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
@@ -17,7 +18,6 @@ from tiercache.checkpoint.staging import SHARED_MIN_BYTES
 from tiercache.checkpoint.weights import open_weights
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder
-from tiercache.testing import Fault, FaultStore
 
 __all__ = ["s3_server"]
 

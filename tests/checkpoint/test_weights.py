@@ -11,14 +11,14 @@ import torch
 from safetensors.numpy import save as save_numpy
 from safetensors.torch import save
 from tests.checkpoint.files import write_checkpoint
+from tests.support.faults import Fault, FaultStore
+from tests.support.http_server import HttpFaultServer
 
 from tiercache.cache import Cache
 from tiercache.checkpoint import weights as weights_module
 from tiercache.checkpoint.weights import Weights, open_weights
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
 from tiercache.store import LocalFolder
-from tiercache.testing import Fault, FaultStore
-from tiercache.testing.http_server import HttpFaultServer
 
 TENSORS = {
     "embed": torch.randn(100, 16),

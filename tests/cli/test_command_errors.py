@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import typer
+from tests.support.http_server import HttpFaultServer
 
 from tiercache.cli.output import INTERRUPTED, command
 from tiercache.store import retry
-from tiercache.testing.http_server import HttpFaultServer
 
 
 def struck(monkeypatch, where):

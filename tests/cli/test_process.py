@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from tests.support.http_server import HttpFault, HttpFaultServer
 
 import tiercache as tc
-from tiercache.testing.http_server import HttpFault, HttpFaultServer
 
 COMMAND = [sys.executable, "-m", "tiercache.cli.app"]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tiercache.demo.s3_server import S3Server
 from tiercache.pack import pack
 from tiercache.store import open_store
 from tiercache.store.archive import S3StorageClasses
-from tiercache.testing.s3_server import S3Server
 from tiercache.tier.move.lock import TierLock
 
 RULES = """

@@ -8,7 +8,7 @@ import pytest
 from botocore.config import Config
 from botocore.session import Session
 
-from tiercache.testing.s3_server import S3Server
+from tiercache.demo.s3_server import S3Server
 
 RULES = """
 [tiers.standard]

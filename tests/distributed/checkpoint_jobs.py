@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from tests.support.faults import Fault, FaultStore
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,7 +28,6 @@ from typer.testing import CliRunner
 import tiercache as tc
 from tiercache import crash_points
 from tiercache.cli.app import app
-from tiercache.testing.faults import Fault, FaultStore
 
 KINDS = ("fsdp", "tp", "fsdp x tp", "hsdp")
 TP_PLAN = {"0": ColwiseParallel(), "2": RowwiseParallel()}

@@ -7,11 +7,11 @@ from itertools import chain
 import numpy as np
 import pytest
 from tests.distributed.ranks import run_ranks
+from tests.support.http_server import HttpFaultServer
 from tests.support.meshes import FakeMesh
 
 import tiercache as tc
 from tiercache.load.meshes import mesh_rank
-from tiercache.testing.http_server import HttpFaultServer
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.support.faults import Fault, FaultStore
 
 import tiercache as tc
-from tiercache.testing.faults import Fault, FaultStore
 
 
 def digest(state: Any) -> str:

@@ -16,9 +16,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tests.s3_fixtures import s3_server
 
 import tiercache as tc
+from tiercache.demo.s3_server import S3Server
 from tiercache.integrations.fsspec import TierCacheFileSystem
 from tiercache.store.options import CloudOptions
-from tiercache.testing.s3_server import S3Server
 from tiercache.waiting import wait_for
 
 __all__ = ["s3_server"]

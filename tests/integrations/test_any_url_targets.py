@@ -8,9 +8,9 @@ from pathlib import Path
 import fsspec
 import pytest
 from tests.integrations.conftest import DATA, CountedFileSystem
+from tests.support.http_server import HttpFaultServer
 
 from tiercache.store import open_store
-from tiercache.testing.http_server import HttpFaultServer
 from tiercache.waiting import wait_for
 
 # -- chains, loops, options -----------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
 from tiercache.store import pacing
-from tiercache.testing.http_server import HttpFaultServer
 
 N_REMOTE = 600
 

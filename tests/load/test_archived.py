@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
+from tests.support.http_server import HttpFault, HttpFaultServer
 from tests.tier.moved import Moved, N, ServedStore, by_loader, by_record
 
 import tiercache as tc
+from tiercache.demo.s3_server import S3Server
 from tiercache.errors import ArchivedShards
 from tiercache.prices import FREE, price_table
 from tiercache.store import LocalFolder, MemoryStore
-from tiercache.testing.http_server import HttpFault, HttpFaultServer
-from tiercache.testing.s3_server import S3Server
 from tiercache.tier.placement import log
 from tiercache.tier.placement.log import PlacementRow
 from tiercache.tier.restore import plan_restore

@@ -16,6 +16,7 @@ from weakref import ref
 import numpy as np
 import pytest
 from tests.cache.conftest import open_below
+from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
 from tiercache.cache.evict.reading_plans import ReadingPlans
@@ -25,7 +26,6 @@ from tiercache.load.reading_plan import ReadingPlanPublisher
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.opened_version import OpenedVersion
 from tiercache.shard.read.shard_reader import ReleasingPlan
-from tiercache.testing.http_server import HttpFaultServer
 
 N, WORDS = 1536, 1536  # records of 15 KiB, in blocks that are further apart than requests are joined
 # Options with which a rank reads other shards in each epoch.

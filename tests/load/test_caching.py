@@ -13,10 +13,10 @@ from threading import Lock
 import numpy as np
 import pytest
 from tests.load.conftest import join_loading
+from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
 from tiercache.load.prefetch import WindowLoad
-from tiercache.testing.http_server import HttpFaultServer
 
 N = 1000
 

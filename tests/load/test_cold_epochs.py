@@ -8,6 +8,7 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
 from tiercache import opened_version
@@ -15,7 +16,6 @@ from tiercache.load.planner import SHARDS_AHEAD
 from tiercache.shard.versions.manifest import latest, read_shards
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.store.contract import WrapperStore
-from tiercache.testing.http_server import HttpFaultServer
 from tiercache.waiting import wait_for
 
 N, BLOCK_RECORDS, SHARD_BLOCKS = 3072, 16, 8

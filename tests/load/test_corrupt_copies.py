@@ -14,12 +14,12 @@ import pytest
 import torch
 from tests.load.conftest import SCHEMA, check_batch, make_columns
 from tests.shard.mixed_shard import wait_until_settled
+from tests.support.faults import Fault, FaultKind, FaultStore
+from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
 from tiercache.load import prefetch
 from tiercache.opened_version import DatasetLocation, OpenedVersion
-from tiercache.testing import Fault, FaultKind, FaultStore
-from tiercache.testing.http_server import HttpFaultServer
 
 N = 600
 OPTIONS = tc.LoaderOptions(seed=3, memory_bytes=1)  # two batches ahead, no more

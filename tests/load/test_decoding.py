@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from tests.images.pictures import BY_PLANES, encode, picture
 from tests.load.decoded import RANDOM, N, loader_of, make_columns, write
+from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
 from tiercache.images.decoder import Decoder
-from tiercache.testing.http_server import HttpFaultServer
 
 AUGMENTED = replace(
     RANDOM,

@@ -15,12 +15,12 @@ import pytest
 import torch
 from tests.images.pictures import encode, picture
 from tests.load.conftest import check_batch, ids_of, join_loading
+from tests.support.http_server import HttpFaultServer
 from torch.utils.data import BatchSampler
 
 import tiercache as tc
 from tiercache.load import corrupt
 from tiercache.load.epoch import NextEpoch
-from tiercache.testing.http_server import HttpFaultServer
 
 N = 300
 WARNED = "replaced by the ones before them"

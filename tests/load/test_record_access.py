@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.load.conftest import SCHEMA, check_batch, make_columns
 from tests.shard.mixed_shard import wait_until_settled
+from tests.support.http_server import HttpFaultServer
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
 from tiercache.shard.read import chunks, shard_reader
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.read.source import ByteSource
-from tiercache.testing.http_server import HttpFaultServer
 
 N = 300
 PAGE_BYTES = 64 << 10

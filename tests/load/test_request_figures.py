@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 from tests.load.conftest import N_REMOTE as N
+from tests.support.http_server import HttpFault
 
 import tiercache as tc
 from tiercache.cli.cache_verbs import summary_of
 from tiercache.prices import named_prices
 from tiercache.store import CloudStore, open_store
-from tiercache.testing.http_server import HttpFault
 
 
 @pytest.fixture(autouse=True)

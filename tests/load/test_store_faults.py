@@ -10,10 +10,10 @@ import time
 
 import numpy as np
 import pytest
+from tests.support.http_server import HttpFault, HttpFaultServer, RandomFaults
 
 import tiercache as tc
 from tiercache.errors import StoreError
-from tiercache.testing.http_server import HttpFault, HttpFaultServer, RandomFaults
 
 N_RECORDS, WIDTH = 3000, 1024
 # The client gives up a connection without a byte after READ_S; a stall or silence lasts longer.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.stores import CountingStore, GateStore
 
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError
@@ -21,7 +22,6 @@ from tiercache.shard.versions import manifest
 from tiercache.shard.versions.commit import MAX_SEGMENTS, Commit, commit, plan_merge
 from tiercache.shard.versions.manifest import Version, version_key
 from tiercache.store import LocalFolder, MemoryStore, Store
-from tiercache.testing import Fault, FaultKind, FaultStore
 
 SCHEMA = Schema.of({"tokens": "int64", "caption": "str"})
 VERSIONS = "_tiercache/versions/*"

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from tests.support.faults import Fault, FaultKind, FaultStore
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError
@@ -24,7 +25,6 @@ from tiercache.shard.write import dataset_writer
 from tiercache.shard.write.dataset_writer import Writer
 from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
 from tiercache.store import LocalFolder, MemoryStore, Store
-from tiercache.testing import Fault, FaultKind, FaultStore
 
 SCHEMA = {"x": "int64", "text": "str"}
 

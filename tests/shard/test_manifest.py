@@ -13,6 +13,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.faults import Fault, FaultKind, FaultStore
+from tests.support.http_server import HttpFaultServer
 from tests.support.stores import CountingStore
 
 from tiercache.errors import CorruptShard, NotFound, StoreError
@@ -24,8 +26,6 @@ from tiercache.shard.versions import manifest as manifest_module
 from tiercache.shard.versions.manifest import Version, encode_version, fingerprint_of, parse_version, version_key
 from tiercache.shard.versions.segments import SegmentRef, new_segment, pack_segment
 from tiercache.store import LocalFolder, MemoryStore, open_store
-from tiercache.testing import Fault, FaultKind, FaultStore
-from tiercache.testing.http_server import HttpFaultServer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.shard.mixed_shard import SCHEMA, N, batch, fill, wait_until_settled
+from tests.support.faults import Fault, FaultKind, FaultStore
 
 from tiercache._native import gather
 from tiercache.errors import CorruptShard, NotFound, SchemaError, StoreError
@@ -23,7 +24,6 @@ from tiercache.shard.schema import Schema
 from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
-from tiercache.testing import Fault, FaultKind, FaultStore
 
 
 class Watching(MemoryStore):

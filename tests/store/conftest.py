@@ -8,11 +8,11 @@ import pytest
 from botocore.config import Config
 from botocore.session import Session
 from tests.s3_fixtures import s3_server
+from tests.support.http_server import HttpFaultServer
 
+from tiercache.demo.s3_server import S3Server
 from tiercache.store import CloudStore
 from tiercache.store.cloud import fallback_client
-from tiercache.testing.http_server import HttpFaultServer
-from tiercache.testing.s3_server import S3Server
 
 __all__ = ["s3_server"]
 

@@ -8,11 +8,11 @@ import numpy as np
 import obstore.store
 import pytest
 from tests.support.local_servers import azurite
+from tests.support.store_suite import StoreSuite, pattern
 
 import tiercache as tc
 from tiercache.errors import CommitConflict, StoreError
 from tiercache.store import CloudStore, open_store
-from tiercache.testing.suite import StoreSuite, pattern
 
 pytestmark = pytest.mark.integration
 MIB = 1 << 20

@@ -7,12 +7,12 @@ from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 
 import pytest
+from tests.support.http_server import HttpFaultServer
 
 from tiercache.errors import StoreError
 from tiercache.store import open_store
 from tiercache.store.archive import S3StorageClasses
 from tiercache.store.options import CloudOptions
-from tiercache.testing.http_server import HttpFaultServer
 
 
 @pytest.fixture(scope="module")

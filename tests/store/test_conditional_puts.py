@@ -7,13 +7,13 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from tests.support.http_server import HttpFault
 
 import tiercache as tc
 from tiercache.errors import CommitConflict, StoreError
 from tiercache.store import open_store
 from tiercache.store.fsspec import FsspecStore
 from tiercache.store.numbered_log import NumberedLog
-from tiercache.testing.http_server import HttpFault
 
 SCHEMA = {"id": "int64"}
 

@@ -9,6 +9,8 @@ from datetime import UTC, datetime, timedelta
 from urllib.parse import parse_qs
 
 import pytest
+from tests.support.http_server import HttpFault
+from tests.support.store_suite import read_ranges
 
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
@@ -17,8 +19,6 @@ from tiercache.store.archive import S3StorageClasses
 from tiercache.store.credentials import Credentials, Keys, s3_access
 from tiercache.store.obstore import ObstoreClient
 from tiercache.store.options import CloudOptions
-from tiercache.testing.http_server import HttpFault
-from tiercache.testing.suite import read_ranges
 from tiercache.waiting import wait_for
 
 EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"

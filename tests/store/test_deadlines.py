@@ -9,6 +9,8 @@ import time
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from tests.support.clock import FakeClock
+from tests.support.http_server import HttpFault, HttpFaultServer
+from tests.support.store_suite import pattern, read_ranges
 
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
@@ -20,8 +22,6 @@ from tiercache.store.obstore import BucketFolder, to_store_error
 from tiercache.store.options import CloudOptions
 from tiercache.store.remote import ReadSettings
 from tiercache.store.retry import CallLimit, CallMonitor, RetryPolicy, with_retries
-from tiercache.testing.http_server import HttpFault, HttpFaultServer
-from tiercache.testing.suite import pattern, read_ranges
 from tiercache.waiting import SYSTEM_CLOCK, fail_fast_if_unreachable, wait_for
 
 MIB = 1 << 20

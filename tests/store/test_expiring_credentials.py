@@ -9,9 +9,9 @@ from datetime import UTC, datetime, timedelta
 from urllib.parse import urlsplit
 
 import pytest
+from tests.support.http_server import HttpFault, HttpFaultServer
 
 import tiercache as tc
-from tiercache.testing.http_server import HttpFault, HttpFaultServer
 
 N_RECORDS = 400
 REQUESTS_A_KEY = 8

@@ -9,11 +9,11 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
+from tests.support.store_suite import ReadSuite, StoreSuite
 
 from tiercache.errors import StoreError
 from tiercache.store import FsspecStore, open_store
 from tiercache.store.options import CloudOptions
-from tiercache.testing.suite import ReadSuite, StoreSuite
 
 
 class TestFsspecMemory(StoreSuite):

@@ -8,6 +8,8 @@ import time
 
 import pytest
 from tests.support.clock import FakeClock
+from tests.support.http_server import HttpFault
+from tests.support.store_suite import ReadSuite, pattern, read_ranges
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
@@ -18,8 +20,6 @@ from tiercache.store.obstore import BucketFolder
 from tiercache.store.options import CloudOptions
 from tiercache.store.remote import ReadSettings
 from tiercache.store.retry import RetryPolicy
-from tiercache.testing.http_server import HttpFault
-from tiercache.testing.suite import ReadSuite, pattern, read_ranges
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 MIB = 1 << 20

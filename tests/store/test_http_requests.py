@@ -13,6 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.support.clock import FakeClock
+from tests.support.http_server import HttpFault
+from tests.support.store_suite import pattern, read_ranges
 
 from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ByteRange
@@ -23,8 +25,6 @@ from tiercache.store.obstore import BucketFolder
 from tiercache.store.options import CloudOptions
 from tiercache.store.remote import ReadSettings
 from tiercache.store.retry import RetryPolicy
-from tiercache.testing.http_server import HttpFault
-from tiercache.testing.suite import pattern, read_ranges
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 MIB = 1 << 20

@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tests.support.store_suite import LocalStoreSuite, StoreSuite, read_ranges
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder, open_store, posix
 from tiercache.store.posix import TEMP_PREFIX
-from tiercache.testing.suite import LocalStoreSuite, StoreSuite, read_ranges
 
 
 class TestLocalFolder(LocalStoreSuite, StoreSuite):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import uuid
 
 import pytest
+from tests.support.store_suite import StoreSuite
 
 from tiercache.store import MemoryStore, memory, open_store
-from tiercache.testing.suite import StoreSuite
 
 
 class TestMemoryStore(StoreSuite):

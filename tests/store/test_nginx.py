@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from tests.support.local_servers import nginx_over
+from tests.support.store_suite import ReadSuite
 
 import tiercache as tc
 from tiercache.store import CloudStore, open_store
-from tiercache.testing.suite import ReadSuite
 
 
 @pytest.fixture(scope="module")

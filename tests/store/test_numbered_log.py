@@ -3,12 +3,12 @@
 from threading import Thread
 
 import pytest
+from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.stores import GateStore
 
 from tiercache.errors import StoreError
 from tiercache.store import MemoryStore
 from tiercache.store.numbered_log import NumberedLog
-from tiercache.testing import Fault, FaultKind, FaultStore
 
 
 @pytest.fixture

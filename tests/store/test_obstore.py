@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from tests.support.store_suite import ReadSuite, StoreSuite, pattern
 
 from tiercache.errors import StoreError
 from tiercache.store import CloudStore, open_store
 from tiercache.store.obstore import ObstoreClient
-from tiercache.testing.suite import ReadSuite, StoreSuite, pattern
 
 MIB = 1 << 20
 

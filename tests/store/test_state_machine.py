@@ -7,9 +7,9 @@ import uuid
 from contextlib import contextmanager
 
 from hypothesis import settings
+from tests.support.store_machine import store_machine
 
 from tiercache.store import FsspecStore, LocalFolder, MemoryStore, memory
-from tiercache.testing.state_machine import store_machine
 
 
 @contextmanager

@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+from tests.support.http_server import HttpFault
+from tests.support.store_suite import pattern
 
 from tiercache.errors import StoreError
 from tiercache.store import FsspecStore, open_store
 from tiercache.store.options import CloudOptions
-from tiercache.testing.http_server import HttpFault
-from tiercache.testing.suite import pattern
 
 pytestmark = pytest.mark.s3
 MIB = 1 << 20

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tests.checkpoint.plain_reader import leftovers, newest, read_checkpoint, same
 from tests.stress.kills import PointRounds, Report, points_where, rounds_asked, run_and_report
+from tests.support.faults import Fault, FaultStore
 from tests.support.forks import SendLine, run_forked
 from tests.support.kill_points import KillAt, count_points, kill_at
 
@@ -24,7 +25,6 @@ from tiercache.checkpoint.layout import list_names, parse_name
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder
 from tiercache.store.posix import TEMP_PREFIX
-from tiercache.testing.faults import Fault, FaultStore
 
 DEADLINE_S = 120.0
 N_BEFORE, N_SAVES, PENDING = 2, 3, 2

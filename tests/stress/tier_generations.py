@@ -39,7 +39,7 @@ from tests.tier.generations import (
     s3_client,
 )
 
-from tiercache.testing.s3_server import S3Server
+from tiercache.demo.s3_server import S3Server
 
 N_GENERATIONS = 6  # of a world, at most
 MOST_PROBLEMS = 40  # that are printed

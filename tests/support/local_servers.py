@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tiercache.testing.s3_server import free_ports
+from tiercache.demo.s3_server import free_ports
 from tiercache.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,8 +8,9 @@ from random import Random
 from threading import Event, Lock
 from typing import TypeVar
 
-from tiercache.store.contract import Store
-from tiercache.testing.faults import VERBS, WrapperStore
+from tests.support.faults import VERBS
+
+from tiercache.store.contract import Store, WrapperStore
 from tiercache.waiting import SYSTEM_CLOCK, Clock, pause
 
 T = TypeVar("T")

@@ -7,13 +7,13 @@ from threading import Thread
 
 import pytest
 from tests.support.clock import FakeClock
+from tests.support.faults import Fault, FaultKind, FaultStore
+from tests.support.store_suite import StoreSuite
 from tests.support.stores import CountingStore, GateStore, LatencyStore
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import LocalStore, MemoryStore, memory
-from tiercache.testing import Fault, FaultKind, FaultStore
-from tiercache.testing.suite import StoreSuite
 
 
 @pytest.fixture

@@ -7,18 +7,18 @@ import time
 
 import numpy as np
 import pytest
+from tests.support.http_server import HttpFaultServer
 from tests.support.network import DelayingProxy, why_no_network
 from tests.testing.warm_process import ROOT
 
 import tiercache as tc
 from tiercache.store import open_store
-from tiercache.testing.http_server import HttpFaultServer
 
 EPOCH = """
 import json, sys
 from tests.support.network import enter_network
 import tiercache as tc
-from tiercache.testing.http_server import HttpFaultServer
+from tests.support.http_server import HttpFaultServer
 
 folder, cache, network = json.loads(sys.argv[1])
 enter_network(**network)

@@ -11,11 +11,11 @@ import urllib.request
 
 import pytest
 from tests.s3_fixtures import s3_server
+from tests.support.http_server import HttpFault, HttpFaultServer, RandomFaults
 
+from tiercache.demo import s3_server as s3_module
+from tiercache.demo.s3_server import S3Server, free_ports, weed_binary
 from tiercache.store import open_store
-from tiercache.testing import s3_server as s3_module
-from tiercache.testing.http_server import HttpFault, HttpFaultServer, RandomFaults
-from tiercache.testing.s3_server import S3Server, free_ports, weed_binary
 from tiercache.waiting import wait_for
 
 __all__ = ["s3_server"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from tests.s3_fixtures import s3_server
 
+from tiercache.demo.s3_server import S3Server
 from tiercache.store import MemoryStore
-from tiercache.testing.s3_server import S3Server
 
 __all__ = ["s3_server"]
 

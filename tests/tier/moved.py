@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 from tests.load.conftest import SCHEMA, check_batch, make_columns
+from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
 from tiercache.shard.versions import manifest
 from tiercache.store import LocalFolder, MemoryStore, Store
-from tiercache.testing import WrapperStore
-from tiercache.testing.http_server import HttpFaultServer
+from tiercache.store.contract import WrapperStore
 from tiercache.tier.placement import log
 from tiercache.tier.placement.log import PlacementRow
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+from tests.support.faults import Fault, FaultStore
 from tests.tier.bucket import DiskBucket, Script
 
 from tiercache import crash_points
@@ -14,7 +15,6 @@ from tiercache._native.checksum import crc32c
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.errors import NotFound
 from tiercache.store import MemoryStore, Store
-from tiercache.testing import Fault, FaultStore
 from tiercache.tier.model import Move, Plan, PlannedObject, PlannedTier
 from tiercache.tier.move.checks import MoveContext
 from tiercache.tier.move.deletions import DeletionFacts, run_due_deletions

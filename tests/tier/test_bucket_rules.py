@@ -4,10 +4,10 @@ import uuid
 from datetime import UTC, datetime
 
 import pytest
+from tests.support.http_server import HttpFault, HttpFaultServer
 
 from tiercache.store import open_store
 from tiercache.store.archive import BucketSettings, S3StorageClasses
-from tiercache.testing.http_server import HttpFault, HttpFaultServer
 from tiercache.tier.findings import bucket_findings
 
 EXPIRES = {"Expiration": {"Days": 30}}

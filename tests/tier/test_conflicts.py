@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.cli.app import app
 from tiercache.store import MemoryStore
-from tiercache.testing import WrapperStore
+from tiercache.store.contract import WrapperStore
 from tiercache.tier.holds import put_hold
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.move.mover import DONE, catalog_path, run_once

@@ -3,11 +3,11 @@
 from contextlib import suppress
 
 import pytest
+from tests.support.faults import Fault, FaultStore
 from tests.tier.moving import PARTS, HookAt, Killed, World, checkpoint, moved_away
 
 from tiercache.catalog.tiers import TierCatalog
 from tiercache.store import LocalFolder
-from tiercache.testing import Fault, FaultStore
 from tiercache.tier.move.deletions import DeletionFacts
 
 

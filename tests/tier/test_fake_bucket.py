@@ -2,10 +2,10 @@
 
 import pytest
 from tests.support.clock import JumpingClock
+from tests.support.store_suite import StoreSuite
 from tests.tier.bucket import RESTORE_S, Died, DiskBucket, Script, about_now, file_name, read_object, write_object
 
 from tiercache.errors import StoreError
-from tiercache.testing.suite import StoreSuite
 from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
 from tiercache.tier.stores import state_of
 

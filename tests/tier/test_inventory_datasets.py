@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tests.support.faults import Fault, FaultStore
 from tests.tier.scripted_tiers import NOW_S, InventoryByName, ScriptedCatalog
 
 import tiercache as tc
 from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.shard.versions import manifest
 from tiercache.store import LocalFolder
-from tiercache.testing import Fault, FaultStore
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.model import KINDS, SHARD
 from tiercache.tier.placement import log, use_reports

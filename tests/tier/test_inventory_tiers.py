@@ -5,11 +5,11 @@ import io
 import numpy as np
 import pytest
 import torch
+from tests.support.faults import Fault, FaultStore
 from tests.support.stores import CountingStore
 from tests.tier.scripted_tiers import NOW_S, scripted
 
 from tiercache.errors import StoreError
-from tiercache.testing import Fault, FaultStore
 from tiercache.tier.inventory.listing import list_tiers
 from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores

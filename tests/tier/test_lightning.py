@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.support.faults import Fault, FaultStore
 
 from tiercache.errors import StoreError
 from tiercache.store import MemoryStore
-from tiercache.testing import Fault, FaultStore
 from tiercache.tier.inventory.metrics import read_scores
 
 NAME = "epoch=1-step=8.ckpt"

@@ -9,12 +9,11 @@ from threading import Thread
 
 import pytest
 from tests.support.clock import FakeClock
+from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.tier.moving import HookAt, Killed
 
 from tiercache.errors import CommitConflict, StoreError
 from tiercache.store import LocalFolder, MemoryStore
-from tiercache.testing import Fault, FaultStore
-from tiercache.testing.faults import FaultKind
 from tiercache.tier.move.lock import DOOMED_S, LOCK_FOLDER, LockRecord, TierLock
 from tiercache.waiting import SystemClock, wait_for
 

@@ -5,11 +5,11 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support.faults import Fault, FaultStore
 
 from tiercache.errors import StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store import MemoryStore
-from tiercache.testing import Fault, FaultStore
 from tiercache.tier.inventory import metrics
 from tiercache.tier.inventory.metrics import MAX_BYTES, metrics_in_name, parse_metrics, read_metrics
 

@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import pytest
 from tests.support.clock import FakeClock
+from tests.support.faults import Fault, FaultKind
 from tests.tier.moving import PARTS, HookAt, Killed, World, checkpoint, moved_away
 
 from tiercache.errors import CommitConflict, StoreError
-from tiercache.testing import Fault
-from tiercache.testing.faults import FaultKind
 from tiercache.tier.move.deletions import DeletionFacts
 from tiercache.tier.move.interrupted_copies import finish_copies
 from tiercache.tier.move.lock import LockRecord, TierLock

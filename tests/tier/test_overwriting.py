@@ -14,7 +14,7 @@ from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.errors import ObjectChanged
 from tiercache.store import LocalFolder
 from tiercache.store.archive import S3StorageClasses
-from tiercache.testing import WrapperStore
+from tiercache.store.contract import WrapperStore
 from tiercache.tier.move.deletions import run_due_deletions
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.mover import open_mover

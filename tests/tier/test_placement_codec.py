@@ -6,10 +6,10 @@ import json
 
 import pyarrow as pa
 import pytest
+from tests.support.faults import Fault, FaultStore
 from tests.tier.placements import row
 
 from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
-from tiercache.testing import Fault, FaultStore
 from tiercache.tier.placement import log
 from tiercache.tier.placement.log import TRACKING_MARKER_KEY, placement_key
 

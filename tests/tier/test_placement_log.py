@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.s3_fixtures import s3_server  # noqa: F401
+from tests.support.faults import Fault, FaultKind, FaultStore
+from tests.support.http_server import HttpFaultServer
 from tests.support.stores import CountingStore, GateStore
 from tests.tier.placements import numbers, row, rows_of, stopped_at
 
 from tiercache.errors import CommitConflict, CorruptShard, StoreError
 from tiercache.store import LocalFolder, MemoryStore, open_store
-from tiercache.testing import Fault, FaultKind, FaultStore
-from tiercache.testing.faults import WrapperStore
-from tiercache.testing.http_server import HttpFaultServer
+from tiercache.store.contract import WrapperStore
 from tiercache.tier.placement import log
 from tiercache.tier.placement.log import N_KEPT, TRACKING_MARKER_KEY, PlacementRow, placement_key
 

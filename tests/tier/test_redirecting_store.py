@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from tests.load.conftest import check_batch
 from tests.s3_fixtures import s3_server  # noqa: F401
+from tests.support.faults import Fault, FaultStore
+from tests.support.http_server import HttpFault, HttpFaultServer
 from tests.support.stores import CountingStore
 from tests.tier.moved import WAYS, Moved, N, ServedStore, by_arrow, by_loader, by_record
 from torch.utils.data import DataLoader as TorchLoader
@@ -18,8 +20,6 @@ import tiercache as tc
 from tiercache.errors import ArchivedShards, NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder, MemoryStore
-from tiercache.testing import Fault, FaultStore
-from tiercache.testing.http_server import HttpFault, HttpFaultServer
 from tiercache.tier.placement import log
 from tiercache.tier.placement.log import TRACKING_MARKER_KEY, PlacementRow
 from tiercache.tier.placement.redirecting_store import RedirectingLocalStore, RedirectingStore, follow_placement

@@ -11,7 +11,7 @@ from tests.tier.moving import HookAt, Killed
 import tiercache as tc
 from tiercache.errors import CommitConflict
 from tiercache.store import LocalFolder
-from tiercache.testing import WrapperStore
+from tiercache.store.contract import WrapperStore
 from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.mover import DONE, PARTLY, catalog_path, run_once
 from tiercache.tier.placement import log

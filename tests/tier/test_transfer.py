@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from tests.support.clock import FakeClock
+from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.stores import CountingStore, GateStore
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.store import LocalFolder, MemoryStore
-from tiercache.testing import Fault, FaultKind, FaultStore
-from tiercache.testing.faults import WrapperStore
+from tiercache.store.contract import WrapperStore
 from tiercache.tier.model import PlannedObject
 from tiercache.tier.move.transfer import PART_BYTES, Transfer
 from tiercache.tier.rules import RuleFile, Tier

@@ -20,7 +20,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.clock import FakeClock
+from tests.support.faults import Fault, FaultStore
 from tests.support.forks import in_a_fork
+from tests.support.http_server import HttpFault, HttpFaultServer
 from tests.support.stores import CountingStore, GateStore
 from tests.tier.moved import Moved, N, ServedStore, by_loader, by_record
 from torch.utils.data import DataLoader as TorchLoader
@@ -28,8 +30,7 @@ from torch.utils.data import DataLoader as TorchLoader
 import tiercache as tc
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder, MemoryStore
-from tiercache.testing import Fault, FaultStore, WrapperStore
-from tiercache.testing.http_server import HttpFault, HttpFaultServer
+from tiercache.store.contract import WrapperStore
 from tiercache.tier.placement import use_reports
 from tiercache.tier.placement.resolver import LocationResolver
 from tiercache.tier.placement.use_reports import (

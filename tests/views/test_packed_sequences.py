@@ -17,12 +17,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.load.conftest import join_loading
+from tests.support.http_server import HttpFaultServer
 from tests.support.plain_packer import Plain
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
 from tiercache.opened_version import OpenedVersion
-from tiercache.testing.http_server import HttpFaultServer
 
 LENGTH = 8  # a unit is then 512 positions
 MODES = ("concatenate", "best_fit", "separate")

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.load.conftest import SCHEMA, check_batch, join_loading, make_columns
+from tests.support.http_server import HttpFaultServer
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
-from tiercache.testing.http_server import HttpFaultServer
 
 N = 211
 LEFT, RIGHT = ("id", "flag", "text", "score"), ("tokens", "blob", "boxes")

@@ -23,6 +23,7 @@ from tiercache.cache import Cache
 from tiercache.dataset import Dataset
 from tiercache.demo import results
 from tiercache.demo.results import Claim, Epoch, Job, KilledJob, KilledTraining, Phase
+from tiercache.demo.s3_server import S3Server
 from tiercache.distribution import install_command
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
@@ -31,7 +32,6 @@ from tiercache.shard.read.verify import verify_dataset
 from tiercache.shard.schema import Tensor
 from tiercache.shard.write.dataset_writer import Writer
 from tiercache.store import open_store
-from tiercache.testing.s3_server import S3Server
 from tiercache.tier.model import Plan, TierTotals
 from tiercache.tier.plan.plan_file import read_plan
 

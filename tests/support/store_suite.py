@@ -169,7 +169,7 @@ class ReadSuite:
 
     def test_a_pickled_store_works(self, store: Store) -> None:
         self.raw_put(store, "p", b"pickled")
-        again = pickle.loads(pickle.dumps(store))  # noqa: S301 - our own bytes
+        again = pickle.loads(pickle.dumps(store))
         assert (again.get("p"), again.url) == (b"pickled", store.url)
         again.close()
 
