@@ -30,7 +30,6 @@ import tiercache as tc
 from cachebench.data import Sizes, pack
 from cachebench.hits import by_hand, in_c, paths_of, through_cache
 from cachebench.readers import objects_of, opened, rate_of_processes, rate_of_threads, spread_us
-from peers.report import put
 from rows import OUT, spread, table, write_rows
 from tiercache.cache import Cache
 
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 REQUIRED_US = 20.0
 READERS = (1, 2, 8, 32)
 KINDS = ("threads", "processes")
-MARKS = ("<!-- cache hits: begin -->", "<!-- cache hits: end -->")
 Row = dict[str, Any]
 
 
@@ -167,7 +165,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--shards", type=int, default=320)
     parser.add_argument("--folder", type=Path, default=OUT, help="Folder for data, cache and rows.")
-    parser.add_argument("--into", type=Path, help="Markdown file with the marks that enclose the table.")
+    parser.add_argument("--into", type=Path, help="Folder for cache_hits.md.")
     parser.add_argument("--quick", action="store_true", help="Smoke test: small data.")
     given = parser.parse_args()
     if given.quick:
@@ -180,10 +178,9 @@ def main() -> None:
     found = list(lines(rows))
     print(table(["stage", "way", "median", "beside"], found))
     if given.into:
-        marks = [
-            "| " + " | ".join(cells) + " |" for cells in (["stage", "way", "median", "beside"], ["---"] * 4, *found)
-        ]
-        put(given.into, "\n".join(marks) + "\n", MARKS)
+        header = (["stage", "way", "median", "beside"], ["---"] * 4)
+        text = "\n".join("| " + " | ".join(cells) + " |" for cells in (*header, *found))
+        (given.into / "cache_hits.md").write_text(f"# Hits of the cache\n\n{text}\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Bytes fetched per epoch for a data set that is larger than the cache, by policy, compared with the lower bound.
 
-    python benchmarks/bench_cache_epochs.py [--only one two nodes jobs peers] [--resume] [--into FILE]
+    python benchmarks/bench_cache_epochs.py [--only one two nodes jobs peers] [--resume] [--into FOLDER]
 
 The loader reads a data set of 320 shards, shuffled in groups of 4 shards (as 4 GiB of 320 GiB) and windows of one
 shard, through the cache from a store (HTTP on loopback; with --store s3: SeaweedFS). Each epoch of each rank runs in a
@@ -35,10 +35,9 @@ from cachebench.bounds import belady, lru_share
 from cachebench.data import Packed, Served, Sizes, pack, serving, serving_s3
 from cachebench.jobs import Job, Nursery
 from cachebench.peers import epochs_of, peer_job
-from cachebench.report import MARKS, show
+from cachebench.report import show
 from cachebench.simulated import shares_of_trace
 from ledger import Ledger
-from peers.report import put
 from rows import OUT, machine
 
 if TYPE_CHECKING:
@@ -174,7 +173,7 @@ def cases(given: argparse.Namespace) -> Iterator[Case]:
 
 
 def main() -> None:
-    """Measure, print and write the rows, and insert a table into a document."""
+    """Measure, print and write the rows, and write a table into a folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=RUNS, default=PARTS)
     parser.add_argument("--policy", nargs="+", default=None, help="Policies to run. Default: all.")
@@ -187,7 +186,7 @@ def main() -> None:
     parser.add_argument("--store", choices=("http", "s3"), default="http")
     parser.add_argument("--folder", type=Path, default=OUT, help="Folder for data, caches and rows.")
     parser.add_argument("--resume", action="store_true", help="Keep existing rows, and measure only the missing cases.")
-    parser.add_argument("--into", type=Path, help="Markdown file with the marks that enclose the table.")
+    parser.add_argument("--into", type=Path, help="Folder for cache_epochs.md.")
     parser.add_argument("--quick", action="store_true", help="Smoke test: small data.")
     given = parser.parse_args()
     if given.quick:
@@ -206,7 +205,7 @@ def main() -> None:
     text = show([case | found for case, found in ledger.all()])
     print(text)
     if given.into:
-        put(given.into, text, MARKS)
+        (given.into / "cache_epochs.md").write_text(f"# Bytes that an epoch fetches\n\n{text}")
 
 
 if __name__ == "__main__":

@@ -180,17 +180,15 @@ def test_the_report_compares_cold_epochs_of_the_same_kind_of_shuffle(bench: Call
     assert [line[required] for peer in ("wds", "lit") for line in cells(text, peer)] == ["1 x: NOT MET", "1 x: met"]
 
 
-def test_the_tables_of_cold_epochs_have_marks_of_their_own(
+def test_the_tables_of_cold_epochs_are_a_file_of_their_own(
     bench: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report, page, rows = bench("peers.report"), tmp_path / "page.md", tmp_path / "peers.jsonl"
+    report, rows = bench("peers.report"), tmp_path / "peers.jsonl"
     rows.write_text(json.dumps(row(bench, "tiercache", "none", 2.0)) + "\n")
-    page.write_text("\n".join([report.BEGIN, "older figures", report.END, *report.COLD_MARKS]))
-    monkeypatch.setattr("sys.argv", ["report", str(rows), "--into", str(page)])
+    monkeypatch.setattr("sys.argv", ["report", str(rows), "--into", str(tmp_path)])
     report.main()
-    figures, _, epochs = page.read_text().partition(report.COLD_MARKS[0])
-    assert "older figures" in figures
-    assert cells(epochs, "tiercache")[0][1] == "2.00"
+    assert cells((tmp_path / "cold.md").read_text(), "tiercache")[0][1] == "2.00"
+    assert not (tmp_path / "peers.md").exists()
 
 
 def test_a_resumed_run_finds_a_cold_epoch_of_a_server_at_another_place(

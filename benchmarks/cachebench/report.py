@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-MARKS = ("<!-- cache epochs: begin -->", "<!-- cache epochs: end -->")
 # Requirement: allowed share of fetched bytes above the bound.
 ALLOWED = {"1 - f": 0.03, "MIN": 0.05}
 NAMES = {"mosaic": "MosaicML Streaming", "lit": "LitData"}

@@ -1,7 +1,4 @@
-"""Markdown tables of the rows: `python -m peers.report ROWS`, with `--into FILE` between the marks of the file.
-
-Cold epochs have tables and marks of their own.
-"""
+"""Markdown tables of the rows: `python -m peers.report ROWS`; `--into FOLDER` writes peers.md and cold.md there."""
 
 from __future__ import annotations
 
@@ -18,8 +15,6 @@ if TYPE_CHECKING:
 
     Row = dict[str, Any]
 
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-COLD_MARKS = "<!-- cold epochs: begin -->", "<!-- cold epochs: end -->"
 ORDERS = {"none": "in the stored order", "full": "shuffled"}
 # Each workload has one of them.
 FLOORS = ("c_floor", "decoder_alone")
@@ -214,29 +209,22 @@ def table(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (titles, marks, *lines))
 
 
-def put(path: Path, text: str, marks: tuple[str, str] = (BEGIN, END)) -> None:
-    """Replace the text between the marks of a file. Raises ValueError if it has no marks."""
-    before, begin, rest = path.read_text().partition(marks[0])
-    _, end, after = rest.partition(marks[1])
-    if not (begin and end):
-        raise ValueError(f"{path} has no lines {marks[0]} and {marks[1]}")
-    path.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
-
-
 def main() -> None:
-    """Print the tables, or put them into a document."""
+    """Print the tables, or write them into a folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("rows", type=Path, help="File peers.jsonl.")
-    parser.add_argument("--into", type=Path, help="Markdown file with the marks that enclose the table.")
+    parser.add_argument("--into", type=Path, help="Folder for peers.md and cold.md.")
     given = parser.parse_args()
     rows = read(given.rows)
     if not given.into:
         print(markdown(rows))
         return
     of_cold = [row for row in rows if row["workload"]["name"] == COLD]
-    for chosen, marks in (([row for row in rows if row not in of_cold], (BEGIN, END)), (of_cold, COLD_MARKS)):
+    local = [row for row in rows if row not in of_cold]
+    for chosen, name, title in ((local, "peers.md", "Local data"), (of_cold, "cold.md", "Cold epochs")):
         if chosen:
-            put(given.into, markdown(chosen), marks)
+            text = f"# {title}: tiercache beside other libraries\n\n{markdown(chosen)}\n"
+            (given.into / name).write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Requirements and results of a run: `python -m peers.verdict ROWS`, and `--into FILE` to put the table there.
+"""Requirements and results of a run: `python -m peers.verdict ROWS`; `--into FOLDER` writes requirements.md.
 
 Each line compares medians of one run: tiercache's with another contender's, for the same workload, order and layout.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peers.catalogue import PEERS, PICTURE_FORMS, manner
-from peers.report import fewer, machine, put, read, table
+from peers.report import fewer, machine, read, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 OURS = "tiercache"
 READS = ("every", "first")
-BEGIN, END = "<!-- required: begin -->", "<!-- required: end -->"
 TITLES = ("what", "required", "measured", "touched only", "figures", "")
 NOT_MEASURED = "not measured"
 NAN = float("nan")
@@ -196,14 +195,14 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    """Print the table, or put it into a document."""
+    """Print the table, or write it into a folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("rows", type=Path, help="File peers.jsonl.")
-    parser.add_argument("--into", type=Path, help="Markdown file with the marks that enclose the table.")
+    parser.add_argument("--into", type=Path, help="Folder for requirements.md.")
     given = parser.parse_args()
     text = markdown(read(given.rows))
     if given.into:
-        put(given.into, text, (BEGIN, END))
+        (given.into / "requirements.md").write_text(f"# Requirements and results\n\n{text}")
     else:
         print(text)
 
