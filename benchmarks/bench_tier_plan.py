@@ -19,10 +19,11 @@ import pyarrow as pa
 
 from cases import Bench, mib, peak_bytes
 from rows import spread
+from tiercache.keep import KeepList
 from tiercache.prices import prices_of
 from tiercache.tier.model import CHECKPOINT, FILE, NO_RUN, NO_STEP, READABLE, SHARD, Snapshot
 from tiercache.tier.plan.policy import decide
-from tiercache.tier.rules import KeepList, Rule, RuleFile, Tier
+from tiercache.tier.rules import Rule, RuleFile, Tier
 from tiercache.tier.text_columns import first_match
 
 if TYPE_CHECKING:

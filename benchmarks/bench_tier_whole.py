@@ -30,12 +30,13 @@ from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.cli.open_tiers import OpenTiers
 from tiercache.cli.output import Output
 from tiercache.cli.tier_verbs import plan_facts, plan_text, plan_tiers, print_plan
+from tiercache.keep import BestMetric, KeepList
 from tiercache.model import ObjectInfo
 from tiercache.prices import prices_if_known
 from tiercache.store import MemoryStore
 from tiercache.tier.inventory.listing import list_tiers
 from tiercache.tier.plan.plan_file import write_plan
-from tiercache.tier.rules import BestMetric, KeepList, Rule, RuleFile, Tier
+from tiercache.tier.rules import Rule, RuleFile, Tier
 from tiercache.tier.stores import Stores
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def made_file(n_rules: int) -> RuleFile:
         )
         for i in range(n_rules - 2)
     ]
-    best = (BestMetric(metric="val_loss", n=2, mode="min"),)
+    best = (BestMetric(("val_loss",), n=2, mode="min"),)
     keep = {"hot": KeepList(last=2), "standard": KeepList(last=10, every_steps=5000, best=best)}
     rules.append(Rule(name="ckpt", match=("runs/**",), keep=keep, then="archive", after_s=DAY_S / 2))
     rules.append(Rule(name="rest", match=("**",), to="archive", idle_s=DAY_S / 2, idle_by="mtime"))

@@ -29,12 +29,12 @@ from tiercache.errors import (
 if TYPE_CHECKING:
     from tiercache.cache import Cache
     from tiercache.checkpoint.checkpoints import Checkpoints
-    from tiercache.checkpoint.retention import Keep
     from tiercache.checkpoint.weights import open_weights
     from tiercache.combinations import mix, zip_columns
     from tiercache.dataset import Dataset, concat
     from tiercache.description import describe
     from tiercache.images.options import DecodeImage
+    from tiercache.keep import Keep
     from tiercache.load.collate import collate
     from tiercache.load.loader import DataLoader
     from tiercache.load.mixup import CutMix, MixUp
@@ -103,7 +103,7 @@ _HOMES = {
     "DecodeImage": "tiercache.images.options",
     "FillInMiddle": "tiercache.views.packing",
     "Image": "tiercache.shard.schema",
-    "Keep": "tiercache.checkpoint.retention",
+    "Keep": "tiercache.keep",
     "LoaderOptions": "tiercache.load.options",
     "NumpyLoader": "tiercache.load.numpy_loader",
     "MixUp": "tiercache.load.mixup",

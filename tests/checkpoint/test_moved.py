@@ -14,9 +14,9 @@ import tiercache as tc
 from tiercache.cache import Cache
 from tiercache.checkpoint.layout import MANIFEST_NAME
 from tiercache.checkpoint.moved import MovedCheckpoints
-from tiercache.checkpoint.retention import Keep
 from tiercache.checkpoint.stored import StoredCheckpoints
 from tiercache.errors import ArchivedShards, NotFound, StoreError
+from tiercache.keep import Keep
 from tiercache.store import LocalFolder
 from tiercache.tier.stores import Stores
 

@@ -27,10 +27,11 @@ import tiercache as tc
 from tiercache.checkpoint import writer
 from tiercache.checkpoint.checkpoints import Checkpoints
 from tiercache.checkpoint.layout import list_names
-from tiercache.checkpoint.retention import GC_AGE_S, Keep
+from tiercache.checkpoint.retention import GC_AGE_S
 from tiercache.checkpoint.staging import SHARED_MIN_BYTES
 from tiercache.errors import CommitConflict, CorruptCheckpoint, StoreError
 from tiercache.integrations.checkpoint_log import CheckpointLog
+from tiercache.keep import Keep
 from tiercache.store import LocalFolder, MemoryStore, open_store
 from tiercache.store.contract import WrapperStore
 

@@ -13,10 +13,11 @@ from tiercache.cache import Cache
 from tiercache.checkpoint.checkpoints import Checkpoints
 from tiercache.checkpoint.inventory import CheckpointStores
 from tiercache.checkpoint.layout import SHARED_FOLDER, list_names, reference_key
-from tiercache.checkpoint.retention import Keep, Retention
+from tiercache.checkpoint.retention import Retention
 from tiercache.checkpoint.staging import SHARED_MIN_BYTES
 from tiercache.checkpoint.weights import open_weights
 from tiercache.errors import StoreError
+from tiercache.keep import Keep
 from tiercache.store import LocalFolder
 
 __all__ = ["s3_server"]

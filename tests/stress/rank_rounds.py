@@ -28,7 +28,8 @@ from tests.support.warm_python import WarmPython
 import tiercache as tc
 from tiercache.checkpoint.inventory import CheckpointStores
 from tiercache.checkpoint.layout import RUN_NAME, key_of, list_names, manifest_key, metrics_key, reference_key
-from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention
+from tiercache.checkpoint.retention import GC_AGE_S, Retention
+from tiercache.keep import Keep
 from tiercache.store import LocalFolder
 from tiercache.store.posix import TEMP_PREFIX
 

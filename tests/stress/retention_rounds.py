@@ -18,7 +18,8 @@ from tests.support.kill_points import KillAt, count_points, kill_at
 
 from tiercache.checkpoint.inventory import CheckpointStores
 from tiercache.checkpoint.layout import list_names
-from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention
+from tiercache.checkpoint.retention import GC_AGE_S, Retention
+from tiercache.keep import Keep
 from tiercache.store import LocalFolder
 
 DEADLINE_S = 120.0

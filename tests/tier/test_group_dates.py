@@ -10,10 +10,9 @@ from tests.tier.moving import TIERS, HookAt, Killed, World, content
 from tests.tier.test_run_once import Tiers as Folders
 
 from tiercache.catalog.tiers import TierCatalog
+from tiercache.keep import KeepList, evaluate_keep_list
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.move.mover import catalog_path
-from tiercache.tier.plan.selection import evaluate_keep_list
-from tiercache.tier.rules import KeepList
 from tiercache.tier.stores import Stores
 
 HOUR_S, DAY_S = 3600.0, 86_400.0

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tests.tier.planner_oracle import kept_plainly, unscored_plainly
 from tests.tier.snapshots import DAY_S, Copy, Group, checkpoint, snapshot_of
 
-from tiercache.tier.plan.selection import evaluate_keep_list, find_newest
-from tiercache.tier.rules import BestMetric, KeepList
+from tiercache.keep import BestMetric, KeepList, evaluate_keep_list
+from tiercache.tier.plan.selection import find_newest
 
 HERE = {"standard": Copy()}
 
@@ -28,8 +28,8 @@ checkpoints = st.builds(
     unread=st.booleans(),
 )
 bests = st.builds(
-    lambda metric, n, mode: BestMetric(metric=metric, n=n, mode=mode),
-    st.sampled_from(["loss", ["eval_loss", "loss"], ["loss", "eval_loss"]]),
+    BestMetric,
+    st.sampled_from([("loss",), ("eval_loss", "loss"), ("loss", "eval_loss")]),
     st.integers(1, 3),
     st.sampled_from(["min", "max"]),
 )
@@ -106,26 +106,26 @@ def test_best_keeps_the_lowest_or_highest_values_and_ignores_checkpoints_without
     values = {10: 9.0, 20: 1.0, 30: 2.0, 40: 8.0}
     groups = [checkpoint(0, step, HERE, metrics={"loss": value}) for step, value in values.items()]
     groups.append(checkpoint(0, 50, HERE))
-    assert named_steps(groups, best=(BestMetric(metric="loss", n=2, mode=mode),)) == steps
+    assert named_steps(groups, best=(BestMetric(("loss",), n=2, mode=mode),)) == steps
 
 
 def test_a_metric_that_no_checkpoint_of_a_run_has_keeps_all_of_that_run_and_of_no_other():
     """A misspelt name would otherwise keep nothing, and delete_after would take last copies."""
     groups = [*run(10, 20, 30), *(checkpoint(1, step, HERE, metrics={"loss": float(step)}) for step in (10, 20, 30))]
-    found = evaluate_keep_list(snapshot_of(groups), np.arange(6), KeepList(best=(BestMetric(metric="loss", n=1),)))
+    found = evaluate_keep_list(snapshot_of(groups), np.arange(6), KeepList(best=(BestMetric(("loss",), n=1),)))
     assert found.unscored.tolist() == [True, True, True, False, False, False]
     assert found.named.tolist() == [False, False, False, True, False, False]
 
 
 def test_a_run_without_complete_checkpoints_lacks_no_metric():
     groups = [checkpoint(0, step, HERE, complete=False) for step in (10, 20)]
-    found = evaluate_keep_list(snapshot_of(groups), np.arange(2), KeepList(best=(BestMetric(metric="loss", n=1),)))
+    found = evaluate_keep_list(snapshot_of(groups), np.arange(2), KeepList(best=(BestMetric(("loss",), n=1),)))
     assert not found.unscored.any()
 
 
 def test_a_metric_that_only_incomplete_checkpoints_have_is_not_found_in_their_run():
     groups = [*run(10, 20), checkpoint(0, 30, HERE, complete=False, metrics={"loss": 1.0})]
-    found = evaluate_keep_list(snapshot_of(groups), np.arange(3), KeepList(best=(BestMetric(metric="loss", n=1),)))
+    found = evaluate_keep_list(snapshot_of(groups), np.arange(3), KeepList(best=(BestMetric(("loss",), n=1),)))
     assert found.unscored.tolist() == [True, True, False]
 
 
@@ -139,7 +139,7 @@ def test_the_first_metric_that_a_run_has_is_used_for_the_whole_run():
         checkpoint(1, 20, HERE, metrics={"eval_loss": 2.0}),
     ]
     found = evaluate_keep_list(
-        snapshot_of(groups), np.arange(5), KeepList(best=(BestMetric(metric=["val_loss", "eval_loss"], n=1),))
+        snapshot_of(groups), np.arange(5), KeepList(best=(BestMetric(("val_loss", "eval_loss"), n=1),))
     )
     assert found.named.tolist() == [False, True, False, True, False]
     assert found.without.tolist() == [False, False, True, False, False]
@@ -152,13 +152,13 @@ def test_a_checkpoint_whose_metrics_cannot_be_read_may_be_the_best():
         checkpoint(0, 20, HERE, unread=True),
         checkpoint(0, 30, HERE),
     ]
-    found = evaluate_keep_list(snapshot_of(groups), np.arange(3), KeepList(best=(BestMetric(metric="loss", n=1),)))
+    found = evaluate_keep_list(snapshot_of(groups), np.arange(3), KeepList(best=(BestMetric(("loss",), n=1),)))
     assert (found.named.tolist(), found.unscored.tolist()) == ([True, False, False], [False, True, False])
 
 
 def test_among_equal_values_the_later_step_is_better():
     groups = [checkpoint(0, step, HERE, metrics={"loss": 1.0}) for step in (10, 20, 30)]
-    assert named_steps(groups, best=(BestMetric(metric="loss", n=1),)) == [30]
+    assert named_steps(groups, best=(BestMetric(("loss",), n=1),)) == [30]
 
 
 def test_an_incomplete_checkpoint_does_not_displace_a_complete_one():

@@ -18,11 +18,12 @@ from tests.tier.snapshots import (
     tier_file,
 )
 
+from tiercache.keep import BestMetric, KeepList
 from tiercache.prices import FREE, Prices, price_table
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING
 from tiercache.tier.plan.policy import decide
 from tiercache.tier.plan.proposals import ago
-from tiercache.tier.rules import BestMetric, KeepList, Pin, Rule, TieringOptions
+from tiercache.tier.rules import Pin, Rule, TieringOptions
 
 MB = 1_000_000
 BIG = Copy(100 * MB, days=100)
@@ -66,7 +67,7 @@ def lying(*tiers: str, copy: Copy = BIG, **facts) -> Group:
 
 # -- metrics that are not found ---------------------------------------------------------------------------------------
 
-BEST = KEEP.model_copy(update={"keep": {"standard": KeepList(best=(BestMetric(metric="val_los", n=2),))}})
+BEST = KEEP.model_copy(update={"keep": {"standard": KeepList(best=(BestMetric(("val_los",), n=2),))}})
 
 
 def scored(run: int, *steps: int, metric: str = "val_loss", **facts) -> list[Group]:
@@ -84,9 +85,7 @@ def test_a_misspelt_metric_deletes_nothing_and_moves_nothing_of_the_run():
 
 def test_the_refusal_names_only_the_metric_that_is_not_found():
     rule = BEST.model_copy(
-        update={
-            "keep": {"standard": KeepList(best=(BestMetric(metric="val_loss", n=1), BestMetric(metric="val_los", n=1)))}
-        }
+        update={"keep": {"standard": KeepList(best=(BestMetric(("val_loss",), n=1), BestMetric(("val_los",), n=1)))}}
     )
     _, refusals = planned(scored(0, 1, 2, 3), rule)
     assert {one.group for one in refusals} == {1}

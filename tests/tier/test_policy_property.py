@@ -22,9 +22,10 @@ from tests.tier.snapshots import (
     tier_file,
 )
 
+from tiercache.keep import BestMetric, KeepList
 from tiercache.prices import FREE
 from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
-from tiercache.tier.rules import BestMetric, KeepList, Pin, Rule, TieringOptions
+from tiercache.tier.rules import Pin, Rule, TieringOptions
 
 # Worlds take long to draw, and half a dozen properties share them.
 FEWER = settings(max_examples=max(settings.default.max_examples // 2, 1))
@@ -99,7 +100,7 @@ keeps = st.builds(
     KeepList,
     last=st.none() | st.integers(1, 3),
     every_steps=st.none() | st.just(15),
-    best=st.sampled_from([(), (BestMetric(metric="loss", n=1),)]),
+    best=st.sampled_from([(), (BestMetric(("loss",), n=1),)]),
     younger_s=in_days,
 )
 

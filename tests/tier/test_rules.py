@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from tiercache.tier.rules import BestMetric, KeepList, Pin, Rule, Tier, TieringOptions, load_rule_file
+from tiercache.keep import BestMetric, KeepList
+from tiercache.tier.rules import Pin, Rule, Tier, TieringOptions, load_rule_file
 
 TIERS = """
 [tiers.hot]
@@ -83,7 +84,7 @@ class TestReading:
             match=("checkpoints/**",),
             keep={
                 "hot": KeepList(last=2),
-                "standard": KeepList(last=10, every_steps=5000, best=(BestMetric(metric="val_loss", n=2),)),
+                "standard": KeepList(last=10, every_steps=5000, best=(BestMetric(("val_loss",), n=2),)),
             },
             then="archive",
             after_s=14 * 86400.0,
@@ -287,9 +288,9 @@ class TestRules:
             every_s=21600.0,
             younger_s=604800.0,
             best=(
-                BestMetric(metric="loss", n=2),
-                BestMetric(metric="top 1", n=3, mode="max"),
-                BestMetric(metric=["a", "b"], n=1, mode="max"),
+                BestMetric(("loss",), n=2),
+                BestMetric(("top 1",), n=3, mode="max"),
+                BestMetric(("a", "b"), n=1, mode="max"),
             ),
         )
 
@@ -338,16 +339,16 @@ class TestRules:
             ('match = "*"\nkeep_hot = {}', "rules[1].keep_hot: is empty; its keys are best, every"),
             ('match = "*"\nkeep_hot = {best = []}', "rules[1].keep_hot.best: expected one or more"),
             ('match = "*"\nkeep_hot = {tags = ["a"]}', "rules[1].keep_hot.tags: no such key"),
-            (
-                'match = "*"\nkeep_hot = {last = 0}',
-                "rules[1].keep_hot.last: Input should be greater than or equal to 1, got 0",
-            ),
+            ('match = "*"\nkeep_hot = {last = 0}', "rules[1].keep_hot.last: expected an integer from 1 to 2^62, got 0"),
             ('match = "*"\nkeep_hot = {lats = 1}', "rules[1].keep_hot.lats: no such key; did you mean 'last'"),
             ('match = "*"\nkeep_hot = {best = "loss"}', "rules[1].keep_hot.best: expected METRIC:N or METRIC:N:max"),
             ('match = "*"\nkeep_hot = {best = "loss:0"}', "rules[1].keep_hot.best: expected METRIC:N"),
-            ('match = "*"\nkeep_hot = {best = {metric = "loss"}}', "rules[1].keep_hot.best: n: Field required"),
-            ('match = "*"\nkeep_hot = {best = {metric = [], n = 1}}', "rules[1].keep_hot.best: metric: expected one"),
-            ('match = "*"\nkeep_hot = {best = {metrik = "a", n = 1}}', "rules[1].keep_hot.best: metric: Field"),
+            ('match = "*"\nkeep_hot = {best = {metric = "loss"}}', "rules[1].keep_hot.best: n: expected an integer"),
+            (
+                'match = "*"\nkeep_hot = {best = {metric = [], n = 1}}',
+                "rules[1].keep_hot.best: metric: expected a name",
+            ),
+            ('match = "*"\nkeep_hot = {best = {metrik = "a", n = 1}}', "rules[1].keep_hot.best: metrik: no such key"),
             (
                 'match = "*"\nkeep_standard = {last = 1}\nthen = "standard"',
                 "rules[1].then: tier 'standard' is not colder than 'standard', which has a keep list",

@@ -38,13 +38,14 @@ from tiercache.checkpoint.layout import (
     written_order,
 )
 from tiercache.checkpoint.local_copies import LateUploads, LocalCopies
-from tiercache.checkpoint.retention import GC_AGE_S, Keep, RetentionReport, referenced_tensors
+from tiercache.checkpoint.retention import GC_AGE_S, RetentionReport, referenced_tensors
 from tiercache.checkpoint.staging import HostMemory, StagedState
 from tiercache.checkpoint.state_tree import encode_state, state_text
 from tiercache.checkpoint.stored import StoredCheckpoints, UnfinishedSave
 from tiercache.checkpoint.writer import CheckpointWriter, TaskThread, may_be_committed
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError, TierCacheError
+from tiercache.keep import Keep
 from tiercache.store import LocalFolder, Store, open_store
 from tiercache.store.options import ParsedUrl
 

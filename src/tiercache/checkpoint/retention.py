@@ -1,7 +1,6 @@
 """Retention: which checkpoints stay, deletion in batches, and removal of leftovers and of shared tensors without users.
 
-The planner of the tier engine evaluates the rules (`tier/plan/selection.py`), so that `tc.Keep` and the keep lists of a
-rule file mean the same. plan_retention() decides, Retention acts.
+The rules are keep lists (`keep.py`), which the tier engine evaluates too. plan_retention() decides, Retention acts.
 
 A deletion removes the manifest first, so that no reader sees a checkpoint that lacks files. A checkpoint with shared
 tensors has a reference (references/NAME.json), which is put after its manifest, or before it by a late upload. The
@@ -26,11 +25,10 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow as pa
+from numpy.typing import NDArray
 
 from tiercache.checkpoint.inventory import CheckpointCopy, CheckpointStores, CheckpointTier, Scan
 from tiercache.checkpoint.layout import (
@@ -52,56 +50,13 @@ from tiercache.checkpoint.layout import (
 from tiercache.checkpoint.writer import SharedTensors
 from tiercache.crash_points import crash_point
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, UnsupportedFormat
+from tiercache.keep import CheckpointColumns, Keep, evaluate_keep_list
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder, Store
-from tiercache.tier.model import CHECKPOINT, READABLE, Snapshot
 from tiercache.tier.placement.resolver import is_archived
-from tiercache.tier.plan.selection import evaluate_keep_list
-from tiercache.tier.rules import KeepList, keep_list
 
 GC_AGE_S = 86400.0
 """Age of collection: leftovers of killed saves, and shared tensors without users, are removed once they are older."""
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """A rule of retention; a checkpoint that any rule keeps is kept.
-
-    The keys and their meaning are those of the keep lists of a rule file (docs/reference/tiers.md). Within a rule, a
-    checkpoint that any of the keys selects is kept.
-
-    Args:
-        last: Number of checkpoints written last.
-        every_steps: Number of steps; the first checkpoint at or after each multiple is kept.
-        every: Duration with a unit, such as "6h"; the first checkpoint in each interval of this length is kept.
-        best: Metric and number, such as "val_loss:2" or "accuracy:1:max", or several of them.
-        younger_than: Duration with a unit, such as "7d"; checkpoints that were written within this time are kept.
-        tier: "local" or "remote", the only tier to which the rule applies; None for both.
-
-    Raises:
-        ValueError: The rule has no key, or a value is wrong.
-    """
-
-    last: int | None = None
-    every_steps: int | None = None
-    every: str | None = None
-    best: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] = ()
-    younger_than: str | None = None
-    tier: Literal["local", "remote"] | None = None
-    keep_list: KeepList = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.tier not in (None, "local", "remote"):
-            raise ValueError(f"Keep.tier: expected 'local', 'remote' or None, got {self.tier!r}")
-        object.__setattr__(self, "keep_list", keep_list(self._given(), "Keep"))
-
-    def _given(self) -> dict[str, Any]:
-        names = [one.name for one in fields(self) if one.name not in ("tier", "keep_list")]
-        values = {name: getattr(self, name) for name in names}
-        return {name: value for name, value in values.items() if value is not None and value != ()}
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._given().items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,13 +158,13 @@ def _rules_of(keeps: Sequence[Keep], tier: CheckpointTier) -> list[Keep]:
 
 
 def _kept(scan: Scan, names: Sequence[str], keeps: Sequence[Keep], now_s: float) -> dict[str, list[str]]:
-    """Return the texts of the rules that keep each of the checkpoints."""
+    """Return the texts of the rules that keep each of the complete checkpoints."""
     if not keeps:
         return {name: ["no rule for this tier"] for name in names}
-    snapshot, rows = _snapshot(scan, names, now_s), np.arange(len(names))
+    columns, rows = _columns(scan, names, now_s), np.arange(len(names))
     found: dict[str, list[str]] = {name: [] for name in names}
     for keep in keeps:
-        result = evaluate_keep_list(snapshot, rows, keep.keep_list)
+        result = evaluate_keep_list(columns, rows, keep.keep_list)
         for row, name in enumerate(names):
             if result.named[row]:
                 found[name].append(str(keep))
@@ -218,45 +173,23 @@ def _kept(scan: Scan, names: Sequence[str], keeps: Sequence[Keep], now_s: float)
     return found
 
 
-def _snapshot(scan: Scan, names: Sequence[str], now_s: float) -> Snapshot:
-    """Return complete checkpoints of one run in the form that the planner of the tier engine takes, without copies."""
+def _columns(scan: Scan, names: Sequence[str], now_s: float) -> CheckpointColumns:
+    """Return complete checkpoints of one run in the form that keep lists take."""
     n = len(names)
     parsed = [parse_name(name) or (0, 0.0) for name in names]
-    created_s = np.array([created_s for _, created_s in parsed], np.float64)
-    metrics: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = {}
+    metrics: dict[str, NDArray[np.float64]] = {}
     for row, name in enumerate(names):
         manifest = scan.manifest(name)
         for metric, value in ({} if manifest is None else manifest.metrics).items():
             metrics.setdefault(metric, np.full(n, np.nan))[row] = value
-    none = np.empty(0, np.int64)
-    return Snapshot(
+    return CheckpointColumns(
         now_s=now_s,
-        tiers=(),
-        classes=("",),
-        paths=pa.array(names, pa.large_string()),
-        kind=np.full(n, CHECKPOINT, np.uint8),
-        step=np.array([step for step, _ in parsed], np.int64),
         run=np.zeros(n, np.int32),
+        step=np.array([step for step, _ in parsed], np.int64),
+        created_s=np.array([created_s for _, created_s in parsed], np.float64),
         complete=np.ones(n, np.bool_),
-        created_s=created_s,
-        last_use_s=created_s,
-        uses=np.zeros(n, np.int64),
-        uses_tracked_since_s=np.full(n, np.inf),
-        unreported=np.zeros(n, np.bool_),
-        in_use=np.zeros(n, np.bool_),
         metrics=metrics,
         unread=np.zeros(n, np.bool_),
-        group=none.astype(np.int32),
-        tier=none.astype(np.int8),
-        n_objects=none.astype(np.int32),
-        n_bytes=none,
-        smallest_bytes=none,
-        modified_s=none.astype(np.float64),
-        storage_class=none.astype(np.int16),
-        state=np.full(0, READABLE, np.uint8),
-        whole=none.astype(np.bool_),
-        verified=none.astype(np.bool_),
-        links={},
     )
 
 

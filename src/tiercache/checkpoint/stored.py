@@ -32,8 +32,9 @@ from tiercache.checkpoint.layout import (
 from tiercache.checkpoint.loading import load_copy
 from tiercache.checkpoint.moved import MovedCheckpoints
 from tiercache.checkpoint.reading import CopyReader
-from tiercache.checkpoint.retention import GC_AGE_S, Keep, Retention, RetentionReport
+from tiercache.checkpoint.retention import GC_AGE_S, Retention, RetentionReport
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, TierCacheError
+from tiercache.keep import Keep
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder, Span, Store, redact
 from tiercache.store.contract import WrapperStore

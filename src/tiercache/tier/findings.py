@@ -26,13 +26,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
+from tiercache.keep import BestMetric, Flags, scores_of
 from tiercache.store.options import ParsedUrl
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY
 from tiercache.tier.inventory.metrics import metrics_in_name, used_metrics
 from tiercache.tier.model import CHECKPOINT, FILE, KINDS
 from tiercache.tier.placement import log
 from tiercache.tier.plan.proposals import span
-from tiercache.tier.plan.selection import Flags, covered_folders, fits_size, largest_copies, rules_of, scores_of
+from tiercache.tier.plan.selection import covered_folders, fits_size, largest_copies, rules_of
 from tiercache.tier.stores import CLASSES_TO_RESTORE, unavailable_tiers
 from tiercache.tier.suggestions import nearest_glob, suggest_layouts
 from tiercache.tier.text_columns import first_match, match_regex, sample_path
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from tiercache.store.archive import BucketSettings
     from tiercache.tier.inventory.groups import Inventory
     from tiercache.tier.model import Snapshot
-    from tiercache.tier.rules import BestMetric, Rule, RuleFile, Tier
+    from tiercache.tier.rules import Rule, RuleFile, Tier
     from tiercache.tier.stores import Stores
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from tiercache.catalog.tiers import PlannedObject as PlannedObject
+from tiercache.keep import CheckpointColumns
 from tiercache.model import format_bytes
 
 if TYPE_CHECKING:
@@ -55,19 +56,18 @@ class Symlink:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Snapshot:
-    """The input of the policy: all groups and their copies. Immutable; row g of a group column is group g."""
+class Snapshot(CheckpointColumns):
+    """The input of the policy: all groups and their copies. Immutable; row g of a group column is group g.
 
-    now_s: float  # time of the snapshot, in seconds since the epoch
+    Of groups that are no checkpoints, `run` is NO_RUN, `step` is NO_STEP and `complete` is True. `created_s` is when
+    the newest object was written; the earliest such date of all copies, because a move keeps it. `unread` is False for
+    what the mover moved, which was not among the best while its metrics were readable.
+    """
+
     tiers: tuple[str, ...]  # names, from the fastest to the coldest, as in the rule file
     classes: tuple[str, ...]  # names of the storage classes of copies; "" is the store's default
     paths: pa.Array  # string or large_string, unique
     kind: NDArray[np.uint8]  # indices of KINDS
-    step: NDArray[np.int64]  # training step of a checkpoint, or NO_STEP
-    run: NDArray[np.int32]  # number of the run that a checkpoint belongs to, or NO_RUN
-    complete: NDArray[np.bool_]  # whether a checkpoint is whole in some tier; True for other groups
-    # When its newest object was written; the earliest such date of all copies. A move keeps it.
-    created_s: NDArray[np.float64]
     last_use_s: NDArray[np.float64]  # time of the last use; the date of the oldest copy if no use is known
     uses: NDArray[np.int64]  # number of tracked uses
     # Time since which uses are tracked; inf: they are not. Of a shard: since its data set is tracked; of other groups:
@@ -76,10 +76,6 @@ class Snapshot:
     # Whether a machine that may have used the group has not reported, so that the group does not count as idle.
     unreported: NDArray[np.bool_]
     in_use: NDArray[np.bool_]  # whether a job reads the shard now; False for other groups, whose readers are not known
-    metrics: Mapping[str, NDArray[np.float64]]  # by name; NaN where a checkpoint does not have the metric
-    # Whether the metrics of a checkpoint are unknown because no file that may hold them can be read. False for what the
-    # mover moved, which was not among the best while its metrics were readable.
-    unread: NDArray[np.bool_]
     # From here on, row c is copy c.
     group: NDArray[np.int32]  # ascending
     tier: NDArray[np.int8]  # ascending within a group

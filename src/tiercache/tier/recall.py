@@ -22,6 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.crash_points import crash_point
+from tiercache.keep import Flags, Rows
 from tiercache.prices import Speed
 from tiercache.tier.holds import put_hold
 from tiercache.tier.model import (
@@ -41,7 +42,7 @@ from tiercache.tier.model import (
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import CapacityLedger, refuse, refuse_unavailable, with_costs
 from tiercache.tier.plan.proposals import propose_move
-from tiercache.tier.plan.selection import Flags, Rows, SnapshotIndex
+from tiercache.tier.plan.selection import SnapshotIndex
 from tiercache.tier.restore import RestorePlan, command_line, plan_restore
 from tiercache.tier.stores import CLASSES_TO_RESTORE, Stores
 

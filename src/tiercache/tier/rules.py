@@ -31,6 +31,7 @@ from pydantic import (
 )
 
 from tiercache import config
+from tiercache.keep import MAX_COUNT, KeepList, parse_keep_list
 from tiercache.model import parse_bytes, parse_duration
 from tiercache.prices import named_prices, parse_prices, prices_of
 from tiercache.tier.inventory.layouts import UserLayout, layout_pattern
@@ -158,9 +159,6 @@ Fraction: TypeAlias = Annotated[float, BeforeValidator(read_fraction)]
 Texts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(read_texts)]
 Globs: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(read_globs), AfterValidator(require_values)]
 
-MAX_COUNT = 1 << 62  # largest count in a rule file: the planner stores counts as int64
-
-_BEST = re.compile(r"\s*(?P<metric>[^:]*[^:\s])\s*:\s*(?P<n>[0-9]+)\s*(?::\s*(?P<mode>min|max)\s*)?")
 # Attributes of a rule that have an effect only with `to`, and their keys in messages. Sizes are no such attributes:
 # they apply to keep lists and delete_after, too.
 _KEYS_OF_TO = {"sources": "from", "idle_s": "idle", "age_s": "age", "uses_below": "uses_below"}
@@ -247,39 +245,6 @@ class Tier(RuleTable):
                 f"capacity: only a local tier may have a percentage; expected a size, got {self.capacity!r}"
             )
         return self
-
-
-class BestMetric(RuleTable):
-    """The n checkpoints with the lowest ("min") or the highest ("max") value of a metric."""
-
-    # Names of the metric; the first name that any checkpoint of a run has is used for that run.
-    metrics: Annotated[Texts, AfterValidator(require_values)] = Field(validation_alias="metric")
-    n: int = Field(ge=1, le=MAX_COUNT)  # number of checkpoints to keep
-    mode: Literal["min", "max"] = "min"  # whether the lowest or the highest values are the best
-
-
-def read_bests(value: object) -> tuple[object, ...]:
-    """Return one or more of "val_loss:2", "accuracy:1:max" and tables as a tuple of tables. Raises ValueError."""
-    return tuple(_best(one) for one in (value if isinstance(value, list | tuple) else (value,)))
-
-
-def _best(given: object) -> object:
-    if isinstance(given, BestMetric | dict):
-        return given
-    match = _BEST.fullmatch(given) if isinstance(given, str) else None
-    if match is None or not 1 <= int(match["n"]) <= MAX_COUNT:
-        raise ValueError(f"expected METRIC:N or METRIC:N:max, as in 'val_loss:2' or 'accuracy:1:max', got {given!r}")
-    return {"metric": match["metric"].strip(), "n": int(match["n"]), "mode": match["mode"] or "min"}
-
-
-class KeepList(RuleTable):
-    """A keep list: the checkpoints that stay in a tier. It keeps a checkpoint that any of its keys selects."""
-
-    last: int | None = Field(default=None, ge=1, le=MAX_COUNT)
-    every_steps: int | None = Field(default=None, ge=1, le=MAX_COUNT)
-    every_s: PositiveSeconds | None = Field(default=None, validation_alias="every")
-    best: Annotated[tuple[BestMetric, ...], BeforeValidator(read_bests)] = ()
-    younger_s: PositiveSeconds | None = Field(default=None, validation_alias="younger_than")
 
 
 class Rule(RuleTable):
@@ -409,10 +374,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _MOST_TIERS = 100
 _KEEP = "keep_"
 _NOT_SHOWN = ("storage_options", "prices", "url")
-# Keys that have another name now; the old one is read for one release.
 # Attributes that are durations, which need a unit: the writer of `delete_after = 30` may mean days, not seconds.
 _DURATIONS = (
-    *("idle_s", "age_s", "after_s", "delete_after_s", "every_s", "younger_s"),
+    *("idle_s", "age_s", "after_s", "delete_after_s"),
     *("grace_s", "hold_s", "quiet_period_s", "reader_timeout_s", "max_break_even_s"),
 )
 # Types of pydantic errors whose message shows the value already, or that have no value.
@@ -531,7 +495,7 @@ def _rule(given: object, where: str, tiers: Sequence[Tier]) -> Rule:
         name = _one_tier(key.removeprefix(_KEEP), f"{where}.{key}", tiers)
         if name in keep:
             raise ValueError(f"{where}.{key}: tier {name!r} has a keep list already")
-        keep[name] = keep_list(_table(table, f"{where}.{key}"), f"{where}.{key}")
+        keep[name] = parse_keep_list(_table(table, f"{where}.{key}"), f"{where}.{key}")
     values.setdefault("name", where)
     rule = _built(Rule, values, where, keep={name: keep[name] for name in names if name in keep})
     update: dict[str, Any] = {}
@@ -573,23 +537,6 @@ def _one_tier(given: str, where: str, tiers: Sequence[Tier]) -> str:
     if len(found) > 1:
         raise ValueError(f"{where}: several tiers have the role {given!r}: name one of {', '.join(found)}")
     return found[0]
-
-
-def keep_list(given: Mapping[str, object], where: str) -> KeepList:
-    """Return the keep list of a table with the keys of a rule file.
-
-    Args:
-        given: Values by key, such as {"last": 3, "every": "6h"}.
-        where: Position of the table, for messages.
-
-    Raises:
-        ValueError: The table is empty, or a key or a value is wrong; the message names the key.
-    """
-    if not given:
-        raise ValueError(f"{where}: is empty; its keys are {', '.join(sorted(_keys(KeepList)))}")
-    if empty := [key for key, value in given.items() if value == []]:
-        raise ValueError(f"{where}.{empty[0]}: expected one or more values, got an empty list")
-    return _built(KeepList, given, where)
 
 
 def _list(tables: Mapping[str, Any], section: str) -> list[tuple[str, object]]:
@@ -640,9 +587,7 @@ def _message(error: ValidationError, where: str) -> str:
     text = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # an error about the whole table: its text begins with the key
         return f"{where}.{text}"
-    key, *inner = map(str, first["loc"])
-    if inner:  # in a table of `best`
-        return f"{where}.{key}: {inner[-1]}: {text}"
+    key = str(first["loc"][0])
     if first["type"] == "missing":
         return f"{where}.{key}: is missing"
     got = "" if first["type"] in _COMPLETE or key in _NOT_SHOWN else f", got {first['input']!r}"

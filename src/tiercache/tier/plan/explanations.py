@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from tiercache.keep import KeepList, evaluate_keep_list
 from tiercache.tier.model import CHECKPOINT
 from tiercache.tier.plan.proposals import span
-from tiercache.tier.plan.selection import SnapshotIndex, evaluate_keep_list, fits_size
-from tiercache.tier.rules import KeepList
+from tiercache.tier.plan.selection import SnapshotIndex, fits_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tiercache.keep import Flags, Rows
 from tiercache.model import format_bytes
 from tiercache.prices import prices_if_known
 from tiercache.tier.costs import (
@@ -51,7 +52,7 @@ from tiercache.tier.plan.proposals import (
     span,
     transfer_dollars,
 )
-from tiercache.tier.plan.selection import Flags, Rows, SnapshotIndex
+from tiercache.tier.plan.selection import SnapshotIndex
 from tiercache.tier.stores import deletion_block_reason, unavailable_tiers
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tiercache.keep import Flags, Rows, evaluate_keep_list
 from tiercache.tier.costs import Sizes, copy_dollars, reclass_dollars
 from tiercache.tier.model import CHECKPOINT, DELETE, DROP, MOVE, NO_MOVES, RECLASS, RESTORING, SHARD, MoveColumns
-from tiercache.tier.plan.selection import Flags, Rows, SnapshotIndex, evaluate_keep_list, fits_size
+from tiercache.tier.plan.selection import SnapshotIndex, fits_size
 
 if TYPE_CHECKING:
     from tiercache.tier.rules import Rule

@@ -1,10 +1,4 @@
-"""Selects groups: which rule, pins and keep lists apply to each, and which tiers hold copies of it.
-
-The last checkpoints of a run are those that were written last, whatever their steps: a run that restarts at a lower
-step goes on from them. Steps are compared as numbers, within the part of a run between two restarts. An incomplete
-checkpoint is kept only by its age, so that it does not displace a complete one. If no checkpoint of a run
-has the metric of a `best`, the keep list keeps all checkpoints of that run.
-"""
+"""Selects groups: which rule and pins apply to each, and which tiers hold copies of it."""
 
 from __future__ import annotations
 
@@ -16,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tiercache.keep import Flags, Rows, from_end
 from tiercache.tier.costs import leaves_and_streams
 from tiercache.tier.model import CHECKPOINT, KINDS, READABLE, RESTORED
 from tiercache.tier.text_columns import first_match
@@ -23,10 +18,7 @@ from tiercache.tier.text_columns import first_match
 if TYPE_CHECKING:
     from tiercache.prices import Prices
     from tiercache.tier.model import Snapshot
-    from tiercache.tier.rules import BestMetric, KeepList, Rule, RuleFile
-
-Rows = NDArray[np.int64]
-Flags = NDArray[np.bool_]
+    from tiercache.tier.rules import Rule, RuleFile
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,75 +131,6 @@ def covered_folders(globs: Sequence[str]) -> tuple[str, ...]:
     return tuple(glob.removesuffix("/**") for glob in globs if glob.endswith("/**") and glob != "/**")
 
 
-# -- keep lists -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class KeepResult:
-    """The result of a keep list for some groups, in the order of the rows."""
-
-    named: Flags  # whether the list keeps the group
-    unscored: Flags  # whether `best` cannot be evaluated for the group, so that the group is kept
-    without: Flags  # whether the group lacks a metric of `best` that others of its run have: `best` ignores it
-    unscored_by: tuple[tuple[str, ...], ...] = ()  # metrics of each `best` for which any group is unscored
-    without_by: tuple[tuple[str, ...], ...] = ()  # metrics of each `best` that any group lacks
-
-
-def evaluate_keep_list(snapshot: Snapshot, rows: Rows, keep: KeepList) -> KeepResult:
-    """Return which of the groups a keep list keeps: the union of what its keys keep, evaluated per run.
-
-    rows: Group numbers of checkpoints, unique, in any order.
-    """
-    named, unscored, without = (np.zeros(snapshot.n_groups, np.bool_) for _ in range(3))
-    complete = rows[snapshot.complete[rows]]
-    if keep.last is not None or keep.every_steps is not None:
-        written = _by_time(snapshot, complete)
-        if keep.last is not None:
-            named[written[_from_end(snapshot.run[written]) < keep.last]] = True
-        if keep.every_steps is not None:
-            named[_first_of_steps(snapshot, written, keep.every_steps)] = True
-    if keep.every_s is not None:
-        named[_first_of_stretches(snapshot, complete, keep.every_s)] = True
-    unscored_by: list[tuple[str, ...]] = []
-    without_by: list[tuple[str, ...]] = []
-    for best in keep.best:
-        scores = scores_of(snapshot, complete, best)
-        named[_best(snapshot, complete, scores.values, best)] = True
-        unsure = scores.is_unscored | (np.isnan(scores.values) & snapshot.unread[complete])
-        lacks = np.isnan(scores.values) & ~unsure
-        unscored[complete[unsure]], without[complete[lacks]] = True, True
-        unscored_by += [best.metrics] if unsure.any() else []
-        without_by += [best.metrics] if lacks.any() else []
-    if keep.younger_s is not None:
-        named[rows[snapshot.now_s - snapshot.created_s[rows] <= keep.younger_s]] = True
-    return KeepResult(named[rows], unscored[rows], without[rows], tuple(unscored_by), tuple(without_by))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BestScores:
-    """Values of the metric of a `best`, for some groups."""
-
-    values: NDArray[np.float64]  # NaN where the group has no value
-    is_unscored: Flags  # whether no group of the run has any of the metrics
-
-
-def scores_of(snapshot: Snapshot, complete: Rows, best: BestMetric) -> BestScores:
-    """Return the metric of complete checkpoints: per run, the first metric that any of its checkpoints has.
-
-    One metric is used per run, because values of two metrics cannot be compared.
-    """
-    _, run = np.unique(snapshot.run[complete], return_inverse=True)
-    values = np.full(len(complete), np.nan)
-    has = np.zeros(int(run.max(initial=-1)) + 1, np.bool_)
-    for name in best.metrics:
-        if name in snapshot.metrics:
-            found = snapshot.metrics[name][complete]
-            is_first = np.bincount(run, weights=~np.isnan(found), minlength=len(has)).astype(np.bool_) & ~has
-            values = np.where(is_first[run], found, values)
-            has |= is_first
-    return BestScores(values, ~has[run])
-
-
 def find_newest(snapshot: Snapshot) -> Flags:
     """Return whether each group is the newest complete checkpoint of its run; bool[n_groups].
 
@@ -219,53 +142,5 @@ def find_newest(snapshot: Snapshot) -> Flags:
     run, step, created_s = snapshot.run[complete], snapshot.step[complete], snapshot.created_s[complete]
     for order in (np.lexsort((complete, step, created_s, run)), np.lexsort((complete, created_s, step, run))):
         rows = complete[order]
-        found[rows[_from_end(snapshot.run[rows]) == 0]] = True
+        found[rows[from_end(snapshot.run[rows]) == 0]] = True
     return found
-
-
-def _by_time(snapshot: Snapshot, rows: Rows) -> Rows:
-    """Sort rows by run and time of writing; by step where the times are equal."""
-    return rows[np.lexsort((rows, snapshot.step[rows], snapshot.created_s[rows], snapshot.run[rows]))]
-
-
-def _begins(*columns: NDArray[np.generic]) -> Flags:
-    """Return whether each row differs from the previous row in any column; bool[n]."""
-    begins = np.ones(len(columns[0]), np.bool_)
-    begins[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
-    return begins
-
-
-def _from_start(run: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return, for each row of a sorted column, the number of earlier rows of its run; int64[n]."""
-    starts = np.flatnonzero(_begins(run))
-    positions = np.arange(len(run))
-    return positions - np.repeat(starts, np.diff(np.append(starts, len(run))))
-
-
-def _from_end(run: NDArray[np.int32]) -> NDArray[np.int64]:
-    return _from_start(run[::-1])[::-1]
-
-
-def _first_of_steps(snapshot: Snapshot, written: Rows, every: int) -> Rows:
-    """Return the first rows at or after each multiple, counted anew after each restart. written: Rows by time."""
-    rows = written[snapshot.step[written] >= 0]
-    run, step = snapshot.run[rows], snapshot.step[rows]
-    restarts = np.zeros(len(rows), np.int64)
-    restarts[1:] = np.cumsum((run[1:] == run[:-1]) & (step[1:] < step[:-1]))
-    return rows[_begins(run, restarts, step // every)]
-
-
-def _first_of_stretches(snapshot: Snapshot, rows: Rows, every_s: float) -> Rows:
-    rows = rows[np.lexsort((rows, snapshot.created_s[rows], snapshot.run[rows]))]
-    run, created_s = snapshot.run[rows], snapshot.created_s[rows]
-    starts = np.flatnonzero(_begins(run))
-    first_s = np.repeat(created_s[starts], np.diff(np.append(starts, len(rows))))
-    return rows[_begins(run, np.floor((created_s - first_s) / every_s))]
-
-
-def _best(snapshot: Snapshot, rows: Rows, values: NDArray[np.float64], best: BestMetric) -> Rows:
-    """Return the best rows of each run. Among equal values, the higher step is better. values: Value of each row."""
-    rows, values = rows[~np.isnan(values)], values[~np.isnan(values)]
-    worse = values if best.mode == "min" else -values
-    rows = rows[np.lexsort((-rows, -snapshot.created_s[rows], -snapshot.step[rows], worse, snapshot.run[rows]))]
-    return rows[_from_start(snapshot.run[rows]) < best.n]
