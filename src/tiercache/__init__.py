@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from tiercache.keep import Keep
     from tiercache.load.collate import collate
     from tiercache.load.loader import DataLoader
-    from tiercache.load.mixup import CutMix, MixUp
     from tiercache.load.numpy_loader import NumpyLoader
     from tiercache.load.options import LoaderOptions
     from tiercache.load.output_spec import Buffer, Padded
@@ -59,7 +58,6 @@ __all__ = [
     "CommitConflict",
     "CorruptCheckpoint",
     "CorruptShard",
-    "CutMix",
     "DataLoader",
     "Dataset",
     "DecodeImage",
@@ -67,7 +65,6 @@ __all__ = [
     "Image",
     "Keep",
     "LoaderOptions",
-    "MixUp",
     "NotFound",
     "NumpyLoader",
     "ObjectChanged",
@@ -97,7 +94,6 @@ _HOMES = {
     "Buffer": "tiercache.load.output_spec",
     "Cache": "tiercache.cache",
     "Checkpoints": "tiercache.checkpoint.checkpoints",
-    "CutMix": "tiercache.load.mixup",
     "DataLoader": "tiercache.load.loader",
     "Dataset": "tiercache.dataset",
     "DecodeImage": "tiercache.images.options",
@@ -106,7 +102,6 @@ _HOMES = {
     "Keep": "tiercache.keep",
     "LoaderOptions": "tiercache.load.options",
     "NumpyLoader": "tiercache.load.numpy_loader",
-    "MixUp": "tiercache.load.mixup",
     "Padded": "tiercache.load.output_spec",
     "Ragged": "tiercache.shard.schema",
     "Tensor": "tiercache.shard.schema",

@@ -23,9 +23,9 @@ from tiercache.images.decoder import decode_columns
 from tiercache.load.numpy_loader import NumpyLoader
 from tiercache.load.output_spec import (
     Layouts,
-    LazyRecords,
     NativeAccess,
     OutputSpec,
+    ReadRecords,
     Record,
     apply_layouts,
     as_columns,
@@ -300,14 +300,14 @@ class Dataset(SelectionMethods):
             return self._batch(record_numbers(index, len(self)))
         return self._record(operator.index(index))
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[Any]:
         """Return the records of many indices, read together; torch's fetcher calls this method."""
         if type(self).__getitem__ is not Dataset.__getitem__:  # a subclass overrides record access
             return [self[index] for index in indices]
         rows = record_numbers(indices, len(self))
         if self.transform is not None:
             return [self._transformed(record) for record in as_records(self._columns(rows))]
-        return LazyRecords(self._columns(rows), len(rows), self._output_spec, partial(self._stored_number, rows))
+        return ReadRecords(self._columns(rows), len(rows), self._output_spec, partial(self._stored_number, rows))
 
     def __iter__(self) -> Iterator[Any]:
         for start, stop in spans(self._source):

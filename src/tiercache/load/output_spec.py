@@ -13,9 +13,8 @@ import json
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
 from importlib import import_module
-from typing import Any, Literal, NoReturn, Protocol, SupportsIndex, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Literal, NoReturn, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -607,71 +606,33 @@ def served_records(columns: Sequence[ColumnValues], output_spec: OutputSpec) -> 
     return [record_tuple(record, output_spec.names, schema) for record in records]
 
 
-class LazyRecords(list[Any]):
-    """A list of records that is filled at the first access; `columns` holds the same rows by column.
+class ReadRecords(Sequence[Any]):
+    """Records that were read together; `columns` holds the same rows by column.
 
-    output_spec: How a batch of the records is served. number: Function that names a record in an error.
+    `Dataset.__getitems__` returns it to torch's fetcher. `tiercache.collate` uses `columns`, so the records are made
+    only for other collate functions, at the first access. One thread at a time uses it.
 
-    `Dataset.__getitems__` returns such a list to torch's fetcher. `tiercache.collate` uses `columns`, so the records
-    are never made. Any other collate function sees an ordinary list, which it may sort, slice and change. One thread at
-    a time owns the list.
+    Attributes:
+        as_gathered: Whether `columns` still equal the records: no record was accessed, so none can have been changed.
+        number: Function that names a record in an error.
     """
 
     def __init__(
-        self,
-        columns: Sequence[ColumnValues],
-        n_records: int,
-        output_spec: OutputSpec | None = None,
-        number: RecordNumber | None = None,
+        self, columns: Sequence[ColumnValues], n_records: int, output_spec: OutputSpec, number: RecordNumber
     ) -> None:
-        super().__init__()
-        self.columns = columns
-        self.number = number
-        self.output_spec = OutputSpec() if output_spec is None else output_spec
-        self._n_unmade: int | None = n_records
-
-    def _make(self) -> None:
-        if self._n_unmade is not None:
-            self._n_unmade = None
-            self.extend(served_records(self.columns, self.output_spec))
-
-    @property
-    def as_gathered(self) -> bool:
-        """Whether `columns` still equal the records: no record was accessed, so none can have been changed."""
-        return self._n_unmade is not None
+        self.columns, self.output_spec, self.number = columns, output_spec, number
+        self.as_gathered = True
+        self._n_records = n_records
+        self._records: list[Any] = []
 
     def __len__(self) -> int:
-        return super().__len__() if self._n_unmade is None else self._n_unmade
+        return self._n_records
 
-    def __radd__(self, other: list[Any]) -> list[Any]:
-        return [*other, *self]
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return list, (list(iter(self)),)
-
-
-# All other list methods that read or change the contents.
-_LOOK = (
-    *("__iter__", "__reversed__", "__getitem__", "__contains__", "__repr__", "copy", "count", "index"),
-    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__add__", "__mul__", "__rmul__"),
-    *("__setitem__", "__delitem__", "__iadd__", "__imul__", "append", "clear", "extend", "insert", "pop", "remove"),
-    *("reverse", "sort"),
-)
-
-
-def _after_making(name: str) -> Callable[..., Any]:
-    method = getattr(list, name)
-
-    @wraps(method)
-    def call(self: LazyRecords, /, *args: Any, **kwargs: Any) -> Any:
-        self._make()
-        return method(self, *args, **kwargs)
-
-    return call
-
-
-for _name in _LOOK:
-    setattr(LazyRecords, _name, _after_making(_name))
+    def __getitem__(self, index: Any) -> Any:
+        if self.as_gathered:
+            self.as_gathered = False
+            self._records = served_records(self.columns, self.output_spec)
+        return self._records[index]
 
 
 @dataclass(frozen=True, slots=True)
