@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from tiercache.shard.schema import Image, Ragged, Tensor
     from tiercache.shard.versions.manifest import Version
     from tiercache.shard.write.dataset_writer import Writer
-    from tiercache.tier.placement.locations import locate
+    from tiercache.store.placement.locations import locate
     from tiercache.views.packing import FillInMiddle
 
 __all__ = [
@@ -110,7 +110,7 @@ _HOMES = {
     "collate": "tiercache.load.collate",
     "concat": "tiercache.dataset",
     "describe": "tiercache.description",
-    "locate": "tiercache.tier.placement.locations",
+    "locate": "tiercache.store.placement.locations",
     "mix": "tiercache.combinations",
     "open_weights": "tiercache.checkpoint.weights",
     "pack": "tiercache.pack",

@@ -32,7 +32,7 @@ from tiercache.shard.read.values import empty_values, join_values
 from tiercache.shard.versions.manifest import open_latest, read_shards, read_version
 from tiercache.shard.versions.segments import as_arrow
 from tiercache.store import LocalStore, MemoryStore, Store, open_store
-from tiercache.tier.placement.redirecting_store import TieredReader, follow_placement
+from tiercache.store.placement.redirecting_store import TieredReader, follow_placement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -414,7 +414,7 @@ def test_without_hard_links_copies_are_renamed_into_place(world, monkeypatch):
 
 
 def test_a_busy_catalog_makes_reads_bypass_the_cache(world, monkeypatch):
-    from tiercache.catalog import database
+    from tiercache.store import database
 
     monkeypatch.setattr(database, "BUSY_S", 0.05)
     world.put("a")

@@ -252,7 +252,7 @@ def test_locks_that_are_never_free_only_delay_reads(world, monkeypatch):
     monkeypatch.setattr(fetch_runner, "LOCK_WAIT_S", 0.05)
     monkeypatch.setattr(fetch_runner, "SLOWEST_BYTES_S", 1e12)
     monkeypatch.setattr("tiercache.cache.evict.evictor.SPACE_WAIT_S", 0.05)
-    monkeypatch.setattr("tiercache.catalog.database.BUSY_S", 0.05)
+    monkeypatch.setattr("tiercache.store.database.BUSY_S", 0.05)
     monkeypatch.setattr(fcntl, "flock", refuse)
     cache = world.cache("40KB", policy="lru")
     store = world.store(cache)

@@ -16,8 +16,8 @@ from tiercache.demo.s3_server import S3Server
 from tiercache.errors import ArchivedShards
 from tiercache.prices import FREE, price_table
 from tiercache.store import LocalFolder, MemoryStore
-from tiercache.tier.placement import log
-from tiercache.tier.placement.log import PlacementRow
+from tiercache.store.placement import log
+from tiercache.store.placement.log import PlacementRow
 from tiercache.tier.restore import plan_restore
 from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.stores import Stores

@@ -27,7 +27,7 @@ from tests.support.forks import ChildEnd, SendLine, run_forked
 
 from tiercache.cache.evict import evictor
 from tiercache.cache.fetch import fetch_runner
-from tiercache.catalog import database
+from tiercache.store import database
 
 
 @dataclass

@@ -31,13 +31,14 @@ from tiercache.cache.owners import Owner
 from tiercache.cache.peers import PeerOptions
 from tiercache.cache.session import CacheOptions, CacheSession
 from tiercache.cache.warm import plan_warm, warm
-from tiercache.catalog import FIGURES, CopyRow, tiers
+from tiercache.catalog import FIGURES, CopyRow
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import OWN_FOLDER, ShardIdentity, parse_bytes
 from tiercache.prices import provider_prices, read_dollars
 from tiercache.stats import Counters
 from tiercache.store import Lease, Span, Store, redact
 from tiercache.store.contract import WrapperStore
+from tiercache.store.placement import uses
 from tiercache.store.retry import is_unwanted
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class CachedStore(WrapperStore):
         placements are not counted as uses of data.
         """
         if not key.startswith(OWN_FOLDER) and f"/{OWN_FOLDER}" not in key:
-            tiers.record_use(f"{self._inner_url}/{key}")
+            uses.record_use(f"{self._inner_url}/{key}")
 
     def _count(self, is_hit: bool) -> None:
         self.counters.add("cache_hits" if is_hit else "cache_misses")

@@ -40,7 +40,8 @@ from tiercache.cache.disk import network_file_system
 from tiercache.cache.names import NAME, Record
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.accounts import BLOCK_BYTES
-from tiercache.catalog.database import (
+from tiercache.crash_points import crash_point
+from tiercache.store.private_files import (
     NO_LINK,
     is_folder,
     link_whole,
@@ -54,7 +55,6 @@ from tiercache.catalog.database import (
     set_mode,
     start_time,
 )
-from tiercache.crash_points import crash_point
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from tiercache.catalog.database import Database
+from tiercache.store.database import Database
 
 if TYPE_CHECKING:
     import sqlite3

@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.keep import BestMetric, Flags, scores_of
 from tiercache.store.options import ParsedUrl
+from tiercache.store.placement import log
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY
 from tiercache.tier.inventory.metrics import metrics_in_name, used_metrics
 from tiercache.tier.model import CHECKPOINT, FILE, KINDS
-from tiercache.tier.placement import log
 from tiercache.tier.plan.proposals import span
 from tiercache.tier.plan.selection import covered_folders, fits_size, largest_copies, rules_of
 from tiercache.tier.stores import CLASSES_TO_RESTORE, unavailable_tiers
@@ -41,9 +41,9 @@ from tiercache.tier.text_columns import first_match, match_regex, sample_path
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from tiercache.catalog.tiers import TierCatalog
     from tiercache.store.archive import BucketSettings
     from tiercache.tier.inventory.groups import Inventory
+    from tiercache.tier.journal import TierCatalog
     from tiercache.tier.model import Snapshot
     from tiercache.tier.rules import Rule, RuleFile, Tier
     from tiercache.tier.stores import Stores

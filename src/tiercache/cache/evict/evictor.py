@@ -30,9 +30,9 @@ from tiercache.cache.evict.policy import (
 from tiercache.cache.locks import NameLock, try_exclusive
 from tiercache.cache.names import NameTable
 from tiercache.catalog import FIGURES, Accounts, CopyRow
-from tiercache.catalog.database import open_file
 from tiercache.crash_points import crash_point
 from tiercache.model import parse_bytes
+from tiercache.store.private_files import open_file
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 if TYPE_CHECKING:

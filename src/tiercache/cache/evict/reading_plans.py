@@ -38,10 +38,10 @@ import numpy as np
 from tiercache.cache.evict.policy import UNPLANNED
 from tiercache.cache.locks import close_private, is_locked, keep_private, try_exclusive
 from tiercache.cache.names import NAME_BYTES, NameTable
-from tiercache.catalog.database import open_file
 from tiercache.crash_points import crash_point
 from tiercache.model import NEVER
 from tiercache.store.posix import write_all
+from tiercache.store.private_files import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

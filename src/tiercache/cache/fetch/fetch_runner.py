@@ -39,12 +39,12 @@ from tiercache.cache.locks import NameLock
 from tiercache.cache.names import name_of_object
 from tiercache.catalog import charge_bytes
 from tiercache.catalog.accounts import BLOCK_BYTES
-from tiercache.catalog.database import set_mode
 from tiercache.crash_points import crash_point
 from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
 from tiercache.file_limit import emfile_message
 from tiercache.model import format_bytes
 from tiercache.store.contract import read_unpinned
+from tiercache.store.private_files import set_mode
 from tiercache.waiting import wait_for
 
 if TYPE_CHECKING:

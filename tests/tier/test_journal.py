@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject, TierCatalog
+from tiercache.tier.journal import CatalogEntry, JournalRow, PlannedObject, TierCatalog
 
 OBJECTS = (PlannedObject("a/1", 10, '"e"', 5.5, 7), PlannedObject("a/.metadata", 1, None, None, None, "hot"))
 ROW = JournalRow(

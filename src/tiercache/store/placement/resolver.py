@@ -28,11 +28,11 @@ from tiercache import config
 from tiercache.errors import ArchivedShards, NotFound, ObjectChanged, StoreError, TierCacheError
 from tiercache.model import OWN_FOLDER, ByteRange
 from tiercache.store import LocalFolder, Store, open_store, redact
-from tiercache.tier.placement import log
+from tiercache.store.placement import log
 
 if TYPE_CHECKING:
     from tiercache.model import ObjectInfo
-    from tiercache.tier.placement.log import Placement, PlacementRow
+    from tiercache.store.placement.log import Placement, PlacementRow
 
 
 def options_of(url: str) -> dict[str, Any]:

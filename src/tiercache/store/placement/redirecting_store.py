@@ -16,14 +16,14 @@ from tiercache.model import ByteRange, ObjectInfo, ShardIdentity, format_bytes
 from tiercache.prices import FREE, Prices, is_free, price_table, provider_prices, read_dollars
 from tiercache.store import Lease, LocalFolder, LocalStore, Span, Store
 from tiercache.store.contract import Receive, WrapperStore
+from tiercache.store.placement.resolver import LocationResolver, ObjectLocation, is_remote
+from tiercache.store.placement.uses import UseRecorder
 from tiercache.tier.costs import region_of, restored_home_dollars
-from tiercache.tier.placement.resolver import LocationResolver, ObjectLocation, is_remote
-from tiercache.tier.placement.use_reports import UseRecorder
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from tiercache.tier.placement.log import Placement, PlacementRow
+    from tiercache.store.placement.log import Placement, PlacementRow
 
 
 # Restores of archived shards are queried in parallel, because the time is round trips.

@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from tiercache.catalog.database import (
+from tiercache.store.private_files import (
     is_folder,
     link_whole,
     make_folder,

@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import TypeAlias
 
 from tiercache import config
-from tiercache.catalog.tiers import plain_url
 from tiercache.errors import ArchivedShards, CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.model import OWN_FOLDER, ByteRange, ObjectInfo
 from tiercache.store import LocalFolder, Store, open_store, redact
-from tiercache.tier.placement import log
-from tiercache.tier.placement.resolver import is_archived, options_of, scheme_of
+from tiercache.store.placement import log
+from tiercache.store.placement.resolver import is_archived, options_of, scheme_of
+from tiercache.store.placement.uses import plain_url
 
 OpenUrl: TypeAlias = Callable[[str], Store]
 
