@@ -454,7 +454,7 @@ def test_reading_an_archived_shard_reports_that_it_must_be_restored(server, tmp_
         ) as caught:
             dataset[0]
         assert caught.value.names == (moved.keys[0],)
-        assert caught.value.command == f"tiercache restore {server.url}/home {moved.keys[0]} --wait"
+        assert caught.value.command == f"tiercache tier get {server.url}/home/{moved.keys[0]} --wait"
         assert caught.value.command in str(caught.value)
         cold.when(lambda method, path: None)
         assert by_record(dataset) == ALL

@@ -157,8 +157,6 @@ class MovedCheckpoints:
                     names=plan.names,
                     url=self.url,
                     n_bytes=plan.n_bytes,
-                    cost=plan.cost,
-                    hours=plan.hours,
                     command=command,
                 )
             logger.warning("%s: %s; restoring", self.url, text)

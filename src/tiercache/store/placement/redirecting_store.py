@@ -13,12 +13,11 @@ import pyarrow.compute as pc
 
 from tiercache.errors import ArchivedShards
 from tiercache.model import ByteRange, ObjectInfo, ShardIdentity, format_bytes
-from tiercache.prices import FREE, Prices, is_free, price_table, provider_prices, read_dollars
+from tiercache.prices import provider_prices, read_dollars
 from tiercache.store import Lease, LocalFolder, LocalStore, Span, Store
 from tiercache.store.contract import Receive, WrapperStore
 from tiercache.store.placement.resolver import LocationResolver, ObjectLocation, is_remote
 from tiercache.store.placement.uses import UseRecorder
-from tiercache.tier.costs import region_of, restored_home_dollars
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -194,30 +193,8 @@ class RedirectingLocalStore(RedirectingStore):
 # -- check before a run ---------------------------------------------------------------------------------------------
 
 
-def _restore_estimate(url: str, rows: Sequence[PlacementRow]) -> tuple[float | None, float | None]:
-    """Return the hours until the last shard can be read, and the minimum cost in dollars, at standard speed.
-
-    Both are None if no price is known. A reader has no rule file, so the price table is used: for the archive the first
-    row with its class, for a remote home the first row of the same region in the standard class. A home in another
-    region costs more.
-    """
-    _, table = price_table()
-    by_class: dict[str | None, Prices] = {name.rpartition(":")[2]: p for name, p in reversed(list(table.items()))}
-    hours = cost = 0.0
-    for row in rows:
-        known = by_class.get(row.storage_class)
-        price = None if known is None else known.restore.get("standard")
-        if known is None or price is None:
-            return None, None
-        hours = max(hours, price.hours)
-        same_region = (one for one in table.values() if region_of(one) == region_of(known))
-        home = FREE if is_free(url) else next(same_region)
-        cost += float(restored_home_dollars(known, price, home, np.array([row.n_bytes]), urls=(row.url, url))[0])
-    return hours, cost
-
-
 def check_readable(store: RedirectingStore, keys: pa.ChunkedArray, is_here: Callable[[int], bool]) -> None:
-    """Raise ArchivedShards if some of these objects must be restored first; the error has all names, time and cost.
+    """Raise ArchivedShards if some of these objects must be restored first; the error has all names.
 
     Uses the placement that was read when the data set was opened, or reads it now. For objects that the placement
     calls archived, the store is asked for one byte each, because they may have been restored.
@@ -229,18 +206,15 @@ def check_readable(store: RedirectingStore, keys: pa.ChunkedArray, is_here: Call
         needed = _archived(store, newer, keys, is_here)  # they may have been restored to the home since
     if needed:
         names, n_bytes, url = [row.key for row in needed], sum(row.n_bytes for row in needed), store.url
-        hours, cost = _restore_estimate(url, needed)
-        command = shlex.join(["tiercache", "restore", url, *(names if len(names) <= _SHOWN else []), "--wait"])
+        what = [f"{url.rstrip('/')}/{name}" for name in names] if len(names) <= _SHOWN else [url]
+        command = shlex.join(["tiercache", "tier", "get", *what, "--wait"])
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-        price_text = "" if hours is None else f"; restoring takes up to {hours:g} hours and costs at least ${cost:,.2f}"
         raise ArchivedShards(
             f"{url}: {len(names)} shards that this run reads ({format_bytes(n_bytes)}) are archived and must be "
-            f"restored first{price_text}: {command}\n({shown})",
+            f"restored first; this command shows cost and duration, and restores them: {command}\n({shown})",
             names=names,
             url=url,
             n_bytes=n_bytes,
-            hours=hours,
-            cost=cost,
             command=command,
         )
 

@@ -331,7 +331,7 @@ def _is_same(info: ObjectInfo, expected: PlacementRow) -> bool:
 def archived_error(key: str, row: PlacementRow | None, store: Store, home: Store) -> ArchivedShards:
     """Return the error for one object of a home that must be restored; it names the command that does that."""
     kind = "" if row is None or row.storage_class is None else f" (storage class {row.storage_class})"
-    command = shlex.join(["tiercache", "restore", home.url, key, "--wait"])
+    command = shlex.join(["tiercache", "tier", "get", f"{home.url.rstrip('/')}/{key}", "--wait"])
     return ArchivedShards(
         f"{store.url}/{key}: is archived{kind} and must be restored before it can be read: {command}",
         names=[key],
