@@ -1,6 +1,5 @@
 """Cold epochs of the comparison: each begins without local copies, serves every record once, and has a row."""
 
-import importlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,21 +9,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.benchmarks.conftest import BENCHMARKS
 from tests.s3_fixtures import s3_server
 from tests.support.warm_python import WarmPython
 
 from tiercache.demo.s3_server import S3Server
 
 __all__ = ["s3_server"]
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports modules of the benchmarks."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 def tiny(bench: Callable[[str], ModuleType]) -> Any:

@@ -1,6 +1,5 @@
 """Benchmarks run: their smoke tests end well and write their rows, and what is served wrong is found out."""
 
-import importlib
 import json
 import os
 import sys
@@ -13,21 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.benchmarks.conftest import BENCHMARKS
 from tests.images.pictures import has_turbojpeg
 from tests.support.warm_python import WarmPython
 
 from tiercache._native.mapping import are_resident
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-# All but "first_batch", which starts a process for each figure.
-STAGES = ("checksum", "gather", "assembly", "overhead", "first_epoch")
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports modules of the benchmarks."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 def run_quick(python: WarmPython, command: list[str], folder: Path) -> tuple[str, list[dict]]:
@@ -48,29 +37,6 @@ def test_an_interrupted_comparison_resumes(tmp_path: Path, warm_python: WarmPyth
     figures = [row["samples_per_s.every"] for row in loads(before)]
     assert [row["samples_per_s.every"] for row in loads(after) if row["peer"] == "numpy_memmap"] == figures
     assert {row["peer"] for row in loads(after)} == {"numpy_memmap", "c_floor"}
-
-
-def test_rows_of_an_earlier_run_are_kept_unless_their_case_was_run_again(bench: Callable[[str], ModuleType]) -> None:
-    def row(workload: str, peer: str, **others: Any) -> dict[str, Any]:
-        case = {"benchmark": "load", "peer": peer, "workload": {"name": workload}, "shuffle": "full", "form": ""}
-        return {**case, **others}
-
-    before = [row("tokens", "lit", run=1), row("tokens", "hf", run=1), row("tensors", "lit", run=1)]
-    found = bench("peers.__main__").merged(before, [row("tokens", "lit", run=2)])
-    assert found == [before[1], before[2], row("tokens", "lit", run=2)]
-
-
-def test_each_stage_has_rows_beside_its_baseline(tmp_path: Path, warm_python: WarmPython) -> None:
-    done = warm_python.run(["bench_stages.py", "--quick", "--folder", str(tmp_path), "--only", *STAGES], cwd=BENCHMARKS)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "stages.jsonl").read_text().splitlines()]
-    stages = {row["stage"].split(",")[0] for row in rows}
-    assert {"checksum", "gather", "a ready batch", "pipeline", "first epochs"} <= stages
-    for row in rows:
-        assert row["case"] == "each further column" or row["value"]["median"] > 0
-        assert {"cores", "processor", "versions"} <= set(row)
-    for stage in ("checksum", "gather", "pipeline", "first epochs"):
-        assert any(row["stage"].startswith(stage) and row.get("of_baseline", 0) > 0 for row in rows)
 
 
 def test_the_first_batch_is_timed_in_a_process_of_its_own(
@@ -196,22 +162,6 @@ def test_a_contender_with_fewer_records_packs_and_reads_exactly_the_first_ones(
     assert (text.count("37 records"), text.count("29 records")) == (2, 1)
 
 
-def test_every_share_of_a_workload_is_one_of_many_batches(bench: Callable[[str], ModuleType]) -> None:
-    workloads = bench("workloads").WORKLOADS
-    shares = [(peer, name, n) for peer in bench("peers.catalogue").PEERS.values() for name, n in peer.fewer.items()]
-    assert shares
-    for peer, name, n in shares:
-        assert name in peer.workloads
-        assert 32 * workloads[name].batch_size <= n < workloads[name].n_records
-
-
-def test_a_contender_gets_no_more_records_than_the_workload_has(bench: Callable[[str], ModuleType]) -> None:
-    workloads = bench("workloads")
-    tenth = workloads.scaled(workloads.ROWS, 0.1)
-    assert workloads.first_of(tenth, 131_072).n_records == 131_072
-    assert workloads.first_of(tenth, 1 << 20) == tenth
-
-
 def test_data_packed_from_fewer_records_is_not_reused_for_all_records(
     bench: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
@@ -274,18 +224,6 @@ def test_a_partial_epoch_is_checked_as_far_as_it_was_read(checked: tuple[Any, li
         consumer.check_sums(1, whole=False)
 
 
-def test_read_and_forget_keeps_no_memory(
-    checked: tuple[Any, list[dict[str, Any]]],
-) -> None:
-    consumer, batches = checked
-    assert consumer.read(batches)
-    totals = dict(consumer.totals)
-    consumer.reset()
-    assert consumer.read_and_forget(batches)
-    assert (consumer.totals, consumer.n_samples) == (totals, 0)
-    assert not consumer.read_and_forget(batches, until_s=0.0)
-
-
 def test_a_timed_span_continues_the_epoch_that_was_cut(
     bench: Callable[[str], ModuleType], checked: tuple[Any, list[dict[str, Any]]]
 ) -> None:
@@ -328,11 +266,6 @@ def test_the_floor_serves_each_row_and_can_be_closed_in_mid_epoch(
     made.close()
     cut.close()
     made.close()
-
-
-def test_a_run_prints_the_duration_of_each_workload(bench: Callable[[str], ModuleType]) -> None:
-    said = bench("peers.__main__").durations({"tokens": 90.0, "rows": 300.0})
-    assert said == "took tokens 1.5 min, rows 5.0 min, all 6.5 min"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the page cache as Linux has it")
@@ -380,14 +313,6 @@ def test_wrong_batches_are_refused(checked: tuple[Any, list[dict[str, Any]]]) ->
             consumer.check_sums(1)
 
 
-def test_a_record_beyond_the_first_ones_is_refused(checked: tuple[Any, list[dict[str, Any]]]) -> None:
-    consumer, (one, two) = checked
-    beyond = {**two, "label": two["label"] + 32}
-    for numbers in (beyond, {**one, "label": one["label"] - 1}):
-        with pytest.raises(ValueError, match="record numbers from"):
-            consumer.check_records([numbers])
-
-
 def test_shuffle_quality_is_computed_from_the_order(bench: Callable[[str], ModuleType]) -> None:
     quality, n = bench("consumer").shuffle_quality, 4096
     assert quality(np.arange(n), n) == {"rank_correlation": 1.0, "neighbour_distance": pytest.approx(0, abs=0.001)}
@@ -397,16 +322,6 @@ def test_shuffle_quality_is_computed_from_the_order(bench: Callable[[str], Modul
     assert abs(quality(runs, n)["rank_correlation"]) < 0.3
     assert quality(runs, n)["neighbour_distance"] < 0.1
     assert quality(rng.permutation(n), n)["neighbour_distance"] == pytest.approx(1, abs=0.05)
-
-
-def test_records_by_number_are_measured_warm_cold_and_remote(tmp_path: Path, warm_python: WarmPython) -> None:
-    done = warm_python.run(["bench_records.py", "--quick", "--folder", str(tmp_path)], cwd=BENCHMARKS)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
-    cases = ["warm 1", "warm 64", "warm 256", "torch's loader", "cold 1", "remote cold"]
-    assert [row["case"] for row in rows] == 2 * cases
-    assert all(row["s"]["tiercache"]["min"] > 0 for row in rows if "s" in row)
-    assert all(what["bytes"] > 0 for row in rows for what in row.get("fetched", []))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -13,16 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.benchmarks.conftest import BENCHMARKS
 from tests.support.warm_python import WarmPython
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports modules of the benchmarks."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 def run(python: WarmPython, script: str, folder: Path, *more: str) -> str:
@@ -34,19 +26,6 @@ def run(python: WarmPython, script: str, folder: Path, *more: str) -> str:
 
 def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_hits_records_and_readers_have_rows_beside_their_floor(tmp_path: Path, warm_python: WarmPython) -> None:
-    text = run(warm_python, "bench_cache.py", tmp_path)
-    rows = rows_of(tmp_path / "cache.jsonl")
-    assert {row["stage"] for row in rows} == {"hit", "records", "readers"}
-    assert [row["case"] for row in rows if row["stage"] == "hit"] == [
-        "through the cache",
-        "by hand, Python",
-        "by hand, C",
-    ]
-    assert all(row["median"] > 0 and "cores" in row for row in rows)
-    assert "thousand hits/s" in text
 
 
 @pytest.mark.stress

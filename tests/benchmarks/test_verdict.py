@@ -1,6 +1,5 @@
 """What the comparison's rows say: the verdict on them, and the forms that pictures and columns are compared in."""
 
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.images.pictures import BY_PLANES
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports modules of the benchmarks."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 def rates(peer: str, shuffle: str, form: str, rate: float, **others: Any) -> dict[str, Any]:
@@ -59,17 +49,6 @@ def test_the_verdict_compares_with_the_floor_and_the_best_library(bench: Callabl
     assert lines["tokens, packed one by one", "2 x the fastest library"].measured == "3.00"
 
 
-def test_the_verdict_says_when_the_best_library_got_fewer_records(bench: Callable[[str], ModuleType]) -> None:
-    ours, lit = (
-        rates(peer, "full", "", rate, workload={"name": "rows", "n_records": n}, whole_records=2048)
-        for peer, rate, n in (("tiercache", 9.0, 2048), ("lit", 3.0, 512))
-    )
-    lines = {(line.what, line.required): line for line in bench("peers.verdict").verdict([lit, ours])}
-    line = lines["rows, shuffled", "ahead of every library"]
-    assert (line.met, line.measured) == (True, "3.00")
-    assert line.figures.endswith("(lit, 512 records)")
-
-
 def test_the_verdict_compares_images_of_the_same_dct(bench: Callable[[str], ModuleType]) -> None:
     images = {"workload": {"name": "images"}}
     usual = [
@@ -102,21 +81,6 @@ def test_only_contenders_with_the_fast_dct_are_also_run_with_it(bench: Callable[
     assert all(forms(peer, workloads["images"]) == ("list",) for name, peer in peers.items() if name not in several)
     assert {forms(peer, workloads["tokens"]) for peer in peers.values()} == {("list",)}
     assert forms(peers["beton"], workloads["rows"]) == ("list", "buffer")
-
-
-def test_each_variant_has_a_readable_name(bench: Callable[[str], ModuleType]) -> None:
-    report, compare = bench("peers.report"), bench("peers.compare")
-    said = [compare.Case(images_job(bench, form), None).name for form in ("list", "fast DCT")]
-    assert said == ["images: tiercache, shuffle none", "images: tiercache, shuffle none, by fast DCT"]
-    names = ("first_batch_s", "rank_correlation", "neighbour_distance", "checked_share")
-    figures = {name: {"median": 1.0} for name in names}
-    row = {**rates("tiercache", "full", "", 9.0), **figures, "version": "1", "note": ""}
-    row["samples_per_s.every"] |= {"min": 8.0, "max": 10.0}
-    titles = [report.loading([{**row, "form": form}], "full", form, "shuffled")[0] for form in ("", "list", "fast DCT")]
-    assert titles == ["Shuffled:", "Shuffled, varied columns as list:", "Shuffled, pictures by fast DCT:"]
-    absent = [{**row, "form": form, "missing": "why"} for form in ("", "buffer", "fast DCT")]
-    expected = "- tiercache (shuffle full; shuffle full as buffer; shuffle full by fast DCT): why"
-    assert report.missing(absent)[1] == expected
 
 
 def augmented_job(bench: Callable[[str], ModuleType], folder: Path) -> Any:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 
 import pytest
 import torch
+from tests.benchmarks.conftest import BENCHMARKS
 from tests.support.fake_device import FakeDevice, install
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def test_each_way_has_a_row(tmp_path, monkeypatch):
