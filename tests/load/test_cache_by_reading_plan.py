@@ -20,11 +20,11 @@ from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
 from tiercache.cache.evict.reading_plans import ReadingPlans
+from tiercache.data.opened_version import OpenedVersion
 from tiercache.load import reading_plan
 from tiercache.load.epoch import NextEpoch
 from tiercache.load.reading_plan import ReadingPlanPublisher
 from tiercache.model import NEVER, ReadingPlan
-from tiercache.opened_version import OpenedVersion
 from tiercache.shard.read.shard_reader import ReleasingPlan
 
 N, WORDS = 1536, 1536  # records of 15 KiB, in blocks that are further apart than requests are joined

@@ -138,6 +138,6 @@ def test_packed_rows_on_a_device_and_after_a_batch_transform_are_those_of_the_cp
 def test_numpy_batches_refuse_a_device_and_transforms(pictures):
     dataset = tc.Dataset(pictures, columns=["id", "label"])
     with pytest.raises(ValueError, match="host memory"):
-        dataset.iter_numpy(8, options=tc.LoaderOptions(device="cuda"))
+        tc.NumpyLoader(dataset, 8, options=tc.LoaderOptions(device="cuda"))
     with pytest.raises(ValueError, match="transform"):
-        dataset.iter_numpy(8, options=tc.LoaderOptions(batch_transform=dict))
+        tc.NumpyLoader(dataset, 8, options=tc.LoaderOptions(batch_transform=dict))

@@ -23,7 +23,7 @@ from tests.tier.oracle import DAY_S, Group, Oracle, Picture, Seen
 
 import tiercache as tc
 from tiercache import store as stores_of_urls
-from tiercache.dataset import Dataset  # now: what is imported while a world is entered would keep its open_store
+from tiercache.data.dataset import Dataset  # now: what is imported while a world is entered would keep its open_store
 from tiercache.prices import prices_if_known
 from tiercache.shard.schema import Schema
 from tiercache.store import local

@@ -23,8 +23,8 @@ from accelerate.state import GradientState
 from accelerate.utils import send_to_device, synchronize_rng_states
 
 from tiercache.checkpoint.checkpoints import Checkpoints, SaveHandle
+from tiercache.data.output_spec import Buffer
 from tiercache.load.loader import DataLoader
-from tiercache.load.output_spec import Buffer
 
 
 def pad_batch(batch: Any, n: int) -> tuple[Any, int]:

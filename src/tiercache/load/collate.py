@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tiercache.load.output_spec import Buffer, ReadRecords, apply_layouts, as_columns
+from tiercache.data.output_spec import Buffer, ReadRecords, apply_layouts, as_columns
 from tiercache.load.torch_library import TORCH_DTYPES
 from tiercache.shard.read.values import ColumnValues
 from tiercache.shard.schema import Kind

@@ -19,6 +19,9 @@ import numpy as np
 
 from tiercache import config
 from tiercache._native.ring import FastIterator
+from tiercache.data.opened_version import SHARD_READS_AGAIN
+from tiercache.data.output_spec import OutputSpec, as_columns
+from tiercache.data.records import Records
 from tiercache.errors import CorruptShard
 from tiercache.load.array_library import NoDraws
 from tiercache.load.batch import Batch, BatchMemory, PipelineSetup
@@ -26,15 +29,12 @@ from tiercache.load.corrupt import corruption_map_for
 from tiercache.load.decode import DecodedPipeline
 from tiercache.load.epoch import NextEpoch, OrderShare, epoch_records, mixture_values, order_options, plan_epoch
 from tiercache.load.options import LoaderOptions
-from tiercache.load.output_spec import OutputSpec, as_columns
 from tiercache.load.pipeline import Pipeline, PipelineInputs, Resources, share_resources, summarise
 from tiercache.load.ranks import Rank, agree, find_rank, find_slowest, must_not_draw
 from tiercache.load.reading_plan import ReadingPlanPublisher
 from tiercache.load.state import RunState, reopen
-from tiercache.opened_version import SHARD_READS_AGAIN
 from tiercache.order import RankPlan
 from tiercache.stats import Counters, WaitHistogram
-from tiercache.views import Records
 
 if TYPE_CHECKING:
     from collections.abc import Callable

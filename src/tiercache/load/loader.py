@@ -18,11 +18,11 @@ from torch.utils.data import IterableDataset, Sampler, default_collate
 from torchdata.stateful_dataloader import Stateful, StatefulDataLoader
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
 
+from tiercache.data.output_spec import NativeAccess, NativeDataset, native_access
 from tiercache.load.collate import collate
 from tiercache.load.device import find_device
 from tiercache.load.engine import LoaderArguments, OrderEngine
 from tiercache.load.options import LoaderOptions
-from tiercache.load.output_spec import NativeAccess, NativeDataset, native_access
 from tiercache.load.ranks import Rank, find_rank
 from tiercache.load.sampler_engines import OrderSampler, SamplerEngine, ShuffledOrder, StoredOrder, TorchPathEngine
 from tiercache.load.samplers import (

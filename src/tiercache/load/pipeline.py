@@ -25,6 +25,8 @@ import numpy as np
 
 from tiercache._native import gather
 from tiercache._native.ring import CLOSED, END, FAILED, BatchTaker, Ring, Slot, held_bytes
+from tiercache.data.output_spec import record_number
+from tiercache.data.packing import PackedBlocks
 from tiercache.errors import CorruptShard, SchemaError, TierCacheError
 from tiercache.load.batch import (
     Batch,
@@ -36,13 +38,11 @@ from tiercache.load.batch import (
     lent_bytes,
 )
 from tiercache.load.corrupt import bad_value, record_too_long
-from tiercache.load.output_spec import record_number
 from tiercache.load.planner import PlannerState, run_planner
 from tiercache.load.prefetch import LoadThreads, loading_pool
 from tiercache.model import format_bytes, parse_bytes
 from tiercache.shard.conversion import served_columns
 from tiercache.shard.read.blocks import damage_message
-from tiercache.views.packing import PackedBlocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -50,18 +50,18 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tiercache.data.output_spec import OutputSpec
+    from tiercache.data.records import Records
     from tiercache.load.batch import Bytes
     from tiercache.load.corrupt import CorruptionMap, RecordLocation
     from tiercache.load.device import BatchDevice, PinnedMemory
     from tiercache.load.epoch import EpochStart, NextEpoch, OrderShare
     from tiercache.load.options import LoaderOptions
-    from tiercache.load.output_spec import OutputSpec
     from tiercache.load.prefetch import LoadedWindow
     from tiercache.load.ranks import Rank
     from tiercache.load.reading_plan import ReadingPlanPublisher
     from tiercache.load.transform_workers import TransformSettings, WorkerPool
     from tiercache.stats import Counters, WaitHistogram
-    from tiercache.views import Records
 
 
 # Batches ahead: more batches hide longer stalls of the consumer. But batches ahead should still be in the processor's

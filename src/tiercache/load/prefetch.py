@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tiercache.data.records import Records
     from tiercache.load.corrupt import RecordLocation
     from tiercache.load.epoch import Piece
     from tiercache.order import AnyWindow
     from tiercache.shard.read.blocks import Blocks
-    from tiercache.views import Records
 
 
 # Load tasks per thread: at the end the other threads wait at most for one such task.

@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache._native import packing
+from tiercache.data.records import Records
 from tiercache.errors import CorruptShard, SchemaError, TierCacheError
 from tiercache.images.options import DecodeImage
 from tiercache.shard.conversion import Casts, ConversionError, as_numpy, bfloat16_tensor, served_column, served_columns
 from tiercache.shard.read.values import ColumnValues, as_batch, as_records
 from tiercache.shard.schema import Column, Kind, Schema
 from tiercache.shard.write.ingest import value_converter
-from tiercache.views import Records
 
 Array: TypeAlias = npt.NDArray[Any]
 

@@ -13,19 +13,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tiercache.data.records import JoinNode, Step, shuffled_order
+from tiercache.data.scan import in_served_order, map_column
+from tiercache.data.selection import Selection
 from tiercache.errors import SchemaError
 from tiercache.order.epoch_order import derive_key
 from tiercache.order.mixture import exact_weight
 from tiercache.shard.schema import Kind
-from tiercache.views.records import JoinNode, Step, shuffled_order
-from tiercache.views.scan import in_served_order, map_column
-from tiercache.views.selection import Selection
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from tiercache.data.records import Node, Records
     from tiercache.shard.schema import Column
-    from tiercache.views.records import Node, Records
 
 # Fractions such as 1/3 are given as floats: their sum may differ from 1 by as much.
 _SUM_TOLERANCE = Fraction(1, 10**6)

@@ -11,9 +11,9 @@ import pytest
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
+from tiercache.data import scan
+from tiercache.data.selection import Selection
 from tiercache.order.explicit import PermutedOrder
-from tiercache.views import scan
-from tiercache.views.selection import Selection
 
 N = 400
 # Written once: a shuffled view is what evaluations compare by, so a change here breaks users.
@@ -55,10 +55,10 @@ def test_every_way_of_reading_serves_the_order(path):
     assert view[:]["id"].tolist() == order
     assert [int(view[i]["id"]) for i in (0, -1, 17)] == [order[0], order[-1], order[17]]
     assert pa.Table.from_batches(list(view.to_arrow()))["id"].to_pylist() == order
-    for loader in (tc.DataLoader(view, 32), view.iter_numpy(32), TorchLoader(view, 32, collate_fn=tc.collate)):
+    for loader in (tc.DataLoader(view, 32), tc.NumpyLoader(view, 32), TorchLoader(view, 32, collate_fn=tc.collate)):
         assert np.concatenate([np.asarray(batch["id"]) for batch in loader]).tolist() == order
     ranks = [
-        [i for b in view.iter_numpy(10, options=tc.LoaderOptions(rank=r, world_size=3)) for i in b["id"].tolist()]
+        [i for b in tc.NumpyLoader(view, 10, options=tc.LoaderOptions(rank=r, world_size=3)) for i in b["id"].tolist()]
         for r in range(3)
     ]
     assert set().union(*ranks) == set(order)

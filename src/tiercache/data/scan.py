@@ -15,18 +15,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tiercache.data.selection import Selection, runs_of
 from tiercache.errors import SchemaError
 from tiercache.shard.schema import Kind
-from tiercache.views.selection import Selection, runs_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from tiercache.data.records import Records
     from tiercache.order import BlockSizes
     from tiercache.order.explicit import ServedOrder
     from tiercache.shard.format.statistics import Statistics
     from tiercache.shard.schema import Column, Schema
-    from tiercache.views.records import Records
 
 
 Scalar = TypeVar("Scalar", bound=np.generic)

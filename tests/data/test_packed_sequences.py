@@ -22,7 +22,7 @@ from tests.support.plain_packer import Plain
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
-from tiercache.opened_version import OpenedVersion
+from tiercache.data.opened_version import OpenedVersion
 
 LENGTH = 8  # a unit is then 512 positions
 MODES = ("concatenate", "best_fit", "separate")
@@ -410,7 +410,7 @@ def test_a_pickled_data_set_has_the_rows_without_reading_lengths_again(opened, m
     expected = joined(batches(rows))
     data = pickle.dumps(rows)
     assert len(data) < 4000
-    monkeypatch.setattr("tiercache.views.packing._make_index", None)
+    monkeypatch.setattr("tiercache.data.packing._make_index", None)
     again = pickle.loads(data)
     assert joined(batches(again)) == expected
     assert len(again) == len(rows)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tiercache.dataset import Dataset
-from tiercache.load.output_spec import OutputSpec
-from tiercache.views.packing import (
+from tiercache.data.dataset import Dataset
+from tiercache.data.output_spec import OutputSpec
+from tiercache.data.packing import (
     BOUNDARIES,
     CU_SEQLENS,
     FillInMiddle,

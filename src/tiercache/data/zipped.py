@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from tiercache.data.leaf import ShardSizes
+from tiercache.data.plans import PublishedPlans, plan_of
 from tiercache.errors import CorruptShard
 from tiercache.order import BlockSizes
 from tiercache.shard.read.blocks import Blocks
 from tiercache.shard.schema import Schema
-from tiercache.views.leaf import ShardSizes
-from tiercache.views.plans import PublishedPlans, plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.cache import Cache, WarmProgress
+    from tiercache.data.opened_version import OpenedVersion, VersionSpec
     from tiercache.model import CloseListener, PublishedPlan, ReadingPlan, SourcePart
-    from tiercache.opened_version import OpenedVersion, VersionSpec
     from tiercache.shard.format.statistics import Statistics
     from tiercache.shard.read.chunks import Addresses
     from tiercache.shard.read.values import ColumnValues

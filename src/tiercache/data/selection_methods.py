@@ -10,16 +10,16 @@ import numpy as np
 import pyarrow.compute as pc
 
 from tiercache._native.record_finder import normalize_indices
-from tiercache.views.records import FilterStep, RangeStep, SelectStep, ShardStep, ShuffleStep, Step
-from tiercache.views.selection import Selection
-from tiercache.views.split import Split, SplitStep, hash_splits
+from tiercache.data.records import FilterStep, RangeStep, SelectStep, ShardStep, ShuffleStep, Step
+from tiercache.data.selection import Selection
+from tiercache.data.split import Split, SplitStep, hash_splits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-    from tiercache.views import Records
+    from tiercache.data.records import Records
 
 
 class SelectionMethods:

@@ -23,16 +23,16 @@ import numpy as np
 import pyarrow as pa
 
 from tiercache._native import gather, packing
+from tiercache.data.leaf import ShardSizes
+from tiercache.data.opened_version import OpenedVersion
+from tiercache.data.records import Records, RecordsSpec, StoredOrderStep, join
 from tiercache.errors import CorruptShard, SchemaError
-from tiercache.opened_version import OpenedVersion
 from tiercache.order import BlockSizes, derive_key
 from tiercache.shard.column_types import INTEGERS
 from tiercache.shard.conversion import DTYPE_NUMBERS
 from tiercache.shard.read.blocks import Blocks, renew_checks
 from tiercache.shard.read.values import ColumnValues
 from tiercache.shard.schema import Column, Kind, Ragged, Schema, Stream, Tensor
-from tiercache.views.leaf import ShardSizes
-from tiercache.views.records import Records, RecordsSpec, StoredOrderStep, join
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.images.pictures import encode, picture
 
 import tiercache as tc
-from tiercache import description
+from tiercache.data import description
 
 SCHEMA = {"image": tc.Image("jpeg", nullable=True), "id": "int64", "text": "str", "half": "float32"}
 N = 12
@@ -133,7 +133,7 @@ class TestLoader:
         loader = tc.DataLoader(dataset, 8, shuffle=True, drop_last=True, options=options)
         rest = "batch_size=8, shuffle=True, drop_last=True, LoaderOptions(seed=3, rank=1, world_size=2), rank 1 of 2"
         assert repr(loader) == f"DataLoader({dataset!r}, {rest} (from options))"
-        loader = dataset.iter_numpy(8, shuffle=True, drop_last=True, options=options)
+        loader = tc.NumpyLoader(dataset, 8, shuffle=True, drop_last=True, options=options)
         assert repr(loader) == f"NumpyLoader({dataset!r}, {rest} (from options))"
         assert repr(tc.DataLoader(dataset, 8)) == f"DataLoader({dataset!r}, batch_size=8, rank 0 of 1 (alone))"
         assert repr(tc.DataLoader(dataset, 8, collate_fn=len)).endswith("torch's path, rank 0 of 1 (alone))")
@@ -172,7 +172,7 @@ class TestBatch:
             "half         float32[4], 16 B",
         ]
         assert tc.describe(next(iter(tc.DataLoader(dataset, 4)))).splitlines() == lines
-        assert tc.describe(next(iter(dataset.iter_numpy(4)))).splitlines() == lines
+        assert tc.describe(next(iter(tc.NumpyLoader(dataset, 4)))).splitlines() == lines
         assert tc.describe(dataset[:4]).splitlines() == lines
 
     def test_lists_show_their_elements(self):

@@ -17,12 +17,11 @@ from tests.load.conftest import SCHEMA, check_batch, make_columns
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
-from tiercache import opened_version
 from tiercache._native.permute import permute_one
-from tiercache.opened_version import OpenedVersion
+from tiercache.data import opened_version, selection
+from tiercache.data.opened_version import OpenedVersion
 from tiercache.order import derive_key
 from tiercache.shard.read.shard_reader import ShardReader
-from tiercache.views import selection
 
 N = 150
 

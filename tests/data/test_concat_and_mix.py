@@ -16,8 +16,8 @@ from tests.load.conftest import SCHEMA, check_batch, join_loading, make_columns
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
+from tiercache.data.opened_version import OpenedVersion
 from tiercache.model import NEVER, ReadingPlan
-from tiercache.opened_version import OpenedVersion
 
 
 @pytest.fixture(scope="module")

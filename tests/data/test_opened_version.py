@@ -6,8 +6,8 @@ import numpy as np
 
 import tiercache as tc
 from tiercache.cache.names import name_of_identity
+from tiercache.data.opened_version import CopyNames, DatasetLocation, OpenedVersion
 from tiercache.model import NEVER, ReadingPlan
-from tiercache.opened_version import CopyNames, DatasetLocation, OpenedVersion
 
 
 def test_the_names_of_many_shards_equal_those_of_their_identities(tmp_path):

@@ -143,7 +143,7 @@ def test_a_forked_child_that_ends_leaves_its_parents_pickle_readable(packed):
 KILLED = """
 import os, pickle, sys, time
 import numpy as np
-from tiercache.views.selection import Selection
+from tiercache.data.selection import Selection
 kept = Selection.of(np.random.default_rng(0).permutation(1000))
 sys.stdout.buffer.write(pickle.dumps(kept))
 sys.stdout.flush()

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
+from tiercache.data.plans import PublishedPlans, plan_of
+from tiercache.data.scan import matching
+from tiercache.data.selection import BlockSpans, RowTables, Selection
 from tiercache.errors import NotFound, ObjectChanged
 from tiercache.model import PublishedPlan, ReadingPlan, SourcePart
 from tiercache.order import BlockSizes
@@ -26,9 +29,6 @@ from tiercache.order.mixture import MixtureSpec, Schedule, StoredMixture
 from tiercache.shard.read.values import join_arrow, join_values
 from tiercache.shard.schema import Schema, check_same_columns
 from tiercache.shard.versions.segments import as_arrow
-from tiercache.views.plans import PublishedPlans, plan_of
-from tiercache.views.scan import matching
-from tiercache.views.selection import BlockSpans, RowTables, Selection
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.cache import WarmProgress
+    from tiercache.data.leaf import Leaf, LeafSpec
     from tiercache.model import CloseListener
     from tiercache.order.explicit import ServedOrder
     from tiercache.shard.format.statistics import Statistics
     from tiercache.shard.read.blocks import Blocks
     from tiercache.shard.read.values import ColumnValues
-    from tiercache.views.leaf import Leaf, LeafSpec
 
 Stop = Literal["first", "all"]
 # Number of threads that read footers of several versions in parallel.

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, TypeAlias, get_args
 
-from tiercache.dataset import Dataset, alike_datasets, over_records
-from tiercache.load.output_spec import OutputSpec
-from tiercache.opened_version import OpenedVersion
-from tiercache.views import Records
-from tiercache.views import mix as mixed_records
-from tiercache.views.zipped import ZippedVersion
+from tiercache.data.dataset import Dataset, alike_datasets, over_records
+from tiercache.data.opened_version import OpenedVersion
+from tiercache.data.output_spec import OutputSpec
+from tiercache.data.records import Records
+from tiercache.data.records import mix as mixed_records
+from tiercache.data.zipped import ZippedVersion
 
 MixStop: TypeAlias = Literal["first_exhausted", "all_exhausted", "first", "all"]
 _MIX_STOPS = get_args(MixStop)

@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from tiercache.opened_version import OpenedVersion
+from tiercache.data.opened_version import OpenedVersion
 from tiercache.shard.write.dataset_writer import Writer
 
 if TYPE_CHECKING:
-    from tiercache.views import Records
+    from tiercache.data.records import Records
 
 
 def write_columns(

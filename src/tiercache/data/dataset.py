@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 import numpy as np
 import pyarrow as pa
 
-from tiercache.column_writer import write_columns
-from tiercache.description import first_pictures, html_of
-from tiercache.errors import SchemaError
-from tiercache.images.decoder import decode_columns
-from tiercache.load.numpy_loader import NumpyLoader
-from tiercache.load.output_spec import (
+from tiercache.data.column_writer import write_columns
+from tiercache.data.description import first_pictures, html_of
+from tiercache.data.opened_version import DatasetLocation, OpenedVersion
+from tiercache.data.output_spec import (
     Layouts,
     NativeAccess,
     OutputSpec,
@@ -34,16 +32,18 @@ from tiercache.load.output_spec import (
     replace_nulls,
     tuple_columns,
 )
+from tiercache.data.records import Records, RecordsSpec, join
+from tiercache.data.scan import arrow_batches, spans
+from tiercache.data.selection_methods import SelectionMethods, record_numbers
+from tiercache.data.split import class_counts
+from tiercache.errors import SchemaError
+from tiercache.images.decoder import decode_columns
 from tiercache.model import short_repr
-from tiercache.opened_version import DatasetLocation, OpenedVersion
 from tiercache.rng import use_fresh_key
-from tiercache.selection_methods import SelectionMethods, record_numbers
 from tiercache.shard.conversion import parse_casts
 from tiercache.shard.read.chunks import Verify, check_verify
 from tiercache.shard.read.values import ColumnValues, as_records
 from tiercache.shard.versions.manifest import list_versions
-from tiercache.views import Records, RecordsSpec, arrow_batches, join, spans
-from tiercache.views.split import class_counts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 
     from tiercache.cache import Cache, WarmProgress
     from tiercache.images.options import DecodeImage
-    from tiercache.load.options import LoaderOptions
     from tiercache.shard.schema import Column, Schema, UserType
 
 
@@ -312,30 +311,6 @@ class Dataset(SelectionMethods):
     def __iter__(self) -> Iterator[Any]:
         for start, stop in spans(self._source):
             yield from self.__getitems__(range(start, stop))
-
-    def iter_numpy(
-        self,
-        batch_size: int,
-        *,
-        shuffle: bool = False,
-        drop_last: bool = False,
-        options: LoaderOptions | None = None,
-    ) -> NumpyLoader:
-        """Return a loader of NumPy batches by the native path, which needs no torch.
-
-        It has the order, the ranks and the state of `tiercache.DataLoader`, and each iter() begins the next epoch:
-        `for batch in dataset.iter_numpy(64, shuffle=True): ...` (docs/guide/frameworks.md for JAX and tf.data).
-
-        Args:
-            batch_size: Number of records per batch, 1 or more.
-            shuffle: Whether to serve the records in a new random order in each epoch.
-            drop_last: Whether to drop the last batch of an epoch if it is shorter than `batch_size`.
-            options: Seed, ranks and shuffle quality, and the resources of the native path.
-
-        Raises:
-            ValueError, TypeError, SchemaError: See `NumpyLoader`.
-        """
-        return NumpyLoader(self, batch_size, shuffle=shuffle, drop_last=drop_last, options=options)
 
     def to_arrow(self, batch_size: int = 4096) -> Iterator[pa.RecordBatch]:
         """Yield the data set as Arrow record batches, in order.

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiercache as tc
-from tiercache.opened_version import OpenedVersion
-from tiercache.views import scan
+from tiercache.data import scan
+from tiercache.data.opened_version import OpenedVersion
 
 N = 400
 

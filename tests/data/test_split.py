@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiercache as tc
-from tiercache.opened_version import OpenedVersion
+from tiercache.data.opened_version import OpenedVersion
+from tiercache.data.split import share_out
 from tiercache.order import derive_key
 from tiercache.order.interleaving import apportion
 from tiercache.shard.schema import CLASSES_KEY
-from tiercache.views.split import share_out
 
 N = 300
 FRACTIONS = {"train": 0.8, "val": 0.15, "test": 0.05}
