@@ -20,9 +20,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from tiercache import config
+from tiercache.cache.accounts import FIGURES, CopyRow
 from tiercache.cache.check import verify_copies
 from tiercache.cache.disk import Breaker, Notices, disk_space
-from tiercache.cache.evict.evictor import delete_copy
+from tiercache.cache.evictor import delete_copy
 from tiercache.cache.folder import default_size_bytes
 from tiercache.cache.lease import CopyLease
 from tiercache.cache.locks import Holder, command_of, holders_of
@@ -31,7 +32,6 @@ from tiercache.cache.owners import Owner
 from tiercache.cache.peers import PeerOptions
 from tiercache.cache.session import CacheOptions, CacheSession
 from tiercache.cache.warm import plan_warm, warm
-from tiercache.catalog import FIGURES, CopyRow
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import OWN_FOLDER, ShardIdentity, parse_bytes
 from tiercache.prices import provider_prices, read_dollars

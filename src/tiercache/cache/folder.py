@@ -36,10 +36,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from tiercache.cache.accounts import BLOCK_BYTES, charge_bytes
 from tiercache.cache.disk import network_file_system
 from tiercache.cache.names import NAME, Record
-from tiercache.catalog import charge_bytes
-from tiercache.catalog.accounts import BLOCK_BYTES
 from tiercache.crash_points import crash_point
 from tiercache.store.private_files import (
     NO_LINK,

@@ -30,10 +30,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache._native.checksum import combine_pages, crc32c, crc32c_pages
+from tiercache.cache.accounts import BLOCK_BYTES, charge_bytes
 from tiercache.cache.locks import close_private, keep_private, try_shared
 from tiercache.cache.owners import boot_id
-from tiercache.catalog import charge_bytes
-from tiercache.catalog.accounts import BLOCK_BYTES
 from tiercache.crash_points import crash_point
 from tiercache.model import ByteRange
 from tiercache.store.coalescing import RequestCosts, cheapest_ranges

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from tiercache.catalog import FIGURES, Accounts, charge_bytes
+from tiercache.cache.accounts import FIGURES, Accounts, charge_bytes
 
 PLENTY = 1 << 50
 

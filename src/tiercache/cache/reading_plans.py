@@ -35,9 +35,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tiercache.cache.evict.policy import UNPLANNED
 from tiercache.cache.locks import close_private, is_locked, keep_private, try_exclusive
 from tiercache.cache.names import NAME_BYTES, NameTable
+from tiercache.cache.policy import UNPLANNED
 from tiercache.crash_points import crash_point
 from tiercache.model import NEVER
 from tiercache.store.posix import write_all

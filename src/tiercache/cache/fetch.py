@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.cache.fetch.partial import Mask, covers, mask_of, n_units
+from tiercache.cache.partial import Mask, covers, mask_of, n_units
 from tiercache.errors import StoreError, TierCacheError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence, Set
 
-    from tiercache.cache.fetch.partial import CopyHandle
     from tiercache.cache.names import CopySpec
+    from tiercache.cache.partial import CopyHandle
     from tiercache.model import ByteRange
     from tiercache.store import Store
 

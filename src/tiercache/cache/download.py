@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tiercache.cache.accounts import BLOCK_BYTES, charge_bytes
 from tiercache.cache.disk import is_disk_full
-from tiercache.cache.fetch.partial import (
+from tiercache.cache.lease import open_leased
+from tiercache.cache.locks import NameLock
+from tiercache.cache.names import name_of_object
+from tiercache.cache.partial import (
     LITTLE_BYTES,
     REQUEST_BYTES,
     UNIT_BYTES,
@@ -34,11 +38,6 @@ from tiercache.cache.fetch.partial import (
     next_request,
     to_fetch,
 )
-from tiercache.cache.lease import open_leased
-from tiercache.cache.locks import NameLock
-from tiercache.cache.names import name_of_object
-from tiercache.catalog import charge_bytes
-from tiercache.catalog.accounts import BLOCK_BYTES
 from tiercache.crash_points import crash_point
 from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
 from tiercache.file_limit import emfile_message
@@ -50,13 +49,13 @@ from tiercache.waiting import wait_for
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from tiercache.cache.accounts import Accounts
     from tiercache.cache.disk import Breaker, Notices
-    from tiercache.cache.evict.evictor import Evictor
-    from tiercache.cache.fetch.queue import Fetch
+    from tiercache.cache.evictor import Evictor
+    from tiercache.cache.fetch import Fetch
     from tiercache.cache.folder import Folder
     from tiercache.cache.names import CopySpec
     from tiercache.cache.owners import Owners
-    from tiercache.catalog import Accounts
     from tiercache.model import ByteRange
     from tiercache.stats import Counters
     from tiercache.store.contract import Receive

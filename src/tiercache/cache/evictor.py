@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tiercache.cache.accounts import FIGURES, Accounts, CopyRow
 from tiercache.cache.disk import disk_space, is_disk_full
-from tiercache.cache.evict.policy import (
+from tiercache.cache.locks import NameLock, try_exclusive
+from tiercache.cache.names import NameTable
+from tiercache.cache.policy import (
     BEFORE_ALL_USES,
     POLICIES,
     UNPLANNED,
@@ -27,9 +30,6 @@ from tiercache.cache.evict.policy import (
     may_be_evicted_for,
     replaces,
 )
-from tiercache.cache.locks import NameLock, try_exclusive
-from tiercache.cache.names import NameTable
-from tiercache.catalog import FIGURES, Accounts, CopyRow
 from tiercache.crash_points import crash_point
 from tiercache.model import parse_bytes
 from tiercache.store.private_files import open_file
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.cache.evict.reading_plans import ReadingPlans, Uses
     from tiercache.cache.folder import Folder
+    from tiercache.cache.reading_plans import ReadingPlans, Uses
     from tiercache.stats import Counters
 
 
