@@ -50,7 +50,7 @@ def made_file(case: str, n_rules: int) -> RuleFile:
     """Return rules of every kind; the last one matches everything that the others leave."""
     if case == "none":
         rules = [
-            Rule(name=f"r{i}", match=(f"**/run-{i}x/**/*.pt", f"datasets/**/part-{i}-?.bin"), to="archive", age_s=0.0)
+            Rule(name=f"r{i}", match=(f"**/run-{i}x/**/*.pt", f"datasets/**/part-{i}-?.bin"), to="archive", after_s=0.0)
             for i in range(n_rules)
         ]
     else:
@@ -110,7 +110,6 @@ def made_snapshot(n: int) -> Snapshot:
         complete=np.ones(n, np.bool_),
         created_s=created,
         last_use_s=created + random.random(n) * (NOW_S - created),
-        uses=random.integers(0, 100, n),
         uses_tracked_since_s=np.full(n, -np.inf),
         unreported=random.random(n) < 0.01,
         in_use=random.random(n) < 0.01,

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from bench_tier_plan import DAY_S, NOW_S, TIERS
 from cases import Bench, asked, mib, peak_bytes
 from rows import spread
+from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.cli.open_tiers import OpenTiers
 from tiercache.cli.output import Output
 from tiercache.cli.tier_verbs import plan_facts, plan_text, plan_tiers, print_plan
@@ -34,7 +35,6 @@ from tiercache.model import ObjectInfo
 from tiercache.prices import prices_if_known
 from tiercache.store import MemoryStore
 from tiercache.tier.inventory.listing import list_tiers
-from tiercache.tier.journal import CatalogEntry, TierCatalog
 from tiercache.tier.plan.plan_file import write_plan
 from tiercache.tier.rules import Rule, RuleFile, Tier
 from tiercache.tier.stores import Stores
@@ -81,15 +81,14 @@ def made_file(n_rules: int) -> RuleFile:
             match=(f"datasets/set-{i}/**", f"**/team-{i}/**/*.{{bin,npz}}"),
             exclude=("**/*.keep",),
             to="archive",
-            idle_s=DAY_S / 2,
-            idle_by="mtime",
+            after_s=DAY_S / 2,
         )
         for i in range(n_rules - 2)
     ]
     best = (BestMetric(("val_loss",), n=2, mode="min"),)
     keep = {"hot": KeepList(last=2), "standard": KeepList(last=10, every_steps=5000, best=best)}
     rules.append(Rule(name="ckpt", match=("runs/**",), keep=keep, then="archive", after_s=DAY_S / 2))
-    rules.append(Rule(name="rest", match=("**",), to="archive", idle_s=DAY_S / 2, idle_by="mtime"))
+    rules.append(Rule(name="rest", match=("**",), to="archive", after_s=DAY_S / 2))
     return RuleFile(path=Path("tiercache.toml"), sha256="0" * 64, tiers=tiers, rules=tuple(rules))
 
 

@@ -162,7 +162,6 @@ class World:
         self._is_local = ["://" not in tier.url for tier in file.tiers]
         self._archived = np.array([bool(prices.restore) for prices in self._prices])
         self._last_use_s = self.groups.born_s.copy()
-        self._uses = np.zeros(n, np.int64)
         self._in_use = np.zeros(n, bool)
         self._due: list[tuple[int, int]] = []  # copies that go when their grace of a day is over
         self._born_in = file.index(born_in)
@@ -207,7 +206,6 @@ class World:
                 n_bytes = int(self.groups.n_bytes[groups[nearest == tier]].sum())
                 self._pay("reads", n_bytes / PART_BYTES * prices.get_1000 / 1000 + n_bytes / GB * prices.retrieve_gb)
         self._last_use_s[groups] = self.now_s
-        self._uses[groups] += 1
         self._in_use[groups] = True
 
     def _restore(self, groups: NDArray[np.int64]) -> None:
@@ -236,7 +234,7 @@ class World:
             classes=tuple(one.storage_class or "" for one in self.file.tiers),
             paths=all_of.paths.slice(0, n), kind=all_of.kind[:n], step=all_of.step[:n], run=all_of.run[:n],
             complete=np.ones(n, bool), created_s=all_of.born_s[:n], last_use_s=self._last_use_s[:n],
-            uses=self._uses[:n], uses_tracked_since_s=np.full(n, -np.inf), unreported=np.zeros(n, bool),
+            uses_tracked_since_s=np.full(n, -np.inf), unreported=np.zeros(n, bool),
             in_use=self._in_use[:n],
             metrics={"val_loss": all_of.loss[:n]}, unread=np.zeros(n, bool),
             group=group.astype(np.int32), tier=tier.astype(np.int8), n_objects=n_objects, n_bytes=n_bytes,

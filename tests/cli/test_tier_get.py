@@ -35,7 +35,7 @@ def root(tmp_path, monkeypatch, tiercache):
     (root / "nvme" / "notes").mkdir()
     (root / "nvme" / "notes" / "a.txt").write_text("kept by nobody")
     age(root / "nvme" / "notes", 40)
-    notes = '\n[[rules]]\nname = "notes"\nmatch = "notes/**"\nage = "1d"\nto = "standard"\n'
+    notes = '\n[[rules]]\nname = "notes"\nmatch = "notes/**"\nafter = "1d"\nto = "standard"\n'
     (root / "tiercache.toml").write_text(RULES + notes)
     monkeypatch.chdir(root)
     tiercache("tier", "run", "--once")

@@ -126,7 +126,7 @@ class TestMassDeletions:
 @pytest.mark.parametrize("verb", ["check", "plan"])
 class TestWarnings:
     def test_a_rule_that_matches_nothing_is_named_with_the_nearest_glob(self, folder, verb):
-        folder.rules('[[rules]]\nname = "cold"\nmatch = "run/**"\nage = "1d"\nto = "archive"\n')
+        folder.rules('[[rules]]\nname = "cold"\nmatch = "run/**"\nafter = "1d"\nto = "archive"\n')
         assert folder.warnings(verb) == ["cold: matches no object; did you mean 'runs/**'?"]
 
     def test_a_pin_that_matches_nothing_is_named_with_the_nearest_glob(self, folder, verb):
@@ -137,7 +137,7 @@ class TestWarnings:
         )
 
     def test_an_exception_that_matches_nothing_is_named(self, folder, verb):
-        rule = '[[rules]]\nname = "cold"\nmatch = "runs/**"\nage = "99d"\nto = "archive"\n'
+        rule = '[[rules]]\nname = "cold"\nmatch = "runs/**"\nafter = "99d"\nto = "archive"\n'
         folder.rules(f'{rule}except = ["keeep/*", "runs/3.bin"]\n')
         (warning,) = folder.warnings(verb)
         assert warning.startswith("cold: except = 'keeep/*' matches none of the objects that `match` matches")
@@ -165,7 +165,7 @@ class TestWarnings:
         assert any("stays: protects nothing, because old" in text for text in folder.warnings(verb))
 
     def test_a_rule_all_of_whose_objects_belong_to_rules_above_is_named(self, folder, verb):
-        rule = '[[rules]]\nname = "{}"\nmatch = "{}"\nage = "99d"\nto = "archive"\n'
+        rule = '[[rules]]\nname = "{}"\nmatch = "{}"\nafter = "99d"\nto = "archive"\n'
         folder.rules(rule.format("all", "**") + rule.format("some", "runs/*"))
         (warning,) = folder.warnings(verb)
         assert warning.startswith("some: applies to nothing, because rules above it apply to all 10 objects")
@@ -189,7 +189,7 @@ class TestWarnings:
         ) in lines
 
     def test_a_file_without_mistakes_gives_no_warning(self, folder, verb):
-        folder.rules('[[rules]]\nmatch = "runs/**"\nexcept = "runs/3.bin"\nage = "99d"\nto = "archive"\n')
+        folder.rules('[[rules]]\nmatch = "runs/**"\nexcept = "runs/3.bin"\nafter = "99d"\nto = "archive"\n')
         assert folder.warnings(verb) == []
 
 

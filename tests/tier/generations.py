@@ -301,15 +301,13 @@ class World:
             text += (
                 f"[tiers.{name}]\nurl = {json.dumps(self.tiers.url(name))}\nprices = {{ store_gb_month = 0.01 }}\n\n"
             )
-        text += '[[rules]]\nname = "all"\nmatch = "checkpoints/**"\neven_if_dearer = true\n'
+        text += '[[rules]]\nname = "all"\nmatch = "checkpoints/**"\n'
         for name, n in zip(self.rule.tiers, self.rule.keep_last, strict=False):
             text += f"keep_{name} = {{ last = {n} }}\n"
         text += f"then = {json.dumps(self.rule.tiers[-1])}\n"
         if self.setting.deletes:
             text += f'delete_after = "{DELETE_AFTER_S / DAY_S:.0f}d"\nmax_delete = "100%"\n'
-        text += (
-            f'\n[tiering]\ngrace = "{self.setting.grace_s:.0f}s"\nhold = "{HOLD_S:.0f}s"\njobs = {self.setting.jobs}\n'
-        )
+        text += f'\n[tiering]\ngrace = "{self.setting.grace_s:.0f}s"\njobs = {self.setting.jobs}\n'
         text += f"state_dir = {json.dumps(str(self.root / 'state'))}\n"
         if self.setting.rate is not None:
             text += f"rate = {self.setting.rate}\n"
@@ -378,7 +376,9 @@ class World:
 
     def recall(self, path: str, interruption: Interruption | None = None) -> Outcome:
         """Run `tiercache tier get` for a checkpoint, and note the hold."""
-        outcome = self._command(["tier", "get", path, "--yes", "--rules", str(self.rules_path)], interruption)
+        outcome = self._command(
+            ["tier", "get", path, "--yes", "--hold", f"{HOLD_S:.0f}s", "--rules", str(self.rules_path)], interruption
+        )
         self.oracle.held(path, self.now_s + HOLD_S, is_certain=outcome.code == 0)
         return outcome
 

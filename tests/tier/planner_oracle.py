@@ -114,7 +114,7 @@ class PlannerOracle:
     def rule_of(self, group: Group) -> Any:
         for rule in self.file.rules:
             folder = rule.match[0].removesuffix("**")
-            if rule.kind in (None, group.kind) and group.path.startswith(folder):
+            if group.path.startswith(folder):
                 return rule
         return None
 
@@ -122,9 +122,6 @@ class PlannerOracle:
         group = self.groups[row]
         rule = self.rule_of(group)
         if rule is None:
-            return None
-        size = max((copy.n_bytes for copy in group.copies.values()), default=0)
-        if rule.larger_than_bytes is not None and size <= rule.larger_than_bytes:
             return None
         if rule.keep and (group.kind != "checkpoint" or row in self.newest):
             return None
@@ -146,11 +143,7 @@ class PlannerOracle:
         return self._named(rule, keep, kept_plainly) | self._named(rule, keep, unscored_plainly)
 
     def _named(self, rule: Any, keep: Any, by: Any) -> set[int]:
-        """As kept, by one of the two. Those that a size excludes stay out, for a run is what a rule holds for."""
         rows = [i for i, g in enumerate(self.groups) if g.kind == "checkpoint" and self.rule_of(g) is rule]
-        if rule.larger_than_bytes is not None:
-            sizes = [max((copy.n_bytes for copy in self.groups[i].copies.values()), default=0) for i in rows]
-            rows = [i for i, size in zip(rows, sizes, strict=True) if size > rule.larger_than_bytes]
         return by(self.groups, rows, keep)
 
     @staticmethod
@@ -164,21 +157,17 @@ class PlannerOracle:
         if rule.to is None:
             return None
         unused = min(group.days, group.days if group.unused_days is None else group.unused_days)
-        if rule.idle_by == "use" and group.counted_days is not None:
+        if group.counted_days is not None:
             unused = min(unused, group.counted_days)
-        if rule.age_s is not None and group.days * DAY_S < rule.age_s:
+        if rule.after_s is not None and group.days * DAY_S < rule.after_s:
             return None
         if rule.idle_s is not None and unused * DAY_S < rule.idle_s:
             return None
-        if rule.uses_below is not None and group.uses >= rule.uses_below:
-            return None
-        sources = [name for name in rule.sources or TIERS[: TIERS.index(rule.to)] if name in group.copies]
-        sources = [name for name in TIERS if name in sources and name != rule.to]
+        sources = [name for name in TIERS[: TIERS.index(rule.to)] if name in group.copies]
         if not sources:
             return None
         wish = self._sent(row, sources, rule.to)
-        is_known = not group.unreported and (group.counted_days is not None or rule.idle_by == "mtime")
-        if not is_known and ((rule.idle_s or 0) > 0 or rule.uses_below is not None):
+        if (rule.idle_s or 0) > 0 and (group.unreported or group.counted_days is None):
             wish.refused = True
         return wish
 
@@ -249,13 +238,13 @@ class PlannerOracle:
 
     def _is_dear(self, group: Group, wish: Expected) -> bool:
         rule, copy = self.rule_of(group), group.copies[wish.src]
-        if wish.action not in ("move", "reclass") or rule.even_if_dearer:
+        if wish.action not in ("move", "reclass"):
             return False
         if self.prices[wish.src].store_gb_month == 0:
             return False
         saving = self._month(wish.src, copy) - self._month(wish.dst, copy)
         once = self._fee(group, wish.src, copy) + self._way(copy, wish.src, wish.dst)
-        limit_s = self.file.tiering.max_break_even_s
+        limit_s = 365 * DAY_S
         is_deleted = rule.delete_after_s is not None and self.groups.index(group) not in self.newest
         if is_deleted:
             stays_s = max(rule.delete_after_s - group.days * DAY_S, 0)

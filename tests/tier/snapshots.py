@@ -72,7 +72,6 @@ class Group:
     complete: bool = True
     days: float = 0.0
     unused_days: float | None = None
-    uses: int = 0
     unreported: bool = False
     counted_days: float | None = np.inf  # since uses are tracked; None: they are not
     in_use: bool = False
@@ -111,7 +110,6 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         complete=np.array([group.complete for group in groups], np.bool_),
         created_s=created,
         last_use_s=np.array([now_s - days * DAY_S for days in unused], np.float64),
-        uses=np.array([group.uses for group in groups], np.int64),
         uses_tracked_since_s=np.array(
             [np.inf if group.counted_days is None else now_s - group.counted_days * DAY_S for group in groups],
             np.float64,
@@ -190,15 +188,11 @@ def tier_file(
     rules: Sequence[object] = (),
     *,
     one_bucket: bool = False,
-    marks: Mapping[str, tuple[float, float]] | None = None,
     **parts,
 ) -> RuleFile:
-    """Three tiers. one_bucket: standard and archive are classes of one; marks: low and high of tiers."""
+    """Three tiers. one_bucket: standard and archive are classes of one."""
     urls = {"hot": "/nvme/train", "standard": "s3://warm/train", "archive": "s3://cold/train"}
     if one_bucket:
         urls["archive"] = urls["standard"]
-    tiers = []
-    for name in TIERS:
-        low, high = (marks or {}).get(name, (0.75, 0.9))
-        tiers.append(Tier(name=name, role=name, url=urls[name], low=low, high=high))
+    tiers = [Tier(name=name, role=name, url=urls[name]) for name in TIERS]
     return RuleFile(path=Path("tiercache.toml"), sha256="5" * 64, tiers=tuple(tiers), rules=tuple(rules), **parts)

@@ -8,12 +8,12 @@ import pytest
 from tests.tier.folders import FILES, Folders, content
 from typer.testing import CliRunner
 
+from tiercache.catalog.tiers import TierCatalog
 from tiercache.cli.app import app
 from tiercache.store import MemoryStore
 from tiercache.store.contract import WrapperStore
 from tiercache.tier.holds import put_hold
 from tiercache.tier.inventory.groups import take_inventory
-from tiercache.tier.journal import TierCatalog
 from tiercache.tier.move.mover import DONE, catalog_path, run_once
 from tiercache.tier.stores import Stores
 
@@ -82,7 +82,7 @@ def test_a_name_of_which_one_file_was_written_again_is_a_conflict(folders):
 
 
 def test_a_single_file_that_was_written_again_is_a_conflict(tmp_path):
-    folders = Folders(tmp_path, rules='[[rules]]\nmatch = "**"\nage = "1h"\nto = "archive"\n')
+    folders = Folders(tmp_path, rules='[[rules]]\nmatch = "**"\nafter = "1h"\nto = "archive"\n')
     folders.write("hot", "model.pt", b"first", days=3)
     assert folders.run().exit_code == DONE
     folders.write("hot", "model.pt", b"second", days=1)
@@ -174,7 +174,7 @@ class WithoutETags(WrapperStore):
 
 
 def test_copies_in_a_store_without_etags_are_no_conflict(tmp_path):
-    folders = Folders(tmp_path, rules='[[rules]]\nmatch = "**"\nage = "1h"\nto = "archive"\n')
+    folders = Folders(tmp_path, rules='[[rules]]\nmatch = "**"\nafter = "1h"\nto = "archive"\n')
     folders.save(1, 2)
     file, archive = folders.file, MemoryStore(tmp_path.as_posix().strip("/").replace("/", "-"), "archive")
     with Stores(file, stores={"archive": WithoutETags(archive)}) as stores:

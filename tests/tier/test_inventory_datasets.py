@@ -10,13 +10,12 @@ from tests.support.faults import Fault, FaultStore
 from tests.tier.scripted_tiers import NOW_S, InventoryByName, ScriptedCatalog
 
 import tiercache as tc
+from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.shard.versions import manifest
 from tiercache.store import LocalFolder
-from tiercache.store.placement import log, uses
-from tiercache.store.placement.log import PlacementRow
 from tiercache.tier.inventory.groups import take_inventory
-from tiercache.tier.journal import CatalogEntry, TierCatalog
 from tiercache.tier.model import KINDS, SHARD
+from tiercache.tier.placement import log, use_reports
 from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores
 
@@ -159,20 +158,20 @@ def test_a_shard_whose_checksum_differs_from_the_manifest_is_not_whole(local):
 
 
 def report(local, machine, **facts):
-    local.store.put(uses.usage_key(machine), uses.encode(uses.UseReport(machine, **facts)))
+    local.store.put(use_reports.usage_key(machine), use_reports.encode(use_reports.UseReport(machine, **facts)))
 
 
 def test_reported_uses_are_in_the_snapshot(local):
     name = local.names[0].removeprefix("sets/a/")
     report(local, "m", reported_s=NOW_S, shards={name: (NOW_S - 5, 3)})
     by_name = local.take()
-    assert (by_name.of(local.names[0], "last_use_s"), by_name.of(local.names[0], "uses")) == (NOW_S - 5, 3)
+    assert by_name.of(local.names[0], "last_use_s") == NOW_S - 5
     assert by_name.of(local.names[1], "last_use_s") == by_name.of(local.names[1], "created_s")
 
 
 def test_a_shard_that_is_being_read_is_in_use(local):
     name = local.names[0].removeprefix("sets/a/")
-    readers = {"1": uses.ActiveReader(NOW_S - 100, NOW_S - 10)}
+    readers = {"1": use_reports.ActiveReader(NOW_S - 100, NOW_S - 10)}
     report(local, "m", reported_s=NOW_S, readers=readers, shards={name: (NOW_S - 5, 1)})
     by_name = local.take()
     assert (by_name.of(local.names[0], "in_use"), by_name.of(local.names[1], "in_use")) == (True, False)
@@ -180,7 +179,7 @@ def test_a_shard_that_is_being_read_is_in_use(local):
 
 def test_a_data_set_counts_as_unreported_while_a_reader_is_silent(local):
     heard_s = NOW_S - 86_400
-    report(local, "m", reported_s=heard_s, readers={"1": uses.ActiveReader(heard_s, heard_s)})
+    report(local, "m", reported_s=heard_s, readers={"1": use_reports.ActiveReader(heard_s, heard_s)})
     assert local.take().snapshot.unreported.all()
 
 
@@ -197,17 +196,6 @@ def test_a_tracked_data_set_is_reported_as_adopted(local):
     assert not local.take().facts["datasets"][0].is_tracked
     log.start_tracking(local.store)
     assert local.take().facts["datasets"][0].is_tracked
-
-
-def test_shards_that_are_placed_outside_the_tiers_are_not_missing(local):
-    names = [name.removeprefix("sets/a/") for name in local.names[:3]]
-    places = [f"{local.root}/archive/sets/a", "/gone/sets/a", "/gone/sets/a"]
-    log.start_tracking(local.store)
-    log.commit_placement(local.store, {name: PlacementRow(name, url) for name, url in zip(names, places, strict=True)})
-    for name in local.names[:3]:
-        (local.root / "standard" / name).unlink()
-    keys, _ = local.take().facts["missing_shards"]
-    assert keys.to_pylist() == local.names[:1]
 
 
 def test_shards_of_a_data_set_whose_tier_is_missed_are_left_out(local):

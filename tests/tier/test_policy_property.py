@@ -25,7 +25,7 @@ from tests.tier.snapshots import (
 from tiercache.keep import BestMetric, KeepList
 from tiercache.prices import FREE
 from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
-from tiercache.tier.rules import Pin, Rule, TieringOptions
+from tiercache.tier.rules import Pin, Rule
 
 # Worlds take long to draw, and half a dozen properties share them.
 FEWER = settings(max_examples=max(settings.default.max_examples // 2, 1))
@@ -43,7 +43,6 @@ lying = st.dictionaries(st.sampled_from(TIERS), copies, min_size=1)
 facts = {
     "days": st.integers(0, 30).map(float),
     "unused_days": st.none() | days,
-    "uses": st.integers(0, 4),
     "counted_days": st.sampled_from([math.inf, math.inf, 6.0, None]),
     "unreported": st.sampled_from([False, False, True]),
     "in_use": st.sampled_from([False, False, False, True]),
@@ -74,26 +73,13 @@ def worlds(draw, max_size: int = 10) -> list[Group]:
 
 
 in_days = st.none() | st.integers(1, 10).map(lambda n: n * DAY_S)
-kinds = st.none() | st.sampled_from(["shard", "file", "checkpoint"])
-larger = st.none() | st.just(500)
-
-
-def asks_use(*, idle_s: float | None, uses_below: int | None, **_: object) -> bool:
-    return idle_s is not None or uses_below is not None
-
-
 to_rules = st.builds(
-    lambda idle_by, **keys: Rule(name="to", idle_by=idle_by if asks_use(**keys) else "use", **keys),
+    Rule,
+    name=st.just("to"),
     match=st.sampled_from([("a/**",), ("b/**",), ("**",)]),
-    kind=kinds,
-    larger_than_bytes=larger,
-    to=st.sampled_from([*TIERS, "archive", "archive"]),
-    sources=st.sampled_from([(), (), ("hot",), ("standard", "hot"), ("archive",)]),
+    to=st.sampled_from(["standard", "archive", "archive"]),
     idle_s=in_days,
-    idle_by=st.sampled_from(["use", "use", "mtime"]),
-    age_s=in_days,
-    uses_below=st.none() | st.integers(1, 3),
-    even_if_dearer=st.booleans(),
+    after_s=in_days,
     delete_after_s=st.none() | st.integers(5, 40).map(lambda n: n * DAY_S),
 )
 keeps = st.builds(
@@ -110,7 +96,6 @@ def keep_rules(draw) -> Rule:
     then = draw(st.sampled_from([None, "archive", "archive"]))
     return Rule(
         name="keep",
-        even_if_dearer=draw(st.booleans()),
         match=draw(st.sampled_from([("a/**",), ("**",)])),
         keep=draw(st.dictionaries(st.sampled_from(TIERS[:2]), keeps, min_size=1)),
         then=then,
@@ -119,10 +104,6 @@ def keep_rules(draw) -> Rule:
     )
 
 
-tierings = st.builds(
-    TieringOptions,
-    max_break_even_s=st.sampled_from([DAY_S, 30 * DAY_S, 365 * DAY_S]),
-)
 pins = st.sampled_from([(), (), (Pin(match=("c/**",)),), (Pin(match=("a/**",), until_s=5.0),)])
 
 
@@ -130,7 +111,7 @@ pins = st.sampled_from([(), (), (Pin(match=("c/**",)),), (Pin(match=("a/**",), u
 def files(draw, *, one_bucket: bool | None = None):
     rules = draw(st.lists(st.one_of(to_rules, keep_rules()), max_size=3))
     bucket = draw(st.booleans()) if one_bucket is None else one_bucket
-    return tier_file(rules, one_bucket=bucket, tiering=draw(tierings), pins=draw(pins))
+    return tier_file(rules, one_bucket=bucket, pins=draw(pins))
 
 
 prices = st.sampled_from([PRICES, (FREE, STANDARD, FROZEN), (FREE, COLD, FROZEN)])
@@ -276,7 +257,7 @@ def test_a_tier_above_high_moves_the_least_recently_used_groups_until_low_and_no
     found = decided(snapshot_of(groups), file, priced, capacity_bytes=limits)
     refused = {one.group for one in found.refusals}
     for tier, limit in enumerate(limits[:-1]):
-        sent = [one.group for one in found.moves if one.rule == f"tiers.{TIERS[tier]}.high"]
+        sent = [one.group for one in found.moves if one.rule == f"tiers.{TIERS[tier]}.capacity"]
         if limit is None:
             assert not sent
             continue
@@ -307,10 +288,7 @@ def holds(groups: list[Group], row: int, tier: int, file, priced) -> bool:
     rule = oracle.rule_of(one)
     if rule is None or TIERS[tier] not in rule.keep or one.kind != "checkpoint":
         return False
-    too_small = (
-        rule.larger_than_bytes is not None and max(c.n_bytes for c in one.copies.values()) <= rule.larger_than_bytes
-    )
-    return not too_small and row in oracle.kept(rule, rule.keep[TIERS[tier]])
+    return row in oracle.kept(rule, rule.keep[TIERS[tier]])
 
 
 # -- plan after plan -------------------------------------------------------------------------------------------------
@@ -338,7 +316,6 @@ def applied(groups: Sequence[Group], found: Outcome, priced) -> list[Group | Non
 def test_repeated_plans_converge_and_whole_groups_stay_whole(groups, file, priced, limits):
     """Nothing goes up and down again for ever; no group loses its last whole copy, nor the newest its last readable."""
     groups = fitting(file, groups)
-    file = file.model_copy(update={"tiering": TieringOptions()})
     for _ in range(12):
         found = decided(snapshot_of(groups), file, priced, capacity_bytes=limits)
         after = applied(groups, found, priced)

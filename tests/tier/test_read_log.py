@@ -10,12 +10,12 @@ import pytest
 from tests.tier.moving import World, moved_away
 
 import tiercache as tc
+from tiercache.catalog import tiers as read_log
+from tiercache.catalog.tiers import TierCatalog
 from tiercache.model import ByteRange
 from tiercache.prices import prices_if_known
 from tiercache.store import open_store
-from tiercache.store.placement import uses as read_log
 from tiercache.tier.inventory.groups import take_inventory
-from tiercache.tier.journal import TierCatalog
 from tiercache.tier.model import Decisions
 from tiercache.tier.move.deletions import DeletionFacts, deletion_facts_of
 from tiercache.tier.plan.policy import decide
@@ -25,7 +25,6 @@ from tiercache.tier.stores import Stores
 DAY_S = 86_400.0
 KEYS = ("data/a.bin", "data/b.bin")
 RULE = '[[rules]]\nmatch = "**"\nidle = "30d"\nto = "archive"\n'
-BY_MTIME = RULE + 'idle_by = "mtime"\n'
 
 
 class Tiers:
@@ -35,7 +34,7 @@ class Tiers:
         self.root, self.cache = root, cache
         for key in KEYS:
             self.write(key)
-        self.write_rules(BY_MTIME)
+        self.write_rules(RULE)
 
     def write(self, key, days=40):
         path = self.root / "store" / key
@@ -61,6 +60,13 @@ class Tiers:
         refusals = zip(found.refusals.group.tolist(), found.refusals.reason.tolist(), strict=True)
         return [paths[group] for group in found.moves.group.tolist()], {paths[group]: why for group, why in refusals}
 
+    def unused(self):
+        """Return the paths without a known use: a plan refuses to move them."""
+        moves, refused = self.decide()
+        assert moves == []
+        assert all("its use is not known" in why for why in refused.values())
+        return sorted(refused)
+
 
 @pytest.fixture
 def tiers(tmp_path):
@@ -85,7 +91,7 @@ def read_by_fsspec(tiers, key):
 
 def test_a_file_that_was_read_through_tiercache_a_minute_ago_is_not_idle(tiers):
     read_by_fsspec(tiers, KEYS[0])
-    assert tiers.decide() == ([KEYS[1]], {})
+    assert tiers.unused() == [KEYS[1]]
 
 
 def verbs(store, key):
@@ -102,7 +108,7 @@ def verbs(store, key):
 def test_a_file_that_was_read_through_a_cache_is_not_idle(tiers, verb):
     store = tiers.cache.store(open_store(str(tiers.root / "store")))
     verbs(store, KEYS[0])[verb]()
-    assert tiers.decide() == ([KEYS[1]], {})
+    assert tiers.unused() == [KEYS[1]]
 
 
 @pytest.mark.parametrize("verb", ["cat_file", "cat", "cat_ranges", "get_file"])
@@ -111,31 +117,26 @@ def test_every_way_to_read_through_tiercache_counts_as_a_use(tiers, tmp_path, ve
     path = str(tiers.root / "store" / KEYS[0])
     how = {"cat_ranges": ([path], 0, 2), "get_file": (path, str(tmp_path / "out"))}
     getattr(fs, verb)(*how.get(verb, (path,)))
-    assert tiers.decide() == ([KEYS[1]], {})
+    assert tiers.unused() == [KEYS[1]]
 
 
 def test_reads_through_fsspec_count_as_use(tiers):
     fs = fsspec.filesystem("tiercache", target_protocol="file", cache=tiers.cache)
     fs.cache, fs._is_uncached = None, True
     assert fs.cat_file(str(tiers.root / "store" / KEYS[0])) == KEYS[0].encode() * 100
-    assert tiers.decide() == ([KEYS[1]], {})
+    assert tiers.unused() == [KEYS[1]]
 
 
 def test_without_recorded_uses_a_plan_moves_nothing_and_says_why(tiers):
-    tiers.write_rules(RULE)
-    moves, refused = tiers.decide()
-    assert (moves, sorted(refused)) == ([], sorted(KEYS))
-    assert all("its use is not known" in why and 'idle_by = "mtime"' in why for why in refused.values())
+    assert tiers.unused() == sorted(KEYS)
 
 
 def test_a_read_by_local_path_is_not_recorded_as_use(tiers):
-    tiers.write_rules(RULE)
     (tiers.root / "store" / KEYS[0]).read_bytes()
-    assert sorted(tiers.decide()[1]) == sorted(KEYS)
+    assert tiers.unused() == sorted(KEYS)
 
 
 def test_a_file_is_idle_if_its_recorded_last_use_is_long_ago(tiers, monkeypatch):
-    tiers.write_rules(RULE)
     shift_clock(monkeypatch, -35)
     read_by_fsspec(tiers, KEYS[0])
     monkeypatch.undo()
@@ -148,15 +149,13 @@ def test_the_use_of_one_file_is_a_use_of_its_checkpoint(tiers):
         for name in ("model.safetensors", "optimizer.bin"):
             tiers.write(f"runs/step-{step}/{name}")
     read_by_fsspec(tiers, "runs/step-1/optimizer.bin")
-    moves, _ = tiers.decide()
-    assert [path for path in moves if path.startswith("runs")] == ["runs/step-2", "runs/step-3"]
+    assert [path for path in tiers.unused() if path.startswith("runs")] == ["runs/step-2", "runs/step-3"]
 
 
-def test_uses_are_counted_and_listed(tiers):
+def test_the_last_use_is_known(tiers):
     read_by_fsspec(tiers, KEYS[0])
     tiers.decide()
     row = tiers.snapshot.paths.to_pylist().index(KEYS[0])
-    assert tiers.snapshot.uses.tolist()[row] == 1
     assert tiers.snapshot.last_use_s[row] > time.time() - 3600
 
 
@@ -165,17 +164,7 @@ def test_a_read_through_a_symbolic_link_is_a_use_of_the_target(tiers, tmp_path):
     url = f"tiercache::file://{tmp_path}/link/{KEYS[0]}"
     with fsspec.open(url, "rb", tiercache={"cache": tiers.cache}) as file:
         file.read()
-    assert tiers.decide() == ([KEYS[1]], {})
-
-
-def test_opens_within_a_minute_count_as_one_use(tiers, tmp_path):
-    (tmp_path / "link").symlink_to(tiers.root / "store")
-    read_by_fsspec(tiers, KEYS[0])
-    for folder in ("store", "link"):
-        tiers.cache.store(open_store(str(tiers.root / folder))).get(KEYS[0])
-    tiers.decide()
-    row = tiers.snapshot.paths.to_pylist().index(KEYS[0])
-    assert tiers.snapshot.uses.tolist()[row] == 1
+    assert tiers.unused() == [KEYS[1]]
 
 
 def test_reads_of_a_killed_process_count_as_use(tiers):
@@ -185,7 +174,7 @@ def test_reads_of_a_killed_process_count_as_use(tiers):
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=False)
-    assert tiers.decide() == ([KEYS[1]], {})
+    assert tiers.unused() == [KEYS[1]]
 
 
 def test_full_logs_are_compacted_without_losing_uses(tiers, monkeypatch, tmp_path):
@@ -208,8 +197,7 @@ def test_an_unusable_state_folder_does_not_disturb_readers(tiers, monkeypatch, t
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("TIERCACHE_STATE_DIR", str(tmp_path / "file"))
     read_by_fsspec(tiers, KEYS[0])
-    tiers.write_rules(RULE)
-    assert sorted(tiers.decide()[1]) == sorted(KEYS)
+    assert tiers.unused() == sorted(KEYS)
 
 
 def test_a_truncated_line_of_the_log_is_ignored(monkeypatch, tmp_path):
@@ -221,7 +209,7 @@ def test_a_truncated_line_of_the_log_is_ignored(monkeypatch, tmp_path):
     assert list(read_log.read_uses()) == ["s3://bucket/torn-test"]
 
 
-@pytest.mark.parametrize(("rule", "goes"), [('idle = "1d"\nidle_by = "mtime"', False), ('age = "1d"', True)])
+@pytest.mark.parametrize(("rule", "goes"), [('idle = "1d"', False), ('after = "1d"', True)])
 def test_a_file_that_is_read_during_the_grace_period_is_not_deleted(tmp_path, rule, goes):
     world = World(tmp_path / "world", rules=f'[[rules]]\nname = "cold"\nmatch = "**"\nto = "archive"\n{rule}\n')
     moved_away(world, "f")

@@ -11,8 +11,6 @@ url = "/nvme"
 storage_class = "A"
 prices = { store_gb_month = 1, min_bytes = 1, restore = { bulk = { gb = 1 } } }
 capacity = "2TB"
-high = "90%"
-low = "10%"
 storage_options = { a = 1 }
 [tiers.archive]
 url = "/cold"
@@ -21,15 +19,8 @@ prices = "aws:us-east-1:STANDARD"
 name = "a"
 match = "*"
 except = "b"
-kind = "file"
-larger_than = 1
-smaller_than = 9
 idle = "1s"
-idle_by = "mtime"
-even_if_dearer = true
-age = "1s"
-uses_below = 1
-from = "hot"
+after = "1s"
 to = "archive"
 delete_after = "9s"
 [[rules]]
@@ -44,8 +35,6 @@ why = "e"
 [tiering]
 grace = "1s"
 quiet_period = "1s"
-reader_timeout = "1s"
-max_break_even = "1s"
 jobs = 1
 rate = 1
 state_dir = "h"

@@ -11,20 +11,17 @@ from tests.tier.moving import HookAt, Killed
 import tiercache as tc
 from tiercache.errors import CommitConflict
 from tiercache.store import LocalFolder
-from tiercache.store.contract import WrapperStore
-from tiercache.store.placement import log
 from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.mover import DONE, PARTLY, catalog_path, run_once
+from tiercache.tier.placement import log
 from tiercache.tier.rules import load_rule_file
-from tiercache.tier.stores import Stores
 
 DAY_S = 86_400.0
 RULES = """
 [[rules]]
 name = "data"
 match = "data/**"
-kind = "shard"
-age = "1d"
+after = "1d"
 to = "archive"
 
 [[rules]]
@@ -226,156 +223,6 @@ def test_the_catalog_is_in_the_state_folder(tiers):
     assert catalog_path(tiers.file).exists()
 
 
-# -- what is lost -----------------------------------------------------------------------------------------------------
-
-
-def lost(report):
-    assert report.exit_code == (PARTLY if report.losses or report.unavailable else DONE)
-    assert report.to_json()["lost"] == [one.path for one in report.losses]
-    return {one.path: one.tiers for one in report.losses}
-
-
-def moved_to_archive(tiers, clock, *steps):
-    """Archive the only copies of checkpoints and data, except the newest checkpoint."""
-    checkpoints(tiers, *steps)
-    for days in (2, 1):
-        clock.jump(days * DAY_S + 1)
-        report = tiers.run()
-    assert lost(report) == {}
-    return [key for key in tiers.keys("archive") if key.startswith("ck/")]
-
-
-def test_a_shard_whose_only_copy_is_gone_is_lost(tiers):
-    write_data(tiers)
-    shard = next(key for key in tiers.keys("standard", "data") if key.endswith(".tcs"))
-    assert lost(tiers.run(dry_run=True)) == {}
-    (tiers.root / "standard" / shard).unlink()
-    assert lost(tiers.run(dry_run=True)) == {shard: ()}
-    assert lost(tiers.run()) == {shard: ()}
-
-
-def test_a_moved_shard_that_is_gone_is_lost_in_its_last_tier(tiers, clock):
-    write_data(tiers)
-    for days in (2, 1):
-        clock.jump(days * DAY_S + 1)
-        assert lost(tiers.run()) == {}
-    shard = tiers.keys("archive", "data")[0]
-    (tiers.root / "archive" / shard).unlink()
-    assert lost(tiers.run()) == {shard: ("archive",)}
-
-
-def test_an_object_of_a_checkpoint_that_was_moved_away_from_home_is_lost(tiers, clock):
-    part = moved_to_archive(tiers, clock, 1, 2)[-1]
-    (tiers.root / "archive" / part).unlink()
-    assert lost(tiers.run()) == {part: ("archive",)}
-
-
-def test_a_placement_row_is_enough_to_notice_a_loss_without_a_catalog(tiers, clock):
-    keys = moved_to_archive(tiers, clock, 1, 2)
-    catalog_path(tiers.file).unlink()
-    for key in keys:
-        (tiers.root / "archive" / key).unlink()
-    assert lost(tiers.run()) == dict.fromkeys(keys, ("archive",))
-
-
-def test_an_object_that_was_moved_home_and_is_gone_is_lost(tiers, clock):
-    """For example by a lifecycle rule of the bucket."""
-    rules = '[[rules]]\nmatch = "runs/**"\nkeep_hot = { last = 1 }\n'
-    tiers.write_rules(rules)
-    for step in (1, 2):
-        tiers.write("hot", f"runs/step-{step}/model.bin", bytes([step]) * 100)
-    for _ in range(2):
-        clock.jump(DAY_S + 1)
-        assert lost(tiers.run()) == {}
-    assert (tiers.keys("hot"), tiers.keys("standard")) == (["runs/step-2/model.bin"], ["runs/step-1/model.bin"])
-    (tiers.root / "standard/runs/step-1/model.bin").unlink()
-    assert lost(tiers.run()) == {"runs/step-1/model.bin": ("standard",)}
-
-
-def test_an_object_in_an_unavailable_tier_is_not_lost(tiers, clock):
-    moved_to_archive(tiers, clock, 1, 2)
-    (tiers.root / "archive").rename(tiers.root / "not mounted")
-    report = tiers.run()
-    assert lost(report) == {}
-    assert (list(report.unavailable), report.exit_code) == (["archive"], PARTLY)
-    assert report.to_json()["unseen"] == ["archive"]
-
-
-def test_an_object_that_the_rule_file_declares_gone_is_not_lost(tiers, clock):
-    keys = moved_to_archive(tiers, clock, 1, 2)
-    for key in keys:
-        (tiers.root / "archive" / key).unlink()
-    path = tiers.root / "tiercache.toml"
-    path.write_text(path.read_text().replace("[tiering]\n", '[tiering]\ngone = ["ck/run/step-1/**"]\n'))
-    assert lost(tiers.run()) == {}
-
-
-def test_an_object_that_a_rule_deleted_is_not_lost(tiers, clock):
-    rules = '[[rules]]\nmatch = "runs/**"\nkeep_hot = { last = 1 }\ndelete_after = "5d"\n'
-    tiers.write_rules(rules)
-    for step in (1, 2):
-        tiers.write("hot", f"runs/step-{step}/model.bin", bytes([step]) * 100)
-    clock.jump(DAY_S)
-    tiers.run()
-    (tiers.root / "hot/runs/step-1/model.bin").unlink()
-    clock.jump(6 * DAY_S)
-    tiers.run()
-    clock.jump(DAY_S + 1)
-    tiers.run()
-    assert tiers.keys("standard") == []
-    tiers.write_rules(rules.replace('delete_after = "5d"\n', ""))
-    assert lost(tiers.run()) == {}
-
-
-def test_an_object_that_another_machine_may_have_deleted_by_a_rule_is_not_lost(tiers, clock):
-    rules = '[[rules]]\nmatch = "runs/*"\nkeep_hot = { last = 1 }\ndelete_after = "5d"\n'
-    tiers.write_rules(rules)
-    for step in (1, 2):
-        tiers.write("hot", f"runs/step-{step}/model.bin", bytes([step]) * 100)
-    for _ in range(2):
-        clock.jump(DAY_S + 1)
-        tiers.run()
-    (tiers.root / "standard/runs/step-1/model.bin").unlink()
-    assert lost(tiers.run()) == {"runs/step-1/model.bin": ("standard",)}  # no rule deletes it yet
-    clock.jump(4 * DAY_S)
-    assert lost(tiers.run()) == {}
-
-
-def test_shards_that_a_rule_deletes_are_lost_only_before_they_are_old_enough(tiers, clock):
-    write_data(tiers)
-    path = tiers.root / "tiercache.toml"
-    path.write_text(
-        path.read_text().replace('age = "1d"\nto = "archive"\n', 'delete_after = "5d"\nmax_delete = "100%"\n')
-    )
-    shards = [key for key in tiers.keys("standard", "data") if key.endswith(".tcs")]
-    (tiers.root / "standard" / shards[0]).unlink()
-    clock.jump(DAY_S)
-    assert lost(tiers.run()) == {shards[0]: ()}
-    clock.jump(5 * DAY_S)
-    tiers.run()
-    clock.jump(DAY_S + 1)
-    report = tiers.run()
-    assert lost(report) == {}
-    assert report.deletions.n_made == len(shards) - 1
-
-
-class Overlooks(WrapperStore):
-    """A store whose listing is older than an object."""
-
-    def list(self, prefix=""):
-        return (info for info in super().list(prefix) if info.key != self.key)
-
-
-def test_an_object_that_moved_during_the_listing_is_not_lost(tiers):
-    write_data(tiers)
-    standard = Overlooks(LocalFolder(tiers.root / "standard"))
-    standard.key = next(key for key in tiers.keys("standard", "data") if key.endswith(".tcs"))
-    with Stores(tiers.file, stores={"standard": standard}) as stores:
-        assert lost(tiers.run(stores=stores, dry_run=True)) == {}
-    (tiers.root / "standard" / standard.key).unlink()
-    assert lost(tiers.run(dry_run=True)) == {standard.key: ()}
-
-
 # -- folders and links ------------------------------------------------------------------------------------------------
 
 
@@ -407,7 +254,7 @@ def test_a_folder_that_is_not_empty_stays(tiers, clock):
 
 
 def test_folders_that_a_move_empties_are_removed_and_made_again_when_their_files_come_back(tiers, clock):
-    tiers.write_rules('[[rules]]\nmatch = "x/**"\nto = "archive"\nage = "1d"\n')
+    tiers.write_rules('[[rules]]\nmatch = "x/**"\nto = "archive"\nafter = "1d"\n')
     tiers.write("standard", "x/a/b/file")
     tiers.write("standard", "y/file")
     run_twice(tiers, clock)

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from tiercache.cache.accounts import GHOSTS_SHARE
-from tiercache.cache.policy import (
+from tiercache.cache.evict.policy import (
     UNPLANNED,
     Candidate,
     CopyTable,
@@ -31,6 +30,7 @@ from tiercache.cache.policy import (
     plan,
     small_limit_bytes,
 )
+from tiercache.catalog import GHOSTS_SHARE
 from tiercache.model import NEVER
 
 if TYPE_CHECKING:

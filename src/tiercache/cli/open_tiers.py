@@ -15,17 +15,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import typer
 from numpy.typing import NDArray
 
+from tiercache.catalog.tiers import TierCatalog
 from tiercache.cli.output import Output, count, printable
 from tiercache.model import format_bytes
 from tiercache.prices import Prices, prices_if_known
 from tiercache.store import redact
 from tiercache.store.options import ParsedUrl
-from tiercache.tier.findings import Loss, MetricGap, RuleWarning, UnmatchedFiles
+from tiercache.tier.findings import RuleWarning
 from tiercache.tier.inventory.groups import Inventory, take_inventory
-from tiercache.tier.journal import TierCatalog
 from tiercache.tier.model import READABLE, TierTotals
 from tiercache.tier.move.mover import catalog_path
 from tiercache.tier.rules import RuleFile, load_rule_file
@@ -86,7 +85,6 @@ def print_holdings(
     output.table("tier", rows, texts)
 
 
-_LOSSES_SHOWN = 20
 _HERE = ("./", "../")
 _SIGNS = "*?[{"
 
@@ -139,31 +137,11 @@ class OpenTiers:
         return f"; dollars exclude {', '.join(names)}, which has no prices" if names else ""
 
 
-def print_metric_gaps(output: Output, gaps: Iterable[MetricGap]) -> None:
-    """Print a warning for each run without a metric that a keep list needs."""
-    for gap in gaps:
-        output.event("no_metric", asdict(gap), printable(f"warning: {gap.text}"))
-
-
 def print_rule_warnings(output: Output, found: Iterable[RuleWarning]) -> None:
     """Print a warning for each rule or pin that probably does not do what was meant."""
     for one in found:
-        output.event("rule_warning", asdict(one), f"warning: {one.text}")
-
-
-def print_unmatched(output: Output, found: Iterable[UnmatchedFiles]) -> None:
-    """Print a note for each rule with keep lists that leaves files alone, because they belong to no checkpoint."""
-    for one in found:
-        output.event("unmatched", asdict(one), printable(f"note: {one.text}"))
-
-
-def print_losses(output: Output, losses: Sequence[Loss]) -> None:
-    """Print a line for each lost object; people see the first 20."""
-    shown = losses if output.as_json else losses[:_LOSSES_SHOWN]
-    for loss in shown:
-        output.event("lost", asdict(loss), printable(f"LOST: {loss.text}"))
-    if not output.as_json and len(losses) > len(shown):
-        typer.echo(f"LOST: ... and {count(len(losses) - len(shown), 'object')} more: --json names all")
+        level = "note" if one.kind == "unmatched" else "warning"
+        output.event("rule_warning", asdict(one), printable(f"{level}: {one.text}"))
 
 
 def print_unavailable(output: Output, file: RuleFile, unavailable: Mapping[str, str]) -> None:

@@ -2,69 +2,79 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
-import time
-from contextlib import closing, suppress
 from pathlib import Path
 
 from tiercache import config
-from tiercache.cli.output import Output, count, printable
-from tiercache.errors import NotFound
-from tiercache.store import open_store
-from tiercache.store.options import ParsedUrl
-from tiercache.tier.rule_writer import rule_text, scan_folder
+from tiercache.cli.output import Output
 from tiercache.tier.rules import load_rule_file
+
+_TEXT = """\
+# Rules of tiercache: docs/guide/tiers.md explains them. A line that begins with '#' has no effect. Nothing is moved
+# before you run a command: `tiercache tier check` shows what each rule matches, `tiercache tier plan` what would be
+# moved, and `tiercache tier run --once` moves it; a scheduler such as cron repeats that command.
+
+{tiers}
+[[rules]]
+name = "checkpoints"
+match = "checkpoints/**"            # below the URL of each tier
+# checkpoint = "model_{{step}}.pt"    # describes names of your own
+{keep_hot}# A keep list is a union: each of its keys keeps some. best = "val_loss:2" keeps the best two by a metric.
+{no_standard}keep_standard = {{ last = 10, every_steps = 5000 }}
+{no_archive}then = "archive"                    # where the others go,
+{no_archive}after = "14d"                       # once they were written that long ago
+# delete_after = "365d"             # deletes last copies of what no keep list names
+
+{no_archive}[[rules]]
+{no_archive}name = "data sets"
+{no_archive}match = "datasets/**"
+{no_archive}idle = "30d"                        # not used for this time, tracked from the first `tier run --once` on
+{no_archive}to = "archive"
+
+# [[pins]]                          # checkpoints that no rule may touch
+# match = "checkpoints/run7/step-5000"
+# why = "the figures of the paper"
+"""
 
 
 def init(output: Output, folder: str, standard: str | None, archive: str | None, out: Path | None) -> None:
-    """Scan a folder and write a rule file. Raises FileExistsError if there is one already."""
+    """Write a first rule file. Raises FileExistsError if there is one already."""
     target = (Path(config.FILE_NAME) if out is None else out).absolute()
-    if target.exists():
-        raise FileExistsError(f"{target} exists: it is not overwritten; name another file with --out")
-    place = ParsedUrl.parse(folder)
-    is_local = not place.scheme or place.scheme == "file"
-    url = str(Path(place.path).expanduser().absolute()) if is_local else place.full.rstrip("/")
-    if is_local and not Path(url).is_dir():
-        raise NotFound("there is no such folder", url=url)
+    is_local = "://" not in folder
     if standard is not None and not is_local:
-        raise ValueError(
-            f"--standard: {url} is the standard tier, because it is not a local folder; give --archive only"
-        )
-    with closing(open_store(url)) as store:
-        scan = scan_folder(store)
-    disk_bytes = shutil.disk_usage(url).total if is_local else None
-    given = {
-        name: None if one is None else _absolute(one) for name, one in (("standard", standard), ("archive", archive))
-    }
-    text = rule_text(url, scan, is_local=is_local, **given, made_s=time.time(), disk_bytes=disk_bytes)
-    _write(target, text)
-    facts = {
-        "file": str(target),
-        "checkpoints": scan.n_checkpoints,
-        "runs": sum(map(len, scan.runs.values())),
-        "data_sets": len(scan.data_sets),
-        "patterns": sorted({one for some in scan.patterns.values() for one in some}),
-        "files": scan.n_files,
-    }
-    found = (
-        f"{count(scan.n_checkpoints, 'checkpoint')}, {count(len(scan.data_sets), 'data set')}, "
-        f"{count(scan.n_files, 'other file')}"
+        raise ValueError(f"--standard: {folder} is the standard tier, as it is not a local folder: give --archive only")
+    first = _tier("hot" if is_local else "standard", folder)
+    others = [_tier("standard", standard)] if is_local else []
+    no_standard = "# " if is_local and standard is None else ""
+    text = _TEXT.format(
+        tiers="\n".join([first, *others, _tier("archive", archive)]),
+        keep_hot="keep_hot = { last = 2 }             # to resume from; the others move to the next tier\n"
+        if is_local
+        else "",
+        no_standard=no_standard,
+        no_archive="# " if archive is None or no_standard else "",
     )
-    output.summary(facts, printable(f"{target}: rules for {found}; read it, then run `tiercache tier check`"))
-
-
-def _absolute(url: str) -> str:
-    return url if "://" in url else os.path.abspath(Path(url).expanduser())  # noqa: PTH100 - keeps the user's links
-
-
-def _write(target: Path, text: str) -> None:
-    """Write the file if it does not exist. A text that is not a valid rule file is a bug, and is not left behind."""
     with target.open("x", encoding="utf-8") as file:
         file.write(text)
-    try:
-        load_rule_file(target)
-    except ValueError:
-        with suppress(OSError):
-            target.unlink()
-        raise
+    load_rule_file(target)
+    output.summary({"file": str(target)}, f"{target}: read it, change it, then run `tiercache tier check`")
+
+
+def _tier(name: str, url: str | None) -> str:
+    """Return the table of a tier; without a URL, as a comment."""
+    known = url or {"standard": "s3://BUCKET/train", "archive": "s3://BUCKET-cold/train"}[name]
+    lines = [f"[tiers.{name}]"]
+    if "://" in known:
+        storage_class = {"standard": "STANDARD", "archive": "GLACIER_IR"}[name]
+        lines.append(f"url = {json.dumps(known, ensure_ascii=False)}")
+        if known.startswith("s3://"):
+            lines += ['storage_class = "GLACIER_IR"'] if name == "archive" else []
+            lines.append(f'prices = "aws:us-east-1:{storage_class}"   # see `tiercache tier check --prices`')
+    else:
+        path = os.path.abspath(Path(known).expanduser())  # noqa: PTH100 - keeps the user's links
+        lines.append(f"url = {json.dumps(path, ensure_ascii=False)}")
+        lines += (
+            ['# capacity = "80%"   # above 90 % of it, the least recently used moves down'] if name == "hot" else []
+        )
+    return "".join(f"{'' if url else '# '}{line}\n" for line in lines)

@@ -39,6 +39,7 @@ from tiercache.tier.recall import RecallPlan, hold_groups, plan_recall, recall_c
 from tiercache.tier.restore import request_restore, wait_restored
 from tiercache.tier.stores import unavailable_tiers
 
+HOLD_S = 7 * 86400.0
 # A hold is written again after the copies if they took more than this part of it.
 _RENEWED_AFTER = 0.01
 
@@ -74,7 +75,7 @@ class _Recall:
         self._output, self._tiers, self._options = output, tiers, options
         self._what = [tier_path(tiers.file, text) for text in what]
         self._speed = parse_speed(options.speed)
-        self._hold_s = tiers.file.tiering.hold_s if options.hold is None else parse_age("--hold", options.hold)
+        self._hold_s = HOLD_S if options.hold is None else parse_age("--hold", options.hold)
         self._held_until_s = 0.0
 
     def run(self) -> int:

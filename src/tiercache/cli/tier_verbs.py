@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,35 +26,22 @@ from tiercache.cli.open_tiers import (
     is_glob,
     open_tiers,
     print_holdings,
-    print_losses,
-    print_metric_gaps,
     print_notes,
     print_rule_warnings,
     print_unavailable,
-    print_unmatched,
     select_paths,
     split_tier,
     tier_path,
 )
 from tiercache.cli.output import FAILED, PARTIAL, PENDING, UNCONFIRMED, Output, confirm, count, printable
-from tiercache.distribution import install_command
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo, format_bytes
 from tiercache.prices import SPEEDS, Prices, Speed, price_notes, price_table
 from tiercache.store import redact
-from tiercache.store.archive import S3StorageClasses
 from tiercache.store.options import ParsedUrl
 from tiercache.tier import restore as restoring
 from tiercache.tier.costs import Sizes, month_dollars
-from tiercache.tier.findings import (
-    Loss,
-    bucket_findings,
-    find_losses,
-    metric_gaps,
-    refuse_shared_folders,
-    rule_warnings,
-    unmatched_files,
-)
+from tiercache.tier.findings import refuse_shared_folders, rule_warnings
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.inventory.listing import keys_of
 from tiercache.tier.model import KINDS, READABLE, SHARD, STANDARD, ExceededLimit, Move, Plan, Refusal, Snapshot
@@ -91,10 +78,8 @@ def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
     decisions, unavailable = decide_now(snapshot, file, tiers.stores, tiers.catalog)
     made = make_plan(decisions, inventory, file, tiers.prices)
     print_unavailable(output, file, unavailable)
-    print_metric_gaps(output, metric_gaps(snapshot, file, inventory.facts["in_files"])[0])
-    print_rule_warnings(output, rule_warnings(file, snapshot))
+    print_rule_warnings(output, rule_warnings(file, snapshot, inventory.facts["in_files"]))
     _print_incomplete(output, inventory.facts)
-    print_unmatched(output, unmatched_files(snapshot, file))
     moved = decisions.moves.group
     tiers.print_untracked(output, inventory, snapshot.paths.take(pa.array(moved[snapshot.kind[moved] == SHARD])))
     return made
@@ -278,14 +263,12 @@ def run(output: Output, rules: Path | None, max_rows: int, *, yes: bool, dry_run
     with output.byte_progress("moving") as advance:
         report = run_once(file, dry_run=dry_run, confirmed=yes, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
     print_unavailable(output, file, report.unavailable)
-    print_metric_gaps(output, report.gaps)
     if dry_run:
         print_plan(output, report.plan, max_rows)
     else:
         print_stopped(output, report.stopped)
         if report.is_unconfirmed:
             _print_exceeded(output, report.plan.exceeded)
-    print_losses(output, report.losses)
     if not dry_run and not report.is_unconfirmed and not output.as_json:
         print_holdings(output, [tier.name for tier in report.plan.tiers], report.plan.before, report.plan.after)
     output.summary(report.to_json(), _run_text(report))
@@ -307,7 +290,6 @@ def _run_text(report: RunReport) -> str:
         (settled.waiting_drops, f"{count(settled.waiting_drops, 'deletion')} waiting for grace"),
         (len(report.stopped), f"{len(report.stopped):,} stopped"),
         (report.resumed.n_made, f"{count(report.resumed.n_made, 'interrupted copy', 'interrupted copies')} finished"),
-        (len(report.losses), f"{count(len(report.losses), 'object')} lost"),
         (len(report.unavailable), f"{count(len(report.unavailable), 'tier')} not seen"),
         (len(report.plan.refusals), f"{len(report.plan.refusals):,} refused"),
         (report.n_restoring, f"{count(report.n_restoring, 'copy', 'copies')} being restored"),
@@ -374,7 +356,6 @@ def _row(snapshot: Snapshot, group: int, copies: Sequence[int], month: NDArray[n
         "created": format_time(float(snapshot.created_s[group])),
         "last_use": format_time(last_use_s),
         "last_use_s": last_use_s,
-        "uses": int(snapshot.uses[group]),
         "in_use": bool(snapshot.in_use[group]),
         "unreported": bool(snapshot.unreported[group]),
         "held": snapshot.held.get(group),
@@ -404,7 +385,6 @@ def _row_text(row: Mapping[str, Any], now_s: float) -> dict[str, str]:
         "size": format_bytes(row["n_bytes"]),
         "where": ", ".join(format_copy(copy) for copy in row["copies"]),
         "last use": used + (" or later" if row["unreported"] else ""),
-        "uses": f"{row['uses']:,}",
         "$/month": format_dollars(row["dollars_month"]),
     }
 
@@ -584,13 +564,13 @@ def check_file(output: Output, rules: Path | None) -> None:
     _print_tiers(output, file, {tier.name: _OFFLINE for tier in file.tiers})
     print_notes(output, filter(None, map(missing_folder_message, file.tiers)))
     print_rule_warnings(output, rule_warnings(file))
-    _sum_up(output, file, 0, None)
+    _sum_up(output, file, 0)
 
 
 def check_tiers(output: Output, rules: Path | None) -> None:
     """Check the rule file and its tiers, and print what rules match.
 
-    Raises typer.Exit with FAILED if a tier cannot be reached or seen, and with PARTIAL if an object is lost.
+    Raises typer.Exit with FAILED if a tier cannot be reached or seen.
     """
     with open_tiers(rules) as tiers:
         _check(output, tiers)
@@ -604,27 +584,18 @@ def _check(output: Output, tiers: OpenTiers) -> None:
     unavailable = unavailable_tiers(file, tiers.stores, tiers.catalog, but=failed)
     _print_tiers(output, file, reached | dict.fromkeys(unavailable, _UNAVAILABLE))
     print_unavailable(output, file, unavailable)
-    losses: tuple[Loss, ...] | None = None
     if not failed:
         inventory = tiers.read_inventory(output)
         _print_rules(output, file, inventory)
-        losses = find_losses(inventory, file, tiers.stores, tiers.catalog, now_s=inventory.snapshot.now_s)
-        _print_buckets(output, tiers)
-        _print_left_alone(output, inventory.facts, lost={loss.path for loss in losses})
-        gaps, unscored = metric_gaps(inventory.snapshot, file, inventory.facts["in_files"])
-        print_metric_gaps(output, gaps)
-        for one in unscored:
-            output.event("passed_over", asdict(one), printable(f"note: {one.text}"))
-        print_rule_warnings(output, rule_warnings(file, inventory.snapshot))
-        print_unmatched(output, unmatched_files(inventory.snapshot, file))
+        _print_left_alone(output, inventory.facts)
+        print_rule_warnings(output, rule_warnings(file, inventory.snapshot, inventory.facts["in_files"]))
         tiers.print_pending_moves(output)
         folders = [found.folder for found in inventory.facts["datasets"]]
         tiers.print_untracked(output, inventory, pa.array(folders, pa.large_string()))
-        print_losses(output, losses)
     n_unreached = len(failed) + len(unavailable)
-    _sum_up(output, file, n_unreached, losses)
-    if n_unreached or losses:
-        raise typer.Exit(FAILED if n_unreached else PARTIAL)
+    _sum_up(output, file, n_unreached)
+    if n_unreached:
+        raise typer.Exit(FAILED)
 
 
 def _reached(tiers: OpenTiers, tier: Tier) -> str:
@@ -669,28 +640,10 @@ def _print_rules(output: Output, file: RuleFile, inventory: Inventory) -> None:
     output.table("rule", rows, texts)
 
 
-def _print_buckets(output: Output, tiers: OpenTiers) -> None:
-    """Print what the tiers' buckets do with objects by themselves (lifecycle rules, versioning)."""
-    for tier in tiers.file.tiers:
-        archive = tiers.stores.s3_classes(tier.name)
-        if isinstance(archive, S3StorageClasses):
-            folder = f"{archive.prefix}/" if archive.prefix else ""
-            for found in bucket_findings(tier.name, folder, tiers.stores.class_of(tier.name), archive.settings()):
-                text = printable(f"{'warning' if found.is_danger else 'note'}: {found.text}")
-                output.event("bucket", asdict(found), text)
-        elif tier.url.lower().startswith("s3://"):
-            text = f"tiers.{tier.name}: reading the bucket's lifecycle needs boto3: {install_command('archive')}"
-            output.event("note", {"text": text}, f"note: {text}")
-
-
-def _print_left_alone(output: Output, facts: Mapping[str, Any], lost: Collection[str]) -> None:
-    """Print the objects that no plan touches. lost: Keys that are reported as lost, and not repeated here."""
+def _print_left_alone(output: Output, facts: Mapping[str, Any]) -> None:
+    """Print the objects that no plan touches."""
     for name, what in _LEFT_ALONE.items():
         n, names = facts.get(name, (0, ()))
-        if name == "missing":
-            keys, _ = facts["missing_shards"]
-            n -= sum(key in lost for key in keys.to_pylist()) if lost else 0
-            names = tuple(key for key in names if key not in lost)
         if n:
             shown = ", ".join(names[:_SHOWN]) + (", ..." if n > _SHOWN else "")
             text = f"{count(n, 'object')} left alone, {what}: {shown}"
@@ -714,7 +667,8 @@ def _does(rule: Rule, grace_s: float) -> str:
     """Return a short description of what a rule does."""
     parts = []
     if rule.to is not None:
-        parts.append(f"from {', '.join(rule.sources)} to {rule.to}")
+        when = [("not used for", rule.idle_s), ("written before", rule.after_s)]
+        parts.append(", ".join([f"to {rule.to}", *(f"{words} {span(s)}" for words, s in when if s)]))
     if rule.keep:
         parts.append(f"keeps some in {', '.join(rule.keep)}")
     if rule.then is not None:
@@ -736,7 +690,7 @@ def _setting_notes(file: RuleFile) -> Iterator[str]:
                 yield f"tiers.{tier.name} writes storage class {written}, but has the prices of {priced}"
 
 
-def _sum_up(output: Output, file: RuleFile, n_unreached: int, losses: Sequence[Loss] | None) -> None:
+def _sum_up(output: Output, file: RuleFile, n_unreached: int) -> None:
     print_notes(output, _setting_notes(file))
     facts = {
         "rules_file": str(file.path),
@@ -744,12 +698,10 @@ def _sum_up(output: Output, file: RuleFile, n_unreached: int, losses: Sequence[L
         "rules": len(file.rules),
         "pins": len(file.pins),
         "not_reached": n_unreached,
-        "lost": None if losses is None else [loss.path for loss in losses],
     }
     text = f"{count(len(file.tiers), 'tier')}, {count(len(file.rules), 'rule')}, {count(len(file.pins), 'pin')}"
     unreached = f"; {count(n_unreached, 'tier')} not reached" if n_unreached else ""
-    lost = f"; {count(len(losses), 'object')} LOST" if losses else ""
-    output.summary(facts, f"{file.path}: {text}{unreached}{lost}")
+    output.summary(facts, f"{file.path}: {text}{unreached}")
 
 
 def print_prices(output: Output) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.cache import Cache
-from tiercache.data.dataset import Dataset
+from tiercache.dataset import Dataset
 from tiercache.demo import results
 from tiercache.demo.results import Claim, Epoch, Job, KilledJob, KilledTraining, Phase
 from tiercache.demo.s3_server import S3Server
@@ -47,8 +47,8 @@ DATA_SETS = ("digits/train", "digits/test", "python")
 COLD = "python"  # the data set that the rules archive
 CACHE_BYTES = 1 << 30
 N_KILLS = 20
-# Real rules have idle = "30d", after = "14d" and grace = "24h". even_if_dearer = true, because the demo's shards have
-# 64 KiB and archive classes bill at least 128 KiB per object. The price of hot is that of a cloud disk.
+# Real rules have idle = "30d", after = "14d" and grace = "24h". Only storage has a price here, because requests would
+# make a move of the demo's small objects cost more than it saves; hot has the price of a cloud disk.
 RULES = """\
 [tiers.hot]
 url = "{hot}"
@@ -56,13 +56,13 @@ prices = {{ store_gb_month = 0.08 }}
 
 [tiers.standard]
 url = "{standard}"
-prices = "aws:us-east-1:STANDARD"
+prices = {{ store_gb_month = 0.023 }}
 storage_options = {options}
 
 [tiers.archive]
 url = "{archive}"
 storage_class = "GLACIER_IR"
-prices = "aws:us-east-1:GLACIER_IR"
+prices = {{ store_gb_month = 0.004 }}
 storage_options = {options}
 
 [[rules]]
@@ -70,7 +70,6 @@ name = "cold data"
 match = "python/**"
 idle = "0s"
 to = "archive"
-even_if_dearer = true
 
 [[rules]]
 name = "checkpoints"
@@ -79,7 +78,6 @@ keep_hot = {{ last = 1 }}
 keep_standard = {{ last = 2, best = "loss:1" }}
 then = "archive"
 after = "0s"
-even_if_dearer = true
 
 [tiering]
 grace = "0s"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, Literal, TypeAlias
 from urllib.parse import quote_plus
@@ -34,39 +34,15 @@ from tiercache.store.s3 import (
 )
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
-__all__ = ["BucketSettings", "CopySizes", "RestoreState", "S3StorageClasses", "UnfinishedUpload", "has_boto3"]
+__all__ = ["CopySizes", "RestoreState", "S3StorageClasses", "UnfinishedUpload", "has_boto3"]
 
 RestoreState: TypeAlias = Literal["started", "running", "done"]
 DeleteFailures: TypeAlias = list[tuple[str, str]]  # (key, reason)
 
 _DELETE_KEYS = 1000
-_SETTINGS = {
-    "lifecycle": "get_bucket_lifecycle_configuration",
-    "versioning": "get_bucket_versioning",
-    "object lock": "get_object_lock_configuration",
-}
-# Error codes of a bucket without such a setting.
-_NOT_SET = ("NoSuchLifecycleConfiguration", "ObjectLockConfigurationNotFoundError")
 MOST_PARTS = 10_000  # of one object
 # Metadata that a copy in parts must pass again.
 _KEPT = ("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType", "Metadata")
-
-
-@dataclass(frozen=True, slots=True)
-class BucketSettings:
-    """Settings of a bucket that act on objects by themselves, in S3's terms.
-
-    Attributes:
-        lifecycle: Lifecycle rules, including disabled ones.
-        versioning: "Enabled", "Suspended", or "" if the bucket never kept versions.
-        lock: Object lock configuration; None if there is none.
-        unread: Settings that could not be read, with the reasons.
-    """
-
-    lifecycle: tuple[Mapping[str, Any], ...] = ()
-    versioning: str = ""
-    lock: Mapping[str, Any] | None = None
-    unread: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,26 +396,6 @@ class S3StorageClasses:
                 return "done"
             raise
         return "done" if answer.get("ResponseMetadata", {}).get("HTTPStatusCode") == 200 else "started"
-
-    def settings(self) -> BucketSettings:
-        """Return the bucket's settings, in three requests.
-
-        A setting that cannot be read is named and is not an error.
-        """
-        answers: dict[str, Mapping[str, Any]] = {}
-        unread: dict[str, str] = {}
-        for name, operation in _SETTINGS.items():
-            try:
-                answers[name] = self._ask(operation, self.url)
-            except StoreError as error:
-                if error.code not in _NOT_SET:
-                    unread[name] = error.message
-        return BucketSettings(
-            tuple(answers.get("lifecycle", {}).get("Rules", ())),
-            str(answers.get("versioning", {}).get("Status", "")),
-            answers.get("object lock", {}).get("ObjectLockConfiguration"),
-            unread,
-        )
 
     def delete_many(self, keys: Sequence[str], *, if_match: Sequence[str | None] | None = None) -> DeleteFailures:
         """Delete objects, 1,000 per request. Return the objects that could not be deleted, each with the reason.

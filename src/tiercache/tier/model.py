@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from tiercache.catalog.tiers import PlannedObject as PlannedObject
 from tiercache.keep import CheckpointColumns
 from tiercache.model import format_bytes
-from tiercache.tier.journal import PlannedObject as PlannedObject
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,7 +69,6 @@ class Snapshot(CheckpointColumns):
     paths: pa.Array  # string or large_string, unique
     kind: NDArray[np.uint8]  # indices of KINDS
     last_use_s: NDArray[np.float64]  # time of the last use; the date of the oldest copy if no use is known
-    uses: NDArray[np.int64]  # number of tracked uses
     # Time since which uses are tracked; inf: they are not. Of a shard: since its data set is tracked; of other groups:
     # since the last use through a cache of this machine.
     uses_tracked_since_s: NDArray[np.float64]

@@ -31,14 +31,13 @@ from pydantic import (
 )
 
 from tiercache import config
-from tiercache.keep import MAX_COUNT, KeepList, parse_keep_list
+from tiercache.keep import KeepList, parse_keep_list
 from tiercache.model import parse_bytes, parse_duration
-from tiercache.prices import named_prices, parse_prices, prices_of
+from tiercache.prices import named_prices, parse_prices
 from tiercache.tier.inventory.layouts import UserLayout, layout_pattern
-from tiercache.tier.model import STANDARD, Kind
+from tiercache.tier.model import STANDARD
 from tiercache.tier.text_columns import check_globs
 
-_PERCENT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*%\s*")
 _LONGEST_S = 10_000 * 365.0 * 86400.0
 
 
@@ -71,15 +70,6 @@ def read_rate(value: object) -> int:
     if n_bytes < 1:
         raise ValueError(f"expected a rate of at least 1 byte per second, got {value!r}")
     return n_bytes
-
-
-def read_fraction(value: object) -> float:
-    """Return the fraction, 0 to 1, of "90%" or 0.9. Raises ValueError."""
-    match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
-    share = float(match[1]) / 100 if match else value
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-        raise ValueError(f"expected a fraction such as '90%' or 0.9, got {value!r}")
-    return float(share)
 
 
 def read_capacity(value: object) -> str:
@@ -154,14 +144,9 @@ ROLES: tuple[Role, ...] = ("hot", "standard", "archive")
 
 Seconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds)]
 PositiveSeconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds), Field(gt=0)]
-Bytes: TypeAlias = Annotated[int, BeforeValidator(read_bytes)]
-Fraction: TypeAlias = Annotated[float, BeforeValidator(read_fraction)]
 Texts: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(read_texts)]
 Globs: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(read_globs), AfterValidator(require_values)]
 
-# Attributes of a rule that have an effect only with `to`, and their keys in messages. Sizes are no such attributes:
-# they apply to keep lists and delete_after, too.
-_KEYS_OF_TO = {"sources": "from", "idle_s": "idle", "age_s": "age", "uses_below": "uses_below"}
 _URLS_WITHOUT_USERS = ("s3:", "gs:", "http:", "https:")
 
 
@@ -187,8 +172,6 @@ class Tier(RuleTable):
     prices: str | dict[str, Any] | None = None  # name in the price table, or a table of prices; None: not given
     # Size, or percentage of the disk, as written in the file; None: unlimited.
     capacity: Annotated[str, BeforeValidator(read_capacity)] | None = None
-    high: Fraction = 0.9  # fraction of the capacity above which the planner sends copies down
-    low: Fraction = 0.75  # fraction of the capacity at which the planner stops
     # Options of the store; never shown, since they may contain secrets.
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
 
@@ -237,9 +220,7 @@ class Tier(RuleTable):
         return url
 
     @model_validator(mode="after")
-    def _check_watermarks(self) -> Tier:
-        if self.low >= self.high:
-            raise ValueError(f"low: must be below high, got {self.low:.0%} and {self.high:.0%}")
+    def _check_capacity(self) -> Tier:
         if self.is_percentage and not self.is_local:
             raise ValueError(
                 f"capacity: only a local tier may have a percentage; expected a size, got {self.capacity!r}"
@@ -253,19 +234,10 @@ class Rule(RuleTable):
     name: str = Field(min_length=1)
     match: Globs
     exclude: Annotated[tuple[str, ...], BeforeValidator(read_globs)] = Field(default=(), validation_alias="except")
-    kind: Kind | None = None
     # Names of files (or, with a slash at the end, of folders) that are a checkpoint each: "model_{step}.pt".
     checkpoint: Annotated[tuple[str, ...], BeforeValidator(read_layouts)] = ()
-    larger_than_bytes: Bytes | None = Field(default=None, validation_alias="larger_than")
-    smaller_than_bytes: Bytes | None = Field(default=None, validation_alias="smaller_than")
     to: str | None = None
-    sources: Texts = Field(default=(), validation_alias="from")  # names of the tiers from which `to` takes copies
     idle_s: Seconds | None = Field(default=None, validation_alias="idle")
-    age_s: Seconds | None = Field(default=None, validation_alias="age")
-    uses_below: int | None = Field(default=None, ge=1, le=MAX_COUNT)
-    # "mtime": use the modification time as the time of the last use of objects whose uses are not tracked.
-    idle_by: Literal["use", "mtime"] = "use"
-    even_if_dearer: bool = False  # whether the rule's moves may cost more than they save
     keep: Mapping[str, KeepList] = Field(default_factory=dict)  # keep list of each tier, the fastest tier first
     then: str | None = None
     after_s: Seconds | None = Field(default=None, validation_alias="after")
@@ -276,29 +248,17 @@ class Rule(RuleTable):
     @model_validator(mode="after")
     def _says_one_thing(self) -> Rule:
         """Check that the rule has `to` with conditions, or keep lists with `then`, and no key without effect."""
-        keys_of_to = [key for name, key in _KEYS_OF_TO.items() if getattr(self, name)]
-        if self.keep and (self.to is not None or keys_of_to):
-            key = "to" if self.to is not None else keys_of_to[0]
+        if self.keep and (self.to is not None or self.idle_s is not None):
+            key = "to" if self.to is not None else "idle"
             raise ValueError(f"{key}: cannot be combined with keep lists: write two rules")
-        if self.keep and self.kind not in (None, "checkpoint"):
-            raise ValueError(f"kind: keep lists apply to checkpoints only, and this rule is for kind {self.kind!r}")
-        if self.checkpoint and self.kind not in (None, "checkpoint"):
-            raise ValueError(f"checkpoint: describes checkpoints, and this rule is for kind {self.kind!r}")
-        if self.to is None and keys_of_to:
-            raise ValueError(f"{keys_of_to[0]}: is a condition of `to`, and the rule has no `to`")
-        if self.idle_by != "use" and self.idle_s is None and self.uses_below is None:
-            raise ValueError("idle_by: needs `idle` or `uses_below`, and the rule has neither")
-        if self.even_if_dearer and self.to is None and not self.keep:
-            raise ValueError("even_if_dearer: needs `to` or a keep list: this rule moves nothing")
+        if self.to is None and self.idle_s is not None:
+            raise ValueError("idle: is a condition of `to`, and the rule has no `to`")
         if self.then is not None and not self.keep:
-            raise ValueError("then: needs a keep list; without one, write `to` and `age`")
-        if self.after_s is not None and self.then is None:
-            raise ValueError("after: needs `then`, and the rule has no `then`")
+            raise ValueError("then: needs a keep list; without one, write `to`")
+        if self.after_s is not None and self.to is None and self.then is None:
+            raise ValueError("after: needs `to` or `then`, and the rule has neither")
         if self.delete_after_s is None and "max_delete" in self.model_fields_set:
             raise ValueError("max_delete: needs `delete_after`: this rule deletes nothing")
-        larger, smaller = self.larger_than_bytes, self.smaller_than_bytes
-        if larger is not None and smaller is not None and larger >= smaller:
-            raise ValueError(f"larger_than: must be below smaller_than, got {larger} and {smaller} bytes")
         return self
 
 
@@ -315,14 +275,9 @@ class TieringOptions(RuleTable):
     """Options of the planner and the mover. state_dir: None: config.state_folder()."""
 
     grace_s: Seconds = Field(default=86400.0, validation_alias="grace")
-    # Default duration of the holds that `tier get` writes.
-    hold_s: Seconds = Field(default=7 * 86400.0, validation_alias="hold")
     quiet_period_s: Seconds = Field(default=600.0, validation_alias="quiet_period")
-    reader_timeout_s: Seconds = Field(default=604800.0, validation_alias="reader_timeout")
-    max_break_even_s: Seconds = Field(default=365 * 86400.0, validation_alias="max_break_even")
     jobs: int = Field(default=8, ge=1, le=1024)
     rate_bytes_s: Annotated[int, BeforeValidator(read_rate)] | None = Field(default=None, validation_alias="rate")
-    gone: Annotated[tuple[str, ...], BeforeValidator(read_globs)] = ()  # globs of objects whose loss is accepted
     state_dir: Annotated[Path, BeforeValidator(read_path)] | None = None
 
 
@@ -375,10 +330,7 @@ _MOST_TIERS = 100
 _KEEP = "keep_"
 _NOT_SHOWN = ("storage_options", "prices", "url")
 # Attributes that are durations, which need a unit: the writer of `delete_after = 30` may mean days, not seconds.
-_DURATIONS = (
-    *("idle_s", "age_s", "after_s", "delete_after_s"),
-    *("grace_s", "hold_s", "quiet_period_s", "reader_timeout_s", "max_break_even_s"),
-)
+_DURATIONS = ("idle_s", "after_s", "delete_after_s", "grace_s", "quiet_period_s")
 # Types of pydantic errors whose message shows the value already, or that have no value.
 _COMPLETE = ("value_error", "missing")
 
@@ -420,11 +372,6 @@ def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> RuleFile:
     tiering = _built(TieringOptions, tables.get("tiering", {}), "tiering")
     if tiering.state_dir is not None:
         tiering = tiering.model_copy(update={"state_dir": path.parent / tiering.state_dir})
-    if "max_break_even_s" in tiering.model_fields_set:
-        try:
-            [prices_of(tier) for tier in tiers]
-        except ValueError as error:
-            raise ValueError(f"tiering.max_break_even: {error}") from error
     return RuleFile(
         path=path,
         sha256=sha256,
@@ -501,7 +448,8 @@ def _rule(given: object, where: str, tiers: Sequence[Tier]) -> Rule:
     update: dict[str, Any] = {}
     if rule.to is not None:
         update["to"] = to = _one_tier(rule.to, f"{where}.to", tiers)
-        update["sources"] = _sources(rule.sources, to, where, tiers)
+        if to == names[0]:
+            raise ValueError(f"{where}.to: {to!r} is the first tier, so that there is no tier to move from")
     if rule.then is not None:
         update["then"] = then = _one_tier(rule.then, f"{where}.then", tiers)
         last = list(rule.keep)[-1]
@@ -510,30 +458,12 @@ def _rule(given: object, where: str, tiers: Sequence[Tier]) -> Rule:
     return rule.model_copy(update=update)
 
 
-def _sources(given: Sequence[str], to: str, where: str, tiers: Sequence[Tier]) -> tuple[str, ...]:
+def _one_tier(given: str, where: str, tiers: Sequence[Tier]) -> str:
+    """Return the tier of this name, or else the only tier of this role."""
     names = [tier.name for tier in tiers]
-    before = names[: names.index(to)]
-    if not before:
-        raise ValueError(f"{where}.to: {to!r} is the first tier, so that there is no tier to move from")
-    if not given:
-        return tuple(before)
-    chosen = {name for one in given for name in _some_tiers(one, f"{where}.from", tiers)}
-    for name in chosen.difference(before):
-        raise ValueError(f"{where}.from: tier {name!r} must stand before {to!r}, the tier in `to`")
-    return tuple(name for name in before if name in chosen)
-
-
-def _some_tiers(given: str, where: str, tiers: Sequence[Tier]) -> list[str]:
-    """Return the tier of this name, or else all tiers of this role."""
-    names = [tier.name for tier in tiers]
-    found = [name for name in names if name == given] or [tier.name for tier in tiers if tier.role == given]
+    found = [given] if given in names else [tier.name for tier in tiers if tier.role == given]
     if not found:
         raise ValueError(f"{where}: no tier is called {given!r} or has that role; {_near(given, names)}")
-    return found
-
-
-def _one_tier(given: str, where: str, tiers: Sequence[Tier]) -> str:
-    found = _some_tiers(given, where, tiers)
     if len(found) > 1:
         raise ValueError(f"{where}: several tiers have the role {given!r}: name one of {', '.join(found)}")
     return found[0]

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from datetime import datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +18,8 @@ from tiercache.model import OWN_FOLDER
 from tiercache.shard.versions import manifest
 from tiercache.shard.versions.manifest import VERSIONS_FOLDER, Version
 from tiercache.shard.versions.segments import SegmentRef, ShardTable, read_segments
-from tiercache.store.placement import log, uses
-from tiercache.store.placement.log import prefix_store
+from tiercache.tier.placement import log, use_reports
+from tiercache.tier.placement.log import prefix_store
 from tiercache.tier.text_columns import index_in, match_regex
 
 if TYPE_CHECKING:
@@ -56,12 +55,8 @@ class LiveShards:
     n_bytes: NDArray[np.int64]  # from the manifests
     crc32c: NDArray[np.int64]  # from the manifests
     last_use_s: NDArray[np.float64]  # NaN where no use was reported
-    uses: NDArray[np.int64]
     in_use: NDArray[np.bool_]
     unreported: NDArray[np.bool_]  # whether a machine that may read the data set has not reported
-    # Commit time of the first version that names the shard, in seconds since the epoch; NaN: unknown.
-    named_s: NDArray[np.float64]
-    elsewhere: NDArray[np.bool_]  # whether the placement leads to a URL that is not a tier's
     uses_tracked_since_s: NDArray[np.float64]  # time since which machines report uses; inf: they do not yet
 
     def __len__(self) -> int:
@@ -71,7 +66,7 @@ class LiveShards:
 def _no_shards() -> LiveShards:
     ints, floats, flags = np.empty(0, np.int64), np.empty(0, np.float64), np.empty(0, np.bool_)
     keys = pa.nulls(0, pa.large_string())  # pa.array() of a list imports pandas, which costs 150 ms
-    return LiveShards(keys, ints, ints, floats, ints, flags, flags, floats, flags, floats)
+    return LiveShards(keys, ints, ints, floats, flags, flags, floats)
 
 
 def read_datasets(
@@ -84,7 +79,7 @@ def read_datasets(
     shards, found = [], []
     own_keys = listed.keys.take(own)
     for (folder, tier), numbers in sorted(_versions_of(file, listed, own, own_keys).items()):
-        reader = _DatasetReader(file, stores, folder, file.tiers[tier].name)
+        reader = _DatasetReader(stores, folder, file.tiers[tier].name)
         some, dataset = reader.read(numbers, own_keys, now_s)
         shards.append(some)
         found.append(dataset)
@@ -113,23 +108,23 @@ def _versions_of(
 class _DatasetReader:
     """Reads one data set."""
 
-    def __init__(self, file: RuleFile, stores: Stores, folder: str, tier: str) -> None:
-        self._file, self._folder, self._tier = file, folder, tier
+    def __init__(self, stores: Stores, folder: str, tier: str) -> None:
+        self._folder, self._tier = folder, tier
         self._store = prefix_store(stores.store(tier), folder)
 
     def read(self, numbers: Sequence[int], own_keys: pa.Array, now_s: float) -> tuple[LiveShards, FoundDataset]:
         """Return the shards of the data set, and its description."""
         try:
             versions = self._versions(numbers)
-            table, named_s = self._table(versions)
+            table = self._table(versions)
         except (CorruptShard, UnsupportedFormat) as error:
             return _no_shards(), FoundDataset(self._folder, self._tier, len(numbers), problem=str(error))
         has_tracking_marker = bool(
             match_regex(own_keys, f"^{re.escape(self._folder + log.TRACKING_MARKER_KEY)}$").any()
         )
-        reports = match_regex(own_keys, f"^{re.escape(self._folder + uses.USAGE_FOLDER)}").any()
-        found = uses.read_reports(self._store) if reports else []
-        used = uses.merge_reports(found, table.names, now_s=now_s, reader_timeout_s=self._file.tiering.reader_timeout_s)
+        reports = match_regex(own_keys, f"^{re.escape(self._folder + use_reports.USAGE_FOLDER)}").any()
+        found = use_reports.read_reports(self._store) if reports else []
+        used = use_reports.merge_reports(found, table.names, now_s=now_s)
         # Without the tracking marker, readers do not report: a data set that is read daily must not be archived on the
         # day of the first rules. A marker without a date comes from an early release: uses have been tracked for long.
         since_s = (log.tracked_since_s(self._store) or 0.0) if has_tracking_marker else np.inf
@@ -139,11 +134,8 @@ class _DatasetReader:
             n_bytes=table.n_bytes,
             crc32c=table.crc32c.astype(np.int64),
             last_use_s=used.last_use_s,
-            uses=used.uses,
             in_use=used.in_use,
             unreported=np.full(len(table), used.unreported),
-            named_s=named_s,
-            elsewhere=self._elsewhere(names) if has_tracking_marker else np.zeros(len(table), np.bool_),
             uses_tracked_since_s=np.full(len(table), since_s),
         )
         return shards, FoundDataset(self._folder, self._tier, len(versions), len(table), is_tracked=has_tracking_marker)
@@ -161,48 +153,18 @@ class _DatasetReader:
             found = list(pool.map(read, numbers))
         return [version for version in found if version is not None]
 
-    def _table(self, versions: Sequence[Version]) -> tuple[ShardTable, NDArray[np.float64]]:
-        """Return all shards that any version names, and the commit time of the first version that names each.
-
-        Each shard occurs once. Segments that versions share are read once.
-        """
+    def _table(self, versions: Sequence[Version]) -> ShardTable:
+        """Return all shards that any version names, each once. Segments that versions share are read once."""
         refs: dict[tuple[str, str], SegmentRef] = {}
-        first_s: dict[tuple[str, str], float] = {}
         for version in versions:
             for ref in version.segments:
                 refs[version.dataset_id, ref.name] = ref
-                first_s.setdefault((version.dataset_id, ref.name), _seconds(version.created))
         tables: list[pa.Table] = []
-        named_s = [np.empty(0)]
         for dataset_id in dict.fromkeys(dataset_id for dataset_id, _ in refs):
-            mine = [(key, ref) for key, ref in refs.items() if key[0] == dataset_id]
-            read = read_segments(self._store, dataset_id, [ref for _, ref in mine])
-            tables += read
-            named_s += [np.full(len(one), first_s[key]) for (key, _), one in zip(mine, read, strict=True)]
-        table, since_s = ShardTable(tables), np.concatenate(named_s)
+            tables += read_segments(self._store, dataset_id, [ref for key, ref in refs.items() if key[0] == dataset_id])
+        table = ShardTable(tables)
         first = np.flatnonzero(index_in(table.names, table.names) == np.arange(len(table)))
-        if len(first) == len(table):
-            return table, since_s
-        return ShardTable([table.arrow.take(pa.array(first))]), since_s[first]
-
-    def _elsewhere(self, names: pa.Array) -> NDArray[np.bool_]:
-        """Return whether each shard is placed at a URL that is not a tier's; bool[n]."""
-        is_elsewhere = np.zeros(len(names), np.bool_)
-        placed = log.read_placement(self._store)
-        if placed is not None and len(placed):
-            at = placed.row_numbers(names)
-            tiers = {f"{tier.url.rstrip('/')}/{self._folder}".rstrip("/") for tier in self._file.tiers}
-            urls = placed.rows["url"].take(pa.array(at[at >= 0])).to_pylist()
-            is_elsewhere[at >= 0] = [url.rstrip("/") not in tiers for url in urls]
-        return is_elsewhere
-
-
-def _seconds(created: str) -> float:
-    """Return the creation time of a version in seconds since the epoch; NaN if it is not a time."""
-    try:
-        return datetime.fromisoformat(created).timestamp()
-    except (ValueError, OverflowError):
-        return np.nan
+        return table if len(first) == len(table) else ShardTable([table.arrow.take(pa.array(first))])
 
 
 def _joined(shards: Sequence[LiveShards]) -> LiveShards:

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from tiercache.catalog.tiers import read_uses, uses_under
 from tiercache.store import LocalFolder
-from tiercache.store.placement.uses import read_uses, uses_under
 from tiercache.tier.holds import HOLDS_FOLDER, Hold, Holds, read_holds
 from tiercache.tier.inventory.conflicts import find_conflicts
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
@@ -54,7 +54,7 @@ from tiercache.tier.model import (
 from tiercache.tier.text_columns import ROWS_AT_A_TIME, index_in, inverse, match_regex, sort_order, take_rows
 
 if TYPE_CHECKING:
-    from tiercache.tier.journal import TierCatalog
+    from tiercache.catalog.tiers import TierCatalog
     from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
 
@@ -603,13 +603,12 @@ def _with_folders(key: str) -> list[str]:
     return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == "/")]
 
 
-def _uses(file: RuleFile, listed: Listing, grouped: Grouped) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return last use (NaN: unknown) and number of uses of each group, from the read logs of caches on this machine.
+def _last_uses(file: RuleFile, listed: Listing, grouped: Grouped) -> NDArray[np.float64]:
+    """Return the last use of each group, from the read logs of caches on this machine; NaN: unknown.
 
     The use of any object, in any tier, is a use of its group.
     """
-    n_groups = len(grouped.kind)
-    last_s, counts = np.full(n_groups, np.nan), np.zeros(n_groups, np.int64)
+    last_s = np.full(len(grouped.kind), np.nan)
     try:
         uses = read_uses()
     except (OSError, ValueError):  # there is no usable state folder, so that no use is known
@@ -623,14 +622,13 @@ def _uses(file: RuleFile, listed: Listing, grouped: Grouped) -> tuple[NDArray[np
         group = grouped.objects.group[grouped.objects.key[rows]]
         columns = np.array(list(found.values()), np.float64).reshape(-1, 2)[at]
         np.fmax.at(last_s, group, columns[:, 0])
-        np.add.at(counts, group, columns[:, 1].astype(np.int64))
-    return last_s, counts
+    return last_s
 
 
 def _snapshot(
     file: RuleFile, listed: Listing, grouped: Grouped, copies: Copies, *, now_s: float, **columns: Any
 ) -> Snapshot:
-    log_use_s, n_uses = _uses(file, listed, grouped)
+    log_use_s = _last_uses(file, listed, grouped)
     created_s, last_use_s = np.full(len(grouped.kind), np.inf), np.full(len(grouped.kind), np.inf)
     np.minimum.at(created_s, copies.group, copies.written_s)
     in_name_s = grouped.from_layout(grouped.layout.written_s, np.nan)
@@ -640,7 +638,6 @@ def _snapshot(
     np.minimum.at(last_use_s, copies.group, copies.written_s)
     of_shard, shard = grouped.shard >= 0, grouped.shard[grouped.shard >= 0]
     in_use, unreported = np.zeros_like(of_shard), np.zeros_like(of_shard)
-    n_uses[of_shard] += grouped.shards.uses[shard]
     in_use[of_shard], unreported[of_shard] = grouped.shards.in_use[shard], grouped.shards.unreported[shard]
     last_use_s = np.fmax(last_use_s, log_use_s)
     last_use_s[of_shard] = np.fmax(last_use_s[of_shard], grouped.shards.last_use_s[shard])
@@ -656,7 +653,6 @@ def _snapshot(
         run=grouped.from_layout(grouped.layout.run, NO_RUN),
         created_s=created_s,
         last_use_s=last_use_s,
-        uses=n_uses,
         uses_tracked_since_s=uses_tracked_since_s,
         unreported=unreported,
         in_use=in_use,
@@ -682,7 +678,6 @@ def _facts(
     is_listed = np.zeros(len(grouped.shards), np.bool_)
     is_listed[grouped.shard[grouped.shard >= 0]] = True
     missing = grouped.shards.keys.take(pa.array(np.flatnonzero(~is_listed)))
-    lacking = np.flatnonzero(~is_listed & ~grouped.shards.elsewhere)
     group_of = copies.group[np.searchsorted(copies.start, copies.differing, side="right") - 1]
     differing = copies.differing[~np.isin(group_of, [*conflicts])]
     return {
@@ -691,7 +686,6 @@ def _facts(
         "n_objects": len(listed),
         "orphans": _some(grouped.orphans),
         "missing": _some(missing),
-        "missing_shards": (grouped.shards.keys.take(pa.array(lacking)), grouped.shards.named_s[lacking]),
         "unfinished": _some(grouped.unfinished),
         "no_keys": _some(grouped.no_keys),
         "shared": _some(grouped.shared),

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 import pyarrow as pa
 
+from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError, TierCacheError
 from tiercache.tier.inventory.groups import take_inventory
-from tiercache.tier.journal import CatalogEntry, JournalRow, PlannedObject
 from tiercache.tier.model import CHECKPOINT, DELETE, DROP, MOVE, READABLE, RECLASS, SHARD
 from tiercache.tier.move.checks import (
     ApplyResult,
@@ -45,8 +45,8 @@ from tiercache.waiting import SYSTEM_CLOCK
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from tiercache.catalog.tiers import TierCatalog
     from tiercache.model import ObjectInfo
-    from tiercache.tier.journal import TierCatalog
     from tiercache.tier.model import Decisions, Snapshot, Symlink
     from tiercache.tier.move.checks import MoveContext
     from tiercache.tier.rules import RuleFile
@@ -216,7 +216,7 @@ class DeferredDeletions:
         self._file, self._catalog, self._now_s = context.file, context.catalog, context.clock()
         self._count_lock, self._n_due, self._due_bytes = Lock(), 0, 0
         self._placements = PlacementUpdates(context)
-        self._by_use = {rule.name for rule in context.file.rules if rule.idle_s or rule.uses_below is not None}
+        self._by_use = {rule.name for rule in context.file.rules if rule.idle_s}
         self._n_done = self._n_waiting = self._n_bytes = self._proof_bytes = 0
         self._stopped: list[StoppedMove] = []
 

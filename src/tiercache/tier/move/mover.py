@@ -19,12 +19,11 @@ import numpy as np
 import pyarrow as pa
 
 from tiercache import config
+from tiercache.catalog.tiers import TierCatalog
 from tiercache.crash_points import crash_point
 from tiercache.prices import prices_if_known
-from tiercache.tier.findings import Loss, MetricGap, find_losses, metric_gaps
 from tiercache.tier.holds import remove_obsolete_holds
 from tiercache.tier.inventory.groups import Inventory, take_inventory
-from tiercache.tier.journal import TierCatalog
 from tiercache.tier.model import RESTORING, Decisions, Plan
 from tiercache.tier.move.checks import ApplyResult, MoveContext, Progress, StoppedMove
 from tiercache.tier.move.deletions import deletion_facts_of, run_due_deletions
@@ -92,8 +91,6 @@ class RunReport:
         newly_tracked: Folders of data sets whose use is tracked from now on.
         unavailable: Tiers whose copies cannot be seen now (for example a disk that is not mounted), with reasons; see
             stores.unavailable_tiers().
-        gaps: Metrics that keep lists need and that are missing for some checkpoint runs.
-        losses: Objects that should exist and of which no tier has a copy.
         n_groups: Number of groups (shards, checkpoints, files) in all tiers.
         n_restoring: Number of copies whose restore is in progress.
         seconds: Duration of the run, in seconds.
@@ -108,8 +105,6 @@ class RunReport:
     deletions: ApplyResult = field(default_factory=ApplyResult)
     newly_tracked: tuple[str, ...] = ()
     unavailable: Mapping[str, str] = field(default_factory=dict)
-    gaps: tuple[MetricGap, ...] = ()
-    losses: tuple[Loss, ...] = ()
     n_groups: int = 0
     n_restoring: int = 0
     seconds: float = 0.0
@@ -125,12 +120,12 @@ class RunReport:
     def exit_code(self) -> int:
         """Exit code of the command.
 
-        7: deletions must be confirmed. 3: moves were stopped, objects are lost or a tier cannot be seen. 5: restores
+        7: deletions must be confirmed. 3: moves were stopped, or a tier cannot be seen. 5: restores
         are in progress. Otherwise 0.
         """
         if self.is_unconfirmed:
             return UNCONFIRMED
-        if self.stopped or self.losses or self.unavailable:
+        if self.stopped or self.unavailable:
             return PARTLY
         return PENDING if self.n_restoring else DONE
 
@@ -157,7 +152,6 @@ class RunReport:
             "stopped": [
                 {"plan": one.plan, "id": one.number, "path": one.path, "reason": one.reason} for one in self.stopped
             ],
-            "lost": [one.path for one in self.losses],
             "unseen": list(self.unavailable),
             "exceeded": [one.rule for one in self.plan.exceeded],
             "before": _holdings(self.plan, "before"),
@@ -247,8 +241,6 @@ def _plan(
     report = RunReport(
         make_plan(decisions, inventory, file, [prices_if_known(tier) for tier in file.tiers]),
         unavailable=unavailable,
-        gaps=metric_gaps(snapshot, file, inventory.facts["in_files"])[0],
-        losses=find_losses(inventory, file, stores, catalog, now_s=now_s),
         n_groups=snapshot.n_groups,
         n_restoring=int(np.count_nonzero(snapshot.state == RESTORING)),
         is_unconfirmed=bool(decisions.exceeded) and not confirmed,

@@ -14,11 +14,11 @@ import pyarrow as pa
 
 from tiercache.model import parse_bytes
 from tiercache.tier.model import CHECKPOINT, DELETE, ExceededLimit
-from tiercache.tier.plan.selection import fits_size, largest_copies, rules_of
+from tiercache.tier.plan.selection import largest_copies, rules_of
 from tiercache.tier.text_columns import index_in
 
 if TYPE_CHECKING:
-    from tiercache.tier.journal import JournalRow
+    from tiercache.catalog.tiers import JournalRow
     from tiercache.tier.model import Decisions, Snapshot
     from tiercache.tier.rules import RuleFile
 
@@ -42,7 +42,7 @@ def exceeded_limits(
         new_bytes = int(n_bytes[deleted[is_new & (rule_of[deleted] == number)]].sum())
         if new_bytes == 0:
             continue
-        applies = (rule_of == number) & fits_size(rule, n_bytes)
+        applies = rule_of == number
         if rule.keep:
             applies &= snapshot.kind == CHECKPOINT
         matched_bytes = int(n_bytes[np.flatnonzero(applies)].sum())

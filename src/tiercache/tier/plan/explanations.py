@@ -12,7 +12,7 @@ import numpy as np
 from tiercache.keep import KeepList, evaluate_keep_list
 from tiercache.tier.model import CHECKPOINT
 from tiercache.tier.plan.proposals import span
-from tiercache.tier.plan.selection import SnapshotIndex, fits_size
+from tiercache.tier.plan.selection import SnapshotIndex
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,7 +54,6 @@ def keep_reasons(snapshot: Snapshot, file: RuleFile) -> Mapping[int, tuple[KeepR
     is_checkpoint = index.snapshot.kind == CHECKPOINT
     for number, rule in enumerate(file.rules):
         rows = np.flatnonzero((index.rule == number) & is_checkpoint)
-        rows = rows[fits_size(rule, index.group_bytes[rows])]
         for tier, keep in rule.keep.items():
             for text, alone in _keys(keep):
                 result = evaluate_keep_list(index.snapshot, rows, alone)

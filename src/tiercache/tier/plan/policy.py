@@ -5,7 +5,7 @@ docs/reference/tiers.md defines the rules. A group gets at most one move. Steps,
 
 1. Each rule proposes moves. Moves of protected groups, unprofitable moves and moves without room are
    refused. If several checks refuse a move, the refusal gives the reason of the first.
-2. A tier that would still be above `high` of its capacity sends its least recently used groups down until `low`.
+2. A tier that would still be above HIGH of its capacity sends its least recently used groups down until LOW.
 """
 
 from __future__ import annotations
@@ -49,21 +49,24 @@ from tiercache.tier.plan.proposals import (
     hours,
     propose,
     propose_down,
-    span,
     transfer_dollars,
 )
 from tiercache.tier.plan.selection import SnapshotIndex
 from tiercache.tier.stores import deletion_block_reason, unavailable_tiers
 
 if TYPE_CHECKING:
+    from tiercache.catalog.tiers import TierCatalog
     from tiercache.prices import Prices
-    from tiercache.tier.journal import TierCatalog
     from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
 
 
 Dollars = NDArray[np.float64]
 
+# Above HIGH of its capacity, a tier sends its least recently used groups down until LOW is reached.
+HIGH, LOW = 0.9, 0.75
+# A move must be earned back within this time.
+BREAK_EVEN_DAYS = 365.0
 # Actions after which dst holds more bytes; for the others, dst is -1 or has the copy already.
 _ADDS_BYTES_TO_DST = (RECLASS, MOVE, COPY)
 _NOT_WHOLE = "no copy of it is whole: it is not complete yet, or objects of it are missing"
@@ -214,20 +217,16 @@ def _readable_elsewhere(index: SnapshotIndex, moves: MoveColumns) -> Flags:
 
 
 def refuse_unprofitable(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
-    """Refuse moves that do not pay back within max_break_even, or before their rule deletes the group.
+    """Refuse moves that do not pay back within BREAK_EVEN_DAYS, or before their rule deletes the group.
 
-    The costs include minimum sizes and durations, overheads, requests and fees. A rule with even_if_dearer = true is
-    exempt. The policy does not apply this check to moves of a watermark, whose purpose is room.
+    The costs include minimum sizes and durations, overheads, requests and fees. The policy does not apply this check to
+    moves of a watermark, whose purpose is room.
     """
     moves = with_costs(index, moves)
-    limit_s = index.file.tiering.max_break_even_s
-    deleted_in_s = _seconds_until_deletion(index, moves)
-    may_lose = np.array([rule.even_if_dearer for rule in index.file.rules], np.bool_)[moves.rule]
-    too_late = break_even_days(moves.once, moves.saving_month) * DAY_S > np.minimum(limit_s, deleted_in_s)
-    too_late &= _is_about_cost(index, moves) & ~may_lose
-    return refuse(
-        moves, refused, too_late, _unprofitable_reasons(moves.take(too_late), limit_s, deleted_in_s[too_late])
-    )
+    deleted_in_days = _seconds_until_deletion(index, moves) / DAY_S
+    too_late = break_even_days(moves.once, moves.saving_month) > np.minimum(BREAK_EVEN_DAYS, deleted_in_days)
+    too_late &= _is_about_cost(index, moves)
+    return refuse(moves, refused, too_late, _unprofitable_reasons(moves.take(too_late), deleted_in_days[too_late]))
 
 
 def _is_about_cost(index: SnapshotIndex, moves: MoveColumns) -> Flags:
@@ -241,19 +240,19 @@ def _is_about_cost(index: SnapshotIndex, moves: MoveColumns) -> Flags:
     return np.asarray(is_move & paid[moves.src] & known[moves.dst], np.bool_)
 
 
-def _unprofitable_reasons(too_late: MoveColumns, limit_s: float, deleted_in_s: NDArray[np.float64]) -> Reasons:
-    def words(once: float, saving: float, days: float, deleted_in_days: int) -> str:
+def _unprofitable_reasons(too_late: MoveColumns, deleted_in_days: NDArray[np.float64]) -> Reasons:
+    def words(once: float, saving: float, days: float, deleted_in: int) -> str:
         when = "never earned back" if np.isinf(days) else f"earned back in {days:.3g} days"
         what = f"costs {dollars_in_reason(once)} once and saves {dollars_in_reason(saving)} a month: {when}"
-        if deleted_in_days >= 0:
-            limit = f", and it is deleted in {deleted_in_days} days (delete_after)"
+        if deleted_in >= 0:
+            limit = f", and it is deleted in {deleted_in} days (delete_after)"
         else:
-            limit = f" (max_break_even = {span(limit_s)})"
-        return f"{what}{limit}; use larger files, another class, or `even_if_dearer = true` in the rule"
+            limit = f" (at most {BREAK_EVEN_DAYS:g})"
+        return f"{what}{limit}; use larger files or another class, or give no `prices` to ignore costs"
 
-    deleted_in_days = np.where(deleted_in_s < limit_s, np.minimum(deleted_in_s, limit_s) // DAY_S, -1).astype(np.int64)
+    deleted_in = np.where(deleted_in_days < BREAK_EVEN_DAYS, deleted_in_days, -1).astype(np.int64)
     days = break_even_days(too_late.once, too_late.saving_month)
-    return format_reasons(words, figures(too_late.once), figures(too_late.saving_month), figures(days), deleted_in_days)
+    return format_reasons(words, figures(too_late.once), figures(too_late.saving_month), figures(days), deleted_in)
 
 
 def figures(values: NDArray[Any]) -> Dollars:
@@ -415,7 +414,7 @@ class _Policy:
         _, first = np.unique(all_refused.group, return_index=True)
         first = first[~self.is_moved[all_refused.group[first]]]
         names = [rule.name for rule in index.file.rules]
-        names += [f"tiers.{name}.high" for name in reversed(index.snapshot.tiers)]
+        names += [f"tiers.{name}.capacity" for name in reversed(index.snapshot.tiers)]
         return Decisions(moves.take(np.argsort(moves.action, kind="stable")), all_refused.take(first), tuple(names))
 
     def _admit(self, moves: MoveColumns) -> None:
@@ -426,22 +425,20 @@ class _Policy:
     # -- watermarks --------------------------------------------------------------------------------------------------
 
     def _keep_below_high(self, tier: int, proposals: Sequence[RuleProposals]) -> None:
-        ledger, of_tier, unused_s = self.ledger, self.index.file.tiers[tier], self.index.unused_s
+        ledger, name, unused_s = self.ledger, self.index.name(tier), self.index.unused_s
         limit = ledger.limits[tier]
         used = int(ledger.stored_bytes[tier] + ledger.arriving_bytes[tier] - ledger.leaving_bytes[tier])
-        if limit is None or used <= limit * of_tier.high:
+        if limit is None or used <= limit * HIGH:
             return
         rows = self._may_go(tier, proposals)
-        full = f"{of_tier.name} is {used / max(limit, 1):.1%} full (high = {of_tier.high:.0%})"
-        text = format_reasons(
-            lambda n_hours: f"{full}, and this was not used for {ago(n_hours)}", hours(unused_s[rows])
-        )
+        full = f"{name} is {used / max(limit, 1):.1%} full, and at most {HIGH:.0%} are wanted"
+        text = format_reasons(lambda n_hours: f"{full}; not used for {ago(n_hours)}", hours(unused_s[rows]))
         proposed, unreadable = propose_down(self.index, rows, tier, (-1 - tier, text))
         skipped = [unreadable]
         proposed = refuse_unavailable(self.index, proposed, skipped, self.unavailable)
         moves = proposed.take(np.lexsort((proposed.group, -unused_s[proposed.group])))
         freed = np.cumsum(np.where(ledger.fitting(moves), bytes_of(self.index, moves), 0))
-        n = int(np.searchsorted(freed, used - int(limit * of_tier.low))) + 1
+        n = int(np.searchsorted(freed, used - int(limit * LOW))) + 1
         # Report only those refused groups that the watermark would have chosen: unused for at least as long.
         last_s = unused_s[moves.group[n - 1]] if n <= len(moves) else -np.inf
         over = MoveColumns.concat(skipped)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tiercache.keep import Flags, Rows, evaluate_keep_list
 from tiercache.tier.costs import Sizes, copy_dollars, reclass_dollars
 from tiercache.tier.model import CHECKPOINT, DELETE, DROP, MOVE, NO_MOVES, RECLASS, RESTORING, SHARD, MoveColumns
-from tiercache.tier.plan.selection import SnapshotIndex, fits_size
+from tiercache.tier.plan.selection import SnapshotIndex
 
 if TYPE_CHECKING:
     from tiercache.tier.rules import Rule
@@ -160,7 +160,6 @@ def _unreadable_reasons(index: SnapshotIndex, refused: MoveColumns) -> Reasons:
 def propose(index: SnapshotIndex, rule: Rule, number: int) -> RuleProposals:
     """Return the proposals of a rule for the groups that it applies to."""
     rows = np.flatnonzero(index.rule == number)
-    rows = rows[fits_size(rule, index.group_bytes[rows])]
     if rule.keep:
         return _by_keep_lists(index, rule, number, rows[index.snapshot.kind[rows] == CHECKPOINT])
     deletes = _deletes(index, rule, number, rows)
@@ -169,10 +168,8 @@ def propose(index: SnapshotIndex, rule: Rule, number: int) -> RuleProposals:
         return RuleProposals(left, deletes, NO_MOVES)
     dst = index.file.index(rule.to)
     fits, unsure = _conditions_hold(index, rule, left)
-    tiers = [index.file.index(name) for name in rule.sources] or list(range(dst))
-    sources = np.zeros((index.n_tiers, len(left)), np.bool_)
-    sources[tiers] = index.at[tiers][:, left] >= 0
-    sources[dst] = False
+    sources = index.at[:, left] >= 0
+    sources[dst:] = False
     lies = sources.any(axis=0)
     goes, waits = lies & fits & ~unsure, lies & unsure
     proposed, refused = propose_move(
@@ -182,23 +179,22 @@ def propose(index: SnapshotIndex, rule: Rule, number: int) -> RuleProposals:
         propose_move(index, left[waits], sources[:, waits], dst, (number, np.full(int(waits.sum()), "", np.object_)))
     )
     is_unreported = index.snapshot.unreported[waiting.group]
-    unknown = replace(waiting, reason=np.where(is_unreported, _UNREPORTED, _untracked_reasons(rule, index, waiting)))
+    unknown = replace(waiting, reason=np.where(is_unreported, _UNREPORTED, _untracked_reasons(index, waiting)))
     return RuleProposals(left, MoveColumns.concat([deletes, proposed]), MoveColumns.concat([refused, unknown]))
 
 
 _UNREPORTED = "its use is not known yet: a machine that may have used it has not reported"
 
 
-def _untracked_reasons(rule: Rule, index: SnapshotIndex, waiting: MoveColumns) -> Reasons:
-    """Explain why a rule on idle time does not move groups whose uses are not tracked."""
-    key = "idle" if rule.idle_s is not None else "uses_below"
+def _untracked_reasons(index: SnapshotIndex, waiting: MoveColumns) -> Reasons:
+    """Explain why a rule with `idle` does not move groups whose uses are not tracked."""
 
     def words(is_shard: bool) -> str:
         if is_shard:
             how = "machines report uses only after the first `tier apply` or `tier run --once`"
         else:
             how = "it was never read through tiercache here, and other programs do not report their reads"
-        return f'its use is not known: {how}; to use its modification time for {key}, write idle_by = "mtime"'
+        return f"its use is not known: {how}; `after` in place of `idle` counts from the last write"
 
     return format_reasons(words, index.snapshot.kind[waiting.group] == SHARD)
 
@@ -215,49 +211,33 @@ def _left(index: SnapshotIndex, rows: Rows, deletes: MoveColumns) -> Rows:
 
 def _conditions_hold(index: SnapshotIndex, rule: Rule, rows: Rows) -> tuple[Flags, Flags]:
     """Return whether the conditions hold, and for which of these groups an unreported use may contradict them."""
-    fits = np.ones(len(rows), np.bool_)
-    if rule.age_s is not None:
-        fits &= index.age_s[rows] >= rule.age_s
-    if rule.idle_s is not None:
-        fits &= _unused_s(index, rule, rows) >= rule.idle_s
-    if rule.uses_below is not None:
-        fits &= index.snapshot.uses[rows] < rule.uses_below
-    asks_use = bool(rule.idle_s) or rule.uses_below is not None  # idle = 0 holds for every group
-    untracked = np.isposinf(index.snapshot.uses_tracked_since_s[rows]) & (rule.idle_by == "use")
-    return fits, fits & (index.snapshot.unreported[rows] | untracked) & asks_use
+    fits, unsure = np.ones(len(rows), np.bool_), np.zeros(len(rows), np.bool_)
+    if rule.after_s is not None:
+        fits &= index.age_s[rows] >= rule.after_s
+    if rule.idle_s:  # idle = 0 holds for every group
+        fits &= _unused_s(index, rows) >= rule.idle_s
+        unsure = index.snapshot.unreported[rows] | np.isposinf(index.snapshot.uses_tracked_since_s[rows])
+    return fits, fits & unsure
 
 
-def _unused_s(index: SnapshotIndex, rule: Rule, rows: Rows) -> NDArray[np.float64]:
-    """Return the idle time of each row in seconds, at most the time since which uses are tracked.
-
-    A rule with idle_by = "mtime" uses the time since the last write or use instead.
-    """
+def _unused_s(index: SnapshotIndex, rows: Rows) -> NDArray[np.float64]:
+    """Return the idle time of each row in seconds, at most the time since which uses are tracked."""
     unused_s, since_s = index.unused_s[rows], index.snapshot.uses_tracked_since_s[rows]
-    if rule.idle_by == "mtime":
-        return unused_s
     return np.where(np.isposinf(since_s), unused_s, np.minimum(unused_s, index.snapshot.now_s - since_s))
 
 
 def _reasons(index: SnapshotIndex, rule: Rule, rows: Rows) -> Reasons:
-    def words(unused: int, age: int, uses: int, is_by_mtime: bool) -> str:
+    def words(unused: int, age: int) -> str:
         parts = []
-        if rule.idle_s is not None and is_by_mtime:
-            limit = f'idle = {span(rule.idle_s)}, idle_by = "mtime"'
-            parts.append(f"not written for {ago(unused)}, its uses are not tracked ({limit})")
-        elif rule.idle_s is not None:
+        if rule.idle_s is not None:
             parts.append(f"not used for {ago(unused)} (idle = {span(rule.idle_s)})")
-        if rule.age_s is not None:
-            parts.append(f"written {ago(age)} ago (age = {span(rule.age_s)})")
-        if rule.uses_below is not None:
-            parts.append(f"used {uses} times (uses_below = {rule.uses_below})")
+        if rule.after_s is not None:
+            parts.append(f"written {ago(age)} ago (after = {span(rule.after_s)})")
         return ", ".join(parts) or f"belongs in {rule.to}"
 
     none = np.zeros(len(rows), np.int64)
-    unused = none if rule.idle_s is None else hours(_unused_s(index, rule, rows))
-    age = none if rule.age_s is None else hours(index.age_s[rows])
-    n_uses = none if rule.uses_below is None else index.snapshot.uses[rows]
-    is_by_mtime = np.isposinf(index.snapshot.uses_tracked_since_s[rows]) & (rule.idle_by == "mtime")
-    return format_reasons(words, unused, age, n_uses, is_by_mtime)
+    unused = none if rule.idle_s is None else hours(_unused_s(index, rows))
+    return format_reasons(words, unused, none if rule.after_s is None else hours(index.age_s[rows]))
 
 
 def _deletes(index: SnapshotIndex, rule: Rule, number: int, rows: Rows, named: Flags | None = None) -> MoveColumns:

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.keep import Flags, Rows, from_end
 from tiercache.tier.costs import leaves_and_streams
-from tiercache.tier.model import CHECKPOINT, KINDS, READABLE, RESTORED
+from tiercache.tier.model import CHECKPOINT, READABLE, RESTORED
 from tiercache.tier.text_columns import first_match
 
 if TYPE_CHECKING:
     from tiercache.prices import Prices
     from tiercache.tier.model import Snapshot
-    from tiercache.tier.rules import Rule, RuleFile
+    from tiercache.tier.rules import RuleFile
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +36,6 @@ class SnapshotIndex:
     newest: Flags  # [n_groups], see find_newest()
     age_s: NDArray[np.float64]  # [n_groups], seconds since the group was written
     unused_s: NDArray[np.float64]  # [n_groups], since its last use, or since it was written if that is later
-    group_bytes: NDArray[np.int64]  # [n_groups], size of the largest copy
     same_url: Flags  # [n_tiers, n_tiers]: a move between the tiers changes the storage class
     leaves: Flags  # [n_tiers, n_tiers], whether a copy between the tiers leaves the provider's region
     streams: Flags  # [n_tiers, n_tiers], whether it passes through this machine; otherwise the store copies objects
@@ -77,7 +75,6 @@ class SnapshotIndex:
             newest=find_newest(snapshot),
             age_s=snapshot.now_s - snapshot.created_s,
             unused_s=snapshot.now_s - np.maximum(snapshot.last_use_s, snapshot.created_s),
-            group_bytes=largest_copies(snapshot),
             same_url=routes[:, :, 0],
             leaves=routes[:, :, 1],
             streams=routes[:, :, 2],
@@ -98,25 +95,8 @@ class SnapshotIndex:
 
 
 def rules_of(snapshot: Snapshot, file: RuleFile) -> NDArray[np.int16]:
-    """Return the number of the first rule whose globs and kind match each group; -1: none. int16[n_groups]."""
-    found = np.full(snapshot.n_groups, -1, np.int16)
-    for number, kind in enumerate(KINDS):
-        of_kind = snapshot.kind == number
-        rules = [i for i, rule in enumerate(file.rules) if rule.kind in (None, kind)]
-        globs = [(file.rules[i].match, file.rules[i].exclude) for i in rules]
-        hits = first_match(snapshot.paths.filter(pa.array(of_kind)), globs)
-        found[of_kind] = np.append(rules, -1).astype(np.int16)[hits]
-    return found
-
-
-def fits_size(rule: Rule, n_bytes: NDArray[np.int64]) -> Flags:
-    """Return whether groups of these sizes satisfy larger_than and smaller_than of a rule; bool[n]."""
-    fits = np.ones(len(n_bytes), np.bool_)
-    if rule.larger_than_bytes is not None:
-        fits &= n_bytes > rule.larger_than_bytes
-    if rule.smaller_than_bytes is not None:
-        fits &= n_bytes < rule.smaller_than_bytes
-    return fits
+    """Return the number of the first rule whose globs match each group; -1: none. int16[n_groups]."""
+    return first_match(snapshot.paths, [(rule.match, rule.exclude) for rule in file.rules])
 
 
 def largest_copies(snapshot: Snapshot) -> NDArray[np.int64]:

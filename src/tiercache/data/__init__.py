@@ -1,1 +1,0 @@
-"""Data sets: an open version, the records of views and joined data sets, and how their columns are served."""
