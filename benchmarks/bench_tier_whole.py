@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 from bench_tier_plan import DAY_S, NOW_S, TIERS
 from cases import Bench, asked, mib, peak_bytes
 from rows import spread
-from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.cli.open_tiers import OpenTiers
 from tiercache.cli.output import Output
 from tiercache.cli.tier_verbs import plan_facts, plan_text, plan_tiers, print_plan
@@ -35,6 +34,7 @@ from tiercache.model import ObjectInfo
 from tiercache.prices import prices_if_known
 from tiercache.store import MemoryStore
 from tiercache.tier.inventory.listing import list_tiers
+from tiercache.tier.journal import CatalogEntry, TierCatalog
 from tiercache.tier.plan.plan_file import write_plan
 from tiercache.tier.rules import Rule, RuleFile, Tier
 from tiercache.tier.stores import Stores

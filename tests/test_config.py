@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tiercache import config
-from tiercache.cache.evict.policy import POLICIES
+from tiercache.cache.policy import POLICIES
 
 
 @pytest.fixture(autouse=True)

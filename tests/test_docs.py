@@ -66,3 +66,15 @@ def test_every_page_that_the_source_names_exists():
     sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "csrc").glob("*.[ch]")]
     named = {page for path in sources for page in re.findall(r"docs/[\w/-]+\.md", path.read_text())}
     assert {page for page in named if not (ROOT / page).exists()} == set()
+
+
+def test_every_name_in_the_call_chains_of_the_architecture_exists():
+    source = ROOT / "src" / "tiercache"
+    missing = []
+    for file, name in re.findall(r"`([\w/]+\.pyx?):([\w.]+)`", (ROOT / "docs" / "architecture.md").read_text()):
+        text = (source / file).read_text() if (source / file).exists() else ""
+        owner, _, attribute = name.rpartition(".")
+        found = re.search(rf"^ *(?:cdef |async )?(?:def|class) {attribute}\b", text, re.M)
+        if not found or (owner and not re.search(rf"^(?:cdef )?class {owner}\b", text, re.M)):
+            missing.append(f"{file}:{name}")
+    assert missing == []

@@ -137,7 +137,6 @@ def test_a_data_set_shows_its_users_no_internals():
         tiercache.Writer,
         tiercache.DecodeImage,
         tiercache.NumpyLoader,
-        tiercache.Dataset.iter_numpy,
         tiercache.Dataset.split,
         tiercache.Dataset.shuffle,
         tiercache.Dataset.class_counts,

@@ -21,7 +21,8 @@ _TORCH_HOMES = (
     "demo/train.py",
     "demo/killed.py",
     "rng.py",
-)  # rng.py: on first use of a torch.Generator
+    "data/output_spec.py",
+)  # rng.py: on first use of a torch.Generator; output_spec.py: for the layout "nested"
 HOMES = {
     "obstore": ("store/obstore.py",),
     "fsspec": ("store/fsspec.py", "integrations/fsspec.py", "integrations/fsspec_moved.py"),

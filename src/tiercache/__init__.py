@@ -30,25 +30,24 @@ if TYPE_CHECKING:
     from tiercache.cache import Cache
     from tiercache.checkpoint.checkpoints import Checkpoints
     from tiercache.checkpoint.weights import open_weights
-    from tiercache.combinations import mix, zip_columns
-    from tiercache.dataset import Dataset, concat
-    from tiercache.description import describe
+    from tiercache.data.combinations import mix, zip_columns
+    from tiercache.data.dataset import Dataset, concat
+    from tiercache.data.description import describe
+    from tiercache.data.output_spec import Buffer, Padded
+    from tiercache.data.packing import FillInMiddle
+    from tiercache.data.sequences import pack_sequences
     from tiercache.images.options import DecodeImage
     from tiercache.keep import Keep
     from tiercache.load.collate import collate
     from tiercache.load.loader import DataLoader
-    from tiercache.load.mixup import CutMix, MixUp
     from tiercache.load.numpy_loader import NumpyLoader
     from tiercache.load.options import LoaderOptions
-    from tiercache.load.output_spec import Buffer, Padded
     from tiercache.pack import pack
     from tiercache.rng import rng
-    from tiercache.sequences import pack_sequences
     from tiercache.shard.schema import Image, Ragged, Tensor
     from tiercache.shard.versions.manifest import Version
     from tiercache.shard.write.dataset_writer import Writer
-    from tiercache.tier.placement.locations import locate
-    from tiercache.views.packing import FillInMiddle
+    from tiercache.store.placement.locations import locate
 
 __all__ = [
     "ArchivedShards",
@@ -59,7 +58,6 @@ __all__ = [
     "CommitConflict",
     "CorruptCheckpoint",
     "CorruptShard",
-    "CutMix",
     "DataLoader",
     "Dataset",
     "DecodeImage",
@@ -67,7 +65,6 @@ __all__ = [
     "Image",
     "Keep",
     "LoaderOptions",
-    "MixUp",
     "NotFound",
     "NumpyLoader",
     "ObjectChanged",
@@ -94,34 +91,32 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Buffer": "tiercache.load.output_spec",
+    "Buffer": "tiercache.data.output_spec",
     "Cache": "tiercache.cache",
     "Checkpoints": "tiercache.checkpoint.checkpoints",
-    "CutMix": "tiercache.load.mixup",
     "DataLoader": "tiercache.load.loader",
-    "Dataset": "tiercache.dataset",
+    "Dataset": "tiercache.data.dataset",
     "DecodeImage": "tiercache.images.options",
-    "FillInMiddle": "tiercache.views.packing",
+    "FillInMiddle": "tiercache.data.packing",
     "Image": "tiercache.shard.schema",
     "Keep": "tiercache.keep",
     "LoaderOptions": "tiercache.load.options",
     "NumpyLoader": "tiercache.load.numpy_loader",
-    "MixUp": "tiercache.load.mixup",
-    "Padded": "tiercache.load.output_spec",
+    "Padded": "tiercache.data.output_spec",
     "Ragged": "tiercache.shard.schema",
     "Tensor": "tiercache.shard.schema",
     "Version": "tiercache.shard.versions.manifest",
     "Writer": "tiercache.shard.write.dataset_writer",
     "collate": "tiercache.load.collate",
-    "concat": "tiercache.dataset",
-    "describe": "tiercache.description",
-    "locate": "tiercache.tier.placement.locations",
-    "mix": "tiercache.combinations",
+    "concat": "tiercache.data.dataset",
+    "describe": "tiercache.data.description",
+    "locate": "tiercache.store.placement.locations",
+    "mix": "tiercache.data.combinations",
     "open_weights": "tiercache.checkpoint.weights",
     "pack": "tiercache.pack",
-    "pack_sequences": "tiercache.sequences",
+    "pack_sequences": "tiercache.data.sequences",
     "rng": "tiercache.rng",
-    "zip_columns": "tiercache.combinations",
+    "zip_columns": "tiercache.data.combinations",
 }
 # Functions that have the names of the modules that define them.
 _OF_MODULES = ("pack", "rng")

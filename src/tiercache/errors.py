@@ -273,16 +273,14 @@ class ArchivedShards(TierCacheError):
     """Shards are in archive storage and must be restored before they can be read.
 
     A data set with archived shards raises this exception when it is opened, or when such a shard is read that was
-    archived later. `tiercache restore` restores the shards; read them again after it has ended.
+    archived later. `tiercache tier get` restores the shards; read them again after it has ended.
 
     Args:
         message: What happened and what to do.
         names: Names of the shards.
         url: URL of the data set, without credentials.
         n_bytes: Bytes of the shards; 0 if unknown.
-        cost: Price of the restore in dollars; None if unknown.
-        hours: Hours that the restore takes at most; None if unknown.
-        command: Command line that restores the shards; "" if unknown.
+        command: Command line that shows what the restore costs and how long it takes, and makes it; "" if unknown.
         details: Further facts for the library itself.
     """
 
@@ -295,8 +293,6 @@ class ArchivedShards(TierCacheError):
         names: Sequence[str],
         url: str = "",
         n_bytes: int = 0,
-        cost: float | None = None,
-        hours: float | None = None,
         command: str = "",
         **details: object,
     ) -> None:
@@ -304,8 +300,6 @@ class ArchivedShards(TierCacheError):
         self.names = tuple(names)
         self.url = url
         self.n_bytes = n_bytes
-        self.cost = cost
-        self.hours = hours
         self.command = command
 
 

@@ -60,7 +60,7 @@ class TestJax:
         return pytest.importorskip("jax")
 
     def test_arrays_on_the_device_keep_their_values_while_later_batches_are_read(self, path, jax):
-        loader = tc.Dataset(path).iter_numpy(16, shuffle=True, options=tc.LoaderOptions(seed=1))
+        loader = tc.NumpyLoader(tc.Dataset(path), 16, shuffle=True, options=tc.LoaderOptions(seed=1))
         kept = [jax.device_put({"x": b["x"], "id": b["id"], "half": b["half"]}) for b in loader]
         ids = np.concatenate([np.asarray(batch["id"]) for batch in kept])
         assert sorted(ids.tolist()) == list(range(N))
@@ -74,7 +74,7 @@ class TestJax:
         served = []
         for rank in range(2):  # as two processes would ask
             options = tc.LoaderOptions(seed=1, rank=rank, world_size=2)
-            served += [b["id"] for b in tc.Dataset(path).iter_numpy(10, shuffle=True, options=options)]
+            served += [b["id"] for b in tc.NumpyLoader(tc.Dataset(path), 10, shuffle=True, options=options)]
         assert sorted(np.concatenate(served).tolist()) == list(range(N))
 
 
@@ -84,7 +84,7 @@ class TestTfData:
         return pytest.importorskip("tensorflow")
 
     def test_batches_pass_through_a_generator(self, dataset, tf):
-        loader = dataset.iter_numpy(16, shuffle=True, drop_last=True)
+        loader = tc.NumpyLoader(dataset, 16, shuffle=True, drop_last=True)
         signature = {
             "x": tf.TensorSpec((16, 4), tf.float32),
             "id": tf.TensorSpec((16,), tf.int64),
@@ -104,11 +104,11 @@ class TestTfData:
 
     def test_a_pass_resumes_from_a_state(self, dataset, tf):
         options = tc.LoaderOptions(seed=2)
-        loader = dataset.iter_numpy(16, shuffle=True, options=options)
-        whole = [batch["id"].tolist() for batch in dataset.iter_numpy(16, shuffle=True, options=options)]
+        loader = tc.NumpyLoader(dataset, 16, shuffle=True, options=options)
+        whole = [batch["id"].tolist() for batch in tc.NumpyLoader(dataset, 16, shuffle=True, options=options)]
         iterator = iter(loader)
         next(iterator)
-        resumed = dataset.iter_numpy(16, shuffle=True, options=options)
+        resumed = tc.NumpyLoader(dataset, 16, shuffle=True, options=options)
         resumed.load_state_dict(loader.state_dict())
         signature = {"id": tf.TensorSpec((None,), tf.int64)}
         ids = ({"id": batch["id"]} for batch in resumed)

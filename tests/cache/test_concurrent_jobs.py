@@ -5,10 +5,10 @@ from contextlib import ExitStack, closing
 import numpy as np
 import pytest
 
-from tiercache.cache.evict import evictor
+from tiercache.cache import evictor
+from tiercache.cache.accounts import charge_bytes
 from tiercache.cache.names import name_of_identity
 from tiercache.cache.simulate import Trace, simulate
-from tiercache.catalog import charge_bytes
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.waiting import wait_for
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from tests.cache.conftest import open_below
 
-from tiercache.cache.fetch import fetch_runner, partial
-from tiercache.cache.fetch.partial import PartialCopy, hold_part, open_map
+from tiercache.cache import download, partial
 from tiercache.cache.folder import Folder
 from tiercache.cache.lease import CopyLease
+from tiercache.cache.partial import PartialCopy, hold_part, open_map
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.shard.memory import _Loan
@@ -157,7 +157,7 @@ def fetch_in_vain(world):
 
 
 def test_no_descriptor_stays_open_if_looking_for_a_copy_fails(world, monkeypatch):
-    monkeypatch.setattr(fetch_runner, "open_leased", refuse)
+    monkeypatch.setattr(download, "open_leased", refuse)
     fetch_in_vain(world)
 
 

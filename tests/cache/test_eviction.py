@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tiercache.cache.evict import evictor
+from tiercache.cache import evictor
+from tiercache.cache.accounts import charge_bytes
 from tiercache.cache.locks import NameLock
 from tiercache.cache.names import name_of_identity
 from tiercache.cache.simulate import Trace, simulate
-from tiercache.catalog import charge_bytes
 from tiercache.model import NEVER, ByteRange, ReadingPlan
 
 WHOLE = [ByteRange(0, 10_000)]

@@ -15,14 +15,13 @@ from tests.support.folder_check import Expected, FolderCheck
 from tests.support.stores import GateStore
 
 from tiercache.cache import cache as cache_module
+from tiercache.cache import download, owners, partial, session
 from tiercache.cache import folder as folder_module
 from tiercache.cache import locks as locks_module
-from tiercache.cache import owners, session
+from tiercache.cache.accounts import Accounts
 from tiercache.cache.disk import Breaker
-from tiercache.cache.fetch import fetch_runner, partial
 from tiercache.cache.folder import Folder
 from tiercache.cache.owners import Owners
-from tiercache.catalog import Accounts
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ReadingPlan
 from tiercache.waiting import wait_for
@@ -414,7 +413,7 @@ def test_without_hard_links_copies_are_renamed_into_place(world, monkeypatch):
 
 
 def test_a_busy_catalog_makes_reads_bypass_the_cache(world, monkeypatch):
-    from tiercache.catalog import database
+    from tiercache.store import database
 
     monkeypatch.setattr(database, "BUSY_S", 0.05)
     world.put("a")
@@ -429,7 +428,7 @@ def test_a_busy_catalog_makes_reads_bypass_the_cache(world, monkeypatch):
 
 
 def test_waits_for_other_processes_have_deadlines():
-    assert 0 < fetch_runner.LOCK_WAIT_S < 600
+    assert 0 < download.LOCK_WAIT_S < 600
     assert session.USES_PER_FLUSH > 1
 
 

@@ -8,10 +8,11 @@ import pytest
 from tests.support.faults import Fault, FaultStore
 from tests.support.stores import CountingStore, GateStore
 
-from tiercache.cache.evict.evictor import Evictor
-from tiercache.cache.fetch import fetch_runner, queue
-from tiercache.cache.fetch.partial import UnitWriter
+from tiercache.cache import download
+from tiercache.cache import fetch as queue
+from tiercache.cache.evictor import Evictor
 from tiercache.cache.locks import is_locked
+from tiercache.cache.partial import UnitWriter
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store.contract import WrapperStore
@@ -77,7 +78,7 @@ def test_a_fetch_uses_as_many_threads_as_the_system_allows(world, monkeypatch, n
                 given.append(self)
             super().start()
 
-    monkeypatch.setattr(fetch_runner, "Thread", Scarce)
+    monkeypatch.setattr(download, "Thread", Scarce)
     store = world.store(world.cache("100MB"))
     assert world.read(store, "a", identity) == world.data["a"]
     assert len(given) == n_given

@@ -12,7 +12,7 @@ from tiercache.cache import owners
 from tiercache.cache.disk import Breaker, disk_space, network_file_system
 from tiercache.cache.folder import Folder
 from tiercache.cache.owners import Owner, Owners
-from tiercache.catalog.database import start_time
+from tiercache.store.private_files import start_time
 
 # From Python 3.12 on: what these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")

@@ -13,7 +13,7 @@ from tests.support.folder_check import allocated_bytes
 from tests.support.stores import GateStore
 
 import tiercache as tc
-from tiercache.cache.fetch import partial
+from tiercache.cache import partial
 from tiercache.cache.names import name_of_identity
 from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ByteRange

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.cache.evict import policy as policy_module
-from tiercache.cache.evict.policy import (
+from tiercache.cache import policy as policy_module
+from tiercache.cache.policy import (
     POLICIES,
     UNPLANNED,
     CopyTable,

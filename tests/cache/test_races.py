@@ -10,9 +10,9 @@ from tests.cache.conftest import open_below
 from tests.support.faults import Fault, FaultStore
 from tests.support.stores import GateStore
 
-from tiercache.cache import Cache
-from tiercache.cache.fetch.partial import UnitMap
+from tiercache.cache import Cache, download
 from tiercache.cache.locks import NameLock
+from tiercache.cache.partial import UnitMap
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder
@@ -190,10 +190,9 @@ def test_a_lock_that_vanished_between_open_and_flock_is_not_taken(tmp_path, monk
 
 
 def test_a_fetch_continues_without_the_lock_if_its_holder_never_ends(world, monkeypatch):
-    from tiercache.cache.fetch import fetch_runner
     from tiercache.cache.names import name_of_identity
 
-    monkeypatch.setattr(fetch_runner, "LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(download, "LOCK_WAIT_S", 0.05)
     identity = world.put("a")
     cache = world.cache()
     stuck = NameLock(world.root / "cache" / "locks" / name_of_identity(identity))

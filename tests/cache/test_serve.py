@@ -472,7 +472,7 @@ def test_shuffled_epochs_come_from_peers_too(machines, origin, objects):
             machine.open_cache(peers=urls) as cache,
             closing(tc.Dataset(f"{origin.url}/ds", cache=cache, columns=["id"])) as labels,
         ):
-            batches = labels.iter_numpy(64, shuffle=True, options=tc.LoaderOptions(seed=1))
+            batches = tc.NumpyLoader(labels, 64, shuffle=True, options=tc.LoaderOptions(seed=1))
             assert sorted(number for batch in batches for number in batch["id"].tolist()) == list(range(len(labels)))
             assert cache.stats()["peer_bytes"] > 0
     assert origin.n_bytes_sent <= 1.05 * sum(map(len, objects.values()))

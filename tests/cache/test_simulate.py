@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tiercache.cache import simulate as simulate_module
-from tiercache.cache.evict.policy import POLICIES, UNPLANNED, CopyTable, SpaceRequest, lru, plan, s3fifo
+from tiercache.cache.accounts import GHOSTS_SHARE
+from tiercache.cache.policy import POLICIES, UNPLANNED, CopyTable, SpaceRequest, lru, plan, s3fifo
 from tiercache.cache.simulate import Trace, Tracer, bound, next_positions, read_trace, simulate, trace_of_plans
-from tiercache.catalog import GHOSTS_SHARE
 from tiercache.model import NEVER, ReadingPlan
 
 # -- another simulator -------------------------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ import pytest
 from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
+from tiercache.cache import evictor as evictor_module
 from tiercache.cache import session as opened_module
+from tiercache.cache.accounts import Accounts
 from tiercache.cache.disk import DiskSpace
-from tiercache.cache.evict import evictor as evictor_module
-from tiercache.cache.evict.policy import POLICIES
 from tiercache.cache.locks import NameLock
-from tiercache.catalog import Accounts
+from tiercache.cache.policy import POLICIES
 from tiercache.errors import CacheFull
 from tiercache.model import ByteRange
 from tiercache.waiting import wait_for

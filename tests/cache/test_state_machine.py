@@ -18,9 +18,9 @@ from hypothesis.stateful import (
 from tests.cache.state_machine_world import KEYS, LIMITS, SIZES, MachineWorld, random_bytes
 from tests.support.clock import JumpingClock
 
-from tiercache.cache.evict.policy import POLICIES
-from tiercache.cache.fetch import fetch_runner
+from tiercache.cache import download
 from tiercache.cache.names import name_of_identity
+from tiercache.cache.policy import POLICIES
 from tiercache.errors import CacheFull, NotFound, TierCacheError
 from tiercache.model import ByteRange
 
@@ -249,10 +249,10 @@ def refuse(fd, operation):
 
 
 def test_locks_that_are_never_free_only_delay_reads(world, monkeypatch):
-    monkeypatch.setattr(fetch_runner, "LOCK_WAIT_S", 0.05)
-    monkeypatch.setattr(fetch_runner, "SLOWEST_BYTES_S", 1e12)
-    monkeypatch.setattr("tiercache.cache.evict.evictor.SPACE_WAIT_S", 0.05)
-    monkeypatch.setattr("tiercache.catalog.database.BUSY_S", 0.05)
+    monkeypatch.setattr(download, "LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(download, "SLOWEST_BYTES_S", 1e12)
+    monkeypatch.setattr("tiercache.cache.evictor.SPACE_WAIT_S", 0.05)
+    monkeypatch.setattr("tiercache.store.database.BUSY_S", 0.05)
     monkeypatch.setattr(fcntl, "flock", refuse)
     cache = world.cache("40KB", policy="lru")
     store = world.store(cache)

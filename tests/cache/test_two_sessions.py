@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tiercache._native.checksum import crc32c
-from tiercache.cache import Cache
-from tiercache.cache.evict import evictor
-from tiercache.cache.evict.policy import POLICIES
+from tiercache.cache import Cache, evictor
+from tiercache.cache.policy import POLICIES
 from tiercache.errors import CacheFull
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import MemoryStore

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tiercache._native.checksum import crc32c
-from tiercache.cache.fetch import partial
-from tiercache.cache.fetch import partial as partial_module
-from tiercache.cache.fetch.partial import PartialCopy, UnitWriter, charge_of, hold_part, map_bytes
+from tiercache.cache import partial
+from tiercache.cache import partial as partial_module
 from tiercache.cache.folder import Folder
+from tiercache.cache.partial import PartialCopy, UnitWriter, charge_of, hold_part, map_bytes
 from tiercache.model import ByteRange
 
 UNIT = partial_module.UNIT_BYTES

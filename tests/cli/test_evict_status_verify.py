@@ -10,7 +10,7 @@ import pytest
 
 from tiercache.cache import Cache, Entry
 from tiercache.cli.cache_verbs import EvictLimits, by_data_set, least_recently_used, summary_of
-from tiercache.dataset import Dataset
+from tiercache.data.dataset import Dataset
 from tiercache.store import open_store
 
 

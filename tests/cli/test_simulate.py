@@ -20,7 +20,7 @@ from tiercache.cli.simulate import (
     simulate_case,
     training_reads,
 )
-from tiercache.dataset import Dataset
+from tiercache.data.dataset import Dataset
 
 N, SIZE = 40, 1000
 

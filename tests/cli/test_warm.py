@@ -10,7 +10,7 @@ import pytest
 
 from tiercache.cache import Cache
 from tiercache.cli.selection import Training, epoch_reads
-from tiercache.dataset import Dataset
+from tiercache.data.dataset import Dataset
 from tiercache.load.loader import DataLoader
 from tiercache.load.options import LoaderOptions
 from tiercache.model import ShardInfo

@@ -46,7 +46,7 @@ def serve_case(
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
-            make = dataset.iter_numpy if by_numpy else partial(tc.DataLoader, dataset)
+            make = partial(tc.NumpyLoader if by_numpy else tc.DataLoader, dataset)
             made = make(options=tc.LoaderOptions(**mine), **own_loader)
             if resumed is not None:
                 made.load_state_dict(resumed)

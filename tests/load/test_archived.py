@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,13 +13,9 @@ from tests.tier.moved import Moved, N, ServedStore, by_loader, by_record
 import tiercache as tc
 from tiercache.demo.s3_server import S3Server
 from tiercache.errors import ArchivedShards
-from tiercache.prices import FREE, price_table
 from tiercache.store import LocalFolder, MemoryStore
-from tiercache.tier.placement import log
-from tiercache.tier.placement.log import PlacementRow
-from tiercache.tier.restore import plan_restore
-from tiercache.tier.rules import RuleFile, Tier
-from tiercache.tier.stores import Stores
+from tiercache.store.placement import log
+from tiercache.store.placement.log import PlacementRow
 
 ALL = list(range(N))
 GONE = HttpFault("status", 403, body=b"<Error><Code>InvalidObjectState</Code><Message>archived</Message></Error>")
@@ -83,10 +78,8 @@ def test_the_first_iter_names_all_that_must_be_restored_first(world, path):
     infos = [info for info in world.moved.infos if info.name in gone]
     assert error.names == tuple(gone)
     assert error.n_bytes == sum(info.n_bytes for info in infos)
-    assert error.command == f"tiercache restore {world.moved.store.url} {' '.join(gone)} --wait"
+    assert error.command == f"tiercache tier get {' '.join(f'{world.moved.store.url}/{key}' for key in gone)} --wait"
     assert error.command in str(error)
-    assert error.hours > 0
-    assert error.cost > 0
     assert error.exit_code == 5
     assert pickle.loads(pickle.dumps(error)).names == tuple(gone)
     assert sorted(world.asked()) == [(key, "bytes=0-0") for key in gone]  # nothing of it was read yet
@@ -171,68 +164,7 @@ def test_the_message_names_some_of_many_archived_shards_and_the_error_all(world)
         )
     assert caught.value.names == tuple(names)
     assert "and 42 more" in str(caught.value)
-    assert caught.value.command == f"tiercache restore {world.moved.store.url} --wait"
-    assert caught.value.hours >= 12
-    dataset.close()
-
-
-def test_each_class_is_priced_by_its_own_row_of_the_table(world):
-    def asked() -> ArchivedShards:
-        dataset = world.dataset()
-        with pytest.raises(ArchivedShards) as caught:
-            iter(tc.DataLoader(dataset, batch_size=16))
-        dataset.close()
-        return caught.value
-
-    first, second, third = world.moved.keys[:3]
-    world.archive([first])
-    quick = asked()
-    world.archive([second], storage_class="DEEP_ARCHIVE")
-    both = asked()
-    _, table = price_table()
-    prices = table["aws:us-east-1:DEEP_ARCHIVE"]
-    deep = prices.restore["standard"]
-    n_gb = next(info.n_bytes for info in world.moved.infos if info.name == second) / 2**30
-    assert both.hours == deep.hours > quick.hours
-    restored = n_gb * (deep.gb + prices.standard_gb_month * 3 / 30) + deep.per_1000 / 1000
-    copied = n_gb * prices.egress_gb + prices.get_1000 / 1000  # to a local disk, in one part
-    assert both.cost == pytest.approx(quick.cost + restored + copied, rel=1e-9)
-    world.archive([third], storage_class="SOMETHING_ELSE")
-    assert (asked().hours, asked().cost) == (None, None)
-
-
-class Glacier(MemoryStore):
-    """A store whose objects are all in GLACIER."""
-
-    def head(self, key):
-        return replace(super().head(key), storage_class="GLACIER")
-
-
-def test_a_reader_is_told_the_same_cost_as_a_dry_run_of_the_restore(world, tmp_path):
-    gone = world.moved.keys[:2]
-    world.archive(gone)
-    dataset = world.dataset()
-    with pytest.raises(ArchivedShards) as caught:
-        iter(tc.DataLoader(dataset, batch_size=16))
-    dataset.close()
-    archive = Glacier(tmp_path.name, "glacier")
-    for info in world.moved.infos[:2]:
-        archive.put(info.name, bytes(info.n_bytes))
-    home = Tier(name="home", role="standard", url=world.moved.store.url)
-    tiers = home, Tier(name="cold", role="archive", url=f"{world.cold.url}/far", storage_class="GLACIER")
-    file = RuleFile(path=tmp_path / "tiers.toml", sha256="of the file", tiers=tiers)
-    stores = Stores(file, stores={"home": MemoryStore(tmp_path.name, "home"), "cold": archive}, s3_classes={})
-    plan = plan_restore(file, stores, gone, (FREE, price_table()[1]["aws:us-east-1:GLACIER"]))
-    assert plan.names == tuple(gone)
-    assert (caught.value.cost, caught.value.hours) == (pytest.approx(plan.cost, rel=1e-9), plan.hours)
-
-
-def test_a_class_without_a_known_price_is_named_without_one(world):
-    world.archive(world.moved.keys[:1], storage_class="FROZEN")
-    dataset = world.dataset()
-    with pytest.raises(ArchivedShards, match=r"must be restored first: tiercache restore") as caught:
-        iter(tc.DataLoader(dataset, batch_size=16))
-    assert (caught.value.cost, caught.value.hours) == (None, None)
+    assert caught.value.command == f"tiercache tier get {world.moved.store.url} --wait"
     dataset.close()
 
 

@@ -35,7 +35,6 @@ def verdict(wait_s: float, exposed_s: float | None = None, fetched: int = 0, **c
         ("copy", {"wait_s": 0.1, "exposed_s": 3.0, "decode_ns": 18e9}),
         ("decode", {"wait_s": 3.0, "exposed_s": 3.1, "decode_ns": 18e9}),
         ("consumer", {"wait_s": 3.0, "exposed_s": 0.0, "decode_ns": 18e9}),
-        ("consumer", {"wait_s": 0.0, "headspace_samples": 90.0, "headspace_s": 2.0}),
     ],
 )
 def test_the_bottleneck_begins_with_the_part_that_limits(word, given):
@@ -45,7 +44,3 @@ def test_the_bottleneck_begins_with_the_part_that_limits(word, given):
 def test_copies_to_the_device_are_told_from_copies_of_records():
     assert "copies to the device" in verdict(wait_s=0.1, exposed_s=3.0)
     assert "copy and check records" in verdict(wait_s=5.0, gather_ns=18e9)
-
-
-def test_headspace_gives_the_rate_of_the_training_loop():
-    assert "45 samples/s" in verdict(wait_s=0.0, headspace_samples=90.0, headspace_s=2.0)

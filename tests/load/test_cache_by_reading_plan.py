@@ -19,12 +19,12 @@ from tests.cache.conftest import open_below
 from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
-from tiercache.cache.evict.reading_plans import ReadingPlans
+from tiercache.cache.reading_plans import ReadingPlans
+from tiercache.data.opened_version import OpenedVersion
 from tiercache.load import reading_plan
 from tiercache.load.epoch import NextEpoch
 from tiercache.load.reading_plan import ReadingPlanPublisher
 from tiercache.model import NEVER, ReadingPlan
-from tiercache.opened_version import OpenedVersion
 from tiercache.shard.read.shard_reader import ReleasingPlan
 
 N, WORDS = 1536, 1536  # records of 15 KiB, in blocks that are further apart than requests are joined
@@ -384,7 +384,7 @@ def test_closing_the_cache_during_planning_leaves_no_plan(server, packed, tmp_pa
 
     monkeypatch.setattr(NextEpoch, "prepare", prepare_late)
     monkeypatch.setattr(ReadingPlans, "uses", ask_late)
-    monkeypatch.setattr("tiercache.cache.fetch.queue.JOIN_S", 0.1)  # a fetch may wait for the room that it asks for
+    monkeypatch.setattr("tiercache.cache.fetch.JOIN_S", 0.1)  # a fetch may wait for the room that it asks for
     with too_small(tmp_path, packed) as cache:
         dataset, loader = read_dealt_anew(server, cache)
         assert asked.wait(60)

@@ -11,7 +11,7 @@ import pytest
 from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
-from tiercache import opened_version
+from tiercache.data import opened_version
 from tiercache.load.planner import SHARDS_AHEAD
 from tiercache.shard.versions.manifest import latest, read_shards
 from tiercache.store import LocalFolder, MemoryStore

@@ -18,8 +18,8 @@ from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
+from tiercache.data.opened_version import DatasetLocation, OpenedVersion
 from tiercache.load import prefetch
-from tiercache.opened_version import DatasetLocation, OpenedVersion
 
 N = 600
 OPTIONS = tc.LoaderOptions(seed=3, memory_bytes=1)  # two batches ahead, no more

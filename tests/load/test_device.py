@@ -728,8 +728,6 @@ def test_torchs_path_refuses_a_device(make_dataset, eager):
         tc.DataLoader(dataset, 4, collate_fn=list, options=options)
     with pytest.raises(ValueError, match=r"serves your own samplers and mixtures.*or give a known sampler"):
         tc.DataLoader(dataset, batch_sampler=[[1, 2], [3]], options=options)
-    with pytest.raises(ValueError, match="headspace=True applies only"):
-        tc.DataLoader(dataset, 4, collate_fn=list, options=tc.LoaderOptions(headspace=True))
 
 
 def test_pin_memory_is_allowed_and_adds_no_copy(make_dataset, eager):
@@ -764,32 +762,6 @@ def test_stats_tell_the_exposed_wait_and_the_slowest_rank(make_dataset, eager):
         assert exposed["slowest_rank"] == {"rank": 0, **{key: exposed[key] for key in ("total", "mean", "p99")}}
         words = ("store", "disk", "plan", "decode", "transform", "copy", "consumer")
         assert stats["bottleneck"].split()[0] in words
-        assert stats["headspace"] is None
-
-
-@pytest.mark.parametrize("device", [None, FAKE])
-def test_headspace_serves_the_first_batch_as_every_batch(make_dataset, eager, device):
-    path = make_dataset(N)
-    first = next(iter(loader_of(path, device=None)))["id"].tolist()
-    loader = loader_of(path, device=device, headspace=True)
-    assert ids_of(loader) == [first] * 26
-    stats = loader.stats()
-    assert stats["batches"] == 26
-    assert stats["samples"] == 26 * 8
-    assert stats["headspace"]["samples_per_s"] > 0
-    assert stats["bottleneck"].startswith("consumer (headspace=True")
-    assert sum(loader._native._waits.bins) == 26
-
-
-def test_headspace_has_the_length_of_an_epoch_and_ends_early_too(make_dataset):
-    loader = loader_of(make_dataset(N), device=None, headspace=True)
-    iterator = iter(loader)
-    for _ in range(3):
-        next(iterator)
-    assert loader.stats()["batches"] == 3
-    iterator.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        next(iterator)
 
 
 def test_a_pickled_loader_serves_its_device(make_dataset, eager):

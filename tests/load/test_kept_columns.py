@@ -91,7 +91,7 @@ def test_kept_labels_hold_their_own_bytes(path, way):
 
 def test_kept_labels_of_numpy_batches_hold_their_own_bytes(path):
     before = held()
-    labels = kept_of(tc.Dataset(path).iter_numpy(ROWS), "label")
+    labels = kept_of(tc.NumpyLoader(tc.Dataset(path), ROWS), "label")
     assert held() - before == 8 * N
     assert np.concatenate(labels).tolist() == list(range(N))
     labels[0][:] = 0  # it is the user's own
@@ -104,7 +104,7 @@ def test_kept_labels_of_numpy_batches_hold_their_own_bytes(path):
 def test_kept_values_of_varying_length_hold_their_own_bytes(path, layout, library):
     before = held()
     dataset = tc.Dataset(path, layouts={"boxes": layout})
-    batches = tc.DataLoader(dataset, ROWS) if library == "torch" else dataset.iter_numpy(ROWS)
+    batches = tc.DataLoader(dataset, ROWS) if library == "torch" else tc.NumpyLoader(dataset, ROWS)
     kept = [(batch["boxes"], batch.get("boxes.lengths")) for batch in batches]
     for number, (boxes, _lengths) in enumerate(kept):
         for row, value in enumerate(boxes):

@@ -11,7 +11,6 @@ from tiercache.load.prefetch import (
     count_near,
     plan_load_tasks,
     plan_steps,
-    share_of_huge_pages,
     task_bytes,
 )
 from tiercache.order import Window
@@ -96,14 +95,6 @@ def test_pages_are_the_same_in_whatever_order_the_ranges_come(drawn, random):
     starts, n_bytes = _ranges_of(drawn)
     turn = random.sample(range(len(drawn)), len(drawn))
     assert np.array_equal(merge_pages(starts[turn], n_bytes[turn]), merge_pages(starts, n_bytes))
-
-
-@given(ranges)
-def test_the_share_of_huge_pages_counts_each_of_them_once(drawn):
-    pages = merge_pages(*_ranges_of(drawn))
-    huge = {page for at, n in pages.tolist() for page in range(at >> 21, ((at + n - 1) >> 21) + 1)}
-    if len(pages):
-        assert share_of_huge_pages(pages) == (len(huge) << 21) / sum(n for _, n in pages.tolist())
 
 
 def _ranges_of(drawn: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:

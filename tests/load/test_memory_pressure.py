@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tests.load.conftest import ids_of
 
 import tiercache as tc
+from tiercache.data.opened_version import OpenedVersion
 from tiercache.load.prefetch import MemoryPressure
-from tiercache.opened_version import OpenedVersion
 
 
 def limited(monkeypatch, limit_bytes):

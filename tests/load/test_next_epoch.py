@@ -17,10 +17,10 @@ from tests.load.conftest import N_REMOTE as N
 from tests.load.conftest import SCHEMA, check_batch, ids_of, join_loading, make_columns
 
 import tiercache as tc
+from tiercache.data.opened_version import OpenedVersion
 from tiercache.load.epoch import NextEpoch, plan_epoch
 from tiercache.load.prefetch import loading_pool
 from tiercache.load.state import RunState
-from tiercache.opened_version import OpenedVersion
 
 SOURCE = SimpleNamespace(has_cache=False, selects_all=True, can_prefetch=False, sends_requests=False)
 OPTIONS = {"seed": 2, "shuffle_window_bytes": "2KiB", "shuffle_group_bytes": "9KiB"}

@@ -1,4 +1,4 @@
-"""Dataset.iter_numpy(): the batches, the order, the ranks and the states of the DataLoader, without torch."""
+"""tc.NumpyLoader: the batches, the order, the ranks and the states of the DataLoader, without torch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_batches_equal_those_of_the_data_loader(make_dataset, options):
     dataset = tc.Dataset(make_dataset(N), **options)
     asked = tc.LoaderOptions(seed=SEED)
     expected = tc.DataLoader(dataset, 16, shuffle=True, options=asked)
-    loader = dataset.iter_numpy(16, shuffle=True, options=asked)
+    loader = tc.NumpyLoader(dataset, 16, shuffle=True, options=asked)
     for _ in range(2):  # epochs
         assert [plain(batch) for batch in loader] == [plain(batch) for batch in expected]
     assert loader.stats()["samples"] == 2 * N
@@ -85,17 +85,17 @@ def test_columns_of_other_types_equal_those_of_the_data_loader(tmp_path):
         writer.write_batch({name: columns[name] for name in schema})
     for layouts in ({}, {"grid": "buffer", "free": "buffer"}, {"grid": "padded", "free": "padded"}):
         dataset = tc.Dataset(tmp_path / "data", layouts=layouts)
-        assert [plain(b) for b in dataset.iter_numpy(8)] == [plain(b) for b in tc.DataLoader(dataset, 8)]
+        assert [plain(b) for b in tc.NumpyLoader(dataset, 8)] == [plain(b) for b in tc.DataLoader(dataset, 8)]
 
 
 def test_every_kind_of_array_is_numpys_and_may_be_written_to(make_dataset):
     layouts = {"boxes": "padded", "blob": "buffer"}
-    for batch in tc.Dataset(make_dataset(N), layouts=layouts).iter_numpy(16):
+    for batch in tc.NumpyLoader(tc.Dataset(make_dataset(N), layouts=layouts), 16):
         arrays = [v for v in batch.values() if not isinstance(v, list | tc.Buffer)]
         arrays += [batch["blob"].values, batch["blob"].offsets]
         assert all(type(array) is np.ndarray and array.flags.writeable for array in arrays)
         assert type(batch) is dict
-    for batch in tc.Dataset(make_dataset(N, "lists")).iter_numpy(16):
+    for batch in tc.NumpyLoader(tc.Dataset(make_dataset(N, "lists")), 16):
         assert check_batch(batch)
         assert all(type(box) is np.ndarray and box.flags.writeable for box in batch["boxes"])
 
@@ -107,7 +107,7 @@ def test_each_rank_is_served_what_the_data_loader_serves_it(make_dataset, world_
     served = []
     for rank in range(world_size):
         asked = tc.LoaderOptions(seed=SEED, rank=rank, world_size=world_size)
-        loader = dataset.iter_numpy(8, shuffle=True, drop_last=drop_last, options=asked)
+        loader = tc.NumpyLoader(dataset, 8, shuffle=True, drop_last=drop_last, options=asked)
         served.append(numbers_of(loader))
         assert served[-1] == numbers_of(tc.DataLoader(dataset, 8, True, drop_last=drop_last, options=asked))
         assert len(loader) == len(served[-1])
@@ -121,7 +121,7 @@ def test_a_state_of_either_loader_resumes_in_the_other_at_every_step(make_datase
     dataset = tc.Dataset(make_dataset(40))
 
     def numpys():
-        return dataset.iter_numpy(8, shuffle=shuffle, options=tc.LoaderOptions(seed=SEED))
+        return tc.NumpyLoader(dataset, 8, shuffle=shuffle, options=tc.LoaderOptions(seed=SEED))
 
     def torchs():
         return tc.DataLoader(dataset, 8, shuffle=shuffle, options=tc.LoaderOptions(seed=SEED))
@@ -147,7 +147,7 @@ def test_a_run_of_the_data_loader_without_a_seed_resumes(make_dataset):
     loader = tc.DataLoader(dataset, 8, shuffle=True)
     iterator = iter(loader)
     next(iterator)
-    resumed = dataset.iter_numpy(8, shuffle=True)
+    resumed = tc.NumpyLoader(dataset, 8, shuffle=True)
     resumed.load_state_dict(loader.state_dict())
     rest = numbers_of(iterator)
     assert numbers_of(resumed) == rest
@@ -159,17 +159,17 @@ def test_without_a_seed_a_run_draws_one_from_numpys_generator(make_dataset):
     runs = []
     for _ in range(2):
         np.random.seed(3)
-        loader = dataset.iter_numpy(8, shuffle=True)
+        loader = tc.NumpyLoader(dataset, 8, shuffle=True)
         runs.append([numbers_of(loader), numbers_of(loader)])
     assert runs[0] == runs[1]
     assert runs[0][0] != runs[0][1]
-    assert numbers_of(dataset.iter_numpy(8, shuffle=True)) != runs[0][0]
+    assert numbers_of(tc.NumpyLoader(dataset, 8, shuffle=True)) != runs[0][0]
 
 
 def test_set_epoch_and_pickling_keep_the_position(make_dataset):
     dataset = tc.Dataset(make_dataset(40))
     options = tc.LoaderOptions(seed=SEED)
-    loader = dataset.iter_numpy(8, shuffle=True, options=options)
+    loader = tc.NumpyLoader(dataset, 8, shuffle=True, options=options)
     epochs = [numbers_of(loader) for _ in range(3)]
     loader.set_epoch(1)
     iterator = iter(loader)
@@ -177,7 +177,7 @@ def test_set_epoch_and_pickling_keep_the_position(make_dataset):
     copy = pickle.loads(pickle.dumps(loader))
     assert numbers_of(iterator) == numbers_of(copy) == epochs[1][1:]
     assert numbers_of(copy) == epochs[2]
-    assert numbers_of(pickle.loads(pickle.dumps(dataset.iter_numpy(8)))) == numbers_of(dataset.iter_numpy(8))
+    assert numbers_of(pickle.loads(pickle.dumps(tc.NumpyLoader(dataset, 8)))) == numbers_of(tc.NumpyLoader(dataset, 8))
 
 
 def test_views_mixtures_and_tuples_are_served(make_dataset):
@@ -187,21 +187,21 @@ def test_views_mixtures_and_tuples_are_served(make_dataset):
     for view in (dataset.skip(3).take(50), dataset.select([5, 3, 3]), dataset + dataset.take(3), mixed):
         for shuffle in (False, True):
             expected = tc.DataLoader(view, 8, shuffle=shuffle, options=options)
-            assert numbers_of(view.iter_numpy(8, shuffle=shuffle, options=options)) == numbers_of(expected)
-    first = next(iter(dataset.as_tuple("id", "tokens").iter_numpy(8)))
+            assert numbers_of(tc.NumpyLoader(view, 8, shuffle=shuffle, options=options)) == numbers_of(expected)
+    first = next(iter(tc.NumpyLoader(dataset.as_tuple("id", "tokens"), 8)))
     assert [type(entry) for entry in first] == [np.ndarray, np.ndarray]
 
 
 def test_batches_that_are_kept_keep_their_values_and_their_memory_returns(make_dataset):
     dataset, before = tc.Dataset(make_dataset(N)), held_bytes()
-    kept = list(dataset.iter_numpy(8))
+    kept = list(tc.NumpyLoader(dataset, 8))
     assert ids_of(kept) == [list(range(i, min(i + 8, N))) for i in range(0, N, 8)]
     part = kept[3]["tokens"][2:4, 1:]
     expected = part.copy()
     del kept
     gc.collect()
     assert held_bytes() > before
-    assert numbers_of(dataset.iter_numpy(8))  # would write to the memory if it were free
+    assert numbers_of(tc.NumpyLoader(dataset, 8))  # would write to the memory if it were free
     assert np.array_equal(part, expected)
     del part
     gc.collect()
@@ -209,7 +209,7 @@ def test_batches_that_are_kept_keep_their_values_and_their_memory_returns(make_d
 
 
 def test_leaving_a_loop_early_ends_the_threads(make_dataset):
-    for batch in tc.Dataset(make_dataset(N)).iter_numpy(8, shuffle=True):
+    for batch in tc.NumpyLoader(tc.Dataset(make_dataset(N)), 8, shuffle=True):
         assert len(batch["id"]) == 8
         break  # the fixture no_leaks fails on a thread that is left
 
@@ -223,7 +223,7 @@ class TestDecoding:
     def test_images_equal_those_of_the_data_loader(self, path, decode):
         dataset, options = tc.Dataset(path, decode={"image": decode}), tc.LoaderOptions(seed=SEED)
         expected = tc.DataLoader(dataset, 8, shuffle=True, options=options)
-        for one, other in zip(dataset.iter_numpy(8, shuffle=True, options=options), expected, strict=True):
+        for one, other in zip(tc.NumpyLoader(dataset, 8, shuffle=True, options=options), expected, strict=True):
             assert one["id"].tolist() == other["id"].tolist()
             assert all(type(image) is np.ndarray for image in one["image"])
             assert all(np.array_equal(a, b.numpy()) for a, b in zip(one["image"], other["image"], strict=True))
@@ -231,7 +231,7 @@ class TestDecoding:
 
     def test_the_memory_of_images_is_lent_until_the_last_view_of_it_goes(self, path):
         before = lent_bytes()
-        loader = tc.Dataset(path, decode={"image": tc.DecodeImage(8)}).iter_numpy(8)
+        loader = tc.NumpyLoader(tc.Dataset(path, decode={"image": tc.DecodeImage(8)}), 8)
         kept = [batch["image"] for batch in loader]
         assert len({array.__array_interface__["data"][0] for array in kept}) == len(kept)
         view = kept[0][2:3, :, 1:]
@@ -248,9 +248,9 @@ class TestDecoding:
         columns["image"][5] = b"\xff\xd8\xff no image"
         dataset = tc.Dataset(write(tmp_path / "corrupt", columns), decode={"image": tc.DecodeImage(8)})
         with pytest.raises(tc.CorruptShard, match="record 5"):
-            list(dataset.iter_numpy(8))
+            list(tc.NumpyLoader(dataset, 8))
         options = tc.LoaderOptions(on_corrupt="previous")
-        loader = dataset.iter_numpy(8, options=options)
+        loader = tc.NumpyLoader(dataset, 8, options=options)
         served = list(loader)
         assert served[0]["id"].tolist() == [0, 1, 2, 3, 4, 4, 6, 7]
         assert loader.stats()["skipped"] == 1
@@ -270,24 +270,28 @@ class TestBfloat16:
     def test_it_needs_ml_dtypes(self, dataset, monkeypatch):
         monkeypatch.setitem(sys.modules, "ml_dtypes", None)
         with pytest.raises(tc.SchemaError, match=r"column 'x'.*install ml_dtypes"):
-            dataset.iter_numpy(2)
+            tc.NumpyLoader(dataset, 2)
 
     def test_it_is_served_in_the_dtype_of_ml_dtypes(self, dataset, monkeypatch):
         stand_in = types.SimpleNamespace(bfloat16=np.uint16)  # the development environment has no ml_dtypes
         monkeypatch.setitem(sys.modules, "ml_dtypes", stand_in)
-        (batch,) = dataset.iter_numpy(3)
+        (batch,) = tc.NumpyLoader(dataset, 3)
         assert batch["x"].tolist() == [0x3F00, 0x3F80, 0xC000]
 
 
 @pytest.mark.parametrize(
     ("make", "error", "said"),
     [
-        (lambda path: tc.Dataset(path, transform=len).iter_numpy(2), ValueError, "transform"),
-        (lambda path: tc.Dataset(path, layouts={"boxes": "nested"}).iter_numpy(2), tc.SchemaError, "'boxes'.*nested"),
-        (lambda path: tc.Dataset(path).iter_numpy(0), ValueError, "1 or more"),
-        (lambda path: tc.Dataset(path).iter_numpy(1.5), TypeError, "integer"),
-        (lambda path: tc.Dataset(path).iter_numpy(2, options={"seed": 1}), TypeError, "LoaderOptions"),
-        (lambda path: tc.Dataset(path).iter_numpy(2).load_state_dict({}), ValueError, "not a state"),
+        (lambda path: tc.NumpyLoader(tc.Dataset(path, transform=len), 2), ValueError, "transform"),
+        (
+            lambda path: tc.NumpyLoader(tc.Dataset(path, layouts={"boxes": "nested"}), 2),
+            tc.SchemaError,
+            "'boxes'.*nested",
+        ),
+        (lambda path: tc.NumpyLoader(tc.Dataset(path), 0), ValueError, "1 or more"),
+        (lambda path: tc.NumpyLoader(tc.Dataset(path), 1.5), TypeError, "integer"),
+        (lambda path: tc.NumpyLoader(tc.Dataset(path), 2, options={"seed": 1}), TypeError, "LoaderOptions"),
+        (lambda path: tc.NumpyLoader(tc.Dataset(path), 2).load_state_dict({}), ValueError, "not a state"),
     ],
 )
 def test_what_cannot_be_served_is_an_error(make_dataset, make, error, said):
@@ -301,15 +305,15 @@ for name in ("torch", "torchdata"):
     sys.modules[name] = None  # importing it raises
 import tiercache as tc
 dataset = tc.Dataset(sys.argv[1])
-loader = dataset.iter_numpy(8, shuffle=True, options=tc.LoaderOptions(seed=9))
+loader = tc.NumpyLoader(dataset, 8, shuffle=True, options=tc.LoaderOptions(seed=9))
 iterator = iter(loader)
 served = [next(iterator)["id"].tolist() for _ in range(2)]
 state = loader.state_dict()
-again = dataset.iter_numpy(8, shuffle=True)
+again = tc.NumpyLoader(dataset, 8, shuffle=True)
 again.load_state_dict(state)
 rest = [batch["id"].tolist() for batch in again]
 pictures = tc.Dataset(sys.argv[2], decode={"image": tc.DecodeImage(8, crop="random", flip=True)})
-images = [int(batch["image"].sum()) for batch in pictures.iter_numpy(8, options=tc.LoaderOptions(seed=9))]
+images = [int(batch["image"].sum()) for batch in tc.NumpyLoader(pictures, 8, options=tc.LoaderOptions(seed=9))]
 assert sys.modules["torch"] is None
 print(json.dumps([served, rest, images, state, repr(loader)]))
 """

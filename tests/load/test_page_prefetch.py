@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tiercache.load import prefetch as ahead_module
 from tiercache.load.prefetch import NEAR_SHARE, LoadThreads, PagePrefetcher
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="madvise as Linux has it")
@@ -44,7 +43,7 @@ def window_of(memory: np.ndarray, n_parts: int = 1) -> SimpleNamespace:
         )
         for n in range(n_parts)
     ]
-    return SimpleNamespace(block_groups=held, window=SimpleNamespace(key=b"k", is_in_order=False))
+    return SimpleNamespace(block_groups=held, window=SimpleNamespace(key=b"k"))
 
 
 def prefetch_pages(ahead: PagePrefetcher, *windows: SimpleNamespace) -> list[Future[int]]:
@@ -82,89 +81,21 @@ def test_pages_of_windows_that_were_served_can_be_read_again(mapped, make_ahead,
         assert not memory.any()
 
 
-HUGE = 2 << 20
+def test_single_rows_without_room_are_read_alone(mapped, make_ahead):
+    assert prefetch_pages(make_ahead(1), window_of(mapped.memory)) == []
+    assert "rr" in _flags(mapped.memory)
 
 
-@pytest.fixture
-def large(tmp_path):
-    path = tmp_path / "large"
-    path.write_bytes(bytes(8 * HUGE))
-    found = SimpleNamespace(memory=np.memmap(path, np.uint8, "r"))
-    yield found
-    found.memory = None
-
-
-def blocks_of(memory: np.ndarray, size: int, every: int, *, is_in_order: bool = False) -> SimpleNamespace:
-    """A window of blocks of one shard that lie scattered."""
-    address = memory.__array_interface__["data"][0]
-    pages = np.array([[address + at, size] for at in range(0, len(memory), every)], np.uint64)
-    held = [SimpleNamespace(pages=pages, private_bytes=0, reports_residency=False)]
-    return SimpleNamespace(
-        block_groups=held, window=SimpleNamespace(key=None if is_in_order else b"k", is_in_order=is_in_order)
-    )
-
-
-# Of each: the size of a block, from one's begin to the next one's; whether the data set fits memory.
-WHOLE, BLOCKS, NARROW = (HUGE, HUGE), (HUGE // 2, HUGE), (HUGE // 8, HUGE)
-
-
-@pytest.mark.parametrize(
-    ("lie", "fits", "is_huge"),
-    [
-        (WHOLE, True, True),
-        (WHOLE, False, True),
-        (BLOCKS, True, True),
-        (BLOCKS, False, False),
-        (NARROW, True, False),
-        (NARROW, False, False),
-    ],
-)
-def test_huge_pages_read_few_bytes_that_are_not_needed(large, make_ahead, lie, fits, is_huge):
-    ahead = make_ahead(1 << 40, len(large.memory) if fits else 1 << 50)
-    near_bytes(prefetch_pages(ahead, blocks_of(large.memory, *lie)))
-    assert _is_huge(large.memory) == (is_huge and _kernel_is_new())
-
-
-@pytest.mark.parametrize("kernel", [(6, 15), (5, 18), (0, 0)])
-def test_a_kernel_without_huge_pages_for_files_is_not_advised(large, make_ahead, monkeypatch, kernel):
-    monkeypatch.setattr("tiercache.load.prefetch._kernel", lambda: kernel)
-    near_bytes(prefetch_pages(make_ahead(1 << 40), blocks_of(large.memory, *WHOLE)))
-    assert not _is_huge(large.memory)
-
-
-@pytest.mark.parametrize("is_in_order", [True, False])
-def test_rows_of_a_shuffled_window_do_not_wait_for_huge_pages(large, make_ahead, is_in_order):
-    window = blocks_of(large.memory, *WHOLE, is_in_order=is_in_order)
-    near_bytes(make_ahead(1 << 40).prefetch_pages([window], [window.window], is_served=True))
-    assert _is_huge(large.memory) == (is_in_order and _kernel_is_new())
-
-
-def test_single_rows_without_room_are_read_alone_after_huge_pages_were_advised(large, make_ahead):
-    window = blocks_of(large.memory, *WHOLE)
-    near_bytes(prefetch_pages(make_ahead(1 << 40), window))
-    assert prefetch_pages(make_ahead(1), window) == []
-    assert "rr" in _flags(large.memory)
-    assert not _is_huge(large.memory)
-
-
-def test_pages_in_memory_are_not_advised(large, make_ahead):
-    window = blocks_of(large.memory, *WHOLE)
+def test_pages_in_memory_are_not_read_again(mapped, make_ahead, monkeypatch):
+    window = window_of(mapped.memory)
     window.block_groups[0].reports_residency = True
-    large.memory.sum()
-    assert near_bytes(prefetch_pages(make_ahead(1 << 40), window)) == len(large.memory)
-    assert not _is_huge(large.memory)
-
-
-def _kernel_is_new() -> bool:
-    return ahead_module._kernel() >= (6, 16) and Path("/sys/kernel/mm/transparent_hugepage").exists()
-
-
-def _is_huge(memory: np.ndarray) -> bool:
-    return "hg" in _flags(memory)
+    mapped.memory.sum()
+    monkeypatch.setattr("tiercache.load.prefetch._read", lambda *_: pytest.fail("pages were read"))
+    assert near_bytes(prefetch_pages(make_ahead(1 << 40), window)) == N_BYTES
 
 
 def _flags(memory: np.ndarray) -> list[str]:
-    """What the kernel says of a mapping."""
+    """Return the kernel's flags of a mapping."""
     address = memory.__array_interface__["data"][0]
     is_it = False
     for line in Path("/proc/self/smaps").read_text().splitlines():

@@ -9,8 +9,8 @@ import pytest
 from tests.load.conftest import check_batch, ids_of, make_columns
 
 import tiercache as tc
+from tiercache.data.output_spec import OutputSpec
 from tiercache.load.batch import PipelineSetup
-from tiercache.load.output_spec import OutputSpec
 from tiercache.load.torch_library import TorchLibrary
 from tiercache.shard.schema import Column, Schema
 

@@ -115,21 +115,6 @@ def test_channels_last_pictures_are_decoded_into_pinned_memory(pictures, eager, 
     assert eager[0].n_copies == len(plain)
 
 
-@pytest.mark.parametrize("mixing", [tc.MixUp(0.4, 10), tc.CutMix(1.0, 10)])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_mixed_batches_are_the_same_after_a_resume(pictures, mixing, workers):
-    decode = tc.DecodeImage(16, dtype="float32")
-    loader = loader_of(pictures, decode, batch_transform=mixing, workers=workers)
-    batches = iter(loader)
-    next(batches), next(batches)
-    state = loader.state_dict()
-    tail = list(batches)
-    assert all(batch["label"].shape[1:] == (10,) for batch in tail)
-    resumed = loader_of(pictures, decode, batch_transform=mixing)
-    resumed.load_state_dict(state)
-    assert_equal(list(resumed), tail)
-
-
 def test_packed_rows_on_a_device_and_after_a_batch_transform_are_those_of_the_cpu(tmp_path, eager):
     random = np.random.default_rng(0)
     documents = [random.integers(0, 1000, n, np.uint16) for n in random.integers(1, 90, 600)]
@@ -153,14 +138,6 @@ def test_packed_rows_on_a_device_and_after_a_batch_transform_are_those_of_the_cp
 def test_numpy_batches_refuse_a_device_and_transforms(pictures):
     dataset = tc.Dataset(pictures, columns=["id", "label"])
     with pytest.raises(ValueError, match="host memory"):
-        dataset.iter_numpy(8, options=tc.LoaderOptions(device="cuda"))
+        tc.NumpyLoader(dataset, 8, options=tc.LoaderOptions(device="cuda"))
     with pytest.raises(ValueError, match="transform"):
-        dataset.iter_numpy(8, options=tc.LoaderOptions(batch_transform=dict))
-
-
-def test_headspace_serves_a_transformed_batch_again_and_again(pictures):
-    loader = loader_of(pictures, transform=with_noise, headspace=True, batch_size=10)
-    found = list(loader)
-    assert len(found) == len(loader)
-    assert_equal(found, found[:1] * len(found))
-    assert loader.stats()["headspace"]["samples_per_s"] > 0
+        tc.NumpyLoader(dataset, 8, options=tc.LoaderOptions(batch_transform=dict))

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tests.load.conftest import ids_of, join_loading, make_columns
 
 import tiercache as tc
-from tiercache.load.output_spec import record_number
-from tiercache.opened_version import OpenedVersion
+from tiercache.data.opened_version import OpenedVersion
+from tiercache.data.output_spec import record_number
 
 # Of each some 60 ms; `pytest --hypothesis-profile fuzz` draws 5,000.
 SOME = settings.default.max_examples if settings.default.max_examples > 100 else 25

@@ -28,7 +28,7 @@ from tiercache._native.ring import (
     TensorEntry,
     held_bytes,
 )
-from tiercache.load.output_spec import Buffer
+from tiercache.data.output_spec import Buffer
 from tiercache.waiting import wait_for
 
 N_ROWS, BATCH_ROWS = 40, 8

@@ -138,11 +138,6 @@ def test_mapped_blocks_do_not_count_towards_the_window_limit():
     assert as_list(explicit_section(7, found.slice(1, 3))) == [(0, 1, 0), (1, 0, 0)]
 
 
-def test_a_window_of_an_explicit_order_is_not_in_stored_order():
-    found = RecordLocator(sizes_of([[2, 2], [2, 2]])).find(np.arange(8))
-    assert not explicit_section(0, found).window.is_in_order
-
-
 def test_few_records_of_many_blocks_are_located():
     dataset_sizes = sizes_of([[1] * 400, [2] * 400])
     numbers = np.array([700, 3, 700, 1199])

@@ -11,8 +11,8 @@ import numpy as np
 from tests.stress.scene import AMPLE, DEADLINE_S, OBJECTS, SIZES, TIGHT, Scene, content
 from tests.support.folder_check import BLOCK_BYTES, allocated_bytes
 
-from tiercache.cache.fetch.partial import HEAD_BYTES, Head
 from tiercache.cache.names import name_of_identity
+from tiercache.cache.partial import HEAD_BYTES, Head
 from tiercache.crash_points import set_hook
 from tiercache.errors import CacheFull, CorruptShard, StoreError
 from tiercache.model import ByteRange, ReadingPlan, ShardIdentity

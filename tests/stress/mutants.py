@@ -29,14 +29,13 @@ from tests.support.errnos import Position
 from tests.support.forks import run_forked
 from tests.support.kill_points import KillAt, kill_at
 
+from tiercache.cache import evictor, partial
 from tiercache.cache import locks as locks_module
-from tiercache.cache.evict import evictor
-from tiercache.cache.fetch import partial
-from tiercache.cache.fetch.fetch_runner import FetchRunner
+from tiercache.cache.accounts import Accounts
+from tiercache.cache.download import FetchRunner
 from tiercache.cache.folder import Folder
 from tiercache.cache.owners import Owners
 from tiercache.cache.session import WriteSession
-from tiercache.catalog import Accounts
 from tiercache.crash_points import crash_point
 
 DEADLINE_S = 60.0

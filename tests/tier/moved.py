@@ -15,8 +15,8 @@ import tiercache as tc
 from tiercache.shard.versions import manifest
 from tiercache.store import LocalFolder, MemoryStore, Store
 from tiercache.store.contract import WrapperStore
-from tiercache.tier.placement import log
-from tiercache.tier.placement.log import PlacementRow
+from tiercache.store.placement import log
+from tiercache.store.placement.log import PlacementRow
 
 N = 400
 

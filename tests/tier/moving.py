@@ -12,16 +12,16 @@ from tests.tier.bucket import DiskBucket, Script
 
 from tiercache import crash_points
 from tiercache._native.checksum import crc32c
-from tiercache.catalog.tiers import TierCatalog
 from tiercache.errors import NotFound
 from tiercache.store import MemoryStore, Store
+from tiercache.store.placement import log
+from tiercache.tier.journal import TierCatalog
 from tiercache.tier.model import Move, Plan, PlannedObject, PlannedTier
 from tiercache.tier.move.checks import MoveContext
 from tiercache.tier.move.deletions import DeletionFacts, run_due_deletions
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.mover import open_mover
-from tiercache.tier.placement import log
 from tiercache.tier.rules import RuleFile, load_rule_file
 from tiercache.tier.stores import Stores
 from tiercache.waiting import SYSTEM_CLOCK

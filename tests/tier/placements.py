@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tiercache.crash_points import set_hook
-from tiercache.tier.placement import log
-from tiercache.tier.placement.log import PlacementRow
+from tiercache.store.placement import log
+from tiercache.store.placement.log import PlacementRow
 
 
 def row(key: str, url: str = "s3://cold/data", **how) -> PlacementRow:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tiercache.catalog.tiers import entry_table
 from tiercache.model import ObjectInfo
 from tiercache.store import MemoryStore
 from tiercache.tier.inventory.groups import Inventory, take_inventory
+from tiercache.tier.journal import entry_table
 from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores
 

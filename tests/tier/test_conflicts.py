@@ -8,12 +8,12 @@ import pytest
 from tests.tier.folders import FILES, Folders, content
 from typer.testing import CliRunner
 
-from tiercache.catalog.tiers import TierCatalog
 from tiercache.cli.app import app
 from tiercache.store import MemoryStore
 from tiercache.store.contract import WrapperStore
 from tiercache.tier.holds import put_hold
 from tiercache.tier.inventory.groups import take_inventory
+from tiercache.tier.journal import TierCatalog
 from tiercache.tier.move.mover import DONE, catalog_path, run_once
 from tiercache.tier.stores import Stores
 

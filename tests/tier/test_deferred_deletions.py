@@ -6,8 +6,8 @@ import pytest
 from tests.support.faults import Fault, FaultStore
 from tests.tier.moving import PARTS, HookAt, Killed, World, checkpoint, moved_away
 
-from tiercache.catalog.tiers import TierCatalog
 from tiercache.store import LocalFolder
+from tiercache.tier.journal import TierCatalog
 from tiercache.tier.move.deletions import DeletionFacts
 
 

@@ -7,9 +7,9 @@ from tests.support.faults import Fault
 from tests.tier.bucket import flipped, read_object, write_object
 from tests.tier.moving import GRACE_S, PARTS, HookAt, Killed, World, checkpoint, content, moved_away
 
+from tiercache.store.placement import log
 from tiercache.tier.move.deletions import DeletionFacts
 from tiercache.tier.move.executor import apply_plan
-from tiercache.tier.placement import log
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from tests.support.clock import JumpingClock
 from tests.tier.moving import TIERS, HookAt, Killed, World, content
 from tests.tier.test_run_once import Tiers as Folders
 
-from tiercache.catalog.tiers import TierCatalog
 from tiercache.keep import KeepList, evaluate_keep_list
 from tiercache.tier.inventory.groups import take_inventory
+from tiercache.tier.journal import TierCatalog
 from tiercache.tier.move.mover import catalog_path
 from tiercache.tier.stores import Stores
 

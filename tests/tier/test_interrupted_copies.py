@@ -9,10 +9,10 @@ from tests.tier.folders import FILES, Folders, content
 from tests.tier.moving import HookAt, Killed
 from typer.testing import CliRunner
 
-from tiercache.catalog.tiers import TierCatalog
 from tiercache.cli.app import app
 from tiercache.tier.holds import put_hold
 from tiercache.tier.inventory.groups import take_inventory
+from tiercache.tier.journal import TierCatalog
 from tiercache.tier.move.mover import DONE, PARTLY, catalog_path
 from tiercache.tier.stores import Stores
 

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.tier.scripted_tiers import NOW_S, OLD_S, ScriptedCatalog, scripted
 
-from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.tier import text_columns
 from tiercache.tier.inventory import groups as groups_module
 from tiercache.tier.inventory import layouts, metrics
 from tiercache.tier.inventory.layouts import KeyGroups, group_keys
+from tiercache.tier.journal import CatalogEntry, TierCatalog
 from tiercache.tier.text_columns import sort_order, take_rows
 
 PART = (
@@ -103,7 +103,7 @@ known = st.tuples(
 
 
 def test_the_catalog_reads_its_entries_in_parts_by_key(tmp_path, monkeypatch):
-    monkeypatch.setattr("tiercache.catalog.tiers._ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr("tiercache.tier.journal._ROWS_AT_A_TIME", 2)
     with TierCatalog(tmp_path / "tiers.sqlite") as catalog:
         catalog.record(("memory://x", key, CatalogEntry(1, "e", 7)) for key in ("é", "b", "a\n", "Z", "a"))
         assert catalog.checksums("memory://x")["key"].to_pylist() == ["Z", "a", "a\n", "b", "é"]

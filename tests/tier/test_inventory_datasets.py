@@ -10,12 +10,12 @@ from tests.support.faults import Fault, FaultStore
 from tests.tier.scripted_tiers import NOW_S, InventoryByName, ScriptedCatalog
 
 import tiercache as tc
-from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.shard.versions import manifest
 from tiercache.store import LocalFolder
+from tiercache.store.placement import log, uses
 from tiercache.tier.inventory.groups import take_inventory
+from tiercache.tier.journal import CatalogEntry, TierCatalog
 from tiercache.tier.model import KINDS, SHARD
-from tiercache.tier.placement import log, use_reports
 from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores
 
@@ -158,7 +158,7 @@ def test_a_shard_whose_checksum_differs_from_the_manifest_is_not_whole(local):
 
 
 def report(local, machine, **facts):
-    local.store.put(use_reports.usage_key(machine), use_reports.encode(use_reports.UseReport(machine, **facts)))
+    local.store.put(uses.usage_key(machine), uses.encode(uses.UseReport(machine, **facts)))
 
 
 def test_reported_uses_are_in_the_snapshot(local):
@@ -171,7 +171,7 @@ def test_reported_uses_are_in_the_snapshot(local):
 
 def test_a_shard_that_is_being_read_is_in_use(local):
     name = local.names[0].removeprefix("sets/a/")
-    readers = {"1": use_reports.ActiveReader(NOW_S - 100, NOW_S - 10)}
+    readers = {"1": uses.ActiveReader(NOW_S - 100, NOW_S - 10)}
     report(local, "m", reported_s=NOW_S, readers=readers, shards={name: (NOW_S - 5, 1)})
     by_name = local.take()
     assert (by_name.of(local.names[0], "in_use"), by_name.of(local.names[1], "in_use")) == (True, False)
@@ -179,7 +179,7 @@ def test_a_shard_that_is_being_read_is_in_use(local):
 
 def test_a_data_set_counts_as_unreported_while_a_reader_is_silent(local):
     heard_s = NOW_S - 86_400
-    report(local, "m", reported_s=heard_s, readers={"1": use_reports.ActiveReader(heard_s, heard_s)})
+    report(local, "m", reported_s=heard_s, readers={"1": uses.ActiveReader(heard_s, heard_s)})
     assert local.take().snapshot.unreported.all()
 
 

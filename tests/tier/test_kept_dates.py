@@ -5,9 +5,9 @@ import os
 import pytest
 from tests.tier.moving import NOW_S, World
 
-from tiercache.catalog.tiers import TierCatalog
 from tiercache.store import LocalFolder
 from tiercache.tier.inventory.groups import take_inventory
+from tiercache.tier.journal import TierCatalog
 from tiercache.tier.stores import Stores
 
 OLD_S = 1_500_000_000.25

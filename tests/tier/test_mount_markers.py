@@ -9,8 +9,8 @@ from tests.support.clock import JumpingClock
 from tests.support.faults import Fault, FaultStore
 from tests.tier.test_run_once import DAY_S, RULES, Tiers
 
-from tiercache.catalog.tiers import TierCatalog
 from tiercache.store import LocalFolder
+from tiercache.tier.journal import TierCatalog
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.mover import DONE, PARTLY, catalog_path, open_mover, run_once
 from tiercache.tier.stores import MOUNT_MARKER_KEY, Stores, ensure_mount_marker, unavailable_reason

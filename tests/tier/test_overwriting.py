@@ -10,11 +10,11 @@ from tests.tier.test_transfer_s3 import LARGE, SMALL, Bucket, bucket  # noqa: F4
 from tests.tier.world import World as TierWorld
 
 from tiercache._native.checksum import crc32c
-from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.errors import ObjectChanged
 from tiercache.store import LocalFolder
 from tiercache.store.archive import S3StorageClasses
 from tiercache.store.contract import WrapperStore
+from tiercache.tier.journal import CatalogEntry, TierCatalog
 from tiercache.tier.move.deletions import run_due_deletions
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.mover import open_mover

@@ -10,8 +10,8 @@ from tests.support.faults import Fault, FaultStore
 from tests.tier.placements import row
 
 from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
-from tiercache.tier.placement import log
-from tiercache.tier.placement.log import TRACKING_MARKER_KEY, placement_key
+from tiercache.store.placement import log
+from tiercache.store.placement.log import TRACKING_MARKER_KEY, placement_key
 
 
 def test_every_flipped_byte_is_reported_or_changes_nothing(store):

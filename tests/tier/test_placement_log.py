@@ -19,8 +19,8 @@ from tests.tier.placements import numbers, row, rows_of, stopped_at
 from tiercache.errors import CommitConflict, CorruptShard, StoreError
 from tiercache.store import LocalFolder, MemoryStore, open_store
 from tiercache.store.contract import WrapperStore
-from tiercache.tier.placement import log
-from tiercache.tier.placement.log import N_KEPT, TRACKING_MARKER_KEY, PlacementRow, placement_key
+from tiercache.store.placement import log
+from tiercache.store.placement.log import N_KEPT, TRACKING_MARKER_KEY, PlacementRow, placement_key
 
 # -- what it says ---------------------------------------------------------------------------------------------------
 

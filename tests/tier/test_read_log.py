@@ -10,12 +10,12 @@ import pytest
 from tests.tier.moving import World, moved_away
 
 import tiercache as tc
-from tiercache.catalog import tiers as read_log
-from tiercache.catalog.tiers import TierCatalog
 from tiercache.model import ByteRange
 from tiercache.prices import prices_if_known
 from tiercache.store import open_store
+from tiercache.store.placement import uses as read_log
 from tiercache.tier.inventory.groups import take_inventory
+from tiercache.tier.journal import TierCatalog
 from tiercache.tier.model import Decisions
 from tiercache.tier.move.deletions import DeletionFacts, deletion_facts_of
 from tiercache.tier.plan.policy import decide

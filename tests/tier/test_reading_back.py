@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from tests.tier.moving import PARTS, HookAt, Killed, World, checkpoint, content, moved_away
 
-from tiercache.catalog.tiers import TierCatalog
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder
+from tiercache.tier.journal import TierCatalog
 from tiercache.tier.move.checks import BatchLimits
 
 

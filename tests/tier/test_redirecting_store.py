@@ -20,10 +20,10 @@ import tiercache as tc
 from tiercache.errors import ArchivedShards, NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder, MemoryStore
-from tiercache.tier.placement import log
-from tiercache.tier.placement.log import TRACKING_MARKER_KEY, PlacementRow
-from tiercache.tier.placement.redirecting_store import RedirectingLocalStore, RedirectingStore, follow_placement
-from tiercache.tier.placement.resolver import LocationResolver, is_same_service, options_of
+from tiercache.store.placement import log
+from tiercache.store.placement.log import TRACKING_MARKER_KEY, PlacementRow
+from tiercache.store.placement.redirecting_store import RedirectingLocalStore, RedirectingStore, follow_placement
+from tiercache.store.placement.resolver import LocationResolver, is_same_service, options_of
 
 ALL = list(range(N))
 
@@ -454,7 +454,7 @@ def test_reading_an_archived_shard_reports_that_it_must_be_restored(server, tmp_
         ) as caught:
             dataset[0]
         assert caught.value.names == (moved.keys[0],)
-        assert caught.value.command == f"tiercache restore {server.url}/home {moved.keys[0]} --wait"
+        assert caught.value.command == f"tiercache tier get {server.url}/home/{moved.keys[0]} --wait"
         assert caught.value.command in str(caught.value)
         cold.when(lambda method, path: None)
         assert by_record(dataset) == ALL

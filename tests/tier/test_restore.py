@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from tests.support.clock import FakeClock
 
-from tiercache.catalog.tiers import CatalogEntry, TierCatalog
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.prices import Prices, RestorePrice
 from tiercache.store import MemoryStore
+from tiercache.tier.journal import CatalogEntry, TierCatalog
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, PlannedObject
 from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.restore import plan_copy_home, plan_restore, request_restore, wait_restored

@@ -11,9 +11,9 @@ from tests.tier.moving import HookAt, Killed
 import tiercache as tc
 from tiercache.errors import CommitConflict
 from tiercache.store import LocalFolder
+from tiercache.store.placement import log
 from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.mover import DONE, PARTLY, catalog_path, run_once
-from tiercache.tier.placement import log
 from tiercache.tier.rules import load_rule_file
 
 DAY_S = 86_400.0

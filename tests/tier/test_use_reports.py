@@ -31,9 +31,9 @@ import tiercache as tc
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.store.contract import WrapperStore
-from tiercache.tier.placement import use_reports
-from tiercache.tier.placement.resolver import LocationResolver
-from tiercache.tier.placement.use_reports import (
+from tiercache.store.placement import uses
+from tiercache.store.placement.resolver import LocationResolver
+from tiercache.store.placement.uses import (
     IN_USE_S,
     REPORT_S,
     USAGE_FOLDER,
@@ -70,7 +70,7 @@ def moved(packed, tmp_path) -> Moved:
 
 
 def reports(moved: Moved) -> list[UseReport]:
-    return use_reports.read_reports(moved.store)
+    return uses.read_reports(moved.store)
 
 
 def report(moved: Moved) -> UseReport:
@@ -88,7 +88,7 @@ def test_a_run_reports_while_it_reads_and_when_it_is_closed(moved):
     assert _wait_for_reports(moved)
     begun = report(moved)
     assert [reader.reads_all for reader in begun.readers.values()] == [True]
-    assert begun.machine == use_reports.machine_name()
+    assert begun.machine == uses.machine_name()
     assert [len(batch["id"]) for batch in iterator] == [16] * (N // 16)
     dataset.close()
     closed = report(moved)
@@ -171,7 +171,7 @@ def test_uses_of_a_failed_report_are_in_the_next_one():
     assert not recorder.report()
     recorder.note("b")
     assert recorder.report()
-    (found,) = use_reports.read_reports(home)
+    (found,) = uses.read_reports(home)
     assert {name: uses for name, (_, uses) in found.shards.items()} == {"a": 2, "b": 1}
     recorder.close()
     home.delete([info.key for info in home.list()])
@@ -193,7 +193,7 @@ def test_a_data_set_is_reported_hourly_until_it_is_closed():
         threading.Event().wait(0.01)
     recorder.close()
     assert home.n_calls("put", "*usage*") >= 5
-    (found,) = use_reports.read_reports(home)
+    (found,) = uses.read_reports(home)
     assert found.readers == {}
     for thread in threading.enumerate():
         if thread.name == "tiercache-usage":
@@ -222,7 +222,7 @@ def test_racing_processes_and_threads_lose_no_use(moved):
 
 
 def test_a_child_forked_during_a_report_writes_its_own_report(moved, monkeypatch):
-    monkeypatch.setattr(use_reports, "LOCK_S", 0.2)
+    monkeypatch.setattr(uses, "LOCK_S", 0.2)
     moved.adopt()
     gated = GateStore(moved.store)
     recorder = UseRecorder(LocationResolver(gated, {}))
@@ -355,7 +355,7 @@ def test_shards_of_a_view_that_workers_read_are_in_use_from_the_beginning_of_the
         batches = iter(loader)
         next(batches)
         wait_for(lambda: bool(reports(moved)), 30)
-        said = use_reports.merge_reports(reports(moved), pa.array(moved.keys), now_s=time.time())
+        said = uses.merge_reports(reports(moved), pa.array(moved.keys), now_s=time.time())
         assert said.in_use.tolist() == [True, True] + [False] * (len(moved.keys) - 2)
         assert np.isfinite(said.last_use_s).tolist() == said.in_use.tolist()
         for _ in batches:
@@ -374,16 +374,16 @@ def test_a_killed_reader_is_removed_by_the_next_report_of_its_machine(moved):
     dead = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
     )
-    own = use_reports._name_of(0).split("-")
+    own = uses._name_of(0).split("-")
     names = {
         "dead": f"{dead.stdout.strip()}-1-{own[2]}-0",
         "reused": f"{os.getpid()}-1-{own[2]}-0",
         "another container's": f"{dead.stdout.strip()}-1-99-0",
     }
     reader = ActiveReader(NOW_S, NOW_S, True)
-    machine = use_reports.machine_name()
+    machine = uses.machine_name()
     left = UseReport(machine, NOW_S, NOW_S, dict.fromkeys(names.values(), reader), {})
-    moved.store.put(use_reports.usage_key(machine), use_reports.encode(left))
+    moved.store.put(uses.usage_key(machine), uses.encode(left))
     dataset = tc.Dataset(moved.store.url)
     assert dataset[0]["id"] == 0
     dataset.close()
@@ -404,8 +404,8 @@ def test_reports_are_written_without_a_state_folder(moved, monkeypatch):
 NAMES = pa.array(["a", "b", "c"])
 
 
-def merged(*found: UseReport, reader_timeout_s: float = 7 * DAY_S) -> use_reports.ShardUse:
-    return use_reports.merge_reports(found, NAMES, now_s=NOW_S, reader_timeout_s=reader_timeout_s)
+def merged(*found: UseReport, reader_timeout_s: float = 7 * DAY_S) -> uses.ShardUse:
+    return uses.merge_reports(found, NAMES, now_s=NOW_S, reader_timeout_s=reader_timeout_s)
 
 
 def test_no_reports_give_no_uses():
@@ -443,50 +443,44 @@ def test_only_shards_opened_since_a_reader_began_are_in_use():
 def test_an_unreadable_report_counts_as_overdue():
     store = MemoryStore("usage-unreadable")
     for n, text in enumerate([b"", b"{}", b'{"version": 2}', b"[1]", b'{"version": 1, "readers": 3}']):
-        store.put(use_reports.usage_key(f"m{n}"), text)
-    found = use_reports.read_reports(store)
+        store.put(uses.usage_key(f"m{n}"), text)
+    found = uses.read_reports(store)
     assert len(found) == 5
     now_s = max(info.modified_s for info in store.list()) + 10
     for one in found:
-        assert use_reports.merge_reports([one], NAMES, now_s=now_s).unreported
+        assert uses.merge_reports([one], NAMES, now_s=now_s).unreported
     store.delete([info.key for info in store.list()])
 
 
 LYING = {
     "nested": b"[" * 200_000,
-    "no time": use_reports.encode(UseReport("m", math.nan)),
-    "no end": use_reports.encode(UseReport("m", NOW_S, 0, {"r": ActiveReader(NOW_S, math.inf)})),
-    "no count": use_reports.encode(UseReport("m", NOW_S)).replace(b'"shards":{}', b'"shards":{"a":[1,1e999]}'),
-    "a count of many": use_reports.encode(UseReport("m", NOW_S, shards={"a": (NOW_S, 10**30)})),
-    "fewer than none": use_reports.encode(UseReport("m", NOW_S, shards={"a": (NOW_S, -3)})),
-    "a time of many digits": use_reports.encode(UseReport("m", NOW_S)).replace(
-        b'"all_s":0.0', b'"all_s":1' + b"0" * 400
-    ),
+    "no time": uses.encode(UseReport("m", math.nan)),
+    "no end": uses.encode(UseReport("m", NOW_S, 0, {"r": ActiveReader(NOW_S, math.inf)})),
+    "no count": uses.encode(UseReport("m", NOW_S)).replace(b'"shards":{}', b'"shards":{"a":[1,1e999]}'),
+    "a count of many": uses.encode(UseReport("m", NOW_S, shards={"a": (NOW_S, 10**30)})),
+    "fewer than none": uses.encode(UseReport("m", NOW_S, shards={"a": (NOW_S, -3)})),
+    "a time of many digits": uses.encode(UseReport("m", NOW_S)).replace(b'"all_s":0.0', b'"all_s":1' + b"0" * 400),
 }
 
 
 @pytest.mark.parametrize("text", LYING.values(), ids=LYING.keys())
 def test_an_impossible_report_keeps_the_data_in_place(moved, text):
     moved.adopt()
-    moved.store.put(use_reports.usage_key("other"), text)
-    moved.store.put(use_reports.usage_key(use_reports.machine_name()), text)
-    said = use_reports.merge_reports(reports(moved), pa.array(moved.keys), now_s=time.time() + 10)
+    moved.store.put(uses.usage_key("other"), text)
+    moved.store.put(uses.usage_key(uses.machine_name()), text)
+    said = uses.merge_reports(reports(moved), pa.array(moved.keys), now_s=time.time() + 10)
     assert said.unreported
     with closing(tc.Dataset(moved.store.url)) as dataset:
         assert by_loader(dataset) == ALL
-    assert len(
-        use_reports.decode(moved.store.get(use_reports.usage_key(use_reports.machine_name())), "m").shards
-    ) == len(moved.keys)
+    assert len(uses.decode(moved.store.get(uses.usage_key(uses.machine_name())), "m").shards) == len(moved.keys)
 
 
 def test_an_unknown_reader_name_does_not_stop_a_report(moved):
     moved.adopt()
-    mine = f"-{use_reports.pid_namespace()}-0"
+    mine = f"-{uses.pid_namespace()}-0"
     names = [f"\u00b2-1{mine}", f"{'9' * 5000}-1{mine}"]
     readers = {name: ActiveReader(NOW_S, NOW_S) for name in names}
-    moved.store.put(
-        use_reports.usage_key(use_reports.machine_name()), use_reports.encode(UseReport("m", NOW_S, readers=readers))
-    )
+    moved.store.put(uses.usage_key(uses.machine_name()), uses.encode(UseReport("m", NOW_S, readers=readers)))
     with closing(tc.Dataset(moved.store.url)) as dataset:
         assert by_loader(dataset) == ALL
     assert set(report(moved).shards) == set(moved.keys)
@@ -505,7 +499,7 @@ REPORTS = st.builds(
 
 @given(st.lists(REPORTS, max_size=4))
 def test_merging_reports_equals_a_plain_loop(found):
-    said = use_reports.merge_reports(found, NAMES, now_s=NOW_S, reader_timeout_s=DAY_S)
+    said = uses.merge_reports(found, NAMES, now_s=NOW_S, reader_timeout_s=DAY_S)
     for at, name in enumerate(NAMES.to_pylist()):
         times = [r.all_s for r in found if r.all_s] + [r.shards[name][0] for r in found if name in r.shards]
         assert max(times, default=math.nan) == pytest.approx(said.last_use_s[at], nan_ok=True)
@@ -524,14 +518,14 @@ def test_merging_reports_equals_a_plain_loop(found):
 
 @given(REPORTS)
 def test_a_report_is_decoded_as_it_was_encoded(one):
-    assert use_reports.decode(use_reports.encode(one), "m") == one
-    json.loads(use_reports.encode(one))
+    assert uses.decode(uses.encode(one), "m") == one
+    json.loads(uses.encode(one))
 
 
 def test_a_store_error_passes_through_read_reports():
     store = FaultStore(MemoryStore("usage-fails"), [Fault("list")])
     with pytest.raises(StoreError):
-        use_reports.read_reports(store)
+        uses.read_reports(store)
 
 
 # -- clocks --------------------------------------------------------------------------------------------------------
@@ -562,7 +556,7 @@ def reported(store, machine_s, *, store_s, reads_all=False):
     """Return the report of a machine with this clock, as the planner reads it; its reader began an hour earlier."""
     reader = ActiveReader(machine_s - 3600, machine_s, reads_all)
     report = UseReport("m", machine_s, machine_s if reads_all else 0.0, {"r": reader}, {"a": (machine_s - 60, 3)})
-    store.put(usage_key("m"), use_reports.encode(report))
+    store.put(usage_key("m"), uses.encode(report))
     (found,) = read_reports(Dated(store, store_s))
     return found
 
@@ -597,7 +591,7 @@ def test_reported_times_stay_unless_the_clock_of_the_store_is_clearly_later(stor
 
 def test_an_oversized_report_is_not_read_and_counts_as_overdue(store, monkeypatch):
     reported(store, NOW_S - 100, store_s=NOW_S - 100)
-    monkeypatch.setattr(use_reports, "_MOST_BYTES", 10)
+    monkeypatch.setattr(uses, "_MOST_BYTES", 10)
     counting = CountingStore(Dated(store, NOW_S - 100))
     assert merge_reports(read_reports(counting), AB_NAMES, now_s=NOW_S).unreported
     assert counting.n_calls("get") == 0

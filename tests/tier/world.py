@@ -23,14 +23,14 @@ from tests.tier.oracle import DAY_S, Group, Oracle, Picture, Seen
 
 import tiercache as tc
 from tiercache import store as stores_of_urls
-from tiercache.catalog.tiers import TierCatalog
-from tiercache.dataset import Dataset  # now: what is imported while a world is entered would keep its open_store
+from tiercache.data.dataset import Dataset  # now: what is imported while a world is entered would keep its open_store
 from tiercache.prices import prices_if_known
 from tiercache.shard.schema import Schema
 from tiercache.store import local
 from tiercache.store.posix import file_info
 from tiercache.tier import stores as tier_stores
 from tiercache.tier.inventory.groups import take_inventory
+from tiercache.tier.journal import TierCatalog
 from tiercache.tier.model import Plan
 from tiercache.tier.move.deletions import run_due_deletions
 from tiercache.tier.move.executor import apply_plan

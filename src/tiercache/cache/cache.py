@@ -20,9 +20,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from tiercache import config
+from tiercache.cache.accounts import FIGURES, CopyRow
 from tiercache.cache.check import verify_copies
 from tiercache.cache.disk import Breaker, Notices, disk_space
-from tiercache.cache.evict.evictor import delete_copy
+from tiercache.cache.evictor import delete_copy
 from tiercache.cache.folder import default_size_bytes
 from tiercache.cache.lease import CopyLease
 from tiercache.cache.locks import Holder, command_of, holders_of
@@ -31,13 +32,13 @@ from tiercache.cache.owners import Owner
 from tiercache.cache.peers import PeerOptions
 from tiercache.cache.session import CacheOptions, CacheSession
 from tiercache.cache.warm import plan_warm, warm
-from tiercache.catalog import FIGURES, CopyRow, tiers
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import OWN_FOLDER, ShardIdentity, parse_bytes
 from tiercache.prices import provider_prices, read_dollars
 from tiercache.stats import Counters
 from tiercache.store import Lease, Span, Store, redact
 from tiercache.store.contract import WrapperStore
+from tiercache.store.placement import uses
 from tiercache.store.retry import is_unwanted
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class CachedStore(WrapperStore):
         placements are not counted as uses of data.
         """
         if not key.startswith(OWN_FOLDER) and f"/{OWN_FOLDER}" not in key:
-            tiers.record_use(f"{self._inner_url}/{key}")
+            uses.record_use(f"{self._inner_url}/{key}")
 
     def _count(self, is_hit: bool) -> None:
         self.counters.add("cache_hits" if is_hit else "cache_misses")

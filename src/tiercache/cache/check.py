@@ -12,9 +12,9 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from tiercache.cache.fetch.partial import bytes_of, hold_part, read_checksum, wrong_units
 from tiercache.cache.locks import NameLock, try_shared
 from tiercache.cache.names import Record, copy_spec
+from tiercache.cache.partial import bytes_of, hold_part, read_checksum, wrong_units
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.shard.read.verify import verify_shard

@@ -36,11 +36,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from tiercache.cache.accounts import BLOCK_BYTES, charge_bytes
 from tiercache.cache.disk import network_file_system
 from tiercache.cache.names import NAME, Record
-from tiercache.catalog import charge_bytes
-from tiercache.catalog.accounts import BLOCK_BYTES
-from tiercache.catalog.database import (
+from tiercache.crash_points import crash_point
+from tiercache.store.private_files import (
     NO_LINK,
     is_folder,
     link_whole,
@@ -54,7 +54,6 @@ from tiercache.catalog.database import (
     set_mode,
     start_time,
 )
-from tiercache.crash_points import crash_point
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -10,17 +10,17 @@ import weakref
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from tiercache.cache.fetch.partial import read_verified
 from tiercache.cache.locks import try_shared
+from tiercache.cache.partial import read_verified
 from tiercache.errors import CorruptShard
 from tiercache.model import ByteRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tiercache.cache.fetch.partial import CopyHandle, UnitMap
-    from tiercache.cache.fetch.queue import Fetch
+    from tiercache.cache.fetch import Fetch
     from tiercache.cache.folder import Folder
+    from tiercache.cache.partial import CopyHandle, UnitMap
     from tiercache.store import Span
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tiercache.catalog.database import open_file, read_text
+from tiercache.store.private_files import open_file, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

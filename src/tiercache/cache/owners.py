@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from tiercache.cache.locks import close_private, is_locked, keep_private, try_exclusive
 from tiercache.cache.names import NAME
-from tiercache.catalog.database import open_file, pid_namespace, read_text, start_time
 from tiercache.crash_points import crash_point
+from tiercache.store.private_files import open_file, pid_namespace, read_text, start_time
 
 if TYPE_CHECKING:
     from tiercache.cache.folder import Folder

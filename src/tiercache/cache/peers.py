@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from tiercache import config
-from tiercache.cache.fetch.partial import mask_of, n_units
+from tiercache.cache.partial import mask_of, n_units
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import OWN_FOLDER, ByteRange
 from tiercache.stats import Counters

@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiercache.cache.fetch.partial import read_all
 from tiercache.cache.names import NameTable, name_of_identity, names_of
+from tiercache.cache.partial import read_all
 from tiercache.cache.peers import DEFAULT_PORT, OWN_REQUEST, READER_HEADER, check_token, data_set_name
 from tiercache.errors import NotFound, TierCacheError
 from tiercache.model import ByteRange, ShardIdentity

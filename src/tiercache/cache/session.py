@@ -13,12 +13,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from tiercache import config
+from tiercache.cache.accounts import Accounts, charge_bytes
 from tiercache.cache.disk import Breaker, disk_space, is_disk_full
-from tiercache.cache.evict.evictor import Evictor
-from tiercache.cache.evict.policy import POLICIES
-from tiercache.cache.evict.reading_plans import ReadingPlans
-from tiercache.cache.fetch.fetch_runner import FetchRunner
-from tiercache.cache.fetch.partial import (
+from tiercache.cache.download import FetchRunner
+from tiercache.cache.evictor import Evictor
+from tiercache.cache.fetch import FetchQueue
+from tiercache.cache.folder import Folder
+from tiercache.cache.lease import CopyLease, open_leased
+from tiercache.cache.locks import NameLock
+from tiercache.cache.owners import Owners, boot_id
+from tiercache.cache.partial import (
     CopyHandle,
     are_right,
     bytes_of,
@@ -29,14 +33,10 @@ from tiercache.cache.fetch.partial import (
     read_verified,
     wrong_units,
 )
-from tiercache.cache.fetch.queue import FetchQueue
-from tiercache.cache.folder import Folder
-from tiercache.cache.lease import CopyLease, open_leased
-from tiercache.cache.locks import NameLock
-from tiercache.cache.owners import Owners, boot_id
 from tiercache.cache.peers import PeerOptions, Peers
+from tiercache.cache.policy import POLICIES
+from tiercache.cache.reading_plans import ReadingPlans
 from tiercache.cache.simulate import Tracer
-from tiercache.catalog import Accounts, charge_bytes
 from tiercache.errors import TierCacheError
 from tiercache.model import ByteRange, format_bytes, parse_bytes
 

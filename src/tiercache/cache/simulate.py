@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from tiercache.cache.evict.policy import (
+from tiercache.cache.accounts import GHOSTS_SHARE
+from tiercache.cache.policy import (
     UNPLANNED,
     Candidate,
     CopyTable,
@@ -30,7 +31,6 @@ from tiercache.cache.evict.policy import (
     plan,
     small_limit_bytes,
 )
-from tiercache.catalog import GHOSTS_SHARE
 from tiercache.model import NEVER
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from tiercache.cache.fetch.partial import UNIT_BYTES, charge_of, hold_part, mask_of, n_units
-from tiercache.catalog import charge_bytes
+from tiercache.cache.accounts import charge_bytes
+from tiercache.cache.partial import UNIT_BYTES, charge_of, hold_part, mask_of, n_units
 from tiercache.crash_points import crash_point
 from tiercache.errors import CacheFull, StoreError
 from tiercache.model import ByteRange, format_bytes
@@ -18,9 +18,9 @@ from tiercache.model import ByteRange, format_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Set
 
-    from tiercache.cache.fetch.partial import Mask
-    from tiercache.cache.fetch.queue import Fetch
+    from tiercache.cache.fetch import Fetch
     from tiercache.cache.names import CopySpec
+    from tiercache.cache.partial import Mask
     from tiercache.cache.session import CacheSession, WriteSession
     from tiercache.store import Store
 

@@ -15,9 +15,9 @@ from tiercache.errors import ArchivedShards, CorruptShard, StoreError, Unsupport
 from tiercache.model import format_bytes
 from tiercache.prices import prices_if_known
 from tiercache.store import Store, open_store, redact
+from tiercache.store.placement.locations import FileLocator
+from tiercache.store.placement.resolver import is_remote, is_same_service, options_of
 from tiercache.tier.costs import RESTORE_DAYS
-from tiercache.tier.placement.locations import FileLocator
-from tiercache.tier.placement.resolver import is_remote, is_same_service, options_of
 from tiercache.tier.restore import RestorePlan, plan_restore, request_restore, wait_restored
 from tiercache.tier.rules import RuleFile, Tier, load_rule_file
 from tiercache.tier.stores import Stores
@@ -157,8 +157,6 @@ class MovedCheckpoints:
                     names=plan.names,
                     url=self.url,
                     n_bytes=plan.n_bytes,
-                    cost=plan.cost,
-                    hours=plan.hours,
                     command=command,
                 )
             logger.warning("%s: %s; restoring", self.url, text)

@@ -53,7 +53,7 @@ from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, Unsupporte
 from tiercache.keep import CheckpointColumns, Keep, evaluate_keep_list
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder, Store
-from tiercache.tier.placement.resolver import is_archived
+from tiercache.store.placement.resolver import is_archived
 
 GC_AGE_S = 86400.0
 """Age of collection: leftovers of killed saves, and shared tensors without users, are removed once they are older."""

@@ -38,7 +38,7 @@ from tiercache.keep import Keep
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder, Span, Store, redact
 from tiercache.store.contract import WrapperStore
-from tiercache.tier.placement.resolver import is_archived, is_remote
+from tiercache.store.placement.resolver import is_archived, is_remote
 
 logger = logging.getLogger("tiercache")
 

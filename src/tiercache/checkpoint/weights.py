@@ -31,8 +31,8 @@ from tiercache.errors import CorruptCheckpoint, NotFound
 from tiercache.file_limit import raise_limit_for
 from tiercache.model import ByteRange
 from tiercache.store import Lease, LocalStore, Store, check_key, open_store, split_url
-from tiercache.tier.placement.redirecting_store import follow_placement
-from tiercache.tier.placement.resolver import is_remote
+from tiercache.store.placement.redirecting_store import follow_placement
+from tiercache.store.placement.resolver import is_remote
 
 Framework: TypeAlias = Literal["torch", "numpy"]
 

@@ -23,7 +23,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache import config
-from tiercache.catalog.tiers import TierCatalog
 from tiercache.checkpoint.inventory import missing_file
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
@@ -54,6 +53,7 @@ from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.inventory.layouts import group_keys
 from tiercache.tier.inventory.metrics import metrics_in_name, read_metrics
 from tiercache.tier.inventory.pins import PIN_NAME, UNREADABLE_PIN, parse_pin
+from tiercache.tier.journal import TierCatalog
 from tiercache.tier.model import CHECKPOINT, READABLE, RESTORED, Snapshot
 from tiercache.tier.move.mover import catalog_path
 from tiercache.tier.rules import RuleFile, Tier, load_rule_file

@@ -29,7 +29,7 @@ from tiercache.shard.versions.manifest import Version, latest, read_shards, read
 from tiercache.shard.versions.manifest import list_versions as version_numbers
 from tiercache.shard.versions.segments import ShardTable
 from tiercache.store import Store, open_store, redact, split_url
-from tiercache.tier.placement.redirecting_store import follow_placement
+from tiercache.store.placement.redirecting_store import follow_placement
 
 
 @dataclass(frozen=True)

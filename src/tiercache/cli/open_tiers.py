@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tiercache.catalog.tiers import TierCatalog
 from tiercache.cli.output import Output, count, printable
 from tiercache.model import format_bytes
 from tiercache.prices import Prices, prices_if_known
@@ -25,6 +24,7 @@ from tiercache.store import redact
 from tiercache.store.options import ParsedUrl
 from tiercache.tier.findings import RuleWarning
 from tiercache.tier.inventory.groups import Inventory, take_inventory
+from tiercache.tier.journal import TierCatalog
 from tiercache.tier.model import READABLE, TierTotals
 from tiercache.tier.move.mover import catalog_path
 from tiercache.tier.rules import RuleFile, load_rule_file

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tiercache.cache.evict.policy import POLICIES
-from tiercache.cache.fetch.partial import REQUEST_BYTES
+from tiercache.cache.partial import REQUEST_BYTES
+from tiercache.cache.policy import POLICIES
 from tiercache.cache.simulate import Trace, bound, read_trace
 from tiercache.cache.simulate import simulate as simulate_cache
 from tiercache.cli.data_sets import open_data_set, open_data_set_store

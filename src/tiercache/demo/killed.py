@@ -23,7 +23,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from tiercache.cache import Cache
 from tiercache.checkpoint.checkpoints import Checkpoints
-from tiercache.dataset import Dataset
+from tiercache.data.dataset import Dataset
 from tiercache.demo.results import BATCH_SIZE, SEED, KilledJob, KilledTraining
 from tiercache.demo.train import LEARNING_RATE, Digits, augment_digit
 from tiercache.errors import NotFound

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiercache.cache import Cache
-from tiercache.dataset import Dataset
+from tiercache.data.dataset import Dataset
 from tiercache.demo import results
 from tiercache.demo.results import Claim, Epoch, Job, KilledJob, KilledTraining, Phase
 from tiercache.demo.s3_server import S3Server

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from tiercache.cache import Cache
-from tiercache.dataset import Dataset
+from tiercache.data.dataset import Dataset
 from tiercache.demo.results import BATCH_SIZE, SEED, Epoch, Job
 from tiercache.load.loader import DataLoader
 from tiercache.load.options import LoaderOptions

@@ -23,9 +23,8 @@ from accelerate.state import GradientState
 from accelerate.utils import send_to_device, synchronize_rng_states
 
 from tiercache.checkpoint.checkpoints import Checkpoints, SaveHandle
+from tiercache.data.output_spec import Buffer
 from tiercache.load.loader import DataLoader
-from tiercache.load.meshes import mesh_rank
-from tiercache.load.output_spec import Buffer
 
 
 def pad_batch(batch: Any, n: int) -> tuple[Any, int]:
@@ -233,33 +232,22 @@ def _check(loader: DataLoader[Any], accelerator: Accelerator) -> None:
             "dispatch_batches=True reads on one rank only: remove it, because each rank reads its own batches"
         )
     if rank.origin != "options" and (rank.rank, rank.world_size) != (index, n_ranks):
-        mesh = _mesh(accelerator)
-        if mesh is None:
-            to_pass = f"LoaderOptions(rank={index}, world_size={n_ranks}, seed=...) and Dataset(version=...)"
-        else:
-            to_pass = f"LoaderOptions(mesh=accelerator.torch_device_mesh, dims={_data_dims(mesh)})"
         raise ValueError(
             f"the loader serves {rank}, but for Accelerate this process is rank {index} of {n_ranks} data ranks: pass "
-            f"{to_pass}"
+            f"LoaderOptions(rank={index}, world_size={n_ranks}, seed=...) and Dataset(version=...)"
         )
 
 
 def _data_rank(accelerator: Accelerator) -> tuple[int, int]:
     """Return the number of the batch that this process takes in one step, and the number of different batches."""
-    mesh = _mesh(accelerator)
+    mesh: Any = getattr(accelerator, "torch_device_mesh", None)  # missing in older releases
     if mesh is None:
         return int(accelerator.process_index), int(accelerator.num_processes)
-    return mesh_rank(mesh, _data_dims(mesh))
-
-
-def _mesh(accelerator: Accelerator) -> Any:
-    """Return Accelerate's device mesh; None if it uses none."""
-    return getattr(accelerator, "torch_device_mesh", None)  # missing in older releases
-
-
-def _data_dims(mesh: Any) -> tuple[str, ...]:
-    """Return the names of the mesh's dimensions along which processes take different batches."""
-    return tuple(name for name in mesh.mesh_dim_names if name not in _SAME_BATCH)
+    rank, world_size = 0, 1
+    for dim, (name, at) in enumerate(zip(mesh.mesh_dim_names, mesh.get_coordinate(), strict=True)):
+        if name not in _SAME_BATCH:  # in the mesh's own order of dimensions, the last one fastest
+            rank, world_size = rank * mesh.size(dim) + at, world_size * mesh.size(dim)
+    return rank, world_size
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------

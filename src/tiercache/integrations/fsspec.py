@@ -25,16 +25,16 @@ from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.callbacks import DEFAULT_CALLBACK
 
 from tiercache.cache import Cache, CachedStore, drop_objects
-from tiercache.catalog import tiers
 from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.integrations.fsspec_files import CachedFile, ObjectReader, WrittenFile
 from tiercache.integrations.fsspec_moved import FOLLOWED, MovedPaths, follow, moved_paths
 from tiercache.model import ByteRange
 from tiercache.store import FsspecStore, Store, check_key, open_store, redact
+from tiercache.store.placement import uses
+from tiercache.store.placement.locations import FileLocator, archived_file_error
+from tiercache.store.placement.log import prefix_store
+from tiercache.store.placement.resolver import options_of, scheme_of
 from tiercache.store.range_reads import ProcessLocal
-from tiercache.tier.placement.locations import FileLocator, archived_file_error
-from tiercache.tier.placement.log import prefix_store
-from tiercache.tier.placement.resolver import options_of, scheme_of
 
 _CHAIN = re.compile(r"tiercache(?:://|::)")
 _MAGIC = re.compile(r"[*?\[]")
@@ -345,7 +345,7 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
 
         In both cases, the read counts as a use of the object for the rules of tiers.
         """
-        tiers.record_use(str(self.fs.unstrip_protocol(path)))
+        uses.record_use(str(self.fs.unstrip_protocol(path)))
         location = None if options.keys() - _HOW else split_path(path)
         # A member of an archive has no identity, but the archive has: zip://name::tiercache::s3://bucket/a.zip
         if location is None or isinstance(self.fs, AbstractArchiveFileSystem):
@@ -395,7 +395,7 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
     def _location_of(self, path: str) -> str:
         """Return the URL or local path of a path of the target."""
         url = str(self.fs.unstrip_protocol(path))
-        return tiers.plain_url(url) if url.startswith("file://") else url
+        return uses.plain_url(url) if url.startswith("file://") else url
 
     def _open_location(self, url: str) -> Store:
         """Return the store of a tier or home: through the target, which has credentials, if it is of the same kind."""

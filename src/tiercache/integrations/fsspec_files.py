@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import Span, StoreFile, redact
-from tiercache.tier.placement.locations import archived_file_error
-from tiercache.tier.placement.resolver import is_archived
+from tiercache.store.placement.locations import archived_file_error
+from tiercache.store.placement.resolver import is_archived
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,7 @@ from typing import Any
 from fsspec import AbstractFileSystem
 
 from tiercache.model import ObjectInfo
-from tiercache.tier.placement.locations import FileLocator
+from tiercache.store.placement.locations import FileLocator
 
 
 class MovedPaths(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships no types

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache._native.ring import RowType, Slot
+    from tiercache.data.output_spec import OutputSpec
     from tiercache.load.device import BatchDevice
     from tiercache.load.device_pipeline import DevicePipeline
     from tiercache.load.options import LoaderOptions
-    from tiercache.load.output_spec import OutputSpec
     from tiercache.load.pipeline import PipelineInputs
     from tiercache.shard.schema import Schema
 

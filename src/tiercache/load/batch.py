@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from tiercache._native import gather, packing
 from tiercache._native.ring import SLOT_ALIGN, ArenaKeeper, BatchBuilder, BufferEntry, TensorEntry
-from tiercache.load.output_spec import (
+from tiercache.data.output_spec import (
     Buffer,
     OutputSpec,
     is_stack_of_rows,
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache._native.ring import Slot
+    from tiercache.data.records import Records
     from tiercache.load.array_library import ArrayLibrary
-    from tiercache.views import Records
 
 
 Bytes = npt.NDArray[np.uint8]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tiercache.load.output_spec import Buffer, LazyRecords, apply_layouts, as_columns
+from tiercache.data.output_spec import Buffer, ReadRecords, apply_layouts, as_columns
 from tiercache.load.torch_library import TORCH_DTYPES
 from tiercache.shard.read.values import ColumnValues
 from tiercache.shard.schema import Kind
@@ -30,7 +30,7 @@ def collate(records: Sequence[Any]) -> Any:
     Raises:
         ValueError: There are no records.
     """
-    if isinstance(records, LazyRecords) and records.as_gathered:
+    if isinstance(records, ReadRecords) and records.as_gathered:
         batch = {
             name: _tensor(values)
             for name, values in apply_layouts(records.columns, records.output_spec, records.number).items()

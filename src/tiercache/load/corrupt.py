@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from tiercache._native import gather
+from tiercache.data.output_spec import length_error, replace_nulls
 from tiercache.errors import CorruptShard, SchemaError
 from tiercache.load.batch import gather_streams
-from tiercache.load.output_spec import length_error, replace_nulls
 from tiercache.load.prefetch import ArrayPiece
 from tiercache.order import BlockSizes
 from tiercache.order.explicit import ExplicitWindow
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tiercache.data.output_spec import OutputSpec
+    from tiercache.data.records import Records
     from tiercache.load.epoch import RecordWalk
     from tiercache.load.options import LoaderOptions
-    from tiercache.load.output_spec import OutputSpec
     from tiercache.load.prefetch import AnyPiece, LoadedWindow
     from tiercache.order import AnyWindow
     from tiercache.shard.read.blocks import Blocks
-    from tiercache.views import Records
 
     Rows: TypeAlias = NDArray[np.int64] | None  # rows of a block, rising; None: all rows
 

@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tiercache.data.output_spec import image_decode_error, record_number
 from tiercache.images.decoder import DecodeError, Decoder, in_layout, load_libraries, stored_dtype
 from tiercache.images.image_plan import ImageDraws
 from tiercache.load.batch import aligned, slot_bytes
-from tiercache.load.output_spec import image_decode_error, record_number
 from tiercache.load.pipeline import Pipeline, PipelineInputs, Resources
 from tiercache.load.stage import StageJob, StagePipeline, StageQueue
 from tiercache.stats import WaitHistogram
 
 if TYPE_CHECKING:
+    from tiercache.data.output_spec import Buffer
     from tiercache.images.options import DecodeImage
     from tiercache.load.array_library import ArrayLibrary
     from tiercache.load.batch import Batch, Bytes
     from tiercache.load.corrupt import RecordLocation
     from tiercache.load.device import PinnedMemory
-    from tiercache.load.output_spec import Buffer
 
 # Batches ahead: enough to hide a stall of the consumer, and to give each thread some images of later batches while one
 # batch is nearly done. More would only cost memory.

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tiercache.data.output_spec import Buffer
 from tiercache.load.batch import aligned
-from tiercache.load.output_spec import Buffer
 from tiercache.load.pipeline import CLOSED_MESSAGE, ClosingPipeline
 
 if TYPE_CHECKING:

@@ -19,23 +19,22 @@ import numpy as np
 
 from tiercache import config
 from tiercache._native.ring import FastIterator
+from tiercache.data.opened_version import SHARD_READS_AGAIN
+from tiercache.data.output_spec import OutputSpec, as_columns
+from tiercache.data.records import Records
 from tiercache.errors import CorruptShard
 from tiercache.load.array_library import NoDraws
 from tiercache.load.batch import Batch, BatchMemory, PipelineSetup
 from tiercache.load.corrupt import corruption_map_for
 from tiercache.load.decode import DecodedPipeline
 from tiercache.load.epoch import NextEpoch, OrderShare, epoch_records, mixture_values, order_options, plan_epoch
-from tiercache.load.headspace import HeadspacePipeline
 from tiercache.load.options import LoaderOptions
-from tiercache.load.output_spec import OutputSpec, as_columns
 from tiercache.load.pipeline import Pipeline, PipelineInputs, Resources, share_resources, summarise
-from tiercache.load.ranks import Rank, agree, find_rank, find_slowest, must_not_draw, warn_of_meshes
+from tiercache.load.ranks import Rank, agree, find_rank, find_slowest, must_not_draw
 from tiercache.load.reading_plan import ReadingPlanPublisher
 from tiercache.load.state import RunState, reopen
-from tiercache.opened_version import SHARD_READS_AGAIN
 from tiercache.order import RankPlan
 from tiercache.stats import Counters, WaitHistogram
-from tiercache.views import Records
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -188,9 +187,7 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         kind = DecodedPipeline if inputs.output_spec.decode else Pipeline
         transforms, device = inputs.transforms, inputs.device
         inner = replace(inputs, waits=WaitHistogram())  # the waits of a stage before another one are not the consumer's
-        self._pipeline: (
-            Pipeline | DecodedPipeline | TransformedPipeline | WorkerPipeline | DevicePipeline | HeadspacePipeline
-        )
+        self._pipeline: Pipeline | DecodedPipeline | TransformedPipeline | WorkerPipeline | DevicePipeline
         self._pipeline = native = kind(inputs if transforms is None and device is None else inner, self._resources)
         if transforms is not None:
             self._pipeline = transforms.pipeline(inputs if device is None else inner, native)
@@ -198,8 +195,6 @@ class NativeIterator(FastIterator, Iterator[Batch]):
             devices = inputs.setup.library.devices
             assert devices is not None  # noqa: S101 -- `device` is one of them
             self._pipeline = devices.pipeline(inputs, device, self._pipeline)
-        if inputs.headspace:
-            self._pipeline = HeadspacePipeline(inputs, self._pipeline)
         self._set_fast_path(self._pipeline.fast_take)
 
     def _next(self) -> Any:
@@ -363,7 +358,7 @@ class Engine(ABC):
             for name, figure in iterator.figures().items():
                 counters[name] = counters.get(name, 0) + figure
         exposed = self._waits
-        if self._device is not None and not self._arguments.options.headspace:
+        if self._device is not None:
             exposed = self._device.exposed_waits()
         workers = 0 if self.transforms is None else self.transforms.n_workers
         n_threads = self._resources().n_threads
@@ -371,7 +366,7 @@ class Engine(ABC):
         if self._source.fill_ratio is not None:
             stats["fill_ratio"] = self._source.fill_ratio
         if across_ranks:
-            stats["exposed_wait_s"]["slowest_rank"] = find_slowest(self.rank(), stats["exposed_wait_s"])
+            stats["exposed_wait_s"]["slowest_rank"] = find_slowest(stats["exposed_wait_s"])
         return stats
 
     def _fetched(self) -> dict[str, float]:
@@ -435,7 +430,6 @@ class Engine(ABC):
             workers=workers,
             device=self._device,
             pinned=pinned,
-            headspace=options.headspace,
             **planned,
         )
         return NativeIterator(position, inputs, self._resources(), self._arguments.timeout_s, pin, draws)
@@ -465,8 +459,7 @@ class OrderEngine(Engine):
         # position of the newest iter(); None: there was none since the last load()
         self._position: EpochPosition | None = None
         self._next_epoch: NextEpoch | None = None
-        # A mesh does not change; torch may know what it is a part of only in this thread.
-        self._rank: Rank | None = None if self._options.mesh is None else find_rank(self._options)
+        self._rank: Rank | None = None  # once the run has begun
         self._n_records: int | None = None  # records per epoch of the source, computed on first use
 
     def rank(self) -> Rank:
@@ -759,9 +752,8 @@ class OrderEngine(Engine):
         """Return the state at the start of the run; start the run if it has not begun. drawn: see _next_state()."""
         if self._rank is None:
             self._rank = find_rank(self._options)
-            warn_of_meshes(self._rank)
         if self._state is None:
-            if self._rank.origin in ("environment", "torch.distributed", "mesh") and self._rank.world_size > 1:
+            if self._rank.origin in ("environment", "torch.distributed") and self._rank.world_size > 1:
                 logger.info("this loader serves %s", self._rank)
             self._state = self._first_state(self._rank, drawn=drawn)
         return self._state

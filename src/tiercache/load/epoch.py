@@ -30,13 +30,13 @@ from tiercache.order.window import MOST_ROWS, allocate_rows
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from tiercache.data.records import Records
     from tiercache.load.corrupt import RecordLocation
     from tiercache.load.prefetch import AnyPiece, LoadThreads, MemoryPressure
     from tiercache.load.ranks import Rank
     from tiercache.load.state import RunState
     from tiercache.order import AnyWindow, Order, Section
     from tiercache.order.explicit import ServedOrder
-    from tiercache.views import Records
 
     # The records that an order orders, or their corrupt records if these are replaced.
     Ordered: TypeAlias = Records | CorruptionMap

@@ -18,11 +18,11 @@ from torch.utils.data import IterableDataset, Sampler, default_collate
 from torchdata.stateful_dataloader import Stateful, StatefulDataLoader
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
 
+from tiercache.data.output_spec import NativeAccess, NativeDataset, native_access
 from tiercache.load.collate import collate
 from tiercache.load.device import find_device
 from tiercache.load.engine import LoaderArguments, OrderEngine
 from tiercache.load.options import LoaderOptions
-from tiercache.load.output_spec import NativeAccess, NativeDataset, native_access
 from tiercache.load.ranks import Rank, find_rank
 from tiercache.load.sampler_engines import OrderSampler, SamplerEngine, ShuffledOrder, StoredOrder, TorchPathEngine
 from tiercache.load.samplers import (
@@ -587,7 +587,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         index_sampler = super()._index_sampler
         known = is_known_batch_sampler(index_sampler) and not self._is_mixture
         options, defaults = arguments.options, LoaderOptions()
-        for name in ("on_corrupt", "device", "headspace"):
+        for name in ("on_corrupt", "device"):
             value = find_device(options.device) if name == "device" else getattr(options, name)
             if not known and value != getattr(defaults, name):
                 raise ValueError(
@@ -721,7 +721,7 @@ def _check_options(options: Any, reason: str, *, is_ordered: bool, has_state: bo
         raise TypeError(f"options= takes a tiercache.LoaderOptions(...), got {options!r}")
     if reason and not is_ordered:
         raise ValueError(f"options= {_OF_NATIVE_PATH} {reason}: remove options=")
-    native_only = ("memory_bytes", "threads", "on_corrupt", "device", "headspace")
+    native_only = ("memory_bytes", "threads", "on_corrupt", "device")
     without_effect: Sequence[str] = native_only if reason else ()
     if reason and has_state:
         without_effect = [field.name for field in fields(LoaderOptions) if field.name != "split_ranks"]
@@ -744,7 +744,7 @@ def _instead_of(name: str) -> str:
 def _check_sampler_options(options: LoaderOptions) -> None:
     """Raise ValueError for options of the order, which a sampler decides."""
     defaults = LoaderOptions()
-    for name in ("rank", "world_size", "mesh", "dims", "shuffle_streams", "placement", "shuffle_group_bytes"):
+    for name in ("rank", "world_size", "shuffle_streams", "placement", "shuffle_group_bytes"):
         value = getattr(options, name)
         if value != getattr(defaults, name):
             raise ValueError(

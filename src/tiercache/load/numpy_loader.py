@@ -13,12 +13,12 @@ from tiercache.load.state import RunState
 from tiercache.model import short_repr
 
 if TYPE_CHECKING:
+    from tiercache.data.output_spec import NativeDataset
     from tiercache.load.batch import Batch
-    from tiercache.load.output_spec import NativeDataset
 
 
 class NumpyLoader:
-    """Batches of NumPy arrays; `Dataset.iter_numpy` returns it. Neither it nor its batches need torch.
+    """Batches of NumPy arrays. Neither it nor its batches need torch.
 
     Order, ranks and state are those of `DataLoader` with the same arguments, and either of them continues from a state
     of the other. Each iter() begins the next epoch. A batch is a dict by column, or a list if the data set serves
@@ -59,7 +59,7 @@ class NumpyLoader:
         has_batch_transform = access.batch_transform is not None or (options and options.batch_transform is not None)
         if not access.is_plain or has_batch_transform:
             raise ValueError(
-                "iter_numpy() serves records as they are stored, and the data set or the options have a transform, or "
+                "NumpyLoader serves records as they are stored, and the data set or the options have a transform, or "
                 "the data set's class overrides how records are read: apply the function to the batches instead"
             )
         if options is not None and options.device is not None:

@@ -25,6 +25,8 @@ import numpy as np
 
 from tiercache._native import gather
 from tiercache._native.ring import CLOSED, END, FAILED, BatchTaker, Ring, Slot, held_bytes
+from tiercache.data.output_spec import record_number
+from tiercache.data.packing import PackedBlocks
 from tiercache.errors import CorruptShard, SchemaError, TierCacheError
 from tiercache.load.batch import (
     Batch,
@@ -36,13 +38,11 @@ from tiercache.load.batch import (
     lent_bytes,
 )
 from tiercache.load.corrupt import bad_value, record_too_long
-from tiercache.load.output_spec import record_number
 from tiercache.load.planner import PlannerState, run_planner
 from tiercache.load.prefetch import LoadThreads, loading_pool
 from tiercache.model import format_bytes, parse_bytes
 from tiercache.shard.conversion import served_columns
 from tiercache.shard.read.blocks import damage_message
-from tiercache.views.packing import PackedBlocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -50,18 +50,18 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tiercache.data.output_spec import OutputSpec
+    from tiercache.data.records import Records
     from tiercache.load.batch import Bytes
     from tiercache.load.corrupt import CorruptionMap, RecordLocation
     from tiercache.load.device import BatchDevice, PinnedMemory
     from tiercache.load.epoch import EpochStart, NextEpoch, OrderShare
     from tiercache.load.options import LoaderOptions
-    from tiercache.load.output_spec import OutputSpec
     from tiercache.load.prefetch import LoadedWindow
     from tiercache.load.ranks import Rank
     from tiercache.load.reading_plan import ReadingPlanPublisher
     from tiercache.load.transform_workers import TransformSettings, WorkerPool
     from tiercache.stats import Counters, WaitHistogram
-    from tiercache.views import Records
 
 
 # Batches ahead: more batches hide longer stalls of the consumer. But batches ahead should still be in the processor's
@@ -115,7 +115,6 @@ class PipelineInputs:
         workers: Processes that run these functions. None: the consumer's thread runs them.
         device: Device to which the last stage copies batches. None: batches stay in host memory.
         pinned: Pinned memory in which this stage leaves its batches. None: ordinary memory.
-        headspace: Whether the first batch is served again and again, to measure the training loop alone.
     """
 
     setup: PipelineSetup
@@ -133,7 +132,6 @@ class PipelineInputs:
     workers: WorkerPool | None = None
     device: BatchDevice | None = None
     pinned: PinnedMemory | None = None
-    headspace: bool = False
 
     @property
     def source(self) -> Records:
@@ -585,12 +583,8 @@ def summarise(
     for name in ("decode", "transform"):
         if f"{name}_ns" in counters:
             stages[f"{name}_s"] = counters[f"{name}_ns"] / 1e9
-    headspace_s = counters.get("headspace_s", 0.0)
-    samples_per_s = counters["headspace_samples"] / headspace_s if headspace_s else None
     verdict = _verdict(idle_share, stages, fetched, threads, workers)
-    if samples_per_s is not None:
-        verdict = f"consumer (headspace=True: {samples_per_s:,.0f} samples/s is what a loader that needs no time gives)"
-    elif idle_share >= WAITING_SHARE and idle["total"] > 2 * wait["total"]:
+    if idle_share >= WAITING_SHARE and idle["total"] > 2 * wait["total"]:
         verdict = (
             f"copy (waited {idle_share:.1%} of the time, most of it for copies to the device; serve fewer bytes, e.g. "
             "by cast=, or raise device_batches)"
@@ -616,7 +610,6 @@ def summarise(
         },
         "unpinned": int(counters.get("unpinned", 0)),
         "samples_per_s": counters.get("samples", 0) / wall_s if wall_s else None,
-        "headspace": None if samples_per_s is None else {"samples_per_s": samples_per_s},
         "stages": stages,
         "threads": threads,
         "bottleneck": verdict,

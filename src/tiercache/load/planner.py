@@ -307,7 +307,7 @@ class _Planner:
         if not self._ring.push(pushed.as_plan(self._inputs.setup.layouts)):
             raise CancelledError
         if is_first:  # The first batch does not wait for its whole window.
-            self._near.prefetch_pages(new, served, is_served=True)
+            self._near.prefetch_pages(new, served)
             if self._inputs.publisher is not None:
                 self._inputs.publisher.complete()
         self._is_one_set = is_first or self._served_windows == piece.windows

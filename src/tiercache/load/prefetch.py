@@ -7,8 +7,6 @@ window before is served. If windows do not fit memory, a piece is served in slic
 from __future__ import annotations
 
 import ctypes
-import os
-import re
 import sys
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -31,11 +29,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tiercache.data.records import Records
     from tiercache.load.corrupt import RecordLocation
     from tiercache.load.epoch import Piece
     from tiercache.order import AnyWindow
     from tiercache.shard.read.blocks import Blocks
-    from tiercache.views import Records
 
 
 # Load tasks per thread: at the end the other threads wait at most for one such task.
@@ -501,15 +499,9 @@ def _touched(windows: tuple[AnyWindow, ...], block: NDArray[np.uint32]) -> tuple
 NEAR_SHARE = 3
 # Bytes per request: enough to read any disk at full speed, and close() never waits for more.
 STEP_BYTES = 4 << 20
-_HUGE_BYTES = 2 << 20
-# With huge pages the kernel reads the neighbours of scattered blocks as well. The limits are the bytes read over the
-# bytes wanted: if the whole data set stays in memory anyway, and if it does not.
-_MOST_BESIDE, _MOST_BESIDE_IF_LARGER = 4.0, 1.25
 _LINUX = sys.platform == "linux"
 # Linux's numbers; COLD since 5.4, POPULATE_READ since 5.14.
-_RANDOM, _WILLNEED, _DONTNEED, _HUGEPAGE, _NOHUGEPAGE, _COLD, _POPULATE_READ = 1, 3, 4, 14, 15, 20, 22
-# Before this version, advising huge pages on ext4 makes larger reads of small pages, fewer at a time.
-_HUGE_SINCE = (6, 16)
+_RANDOM, _WILLNEED, _DONTNEED, _COLD, _POPULATE_READ = 1, 3, 4, 20, 22
 
 
 class PagePrefetcher:
@@ -523,9 +515,7 @@ class PagePrefetcher:
         self._stored_bytes = stored_bytes
         self._near: list[tuple[AnyWindow, list[Blocks]]] = []
 
-    def prefetch_pages(
-        self, windows: Sequence[LoadedWindow], served: Sequence[AnyWindow], *, is_served: bool = False
-    ) -> list[Future[int]]:
+    def prefetch_pages(self, windows: Sequence[LoadedWindow], served: Sequence[AnyWindow]) -> list[Future[int]]:
         """Start to read the mapped pages of windows, as far as there is room; returns at once.
 
         Pages without room are read when their rows are gathered; for shuffled rows the kernel then does not read their
@@ -552,21 +542,17 @@ class PagePrefetcher:
             # These mappings are kept until the window is served. Decoded blocks are not: others may need their memory
             # before.
             self._near.append((loaded.window, [blocks for blocks in loaded.block_groups if not blocks.private_bytes]))
-            waits = is_served and not loaded.window.is_in_order
-            most = 0.0 if waits else _MOST_BESIDE if fits else _MOST_BESIDE_IF_LARGER
-            reads += [self._start(blocks, most) for blocks in loaded.block_groups[:n_near] if len(blocks.pages)]
+            reads += [self._start(blocks) for blocks in loaded.block_groups[:n_near] if len(blocks.pages)]
         return reads
 
-    def _start(self, blocks: Blocks, most: float) -> Future[int]:
+    def _start(self, blocks: Blocks) -> Future[int]:
         # The query takes 0.2 ms for 512 MiB that are mapped; populating them again takes 18 to 33 ms of a core in each
         # epoch.
-        pages = blocks.pages
         if is_in_memory(blocks):
             near: Future[int] = Future()
-            near.set_result(int(pages[:, 1].sum()))
+            near.set_result(int(blocks.pages[:, 1].sum()))
             return near
-        huge = _kernel() >= _HUGE_SINCE and share_of_huge_pages(pages) <= most and _expect(pages, _HUGEPAGE)
-        return self._threads.executor.submit(_read, blocks, self._threads.stop, huge)
+        return self._threads.executor.submit(_read, blocks, self._threads.stop)
 
     def _release_served(self, served: Sequence[AnyWindow], *, larger: bool) -> None:
         """Forget windows that were served; if the data set is larger than memory, let their pages be evicted first."""
@@ -596,41 +582,22 @@ def count_near(sizes: Sequence[int], room_bytes: int) -> int:
     return int(np.searchsorted(np.cumsum(np.array(sizes, np.int64)), room_bytes, side="right"))
 
 
-def share_of_huge_pages(pages: NDArray[np.uint64]) -> float:
-    """Return the bytes of the huge pages that contain these pages over the bytes of the pages.
-
-    pages: at least one, as in plan_steps.
-    """
-    firsts, lasts = pages[:, 0] // _HUGE_BYTES, (pages.sum(axis=1) - 1) // _HUGE_BYTES
-    n_pages = int((lasts - firsts + 1).sum()) - int((firsts[1:] == lasts[:-1]).sum())
-    return n_pages * _HUGE_BYTES / int(pages[:, 1].sum())
-
-
 def _expect_single_rows(pages: NDArray[np.uint64]) -> None:
-    """Advise the kernel to read only the touched pages from the first page to the last.
+    """Advise the kernel to read only the touched pages.
 
-    Otherwise the kernel reads the neighbours too, and evicts what it read before: 336 MiB instead of 1 MiB for 256
-    rows, if huge pages were advised before.
+    Otherwise the kernel reads the neighbours too, and evicts what it read before. The range from the first page to the
+    last is not split by block: each part with other advice counts against the process's limit of mappings.
     """
     if len(pages):
-        _expect(pages, _NOHUGEPAGE)
-        _expect(pages, _RANDOM)
+        start, stop = int(pages[0, 0]), int(pages[-1].sum())
+        _advise(start, stop - start, _RANDOM)
 
 
-def _expect(pages: NDArray[np.uint64], advice: int) -> bool:
-    """Advise the kernel about the whole range from the first page to the last.
-
-    The range is not split by block: each part with other advice counts against the process's limit of mappings.
-    """
-    start, stop = int(pages[0, 0]), int(pages[-1].sum())
-    return _advise(start, stop - start, advice)
-
-
-def _read(blocks: Blocks, stop: Future[None], huge: bool) -> int:
+def _read(blocks: Blocks, stop: Future[None]) -> int:
     """Read and map the pages of blocks step by step; return the number of bytes done."""
     steps = plan_steps(blocks.pages)
     # The disk gets all requests at once; the steps then wait for them.
-    for address, n_bytes in steps if not huge else ():
+    for address, n_bytes in steps:
         _advise(address, n_bytes, _WILLNEED)
     near_bytes = 0
     for address, n_bytes in steps:
@@ -657,13 +624,6 @@ def _release_pages(blocks: Blocks) -> None:
 def _advise(address: int, n_bytes: int, advice: int) -> bool:
     """Call madvise and return whether it succeeded. ctypes is used because mmap.madvise holds the GIL."""
     return _libc_madvise()(address, n_bytes, advice) == 0
-
-
-@cache
-def _kernel() -> tuple[int, int]:
-    """Return the kernel's version; (0, 0) if it cannot be parsed."""
-    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 @cache

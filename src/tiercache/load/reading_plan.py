@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tiercache.data.records import Records
     from tiercache.load.epoch import OrderShare
     from tiercache.load.state import RunState
     from tiercache.model import PublishedPlan
     from tiercache.order.window import ShardGroups
-    from tiercache.views import Records
 
 
 # Maximum of later epochs that are examined. If a rank reads the same shards in each epoch, one is enough.

@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tiercache.data.output_spec import NativeDataset
+    from tiercache.data.records import Records
     from tiercache.load.array_library import EpochDraws
-    from tiercache.load.output_spec import NativeDataset
     from tiercache.load.prefetch import AnyPiece
-    from tiercache.views import Records
 
 
 class SampledIterator(Iterator[Any]):

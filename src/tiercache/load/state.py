@@ -15,7 +15,7 @@ from tiercache.errors import ObjectChanged, UnsupportedFormat
 from tiercache.model import SourcePart
 
 if TYPE_CHECKING:
-    from tiercache.views import Records
+    from tiercache.data.records import Records
 
 
 # Format 2 has streams, several data sets and selections. This release does not read format 1 (one stream, other keys).

@@ -20,17 +20,17 @@ from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import collate as collate_by_type
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from tiercache.load.output_spec import Buffer, OutputSpec, as_columns, is_stack_of_rows
+from tiercache.data.output_spec import Buffer, OutputSpec, as_columns, is_stack_of_rows
 from tiercache.load.pipeline import CLOSED_MESSAGE, ClosingPipeline
 from tiercache.rng import use_key
 from tiercache.shard.read.values import ColumnValues
 from tiercache.shard.schema import Column, Kind
 
 if TYPE_CHECKING:
+    from tiercache.data.output_spec import ColumnLayout
     from tiercache.load.batch import Batch
     from tiercache.load.decode import DecodedPipeline
     from tiercache.load.epoch import OrderShare
-    from tiercache.load.output_spec import ColumnLayout
     from tiercache.load.pipeline import Pipeline, PipelineInputs
     from tiercache.load.shared_block import SharedBlock
 

@@ -237,7 +237,6 @@ class ExplicitWindow:
     blocks: NDArray[np.int32]
     block_bytes: NDArray[np.int64]
     key: bytes | None = None
-    is_in_order: bool = False  # an explicit order may be any order
 
     def __len__(self) -> int:
         return self.stop - self.start

@@ -112,11 +112,6 @@ class Window:
         return (self,)
 
     @property
-    def is_in_order(self) -> bool:
-        """Whether its rows are served in stored order."""
-        return self.key is None
-
-    @property
     def reads_whole_blocks(self) -> bool:
         """Whether all rows of its blocks are served, by all ranks together."""
         return True

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from tiercache.catalog.tiers import PlannedObject as PlannedObject
 from tiercache.keep import CheckpointColumns
 from tiercache.model import format_bytes
+from tiercache.tier.journal import PlannedObject as PlannedObject
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -24,9 +24,9 @@ from tiercache.tier.stores import CLASSES_TO_RESTORE, Stores, state_of
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 
 if TYPE_CHECKING:
-    from tiercache.catalog.tiers import TierCatalog
     from tiercache.prices import Prices
     from tiercache.store.archive import RestoreState
+    from tiercache.tier.journal import TierCatalog
     from tiercache.tier.rules import RuleFile
 
 A = TypeVar("A")

@@ -22,11 +22,11 @@ from tiercache.model import ObjectInfo
 from tiercache.store import CloudStore, LocalFolder, Store, open_store
 from tiercache.store.archive import S3StorageClasses, has_boto3
 from tiercache.store.options import ParsedUrl
+from tiercache.store.placement.log import lead_to_home
 from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING, STANDARD
-from tiercache.tier.placement.log import lead_to_home
 
 if TYPE_CHECKING:
-    from tiercache.catalog.tiers import TierCatalog
+    from tiercache.tier.journal import TierCatalog
     from tiercache.tier.rules import RuleFile, Tier
 
 

@@ -18,8 +18,8 @@ from tiercache.model import OWN_FOLDER
 from tiercache.shard.versions import manifest
 from tiercache.shard.versions.manifest import VERSIONS_FOLDER, Version
 from tiercache.shard.versions.segments import SegmentRef, ShardTable, read_segments
-from tiercache.tier.placement import log, use_reports
-from tiercache.tier.placement.log import prefix_store
+from tiercache.store.placement import log, uses
+from tiercache.store.placement.log import prefix_store
 from tiercache.tier.text_columns import index_in, match_regex
 
 if TYPE_CHECKING:
@@ -122,9 +122,9 @@ class _DatasetReader:
         has_tracking_marker = bool(
             match_regex(own_keys, f"^{re.escape(self._folder + log.TRACKING_MARKER_KEY)}$").any()
         )
-        reports = match_regex(own_keys, f"^{re.escape(self._folder + use_reports.USAGE_FOLDER)}").any()
-        found = use_reports.read_reports(self._store) if reports else []
-        used = use_reports.merge_reports(found, table.names, now_s=now_s)
+        reports = match_regex(own_keys, f"^{re.escape(self._folder + uses.USAGE_FOLDER)}").any()
+        found = uses.read_reports(self._store) if reports else []
+        used = uses.merge_reports(found, table.names, now_s=now_s)
         # Without the tracking marker, readers do not report: a data set that is read daily must not be archived on the
         # day of the first rules. A marker without a date comes from an early release: uses have been tracked for long.
         since_s = (log.tracked_since_s(self._store) or 0.0) if has_tracking_marker else np.inf

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tiercache.catalog.tiers import read_uses, uses_under
 from tiercache.store import LocalFolder
+from tiercache.store.placement.uses import read_uses, uses_under
 from tiercache.tier.holds import HOLDS_FOLDER, Hold, Holds, read_holds
 from tiercache.tier.inventory.conflicts import find_conflicts
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
@@ -54,7 +54,7 @@ from tiercache.tier.model import (
 from tiercache.tier.text_columns import ROWS_AT_A_TIME, index_in, inverse, match_regex, sort_order, take_rows
 
 if TYPE_CHECKING:
-    from tiercache.catalog.tiers import TierCatalog
+    from tiercache.tier.journal import TierCatalog
     from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
 
@@ -320,10 +320,6 @@ class Inventory:
     facts: Mapping[str, Any]
     _listed: Listing = field(repr=False)
     _copies: Copies = field(repr=False)
-
-    def lies(self, keys: pa.Array) -> NDArray[np.bool_]:
-        """Return whether an object with each key was listed in any tier; bool[len(keys)]."""
-        return index_in(keys, self._listed.keys) >= 0
 
     def objects_of(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> ObjectTable:
         """Return the objects of many copies as columns: for each group, its copy in the tier at the same index.

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 import pyarrow as pa
 
-from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.tier.holds import read_holds
+from tiercache.tier.journal import CatalogEntry, JournalRow, PlannedObject
 from tiercache.tier.model import READABLE, STANDARD
 from tiercache.tier.move.transfer import Transfer, find_difference
 from tiercache.tier.rules import load_rule_file
@@ -28,8 +28,8 @@ from tiercache.tier.stores import CLASSES_TO_RESTORE, ensure_mount_marker, needs
 from tiercache.tier.text_columns import first_match
 
 if TYPE_CHECKING:
-    from tiercache.catalog.tiers import TierCatalog
     from tiercache.model import ObjectInfo
+    from tiercache.tier.journal import TierCatalog
     from tiercache.tier.move.lock import TierLock
     from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores

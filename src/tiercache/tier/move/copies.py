@@ -26,11 +26,11 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Literal
 
-from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError, TierCacheError
 from tiercache.model import format_bytes
 from tiercache.store import LocalFolder
+from tiercache.tier.journal import CatalogEntry, JournalRow, PlannedObject
 from tiercache.tier.move.checks import Heads, Infos, MoveContext, earliest, first_written_s, matches_entry
 from tiercache.tier.move.transfer import MayReplace, is_md5
 from tiercache.tier.stores import needs_restore

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 import pyarrow as pa
 
-from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError, TierCacheError
 from tiercache.tier.inventory.groups import take_inventory
+from tiercache.tier.journal import CatalogEntry, JournalRow, PlannedObject
 from tiercache.tier.model import CHECKPOINT, DELETE, DROP, MOVE, READABLE, RECLASS, SHARD
 from tiercache.tier.move.checks import (
     ApplyResult,
@@ -45,8 +45,8 @@ from tiercache.waiting import SYSTEM_CLOCK
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tiercache.catalog.tiers import TierCatalog
     from tiercache.model import ObjectInfo
+    from tiercache.tier.journal import TierCatalog
     from tiercache.tier.model import Decisions, Snapshot, Symlink
     from tiercache.tier.move.checks import MoveContext
     from tiercache.tier.rules import RuleFile

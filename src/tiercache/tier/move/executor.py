@@ -11,9 +11,9 @@ from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
-from tiercache.catalog.tiers import CatalogEntry, JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, TierCacheError
+from tiercache.tier.journal import CatalogEntry, JournalRow, PlannedObject
 from tiercache.tier.move.checks import (
     ApplyResult,
     BatchLimits,

@@ -20,8 +20,8 @@ from tiercache.tier.recall import RULE
 from tiercache.tier.stores import unavailable_tiers
 
 if TYPE_CHECKING:
-    from tiercache.catalog.tiers import JournalRow
     from tiercache.tier.holds import Holds
+    from tiercache.tier.journal import JournalRow
     from tiercache.tier.move.checks import Progress
 
 

@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 
 from tiercache import config
-from tiercache.catalog.tiers import TierCatalog
 from tiercache.crash_points import crash_point
 from tiercache.prices import prices_if_known
 from tiercache.tier.holds import remove_obsolete_holds
 from tiercache.tier.inventory.groups import Inventory, take_inventory
+from tiercache.tier.journal import TierCatalog
 from tiercache.tier.model import RESTORING, Decisions, Plan
 from tiercache.tier.move.checks import ApplyResult, MoveContext, Progress, StoppedMove
 from tiercache.tier.move.deletions import deletion_facts_of, run_due_deletions

@@ -14,16 +14,16 @@ import pyarrow.compute as pc
 
 from tiercache.errors import StoreError, TierCacheError
 from tiercache.shard.versions.manifest import VERSIONS_FOLDER
+from tiercache.store.placement import log
+from tiercache.store.placement.log import Placement, PlacementRow, prefix_store
 from tiercache.tier.model import SHARD
 from tiercache.tier.move.checks import is_readable
-from tiercache.tier.placement import log
-from tiercache.tier.placement.log import Placement, PlacementRow, prefix_store
 from tiercache.tier.text_columns import first_match
 
 if TYPE_CHECKING:
-    from tiercache.catalog.tiers import JournalRow
     from tiercache.store import Store
     from tiercache.tier.inventory.groups import Inventory
+    from tiercache.tier.journal import JournalRow
     from tiercache.tier.model import Plan
     from tiercache.tier.move.checks import Heads, Infos, MoveContext
     from tiercache.tier.stores import Stores

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.catalog.tiers import JournalRow, PlannedObject
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError, TierCacheError
+from tiercache.tier.journal import JournalRow, PlannedObject
 from tiercache.tier.model import KINDS
 from tiercache.tier.move.copies import remove_empty_folders
 from tiercache.tier.move.placement_updates import PlacementUpdates

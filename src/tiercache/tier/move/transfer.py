@@ -14,7 +14,6 @@ from threading import Event, Lock
 from typing import NamedTuple, TypeAlias
 
 from tiercache._native.checksum import combine, crc32c
-from tiercache.catalog.tiers import CatalogEntry
 from tiercache.crash_points import crash_point
 from tiercache.distribution import install_command
 from tiercache.errors import NotFound, ObjectChanged, StoreError
@@ -23,6 +22,7 @@ from tiercache.store import CloudStore, LocalFolder
 from tiercache.store.archive import MOST_PARTS, S3StorageClasses
 from tiercache.store.contract import Upload
 from tiercache.store.posix import FileAttributes
+from tiercache.tier.journal import CatalogEntry
 from tiercache.tier.model import PART_BYTES, PlannedObject
 from tiercache.tier.stores import Stores, needs_restore
 from tiercache.waiting import SYSTEM_CLOCK, Clock, pause

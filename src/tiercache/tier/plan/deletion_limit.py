@@ -18,7 +18,7 @@ from tiercache.tier.plan.selection import largest_copies, rules_of
 from tiercache.tier.text_columns import index_in
 
 if TYPE_CHECKING:
-    from tiercache.catalog.tiers import JournalRow
+    from tiercache.tier.journal import JournalRow
     from tiercache.tier.model import Decisions, Snapshot
     from tiercache.tier.rules import RuleFile
 

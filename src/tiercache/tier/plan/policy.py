@@ -55,8 +55,8 @@ from tiercache.tier.plan.selection import SnapshotIndex
 from tiercache.tier.stores import deletion_block_reason, unavailable_tiers
 
 if TYPE_CHECKING:
-    from tiercache.catalog.tiers import TierCatalog
     from tiercache.prices import Prices
+    from tiercache.tier.journal import TierCatalog
     from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
 

@@ -1,0 +1,497 @@
+"""The cache's accounts: bytes of copies, reservations of processes, and the last use of each copy."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from tiercache.store.database import Database
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+
+BLOCK_BYTES = 4096
+FIGURES = (
+    "hits",
+    "misses",
+    "prefetched",
+    "bytes_hit",
+    "bytes_fetched",
+    "evicted",
+    "evicted_early",
+    "quarantined",
+    "poisoned",
+    "requests",
+    "bytes_read",
+    "retries",
+    "hedges",
+    "throttled",
+    "nanodollars",
+)
+# s3fifo counts uses with two bits per copy: more bits change little (Yang et al., SOSP 2023, section 4.1).
+MOST_FREQ = 3
+# How a name left: evicted from the small queue of s3fifo (its ghosts), evicted from the main queue, or lost otherwise
+# (deleted by hand, damaged). A process that keeps the rows in memory needs all three.
+_GONE = ("small", "main", "lost")
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE copies (
+    name TEXT PRIMARY KEY, charge_bytes INTEGER NOT NULL CHECK (charge_bytes >= 0), record TEXT NOT NULL,
+    uses INTEGER NOT NULL DEFAULT 0, last_use INTEGER NOT NULL DEFAULT 0,
+    main INTEGER NOT NULL DEFAULT 0, freq INTEGER NOT NULL DEFAULT 0, turn INTEGER NOT NULL DEFAULT 0,
+    changed INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX copies_changed ON copies (changed);
+CREATE TABLE gone (
+    name TEXT PRIMARY KEY, kind TEXT NOT NULL, charge_bytes INTEGER NOT NULL, changed INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX gone_changed ON gone (kind, changed);
+CREATE TABLE reservations (
+    owner TEXT NOT NULL, name TEXT NOT NULL, charge_bytes INTEGER NOT NULL CHECK (charge_bytes >= 0),
+    PRIMARY KEY (owner, name)
+) WITHOUT ROWID;
+CREATE TABLE openers (owner TEXT PRIMARY KEY, limit_bytes INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE figures (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TRIGGER copy_in AFTER INSERT ON copies BEGIN
+    UPDATE meta SET value = value + new.charge_bytes WHERE key = 'used'; END;
+CREATE TRIGGER copy_out AFTER DELETE ON copies BEGIN
+    UPDATE meta SET value = value - old.charge_bytes WHERE key = 'used'; END;
+CREATE TRIGGER copy_grows AFTER UPDATE OF charge_bytes ON copies BEGIN
+    UPDATE meta SET value = value + new.charge_bytes - old.charge_bytes WHERE key = 'used'; END;
+CREATE TRIGGER reservation_in AFTER INSERT ON reservations BEGIN
+    UPDATE meta SET value = value + new.charge_bytes WHERE key = 'reserved'; END;
+CREATE TRIGGER reservation_out AFTER DELETE ON reservations BEGIN
+    UPDATE meta SET value = value - old.charge_bytes WHERE key = 'reserved'; END;
+CREATE TRIGGER ghost_in AFTER INSERT ON gone BEGIN
+    UPDATE meta SET value = value + new.charge_bytes WHERE key = 'gone ' || new.kind; END;
+CREATE TRIGGER ghost_out AFTER DELETE ON gone BEGIN
+    UPDATE meta SET value = value - old.charge_bytes WHERE key = 'gone ' || old.kind; END;
+INSERT INTO meta VALUES ('used', 0), ('reserved', 0), ('clock', 0), ('forgotten', 0), ('evicted', 0);
+INSERT INTO meta VALUES ('gone small', 0), ('gone main', 0), ('gone lost', 0);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRow:
+    """The row of a copy, or of a partial copy.
+
+    Attributes:
+        name: Name of the copy.
+        charge_bytes: Charge, in bytes.
+        record: JSON record; "" if the source is unknown.
+        uses: Number of uses.
+        last_use: Logical time of the last use: a count, not a time.
+        main: For s3fifo: whether the copy is in the main queue, otherwise in the small one.
+        freq: For s3fifo: uses since it entered the queue, at most MOST_FREQ.
+        turn: For s3fifo: position in the queue, a count; the smallest is the head.
+    """
+
+    name: str
+    charge_bytes: int
+    record: str
+    uses: int
+    last_use: int
+    main: bool = False
+    freq: int = 0
+    turn: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AccountChanges:
+    """The changes of the accounts between two queries.
+
+    Attributes:
+        since: Value to pass to the next query.
+        whole: Whether `rows` are all rows, so that earlier knowledge is void.
+        rows: Rows that changed.
+        gone: Names that were removed.
+        has_evicted: Whether anything was ever evicted.
+        limit_bytes: Smallest limit of all live owners.
+    """
+
+    since: tuple[str, int]
+    whole: bool
+    rows: tuple[CopyRow, ...]
+    gone: tuple[str, ...]
+    has_evicted: bool
+    limit_bytes: int
+
+
+_ROW = "name, charge_bytes, record, uses, last_use, main, freq, turn"
+
+
+def _meta(db: sqlite3.Connection, key: str) -> int:
+    return int(db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()[0])
+
+
+def _tick(db: sqlite3.Connection, n: int = 1) -> int:
+    """Advance the logical clock by n, and return its new time."""
+    return int(db.execute("UPDATE meta SET value = value + ? WHERE key = 'clock' RETURNING value", (n,)).fetchone()[0])
+
+
+def _set_copy(db: sqlite3.Connection, name: str, record: str, charge_bytes: int) -> None:
+    """Set a copy's row. A new copy enters the main queue if it is a ghost, otherwise the small queue."""
+    now = _tick(db)
+    query = "UPDATE copies SET charge_bytes = ?, record = ?, changed = ? WHERE name = ?"
+    if db.execute(query, (charge_bytes, record, now, name)).rowcount:
+        return
+    row = db.execute("DELETE FROM gone WHERE name = ? RETURNING kind", (name,)).fetchone()
+    is_ghost = row is not None and row[0] == "small"
+    db.execute(
+        "INSERT INTO copies (name, charge_bytes, record, last_use, main, turn, changed) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (name, charge_bytes, record, now, is_ghost, now, now),
+    )
+
+
+def _drop_copies(db: sqlite3.Connection, names: Iterable[str], *, evicted: bool) -> None:
+    """Delete the rows of copies, and remember that they existed."""
+    for name in names:
+        row = db.execute("DELETE FROM copies WHERE name = ? RETURNING charge_bytes, main", (name,)).fetchone()
+        if row is not None:
+            kind = ("main" if row[1] else "small") if evicted else "lost"
+            db.execute("INSERT INTO gone VALUES (?, ?, ?, ?)", (name, kind, row[0], _tick(db)))
+            if evicted:
+                db.execute("UPDATE meta SET value = value + 1 WHERE key = 'evicted'")
+
+
+def _rows(db: sqlite3.Connection, condition: str, *values: object) -> list[CopyRow]:
+    query = f"SELECT {_ROW} FROM copies {condition}"  # noqa: S608 - our own text
+    return [CopyRow(*row) for row in db.execute(query, values)]
+
+
+# Share of the budget for ghosts: as much as the main queue of s3fifo holds (Yang et al., SOSP 2023).
+GHOSTS_SHARE = 0.9
+
+
+class CacheFiles(Protocol):
+    """Questions of the accounts about the cache folder. The accounts can be rebuilt from the answers."""
+
+    def ensure(self) -> None:
+        """Make the folder, and the owner's file in it, if somebody has deleted them."""
+
+    def alive(self, owner: str) -> bool:
+        """Return whether the owner's process still has the folder open."""
+
+    def remove_files_of(self, owner: str) -> None:
+        """Remove the files of a dead owner."""
+
+    def limits(self) -> Mapping[str, int]:
+        """Return the limit of each live owner, in bytes."""
+
+    def running_fetches(self) -> Iterable[tuple[str, str, int]]:
+        """Yield (owner, name, charge) of each running fetch. The charge is that of the bytes that may still come."""
+
+    def charge_of(self, name: str) -> int | None:
+        """Return the current charge of a copy, or of a partial copy, in bytes; None if it does not exist."""
+
+    def charges(self) -> Mapping[str, int]:
+        """Return the charge of each copy and partial copy, in bytes, by name."""
+
+    def record(self, name: str) -> str:
+        """Return the record beside a copy, "" if there is none."""
+
+
+def charge_bytes(n_bytes: int) -> int:
+    """Return the charge of a file of n_bytes: its size in whole disk blocks, plus one block for its record."""
+    return -(-n_bytes // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES
+
+
+class Accounts:
+    """The accounts of one cache folder, used by one owner (a process that has the folder open).
+
+    Every method is one short transaction for which processes may race. Thread-safe. Byte counts are charges, see
+    charge_bytes. No reservation commits if copies and reservations together would exceed the limit, and no booking
+    commits if it takes more than was reserved for it.
+    """
+
+    def __init__(self, path: Path, owner: str, files: CacheFiles, *, wal: bool, boot: str) -> None:
+        self._owner, self._files, self._boot = owner, files, boot
+        self._own_limit_bytes: int | None = None
+        # Our reservations, in case the file is lost. Changed only inside run(), which holds its lock.
+        self._held: dict[str, int] = {}
+        self._database = Database(path, wal=wal, make_folder=files.ensure, prepare=self._prepare)
+
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        # A trigger contains ";", but a statement ends only at a ";" at the end of a line: a trigger ends with "END;".
+        for statement in filter(str.strip, _SCHEMA.split(";\n")):
+            db.execute(statement)
+        # The accounts of another boot of the machine are not trusted.
+        db.execute("INSERT INTO meta VALUES ('boot', ?), ('id', ?)", (self._boot, secrets.token_hex(8)))
+        db.executemany("INSERT INTO figures VALUES (?, 0)", [(name,) for name in FIGURES])
+        db.executemany("INSERT INTO openers VALUES (?, ?)", list(self._files.limits().items()))
+        for owner, name, charge in self._files.running_fetches():
+            if owner != self._owner and self._files.alive(owner):
+                db.execute("INSERT OR IGNORE INTO reservations VALUES (?, ?, ?)", (owner, name, charge))
+        self._come_back(db)
+        self._take_in(db, is_new=True)
+
+    def close(self) -> None:
+        """Close the file. The next call opens it again."""
+        self._database.close()
+
+    # -- owners -----------------------------------------------------------------------------------------------------
+
+    def register(self, limit_bytes: int) -> int:
+        """Record the owner's limit. Return the smallest limit of all live owners, in bytes."""
+
+        def work(db: sqlite3.Connection) -> int:
+            db.execute("INSERT OR REPLACE INTO openers VALUES (?, ?)", (self._owner, limit_bytes))
+            return self._limit(db)
+
+        self._own_limit_bytes = limit_bytes
+        return self._database.run(work)
+
+    def unregister(self) -> None:
+        """Forget the owner and its reservations."""
+
+        def work(db: sqlite3.Connection) -> None:
+            self._held.clear()
+            self._forget(db, self._owner)
+
+        self._own_limit_bytes = None
+        self._database.run(work)
+
+    def limit_bytes(self) -> int:
+        """Return the smallest limit of all live owners, in bytes."""
+        return self._database.run(self._limit)
+
+    def _limit(self, db: sqlite3.Connection) -> int:
+        self._come_back(db)
+        for owner, limit_bytes in db.execute("SELECT owner, limit_bytes FROM openers ORDER BY limit_bytes").fetchall():
+            if owner == self._owner or self._files.alive(owner):
+                return int(limit_bytes)
+            self._files.remove_files_of(owner)
+            self._forget(db, owner)
+        return 0
+
+    def _come_back(self, db: sqlite3.Connection) -> None:
+        """Restore our limit and reservations in a file that another process made after somebody deleted the old one."""
+        if self._own_limit_bytes is not None:
+            db.execute("INSERT OR IGNORE INTO openers VALUES (?, ?)", (self._owner, self._own_limit_bytes))
+        rows = [(self._owner, name, charge) for name, charge in self._held.items()]
+        db.executemany("INSERT OR IGNORE INTO reservations VALUES (?, ?, ?)", rows)
+
+    def _forget(self, db: sqlite3.Connection, owner: str) -> None:
+        db.execute("DELETE FROM openers WHERE owner = ?", (owner,))
+        query = "DELETE FROM reservations WHERE owner = ? RETURNING name"
+        for (name,) in db.execute(query, (owner,)).fetchall():
+            # The owner may have died between writing bytes and booking them.
+            if (charge := self._files.charge_of(name)) is not None:
+                _set_copy(db, name, self._files.record(name), charge)
+
+    # -- bytes ------------------------------------------------------------------------------------------------------
+
+    def reserve(self, name: str, charge_bytes: int, *, usable_bytes: Callable[[], int]) -> bool:
+        """Reserve room for bytes that will be added to a copy, before they are fetched. Return whether there is room.
+
+        An owner holds one reservation per name. A second call replaces it; if there is no room for the new size, the
+        first reservation stays. usable_bytes: Returns the free bytes of the disk above its required minimum.
+        """
+        before = self._held.get(name)
+
+        def work(db: sqlite3.Connection) -> bool:
+            self._held.pop(name, None)
+            self._delete_reservation(db, name)
+            if self._lack(db, charge_bytes, usable_bytes) > 0:
+                if before is not None:
+                    self._held[name] = before
+                    self._come_back(db)
+                return False
+            db.execute("INSERT INTO reservations VALUES (?, ?, ?)", (self._owner, name, charge_bytes))
+            used, reserved, limit = self._sums(db)
+            if used + reserved > limit:
+                raise RuntimeError(f"the cache's accounts would exceed the budget: {used} + {reserved} > {limit} bytes")
+            self._held[name] = charge_bytes
+            return True
+
+        return self._database.run(work)
+
+    def lack_bytes(self, charge_bytes: int, *, usable_bytes: Callable[[], int]) -> int:
+        """Return how many bytes must be evicted before charge_bytes can be reserved; 0 or less: none."""
+        return self._database.run(lambda db: self._lack(db, charge_bytes, usable_bytes))
+
+    def _lack(self, db: sqlite3.Connection, charge_bytes: int, usable_bytes: Callable[[], int]) -> int:
+        limit = self._limit(db)
+        self._forget_dead(db, "reservations")
+        used, reserved = _meta(db, "used"), _meta(db, "reserved")
+        # Some of the reserved bytes are on disk already. Counting all of them against the free space is the safe side.
+        return max(used + reserved - limit, reserved - usable_bytes()) + charge_bytes
+
+    def set_charge(self, name: str, record: str, charge_bytes: int) -> None:
+        """Set the row of a copy or partial copy, and release this owner's reservation for the name.
+
+        Bytes without a reservation (the catalog was lost, or the file was found) are charged too. Raises RuntimeError,
+        and changes nothing, if the copy takes more than its row and the reservations for it.
+        """
+
+        def work(db: sqlite3.Connection) -> None:
+            own = self._delete_reservation(db, name)
+            row = db.execute("SELECT charge_bytes FROM copies WHERE name = ?", (name,)).fetchone()
+            most = own + (0 if row is None else row[0])
+            query = "SELECT total(charge_bytes) FROM reservations WHERE name = ?"
+            others = int(db.execute(query, (name,)).fetchone()[0])
+            if own and charge_bytes > most + others:
+                raise RuntimeError(
+                    f"a copy takes more bytes than were reserved for it: {charge_bytes} > {most + others} ({name})"
+                )
+            # On file systems where flock is not enforced, two processes may write one partial copy: each books its own
+            # reservation.
+            _set_copy(db, name, record, min(charge_bytes, most) if own and others else charge_bytes)
+            self._held.pop(name, None)
+
+        self._database.run(work)
+
+    def release(self, name: str) -> None:
+        """Release a reservation. Harmless if there is none."""
+
+        def work(db: sqlite3.Connection) -> None:
+            self._held.pop(name, None)
+            self._delete_reservation(db, name)
+
+        self._database.run(work)
+
+    def _delete_reservation(self, db: sqlite3.Connection, name: str) -> int:
+        query = "DELETE FROM reservations WHERE owner = ? AND name = ? RETURNING charge_bytes"
+        return sum(charge for (charge,) in db.execute(query, (self._owner, name)).fetchall())
+
+    def remove(self, names: Iterable[str], *, evicted: bool = False) -> None:
+        """Remove the rows of copies whose files are gone. evicted: Whether they become ghosts, remembered for a while.
+
+        The race with a publisher: (1) we delete the file, (2) it is fetched again, published and booked, (3) we remove
+        its row. A publisher publishes before it books, so a file that does not exist now will be booked after our
+        removal.
+        """
+
+        def work(db: sqlite3.Connection) -> None:
+            _drop_copies(db, [name for name in names if self._files.charge_of(name) is None], evicted=evicted)
+            # Forget the names that left longest ago.
+            most_bytes = int(self._limit(db) * GHOSTS_SHARE)
+            query = "SELECT name FROM gone WHERE kind = ? ORDER BY changed LIMIT 1"
+            query = f"DELETE FROM gone WHERE name = ({query}) RETURNING changed"  # noqa: S608 - our own text
+            for kind in _GONE:
+                while _meta(db, f"gone {kind}") > most_bytes:
+                    last = db.execute(query, (kind,)).fetchone()
+                    db.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'forgotten'", last)
+
+        self._database.run(work)
+
+    # -- uses, queues and counters ----------------------------------------------------------------------------------
+
+    def add_uses(self, uses: Mapping[str, int]) -> None:
+        """Add uses by name. The order of the mapping is the order of last use."""
+        query = (
+            "UPDATE copies SET uses = uses + ?1, freq = min(freq + ?1, ?2), last_use = ?3, changed = ?3 WHERE name = ?4"
+        )
+
+        def work(db: sqlite3.Connection) -> None:
+            first = _tick(db, len(uses)) - len(uses) + 1
+            db.executemany(query, [(n, MOST_FREQ, first + i, name) for i, (name, n) in enumerate(uses.items())])
+
+        self._database.run(work)
+
+    def requeue(self, moves: Iterable[tuple[str, bool, int]]) -> None:
+        """Move copies to the end of a queue of s3fifo, in order. moves: (name, whether into the main queue, freq)."""
+        query = "UPDATE copies SET main = ?1, freq = ?2, turn = ?3, changed = ?3 WHERE name = ?4"
+
+        def work(db: sqlite3.Connection) -> None:
+            db.executemany(query, [(main, freq, _tick(db), name) for name, main, freq in moves])
+
+        self._database.run(work)
+
+    def is_ghost(self, name: str) -> bool:
+        """Return whether name was evicted lately."""
+        query = "SELECT count(*) FROM gone WHERE name = ? AND kind <> 'lost'"
+        return bool(self._database.run(lambda db: db.execute(query, (name,)).fetchone()[0]))
+
+    def add_figures(self, figures: Mapping[str, int]) -> None:
+        """Add to the counters of all processes, by name."""
+        query = "INSERT INTO figures VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET value = value + ?2"
+        self._database.run(lambda db: db.executemany(query, list(figures.items())))
+
+    def figures(self) -> dict[str, int]:
+        """Return the counters (FIGURES) of all processes since the catalog was made."""
+        return self._database.run(lambda db: dict(db.execute("SELECT name, value FROM figures").fetchall()))
+
+    # -- queries ----------------------------------------------------------------------------------------------------
+
+    def sums(self) -> tuple[int, int, int]:
+        """Return the bytes of copies, the reserved bytes, and the limit."""
+        return self._database.run(self._sums)
+
+    def _sums(self, db: sqlite3.Connection) -> tuple[int, int, int]:
+        return _meta(db, "used"), _meta(db, "reserved"), self._limit(db)
+
+    def is_reserved(self, name: str) -> bool:
+        """Return whether somebody is fetching name."""
+        query = "SELECT count(*) FROM reservations WHERE name = ?"
+        return bool(self._database.run(lambda db: db.execute(query, (name,)).fetchone()[0]))
+
+    def rows(self) -> list[CopyRow]:
+        """Return the rows of all copies, least recently used first."""
+        return self._database.run(lambda db: _rows(db, "ORDER BY last_use, name"))
+
+    def rows_with(self, text: str) -> list[CopyRow]:
+        """Return the rows whose record contains text. SQLite searches 100,000 records in 40 ms, Python in 2 s."""
+        return self._database.run(lambda db: _rows(db, "WHERE instr(record, ?)", text))
+
+    def changes(self, since: tuple[str, int]) -> AccountChanges:
+        """Return the changes since an earlier answer's `since`; ("", 0): all rows."""
+
+        def work(db: sqlite3.Connection) -> AccountChanges:
+            limit_bytes = self._limit(db)
+            (catalog,) = db.execute("SELECT value FROM meta WHERE key = 'id'").fetchone()
+            whole = since[0] != catalog or since[1] < _meta(db, "forgotten")
+            seen = 0 if whole else since[1]
+            query = "SELECT name FROM gone WHERE kind IN (?, ?, ?) AND changed > ?"
+            gone = () if whole else tuple(name for (name,) in db.execute(query, (*_GONE, seen)))
+            rows = tuple(_rows(db, "WHERE changed > ?", seen))
+            has_evicted = _meta(db, "evicted") > 0
+            return AccountChanges((catalog, _meta(db, "clock")), whole, rows, gone, has_evicted, limit_bytes)
+
+        return self._database.run(work)
+
+    def unrecorded(self) -> set[str]:
+        """Return the names of copies without a record."""
+        query = "SELECT name FROM copies WHERE record = ''"
+        return self._database.run(lambda db: {name for (name,) in db.execute(query)})
+
+    # -- reconciliation with the files ------------------------------------------------------------------------------
+
+    def reconcile(self) -> None:
+        """Make the accounts agree with the files. Accounts from before the last boot are rebuilt.
+
+        They are not synced to disk, so a power failure may have lost some of them; nothing else can.
+        """
+        query = "SELECT value FROM meta WHERE key = 'boot'"
+        if self._database.run(lambda db: db.execute(query).fetchone()[0]) != self._boot:
+            self._database.replace()
+        self._database.run(lambda db: self._take_in(db, is_new=False))
+
+    def _forget_dead(self, db: sqlite3.Connection, table: str) -> None:
+        """Forget the owners in a table that died without unregistering: workers often do, several per epoch."""
+        query = f"SELECT DISTINCT owner FROM {table} WHERE owner <> ?"  # noqa: S608 - our own text
+        for (owner,) in db.execute(query, (self._owner,)).fetchall():
+            if not self._files.alive(owner):
+                self._files.remove_files_of(owner)
+                self._forget(db, owner)
+
+    def _take_in(self, db: sqlite3.Connection, *, is_new: bool) -> None:
+        # In new accounts, bytes that are being fetched count twice until their fetcher books them: its reservation may
+        # be smaller than the partial copy. In existing accounts, the reservation covers what was added since the row
+        # was set.
+        self._forget_dead(db, "openers")
+        self._forget_dead(db, "reservations")
+        charges = self._files.charges()
+        known = dict(db.execute("SELECT name, charge_bytes FROM copies").fetchall())
+        _drop_copies(db, known.keys() - charges.keys(), evicted=False)
+        growing = {name for (name,) in db.execute("SELECT name FROM reservations")}
+        for name in sorted(charges):
+            # A growing partial copy is booked by its fetcher. If the fetcher died, the copy is larger than its row
+            # says.
+            if (is_new and name not in known) or (name not in growing and charges[name] != known.get(name)):
+                _set_copy(db, name, self._files.record(name), charges[name])

@@ -1,1 +1,0 @@
-"""Eviction: the policies, the reading plans of all jobs on the machine, and the evictor, which makes room."""

@@ -1,0 +1,647 @@
+"""Partial copies: a sparse file that grows in units of 4 KiB, and a unit map that says which units are present.
+
+::
+
+    copies/NAME.part    n_bytes long from the start; a unit's bytes are written before the map says so
+    copies/NAME.map     head (64 bytes), uint8 flag[n_units] (1: present), 8-byte aligned uint32 crc32c[n_units]
+
+The head of the map contains the inode of the partial copy, so that a map never describes another file of that name (on
+file systems where flock is not enforced, two processes may create one at the same time). The head also contains the
+boot: after a power failure the disk may have kept the map and lost the data, so a partial copy of an earlier boot is
+verified against its checksums before it is served.
+
+A flag only changes from 0 to 1. Readers read flags with pread(2), and only while the flag was 0: with a mapping, SIGBUS
+would kill the process if another process truncated the map.
+
+A reader has a `CopyHandle` (descriptor and `UnitMap`), the process that fetches has a `PartialCopy`. A mask of units is
+bool[n_units], True for the selected units. An empty file has one unit of no bytes: it too must be fetched once before
+it counts as present.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from tiercache._native.checksum import combine_pages, crc32c, crc32c_pages
+from tiercache.cache.accounts import BLOCK_BYTES, charge_bytes
+from tiercache.cache.locks import close_private, keep_private, try_shared
+from tiercache.cache.owners import boot_id
+from tiercache.crash_points import crash_point
+from tiercache.model import ByteRange
+from tiercache.store.coalescing import RequestCosts, cheapest_ranges
+from tiercache.store.posix import write_all
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from tiercache.cache.folder import Folder
+    from tiercache.store import Span
+
+
+# The block size of the disk. A smaller unit would take as much space; a larger one would fetch more bytes that no
+# reader needs when columns are selected, up to two units per chunk.
+UNIT_BYTES = 4096
+# The size of one request: long enough for the full speed of a store.
+REQUEST_BYTES = 8 << 20
+# Bytes that are read and checked at a time: they fit the second cache of a core.
+_CHECK_BYTES = 1 << 20
+# If less than this is missing of a file, it is fetched too: a whole copy needs no map and is verified as a whole.
+LITTLE_BYTES = 256 << 10
+LITTLE_SHARE = 32
+# A gap that is fetched takes space in the cache, which costs more than the time to read it; so only short gaps are.
+_UNIT_GAP_COSTS = RequestCosts(max_gap_bytes=16 << 10, max_bytes=1 << 62)
+# A gap of units that are to be fetched in any case only delays what comes after it. It must be fetched with its
+# neighbours if the store would read it between them: otherwise it comes twice.
+_REQUESTED_GAP_COSTS = RequestCosts(request_s=0.002, max_gap_bytes=256 << 10, max_bytes=1 << 62)
+
+Mask: TypeAlias = npt.NDArray[np.bool_]
+
+
+def n_units(n_bytes: int) -> int:
+    """Return the number of units of a file of n_bytes."""
+    return max(-(-n_bytes // UNIT_BYTES), 1)
+
+
+def bounds(span: ByteRange, n_bytes: int) -> tuple[int, int]:
+    """Return the units [first, last) that a range touches, within the file."""
+    start, end = min(span.start, n_bytes), min(span.end, n_bytes)
+    if not n_bytes:
+        return 0, 1
+    return start // UNIT_BYTES, -(-end // UNIT_BYTES) if end > start else start // UNIT_BYTES
+
+
+def mask_of(ranges: Iterable[ByteRange], n_bytes: int) -> Mask:
+    """Return the units that the ranges touch."""
+    mask = np.zeros(n_units(n_bytes), bool)
+    for span in ranges:
+        first, last = bounds(span, n_bytes)
+        mask[first:last] = True
+    return mask
+
+
+def covers(present: Mask, ranges: Iterable[ByteRange], n_bytes: int) -> bool:
+    """Return whether present contains all units that the ranges touch, and no range ends beyond the file."""
+    for span in ranges:
+        if span.end > n_bytes:
+            return False
+        first, last = bounds(span, n_bytes)
+        if not present[first:last].all():
+            return False
+    return True
+
+
+def runs_of(mask: Mask) -> list[tuple[int, int]]:
+    """Return the runs of consecutive units, each as [first, last)."""
+    edges = (np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist()
+    if mask[:1].any():
+        edges.insert(0, 0)
+    if mask[-1:].any():
+        edges.append(len(mask))
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def ranges_of(mask: Mask, n_bytes: int) -> list[ByteRange]:
+    """Return the byte ranges of the units of a mask; adjacent units form one range."""
+    return [ByteRange(first * UNIT_BYTES, min(last * UNIT_BYTES, n_bytes)) for first, last in runs_of(mask)]
+
+
+def next_request(
+    mask: Mask, n_bytes: int, request_bytes: int = REQUEST_BYTES, *, gaps: Mask | None = None
+) -> list[ByteRange]:
+    """Return the ranges of the first units of a mask, at most request_bytes in total (whole units), for one request.
+
+    gaps: Units that are to be fetched in any case, and come with the others where they lie in a gap between them that
+        costs less than a request.
+    """
+    if gaps is not None and mask.any():
+        mask = mask | with_gaps(mask, n_bytes, _REQUESTED_GAP_COSTS) & gaps
+    first = np.zeros_like(mask)
+    first[np.flatnonzero(mask)[: request_bytes // UNIT_BYTES]] = True
+    return ranges_of(first, n_bytes)
+
+
+def with_gaps(mask: Mask, n_bytes: int, costs: RequestCosts = _UNIT_GAP_COSTS) -> Mask:
+    """Return a mask with the units between its units where they cost less than a request."""
+    return mask_of(cheapest_ranges(ranges_of(mask, n_bytes), costs), n_bytes)
+
+
+def bytes_of(mask: Mask, n_bytes: int) -> int:
+    """Return the number of bytes in the units of a mask; the last unit of the file may be short."""
+    whole = int(mask.sum()) * UNIT_BYTES
+    return whole - (len(mask) * UNIT_BYTES - n_bytes if mask[-1] else 0)
+
+
+def to_fetch(present: Mask, requested: Mask, n_bytes: int) -> Mask:
+    """Return the missing units of a request, with_gaps(), and with the rest of the file if it is small."""
+    missing = requested & ~present
+    if not missing.any():
+        return missing
+    missing = with_gaps(missing, n_bytes) & ~present
+    rest = ~present & ~missing
+    left_bytes = bytes_of(rest, n_bytes)
+    return missing | rest if left_bytes < LITTLE_BYTES or left_bytes * LITTLE_SHARE < n_bytes else missing
+
+
+def sums_of(data: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint32], int]:
+    """Return the CRC-32C of each unit of data, "<u4"[n], and of all data."""
+    sums = np.empty(-(-len(data) // UNIT_BYTES), np.uint32)
+    whole = crc32c_pages(int(data.__array_interface__["data"][0]), len(data), UNIT_BYTES, sums)
+    return sums.astype("<u4"), whole
+
+
+def read_checksum(fd: int, n_bytes: int) -> tuple[int, int, OSError | None]:
+    """Return the CRC-32C of a file as far as it can be read, the number of bytes read, and the error that ended it."""
+    buffer = memoryview(bytearray(min(REQUEST_BYTES, max(n_bytes, 1))))
+    crc = offset = 0
+    while offset < n_bytes:
+        try:
+            n_read = os.preadv(fd, [buffer[: n_bytes - offset]], offset)
+        except OSError as error:
+            return crc, offset, error
+        if not n_read:
+            break
+        crc = crc32c(buffer[:n_read], crc)
+        offset += n_read
+    return crc, offset, None
+
+
+def checksum_of(fd: int, n_bytes: int) -> int:
+    """Return the CRC-32C of the first n_bytes of a file, or of all of a shorter one. Raises OSError."""
+    crc, _, error = read_checksum(fd, n_bytes)
+    if error is not None:
+        raise error
+    return crc
+
+
+MAGIC = b"\x89TCMAP\r\n"
+HEAD_BYTES = 64
+_HEAD = struct.Struct("<8sIIQQ16s12xI")
+_VERSION = 1
+# ext4 keeps four extents in the inode and about 340 in each further block; the charge assumes half-full blocks.
+_EXTENTS_IN_INODE = 4
+_EXTENTS_PER_BLOCK = 170
+
+
+def map_bytes(n_bytes: int) -> int:
+    """Return the size of the unit map of a file of n_bytes."""
+    return _crc_offset(n_bytes) + 4 * n_units(n_bytes)
+
+
+def _crc_offset(n_bytes: int) -> int:
+    return HEAD_BYTES + -(-n_units(n_bytes) // 8) * 8
+
+
+def charge_of(present: Mask, n_bytes: int) -> int:
+    """Return the disk space in bytes of a partial copy with these units, its map and its record; 0 without units."""
+    if not present.any():
+        return 0
+    n_extents = len(runs_of(present))
+    n_blocks = 0 if n_extents <= _EXTENTS_IN_INODE else 1 + n_extents // _EXTENTS_PER_BLOCK
+    data_bytes = (int(present.sum()) + n_blocks) * UNIT_BYTES
+    return charge_bytes(data_bytes) + charge_bytes(map_bytes(n_bytes)) - BLOCK_BYTES
+
+
+class Head(NamedTuple):
+    """The head of a unit map: size of the whole object, inode of the partial copy, and boot in which it was written."""
+
+    n_bytes: int
+    inode: int
+    boot: str
+
+    def pack(self) -> bytes:
+        """Return the head as 64 bytes."""
+        body = _HEAD.pack(MAGIC, _VERSION, UNIT_BYTES, self.n_bytes, self.inode, self.boot.encode(), 0)[:-4]
+        return body + struct.pack("<I", crc32c(body))
+
+    @classmethod
+    def parse(cls, data: bytes) -> Head | None:
+        """Return the head; None if the data is torn by a power failure, or belongs to another release."""
+        if len(data) != HEAD_BYTES:
+            return None
+        magic, version, unit_bytes, n_bytes, inode, boot, crc = _HEAD.unpack(data)
+        if (magic, version, unit_bytes, crc) != (MAGIC, _VERSION, UNIT_BYTES, crc32c(data[:-4])):
+            return None
+        return cls(n_bytes, inode, boot.rstrip(b"\0").decode("ascii", "replace"))
+
+
+class UnitMap:
+    """The units of a file that are present, as its map says. Owns a descriptor of the map. Safe from any thread.
+
+    A unit that was seen to be present is not read from the map again. Two threads may read the same flags, which is
+    harmless.
+    """
+
+    def __init__(self, fd: int, n_bytes: int) -> None:
+        self.n_bytes = n_bytes
+        self.fd = fd
+        self._seen = np.zeros(n_units(n_bytes), bool)
+
+    def covers(self, ranges: Sequence[ByteRange]) -> bool:
+        """Return whether all these bytes are present by now."""
+        if covers(self._seen, ranges, self.n_bytes):
+            return True
+        return all(span.end <= self.n_bytes and self._update(*bounds(span, self.n_bytes)) for span in ranges)
+
+    def _update(self, first: int, last: int) -> bool:
+        if not self._seen[first:last].all():
+            self._seen[first:last] |= read_flags(self.fd, first, last)
+        return bool(self._seen[first:last].all())
+
+    def mask(self) -> Mask:
+        """Return the units that are present by now, as a new array."""
+        self._update(0, len(self._seen))
+        return self._seen.copy()
+
+    def sums(self, first: int, last: int) -> np.ndarray:
+        """Return the CRC-32C of the units [first, last), uint32, valid for present units; fewer if the map is short."""
+        data = os.pread(self.fd, 4 * (last - first), _crc_offset(self.n_bytes) + 4 * first)
+        return np.frombuffer(data[: len(data) // 4 * 4], "<u4")
+
+    def close(self) -> None:
+        """Close the map. Must be called only once."""
+        close_private(self.fd)
+
+
+def read_flags(map_fd: int, first: int, last: int) -> Mask:
+    """Return the flags of the units [first, last). A flag that cannot be read counts as 0."""
+    data = b""
+    with suppress(OSError):
+        data = os.pread(map_fd, last - first, HEAD_BYTES + first)
+    flags = np.zeros(last - first, bool)
+    flags[: len(data)] = np.frombuffer(data, np.uint8) == 1
+    return flags
+
+
+@dataclass(slots=True)
+class CopyHandle:
+    """An open copy: a descriptor under a reader's lock, and the unit map if the copy is (or was) partial."""
+
+    fd: int
+    presence: UnitMap | None = None
+
+    def dup(self) -> CopyHandle:
+        """Return a second handle. Both share one lock, which lasts until the last of them is closed."""
+        with ExitStack() as on_error:
+            fd = os.dup(self.fd)
+            on_error.callback(os.close, fd)
+            held = CopyHandle(fd)
+            if self.presence is not None:
+                held.presence = UnitMap(os.dup(self.presence.fd), self.presence.n_bytes)
+            on_error.pop_all()
+            return held
+
+    def keep_private(self) -> None:
+        """Let a forked child close the descriptors."""
+        keep_private(self.fd)
+        if self.presence is not None:
+            keep_private(self.presence.fd)
+
+    def close(self) -> None:
+        """Close the descriptors. Must be called only once."""
+        try:
+            close_private(self.fd)  # never LOCK_UN, which would end the lock of all duplicates
+        finally:
+            if self.presence is not None:
+                self.presence.close()
+
+
+def hold_part(folder: Folder, name: str, n_bytes: int) -> CopyHandle | None:
+    """Open a partial copy under a reader's lock; None: there is none, or it is being evicted, or is not verified yet.
+
+    The races with eviction and with an earlier boot are those of open_leased() and PartialCopy.open().
+    """
+    with ExitStack() as on_failure:
+        fd = folder.open_copy(f"{name}.part")
+        if fd is None:
+            return None
+        on_failure.callback(os.close, fd)
+        if not try_shared(fd) or not os.fstat(fd).st_nlink:
+            return None
+        presence = open_map(folder, name, fd, n_bytes, boot=boot_id())
+        if presence is None:
+            return None
+        on_failure.pop_all()
+        return CopyHandle(fd, presence)
+
+
+def open_map(folder: Folder, name: str, fd: int, n_bytes: int, *, boot: str | None = None) -> UnitMap | None:
+    """Open the unit map of a copy or partial copy that fd is open on; None: no map describes this file.
+
+    A map of another boot than `boot` does not count, unless that is None.
+    """
+    with ExitStack() as on_failure:
+        map_fd = folder.open_copy(f"{name}.map")
+        if map_fd is None:
+            return None
+        on_failure.callback(os.close, map_fd)
+        written = _boot_of(map_fd, fd, n_bytes)
+        if written is None or boot not in (None, written):
+            return None
+        presence = UnitMap(map_fd, n_bytes)
+        on_failure.pop_all()
+        return presence
+
+
+def _boot_of(map_fd: int, part_fd: int, n_bytes: int) -> str | None:
+    """Return the boot in which a partial copy was written; None: the files do not belong together."""
+    status = os.fstat(part_fd)
+    if status.st_nlink != 1:  # it was unlinked; or it is a complete copy already, whose map is about to be deleted
+        return None
+    head = Head.parse(os.pread(map_fd, HEAD_BYTES, 0))
+    if head is None or (head.n_bytes, head.inode, status.st_size) != (n_bytes, status.st_ino, n_bytes):
+        return None
+    return head.boot if os.fstat(map_fd).st_size == map_bytes(n_bytes) else None
+
+
+class PartialCopy:
+    """A partial copy that is open for writing. Threads write different units; the opener holds the lock of the name.
+
+    Attributes:
+        present: Units that are present, bool[n_units]; UnitWriter.finish() changes it.
+    """
+
+    def __init__(self, folder: Folder, name: str, n_bytes: int, fds: tuple[int, int]) -> None:
+        """Take ownership of fds, the descriptors of the partial copy and of its map, both open for writing."""
+        self.folder, self.name, self.n_bytes = folder, name, n_bytes
+        self.fd, self._map_fd = keep_private(fds[0]), keep_private(fds[1])
+        self.present: Mask = read_flags(self._map_fd, 0, n_units(n_bytes))
+
+    @classmethod
+    def create(cls, folder: Folder, name: str, n_bytes: int) -> PartialCopy:
+        """Create a partial copy without units. Raises OSError; FileExistsError if another process has just created one.
+
+        The process that creates the partial copy may also create the map: an existing map belongs to a file that is
+        gone.
+        """
+        with ExitStack() as on_error:
+            fd = folder.new_file(f"{name}.part")
+            on_error.callback(folder.remove_part, name)
+            on_error.callback(os.close, fd)
+            crash_point("fetch.part")
+            os.ftruncate(fd, n_bytes)
+            folder.remove_file("copies", f"{name}.map")
+            map_fd = folder.new_file(f"{name}.map")
+            on_error.callback(os.close, map_fd)
+            crash_point("fetch.map")
+            os.ftruncate(map_fd, map_bytes(n_bytes))
+            # The head is written last: a map without a head is ignored.
+            os.pwrite(map_fd, Head(n_bytes, os.fstat(fd).st_ino, boot_id()).pack(), 0)
+            crash_point("fetch.mapped")
+            on_error.pop_all()
+        return cls(folder, name, n_bytes, (fd, map_fd))
+
+    @classmethod
+    def open(cls, folder: Folder, name: str, n_bytes: int) -> PartialCopy | None:
+        """Open the existing partial copy; None: there is none. A partial copy that cannot be continued is removed.
+
+        The units of an earlier boot are verified against their checksums. On a file system where flock is not enforced,
+        another process may be creating the files that are removed here: it then fetches the copy once more.
+        """
+        with ExitStack() as on_failure:
+            fds = [folder.open_to_write(f"{name}.part")]
+            if fds[0] is not None:
+                on_failure.callback(os.close, fds[0])
+            fds.append(folder.open_to_write(f"{name}.map"))
+            if fds[1] is not None:
+                on_failure.callback(os.close, fds[1])
+            fd, map_fd = fds
+            boot = None
+            if fd is not None and map_fd is not None:
+                boot = _boot_of(map_fd, fd, n_bytes)
+                if boot == boot_id() or (boot is not None and _is_verified(fd, map_fd, n_bytes)):
+                    on_failure.pop_all()
+                    return cls(folder, name, n_bytes, (fd, map_fd))
+        if boot is not None:
+            folder.remove_part(name)
+        elif folder.has_file(f"{name}.part") or folder.has_file(f"{name}.map"):
+            folder.remove_part(name, keep_map=folder.has_copy(name))
+        return None
+
+    def write(self, start: int, data: np.ndarray) -> bool:
+        """Write whole units from start on, as a UnitWriter does, and return what its finish() returns."""
+        writer = UnitWriter(self, ByteRange(start, start + len(data)))
+        if len(data):
+            writer.receive(start, data.data)
+        return writer.finish()
+
+    def is_complete(self) -> bool:
+        """Return whether all units are present.
+
+        Another process may have written units, if it fetches without the lock after a long wait. Of two writers that
+        call this after their last write, one sees all units.
+        """
+        self.present |= read_flags(self._map_fd, 0, len(self.present))
+        return bool(self.present.all())
+
+    def checksum(self) -> int:
+        """Return the CRC-32C of the whole file, combined from those of its units, which must all be present."""
+        data = os.pread(self._map_fd, 4 * len(self.present), _crc_offset(self.n_bytes))
+        if len(data) < 4 * len(self.present) or not self.n_bytes:  # a truncated map; an empty file, which has no pages
+            return checksum_of(self.fd, self.n_bytes)
+        return combine_pages(np.frombuffer(data, "<u4"), UNIT_BYTES, self.n_bytes)
+
+    def hold(self) -> CopyHandle:
+        """Return a reader's handle on this file, even if another file has its name by now."""
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        with ExitStack() as on_error:
+            fd = os.open(f"/proc/self/fd/{self.fd}", flags)
+            on_error.callback(os.close, fd)
+            try_shared(fd)
+            held = CopyHandle(fd, UnitMap(os.open(f"/proc/self/fd/{self._map_fd}", flags), self.n_bytes))
+            on_error.pop_all()
+            return held
+
+    @property
+    def has_name(self) -> bool:
+        """Whether the file still has a name."""
+        return os.fstat(self.fd).st_nlink > 0
+
+    def unlink_names(self, *, keep_map: bool) -> None:
+        """Remove the names of the partial copy, which is complete now, if they still belong to this file."""
+        path = self.folder.copy_path(f"{self.name}.part")
+        with suppress(FileNotFoundError):
+            if os.lstat(path).st_ino != os.fstat(self.fd).st_ino:
+                return
+        if not keep_map:  # first: a sweep removes a partial copy beside its complete copy, but not a map alone
+            self.folder.remove_file("copies", f"{self.name}.map")
+        self.folder.remove_part(self.name, keep_map=True)
+
+    def close(self) -> None:
+        """Close the files. Must be called only once."""
+        try:
+            close_private(self.fd)
+        finally:
+            close_private(self._map_fd)
+
+
+class UnitWriter:
+    """Writes a range of whole units to a partial copy as its bytes arrive, and computes their checksums on the way.
+
+    One thread at a time uses it. The range begins at a unit; the last unit of the file may be short. The data is
+    written first, then the checksums, then the flags, so that a crash in between leaves no invalid unit.
+
+    On file systems where flock is not enforced, another process may have written some of the units: those are left
+    unchanged, because a reader may be using them. Units that it writes meanwhile are written twice.
+    """
+
+    def __init__(self, part: PartialCopy, span: ByteRange) -> None:
+        self._part, self._span = part, span
+        self._first = span.start // UNIT_BYTES
+        n = max(-(-span.n_bytes // UNIT_BYTES), 1)
+        self._missing = ~read_flags(part._map_fd, self._first, self._first + n)  # noqa: SLF001 - of one module
+        self._sums = np.empty(n if span.n_bytes else 0, np.uint32)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._position, self._unit_crc = self._span.start, 0
+
+    def receive(self, offset: int, data: memoryview) -> None:
+        """Write the next bytes of the range; bytes from its start begin again. Raises OSError: the disk failed."""
+        if offset == self._span.start:
+            self._begin()
+        if offset != self._position or offset + data.nbytes > self._span.end:
+            raise ValueError(f"expected byte {self._position} of {self._span}, got {data.nbytes} bytes from {offset}")
+        self._write_missing(offset, data)
+        self._add_sums(np.frombuffer(data, np.uint8))
+
+    def _write_missing(self, offset: int, data: memoryview) -> None:
+        if self._missing.all():
+            write_all(self._part.fd, data, offset)
+            return
+        end = offset + data.nbytes
+        for first, last in runs_of(self._missing):
+            begin = max((self._first + first) * UNIT_BYTES, offset)
+            stop = min((self._first + last) * UNIT_BYTES, end)
+            if begin < stop:
+                write_all(self._part.fd, data[begin - offset : stop - offset], begin)
+
+    def _add_sums(self, data: npt.NDArray[np.uint8]) -> None:
+        """Add the next bytes to the checksums: the rest of a unit, whole units, and the beginning of a unit."""
+        done = 0
+        while done < len(data):
+            unit, in_unit = divmod(self._position - self._span.start, UNIT_BYTES)
+            n_whole = (len(data) - done) // UNIT_BYTES
+            if in_unit or not n_whole:
+                piece = data[done : done + UNIT_BYTES - in_unit]
+                self._unit_crc = crc32c(piece.data, self._unit_crc if in_unit else 0)
+                self._sums[unit] = self._unit_crc  # of a unit so far: the last unit of the file may be short
+            else:
+                piece = data[done : done + n_whole * UNIT_BYTES]
+                address = int(piece.__array_interface__["data"][0])
+                crc32c_pages(address, len(piece), UNIT_BYTES, self._sums[unit : unit + n_whole])
+            self._position += len(piece)
+            done += len(piece)
+
+    def finish(self) -> bool:
+        """Mark the units as present, once all bytes of the range are written.
+
+        Returns:
+            Whether the map has the checksums of all these bytes: False if another process had written a part of them.
+
+        Raises:
+            OSError: The disk failed.
+        """
+        if self._position != self._span.end:
+            raise ValueError(f"{self._span}: received only {self._position - self._span.start} bytes")
+        part, sums = self._part, self._sums.astype("<u4", copy=False)
+        # Another process may have written units while the bytes arrived, and may have written them last.
+        missing = self._missing & ~read_flags(part._map_fd, self._first, self._first + len(self._missing))  # noqa: SLF001
+        for begin, end in runs_of(missing):
+            crash_point("fetch.data")
+            at = _crc_offset(part.n_bytes) + 4 * (self._first + begin)
+            write_all(part._map_fd, memoryview(sums[begin:end].tobytes()), at)  # noqa: SLF001
+            crash_point("fetch.sums")
+            write_all(part._map_fd, memoryview(b"\x01" * (end - begin)), HEAD_BYTES + self._first + begin)  # noqa: SLF001
+            crash_point("fetch.flags")
+        part.present[self._first : self._first + len(self._missing)] = True
+        return bool(missing.all())
+
+
+def _is_verified(fd: int, map_fd: int, n_bytes: int) -> bool:
+    """Verify the present units of an earlier boot; if all are right, mark the partial copy as one of this boot."""
+    if wrong_units(fd, UnitMap(map_fd, n_bytes)):
+        return False
+    crash_point("fetch.vouched")
+    os.pwrite(map_fd, Head(n_bytes, os.fstat(fd).st_ino, boot_id()).pack(), 0)
+    return True
+
+
+def read_all(fd: int, buffer: memoryview, offset: int) -> bool:
+    """Fill the buffer from the file at offset; return False if the file ends early or cannot be read."""
+    done = 0
+    while done < len(buffer):
+        try:
+            n_read = os.preadv(fd, [buffer[done:]], offset + done)
+        except OSError:
+            return False
+        if not n_read:
+            return False
+        done += n_read
+    return True
+
+
+def wrong_units(fd: int, presence: UnitMap) -> list[int]:
+    """Return the offsets of the present units that differ from what the source sent.
+
+    For a part that cannot be read, only its first offset is in the list.
+    """
+    wrong: list[int] = []
+    for span in ranges_of(presence.mask(), presence.n_bytes):
+        for start in range(span.start, span.end, REQUEST_BYTES):
+            data = np.empty(min(REQUEST_BYTES, span.end - start), np.uint8)
+            if not read_all(fd, data.data, start):
+                wrong.append(start)
+                continue
+            sums, first = sums_of(data)[0], start // UNIT_BYTES
+            expected = presence.sums(first, first + len(sums))
+            # a unit without a checksum, because the map was truncated, is wrong too
+            is_wrong = np.ones(len(sums), bool)
+            is_wrong[: len(expected)] = expected != sums[: len(expected)]
+            wrong += (start + UNIT_BYTES * np.flatnonzero(is_wrong)).tolist()
+    return wrong
+
+
+def are_right(fd: int, presence: UnitMap, ranges: Sequence[ByteRange]) -> bool:
+    """Return whether the units of some ranges, which are present, can be read and are what the source sent."""
+    buffer = np.empty(_CHECK_BYTES, np.uint8)
+    for span in ranges:
+        end = min(-(-span.end // UNIT_BYTES) * UNIT_BYTES, presence.n_bytes)
+        for start in range(span.start // UNIT_BYTES * UNIT_BYTES, end, _CHECK_BYTES):
+            data = buffer[: end - start]
+            if not read_all(fd, data.data, start):
+                return False
+            sums, first = sums_of(data)[0], start // UNIT_BYTES
+            if not np.array_equal(presence.sums(first, first + len(sums)), sums):
+                return False
+    return True
+
+
+def read_verified(fd: int, presence: UnitMap, spans: Sequence[Span]) -> bool:
+    """Fill every span from a copy, whole or partial, and compare each unit with the map.
+
+    The result is False if a read failed or the data is corrupt; the buffers are then undefined.
+    """
+    return all(_read_span(fd, presence, span, buffer) for span, buffer in spans)
+
+
+def _read_span(fd: int, presence: UnitMap, span: ByteRange, buffer: memoryview) -> bool:
+    if span.end > presence.n_bytes:
+        return False
+    for start in range(span.start // UNIT_BYTES * UNIT_BYTES, span.end, REQUEST_BYTES):
+        end = min(start + REQUEST_BYTES, -(-span.end // UNIT_BYTES) * UNIT_BYTES, presence.n_bytes)
+        data = np.empty(end - start, np.uint8)
+        if not read_all(fd, data.data, start):
+            return False
+        sums, first = sums_of(data)[0], start // UNIT_BYTES
+        if not np.array_equal(presence.sums(first, first + len(sums)), sums):
+            return False
+        begin, stop = max(start, span.start), min(end, span.end)
+        buffer[begin - span.start : stop - span.start] = data.data[begin - start : stop - start]
+    return True

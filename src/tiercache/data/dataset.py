@@ -1,0 +1,641 @@
+"""The public Dataset: records by index, batches by indices, versions and columns; and `concat`."""
+
+from __future__ import annotations
+
+import operator
+import os
+import pickle
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
+
+import numpy as np
+import pyarrow as pa
+
+from tiercache.data.column_writer import write_columns
+from tiercache.data.description import first_pictures, html_of
+from tiercache.data.opened_version import DatasetLocation, OpenedVersion
+from tiercache.data.output_spec import (
+    Layouts,
+    NativeAccess,
+    OutputSpec,
+    ReadRecords,
+    Record,
+    apply_layouts,
+    as_columns,
+    image_decode_error,
+    record_tuple,
+    replace_nulls,
+    tuple_columns,
+)
+from tiercache.data.records import Records, RecordsSpec, join
+from tiercache.data.scan import arrow_batches, spans
+from tiercache.data.selection_methods import SelectionMethods, record_numbers
+from tiercache.data.split import class_counts
+from tiercache.errors import SchemaError
+from tiercache.images.decoder import decode_columns
+from tiercache.model import short_repr
+from tiercache.rng import use_fresh_key
+from tiercache.shard.conversion import parse_casts
+from tiercache.shard.read.chunks import Verify, check_verify
+from tiercache.shard.read.values import ColumnValues, as_records
+from tiercache.shard.versions.manifest import list_versions
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from tiercache.cache import Cache, WarmProgress
+    from tiercache.images.options import DecodeImage
+    from tiercache.shard.schema import Column, Schema, UserType
+
+
+# Arguments of the constructor, and the field of OutputSpec that has each of them by column.
+_SETTINGS = {"decode": "decode", "cast": "cast", "layouts": "layouts", "fill_nulls": "nulls"}
+# Complete picklable description of a data set: its records, the transform, the output spec, and the batch transform.
+DatasetSpec = tuple[RecordsSpec, Callable[[Record], Any] | None, OutputSpec, Callable[[Any], Any] | None]
+_OF_THE_PROCESS = ("_recipe", "_lock", "_pid", "_opened")
+
+
+class Dataset(SelectionMethods):
+    """Records of a packed data set.
+
+    It is a map-style data set for any loader. `tiercache.DataLoader` reads it by its native path, in which C code
+    assembles batches without a Python object per record.
+
+    `dataset[7]` is a dict that holds numpy arrays, scalars of the columns' dtypes, bytes, str and Python objects. A
+    null is None; an image is its encoded bytes, or an array if it is decoded. `dataset[[3, 1, 4]]` and `dataset[2:9]`
+    are batches: a dict of numpy arrays [n, ...] and lists, with an entry `<column>.valid` for each nullable column.
+    With a transform, a batch is a list of the transform's results. The caller owns all of these values and may write to
+    them. Negative indices count from the end.
+
+    A data set may be used from any thread and after a fork, and pickles to a few hundred bytes. `select`, `filter`,
+    `shard`, `take`, `skip` and `a + b` return data sets with other records; `select_columns` and `as_tuple` return the
+    same records in another form (docs/guide/datasets.md). If torch is loaded, the class derives from
+    `torch.utils.data.Dataset`.
+
+    Args:
+        url: Local path, `s3://`, `gs://`, `az://`, `http(s)://`, `memory://` or any fsspec URL of the data set.
+        cache: Cache through which the data set is read. None: local folders are read in place and `memory://` directly;
+            everything else is read through `Cache.default()`. False: no cache.
+        columns: Names of the columns to serve, in order. None: all columns.
+        version: Number of the version to read. None: the newest version at the time of opening; later commits do not
+            change it.
+        transform: Function that takes a record and returns what `dataset[i]` is. It must be picklable if worker
+            processes are used (docs/guide/transforms.md).
+        batch_transform: Function that takes a batch, as `tiercache.DataLoader` would serve it, and returns what the
+            loader serves instead. It does not change `dataset[...]`.
+        decode: Mapping from an image column to the `DecodeImage` that decodes its images. The images of other columns
+            are served as encoded bytes.
+        layouts: Mapping from a column whose records differ in length to its layout in a batch: "list" (the default),
+            "padded" or a `Padded`, "nested" or "buffer" (docs/guide/loader.md). The layout does not change single
+            records.
+        fill_nulls: Mapping from a nullable column to the value that replaces its nulls, or to "mask" (the default),
+            which adds `<column>.valid` to the batch.
+        cast: Mapping from a numeric column to the dtype to serve it as, for example {"tokens": "int64"}. Values are
+            converted while they are read. Integers and bool convert to integers or floats of equal value; floats
+            convert to floats and are rounded (docs/reference/batches.md).
+        verify: When stored bytes are compared with their CRC-32C: "first": when each part is first read, and again
+            after its file has changed; "always"; or "never" (table in docs/guide/cache.md).
+        storage_options: Options of the store, as docs/guide/storage.md lists them.
+
+    Raises:
+        NotFound: The URL holds no data set, or the version does not exist.
+        CorruptShard: A version or segment object is damaged.
+        SchemaError: A column does not exist; or a layout, fill value, cast or decoder does not apply to a column of its
+            type. While reading: a value has no equal in the dtype that it is cast to.
+        ValueError, TypeError: An argument is invalid; the message names it.
+    """
+
+    _opened: Records | None
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        cache: Cache | Literal[False] | None = None,
+        columns: Sequence[str] | None = None,
+        version: int | None = None,
+        transform: Callable[[Record], Any] | None = None,
+        batch_transform: Callable[[Any], Any] | None = None,
+        decode: Mapping[str, DecodeImage] | None = None,
+        layouts: Layouts | None = None,
+        fill_nulls: Mapping[str, Any] | None = None,
+        cast: Mapping[str, Any] | None = None,
+        verify: Verify = "first",
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_verify(verify)
+        columns = None if columns is None else _names(columns)
+        if transform is not None and layouts:
+            raise ValueError("layouts= cannot be combined with transform=: the transform's results make up a batch")
+        location = DatasetLocation(os.fspath(url), cache, verify, dict(storage_options or {}), parse_casts(cast))
+        opened = Records((OpenedVersion(location, version, columns),))
+        spec = OutputSpec.of(opened.schema, layouts=layouts, fill_nulls=fill_nulls, decode=decode, cast=location.casts)
+        self.__setstate__(((opened.spec, transform, spec, batch_transform), {}))
+        self._opened = opened
+
+    @property
+    def _source(self) -> Records:
+        """Opened records, which the loader reads."""
+        opened = self._opened
+        return self._open() if opened is None else opened
+
+    @property
+    def transform(self) -> Callable[[Record], Any] | None:
+        """Function given as `transform`, or None."""
+        return self._recipe[1]
+
+    @property
+    def batch_transform(self) -> Callable[[Any], Any] | None:
+        """Function given as `batch_transform`, or None."""
+        return self._recipe[3]
+
+    def __tiercache__(self) -> NativeAccess:
+        """Return what `tiercache.DataLoader` and the command read; an interface of this library, not of its users."""
+        return NativeAccess(
+            self._source,
+            self._output_spec,
+            self.transform,
+            self.batch_transform,
+            _overrides_record_access(type(self)),
+            self._derive,
+        )
+
+    @property
+    def _output_spec(self) -> OutputSpec:
+        """Output spec: the layouts, fill values, casts and decoders that were given."""
+        return self._recipe[2]
+
+    @property
+    def schema(self) -> Schema:
+        """Schema of the chosen columns as they are served: a cast column has the dtype that it is cast to."""
+        return self._output_spec.schema(self._source.schema)
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the chosen columns, in order."""
+        return list(self._recipe[0].columns)
+
+    @property
+    def version(self) -> int:
+        """Number of the version that is read. Raises AttributeError if the data set joins several versions."""
+        versions = self._recipe[0].versions
+        if len(versions) != 1:
+            raise AttributeError(
+                f"this data set joins {len(versions)} data sets, each with its own version: {list(versions)}"
+            )
+        return versions[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the records that are read, for comparing runs.
+
+        For one whole version it is the version's own fingerprint. Otherwise it covers all versions and the selected
+        records of each.
+        """
+        parts = self._source.parts
+        if len(parts) == 1 and parts[0].selection is None:
+            return parts[0].fingerprint
+        facts = [(part.fingerprint, part.selection or "") for part in parts]
+        return sha256(repr((facts, self._source.mixture)).encode()).hexdigest()
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes 0, 1, 2, ..., of the first column whose metadata lists them, as `tc.pack` writes it.
+
+        The column need not be among the served ones. Raises AttributeError if no column has class names.
+        """
+        return list(self._classes_column.classes)
+
+    def class_counts(self, column: str | None = None) -> dict[Any, int]:
+        """Return the number of records of each class.
+
+        Only this column is read, in several threads, and no shard whose smallest and largest value are equal.
+
+        Args:
+            column: Column of integers, bool or text, served or not. None: the column that `classes` names.
+
+        Returns:
+            Counts by class name if the column has class names, in their order and with zeros; otherwise by stored
+            value, in rising order. Values without a name, and then null (None), come last, if there are any.
+
+        Raises:
+            SchemaError: The column does not exist, or its values are no classes.
+            AttributeError: No column is given, and none has class names.
+            ValueError: This is a mixture.
+        """
+        source = self._unmixed_source()
+        schema = source.stored_schema
+        found = self._classes_column if column is None else schema.columns[schema.index(column)]
+        counts = class_counts(source, found.name)
+        named = {name: counts.pop(value, 0) for value, name in enumerate(found.classes)}
+        return named | counts
+
+    @property
+    def _classes_column(self) -> Column:
+        for column in self._source.stored_schema.columns:
+            if column.classes:
+                return column
+        raise AttributeError("no column of this data set has class names; class_counts(column) counts any column")
+
+    def versions(self) -> list[int]:
+        """Return the numbers of all versions of the data set, oldest first. Raises ValueError for joined data sets."""
+        opened_versions = self._source.opened_versions
+        n_joined = sum(len(version.parts) for version in opened_versions)
+        if n_joined > 1:
+            raise ValueError(f"this data set joins {n_joined} data sets: call versions() of each of them")
+        return list_versions(opened_versions[0].inner)
+
+    def select_columns(self, columns: Sequence[str]) -> Self:
+        """Return the same records with only these columns, in this order. Raises SchemaError for an unknown column.
+
+        If the data set serves tuples, the columns are the new tuple entries.
+
+        Args:
+            columns: Names of the columns, one or more.
+        """
+        columns = _names(columns)
+        if self._output_spec.names is not None:
+            return self.as_tuple(*columns)
+        self.schema.select(columns)
+        return self._derive(self._source.with_columns(columns), self._output_spec.select(columns))
+
+    def as_tuple(self, *names: str) -> Self:
+        """Return the same records as tuples, and batches as lists of columns: `for image, label in loader`.
+
+        Only the named columns are read.
+
+        Args:
+            names: Names of the tuple entries, in order. An entry is a column, "<column>.valid" (the mask of a nullable
+                column) or "<column>.lengths" (the lengths of a padded column).
+
+        Raises:
+            SchemaError: A name is unknown; or a nullable column is named without its mask, so that its nulls would go
+                unseen.
+            ValueError: There are no names, or the data set has a transform, which itself decides what a record is.
+        """
+        if self.transform is not None:
+            raise ValueError("as_tuple() cannot be combined with transform=: return tuples from the transform")
+        columns = tuple_columns(names, self._source.schema, self._output_spec)
+        return self._derive(self._source.with_columns(columns), replace(self._output_spec.select(columns), names=names))
+
+    def __add__(self, other: object) -> Dataset:
+        return concat([self, other]) if isinstance(other, Dataset) else NotImplemented
+
+    def __len__(self) -> int:
+        return self._source.n_records
+
+    def __getitem__(self, index: Any) -> Any:
+        if type(index) is int:  # first: isinstance(index, Sequence) costs 0.5 us of about 8 us
+            return self._record(index)
+        if isinstance(index, slice):
+            return self._batch(np.arange(*index.indices(len(self)), dtype=np.int64))
+        if isinstance(index, Sequence) or getattr(index, "ndim", 0) > 0:
+            return self._batch(record_numbers(index, len(self)))
+        return self._record(operator.index(index))
+
+    def __getitems__(self, indices: Sequence[int]) -> Sequence[Any]:
+        """Return the records of many indices, read together; torch's fetcher calls this method."""
+        if type(self).__getitem__ is not Dataset.__getitem__:  # a subclass overrides record access
+            return [self[index] for index in indices]
+        rows = record_numbers(indices, len(self))
+        if self.transform is not None:
+            return [self._transformed(record) for record in as_records(self._columns(rows))]
+        return ReadRecords(self._columns(rows), len(rows), self._output_spec, partial(self._stored_number, rows))
+
+    def __iter__(self) -> Iterator[Any]:
+        for start, stop in spans(self._source):
+            yield from self.__getitems__(range(start, stop))
+
+    def to_arrow(self, batch_size: int = 4096) -> Iterator[pa.RecordBatch]:
+        """Yield the data set as Arrow record batches, in order.
+
+        Types are the stored types; `cast` has no effect. Arrays are read-only. A batch that lies within one block
+        refers to the shard's memory; other batches are copies. Arrays stay valid while anything refers to them.
+
+        Args:
+            batch_size: Number of records per batch; the last batch may be shorter.
+
+        Raises:
+            ValueError: batch_size is below 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        table = None
+        for block in arrow_batches(self._source):
+            part = pa.Table.from_batches([block])
+            table = part if table is None or not table.num_rows else pa.concat_tables([table, part])
+            while table.num_rows >= batch_size:
+                yield _one_batch(table.slice(0, batch_size))
+                table = table.slice(batch_size)
+        if table is not None and table.num_rows:
+            yield _one_batch(table)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return the whole data set as a pandas DataFrame in memory. Raises ImportError without pandas."""
+        frame: pd.DataFrame = pa.Table.from_batches(list(self.to_arrow()), self._source.schema.arrow).to_pandas()
+        return frame
+
+    def warm(self, *, jobs: int = 4, on_progress: Callable[[WarmProgress], None] | None = None) -> None:
+        """Fetch what this data set serves into the cache: its columns of every shard that holds one of its records.
+
+        For a local folder there is nothing to do.
+
+        Args:
+            jobs: Number of shards fetched in parallel.
+            on_progress: Function called after each shard. Joined data sets are fetched one after the other, each with
+                its own count.
+
+        Raises:
+            CacheFull: The data does not fit into the cache.
+        """
+        self._source.warm(jobs=jobs, on_progress=on_progress)
+
+    def close(self) -> None:
+        """Release open shards and connections. The data set may be used again afterwards."""
+        if self._opened is not None:
+            self._opened.close()
+
+    def __repr__(self) -> str:
+        facts = self._facts()
+        served = "".join(f", {name}={text}" for name, text in self._served())
+        view = f" by {facts['view']}" if "view" in facts else ""
+        plural = "" if len(self) == 1 else "s"
+        records = f"{facts['url']}, version {facts['version']}, {facts['records']} record{plural}{view}"
+        return f"{type(self).__name__}({records}: {self.schema!r}{served})"
+
+    def _repr_html_(self) -> str:
+        """Return the same as HTML for notebooks, with thumbnails of the first images. Reads their block."""
+        schema, spec = self.schema, self._output_spec
+        rows = []
+        for column in schema.columns:
+            settings = {argument: getattr(spec, field).get(column.name) for argument, field in _SETTINGS.items()}
+            served = ", ".join(f"{name}={_shown(value)}" for name, value in settings.items() if value is not None)
+            rows.append((column.name, str(column), served))
+        return html_of(self._facts().items(), rows, first_pictures(self._source, self.column_names, spec.decode))
+
+    def _facts(self) -> dict[str, str]:
+        """Return url, version, records and, if there is one, view, as texts."""
+        source = self._source
+        urls, numbers = [leaf.url for leaf in source.opened_versions], list(dict.fromkeys(self._recipe[0].versions))
+        facts = {
+            "url": repr(urls[0]) + (f" and {len(urls) - 1} more" if len(urls) > 1 else ""),
+            "version": ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else ""),
+            "records": f"{len(self):,}",
+        }
+        if source.mixture is not None:
+            facts["view"] = f"mix(weights={list(source.mixture.weights)})"
+        elif source.steps:
+            facts["view"] = ".".join(source.steps)
+        return facts
+
+    def _served(self) -> Iterator[tuple[str, str]]:
+        """Yield (argument, text) of each way in which columns are not served as they are stored."""
+        spec = self._output_spec
+        for argument, field in _SETTINGS.items():
+            if settings := getattr(spec, field):
+                yield argument, "{" + ", ".join(f"{n!r}: {_shown(value)}" for n, value in settings.items()) + "}"
+        if spec.names is not None:
+            yield "as_tuple", repr(spec.names)
+        if self.transform is not None:
+            yield "transform", getattr(self.transform, "__qualname__", type(self.transform).__name__)
+
+    def __getstate__(self) -> tuple[DatasetSpec, dict[str, Any]]:
+        _derive_from_torchs_class()  # pickle compares __class__ with the type
+        return self._recipe, self._own()
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # isinstance() reads __class__ if the type itself does not derive from the class in question. torch may have
+        # been imported after this data set was created: the answer then is torch's class, once.
+        return _derive_from_torchs_class() or type(self)
+
+    def __setstate__(self, state: tuple[DatasetSpec, dict[str, Any]]) -> None:
+        _derive_from_torchs_class()
+        self._recipe = state[0]
+        self.__dict__.update(state[1])
+        self._lock, self._pid = threading.Lock(), os.getpid()
+        self._opened = None  # opened on first use, in the process that uses it
+
+    def _own(self) -> dict[str, Any]:
+        """Return the attributes that a subclass has set."""
+        return {name: value for name, value in vars(self).items() if name not in _OF_THE_PROCESS}
+
+    def _derive(self, source: Records, spec: OutputSpec | None = None) -> Self:
+        """Return the same data set over another source, with this output spec or another one."""
+        derived = type(self).__new__(type(self))
+        recipe = (source.spec, self.transform, self._output_spec if spec is None else spec, self.batch_transform)
+        derived.__setstate__((recipe, self._own()))
+        derived._opened = source  # noqa: SLF001 -- of this class
+        return derived
+
+    def _open(self) -> Records:
+        if self._pid != os.getpid():  # after a fork: a thread of the parent may hold the lock for ever
+            self._lock, self._pid = threading.Lock(), os.getpid()
+        with self._lock:  # two threads that race share the source that the first one opens
+            if self._opened is None:
+                self._opened = self._recipe[0].open()
+            return self._opened
+
+    def _record(self, index: int) -> Any:
+        n, spec = len(self), self._output_spec
+        if not -n <= index < n:
+            raise IndexError(f"record {index} of a data set of {n}")
+        number = index + n if index < 0 else index
+        record = None if spec.nulls or spec.decode else self._source.record(number)
+        if record is None:
+            record = as_records(self._columns(np.array([number], np.int64)))[0]
+        if spec.names is not None:
+            return record_tuple(record, spec.names, self._source.schema)
+        return record if self.transform is None else self._transformed(record)
+
+    def _transformed(self, record: Record) -> Any:
+        assert self.transform is not None  # noqa: S101 -- the callers' invariant
+        with use_fresh_key():
+            return self.transform(record)
+
+    def _batch(self, rows: NDArray[np.int64]) -> Any:
+        if self.transform is not None:
+            return self.__getitems__(rows.tolist())
+        number, names = partial(self._stored_number, rows), self._output_spec.names
+        batch = apply_layouts(self._columns(rows), self._output_spec, number)
+        return batch if names is None else as_columns(batch, names)
+
+    def _columns(self, rows: NDArray[np.int64]) -> list[ColumnValues]:
+        """Return the records' values by column, with nulls filled and images decoded as the output spec says."""
+        columns, fills, decode = self._source.values(rows), self._output_spec.nulls, self._output_spec.decode
+        if fills:
+            columns = [replace_nulls(c, fills[c.column.name]) if c.column.name in fills else c for c in columns]
+        if not decode:
+            return columns
+
+        def explain(column: str, index: int, reason: str) -> Exception:
+            return image_decode_error(self._source, column, self._stored_number(rows, index), reason)
+
+        return decode_columns(columns, decode, explain)
+
+    def _stored_number(self, rows: NDArray[np.int64], index: int) -> int:
+        """Return the number, in stored order, of a record of `rows`."""
+        order, served = self._source.record_order, int(rows[index])
+        return served if order is None else int(order[served])
+
+    def add_columns(
+        self,
+        columns: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]],
+        *,
+        url: str | os.PathLike[str] | None = None,
+        schema: Mapping[str, UserType] | pa.Schema | Schema | None = None,
+        batch_size: int = 1024,
+        compression: str | Mapping[str, str] = "auto",
+    ) -> Dataset:
+        """Store further columns of these records as a data set beside this one, and return that data set.
+
+        Record i of the result belongs to record i of this data set, whose files do not change. The columns are written
+        as `Writer` writes them, and committed as one version at the end: if an error occurs, nothing is committed. If
+        the URL has columns from an earlier call, they get a new version; the earlier one can still be opened by its
+        number.
+
+        Args:
+            columns: Mapping from new names to values, each an array or list of len() values; or a function that takes a
+                batch, as `dataset[start:stop]` returns it, and returns such a mapping for the records of the batch.
+            url: URL of the new columns, in the same store or another one. None: "<url>.columns/<names>" beside a whole
+                data set; the names are joined by "+".
+            schema: Types of the new columns. None: inferred from the first batch.
+            batch_size: Number of records of a batch.
+            compression: See `Writer`.
+
+        Raises:
+            ValueError: A name is taken by a column of this data set; or the values are not one for each record; or this
+                data set is a view, joined, mixed or packed, and there is no url.
+            TypeError: `columns`, or what the function returned, is no mapping from names to arrays or lists.
+            SchemaError, StoreError: See `Writer`.
+        """
+        url, opening = write_columns(
+            self, self._source, columns, url=url, batch_size=batch_size, schema=schema, compression=compression
+        )
+        return Dataset(url, **opening)
+
+
+def _derive_from_torchs_class() -> type | None:
+    """Add torch's Dataset class to the bases of Dataset once torch is loaded. Returns it if this call added it."""
+    torchs_class = getattr(sys.modules.get("torch.utils.data.dataset"), "Dataset", None)
+    if torchs_class is None or issubclass(Dataset, torchs_class):
+        return None
+    try:
+        Dataset.__bases__ = (SelectionMethods, torchs_class)
+    except TypeError:  # a subclass derives from both, torch's class first: no order of bases is valid for it
+        return None
+    return cast("type", torchs_class)
+
+
+_derive_from_torchs_class()
+
+
+def concat(datasets: Iterable[Dataset]) -> Dataset:
+    """Return one data set that holds the records of several data sets, one after the other: `a + b` for many.
+
+    The data sets may lie in different stores and caches, and may be views or joined data sets themselves. A loader
+    shuffles over all of them by its native path.
+
+    Args:
+        datasets: One or more data sets. Their columns must have the same names, types and order and the same output
+            options.
+
+    Raises:
+        SchemaError: Columns or their output options differ; the message names the first difference.
+        ValueError: There are no data sets; or one is a mixture, has a different transform, or is of a subclass that
+            overrides record access.
+        TypeError: An item is not a tiercache data set.
+    """
+    datasets = alike_datasets(datasets, "concat")
+    joined = join([dataset._source for dataset in datasets])  # noqa: SLF001 -- of this class
+    first = datasets[0]
+    return over_records(joined, first._output_spec, first.transform, first.batch_transform)  # noqa: SLF001
+
+
+def over_records(
+    source: Records,
+    spec: OutputSpec,
+    transform: Callable[[Record], Any] | None = None,
+    batch_transform: Callable[[Any], Any] | None = None,
+) -> Dataset:
+    """Return a data set of opened records with these output options and functions."""
+    made = Dataset.__new__(Dataset)
+    made.__setstate__(((source.spec, transform, spec, batch_transform), {}))
+    made._opened = source  # noqa: SLF001 -- of this class
+    return made
+
+
+def alike_datasets(given: Iterable[Any], what: str) -> list[Dataset]:
+    """Return the data sets as a list after checking that they can be joined. Raises as `concat`."""
+    datasets = [] if isinstance(given, Dataset) else list(given)
+    if isinstance(given, Dataset) or not all(isinstance(dataset, Dataset) for dataset in datasets):
+        others = [type(one).__name__ for one in datasets if not isinstance(one, Dataset)]
+        found = f"one with a {others[0]}" if others else f"the data set alone: {what}([a, b])"
+        raise TypeError(
+            f"{what}() takes a list of tiercache data sets, got {found}; use torch's ConcatDataset for other data sets"
+        )
+    if not datasets:
+        raise ValueError(f"{what}() needs one or more data sets, got none")
+    for number, dataset in enumerate(datasets):
+        if _overrides_record_access(type(dataset)):
+            reason = f"data set {number} is a {type(dataset).__name__}, which overrides record access"
+            raise ValueError(f"{reason}: join such data sets with torch's ConcatDataset")
+        if dataset.__tiercache__().source.mixture is not None:
+            raise ValueError(f"data set {number} is a mixture: pass the data sets that it mixes to {what}() instead")
+        first = datasets[0]
+        if dataset._source.is_packed != first._source.is_packed:  # noqa: SLF001 -- of this class
+            kinds = ["packed rows" if one._source.is_packed else "plain records" for one in (first, dataset)]  # noqa: SLF001
+            raise SchemaError(
+                f"data set 0 has {kinds[0]}, data set {number} {kinds[1]}: packed rows can be joined only with packed "
+                f"rows; call pack_sequences() on each data set, then {what}() on the results",
+                expected=kinds[0],
+                got=kinds[1],
+            )
+        if (dataset.transform, dataset.batch_transform) != (first.transform, first.batch_transform):
+            raise ValueError(
+                f"data set {number} and data set 0 have different transforms; all must use the same function"
+            )
+        _check_output_spec(dataset.__tiercache__().output_spec, datasets[0].__tiercache__().output_spec, number)
+    return datasets
+
+
+def _check_output_spec(spec: OutputSpec, first: OutputSpec, number: int) -> None:
+    """Raise SchemaError if data set `number` has other output options for a column than data set 0."""
+    if spec.names != first.names:
+        message = f"data set {number} serves {spec.names or 'dicts'}, data set 0 {first.names or 'dicts'}"
+        raise SchemaError(f"{message}: call as_tuple() on both", expected=str(first.names), got=str(spec.names))
+    for argument in (f.name for f in fields(OutputSpec) if f.name != "names"):
+        own, other = getattr(first, argument), getattr(spec, argument)
+        for column in sorted({*own, *other}):
+            if pickle.dumps(own.get(column)) != pickle.dumps(other.get(column)):
+                message = f"data set {number} has {argument}={other.get(column)!r}, data set 0 {own.get(column)!r}"
+                if argument == "cast":
+                    message += "; joined columns must also be stored with the same dtype"
+                raise SchemaError(message, column=column, expected=repr(own.get(column)), got=repr(other.get(column)))
+
+
+def _overrides_record_access(kind: type[Dataset]) -> bool:
+    return any(getattr(kind, n) is not getattr(Dataset, n) for n in ("__getitem__", "__getitems__", "__len__"))
+
+
+def _shown(setting: Any) -> str:
+    return short_repr(setting) if is_dataclass(setting) else repr(setting)
+
+
+def _names(columns: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(columns, str):
+        raise TypeError(f"columns is a list of names, got the str {columns!r}")
+    names = tuple(columns)
+    if not names:
+        raise ValueError("columns is empty: name one or more")
+    return names
+
+
+def _one_batch(table: pa.Table) -> pa.RecordBatch:
+    return table.combine_chunks().to_batches()[0] if table.column(0).num_chunks > 1 else table.to_batches()[0]

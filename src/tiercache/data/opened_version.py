@@ -1,0 +1,679 @@
+"""One version of a data set, open for reading: its stores and cache, its segments and shards.
+
+`DatasetLocation` says how a data set is opened.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from weakref import WeakValueDictionary, ref
+
+import numpy as np
+import pyarrow as pa
+
+from tiercache.cache import CachedStore
+from tiercache.cache.cache import Cache
+from tiercache.cache.names import NAME_BYTES, name_of_identity, names_of
+from tiercache.errors import CorruptShard
+from tiercache.model import NEVER, ByteRange, CloseListener, ReadingPlan, ShardIdentity, SourcePart, format_bytes
+from tiercache.order import BlockSizes
+from tiercache.shard.conversion import served_columns
+from tiercache.shard.format.statistics import parse_statistics
+from tiercache.shard.read import shard_reader
+from tiercache.shard.read.shard_reader import FooterCache, MappedRecords, ShardReader
+from tiercache.shard.read.source import block_ranges, column_ranges, fetch_footer
+from tiercache.shard.read.values import empty_values, join_values
+from tiercache.shard.versions.manifest import open_latest, read_shards, read_version
+from tiercache.shard.versions.segments import as_arrow
+from tiercache.store import LocalStore, MemoryStore, Store, open_store
+from tiercache.store.placement.redirecting_store import TieredReader, follow_placement
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from tiercache.cache import WarmProgress
+    from tiercache.model import PublishedPlan
+    from tiercache.shard.conversion import Casts
+    from tiercache.shard.format.layout import Footer
+    from tiercache.shard.format.statistics import Statistics
+    from tiercache.shard.read.blocks import Blocks
+    from tiercache.shard.read.chunks import Verify
+    from tiercache.shard.read.values import ColumnValues
+    from tiercache.shard.schema import Schema
+    from tiercache.shard.versions.manifest import Version
+    from tiercache.shard.versions.segments import ShardTable
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetLocation:
+    """The URL of a data set and how it is read: everything except the version and the columns. Picklable.
+
+    Attributes:
+        url: URL of the data set.
+        cache: A Cache; None uses Cache.default() for a data set that is not local; False uses no cache.
+        verify: When pages are checked against their checksums.
+        storage_options: Options of the store.
+        casts: Casts of columns.
+    """
+
+    url: str
+    cache: Cache | Literal[False] | None = None
+    verify: Verify = "first"
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    casts: Casts = field(default_factory=dict)
+
+    def open(self) -> Store:
+        """Open the store of the data set, without a cache."""
+        return open_store(self.url, **self.storage_options)
+
+    def cache_of(self, store: Store) -> Cache | None:
+        """Return the cache through which a store is read; None: the store is read directly."""
+        if isinstance(self.cache, Cache):
+            return self.cache
+        if self.cache is False or isinstance(store, LocalStore | MemoryStore):
+            return None
+        return _default_cache()
+
+    def cached(self, store: Store) -> Store:
+        """Return the store with the cache around it, or the store itself if no cache applies."""
+        cache = self.cache_of(store)
+        return store if cache is None else cache.store(store)
+
+
+def _default_cache() -> Cache | None:
+    """Return the configured cache; None, with a warning, if its folder cannot be used.
+
+    The user did not ask for this cache by name, so the failure is not an error.
+    """
+    try:
+        return Cache.default()
+    except OSError as error:
+        warnings.warn(
+            f"the cache cannot be used, so every epoch is fetched again: {error}; set TIERCACHE_CACHE_DIR to a "
+            "writable folder, or pass cache=False",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+# The combinations of data set, size and cache that were warned about: once per process is enough.
+_warned: set[tuple[str, int, str]] = set()
+
+
+def warn_if_larger(url: str, dataset_id: str, shard_bytes: NDArray[np.int64], cache: Cache) -> None:
+    """Warn once per process about a data set, of shards of these sizes (int64[n]), that the cache cannot hold whole.
+
+    If the data set fits, the cache itself warns later, when it has no space.
+    """
+    limit_bytes, n_bytes = cache.limit_bytes, int(shard_bytes.sum())
+    reason = (url, n_bytes, str(cache.path))
+    if n_bytes <= limit_bytes:
+        cache.warn_if_too_small(dataset_id, f"{url} ({format_bytes(n_bytes)} of shards)")
+    if n_bytes <= limit_bytes or reason in _warned:
+        return
+    _warned.add(reason)
+    fits = shard_bytes <= limit_bytes
+    more_bytes = n_bytes - min(limit_bytes, int(shard_bytes[fits].sum()))
+    larger = "" if fits.all() else f", {(~fits).sum():,} of {len(fits):,} shards because each exceeds the whole cache"
+    warnings.warn(
+        f"{url}: {format_bytes(n_bytes)} of shards, but the cache in {cache.path} holds {format_bytes(limit_bytes)}: "
+        f"{format_bytes(more_bytes)} ({more_bytes / n_bytes:.0%}) will be fetched again in every epoch{larger}; "
+        "a larger cache (TIERCACHE_CACHE_SIZE, or cache=Cache(path, size=...)) avoids that",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+class CopyNames:
+    """The names of the copies of one version's shards and segments.
+
+    Each name is computed once and takes 2 us. Safe from any thread.
+    """
+
+    def __init__(self, version: Version, table: ShardTable) -> None:
+        self._dataset_id = version.dataset_id
+        self._segments = version.segments
+        self._table = table
+        self._names = np.zeros((len(table), NAME_BYTES), np.uint8)  # zeros: not computed yet
+
+    def of_shards(self, shards: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Return the names of the copies of these shards, uint8[m, 20]."""
+        unknown = shards[~self._names[shards].any(axis=1)]
+        if len(unknown):
+            self._names[unknown] = names_of(self._dataset_id, *self._table.identities(unknown))
+        return self._names[shards]
+
+    def planned(self, plan: ReadingPlan) -> tuple[NDArray[np.uint8], ReadingPlan]:
+        """Return the names of a reading plan's rows, and the plan, both with the segments, which are always in use."""
+        n = len(self._segments)
+        identities = [segment.identity(self._dataset_id) for segment in self._segments]
+        segments = np.array([list(bytes.fromhex(name_of_identity(one))) for one in identities], np.uint8)
+        whole = ReadingPlan(
+            plan.owner,
+            np.concatenate([plan.shards, len(self._table) + np.arange(n)]),
+            np.concatenate([plan.first, np.zeros(n, np.int64)]),
+            np.concatenate([plan.last, np.full(n, NEVER - 1)]),
+            np.concatenate([plan.first_later, np.full(n, NEVER)]),
+            plan.reader,
+        )
+        return np.concatenate([self.of_shards(plan.shards), segments.reshape(-1, NAME_BYTES)]), whole
+
+
+class VersionStores:
+    """Stores through which one process reads a data set. Safe from any thread and in a forked child.
+
+    Attributes:
+        inner: The data set's own store.
+        placed: Store that redirects reads of moved shards, as the placement log says.
+        cache: Cache of the data set; None if it is read without a cache.
+        store: Store to read from: the cache around `placed`, or `placed` itself.
+        tiers: State of the tiers: counts uses of shards.
+    """
+
+    def __init__(self, location: DatasetLocation) -> None:
+        self.inner = location.open()
+        self.placed = follow_placement(self.inner, location.storage_options, location.cached)
+        self.cache = location.cache_of(self.inner)
+        self.store: Store = self.placed if self.cache is None else self.cache.store(self.placed)
+        self.tiers = TieredReader(self.placed)
+
+    def is_local(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None) -> bool:
+        """Return whether ranges of a shard (None: all of it) are on this machine, in a folder or in the cache."""
+        if isinstance(self.store, CachedStore):
+            return self.store.is_cached(key, identity, ranges)
+        if self.tiers.has_moved:
+            return self._is_at_a_disk(key, identity)
+        return isinstance(self.inner, LocalStore | MemoryStore)
+
+    def _is_at_a_disk(self, key: str, identity: ShardIdentity) -> bool:
+        """Return whether a shard lies in a local folder that is not a cache."""
+        is_home = isinstance(self.inner, LocalStore) and not self.tiers.is_remote(key)
+        return is_home or self.tiers.local_copy(key, identity) is not None
+
+    @property
+    def fetcher(self) -> CachedStore | None:
+        """Cached store that prefetches shards; None if nothing is read through a cache."""
+        store = self.store if self.cache is not None else self.tiers.remote_store()
+        return store if isinstance(store, CachedStore) else None
+
+    def is_worth_fetching(self, key: str, identity: ShardIdentity) -> bool:
+        """Return whether prefetching a shard is useful: it does not lie in a local folder."""
+        return not self.tiers.has_moved or not self._is_at_a_disk(key, identity)
+
+    def remove_if_corrupt(self, key: str, identity: ShardIdentity) -> bool:
+        """See LocalStore.remove_if_corrupt. Returns False if the store has no local copies."""
+        return isinstance(self.store, LocalStore) and self.store.remove_if_corrupt(key, identity)
+
+    def prepare_reading(
+        self, keys: pa.ChunkedArray, identity: Callable[[int], ShardIdentity], *, reads_all: bool
+    ) -> None:
+        """Prepare a run that reads these shards. See TieredReader.prepare_reading."""
+
+        def is_cached(i: int) -> bool:
+            return isinstance(self.store, CachedStore) and self.store.is_cached(keys[i].as_py(), identity(i))
+
+        self.tiers.prepare_reading(keys, is_cached, reads_all=reads_all)
+
+    def figures(self) -> dict[str, float]:
+        """Return the counters of this process: requests, bytes_fetched, retries, cache_hits, ..., and dollars."""
+        counters = self.placed.figures()
+        stats = self.cache.counters.snapshot() if self.cache is not None else {}
+        return {
+            "requests": counters.get("requests", 0),
+            "bytes_fetched": counters.get("bytes_read", 0),
+            **{name: counters.get(name, 0) for name in ("retries", "hedges", "throttled", "dollars", "egress_dollars")},
+            "cache_hits": stats.get("hits", 0),
+            "cache_misses": stats.get("misses", 0),
+        }
+
+    def close(self) -> None:
+        """Report the counted uses and release connections. The object may be used again."""
+        self.tiers.close()
+        self.store.close()
+
+
+def _open_newest(stores: VersionStores) -> tuple[Version, ShardTable]:
+    """Return the newest version and its shards. From a remote store, the placement is read at the same time."""
+    if isinstance(stores.inner, LocalStore | MemoryStore):
+        return open_latest(stores.store)
+    with ThreadPoolExecutor(1, "tiercache-placement") as pool:
+        pool.submit(stores.tiers.read_placement)  # the run that needs the placement reads it again after an error
+        return open_latest(stores.store)
+
+
+def _open_numbered(store: Store, number: int) -> tuple[Version, ShardTable]:
+    version = read_version(store, number)
+    return version, read_shards(store, version)
+
+
+def _open_shard(
+    stores: VersionStores,
+    table: ShardTable,
+    dataset_id: str,
+    footers: FooterCache,
+    past_cache: bool,  # open a shard at its source unless the cache already holds it
+    shard: int,
+    **how: Any,
+) -> ShardReader:
+    """Open a shard of a version through the cache, if there is one."""
+    store, info = stores.store, table.info(shard)
+    identity = info.identity(dataset_id)
+    if past_cache and isinstance(store, CachedStore) and not store.is_cached(info.name, identity):
+        store = store.inner
+    local = stores.tiers.opened(info.name, identity)
+    return ShardReader(local or store, info.name, info=info, identity=identity, footer=footers.take(shard), **how)
+
+
+# Shards of which blocks or records are read in parallel: the time is round trips.
+READ_THREADS = 16
+# Footers of a shard group are small, and read before the first batch: up to this many take one round trip of a store.
+FOOTER_THREADS = 64
+# Number of shards whose block sizes are kept: those of a shard take a few KiB; a shard group has a few dozen shards.
+MAX_KEPT_SIZES = 4096
+# How often a shard is read again after its bytes did not match their checksums: from a new copy, then from the store,
+# after the cache has given up the object.
+SHARD_READS_AGAIN = 5
+
+T = TypeVar("T")
+
+logger = logging.getLogger("tiercache")
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpec:
+    """Spec of an opened version: its location, its number, and the names of the columns in order."""
+
+    location: DatasetLocation
+    version: int
+    columns: tuple[str, ...]
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """Number of the version, as a tuple."""
+        return (self.version,)
+
+    def open(self) -> OpenedVersion:
+        """Open the version."""
+        return OpenedVersion(self.location, self.version, self.columns)
+
+
+class OpenedVersion:
+    """One version of a data set with some of its columns: all access to its shards.
+
+    Safe from any thread. After a fork the child opens its own shards. Nothing of a shard is read before it is needed.
+    """
+
+    # Of packed rows (`views.packing.PackedVersion`) these say how full the rows are, and whether they differ between
+    # epochs.
+    fill_ratio: float | None = None
+    is_drawn = False
+
+    def __init__(self, location: DatasetLocation, version: int | None, columns: Sequence[str] | None) -> None:
+        self.location = location
+        self.stores = stores = VersionStores(location)
+        self.inner, self.cache, self.store = stores.inner, stores.cache, stores.store
+        self.manifest, self.table = _open_newest(stores) if version is None else _open_numbered(stores.store, version)
+        self.stored_schema: Schema = self.manifest.schema
+        self.n_records = int(self.table.first_record[-1])
+        self._names = CopyNames(self.manifest, self.table)
+        # Live objects of this and other versions with any columns: joined views of one version share its open shards.
+        self._kin: WeakValueDictionary[tuple[Any, ...], OpenedVersion] = WeakValueDictionary()
+        self._keepers: list[ref[CloseListener]] = []
+        if self.cache is not None:
+            warn_if_larger(self.url, self.dataset_id, np.asarray(self.table.n_bytes), self.cache)
+        self._serve(self.stored_schema.names if columns is None else columns)
+
+    def _serve(self, columns: Sequence[str], *, past_cache: bool = False) -> None:
+        self._schema = self.stored_schema.select(columns)
+        self._block_sizes: dict[int, BlockSizes] = {}
+        self._ranges: dict[int, tuple[ByteRange, ...] | None] = {}  # of the served columns; None: the whole shard
+        self.stored_columns = tuple(self.stored_schema.index(name) for name in self._schema.names)
+        self.spec = VersionSpec(self.location, self.version, self._schema.names)
+        self._served = served_columns(self._schema, self.location.casts)
+        self._mapped = MappedRecords(
+            self.stored_schema, self.stored_columns, self.table.first_record, self.url, self._served
+        )
+        self._footers = FooterCache()
+        opened = (self.stores, self.table, self.dataset_id, self._footers, past_cache)
+        # Not a bound method: the reference cycle would keep descriptors open until the garbage collector runs.
+        open_shard = partial(_open_shard, *opened, verify=self.location.verify, served=self._served)
+        self._readers = shard_reader.ReaderPool(open_shard, self._mapped)
+
+    @property
+    def url(self) -> str:
+        """URL of the data set, without credentials."""
+        return self.inner.url
+
+    @property
+    def dataset_id(self) -> str:
+        """Id of the data set, the same for all its versions."""
+        return self.manifest.dataset_id
+
+    @property
+    def version(self) -> int:
+        """Number of the version."""
+        return self.manifest.number
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the version's contents; a resumed run compares it."""
+        return self.manifest.fingerprint
+
+    @property
+    def parts(self) -> list[SourcePart]:
+        """The version as a state names it, in a list."""
+        return [SourcePart(self.dataset_id, self.version, self.fingerprint)]
+
+    @property
+    def schema(self) -> Schema:
+        """Served columns, in order, with their stored types; a cast column is served with another dtype."""
+        return self._schema
+
+    def statistics(self, shard: int) -> Statistics:
+        """Return a shard's {column: {"nulls", "bytes", "stored", "min", "max"}}, each if known.
+
+        Raises CorruptShard for an implausible value.
+        """
+        text = self.table.arrow["statistics"][shard].as_py()
+        try:
+            return parse_statistics(text, self.stored_schema, int(self.table.n_records[shard]))
+        except ValueError as error:
+            ends = np.cumsum([segment.n_shards for segment in self.manifest.segments])
+            segment = self.manifest.segments[int(np.searchsorted(ends, shard, side="right"))]
+            name = self.table.names[shard].as_py()
+            url = f"{self.store.url}/{segment.key}"
+            raise CorruptShard(f"invalid statistics of shard {name!r}: {error}", url=url, part="segment") from error
+
+    def identity(self, shard: int) -> ShardIdentity:
+        """Return the identity by which the cache keeps the shard's copy."""
+        return self.table.info(shard).identity(self.dataset_id)
+
+    def block_sizes(self, shards: Sequence[int]) -> list[BlockSizes]:
+        """Return the block sizes of each of these shards, read from their footers in parallel. Raises as `load`."""
+        known = self._block_sizes  # local reference: another thread may replace the attribute
+        missing = [shard for shard in dict.fromkeys(shards) if shard not in known]
+        if len(known) + len(missing) > MAX_KEPT_SIZES:
+            self._block_sizes = known = {shard: known[shard] for shard in shards if shard in known}
+            self._ranges = {shard: self._ranges.get(shard) for shard in known}
+        if missing:
+            n_threads = READ_THREADS if isinstance(self.inner, LocalStore) else FOOTER_THREADS
+            # A thread may open a local copy.
+            n_threads = min(n_threads, max(self._readers.capacity // 4, 1), len(missing))
+            with ThreadPoolExecutor(n_threads, "tiercache-footer") as pool:
+                known.update(zip(missing, pool.map(self._read_block_sizes, missing), strict=True))
+        return [known[shard] for shard in shards]
+
+    def block_elements(self, shard: int) -> NDArray[np.int64]:
+        """Return the number of elements in each block of the only served column, which is ragged: int64[n_blocks].
+
+        Reads the footer. Raises as `load`.
+        """
+        footer = self._footer(shard)
+        self._block_sizes[shard] = self._sizes_of_footer(shard, footer)
+        (column,) = self.stored_columns
+        (values, *_) = footer.schema.columns[column].streams(column)
+        buffers = footer.chunks["first_buffer"][:, column] + np.uint64(values.values_buffer)
+        found: NDArray[np.int64] = footer.buffers[buffers, 1].astype(np.int64) // values.width_bytes
+        return found
+
+    def load_shapes(self, shard: int, blocks: Sequence[int]) -> Blocks:
+        """Return blocks of a shard, of whose only served column, which is ragged, only the shapes may be read.
+
+        Raises as `load`.
+        """
+        (column,) = self.stored_columns
+        return self._read(shard, lambda reader: reader.load_shapes(blocks, column))
+
+    def for_epoch(self, _seed: int, _epoch: int) -> OpenedVersion:
+        """Return this version: stored records are the same in all epochs."""
+        return self
+
+    def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
+        """Return blocks of a shard, which stays open for some time, in memory, with the served columns.
+
+        Raises NotFound and StoreError; or CorruptShard if fetching damaged bytes again did not help.
+        """
+        return self._read(shard, lambda reader: reader.load(blocks, self.stored_columns))
+
+    def arrays(self, shard: int, block: int) -> list[pa.Array]:
+        """Return a block as Arrow arrays of the served columns, completely checked. Raises as `load`."""
+
+        def read(reader: ShardReader) -> list[pa.Array]:
+            loaded = reader.load([block], self.stored_columns)
+            return [loaded.array(0, column) for column in self.stored_columns]
+
+        return self._read(shard, read)
+
+    def record(self, number: int) -> dict[str, Any] | None:
+        """Return a record by its number, as a dict of values by column; None if its shard is not mapped. IndexError."""
+        return self._mapped.record(number)
+
+    def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
+        """Return the values of records, int64[n], by column. Raises as `load`, and IndexError.
+
+        Records of mapped shards are read all at once, others shard by shard.
+        """
+        if not len(records):
+            return empty_values(self._schema, self._served)
+        found = self.take_mapped(records)
+        if found is not None:
+            return found
+        of_record = np.searchsorted(self.table.first_record, records, side="right") - 1
+        shards = np.unique(of_record).tolist()
+        places = [np.flatnonzero(of_record == shard) for shard in shards]
+        rows = [records[where] - self.table.first_record[shard] for shard, where in zip(shards, places, strict=True)]
+        if len(shards) < 2 or isinstance(self.inner, LocalStore):
+            return join_values(list(map(self._take, shards, rows)), places)
+        # In parallel: as for footers, the time is round trips.
+        with ThreadPoolExecutor(min(READ_THREADS, len(shards)), "tiercache-records") as pool:
+            return join_values(list(pool.map(self._take, shards, rows)), places)
+
+    def _take(self, shard: int, rows: NDArray[np.int64]) -> list[ColumnValues]:
+        return self._read(shard, lambda reader: reader.take(rows, self.stored_columns))
+
+    def take_mapped(self, records: NDArray[np.int64]) -> list[ColumnValues] | None:
+        """Return the values of records if all their shards can be mapped, else None."""
+        found = self._mapped.take(records)
+        if found is None:
+            shards = np.unique(np.searchsorted(self.table.first_record, records, side="right") - 1)
+            # More shards than may be open at once would evict each other.
+            if len(shards) <= self._readers.capacity and all(map(self._readers.map_shard, shards.tolist())):
+                found = self._mapped.take(records)
+        return found
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the data set is read through a cache."""
+        return isinstance(self.store, CachedStore)
+
+    def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
+        """See Records.publish. The mapped segments stay in use as long as the plan is published."""
+        if not isinstance(self.store, CachedStore) or self.cache is None:
+            return None
+        # Read limit_bytes first: it raises if the cache is being closed, and then nothing must have been published.
+        has_room = int(self.table.n_bytes.sum()) <= self.cache.limit_bytes
+        published = self.store.publish(*self._names.planned(plan))
+        return published if has_room else shard_reader.ReleasingPlan(published, self._readers, plan)
+
+    @property
+    def can_prefetch(self) -> bool:
+        """See Records.can_prefetch."""
+        return self.stores.fetcher is not None
+
+    @property
+    def sends_requests(self) -> bool:
+        """See Records.sends_requests."""
+        return self.stores.fetcher is None and not isinstance(self.stores.inner, LocalStore | MemoryStore)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Start fetching the served columns of these shards where they are not on this machine."""
+        fetcher = self.stores.fetcher
+        if fetcher is None:
+            return
+        # An open shard requests what it needs itself. If the cache refused an open shard, the shard is read by ranges
+        # to its end: fetching it as a whole once there is room would transfer the part that was already read a second
+        # time.
+        unopened = [shard for shard in dict.fromkeys(shards) if shard not in self._readers]
+        objects = self.table.objects(self.dataset_id, np.array(unopened, np.int64))
+        for shard, (key, identity) in zip(unopened, objects, strict=True):
+            if self.stores.is_worth_fetching(key, identity):
+                fetcher.prefetch(key, identity, self._ranges.get(shard))
+
+    def prefetch_blocks(self, shard: int, blocks: Sequence[int]) -> None:
+        """See Records.prefetch_blocks. Does nothing for a shard whose footer has not been read."""
+        fetcher = self.stores.fetcher
+        if fetcher is None:
+            return
+        if shard in self._readers:
+            self._readers.get(shard).prefetch(blocks, self.stored_columns)
+            return
+        footer, (key, identity) = self._footers.get(shard), self._object(shard)
+        if footer is not None and self.stores.is_worth_fetching(key, identity):
+            # The reader that opens the copy checks its footer, which therefore comes with the blocks.
+            urgent = block_ranges(footer, self.table.info(shard), blocks, self.stored_columns)
+            fetcher.prefetch(key, identity, self._ranges.get(shard), urgent_ranges=urgent)
+
+    def is_mapped(self, shard: int) -> bool:
+        """Whether the shard is open and its served columns are mapped in the form in which they are served."""
+        return shard in self._readers and self._readers.get(shard).is_mapped(self.stored_columns)
+
+    def remove_if_corrupt(self, shard: int) -> bool:
+        """Remove a shard's local copy if it is corrupt. Returns True if it was: the caller loads the shard again."""
+        key, identity = self._object(shard)
+        was_removed = self.stores.remove_if_corrupt(key, identity)
+        self._readers.drop(shard)  # even if the copy is right: it may be newer than the opened one
+        if was_removed:
+            logger.warning("%s: the local copy of %s was damaged and is fetched again", self.url, key)
+        return was_removed
+
+    def is_local(self, shard: int) -> bool:
+        """Whether the served columns of the shard are on this machine: in a local folder or in the cache."""
+        key, identity = self._object(shard)
+        is_open = self.has_cache and self.is_mapped(shard)
+        return is_open or self.stores.is_local(key, identity, self._ranges.get(shard))
+
+    def prepare_reading(self, shards: NDArray[np.int64]) -> None:
+        """See Records.prepare_reading."""
+        keys = self.table.names.take(as_arrow(shards))
+        reads_all = len(shards) == len(self.table)
+        self.stores.prepare_reading(keys, lambda i: self.identity(int(shards[i])), reads_all=reads_all)
+
+    def at_versions(self, numbers: Sequence[int]) -> OpenedVersion:
+        """Return the version with the only number, and the same columns.
+
+        Raises NotFound, or SchemaError if it lacks a column.
+        """
+        (number,) = numbers
+        names = self._schema.names
+        return self._shared((number, names), lambda: OpenedVersion(self.location, number, names))
+
+    def with_columns(self, columns: Sequence[str]) -> OpenedVersion:
+        """Return the same version with other columns and its own open shards. Raises SchemaError."""
+        return self._served_otherwise(columns, past_cache=False)
+
+    def for_scan(self, columns: Sequence[str]) -> OpenedVersion:
+        """Return a version as `with_columns` does, for a single pass: shards that are not cached bypass the cache.
+
+        Caching them would evict other shards.
+        """
+        return self._served_otherwise(columns, past_cache=True)
+
+    def _served_otherwise(self, columns: Sequence[str], *, past_cache: bool) -> OpenedVersion:
+        def make() -> OpenedVersion:
+            other = copy.copy(self)
+            other._serve(columns, past_cache=past_cache)  # noqa: SLF001 -- of this class
+            return other
+
+        return self._shared((tuple(columns), past_cache), make)
+
+    def _shared(self, key: tuple[Any, ...], make: Callable[[], OpenedVersion]) -> OpenedVersion:
+        """Return the live object with this key, or create it."""
+        found = self._kin.get(key)
+        return self._kin.setdefault(key, make()) if found is None else found
+
+    def warm(
+        self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
+    ) -> None:
+        """Fetch the served columns of shards into the cache, if there is one."""
+        if self.cache is not None:
+            objects = self.table.objects(self.dataset_id, np.array(shards, np.int64))
+            ranges = self._ranges_of(shards)
+            self.cache.warm(self.store, objects, jobs=jobs, ranges=ranges, on_progress=on_progress)
+
+    def figures(self) -> dict[str, float]:
+        """Return the counters of this process: requests, bytes_fetched, retries, cache_hits, ..., and dollars."""
+        return self.stores.figures()
+
+    def close(self) -> None:
+        """Release shards and connections; shards in use stay valid until they are released."""
+        for keeper in self._keepers:  # first: a prefetching loader would open shards again, on a closed store
+            found = keeper()
+            if found is not None:
+                found.on_source_closed()
+        self._readers.clear()
+        self.stores.close()
+
+    def on_close(self, keeper: CloseListener) -> None:
+        """See Records.on_close. Of two calls at once, one may be lost: its loader keeps blocks until it is deleted."""
+        self._keepers = [*(one for one in self._keepers if one() is not None), ref(keeper)]
+
+    def _read_block_sizes(self, shard: int) -> BlockSizes:
+        return self._sizes_of_footer(shard, self._footer(shard))
+
+    def _sizes_of_footer(self, shard: int, footer: Footer) -> BlockSizes:
+        if self.has_cache:
+            self._ranges[shard] = column_ranges(footer, self.table.info(shard), self.stored_columns)
+        return BlockSizes(footer.block_records.astype(np.int64), footer.block_raw_bytes.astype(np.int64))
+
+    def _footer(self, shard: int) -> Footer:
+        if isinstance(self.store, CachedStore) and shard not in self._readers:
+            info = self.table.info(shard)
+            if not self.store.is_cached(info.name, self.identity(shard), [ByteRange(info.footer_offset, info.n_bytes)]):
+                # The order of a shard group needs all footers of the group. A few KiB for each one now are cheaper than
+                # fetching each shard completely before the first batch.
+                store = self.store.store_for(info.name, self.identity(shard), self.stores.placed.by_ranges)
+                footer = fetch_footer(store, info.name, info)
+                self._footers.put(shard, footer)
+                return footer
+        return self._read(shard, lambda reader: reader.footer)
+
+    def _ranges_of(self, shards: Sequence[int]) -> dict[str, tuple[ByteRange, ...]]:
+        """Return the ranges of the served columns by shard key, for shards not served whole. Reads missing footers."""
+        found: dict[str, tuple[ByteRange, ...]] = {}
+        is_all = len(self.stored_columns) == len(self.stored_schema)
+        for first in range(0, 0 if is_all else len(shards), MAX_KEPT_SIZES):
+            some = shards[first : first + MAX_KEPT_SIZES]
+            self.block_sizes(some)
+            for shard in some:
+                ranges = self._ranges.get(shard)
+                if ranges is not None:
+                    found[self.table.info(shard).name] = ranges
+        return found
+
+    def _object(self, shard: int) -> tuple[str, ShardIdentity]:
+        return self.table.objects(self.dataset_id, np.array([shard], np.int64))[0]
+
+    def _read(self, shard: int, read: Callable[[ShardReader], T]) -> T:
+        """Return the result of read(reader); after CorruptShard, retry if other bytes may come.
+
+        A copy is fetched again; if the cache then gives up the object, the object is read from its store.
+        """
+        for _ in range(SHARD_READS_AGAIN):
+            reads_store = False
+            try:
+                reader = self._readers.get(shard)
+                reads_store = reader.local_copy is None
+                return read(reader)
+            except CorruptShard:
+                if not self.remove_if_corrupt(shard) and self.cache is None and not reads_store:
+                    raise  # a retry would read the same bytes of a local file
+        return read(self._readers.get(shard))

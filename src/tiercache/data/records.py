@@ -1,0 +1,759 @@
+"""Records: what the loader and `Dataset` read. A selection over the shards of one or more opened versions.
+
+Views, joined data sets and mixtures differ only in the selection and in the tree of nodes that made it.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+
+from tiercache.data.plans import PublishedPlans, plan_of
+from tiercache.data.scan import matching
+from tiercache.data.selection import BlockSpans, RowTables, Selection
+from tiercache.errors import NotFound, ObjectChanged
+from tiercache.model import PublishedPlan, ReadingPlan, SourcePart
+from tiercache.order import BlockSizes
+from tiercache.order.epoch_order import derive_key
+from tiercache.order.explicit import PermutedOrder
+from tiercache.order.mixture import MixtureSpec, Schedule, StoredMixture
+from tiercache.shard.read.values import join_arrow, join_values
+from tiercache.shard.schema import Schema, check_same_columns
+from tiercache.shard.versions.segments import as_arrow
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    from numpy.typing import NDArray
+
+    from tiercache.cache import WarmProgress
+    from tiercache.data.leaf import Leaf, LeafSpec
+    from tiercache.model import CloseListener
+    from tiercache.order.explicit import ServedOrder
+    from tiercache.shard.format.statistics import Statistics
+    from tiercache.shard.read.blocks import Blocks
+    from tiercache.shard.read.values import ColumnValues
+
+Stop = Literal["first", "all"]
+# Number of threads that read footers of several versions in parallel.
+_THREADS = 16
+_NO_BLOCKS = BlockSizes(np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+class Step:
+    """One step of a view, evaluated anew on each version. Picklable; str() is the call that makes it."""
+
+    __slots__ = ()
+    # Whether the step selects by place alone, so that it can be merged into a list of records before it.
+    selects_by_place: ClassVar[bool] = True
+
+    def choose(self, records: Records) -> Selection:
+        """Return which of the records stay, as served places."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class RangeStep(Step):
+    """Records [start, stop), for take(n) and skip(n); stop None: to the end."""
+
+    start: int
+    stop: int | None
+
+    def choose(self, records: Records) -> Selection:
+        """See Step.choose."""
+        n = records.n_records
+        return Selection.span(min(self.start, n), n if self.stop is None else min(self.stop, n))
+
+    def __str__(self) -> str:
+        return f"skip({self.start:,})" if self.stop is None else f"take({self.stop:,})"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardStep(Step):
+    """One of n_shards runs of records, whose lengths differ by at most one; the longer runs come first."""
+
+    n_shards: int
+    index: int
+
+    def choose(self, records: Records) -> Selection:
+        """See Step.choose."""
+        length, n_longer = divmod(records.n_records, self.n_shards)
+        start = self.index * length + min(self.index, n_longer)
+        return Selection.span(start, start + length + (self.index < n_longer))
+
+    def __str__(self) -> str:
+        return f"shard({self.n_shards}, {self.index})"
+
+
+@dataclass(frozen=True, slots=True)
+class SelectStep(Step):
+    """Records by their numbers. choose() raises IndexError if another version has fewer records."""
+
+    selection: Selection
+
+    def choose(self, records: Records) -> Selection:
+        """See Step.choose."""
+        if self.selection.stop > records.n_records:
+            raise IndexError(
+                f"select() names record {self.selection.stop - 1}, but {records.url} has only {records.n_records} "
+                "records"
+            )
+        return self.selection
+
+    def __str__(self) -> str:
+        return f"select(<{len(self.selection):,} numbers>)"
+
+
+@dataclass(frozen=True, slots=True)
+class ShuffleStep(Step):
+    """All records in a random order, which follows from the seed and the number of records."""
+
+    seed: int
+
+    def choose(self, records: Records) -> Selection:
+        """See Step.choose."""
+        n = records.n_records
+        span = Selection.span(0, n)
+        return Selection(span.starts, span.first, shuffled_order(self.seed, n)) if n else span
+
+    def __str__(self) -> str:
+        return f"shuffle({self.seed})"
+
+
+def shuffled_order(seed: int, n: int) -> PermutedOrder:
+    """Return the order of `shuffle` for n records, 1 or more. It must never change: states and splits depend on it."""
+    return PermutedOrder(derive_key(seed, "shuffle of a view"), n)
+
+
+class StoredOrderStep(Step):
+    """All records, sorted in stored order; mix() applies it to records with an explicit order."""
+
+    __slots__ = ()
+    selects_by_place = False
+
+    def choose(self, records: Records) -> Selection:
+        """See Step.choose."""
+        order = records.record_order
+        return Selection.span(0, records.n_records) if order is None else Selection.of(np.argsort(order))
+
+    def __str__(self) -> str:
+        return "in stored order"
+
+
+@dataclass(frozen=True, slots=True)
+class FilterStep(Step):
+    """Records for which an expression is true."""
+
+    expression: pc.Expression
+    selects_by_place: ClassVar[bool] = False
+
+    def choose(self, records: Records) -> Selection:
+        """See Step.choose. Raises SchemaError for an unknown column, and the errors of reading."""
+        return matching(records, self.expression)
+
+    def __str__(self) -> str:
+        return f"filter({self.expression})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # 0.6 KB instead of 2.2 KB, most of which are zeros.
+        return _filter, (zlib.compress(pickle.dumps(self.expression), 9),)
+
+
+def _filter(compressed: bytes) -> FilterStep:
+    return FilterStep(pickle.loads(zlib.decompress(compressed)))  # noqa: S301 -- part of a pickle itself
+
+
+@dataclass(frozen=True, slots=True)
+class ViewNode:
+    """Some of the records of the node below.
+
+    Attributes:
+        selection: Result of the steps, as served places of the node below; None: evaluate the steps.
+        selects_all: Whether the selection is all records in their order.
+    """
+
+    below: Node
+    steps: tuple[Step, ...]
+    selection: Selection | None
+    selects_all: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A single SelectStep contains the selection itself.
+        is_stated = self.selection is None or self.steps == (SelectStep(self.selection),)
+        packed = None if self.selection is None or is_stated else self.selection.pack()
+        return _view_node, (self.below, self.steps, packed, self.selects_all)
+
+
+def _view_node(below: Node, steps: tuple[Step, ...], packed: tuple[Any, ...] | None, selects_all: bool) -> ViewNode:
+    try:
+        selection = None if packed is None else Selection.unpack(packed)
+    except NotFound:
+        selection = None  # the steps are evaluated again; a list of record numbers must still exist
+    return ViewNode(below, steps, selection, selects_all)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinNode:
+    """The records of several nodes, one after the other, or mixed by weight.
+
+    weights: See `MixtureSpec.weights`; empty if the nodes are not mixed.
+    """
+
+    below: tuple[Node, ...]
+    weights: tuple[int, ...] | Schedule = ()
+    stop: Stop = "first"
+
+
+# How records are derived from the versions, which are the leaves of the tree, in order. None: a whole version.
+Node: TypeAlias = ViewNode | JoinNode | None
+
+
+@dataclass(frozen=True, slots=True)
+class RecordsSpec:
+    """Small picklable description of records: everything needed to open them, and nothing that is open."""
+
+    leaves: tuple[LeafSpec, ...]
+    node: Node
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the served columns, in order."""
+        return self.leaves[0].columns
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """Version number of each leaf."""
+        return tuple(version for leaf in self.leaves for version in leaf.versions)
+
+    def open(self) -> Records:
+        """Open the versions. A version that is joined several times is opened once."""
+        opened = {id(leaf): leaf.open() for leaf in {id(leaf): leaf for leaf in self.leaves}.values()}
+        return _build(self.node, iter([opened[id(leaf)] for leaf in self.leaves]), is_known=True)
+
+
+class Records:
+    """Records of opened versions in served order. Immutable; all methods may be called from any thread.
+
+    The shards of all leaves are numbered one leaf after the other, whatever is selected. Shards and blocks without
+    selected records are never read, nor are their footers.
+
+    Attributes:
+        leaves: The versions that are read; a version that is joined several times is several leaves.
+        opened_versions: The versions, each once.
+        node: How the records are derived from the leaves.
+        selection: Selected records, by their stored numbers in all leaves; None: all of them in stored order.
+        mixture: The mixture of the node's parts; None: the parts follow one another.
+        n_records: Number of records that are served. Of a mixture, a record counts as often as an epoch serves it.
+        first_record: int64[n_shards + 1], number of the selected records before each shard, then of all.
+        shard_records: int64[n_shards], number of the selected records of each shard.
+        shard_bytes: int64[n_shards], stored bytes of each whole shard.
+    """
+
+    def __init__(
+        self,
+        leaves: tuple[Leaf, ...],
+        node: Node = None,
+        selection: Selection | None = None,
+        mixture: MixtureSpec | None = None,
+    ) -> None:
+        self.node, self.selection, self.mixture = node, selection, mixture
+        tables = [leaf.table for leaf in leaves]
+        self._leaf_shards = np.cumsum([0, *map(len, tables)])
+        self._leaf_records = np.cumsum([0, *(int(table.first_record[-1]) for table in tables)])
+        self._stored_first = tables[0].first_record
+        self.shard_bytes: NDArray[np.int64] = tables[0].n_bytes
+        if len(leaves) > 1:
+            self._stored_first = np.r_[0, np.cumsum(np.concatenate([table.n_records for table in tables]))]
+            self.shard_bytes = np.concatenate([table.n_bytes for table in tables])
+        self.first_record = self._stored_first if selection is None else selection.n_below(self._stored_first)
+        self.shard_records: NDArray[np.int64] = np.diff(self.first_record)
+        self._rows = None if selection is None else RowTables(selection)
+        self.n_records = int(self.first_record[-1])
+        if mixture is not None:
+            sizes = mixture.part_records(self.shard_records)
+            self._part_first = np.cumsum([0, *sizes])
+            self._mixed = StoredMixture(mixture, sizes)
+            self.n_records = len(self._mixed)
+        self._read(leaves)
+
+    def _read(self, leaves: tuple[Leaf, ...]) -> None:
+        self.leaves = leaves
+        self.opened_versions = tuple({id(leaf): leaf for leaf in leaves}.values())
+        if self.node is None:  # one call less for each record of a whole version
+            self.__dict__["record"] = leaves[0].record
+
+    def _over(self, leaves: Iterator[Leaf]) -> Records:
+        """Return the same records of other objects of the same versions."""
+        other = copy.copy(self)
+        other._read(tuple(leaves))  # noqa: SLF001 -- of this class
+        return other
+
+    @property
+    def spec(self) -> RecordsSpec:
+        """Description that opens the records again."""
+        return RecordsSpec(tuple(leaf.spec for leaf in self.leaves), self.node)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Steps that made this view, as calls in order; () if the records are not a view."""
+        node, found = self.node, []
+        while isinstance(node, ViewNode):
+            found.append([str(step) for step in node.steps])
+            node = node.below
+        return tuple(step for steps in reversed(found) for step in steps)
+
+    @property
+    def url(self) -> str:
+        """URL of the first data set, without credentials."""
+        return self.leaves[0].url
+
+    @cached_property
+    def parts(self) -> tuple[SourcePart, ...]:
+        """The data sets that are read, one per leaf, with hashes of the selections; a state compares them."""
+        return tuple(_parts(self.node, iter(self.leaves)))
+
+    @property
+    def schema(self) -> Schema:
+        """Served columns, in order, which are the same in all leaves."""
+        return self.leaves[0].schema
+
+    @cached_property
+    def stored_schema(self) -> Schema:
+        """Columns that all versions have with the same type, served or not."""
+        first, *others = (version.stored_schema.columns for version in self.opened_versions)
+        types = [{c.name: str(c) for c in columns} for columns in others]
+        return Schema([c for c in first if all(found.get(c.name) == str(c) for found in types)])
+
+    @cached_property
+    def record_order(self) -> ServedOrder | None:
+        """Place of each served record among the selected records in stored order, int64[n]; None: in that order.
+
+        Of a mixture, the order of an unshuffled epoch: samplers number records by it.
+        """
+        if self.mixture is not None:
+            return self._unmixed_numbers(np.arange(self.n_records))
+        return None if self.selection is None else self.selection.order
+
+    @property
+    def is_in_stored_order(self) -> bool:
+        """Whether each selected record is served once, in stored order."""
+        return self.mixture is None and (self.selection is None or self.selection.order is None)
+
+    @property
+    def selects_all(self) -> bool:
+        """Whether all records of all leaves are selected, so that stored_rows() returns each row unchanged."""
+        return self.selection is None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether records are packed rows (`views.packing`)."""
+        return self.leaves[0].fill_ratio is not None
+
+    @property
+    def fill_ratio(self) -> float | None:
+        """Share of the positions of an epoch's packed rows that hold stored tokens; None if they are not packed rows.
+
+        Of a view it is that of all rows.
+        """
+        ratios = [leaf.fill_ratio for leaf in self.leaves]
+        n_rows = np.array([int(leaf.table.first_record[-1]) for leaf in self.leaves], np.float64)
+        if not self.is_packed or not n_rows.sum():
+            return None
+        if self.mixture is not None:  # each part counts by its share of the epoch
+            first_leaves = np.searchsorted(self._leaf_shards, self.mixture.first_shards)
+            parts = np.split(n_rows, first_leaves[1:])
+            shares = self.mixture.epoch_shares(self.mixture.part_records(self.shard_records))
+            n_rows = np.concatenate([part * share / part.sum() for part, share in zip(parts, shares, strict=True)])
+        return float(np.average(np.array(ratios, np.float64), weights=n_rows))
+
+    def for_epoch(self, seed: int, epoch: int) -> Records:
+        """Return the records as an epoch of a run serves them: itself, unless packed rows have random draws."""
+        if not any(leaf.is_drawn for leaf in self.leaves):
+            return self
+        drawn = {id(leaf): leaf.for_epoch(seed, epoch) for leaf in self.opened_versions}
+        return self._over(drawn[id(leaf)] for leaf in self.leaves)
+
+    def joined_parts(self) -> list[Records]:
+        """Return the records that are joined, in order; an empty list if these records are not joined."""
+        if not isinstance(self.node, JoinNode):
+            return []
+        leaves = iter(self.leaves)
+        return [_build(node, leaves, is_known=True) for node in self.node.below]
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether a cache is in use for any version; publish() gives that cache the reading plan."""
+        return any(version.has_cache for version in self.opened_versions)
+
+    @property
+    def can_prefetch(self) -> bool:
+        """Whether prefetch() can fetch anything; if not, no caller needs to compute the shards for it."""
+        return any(version.can_prefetch for version in self.opened_versions)
+
+    @property
+    def sends_requests(self) -> bool:
+        """Whether load() sends requests to a store, because there is no cache."""
+        return any(version.sends_requests for version in self.opened_versions)
+
+    def locate(self, shard: int) -> tuple[Leaf, int]:
+        """Return the version that has a shard, and the shard's number there."""
+        leaf = int(self._leaf_shards.searchsorted(shard, side="right")) - 1
+        return self.leaves[leaf], int(shard - self._leaf_shards[leaf])
+
+    def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
+        """Load the served columns of some blocks of a shard, which stays open for some time. See OpenedVersion.load."""
+        version, number = self.locate(shard)
+        return version.load(number, blocks)
+
+    def arrays(self, shard: int, block: int) -> list[pa.Array]:
+        """Return a whole stored block as Arrow arrays of the served columns, completely checked."""
+        version, number = self.locate(shard)
+        return version.arrays(number, block)
+
+    def statistics(self, shard: int) -> Statistics:
+        """See OpenedVersion.statistics. They describe the whole shard."""
+        version, number = self.locate(shard)
+        return version.statistics(number)
+
+    def is_mapped(self, shard: int) -> bool:
+        """Whether load() of any block of the shard only maps it, as far as is known without looking."""
+        version, number = self.locate(shard)
+        return version.is_mapped(number)
+
+    def is_local(self, shard: int) -> bool:
+        """Whether the served columns of the shard are on this machine, so that load() needs no network."""
+        version, number = self.locate(shard)
+        return version.is_local(number)
+
+    def remove_if_corrupt(self, shard: int) -> bool:
+        """See OpenedVersion.remove_if_corrupt."""
+        version, number = self.locate(shard)
+        return version.remove_if_corrupt(number)
+
+    def _by_leaf(self, shards: Any) -> list[tuple[Leaf, NDArray[np.int64], NDArray[np.int64]]]:
+        """Return (version, indices of its shards, their numbers there) for each leaf that has any of the shards."""
+        shards = np.asarray(shards, np.int64)
+        leaves = np.searchsorted(self._leaf_shards, shards, side="right") - 1
+        found = []
+        for leaf in _distinct(leaves).tolist():
+            where = np.flatnonzero(leaves == leaf)
+            found.append((self.leaves[leaf], where, shards[where] - self._leaf_shards[leaf]))
+        return found
+
+    def _by_version(self, shards: Any) -> list[tuple[Leaf, NDArray[np.int64], NDArray[np.int64]]]:
+        """Return the same as _by_leaf with the leaves of each version joined: a number there may then be repeated."""
+        by_version: dict[int, list[tuple[Leaf, NDArray[np.int64], NDArray[np.int64]]]] = {}
+        for group in self._by_leaf(shards):
+            by_version.setdefault(id(group[0]), []).append(group)
+        return [
+            (groups[0][0], np.concatenate([g[1] for g in groups]), np.concatenate([g[2] for g in groups]))
+            for groups in by_version.values()
+        ]
+
+    def block_sizes(self, shards: Sequence[int]) -> list[BlockSizes]:
+        """Return the block sizes of each of these shards, from their footers, which are read concurrently.
+
+        records: Number of the selected records of each block; raw_bytes: of the whole block. A shard without selected
+        records has no blocks.
+        """
+        if self.node is None:
+            return self.leaves[0].block_sizes(shards)
+        chosen = [shard for shard in dict.fromkeys(shards) if self.shard_records[shard]]
+        found = {shard: self._selected(shard, sizes) for shard, sizes in self._stored_block_sizes(chosen).items()}
+        return [found.get(shard, _NO_BLOCKS) for shard in shards]
+
+    def _selected(self, shard: int, sizes: BlockSizes) -> BlockSizes:
+        if self.selection is None:
+            return sizes
+        bounds = np.r_[0, np.cumsum(sizes.records)] + self._stored_first[shard]
+        return BlockSizes(np.diff(self.selection.n_below(bounds)), sizes.raw_bytes)
+
+    def _stored_block_sizes(self, shards: Sequence[int]) -> dict[int, BlockSizes]:
+        """Return the sizes of whole blocks by shard. Several versions are read in parallel."""
+        groups = self._by_version(shards)
+        if len(groups) < 2:
+            found = [version.block_sizes(numbers.tolist()) for version, _, numbers in groups]
+        else:
+            with ThreadPoolExecutor(min(_THREADS, len(groups)), "tiercache-joined") as pool:
+                found = list(pool.map(lambda group: group[0].block_sizes(group[2].tolist()), groups))
+        return {
+            shards[position]: sizes
+            for (_, where, _), of_version in zip(groups, found, strict=True)
+            for position, sizes in zip(where.tolist(), of_version, strict=True)
+        }
+
+    def stored_rows(
+        self, shards: NDArray[np.int32], blocks: NDArray[np.int32], block: NDArray[np.uint32], row: NDArray[np.uint32]
+    ) -> NDArray[np.uint32]:
+        """Return for selected rows their numbers among all rows of the stored block, uint32[n].
+
+        shards, blocks: int32[k], the shard of each of k blocks, and the block's number there. block: uint32[n], index
+        of each row's block among the k. row: uint32[n], number of each row among the selected rows of its block.
+        """
+        selection = self.selection
+        if selection is None or self._rows is None:
+            return row
+        key = shards.tobytes() + blocks.tobytes()
+        return self._rows.rows(key, lambda: self._spans(selection, shards, blocks), block, row)
+
+    def _spans(self, selection: Selection, shards: NDArray[np.int32], blocks: NDArray[np.int32]) -> BlockSpans:
+        first, n_rows = np.empty(len(blocks), np.int64), np.empty(len(blocks), np.int64)
+        for shard, sizes in self._stored_block_sizes(np.unique(shards).tolist()).items():
+            where = np.flatnonzero(shards == shard)
+            n_rows[where] = sizes.records[blocks[where]]
+            first[where] = np.cumsum(sizes.records)[blocks[where]] - n_rows[where] + self._stored_first[shard]
+        position = selection.n_below(first)
+        return BlockSpans(first, position, selection.n_below(first + n_rows) - position)
+
+    def record(self, number: int) -> dict[str, Any] | None:
+        """Return a served record as a dict of values by column; None if it is not mapped: then call `values`.
+
+        Raises IndexError.
+        """
+        if not 0 <= number < self.n_records:
+            raise IndexError(f"record {number} of a data set of {self.n_records}")
+        if self.mixture is not None:
+            number = int(self._unmixed_numbers(np.array([number]))[0])
+        if self.selection is not None:
+            number = self.selection.number(number)
+        leaf = 0 if len(self.leaves) == 1 else int(self._leaf_records.searchsorted(number, side="right")) - 1
+        return self.leaves[leaf].record(number - int(self._leaf_records[leaf]))
+
+    def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
+        """Return the values of served records, int64[n], by column. Raises as `load`, and IndexError."""
+        numbers = self._stored_numbers(records)
+        if len(self.leaves) == 1 or not len(numbers):
+            return self.leaves[0].values(numbers)
+        leaves = np.searchsorted(self._leaf_records, numbers, side="right") - 1
+        found, positions = [], []
+        for leaf in _distinct(leaves).tolist():
+            positions.append(np.flatnonzero(leaves == leaf))
+            found.append(self.leaves[leaf].values(numbers[positions[-1]] - self._leaf_records[leaf]))
+        return join_values(found, positions)
+
+    def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
+        """Return the values of served records as Arrow arrays; see `values`. Each block is read once."""
+        numbers = self._stored_numbers(records)
+        shards = np.searchsorted(self._stored_first, numbers, side="right") - 1
+        arrays: list[list[pa.Array]] = []
+        positions: list[NDArray[np.int64]] = []
+        for shard, sizes in self._stored_block_sizes(np.unique(shards).tolist()).items():
+            where = np.flatnonzero(shards == shard)
+            ends = np.cumsum(sizes.records) + self._stored_first[shard]
+            blocks = np.searchsorted(ends, numbers[where], side="right")
+            for block in np.unique(blocks).tolist():
+                positions.append(where[blocks == block])
+                rows = as_arrow(numbers[positions[-1]] - (ends[block] - sizes.records[block]))
+                arrays.append([array.take(rows) for array in self.arrays(shard, block)])
+        return join_arrow(arrays, positions, self.schema)
+
+    def _unmixed_numbers(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
+        part, within = self._mixed.locate(records)
+        return self._part_first[part] + within
+
+    def _stored_numbers(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the numbers of served records among the stored records of all leaves."""
+        if self.mixture is not None:
+            records = self._unmixed_numbers(records)
+        return records if self.selection is None else self.selection.numbers(records)
+
+    def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
+        """Tell the caches when shards are read, until the returned object is closed; None: there is no cache.
+
+        All leaves of a version share one plan, because there may be many. Raises OSError if it cannot be written.
+        """
+        if len(self.leaves) == 1:
+            return self.leaves[0].publish(plan)
+        found: list[PublishedPlan] = []
+        try:
+            for version, where, shards in self._by_version(plan.shards):
+                one = version.publish(plan_of(plan, where, shards))
+                if one is not None:
+                    found.append(one)
+        except BaseException:  # the plans published so far have no other owner that could withdraw them
+            PublishedPlans(tuple(found)).close()
+            raise
+        return PublishedPlans(tuple(found))
+
+    def prepare_reading(self, shards: NDArray[np.int64]) -> None:
+        """Check that a run can read these shards, int64[m]. The engine calls it before the first epoch.
+
+        Raises ArchivedShards, which names all shards that must be restored first; or StoreError if their location is
+        unknown.
+        """
+        for version, _, numbers in self._by_version(shards[self.shard_records[shards] > 0]):
+            version.prepare_reading(_distinct(numbers))
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Start to fetch these shards to this machine, in this order; returns at once."""
+        for version, _, numbers in self._by_leaf([shard for shard in shards if self.shard_records[shard]]):
+            version.prefetch(numbers.tolist())
+
+    def prefetch_blocks(self, shard: int, blocks: Sequence[int]) -> None:
+        """Start to fetch blocks that are loaded next, before all that prefetch() was asked for; returns at once.
+
+        A shard that the cache does not admit is skipped.
+        """
+        version, number = self.locate(shard)
+        version.prefetch_blocks(number, blocks)
+
+    def warm(self, *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None) -> None:
+        """Fetch the served columns of all shards with selected records into the cache. See Dataset.warm."""
+        for version, _, numbers in self._by_leaf(np.flatnonzero(self.shard_records)):
+            version.warm(numbers.tolist(), jobs=jobs, on_progress=on_progress)
+
+    def figures(self) -> Mapping[str, float]:
+        """Return the sums of OpenedVersion.figures(); a shared cache counts once."""
+        sums: dict[str, float] = {}
+        caches: set[int] = set()
+        for version in self.opened_versions:
+            for name, figure in version.figures().items():
+                if not (name.startswith("cache_") and id(version.cache) in caches):
+                    sums[name] = sums.get(name, 0) + figure
+            caches.add(id(version.cache))
+        return sums
+
+    def on_close(self, keeper: CloseListener) -> None:
+        """Call keeper.on_source_closed() when a version is closed. The keeper is referenced weakly."""
+        for version in self.opened_versions:
+            version.on_close(keeper)
+
+    def close(self) -> None:
+        """Release shards and connections. The records may be read again afterwards."""
+        for version in self.opened_versions:
+            version.close()
+
+    def at_versions(self, versions: Sequence[int]) -> Records:
+        """Return records selected and joined in the same way at other versions, one per entry of `parts`.
+
+        Raises NotFound.
+        """
+        numbers = iter(versions)
+        leaves = [leaf.at_versions([next(numbers) for _ in leaf.parts]) for leaf in self.leaves]
+        return _build(self.node, iter(leaves), is_known=False)
+
+    def with_columns(self, columns: Sequence[str]) -> Records:
+        """Return the same records with other columns of the stored schema. Raises SchemaError for an unknown column."""
+        return self._over(leaf.with_columns(columns) for leaf in self.leaves)
+
+    def for_scan(self, columns: Sequence[str]) -> Records:
+        """Return records as `with_columns` does, for a single pass: shards that are not cached bypass the cache."""
+        return self._over(leaf.for_scan(columns) for leaf in self.leaves)
+
+    def unmixed(self) -> Records:
+        """Return a mixture's parts joined: a shuffled epoch may serve records that have no number in the mixture."""
+        node = self.node if self.mixture is None else JoinNode(_joined_nodes(self))
+        return Records(self.leaves, node, self.selection)
+
+    def with_step(self, step: Step, chosen: Selection | None = None) -> Records:
+        """Return the view that a step makes. Steps over a view, and lists of numbers, are merged.
+
+        chosen: What step.choose() returns, if the caller has it.
+        """
+        chosen, node = step.choose(self) if chosen is None else chosen, self.node
+        if not isinstance(node, ViewNode) or node.selection is None:
+            return _view(self, (step,), chosen)
+        steps, selection, last = (*node.steps, step), node.selection.compose(chosen), node.steps[-1]
+        if step.selects_by_place and isinstance(last, SelectStep):
+            merged = selection if len(node.steps) == 1 else last.selection.compose(chosen)
+            steps = (*node.steps[:-1], SelectStep(merged))
+        return _view(_build(node.below, iter(self.leaves), is_known=True), steps, selection)
+
+
+def _build(node: Node, leaves: Iterator[Leaf], *, is_known: bool) -> Records:
+    """Return the records that a tree makes of versions. is_known: Whether the selections in the tree are valid."""
+    if node is None:
+        return Records((next(leaves),))
+    if isinstance(node, JoinNode):
+        below = [_build(one, leaves, is_known=is_known) for one in node.below]
+        return mix(below, node.weights, node.stop) if node.weights else join(below)
+    records = _build(node.below, leaves, is_known=is_known)
+    if is_known and node.selection is not None:
+        return _view(records, node.steps, node.selection)
+    for step in node.steps:
+        records = records.with_step(step)
+    return records
+
+
+def _view(below: Records, steps: tuple[Step, ...], selection: Selection) -> Records:
+    if selection.stop > below.n_records:
+        message = "the selection names records beyond the end of the data set"
+        raise ObjectChanged(message, url=below.url, expected=selection.stop, found=below.n_records)
+    stored = selection if below.selection is None else below.selection.compose(selection)
+    node = ViewNode(below.node, steps, selection, selection.is_all(below.n_records))
+    return Records(below.leaves, node, stored)
+
+
+def _parts(node: Node, leaves: Iterator[Leaf]) -> list[SourcePart]:
+    if node is None:
+        return next(leaves).parts
+    if isinstance(node, JoinNode):
+        return [part for below in node.below for part in _parts(below, leaves)]
+    parts = _parts(node.below, leaves)
+    if node.selects_all or node.selection is None:
+        return parts
+    return [replace(part, selection=_combined(part.selection, node.selection.digest)) for part in parts]
+
+
+def _combined(before: str | None, digest: str) -> str:
+    return digest if before is None else sha256(f"{before}/{digest}".encode()).hexdigest()[: len(digest)]
+
+
+def join(parts: Sequence[Records]) -> Records:
+    """Return the records of all parts in turn. Raises SchemaError for the first difference of their columns."""
+    schemas = {id(part.schema): (part.schema, number) for number, part in reversed(list(enumerate(parts)))}
+    for schema, number in schemas.values():  # many views of one data set share one schema: check it once
+        check_same_columns(parts[0].schema, schema, names=("data set 0", f"data set {number}"))
+    leaves = tuple(leaf for part in parts for leaf in part.leaves)
+    nodes = tuple(node for part in parts for node in _joined_nodes(part))
+    return Records(leaves, JoinNode(nodes), _joined_selection(parts))
+
+
+def _joined_nodes(records: Records) -> tuple[Node, ...]:
+    return records.node.below if isinstance(records.node, JoinNode) else (records.node,)
+
+
+def _joined_selection(parts: Sequence[Records]) -> Selection | None:
+    if all(part.selection is None for part in parts):
+        return None
+    starts, lengths, orders, n_stored, n_records = [], [], [], 0, 0
+    for part in parts:
+        n_part = int(part._stored_first[-1])  # noqa: SLF001 -- of this module
+        selection = Selection.span(0, n_part) if part.selection is None else part.selection
+        starts.append(selection.starts + n_stored)
+        lengths.append(np.diff(selection.first))
+        order = np.arange(len(selection)) if selection.order is None else np.asarray(selection.order)
+        orders.append(n_records + order)
+        n_stored, n_records = n_stored + n_part, n_records + len(selection)
+    joined = Selection.of_runs(np.concatenate(starts), np.concatenate(lengths))
+    is_listed = any(part.selection is not None and part.selection.order is not None for part in parts)
+    return Selection(joined.starts, joined.first, np.concatenate(orders)) if is_listed else joined
+
+
+def mix(parts: Sequence[Records], weights: Sequence[Any], stop: Stop) -> Records:
+    """Return the parts mixed by weight. Record i is the record at position i of an unshuffled epoch.
+
+    Each part is taken in stored order, and again from its start after its end. Raises SchemaError; or ValueError if a
+    part has no records, or the weights are invalid.
+    """
+    # A mixture decides the order itself: explicit orders of the parts are dropped.
+    parts = [part if part.record_order is None else part.with_step(StoredOrderStep()) for part in parts]
+    joined = join(parts)
+    n_shards = [len(part.shard_records) for part in parts]
+    mixture = MixtureSpec(tuple(np.cumsum([0, *n_shards[:-1]]).tolist()), tuple(weights), stop)
+    node = JoinNode(tuple(part.node for part in parts), mixture.weights, stop)
+    return Records(joined.leaves, node, joined.selection, mixture)
+
+
+def _distinct(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the sorted distinct numbers of shards or leaves. The first np.unique() of a process takes 6 ms."""
+    return np.flatnonzero(np.bincount(numbers))

@@ -1,0 +1,475 @@
+"""The accounts of the cache: by example, and any sequence of calls against a dictionary."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from tiercache.cache.accounts import FIGURES, Accounts, charge_bytes
+
+PLENTY = 1 << 50
+
+
+class FakeFiles:
+    """A cache folder made of dictionaries."""
+
+    def __init__(self, path):
+        self.path = path
+        self.living = {"me", "you"}
+        self.buried = []
+        self.copies = {}
+        self.making = []
+        self.limit = {}
+
+    def ensure(self):
+        self.path.mkdir(exist_ok=True)
+
+    def alive(self, owner):
+        return owner in self.living
+
+    def remove_files_of(self, owner):
+        self.buried.append(owner)
+
+    def limits(self):
+        return {owner: n for owner, n in self.limit.items() if owner in self.living}
+
+    def running_fetches(self):
+        return self.making
+
+    def charge_of(self, name):
+        return self.copies.get(name)
+
+    def charges(self):
+        return self.copies
+
+    def record(self, name):
+        return f"record of {name}"
+
+
+@pytest.fixture
+def files(tmp_path):
+    return FakeFiles(tmp_path / "c")
+
+
+@pytest.fixture
+def open_accounts(files):
+    opened = []
+
+    def open_for(owner, limit=100_000, boot="b"):
+        accounts = Accounts(files.path / "catalog.sqlite", owner, files, wal=True, boot=boot)
+        opened.append(accounts)
+        files.limit[owner] = limit
+        accounts.register(limit)
+        return accounts
+
+    yield open_for
+    for accounts in opened:
+        accounts.close()
+
+
+def reserve(accounts, name, charge, spare=PLENTY):
+    return accounts.reserve(name, charge, usable_bytes=lambda: spare)
+
+
+def set_charge(accounts, files, name, charge):
+    files.copies[name] = charge
+    accounts.set_charge(name, f"record of {name}", charge)
+
+
+@pytest.mark.parametrize(("n_bytes", "charged"), [(0, 4096), (1, 8192), (4096, 8192), (4097, 12_288)])
+def test_bytes_are_charged_in_whole_blocks_and_one_for_the_record(n_bytes, charged):
+    assert charge_bytes(n_bytes) == charged
+
+
+def test_reservations_and_copies_together_keep_to_the_limit(open_accounts, files):
+    me, you = open_accounts("me"), open_accounts("you")
+    assert reserve(me, "a", 40_000)
+    assert reserve(you, "b", 40_000)
+    assert not reserve(me, "c", 40_000)
+    set_charge(me, files, "a", 40_000)
+    assert not reserve(me, "c", 40_000)
+    you.release("b")
+    assert reserve(me, "c", 40_000)
+    assert me.sums() == (40_000, 40_000, 100_000)
+
+
+def test_a_reservation_is_held_once_for_a_name(open_accounts):
+    me = open_accounts("me")
+    assert reserve(me, "a", 60_000)
+    assert reserve(me, "a", 60_000)
+    assert me.sums() == (0, 60_000, 100_000)
+    assert me.is_reserved("a")
+    me.release("a")
+    me.release("a")
+    assert not me.is_reserved("a")
+
+
+def test_the_free_space_of_the_disk_bounds_reservations(open_accounts):
+    me = open_accounts("me")
+    assert not reserve(me, "a", 8_192, spare=8_191)
+    assert reserve(me, "a", 8_192, spare=8_192)
+    assert not reserve(me, "b", 4_096, spare=8_192)
+    assert me.lack_bytes(4_096, usable_bytes=lambda: 8_192) == 4_096
+
+
+def test_dead_owners_lose_their_limit_and_reservations(open_accounts, files):
+    me, you = open_accounts("me"), open_accounts("you", limit=50_000)
+    assert reserve(you, "a", 40_000)
+    assert not reserve(me, "b", 40_000)
+    files.living.remove("you")
+    assert reserve(me, "b", 90_000)
+    assert "you" in files.buried
+    assert me.limit_bytes() == 100_000
+
+
+def test_a_copy_whose_publisher_died_before_booking_it_is_booked_by_others(open_accounts, files):
+    me, you = open_accounts("me"), open_accounts("you")
+    assert reserve(you, "a", 40_000)
+    assert reserve(you, "b", 40_000)
+    files.copies["a"] = 40_000
+    files.living.remove("you")
+    assert reserve(me, "c", 10)
+    assert me.sums()[:2] == (40_000, 10)
+
+
+def test_booking_more_than_was_reserved_is_an_error(open_accounts, files):
+    me = open_accounts("me")
+    assert reserve(me, "a", 1_000)
+    with pytest.raises(RuntimeError, match="more bytes than were reserved"):
+        set_charge(me, files, "a", 50_000)
+    assert me.sums() == (0, 1_000, 100_000)
+
+
+def test_a_copy_published_twice_counts_once(open_accounts, files):
+    me, you = open_accounts("me"), open_accounts("you")
+    assert reserve(me, "a", 5_000)
+    assert reserve(you, "a", 5_000)
+    set_charge(me, files, "a", 5_000)
+    set_charge(you, files, "a", 5_000)
+    assert me.sums()[:2] == (5_000, 0)
+
+
+def test_a_copy_that_was_fetched_again_before_its_removal_stays_booked(open_accounts, files):
+    me = open_accounts("me")
+    assert reserve(me, "a", 5_000)
+    set_charge(me, files, "a", 5_000)
+    me.remove(["a"])
+    assert me.sums()[0] == 5_000
+    del files.copies["a"]
+    me.remove(["a"])
+    assert me.sums()[0] == 0
+
+
+def test_a_partial_copy_grows_by_its_reservation(open_accounts, files):
+    me = open_accounts("me")
+    assert reserve(me, "a", 10_000)
+    set_charge(me, files, "a", 8_000)
+    assert me.sums()[:2] == (8_000, 0)
+    assert reserve(me, "a", 20_000)
+    assert me.sums()[:2] == (8_000, 20_000)
+    set_charge(me, files, "a", 28_000)
+    assert me.sums()[:2] == (28_000, 0)
+    assert [row.charge_bytes for row in me.rows()] == [28_000]
+
+
+def test_a_reservation_that_cannot_be_enlarged_stays_as_it_was(open_accounts, files):
+    me = open_accounts("me")
+    assert reserve(me, "a", 60_000)
+    assert not reserve(me, "a", 100_001)
+    assert me.sums() == (0, 60_000, 100_000)
+    set_charge(me, files, "a", 60_000)
+
+
+def test_bytes_that_two_owners_write_into_one_partial_copy_count_once(open_accounts, files):
+    """Where flock is not enforced, each owner measures the bytes of both."""
+    me, you = open_accounts("me"), open_accounts("you")
+    assert reserve(me, "a", 40_000)
+    assert reserve(you, "a", 60_000)
+    set_charge(me, files, "a", 70_000)
+    assert me.sums()[:2] == (40_000, 60_000)
+    set_charge(you, files, "a", 100_000)
+    assert me.sums()[:2] == (100_000, 0)
+
+
+def test_bytes_that_a_dead_owner_did_not_book_are_measured(open_accounts, files):
+    me, you = open_accounts("me"), open_accounts("you")
+    assert reserve(you, "a", 40_000)
+    set_charge(you, files, "a", 40_000)
+    assert reserve(you, "a", 30_000)
+    files.copies["a"] = 55_000
+    files.living.remove("you")
+    assert reserve(me, "b", 10)
+    assert me.sums()[:2] == (55_000, 10)
+
+
+def test_an_unbooked_copy_is_measured_by_reconcile(open_accounts, files):
+    me = open_accounts("me")
+    assert reserve(me, "a", 5_000)
+    set_charge(me, files, "a", 5_000)
+    files.copies["a"] = 9_000
+    me.reconcile()
+    assert me.sums()[0] == 9_000
+    assert reserve(me, "a", 1_000)
+    files.copies["a"] = 9_500
+    me.reconcile()
+    assert me.sums()[:2] == (9_000, 1_000)
+
+
+def test_an_evicted_copy_that_comes_back_enters_the_main_queue(open_accounts, files):
+    me = open_accounts("me")
+    for name in "ab":
+        set_charge(me, files, name, 10)
+    del files.copies["a"], files.copies["b"]
+    me.remove(["a"], evicted=True)
+    me.remove(["b"])
+    assert [me.is_ghost(name) for name in "abc"] == [True, False, False]
+    for name in "abc":
+        set_charge(me, files, name, 10)
+    assert {row.name: row.main for row in me.rows()} == {"a": True, "b": False, "c": False}
+    assert not me.is_ghost("a")
+
+
+def test_a_copy_evicted_from_the_main_queue_comes_back_into_the_small_queue(open_accounts, files):
+    me = open_accounts("me")
+    set_charge(me, files, "a", 10)
+    me.requeue([("a", True, 2)])
+    assert [(row.main, row.freq) for row in me.rows()] == [(True, 2)]
+    del files.copies["a"]
+    me.remove(["a"], evicted=True)
+    assert me.is_ghost("a")
+    set_charge(me, files, "a", 10)
+    assert [(row.main, row.freq) for row in me.rows()] == [(False, 0)]
+
+
+def test_ghosts_are_forgotten_oldest_first_beyond_the_share_of_the_limit(open_accounts, files):
+    me = open_accounts("me", limit=1_000)
+    for name in "abcd":
+        set_charge(me, files, name, 300)
+    files.copies.clear()
+    me.remove("abcd", evicted=True)
+    assert [me.is_ghost(name) for name in "abcd"] == [False, True, True, True]
+
+
+def test_uses_count_up_to_three_for_the_queues_and_moves_go_to_the_end(open_accounts, files):
+    me = open_accounts("me")
+    for name in "abc":
+        set_charge(me, files, name, 10)
+    me.add_uses({"a": 2})
+    me.add_uses({"a": 5, "b": 1})
+    me.requeue([("a", True, 1), ("c", False, 0)])
+    by_turn = sorted(me.rows(), key=lambda row: row.turn)
+    assert [(row.name, row.uses, row.freq) for row in by_turn] == [("b", 1, 1), ("a", 7, 1), ("c", 0, 0)]
+
+
+def test_every_process_gets_each_change_once(open_accounts, files):
+    me, you = open_accounts("me"), open_accounts("you")
+    for name in "ab":
+        set_charge(me, files, name, 10)
+    first = you.changes(("", 0))
+    assert first.whole
+    assert sorted(row.name for row in first.rows) == ["a", "b"]
+    me.add_uses({"b": 1})
+    del files.copies["a"]
+    me.remove(["a"], evicted=True)
+    second = you.changes(first.since)
+    assert not second.whole
+    assert [row.name for row in second.rows] == ["b"]
+    assert second.gone == ("a",)
+    assert (first.has_evicted, second.has_evicted) == (False, True)
+    third = you.changes(second.since)
+    assert (third.whole, third.rows, third.gone) == (False, (), ())
+
+
+def test_a_query_from_before_the_oldest_known_change_gets_all_rows(open_accounts, files):
+    me = open_accounts("me", limit=1_000)
+    for name in "abcd":
+        set_charge(me, files, name, 300)
+    before = me.changes(("", 0))
+    files.copies = {"d": 300}
+    me.remove("abc", evicted=True)
+    assert not me.changes(before.since).whole
+    set_charge(me, files, "e", 300)
+    files.copies = {"d": 300}
+    me.remove("e", evicted=True)
+    after = me.changes(before.since)
+    assert after.whole
+    assert [row.name for row in after.rows] == ["d"]
+
+
+def test_a_query_with_the_state_of_a_lost_catalog_gets_all_rows(open_accounts, files):
+    me = open_accounts("me")
+    set_charge(me, files, "a", 10)
+    since = me.changes(("", 0)).since
+    for path in files.path.glob("catalog.sqlite*"):
+        path.unlink()
+    assert me.changes(since).whole
+
+
+def test_figures_are_sums_of_all_processes_since_the_catalog_was_made(open_accounts):
+    me, you = open_accounts("me"), open_accounts("you")
+    me.add_figures({"hits": 3, "bytes_hit": 10})
+    you.add_figures({"hits": 4, "evicted_early": 1})
+    me.close()
+    assert you.figures() == dict.fromkeys(FIGURES, 0) | {"hits": 7, "bytes_hit": 10, "evicted_early": 1}
+
+
+def test_uses_are_counted_and_ordered(open_accounts, files):
+    me = open_accounts("me")
+    for name in "abc":
+        assert reserve(me, name, 10)
+        set_charge(me, files, name, 10)
+    me.add_uses({"b": 2, "a": 1})
+    assert [(row.name, row.uses) for row in me.rows()] == [("c", 0), ("b", 2), ("a", 1)]
+
+
+def test_a_rebuilt_catalog_has_copies_limits_and_running_fetches(open_accounts, files):
+    me = open_accounts("me")
+    files.copies = {"a": 5_000, "b": 100}
+    assert reserve(me, "c", 1_000)
+    files.making = [("you", "d", 8_000), ("ghost", "e", 9_000)]
+    for path in files.path.iterdir():
+        path.unlink()
+    assert me.sums() == (5_100, 9_000, 100_000)
+    assert {row.record for row in me.rows()} == {"record of a", "record of b"}
+
+
+def test_a_copy_that_is_being_published_counts_once(open_accounts, files):
+    me = open_accounts("me")
+    assert reserve(me, "a", 5_000)
+    files.copies = {"a": 5_000, "b": 5_000}
+    me.reconcile()
+    assert me.sums()[:2] == (5_000, 5_000)
+    set_charge(me, files, "a", 5_000)
+    assert me.sums()[:2] == (10_000, 0)
+
+
+def test_accounts_of_another_boot_are_rebuilt(open_accounts, files):
+    me = open_accounts("me", boot="yesterday")
+    assert reserve(me, "a", 5_000)
+    set_charge(me, files, "a", 5_000)
+    me.close()
+    files.copies["a"] = 100
+    today = open_accounts("me", boot="today")
+    today.reconcile()
+    assert today.sums()[0] == 100
+
+
+def test_unregistering_releases_reservations(open_accounts):
+    me, you = open_accounts("me"), open_accounts("you", limit=1)
+    me.unregister()
+    you.unregister()
+    assert me.sums() == (0, 0, 0)
+
+
+def test_a_rebuilt_catalog_gets_the_owners_limit_again(files, open_accounts):
+    mine = open_accounts("me", 50_000)
+    shutil.rmtree(files.path)
+    files.limit = {}  # with the folder went the owner files
+    open_accounts("you", 70_000)
+    assert mine.sums()[2] == 50_000
+    assert mine.reserve("a", 1, usable_bytes=lambda: PLENTY)
+
+
+def test_an_owner_that_left_is_not_registered_again(files, open_accounts):
+    mine, yours = open_accounts("me", 50_000), open_accounts("you", 70_000)
+    mine.unregister()
+    mine.sums()
+    assert yours.limit_bytes() == 70_000
+
+
+def test_dead_owners_leave_no_rows(files, open_accounts):
+    for i in range(5):
+        files.living.add(f"worker {i}")
+        open_accounts(f"worker {i}", 100_000).close()
+        files.living.remove(f"worker {i}")
+    mine = open_accounts("me", 50_000)
+    mine.reconcile()
+    assert set(files.buried) == {f"worker {i}" for i in range(5)}
+    files.buried.clear()
+    mine.reconcile()
+    assert files.buried == []
+
+
+class AccountStates(RuleBasedStateMachine):
+    """Two owners; the model is a dictionary of reservations and one of copies."""
+
+    names = st.sampled_from("abcde")
+    sizes = st.integers(0, 40_000)
+    owners = st.sampled_from(["me", "you"])
+
+    @initialize(limits=st.tuples(st.integers(0, 120_000), st.integers(0, 120_000)))
+    def open(self, limits):
+        self.folder = Path(tempfile.mkdtemp())
+        self.files = FakeFiles(self.folder)
+        self.limit = min(limits)
+        self.reserved, self.booked = {}, {}
+        self.accounts = {}
+        for owner, limit in zip(("me", "you"), limits, strict=True):
+            self.files.limit[owner] = limit
+            accounts = Accounts(self.folder / "c.sqlite", owner, self.files, wal=True, boot="b")
+            accounts.register(limit)
+            self.accounts[owner] = accounts
+
+    @rule(owner=owners, name=names, n_bytes=sizes)
+    def reserve(self, owner, name, n_bytes):
+        before = self.reserved.pop((owner, name), None)
+        taken = sum([*self.booked.values(), *self.reserved.values()])
+        fits = taken + n_bytes <= self.limit
+        assert reserve(self.accounts[owner], name, n_bytes) == fits
+        if fits:
+            self.reserved[owner, name] = n_bytes
+        elif before is not None:
+            self.reserved[owner, name] = before
+
+    @rule(owner=owners, name=names, share=st.floats(0.01, 1.0))
+    def set_charge(self, owner, name, share):
+        """Some or all reserved bytes were written; another owner that writes the same copy books its own later."""
+        held = self.reserved.pop((owner, name), 0)
+        if held:
+            self.booked[name] = self.files.copies[name] = self.booked.get(name, 0) + int(held * share)
+            self.accounts[owner].set_charge(name, "r", self.booked[name])
+
+    @rule(owner=owners, name=names)
+    def release(self, owner, name):
+        self.reserved.pop((owner, name), None)
+        self.accounts[owner].release(name)
+
+    @rule(owner=owners, name=names)
+    def remove(self, owner, name):
+        self.booked.pop(name, None)
+        self.files.copies.pop(name, None)
+        self.accounts[owner].remove([name])
+
+    @rule(owner=owners)
+    def lose_the_file(self, owner):
+        self.files.making = [(o, n, size) for (o, n), size in self.reserved.items()]
+        for path in self.folder.glob("c.sqlite*"):
+            path.unlink()
+
+    @rule(owner=owners)
+    def reconcile(self, owner):
+        self.accounts[owner].reconcile()
+
+    @invariant()
+    def sums_agree_and_never_exceed_the_limit(self):
+        if not hasattr(self, "accounts"):
+            return
+        for accounts in self.accounts.values():
+            used, reserved, limit = accounts.sums()
+            assert used + reserved <= limit == self.limit
+            assert used == sum(self.booked.values())
+            assert reserved == sum(self.reserved.values())
+
+    def teardown(self):
+        if hasattr(self, "accounts"):
+            for accounts in self.accounts.values():
+                accounts.close()
+            shutil.rmtree(self.folder)
+
+
+TestAccountStates = AccountStates.TestCase
+TestAccountStates.settings = settings(max_examples=25, stateful_step_count=25)

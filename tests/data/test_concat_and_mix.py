@@ -1,0 +1,383 @@
+"""Concatenated and mixed data sets: records by every way of reading, and errors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from tests.load.conftest import SCHEMA, check_batch, join_loading, make_columns
+from torch.utils.data import DataLoader as TorchLoader
+
+import tiercache as tc
+from tiercache.data.opened_version import OpenedVersion
+from tiercache.model import NEVER, ReadingPlan
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("joined")
+    for name, first, n in (("a", 0, 60), ("b", 1000, 45), ("c", 2000, 7)):
+        with tc.Writer(folder / name, schema=SCHEMA, shard_size="4KiB", block_size="512B") as writer:
+            writer.write_batch(make_columns(n, first))
+    return folder
+
+
+@pytest.fixture
+def parts(folder):
+    parts = [tc.Dataset(folder / name) for name in "abc"]
+    yield parts
+    join_loading()
+    for part in parts:
+        part.close()
+
+
+A, B, C = list(range(60)), list(range(1000, 1045)), list(range(2000, 2007))
+
+
+def native(dataset, **options):
+    return list(itertools.chain(*map(check_batch, tc.DataLoader(dataset, batch_size=8, **options))))
+
+
+def test_concatenated_data_sets_are_read_in_turn(parts):
+    joined = tc.concat(parts)
+    assert len(joined) == 112
+    assert [int(r["id"]) for r in joined] == A + B + C
+    assert check_batch(joined[[0, 60, 111, -8, 59]]) == [0, 1000, 2006, 1044, 59]
+    assert pa.Table.from_batches(list(joined.to_arrow(50)))["id"].to_pylist() == A + B + C
+    assert joined.to_pandas()["id"].tolist() == A + B + C
+    assert native(joined) == A + B + C
+    assert sorted(native(joined, shuffle=True)) == A + B + C
+    assert check_batch(pickle.loads(pickle.dumps(joined))[:]) == A + B + C
+    assert "and 2 more" in repr(joined)
+
+
+def test_plus_concatenates_and_sums_are_flat(parts):
+    a, b, c = parts
+    assert [int(r["id"]) for r in a + b] == A + B
+    many = a
+    for _ in range(300):
+        many = many + c
+    assert len(many) == 60 + 300 * 7
+    assert int(many[-1]["id"]) == 2006
+    assert len(pickle.dumps(many)) < 5000
+    assert pickle.loads(pickle.dumps(many))._source.opened_versions[1:] != ()
+    assert len(pickle.loads(pickle.dumps(many))._source.opened_versions) == 2
+    with pytest.raises(TypeError):
+        _ = a + parts
+
+
+def test_views_and_concatenations_can_be_nested(parts):
+    a, b, c = parts
+    joined = tc.concat([a.skip(55), b.select([3, 1]), c])
+    ids = [*range(55, 60), 1003, 1001, *C]
+    assert [int(r["id"]) for r in joined] == ids
+    assert native(joined) == ids
+    view = joined.select([13, 5, 0, 6, 5])
+    assert check_batch(view[:]) == [2006, 1003, 55, 1001, 1003]
+    assert native(view) == [2006, 1003, 55, 1001, 1003]
+    half = joined.filter(pc.field("id") > 57).shard(2, 0)
+    assert [int(r["id"]) for r in half] == [58, 59, 1003, 1001, 2000, 2001]
+    assert native(tc.concat([joined, view]), shuffle=False) == [*ids, 2006, 1003, 55, 1001, 1003]
+
+
+def test_concatenated_data_sets_may_have_different_stores_and_caches(parts, tmp_path):
+    url = f"memory://joined-{tmp_path.name}"
+    with tc.Writer(url, schema=SCHEMA, shard_size="4KiB", compression="zstd") as writer:
+        writer.write_batch(make_columns(20, 5000))
+    cache = tc.Cache(tmp_path / "cache", size="64MiB")
+    joined = parts[2] + tc.Dataset(url, cache=cache)
+    assert native(joined) == C + list(range(5000, 5020))
+    joined.warm()
+    assert len(list(cache.entries())) >= 1
+    assert check_batch(joined[[7, 0]]) == [5000, 2000]
+    figures = joined._source.figures()
+    assert set(figures) >= {"requests", "bytes_fetched", "retries", "dollars", "cache_hits", "cache_misses"}
+    joined.close()
+    cache.close()
+
+
+def test_figures_of_a_data_set_that_occurs_twice_count_once(parts):
+    a = parts[0]
+    a[:]
+    assert tc.concat([a.take(3), a.skip(3)])._source.figures() == a._source.figures()
+    assert len(tc.concat([a.take(3), a.skip(3)])._source.opened_versions) == 1
+
+
+@pytest.mark.parametrize("joined", [tc.concat, lambda parts: tc.mix(parts, [1, 1, 1])], ids=["joined", "mixed"])
+def test_if_one_reading_plan_cannot_be_published_the_others_are_withdrawn(parts, monkeypatch, joined):
+    published, withdrawn = [], []
+
+    def publish(version, plan):
+        if version is parts[2]._source.leaves[0]:
+            raise OSError("no room for a plan")
+        published.append(version.url)
+        return SimpleNamespace(close=lambda: withdrawn.append(version.url))
+
+    source = joined(parts)._source
+    shards = np.arange(len(source.shard_records))
+    monkeypatch.setattr(OpenedVersion, "publish", publish)
+    with pytest.raises(OSError, match="no room for a plan"):
+        source.publish(ReadingPlan("rank 0", shards, shards, shards + 1, np.full(len(shards), NEVER)))
+    assert published == withdrawn == [part._source.url for part in parts[:2]]
+
+
+def test_concatenated_views_of_one_data_set_share_its_open_shards(parts):
+    a = parts[0]
+    joined = a.take(3) + a.skip(3)
+    for made in (joined.select_columns(["id", "text"]), joined.as_tuple("id"), joined.filter(pc.field("id") > 3)):
+        assert len(made._source.opened_versions) == 1
+    assert len(joined._source.at_versions([1, 1]).opened_versions) == 1
+    assert len(joined._source.for_scan(["id"]).opened_versions) == 1
+    narrow = joined.select_columns(["id"])
+    assert narrow._source.figures() == a._source.figures()
+    assert [int(record["id"]) for record in narrow] == A
+
+
+def test_concat_and_mix_accept_any_iterable(parts):
+    assert len(tc.concat(part for part in parts)) == 112
+    assert len(tc.mix(iter(parts[:2]), iter([1, 1]))) == len(tc.mix(parts[:2], [1, 1]))
+
+
+def test_labels_with_other_class_names_cannot_be_concatenated(tmp_path):
+    for folder, names in (("a", ["cat", "dog"]), ("b", ["dog", "cat"]), ("c", None)):
+        metadata = None if names is None else {"tiercache.classes": json.dumps(names)}
+        schema = pa.schema([pa.field("label", pa.int64(), nullable=False, metadata=metadata)])
+        with tc.Writer(tmp_path / folder, schema=schema) as writer:
+            writer.write_batch({"label": np.arange(2)})
+    a, b, c = (tc.Dataset(tmp_path / folder) for folder in "abc")
+    with pytest.raises(tc.SchemaError, match=r"'label'.*other class names"):
+        a + b
+    assert (a + a + c).schema.columns[0].classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "said"),
+    [
+        (lambda a, b: [], ValueError, "one or more data sets, got none"),
+        (lambda a, b: [a, [1, 2]], TypeError, "ConcatDataset"),
+        (lambda a, b: a, TypeError, "list of tiercache data sets"),
+        (
+            lambda a, b: [a, b.select_columns(["id", "text"])],
+            tc.SchemaError,
+            "data set 0 has this column, but not",
+        ),
+        (lambda a, b: [a.select_columns(["id", "text"]), b.select_columns(["text", "id"])], tc.SchemaError, "order"),
+        (
+            lambda a, b: [a.select_columns(["id"]), b.select_columns(["text"])],
+            tc.SchemaError,
+            "but not data set 1",
+        ),
+        (lambda a, b: [a.as_tuple("id"), b.select_columns(["id"])], tc.SchemaError, "as_tuple"),
+        (lambda a, b: [a, tc.mix([a, b], [1, 1])], ValueError, "mixture"),
+    ],
+)
+@pytest.mark.parametrize("join", [tc.concat, lambda d: tc.mix(d, [1] * len(list(d)))], ids=["concat", "mix"])
+def test_data_sets_that_differ_are_an_error_that_names_the_first_difference(parts, make, error, said, join):
+    with pytest.raises(error, match=said):
+        join(make(*parts[:2]))
+
+
+def test_output_options_and_transforms_must_be_equal(folder):
+    def open_a(**options):
+        return tc.Dataset(folder / "a", **options)
+
+    with pytest.raises(tc.SchemaError, match="'padded', data set 0 None"):
+        open_a() + open_a(layouts={"boxes": "padded"})
+    with pytest.raises(tc.SchemaError, match="score"):
+        open_a(fill_nulls={"score": 0.0}) + open_a(fill_nulls={"score": 1.0})
+    with pytest.raises(ValueError, match="different transforms"):
+        open_a() + open_a(transform=_id)
+    assert list(open_a(transform=_id).take(2) + open_a(transform=_id).take(1)) == [0, 1, 0]
+    padded = open_a(layouts={"boxes": "padded"})
+    assert (padded.take(2) + padded.skip(58))[:]["boxes"].shape[0] == 4
+
+    class Mine(tc.Dataset):
+        def __getitem__(self, index):
+            return index
+
+    with pytest.raises(ValueError, match="Mine"):
+        tc.concat([open_a(), Mine(folder / "a")])
+
+
+def _id(record):
+    return int(record["id"])
+
+
+def test_a_concatenated_data_set_has_a_version_for_each_part(parts):
+    joined = tc.concat(parts)
+    assert not hasattr(joined, "version")
+    with pytest.raises(AttributeError, match="each with its own version"):
+        _ = joined.version
+    with pytest.raises(ValueError, match="of each of them"):
+        joined.versions()
+    assert (parts[0].take(1) + parts[0]).versions() == parts[0].versions()
+
+
+def test_a_filter_needs_columns_that_all_parts_have(parts, tmp_path):
+    with tc.Writer(tmp_path / "d", schema={"id": "int64", "more": "int64"}) as writer:
+        writer.write_batch({"id": np.arange(3), "more": np.arange(3)})
+    joined = parts[2].select_columns(["id"]) + tc.Dataset(tmp_path / "d", columns=["id"])
+    assert [int(r["id"]) for r in joined.filter(pc.field("id") <= 2000)] == [2000, 0, 1, 2]
+    with pytest.raises(tc.SchemaError, match="more"):
+        joined.filter(pc.field("more") == 1)
+
+
+def test_a_mixture_serves_exact_shares_by_every_way_of_reading(parts):
+    a, b, _ = parts
+    mixed = tc.mix([a, b], weights=[0.25, 0.75], stop="first")
+    ids = [int(r["id"]) for r in mixed]
+    assert len(ids) == len(mixed) == 60
+    assert Counter(i >= 1000 for i in ids) == {True: 45, False: 15}
+    assert [i for i in ids if i >= 1000] == B
+    assert [i for i in ids if i < 1000] == A[:15]
+    for start in range(50):
+        assert 7 - 5 <= sum(i >= 1000 for i in ids[start : start + 10]) <= 7 + 5
+    assert native(mixed) == ids
+    assert check_batch(mixed[:]) == check_batch(mixed[list(range(60))]) == ids
+    assert pa.Table.from_batches(list(mixed.to_arrow(7)))["id"].to_pylist() == ids
+    assert check_batch(pickle.loads(pickle.dumps(mixed))[[5, -1]]) == [ids[5], ids[-1]]
+    through_torch = TorchLoader(mixed, batch_size=8, collate_fn=tc.collate)
+    assert list(itertools.chain(*map(check_batch, through_torch))) == ids
+    sampled = tc.DataLoader(mixed, batch_size=8, sampler=[3, 59, 0])
+    assert list(itertools.chain(*map(check_batch, sampled))) == [ids[3], ids[59], ids[0]]
+
+
+def test_a_mixture_continues_in_its_larger_part_from_epoch_to_epoch(parts):
+    a, b, _ = parts
+    mixed = tc.mix([a, b.take(15)], weights=[1, 1], stop="first")
+    loader = tc.DataLoader(mixed, batch_size=5, shuffle=True, options=tc.LoaderOptions(seed=1))
+    assert len(loader) == 6
+    epochs = [list(itertools.chain(*map(check_batch, loader))) for _ in range(4)]
+    assert all(sorted(i for i in epoch if i >= 1000) == B[:15] for epoch in epochs)
+    assert sorted(i for epoch in epochs for i in epoch if i < 1000) == A
+
+
+def test_a_mixture_resumes_at_every_batch_after_an_append(tmp_path, parts):
+    with tc.Writer(tmp_path / "d", schema=SCHEMA, shard_size="4KiB") as writer:
+        writer.write_batch(make_columns(30, 3000))
+
+    def loader():
+        mixed = tc.mix([tc.Dataset(tmp_path / "d"), parts[0].filter(pc.field("flag"))], [2, 1], stop="all")
+        return tc.DataLoader(mixed, batch_size=6, shuffle=True, options=tc.LoaderOptions(seed=2))
+
+    whole, states = [check_batch(batch) for batch in loader()], []
+    first = loader()
+    for _ in first:
+        states.append(first.state_dict())
+    with tc.Writer(tmp_path / "d", mode="append") as writer:
+        writer.write_batch(make_columns(10, 3030))
+    for n, state in enumerate(states[:-1], start=1):
+        again = loader()
+        again.load_state_dict(state)
+        assert [check_batch(batch) for batch in again] == whole[n:]
+
+
+SCHEDULE = [(0, {"a": 0.75, "b": 0.25}), (20, {"b": 0.9, "a": 0.1}), (45, {"b": 1})]
+
+
+def test_the_weights_of_a_mixture_change_at_positions_of_the_epoch(parts):
+    a, b, _ = parts
+    mixed = tc.mix({"a": a, "b": b}, weights=SCHEDULE)
+    ids = [int(r["id"]) for r in mixed]
+    assert len(ids) == len(mixed) == 45 + 17  # of b, 5 + 22.5 records are served before position 45, and 17.5 are left
+    for start, stop, expected in ((0, 20, 15), (20, 45, 3), (45, len(ids), 0)):
+        assert sum(i < 1000 for i in ids[start:stop]) == expected
+    assert native(mixed) == ids
+    assert check_batch(pickle.loads(pickle.dumps(mixed))[:]) == ids
+    in_order = [(position, [weights.get("a", 0), weights["b"]]) for position, weights in SCHEDULE]
+    assert tc.mix([a, b], in_order).fingerprint == mixed.fingerprint
+    assert tc.mix([a, b], iter(in_order)).fingerprint == mixed.fingerprint
+    assert tc.mix([a, b], in_order[:2]).fingerprint != mixed.fingerprint
+
+
+def test_a_mixture_of_named_data_sets_is_that_of_the_list(parts):
+    a, b, _ = parts
+    assert tc.mix({"a": a, "b": b}, {"b": 3, "a": 1}).fingerprint == tc.mix([a, b], [1, 3]).fingerprint
+    assert tc.mix({"a": a, "b": b}, [1, 3]).fingerprint == tc.mix([a, b], [1, 3]).fingerprint
+    assert tc.mix([a, b], [(0, [1, 3])]).fingerprint == tc.mix([a, b], [1, 3]).fingerprint
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_mixture_with_changing_weights_resumes_at_every_batch_on_other_ranks(parts, world_size):
+    a, b, _ = parts
+
+    def loader(rank, world_size, batch_size):
+        options = tc.LoaderOptions(seed=4, rank=rank, world_size=world_size, shuffle_streams=3)
+        mixed = tc.mix({"a": a, "b": b}, weights=SCHEDULE)
+        return tc.DataLoader(mixed, batch_size=batch_size, shuffle=True, options=options)
+
+    alone = loader(0, 1, 6)
+    batches, states = [], [alone.state_dict()]
+    for batch in alone:
+        batches.append(sorted(check_batch(batch)))
+        states.append(json.loads(json.dumps(alone.state_dict())))
+    served = [i for batch in batches for i in batch]
+    assert sorted(served) == sorted(set(served))
+    for n, state in enumerate(states[:-1]):
+        resumed = [loader(rank, world_size, 6 // world_size) for rank in range(world_size)]
+        for one in resumed:
+            one.load_state_dict(state)
+        steps = zip(*(map(check_batch, one) for one in resumed), strict=True)
+        found = [sorted({i for ids in step for i in ids}) for step in steps]
+        assert found[: len(batches) - n - 1] == batches[n:-1]
+        assert set(batches[-1]) <= set(found[-1])
+
+
+def test_a_state_of_other_weights_is_refused(parts):
+    a, b, _ = parts
+    state = tc.DataLoader(tc.mix([a, b], SCHEDULED), shuffle=True).state_dict()
+    assert state["mixture"] == {"weights": [[0, [3, 1]], [20, [1, 9]]], "stop": "first"}
+    tc.DataLoader(tc.mix([a, b], SCHEDULED), shuffle=True).load_state_dict(json.loads(json.dumps(state)))
+    for weights in ([3, 1], [(0, [3, 1]), (21, [1, 9])]):
+        with pytest.raises(ValueError, match=r"mixture=.* differs from the state's"):
+            tc.DataLoader(tc.mix([a, b], weights), shuffle=True).load_state_dict(state)
+
+
+SCHEDULED = [(0, [3, 1]), (20, [1, 9])]
+
+
+def test_a_mixture_ignores_explicit_orders_of_its_parts(parts):
+    mixed = tc.mix([parts[0].select([5, 3, 3]), parts[1].take(3)], [1, 1])
+    assert [int(r["id"]) for r in mixed] == native(mixed) == [3, 1000, 3, 1001, 5, 1002]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda a, b: tc.mix([a, b], [1]), ValueError, "2 parts need one weight each, got 1"),
+        (lambda a, b: tc.mix([a, b], [1, 0]), ValueError, "above 0"),
+        (lambda a, b: tc.mix([a, b], [1, "2"]), TypeError, "number above 0"),
+        (lambda a, b: tc.mix([a, b], [1, 1], stop="never"), ValueError, "'first_exhausted', .*'never'"),
+        (lambda a, b: tc.mix([a, b.take(0)], [1, 1]), ValueError, "no records"),
+        (lambda a, b: tc.mix([a, b], {"a": 1, "b": 1}), ValueError, "weights by name need data sets by name"),
+        (lambda a, b: tc.mix([a, b], [(0, {"a": 1})]), ValueError, "weights by name need data sets by name"),
+        (lambda a, b: tc.mix({"a": a, "b": b}, {"a": 1}), ValueError, "no weight of the data set 'b'"),
+        (lambda a, b: tc.mix({"a": a, "b": b}, {"a": 1, "b": 1, "c": 1}), ValueError, r"'c', .* \['a', 'b'\]"),
+        (lambda a, b: tc.mix({"a": a, "b": b}, [(0, {"c": 1})]), ValueError, r"'c', .* \['a', 'b'\]"),
+        (lambda a, b: tc.mix([a, b], [(1, [1, 1])]), ValueError, "from position 0 on"),
+        (lambda a, b: tc.mix([a, b], [(0, [1, 1]), (9, [0, 1])], stop="all"), ValueError, "part 0 has weight 0"),
+        (lambda a, b: tc.mix([a, b], [1, 1]).take(3), ValueError, "cannot select from a mixture"),
+        (lambda a, b: tc.mix([a, b], [1, 1]).filter(pc.field("id") > 3), ValueError, "cannot select from a mixture"),
+    ],
+)
+def test_invalid_mixtures_are_errors(parts, call, error, said):
+    with pytest.raises(error, match=said):
+        call(*parts[:2])
+
+
+@pytest.mark.parametrize(("long", "short"), [("first_exhausted", "first"), ("all_exhausted", "all")])
+def test_the_end_of_a_mixture_has_a_long_and_a_short_name(parts, long, short):
+    mixed = [tc.mix(parts[:2], [1, 3], stop=stop) for stop in (long, short)]
+    assert mixed[0][:]["id"].tolist() == mixed[1][:]["id"].tolist()
+    assert mixed[0].fingerprint == mixed[1].fingerprint
+
+
+def test_a_mixture_ends_by_default_before_a_record_is_repeated(parts):
+    assert len(tc.mix(parts[:2], [1, 3])) == len(tc.mix(parts[:2], [1, 3], stop="first_exhausted"))

@@ -1,0 +1,682 @@
+"""Packed sequences as data sets: every token once, on any ranks, from any state; mixtures, views, errors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.load.conftest import join_loading
+from tests.support.http_server import HttpFaultServer
+from tests.support.plain_packer import Plain
+from torch.utils.data import DataLoader as TorchLoader
+
+import tiercache as tc
+from tiercache.data.opened_version import OpenedVersion
+
+LENGTH = 8  # a unit is then 512 positions
+MODES = ("concatenate", "best_fit", "separate")
+OUTPUTS = ["tokens", "labels", "position_ids", "document_ids", "cu_seqlens"]
+PAD, END = 999_999, 888_888
+
+
+def write(path: Path, lengths, first: int = 0, dtype: str = "uint32", **options) -> list[list[int]]:
+    """Write documents whose tokens count up from `first`; return them."""
+    bounds = np.append(0, np.cumsum(lengths)) + first
+    documents = [list(range(a, b)) for a, b in itertools.pairwise(bounds.tolist())]
+    schema = {"tokens": tc.Ragged(dtype, (None,)), "number": "int64", "text": "str"}
+    with tc.Writer(path, schema=schema, **{"shard_size": "12KiB", "block_size": "512B", **options}) as writer:
+        columns = {"tokens": [np.array(d, dtype) for d in documents], "number": np.arange(len(documents))}
+        writer.write_batch({**columns, "text": ["words " * (i % 3) for i in range(len(documents))]})
+    return documents
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    """{name: (path, documents)} of two data sets."""
+    folder, random = tmp_path_factory.mktemp("documents"), np.random.default_rng(0)
+    lengths = {"a": random.integers(0, 25, 900), "b": random.integers(1, 9, 400)}
+    firsts = {"a": 0, "b": 100_000}
+    return {name: (folder / name, write(folder / name, lengths[name], firsts[name])) for name in lengths}
+
+
+@pytest.fixture
+def opened(documents):
+    """Data sets by name, and their documents."""
+    found = {name: tc.Dataset(path) for name, (path, _) in documents.items()}
+    yield found, {name: texts for name, (_, texts) in documents.items()}
+    join_loading()
+    for dataset in found.values():
+        dataset.close()
+
+
+def packed(dataset, length=LENGTH, **options):
+    return tc.pack_sequences(dataset, "tokens", length, **{"pad": PAD, **options})
+
+
+def batches(dataset, *, batch_size=5, **options):
+    return list(tc.DataLoader(dataset, batch_size=batch_size, **options))
+
+
+def joined(found, name="tokens"):
+    return torch.cat([batch[name] for batch in found]).tolist()
+
+
+def pieces(found) -> list[tuple[int, ...]]:
+    """The tokens of each piece of a document in some batches."""
+    every = []
+    for batch in found:
+        for tokens, ids in zip(batch["tokens"].tolist(), batch["document_ids"].tolist(), strict=True):
+            row = zip(ids, tokens, strict=True)
+            every += [tuple(t for _, t in run) for i, run in itertools.groupby(row, lambda pair: pair[0]) if i >= 0]
+    return every
+
+
+def tokens_of(found) -> list[int]:
+    return sorted(itertools.chain(*pieces(found)))
+
+
+def units_of(dataset, rows) -> list[list[int]]:
+    """The numbers of the documents of each unit, in stored order."""
+    source, leaf = dataset._source, rows._source.leaves[0]
+    found, first = [], 0
+    for shard in range(len(source.shard_records)):
+        (table,) = source.block_sizes([shard])
+        bounds = np.append(0, np.cumsum(table.records)) + first
+        units = slice(*leaf.index.first_unit[shard : shard + 2].tolist())
+        at = np.append(0, np.cumsum(leaf.index.n_blocks[units]))
+        found += [range(bounds[a], bounds[b]) for a, b in itertools.pairwise(at.tolist())]
+        first = int(bounds[-1])
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("end", "mask_borders"), [(None, False), (END, True)])
+def test_stored_order_equals_a_plain_packer_in_every_way_of_reading(opened, mode, end, mask_borders):
+    (datasets, documents), plain = opened, Plain(LENGTH, mode, end, PAD, mask_borders)
+    rows = packed(datasets["a"], mode=mode, eos=end, mask_borders=mask_borders)
+    units = units_of(datasets["a"], rows)
+    expected = [row for unit in units for row in plain.rows([documents["a"][i] for i in unit])]
+    assert len(units) > 20
+    assert len(rows) == len(expected)
+    found = batches(rows)
+    assert [list(batch) for batch in found[:1]] == [[*OUTPUTS, "max_seqlen"]]
+    for name in OUTPUTS[:-1]:
+        assert joined(found, name) == [getattr(row, name) for row in expected], name
+    some = [0, len(rows) - 1, 17, -3, 17]
+    by_index, records = rows[some], [rows[i] for i in some]
+    native, torchs = (
+        next(iter(tc.DataLoader(rows.select(some), batch_size=5))),
+        next(iter(TorchLoader(rows, batch_sampler=[[i % len(rows) for i in some]], collate_fn=tc.collate))),
+    )
+    for at, i in enumerate(some):
+        for name, value in expected[i].as_record("tokens").items():
+            assert records[at][name].tolist() == value.tolist()
+            if name != "cu_seqlens":
+                assert (
+                    by_index[name][at].tolist()
+                    == native[name][at].tolist()
+                    == torchs[name][at].tolist()
+                    == value.tolist()
+                )
+    for name in ("cu_seqlens", "max_seqlen"):
+        assert np.array_equal(by_index[name], native[name])
+        assert np.array_equal(by_index[name], torchs[name])
+    assert pa.Table.from_batches(list(rows.to_arrow()))["cu_seqlens"].combine_chunks().storage.field(
+        "data"
+    ).to_pylist() == [row.bounds for row in expected]
+
+
+def test_dtypes_are_those_that_models_take(opened):
+    batch = batches(packed(opened[0]["a"], eos=END))[0]
+    assert {name: batch[name].dtype for name in OUTPUTS} == {
+        "tokens": torch.int64,
+        "labels": torch.int64,
+        "position_ids": torch.int64,
+        "document_ids": torch.int32,
+        "cu_seqlens": torch.int32,
+    }
+    assert type(batch["max_seqlen"]) is int
+    assert all(batch[name].shape == (5, LENGTH) and batch[name].is_contiguous() for name in OUTPUTS[:-1])
+
+
+def test_cu_seqlens_bound_the_pieces_of_the_flattened_batch(opened):
+    for batch in batches(packed(opened[0]["a"], mode="best_fit"), shuffle=True):
+        bounds, ids = batch["cu_seqlens"].tolist(), batch["document_ids"].flatten().tolist()
+        positions = batch["position_ids"].flatten().tolist()
+        assert bounds[0] == 0
+        assert bounds[-1] == len(ids)
+        assert batch["max_seqlen"] == max(b - a for a, b in itertools.pairwise(bounds))
+        for a, b in itertools.pairwise(bounds):
+            assert len(set(ids[a:b])) == 1
+            assert positions[a:b] == list(range(b - a))
+        assert [a for a in bounds[:-1] if positions[a] != 0] == []
+
+
+def test_concatenated_tokens_are_all_stored_tokens_once_and_rows_are_full_but_the_last_of_a_unit(opened):
+    datasets, documents = opened
+    rows = packed(datasets["a"])
+    found = batches(rows)
+    assert list(itertools.chain(*pieces(found))) == list(itertools.chain(*documents["a"]))
+    ids = torch.cat([batch["document_ids"] for batch in found])
+    assert int((ids < 0).any(dim=1).sum()) <= len(units_of(datasets["a"], rows))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_epoch_serves_every_token_once_in_another_order(opened, mode):
+    datasets, documents = opened
+    rows = packed(datasets["a"], mode=mode)
+    loader = tc.DataLoader(
+        rows, batch_size=7, shuffle=True, options=tc.LoaderOptions(seed=3, shuffle_window_bytes="2KiB")
+    )
+    epochs = [list(loader) for _ in range(2)]
+    for epoch in epochs:
+        assert tokens_of(epoch) == list(itertools.chain(*documents["a"]))
+        assert sum(len(batch["tokens"]) for batch in epoch) == len(rows)
+    assert joined(epochs[0]) != joined(epochs[1])
+    assert joined(epochs[0]) != joined(batches(rows))
+
+
+def test_documents_that_fit_a_row_are_not_cut_in_best_fit_and_separate(opened):
+    datasets, documents = opened
+    whole = {tuple(document) for document in documents["b"]}
+    for mode in ("best_fit", "separate"):
+        found = batches(packed(datasets["b"], mode=mode), shuffle=True)
+        assert sorted(pieces(found)) == sorted(whole)
+        if mode == "separate":
+            assert all(ids.max() == 0 for batch in found for ids in batch["document_ids"])
+
+
+def serve(dataset, plan: list[tuple[int, int]]) -> tuple[list[list[int]], list[int]]:
+    """Serve one epoch in turns of (ranks, batches): each turn resumes the state of the one before, the last ends it.
+
+    Returns the rows of all ranks, and how many of them are padding.
+    """
+    state, rows, padded = None, [], 0
+    for turn, (world_size, n_batches) in enumerate([*plan, (plan[-1][0], None)]):
+        states = []
+        for rank in range(world_size):
+            own = tc.LoaderOptions(seed=11, rank=rank, world_size=world_size, shuffle_streams=3)
+            loader = tc.DataLoader(dataset, batch_size=3, shuffle=True, options=own)
+            if state is not None:
+                loader.load_state_dict(json.loads(json.dumps(state)))
+            iterator = iter(loader)
+            for batch in itertools.islice(iterator, n_batches):
+                rows += batch["tokens"].tolist()
+            states.append(loader.state_dict())
+            iterator.close()
+            padded += loader.stats()["padded"]
+        assert all(other == states[0] for other in states), turn
+        state = states[0]
+        if state["epoch"]:  # the epoch ended within this turn
+            break
+    return rows, padded
+
+
+def check_resumed(documents, plan, mode, is_mixed):
+    """A run that is resumed in turns of (ranks, batches) serves the rows of an uninterrupted run, and padding."""
+    datasets = [tc.Dataset(path) for path, _ in documents.values()]
+    fill = tc.FillInMiddle(1, 2, 3, rate=0.3)
+    parts = [packed(dataset, mode=mode, eos=END, fill_in_middle=fill) for dataset in datasets]
+    rows = tc.mix(parts, [3, 1]) if is_mixed else parts[0]
+    whole, _ = serve(rows, [(1, 10**6)])
+    found, padded = serve(rows, plan)
+    join_loading()
+    for dataset in (*parts, *datasets):
+        dataset.close()
+    assert Counter(map(tuple, whole)) - Counter(map(tuple, found)) == Counter()
+    assert sum((Counter(map(tuple, found)) - Counter(map(tuple, whole))).values()) == padded
+    assert len(whole) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("plan", "mode", "is_mixed"),
+    [
+        ([(1, 40), (4, 30), (3, 7)], "concatenate", False),
+        ([(2, 0), (5, 41), (1, 3)], "best_fit", True),
+        ([(3, 19)], "separate", True),
+    ],
+)
+def test_a_run_that_is_killed_and_resumed_on_other_ranks_serves_every_row_once(documents, plan, mode, is_mixed):
+    check_resumed(documents, plan, mode, is_mixed)
+
+
+@pytest.mark.stress
+@settings(max_examples=150)
+@given(
+    plan=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 60)), min_size=1, max_size=5),
+    mode=st.sampled_from(MODES),
+    is_mixed=st.booleans(),
+)
+def test_any_run_that_is_killed_and_resumed_on_other_ranks_serves_every_row_once(documents, plan, mode, is_mixed):
+    check_resumed(documents, plan, mode, is_mixed)
+
+
+def test_a_state_at_every_step_resumes_with_the_same_batches(opened):
+    rows = packed(opened[0]["b"], mode="best_fit", fill_in_middle=tc.FillInMiddle(1, 2, 3))
+    loader = tc.DataLoader(rows, batch_size=9, shuffle=True, options=tc.LoaderOptions(seed=1))
+    served, states = [], []
+    for batch in loader:
+        served.append(batch)
+        states.append(loader.state_dict())
+    assert len(states) > 20
+    for step, state in enumerate(states[:-1]):
+        resumed = tc.DataLoader(rows, batch_size=9, shuffle=True, options=tc.LoaderOptions(seed=1))
+        resumed.load_state_dict(state)
+        iterator = iter(resumed)
+        again = next(iterator)
+        iterator.close()
+        for name in OUTPUTS:
+            assert torch.equal(again[name], served[step + 1][name])
+
+
+def test_a_mixture_has_its_shares_in_rows_in_every_range_and_its_parts_go_on_in_the_next_epoch(opened):
+    datasets, documents = opened
+    a, b = packed(datasets["a"]), packed(datasets["b"], mode="best_fit")
+    mixed = tc.mix([a, b], [1, 2])
+    loader = tc.DataLoader(mixed, batch_size=30, shuffle=True, options=tc.LoaderOptions(seed=5))
+    epochs = [list(loader) for _ in range(3)]
+    for batch in itertools.chain(*epochs):
+        assert abs(int((batch["tokens"][:, 0] >= 100_000).sum()) - len(batch["tokens"]) * 2 / 3) < 5
+    of_a = [row for batch in itertools.chain(*epochs) for row in batch["tokens"].tolist() if row[0] < 100_000]
+    assert len({tuple(row) for row in of_a}) == len(of_a) < len(a), "no row of the larger part came twice"
+    ratio = loader.stats()["fill_ratio"]
+    n_b = len(mixed) * 2 // 3
+    of_parts = [list(itertools.chain(*documents[name])) for name in "ab"]
+    fills = [len(tokens) / (len(rows) * LENGTH) for tokens, rows in zip(of_parts, (a, b), strict=True)]
+    assert ratio == pytest.approx(np.average(fills, weights=[len(mixed) - n_b, n_b]), rel=1e-3)
+
+
+def test_stats_have_the_fill_ratio_of_packed_rows_only(opened):
+    datasets, _ = opened
+    for mode in MODES:
+        rows = packed(datasets["a"], mode=mode, eos=END)
+        loader = tc.DataLoader(rows, batch_size=16)
+        tokens = torch.cat([batch["tokens"] for batch in loader])
+        stored = int(((tokens != PAD) & (tokens != END)).sum())
+        assert loader.stats()["fill_ratio"] == stored / tokens.numel()
+    assert "fill_ratio" not in tc.DataLoader(datasets["a"], batch_size=4).stats()
+
+
+def test_views_are_packed_and_packed_rows_have_views(opened):
+    datasets, documents = opened
+    a = datasets["a"]
+    odd = a.select(np.arange(1, 900, 2))
+    late = a.filter(pc.field("number") >= 871)
+    some = a.select([700, 3, 3, 650, 10])
+    for view, expected in (
+        (a.take(333), documents["a"][:333]),
+        (a.skip(890), documents["a"][890:]),
+        (late, documents["a"][871:]),
+        (odd, documents["a"][1::2]),
+        (odd.shard(3, 1), documents["a"][1::2][150:300]),
+        (some, [documents["a"][i] for i in (3, 3, 10, 650, 700)]),
+        (a.take(0), []),
+    ):
+        for mode in MODES:
+            rows = packed(view, mode=mode)
+            assert tokens_of(batches(rows, shuffle=True)) == sorted(itertools.chain(*expected)), mode
+            if mode == "concatenate":
+                assert list(itertools.chain(*pieces(batches(rows)))) == list(itertools.chain(*expected))
+    rows = packed(a)
+    every = joined(batches(rows))
+    assert joined(batches(rows.take(30).skip(5))) == every[5:30]
+    assert joined(batches(rows.select([9, 2, 9]))) == [every[i] for i in (9, 2, 9)]
+    assert joined(batches(rows, sampler=[7, 1])) == [every[7], every[1]]
+    assert list(batches(rows.select_columns(["labels", "tokens"]))[0]) == ["labels", "tokens"]
+    labels, tokens = batches(rows.as_tuple("labels", "tokens"))[0]
+    assert (labels.tolist(), tokens.tolist()) == (joined(batches(rows)[:1], "labels"), every[:5])
+
+
+def test_joined_data_sets_are_packed_one_by_one(opened):
+    datasets, documents = opened
+    rows = packed(datasets["a"].take(100) + datasets["b"] + datasets["a"].skip(800))
+    expected = [*documents["a"][:100], *documents["b"], *documents["a"][800:]]
+    assert list(itertools.chain(*pieces(batches(rows)))) == list(itertools.chain(*expected))
+    assert len(rows) == sum(
+        len(packed(one)) for one in (datasets["a"].take(100), datasets["b"], datasets["a"].skip(800))
+    )
+    both = tc.concat([packed(datasets["a"]), packed(datasets["b"], mode="separate")])
+    assert tokens_of(batches(both, shuffle=True)) == sorted(itertools.chain(*documents["a"], *documents["b"]))
+
+
+def test_parts_may_be_stored_with_different_dtypes(tmp_path):
+    texts = [write(tmp_path / dtype, [5, 0, 9, 30, 2], 100 * i, dtype) for i, dtype in enumerate(("uint16", "int64"))]
+    rows = tc.concat([packed(tc.Dataset(tmp_path / dtype)) for dtype in ("uint16", "int64")])
+    assert tokens_of(batches(rows, shuffle=True)) == sorted(itertools.chain(*texts[0], *texts[1]))
+
+
+def test_fill_in_the_middle_moves_parts_of_chosen_documents_and_epochs_cut_elsewhere(opened):
+    datasets, documents = opened
+    fill = tc.FillInMiddle(prefix=500_001, middle=500_002, suffix=500_003, rate=0.5, suffix_first_rate=0.3)
+    rows = packed(datasets["b"].filter(pc.field("number") < 300), 32, mode="best_fit", eos=END, fill_in_middle=fill)
+    loader = tc.DataLoader(rows, batch_size=8, shuffle=True, options=tc.LoaderOptions(seed=1))
+    epochs = [pieces(loader) for _ in range(2)]
+    whole = {tuple(document): i for i, document in enumerate(documents["b"][:300])}
+    orders = []
+    for epoch in epochs:
+        found, n_reordered, n_suffix_first = {}, 0, 0
+        for piece in epoch:
+            assert piece[-1] == END
+            body = piece[:-1]
+            if body[0] == 500_001:
+                n_reordered += 1
+                assert sorted(t for t in body if t > 500_000) == [500_001, 500_002, 500_003]
+                middle, suffix = body.index(500_002), body.index(500_003)
+                if suffix == 1:
+                    n_suffix_first += 1
+                    body = body[middle + 1 :] + body[suffix + 1 : middle]
+                else:
+                    body = body[1:suffix] + body[middle + 1 :] + body[suffix + 1 : middle]
+            found[whole[body]] = piece
+        assert len(found) == 300, "every document once, whatever its order"
+        n_long = sum(len(document) >= 4 for document in documents["b"][:300])
+        assert 0.35 * n_long < n_reordered < 0.65 * n_long
+        assert 0 < n_suffix_first < n_reordered / 2
+        orders.append(found)
+    assert {i for i, piece in orders[0].items() if piece[0] == 500_001} == {
+        i for i, piece in orders[1].items() if piece[0] == 500_001
+    }
+    assert orders[0] != orders[1]
+    assert sum(orders[0][i] != orders[1][i] for i in range(300)) > 20
+
+
+def test_packing_reads_no_documents_and_by_concatenation_no_lengths(opened, monkeypatch):
+    datasets, _ = opened
+
+    def refuse(*_args):
+        raise AssertionError("documents were read")
+
+    monkeypatch.setattr(OpenedVersion, "load", refuse)
+    assert len(packed(datasets["a"], mode="best_fit")) > 1000, "lengths are not documents"
+    monkeypatch.setattr(OpenedVersion, "load_shapes", refuse)
+    assert len(packed(datasets["a"], eos=END)) > 1000
+    with pytest.raises(AssertionError, match="documents were read"):
+        packed(datasets["a"], mode="best_fit")
+
+
+def test_a_pickled_data_set_has_the_rows_without_reading_lengths_again(opened, monkeypatch):
+    rows = packed(opened[0]["a"], mode="best_fit", eos=END)
+    expected = joined(batches(rows))
+    data = pickle.dumps(rows)
+    assert len(data) < 4000
+    monkeypatch.setattr("tiercache.data.packing._make_index", None)
+    again = pickle.loads(data)
+    assert joined(batches(again)) == expected
+    assert len(again) == len(rows)
+    join_loading()
+    again.close()
+
+
+def test_a_state_is_refused_by_rows_that_are_packed_otherwise(opened):
+    datasets, _ = opened
+    loader = tc.DataLoader(packed(datasets["a"]), batch_size=4, shuffle=True)
+    state = loader.state_dict()
+    for other in (
+        packed(datasets["a"], 16),
+        packed(datasets["a"], mode="separate"),
+        packed(datasets["a"], eos=END),
+        packed(datasets["a"].take(800)),
+    ):
+        with pytest.raises(tc.ObjectChanged, match="packed in another way"):
+            tc.DataLoader(other, batch_size=4, shuffle=True).load_state_dict(state)
+    with pytest.raises(tc.ObjectChanged):
+        tc.DataLoader(datasets["a"], batch_size=4, shuffle=True).load_state_dict(state)
+
+
+def test_a_state_of_an_older_version_continues_on_that_version(tmp_path):
+    first = write(tmp_path / "data", [5, 9, 2, 7])
+    rows = packed(tc.Dataset(tmp_path / "data"))
+    loader = tc.DataLoader(rows, batch_size=1, options=tc.LoaderOptions(seed=0))
+    iterator = iter(loader)
+    next(iterator)
+    state = loader.state_dict()
+    iterator.close()
+    schema = tc.Dataset(tmp_path / "data").schema
+    with tc.Writer(tmp_path / "data", schema=schema, mode="append") as writer:
+        writer.write({"tokens": np.arange(900, 930, dtype="uint32"), "number": 4, "text": ""})
+    newer = packed(tc.Dataset(tmp_path / "data"))
+    assert len(newer) > len(rows)
+    resumed = tc.DataLoader(newer, batch_size=1)
+    resumed.load_state_dict(state)
+    assert joined(list(resumed)) == joined(batches(rows, batch_size=1))[1:]
+    assert tokens_of(batches(newer)) == [*itertools.chain(*first), *range(900, 930)]
+    join_loading()
+
+
+def test_wrong_arguments_are_explained(opened, tmp_path):
+    datasets, _ = opened
+    a = datasets["a"]
+    fill = tc.FillInMiddle(1, 2, 3)
+    cases = [
+        (ValueError, "length must be 2 to", lambda: packed(a, 1)),
+        (ValueError, "mode must be", lambda: packed(a, mode="greedy")),
+        (ValueError, "long_documents must be", lambda: packed(a, mode="separate", long_documents="drop")),
+        (ValueError, "cuts documents where rows end", lambda: packed(a, long_documents="error")),
+        (TypeError, "eos must be a token", lambda: packed(a, eos="</s>")),
+        (
+            ValueError,
+            "eos=4294967296 is no token of .*'tokens', .* 0 to 4294967295",
+            lambda: packed(a, eos=2**32),
+        ),
+        (ValueError, "eos=-1 is no token", lambda: packed(a, eos=-1)),
+        (ValueError, "pad must fit int64", lambda: packed(a, pad=2**63)),
+        (TypeError, "takes a tiercache.FillInMiddle", lambda: packed(a, fill_in_middle=0.5)),
+        (ValueError, "rate must be 0 to 1", lambda: tc.FillInMiddle(1, 2, 3, rate=2)),
+        (TypeError, "prefix must be a token", lambda: tc.FillInMiddle(None, 2, 3)),
+        (tc.SchemaError, "packs a column of token lists", lambda: tc.pack_sequences(a, "number", 8)),
+        (tc.SchemaError, "no such column", lambda: tc.pack_sequences(a, "words", 8)),
+        (TypeError, "takes a tiercache.Dataset", lambda: tc.pack_sequences([[1, 2]], "tokens", 8)),
+        (ValueError, "packed already", lambda: packed(packed(a))),
+        (ValueError, "pack the data sets, then mix", lambda: packed(tc.mix([a, datasets["b"]], [1, 1]))),
+        (ValueError, "select from each data set", lambda: packed((a + datasets["b"]).take(950))),
+        (ValueError, "filter the documents", lambda: packed(a).filter(pc.field("labels") == 3)),
+        (
+            tc.SchemaError,
+            "joined only with packed rows",
+            lambda: tc.concat([packed(a).select_columns(["tokens"]), fixed(tmp_path)]),
+        ),
+        (
+            tc.SchemaError,
+            r"data set 1 plain records.*pack_sequences\(\).*then mix\(\)",
+            lambda: tc.mix([packed(a), a], [1, 1]),
+        ),
+        (tc.SchemaError, r"data set 0 has plain records, data set 1 packed rows", lambda: a + packed(a)),
+        (tc.SchemaError, "shape|int64", lambda: tc.concat([packed(a), packed(a, 16)])),
+        (
+            ValueError,
+            "packed rows of many documents",
+            lambda: tc.DataLoader(packed(a), options=tc.LoaderOptions(on_corrupt="previous")),
+        ),
+    ]
+    for error, message, call in cases:
+        with pytest.raises(error, match=message):
+            call()
+    with pytest.raises(ValueError, match=r"document \d+ has 24 tokens, and a row has 24 with the end token"):
+        packed(a, 24, mode="best_fit", eos=END, long_documents="error", fill_in_middle=None)
+    assert len(packed(a, 25, mode="best_fit", eos=END, long_documents="error")) > 100
+    assert fill == tc.FillInMiddle(1, 2, 3, 0.5, 0.5)
+    transformed = tc.Dataset(a._source.url.removeprefix("file://"), transform=len)
+    with pytest.raises(ValueError, match="has a transform"):
+        packed(transformed)
+    named = tmp_path / "named"
+    with tc.Writer(named, schema={"labels": tc.Ragged("int32", (None,))}) as writer:
+        writer.write({"labels": np.arange(3, dtype="int32")})
+    with pytest.raises(tc.SchemaError, match="another entry of this name"):
+        tc.pack_sequences(tc.Dataset(named), "labels", 8)
+
+
+def fixed(folder):
+    """A data set of stored rows with the schema of packed tokens."""
+    path = folder / "fixed"
+    if not path.exists():
+        with tc.Writer(path, schema={"tokens": tc.Tensor("int64", (LENGTH,))}) as writer:
+            writer.write({"tokens": np.arange(LENGTH)})
+    return tc.Dataset(path)
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_nulls_and_empty_documents_are_empty(tmp_path, compression):
+    schema = {"tokens": tc.Ragged("int32", (None,), nullable=True)}
+    values = [None, [1, 2], [], None, [3], [4, 5, 6, 7, 8]]
+    with tc.Writer(tmp_path / "data", schema=schema, compression=compression) as writer:
+        for value in values:
+            writer.write({"tokens": None if value is None else np.array(value, np.int32)})
+    dataset = tc.Dataset(tmp_path / "data")
+    assert joined(batches(packed(dataset, 4))) == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert joined(batches(packed(dataset, 4, mode="separate"))) == [
+        [1, 2, PAD, PAD],
+        [3, PAD, PAD, PAD],
+        [4, 5, 6, 7],
+        [8, PAD, PAD, PAD],
+    ]
+    assert len(packed(dataset, 4, mode="separate", eos=0)) == 7
+    join_loading()
+    dataset.close()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compressed_documents_and_rows_longer_than_a_shard_are_packed(tmp_path, mode):
+    random = np.random.default_rng(3)
+    documents = write(
+        tmp_path / "data", random.integers(0, 90, 200), shard_size="2KiB", block_size="512B", compression="zstd"
+    )
+    dataset = tc.Dataset(tmp_path / "data")
+    rows = packed(dataset, 4096, mode=mode)
+    assert len(dataset._source.shard_records) > 5
+    assert tokens_of(batches(rows, shuffle=True)) == list(itertools.chain(*documents))
+    if mode != "separate":
+        assert len(rows) == len(dataset._source.shard_records), "no row goes from shard to shard"
+    join_loading()
+    dataset.close()
+
+
+def test_packed_rows_of_a_remote_data_set_come_through_the_cache_once(tmp_path):
+    documents = write(tmp_path / "data", [7] * 3000, shard_size="16KiB")
+    files = [file for file in (tmp_path / "data").rglob("*") if file.is_file()]
+    objects = {f"data/{file.relative_to(tmp_path / 'data').as_posix()}": file.read_bytes() for file in files}
+    with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        rows = packed(dataset, mode="best_fit")
+        loader = tc.DataLoader(rows, batch_size=32, shuffle=True)
+        for _ in range(2):
+            assert tokens_of(loader) == list(itertools.chain(*documents))
+        fetched = dataset._source.figures()["bytes_fetched"]
+        assert fetched < 2 * sum(map(len, objects.values()))
+        join_loading()
+        rows.close()
+        dataset.close()
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_only_lengths_are_fetched_to_pack_a_remote_data_set(tmp_path, is_cached):
+    documents = write(tmp_path / "data", [5000] * 120, shard_size="4MiB", block_size="1MiB", compression="none")
+    files = [file for file in (tmp_path / "data").rglob("*") if file.is_file()]
+    objects = {f"data/{file.relative_to(tmp_path / 'data').as_posix()}": file.read_bytes() for file in files}
+    with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache if is_cached else False)
+        before = dataset._source.figures()["bytes_fetched"]
+        rows = packed(dataset, 4096, mode="separate")
+        assert len(rows) == 2 * 120
+        assert dataset._source.figures()["bytes_fetched"] - before < 0.2 * sum(map(len, objects.values()))
+        assert tokens_of(batches(rows)) == list(itertools.chain(*documents))
+        join_loading()
+        rows.close()
+        dataset.close()
+
+
+def test_a_corrupt_cached_copy_is_fetched_again(tmp_path):
+    documents = write(tmp_path / "data", [9] * 800, shard_size="64MiB", compression="none")
+    files = [file for file in (tmp_path / "data").rglob("*") if file.is_file()]
+    objects = {f"data/{file.relative_to(tmp_path / 'data').as_posix()}": file.read_bytes() for file in files}
+    with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        first = tc.Dataset(f"{server.url}/data", cache=cache)
+        assert tokens_of(batches(packed(first))) == list(itertools.chain(*documents))
+        join_loading()
+        first.close()
+        stored = max(objects.values(), key=len)
+        copy = next(p for p in (tmp_path / "cache").rglob("*") if p.is_file() and stored[:64] in p.read_bytes()[:64])
+        copy.chmod(0o600)
+        at = stored.index(np.arange(4000, 4008, dtype=np.uint32).tobytes())
+        with copy.open("r+b") as file:
+            file.seek(at)
+            file.write(b"wrong")
+        second = tc.Dataset(f"{server.url}/data", cache=cache)
+        rows = packed(second)
+        assert tokens_of(batches(rows)) == list(itertools.chain(*documents))
+        join_loading()
+        rows.close()
+        second.close()
+
+
+def test_torchs_path_and_iteration_serve_the_rows_of_the_native_path(opened):
+    rows = packed(opened[0]["b"], mode="best_fit", eos=END)
+    options = tc.LoaderOptions(seed=4)
+    native = batches(rows, shuffle=True, options=options)
+    for n_workers in (0, 2):
+        served = batches(rows, shuffle=True, options=options, collate_fn=tc_collate, num_workers=n_workers)
+        for one, other in zip(served, native, strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in OUTPUTS)
+            assert one["max_seqlen"] == other["max_seqlen"]
+    assert [record["tokens"].tolist() for record in rows] == joined(batches(rows))
+    join_loading()
+    rows.close()
+
+
+def tc_collate(records):
+    """A user's collate function, which takes torch's path."""
+    return tc.collate(records)
+
+
+def test_a_file_that_is_truncated_while_rows_are_served_is_an_error(tmp_path):
+    write(tmp_path / "data", [1000] * 400, shard_size="64MiB", block_size="64KiB", compression="none")
+    shard = max((p for p in (tmp_path / "data").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    shard.chmod(0o600)
+    dataset = tc.Dataset(tmp_path / "data")
+    rows = packed(dataset, 500)
+    iterator = iter(tc.DataLoader(rows, batch_size=4, options=tc.LoaderOptions(memory_bytes="64KiB", threads=1)))
+    next(iterator)
+    os.truncate(shard, 1 << 16)
+    with pytest.raises(tc.CorruptShard, match=r"cannot be read|is shorter than"):
+        list(iterator)
+    with pytest.raises(tc.CorruptShard):
+        rows[700]
+    join_loading()
+    dataset.close()
+
+
+def test_corrupt_documents_are_named_and_nothing_wrong_is_served(tmp_path):
+    write(tmp_path / "data", [40] * 60)
+    shard = max((p for p in (tmp_path / "data").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 3] ^= 1
+    rows = packed(tc.Dataset(tmp_path / "data"))
+    shard.chmod(0o600)
+    shard.write_bytes(data)
+    with pytest.raises(tc.CorruptShard, match="CRC-32C"):
+        batches(rows, shuffle=True)
+    with pytest.raises(tc.CorruptShard, match="CRC-32C"):
+        rows[list(range(len(rows)))]
+    join_loading()
+
+
+def test_columns_side_by_side_and_packed_rows_are_not_combined(opened, tmp_path):
+    dataset = opened[0]["a"]
+    with tc.Writer(tmp_path / "numbers", schema={"n": "int64"}) as writer:
+        writer.write_batch({"n": np.arange(len(dataset))})
+    numbers = tc.Dataset(tmp_path / "numbers")
+    with pytest.raises(ValueError, match="pack the data set that has the column"):
+        packed(tc.zip_columns(dataset, numbers))
+    with pytest.raises(ValueError, match="packed"):
+        tc.zip_columns(packed(dataset), numbers)
+    numbers.close()

@@ -1,0 +1,158 @@
+"""The catalog of tiers: entries of copies, and the journal of moves."""
+
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+
+from tiercache.tier.journal import CatalogEntry, JournalRow, PlannedObject, TierCatalog
+
+OBJECTS = (PlannedObject("a/1", 10, '"e"', 5.5, 7), PlannedObject("a/.metadata", 1, None, None, None, "hot"))
+ROW = JournalRow(
+    "plan", 1, "a", "checkpoint", "move", "hot", "cold", "/nvme", "s3://cold", "s3://home", "sha", "rules[1]", "begun",
+    0.0, 0.0, OBJECTS, "", 100.0,
+)  # fmt: skip
+
+
+@pytest.fixture
+def catalog(tmp_path):
+    with TierCatalog(tmp_path / "state" / "tiers.sqlite", {"cold": "s3://cold"}) as catalog:
+        yield catalog
+
+
+def checksums(catalog, tier):
+    return {key: (*values,) for key, *values in (row.values() for row in catalog.checksums(tier).to_pylist())}
+
+
+def test_entries_are_kept_by_the_url_of_a_tier(catalog):
+    catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9))])
+    assert checksums(catalog, "cold") == checksums(catalog, "s3://cold") == {"k": (3, '"e"', 9, True, None)}
+    catalog.bind({"cold": "s3://other"})
+    assert checksums(catalog, "cold") == {}
+
+
+def test_recording_a_copy_again_replaces_its_entry(catalog):
+    catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9))])
+    catalog.record([("cold", "k", CatalogEntry(4, None, 8, written_s=9.5))])
+    assert catalog.entries("cold", ["k", "other"]) == {"k": CatalogEntry(4, None, 8, written_s=9.5)}
+
+
+def test_an_entry_keeps_the_date_of_first_writing(catalog):
+    copy = CatalogEntry(3, '"e"', 9, written_s=1234.5)
+    catalog.record([("cold", "k", copy)])
+    assert catalog.entries("cold", ["k"]) == {"k": copy}
+    assert checksums(catalog, "cold") == {"k": (3, '"e"', 9, True, 1234.5)}
+
+
+def test_an_entry_for_a_date_only_is_not_verified(catalog):
+    catalog.record([("cold", "k", CatalogEntry(3, '"e"', None, written_s=1234.5, verified=False))])
+    assert checksums(catalog, "cold") == {"k": (3, '"e"', None, False, 1234.5)}
+    assert not catalog.entries("cold", ["k"])["k"].verified
+
+
+def test_a_catalog_with_other_columns_is_made_anew(catalog):
+    catalog.path.parent.mkdir()
+    with closing(sqlite3.connect(catalog.path)) as db:
+        db.execute("CREATE TABLE copies (place TEXT, key TEXT, n_bytes INTEGER, etag TEXT, crc32c INTEGER)")
+        db.commit()
+    assert checksums(catalog, "cold") == {}
+    catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9))])
+    assert list(checksums(catalog, "cold")) == ["k"]
+
+
+def test_forgotten_copies_are_gone(catalog):
+    catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9)), ("cold", "l", CatalogEntry(3, '"e"', 9))])
+    catalog.forget([("cold", "k")])
+    assert list(checksums(catalog, "cold")) == ["l"]
+
+
+def test_many_entries_are_found_by_key(catalog):
+    catalog.record([("cold", f"k{n}", CatalogEntry(n, None, n)) for n in range(2000)])
+    found = catalog.entries("cold", [f"k{n}" for n in range(0, 4000, 2)])
+    assert len(found) == 1000
+    assert found["k1998"].n_bytes == 1998
+
+
+def test_a_move_comes_back_from_the_journal_as_it_was_written(catalog):
+    catalog.write([ROW])
+    assert catalog.of_plan("plan") == {1: ROW}
+    later = replace(ROW, state="waiting", due_s=5.0, since_s=1.0, note="why")
+    catalog.write([later])
+    assert catalog.of_plan("plan") == {1: later}
+
+
+def test_open_moves_are_those_of_their_home_that_are_not_over(catalog):
+    states = ("begun", "waiting", "dropping", "stopped", "done", "cancelled")
+    catalog.write([replace(ROW, number=n, state=state) for n, state in enumerate(states)])
+    catalog.write([replace(ROW, plan="other", home="s3://elsewhere")])
+    assert [row.state for row in catalog.open_moves("s3://home")] == ["begun", "waiting", "dropping", "stopped"]
+    assert [row.number for row in catalog.open_moves("s3://home", "waiting")] == [1]
+
+
+def test_old_finished_moves_are_pruned(catalog):
+    catalog.write([replace(ROW, state="done"), replace(ROW, number=2, state="waiting")])
+    catalog.prune(100.0 + 91 * 86400)
+    assert list(catalog.of_plan("plan")) == [2]
+
+
+def test_old_stopped_moves_are_pruned_and_interrupted_ones_are_not(catalog):
+    states = ("stopped", "begun", "dropping")
+    catalog.write([replace(ROW, number=number, state=state) for number, state in enumerate(states)])
+    catalog.prune(100.0 + 91 * 86400)
+    assert [row.state for row in catalog.of_plan("plan").values()] == ["begun", "dropping"]
+
+
+def test_rows_are_replaced_in_one_transaction(catalog):
+    catalog.write([ROW, replace(ROW, number=2)])
+    with pytest.raises(ValueError, match="one of the states"):
+        catalog.write([replace(ROW, number=3, state="lost")], instead_of=[("plan", 1)])
+    assert list(catalog.of_plan("plan")) == [1, 2]
+    catalog.write([replace(ROW, number=3)], instead_of=[("plan", 1)])
+    assert list(catalog.of_plan("plan")) == [2, 3]
+
+
+def test_an_unknown_state_is_refused(catalog):
+    with pytest.raises(ValueError, match="one of the states"):
+        catalog.write([replace(ROW, state="lost")])
+
+
+def test_a_write_of_many_moves_is_all_or_nothing(catalog):
+    with pytest.raises(sqlite3.IntegrityError):
+        catalog.write([ROW, replace(ROW, number=2, path=None)])
+    assert catalog.of_plan("plan") == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 1000])
+def test_a_damaged_file_is_made_anew(catalog, content):
+    catalog.write([ROW])
+    catalog.close()
+    catalog.path.write_bytes(content)
+    assert catalog.of_plan("plan") == {}
+    catalog.write([ROW])
+    assert catalog.of_plan("plan") == {1: ROW}
+
+
+def test_committed_rows_survive_a_power_failure(catalog):
+    catalog.write([ROW])
+    found = catalog._database.run(lambda db: db.execute("PRAGMA synchronous").fetchone()[0])
+    assert found == 2  # FULL
+
+
+def test_threads_and_other_connections_share_the_file(catalog):
+    def write(n):
+        with TierCatalog(catalog.path) as other:
+            other.write([replace(ROW, number=n)])
+        catalog.record([("cold", f"k{n}", CatalogEntry(n, None, n))])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(20)))
+    assert len(catalog.of_plan("plan")) == 20
+    assert len(catalog.checksums("cold")) == 20
+
+
+def test_the_state_folder_is_private(catalog):
+    catalog.write([ROW])
+    assert catalog.path.stat().st_mode & 0o777 == 0o600
+    assert catalog.path.parent.stat().st_mode & 0o777 == 0o700
