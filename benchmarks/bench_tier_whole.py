@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 from bench_tier_plan import DAY_S, NOW_S, TIERS
 from cases import Bench, asked, mib, peak_bytes
 from rows import spread
+from tiercache.cli.common import Output
 from tiercache.cli.open_tiers import OpenTiers
-from tiercache.cli.output import Output
 from tiercache.cli.tier_verbs import plan_facts, plan_text, plan_tiers, print_plan
 from tiercache.keep import BestMetric, KeepList
 from tiercache.model import ObjectInfo

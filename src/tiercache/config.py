@@ -365,21 +365,6 @@ def private_bytes(root: Path = Path("/")) -> int:
     return (int(words[1]) - int(words[2])) * os.sysconf("SC_PAGE_SIZE") if len(words) > 2 else 0
 
 
-def terminal_pictures() -> Literal["kitty", "iterm2", "sixel"] | None:
-    """Return the protocol by which the terminal shows pictures, as its variables tell; None: it tells of none.
-
-    A terminal multiplexer passes no pictures on, although it inherits the variables of the terminal around it.
-    """
-    term, program = os.environ.get("TERM", ""), os.environ.get("TERM_PROGRAM", "")
-    if os.environ.get("TMUX") or term.startswith(("screen", "tmux")):
-        return None
-    if os.environ.get("KITTY_WINDOW_ID") or term in ("xterm-kitty", "xterm-ghostty") or program == "ghostty":
-        return "kitty"
-    if program in ("iTerm.app", "WezTerm") or os.environ.get("LC_TERMINAL") == "iTerm2":
-        return "iterm2"
-    return "sixel" if term.partition("-")[0] in ("foot", "mlterm") else None
-
-
 def _cgroup_folders(root: Path, controller: str) -> list[Path]:
     """Return the folders of this process's cgroups for controller, and of their parent cgroups.
 

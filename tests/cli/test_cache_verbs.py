@@ -1,4 +1,4 @@
-"""The verbs warm, evict, pin, unpin and status."""
+"""The verbs warm, evict, unpin and status."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def test_warm_ends_with_6_if_the_data_does_not_fit(tiercache, data_set, tmp_path
     cache = "--cache", str(tmp_path / "small"), "--cache-size", "10KB"
     done = tiercache("warm", data_set, *cache, code=6)
     assert done.err.startswith("tiercache: error: ")
-    tiercache("pin", data_set, *cache, code=6)
+    tiercache("warm", data_set, *cache, "--pin", code=6)
 
 
 def test_status_lists_copies_by_data_set(tiercache, data_set, cache, tmp_path):
@@ -100,9 +100,9 @@ def test_a_deleted_data_set_can_be_evicted(tiercache, photos, cache):
 
 
 def test_pinned_copies_stay_until_unpinned(tiercache, data_set, cache):
-    tiercache("pin", data_set, *cache, "--dry-run")
+    tiercache("warm", data_set, *cache, "--pin", "--dry-run")
     assert used(tiercache, cache) == 0
-    pinned = tiercache("pin", data_set, *cache, "--json").events[-1]
+    pinned = tiercache("warm", data_set, *cache, "--pin", "--json").events[-1]
     assert tiercache("status", *cache, "--json").events[-1]["pinned_bytes"] == used(tiercache, cache) > 0
     assert tiercache("evict", "--all", *cache, "-y", "--json").events[-1]["copies"] == 0
     assert used(tiercache, cache) > 0
@@ -125,6 +125,6 @@ def test_the_configured_cache_is_used(tiercache, photos, tmp_path, monkeypatch):
     tiercache("pack", photos, "memory://test-cli-configured")
     tiercache("warm", "memory://test-cli-configured")
     assert tiercache("status", "--json").events[-1]["path"] == str(tmp_path / "configured")
-    assert "--cache-size: not a size" in tiercache("status", "--cache-size", "x", code=2).err
+    assert "cache_size: not a size" in tiercache("status", "--cache-size", "x", code=2).err
     monkeypatch.setenv("TIERCACHE_CACHE_SIZE", "x")
     assert "TIERCACHE_CACHE_SIZE: cache_size: not a size" in tiercache("status", code=2).err

@@ -7,14 +7,14 @@ import pytest
 import typer
 from tests.support.http_server import HttpFaultServer
 
-from tiercache.cli.output import INTERRUPTED, command
+from tiercache.cli.common import INTERRUPTED, verb
 from tiercache.store import retry
 
 
 def struck(monkeypatch, where):
     """A verb that Ctrl-C strikes in its middle, or just after it has ended."""
 
-    def verb(output):
+    def run(output):
         if where == "in it":
             raise KeyboardInterrupt
 
@@ -25,7 +25,7 @@ def struck(monkeypatch, where):
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(warnings, "catch_warnings", KillResult)
-    return command(verb, how_to_go_on="nothing was committed")
+    return verb(after_ctrl_c="nothing was committed")(run)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def nobody(monkeypatch):
         return server.url
 
 
-@pytest.mark.parametrize("verb", ["ls", "info", "verify", "warm"])
+@pytest.mark.parametrize("verb", ["info", "verify", "warm"])
 @pytest.mark.parametrize("scheme", ["s3", "http"])
 def test_a_verb_fails_at_once_and_names_the_endpoint_if_no_server_listens(tiercache, nobody, tmp_path, verb, scheme):
     url = "s3://bucket/set" if scheme == "s3" else f"{nobody}/set"
@@ -70,9 +70,10 @@ def test_tier_ls_fails_at_once_if_no_server_listens(tiercache, nobody, tmp_path,
 
 
 def test_log_warnings_are_printed_on_standard_error(capsys):
-    def verb(output):
+    @verb(after_ctrl_c="")
+    def run(output):
         logging.getLogger("tiercache").warning("s3://bucket: has waited %d s", 2)
 
-    command(verb, how_to_go_on="")()
+    run()
     assert capsys.readouterr().err == "tiercache: warning: s3://bucket: has waited 2 s\n"
     assert not logging.getLogger("tiercache").handlers

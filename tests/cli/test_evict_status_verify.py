@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tiercache.cache import Cache, Entry
-from tiercache.cli.cache_verbs import EvictLimits, by_data_set, least_recently_used, summary_of
+from tiercache.cli.cache import by_data_set, least_recently_used, summary_of
 from tiercache.data.dataset import Dataset
 from tiercache.store import open_store
 
@@ -53,15 +53,6 @@ class TestEvict:
         assert done["copies"] == 2
         assert [path.exists() for path in warmed] == [False, False] + [True] * (len(warmed) - 2)
 
-    def test_larger_than_evicts_only_larger_copies(self, tiercache, cache, warmed):
-        sizes = [path.stat().st_size for path in warmed]
-        limit = -(-sizes[-1] // 4096 + -1) * 4096
-        would = tiercache("evict", "--all", *cache, "--larger-than", str(limit), "--dry-run", "--json").events[-1]
-        assert 0 < would["copies"] < len(warmed)
-        assert would["bytes"] >= would["copies"] * limit
-        tiercache("evict", "--all", *cache, "--larger-than", str(limit), "--yes")
-        assert sum(path.exists() for path in warmed) == len(warmed) - would["copies"]
-
     def test_target_size_evicts_no_more_than_needed(self, tiercache, cache, warmed):
         used = tiercache("status", *cache, "--json").events[-1]["bytes_used"]
         largest = max(path.stat().st_size for path in warmed) + 8192
@@ -93,7 +84,7 @@ class TestEvict:
 
     def test_invalid_ages_and_sizes_are_usage_errors(self, tiercache, data_set, cache):
         tiercache("warm", data_set, *cache)
-        for flag in ("--older-than", "--larger-than", "--target-size"):
+        for flag in ("--older-than", "--target-size"):
             assert f"{flag}: not a" in tiercache("evict", "--all", *cache, flag, "x", code=2).err
 
     def test_the_least_recently_used_copies_are_evicted_first(self):
@@ -101,10 +92,6 @@ class TestEvict:
         assert [e.name for e in least_recently_used(copies, 40, 25)] == ["a", "b"]
         assert [e.name for e in least_recently_used(copies, 40, 40)] == []
         assert [e.name for e in least_recently_used(copies, 40, None)] == list("abcd")
-
-    def test_a_clock_that_was_set_back_makes_nothing_old(self):
-        assert not EvictLimits(older_than_s=10).matches(entry("a", used_s=1000.0), now_s=500.0)
-        assert EvictLimits(older_than_s=10).matches(entry("a", used_s=1000.0), now_s=1011.0)
 
 
 class TestStatus:

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from tiercache.cli.data_sets import format_value, json_value
-from tiercache.cli.output import Output, aligned, count
+from tiercache.cli.common import Output, aligned, count
+from tiercache.cli.data import format_value, json_value
 from tiercache.shard.schema import Column, Image, Ragged, Tensor
 
 

@@ -20,10 +20,10 @@ def run(*arguments, **options):
 
 
 def test_results_go_to_standard_output_and_errors_to_standard_error(data_set, tmp_path):
-    done = run("ls", data_set, "--json")
+    done = run("info", data_set, "--shards", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout.splitlines()[-1])["records"] == 20
-    done = run("ls", tmp_path / "gone")
+    done = run("info", tmp_path / "gone")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"tiercache: error: {tmp_path}/gone: no data set here: it has no version\n"
 
@@ -71,7 +71,9 @@ def test_an_interrupted_warm_says_how_to_go_on_and_continues_from_there(data_set
 
 
 def test_a_closed_pipe_is_no_error(data_set):
-    process = subprocess.Popen([*COMMAND, "ls", data_set, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*COMMAND, "info", data_set, "--shards", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     process.stdout.close()
     errors = process.stderr.read()
     process.stderr.close()

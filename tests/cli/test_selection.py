@@ -7,14 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.cli.selection import (
-    ShardSelection,
     Training,
     epoch_reads,
     merge_reads,
-    parse_limits,
     parse_ranks,
     parse_training,
-    read_names,
+    select_shards,
     take_bytes,
 )
 from tiercache.load.epoch import OrderShare
@@ -91,31 +89,16 @@ def test_the_first_bytes_are_the_fewest_first_shards_that_hold_them(sizes, n_byt
 
 class TestChoice:
     def test_the_whole_data_set_in_stored_order_is_the_default(self):
-        assert ShardSelection().shards(table([100] * 4)).tolist() == [0, 1, 2, 3]
+        assert select_shards(table([100] * 4)).tolist() == [0, 1, 2, 3]
 
     def test_a_share_is_taken_of_what_the_globs_leave_in_the_order_of_the_training(self):
         found = table([100] * 20)
         training = Training(5, ranks=(1,), world_size=2)
         whole = epoch_reads(found.n_records, found.n_bytes, training)[1].shards.tolist()
         even = [i for i in whole if i % 2 == 0]
-        choice = ShardSelection(include=["*[02468].tcs"], training=training, fraction=0.5)
-        assert choice.shards(found).tolist() == even[: -(-len(even) // 2)]
-        assert ShardSelection(training=training, limit_bytes=250).shards(found).tolist() == whole[:3]
-
-    def test_a_list_is_followed_in_its_own_order_and_a_training_keeps_its_own(self):
-        found = table([100] * 9)
-        names = [f"shards/{i:04d}.tcs" for i in (7, 2, 7, 4)]
-        assert ShardSelection(files=names).shards(found).tolist() == [7, 2, 4]
-        training = Training(5)
-        order = epoch_reads(found.n_records, found.n_bytes, training)[0].shards.tolist()
-        assert ShardSelection(files=names, training=training).shards(found).tolist() == [
-            i for i in order if i in (2, 4, 7)
-        ]
-        assert ShardSelection(files=[]).shards(found).tolist() == []
-
-    def test_a_name_that_is_not_there_is_an_error_that_says_which(self):
-        with pytest.raises(ValueError, match="--files-from: the data set has no shard 'shards/9"):
-            ShardSelection(files=["shards/0000.tcs", "shards/9.tcs"]).shards(table([100]))
+        chosen = select_shards(found, ["*[02468].tcs"], training=training, fraction=0.5)
+        assert chosen.tolist() == even[: -(-len(even) // 2)]
+        assert select_shards(found, training=training, limit_bytes=250).tolist() == whole[:3]
 
 
 class TestFlags:
@@ -131,11 +114,11 @@ class TestFlags:
     def test_no_flags_give_no_training_and_a_seed_gives_one(self):
         assert parse_training() is None
         assert parse_training(seed=3) == Training(3)
-        assert parse_training(7, 2, ["1/4"], 8, "global", "all", 32) == Training(7, 2, (1,), 4, 8, "global", None, 32)
+        assert parse_training(7, ["1/4"], 8, "global", "all") == Training(7, 0, (1,), 4, 8, "global", None)
 
     @pytest.mark.parametrize(
         ("flags", "named"),
-        [({"epoch": 1}, "--epoch"), ({"ranks": ["0/2"]}, "--rank"), ({"group": "1GiB"}, "--shuffle-group")],
+        [({"ranks": ["0/2"]}, "--rank"), ({"group": "1GiB"}, "--shuffle-group")],
     )
     def test_a_flag_of_the_order_needs_the_seed(self, flags, named):
         with pytest.raises(ValueError, match=f"{named} needs --seed"):
@@ -147,33 +130,9 @@ class TestFlags:
         with pytest.raises(ValueError, match="not a size"):
             parse_training(1, group="big")
         with pytest.raises(ValueError, match="streams must be"):
-            ShardSelection(training=Training(1, streams=-1)).shards(table([100]))
+            select_shards(table([100]), training=Training(1, streams=-1))
         with pytest.raises(ValueError, match="from 0 to 1 of 2"):
             Training(1, ranks=(2,), world_size=2)
-
-    def test_fraction_limit_and_minutes_exclude_each_other(self):
-        assert parse_limits() == (1.0, None)
-        assert parse_limits(fraction="25%") == (0.25, None)
-        assert parse_limits(limit="3KB") == (1.0, 3000)
-        assert parse_limits(minutes=2, rate="1MB/s") == (1.0, 120e6)
-        with pytest.raises(ValueError, match="--fraction and --limit cannot be combined"):
-            parse_limits(fraction="1%", limit="1KB")
-
-    @pytest.mark.parametrize("flags", [{"minutes": 1.0}, {"rate": "1MB/s"}])
-    def test_minutes_and_rate_go_together(self, flags):
-        with pytest.raises(ValueError, match="--minutes and --rate must be given together"):
-            parse_limits(**flags)
-
-    @pytest.mark.parametrize(("minutes", "rate"), [(-1.0, "1MB"), (1.0, "0"), (1.0, "fast"), (float("nan"), "1MB")])
-    def test_minutes_and_rate_that_cannot_be_are_errors(self, minutes, rate):
-        with pytest.raises(ValueError, match=r"--minutes|--rate"):
-            parse_limits(minutes=minutes, rate=rate)
-
-
-def test_names_are_read_a_line_each(tmp_path):
-    (tmp_path / "list").write_text("a\n\n  b c \n")
-    assert read_names(str(tmp_path / "list")) == ["a", "b c"]
-    assert read_names(None) is None
 
 
 def test_keys_and_identities_of_many_shards_are_those_of_each():

@@ -222,5 +222,5 @@ class TestPlot:
 
 
 def test_neither_simulate_nor_warm_needs_torch():
-    code = "import sys; import tiercache.cli.simulate, tiercache.cli.cache_verbs; sys.exit('torch' in sys.modules)"
+    code = "import sys; import tiercache.cli.simulate, tiercache.cli.cache; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

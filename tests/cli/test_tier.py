@@ -518,11 +518,6 @@ def write_file(path: Path, days: float = 30) -> None:
     os.utime(path, (time.time() - days * DAY_S + number * 60,) * 2)
 
 
-def test_verbs_of_data_sets_accept_the_name_of_a_tier_before_a_path(tiercache, root):
-    found = tiercache("info", "standard/datasets/photos", "--json").events[-1]
-    assert found == tiercache("info", root / "store/datasets/photos", "--json").events[-1]
-
-
 class TestDataSetsOutsideTheHome:
     """A data set in the hot tier: readers follow moves only of data sets in the home tier, standard."""
 

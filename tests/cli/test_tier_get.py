@@ -205,7 +205,7 @@ def test_shards_come_back_to_the_home_tier_where_readers_find_them(tiercache, ph
     tiercache("tier", "get", "datasets/photos", "--yes")
     assert sorted(path.name for path in (root / "store").rglob("*.tcs")) == shards
     shutil.rmtree(root / "cold")
-    assert json.loads(tiercache("ls", root / "store/datasets/photos", "--json").out.splitlines()[-1])
+    assert json.loads(tiercache("info", root / "store/datasets/photos", "--shards", "--json").out.splitlines()[-1])
     tiercache("head", root / "store/datasets/photos", "-n", "1")
 
 

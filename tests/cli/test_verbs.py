@@ -1,4 +1,4 @@
-"""pack, ls, info, head, export."""
+"""pack, info, head, export."""
 
 import json
 import shutil
@@ -14,13 +14,6 @@ from tiercache.shard.versions.commit import Commit
 
 def test_the_version_is_printed(tiercache):
     assert tiercache("--version").out == f"tiercache {__version__}\n"
-
-
-def test_without_a_verb_the_help_lists_them_all(tiercache):
-    text = tiercache("--help").out
-    verbs = "pack ls info head verify warm evict pin unpin status export demo tier restore"
-    for verb in verbs.split():
-        assert f"\n  {verb} " in text
 
 
 class TestPack:
@@ -87,25 +80,25 @@ class TestPack:
 
 
 class TestListing:
-    def test_ls_lists_shards_and_their_totals(self, tiercache, data_set):
-        lines = tiercache("ls", data_set).out.splitlines()
+    def test_shards_are_listed_with_their_totals(self, tiercache, data_set):
+        lines = tiercache("info", data_set, "--shards").out.splitlines()
         assert lines[0].split() == ["shard", "records", "size", "id"]
         assert lines[-1].startswith(f"version 1: {len(lines) - 2} shards, 20 records, ")
-        *shards, summary = tiercache("ls", data_set, "--json").events
+        *shards, summary = tiercache("info", data_set, "--shards", "--json").events
         assert sum(shard["records"] for shard in shards) == summary["records"] == 20
         assert {shard["event"] for shard in shards} == {"shard"}
         assert sum(shard["bytes"] for shard in shards) == summary["bytes"]
 
     def test_globs_select_shards(self, tiercache, data_set):
-        assert tiercache("ls", data_set, "--include", "*-000000.tcs", "--json").events[-1]["shards"] == 1
+        assert tiercache("info", data_set, "--shards", "--include", "*-000000.tcs", "--json").events[-1]["shards"] == 1
 
-    def test_ls_lists_versions(self, tiercache, photos, data_set):
+    def test_versions_are_listed(self, tiercache, photos, data_set):
         tiercache("pack", photos, data_set, "--mode", "overwrite", "--include", "cat")
-        *versions, summary = tiercache("ls", data_set, "--versions", "--json").events
+        *versions, summary = tiercache("info", data_set, "--versions", "--json").events
         assert [(v["version"], v["kind"], v["records"]) for v in versions] == [(1, "create", 20), (2, "overwrite", 10)]
         assert summary == {"event": "summary", "versions": 2}
-        assert tiercache("ls", data_set, "--at", "1", "--json").events[-1]["records"] == 20
-        assert "no version 9" in tiercache("ls", data_set, "--at", "9", code=1).err
+        assert tiercache("info", data_set, "--shards", "--at", "1", "--json").events[-1]["records"] == 20
+        assert "no version 9" in tiercache("info", data_set, "--shards", "--at", "9", code=1).err
 
     def test_info_shows_version_size_and_columns(self, tiercache, data_set):
         text = tiercache("info", data_set).out
@@ -192,7 +185,7 @@ class TestExport:
 
     def test_export_to_a_folder_writes_one_file_per_shard(self, tiercache, mixed, tmp_path):
         url, rows = mixed
-        n_shards = tiercache("ls", url, "--json").events[-1]["shards"]
+        n_shards = tiercache("info", url, "--shards", "--json").events[-1]["shards"]
         assert n_shards > 2
         done = tiercache("export", url, tmp_path / "parts", "--columns", "s", "-j", "0", "--json")
         assert done.events[-1]["files"] == n_shards

@@ -51,20 +51,18 @@ class TestWhatATrainingReads:
         tiercache("warm", data_set, *cache, "--seed", "7", "--rank", "0-1/3", "--rank", "2/3")
         assert cached(tiercache, cache, data_set) == set(table.names.to_pylist())
 
-    def test_the_first_bytes_are_those_that_its_epoch_reads_first(self, tiercache, data_set, cache):
+    def test_the_first_bytes_are_those_that_its_training_reads_first(self, tiercache, data_set, cache):
         table = shards_of(data_set)
-        order = epoch_reads(table.n_records, table.n_bytes, Training(7, epoch=2))[0].shards
+        order = epoch_reads(table.n_records, table.n_bytes, Training(7))[0].shards
         size = int(table.n_bytes[order[:2]].sum())
-        tiercache("warm", data_set, *cache, "--seed", "7", "--epoch", "2", "--limit", str(size))
+        tiercache("warm", data_set, *cache, "--seed", "7", "--limit", str(size))
         assert cached(tiercache, cache, data_set) == set(names(table, order[:2].tolist()))
 
-    @pytest.mark.parametrize("epoch", [0, 1])
-    def test_warm_fetches_first_what_the_loader_reads_first(self, tiercache, data_set, cache, epoch):
-        flags = "--seed", "7", "--shuffle-group", "1B", "--epoch", str(epoch), "--limit", "1B"
+    def test_warm_fetches_first_what_the_loader_reads_first(self, tiercache, data_set, cache):
+        flags = "--seed", "7", "--shuffle-group", "1B", "--limit", "1B"
         tiercache("warm", data_set, *cache, *flags)
         dataset = Dataset(str(data_set), columns=["path"])
         loader = DataLoader(dataset, batch_size=1, shuffle=True, options=LoaderOptions(seed=7, shuffle_group_bytes=1))
-        loader.set_epoch(epoch)
         first = next(iter(loader))["path"][0]
         number = dataset[list(range(20))]["path"].index(first)
         table = shards_of(data_set)
@@ -72,46 +70,18 @@ class TestWhatATrainingReads:
         assert cached(tiercache, cache, data_set) == set(names(table, [shard]))
         dataset.close()
 
-    def test_minutes_at_a_rate_are_a_size(self, tiercache, data_set, cache):
-        flags = "--seed", "7", "--dry-run", "--json"
-        minutes = tiercache("warm", data_set, *cache, *flags, "--minutes", "0.5", "--rate", "200B/s").events[-1]
-        size = tiercache("warm", data_set, *cache, *flags, "--limit", "6000").events[-1]
-        assert minutes == size
-        assert size["objects"] < tiercache("warm", data_set, *cache, *flags).events[-1]["objects"]
-
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
             (["--rank", "0/2"], "--rank needs --seed"),
             (["--seed", "1", "--rank", "2/2"], "--rank takes RANK/RANKS"),
-            (["--minutes", "3"], "--minutes and --rate must be given together"),
+            (["--pin", "--columns", "x"], "--pin keeps whole copies"),
             (["--fraction", "5%", "--limit", "1GB"], "--fraction and --limit cannot be combined"),
             (["--seed", "1", "--placement", "far"], "--placement must be sticky or global"),
         ],
     )
     def test_conflicting_flags_are_usage_errors(self, tiercache, data_set, cache, flags, message):
         assert message in tiercache("warm", data_set, *cache, *flags, code=2).err
-
-
-class TestAList:
-    def test_only_the_shards_of_a_list_are_fetched(self, tiercache, data_set, cache, tmp_path):
-        chosen = sorted(shards_of(data_set).names.to_pylist())[1:3]
-        (tmp_path / "list").write_text("\n".join(chosen))
-        tiercache("warm", data_set, *cache, "--files-from", tmp_path / "list")
-        assert cached(tiercache, cache, data_set) == set(chosen)
-        tiercache("pin", data_set, *cache, "-f", tmp_path / "list")
-        assert tiercache("status", *cache, "--json").events[-1]["pinned_bytes"] > 0
-
-    def test_standard_input_is_a_list_too(self, tiercache, data_set, cache):
-        chosen = shards_of(data_set).names.to_pylist()[0]
-        tiercache("warm", data_set, *cache, "-f", "-", stdin=f"{chosen}\n")
-        assert cached(tiercache, cache, data_set) == {chosen}
-
-    def test_an_unknown_name_is_a_usage_error_and_a_missing_list_fails(self, tiercache, data_set, cache, tmp_path):
-        (tmp_path / "list").write_text("shards/none.tcs\n")
-        done = tiercache("warm", data_set, *cache, "-f", tmp_path / "list", code=2)
-        assert "no shard 'shards/none.tcs'" in done.err
-        assert "No such file" in tiercache("warm", data_set, *cache, "-f", tmp_path / "gone", code=1).err
 
 
 class TestColumns:

@@ -7,7 +7,7 @@ from tests.load.conftest import N_REMOTE as N
 from tests.support.http_server import HttpFault
 
 import tiercache as tc
-from tiercache.cli.cache_verbs import summary_of
+from tiercache.cli.cache import summary_of
 from tiercache.prices import named_prices
 from tiercache.store import CloudStore, open_store
 

@@ -57,7 +57,7 @@ def lives_in(root: Path) -> list[Life]:
     made.append(ExportLife(room(), ["export", "{root}/out", "{root}/out.parquet", "--overwrite"], write_set))
     made.append(CachedLife(room(), ["warm", "{root}/out", *CACHE], write_set))
     made.append(CachedLife(room(), ["evict", "--all", "--yes", *CACHE], write_cached))
-    made.append(CachedLife(room(), ["pin", "{root}/out", *CACHE], write_cached))
+    made.append(CachedLife(room(), ["warm", "{root}/out", "--pin", *CACHE], write_cached))
     made.append(CachedLife(room(), ["verify", "{root}/out", *CACHE], write_cached))
     return made
 

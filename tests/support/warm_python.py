@@ -28,8 +28,8 @@ WARM_MODULES = (
     "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
     "torch._dynamo", "torch.utils.data", "tiercache.checkpoint.dcp_reader", "tiercache.checkpoint.dcp_writer",
     "tiercache.integrations.accelerate",
-    "tiercache.demo.s3_server", "boto3", "obstore", "s3fs", "tiercache.cli.app", "tiercache.cli.cache_verbs",
-    "tiercache.cli.data_sets",
+    "tiercache.demo.s3_server", "boto3", "obstore", "s3fs", "tiercache.cli.app", "tiercache.cli.cache",
+    "tiercache.cli.data",
     "tiercache.cli.simulate", "tiercache.cli.tier_verbs", "tiercache.images.decoder", "tiercache.load.loader",
     "tiercache.pack", "tiercache.shard.write.dataset_writer",
 )  # fmt: skip

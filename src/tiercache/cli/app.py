@@ -1,24 +1,90 @@
-"""The application: all verbs, the options of the command itself, and shell completion."""
+"""The application: all verbs, the options of the command itself, and shell completion.
+
+A verb is a function with the decorator `verb` in one of the other modules of this package. Its module is imported only
+when the verb is called or its help is requested, so `tiercache --help` loads nothing but typer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from enum import StrEnum
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from tiercache.cli import checkpoint_commands, commands, tier_commands
-from tiercache.cli.output import command
 from tiercache.distribution import __version__
 
 _NAME = "tiercache"
 _COMPLETE = "_TIERCACHE_COMPLETE"  # environment variable with which a shell's completion script requests completions
 
+# The module of each verb, and the first line of the docstring of its function.
+VERBS = {
+    "pack": ("data", "Convert images, Parquet files or JSON lines into a data set."),
+    "info": ("data", "Show a data set's version, size and columns, or list its shards or versions."),
+    "head": ("data", "Show some records of a data set."),
+    "export": ("data", "Write a data set as Parquet files with standard Arrow types."),
+    "verify": ("cache", "Check every byte of a data set, or of copies in the cache."),
+    "warm": ("cache", "Copy a data set, or a part of it, from its store into the cache."),
+    "evict": ("cache", "Delete cached copies, least recently used first."),
+    "unpin": ("cache", "Unpin cached copies, so that eviction may delete them."),
+    "status": ("cache", "Show what the cache holds, who uses it, and damage found in it."),
+    "serve": ("commands", "Serve this machine's cache to the other machines of a job."),
+    "simulate": ("commands", "Simulate caches of several sizes: hits, bytes, dollars, time."),
+    "restore": ("commands", "Restore archived objects and copy them to the home tier."),
+    "demo": ("commands", "Demonstrate tiercache on this machine in one to three minutes."),
+    "tier check": ("tier_commands", "Check the rule file and its tiers, and print what rules match."),
+    "tier plan": ("tier_commands", "Show what would be moved, why, and what it costs and saves."),
+    "tier apply": ("tier_commands", "Make the moves of a stored plan, and no others."),
+    "tier run": ("tier_commands", "Plan and make all moves that are due; for schedulers."),
+    "tier ls": ("tier_commands", "List shards, checkpoints and files with their tiers and costs."),
+    "tier get": ("tier_commands", "Bring shards, checkpoints and files back from any tier."),
+    "tier init": ("tier_commands", "Scan a folder, and write a rule file with comments for what is in it."),
+    "ckpt ls": (
+        "checkpoint_commands",
+        "List checkpoints with step, size, age, tiers and metrics, and what keeps them.",
+    ),
+    "ckpt show": (
+        "checkpoint_commands",
+        "Show one checkpoint: its copies and files, its metrics, what keeps it, and what the next plan does with it.",
+    ),
+    "ckpt verify": (
+        "checkpoint_commands",
+        "Read checkpoints completely, in every tier that has a copy, and compare the bytes with known checksums.",
+    ),
+    "ckpt rm": ("checkpoint_commands", "Delete checkpoints from all tiers, at once and for good."),
+    "ckpt pin": (
+        "checkpoint_commands",
+        "Pin checkpoints: no rule moves or deletes them, and `ckpt rm` refuses to.",
+    ),
+    "ckpt unpin": ("checkpoint_commands", "Remove the pins of checkpoints."),
+    "ckpt diff": (
+        "checkpoint_commands",
+        "Compare two checkpoints: metrics, files by size and checksum, and tensors where they are listed.",
+    ),
+}
+
+
+class _Group(TyperGroup):
+    """A group whose commands are only lines of its help, until the module of a verb is loaded to call it."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        path = f"{ctx.command_path} {name}".partition(" ")[2]
+        return name, load_verb(path) if path in VERBS else command, rest
+
+
+def load_verb(path: str) -> Any:
+    """Import the module of a verb, e.g. "tier plan", and return the verb as click's command."""
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    alone.command()(getattr(import_module(f"tiercache.cli.{VERBS[path][0]}"), path.split()[-1]))
+    return typer.main.get_command(alone)
+
+
 app = typer.Typer(
     name=_NAME,
+    cls=_Group,
     help="Pack training data into shards, cache it on local disks, and move it between storage tiers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -26,57 +92,20 @@ app = typer.Typer(
     # Typer's own completion options guess the shell from the parent process. They fail if it is sh (make, containers).
     add_completion=False,
 )
-
-tier = typer.Typer(help="Move shards, checkpoints and files between tiers, by rules.", no_args_is_help=True)
-app.add_typer(tier, name="tier")
-ckpt = typer.Typer(help="List, verify, pin, compare and delete checkpoints of every layout.", no_args_is_help=True)
-app.add_typer(ckpt, name="ckpt")
-
-
-# Each verb, and the advice that follows Ctrl-C.
-_AGAIN = "nothing was changed; run the same command again"
-_GOES_ON = "finished moves stay, nothing was lost; the same command continues from there"
-_VERBS: tuple[tuple[typer.Typer, Callable[..., None], str], ...] = (
-    (app, commands.pack, "nothing was committed and nothing needs to be cleaned up; run the same command again"),
-    (app, commands.ls, _AGAIN),
-    (app, commands.info, _AGAIN),
-    (app, commands.head, _AGAIN),
-    (app, commands.verify, "repaired copies stay repaired, nothing else was changed; run the same command again"),
-    (app, commands.warm, "fetched shards stay in the cache; the same command continues from there"),
-    (
-        app,
-        commands.evict,
-        "evicted copies are gone from the cache, nothing else changed; the same command continues from there",
+_GROUPS = {
+    "": app,
+    "tier": typer.Typer(
+        cls=_Group, help="Move shards, checkpoints and files between tiers, by rules.", no_args_is_help=True
     ),
-    (app, commands.pin, "pinned copies stay pinned; the same command continues from there"),
-    (app, commands.unpin, "unpinned copies stay unpinned; the same command continues from there"),
-    (app, commands.status, _AGAIN),
-    (app, commands.serve, "the copies stay in the cache, and readers go to the stores until the command runs again"),
-    (
-        app,
-        commands.restore,
-        "requested restores go on, finished copies stay; the same command continues from there",
+    "ckpt": typer.Typer(
+        cls=_Group, help="List, verify, pin and delete checkpoints of every layout.", no_args_is_help=True
     ),
-    (app, commands.simulate, _AGAIN),
-    (app, commands.demo, "the demo removed everything that it created; run it again"),
-    (app, commands.export, "no incomplete file was left behind; run the same command again with --overwrite"),
-    (tier, tier_commands.check, _AGAIN),
-    (tier, tier_commands.plan, _AGAIN),
-    (tier, tier_commands.apply, _GOES_ON),
-    (tier, tier_commands.run, _GOES_ON),
-    (tier, tier_commands.ls, _AGAIN),
-    (tier, tier_commands.get, "requested restores go on, finished copies stay; the same command continues from there"),
-    (tier, tier_commands.init, _AGAIN),
-    (ckpt, checkpoint_commands.ls, _AGAIN),
-    (ckpt, checkpoint_commands.show, _AGAIN),
-    (ckpt, checkpoint_commands.verify, _AGAIN),
-    (ckpt, checkpoint_commands.rm, "deleted checkpoints are gone; the same command deletes the rest"),
-    (ckpt, checkpoint_commands.pin, _AGAIN),
-    (ckpt, checkpoint_commands.unpin, _AGAIN),
-    (ckpt, checkpoint_commands.diff, _AGAIN),
-)
-for _group, _verb, _how_to_go_on in _VERBS:
-    _group.command()(command(_verb, how_to_go_on=_how_to_go_on))
+}
+for _path, (_, _line) in VERBS.items():
+    _group, _, _verb = _path.rpartition(" ")
+    _GROUPS[_group].command(_verb, help=_line)(lambda: None)
+app.add_typer(_GROUPS["tier"], name="tier")
+app.add_typer(_GROUPS["ckpt"], name="ckpt")
 
 
 def _print_version(wanted: bool) -> None:
@@ -85,16 +114,14 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-# Typer's functions for completion are not public. They are looked up on use, so that a typer release that moves them
-# breaks only completion.
-
-
 class _Shell(StrEnum):
     BASH = "bash"
     ZSH = "zsh"
     FISH = "fish"
 
 
+# Typer's functions for completion are not public. They are looked up on use, so that a typer release that moves them
+# breaks only completion.
 def _show_completion(shell: _Shell | None) -> None:
     if shell is not None:
         script = import_module("typer._completion_shared").get_completion_script

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from tiercache.cli.options import DryRun, Rules, Yes, argument, flag, option
-from tiercache.cli.output import Output
+from tiercache.cli.common import DryRun, Output, Rules, Yes, argument, flag, option, verb
 
 _WHICH = "RUN/latest, RUN/best:METRIC[:max] and RUN/STEP select one of a run."
 Paths = Annotated[
@@ -20,6 +19,7 @@ Path = Annotated[
 ]
 
 
+@verb(after_ctrl_c="nothing was changed; run the same command again")
 def ls(
     output: Output,
     paths: Annotated[
@@ -38,6 +38,7 @@ def ls(
     checkpoint_verbs.ls(output, rules, paths or [], read_metrics=metrics)
 
 
+@verb(after_ctrl_c="nothing was changed; run the same command again")
 def show(
     output: Output,
     path: Path,
@@ -52,6 +53,7 @@ def show(
     checkpoint_verbs.show(output, rules, path, which)
 
 
+@verb(after_ctrl_c="nothing was changed; run the same command again")
 def verify(output: Output, paths: Paths, rules: Rules = None) -> None:
     """Read checkpoints completely, in every tier that has a copy, and compare the bytes with known checksums.
 
@@ -63,6 +65,7 @@ def verify(output: Output, paths: Paths, rules: Rules = None) -> None:
     checkpoint_verify.verify(output, rules, paths)
 
 
+@verb(after_ctrl_c="deleted checkpoints are gone; the same command deletes the rest")
 def rm(output: Output, paths: Paths, rules: Rules = None, yes: Yes = False, dry_run: DryRun = False) -> None:
     """Delete checkpoints from all tiers, at once and for good.
 
@@ -75,6 +78,7 @@ def rm(output: Output, paths: Paths, rules: Rules = None, yes: Yes = False, dry_
     checkpoint_verbs.rm(output, rules, paths, yes=yes, dry_run=dry_run)
 
 
+@verb(after_ctrl_c="nothing was changed; run the same command again")
 def pin(
     output: Output,
     paths: Paths,
@@ -91,6 +95,7 @@ def pin(
     checkpoint_verbs.pin(output, rules, paths, until=until, why=why)
 
 
+@verb(after_ctrl_c="nothing was changed; run the same command again")
 def unpin(output: Output, paths: Paths, rules: Rules = None) -> None:
     """Remove the pins of checkpoints.
 
@@ -101,6 +106,7 @@ def unpin(output: Output, paths: Paths, rules: Rules = None) -> None:
     checkpoint_verbs.unpin(output, rules, paths)
 
 
+@verb(after_ctrl_c="nothing was changed; run the same command again")
 def diff(
     output: Output,
     first: Annotated[str, argument("FIRST", f"Checkpoint: a path below a tier, a local path, or a URL. {_WHICH}")],

@@ -34,6 +34,7 @@ from tiercache.checkpoint.layout import (
     parse_manifest,
     parse_name,
 )
+from tiercache.cli.common import Output
 from tiercache.cli.open_tiers import (
     OpenTiers,
     base_folder,
@@ -44,7 +45,6 @@ from tiercache.cli.open_tiers import (
     split_tier,
     tier_path,
 )
-from tiercache.cli.output import Output
 from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.model import ObjectInfo
 from tiercache.prices import prices_if_known

@@ -20,8 +20,8 @@ from tiercache.cli.checkpoint_selection import (
     only_checkpoint,
     open_checkpoints,
 )
+from tiercache.cli.common import PARTIAL, Output, confirm, count, printable
 from tiercache.cli.open_tiers import STATE_NAMES, OpenTiers, format_copy, format_duration, format_time
-from tiercache.cli.output import PARTIAL, Output, confirm, count, printable
 from tiercache.model import format_bytes
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.inventory.pins import PIN_NAME, encode_pin

@@ -17,8 +17,8 @@ from tiercache.checkpoint.layout import (
     parse_name,
 )
 from tiercache.cli.checkpoint_selection import CheckpointTiers, open_checkpoints
+from tiercache.cli.common import CORRUPT, PARTIAL, Output, count, printable
 from tiercache.cli.open_tiers import STATE_NAMES
-from tiercache.cli.output import CORRUPT, PARTIAL, Output, count, printable
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
 from tiercache.model import ObjectInfo, format_bytes
 from tiercache.tier.move.transfer import Transfer

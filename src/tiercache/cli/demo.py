@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from tiercache.cli.output import Output, count
+from tiercache.cli.common import Output, count
 from tiercache.demo.story import Story, run_story
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes

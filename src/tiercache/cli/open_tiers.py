@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tiercache.cli.output import Output, count, printable
+from tiercache.cli.common import Output, count, printable
 from tiercache.model import format_bytes
 from tiercache.prices import Prices, prices_if_known
 from tiercache.store import redact

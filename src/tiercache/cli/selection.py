@@ -1,17 +1,15 @@
-"""Selection of the shards that a verb works on, and their order: globs, a list, a fraction, a training's read order."""
+"""Shards that warm and simulate work on, and the order in which a training reads them."""
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import numpy as np
 
-from tiercache.cli.options import parse_fraction, parse_rate, parse_size
+from tiercache.cli.common import option, parse_size
 from tiercache.load.options import LoaderOptions
 from tiercache.order import DatasetSizes, EpochOrder, OrderOptions, RankPlan
 from tiercache.pack.files import selected
@@ -26,6 +24,27 @@ if TYPE_CHECKING:
 # The default of LoaderOptions.
 GROUP_BYTES = LoaderOptions().group_bytes
 
+Streams: TypeAlias = Annotated[
+    int | None,
+    option("--streams", "N", "Number of the training's shuffle streams, as in LoaderOptions; default: one per rank."),
+]
+Placement: TypeAlias = Annotated[
+    str | None,
+    option(
+        "--placement",
+        "HOW",
+        "The training's assignment of shards to ranks, as in LoaderOptions: sticky (default) or global.",
+    ),
+]
+ShuffleGroup: TypeAlias = Annotated[
+    str | None,
+    option(
+        "--shuffle-group",
+        "SIZE",
+        "Size of the training's shuffle groups, as in LoaderOptions, or 'all'; default: 4GiB.",
+    ),
+]
+
 
 @dataclass(frozen=True, slots=True)
 class Training:
@@ -34,8 +53,6 @@ class Training:
     Attributes:
         seed: Seed of the shuffle; None: the stored order, in which every rank reads every shard.
         streams: Number of shuffle streams; None: one per rank.
-        batch_size: Batch size per rank; it matters only if streams does not divide the global batch size. None: it
-            does.
     """
 
     seed: int | None = None
@@ -45,7 +62,6 @@ class Training:
     streams: int | None = None
     placement: Literal["sticky", "global"] = "sticky"
     group_bytes: int | None = GROUP_BYTES
-    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         """Check the ranks. Raises ValueError. The order checks the other values."""
@@ -87,7 +103,7 @@ def epoch_reads(
         offset=0,
         world_size=training.world_size,
         rank=0,
-        batch_size=training.batch_size or order.n_streams,
+        batch_size=order.n_streams,
         drop_last=False,
         n_records=order.n_records,
         n_streams=order.n_streams,
@@ -130,78 +146,43 @@ def _no_footers(shards: Sequence[int]) -> Sequence[BlockSizes]:
 _RANKS = re.compile(r"(\d+)(?:-(\d+))?/(\d+)")
 
 
-@dataclass(frozen=True, slots=True)
-class ShardSelection:
-    """Shards of a data set that the options of a verb select; None: the option was not given. All options must match.
+def select_shards(
+    table: ShardTable,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    training: Training | None = None,
+    fraction: float = 1.0,
+    limit_bytes: int | None = None,
+) -> NDArray[np.int64]:
+    """Return the numbers of the selected shards, int64[m], in the order of the training, else the stored order.
 
-    include and exclude are globs over shard names. The order is that of the training, else that of the names in
-    `files`, else the stored order; fraction and limit_bytes keep the first of the selected bytes.
+    include and exclude are globs over shard names; fraction and limit_bytes keep the first of the selected bytes.
     """
-
-    include: Sequence[str] | None = None
-    exclude: Sequence[str] | None = None
-    files: Sequence[str] | None = None
-    training: Training | None = None
-    fraction: float = 1.0
-    limit_bytes: float | None = None
-
-    def shards(self, table: ShardTable) -> NDArray[np.int64]:
-        """Return the numbers of the selected shards, in order: int64[m]. Raises ValueError."""
-        names = table.names.to_pylist() if self.include or self.exclude or self.files is not None else []
-        shards = self._in_order(table, names)
-        if self.include or self.exclude:
-            is_selected = [selected(names[i], self.include or (), self.exclude or ()) for i in shards.tolist()]
-            shards = shards[np.array(is_selected, bool)]
-        limit_bytes = self.fraction * int(table.n_bytes[shards].sum())
-        if self.limit_bytes is not None:
-            limit_bytes = min(limit_bytes, self.limit_bytes)
-        return take_bytes(shards, table.n_bytes, limit_bytes)
-
-    def _in_order(self, table: ShardTable, names: Sequence[str]) -> NDArray[np.int64]:
-        shards = np.arange(len(table), dtype=np.int64)
-        if self.training is not None:
-            reads = epoch_reads(table.n_records, table.n_bytes, self.training)
-            shards = merge_reads(list(reads.values()))
-        if self.files is None:
-            return shards
-        listed = _numbers(self.files, names)
-        return listed if self.training is None else shards[np.isin(shards, listed)]
-
-
-def _numbers(files: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
-    """Return the numbers of the named shards, without duplicates."""
-    numbers = {name: i for i, name in enumerate(names)}
-    missing = [name for name in files if name not in numbers]
-    if missing:
-        raise ValueError(f"--files-from: the data set has no shard {missing[0]!r} (`ls` shows the names)")
-    return np.array(list(dict.fromkeys(numbers[name] for name in files)), np.int64)
+    shards = np.arange(len(table), dtype=np.int64)
+    if training is not None:
+        shards = merge_reads(list(epoch_reads(table.n_records, table.n_bytes, training).values()))
+    if include or exclude:
+        names = table.names.to_pylist()
+        shards = shards[np.array([selected(names[i], include or (), exclude or ()) for i in shards.tolist()], bool)]
+    wanted_bytes = fraction * int(table.n_bytes[shards].sum()) if limit_bytes is None else limit_bytes
+    return take_bytes(shards, table.n_bytes, wanted_bytes)
 
 
 def parse_training(
     seed: int | None = None,
-    epoch: int | None = None,
     ranks: Sequence[str] | None = None,
     streams: int | None = None,
     placement: str | None = None,
     group: str | None = None,
-    batch_size: int | None = None,
 ) -> Training | None:
-    """Return the training that the options of a verb describe; None if none was given.
-
-    Raises ValueError for an invalid value, or an option without --seed.
-    """
-    options = {
-        "epoch": epoch, "rank": ranks, "streams": streams, "placement": placement, "shuffle-group": group,
-        "batch-size": batch_size,
-    }  # fmt: skip
+    """Return the training that the options of a verb describe; None if none was given."""
     if seed is None:
+        options = {"rank": ranks, "streams": streams, "placement": placement, "shuffle-group": group}
         if flag := next((name for name, value in options.items() if value is not None), None):
             raise ValueError(f"--{flag} needs --seed: without it every rank reads all shards, in stored order")
         return None
     chosen, world_size = parse_ranks(ranks or ["0/1"])
-    return Training(
-        seed, epoch or 0, chosen, world_size, streams, parse_placement(placement), parse_group(group), batch_size
-    )
+    return Training(seed, 0, chosen, world_size, streams, parse_placement(placement), parse_group(group))
 
 
 def parse_placement(text: str | None) -> Literal["sticky", "global"]:
@@ -237,34 +218,3 @@ def parse_ranks(texts: Sequence[str]) -> tuple[tuple[int, ...], int]:
     if len(sizes) != 1:
         raise ValueError(f"--rank: all values must have the same number of ranks, got {sorted(sizes)}")
     return tuple(dict.fromkeys(ranks)), sizes.pop()
-
-
-def parse_limits(
-    fraction: str | None = None, limit: str | None = None, minutes: float | None = None, rate: str | None = None
-) -> tuple[float, float | None]:
-    """Return the fraction of the selected bytes to fetch, and the number of bytes or None.
-
-    Raises ValueError if two limits are given, a value is invalid, or only one of --minutes and --rate is given.
-    """
-    options = {"fraction": fraction, "limit": limit, "minutes": minutes}
-    given = [f"--{name}" for name, value in options.items() if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} cannot be combined: give one of them")
-    if (minutes is None) != (rate is None):
-        raise ValueError(
-            "--minutes and --rate must be given together: the minutes of reading, and the bytes per second"
-        )
-    if minutes is not None and rate is not None:
-        if not 0 <= minutes < float("inf"):
-            raise ValueError(f"--minutes must be 0 or more, got {minutes}")
-        return 1.0, minutes * 60 * parse_rate("--rate", rate)
-    share = 1.0 if fraction is None else parse_fraction(fraction)
-    return share, None if limit is None else parse_size("--limit", limit)
-
-
-def read_names(path: str | None) -> list[str] | None:
-    """Return the names in a file, one per line, without empty lines; "-" is standard input, None returns None."""
-    if path is None:
-        return None
-    text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    return [line.strip() for line in text.splitlines() if line.strip()]

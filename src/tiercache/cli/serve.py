@@ -16,9 +16,8 @@ import typer
 from tiercache import config
 from tiercache.cache import Cache
 from tiercache.cache.serve import PeerService, ServerOptions, run_service, serve, server_block, wait_until_stopped
-from tiercache.cli.data_sets import open_data_set_store
-from tiercache.cli.options import check_size
-from tiercache.cli.output import FAILED, Output, count
+from tiercache.cli.common import FAILED, Output, count
+from tiercache.cli.data import open_data_set_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ def print_config(output: Output, request: ServeRequest) -> None:
     """Print nginx's `server` block. Raises ValueError without a socket, whose path is part of the block."""
     if request.socket is None:
         raise ValueError("--print-config needs --socket PATH: `tiercache serve --socket PATH` then runs beside nginx")
-    with Cache.default(path=request.cache_dir, size=check_size("--cache-size", request.cache_size), peers=False) as one:
+    with Cache.default(path=request.cache_dir, size=request.cache_size, peers=False) as one:
         text = server_block(_server_options(one, request, request.socket))
     if output.as_json:
         output.event("config", {"nginx": text})
@@ -57,7 +56,7 @@ def run(output: Output, request: ServeRequest) -> None:
     """
     if not request.urls:
         raise ValueError("serve needs at least one DATASET: only what is named is fetched for other machines")
-    size = check_size("--cache-size", request.cache_size)
+    size = request.cache_size
     with ExitStack() as stack, _stopped_by_sigterm() as stop:
         cache = stack.enter_context(Cache.default(path=request.cache_dir, size=size, peers=False))
         reading = stack.enter_context(Cache.default(path=request.cache_dir, size=size))

@@ -15,13 +15,12 @@ from tiercache.cache.partial import REQUEST_BYTES
 from tiercache.cache.policy import POLICIES
 from tiercache.cache.simulate import Trace, bound, read_trace
 from tiercache.cache.simulate import simulate as simulate_cache
-from tiercache.cli.data_sets import open_data_set, open_data_set_store
-from tiercache.cli.options import parse_rate, parse_size
-from tiercache.cli.output import Output, count
+from tiercache.cli.common import Output, count, errors_name, parse_size
+from tiercache.cli.data import open_data_set, open_data_set_store
 from tiercache.cli.selection import Training, epoch_reads
 from tiercache.distribution import install_command
 from tiercache.errors import TierCacheError
-from tiercache.model import format_bytes
+from tiercache.model import format_bytes, parse_bytes
 from tiercache.prices import GB
 
 if TYPE_CHECKING:
@@ -293,6 +292,15 @@ def parse_costs(egress: float, request: float, rate: str | None, train_rate: str
     fetch = None if rate is None else parse_rate("--rate", rate)
     read = None if train_rate is None else parse_rate("--train-rate", train_rate)
     return SimulationCosts(egress, request, fetch, read)
+
+
+def parse_rate(option: str, text: str) -> int:
+    """Return the bytes per second that "200MB/s" or "200MB" names."""
+    with errors_name(option):
+        rate = parse_bytes(text.strip().removesuffix("/s"))
+    if rate < 1:
+        raise ValueError(f"{option} must be at least 1 byte per second, got {text!r}")
+    return rate
 
 
 def _policies(names: Sequence[str] | None) -> list[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from tiercache.cli.options import DryRun, Rules, Yes, argument, flag, option
-from tiercache.cli.output import Output
+from tiercache.cli.common import DryRun, Output, Rules, Yes, argument, flag, option, verb
 
 Rows = Annotated[int, option("--rows -n", "N", "Number of moves and of refusals to show; 0: all.", min=0)]
 
 
+@verb(after_ctrl_c="nothing was changed; run the same command again")
 def check(
     output: Output,
     rules: Rules = None,
@@ -33,6 +33,7 @@ def check(
         tier_verbs.check_tiers(output, rules)
 
 
+@verb(after_ctrl_c="nothing was changed; run the same command again")
 def plan(
     output: Output,
     out: Annotated[
@@ -52,6 +53,7 @@ def plan(
     tier_verbs.plan(output, rules, out, rows)
 
 
+@verb(after_ctrl_c="finished moves stay, nothing was lost; the same command continues from there")
 def apply(
     output: Output,
     plan: Annotated[Path, argument("PLAN", "Plan file that `tiercache tier plan --out` wrote.")],
@@ -73,6 +75,7 @@ def apply(
     tier_verbs.apply(output, plan, rules, rows, yes=yes, dry_run=dry_run)
 
 
+@verb(after_ctrl_c="finished moves stay, nothing was lost; the same command continues from there")
 def run(
     output: Output,
     once: Annotated[bool, flag("--once", "Required: run once, and do not stay resident.")] = False,
@@ -99,6 +102,7 @@ def run(
     tier_verbs.run(output, rules, rows, yes=yes, dry_run=dry_run)
 
 
+@verb(after_ctrl_c="nothing was changed; run the same command again")
 def ls(
     output: Output,
     path: Annotated[
@@ -116,6 +120,7 @@ def ls(
     tier_verbs.ls(output, rules, path)
 
 
+@verb(after_ctrl_c="requested restores go on, finished copies stay; the same command continues from there")
 def get(
     output: Output,
     what: Annotated[
@@ -156,6 +161,7 @@ def get(
     tier_recall.get(output, what, rules, options)
 
 
+@verb(after_ctrl_c="nothing was changed; run the same command again")
 def init(
     output: Output,
     folder: Annotated[str, argument("FOLDER", "Folder or URL that is scanned: the first tier of the rule file.")],

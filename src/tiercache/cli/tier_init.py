@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from tiercache import config
-from tiercache.cli.output import Output
+from tiercache.cli.common import Output
 from tiercache.tier.rules import load_rule_file
 
 _TEXT = """\

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import typer
 from numpy.typing import NDArray
 
+from tiercache.cli.common import PARTIAL, PENDING, Output, confirm, count, parse_age
 from tiercache.cli.open_tiers import (
     OpenTiers,
     format_dollars,
@@ -25,8 +26,6 @@ from tiercache.cli.open_tiers import (
     select_paths,
     tier_path,
 )
-from tiercache.cli.options import parse_age
-from tiercache.cli.output import PARTIAL, PENDING, Output, confirm, count
 from tiercache.cli.tier_verbs import execute_plan, parse_speed, print_moves, print_refusals, print_stopped
 from tiercache.errors import NotFound
 from tiercache.model import format_bytes

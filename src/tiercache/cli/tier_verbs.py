@@ -15,6 +15,7 @@ import pyarrow as pa
 import typer
 from numpy.typing import NDArray
 
+from tiercache.cli.common import FAILED, PARTIAL, PENDING, UNCONFIRMED, Output, confirm, count, printable
 from tiercache.cli.open_tiers import (
     STATE_NAMES,
     OpenTiers,
@@ -33,7 +34,6 @@ from tiercache.cli.open_tiers import (
     split_tier,
     tier_path,
 )
-from tiercache.cli.output import FAILED, PARTIAL, PENDING, UNCONFIRMED, Output, confirm, count, printable
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo, format_bytes
 from tiercache.prices import SPEEDS, Prices, Speed, price_notes, price_table

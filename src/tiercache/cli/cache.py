@@ -1,4 +1,4 @@
-"""The verbs of the cache: warm, evict, pin, unpin, status; and verify, for data sets and their cached copies."""
+"""The verbs of the cache: warm, evict, unpin, status; and verify, for data sets and their cached copies."""
 
 from __future__ import annotations
 
@@ -11,18 +11,42 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tiercache import config
-from tiercache.cache import Cache, CachedStore, Entry, WarmReport
-from tiercache.cli.data_sets import OpenDataSet, open_data_set, open_data_set_store, shorten
-from tiercache.cli.options import check_size, parse_size
-from tiercache.cli.output import CORRUPT, PARTIAL, Output, confirm, count
-from tiercache.cli.selection import ShardSelection
+from tiercache.cache import Cache, Entry
+from tiercache.cli.common import (
+    CORRUPT,
+    PARTIAL,
+    CacheDir,
+    CacheSize,
+    Columns,
+    DryRun,
+    Exclude,
+    Include,
+    Jobs,
+    Output,
+    StorageOptions,
+    Url,
+    VersionNumber,
+    Yes,
+    argument,
+    confirm,
+    count,
+    flag,
+    option,
+    parse_age,
+    parse_columns,
+    parse_fraction,
+    parse_size,
+    verb,
+)
+from tiercache.cli.data import OpenDataSet, open_data_set, open_data_set_store, shorten
+from tiercache.cli.selection import Placement, ShuffleGroup, Streams, parse_training, select_shards
 from tiercache.errors import CorruptShard, StoreError
-from tiercache.model import ByteRange, ShardIdentity, format_bytes
+from tiercache.model import ByteRange, format_bytes
 from tiercache.pack.files import selected
 from tiercache.shard.read.source import column_ranges, fetch_footer
 from tiercache.shard.read.verify import Finding, ShardCheck, check_shards, finding_of, open_whole
@@ -34,7 +58,117 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.cache.check import CheckProgress, CopyCheck
-    from tiercache.cli.output import Advance
+    from tiercache.cli.common import Advance
+
+
+@contextmanager
+def open_existing_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
+    """Open a cache that exists; FileNotFoundError if its folder does not, which is not created."""
+    path = Path(config.load(cache_dir=folder).cache_dir).expanduser().absolute()
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"there is no cache at {path}: a job that reads from a store, or `tiercache warm`, creates one; to name "
+            "another folder, use --cache or TIERCACHE_CACHE_DIR"
+        )
+    with Cache.default(path=folder, size=size) as cache:
+        yield cache
+
+
+@verb(after_ctrl_c="fetched shards stay in the cache; the same command continues from there")
+def warm(
+    output: Output,
+    url: Url,
+    fraction: Annotated[
+        str | None,
+        option(
+            "--fraction",
+            "FRACTION",
+            "Fetch only this fraction of the selected bytes, from the first shard on, e.g. 25%.",
+        ),
+    ] = None,
+    limit: Annotated[
+        str | None,
+        option("--limit", "SIZE", "Fetch only this many of the selected bytes, from the first shard on, e.g. 200GB."),
+    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    columns: Columns = None,
+    seed: Annotated[
+        int | None, option("--seed", "N", "Seed of the training's shuffle, as in LoaderOptions(seed=N).")
+    ] = None,
+    rank: Annotated[
+        list[str] | None,
+        option("--rank", "R/W", "Fetch only what these ranks read: RANK/RANKS, e.g. 3/8 or 0-3/8. May be repeated."),
+    ] = None,
+    streams: Streams = None,
+    placement: Placement = None,
+    shuffle_group: ShuffleGroup = None,
+    at: VersionNumber = None,
+    pin: Annotated[bool, flag("--pin", "Pin the copies: they are not evicted until `tiercache unpin`.")] = False,
+    jobs: Jobs = 4,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = None,
+    storage_option: StorageOptions = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Copy a data set, or a part of it, from its store into the cache.
+
+    The exit code is 0 only if all of it is cached. With --seed, the shards are fetched in the order in which a training
+    reads them: --rank selects the ranks, and --limit the amount.
+    """
+    if fraction is not None and limit is not None:
+        raise ValueError("--fraction and --limit cannot be combined: give one of them")
+    if pin and columns is not None:
+        raise ValueError("--pin keeps whole copies, and cannot be combined with --columns")
+    training = parse_training(seed, rank, streams, placement, shuffle_group)
+    part = 1.0 if fraction is None else parse_fraction(fraction)
+    limit_bytes = None if limit is None else parse_size("--limit", limit)
+    names = parse_columns(columns)
+    with (
+        Cache.default(path=cache_dir, size=cache_size) as cache,
+        open_data_set_store(url, storage_option) as inner,
+    ):
+        if isinstance(inner, LocalStore) and cache_dir is None:
+            raise ValueError(
+                f"{inner.url}: a local folder is read in place and needs no cache; give --cache DIR to copy it anyway"
+            )
+        data_set = open_data_set(inner, at)
+        shards = select_shards(data_set.shards, include, exclude, training, part, limit_bytes)
+        dataset_id = data_set.version.dataset_id
+        objects = [(ref.key, ref.identity(dataset_id)) for ref in data_set.version.segments]
+        objects += data_set.shards.objects(dataset_id, shards)
+        ranges: Mapping[str, Sequence[ByteRange]] = {}
+        if names is not None:
+            with output.count_progress("reading footers") as advance:
+                ranges = read_column_ranges(data_set, shards, names, advance)
+        store = cache.store(inner)
+        n_bytes = sum(
+            sum(r.n_bytes for r in ranges[key]) if key in ranges else identity.n_bytes for key, identity in objects
+        )
+        facts: dict[str, Any] = {"url": store.url, "objects": len(objects), "bytes": n_bytes}
+        in_part = f" ({len(ranges):,} of them in part)" if ranges else ""
+        text = f"{count(len(objects), 'object')}{in_part}, {format_bytes(n_bytes)}"
+        if dry_run:
+            plan = cache.plan_warm(store, objects, ranges=ranges)
+            n_missing = len(plan.missing)
+            facts |= {"fetched": n_missing, "bytes_fetched": plan.missing_bytes, "fits": plan.fits, "dry_run": True}
+            short = "" if plan.fits else "; the cache has not enough space for them"
+            missing = f"{count(n_missing, 'object')}, {format_bytes(plan.missing_bytes)}"
+            output.summary(facts, f"would fetch {missing}{f', and pin {text}' if pin else ''}{short}")
+            return
+        with output.byte_progress("warming") as advance:
+            report = cache.warm(
+                store,
+                objects,
+                ranges=ranges,
+                jobs=jobs or config.available_cpus(),
+                on_progress=lambda p: advance(p.bytes_done, p.bytes_wanted),
+            )
+        if pin:
+            cache.pin(store, objects)
+    facts |= {"fetched": report.n_fetched, "bytes_fetched": report.bytes_fetched}
+    fetched = f"{format_bytes(report.bytes_fetched)} of them fetched now"
+    output.summary(facts, f"{text} are {'pinned in' if pin else 'in'} the cache, {fetched}")
 
 
 # Footers are a few KiB, so the time to read them is round trips.
@@ -66,132 +200,12 @@ def read_column_ranges(
     return ranges
 
 
-@contextmanager
-def open_existing_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
-    """Open a cache that exists, as open_cache() does.
-
-    Raises:
-        FileNotFoundError: The folder does not exist. It is not created.
-    """
-    path = Path(config.load(cache_dir=folder).cache_dir).expanduser().absolute()
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"there is no cache at {path}: a job that reads from a store, or `tiercache warm`, creates one; to name "
-            "another folder, use --cache or TIERCACHE_CACHE_DIR"
-        )
-    with open_cache(folder, size) as cache:
-        yield cache
-
-
-@contextmanager
-def open_cache(folder: str | None, size: str | None) -> Iterator[Cache]:
-    """Yield the cache that the options or the configuration name, and close it at the end."""
-    with Cache.default(path=folder, size=check_size("--cache-size", size)) as cache:
-        yield cache
-
-
-@dataclass(frozen=True, slots=True)
-class CopyRequest:
-    """The part of a data set that warm or pin copies, and the cache; None: the newest version, all columns, default."""
-
-    url: str
-    choice: ShardSelection
-    at: int | None
-    columns: list[str] | None
-    storage_options: Sequence[str] | None
-    cache_dir: str | None
-    cache_size: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class _CopySet:
-    """Objects to copy into a cache, and the byte ranges that suffice by key; other objects are copied as a whole."""
-
-    cache: Cache
-    store: CachedStore
-    objects: list[tuple[str, ShardIdentity]]
-    ranges: Mapping[str, Sequence[ByteRange]]
-
-    def describe(self) -> tuple[dict[str, Any], str]:
-        """Return the objects for JSON output and for people."""
-        n_bytes = sum(
-            sum(r.n_bytes for r in self.ranges[key]) if key in self.ranges else identity.n_bytes
-            for key, identity in self.objects
-        )
-        in_part = f" ({len(self.ranges):,} of them in part)" if self.ranges else ""
-        text = f"{count(len(self.objects), 'object')}{in_part}, {format_bytes(n_bytes)}"
-        return {"url": self.store.url, "objects": len(self.objects), "bytes": n_bytes}, text
-
-    def fetch(self, output: Output, label: str, jobs: int) -> WarmReport:
-        """Copy all objects into the cache, with a progress bar."""
-        with output.byte_progress(label) as advance:
-            return self.cache.warm(
-                self.store,
-                self.objects,
-                ranges=self.ranges,
-                jobs=jobs or config.available_cpus(),
-                on_progress=lambda p: advance(p.bytes_done, p.bytes_wanted),
-            )
-
-
-@contextmanager
-def _open_copy_set(output: Output, request: CopyRequest) -> Iterator[_CopySet]:
-    """Yield the selected objects, while the cache and the data set's store are open."""
-    with (
-        open_cache(request.cache_dir, request.cache_size) as cache,
-        open_data_set_store(request.url, request.storage_options) as inner,
-    ):
-        if isinstance(inner, LocalStore) and request.cache_dir is None:
-            raise ValueError(
-                f"{inner.url}: a local folder is read in place and needs no cache; give --cache DIR to copy it anyway"
-            )
-        data_set = open_data_set(inner, request.at)
-        shards = request.choice.shards(data_set.shards)
-        dataset_id = data_set.version.dataset_id
-        objects = [(ref.key, ref.identity(dataset_id)) for ref in data_set.version.segments]
-        objects += data_set.shards.objects(dataset_id, shards)
-        ranges: Mapping[str, Sequence[ByteRange]] = {}
-        if request.columns is not None:
-            with output.count_progress("reading footers") as advance:
-                ranges = read_column_ranges(data_set, shards, request.columns, advance)
-        yield _CopySet(cache, cache.store(inner), objects, ranges)
-
-
-def warm(output: Output, request: CopyRequest, jobs: int, *, dry_run: bool) -> None:
-    """Copy the selected objects into the cache, or print what would be fetched."""
-    with _open_copy_set(output, request) as copies:
-        facts, text = copies.describe()
-        if dry_run:
-            plan = copies.cache.plan_warm(copies.store, copies.objects, ranges=copies.ranges)
-            n_missing = len(plan.missing)
-            facts |= {"fetched": n_missing, "bytes_fetched": plan.missing_bytes, "fits": plan.fits, "dry_run": True}
-            short = "" if plan.fits else "; the cache has not enough space for them"
-            missing = f"{count(n_missing, 'object')}, {format_bytes(plan.missing_bytes)}"
-            output.summary(facts, f"would fetch {missing}{short}")
-            return
-        report = copies.fetch(output, "warming", jobs)
-        facts |= {"fetched": report.n_fetched, "bytes_fetched": report.bytes_fetched}
-        fetched = f"{format_bytes(report.bytes_fetched)} of them fetched now"
-        output.summary(facts, f"{text} are in the cache, {fetched}")
-
-
-def pin(output: Output, request: CopyRequest, jobs: int, *, dry_run: bool) -> None:
-    """Copy the selected objects into the cache and pin them, or print what would be pinned."""
-    with _open_copy_set(output, request) as copies:
-        facts, text = copies.describe()
-        if dry_run:
-            output.summary(facts | {"dry_run": True}, f"would pin {text}")
-            return
-        report = copies.fetch(output, "pinning", jobs)
-        copies.cache.pin(copies.store, copies.objects)
-        output.summary(facts | {"bytes_fetched": report.bytes_fetched}, f"pinned {text}")
-
-
 # Facts that are printed as tables or lines of their own, and not in the summary.
 _ROWS = ("holders", "plans", "poisoned_now", "figures")
 
 
-def status(output: Output, cache_dir: str | None, cache_size: str | None) -> None:
+@verb(after_ctrl_c="nothing was changed; run the same command again")
+def status(output: Output, cache_dir: CacheDir = None, cache_size: CacheSize = None) -> None:
     """Show what the cache holds, who uses it, and damage found in it."""
     with open_existing_cache(cache_dir, cache_size) as cache:
         facts, entries = cache.status(), cache.entries()
@@ -295,8 +309,8 @@ def data_set_url(source: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class CacheScope:
-    """Copies in a cache that a verb is about; url None: those of all data sets.
+class Scope:
+    """Shards of a data set, or copies in a cache, that a verb is about; url None: those of all data sets.
 
     include and exclude are globs over names inside the data set: one of include, and none of exclude, must match.
     """
@@ -305,8 +319,6 @@ class CacheScope:
     include: Sequence[str] | None = None
     exclude: Sequence[str] | None = None
     storage_options: Sequence[str] | None = None
-    cache_dir: str | None = None
-    cache_size: str | None = None
 
     def entries(self, cache: Cache) -> list[Entry]:
         """Return the entries of the copies, least recently used first.
@@ -323,21 +335,6 @@ class CacheScope:
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class EvictLimits:
-    """Limits of an eviction; None: no limit. target_size: Size of the cache at which it ends, e.g. "200GB" or "50%"."""
-
-    older_than_s: float | None = None
-    larger_than_bytes: int | None = None
-    target_size: str | None = None
-
-    def matches(self, entry: Entry, now_s: float) -> bool:
-        """Return whether a copy is old and large enough. now_s: Time now, in seconds since the epoch."""
-        if self.larger_than_bytes is not None and entry.n_bytes <= self.larger_than_bytes:
-            return False
-        return self.older_than_s is None or now_s - entry.used_s > self.older_than_s
-
-
 def least_recently_used(entries: Sequence[Entry], used_bytes: int, target_bytes: int | None) -> list[Entry]:
     """Return the least recently used entries whose eviction leaves at most target_bytes in use; None: all entries."""
     if target_bytes is None:
@@ -351,18 +348,45 @@ def least_recently_used(entries: Sequence[Entry], used_bytes: int, target_bytes:
     return chosen
 
 
-def evict(output: Output, scope: CacheScope, limits: EvictLimits, *, yes: bool, dry_run: bool) -> None:
-    """Evict copies, or print what would be evicted.
+@verb(
+    after_ctrl_c="evicted copies are gone from the cache, nothing else changed; the same command continues from there"
+)
+def evict(
+    output: Output,
+    url: Annotated[str | None, argument("[URL]", "Data set whose cached copies are deleted.")] = None,
+    everything: Annotated[bool, flag("--all", "Instead of a URL: delete copies of all data sets.")] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    older_than: Annotated[
+        str | None,
+        option("--older-than", "AGE", "Only copies that were not read for this time, e.g. 7d."),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        option(
+            "--target-size", "SIZE", "Evict until the cache holds at most SIZE, e.g. 200GB, or 50% (of its size limit)."
+        ),
+    ] = None,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = None,
+    storage_option: StorageOptions = None,
+    yes: Yes = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Delete cached copies, least recently used first.
 
-    Raises:
-        typer.Exit: With PARTIAL if copies that should have been evicted are in use.
+    Pinned copies and copies in use stay. The store is never changed: deleted copies can be fetched again. The exit code
+    is 3 if copies that should have been deleted are in use.
     """
-    with open_existing_cache(scope.cache_dir, scope.cache_size) as cache:
+    if everything == (url is not None):
+        raise ValueError("evict takes a URL or --all")
+    used_before_s = float("inf") if older_than is None else time.time() - parse_age("--older-than", older_than)
+    scope = Scope(url, include, exclude, storage_option)
+    with open_existing_cache(cache_dir, cache_size) as cache:
         target_bytes = None
-        if limits.target_size is not None:
-            target_bytes = parse_size("--target-size", limits.target_size, whole_bytes=cache.limit_bytes)
-        now_s = time.time()
-        found = [entry for entry in scope.entries(cache) if limits.matches(entry, now_s)]
+        if target_size is not None:
+            target_bytes = parse_size("--target-size", target_size, whole_bytes=cache.limit_bytes)
+        found = [entry for entry in scope.entries(cache) if entry.used_s < used_before_s]
         free = [entry for entry in found if not entry.pinned]
         n_pinned = len(found) - len(free)
         chosen = least_recently_used(free, cache.stats()["bytes_used"], target_bytes)
@@ -391,9 +415,23 @@ def evict(output: Output, scope: CacheScope, limits: EvictLimits, *, yes: bool, 
         raise typer.Exit(PARTIAL)
 
 
-def unpin(output: Output, scope: CacheScope, *, dry_run: bool) -> None:
-    """Unpin copies, or print how many would be unpinned."""
-    with open_existing_cache(scope.cache_dir, scope.cache_size) as cache:
+@verb(after_ctrl_c="unpinned copies stay unpinned; the same command continues from there")
+def unpin(
+    output: Output,
+    url: Annotated[str | None, argument("[URL]", "Data set whose copies are unpinned.")] = None,
+    everything: Annotated[bool, flag("--all", "Instead of a URL: unpin all copies.")] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = None,
+    storage_option: StorageOptions = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Unpin cached copies, so that eviction may delete them."""
+    if everything == (url is not None):
+        raise ValueError("unpin takes a URL or --all")
+    with open_existing_cache(cache_dir, cache_size) as cache:
+        scope = Scope(url, include, exclude, storage_option)
         chosen = [entry.name for entry in scope.entries(cache) if entry.pinned]
         n = len(chosen) if dry_run else cache.unpin(chosen)
     facts = {"copies": n} | ({"dry_run": True} if dry_run else {})
@@ -419,7 +457,48 @@ def name_matches(entry: Entry, include: Sequence[str] | None, exclude: Sequence[
     return selected(path, include or (), exclude or ())
 
 
-def verify_cached(output: Output, scope: CacheScope, jobs: int, *, repair: bool) -> None:
+@verb(after_ctrl_c="repaired copies stay repaired, nothing else was changed; run the same command again")
+def verify(
+    output: Output,
+    url: Annotated[str | None, argument("[URL]", "Data set: a local path, or a URL such as s3://bucket/name.")] = None,
+    sample: Annotated[
+        str | None,
+        option("--sample", "FRACTION", "Check only this fraction of the shards, chosen at random, e.g. 5%."),
+    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    at: VersionNumber = None,
+    cached: Annotated[
+        bool,
+        flag("--cached", "Check the cached copies of the data set, not its store; without URL: all copies."),
+    ] = False,
+    repair: Annotated[bool, flag("--repair", "Like --cached, and fetch corrupt copies again.")] = False,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = None,
+    jobs: Jobs = 4,
+    storage_option: StorageOptions = None,
+) -> None:
+    """Check every byte of a data set, or of copies in the cache.
+
+    Of a data set, the manifest, the segments and the shards of one version are checked. The exit code is 4 if something
+    is corrupt and was not repaired.
+    """
+    jobs = jobs or config.available_cpus()
+    scope = Scope(url, include, exclude, storage_option)
+    if cached or repair or cache_dir is not None:
+        if sample is not None or at is not None:
+            raise ValueError("--sample and --at apply to data sets, and cannot be given for copies in the cache")
+        with open_existing_cache(cache_dir, cache_size) as cache:
+            _verify_cached(output, cache, scope, jobs, repair=repair)
+    elif url is None:
+        raise ValueError("verify needs a URL, or --cached, --repair or --cache DIR for copies in the cache")
+    else:
+        fraction = 1.0 if sample is None else parse_fraction(sample)
+        with open_data_set_store(url, storage_option) as store:
+            _verify_data_set(output, store, at, scope, fraction, jobs)
+
+
+def _verify_cached(output: Output, cache: Cache, scope: Scope, jobs: int, *, repair: bool) -> None:
     """Verify copies in the cache and print each corrupt one; with repair, fetch those again.
 
     Raises:
@@ -427,19 +506,17 @@ def verify_cached(output: Output, scope: CacheScope, jobs: int, *, repair: bool)
             repaired.
     """
     checked: list[CopyCheck] = []
-    with open_existing_cache(scope.cache_dir, scope.cache_size) as cache:
-        entries = scope.entries(cache)
-        total_bytes = sum(entry.n_bytes for entry in entries)
-        with output.byte_progress("verifying copies") as advance:
+    entries = scope.entries(cache)
+    total_bytes = sum(entry.n_bytes for entry in entries)
+    with output.byte_progress("verifying copies") as advance:
 
-            def on_progress(progress: CheckProgress) -> None:
-                checked.append(progress.last)
-                advance(sum(one.n_bytes for one in checked), total_bytes)
-                _print_copy(output, progress.last)
+        def on_progress(progress: CheckProgress) -> None:
+            checked.append(progress.last)
+            advance(sum(one.n_bytes for one in checked), total_bytes)
+            _print_copy(output, progress.last)
 
-            for names, store in _batches(entries, scope, repair=repair):
-                jobs = jobs or config.available_cpus()
-                cache.verify(names=names, repair=repair, store=store, jobs=jobs, on_progress=on_progress)
+        for names, store in _batches(entries, scope, repair=repair):
+            cache.verify(names=names, repair=repair, store=store, jobs=jobs, on_progress=on_progress)
     wrong = [one for one in checked if one.where]
     unknown = sum(one.state == "unknown" for one in checked)
     repaired, removed = sum(one.repaired for one in wrong), sum(one.removed for one in wrong)
@@ -455,7 +532,7 @@ def verify_cached(output: Output, scope: CacheScope, jobs: int, *, repair: bool)
         raise typer.Exit(CORRUPT if removed < len(wrong) else PARTIAL)
 
 
-def _batches(entries: Sequence[Entry], scope: CacheScope, *, repair: bool) -> Iterator[tuple[list[str], Store | None]]:
+def _batches(entries: Sequence[Entry], scope: Scope, *, repair: bool) -> Iterator[tuple[list[str], Store | None]]:
     """Yield names of copies, each list with the store to fetch corrupt ones from; None if they cannot be fetched."""
     if not repair:
         yield [entry.name for entry in entries], None
@@ -487,15 +564,13 @@ def _print_copy(output: Output, one: CopyCheck) -> None:
         output.event("copy", facts, f"{one.source or one.name}: {'; '.join(one.where)}{ending}")
 
 
-def verify_data_set(
+def _verify_data_set(
     output: Output,
-    url: str,
+    store: Store,
     at: int | None,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
+    scope: Scope,
     fraction: float,
     jobs: int,
-    storage_options: Sequence[str] | None,
 ) -> None:
     """Verify the manifest, the segments and a random fraction of the shards of one version, and print each damage.
 
@@ -503,29 +578,28 @@ def verify_data_set(
         typer.Exit: With CORRUPT if something is corrupt; with PARTIAL if a shard could not be read.
     """
     checks: list[ShardCheck] = []
-    with open_data_set_store(url, storage_options) as store:
-        try:
-            data_set = OpenDataSet(store, *open_whole(store, at))
-        except CorruptShard as error:
-            _print_finding(output, finding_of(error))
-            nothing = dict.fromkeys(("shards", "of", "bytes", "damaged", "unread"), 0)
-            facts = {"version": at, **nothing, "findings": 1}
-            output.summary(facts, "the data set cannot be opened: 1 finding")
-            raise typer.Exit(CORRUPT) from None
-        numbers = data_set.select(include, exclude)
-        if numbers:
-            numbers = sorted(secrets.SystemRandom().sample(numbers, max(1, round(fraction * len(numbers)))))
-        infos = [data_set.shards.info(i) for i in numbers]
-        total_bytes = sum(info.n_bytes for info in infos)
-        with output.byte_progress("verifying") as advance:
-            for check in check_shards(store, data_set.version, infos, jobs=jobs or config.available_cpus()):
-                checks.append(check)
-                advance(sum(c.info.n_bytes for c in checks), total_bytes)
-                for finding in check.findings:
-                    _print_finding(output, finding)
-                if check.error is not None:
-                    message = check.error.message
-                    output.event("unread", {"shard": check.info.name, "message": message}, message)
+    try:
+        data_set = OpenDataSet(store, *open_whole(store, at))
+    except CorruptShard as error:
+        _print_finding(output, finding_of(error))
+        nothing = dict.fromkeys(("shards", "of", "bytes", "damaged", "unread"), 0)
+        facts = {"version": at, **nothing, "findings": 1}
+        output.summary(facts, "the data set cannot be opened: 1 finding")
+        raise typer.Exit(CORRUPT) from None
+    numbers = data_set.select(scope.include, scope.exclude)
+    if numbers:
+        numbers = sorted(secrets.SystemRandom().sample(numbers, max(1, round(fraction * len(numbers)))))
+    infos = [data_set.shards.info(i) for i in numbers]
+    total_bytes = sum(info.n_bytes for info in infos)
+    with output.byte_progress("verifying") as advance:
+        for check in check_shards(store, data_set.version, infos, jobs=jobs):
+            checks.append(check)
+            advance(sum(c.info.n_bytes for c in checks), total_bytes)
+            for finding in check.findings:
+                _print_finding(output, finding)
+            if check.error is not None:
+                message = check.error.message
+                output.event("unread", {"shard": check.info.name, "message": message}, message)
     damaged = sum(bool(check.findings) for check in checks)
     unread = sum(check.error is not None for check in checks)
     n_bytes = sum(check.info.n_bytes for check in checks if check.error is None)

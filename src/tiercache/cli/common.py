@@ -1,0 +1,323 @@
+"""What the verbs share: their options, the parsers of option values, output, and exit codes.
+
+Results and a summary go to standard output; progress, questions and errors go to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import typer
+
+from tiercache.errors import TierCacheError
+from tiercache.model import parse_bytes, parse_duration
+from tiercache.waiting import fail_fast_if_unreachable
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+FAILED = 1
+USAGE = 2
+PARTIAL = 3
+CORRUPT = 4
+PENDING = 5
+UNCONFIRMED = 7
+INTERRUPTED = 130
+
+
+def option(flags: str, metavar: str | None, text: str, **more: Any) -> Any:
+    """Return typer's description of an option with a value. flags: Its names, separated by spaces."""
+    return typer.Option(*flags.split(), metavar=metavar, help=text, **more)
+
+
+def flag(flags: str, text: str) -> Any:
+    """Return typer's description of an option without a value."""
+    return option(flags, None, text)
+
+
+def argument(metavar: str, text: str) -> Any:
+    """Return typer's description of an argument."""
+    return typer.Argument(metavar=metavar, help=text)
+
+
+Url: TypeAlias = Annotated[str, argument("URL", "Data set: a local path, or a URL such as s3://bucket/name.")]
+DryRun: TypeAlias = Annotated[bool, flag("--dry-run", "Print what would be done, and change nothing.")]
+Yes: TypeAlias = Annotated[bool, flag("--yes -y", "Do not ask for confirmation.")]
+Jobs: TypeAlias = Annotated[
+    int, typer.Option("--jobs", "-j", min=0, help="Number of shards to process at a time; 0: one per CPU.")
+]
+Include: TypeAlias = Annotated[
+    list[str] | None,
+    option("--include", "GLOB", "Only names that match, e.g. '*.jpg' or 'train/**'. May be repeated."),
+]
+Exclude: TypeAlias = Annotated[list[str] | None, option("--exclude", "GLOB", "Skip names that match. May be repeated.")]
+VersionNumber: TypeAlias = Annotated[
+    int | None,
+    option("--at", "VERSION", "Number of the data set version to use; default: the newest."),
+]
+Columns: TypeAlias = Annotated[
+    str | None,
+    option("--columns", "A,B", "Names of the columns to use, in this order; default: all."),
+]
+StorageOptions: TypeAlias = Annotated[
+    list[str] | None,
+    option("--storage-option", "KEY=VALUE", "Option of the URL's store, e.g. region=eu-central-1. May be repeated."),
+]
+CacheDir: TypeAlias = Annotated[
+    str | None, option("--cache", "DIR", "Folder of the cache; default: the configured folder.")
+]
+CacheSize: TypeAlias = Annotated[
+    str | None,
+    option("--cache-size", "SIZE", "Size limit of the cache, e.g. 200GB, or 80% (of its disk)."),
+]
+Rules: TypeAlias = Annotated[
+    Path | None,
+    option("--rules", "FILE", "Rule file; default: the nearest tiercache.toml, from this folder upwards."),
+]
+
+
+def parse_storage_options(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """Return the options that KEY=VALUE texts give. true, false and {JSON objects} are parsed; other values stay text.
+
+    Numbers stay text, because a key or an account name may look like a number; back ends parse numbers from text.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs or ():
+        key, found, text = pair.partition("=")
+        if not found or not key:
+            raise ValueError("--storage-option takes KEY=VALUE, e.g. region=eu-central-1")
+        with errors_name(f"--storage-option {key}: not a JSON object"):
+            options[key] = json.loads(text) if text in ("true", "false") or text.startswith("{") else text
+    return options
+
+
+def parse_columns(text: str | None) -> list[str] | None:
+    """Return the column names in "a,b", or None for None."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ValueError(f"--columns takes names separated by commas, got {text!r}")
+    return names
+
+
+def parse_fraction(text: str) -> float:
+    """Return the fraction, 0 to 1, that "25%" or "0.25" names."""
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ValueError(f"a fraction is from 0% to 100%, got {text!r}")
+    return share
+
+
+@contextmanager
+def errors_name(option: str) -> Iterator[None]:
+    """Let a ValueError in the block name the option."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
+
+
+def parse_size(option: str, text: str, *, whole_bytes: int | None = None) -> int:
+    """Return the bytes of a size: "200GB", or "25%" of whole_bytes. A ValueError names the option."""
+    with errors_name(option):
+        return parse_bytes(text, whole_bytes=whole_bytes)
+
+
+def parse_age(option: str, text: str) -> float:
+    """Return the seconds of a duration such as "7d". A ValueError names the option."""
+    with errors_name(option):
+        return parse_duration(text)
+
+
+# Line ends, control characters and text direction marks: file names may contain them, and a terminal would obey them.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+Advance: TypeAlias = Callable[[int, int], None]
+"""Callback of a progress bar; its arguments are the amount done and the total."""
+
+
+def printable(text: str) -> str:
+    """Return text as one line, with escapes for control characters and text direction marks."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Prints results for people, or as JSON objects for programs, one per line, each with its kind in `event`.
+
+    quiet: Whether progress and the summary are left out.
+    """
+
+    as_json: bool = False
+    quiet: bool = False
+
+    def event(self, event: str, facts: Mapping[str, Any], text: str | None = None) -> None:
+        """Print one result: facts as JSON, or for people text as one line without control characters; None: no line."""
+        if self.as_json:
+            typer.echo(json.dumps({"event": event, **facts}, ensure_ascii=False, default=str))
+        elif text is not None:
+            typer.echo(printable(text))
+
+    def table(self, event: str, rows: Sequence[Mapping[str, Any]], texts: Sequence[Mapping[str, str]]) -> None:
+        """Print results of one kind: rows as JSON objects, or texts as a table whose head is their keys."""
+        if self.as_json:
+            for row in rows:
+                self.event(event, row)
+        elif texts:
+            for line in aligned([list(texts[0]), *([printable(cell) for cell in text.values()] for text in texts)]):
+                typer.echo(line)
+
+    def summary(self, facts: Mapping[str, Any], text: str) -> None:
+        """Print the last line: facts as JSON, or text for people unless quiet."""
+        if self.as_json or not self.quiet:
+            self.event("summary", facts, text)
+
+    def byte_progress(self, doing: str) -> AbstractContextManager[Advance]:
+        """Show a progress bar of bytes on standard error while the block runs, if that is a terminal and not quiet."""
+        return self._bar(doing, lambda p: [p.DownloadColumn(binary_units=True), p.TransferSpeedColumn()])
+
+    def count_progress(self, doing: str) -> AbstractContextManager[Advance]:
+        """Show a progress bar of a count of items, under the same conditions as byte_progress()."""
+        return self._bar(doing, lambda p: [p.MofNCompleteColumn()])
+
+    @contextmanager
+    def _bar(self, doing: str, figures: Callable[[ModuleType], list[Any]]) -> Iterator[Advance]:
+        if self.quiet or not sys.stderr.isatty():
+            yield lambda _done, _total: None
+            return
+        # Imported only where a bar is shown, because rich costs each start of the command 20 ms.
+        from rich import console, progress
+
+        columns = [progress.TextColumn("{task.description}"), progress.BarColumn(), *figures(progress)]
+        stderr = console.Console(stderr=True)
+        with progress.Progress(*columns, progress.TimeRemainingColumn(), console=stderr, transient=True) as bar:
+            task = bar.add_task(doing, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return one line per row, with aligned columns; a column of numbers or sizes is right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    right = [all(cell[:1].isdigit() or not cell for cell in column) for column in zip(*rows[1:], strict=True)]
+    right = right or [False] * len(widths)
+    return [
+        "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def count(n: int, one: str, many: str = "") -> str:
+    """Return a number with its noun: "1 shard", "1,200 records"."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
+def confirm(question: str, otherwise: str) -> None:
+    """Ask at the terminal whether to continue; if not, print otherwise and exit with FAILED.
+
+    Raises:
+        ValueError: Standard input is no terminal.
+    """
+    if not sys.stdin.isatty():
+        raise ValueError("cannot ask for confirmation, because standard input is not a terminal; give --yes")
+    if not typer.confirm(question, err=True):
+        _print_line(otherwise)
+        raise typer.Exit(FAILED)
+
+
+_COMMON_OPTIONS = {
+    "as_json": Annotated[bool, flag("--json", "Print the results as JSON, one object per line.")],
+    "quiet": Annotated[bool, flag("--quiet -q", "Print neither progress nor a summary.")],
+    "verbose": Annotated[bool, flag("--verbose -v", "Also print the traceback of a failure.")],
+}
+
+
+def verb(*, after_ctrl_c: str) -> Callable[[Callable[..., object]], Callable[..., None]]:
+    """Make a function typer's command: with the options --json, --quiet and --verbose, which make its Output.
+
+    The first parameter of the function is output. Its errors become one line on standard error and an exit code. With
+    --verbose, the traceback precedes the line. Exceptions other than TierCacheError, ValueError, TypeError, OSError and
+    KeyboardInterrupt are bugs and keep their traceback, which a bug report needs.
+
+    after_ctrl_c: Advice that is printed after Ctrl-C.
+    """
+
+    def decorate(function: Callable[..., object]) -> Callable[..., None]:
+        def run(*, as_json: bool = False, quiet: bool = False, verbose: bool = False, **options: Any) -> None:
+            is_done = False
+            try:
+                with warnings.catch_warnings(), _shown_log(), fail_fast_if_unreachable():
+                    warnings.showwarning = show_warning
+                    is_done = function(Output(as_json, quiet), **options) is None
+            except BrokenPipeError:
+                raise  # the reader of the pipe closed it, e.g. head: typer ends without a message
+            except KeyboardInterrupt as error:  # has a text only if our own code raised it: that advice is more precise
+                advice = "everything was already done" if is_done else after_ctrl_c
+                _print_line(f"interrupted: {_one_line(error) or advice}")
+                raise typer.Exit(INTERRUPTED) from None
+            except (TierCacheError, ValueError, TypeError, OSError) as error:
+                if verbose:
+                    traceback.print_exc()
+                _print_line(f"error: {_one_line(error) or type(error).__name__}")
+                raise typer.Exit(exit_code_of(error)) from None
+
+        # Typer reads the options from the signature.
+        parameters = signature(function, eval_str=True).parameters.values()
+        own = [parameter for parameter in parameters if parameter.name != "output"]
+        common = [Parameter(n, Parameter.KEYWORD_ONLY, default=False, annotation=o) for n, o in _COMMON_OPTIONS.items()]
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *common)}
+        run.__signature__ = Signature([*own, *common])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+class _LogToStderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        show_warning(" ".join(record.getMessage().split()))
+
+
+@contextmanager
+def _shown_log() -> Iterator[None]:
+    """Print warnings of the library's log, e.g. of a long wait, in the same form as Python warnings."""
+    handler, logger = _LogToStderr(logging.WARNING), logging.getLogger("tiercache")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def exit_code_of(error: Exception) -> int:
+    """Return the exit code of an error: that of its class, USAGE for wrong arguments, else FAILED."""
+    if isinstance(error, TierCacheError):
+        return error.exit_code
+    return USAGE if isinstance(error, ValueError | TypeError) else FAILED
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _print_line(text: str) -> None:
+    typer.echo(f"tiercache: {text}", err=True)
+
+
+def show_warning(message: Warning | str, *_rest: object, **_named: object) -> None:
+    """Print a warning on standard error, in the form of warnings.showwarning()."""
+    _print_line(f"warning: {message}")

@@ -1,0 +1,480 @@
+"""The verbs that read or write one data set: pack, info, head and export."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from threading import Lock
+from typing import Annotated, Any, TypeAlias
+
+import numpy as np
+import typer
+
+from tiercache.cli.common import (
+    Columns,
+    DryRun,
+    Exclude,
+    Include,
+    Jobs,
+    Output,
+    StorageOptions,
+    Url,
+    VersionNumber,
+    argument,
+    count,
+    flag,
+    option,
+    parse_columns,
+    parse_storage_options,
+    printable,
+    verb,
+)
+from tiercache.errors import NotFound, StoreError
+from tiercache.model import format_bytes
+from tiercache.pack import PackOptions, PackPlan, plan_pack, plan_split_folders, run_packs
+from tiercache.pack.files import SkippedFile, selected
+from tiercache.pack.parquet import Export, ExportOptions
+from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.schema import Column, Image, Kind, Ragged, Tensor, UserType
+from tiercache.shard.versions.manifest import Version, latest, list_versions, read_shards, read_version
+from tiercache.shard.versions.segments import ShardTable
+from tiercache.store import Store, open_store, redact, split_url
+from tiercache.store.placement.redirecting_store import follow_placement
+
+
+@dataclass(frozen=True)
+class OpenDataSet:
+    """A version of a data set with its shard table, and the store that holds it."""
+
+    store: Store
+    version: Version
+    shards: ShardTable
+
+    def select(self, include: Sequence[str] | None, exclude: Sequence[str] | None = None) -> list[int]:
+        """Return the numbers of the shards whose names match the globs."""
+        names = self.shards.names.to_pylist()
+        return [i for i, name in enumerate(names) if selected(name, include or (), exclude or ())]
+
+
+@contextmanager
+def open_data_set_store(url: str, storage_options: Sequence[str] | None) -> Iterator[Store]:
+    """Yield the store of a data set's URL, and close it at the end. It finds shards that were moved to other tiers."""
+    options = parse_storage_options(storage_options)
+    with closing(follow_placement(open_store(url, **options), options)) as store:
+        yield store
+
+
+def open_data_set(store: Store, number: int | None = None) -> OpenDataSet:
+    """Return the version of the data set in store with this number; None: the newest."""
+    version = latest(store) if number is None else read_version(store, number)
+    return OpenDataSet(store, version, read_shards(store, version))
+
+
+@verb(after_ctrl_c="nothing was committed and nothing needs to be cleaned up; run the same command again")
+def pack(
+    output: Output,
+    source: Annotated[str, argument("SOURCE", "Input: a file, a folder or a glob, as a path or a URL.")],
+    url: Url,
+    kind: Annotated[
+        str | None,
+        option("--kind", "KIND", "Kind of the input: images, parquet or jsonl; default: from the file names."),
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        option("--column", "NAME=TYPE", "Type of a column, e.g. label=int64; see `tiercache info`. May be repeated."),
+    ] = None,
+    mode: Annotated[
+        str,
+        option("--mode", "MODE", "create (a new data set), append (add records) or overwrite (replace all records)."),
+    ] = "create",
+    shard_size: Annotated[str, option("--shard-size", "SIZE", "Target size of a shard.")] = "128MiB",
+    block_size: Annotated[
+        str,
+        option(
+            "--block-size",
+            "SIZE",
+            "Target size of a block, uncompressed; a block is the unit of reading and shuffling.",
+        ),
+    ] = "1MiB",
+    compression: Annotated[
+        str, option("--compression", "CODEC", "Compression: auto, none, zstd or zstd:LEVEL.")
+    ] = "auto",
+    jobs: Annotated[int, option("--jobs -j", None, "Number of processes; 0: one per CPU.", min=0)] = 1,
+    include: Include = None,
+    exclude: Exclude = None,
+    split_folders: Annotated[
+        bool,
+        flag("--split-folders", "Pack each folder in SOURCE, such as train and val, as the data set URL/FOLDER."),
+    ] = False,
+    storage_option: StorageOptions = None,
+    source_option: Annotated[
+        list[str] | None,
+        option(
+            "--source-option", "KEY=VALUE", "Option of the source's store, e.g. region=eu-central-1. May be repeated."
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Convert images, Parquet files or JSON lines into a data set.
+
+    SOURCE is a folder of images with one sub-folder per class, or names Parquet files or JSON lines. An interrupted run
+    commits nothing.
+    """
+    options = PackOptions(
+        kind=kind,  # type: ignore[arg-type]  # PackOptions checks what the text is
+        schema=parse_types(column) or None,
+        mode=mode,  # type: ignore[arg-type]
+        shard_size=shard_size,
+        block_size=block_size,
+        compression=compression,
+        jobs=jobs,
+        include=include or (),
+        exclude=exclude or (),
+        storage_options=parse_storage_options(storage_option),
+        source_options=parse_storage_options(source_option),
+    )
+    plans = plan_split_folders(source, url, options) if split_folders else [plan_pack(source, url, options)]
+    _print_skipped(output, [one for plan in plans for one in plan.skipped])
+    versions: list[Version] = []
+    try:
+        if dry_run:
+            results = [_print_plan(output, plan) for plan in plans]
+        else:
+            with output.byte_progress("packing") as advance:
+                versions = run_packs(plans, lambda done: advance(done.n_bytes, done.total_bytes))
+            results = [_version_result(redact(plan.url), v) for plan, v in zip(plans, versions, strict=True)]
+        more = {"dry_run": True} if dry_run else {}
+        if not split_folders:
+            output.summary(results[0][0] | more, results[0][1])
+            return
+        for one, text in results:
+            output.event("data_set", one, text)
+        n_bytes = sum(one["bytes"] for one, _ in results)
+        facts = {"url": redact(url), "data_sets": len(results), "bytes": n_bytes} | more
+        output.summary(facts, f"{count(len(results), 'data set')}, {format_bytes(n_bytes)}")
+    except KeyboardInterrupt as error:
+        if not versions:
+            raise
+        named = ", ".join(f"version {version.number}" for version in versions)
+        raise KeyboardInterrupt(f"{named} is committed and complete") from error
+
+
+_Result: TypeAlias = tuple[dict[str, Any], str]  # for JSON and for people
+_MOST_SKIPPED = 20
+
+
+def _print_skipped(output: Output, skipped: Sequence[SkippedFile]) -> None:
+    """Print the files that are not packed, with the reason: all of them as JSON, the first 20 for people."""
+    for i, one in enumerate(skipped):
+        text = f"left out: {one.path}: {one.reason}" if i < _MOST_SKIPPED else None
+        output.event("left_out", {"path": one.path, "reason": one.reason}, text)
+    if len(skipped) > _MOST_SKIPPED and not output.as_json:
+        output.event("left_out", {}, f"left out: {len(skipped) - _MOST_SKIPPED:,} more (--json names all)")
+
+
+def _print_plan(output: Output, plan: PackPlan) -> _Result:
+    """Print the columns, and return what would be done."""
+    for column in plan.source.schema.columns:
+        output.event("column", {"name": column.name, "type": str(column)}, f"{column.name}: {column}")
+    mode, url, processes = plan.options.mode, redact(plan.url), count(plan.n_processes, "process", "processes")
+    facts = {"url": url, "mode": mode, "bytes": plan.total_bytes, "processes": plan.n_processes}
+    return facts, f"would {mode} {url} from {format_bytes(plan.total_bytes)} of source, in {processes}"
+
+
+def _version_result(url: str, version: Version) -> _Result:
+    facts = {name: value for name, value in _version_facts(version).items() if name not in ("kind", "created")}
+    text = (
+        f"{count(version.n_records, 'record')} in {count(version.n_shards, 'shard')}, {format_bytes(version.n_bytes)}"
+    )
+    return {"url": url, **facts}, f"{url}: version {version.number} has {text}"
+
+
+_TYPE = re.compile(r"(?P<name>\w+)(?:\[(?P<shape>[^\]]*)\]|<(?P<encoding>[^>]*)>)?(?P<nullable>\??)")
+
+
+def parse_types(pairs: Sequence[str] | None) -> dict[str, UserType]:
+    """Return column types by name from NAME=TYPE texts."""
+    types: dict[str, UserType] = {}
+    for pair in pairs or ():
+        name, found, text = pair.rpartition("=")
+        if not found or not name:
+            raise ValueError(f"--column takes NAME=TYPE, e.g. label=int64 or caption=str?, got {pair!r}")
+        types[name] = parse_type(text)
+    return types
+
+
+def parse_type(text: str) -> UserType:
+    """Return the column type that a text names, in the form that `info` prints. Raises ValueError, SchemaError."""
+    match = _TYPE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(
+            f"not a column type: {text!r}; examples are int64, str?, image<jpeg>, float32[3, 64], float32[*, 4]?"
+        )
+    nullable = bool(match["nullable"])
+    if match["encoding"] is not None and match["name"] == "image":
+        return Image(match["encoding"], nullable=nullable)
+    if match["shape"] is None:
+        return text.strip()
+    try:
+        shape = tuple(None if d.strip() == "*" else int(d) for d in match["shape"].split(","))
+    except ValueError as error:
+        raise ValueError(f"a shape consists of numbers, and * for a size that varies, got {text!r}") from error
+    fixed = tuple(d for d in shape if d is not None)
+    if len(fixed) == len(shape):
+        return Tensor(match["name"], fixed, nullable=nullable)
+    return Ragged(match["name"], shape, nullable=nullable)
+
+
+@verb(after_ctrl_c="nothing was changed; run the same command again")
+def info(
+    output: Output,
+    url: Url,
+    shards: Annotated[bool, flag("--shards", "List the shards, in record order.")] = False,
+    versions: Annotated[bool, flag("--versions", "List the versions of the data set.")] = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    at: VersionNumber = None,
+    storage_option: StorageOptions = None,
+) -> None:
+    """Show a data set's version, size and columns, or list its shards or versions.
+
+    --include and --exclude select shards to list.
+    """
+    with open_data_set_store(url, storage_option) as store:
+        if versions:
+            _list_versions(output, [read_version(store, number) for number in list_versions(store)])
+            return
+        data_set = open_data_set(store, at)
+    if shards or include or exclude:
+        _list_shards(output, data_set, data_set.select(include, exclude))
+    else:
+        _show_info(output, data_set)
+
+
+def _list_shards(output: Output, data_set: OpenDataSet, numbers: Sequence[int]) -> None:
+    chosen = [data_set.shards.info(i) for i in numbers]
+    rows, texts = [], []
+    for i in chosen:
+        facts = {"name": i.name, "id": i.shard_id, "records": i.n_records, "bytes": i.n_bytes, "crc32c": i.crc32c}
+        rows.append(facts)
+        size = format_bytes(i.n_bytes)
+        texts.append({"shard": i.name, "records": f"{i.n_records:,}", "size": size, "id": i.shard_id})
+    output.table("shard", rows, texts)
+    n_records, n_bytes = sum(i.n_records for i in chosen), sum(i.n_bytes for i in chosen)
+    facts = {"version": data_set.version.number, "shards": len(chosen), "records": n_records, "bytes": n_bytes}
+    text = f"{count(len(chosen), 'shard')}, {count(n_records, 'record')}, {format_bytes(n_bytes)}"
+    output.summary(facts, f"version {data_set.version.number}: {text}")
+
+
+def _list_versions(output: Output, versions: Sequence[Version]) -> None:
+    texts = [
+        {
+            "version": str(v.number),
+            "kind": v.kind,
+            "created": v.created,
+            "records": f"{v.n_records:,}",
+            "shards": f"{v.n_shards:,}",
+            "size": format_bytes(v.n_bytes),
+        }
+        for v in versions
+    ]
+    output.table("version", [_version_facts(v) for v in versions], texts)
+    output.summary({"versions": len(versions)}, count(len(versions), "version"))
+
+
+def _version_facts(version: Version) -> dict[str, Any]:
+    return {
+        "version": version.number,
+        "kind": version.kind,
+        "created": version.created,
+        "records": version.n_records,
+        "shards": version.n_shards,
+        "bytes": version.n_bytes,
+        "fingerprint": version.fingerprint,
+    }
+
+
+def _show_info(output: Output, data_set: OpenDataSet) -> None:
+    version = data_set.version
+    columns = [
+        {"name": column.name, "type": str(column)} | ({"classes": list(column.classes)} if column.classes else {})
+        for column in version.schema.columns
+    ]
+    facts: dict[str, Any] = {"url": data_set.store.url, "dataset_id": version.dataset_id} | _version_facts(version)
+    if output.as_json:
+        output.event("data_set", facts | {"columns": columns})
+        return
+    for name, value in (facts | {"bytes": format_bytes(version.n_bytes), "records": f"{version.n_records:,}"}).items():
+        typer.echo(f"{name.replace('_', ' '):12} {value}")
+    typer.echo("columns")
+    for column in version.schema.columns:
+        classes = column.classes or ()
+        counted = f", {len(classes)} classes" if classes else ""
+        typer.echo(printable(f"  {column.name}: {column}{counted}"))
+        for number, class_name in enumerate(classes):
+            typer.echo(printable(f"  {number:>{2 + len(str(len(classes) - 1))}}  {class_name}"))
+
+
+@verb(after_ctrl_c="nothing was changed; run the same command again")
+def head(
+    output: Output,
+    url: Url,
+    n: Annotated[int, option("-n", "N", "Number of records to show.", min=1)] = 5,
+    start: Annotated[int, option("--start", "I", "Index of the first record to show, counted from 0.", min=0)] = 0,
+    columns: Columns = None,
+    at: VersionNumber = None,
+    storage_option: StorageOptions = None,
+) -> None:
+    """Show some records of a data set.
+
+    Images are shown by their size, arrays by their first elements. Only the needed bytes are read.
+    """
+    with open_data_set_store(url, storage_option) as store:
+        data_set = open_data_set(store, at)
+        schema, first = data_set.version.schema, data_set.shards.first_record
+        names = list(schema.select(parse_columns(columns) or schema.names).names)
+        n_records = data_set.version.n_records
+        rows = range(start, max(start, min(start + n, n_records)))
+        for shard in range(int(np.searchsorted(first, start, side="right")) - 1, len(data_set.shards)):
+            some = range(max(start, int(first[shard])), min(rows.stop, int(first[shard + 1])))
+            if not some:
+                break
+            _show_shard(output, data_set, shard, some, names)
+    facts = {"version": data_set.version.number, "shown": len(rows), "records": n_records}
+    output.summary(facts, f"{len(rows)} of {count(n_records, 'record')}")
+
+
+def _show_shard(output: Output, data_set: OpenDataSet, shard: int, rows: range, names: list[str]) -> None:
+    info = data_set.shards.info(shard)
+    identity = info.identity(data_set.version.dataset_id)
+    with ShardReader(data_set.store, info.name, info=info, identity=identity) as reader:
+        indices = [reader.schema.index(name) for name in names]
+        within = np.arange(rows.start, rows.stop, dtype=np.int64) - data_set.shards.first_record[shard]
+        values = reader.take(within, indices)
+    width = max(map(len, names))
+    for i, row in enumerate(rows):
+        record = {v.column.name: (v.column, v.record(i)) for v in values}
+        if output.as_json:
+            output.event("record", {"index": row, "record": {name: json_value(*record[name]) for name in names}})
+        else:
+            lines = [f"  {name:{width}}  {format_value(*record[name])}" for name in names]
+            typer.echo("\n".join([f"record {row}", *lines]))
+
+
+_TEXT_CHARACTERS = 70
+_ELEMENTS = 6
+
+
+def format_value(column: Column, value: Any) -> str:
+    """Return one line for people: "<jpeg 12.3 KiB>" for images and bytes, first elements of arrays, long texts cut."""
+    if value is None:
+        return "null"
+    if column.kind in (Kind.IMAGE, Kind.BYTES):
+        return f"<{column.encoding or 'bytes'} {format_bytes(len(value))}>"
+    if column.kind is Kind.STR:
+        return shorten(json.dumps(value, ensure_ascii=False))
+    if column.shape:
+        array = _as_numpy(value)
+        first = ", ".join(str(element) for element in array.reshape(-1)[:_ELEMENTS].tolist())
+        more = ", ..." if array.size > _ELEMENTS else ""
+        return f"{column.dtype}{list(array.shape)} [{first}{more}]"
+    if column.kind in (Kind.SCALAR, Kind.BOOL):
+        number = _as_numpy(value).item()
+        name = f" ({column.classes[number]})" if column.classes and 0 <= number < len(column.classes) else ""
+        return f"{number}{name}"
+    return shorten(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def json_value(column: Column, value: Any) -> Any:
+    """Return the value as JSON can hold it: arrays as lists, images and bytes as text."""
+    if value is None:
+        return None
+    if column.kind in (Kind.IMAGE, Kind.BYTES):
+        return format_value(column, value)
+    if column.shape or column.kind in (Kind.SCALAR, Kind.BOOL):
+        return _as_numpy(value).tolist()
+    return value
+
+
+def _as_numpy(value: Any) -> np.ndarray[Any, Any]:
+    """Return an array, a number or a torch tensor as a numpy array; bfloat16 is widened to float32."""
+    if hasattr(value, "detach"):
+        value = value.detach().float().numpy()
+    return np.asarray(value)
+
+
+def shorten(text: str) -> str:
+    """Return text, shortened to 70 characters if it is longer."""
+    return text if len(text) <= _TEXT_CHARACTERS else text[: _TEXT_CHARACTERS - 3] + "..."
+
+
+@verb(after_ctrl_c="no incomplete file was left behind; run the same command again with --overwrite")
+def export(
+    output: Output,
+    url: Url,
+    target: Annotated[
+        str,
+        argument("TARGET", "Output: one file that ends in .parquet, or a folder, which gets one file per shard."),
+    ],
+    columns: Columns = None,
+    at: VersionNumber = None,
+    jobs: Jobs = 1,
+    compression: Annotated[
+        str, option("--compression", "CODEC", "Compression of the Parquet files, e.g. zstd, snappy or none.")
+    ] = "zstd",
+    overwrite: Annotated[bool, flag("--overwrite", "Replace existing files.")] = False,
+    storage_option: StorageOptions = None,
+    target_option: Annotated[
+        list[str] | None,
+        option(
+            "--target-option", "KEY=VALUE", "Option of the target's store, e.g. region=eu-central-1. May be repeated."
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Write a data set as Parquet files with standard Arrow types.
+
+    Images keep their encoding.
+    """
+    options = ExportOptions(columns=parse_columns(columns), jobs=jobs, overwrite=overwrite, compression=compression)
+    folder, key = split_url(target) if target.lower().endswith(".parquet") else (target, "")
+    with (
+        open_data_set_store(url, storage_option) as source,
+        closing(open_store(folder, **parse_storage_options(target_option))) as sink,
+    ):
+        data_set = open_data_set(source, at)
+        task = Export(source, data_set.version, sink, options)
+        n_files = 1 if key else max(1, len(data_set.shards))
+        if key and not overwrite:
+            _refuse_existing(sink, key)
+        facts = {"target": redact(target), "files": n_files, "records": data_set.version.n_records}
+        text = f"{count(data_set.version.n_records, 'record')} to {redact(target)}, {count(n_files, 'file')}"
+        if dry_run:
+            for column in task.schema.columns:
+                output.event("column", {"name": column.name, "type": str(column)}, f"{column.name}: {column}")
+            output.summary(facts | {"dry_run": True}, f"would export {text}")
+            return
+        exported, lock = 0, Lock()
+        with output.byte_progress("exporting") as advance:
+
+            def on_progress(n_bytes: int) -> None:
+                nonlocal exported
+                with lock:  # so that the bar only moves forward
+                    exported += n_bytes
+                    advance(exported, data_set.version.n_bytes)
+
+            n_records = task.to_file(key, on_progress) if key else task.to_folder(on_progress)
+        facts |= {"records": n_records, "bytes_written": int(sink.counters["bytes_written"])}
+        output.summary(facts, f"exported {text}, {format_bytes(sink.counters['bytes_written'])}")
+
+
+def _refuse_existing(store: Store, key: str) -> None:
+    """Raise StoreError if the file exists: before the export, not after it."""
+    try:
+        store.head(key)
+    except NotFound:
+        return
+    raise StoreError("the file exists already; give --overwrite to replace it", url=f"{store.url}/{key}")
