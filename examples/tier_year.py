@@ -209,7 +209,7 @@ class World:
         self._in_use[groups] = True
 
     def _restore(self, groups: NDArray[np.int64]) -> None:
-        """`tiercache restore --wait`: asks for the archived copies, and copies them home."""
+        """`tiercache tier get --wait`: asks for the archived copies, and copies them home."""
         if not len(groups):
             return
         tier = int(np.argmax(self.present[groups[0]]))

@@ -8,6 +8,7 @@ metric of a `best`, the keep list keeps all checkpoints of that run.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -300,3 +301,30 @@ def _best(checkpoints: CheckpointColumns, rows: Rows, values: NDArray[np.float64
         np.lexsort((-rows, -checkpoints.created_s[rows], -checkpoints.step[rows], worse, checkpoints.run[rows]))
     ]
     return rows[_from_start(checkpoints.run[rows]) < best.n]
+
+
+# -- pins ------------------------------------------------------------------------------------------------------------
+
+PIN_NAME = "pin.json"
+UNREADABLE_PIN = f"its {PIN_NAME} cannot be read"
+"""Reason of the pin of a checkpoint of which it cannot be known whether it is pinned: nothing is deleted."""
+
+
+def encode_pin(why: str | None) -> bytes:
+    """Return the text of pin.json. why: Reason of the pin, for people; None: the checkpoint is not pinned."""
+    return json.dumps({"pinned": why is not None, "why": why or ""}).encode() + b"\n"
+
+
+def parse_pin(data: bytes) -> str | None:
+    """Return the reason of the pin in a text of pin.json; None if there is no pin.
+
+    A text that cannot be read counts as a pin.
+    """
+    try:
+        body = json.loads(data)
+        is_pinned, why = body["pinned"], body.get("why", "")
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return UNREADABLE_PIN
+    if type(is_pinned) is not bool or not isinstance(why, str):
+        return UNREADABLE_PIN
+    return why if is_pinned else None

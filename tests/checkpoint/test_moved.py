@@ -148,9 +148,9 @@ def test_with_a_rule_file_the_error_has_the_command_whatever_its_only_tier_is_ca
     )
     monkeypatch.chdir(tmp_path)
     checkpoints, _ = opened(bucket, cache)
-    with pytest.raises(ArchivedShards, match="run `tiercache restore") as caught:
+    with pytest.raises(ArchivedShards, match="run `tiercache tier get") as caught:
         checkpoints.load()
-    assert caught.value.command.startswith("tiercache restore step-000000000001")
+    assert caught.value.command.startswith("tiercache tier get step-000000000001")
 
 
 # -- tiers of a rule file ------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_a_checkpoint_that_the_tier_engine_has_moved_is_found_with_the_price_and
     assert np.array_equal(checkpoints.load()["w"], np.arange(50))
     with pytest.raises(ArchivedShards, match=r"costs less than .* takes at most 5 hours") as caught:
         checkpoints.load(1)
-    assert caught.value.command.startswith("tiercache restore run7/step-000000000001")
+    assert caught.value.command.startswith("tiercache tier get run7/step-000000000001")
 
 
 def test_a_moved_checkpoint_is_loaded_from_the_archive_after_the_wait(moved):

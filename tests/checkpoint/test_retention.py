@@ -30,11 +30,10 @@ from tiercache.checkpoint.layout import (
 from tiercache.checkpoint.retention import GC_AGE_S, Retention, plan_retention, referenced_tensors
 from tiercache.checkpoint.stored import StoredCheckpoints
 from tiercache.errors import NotFound, StoreError
-from tiercache.keep import Keep
+from tiercache.keep import Keep, encode_pin, parse_pin
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.store.contract import WrapperStore
-from tiercache.tier.inventory.pins import encode_pin, parse_pin
 
 HOUR_S = 3600.0
 DAY_S = 86400.0

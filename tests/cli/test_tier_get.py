@@ -268,11 +268,6 @@ def test_parts_that_differ_from_the_colder_copy_are_left_alone(tiercache, killed
     assert part.exists()
 
 
-def test_restore_names_the_command_that_brings_readable_data_back(tiercache, root):
-    out = tiercache("restore", "runs/a/step-9").out
-    assert out == "nothing to restore: all objects can be read; `tiercache tier get` brings them to a faster tier\n"
-
-
 def test_a_deletion_that_waits_when_its_checkpoint_is_recalled_is_given_up_without_an_error(tiercache, root, clock):
     rules = (root / "tiercache.toml").read_text()
     (root / "tiercache.toml").write_text(rules.replace('grace = "0s"', 'grace = "1d"'))

@@ -1,19 +1,21 @@
 """tier get of objects of class GLACIER in moto: restored first, then copied to a local tier and held."""
 
 import json
+import urllib.request
+import uuid
 from contextlib import suppress
 
 import fsspec
 import pytest
-from tests.cli.test_tier_restore import Bucket, client, restores_take, server
+from botocore.config import Config
+from botocore.session import Session
 from tests.support.clock import JumpingClock
 from tests.tier.moving import HookAt, Killed
 
 import tiercache as tc
 from tiercache.cli.app import app
+from tiercache.demo.s3_server import S3Server
 from tiercache.store.options import CloudOptions
-
-__all__ = ["client", "restores_take", "server"]
 
 RULES = """
 [tiers.hot]
@@ -43,6 +45,68 @@ grace = "0s"
 PARTS = {"__0_0.distcp": b"zero" * 5000, "__1_0.distcp": b"one" * 5000, ".metadata": b"about"}
 
 pytestmark = pytest.mark.s3
+
+
+@pytest.fixture(scope="module")
+def server():
+    with S3Server(kind="moto") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    client = Session().create_client(
+        "s3",
+        endpoint_url=server.endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=server.access_key_id,
+        aws_secret_access_key=server.secret_access_key,
+        config=Config(proxies={}, s3={"addressing_style": "path"}),
+    )
+    yield client
+    client.close()
+
+
+class Bucket:
+    """A folder of the server's bucket with two tiers in it."""
+
+    def __init__(self, server, client):
+        self.server, self.client, self.prefix = server, client, f"test-{uuid.uuid4().hex[:8]}"
+
+    def url(self, tier):
+        return f"{self.server.url}/{self.prefix}/{tier}"
+
+    def put(self, tier, key, data, storage_class):
+        where = {"Bucket": self.server.bucket, "Key": f"{self.prefix}/{tier}/{key}"}
+        self.client.put_object(**where, Body=data, StorageClass=storage_class)
+
+    def head(self, tier, key):
+        return self.client.head_object(Bucket=self.server.bucket, Key=f"{self.prefix}/{tier}/{key}")
+
+    def get(self, tier, key):
+        with self.client.get_object(Bucket=self.server.bucket, Key=f"{self.prefix}/{tier}/{key}")["Body"] as body:
+            return body.read()
+
+    def keys(self, tier):
+        prefix = f"{self.prefix}/{tier}/"
+        found = self.client.list_objects_v2(Bucket=self.server.bucket, Prefix=prefix).get("Contents", [])
+        return [item["Key"].removeprefix(prefix) for item in found if "_tiercache/" not in item["Key"]]
+
+
+@pytest.fixture
+def restores_take(server):
+    """Sets how many times the server is asked before a restore is done; 0: at once."""
+
+    def run(n):
+        progression = {"progression": "manual", "times": n} if n else {"progression": "immediate"}
+        body = json.dumps({"model_name": "s3::keyrestore", "transition": progression}).encode()
+        request = urllib.request.Request(
+            f"{server.endpoint}/moto-api/state-manager/set-transition", body, {"Content-Type": "application/json"}
+        )
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request).close()
+
+    yield run
+    run(0)
 
 
 @pytest.fixture

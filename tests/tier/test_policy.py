@@ -434,7 +434,7 @@ def test_without_prices_costs_are_not_considered():
 @pytest.mark.parametrize(
     ("state", "why"),
     [
-        (ARCHIVED, "its copy in standard is archived: restore it first: tiercache restore data/x"),
+        (ARCHIVED, "its copy in standard is archived: restore it first: tiercache tier get data/x"),
         (RESTORING, "its copy in standard is being restored: it can be read when that is done"),
     ],
 )

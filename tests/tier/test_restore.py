@@ -16,10 +16,9 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.prices import Prices, RestorePrice
 from tiercache.store import MemoryStore
-from tiercache.tier.journal import CatalogEntry, TierCatalog
 from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, PlannedObject
 from tiercache.tier.move.transfer import Transfer
-from tiercache.tier.restore import plan_copy_home, plan_restore, request_restore, wait_restored
+from tiercache.tier.restore import plan_restore, request_restore, wait_restored
 from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.stores import Stores, state_of
 
@@ -171,7 +170,7 @@ def test_a_key_that_is_in_no_tier_is_not_found(world):
 def test_the_command_of_a_plan_makes_its_restore(world):
     world.vault.store.put("a b", b"")
     plan = world.plan("a b", speed="bulk", days=2)
-    expected = "tiercache restore 'a b' --rules /etc/tiers.toml --speed bulk --days 2 --wait"
+    expected = "tiercache tier get 'a b' --rules /etc/tiers.toml --speed bulk --days 2 --wait"
     assert plan.command == expected
 
 
@@ -250,64 +249,6 @@ def test_an_object_that_is_not_being_restored_is_an_error(world, clock):
         wait_restored(world.stores, world.plan("a"), clock=clock)
 
 
-# -- the copy home ---------------------------------------------------------------------------------------------------
-
-
-def copied_home(world, *keys, **more):
-    return plan_copy_home(world.file, world.plan(*keys), made_s=1.0, **more)
-
-
-def test_restored_objects_are_copied_home_and_stay_in_the_archive(world):
-    world.archive(a=3)
-    (move,) = copied_home(world, "a").moves
-    assert (move.action, move.src, move.dst, [one.key for one in move.objects]) == ("copy", "vault", "home", ["a"])
-
-
-def test_a_checkpoint_is_one_move_with_its_completing_object_last(world):
-    keys = ["run/step-5/.metadata", "run/step-5/__0_0.distcp", "run/step-5/__1_0.distcp"]
-    for key in keys:
-        world.vault.store.put(key, b"x")
-    (move,) = copied_home(world, *keys).moves
-    assert (move.kind, move.path, move.objects[-1].key) == ("checkpoint", "run/step-5", keys[0])
-
-
-def test_a_restored_shard_is_moved_as_a_shard(world):
-    world.vault.store.put("data/shards/0.tcs", b"x")
-    assert [move.kind for move in copied_home(world, "data/shards/0.tcs").moves] == ["shard"]
-
-
-@pytest.mark.parametrize(("etag", "crc32c"), [("right", 7), ("of another", None), (None, None)])
-def test_a_copy_to_home_must_have_the_checksum_of_the_catalog(world, tmp_path, etag, crc32c):
-    world.archive(a=3)
-    (archived,) = world.plan("a").objects
-    entry = CatalogEntry(archived.n_bytes, archived.etag if etag == "right" else etag, 7)
-    with TierCatalog(tmp_path / "tiers.sqlite") as catalog:
-        catalog.record([("vault", "a", entry)])
-        (move,) = copied_home(world, "a", catalog=catalog).moves
-    assert move.objects[0].crc32c == crc32c
-
-
-def test_a_plan_to_copy_home_names_its_rule_file(world):
-    world.archive(a=1)
-    plan = copied_home(world, "a")
-    assert (plan.rules_sha256, [tier.url for tier in plan.tiers]) == ("of the file", [world.home.url, world.vault.url])
-
-
-def test_the_class_is_changed_if_the_archive_is_a_class_of_home(clock):
-    vault = Vault(clock)
-    tiers = (
-        Tier(name="home", role="standard", url=vault.url),
-        Tier(name="vault", role="archive", url=vault.url, storage_class="GLACIER"),
-    )
-    file = RuleFile(path=Path("t.toml"), sha256="", tiers=tiers)
-    archives = dict.fromkeys(("home", "vault"), vault)
-    stores = Stores(file, stores=dict.fromkeys(archives, vault.store), s3_classes=archives)
-    vault.store.put("a", b"x")
-    plan = plan_restore(file, stores, ["a"], [FREE, GLACIER])
-    assert [one.tier for one in plan.objects] == ["vault"]
-    assert [move.action for move in plan_copy_home(file, plan, made_s=1.0).moves] == ["reclass"]
-
-
 # -- moto -------------------------------------------------------------------------------------------------------------
 
 
@@ -341,8 +282,7 @@ def test_on_moto_an_object_goes_to_glacier_and_comes_home(moto_server, tmp_path,
         assert request_restore(stores, plan) == {"started": 1}
         assert state_of(stores.head("vault", "a")) == RESTORING
         assert wait_restored(stores, plan, clock=clock) == ()
-        (move,) = plan_copy_home(file, plan, made_s=1.0).moves
-        transfer.copy(move.src, move.dst, move.objects[0])
+        transfer.copy("vault", "home", PlannedObject("a", info.n_bytes))
         assert stores.store("home").get("a") == data
         assert state_of(stores.head("vault", "a")) == RESTORED
     set_transition(moto_server, None)

@@ -83,7 +83,7 @@ def test_a_copy_into_an_archive_has_its_class_and_is_verified_without_being_read
 def test_an_archived_object_cannot_be_copied(bucket):
     bucket.stores.store("hot").put("a", SMALL)
     bucket.copy("hot", "archive")
-    with pytest.raises(StoreError, match="must be restored first: tiercache restore a") as caught:
+    with pytest.raises(StoreError, match="must be restored first: tiercache tier get a") as caught:
         bucket.copy("archive", "standard")
     assert caught.value.details["archived"]
 

@@ -28,10 +28,10 @@ from tiercache.checkpoint.layout import (
     written_order,
 )
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, UnsupportedFormat
+from tiercache.keep import PIN_NAME, UNREADABLE_PIN, encode_pin, parse_pin
 from tiercache.model import OWN_FOLDER, ObjectInfo
 from tiercache.store import Store
 from tiercache.store.placement.resolver import is_archived
-from tiercache.tier.inventory.pins import PIN_NAME, UNREADABLE_PIN, encode_pin, parse_pin
 
 CheckpointTier: TypeAlias = str
 """Name of a tier: "local", "remote", or a tier of a rule file to which the tier engine has moved checkpoints."""

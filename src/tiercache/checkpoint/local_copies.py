@@ -30,8 +30,8 @@ from tiercache.checkpoint.retention import Retention
 from tiercache.checkpoint.writer import CheckpointWriter, TaskThread, may_be_committed
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptCheckpoint, NotFound, StoreError
+from tiercache.keep import PIN_NAME
 from tiercache.store import LocalFolder, Store
-from tiercache.tier.inventory.pins import PIN_NAME
 
 logger = logging.getLogger("tiercache")
 

@@ -32,7 +32,6 @@ VERBS = {
     "status": ("cache", "Show what the cache holds, who uses it, and damage found in it."),
     "serve": ("commands", "Serve this machine's cache to the other machines of a job."),
     "simulate": ("commands", "Simulate caches of several sizes: hits, bytes, dollars, time."),
-    "restore": ("commands", "Restore archived objects and copy them to the home tier."),
     "demo": ("commands", "Demonstrate tiercache on this machine in one to three minutes."),
     "tier check": ("tier_commands", "Check the rule file and its tiers, and print what rules match."),
     "tier plan": ("tier_commands", "Show what would be moved, why, and what it costs and saves."),

@@ -46,13 +46,13 @@ from tiercache.cli.open_tiers import (
     tier_path,
 )
 from tiercache.errors import NotFound, StoreError, TierCacheError
+from tiercache.keep import PIN_NAME, UNREADABLE_PIN, parse_pin
 from tiercache.model import ObjectInfo
 from tiercache.prices import prices_if_known
 from tiercache.store.options import ParsedUrl
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.inventory.layouts import group_keys
 from tiercache.tier.inventory.metrics import metrics_in_name, read_metrics
-from tiercache.tier.inventory.pins import PIN_NAME, UNREADABLE_PIN, parse_pin
 from tiercache.tier.journal import TierCatalog
 from tiercache.tier.model import CHECKPOINT, READABLE, RESTORED, Snapshot
 from tiercache.tier.move.mover import catalog_path

@@ -22,9 +22,9 @@ from tiercache.cli.checkpoint_selection import (
 )
 from tiercache.cli.common import PARTIAL, Output, confirm, count, printable
 from tiercache.cli.open_tiers import STATE_NAMES, OpenTiers, format_copy, format_duration, format_time
+from tiercache.keep import PIN_NAME, encode_pin
 from tiercache.model import format_bytes
 from tiercache.tier.inventory.groups import Inventory
-from tiercache.tier.inventory.pins import PIN_NAME, encode_pin
 from tiercache.tier.model import CHECKPOINT, Snapshot
 from tiercache.tier.move.mover import open_mover
 from tiercache.tier.move.removal import Removal, remove_groups

@@ -111,7 +111,7 @@ def _read_copy(
     one = _ReadCopy(found.tier(copy), [])
     if not found.is_readable(copy):
         state = STATE_NAMES[found.snapshot.state[copy]]
-        one.problems.append(f"it is {state} and cannot be read: tiercache restore {path}")
+        one.problems.append(f"it is {state} and cannot be read: tiercache tier get {path}")
         return one
     if not found.snapshot.whole[copy]:
         one.problems.append("files are missing, or differ from those of another tier")

@@ -1,21 +1,16 @@
-"""The verbs serve, simulate, restore and demo."""
+"""The verbs serve, simulate and demo."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from tiercache.cli.common import (
     CacheDir,
     CacheSize,
-    DryRun,
     Output,
-    Rules,
     StorageOptions,
     VersionNumber,
-    Yes,
     argument,
     flag,
     option,
@@ -157,39 +152,3 @@ def demo(
     from tiercache.cli import demo as module
 
     module.demo(output, keep)
-
-
-@verb(after_ctrl_c="requested restores go on, finished copies stay; the same command continues from there")
-def restore(
-    output: Output,
-    what: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="WHAT...",
-            help="Objects to restore: URLs or paths in a tier (with all objects below), or globs over paths. "
-            "Arguments after a URL may be names below that URL.",
-        ),
-    ],
-    wait: Annotated[
-        bool, flag("--wait", "Wait until all objects are restored, then copy them to the home tier.")
-    ] = False,
-    speed: Annotated[
-        str, option("--speed", "SPEED", "Speed of the restore: expedited, standard or bulk.")
-    ] = "standard",
-    days: Annotated[
-        int | None,
-        option("--days", "N", "Restore temporarily, for N days, without copying to the home tier.", min=1),
-    ] = None,
-    rules: Rules = None,
-    yes: Yes = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Restore archived objects and copy them to the home tier.
-
-    The command shows cost and duration, asks, and requests the restores. The exit code is 5 while restores are in
-    progress; the same command then shows their progress and continues. The archived copies stay until a rule deletes
-    them.
-    """
-    from tiercache.cli import tier_verbs
-
-    tier_verbs.restore(output, what, rules, tier_verbs.RestoreOptions(wait, speed, days, yes, dry_run))

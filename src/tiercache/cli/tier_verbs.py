@@ -1,12 +1,10 @@
-"""The verbs of `tiercache tier`, and `tiercache restore`; tier_commands.py and commands.py have their options."""
+"""The verbs of `tiercache tier`; tier_commands.py has their options."""
 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,14 @@ import pyarrow as pa
 import typer
 from numpy.typing import NDArray
 
-from tiercache.cli.common import FAILED, PARTIAL, PENDING, UNCONFIRMED, Output, confirm, count, printable
+from tiercache.cli.common import FAILED, PARTIAL, UNCONFIRMED, Output, confirm, count, printable
 from tiercache.cli.open_tiers import (
     STATE_NAMES,
     OpenTiers,
-    base_folder,
     format_copy,
     format_dollars,
     format_duration,
     format_time,
-    is_glob,
     open_tiers,
     print_holdings,
     print_notes,
@@ -35,16 +31,14 @@ from tiercache.cli.open_tiers import (
     tier_path,
 )
 from tiercache.errors import NotFound, StoreError
-from tiercache.model import ObjectInfo, format_bytes
+from tiercache.model import format_bytes
 from tiercache.prices import SPEEDS, Prices, Speed, price_notes, price_table
 from tiercache.store import redact
 from tiercache.store.options import ParsedUrl
-from tiercache.tier import restore as restoring
 from tiercache.tier.costs import Sizes, month_dollars
 from tiercache.tier.findings import refuse_shared_folders, rule_warnings
 from tiercache.tier.inventory.groups import Inventory
-from tiercache.tier.inventory.listing import keys_of
-from tiercache.tier.model import KINDS, READABLE, SHARD, STANDARD, ExceededLimit, Move, Plan, Refusal, Snapshot
+from tiercache.tier.model import KINDS, SHARD, STANDARD, ExceededLimit, Move, Plan, Refusal, Snapshot
 from tiercache.tier.move.checks import ApplyResult, StoppedMove
 from tiercache.tier.move.executor import apply_plan
 from tiercache.tier.move.mover import RunReport, open_mover, run_once
@@ -54,9 +48,8 @@ from tiercache.tier.plan.plan_file import read_plan, write_plan
 from tiercache.tier.plan.policy import decide_now
 from tiercache.tier.plan.proposals import span
 from tiercache.tier.plan.selection import largest_copies, rules_of
-from tiercache.tier.restore import RestorePlan
 from tiercache.tier.rules import Rule, RuleFile, Tier, load_rule_file
-from tiercache.tier.stores import missing_folder_message, state_of, unavailable_tiers
+from tiercache.tier.stores import missing_folder_message, unavailable_tiers
 
 
 def plan(output: Output, rules: Path | None, out: Path | None, max_rows: int) -> None:
@@ -401,145 +394,12 @@ def _print_ls_summary(output: Output, rows: Sequence[Mapping[str, Any]], tiers: 
     output.summary(facts, f"{count(len(rows), 'group')}: {shown}; ${format_dollars(month)} a month{note}")
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreOptions:
-    """Options of a restore."""
-
-    wait: bool  # whether to wait until all objects are restored
-    speed: str  # speed of the restore, in SPEEDS
-    days: int | None  # days of a temporary restore; None: the objects are copied to the home tier
-    yes: bool  # whether not to ask for confirmation
-    dry_run: bool  # whether to print only what would be restored
-
-
-def restore(output: Output, what: Sequence[str], rules: Path | None, options: RestoreOptions) -> None:
-    """Restore the archived objects that the arguments name, and copy them home.
-
-    Raises typer.Exit with PENDING while restores are in progress, and with PARTIAL if moves to the home tier were
-    stopped.
-    """
-    speed = parse_speed(options.speed)
-    with open_tiers(rules) as tiers:
-        keys = _archived_keys(tiers, _paths(tiers, what))
-        plan = restoring.plan_restore(tiers.file, tiers.stores, keys, tiers.prices, speed=speed, days=options.days)
-        code = _restore(output, tiers, plan, options)
-    if code:
-        raise typer.Exit(code)
-
-
 def parse_speed(text: str) -> Speed:
     """Return the value of --speed. Raises ValueError."""
     for speed in SPEEDS:
         if speed == text:
             return speed
     raise ValueError(f"--speed: {text!r} is not one of {', '.join(SPEEDS)}")
-
-
-def _paths(tiers: OpenTiers, what: Sequence[str]) -> list[str]:
-    """Return the paths and globs, relative to the tiers' URLs. A name that follows a URL is relative to that URL."""
-    first = tier_path(tiers.file, what[0])
-    is_place = first != what[0].strip("/") and split_tier(tiers.file, what[0])[0] is None
-    found = [first]
-    for text in what[1:]:
-        path = tier_path(tiers.file, text)
-        is_name = is_place and path == text.strip("/")
-        found.append(f"{first}/{path}".strip("/") if is_name else path)
-    return found[1:] if is_place and len(found) > 1 else found
-
-
-def _archived_keys(tiers: OpenTiers, arguments: Sequence[str]) -> list[str]:
-    """Return the keys of the selected objects whose every copy must be restored before it can be read.
-
-    The listings of the tiers tell the states, so no request per object is needed. Raises NotFound if nothing matches an
-    argument.
-    """
-    readable: set[str] = set()
-    cold: set[str] = set()
-    for text in arguments:
-        found = [info for tier in tiers.file.tiers for info in _selected(tiers, tier.name, text)]
-        if not found:
-            names = ", ".join(tier.name for tier in tiers.file.tiers)
-            raise NotFound(f"no object has this name or matches it in the tiers {names}", url=text or "/")
-        readable.update(info.key for info in found if state_of(info) == READABLE)
-        cold.update(info.key for info in found if state_of(info) != READABLE)
-    return sorted(cold - readable)
-
-
-def _selected(tiers: OpenTiers, tier: str, text: str) -> list[ObjectInfo]:
-    """Return the objects of a tier that a path or glob selects."""
-    listed = list(tiers.stores.listing(tier, base_folder(text)))
-    found = [listed[i] for i in np.flatnonzero(select_paths(keys_of(listed), text))]
-    if text and not found and not is_glob(text):
-        with suppress(NotFound):
-            found.append(tiers.stores.head(tier, text))
-    return found
-
-
-def _restore(output: Output, tiers: OpenTiers, plan: RestorePlan, options: RestoreOptions) -> int:
-    """Carry out the plan as far as possible now; return the exit code."""
-    for one in plan.objects:
-        output.event(
-            "object", {"key": one.key, "tier": one.tier, "n_bytes": one.n_bytes, "state": STATE_NAMES[one.state]}
-        )
-    if not plan.objects:
-        advice = "`tiercache tier get` brings them to a faster tier"
-        output.summary(_restore_facts(plan), f"nothing to restore: all objects can be read; {advice}")
-        return 0
-    if options.dry_run:
-        output.summary(_restore_facts(plan) | {"dry_run": True}, f"would restore {_restore_text(plan)}")
-        return 0
-    if plan.unrequested and not options.yes:
-        confirm(f"Restore {_restore_text(plan)}?", "nothing was requested")
-    answers = restoring.request_restore(tiers.stores, plan)
-    n_left = answers["started"] + answers["running"]
-    if n_left:
-        deadline_s = None if options.wait else 0.0  # some stores restore at once
-        with output.count_progress("restoring") as advance:
-            n_left = len(restoring.wait_restored(tiers.stores, plan, deadline_s=deadline_s, on_progress=advance))
-    facts = _restore_facts(plan) | {"started": answers["started"], "running": answers["running"], "pending": n_left}
-    if n_left:
-        text = f"{count(n_left, 'object')} being restored{_hours(plan)}; give --wait to wait and to copy them home"
-        output.summary(facts, text)
-        return PENDING
-    if plan.days is not None:
-        output.summary(facts, f"{count(len(plan.objects), 'object')} can be read for {count(plan.days, 'day')}")
-        return 0
-    return _copy_home(output, tiers, plan, facts)
-
-
-def _copy_home(output: Output, tiers: OpenTiers, plan: RestorePlan, facts: dict[str, Any]) -> int:
-    """Copy the restored objects to the home tier; return the exit code."""
-    moves = restoring.plan_copy_home(tiers.file, plan, made_s=time.time(), catalog=tiers.catalog)
-    applied = execute_plan(output, tiers, moves)
-    stopped = len(applied.stopped)
-    text = (
-        f"{count(len(plan.objects), 'object')}, {format_bytes(plan.n_bytes)}, restored to {tiers.file.home_tier.name}"
-    )
-    text += f"; {count(stopped, 'move')} of {len(moves.moves)} stopped" if stopped else ""
-    output.summary(facts | {"copied": applied.n_made, "stopped": stopped}, text)
-    return PARTIAL if stopped else 0
-
-
-def _restore_facts(plan: RestorePlan) -> dict[str, Any]:
-    return {
-        "objects": len(plan.objects),
-        "n_bytes": plan.n_bytes,
-        "here": len(plan.readable_keys),
-        "cost": plan.cost,
-        "hours": plan.hours,
-        "speed": plan.speed,
-        "days": plan.days,
-        "command": plan.command,
-    }
-
-
-def _restore_text(plan: RestorePlan) -> str:
-    cost = "at an unknown price" if plan.cost is None else f"for ${format_dollars(plan.cost)}"
-    return f"{count(len(plan.objects), 'object')}, {format_bytes(plan.n_bytes)}, {cost}{_hours(plan)}"
-
-
-def _hours(plan: RestorePlan) -> str:
-    return "" if plan.hours is None else f", up to {plan.hours:g} h ({plan.speed})"
 
 
 _NO_RULE = "(no rule)"

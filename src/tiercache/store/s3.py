@@ -314,7 +314,7 @@ def _refused(response: Mapping[str, Any], operation: str, where: str) -> StoreEr
         message = f"the object does not have the requested ETag ({operation})"
         return ObjectChanged(message, url=where, status=status, code=code)
     if code in _ARCHIVED_CODES:
-        message = f"{operation}: the object is archived and must be restored before it can be read: tiercache restore"
+        message = f"{operation}: the object is archived and must be restored before it can be read: tiercache tier get"
         return StoreError(message, url=where, status=status, code=code, archived=True)
     retryable = status in RETRYABLE_STATUSES or code in _TRY_AGAIN_CODES
     unable = status in _UNABLE or code in ("NotImplemented", "MethodNotAllowed")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,20 +12,17 @@ from threading import Event
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import pyarrow as pa
 
 from tiercache.errors import NotFound, StoreError
 from tiercache.prices import SPEEDS, Speed
 from tiercache.tier.costs import RESTORE_DAYS, restore_dollars, restored_home_dollars
-from tiercache.tier.inventory.layouts import UserLayout, group_keys
-from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, Action, Kind, Move, Plan, PlannedObject, PlannedTier
+from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING
 from tiercache.tier.stores import CLASSES_TO_RESTORE, Stores, state_of
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 
 if TYPE_CHECKING:
     from tiercache.prices import Prices
     from tiercache.store.archive import RestoreState
-    from tiercache.tier.journal import TierCatalog
     from tiercache.tier.rules import RuleFile
 
 A = TypeVar("A")
@@ -189,7 +185,7 @@ def _command(file: RuleFile, keys: Sequence[str], speed: Speed, days: int | None
     """Return the command line of the restore."""
     options = ["--rules", str(file.path), "--speed", speed]
     options += ["--days", str(days)] if days is not None else []
-    return command_line("restore", keys, [*options, "--wait"])
+    return command_line("tier get", keys, [*options, "--wait"])
 
 
 def command_line(verb: str, names: Sequence[str], options: Sequence[str]) -> str:
@@ -266,56 +262,11 @@ def wait_restored(
     return tuple(waiting)
 
 
-def plan_copy_home(
-    file: RuleFile, plan: RestorePlan, *, made_s: float, to: str | None = None, catalog: TierCatalog | None = None
-) -> Plan:
-    """Return a plan that copies restored objects to the home tier. The archived copies stay until a rule deletes them.
-
-    Objects of one checkpoint are one move, so that it appears complete. Where the archive is only another storage class
-    of the home, the class is changed. to: Name of another destination tier. catalog: Has checksums for the copies.
-    """
-    target = file.home_tier if to is None else file.tier(to)
-    tiers = tuple(PlannedTier(tier.name, tier.role, tier.url, tier.storage_class) for tier in file.tiers)
-    moves: list[Move] = []
-    for path, kind, objects in _groups([one for one in plan.objects if one.tier != target.name], file.layouts):
-        src, planned = objects[0].tier, []
-        entries = {} if catalog is None else catalog.entries(src, [one.key for one in objects])
-        for one in objects:
-            known = entries.get(one.key)
-            is_it = known is not None and one.etag is not None and known[:2] == (one.n_bytes, one.etag)
-            crc32c = known.crc32c if known is not None and is_it else None
-            planned.append(PlannedObject(one.key, one.n_bytes, one.etag, one.modified_s, crc32c))
-        action: Action = "reclass" if file.tier(src).url == target.url else "copy"
-        reason = f"restored from {src} ({objects[0].storage_class})"
-        moves.append(Move(len(moves) + 1, path, kind, action, src, target.name, "restore", reason, tuple(planned)))
-    return Plan(secrets.token_hex(8), made_s, str(file.path), file.sha256, tiers, tuple(moves))
-
-
-def _groups(
-    objects: Sequence[ArchivedObject], layouts: Sequence[UserLayout]
-) -> list[tuple[str, Kind, list[ArchivedObject]]]:
-    """Return the groups that are moved as one: path, kind, and objects of one tier, the completing objects last."""
-    layout = group_keys(pa.array([one.key for one in objects], pa.large_string()), layouts)
-    found: dict[tuple[int, str], list[int]] = {}
-    for i, one in enumerate(objects):
-        found.setdefault((int(layout.group[i]), one.tier), []).append(i)
-    groups: list[tuple[str, Kind, list[ArchivedObject]]] = []
-    for (number, _), rows in found.items():
-        rows.sort(key=lambda i: int(layout.rank[i]))
-        if number < 0:  # in no group, for example a leftover of an unfinished write: each is a group of its own
-            groups += [(objects[i].key, "file", [objects[i]]) for i in rows]
-            continue
-        path = layout.paths[number].as_py()
-        single: Kind = "shard" if path.endswith(_SHARD_SUFFIX) else "file"
-        groups.append((path, "checkpoint" if layout.checkpoint[number] else single, [objects[i] for i in rows]))
-    return groups
-
-
 def _is_restored(stores: Stores, one: ArchivedObject) -> bool:
     info = stores.head(one.tier, one.key)
     state = state_of(info)
     if state == ARCHIVED:
-        message = "it is neither restored nor being restored: request it again: tiercache restore"
+        message = "it is neither restored nor being restored: request it again: tiercache tier get"
         raise StoreError(message, url=f"{stores.store(one.tier).url}/{one.key}", archived=True)
     return state != RESTORING
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from tiercache.errors import NotFound, StoreError
+from tiercache.keep import PIN_NAME, UNREADABLE_PIN, parse_pin
 from tiercache.tier.text_columns import match_regex
 
 if TYPE_CHECKING:
@@ -18,30 +18,7 @@ if TYPE_CHECKING:
     from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
 
-PIN_NAME = "pin.json"
-UNREADABLE_PIN = f"its {PIN_NAME} cannot be read"
-"""Reason of the pin of a checkpoint of which it cannot be known whether it is pinned: nothing is deleted."""
 _THREADS = 16
-
-
-def encode_pin(why: str | None) -> bytes:
-    """Return the text of pin.json. why: Reason of the pin, for people; None: the checkpoint is not pinned."""
-    return json.dumps({"pinned": why is not None, "why": why or ""}).encode() + b"\n"
-
-
-def parse_pin(data: bytes) -> str | None:
-    """Return the reason of the pin in a text of pin.json; None if there is no pin.
-
-    A text that cannot be read counts as a pin.
-    """
-    try:
-        body = json.loads(data)
-        is_pinned, why = body["pinned"], body.get("why", "")
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return UNREADABLE_PIN
-    if type(is_pinned) is not bool or not isinstance(why, str):
-        return UNREADABLE_PIN
-    return why if is_pinned else None
 
 
 def read_own_pins(file: RuleFile, stores: Stores, listed: Listing, grouped: Grouped, copies: Copies) -> dict[str, Any]:

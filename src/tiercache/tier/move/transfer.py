@@ -188,7 +188,7 @@ class Transfer:
         info = self._stores.head(name, obj.key)
         self._expect(name, obj, info)
         if needs_restore(info):
-            message = f"it is archived ({info.storage_class}) and must be restored first: tiercache restore {obj.key}"
+            message = f"it is archived ({info.storage_class}) and must be restored first: tiercache tier get {obj.key}"
             raise StoreError(message, url=self._at(name, obj.key), archived=True)
         return info
 

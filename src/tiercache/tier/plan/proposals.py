@@ -150,7 +150,7 @@ def _unreadable_reasons(index: SnapshotIndex, refused: MoveColumns) -> Reasons:
         elif state[row] == RESTORING:
             out[row] = f"its copy in {index.name(tier)} is being restored: it can be read when that is done"
         else:
-            out[row] = f"its copy in {index.name(tier)} is archived: restore it first: tiercache restore {path}"
+            out[row] = f"its copy in {index.name(tier)} is archived: restore it first: tiercache tier get {path}"
     return out
 
 
