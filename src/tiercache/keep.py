@@ -1,4 +1,4 @@
-"""Keep lists: which checkpoints of a run stay. `checkpoint/` and `tier/` evaluate the same lists.
+"""Which checkpoints of a run stay: keep lists and pins, of which `checkpoint/` and `tier/` have the same idea.
 
 The last checkpoints of a run are those that were written last, whatever their steps: a run that restarts at a lower
 step goes on from them. Steps are compared as numbers, within the part of a run between two restarts. An incomplete

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,14 @@ from tiercache.checkpoint.layout import (
     Manifest,
     StoredFile,
     TensorEntry,
+    TensorSpec,
     checkpoint_name,
     encode_manifest,
     key_of,
+    lay_out_file,
     manifest_key,
     metric_json,
-    reference_key,
-    shared_path,
-    tensor_digest,
 )
-from tiercache.checkpoint.safetensors_file import TensorSpec, lay_out_file
-from tiercache.checkpoint.staging import SHARED_NAME
 from tiercache.checkpoint.state_tree import encode_state, state_text
 from tiercache.store import Store
 
@@ -49,36 +45,23 @@ def write_checkpoint(
     nonce: str = "00c0de",
     metrics: Mapping[str, float] | None = None,
     note: Any = None,
-    share: bool = False,
     commit: bool = True,
     n_files: int = 2,
     edit_tree: Callable[[Any], Any] = lambda tree: tree,
 ) -> str:
-    """Write one checkpoint and return its name.
-
-    share: Put each tensor into a shared file of its own. edit_tree: Changes the tree of the state before it is written.
-    """
+    """Write one checkpoint and return its name. edit_tree: Changes the tree of the state before it is written."""
     created_s = START_S + 60.0 * step if created_s is None else created_s
     name = checkpoint_name(step, created_s, nonce)
     encoded = encode_state({"step": step} if state is None else state)
     specs = {key: TensorSpec(key, one.dtype, one.shape, one.n_bytes) for key, one in encoded.tensors.items()}
     files, entries = [], {}
-    groups = [[key] for key in specs] if share else [list(specs)[i::n_files] for i in range(n_files)]
-    for number, keys in enumerate(filter(None, groups), start=1):
-        inside = {SHARED_NAME: keys[0]} if share else {key: key for key in keys}
-        layout = lay_out_file(replace(specs[key], name=name_inside) for name_inside, key in inside.items())
-        values = {key: bytes_of(encoded.tensors[key].value) for key in keys}
-        data = layout.header + b"".join(values[inside[name_inside]] for name_inside in layout.offsets)
-        path, digest = f"tensors-{number:05d}-of-{n_files:05d}.safetensors", None
-        if share:
-            spec = specs[keys[0]]
-            digest = tensor_digest(spec.dtype, spec.shape, [memoryview(values[keys[0]])])
-            path = shared_path(digest)
-        for name_inside, offset in layout.offsets.items():
-            spec = specs[inside[name_inside]]
-            entries[spec.name] = TensorEntry(path, offset, spec.n_bytes, spec.dtype, spec.shape, digest)
-        if path not in [one.path for one in files]:
-            files.append(put_file(store, name, path, data))
+    for number, keys in enumerate(filter(None, (list(specs)[i::n_files] for i in range(n_files))), start=1):
+        layout = lay_out_file(specs[key] for key in keys)
+        data = layout.header + b"".join(bytes_of(encoded.tensors[key].value) for key in layout.offsets)
+        path = f"tensors-{number:05d}-of-{n_files:05d}.safetensors"
+        for key, offset in layout.offsets.items():
+            entries[key] = TensorEntry(path, offset, specs[key].n_bytes, specs[key].dtype, specs[key].shape)
+        files.append(put_file(store, name, path, data))
     for alias, key in encoded.aliases.items():
         entries[alias] = entries[key]
     files.append(put_file(store, name, STATE_NAME, state_text(edit_tree(encoded.tree))))
@@ -87,8 +70,6 @@ def write_checkpoint(
     manifest = Manifest(name, step, created_s, tuple(files), entries, dict(metrics or {}), note)
     if commit:
         assert store.put_if_absent(manifest_key(name), encode_manifest(manifest))
-        if any(entry.digest for entry in entries.values()):
-            store.put(reference_key(name), encode_manifest(manifest))
     return name
 
 

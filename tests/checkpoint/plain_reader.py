@@ -26,7 +26,7 @@ def read_checkpoint(store, name):
         names = {entry.offset: key for key, entry in manifest.tensors.items() if entry.file == path and key in inside}
         for key, entry in manifest.tensors.items():
             if entry.file == path:
-                tensor = inside[key if key in inside else names.get(entry.offset, "tensor")]
+                tensor = inside[key if key in inside else names[entry.offset]]
                 values = data[path][entry.offset : entry.offset + entry.n_bytes]
                 assert values == _bytes_of(tensor), f"{name}: {key} lies elsewhere"
                 assert tuple(tensor.shape) == entry.shape

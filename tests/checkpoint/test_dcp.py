@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 import tiercache as tc
-from tiercache.checkpoint.safetensors_file import header_bytes, parse_header
+from tiercache.checkpoint.layout import header_bytes, parse_header
 from tiercache.store import FsspecStore, LocalFolder
 from tiercache.store.contract import WrapperStore
 
@@ -316,23 +316,6 @@ def test_retention_after_another_save_leaves_the_local_files_of_a_save_alone(tmp
         dcp.save({"w": torch.ones(100)}, storage_writer=checkpoints.dcp_writer(1))
         assert [(one.step, one.tiers) for one in checkpoints.list()] == [(n, ("local", "remote")) for n in (1, 2)]
         assert checkpoints.unfinished_saves() == {}
-
-
-def test_tensors_that_do_not_change_are_stored_once(tmp_path):
-    frozen = torch.randn(512, 1024)  # 2 MiB
-    options = {"local": tmp_path / "local", "dedup": True, "keep": [tc.Keep(last=2)]}
-    with tc.Checkpoints(tmp_path / "remote", **options) as checkpoints:
-        for step in range(3):
-            state = {"frozen": frozen, "same": frozen.clone(), "trained": torch.full((512, 1024), step), "small": step}
-            dcp.save(state, storage_writer=checkpoints.dcp_writer(step))
-            checkpoints.join()
-        for tier in ("local", "remote"):  # the tensor of the deleted step 0 stays until it is a day old
-            assert len([*(tmp_path / tier / "tensors").iterdir()]) == 4
-        loaded = {"frozen": torch.zeros(512, 1024), "trained": torch.zeros(512, 1024, dtype=torch.int64), "small": 0}
-        dcp.load(loaded, storage_reader=checkpoints.dcp_reader("latest"))
-        assert torch.equal(loaded["frozen"], frozen)
-        assert loaded["trained"].unique().tolist() == [2]
-        assert checkpoints.load(1)["same"].equal(frozen)
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------

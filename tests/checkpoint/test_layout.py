@@ -22,26 +22,22 @@ from tiercache.checkpoint.layout import (
     manifest_key,
     parse_manifest,
     parse_name,
-    shared_digest,
-    shared_path,
     written_order,
 )
 from tiercache.errors import CorruptCheckpoint, UnsupportedFormat
 from tiercache.store import LocalFolder
 
 CREATED_S = 1_795_980_804.123
-DIGEST = "0123456789abcdef0123456789abcdef01234567"
+SHARED = "../tensors/0123456789abcdef0123456789abcdef01234567.safetensors"
 
 
 def a_manifest(**changes):
     files = (
         StoredFile("tensors-00001-of-00001.safetensors", 5000, 7),
-        StoredFile(shared_path(DIGEST), 9000, 8),
         StoredFile("state.json", 20, 9),
     )
     tensors = {
         "model.weight": TensorEntry(files[0].path, 4096, 24, "F32", (2, 3)),
-        "model.frozen": TensorEntry(files[1].path, 4096, 8, "BF16", (4,), DIGEST),
         "scalar": TensorEntry(files[0].path, 4120, 8, "I64", ()),
     }
     name = checkpoint_name(100, CREATED_S, "7f3a9c")
@@ -149,7 +145,6 @@ A_TENSOR = {"file": "x.safetensors", "offset": 4096, "bytes": 24, "dtype": "F32"
         {"files": [], "tensors": {"w": A_TENSOR}},
         {"files": [A_FILE], "tensors": {"w": A_TENSOR | {"offset": 4990}}},
         {"files": [A_FILE], "tensors": {"w": A_TENSOR | {"shape": [-1]}}},
-        {"files": [A_FILE], "tensors": {"w": A_TENSOR | {"digest": "00"}}},
         {"metrics": {"loss": "high"}},
         {"metrics": {"loss": True}},
         {"metrics": []},
@@ -180,11 +175,12 @@ def test_a_note_that_is_not_json_is_refused():
         encode_manifest(a_manifest(note=object()))
 
 
-def test_a_shared_tensor_lies_beside_the_checkpoints():
-    assert key_of("n", shared_path(DIGEST)) == f"tensors/{DIGEST}.safetensors"
+def test_a_tensor_that_checkpoints_shared_before_the_first_release_is_still_found():
+    text = written_otherwise(
+        files=[A_FILE | {"path": SHARED}], tensors={"w": A_TENSOR | {"file": SHARED, "digest": "0"}}
+    )
+    assert key_of("n", parse_manifest(text, "u").tensors["w"].file) == SHARED.removeprefix("../")
     assert key_of("n", "state.json") == "n/state.json"
-    assert shared_digest(shared_path(DIGEST)) == DIGEST
-    assert shared_digest("state.json") is None
 
 
 def test_only_folders_with_a_manifest_are_checkpoints_and_the_one_written_last_comes_last(tmp_path):
@@ -194,7 +190,7 @@ def test_only_folders_with_a_manifest_are_checkpoints_and_the_one_written_last_c
     unfinished = checkpoint_name(950, CREATED_S + 20, "000002")
     for name in (later_lower, earlier_higher):
         store.put(manifest_key(name), b"x")
-    for key in (f"{unfinished}/state.json", "other/checkpoint.json", "notes.txt", f"tensors/{DIGEST}.safetensors"):
+    for key in (f"{unfinished}/state.json", "other/checkpoint.json", "notes.txt", SHARED.removeprefix("../")):
         store.put(key, b"x")
     assert list_names(store) == [earlier_higher, later_lower]
     assert list(checkpoint_objects(store.list())) == [earlier_higher, later_lower, unfinished]

@@ -1,6 +1,7 @@
 """Load: the nearest complete copy, corrupt copies, what goes into the caller's objects, and differences of keys."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 
 from tiercache.cache import Cache
 from tiercache.checkpoint import reading
-from tiercache.checkpoint.layout import MANIFEST_NAME
+from tiercache.checkpoint.layout import MANIFEST_NAME, encode_manifest, key_of, manifest_key, parse_manifest
 from tiercache.checkpoint.stored import StoredCheckpoints
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
 from tiercache.store import LocalFolder, MemoryStore
@@ -92,11 +93,23 @@ def test_a_state_comes_back_as_data_bit_by_bit(remote):
     assert np.array_equal(loaded["array"], state["array"])
 
 
-def test_tensors_that_share_a_stored_tensor_have_memory_of_their_own(remote):
-    write_checkpoint(remote, 1, {"a": torch.zeros(50), "b": torch.zeros(50)}, share=True)
-    loaded = StoredCheckpoints(remote).load()
-    loaded["a"] += 1
-    assert torch.equal(loaded["b"], torch.zeros(50))
+def test_a_tensor_beside_the_folder_is_loaded_and_verified(remote):
+    """Checkpoints of one run shared tensors before the first release."""
+    name = write_checkpoint(remote, 1, {"a": torch.ones(50)}, n_files=1)
+    shared = f"../tensors/{'0' * 40}.safetensors"
+    manifest = parse_manifest(remote.get(manifest_key(name)), "")
+    (entry,) = manifest.tensors.values()
+    files = [replace(one, path=shared) if one.path == entry.file else one for one in manifest.files]
+    remote.put(key_of(name, shared), remote.get(key_of(name, entry.file)))
+    remote.delete([key_of(name, entry.file)])
+    tensors = {"a": replace(entry, file=shared), "b": replace(entry, file=shared)}
+    changed = replace(manifest, files=tuple(files), tensors=tensors)
+    remote.put(manifest_key(name), encode_manifest(changed))
+    checkpoints = StoredCheckpoints(remote)
+    assert torch.equal(checkpoints.load()["a"], torch.ones(50))
+    assert checkpoints.verify().is_right
+    remote.delete([key_of(name, shared)])
+    assert not checkpoints.verify().is_right
 
 
 def test_map_location_moves_the_tensors_that_are_returned(remote):
@@ -128,10 +141,10 @@ def test_files_longer_than_a_piece_are_read_in_pieces(remote, monkeypatch):
     assert same(StoredCheckpoints(remote).load(), state)
 
 
-def test_many_shared_tensors_are_read_with_few_open_files(remote, monkeypatch):
+def test_many_files_are_read_with_few_open_ones(remote, monkeypatch):
     monkeypatch.setattr(reading, "_OPEN_FILES", 2)
     state = {f"t{n}": torch.full((4,), n) for n in range(30)}
-    write_checkpoint(remote, 1, state, share=True)
+    write_checkpoint(remote, 1, state, n_files=30)
     opened = []
     open_local = remote.open_local
 

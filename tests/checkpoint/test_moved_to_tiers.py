@@ -8,7 +8,6 @@ from tests.checkpoint.files import write_checkpoint
 from typer.testing import CliRunner
 
 import tiercache as tc
-from tiercache.checkpoint.moved import MovedCheckpoints
 from tiercache.checkpoint.stored import StoredCheckpoints
 from tiercache.cli.app import app
 from tiercache.errors import NotFound, StoreError
@@ -129,16 +128,12 @@ def test_a_step_that_was_moved_and_is_saved_again_after_a_restart_conflicts_with
     assert all(run.verify(one.name).is_right for one in run.list())
 
 
-class Unreachable(MovedCheckpoints):
-    """Checkpoints of which no other tier answers."""
-
-    def store(self, url):
+def test_a_tier_that_cannot_be_asked_is_named_in_the_error_and_does_not_change_the_choice(work, monkeypatch):
+    def unreachable(url):
         raise StoreError("no route to host", url=url)
 
-
-def test_a_tier_that_cannot_be_asked_is_named_in_the_error_and_does_not_change_the_choice(work):
-    home = LocalFolder(work / "first/run7")
-    run = StoredCheckpoints(home, moved=Unreachable(home.url, {}))
+    run = StoredCheckpoints(LocalFolder(work / "first/run7"))
+    monkeypatch.setattr(run._moved, "store", unreachable)
     is_home = "archive" in (work / "rules.toml").read_text()
     tier = "the tier .*/second/run7 could not be asked: .*no route to host"
     for which in ("best:loss", 2):

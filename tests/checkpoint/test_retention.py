@@ -1,14 +1,10 @@
-"""Retention: what each rule keeps in each tier, deletions in batches, leftovers, and shared tensors."""
+"""Retention: what each rule keeps in each tier, deletions in batches, and leftovers."""
 
 import os
 import time
 import warnings
 
-import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tests.checkpoint.files import START_S, write_checkpoint
 from tests.support.faults import Fault, FaultStore
 from tests.support.stores import CountingStore
@@ -16,18 +12,12 @@ from tests.support.stores import CountingStore
 from tiercache.checkpoint.inventory import CheckpointStores
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
-    NOT_UPLOADED_NAME,
-    SHARED_FOLDER,
     checkpoint_objects,
-    encode_manifest,
-    key_of,
     list_names,
     manifest_key,
-    parse_manifest,
-    reference_key,
-    tombstone_key,
+    metrics_key,
 )
-from tiercache.checkpoint.retention import GC_AGE_S, Retention, plan_retention, referenced_tensors
+from tiercache.checkpoint.retention import Retention, plan_retention
 from tiercache.checkpoint.stored import StoredCheckpoints
 from tiercache.errors import NotFound, StoreError
 from tiercache.keep import Keep, encode_pin, parse_pin
@@ -187,7 +177,7 @@ def test_a_pin_that_cannot_be_read_counts_as_a_pin(remote, text):
 def test_the_metrics_of_a_killed_save_are_collected_with_its_files(remote):
     name = write_checkpoint(remote, 1, commit=False)
     remote.put(f"_tiercache/metrics/{name}.json", b"{}")
-    collect(remote, START_S + 99 * DAY_S)
+    Retention(CheckpointStores({"remote": remote}), now=lambda: START_S + 99 * DAY_S).collect()
     assert [*remote.list()] == []
 
 
@@ -226,20 +216,17 @@ def test_a_rule_of_one_tier_leaves_the_other_tier_alone(remote, local):
 
 
 def test_a_local_checkpoint_that_is_not_uploaded_yet_stays(remote, local):
-    for name in hours(local, 1, 2, 3)[1:]:
-        local.put(f"{name}/{NOT_UPLOADED_NAME}", b"{}")
-    hours(remote, 1)
-    retained(remote, Keep(last=1, tier="local"), local=local)
-    assert steps_of(local) == [2, 3]
-
-
-def test_a_local_checkpoint_that_nobody_uploads_any_more_stays_only_if_a_rule_keeps_it(remote, local):
-    """Its save was dropped, for example: a store without rules, which would keep everything, keeps it no longer."""
     hours(local, 1, 2, 3)
     hours(remote, 1)
-    retained(remote, Keep(last=1, tier="local"), Keep(last=2, tier="remote"), local=local)
-    assert steps_of(local) == [2, 3]
     retained(remote, Keep(last=1, tier="local"), local=local)
+    assert steps_of(local) == [2, 3]
+
+
+def test_a_local_checkpoint_that_was_moved_away_from_the_store_stays_only_if_a_rule_keeps_it(remote, local):
+    name, *_ = hours(local, 1, 2, 3)
+    hours(remote, 2, 3, at=1)
+    remote.put(metrics_key(name), b"{}")
+    assert retained(remote, Keep(last=1, tier="local"), Keep(last=9, tier="remote"), local=local) == [2, 3]
     assert steps_of(local) == [3]
 
 
@@ -381,284 +368,13 @@ def test_leftovers_of_a_killed_save_are_removed_after_a_day(remote, local):
 
 
 def test_the_rest_of_a_deletion_that_was_killed_is_removed_after_a_day(remote):
-    names = hours(remote, 1, 2, share=True)
+    names = hours(remote, 1, 2)
     remote.delete([manifest_key(names[0])])
     Retention(CheckpointStores({"remote": remote}), now=lambda: START_S + DAY_S).collect()
     assert {info.key.split("/")[0] for info in remote.list()} == {names[1]}
 
 
-# -- shared tensors ------------------------------------------------------------------------------------------------
-
-A, B, C = (np.full(10, value, np.float32) for value in (1.0, 2.0, 3.0))
-
-
-def shared_of(store):
-    return {info.key for info in store.list(SHARED_FOLDER)}
-
-
-def collect(store, now_s):
-    return Retention(CheckpointStores({"remote": store}), now=lambda: now_s).collect()
-
-
-def delete(store, *names, now_s):
-    store.now_s = now_s
-    Retention(CheckpointStores({"remote": store}), now=lambda: now_s).delete(names)
-
-
-def test_a_shared_tensor_stays_while_a_checkpoint_refers_to_it_and_goes_a_day_after_the_last_one(remote):
-    first = write_checkpoint(remote, 1, {"w": A, "v": B}, share=True)
-    second = write_checkpoint(remote, 2, {"w": A, "v": C}, share=True)
-    later_s = START_S + 10 * DAY_S
-    delete(remote, first, now_s=later_s)
-    assert collect(remote, later_s + DAY_S - 1).n_shared == 0
-    assert collect(remote, later_s + DAY_S).n_shared == 1
-    loaded = StoredCheckpoints(remote).load(second)
-    assert np.array_equal(loaded["w"], A)
-    delete(remote, second, now_s=later_s + 5 * DAY_S)
-    collect(remote, later_s + 7 * DAY_S)
-    assert list(remote.list()) == []
-
-
-@pytest.mark.parametrize("is_killed", [False, True], ids=["moved", "killed when it has deleted the manifest"])
-def test_a_shared_tensor_stays_for_a_checkpoint_that_the_tier_engine_has_moved(remote, is_killed):
-    first = write_checkpoint(remote, 1, {"w": A}, share=True)
-    write_checkpoint(remote, 2, {"w": B}, share=True)
-    remote.delete([manifest_key(first)] if is_killed else [info.key for info in remote.list(f"{first}/")])
-    assert collect(remote, START_S + 99 * DAY_S).n_shared == 0
-    checkpoints = StoredCheckpoints(remote)
-    assert [(one.step, one.state) for one in checkpoints.list()] == [(1, "moved"), (2, "complete")]
-    remote.now_s = START_S + 99 * DAY_S
-    checkpoints.delete(first)
-    assert [one.step for one in checkpoints.list()] == [2]
-    assert collect(remote, START_S + 101 * DAY_S).n_shared == 1
-    assert {info.key for info in remote.list("references/")} == {reference_key(list_names(remote)[0])}
-
-
-def test_a_checkpoint_whose_save_was_killed_before_it_put_its_reference_gets_one(remote):
-    name = write_checkpoint(remote, 1, {"w": A}, share=True)
-    remote.delete([reference_key(name)])
-    collect(remote, START_S + DAY_S)
-    remote.delete([info.key for info in remote.list(f"{name}/")])  # the tier engine moves it
-    assert collect(remote, START_S + 99 * DAY_S).n_shared == 0
-
-
-def test_a_local_reference_ends_when_the_store_has_the_checkpoint(remote, local):
-    name = write_checkpoint(local, 1, {"w": A}, share=True)
-    local.delete([info.key for info in local.list(f"{name}/")])
-    now_s = next(local.list(SHARED_FOLDER)).modified_s + 3 * DAY_S
-
-    def collect_both():
-        return Retention(CheckpointStores({"local": local, "remote": remote}), now=lambda: now_s).collect().n_shared
-
-    assert collect_both() == 0
-    write_checkpoint(remote, 1, {"w": A}, share=True)
-    remote.now_s = now_s
-    assert collect_both() == 1
-    assert list(local.list()) == []
-
-
-def test_a_deleted_checkpoint_of_which_only_the_tombstone_is_left_is_not_listed(remote):
-    first = write_checkpoint(remote, 1, {"w": A}, share=True)
-    write_checkpoint(remote, 2, {"w": B}, share=True)
-    delete(remote, first, now_s=START_S)
-    checkpoints = StoredCheckpoints(remote)
-    assert [one.step for one in checkpoints.list()] == [2]
-    with pytest.raises(NotFound):
-        checkpoints.delete(first)
-    with pytest.raises(NotFound):
-        checkpoints.pin(1)
-
-
-def test_the_reference_protects_the_tensors_of_a_corrupt_manifest_and_without_it_nothing_is_deleted(remote):
-    first = write_checkpoint(remote, 1, {"w": A}, share=True)
-    second = write_checkpoint(remote, 2, {"w": B}, share=True)
-    third = write_checkpoint(remote, 3, {"w": C}, share=True)
-    remote.put(manifest_key(second), b"{}")
-    delete(remote, first, now_s=START_S)
-    assert collect(remote, START_S + 99 * DAY_S).n_shared == 1
-    delete(remote, third, now_s=START_S)
-    for wrong in ("corrupt", "gone"):
-        if wrong == "corrupt":
-            remote.put(reference_key(second), b"{}")
-        else:
-            remote.delete([reference_key(second)])
-        with pytest.warns(RuntimeWarning, match="while this manifest cannot be read"):
-            assert collect(remote, START_S + 99 * DAY_S).n_shared == 0
-    assert len(shared_of(remote)) == 2
-
-
-def test_a_new_tensor_without_a_manifest_is_not_deleted_before_it_is_a_day_old(remote):
-    write_checkpoint(remote, 1, {"w": A}, share=True, commit=False)
-    assert collect(remote, START_S + DAY_S - 1).n_shared == 0
-    assert len(shared_of(remote)) == 1
-
-
-def test_a_save_may_refer_to_the_tensors_of_visible_checkpoints_only(remote):
-    first = write_checkpoint(remote, 1, {"w": A}, share=True)
-    write_checkpoint(remote, 2, {"w": B}, share=True)
-    write_checkpoint(remote, 3, {"w": C}, share=True, commit=False)
-    stores = CheckpointStores({"remote": remote})
-    assert len(referenced_tensors(stores, "remote")) == 2
-    delete(remote, first, now_s=START_S)
-    assert len(referenced_tensors(stores, "remote")) == 1
-
-
-VALUES = st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True)
-
-
-class SavesAndDeletes(RuleBasedStateMachine):
-    """Saves that begin, write and commit step by step, among deletions and collections, on a clock of the test.
-
-    A save ends within the age of collection. Invariant: every visible checkpoint has all its tensors.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.store = Dated(MemoryStore(f"shared-{os.urandom(8).hex()}"))
-        self.saves = []
-        self.moved = {}
-        self.step = 0
-
-    def teardown(self):
-        self.store.delete([info.key for info in self.store.list()])
-
-    @initialize(values=VALUES)
-    def begin_with_an_old_checkpoint(self, values):
-        self.save(values)
-        self.store.now_s += 10 * DAY_S
-
-    @rule(values=VALUES)
-    def save(self, values):
-        self.begin(values)
-        save = self.saves[-1]
-        self._write(save)
-        self._commit(save)
-
-    @rule(values=VALUES)
-    def begin(self, values):
-        """Decide which tensors are written and which are reused."""
-        reusable = referenced_tensors(CheckpointStores({"remote": self.store}), "remote")
-        self.step += 1
-        self.saves.append(
-            {"step": self.step, "begin_s": self.store.now_s, "values": values, "reusable": reusable, "put": False}
-        )
-
-    def _manifest(self, save):
-        """The manifest of a save, and the files that it writes; made in a store of its own."""
-        scratch = MemoryStore(f"scratch-{os.urandom(8).hex()}")
-        state = {f"t{value}": np.full(4, value, np.int64) for value in save["values"]}
-        name = write_checkpoint(scratch, save["step"], state, created_s=save["begin_s"], share=True)
-        manifest = parse_manifest(scratch.get(manifest_key(name)), "")
-        files = {key_of(name, file.path): scratch.get(key_of(name, file.path)) for file in manifest.files}
-        scratch.delete([info.key for info in scratch.list()])
-        return manifest, files
-
-    def _write(self, save):
-        _, files = self._manifest(save)
-        for key, value in files.items():
-            if not key.startswith(SHARED_FOLDER) or key not in save["reusable"]:
-                self.store.put(key, value)
-        save["put"] = True
-
-    def _commit(self, save, *, is_killed=False):
-        self.saves.remove(save)
-        manifest, _ = self._manifest(save)
-        assert self.store.put_if_absent(manifest_key(manifest.name), encode_manifest(manifest))
-        if is_killed:  # the engine moves it after a later commit only, and thus after a collection
-            self.collect()
-        else:
-            self.store.put(reference_key(manifest.name), encode_manifest(manifest))
-
-    @precondition(lambda self: self.saves)
-    @rule(data=st.data())
-    def go_on_with_a_save(self, data):
-        """Write its tensors, or commit it."""
-        save = data.draw(st.sampled_from(self.saves))
-        (self._commit if save["put"] else self._write)(save)
-
-    @precondition(lambda self: self.saves)
-    @rule(data=st.data())
-    def kill_a_save(self, data):
-        save = data.draw(st.sampled_from(self.saves))
-        if save["put"] and data.draw(st.booleans()):
-            self._commit(save, is_killed=True)
-        else:
-            self.saves.remove(save)
-
-    def _movable(self):
-        """The visible checkpoints whose deletion has not begun: others count as deleted once they are moved."""
-        keys = {info.key for info in self.store.list()}
-        return [name for name in list_names(self.store) if tombstone_key(name) not in keys]
-
-    @precondition(lambda self: self._movable())
-    @rule(data=st.data(), dies=st.booleans())
-    def move_away(self, data, dies):
-        """The tier engine moves the folder of a checkpoint, which will come back, and perhaps dies in between."""
-        name = data.draw(st.sampled_from(self._movable()))
-        self.moved[name] = {info.key: self.store.get(info.key) for info in self.store.list(f"{name}/")}
-        self.store.delete([manifest_key(name)] if dies else [*self.moved[name]])
-
-    @precondition(lambda self: self.moved)
-    @rule(data=st.data())
-    def bring_back(self, data):
-        for key, value in self.moved.pop(data.draw(st.sampled_from(sorted(self.moved)))).items():
-            self.store.put(key, value)
-
-    @precondition(lambda self: list_names(self.store))
-    @rule(data=st.data(), dies_at=st.integers(0, 3))
-    def delete(self, data, dies_at):
-        """Delete checkpoints, and perhaps die in between."""
-        names = list_names(self.store)
-        chosen = data.draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
-        dying = FaultStore(self.store, [Fault("delete", nth=dies_at, retryable=False)] if dies_at else [])
-        try:
-            Retention(CheckpointStores({"remote": dying}), now=lambda: self.store.now_s).delete(chosen)
-        except StoreError:
-            assert dies_at
-
-    @rule()
-    def collect(self):
-        Retention(CheckpointStores({"remote": self.store}), now=lambda: self.store.now_s).collect()
-
-    @rule(part=st.sampled_from([0.1, 0.5, 0.99]))
-    def pass_time(self, part):
-        """Let time pass, but no save takes longer than the age of collection. Collect, as the next save would."""
-        oldest_s = min((save["begin_s"] for save in self.saves), default=self.store.now_s)
-        left_s = GC_AGE_S - (self.store.now_s - oldest_s)
-        self.store.now_s += part * left_s
-        self.collect()
-
-    @invariant()
-    def every_visible_checkpoint_has_its_tensors(self):
-        keys = {info.key for info in self.store.list()}
-        for name in list_names(self.store):
-            manifest = parse_manifest(self.store.get(manifest_key(name)), name)
-            assert {key_of(name, file.path) for file in manifest.files} <= keys
-
-    @invariant()
-    def nothing_leaks(self):
-        """After some more days without saves, only what visible checkpoints need is left."""
-        if self.saves or self.moved:
-            return
-        copy = Dated(MemoryStore(f"copy-{os.urandom(8).hex()}"))
-        for info in self.store.list():
-            copy.inner.put(info.key, self.store.get(info.key))
-            copy.dates[info.key] = info.modified_s
-        copy.now_s = self.store.now_s
-        for _ in range(2):
-            copy.now_s += 2 * GC_AGE_S
-            Retention(CheckpointStores({"remote": copy}), now=lambda: copy.now_s).collect()
-        needed = set()
-        for name in list_names(copy):
-            manifest = parse_manifest(copy.get(manifest_key(name)), name)
-            needed |= {manifest_key(name), reference_key(name), *(key_of(name, file.path) for file in manifest.files)}
-        left = {info.key for info in copy.list()}
-        copy.delete([info.key for info in copy.list()])
-        assert left <= needed
-
-
-TestSavesAndDeletes = SavesAndDeletes.TestCase
-TestSavesAndDeletes.settings = settings(max_examples=25, stateful_step_count=30)
+# -- plans and reports ---------------------------------------------------------------------------------------------
 
 
 def test_retention_plans_are_pure_and_name_only_complete_checkpoints(remote):

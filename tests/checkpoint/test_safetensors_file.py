@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, save
 
-from tiercache.checkpoint.safetensors_file import (
+from tiercache.checkpoint.layout import (
     MAX_FILE_BYTES,
     MIN_FILE_BYTES,
     PAGE_BYTES,

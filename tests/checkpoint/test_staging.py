@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 from tests.support.fake_device import FakeDevice
 
-from tiercache.checkpoint.safetensors_file import PAGE_BYTES
-from tiercache.checkpoint.staging import SHARED_MIN_BYTES, SHARED_NAME, HostMemory, StagedState
+from tiercache.checkpoint.layout import PAGE_BYTES
+from tiercache.checkpoint.staging import HostMemory, StagedState
 from tiercache.checkpoint.state_tree import encode_state
 
 DEVICE = torch.device("privateuseone")
@@ -17,7 +17,7 @@ DEVICE = torch.device("privateuseone")
 
 def staged(state, memory=None, **options):
     """A state whose copy has ended."""
-    made = StagedState(encode_state(state), memory or HostMemory(), **{"n_streams": 4, "shares": False} | options)
+    made = StagedState(encode_state(state), memory or HostMemory(), **{"n_streams": 4} | options)
     made.copy()
     return made
 
@@ -27,8 +27,8 @@ def tensors_in(state):
     found = {}
     for file in state.files:
         data = load(b"".join(file.pieces))
-        assert data.keys() == file.names.keys() == file.specs.keys()
-        found |= {file.names[name]: tensor for name, tensor in data.items()}
+        assert data.keys() == file.specs.keys()
+        found |= data
     return found
 
 
@@ -98,20 +98,6 @@ def test_memory_is_used_again_once_it_is_released():
     assert same(tensors_in(third)["x"], torch.full((20_000,), 3.0))
 
 
-def test_large_tensors_become_files_of_their_own_where_tensors_are_shared():
-    state = {
-        "large": torch.ones(SHARED_MIN_BYTES // 4),
-        "other": torch.ones(SHARED_MIN_BYTES // 4),
-        "small": torch.ones(3),
-    }
-    files = staged(state, shares=True).files
-    assert [file.is_shared for file in files] == [True, True, False]
-    assert [dict(file.names) for file in files[:2]] == [{SHARED_NAME: "large"}, {SHARED_NAME: "other"}]
-    assert b"".join(files[0].pieces) == b"".join(files[1].pieces), (
-        "equal tensors have equal files, whatever their names"
-    )
-
-
 def on_device(device, values):
     """A tensor in the memory of the fake device."""
     memory = device.allocate(values.nbytes)
@@ -166,9 +152,7 @@ def test_the_memory_of_a_copy_that_fails_is_used_again():
     device, memory = FailingDevice(DEVICE), HostMemory(4 * PAGE_BYTES)
     tensor = on_device(device, torch.ones(3))
     for _ in range(2):
-        state = StagedState(
-            encode_state({"x": tensor}), memory, n_streams=4, shares=False, device_of=fake(device, tensor)
-        )
+        state = StagedState(encode_state({"x": tensor}), memory, n_streams=4, device_of=fake(device, tensor))
         with pytest.raises(RuntimeError, match="device-side assert"):
             state.copy()
         state.release()

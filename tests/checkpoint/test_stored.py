@@ -11,10 +11,7 @@ from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
 from tiercache.checkpoint.checkpoints import Checkpoints
-from tiercache.checkpoint.inventory import CheckpointStores
-from tiercache.checkpoint.layout import SHARED_FOLDER, list_names, reference_key
-from tiercache.checkpoint.retention import Retention
-from tiercache.checkpoint.staging import SHARED_MIN_BYTES
+from tiercache.checkpoint.layout import list_names
 from tiercache.checkpoint.weights import open_weights
 from tiercache.errors import StoreError
 from tiercache.keep import Keep
@@ -102,23 +99,6 @@ def test_a_failed_deletion_is_logged_and_repeated_after_the_next_commit(remote, 
         assert steps_of(remote) == [3]
 
 
-def test_frozen_tensors_stay_while_their_checkpoints_come_and_go(tmp_path):
-    frozen = np.full(SHARED_MIN_BYTES, 7, np.uint8)
-    with Checkpoints(tmp_path, keep=Keep(last=1), dedup=True) as checkpoints:
-        for step in range(1, 4):
-            moving = np.full(SHARED_MIN_BYTES, step, np.uint8)
-            checkpoints.save(step, {"frozen": frozen, "moving": moving}).wait()
-        checkpoints.join()
-        (name,) = list_names(checkpoints.remote_store)
-        assert checkpoints.remote_store.head(reference_key(name)).n_bytes > 0
-        loaded = checkpoints.load()
-        assert np.array_equal(loaded["frozen"], frozen)
-        days_s = (tmp_path / SHARED_FOLDER).stat().st_mtime + 3 * 86400
-        stores = CheckpointStores({"remote": checkpoints.remote_store})
-        assert Retention(stores, now=lambda: days_s).collect().n_shared == 2
-        assert np.array_equal(checkpoints.load()["frozen"], frozen)
-
-
 def test_the_list_names_failed_and_unfinished_saves(remote):
     broken = FaultStore(remote, [Fault("put_if_absent", nth=2, retryable=False)])
     gates = GateStore(broken)
@@ -162,7 +142,7 @@ def test_checkpoints_in_s3_are_loaded_mapped_retained_and_deleted(s3_server, tmp
     state = {"model": {"w": torch.arange(1 << 20), "b": torch.ones(3)}, "epoch": 4}
     store = s3_server.store("checkpoints-read")
     with Cache(tmp_path / "cache", size="64MiB") as cache:
-        checkpoints = Checkpoints(store, keep=Keep(last=2), dedup=True)
+        checkpoints = Checkpoints(store, keep=Keep(last=2))
         checkpoints._open_cache = lambda: cache
         for step in range(1, 4):
             checkpoints.save(step, {**state, "epoch": step}).wait(timeout_s=WAIT_S)

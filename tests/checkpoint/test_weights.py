@@ -72,14 +72,12 @@ def test_a_folder_with_an_index_a_single_file_and_a_folder_of_files_are_opened(t
             assert equal(dict(weights)), url
 
 
-@pytest.mark.parametrize("share", [False, True])
-def test_checkpoints_are_opened_by_their_folder_or_as_the_one_written_last(tmp_path, share):
+def test_checkpoints_are_opened_by_their_folder_or_as_the_one_written_last(tmp_path):
     store = LocalFolder(tmp_path)
-    first = write_checkpoint(store, 1, {"model": {"w": torch.ones(3)}}, share=share)
-    write_checkpoint(store, 2, {"model": dict(TENSORS), "optim": {"m": torch.zeros(2)}}, share=share)
-    if not share:
-        with open_weights(tmp_path / first) as weights:
-            assert equal(dict(weights), {"model.w": torch.ones(3)})
+    first = write_checkpoint(store, 1, {"model": {"w": torch.ones(3)}})
+    write_checkpoint(store, 2, {"model": dict(TENSORS), "optim": {"m": torch.zeros(2)}})
+    with open_weights(tmp_path / first) as weights:
+        assert equal(dict(weights), {"model.w": torch.ones(3)})
     with open_weights(tmp_path, prefix="model.") as weights:
         assert equal(dict(weights))
 
@@ -248,7 +246,7 @@ def test_tensors_are_fetched_again_after_another_tensor_of_their_copy_was_corrup
 
 
 def test_files_are_opened_only_for_the_tensors_of_a_checkpoint_that_are_used(tmp_path):
-    write_checkpoint(LocalFolder(tmp_path), 1, {f"t{n}": torch.full((5,), n) for n in range(40)}, share=True)
+    write_checkpoint(LocalFolder(tmp_path), 1, {f"t{n}": torch.full((5,), n) for n in range(40)}, n_files=40)
     with open_weights(tmp_path) as weights:
         assert weights["t7"].tolist() == [7] * 5
         assert mapped_files().count(".safetensors") == 1

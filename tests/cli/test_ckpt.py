@@ -268,19 +268,3 @@ class TestPin:
         assert f"would leave {name}: pinned" in tiercache("ckpt", "rm", name, "--dry-run").out
         with tc.Checkpoints(root / "nvme/own") as checkpoints:
             assert [one.is_pinned for one in checkpoints.list()] == [True]
-
-
-class TestDiff:
-    def test_metrics_files_and_steps_that_differ_are_listed(self, tiercache, root):
-        (root / "nvme/runs/a/step-2/extra.bin").write_bytes(b"1")
-        events = tiercache("ckpt", "diff", "runs/a/step-1", "runs/a/step-2", "--json").events
-        found = {(one["what"], one["name"]) for one in events if one["event"] == "difference"}
-        assert found == {("step", ""), ("metric", "val_loss"), ("file", "extra.bin")}
-        assert events[-1]["unsure"] == 2
-
-    def test_our_own_checkpoints_are_compared_by_checksum(self, tiercache, root):
-        names = own(root, 40, 2), own(root, 41, 1)
-        events = tiercache("ckpt", "diff", *names, "--json").events
-        found = {one["name"] for one in events if one["event"] == "difference" and one["what"] == "file"}
-        assert "tensors-00001-of-00001.safetensors" in found
-        assert "state.json" not in found

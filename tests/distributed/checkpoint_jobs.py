@@ -266,7 +266,7 @@ def save_until_killed(
     dist.init_process_group("gloo")
     me, mesh = dist.get_rank(), init_device_mesh("cpu", (dist.get_world_size(),))
     keep = [tc.Keep(last=keep_last)] if keep_last else []
-    checkpoints = tc.Checkpoints(url, local=locals_[me] if locals_ else None, keep=keep, dedup=True)
+    checkpoints = tc.Checkpoints(url, local=locals_[me] if locals_ else None, keep=keep)
     first = [1 + int((Path(saved).read_text().split() or [-1])[-1]) if Path(saved).exists() else 0]
     dist.broadcast_object_list(first)
     end = killed_at(kill if me == rank else None, counts and f"{counts}-{me}")

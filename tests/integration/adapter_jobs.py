@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from tests.support.faults import Fault, FaultStore
 
 import tiercache as tc
 
@@ -107,11 +103,11 @@ def train(url: str, folder: str, stop_after: int = -1, which: str | int = "lates
 # -- Accelerate ------------------------------------------------------------------------------------------------------
 
 
-def loop(url: str, folder: str, way: str, stop_after: int | None = None) -> dict[str, Any]:
-    """An epoch that resumes where a checkpoint stands; way: "functions" or "hook"."""
+def loop(url: str, folder: str, stop_after: int | None = None) -> dict[str, Any]:
+    """An epoch that resumes where a checkpoint stands."""
     from accelerate import Accelerator
 
-    from tiercache.integrations.accelerate import CheckpointHook, load_state, prepare, save_state
+    from tiercache.integrations.accelerate import load_state, prepare, save_state
 
     torch.manual_seed(1)
     accelerator = Accelerator(cpu=True)
@@ -122,10 +118,9 @@ def loop(url: str, folder: str, way: str, stop_after: int | None = None) -> dict
     options = tc.LoaderOptions(seed=1)
     loader = prepare(tc.DataLoader(tc.Dataset(url), batch_size=8, shuffle=True, options=options), accelerator)
     checkpoints = tc.Checkpoints(f"{folder}/remote", rank=accelerator.process_index)
-    step, state_folder, seen = 0, f"{folder}/state", []
-    hook = CheckpointHook(accelerator, checkpoints, lambda: step) if way == "hook" else None
+    step, seen = 0, []
     if checkpoints.list():
-        accelerator.load_state(state_folder) if hook else load_state(accelerator, checkpoints)
+        load_state(accelerator, checkpoints)
         step = checkpoints.list()[-1].step
     for batch in loader:
         accelerator.backward(model(batch["values"]).square().mean())
@@ -135,97 +130,9 @@ def loop(url: str, folder: str, way: str, stop_after: int | None = None) -> dict
         seen.append(batch["id"].tolist())
         step += 1
         if step == stop_after:
-            accelerator.save_state(state_folder) if hook else save_state(accelerator, checkpoints, step)
+            save_state(accelerator, checkpoints, step)
             break
-    if hook:
-        hook.remove()
     checkpoints.close()
     rate = schedule.get_last_lr()
-    written = sorted(path.name for path in Path(state_folder).glob("*"))
     weights = digest(accelerator.unwrap_model(model).state_dict())
-    return {"seen": seen, "weights": weights, "rate": rate, "written": written}
-
-
-# -- trackers --------------------------------------------------------------------------------------------------------
-
-
-def saves(url: str, folder: str, make_log: Any) -> dict[str, Any]:
-    """Save three checkpoints with a log; the last one fails. The names of the others, and their data set."""
-    import torch.distributed.checkpoint as dcp
-
-    loader = tc.DataLoader(tc.Dataset(url), batch_size=8)
-    for _ in loader:
-        pass
-    with tc.Checkpoints(f"{folder}/remote") as checkpoints:
-        log = make_log(checkpoints)
-        first = checkpoints.save(1, {"weights": torch.ones(3)}, metrics={"loss": 0.5})
-        log(first, metrics={"loss": 0.5}, loader=loader)
-        first.wait()
-        warnings.simplefilter("ignore")  # torch's, about one process
-        writer = checkpoints.dcp_writer(2)
-        dcp.save({"weights": torch.ones(3)}, storage_writer=writer)
-        log(writer, metrics={"loss": 0.25}, loader=loader)
-        remote = checkpoints.file_writers[-1]
-        remote.store = FaultStore(remote.store, [Fault("complete", retryable=False)])
-        log(checkpoints.save(3, {"weights": torch.ones(3)}), metrics={"loss": 9.0}, loader=loader)
-        log.close()
-        error = ""
-        try:
-            checkpoints.wait()
-        except tc.StoreError as failure:  # the log has not swallowed it
-            error = str(failure)
-        names = [info.name for info in checkpoints.list() if info.state == "complete"]
-        dataset = loader.dataset
-        facts = {"version": dataset.version, "fingerprint": dataset.fingerprint}
-        return {"names": names, "error": error, **facts}
-
-
-def log_to_mlflow(url: str, folder: str) -> dict[str, Any]:
-    """What MLflow's file store has of a run."""
-    os.environ["MLFLOW_TRACKING_URI"] = f"file://{folder}/mlruns"
-    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
-    import mlflow
-
-    from tiercache.integrations.mlflow import MlflowCheckpointLog
-
-    with mlflow.start_run() as run:
-        found = saves(url, folder, MlflowCheckpointLog)
-    client = mlflow.MlflowClient()
-    stored = client.get_run(run.info.run_id)
-    losses = [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, "loss")]
-    artifacts = [one.path for one in client.list_artifacts(run.info.run_id, "checkpoints")]
-    return {**found, "tags": stored.data.tags, "losses": losses, "metrics": stored.data.metrics, "artifacts": artifacts}
-
-
-def log_to_wandb(url: str, folder: str) -> dict[str, Any]:
-    """What an offline run of Weights & Biases has in its summary, and the rows that it was given."""
-    os.environ.update(WANDB_MODE="offline", WANDB_DIR=folder, WANDB_SILENT="true")
-    import wandb
-
-    from tiercache.integrations.wandb import WandbCheckpointLog
-
-    run = wandb.init(project="tiercache", dir=folder)
-    found = saves(url, folder, WandbCheckpointLog)
-    summary = {key: value for key, value in dict(run.summary).items() if key.startswith("checkpoint/")}
-    run.finish()
-    files = [path.name for path in Path(folder).rglob("*.wandb")]
-    return {**found, "summary": summary, "files": files}
-
-
-def log_to_comet(url: str, folder: str) -> dict[str, Any]:
-    """The messages in the archive that an offline experiment of Comet wrote."""
-    import comet_ml
-
-    from tiercache.integrations.comet import CometCheckpointLog
-
-    Path(folder, "comet").mkdir(parents=True)
-    experiment = comet_ml.OfflineExperiment(
-        offline_directory=f"{folder}/comet", project_name="tiercache", log_code=False, log_graph=False,
-        log_git_metadata=False, log_git_patch=False, auto_output_logging=False, display_summary_level=0,
-    )  # fmt: skip
-    found = saves(url, folder, lambda checkpoints: CometCheckpointLog(checkpoints, experiment))
-    experiment.end()
-    (archive,) = Path(folder, "comet").glob("*.zip")
-    with zipfile.ZipFile(archive) as opened:
-        messages = [json.loads(line) for line in opened.read("messages.json").decode().splitlines()]
-    return {**found, "messages": messages}
+    return {"seen": seen, "weights": weights, "rate": rate}

@@ -19,7 +19,6 @@ from tests.support.faults import Fault, FaultStore
 from tests.support.forks import SendLine, run_forked
 from tests.support.kill_points import KillAt, count_points, kill_at
 
-from tiercache.checkpoint import staging
 from tiercache.checkpoint.checkpoints import Checkpoints
 from tiercache.checkpoint.layout import list_names, parse_name
 from tiercache.errors import StoreError
@@ -29,7 +28,6 @@ from tiercache.store.posix import TEMP_PREFIX
 DEADLINE_S = 120.0
 N_BEFORE, N_SAVES, PENDING = 2, 3, 2
 LARGE_BYTES = 1 << 14
-staging.SHARED_MIN_BYTES = LARGE_BYTES  # rounds of small states are fast
 
 
 def points_of_checkpoints() -> dict[str, str]:
@@ -38,10 +36,9 @@ def points_of_checkpoints() -> dict[str, str]:
 
 
 def state_at(step: int) -> dict:
-    """The state of a step: one large part that never changes, one that does, and small ones."""
+    """The state of a step: one large part, and small ones."""
     values = np.random.default_rng(step)
     return {
-        "frozen": np.full(LARGE_BYTES, 7, np.uint8),
         "moving": values.integers(0, 255, LARGE_BYTES, np.uint8),
         "small": [values.normal(size=(3, 5)), values.integers(0, 9, 4)],
         "epoch": step,
@@ -82,10 +79,6 @@ def through_local(world: World, tell: SendLine, steps: range) -> None:
     save_steps(world, tell, steps, local=world.root / "local", pending=PENDING)
 
 
-def shared(world: World, tell: SendLine, steps: range) -> None:
-    save_steps(world, tell, steps, local=world.root / "local", pending=PENDING, dedup=True)
-
-
 def failing(world: World, tell: SendLine, steps: range) -> None:
     faults = [Fault("complete", keys="*state.json", retryable=False)]
     save_steps(world, tell, steps, remote=FaultStore(LocalFolder(world.root / "remote"), faults))
@@ -94,7 +87,6 @@ def failing(world: World, tell: SendLine, steps: range) -> None:
 JOBS: dict[str, Callable[[World, SendLine, range], None]] = {
     "direct": direct,
     "through_local": through_local,
-    "shared": shared,
     "failing": failing,
 }
 
@@ -112,7 +104,7 @@ class Rounds(PointRounds[str]):
 
     def learn(self) -> None:
         self.now = "making it ready"
-        ended = run_forked(lambda tell: shared(self.kept, tell, range(N_BEFORE)), deadline_s=DEADLINE_S)
+        ended = run_forked(lambda tell: through_local(self.kept, tell, range(N_BEFORE)), deadline_s=DEADLINE_S)
         if not self.took(ended, "it"):
             return
         for name, job in JOBS.items():
@@ -133,7 +125,7 @@ class Rounds(PointRounds[str]):
             self.report.missed += 1
             self.took(struck.ended, "it")
         self.look(struck.lines, n_under_way=PENDING)
-        ended = run_forked(lambda tell: shared(self.world, tell, range(90, 91)), deadline_s=DEADLINE_S)
+        ended = run_forked(lambda tell: through_local(self.world, tell, range(90, 91)), deadline_s=DEADLINE_S)
         self.took(ended, "the next process")
         self.look((*struck.lines, *ended.lines), n_under_way=PENDING)
         for target, store in self.world.stores().items():
@@ -162,22 +154,17 @@ class Rounds(PointRounds[str]):
                 self.problem(f"{target}: {sorted(missing)} were committed and are gone")
             if wanted and names and parse_name(names[-1])[1] < max(parse_name(name)[1] for name in wanted):
                 self.problem(f"{target}: the newest checkpoint is older than one that was committed")
-            used = set()
             for name in names:
                 try:
                     manifest, state = read_checkpoint(store, name)
                 except Exception as error:  # noqa: BLE001 - whatever it is, it is a problem of the round
                     self.problem(f"{target}: {name} cannot be read: {error!r}")
                     continue
-                used |= {file.path.removeprefix("../") for file in manifest.files}
                 if not same(state, state_at(manifest.step)):
                     self.problem(f"{target}: {name} is not what was saved")
             left = leftovers(store)
             if len(left) > n_under_way:
                 self.problem(f"{target}: {len(left)} folders without a manifest: {left}")
-            left_shared = {info.key for info in store.list("tensors/")} - used
-            if len(left_shared) > 2 * n_under_way:
-                self.problem(f"{target}: {len(left_shared)} shared tensors that no checkpoint uses")
             if temporary := list(Path(store.url).rglob(f"{TEMP_PREFIX}*")):
                 self.problem(f"{target}: temporary files are left: {temporary}")
 

@@ -27,7 +27,7 @@ from tests.support.warm_python import WarmPython
 
 import tiercache as tc
 from tiercache.checkpoint.inventory import CheckpointStores
-from tiercache.checkpoint.layout import RUN_NAME, key_of, list_names, manifest_key, metrics_key, reference_key
+from tiercache.checkpoint.layout import RUN_NAME, key_of, list_names, manifest_key, metrics_key
 from tiercache.checkpoint.retention import GC_AGE_S, Retention
 from tiercache.keep import Keep
 from tiercache.store import LocalFolder
@@ -239,12 +239,9 @@ class Rounds(PointRounds[tuple[str, int]]):
     def look_for_leaks(self, root: Path, run: Path) -> None:
         """Compare what a folder of checkpoints has with what its checkpoints, and those that were moved, need."""
         store, used = LocalFolder(root), {RUN_NAME}
-        moved = LocalFolder(run / "archive" / "run")
-        for place in (store, moved):
-            for name, manifest in _manifests(place).items():
-                files = {key_of(name, file.path) for file in manifest.files} | {manifest_key(name)}
-                used.add(metrics_key(name))
-                used |= {key for key in files if place is store or key.startswith("tensors/")} | {reference_key(name)}
+        used |= {metrics_key(name) for name in list_names(LocalFolder(run / "archive" / "run"))}
+        for name, manifest in _manifests(store).items():
+            used |= {key_of(name, file.path) for file in manifest.files} | {manifest_key(name), metrics_key(name)}
         left = {info.key for info in store.list()}
         if left - used:
             self.problem(f"{root.name}: two days later, {sorted(left - used)} are left")

@@ -699,12 +699,9 @@ def test_only_our_own_names_have_a_time():
     assert steps("r/step_4.pt", *dated) == {"r/step_4.pt": 4}
 
 
-def test_tensors_that_our_own_checkpoints_share_and_their_references_are_in_no_group():
-    name = "step-000000000100.20261129T193324123Z-7f3a9c"
-    references = [f"runs/7/references/{name}.json", f"runs/7/references/{name}.deleted.json"]
-    keys = [f"runs/7/tensors/{'a' * 40}.safetensors", *references, "runs/7/tensors/notes.txt"]
-    layout = layout_of(*keys)
-    assert layout.group.tolist() == [NO_GROUP, NO_GROUP, NO_GROUP, 0]
+def test_tensors_that_our_own_checkpoints_shared_are_in_no_group():
+    layout = layout_of(f"runs/7/tensors/{'a' * 40}.safetensors", "runs/7/tensors/notes.txt")
+    assert layout.group.tolist() == [NO_GROUP, 0]
     assert layout.shared.tolist() == [True, True, True, False]
 
 

@@ -3,10 +3,10 @@
 save() copies the state to host memory in the caller's thread. Then one thread writes the files and commits the
 checkpoint in the local folder; a second one uploads it from there and commits it at the store, so that the next state
 is written while an earlier one is uploaded. Without a local folder, the first thread writes to the store from host
-memory. The housekeeping thread looks at the run before the first save, deletes what the rules no longer keep, aborts
-old uploads, and chooses late uploads; a fourth thread makes these: uploads that failed or that a kill interrupted. A
-condition guards the states of the saves; no step runs under it. A checkpoint that cannot be written to the local
-folder, for example to a full disk, is uploaded from host memory.
+memory. The housekeeping thread looks at the run before the first save, lets what an earlier process did not upload be
+uploaded first, deletes what the rules no longer keep, and aborts old uploads. A condition guards the states of the
+saves; no step runs under it. A checkpoint that cannot be written to the local folder, for example to a full disk, is
+uploaded from host memory.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from threading import Condition, Lock
+from threading import Condition
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from tiercache.checkpoint.inventory import check_run, take_run
 from tiercache.checkpoint.layout import (
     Manifest,
     checkpoint_name,
     checkpoint_objects,
+    manifest_key,
     written_order,
 )
-from tiercache.checkpoint.local_copies import LateUploads, LocalCopies
-from tiercache.checkpoint.retention import GC_AGE_S, RetentionReport, referenced_tensors
+from tiercache.checkpoint.retention import GC_AGE_S, RetentionReport
 from tiercache.checkpoint.staging import HostMemory, StagedState
 from tiercache.checkpoint.state_tree import encode_state, state_text
 from tiercache.checkpoint.stored import StoredCheckpoints, UnfinishedSave
 from tiercache.checkpoint.writer import CheckpointWriter, TaskThread, may_be_committed
 from tiercache.crash_points import crash_point
-from tiercache.errors import StoreError, TierCacheError
-from tiercache.keep import Keep
+from tiercache.errors import NotFound, StoreError, TierCacheError
+from tiercache.keep import PIN_NAME, Keep
 from tiercache.store import LocalFolder, Store, open_store
 from tiercache.store.options import ParsedUrl
 
@@ -55,12 +56,11 @@ if TYPE_CHECKING:
 
 Target: TypeAlias = Literal["local", "remote"]
 """Place where a save commits a checkpoint; each is a tier of checkpoints (CheckpointTier) of the same name."""
-WhenBusy: TypeAlias = Literal["wait", "skip", "drop"]
-SaveState: TypeAlias = Literal["staged", "writing", "local", "done", "failed", "skipped", "dropped"]
+SaveState: TypeAlias = Literal["staged", "writing", "local", "done", "failed", "skipped"]
 
 FIRST_LOOK_S = 10.0
 """Time that the first save of a process waits for the store."""
-_ENDED = ("done", "failed", "skipped", "dropped")
+_ENDED = ("done", "failed", "skipped")
 
 logger = logging.getLogger("tiercache")
 
@@ -72,8 +72,8 @@ class SaveHandle:
         name: Name of the checkpoint.
         step: Step of the training run.
         state: "staged" (in host memory), "writing" (to `local`, or to the store if there is no `local`), "local"
-            (committed in `local`, not yet at the store), "done" (committed everywhere), "failed", "skipped"
-            (when_busy="skip", or a rank that does not write) or "dropped" (when_busy="drop").
+            (committed in `local`, not yet at the store), "done" (committed everywhere), "failed" or "skipped" (by a
+            rank that does not write).
         error: Error that ended the save; None if there is none.
     """
 
@@ -97,7 +97,7 @@ class SaveHandle:
         return self._check_target(target) in self._committed
 
     def wait(self, target: Target = "remote", timeout_s: float | None = None) -> bool:
-        """Wait until the checkpoint is committed at a target; return False if the save was skipped or dropped before.
+        """Wait until the checkpoint is committed at a target; return False if this rank does not write it.
 
         A checkpoint that could not be written to the local folder is uploaded from memory; wait("local") then waits for
         the store.
@@ -139,7 +139,6 @@ class _Save:
         text: Text of the state without its tensors.
         aliases: Further names of tensors.
         manifest: Manifest without files and tensors, which are known once they are written.
-        is_running: Whether a thread writes or uploads it now.
     """
 
     handle: SaveHandle
@@ -147,7 +146,6 @@ class _Save:
     text: bytes
     aliases: Mapping[str, str]
     manifest: Manifest
-    is_running: bool = False
 
 
 class Checkpoints(StoredCheckpoints):
@@ -159,16 +157,13 @@ class Checkpoints(StoredCheckpoints):
     Args:
         url: URL or path of the folder in which the checkpoints are kept, or an open store, which close() closes. One
             process writes to it at a time.
-        local: Folder on a local disk to which each checkpoint is written first; None: none. Checkpoints in it whose
-            upload failed or was interrupted by a kill are uploaded after the next save, if the rules keep them. If the
-            disk is full, checkpoints are uploaded from memory, with a warning in the log.
+        local: Folder on a local disk to which each checkpoint is written first; None: none. Complete checkpoints in it
+            that the store lacks, because their upload failed or was killed, are uploaded when the next process of the
+            run saves first, if the rules keep them. If the disk is full, checkpoints are uploaded from memory, with a
+            warning in the log.
         keep: Rules of retention (Keep); a checkpoint is kept if any rule keeps it. Without rules, all are kept.
-        dedup: Whether checkpoints share tensors of 1 MiB or more whose values are equal.
-        pending: Number of saves that may be unfinished at a time, uploads included. Each needs host memory for its
-            state until it is committed at the first target.
-        when_busy: What save() does if `pending` saves are unfinished: "wait" for one of them, "skip" the new save, or
-            "drop" the oldest one that waits to be written or uploaded. The save that began first is always finished, so
-            "drop" needs `pending` of 2 or more.
+        pending: Number of saves that may be unfinished at a time, uploads included; save() waits for one of them. Each
+            needs host memory for its state until it is committed at the first target.
         writers: Number of files that are written, or uploaded, in parallel.
         rank: Number of this process among those that call save() with the same state, of which process 0 writes. None:
             the rank in torch.distributed's default group, or 0.
@@ -178,7 +173,8 @@ class Checkpoints(StoredCheckpoints):
         remote_store: Store of `url`.
         local_store: Store of `local`; None if there is none.
         keep: Rules of retention.
-        dedup: As given.
+        targets: Places at which a checkpoint is committed, in this order.
+        n_streams: Number of files that are written, or uploaded, in parallel.
     """
 
     def __init__(
@@ -187,22 +183,13 @@ class Checkpoints(StoredCheckpoints):
         *,
         local: str | os.PathLike[str] | None = None,
         keep: Keep | Iterable[Keep] = (),
-        dedup: bool = False,
         pending: int = 1,
-        when_busy: WhenBusy = "wait",
         writers: int = 8,
         rank: int | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         if pending < 1 or writers < 1:
             raise ValueError(f"pending and writers are at least 1, got {pending} and {writers}")
-        if when_busy not in ("wait", "skip", "drop"):
-            raise ValueError(f"when_busy is 'wait', 'skip' or 'drop', got {when_busy!r}")
-        if when_busy == "drop" and pending == 1:
-            raise ValueError(
-                "when_busy='drop' needs pending=2 or more: the save that is being written is never dropped, because "
-                "none would be complete if saves come faster than they are written"
-            )
         remote_store = url if isinstance(url, Store) else open_store(url, **(storage_options or {}))
         local_store = None if local is None else LocalFolder(_local_path(local))
         roots = [
@@ -213,8 +200,8 @@ class Checkpoints(StoredCheckpoints):
         # The options of an open store are not known, so that no other store is opened with them.
         options = None if isinstance(url, Store) else storage_options or {}
         super().__init__(remote_store, local_store, keep=keep, storage_options=options)
-        self.dedup = dedup
-        self._pending, self._when_busy, self._n_streams, self._rank = pending, when_busy, writers, rank
+        self.targets: tuple[Target, ...] = ("remote",) if local is None else ("local", "remote")
+        self._pending, self.n_streams, self._rank = pending, writers, rank
         self._memory = HostMemory()
         self._changed = Condition()
         self._saves: list[_Save] = []  # unfinished, oldest first
@@ -224,23 +211,17 @@ class Checkpoints(StoredCheckpoints):
         self._run_look: Future[None] | None = None  # the first look at the run's checkpoints
         # Weak: of a save that another rank has ended by an error, no rank but that one is told.
         self._dcp_writers: weakref.WeakSet[DistributedWriter] = weakref.WeakSet()
-        self._committed_last = (0.0, "")  # written_order() of the newest checkpoint that this process has committed
-        self._collecting = Lock()  # held by gc(), delete(), and while the next late upload is selected
+        self._repeated: dict[str, SaveHandle] = {}  # uploads that an earlier process has not ended
+        self._has_run_id = False
         self._uploads_seen_s = -math.inf  # when unfinished uploads were looked for, by the monotonic clock
         self._pid, self._is_closed = os.getpid(), False
-        self._remote = self._writer_to(remote_store, "remote")
-        self._local = None if local_store is None else self._writer_to(local_store, "local")
+        self._remote = CheckpointWriter(remote_store, writers)
+        self._local = None if local_store is None else CheckpointWriter(local_store, writers, keeps_metrics=False)
         self._writing, self._uploading = TaskThread("tiercache-checkpoint"), TaskThread("tiercache-checkpoint-upload")
         self._housekeeping = TaskThread("tiercache-checkpoint-housekeeping")
-        self._copies: LocalCopies | None = None
-        self._late_uploads: LateUploads | None = None
         if local_store is not None:
-            self._copies = LocalCopies(local_store, remote_store)
             with suppress(StoreError):  # the first save looks again
-                self._copies.check()
-            self._late_uploads = LateUploads(
-                self._copies, self._remote, self.stores, self.retention, self._housekeeping, self._note_late_upload
-            )
+                check_run(local_store, remote_store)
         _register_finish()
         _open.add(self)
 
@@ -257,17 +238,6 @@ class Checkpoints(StoredCheckpoints):
         except StoreError:
             if kind is None:  # the error that ends the block counts
                 raise
-
-    def _writer_to(self, store: Store, target: Target) -> CheckpointWriter:
-        referenced = partial(referenced_tensors, self.stores, target)
-        return CheckpointWriter(
-            store, self._n_streams, self.retention.claims[target], referenced, keeps_metrics=target == "remote"
-        )
-
-    @property
-    def n_streams(self) -> int:
-        """Number of files that are written, or uploaded, in parallel."""
-        return self._n_streams
 
     @property
     def file_writers(self) -> tuple[CheckpointWriter, ...]:
@@ -306,11 +276,6 @@ class Checkpoints(StoredCheckpoints):
         return DistributedReader(self, which)
 
     @property
-    def targets(self) -> tuple[Target, ...]:
-        """Places at which a checkpoint is committed, in this order."""
-        return ("remote",) if self._local is None else ("local", "remote")
-
-    @property
     def saves(self) -> tuple[SaveHandle, ...]:
         """Saves of this process that are unfinished or have failed, oldest first."""
         with self._changed:
@@ -319,11 +284,10 @@ class Checkpoints(StoredCheckpoints):
 
     def unfinished_saves(self) -> Mapping[str, UnfinishedSave]:
         """See StoredCheckpoints.unfinished_saves()."""
-        late = None if self._late_uploads is None else self._late_uploads.current
         with self._changed:
             writing = {writer.name: writer for writer in [*self._dcp_writers] if writer.is_writing}
-        saving = {handle.name: handle for handle in self.saves}
-        return {**writing, **saving, **({} if late is None else {late.name: late})}
+            repeated = dict(self._repeated)
+        return {**writing, **repeated, **{handle.name: handle for handle in self.saves}}
 
     def save(
         self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None, note: Any = None
@@ -338,7 +302,7 @@ class Checkpoints(StoredCheckpoints):
             note: JSON value that load() and list() return.
 
         Returns:
-            The save. Its state is "skipped" if nothing is written: see `when_busy` and `rank`.
+            The save. Its state is "skipped" if this rank does not write.
 
         Raises:
             StoreError: An earlier save failed in the background, or the store refuses the first look at the run, for
@@ -348,13 +312,16 @@ class Checkpoints(StoredCheckpoints):
         self._check_usable()
         self._raise_failure()
         step, metrics, note = _integer(step), numbers(metrics or {}), json_copy(note)
+        if self._find_rank() != 0:
+            unused = checkpoint_name(step, time.time(), secrets.token_hex(3))
+            skipped = SaveHandle(unused, step, self.targets, self._changed)
+            skipped.state = "skipped"
+            return skipped
         name, created_s = self.new_name(step)
         handle = SaveHandle(name, step, self.targets, self._changed)
-        if self._find_rank() != 0 or not self._wait_for_turn():
-            handle.state = "skipped"
-            return handle
+        self._wait_for_turn()
         encoded = encode_state(state)
-        staged = StagedState(encoded, self._memory, n_streams=self._n_streams, shares=self.dedup)
+        staged = StagedState(encoded, self._memory, n_streams=self.n_streams)
         manifest = Manifest(name, step, created_s, (), {}, metrics, note)
         save = _Save(handle, staged, state_text(encoded.tree), encoded.aliases, manifest)
         try:
@@ -369,8 +336,9 @@ class Checkpoints(StoredCheckpoints):
             self._saves.append(save)
         try:
             self._writing.submit(partial(self._run, save, self._write))
-        except RuntimeError:  # no thread can be started
-            self._end(save, "dropped")
+        except RuntimeError as error:  # no thread can be started
+            handle._is_reported = True  # noqa: SLF001 - our own class
+            self._end(save, error)
             raise
         return handle
 
@@ -409,17 +377,14 @@ class Checkpoints(StoredCheckpoints):
         self._is_closed = True
         self.join()
         self._memory.clear()
-        self.close_other_tiers()
+        super().close()
         self._remote.close()
         self._raise_failure()
 
     def join(self) -> None:
         """Wait until the threads have nothing to do; errors stay for save(), wait() and close()."""
-        self._writing.join()
-        self._uploading.join()
-        self._housekeeping.join()
-        if self._late_uploads is not None:
-            self._late_uploads.join()
+        for thread in (self._writing, self._housekeeping, self._uploading, self._housekeeping):
+            thread.join()  # each gives tasks to later ones only
 
     # -- the caller's thread -----------------------------------------------------------------------------------------
 
@@ -467,7 +432,7 @@ class Checkpoints(StoredCheckpoints):
             return checkpoint_name(step, self._newest_s, secrets.token_hex(3)), self._newest_s
 
     def _look_at_run(self, look: Future[None]) -> None:
-        """Note the time of the newest checkpoint of each store that can be reached, and take the local folder."""
+        """Note the time of the newest checkpoint of each store that can be reached, and upload what the store lacks."""
         try:
             for tier, store in self.stores.tiers.items():  # the local folder first: it always answers
                 try:
@@ -479,45 +444,72 @@ class Checkpoints(StoredCheckpoints):
                     continue  # the save itself reports it, or waits until the store is back
                 with self._changed:
                     self._newest_s = max([self._newest_s, *times_s])
-            if self._copies is not None:
-                self._copies.take()
+            if self.local_store is not None and self._take_local():
+                self._upload_missing()
         except Exception as error:  # noqa: BLE001 -- top of a thread: new_name() raises it
             look.set_exception(error)
         else:
             look.set_result(None)
 
-    def _wait_for_turn(self) -> bool:
-        """Return whether a new save may begin, after waiting for an unfinished one where necessary."""
+    def _take_local(self) -> bool:
+        """Return whether the store and the local folder have the same id; give it to them."""
+        if self.local_store is None:
+            return False
+        try:
+            found = take_run(self.local_store, self.remote_store)
+        except StoreError:  # a full disk: the save itself reports it
+            return False
+        self._has_run_id = True
+        return found
+
+    def _upload_missing(self) -> None:
+        """Let the local checkpoints be uploaded that the rules keep at the store, and that it never had.
+
+        The files that are at the store already are overwritten, so no collection may delete them meanwhile as
+        leftovers: from now on the checkpoints are among the unfinished saves.
+        """
+        try:
+            scan = self.stores.scan()
+            missing = [name for name in self.retention.plan(scan).missing if name not in self.unfinished_saves()]
+        except TierCacheError as error:
+            logger.warning("%s: earlier checkpoints were not uploaded: %s", self.remote_store.url, error)
+            return
+        for name in missing:
+            manifest = scan.manifest(name)
+            if manifest is not None:
+                with self._changed:
+                    self._repeated[name] = SaveHandle(name, manifest.step, self.targets, self._changed)
+                try:
+                    self._uploading.submit(partial(self._upload_again, manifest))
+                except RuntimeError:  # no thread can be started: the next process tries again
+                    self._end_repeated(name)
+
+    def _upload_again(self, manifest: Manifest) -> None:
+        try:
+            self._upload_local(manifest)
+        except Exception as error:  # noqa: BLE001 -- top of a thread
+            url = self.remote_store.url
+            logger.warning("%s: the earlier checkpoint %s was not uploaded: %s", url, manifest.name, error)
+            self._end_repeated(manifest.name)
+        else:
+            self._end_repeated(manifest.name)
+            self.announce("remote")
+
+    def _end_repeated(self, name: str) -> None:
+        with self._changed:
+            self._repeated.pop(name)
+
+    def _wait_for_turn(self) -> None:
+        """Wait until a new save may begin. Raises StoreError if one fails meanwhile."""
         while True:
             with self._changed:
                 if len(self._saves) < self._pending:
-                    return True
-                if self._when_busy == "skip":
-                    return False
+                    return
                 n_failed = len(self._unreported)
                 self._changed.wait_for(
-                    lambda: (
-                        len(self._saves) < self._pending
-                        or len(self._unreported) > n_failed  # noqa: B023
-                        or self._droppable
-                    )
+                    lambda: len(self._saves) < self._pending or len(self._unreported) > n_failed  # noqa: B023
                 )
-                dropped = self._droppable[:1] if len(self._saves) >= self._pending else []
-                for save in dropped:
-                    save.handle.state = "dropped"  # no thread begins it any more
-            for save in dropped:
-                if self._copies is not None:
-                    self._copies.unmark(save.handle.name)  # before it ends: it must not be uploaded later
-                self._end(save, "dropped")
-            if not dropped:
-                self._raise_failure()
-
-    @property
-    def _droppable(self) -> list[_Save]:
-        """Saves that may be dropped, oldest first. The oldest of all never is, so some are finished in any case."""
-        if self._when_busy != "drop":
-            return []
-        return [save for save in self._saves[1:] if not save.is_running and save.handle.state not in _ENDED]
+            self._raise_failure()
 
     def _raise_failure(self) -> None:
         """Raise the error of the oldest failed save that was not raised yet."""
@@ -530,33 +522,30 @@ class Checkpoints(StoredCheckpoints):
     # -- the threads -------------------------------------------------------------------------------------------------
 
     def _run(self, save: _Save, step: Callable[[_Save], None]) -> None:
-        """Execute a step of a save, unless it was dropped before."""
-        with self._changed:
-            if save.handle.state in _ENDED:
-                return
-            save.is_running = True
+        """Execute a step of a save."""
         try:
             step(save)
         except Exception as error:  # noqa: BLE001 -- top of a thread: raised by the next save(), wait() or close()
-            self._end(save, "failed", error)
+            self._end(save, error)
 
     def _write(self, save: _Save) -> None:
         """Write a staged state to the first target and commit it; if the local folder fails, let it be uploaded."""
         self._advance(save, "writing")
-        if self._local is None or self._copies is None:
+        if self._local is None or self.local_store is None:
             self._write_to(save, self._remote, "remote")
             return
         try:
+            if not self._has_run_id:  # a copy of which nobody knows whose it is would be uploaded to another run
+                take_run(self.local_store, self.remote_store)
+                self._has_run_id = True
             self._write_to(save, self._local, "local")
         except StoreError as error:
             if may_be_committed(error):
                 raise
             logger.warning("%s: uploaded from memory, because it has no local copy: %s", save.handle.name, error)
-            with self._changed:
-                save.is_running = False
             self._uploading.submit(partial(self._run, save, partial(self._upload_staged, error)))
         else:
-            self._uploading.submit(partial(self._run, save, partial(self._upload, self._copies)))
+            self._uploading.submit(partial(self._run, save, self._upload))
 
     def _upload_staged(self, local_error: StoreError, save: _Save) -> None:
         """Upload a checkpoint from host memory, because it could not be written to the local folder."""
@@ -574,8 +563,6 @@ class Checkpoints(StoredCheckpoints):
             files, tensors = writer.write_staged(name, save.state.files, save.text, save.manifest.metrics)
             tensors |= {alias: tensors[first] for alias, first in save.aliases.items()}
             save.manifest = replace(save.manifest, files=tuple(files), tensors=tensors)
-            if target == "local" and self._copies is not None:
-                self._copies.mark(name)
             writer.commit(save.manifest)
         except BaseException as error:
             if may_be_committed(error):
@@ -588,10 +575,22 @@ class Checkpoints(StoredCheckpoints):
         save.state.release()
         self._commit(save, target)
 
-    def _upload(self, copies: LocalCopies, save: _Save) -> None:
+    def _upload(self, save: _Save) -> None:
         """Upload a checkpoint that is committed in the local folder, and commit it at the store."""
-        copies.upload(save.manifest, self._remote, self._remote.commit)
+        self._upload_local(save.manifest)
         self._commit(save, "remote")
+
+    def _upload_local(self, manifest: Manifest) -> None:
+        """Upload and commit a local checkpoint. After an error, the files stay: a later upload writes them again."""
+        if self.local_store is None:
+            return
+        self._remote.upload(manifest, self.local_store)
+        pin_key = f"{manifest.name}/{PIN_NAME}"
+        with suppress(NotFound):  # pinned since it was saved
+            self.remote_store.put(pin_key, self.local_store.get(pin_key))
+        # NotFound: it was deleted meanwhile, and must not come back
+        self.local_store.head(manifest_key(manifest.name))
+        self._remote.commit(manifest)
 
     def _advance(self, save: _Save, state: SaveState) -> None:
         with self._changed:
@@ -601,70 +600,38 @@ class Checkpoints(StoredCheckpoints):
     def _commit(self, save: _Save, target: Target) -> None:
         """Note that a checkpoint is committed at a target."""
         with self._changed:
-            save.is_running = False
             save.handle._committed.add(target)  # noqa: SLF001 - our own class
             self._advance(save, "done" if target == "remote" else "local")
             if target == "remote":
                 self._saves.remove(save)
-        self.announce(save.handle.name, target)
+        self.announce(target)
 
     def _submit_housekeeping(self, task: Callable[[], object]) -> None:
         with suppress(RuntimeError):  # no thread can be started: the next commit, or gc(), deletes the same
             self._housekeeping.submit(task)
 
-    def announce(self, name: str, target: Target) -> None:
+    def announce(self, target: Target) -> None:
         """Let the housekeeping thread apply the rules of retention after a commit.
 
         Args:
-            name: Name of the checkpoint that was committed.
-            target: Where it was committed.
+            target: Where the checkpoint was committed.
         """
-        self._submit_housekeeping(partial(self._retain, name, target))
+        self._submit_housekeeping(partial(self._retain, target))
 
     def retain_local(self) -> None:
         """Let the housekeeping thread apply the rules of retention to the local folder only."""
         self._submit_housekeeping(partial(self.apply_retention, ("local",)))
 
-    def _retain(self, name: str, target: Target) -> None:
+    def _retain(self, target: Target) -> None:
         self.apply_retention()
-        self._committed_last = max(self._committed_last, written_order(name))
         now_s = time.monotonic()
         if target == "remote" and now_s - self._uploads_seen_s >= GC_AGE_S:  # those of a kill are a day old by then
             self._uploads_seen_s = now_s
             with suppress(StoreError):  # the next process, and gc(), try again
                 self._remote.abort_uploads(GC_AGE_S)
-        if self._late_uploads is not None:
-            saving = {name for name, save in self.unfinished_saves().items() if save.error is None}
-            try:
-                with self._collecting:
-                    self._late_uploads.begin(saving, self._committed_last)
-            except (TierCacheError, ValueError) as error:
-                logger.warning("%s: earlier checkpoints were not uploaded: %s", self.remote_store.url, error)
-
-    def _note_late_upload(self, name: str) -> None:
-        """Note that a late upload has succeeded; apply the rules, and begin the next one."""
-        with self._changed:
-            for handle in [one for one in self._failed if one.name == name]:
-                self._failed.remove(handle)
-                handle._committed.add("remote")  # noqa: SLF001 - our own class
-                handle.state, handle.error = "done", None
-            self._changed.notify_all()
-        self._retain(name, "remote")
-
-    def delete(self, which: str | int) -> RetentionReport:
-        """Delete a checkpoint from all tiers; shared tensors of others stay. No late upload begins meanwhile.
-
-        Args:
-            which: "latest", "best:METRIC", a step, or a name; of a step, the checkpoint written last.
-
-        Raises:
-            NotFound, ValueError, StoreError: See StoredCheckpoints.delete().
-        """
-        with self._collecting:
-            return super().delete(which)
 
     def gc(self) -> RetentionReport:
-        """Remove what killed saves and deletions have left, and shared tensors without users, once they are a day old.
+        """Remove what killed saves and deletions have left, once it is a day old.
 
         Parts of uploads that were interrupted are removed too, where the store lists them (S3, with boto3). The first
         commit of a process does the same in the background.
@@ -672,27 +639,25 @@ class Checkpoints(StoredCheckpoints):
         Raises:
             StoreError: A store failed.
         """
-        with self._collecting:
-            report = super().gc()
+        report = super().gc()
         self._remote.abort_uploads(GC_AGE_S)
         return report
 
-    def _end(self, save: _Save, state: SaveState, error: Exception | None = None) -> None:
-        """Note that a save has ended before it was committed everywhere."""
+    def _end(self, save: _Save, error: Exception) -> None:
+        """Note that a save has failed before it was committed everywhere."""
         save.state.release()
         handle = save.handle
         with self._changed:
-            if error is not None:
-                is_local = "local" in handle._committed  # noqa: SLF001 - our own class
-                where = f"; it is committed in {self._local_url}, and a later save uploads it" if is_local else ""
-                message = f"the checkpoint of step {handle.step} was not saved: {error}{where}"
-                url = f"{self.remote_store.url}/{handle.name}"
-                handle.error = StoreError(message, url=url, retryable=getattr(error, "retryable", False))
-                handle.error.__cause__ = error
-                self._failed.append(handle)
-                self._unreported.append(handle)
+            is_local = "local" in handle._committed  # noqa: SLF001 - our own class
+            where = f"; it is committed in {self._local_url}: the next start of the run uploads it" if is_local else ""
+            message = f"the checkpoint of step {handle.step} was not saved: {error}{where}"
+            url = f"{self.remote_store.url}/{handle.name}"
+            handle.error = StoreError(message, url=url, retryable=getattr(error, "retryable", False))
+            handle.error.__cause__ = error
+            self._failed.append(handle)
+            self._unreported.append(handle)
             self._saves.remove(save)
-            self._advance(save, state)
+            self._advance(save, "failed")
 
     @property
     def _local_url(self) -> str:

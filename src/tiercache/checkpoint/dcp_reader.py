@@ -20,9 +20,10 @@ from torch.futures import Future
 from tiercache._native.checksum import crc32c
 from tiercache.checkpoint.checkpoints import Checkpoints
 from tiercache.checkpoint.dcp_metadata import BLOCK_BYTES, Contents, Shape, block_checksums, contents_of, memory_of
-from tiercache.checkpoint.inventory import resolve
+from tiercache.checkpoint.inventory import CheckpointCopy, resolve
 from tiercache.checkpoint.layout import STATE_NAME, Manifest, StoredFile, TensorEntry, key_of
 from tiercache.checkpoint.state_tree import DTYPES, decode_state, flat_bytes, parse_state
+from tiercache.checkpoint.stored import archived_error
 from tiercache.checkpoint.writer import in_parallel
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
 from tiercache.model import ByteRange
@@ -118,6 +119,7 @@ class DistributedReader(StorageReader):
         self._manifest = Manifest("", 0, 0.0, ())
         self._contents = Contents(Metadata({}), {}, {})
         self._blocks: Mapping[str, Sequence[int]] = {}
+        self._copies: Sequence[CheckpointCopy] = ()
         self._stores: Sequence[Store] = ()  # of the own tiers, and of those to which the checkpoint was moved
 
     @classmethod
@@ -136,19 +138,18 @@ class DistributedReader(StorageReader):
 
         Raises:
             NotFound: There is no such complete checkpoint.
-            ArchivedShards: It must be restored first; the error has cost, duration and command.
+            ArchivedShards: It is archived; the error names the command that restores it.
             CorruptCheckpoint: No copy of its state can be read.
         """
         scan = self._checkpoints.scan_to_load(self._which)
         self.name = resolve(scan, self._which)
         manifest = scan.manifest(self.name)
         if manifest is None:
-            archived = [copy for copy in scan.copies[self.name] if copy.is_archived]
-            self._checkpoints.require_restored(info.key for copy in archived for info in copy.objects.values())
-            raise NotFound("the checkpoint was restored just now: load again", url=self.name, retryable=True)
+            raise archived_error(next(copy for copy in scan.copies[self.name] if copy.is_archived))
         self._manifest = manifest
+        self._copies = scan.copies[self.name]
         own = [*self._checkpoints.stores.tiers.values()]
-        self._stores = [*own, *(copy.store for copy in scan.copies[self.name] if copy.store not in own)]
+        self._stores = [*own, *(copy.store for copy in self._copies if copy.store not in own)]
         file = self._file(STATE_NAME)
         data = bytearray(file.n_bytes)
         spans = [(ByteRange(0, file.n_bytes), memoryview(data))]
@@ -253,7 +254,7 @@ class DistributedReader(StorageReader):
                 error = failed
             if number == len(self._stores):
                 if isinstance(error, StoreError) and is_archived(error):
-                    self._checkpoints.require_restored(key_of(self.name, one.path) for one in self._manifest.files)
+                    raise archived_error(self._copies[-1]) from error
                 raise error
             if not isinstance(error, NotFound):  # the local folder of this machine has the files of its own ranks only
                 warnings.warn(f"{error}; the next copy is read", RuntimeWarning, stacklevel=2)

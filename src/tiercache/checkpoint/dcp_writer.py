@@ -11,10 +11,8 @@ into JSON, and refuses those that are neither JSON values, tensors nor arrays; t
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -43,16 +41,16 @@ from tiercache.checkpoint.dcp_metadata import (
 from tiercache.checkpoint.layout import (
     METRICS_NAME,
     STATE_NAME,
+    FileLayout,
     Manifest,
     TensorEntry,
+    TensorSpec,
     checkpoint_name,
+    distribute,
+    encode_metrics,
     key_of,
-    metric_json,
-    shared_path,
-    tensor_digest,
+    lay_out_file,
 )
-from tiercache.checkpoint.safetensors_file import FileLayout, TensorSpec, distribute, lay_out_file
-from tiercache.checkpoint.staging import SHARED_MIN_BYTES, SHARED_NAME
 from tiercache.checkpoint.state_tree import DTYPES, EncodedState, encode_state
 from tiercache.checkpoint.writer import CheckpointWriter, SourceFile, equal_parts, in_parallel, part_bytes
 from tiercache.crash_points import crash_point
@@ -226,38 +224,24 @@ class DistributedWriter(StorageWriter):
     def _write_files(self, task: _Task, sources: Mapping[str, _Source]) -> dict[str, StoredPart]:
         """Write the tensors to the local folder and upload them from there, or to the store at once."""
         first, *others = self._checkpoints.file_writers
-        n_streams, specs = self._checkpoints.n_streams, [source.spec for source in sources.values()]
-        least_bytes = SHARED_MIN_BYTES if self._checkpoints.dedup else sys.maxsize
-        shared = [one for one in specs if one.n_bytes >= least_bytes]
-        files = distribute([one for one in specs if one.n_bytes < least_bytes], n_streams)
+        n_streams = self._checkpoints.n_streams
+        files = distribute([source.spec for source in sources.values()], n_streams)
 
         def write(number: int) -> list[StoredPart]:
             path = f"tensors-rank{task.rank:05d}-{number + 1:05d}-of-{len(files):05d}.safetensors"
             layout = lay_out_file(files[number])
             blocks: dict[str, tuple[int, ...]] = {}
 
-            def parts() -> Iterator[memoryview]:
+            def pieces() -> Iterator[memoryview]:
                 return equal_parts(_pieces(layout, sources, blocks), part_bytes(layout.n_bytes))
 
-            file = first.write(task.name, SourceFile(path, layout.n_bytes, parts))
+            file = first.write(task.name, SourceFile(path, layout.n_bytes, pieces))
             crash_point("dcp.written")
             return [StoredPart(one.name, _entry(path, layout, one), blocks[one.name], file) for one in files[number]]
 
-        def share(spec: TensorSpec) -> list[StoredPart]:
-            data, alone = _bytes_of(sources[spec.name]), replace(spec, name=SHARED_NAME)
-            layout, digest = lay_out_file([alone]), tensor_digest(spec.dtype, spec.shape, [data])
-
-            def parts() -> Iterator[memoryview]:
-                return equal_parts([memoryview(layout.header), data], part_bytes(layout.n_bytes))
-
-            path = shared_path(digest)
-            file = first.share(task.name, SourceFile(path, layout.n_bytes, parts))
-            entry = replace(_entry(path, layout, alone), digest=digest)
-            return [StoredPart(spec.name, entry, block_checksums(data), file)]
-
-        calls = [*(partial(write, number) for number in range(len(files))), *(partial(share, one) for one in shared)]
         try:
-            stored = {part.name: part for parts in in_parallel(calls, n_streams) for part in parts}
+            parts = in_parallel([partial(write, number) for number in range(len(files))], n_streams)
+            stored = {part.name: part for some in parts for part in some}
             written = tuple({part.file.path: part.file for part in stored.values()}.values())
             for writer in others:
                 writer.upload(Manifest(task.name, self.step, 0.0, written), first.store)
@@ -265,10 +249,6 @@ class DistributedWriter(StorageWriter):
             if others:
                 first.discard(task.name)  # a full disk must not stay full; the other ranks' parts are of no use
             raise
-        finally:
-            # Tombstones and the age of the files protect them from deletions, which another process makes.
-            for writer in self._checkpoints.file_writers:
-                writer.shared.release(task.name)
         return stored
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -282,7 +262,7 @@ class DistributedWriter(StorageWriter):
             self._finish(metadata, results)
         finally:
             self.is_writing = False
-        self._checkpoints.announce(self.name, "remote")
+        self._checkpoints.announce("remote")
 
     def _finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         stored = {result.index: result.storage_data for rank in results for result in rank}
@@ -296,9 +276,7 @@ class DistributedWriter(StorageWriter):
         files = {part.file.path: part.file for part in parts}
         texts = {STATE_NAME: text}
         if self._metrics:
-            texts[METRICS_NAME] = json.dumps(
-                {name: metric_json(value) for name, value in self._metrics.items()}
-            ).encode()
+            texts[METRICS_NAME] = encode_metrics(self._metrics)
         manifest = Manifest(
             name=self.name,
             step=self.step,
@@ -433,7 +411,5 @@ def _commit(writer: CheckpointWriter, manifest: Manifest, texts: Mapping[str, by
 
 def _missing_file(store: Store, manifest: Manifest) -> str:
     """Return which file of a checkpoint a store lacks, or has with another size; "" if none. The store is listed."""
-    wanted = {key_of(manifest.name, file.path): file for file in manifest.files}
-    folders = {key.partition("/")[0] + "/" for key in wanted}
-    sizes = {info.key: info.n_bytes for folder in folders for info in store.list(folder)}
-    return next((file.path for key, file in wanted.items() if sizes.get(key) != file.n_bytes), "")
+    sizes = {info.key: info.n_bytes for info in store.list(f"{manifest.name}/")}
+    return next((one.path for one in manifest.files if sizes.get(key_of(manifest.name, one.path)) != one.n_bytes), "")

@@ -1,4 +1,4 @@
-"""Which checkpoints exist: the objects of each tier, their manifests and pins.
+"""Which checkpoints exist: the objects of each tier, their manifests and pins; and to which run a local folder belongs.
 
 A tier of checkpoints is a store: "local" (a folder of this machine) or "remote" (the URL). A scan lists each store
 once; a manifest is immutable, so that a process reads it once.
@@ -6,6 +6,9 @@ once; a manifest is immutable, so that a process reads it once.
 
 from __future__ import annotations
 
+import json
+import logging
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,22 +18,21 @@ from typing import Any, Literal, TypeAlias
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
     RUN_NAME,
-    SHARED_FOLDER,
     Manifest,
     checkpoint_objects,
     did_you_mean,
     key_of,
     manifest_key,
+    name_of_metrics,
     parse_choice,
     parse_manifest,
     parse_name,
-    parse_reference_key,
     written_order,
 )
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, UnsupportedFormat
 from tiercache.keep import PIN_NAME, UNREADABLE_PIN, encode_pin, parse_pin
 from tiercache.model import OWN_FOLDER, ObjectInfo
-from tiercache.store import Store
+from tiercache.store import LocalFolder, Store
 from tiercache.store.placement.resolver import is_archived
 
 CheckpointTier: TypeAlias = str
@@ -38,6 +40,9 @@ CheckpointTier: TypeAlias = str
 CheckpointState: TypeAlias = Literal["complete", "saving", "failed", "incomplete", "archived", "moved"]
 
 _THREADS = 16
+_AT = "at "  # of the id of a folder whose store did not answer
+
+logger = logging.getLogger("tiercache")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,10 +97,9 @@ class CheckpointInfo:
         created_s: Time at which the save began, in seconds since the Unix epoch.
         state: "complete" (committed in one tier or more), "saving", "failed" (its save ended with an error),
             "incomplete" (an unfinished save of another process, or a corrupt checkpoint), "archived" (it must be
-            restored before it can be read) or "moved" (to a tier that cannot be asked now, or by another program, which
-            may also have deleted it; the latter is known only with shared tensors).
+            restored before it can be read) or "moved" (to a tier that cannot be asked now).
         tiers: Tiers that have a complete copy: "local", "remote", and those to which the tier engine has moved it.
-        n_bytes: Size of all files, shared tensors included; 0 if unknown.
+        n_bytes: Size of all files; 0 if unknown.
         metrics: Metrics by name.
         is_pinned: Whether the checkpoint is pinned.
         why_pinned: Reason of the pin.
@@ -124,9 +128,8 @@ class Scan:
 
     Attributes:
         copies: Copies of each checkpoint folder by name, written first to last; the nearest tier comes first.
-        shared: Shared tensors of each tier by key.
-        references: References of each tier by name of the checkpoint.
-        tombstones: References of deleted checkpoints, in the same form.
+        departed: Checkpoints that were at the URL, and that another program has moved or deleted: only their metrics
+            are left there.
         url: URL of the farthest tier.
         hint: What else is stored there if there are no checkpoints.
         kept_metrics: Metrics, by name, of checkpoints whose manifest cannot be read now.
@@ -134,9 +137,7 @@ class Scan:
     """
 
     copies: Mapping[str, Sequence[CheckpointCopy]]
-    shared: Mapping[str, Mapping[str, ObjectInfo]]
-    references: Mapping[str, Mapping[str, ObjectInfo]]
-    tombstones: Mapping[str, Mapping[str, ObjectInfo]]
+    departed: frozenset[str] = frozenset()
     url: str = ""
     hint: str = ""
     kept_metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -145,13 +146,6 @@ class Scan:
     def complete(self, name: str) -> list[CheckpointCopy]:
         """Return the complete copies of a checkpoint, the nearest first."""
         return [copy for copy in self.copies.get(name, ()) if copy.is_complete]
-
-    @property
-    def moved_names(self) -> list[str]:
-        """Names of checkpoints with shared tensors that another program has moved or deleted, written first to last."""
-        names = {name for found in self.references.values() for name in found if name not in self.copies}
-        deleted = {name for found in self.tombstones.values() for name in found}
-        return sorted(names - deleted, key=written_order)
 
     def problems_after(self, name: str) -> list[str]:
         """Return why committed checkpoints that were written after this one cannot be loaded, one text for each."""
@@ -208,54 +202,37 @@ class CheckpointStores:
         self._manifests = {} if manifests is None else manifests
         self._lock = Lock()
 
-    def scan(self, shared_tensors: Mapping[str, ObjectInfo] | None = None) -> Scan:
+    def scan(self) -> Scan:
         """List all tiers, and read the pins, and the manifests that are not known yet.
-
-        Args:
-            shared_tensors: Shared tensors of another store, by key, to which the checkpoints refer; None: each tier has
-                its own.
 
         Raises:
             StoreError: A tier cannot be listed or read.
         """
         found: dict[str, list[CheckpointCopy]] = {}
-        shared: dict[str, Mapping[str, ObjectInfo]] = {}
-        references: dict[str, dict[str, ObjectInfo]] = {}
-        tombstones: dict[str, dict[str, ObjectInfo]] = {}
+        departed: set[str] = set()
         url, hint = "", ""
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="tiercache-checkpoints") as pool:
             for tier, store in self.tiers.items():
                 listed = list(store.list())
-                own = {info.key: info for info in listed if info.key.startswith(SHARED_FOLDER)}
-                of_tier = shared[tier] = own if shared_tensors is None else shared_tensors
-                references[tier], tombstones[tier] = {}, {}
-                for info in listed:
-                    if (parsed := parse_reference_key(info.key)) is not None:
-                        (tombstones if parsed[1] else references)[tier][parsed[0]] = info
                 folders = checkpoint_objects(listed)
+                departed = {name for info in listed if (name := name_of_metrics(info.key))} - folders.keys()
                 url, hint = store.url, _foreign_objects(store.url, listed)
                 with self._lock:
                     for gone in [key for key in self._manifests if key[0] == tier and key[1] not in folders]:
                         del self._manifests[gone]
-                read = [pool.submit(self._copy, tier, name, objects, of_tier) for name, objects in folders.items()]
+                read = [pool.submit(self._copy, tier, name, objects) for name, objects in folders.items()]
                 for copy in (future.result() for future in read):
                     found.setdefault(copy.name, []).append(copy)
         ordered = {name: found[name] for name in sorted(found, key=written_order)}
-        return Scan(ordered, shared, references, tombstones, url, "" if ordered else hint)
+        return Scan(ordered, frozenset(departed), url, "" if ordered else hint)
 
-    def _copy(
-        self,
-        tier: CheckpointTier,
-        name: str,
-        objects: Mapping[str, ObjectInfo],
-        shared: Mapping[str, ObjectInfo],
-    ) -> CheckpointCopy:
+    def _copy(self, tier: CheckpointTier, name: str, objects: Mapping[str, ObjectInfo]) -> CheckpointCopy:
         store, manifest, pin, archived = self.tiers[tier], None, None, False
         problem = "it has no manifest: its save is not finished"
         if MANIFEST_NAME in objects:
             try:
                 manifest = self.manifest(tier, name)
-                problem = missing_file(manifest, objects, shared)
+                problem = missing_file(manifest, objects)
             except (CorruptCheckpoint, UnsupportedFormat) as error:
                 problem = error.message
             except NotFound:
@@ -308,17 +285,77 @@ class CheckpointStores:
                 copy.store.put(f"{name}/{PIN_NAME}", encode_pin(why))
 
 
-def missing_file(manifest: Manifest, objects: Mapping[str, ObjectInfo], shared: Mapping[str, ObjectInfo]) -> str:
+def check_run(local: LocalFolder, remote: Store) -> None:
+    """Raise ValueError if a local folder has copies of other checkpoints, which would be loaded and deleted.
+
+    Ids are compared, and not URLs, so that store and folder may be moved or mounted elsewhere. Raises StoreError if the
+    store cannot be asked now.
+    """
+    mine = _run_id(local)
+    if mine in ("", _id_without_store(remote)):
+        return
+    theirs = _run_id(remote)
+    # A store that has checkpoints and no id is the right one: a rule of tiers has moved the file.
+    if mine != theirs and (theirs or mine.startswith(_AT) or not checkpoint_objects(remote.list())):
+        raise ValueError(
+            f"local={str(local.root)!r} has local copies of other checkpoints than those at {remote.url}: give each run"
+            f" a local folder of its own. If these are its copies, because the checkpoints at the URL were deleted,"
+            f" delete {local.root / RUN_NAME}"
+        )
+
+
+def take_run(local: LocalFolder, remote: Store) -> bool:
+    """Give a store and its local folder the same id. While the store does not answer, its URL is the id of the folder.
+
+    Returns:
+        Whether both have the id.
+
+    Raises:
+        ValueError: The folder has copies of other checkpoints.
+        StoreError: The folder could not be written.
+    """
+    mine = _run_id(local)
+    try:
+        check_run(local, remote)
+        theirs = secrets.token_hex(16) if mine in ("", _id_without_store(remote)) else mine
+        if not remote.put_if_absent(RUN_NAME, _run_text(theirs)):
+            theirs = _run_id(remote)
+    except StoreError as error:
+        logger.warning("%s does not answer, and has no id in common with its local folder yet: %s", remote.url, error)
+        if not mine:
+            local.put(RUN_NAME, _run_text(_id_without_store(remote)))
+        return False
+    if mine != theirs:
+        local.put(RUN_NAME, _run_text(theirs))
+    check_run(local, remote)
+    return True
+
+
+def _id_without_store(remote: Store) -> str:
+    return f"{_AT}{remote.url}"
+
+
+def _run_text(run: str) -> bytes:
+    return json.dumps({"id": run}).encode("ascii")
+
+
+def _run_id(store: Store) -> str:
+    """Return the id of the run whose checkpoints a store has; "" if it has none. Raises StoreError."""
+    try:
+        return str(json.loads(store.get(RUN_NAME))["id"])
+    except (NotFound, ValueError, KeyError, TypeError):
+        return ""
+
+
+def missing_file(manifest: Manifest, objects: Mapping[str, ObjectInfo]) -> str:
     """Return which file of a checkpoint is missing or has another size than the manifest states; "" if none is.
 
-    Args:
-        manifest: Manifest of the checkpoint.
-        objects: Objects in the checkpoint's folder by path.
-        shared: Shared tensors by key.
+    objects: Objects in the checkpoint's folder by path.
     """
     for file in manifest.files:
-        key = key_of(manifest.name, file.path)
-        info = shared.get(key) if key.startswith(SHARED_FOLDER) else objects.get(file.path)
+        key, info = key_of(manifest.name, file.path), objects.get(file.path)
+        if file.path.startswith("../"):  # outside the folder: load() and verify() look for it
+            continue
         if info is None:
             return f"{key} is missing"
         if info.n_bytes != file.n_bytes:

@@ -7,11 +7,8 @@
         state.json                                   everything that is not a tensor
         metrics.json                                 metrics, also in the manifest; the tier engine reads this file
         pin.json                                     the pin; replaced as a whole, not in the manifest
-        not-uploaded.json                            only in a local folder, until the store has the checkpoint
         checkpoint.json                              the manifest, put if absent and last: it commits the checkpoint
-    tensors/<40 hex digits>.safetensors              a tensor that checkpoints share (dedup=True)
-    references/step-....json                         copy of the manifest of a checkpoint with shared tensors
-    references/step-....deleted.json                 the same of a deleted checkpoint, for a day
+    _tiercache/metrics/step-....json                 metrics, which stay when the folder is moved or archived
     run.json                                         random id that the URL and its local folder share
 
 A checkpoint exists if it has a manifest. Names sort by step; the newest checkpoint is the one that was written last.
@@ -23,45 +20,28 @@ import json
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
-from hashlib import blake2b
 from typing import Any, Literal
 
 from tiercache._native.checksum import crc32c
 from tiercache.distribution import __version__
 from tiercache.errors import CorruptCheckpoint, UnsupportedFormat
 from tiercache.model import OWN_FOLDER, ObjectInfo
-from tiercache.store.contract import Buffer, Store, check_key
+from tiercache.store.contract import Store, check_key
 
 FORMAT = 1
 SOFTWARE = f"tiercache {__version__}"
 MANIFEST_NAME = "checkpoint.json"
 STATE_NAME = "state.json"
 METRICS_NAME = "metrics.json"
-NOT_UPLOADED_NAME = "not-uploaded.json"
-"""Mark of a checkpoint in a local folder whose upload has not ended, with the id of the run or the URL.
-
-Without it, a checkpoint in a local folder is never uploaded: it may have been at the store and be deleted or moved.
-"""
 RUN_NAME = "run.json"
 """File of a store, and of the local folder with copies of its checkpoints, with the same random id."""
-SHARED_FOLDER = "tensors/"
-"""Folder of the tensors that checkpoints share, below the URL of the checkpoints."""
-
-REFERENCES_FOLDER = "references/"
-"""Folder of the manifests of all checkpoints with shared tensors, below the URL of the checkpoints.
-
-A reference protects the tensors wherever the checkpoint's own folder is: the tier engine may move it.
-"""
-
-_SHARED_PATH = f"../{SHARED_FOLDER}"
-_TOMBSTONE_SUFFIX = ".deleted.json"
 _NAME = re.compile(r"step-([0-9]{12,18})\.([0-9]{8}T[0-9]{9}Z)-([0-9a-f]{6})")
-_SHARED_FILE = re.compile(re.escape(_SHARED_PATH) + r"([0-9a-f]{40})\.safetensors")
-_DIGEST = re.compile("[0-9a-f]{40}")
+# A file of one tensor beside the folders: checkpoints of one run shared such files before the first release.
+_SHARED_FILE = re.compile(r"\.\./tensors/[0-9a-f]{40}\.safetensors")
 _TEXT = re.compile(r"[^\0]{1,200}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MOST_STEPS = 10**18 - 1
@@ -74,7 +54,7 @@ class StoredFile:
     """A file of a checkpoint.
 
     Attributes:
-        path: Path relative to the checkpoint's folder; "../tensors/..." for a shared tensor.
+        path: Path relative to the checkpoint's folder.
         n_bytes: Size of the file.
         crc32c: CRC-32C of the file.
     """
@@ -94,8 +74,6 @@ class TensorEntry:
         n_bytes: Size of its values: row-major, little-endian.
         dtype: Type by the name of safetensors, such as "BF16".
         shape: Sizes of the dimensions.
-        digest: 40 hex digits of the BLAKE2b-160 of type, shape and values, by which checkpoints share the tensor; None
-            for a tensor that belongs to this checkpoint alone.
     """
 
     file: str
@@ -103,7 +81,6 @@ class TensorEntry:
     n_bytes: int
     dtype: str
     shape: tuple[int, ...]
-    digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +111,7 @@ class Manifest:
 
     @property
     def n_bytes(self) -> int:
-        """Sum of the sizes of all files, shared tensors included."""
+        """Sum of the sizes of all files."""
         return sum(file.n_bytes for file in self.files)
 
 
@@ -186,18 +163,19 @@ def written_order(name: str) -> tuple[float, str]:
 
 
 def key_of(name: str, path: str) -> str:
-    """Return the key of a checkpoint's file.
-
-    Args:
-        name: Name of the checkpoint.
-        path: Path of the file in the manifest.
-    """
-    return path.removeprefix("../") if path.startswith(_SHARED_PATH) else f"{name}/{path}"
+    """Return the key of a checkpoint's file, whose path the manifest states."""
+    return path.removeprefix("../") if path.startswith("../") else f"{name}/{path}"
 
 
 def metrics_key(name: str) -> str:
     """Return the key of the metrics of a checkpoint that stay at the URL when its folder is moved or archived."""
     return f"{OWN_FOLDER}metrics/{name}.json"
+
+
+def name_of_metrics(key: str) -> str:
+    """Return the name of the checkpoint whose metrics have this key; "" for another key."""
+    name = key.removeprefix(f"{OWN_FOLDER}metrics/").removesuffix(".json")
+    return name if parse_name(name) is not None and key == metrics_key(name) else ""
 
 
 def encode_metrics(metrics: Mapping[str, float]) -> bytes:
@@ -216,51 +194,6 @@ def parse_metrics(data: bytes) -> dict[str, float] | None:
 def manifest_key(name: str) -> str:
     """Return the key of a checkpoint's manifest."""
     return f"{name}/{MANIFEST_NAME}"
-
-
-def reference_key(name: str) -> str:
-    """Return the key of the reference of a checkpoint with shared tensors: a copy of its manifest."""
-    return f"{REFERENCES_FOLDER}{name}.json"
-
-
-def tombstone_key(name: str) -> str:
-    """Return the key of the reference that a deleted checkpoint leaves for a day."""
-    return f"{REFERENCES_FOLDER}{name}{_TOMBSTONE_SUFFIX}"
-
-
-def parse_reference_key(key: str) -> tuple[str, bool] | None:
-    """Return the checkpoint of a reference's key, and whether it is a tombstone; None for another key."""
-    if not key.startswith(REFERENCES_FOLDER):
-        return None
-    rest = key.removeprefix(REFERENCES_FOLDER)
-    is_tombstone = rest.endswith(_TOMBSTONE_SUFFIX)
-    name = rest.removesuffix(_TOMBSTONE_SUFFIX if is_tombstone else ".json")
-    return (name, is_tombstone) if rest.endswith(".json") and parse_name(name) is not None else None
-
-
-def shared_path(digest: str) -> str:
-    """Return the path of the shared tensor with this digest, as a manifest states it."""
-    return f"{_SHARED_PATH}{digest}.safetensors"
-
-
-def shared_digest(path: str) -> str | None:
-    """Return the digest in the path of a shared tensor; None for a file of one checkpoint."""
-    match = _SHARED_FILE.fullmatch(path)
-    return match[1] if match else None
-
-
-def tensor_digest(dtype: str, shape: Iterable[int], values: Iterable[Buffer]) -> str:
-    """Return the 40 hex digits by which checkpoints share a tensor: BLAKE2b-160 of type, shape and values.
-
-    Args:
-        dtype: Type by the name of safetensors.
-        shape: Sizes of the dimensions.
-        values: Pieces of the values, in order.
-    """
-    digest = blake2b(_canonical([dtype, list(shape)]) + b"\n", digest_size=20)
-    for piece in values:
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 # -- which checkpoint of a run -----------------------------------------------------------------------------------------
@@ -327,8 +260,7 @@ def did_you_mean(text: str, options: Iterable[str]) -> str:
 def checkpoint_objects(objects: Iterable[ObjectInfo]) -> dict[str, dict[str, ObjectInfo]]:
     """Return the objects of each checkpoint folder by name of the folder and path in it, written first to last.
 
-    Folders without a manifest are included: they are saves that are not finished, or that a kill has ended. Shared
-    tensors and objects of others are not.
+    Folders without a manifest are included: they are saves that are not finished, or that a kill has ended.
 
     Args:
         objects: Objects of a store, such as Store.list() yields them.
@@ -415,14 +347,13 @@ def metric_json(value: float) -> float | str:
 
 
 def _tensor_json(tensor: TensorEntry) -> dict[str, Any]:
-    found = {
+    return {
         "file": tensor.file,
         "offset": tensor.offset,
         "bytes": tensor.n_bytes,
         "dtype": tensor.dtype,
         "shape": list(tensor.shape),
     }
-    return found if tensor.digest is None else {**found, "digest": tensor.digest}
 
 
 def _canonical(value: object) -> bytes:
@@ -449,11 +380,8 @@ def _tensor_of(body: Mapping[str, Any]) -> TensorEntry:
     shape = body["shape"]
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size <= _MOST for size in shape):
         raise ValueError(f"shape is a list of sizes, got {shape!r}")
-    digest = body.get("digest")
-    if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
-        raise ValueError(f"digest is 40 hex digits, got {digest!r}")
     place = _path(body, "file"), _count(body, "offset"), _count(body, "bytes")
-    return TensorEntry(*place, _text(body, "dtype"), tuple(shape), digest)
+    return TensorEntry(*place, _text(body, "dtype"), tuple(shape))
 
 
 def _metric_of(value: object) -> float:
@@ -479,8 +407,146 @@ def _text(body: Mapping[str, Any], name: str) -> str:
 
 
 def _path(body: Mapping[str, Any], name: str) -> str:
-    """Return a path that stays below the checkpoint's folder, or names a shared tensor."""
     value = body[name]
     if not isinstance(value, str):
         raise ValueError(f"{name} is a path, got {value!r}")
-    return value if shared_digest(value) is not None else check_key(value)
+    return value if _SHARED_FILE.fullmatch(value) else check_key(value)  # stays below the checkpoint's folder
+
+
+# -- safetensors files -----------------------------------------------------------------------------------------------
+#
+# A file is the size of the header (u64, little-endian), the header (JSON, padded with spaces) and the values without
+# gaps: https://github.com/huggingface/safetensors. Headers are padded so that the values begin at a page: files are
+# written with direct I/O and mapped. Tensors are sorted by the size of their items, so that each of them is aligned.
+
+PAGE_BYTES = 4096
+# Files of a state, unless there are fewer tensors: smaller ones cost requests, larger ones are few parallel streams.
+MIN_FILE_BYTES = 64 << 20
+MAX_FILE_BYTES = 1 << 30
+_MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_METADATA = "__metadata__"
+_ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ"), 1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, type and shape of a tensor in a file.
+
+    Attributes:
+        name: Name of the tensor.
+        dtype: Type by the name of safetensors.
+        shape: Sizes of the dimensions.
+        n_bytes: Size of the values.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """A safetensors file without its values.
+
+    Attributes:
+        header: First bytes of the file, of whole pages.
+        offsets: Position of the first byte of each tensor in the file, by name; ascending and without gaps.
+        n_bytes: Size of the file.
+    """
+
+    header: bytes
+    offsets: Mapping[str, int]
+    n_bytes: int
+
+
+def lay_out_file(tensors: Iterable[TensorSpec]) -> FileLayout:
+    """Return the layout of a file that contains these tensors; equal tensors in the same order give equal layouts."""
+    ordered = sorted(tensors, key=lambda one: -_ITEM_BYTES[one.dtype])
+    starts, position = dict[str, int](), 0
+    for one in ordered:
+        starts[one.name] = position
+        position += one.n_bytes
+    entries = {
+        one.name: {
+            "dtype": one.dtype,
+            "shape": list(one.shape),
+            "data_offsets": [starts[one.name], starts[one.name] + one.n_bytes],
+        }
+        for one in ordered
+    }
+    text = json.dumps({_METADATA: {"format": "pt"}, **entries}, separators=(",", ":"), ensure_ascii=True).encode(
+        "ascii"
+    )
+    padded_bytes = -(-(8 + len(text)) // PAGE_BYTES) * PAGE_BYTES
+    header = (padded_bytes - 8).to_bytes(8, "little") + text.ljust(padded_bytes - 8, b" ")
+    return FileLayout(header, {name: padded_bytes + start for name, start in starts.items()}, padded_bytes + position)
+
+
+def distribute(tensors: Sequence[TensorSpec], n_streams: int) -> list[list[TensorSpec]]:
+    """Return the tensors of each file: files of similar size, each of whole tensors.
+
+    Args:
+        tensors: Tensors of a state.
+        n_streams: Number of files that are written in parallel; there are as many if they are not too small.
+    """
+    total_bytes = sum(one.n_bytes for one in tensors)
+    n_files = max(1, math.ceil(total_bytes / MAX_FILE_BYTES), min(n_streams, total_bytes // MIN_FILE_BYTES))
+    files: list[list[TensorSpec]] = [[] for _ in range(n_files)]
+    sizes = [0] * n_files
+    for one in sorted(tensors, key=lambda one: -one.n_bytes):
+        smallest = min(range(n_files), key=sizes.__getitem__)
+        files[smallest].append(one)
+        sizes[smallest] += one.n_bytes
+    return [file for file in files if file]
+
+
+def header_bytes(start: bytes) -> int:
+    """Return the size of a file's header, including the 8 bytes of its size, from the file's first 8 bytes.
+
+    Raises:
+        ValueError: It is not a safetensors file.
+    """
+    stated = int.from_bytes(start[:8], "little")
+    if len(start) < 8 or not 2 <= stated <= _MOST_HEADER_BYTES:
+        raise ValueError(f"not a safetensors file: a header of {stated} bytes")
+    return 8 + stated
+
+
+def parse_header(header: bytes, n_bytes: int) -> dict[str, tuple[TensorSpec, int]]:
+    """Return each tensor of a file and its position in the file, by name.
+
+    Args:
+        header: First bytes of the file, as many as header_bytes() says.
+        n_bytes: Size of the file.
+
+    Raises:
+        ValueError: It is not a valid safetensors file.
+    """
+    try:
+        body = json.loads(header[8:])
+        found = {name: _spec_of(name, entry, len(header)) for name, entry in body.items() if name != _METADATA}
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a safetensors file: {error!r}") from error
+    end = len(header)
+    for spec, offset in sorted(found.values(), key=lambda one: (one[1], one[0].n_bytes)):
+        if offset != end:
+            raise ValueError(f"tensor {spec.name!r} begins at byte {offset}, not at the end of the one before ({end})")
+        end += spec.n_bytes
+    if end != n_bytes:
+        raise ValueError(f"the header describes {end} bytes, the file has {n_bytes}")
+    return found
+
+
+def _spec_of(name: str, entry: Mapping[str, Any], base: int) -> tuple[TensorSpec, int]:
+    (start, end), shape, item_bytes = entry["data_offsets"], tuple(entry["shape"]), _ITEM_BYTES.get(entry["dtype"])
+    if not all(type(one) is int and one >= 0 for one in (start, end, *shape)):
+        raise ValueError(f"tensor {name!r} has impossible sizes")
+    if end < start or (item_bytes is not None and math.prod(shape) * item_bytes != end - start):
+        raise ValueError(f"tensor {name!r} of shape {shape} and type {entry['dtype']} cannot have {end - start} bytes")
+    return TensorSpec(name, str(entry["dtype"]), shape, end - start), base + start

@@ -104,9 +104,8 @@ def _moved(value: Any, device: Any) -> Any:
 class _Tensors:
     """The memory of the wanted tensors: new memory, or that of the caller's objects.
 
-    Names that share a stored tensor get memory of their own: with dedup=True, tensors share it because their values are
-    equal, and the run changes them one by one. If two stored tensors belong into one memory, because weights are tied
-    now that were not, only the first is read into it.
+    Names that share a stored tensor get memory of their own. If two stored tensors belong into one memory, because
+    weights are tied now that were not, only the first is read into it.
     """
 
     def __init__(self, manifest: Manifest, url: str) -> None:

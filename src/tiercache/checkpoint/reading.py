@@ -25,7 +25,7 @@ from tiercache.store import Lease, LocalStore, Span, Store
 # Threads that read; each has one piece in work. A piece is long enough for the full speed of a store's requests.
 READ_THREADS = 8
 PIECE_BYTES = 16 << 20
-# Files that are open at a time: with dedup=True, each shared tensor is one.
+# Files that are open at a time: a checkpoint of many ranks has thousands.
 _OPEN_FILES = 64
 # Bytes that are read from a file and then added to the checksum: they fit the second cache of a core.
 _STEP_BYTES = 1 << 20

@@ -1,62 +1,28 @@
-"""Retention: which checkpoints stay, deletion in batches, and removal of leftovers and of shared tensors without users.
+"""Retention: which checkpoints stay, deletion in batches, and removal of what killed saves and deletions have left.
 
-The rules are keep lists (`keep.py`), which the tier engine evaluates too. plan_retention() decides, Retention acts.
-
-A deletion removes the manifest first, so that no reader sees a checkpoint that lacks files. A checkpoint with shared
-tensors has a reference (references/NAME.json), which is put after its manifest, or before it by a late upload. The
-reference stays if another program moves the checkpoint, and is turned into a tombstone (references/NAME.deleted.json)
-by a deletion. A shared tensor is deleted only if
-
-1. no manifest and no reference refers to it, and every one of them can be read,
-2. no tombstone younger than the age of collection refers to it, and
-3. the tensor itself is older than this age.
-
-A save may refer to a stored tensor only if a manifest that was visible after the save began refers to it; other tensors
-it writes again, which renews their date (rule 3). If that manifest is deleted later, its tombstone is younger than the
-save (rule 2). So a save that takes less than the age of collection never loses a tensor, in whichever process it runs.
-
-A deletion that is killed after the tombstone and before the manifest leaves the checkpoint as it was, and the tombstone
-goes after the age of collection. A checkpoint that the tier engine moves before that counts as deleted.
+The rules are keep lists (`keep.py`), which the tier engine evaluates too. plan_retention() decides, Retention acts. A
+deletion removes the manifest first, so that no reader sees a checkpoint that lacks files.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tiercache.checkpoint.inventory import CheckpointCopy, CheckpointStores, CheckpointTier, Scan
-from tiercache.checkpoint.layout import (
-    MANIFEST_NAME,
-    NOT_UPLOADED_NAME,
-    SHARED_FOLDER,
-    Manifest,
-    encode_manifest,
-    key_of,
-    manifest_key,
-    metrics_key,
-    parse_manifest,
-    parse_name,
-    reference_key,
-    shared_digest,
-    tombstone_key,
-    written_order,
-)
-from tiercache.checkpoint.writer import SharedTensors
+from tiercache.checkpoint.layout import MANIFEST_NAME, manifest_key, metrics_key, parse_name, written_order
 from tiercache.crash_points import crash_point
-from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, UnsupportedFormat
+from tiercache.errors import NotFound
 from tiercache.keep import CheckpointColumns, Keep, evaluate_keep_list
 from tiercache.model import ObjectInfo
-from tiercache.store import LocalFolder, Store
-from tiercache.store.placement.resolver import is_archived
+from tiercache.store import LocalFolder
 
 GC_AGE_S = 86400.0
-"""Age of collection: leftovers of killed saves, and shared tensors without users, are removed once they are older."""
+"""Age from which leftovers of killed saves are removed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +32,7 @@ class RetentionPlan:
     Attributes:
         kept_by: Reasons for which each checkpoint stays, by name and tier.
         deletes: Checkpoints to delete from each tier, written first to last.
-        missing: Checkpoints that the remote tier would keep and does not have, written first to last.
+        missing: Checkpoints that the remote tier would keep and never had, written first to last.
     """
 
     kept_by: Mapping[str, Mapping[CheckpointTier, tuple[str, ...]]]
@@ -89,9 +55,7 @@ def plan_retention(
     - the checkpoint of the tier, or of a tier behind it, that was written last;
     - pinned checkpoints;
     - a checkpoint that is being uploaded;
-    - a local copy of a checkpoint that the remote tier would keep and does not have yet: one that a rule of the remote
-      tier names, or, if the remote tier has no rules, one that is still to be uploaded. (Saves that when_busy="drop"
-      has dropped are not: they would fill the local disk.)
+    - a local copy of a checkpoint that the remote tier would keep and does not have yet.
 
     Only complete checkpoints are deleted. Files in the local tier without a manifest, such as those of the ranks of one
     machine, count as a copy if the remote tier has the checkpoint; if no tier has it, they are deleted once the remote
@@ -108,8 +72,7 @@ def plan_retention(
     complete = {tier: [n for n in scan.copies if tier in {c.tier for c in scan.complete(n)}] for tier in tiers}
     everywhere = scan.complete_names
     of_remote = _kept(scan, everywhere, _rules_of(keeps, remote), now_s)
-    has_remote_rules = bool(_rules_of(keeps, remote))
-    awaited = [name for name in everywhere if of_remote[name] and (has_remote_rules or _is_marked(scan, name))]
+    absent = [name for name in everywhere if name not in complete[remote] and name not in scan.departed]
     kept_by: dict[str, dict[CheckpointTier, tuple[str, ...]]] = {}
     deletes: dict[CheckpointTier, tuple[str, ...]] = {}
     for number, tier in enumerate(tiers):
@@ -122,9 +85,7 @@ def plan_retention(
             reasons += ["latest"] if name == behind[-1] else []  # of the store too: it outlives this machine
             reasons += ["being uploaded"] if name in unfinished and tier != remote else []
             reasons += [] if (why := scan.pin(name)) is None else [f"pinned: {why}" if why else "pinned"]
-            is_last_copy = tier == remote or name not in complete[remote]
-            if is_last_copy and tier != remote and name in awaited:
-                reasons.append("not uploaded yet")
+            reasons += ["not uploaded yet"] if tier != remote and name in absent and of_remote[name] else []
             kept_by.setdefault(name, {})[tier] = tuple(reasons)
         gone = [
             name
@@ -134,23 +95,14 @@ def plan_retention(
             and not any(copy.is_committed for copy in scan.copies[name])
         ]
         deletes[tier] = (*gone, *(name for name in here if not kept_by[name][tier]))
-    missing = tuple(
-        name
-        for name in everywhere
-        if name not in complete[remote] and (of_remote[name] or name == everywhere[-1] or scan.pin(name) is not None)
-    )
-    return RetentionPlan(kept_by, deletes, missing)
+    missing = [name for name in absent if of_remote[name] or name == everywhere[-1] or scan.pin(name) is not None]
+    return RetentionPlan(kept_by, deletes, tuple(missing))
 
 
 def _uncommitted(scan: Scan, tier: CheckpointTier) -> list[str]:
     """Return the names of the checkpoints of which a tier has files without a manifest."""
     copies = [copy for found in scan.copies.values() for copy in found if copy.tier == tier]
     return [copy.name for copy in copies if not copy.is_committed]
-
-
-def _is_marked(scan: Scan, name: str) -> bool:
-    """Return whether a checkpoint is still to be uploaded."""
-    return any(NOT_UPLOADED_NAME in copy.objects for copy in scan.copies[name])
 
 
 def _rules_of(keeps: Sequence[Keep], tier: CheckpointTier) -> list[Keep]:
@@ -200,13 +152,11 @@ class RetentionReport:
     Attributes:
         deleted: Checkpoints that were deleted from each tier.
         n_leftovers: Number of objects of unfinished saves and of ended deletions.
-        n_shared: Number of shared tensors without users.
         n_bytes: Size of all deleted objects.
     """
 
     deleted: Mapping[CheckpointTier, tuple[str, ...]] = field(default_factory=dict)
     n_leftovers: int = 0
-    n_shared: int = 0
     n_bytes: int = 0
 
 
@@ -216,7 +166,7 @@ class Retention:
     Args:
         stores: Stores of the checkpoints.
         keeps: Rules.
-        gc_age_s: Age in seconds from which leftovers, and shared tensors without users, are removed.
+        gc_age_s: Age in seconds from which leftovers are removed.
         unfinished: Function that returns the names of the saves of this process that are not finished: they are never
             leftovers.
         now: Function that returns the time in seconds since the Unix epoch, which is compared with that of the stores.
@@ -225,7 +175,6 @@ class Retention:
         stores: Stores of the checkpoints.
         keeps: Rules.
         gc_age_s: As given.
-        claims: Shared tensors of each tier that saves of this process use; none of them is deleted.
 
     Raises:
         ValueError: A rule is for the tier "local", and there is none.
@@ -243,7 +192,6 @@ class Retention:
         self.stores, self.keeps = stores, tuple(keeps)
         self.gc_age_s, self._unfinished, self._now = gc_age_s, unfinished, now
         tiers = tuple(stores.tiers)
-        self.claims: Mapping[CheckpointTier, SharedTensors] = {tier: SharedTensors() for tier in tiers}
         for keep in self.keeps:
             if not isinstance(keep, Keep):
                 raise TypeError(f"keep is a list of tc.Keep(...), got {keep!r}")
@@ -282,14 +230,11 @@ class Retention:
                 copies = [copy for name in names for copy in scan.copies[name] if copy.tier == tier]
                 n_bytes += delete_copies(copies)
                 deleted[tier] = names
-            self._release(deleted)
         collected = self._collect(self.stores.scan() if any(deleted.values()) else scan, tiers, before)
-        return RetentionReport(deleted, collected.n_leftovers, collected.n_shared, n_bytes + collected.n_bytes)
+        return RetentionReport(deleted, collected.n_leftovers, n_bytes + collected.n_bytes)
 
     def delete(self, names: Iterable[str]) -> RetentionReport:
         """Delete checkpoints from all tiers, the nearest first, so that a deletion that ends early can be repeated.
-
-        Of a checkpoint that another program has moved, only the shared tensors are given up.
 
         Raises:
             NotFound: There is no such checkpoint.
@@ -301,7 +246,7 @@ class Retention:
         for name in wanted:
             if name in before or name in self._unfinished():
                 raise ValueError(f"{name} is being saved: wait for its save before it is deleted")
-            if name not in scan.copies and name not in scan.moved_names:
+            if name not in scan.copies:
                 raise NotFound("no such checkpoint", url=name)
             if (why := scan.pin(name)) is not None:
                 raise ValueError(
@@ -312,17 +257,11 @@ class Retention:
         for tier in self.stores.tiers:
             copies = [copy for name in wanted for copy in scan.copies.get(name, ()) if copy.tier == tier]
             n_bytes += delete_copies(copies)
-            committed = {copy.name for copy in copies if copy.is_committed}
-            moved = [name for name in wanted if name in scan.references[tier] and name not in committed]
-            _bury(self.stores.tiers[tier], [self._reference(tier, name) for name in moved])
-            if moved:
-                self.stores.tiers[tier].delete([reference_key(name) for name in moved])
-            deleted[tier] = tuple(dict.fromkeys([*(copy.name for copy in copies), *moved]))
-        self._release(deleted)
+            deleted[tier] = tuple(copy.name for copy in copies)
         return RetentionReport(deleted, n_bytes=n_bytes)
 
     def collect(self) -> RetentionReport:
-        """Delete leftovers of unfinished saves and of ended deletions, and shared tensors without users, if old enough.
+        """Delete leftovers of unfinished saves and of ended deletions, if they are old enough.
 
         Raises:
             StoreError: A store failed; the next collection continues.
@@ -330,94 +269,27 @@ class Retention:
         before = tuple(self._unfinished())
         return self._collect(self.stores.scan(), self.stores.tiers, before)
 
-    def _release(self, deleted: Mapping[CheckpointTier, Collection[str]]) -> None:
-        """Release the shared tensors of checkpoints, in the tiers from which they were deleted."""
-        for tier, names in deleted.items():
-            for name in {*names} - {*self._unfinished()}:
-                self.claims[tier].release(name)
-
     def _collect(self, scan: Scan, tiers: Iterable[CheckpointTier], before: Collection[str]) -> RetentionReport:
-        n_leftovers = n_shared = n_bytes = 0
+        leftovers: list[ObjectInfo] = []
         old_s = self._now() - self.gc_age_s
         unfinished = frozenset((*before, *self._unfinished()))
         for tier in tiers:
             store = self.stores.tiers[tier]
-            copies = {name: copy for name, found in scan.copies.items() for copy in found if copy.tier == tier}
-            folders = [copy for copy in copies.values() if not copy.is_committed and copy.name not in unfinished]
-            old = [copy for copy in folders if _newest_s(copy) <= old_s or copy.name in scan.tombstones[tier]]
-            unused = {info.key: info for info in self._unused(scan, tier, copies, old_s)}
-            tensors = [unused[key] for key in self.claims[tier].delete_unclaimed(unused, store.delete)]
-            for copy in copies.values():  # whose save was killed before it put the reference
-                if copy.manifest is not None and _shared_keys(copy.manifest) and copy.name not in scan.references[tier]:
-                    store.put(reference_key(copy.name), encode_manifest(copy.manifest))
-            ended = _ended_references(scan, tier, copies, old_s)
-            leftovers = [info for copy in old for info in copy.objects.values()]
-            for objects in (ended, leftovers):
-                if objects:
-                    store.delete([info.key for info in objects])
-            if old and tier == "remote":
-                store.delete([metrics_key(copy.name) for copy in old])
-            if isinstance(store, LocalFolder):
-                for copy in old:
-                    store.remove_empty(copy.name)
-            n_shared, n_leftovers = n_shared + len(tensors), n_leftovers + len(leftovers) + len(ended)
-            n_bytes += sum(info.n_bytes for info in (*tensors, *leftovers, *ended))
-        return RetentionReport(n_leftovers=n_leftovers, n_shared=n_shared, n_bytes=n_bytes)
-
-    def _reference(self, tier: CheckpointTier, name: str) -> Manifest:
-        store, key = self.stores.tiers[tier], reference_key(name)
-        return parse_manifest(store.get(key), f"{store.url}/{key}")
-
-    def _unused(
-        self, scan: Scan, tier: CheckpointTier, copies: Mapping[str, CheckpointCopy], old_s: float
-    ) -> list[ObjectInfo]:
-        """Return the shared tensors of a tier that may be deleted; see the module's docstring."""
-        store, shared = self.stores.tiers[tier], scan.shared[tier]
-        old = [info for info in shared.values() if info.modified_s is not None and info.modified_s <= old_s]
-        if not old:
-            return []
-        used = {key for copy in copies.values() for key in _shared_keys(copy.manifest)}
-        read = {reference_key(copy.name) for copy in copies.values() if copy.manifest is not None}
-        read |= {info.key for info in _ended_references(scan, tier, copies, old_s)}
-        unreadable = [
-            f"{copy.url}: {copy.problem}"
-            for copy in copies.values()
-            if copy.is_committed and copy.manifest is None and copy.name not in scan.references[tier]
-        ]
-        for info in (*scan.references[tier].values(), *scan.tombstones[tier].values()):
-            if info.key in read:
+            copies = [copy for found in scan.copies.values() for copy in found if copy.tier == tier]
+            old = [copy for copy in copies if not copy.is_committed and copy.name not in unfinished]
+            old = [copy for copy in old if _newest_s(copy) <= old_s]
+            if not old:
                 continue
-            try:
-                used |= _shared_keys(parse_manifest(store.get(info.key), f"{store.url}/{info.key}"))
-            except NotFound:
-                continue  # another process has just collected it
-            except (CorruptCheckpoint, UnsupportedFormat) as error:
-                unreadable.append(error.message)
-            except StoreError as error:
-                if not is_archived(error):
-                    raise
-                unreadable.append(error.message)
-        if unreadable:
-            message = (
-                f"{unreadable[0]}; no shared tensor ({SHARED_FOLDER}) is deleted while this manifest cannot be read"
-            )
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
-            return []
-        unused = []
-        for info in old:
-            if info.key in used:
-                continue
-            with suppress(NotFound):  # the second question narrows the race with a save that writes the tensor again
-                now = store.head(info.key)
-                if now.modified_s is not None and now.modified_s <= old_s:
-                    unused.append(info)
-        return unused
+            objects = [info for copy in old for info in copy.objects.values()]
+            metrics = [metrics_key(copy.name) for copy in old] if tier == "remote" else []
+            store.delete([*(info.key for info in objects), *metrics])
+            _remove_folders(old)
+            leftovers += objects
+        return RetentionReport(n_leftovers=len(leftovers), n_bytes=sum(info.n_bytes for info in leftovers))
 
 
 def delete_copies(copies: Sequence[CheckpointCopy]) -> int:
     """Delete copies of checkpoints of one tier by a few requests, whatever their number. Return the number of bytes.
-
-    Shared tensors stay: Retention.collect() deletes those without users.
 
     Raises:
         StoreError: The store failed. Checkpoints whose manifests were deleted are gone; collect() removes their files.
@@ -425,79 +297,26 @@ def delete_copies(copies: Sequence[CheckpointCopy]) -> int:
     if not copies:
         return 0
     store = copies[0].store
-    _bury(store, [copy.manifest for copy in copies if copy.manifest is not None])
-    crash_point("retention.tombstones")
     store.delete([manifest_key(copy.name) for copy in copies if copy.is_committed])
     crash_point("retention.manifests")
     store.delete(
         [
             *(metrics_key(copy.name) for copy in copies if copy.tier == "remote"),  # a collection knows only folders
             *(info.key for copy in copies for path, info in copy.objects.items() if path != MANIFEST_NAME),
-            *(reference_key(copy.name) for copy in copies if _shared_keys(copy.manifest)),
         ]
     )
     crash_point("retention.files")
-    if isinstance(store, LocalFolder):
-        for copy in copies:
-            store.remove_empty(copy.name)
+    _remove_folders(copies)
     return sum(info.n_bytes for copy in copies for info in copy.objects.values())
 
 
-def _bury(store: Store, manifests: Iterable[Manifest]) -> None:
-    """Write the tombstones of checkpoints with shared tensors."""
-    for manifest in manifests:
-        if _shared_keys(manifest):
-            store.put(tombstone_key(manifest.name), encode_manifest(manifest))
-
-
-def _ended_references(
-    scan: Scan, tier: CheckpointTier, copies: Mapping[str, CheckpointCopy], old_s: float
-) -> list[ObjectInfo]:
-    """Return the references that protect nothing any more: old tombstones, and those of checkpoints that are gone.
-
-    A checkpoint whose folder, or manifest, is gone without a tombstone may have been moved by the tier engine, or is
-    being moved, and its copy elsewhere needs the tensors. If one of our own tiers behind this one has the checkpoint,
-    that copy has tensors of its own.
-
-    copies: Copies of the tier by name.
-    """
-    tombstones = scan.tombstones[tier]
-    ended = [info for name, info in tombstones.items() if _modified_s(info, name) <= old_s]
-    behind = [*scan.references][[*scan.references].index(tier) + 1 :]
-    for name, info in scan.references[tier].items():
-        is_behind = any(copy.tier in behind for copy in scan.complete(name))
-        is_gone = name not in copies or not copies[name].is_committed
-        if is_gone and (name in tombstones or is_behind) and _modified_s(info, name) <= old_s:
-            ended.append(info)
-    return ended
+def _remove_folders(copies: Iterable[CheckpointCopy]) -> None:
+    for copy in copies:
+        if isinstance(copy.store, LocalFolder):
+            copy.store.remove_empty(copy.name)
 
 
 def _newest_s(copy: CheckpointCopy) -> float:
-    return max((_modified_s(info, copy.name) for info in copy.objects.values()), default=0.0)
-
-
-def _modified_s(info: ObjectInfo, name: str) -> float:
-    """Return when an object was written; for a store that does not tell, when its save began."""
-    parsed = parse_name(name)
-    return info.modified_s if info.modified_s is not None else 0.0 if parsed is None else parsed[1]
-
-
-def _shared_keys(manifest: Manifest | None) -> set[str]:
-    if manifest is None:
-        return set()
-    return {key_of(manifest.name, file.path) for file in manifest.files if shared_digest(file.path)}
-
-
-def referenced_tensors(stores: CheckpointStores, tier: CheckpointTier) -> frozenset[str]:
-    """Return the keys of the shared tensors to which a save that has begun may refer without writing them.
-
-    Args:
-        stores: Stores of the checkpoints.
-        tier: Tier of the save.
-
-    Raises:
-        StoreError: The tier cannot be listed or read.
-    """
-    store = stores.tiers[tier]
-    copies = [copy for found in CheckpointStores({tier: store}).scan().copies.values() for copy in found]
-    return frozenset(key for copy in copies if copy.is_complete for key in _shared_keys(copy.manifest))
+    """Return when the newest object was written; for a store that does not tell, when its save began."""
+    began_s = (parse_name(copy.name) or (0, 0.0))[1]
+    return max((began_s if one.modified_s is None else one.modified_s for one in copy.objects.values()), default=0.0)

@@ -19,14 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tiercache.checkpoint.safetensors_file import PAGE_BYTES, FileLayout, TensorSpec, distribute, lay_out_file
+from tiercache.checkpoint.layout import PAGE_BYTES, FileLayout, TensorSpec, distribute, lay_out_file
 from tiercache.checkpoint.state_tree import EncodedState, TensorSource, flat_bytes
 
 SLAB_BYTES = 64 << 20
-SHARED_MIN_BYTES = 1 << 20
-"""Size from which a tensor is shared between checkpoints."""
-SHARED_NAME = "tensor"
-"""Name of a shared tensor in its file: equal tensors have equal files."""
 
 
 class Event(Protocol):
@@ -169,15 +165,11 @@ class StagedFile:
     """A safetensors file in host memory.
 
     Attributes:
-        is_shared: Whether it holds one tensor that checkpoints share; its path then follows from its values.
-        names: Name in the state of each tensor, by its name in the file.
-        specs: Tensors by their names in the file.
+        specs: Tensors by name.
         layout: Header and positions.
         pieces: Its bytes in order; each piece but the last has whole pages.
     """
 
-    is_shared: bool
-    names: Mapping[str, str]
     specs: Mapping[str, TensorSpec]
     layout: FileLayout
     pieces: tuple[memoryview, ...]
@@ -192,7 +184,6 @@ class StagedState:
         state: State whose tensors are copied.
         memory: Memory for the copy. It is pinned if a tensor is on a device.
         n_streams: Number of files that are written in parallel.
-        shares: Whether tensors of SHARED_MIN_BYTES or more become files of their own.
         device_of: Function that returns the device of a tensor.
 
     Attributes:
@@ -205,7 +196,6 @@ class StagedState:
         memory: HostMemory,
         *,
         n_streams: int,
-        shares: bool,
         device_of: FindDevice = find_device,
     ) -> None:
         torch = sys.modules.get("torch")
@@ -215,10 +205,8 @@ class StagedState:
             if torch is not None and isinstance(source.value, torch.Tensor)
         }
         specs = [TensorSpec(name, one.dtype, one.shape, one.n_bytes) for name, one in state.tensors.items()]
-        least_bytes = SHARED_MIN_BYTES if shares else sys.maxsize
-        groups = [(True, [one]) for one in specs if one.n_bytes >= least_bytes]
-        groups += [(False, one) for one in distribute([one for one in specs if one.n_bytes < least_bytes], n_streams)]
-        layouts = [_layout(is_shared, group) for is_shared, group in groups]
+        groups = distribute(specs, n_streams)
+        layouts = [lay_out_file(group) for group in groups]
         self._starts, end = [], 0
         for layout in layouts:
             self._starts.append(end)
@@ -228,13 +216,11 @@ class StagedState:
         self._copy = _Copy(memory.take(end, pinning), memory.slab_bytes)
         self.files: Sequence[StagedFile] = [
             StagedFile(
-                is_shared,
-                {SHARED_NAME if is_shared else one.name: one.name for one in group},
-                {SHARED_NAME if is_shared else one.name: one for one in group},
+                {one.name: one for one in group},
                 layout,
                 tuple(array[first:last].data for array, first, last in self._copy.spans(start, layout.n_bytes)),
             )
-            for (is_shared, group), layout, start in zip(groups, layouts, self._starts, strict=True)
+            for group, layout, start in zip(groups, layouts, self._starts, strict=True)
         ]
 
     def copy(self) -> None:
@@ -258,17 +244,10 @@ class StagedState:
 
     def _copy_file(self, file: StagedFile, start: int, *, on_device: bool) -> None:
         """Copy the tensors of a file that are on a device, or the others."""
-        for file_name, name in file.names.items():
+        for name, offset in file.layout.offsets.items():
             device = self._devices.get(name)
             if (device is not None) == on_device:
-                self._copy.tensor(self._sources[name], start + file.layout.offsets[file_name], device)
-
-
-def _layout(is_shared: bool, group: Sequence[TensorSpec]) -> FileLayout:
-    if not is_shared:
-        return lay_out_file(group)
-    (one,) = group
-    return lay_out_file([TensorSpec(SHARED_NAME, one.dtype, one.shape, one.n_bytes)])
+                self._copy.tensor(self._sources[name], start + offset, device)
 
 
 class _Copy:

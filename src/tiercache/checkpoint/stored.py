@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,29 +22,33 @@ from tiercache.checkpoint.inventory import (
     resolve,
 )
 from tiercache.checkpoint.layout import (
-    SHARED_FOLDER,
     Manifest,
-    key_of,
     metrics_key,
     parse_metrics,
     parse_name,
     written_order,
 )
 from tiercache.checkpoint.loading import load_copy
-from tiercache.checkpoint.moved import MovedCheckpoints
 from tiercache.checkpoint.reading import CopyReader
-from tiercache.checkpoint.retention import GC_AGE_S, Retention, RetentionReport
-from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, TierCacheError
+from tiercache.checkpoint.retention import Retention, RetentionReport
+from tiercache.errors import (
+    ArchivedShards,
+    CorruptCheckpoint,
+    CorruptShard,
+    NotFound,
+    StoreError,
+    TierCacheError,
+    UnsupportedFormat,
+)
 from tiercache.keep import Keep
-from tiercache.model import ObjectInfo
-from tiercache.store import LocalFolder, Span, Store, redact
-from tiercache.store.contract import WrapperStore
-from tiercache.store.placement.resolver import is_archived, is_remote
+from tiercache.store import LocalFolder, Store, open_store, redact
+from tiercache.store.placement.locations import FileLocator, archived_file_error
+from tiercache.store.placement.resolver import is_archived, is_remote, is_same_service, options_of
 
 logger = logging.getLogger("tiercache")
 
 _THREADS = 16
-_ROUNDS = 3  # restores of one load: the manifest, the files that it names, and one more attempt
+_OWN_TIERS = ("local", "remote")
 
 
 class UnfinishedSave(Protocol):
@@ -83,8 +88,6 @@ class StoredCheckpoints:
         keep: Rules of retention.
         storage_options: Options of the store of the URL.
         cache: Function that returns the cache through which a remote store is read.
-        moved: Checkpoints that the tier engine has moved; None: those of the rule file that applies.
-        gc_age_s: Age in seconds from which leftovers of killed saves are removed.
     """
 
     def __init__(
@@ -95,8 +98,6 @@ class StoredCheckpoints:
         keep: Keep | Iterable[Keep] = (),
         storage_options: Mapping[str, Any] | None = None,
         cache: Callable[[], Cache] = Cache.default,
-        moved: MovedCheckpoints | None = None,
-        gc_age_s: float = GC_AGE_S,
     ) -> None:
         self.remote_store, self.local_store = remote_store, local_store
         tiers: dict[CheckpointTier, Store] = {} if local_store is None else {"local": local_store}
@@ -105,10 +106,9 @@ class StoredCheckpoints:
         self.retention = Retention(
             self.stores,
             self.keep,
-            gc_age_s=gc_age_s,
             unfinished=lambda: {name for name, save in self.unfinished_saves().items() if save.error is None},
         )
-        self._moved = MovedCheckpoints(remote_store.url, storage_options) if moved is None else moved
+        self._moved = _OtherTiers(remote_store.url, storage_options)
         self._moved_manifests: dict[tuple[str, str], Manifest] = {}
         self._open_cache = cache
 
@@ -131,7 +131,6 @@ class StoredCheckpoints:
         *,
         map_location: Any = None,
         strict: bool = True,
-        wait: bool = False,
     ) -> Any:
         """Load a checkpoint from the nearest complete copy, and check all bytes that are read.
 
@@ -147,7 +146,6 @@ class StoredCheckpoints:
             map_location: Device of tensors that are returned as data, such as "cuda:0"; None: the host's memory.
             strict: Whether a difference between `into` and the checkpoint is an error. With False, everything that fits
                 is loaded, with a warning.
-            wait: Whether to restore an archived checkpoint, at a cost that is logged, and to wait until it can be read.
 
         Returns:
             The state, or `into`.
@@ -157,7 +155,7 @@ class StoredCheckpoints:
             ValueError: The checkpoint does not fit `into`; the message lists all missing, unexpected and mis-shaped
                 keys, and those that cannot be filled. Nothing was changed.
             TypeError: `into` has an object that is neither filled nor replaced; nothing was changed.
-            ArchivedShards: The checkpoint must be restored first; the error has cost, duration and command.
+            ArchivedShards: The checkpoint is archived; the error names the command that restores it.
             CorruptCheckpoint: No copy of the checkpoint is right.
             StoreError: A store failed, or it cannot be known which checkpoint is meant: the message names the tier that
                 could not be asked.
@@ -171,7 +169,7 @@ class StoredCheckpoints:
         failure: CorruptCheckpoint | None = None
         for name in names:
             try:
-                return self._load(scan, name, into, map_location, strict=strict, wait=wait)
+                return self._load(scan, name, into, map_location, strict=strict)
             except CorruptCheckpoint as error:
                 failure = failure or error
                 if name != names[-1]:
@@ -179,14 +177,6 @@ class StoredCheckpoints:
         if failure is None:
             raise NotFound("there are no checkpoints", url=self.remote_store.url)
         raise failure
-
-    def require_restored(self, keys: Iterable[str]) -> None:
-        """Raise ArchivedShards, with cost, duration and command, if an object must be restored before it can be read.
-
-        Args:
-            keys: Keys of objects below the URL.
-        """
-        self._moved.restore(sorted(keys), wait=False)
 
     def scan_to_load(self, which: str | int) -> Scan:
         """Return the checkpoints of all tiers; only the local ones, with a warning, if the store cannot be reached.
@@ -215,13 +205,12 @@ class StoredCheckpoints:
             scan: Listing of the own tiers.
             which: Choice for which the listing is made; None: all checkpoints are described.
         """
-        others = self._moved.tiers()
+        others = self._moved.find()
         copies = {name: [*found] for name, found in scan.copies.items()}
         unasked = others.problem
         for tier, url in others.urls.items():
             try:
-                store = _WithSharedTensors(self._moved.store(url), self.remote_store)
-                listed = CheckpointStores({tier: store}, self._moved_manifests).scan(scan.shared.get("remote", {}))
+                listed = CheckpointStores({tier: self._moved.store(url)}, self._moved_manifests).scan()
                 found = [copy for some in listed.copies.values() for copy in some]
             except StoreError as error:
                 problem = f"the tier {tier} could not be asked: {error}"
@@ -250,53 +239,37 @@ class StoredCheckpoints:
                 return None
             raise
 
-    def _load(
-        self,
-        scan: Scan,
-        name: str,
-        into: Any,
-        map_location: Any,
-        *,
-        strict: bool,
-        wait: bool,
-    ) -> Any:
-        """Load one checkpoint from its nearest copy that can be read; restore it if there is none."""
-        restored: set[str] = set()
-        for _ in range(_ROUNDS):
-            failure: TierCacheError | None = None
-            archived: set[str] = set()
-            for copy in scan.copies[name]:
-                if copy.is_archived:
-                    archived.update(info.key for info in copy.objects.values())
+    def _load(self, scan: Scan, name: str, into: Any, map_location: Any, *, strict: bool) -> Any:
+        """Load one checkpoint from its nearest copy that can be read."""
+        failure: TierCacheError | None = None
+        archived: CheckpointCopy | None = None
+        for copy in scan.copies[name]:
+            if copy.is_archived:
+                archived = archived or copy
+                continue
+            if copy.is_unseen:
+                failure = StoreError(f"cannot be loaded: {copy.problem}", url=copy.url)
+                continue
+            if copy.manifest is None or copy.problem:
+                if copy.is_committed:
+                    failure = CorruptCheckpoint(copy.problem, url=copy.url)
+                    _warn(f"{failure}: this copy is skipped")
+                continue
+            # By store, not by name: a tier of the rule file may be called "remote", too.
+            store = self._cached_remote if copy.store is self.remote_store else copy.store
+            try:
+                return load_copy(store, copy.manifest, into=into, map_location=map_location, strict=strict)
+            except CorruptCheckpoint as error:
+                failure = error
+            except StoreError as error:
+                if is_archived(error):
+                    archived = archived or copy
                     continue
-                if copy.is_unseen:
-                    failure = StoreError(f"cannot be loaded: {copy.problem}", url=copy.url)
-                    continue
-                if copy.manifest is None or copy.problem:
-                    if copy.is_committed:
-                        failure = CorruptCheckpoint(copy.problem, url=copy.url)
-                        _warn(f"{failure}: this copy is skipped")
-                    continue
-                try:
-                    return load_copy(
-                        self._store_to_read(copy), copy.manifest, into=into, map_location=map_location, strict=strict
-                    )
-                except CorruptCheckpoint as error:
-                    failure = error
-                except StoreError as error:
-                    if is_archived(error):
-                        archived.update(key_of(name, file.path) for file in copy.manifest.files)
-                        continue
-                    failure = error
-                _warn(f"{failure}: this copy is skipped")
-            if not archived:
-                raise failure or NotFound(f"no copy of {name} is complete", url=self.remote_store.url)
-            if archived <= restored:
-                raise StoreError(f"{name} was restored, and still cannot be read", url=self.remote_store.url)
-            self._moved.restore(sorted(archived), wait=wait)
-            restored |= archived
-            scan = self._everywhere(self.stores.scan(), name)
-        raise StoreError(f"{name} was restored, and still cannot be read", url=self.remote_store.url)
+                failure = error
+            _warn(f"{failure}: this copy is skipped")
+        if archived is not None:
+            raise archived_error(archived)
+        raise failure or NotFound(f"no copy of {name} is complete", url=self.remote_store.url)
 
     def open_copy(self, scan: Scan, name: str) -> tuple[Manifest, Store]:
         """Return the manifest of a checkpoint, and the store of its nearest complete copy.
@@ -308,27 +281,21 @@ class StoredCheckpoints:
             name: Name of the checkpoint.
 
         Raises:
-            ArchivedShards: The checkpoint must be restored first.
+            ArchivedShards: The checkpoint is archived.
             StoreError: It is in a tier that cannot be asked.
         """
         for copy in scan.complete(name):
             if copy.manifest is None or copy.store is self.remote_store:
                 return copy.manifest or self.stores.manifest(copy.tier, name), self.remote_store
-            opened = self._moved.open(self._moved.tiers().urls[copy.tier])
-            has_shared = any(entry.digest for entry in copy.manifest.tensors.values())
-            return copy.manifest, _WithSharedTensors(opened, self.remote_store) if has_shared else opened
-        if archived := [copy for copy in scan.copies[name] if copy.is_archived]:
-            self.require_restored(info.key for copy in archived for info in copy.objects.values())
-        problem = next((copy.problem for copy in scan.copies[name]), "it was restored just now: open it again")
-        raise StoreError(problem, url=f"{self.remote_store.url}/{name}")
+            return copy.manifest, self._moved.open(self._moved.find().urls[copy.tier])
+        for copy in scan.copies[name]:
+            if copy.is_archived:
+                raise archived_error(copy)
+        raise StoreError(scan.copies[name][0].problem, url=f"{self.remote_store.url}/{name}")
 
-    def close_other_tiers(self) -> None:
+    def close(self) -> None:
         """Close the stores of the tiers to which checkpoints were moved; later calls open them again."""
         self._moved.close()
-
-    def _store_to_read(self, copy: CheckpointCopy) -> Store:
-        # By store, not by name: a tier of the rule file may be called "remote", too.
-        return self._cached_remote if copy.store is self.remote_store else copy.store
 
     # -- list and verify ---------------------------------------------------------------------------------------------
 
@@ -346,7 +313,6 @@ class StoredCheckpoints:
             raise StoreError(f"there may be further checkpoints: {scan.unasked}", url=self.remote_store.url)
         names = [*scan.copies, *(name for name in unfinished if name not in scan.copies)]
         found = [_info(scan, name, kept_by.get(name, {}), unfinished.get(name)) for name in names]
-        found += [_moved_info(name) for name in scan.moved_names if name not in unfinished]
         return sorted(found, key=lambda one: (one.created_s, one.name))
 
     def verify(self, which: str | int = "latest") -> CheckpointVerification:
@@ -377,7 +343,7 @@ class StoredCheckpoints:
     # -- delete and pin -----------------------------------------------------------------------------------------
 
     def delete(self, which: str | int) -> RetentionReport:
-        """Delete a checkpoint from all tiers. Tensors that other checkpoints share stay.
+        """Delete a checkpoint from all tiers.
 
         Args:
             which: "latest", "best:METRIC", a step, or a name; of a step, the checkpoint written last.
@@ -387,10 +353,7 @@ class StoredCheckpoints:
             ValueError: The checkpoint is pinned, is being saved, or is in another tier, where `ckpt rm` deletes it.
             StoreError: A store failed; the same call continues.
         """
-        own = self.stores.scan()
-        if isinstance(which, str) and which in own.moved_names:
-            return self.retention.delete([which])
-        scan = self._everywhere(own, which)
+        scan = self._everywhere(self.stores.scan(), which)
         name = self._name(scan, which)
         if others := [copy.tier for copy in scan.copies[name] if copy.tier not in self.stores.tiers]:
             raise ValueError(
@@ -425,7 +388,7 @@ class StoredCheckpoints:
         self._set_pin(which, None)
 
     def gc(self) -> RetentionReport:
-        """Remove what killed saves and deletions have left, and shared tensors without users, once they are a day old.
+        """Remove what killed saves and deletions have left, once it is a day old.
 
         Raises:
             StoreError: A store failed.
@@ -457,34 +420,70 @@ class StoredCheckpoints:
         return which if isinstance(which, str) and which in scan.copies else resolve(scan, which)
 
 
-class _WithSharedTensors(WrapperStore):
-    """The store of moved checkpoints, with the shared tensors of the store from which they were moved."""
+@dataclass(frozen=True, slots=True)
+class _Others:
+    """The tiers other than the URL in which its checkpoints may be.
 
-    def __init__(self, inner: Store, shared: Store) -> None:
-        super().__init__(inner)
-        self._shared = shared
+    Attributes:
+        urls: URL of the folder of the checkpoints in each tier, by its name in the rule file, or by the URL.
+        placed: Names of the checkpoints that the placement states to be in each tier, by the URL.
+        home: URL of the folder of the checkpoints in the home; None if none was found.
+        problem: Reason why the placement could not be read; "" if it was.
+    """
 
-    def _store_of(self, key: str) -> Store:
-        return self._shared if key.startswith(SHARED_FOLDER) else self.inner
+    urls: Mapping[str, str]
+    placed: Mapping[str, Sequence[str]]
+    home: str | None = None
+    problem: str = ""
 
-    def head(self, key: str) -> ObjectInfo:
-        """See Store.head."""
-        return self._store_of(key).head(key)
 
-    def read_into(self, key: str, spans: Sequence[Span], **options: Any) -> None:
-        """See Store.read_into."""
-        self._store_of(key).read_into(key, spans, **options)
+class _OtherTiers:
+    """The tiers to which the tier engine has moved checkpoints of a URL.
+
+    They are those of the rule file that applies to the working folder, and those that the placement names: that of the
+    home above the URL, or of the home to which a marker of the URL's tier leads.
+    """
+
+    def __init__(self, url: str, options: Mapping[str, Any] | None) -> None:
+        """Open nothing yet. options: Of the URL's store; None: not known, so no other store is opened with them."""
+        self.url = url if "://" in url else os.path.abspath(url)  # noqa: PTH100 - resolve() would follow links
+        self._options = None if options is None else dict(options)
+        self._locator = FileLocator(self.open)
+
+    def open(self, url: str) -> Store:
+        """Return a new store of a folder in another tier. Raises ValueError."""
+        own = self._options if self._options and is_same_service(url, self.url) else {}
+        return open_store(url, **(own | options_of(url)))
 
     def close(self) -> None:
-        """Close the connections of both stores."""
-        self.inner.close()
-        self._shared.close()
+        """Close the stores of other tiers."""
+        self._locator.close()
+
+    def store(self, url: str) -> Store:
+        """Return the store of a folder in another tier, opened once. Raises StoreError if it cannot be opened."""
+        try:
+            return self._locator.store(url)
+        except ValueError as error:
+            raise StoreError(f"its store cannot be opened: {error}", url=redact(url)) from error
+
+    def find(self) -> _Others:
+        """Return the tiers other than the URL in which its checkpoints may be."""
+        follows, problem = self._options is not None or not is_remote(self.url), ""
+        try:
+            found = self._locator.find_tiers(self.url, follows_placement=follows)
+        except (StoreError, CorruptShard, UnsupportedFormat, ValueError) as error:
+            problem = f"the placement of moved checkpoints cannot be read: {error}"
+            found = self._locator.find_tiers(self.url, follows_placement=False)
+        urls = {redact(url) if name in _OWN_TIERS else name: url for name, url in found.urls.items()}
+        placed: dict[str, dict[str, None]] = {}
+        for key, url in found.placed.items():
+            placed.setdefault(url, {})[key.partition("/")[0]] = None
+        return _Others(urls, {url: [*names] for url, names in placed.items()}, found.home, problem)
 
 
-def _moved_info(name: str) -> CheckpointInfo:
-    step, created_s = parse_name(name) or (0, 0.0)
-    why = "moved or deleted by another program, such as the tier engine; delete() gives up its shared tensors"
-    return CheckpointInfo(name, step, created_s, "moved", error=why)
+def archived_error(copy: CheckpointCopy) -> ArchivedShards:
+    """Return the error for a checkpoint that must be restored; it names the command that does that."""
+    return archived_file_error(copy.url, sum(info.n_bytes for info in copy.objects.values()))
 
 
 def _info(
@@ -493,12 +492,14 @@ def _info(
     parsed = parse_name(name) or (0, 0.0)
     manifest, pin, complete = scan.manifest(name), scan.pin(name), scan.complete(name)
     copies = scan.copies.get(name, ())
+    archived = [copy.objects.values() for copy in copies if copy.is_archived]
+    listed_bytes = max((sum(info.n_bytes for info in objects) for objects in archived), default=0)
     state: CheckpointState = "complete" if complete else "incomplete"
     error = "" if complete else next((copy.problem for copy in copies), "")
     if not complete and (away := [copy for copy in copies if copy.is_archived or copy.is_unseen]):
         state, error = ("archived" if away[0].is_archived else "moved"), away[0].problem
         if away[0].is_archived:
-            error += f", by load(wait=True) or `tiercache tier get {redact(away[0].url)} --wait`"
+            error += f": tiercache tier get {redact(away[0].url)} --wait"
     if save is not None and save.error is not None:
         state, error = ("complete" if complete else "failed"), str(save.error)
     elif save is not None and not complete:
@@ -509,7 +510,7 @@ def _info(
         created_s=parsed[1],
         state=state,
         tiers=tuple(copy.tier for copy in complete),
-        n_bytes=max((_listed_bytes(copy) for copy in copies), default=0) if manifest is None else manifest.n_bytes,
+        n_bytes=listed_bytes if manifest is None else manifest.n_bytes,
         metrics=scan.metrics(name) or {},
         is_pinned=pin is not None,
         why_pinned=pin or "",
@@ -517,11 +518,6 @@ def _info(
         note=None if manifest is None else manifest.note,
         error=error,
     )
-
-
-def _listed_bytes(copy: CheckpointCopy) -> int:
-    """Return the size of the objects in the folder of an archived copy; 0 for any other."""
-    return sum(info.n_bytes for info in copy.objects.values()) if copy.is_archived else 0
 
 
 def _warn(message: str) -> None:

@@ -21,9 +21,16 @@ import numpy as np
 
 from tiercache.cache import Cache, CachedStore
 from tiercache.checkpoint.inventory import resolve
-from tiercache.checkpoint.layout import MANIFEST_NAME, Manifest, key_of, parse_manifest, parse_name
+from tiercache.checkpoint.layout import (
+    MANIFEST_NAME,
+    Manifest,
+    header_bytes,
+    key_of,
+    parse_header,
+    parse_manifest,
+    parse_name,
+)
 from tiercache.checkpoint.loading import numpy_dtype
-from tiercache.checkpoint.safetensors_file import header_bytes, parse_header
 from tiercache.checkpoint.state_tree import DTYPES
 from tiercache.checkpoint.stored import StoredCheckpoints
 from tiercache.checkpoint.writer import in_parallel
@@ -420,7 +427,7 @@ def _find_checkpoint(
 
     Raises:
         NotFound: There is none.
-        ArchivedShards: It must be restored first; the error has cost, duration and command.
+        ArchivedShards: It is archived; the error names the command that restores it.
     """
     head, _, last = url.rstrip("/").rpartition("/")
     run, which = (head, last) if parse_name(last) is not None else (url, "latest")
@@ -437,8 +444,8 @@ def _find_checkpoint(
         store.close()
         raise
     finally:
-        stored.close_other_tiers()
-    if opened is not store and not any(entry.digest for entry in manifest.tensors.values()):
+        stored.close()
+    if opened is not store:
         store.close()
     return opened, _of_manifest(manifest, lambda path: key_of(name, path))
 

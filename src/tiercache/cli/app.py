@@ -58,10 +58,6 @@ VERBS = {
         "Pin checkpoints: no rule moves or deletes them, and `ckpt rm` refuses to.",
     ),
     "ckpt unpin": ("checkpoint_commands", "Remove the pins of checkpoints."),
-    "ckpt diff": (
-        "checkpoint_commands",
-        "Compare two checkpoints: metrics, files by size and checksum, and tensors where they are listed.",
-    ),
 }
 
 

@@ -104,19 +104,3 @@ def unpin(output: Output, paths: Paths, rules: Rules = None) -> None:
     from tiercache.cli import checkpoint_verbs
 
     checkpoint_verbs.unpin(output, rules, paths)
-
-
-@verb(after_ctrl_c="nothing was changed; run the same command again")
-def diff(
-    output: Output,
-    first: Annotated[str, argument("FIRST", f"Checkpoint: a path below a tier, a local path, or a URL. {_WHICH}")],
-    second: Annotated[str, argument("SECOND", "Checkpoint to compare with it.")],
-    rules: Rules = None,
-) -> None:
-    """Compare two checkpoints: metrics, files by size and checksum, and tensors where they are listed.
-
-    The exit code is 0 also if they differ.
-    """
-    from tiercache.cli import checkpoint_verbs
-
-    checkpoint_verbs.diff(output, rules, first, second)

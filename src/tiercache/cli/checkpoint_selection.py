@@ -29,7 +29,6 @@ from tiercache.checkpoint.layout import (
     Choice,
     Manifest,
     did_you_mean,
-    key_of,
     parse_choice,
     parse_manifest,
     parse_name,
@@ -142,15 +141,7 @@ class CheckpointTiers:
             manifest = parse_manifest(store.get(key), f"{store.url}/{key}")
         except TierCacheError as error:
             return str(error)
-        shared = [one for one in manifest.files if one.path.startswith("../")]
-        keys = [f"{path.removesuffix(name)}{key_of(name, one.path)}" for one in shared]
-        listed = self.inventory.lies(pa.array(keys, pa.large_string()))  # their sizes are not known
-        known = {
-            key_of(name, one.path): ObjectInfo(one.path, one.n_bytes)
-            for one, is_listed in zip(shared, listed, strict=True)
-            if is_listed
-        }
-        return missing_file(manifest, objects, known).replace(f"{name}/", "")
+        return missing_file(manifest, objects).replace(f"{name}/", "")
 
     def why_pinned(self, group: int) -> str:
         """Return the reason of the pin of a checkpoint of tc.Checkpoints; "" if none was given."""

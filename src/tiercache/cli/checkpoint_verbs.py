@@ -13,7 +13,7 @@ import numpy as np
 import typer
 
 from tiercache import config
-from tiercache.checkpoint.layout import Manifest, parse_name
+from tiercache.checkpoint.layout import parse_name
 from tiercache.cli.checkpoint_selection import (
     CheckpointTiers,
     in_parallel,
@@ -347,65 +347,3 @@ def _by_layout(found: CheckpointTiers) -> tuple[list[int], list[int]]:
     """Return the selected checkpoints of tc.Checkpoints, and the others."""
     own = [group for group in found.groups if parse_name(found.path(group).rpartition("/")[2]) is not None]
     return own, [group for group in found.groups if group not in own]
-
-
-# -- diff -------------------------------------------------------------------------------------------------------------
-
-
-def diff(output: Output, rules: Path | None, first: str, second: str) -> None:
-    """Compare two checkpoints."""
-    with open_checkpoints(output, rules, [first, second]) as found:
-        if len(found.groups) != 2:
-            raise ValueError(f"expected two checkpoints, found {len(found.groups)}: {first} and {second}")
-        metrics = [found.metrics(group) for group in found.groups]
-        files = [_files(found, group) for group in found.groups]
-        manifests = [found.manifest(group) for group in found.groups]
-        names = [found.name(group) for group in found.groups]
-        steps = [int(found.snapshot.step[group]) for group in found.groups]
-    rows = [{"what": "step", "name": "", "first": f"{steps[0]:,}", "second": f"{steps[1]:,}"}]
-    rows += _differences("metric", *({name: f"{value:.6g}" for name, value in some.items()} for some in metrics))
-    rows += _differences("file", *files)
-    if manifests[0] is not None and manifests[1] is not None:
-        rows += _differences("tensor", *(_tensors(one) for one in manifests if one is not None))
-    shown = [row for row in rows if row["first"] != row["second"]]
-    texts = [
-        {"what": r["what"], "name": r["name"], names[0]: r["first"] or "-", names[1]: r["second"] or "-"} for r in shown
-    ]
-    output.table("difference", shown, texts)
-    n_equal = len(rows) - len(shown)
-    unsure = sum(row["first"] == row["second"] and "?" in row["first"] for row in rows)
-    note = (
-        f"; {unsure} files have equal sizes and no known checksum: `tiercache ckpt verify` reads them" if unsure else ""
-    )
-    facts = {"first": names[0], "second": names[1], "differences": len(shown), "equal": n_equal, "unsure": unsure}
-    output.summary(facts, f"{count(len(shown), 'difference')}, {n_equal} equal{note}")
-
-
-def _files(found: CheckpointTiers, group: int) -> dict[str, str]:
-    """Return the size and the checksum of each file of a checkpoint, as texts, by path in the checkpoint."""
-    path, manifest = found.path(group), found.manifest(group)
-    stated = {} if manifest is None else {one.path: one.crc32c for one in manifest.files}
-    files: dict[str, str] = {}
-    for copy in reversed(found.copies(group)):
-        for one in found.objects(copy):
-            name = one.key.removeprefix(f"{path}/") if one.key != path else Path(path).suffix
-            crc = stated.get(name, one.crc32c)
-            # A checksum that no tier knows is a question mark.
-            known = "?" if crc is None else f"{crc:08x}"
-            if name not in files or known != "?":
-                files[name] = f"{format_bytes(one.n_bytes)} {known}"
-    return files
-
-
-def _tensors(manifest: Manifest) -> dict[str, str]:
-    return {
-        name: f"{one.dtype}{list(one.shape)}" + (f" {one.digest[:8]}" if one.digest else "")
-        for name, one in manifest.tensors.items()
-    }
-
-
-def _differences(what: str, first: Mapping[str, str], second: Mapping[str, str]) -> list[dict[str, str]]:
-    return [
-        {"what": what, "name": name, "first": first.get(name, ""), "second": second.get(name, "")}
-        for name in sorted(first.keys() | second.keys())
-    ]

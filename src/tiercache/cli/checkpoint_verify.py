@@ -11,7 +11,6 @@ import typer
 from tiercache._native.checksum import crc32c
 from tiercache.checkpoint.layout import (
     MANIFEST_NAME,
-    SHARED_FOLDER,
     key_of,
     parse_manifest,
     parse_name,
@@ -19,7 +18,7 @@ from tiercache.checkpoint.layout import (
 from tiercache.cli.checkpoint_selection import CheckpointTiers, open_checkpoints
 from tiercache.cli.common import CORRUPT, PARTIAL, Output, count, printable
 from tiercache.cli.open_tiers import STATE_NAMES
-from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
+from tiercache.errors import CorruptCheckpoint, StoreError
 from tiercache.model import ObjectInfo, format_bytes
 from tiercache.tier.move.transfer import Transfer
 
@@ -117,45 +116,29 @@ def _read_copy(
         one.problems.append("files are missing, or differ from those of another tier")
     objects = found.objects(copy)
     try:
-        one.known, shared = _checksums(found, one.tier, path, objects)
+        one.known = _checksums(found, one.tier, path, objects)
     except CorruptCheckpoint as error:
         one.problems.append(str(error))
-        one.is_corrupt, shared = True, []
-    for info in [*objects, *shared]:
+        one.is_corrupt = True
+    for info in objects:
         try:
-            crc = one.read[info.key] = _checksum_of(found, transfer, one.tier, info, on_bytes)
+            crc = one.read[info.key] = transfer.checksum_of(one.tier, info, on_bytes)
         except StoreError as error:
             one.problems.append(str(error))
-            one.is_corrupt |= info in shared and isinstance(error, NotFound)
             continue
         one.n_bytes += info.n_bytes
         expected = one.known.get(info.key, crc)
         if crc != expected:
             one.problems.append(f"{info.key}: expected CRC-32C {expected:08x}, found {crc:08x}")
             one.is_corrupt = True
-    for key in sorted(one.known.keys() - {info.key for info in [*objects, *shared]}):
+    for key in sorted(one.known.keys() - {info.key for info in objects}):
         one.problems.append(f"{key}: its manifest names it, and it is missing")
         one.is_corrupt = True
     return one
 
 
-def _checksum_of(
-    found: CheckpointTiers, transfer: Transfer, tier: str, info: ObjectInfo, on_bytes: Callable[[int], object]
-) -> int:
-    """Return the CRC-32C of an object of a copy; shared tensors stay in the home tier when a checkpoint is moved."""
-    home = found.tiers.file.home_tier.name
-    try:
-        return transfer.checksum_of(tier, info, on_bytes)
-    except NotFound:
-        if f"/{SHARED_FOLDER}" not in f"/{info.key}" or tier == home:
-            raise
-        return transfer.checksum_of(home, info, on_bytes)
-
-
-def _checksums(
-    found: CheckpointTiers, tier: str, path: str, objects: Sequence[ObjectInfo]
-) -> tuple[dict[str, int], list[ObjectInfo]]:
-    """Return the known CRC-32C of each object of a copy, and the shared tensors that belong to it.
+def _checksums(found: CheckpointTiers, tier: str, path: str, objects: Sequence[ObjectInfo]) -> dict[str, int]:
+    """Return the known CRC-32C of each object of a copy.
 
     Of our own layout, checksums of objects that should be there are included. Raises CorruptCheckpoint if the manifest
     is corrupt.
@@ -164,12 +147,11 @@ def _checksums(
     name = path.rpartition("/")[2]
     manifest = next((one for one in objects if one.key == f"{path}/{MANIFEST_NAME}"), None)
     if manifest is None or parse_name(name) is None:
-        return sums, []
+        return sums
     store = found.tiers.stores.store(tier)
     data = store.get(manifest.key)  # parse_manifest() compares it with the checksum that it contains
     stated = parse_manifest(data, f"{store.url}/{manifest.key}")
     parent = path[: len(path) - len(name)]
     sums |= {f"{parent}{key_of(name, one.path)}": one.crc32c for one in stated.files}
     sums.setdefault(manifest.key, crc32c(data))
-    shared = [one for one in stated.files if one.path.startswith("../")]
-    return sums, [ObjectInfo(f"{parent}{key_of(name, one.path)}", one.n_bytes) for one in shared]
+    return sums

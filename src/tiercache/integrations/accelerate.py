@@ -3,17 +3,14 @@
 Accelerate's own `prepare` makes a plain torch DataLoader of the data set and splits its batch sampler.
 docs/guide/frameworks.md gives the resulting speeds.
 
-save_state() and load_state() do what the methods of Accelerator do, with `tc.Checkpoints`; CheckpointHook lets those
-methods themselves keep the weights there.
+save_state() and load_state() do what the methods of Accelerator do, with `tc.Checkpoints`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -252,8 +249,6 @@ def _data_rank(accelerator: Accelerator) -> tuple[int, int]:
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
-_HOOK_FILE = "tiercache.json"
-
 
 def save_state(
     accelerator: Accelerator,
@@ -312,43 +307,3 @@ def _objects(accelerator: Accelerator) -> dict[str, dict[str, Any]]:
         "scaler": [] if accelerator.scaler is None else [accelerator.scaler],
     }
     return {kind: {str(number): one for number, one in enumerate(found)} for kind, found in kinds.items()}
-
-
-class CheckpointHook:
-    """Hook by which `accelerator.save_state(folder)` keeps the models' weights in `tc.Checkpoints`.
-
-    The weights are written while training goes on, and are not in the folder, which names the checkpoint instead. All
-    other files of the folder are Accelerate's. `accelerator.load_state(folder)` loads the weights of that checkpoint.
-
-    Args:
-        accelerator: Accelerator with which the hook registers itself.
-        checkpoints: Checkpoints.
-        step: Function that returns the step of the training run at a save.
-    """
-
-    def __init__(self, accelerator: Accelerator, checkpoints: Checkpoints, step: Callable[[], int]) -> None:
-        self._accelerator, self._checkpoints, self._step = accelerator, checkpoints, step
-        self._handles = [
-            accelerator.register_save_state_pre_hook(self._save),
-            accelerator.register_load_state_pre_hook(self._load),
-        ]
-
-    def remove(self) -> None:
-        """Remove the hook from the accelerator."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _save(self, models: list[Any], weights: list[Any], output_dir: str) -> None:
-        if len(weights) != len(models):
-            raise ValueError("the models are sharded: use torch.distributed.checkpoint and Checkpoints.dcp_writer()")
-        saved = self._checkpoints.save(self._step(), {"models": list(weights)})
-        weights.clear()
-        if self._accelerator.is_main_process:
-            Path(output_dir, _HOOK_FILE).write_text(json.dumps({"checkpoint": saved.name}), encoding="utf-8")
-
-    def _load(self, models: list[Any], input_dir: str) -> None:
-        name = json.loads(Path(input_dir, _HOOK_FILE).read_text(encoding="utf-8"))["checkpoint"]
-        self._checkpoints.wait()
-        for model, weights in zip(models, self._checkpoints.load(name)["models"], strict=True):
-            model.load_state_dict(weights)
-        models.clear()

@@ -321,10 +321,6 @@ class Inventory:
     _listed: Listing = field(repr=False)
     _copies: Copies = field(repr=False)
 
-    def lies(self, keys: pa.Array) -> NDArray[np.bool_]:
-        """Return whether an object with each key was listed in any tier; bool[len(keys)]."""
-        return index_in(keys, self._listed.keys) >= 0
-
     def objects_of(self, groups: NDArray[np.int64], tiers: NDArray[np.int8]) -> ObjectTable:
         """Return the objects of many copies as columns: for each group, its copy in the tier at the same index.
 

@@ -89,12 +89,12 @@ _IN_NUMBER = r"(?:^|/)[0-9]{1,18}/"
 _STEP_IN_REST = r"(?i)[-_](?P<word>(?:global[-_]?)?step|iter(?:ation)?)[-_=]?(?P<number>[0-9]{1,18})"
 # The parts of a name that differ between the checkpoints of one run.
 _VARYING = rf"(?i)(^|[-_])(?:v[0-9]+|(?:{WORD})[-_=]?[0-9]+|{_METRIC})|{OWN_TIME}"
-# Our own checkpoints, and the tensors that they share: no group has these, so that no rule moves or deletes them.
+# Our own checkpoints, and tensors that they shared before the first release: no rule moves or deletes these.
 _OWN_NAME = rf"step-[0-9]{{12,18}}{OWN_TIME}"
 _OWN = rf"^(?:.*/)?{_OWN_NAME}$"
 _WRITTEN = r"[.](?P<time>[0-9]{8}T[0-9]{6})(?P<ms>[0-9]{3})Z-[0-9a-f]{6}$"
 _OWN_MANIFEST = "checkpoint.json"
-_SHARED_TENSOR = rf"(?:^|/)(?:tensors/[0-9a-f]{{40}}\.safetensors|references/{_OWN_NAME}(?:\.deleted)?\.json)$"
+_SHARED_TENSOR = r"(?:^|/)tensors/[0-9a-f]{40}\.safetensors$"
 
 # Names of unfinished writes. The last: Orbax writes to such a folder and renames it.
 _TEMPORARY = (
