@@ -702,7 +702,7 @@ def test_only_our_own_names_have_a_time():
 def test_tensors_that_our_own_checkpoints_shared_are_in_no_group():
     layout = layout_of(f"runs/7/tensors/{'a' * 40}.safetensors", "runs/7/tensors/notes.txt")
     assert layout.group.tolist() == [NO_GROUP, 0]
-    assert layout.shared.tolist() == [True, True, True, False]
+    assert layout.shared.tolist() == [True, False]
 
 
 def test_each_file_of_a_users_layout_is_a_checkpoint():
