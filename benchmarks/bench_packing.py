@@ -109,15 +109,12 @@ def speed(given: argparse.Namespace, folder: Path, documents: Sequence[NDArray[n
         start_s = time.perf_counter()
         rows[mode] = tc.pack_sequences(plain, "tokens", given.length, mode=mode)
         pack_ms[f"packed, all columns, {mode}"] = 1000 * (time.perf_counter() - start_s)
-    fill = tc.FillInMiddle(1, 2, 3)
-    reordered = tc.pack_sequences(plain, "tokens", given.length, mode="concatenate", fill_in_middle=fill)
     datasets = {
         STORED: stored,
         STORED_ALL: stored_all,
         "packed, tokens": rows["concatenate"].select_columns(["tokens"]),
         "packed, tokens and labels": rows["concatenate"].select_columns(["tokens", "labels"]),
         **{f"packed, all columns, {mode}": packed for mode, packed in rows.items()},
-        "packed, all columns, fill-in-the-middle": reordered,
     }
     loaders = {
         name: tc.DataLoader(dataset, batch_size=given.batch_size, shuffle=True, options=options)

@@ -5,60 +5,31 @@
 #include "cast.h"
 #include "prefetch.h"
 
-/* A piece is reordered only if the row has room for this many tokens, and if it has this many stored tokens. */
-enum { SPECIAL_TOKENS = 3, REORDER_ROOM = 8, REORDER_TOKENS = 4 };
-
-/* SplitMix64: each input bit changes each output bit with probability 1/2. The values are part of a run's state. */
-static uint64_t mix(uint64_t x) {
-    x += UINT64_C(0x9e3779b97f4a7c15);
-    x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-    x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
-    return x ^ (x >> 31);
-}
-
-/* A number below `bound`, 0 < bound < 2^32, from the upper bits of a draw. */
-static uint32_t below(uint64_t draw, uint32_t bound) { return (uint32_t)(((draw >> 32) * bound) >> 32); }
-
-static int is_chosen(const tc_packing *packing, uint64_t unit, size_t document) {
-    return packing->chosen_below && mix(mix(unit) ^ document) >> 11 < packing->chosen_below;
-}
-
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
 /* What is left of a document. */
 typedef struct {
     size_t tokens;
-    int ends, chosen; /* ends: The end token is left. */
+    int ends; /* The end token is left. */
 } rest;
 
 static rest rest_of(const tc_packing *packing, const tc_documents *documents, size_t d) {
-    return (rest){(size_t)documents->lengths[d], (int)packing->has_end, is_chosen(packing, documents->number, d)};
+    return (rest){(size_t)documents->lengths[d], (int)packing->has_end};
 }
 
-static int is_over(const rest *left) { return left->tokens == 0 && !left->ends; }
-
-/* Whether a piece that begins with `room` positions left in its row is reordered. */
-static int reorders(const rest *left, size_t room) {
-    return left->chosen && room >= REORDER_ROOM && left->tokens >= REORDER_TOKENS;
-}
-
-/* Number of positions that all that is left takes in one row of `length` positions. */
-static size_t size_of(const rest *left, size_t length) {
-    return left->tokens + (size_t)left->ends + (reorders(left, length) ? SPECIAL_TOKENS : 0);
-}
+/* Number of positions that all that is left takes. */
+static size_t size_of(const rest *left) { return left->tokens + (size_t)left->ends; }
 
 /* Take the next piece of a document into at most `room` > 0 positions. Returns the number of positions it takes: all of
  * the room, or all that is left. */
 static size_t take_piece(rest *left, size_t room, tc_packed_piece *piece) {
-    size_t special = reorders(left, room) ? SPECIAL_TOKENS : 0;
-    size_t n = least(left->tokens, room - special);
-    int ends = left->ends && n == left->tokens && n + special < room;
+    size_t n = least(left->tokens, room);
+    int ends = left->ends && n == left->tokens && n < room;
     piece->n = (uint32_t)n;
-    piece->flags = (ends ? TC_ENDS : 0) | (special ? TC_REORDERED : 0);
     left->tokens -= n;
     if (ends) left->ends = 0;
-    piece->flags |= left->tokens ? TC_GOES_ON : left->ends ? TC_END_LATER : 0;
-    return n + special + (size_t)ends;
+    piece->flags = (ends ? TC_ENDS : 0) | (left->tokens ? TC_GOES_ON : left->ends ? TC_END_LATER : 0);
+    return n + (size_t)ends;
 }
 
 typedef struct {
@@ -82,10 +53,10 @@ static int64_t pack_in_turn(const tc_packing *packing, const tc_documents *docum
         rest left = rest_of(packing, documents, d);
         size_t n = left.tokens;
         if (packing->mode == TC_SEPARATE) {
-            if (!packing->cuts_long && size_of(&left, packing->length) > packing->length) return -1 - (int64_t)d;
+            if (!packing->cuts_long && size_of(&left) > packing->length) return -1 - (int64_t)d;
             used = packing->length;
         }
-        while (!is_over(&left)) {
+        while (size_of(&left)) {
             if (used == packing->length) {
                 if (pieces) first_piece[n_rows] = (uint32_t)n_pieces;
                 n_rows++;
@@ -213,14 +184,14 @@ static int64_t pack_best(const tc_packing *packing, const tc_documents *document
     tc_packed_piece piece;
     for (size_t d = 0; d < n; d++) {
         rest left = rest_of(packing, documents, d);
-        if (!packing->cuts_long && size_of(&left, length) > length) return -1 - (int64_t)d;
-        for (; size_of(&left, length) > length; n_full++) {
+        if (!packing->cuts_long && size_of(&left) > length) return -1 - (int64_t)d;
+        for (; size_of(&left) > length; n_full++) {
             size_t offset = (size_t)documents->lengths[d] - left.tokens;
             take_piece(&left, length, &piece);
             if (pieces) first_piece[n_full] = (uint32_t)n_full;
             write_piece(&to, n_full, piece, d, offset, 0);
         }
-        b.size[d] = (uint32_t)size_of(&left, length);
+        b.size[d] = (uint32_t)size_of(&left);
     }
     size_t n_sharing = sort_by_size(&b, n, length);
     uint32_t n_shared = share_rows(&b, n_sharing, length);
@@ -237,13 +208,12 @@ static int64_t pack_best(const tc_packing *packing, const tc_documents *document
     for (size_t d = 0; d < n; d++) {
         if (b.size[d] == 0) continue;
         rest left = rest_of(packing, documents, d);
-        while (size_of(&left, length) > length) take_piece(&left, length, &piece);
+        while (size_of(&left) > length) take_piece(&left, length, &piece);
         size_t offset = (size_t)documents->lengths[d] - left.tokens;
         uint32_t row = b.row[d];
         /* The piece takes its size whatever room the row has left, because the row was chosen for this size. */
-        int special = reorders(&left, length);
         piece.n = (uint32_t)left.tokens;
-        piece.flags = (left.ends ? TC_ENDS : 0) | (special ? TC_REORDERED : 0);
+        piece.flags = left.ends ? TC_ENDS : 0;
         write_piece(&to, first[row] + placed[row]++, piece, d, offset, used[row]);
         used[row] += b.size[d];
     }
@@ -255,7 +225,7 @@ int64_t tc_pack(const tc_packing *packing, const tc_documents *documents, uint32
 }
 
 static size_t positions_of(const tc_packed_piece *piece) {
-    return (size_t)piece->n + (piece->flags & TC_ENDS ? 1 : 0) + (piece->flags & TC_REORDERED ? SPECIAL_TOKENS : 0);
+    return (size_t)piece->n + (piece->flags & TC_ENDS ? 1 : 0);
 }
 
 size_t tc_boundaries(const tc_packed_unit *unit, size_t n_rows, int32_t *boundaries, int64_t *offsets, int32_t *counts) {
@@ -305,67 +275,26 @@ static int64_t token_at(const reader *r, const uint8_t *from) {
     return token;
 }
 
-/* Write a reordered piece without its first special token, which is always `prefix`. */
-static void read_reordered(const reader *r, const tc_packed_unit *unit, const tc_packed_piece *piece, int64_t *to) {
-    const tc_packing *packing = unit->packing;
-    uint64_t draw = mix(mix(packing->key ^ mix(unit->number)) ^ (uint64_t)(piece - unit->pieces));
-    uint32_t n = piece->n, a = below(mix(draw), n + 1), b = below(mix(draw + 1), n + 1);
-    if (a > b) {
-        uint32_t larger = a;
-        a = b;
-        b = larger;
-    }
-    const uint8_t *middle = piece->from + a * r->width, *suffix = piece->from + b * r->width;
-    if (mix(draw + 2) >> 11 < packing->suffix_first_below) {
-        *to++ = packing->suffix;
-        read_tokens(r, suffix, to, n - b);
-        to += n - b;
-        *to++ = packing->middle;
-        read_tokens(r, piece->from, to, b); /* The prefix, then the middle: as they are stored. */
-        to += b;
-    } else {
-        read_tokens(r, piece->from, to, a);
-        to += a;
-        *to++ = packing->suffix;
-        read_tokens(r, suffix, to, n - b);
-        to += n - b;
-        *to++ = packing->middle;
-        read_tokens(r, middle, to, b - a);
-        to += b - a;
-    }
-    if (piece->flags & TC_ENDS) *to = packing->end;
-}
-
 static void read_piece(const reader *r, const tc_packed_unit *unit, const tc_packed_piece *piece, int64_t *to) {
-    if (piece->flags & TC_REORDERED) {
-        *to = unit->packing->prefix;
-        read_reordered(r, unit, piece, to + 1);
-        return;
-    }
     read_tokens(r, piece->from, to, piece->n);
     if (piece->flags & TC_ENDS) to[piece->n] = unit->packing->end;
 }
 
 static int64_t first_token(const reader *r, const tc_packed_unit *unit, const tc_packed_piece *piece) {
-    if (piece->flags & TC_REORDERED) return unit->packing->prefix;
     return piece->n ? token_at(r, piece->from) : unit->packing->end;
 }
 
 /* The label of the last position of a piece: the document's next token, or what follows the document in the row. */
 static int64_t last_label(const reader *r, const tc_packed_unit *unit, const tc_packed_piece *piece, int is_last) {
     const tc_packing *packing = unit->packing;
-    if (!(piece->flags & TC_REORDERED)) {
-        if (piece->flags & TC_GOES_ON) return token_at(r, piece->from + (size_t)piece->n * r->width);
-        if (piece->flags & TC_END_LATER) return packing->end;
-    }
+    if (piece->flags & TC_GOES_ON) return token_at(r, piece->from + (size_t)piece->n * r->width);
+    if (piece->flags & TC_END_LATER) return packing->end;
     return is_last || packing->masks_borders ? TC_IGNORED : first_token(r, unit, piece + 1);
 }
 
 static void read_labels(const reader *r, const tc_packed_unit *unit, const tc_packed_piece *piece, int is_last, int64_t *to) {
     size_t n = positions_of(piece);
-    if (piece->flags & TC_REORDERED) {
-        read_reordered(r, unit, piece, to);
-    } else if (piece->n) {
+    if (piece->n) {
         read_tokens(r, piece->from + r->width, to, piece->n - 1);
         if (piece->flags & TC_ENDS) to[piece->n - 1] = unit->packing->end;
     }

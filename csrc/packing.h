@@ -5,12 +5,7 @@
  * tc_pack plans the rows of a unit, which is the documents of some consecutive stored blocks: each row is a list of
  * pieces of documents. tc_gather_packed writes rows of units into a batch's memory. A document is its stored tokens,
  * followed by the end token if there is one. Both functions are pure: equal inputs give equal rows, on every machine.
- * They take no locks and allocate nothing.
- *
- * Fill-in-the-middle: a piece of a chosen document is cut at two places into prefix, middle and suffix, and is written in
- * another order, with three special tokens. Which documents are chosen depends only on the unit, because it changes the
- * lengths of the rows; where a piece is cut also depends on `key`, which may differ between epochs.
- */
+ * They take no locks and allocate nothing. */
 #include "gather.h"
 
 /* Kind of a stream whose rows are packed. tc_stream: `from` is one of the outputs below, `to` is TC_AS_IS, and `width` is
@@ -42,16 +37,12 @@ typedef struct {
     uint32_t masks_borders; /* 1: the label of a document's last token is TC_IGNORED, also if another document follows. */
     uint32_t dtype;         /* Stored dtype of the tokens (cast.h): an integer whose values all fit int64. */
     int64_t pad, end;
-    int64_t prefix, middle, suffix;      /* Special tokens of fill-in-the-middle. */
-    uint64_t chosen_below, suffix_first_below; /* Of 2^53: share of chosen documents, and of pieces whose suffix comes first. */
-    uint64_t key;
 } tc_packing;
 
 enum {
     TC_ENDS = 1,      /* The end token follows the stored tokens. */
-    TC_REORDERED = 2, /* Fill-in-the-middle. */
-    TC_GOES_ON = 4,   /* The stored tokens of the document go on behind this piece. */
-    TC_END_LATER = 8  /* The stored tokens end here; the end token is in the next row. */
+    TC_GOES_ON = 2,   /* The stored tokens of the document go on behind this piece. */
+    TC_END_LATER = 4  /* The stored tokens end here; the end token is in the next row. */
 };
 
 /* A piece of a document in a row. */
@@ -67,7 +58,6 @@ typedef struct {
     const tc_packed_piece *pieces;
     const uint32_t *first_piece; /* [n_rows + 1] */
     const tc_packing *packing;
-    uint64_t number; /* Identifies the unit in random draws. */
 } tc_packed_unit;
 
 /* The documents of a unit. `lengths` are 0 or more and below 2^32. */
@@ -75,7 +65,6 @@ typedef struct {
     const int64_t *lengths;
     const uint64_t *addresses; /* Address of each document's first token; may be NULL if no pieces are written. */
     size_t n;
-    uint64_t number;
 } tc_documents;
 
 /* Number of 32-bit words of scratch memory that tc_pack needs for n documents. */

@@ -143,7 +143,6 @@ def test_a_data_set_shows_its_users_no_internals():
         tiercache.describe,
         tiercache.pack,
         tiercache.mix,
-        tiercache.zip_columns,
     ],
 )
 def test_help_describes_every_parameter(described):

@@ -30,12 +30,9 @@ if TYPE_CHECKING:
     from tiercache.cache import Cache
     from tiercache.checkpoint.checkpoints import Checkpoints
     from tiercache.checkpoint.weights import open_weights
-    from tiercache.data.combinations import mix, zip_columns
-    from tiercache.data.dataset import Dataset, concat
-    from tiercache.data.description import describe
-    from tiercache.data.output_spec import Buffer, Padded
-    from tiercache.data.packing import FillInMiddle
-    from tiercache.data.sequences import pack_sequences
+    from tiercache.data.dataset import Dataset, concat, mix
+    from tiercache.data.output_spec import Buffer, Padded, describe
+    from tiercache.data.packing import pack_sequences
     from tiercache.images.options import DecodeImage
     from tiercache.keep import Keep
     from tiercache.load.collate import collate
@@ -61,7 +58,6 @@ __all__ = [
     "DataLoader",
     "Dataset",
     "DecodeImage",
-    "FillInMiddle",
     "Image",
     "Keep",
     "LoaderOptions",
@@ -87,7 +83,6 @@ __all__ = [
     "pack",
     "pack_sequences",
     "rng",
-    "zip_columns",
 ]
 
 _HOMES = {
@@ -97,7 +92,6 @@ _HOMES = {
     "DataLoader": "tiercache.load.loader",
     "Dataset": "tiercache.data.dataset",
     "DecodeImage": "tiercache.images.options",
-    "FillInMiddle": "tiercache.data.packing",
     "Image": "tiercache.shard.schema",
     "Keep": "tiercache.keep",
     "LoaderOptions": "tiercache.load.options",
@@ -109,14 +103,13 @@ _HOMES = {
     "Writer": "tiercache.shard.write.dataset_writer",
     "collate": "tiercache.load.collate",
     "concat": "tiercache.data.dataset",
-    "describe": "tiercache.data.description",
+    "describe": "tiercache.data.output_spec",
     "locate": "tiercache.store.placement.locations",
-    "mix": "tiercache.data.combinations",
+    "mix": "tiercache.data.dataset",
     "open_weights": "tiercache.checkpoint.weights",
     "pack": "tiercache.pack",
-    "pack_sequences": "tiercache.data.sequences",
+    "pack_sequences": "tiercache.data.packing",
     "rng": "tiercache.rng",
-    "zip_columns": "tiercache.data.combinations",
 }
 # Functions that have the names of the modules that define them.
 _OF_MODULES = ("pack", "rng")

@@ -67,8 +67,7 @@ def test_plus_concatenates_and_sums_are_flat(parts):
     assert len(many) == 60 + 300 * 7
     assert int(many[-1]["id"]) == 2006
     assert len(pickle.dumps(many)) < 5000
-    assert pickle.loads(pickle.dumps(many))._source.opened_versions[1:] != ()
-    assert len(pickle.loads(pickle.dumps(many))._source.opened_versions) == 2
+    assert len(pickle.loads(pickle.dumps(many))._source.storage.versions) == 2
     with pytest.raises(TypeError):
         _ = a + parts
 
@@ -97,7 +96,7 @@ def test_concatenated_data_sets_may_have_different_stores_and_caches(parts, tmp_
     joined.warm()
     assert len(list(cache.entries())) >= 1
     assert check_batch(joined[[7, 0]]) == [5000, 2000]
-    figures = joined._source.figures()
+    figures = joined._source.storage.figures()
     assert set(figures) >= {"requests", "bytes_fetched", "retries", "dollars", "cache_hits", "cache_misses"}
     joined.close()
     cache.close()
@@ -106,8 +105,8 @@ def test_concatenated_data_sets_may_have_different_stores_and_caches(parts, tmp_
 def test_figures_of_a_data_set_that_occurs_twice_count_once(parts):
     a = parts[0]
     a[:]
-    assert tc.concat([a.take(3), a.skip(3)])._source.figures() == a._source.figures()
-    assert len(tc.concat([a.take(3), a.skip(3)])._source.opened_versions) == 1
+    assert tc.concat([a.take(3), a.skip(3)])._source.storage.figures() == a._source.storage.figures()
+    assert len(tc.concat([a.take(3), a.skip(3)])._source.storage.versions) == 1
 
 
 @pytest.mark.parametrize("joined", [tc.concat, lambda parts: tc.mix(parts, [1, 1, 1])], ids=["joined", "mixed"])
@@ -124,7 +123,7 @@ def test_if_one_reading_plan_cannot_be_published_the_others_are_withdrawn(parts,
     shards = np.arange(len(source.shard_records))
     monkeypatch.setattr(OpenedVersion, "publish", publish)
     with pytest.raises(OSError, match="no room for a plan"):
-        source.publish(ReadingPlan("rank 0", shards, shards, shards + 1, np.full(len(shards), NEVER)))
+        source.storage.publish(ReadingPlan("rank 0", shards, shards, shards + 1, np.full(len(shards), NEVER)))
     assert published == withdrawn == [part._source.url for part in parts[:2]]
 
 
@@ -132,11 +131,11 @@ def test_concatenated_views_of_one_data_set_share_its_open_shards(parts):
     a = parts[0]
     joined = a.take(3) + a.skip(3)
     for made in (joined.select_columns(["id", "text"]), joined.as_tuple("id"), joined.filter(pc.field("id") > 3)):
-        assert len(made._source.opened_versions) == 1
-    assert len(joined._source.at_versions([1, 1]).opened_versions) == 1
-    assert len(joined._source.for_scan(["id"]).opened_versions) == 1
+        assert len(made._source.storage.versions) == 1
+    assert len(joined._source.at_versions([1, 1]).storage.versions) == 1
+    assert len(joined._source.for_scan(["id"]).storage.versions) == 1
     narrow = joined.select_columns(["id"])
-    assert narrow._source.figures() == a._source.figures()
+    assert narrow._source.storage.figures() == a._source.storage.figures()
     assert [int(record["id"]) for record in narrow] == A
 
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import re
-
 import numpy as np
 import pyarrow.compute as pc
 import pytest
 import torch
-from PIL import Image
 from tests.images.pictures import encode, picture
 
 import tiercache as tc
-from tiercache.data import description
 
 SCHEMA = {"image": tc.Image("jpeg", nullable=True), "id": "int64", "text": "str", "half": "float32"}
 N = 12
@@ -56,74 +50,6 @@ class TestDataset:
 
     def test_it_hides_secrets_of_the_url(self, path):
         assert "secret" not in repr(tc.Dataset(f"file://{path}"))
-
-
-class TestHtml:
-    def pictures(self, text):
-        found = re.findall(r'src="data:image/png;base64,([^"]*)" width="(\d+)" height="(\d+)"', text)
-        images = [Image.open(io.BytesIO(base64.b64decode(data))) for data, *_ in found]
-        assert [image.size for image in images] == [(int(width), int(height)) for _, width, height in found]
-        return images
-
-    def test_it_has_thumbnails_of_the_first_images_of_bounded_size(self, path):
-        text = tc.Dataset(path)._repr_html_()
-        images = self.pictures(text)
-        assert [image.size for image in images] == [(96, 19)] * 6  # of eight: one is null, one cannot be decoded
-        assert len(text) < 8 * 96 * 96 * 3 * 4 / 3
-        first = np.asarray(images[0].convert("RGB"), np.int16)
-        expected = np.asarray(picture(60, 300, seed=0).resize((96, 19)), np.int16)
-        assert np.abs(first - expected).mean() < 6
-
-    def test_corrupt_images_and_nulls_are_named(self, path):
-        text = tc.Dataset(path)._repr_html_()
-        assert text.count("(cannot be decoded)") == text.count("(null)") == 1
-
-    def test_texts_are_escaped(self, tmp_path):
-        with tc.Writer(tmp_path / "<b>x", schema={"<i>y": "int64"}) as writer:
-            writer.write({"<i>y": 1})
-        text = tc.Dataset(tmp_path / "<b>x")._repr_html_()
-        assert "<b>" not in text
-        assert "<i>" not in text
-        assert "&lt;i&gt;y" in text
-
-    def test_it_shows_how_a_column_is_served_and_the_view(self, path):
-        text = tc.Dataset(path, decode={"image": tc.DecodeImage(32)}).take(3)._repr_html_()
-        assert "decode=DecodeImage(size=(32, 32))" in text
-        assert "<td colspan=2>take(3)</td>" in text
-        assert len(self.pictures(text)) == 1
-
-    def test_without_images_or_records_there_are_none(self, path):
-        assert "<img" not in tc.Dataset(path, columns=["id"])._repr_html_()
-        assert "<img" not in tc.Dataset(path).take(0)._repr_html_()
-
-    def test_a_data_set_that_cannot_be_read_is_shown_without_pictures(self, path, monkeypatch):
-        dataset = tc.Dataset(path)
-        monkeypatch.setattr(type(dataset._source), "values", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            dataset._repr_html_()
-
-        def corrupt(*_):
-            raise tc.CorruptShard("no", url="x")
-
-        monkeypatch.setattr(type(dataset._source), "values", corrupt)
-        text = dataset._repr_html_()
-        assert "<img" not in text
-        assert "image&lt;jpeg&gt;" in text
-
-    def test_without_the_libraries_it_says_so(self, path, monkeypatch):
-        def missing(*_):
-            raise ModuleNotFoundError("simplejpeg")
-
-        monkeypatch.setattr(description, "thumbnail", missing)
-        assert "tiercache-data[images]" in tc.Dataset(path)._repr_html_()
-
-    def test_captions_are_class_names(self, tmp_path):
-        for name in ("ant", "bee"):
-            (tmp_path / "photos" / name).mkdir(parents=True)
-            (tmp_path / "photos" / name / "1.png").write_bytes(encode(picture(8, 8), "png"))
-        tc.pack(tmp_path / "photos", tmp_path / "packed")
-        text = tc.Dataset(tmp_path / "packed")._repr_html_()
-        assert re.findall("<figcaption>(.*?)</figcaption>", text) == ["ant", "bee"]
 
 
 class TestLoader:

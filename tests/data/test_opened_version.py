@@ -21,10 +21,12 @@ def test_the_names_of_many_shards_equal_those_of_their_identities(tmp_path):
     shards = np.array([n - 1, 0, 2, 1], np.int64)
     for _ in range(2):
         found = [bytes(name).hex() for name in names.of_shards(shards)]
-        assert found == [name_of_identity(opened.identity(shard)) for shard in shards.tolist()]
+        assert found == [
+            name_of_identity(opened.table.info(shard).identity(opened.manifest.dataset_id)) for shard in shards.tolist()
+        ]
     some = np.array([1], np.int64)
     rows, plan = names.planned(ReadingPlan("me", some, some, some, some))
-    segments = [segment.identity(opened.dataset_id) for segment in opened.manifest.segments]
+    segments = [segment.identity(opened.manifest.dataset_id) for segment in opened.manifest.segments]
     assert [bytes(row).hex() for row in rows[1:]] == [name_of_identity(one) for one in segments]
     assert len(plan.shards) == len(rows) == 1 + len(segments)
     assert plan.last[1:].tolist() == [NEVER - 1] * len(segments)

@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiercache as tc
-from tiercache.data.opened_version import OpenedVersion
-from tiercache.data.split import share_out
+from tiercache.data.scan import share_out
 from tiercache.order import derive_key
 from tiercache.order.interleaving import apportion
 from tiercache.shard.schema import CLASSES_KEY
@@ -281,17 +280,6 @@ class TestClasses:
         assert list(dataset.class_counts("kind").items()) == list(expected.items())
         assert dataset.class_counts("flag") == {False: 225, True: 75}
         assert dataset.shuffle(1).class_counts("label") == dict.fromkeys(range(10), 30)
-
-    def test_shards_of_a_single_class_are_not_read(self, named, monkeypatch):
-        read = []
-        arrays = OpenedVersion.arrays
-        monkeypatch.setattr(
-            OpenedVersion, "arrays", lambda self, shard, block: read.append(shard) or arrays(self, shard, block)
-        )
-        n_shards = len(named._source.shard_records)
-        named.class_counts()
-        assert n_shards > 5
-        assert len(set(read)) <= 3  # those on a border between two classes
 
 
 def test_a_part_of_a_split_by_hash_is_split_again_only_with_another_seed(path):

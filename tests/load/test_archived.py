@@ -183,7 +183,7 @@ def test_an_untracked_data_set_costs_one_request_for_the_marker(packed, tmp_path
     dataset = tc.Dataset(moved.store.url)
     loader = tc.DataLoader(dataset, batch_size=N)
     before = dataset._source.leaves[0].inner.counters["requests"]
-    dataset._source.prepare_reading(np.arange(len(moved.keys)))
+    dataset._source.storage.prepare_reading(np.arange(len(moved.keys)))
     assert dataset._source.leaves[0].inner.counters["requests"] - before == 1
     assert by_loader(dataset) == ALL
     del loader
@@ -197,7 +197,7 @@ def test_a_process_checks_once_for_archived_shards(world):
         assert by_loader(dataset) == ALL
     counted = dataset._source.leaves[0].inner.counters
     before = counted["requests"]
-    dataset._source.prepare_reading(np.arange(len(world.moved.keys)))
+    dataset._source.storage.prepare_reading(np.arange(len(world.moved.keys)))
     assert counted["requests"] == before
     dataset.close()
 

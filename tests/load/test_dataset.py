@@ -7,8 +7,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
 import warnings
 
@@ -319,54 +317,6 @@ def test_invalid_arguments_are_errors_that_name_them(tmp_path):
         tc.Dataset(tmp_path, columns="id")
     with pytest.raises(ValueError, match="columns is empty"):
         tc.Dataset(tmp_path, columns=[])
-
-
-class Mine(tc.Dataset):
-    """A subclass of a user's."""
-
-
-class OfBoth(tc.Dataset, torch.utils.data.Dataset):
-    """One that was made a data set of torch's by hand."""
-
-
-def test_every_data_set_is_an_instance_of_torchs_dataset(dataset, packed):
-    assert issubclass(tc.Dataset, torch.utils.data.Dataset)
-    views = [dataset, dataset.take(3), dataset + dataset, tc.mix([dataset, dataset], [1, 1])]
-    kinds = [*views, Mine(packed), OfBoth(packed)]
-    for one in [*kinds, *map(pickle.loads, map(pickle.dumps, kinds))]:
-        assert isinstance(one, torch.utils.data.Dataset)
-        assert not isinstance(one, torch.utils.data.IterableDataset)
-        assert isinstance(one, tc.Dataset)
-        assert one.__class__ is type(one)
-    assert [type(view + dataset.take(1)) for view in views[:3]] == [tc.Dataset] * 3
-
-
-@pytest.mark.parametrize(
-    ("first", "bases"),
-    [
-        ("isinstance(made, torch.utils.data.Dataset)", "tc.Dataset"),
-        ("pickle.loads(pickle.dumps(made))", "tc.Dataset, Generic[T]"),
-    ],
-)
-def test_a_data_set_made_before_torch_was_imported_is_an_instance_of_torchs_dataset(packed, first, bases):
-    code = f"""
-import pickle, sys
-from typing import Generic, TypeVar
-import tiercache as tc
-T = TypeVar("T")
-class Mine({bases}):
-    pass
-made, pickled = Mine(sys.argv[1]), pickle.dumps(Mine(sys.argv[1]))
-assert "torch" not in sys.modules
-import torch
-{first}
-for one in (made, pickle.loads(pickled), made.take(2), tc.Dataset(sys.argv[1])):
-    assert isinstance(one, torch.utils.data.Dataset) and one.__class__ is type(one), type(one)
-assert issubclass(Mine, torch.utils.data.Dataset) and made[3]["id"] == 3
-print(len(torch.utils.data.DataLoader(made, 2)))
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(packed)], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("75\n", "")
 
 
 def test_the_repr_names_url_version_and_schema(dataset):

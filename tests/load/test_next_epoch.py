@@ -22,7 +22,8 @@ from tiercache.load.epoch import NextEpoch, plan_epoch
 from tiercache.load.prefetch import loading_pool
 from tiercache.load.state import RunState
 
-SOURCE = SimpleNamespace(has_cache=False, selects_all=True, can_prefetch=False, sends_requests=False)
+STORAGE = SimpleNamespace(has_cache=False, can_prefetch=False, sends_requests=False)
+SOURCE = SimpleNamespace(selection=None, storage=STORAGE)
 OPTIONS = {"seed": 2, "shuffle_window_bytes": "2KiB", "shuffle_group_bytes": "9KiB"}
 
 

@@ -8,54 +8,36 @@ from typing import Any
 import numpy as np
 
 IGNORED = -100
-_WORD = (1 << 64) - 1
-
-
-def mixed(x: int) -> int:
-    """SplitMix64."""
-    x = (x + 0x9E3779B97F4A7C15) & _WORD
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
-    return x ^ (x >> 31)
 
 
 @dataclass
 class Plain:
-    """Arguments of the packer. specials: prefix, middle and suffix tokens; rate: share of reordered documents."""
+    """Arguments of the packer."""
 
     length: int
     mode: str = "concatenate"
     end: int | None = None
     pad: int = 0
     mask_borders: bool = False
-    rate: float = 0.0
-    suffix_first: float = 0.5
-    specials: tuple[int, int, int] = (0, 0, 0)
-    key: int = 0
-    unit: int = 0
 
     def rows(self, documents: list[list[int]]) -> list[Row]:
         """The rows of one unit."""
         return {"concatenate": self._in_turn, "separate": self._in_turn, "best_fit": self._best}[self.mode](documents)
 
-    def _chosen(self, document: int) -> bool:
-        return mixed(mixed(self.unit) ^ document) >> 11 < int(self.rate * (1 << 53))
-
     def _cut(self, rest: Rest, room: int) -> Piece:
         """The next piece of a document in a row that has this room."""
-        reordered = rest.chosen and room >= 8 and len(rest.tokens) >= 4
-        n = min(len(rest.tokens), room - 3 * reordered)
+        n = min(len(rest.tokens), room)
         tokens, rest.tokens = rest.tokens[:n], rest.tokens[n:]
-        ends = rest.ends and not rest.tokens and n + 3 * reordered < room
+        ends = rest.ends and not rest.tokens and n < room
         rest.ends = rest.ends and not ends
         following = rest.tokens[0] if rest.tokens else self.end if rest.ends else None
-        return Piece(tokens, ends, reordered, following)
+        return Piece([*tokens, self.end] if ends else tokens, following)
 
     def _size(self, rest: Rest) -> int:
-        return len(rest.tokens) + rest.ends + 3 * (rest.chosen and self.length >= 8 and len(rest.tokens) >= 4)
+        return len(rest.tokens) + rest.ends
 
     def _rests(self, documents: list[list[int]]) -> list[Rest]:
-        return [Rest(list(d), self.end is not None, self._chosen(i)) for i, d in enumerate(documents)]
+        return [Rest(list(d), self.end is not None) for d in documents]
 
     def _in_turn(self, documents: list[list[int]]) -> list[Row]:
         rows: list[list[Piece]] = []
@@ -94,36 +76,17 @@ class Plain:
         )
 
     def _written(self, rows: list[list[Piece]]) -> list[Row]:
-        number, written = 0, []
+        written = []
         for pieces in rows:
             row = Row(self.length, self.pad)
-            parts = []
-            for piece in pieces:
-                parts.append(self._order(piece, number))
-                number += 1
-            for at, (piece, tokens) in enumerate(zip(pieces, parts, strict=True)):
-                last = piece.following if not piece.reordered else None
+            for at, piece in enumerate(pieces):
+                last = piece.following
                 if last is None:
-                    is_last = at + 1 == len(pieces)
-                    last = IGNORED if is_last or self.mask_borders else parts[at + 1][0]
-                row.add(tokens, [*tokens[1:], last], at)
+                    last = IGNORED if at + 1 == len(pieces) or self.mask_borders else pieces[at + 1].tokens[0]
+                row.add(piece.tokens, [*piece.tokens[1:], last], at)
             row.close()
             written.append(row)
         return written
-
-    def _order(self, piece: Piece, number: int) -> list[int]:
-        """The tokens of a piece as they are served. number: of the piece in its unit."""
-        end = [self.end] if piece.ends else []
-        if not piece.reordered:
-            return [*piece.tokens, *end]
-        draw = mixed(mixed(self.key ^ mixed(self.unit)) ^ number)
-        n = len(piece.tokens)
-        a, b = sorted((mixed((draw + i) & _WORD) >> 32) * (n + 1) >> 32 for i in range(2))
-        before, middle, after = piece.tokens[:a], piece.tokens[a:b], piece.tokens[b:]
-        pre, mid, suf = self.specials
-        if mixed((draw + 2) & _WORD) >> 11 < int(self.suffix_first * (1 << 53)):
-            return [pre, suf, *after, mid, *before, *middle, *end]
-        return [pre, *before, suf, *after, mid, *middle, *end]
 
 
 @dataclass
@@ -132,7 +95,6 @@ class Rest:
 
     tokens: list[int]
     ends: bool
-    chosen: bool
 
 
 @dataclass
@@ -140,13 +102,11 @@ class Piece:
     """A piece of a document. following: the document's next token, if it is in a later row."""
 
     tokens: list[int]
-    ends: bool
-    reordered: bool
     following: int | None
 
     @property
     def size(self) -> int:
-        return len(self.tokens) + self.ends + 3 * self.reordered
+        return len(self.tokens)
 
 
 @dataclass

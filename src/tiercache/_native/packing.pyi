@@ -4,7 +4,6 @@ A unit is the documents that are packed together. Documents of several units are
 
 lengths: int64[n_documents], number of stored tokens of each document.
 first: int64[n_units + 1], first document of each unit, and the number of documents.
-numbers: uint64[n_units], numbers that identify the units in random draws.
 
 All functions are thread-safe and release the GIL.
 """
@@ -43,9 +42,6 @@ class Packing:
         pad: Token behind the last piece of a row.
         end: Token that ends each document. None: there is none.
         masks_borders: Whether the label of a document's last token is IGNORED also if another document follows.
-        chosen: Share of the documents that are reordered for fill-in-the-middle, 0 to 1.
-        suffix_first: Share of reordered pieces whose suffix comes before the prefix, 0 to 1.
-        specials: Special tokens of fill-in-the-middle: prefix, middle, suffix.
 
     Raises:
         ValueError: A value is outside its range.
@@ -61,16 +57,9 @@ class Packing:
         pad: int = 0,
         end: int | None = None,
         masks_borders: bool = False,
-        chosen: float = 0.0,
-        suffix_first: float = 0.5,
-        specials: tuple[int, int, int] = (0, 0, 0),
     ) -> None: ...
-    def with_key(self, key: int) -> Packing:
-        """Return the same packing with another key, 64 bits: reordered pieces are cut at other places."""
 
-def count_rows(
-    how: Packing, lengths: NDArray[np.int64], first: NDArray[np.int64], numbers: NDArray[np.uint64]
-) -> NDArray[np.int64]:
+def count_rows(how: Packing, lengths: NDArray[np.int64], first: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the number of rows of each unit, int64[n_units].
 
     Raises:
@@ -83,7 +72,7 @@ class PackedUnits:
 
     Args:
         how: Packing. It is kept.
-        lengths, first, numbers: See the module.
+        lengths, first: See the module.
         addresses: uint64[n_documents], address of each document's first token.
 
     Attributes:
@@ -111,7 +100,6 @@ class PackedUnits:
         lengths: NDArray[np.int64],
         addresses: NDArray[np.uint64],
         first: NDArray[np.int64],
-        numbers: NDArray[np.uint64],
     ) -> None: ...
 
 def stream_kind(output: int) -> int:

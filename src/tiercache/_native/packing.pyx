@@ -30,12 +30,6 @@ cdef extern from "packing.h" nogil:
         uint32_t dtype
         int64_t pad
         int64_t end
-        int64_t prefix
-        int64_t middle
-        int64_t suffix
-        uint64_t chosen_below
-        uint64_t suffix_first_below
-        uint64_t key
 
     ctypedef struct tc_packed_piece:
         pass
@@ -44,13 +38,11 @@ cdef extern from "packing.h" nogil:
         const tc_packed_piece *pieces
         const uint32_t *first_piece
         const tc_packing *packing
-        uint64_t number
 
     ctypedef struct tc_documents:
         const int64_t *lengths
         const uint64_t *addresses
         size_t n
-        uint64_t number
 
     size_t tc_pack_scratch_words(const tc_packing *, size_t)
     int64_t tc_pack(const tc_packing *, const tc_documents *, uint32_t *, tc_packed_piece *, uint32_t *)
@@ -79,8 +71,6 @@ TOKENS, LABELS, POSITION_IDS, DOCUMENT_IDS = TC_TOKENS, TC_LABELS, TC_POSITION_I
 CONCATENATE, BEST_FIT, SEPARATE = TC_CONCATENATE, TC_BEST_FIT, TC_SEPARATE
 IGNORED = TC_IGNORED
 
-cdef uint64_t ONE = <uint64_t>1 << 53  # Shares are fractions of this number.
-
 
 class TooLongError(ValueError):
     """A document is longer than a row. document: Its index among the given documents; n_tokens: Its stored tokens."""
@@ -106,26 +96,14 @@ cdef class Packing:
         int64_t pad=0,
         end=None,
         bint masks_borders=False,
-        double chosen=0.0,
-        double suffix_first=0.5,
-        specials=(0, 0, 0),
     ):
         if dtype != TC_I64 and (dtype == TC_U64 or tc_caster_of(dtype, TC_I64) == NULL):
             raise ValueError(f"dtype number {dtype} is not of integers that fit int64")
-        if not 1 <= length <= 1 << 30 or mode > TC_SEPARATE or not 0 <= chosen <= 1 or not 0 <= suffix_first <= 1:
-            raise ValueError(f"invalid packing: length {length}, mode {mode}, chosen {chosen}, suffix_first {suffix_first}")
+        if not 1 <= length <= 1 << 30 or mode > TC_SEPARATE:
+            raise ValueError(f"invalid packing: length {length}, mode {mode}")
         self.packing.length, self.packing.mode, self.packing.dtype, self.packing.cuts_long = length, mode, dtype, cuts_long
         self.packing.pad, self.packing.masks_borders = pad, masks_borders
         self.packing.has_end, self.packing.end = end is not None, 0 if end is None else end
-        self.packing.prefix, self.packing.middle, self.packing.suffix = specials
-        self.packing.chosen_below, self.packing.suffix_first_below = <uint64_t>(chosen * ONE), <uint64_t>(suffix_first * ONE)
-        self.packing.key = 0
-
-    def with_key(self, uint64_t key):
-        cdef Packing other = Packing.__new__(Packing)
-        other.packing = self.packing
-        other.packing.key = key
-        return other
 
 
 cdef class _Documents:
@@ -135,7 +113,6 @@ cdef class _Documents:
     cdef const int64_t[::1] lengths
     cdef const uint64_t[::1] addresses
     cdef const int64_t[::1] first
-    cdef const uint64_t[::1] numbers
     cdef const int64_t *lengths_at
     cdef const uint64_t *addresses_at
     cdef uint32_t *scratch
@@ -143,11 +120,11 @@ cdef class _Documents:
     def __cinit__(self):
         self.lengths_at, self.addresses_at, self.scratch = NULL, NULL, NULL
 
-    def __init__(self, Packing how not None, lengths, addresses, first, numbers):
-        self.how, self.lengths, self.addresses, self.first, self.numbers = how, lengths, addresses, first, numbers
-        n_units = self.numbers.shape[0]
-        if self.first.shape[0] != n_units + 1 or self.first[0] != 0 or self.first[n_units] != self.lengths.shape[0]:
-            raise ValueError(f"{n_units} units need {n_units + 1} bounds from 0 to {self.lengths.shape[0]}")
+    def __init__(self, Packing how not None, lengths, addresses, first):
+        self.how, self.lengths, self.addresses, self.first = how, lengths, addresses, first
+        n_units = self.first.shape[0] - 1
+        if n_units < 0 or self.first[0] != 0 or self.first[n_units] != self.lengths.shape[0]:
+            raise ValueError(f"units need bounds from 0 to {self.lengths.shape[0]}, got {list(first)[:8]}")
         if self.addresses is not None and self.addresses.shape[0] != self.lengths.shape[0]:
             raise ValueError(f"{self.lengths.shape[0]} documents have {self.addresses.shape[0]} addresses")
         if self.lengths.shape[0] and not 0 <= np.min(lengths) <= np.max(lengths) < 1 << 32:
@@ -168,7 +145,7 @@ cdef class _Documents:
 
     cdef int64_t pack(self, size_t unit, tc_packed_piece *pieces, uint32_t *first_piece) noexcept nogil:
         cdef size_t begin = <size_t>self.first[unit], n = <size_t>self.first[unit + 1] - begin
-        cdef tc_documents documents = tc_documents(NULL, NULL, n, self.numbers[unit])
+        cdef tc_documents documents = tc_documents(NULL, NULL, n)
         if n:
             documents.lengths = self.lengths_at + begin
         if n and self.addresses_at != NULL:
@@ -177,9 +154,9 @@ cdef class _Documents:
 
     cdef object count(self):
         """Return the number of rows of each unit, int64[n_units]."""
-        out = np.zeros(self.numbers.shape[0], np.int64)
+        out = np.zeros(self.first.shape[0] - 1, np.int64)
         cdef int64_t[::1] rows = out
-        cdef size_t unit, n_units = <size_t>self.numbers.shape[0]
+        cdef size_t unit, n_units = <size_t>self.first.shape[0] - 1
         cdef int64_t found = 0
         with nogil:
             for unit in range(n_units):
@@ -193,8 +170,8 @@ cdef class _Documents:
         return out
 
 
-def count_rows(how, lengths, first, numbers):
-    return (<_Documents>_Documents(how, lengths, None, first, numbers)).count()
+def count_rows(how, lengths, first):
+    return (<_Documents>_Documents(how, lengths, None, first)).count()
 
 
 cdef class PackedUnits:
@@ -208,11 +185,11 @@ cdef class PackedUnits:
     cdef Packing how
     cdef object owners
 
-    def __init__(self, how, lengths, addresses, first, numbers):
-        cdef _Documents documents = _Documents(how, lengths, addresses, first, numbers)
+    def __init__(self, how, lengths, addresses, first):
+        cdef _Documents documents = _Documents(how, lengths, addresses, first)
         self.how = how
         self.n_rows = documents.count()
-        cdef size_t n_units = <size_t>documents.numbers.shape[0], unit, at_piece = 0, at_row = 0, at_boundary = 0, n
+        cdef size_t n_units = <size_t>documents.first.shape[0] - 1, unit, at_piece = 0, at_row = 0, at_boundary = 0, n
         cdef size_t n_rows = <size_t>self.n_rows.sum(), n_pieces = <size_t>documents.lengths.shape[0] + n_rows
         memory = np.empty(n_pieces * sizeof(tc_packed_piece) + 8, np.uint8)
         first_pieces = np.empty(n_rows + n_units + 1, np.uint32)
@@ -231,7 +208,7 @@ cdef class PackedUnits:
         cdef tc_packed_unit *planned = <tc_packed_unit *>&unit_view[0]
         with nogil:
             for unit in range(n_units):
-                planned[unit] = tc_packed_unit(pieces + at_piece, &piece_view[at_row + unit], &self.how.packing, documents.numbers[unit])
+                planned[unit] = tc_packed_unit(pieces + at_piece, &piece_view[at_row + unit], &self.how.packing)
                 documents.pack(unit, pieces + at_piece, &piece_view[at_row + unit])
                 n = tc_boundaries(&planned[unit], <size_t>rows[unit], &value_view[at_boundary], &offset_view[at_row + unit], &count_view[at_row])
                 to_units[unit, 0], to_units[unit, 2] = <uintptr_t>&planned[unit], <uint64_t>rows[unit]

@@ -1,23 +1,22 @@
-"""The public Dataset: records by index, batches by indices, versions and columns; and `concat`."""
+"""The public Dataset: records by index, batches by indices, views, versions and columns; `concat` and `mix`."""
 
 from __future__ import annotations
 
 import operator
 import os
 import pickle
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from tiercache.data.column_writer import write_columns
-from tiercache.data.description import first_pictures, html_of
+from tiercache._native.record_finder import normalize_indices
 from tiercache.data.opened_version import DatasetLocation, OpenedVersion
 from tiercache.data.output_spec import (
     Layouts,
@@ -32,10 +31,10 @@ from tiercache.data.output_spec import (
     replace_nulls,
     tuple_columns,
 )
-from tiercache.data.records import Records, RecordsSpec, join
-from tiercache.data.scan import arrow_batches, spans
-from tiercache.data.selection_methods import SelectionMethods, record_numbers
-from tiercache.data.split import class_counts
+from tiercache.data.records import RangeStep, Records, RecordsSpec, SelectStep, ShardStep, ShuffleStep, Step, join
+from tiercache.data.records import mix as mixed_records
+from tiercache.data.scan import FilterStep, Split, SplitStep, arrow_batches, class_counts, hash_splits, spans
+from tiercache.data.selection import Selection
 from tiercache.errors import SchemaError
 from tiercache.images.decoder import decode_columns
 from tiercache.model import short_repr
@@ -51,7 +50,7 @@ if TYPE_CHECKING:
 
     from tiercache.cache import Cache, WarmProgress
     from tiercache.images.options import DecodeImage
-    from tiercache.shard.schema import Column, Schema, UserType
+    from tiercache.shard.schema import Column, Schema
 
 
 # Arguments of the constructor, and the field of OutputSpec that has each of them by column.
@@ -61,7 +60,17 @@ DatasetSpec = tuple[RecordsSpec, Callable[[Record], Any] | None, OutputSpec, Cal
 _OF_THE_PROCESS = ("_recipe", "_lock", "_pid", "_opened")
 
 
-class Dataset(SelectionMethods):
+MixStop: TypeAlias = Literal["first_exhausted", "all_exhausted", "first", "all"]
+_MIX_STOPS = get_args(MixStop)
+
+
+# The weight of each data set, in their order or by their names; or a list of (position, such weights).
+MixWeights: TypeAlias = (
+    Iterable[float] | Mapping[str, float] | Iterable[tuple[int, Sequence[float] | Mapping[str, float]]]
+)
+
+
+class Dataset:
     """Records of a packed data set.
 
     It is a map-style data set for any loader. `tiercache.DataLoader` reads it by its native path, in which C code
@@ -75,8 +84,7 @@ class Dataset(SelectionMethods):
 
     A data set may be used from any thread and after a fork, and pickles to a few hundred bytes. `select`, `filter`,
     `shard`, `take`, `skip` and `a + b` return data sets with other records; `select_columns` and `as_tuple` return the
-    same records in another form (docs/guide/datasets.md). If torch is loaded, the class derives from
-    `torch.utils.data.Dataset`.
+    same records in another form (docs/guide/datasets.md).
 
     Args:
         url: Local path, `s3://`, `gs://`, `az://`, `http(s)://`, `memory://` or any fsspec URL of the data set.
@@ -245,11 +253,10 @@ class Dataset(SelectionMethods):
 
     def versions(self) -> list[int]:
         """Return the numbers of all versions of the data set, oldest first. Raises ValueError for joined data sets."""
-        opened_versions = self._source.opened_versions
-        n_joined = sum(len(version.parts) for version in opened_versions)
-        if n_joined > 1:
-            raise ValueError(f"this data set joins {n_joined} data sets: call versions() of each of them")
-        return list_versions(opened_versions[0].inner)
+        versions = self._source.storage.versions
+        if len(versions) > 1:
+            raise ValueError(f"this data set joins {len(versions)} data sets: call versions() of each of them")
+        return list_versions(versions[0].inner)
 
     def select_columns(self, columns: Sequence[str]) -> Self:
         """Return the same records with only these columns, in this order. Raises SchemaError for an unknown column.
@@ -312,6 +319,158 @@ class Dataset(SelectionMethods):
         for start, stop in spans(self._source):
             yield from self.__getitems__(range(start, stop))
 
+    def select(self, chosen: Any) -> Self:
+        """Return the records with these numbers, in this order; or the records for which a mask is true.
+
+        With shuffle=False a loader keeps the order of the numbers; with shuffle=True it shuffles the records as usual.
+
+        Args:
+            chosen: Record numbers (a sequence, array or tensor of integers; negative ones count from the end;
+                repetitions are allowed), or a mask of len() booleans.
+
+        Raises:
+            IndexError: A record does not exist.
+            ValueError: The mask has the wrong length.
+            TypeError: The argument is neither numbers nor a mask.
+        """
+        n = self._source.n_records
+        if isinstance(chosen, pc.Expression) or callable(chosen):
+            raise TypeError("select() takes record numbers or a mask; filter() takes a pyarrow expression")
+        if isinstance(chosen, range):
+            return self._choose(SelectStep(_of_range(chosen, n)))
+        given = np.asarray(chosen)
+        if given.ndim != 1:
+            found = f"{given.ndim} dimensions" if given.ndim else f"the type {type(chosen).__name__}"
+            raise TypeError(f"select() takes a list or array of record numbers or a mask, got {found}")
+        if given.dtype == np.bool_:
+            if len(given) != n:
+                raise ValueError(f"the mask has {len(given)} values for {n} records; it needs one value per record")
+            return self._choose(SelectStep(Selection.of(np.flatnonzero(given))))
+        return self._choose(SelectStep(Selection.of(record_numbers(given, n))))
+
+    def filter(self, expression: pc.Expression) -> Self:
+        """Return the records for which an expression is true, in their order; null is not true.
+
+        The columns of the expression are read now, block by block in bounded memory. Shards whose minimum and maximum
+        rule out a match are not read. The columns need not be among the served columns.
+
+        Args:
+            expression: Expression such as `pyarrow.compute.field("label") == 3`. It sees images and JSON as bytes and
+                text.
+
+        Raises:
+            SchemaError: A column does not exist, or the expression is not a condition over the columns.
+            TypeError: The argument is not an expression.
+        """
+        if not isinstance(expression, pc.Expression):
+            raise TypeError(
+                f"filter() takes a pyarrow expression, such as pyarrow.compute.field('label') == 3, got {expression!r};"
+                " for a Python function: dataset.select([i for i, record in enumerate(dataset) if function(record)])"
+            )
+        return self._choose(FilterStep(expression))
+
+    def shard(self, num_shards: int, index: int) -> Self:
+        """Return part `index` of `num_shards` runs of consecutive records, whose lengths differ by at most one.
+
+        Args:
+            num_shards: Number of runs, 1 or more.
+            index: Number of the run, 0 <= index < num_shards.
+
+        Raises:
+            ValueError: num_shards is below 1, or index is outside [0, num_shards).
+        """
+        num_shards, index = operator.index(num_shards), operator.index(index)
+        if num_shards < 1:
+            raise ValueError(f"num_shards must be 1 or more, got {num_shards}")
+        if not 0 <= index < num_shards:
+            raise ValueError(f"index must be 0 to {num_shards - 1}, got {index}")
+        return self._choose(ShardStep(num_shards, index))
+
+    def take(self, n: int) -> Self:
+        """Return the first n records, or all records if there are fewer.
+
+        Args:
+            n: Number of records, 0 or more.
+
+        Raises:
+            ValueError: n is negative.
+        """
+        return self._choose(RangeStep(0, _count(n)))
+
+    def skip(self, n: int) -> Self:
+        """Return all records except the first n; none if there are fewer.
+
+        Args:
+            n: Number of records, 0 or more.
+
+        Raises:
+            ValueError: n is negative.
+        """
+        return self._choose(RangeStep(_count(n), None))
+
+    def shuffle(self, seed: int) -> Self:
+        """Return the records in a random order, which is the same each time.
+
+        Every order of the records is as likely as any other, so `shuffle(0).take(100)` is a fair sample. The order
+        follows from the seed and the number of records; it is computed when it is read and takes no memory, while a
+        selection from the view takes 8 to 24 bytes for each of its records. With shuffle=False a loader serves that
+        order, in which neighbours lie in different blocks: it is fast if the data is local and uncompressed, or fits
+        into the memory of a window. For training use the loader's own shuffle=True, which reads whole blocks and does
+        not depend on this order.
+
+        Args:
+            seed: Any integer.
+        """
+        return self._choose(ShuffleStep(operator.index(seed)))
+
+    def split(
+        self, fractions: Mapping[str, float], *, seed: int = 0, by: str | None = None, by_hash: str | None = None
+    ) -> dict[str, Self]:
+        """Return disjoint parts that together are all records, each in the order of this data set.
+
+        Without `by` and `by_hash`, and with `by`, the records are drawn: the first part has the records that
+        `shuffle(seed)` puts first, the second part the next ones, and so on. The sizes are the exact fractions, rounded
+        by the largest remainder. With `by`, each class is split so by itself: each part gets its exact share of the
+        class, rounded down or up. With `by_hash`, the key of a record decides its part: records of equal keys stay
+        together, a record keeps its part if data is appended or repacked, and the sizes are only about the fractions.
+
+        The same seed, records and fractions give the same parts on every machine and in every later release. Splitting
+        takes about 40 bytes per record; the parts keep 16 bytes for each run of consecutive records.
+
+        Args:
+            fractions: Fraction of the records by name of the part, each above 0; they sum up to 1. A float stands for
+                its decimal digits.
+            seed: Any integer.
+            by: Column of classes (integers, bool or text) of which each part gets its share; null is a class too.
+            by_hash: Column of keys (integers, text or bytes). The part is found by the first 8 bytes of BLAKE2b of the
+                key (docs/guide/datasets.md). Hashing takes 1 to 3 us for each key.
+
+        Raises:
+            SchemaError: A column does not exist, or its values are no classes or keys.
+            ValueError: The fractions do not sum up to 1; a part would have no records; both `by` and `by_hash` are
+                given; this is a part of a split by the same hash and seed; or this is a mixture.
+            TypeError: The fractions are not a mapping to numbers.
+        """
+        split = Split.of(fractions, operator.index(seed), by, by_hash)
+        source = self._unmixed_source()
+        if by_hash is not None and (by_hash, split.seed) in hash_splits(source.node):
+            raise ValueError(
+                f"these records are a part of a split by the hash of {by_hash!r} with seed={split.seed}, and the same "
+                "hash would not divide them by the fractions: give another seed="
+            )
+        steps = [SplitStep(split, part) for part in range(len(split.names))]
+        chosen = zip(split.names, steps, split.parts(source), strict=True)
+        return {name: self._derive(source.with_step(step, part)) for name, step, part in chosen}
+
+    def _choose(self, step: Step) -> Self:
+        return self._derive(self._unmixed_source().with_step(step))
+
+    def _unmixed_source(self) -> Records:
+        source = self._source
+        if source.mixture is not None:
+            raise ValueError("cannot select from a mixture: select from the data sets before mix()")
+        return source
+
     def to_arrow(self, batch_size: int = 4096) -> Iterator[pa.RecordBatch]:
         """Yield the data set as Arrow record batches, in order.
 
@@ -354,12 +513,12 @@ class Dataset(SelectionMethods):
         Raises:
             CacheFull: The data does not fit into the cache.
         """
-        self._source.warm(jobs=jobs, on_progress=on_progress)
+        self._source.storage.warm(jobs=jobs, on_progress=on_progress)
 
     def close(self) -> None:
         """Release open shards and connections. The data set may be used again afterwards."""
         if self._opened is not None:
-            self._opened.close()
+            self._opened.storage.close()
 
     def __repr__(self) -> str:
         facts = self._facts()
@@ -369,20 +528,13 @@ class Dataset(SelectionMethods):
         records = f"{facts['url']}, version {facts['version']}, {facts['records']} record{plural}{view}"
         return f"{type(self).__name__}({records}: {self.schema!r}{served})"
 
-    def _repr_html_(self) -> str:
-        """Return the same as HTML for notebooks, with thumbnails of the first images. Reads their block."""
-        schema, spec = self.schema, self._output_spec
-        rows = []
-        for column in schema.columns:
-            settings = {argument: getattr(spec, field).get(column.name) for argument, field in _SETTINGS.items()}
-            served = ", ".join(f"{name}={_shown(value)}" for name, value in settings.items() if value is not None)
-            rows.append((column.name, str(column), served))
-        return html_of(self._facts().items(), rows, first_pictures(self._source, self.column_names, spec.decode))
-
     def _facts(self) -> dict[str, str]:
         """Return url, version, records and, if there is one, view, as texts."""
         source = self._source
-        urls, numbers = [leaf.url for leaf in source.opened_versions], list(dict.fromkeys(self._recipe[0].versions))
+        urls, numbers = (
+            [version.url for version in source.storage.versions],
+            list(dict.fromkeys(self._recipe[0].versions)),
+        )
         facts = {
             "url": repr(urls[0]) + (f" and {len(urls) - 1} more" if len(urls) > 1 else ""),
             "version": ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else ""),
@@ -406,17 +558,9 @@ class Dataset(SelectionMethods):
             yield "transform", getattr(self.transform, "__qualname__", type(self.transform).__name__)
 
     def __getstate__(self) -> tuple[DatasetSpec, dict[str, Any]]:
-        _derive_from_torchs_class()  # pickle compares __class__ with the type
         return self._recipe, self._own()
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        # isinstance() reads __class__ if the type itself does not derive from the class in question. torch may have
-        # been imported after this data set was created: the answer then is torch's class, once.
-        return _derive_from_torchs_class() or type(self)
-
     def __setstate__(self, state: tuple[DatasetSpec, dict[str, Any]]) -> None:
-        _derive_from_torchs_class()
         self._recipe = state[0]
         self.__dict__.update(state[1])
         self._lock, self._pid = threading.Lock(), os.getpid()
@@ -447,7 +591,10 @@ class Dataset(SelectionMethods):
         if not -n <= index < n:
             raise IndexError(f"record {index} of a data set of {n}")
         number = index + n if index < 0 else index
-        record = None if spec.nulls or spec.decode else self._source.record(number)
+        source = self._source
+        # One call less for each record of a whole version.
+        find = source.leaves[0].record if source.node is None else source.record
+        record = None if spec.nulls or spec.decode else find(number)
         if record is None:
             record = as_records(self._columns(np.array([number], np.int64)))[0]
         if spec.names is not None:
@@ -484,57 +631,6 @@ class Dataset(SelectionMethods):
         order, served = self._source.record_order, int(rows[index])
         return served if order is None else int(order[served])
 
-    def add_columns(
-        self,
-        columns: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]],
-        *,
-        url: str | os.PathLike[str] | None = None,
-        schema: Mapping[str, UserType] | pa.Schema | Schema | None = None,
-        batch_size: int = 1024,
-        compression: str | Mapping[str, str] = "auto",
-    ) -> Dataset:
-        """Store further columns of these records as a data set beside this one, and return that data set.
-
-        Record i of the result belongs to record i of this data set, whose files do not change. The columns are written
-        as `Writer` writes them, and committed as one version at the end: if an error occurs, nothing is committed. If
-        the URL has columns from an earlier call, they get a new version; the earlier one can still be opened by its
-        number.
-
-        Args:
-            columns: Mapping from new names to values, each an array or list of len() values; or a function that takes a
-                batch, as `dataset[start:stop]` returns it, and returns such a mapping for the records of the batch.
-            url: URL of the new columns, in the same store or another one. None: "<url>.columns/<names>" beside a whole
-                data set; the names are joined by "+".
-            schema: Types of the new columns. None: inferred from the first batch.
-            batch_size: Number of records of a batch.
-            compression: See `Writer`.
-
-        Raises:
-            ValueError: A name is taken by a column of this data set; or the values are not one for each record; or this
-                data set is a view, joined, mixed or packed, and there is no url.
-            TypeError: `columns`, or what the function returned, is no mapping from names to arrays or lists.
-            SchemaError, StoreError: See `Writer`.
-        """
-        url, opening = write_columns(
-            self, self._source, columns, url=url, batch_size=batch_size, schema=schema, compression=compression
-        )
-        return Dataset(url, **opening)
-
-
-def _derive_from_torchs_class() -> type | None:
-    """Add torch's Dataset class to the bases of Dataset once torch is loaded. Returns it if this call added it."""
-    torchs_class = getattr(sys.modules.get("torch.utils.data.dataset"), "Dataset", None)
-    if torchs_class is None or issubclass(Dataset, torchs_class):
-        return None
-    try:
-        Dataset.__bases__ = (SelectionMethods, torchs_class)
-    except TypeError:  # a subclass derives from both, torch's class first: no order of bases is valid for it
-        return None
-    return cast("type", torchs_class)
-
-
-_derive_from_torchs_class()
-
 
 def concat(datasets: Iterable[Dataset]) -> Dataset:
     """Return one data set that holds the records of several data sets, one after the other: `a + b` for many.
@@ -556,6 +652,64 @@ def concat(datasets: Iterable[Dataset]) -> Dataset:
     joined = join([dataset._source for dataset in datasets])  # noqa: SLF001 -- of this class
     first = datasets[0]
     return over_records(joined, first._output_spec, first.transform, first.batch_transform)  # noqa: SLF001
+
+
+def mix(
+    datasets: Iterable[Dataset] | Mapping[str, Dataset], weights: MixWeights, stop: MixStop = "first_exhausted"
+) -> Dataset:
+    """Return data sets mixed by weight: every range of records holds each data set's share.
+
+    It is made for `tiercache.DataLoader`, which reads it by its native path: each data set is shuffled by itself and
+    has its own epochs. A data set that is larger than its share of an epoch continues in the next epoch where it
+    stopped; a smaller one starts again. By index, and in other loaders, the mixture is the same unshuffled first epoch
+    each time: record i is the record at position i.
+
+    Args:
+        datasets: Data sets as for `concat`, each with one record or more. A dict names them for `weights`.
+        weights: Positive number for each data set: a list, or a dict by the names of `datasets`. Only their ratio
+            counts, and it is exact (a float stands for its decimal digits). For weights that change, a list of
+            (position, weights): the first position is 0, the others rise, and the weights hold from that position of an
+            epoch on. There a weight may be 0, and a dict may leave out a name for that. Each epoch begins with the
+            first weights.
+        stop: End of an epoch: "first_exhausted": before any data set would repeat a record; "all_exhausted": when every
+            data set has been served completely. "first" and "all" are short forms of these.
+
+    Raises:
+        SchemaError, TypeError: See `concat`.
+        ValueError: See `concat`; or the weights are invalid, or a data set has no records.
+    """
+    names = tuple(datasets) if isinstance(datasets, Mapping) else None
+    datasets = alike_datasets(datasets.values() if isinstance(datasets, Mapping) else datasets, "mix")
+    if stop not in _MIX_STOPS:
+        raise ValueError(f"stop must be {', '.join(map(repr, _MIX_STOPS))}, got {stop!r}")
+    accesses, first = [dataset.__tiercache__() for dataset in datasets], datasets[0]
+    short: Literal["first", "all"] = "first" if stop.startswith("first") else "all"
+    mixed = mixed_records([access.source for access in accesses], _weights_in_order(weights, names), short)
+    return over_records(mixed, accesses[0].output_spec, first.transform, first.batch_transform)
+
+
+def _weights_in_order(weights: Any, names: tuple[str, ...] | None) -> tuple[Any, ...]:
+    """Return the weights of a mixture, or a schedule of weights, with the weights in the order of the data sets."""
+    if isinstance(weights, Mapping):
+        missing = [name for name in names or () if name not in weights]
+        if missing:
+            raise ValueError(f"weights has no weight of the data set {missing[0]!r}")
+        return _by_name(weights, names)
+    return tuple(
+        (entry[0], _by_name(entry[1], names) if isinstance(entry[1], Mapping) else tuple(entry[1]))
+        if isinstance(entry, tuple | list) and len(entry) == 2 and isinstance(entry[1], Iterable)
+        else entry
+        for entry in weights
+    )
+
+
+def _by_name(weights: Mapping[str, float], names: tuple[str, ...] | None) -> tuple[float, ...]:
+    if names is None:
+        raise ValueError("weights by name need data sets by name: mix({'web': a, 'code': b}, ...)")
+    unknown = [name for name in weights if name not in names]
+    if unknown:
+        raise ValueError(f"weights names {unknown[0]!r}, and the data sets are {list(names)}")
+    return tuple(weights.get(name, 0) for name in names)
 
 
 def over_records(
@@ -639,3 +793,38 @@ def _names(columns: Iterable[str]) -> tuple[str, ...]:
 
 def _one_batch(table: pa.Table) -> pa.RecordBatch:
     return table.combine_chunks().to_batches()[0] if table.column(0).num_chunks > 1 else table.to_batches()[0]
+
+
+def record_numbers(indices: Any, n: int) -> NDArray[np.int64]:
+    """Return record numbers as int64[n], 0 <= number < n, with negative ones counted from the end.
+
+    Raises IndexError and TypeError.
+    """
+    rows = np.asarray(indices)
+    if rows.dtype == np.bool_ or (rows.size and rows.dtype.kind not in "iu"):
+        hints = {"O": ": a number is missing or has more than 64 bits"}
+        hints["U"] = f" ({indices!r:.60}): columns are chosen by select_columns([...])"
+        raise TypeError(f"record numbers must be integers, got {rows.dtype}{hints.get(rows.dtype.kind, '')}")
+    if rows.size and rows.dtype == np.uint64 and int(rows.max()) >= n:  # as int64 it may be -1
+        raise IndexError(f"record {int(rows.max())} of a data set of {n}")
+    return normalize_indices(np.ascontiguousarray(rows, np.int64).reshape(-1), n)
+
+
+def _of_range(chosen: range, n: int) -> Selection:
+    """Return the selection of a range, without an array if the range is contiguous."""
+    if not chosen:
+        return Selection.span(0, 0)
+    for end in (chosen[0], chosen[-1]):
+        if not -n <= end < n:
+            raise IndexError(f"record {end} of a data set of {n}")
+    if chosen.step == 1 and chosen.start >= 0:
+        return Selection.span(chosen.start, chosen.stop)
+    # np.arange is 100 times faster than converting the range object.
+    return Selection.of(record_numbers(np.arange(chosen.start, chosen.stop, chosen.step), n))
+
+
+def _count(n: int) -> int:
+    n = operator.index(n)
+    if n < 0:
+        raise ValueError(f"the number of records must be 0 or more, got {n}")
+    return n

@@ -24,7 +24,6 @@ from tiercache.errors import CorruptShard
 from tiercache.model import NEVER, ByteRange, CloseListener, ReadingPlan, ShardIdentity, SourcePart, format_bytes
 from tiercache.order import BlockSizes
 from tiercache.shard.conversion import served_columns
-from tiercache.shard.format.statistics import parse_statistics
 from tiercache.shard.read import shard_reader
 from tiercache.shard.read.shard_reader import FooterCache, MappedRecords, ShardReader
 from tiercache.shard.read.source import block_ranges, column_ranges, fetch_footer
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
     from tiercache.model import PublishedPlan
     from tiercache.shard.conversion import Casts
     from tiercache.shard.format.layout import Footer
-    from tiercache.shard.format.statistics import Statistics
     from tiercache.shard.read.blocks import Blocks
     from tiercache.shard.read.chunks import Verify
     from tiercache.shard.read.values import ColumnValues
@@ -200,6 +198,16 @@ class VersionStores:
         return is_home or self.tiers.local_copy(key, identity) is not None
 
     @property
+    def has_cache(self) -> bool:
+        """Whether the data set is read through a cache."""
+        return isinstance(self.store, CachedStore)
+
+    @property
+    def sends_requests(self) -> bool:
+        """Whether reads send requests to a store, because there is no cache."""
+        return self.fetcher is None and not isinstance(self.inner, LocalStore | MemoryStore)
+
+    @property
     def fetcher(self) -> CachedStore | None:
         """Cached store that prefetches shards; None if nothing is read through a cache."""
         store = self.store if self.cache is not None else self.tiers.remote_store()
@@ -296,11 +304,6 @@ class VersionSpec:
     version: int
     columns: tuple[str, ...]
 
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """Number of the version, as a tuple."""
-        return (self.version,)
-
     def open(self) -> OpenedVersion:
         """Open the version."""
         return OpenedVersion(self.location, self.version, self.columns)
@@ -310,18 +313,19 @@ class OpenedVersion:
     """One version of a data set with some of its columns: all access to its shards.
 
     Safe from any thread. After a fork the child opens its own shards. Nothing of a shard is read before it is needed.
+
+    Attributes:
+        schema: Served columns, in order, with their stored types; a cast column is served with another dtype.
     """
 
-    # Of packed rows (`views.packing.PackedVersion`) these say how full the rows are, and whether they differ between
-    # epochs.
-    fill_ratio: float | None = None
-    is_drawn = False
+    fill_ratio: float | None = None  # see Leaf
 
     def __init__(self, location: DatasetLocation, version: int | None, columns: Sequence[str] | None) -> None:
         self.location = location
         self.stores = stores = VersionStores(location)
         self.inner, self.cache, self.store = stores.inner, stores.cache, stores.store
         self.manifest, self.table = _open_newest(stores) if version is None else _open_numbered(stores.store, version)
+        self._dataset_id = self.manifest.dataset_id
         self.stored_schema: Schema = self.manifest.schema
         self.n_records = int(self.table.first_record[-1])
         self._names = CopyNames(self.manifest, self.table)
@@ -329,21 +333,21 @@ class OpenedVersion:
         self._kin: WeakValueDictionary[tuple[Any, ...], OpenedVersion] = WeakValueDictionary()
         self._keepers: list[ref[CloseListener]] = []
         if self.cache is not None:
-            warn_if_larger(self.url, self.dataset_id, np.asarray(self.table.n_bytes), self.cache)
+            warn_if_larger(self.url, self._dataset_id, np.asarray(self.table.n_bytes), self.cache)
         self._serve(self.stored_schema.names if columns is None else columns)
 
     def _serve(self, columns: Sequence[str], *, past_cache: bool = False) -> None:
-        self._schema = self.stored_schema.select(columns)
+        self.schema: Schema = self.stored_schema.select(columns)
         self._block_sizes: dict[int, BlockSizes] = {}
         self._ranges: dict[int, tuple[ByteRange, ...] | None] = {}  # of the served columns; None: the whole shard
-        self.stored_columns = tuple(self.stored_schema.index(name) for name in self._schema.names)
-        self.spec = VersionSpec(self.location, self.version, self._schema.names)
-        self._served = served_columns(self._schema, self.location.casts)
+        self.stored_columns = tuple(self.stored_schema.index(name) for name in self.schema.names)
+        self.spec = VersionSpec(self.location, self.manifest.number, self.schema.names)
+        self._served = served_columns(self.schema, self.location.casts)
         self._mapped = MappedRecords(
             self.stored_schema, self.stored_columns, self.table.first_record, self.url, self._served
         )
         self._footers = FooterCache()
-        opened = (self.stores, self.table, self.dataset_id, self._footers, past_cache)
+        opened = (self.stores, self.table, self._dataset_id, self._footers, past_cache)
         # Not a bound method: the reference cycle would keep descriptors open until the garbage collector runs.
         open_shard = partial(_open_shard, *opened, verify=self.location.verify, served=self._served)
         self._readers = shard_reader.ReaderPool(open_shard, self._mapped)
@@ -354,48 +358,14 @@ class OpenedVersion:
         return self.inner.url
 
     @property
-    def dataset_id(self) -> str:
-        """Id of the data set, the same for all its versions."""
-        return self.manifest.dataset_id
+    def stored(self) -> OpenedVersion:
+        """The version itself. See Leaf."""
+        return self
 
     @property
-    def version(self) -> int:
-        """Number of the version."""
-        return self.manifest.number
-
-    @property
-    def fingerprint(self) -> str:
-        """Fingerprint of the version's contents; a resumed run compares it."""
-        return self.manifest.fingerprint
-
-    @property
-    def parts(self) -> list[SourcePart]:
-        """The version as a state names it, in a list."""
-        return [SourcePart(self.dataset_id, self.version, self.fingerprint)]
-
-    @property
-    def schema(self) -> Schema:
-        """Served columns, in order, with their stored types; a cast column is served with another dtype."""
-        return self._schema
-
-    def statistics(self, shard: int) -> Statistics:
-        """Return a shard's {column: {"nulls", "bytes", "stored", "min", "max"}}, each if known.
-
-        Raises CorruptShard for an implausible value.
-        """
-        text = self.table.arrow["statistics"][shard].as_py()
-        try:
-            return parse_statistics(text, self.stored_schema, int(self.table.n_records[shard]))
-        except ValueError as error:
-            ends = np.cumsum([segment.n_shards for segment in self.manifest.segments])
-            segment = self.manifest.segments[int(np.searchsorted(ends, shard, side="right"))]
-            name = self.table.names[shard].as_py()
-            url = f"{self.store.url}/{segment.key}"
-            raise CorruptShard(f"invalid statistics of shard {name!r}: {error}", url=url, part="segment") from error
-
-    def identity(self, shard: int) -> ShardIdentity:
-        """Return the identity by which the cache keeps the shard's copy."""
-        return self.table.info(shard).identity(self.dataset_id)
+    def part(self) -> SourcePart:
+        """The version as a state names it; a resumed run compares the fingerprint."""
+        return SourcePart(self._dataset_id, self.manifest.number, self.manifest.fingerprint)
 
     def block_sizes(self, shards: Sequence[int]) -> list[BlockSizes]:
         """Return the block sizes of each of these shards, read from their footers in parallel. Raises as `load`."""
@@ -433,10 +403,6 @@ class OpenedVersion:
         (column,) = self.stored_columns
         return self._read(shard, lambda reader: reader.load_shapes(blocks, column))
 
-    def for_epoch(self, _seed: int, _epoch: int) -> OpenedVersion:
-        """Return this version: stored records are the same in all epochs."""
-        return self
-
     def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
         """Return blocks of a shard, which stays open for some time, in memory, with the served columns.
 
@@ -463,7 +429,7 @@ class OpenedVersion:
         Records of mapped shards are read all at once, others shard by shard.
         """
         if not len(records):
-            return empty_values(self._schema, self._served)
+            return empty_values(self.schema, self._served)
         found = self.take_mapped(records)
         if found is not None:
             return found
@@ -490,29 +456,14 @@ class OpenedVersion:
                 found = self._mapped.take(records)
         return found
 
-    @property
-    def has_cache(self) -> bool:
-        """Whether the data set is read through a cache."""
-        return isinstance(self.store, CachedStore)
-
     def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
-        """See Records.publish. The mapped segments stay in use as long as the plan is published."""
+        """See Storage.publish. The mapped segments stay in use as long as the plan is published."""
         if not isinstance(self.store, CachedStore) or self.cache is None:
             return None
         # Read limit_bytes first: it raises if the cache is being closed, and then nothing must have been published.
         has_room = int(self.table.n_bytes.sum()) <= self.cache.limit_bytes
         published = self.store.publish(*self._names.planned(plan))
         return published if has_room else shard_reader.ReleasingPlan(published, self._readers, plan)
-
-    @property
-    def can_prefetch(self) -> bool:
-        """See Records.can_prefetch."""
-        return self.stores.fetcher is not None
-
-    @property
-    def sends_requests(self) -> bool:
-        """See Records.sends_requests."""
-        return self.stores.fetcher is None and not isinstance(self.stores.inner, LocalStore | MemoryStore)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Start fetching the served columns of these shards where they are not on this machine."""
@@ -523,13 +474,13 @@ class OpenedVersion:
         # to its end: fetching it as a whole once there is room would transfer the part that was already read a second
         # time.
         unopened = [shard for shard in dict.fromkeys(shards) if shard not in self._readers]
-        objects = self.table.objects(self.dataset_id, np.array(unopened, np.int64))
+        objects = self.table.objects(self._dataset_id, np.array(unopened, np.int64))
         for shard, (key, identity) in zip(unopened, objects, strict=True):
             if self.stores.is_worth_fetching(key, identity):
                 fetcher.prefetch(key, identity, self._ranges.get(shard))
 
     def prefetch_blocks(self, shard: int, blocks: Sequence[int]) -> None:
-        """See Records.prefetch_blocks. Does nothing for a shard whose footer has not been read."""
+        """See Storage.prefetch_blocks. Does nothing for a shard whose footer has not been read."""
         fetcher = self.stores.fetcher
         if fetcher is None:
             return
@@ -558,36 +509,26 @@ class OpenedVersion:
     def is_local(self, shard: int) -> bool:
         """Whether the served columns of the shard are on this machine: in a local folder or in the cache."""
         key, identity = self._object(shard)
-        is_open = self.has_cache and self.is_mapped(shard)
+        is_open = self.stores.has_cache and self.is_mapped(shard)
         return is_open or self.stores.is_local(key, identity, self._ranges.get(shard))
 
     def prepare_reading(self, shards: NDArray[np.int64]) -> None:
-        """See Records.prepare_reading."""
+        """See Storage.prepare_reading."""
         keys = self.table.names.take(as_arrow(shards))
         reads_all = len(shards) == len(self.table)
-        self.stores.prepare_reading(keys, lambda i: self.identity(int(shards[i])), reads_all=reads_all)
+        self.stores.prepare_reading(keys, lambda i: self._object(int(shards[i]))[1], reads_all=reads_all)
 
-    def at_versions(self, numbers: Sequence[int]) -> OpenedVersion:
-        """Return the version with the only number, and the same columns.
-
-        Raises NotFound, or SchemaError if it lacks a column.
-        """
-        (number,) = numbers
-        names = self._schema.names
+    def at_version(self, number: int) -> OpenedVersion:
+        """Return another version with the same columns. Raises NotFound, or SchemaError if it lacks a column."""
+        names = self.schema.names
         return self._shared((number, names), lambda: OpenedVersion(self.location, number, names))
 
-    def with_columns(self, columns: Sequence[str]) -> OpenedVersion:
-        """Return the same version with other columns and its own open shards. Raises SchemaError."""
-        return self._served_otherwise(columns, past_cache=False)
+    def with_columns(self, columns: Sequence[str], *, past_cache: bool = False) -> OpenedVersion:
+        """Return the same version with other columns and its own open shards. Raises SchemaError.
 
-    def for_scan(self, columns: Sequence[str]) -> OpenedVersion:
-        """Return a version as `with_columns` does, for a single pass: shards that are not cached bypass the cache.
-
-        Caching them would evict other shards.
+        past_cache: Whether shards that are not cached bypass the cache, because caching them would evict other shards.
         """
-        return self._served_otherwise(columns, past_cache=True)
 
-    def _served_otherwise(self, columns: Sequence[str], *, past_cache: bool) -> OpenedVersion:
         def make() -> OpenedVersion:
             other = copy.copy(self)
             other._serve(columns, past_cache=past_cache)  # noqa: SLF001 -- of this class
@@ -605,13 +546,9 @@ class OpenedVersion:
     ) -> None:
         """Fetch the served columns of shards into the cache, if there is one."""
         if self.cache is not None:
-            objects = self.table.objects(self.dataset_id, np.array(shards, np.int64))
+            objects = self.table.objects(self._dataset_id, np.array(shards, np.int64))
             ranges = self._ranges_of(shards)
             self.cache.warm(self.store, objects, jobs=jobs, ranges=ranges, on_progress=on_progress)
-
-    def figures(self) -> dict[str, float]:
-        """Return the counters of this process: requests, bytes_fetched, retries, cache_hits, ..., and dollars."""
-        return self.stores.figures()
 
     def close(self) -> None:
         """Release shards and connections; shards in use stay valid until they are released."""
@@ -623,24 +560,25 @@ class OpenedVersion:
         self.stores.close()
 
     def on_close(self, keeper: CloseListener) -> None:
-        """See Records.on_close. Of two calls at once, one may be lost: its loader keeps blocks until it is deleted."""
+        """See Storage.on_close. Of two calls at once, one may be lost: its loader keeps blocks until it is deleted."""
         self._keepers = [*(one for one in self._keepers if one() is not None), ref(keeper)]
 
     def _read_block_sizes(self, shard: int) -> BlockSizes:
         return self._sizes_of_footer(shard, self._footer(shard))
 
     def _sizes_of_footer(self, shard: int, footer: Footer) -> BlockSizes:
-        if self.has_cache:
+        if self.stores.has_cache:
             self._ranges[shard] = column_ranges(footer, self.table.info(shard), self.stored_columns)
         return BlockSizes(footer.block_records.astype(np.int64), footer.block_raw_bytes.astype(np.int64))
 
     def _footer(self, shard: int) -> Footer:
         if isinstance(self.store, CachedStore) and shard not in self._readers:
             info = self.table.info(shard)
-            if not self.store.is_cached(info.name, self.identity(shard), [ByteRange(info.footer_offset, info.n_bytes)]):
+            identity = info.identity(self._dataset_id)
+            if not self.store.is_cached(info.name, identity, [ByteRange(info.footer_offset, info.n_bytes)]):
                 # The order of a shard group needs all footers of the group. A few KiB for each one now are cheaper than
                 # fetching each shard completely before the first batch.
-                store = self.store.store_for(info.name, self.identity(shard), self.stores.placed.by_ranges)
+                store = self.store.store_for(info.name, identity, self.stores.placed.by_ranges)
                 footer = fetch_footer(store, info.name, info)
                 self._footers.put(shard, footer)
                 return footer
@@ -660,7 +598,7 @@ class OpenedVersion:
         return found
 
     def _object(self, shard: int) -> tuple[str, ShardIdentity]:
-        return self.table.objects(self.dataset_id, np.array([shard], np.int64))[0]
+        return self.table.objects(self._dataset_id, np.array([shard], np.int64))[0]
 
     def _read(self, shard: int, read: Callable[[ShardReader], T]) -> T:
         """Return the result of read(reader); after CorruptShard, retry if other bytes may come.

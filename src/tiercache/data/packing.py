@@ -2,8 +2,9 @@
 
 Documents are packed within units: runs of consecutive stored blocks of one shard. So the number of rows of each shard
 and unit is known before anything is shuffled, and does not depend on the epoch: an order shuffles rows, and reads
-units, as it shuffles records and reads blocks. `PackedVersion` therefore has the interface of an `OpenedVersion` whose
-records are rows and whose blocks are units. Views, joined data sets and mixtures of packed rows need nothing else.
+units, as it shuffles records and reads blocks. `PackedVersion` is therefore a leaf of `Records` as an `OpenedVersion`
+is: its records are rows and its blocks are units. Views, joined data sets and mixtures of packed rows need nothing
+else.
 """
 
 from __future__ import annotations
@@ -12,22 +13,22 @@ import copy
 import json
 import operator
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
-import pyarrow as pa
 
 from tiercache._native import gather, packing
-from tiercache.data.leaf import ShardSizes
+from tiercache.data.dataset import Dataset
 from tiercache.data.opened_version import OpenedVersion
-from tiercache.data.records import Records, RecordsSpec, StoredOrderStep, join
+from tiercache.data.output_spec import BOUNDARIES, OutputSpec
+from tiercache.data.records import JoinNode, Records, RecordsSpec, StoredOrderStep, build, join
 from tiercache.errors import CorruptShard, SchemaError
-from tiercache.order import BlockSizes, derive_key
+from tiercache.order import BlockSizes
 from tiercache.shard.column_types import INTEGERS
 from tiercache.shard.conversion import DTYPE_NUMBERS
 from tiercache.shard.read.blocks import Blocks, renew_checks
@@ -37,11 +38,8 @@ from tiercache.shard.schema import Column, Kind, Ragged, Schema, Stream, Tensor
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tiercache.cache import Cache
-    from tiercache.model import CloseListener, PublishedPlan, ReadingPlan, SourcePart
-    from tiercache.shard.format.statistics import Statistics
+    from tiercache.model import SourcePart
     from tiercache.shard.schema import UserType
-    from tiercache.store import Store
 
 T = TypeVar("T")
 
@@ -58,46 +56,7 @@ CHUNK_BYTES, THREADS = 32 << 20, 16
 MIN_LENGTH, MAX_LENGTH = 2, 1 << 24
 # The rows of a data set are part of a run's state. A release that packs otherwise must have another number here.
 _FORMAT = 1
-BOUNDARIES: Final = "boundaries"
-"""Layout of `cu_seqlens` in a batch: the sequences of all rows, end to end. See output_spec.apply_layouts."""
 LABELS, POSITION_IDS, DOCUMENT_IDS, CU_SEQLENS = "labels", "position_ids", "document_ids", "cu_seqlens"
-
-
-@dataclass(frozen=True, slots=True)
-class FillInMiddle:
-    """Fill-in-the-middle for `pack_sequences`: documents are served as prefix, suffix and then middle.
-
-    A piece of a chosen document is cut at two places, drawn evenly, and served as `prefix` P `suffix` S `middle` M
-    (P, S and M are its parts), or, suffix first, as `prefix` `suffix` S `middle` P M. The end token follows. Pieces of
-    fewer than 4 tokens stay as they are. Which documents are chosen is the same in all epochs, because three tokens
-    more change the packing; where a piece is cut follows from the run's seed, the epoch and the place of the piece.
-
-    Args:
-        prefix: Token before the prefix.
-        middle: Token before the middle.
-        suffix: Token before the suffix.
-        rate: Share of the documents that are chosen, 0 to 1.
-        suffix_first_rate: Share of the pieces of chosen documents whose suffix comes first, 0 to 1.
-
-    Raises:
-        ValueError: A rate is outside 0 to 1.
-        TypeError: A token is not an integer.
-    """
-
-    prefix: int
-    middle: int
-    suffix: int
-    rate: float = 0.5
-    suffix_first_rate: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        for name in ("prefix", "middle", "suffix"):
-            object.__setattr__(self, name, _token(name, getattr(self, name)))
-        for name in ("rate", "suffix_first_rate"):
-            object.__setattr__(self, name, float(getattr(self, name)))
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be 0 to 1, got {getattr(self, name)}")
 
 
 def _token(name: str, value: Any) -> int:
@@ -121,7 +80,6 @@ class SequenceOptions:
     eos: int | None
     pad: int
     mask_borders: bool
-    fill_in_middle: FillInMiddle | None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -134,8 +92,6 @@ class SequenceOptions:
             raise ValueError(f"long_documents must be 'cut' or 'error', got {self.long_documents!r}")
         if self.mode == "concatenate" and self.long_documents == "error":
             raise ValueError("mode='concatenate' cuts documents where rows end: remove long_documents='error'")
-        if self.fill_in_middle is not None and not isinstance(self.fill_in_middle, FillInMiddle):
-            raise TypeError(f"fill_in_middle takes a tiercache.FillInMiddle(...), got {self.fill_in_middle!r}")
         object.__setattr__(self, "pad", _token("pad", self.pad))
         if self.eos is not None:
             object.__setattr__(self, "eos", _token("eos", self.eos))
@@ -146,17 +102,12 @@ class SequenceOptions:
     @property
     def needs_lengths(self) -> bool:
         """Whether the number of rows depends on the length of each document; else the number of tokens decides it."""
-        return self.mode != "concatenate" or (self.fill_in_middle is not None and self.fill_in_middle.rate > 0)
+        return self.mode != "concatenate"
 
     @property
     def unit_positions(self) -> int:
         """Least number of positions of a unit, as far as its shard has them."""
         return max(min(UNIT_ROWS * self.length, UNIT_TOKENS), LEAST_UNIT_ROWS * self.length)
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of the columns of packed rows."""
-        return (self.column, LABELS, POSITION_IDS, DOCUMENT_IDS, CU_SEQLENS)
 
     @property
     def digest(self) -> str:
@@ -166,7 +117,6 @@ class SequenceOptions:
 
     def native(self, dtype: str) -> packing.Packing:
         """Return the options as the kernels take them. dtype: Stored dtype of the tokens."""
-        fim = self.fill_in_middle
         return packing.Packing(
             self.length,
             _MODES[self.mode],
@@ -175,9 +125,6 @@ class SequenceOptions:
             pad=self.pad,
             end=self.eos,
             masks_borders=self.mask_borders,
-            chosen=0.0 if fim is None else fim.rate,
-            suffix_first=0.0 if fim is None else fim.suffix_first_rate,
-            specials=(0, 0, 0) if fim is None else (fim.prefix, fim.middle, fim.suffix),
         )
 
 
@@ -246,13 +193,25 @@ class PackedSpec:
     columns: tuple[str, ...]
 
     @property
-    def versions(self) -> tuple[int, ...]:
-        """Number of the version whose documents are packed, as a tuple."""
-        return self.below.versions
+    def version(self) -> int:
+        """Number of the version whose documents are packed."""
+        return self.below.versions[0]
 
     def open(self) -> PackedVersion:
         """Open the version."""
         return PackedVersion(self.below.open(), self.options, self.index, self.columns)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedShards:
+    """The shards of packed rows. Attributes as those of `ShardTable`."""
+
+    n_records: NDArray[np.int64]
+    n_bytes: NDArray[np.int64]
+    first_record: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.n_records)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -309,7 +268,7 @@ def _check(blocks: Blocks) -> None:
 
 
 class PackedVersion:
-    """Packed rows of the documents of one version, with the interface of `OpenedVersion`. Safe from any thread.
+    """Packed rows of the documents of one version: a `Leaf`. Safe from any thread.
 
     Args:
         below: Documents: records of one version, in stored order.
@@ -326,33 +285,30 @@ class PackedVersion:
         index: PackIndex | None = None,
         columns: Sequence[str] | None = None,
     ) -> None:
-        (leaf,) = below.leaves
         self._below = below.with_columns([options.column])
-        self._leaf = _version_of(self._below)
+        self.stored = self._below.leaves[0].stored
         self._options = options
-        stored = self._below.schema.columns[0]
-        if stored.kind is not Kind.RAGGED or stored.shape != (None,) or stored.dtype not in TOKEN_DTYPES:
+        column = self._below.schema.columns[0]
+        if column.kind is not Kind.RAGGED or column.shape != (None,) or column.dtype not in TOKEN_DTYPES:
             expected = "one-dimensional integers that fit int64, such as tiercache.Ragged('uint16', (None,))"
-            message = f"pack_sequences() packs a column of token lists, and this is {stored}"
+            message = f"pack_sequences() packs a column of token lists, and this is {column}"
             raise SchemaError(
-                f"{message} (takes {expected})", column=options.column, expected=expected, got=str(stored)
+                f"{message} (takes {expected})", column=options.column, expected=expected, got=str(column)
             )
-        limits = np.iinfo(stored.dtype)
+        limits = np.iinfo(column.dtype)
         if options.eos is not None and not limits.min <= options.eos <= limits.max:
             raise ValueError(
-                f"{self.url}: eos={options.eos} is no token of the column {options.column!r}, whose {stored.dtype} "
-                f"tokens are {limits.min} to {limits.max}: give the tokenizer's end token, or store the tokens with a "
-                "wider dtype"
+                f"{self.stored.url}: eos={options.eos} is no token of the column {options.column!r}, whose "
+                f"{column.dtype} tokens are {limits.min} to {limits.max}: give the tokenizer's end token, or store "
+                "the tokens with a wider dtype"
             )
-        self._packing = options.native(stored.dtype)
+        self._packing = options.native(column.dtype)
         self.index = _make_index(self._below, options, self._packing) if index is None else index
         self._first_row = np.append(0, np.cumsum(self.index.n_rows))
         self._first_block = self._blocks_before()
         self.stored_schema = _packed_schema(options)
         first_record = self._first_row[self.index.first_unit]
-        self.table = ShardSizes(np.diff(first_record), self._below.shard_bytes, first_record)
-        self.inner: Store = leaf.inner
-        self.cache: Cache | None = leaf.cache
+        self.table = PackedShards(np.diff(first_record), self._below.shard_bytes, first_record)
         self._serve(self.stored_schema.names if columns is None else tuple(columns))
 
     def _serve(self, columns: tuple[str, ...]) -> None:
@@ -368,49 +324,17 @@ class PackedVersion:
         return first
 
     @property
-    def url(self) -> str:
-        """See OpenedVersion.url."""
-        return self._leaf.url
-
-    @property
-    def parts(self) -> list[SourcePart]:
-        """The version as a state names it, in a list; the selection also says how documents are packed."""
-        digest = self._options.digest
-        texts = [f"{part.selection or ''}/{digest}" for part in self._below.parts]
-        selections = [sha256(text.encode()).hexdigest()[: len(digest)] for text in texts]
-        return [replace(part, selection=one) for part, one in zip(self._below.parts, selections, strict=True)]
+    def part(self) -> SourcePart:
+        """The version as a state names it; the selection also says how documents are packed."""
+        (part,), digest = self._below.parts, self._options.digest
+        text = f"{part.selection or ''}/{digest}"
+        return replace(part, selection=sha256(text.encode()).hexdigest()[: len(digest)])
 
     @property
     def fill_ratio(self) -> float:
         """Share of the positions of all rows that hold stored tokens; 1 if there are no rows."""
         n_positions = int(self._first_row[-1]) * self._options.length
         return self.index.n_tokens / n_positions if n_positions else 1.0
-
-    @property
-    def has_cache(self) -> bool:
-        """See OpenedVersion.has_cache."""
-        return self._leaf.has_cache
-
-    @property
-    def can_prefetch(self) -> bool:
-        """See OpenedVersion.can_prefetch."""
-        return self._leaf.can_prefetch
-
-    @property
-    def sends_requests(self) -> bool:
-        """See OpenedVersion.sends_requests."""
-        return self._leaf.sends_requests
-
-    @property
-    def is_drawn(self) -> bool:
-        """Whether rows differ between epochs."""
-        return self._options.fill_in_middle is not None
-
-    def for_epoch(self, seed: int, epoch: int) -> PackedVersion:
-        """Return the same rows with the random draws of an epoch of a run."""
-        other = copy.copy(self)
-        other._packing = self._packing.with_key(int.from_bytes(derive_key(seed, "packing", epoch)[:8], "little"))  # noqa: SLF001 -- of this class
-        return other
 
     def block_sizes(self, shards: Sequence[int]) -> list[BlockSizes]:
         """Return the rows and the raw bytes of each unit of these shards. Reads footers. Raises as `load`."""
@@ -424,7 +348,7 @@ class PackedVersion:
         first, n_blocks = self._first_block[units], self.index.n_blocks[units]
         if len(first) and int(first[-1] + n_blocks[-1]) >= len(raw_bytes):
             message = f"its footer lists {len(raw_bytes) - 1} blocks, fewer than when its documents were packed"
-            raise CorruptShard(message, url=self.url, part="footer")
+            raise CorruptShard(message, url=self.stored.url, part="footer")
         return BlockSizes(self.index.n_rows[units], raw_bytes[first + n_blocks] - raw_bytes[first])
 
     def _units(self, shard: int) -> slice:
@@ -435,7 +359,7 @@ class PackedVersion:
 
         Raises CorruptShard also if a unit has another number of rows than when the index was made.
         """
-        return _read_checked(self._leaf, shard, lambda: self._load(shard, units))
+        return _read_checked(self.stored, shard, lambda: self._load(shard, units))
 
     def _load(self, shard: int, units: Sequence[int]) -> PackedBlocks:
         numbers = np.asarray(units, np.int64)
@@ -451,7 +375,6 @@ class PackedVersion:
             documents.lengths,
             documents.addresses,
             documents.first[first_block],
-            _draw_numbers(shard, numbers),
         )
         if not np.array_equal(planned.n_rows, self.index.n_rows[of_shard][numbers]):
             raise CorruptShard("the lengths of its documents changed since they were packed", url=inner.url)
@@ -464,7 +387,7 @@ class PackedVersion:
         blocks: NDArray[np.int64] = np.repeat(first - np.append(0, np.cumsum(n_blocks)[:-1]), n_blocks)
         return blocks + np.arange(int(n_blocks.sum()))
 
-    def record(self, number: int) -> None:
+    def record(self, _number: int) -> None:
         """Return None: rows are never found in a mapping. See OpenedVersion.record."""
 
     def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
@@ -507,91 +430,23 @@ class PackedVersion:
                 found.append((column, [part.copy() for part in np.split(flat, offsets[1:-1])]))
         return found
 
-    def arrays(self, shard: int, block: int) -> list[pa.Array]:
-        """Return all rows of a unit as Arrow arrays. See OpenedVersion.arrays."""
-        unit = self._units(shard).start + block
-        values = self.values(np.arange(self._first_row[unit], self._first_row[unit + 1]))
-        return [_arrow(found.column, found.values) for found in values]
-
-    def statistics(self, _shard: int) -> Statistics:
-        """Return {}: of rows nothing is known without reading them. See OpenedVersion.statistics."""
-        return {}
-
     def is_mapped(self, _shard: int) -> bool:
         """Return False: loading a unit is work, which threads share. See OpenedVersion.is_mapped."""
         return False
 
-    def is_local(self, shard: int) -> bool:
-        """See OpenedVersion.is_local."""
-        return self._leaf.is_local(shard)
-
-    def remove_if_corrupt(self, shard: int) -> bool:
-        """See OpenedVersion.remove_if_corrupt."""
-        return self._leaf.remove_if_corrupt(shard)
-
-    def prepare_reading(self, shards: NDArray[np.int64]) -> None:
-        """See OpenedVersion.prepare_reading."""
-        self._leaf.prepare_reading(shards)
-
-    def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
-        """See OpenedVersion.publish."""
-        return self._leaf.publish(plan)
-
-    def prefetch(self, shards: Sequence[int]) -> None:
-        """See OpenedVersion.prefetch."""
-        self._leaf.prefetch(shards)
-
     def prefetch_blocks(self, shard: int, units: Sequence[int]) -> None:
         """See OpenedVersion.prefetch_blocks."""
-        self._below.prefetch_blocks(shard, self._blocks_of(shard, np.asarray(units, np.int64)).tolist())
+        self.stored.prefetch_blocks(shard, self._blocks_of(shard, np.asarray(units, np.int64)).tolist())
 
-    def warm(self, shards: Sequence[int], **how: Any) -> None:
-        """See OpenedVersion.warm."""
-        self._leaf.warm(shards, **how)
-
-    def figures(self) -> Mapping[str, float]:
-        """See OpenedVersion.figures."""
-        return self._leaf.figures()
-
-    def on_close(self, keeper: CloseListener) -> None:
-        """See OpenedVersion.on_close."""
-        self._leaf.on_close(keeper)
-
-    def close(self) -> None:
-        """See OpenedVersion.close."""
-        self._leaf.close()
-
-    def at_versions(self, numbers: Sequence[int]) -> PackedVersion:
-        """Return the documents of another version, packed in the same way. See OpenedVersion.at_versions."""
-        return PackedVersion(self._below.at_versions(numbers), self._options, None, self.schema.names)
+    def at_version(self, number: int) -> PackedVersion:
+        """Return the documents of another version, packed in the same way. See OpenedVersion.at_version."""
+        return PackedVersion(self._below.at_versions([number]), self._options, None, self.schema.names)
 
     def with_columns(self, columns: Sequence[str]) -> PackedVersion:
         """Return the same rows with other columns. Raises SchemaError."""
         other = copy.copy(self)
         other._serve(tuple(columns))  # noqa: SLF001 -- of this class
         return other
-
-    for_scan = with_columns
-
-
-def _arrow(column: Column, values: Any) -> pa.Array:
-    """Return values of a packed column as an array of its Arrow type."""
-    if isinstance(column, PackedColumn):
-        flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-        return pa.ExtensionArray.from_storage(
-            column.arrow.type, pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-        )
-    counts = np.array([len(value) for value in values], np.int32)
-    offsets = pa.array(np.append(0, np.cumsum(counts, dtype=np.int64)))
-    data = pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate([np.empty(0, np.int32), *values])))
-    shapes = pa.FixedSizeListArray.from_arrays(pa.array(counts), 1)
-    storage = pa.StructArray.from_arrays([data, shapes], fields=list(column.storage_type))
-    return pa.ExtensionArray.from_storage(column.arrow.type, storage)
-
-
-def _draw_numbers(shard: int, units: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Return the numbers that identify units of a shard in random draws."""
-    return (np.uint64(shard) << np.uint64(32)) | units.astype(np.uint64)
 
 
 def _read_checked(leaf: OpenedVersion, shard: int, read: Callable[[], T]) -> T:
@@ -670,18 +525,10 @@ class _ShardRows:
     n_tokens: int
 
 
-def _version_of(below: Records) -> OpenedVersion:
-    """Return the version of documents. Raises ValueError if they are no records of a stored version."""
-    leaf = below.leaves[0]
-    if not isinstance(leaf, OpenedVersion):
-        raise ValueError("columns side by side cannot be packed: pack the data set that has the column")
-    return leaf
-
-
 def _make_index(below: Records, options: SequenceOptions, how: packing.Packing) -> PackIndex:
     """Return the index of all shards. Raises as `load`, and ValueError for a document that is too long."""
     shards = np.flatnonzero(below.shard_records).tolist()
-    below.prepare_reading(np.array(shards, np.int64))
+    below.storage.prepare_reading(np.array(shards, np.int64))
     with ThreadPoolExecutor(min(THREADS, max(len(shards), 1)), "tiercache-packing") as pool:
         found = dict(zip(shards, pool.map(lambda shard: _pack_shard(below, options, how, shard), shards), strict=True))
     nothing = _ShardRows([], [], 0)
@@ -695,7 +542,7 @@ def _make_index(below: Records, options: SequenceOptions, how: packing.Packing) 
 
 def _pack_shard(below: Records, options: SequenceOptions, how: packing.Packing, shard: int) -> _ShardRows:
     """Return the units of a shard and count their rows."""
-    leaf = _version_of(below)
+    leaf = below.leaves[0].stored
     elements = None if options.needs_lengths else leaf.block_elements(shard)
     (table,) = below.block_sizes([shard])
     tokens, is_known = np.zeros(len(table.records), np.int64), np.zeros(len(table.records), np.bool_)
@@ -707,16 +554,13 @@ def _pack_shard(below: Records, options: SequenceOptions, how: packing.Packing, 
     tokens[measured] = [int(one.sum()) for one in lengths]
     positions = tokens + table.records * (options.eos is not None)
     bounds = _cut_units(positions, options.unit_positions)
-    n_units = len(bounds) - 1
     if options.needs_lengths:
         by_block = dict(zip(measured.tolist(), lengths, strict=True))
         nothing = np.empty(0, np.int64)
         every = [by_block.get(block, nothing) for block in range(len(positions))]
         first = np.append(0, np.cumsum(table.records))[bounds]
         try:
-            rows = packing.count_rows(
-                how, np.concatenate([nothing, *every]), first, _draw_numbers(shard, np.arange(n_units))
-            )
+            rows = packing.count_rows(how, np.concatenate([nothing, *every]), first)
         except packing.TooLongError as error:
             raise _too_long(options, error.n_tokens, below, int(error.document + below.first_record[shard])) from error
     else:
@@ -729,7 +573,7 @@ def _lengths_of_blocks(
     below: Records, shard: int, blocks: NDArray[np.int64], table: BlockSizes
 ) -> list[NDArray[np.int64]]:
     """Return the lengths of the selected documents of each of these blocks. Their tokens are not read if possible."""
-    leaf, lengths = _version_of(below), []
+    leaf, lengths = below.leaves[0].stored, []
     sums = np.cumsum(table.raw_bytes[blocks])
     begin = 0
     while begin < len(blocks):
@@ -742,7 +586,7 @@ def _lengths_of_blocks(
 
 
 def _shapes(below: Records, shard: int, blocks: NDArray[np.int64], table: BlockSizes) -> list[NDArray[np.int64]]:
-    loaded = _version_of(below).load_shapes(shard, blocks.tolist())
+    loaded = below.leaves[0].stored.load_shapes(shard, blocks.tolist())
     first, block, row = _selected_rows(below, shard, blocks, table)
     found, checks = np.empty(len(row), np.int32), loaded.pending_checks
     with _as_corrupt(loaded):
@@ -786,11 +630,80 @@ def pack_records(source: Records, options: SequenceOptions) -> Records:
             "a mixture cannot be packed: pack the data sets, then mix() them. The weights then count rows, which all "
             "have the same number of tokens"
         )
-    if parts := source.joined_parts():
-        return join([pack_records(part, options) for part in parts])
+    if isinstance(source.node, JoinNode):
+        leaves = iter(source.leaves)
+        return join([pack_records(build(node, leaves), options) for node in source.node.below])
     if len(source.leaves) > 1:
         raise ValueError(
             "these records were selected from joined data sets: select from each data set, then join and pack them"
         )
     below = source if source.is_in_stored_order else source.with_step(StoredOrderStep())
     return Records((PackedVersion(below, options),))
+
+
+def pack_sequences(
+    dataset: Dataset,
+    column: str,
+    length: int,
+    *,
+    mode: PackMode = "concatenate",
+    long_documents: LongDocuments = "cut",
+    eos: int | None = None,
+    pad: int = 0,
+    mask_borders: bool = False,
+) -> Dataset:
+    """Return a data set whose records are rows of `length` tokens, made of the documents of a token column.
+
+    A batch of n rows has the entries
+
+    - `column`, int64[n, length]: the tokens.
+    - `labels`, int64[n, length]: the next token of the same document, also across a cut at the end of a row. -100 in
+      padding and at the last position of a row whose document ends there.
+    - `position_ids`, int64[n, length]: 0, 1, 2, ... in each piece of a document, and in the padding.
+    - `document_ids`, int32[n, length]: number of the piece in its row, from 0; -1 in padding.
+    - `cu_seqlens`, int32[m + 1], and `max_seqlen`, int: bounds of the m pieces (and paddings) of the flattened batch, 0
+      to n * length, and the longest of them, for attention over sequences of varying length.
+
+    `select_columns` leaves out what a model does not need. A loader shuffles, splits and resumes rows as it does
+    records. Which documents share a row does not depend on the epoch, so all epochs have len() rows. Documents are
+    packed in stored order within runs of blocks, each 64 rows or more; a list of record numbers is packed in stored
+    order too. Joined data sets are packed one by one. Pack data sets before `mix`: its weights then count rows.
+
+    In mode "concatenate", this function reads the footers of all shards, and nothing else.
+    Otherwise it reads the lengths of all documents once: the pages of 64 KiB that hold them, or the whole column if it
+    is compressed. A pickle of the result contains the result of this reading.
+
+    Args:
+        dataset: Documents: a data set or a view, without a transform. Only `column` is read.
+        column: Name of the column of tokens: `Ragged` of integers with one dimension. Nulls are empty documents.
+        length: Tokens of a row, 2 to 2**24.
+        mode: "concatenate": documents follow each other without gaps, and are cut where rows end. "best_fit": documents
+            are not cut; the longest ones are placed first, each into the row where it leaves the least room.
+            "separate": each document begins a row of its own.
+        long_documents: In the modes that do not cut: whether to "cut" a document that is longer than a row, or to raise
+            an "error" now.
+        eos: End token, which is added to each document, also to an empty one. It must fit the stored dtype of the
+            tokens. None: no token is added.
+        pad: Token that fills a row behind its last piece.
+        mask_borders: Whether the label of a document's last token is -100 also if another document follows in the row.
+            Otherwise it is the first token of that document.
+
+    Raises:
+        SchemaError: The column does not exist or has another type.
+        ValueError: An argument is invalid; or a document is too long; or the data set is a mixture, has a transform, or
+            is packed already.
+        TypeError: An argument is of another type.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"pack_sequences() takes a tiercache.Dataset, got {dataset!r}")
+    access = dataset.__tiercache__()
+    if not access.is_plain or access.batch_transform is not None:
+        raise ValueError(
+            "pack_sequences() packs stored documents, and this data set has a transform, or its class overrides how "
+            "records are read; LoaderOptions(batch_transform=) applies to packed rows"
+        )
+    if access.source.is_packed:
+        raise ValueError("the data set is packed already")
+    options = SequenceOptions(column, length, mode, long_documents, eos, pad, mask_borders)
+    rows = pack_records(access.source, options)
+    return dataset._derive(rows, OutputSpec({CU_SEQLENS: BOUNDARIES}))  # noqa: SLF001 -- of this package

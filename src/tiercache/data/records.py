@@ -6,40 +6,32 @@ Views, joined data sets and mixtures differ only in the selection and in the tre
 from __future__ import annotations
 
 import copy
-import pickle
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
 
-from tiercache.data.plans import PublishedPlans, plan_of
-from tiercache.data.scan import matching
 from tiercache.data.selection import BlockSpans, RowTables, Selection
-from tiercache.errors import NotFound, ObjectChanged
-from tiercache.model import PublishedPlan, ReadingPlan, SourcePart
+from tiercache.data.storage import Storage, distinct
+from tiercache.errors import ObjectChanged
+from tiercache.model import SourcePart
 from tiercache.order import BlockSizes
 from tiercache.order.epoch_order import derive_key
 from tiercache.order.explicit import PermutedOrder
 from tiercache.order.mixture import MixtureSpec, Schedule, StoredMixture
-from tiercache.shard.read.values import join_arrow, join_values
+from tiercache.shard.read.values import join_values
 from tiercache.shard.schema import Schema, check_same_columns
-from tiercache.shard.versions.segments import as_arrow
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.compute as pc
     from numpy.typing import NDArray
 
-    from tiercache.cache import WarmProgress
-    from tiercache.data.leaf import Leaf, LeafSpec
-    from tiercache.model import CloseListener
+    from tiercache.data.opened_version import OpenedVersion
     from tiercache.order.explicit import ServedOrder
-    from tiercache.shard.format.statistics import Statistics
     from tiercache.shard.read.blocks import Blocks
     from tiercache.shard.read.values import ColumnValues
 
@@ -47,6 +39,78 @@ Stop = Literal["first", "all"]
 # Number of threads that read footers of several versions in parallel.
 _THREADS = 16
 _NO_BLOCKS = BlockSizes(np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+class ShardSizes(Protocol):
+    """The shards of a leaf. Attributes as those of `ShardTable`."""
+
+    @property
+    def n_records(self) -> NDArray[np.int64]: ...
+
+    @property
+    def n_bytes(self) -> NDArray[np.int64]: ...
+
+    @property
+    def first_record(self) -> NDArray[np.int64]: ...
+
+    def __len__(self) -> int: ...
+
+
+class LeafSpec(Protocol):
+    """Small picklable description of a leaf."""
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    @property
+    def version(self) -> int: ...
+
+    def open(self) -> Leaf: ...
+
+
+class Leaf(Protocol):
+    """Records in shards and blocks: an `OpenedVersion`, or a `PackedVersion` over one.
+
+    All methods may be called from any thread. `OpenedVersion` says what they return and raise.
+
+    Attributes:
+        stored: The version whose shards are read; the leaf's shards have the same numbers.
+        fill_ratio: Share of the positions of packed rows that hold stored tokens; None if records are no packed rows.
+    """
+
+    stored_schema: Schema
+    schema: Schema
+
+    @property
+    def stored(self) -> OpenedVersion: ...
+
+    @property
+    def table(self) -> ShardSizes: ...
+
+    @property
+    def spec(self) -> LeafSpec: ...
+
+    @property
+    def part(self) -> SourcePart: ...
+
+    @property
+    def fill_ratio(self) -> float | None: ...
+
+    def block_sizes(self, shards: Sequence[int], /) -> list[BlockSizes]: ...
+
+    def load(self, shard: int, blocks: Sequence[int], /) -> Blocks: ...
+
+    def is_mapped(self, shard: int, /) -> bool: ...
+
+    def prefetch_blocks(self, shard: int, blocks: Sequence[int], /) -> None: ...
+
+    def record(self, number: int, /) -> dict[str, Any] | None: ...
+
+    def values(self, records: NDArray[np.int64], /) -> list[ColumnValues]: ...
+
+    def at_version(self, number: int, /) -> Leaf: ...
+
+    def with_columns(self, columns: Sequence[str], /) -> Leaf: ...
 
 
 class Step:
@@ -69,7 +133,6 @@ class RangeStep(Step):
     stop: int | None
 
     def choose(self, records: Records) -> Selection:
-        """See Step.choose."""
         n = records.n_records
         return Selection.span(min(self.start, n), n if self.stop is None else min(self.stop, n))
 
@@ -85,7 +148,6 @@ class ShardStep(Step):
     index: int
 
     def choose(self, records: Records) -> Selection:
-        """See Step.choose."""
         length, n_longer = divmod(records.n_records, self.n_shards)
         start = self.index * length + min(self.index, n_longer)
         return Selection.span(start, start + length + (self.index < n_longer))
@@ -101,7 +163,6 @@ class SelectStep(Step):
     selection: Selection
 
     def choose(self, records: Records) -> Selection:
-        """See Step.choose."""
         if self.selection.stop > records.n_records:
             raise IndexError(
                 f"select() names record {self.selection.stop - 1}, but {records.url} has only {records.n_records} "
@@ -120,7 +181,6 @@ class ShuffleStep(Step):
     seed: int
 
     def choose(self, records: Records) -> Selection:
-        """See Step.choose."""
         n = records.n_records
         span = Selection.span(0, n)
         return Selection(span.starts, span.first, shuffled_order(self.seed, n)) if n else span
@@ -141,35 +201,11 @@ class StoredOrderStep(Step):
     selects_by_place = False
 
     def choose(self, records: Records) -> Selection:
-        """See Step.choose."""
         order = records.record_order
         return Selection.span(0, records.n_records) if order is None else Selection.of(np.argsort(order))
 
     def __str__(self) -> str:
         return "in stored order"
-
-
-@dataclass(frozen=True, slots=True)
-class FilterStep(Step):
-    """Records for which an expression is true."""
-
-    expression: pc.Expression
-    selects_by_place: ClassVar[bool] = False
-
-    def choose(self, records: Records) -> Selection:
-        """See Step.choose. Raises SchemaError for an unknown column, and the errors of reading."""
-        return matching(records, self.expression)
-
-    def __str__(self) -> str:
-        return f"filter({self.expression})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # 0.6 KB instead of 2.2 KB, most of which are zeros.
-        return _filter, (zlib.compress(pickle.dumps(self.expression), 9),)
-
-
-def _filter(compressed: bytes) -> FilterStep:
-    return FilterStep(pickle.loads(zlib.decompress(compressed)))  # noqa: S301 -- part of a pickle itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,20 +221,6 @@ class ViewNode:
     steps: tuple[Step, ...]
     selection: Selection | None
     selects_all: bool = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A single SelectStep contains the selection itself.
-        is_stated = self.selection is None or self.steps == (SelectStep(self.selection),)
-        packed = None if self.selection is None or is_stated else self.selection.pack()
-        return _view_node, (self.below, self.steps, packed, self.selects_all)
-
-
-def _view_node(below: Node, steps: tuple[Step, ...], packed: tuple[Any, ...] | None, selects_all: bool) -> ViewNode:
-    try:
-        selection = None if packed is None else Selection.unpack(packed)
-    except NotFound:
-        selection = None  # the steps are evaluated again; a list of record numbers must still exist
-    return ViewNode(below, steps, selection, selects_all)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,12 +254,12 @@ class RecordsSpec:
     @property
     def versions(self) -> tuple[int, ...]:
         """Version number of each leaf."""
-        return tuple(version for leaf in self.leaves for version in leaf.versions)
+        return tuple(leaf.version for leaf in self.leaves)
 
     def open(self) -> Records:
         """Open the versions. A version that is joined several times is opened once."""
         opened = {id(leaf): leaf.open() for leaf in {id(leaf): leaf for leaf in self.leaves}.values()}
-        return _build(self.node, iter([opened[id(leaf)] for leaf in self.leaves]), is_known=True)
+        return build(self.node, iter([opened[id(leaf)] for leaf in self.leaves]))
 
 
 class Records:
@@ -248,7 +270,7 @@ class Records:
 
     Attributes:
         leaves: The versions that are read; a version that is joined several times is several leaves.
-        opened_versions: The versions, each once.
+        storage: Where the shards are: cache, prefetch, counters.
         node: How the records are derived from the leaves.
         selection: Selected records, by their stored numbers in all leaves; None: all of them in stored order.
         mixture: The mixture of the node's parts; None: the parts follow one another.
@@ -256,6 +278,8 @@ class Records:
         first_record: int64[n_shards + 1], number of the selected records before each shard, then of all.
         shard_records: int64[n_shards], number of the selected records of each shard.
         shard_bytes: int64[n_shards], stored bytes of each whole shard.
+        schema: Served columns, in order, which are the same in all leaves.
+        url: URL of the first data set, without credentials.
     """
 
     def __init__(
@@ -286,10 +310,8 @@ class Records:
         self._read(leaves)
 
     def _read(self, leaves: tuple[Leaf, ...]) -> None:
-        self.leaves = leaves
-        self.opened_versions = tuple({id(leaf): leaf for leaf in leaves}.values())
-        if self.node is None:  # one call less for each record of a whole version
-            self.__dict__["record"] = leaves[0].record
+        self.leaves, self.schema, self.url = leaves, leaves[0].schema, leaves[0].stored.url
+        self.storage = Storage(leaves, self._leaf_shards, self.shard_records)
 
     def _over(self, leaves: Iterator[Leaf]) -> Records:
         """Return the same records of other objects of the same versions."""
@@ -311,25 +333,16 @@ class Records:
             node = node.below
         return tuple(step for steps in reversed(found) for step in steps)
 
-    @property
-    def url(self) -> str:
-        """URL of the first data set, without credentials."""
-        return self.leaves[0].url
-
     @cached_property
     def parts(self) -> tuple[SourcePart, ...]:
         """The data sets that are read, one per leaf, with hashes of the selections; a state compares them."""
         return tuple(_parts(self.node, iter(self.leaves)))
 
-    @property
-    def schema(self) -> Schema:
-        """Served columns, in order, which are the same in all leaves."""
-        return self.leaves[0].schema
-
     @cached_property
     def stored_schema(self) -> Schema:
         """Columns that all versions have with the same type, served or not."""
-        first, *others = (version.stored_schema.columns for version in self.opened_versions)
+        schemas = {id(leaf.stored_schema): leaf.stored_schema for leaf in self.leaves}
+        first, *others = (schema.columns for schema in schemas.values())
         types = [{c.name: str(c) for c in columns} for columns in others]
         return Schema([c for c in first if all(found.get(c.name) == str(c) for found in types)])
 
@@ -349,13 +362,8 @@ class Records:
         return self.mixture is None and (self.selection is None or self.selection.order is None)
 
     @property
-    def selects_all(self) -> bool:
-        """Whether all records of all leaves are selected, so that stored_rows() returns each row unchanged."""
-        return self.selection is None
-
-    @property
     def is_packed(self) -> bool:
-        """Whether records are packed rows (`views.packing`)."""
+        """Whether records are packed rows (`data/packing.py`)."""
         return self.leaves[0].fill_ratio is not None
 
     @property
@@ -375,89 +383,15 @@ class Records:
             n_rows = np.concatenate([part * share / part.sum() for part, share in zip(parts, shares, strict=True)])
         return float(np.average(np.array(ratios, np.float64), weights=n_rows))
 
-    def for_epoch(self, seed: int, epoch: int) -> Records:
-        """Return the records as an epoch of a run serves them: itself, unless packed rows have random draws."""
-        if not any(leaf.is_drawn for leaf in self.leaves):
-            return self
-        drawn = {id(leaf): leaf.for_epoch(seed, epoch) for leaf in self.opened_versions}
-        return self._over(drawn[id(leaf)] for leaf in self.leaves)
-
-    def joined_parts(self) -> list[Records]:
-        """Return the records that are joined, in order; an empty list if these records are not joined."""
-        if not isinstance(self.node, JoinNode):
-            return []
-        leaves = iter(self.leaves)
-        return [_build(node, leaves, is_known=True) for node in self.node.below]
-
-    @property
-    def has_cache(self) -> bool:
-        """Whether a cache is in use for any version; publish() gives that cache the reading plan."""
-        return any(version.has_cache for version in self.opened_versions)
-
-    @property
-    def can_prefetch(self) -> bool:
-        """Whether prefetch() can fetch anything; if not, no caller needs to compute the shards for it."""
-        return any(version.can_prefetch for version in self.opened_versions)
-
-    @property
-    def sends_requests(self) -> bool:
-        """Whether load() sends requests to a store, because there is no cache."""
-        return any(version.sends_requests for version in self.opened_versions)
-
-    def locate(self, shard: int) -> tuple[Leaf, int]:
-        """Return the version that has a shard, and the shard's number there."""
-        leaf = int(self._leaf_shards.searchsorted(shard, side="right")) - 1
-        return self.leaves[leaf], int(shard - self._leaf_shards[leaf])
-
     def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
         """Load the served columns of some blocks of a shard, which stays open for some time. See OpenedVersion.load."""
-        version, number = self.locate(shard)
-        return version.load(number, blocks)
+        leaf, number = self.storage.locate(shard)
+        return leaf.load(number, blocks)
 
     def arrays(self, shard: int, block: int) -> list[pa.Array]:
         """Return a whole stored block as Arrow arrays of the served columns, completely checked."""
-        version, number = self.locate(shard)
-        return version.arrays(number, block)
-
-    def statistics(self, shard: int) -> Statistics:
-        """See OpenedVersion.statistics. They describe the whole shard."""
-        version, number = self.locate(shard)
-        return version.statistics(number)
-
-    def is_mapped(self, shard: int) -> bool:
-        """Whether load() of any block of the shard only maps it, as far as is known without looking."""
-        version, number = self.locate(shard)
-        return version.is_mapped(number)
-
-    def is_local(self, shard: int) -> bool:
-        """Whether the served columns of the shard are on this machine, so that load() needs no network."""
-        version, number = self.locate(shard)
-        return version.is_local(number)
-
-    def remove_if_corrupt(self, shard: int) -> bool:
-        """See OpenedVersion.remove_if_corrupt."""
-        version, number = self.locate(shard)
-        return version.remove_if_corrupt(number)
-
-    def _by_leaf(self, shards: Any) -> list[tuple[Leaf, NDArray[np.int64], NDArray[np.int64]]]:
-        """Return (version, indices of its shards, their numbers there) for each leaf that has any of the shards."""
-        shards = np.asarray(shards, np.int64)
-        leaves = np.searchsorted(self._leaf_shards, shards, side="right") - 1
-        found = []
-        for leaf in _distinct(leaves).tolist():
-            where = np.flatnonzero(leaves == leaf)
-            found.append((self.leaves[leaf], where, shards[where] - self._leaf_shards[leaf]))
-        return found
-
-    def _by_version(self, shards: Any) -> list[tuple[Leaf, NDArray[np.int64], NDArray[np.int64]]]:
-        """Return the same as _by_leaf with the leaves of each version joined: a number there may then be repeated."""
-        by_version: dict[int, list[tuple[Leaf, NDArray[np.int64], NDArray[np.int64]]]] = {}
-        for group in self._by_leaf(shards):
-            by_version.setdefault(id(group[0]), []).append(group)
-        return [
-            (groups[0][0], np.concatenate([g[1] for g in groups]), np.concatenate([g[2] for g in groups]))
-            for groups in by_version.values()
-        ]
+        leaf, number = self.storage.locate(shard)
+        return leaf.stored.arrays(number, block)
 
     def block_sizes(self, shards: Sequence[int]) -> list[BlockSizes]:
         """Return the block sizes of each of these shards, from their footers, which are read concurrently.
@@ -479,9 +413,9 @@ class Records:
 
     def _stored_block_sizes(self, shards: Sequence[int]) -> dict[int, BlockSizes]:
         """Return the sizes of whole blocks by shard. Several versions are read in parallel."""
-        groups = self._by_version(shards)
+        groups = self.storage.by_leaf(shards)
         if len(groups) < 2:
-            found = [version.block_sizes(numbers.tolist()) for version, _, numbers in groups]
+            found = [leaf.block_sizes(numbers.tolist()) for leaf, _, numbers in groups]
         else:
             with ThreadPoolExecutor(min(_THREADS, len(groups)), "tiercache-joined") as pool:
                 found = list(pool.map(lambda group: group[0].block_sizes(group[2].tolist()), groups))
@@ -535,26 +469,22 @@ class Records:
             return self.leaves[0].values(numbers)
         leaves = np.searchsorted(self._leaf_records, numbers, side="right") - 1
         found, positions = [], []
-        for leaf in _distinct(leaves).tolist():
+        for leaf in distinct(leaves).tolist():
             positions.append(np.flatnonzero(leaves == leaf))
             found.append(self.leaves[leaf].values(numbers[positions[-1]] - self._leaf_records[leaf]))
         return join_values(found, positions)
 
-    def take_arrow(self, records: NDArray[np.int64]) -> list[pa.Array]:
-        """Return the values of served records as Arrow arrays; see `values`. Each block is read once."""
+    def places(self, records: NDArray[np.int64]) -> Iterator[tuple[int, int, NDArray[np.int64], NDArray[np.int64]]]:
+        """Yield (shard, stored block, indices of its records in `records`, their rows there), each block once."""
         numbers = self._stored_numbers(records)
         shards = np.searchsorted(self._stored_first, numbers, side="right") - 1
-        arrays: list[list[pa.Array]] = []
-        positions: list[NDArray[np.int64]] = []
         for shard, sizes in self._stored_block_sizes(np.unique(shards).tolist()).items():
             where = np.flatnonzero(shards == shard)
             ends = np.cumsum(sizes.records) + self._stored_first[shard]
             blocks = np.searchsorted(ends, numbers[where], side="right")
             for block in np.unique(blocks).tolist():
-                positions.append(where[blocks == block])
-                rows = as_arrow(numbers[positions[-1]] - (ends[block] - sizes.records[block]))
-                arrays.append([array.take(rows) for array in self.arrays(shard, block)])
-        return join_arrow(arrays, positions, self.schema)
+                chosen = where[blocks == block]
+                yield shard, block, chosen, numbers[chosen] - (ends[block] - sizes.records[block])
 
     def _unmixed_numbers(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
         part, within = self._mixed.locate(records)
@@ -566,88 +496,24 @@ class Records:
             records = self._unmixed_numbers(records)
         return records if self.selection is None else self.selection.numbers(records)
 
-    def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
-        """Tell the caches when shards are read, until the returned object is closed; None: there is no cache.
-
-        All leaves of a version share one plan, because there may be many. Raises OSError if it cannot be written.
-        """
-        if len(self.leaves) == 1:
-            return self.leaves[0].publish(plan)
-        found: list[PublishedPlan] = []
-        try:
-            for version, where, shards in self._by_version(plan.shards):
-                one = version.publish(plan_of(plan, where, shards))
-                if one is not None:
-                    found.append(one)
-        except BaseException:  # the plans published so far have no other owner that could withdraw them
-            PublishedPlans(tuple(found)).close()
-            raise
-        return PublishedPlans(tuple(found))
-
-    def prepare_reading(self, shards: NDArray[np.int64]) -> None:
-        """Check that a run can read these shards, int64[m]. The engine calls it before the first epoch.
-
-        Raises ArchivedShards, which names all shards that must be restored first; or StoreError if their location is
-        unknown.
-        """
-        for version, _, numbers in self._by_version(shards[self.shard_records[shards] > 0]):
-            version.prepare_reading(_distinct(numbers))
-
-    def prefetch(self, shards: Sequence[int]) -> None:
-        """Start to fetch these shards to this machine, in this order; returns at once."""
-        for version, _, numbers in self._by_leaf([shard for shard in shards if self.shard_records[shard]]):
-            version.prefetch(numbers.tolist())
-
-    def prefetch_blocks(self, shard: int, blocks: Sequence[int]) -> None:
-        """Start to fetch blocks that are loaded next, before all that prefetch() was asked for; returns at once.
-
-        A shard that the cache does not admit is skipped.
-        """
-        version, number = self.locate(shard)
-        version.prefetch_blocks(number, blocks)
-
-    def warm(self, *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None) -> None:
-        """Fetch the served columns of all shards with selected records into the cache. See Dataset.warm."""
-        for version, _, numbers in self._by_leaf(np.flatnonzero(self.shard_records)):
-            version.warm(numbers.tolist(), jobs=jobs, on_progress=on_progress)
-
-    def figures(self) -> Mapping[str, float]:
-        """Return the sums of OpenedVersion.figures(); a shared cache counts once."""
-        sums: dict[str, float] = {}
-        caches: set[int] = set()
-        for version in self.opened_versions:
-            for name, figure in version.figures().items():
-                if not (name.startswith("cache_") and id(version.cache) in caches):
-                    sums[name] = sums.get(name, 0) + figure
-            caches.add(id(version.cache))
-        return sums
-
-    def on_close(self, keeper: CloseListener) -> None:
-        """Call keeper.on_source_closed() when a version is closed. The keeper is referenced weakly."""
-        for version in self.opened_versions:
-            version.on_close(keeper)
-
-    def close(self) -> None:
-        """Release shards and connections. The records may be read again afterwards."""
-        for version in self.opened_versions:
-            version.close()
-
     def at_versions(self, versions: Sequence[int]) -> Records:
         """Return records selected and joined in the same way at other versions, one per entry of `parts`.
 
         Raises NotFound.
         """
-        numbers = iter(versions)
-        leaves = [leaf.at_versions([next(numbers) for _ in leaf.parts]) for leaf in self.leaves]
-        return _build(self.node, iter(leaves), is_known=False)
+        leaves = [leaf.at_version(number) for leaf, number in zip(self.leaves, versions, strict=True)]
+        return build(self.node, iter(leaves), is_known=False)
 
     def with_columns(self, columns: Sequence[str]) -> Records:
         """Return the same records with other columns of the stored schema. Raises SchemaError for an unknown column."""
         return self._over(leaf.with_columns(columns) for leaf in self.leaves)
 
     def for_scan(self, columns: Sequence[str]) -> Records:
-        """Return records as `with_columns` does, for a single pass: shards that are not cached bypass the cache."""
-        return self._over(leaf.for_scan(columns) for leaf in self.leaves)
+        """Return records as `with_columns` does, for a single pass: shards that are not cached bypass the cache.
+
+        Caching them would evict other shards. The records are no packed rows.
+        """
+        return self._over(leaf.stored.with_columns(columns, past_cache=True) for leaf in self.leaves)
 
     def unmixed(self) -> Records:
         """Return a mixture's parts joined: a shuffled epoch may serve records that have no number in the mixture."""
@@ -666,17 +532,17 @@ class Records:
         if step.selects_by_place and isinstance(last, SelectStep):
             merged = selection if len(node.steps) == 1 else last.selection.compose(chosen)
             steps = (*node.steps[:-1], SelectStep(merged))
-        return _view(_build(node.below, iter(self.leaves), is_known=True), steps, selection)
+        return _view(build(node.below, iter(self.leaves)), steps, selection)
 
 
-def _build(node: Node, leaves: Iterator[Leaf], *, is_known: bool) -> Records:
+def build(node: Node, leaves: Iterator[Leaf], *, is_known: bool = True) -> Records:
     """Return the records that a tree makes of versions. is_known: Whether the selections in the tree are valid."""
     if node is None:
         return Records((next(leaves),))
     if isinstance(node, JoinNode):
-        below = [_build(one, leaves, is_known=is_known) for one in node.below]
+        below = [build(one, leaves, is_known=is_known) for one in node.below]
         return mix(below, node.weights, node.stop) if node.weights else join(below)
-    records = _build(node.below, leaves, is_known=is_known)
+    records = build(node.below, leaves, is_known=is_known)
     if is_known and node.selection is not None:
         return _view(records, node.steps, node.selection)
     for step in node.steps:
@@ -695,7 +561,7 @@ def _view(below: Records, steps: tuple[Step, ...], selection: Selection) -> Reco
 
 def _parts(node: Node, leaves: Iterator[Leaf]) -> list[SourcePart]:
     if node is None:
-        return next(leaves).parts
+        return [next(leaves).part]
     if isinstance(node, JoinNode):
         return [part for below in node.below for part in _parts(below, leaves)]
     parts = _parts(node.below, leaves)
@@ -752,8 +618,3 @@ def mix(parts: Sequence[Records], weights: Sequence[Any], stop: Stop) -> Records
     mixture = MixtureSpec(tuple(np.cumsum([0, *n_shards[:-1]]).tolist()), tuple(weights), stop)
     node = JoinNode(tuple(part.node for part in parts), mixture.weights, stop)
     return Records(joined.leaves, node, joined.selection, mixture)
-
-
-def _distinct(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the sorted distinct numbers of shards or leaves. The first np.unique() of a process takes 6 ms."""
-    return np.flatnonzero(np.bincount(numbers))

@@ -1,31 +1,41 @@
-"""Scans of a source: record numbers and Arrow batches from end to end, and the evaluation of filters.
+"""Scans of records: Arrow batches from end to end, filters, splits, and the counts of classes.
 
-A filter reads the columns of its expression in bounded memory, and skips shards that cannot match.
+A scan reads only the columns that it needs, in bounded memory.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tiercache.data.records import JoinNode, Step, shuffled_order
 from tiercache.data.selection import Selection, runs_of
 from tiercache.errors import SchemaError
+from tiercache.order.epoch_order import derive_key
+from tiercache.order.mixture import exact_weight
+from tiercache.shard.read.values import join_arrow
 from tiercache.shard.schema import Kind
+from tiercache.shard.versions.segments import as_arrow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tiercache.data.records import Records
+    from tiercache.data.records import Node, Records
     from tiercache.order import BlockSizes
     from tiercache.order.explicit import ServedOrder
-    from tiercache.shard.format.statistics import Statistics
     from tiercache.shard.schema import Column, Schema
 
 
@@ -37,6 +47,17 @@ T = TypeVar("T")
 LISTED_RECORDS = 4096
 # Records whose place in the order is computed at a time.
 ORDER_RECORDS = 1 << 20
+# Limit, per thread, of the raw bytes (all columns) of the blocks whose columns are in memory at a time.
+CHUNK_BYTES = 32 << 20
+# Number of shards read in parallel: their time is round trips. Evaluation uses the cores that are free.
+THREADS = 8
+
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+# Fractions such as 1/3 are given as floats: their sum may differ from 1 by as much.
+_SUM_TOLERANCE = Fraction(1, 10**6)
+_MOST_PARTS = 1 << 16
+_INTEGERS = (Kind.SCALAR,)
+_CLASSES = (*_INTEGERS, Kind.BOOL, Kind.STR)
 
 
 def spans(source: Records) -> Iterator[tuple[int, int]]:
@@ -56,15 +77,17 @@ def spans(source: Records) -> Iterator[tuple[int, int]]:
 def arrow_batches(source: Records) -> Iterator[pa.RecordBatch]:
     """Yield record batches in order. A run of records of one block refers to its memory; other batches are copies."""
     schema = source.schema.arrow
+    if source.is_packed:
+        raise ValueError("packed rows have no Arrow form: convert the documents, or make arrays of dataset[...]")
     if not source.is_in_stored_order:
         for start, stop in spans(source):
-            yield pa.RecordBatch.from_arrays(source.take_arrow(np.arange(start, stop)), schema=schema)
+            yield pa.RecordBatch.from_arrays(_take_arrow(source, np.arange(start, stop)), schema=schema)
         return
     for shard in np.flatnonzero(source.shard_records).tolist():
         (table,) = source.block_sizes([shard])
         for block in np.flatnonzero(table.records).tolist():
             arrays = source.arrays(shard, block)
-            if not source.selects_all:
+            if source.selection is not None:
                 rows = _rows(source, shard, np.array([block]), table)
                 if bool((np.diff(rows.astype(np.int64)) == 1).all()):
                     arrays = [array.slice(int(rows[0]), len(rows)) for array in arrays]
@@ -73,15 +96,36 @@ def arrow_batches(source: Records) -> Iterator[pa.RecordBatch]:
             yield pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-# Limit, per thread, of the raw bytes (all columns) of the blocks whose columns are in memory at a time.
-CHUNK_BYTES = 32 << 20
-# Number of shards read in parallel: their time is round trips. Evaluation uses the cores that are free.
-THREADS = 8
+def _take_arrow(source: Records, records: NDArray[np.int64]) -> list[pa.Array]:
+    """Return the values of served records as Arrow arrays. Each block is read once."""
+    arrays, positions = [], []
+    for shard, block, where, rows in source.places(records):
+        positions.append(where)
+        arrays.append([array.take(as_arrow(rows)) for array in source.arrays(shard, block)])
+    return join_arrow(arrays, positions, source.schema)
 
-# Expressions for which Arrow's pruning by statistics is wrong: it assumes that casts are monotonic even if they
-# overflow, and it treats NaN like any number. `~(x <= NaN)`, which is true, would rule out every shard.
-_WEIGHED_WRONG = re.compile(r"\bnan\b|allow_int_overflow=true")
-_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+
+@dataclass(frozen=True, slots=True)
+class FilterStep(Step):
+    """Records for which an expression is true."""
+
+    expression: pc.Expression
+    selects_by_place: ClassVar[bool] = False
+
+    def choose(self, records: Records) -> Selection:
+        """See Step.choose. Raises SchemaError for an unknown column, and the errors of reading."""
+        return matching(records, self.expression)
+
+    def __str__(self) -> str:
+        return f"filter({self.expression})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # 0.6 KB instead of 2.2 KB, most of which are zeros.
+        return _filter, (zlib.compress(pickle.dumps(self.expression), 9),)
+
+
+def _filter(compressed: bytes) -> FilterStep:
+    return FilterStep(pickle.loads(zlib.decompress(compressed)))  # noqa: S301 -- part of a pickle itself
 
 
 def matching(source: Records, expression: pc.Expression) -> Selection:
@@ -95,12 +139,19 @@ def matching(source: Records, expression: pc.Expression) -> Selection:
     names = columns_of(source.stored_schema, expression)
     if not names:  # a constant: Arrow needs some column to know the number of rows
         names = [source.schema.names[0]]
-    scanned = source.for_scan(names)
-    shards = _may_match(scanned, expression, np.flatnonzero(scanned.shard_records).tolist())
-    with ThreadPoolExecutor(min(THREADS, max(len(shards), 1)), "tiercache-filter") as pool:
-        found = list(pool.map(lambda shard: _matches_of_shard(scanned, expression, shard), shards))
-    starts = np.concatenate([np.empty(0, np.int64), *(first for first, _ in found)])
-    stored = Selection.of_runs(starts, np.concatenate([np.empty(0, np.int64), *(n for _, n in found)]))
+
+    def matches_of(table: pa.Table) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
+        with _explained(source.stored_schema, expression):
+            flags = _evaluate(table, expression)
+        starts, first = runs_of(np.flatnonzero(flags))
+        return len(flags), starts, np.diff(first)
+
+    found = map_tables(source, names, matches_of)
+    bases = np.cumsum([0, *(n for n, _, _ in found)]).tolist()
+    starts = [first + base for (_, first, _), base in zip(found, bases, strict=False)]
+    lengths = [n for _, _, n in found]
+    nothing = np.empty(0, np.int64)
+    stored = Selection.of_runs(np.concatenate([nothing, *starts]), np.concatenate([nothing, *lengths]))
     order = source.record_order
     if order is None:
         return stored
@@ -117,43 +168,36 @@ def in_served_order(values: NDArray[Scalar], order: ServedOrder) -> NDArray[Scal
     return found
 
 
-def map_column(
-    source: Records, name: str, function: Callable[[pa.ChunkedArray], T], shards: Sequence[int] | None = None
-) -> list[T]:
-    """Return the function's results for the values of a column, in stored order; several threads call it.
+def map_tables(source: Records, names: Sequence[str], function: Callable[[pa.Table], T]) -> list[T]:
+    """Return the function's results for tables of some columns, in stored order; several threads call it.
 
-    Each call gets the values of the source's records in some neighbouring blocks, as they are stored. The column need
-    not be among the served ones.
-
-    Args:
-        source: Records that are read; those of a mixture are the stored records of its parts.
-        name: Name of a column.
-        function: Function of some values.
-        shards: Numbers of the shards to read, rising. None: all that hold records of the source.
-
-    Raises:
-        SchemaError: There is no such column.
+    Each table has the source's records in some neighbouring blocks, as they are stored. The columns need not be among
+    the served ones. Those of a mixture are the stored records of its parts. Raises SchemaError for an unknown column.
     """
-    scanned = source.for_scan([name])
+    scanned = source.for_scan(names)
 
     def results_of(shard: int) -> list[T]:
         (table,) = scanned.block_sizes([shard])
-        return [function(_values(scanned, shard, blocks, table)) for blocks in _chunks(table)]
+        return [function(_table(scanned, shard, blocks, table)) for blocks in _chunks(table)]
 
-    shards = np.flatnonzero(scanned.shard_records).tolist() if shards is None else shards
+    shards = np.flatnonzero(scanned.shard_records).tolist()
     with ThreadPoolExecutor(min(THREADS, max(len(shards), 1)), "tiercache-scan") as pool:
         return [result for results in pool.map(results_of, shards) for result in results]
 
 
-def _values(source: Records, shard: int, blocks: NDArray[np.int64], table: BlockSizes) -> pa.ChunkedArray:
-    """Return the values of the source's records in blocks of a shard; the source has one column."""
+def _table(source: Records, shard: int, blocks: NDArray[np.int64], table: BlockSizes) -> pa.Table:
+    """Return the source's records in blocks of a shard."""
     arrays = [source.arrays(shard, block) for block in blocks.tolist()]
-    values = _table(source.schema.columns, arrays).column(0)
-    if source.selects_all:
-        return values
+    # Compute functions do not support extension types: they see the bytes of an image.
+    stored = [[one.storage if isinstance(one.type, pa.BaseExtensionType) else one for one in block] for block in arrays]
+    found = pa.table(
+        {name: pa.chunked_array([block[i] for block in stored]) for i, name in enumerate(source.schema.names)}
+    )
+    if source.selection is None:
+        return found
     before = np.cumsum([0, *(len(columns[0]) for columns in arrays)])
     block = np.repeat(np.arange(len(blocks)), table.records[blocks])
-    return values.take(pa.array(before[block] + _rows(source, shard, blocks, table)))
+    return found.take(pa.array(before[block] + _rows(source, shard, blocks, table)))
 
 
 def columns_of(schema: Schema, expression: pc.Expression) -> list[str]:
@@ -162,7 +206,7 @@ def columns_of(schema: Schema, expression: pc.Expression) -> list[str]:
         raise _cannot(
             schema, expression, "name columns, as in pyarrow.compute.field('label'), instead of numbering them"
         )
-    empty = _empty(schema.columns)
+    empty = pa.table({column.name: pa.array([], column.storage_type) for column in schema.columns})
     with _explained(schema, expression):
         _evaluate(empty, expression)
     return [name for name in schema.names if not _can_do_without(empty, expression, name)]
@@ -197,11 +241,6 @@ def _cannot(schema: Schema, expression: pc.Expression, reason: str) -> SchemaErr
     return SchemaError(message, expected="an expression that is true or false", got=str(expression))
 
 
-def _empty(columns: Iterable[Column]) -> pa.Table:
-    columns = list(columns)
-    return pa.table({c.name: pa.array([], c.storage_type) for c in columns})
-
-
 def _evaluate(table: pa.Table, expression: pc.Expression) -> NDArray[np.bool_]:
     """Return bool[n]: whether the expression is true for each row. Raises ArrowException, or TypeError."""
     from pyarrow import acero
@@ -221,67 +260,6 @@ def _evaluate(table: pa.Table, expression: pc.Expression) -> NDArray[np.bool_]:
     return np.concatenate([np.empty(0, np.bool_), *parts])
 
 
-def _may_match(source: Records, expression: pc.Expression, shards: Sequence[int]) -> list[int]:
-    """Return the shards in which a record may match, judged by the minimum and maximum of each column.
-
-    Arrow evaluates the expression against the partition expression of a dataset fragment before it would open the
-    fragment's file; there are no files here. Only integers are used: minimum and maximum of floats ignore NaN, which
-    makes `!=` true.
-    """
-    # Imported here: pyarrow.dataset imports pandas if it is installed, 40 MB and 0.2 s in each process that only reads.
-    import pyarrow.dataset as pds
-    from pyarrow import fs
-
-    numbers = {c.name: c for c in source.schema.columns if c.kind is Kind.SCALAR and pa.types.is_integer(c.arrow.type)}
-    if not numbers or not shards or _WEIGHED_WRONG.search(_QUOTED.sub("", str(expression))):
-        return list(shards)
-    form, nowhere = pds.IpcFileFormat(), fs.LocalFileSystem()
-    fragments = [
-        form.make_fragment(str(shard), nowhere, partition_expression=_bounds_of(numbers, source.statistics(shard)))
-        for shard in shards
-    ]
-    schema = _empty(source.schema.columns).schema
-    weighed = pds.FileSystemDataset(fragments, schema, form, nowhere)
-    try:
-        return [int(fragment.path) for fragment in weighed.get_fragments(filter=expression)]
-    except pa.ArrowInvalid:  # such as a bound beyond 2^63 compared as a float: rule out nothing
-        return list(shards)
-
-
-def _bounds_of(numbers: dict[str, Column], facts: Statistics) -> pc.Expression:
-    """Return an expression that is true for every record of a shard."""
-    bounds = pc.scalar(True)
-    for name, column in numbers.items():
-        fact = facts.get(name, {})
-        if "min" not in fact or "max" not in fact:
-            continue
-        field, kind = pc.field(name), column.arrow.type
-        inside = (field >= pa.scalar(fact["min"], kind)) & (field <= pa.scalar(fact["max"], kind))
-        bounds = bounds & (inside | field.is_null() if fact.get("nulls", 1) else inside)
-    return bounds
-
-
-def _matches_of_shard(
-    source: Records, expression: pc.Expression, shard: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return (starts, lengths) of the runs of matching records of a shard, as record numbers in stored order."""
-    (table,) = source.block_sizes([shard])
-    first = np.r_[0, np.cumsum(table.records)] + source.first_record[shard]
-    kept = []
-    for blocks in _chunks(table):
-        arrays = [source.arrays(shard, block) for block in blocks.tolist()]
-        with _explained(source.schema, expression):
-            found = _evaluate(_table(source.schema.columns, arrays), expression)
-        rows = _rows(source, shard, blocks, table)
-        before = np.cumsum([0, *(len(columns[0]) for columns in arrays)])
-        block = np.repeat(np.arange(len(blocks)), table.records[blocks])
-        matches = np.flatnonzero(found[before[block] + rows])
-        kept.append(matches + first[blocks[0]])  # blocks in between hold no records of the source
-    positions = np.concatenate([np.empty(0, np.int64), *kept])
-    starts, first = runs_of(positions)
-    return starts, np.diff(first)
-
-
 def _rows(source: Records, shard: int, blocks: NDArray[np.int64], table: BlockSizes) -> NDArray[np.uint32]:
     """Return the rows of blocks of a shard that belong to the source, one block after the other."""
     counts = table.records[blocks]
@@ -289,17 +267,6 @@ def _rows(source: Records, shard: int, blocks: NDArray[np.int64], table: BlockSi
     row = np.arange(len(block)) - np.repeat(np.cumsum(counts) - counts, counts)
     shards = np.full(len(blocks), shard, np.int32)
     return source.stored_rows(shards, blocks.astype(np.int32), block, row.astype(np.uint32))
-
-
-def _table(columns: Sequence[Column], blocks: Sequence[Sequence[pa.Array]]) -> pa.Table:
-    def stored(array: pa.Array) -> pa.Array:
-        # Compute functions do not support extension types: they see the bytes of an image.
-        return array.storage if isinstance(array.type, pa.BaseExtensionType) else array
-
-    names = [column.name for column in columns]
-    return pa.table(
-        {name: pa.chunked_array([stored(block[i]) for block in blocks]) for i, name in enumerate(names)},
-    )
 
 
 def _chunks(table: BlockSizes) -> Iterator[NDArray[np.int64]]:
@@ -312,3 +279,194 @@ def _chunks(table: BlockSizes) -> Iterator[NDArray[np.int64]]:
         end = max(int(np.searchsorted(sums, done + CHUNK_BYTES, side="right")), begin + 1)
         yield chosen[begin:end]
         begin = end
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How records are split. Picklable; the parts are evaluated anew on each version.
+
+    Attributes:
+        names: Names of the parts, in order.
+        weights: Relative size of each part, whole numbers of 1 or more.
+        seed: Seed of the random choice.
+        by: Column whose values are shared out by themselves. None: all records together.
+        by_hash: Column whose hash decides the part of a record. None: the part is drawn.
+    """
+
+    names: tuple[str, ...]
+    weights: tuple[int, ...]
+    seed: int
+    by: str | None = None
+    by_hash: str | None = None
+
+    @staticmethod
+    def of(fractions: Mapping[str, Any], seed: int, by: str | None, by_hash: str | None) -> Split:
+        """Return a split after checking its arguments. Raises TypeError and ValueError."""
+        if not isinstance(fractions, Mapping):
+            raise TypeError(f"split() takes a mapping such as {{'train': 0.9, 'val': 0.1}}, got {fractions!r}")
+        if by is not None and by_hash is not None:
+            raise ValueError(f"by={by!r} and by_hash={by_hash!r} exclude each other")
+        if not 1 <= len(fractions) <= _MOST_PARTS:
+            raise ValueError(f"split() needs 1 to {_MOST_PARTS} parts, got {len(fractions)}")
+        try:
+            exact = [exact_weight(fraction) for fraction in fractions.values()]
+        except ValueError:
+            exact = [Fraction(0)]
+        if abs(sum(exact, Fraction(-1))) > _SUM_TOLERANCE:
+            given = ", ".join(f"{name}: {fraction}" for name, fraction in fractions.items())
+            raise ValueError(f"the fractions must be above 0 and sum up to 1, got {given}")
+        denominator = math.lcm(*(fraction.denominator for fraction in exact))
+        weights = tuple(int(fraction * denominator) for fraction in exact)
+        return Split(tuple(fractions), weights, seed, by, by_hash)
+
+    def parts(self, records: Records) -> list[Selection]:
+        """Return the parts of some records, as selections of served places in their order.
+
+        Raises:
+            SchemaError: A column does not exist, or its values are no classes or keys.
+            ValueError: A part has no records.
+        """
+        part_of = self._at_random(records) if self.by_hash is None else self._by_hash(records, self.by_hash)
+        order = np.argsort(part_of, kind="stable")  # linear time for 16 bits
+        ends = np.cumsum(np.bincount(part_of, minlength=len(self.names)))
+        found = [Selection.of(places) for places in np.split(order, ends[:-1])]
+        for name, part in zip(self.names, found, strict=True):
+            if not len(part):
+                raise ValueError(f"the part {name!r} would have none of the {records.n_records:,} records")
+        return found
+
+    def _at_random(self, records: Records) -> NDArray[np.uint16]:
+        """Return the part of each record, uint16[n]: the records of a class are taken in the order of a shuffle."""
+        n = records.n_records
+        part_of = np.empty(n, np.uint16)
+        if not n:
+            return part_of
+        order, counts = shuffled_order(self.seed, n)[:], np.array([n])
+        if self.by is not None:
+            codes = class_codes(records, self.by)
+            order = order[np.argsort(codes[order], kind="stable")]
+            counts = np.bincount(codes)
+        sizes = share_out(counts.tolist(), self.weights)
+        parts = np.tile(np.arange(len(self.names), dtype=np.uint16), len(sizes))
+        part_of[order] = np.repeat(parts, np.concatenate(sizes))
+        return part_of
+
+    def _by_hash(self, records: Records, name: str) -> NDArray[np.uint16]:
+        """Return the part of each record, uint16[n], as the hash of its key decides."""
+        _check_column(records, name, "by_hash", (*_INTEGERS, Kind.STR, Kind.BYTES))
+        key, total = derive_key(self.seed, "split by hash"), sum(self.weights)
+        ends = np.cumsum(np.array(self.weights[:-1], object))
+        bounds = np.array([(int(end) << 64) // total for end in ends], np.uint64)
+
+        def find(values: pa.ChunkedArray) -> NDArray[np.uint16]:
+            encoded = values.dictionary_encode().combine_chunks()  # a key that occurs often is hashed once
+            hashes = [key_hash(value, key) for value in (*encoded.dictionary.to_pylist(), None)]
+            parts = np.searchsorted(bounds, np.array(hashes, np.uint64), side="right").astype(np.uint16)
+            found: NDArray[np.uint16] = parts[np.asarray(pc.fill_null(encoded.indices, len(hashes) - 1))]
+            return found
+
+        return _served(records, map_tables(records, [name], lambda table: find(table.column(0))), np.uint16)
+
+
+def key_hash(value: int | str | bytes | None, key: bytes) -> int:
+    """Return the hash of a key of `by_hash`, 64 bits. It must never change: a record keeps its part by it."""
+    data = value if isinstance(value, bytes) else "" if value is None else str(value)
+    data = data.encode() if isinstance(data, str) else data
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little")
+
+
+def share_out(counts: Sequence[int], weights: Sequence[int]) -> list[list[int]]:
+    """Return the sizes of the parts of each class: each is the exact share, rounded down or up.
+
+    The records of a class that rounding down leaves over go to the parts that have the fewest records compared with
+    their exact shares of all classes so far. So the sums over all classes are close to the exact shares too. For a
+    single class this is the largest-remainder method.
+
+    Args:
+        counts: Number of records of each class.
+        weights: Relative size of each part.
+    """
+    total, behind, found = sum(weights), [0] * len(weights), []
+    for count in counts:
+        sizes = [count * weight // total for weight in weights]
+        left = [count * weight % total for weight in weights]
+        behind = [debt + part for debt, part in zip(behind, left, strict=True)]
+        by_debt = sorted((part for part in range(len(weights)) if left[part]), key=lambda part: (-behind[part], part))
+        for part in by_debt[: count - sum(sizes)]:
+            sizes[part] += 1
+            behind[part] -= total
+        found.append(sizes)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class SplitStep(Step):
+    """One part of a split: `part` is its number."""
+
+    split: Split
+    part: int
+    selects_by_place: ClassVar[bool] = False
+
+    def choose(self, records: Records) -> Selection:
+        return self.split.parts(records)[self.part]
+
+    def __str__(self) -> str:
+        split, total = self.split, sum(self.split.weights)
+        parts = zip(split.names, split.weights, strict=True)
+        fractions = ", ".join(f"{name!r}: {weight / total:g}" for name, weight in parts)
+        how = "".join(f", {key}={value!r}" for key, value in (("by", split.by), ("by_hash", split.by_hash)) if value)
+        return f"split({{{fractions}}}, seed={split.seed}{how})[{split.names[self.part]!r}]"
+
+
+def hash_splits(node: Node) -> set[tuple[str, int]]:
+    """Return the column and the seed of each split by hash from which the records of a node come."""
+    if isinstance(node, JoinNode):
+        return set().union(*(hash_splits(below) for below in node.below))
+    if node is None:
+        return set()
+    splits = (step.split for step in node.steps if isinstance(step, SplitStep))
+    return {(split.by_hash, split.seed) for split in splits if split.by_hash is not None} | hash_splits(node.below)
+
+
+def class_codes(records: Records, name: str) -> NDArray[np.int32]:
+    """Return a number for each record, int32[n], equal for equal values of a column: 0 for null, then as they occur.
+
+    Raises SchemaError: The column does not exist, or its values are not classes.
+    """
+    _check_column(records, name, "by", _CLASSES)
+    encoded = map_tables(records, [name], lambda table: table.column(0).dictionary_encode().combine_chunks())
+    if not encoded:
+        return np.empty(0, np.int32)
+    unified = pa.chunked_array(encoded).unify_dictionaries()
+    codes = [np.asarray(pc.fill_null(chunk.indices, -1)).astype(np.int32) + 1 for chunk in unified.chunks]
+    return _served(records, codes, np.int32)
+
+
+def class_counts(records: Records, name: str) -> dict[Any, int]:
+    """Return the number of records by value of a column, in rising order; null comes last. Raises as `class_codes`."""
+    _check_column(records, name, "column", _CLASSES)
+    counts: dict[Any, int] = {}
+    for found in map_tables(records, [name], lambda table: table.column(0).value_counts().to_pylist()):
+        for item in found:
+            counts[item["values"]] = counts.get(item["values"], 0) + item["counts"]
+    nulls = {None: counts.pop(None)} if None in counts else {}
+    return dict(sorted(counts.items())) | nulls
+
+
+def _check_column(records: Records, name: str, argument: str, kinds: Sequence[Kind]) -> Column:
+    """Return a stored column. Raises SchemaError: There is none, or it has none of the kinds."""
+    schema = records.stored_schema
+    column = schema.columns[schema.index(name)]
+    is_float = column.kind is Kind.SCALAR and not pa.types.is_integer(column.arrow.type)
+    if column.kind not in kinds or is_float:
+        expected = "classes: integers, bool or text" if Kind.BOOL in kinds else "keys: integers, bytes or text"
+        message = f"{argument}= takes a column of {expected}; this is {column}"
+        raise SchemaError(message, column=name, expected=expected, got=str(column))
+    return column
+
+
+def _served(records: Records, found: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    """Return values that were found in stored order, one per record, in served order."""
+    values: NDArray[Any] = np.concatenate([np.empty(0, dtype), *found])
+    order = records.record_order
+    return values if order is None else in_served_order(values, order)

@@ -1,4 +1,4 @@
-"""Selections: runs of record numbers and their served order, shared with other processes if they are large.
+"""Selections: runs of record numbers and their served order.
 
 A served order is an array, or a function if it is that of `shuffle`. The module also maps the rows of a selection to
 rows of stored blocks.
@@ -7,14 +7,10 @@ rows of stored blocks.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
-import secrets
 import threading
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -22,72 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tiercache.errors import NotFound
 from tiercache.order.explicit import PermutedOrder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.order.explicit import ServedOrder
-
-_TOKEN_BYTES = 16
-
-
-class _SharedArrays:
-    """Arrays in memory of their own, which other processes of the machine map while this object exists.
-
-    The memory is a file of this process without a name (memfd), so a killed process leaves nothing behind. A forked
-    child inherits it.
-    """
-
-    def __init__(self, arrays: Sequence[NDArray[np.int64] | None]) -> None:
-        self._token = secrets.token_bytes(_TOKEN_BYTES)
-        self._lengths = tuple(None if array is None else len(array) for array in arrays)
-        self._file = os.fdopen(os.memfd_create("tiercache-selection"), "wb", buffering=0)
-        weakref.finalize(self, self._file.close)
-        for array in (np.frombuffer(self._token, np.uint8), *arrays):
-            data = memoryview(b"") if array is None else array.view(np.uint8).data
-            while data:  # one call writes at most 2 GiB
-                data = data[self._file.write(data) :]
-
-    @property
-    def reference(self) -> tuple[Any, ...]:
-        """Plain values by which `_map_arrays` finds the arrays in any process."""
-        return f"/proc/{os.getpid()}/fd/{self._file.fileno()}", self._token, self._lengths
-
-
-def _map_arrays(reference: tuple[Any, ...]) -> list[NDArray[np.int64] | None]:
-    """Return the arrays of a reference, mapped read-only; they stay valid after their owner is gone.
-
-    Raises NotFound if the owner is gone.
-    """
-    path, token, lengths = reference
-    n_bytes = _TOKEN_BYTES + sum(8 * n for n in lengths if n is not None)
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            if os.fstat(fd).st_size != n_bytes or os.pread(fd, _TOKEN_BYTES, 0) != token:
-                raise FileNotFoundError(path)
-            memory = mmap.mmap(fd, n_bytes, prot=mmap.PROT_READ)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise NotFound(
-            f"the memory of a pickled selection of {lengths[-1] or 'many'} records is gone: it exists on one machine, "
-            "while the pickled data set exists. Keep that data set until its pickle has been read, or pickle its URL "
-            "and record numbers",
-            url=path,
-        ) from error
-    arrays: list[NDArray[np.int64] | None] = []
-    offset = _TOKEN_BYTES
-    for n in lengths:
-        arrays.append(None if n is None else np.frombuffer(memory, np.int64, n, offset))
-        offset += 0 if n is None else 8 * n
-    return arrays
-
-
-# Larger arrays are pickled as a reference to shared memory, so that a pickled view stays a few hundred bytes long.
-INLINE_BYTES = 256
 
 
 class Selection:
@@ -233,34 +169,6 @@ class Selection:
         start = np.maximum(low[owner], self.first[run])
         stop = np.minimum(high[owner], self.first[run + 1])
         return Selection.of_runs(self.starts[run] + (start - self.first[run]), stop - start)
-
-    def pack(self) -> tuple[Any, ...]:
-        """Return plain values from which `unpack` restores the selection: its arrays, or a reference to shared memory.
-
-        The memory belongs to this object; a process that has unpacked the reference keeps the mapping.
-        """
-        order, permuted = (None, self.order) if isinstance(self.order, PermutedOrder) else (self.order, None)
-        arrays = (self.starts, self.first, order)
-        if self.n_bytes > INLINE_BYTES:
-            with suppress(OSError):  # without memory or descriptors, pickles are large, not wrong
-                shared = self.__dict__.get("_shared") or self.__dict__.setdefault("_shared", _SharedArrays(arrays))
-                return *shared.reference, permuted
-        return *(None if array is None else array.tobytes() for array in arrays), permuted
-
-    @staticmethod
-    def unpack(packed: tuple[Any, ...]) -> Selection:
-        """Return the selection of `pack`, in any process of the machine. Raises NotFound if its packer is gone."""
-        *parts, permuted = packed
-        if isinstance(parts[0], str):
-            starts, first, order = _map_arrays(tuple(parts))
-        else:
-            starts, first, order = (None if part is None else np.frombuffer(part, np.int64) for part in parts)
-        if starts is None or first is None:
-            raise ValueError("not a packed selection: its arrays are missing")
-        return Selection(starts, first, order if permuted is None else permuted)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Selection.unpack, (self.pack(),)
 
     def __deepcopy__(self, memo: object) -> Selection:
         return self

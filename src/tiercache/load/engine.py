@@ -260,7 +260,7 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         try:
             while True:
                 shard = self._pipeline.corrupt_shard
-                was_removed = shard is not None and self._inputs.source.remove_if_corrupt(shard)
+                was_removed = shard is not None and self._inputs.source.storage.remove_if_corrupt(shard)
                 # Every shard is read again: another loader or process may have replaced the copy meanwhile, and if the
                 # cache has given up the object, it is read from its store. If that did not help and the local copy is
                 # right, the data itself is corrupt.
@@ -334,7 +334,7 @@ class Engine(ABC):
         self._device_type = None if self._devices is None else self._devices.find(arguments.options.device)
         self._device: BatchDevice | None = None  # of the newest epoch
         self._warned: set[str] = set()
-        self._figures_before = dict(source.figures())
+        self._figures_before = dict(source.storage.figures())
         self._ready: Records | None = None  # the source whose shards were found readable
         self._limits: tuple[int, int] | None = None  # cores and memory; reading the cgroups takes 1.2 ms
         self._n_epochs = 0  # epochs that began in this process
@@ -371,7 +371,7 @@ class Engine(ABC):
 
     def _fetched(self) -> dict[str, float]:
         """Return the source's counters since the loader was made."""
-        now = self._source.figures()
+        now = self._source.storage.figures()
         return {name: now[name] - self._figures_before.get(name, 0) for name in now}
 
     def _resources(self) -> Resources:
@@ -382,7 +382,7 @@ class Engine(ABC):
     def _check_readable(self) -> None:
         """Check that all shards with records can be read. See Records.prepare_reading."""
         if self._ready is not self._source:
-            self._source.prepare_reading(np.flatnonzero(self._source.shard_records))
+            self._source.storage.prepare_reading(np.flatnonzero(self._source.shard_records))
             self._ready = self._source
 
     def _pin_function(self) -> Callable[[Any], Any] | None:
@@ -602,7 +602,7 @@ class OrderEngine(Engine):
             draws.sample()  # torch sends workers their first indices in iter()
         self._position = position  # set last: if the iterator cannot be made, no epoch has begun
         self._next_epoch = next_epoch
-        self._source.on_close(next_epoch)
+        self._source.storage.on_close(next_epoch)
         self._n_epochs += 1
         self._iterator = weakref.ref(iterator)
         return iterator
@@ -743,7 +743,7 @@ class OrderEngine(Engine):
         The counters of its store begin at 0, so earlier fetches are carried over.
         """
         if source is not self._source:
-            fetched, at_start = self._fetched(), source.figures()
+            fetched, at_start = self._fetched(), source.storage.figures()
             self._source, self._n_records = source, None
             self._corruption = corruption_map_for(source, self._options)
             self._figures_before = {name: at_start[name] - fetched[name] for name in at_start}

@@ -445,7 +445,7 @@ def plan_epoch(ordered: Ordered, rank: Rank, batch_size: int, fills_first: bool,
     state's offset is outside the epoch, or this release does not know its order.
     """
     order, corruption = make_order(ordered, state), ordered if isinstance(ordered, CorruptionMap) else None
-    is_run = corruption is None and records_of(ordered).selects_all  # otherwise the rows are needed as arrays
+    is_run = corruption is None and records_of(ordered).selection is None  # otherwise the rows are needed as arrays
     sizes = RUN_PIECES if is_run else ARRAY_PIECES
     rank_plan = RankPlan(
         offset=state.offset,
@@ -477,7 +477,7 @@ def explicit_order(ordered: Ordered, numbers: ServedOrder, window_bytes: int | N
     """Return the order that serves these records, counted in stored order. window_bytes: limit of unmapped blocks."""
     source = records_of(ordered)
     sizes = DatasetSizes(source.shard_records, source.shard_bytes, ordered.block_sizes)
-    return ExplicitOrder(sizes, numbers, window_bytes, source.is_mapped)
+    return ExplicitOrder(sizes, numbers, window_bytes, source.storage.is_mapped)
 
 
 def order_options(state: RunState) -> OrderOptions:
@@ -661,7 +661,7 @@ class NextEpoch:
         self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int, publisher: ReadingPlanPublisher
     ) -> EpochStart | None:
         with self._a_step():
-            if self._is_predicted or self._source.has_cache:
+            if self._is_predicted or self._source.storage.has_cache:
                 publisher.begin(self.share)
                 publisher.complete()
         if not self._is_predicted:
@@ -672,26 +672,25 @@ class NextEpoch:
         if first is None:
             return None
         pieces = itertools.chain([first], rest)
-        if first.run is None or not self._source.selects_all:
+        if first.run is None or self._source.selection is not None:
             first.rows()
         pairs = list(zip(first.windows, first.needed, strict=True))
         shards = interleaved([shards_of(*pair) for pair in pairs])
-        if self._source.can_prefetch:
+        if self._source.storage.can_prefetch:
             for shard, blocks in itertools.chain.from_iterable(blocks_by_shard(*pair) for pair in pairs):
                 with self._a_step():
-                    self._source.prefetch_blocks(shard, blocks)
-        near = [*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])] if self._source.can_prefetch else []
+                    self._source.storage.prefetch_blocks(shard, blocks)
+        near = [*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])] if self._source.storage.can_prefetch else []
         for start in range(0, len(near), _SHARDS_A_STEP):
             with self._a_step():
-                self._source.prefetch(near[start : start + _SHARDS_A_STEP])
+                self._source.storage.prefetch(near[start : start + _SHARDS_A_STEP])
         with self._a_step():
-            if not pressure.fits(first) or not (self._is_expected or all(map(self._source.is_local, shards))):
+            if not pressure.fits(first) or not (self._is_expected or all(map(self._source.storage.is_local, shards))):
                 return EpochStart(pieces, ())
             # An executor of its own, because the current epoch shuts its executor down at its end.
-            executor = loading_pool(threads.n_threads, sends_requests=self._source.sends_requests)
-            source = self._source.for_epoch(self.share.seed, self.share.epoch)
+            executor = loading_pool(threads.n_threads, sends_requests=self._source.storage.sends_requests)
             loading = [
-                WindowLoad(source, *pair, executor, threads.n_threads, unwanted=self._unwanted) for pair in pairs
+                WindowLoad(self._source, *pair, executor, threads.n_threads, unwanted=self._unwanted) for pair in pairs
             ]
             executor.shutdown(wait=False)
         for one in loading:

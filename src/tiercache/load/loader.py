@@ -237,7 +237,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             access = native_access(self.dataset)
             if access is not None:
                 self._check_unsplit()
-                access.source.prepare_reading(np.flatnonzero(access.source.shard_records))
+                access.source.storage.prepare_reading(np.flatnonzero(access.source.shard_records))
             with self._torchdata_iterator():
                 return super().__iter__()
         if self.pin_memory and self.pin_memory_device and hasattr(torch, "accelerator"):  # 2.6 and later

@@ -213,7 +213,7 @@ class Pipeline(ClosingPipeline):
         )
         del memory  # the ring keeps it as long as it is used
         self._shared = PlannerState()
-        self._pool = loading_pool(resources.n_threads, sends_requests=inputs.source.sends_requests)
+        self._pool = loading_pool(resources.n_threads, sends_requests=inputs.source.storage.sends_requests)
         threads = LoadThreads(self._pool, self._shared.stop, resources.n_threads, resources.limit_bytes)
         self._memory_bytes = resources.memory_bytes
         self._ahead: deque[Slot | Exception] = deque(maxlen=1)  # taken from the ring, not handed out yet

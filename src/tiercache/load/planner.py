@@ -190,7 +190,7 @@ class _Planner:
 
     def __init__(self, inputs: PipelineInputs, ring: Ring, shared: PlannerState, threads: LoadThreads) -> None:
         self._inputs = inputs
-        self._source = inputs.source.for_epoch(inputs.share.seed, inputs.share.epoch)
+        self._source = inputs.source
         self._ring = ring
         self._shared = shared
         self._threads = threads
@@ -207,7 +207,7 @@ class _Planner:
         self._requested_by_blocks: list[WindowBlocks] = []
         self.ahead_bytes = SHARDS_AHEAD * inputs.setup.largest_bytes
         self._near = PagePrefetcher(threads, inputs.setup.stored_bytes)
-        self.pressure = MemoryPressure(inputs.source.is_mapped, threads.limit_bytes)
+        self.pressure = MemoryPressure(inputs.source.storage.is_mapped, threads.limit_bytes)
 
     def push_all(self) -> None:
         """Push every piece. Raises CancelledError if the ring is closed meanwhile."""
@@ -230,7 +230,7 @@ class _Planner:
                     self._prefetch_rest()
             else:
                 self._push(piece, lookahead)
-            if self._inputs.source.can_prefetch:
+            if self._inputs.source.storage.can_prefetch:
                 self._prefetch_ahead(lookahead)
 
     def _push_under_pressure(self, piece: AnyPiece, lookahead: Lookahead) -> None:
@@ -245,7 +245,7 @@ class _Planner:
 
     def _is_remote(self, piece: AnyPiece) -> bool:
         """Return whether blocks of a piece must be fetched from a store."""
-        is_local = self._inputs.source.is_local
+        is_local = self._inputs.source.storage.is_local
         pairs = zip(piece.windows, piece.needed, strict=True)
         return not all(is_local(shard) for window, needed in pairs for shard in shards_of(window, needed))
 
@@ -287,7 +287,7 @@ class _Planner:
         self._advance()
         if loading is None:
             loading = self._start_loads(missing)
-        if self._pushed_rows and self._source.sends_requests:
+        if self._pushed_rows and self._source.storage.sends_requests:
             self._load_ahead(lookahead)
         if rows is None:
             rows = self._rows(piece)
@@ -335,7 +335,7 @@ class _Planner:
 
     def _must_load(self, missing: list[WindowBlocks]) -> bool:
         """Whether threads must read or decode blocks of these windows, and nothing has started that."""
-        is_mapped = self._inputs.source.is_mapped
+        is_mapped = self._inputs.source.storage.is_mapped
         # their reading and decoding is under way
         missing = [pair for pair in missing if id(pair[0]) not in self._loading]
         return any(not is_mapped(shard) for window, needed in missing for shard in set(window.shards[needed].tolist()))
@@ -368,11 +368,11 @@ class _Planner:
 
     def _request(self, windows: list[WindowBlocks]) -> None:
         """Request the blocks of windows, unless that was done ahead: before everything that is only prefetched."""
-        if self._inputs.source.can_prefetch:
+        if self._inputs.source.storage.can_prefetch:
             for window, needed in windows:
                 if self._requested.pop(id(window), None) is None:
                     for shard, blocks in blocks_by_shard(window, needed):
-                        self._inputs.source.prefetch_blocks(shard, blocks)
+                        self._inputs.source.storage.prefetch_blocks(shard, blocks)
 
     def _prefetch_ahead(self, lookahead: Lookahead) -> None:
         """Request the blocks of the next windows, in the order in which they are needed, and then their shards.
@@ -388,14 +388,14 @@ class _Planner:
     def _prefetch_rest(self) -> None:
         """Prefetch the shards of the windows that were requested, and the shards after them."""
         windows, self._requested_by_blocks, inputs = self._requested_by_blocks, [], self._inputs
-        if not windows or not inputs.source.can_prefetch:
+        if not windows or not inputs.source.storage.can_prefetch:
             return
         own = interleaved([shards_of(*pair) for pair in windows])
         ahead = inputs.share.shards_ahead(inputs.first_batch, self._pushed_rows, self.ahead_bytes)
         # Near the end of an epoch the shards of the next epoch come next.
         if inputs.next_epoch is not None and int(inputs.source.shard_bytes[ahead].sum()) < self.ahead_bytes:
             ahead += inputs.next_epoch.shards_ahead(self.ahead_bytes)
-        inputs.source.prefetch([*dict.fromkeys([*own, *ahead])])
+        inputs.source.storage.prefetch([*dict.fromkeys([*own, *ahead])])
 
     def _finish(self, loading: list[WindowLoad]) -> list[LoadedWindow]:
         new = []
@@ -418,7 +418,7 @@ class _Planner:
 
     def _rows(self, piece: AnyPiece) -> Rows:
         """Return the piece's rows as they are stored."""
-        run = piece.run if self._inputs.source.selects_all else None
+        run = piece.run if self._inputs.source.selection is None else None
         if run is not None:
             return run
         start_s = time.perf_counter()

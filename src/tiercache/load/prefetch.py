@@ -230,7 +230,7 @@ class WindowLoad:
         missing = needed if base is None else needed & (base.group_of_block < 0)
         self._source, self._unwanted = source, unwanted
         self._n_streams = sum(len(column.streams(0)) for column in source.schema.columns)
-        self._mapped, tasks = plan_load_tasks(window, missing, n_threads, source.is_mapped)
+        self._mapped, tasks = plan_load_tasks(window, missing, n_threads, source.storage.is_mapped)
         self._loaded: list[tuple[NDArray[np.int64], Blocks]] = []
         self._tasks = [(indices, executor.submit(self._load_unless_unwanted, indices)) for indices in tasks]
 

@@ -187,7 +187,7 @@ class ReadingPlanPublisher:
 
         Only the first call counts. It comes before a shard of the share is opened.
         """
-        if self._share is not None or self._is_closed or not self._source.has_cache:
+        if self._share is not None or self._is_closed or not self._source.storage.has_cache:
             return
         self._share, self._start = share, share.rank_plan.offset_after(n_batches)
         if len(self._source.shard_records) <= QUICK_SHARDS:
@@ -218,7 +218,7 @@ class ReadingPlanPublisher:
         if self._pid != os.getpid():
             return
         with self._lock:
-            if self._published is None and not self._is_closed and self._source.has_cache:
+            if self._published is None and not self._is_closed and self._source.storage.has_cache:
                 self._earlier = earlier
                 return
         earlier.close()
@@ -279,7 +279,7 @@ class ReadingPlanPublisher:
         # Closed while the plan was computed. The cache may be closed too, and must not be opened again.
         if self._is_closed:
             return None
-        return source.publish(replace(plan, reader=self._reader(share)))
+        return source.storage.publish(replace(plan, reader=self._reader(share)))
 
     def _reader(self, share: OrderShare) -> str:
         """Return ReadingPlan.reader; "" for a single rank.
