@@ -25,7 +25,7 @@ _TORCH_HOMES = (
 )  # rng.py: on first use of a torch.Generator; output_spec.py: for the layout "nested"
 HOMES = {
     "obstore": ("store/obstore.py",),
-    "fsspec": ("store/fsspec.py", "integrations/fsspec.py", "integrations/fsspec_moved.py"),
+    "fsspec": ("store/fsspec.py", "integrations/fsspec.py"),
     "boto3": ("store/s3.py",),
     "botocore": ("store/s3.py", "store/credentials.py", "demo/s3_server.py"),
     **dict.fromkeys(("torch", "torchdata"), _TORCH_HOMES),

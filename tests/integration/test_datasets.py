@@ -99,14 +99,6 @@ def test_columns_that_are_streamed_are_those_that_are_fetched(url, tmp_path):
     assert 0 < read_bytes() < size / 2
 
 
-def test_a_data_set_is_saved_and_loaded_through_the_cache(url, tmp_path):
-    rows = datasets.Dataset.from_dict({"id": list(range(1000))})
-    target = f"tiercache::countedlocal://{tmp_path}/saved"
-    rows.save_to_disk(target)
-    for _ in range(2):
-        assert datasets.load_from_disk(target)["id"][:] == list(range(1000))
-
-
 def _sum_there(url, sent):
     fsspec.register_implementation("countedlocal", CountedLocal, clobber=True)
     rows = datasets.load_dataset("parquet", data_files=url, split="train", streaming=True)

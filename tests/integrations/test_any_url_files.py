@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +15,6 @@ from tests.integrations.conftest import DATA
 from tests.support.forks import in_child
 
 import tiercache as tc
-from tiercache.integrations.fsspec_files import CachedFile
 from tiercache.store.coalescing import RequestCosts
 from tiercache.store.range_reads import plan_requests
 
@@ -75,41 +73,13 @@ def model(tmp_path_factory):
 
 
 def test_text_modes_and_compression_work_as_in_fsspec(fs, source):
-    with fs.open("/b/t.txt.gz", "wt", compression="infer", encoding="latin-1") as file:
+    with source.open("/b/t.txt.gz", "wt", compression="infer", encoding="latin-1") as file:
         file.write("grün\nrot\n")
     with fs.open("/b/t.txt.gz", "rt", compression="infer", encoding="latin-1") as file:
         assert list(file) == ["grün\n", "rot\n"]
-    assert fs.read_text("/b/t.txt.gz", compression="infer", encoding="latin-1") == "grün\nrot\n"
     with fsspec.open("tiercache::counted://b/t.txt.gz", compression="infer", cache=fs.cache) as file:
         assert file.read() == "grün\nrot\n".encode("latin-1")
     type(fs).clear_instance_cache()
-
-
-def test_a_pickled_file_continues_at_its_position(source, cache, path):
-    fs = fsspec.filesystem("tiercache", target_protocol="counted", cache_dir=str(cache.path), cache_size="64MiB")
-    with fs.open(path) as file:
-        file.seek(123)
-        with pickle.loads(pickle.dumps(file)) as other:
-            assert other.tell() == 123
-            assert other.read(100) == DATA[123:223]
-            assert other.fs == fs
-    fs.close()
-    type(fs).clear_instance_cache()
-
-
-def test_a_cached_file_has_the_attributes_of_fsspec_files(fs, path):
-    with fs.open(path) as file:
-        assert isinstance(file, CachedFile)
-        assert (file.size, file.mode, file.path, file.loc) == (len(DATA), "rb", path, 0)
-        assert file.full_name == "tiercache::counted:///b/x"
-        assert file.info()["size"] == file.details["size"] == len(DATA)
-        assert file.readable()
-        assert file.seekable()
-        assert not file.writable()
-    with pytest.raises(ValueError, match="closed"):
-        file.read(1)
-    with fs.open(path) as file, pytest.raises(ValueError, match="negative"):
-        file.seek(-1)
 
 
 def test_threads_fetch_each_byte_of_an_object_once(fs, source, path, monkeypatch):
@@ -219,8 +189,6 @@ def test_without_a_default_cache_files_are_read_with_a_warning(source, path, tmp
     )
     with pytest.raises(OSError, match="file"):
         named.cat_file(path)
-    named.pipe_file("/b/new", b"a write is done where the cache is not to be had")
-    assert source.cat_file("/b/new") == b"a write is done where the cache is not to be had"
 
 
 def test_the_configured_cache_is_the_default(source, path, tmp_path, monkeypatch):

@@ -80,10 +80,3 @@ def test_without_a_rule_file_the_placement_of_a_home_leads_on(root, fs):
     row = PlacementRow(key, str(root / "cold"), n_bytes=len("10 model.bin"))
     commit_placement(LocalFolder(root / "store"), {key: row})
     assert fs.cat_file(f"{root}/store/{key}") == b"10 model.bin"
-
-
-def test_a_write_goes_to_the_path_that_was_asked_for(root, fs):
-    path = f"{root}/nvme/runs/a/step-30/new.bin"
-    with fs.open(path, "wb") as file:
-        file.write(b"new")
-    assert (root / "nvme/runs/a/step-30/new.bin").read_bytes() == b"new"

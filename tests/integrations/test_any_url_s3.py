@@ -63,7 +63,6 @@ def test_uncached_bytes_of_a_replaced_s3_object_are_an_error(fs, path, behind):
 def test_options_of_a_chained_url_are_given_by_protocol(cache, path, s3_server, s3_of):
     with fsspec.open(f"tiercache::s3://{path}", s3=s3_of(s3_server), cache=cache) as file:
         assert file.read() == DATA
-        assert file.full_name == f"tiercache::s3://{path}"
     assert [entry.source for entry in cache.entries()] == [f"s3://{s3_server.endpoint.removeprefix('http://')}/{path}"]
     kind = fsspec.get_filesystem_class("tiercache")
     for made in list(kind._cache.values()):
@@ -72,7 +71,7 @@ def test_options_of_a_chained_url_are_given_by_protocol(cache, path, s3_server, 
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_a_forked_child_lists_reads_and_writes_with_connections_of_its_own(fs, path):
+def test_a_forked_child_lists_and_reads_with_connections_of_its_own(fs, path):
     with fs.open(path) as opened:
         assert opened.read(100_000) == DATA[:100_000]
 
@@ -80,12 +79,9 @@ def test_a_forked_child_lists_reads_and_writes_with_connections_of_its_own(fs, p
             assert fs.info(path)["size"] == len(DATA)
             assert opened.read(3_000_000) == DATA[100_000:3_100_000]
             assert fs.cat_file(path) == DATA
-            fs.pipe_file(f"{path}-child", b"written")
 
         assert in_child(work)
         assert opened.read(100) == DATA[100_000:100_100]
-    fs.invalidate_cache()
-    assert fs.cat_file(f"{path}-child") == b"written"
 
 
 def _read_there(fs, path, together, sent):

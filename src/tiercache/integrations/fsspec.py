@@ -7,100 +7,62 @@ the package's entry point.
 
 from __future__ import annotations
 
+import errno
 import inspect
+import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
 from functools import partial
 from hashlib import blake2b
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from threading import Lock
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from weakref import WeakValueDictionary
 
 import fsspec
 from fsspec.archive import AbstractArchiveFileSystem
-from fsspec.callbacks import DEFAULT_CALLBACK
 
-from tiercache.cache import Cache, CachedStore, drop_objects
-from tiercache.errors import NotFound, StoreError, TierCacheError
-from tiercache.integrations.fsspec_files import CachedFile, ObjectReader, WrittenFile
-from tiercache.integrations.fsspec_moved import FOLLOWED, MovedPaths, follow, moved_paths
-from tiercache.model import ByteRange
-from tiercache.store import FsspecStore, Store, check_key, open_store, redact
+from tiercache.cache import Cache, CachedStore
+from tiercache.errors import NotFound, ObjectChanged, StoreError, TierCacheError
+from tiercache.model import ByteRange, ObjectInfo
+from tiercache.store import FsspecStore, Span, Store, StoreFile, check_key, open_store, redact
 from tiercache.store.placement import uses
 from tiercache.store.placement.locations import FileLocator, archived_file_error
 from tiercache.store.placement.log import prefix_store
-from tiercache.store.placement.resolver import options_of, scheme_of
+from tiercache.store.placement.resolver import is_archived, options_of, scheme_of
 from tiercache.store.range_reads import ProcessLocal
 
+try:
+    from fsspec.implementations.chained import ChainedFileSystem
+except ImportError:  # fsspec before 2025.10 chained only its own caches; tiercache://key::s3:// works there too
+    from fsspec import AbstractFileSystem as ChainedFileSystem
+
+if TYPE_CHECKING:
+    from tiercache.cache.lease import CopyLease
+    from tiercache.cache.names import CopySpec
+
+T = TypeVar("T")
+A = TypeVar("A")
+
+N_AT_ONCE = 16  # parallel calls when many objects are read
 _CHAIN = re.compile(r"tiercache(?:://|::)")
-_MAGIC = re.compile(r"[*?\[]")
+_OWN_OPTIONS = {
+    "use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache", "asynchronous", "loop",
+}  # fmt: skip
+# Read options that do not select the object. Any other option (such as version_id) may, so the target reads the object.
+_HOW = {"block_size", "cache_type", "cache_options", "size", "fill_cache", "max_concurrency", "timeout"}
 
 
 def without_protocol(path: Any) -> Any:
-    """Return paths (a path, a list, or the keys of a mapping) without "tiercache::", as the target accepts them."""
-    if isinstance(path, Mapping):
-        return {without_protocol(name): value for name, value in path.items()}
-    if isinstance(path, list | tuple | set | frozenset):
-        return [without_protocol(name) for name in path]
+    """Return a path without "tiercache::", as the target accepts it."""
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     match = _CHAIN.match(text) if isinstance(text, str) else None
     return text if match is None else text[match.end() :]
 
 
-def literal_prefix(path: str) -> str:
-    """Return the part of a path before its first wildcard: the folder that contains all matches."""
-    return _MAGIC.split(path)[0].rpartition("/")[0] if _MAGIC.search(path) else path
-
-
-# Methods of a file system that do not read contents: names of their leading path arguments, and of the written paths.
-_ONE_PATH = (
-    "ls info exists lexists isdir isfile find walk glob du size expand_path created modified checksum ukey sign mkdir "
-    "makedirs rmdir invalidate_cache"
-)
-_PATH_METHODS = {
-    **dict.fromkeys(_ONE_PATH.split(), ("path", "")),
-    **dict.fromkeys(("pipe", "pipe_file", "rm", "rm_file", "touch"), ("path", "path")),
-    "sizes": ("paths", ""),
-    "start_transaction": ("", ""),
-    "end_transaction": ("", ""),
-    "put": ("lpath rpath", "rpath"),
-    "put_file": ("lpath rpath", "rpath"),
-    "copy": ("path1 path2", "path2"),
-    "cp_file": ("path1 path2", "path2"),
-    "mv": ("path1 path2", "path1 path2"),
-}
-
-
-def _delegate(method: str, paths: str, written: str) -> Callable[..., Any]:
-    """Return a method that calls the target's method, and drops the cached copies of the written paths after it."""
-    names = paths.split()
-    dropped = [names.index(name) for name in written.split()]
-
-    def call(self: Any, *arguments: Any, **options: Any) -> Any:
-        given = [*arguments[: len(names)], *(options.pop(name) for name in names[len(arguments) :] if name in options)]
-        try:
-            return getattr(self.fs, method)(*map(without_protocol, given), *arguments[len(names) :], **options)
-        finally:
-            if dropped:
-                self.drop(*(given[number] for number in dropped if number < len(given)))
-
-    call.__name__, call.__qualname__ = method, f"DelegatedMethods.{method}"
-    call.__doc__ = f"Call the target's {method}(){' and drop the cached copies of the written paths' * bool(dropped)}."
-    return call
-
-
-class DelegatedMethods:
-    """The methods of _PATH_METHODS. The subclass provides fs (the target) and drop()."""
-
-
-for _method, (_paths, _written) in _PATH_METHODS.items():
-    _delegated = _delegate(_method, _paths, _written)
-    setattr(DelegatedMethods, _method, follow(_method, _delegated) if _method in FOLLOWED else _delegated)
-
+# -- the file system that is read -------------------------------------------------------------------------------------
 
 # Options that say on which server an object is; they are never secret. Objects with the same path, size and date on
 # different servers are different objects.
@@ -126,14 +88,25 @@ class TargetFileSystem:
         self._fs: ProcessLocal[Any] = ProcessLocal(lambda: (first and first.pop()) or make(), id)
         kind, arguments, options = type(self.fs), self.fs.storage_args, dict(self.fs.storage_options)
         self.protocol: str = kind.protocol if isinstance(kind.protocol, str) else kind.protocol[0]
-        self._make = partial(private_copy, kind, arguments, options)
+        self._make = partial(_private_copy, kind, arguments, options)
         # A hash that stays in memory, because it covers secrets too.
         self._digest = blake2b(repr((kind, arguments, sorted(options.items()))).encode()).digest()
         names = list(inspect.signature(kind.__init__).parameters)[1:]
         self._server = "/".join(_server_names({**dict(zip(names, arguments, strict=False)), **options}))
 
-    def __repr__(self) -> str:
-        return f"Target({self.protocol!r})"
+    @classmethod
+    def of(cls, fs: Any, protocol: str | None, options: dict[str, Any]) -> TargetFileSystem:
+        """Return the target that is given as a file system, or as a protocol and its options."""
+        if protocol is None:
+            make = partial(_private_copy, type(fs), fs.storage_args, dict(fs.storage_options))
+            # A thread cannot wait for a file system that belongs to an event loop of the caller.
+            return cls(make, None if getattr(fs, "asynchronous", False) else fs)
+        kind = fsspec.get_filesystem_class(protocol)
+        # Hugging Face datasets turns tiercache::s3://b/k into tiercache::s3://b/k::s3://b/k: s3 chained over s3.
+        while options.get("target_protocol") == protocol and not issubclass(kind, ChainedFileSystem):
+            inner = options.pop("target_options", None) or {}
+            options = {**{n: v for n, v in options.items() if n not in ("fo", "target_protocol")}, **inner}
+        return cls(partial(fsspec.filesystem, protocol, **options))
 
     @property
     def fs(self) -> Any:
@@ -147,14 +120,11 @@ class TargetFileSystem:
         """
         store = _stores.get((self._digest, root))
         if store is None:
-            store = _stores[self._digest, root] = FsspecStore(root, self.url(root), {}, make=self._make)
+            slash = "/" if self._server and not root.startswith("/") else ""
+            is_url = root.startswith(("http://", "https://"))
+            url = redact(root) if is_url else f"{self.protocol}://{self._server}{slash}{root}"
+            store = _stores[self._digest, root] = FsspecStore(root, url, {}, make=self._make)
         return store
-
-    def url(self, path: str) -> str:
-        """Return the URL of a path without credentials and query."""
-        if path.startswith(("http://", "https://")):
-            return redact(path)
-        return f"{self.protocol}://{self._server}{'/' if self._server and not path.startswith('/') else ''}{path}"
 
 
 _stores: WeakValueDictionary[tuple[bytes, str], FsspecStore] = WeakValueDictionary()
@@ -181,7 +151,7 @@ def split_path(path: str) -> tuple[str, str] | None:
         return None
 
 
-def private_copy(kind: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+def _private_copy(kind: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
     """Return a new file system with the same options that shares no event loop, connections or listings."""
     # Not asynchronous, so that it runs on fsspec's own loop, whichever thread or loop calls it.
     kept = {name: value for name, value in options.items() if name not in ("asynchronous", "loop")}
@@ -206,30 +176,156 @@ def _server_names(options: Mapping[str, Any]) -> list[str]:
     return found
 
 
-try:
-    from fsspec.implementations.chained import ChainedFileSystem
-except ImportError:  # fsspec before 2025.10 chained only its own caches; tiercache://key::s3:// works there too
-    from fsspec import AbstractFileSystem as ChainedFileSystem
+# -- one open object --------------------------------------------------------------------------------------------------
 
-T = TypeVar("T")
-A = TypeVar("A")
-
-# Number of parallel calls when many objects are read.
-N_AT_ONCE = 16
-COPY_BYTES = 8 << 20
-_OWN_OPTIONS = {
-    "use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache", "asynchronous", "loop",
-}  # fmt: skip
-# Read options that do not select the object. Any other option (such as version_id) may, so the target reads the object.
-_HOW = {"block_size", "cache_type", "cache_options", "size", "fill_cache", "max_concurrency", "timeout"}
+# Table readers request whole column chunks; readers of text and archives request a few KiB at a time. A read larger
+# than SMALL_BYTES is probably a deliberate choice, so readahead starts only after many such reads in a row.
+SMALL_BYTES = 64 << 10
+N_SMALL_IN_A_ROW = 3
+N_LARGE_IN_A_ROW = 8
+LEAST_AHEAD_BYTES = 128 << 10
+MOST_AHEAD_BYTES = 8 << 20
+# Two units of the cache: the maximum overhead of a small random read.
+BUFFER_BYTES = 8192
 
 
-class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[misc]  # fsspec ships no types
-    """A file system that reads another file system through the cache, and delegates all other methods to it.
+class ObjectReader(StoreFile):
+    """A raw file of the bytes of the object that was opened, whatever its key names now. For one thread at a time.
+
+    After a fork, the child continues with its own lease. The file owns the lease.
+    """
+
+    def __init__(self, store: CachedStore, spec: CopySpec, most_ahead_bytes: int = MOST_AHEAD_BYTES) -> None:
+        super().__init__(store, spec.key, spec.n_bytes)
+        self._cached, self._spec, self._most_ahead_bytes = store, spec, most_ahead_bytes
+        self._lease: CopyLease | None = store.open_copy(spec)
+        self._next, self._n_in_a_row, self._run_bytes, self._ahead_end = -1, 0, 0, 0
+        self._block_start, self._block = 0, bytearray()
+
+    def prefetch(self, ranges: Sequence[ByteRange]) -> None:
+        """Start to fetch the missing bytes of the ranges. Returns at once."""
+        if self._lease is not None:
+            self._lease.prefetch(ranges)
+
+    def read_range(self, byte_range: ByteRange) -> bytes:
+        """Return the bytes of a range that ends within the object; the position stays."""
+        # BytesIO returns its own buffer without a copy, because nothing else refers to it.
+        whole = io.BytesIO(bytes(byte_range.n_bytes))
+        with whole.getbuffer() as view:
+            self.fill(byte_range, view)
+        return whole.getvalue()
+
+    def fill(self, byte_range: ByteRange, buffer: memoryview) -> None:
+        """Fill buffer with a range that ends within the object, and begin to fetch what a sequential reader needs next.
+
+        Raises NotFound or ObjectChanged if the range is not cached and the object is gone or replaced, ArchivedShards
+        if it must be restored first, and StoreError.
+        """
+        if not byte_range.n_bytes:
+            return
+        ahead_bytes = self._ahead_bytes(byte_range)
+        start = byte_range.start - self._block_start
+        if 0 <= start <= len(self._block) - byte_range.n_bytes:
+            buffer[:] = memoryview(self._block)[start : start + byte_range.n_bytes]
+            return
+        wanted = ByteRange(byte_range.start, min(byte_range.end + ahead_bytes, self.n_bytes))
+        if ahead_bytes and byte_range.end + ahead_bytes // 2 > self._ahead_end:  # one request for many reads
+            self.prefetch([wanted])
+            self._ahead_end = wanted.end
+        try:
+            if self._read_cached([(byte_range, buffer)]):
+                return
+            if not ahead_bytes:
+                self._read_source([(byte_range, buffer)])
+                return
+            # Nothing is kept of what is read here, so this file keeps the bytes ahead itself.
+            self._block_start, self._block = wanted.start, bytearray(wanted.n_bytes)
+            self._read_source([(wanted, memoryview(self._block))])
+            buffer[:] = memoryview(self._block)[: byte_range.n_bytes]
+        except StoreError as error:
+            if is_archived(error):
+                raise archived_file_error(self._spec.source, self.n_bytes) from error
+            raise
+
+    def _ahead_bytes(self, byte_range: ByteRange) -> int:
+        """Return the number of bytes to fetch beyond a range; 0 if it does not start where the last read ended."""
+        if byte_range.start != self._next:
+            self._n_in_a_row = self._run_bytes = self._ahead_end = 0
+        self._next = byte_range.end
+        self._n_in_a_row += 1
+        self._run_bytes += byte_range.n_bytes
+        needed = N_SMALL_IN_A_ROW if byte_range.n_bytes <= SMALL_BYTES else N_LARGE_IN_A_ROW
+        if self._n_in_a_row < needed:
+            return 0
+        # As much as was read in this run: a reader that stops has fetched at most twice the bytes it read.
+        return min(max(self._run_bytes, LEAST_AHEAD_BYTES), self._most_ahead_bytes)
+
+    def _read_cached(self, spans: list[Span]) -> bool:
+        """Read from the copy, whose checksums are compared. Return False if the range will not be cached."""
+        ranges = [span for span, _ in spans]
+        for _ in range(2):
+            lease = self._lease
+            if lease is None or not (lease.present(ranges) or lease.wait(ranges)):
+                return False
+            # Through the lease if it is on a partial copy, because the partial copy of a changed object has lost its
+            # name. Otherwise by name, which also removes a wrong copy from the cache: it is fetched again.
+            if lease.read(spans) or self._cached.read_copy(self._spec, spans):
+                return True
+            lease.close()
+            self._lease = self._cached.open_copy(self._spec)
+        return False
+
+    def _read_source(self, spans: list[Span]) -> None:
+        if_match = self._spec.if_match
+        self._cached.inner.read_into(self._spec.key, spans, if_match=if_match)
+        if if_match is None:
+            # Without an ETag to check, the object must have the same description after the read.
+            found = self._cached.spec_of(self._spec.key)
+            if found is None or found.name != self._spec.name:
+                etag = None if found is None else found.etag
+                raise ObjectChanged(url=self._spec.source, expected=self._spec.etag, found=etag)
+
+    def close(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.close()
+        super().close()
+
+
+class CachedFile(io.BufferedReader):
+    """A file of the cache, open for reading: the object that was opened, even if it is replaced. Safe for threads."""
+
+    def __init__(self, fs: TierCacheFileSystem, path: str, reader: ObjectReader) -> None:
+        super().__init__(reader, BUFFER_BYTES)
+        self.fs, self.path, self.size = fs, path, reader.n_bytes
+        self._reader, self._lock = reader, Lock()
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return up to size bytes; None or a negative size: the rest. A read larger than the buffer is one request."""
+        with self._lock:
+            start = self.tell()
+            n_left = max(self.size - start, 0)
+            n_bytes = n_left if size is None or size < 0 else min(size, n_left)
+            if n_bytes <= BUFFER_BYTES:
+                return super().read(n_bytes)
+            data = self._reader.read_range(ByteRange(start, start + n_bytes))
+            self.seek(start + n_bytes)
+            return data
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {redact(self.path)!r}>"
+
+
+# -- the file system --------------------------------------------------------------------------------------------------
+
+
+class TierCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]  # fsspec ships no types
+    """A file system that reads another file system through the cache. It refuses to write.
 
     Opening a file sends one request to the target for the object's identity: its ETag, version, or size and date.
     Cached bytes of that identity are read locally. A changed object is another copy, and an object without an identity
-    bypasses the cache. Writes go to the target and drop the cached copy. Safe for threads and fork-safe.
+    bypasses the cache. Names are those of the target, and of files that a mover has sent to another tier. Safe for
+    threads and fork-safe.
 
     Attributes:
         cache: Cache through which files are read; None before the first read, if the default cache is used.
@@ -262,13 +358,16 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
             cache_size: Size of the cache, such as "200GB"; None for the configured one.
             fo: Not used; fsspec passes the path of a chain, and every call names its path.
             **options: Options of fsspec itself (use_listings_cache, skip_instance_cache).
-
-        Raises:
-            TypeError: An option is unknown. Options of the target go into target_options.
-            ValueError: No target or two targets are given, the target is a tiercache file system, or a cache is given
-                together with its folder or size.
         """
-        _check_options(options)
+        if unknown := sorted(options.keys() - _OWN_OPTIONS):
+            raise TypeError(
+                f"tiercache:: does not know {', '.join(unknown)}; it takes cache, cache_dir and cache_size. Pass "
+                "options of the target under its protocol with a URL, s3={...}, and in target_options={...} otherwise"
+            )
+        if options.get("asynchronous"):
+            raise ValueError(
+                "tiercache:: is synchronous: wrap it with fsspec.implementations.asyn_wrapper.AsyncFileSystemWrapper"
+            )
         if (fs is None) == (target_protocol is None):
             raise ValueError(
                 "tiercache reads another file system: name it exactly once, in the URL ('tiercache::s3://bucket/key'), "
@@ -279,11 +378,7 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
         if target_protocol == self.protocol or isinstance(fs, TierCacheFileSystem):
             raise ValueError("tiercache:: over tiercache:: would cache everything twice; name it once")
         super().__init__(**options)
-        self._target = (
-            _target_of_instance(fs)
-            if target_protocol is None
-            else _target_of_protocol(target_protocol, dict(target_options or {}))
-        )
+        self._target = TargetFileSystem.of(fs, target_protocol, dict(target_options or {}))
         self.cache, self._cache_dir, self._cache_size = cache, cache_dir, cache_size
         self._is_uncached = False
         self._stores: dict[str, CachedStore] = {}
@@ -292,12 +387,6 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._target.protocol!r})"
-
-    def __getattr__(self, name: str) -> Any:
-        """Return an attribute that only the target has."""
-        if name.startswith("_") or name == "fs":  # may be read before __init__ has finished
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return getattr(self.fs, name)
 
     @property
     def fs(self) -> Any:
@@ -311,36 +400,84 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
         self._locator.close()
 
     def _strip_target_protocol(self, path: Any) -> Any:
+        if isinstance(path, list):
+            return [self._strip_target_protocol(one) for one in path]
         return self.fs._strip_protocol(without_protocol(path))  # noqa: SLF001 - part of every fsspec file system's interface
 
     def unstrip_protocol(self, name: str) -> str:
         """Return the URL of a path: "tiercache::s3://bucket/key"."""
         return f"{self.protocol}::{self.fs.unstrip_protocol(without_protocol(name))}"
 
-    # Reads, through the cache
+    # -- contents, through the cache
 
-    def _open(
-        self,
-        path: str,
-        mode: str = "rb",
-        block_size: int | None = None,
-        autocommit: bool = True,
-        cache_options: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> Any:
+    def _open(self, path: str, mode: str = "rb", block_size: int | None = None, **options: Any) -> Any:
         """Return a file: a CachedFile if the cache can be used. block_size: Its maximum readahead in bytes."""
-        reading = self._reading(path, options) if mode == "rb" else None
-        if reading is not None:
-            return CachedFile(self, path, reading, block_size if isinstance(block_size, int) else None)
-        if not autocommit:
-            options["autocommit"] = False
-        file = self.fs.open(path, mode, block_size=block_size, cache_options=cache_options, **options)
-        if mode == "rb":
-            return file
-        self.drop(path)
-        return WrittenFile(file, lambda: self.drop(path))
+        if mode != "rb":
+            self._refuse(path)
+        options.pop("autocommit", None)
+        most_ahead_bytes = block_size if isinstance(block_size, int) else MOST_AHEAD_BYTES
+        reader = self._reader(path, options, most_ahead_bytes)
+        if reader is None:
+            return self.fs.open(path, mode, block_size=block_size, **options)
+        return CachedFile(self, path, reader)
 
-    def _reading(self, path: str, options: Mapping[str, Any]) -> ObjectReader | None:
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        """Return the bytes of a range, with the rules of slices."""
+        return self._read_ranges(path, [(start, end)], options)[0]
+
+    def cat(
+        self, path: str | list[str], recursive: bool = False, on_error: str = "raise", **options: Any
+    ) -> bytes | dict[str, bytes | Exception]:
+        """Return contents by path, read in parallel, or the content alone if path names one file."""
+        paths = self.expand_path(path, recursive=recursive)
+        if isinstance(path, str) and paths == [self._strip_protocol(path)] and not recursive:
+            return self.cat_file(paths[0], **options)
+        files = [name for name in paths if not (recursive and self.isdir(name))]
+        found = _map_parallel(lambda name: _tried(lambda: self.cat_file(name, **options), on_error != "raise"), files)
+        contents = zip(files, found, strict=True)
+        return {name: data for name, data in contents if on_error != "omit" or not isinstance(data, Exception)}
+
+    def cat_ranges(
+        self,
+        paths: list[str],
+        starts: int | list[int | None] | None,
+        ends: int | list[int | None] | None,
+        max_gap: int | None = None,  # noqa: ARG002 - fsspec's; the cache coalesces neighbouring ranges itself
+        on_error: str = "return",
+        **options: Any,
+    ) -> list[bytes | Exception]:
+        """Return the bytes of many ranges. Each object is looked up once, and all its ranges are fetched together."""
+        first = starts if isinstance(starts, list) else [starts] * len(paths)
+        last = ends if isinstance(ends, list) else [ends] * len(paths)
+        if not len(paths) == len(first) == len(last):
+            raise ValueError(f"{len(paths)} paths, {len(first)} starts, {len(last)} ends: expected equal numbers")
+        ranges: dict[str, list[tuple[int | None, int | None]]] = {path: [] for path in paths}
+        for path, *one in zip(paths, first, last, strict=True):
+            ranges[path].append((one[0], one[1]))
+
+        def read(path: str) -> list[bytes] | Exception:
+            return _tried(lambda: self._read_ranges(path, ranges[path], options), on_error != "raise")
+
+        found = dict(zip(ranges, _map_parallel(read, ranges), strict=True))
+        pieces = {path: iter(one) for path, one in found.items() if not isinstance(one, Exception)}
+        return [next(pieces[path]) if path in pieces else found[path] for path in paths]  # type: ignore[misc]
+
+    def _read_ranges(
+        self, path: str, slices: Sequence[tuple[int | None, int | None]], options: Mapping[str, Any]
+    ) -> list[bytes]:
+        path = self._strip_protocol(path)
+        reader = self._reader(path, options)
+        if reader is None:
+            return [bytes(self.fs.cat_file(path, start=start, end=end, **options)) for start, end in slices]
+        with reader:
+            bounds = [slice(start, end).indices(reader.n_bytes) for start, end in slices]
+            ranges = [ByteRange(start, max(start, end)) for start, end, _ in bounds]
+            reader.prefetch(ranges)
+            return [reader.read_range(one) for one in ranges]
+
+    def _reader(
+        self, path: str, options: Mapping[str, Any], most_ahead_bytes: int = MOST_AHEAD_BYTES
+    ) -> ObjectReader | None:
         """Open the object that the path names now. Return None if the target must read it (or report why it cannot).
 
         In both cases, the read counts as a use of the object for the rules of tiers.
@@ -350,62 +487,19 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
         # A member of an archive has no identity, but the archive has: zip://name::tiercache::s3://bucket/a.zip
         if location is None or isinstance(self.fs, AbstractArchiveFileSystem):
             return None
+        cache = self._open_cache()
+        if cache is None:
+            return None
         root, key = location
-        store = self._stores.get(root)
-        if store is None:
-            cache = self._open_cache()
-            if cache is None:
-                return None
-            # Nothing is opened yet: if two threads create a store, the first one is kept and nothing leaks.
-            store = self._stores.setdefault(root, cache.store(self._target.store(root)))
+        # Nothing is opened yet: if two threads create a store, the first one is kept and nothing leaks.
+        store = self._stores.get(root) or self._stores.setdefault(root, cache.store(self._target.store(root)))
         try:
             spec = store.spec_of(key)
         except NotFound:
-            return self._read_moved(path)
+            return self._moved_reader(path, cache, most_ahead_bytes)
         except TierCacheError:
             return None
-        return None if spec is None else ObjectReader(store, spec)
-
-    # Files that a mover has sent to another tier
-
-    def _read_moved(self, path: str) -> ObjectReader | None:
-        """Open an object that the target no longer has, where it lies now; None: it is nowhere, or has no cache."""
-        cache = self._open_cache()
-        try:
-            found = self._locator.find_file(self._location_of(path))
-        except StoreError:
-            return None
-        if found is None or cache is None:
-            return None
-        if found.is_archived:
-            raise archived_file_error(found.url, found.info.n_bytes)
-        name = f"moved {found.store.url}"
-        store = self._stores.get(name) or self._stores.setdefault(name, cache.store(found.store))
-        spec = store.spec_of(found.key)
-        return None if spec is None else ObjectReader(store, spec)
-
-    def moved(self, path: str) -> MovedPaths | None:
-        """Return the names at or below a path (before its first wildcard) that moved to another tier; None: none."""
-        base = literal_prefix(str(self._strip_protocol(path))).rstrip("/")
-        try:
-            return moved_paths(self._locator, base, self._location_of(base)) if base else None
-        except StoreError:
-            return None
-
-    def _location_of(self, path: str) -> str:
-        """Return the URL or local path of a path of the target."""
-        url = str(self.fs.unstrip_protocol(path))
-        return uses.plain_url(url) if url.startswith("file://") else url
-
-    def _open_location(self, url: str) -> Store:
-        """Return the store of a tier or home: through the target, which has credentials, if it is of the same kind."""
-        options = options_of(url)
-        is_same_kind = not options and scheme_of(url) == self._target.protocol
-        location = split_path(f"{url}/-".partition("://")[2]) if is_same_kind else None
-        if location is None:
-            return open_store(url, **options)
-        root, key = location
-        return prefix_store(self._target.store(root), key.removesuffix("-").rstrip("/"))
+        return None if spec is None else ObjectReader(store, spec, most_ahead_bytes)
 
     def _open_cache(self) -> Cache | None:
         """Return the cache; None, with a warning, if the default cache cannot be opened: the user did not name it."""
@@ -425,180 +519,96 @@ class TierCacheFileSystem(DelegatedMethods, ChainedFileSystem):  # type: ignore[
                 )
         return self.cache
 
-    def open_many(self, open_files: Any) -> list[Any]:
-        """Open the files of an fsspec.OpenFiles in parallel; fsspec calls this in `with open_files as files`."""
-        return map_parallel(lambda file: file.__enter__(), list(open_files))
+    # -- names: the target's, and those of files that a mover has sent to another tier; fsspec derives its other methods
 
-    def commit_many(self, open_files: Any) -> None:
-        """Do nothing: each file was written when it was closed. fsspec calls this after open_many()."""
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        path = self._strip_protocol(path)
+        try:
+            return dict(self.fs.info(path, **options))
+        except FileNotFoundError:
+            moved = self._moved(path)
+            if not moved:
+                raise
+        return _about(path, moved.get(path))
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
-        """Return the bytes of a range, with the rules of slices."""
-        stripped = self._strip_protocol(path)
-        reading = self._reading(stripped, options)
-        if reading is None:
-            return bytes(self.fs.cat_file(stripped, start=start, end=end, **options))
-        with reading:
-            return reading.read(_slice(start, end, reading.n_bytes))
+    def ls(self, path: str, detail: bool = True, **options: Any) -> list[Any]:
+        path = self._strip_protocol(path)
+        try:
+            return list(self.fs.ls(path, detail=detail, **options))
+        except FileNotFoundError:
+            moved = self._moved(path)
+            if not moved:
+                raise
+        folder = path.rstrip("/")
+        names = {path} if path in moved else {f"{folder}/{name[len(folder) + 1 :].split('/')[0]}" for name in moved}
+        return [_about(name, moved.get(name)) if detail else name for name in sorted(names)]
 
-    def cat(
-        self, path: str | list[str], recursive: bool = False, on_error: str = "raise", **options: Any
-    ) -> bytes | dict[str, bytes | Exception]:
-        """Return contents by path, read in parallel, or the content alone if path names one file."""
-        paths = self.expand_path(path, recursive=recursive)
-        if isinstance(path, str) and paths == [self._strip_protocol(path)] and not recursive:
-            return self.cat_file(paths[0], **options)
-        files = [name for name in paths if not (recursive and self.isdir(name))]
-        found = map_parallel(lambda name: _tried(lambda: self.cat_file(name, **options), on_error != "raise"), files)
-        contents = zip(files, found, strict=True)
-        return {name: data for name, data in contents if on_error != "omit" or not isinstance(data, Exception)}
+    def find(
+        self, path: str, maxdepth: int | None = None, withdirs: bool = False, detail: bool = False, **options: Any
+    ) -> Any:
+        path = self._strip_protocol(path)
+        if found := self.fs.find(path, maxdepth=maxdepth, withdirs=withdirs, detail=detail, **options):
+            return found
+        return super().find(path, maxdepth=maxdepth, withdirs=withdirs, detail=detail)
 
-    def cat_ranges(
-        self,
-        paths: list[str],
-        starts: int | list[int | None] | None,
-        ends: int | list[int | None] | None,
-        max_gap: int | None = None,  # noqa: ARG002 - fsspec's
-        on_error: str = "return",
-        **options: Any,
-    ) -> list[bytes | Exception]:
-        """Return the bytes of many ranges. Each object is looked up once, and all its ranges are fetched together.
+    def _moved(self, path: str) -> dict[str, ObjectInfo]:
+        """Return the file, or everything below the folder, that once lay at a path, by the name that it had."""
+        base = path.rstrip("/")
+        url = self._location_of(base)
+        try:
+            file = self._locator.find_file(url) if base else None
+            folder = self._locator.find_folder(url) if base and file is None else None
+        except StoreError:
+            return {}
+        if file is not None:
+            return {path: file.info}
+        return {} if folder is None else {f"{base}/{name}": one.info for name, one in folder.files.items()}
 
-        max_gap is not used: the cache coalesces neighbouring ranges itself.
-        """
-        first = starts if isinstance(starts, list) else [starts] * len(paths)
-        last = ends if isinstance(ends, list) else [ends] * len(paths)
-        if not len(paths) == len(first) == len(last):
-            raise ValueError(f"{len(paths)} paths, {len(first)} starts, {len(last)} ends: expected equal numbers")
-        names = list(dict.fromkeys(paths))
-        with ExitStack() as stack:
-            opened = map_parallel(lambda path: self._reading(self._strip_protocol(path), options), names)
-            readers = dict(zip(names, opened, strict=True))
-            ranges = {stack.enter_context(one): list[ByteRange]() for one in opened if one is not None}
-            items = list(zip(paths, first, last, strict=True))
-            for path, start, end in items:
-                if (reader := readers[path]) is not None:
-                    ranges[reader].append(_slice(start, end, reader.n_bytes))
-            for one, ranges_of_one in ranges.items():
-                one.prefetch(ranges_of_one)
+    def _moved_reader(self, path: str, cache: Cache, most_ahead_bytes: int) -> ObjectReader | None:
+        """Open an object that the target no longer has, where it lies now; None: it is nowhere, or has no identity."""
+        try:
+            found = self._locator.find_file(self._location_of(path))
+        except StoreError:
+            return None
+        if found is None:
+            return None
+        if found.is_archived:
+            raise archived_file_error(found.url, found.info.n_bytes)
+        name = f"moved {found.store.url}"
+        store = self._stores.get(name) or self._stores.setdefault(name, cache.store(found.store))
+        spec = store.spec_of(found.key)
+        return None if spec is None else ObjectReader(store, spec, most_ahead_bytes)
 
-            def read(path: str, start: int | None, end: int | None) -> bytes:
-                if (reader := readers[path]) is None:
-                    return bytes(self.fs.cat_file(without_protocol(path), start, end, **options))
-                return reader.read(_slice(start, end, reader.n_bytes))
+    def _location_of(self, path: str) -> str:
+        """Return the URL or local path of a path of the target."""
+        url = str(self.fs.unstrip_protocol(path))
+        return uses.plain_url(url) if url.startswith("file://") else url
 
-            return map_parallel(lambda item: _tried(lambda: read(*item), on_error != "raise"), items)
+    def _open_location(self, url: str) -> Store:
+        """Return the store of a tier or home: through the target, which has credentials, if it is of the same kind."""
+        options = options_of(url)
+        is_same_kind = not options and scheme_of(url) == self._target.protocol
+        location = split_path(f"{url}/-".partition("://")[2]) if is_same_kind else None
+        if location is None:
+            return open_store(url, **options)
+        root, key = location
+        return prefix_store(self._target.store(root), key.removesuffix("-").rstrip("/"))
 
-    def get(
-        self,
-        rpath: Any,
-        lpath: Any,
-        recursive: bool = False,
-        callback: Any = DEFAULT_CALLBACK,
-        maxdepth: int | None = None,
-        **options: Any,
-    ) -> None:
-        """Copy files and folders to local paths in parallel, with fsspec's rules for the destination paths."""
-        planned = _CopyRecorder(self)
-        ChainedFileSystem.get(planned, rpath, lpath, recursive=recursive, maxdepth=maxdepth)
-        callback.set_size(len(planned.pairs))
+    # -- writing
 
-        def copy(pair: tuple[str, str]) -> None:
-            with callback.branched(*pair) as child:
-                self.get_file(*pair, callback=child, **options)
-            callback.relative_update()
+    def _refuse(self, path: Any, *_arguments: Any, **_options: Any) -> Any:
+        raise OSError(errno.EROFS, "tiercache:: only reads: write to the URL without tiercache::", str(path))
 
-        map_parallel(copy, planned.pairs)
-
-    def get_file(
-        self, rpath: str, lpath: Any, callback: Any = DEFAULT_CALLBACK, outfile: Any = None, **options: Any
-    ) -> None:
-        """Copy a file to a local path or into an open file. For a folder, create the local folder."""
-        path = self._strip_protocol(rpath)
-        reading = self._reading(path, options)
-        out = lpath if outfile is None and hasattr(lpath, "write") else outfile
-        if reading is None:
-            if out is None and self.isdir(path):
-                Path(lpath).mkdir(parents=True, exist_ok=True)
-                return
-            more = {} if outfile is None else {"outfile": outfile}
-            self.fs.get_file(path, lpath, callback=callback, **more, **options)
-            return
-        with reading, ExitStack() as stack:
-            if out is None:
-                Path(lpath).parent.mkdir(parents=True, exist_ok=True)
-                out = stack.enter_context(Path(lpath).open("wb"))
-            _copy_object(reading, out, callback)
-
-    # Writes, by the target
-
-    def drop(self, *paths: Any) -> None:
-        """Drop the cached copies of paths (a path, a list or a mapping's keys; with wildcards) and of paths below."""
-        sources = [self._target.url(name).rstrip("/") for path in paths for name in self._literals(path)]
-        # The write has succeeded, and the new object has another identity than the copy. An error here would wrongly
-        # say that the write failed.
-        with suppress(TierCacheError, OSError, ValueError):
-            cache = self._open_cache()
-            if cache is not None:
-                drop_objects(cache, sources)
-
-    def _literals(self, path: Any) -> list[str]:
-        if isinstance(path, str | os.PathLike):
-            return [literal_prefix(str(self._strip_protocol(path)))]
-        return [name for one in path for name in self._literals(one)]
-
-    @property
-    def transaction(self) -> Any:
-        """Transaction of the target."""
-        return self.fs.transaction
+    mkdir = makedirs = rmdir = rm = rm_file = touch = pipe_file = put_file = cp_file = mv = _refuse
 
 
-class _CopyRecorder:
-    """A file system for fsspec's get(), which copies files one by one: it records the copies instead."""
-
-    def __init__(self, fs: TierCacheFileSystem) -> None:
-        self._fs = fs
-        self.pairs: list[tuple[str, str]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._fs, name)
-
-    def get_file(self, rpath: str, lpath: str, **_: Any) -> None:
-        """Record the copy."""
-        self.pairs.append((rpath, lpath))
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    unknown = sorted(options.keys() - _OWN_OPTIONS)
-    if unknown:
-        raise TypeError(
-            f"tiercache:: does not know {', '.join(unknown)}; it takes cache, cache_dir and cache_size. Pass options "
-            "of the target under its protocol with a URL, s3={...}, and in target_options={...} otherwise"
-        )
-    if options.get("asynchronous"):
-        raise ValueError(
-            "tiercache:: is synchronous: wrap it with fsspec.implementations.asyn_wrapper.AsyncFileSystemWrapper"
-        )
-
-
-def _target_of_instance(fs: Any) -> TargetFileSystem:
-    make = partial(private_copy, type(fs), fs.storage_args, dict(fs.storage_options))
-    # A thread cannot wait for a file system that belongs to an event loop of the caller.
-    return TargetFileSystem(make, None if getattr(fs, "asynchronous", False) else fs)
-
-
-def _target_of_protocol(protocol: str, options: dict[str, Any]) -> TargetFileSystem:
-    kind = fsspec.get_filesystem_class(protocol)
-    # Hugging Face datasets turns tiercache::s3://b/k into tiercache::s3://b/k::s3://b/k: s3 chained over s3.
-    while options.get("target_protocol") == protocol and not issubclass(kind, ChainedFileSystem):
-        inner = options.pop("target_options", None) or {}
-        options = {**{n: v for n, v in options.items() if n not in ("fo", "target_protocol")}, **inner}
-    return TargetFileSystem(partial(fsspec.filesystem, protocol, **options))
-
-
-def _slice(start: int | None, end: int | None, n_bytes: int) -> ByteRange:
-    first, last, _ = slice(start, end).indices(n_bytes)
-    return ByteRange(first, max(first, last))
+def _about(path: str, info: ObjectInfo | None) -> dict[str, Any]:
+    """Return fsspec's description of a moved file; of a folder for None."""
+    if info is None:
+        return {"name": path, "size": 0, "type": "directory"}
+    about: dict[str, Any] = {"name": path, "size": info.n_bytes, "type": "file"}
+    about |= {} if info.modified_s is None else {"mtime": info.modified_s}
+    return about | ({} if info.etag is None else {"ETag": info.etag})
 
 
 def _tried(call: Callable[[], T], keeps_error: bool) -> T | Exception:
@@ -611,23 +621,10 @@ def _tried(call: Callable[[], T], keeps_error: bool) -> T | Exception:
         raise
 
 
-def map_parallel(call: Callable[[A], T], items: Iterable[A]) -> list[T]:
+def _map_parallel(call: Callable[[A], T], items: Iterable[A]) -> list[T]:
     """Return the results of calls for all items, run in parallel. The first error is raised after all calls."""
     items = list(items)
     if len(items) < 2:
         return [call(item) for item in items]
     with ThreadPoolExecutor(min(N_AT_ONCE, len(items)), thread_name_prefix="tiercache-fsspec") as pool:
         return list(pool.map(call, items))
-
-
-def _copy_object(reading: ObjectReader, out: Any, callback: Any) -> None:
-    """Write a whole object to an open file, and report the progress to callback."""
-    n_bytes = reading.n_bytes
-    callback.set_size(n_bytes)
-    reading.prefetch([ByteRange(0, n_bytes)])
-    buffer = memoryview(bytearray(min(COPY_BYTES, n_bytes)))
-    for start in range(0, n_bytes, COPY_BYTES):
-        span = ByteRange(start, min(start + COPY_BYTES, n_bytes))
-        reading.read_into(span, buffer[: span.n_bytes])
-        out.write(buffer[: span.n_bytes])
-        callback.relative_update(span.n_bytes)
