@@ -20,7 +20,8 @@ def differences(text: str, now: str) -> list[str]:
 
 def test_the_commands_of_the_guide_print_what_it_shows(tmp_path, warm_python):
     text = PAGE.read_text()
-    assert differences(text, guide_session.replay(text, tmp_path, warm_python)) == []
+    now = guide_session.replay(text, tmp_path, warm_python)
+    assert differences(text, now) == [], "\n".join(differences(text, now))
 
 
 @pytest.mark.s3

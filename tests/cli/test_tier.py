@@ -298,7 +298,7 @@ class TestPlan:
         tiercache("tier", "plan", "--out", "plan.jsonl")
         lines = [json.loads(line) for line in Path("plan.jsonl").read_text().splitlines()]
         assert (lines[0]["format"], lines[0]["rules"]) == ("tiercache-plan", str(root / "tiercache.toml"))
-        assert lines[-1]["line"] == "summary"
+        assert lines[-1]["line"] == "end"
 
 
 class TestApply:

@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 
 from tiercache.prices import FREE, Prices, RestorePrice
-from tiercache.tier.costs import break_even_days
 from tiercache.tier.model import (
     ACTIONS,
     KINDS,
@@ -18,7 +17,6 @@ from tiercache.tier.model import (
     Decisions,
     Kind,
     MoveColumns,
-    MoveCost,
     Snapshot,
 )
 from tiercache.tier.plan.policy import decide
@@ -150,7 +148,8 @@ class Decided:
     dst: int | None
     rule: str
     reason: str
-    money: MoveCost
+    cost: float
+    saving_month: float
 
 
 @dataclass(frozen=True)
@@ -173,10 +172,8 @@ def _rows(columns: MoveColumns, rules: Sequence[str]) -> Iterator[Decided]:
             columns.once[i],
             columns.saving_month[i],
         )
-        days = float(break_even_days(columns.once[i : i + 1], columns.saving_month[i : i + 1])[0])
-        money = MoveCost(float(once), float(saving), None if days == np.inf else days)
         named = (int(columns.src[i]), None if dst < 0 else dst, rules[columns.rule[i]], columns.reason[i])
-        yield Decided(int(columns.group[i]), action, *named, money)
+        yield Decided(int(columns.group[i]), action, *named, float(once), float(saving))
 
 
 def decided(*args, **keys) -> Outcome:

@@ -15,7 +15,7 @@ from tiercache.tier.inventory.listing import ObjectTable
 from tiercache.tier.model import Plan, PlannedObject, PlannedTier, Snapshot
 from tiercache.tier.plan.plan import holdings, make_plan
 from tiercache.tier.plan.policy import decide
-from tiercache.tier.rules import Rule, TieringOptions
+from tiercache.tier.rules import Rule
 
 
 @dataclass
@@ -70,7 +70,6 @@ def test_a_move_has_names_objects_and_figures():
     half = 500_000_000
     assert move.objects == tuple(PlannedObject(f"data/x/{i}", half, f'"{i}"', NOW_S - DAY_S, i) for i in range(2))
     assert move.n_bytes == 10**9
-    assert move.seconds > 0
 
 
 def test_a_refusal_has_names_and_bytes():
@@ -83,18 +82,6 @@ def test_a_plan_names_its_tiers_rules_and_prices():
     assert plan.rules_sha256 == "5" * 64
     assert plan.tiers[1] == PlannedTier("standard", "standard", "s3://warm/train", None, "x:r:S")
     assert plan.made_s == NOW_S
-
-
-def test_the_id_depends_on_the_content():
-    assert made(OLD, TO_ARCHIVE).id == made(OLD, TO_ARCHIVE).id
-    assert made(OLD, TO_ARCHIVE).id != made(OLD[:1], TO_ARCHIVE.model_copy(update={"to": "hot"})).id
-
-
-def test_the_duration_of_a_move_depends_on_the_rate():
-    (fast,), (slow,) = (
-        made(OLD, TO_ARCHIVE, tiering=TieringOptions(rate_bytes_s=rate)).moves for rate in (None, 10**6)
-    )
-    assert slow.seconds > 1000 > fast.seconds
 
 
 @FEWER

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.tier.test_plan import OLD, TO_ARCHIVE, made
 
-from tiercache.tier.costs import break_even_days
 from tiercache.tier.inventory.listing import ObjectTable
 from tiercache.tier.model import (
     ACTIONS,
@@ -20,7 +19,6 @@ from tiercache.tier.model import (
     KINDS,
     Move,
     MoveColumns,
-    MoveCost,
     Plan,
     PlannedObject,
     PlannedTier,
@@ -30,10 +28,10 @@ from tiercache.tier.model import (
 )
 from tiercache.tier.plan import plan as plan_module
 from tiercache.tier.plan.plan import MoveTable, RefusalTable, totals_by_route
-from tiercache.tier.plan.plan_file import plan_blocks, read_plan, write_plan
+from tiercache.tier.plan.plan_file import read_plan, write_plan
 
 TIERS = ("hot", "standard", "archive")
-RULES = ("cold", 'a "rule"', "é\n", "tiers.hot.high")
+RULES = ("cold", 'a "rule"', "é\n", "tiers.hot.capacity")
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(
     ['"', "\\", "\x7f", "\n", "é\u2028"]
 )
@@ -96,14 +94,12 @@ def written_plans(draw) -> tuple[Plan, Plan]:
     sizes = [draw(st.integers(0, 2**50)) for _ in refused]
     table = table_of(copies)
     of_groups = pa.array(paths, pa.large_string()), np.array(kind, np.uint8), TIERS
-    moves = MoveTable(columns_of(moved, paths), RULES, table.bytes_of_copies(), *of_groups, table, rate_bytes_s=2e8)
+    moves = MoveTable(columns_of(moved, paths), RULES, table.bytes_of_copies(), *of_groups, table)
     refusals = RefusalTable(columns_of(refused, paths), RULES, np.array(sizes, np.int64), *of_groups)
     plan = replace(draw(plans), moves=moves, refusals=refusals)
     plain_moves = tuple(
-        Move(number, *head_of(row, paths, kind), tuple(copy), cost_of(*row[-2:]), seconds)
-        for number, (row, copy, seconds) in enumerate(
-            zip(moved, copies, moves.seconds(0, len(moved)).tolist(), strict=True), start=1
-        )
+        Move(number, *head_of(row, paths, kind), tuple(copy), *row[-2:])
+        for number, (row, copy) in enumerate(zip(moved, copies, strict=True), start=1)
     )
     plain_refusals = tuple(Refusal(*head_of(row, paths, kind), size) for row, size in zip(refused, sizes, strict=True))
     return plan, replace(plan, moves=plain_moves, refusals=plain_refusals)
@@ -115,11 +111,6 @@ def columns_of(rows: list[tuple], paths: list[str]) -> MoveColumns:
     reasons[:] = reason
     found = MoveColumns.of(np.array(group, np.int64) % len(paths), action, src, dst, rule, reasons)
     return replace(found, once=np.array(once, np.float64), saving_month=np.array(saving, np.float64))
-
-
-def cost_of(once: float, saving: float) -> MoveCost:
-    days = float(break_even_days(np.array([once]), np.array([saving]))[0])
-    return MoveCost(once, saving, None if days == np.inf else days)
 
 
 def head_of(row: tuple, paths: list[str], kind: list[int]) -> tuple:
@@ -143,8 +134,9 @@ def table_of(copies: list[list[PlannedObject]]) -> ObjectTable:
     )
 
 
-def lines_of(plan: Plan) -> list[str]:
-    return b"".join(plan_blocks(plan)).decode().splitlines()
+def lines_of(folder: Path, plan: Plan) -> list[dict]:
+    write_plan(plan, folder / "plan.jsonl")
+    return [json.loads(line) for line in (folder / "plan.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(params=[1, 2, plan_module.ROWS_PER_PART])
@@ -192,30 +184,17 @@ def test_totals_of_columns_are_those_of_the_objects(drawn):
     for way, (_, of) in expected.items():
         amounts = (found[way][1].cost, found[way][1].saving_month)
         assert amounts == pytest.approx((of.cost, of.saving_month), rel=1e-9, abs=1e-3)
-    assert in_columns.totals().n_bytes == sum(move.n_bytes for move in plain)
-    assert in_columns.totals().cost == pytest.approx(sum(move.money.once for move in plain), rel=1e-9, abs=1e-3)
 
 
 def one_move(rules: list[str], *rows: tuple) -> MoveTable:
     table = table_of([[]] * len(rows))
     of_groups = pa.array(["x"], pa.large_string()), np.zeros(1, np.uint8), TIERS
-    return MoveTable(columns_of([*rows], ["x"]), rules, table.bytes_of_copies(), *of_groups, table, rate_bytes_s=1.0)
+    return MoveTable(columns_of([*rows], ["x"]), rules, table.bytes_of_copies(), *of_groups, table)
 
 
 def test_a_rule_with_the_name_of_a_watermark_is_summed_with_it():
     rows = [(0, 3, 0, 1, rule, "why", 0.0, 0.0) for rule in (0, -1, 0)]
-    assert [n for n, _ in totals_by_route(one_move(["tiers.hot.high"] * 2, *rows)).values()] == [3]
-
-
-@given(written_plans(), written_plans())
-def test_moves_of_other_objects_have_another_digest(one, other):
-    def content(plan: Plan) -> list:
-        return [
-            (move.path, move.action, move.src, move.dst, [(o.key, o.n_bytes, o.etag) for o in move.objects])
-            for move in plan.moves
-        ]
-
-    assert (one[0].moves.digest() == other[0].moves.digest()) == (content(one[1]) == content(other[1]))
+    assert [n for n, _ in totals_by_route(one_move(["tiers.hot.capacity"] * 2, *rows)).values()] == [3]
 
 
 @pytest.mark.parametrize("figure", [float("inf"), float("nan")])
@@ -235,17 +214,13 @@ def test_a_new_plan_replaces_the_old_file_and_leaves_no_other_file(tmp_path):
 
 
 def test_lines_have_the_keys_of_the_reference(tmp_path):
-    header, move, refusal, summary = map(json.loads, lines_of(made(OLD, TO_ARCHIVE)))
+    header, move, refusal, end = lines_of(tmp_path, made(OLD, TO_ARCHIVE))
+    text = (Path(__file__).parents[2] / "docs/reference/tiers.md").read_text()
+    text = text[text.index("\n## Plans") : text.index("\n## Prices")]
     assert header["format"] == "tiercache-plan"
-    assert header["made"] == "1997-05-19T00:00:00.000+00:00"
-    assert set(header["tiers"]["hot"]) == {"url", "role", "storage_class", "prices"}
-    assert set(move) == {
-        *("line", "id", "path", "kind", "action", "src", "dst", "rule", "reason", "n_objects", "n_bytes"),
-        *("cost", "saving_month", "break_even_days", "seconds", "objects"),
-    }
-    assert set(refusal) == {"line", "path", "kind", "action", "src", "dst", "rule", "reason", "n_bytes"}
-    assert set(summary) == {"line", "before", "after", "n_moves", "n_bytes", "cost", "saving_month", "sha256"}
-    assert set(summary["before"]["hot"]) == {"n_bytes", "n_objects", "dollars_month"}
+    nested = (header["tiers"][0], header["totals"], header["before"]["hot"])
+    for row in (header, move, refusal, end, *nested):
+        assert [key for key in row if f"`{key}`" not in text and key != "line"] == []
 
 
 def stored(folder: Path) -> tuple[Path, bytes]:
@@ -266,7 +241,7 @@ def test_a_truncated_plan_is_refused(tmp_path):
 
 def test_a_plan_with_a_flipped_bit_is_refused(tmp_path):
     path, data = stored(tmp_path)
-    for at in range(0, data.rindex(b'{"line": "summary"'), 3):
+    for at in range(0, data.rindex(b'{"line": "end"'), 3):
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         with pytest.raises(ValueError, match=r"plan\.jsonl"):
             read_plan(path)
@@ -275,7 +250,7 @@ def test_a_plan_with_a_flipped_bit_is_refused(tmp_path):
 @given(data=st.data())
 def test_reading_any_file_gives_a_plan_or_a_value_error(folder, data):
     """Lines of a plan with values of other types, and the sum put right: what only a person would write."""
-    lines = [json.loads(line) for line in lines_of(made(OLD, TO_ARCHIVE))]
+    lines = lines_of(folder, made(OLD, TO_ARCHIVE))
     row = data.draw(st.sampled_from(lines))
     key = data.draw(st.sampled_from(sorted(row)))
     row[key] = data.draw(
@@ -316,41 +291,35 @@ def test_another_file_is_refused_as_no_plan(tmp_path):
 def test_lines_after_the_summary_are_refused(tmp_path):
     path, data = stored(tmp_path)
     path.write_bytes(data + data.splitlines(keepends=True)[1])
-    with pytest.raises(ValueError, match="summary to be the last line"):
+    with pytest.raises(ValueError, match="to be the last one"):
         read_plan(path)
 
 
 def test_a_key_that_leaves_its_tier_is_refused(tmp_path):
     path = tmp_path / "plan.jsonl"
-    lines = [json.loads(line) for line in lines_of(made(OLD, TO_ARCHIVE))]
+    lines = lines_of(tmp_path, made(OLD, TO_ARCHIVE))
     lines[1]["objects"][0][0] = "../other/x"
     path.write_text("".join(f"{line}\n" for line in summed(lines)))
     with pytest.raises(ValueError, match="not a valid key"):
         read_plan(path)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"path": "../x"}, "line 2: path: not a valid key"),
-        ({"path": "data/\udcff"}, "line 2: expected a JSON object"),
-        ({"path": "data/_tiercache/versions"}, "line 2: path: .* belongs to tiercache"),
-        ({"path": "data"}, ""),
-        ({"path": "other"}, "line 2: objects: expected other or a key below it, got data/x/0"),
-        ({"id": 10**30}, "line 2: id: Input should be "),
-        ({"id": -1}, "line 2: id: Input should be "),
-    ],
-)
-def test_a_move_that_no_planner_writes_is_refused(tmp_path, change, said):
+def test_a_move_that_no_planner_writes_is_refused(tmp_path):
     path = tmp_path / "plan.jsonl"
-    lines = [json.loads(line) for line in lines_of(made(OLD, TO_ARCHIVE))]
-    lines[1] |= change
-    path.write_text("".join(f"{line}\n" for line in summed(lines)))
-    if said:
+    for change, said in [
+        ({"path": "../x"}, "line 2: not a valid key"),
+        ({"path": "data/\udcff"}, "line 2: "),
+        ({"path": "data/_tiercache/versions"}, "line 2: .* belongs to tiercache"),
+        ({"path": "other"}, "line 2: objects: expected other or a key below it, got data/x/0"),
+        ({"number": 7}, "moves with the numbers from 1"),
+        ({"number": "x"}, "line 2: number: Input should be "),
+        ({"objects": [["data/x/0", -1, None, None, None]]}, "line 2: objects: a size is negative"),
+    ]:
+        lines = lines_of(tmp_path, made(OLD, TO_ARCHIVE))
+        lines[1] |= change
+        path.write_text("".join(f"{line}\n" for line in summed(lines)))
         with pytest.raises(ValueError, match=said):
             read_plan(path)
-    else:
-        assert read_plan(path).moves[0].path == change["path"]
 
 
 def test_a_deeply_nested_line_is_refused(tmp_path):

@@ -327,7 +327,7 @@ def test_delete_after_deletes_old_groups_from_all_tiers():
     (move,), _ = planned([lying("standard", "archive", copy=replace(BIG, days=95))], DELETE)
     assert (move.action, move.src, move.dst) == ("delete", 1, None)
     assert move.reason == "written 100 days ago (delete_after = 10 days)"
-    assert move.money.saving_month == pytest.approx(BIG.n_bytes / 2**30 * (0.02 + 0.004))
+    assert move.saving_month == pytest.approx(BIG.n_bytes / 2**30 * (0.02 + 0.004))
 
 
 def test_the_newest_checkpoint_is_never_deleted():
@@ -376,7 +376,7 @@ def test_one_small_file_does_not_keep_a_checkpoint_from_moving():
 def test_an_early_deletion_fee_is_part_of_the_cost():
     prices = (FREE, COLD, replace(FROZEN, restore={}))
     (move,), _ = planned([lying("standard", copy=Copy(2**30, days=60))], TO_ARCHIVE, prices=prices)
-    assert move.money.once == pytest.approx(0.004 * 30 / 30 + 0.03 + 0.01 / 1000)
+    assert move.cost == pytest.approx(0.004 * 30 / 30 + 0.03 + 0.01 / 1000)
 
 
 def test_a_move_to_a_dearer_tier_is_refused():
@@ -394,7 +394,7 @@ def test_a_move_must_pay_back_before_its_rule_deletes_the_group():
     assert "it is deleted in 10 days" in refusal_of([group], rule(110))
     (move,), _ = planned([group], rule(180))
     (lasting,), _ = planned([group], TO_ARCHIVE)
-    assert move.money.once - lasting.money.once == pytest.approx(0.004 * 10 / 30)
+    assert move.cost - lasting.cost == pytest.approx(0.004 * 10 / 30)
 
 
 def test_a_move_must_break_even_within_a_year_and_the_refusal_has_the_figures():
@@ -425,7 +425,7 @@ def test_moves_from_an_unpriced_local_disk_are_not_checked_for_cost():
 
 def test_without_prices_costs_are_not_considered():
     (move,), _ = planned([lying("standard")], TO_ARCHIVE, prices=(FREE, None, replace(COLD, store_gb_month=9.0)))
-    assert (move.money.once, move.money.saving_month) == (0.0, 0.0)
+    assert (move.cost, move.saving_month) == (0.0, 0.0)
 
 
 # -- what cannot be read ---------------------------------------------------------------------------------------------

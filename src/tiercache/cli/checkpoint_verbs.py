@@ -28,9 +28,9 @@ from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.model import CHECKPOINT, Snapshot
 from tiercache.tier.move.mover import open_mover
 from tiercache.tier.move.removal import Removal, remove_groups
-from tiercache.tier.plan.explanations import KeepReason, keep_reasons
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide_now
+from tiercache.tier.plan.proposals import KeepReason, keep_reasons
 from tiercache.tier.plan.selection import rules_of
 from tiercache.tier.rule_edits import add_pins, literal_glob, remove_pins
 

@@ -19,7 +19,6 @@ from tiercache.cli.common import PARTIAL, PENDING, Output, confirm, count, parse
 from tiercache.cli.open_tiers import (
     OpenTiers,
     format_dollars,
-    format_duration,
     is_glob,
     open_tiers,
     print_unavailable,
@@ -171,7 +170,7 @@ class _Recall:
         if plan.restore is not None and plan.restore.hours is not None:
             objects = count(len(plan.restore.objects), "object")
             text += f"; {objects} to restore, up to {plan.restore.hours:g} h ({self._speed})"
-        return text + (f"; copies take about {format_duration(plan.seconds)}" if plan.seconds >= 1 else "")
+        return text
 
     def _facts(self, plan: RecallPlan) -> dict[str, Any]:
         restore = plan.restore
@@ -183,7 +182,6 @@ class _Recall:
             "restores": 0 if restore is None else len(restore.objects),
             "cost": plan.cost,
             "hours": plan.hours,
-            "seconds": plan.seconds,
             "command": recall_command(self._tiers.file, self._what, to=self._options.to),
         }
 

@@ -35,7 +35,7 @@ from tiercache.model import format_bytes
 from tiercache.prices import SPEEDS, Prices, Speed, price_notes, price_table
 from tiercache.store import redact
 from tiercache.store.options import ParsedUrl
-from tiercache.tier.costs import Sizes, month_dollars
+from tiercache.tier.costs import Sizes, break_even_days, month_dollars
 from tiercache.tier.findings import refuse_shared_folders, rule_warnings
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.model import KINDS, SHARD, STANDARD, ExceededLimit, Move, Plan, Refusal, Snapshot
@@ -115,18 +115,18 @@ def print_moves(output: Output, moves: Sequence[Move]) -> None:
     """Print a row for each move."""
     texts = [
         {"does": move.action, "path": move.path, "from": move.src, "to": move.dst or ""}
-        | {"size": format_bytes(move.n_bytes), "cost": format_dollars(move.money.once)}
-        | {"saves/month": format_dollars(move.money.saving_month), "back in": _days(move.money.break_even_days)}
+        | {"size": format_bytes(move.n_bytes), "cost": format_dollars(move.cost)}
+        | {"saves/month": format_dollars(move.saving_month), "back in": _back_in(move)}
         | {"why": f"{move.rule}: {move.reason}"}
         for move in moves
     ]
     output.table("move", [move_facts(move) for move in moves], texts)
 
 
-def _days(days: float | None) -> str:
-    if days is None:
-        return ""
-    return format_duration(days * 86400.0) if days > 0 else "at once"
+def _back_in(move: Move) -> str:
+    """Return the time after which a move is paid back; "": never."""
+    days = break_even_days(np.array([move.cost]), np.array([move.saving_month]))[0]
+    return "" if np.isinf(days) else format_duration(days * 86400.0) if days > 0 else "at once"
 
 
 def print_refusals(output: Output, refusals: Sequence[Refusal]) -> None:
@@ -156,10 +156,8 @@ def move_facts(move: Move) -> dict[str, Any]:
         | {
             "n_objects": len(move.objects),
             "n_bytes": move.n_bytes,
-            "cost": move.money.once,
-            "saving_month": move.money.saving_month,
-            "break_even_days": move.money.break_even_days,
-            "seconds": move.seconds,
+            "cost": move.cost,
+            "saving_month": move.saving_month,
         }
     )
 

@@ -6,8 +6,8 @@ verified before its source is deleted, and a move never deletes the last verifie
 rule with `delete_after` asks for it.
 
 The packages ``inventory``, ``plan``, ``move`` and ``placement`` are the steps of a run. ``rules`` reads the rule file,
-``rule_writer`` writes a first one with ``suggestions`` of patterns of names, and ``rule_edits`` adds pins.
+and ``rule_edits`` adds pins to it.
 ``stores`` opens the stores of the tiers. ``model`` has the values that all exchange, ``text_columns`` works on columns
-of strings, and ``costs`` computes dollars. ``findings`` are reports beside the plan. ``restore`` restores archived
+of strings, and ``costs`` computes dollars. ``findings`` are warnings of rules. ``restore`` restores archived
 objects, ``recall`` plans to bring groups back, and ``holds`` protect what was brought back.
 """

@@ -110,15 +110,6 @@ class Snapshot(CheckpointColumns):
         return len(self.group)
 
 
-@dataclass(frozen=True, slots=True)
-class MoveCost:
-    """The cost of a move and its effect on the monthly cost, in US dollars."""
-
-    once: float = 0.0  # one-time cost: requests, retrieval, egress and early-deletion fee
-    saving_month: float = 0.0  # storage cost saved per month; negative: the move makes storage dearer
-    break_even_days: float | None = None  # days until the savings exceed `once`; None: never
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class MoveColumns:
     """Moves that a rule proposes, that the policy has decided, or that it refuses; row i of every column is one."""
@@ -160,7 +151,7 @@ NO_MOVES = MoveColumns.of(np.empty(0, np.int64), 0, 0, -1, 0, "")
 
 @dataclass(frozen=True, slots=True)
 class ExceededLimit:
-    """A rule that would delete more bytes for good than it may without a confirmation (plan/deletion_limit.py)."""
+    """A rule that would delete more bytes for good than it may without a confirmation (plan/policy.py)."""
 
     rule: str
     n_bytes: int  # bytes that would be deleted
@@ -198,8 +189,8 @@ class Move:
     rule: str  # name of the rule, or of the watermark
     reason: str
     objects: tuple[PlannedObject, ...]
-    money: MoveCost = field(default_factory=MoveCost)
-    seconds: float = 0.0  # estimated duration
+    cost: float = 0.0  # one-time cost in US dollars: requests, retrieval, egress and early-deletion fee
+    saving_month: float = 0.0  # US dollars of storage saved per month; negative: the move makes storage dearer
 
     @property
     def n_bytes(self) -> int:
@@ -243,7 +234,7 @@ class TierTotals:
 
 @dataclass(frozen=True, slots=True)
 class PlanTotals:
-    """Totals of all moves of a plan: bytes, and costs in US dollars as in MoveCost."""
+    """Totals of all moves of a plan: bytes, and US dollars."""
 
     n_bytes: int = 0
     cost: float = 0.0

@@ -84,11 +84,6 @@ class RecallPlan:
         return self.copies.totals.n_bytes + self.later.totals.n_bytes
 
     @property
-    def seconds(self) -> float:
-        """Estimated duration of the copies, without the restores, in seconds."""
-        return float(sum(move.seconds for plan in (self.copies, self.later) for move in plan.moves))
-
-    @property
     def is_done(self) -> bool:
         """Whether there is nothing to copy, now or later."""
         return not self.copies.moves and not self.later.moves

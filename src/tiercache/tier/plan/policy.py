@@ -10,15 +10,16 @@ docs/reference/tiers.md defines the rules. A group gets at most one move. Steps,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.keep import Flags, Rows
-from tiercache.model import format_bytes
+from tiercache.model import format_bytes, parse_bytes
 from tiercache.prices import prices_if_known
 from tiercache.tier.costs import (
     DAY_S,
@@ -36,10 +37,10 @@ from tiercache.tier.model import (
     READABLE,
     RECLASS,
     Decisions,
+    ExceededLimit,
     MoveColumns,
     Snapshot,
 )
-from tiercache.tier.plan.deletion_limit import exceeded_limits
 from tiercache.tier.plan.proposals import (
     Reasons,
     RuleProposals,
@@ -51,12 +52,13 @@ from tiercache.tier.plan.proposals import (
     propose_down,
     transfer_dollars,
 )
-from tiercache.tier.plan.selection import SnapshotIndex
+from tiercache.tier.plan.selection import SnapshotIndex, largest_copies, rules_of
 from tiercache.tier.stores import deletion_block_reason, unavailable_tiers
+from tiercache.tier.text_columns import index_in
 
 if TYPE_CHECKING:
     from tiercache.prices import Prices
-    from tiercache.tier.journal import TierCatalog
+    from tiercache.tier.journal import JournalRow, TierCatalog
     from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
 
@@ -383,6 +385,37 @@ def decide_now(
     decisions = decide(snapshot, file, prices, capacity_bytes=capacity, unavailable=unavailable)
     journal = catalog.open_moves(file.home_tier.url, "waiting", "dropping")
     return replace(decisions, exceeded=exceeded_limits(decisions, snapshot, file, journal)), unavailable
+
+
+def exceeded_limits(
+    decisions: Decisions, snapshot: Snapshot, file: RuleFile, journal: Iterable[JournalRow]
+) -> tuple[ExceededLimit, ...]:
+    """Return the rules that delete more bytes than their `max_delete` allows, so that a person must confirm it.
+
+    A mistake in a rule file (a wrong duration, a glob that matches too much) shows as a deletion of most of what a rule
+    matches. A deletion counts in the run that plans it; when it becomes due after the grace period, nobody is asked.
+
+    The bytes that a rule matches are those of the groups to which it applies, with keep lists only of checkpoints; of
+    each group the largest copy. journal: Moves that wait in the journal. A deletion among them was accepted before.
+    """
+    deleted = decisions.moves.group[decisions.moves.action == DELETE]
+    if not len(deleted):
+        return ()
+    rule_of, n_bytes = rules_of(snapshot, file), largest_copies(snapshot)
+    accepted = [row.path for row in journal if row.action == "delete"]
+    is_new = index_in(snapshot.paths.take(pa.array(deleted)), pa.array(accepted, pa.large_string())) < 0
+    found = []
+    for number, rule in enumerate(file.rules):
+        new_bytes = int(n_bytes[deleted[is_new & (rule_of[deleted] == number)]].sum())
+        if new_bytes == 0:
+            continue
+        applies = rule_of == number
+        if rule.keep:
+            applies &= snapshot.kind == CHECKPOINT
+        matched_bytes = int(n_bytes[np.flatnonzero(applies)].sum())
+        if new_bytes > parse_bytes(rule.max_delete, whole_bytes=matched_bytes):
+            found.append(ExceededLimit(rule.name, new_bytes, matched_bytes, rule.max_delete))
+    return tuple(found)
 
 
 class _Policy:
