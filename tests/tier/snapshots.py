@@ -55,7 +55,6 @@ class Copy:
     whole: bool = True
     verified: bool = True
     link: str = ""
-    inner_link: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,6 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
         verified=copies(lambda copy: copy.verified, np.bool_),
         links={row: copy.link for row, (_, _, copy, _) in enumerate(rows) if copy.link},
         held={number: group.held for number, group in enumerate(groups) if group.held},
-        inner_links={row: copy.inner_link for row, (_, _, copy, _) in enumerate(rows) if copy.inner_link},
         immovable={number: group.immovable for number, group in enumerate(groups) if group.immovable},
         pinned=frozenset(number for number, group in enumerate(groups) if group.is_pinned),
     )

@@ -572,19 +572,12 @@ def test_a_watermark_moves_no_group_that_no_move_may_touch():
     assert found.moves.group.tolist() == [1]
 
 
-@pytest.mark.parametrize("copy", [Copy(BIG.n_bytes, link="last"), Copy(BIG.n_bytes, inner_link="a/x")])
-def test_a_copy_that_a_link_needs_is_only_copied_to_an_object_store(copy):
-    (move,), _ = planned([Group("a", {"hot": copy}, days=100.0)], TO_ARCHIVE)
-    assert (move.action, "symbolic link" in move.reason) == ("copy", True)
-    both = Group("a", {"hot": copy, "archive": BIG}, days=100.0)
-    assert "symbolic link" in refusal_of([both], TO_ARCHIVE)
-
-
-def test_a_link_inside_a_checkpoint_does_not_prevent_its_deletion():
-    inner = [checkpoint(0, step, {"hot": Copy(BIG.n_bytes, inner_link="x")}, days=400.0 - step) for step in (1, 2)]
-    assert [action for _, action, *_ in moves_of(inner, DELETE)] == ["delete"]
-    outer = [checkpoint(0, step, {"hot": Copy(BIG.n_bytes, link="x")}, days=400.0 - step) for step in (1, 2)]
-    assert moves_of(outer, DELETE) == []
+def test_a_copy_that_a_link_needs_is_neither_moved_nor_deleted():
+    linked = Copy(BIG.n_bytes, link="last")
+    assert "symbolic link last" in refusal_of([Group("a", {"hot": linked}, days=100.0)], TO_ARCHIVE)
+    assert "symbolic link last" in refusal_of([Group("a", {"hot": linked, "archive": BIG}, days=100.0)], TO_ARCHIVE)
+    groups = [checkpoint(0, step, {"hot": linked}, days=400.0 - step) for step in (1, 2)]
+    assert moves_of(groups, DELETE) == []
 
 
 def test_a_checkpoint_that_its_own_pin_file_pins_is_neither_moved_nor_deleted():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +27,6 @@ from tiercache.store.posix import (
     file_info,
     open_folder,
     os_errors,
-    sync_folder,
     write_all,
 )
 from tiercache.store.range_reads import check_read, check_spans, plan_requests
@@ -293,16 +291,6 @@ class LocalFolder(Store):
                         visit(key, entry)
             yield
 
-    def links(self) -> Iterator[tuple[str, str]]:
-        """List the symbolic links to something below the root, as (path of the link below the root, target key).
-
-        Links are not objects and are not followed. A user of a link still loses the target if it is deleted.
-        """
-        root = os.path.realpath(self.root).rstrip("/")
-        for key, target in self.symlinks():
-            if target.startswith(f"{root}/"):
-                yield key, target[len(root) + 1 :]
-
     def symlinks(self) -> Iterator[tuple[str, str]]:
         """List the symbolic links to something that exists, as (path below the root, target without links)."""
         root = os.path.realpath(self.root)
@@ -318,37 +306,6 @@ class LocalFolder(Store):
                 if os.path.exists(target):  # noqa: PTH110 - realpath's
                     yield key, target
             found.clear()
-
-    def link_target(self, key: str) -> str | None:
-        """Return the place to which a symbolic link leads, without links; None: it is no link."""
-        path = f"{os.path.realpath(self.root)}/{check_key(key)}"
-        return os.path.realpath(path) if os.path.islink(path) else None  # noqa: PTH114 - realpath's
-
-    def put_link(self, key: str, target: str) -> None:
-        """Make a symbolic link with this text, atomically. It replaces a link, and nothing else.
-
-        Raises ObjectChanged if something else has the name.
-        """
-        folders, name = _split(key)
-        with self._errors(key, "put_link"), open_folder(self.root, folders, make=True) as folder_fd:
-            with suppress(FileNotFoundError):
-                if not stat.S_ISLNK(os.stat(name, dir_fd=folder_fd, follow_symlinks=False).st_mode):
-                    raise ObjectChanged("put_link: expected a symbolic link, found another file", url=self._at(key))
-            temp = TEMP_PREFIX + secrets.token_hex(8)
-            os.symlink(target, temp, dir_fd=folder_fd)
-            os.rename(temp, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
-            sync_folder(folder_fd)
-
-    def remove_link(self, key: str) -> None:
-        """Remove a symbolic link. Another kind of file is not removed, and a missing link is no error."""
-        folders, name = _split(key)
-        with (
-            self._errors(key, "remove_link"),
-            suppress(FileNotFoundError, NotADirectoryError),
-            open_folder(self.root, folders) as folder_fd,
-        ):
-            if stat.S_ISLNK(os.stat(name, dir_fd=folder_fd, follow_symlinks=False).st_mode):
-                os.unlink(name, dir_fd=folder_fd)
 
     def remove_empty(self, folder: str) -> None:
         """Remove a folder and its subfolders as far as they contain nothing else. A missing folder is not an error.

@@ -45,16 +45,6 @@ NO_STEP = -1
 NO_RUN = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Symlink:
-    """A symbolic link in a local tier whose target lies in a local tier. key, target: Paths below the tiers' URLs."""
-
-    tier: str
-    key: str
-    target_tier: str
-    target: str
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot(CheckpointColumns):
     """The input of the policy: all groups and their copies. Immutable; row g of a group column is group g.
@@ -86,14 +76,11 @@ class Snapshot(CheckpointColumns):
     state: NDArray[np.uint8]  # READABLE, ARCHIVED, RESTORING or RESTORED
     whole: NDArray[np.bool_]  # whether it has all objects of the group, with the same sizes as the other copies
     verified: NDArray[np.bool_]  # whether its bytes were compared with checksums and have not changed since
-    # By copy: a symbolic link that points to the copy or into it from elsewhere, and would dangle without it.
+    # By copy: a symbolic link that points to the copy or into it, or that lies in its folder.
     links: Mapping[int, str]
     # By group: the reason for people why no move touches it: two tiers have different objects under its name
     # (inventory/conflicts.py), or it is a shard of a data set outside the home tier.
     immovable: Mapping[int, str] = field(default_factory=dict)
-    # By copy: a symbolic link inside the folder of the copy.
-    inner_links: Mapping[int, str] = field(default_factory=dict)
-    symlinks: tuple[Symlink, ...] = ()  # links of all local tiers
     # Groups that their own pin.json pins, or whose pin.json cannot be read.
     pinned: frozenset[int] = frozenset()
     # By group: the reason for people of a hold in force (tier/holds.py), which protects the group like a pin.

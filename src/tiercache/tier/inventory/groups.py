@@ -49,7 +49,6 @@ from tiercache.tier.model import (
     RESTORING,
     SHARD,
     Snapshot,
-    Symlink,
 )
 from tiercache.tier.text_columns import ROWS_AT_A_TIME, index_in, inverse, match_regex, sort_order, take_rows
 
@@ -387,7 +386,7 @@ def take_inventory(
         grouped,
         copies,
         now_s=now_s,
-        **_links(file, stores, listed, grouped.paths, copies),
+        links=_links(file, stores, listed, grouped.paths, copies),
         complete=complete,
         metrics=found.columns,
         unread=unread,
@@ -501,8 +500,8 @@ def _complete(grouped: Grouped, copies: Copies, *, now_s: float, quiet_period_s:
     return complete
 
 
-def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, copies: Copies) -> dict[str, Any]:
-    """Return the symbolic links of local tiers: links and inner_links by copy, and all of them."""
+def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, copies: Copies) -> dict[int, str]:
+    """Return the symbolic links of local tiers, by each copy that a link leads to or lies in."""
     folders = {
         number: store
         for number in listed.tiers
@@ -510,23 +509,15 @@ def _links(file: RuleFile, stores: Stores, listed: Listing, paths: pa.Array, cop
     }
     roots = {number: os.path.realpath(store.root).rstrip("/") + "/" for number, store in folders.items()}
     links: dict[int, str] = {}
-    inner: dict[int, str] = {}
-    found: list[Symlink] = []
     for number, store in folders.items():
         for link, path in sorted(store.symlinks()):
-            tier = next((other for other, root in roots.items() if path.startswith(root)), None)
-            if tier is None:
-                continue
-            target = path.removeprefix(roots[tier])
-            found.append(Symlink(file.tiers[number].name, link, file.tiers[tier].name, target))
-            holder = _copy_above(paths, copies, link.rpartition("/")[0], number)
-            if holder is not None:
-                inner.setdefault(holder, link)
+            places = [(link.rpartition("/")[0], number)]
             # The target may be the group, or lie in a folder that is one.
-            copy = _copy_above(paths, copies, target, tier)
-            if copy is not None and copy != holder:
-                links.setdefault(copy, link if tier == number else f"{store.url}/{link}")
-    return {"links": links, "inner_links": inner, "symlinks": tuple(found)}
+            places += [(path.removeprefix(root), tier) for tier, root in roots.items() if path.startswith(root)][:1]
+            for key, tier in places:
+                if (copy := _copy_above(paths, copies, key, tier)) is not None:
+                    links.setdefault(copy, link if tier == number else f"{store.url}/{link}")
+    return links
 
 
 def _copy_above(paths: pa.Array, copies: Copies, key: str, tier: int) -> int | None:

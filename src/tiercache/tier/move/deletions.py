@@ -35,7 +35,6 @@ from tiercache.tier.move.checks import (
 )
 from tiercache.tier.move.copies import remove_empty_folders
 from tiercache.tier.move.executor import change_classes
-from tiercache.tier.move.links import carry_links, remove_inner_links
 from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
 from tiercache.tier.plan.policy import decide_now
 from tiercache.tier.plan.selection import find_newest
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 
     from tiercache.model import ObjectInfo
     from tiercache.tier.journal import TierCatalog
-    from tiercache.tier.model import Decisions, Snapshot, Symlink
+    from tiercache.tier.model import Decisions, Snapshot
     from tiercache.tier.move.checks import MoveContext
     from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
@@ -62,8 +61,7 @@ class DeletionFacts:
         protected: Newest complete checkpoint of each run, and the newest one that can be read now.
         deletes: Paths whose last copies the rules delete now.
         asked: (path, tier) pairs from which the rules take a copy away now.
-        linked: (path, tier) -> symbolic link that leads to the group in that tier, or that lies in its folder there.
-        symlinks: Links of all local tiers.
+        linked: (path, tier) -> symbolic link that leads to the group there, or lies in it.
         used_s: Path -> last read of a file or checkpoint through a cache of this machine, in seconds since the epoch.
     """
 
@@ -72,7 +70,6 @@ class DeletionFacts:
     deletes: frozenset[str] = frozenset()
     asked: frozenset[tuple[str, str]] = frozenset()
     linked: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    symlinks: tuple[Symlink, ...] = ()
     used_s: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -101,9 +98,8 @@ def deletion_facts_of(snapshot: Snapshot, decisions: Decisions) -> DeletionFacts
         ),
         linked={
             (snapshot.paths[int(snapshot.group[copy])].as_py(), tiers[snapshot.tier[copy]]): link
-            for copy, link in {**snapshot.inner_links, **snapshot.links}.items()
+            for copy, link in snapshot.links.items()
         },
-        symlinks=snapshot.symlinks,
         used_s={snapshot.paths[row].as_py(): snapshot.last_use_s[row] for row in np.flatnonzero(is_used).tolist()},
     )
 
@@ -333,10 +329,7 @@ class DeferredDeletions:
         else:
             self._check_target(deletion, heads, facts)
         deletion.cancel_unwanted(pin)
-        # Links follow a copy into another local tier: carry_links().
-        is_carried = row.action in ("move", "drop") and self._file.tier(row.dst).is_local
-        tiers = [] if is_carried else sorted({tier for tier, _ in deletion.present})
-        links = (self._link_to(facts, row, tier) for tier in tiers)
+        links = (facts.linked.get((row.path, tier)) for tier in sorted({tier for tier, _ in deletion.present}))
         # A link cannot use a group whose objects are partly deleted already: such a deletion is finished.
         if (link := next(filter(None, links), None)) and not deletion.is_half_made:
             deletion.set_verdict("wait", f"{row.path}: expected no symbolic link to it, found {link}")
@@ -347,12 +340,6 @@ class DeferredDeletions:
             deletion.set_verdict("wait", f"{row.path}: expected no reader, found that a machine reads it now")
         if row.rules != self._file.sha256 and row.action != "delete" and (row.path, row.src) not in facts.asked:
             deletion.cancel_unwanted(f"{row.path}: the rule file was changed and no longer asks for this")
-
-    def _link_to(self, facts: DeletionFacts, row: JournalRow, tier: str) -> str | None:
-        """Return a symbolic link that speaks against a deletion: one in the folder that is deleted does not."""
-        link = facts.linked.get((row.path, tier))
-        is_inner = link is not None and link.startswith(f"{row.path}/")
-        return None if is_inner and row.action == "delete" else link
 
     def _change_reason(self, deletion: DueDeletion, heads: Heads) -> str:
         """Compare the objects to delete with those that the journal recorded, and note which of them exist."""
@@ -520,24 +507,11 @@ class DeferredDeletions:
         self._context.lock.announce(
             sorted({(urls[tier], deletion.row.path) for deletion in drops for tier, _ in deletion.present})
         )
-        self._carry_links(drops)
         self._drop([deletion for deletion in drops if deletion.verdict == "go"])
         reclassed = [deletion for deletion in going if deletion.row.action == "reclass"]
         objects = [(deletion, deletion.row.dst, [obj for _, obj in deletion.present]) for deletion in reclassed]
         change_classes(self._context, objects, lambda deletion, reason: deletion.set_verdict("wait", reason))
         crash_point("tier_drop.reclassed")
-
-    def _carry_links(self, due: Sequence[DueDeletion]) -> None:
-        """Let symbolic links lead to the other copies. A copy stays if a link to it cannot be rewritten."""
-        symlinks = self._facts[0].symlinks if self._facts is not None else ()
-        for deletion in due if symlinks else ():
-            row = deletion.row
-            if row.dst:
-                try:
-                    carry_links(self._context.stores, row.path, row.src, row.dst, symlinks)
-                except StoreError as error:
-                    deletion.set_verdict("wait", f"a symbolic link to it cannot be rewritten: {error}")
-        crash_point("tier_drop.linked")
 
     def _look_again(self, due: Sequence[DueDeletion]) -> None:
         """Postpone what was written, or has lost its other copy, since the first check, which may be hours ago."""
@@ -640,13 +614,10 @@ class DeferredDeletions:
         self._catalog.forget(gone)
 
     def _remove_folders(self, due: Sequence[DueDeletion]) -> None:
-        """Remove the folders that deletions have emptied, and the links in them, from local tiers."""
+        """Remove the folders that deletions have emptied from local tiers."""
         for deletion in due:
             row = deletion.row
-            is_folder = row.kind == "checkpoint" and all(obj.key != row.path for obj in row.objects)
             for tier in sorted({obj.tier or row.src for obj in row.objects}):
-                if is_folder and self._facts is not None:
-                    remove_inner_links(self._context.stores, row.path, tier, self._facts[0].symlinks)
                 remove_empty_folders(self._context, row, tier)
 
     def _revert_placements(self, due: Sequence[DueDeletion]) -> None:

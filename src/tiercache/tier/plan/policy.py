@@ -171,31 +171,20 @@ def keep_newest(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColu
     return replace(moves, action=action, reason=text)
 
 
-def keep_symlink_targets(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
-    """Refuse moves that would remove a copy to which a symbolic link points. A move of such a copy becomes a copy.
-
-    A move to a local tier is made: the link follows it. A link inside a checkpoint does not speak against its deletion.
-    """
-    if not index.snapshot.links and not index.snapshot.inner_links:
+def refuse_linked(index: SnapshotIndex, moves: MoveColumns, refused: list[MoveColumns]) -> MoveColumns:
+    """Refuse moves that would take away a copy to which a symbolic link points, or in whose folder one lies."""
+    links = index.snapshot.links
+    if not links:
         return moves
-    links = {**index.snapshot.inner_links, **index.snapshot.links}
-    has_link, has_outer = (np.zeros(index.snapshot.n_copies + 1, np.bool_) for _ in range(2))
+    has_link = np.zeros(index.snapshot.n_copies + 1, np.bool_)
     has_link[[*links]] = True  # index -1 (no copy) is the last entry
-    has_outer[[*index.snapshot.links]] = True
-    follows = np.array([tier.is_local for tier in index.file.tiers] + [False], np.bool_)[moves.dst]
-    deletes = moves.action == DELETE
-    takes = has_link[index.at[moves.src, moves.group]] & ~follows & ~deletes
-    takes |= deletes & has_outer[index.at[:, moves.group]].any(axis=0)
-    stays = takes & (deletes | (moves.action == DROP))
-    text = np.empty(int(stays.sum()), np.object_)
-    for row, group in enumerate(moves.group[stays].tolist()):
+    takes = np.isin(moves.action, (MOVE, DROP)) & has_link[index.at[moves.src, moves.group]]
+    takes |= (moves.action == DELETE) & has_link[index.at[:, moves.group]].any(axis=0)
+    text = np.empty(int(takes.sum()), np.object_)
+    for row, group in enumerate(moves.group[takes].tolist()):
         link = next(links[copy] for copy in index.at[:, group].tolist() if copy in links)
-        text[row] = f"the symbolic link {link} points to it and would dangle"
-    moves, takes = refuse(moves, refused, stays, text), takes[~stays]
-    becomes = takes & (moves.action == MOVE)
-    action = np.where(becomes, COPY, moves.action).astype(np.int8)
-    text = append_to_reasons(moves.reason, becomes, "; copied only: a symbolic link points to it")
-    return replace(moves, action=action, reason=text)
+        text[row] = f"the symbolic link {link} needs it: a link is never moved, and neither is what it points to"
+    return refuse(moves, refused, takes, text)
 
 
 def refuse_unavailable(
@@ -438,7 +427,7 @@ class _Policy:
             # Protection comes first, because its reason holds for a move that the rule itself refuses, too.
             refused.append(refuse_protected(index, of_rule.refused, refused))
             moves = keep_newest(index, refuse_protected(index, of_rule.proposed, refused), refused)
-            moves = refuse_unavailable(index, keep_symlink_targets(index, moves, refused), refused, self.unavailable)
+            moves = refuse_unavailable(index, refuse_linked(index, moves, refused), refused, self.unavailable)
             self._admit(refuse_unprofitable(index, moves, refused))
         for tier in range(index.n_tiers - 1):
             self._keep_below_high(tier, proposals)
