@@ -1,10 +1,7 @@
 """How tiers are listed for an inventory, and how metrics that rules use are found in it."""
 
-import io
-
 import numpy as np
 import pytest
-import torch
 from tests.support.faults import Fault, FaultStore
 from tests.support.stores import CountingStore
 from tests.tier.scripted_tiers import NOW_S, scripted
@@ -90,17 +87,6 @@ def test_orbax_metrics_are_read(tiers):
     by_name = tiers.take()
     assert [by_name.snapshot.metrics["val_loss"][by_name.group(f"run/{step}")] for step in (100, 200)] == [1.0, 2.0]
     assert by_name.facts["in_files"][by_name.group("run/100")] == {"val_loss", "train/acc"}
-
-
-@pytest.mark.parametrize("part", ["", "/meta.pt"], ids=["a file", "a folder of FSDP"])
-def test_lightning_scores_are_read(tiers, part):
-    tiers.rules = BEST
-    name = "epoch=1-step=8.ckpt"
-    state = {"monitor": "val_loss", "best_k_models": {f"/runs/{name}": torch.tensor(0.25)}}
-    file = io.BytesIO()
-    torch.save({"callbacks": {"ModelCheckpoint": state}}, file)
-    tiers.hot.text(f"c/{name}{part}", file.getvalue())
-    assert tiers.take().snapshot.metrics["val_loss"].tolist() == [0.25]
 
 
 def test_a_checkpoint_whose_name_has_the_first_metric_is_not_read_for_the_second(tiers):

@@ -92,7 +92,7 @@ def test_a_file_with_other_content_has_no_metrics(name, data):
 def test_metrics_json_has_precedence(store):
     found = [store.put(f"step-1/{name}", json.dumps({"val_loss": n}).encode()) for n, name in enumerate(metrics.FILES)]
     assert metrics.FILES[-1] == "metrics.json"
-    assert read_metrics(store, found, "step-1") == {"val_loss": len(found) - 1}
+    assert read_metrics(store, found) == {"val_loss": len(found) - 1}
 
 
 def test_the_file_in_the_outermost_folder_is_read(store):
@@ -100,26 +100,26 @@ def test_the_file_in_the_outermost_folder_is_read(store):
         store.put("step-1/part/metrics.json", b'{"val_loss": 1}'),
         store.put("step-1/metrics.json", b'{"val_loss": 2}'),
     ]
-    assert read_metrics(store, found, "step-1") == {"val_loss": 2}
+    assert read_metrics(store, found) == {"val_loss": 2}
 
 
 def test_a_large_file_is_not_read(store):
     info = store.put("step-1/metrics.json", b'{"val_loss": 1}'.ljust(MAX_BYTES + 1))
     before = store.counters.snapshot()["requests"]
-    assert read_metrics(store, [info], "step-1") == {}
+    assert read_metrics(store, [info]) == {}
     assert store.counters.snapshot()["requests"] == before
 
 
 def test_a_file_that_has_grown_too_large_since_the_listing_is_skipped(store):
     store.put("step-1/metrics.json", b'{"val_loss": 1}'.ljust(MAX_BYTES + 1))
-    assert read_metrics(store, [ObjectInfo("step-1/metrics.json", 15)], "step-1") == {}
+    assert read_metrics(store, [ObjectInfo("step-1/metrics.json", 15)]) == {}
 
 
 def test_a_file_that_was_deleted_since_the_listing_has_no_metrics(store):
-    assert read_metrics(store, [ObjectInfo("step-1/metrics.json", 15)], "step-1") == {}
+    assert read_metrics(store, [ObjectInfo("step-1/metrics.json", 15)]) == {}
 
 
 def test_a_file_that_cannot_be_read_now_is_an_error(store):
     info = store.put("step-1/metrics.json", b'{"val_loss": 1}')
     with pytest.raises(StoreError, match="metrics"):
-        read_metrics(FaultStore(store, [Fault("read_tail")]), [info], "step-1")
+        read_metrics(FaultStore(store, [Fault("read_tail")]), [info])

@@ -110,7 +110,7 @@ class CheckpointTiers:
         copy = next(filter(self.is_readable, self.copies(group)), None)
         if copy is not None:
             with suppress(StoreError):  # a checkpoint that cannot be read has the metrics of its name
-                found = read_metrics(self.tiers.stores.store(self.tier(copy)), self.objects(copy), path)
+                found = read_metrics(self.tiers.stores.store(self.tier(copy)), self.objects(copy))
         return found | metrics_in_name(path.rpartition("/")[2])
 
     def find_problem(self, group: int) -> str:

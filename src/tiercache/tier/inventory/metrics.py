@@ -1,21 +1,15 @@
-"""Metrics of checkpoints: from names, from small JSON files in the folder, and from Lightning's checkpoints.
+"""Metrics of checkpoints: from their names, and from small JSON files in their folders.
 
-Lightning's checkpoint is torch's zip file with a pickle, which is interpreted and never executed: under `callbacks`,
-`ModelCheckpoint` stores the monitored metric and the scores of the best checkpoints by path. Files are read in
-parallel, and only if a rule uses a metric that the name does not contain.
+Files are read in parallel, and only if a rule uses a metric that the name does not contain.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import pickletools
 import re
-import struct
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.errors import NotFound, StoreError
-from tiercache.model import ByteRange, ObjectInfo
-from tiercache.store import StoreFile
+from tiercache.model import ObjectInfo
 from tiercache.tier.inventory.layouts import DECIMAL, NUMBER, OWN_TIME, SUFFIXES, WORD
 from tiercache.tier.model import READABLE, RESTORED
 from tiercache.tier.text_columns import ROWS_AT_A_TIME, match_regex, split_keys
@@ -38,255 +31,12 @@ if TYPE_CHECKING:
     from tiercache.tier.stores import Stores
 
 
-# Limits for the bytes read from one checkpoint: zip directory, pickle and scores.
-_MAX_PICKLE_BYTES, _MAX_READ_BYTES = 32 << 20, 64 << 20
-_BLOCK_BYTES = 256 << 10
-_ZIP_SIGN = b"PK\x03\x04"
-_SEPARATORS = re.compile(r"[/\\]")
-_FORMATS = {"FloatStorage": "f", "DoubleStorage": "d", "HalfStorage": "e", "LongStorage": "q", "IntStorage": "i"}
-# Exceptions of zipfile, pickletools and the interpreter for a damaged file, or one that is not a torch checkpoint.
-_NO_CHECKPOINT = (
-    zipfile.BadZipFile,
-    ValueError,  # includes UnicodeDecodeError
-    LookupError,
-    TypeError,
-    struct.error,
-    EOFError,
-    NotImplementedError,
-    OverflowError,
-    RuntimeError,  # zipfile: an encrypted record
-)
-
-
-def read_scores(store: Store, key: str, n_bytes: int, name: str) -> Mapping[str, float]:
-    """Return the scores of a checkpoint by metric; empty if the object is not a Lightning checkpoint.
-
-    name: Name of the checkpoint's file or folder, by which its scores are found. Raises StoreError if the object is
-    gone, cannot be read, or has changed since it was listed.
-    """
-    if n_bytes < len(_ZIP_SIGN):
-        return {}
-    file = _Blocks(store, key, n_bytes)
-    if file.read(len(_ZIP_SIGN)) != _ZIP_SIGN:
-        return {}
-    try:
-        with zipfile.ZipFile(file) as records:
-            return dict(_scores(records, name))
-    except _NO_CHECKPOINT:
-        return {}
-
-
-class _Blocks(StoreFile):
-    """An object that is read in blocks, which are cached: at most _MAX_READ_BYTES of them."""
-
-    def __init__(self, store: Store, key: str, n_bytes: int) -> None:
-        super().__init__(store, key, n_bytes)
-        self._blocks = dict[int, bytearray]()
-
-    def fill(self, wanted: ByteRange, buffer: memoryview) -> None:
-        numbers = range(wanted.start // _BLOCK_BYTES, -(-wanted.end // _BLOCK_BYTES))
-        self._fetch([number for number in numbers if number not in self._blocks])
-        start = wanted.start - numbers[0] * _BLOCK_BYTES
-        buffer[:] = b"".join(self._blocks[number] for number in numbers)[start : start + wanted.n_bytes]
-
-    def _fetch(self, numbers: list[int]) -> None:
-        if (len(self._blocks) + len(numbers)) * _BLOCK_BYTES > _MAX_READ_BYTES:
-            raise ValueError("the zip directory and the pickle are too large for a checkpoint of torch")
-        ranges = [ByteRange(n * _BLOCK_BYTES, min((n + 1) * _BLOCK_BYTES, self.n_bytes)) for n in numbers]
-        buffers = [bytearray(one.n_bytes) for one in ranges]
-        if buffers:
-            self.store.read_into(self.key, [(one, memoryview(b)) for one, b in zip(ranges, buffers, strict=True)])
-        self._blocks.update(zip(numbers, buffers, strict=True))
-
-
-# -- scores -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """The first number of a tensor: class and record of its storage, and the offset in it."""
-
-    kind: str
-    record: str
-    offset: int
-
-
-def _scores(records: zipfile.ZipFile, name: str) -> Iterator[tuple[str, float]]:
-    """Yield metric and score of each callback that has the checkpoint of this name among its best."""
-    pickles = [one for one in records.namelist() if one.endswith("/data.pkl")]
-    start = pickles[0].removesuffix("data.pkl")
-    body = _Interpreter().run(_record(records, f"{start}data.pkl", _MAX_PICKLE_BYTES))
-    for state in _table(_table(body).get("callbacks")).values():
-        metric, scores = _table(state).get("monitor"), _table(_table(state).get("best_k_models"))
-        for path, score in scores.items():
-            if isinstance(metric, str) and _SEPARATORS.split(path)[-1] == name:
-                value = _number(records, start, score)
-                if value is not None and math.isfinite(value):
-                    yield metric, value
-
-
-def _table(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _number(records: zipfile.ZipFile, start: str, score: object) -> float | None:
-    if isinstance(score, int | float) and not isinstance(score, bool):
-        return float(score)
-    if not isinstance(score, _Tensor):
-        return None
-    order = ">" if f"{start}byteorder" in records.NameToInfo and _order(records, start) == b"big" else "<"
-    data = _record(records, f"{start}data/{score.record}", _BLOCK_BYTES)
-    if score.kind == "BFloat16Storage":  # the upper half of a float32
-        (half,) = struct.unpack_from(f"{order}H", data, 2 * score.offset)
-        return float(struct.unpack(">f", struct.pack(">I", half << 16))[0])
-    code = f"{order}{_FORMATS[score.kind]}"
-    return float(struct.unpack_from(code, data, struct.calcsize(code) * score.offset)[0])
-
-
-def _order(records: zipfile.ZipFile, start: str) -> bytes:
-    return _record(records, f"{start}byteorder", _BLOCK_BYTES).strip()
-
-
-def _record(records: zipfile.ZipFile, name: str, most_bytes: int) -> bytes:
-    """Return a record of a torch file. Raises ValueError if it is compressed or too large."""
-    info = records.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size > most_bytes:
-        raise ValueError(f"{name}: expected at most {most_bytes} bytes, not compressed")
-    return records.read(name)
-
-
-# -- the pickle -------------------------------------------------------------------------------------------------------
-
-# The placeholder for results of opcodes that are not interpreted.
-_OTHER = object()
-_MARK = object()
-# Opcodes whose argument is not the value that they push.
-_NO_VALUES = ("EXT1", "EXT2", "EXT4", "PERSID", "INST")
-
-
-@dataclass(frozen=True, slots=True)
-class _Name:
-    """The name of a function or class in the pickle. It is never looked up."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Storage:
-    kind: str
-    record: str
-
-
-class _Interpreter:
-    """Interprets a pickle: dicts with string keys, tuples, strings, numbers, and the positions of tensors in records.
-
-    Each value is created once and then shared, so that memory is at most a few times the size of the pickle.
-    """
-
-    def __init__(self) -> None:
-        self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
-
-    def run(self, data: bytes) -> Any:
-        """Return the value of the pickle. Raises ValueError, LookupError or TypeError if the data is not a pickle."""
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "STOP":
-                break
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-                self._memo[int(argument or 0)] = self._stack[-1]
-            else:
-                self._step(opcode, argument)
-        return self._stack.pop()
-
-    def _step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:
-        """Pop the values that the opcode takes, and push as many as it leaves: its result, or a placeholder."""
-        takes = opcode.stack_before
-        items = self._to_mark() if pickletools.markobject in takes else []
-        below = self._last(takes.index(pickletools.markobject) if pickletools.markobject in takes else len(takes))
-        result = self._result(opcode.name, argument, below, items)
-        self._stack += [result] * len(opcode.stack_after)
-
-    def _result(self, name: str, argument: Any, below: list[Any], items: list[Any]) -> Any:
-        """Return what an opcode leaves. items: Values that it takes above a mark; below: The others."""
-        match name:
-            case "MARK":
-                return _MARK
-            case "GET" | "BINGET" | "LONG_BINGET":
-                return self._memo[argument]
-            case "MEMOIZE":
-                self._memo[len(self._memo)] = below[0]
-                return below[0]
-            case "EMPTY_DICT" | "DICT":
-                return _with({}, items)
-            case "SETITEM" | "SETITEMS":
-                return _with(below[0], items or below[1:])
-            case "EMPTY_TUPLE" | "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
-                return tuple(items or below)
-            case "GLOBAL":
-                return _Name(argument)
-            case "STACK_GLOBAL":
-                return _Name(" ".join(below))
-            case "BINPERSID":
-                return _storage(below[0])
-            case "REDUCE":
-                return _called(*below)
-            case "APPEND" | "APPENDS" | "ADDITEMS" | "BUILD" | "DUP" | "READONLY_BUFFER":
-                return below[0]
-        is_value = isinstance(argument, int | float | str) and name not in _NO_VALUES
-        return argument if is_value else _OTHER
-
-    def _last(self, n: int) -> list[Any]:
-        if len(self._stack) < n:
-            raise ValueError("the pickle pops more values than are on the stack")
-        values = self._stack[len(self._stack) - n :]
-        del self._stack[len(self._stack) - n :]
-        return values
-
-    def _to_mark(self) -> list[Any]:
-        """Pop and return the values above the last mark, and the mark."""
-        n = next((n for n, value in enumerate(reversed(self._stack)) if value is _MARK), None)
-        if n is None:
-            raise ValueError("the pickle refers to a mark that is not on the stack")
-        values = self._last(n)
-        self._stack.pop()
-        return values
-
-
-def _with(target: Any, items: list[Any]) -> Any:
-    """Add keys and values to the dict; keys that are not strings, and targets that are not dicts, are ignored."""
-    if isinstance(target, dict):
-        target.update((key, value) for key, value in zip(items[::2], items[1::2], strict=True) if isinstance(key, str))
-    return target
-
-
-def _storage(identity: object) -> object:
-    """Return the storage that torch identifies as ("storage", its class, its record, its device, its length)."""
-    match identity:
-        case ("storage", _Name(text), str(record), _, _):
-            return _Storage(text.rpartition(" ")[2], record)
-    return _OTHER
-
-
-def _called(function: object, arguments: object) -> object:
-    """Return the result of a function that torch calls in a pickle, if a score needs it."""
-    match function, arguments:
-        case _Name("torch._utils _rebuild_tensor_v2"), (_Storage(kind, record), int(offset), *_) if offset >= 0:
-            return _Tensor(kind, record, offset)
-        case _Name("collections OrderedDict"), ():
-            return {}
-    return _OTHER
-
-
 # In ascending precedence. The first is Orbax's: a file "metrics" in a folder "metrics".
 FILES = ("metrics/metrics", "metadata.json", "trainer_state.json", "metrics.json")
 # The Trainer log of a long run has some MiB.
 MAX_BYTES = 16 << 20
-# Lightning's checkpoints: a file, or (FSDP) a folder that contains such a part.
-_LIGHTNING_FILE, _LIGHTNING_PART = ".ckpt", "meta.pt"
-# Matches the keys of objects that read_metrics() may read, without regard to the checkpoint's path.
-MAY_HOLD = (
-    rf"(?:^|/)(?:{'|'.join(map(re.escape, FILES))})$|{re.escape(_LIGHTNING_FILE)}(?:/{re.escape(_LIGHTNING_PART)})?$"
-)
+# Matches the keys of objects that read_metrics() may read.
+MAY_HOLD = rf"(?:^|/)(?:{'|'.join(map(re.escape, FILES))})$"
 
 _COUNTER = re.compile(rf"(?i)(?:^|[-_])(?:{WORD})[-_=]?[0-9]+(?=$|[-_])")
 _METRIC = re.compile(
@@ -330,19 +80,13 @@ def _file_name(key: str) -> str:
     return name if name in FILES else parts[-1]
 
 
-def read_metrics(store: Store, objects: Sequence[ObjectInfo], path: str) -> dict[str, float]:
+def read_metrics(store: Store, objects: Sequence[ObjectInfo]) -> dict[str, float]:
     """Return the metrics in the small files of a checkpoint; files that cannot be parsed are ignored.
 
-    Reads at most four objects of at most MAX_BYTES each, and some blocks of a Lightning file. Raises StoreError if a
+    Reads at most four objects of at most MAX_BYTES each. Raises StoreError if a
     file exists and cannot be read now, so that the best checkpoints are unknown.
     """
     found: dict[str, float] = {}
-    for one in objects:
-        is_part = one.key == f"{path}/{_LIGHTNING_PART}"
-        if path.endswith(_LIGHTNING_FILE) and (one.key == path or is_part):
-            with suppress(NotFound):
-                # The score is stored under the name that the file was written with.
-                found |= read_scores(store, one.key, one.n_bytes, path.rpartition("/")[2])
     for one in files_of(objects):
         try:
             data, info = store.read_tail(one.key, MAX_BYTES)
@@ -459,7 +203,7 @@ def find_metrics(
         objects = [ObjectInfo(*one) for one in zip(keys, listed.n_bytes[rows].tolist(), strict=True)]
         store = stores.store(file.tiers[int(copies.tier[copy])].name)
         try:
-            return read_metrics(store, objects, paths[group].as_py())
+            return read_metrics(store, objects)
         except StoreError as error:
             if error.retryable:
                 raise

@@ -3,7 +3,8 @@
 ``mover`` is the entry (open_mover, run_once); ``executor`` takes the moves of a plan up to their grace period;
 ``deletions`` makes the deletions that wait; ``checks`` compares objects with the plan and the catalog;
 ``placement_updates`` tells readers; ``copies`` copies groups, or withdraws their parts; ``transfer`` moves bytes;
-``lock`` admits one process; ``interrupted_copies`` finishes them, or removes their parts; ``removal`` deletes checkpoints that a user names.
+``lock`` admits one process; ``interrupted_copies`` finishes them, or removes their parts;
+``removal`` deletes checkpoints that a user names.
 
 A move from src to dst has these steps. Each step is journaled before the next one, and each is harmless when repeated.
 MoveExecutor._run_batch() calls steps 1 to 7, and DeferredDeletions._run_batch() steps 8 to 10, for a batch of moves::
