@@ -232,72 +232,50 @@ def test_steps_are_parsed_as_numbers():
 TRAINER = ("model.safetensors", "optimizer.pt", "trainer_state.json")
 
 
+UNCERTAIN = "whether it is one checkpoint or a folder of checkpoints"
+
+
 @pytest.mark.parametrize("folder", ["finetune_from_step_5000", "dpo/iter_1", "iter_2/rlhf/epoch-3/x", "step_1/step_2"])
-def test_complete_checkpoints_of_other_steps_in_a_folder_named_like_one_are_the_checkpoints(folder):
-    assert steps(*[f"{folder}/checkpoint-{n}/{name}" for n in (100, 200, 300) for name in TRAINER]) == {
-        f"{folder}/checkpoint-{n}": n for n in (100, 200, 300)
-    }
-
-
-def test_the_checkpoints_in_a_folder_named_like_one_are_one_run_and_those_of_another_folder_are_another():
-    keys = [f"dpo/iter_{i}/checkpoint-{n}/{name}" for i in (1, 2) for n in (100, 200) for name in TRAINER]
-    one, same, other, again = runs_of(*keys).values()
-    assert one == same != other == again
-
-
-def test_the_first_checkpoint_in_a_folder_named_like_one_is_a_checkpoint_already():
-    assert steps(*[f"dpo/iter_1/checkpoint-100/{name}" for name in TRAINER]) == {"dpo/iter_1/checkpoint-100": 100}
-
-
-def test_what_a_run_writes_beside_its_checkpoints_belongs_to_none():
-    keys = [f"tune_step_5000/checkpoint-{n}/{name}" for n in (100, 200) for name in TRAINER]
-    keys += ["tune_step_5000/model.safetensors", "tune_step_5000/trainer_state.json", "tune_step_5000/runs/events.1"]
-    layout = layout_of(*keys)
-    assert layout.paths.filter(pa.array(~layout.checkpoint)).to_pylist() == sorted(keys[-3:])
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        ("tune_step_5000/100/_CHECKPOINT_METADATA", "tune_step_5000/100/model.msgpack",
-         "tune_step_5000/200/_CHECKPOINT_METADATA", "tune_step_5000/200/model.msgpack"),
-        ("tune_step_5000/global_step100/mp_rank_00_model_states.pt",
-         "tune_step_5000/global_step200/mp_rank_00_model_states.pt", "tune_step_5000/latest"),
-        ("tune_step_5000/epoch=0-step=100.ckpt", "tune_step_5000/epoch=1-step=200.ckpt"),
-    ],
-)  # fmt: skip
-def test_layouts_without_a_completing_file_are_told_from_parts_by_their_steps(keys):
-    assert sorted(steps(*keys).values()) == [100, 200]
+def test_a_folder_named_like_a_checkpoint_that_contains_checkpoints_is_left_alone_until_a_rule_names_them(folder):
+    keys = [f"{folder}/checkpoint-{n}/{name}" for n in (100, 200, 300) for name in TRAINER]
+    keys += [f"{folder}/{name}" for name in ("trainer_state.json", "model.safetensors")]
+    (outer,) = [path for path, lack in lacks(*keys).items() if UNCERTAIN in lack]
+    assert f"{folder}/".startswith(f"{outer}/")
+    layout = group_keys(pa.array(keys), [UserLayout("checkpoint-{step}/")])
+    found = {path: step for path, step, one in zip(layout.paths.to_pylist(), layout.step.tolist(),
+                                                   layout.lacks.tolist(), strict=True) if not one}  # fmt: skip
+    assert found == {f"{folder}/checkpoint-{n}": n for n in (100, 200, 300)}
 
 
 @pytest.mark.parametrize(
     "keys",
     [
         ("a/checkpoint-500/trainer_state.json", "a/checkpoint-500/global_step499/mp_rank_00_model_states.pt"),
-        ("a/checkpoint-500/model.pt", "a/checkpoint-500/ckpt_7/optimizer_7.bin"),
         ("a/step-500/.metadata", "a/step-500/__0_0.distcp", "a/step-500/ckpt_0/x.pt", "a/step-500/ckpt_1/x.pt"),
         ("a/step-500/model_epoch_3.pt", "a/step-500/optimizer.pt"),
-        ("a/step-500/model.pt", "a/step-500/iter_10/log.txt", "a/step-500/iter_200/log.txt"),
+        ("a/step-500/model.pt", "a/step-500/step_500/x.pt", "a/step-500/500/x.pt"),
     ],
 )
 def test_parts_of_a_checkpoint_whose_names_contain_other_numbers_belong_to_it(keys):
     assert list(steps(*keys)) == [keys[0].rpartition("/")[0]]
-    assert "whether it is one checkpoint" not in "".join(lacks(*keys).values())
+    assert UNCERTAIN not in "".join(lacks(*keys).values())
 
 
 @pytest.mark.parametrize(
     "keys",
     [
         ("a/step-500/ckpt_0/model.pt", "a/step-500/ckpt_1/model.pt"),
-        ("a/iter_1/epoch_1/model.pt", "a/iter_1/epoch_2/model.pt"),
         ("a/iter_1/checkpoint-100/model.pt",),
         ("a/step-500/ckpt_0.pt", "a/step-500/ckpt_1.pt"),
+        ("a/iter_1/trainer_state.json", "a/iter_1/checkpoint-100/trainer_state.json"),
+        ("a/step_5000/100/_CHECKPOINT_METADATA", "a/step_5000/100/model.msgpack"),
+        ("a/step_5000/epoch=0-step=100.ckpt", "a/step_5000/epoch=1-step=200.ckpt"),
     ],
 )
 def test_where_parts_and_checkpoints_cannot_be_told_apart_the_folder_is_not_complete(keys):
     path = "/".join(keys[0].split("/")[:2])
     assert list(steps(*keys)) == [path]
-    assert "whether it is one checkpoint" in lacks(*keys)[path]
+    assert UNCERTAIN in lacks(*keys)[path]
 
 
 def test_names_that_are_not_valid_keys_in_such_a_folder_change_no_other_group():
@@ -388,75 +366,35 @@ def test_numbered_shards_are_counted_per_folder():
     assert lacks(*keys[:3]) == {"s/step-1": "some of the shards that their names count"}
 
 
-PARTIAL = "files that other checkpoints of its run have"
+def partial(n_files: list[int], name: str = "model_rank_{}.bin") -> list[int]:
+    """Steps of the checkpoints r/step-N, with so many files, that lack files which the one before them has."""
+    keys = [f"r/step-{step}/{name.format(n)}" for step, n_all in enumerate(n_files) for n in range(n_all)]
+    keys += [f"r/step-{step}/log_{n}.txt" for step in range(len(n_files)) for n in range(step % 3)]
+    found = lacks(*keys)
+    assert set(found.values()) <= {"", "files with weights, of which the checkpoint before it has more"}
+    return [step for step in range(len(n_files)) if found[f"r/step-{step}"]]
 
 
-def partial(files: dict[int, list[str]]) -> set[int]:
-    """Steps of the checkpoints r/step-N, with these files, that lack files which their neighbours have."""
-    found = lacks(*[f"r/step-{step}/{name}" for step, names in files.items() for name in names])
-    assert set(found.values()) <= {"", PARTIAL}
-    return {step for step in files if found[f"r/step-{step}"]}
-
-
-ABC = ["a.bin", "b.bin", "c.bin"]
-
-
-@pytest.mark.parametrize("missing", ABC)
-@pytest.mark.parametrize("n", [2, 3, 9])
-@pytest.mark.parametrize("is_first", [True, False])
-def test_a_checkpoint_without_a_file_that_its_neighbours_have_is_a_partial_copy(missing, n, is_first):
-    broken = 1 if is_first else n
-    files = dict.fromkeys(range(1, n + 1), ABC) | {broken: [name for name in ABC if name != missing]}
-    assert partial(files) == {broken}
-
-
-def test_partial_copies_are_found_although_several_lack_files():
-    assert partial({1: ABC, 2: ABC, 3: ABC[:2], 4: ABC[:1]}) == {3, 4}
-    assert partial({1: ABC, 2: ABC[:2], 3: ABC[:1]}) == {2, 3}
-
-
-@pytest.mark.parametrize("name", ["model_{n}.bin", "rank-{n}/model.bin", "model_{n}/part_0.bin"])
-def test_a_checkpoint_that_lacks_the_file_of_a_rank_is_a_partial_copy(name):
-    ranks = [name.format(n=n) for n in range(8)]
-    for broken in (ranks[:-1], ranks[1:], ranks[:1]):
-        assert partial({1: ranks, 2: ranks, 3: broken}) == {3}
-        assert partial({1: ranks, 2: broken, 3: broken}) == {2, 3}
-
-
-def test_steps_in_the_names_of_files_do_not_count():
-    assert partial({step: [f"model_{step}.bin", f"optim-{step}.bin"] for step in (9, 10, 1000)}) == set()
-    assert partial({9: ["model_9.bin", "optim-9.bin"], 10: ["model_10.bin"]}) == {10}
+@pytest.mark.parametrize("name", ["{}.bin", "model_{}.safetensors", "rank-{}/model.bin"])
+def test_a_checkpoint_with_fewer_files_than_the_one_before_it_is_a_partial_copy(name):
+    assert partial([3, 3, 2], name) == [2]
+    assert partial([3, 2, 3, 3, 1, 1], name) == [1, 4, 5]
+    assert partial([8, 8, 4, 4], name) == [2, 3]
 
 
 def test_a_job_that_changes_its_number_of_ranks_writes_complete_checkpoints():
-    eight, four = ([f"model_world_{n}_rank_{rank}.bin" for rank in range(n)] for n in (8, 4))
-    assert partial(dict.fromkeys((1, 2, 3, 4), eight) | dict.fromkeys((5, 6, 7), four)) == set()
-    assert partial(dict.fromkeys((1, 2, 3), four) | dict.fromkeys((4, 5, 6, 7), eight)) == set()
-    # The first two after the change might as well be partial copies.
-    assert partial(dict.fromkeys((1, 2, 3, 4), eight) | dict.fromkeys((5, 6), four)) == {5, 6}
-
-
-def test_files_that_only_some_checkpoints_have_are_not_required_of_the_others():
-    assert partial({1: ABC, 2: ABC, 3: ABC, 4: [*ABC, "ema.bin"]}) == set()
-    assert partial({1: [*ABC, "eval.json"], 2: ABC}) == set()
-    assert partial({1: [*ABC, "metrics.json"], 2: [*ABC, "metrics.json"], 3: ABC}) == set()
-    assert partial({1: [*ABC, "notes.txt"], 2: [*ABC, "notes.txt"], 3: ABC, 4: ABC}) == set()
-    hashes = ["".join(c * 16 for c in pair) for pair in ("a1", "b2", "c3")]
-    assert partial({n: ["m.bin", *[f"d/{one}" for one in hashes[:n]]] for n in (1, 2, 3)}) == set()
-
-
-def test_a_description_that_all_others_have_is_required():
-    assert partial({1: ["m.bin", "config.json"], 2: ["m.bin", "config.json"], 3: ["m.bin"]}) == {3}
+    assert partial([8, 8, 4, 4, 4]) == []
+    assert partial([4, 4, 8, 8, 7]) == [4]
+    assert partial([1, 2, 3, 3]) == []
 
 
 def test_a_checkpoint_that_lacks_files_by_its_own_names_sets_no_standard():
-    keys = ["s/step-1/m-00001-of-00002.bin", "s/step-1/x.bin", "s/step-2/m-00001-of-00002.bin",
-            "s/step-2/m-00002-of-00002.bin"]  # fmt: skip
+    keys = ["s/step-1/m-00001-of-00003.bin", "s/step-1/m-00002-of-00003.bin", "s/step-2/m-00001-of-00001.bin"]
     assert lacks(*keys) == {"s/step-1": "some of the shards that their names count", "s/step-2": ""}
 
 
 def test_the_checkpoints_of_another_run_are_no_neighbours():
-    assert set(lacks("a/step-1/a.bin", "a/step-1/b.bin", "b/step-1/a.bin", "a/epoch-1/a.bin").values()) == {""}
+    assert set(lacks("a/step-1/a.bin", "a/step-1/b.bin", "b/step-2/a.bin", "a/epoch-2/a.bin").values()) == {""}
 
 
 def test_the_final_object_has_the_highest_rank():
@@ -519,39 +457,14 @@ KEYS = st.lists(
 )
 
 
-def plain_group(key: str, keys: list[str]) -> tuple[str, int | None]:
+def plain_group(key: str) -> tuple[str, int | None]:
     """Path of a key's group, and its step."""
     *folders, name = key.split("/")
     for n, folder in enumerate(folders, start=1):
         path = "/".join(folders[:n])
-        if FOLDERS[folder] is not None and not contains_checkpoints(path, keys):
+        if FOLDERS[folder] is not None:
             return path, FOLDERS[folder]
     return key, NAMES[name]
-
-
-def contains_checkpoints(path: str, keys: list[str]) -> bool:
-    """Whether a folder with the name of a checkpoint is that of a run, by the rule of the reference."""
-    own, inside = (
-        FOLDERS[path.rpartition("/")[2]],
-        [k.removeprefix(f"{path}/") for k in keys if k.startswith(f"{path}/")],
-    )
-    parts = {}  # of what is inside and no folder of a run: its step, and whether it has .metadata
-    for key in inside:
-        *folders, name = key.split("/")
-        paths = ["/".join(folders[:n]) for n in range(1, len(folders) + 1)]
-        named = [one for one in paths if FOLDERS[one.rpartition("/")[2]] is not None]
-        outer = next((one for one in named if not contains_checkpoints(f"{path}/{one}", keys)), None)
-        below = [k for k in inside if outer is not None and k.startswith(f"{outer}/")]
-        if outer is None and NAMES[name] is not None:
-            parts[key] = NAMES[name], False, True
-        elif any(k.rpartition("/")[2] in (".metadata", "model.pt", "last.ckpt", "__0_0.distcp") for k in below):
-            parts[outer] = FOLDERS[outer.rpartition("/")[2]], f"{outer}/.metadata" in below, False
-    others = [one for one in parts.values() if one[0] != own]
-    has_weights = any(one in inside for one in ("model.pt", "last.ckpt", "__0_0.distcp"))
-    if any(is_proven for _, is_proven, _ in others):
-        return True
-    steps = {step for step, *_ in others}
-    return ".metadata" not in inside and not has_weights and len(steps) > 1 and max(steps) >= 10 * len(steps)
 
 
 @given(KEYS)
@@ -559,13 +472,11 @@ def test_groups_are_those_that_a_plain_loop_over_the_keys_finds(keys):
     layout = layout_of(*keys)
     expected = {}
     for key in keys:
-        path, step = plain_group(key, keys)
+        path, step = plain_group(key)
         expected[path] = max(expected.get(path, NO_STEP), NO_STEP if step is None else step)
     # An object that is called like a folder beside it belongs to what the folder is.
     assert dict(zip(layout.paths.to_pylist(), layout.step.tolist(), strict=True)) == expected
-    assert [layout.paths[group].as_py() for group in layout.group.tolist()] == [
-        plain_group(key, keys)[0] for key in keys
-    ]
+    assert [layout.paths[group].as_py() for group in layout.group.tolist()] == [plain_group(key)[0] for key in keys]
 
 
 @given(KEYS, st.randoms(use_true_random=False))
@@ -697,12 +608,6 @@ def test_only_our_own_names_have_a_time():
     layout = layout_of("r/step_4.pt", *dated, "r/7.20261129T193324Z/model.pt", "r/8.20261129T193324Z/model.pt")
     assert np.isnan(layout.written_s).all()
     assert steps("r/step_4.pt", *dated) == {"r/step_4.pt": 4}
-
-
-def test_tensors_that_our_own_checkpoints_shared_are_in_no_group():
-    layout = layout_of(f"runs/7/tensors/{'a' * 40}.safetensors", "runs/7/tensors/notes.txt")
-    assert layout.group.tolist() == [NO_GROUP, 0]
-    assert layout.shared.tolist() == [True, False]
 
 
 def test_each_file_of_a_users_layout_is_a_checkpoint():

@@ -407,7 +407,6 @@ _LEFT_ALONE = {
     "missing": "shards that a version contains but no tier has: a rule deleted them, or they are elsewhere",
     "unfinished": "still being written",
     "no_keys": "names that are not valid keys",
-    "shared": "tensors that checkpoints of tc.Checkpoints share",
     "conflicts": "in conflict, because two tiers have different objects under the name",
     "differing": "different copies in two tiers",
 }

@@ -305,14 +305,11 @@ class Inventory:
     - `datasets`: tuple of FoundDataset; `unlisted`: tiers that were not listed.
     - `n_objects`: number of listed objects; `n_own`: number of tiercache's own objects among them.
     - Findings with a count and example names: `orphans` (shards that no version names), `missing` (shards that no tier
-      has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid keys), `shared`
-      (tensors that our own checkpoints share, which stay where they are), `conflicts` (groups of which two tiers have
-      different objects), `differing` (objects of other groups that differ between two tiers), `unread` (checkpoints
-      whose metrics cannot be read).
+      has), `unfinished` (objects that are still being written), `no_keys` (names that are not valid keys),
+      `conflicts` (groups of which two tiers have different objects), `differing` (objects of other groups that differ
+      between two tiers), `unread` (checkpoints whose metrics cannot be read).
     - `incomplete`: number of incomplete checkpoints, by what they lack; `incomplete_names`: example names of each.
     - `in_files`: group to the names of the metrics in its files, for groups whose files were read.
-    - `missing_shards`: keys of all shards that no tier has and that are not placed elsewhere, and when each was first
-      named, in seconds since the epoch.
     """
 
     snapshot: Snapshot
@@ -416,7 +413,6 @@ class Grouped:
     orphans: pa.Array  # keys of shards that no version names
     unfinished: pa.Array  # keys that are still being written
     no_keys: pa.Array  # names that are not valid keys
-    shared: pa.Array  # tensors that our own checkpoints share
 
     def from_layout(self, column: NDArray[Any], otherwise: object) -> NDArray[Any]:
         """Expand a column of the layout's groups to all groups."""
@@ -465,8 +461,7 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards, layout
         objects=Objects(rows, key, group.astype(np.int32), shard, rank, unfinished, on_top, shards),
         orphans=keys.take(pa.array(np.flatnonzero(is_orphan))),
         unfinished=keys.take(pa.array(others[~in_layout & layout.unfinished])),
-        no_keys=keys.take(pa.array(others[~in_layout & ~layout.unfinished & ~layout.shared])),
-        shared=keys.take(pa.array(others[layout.shared])),
+        no_keys=keys.take(pa.array(others[~in_layout & ~layout.unfinished])),
     )
 
 
@@ -675,7 +670,6 @@ def _facts(
         "missing": _some(missing),
         "unfinished": _some(grouped.unfinished),
         "no_keys": _some(grouped.no_keys),
-        "shared": _some(grouped.shared),
         "conflicts": _some(grouped.paths.take(pa.array(sorted(conflicts), pa.int64()))),
         "differing": _some(listed.keys.take(pa.array(copies.row[differing])).unique()),
         "incomplete": {lack: len(paths) for lack, paths in partial.items()},

@@ -14,19 +14,15 @@ training/checkpointing.py, DeepSpeed engine.py, transformers trainer.py)::
 
 A rule may describe further names (UserLayout). Our own names contain the time of writing. The outermost folder with
 such a name is the checkpoint: global_step100 inside checkpoint-100 is a part of it. A folder of a run may have such a
-name too: finetune_from_step_5000 is no checkpoint if it contains checkpoint-100 and checkpoint-200 (see _find_nesting).
-
-Names also show that a checkpoint is a partial copy: it has fewer files than other checkpoints of its run (see
-_fewer_files_than_neighbours()).
+name too: finetune_from_step_5000 is left alone if it contains checkpoint-100 and checkpoint-200 (see _find_nesting()).
 """
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -55,7 +51,7 @@ NO_GROUP = -1
 MEMBER, INDEX, COMPLETING = range(3)
 
 # What a checkpoint lacks to be complete, judged by names.
-NOTHING, METADATA, TRAINER_STATE, WEIGHTS, SHARDS, END_OF_SAVE, MANIFEST, NEIGHBOURS, NESTING = range(9)
+NOTHING, METADATA, TRAINER_STATE, WEIGHTS, SHARDS, END_OF_SAVE, MANIFEST, FILES, NESTING = range(9)
 LACKS = (
     "",
     "a .metadata beside each .distcp",
@@ -64,8 +60,8 @@ LACKS = (
     "some of the shards that their names count",
     "the end of a save: there is a .metadata.tmp",
     "checkpoint.json",
-    "files that other checkpoints of its run have",
-    "a sign whether it is one checkpoint, or its parts with names of other steps are checkpoints",
+    "files with weights, of which the checkpoint before it has more",
+    "a sign whether it is one checkpoint or a folder of checkpoints: name these by `checkpoint =` of a rule",
 )
 
 # -- patterns of names -----------------------------------------------------------------------------------------------
@@ -89,12 +85,11 @@ _IN_NUMBER = r"(?:^|/)[0-9]{1,18}/"
 _STEP_IN_REST = r"(?i)[-_](?P<word>(?:global[-_]?)?step|iter(?:ation)?)[-_=]?(?P<number>[0-9]{1,18})"
 # The parts of a name that differ between the checkpoints of one run.
 _VARYING = rf"(?i)(^|[-_])(?:v[0-9]+|(?:{WORD})[-_=]?[0-9]+|{_METRIC})|{OWN_TIME}"
-# Our own checkpoints, and tensors that they shared before the first release: no rule moves or deletes these.
+# Our own checkpoints.
 _OWN_NAME = rf"step-[0-9]{{12,18}}{OWN_TIME}"
 _OWN = rf"^(?:.*/)?{_OWN_NAME}$"
 _WRITTEN = r"[.](?P<time>[0-9]{8}T[0-9]{6})(?P<ms>[0-9]{3})Z-[0-9a-f]{6}$"
 _OWN_MANIFEST = "checkpoint.json"
-_SHARED_TENSOR = r"(?:^|/)tensors/[0-9a-f]{40}\.safetensors$"
 
 # Names of unfinished writes. The last: Orbax writes to such a folder and renames it.
 _TEMPORARY = (
@@ -113,13 +108,6 @@ _HOLDS_STATE = (
 _COUNTED = r"(?i)^(?P<stem>.*)-(?P<number>[0-9]{3,6})-of-(?P<total>[0-9]{3,6})(?P<suffix>\.(?:bin|safetensors|pt|pth))$"
 # Objects in a folder that prove that the folder itself is a checkpoint, whatever the name of the folder above.
 _PROOFS = (".metadata", "trainer_state.json", "_CHECKPOINT_METADATA", "checkpoint.json")
-# Files that a checkpoint need not have although others of its run have them: results, logs and pictures. Of the
-# descriptions, those that all others have are required.
-_RESULT = re.compile(
-    r"(?i)(?:metric|eval|result|score|sample)[^/]*$|\.(?:log|png|jpg|html|out|err|csv|tsv)$|(?:^|/)events\.out\.[^/]*$"
-)
-_DESCRIPTION = re.compile(r"(?i)\.(?:jsonl?|txt|md|ya?ml|toml|jinja|py|sh)$|(?:^|/)_[A-Z_]+$")
-_HASH = r"[0-9a-f-]{16,}"  # of content, as in Orbax, or an UUID
 _RANK_METADATA = r"^__[0-9]+\.metadata$"
 _METADATA_TMP = r"^(?:__[0-9]+)?\.metadata\.tmp$"
 _INDEX = r"\.index\.json$|^meta\.pt$|^metadata\.json$"
@@ -183,7 +171,6 @@ class KeyGroups:
     group: NDArray[np.int32]  # NO_GROUP for unfinished objects and for names that are not valid keys
     rank: NDArray[np.uint8]  # MEMBER, INDEX or COMPLETING
     unfinished: NDArray[np.bool_]  # by the name
-    shared: NDArray[np.bool_]  # whether the object is a tensor that our own checkpoints share; it is in no group
     on_top: NDArray[np.bool_]  # whether the object lies directly in the folder of its group
 
 
@@ -198,9 +185,7 @@ def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
         folders, folder, names, [one for one in layouts if one.is_folder]
     )
     row = folder_row[folder] if len(keys) else np.empty(0, np.int64)
-    unfinished, shared = match_regex(keys, _TEMPORARY), match_regex(keys, _SHARED_TENSOR)
-    shared &= row < 0
-    no_key = match_regex(keys, _NO_KEY) | shared
+    unfinished, no_key = match_regex(keys, _TEMPORARY), match_regex(keys, _NO_KEY)
     rest = np.flatnonzero((row < 0) & ~unfinished & ~no_key)
     group, paths, position = _numbered(keys, row, in_folders["path"], rest, no_key)
     in_files, file_rows = _checkpoint_files(folders, folder, names, rest, [one for one in layouts if not one.is_folder])
@@ -219,9 +204,9 @@ def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
     written_s = np.full(len(paths), np.nan)
     written_s[is_own] = _written_in_own_names(paths.filter(pa.array(is_own)))
     lacks = np.where(checkpoint, _lacking(members, run), NOTHING).astype(np.uint8)
+    lacks[_fewer_weights(members, run, step, (lacks == NOTHING) & checkpoint & ~is_own)] = FILES
     # A folder that has only names that are not valid keys is no group.
     lacks[index_in(paths, pa.array(sorted(uncertain), pa.large_string())) >= 0] = NESTING
-    lacks[_fewer_files_than_neighbours(members, folders, paths, run, step, (lacks == NOTHING) & ~is_own)] = NEIGHBOURS
     return KeyGroups(
         paths=paths,
         checkpoint=checkpoint,
@@ -234,7 +219,6 @@ def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
         group=group,
         rank=members.ranks(),
         unfinished=unfinished,
-        shared=shared,
         on_top=on_top,
     )
 
@@ -250,33 +234,18 @@ def _checkpoint_folders(
 ) -> tuple[pa.Table, NDArray[np.int64], set[str]]:
     """Return step, run and path of the checkpoints that are folders, and the row of each folder; -1: none.
 
-    The last value is the paths of those checkpoints that may contain checkpoints instead of being one.
+    The last value is the paths of those that may contain checkpoints instead of being one.
     """
     parts = pc.extract_regex(folders, _IN_FOLDER)
     # A temporary folder is still being written; the writer renames it at the end.
-    is_finished = ~match_regex(folders, _TEMPORARY)
-    user_row, users = _user_folders(folders, np.flatnonzero(is_finished), layouts)
-    is_finished[user_row] = False
-    is_named = np.asarray(pc.is_valid(parts).to_numpy(zero_copy_only=False), bool) & is_finished
+    is_named = _as_flags(pc.is_valid(parts)) & ~match_regex(folders, _TEMPORARY)
+    uncertain = _find_nesting(folders, folder, names, np.flatnonzero(is_named), parts)
+    user_row, users = _user_folders(folders, np.flatnonzero(~match_regex(folders, _TEMPORARY)), layouts)
+    uncertain -= {*users["path"].to_pylist()}
+    is_named[user_row] = False
     by_name = np.flatnonzero(is_named)
     columns = _name_columns(parts.take(pa.array(by_name)))
     path = _joined([columns["parent"], columns["name"]], "")
-    containers, uncertain = _find_nesting(folders, folder, names, by_name)
-    if containers:
-        # Below a folder that contains checkpoints instead of being one, the next named folder is the checkpoint.
-        outer = index_in(path, pa.array(sorted(containers), pa.large_string())) >= 0
-        rows = by_name[outer]
-        above = [_above_checkpoint(folders[row].as_py(), containers) for row in rows.tolist()]
-        rest = [folders[row].as_py()[len(head) :] for row, head in zip(rows.tolist(), above, strict=True)]
-        inner = pc.extract_regex(pa.array(rest, pa.large_string()), _IN_FOLDER)
-        is_inner = inner.is_valid()
-        below = _name_columns(inner.filter(is_inner))
-        below["parent"] = _joined([pa.array(above, pa.large_string()).filter(is_inner), below["parent"]], "")
-        stays = pa.array(~outer)
-        columns = {name: pa.concat_arrays([columns[name].filter(stays), below[name]]) for name in columns}
-        is_named[rows[~_as_flags(is_inner)]] = False
-        by_name = np.concatenate([by_name[~outer], rows[_as_flags(is_inner)]])
-        path = _joined([columns["parent"], columns["name"]], "")
     is_taken = is_named.copy()
     is_taken[user_row] = True
     by_number = dict(_number_folders(folders, folder, names, is_taken))
@@ -305,120 +274,44 @@ def _as_flags(column: pa.Array) -> NDArray[np.bool_]:
     return np.asarray(column.to_numpy(zero_copy_only=False), np.bool_)
 
 
-def _above_checkpoint(folder: str, containers: set[str]) -> str:
-    """Return the part of a folder, with its slash, that is a folder of a run and not of a checkpoint."""
-    end, found = 0, ""
-    while (end := folder.find("/", end + 1)) >= 0:
-        found = folder[: end + 1] if folder[:end] in containers else found
-    return found
-
-
-# -- folders of runs whose names look like checkpoints ---------------------------------------------------------------
-
-# Folders with numbers up to ten times their count may be numbered from 0, like the parts of a checkpoint by rank.
-_PARTS_PER_NUMBER = 10
-
-
-@dataclass(slots=True)
-class _NamedFolder:
-    """A folder with the name of a checkpoint."""
-
-    step: int
-    is_proven: bool = False  # whether one of _PROOFS lies directly in it
-    has_weights: bool = False  # whether it directly contains files with weights that are no checkpoints by name
-    holds_weights: bool = False  # whether it, or a folder in it, does
-    # (step, is_proven, is_file) of each checkpoint that may be in it.
-    inner: list[tuple[int, bool, bool]] = field(default_factory=list)
-
-    def contains_checkpoints(self) -> bool | None:
-        """Return whether this is the folder of a run and not a checkpoint; None: that is not certain."""
-        others = [one for one in self.inner if one[0] != self.step]
-        steps = {step for step, *_ in others}
-        if any(is_proven for _, is_proven, _ in others):
-            return True
-        if self.is_proven or not others or (len(steps) == 1 and (self.has_weights or others[0][2])):
-            return False
-        is_counted = max(steps) < _PARTS_PER_NUMBER * len(steps)
-        return None if len(steps) == 1 or is_counted or self.has_weights else True
-
-
 def _find_nesting(
-    folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, named: NDArray[np.int64]
-) -> tuple[set[str], set[str]]:
-    """Return the named folders that contain checkpoints of other steps, and those of which this is not certain.
+    folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, rows: NDArray[np.int64], parts: pa.StructArray
+) -> set[str]:
+    """Return the folders with the name of a checkpoint of which it is not certain that they are one.
 
     A checkpoint may have parts whose names look like checkpoints (global_step100 in checkpoint-100, ckpt_0 and ckpt_1
-    of two ranks), and a run may have a folder whose name looks like one (finetune_from_step_5000, dpo/iter_1). Objects
-    that prove a checkpoint decide; without them, the numbers do.
+    of two ranks), and a run may have a folder whose name looks like one (finetune_from_step_5000, dpo/iter_1). A folder
+    with an object of _PROOFS is a checkpoint, unless a part of another step has one too; any other folder is one unless
+    it has folders, or several files, of other steps.
 
-    named: Rows of folders with a name of a checkpoint in their path.
+    rows: Folders in or below folders with the name of a checkpoint. parts: Groups of _IN_FOLDER, of all folders.
     """
-    tree = _named_folders(folders, folder, names, named)
-    containers: set[str] = set()
-    uncertain: set[str] = set()
-    for path in sorted(tree, key=len, reverse=True):
-        one, above = tree[path], _nearest(path, tree)
-        answer = one.contains_checkpoints()
-        if answer:
-            containers.add(path)
-        elif answer is None:
-            uncertain.add(path)
-        if above is not None and answer:
-            above.inner += one.inner
-        elif above is not None and one.holds_weights:
-            above.inner.append((one.step, one.is_proven, False))
-    return containers, uncertain
-
-
-def _named_folders(
-    folders: pa.Array, folder: NDArray[np.int64], names: pa.Array, named: NDArray[np.int64]
-) -> dict[str, _NamedFolder]:
-    """Return the named folders in which, or above which, something else has a name of a checkpoint; by path."""
-    is_named = np.zeros(len(folders), np.bool_)
-    is_named[named] = True
-    keys = np.flatnonzero(is_named[folder])
-    some = names.take(pa.array(keys)).dictionary_encode()
-    code = as_numpy(some.indices, np.int64)
-    is_file = match_regex(some.dictionary, _FILE_NAME)
-    is_proof = as_numpy(pc.is_in(some.dictionary, value_set=pa.array(_PROOFS, pa.large_string())), np.bool_)
-    is_weight = match_regex(some.dictionary, _WEIGHTS) & ~match_regex(some.dictionary, _NO_WEIGHTS) & ~is_file
-    files = keys[is_file[code]]
-    proven, weighty = (np.unique(folder[keys[flags[code]]]) for flags in (is_proof, is_weight))
-    below = pc.replace_substring_regex(folders.take(pa.array(named)), _IN_FOLDER, "", max_replacements=1)
-    nested = named[match_regex(below, _IN_FOLDER)]
+    columns = _name_columns(parts.take(pa.array(rows)))
+    path = _joined([columns["parent"], columns["name"]], "").dictionary_encode()
+    number, step = as_numpy(path.indices, np.int64), as_numpy(_step_and_series(columns)["step"], np.int64)
+    below = pc.replace_substring_regex(folders.take(pa.array(rows)), _IN_FOLDER, "", max_replacements=1)
+    inner = pc.extract_regex(below, _IN_FOLDER)
+    is_other = _as_flags(inner.is_valid())
+    inner_step = _step_and_series(_name_columns(inner.filter(pa.array(is_other))))["step"]
+    is_other[is_other] = as_numpy(inner_step, np.int64) != step[is_other]
+    proven = np.zeros(len(folders), np.bool_)
+    proven[folder[_as_flags(pc.is_in(names, value_set=pa.array(_PROOFS, pa.large_string())))]] = True
     # Orbax names folders by their number alone.
-    numbered = np.intersect1d(named[match_regex(below, r"^(?:.*/)?[0-9]{1,18}/$")], proven)
-    rows = np.unique(np.concatenate([nested, numbered, folder[files]]))
-    tree = {path: _NamedFolder(step) for path, step in _steps_of_folders(folders.take(pa.array(rows)))}
-    for row in numbered.tolist():
-        path = folders[row].as_py()[:-1]
-        tree.setdefault(path, _NamedFolder(int(path.rpartition("/")[2])))
-    for row in np.union1d(weighty, proven).tolist() if tree else ():
-        for path in _paths_above(folders[row].as_py()):
-            if path in tree:
-                tree[path].holds_weights = True
-    for marked, name in ((proven, "is_proven"), (weighty, "has_weights")):
-        for row in marked.tolist() if tree else ():
-            if (one := tree.get(folders[row].as_py()[:-1])) is not None:
-                setattr(one, name, True)
-    steps = _step_and_series(_file_columns(names.take(pa.array(files))))["step"].to_pylist()
-    for row, step in zip(folder[files].tolist(), steps, strict=True):
-        if (above := _nearest(folders[row].as_py(), tree)) is not None:
-            above.inner.append((step, False, True))
-    return tree
-
-
-def _steps_of_folders(folders: pa.Array) -> Iterator[tuple[str, int]]:
-    """Yield path and step of each folder with the name of a checkpoint that is, or is above, one of these."""
-    texts = folders.to_pylist()
-    once = pa.array(sorted({f"{name}/" for text in texts for name in text[:-1].split("/")}), pa.large_string())
-    parts = pc.extract_regex(once, _IN_FOLDER)
-    found = parts.is_valid()
-    steps = _step_and_series(_name_columns(parts.filter(found)))["step"].to_pylist()
-    step_of = dict(zip(once.filter(found).to_pylist(), steps, strict=True))
-    for path in {path for text in texts for path in _paths_above(text)}:
-        if (step := step_of.get(f"{path.rpartition('/')[2]}/")) is not None:
-            yield path, step
+    is_proven_part = (is_other & match_regex(below, f"{_IN_FOLDER}$")) | match_regex(below, r"^(?:.*/)?[0-9]{1,18}/$")
+    is_proven_part &= proven[rows]
+    is_proven = proven[rows] & _as_flags(pc.equal(below, ""))
+    at = np.full(len(folders), -1, np.int64)
+    at[rows] = np.arange(len(rows))
+    files = np.flatnonzero(at[folder] >= 0)
+    files = files[match_regex(names.take(pa.array(files)), _FILE_NAME)]
+    of_file = at[folder[files]]
+    file_step = as_numpy(_step_and_series(_file_columns(names.take(pa.array(files))))["step"], np.int64)
+    pairs = np.unique(np.stack([number[of_file], file_step])[:, file_step != step[of_file]], axis=1)
+    n_steps = np.bincount(pairs[0], minlength=len(path.dictionary))
+    has_part, has_other, has_proof = (np.zeros(len(path.dictionary), np.bool_) for _ in range(3))
+    has_part[number[is_proven_part]] = has_other[number[is_other]] = has_proof[number[is_proven]] = True
+    uncertain = has_part | (~has_proof & (has_other | (n_steps > 1)))
+    return {*path.dictionary.filter(pa.array(uncertain)).to_pylist()}
 
 
 def _file_columns(names: pa.Array) -> dict[str, pa.Array]:
@@ -426,22 +319,6 @@ def _file_columns(names: pa.Array) -> dict[str, pa.Array]:
     parts = pc.extract_regex(names, _FILE_NAME)
     columns = {name: pc.struct_field(parts, name) for name in (*_NAME_PARTS[1:], "number")}
     return columns | {"parent": pa.array([""] * len(names), pa.large_string())}
-
-
-def _paths_above(folder: str) -> Iterator[str]:
-    """Yield the paths of a folder ("a/b/") and of the folders above it, the outermost first, without a slash."""
-    end = 0
-    while (end := folder.find("/", end + 1)) >= 0:
-        yield folder[:end]
-
-
-def _nearest(path: str, tree: dict[str, _NamedFolder]) -> _NamedFolder | None:
-    """Return the innermost of the folders above a path; for the text of a folder ("a/b/"), this may be the folder."""
-    while path:
-        path = path.rpartition("/")[0]
-        if path in tree:
-            return tree[path]
-    return None
 
 
 _STEP_RUN_PATH = pa.schema([*_STEP_AND_RUN, ("path", pa.large_string())])
@@ -500,7 +377,8 @@ def _number_folders(
 
 def _numbered_above(folder: str) -> Iterator[str]:
     """Yield the ancestors of the folder, and itself, whose name is a number; the outermost first."""
-    return (path for path in _paths_above(folder) if _NUMBER_NAME.fullmatch(path.rpartition("/")[2]))
+    parts = folder[:-1].split("/")
+    return ("/".join(parts[: n + 1]) for n, part in enumerate(parts) if _NUMBER_NAME.fullmatch(part))
 
 
 def _checkpoint_files(
@@ -700,98 +578,30 @@ def _lacking(members: _Members, run: NDArray[np.int32]) -> NDArray[np.uint8]:
     return lacks
 
 
-# Number of checkpoints in a row with equally many files per name that show that a job changed its number of ranks.
+# Number of checkpoints in a row with equally many files that show that a job changed its number of ranks.
 _RESIZED = 3
 
 
-def _fewer_files_than_neighbours(
-    members: _Members,
-    folders: pa.Array,
-    paths: pa.Array,
-    run: NDArray[np.int32],
-    step: NDArray[np.int64],
-    compared: NDArray[np.bool_],
+def _fewer_weights(
+    members: _Members, run: NDArray[np.int32], step: NDArray[np.int64], compared: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
-    """Return the checkpoints that have fewer files of a name than others of their run; bool[n_groups].
+    """Return the checkpoints that have fewer files with weights than the one before them in their run; bool[n_groups].
 
-    A killed copy leaves a folder that may look complete by its own names. Numbers and hashes in names do not count, so
-    that the files of all ranks have one name. docs/reference/tiers.md defines the rule. compared: Checkpoints that lack
-    nothing by their own names.
+    A killed save or copy leaves a folder that may look complete by its own names.
     """
-    found = np.zeros(len(run), np.bool_)
-    folder_bytes, path_bytes = (as_numpy(pc.binary_length(texts), np.int64) for texts in (folders, paths))
-    rows = np.flatnonzero(members.group != NO_GROUP)
-    rows = rows[compared[members.group[rows]]]
-    rows = rows[folder_bytes[members.folder[rows]] > path_bytes[members.group[rows]]]  # not checkpoints that are files
-    n_neighbours = np.bincount(run[np.unique(members.group[rows])], minlength=1)
-    rows = rows[n_neighbours[run[members.group[rows]]] > 1]
-    if not len(rows):
-        return found
-    code, names = _plain_names(members, rows, folders, path_bytes)
-    (group, code), n_files = np.unique(np.stack([members.group[rows], code]), axis=1, return_counts=True)
-    facts = pa.table({"run": run[group], "name": code, "n": n_files}).group_by(["run", "name"])
-    facts = facts.aggregate([("n", "min"), ("n", "max"), ("n", "count")])
-    least, most, n_with, of_run = (as_numpy(facts[name], np.int64) for name in ("n_min", "n_max", "n_count", "run"))
-    # Most runs have equally many files per name in each checkpoint, and need no closer look.
-    at = np.flatnonzero(np.isin(run[group], of_run[(least != most) | (n_with < n_neighbours[of_run])]))
-    by_run: dict[int, dict[int, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
-    for one, name, n in zip(group[at].tolist(), code[at].tolist(), n_files[at].tolist(), strict=True):
-        by_run[int(run[one])][one][name] = n
-    for counts in by_run.values():
-        by_step = {one: counts[one] for one in sorted(counts, key=lambda one: (int(step[one]), one))}
-        found[_partial_copies(by_step, names)] = True
-    return found
-
-
-def _plain_names(
-    members: _Members, rows: NDArray[np.int64], folders: pa.Array, path_bytes: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], list[str]]:
-    """Return the number of each key's path in its checkpoint, without numbers and hashes, and these paths."""
-    inner, folder = np.unique(members.folder[rows], return_inverse=True)
-    group = np.zeros(len(inner), np.int64)
-    group[folder] = members.group[rows]
-    below = [
-        text.encode()[n_bytes + 1 :].decode()
-        for text, n_bytes in zip(folders.take(pa.array(inner)).to_pylist(), path_bytes[group].tolist(), strict=True)
-    ]
-    parts, codes = [], []
-    for texts, of_row in ((pa.array(below, pa.large_string()), folder), (take_rows(members.names, rows), None)):
-        encoded = texts.dictionary_encode()
-        plain = pc.replace_substring_regex(encoded.dictionary, _HASH, "*")
-        plain = pc.replace_substring_regex(plain, "[0-9]+", "#").dictionary_encode()
-        numbers = as_numpy(plain.indices, np.int64)[as_numpy(encoded.indices, np.int64)]
-        codes.append(numbers if of_row is None else numbers[of_row])
-        parts.append(plain.dictionary.to_pylist())
-    used, code = np.unique(codes[0] * len(parts[1]) + codes[1], return_inverse=True)
-    return code, [parts[0][number // len(parts[1])] + parts[1][number % len(parts[1])] for number in used.tolist()]
-
-
-def _partial_copies(counts: dict[int, dict[int, int]], names: Sequence[str]) -> list[int]:
-    """Return the checkpoints of a run that have fewer files of a name than at least half of the others.
-
-    counts: Number of files by name of each checkpoint, in order of steps.
-    """
-    n_others = len(counts) - 1
-    of_name: dict[int, list[int]] = defaultdict(list)
-    for files in counts.values():
-        for name, n in files.items():
-            of_name[name].append(n)
-    common = {
-        name: sorted(numbers)
-        for name, numbers in of_name.items()
-        if 2 * len(numbers) >= n_others and not _RESULT.search(names[name])
-    }
-    is_description = {name: _DESCRIPTION.search(names[name]) is not None for name in common}
-    found = []
-    for files, stretch in groupby(counts.items(), key=lambda item: item[1]):
-        some = [one for one, _ in stretch]
-        for name, numbers in common.items():
-            n = files.get(name, 0)
-            n_more = len(numbers) - bisect_right(numbers, n)
-            is_resized = n > 0 and "#" in names[name] and len(some) >= _RESIZED
-            if is_resized or (n > 0 and "*" in names[name]):
-                continue
-            if (n == 0 and n_more == n_others > 1) if is_description[name] else (n_more > 0 and 2 * n_more >= n_others):
-                found += some
-                break
+    found, groups = np.zeros(len(run), np.bool_), np.flatnonzero(compared)
+    n_files = np.bincount(members.group[members.named(_WEIGHTS)], minlength=len(run))
+    least, most = np.full(len(run), np.iinfo(np.int64).max), np.zeros(len(run), np.int64)
+    np.minimum.at(least, run[groups], n_files[groups])
+    np.maximum.at(most, run[groups], n_files[groups])
+    groups = groups[(least < most)[run[groups]]]
+    groups = groups[np.lexsort((step[groups], run[groups]))]
+    for _, of_run in groupby(groups.tolist(), key=run.__getitem__):
+        n_before = 0
+        for n, stretch in groupby(of_run, key=n_files.__getitem__):
+            some = [*stretch]
+            if n < n_before and len(some) < _RESIZED:
+                found[some] = True
+            else:
+                n_before = n
     return found
