@@ -20,9 +20,9 @@ _TORCH_HOMES = (
     "integrations/",
     "demo/train.py",
     "demo/killed.py",
-    "rng.py",
+    "transform_rng.py",
     "data/output_spec.py",
-)  # rng.py: on first use of a torch.Generator; output_spec.py: for the layout "nested"
+)  # transform_rng.py: on first use of a torch.Generator; output_spec.py: for the layout "nested"
 HOMES = {
     "obstore": ("store/obstore.py",),
     "fsspec": ("store/fsspec.py", "integrations/fsspec.py"),

@@ -6,16 +6,13 @@ program pays for torch, pyarrow and the native modules only if it uses them.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tiercache.distribution import __version__, install_command
 from tiercache.errors import (
     ArchivedShards,
     CacheFull,
-    CommitConflict,
     CorruptCheckpoint,
     CorruptShard,
     NotFound,
@@ -23,7 +20,6 @@ from tiercache.errors import (
     SchemaError,
     StoreError,
     TierCacheError,
-    UnsupportedFormat,
 )
 
 if TYPE_CHECKING:
@@ -31,7 +27,7 @@ if TYPE_CHECKING:
     from tiercache.checkpoint.checkpoints import Checkpoints
     from tiercache.checkpoint.weights import open_weights
     from tiercache.data.dataset import Dataset, concat, mix
-    from tiercache.data.output_spec import Buffer, Padded, describe
+    from tiercache.data.output_spec import Padded, describe
     from tiercache.data.packing import pack_sequences
     from tiercache.images.options import DecodeImage
     from tiercache.keep import Keep
@@ -39,20 +35,17 @@ if TYPE_CHECKING:
     from tiercache.load.loader import DataLoader
     from tiercache.load.numpy_loader import NumpyLoader
     from tiercache.load.options import LoaderOptions
-    from tiercache.pack import pack
-    from tiercache.rng import rng
+    from tiercache.packer import pack
     from tiercache.shard.schema import Image, Ragged, Tensor
-    from tiercache.shard.versions.manifest import Version
     from tiercache.shard.write.dataset_writer import Writer
     from tiercache.store.placement.locations import locate
+    from tiercache.transform_rng import rng
 
 __all__ = [
     "ArchivedShards",
-    "Buffer",
     "Cache",
     "CacheFull",
     "Checkpoints",
-    "CommitConflict",
     "CorruptCheckpoint",
     "CorruptShard",
     "DataLoader",
@@ -70,8 +63,6 @@ __all__ = [
     "StoreError",
     "Tensor",
     "TierCacheError",
-    "UnsupportedFormat",
-    "Version",
     "Writer",
     "__version__",
     "collate",
@@ -86,7 +77,6 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Buffer": "tiercache.data.output_spec",
     "Cache": "tiercache.cache",
     "Checkpoints": "tiercache.checkpoint.checkpoints",
     "DataLoader": "tiercache.load.loader",
@@ -99,7 +89,6 @@ _HOMES = {
     "Padded": "tiercache.data.output_spec",
     "Ragged": "tiercache.shard.schema",
     "Tensor": "tiercache.shard.schema",
-    "Version": "tiercache.shard.versions.manifest",
     "Writer": "tiercache.shard.write.dataset_writer",
     "collate": "tiercache.load.collate",
     "concat": "tiercache.data.dataset",
@@ -107,12 +96,10 @@ _HOMES = {
     "locate": "tiercache.store.placement.locations",
     "mix": "tiercache.data.dataset",
     "open_weights": "tiercache.checkpoint.weights",
-    "pack": "tiercache.pack",
+    "pack": "tiercache.packer",
     "pack_sequences": "tiercache.data.packing",
-    "rng": "tiercache.rng",
+    "rng": "tiercache.transform_rng",
 }
-# Functions that have the names of the modules that define them.
-_OF_MODULES = ("pack", "rng")
 
 _TORCH = ("torch", "torchdata")
 
@@ -129,38 +116,9 @@ def __getattr__(name: str) -> Any:
             raise
         message = f"tiercache.{name} needs {library}, which is not installed: {install_command('torch')}"
         raise ModuleNotFoundError(message, name=error.name) from error
-    if name not in _OF_MODULES:
-        globals()[name] = value
+    globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return __all__
-
-
-class _TopModule(ModuleType):
-    """Module class that keeps ``tiercache.pack`` and ``tiercache.rng`` the functions.
-
-    Importing the modules of these names would otherwise bind the attributes to the modules.
-    """
-
-    @property
-    def pack(self) -> Any:
-        return __getattr__("pack")
-
-    @pack.setter
-    def pack(self, value: Any) -> None:
-        if not isinstance(value, ModuleType):
-            raise AttributeError("tiercache.pack cannot be replaced")
-
-    @property
-    def rng(self) -> Any:
-        return __getattr__("rng")
-
-    @rng.setter
-    def rng(self, value: Any) -> None:
-        if not isinstance(value, ModuleType):
-            raise AttributeError("tiercache.rng cannot be replaced")
-
-
-sys.modules[__name__].__class__ = _TopModule

@@ -4,11 +4,11 @@ import json
 from dataclasses import dataclass
 
 import pytest
-from tests.pack.pictures import png
+from tests.packer.pictures import png
 from typer.testing import CliRunner
 
 from tiercache.cli.app import app
-from tiercache.pack import pack
+from tiercache.packer import pack
 
 
 @dataclass

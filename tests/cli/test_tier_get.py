@@ -12,7 +12,7 @@ from tests.support.clock import JumpingClock
 from tests.tier.moving import HookAt, Killed
 
 from tiercache.cli.app import app
-from tiercache.pack import pack
+from tiercache.packer import pack
 from tiercache.store import LocalFolder
 from tiercache.tier.holds import read_holds
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tiercache.distribution import __version__
-from tiercache.pack import pack
+from tiercache.packer import pack
 from tiercache.shard.versions.commit import Commit
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader as TorchLoader
 from torch.utils.data import default_collate
 
 import tiercache as tc
+from tiercache.data.output_spec import Buffer
 from tiercache.errors import SchemaError
 
 N = 60
@@ -115,7 +116,7 @@ def dtype_of(value: Any) -> str:
 
 def plain(value: Any) -> Any:
     """A value as nested lists with dtype and shape, for comparing across numpy and torch."""
-    if isinstance(value, tc.Buffer):
+    if isinstance(value, Buffer):
         return [plain(value.values), plain(value.offsets), plain(value.shapes)]
     if isinstance(value, torch.Tensor) and value.is_nested:
         return [plain(value.values()), plain(value.offsets())]

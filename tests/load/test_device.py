@@ -26,6 +26,7 @@ from tests.support.fake_device import FakeDevice, FakeStream, install
 from tests.support.interrupts import leaves_with
 
 import tiercache as tc
+from tiercache.data.output_spec import Buffer
 from tiercache.load import device_pipeline
 from tiercache.load.device import BACKENDS, BatchDevice
 from tiercache.load.device_pipeline import DevicePipeline
@@ -225,7 +226,7 @@ def test_any_batch_of_a_transform_is_packed_into_one_copy():
     batch = {
         "image": image,
         "pair": Pair(torch.tensor([True, False]), [torch.zeros(0, 3), "text", torch.tensor(7, dtype=torch.int8)]),
-        "buffer": tc.Buffer(torch.arange(3, dtype=torch.uint8), torch.tensor([0, 1, 3])),
+        "buffer": Buffer(torch.arange(3, dtype=torch.uint8), torch.tensor([0, 1, 3])),
         "strided": torch.arange(12).view(3, 4)[:, ::2],
         "jagged": jagged,
         "half": (torch.ones(3, dtype=torch.bfloat16), None, 3.5),

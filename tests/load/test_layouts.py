@@ -18,6 +18,7 @@ from torch.utils.data import Subset, default_collate
 
 import tiercache as tc
 from tiercache._native.ring import Plan
+from tiercache.data.output_spec import Buffer
 from tiercache.load.batch import PADDED
 
 N = 60
@@ -125,7 +126,7 @@ def plain_batch(batch: dict[str, Any]) -> dict[str, Any]:
     """A batch in a form that == compares, shapes and dtypes included."""
     found: dict[str, Any] = {}
     for name, values in batch.items():
-        if isinstance(values, tc.Buffer):
+        if isinstance(values, Buffer):
             found[name] = [as_plain(values.values), as_plain(values.offsets), as_plain(values.shapes)]
         elif isinstance(values, torch.Tensor) and values.is_nested:
             found[name] = ["nested", as_plain(values.values()), as_plain(values.offsets())]
@@ -556,7 +557,7 @@ def test_a_table_of_layouts_that_is_too_short_is_refused():
 
 
 def test_a_buffer_is_a_sequence_that_moves_and_pins_as_tensors_do():
-    buffer = tc.Buffer(torch.arange(6, dtype=torch.uint8), torch.tensor([0, 2, 2, 6]))
+    buffer = Buffer(torch.arange(6, dtype=torch.uint8), torch.tensor([0, 2, 2, 6]))
     assert len(buffer) == 3
     assert [v.tolist() for v in buffer] == [[0, 1], [], [2, 3, 4, 5]]
     assert buffer[-1].tolist() == [2, 3, 4, 5]
@@ -582,9 +583,9 @@ class _Pinnable:
 
 
 def test_torch_pins_a_buffer_that_lies_deep_in_a_batch():
-    batch = {"a": [tc.Buffer(_Pinnable(), _Pinnable(), _Pinnable())]}
+    batch = {"a": [Buffer(_Pinnable(), _Pinnable(), _Pinnable())]}
     pinned = torch.utils.data._utils.pin_memory.pin_memory(batch)["a"][0]
-    assert isinstance(pinned, tc.Buffer)
+    assert isinstance(pinned, Buffer)
     assert (pinned.values, pinned.offsets, pinned.shapes) == ("pinned",) * 3
 
 

@@ -19,6 +19,7 @@ from tests.load.decoded import make_columns as make_pictures
 
 import tiercache as tc
 from tiercache._native.ring import held_bytes
+from tiercache.data.output_spec import Buffer
 from tiercache.load.batch import lent_bytes
 
 N = 100
@@ -27,7 +28,7 @@ SEED = 9
 
 def as_plain(value):
     """A value of a batch as what compares by ==, with its kind."""
-    if isinstance(value, tc.Buffer):
+    if isinstance(value, Buffer):
         return "buffer", as_plain(value.values), as_plain(value.offsets), as_plain(value.shapes)
     if isinstance(value, torch.Tensor):
         return str(value.dtype).removeprefix("torch."), value.tolist()
@@ -91,7 +92,7 @@ def test_columns_of_other_types_equal_those_of_the_data_loader(tmp_path):
 def test_every_kind_of_array_is_numpys_and_may_be_written_to(make_dataset):
     layouts = {"boxes": "padded", "blob": "buffer"}
     for batch in tc.NumpyLoader(tc.Dataset(make_dataset(N), layouts=layouts), 16):
-        arrays = [v for v in batch.values() if not isinstance(v, list | tc.Buffer)]
+        arrays = [v for v in batch.values() if not isinstance(v, list | Buffer)]
         arrays += [batch["blob"].values, batch["blob"].offsets]
         assert all(type(array) is np.ndarray and array.flags.writeable for array in arrays)
         assert type(batch) is dict

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tiercache as tc
+from tiercache.data.output_spec import Buffer
 from tiercache.load.shared_block import SharedBlock, read
 
 Pair = namedtuple("Pair", ["left", "right"])
@@ -50,7 +50,7 @@ def test_a_tensor_of_any_dtype_and_shape(block, dtype, shape):
 
 
 def test_large_tensors_and_arrays_lie_in_the_block(block):
-    value = {"t": torch.arange(1000), "a": [np.arange(900.0)], "b": tc.Buffer(torch.ones(2000), torch.arange(50))}
+    value = {"t": torch.arange(1000), "a": [np.arange(900.0)], "b": Buffer(torch.ones(2000), torch.arange(50))}
     found = copy_of(block, value)
     assert not is_in(block, found["b"].offsets)
     assert is_in(block, found["t"])

@@ -47,7 +47,7 @@ from tiercache.cli.data import OpenDataSet, open_data_set, open_data_set_store, 
 from tiercache.cli.selection import Placement, ShuffleGroup, Streams, parse_training, select_shards
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ByteRange, format_bytes
-from tiercache.pack.files import selected
+from tiercache.packer.files import selected
 from tiercache.shard.read.source import column_ranges, fetch_footer
 from tiercache.shard.read.verify import Finding, ShardCheck, check_shards, finding_of, open_whole
 from tiercache.shard.versions.manifest import latest

@@ -34,9 +34,9 @@ from tiercache.cli.common import (
 )
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import format_bytes
-from tiercache.pack import PackOptions, PackPlan, plan_pack, plan_split_folders, run_packs
-from tiercache.pack.files import SkippedFile, selected
-from tiercache.pack.parquet import Export, ExportOptions
+from tiercache.packer import PackOptions, PackPlan, plan_pack, plan_split_folders, run_packs
+from tiercache.packer.files import SkippedFile, selected
+from tiercache.packer.parquet import Export, ExportOptions
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.schema import Column, Image, Kind, Ragged, Tensor, UserType
 from tiercache.shard.versions.manifest import Version, latest, list_versions, read_shards, read_version

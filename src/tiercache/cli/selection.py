@@ -12,7 +12,7 @@ import numpy as np
 from tiercache.cli.common import option, parse_size
 from tiercache.load.options import LoaderOptions
 from tiercache.order import DatasetSizes, EpochOrder, OrderOptions, RankPlan
-from tiercache.pack.files import selected
+from tiercache.packer.files import selected
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -27,7 +27,7 @@ from tiercache.demo.s3_server import S3Server
 from tiercache.distribution import install_command
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
-from tiercache.pack import pack
+from tiercache.packer import pack
 from tiercache.shard.read.verify import verify_dataset
 from tiercache.shard.schema import Tensor
 from tiercache.shard.write.dataset_writer import Writer

@@ -28,7 +28,7 @@ from tiercache.data.dataset import Dataset
 from tiercache.demo.results import BATCH_SIZE, SEED, Epoch, Job
 from tiercache.load.loader import DataLoader
 from tiercache.load.options import LoaderOptions
-from tiercache.rng import rng
+from tiercache.transform_rng import rng
 
 CONTEXT_BYTES = 8
 LEARNING_RATE = 3e-3

@@ -42,7 +42,7 @@ from tiercache.load.torch_rng import RandomGenerators, loadable, next_seed, sett
 from tiercache.load.transform import BatchFunction
 from tiercache.load.transform_workers import TransformSettings
 from tiercache.model import short_repr
-from tiercache.rng import use_fresh_key
+from tiercache.transform_rng import use_fresh_key
 
 logger = logging.getLogger("tiercache")
 

@@ -36,7 +36,7 @@ from tiercache.load.pipeline import ClosingPipeline
 from tiercache.load.shared_block import SharedBlock, StoredObject, read
 from tiercache.load.stage import StageJob, StagePipeline, StageQueue
 from tiercache.load.transform import BatchFunction, BatchKeys, TransformedPipeline, as_batch_error
-from tiercache.rng import seed_global_generators, worker_seed
+from tiercache.transform_rng import seed_global_generators, worker_seed
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

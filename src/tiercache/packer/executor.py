@@ -24,8 +24,8 @@ import pyarrow as pa
 
 from tiercache.errors import NotFound, SchemaError, StoreError, TierCacheError
 from tiercache.model import ShardInfo
-from tiercache.pack.files import InputBatch
-from tiercache.pack.plan import PackOptions, PackPlan, SourceKind, plan_pack
+from tiercache.packer.files import InputBatch
+from tiercache.packer.plan import PackOptions, PackPlan, SourceKind, plan_pack
 from tiercache.shard.column_types import UserType
 from tiercache.shard.schema import Schema
 from tiercache.shard.versions.manifest import Version, VersionKind

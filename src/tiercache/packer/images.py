@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from tiercache.errors import SchemaError
-from tiercache.pack.files import Files, InputBatch, InputSplit, SourceFile
+from tiercache.packer.files import Files, InputBatch, InputSplit, SourceFile
 from tiercache.shard.schema import CLASSES_KEY, Image, Schema
 
 _STARTS = {

@@ -13,8 +13,8 @@ import pyarrow as pa
 from tiercache import config
 from tiercache.errors import NotFound, SchemaError
 from tiercache.model import parse_bytes
-from tiercache.pack import images, jsonl, parquet
-from tiercache.pack.files import (
+from tiercache.packer import images, jsonl, parquet
+from tiercache.packer.files import (
     Files,
     InputSplit,
     RecordSource,

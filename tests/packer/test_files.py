@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from tiercache.errors import NotFound
-from tiercache.pack.files import LocalFiles, StoreFiles, find_files, selected
+from tiercache.packer.files import LocalFiles, StoreFiles, find_files, selected
 from tiercache.store import open_store
 
 

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import IO, Any, NamedTuple, cast
 
 from tiercache.errors import SchemaError
-from tiercache.pack.files import Files, InputBatch, InputSplit, SourceFile, find_partitions, partition_values
+from tiercache.packer.files import Files, InputBatch, InputSplit, SourceFile, find_partitions, partition_values
 from tiercache.shard.schema import Ragged, Schema, UserType
 
 SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz", ".json")

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.pack.pictures import jpeg, png
+from tests.packer.pictures import jpeg, png
 from typer.testing import CliRunner
 
 from tiercache.cli.app import app
 from tiercache.errors import NotFound, SchemaError
-from tiercache.pack.executor import pack
-from tiercache.pack.images import find_damage, sniff
-from tiercache.pack.plan import PackOptions, plan_pack
+from tiercache.packer.executor import pack
+from tiercache.packer.images import find_damage, sniff
+from tiercache.packer.plan import PackOptions, plan_pack
 
 MDS_INDEX = {"version": 2, "shards": [{"column_encodings": ["int"], "raw_data": {"basename": "shard.00000.mds"}}]}
 LITDATA_INDEX = {"chunks": [{"chunk_bytes": 10, "filename": "chunk-0-0.bin"}], "config": {"data_format": ["int"]}}

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.pack.pictures import jpeg, png
+from tests.packer.pictures import jpeg, png
 from tests.testing.strikes import strike
 
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError, TierCacheError
-from tiercache.pack import PackOptions, jsonl, pack, plan_pack, plan_split_folders, run_pack, run_packs
+from tiercache.packer import PackOptions, jsonl, pack, plan_pack, plan_split_folders, run_pack, run_packs
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.schema import Image, Kind, Ragged, Schema
 from tiercache.shard.versions.commit import Commit
@@ -543,7 +543,7 @@ class TestProcesses:
 
     def test_a_killed_pack_leaves_no_data_set_and_needs_no_clean_up(self, tmp_path):
         self.lines(tmp_path / "a.jsonl", 6_000)
-        code = "import sys, os, signal; from tiercache.pack import pack\n"
+        code = "import sys, os, signal; from tiercache.packer import pack\n"
         code += "pack(sys.argv[1], sys.argv[2], shard_size=20_000, block_size=2000, "
         code += "on_progress=lambda p: p.n_records > 2500 and os.kill(os.getpid(), signal.SIGKILL))"
         done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.jsonl", tmp_path / "out"])

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiercache as tc
-from tiercache.rng import seed_global_generators, use_fresh_key, use_key, worker_seed
+from tiercache.transform_rng import seed_global_generators, use_fresh_key, use_key, worker_seed
 
 KEYS = st.tuples(st.integers(-(2**70), 2**70), st.integers(0, 2**40), st.integers(0, 2**60))
 

@@ -17,7 +17,7 @@ import pyarrow.types as pt
 
 from tiercache.config import available_cpus
 from tiercache.errors import SchemaError, StoreError
-from tiercache.pack.files import Files, InputBatch, InputSplit, SourceFile, find_partitions, partition_values
+from tiercache.packer.files import Files, InputBatch, InputSplit, SourceFile, find_partitions, partition_values
 from tiercache.shard.read.shard_reader import ShardReader
 from tiercache.shard.schema import Schema, UserType
 from tiercache.shard.versions.manifest import Version, read_shards

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.errors import NotFound, SchemaError
-from tiercache.pack.files import InputSplit
-from tiercache.pack.plan import PackOptions, divide_splits, find_source, kind_of
+from tiercache.packer.files import InputSplit
+from tiercache.packer.plan import PackOptions, divide_splits, find_source, kind_of
 
 
 @pytest.mark.parametrize(
