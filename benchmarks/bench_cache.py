@@ -83,7 +83,7 @@ def _each(way: Callable[[int, int], None], n: int) -> np.ndarray:
 
 def records(given: argparse.Namespace, folder: Path, url: str) -> list[Row]:
     """Return the records per second of shuffled epochs of both ways, interleaved."""
-    cache = Cache(folder, size="1TB", policy="resident", min_free="0%")
+    cache = Cache(folder, size="1TB", policy="lru", min_free="0%")
     ways = {"through the cache": tc.Dataset(url, cache=cache), "local folder": tc.Dataset(url, cache=False)}
     options = tc.LoaderOptions(seed=1, rank=0, world_size=1)
     loaders = {n: tc.DataLoader(one, batch_size=256, shuffle=True, options=options) for n, one in ways.items()}

@@ -35,7 +35,6 @@ class Job:
         urls: URLs of the data sets; several are mixed in equal parts.
         cache_dir, cache_bytes, policy: Cache of the job; several jobs may use the same folder.
         epoch, seed, rank, world_size, placement, group_bytes, window_bytes: Options of the loader.
-        trace: File to which the opened copies are appended, or "".
         storage_options: Options of the data sets' store.
     """
 
@@ -50,7 +49,6 @@ class Job:
     placement: str = "sticky"
     group_bytes: int = 4 << 20
     window_bytes: int = 1 << 20
-    trace: str = ""
     storage_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -81,8 +79,6 @@ class _PrivateMemory:
 
 def run(job: Job) -> dict[str, Any]:
     """Read the epoch and return the figures of this process. Each record must be served exactly once."""
-    if job.trace:
-        os.environ["TIERCACHE_CACHE_TRACE"] = job.trace
     # Expected here: the data set is larger than the cache.
     warnings.filterwarnings("ignore", message=".*will be fetched again in every epoch", category=RuntimeWarning)
     memory, started_s = _PrivateMemory(), time.perf_counter()

@@ -36,7 +36,7 @@ def objects_of(url: str) -> Objects:
 
 def opened(folder: str, url: str) -> tuple[Cache, CachedStore]:
     """Return a cache that holds a whole data set, and the data set's store through it."""
-    cache = Cache(folder, size="1TB", policy="resident", min_free="0%")
+    cache = Cache(folder, size="1TB", policy="lru", min_free="0%")
     return cache, cache.store(open_store(url))
 
 

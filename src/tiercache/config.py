@@ -44,7 +44,7 @@ def _default_cache_dir() -> Path:
     return folder
 
 
-CachePolicy: TypeAlias = Literal["plan", "resident", "s3fifo", "lru"]
+CachePolicy: TypeAlias = Literal["plan", "lru"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,9 +55,6 @@ class Settings:
         cache_dir: Folder of the default cache.
         cache_size: Size limit of the default cache ("200GB", or "80%" of its disk); None: the cache decides.
         cache_policy: Eviction policy of the default cache.
-        cache_shared: "group": members of the folder's group may read the cache, and this user reads caches of group
-            members. None: the cache is private.
-        cache_trace: File to which each open of a cached copy is appended, for `tiercache simulate`; None: no trace.
         state_dir: Folder of state that must not be lost, such as the journal of moves; None: see state_folder().
         peers: Machines that serve their caches to each other: addresses with commas, or "dns:NAME:PORT", "slurm" or
             "torchrun"; None: no peers.
@@ -69,8 +66,6 @@ class Settings:
     cache_dir: Path = field(default_factory=_default_cache_dir)
     cache_size: str | None = None
     cache_policy: CachePolicy = "plan"
-    cache_shared: Literal["group"] | None = None
-    cache_trace: Path | None = None
     state_dir: Path | None = None
     peers: str | None = None
     peers_token: str | None = field(default=None, repr=False)
@@ -78,8 +73,8 @@ class Settings:
 
 
 SETTINGS = tuple(setting.name for setting in fields(Settings))
-_PATHS = ("cache_dir", "cache_trace", "state_dir", "peers_ca")
-CHOICES = {"cache_policy": get_args(CachePolicy), "cache_shared": ("group",)}
+_PATHS = ("cache_dir", "state_dir", "peers_ca")
+CHOICES = {"cache_policy": get_args(CachePolicy)}
 
 
 def _checked(name: str, value: object) -> Any:

@@ -1,7 +1,6 @@
 """A small world for the cache's tests: objects with identities, an inner store that counts, caches that are closed."""
 
 import contextlib
-import fcntl
 import os
 import random
 from pathlib import Path
@@ -14,14 +13,6 @@ from tiercache._native.checksum import crc32c
 from tiercache.cache import Cache
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder
-
-
-@pytest.fixture(params=["flock works", "flock ignored"])
-def locks(request, monkeypatch):
-    """Run a test twice: with flock, and with a flock that succeeds without locking."""
-    if request.param == "flock ignored":
-        monkeypatch.setattr(fcntl, "flock", lambda fd, operation: None)
-    return request.param
 
 
 def turn(path: Path, at: int) -> None:

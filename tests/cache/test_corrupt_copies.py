@@ -107,7 +107,7 @@ def test_the_second_reader_of_a_corrupt_copy_does_not_remove_its_replacement(wor
         assert store.remove_if_corrupt("a", world.identity("a")) is True
         world.fetch(store, "a")
         name = world.copy("a").name
-        assert writing.fetch_runner.remove_corrupt(name, fd) is False
+        assert writing.remove_corrupt(name, fd) is False
     finally:
         os.close(fd)
     assert world.copy("a").read_bytes() == world.data["a"]

@@ -1,6 +1,7 @@
 """A fault of source, disk or folder makes reads slower, not wrong."""
 
 import errno
+import fcntl
 import os
 import shutil
 import sqlite3
@@ -15,13 +16,12 @@ from tests.support.folder_check import Expected, FolderCheck
 from tests.support.stores import GateStore
 
 from tiercache.cache import cache as cache_module
-from tiercache.cache import download, owners, partial, session
-from tiercache.cache import folder as folder_module
+from tiercache.cache import download, partial, session
 from tiercache.cache import locks as locks_module
 from tiercache.cache.accounts import Accounts
 from tiercache.cache.disk import Breaker
 from tiercache.cache.folder import Folder
-from tiercache.cache.owners import Owners
+from tiercache.cache.locks import Owners
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ReadingPlan
 from tiercache.waiting import wait_for
@@ -45,7 +45,7 @@ def test_bytes_with_a_wrong_checksum_are_fetched_once_more(world):
     assert world.n_reads() == 2
 
 
-def test_an_object_corrupt_at_its_source_is_not_cached_nor_fetched_again_for_some_time(world):
+def test_an_object_corrupt_at_its_source_is_not_cached_nor_fetched_again(world):
     world.put("a")
     source, store = faulty(world, Fault("read_into", kind=FaultKind.BIT_FLIP, times=9))
     assert world.read(store, "a") is None
@@ -53,18 +53,6 @@ def test_an_object_corrupt_at_its_source_is_not_cached_nor_fetched_again_for_som
     assert (len(source.faulted_calls), world.copies(), world.parts()) == (2, [], [])
     status = store.cache.status()
     assert (status["reserved_bytes"], status["poisoned"]) == (0, 1)
-    (poison,) = status["poisoned_now"].values()
-    assert poison["url"].endswith("/a")
-    assert poison["expected"] == world.identity("a").crc32c != poison["found"]
-
-
-def test_a_repaired_source_is_cached_again_after_some_time(world):
-    world.put("a")
-    _, store = faulty(world, Fault("read_into", kind=FaultKind.BIT_FLIP, times=2))
-    assert world.read(store, "a") is None
-    for note in (world.root / "cache" / "poison").iterdir():
-        os.utime(note, (0, 0))
-    world.fetch(store, "a")
 
 
 def test_an_object_that_is_too_short_is_an_error_after_a_second_fetch(world):
@@ -184,7 +172,7 @@ def test_a_failing_disk_is_bypassed_probed_and_used_again(world, monkeypatch):
     store = world.store(cache)
     clock = FakeClock()
     writing = cache._open().writing
-    writing.breaker = writing.fetch_runner.breaker = Breaker(clock)
+    writing.breaker = Breaker(clock)
     world.fetch(store, "a")
     fail_writes(monkeypatch, errno.EIO, 2)
     with pytest.warns(RuntimeWarning, match="bypassing the cache"):
@@ -360,12 +348,12 @@ def test_a_deleted_folder_is_created_and_filled_again(world):
 def test_opening_removes_the_files_of_dead_processes_only(world):
     world.cache()
     root = world.root / "cache"
-    namespace, dead = owners.pid_namespace(), subprocess.Popen(["true"])
+    namespace, dead = locks_module.pid_namespace(), subprocess.Popen(["true"])
     dead.wait()
     stale = [root / below / f".x.json.{namespace}-{dead.pid}-0123abcd" for below in ("", *Folder.BELOW)]
     old = root / "copies" / f".x.json.{namespace}-{os.getpid()}-0123abcd"
     alive = root / "copies" / f".y.json.{namespace}-{os.getpid()}-0123abcd"
-    elsewhere = root / "poison" / f".x.json.{namespace + 1}-1-0123abcd"
+    elsewhere = root / "plans" / f".x.json.{namespace + 1}-1-0123abcd"
     orphan, stranger = root / "copies" / f"{'c' * 40}.json", root / ".mine"
     for path in (*stale, old, alive, elsewhere, orphan, stranger):
         path.write_text("x")
@@ -386,18 +374,30 @@ def test_accounts_of_an_earlier_boot_are_rebuilt(world, monkeypatch):
     assert cache.entries()[0].n_bytes == 16_384
 
 
-def test_a_network_file_system_gives_each_host_a_folder_without_wal_and_a_warning(world, monkeypatch):
-    monkeypatch.setattr(folder_module, "network_file_system", lambda path: "NFS")
-    monkeypatch.setattr(folder_module, "host_name", lambda: "node7")
+def test_a_network_file_system_gives_a_warning_and_belongs_to_one_machine(world, monkeypatch):
+    monkeypatch.setattr(session, "network_file_system", lambda path: "NFS")
     world.put("a")
+    with pytest.warns(RuntimeWarning, match="is on NFS; .*each machine needs a folder of its own"):
+        store = world.store(world.cache())
+    world.fetch(store, "a")
+    monkeypatch.setattr(locks_module, "boot_id", lambda: "f" * 16)
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="a process of another machine has this cache open"):
+        warnings.simplefilter("ignore")
+        world.cache()
+    store.cache.close()
     with pytest.warns(RuntimeWarning, match="is on NFS"):
-        cache = world.cache()
-    world.fetch(world.store(cache), "a")
-    world.fetch(world.store(cache), "a")
-    assert world.n_reads() == 1
-    host = world.root / "cache" / "host-node7"
-    assert len(list((host / "copies").iterdir())) == 2
-    assert not list(host.glob("catalog.sqlite-wal"))
+        world.cache()
+
+
+@pytest.mark.parametrize("error", [None, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_whose_locks_do_not_exclude_is_refused(world, monkeypatch, error):
+    def flock(fd, operation):
+        if error is not None:
+            raise OSError(error, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="file locks do not work on this file system"):
+        world.cache()
 
 
 def test_without_hard_links_copies_are_renamed_into_place(world, monkeypatch):

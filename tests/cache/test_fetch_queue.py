@@ -3,16 +3,14 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 from tests.support.faults import Fault, FaultStore
 from tests.support.stores import CountingStore, GateStore
 
 from tiercache.cache import download
 from tiercache.cache import fetch as queue
-from tiercache.cache.evictor import Evictor
+from tiercache.cache.eviction import Evictor
 from tiercache.cache.locks import is_locked
-from tiercache.cache.partial import UnitWriter
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store.contract import WrapperStore
@@ -100,30 +98,6 @@ def test_requesting_an_empty_range_keeps_the_lease_usable(world):
         assert lease.wait([ByteRange(0, 10_000)], deadline_s=30)
 
 
-@pytest.mark.parametrize("when", ["receive", "finish"])
-def test_units_written_by_another_process_are_verified_before_publication(world, monkeypatch, when):
-    """Without enforced flock, two processes may fetch one partial copy: neither trusts the bytes of the other."""
-    identity = world.put("a", 64 * UNIT)
-    method, is_other = getattr(UnitWriter, when), []
-
-    def after_the_other(self, *arguments):
-        if not is_other and self._span.n_bytes > UNIT:
-            is_other.append(True)
-            self._part.write(0, np.full(UNIT, 7, np.uint8))
-            is_other.clear()
-        return method(self, *arguments)
-
-    store = world.store()
-    with monkeypatch.context() as patch:
-        patch.setattr(UnitWriter, when, after_the_other)
-        with store.open_local("a", identity) as lease:
-            # Our bytes are written last if the other's come before ours.
-            assert lease.wait([ByteRange(0, 64 * UNIT)], deadline_s=30) == (when == "receive")
-    assert len(world.copies()) == (when == "receive")
-    if when == "receive":
-        assert world.read(store, "a", identity) == world.data["a"]
-
-
 def test_refused_units_are_not_fetched_with_the_rest_of_a_small_file(world, monkeypatch):
     """Their reader reads them from the source: fetching them later transfers the same bytes again."""
     identity, blocker_identity = world.put("a", 60 * UNIT), world.put("blocker", 45 * UNIT)
@@ -160,23 +134,6 @@ def test_an_unconverted_network_error_does_not_count_as_a_disk_failure(world):
     with cache.store(Leaky(world.folder)).open_local("a", identity) as lease, pytest.raises(StoreError, match="reset"):
         lease.wait([ByteRange(0, 10_000)], deadline_s=30)
     assert not cache.status()["bypassed"]
-
-
-def test_a_copy_fetched_in_pieces_counts_once_as_evicted_early(world):
-    identity = world.put("a", 4 * MIB)
-    cache = world.cache(6 * MIB, policy="lru")
-    store = world.store(cache)
-    world.fetch(store, "a")
-    world.put("b", 4 * MIB)
-    world.fetch(store, "b")
-    gated = GateStore(world.inner)
-    with gated.stop_at("before_read_into") as gate, cache.store(gated).open_local("a", identity) as lease:
-        lease.prefetch([ByteRange(0, UNIT)])
-        gate.wait_reached()
-        lease.prefetch([ByteRange(MIB, MIB + UNIT)])
-        gate.open()
-        assert lease.wait([ByteRange(0, UNIT), ByteRange(MIB, MIB + UNIT)], deadline_s=30)
-    assert cache.stats()["evicted_early"] == 1
 
 
 def test_a_partial_copy_without_units_leaves_no_reservation(world):
@@ -230,7 +187,7 @@ def test_a_reader_bypasses_a_cache_that_is_closed_while_it_waits(world):
         closing.join()
 
 
-def test_a_deleted_owner_file_is_recreated_once_by_concurrent_threads(world, locks):
+def test_a_deleted_owner_file_is_recreated_once_by_concurrent_threads(world):
     owners = world.cache()._open().writing.owners
     path = world.root / "cache" / "owners" / str(owners.me)
     with ThreadPoolExecutor(8) as pool:
@@ -239,7 +196,7 @@ def test_a_deleted_owner_file_is_recreated_once_by_concurrent_threads(world, loc
             barrier = threading.Barrier(8)
             list(pool.map(lambda _, barrier=barrier: (barrier.wait(), owners.ensure()), range(8)))
             assert path.exists()
-            assert is_locked(path) or locks == "flock ignored"
+            assert is_locked(path)
 
 
 def test_a_prefetch_gives_its_thread_to_urgent_ranges_and_continues_after_them(world, monkeypatch):

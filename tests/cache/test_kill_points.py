@@ -12,12 +12,12 @@ from tests.stress.kill_rounds import points_here
 from tests.testing.warm_process import run_warm
 
 N_ROUNDS = 10_000  # of `make stress`
-N_PROCESSES = 4  # one of them without enforced flock
+N_PROCESSES = 4
 
 
-def rounds(folder, n_rounds, seed, *, locks="hold", timeout_s=170):
+def rounds(folder, n_rounds, seed, *, timeout_s=170):
     """The report of that many struck rounds."""
-    arguments = ["--rounds", str(n_rounds), "--seed", str(seed), "--locks", locks]
+    arguments = ["--rounds", str(n_rounds), "--seed", str(seed)]
     done = run_warm(["-m", "tests.stress.kill_rounds", str(folder), *arguments], timeout_s=timeout_s)
     assert done.stdout, done.stderr
     return json.loads(done.stdout)
@@ -44,8 +44,7 @@ def test_ten_thousand_kills_leave_a_correct_cache(tmp_path, capsys):
     n_each = N_ROUNDS // N_PROCESSES
 
     def one(number):
-        locks = "lie" if number == N_PROCESSES - 1 else "hold"
-        return rounds(tmp_path / str(number), n_each, seed=100 + number, locks=locks, timeout_s=5000)
+        return rounds(tmp_path / str(number), n_each, seed=100 + number, timeout_s=5000)
 
     with ThreadPoolExecutor(N_PROCESSES) as pool:
         reports = list(pool.map(one, range(N_PROCESSES)))

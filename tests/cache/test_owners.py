@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 from tests.support.clock import FakeClock
 
-from tiercache.cache import folder as folder_module
-from tiercache.cache import owners
+from tiercache.cache import locks
 from tiercache.cache.disk import Breaker, disk_space, network_file_system
 from tiercache.cache.folder import Folder
-from tiercache.cache.owners import Owner, Owners
+from tiercache.cache.locks import Owner, Owners
 from tiercache.store.private_files import start_time
 
 # From Python 3.12 on: what these tests are about.
@@ -74,12 +73,12 @@ def test_the_machine_has_an_identity_without_proc(monkeypatch):
     def refuse(*args, **kwargs):
         raise FileNotFoundError
 
-    owners.boot_id.cache_clear()
+    locks.boot_id.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", refuse)
         patch.setattr(Path, "stat", refuse)
-        assert (owners.boot_id(), owners.pid_namespace(), start_time(1)) == ("0", 0, None)
-    owners.boot_id.cache_clear()
+        assert (locks.boot_id(), locks.pid_namespace(), start_time(1)) == ("0", 0, None)
+    locks.boot_id.cache_clear()
 
 
 def test_a_local_folder_is_no_network_file_system(tmp_path):
@@ -90,11 +89,6 @@ def test_a_local_folder_is_no_network_file_system(tmp_path):
 def test_disk_space_agrees_with_statvfs(tmp_path):
     disk = disk_space(tmp_path)
     assert 0 <= disk.free_bytes <= disk.total_bytes
-
-
-def test_host_names_are_safe_file_names(monkeypatch):
-    monkeypatch.setattr(folder_module.socket, "gethostname", lambda: "../evil/node 7")
-    assert folder_module.host_name() == "---evil-node-7"
 
 
 @pytest.mark.parametrize("mended", [True, False])

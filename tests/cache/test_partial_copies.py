@@ -6,7 +6,6 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 from tests.support.faults import Fault, FaultStore
 from tests.support.folder_check import allocated_bytes
@@ -14,7 +13,6 @@ from tests.support.stores import GateStore
 
 import tiercache as tc
 from tiercache.cache import partial
-from tiercache.cache.names import name_of_identity
 from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder
@@ -192,12 +190,12 @@ def test_the_partial_copy_of_a_changed_object_is_not_continued(world):
 
 def test_ranges_without_space_are_refused_and_the_rest_is_served(world):
     identity = world.put("a", 2 * MIB)
-    world.put("b", 2 * MIB)
-    cache = world.cache("3MiB", policy="resident")
+    other = world.put("b", 2 * MIB)
+    cache = world.cache("3MiB", policy="lru")
     store = world.store(cache)
     with store.open_local("a", identity) as lease:
         assert wait(lease, (0, UNIT))
-        world.fetch(store, "b")
+        cache.pin(world.inner, [("b", other)])
         assert not wait(lease, (0, 2 * MIB))
         assert lease.present([ByteRange(0, UNIT)])
     let_end(cache)
@@ -228,18 +226,16 @@ def test_a_partial_copy_on_a_full_disk_keeps_its_units(world, monkeypatch):
     assert cache.status()["reserved_bytes"] == 0
 
 
-def test_only_unused_partial_copies_are_evicted(world, locks):
+def test_only_unused_partial_copies_are_evicted(world):
     identity = world.put("a", 2 * MIB)
     cache = world.cache("100MB")
     with world.store(cache).open_local("a", identity) as lease:
         assert wait(lease, (0, UNIT))
         let_end(cache)
-        if locks == "flock works":
-            assert cache.evict() == 0
-    if locks == "flock works":
-        assert cache.evict() > 0
-        assert world.parts() == []
-        assert cache.stats()["bytes_used"] == 0
+        assert cache.evict() == 0
+    assert cache.evict() > 0
+    assert world.parts() == []
+    assert cache.stats()["bytes_used"] == 0
 
 
 # -- between processes --
@@ -259,11 +255,8 @@ class Log(WrapperStore):
         return super().read_into(key, spans, **options)
 
 
-def read_in_pieces(path, source, log, identity, number, barrier, may_be_refused):
-    """In a child: read all of a shard, beginning somewhere else than the others; ends with 0 if all was right.
-
-    may_be_refused: Whether a lease may be given up, which happens where flock is not enforced.
-    """
+def read_in_pieces(path, source, log, identity, number, barrier):
+    """In a child: read all of a shard, beginning somewhere else than the others; ends with 0 if all was right."""
     data = (source / "a").read_bytes()
     n_pieces = 16
     with tc.Cache(path, size="200MB", min_free=0) as cache:
@@ -273,40 +266,18 @@ def read_in_pieces(path, source, log, identity, number, barrier, may_be_refused)
             for step in range(n_pieces):
                 start = (number * 4 + step) % n_pieces * len(data) // n_pieces
                 end = start + len(data) // n_pieces
-                if lease.wait([ByteRange(start, end)], deadline_s=60):
-                    right &= os.pread(lease.fd, end - start, start) == data[start:end]
-                else:  # another process has removed the part: the reader then asks the store
-                    right &= may_be_refused
+                right &= lease.wait([ByteRange(start, end)], deadline_s=60)
+                right &= os.pread(lease.fd, end - start, start) == data[start:end]
     os._exit(0 if right else 1)
 
 
-def test_a_partial_copy_completed_by_another_process_is_published(world):
-    identity = world.put("a", 2 * MIB)
-    cache = world.cache("100MB")
-
-    class Beside(WrapperStore):
-        def read_into(self, key, spans, **options):
-            other = partial.PartialCopy.open(cache._open().folder, name_of_identity(identity), 2 * MIB)
-            other.write(MIB, np.frombuffer(world.data["a"][MIB:], np.uint8))
-            other.close()
-            return super().read_into(key, spans, **options)
-
-    with cache.store(Beside(world.inner)).open_local("a", identity) as lease:
-        assert wait(lease, (0, MIB))
-        let_end(cache)
-    assert world.copy("a").read_bytes() == world.data["a"]
-
-
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_processes_that_read_one_shard_fetch_each_byte_about_once(world, locks):
+def test_processes_that_read_one_shard_fetch_each_byte_about_once(world):
     identity = world.put("a", 32 * MIB)
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(4)
     arguments = world.root / "cache", world.root / "source", world.root / "log", identity
-    children = [
-        context.Process(target=read_in_pieces, args=(*arguments, number, barrier, locks == "flock ignored"))
-        for number in range(4)
-    ]
+    children = [context.Process(target=read_in_pieces, args=(*arguments, number, barrier)) for number in range(4)]
     for child in children:
         child.start()
     for child in children:
@@ -314,8 +285,7 @@ def test_processes_that_read_one_shard_fetch_each_byte_about_once(world, locks):
         assert child.exitcode == 0
         child.close()
     fetched = sum(map(int, (world.root / "log").read_text().split()))
-    if locks == "flock works":
-        assert fetched == 32 * MIB
+    assert fetched == 32 * MIB
     assert len(world.copies()) == 1
     assert world.cache("200MB").stats()["bytes_used"] == 32 * MIB + UNIT
 

@@ -55,7 +55,7 @@ def test_all_threads_that_wait_for_a_failing_download_get_the_error(world):
         assert len({id(error.result()) for error in errors}) == N
 
 
-def test_two_sessions_of_one_folder_download_once_if_flock_works(world, locks):
+def test_two_sessions_of_one_folder_download_once_if_flock_works(world):
     """As two processes would: flock is between open files, not processes."""
     identity = world.put("a")
     gated = GateStore(world.inner)
@@ -66,15 +66,14 @@ def test_two_sessions_of_one_folder_download_once_if_flock_works(world, locks):
         first.prefetch(whole)
         gate.wait_reached()
         second.prefetch(whole)
-        if locks == "flock works":
-            with pytest.raises(StoreError, match=f"waiting for process {os.getpid()}"):
-                second.wait(whole, deadline_s=0.2)
+        with pytest.raises(StoreError, match=f"waiting for process {os.getpid()}"):
+            second.wait(whole, deadline_s=0.2)
         gate.open()
     for lease in (first, second):
         with lease:
             assert lease.wait(whole)
             assert os.pread(lease.fd, 10_000, 0) == world.data["a"]
-    assert world.n_reads() == 1 or locks == "flock ignored"
+    assert world.n_reads() == 1
     assert len(world.copies()) == 1
     assert world.caches[0].stats()["bytes_used"] == 16_384
 
@@ -134,7 +133,7 @@ def read_all(path, source, log, identities, barrier, answers):
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_concurrent_processes_download_once_if_flock_works(world, locks):
+def test_concurrent_processes_download_once_if_flock_works(world):
     keys = [f"s{i}" for i in range(4)]
     identities = {key: world.put(key, 200_000) for key in keys}
     context = multiprocessing.get_context("fork")
@@ -150,14 +149,13 @@ def test_concurrent_processes_download_once_if_flock_works(world, locks):
     answers.close()
     reads = (world.root / "log").read_text().split()
     assert set(reads) == set(keys)
-    if locks == "flock works":
-        assert len(reads) == 4
+    assert len(reads) == 4
     cache = world.cache("100MB")
     assert len(cache.entries()) == 4
     assert world.parts() == []
 
 
-def test_reads_during_evictions_return_correct_data(world, locks):
+def test_reads_during_evictions_return_correct_data(world):
     keys = [f"s{i}" for i in range(6)]
     for key in keys:
         world.put(key, 50_000)
@@ -189,7 +187,7 @@ def test_a_lock_that_vanished_between_open_and_flock_is_not_taken(tmp_path, monk
     second.release()
 
 
-def test_a_fetch_continues_without_the_lock_if_its_holder_never_ends(world, monkeypatch):
+def test_a_reader_reads_past_the_cache_if_the_holder_of_the_lock_never_ends(world, monkeypatch):
     from tiercache.cache.names import name_of_identity
 
     monkeypatch.setattr(download, "LOCK_WAIT_S", 0.05)
@@ -197,8 +195,10 @@ def test_a_fetch_continues_without_the_lock_if_its_holder_never_ends(world, monk
     cache = world.cache()
     stuck = NameLock(world.root / "cache" / "locks" / name_of_identity(identity))
     assert stuck.try_acquire()
-    world.fetch(world.store(cache), "a")
+    store = world.store(cache)
+    assert world.read(store, "a") is None
     stuck.release()
+    world.fetch(store, "a")
 
 
 def test_two_identities_of_one_key_have_two_copies(world):

@@ -60,53 +60,12 @@ def test_a_cache_is_private_whatever_the_umask(world, umask):
     assert {"catalog.sqlite", "catalog.lock", MARKER} <= {path.name for path in files}
 
 
-def test_a_shared_cache_is_readable_by_its_group_only(world, umask):
-    _, files = use(world, shared="group")
-    root = world.root / "cache"
-    assert {mode_of(root), *(mode_of(root / below) for below in Folder.BELOW)} == {0o2750}
-    copies = set(world.copies())
-    assert {mode_of(path) for path in copies} == {0o440}
-    catalog = {path for path in files if path.name.startswith("catalog.")}
-    locks = {path for path in files if path.parent.name == "locks"}
-    assert {mode_of(path) for path in catalog | locks} == {0o600}
-    assert {mode_of(path) for path in set(files) - copies - catalog - locks} == {0o640}
-
-
 def test_an_empty_world_writable_folder_becomes_private(world):
     root = world.root / "cache"
     root.mkdir()
     root.chmod(0o777)
     use(world)
     assert mode_of(root) == 0o700
-
-
-def test_a_cache_with_public_modes_becomes_private_again(world):
-    cache, _ = use(world)
-    cache.close()
-    root = world.root / "cache"
-    for path in (root, root / "copies"):
-        path.chmod(0o777)
-    world.cache()
-    assert (mode_of(root), mode_of(root / "copies")) == (0o700, 0o700)
-
-
-def test_sharing_applies_to_existing_files_until_it_is_revoked(world):
-    cache, _ = use(world)
-    cache.close()
-    root = world.root / "cache"
-    world.cache(shared="group").close()
-    assert {mode_of(path) for path in world.copies()} == {0o440}
-    world.cache().close()
-    assert mode_of(root) == 0o2750, "the folder's mode says that it is shared"
-    root.chmod(0o700)
-    world.cache().close()
-    assert (mode_of(root), mode_of(root / "copies")) == (0o700, 0o700)
-    assert {mode_of(path) for path in world.copies()} == {0o400}
-
-
-def test_a_cache_can_be_shared_only_with_a_group(world):
-    with pytest.raises(ValueError, match="shared is None or 'group'"):
-        world.cache(shared="world")
 
 
 # -- other people's folders --
@@ -125,7 +84,6 @@ def foreign(world, monkeypatch):
     else:
         me = os.geteuid()
         monkeypatch.setattr(os, "geteuid", lambda: me + 1)
-        monkeypatch.setattr(folder_module, "_squashes", lambda root, status: False)
     return root
 
 
@@ -137,36 +95,8 @@ def test_the_error_for_a_folder_of_another_user_names_the_user_and_the_remedy(wo
     assert folder_module.user_name(foreign.stat().st_uid) in text
     assert f"uid {foreign.stat().st_uid}" in text
     assert "folder of your own" in text
-    assert "shared='group'" in text
     assert f"{foreign}-" in text, "a folder inside somebody else's cannot be made"
     assert sorted(foreign.rglob("*")) == before
-    foreign.chmod(0o777)
-    with pytest.raises(PermissionError, match=f"such as {foreign}/"):
-        world.cache()
-
-
-def test_the_error_for_a_folder_of_another_group_names_the_group(world, foreign, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(PermissionError, match="and its group") as caught:
-        world.cache(shared="group")
-    assert folder_module.group_name(foreign.stat().st_gid) in str(caught.value)
-
-
-def test_a_trusted_folder_of_another_user_is_only_read(world, foreign):
-    before = {path: os.lstat(path) for path in foreign.rglob("*")}
-    with pytest.warns(RuntimeWarning, match="shared by"):
-        cache = world.cache(shared="group")
-    store = world.store(cache)  # one warning: a second would be an error here
-    world.fetch(store, "a")
-    world.put("b")
-    assert world.read(store, "b") is None
-    assert store.remove_if_corrupt("a", world.identity("a")) is False
-    assert len(cache.entries()) == 1
-    assert (world.n_reads("a"), cache.status()["writable"]) == (1, False)
-    after = {path: os.lstat(path) for path in foreign.rglob("*")}
-    assert {path: (s.st_mtime_ns, s.st_mode, s.st_size) for path, s in before.items()} == {
-        path: (s.st_mtime_ns, s.st_mode, s.st_size) for path, s in after.items()
-    }
 
 
 def test_no_cache_is_created_in_a_folder_of_another_user(world, tmp_path, monkeypatch):
@@ -176,20 +106,9 @@ def test_no_cache_is_created_in_a_folder_of_another_user(world, tmp_path, monkey
     else:
         me = os.geteuid()
         monkeypatch.setattr(os, "geteuid", lambda: me + 1)
-        monkeypatch.setattr(folder_module, "_squashes", lambda root, status: False)
-    for shared in (None, "group"):
-        with pytest.raises((PermissionError, ValueError)):
-            Cache(tmp_path / "theirs", size=1, shared=shared)
+    with pytest.raises(PermissionError):
+        Cache(tmp_path / "theirs", size=1)
     assert list((tmp_path / "theirs").iterdir()) == []
-
-
-def test_a_file_system_that_squashes_users_is_accepted(world, monkeypatch):
-    """NFS with all_squash: the folder that we made belongs to nobody, and so does what we make in it."""
-    me = os.geteuid()
-    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
-    world.put("a")
-    world.fetch(world.store(), "a")
-    assert list((world.root / "cache").glob(".probe*")) == []
 
 
 READER = """
@@ -235,36 +154,6 @@ def public_world():
         yield world
         for cache in world.caches:
             cache.close()
-
-
-@needs_root
-def test_a_shared_cache_serves_another_user_of_its_group_and_nobody_else(public_world):
-    world = public_world
-    identity = world.put("a")
-    world.put("b")
-    cache = world.cache(shared="group")
-    world.fetch(world.store(cache), "a")
-    cache.close()
-    for path in ((world.root / "cache"), *(world.root / "cache").rglob("*")):
-        os.chown(path, 0, 4321)
-    member = read_as_another(world, identity, "4321")
-    assert member.returncode == 0, member.stderr
-    assert member.stdout.count("shared by") == 1
-    assert member.stdout.count("cache ") == 1
-    stranger = read_as_another(world, identity, "")
-    assert stranger.returncode != 0
-    assert "refused" in stranger.stderr
-    assert "shared='group'" in stranger.stderr
-
-
-@needs_root
-def test_a_private_cache_serves_no_other_user(public_world):
-    world = public_world
-    identity = world.put("a")
-    world.fetch(world.store(), "a")
-    refused = read_as_another(world, identity, "0")
-    assert "refused" in refused.stderr
-    assert "mode is 0700" in refused.stderr
 
 
 @needs_root
@@ -444,7 +333,6 @@ def test_a_cache_works_on_tmpfs_and_overlayfs(world, tmp_path, kind, unmount):
         warnings.simplefilter("error")
         cache, files = use(world)
     assert {mode_of(path) for path in files} == {0o400, 0o600}
-    assert cache.status()["network_file_system"] is None
     assert cache.verify().is_right
     assert [holder["pid"] for holder in cache.status()["holders"]] == [os.getpid()]
     cache.unpin()

@@ -19,8 +19,8 @@ from tests.cache.state_machine_world import KEYS, LIMITS, SIZES, MachineWorld, r
 from tests.support.clock import JumpingClock
 
 from tiercache.cache import download
+from tiercache.cache.eviction import POLICIES
 from tiercache.cache.names import name_of_identity
-from tiercache.cache.policy import POLICIES
 from tiercache.errors import CacheFull, NotFound, TierCacheError
 from tiercache.model import ByteRange
 
@@ -251,7 +251,7 @@ def refuse(fd, operation):
 def test_locks_that_are_never_free_only_delay_reads(world, monkeypatch):
     monkeypatch.setattr(download, "LOCK_WAIT_S", 0.05)
     monkeypatch.setattr(download, "SLOWEST_BYTES_S", 1e12)
-    monkeypatch.setattr("tiercache.cache.evictor.SPACE_WAIT_S", 0.05)
+    monkeypatch.setattr("tiercache.cache.eviction.SPACE_WAIT_S", 0.05)
     monkeypatch.setattr("tiercache.store.database.BUSY_S", 0.05)
     monkeypatch.setattr(fcntl, "flock", refuse)
     cache = world.cache("40KB", policy="lru")

@@ -69,34 +69,6 @@ def test_a_copy_is_read_only_if_it_has_the_given_etag(world):
         read(store, "a", 0, 3, if_match='"other"')
 
 
-@pytest.mark.parametrize("write", ["put", "delete", "copy", "create"])
-def test_writing_an_object_drops_its_copy(world, write):
-    world.put("a")
-    world.put("b", 7000)
-    store = world.store()
-    with store.open_local("a") as lease:
-        assert lease.wait([ByteRange(0, 1)])
-    if write == "put":
-        store.put("a", b"new")
-    elif write == "delete":
-        store.delete(["a"])
-    elif write == "copy":
-        store.copy("b", "a")
-    else:
-        with store.create("a") as upload:
-            upload.put_part(0, b"new")
-            upload.complete()
-    assert world.copies() == []
-
-
-def test_copies_of_shards_stay_if_their_key_is_written(world):
-    world.put("a")
-    store = world.store()
-    world.fetch(store, "a")
-    store.delete(["a"])
-    world.fetch(store, "a")
-
-
 def test_an_object_larger_than_the_cache_bypasses_it_with_one_warning(world):
     world.put("large", 300_000)
     world.put("larger", 400_000)

@@ -141,13 +141,13 @@ def test_shards_that_a_rank_needs_next_are_kept_until_slower_ranks_end(server, p
 
 def test_with_global_placement_the_plan_keeps_shards_that_are_needed_soon(server, packed, tmp_path):
     total = {}
-    for policy in ("plan", "resident"):
+    for policy in ("plan", "lru"):
         cache, total[policy] = cache_of(tmp_path, packed, 0.25, policy), 0
         for epoch in range(6):
             server.log.clear()
             read_epoch(server, cache, epoch, **DEALT_ANEW)
             total[policy] += fetched(server) if epoch else 0
-    assert total["plan"] < 0.95 * total["resident"]
+    assert total["plan"] < 0.95 * total["lru"]
 
 
 def test_a_projection_fetches_its_columns(server, packed, tmp_path):

@@ -112,14 +112,6 @@ def press_lru(job: Job) -> None:
     job.read_some(TIGHT, "lru")
 
 
-def press_s3fifo(job: Job) -> None:
-    job.read_some(TIGHT, "s3fifo")
-
-
-def press_resident(job: Job) -> None:
-    job.read_some(TIGHT, "resident")
-
-
 def publish(job: Job, store, keys: list[str]):
     """A plan to read keys in this order, and the clock's end of each."""
     n_bytes = np.array([SIZES[key] for key in keys])
@@ -347,8 +339,6 @@ JOBS = {
         fetch_in_part,
         prefetch,
         press_lru,
-        press_s3fifo,
-        press_resident,
         follow_a_plan,
         after_a_death,
         another_boot,

@@ -5,7 +5,6 @@ Then the folder is looked at as it lies, opened with no help by another child th
 looked at again. In some rounds a witness has the cache open all the while.
 """
 
-import fcntl
 import os
 import random
 from collections import Counter
@@ -122,12 +121,7 @@ class Witness:
 
 def main() -> None:
     parser = rounds_asked()
-    parser.add_argument(
-        "--locks", choices=["hold", "lie"], default="hold", help="lie: flock does nothing and says it did"
-    )
     asked = parser.parse_args()
-    if asked.locks == "lie":
-        fcntl.flock = lambda fd, operation: None
     run_and_report(Rounds(asked.folder, asked.seed, asked.only), asked.rounds)
 
 

@@ -29,12 +29,11 @@ from tests.support.errnos import Position
 from tests.support.forks import run_forked
 from tests.support.kill_points import KillAt, kill_at
 
-from tiercache.cache import evictor, partial
+from tiercache.cache import download, eviction, partial
 from tiercache.cache import locks as locks_module
 from tiercache.cache.accounts import Accounts
-from tiercache.cache.download import FetchRunner
 from tiercache.cache.folder import Folder
-from tiercache.cache.owners import Owners
+from tiercache.cache.locks import Owners
 from tiercache.cache.session import WriteSession
 from tiercache.crash_points import crash_point
 
@@ -137,12 +136,12 @@ def name_before_record() -> Iterator[None]:
 @contextmanager
 def whole_sum_not_checked() -> Iterator[None]:
     """What was fetched is published whatever it is."""
-    really = FetchRunner._publish
+    really = download._publish
 
-    def publish(self, fetch, part, whole):
-        return really(self, fetch, part, fetch.spec.crc32c)
+    def publish(writing, spec, part, whole):
+        return really(writing, spec, part, spec.crc32c)
 
-    with patch.object(FetchRunner, "_publish", publish):
+    with patch.object(download, "_publish", publish):
         yield
 
 
@@ -156,7 +155,7 @@ def no_reservation() -> Iterator[None]:
 @contextmanager
 def readers_not_asked() -> Iterator[None]:
     """What is being read is evicted."""
-    with patch.object(evictor, "try_exclusive", lambda fd: True):
+    with patch.object(eviction, "try_exclusive", lambda fd: True):
         yield
 
 
@@ -231,7 +230,7 @@ def reader_told() -> Iterator[None]:
     def disk_failed(self, error):
         raise error
 
-    with patch.object(FetchRunner, "disk_failed", disk_failed):
+    with patch.object(WriteSession, "disk_failed", disk_failed):
         yield
 
 

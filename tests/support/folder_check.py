@@ -7,7 +7,7 @@ import os
 import re
 import sqlite3
 import stat
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,10 +239,10 @@ class FolderCheck:
         return total
 
     def evictable(self, held: Collection[str] = ()) -> set[str]:
-        """Return the names in the catalog whose source is known and that are neither pinned nor held."""
+        """Return the names in the catalog that are neither pinned nor held."""
         books = _read_books(self.root)
         pins = {path.stem for path in self.copies.glob("*.pin")}
-        return set() if books is None else set(books.recorded) - pins - set(held)
+        return set() if books is None else set(books.rows) - pins - set(held)
 
     def reserved(self) -> dict[str, int]:
         """Return the reserved bytes by name."""
@@ -257,8 +257,8 @@ class FolderCheck:
                 yield "the catalog cannot be read"
             return
         reserved = self.reserved()
-        if reserved or books.reserved_bytes != sum(books.reserved.values()):
-            yield f"{books.reserved_bytes} bytes stay reserved: {reserved}"
+        if reserved:
+            yield f"bytes stay reserved: {reserved}"
         if books.used_bytes != sum(books.rows.values()):
             yield f"{books.used_bytes} bytes are used by the books, whose rows make {sum(books.rows.values())}"
         files = {path.name.partition(".")[0] for path in self._files() if _is_counted(path)}
@@ -275,19 +275,15 @@ class _Accounts:
 
     Attributes:
         used_bytes: Bytes in use.
-        reserved_bytes: Bytes reserved.
         limit: Size limit in bytes; None if no process has the cache open.
         rows: Bytes of each copy, by name.
         reserved: Reserved bytes, by name.
-        recorded: Names of copies whose source is known.
     """
 
     used_bytes: int
-    reserved_bytes: int
     limit: int | None
     rows: Mapping[str, int]
     reserved: Mapping[str, int]
-    recorded: Set[str]
 
 
 def _read_books(root: Path) -> _Accounts | None:
@@ -298,14 +294,13 @@ def _read_books(root: Path) -> _Accounts | None:
     with closing(sqlite3.connect(path, timeout=BUSY_S)) as db:
         try:
             db.execute("BEGIN")  # one transaction, so that all values are of one instant
-            sums = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('used', 'reserved')").fetchall())
+            (used_bytes,) = db.execute("SELECT value FROM meta WHERE key = 'used'").fetchone()
             (limit,) = db.execute("SELECT min(limit_bytes) FROM openers").fetchone()
             rows = dict(db.execute("SELECT name, charge_bytes FROM copies").fetchall())
-            recorded = {name for (name,) in db.execute("SELECT name FROM copies WHERE record <> ''")}
             reserved = dict(db.execute("SELECT name, sum(charge_bytes) FROM reservations GROUP BY name").fetchall())
         except sqlite3.DatabaseError:
             return None
-    return _Accounts(int(sums["used"]), int(sums["reserved"]), limit, rows, reserved, recorded)
+    return _Accounts(int(used_bytes), limit, rows, reserved)
 
 
 def _whole_charge(n_bytes: int) -> int:

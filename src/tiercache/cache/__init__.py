@@ -5,10 +5,10 @@ tell whether a cache is present.
 
 A read takes this path: `CachedStore` names the copy (`names.py`); `session.CacheSession`, the cache as one process has
 it open, looks for the copy in the folder (`folder.py`) and returns a lease on it (`lease.py`). On a miss,
-`fetch.queue.FetchQueue` queues a fetch; `fetch.fetch_runner.FetchRunner` takes the lock of the name,
-`evict.evictor.Evictor` reserves space (`evict.policy` chooses the copies to evict, `evict.reading_plans` says when
-running jobs need each copy), `fetch.fetch_runner.Download` writes the bytes into a partial copy (`fetch.partial`), and
-the fetch runner verifies the complete copy and gives it its final name.
+`fetch.FetchQueue` queues a fetch; `download.FetchRunner` takes the lock of the name, `eviction.Evictor` reserves space
+in the accounts (`accounts.py`) and evicts other copies (`reading_plans.py` says when running jobs need each copy),
+`download.Download` writes the bytes into a partial copy (`partial.py`), and the fetch runner verifies the complete copy
+and gives it its final name.
 
 With peers, a fetch reads from `peers.PeerSource`, which asks the machine that owns the copy and then the store;
 `serve.py` is the server of such a machine.
@@ -18,7 +18,7 @@ With peers, a fetch reads from `peers.PeerSource`, which asks the machine that o
 (which processes have the cache open) and `disk.py` (free space, the breaker after disk errors, and warnings).
 """
 
-from tiercache.cache.cache import Cache, CachedStore, Entry, drop_objects
+from tiercache.cache.cache import Cache, CachedStore, Entry
 from tiercache.cache.warm import WarmPlan, WarmProgress, WarmReport
 
-__all__ = ["Cache", "CachedStore", "Entry", "WarmPlan", "WarmProgress", "WarmReport", "drop_objects"]
+__all__ = ["Cache", "CachedStore", "Entry", "WarmPlan", "WarmProgress", "WarmReport"]

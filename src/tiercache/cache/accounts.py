@@ -1,4 +1,8 @@
-"""The cache's accounts: bytes of copies, reservations of processes, and the last use of each copy."""
+"""The cache's accounts: bytes of copies, reservations of processes, and the last use of each copy.
+
+They are a SQLite file, because several processes must keep one limit exactly, and because eviction must not scan the
+folder. They can be rebuilt from the files of the folder, and are if they are lost.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,6 @@ FIGURES = (
     "bytes_hit",
     "bytes_fetched",
     "evicted",
-    "evicted_early",
     "quarantined",
     "poisoned",
     "requests",
@@ -32,25 +35,18 @@ FIGURES = (
     "throttled",
     "nanodollars",
 )
-# s3fifo counts uses with two bits per copy: more bits change little (Yang et al., SOSP 2023, section 4.1).
-MOST_FREQ = 3
-# How a name left: evicted from the small queue of s3fifo (its ghosts), evicted from the main queue, or lost otherwise
-# (deleted by hand, damaged). A process that keeps the rows in memory needs all three.
-_GONE = ("small", "main", "lost")
+# Names of removed copies that are remembered for processes that keep the rows in memory. A process that has missed more
+# reads all rows again.
+MOST_GONE = 10_000
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE copies (
-    name TEXT PRIMARY KEY, charge_bytes INTEGER NOT NULL CHECK (charge_bytes >= 0), record TEXT NOT NULL,
-    uses INTEGER NOT NULL DEFAULT 0, last_use INTEGER NOT NULL DEFAULT 0,
-    main INTEGER NOT NULL DEFAULT 0, freq INTEGER NOT NULL DEFAULT 0, turn INTEGER NOT NULL DEFAULT 0,
+    name TEXT PRIMARY KEY, charge_bytes INTEGER NOT NULL CHECK (charge_bytes >= 0), last_use INTEGER NOT NULL,
     changed INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX copies_changed ON copies (changed);
-CREATE TABLE gone (
-    name TEXT PRIMARY KEY, kind TEXT NOT NULL, charge_bytes INTEGER NOT NULL, changed INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE INDEX gone_changed ON gone (kind, changed);
+CREATE TABLE gone (changed INTEGER PRIMARY KEY, name TEXT NOT NULL);
 CREATE TABLE reservations (
     owner TEXT NOT NULL, name TEXT NOT NULL, charge_bytes INTEGER NOT NULL CHECK (charge_bytes >= 0),
     PRIMARY KEY (owner, name)
@@ -63,42 +59,17 @@ CREATE TRIGGER copy_out AFTER DELETE ON copies BEGIN
     UPDATE meta SET value = value - old.charge_bytes WHERE key = 'used'; END;
 CREATE TRIGGER copy_grows AFTER UPDATE OF charge_bytes ON copies BEGIN
     UPDATE meta SET value = value + new.charge_bytes - old.charge_bytes WHERE key = 'used'; END;
-CREATE TRIGGER reservation_in AFTER INSERT ON reservations BEGIN
-    UPDATE meta SET value = value + new.charge_bytes WHERE key = 'reserved'; END;
-CREATE TRIGGER reservation_out AFTER DELETE ON reservations BEGIN
-    UPDATE meta SET value = value - old.charge_bytes WHERE key = 'reserved'; END;
-CREATE TRIGGER ghost_in AFTER INSERT ON gone BEGIN
-    UPDATE meta SET value = value + new.charge_bytes WHERE key = 'gone ' || new.kind; END;
-CREATE TRIGGER ghost_out AFTER DELETE ON gone BEGIN
-    UPDATE meta SET value = value - old.charge_bytes WHERE key = 'gone ' || old.kind; END;
-INSERT INTO meta VALUES ('used', 0), ('reserved', 0), ('clock', 0), ('forgotten', 0), ('evicted', 0);
-INSERT INTO meta VALUES ('gone small', 0), ('gone main', 0), ('gone lost', 0);
+INSERT INTO meta VALUES ('used', 0), ('clock', 0), ('forgotten', 0);
 """
 
 
 @dataclass(frozen=True, slots=True)
 class CopyRow:
-    """The row of a copy, or of a partial copy.
-
-    Attributes:
-        name: Name of the copy.
-        charge_bytes: Charge, in bytes.
-        record: JSON record; "" if the source is unknown.
-        uses: Number of uses.
-        last_use: Logical time of the last use: a count, not a time.
-        main: For s3fifo: whether the copy is in the main queue, otherwise in the small one.
-        freq: For s3fifo: uses since it entered the queue, at most MOST_FREQ.
-        turn: For s3fifo: position in the queue, a count; the smallest is the head.
-    """
+    """The row of a copy, whole or partial; last_use: Logical time of the last use, a count."""
 
     name: str
     charge_bytes: int
-    record: str
-    uses: int
     last_use: int
-    main: bool = False
-    freq: int = 0
-    turn: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,20 +80,13 @@ class AccountChanges:
         since: Value to pass to the next query.
         whole: Whether `rows` are all rows, so that earlier knowledge is void.
         rows: Rows that changed.
-        gone: Names that were removed.
-        has_evicted: Whether anything was ever evicted.
-        limit_bytes: Smallest limit of all live owners.
+        gone: Names that were removed; some may have come back, and are in rows.
     """
 
     since: tuple[str, int]
     whole: bool
     rows: tuple[CopyRow, ...]
     gone: tuple[str, ...]
-    has_evicted: bool
-    limit_bytes: int
-
-
-_ROW = "name, charge_bytes, record, uses, last_use, main, freq, turn"
 
 
 def _meta(db: sqlite3.Connection, key: str) -> int:
@@ -134,38 +98,23 @@ def _tick(db: sqlite3.Connection, n: int = 1) -> int:
     return int(db.execute("UPDATE meta SET value = value + ? WHERE key = 'clock' RETURNING value", (n,)).fetchone()[0])
 
 
-def _set_copy(db: sqlite3.Connection, name: str, record: str, charge_bytes: int) -> None:
-    """Set a copy's row. A new copy enters the main queue if it is a ghost, otherwise the small queue."""
-    now = _tick(db)
-    query = "UPDATE copies SET charge_bytes = ?, record = ?, changed = ? WHERE name = ?"
-    if db.execute(query, (charge_bytes, record, now, name)).rowcount:
-        return
-    row = db.execute("DELETE FROM gone WHERE name = ? RETURNING kind", (name,)).fetchone()
-    is_ghost = row is not None and row[0] == "small"
+def _set_copy(db: sqlite3.Connection, name: str, charge_bytes: int) -> None:
     db.execute(
-        "INSERT INTO copies (name, charge_bytes, record, last_use, main, turn, changed) VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (name, charge_bytes, record, now, is_ghost, now, now),
+        "INSERT INTO copies VALUES (?1, ?2, ?3, ?3) ON CONFLICT (name) DO UPDATE SET charge_bytes = ?2, changed = ?3",
+        (name, charge_bytes, _tick(db)),
     )
 
 
-def _drop_copies(db: sqlite3.Connection, names: Iterable[str], *, evicted: bool) -> None:
-    """Delete the rows of copies, and remember that they existed."""
+def _drop_copies(db: sqlite3.Connection, names: Iterable[str]) -> None:
+    """Delete the rows of copies, and remember the last MOST_GONE names."""
     for name in names:
-        row = db.execute("DELETE FROM copies WHERE name = ? RETURNING charge_bytes, main", (name,)).fetchone()
-        if row is not None:
-            kind = ("main" if row[1] else "small") if evicted else "lost"
-            db.execute("INSERT INTO gone VALUES (?, ?, ?, ?)", (name, kind, row[0], _tick(db)))
-            if evicted:
-                db.execute("UPDATE meta SET value = value + 1 WHERE key = 'evicted'")
-
-
-def _rows(db: sqlite3.Connection, condition: str, *values: object) -> list[CopyRow]:
-    query = f"SELECT {_ROW} FROM copies {condition}"  # noqa: S608 - our own text
-    return [CopyRow(*row) for row in db.execute(query, values)]
-
-
-# Share of the budget for ghosts: as much as the main queue of s3fifo holds (Yang et al., SOSP 2023).
-GHOSTS_SHARE = 0.9
+        if db.execute("DELETE FROM copies WHERE name = ?", (name,)).rowcount:
+            db.execute("INSERT INTO gone VALUES (?, ?)", (_tick(db), name))
+    query = "SELECT changed FROM gone ORDER BY changed DESC LIMIT 1 OFFSET ?"
+    oldest = db.execute(query, (MOST_GONE,)).fetchone()
+    if oldest is not None:
+        db.execute("DELETE FROM gone WHERE changed <= ?", oldest)
+        db.execute("UPDATE meta SET value = ? WHERE key = 'forgotten'", oldest)
 
 
 class CacheFiles(Protocol):
@@ -192,8 +141,14 @@ class CacheFiles(Protocol):
     def charges(self) -> Mapping[str, int]:
         """Return the charge of each copy and partial copy, in bytes, by name."""
 
-    def record(self, name: str) -> str:
-        """Return the record beside a copy, "" if there is none."""
+
+def _reserved(db: sqlite3.Connection) -> int:
+    return int(db.execute("SELECT total(charge_bytes) FROM reservations").fetchone()[0])
+
+
+def _rows(db: sqlite3.Connection, condition: str, *values: object) -> list[CopyRow]:
+    query = f"SELECT name, charge_bytes, last_use FROM copies {condition}"  # noqa: S608 - our own text
+    return [CopyRow(*row) for row in db.execute(query, values)]
 
 
 def charge_bytes(n_bytes: int) -> int:
@@ -209,12 +164,12 @@ class Accounts:
     commits if it takes more than was reserved for it.
     """
 
-    def __init__(self, path: Path, owner: str, files: CacheFiles, *, wal: bool, boot: str) -> None:
+    def __init__(self, path: Path, owner: str, files: CacheFiles, *, boot: str) -> None:
         self._owner, self._files, self._boot = owner, files, boot
         self._own_limit_bytes: int | None = None
         # Our reservations, in case the file is lost. Changed only inside run(), which holds its lock.
         self._held: dict[str, int] = {}
-        self._database = Database(path, wal=wal, make_folder=files.ensure, prepare=self._prepare)
+        self._database = Database(path, wal=True, make_folder=files.ensure, prepare=self._prepare)
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         # A trigger contains ";", but a statement ends only at a ";" at the end of a line: a trigger ends with "END;".
@@ -282,7 +237,7 @@ class Accounts:
         for (name,) in db.execute(query, (owner,)).fetchall():
             # The owner may have died between writing bytes and booking them.
             if (charge := self._files.charge_of(name)) is not None:
-                _set_copy(db, name, self._files.record(name), charge)
+                _set_copy(db, name, charge)
 
     # -- bytes ------------------------------------------------------------------------------------------------------
 
@@ -318,30 +273,26 @@ class Accounts:
     def _lack(self, db: sqlite3.Connection, charge_bytes: int, usable_bytes: Callable[[], int]) -> int:
         limit = self._limit(db)
         self._forget_dead(db, "reservations")
-        used, reserved = _meta(db, "used"), _meta(db, "reserved")
+        used, reserved = _meta(db, "used"), _reserved(db)
         # Some of the reserved bytes are on disk already. Counting all of them against the free space is the safe side.
         return max(used + reserved - limit, reserved - usable_bytes()) + charge_bytes
 
-    def set_charge(self, name: str, record: str, charge_bytes: int) -> None:
+    def set_charge(self, name: str, charge_bytes: int) -> None:
         """Set the row of a copy or partial copy, and release this owner's reservation for the name.
 
         Bytes without a reservation (the catalog was lost, or the file was found) are charged too. Raises RuntimeError,
-        and changes nothing, if the copy takes more than its row and the reservations for it.
+        and changes nothing, if the copy takes more than its row and the reservation for it.
         """
 
         def work(db: sqlite3.Connection) -> None:
             own = self._delete_reservation(db, name)
             row = db.execute("SELECT charge_bytes FROM copies WHERE name = ?", (name,)).fetchone()
             most = own + (0 if row is None else row[0])
-            query = "SELECT total(charge_bytes) FROM reservations WHERE name = ?"
-            others = int(db.execute(query, (name,)).fetchone()[0])
-            if own and charge_bytes > most + others:
+            if own and charge_bytes > most:
                 raise RuntimeError(
-                    f"a copy takes more bytes than were reserved for it: {charge_bytes} > {most + others} ({name})"
+                    f"a copy takes more bytes than were reserved for it: {charge_bytes} > {most} ({name})"
                 )
-            # On file systems where flock is not enforced, two processes may write one partial copy: each books its own
-            # reservation.
-            _set_copy(db, name, record, min(charge_bytes, most) if own and others else charge_bytes)
+            _set_copy(db, name, charge_bytes)
             self._held.pop(name, None)
 
         self._database.run(work)
@@ -359,8 +310,8 @@ class Accounts:
         query = "DELETE FROM reservations WHERE owner = ? AND name = ? RETURNING charge_bytes"
         return sum(charge for (charge,) in db.execute(query, (self._owner, name)).fetchall())
 
-    def remove(self, names: Iterable[str], *, evicted: bool = False) -> None:
-        """Remove the rows of copies whose files are gone. evicted: Whether they become ghosts, remembered for a while.
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove the rows of copies whose files are gone.
 
         The race with a publisher: (1) we delete the file, (2) it is fetched again, published and booked, (3) we remove
         its row. A publisher publishes before it books, so a file that does not exist now will be booked after our
@@ -368,45 +319,22 @@ class Accounts:
         """
 
         def work(db: sqlite3.Connection) -> None:
-            _drop_copies(db, [name for name in names if self._files.charge_of(name) is None], evicted=evicted)
-            # Forget the names that left longest ago.
-            most_bytes = int(self._limit(db) * GHOSTS_SHARE)
-            query = "SELECT name FROM gone WHERE kind = ? ORDER BY changed LIMIT 1"
-            query = f"DELETE FROM gone WHERE name = ({query}) RETURNING changed"  # noqa: S608 - our own text
-            for kind in _GONE:
-                while _meta(db, f"gone {kind}") > most_bytes:
-                    last = db.execute(query, (kind,)).fetchone()
-                    db.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'forgotten'", last)
+            _drop_copies(db, [name for name in names if self._files.charge_of(name) is None])
 
         self._database.run(work)
 
-    # -- uses, queues and counters ----------------------------------------------------------------------------------
+    # -- uses and counters ------------------------------------------------------------------------------------------
 
-    def add_uses(self, uses: Mapping[str, int]) -> None:
-        """Add uses by name. The order of the mapping is the order of last use."""
-        query = (
-            "UPDATE copies SET uses = uses + ?1, freq = min(freq + ?1, ?2), last_use = ?3, changed = ?3 WHERE name = ?4"
-        )
+    def add_uses(self, names: Iterable[str]) -> None:
+        """Record uses of copies, the last use last."""
+        query = "UPDATE copies SET last_use = ?1, changed = ?1 WHERE name = ?2"
 
         def work(db: sqlite3.Connection) -> None:
-            first = _tick(db, len(uses)) - len(uses) + 1
-            db.executemany(query, [(n, MOST_FREQ, first + i, name) for i, (name, n) in enumerate(uses.items())])
+            used = list(names)
+            first = _tick(db, len(used)) - len(used) + 1
+            db.executemany(query, [(first + i, name) for i, name in enumerate(used)])
 
         self._database.run(work)
-
-    def requeue(self, moves: Iterable[tuple[str, bool, int]]) -> None:
-        """Move copies to the end of a queue of s3fifo, in order. moves: (name, whether into the main queue, freq)."""
-        query = "UPDATE copies SET main = ?1, freq = ?2, turn = ?3, changed = ?3 WHERE name = ?4"
-
-        def work(db: sqlite3.Connection) -> None:
-            db.executemany(query, [(main, freq, _tick(db), name) for name, main, freq in moves])
-
-        self._database.run(work)
-
-    def is_ghost(self, name: str) -> bool:
-        """Return whether name was evicted lately."""
-        query = "SELECT count(*) FROM gone WHERE name = ? AND kind <> 'lost'"
-        return bool(self._database.run(lambda db: db.execute(query, (name,)).fetchone()[0]))
 
     def add_figures(self, figures: Mapping[str, int]) -> None:
         """Add to the counters of all processes, by name."""
@@ -424,7 +352,7 @@ class Accounts:
         return self._database.run(self._sums)
 
     def _sums(self, db: sqlite3.Connection) -> tuple[int, int, int]:
-        return _meta(db, "used"), _meta(db, "reserved"), self._limit(db)
+        return _meta(db, "used"), _reserved(db), self._limit(db)
 
     def is_reserved(self, name: str) -> bool:
         """Return whether somebody is fetching name."""
@@ -435,30 +363,20 @@ class Accounts:
         """Return the rows of all copies, least recently used first."""
         return self._database.run(lambda db: _rows(db, "ORDER BY last_use, name"))
 
-    def rows_with(self, text: str) -> list[CopyRow]:
-        """Return the rows whose record contains text. SQLite searches 100,000 records in 40 ms, Python in 2 s."""
-        return self._database.run(lambda db: _rows(db, "WHERE instr(record, ?)", text))
-
     def changes(self, since: tuple[str, int]) -> AccountChanges:
         """Return the changes since an earlier answer's `since`; ("", 0): all rows."""
 
         def work(db: sqlite3.Connection) -> AccountChanges:
-            limit_bytes = self._limit(db)
             (catalog,) = db.execute("SELECT value FROM meta WHERE key = 'id'").fetchone()
             whole = since[0] != catalog or since[1] < _meta(db, "forgotten")
             seen = 0 if whole else since[1]
-            query = "SELECT name FROM gone WHERE kind IN (?, ?, ?) AND changed > ?"
-            gone = () if whole else tuple(name for (name,) in db.execute(query, (*_GONE, seen)))
-            rows = tuple(_rows(db, "WHERE changed > ?", seen))
-            has_evicted = _meta(db, "evicted") > 0
-            return AccountChanges((catalog, _meta(db, "clock")), whole, rows, gone, has_evicted, limit_bytes)
+            query = "SELECT DISTINCT name FROM gone WHERE changed > ?"
+            gone = () if whole else tuple(name for (name,) in db.execute(query, (seen,)))
+            return AccountChanges(
+                (catalog, _meta(db, "clock")), whole, tuple(_rows(db, "WHERE changed > ?", seen)), gone
+            )
 
         return self._database.run(work)
-
-    def unrecorded(self) -> set[str]:
-        """Return the names of copies without a record."""
-        query = "SELECT name FROM copies WHERE record = ''"
-        return self._database.run(lambda db: {name for (name,) in db.execute(query)})
 
     # -- reconciliation with the files ------------------------------------------------------------------------------
 
@@ -488,10 +406,10 @@ class Accounts:
         self._forget_dead(db, "reservations")
         charges = self._files.charges()
         known = dict(db.execute("SELECT name, charge_bytes FROM copies").fetchall())
-        _drop_copies(db, known.keys() - charges.keys(), evicted=False)
+        _drop_copies(db, known.keys() - charges.keys())
         growing = {name for (name,) in db.execute("SELECT name FROM reservations")}
         for name in sorted(charges):
             # A growing partial copy is booked by its fetcher. If the fetcher died, the copy is larger than its row
             # says.
             if (is_new and name not in known) or (name not in growing and charges[name] != known.get(name)):
-                _set_copy(db, name, self._files.record(name), charges[name])
+                _set_copy(db, name, charges[name])

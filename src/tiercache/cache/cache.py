@@ -5,14 +5,13 @@ The cache is one folder with one size limit, shared by any number of processes.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event, Lock, RLock
@@ -23,12 +22,10 @@ from tiercache import config
 from tiercache.cache.accounts import FIGURES, CopyRow
 from tiercache.cache.check import verify_copies
 from tiercache.cache.disk import Breaker, Notices, disk_space
-from tiercache.cache.evictor import delete_copy
+from tiercache.cache.eviction import delete_copy
 from tiercache.cache.folder import default_size_bytes
 from tiercache.cache.lease import CopyLease
-from tiercache.cache.locks import Holder, command_of, holders_of
-from tiercache.cache.names import CopySpec, Record, copy_spec
-from tiercache.cache.owners import Owner
+from tiercache.cache.names import CopySpec, copy_spec
 from tiercache.cache.peers import PeerOptions
 from tiercache.cache.session import CacheOptions, CacheSession
 from tiercache.cache.warm import plan_warm, warm
@@ -50,7 +47,7 @@ if TYPE_CHECKING:
     from tiercache.cache.check import CheckProgress, VerifyReport
     from tiercache.cache.peers import Peers
     from tiercache.cache.warm import Ranges, WarmPlan, WarmProgress, WarmReport
-    from tiercache.model import ByteRange, ObjectInfo, PublishedPlan, ReadingPlan
+    from tiercache.model import ByteRange, PublishedPlan, ReadingPlan
 
 T = TypeVar("T")
 
@@ -258,17 +255,11 @@ class CachedStore(WrapperStore):
         session = self._session() if self.cache._options.peers is not None else None  # noqa: SLF001 - of one file
         return None if session is None else session.peers
 
-    # -- other calls of the inner store: reads count as uses, writes evict the copy of the former object ---------------
-
     def around(self, method: str, key: str, call: Callable[[], T]) -> T:
-        """Count reads, and evict the copy of an object that is written. The new object has another ETag and name."""
+        """Count reads as uses."""
         if method in ("get", "read_tail"):
             self._note_use(key)
-        try:
-            return call()
-        finally:
-            if method in ("put", "put_if_absent", "create"):
-                self._drop([key])
+        return call()
 
     def get(self, key: str) -> bytes:
         """See Store.get. Versions of a data set come from a peer, if there are peers."""
@@ -277,29 +268,6 @@ class CachedStore(WrapperStore):
         if found == b"":
             raise NotFound("no such object, as a peer found", url=f"{self._inner_url}/{key}")
         return super().get(key) if found is None else found
-
-    def delete(self, keys: Iterable[str]) -> None:
-        """See Store.delete. The copies are evicted."""
-        deleted = list(keys)
-        try:
-            self.inner.delete(deleted)
-        finally:
-            self._drop(deleted)
-
-    def copy(self, src: str, dst: str) -> ObjectInfo:
-        """See Store.copy. The copy of the former object at dst is evicted."""
-        try:
-            return self.inner.copy(src, dst)
-        finally:
-            self._drop([dst])
-
-    def _drop(self, keys: list[str]) -> None:
-        # A copy with an identity stays: its manifest defines its contents, whatever happens to the object under this
-        # key.
-        with self._lock:
-            for key in keys:
-                self._specs.pop(key, None)
-        drop_objects(self.cache, [f"{redact(self.url)}/{key}" for key in keys])
 
 
 class _UnpublishedPlan:
@@ -321,7 +289,6 @@ class Entry:
         source: URL without credentials, "" if unknown.
         n_bytes: Bytes that the copy takes of the size limit.
         pinned: Whether the copy is pinned.
-        uses: Number of recorded uses.
         last_use: Sequence number of the last use, not a time.
         dataset_id: Identifier of the data set; None for an object of no data set.
         shard_id: Identifier of the shard; None for an object of no data set.
@@ -334,7 +301,6 @@ class Entry:
     source: str
     n_bytes: int
     pinned: bool
-    uses: int
     last_use: int
     dataset_id: str | None = None
     shard_id: str | None = None
@@ -360,7 +326,6 @@ class Cache:
         size: int | str,
         policy: str = "plan",
         min_free: int | str = "5%",
-        shared: Literal["group"] | None = None,
         peers: str | Sequence[str] | None = None,
         peers_token: str | None = None,
         peers_ca: str | os.PathLike[str] | None = None,
@@ -370,11 +335,8 @@ class Cache:
         Args:
             path: Folder of the cache. It must be new, empty, or already a cache.
             size: Size limit: a number of bytes, a text such as "200GB", or a share of the disk such as "80%".
-            policy: Eviction policy: "plan", "resident", "s3fifo" or "lru".
+            policy: Eviction policy: "plan" (evicts what the running jobs read last) or "lru".
             min_free: Disk space that the cache always leaves free, such as "10GB" or a share of the disk.
-            shared: "group" lets the members of the folder's group read the copies, and reads a folder that another user
-                shares, whose contents are then trusted. None keeps the folder private, or as the mode of the folder
-                says (docs/guide/cache.md).
             peers: Machines that run `tiercache serve` (docs/guide/peers.md): a list of addresses, or a text:
                 "dns:NAME:PORT", "slurm" or "torchrun". Shards that one of them has, or fetches, are read from it. None:
                 every shard is read from its store.
@@ -389,7 +351,7 @@ class Cache:
         """
         ca_file = None if peers_ca is None else str(Path(peers_ca).expanduser().absolute())
         machines = PeerOptions.parse(peers, peers_token, ca_file)
-        self._options = CacheOptions(Path(path).expanduser().absolute(), size, policy, min_free, shared, machines)
+        self._options = CacheOptions(Path(path).expanduser().absolute(), size, policy, min_free, machines)
         self.counters = Counters(*FIGURES)
         self._notices = Notices()
         self._reopening = Breaker()
@@ -420,18 +382,18 @@ class Cache:
         settings = config.load(cache_dir=path, cache_size=size)
         folder = Path(settings.cache_dir).expanduser().absolute()
         limit: int | str | None = settings.cache_size
-        policy, shared = settings.cache_policy, settings.cache_shared
+        policy = settings.cache_policy
         machines: dict[str, Any] = {}
         if peers is None:
             machines = {"peers": settings.peers, "peers_token": settings.peers_token, "peers_ca": settings.peers_ca}
-        key = (str(folder), limit, policy, shared, *machines.values())
+        key = (str(folder), limit, policy, *machines.values())
         with _defaults_lock:
             cache = _defaults.get(key)
             if cache is None:
                 if limit is None:
                     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    limit = default_size_bytes(folder, disk_space(folder).free_bytes // 2, shared=shared)
-                cache = _defaults[key] = cls(folder, size=limit, policy=policy, shared=shared, **machines)
+                    limit = default_size_bytes(folder, disk_space(folder).free_bytes // 2)
+                cache = _defaults[key] = cls(folder, size=limit, policy=policy, **machines)
         return cache
 
     def __repr__(self) -> str:
@@ -450,11 +412,6 @@ class Cache:
     def folder_id(self) -> str:
         """Random id of the folder, by which a server recognises the readers of its own machine; "" if unknown."""
         return self._open().folder.id
-
-    @property
-    def served_folder(self) -> Path:
-        """Folder that contains the folder "copies": `path`, or its subfolder for this machine on a network disk."""
-        return self._open().folder.root
 
     def store(self, inner: Store) -> CachedStore:
         """Return a store that reads `inner` through this cache.
@@ -543,8 +500,8 @@ class Cache:
 
         The keys are bytes_used, limit_bytes and pinned_bytes, and the counters: hits (the copy was cached before this
         process asked for it), misses, prefetched (misses for which this process had already fetched the data with
-        prefetch()), bytes_hit, bytes_fetched, evicted, evicted_early (evicted, and fetched again soon after),
-        quarantined (corrupt copies, which were removed) and poisoned (objects that are corrupt at their source). Of
+        prefetch()), bytes_hit, bytes_fetched, evicted, quarantined (corrupt copies, which were removed) and poisoned
+        (objects that are corrupt at their source). Of
         the stores that are read through the cache: requests, bytes_read (also without a copy), retries, hedges (second
         requests beside late ones), throttled (requests that a store refused as too many) and nanodollars (price of the
         requests by the price table; 0 for a provider that it does not have). With peers also peer_requests, peer_bytes
@@ -582,10 +539,10 @@ class Cache:
 
         The counters of stats() are those of this process since it opened the cache. Other keys describe the folder,
         which all processes share: n_copies, n_parts (partial copies), reserved_bytes, disk_free_bytes,
-        disk_total_bytes, network_file_system; figures (the same counters, summed over all processes since the catalog
-        was created) and hit_ratio (of figures); holders (see Holder); plans (label of each live reading plan);
-        poisoned_now (objects known to be corrupt at their source). And path, policy, min_free, shared, writable and
-        bypassed (the disk fails, and reads bypass the cache) describe how this process has opened the cache.
+        disk_total_bytes; figures (the same counters, summed over all processes since the catalog was created) and
+        hit_ratio (of figures); holders (pid and command of each process that has the cache open); plans (label of each
+        live reading plan). And path, policy, min_free, writable and bypassed (the disk fails, and reads bypass the
+        cache) describe how this process has opened the cache.
         """
         opened = self._open()
         facts: dict[str, Any] = {**self.stats()}  # first, because it recreates a deleted folder
@@ -601,18 +558,15 @@ class Cache:
             "reserved_bytes": 0 if writing is None else writing.accounts.sums()[1],
             "disk_free_bytes": disk.free_bytes,
             "disk_total_bytes": disk.total_bytes,
-            "network_file_system": folder.network,
             "writable": writing is not None,
             "bypassed": writing is not None and writing.breaker.is_open,
-            "holders": [asdict(holder) for holder in _holders(opened)],
+            "holders": [] if writing is None else [{"pid": p, "command": c} for p, c in writing.owners.processes()],
             "plans": [] if writing is None else writing.plans.labels(),
-            "poisoned_now": folder.corrupt_sources(),
             "figures": figures,
             "hit_ratio": n_hits / (n_hits + n_misses) if n_hits + n_misses else None,
             "path": str(self._options.path),
             "policy": self._options.policy,
             "min_free": self._options.min_free,
-            "shared": self._options.shared,
         }
 
     def entries(self) -> list[Entry]:
@@ -620,7 +574,7 @@ class Cache:
         opened = self._open()
         folder = opened.folder
         if opened.writing is None:
-            rows = [CopyRow(name, charge, "", 0, 0) for name, charge in sorted(folder.sizes().items())]
+            rows = [CopyRow(name, charge, 0) for name, charge in sorted(folder.sizes().items())]
         else:
             opened.writing.evictor.flush_uses()
             rows = opened.writing.accounts.rows()
@@ -629,10 +583,10 @@ class Cache:
         for row in rows:
             if row.name not in whole and row.name not in in_part:
                 continue
-            record = folder.read_record(row.name) if opened.writing is None else Record.from_json(row.record)
+            record = folder.read_record(row.name)
             source = ("", None, None) if record is None else (record.source, record.dataset_id, record.shard_id)
             url, dataset_id, shard_id = source
-            figures = (row.charge_bytes, folder.is_pinned(row.name), row.uses, row.last_use)
+            figures = (row.charge_bytes, folder.is_pinned(row.name), row.last_use)
             touched_s = folder.touched_s(row.name)
             entries.append(Entry(row.name, url, *figures, dataset_id, shard_id, touched_s, row.name not in whole))
         return entries
@@ -748,15 +702,15 @@ class Cache:
             for entry in selected:
                 if opened.writing is not None or used_bytes - freed_bytes <= least_bytes:
                     break
-                if entry.source and delete_copy(folder, entry.name):
+                if delete_copy(folder, entry.name):
                     freed_bytes += entry.n_bytes
                     opened.retry_writing()
             if opened.writing is None:
                 return freed_bytes
         writing, names = opened.writable(), {entry.name for entry in selected}
-        rows = [row for row in writing.accounts.rows() if row.name in names]
+        charges = {row.name: row.charge_bytes for row in writing.accounts.rows() if row.name in names}
         need_bytes = math.inf if target_bytes is None else writing.accounts.sums()[0] - target_bytes
-        return freed_bytes + (writing.evictor.evict(rows, need_bytes=need_bytes) if need_bytes > 0 else 0)
+        return freed_bytes + (writing.evictor.evict(charges, need_bytes=need_bytes) if need_bytes > 0 else 0)
 
     def verify(
         self,
@@ -811,50 +765,10 @@ def _rebuild(options: CacheOptions) -> Cache:
         size=options.size,
         policy=options.policy,
         min_free=options.min_free,
-        shared=options.shared,
         peers=None if options.peers is None else options.peers.members,
         peers_token=None if options.peers is None else options.peers.token,
         peers_ca=None if options.peers is None else options.peers.ca_file,
     )
-
-
-def drop_objects(cache: Cache, sources: Sequence[str]) -> None:
-    """Evict the copies of objects without identity at these URLs (without credentials) and below them.
-
-    A copy that is being read stays for now.
-    """
-    session = cache._session_or_none()  # noqa: SLF001 - of one file
-    if session is None or session.writing is None or not sources:
-        return
-    # One query for all URLs: the accounts are searched for their common prefix, as JSON encodes it.
-    common = json.dumps(os.path.commonprefix(list(sources)))[1:-1]  # noqa: RUF071 - of strings, not of paths
-    exact, below = set(sources), tuple(f"{source}/" for source in sources)
-    rows = []
-    for row in session.writing.accounts.rows_with(common):
-        record = Record.from_json(row.record)
-        source = "" if record is None or record.shard_id else record.source
-        if source in exact or source.startswith(below):
-            rows.append(row)
-    session.writing.evictor.evict(rows)
-
-
-def _holders(opened: CacheSession) -> list[Holder]:
-    """Return the processes that have the cache open or read copies, by process number.
-
-    The copies that each process holds are known only if the system lists locks and the process that locked a copy still
-    runs.
-    """
-    folder, inodes = opened.folder, {}
-    for name in folder.sizes():
-        for file in (f"{name}.part", name):
-            with suppress(OSError):
-                inodes[name] = os.lstat(folder.copy_path(file)).st_ino
-    by_pid = {holder.pid: holder for holder in holders_of(folder.copies, inodes)}
-    if opened.writing is not None:
-        for owner in map(Owner.parse, opened.writing.owners.limits()):
-            if owner is not None and owner.runs():
-                by_pid.setdefault(owner.pid, Holder(owner.pid, command_of(owner.pid)))
-    return [by_pid[pid] for pid in sorted(by_pid)]
 
 
 _caches: weakref.WeakSet[Cache] = weakref.WeakSet()

@@ -1,15 +1,13 @@
-"""`FetchRunner` carries out fetches, from the request to the published copy; `Download` transfers the bytes.
+"""Fetches, from the request to the published copy: `run_fetch()` carries one out, `Download` transfers the bytes.
 
-Each fetch runs beside those of all other processes, under the lock of the name.
+Each fetch runs under the lock of the name, which it shares with no other process.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 from bisect import bisect_right
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
 from threading import Lock, Thread
 from typing import TYPE_CHECKING
 
@@ -17,6 +15,7 @@ import numpy as np
 
 from tiercache.cache.accounts import BLOCK_BYTES, charge_bytes
 from tiercache.cache.disk import is_disk_full
+from tiercache.cache.folder import COPY_MODE
 from tiercache.cache.lease import open_leased
 from tiercache.cache.locks import NameLock
 from tiercache.cache.names import name_of_object
@@ -30,7 +29,6 @@ from tiercache.cache.partial import (
     UnitWriter,
     bytes_of,
     charge_of,
-    checksum_of,
     hold_part,
     map_bytes,
     mask_of,
@@ -40,8 +38,6 @@ from tiercache.cache.partial import (
 )
 from tiercache.crash_points import crash_point
 from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
-from tiercache.file_limit import emfile_message
-from tiercache.model import format_bytes
 from tiercache.store.contract import read_unpinned
 from tiercache.store.private_files import set_mode
 from tiercache.waiting import wait_for
@@ -49,15 +45,10 @@ from tiercache.waiting import wait_for
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from tiercache.cache.accounts import Accounts
-    from tiercache.cache.disk import Breaker, Notices
-    from tiercache.cache.evictor import Evictor
     from tiercache.cache.fetch import Fetch
-    from tiercache.cache.folder import Folder
     from tiercache.cache.names import CopySpec
-    from tiercache.cache.owners import Owners
+    from tiercache.cache.session import WriteSession
     from tiercache.model import ByteRange
-    from tiercache.stats import Counters
     from tiercache.store.contract import Receive
 
 
@@ -73,22 +64,17 @@ class Download:
 
     Attributes:
         part: The partial copy; None: it is created with the first request.
-        is_alone: Whether no other process has written units that this one was writing.
     """
 
-    def __init__(self, fetch_runner: FetchRunner, fetch: Fetch, lock: NameLock) -> None:
-        """Open the existing partial copy, if there is one, and offer it to the waiting leases. Raises OSError.
-
-        On file systems where flock is not enforced, another process may hold the lock of the name too.
-        """
-        self._fetch_runner, self._fetch, self._name_lock = fetch_runner, fetch, lock
+    def __init__(self, writing: WriteSession, fetch: Fetch, lock: NameLock) -> None:
+        """Open the existing partial copy, if there is one, and offer it to the waiting leases. Raises OSError."""
+        self._writing, self._fetch, self._name_lock = writing, fetch, lock
         self._spec = fetch.spec
         self._reserved_bytes = self._charged_bytes = 0
         self._lock = Lock()
         self._error: BaseException | None = None
-        self.is_alone = True
         fetch.step = f"being fetched by process {os.getpid()}"
-        self.part = PartialCopy.open(fetch_runner.folder, self._spec.name, self._spec.n_bytes)
+        self.part = PartialCopy.open(writing.folder, self._spec.name, self._spec.n_bytes)
         if self.part is not None:
             self._adopt(self.part)
         self._admitted = self._present().copy()
@@ -98,26 +84,21 @@ class Download:
 
     def _adopt(self, part: PartialCopy) -> None:
         """Enter a partial copy in the accounts and offer it to readers; on an error it is closed."""
-        folder, spec = self._fetch_runner.folder, self._spec
+        folder, spec = self._writing.folder, self._spec
         try:
             if folder.read_record(spec.name) is None:
                 folder.write_record(spec.name, spec.record(spec.crc32c))
                 crash_point("fetch.recorded")
-            # Charging releases the reservation. A partial copy that another process created is charged at its current
-            # size; this happens on file systems where flock is not enforced.
             if part.present.any() and not self._reserved_bytes:
                 self._charged_bytes = charge_of(part.present, part.n_bytes)
-                self._charge(self._charged_bytes)
+                self._writing.accounts.set_charge(spec.name, self._charged_bytes)
             self._fetch.set_file(part.hold(), part.present)
         except BaseException as error:
             with closing(part):  # for example, the disk is too full for the record; a later fetch starts again
-                # Another process deletes these files, and remove_partial_copy() would not know this one.
+                # The folder was deleted by hand: remove_partial_copy() would not know these files.
                 if isinstance(error, FileNotFoundError):
                     part.unlink_names(keep_map=False)
             raise
-
-    def _charge(self, n_bytes: int) -> None:
-        self._fetch_runner.set_charge(self._spec, self._spec.record(self._spec.crc32c).to_json(), n_bytes)
 
     # -- transfer ---------------------------------------------------------------------------------------------------
 
@@ -140,10 +121,10 @@ class Download:
                     raise
                 if was_full:
                     self._fetch.refuse(self._fetch.missing_units()[0])
-                    self._fetch_runner.disk_is_full()
+                    self._writing.disk_is_full()
                 else:
                     protected = self._fetch.protected | {self._spec.name}
-                    self._fetch_runner.evictor.free_disk(self._reserved_bytes, protected=protected)
+                    self._writing.evictor.free_disk(self._reserved_bytes, protected=protected)
                 was_full = not was_full
 
     def _transfer(self) -> None:
@@ -195,20 +176,12 @@ class Download:
             ranges = next_request(first, n_bytes, gaps=todo) or next_request(todo, n_bytes)
             self._assigned |= mask_of(ranges, n_bytes)
             if ranges and self.part is None:
-                self.part = self._create()
+                folder, name = self._writing.folder, self._spec.name
+                # After a full disk, the one that was created first is there.
+                part = PartialCopy.open(folder, name, n_bytes) or PartialCopy.create(folder, name, n_bytes)
+                self._adopt(part)
+                self.part = part
             return ranges or None
-
-    def _create(self) -> PartialCopy:
-        folder, name, n_bytes = self._fetch_runner.folder, self._spec.name, self._spec.n_bytes
-        try:
-            part = PartialCopy.create(folder, name, n_bytes)
-        except FileExistsError:  # without enforced flock: another process has created one since the last check
-            existing = PartialCopy.open(folder, name, n_bytes)
-            if existing is None:
-                raise FileNotFoundError(errno.ENOENT, "gone as soon as it was made", name) from None
-            part = existing
-        self._adopt(part)
-        return part
 
     def _admit(self, units: Mask) -> None:
         """Reserve space for requested units, and with them the rest of the file if it is small; or refuse them.
@@ -226,14 +199,12 @@ class Download:
     def _reserve(self, units: Mask) -> bool:
         """Reserve space for a partial copy of these units; return False if there is no space."""
         need_bytes = max(charge_of(units, self._spec.n_bytes) - self._charged_bytes, 0)
-        evictor, name = self._fetch_runner.evictor, self._spec.name
+        evictor, name = self._writing.evictor, self._spec.name
         self.note_reservation(need_bytes)
         if not evictor.reserve(name, need_bytes, protected=self._fetch.protected | {name}):
             self.note_reservation(self._reserved_bytes)
-            self._fetch_runner.warn_no_space(self._spec, need_bytes)
+            self._writing.warn_no_space(self._spec, need_bytes)
             return False
-        if not self._reserved_bytes:
-            evictor.note_fetch(name)
         self._reserved_bytes = need_bytes
         crash_point("fetch.reserved")
         return True
@@ -247,9 +218,8 @@ class Download:
         if self._spec.n_bytes:  # an empty object has nothing to read
             self._read(ranges, writers)
         for span in ranges:
-            if not writers[span.start].finish():
-                self.is_alone = False
-        self._fetch_runner.counters.add("bytes_fetched", sum(span.n_bytes for span in ranges))
+            writers[span.start].finish()
+        self._writing.counters.add("bytes_fetched", sum(span.n_bytes for span in ranges))
         self._fetch.add_present(part.present)
 
     def _read(self, ranges: Sequence[ByteRange], writers: Mapping[int, UnitWriter]) -> None:
@@ -303,16 +273,16 @@ class Download:
 
     def note_reservation(self, n_bytes: int) -> None:
         """Write to the lock file how many bytes this fetch may still add, in case the accounts must be rebuilt."""
-        self._name_lock.note({"owner": str(self._fetch_runner.owners.me), "reserved_bytes": n_bytes})
+        self._name_lock.note({"owner": str(self._writing.owners.me), "reserved_bytes": n_bytes})
 
     def update_charge(self) -> None:
         """Set the charge of the partial copy in the accounts to its present size; one without units is removed."""
         # First: after the commit, the entry would be counted whenever the accounts are rebuilt.
         self.note_reservation(0)
-        if self.part is None or not self.part.has_name:  # another process found it corrupt and removed it
-            self._fetch_runner.accounts.release(self._spec.name)
+        if self.part is None or not self.part.has_name:  # a reader found it corrupt and removed it
+            self._writing.accounts.release(self._spec.name)
         elif self.part.present.any():
-            self._charge(charge_of(self.part.present, self._spec.n_bytes))
+            self._writing.accounts.set_charge(self._spec.name, charge_of(self.part.present, self._spec.n_bytes))
             crash_point("fetch.booked")
         else:
             self.remove_partial_copy()
@@ -322,8 +292,8 @@ class Download:
         self.note_reservation(0)
         self._fetch.reset()  # with our own handle open, the file would count as deleted but still in use
         if self.part is not None and self.part.has_name:
-            self._fetch_runner.remove(self._spec.name)
-        self._fetch_runner.accounts.release(self._spec.name)
+            self._writing.remove(self._spec.name)
+        self._writing.accounts.release(self._spec.name)
 
     def fail(self, error: BaseException) -> None:
         """After an error, keep what has come for a later fetch, unless the object has changed at its source."""
@@ -339,349 +309,122 @@ class Download:
             self.part.close()
 
 
-# Wait for another process's fetch: one minute, plus the time for its bytes at a slow 2 MB/s. Then this process fetches
-# too.
+# Wait for another process's fetch: one minute, plus the time for its bytes at a slow 2 MB/s. Then this process reads
+# past the cache.
 LOCK_WAIT_S = 60.0
 SLOWEST_BYTES_S = 2e6
-REMOVE_WAIT_S = 10.0
-# How often a partial copy is started again after its name was removed while it grew: by another process on a file
-# system where flock is not enforced, or by hand.
+# How often a partial copy is started again after somebody deleted the folder while it grew.
 MAX_BEGINNINGS = 3
 
 
-@dataclass(slots=True)
-class FetchRunner:
-    """Carries out fetches: takes the lock of the name, downloads, verifies, publishes, and removes corrupt copies.
+def run_fetch(writing: WriteSession, fetch: Fetch) -> bool:
+    """Fetch the requested units. Units for which there is no space, or for which the disk fails, are refused.
 
-    run() is called by one thread per fetch, and by many threads at once.
+    One thread calls it for each fetch, and many threads at once.
 
-    Attributes:
-        unrecorded: Names of copies without a record. Each is verified before it is used, and then gets a record.
+    Returns:
+        False: The fetch has yielded to urgent ones, and must be run again.
+
+    Raises:
+        StoreError, CorruptShard: The source failed, or the object is corrupt at its source.
     """
-
-    folder: Folder
-    owners: Owners
-    accounts: Accounts
-    evictor: Evictor
-    breaker: Breaker
-    notices: Notices
-    counters: Counters
-    unrecorded: set[str] = field(default_factory=set)
-
-    def run(self, fetch: Fetch) -> bool:
-        """Fetch the requested units. Units for which there is no space, or for which the disk fails, are refused.
-
-        Returns:
-            False: The fetch has yielded to urgent ones, and must be run again.
-
-        Raises:
-            StoreError, CorruptShard: The source failed, or the object is corrupt at its source.
-        """
-        is_done = True
+    is_done = True
+    try:
         try:
-            try:
-                is_done = self._run_locked(fetch)
-            except OSError as error:
-                if isinstance(error, StoreError) or not is_disk_full(error):
-                    raise
-                # The disk was full for a record, a name or the accounts, which downloads do not handle. What was
-                # fetched stays.
-                self.evictor.free_disk(charge_bytes(fetch.spec.n_bytes), protected=fetch.protected)
-                is_done = self._run_locked(fetch)
-        except StoreError:
-            raise  # NotFound is also an OSError
+            is_done = _run_locked(writing, fetch)
         except OSError as error:
-            self.disk_failed(error)
-        else:
-            self.breaker.reset()
-        return is_done
-
-    def disk_failed(self, error: Exception) -> None:
-        """Bypass the cache for some time and warn once.
-
-        If the disk is merely full, the cached copies can still be read.
-        """
-        if self.owners.is_closed:
-            return  # the cache was closed during the fetch: the disk is all right
-        if is_disk_full(error):
-            self.disk_is_full()
-            return
-        self.breaker.trip()
-        reason = emfile_message(error) or error
-        self.notices.warn("disk", f"cache {self.folder.root}: {reason}; bypassing the cache until the disk works again")
-
-    def disk_is_full(self) -> None:
-        """Warn once that the disk is full."""
-        self.notices.warn(
-            "full",
-            f"cache {self.folder.root}: the disk is full; data that is not cached is fetched again in every epoch; "
-            "free disk space, or put the cache on another disk (TIERCACHE_CACHE_DIR)",
-        )
-
-    def warn_no_space(self, spec: CopySpec, need_bytes: int) -> None:
-        """Warn once that an object has no space although its data set, which is open, could be cached as a whole."""
-        dataset_id = "" if spec.identity is None else spec.identity.dataset_id
-        dataset = self.notices.unwarned_dataset(dataset_id)
-        if dataset is None:
-            return
-        used_bytes, reserved_bytes, limit_bytes = self.accounts.sums()
-        usable_bytes = max(self.evictor.usable_bytes(), 0)
-        if usable_bytes < need_bytes:
-            reason = f"the disk has only {format_bytes(usable_bytes)} left above the cache's min_free"
-            remedy = "free disk space, lower min_free=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
-        else:
-            used = f"{format_bytes(used_bytes + reserved_bytes)} of {format_bytes(limit_bytes)}"
-            reason = f"{used} are used by copies that are pinned, in use or needed sooner"
-            remedy = (
-                "unpin or evict some of them (tiercache status lists them), or make the cache larger "
-                "(TIERCACHE_CACHE_SIZE, or Cache(path, size=...))"
-            )
-        self.notices.warn(
-            dataset_id,
-            f"{dataset}: cache {self.folder.root} has no space: the next object needs {format_bytes(need_bytes)}, but "
-            f"{reason}. Data that does not fit is not cached and is fetched again in every epoch; {remedy}",
-        )
-
-    def _run_locked(self, fetch: Fetch) -> bool:
-        """Fetch under the lock of the name; return False if the fetch has yielded.
-
-        Other processes watch the unit map, and take over if this process ends.
-
-        Without the lock (after a long wait, or on a file system where flock is not enforced), some bytes are fetched
-        twice, and nothing else happens.
-        """
-        spec = fetch.spec
-        self.owners.ensure()
-        lock = NameLock(self.folder.locks / spec.name)
-        deadline_s = LOCK_WAIT_S + spec.n_bytes / SLOWEST_BYTES_S
-        try:
-            while not fetch.close_if_done():
-                is_over = wait_for(lambda: self._watch(fetch, lock), deadline_s, cancel=fetch.cancel)
-                if fetch.cancel.is_set():
-                    raise StoreError("cancelled", url=spec.source, retryable=True)
-                if not is_over or lock.is_held:
-                    return self._fetch(fetch, lock)
-            return True
-        finally:
-            lock.release()
-
-    def _watch(self, fetch: Fetch, lock: NameLock) -> bool:
-        """Return whether this process may fetch, or another one has fetched all requested units.
-
-        Waiting leases learn which units the other process has fetched.
-        """
-        if lock.try_acquire():
-            return True
-        fetch.step = f"waiting for {lock.holder()}"
-        spec = fetch.spec
-        fd = None if spec.name in self.unrecorded else open_leased(self.folder, spec.name, spec.n_bytes)
-        if fd is not None:
-            _offer(fetch, CopyHandle(fd))
-            return True
-        handle = hold_part(self.folder, spec.name, spec.n_bytes)
-        if handle is None:
-            return False
-        present = _offer(fetch, handle)
-        # A partial copy with all units gets its final name in a moment.
-        return not present.all() and not fetch.missing_units()[0].any()
-
-    def _fetch(self, fetch: Fetch, lock: NameLock) -> bool:
-        """Serve the request from an existing copy, or fetch what is missing, and once more if it was corrupt.
-
-        Returns False if the fetch has yielded.
-        """
-        if self._offer_copy(fetch):
-            return True
-        spec, crc = fetch.spec, None
-        for _ in range(2):
-            crc = self._fetch_missing(fetch, lock)
-            if crc is None:
-                return fetch.close_if_done()
-        self.counters.add("poisoned")
-        if spec.crc32c is not None:
-            self.folder.add_corrupt_source(spec.name, spec.source, spec.crc32c, crc)
-        raise CorruptShard(
-            f"corrupt at its source: two fetches did not match the checksum (CRC-32C {crc:08x}, expected "
-            f"{spec.crc32c or 0:08x})",
-            url=spec.source,
-        )
-
-    # -- existing copies -----------------------------------------------------------------------------------------------
-
-    def _offer_copy(self, fetch: Fetch) -> bool:
-        """Offer the existing copy to the waiting leases; return whether the fetch is done."""
-        fd = self._existing(fetch.spec)
-        if fd is not None:
-            _offer(fetch, CopyHandle(fd))
-        return fd is not None and fetch.close_if_done()
-
-    def _existing(self, spec: CopySpec) -> int | None:
-        """Return a descriptor of the existing copy if it is valid; remove a corrupt one."""
-        fd = open_leased(self.folder, spec.name, spec.n_bytes)
-        if fd is None:
-            if self.folder.size_of(spec.name) not in (None, spec.n_bytes):  # a power failure or a person truncated it
-                self.remove(spec.name)
-                self.counters.add("quarantined")
-            return None
-        if spec.name not in self.unrecorded:
-            return fd
-        try:
-            crc = checksum_of(fd, spec.n_bytes)
-            if spec.crc32c is None or crc == spec.crc32c:
-                self._commit(spec, crc)
-                return fd
-            self.remove(spec.name)
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-        return None
-
-    def remove(self, name: str) -> None:
-        """Remove a corrupt copy, whole or partial. Readers keep the files that they have open."""
-        self.folder.remove_copy(name)
-        crash_point("corrupt.removed")
-        self.accounts.remove([name])
-        self.unrecorded.discard(name)
-
-    def remove_corrupt(self, name: str, fd: int) -> bool:
-        """Remove the corrupt copy that fd is open on; return False if another process has done so. Raises OSError.
-
-        The race with another reader of the same copy: (1) both verify the file, (2) the other one removes it and a
-        correct copy takes its name, (3) this one removes the correct copy. Therefore the copy is removed only while it
-        is the file that was verified.
-        """
-        lock = NameLock(self.folder.locks / name)
-        try:
-            # Without the lock the result is the same, except for a second download.
-            wait_for(lock.try_acquire, REMOVE_WAIT_S)
-            try:
-                is_same = os.path.samestat(os.lstat(self.folder.copy_path(name)), os.fstat(fd))
-            except FileNotFoundError:
-                is_same = False
-            if is_same:
-                self.remove(name)
-                self.counters.add("quarantined")
-            return is_same
-        finally:
-            lock.release()
-
-    # -- download and publication --------------------------------------------------------------------------------------
-
-    def _fetch_missing(self, fetch: Fetch, lock: NameLock) -> int | None:
-        """Extend the partial copy while units are requested, and publish it when it is complete.
-
-        Returns:
-            None: The fetch is closed or has yielded. Otherwise the CRC-32C of a complete file that was corrupt and is
-                removed.
-        """
-        for _ in range(MAX_BEGINNINGS):
-            download = Download(self, fetch, lock)
-            try:
-                return self._run_download(fetch, download)
-            except FileNotFoundError as error:
-                if isinstance(error, StoreError):
-                    download.fail(error)
-                    raise
-                fetch.reset()
-                self.owners.ensure()
-                download.remove_partial_copy()
-            except BaseException as error:
-                download.fail(error)
+            if isinstance(error, StoreError) or not is_disk_full(error):
                 raise
-            finally:
-                download.close()
-            if self._offer_copy(fetch):  # without enforced flock: a copy of the process that took the name
-                return None
-        fetch.refuse(fetch.missing_units()[0])  # another process deletes partial copies as fast as they are created
-        return None
+            # The disk was full for a record, a name or the accounts, which downloads do not handle. What was fetched
+            # stays.
+            writing.evictor.free_disk(charge_bytes(fetch.spec.n_bytes), protected=fetch.protected)
+            is_done = _run_locked(writing, fetch)
+    except StoreError:
+        raise  # NotFound is also an OSError
+    except OSError as error:
+        writing.disk_failed(error)
+    else:
+        writing.breaker.reset()
+    return is_done
 
-    def _run_download(self, fetch: Fetch, download: Download) -> int | None:
-        """Extend one partial copy; see _fetch_missing()."""
-        while True:
-            download.run()
-            part = download.part
-            if part is not None and part.is_complete():
-                download.note_reservation(0)
-                # Of a unit that two processes have written, the map may have the checksum of bytes that were replaced.
-                crc = part.checksum() if download.is_alone else checksum_of(part.fd, fetch.spec.n_bytes)
-                if not self._publish(fetch, part, crc):
-                    fetch.reset()
-                    return crc
-                if fetch.close_if_done():
-                    return None
-            elif fetch.close_if_done() or fetch.should_yield():
-                download.update_charge()
-                return None
 
-    def _publish(self, fetch: Fetch, part: PartialCopy, crc: int) -> bool:
-        """Verify a complete partial copy, give it its final name, and enter it in the accounts.
+def _run_locked(writing: WriteSession, fetch: Fetch) -> bool:
+    """Fetch under the lock of the name; return False if the fetch has yielded.
 
-        crc: CRC-32C of the file.
-
-        Returns:
-            False: The file is corrupt and was removed.
-        """
-        spec = fetch.spec
-        if spec.crc32c is not None and crc != spec.crc32c:
-            self.remove(spec.name)
-            self.accounts.release(spec.name)
-            return False
-        crash_point("publish.checked")
-        set_mode(part.fd, self.folder.rights.copy)  # from here on nobody can open the file for writing
-        crash_point("publish.sealed")
-        if not self._commit(spec, crc, part):  # without enforced flock: the copy that has the name counts
-            self._offer_copy(fetch)
+    Other processes watch the unit map, and take over if this process ends. A process that waits too long, because the
+    holder was stopped, reads past the cache.
+    """
+    spec = fetch.spec
+    writing.owners.ensure()
+    lock = NameLock(writing.folder.locks / spec.name)
+    deadline_s = LOCK_WAIT_S + spec.n_bytes / SLOWEST_BYTES_S
+    try:
+        while not fetch.close_if_done():
+            is_over = wait_for(lambda: _watch(writing, fetch, lock), deadline_s, cancel=fetch.cancel)
+            if fetch.cancel.is_set():
+                raise StoreError("cancelled", url=spec.source, retryable=True)
+            if lock.is_held:
+                return _fetch(writing, fetch, lock)
+            if not is_over:
+                fetch.refuse(fetch.missing_units()[0])
         return True
+    finally:
+        lock.release()
 
-    def _commit(self, spec: CopySpec, crc: int, part: PartialCopy | None = None) -> bool:
-        """Write the record, then the name, then the accounts, so that the next process can repair a crash in between.
 
-        Returns:
-            False: Another copy had the name already.
-        """
-        record = spec.record(crc)
-        if part is None or self.folder.read_record(spec.name) != record:
-            self.folder.write_record(spec.name, record)
-            crash_point("publish.recorded")
-        was_first = part is None or self.folder.give_name(part.fd, spec.name)
-        if part is not None:
-            crash_point("publish.named")
-            keep_map = spec.identity is None  # no footer inside contains the checksums of its units
-            part.unlink_names(keep_map=keep_map)
-            crash_point("publish.unparted")
-        self.set_charge(spec, record.to_json(), self._charge_of_copy(spec))
-        crash_point("publish.booked")
-        self.unrecorded.discard(spec.name)
-        return was_first
+def _watch(writing: WriteSession, fetch: Fetch, lock: NameLock) -> bool:
+    """Return whether this process may fetch, or another one has fetched all requested units.
 
-    def set_charge(self, spec: CopySpec, record: str, charge: int) -> None:
-        """Set the charge of a copy in the accounts.
+    Waiting leases learn which units the other process has fetched.
+    """
+    if lock.try_acquire():
+        return True
+    fetch.step = f"waiting for {lock.holder()}"
+    spec = fetch.spec
+    fd = open_leased(writing.folder, spec.name, spec.n_bytes)
+    if fd is not None:
+        _offer(fetch, CopyHandle(fd))
+        return True
+    handle = hold_part(writing.folder, spec.name, spec.n_bytes)
+    if handle is None:
+        return False
+    present = _offer(fetch, handle)
+    # A partial copy with all units gets its final name in a moment.
+    return not present.all() and not fetch.missing_units()[0].any()
 
-        On a file system where flock is not enforced, two processes may have extended one partial copy, and each may
-        have reserved half of it. Then the whole charge is reserved once more; if there is no space, the copy is
-        removed.
-        """
-        try:
-            self.accounts.set_charge(spec.name, record, charge)
-        except RuntimeError:
-            if self.evictor.reserve(spec.name, charge, protected=frozenset([spec.name])):
-                self.accounts.set_charge(spec.name, record, charge)
-            else:
-                self.remove(spec.name)
-                self.accounts.release(spec.name)
 
-    def _charge_of_copy(self, spec: CopySpec) -> int:
-        """Return the disk space in bytes of a whole copy with its record, and with its map if that is kept.
+def _fetch(writing: WriteSession, fetch: Fetch, lock: NameLock) -> bool:
+    """Serve the request from an existing copy, or fetch what is missing, and once more if it was corrupt.
 
-        A file that was written in pieces may take some blocks beyond its size (folder.py). They are charged only up to
-        the space that was reserved for the map, if the map is not kept.
-        """
-        least = charge_bytes(spec.n_bytes)
-        most = least + charge_bytes(map_bytes(spec.n_bytes)) - BLOCK_BYTES
-        if spec.identity is None:
-            return most
-        return min(max(self.folder.charge_of(spec.name) or 0, least), most)
+    Returns False if the fetch has yielded.
+    """
+    if _offer_copy(writing, fetch):
+        return True
+    spec, crc = fetch.spec, None
+    for _ in range(2):
+        crc = _fetch_missing(writing, fetch, lock)
+        if crc is None:
+            return fetch.close_if_done()
+    writing.counters.add("poisoned")
+    writing.uncached.add(spec.name)
+    raise CorruptShard(
+        f"corrupt at its source: two fetches did not match the checksum (CRC-32C {crc:08x}, expected "
+        f"{spec.crc32c or 0:08x})",
+        url=spec.source,
+    )
+
+
+def _offer_copy(writing: WriteSession, fetch: Fetch) -> bool:
+    """Offer the existing copy to the waiting leases; return whether the fetch is done."""
+    spec = fetch.spec
+    fd = open_leased(writing.folder, spec.name, spec.n_bytes)
+    if fd is not None:
+        _offer(fetch, CopyHandle(fd))
+        return fetch.close_if_done()
+    if writing.folder.size_of(spec.name) not in (None, spec.n_bytes):  # a power failure or a person truncated it
+        writing.remove(spec.name)
+        writing.counters.add("quarantined")
+    return False
 
 
 def _offer(fetch: Fetch, handle: CopyHandle) -> Mask:
@@ -696,3 +439,83 @@ def _offer(fetch: Fetch, handle: CopyHandle) -> Mask:
         raise
     fetch.set_file(handle, present)
     return present
+
+
+def _fetch_missing(writing: WriteSession, fetch: Fetch, lock: NameLock) -> int | None:
+    """Extend the partial copy while units are requested, and publish it when it is complete.
+
+    Returns:
+        None: The fetch is closed or has yielded. Otherwise the CRC-32C of a complete file that was corrupt and is
+            removed.
+    """
+    for _ in range(MAX_BEGINNINGS):
+        download = Download(writing, fetch, lock)
+        try:
+            return _run_download(writing, fetch, download)
+        except FileNotFoundError as error:
+            if isinstance(error, StoreError):
+                download.fail(error)
+                raise
+            fetch.reset()
+            writing.owners.ensure()
+            download.remove_partial_copy()
+        except BaseException as error:
+            download.fail(error)
+            raise
+        finally:
+            download.close()
+    fetch.refuse(fetch.missing_units()[0])
+    return None
+
+
+def _run_download(writing: WriteSession, fetch: Fetch, download: Download) -> int | None:
+    """Extend one partial copy; see _fetch_missing()."""
+    while True:
+        download.run()
+        part = download.part
+        if part is not None and part.present.all():
+            download.note_reservation(0)
+            crc = part.checksum()
+            if not _publish(writing, fetch.spec, part, crc):
+                fetch.reset()
+                return crc
+            if fetch.close_if_done():
+                return None
+        elif fetch.close_if_done() or fetch.should_yield():
+            download.update_charge()
+            return None
+
+
+def _publish(writing: WriteSession, spec: CopySpec, part: PartialCopy, crc: int) -> bool:
+    """Verify a complete partial copy, give it its final name, and enter it in the accounts.
+
+    The record is written first, then the name, then the accounts, so that the next process can repair a crash in
+    between. crc: CRC-32C of the file.
+
+    Returns:
+        False: The file is corrupt and was removed.
+    """
+    folder = writing.folder
+    if spec.crc32c is not None and crc != spec.crc32c:
+        writing.remove(spec.name)
+        writing.accounts.release(spec.name)
+        return False
+    crash_point("publish.checked")
+    set_mode(part.fd, COPY_MODE)  # from here on nobody can open the file for writing
+    crash_point("publish.sealed")
+    record = spec.record(crc)
+    if folder.read_record(spec.name) != record:
+        folder.write_record(spec.name, record)
+        crash_point("publish.recorded")
+    folder.give_name(part.fd, spec.name)
+    crash_point("publish.named")
+    part.unlink_names(keep_map=spec.identity is None)  # no footer inside contains the checksums of its units
+    crash_point("publish.unparted")
+    # A file that was written in pieces may take some blocks beyond its size (folder.py). They are charged only up to
+    # the space that was reserved for the map, if the map is not kept.
+    least = charge_bytes(spec.n_bytes)
+    most = least + charge_bytes(map_bytes(spec.n_bytes)) - BLOCK_BYTES
+    charge = most if spec.identity is None else min(max(folder.charge_of(spec.name) or 0, least), most)
+    writing.accounts.set_charge(spec.name, charge)
+    crash_point("publish.booked")
+    return True

@@ -13,35 +13,33 @@
     locks/NAME                   locked while NAME is fetched or evicted
     owners/OWNER                 locked while its process has the cache open
     plans/                       the reading plans of the jobs of this machine
-    poison/NAME.json             an object that is corrupt at its source; valid for some minutes
 
-Folders have mode 0700, files 0600 and copies 0400, whatever the umask; see folder_access() for shared folders. No file
-is opened, and no folder is entered, through a symbolic link below the root. Only the user could create such a link, so
+The folder belongs to one user. Folders have mode 0700, files 0600 and copies 0400, whatever the umask. No file is
+opened, and no folder is entered, through a symbolic link below the root. Only the user could create such a link, so
 reading a copy checks only the copy's own name; opening the cache and starting a fetch check the folders too.
 """
 
 from __future__ import annotations
 
 import errno
-import grp
 import json
 import os
 import pwd
 import re
 import secrets
-import socket
 import stat
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 from tiercache.cache.accounts import BLOCK_BYTES, charge_bytes
-from tiercache.cache.disk import network_file_system
+from tiercache.cache.locks import try_exclusive
 from tiercache.cache.names import NAME, Record
 from tiercache.crash_points import crash_point
 from tiercache.store.private_files import (
     NO_LINK,
+    PRIVATE,
     is_folder,
     link_whole,
     make_folder,
@@ -56,174 +54,68 @@ from tiercache.store.private_files import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-
-_SHARED_MODE = 0o750
-
-
-class Permissions(NamedTuple):
-    """Modes of folders, of files that change, and of complete copies."""
-
-    folder: int
-    file: int
-    copy: int
-
-
-PRIVATE = Permissions(0o700, 0o600, 0o400)
-GROUP = Permissions(0o2750, 0o640, 0o440)
-
-
-def folder_access(root: Path, *, shared: str | None) -> tuple[Permissions, str | None]:
-    """Return the permissions of new files in an existing folder, and the other user who owns and shares it (or None).
-
-    The folder may be a symbolic link, because the caller named it; no link below it is ever followed. shared="group"
-    lets the folder's group read it; for a folder of another user, it says that the contents are trusted.
-
-    Raises:
-        PermissionError: The folder belongs to another user and is not shared, or the caller did not allow a shared
-            folder.
-        OSError: The folder cannot be examined.
-    """
-    status = root.stat()
-    if status.st_uid == os.geteuid() or _squashes(root, status):
-        was_shared = status.st_mode & 0o777 == _SHARED_MODE
-        return GROUP if was_shared or shared == "group" else PRIVATE, None
-    if shared == "group" and os.access(root, os.R_OK | os.X_OK):
-        return GROUP, user_name(status.st_uid)
-    raise PermissionError(errno.EPERM, _foreign(root, status, shared), str(root))
-
-
-def _squashes(root: Path, status: os.stat_result) -> bool:
-    """Return whether the file system assigns this user's files to the owner of the folder: then both are one user.
-
-    NFS with all_squash, CIFS and 9p do so; a comparison of user ids alone would refuse a folder that this user created.
-    """
-    probe = root / f".probe.0-{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        fd = open_file(probe, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-    except OSError:
-        return False
-    try:
-        return os.fstat(fd).st_uid == status.st_uid
-    finally:
-        os.close(fd)
-        with suppress(OSError):
-            probe.unlink()
-
-
-def _foreign(root: Path, status: os.stat_result, shared: str | None) -> str:
-    owner, me = user_name(status.st_uid), user_name(os.geteuid())
-    if shared == "group":
-        mode, group = stat.S_IMODE(status.st_mode), group_name(status.st_gid)
-        fix = (
-            f"its mode is {mode:04o} and its group {group}: {owner} has to open it with shared='group' first, and {me} "
-            f"has to be in that group (or {owner} changes the group with chgrp -R)"
-        )
-    else:
-        # A mount point of root that everyone may write to has space for one; nothing can be created inside another
-        # user's cache.
-        own = root / me if status.st_mode & stat.S_IWOTH else f"{root}-{me}"
-        fix = (
-            f"choose a folder of your own, such as {own}; or, where {owner} shares it with your group on purpose "
-            f"and you trust what {owner} put there, open it with shared='group'"
-        )
-    return f"this cache folder belongs to {owner} (uid {status.st_uid}), not to {me}; {fix}"
-
-
-def user_name(uid: int) -> str:
-    """Return the name of a user, or the number of a user without a name."""
-    with suppress(KeyError):
-        return pwd.getpwuid(uid).pw_name
-    return str(uid)
-
-
-def group_name(gid: int) -> str:
-    """Return the name of a group, or the number of a group without a name."""
-    with suppress(KeyError):
-        return grp.getgrgid(gid).gr_name
-    return str(gid)
-
-
-def apply_permissions(root: Path, names: Iterable[str], rights: Permissions) -> None:
-    """Create missing subfolders, and set the permissions of root and of all subfolders. Raises OSError.
-
-    If the permissions of a folder change, those of its files change too: a private cache becomes a shared one.
-    """
-    is_changed = _set_folder(root.resolve(), rights)
-    for name in names:
-        folder = root / name
-        if not make_folder(folder, rights.folder) and (_set_folder(folder, rights) or is_changed):
-            _share_files(folder, rights, root.stat().st_gid)
-
-
-def _set_folder(folder: Path, rights: Permissions) -> bool:
-    """Set the mode of a folder; return whether it was different."""
-    mode = os.lstat(folder).st_mode
-    if stat.S_IMODE(mode) == rights.folder or not is_folder(folder):
-        return False
-    fd = open_folder(folder)
-    try:
-        set_mode(fd, rights.folder)
-        return stat.S_IMODE(os.fstat(fd).st_mode) != stat.S_IMODE(mode)
-    finally:
-        os.close(fd)
-
-
-def _share_files(folder: Path, rights: Permissions, gid: int) -> None:
-    with os.scandir(folder) as entries:
-        files = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
-    for name in files:
-        with suppress(OSError):  # deleted meanwhile, or a file of another user, which then stays unreadable
-            fd = open_file(folder / name, os.O_RDONLY)
-            try:
-                if rights == GROUP:
-                    os.fchown(fd, -1, gid)
-                is_copy = folder.name == "copies" and "." not in name
-                set_mode(fd, rights.copy if is_copy else rights.file)
-            finally:
-                os.close(fd)
+    from collections.abc import Iterator
 
 
 MARKER = "tiercache-cache.json"
 _DEFAULT_SIZE = "default-size.json"
 _DISK_UNIT_BYTES = 512  # unit of st_blocks, independent of the file system's block size
-# Long enough that an epoch does not fetch a corrupt shard for each of its blocks; short enough that a repaired shard is
-# soon cached again.
-POISON_S = 600.0
 # A small file is written in microseconds. An older temporary file has lost its writer, even if a process with that
 # number runs again.
 OLD_TEMP_S = 600.0
 
 
+COPY_MODE = 0o400
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF)
+
+
 class Folder:
-    """Paths and file operations of one cache folder. It has no other state; safe from any thread and process.
+    """Paths and file operations of one cache folder. It has no other state; safe from any thread and process."""
 
-    Attributes:
-        network: Name of the network file system, on which every machine has a subfolder of its own; None: local disk.
-        owner: Name of the other user who owns and shares the folder, which is then only read; None: it is this user's.
-        rights: Permissions of new files.
-    """
+    BELOW: ClassVar = ("copies", "locks", "owners", "plans")
 
-    BELOW: ClassVar = ("copies", "locks", "owners", "plans", "poison")
+    def __init__(self, path: Path) -> None:
+        """Create the folder, or recognise an existing one.
 
-    def __init__(self, path: Path, *, shared: str | None = None) -> None:
-        """Create the folder, or recognise an existing one; see folder_access(). Raises ValueError and OSError."""
-        self.rights, self.owner = _claim(path, shared)
-        self.network = network_file_system(path)
-        self.root = path / f"host-{host_name()}" if self.network else path
-        self.copies, self.locks, self.owners, self.plans, self.poison = (self.root / name for name in self.BELOW)
+        Raises:
+            PermissionError: The folder belongs to another user.
+            ValueError: The folder has other contents.
+            OSError: The folder cannot be created or examined, or file locks do not work there.
+        """
+        _claim(path)
+        self.root = path
+        self.copies, self.locks, self.owners, self.plans = (self.root / name for name in self.BELOW)
         self.catalog = self.root / "catalog.sqlite"
         self._default_size = path / _DEFAULT_SIZE
         self._copies, self._below = str(self.copies), [str(self.root / name) for name in self.BELOW]
+        self._check_locks()
         try:
-            if self.owner is None:
-                self.ensure()
+            self.ensure()
             is_folder(self.copies)
         except NotADirectoryError as error:
             raise ValueError(f"{error.filename}: {error.strerror}") from error
         except OSError:
             pass  # a read-only folder can still serve its copies
+
+    def _check_locks(self) -> None:
+        """Raise OSError if a lock does not exclude a second one, as on some network file systems."""
+        with ExitStack() as stack:
+            for _ in range(2):
+                fd = open_file(self.root / MARKER, os.O_RDONLY)
+                stack.callback(os.close, fd)
+                try:
+                    if not try_exclusive(fd):
+                        return  # the first one already, if another process is checking too
+                except OSError as error:
+                    if error.errno not in _NO_LOCKS:
+                        raise
+                    break
+        raise OSError(
+            errno.ENOLCK,
+            "file locks do not work on this file system, so processes would evict what others read; choose a folder on "
+            "a local disk for the cache (TIERCACHE_CACHE_DIR, or Cache(path, ...))",
+            str(self.root),
+        )
 
     @property
     def id(self) -> str:
@@ -239,21 +131,21 @@ class Folder:
         if self._is_whole():
             return
         if not _has_marker(self.root):
-            _write_marker(self.root, self.rights.file)
-        apply_permissions(self.root, self.BELOW, self.rights)
+            _write_marker(self.root)
+        for path in self._below:
+            make_folder(Path(path), 0o700)
 
     def remember_size(self, size_bytes: int) -> None:
         """Record the size for callers that open the folder without one. With another size, they would evict copies."""
         text = json.dumps({"size_bytes": size_bytes}) + "\n"
         with suppress(OSError):
             if not self._default_size.exists() or read_text(self._default_size) != text:
-                replace_whole(self._default_size, text, self.rights.file)
+                replace_whole(self._default_size, text)
 
     def _is_whole(self) -> bool:
-        """Return whether the marker and the folders exist with their permissions: 13 us, before every fetch."""
-        whole = stat.S_IFDIR | self.rights.folder
+        """Return whether the marker and the folders exist: 13 us, before every fetch."""
         try:
-            return _has_marker(self.root) and all(os.lstat(path).st_mode == whole for path in self._below)
+            return _has_marker(self.root) and all(stat.S_ISDIR(os.lstat(path).st_mode) for path in self._below)
         except OSError:
             return False
 
@@ -268,7 +160,7 @@ class Folder:
         try:
             return open_file(f"{self._copies}/{name}", os.O_RDONLY)
         except PermissionError:
-            if self.owner is not None or os.lstat(self.copy_path(name)).st_uid == os.geteuid():
+            if os.lstat(self.copy_path(name)).st_uid == os.geteuid():
                 raise
             # Another user, perhaps root, left the file in this user's folder: nobody can use it, and nothing else would
             # remove it.
@@ -350,11 +242,11 @@ class Folder:
 
     def write_record(self, name: str, record: Record) -> None:
         """Write the record atomically."""
-        replace_whole(self.copies / f"{name}.json", record.to_json() + "\n", self.rights.file)
+        replace_whole(self.copies / f"{name}.json", record.to_json() + "\n")
 
     def pin(self, name: str) -> None:
         """Pin the copy."""
-        os.close(open_file(f"{self._copies}/{name}.pin", os.O_WRONLY | os.O_CREAT, self.rights.file))
+        os.close(open_file(f"{self._copies}/{name}.pin", os.O_WRONLY | os.O_CREAT))
 
     def unpin(self, name: str) -> bool:
         """Unpin the copy; return False if it was not pinned."""
@@ -368,7 +260,7 @@ class Folder:
 
     def new_file(self, file: str) -> int:
         """Create an empty file among the copies, open for reading and writing. Raises FileExistsError."""
-        return open_file(f"{self._copies}/{file}", os.O_RDWR | os.O_CREAT | os.O_EXCL, self.rights.file)
+        return open_file(f"{self._copies}/{file}", os.O_RDWR | os.O_CREAT | os.O_EXCL)
 
     def open_to_write(self, file: str) -> int | None:
         """Open a partial copy or a map for reading and writing; None: it does not exist, or is a link."""
@@ -379,7 +271,7 @@ class Folder:
             except PermissionError:  # the process that made it read-only died before it published the copy
                 fd = open_file(path, os.O_RDONLY)
                 try:
-                    set_mode(fd, self.rights.file)
+                    set_mode(fd, PRIVATE)
                 finally:
                     os.close(fd)
                 return open_file(path, os.O_RDWR)
@@ -391,8 +283,8 @@ class Folder:
     def give_name(self, fd: int, name: str) -> bool:
         """Give the complete partial copy that fd is open on its final name; return False if the name exists already.
 
-        The file is found by its descriptor: on a file system where flock is not enforced, another file may have its
-        path by now. Raises FileNotFoundError if it was unlinked.
+        The file is found by its descriptor: after the folder was deleted by hand, another file may have its path.
+        Raises FileNotFoundError if it was unlinked.
         """
         with self._marked("copies") as folder_fd:
             try:
@@ -461,48 +353,6 @@ class Folder:
         except FileNotFoundError:
             return False
 
-    # -- objects that are corrupt at their source; for POISON_S they are not fetched again -----------------------------
-
-    def add_corrupt_source(self, name: str, url: str, expected: int | None, found: int | None) -> None:
-        """Record that an object is corrupt at its source, and delete old records. Raises OSError.
-
-        expected and found are CRC-32C values of the whole object; None if unknown.
-        """
-        crash_point("poison.found")
-        record = {"format": 0, "url": url, "expected": expected, "found": found}
-        replace_whole(self.poison / f"{name}.json", json.dumps(record) + "\n", self.rights.file)
-        crash_point("poison.noted")
-        self.sweep_corrupt_sources()
-
-    def corrupt_source(self, name: str) -> dict[str, Any] | None:
-        """Return the url, expected and found checksum of an object that is known to be corrupt; None: it is not."""
-        path = f"{self.poison}/{name}.json"
-        try:
-            if _age_s(path) >= POISON_S:
-                return None
-            record = json.loads(read_text(path))
-            sums = {key: None if record[key] is None else int(record[key]) for key in ("expected", "found")}
-            return {"url": str(record["url"]), **sums}
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def corrupt_sources(self) -> dict[str, dict[str, Any]]:
-        """Return corrupt_source() of all objects that are known to be corrupt and are not cached, by name."""
-        sources = {name: self.corrupt_source(name) for name in self._poisoned() if not self.has_copy(name)}
-        return {name: source for name, source in sources.items() if source is not None}
-
-    def sweep_corrupt_sources(self) -> None:
-        """Remove records that are too old."""
-        for name in self._poisoned():
-            with suppress(FileNotFoundError):
-                if _age_s(self.poison / f"{name}.json") >= POISON_S:
-                    self.remove_file("poison", f"{name}.json")
-
-    def _poisoned(self) -> list[str]:
-        with suppress(OSError):
-            return [f.stem for f in self.poison.iterdir() if f.suffix == ".json" and NAME.fullmatch(f.stem)]
-        return []
-
     @contextmanager
     def _marked(self, below: str) -> Iterator[int]:
         """Open a subfolder; it is certain to be inside a root folder that has the marker."""
@@ -538,43 +388,52 @@ def _charge(disk_bytes: dict[str, int]) -> int | None:
     return None if data is None else charge_bytes(data + disk_bytes.get(".map", 0))
 
 
-def host_name() -> str:
-    """Return the name of this machine, with only characters that are safe in a file name."""
-    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:100] or "host"
-
-
-def default_size_bytes(path: Path, first: int, *, shared: str | None = None) -> int:
+def default_size_bytes(path: Path, first: int) -> int:
     """Return the size with which the cache in path was last opened; for a new cache, record and return `first`."""
     file = path / _DEFAULT_SIZE
-    rights, _ = _claim(path, shared)
+    _claim(path)
     with suppress(OSError):
-        link_whole(file, json.dumps({"size_bytes": first}) + "\n", rights.file)
+        link_whole(file, json.dumps({"size_bytes": first}) + "\n")
     try:
         return int(json.loads(read_text(file))["size_bytes"])
     except (OSError, ValueError, KeyError, TypeError):
         return first
 
 
-def _claim(path: Path, shared: str | None) -> tuple[Permissions, str | None]:
+def _claim(path: Path) -> None:
     """Create the folder and its marker, or find the marker. A folder that is no cache is not changed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         path.mkdir(mode=0o700)
         crash_point("marker.folder")
-    rights, owner = folder_access(path, shared=shared)
+    status = path.stat()  # the caller may name a symbolic link; no link below it is ever followed
+    if status.st_uid != os.geteuid():
+        raise PermissionError(
+            errno.EPERM,
+            f"this cache folder belongs to {user_name(status.st_uid)} (uid {status.st_uid}), not to "
+            f"{user_name(os.geteuid())}; a cache belongs to one user: choose a folder of your own, such as "
+            f"{path}-{user_name(os.geteuid())} (TIERCACHE_CACHE_DIR, or Cache(path, ...))",
+            str(path),
+        )
     if _has_marker(path):
-        return rights, owner
-    if owner is not None:
-        raise ValueError(f"{path}: {owner} has no cache there (no {MARKER})")
+        return
     # Two processes may create the cache at the same time: each sees at most the unfinished marker of the other.
     names = [entry.name for entry in path.iterdir()]
-    if not _has_marker(path) and not all(name.startswith((f".{MARKER}.", ".probe.")) for name in names):
+    if not _has_marker(path) and not all(name.startswith(f".{MARKER}.") for name in names):
         raise ValueError(f"{path}: not a cache (no {MARKER}) and not empty; a cache needs a folder of its own")
-    _write_marker(path, rights.file)
-    # The mode of an existing empty folder says nothing about sharing.
-    rights = GROUP if shared == "group" else PRIVATE
-    apply_permissions(path, (), rights)
-    return rights, None
+    _write_marker(path)
+    fd = open_folder(path.resolve())
+    try:
+        set_mode(fd, 0o700)
+    finally:
+        os.close(fd)
+
+
+def user_name(uid: int) -> str:
+    """Return the name of a user, or the number of a user without a name."""
+    with suppress(KeyError):
+        return pwd.getpwuid(uid).pw_name
+    return str(uid)
 
 
 def _has_marker(root: Path) -> bool:
@@ -584,9 +443,9 @@ def _has_marker(root: Path) -> bool:
         return False
 
 
-def _write_marker(path: Path, mode: int) -> None:
+def _write_marker(path: Path) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    link_whole(path / MARKER, json.dumps({"format": 0, "id": secrets.token_hex(16)}) + "\n", mode)
+    link_whole(path / MARKER, json.dumps({"format": 0, "id": secrets.token_hex(16)}) + "\n")
     crash_point("marker.written")
 
 

@@ -1,7 +1,7 @@
-"""File locks and fork-safe descriptors, the lock of a name, and the processes that hold locks.
+"""File locks, fork-safe descriptors, and the owners: each open cache of each process.
 
-Locks only save bandwidth: all results are correct on file systems where flock is not enforced. A descriptor that is
-inherited through fork shares its lock with the parent: close() keeps the parent's lock, LOCK_UN would release it.
+A descriptor that is inherited through fork shares its lock with the parent: close() keeps the parent's lock, LOCK_UN
+would release it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,24 @@ import errno
 import fcntl
 import json
 import os
+import re
+import secrets
 import socket
-from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
-from tiercache.store.private_files import open_file, read_text
+from tiercache.cache.names import NAME
+from tiercache.crash_points import crash_point
+from tiercache.store.private_files import open_file, pid_namespace, read_text, start_time
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from tiercache.cache.folder import Folder
 
 
 _private: set[int] = set()
@@ -50,7 +57,6 @@ os.register_at_fork(after_in_child=_close_inherited)
 
 
 _NOTE_BYTES = 512
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF)
 
 
 def try_shared(fd: int) -> bool:
@@ -68,9 +74,6 @@ def _try(fd: int, kind: int) -> bool:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
     return True
 
 
@@ -145,70 +148,181 @@ class NameLock:
             close_private(fd)
 
 
-_LOCKS = Path("/proc/locks")
-_LONGEST_COMMAND = 200
+# -- owners ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def boot_id() -> str:
+    """Return an identifier of the current boot of this machine; "0" if the system provides none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")[:16]
+    except OSError:
+        return "0"
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
-    """A process that has the cache open or reads copies.
+class Owner:
+    """The owner of a temporary file or a reservation: one open cache in one process. Never reused."""
 
-    Attributes:
-        pid: Process number.
-        command: Command line of the process, "" if unknown.
-        names: Names of the copies that the process holds, as far as they can be determined.
-    """
-
+    boot: str
+    namespace: int
     pid: int
-    command: str
-    names: tuple[str, ...] = ()
+    started: int
+    nonce: str
+
+    @classmethod
+    def of_this_process(cls) -> Owner:
+        """Return a new owner."""
+        pid = os.getpid()
+        return cls(boot_id(), pid_namespace(), pid, start_time(pid) or 0, secrets.token_hex(4))
+
+    @classmethod
+    def parse(cls, text: str) -> Owner | None:
+        """Return the owner that str() wrote; None: the text is not an owner."""
+        match = re.fullmatch(r"([0-9a-f]{1,16})-(\d+)-(\d+)-(\d+)-([0-9a-f]{8})", text)
+        return match and cls(match[1], int(match[2]), int(match[3]), int(match[4]), match[5])
+
+    def __str__(self) -> str:
+        return f"{self.boot}-{self.namespace}-{self.pid}-{self.started}-{self.nonce}"
+
+    def runs(self) -> bool | None:
+        """Return whether the owner's process runs; None: it cannot be determined from here (another container)."""
+        if self.boot != boot_id():
+            return False
+        if self.namespace != pid_namespace():
+            return None
+        return start_time(self.pid) == self.started
 
 
-def locked_inodes() -> dict[int, set[int]]:
-    """Return the processes that hold a flock, by inode, for all file systems; empty if the system lists no locks.
+_open_here: set[str] = set()
 
-    A lock lasts until the last descriptor and the last mapping of its file are closed, in any process; the listed
-    process is the one that took the lock. Locks of other containers are not listed.
+
+class Owners:
+    """This process as an owner, and the state of the other owners. Safe from any thread.
+
+    It also answers the questions of the accounts about the folder (`accounts.CacheFiles`).
     """
-    holders: dict[int, set[int]] = defaultdict(set)
-    with suppress(OSError):
-        for line in _LOCKS.read_text(encoding="ascii", errors="replace").splitlines():
-            # "1: FLOCK  ADVISORY  READ 9846 fe:00:11280417 0 EOF"; a process that waits for a lock has "->" before the
-            # kind.
-            fields = line.split()
-            if len(fields) >= 6 and fields[1] == "FLOCK":
-                inode = fields[5].rpartition(":")[2]
-                if fields[4].isdigit() and inode.isdigit():
-                    holders[int(inode)].add(int(fields[4]))
-    return dict(holders)
+
+    def __init__(self, folder: Folder, limit_bytes: int) -> None:
+        """Create the owner file. Raises OSError if the folder is not writable."""
+        self._folder, self._limit_bytes, self._lock = folder, limit_bytes, Lock()
+        self.me = Owner.of_this_process()
+        self.is_closed = False
+        self._fd = self._make()
+        _open_here.add(str(self.me))
+
+    def _make(self) -> int:
+        fd = open_file(self._folder.owners / str(self.me), os.O_RDWR | os.O_CREAT)
+        try:
+            crash_point("owner.made")
+            try_exclusive(fd)
+            crash_point("owner.locked")
+            os.pwrite(fd, json.dumps({"limit_bytes": self._limit_bytes}).encode(), 0)
+        except BaseException:
+            os.close(fd)
+            with suppress(OSError):
+                self._folder.remove_file("owners", str(self.me))
+            raise
+        crash_point("owner.written")
+        return keep_private(fd)
+
+    def ensure(self) -> None:
+        """Recreate the folder and the owner file if they were deleted. Raises OSError after close()."""
+        # Two fetches may find it deleted: the second would close the file that the first has just locked.
+        with self._lock:
+            if self.is_closed:  # called during a close: another file may have this descriptor number now
+                raise OSError(errno.EBADF, f"cache {self._folder.root} is closed")
+            self._folder.ensure()
+            if not os.fstat(self._fd).st_nlink:
+                fd, self._fd = self._fd, self._make()
+                close_private(fd)
+
+    def alive(self, text: str) -> bool:
+        """Return whether the process of an owner still has the cache open.
+
+        The process number, start time and boot decide if they can be compared; otherwise (another container) the lock
+        of the owner file decides.
+        """
+        owner = Owner.parse(text)
+        if owner is None:
+            return False
+        if owner.pid == self.me.pid and owner.started == self.me.started and owner.namespace == self.me.namespace:
+            return text in _open_here
+        runs = owner.runs()
+        return is_locked(self._folder.owners / text) if runs is None else runs
+
+    def remove_files_of(self, text: str) -> None:
+        """Remove the file of a dead owner. Its partial copies stay: the next fetch of each continues there."""
+        with suppress(FileNotFoundError):
+            crash_point("owner.buried")
+            if Owner.parse(text) is not None:
+                self._folder.remove_file("owners", text)
+
+    def remove_files_of_dead(self) -> None:
+        """Remove the files of all dead owners."""
+        for text in [file.name for file in self._folder.owners.iterdir()]:
+            if not self.alive(text):
+                self.remove_files_of(text)
+
+    def other_machine(self) -> str | None:
+        """Return an owner that runs on another machine, or in an earlier boot of this one; None: there is none."""
+        for file in self._folder.owners.iterdir():
+            owner = Owner.parse(file.name)
+            if owner is not None and owner.boot != boot_id() and is_locked(file):
+                return file.name
+        return None
+
+    def processes(self) -> list[tuple[int, str]]:
+        """Return process number and command line of each process that has the cache open, in order."""
+        running = [owner for owner in map(Owner.parse, self.limits()) if owner is not None and owner.runs()]
+        return [(pid, command_of(pid)) for pid in sorted({owner.pid for owner in running})]
+
+    def limits(self) -> dict[str, int]:
+        """Return the size limit in bytes of every live owner."""
+        limits = {str(self.me): self._limit_bytes}
+        with suppress(FileNotFoundError):
+            for file in self._folder.owners.iterdir():
+                with suppress(OSError, ValueError, KeyError, TypeError):
+                    note = json.loads(read_text(file))
+                    if self.alive(file.name):
+                        limits[file.name] = int(note["limit_bytes"])
+        return limits
+
+    def running_fetches(self) -> list[tuple[str, str, int]]:
+        """Return (owner, name, bytes) of what each fetch may still add, as its lock file says.
+
+        A fetch writes this note before it reserves, and clears it before it commits. Notes of dead owners are included.
+        """
+        fetches: list[tuple[str, str, int]] = []
+        with suppress(OSError):
+            for file in self._folder.locks.iterdir():
+                # Not the lock of a fetch, or released meanwhile.
+                with suppress(OSError, ValueError, KeyError, TypeError):
+                    note = json.loads(read_text(file))
+                    fetch = str(note["owner"]), file.name, int(note["reserved_bytes"])
+                    if fetch[2] > 0 and NAME.fullmatch(file.name):
+                        fetches.append(fetch)
+        return fetches
+
+    def charge_of(self, name: str) -> int | None:
+        """See Folder.charge_of."""
+        return self._folder.charge_of(name)
+
+    def charges(self) -> dict[str, int]:
+        """See Folder.sizes."""
+        return self._folder.sizes()
+
+    def close(self) -> None:
+        """Remove the owner file. Must be called only once."""
+        with self._lock:
+            self.is_closed = True
+        _open_here.discard(str(self.me))
+        with suppress(OSError):
+            self._folder.remove_file("owners", str(self.me))
+        close_private(self._fd)
 
 
-def holders_of(folder: Path, inodes: Mapping[str, int]) -> list[Holder]:
-    """Return the processes that hold the files with these inodes, by process number.
-
-    An inode number may also occur on another disk, and on some file systems /proc/locks and stat() number the disks
-    differently; so the open files of each process are checked for the folder.
-    """
-    locks = locked_inodes()
-    held: dict[int, list[str]] = defaultdict(list)
-    for name, inode in sorted(inodes.items()):
-        for pid in locks.get(inode, ()):
-            held[pid].append(name)
-    prefix = f"{os.path.realpath(folder)}/"
-    return [Holder(pid, command_of(pid), tuple(names)) for pid, names in sorted(held.items()) if _opens(pid, prefix)]
-
-
-def _opens(pid: int, prefix: str) -> bool:
-    """Return whether a process has a file under prefix open or mapped; True if that cannot be determined."""
-    process = Path(f"/proc/{pid}")
-    try:
-        for link in (process / "fd").iterdir():
-            with suppress(FileNotFoundError):  # closed during the scan
-                if str(link.readlink()).startswith(prefix):
-                    return True
-        return prefix in (process / "maps").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # another user's process; or it ended, and a child holds the lock that it took
-        return True
+_LONGEST_COMMAND = 200
 
 
 def command_of(pid: int) -> str:

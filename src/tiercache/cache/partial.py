@@ -5,10 +5,9 @@
     copies/NAME.part    n_bytes long from the start; a unit's bytes are written before the map says so
     copies/NAME.map     head (64 bytes), uint8 flag[n_units] (1: present), 8-byte aligned uint32 crc32c[n_units]
 
-The head of the map contains the inode of the partial copy, so that a map never describes another file of that name (on
-file systems where flock is not enforced, two processes may create one at the same time). The head also contains the
-boot: after a power failure the disk may have kept the map and lost the data, so a partial copy of an earlier boot is
-verified against its checksums before it is served.
+The head of the map contains the inode of the partial copy, so that a map never describes another file of that name. It
+also contains the boot: after a power failure the disk may have kept the map and lost the data, so a partial copy of an
+earlier boot is verified against its checksums before it is served.
 
 A flag only changes from 0 to 1. Readers read flags with pread(2), and only while the flag was 0: with a mapping, SIGBUS
 would kill the process if another process truncated the map.
@@ -31,8 +30,7 @@ import numpy.typing as npt
 
 from tiercache._native.checksum import combine_pages, crc32c, crc32c_pages
 from tiercache.cache.accounts import BLOCK_BYTES, charge_bytes
-from tiercache.cache.locks import close_private, keep_private, try_shared
-from tiercache.cache.owners import boot_id
+from tiercache.cache.locks import boot_id, close_private, keep_private, try_shared
 from tiercache.crash_points import crash_point
 from tiercache.model import ByteRange
 from tiercache.store.coalescing import RequestCosts, cheapest_ranges
@@ -375,11 +373,7 @@ class PartialCopy:
 
     @classmethod
     def create(cls, folder: Folder, name: str, n_bytes: int) -> PartialCopy:
-        """Create a partial copy without units. Raises OSError; FileExistsError if another process has just created one.
-
-        The process that creates the partial copy may also create the map: an existing map belongs to a file that is
-        gone.
-        """
+        """Create a partial copy without units. An existing map belongs to a file that is gone. Raises OSError."""
         with ExitStack() as on_error:
             fd = folder.new_file(f"{name}.part")
             on_error.callback(folder.remove_part, name)
@@ -401,8 +395,7 @@ class PartialCopy:
     def open(cls, folder: Folder, name: str, n_bytes: int) -> PartialCopy | None:
         """Open the existing partial copy; None: there is none. A partial copy that cannot be continued is removed.
 
-        The units of an earlier boot are verified against their checksums. On a file system where flock is not enforced,
-        another process may be creating the files that are removed here: it then fetches the copy once more.
+        The units of an earlier boot are verified against their checksums.
         """
         with ExitStack() as on_failure:
             fds = [folder.open_to_write(f"{name}.part")]
@@ -424,21 +417,12 @@ class PartialCopy:
             folder.remove_part(name, keep_map=folder.has_copy(name))
         return None
 
-    def write(self, start: int, data: np.ndarray) -> bool:
-        """Write whole units from start on, as a UnitWriter does, and return what its finish() returns."""
+    def write(self, start: int, data: np.ndarray) -> None:
+        """Write whole units from start on, as a UnitWriter does."""
         writer = UnitWriter(self, ByteRange(start, start + len(data)))
         if len(data):
             writer.receive(start, data.data)
-        return writer.finish()
-
-    def is_complete(self) -> bool:
-        """Return whether all units are present.
-
-        Another process may have written units, if it fetches without the lock after a long wait. Of two writers that
-        call this after their last write, one sees all units.
-        """
-        self.present |= read_flags(self._map_fd, 0, len(self.present))
-        return bool(self.present.all())
+        writer.finish()
 
     def checksum(self) -> int:
         """Return the CRC-32C of the whole file, combined from those of its units, which must all be present."""
@@ -486,16 +470,12 @@ class UnitWriter:
 
     One thread at a time uses it. The range begins at a unit; the last unit of the file may be short. The data is
     written first, then the checksums, then the flags, so that a crash in between leaves no invalid unit.
-
-    On file systems where flock is not enforced, another process may have written some of the units: those are left
-    unchanged, because a reader may be using them. Units that it writes meanwhile are written twice.
     """
 
     def __init__(self, part: PartialCopy, span: ByteRange) -> None:
         self._part, self._span = part, span
         self._first = span.start // UNIT_BYTES
         n = max(-(-span.n_bytes // UNIT_BYTES), 1)
-        self._missing = ~read_flags(part._map_fd, self._first, self._first + n)  # noqa: SLF001 - of one module
         self._sums = np.empty(n if span.n_bytes else 0, np.uint32)
         self._begin()
 
@@ -508,19 +488,8 @@ class UnitWriter:
             self._begin()
         if offset != self._position or offset + data.nbytes > self._span.end:
             raise ValueError(f"expected byte {self._position} of {self._span}, got {data.nbytes} bytes from {offset}")
-        self._write_missing(offset, data)
+        write_all(self._part.fd, data, offset)
         self._add_sums(np.frombuffer(data, np.uint8))
-
-    def _write_missing(self, offset: int, data: memoryview) -> None:
-        if self._missing.all():
-            write_all(self._part.fd, data, offset)
-            return
-        end = offset + data.nbytes
-        for first, last in runs_of(self._missing):
-            begin = max((self._first + first) * UNIT_BYTES, offset)
-            stop = min((self._first + last) * UNIT_BYTES, end)
-            if begin < stop:
-                write_all(self._part.fd, data[begin - offset : stop - offset], begin)
 
     def _add_sums(self, data: npt.NDArray[np.uint8]) -> None:
         """Add the next bytes to the checksums: the rest of a unit, whole units, and the beginning of a unit."""
@@ -539,29 +508,18 @@ class UnitWriter:
             self._position += len(piece)
             done += len(piece)
 
-    def finish(self) -> bool:
-        """Mark the units as present, once all bytes of the range are written.
-
-        Returns:
-            Whether the map has the checksums of all these bytes: False if another process had written a part of them.
-
-        Raises:
-            OSError: The disk failed.
-        """
+    def finish(self) -> None:
+        """Mark the units as present, once all bytes of the range are written. Raises OSError: the disk failed."""
         if self._position != self._span.end:
             raise ValueError(f"{self._span}: received only {self._position - self._span.start} bytes")
-        part, sums = self._part, self._sums.astype("<u4", copy=False)
-        # Another process may have written units while the bytes arrived, and may have written them last.
-        missing = self._missing & ~read_flags(part._map_fd, self._first, self._first + len(self._missing))  # noqa: SLF001
-        for begin, end in runs_of(missing):
-            crash_point("fetch.data")
-            at = _crc_offset(part.n_bytes) + 4 * (self._first + begin)
-            write_all(part._map_fd, memoryview(sums[begin:end].tobytes()), at)  # noqa: SLF001
-            crash_point("fetch.sums")
-            write_all(part._map_fd, memoryview(b"\x01" * (end - begin)), HEAD_BYTES + self._first + begin)  # noqa: SLF001
-            crash_point("fetch.flags")
-        part.present[self._first : self._first + len(self._missing)] = True
-        return bool(missing.all())
+        part, sums, n = self._part, self._sums.astype("<u4", copy=False), max(len(self._sums), 1)
+        crash_point("fetch.data")
+        at = _crc_offset(part.n_bytes) + 4 * self._first
+        write_all(part._map_fd, memoryview(sums.tobytes()), at)  # noqa: SLF001 - of one module
+        crash_point("fetch.sums")
+        write_all(part._map_fd, memoryview(b"\x01" * n), HEAD_BYTES + self._first)  # noqa: SLF001
+        crash_point("fetch.flags")
+        part.present[self._first : self._first + n] = True
 
 
 def _is_verified(fd: int, map_fd: int, n_bytes: int) -> bool:

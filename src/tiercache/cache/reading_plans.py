@@ -35,9 +35,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from tiercache.cache.eviction import UNPLANNED
 from tiercache.cache.locks import close_private, is_locked, keep_private, try_exclusive
 from tiercache.cache.names import NAME_BYTES, NameTable
-from tiercache.cache.policy import UNPLANNED
 from tiercache.crash_points import crash_point
 from tiercache.model import NEVER
 from tiercache.store.posix import write_all
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.cache.folder import Folder
-    from tiercache.cache.owners import Owners
+    from tiercache.cache.locks import Owners
     from tiercache.model import PublishedPlan, ReadingPlan
 
 
@@ -261,8 +261,7 @@ class ReadingPlans:
         if plan is None:
             with suppress(OSError):  # withdrawn meanwhile, or unreadable: not a plan
                 plan = self._read[file] = _OpenPlan.open(self._folder, file)
-        # Where flock is not enforced, the file always seems unlocked: then the owner decides.
-        if plan is None or is_locked(f"{self._folder.plans}/{file}") or self._owners.alive(file.split(".")[0]):
+        if plan is None or is_locked(f"{self._folder.plans}/{file}"):
             return
         close_private(self._read.pop(file).fd)
         self._sweep(file)
@@ -280,7 +279,7 @@ class ReadingPlans:
         self._sweep(file)
 
     def _sweep(self, file: str) -> None:
-        with suppress(OSError):  # another user's folder, or a failing disk: the plan is void all the same
+        with suppress(OSError):  # a failing disk: the plan is void all the same
             self._folder.remove_file("plans", file)
         crash_point("plan.swept")
 
@@ -343,7 +342,7 @@ class PlanFile:
         """Write the file, and lock it before it gets its name. Raises OSError."""
         stem = f"{owner}.{secrets.token_hex(4)}"
         temp, file = folder.plans / f"{stem}{_TEMP_SUFFIX}", f"{stem}{_SUFFIX}"
-        fd = keep_private(open_file(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL, folder.rights.file))
+        fd = keep_private(open_file(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL))
         try:
             try_exclusive(fd)
             write_all(fd, memoryview(encode(table)), 0)

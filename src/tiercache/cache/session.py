@@ -10,18 +10,16 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from tiercache import config
 from tiercache.cache.accounts import Accounts, charge_bytes
-from tiercache.cache.disk import Breaker, disk_space, is_disk_full
-from tiercache.cache.download import FetchRunner
-from tiercache.cache.evictor import Evictor
+from tiercache.cache.disk import Breaker, disk_space, is_disk_full, network_file_system
+from tiercache.cache.download import run_fetch
+from tiercache.cache.eviction import POLICIES, Evictor
 from tiercache.cache.fetch import FetchQueue
 from tiercache.cache.folder import Folder
 from tiercache.cache.lease import CopyLease, open_leased
-from tiercache.cache.locks import NameLock
-from tiercache.cache.owners import Owners, boot_id
+from tiercache.cache.locks import NameLock, Owners, boot_id
 from tiercache.cache.partial import (
     CopyHandle,
     are_right,
@@ -34,11 +32,12 @@ from tiercache.cache.partial import (
     wrong_units,
 )
 from tiercache.cache.peers import PeerOptions, Peers
-from tiercache.cache.policy import POLICIES
 from tiercache.cache.reading_plans import ReadingPlans
-from tiercache.cache.simulate import Tracer
+from tiercache.crash_points import crash_point
 from tiercache.errors import TierCacheError
+from tiercache.file_limit import emfile_message
 from tiercache.model import ByteRange, format_bytes, parse_bytes
+from tiercache.waiting import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,8 +53,15 @@ if TYPE_CHECKING:
     from tiercache.store import Span, Store
 
 
+REMOVE_WAIT_S = 10.0
+
+
 class WriteSession:
-    """The parts of an open cache that require a writable folder."""
+    """The parts of an open cache that require a writable folder.
+
+    Attributes:
+        uncached: Names of copies that this process reads past the cache: they are corrupt, here or at their source.
+    """
 
     def __init__(
         self,
@@ -63,31 +69,27 @@ class WriteSession:
         options: CacheOptions,
         counters: Counters,
         notices: Notices,
+        uncached: set[str],
         *,
         keep: Callable[[], object],
         peers: Peers | None = None,
     ) -> None:
         self.limit_bytes = parse_bytes(options.size, whole_bytes=disk_space(folder.root).total_bytes)
-        self.folder, self.notices = folder, notices
+        self.folder, self.counters, self.notices, self.uncached = folder, counters, notices, uncached
         self.owners = Owners(folder, self.limit_bytes)
-        me = str(self.owners.me)
-        self.accounts = Accounts(folder.catalog, me, self.owners, wal=folder.network is None, boot=boot_id())
+        self.accounts = Accounts(folder.catalog, str(self.owners.me), self.owners, boot=boot_id())
         self.plans = ReadingPlans(folder, self.owners)
         self.evictor = Evictor(
             folder, self.accounts, counters, self.plans, policy=options.policy, min_free=options.min_free
         )
         self.breaker = Breaker()
-        self.fetch_runner = FetchRunner(
-            folder, self.owners, self.accounts, self.evictor, self.breaker, notices, counters
-        )
-        self.fetcher = FetchQueue(self.fetch_runner.run, keep, None if peers is None else peers.store_for)
+        self.fetcher = FetchQueue(partial(run_fetch, self), keep, None if peers is None else peers.store_for)
 
     def sweep(self) -> None:
         """Remove the files of dead processes and records without copies, and make the accounts agree with the files."""
         self.owners.remove_files_of_dead()
         self.folder.sweep_temp_files()
         self.accounts.reconcile()
-        self.fetch_runner.unrecorded |= self.accounts.unrecorded()
         sizes = self.folder.sizes()
         beside = {name for kind in (".json", ".map") for name in self.folder.names(kind)}
         doubtful = (beside - sizes.keys()) | set(self.folder.names(".part"))
@@ -99,7 +101,6 @@ class WriteSession:
             lock = NameLock(path)
             if lock.try_acquire():
                 lock.release()
-        self.folder.sweep_corrupt_sources()
 
     def _sweep_beside(self, name: str) -> None:
         """Remove useless files beside a copy, or without one, unless the copy is being published at this moment.
@@ -142,6 +143,81 @@ class WriteSession:
         self.accounts.close()
         self.owners.close()
 
+    # -- faults --------------------------------------------------------------------------------------------------------
+
+    def disk_failed(self, error: Exception) -> None:
+        """Bypass the cache for some time and warn once. If the disk is merely full, the copies can still be read."""
+        if self.owners.is_closed:
+            return  # the cache was closed during the fetch: the disk is all right
+        if is_disk_full(error):
+            self.disk_is_full()
+            return
+        self.breaker.trip()
+        reason = emfile_message(error) or error
+        self.notices.warn("disk", f"cache {self.folder.root}: {reason}; bypassing the cache until the disk works again")
+
+    def disk_is_full(self) -> None:
+        """Warn once that the disk is full."""
+        self.notices.warn(
+            "full",
+            f"cache {self.folder.root}: the disk is full; data that is not cached is fetched again in every epoch; "
+            "free disk space, or put the cache on another disk (TIERCACHE_CACHE_DIR)",
+        )
+
+    def warn_no_space(self, spec: CopySpec, need_bytes: int) -> None:
+        """Warn once that an object has no space although its data set, which is open, could be cached as a whole."""
+        dataset_id = "" if spec.identity is None else spec.identity.dataset_id
+        dataset = self.notices.unwarned_dataset(dataset_id)
+        if dataset is None:
+            return
+        used_bytes, reserved_bytes, limit_bytes = self.accounts.sums()
+        usable_bytes = max(self.evictor.usable_bytes(), 0)
+        if usable_bytes < need_bytes:
+            reason = f"the disk has only {format_bytes(usable_bytes)} left above the cache's min_free"
+            remedy = "free disk space, lower min_free=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
+        else:
+            used = f"{format_bytes(used_bytes + reserved_bytes)} of {format_bytes(limit_bytes)}"
+            reason = f"{used} are used by copies that are pinned, in use or needed sooner"
+            remedy = (
+                "unpin or evict some of them (tiercache status lists them), or make the cache larger "
+                "(TIERCACHE_CACHE_SIZE, or Cache(path, size=...))"
+            )
+        self.notices.warn(
+            dataset_id,
+            f"{dataset}: cache {self.folder.root} has no space: the next object needs {format_bytes(need_bytes)}, but "
+            f"{reason}. Data that does not fit is not cached and is fetched again in every epoch; {remedy}",
+        )
+
+    # -- corrupt copies ------------------------------------------------------------------------------------------------
+
+    def remove(self, name: str) -> None:
+        """Remove a corrupt copy, whole or partial. Readers keep the files that they have open."""
+        self.folder.remove_copy(name)
+        crash_point("corrupt.removed")
+        self.accounts.remove([name])
+
+    def remove_corrupt(self, name: str, fd: int) -> bool:
+        """Remove the corrupt copy that fd is open on; return False if another process has done so. Raises OSError.
+
+        The race with another reader of the same copy: (1) both verify the file, (2) the other one removes it and a
+        correct copy takes its name, (3) this one removes the correct copy. Therefore the copy is removed only while it
+        is the file that was verified.
+        """
+        lock = NameLock(self.folder.locks / name)
+        try:
+            # Without the lock the result is the same, except for a second download.
+            wait_for(lock.try_acquire, REMOVE_WAIT_S)
+            try:
+                is_same = os.path.samestat(os.lstat(self.folder.copy_path(name)), os.fstat(fd))
+            except FileNotFoundError:
+                is_same = False
+            if is_same:
+                self.remove(name)
+                self.counters.add("quarantined")
+            return is_same
+        finally:
+            lock.release()
+
 
 USES_PER_FLUSH = 1024
 # Limit of remembered prefetches whose copies were not opened yet. A prefetch runs a few hundred shards ahead at most.
@@ -156,7 +232,6 @@ class CacheOptions:
     size: int | str
     policy: str = "plan"
     min_free: int | str = "5%"
-    shared: Literal["group"] | None = None
     peers: PeerOptions | None = None
 
     def __post_init__(self) -> None:
@@ -165,8 +240,6 @@ class CacheOptions:
         parse_bytes(self.min_free, whole_bytes=1)
         if self.policy not in POLICIES:
             raise ValueError(f"no policy is called {self.policy!r}; there are {', '.join(sorted(POLICIES))}")
-        if self.shared not in (None, "group"):
-            raise ValueError(f"shared is None or 'group', got {self.shared!r}")
 
 
 class CacheSession:
@@ -187,26 +260,23 @@ class CacheSession:
             ValueError, OSError: The folder cannot be used as a cache.
         """
         self.pid = os.getpid()
-        self._untrusted: set[str] = set()  # corrupt copies that cannot be removed
+        self._uncached: set[str] = set()  # see WriteSession
         # Partial copies that a reader found corrupt although the disk holds what the source sent.
         self._suspected: set[str] = set()
         self._prefetched: dict[str, bool] = {}  # requested by prefetch() and not opened since
-        self.folder = Folder(options.path, shared=options.shared)
+        self.folder = Folder(options.path)
         self.peers = None if options.peers is None else Peers(options.peers, self.folder.id)
         self.notices, self.counters = notices, counters
-        self._tracer = self._open_trace(config.load().cache_trace)
         self._open_to_write = partial(self._open_writing, options, keep)
         self.writing: WriteSession | None = None
         self.waits_for_disk_space = False
-        if self.folder.network:
+        self._network = network_file_system(options.path)
+        if self._network is not None:
             notices.warn(
                 "network",
-                f"cache {options.path}: is on {self.folder.network}, which other machines share; this machine uses "
-                f"only the subfolder {self.folder.root.name}; a local disk is faster",
+                f"cache {options.path}: is on {self._network}; a local disk is faster, and each machine needs a folder "
+                "of its own (TIERCACHE_CACHE_DIR)",
             )
-        if self.folder.owner is not None:
-            notices.warn("read-only", f"cache {options.path}: shared by {self.folder.owner}; no copies are added")
-            return
         try:
             self.writing = self._open_to_write()
         except OSError as error:
@@ -215,13 +285,6 @@ class CacheSession:
             notices.warn("read-only", f"cache {options.path}: cannot be written ({error}); no copies are added")
             self.waits_for_disk_space = is_disk_full(error)
 
-    def _open_trace(self, path: Path | None) -> Tracer | None:
-        try:
-            return None if path is None else Tracer(path)
-        except OSError as error:
-            self.notices.warn("trace", f"cache {self.folder.root}: no trace is written to {path}: {error}")
-            return None
-
     def retry_writing(self) -> None:
         """Try again to open the cache for writing, after the disk was full when it was opened first."""
         with suppress(OSError):
@@ -229,8 +292,15 @@ class CacheSession:
             self.waits_for_disk_space = False
 
     def _open_writing(self, options: CacheOptions, keep: Callable[[], object]) -> WriteSession:
-        writing = WriteSession(self.folder, options, self.counters, self.notices, keep=keep, peers=self.peers)
+        writing = WriteSession(
+            self.folder, options, self.counters, self.notices, self._uncached, keep=keep, peers=self.peers
+        )
         try:
+            if self._network is not None and (owner := writing.owners.other_machine()):
+                raise ValueError(
+                    f"{self.folder.root}: a process of another machine has this cache open ({owner}): each machine "
+                    "needs a folder of its own (TIERCACHE_CACHE_DIR, or Cache(path, ...))"
+                )
             writing.sweep()
             writing.keep_to_limit()
         except BaseException:
@@ -258,17 +328,15 @@ class CacheSession:
         if writing is None:
             return
         try:
-            # A prefetched copy is used for the first time by this opening, like a copy that is fetched during an
-            # opening.
-            if writing.evictor.note_use(name, 0 if name in self._prefetched else 1) >= USES_PER_FLUSH:
+            if writing.evictor.note_use(name) >= USES_PER_FLUSH:
                 writing.evictor.flush_uses()
         except OSError as error:
-            writing.fetch_runner.disk_failed(error)
+            writing.disk_failed(error)
 
     def look_up(self, name: str, n_bytes: int) -> CopyLease | None:
         """Return a lease like hit(), without recording a use of the copy."""
         writing = self.writing
-        if name in self._untrusted or (writing is not None and name in writing.fetch_runner.unrecorded):
+        if name in self._uncached:
             return None
         try:
             fd = open_leased(self.folder, name, n_bytes)
@@ -283,7 +351,7 @@ class CacheSession:
 
     def _hold_part(self, spec: CopySpec) -> CopyHandle | None:
         """Return an open partial copy; None: there is none."""
-        if spec.name in self._untrusted:
+        if spec.name in self._uncached:
             return None
         try:
             return hold_part(self.folder, spec.name, spec.n_bytes)
@@ -293,7 +361,7 @@ class CacheSession:
 
     def _disk_failed(self, error: Exception) -> None:
         if self.writing is not None:
-            self.writing.fetch_runner.disk_failed(error)
+            self.writing.disk_failed(error)
 
     def is_cached(self, spec: CopySpec, ranges: Sequence[ByteRange] | None = None) -> bool:
         """Return whether these ranges of a copy (None: the whole copy) are cached, without recording a use."""
@@ -358,21 +426,20 @@ class CacheSession:
         the first ranges.
         """
         writing = self.writing
-        if spec.name not in self._untrusted and (writing is None or writing.breaker.allows()):
+        if spec.name not in self._uncached and (writing is None or writing.breaker.allows()):
             lease = self.hit(spec.name, spec.n_bytes)
             if lease is not None:
                 self._count(spec, on_lookup, spec.n_bytes)
                 return lease
-            if self.folder.corrupt_source(spec.name) is None:
-                handle = self._hold_part(spec)
-                join = None if writing is None else partial(writing.fetcher.join, spec, store)
-                if handle is not None:
-                    self._note_use(spec.name)
-                    count = partial(self._count_partial, spec, on_lookup, handle)
-                    return CopyLease(spec.n_bytes, handle, join=join, on_lookup=count)
-                if writing is not None and self._admits(writing, spec):
-                    self._count(spec, on_lookup, 0)
-                    return CopyLease(spec.n_bytes, join=join)
+            handle = self._hold_part(spec)
+            join = None if writing is None else partial(writing.fetcher.join, spec, store)
+            if handle is not None:
+                self._note_use(spec.name)
+                count = partial(self._count_partial, spec, on_lookup, handle)
+                return CopyLease(spec.n_bytes, handle, join=join, on_lookup=count)
+            if writing is not None and self._admits(writing, spec):
+                self._count(spec, on_lookup, 0)
+                return CopyLease(spec.n_bytes, join=join)
         self._count(spec, on_lookup, 0)
         return None
 
@@ -397,13 +464,6 @@ class CacheSession:
             self.counters.add("bytes_hit", hit_bytes)
         else:
             self.counters.add("misses")
-        tracer = self._tracer
-        if tracer is not None:
-            try:
-                tracer.add(spec.name, spec.n_bytes, hit=is_hit)
-            except OSError as error:
-                self._tracer = None
-                self.notices.warn("trace", f"cache {self.folder.root}: the trace ends here: {error}")
         on_lookup(is_hit)
 
     def prefetch(
@@ -419,12 +479,9 @@ class CacheSession:
         urgent_ranges: See CachedStore.prefetch.
         """
         writing = self.writing
-        if writing is None or not writing.breaker.allows():
+        if writing is None or spec.name in self._uncached or not writing.breaker.allows():
             return
-        if (
-            self.is_cached(spec, ranges if urgent_ranges is None else urgent_ranges)
-            or self.folder.corrupt_source(spec.name) is not None
-        ):
+        if self.is_cached(spec, ranges if urgent_ranges is None else urgent_ranges):
             return
         ranges = [ByteRange(0, spec.n_bytes)] if ranges is None else list(ranges)
         if self._admits(writing, spec, sum(span.n_bytes for span in ranges)):
@@ -440,13 +497,13 @@ class CacheSession:
         need_bytes = spec.n_bytes if need_bytes is None else need_bytes
         try:
             writing.owners.ensure()  # a deleted folder cannot be asked for its free space
-            if writing.fetcher.is_fetching(spec.name) or spec.name in writing.fetch_runner.unrecorded:
+            if writing.fetcher.is_fetching(spec.name):
                 return True
             if not writing.evictor.would_refuse(spec.name, charge_bytes(need_bytes)):
                 return True
             limit_bytes = writing.accounts.limit_bytes()
             if spec.identity is not None:
-                writing.fetch_runner.warn_no_space(spec, charge_bytes(need_bytes))
+                writing.warn_no_space(spec, charge_bytes(need_bytes))
             elif charge_bytes(need_bytes) > limit_bytes:
                 self.notices.warn(
                     "too-large",
@@ -457,7 +514,7 @@ class CacheSession:
         except FileNotFoundError:
             return False  # the folder was deleted since ensure(); the next call creates it again
         except OSError as error:
-            writing.fetch_runner.disk_failed(error)
+            writing.disk_failed(error)
         return False
 
     def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan | None:
@@ -474,11 +531,11 @@ class CacheSession:
         """Remove a corrupt copy. If it cannot be removed, this process never serves it again."""
         try:
             if self.writing is not None:
-                self.writing.fetch_runner.remove(name)
+                self.writing.remove(name)
                 return
         except OSError as error:
             self.notices.warn("discard", f"cache {self.folder.root}: a corrupt copy cannot be removed: {error}")
-        self._untrusted.add(name)
+        self._uncached.add(name)
 
     def remove_if_corrupt(self, spec: CopySpec) -> bool:
         """Check a copy that a reader found corrupt, and remove it if it is; return False if it is what the source sent.
@@ -510,14 +567,14 @@ class CacheSession:
         if self.writing is None:
             self.discard(name)
             return False
-        return self.writing.fetch_runner.remove_corrupt(name, fd)
+        return self.writing.remove_corrupt(name, fd)
 
     def _remove_partial_if_corrupt(self, spec: CopySpec) -> bool:
         """Remove a partial copy that a reader found corrupt; return True if the object can be opened again.
 
         A partial copy has no checksum of the whole. If the disk holds what the source sent, the transfer may have
         failed, so the copy is fetched once more. If the reader finds it corrupt again, the object is corrupt at its
-        source: the result is False, and the object is read from the store for some time.
+        source: the result is False, and this process reads the object past the cache.
         """
         handle = self._hold_part(spec)
         if handle is None:
@@ -532,9 +589,7 @@ class CacheSession:
             self.peers.distrust(spec.name)  # fetched once more, from the origin
         if is_corrupt_at_source:
             self.counters.add("poisoned")
-            if self.writing is not None:
-                with suppress(OSError):  # a full disk: no other process is informed
-                    self.folder.add_corrupt_source(spec.name, spec.source, spec.crc32c, None)
+            self._uncached.add(spec.name)
         elif not wrong:
             self._suspected.add(spec.name)
         else:
@@ -545,11 +600,9 @@ class CacheSession:
         return not is_corrupt_at_source
 
     def close(self) -> None:
-        """Close the trace and the parts that write. In a forked child, only the trace: the rest is the parent's."""
-        tracer, self._tracer = self._tracer, None
-        if tracer is not None:
-            tracer.close()
-        if self.writing is not None and self.pid == os.getpid():
-            self.writing.close()
-        if self.peers is not None and self.pid == os.getpid():
-            self.peers.close()
+        """Close the parts that write, and the connections to peers. In a forked child they are the parent's."""
+        if self.pid == os.getpid():
+            if self.writing is not None:
+                self.writing.close()
+            if self.peers is not None:
+                self.peers.close()

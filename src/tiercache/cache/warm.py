@@ -144,8 +144,7 @@ def plan_warm(
 def _measured(opened: CacheSession, item: WarmItem, exists: bool, has_part: bool) -> WarmItem:
     """Return the item with what is missing of it."""
     name, n_bytes = item.spec.name, item.spec.n_bytes
-    is_doubtful = opened.writing is not None and name in opened.writing.fetch_runner.unrecorded
-    if exists and (not is_doubtful or _is_present(opened, item)):
+    if exists:
         return item
     if item.is_whole and not has_part:
         return replace(item, missing_bytes=n_bytes, charge_bytes=charge_bytes(n_bytes))

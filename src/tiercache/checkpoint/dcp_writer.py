@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from tiercache.cache.owners import boot_id
+from tiercache.cache.locks import boot_id
 from tiercache.checkpoint.checkpoints import Checkpoints, json_copy, numbers
 from tiercache.checkpoint.dcp_metadata import (
     Shape,

@@ -201,7 +201,7 @@ def read_column_ranges(
 
 
 # Facts that are printed as tables or lines of their own, and not in the summary.
-_ROWS = ("holders", "plans", "poisoned_now", "figures")
+_ROWS = ("holders", "plans", "figures")
 
 
 @verb(after_ctrl_c="nothing was changed; run the same command again")
@@ -218,34 +218,14 @@ def status(output: Output, cache_dir: CacheDir = None, cache_size: CacheSize = N
         for group in groups
     ]
     output.table("data_set", groups, texts)
-    _print_holders(output, facts["holders"], {entry.name: entry.source for entry in entries})
+    holders = [holder for holder in facts["holders"] if holder["pid"] != os.getpid()]
+    texts = [{"process": str(holder["pid"]), "command": shorten(holder["command"])} for holder in holders]
+    output.table("holder", holders, texts)
     for label in facts["plans"]:
         output.event("plan", {"owner": label}, f"plan of {label}")
-    for name, source in facts["poisoned_now"].items():
-        text = f"{source['url']}: corrupt at its source, so not cached for now"
-        output.event("poisoned", {"name": name, **source}, text)
     # The counters of this process are zero, because it only looks; "figures" sums the counters of all processes.
     shown = {name: value for name, value in facts.items() if name not in _ROWS} | facts["figures"]
     output.summary(shown, summary_of(facts))
-
-
-def _print_holders(output: Output, holders: Sequence[Mapping[str, Any]], sources: Mapping[str, str]) -> None:
-    """Print the processes that hold copies, except this one."""
-    rows = [
-        {
-            "pid": holder["pid"],
-            "command": holder["command"],
-            "copies": len(holder["names"]),
-            "sources": sorted(sources.get(name, "") for name in holder["names"]),
-        }
-        for holder in holders
-        if holder["pid"] != os.getpid()
-    ]
-    texts = [
-        {"process": str(h["pid"]), "holds": count(h["copies"], "copy", "copies"), "command": shorten(h["command"])}
-        for h in rows
-    ]
-    output.table("holder", rows, texts)
 
 
 def summary_of(facts: Mapping[str, Any]) -> str:
@@ -270,14 +250,11 @@ def summary_of(facts: Mapping[str, Any]) -> str:
         "retries": "retried",
         "hedges": "hedged",
         "throttled": "throttled",
-        "evicted_early": "evicted too early",
         "quarantined": "corrupt and removed",
         "poisoned": "corrupt at their source",
     }
     texts += [f"{figures[name]:,} {text}" for name, text in names.items() if figures.get(name)]
     texts += [note for (name, value), note in _TROUBLES.items() if facts[name] == value]
-    if facts["network_file_system"]:
-        texts.append(f"the folder is on {facts['network_file_system']}")
     return "; ".join(texts)
 
 
@@ -440,7 +417,7 @@ def unpin(
 
 def entry_facts(entry: Entry) -> dict[str, Any]:
     """Return an entry for JSON output."""
-    names = ("source", "in_part", "pinned", "uses", "dataset_id", "shard_id")
+    names = ("source", "in_part", "pinned", "dataset_id", "shard_id")
     return {"bytes": entry.n_bytes} | {name: getattr(entry, name) for name in names}
 
 

@@ -76,14 +76,7 @@ def serve(
 @verb(after_ctrl_c="nothing was changed; run the same command again")
 def simulate(
     output: Output,
-    url: Annotated[
-        str | None,
-        argument("[URL]", "Data set that a training reads; only its list of shards is used."),
-    ] = None,
-    trace: Annotated[
-        Path | None,
-        option("--trace", "FILE", "Instead of a URL: a trace that TIERCACHE_CACHE_TRACE recorded."),
-    ] = None,
+    url: Annotated[str, argument("URL", "Data set that a training reads; only its list of shards is used.")],
     policy: Annotated[
         list[str] | None,
         option("--policy", "NAME", "Eviction policy to simulate; default: all. May be repeated."),
@@ -100,41 +93,24 @@ def simulate(
     streams: Streams = None,
     placement: Placement = None,
     shuffle_group: ShuffleGroup = None,
-    egress: Annotated[float, option("--egress", "DOLLARS", "Price of fetching 1 GB (2^30 bytes) from the store.")] = 0,
-    request: Annotated[float, option("--request", "DOLLARS", "Price of 1,000 requests to the store.")] = 0,
-    rate: Annotated[str | None, option("--rate", "SIZE/s", "Bandwidth from the store to one node, e.g. 1GB/s.")] = None,
-    train_rate: Annotated[
-        str | None,
-        option("--train-rate", "SIZE/s", "Rate at which one node's training reads, e.g. 500MB/s."),
-    ] = None,
-    plot: Annotated[Path | None, option("--plot", "FILE", "Also draw the results to FILE: .svg, .png or .pdf.")] = None,
     at: VersionNumber = None,
     storage_option: StorageOptions = None,
 ) -> None:
-    """Simulate caches of several sizes: hits, bytes, dollars, time.
+    """Simulate caches of several sizes: hits, bytes, requests.
 
-    The read order of a training is replayed, or a recorded trace, with each eviction policy. No record is read, only
-    the list of shards.
+    The read order of a training is replayed with each eviction policy. No record is read, only the list of shards.
     """
     from tiercache.cli import simulate as module
     from tiercache.cli.selection import Training, parse_group, parse_placement
 
-    replay: module.TrainingReplay | Path
-    if trace is not None and url is None:
-        replay = trace
-    elif url is not None and trace is None:
-        training = Training(
-            None if no_shuffle else seed,
-            world_size=ranks,
-            streams=streams,
-            placement=parse_placement(placement),
-            group_bytes=parse_group(shuffle_group),
-        )
-        replay = module.TrainingReplay(url, at, storage_option, training, nodes, epochs)
-    else:
-        raise ValueError("simulate takes a URL, or --trace FILE")
-    costs = module.parse_costs(egress, request, rate, train_rate)
-    module.simulate(output, replay, policy, size, costs, plot)
+    training = Training(
+        None if no_shuffle else seed,
+        world_size=ranks,
+        streams=streams,
+        placement=parse_placement(placement),
+        group_bytes=parse_group(shuffle_group),
+    )
+    module.simulate(output, module.TrainingReplay(url, at, storage_option, training, nodes, epochs), policy, size)
 
 
 @verb(after_ctrl_c="the demo removed everything that it created; run it again")

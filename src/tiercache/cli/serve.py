@@ -82,9 +82,8 @@ def run(output: Output, request: ServeRequest) -> None:
 def _server_options(cache: Cache, request: ServeRequest, socket: Path) -> ServerOptions:
     token = config.load().peers_token if request.token is None else request.token
     cert, key = (None if path is None else path.absolute() for path in (request.tls_cert, request.tls_key))
-    served = cache.served_folder
     return ServerOptions(
-        served, socket.absolute(), cache.folder_id, request.address, request.port, token, tls_cert=cert, tls_key=key
+        cache.path, socket.absolute(), cache.folder_id, request.address, request.port, token, tls_cert=cert, tls_key=key
     )
 
 

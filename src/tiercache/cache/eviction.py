@@ -1,60 +1,117 @@
-"""`Evictor`: reserves space before a byte is fetched, and evicts the copies that the policy chooses.
+"""Eviction: the policies, which choose victims, and `Evictor`, which reserves space before a byte is fetched.
 
-`AccountsMirror` keeps the accounts in memory as arrays; each update fetches only what has changed.
+A policy is a pure function. `plan` evicts copies that no reading plan names, least recently used first, and then the
+copy with the furthest next use; it does not admit a copy that is needed later still (L. A. Belady, "A study of
+replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2), 1966, with bypass). `lru` evicts the
+least recently used copy. The simulator (simulate.py) calls the same functions.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tiercache.cache.accounts import FIGURES, Accounts, CopyRow
+from tiercache.cache.accounts import FIGURES, Accounts
 from tiercache.cache.disk import disk_space, is_disk_full
 from tiercache.cache.locks import NameLock, try_exclusive
 from tiercache.cache.names import NameTable
-from tiercache.cache.policy import (
-    BEFORE_ALL_USES,
-    POLICIES,
-    UNPLANNED,
-    CopyTable,
-    Decision,
-    Policy,
-    SpaceRequest,
-    lru,
-    may_be_evicted_for,
-    replaces,
-)
 from tiercache.crash_points import crash_point
-from tiercache.model import parse_bytes
+from tiercache.model import NEVER, parse_bytes
 from tiercache.store.private_files import open_file
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence, Set
-
-    from numpy.typing import NDArray
+    from collections.abc import Mapping, Set
 
     from tiercache.cache.folder import Folder
     from tiercache.cache.reading_plans import ReadingPlans, Uses
     from tiercache.stats import Counters
 
 
-_ROW = np.dtype(
-    [
-        ("charge_bytes", np.int64),
-        ("last_use", np.int64),
-        ("main", np.bool_),
-        ("freq", np.int64),
-        ("turn", np.int64),
-        ("recorded", np.bool_),
-    ]
-)
+# -- policies ----------------------------------------------------------------------------------------------------------
+
+# Next use of a copy that no plan names: later than a use that lies beyond the end of a plan (NEVER).
+UNPLANNED = NEVER + 1
+# Second next use of a new copy that comes before every use, so that `plan` may evict any copy that is not in use.
+BEFORE_ALL_USES = -1
+# Most decisions need few victims: of so many the first are found before the rest is sorted (25,000 copies: 0.4 ms
+# instead of 3 ms).
+N_FIRST = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CopyTable:
+    """The copies as a policy sees them: row i of every array is one copy.
+
+    Attributes:
+        charge_bytes: Space that the copy takes.
+        last_use: Sequence number of the last use; no two are equal.
+        keep: Whether the copy must not be evicted: it is pinned, or wanted by the requester.
+        next_use: Bytes that a job reads before the next use; 0: in use; UNPLANNED: no plan names the copy.
+    """
+
+    charge_bytes: NDArray[np.int64]
+    last_use: NDArray[np.int64]
+    keep: NDArray[np.bool_]
+    next_use: NDArray[np.int64]
+
+
+Policy: TypeAlias = Callable[[CopyTable, int], tuple[NDArray[np.bool_], tuple[NDArray[np.int64], ...]]]
+"""Function that returns which copies may be evicted, and sort keys of their order, the last key first (np.lexsort).
+
+Its second argument is the number of bytes that a job reads before the second next use of the new copy; NEVER: no plan
+contains that use; UNPLANNED: no plan names the new copy; BEFORE_ALL_USES: space is needed for no copy in particular.
+"""
+
+
+def lru(copies: CopyTable, _use_after_next: int) -> tuple[NDArray[np.bool_], tuple[NDArray[np.int64], ...]]:
+    """Evict the least recently used copy first."""
+    return ~copies.keep, (copies.last_use,)
+
+
+def plan(copies: CopyTable, use_after_next: int) -> tuple[NDArray[np.bool_], tuple[NDArray[np.int64], ...]]:
+    """Evict the copy with the furthest next use first, never one in use, and none that is needed before the new one.
+
+    A copy that no plan names never displaces one that a plan names.
+    """
+    later = (copies.next_use > use_after_next) & (copies.next_use > 0)
+    return ~copies.keep & (later | (copies.next_use == UNPLANNED)), (copies.last_use, -copies.next_use)
+
+
+POLICIES: dict[str, Policy] = {"plan": plan, "lru": lru}
+
+
+def choose_victims(
+    policy: Policy, copies: CopyTable, need_bytes: int, *, want_bytes: int = 0, use_after_next: int = UNPLANNED
+) -> NDArray[np.int64] | None:
+    """Return the rows to evict, in order, for want_bytes if there are so many; None: fewer than need_bytes may go."""
+    want_bytes = max(need_bytes, want_bytes)
+    may_go, keys = policy(copies, use_after_next)
+    rows = np.flatnonzero(may_go)
+    if want_bytes <= 0:
+        return rows[:0]
+    if int(copies.charge_bytes[rows].sum()) < need_bytes:
+        return None
+    if len(rows) > 4 * N_FIRST:
+        first = keys[-1][rows]
+        near = rows[first <= np.partition(first, N_FIRST)[N_FIRST]]
+        rows = near if int(copies.charge_bytes[near].sum()) >= want_bytes else rows
+    rows = rows[np.lexsort([key[rows] for key in keys])]
+    n_victims = int(np.searchsorted(np.cumsum(copies.charge_bytes[rows]), want_bytes)) + 1
+    return rows[:n_victims]
+
+
+# -- evictor -----------------------------------------------------------------------------------------------------------
+
+_ROW = np.dtype([("charge_bytes", np.int64), ("last_use", np.int64)])
 
 
 class AccountsMirror:
@@ -62,14 +119,13 @@ class AccountsMirror:
 
     Attributes:
         names: Names of the copies, sorted; the same object as before if no copy came or went.
-        rows: The accounts of each copy; `recorded`: whether its source is known. The rest is as in policy.CopyTable.
+        rows: The accounts of each copy.
     """
 
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
         self._since = ("", 0)
         self.names, self.rows = NameTable.of_texts(()), np.empty(0, _ROW)
-        self.has_evicted, self.limit_bytes = False, 0
 
     def update(self) -> None:
         """Fetch the changes: one short transaction, and a millisecond if one of 25,000 copies changed."""
@@ -81,8 +137,10 @@ class AccountsMirror:
             if not stay.all():
                 self.names, self.rows = self.names.take(stay), self.rows[stay]
         if changes.rows:
-            self._set(changes.rows)
-        self._since, self.has_evicted, self.limit_bytes = changes.since, changes.has_evicted, changes.limit_bytes
+            names, rows = NameTable.of_texts(row.name for row in changes.rows), np.empty(len(changes.rows), _ROW)
+            rows[:] = [(row.charge_bytes, row.last_use) for row in changes.rows]
+            self._set(names, rows)
+        self._since = changes.since
 
     def mask_of(self, texts: Iterable[str]) -> NDArray[np.bool_]:
         """Return a mask of the copies with one of these names, which are given as 40 hexadecimal digits: bool[n]."""
@@ -91,9 +149,7 @@ class AccountsMirror:
         mask[rows[rows >= 0]] = True
         return mask
 
-    def _set(self, changed: Sequence[CopyRow]) -> None:
-        names, rows = NameTable.of_texts(row.name for row in changed), np.empty(len(changed), _ROW)
-        rows[:] = [(r.charge_bytes, r.last_use, bool(r.main), r.freq, r.turn, r.record != "") for r in changed]
+    def _set(self, names: NameTable, rows: NDArray[np.void]) -> None:
         order = names.order()
         names, rows = names.take(order), rows[order]
         at = self.names.rows_of(names)
@@ -115,14 +171,8 @@ MIN_FREE_FILES = 8
 # leased, the next 16 are enough.
 MAX_ROUNDS = 7
 WIDER = 16
-# lru and s3fifo free some space in advance; plan frees exactly what is needed, because all its copies will be needed.
+# lru frees some space in advance; plan frees exactly what is needed, because all its copies will be needed.
 WATERMARK_SHARE = 0.01
-# A copy that was fetched for a use within this share of the limit (in bytes of the job's reading) is not evicted.
-# Loaders prefetch four shards; the whole cache must not be kept for them.
-SOON_SHARE = 0.25
-# At most this share of the limit is kept for uses that come soon. Otherwise, many jobs, or stalled ones, could keep the
-# whole cache: no new copy would fit, and a smaller limit could not be enforced.
-PROTECTED_SHARE = 0.5
 # Copies that were deleted by hand, or by a process that died before it updated the accounts, leave the accounts too
 # high. The folder is scanned again before space is refused, but at most this often: a full cache refuses often, and a
 # scan takes milliseconds.
@@ -153,31 +203,22 @@ class Evictor:
         """Create an evictor. policy: A key of POLICIES. min_free: Disk space that stays free, in bytes or as "5%"."""
         self._folder, self._accounts, self._counters, self._plans = folder, accounts, counters, plans
         self._policy, self._min_free = POLICIES[policy], min_free
-        self._evicts, self._uses_plans = replaces(policy), policy == "plan"
         self._uses_lock, self._mirror_lock, self._space_lock = Lock(), Lock(), Lock()
-        self._uses: dict[str, int] = {}
+        self._uses: dict[str, None] = {}
         self._reported = counters.snapshot()
         self._mirror = AccountsMirror(accounts)
         self._pins: set[str] | None = None
         self._reconciled_s = self._waits_again_s = SYSTEM_CLOCK.monotonic()
 
-    # -- uses -------------------------------------------------------------------------------------------------------
-
-    def note_use(self, name: str, n: int = 1) -> int:
-        """Record a use, in order; return the number of copies whose uses are not written to the accounts yet.
-
-        n is 0 if the copy was fetched for this very use. The simulator and the authors of S3-FIFO count such a use as a
-        miss: it updates the time of use, but not the frequency.
-        """
+    def note_use(self, name: str) -> int:
+        """Record a use, in order; return the number of copies whose uses are not written to the accounts yet."""
         with self._uses_lock:
-            self._uses[name] = self._uses.pop(name, 0) + n
+            self._uses.pop(name, None)
+            self._uses[name] = None
             return len(self._uses)
 
     def flush_uses(self) -> None:
-        """Write the recorded uses and counters to the accounts.
-
-        On a full disk they are lost, so that eviction can continue.
-        """
+        """Write the recorded uses and counters to the accounts; on a full disk they are lost, and eviction goes on."""
         with self._uses_lock:
             uses, self._uses = self._uses, {}
             counts, before = self._counters.snapshot(), self._reported
@@ -195,10 +236,7 @@ class Evictor:
     # -- space ---------------------------------------------------------------------------------------------------------
 
     def usable_bytes(self) -> int:
-        """Return the free disk space above the reserve; at most 0 if the disk can take no more files.
-
-        Eviction frees files too.
-        """
+        """Return the free disk space above the reserve; at most 0 if the disk can take no more files."""
         disk = disk_space(self._folder.root)
         usable_bytes = disk.free_bytes - parse_bytes(self._min_free, whole_bytes=disk.total_bytes)
         if disk.n_free_files is not None and disk.n_free_files < MIN_FREE_FILES:
@@ -211,28 +249,19 @@ class Evictor:
 
     def freeable_bytes(self, requested: Set[str]) -> int:
         """Return the most bytes that the policy could evict for copies of these names, other than those copies."""
-        if not self._evicts:
-            return 0
         with self._mirror_lock:
             _, copies, new = self._read_state(requested, requested)
-        if not self._uses_plans:
-            return int(copies.charge_bytes[~copies.keep].sum())
         of_planned = np.where(new.next_use == UNPLANNED, UNPLANNED, new.use_after_next)
-        use_after_next = int(of_planned.min(initial=UNPLANNED))
-        next_use, n_bytes = (c[~copies.keep].tolist() for c in (copies.next_use, copies.charge_bytes))
-        held = zip(n_bytes, next_use, strict=True)
-        return sum(n for n, use in held if use > 0 and may_be_evicted_for(use, use_after_next))
+        may_go, _ = self._policy(copies, int(of_planned.min(initial=UNPLANNED)))
+        return int(copies.charge_bytes[may_go].sum())
 
     def would_refuse(self, name: str, charge_bytes: int) -> bool:
-        """Return whether a reservation would certainly fail.
-
-        That is the case if the policy frees too little, and no process is fetching this copy.
-        """
+        """Return whether a reservation would certainly fail: the policy frees too little, and nobody fetches it now."""
         if self.lack_bytes(charge_bytes) <= 0 or (self._reconcile() and self.lack_bytes(charge_bytes) <= 0):
             return False
-        if self._accounts.is_reserved(name):
-            return False
-        return not self._evicts or not self._decide(name, SpaceRequest(self.lack_bytes(charge_bytes)), {name})[2].admit
+        return not self._accounts.is_reserved(name) and (
+            self._victims(name, self.lack_bytes(charge_bytes), {name}) is None
+        )
 
     def _reconcile(self) -> bool:
         """Make the accounts agree with the files, unless that was done recently."""
@@ -262,11 +291,6 @@ class Evictor:
                 wider *= WIDER
             return self._accounts.reserve(name, charge_bytes, usable_bytes=self.usable_bytes)
 
-    def note_fetch(self, name: str) -> None:
-        """Count a fetch of a copy that was evicted recently."""
-        if self._accounts.is_ghost(name):
-            self._counters.add("evicted_early")
-
     @contextmanager
     def _making_space(self) -> Iterator[bool]:
         """Let one caller at a time free space, here and in other processes; yield whether the caller is the only one.
@@ -287,20 +311,19 @@ class Evictor:
 
     def free_disk(self, charge_bytes: int, *, protected: Set[str] = frozenset()) -> None:
         """Evict charge_bytes of copies that no plan names, whatever the accounts say: the disk itself is full."""
-        if self._evicts:
-            with self._making_space():
-                self._free("", charge_bytes, set(protected), 1)
+        with self._making_space():
+            self._free("", charge_bytes, set(protected), 1)
 
     def shrink(self) -> None:
-        """Evict until the cache fits a smaller limit, with any policy, as far as copies can be evicted."""
+        """Evict until the cache fits a smaller limit, as far as copies can be evicted."""
         if self._over_bytes() <= 0:
             return
-        policy, wider = self._policy if self._evicts else lru, 1
         excluded: set[str] = set()
+        wider = 1
         with self._making_space() as is_alone:
             while (need_bytes := self._over_bytes()) > 0:
-                request = SpaceRequest(0, need_bytes * wider, BEFORE_ALL_USES)
-                stayed = self._carry_out(*self._decide("", request, excluded, policy), need_bytes)
+                victims = self._victims("", 0, excluded, need_bytes * wider, BEFORE_ALL_USES) or {}
+                stayed = self._carry_out(victims, need_bytes)
                 # If every chosen copy was deleted, that is enough, or there are no more. And a copy that another
                 # process is deleting looks like one in use, and stays in the accounts until that process is done.
                 if not stayed or not is_alone:
@@ -315,49 +338,51 @@ class Evictor:
     # -- deciding ---------------------------------------------------------------------------------------------------
 
     def _free(self, name: str, need_bytes: int, excluded: set[str], wider: int) -> bool:
-        """Evict need_bytes for a copy; add copies that turn out to be in use to excluded.
+        """Evict need_bytes for a copy, or nothing; add copies that turn out to be in use to excluded.
 
         Return False if there is nothing to try.
-
-        Nothing is deleted if need_bytes cannot be reached.
         """
         until = need_bytes
-        if not self._uses_plans:
+        if self._policy is lru:
             until += int(self._accounts.limit_bytes() * WATERMARK_SHARE)
-        names, copies, decision = self._decide(name, SpaceRequest(need_bytes, max(until, need_bytes * wider)), excluded)
-        if decision.admit:
-            excluded |= self._carry_out(names, copies, decision, until)
-        return bool(decision.victims)
+        victims = self._victims(name, need_bytes, excluded, max(until, need_bytes * wider))
+        if not victims:
+            return False
+        excluded |= self._carry_out(victims, until)
+        return True
 
-    def _decide(
-        self, name: str, request: SpaceRequest, excluded: Set[str], policy: Policy | None = None
-    ) -> tuple[NameTable, CopyTable, Decision]:
-        """Return the policy's decision about space for a copy; the name "" stands for no copy in particular."""
+    def _victims(
+        self,
+        name: str,
+        need_bytes: int,
+        excluded: Set[str],
+        want_bytes: int = 0,
+        use_after_next: int = UNPLANNED,
+    ) -> dict[str, int] | None:
+        """Return the charges of the victims by name, in order; None: too few may be evicted.
+
+        The name "" stands for no copy in particular; otherwise the plans tell the second next use of the copy.
+        """
         with self._mirror_lock:
             names, copies, new = self._read_state(excluded, [name] if name else [])
-            if name:
-                use_after_next = UNPLANNED if new.next_use[0] == UNPLANNED else int(new.use_after_next[0])
-                request = replace(request, use_after_next=use_after_next)
-            return names, copies, (policy or self._policy)(copies, request)
+            if name and new.next_use[0] != UNPLANNED:
+                use_after_next = int(new.use_after_next[0])
+            rows = choose_victims(
+                self._policy, copies, need_bytes, want_bytes=want_bytes, use_after_next=use_after_next
+            )
+            if rows is None:
+                return None
+            return {names.text(row): int(copies.charge_bytes[row]) for row in rows.tolist()}
 
     def _read_state(self, excluded: Iterable[str], requested: Iterable[str]) -> tuple[NameTable, CopyTable, Uses]:
-        """Return the names of all copies, the snapshot for the policy, and the next uses of the requested names."""
+        """Return the names of all copies, the table for the policy, and the next uses of the requested names."""
         self.flush_uses()
         mirror = self._mirror
         mirror.update()
-        columns = {name: np.ascontiguousarray(mirror.rows[name]) for name in _ROW.names or ()}
-        keep = mirror.mask_of([*excluded, *self._pinned()]) | ~columns.pop("recorded")
+        charge_bytes, last_use = (np.ascontiguousarray(mirror.rows[name]) for name in ("charge_bytes", "last_use"))
+        keep = mirror.mask_of([*excluded, *self._pinned()])
         (next_use, _), uses = self._plans.uses(mirror.names, NameTable.of_texts(requested))
-        copies = CopyTable(
-            **columns,
-            keep=keep,
-            next_use=next_use,
-            limit_bytes=mirror.limit_bytes,
-            has_evicted=mirror.has_evicted,
-        )
-        if not self._uses_plans:
-            keep |= _needed_soon(copies)
-        return mirror.names, copies, uses
+        return mirror.names, CopyTable(charge_bytes, last_use, keep, next_use), uses
 
     def _pinned(self) -> set[str]:
         """Return the names of pinned copies. A new pin of another process is noticed when its copy would be deleted."""
@@ -366,77 +391,54 @@ class Evictor:
         self._pins = {name for name in self._pins if self._folder.is_pinned(name)}
         return self._pins
 
-    def _carry_out(self, names: NameTable, copies: CopyTable, decision: Decision, until_bytes: int) -> set[str]:
-        """Evict the chosen victims until enough space is free; return those that could not be deleted."""
-        rows = list(decision.victims)
-        victims, sizes = [names.text(row) for row in rows], copies.charge_bytes[rows].tolist()
-        tried: list[str] = []
-        gone = self._delete_until(zip(victims, sizes, strict=True), until_bytes, tried)
-        stayed = set(tried) - set(gone)
-        moves = [(names.text(m.row), m.main, m.freq) for m in decision.moves if m.n_before < len(tried)]
-        # A copy in use goes to the end of its queue: at the head, it would be tried again every time.
-        queues = zip(victims, copies.main[rows].tolist(), copies.freq[rows].tolist(), strict=True)
-        place = {name: (main, freq) for name, main, freq in [*queues, *moves] if name in stayed}
-        held = [(name, *at) for name, at in place.items() if not self._folder.is_pinned(name)]
-        if self._policy is not lru and (moves or held):
-            self._accounts.requeue([*moves, *held])
+    def _carry_out(self, victims: Mapping[str, int], until_bytes: int) -> set[str]:
+        """Evict victims until enough space is free; return those that could not be deleted."""
+        gone, stayed = self._delete_until(victims, until_bytes)
         if self._pins is not None:
             # A new set: another thread may be iterating over the old one.
             self._pins = self._pins | {name for name in stayed if self._folder.is_pinned(name)}
-        self._remove_rows(gone, evicted=True)
-        return stayed
+        for name in stayed:  # in use, so it is not the next to be tried again
+            self.note_use(name)
+        self._remove_rows(gone)
+        return set(stayed)
 
     # -- deleting ---------------------------------------------------------------------------------------------------
 
-    def evict(self, rows: Iterable[CopyRow], *, need_bytes: float = math.inf) -> int:
+    def evict(self, charges: Mapping[str, int], *, need_bytes: float = math.inf) -> int:
         """Delete these copies, in order, until need_bytes are free; return the bytes freed.
 
-        A copy is skipped if it is pinned, leased, being fetched, or has no recorded source.
+        A copy is skipped if it is pinned, leased or being fetched. charges: Charge in bytes by name.
         """
-        charges = {row.name: row.charge_bytes for row in rows if row.record}
-        gone = self._delete_until(charges.items(), need_bytes, [])
-        self._remove_rows(gone, evicted=False)
+        gone, _ = self._delete_until(charges, need_bytes)
+        self._remove_rows(gone)
         return sum(charges[name] for name in gone)
 
-    def _delete_until(self, charges: Iterable[tuple[str, int]], need_bytes: float, tried: list[str]) -> list[str]:
-        """Delete copies, in order, until need_bytes are free; return those deleted, and add all tried ones to tried."""
-        gone, freed_bytes = [], 0
-        for name, charge_bytes in charges:
+    def _delete_until(self, charges: Mapping[str, int], need_bytes: float) -> tuple[list[str], list[str]]:
+        """Delete copies, in order, until need_bytes are free; return those deleted, and those that could not be."""
+        gone: list[str] = []
+        stayed: list[str] = []
+        freed_bytes = 0
+        for name, charge_bytes in charges.items():
             if freed_bytes >= need_bytes:
                 break
-            tried.append(name)
             if delete_copy(self._folder, name):
                 gone.append(name)
                 freed_bytes += charge_bytes
-        return gone
+            else:
+                stayed.append(name)
+        return gone, stayed
 
-    def _remove_rows(self, gone: list[str], *, evicted: bool) -> None:
+    def _remove_rows(self, gone: Sequence[str]) -> None:
         if gone:
             crash_point("evict.deleted")
             try:
-                self._accounts.remove(gone, evicted=evicted)
+                self._accounts.remove(gone)
             except OSError as error:
                 if not is_disk_full(error):
                     raise
                 self._reconciled_s = -math.inf  # the accounts stay too high: reconcile them as soon as possible
             self._counters.add("evicted", len(gone))
             crash_point("evict.booked")
-
-
-def _needed_soon(copies: CopyTable) -> NDArray[np.bool_]:
-    """Return a mask of the copies that a live plan reads now, and of those fetched for a use that comes soon: bool[n].
-
-    Copies with the nearest uses are preferred, up to PROTECTED_SHARE. The mask is for policies that do not use plans. A
-    loader prefetches, and its copies have no reader yet: of two concurrent jobs, each evicted what the other had
-    prefetched, and both fetched it twice (docs/design/eviction.md).
-    """
-    next_use, limit_bytes = copies.next_use, copies.limit_bytes
-    is_fresh = copies.last_use == copies.turn  # not used and not requeued since it came
-    mask: NDArray[np.bool_] = (next_use == 0) | (is_fresh & (next_use <= limit_bytes * SOON_SHARE))
-    rows = np.flatnonzero(mask)
-    rows = rows[np.argsort(next_use[rows], kind="stable")]
-    mask[rows[np.cumsum(copies.charge_bytes[rows]) > limit_bytes * PROTECTED_SHARE]] = False
-    return mask
 
 
 def delete_copy(folder: Folder, name: str) -> bool:
