@@ -101,7 +101,7 @@ def test_the_cache_can_be_set_in_file_and_environment(tmp_path, monkeypatch):
 
 def test_an_invalid_setting_of_the_cache_names_the_variable(monkeypatch):
     monkeypatch.setenv("TIERCACHE_CACHE_POLICY", "best")
-    with pytest.raises(ValueError, match="TIERCACHE_CACHE_POLICY: cache_policy: .*'plan'"):
+    with pytest.raises(ValueError, match=r"TIERCACHE_CACHE_POLICY: cache_policy: .*'plan'"):
         config.load()
 
 

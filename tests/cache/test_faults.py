@@ -374,6 +374,7 @@ def test_accounts_of_an_earlier_boot_are_rebuilt(world, monkeypatch):
     assert cache.entries()[0].n_bytes == 16_384
 
 
+@pytest.mark.filterwarnings("default")
 def test_a_network_file_system_gives_a_warning_and_belongs_to_one_machine(world, monkeypatch):
     monkeypatch.setattr(session, "network_file_system", lambda path: "NFS")
     world.put("a")
@@ -381,8 +382,8 @@ def test_a_network_file_system_gives_a_warning_and_belongs_to_one_machine(world,
         store = world.store(world.cache())
     world.fetch(store, "a")
     monkeypatch.setattr(locks_module, "boot_id", lambda: "f" * 16)
-    with warnings.catch_warnings(), pytest.raises(ValueError, match="a process of another machine has this cache open"):
-        warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")
+    with pytest.raises(ValueError, match="a process of another machine has this cache open"):
         world.cache()
     store.cache.close()
     with pytest.warns(RuntimeWarning, match="is on NFS"):
