@@ -67,7 +67,7 @@ class Module:
 
     @property
     def part(self) -> str:
-        """Top-level module or package that contains the file; layers are assigned to these."""
+        """Top-level module or package that contains the file; layers are assigned to these, and to some files."""
         return self.name.split("/")[0].removesuffix(".py")
 
     @property
@@ -117,7 +117,7 @@ def imports_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def check_layers(module: Module, layers: Mapping[str, int]) -> Iterator[tuple[int, str]]:
     """Yield imports from layers that are not lower, and files whose layer is not listed."""
-    own = layers.get(module.part)
+    own = layers.get(module.name.removesuffix(".py"), layers.get(module.part))
     if own is None:
         yield 1, f"{module.part} has no layer in docs/architecture.md"
         return
@@ -128,10 +128,11 @@ def check_layers(module: Module, layers: Mapping[str, int]) -> Iterator[tuple[in
         if top != "tiercache":
             continue
         target = rest.split(".")[0]
+        file = "/".join(rest.split(".")[:2])
         if target not in layers:
             yield line, f"{name} is imported; import it from the module that defines it"
-        elif target != module.part and layers[target] >= own:
-            yield line, f"layer {own} imports {name} of layer {layers[target]}; a module imports only lower layers"
+        elif target != module.part and (layer := layers.get(file, layers[target])) >= own:
+            yield line, f"layer {own} imports {name} of layer {layer}; a module imports only lower layers"
 
 
 def check_homes(module: Module) -> Iterator[tuple[int, str]]:
@@ -216,7 +217,7 @@ def lint(root: Path) -> list[str]:
         found += [f"{module.path}:{line}: {text}" for check in checks for line, text in check]
     for path in sorted((root / "csrc").glob("*.[ch]")):
         found += [f"{path}:{line}: {text}" for line, text in check_text(path.read_text(encoding="utf-8"))]
-    parts = {module.part for module in modules}
+    parts = {module.part for module in modules} | {module.name.removesuffix(".py") for module in modules}
     found += [f"{architecture}:1: it lists {name}, which does not exist" for name in sorted(layers.keys() - parts)]
     return found
 

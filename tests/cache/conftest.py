@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 
 import pytest
-from tests.store.test_certificates import certificate  # noqa: F401 - a fixture
 from tests.support.stores import CountingStore
 
 from tiercache._native.checksum import crc32c

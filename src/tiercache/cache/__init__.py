@@ -10,8 +10,7 @@ in the accounts (`accounts.py`) and evicts other copies (`reading_plans.py` says
 `download.Download` writes the bytes into a partial copy (`partial.py`), and the fetch runner verifies the complete copy
 and gives it its final name.
 
-With peers, a fetch reads from `peers.PeerSource`, which asks the machine that owns the copy and then the store;
-`serve.py` is the server of such a machine.
+With peers (`tiercache.peers`), a fetch reads from the machine that owns the copy, and then from the store.
 
 `warm.py` fetches many copies, `check.py` verifies them, and `simulate.py` simulates policies.
 `opened_version.CopyNames`, outside this package, names the copies of a version's shards. Below: `locks.py`, `owners.py`

@@ -26,11 +26,11 @@ from tiercache.cache.eviction import delete_copy
 from tiercache.cache.folder import default_size_bytes
 from tiercache.cache.lease import CopyLease
 from tiercache.cache.names import CopySpec, copy_spec
-from tiercache.cache.peers import PeerOptions
 from tiercache.cache.session import CacheOptions, CacheSession
 from tiercache.cache.warm import plan_warm, warm
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import OWN_FOLDER, ShardIdentity, parse_bytes
+from tiercache.peers.readers import PeerOptions, Peers
 from tiercache.prices import provider_prices, read_dollars
 from tiercache.stats import Counters
 from tiercache.store import Lease, Span, Store, redact
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from tiercache.cache.check import CheckProgress, VerifyReport
-    from tiercache.cache.peers import Peers
     from tiercache.cache.warm import Ranges, WarmPlan, WarmProgress, WarmReport
     from tiercache.model import ByteRange, PublishedPlan, ReadingPlan
 
@@ -249,7 +248,9 @@ class CachedStore(WrapperStore):
         """
         peers = self._peers()
         spec = None if peers is None else self.spec_of(key, identity)
-        return store if spec is None or peers is None else peers.store_for(spec, store)
+        if spec is None or peers is None:
+            return store
+        return peers.store_for(spec.name, key, spec.n_bytes, store)
 
     def _peers(self) -> Peers | None:
         session = self._session() if self.cache._options.peers is not None else None  # noqa: SLF001 - of one file

@@ -238,14 +238,14 @@ class FetchQueue:
     The argument run carries out one fetch, or raises; it returns False if the fetch has yielded and must be run again
     (see Fetch.should_yield). The argument keep returns the cache: a running fetch keeps this reference, so that the
     garbage collector cannot close the cache in one of the fetch threads. The argument choose_store returns the
-    store from which a fetch reads; None: the store that the reader names.
+    store from which a fetch reads.
     """
 
     def __init__(
         self,
         run: Callable[[Fetch], bool],
         keep: Callable[[], object],
-        choose_store: Callable[[CopySpec, Store], Store] | None = None,
+        choose_store: Callable[[CopySpec, Store], Store],
     ) -> None:
         self._run, self._keep, self._choose_store = run, keep, choose_store
         self._lock = Lock()
@@ -263,8 +263,7 @@ class FetchQueue:
                 return fetch
             for name in [n for n, f in self._table.items() if f.is_unused]:
                 del self._table[name]
-            chosen = store if self._choose_store is None else self._choose_store(spec, store)
-            fetch = self._table[spec.name] = Fetch(spec, chosen, self, self._keep)
+            fetch = self._table[spec.name] = Fetch(spec, self._choose_store(spec, store), self, self._keep)
             fetch.join()
             return fetch
 

@@ -31,12 +31,12 @@ from tiercache.cache.partial import (
     read_verified,
     wrong_units,
 )
-from tiercache.cache.peers import PeerOptions, Peers
 from tiercache.cache.reading_plans import ReadingPlans
 from tiercache.crash_points import crash_point
 from tiercache.errors import TierCacheError
 from tiercache.file_limit import emfile_message
 from tiercache.model import ByteRange, format_bytes, parse_bytes
+from tiercache.peers.readers import PeerOptions, Peers
 from tiercache.waiting import wait_for
 
 if TYPE_CHECKING:
@@ -83,7 +83,14 @@ class WriteSession:
             folder, self.accounts, counters, self.plans, policy=options.policy, min_free=options.min_free
         )
         self.breaker = Breaker()
-        self.fetcher = FetchQueue(partial(run_fetch, self), keep, None if peers is None else peers.store_for)
+        self.fetcher = FetchQueue(partial(run_fetch, self), keep, self._source_of)
+        self._peers = peers
+
+    def _source_of(self, spec: CopySpec, store: Store) -> Store:
+        """Return the store from which a copy is fetched: its peers, and behind them the store that the reader names."""
+        if self._peers is None or spec.identity is None:
+            return store
+        return self._peers.store_for(spec.name, spec.key, spec.n_bytes, store)
 
     def sweep(self) -> None:
         """Remove the files of dead processes and records without copies, and make the accounts agree with the files."""

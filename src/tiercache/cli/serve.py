@@ -15,9 +15,9 @@ import typer
 
 from tiercache import config
 from tiercache.cache import Cache
-from tiercache.cache.serve import PeerService, ServerOptions, run_service, serve, server_block, wait_until_stopped
 from tiercache.cli.common import FAILED, Output, count
 from tiercache.cli.data import open_data_set_store
+from tiercache.peers.server import PeerService, ServerOptions, run_service, serve, server_block, wait_until_stopped
 
 
 @dataclass(frozen=True, slots=True)

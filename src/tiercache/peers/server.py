@@ -33,9 +33,9 @@ import numpy as np
 
 from tiercache.cache.names import NameTable, name_of_identity, names_of
 from tiercache.cache.partial import read_all
-from tiercache.cache.peers import DEFAULT_PORT, OWN_REQUEST, READER_HEADER, check_token, data_set_name
 from tiercache.errors import NotFound, TierCacheError
 from tiercache.model import ByteRange, ShardIdentity
+from tiercache.peers.readers import DEFAULT_PORT, OWN_REQUEST, READER_HEADER, check_token, data_set_name
 from tiercache.shard.versions.manifest import HINT_KEY, VERSIONS_FOLDER, Version, latest, read_version
 from tiercache.shard.versions.segments import ShardTable, read_segments
 from tiercache.store.retry import stop_retries_when

@@ -12,14 +12,15 @@ from threading import Event, Thread
 
 import numpy as np
 import pytest
-from tests.cache.machines import Machine, data_set_objects, read_all_records
+from tests.peers.machines import Machine, data_set_objects, read_all_records
 from tests.support.clock import FakeClock
 from tests.support.faults import Fault, FaultStore
 from tests.support.http_server import HttpFaultServer
 from tests.support.stores import CountingStore, GateStore
 
 import tiercache as tc
-from tiercache.cache.serve import (
+from tiercache.errors import NotFound, StoreError
+from tiercache.peers.server import (
     REFRESH_EVERY_S,
     PeerService,
     ServedDataSet,
@@ -29,7 +30,6 @@ from tiercache.cache.serve import (
     run_service,
     server_block,
 )
-from tiercache.errors import NotFound, StoreError
 from tiercache.shard.versions.manifest import HINT_KEY, latest, read_shards
 from tiercache.store import LocalFolder
 from tiercache.store.pacing import RequestTimes
@@ -274,7 +274,7 @@ def test_requests_for_one_copy_at_once_are_one_fetch(tmp_path, source):
 
 
 def test_more_requests_than_it_can_hold_are_told_to_ask_elsewhere(tmp_path, source, monkeypatch):
-    monkeypatch.setattr("tiercache.cache.serve.MOST_REQUESTS", 2)
+    monkeypatch.setattr("tiercache.peers.server.MOST_REQUESTS", 2)
     gated = GateStore(source)
     with gated.stop_at("before_read_into", "shards/*") as gate:
         service = Service(tmp_path, gated)
@@ -481,7 +481,7 @@ def test_shuffled_epochs_come_from_peers_too(machines, origin, objects):
 @needs_nginx
 def test_killing_peers_changes_nothing_but_the_time(machines, origin, records, monkeypatch):
     rng = random.Random(5)
-    monkeypatch.setattr("tiercache.cache.peers.FIRST_ABSENCE_S", 0.05)
+    monkeypatch.setattr("tiercache.peers.readers.FIRST_ABSENCE_S", 0.05)
     kill_while_reading(machines, f"{origin.url}/ds", records, rng, n_kills=3)
 
 
@@ -489,7 +489,7 @@ def test_killing_peers_changes_nothing_but_the_time(machines, origin, records, m
 @pytest.mark.stress
 def test_50_kills_change_nothing_but_the_time(machines, origin, records, monkeypatch):
     rng = random.Random(6)
-    monkeypatch.setattr("tiercache.cache.peers.FIRST_ABSENCE_S", 0.05)
+    monkeypatch.setattr("tiercache.peers.readers.FIRST_ABSENCE_S", 0.05)
     kill_while_reading(machines, f"{origin.url}/ds", records, rng, n_kills=50)
 
 
@@ -508,7 +508,7 @@ def kill_while_reading(machines, url, records, rng, n_kills):
 
 
 def test_a_peer_that_accepts_connections_and_is_silent_costs_only_time(origin, records, tmp_path, monkeypatch):
-    monkeypatch.setattr("tiercache.cache.peers.STALL_S", 0.3)
+    monkeypatch.setattr("tiercache.peers.readers.STALL_S", 0.3)
     with (
         closing(socket.create_server(("127.0.0.1", 0))) as silent,
         tc.Cache(

@@ -1,4 +1,4 @@
-"""Peers: the machines of a job that serve the contents of their caches to each other (serve.py has the server).
+"""The reader's side of peers: who is alive, who owns a copy, and the store that asks its owner first.
 
 A rendezvous hash over the live machines chooses the owner of each copy. The owner fetches from the origin, and the
 others fetch from the owner. A reader tries at most N_TRIED machines, and then the origin. Nothing that a peer sends is
@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from tiercache import config
-from tiercache.cache.partial import mask_of, n_units
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import OWN_FOLDER, ByteRange
 from tiercache.stats import Counters
@@ -42,7 +41,6 @@ from tiercache.waiting import SYSTEM_CLOCK, Clock, pause
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tiercache.cache.names import CopySpec
 
 T = TypeVar("T")
 
@@ -69,6 +67,7 @@ JITTER_S_PER_MACHINE, LONGEST_JITTER_S = 0.002, 2.0
 # A store keeps some threads and connections.
 MOST_STORES = 64
 MOST_DISTRUSTED = 4096
+_UNIT_BYTES = 4096  # of what a peer has sent
 MOST_REPORTED = 20  # failures that are warnings: a job that runs no servers at all must not fill the log
 
 _jitter = SystemRandom()  # not the seeded generator: machines must not start in step
@@ -299,10 +298,12 @@ class Peers:
         self._has_started = False
         self._n_reported = 0
 
-    def store_for(self, spec: CopySpec, origin: Store) -> Store:
-        """Return the store from which a copy is fetched: its peers, and behind them the origin."""
-        is_served = spec.identity is not None and spec.name not in self._distrusted
-        return PeerSource(self, spec, origin) if is_served else origin
+    def store_for(self, name: str, key: str, n_bytes: int, origin: Store) -> Store:
+        """Return the store from which a copy is fetched: its peers, and behind them the origin.
+
+        name: Name of the copy. key, n_bytes: Key and size of the object, which has an identity.
+        """
+        return origin if name in self._distrusted else PeerSource(self, name, key, n_bytes, origin)
 
     def version_object(self, origin: Store, key: str) -> bytes | None:
         """Return a version or the hint from a peer; b"": it does not exist; None: the caller must ask the origin.
@@ -499,11 +500,11 @@ class PeerSource(WrapperStore):
     fault: then they come from the origin. `counters` are those of the origin.
     """
 
-    def __init__(self, peers: Peers, spec: CopySpec, origin: Store) -> None:
+    def __init__(self, peers: Peers, name: str, key: str, n_bytes: int, origin: Store) -> None:
         super().__init__(origin)
-        self._peers, self._spec = peers, spec
+        self._peers, self._name, self._key = peers, name, key
         self._lock = Lock()
-        self._taken = np.zeros(n_units(spec.n_bytes), bool)
+        self._taken = np.zeros(-(-n_bytes // _UNIT_BYTES), bool)
         self._refused: set[str] = set()
 
     def read_into(
@@ -563,17 +564,17 @@ class PeerSource(WrapperStore):
 
         read: Function that reads them from the store of a peer, by the name of the copy, within some seconds.
         """
-        n_bytes, spec = sum(span.n_bytes for span in ranges), self._spec
-        if key != spec.key or not n_bytes or not self._take(ranges):
+        n_bytes = sum(span.n_bytes for span in ranges)
+        if key != self._key or not n_bytes or not self._take(ranges):
             return False
         limit_s = STALL_S + n_bytes / SLOWEST_BYTES_S
         limit_s = limit_s if deadline_s is None else min(limit_s, deadline_s)
 
         def request(store: Store) -> bool:
-            read(store, f"copies/{spec.name}", limit_s)
+            read(store, f"copies/{self._name}", limit_s)
             return True
 
-        owner_key = self._peers.key(spec.name, is_shared=key.startswith(OWN_FOLDER))
+        owner_key = self._peers.key(self._name, is_shared=key.startswith(OWN_FOLDER))
         if self._peers.ask(owner_key, request, self._refused, cancel) is None:
             return False
         self._peers.counters.add("peer_bytes", n_bytes)
@@ -581,8 +582,9 @@ class PeerSource(WrapperStore):
 
     def _take(self, ranges: Sequence[ByteRange]) -> bool:
         """Return whether none of these bytes was read from a peer before, and remember them."""
-        units = mask_of(ranges, self._spec.n_bytes)
+        units = [slice(span.start // _UNIT_BYTES, -(-span.end // _UNIT_BYTES)) for span in ranges]
         with self._lock:
-            is_new = not (self._taken & units).any()
-            self._taken |= units
+            is_new = not any(self._taken[unit].any() for unit in units)
+            for unit in units:
+                self._taken[unit] = True
         return is_new

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import tiercache as tc
-from tiercache.cache.serve import PeerService, ServerOptions, serve
+from tiercache.peers.server import PeerService, ServerOptions, serve
 from tiercache.store import Store, open_store
 
 MACHINE_FIGURES = ("peer_requests", "peer_bytes", "peer_failures")

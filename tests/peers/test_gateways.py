@@ -4,7 +4,7 @@ import subprocess
 from contextlib import closing
 
 import pytest
-from tests.cache.machines import data_set_objects
+from tests.peers.machines import data_set_objects
 from tests.support.http_server import HttpFault, HttpFaultServer
 
 import tiercache as tc

@@ -20,7 +20,9 @@ from tiercache import config
 from tiercache._native.checksum import crc32c
 from tiercache.cache import Cache
 from tiercache.cache.names import copy_spec
-from tiercache.cache.peers import (
+from tiercache.errors import NotFound, StoreError
+from tiercache.model import ByteRange, ShardIdentity
+from tiercache.peers.readers import (
     FIRST_ABSENCE_S,
     GROUP_MACHINES,
     JITTER_S_PER_MACHINE,
@@ -33,9 +35,7 @@ from tiercache.cache.peers import (
     data_set_name,
     expand_hosts,
 )
-from tiercache.cache.serve import PeerService
-from tiercache.errors import NotFound, StoreError
-from tiercache.model import ByteRange, ShardIdentity
+from tiercache.peers.server import PeerService
 from tiercache.shard.versions.manifest import HINT_KEY, version_key
 from tiercache.store import MemoryStore
 from tiercache.store.contract import WrapperStore
@@ -322,7 +322,7 @@ def test_a_job_that_runs_no_servers_logs_some_warnings_and_not_one_for_each_mach
 
 
 def test_only_idle_connections_are_closed_when_there_are_many(monkeypatch):
-    monkeypatch.setattr("tiercache.cache.peers.MOST_STORES", 2)
+    monkeypatch.setattr("tiercache.peers.readers.MOST_STORES", 2)
     asker = Asker(5)
     closed = []
     with closing(asker.peers):
@@ -342,7 +342,7 @@ def test_addresses_behind_a_name_are_read_again_and_kept_while_the_resolver_fail
             raise found
         return found
 
-    monkeypatch.setattr("tiercache.cache.peers.look_up_host", look_up)
+    monkeypatch.setattr("tiercache.peers.readers.look_up_host", look_up)
     peers = Peers(PeerOptions.parse("dns:job"), "r", clock=clock)
     seen = []
     for _ in range(4):
@@ -383,7 +383,7 @@ class ScriptedPeer(WrapperStore):
 @pytest.fixture
 def peer(monkeypatch):
     peer = ScriptedPeer({})
-    monkeypatch.setattr("tiercache.cache.peers.open_peer_store", lambda *_: peer)
+    monkeypatch.setattr("tiercache.peers.readers.open_peer_store", lambda *_: peer)
     return peer
 
 
@@ -543,8 +543,8 @@ def test_a_version_that_no_peer_serves_comes_from_the_origin(world, peer):
 )
 @pytest.mark.parametrize("is_broken", [lambda _n: True, lambda n: n % 2 == 1], ids=["always", "every second"])
 def test_whatever_a_peer_answers_the_copy_is_right(world, monkeypatch, fault, is_broken):
-    monkeypatch.setattr("tiercache.cache.peers.STALL_S", 0.3)
-    monkeypatch.setattr("tiercache.cache.peers.FIRST_ABSENCE_S", 0.0)
+    monkeypatch.setattr("tiercache.peers.readers.STALL_S", 0.3)
+    monkeypatch.setattr("tiercache.peers.readers.FIRST_ABSENCE_S", 0.0)
     for key in ("a", "b", "c"):
         world.put(key, 300_000)
     answers = count()
@@ -599,7 +599,8 @@ class Node:
         """Read a whole object as a job does: what this machine has not yet comes by its peers' source."""
         if key not in self.kept:
             data = memoryview(bytearray(self.world.sizes[key]))
-            source = self.peers.store_for(self.world.specs[key], self.world.origin)
+            spec = self.world.specs[key]
+            source = self.peers.store_for(spec.name, spec.key, spec.n_bytes, self.world.origin)
             source.read_into(key, [(ByteRange(0, len(data)), data)])
             self.kept[key] = bytes(data)
         return self.kept[key]
