@@ -25,8 +25,16 @@ import tiercache as tc
 from cases import Bench, mib
 from rows import spread
 from tiercache.config import private_bytes
-from tiercache.shard.versions.manifest import HINT_KEY, encode_hint, encode_version, fingerprint_of, latest, version_key
-from tiercache.shard.versions.segments import pack_segment, read_segments
+from tiercache.shard.versions import (
+    HINT_KEY,
+    encode_hint,
+    encode_version,
+    fingerprint_of,
+    latest,
+    pack_segment,
+    read_segments,
+    version_key,
+)
 from tiercache.store import LocalFolder
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cachebench.hits import by_hand, paths_of, through_cache
 from tiercache.cache import Cache
-from tiercache.shard.versions.manifest import latest, read_shards
+from tiercache.shard.versions import latest, read_shards
 from tiercache.store import open_store
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tiercache.load.options import LoaderOptions
     from tiercache.packer import pack
     from tiercache.shard.schema import Image, Ragged, Tensor
-    from tiercache.shard.write.dataset_writer import Writer
+    from tiercache.shard.writer import Writer
     from tiercache.store.placement.locations import locate
     from tiercache.transform_rng import rng
 
@@ -89,7 +89,7 @@ _HOMES = {
     "Padded": "tiercache.data.output_spec",
     "Ragged": "tiercache.shard.schema",
     "Tensor": "tiercache.shard.schema",
-    "Writer": "tiercache.shard.write.dataset_writer",
+    "Writer": "tiercache.shard.writer",
     "collate": "tiercache.load.collate",
     "concat": "tiercache.data.dataset",
     "describe": "tiercache.data.output_spec",

@@ -171,7 +171,6 @@ class ShardInfo:
         crc32c: Checksum of the whole file.
         footer_offset: Offset of the footer in the file.
         footer_bytes: Size of the footer.
-        stats_json: Statistics by column as JSON text: {column: {"min":, "max":, "nulls":, "bytes":, "stored":}}.
     """
 
     name: str
@@ -181,7 +180,6 @@ class ShardInfo:
     crc32c: int
     footer_offset: int
     footer_bytes: int
-    stats_json: str = "{}"
 
     def identity(self, dataset_id: str) -> ShardIdentity:
         """Return the identity by which the cache and the tiers key copies of the shard."""

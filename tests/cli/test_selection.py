@@ -18,7 +18,7 @@ from tiercache.cli.selection import (
 from tiercache.load.epoch import OrderShare
 from tiercache.model import ShardInfo
 from tiercache.order import DatasetSizes, EpochOrder, RankPlan
-from tiercache.shard.versions.segments import ShardTable, new_segment, parse_segment
+from tiercache.shard.versions import ShardTable, new_segment, parse_segment
 
 
 def table(sizes, records=None):

@@ -9,7 +9,7 @@ import pytest
 
 from tiercache.distribution import __version__
 from tiercache.packer import pack
-from tiercache.shard.versions.commit import Commit
+from tiercache.shard.commit import Commit
 
 
 def test_the_version_is_printed(tiercache):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiercache.shard.read.verify import verify_dataset
+from tiercache.shard.verify import verify_dataset
 from tiercache.store import open_store
 
 
@@ -79,7 +79,7 @@ def test_a_sample_verifies_a_fraction_of_the_shards(tiercache, data_set, shards)
 
 def test_an_unreadable_shard_is_not_damaged_but_the_exit_code_is_3(tiercache, data_set, shards, monkeypatch):
     from tiercache.errors import StoreError
-    from tiercache.shard.read import verify
+    from tiercache.shard import verify
 
     def refuse(_store, key, *_rest):
         raise StoreError("the network is down", url=key, retryable=True)

@@ -21,7 +21,7 @@ from tiercache._native.permute import permute_one
 from tiercache.data import opened_version, selection
 from tiercache.data.opened_version import OpenedVersion
 from tiercache.order import derive_key
-from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.reader import ShardReader
 
 N = 150
 

@@ -25,7 +25,7 @@ from tiercache.load import reading_plan
 from tiercache.load.epoch import NextEpoch
 from tiercache.load.reading_plan import ReadingPlanPublisher
 from tiercache.model import NEVER, ReadingPlan
-from tiercache.shard.read.shard_reader import ReleasingPlan
+from tiercache.shard.reader import ReleasingPlan
 
 N, WORDS = 1536, 1536  # records of 15 KiB, in blocks that are further apart than requests are joined
 # Options with which a rank reads other shards in each epoch.

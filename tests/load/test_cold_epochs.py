@@ -13,7 +13,7 @@ from tests.support.http_server import HttpFaultServer
 import tiercache as tc
 from tiercache.data import opened_version
 from tiercache.load.planner import SHARDS_AHEAD
-from tiercache.shard.versions.manifest import latest, read_shards
+from tiercache.shard.versions import latest, read_shards
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.store.contract import WrapperStore
 from tiercache.waiting import wait_for

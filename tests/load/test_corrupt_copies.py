@@ -179,7 +179,7 @@ def test_a_later_epoch_checks_pages_again_after_a_silent_change(server, cache, m
         assert read_all(dataset, "loader", loaders) == list(range(N))
         memory[100] ^= 4
         wait_until_settled(*copies)
-        monkeypatch.setattr("tiercache.shard.read.blocks.CHECKED_FOR_S", -1.0)
+        monkeypatch.setattr("tiercache.shard.blocks.CHECKED_FOR_S", -1.0)
         loaders.clear()  # the windows with which its next epoch begins are loaded already
         for _ in range(2):
             assert read_all(dataset, "loader", loaders) == list(range(N))

@@ -14,7 +14,7 @@ from tiercache.load.prefetch import (
     task_bytes,
 )
 from tiercache.order import Window
-from tiercache.shard.read.blocks import merge_pages
+from tiercache.shard.blocks import merge_pages
 
 PAGE = 4096
 

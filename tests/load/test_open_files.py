@@ -14,10 +14,10 @@ from tests.testing.warm_process import ROOT
 from tiercache._native.checksum import crc32c
 from tiercache.errors import StoreError
 from tiercache.model import ShardInfo
-from tiercache.shard.format.layout import TAIL_BYTES, Footer, Tail, pack_head
+from tiercache.shard.commit import commit
+from tiercache.shard.layout import TAIL_BYTES, Footer, Tail, pack_head
 from tiercache.shard.schema import Schema
-from tiercache.shard.versions.commit import commit
-from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
+from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store import LocalFolder
 from tiercache.store.posix import os_errors
 

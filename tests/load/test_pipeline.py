@@ -22,7 +22,7 @@ from tests.load.conftest import check_batch, ids_of, join_loading, make_columns
 import tiercache as tc
 from tiercache.load.epoch import PieceSizes
 from tiercache.load.pipeline import Pipeline
-from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.reader import ShardReader
 from tiercache.waiting import wait_for
 
 

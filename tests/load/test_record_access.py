@@ -21,9 +21,9 @@ from tests.support.http_server import HttpFaultServer
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
-from tiercache.shard.read import chunks, shard_reader
-from tiercache.shard.read.shard_reader import ShardReader
-from tiercache.shard.read.source import ByteSource
+from tiercache.shard import chunks, shard_reader
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.source import ByteSource
 
 N = 300
 PAGE_BYTES = 64 << 10

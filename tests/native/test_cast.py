@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tiercache._native import gather
-from tiercache.shard.column_types import FLOATS, INTEGERS, STORED
 from tiercache.shard.conversion import DTYPE_NUMBERS, round_to_bfloat16, widen_bfloat16
+from tiercache.shard.schema import FLOATS, INTEGERS, STORED
 
 WHOLE = (*sorted(INTEGERS), "bool")
 PAIRS = [(a, b) for a, b in itertools.product(STORED, STORED) if a != b and (a in WHOLE or b in FLOATS)]

@@ -19,10 +19,10 @@ from tests.testing.strikes import strike
 
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError, TierCacheError
 from tiercache.packer import PackOptions, jsonl, pack, plan_pack, plan_split_folders, run_pack, run_packs
-from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.commit import Commit
+from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Image, Kind, Ragged, Schema
-from tiercache.shard.versions.commit import Commit
-from tiercache.shard.versions.manifest import latest, list_versions, read_shards
+from tiercache.shard.versions import latest, list_versions, read_shards
 from tiercache.store import open_store
 
 NESTED_SCHEMA = pa.schema(

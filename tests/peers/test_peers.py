@@ -36,7 +36,7 @@ from tiercache.peers.readers import (
     expand_hosts,
 )
 from tiercache.peers.server import PeerService
-from tiercache.shard.versions.manifest import HINT_KEY, version_key
+from tiercache.shard.versions import HINT_KEY, version_key
 from tiercache.store import MemoryStore
 from tiercache.store.contract import WrapperStore
 

@@ -30,7 +30,7 @@ from tiercache.peers.server import (
     run_service,
     server_block,
 )
-from tiercache.shard.versions.manifest import HINT_KEY, latest, read_shards
+from tiercache.shard.versions import HINT_KEY, latest, read_shards
 from tiercache.store import LocalFolder
 from tiercache.store.pacing import RequestTimes
 from tiercache.waiting import wait_for

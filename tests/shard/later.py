@@ -17,11 +17,11 @@ import pyarrow as pa
 
 from tiercache._native.checksum import crc32c
 from tiercache.model import ShardInfo
-from tiercache.shard.format import codec
-from tiercache.shard.format.layout import Footer, Tail, align
-from tiercache.shard.read.shard_reader import ShardReader
-from tiercache.shard.versions import segments
-from tiercache.shard.versions.manifest import read_version, version_key
+from tiercache.shard import codec
+from tiercache.shard import versions as segments
+from tiercache.shard.layout import Footer, Tail, align
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.versions import read_version, version_key
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 
@@ -44,9 +44,7 @@ def sealed(chunks: bytes, footer: Footer, name: str, raw: bytes | None = None) -
     stored, raw_bytes = footer.pack() if raw is None else (codec.compress(raw, 3), len(raw))
     tail = Tail(len(chunks), len(stored), raw_bytes, crc32c(stored))
     data = chunks + stored + tail.pack()
-    info = ShardInfo(
-        name, footer.shard_id.hex(), footer.n_records, len(data), crc32c(data), len(chunks), len(stored), "{}"
-    )
+    info = ShardInfo(name, footer.shard_id.hex(), footer.n_records, len(data), crc32c(data), len(chunks), len(stored))
     return asdict(info), data
 
 
@@ -57,8 +55,6 @@ def content_with(footer: Footer, facts: dict[str, Any], more: tuple[bytes, ...])
     rows = [struct.unpack_from("<QQ", raw, 40 + 16 * i) for i in range(SECTIONS)]
     sections = [raw[offset : offset + length] for offset, length in rows]
     known = json.loads(sections[0]) | facts
-    for column in known["statistics"].values():
-        column["distinct"] = 3
     sections[0] = json.dumps(known).encode()
     sections += more
     out = bytearray(raw[:36] + struct.pack("<I", len(sections)))

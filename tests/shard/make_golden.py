@@ -20,12 +20,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import later
 
 import tiercache as tc
-from tiercache.shard.column_types import STORED
-from tiercache.shard.format.layout import pack_head
-from tiercache.shard.read.shard_reader import ShardReader
-from tiercache.shard.schema import Image, Ragged, Schema, Tensor
-from tiercache.shard.versions.manifest import read_version
-from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
+from tiercache.shard.layout import pack_head
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.schema import STORED, Image, Ragged, Schema, Tensor
+from tiercache.shard.versions import read_version
+from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 

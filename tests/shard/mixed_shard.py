@@ -4,10 +4,10 @@ import time
 
 import numpy as np
 
-from tiercache.shard.read.chunks import STAT_INTERVAL_S
-from tiercache.shard.read.source import MIN_CTIME_AGE_NS
+from tiercache.shard.chunks import STAT_INTERVAL_S
 from tiercache.shard.schema import Image, Ragged, Schema, Tensor
-from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
+from tiercache.shard.source import MIN_CTIME_AGE_NS
+from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.waiting import wait_for
 
 N = 3000

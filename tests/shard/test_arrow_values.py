@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 
 from tiercache.errors import SchemaError
-from tiercache.shard.read.shard_reader import ShardReader
-from tiercache.shard.read.values import as_batch
+from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema
-from tiercache.shard.write.shard_writer import ShardWriter
+from tiercache.shard.values import as_batch
+from tiercache.shard.writer import ShardWriter
 from tiercache.store.memory import MemoryStore
 
 NOON = dt.datetime(2026, 1, 1, 12)

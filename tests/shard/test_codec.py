@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tiercache.shard.column_types import Kind
-from tiercache.shard.format.codec import MEASURED_BLOCKS, BlockCodec
+from tiercache.shard.codec import MEASURED_BLOCKS, BlockCodec
+from tiercache.shard.schema import Kind
 
 
 @pytest.mark.parametrize(("n_letters", "kept"), [(26, False), (4, True)])  # zstd leaves 0.60 and 0.27 of them

@@ -16,11 +16,11 @@ from tests.support.stores import CountingStore, GateStore
 
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError
 from tiercache.model import ShardInfo
+from tiercache.shard import commit as commits
+from tiercache.shard import versions as manifest
+from tiercache.shard.commit import MAX_SEGMENTS, Commit, commit, plan_merge
 from tiercache.shard.schema import Schema
-from tiercache.shard.versions import commit as commits
-from tiercache.shard.versions import manifest
-from tiercache.shard.versions.commit import MAX_SEGMENTS, Commit, commit, plan_merge
-from tiercache.shard.versions.manifest import Version, version_key
+from tiercache.shard.versions import Version, version_key
 from tiercache.store import LocalFolder, MemoryStore, Store
 
 SCHEMA = Schema.of({"tokens": "int64", "caption": "str"})

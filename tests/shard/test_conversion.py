@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tiercache.shard.column_types import INTEGERS, STORED
 from tiercache.shard.conversion import ConversionError, as_numpy, fit, round_to_bfloat16, widen_bfloat16
+from tiercache.shard.schema import INTEGERS, STORED
 
 INTEGER_DTYPES = st.sampled_from(sorted(INTEGERS))
 

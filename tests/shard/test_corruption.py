@@ -12,10 +12,10 @@ import torch  # noqa: F401 - bfloat16 values are its tensors
 
 from tiercache.errors import CorruptShard, UnsupportedFormat
 from tiercache.model import ObjectInfo
-from tiercache.shard.read.shard_reader import ShardReader
-from tiercache.shard.read.values import as_batch, block_values
-from tiercache.shard.read.verify import verify_shard
-from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.values import as_batch, block_values
+from tiercache.shard.verify import verify_shard
+from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 

@@ -17,13 +17,12 @@ from tests.support.faults import Fault, FaultKind, FaultStore
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError
-from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard import versions as manifest
+from tiercache.shard import writer as dataset_writer
+from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema
-from tiercache.shard.versions import manifest
-from tiercache.shard.versions.manifest import version_key
-from tiercache.shard.write import dataset_writer
-from tiercache.shard.write.dataset_writer import Writer
-from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
+from tiercache.shard.versions import version_key
+from tiercache.shard.writer import ShardOptions, ShardWriter, Writer
 from tiercache.store import LocalFolder, MemoryStore, Store
 
 SCHEMA = {"x": "int64", "text": "str"}

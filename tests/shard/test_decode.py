@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.shard.format import codec
+from tiercache.shard import chunks, codec
 from tiercache.shard.memory import HUGE_PAGE_BYTES, BufferPool, address_of
-from tiercache.shard.read import chunks
 
 
 def frames_of(contents: list[bytes], stored: list[bytes] | None = None) -> tuple[list[np.ndarray], list[np.ndarray]]:

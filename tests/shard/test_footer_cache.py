@@ -7,9 +7,9 @@ import pytest
 from tests.support.stores import CountingStore
 
 from tiercache.errors import CorruptShard
-from tiercache.shard.read.shard_reader import FooterCache, ShardReader
+from tiercache.shard.reader import FooterCache, ShardReader
 from tiercache.shard.schema import Schema
-from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
+from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 

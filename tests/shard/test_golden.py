@@ -15,10 +15,10 @@ import torch
 
 import tiercache as tc
 from tiercache.model import ShardInfo
-from tiercache.shard.read.shard_reader import ShardReader
-from tiercache.shard.read.values import as_records
-from tiercache.shard.read.verify import verify_dataset, verify_shard
-from tiercache.shard.versions.manifest import latest, list_versions, read_shards, read_version
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.values import as_records
+from tiercache.shard.verify import verify_dataset, verify_shard
+from tiercache.shard.versions import latest, list_versions, read_shards, read_version
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 
@@ -34,7 +34,10 @@ def load_script() -> ModuleType:
 
 golden = load_script()
 FOLDER = golden.FOLDER
-INFOS = {name: ShardInfo(**row) for name, row in json.loads((FOLDER / "infos.json").read_text()).items()}
+INFOS = {
+    name: ShardInfo(**{field: value for field, value in row.items() if field != "stats_json"})
+    for name, row in json.loads((FOLDER / "infos.json").read_text()).items()
+}
 # The first 128 bits of each file's SHA-256. Never change a line of this, and never take one out: these files must be
 # readable for ever. Another format version gets a folder and a list of its own.
 FROZEN = {
@@ -182,7 +185,6 @@ def test_a_shard_written_now_equals_the_golden_shard_except_for_random_fields():
         old, kept = INFOS[name], (FOLDER / f"{name}.tcs").read_bytes()
         assert info["footer_offset"] == old.footer_offset
         assert data[64 : old.footer_offset] == kept[64 : old.footer_offset]
-        assert info["stats_json"] == old.stats_json
 
 
 @pytest.mark.parametrize("folder", ["dataset", "later"])

@@ -10,12 +10,12 @@ from tests.shard import later
 
 import tiercache as tc
 from tiercache.errors import CorruptShard
-from tiercache.shard.format.layout import GROUPED_COLUMNS, Tail
-from tiercache.shard.read.shard_reader import ShardReader
-from tiercache.shard.read.verify import verify_shard
+from tiercache.shard.layout import GROUPED_COLUMNS, Tail
+from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema
-from tiercache.shard.write.shard_file import GROUP_BYTES, columns_to_group
-from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
+from tiercache.shard.shard_file import GROUP_BYTES, columns_to_group
+from tiercache.shard.verify import verify_shard
+from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store import MemoryStore
 from tiercache.store.coalescing import RequestCosts
 from tiercache.store.contract import WrapperStore

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from tiercache._native.block_builder import join
 from tiercache.errors import SchemaError
-from tiercache.shard.read.shard_reader import ShardReader
-from tiercache.shard.read.values import as_batch
+from tiercache.shard.ingest import build_column_data
+from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Image, Ragged, Schema, Tensor
-from tiercache.shard.write.ingest import build_column_data
-from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
+from tiercache.shard.values import as_batch
+from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.memory import MemoryStore
 
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import CorruptShard, UnsupportedFormat
-from tiercache.shard.format import codec
-from tiercache.shard.format.layout import FORMAT_VERSION, HEAD_BYTES, TAIL_BYTES, Footer, Tail, pack_head, parse_head
-from tiercache.shard.read.shard_reader import ShardReader
-from tiercache.shard.read.values import as_batch
+from tiercache.shard import codec
+from tiercache.shard.layout import FORMAT_VERSION, HEAD_BYTES, TAIL_BYTES, Footer, Tail, pack_head, parse_head
+from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Ragged, Schema, Tensor
-from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
+from tiercache.shard.values import as_batch
+from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.memory import MemoryStore
 
 SCHEMA = Schema.of(

@@ -19,12 +19,19 @@ from tests.support.stores import CountingStore
 
 from tiercache.errors import CorruptShard, NotFound, StoreError
 from tiercache.model import ShardInfo
-from tiercache.shard.read.source import READS_AGAIN
+from tiercache.shard import versions
 from tiercache.shard.schema import Schema, Tensor
-from tiercache.shard.versions import manifest, segments
-from tiercache.shard.versions import manifest as manifest_module
-from tiercache.shard.versions.manifest import Version, encode_version, fingerprint_of, parse_version, version_key
-from tiercache.shard.versions.segments import SegmentRef, new_segment, pack_segment
+from tiercache.shard.source import READS_AGAIN
+from tiercache.shard.versions import (
+    SegmentRef,
+    Version,
+    encode_version,
+    fingerprint_of,
+    new_segment,
+    pack_segment,
+    parse_version,
+    version_key,
+)
 from tiercache.store import LocalFolder, MemoryStore, open_store
 
 if TYPE_CHECKING:
@@ -39,7 +46,7 @@ DATASET_ID = "d" * 32
 
 def shard(i: int, n_records: int = 10, **changes: object) -> ShardInfo:
     info = ShardInfo(
-        f"shards/w-{i:06d}.tcs", f"{i:032x}", n_records, 4096 + i, (i * 2654435761) % 2**32, 3000, 1000 + i, "{}"
+        f"shards/w-{i:06d}.tcs", f"{i:032x}", n_records, 4096 + i, (i * 2654435761) % 2**32, 3000, 1000 + i
     )
     return replace(info, **changes)
 
@@ -169,20 +176,20 @@ class TestVersionText:
             encode_version(replace(version, schema_bytes=schema_bytes, fingerprint=fingerprint_of(*facts))),
         )
         with pytest.raises(CorruptShard, match="schema"):
-            manifest.read_version(store, 3)
+            versions.read_version(store, 3)
 
 
 class TestShardTable:
     def test_infos_read_back_equal_and_in_order(self, store: MemoryStore) -> None:
-        parts = [[shard(5, stats_json='{"label":{"min":1}}'), shard(4)], [shard(9)], []]
+        parts = [[shard(5), shard(4)], [shard(9)], []]
         version = store_version(store, 1, parts)
-        table = manifest.read_shards(store, version)
+        table = versions.read_shards(store, version)
         assert list(table.infos()) == [info for part in parts for info in part]
         assert table.first_record.tolist() == [0, 10, 20, 30]
         assert (len(table), table.n_records.dtype, table.crc32c.dtype) == (3, np.int64, np.uint32)
 
     def test_the_tables_numbers_cannot_be_changed(self, store: MemoryStore) -> None:
-        table = manifest.read_shards(store, store_version(store, 1, [[shard(1)], [shard(2)]]))
+        table = versions.read_shards(store, store_version(store, 1, [[shard(1)], [shard(2)]]))
         for array in (table.n_records, table.n_bytes, table.crc32c, table.first_record):
             with pytest.raises(ValueError, match="read-only"):
                 array[0] = 7
@@ -190,19 +197,19 @@ class TestShardTable:
     def test_segments_whose_totals_differ_from_the_version_are_corruption(self, store: MemoryStore) -> None:
         version = store_version(store, 1, [[shard(1)]])
         with pytest.raises(CorruptShard, match="10 records, the version says 11"):
-            manifest.read_shards(store, replace(version, n_records=11))
+            versions.read_shards(store, replace(version, n_records=11))
 
     def test_a_missing_segment_is_not_found(self, store: MemoryStore) -> None:
         version = store_version(store, 1, [[shard(1)]])
         store.delete([version.segments[0].key])
         with pytest.raises(NotFound, match=re.escape(version.segments[0].name)):
-            manifest.read_shards(store, version)
+            versions.read_shards(store, version)
 
 
 class TestLatest:
     def test_a_folder_without_versions_is_not_found(self, store: MemoryStore) -> None:
         with pytest.raises(NotFound, match="no data set here"):
-            manifest.latest(store)
+            versions.latest(store)
 
     @pytest.mark.parametrize(
         "hint", [None, b"1\n", b"3\n", b"5\n", b"9\n", b"", b"\xff\x00", b"-1", b"0", b"9" * 40, b"../x", b"4.5"]
@@ -211,16 +218,16 @@ class TestLatest:
         for number in range(1, 6):
             store_version(store, number)
         if hint is not None:
-            store.put(manifest.HINT_KEY, hint)
-        assert manifest.latest(store).number == 5
+            store.put(versions.HINT_KEY, hint)
+        assert versions.latest(store).number == 5
 
     def test_a_correct_hint_costs_three_requests_and_no_listing(self, store: MemoryStore) -> None:
         for number in range(1, 4):
             version = store_version(store, number)
-        store.put(manifest.HINT_KEY, manifest.encode_hint(version))
+        store.put(versions.HINT_KEY, versions.encode_version(version))
         counting = CountingStore(store)
-        manifest.latest(counting)
-        assert counting.calls == [("get", manifest.HINT_KEY), ("get", version_key(3)), ("get", version_key(4))]
+        versions.latest(counting)
+        assert counting.calls == [("get", versions.HINT_KEY), ("get", version_key(3)), ("get", version_key(4))]
 
     @pytest.mark.parametrize("hint", [None, b"2", b"77"])
     def test_the_newest_version_is_found_in_a_store_that_cannot_list(
@@ -229,72 +236,72 @@ class TestLatest:
         for number in range(1, 4):
             store_version(store, number)
         if hint is not None:
-            store.put(manifest.HINT_KEY, hint)
+            store.put(versions.HINT_KEY, hint)
         blind = FaultStore(store, [Fault("list", times=100, retryable=False, status=405)])
-        assert manifest.latest(blind).number == 3
+        assert versions.latest(blind).number == 3
 
     @pytest.mark.parametrize("change", ["outdated", "of a deleted data set", "corrupt", "of a later format"])
     @pytest.mark.parametrize("where", ["memory", "remote"])
     def test_a_hint_that_is_a_wrong_version_is_not_believed(self, store: MemoryStore, change: str, where: str) -> None:
         for number in range(1, 4):
             version = store_version(store, number, [[shard(number)]])
-        text = manifest.encode_hint(version)
+        text = versions.encode_version(version)
         if change == "outdated":
             newer = store_version(store, 4, [[shard(4)]])
         else:
             newer = version
             other = replace(version, writer="another", created="2025-01-01T00:00:00+00:00")
             text = {
-                "of a deleted data set": manifest.encode_hint(other),
+                "of a deleted data set": versions.encode_version(other),
                 "corrupt": text.replace(b'"number":3', b'"number":7'),
                 "of a later format": text.replace(b'"format":1', b'"format":2'),
             }[change]
-        store.put(manifest.HINT_KEY, text)
+        store.put(versions.HINT_KEY, text)
         with HttpFaultServer(store) as server:  # segments of a remote store are read before the version is known
-            found, table = manifest.open_latest(store if where == "memory" else open_store(server.url))
+            found, table = versions.open_latest(store if where == "memory" else open_store(server.url))
         assert found == newer
         assert table.names.to_pylist() == [shard(newer.number).name]
 
     def test_a_temporary_error_of_a_listing_is_raised(self, store: MemoryStore) -> None:
         store_version(store, 1)
         with pytest.raises(StoreError):
-            manifest.latest(FaultStore(store, [Fault("list", retryable=True)]))
+            versions.latest(FaultStore(store, [Fault("list", retryable=True)]))
 
     def test_deleted_old_versions_do_not_hide_the_newest(self, store: MemoryStore) -> None:
         for number in (7, 8):
             store_version(store, number)
-        assert manifest.latest(store).number == 8
+        assert versions.latest(store).number == 8
 
     def test_a_damaged_older_version_does_not_matter(self, store: MemoryStore) -> None:
         for number in (1, 2, 3):
             store_version(store, number)
         store.put(version_key(2), b"rotten")
-        store.put(manifest.HINT_KEY, b"1")
-        assert manifest.latest(store).number == 3
+        store.put(versions.HINT_KEY, b"1")
+        assert versions.latest(store).number == 3
         with pytest.raises(CorruptShard):
-            manifest.read_version(store, 2)
+            versions.read_version(store, 2)
 
     def test_a_damaged_newest_version_is_corruption_and_not_replaced_by_an_older_one(self, store: MemoryStore) -> None:
         for number in (1, 2):
             store_version(store, number)
         store.put(version_key(2), b"rotten")
         with pytest.raises(CorruptShard, match=re.escape(version_key(2))):
-            manifest.latest(store)
+            versions.latest(store)
 
     def test_old_versions_stay_readable_by_number(self, store: MemoryStore) -> None:
         first = store_version(store, 1, [[shard(1)]])
         store_version(store, 2, [[shard(2)]])
-        assert manifest.read_version(store, 1) == first
-        assert manifest.list_versions(store) == [1, 2]
+        assert versions.read_version(store, 1) == first
+        assert versions.list_versions(store) == [1, 2]
         for number in (0, -1, 3, 2**70):
             with pytest.raises(NotFound, match="no version"):
-                manifest.read_version(store, number)
+                versions.read_version(store, number)
 
     def test_other_files_among_the_versions_are_ignored(self, store: MemoryStore) -> None:
         store_version(store, 1)
         for name in ("00000000000000000002.json.tmp", "notes.txt", "00000000000000000000.json", "2.json"):
-            store.put(manifest_module.VERSIONS_FOLDER + name, b"x")
-        assert manifest.list_versions(store) == [1]
+            store.put(versions.VERSIONS_FOLDER + name, b"x")
+        assert versions.list_versions(store) == [1]
 
 
 class TestMillionShards:
@@ -316,7 +323,7 @@ class TestMillionShards:
             "footer_bytes": np.full(n, 5000),
             "statistics": pa.array(["{}"], pa.large_string()).take(pa.array(np.zeros(n, np.int64))),
         }
-        ref, data = pack_segment(pa.table(columns, schema=segments._SCHEMA))
+        ref, data = pack_segment(pa.table(columns, schema=versions._SCHEMA))
         local = LocalFolder(tmp_path)
         with local.create(ref.key) as upload:
             upload.put_part(0, data)
@@ -336,8 +343,8 @@ class TestMillionShards:
         self, opened: tuple[CountingStore, Version, LocalFolder], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         counting, version, local = opened
-        monkeypatch.setattr(segments, "ShardInfo", None)  # a row made into an object would fail here
-        table = manifest.read_shards(local, manifest.latest(local))
+        monkeypatch.setattr(versions, "ShardInfo", None)  # a row made into an object would fail here
+        table = versions.read_shards(local, versions.latest(local))
         assert len(table) == self.N_SHARDS
         assert table.first_record[-1] == version.n_records
         # The columns lie in one mapping: zero-copy, and shared by all processes through the page cache.
@@ -349,14 +356,14 @@ class TestMillionShards:
         assert table.info(self.N_SHARDS - 1).crc32c == self.N_SHARDS - 1
         # By ranges: the hint, a listing, the version, the one after it, whether the segment is as long as the version
         # claims (asked of those above 1 MiB), and the segment in one call.
-        manifest.read_shards(counting, manifest.latest(counting))
+        versions.read_shards(counting, versions.latest(counting))
         assert [verb for verb, _ in counting.calls] == ["get", "list", "get", "get", "head", "read_into"]
 
 
 class TestTransferErrors:
     """A version or a segment that is damaged on the way is fetched once more, and no more than once."""
 
-    @pytest.mark.parametrize("read", [manifest.latest, lambda store: manifest.read_version(store, 2)])
+    @pytest.mark.parametrize("read", [versions.latest, lambda store: versions.read_version(store, 2)])
     @pytest.mark.parametrize("number", [1, 2])
     def test_a_version_that_is_damaged_in_transit_is_fetched_again(self, store: MemoryStore, read, number) -> None:
         for n in (1, 2):
@@ -364,7 +371,7 @@ class TestTransferErrors:
         faulty = FaultStore(store, [Fault("get", kind=FaultKind.BIT_FLIP, keys=version_key(number))])
         assert read(faulty) == version
 
-    @pytest.mark.parametrize("read", [manifest.latest, lambda store: manifest.read_version(store, 1)])
+    @pytest.mark.parametrize("read", [versions.latest, lambda store: versions.read_version(store, 1)])
     def test_a_version_that_is_damaged_twice_is_corruption(self, store: MemoryStore, read) -> None:
         store_version(store, 1, [[shard(1)]])
         faulty = FaultStore(store, [Fault("get", kind=FaultKind.BIT_FLIP, times=99, keys=version_key(1))])
@@ -377,8 +384,8 @@ class TestTransferErrors:
         version = store_version(store, 1, [[shard(1), shard(2)]])
         faulty = FaultStore(store, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=times)])
         if is_read:
-            assert len(manifest.read_shards(faulty, version)) == 2
+            assert len(versions.read_shards(faulty, version)) == 2
         else:
             with pytest.raises(CorruptShard, match="CRC-32C"):
-                manifest.read_shards(faulty, version)
+                versions.read_shards(faulty, version)
         assert len(faulty.faulted_calls) == min(times, 1 + READS_AGAIN)

@@ -7,9 +7,9 @@ import pytest
 from tests.shard.mixed_shard import SCHEMA, fill, wait_until_settled
 
 from tiercache.errors import CorruptShard
-from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema
-from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
+from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 
 RAW = [SCHEMA.index(name) for name in ("i", "t", "b", "r", "n")]

@@ -16,12 +16,12 @@ from tests.support.faults import Fault, FaultKind, FaultStore
 from tiercache._native import gather
 from tiercache.errors import CorruptShard, NotFound, SchemaError, StoreError
 from tiercache.shard import schema
-from tiercache.shard.format.layout import PAGE_BYTES
-from tiercache.shard.read.shard_reader import ShardReader
-from tiercache.shard.read.source import READS_AGAIN
-from tiercache.shard.read.values import as_batch, block_values
+from tiercache.shard.layout import PAGE_BYTES
+from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema
-from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
+from tiercache.shard.source import READS_AGAIN
+from tiercache.shard.values import as_batch, block_values
+from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 

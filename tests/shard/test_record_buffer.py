@@ -12,19 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tiercache._native.block_builder import BlockBuilder
+from tiercache._native.block_builder import ADDED, EXCEEDS_BLOCK, NEEDS_CONVERSION, BlockBuilder
 from tiercache.errors import SchemaError
-from tiercache.shard.read.shard_reader import ShardReader
-from tiercache.shard.read.values import as_batch
+from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Image, Ragged, Schema, Tensor
-from tiercache.shard.write.shard_writer import (
-    ADDED,
-    EXCEEDS_BLOCK,
-    NEEDS_CONVERSION,
-    RecordBuffer,
-    ShardOptions,
-    ShardWriter,
-)
+from tiercache.shard.values import as_batch
+from tiercache.shard.writer import RecordBuffer, ShardOptions, ShardWriter
 from tiercache.store.memory import MemoryStore
 
 INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]

@@ -1,7 +1,6 @@
 """Records of any schema read back equal: by record, by batch and as Arrow, mapped and by ranges."""
 
 import datetime as dt
-import json
 import math
 import tempfile
 from decimal import Decimal
@@ -15,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from tiercache.shard.codec import BlockCodec
 from tiercache.shard.conversion import widen_bfloat16
-from tiercache.shard.format.codec import BlockCodec
-from tiercache.shard.read.shard_reader import ShardReader
-from tiercache.shard.read.values import as_batch, as_records, block_values
+from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Image, Kind, Ragged, Schema, Tensor
-from tiercache.shard.write.shard_file import ShardFile, UploadQueue
-from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
+from tiercache.shard.shard_file import ShardFile, UploadQueue
+from tiercache.shard.values import as_batch, as_records, block_values
+from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 
@@ -275,17 +274,3 @@ def test_returned_arrays_are_writable_and_owned_by_the_caller(rows):
     record["r"][:] = 7
     again = as_records(ShardReader(store, info.name).take(rows, [0, 1]))[0]
     assert again["t"].tolist() == again["r"].tolist() == [1, 1]
-
-
-def test_statistics_have_minimum_maximum_and_nulls():
-    store = MemoryStore("round-trip-statistics")
-    with ShardWriter(
-        store, Schema.of({"x": "float32?", "n": "int64", "s": "str"}), ShardOptions(block_bytes=1)
-    ) as writer:
-        writer.write_batch({"x": [1.5, None, float("nan")], "n": [3, -(2**63), 5], "s": ["a", "b", "c"]})
-    (info,) = writer.finish()
-    found = json.loads(info.stats_json)
-    assert (found["x"]["min"], found["x"]["max"], found["x"]["nulls"]) == (1.5, 1.5, 1)
-    assert (found["n"]["min"], found["n"]["max"]) == (-(2**63), 5)
-    assert set(found["s"]) == {"nulls", "bytes"}
-    assert ShardReader(store, info.name).footer.statistics == found

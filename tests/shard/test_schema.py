@@ -12,8 +12,19 @@ import pytest
 import torch
 
 from tiercache.errors import SchemaError
-from tiercache.shard.column_types import register_extension_types
-from tiercache.shard.schema import BITS, FIXED, VAR, Column, Image, Kind, Ragged, Schema, Stream, Tensor
+from tiercache.shard.schema import (
+    BITS,
+    FIXED,
+    VAR,
+    Column,
+    Image,
+    Kind,
+    Ragged,
+    Schema,
+    Stream,
+    Tensor,
+    register_extension_types,
+)
 
 EVERYTHING = {
     "i": "int64?",

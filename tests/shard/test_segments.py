@@ -16,8 +16,8 @@ from tests.support.stores import CountingStore
 
 from tiercache.errors import CorruptShard
 from tiercache.model import ShardIdentity, ShardInfo
-from tiercache.shard.versions import segments
-from tiercache.shard.versions.segments import ShardTable, new_segment, pack_segment, parse_segment, read_segments
+from tiercache.shard import versions as segments
+from tiercache.shard.versions import ShardTable, new_segment, pack_segment, parse_segment, read_segments
 from tiercache.store import LocalFolder, MemoryStore, check_key
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ DATASET_ID = "d" * 32
 
 def shard(i: int, n_records: int = 10, **changes: object) -> ShardInfo:
     info = ShardInfo(
-        f"shards/w-{i:06d}.tcs", f"{i:032x}", n_records, 4096 + i, (i * 2654435761) % 2**32, 3000, 1000 + i, "{}"
+        f"shards/w-{i:06d}.tcs", f"{i:032x}", n_records, 4096 + i, (i * 2654435761) % 2**32, 3000, 1000 + i
     )
     return replace(info, **changes)
 

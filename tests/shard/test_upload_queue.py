@@ -11,13 +11,12 @@ import pytest
 from tests.support.forks import in_a_fork
 
 from tiercache.errors import StoreError
+from tiercache.shard import shard_file as shard_file
 from tiercache.shard.memory import BUFFER_POOL, HUGE_PAGE_BYTES, SMALL_BYTES
-from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema, Tensor
-from tiercache.shard.write import shard_file
-from tiercache.shard.write.dataset_writer import Writer
-from tiercache.shard.write.shard_file import UploadQueue
-from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
+from tiercache.shard.shard_file import UploadQueue
+from tiercache.shard.writer import ShardOptions, ShardWriter, Writer
 from tiercache.store.contract import Upload
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore

@@ -8,11 +8,11 @@ import pytest
 from tiercache._native.checksum import crc32c
 from tiercache.errors import CorruptShard, NotFound
 from tiercache.model import ShardInfo
-from tiercache.shard.format.layout import Tail
-from tiercache.shard.read.shard_reader import ShardReader
-from tiercache.shard.read.verify import Finding, verify_shard
+from tiercache.shard.layout import Tail
+from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Ragged, Schema, Tensor
-from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
+from tiercache.shard.verify import Finding, verify_shard
+from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 

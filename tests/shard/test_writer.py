@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import SchemaError, StoreError
-from tiercache.shard.format.codec import RAW, ZSTD
-from tiercache.shard.read.shard_reader import ShardReader
-from tiercache.shard.read.values import as_batch
+from tiercache.shard.codec import RAW, ZSTD
+from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Image, Ragged, Schema, Tensor
-from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
+from tiercache.shard.values import as_batch
+from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.memory import MemoryStore
 
 

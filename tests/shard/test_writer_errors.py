@@ -13,12 +13,12 @@ import pytest
 from tests.support.forks import in_a_fork
 
 from tiercache.errors import StoreError
-from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard import shard_file
+from tiercache.shard import writer as shard_writer
+from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema
-from tiercache.shard.write import shard_file, shard_writer
-from tiercache.shard.write.column_data import BlockCutter
-from tiercache.shard.write.shard_file import ShardFile, UploadQueue
-from tiercache.shard.write.shard_writer import ShardOptions, ShardWriter
+from tiercache.shard.shard_file import BlockCutter, ShardFile, UploadQueue
+from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 

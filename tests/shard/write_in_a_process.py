@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-from tiercache.shard.write.dataset_writer import Writer
+from tiercache.shard.writer import Writer
 
 with Writer(sys.argv[1], mode="append", shard_size=4000, block_size=1000) as writer:
     while True:

@@ -9,7 +9,7 @@ from tests.stress.writing import N_RECORDS, records
 from tests.support.warm_python import WarmPython
 
 import tiercache as tc
-from tiercache.shard.read.verify import verify_dataset
+from tiercache.shard.verify import verify_dataset
 from tiercache.store import open_store
 
 

@@ -12,7 +12,7 @@ from tests.load.conftest import SCHEMA, check_batch, make_columns
 from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
-from tiercache.shard.versions import manifest
+from tiercache.shard import versions as manifest
 from tiercache.store import LocalFolder, MemoryStore, Store
 from tiercache.store.contract import WrapperStore
 from tiercache.store.placement import log

@@ -10,7 +10,7 @@ from tests.support.faults import Fault, FaultStore
 from tests.tier.scripted_tiers import NOW_S, InventoryByName, ScriptedCatalog
 
 import tiercache as tc
-from tiercache.shard.versions import manifest
+from tiercache.shard import versions as manifest
 from tiercache.store import LocalFolder
 from tiercache.store.placement import log, uses
 from tiercache.tier.inventory.groups import take_inventory

@@ -17,7 +17,7 @@ from tiercache.cache.names import Record, copy_spec
 from tiercache.cache.partial import bytes_of, hold_part, read_checksum, wrong_units
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ByteRange, ShardIdentity
-from tiercache.shard.read.verify import verify_shard
+from tiercache.shard.verify import verify_shard
 from tiercache.store import LocalFolder, Store, redact
 
 if TYPE_CHECKING:

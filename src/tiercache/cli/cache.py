@@ -48,9 +48,9 @@ from tiercache.cli.selection import Placement, ShuffleGroup, Streams, parse_trai
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ByteRange, format_bytes
 from tiercache.packer.files import selected
-from tiercache.shard.read.source import column_ranges, fetch_footer
-from tiercache.shard.read.verify import Finding, ShardCheck, check_shards, finding_of, open_whole
-from tiercache.shard.versions.manifest import latest
+from tiercache.shard.source import column_ranges, fetch_footer
+from tiercache.shard.verify import Finding, ShardCheck, check_shards, finding_of, open_whole
+from tiercache.shard.versions import latest
 from tiercache.store import LocalStore, Store, redact
 
 if TYPE_CHECKING:

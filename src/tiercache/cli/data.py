@@ -37,10 +37,9 @@ from tiercache.model import format_bytes
 from tiercache.packer import PackOptions, PackPlan, plan_pack, plan_split_folders, run_packs
 from tiercache.packer.files import SkippedFile, selected
 from tiercache.packer.parquet import Export, ExportOptions
-from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Column, Image, Kind, Ragged, Tensor, UserType
-from tiercache.shard.versions.manifest import Version, latest, list_versions, read_shards, read_version
-from tiercache.shard.versions.segments import ShardTable
+from tiercache.shard.versions import ShardTable, Version, latest, list_versions, read_shards, read_version
 from tiercache.store import Store, open_store, redact, split_url
 from tiercache.store.placement.redirecting_store import follow_placement
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.order import BlockSizes
-    from tiercache.shard.versions.segments import ShardTable
+    from tiercache.shard.versions import ShardTable
 
 
 # The default of LoaderOptions.

@@ -38,10 +38,10 @@ from tiercache.data.selection import Selection
 from tiercache.errors import SchemaError
 from tiercache.images.decoder import decode_columns
 from tiercache.model import short_repr
+from tiercache.shard.chunks import Verify, check_verify
 from tiercache.shard.conversion import parse_casts
-from tiercache.shard.read.chunks import Verify, check_verify
-from tiercache.shard.read.values import ColumnValues, as_records
-from tiercache.shard.versions.manifest import list_versions
+from tiercache.shard.values import ColumnValues, as_records
+from tiercache.shard.versions import list_versions
 from tiercache.transform_rng import use_fresh_key
 
 if TYPE_CHECKING:

@@ -23,13 +23,12 @@ from tiercache.cache.names import NAME_BYTES, name_of_identity, names_of
 from tiercache.errors import CorruptShard
 from tiercache.model import NEVER, ByteRange, CloseListener, ReadingPlan, ShardIdentity, SourcePart, format_bytes
 from tiercache.order import BlockSizes
+from tiercache.shard import reader as shard_reader
 from tiercache.shard.conversion import served_columns
-from tiercache.shard.read import shard_reader
-from tiercache.shard.read.shard_reader import FooterCache, MappedRecords, ShardReader
-from tiercache.shard.read.source import block_ranges, column_ranges, fetch_footer
-from tiercache.shard.read.values import empty_values, join_values
-from tiercache.shard.versions.manifest import open_latest, read_shards, read_version
-from tiercache.shard.versions.segments import as_arrow
+from tiercache.shard.reader import FooterCache, MappedRecords, ShardReader
+from tiercache.shard.source import block_ranges, column_ranges, fetch_footer
+from tiercache.shard.values import empty_values, join_values
+from tiercache.shard.versions import as_arrow, open_latest, read_shards, read_version
 from tiercache.store import LocalStore, MemoryStore, Store, open_store
 from tiercache.store.placement.redirecting_store import TieredReader, follow_placement
 
@@ -40,14 +39,13 @@ if TYPE_CHECKING:
 
     from tiercache.cache import WarmProgress
     from tiercache.model import PublishedPlan
+    from tiercache.shard.blocks import Blocks
+    from tiercache.shard.chunks import Verify
     from tiercache.shard.conversion import Casts
-    from tiercache.shard.format.layout import Footer
-    from tiercache.shard.read.blocks import Blocks
-    from tiercache.shard.read.chunks import Verify
-    from tiercache.shard.read.values import ColumnValues
+    from tiercache.shard.layout import Footer
     from tiercache.shard.schema import Schema
-    from tiercache.shard.versions.manifest import Version
-    from tiercache.shard.versions.segments import ShardTable
+    from tiercache.shard.values import ColumnValues
+    from tiercache.shard.versions import ShardTable, Version
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,9 +25,9 @@ from tiercache.errors import CorruptShard, SchemaError, TierCacheError
 from tiercache.images.options import DecodeImage
 from tiercache.model import format_bytes
 from tiercache.shard.conversion import Casts, ConversionError, as_numpy, bfloat16_tensor, served_column, served_columns
-from tiercache.shard.read.values import ColumnValues, as_batch, as_records
+from tiercache.shard.ingest import value_converter
 from tiercache.shard.schema import Column, Kind, Schema
-from tiercache.shard.write.ingest import value_converter
+from tiercache.shard.values import ColumnValues, as_batch, as_records
 
 Array: TypeAlias = npt.NDArray[Any]
 

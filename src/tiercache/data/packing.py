@@ -29,11 +29,10 @@ from tiercache.data.output_spec import BOUNDARIES, OutputSpec
 from tiercache.data.records import JoinNode, Records, RecordsSpec, StoredOrderStep, build, join
 from tiercache.errors import CorruptShard, SchemaError
 from tiercache.order import BlockSizes
-from tiercache.shard.column_types import INTEGERS
+from tiercache.shard.blocks import Blocks, renew_checks
 from tiercache.shard.conversion import DTYPE_NUMBERS
-from tiercache.shard.read.blocks import Blocks, renew_checks
-from tiercache.shard.read.values import ColumnValues
-from tiercache.shard.schema import Column, Kind, Ragged, Schema, Stream, Tensor
+from tiercache.shard.schema import INTEGERS, Column, Kind, Ragged, Schema, Stream, Tensor
+from tiercache.shard.values import ColumnValues
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

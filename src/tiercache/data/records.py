@@ -23,8 +23,8 @@ from tiercache.order import BlockSizes
 from tiercache.order.epoch_order import derive_key
 from tiercache.order.explicit import PermutedOrder
 from tiercache.order.mixture import MixtureSpec, Schedule, StoredMixture
-from tiercache.shard.read.values import join_values
 from tiercache.shard.schema import Schema, check_same_columns
+from tiercache.shard.values import join_values
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from tiercache.data.opened_version import OpenedVersion
     from tiercache.order.explicit import ServedOrder
-    from tiercache.shard.read.blocks import Blocks
-    from tiercache.shard.read.values import ColumnValues
+    from tiercache.shard.blocks import Blocks
+    from tiercache.shard.values import ColumnValues
 
 Stop = Literal["first", "all"]
 # Number of threads that read footers of several versions in parallel.

@@ -26,9 +26,9 @@ from tiercache.data.selection import Selection, runs_of
 from tiercache.errors import SchemaError
 from tiercache.order.epoch_order import derive_key
 from tiercache.order.mixture import exact_weight
-from tiercache.shard.read.values import join_arrow
 from tiercache.shard.schema import Kind
-from tiercache.shard.versions.segments import as_arrow
+from tiercache.shard.values import join_arrow
+from tiercache.shard.versions import as_arrow
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

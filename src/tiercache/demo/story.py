@@ -28,9 +28,9 @@ from tiercache.distribution import install_command
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
 from tiercache.packer import pack
-from tiercache.shard.read.verify import verify_dataset
 from tiercache.shard.schema import Tensor
-from tiercache.shard.write.dataset_writer import Writer
+from tiercache.shard.verify import verify_dataset
+from tiercache.shard.writer import Writer
 from tiercache.store import open_store
 from tiercache.tier.model import Plan, TierTotals
 from tiercache.tier.plan.plan_file import read_plan

@@ -28,7 +28,7 @@ from tiercache.distribution import install_command
 from tiercache.errors import SchemaError
 from tiercache.images.image_plan import N_COLOUR_DRAWS, CropPlan, colour_tables, fresh_draws, plan_colours, plan_crop
 from tiercache.shard.conversion import bfloat16_tensor
-from tiercache.shard.read.values import ColumnValues
+from tiercache.shard.values import ColumnValues
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

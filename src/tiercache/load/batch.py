@@ -31,9 +31,8 @@ from tiercache.data.output_spec import (
     value_of,
     varying,
 )
-from tiercache.shard.column_types import STORED
 from tiercache.shard.conversion import cast_kind, size_ratio
-from tiercache.shard.schema import Column, Kind, Schema
+from tiercache.shard.schema import STORED, Column, Kind, Schema
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,8 +10,8 @@ import torch
 
 from tiercache.data.output_spec import Buffer, ReadRecords, apply_layouts, as_columns
 from tiercache.load.torch_library import TORCH_DTYPES
-from tiercache.shard.read.values import ColumnValues
 from tiercache.shard.schema import Kind
+from tiercache.shard.values import ColumnValues
 
 
 def collate(records: Sequence[Any]) -> Any:

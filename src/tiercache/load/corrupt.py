@@ -21,8 +21,8 @@ from tiercache.load.batch import gather_streams
 from tiercache.load.prefetch import ArrayPiece
 from tiercache.order import BlockSizes
 from tiercache.order.explicit import ExplicitWindow
-from tiercache.shard.read.values import gather_values
 from tiercache.shard.schema import Column, Kind, Schema
+from tiercache.shard.values import gather_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tiercache.load.options import LoaderOptions
     from tiercache.load.prefetch import AnyPiece, LoadedWindow
     from tiercache.order import AnyWindow
-    from tiercache.shard.read.blocks import Blocks
+    from tiercache.shard.blocks import Blocks
 
     Rows: TypeAlias = NDArray[np.int64] | None  # rows of a block, rising; None: all rows
 

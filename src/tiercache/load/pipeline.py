@@ -41,8 +41,8 @@ from tiercache.load.corrupt import bad_value, record_too_long
 from tiercache.load.planner import PlannerState, run_planner
 from tiercache.load.prefetch import LoadThreads, loading_pool
 from tiercache.model import format_bytes, parse_bytes
+from tiercache.shard.blocks import damage_message
 from tiercache.shard.conversion import served_columns
-from tiercache.shard.read.blocks import damage_message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -20,7 +20,7 @@ from tiercache import config
 from tiercache._native.mapping import are_resident
 from tiercache.errors import CorruptShard
 from tiercache.model import format_bytes
-from tiercache.shard.read.blocks import renew_checks
+from tiercache.shard.blocks import renew_checks
 from tiercache.store.retry import stop_retries_when
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from tiercache.load.corrupt import RecordLocation
     from tiercache.load.epoch import Piece
     from tiercache.order import AnyWindow
-    from tiercache.shard.read.blocks import Blocks
+    from tiercache.shard.blocks import Blocks
 
 
 # Load tasks per thread: at the end the other threads wait at most for one such task.

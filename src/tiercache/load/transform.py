@@ -22,8 +22,8 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from tiercache.data.output_spec import Buffer, OutputSpec, as_columns, is_stack_of_rows
 from tiercache.load.pipeline import CLOSED_MESSAGE, ClosingPipeline
-from tiercache.shard.read.values import ColumnValues
 from tiercache.shard.schema import Column, Kind
+from tiercache.shard.values import ColumnValues
 from tiercache.transform_rng import use_key
 
 if TYPE_CHECKING:

@@ -26,11 +26,9 @@ from tiercache.errors import NotFound, SchemaError, StoreError, TierCacheError
 from tiercache.model import ShardInfo
 from tiercache.packer.files import InputBatch
 from tiercache.packer.plan import PackOptions, PackPlan, SourceKind, plan_pack
-from tiercache.shard.column_types import UserType
-from tiercache.shard.schema import Schema
-from tiercache.shard.versions.manifest import Version, VersionKind
-from tiercache.shard.write.dataset_writer import Writer
-from tiercache.shard.write.shard_writer import ShardWriter, shard_key
+from tiercache.shard.schema import Schema, UserType
+from tiercache.shard.versions import Version, VersionKind
+from tiercache.shard.writer import ShardWriter, Writer, shard_key
 from tiercache.store import open_store, redact
 
 # Time to finish a batch and abort its upload. A process that takes longer is killed, which leaves no more behind than

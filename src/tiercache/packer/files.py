@@ -20,8 +20,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from tiercache.errors import NotFound, SchemaError
-from tiercache.shard.column_types import FLOATS, INTEGERS, Kind
-from tiercache.shard.schema import Column, Schema, UserType
+from tiercache.shard.schema import FLOATS, INTEGERS, Column, Kind, Schema, UserType
 from tiercache.store import Store, StoreFile, open_store, split_url
 from tiercache.store.options import ParsedUrl
 

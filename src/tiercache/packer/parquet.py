@@ -18,10 +18,9 @@ import pyarrow.types as pt
 from tiercache.config import available_cpus
 from tiercache.errors import SchemaError, StoreError
 from tiercache.packer.files import Files, InputBatch, InputSplit, SourceFile, find_partitions, partition_values
-from tiercache.shard.read.shard_reader import ShardReader
+from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema, UserType
-from tiercache.shard.versions.manifest import Version, read_shards
-from tiercache.shard.versions.segments import ShardTable
+from tiercache.shard.versions import ShardTable, Version, read_shards
 from tiercache.store import Store, Upload
 
 SUFFIXES = (".parquet", ".pq", ".parq")

@@ -26,10 +26,10 @@ from tiercache.packer.files import (
     refuse_foreign_index,
     selected,
 )
+from tiercache.shard.commit import check_mode, data_set_exists_error, find_latest, no_data_set_error
 from tiercache.shard.schema import Schema, UserType, check_same_schema
-from tiercache.shard.versions.commit import check_mode, data_set_exists_error, find_latest, no_data_set_error
-from tiercache.shard.versions.manifest import Version, VersionKind
-from tiercache.shard.write.shard_writer import ShardOptions
+from tiercache.shard.versions import Version, VersionKind
+from tiercache.shard.writer import ShardOptions
 from tiercache.store import MemoryStore, open_store
 from tiercache.store.options import ParsedUrl
 

@@ -36,8 +36,7 @@ from tiercache.cache.partial import read_all
 from tiercache.errors import NotFound, TierCacheError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.peers.readers import DEFAULT_PORT, OWN_REQUEST, READER_HEADER, check_token, data_set_name
-from tiercache.shard.versions.manifest import HINT_KEY, VERSIONS_FOLDER, Version, latest, read_version
-from tiercache.shard.versions.segments import ShardTable, read_segments
+from tiercache.shard.versions import HINT_KEY, VERSIONS_FOLDER, ShardTable, Version, latest, read_segments, read_version
 from tiercache.store.retry import stop_retries_when
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 

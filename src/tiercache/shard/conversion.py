@@ -16,8 +16,19 @@ import pyarrow as pa
 import pyarrow.types as pt
 
 from tiercache.errors import SchemaError
-from tiercache.shard.column_types import FLOATS, INTEGERS, STORED, Kind, Ragged, Tensor, UserType, check_dtype
-from tiercache.shard.schema import CLASSES_KEY, Column, Schema
+from tiercache.shard.schema import (
+    CLASSES_KEY,
+    FLOATS,
+    INTEGERS,
+    STORED,
+    Column,
+    Kind,
+    Ragged,
+    Schema,
+    Tensor,
+    UserType,
+    check_dtype,
+)
 
 # Messages show at most this many characters of a value; an integer may have a million digits.
 _GOT_CHARACTERS = 200

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from tiercache.errors import CorruptShard, NotFound, UnsupportedFormat
 from tiercache.model import OWN_FOLDER
-from tiercache.shard.versions import manifest
-from tiercache.shard.versions.manifest import VERSIONS_FOLDER, Version
-from tiercache.shard.versions.segments import SegmentRef, ShardTable, read_segments
+from tiercache.shard import versions as manifest
+from tiercache.shard.versions import VERSIONS_FOLDER, SegmentRef, ShardTable, Version, read_segments
 from tiercache.store.placement import log, uses
 from tiercache.store.placement.log import prefix_store
 from tiercache.tier.text_columns import index_in, match_regex

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tiercache.errors import StoreError, TierCacheError
-from tiercache.shard.versions.manifest import VERSIONS_FOLDER
+from tiercache.shard.versions import VERSIONS_FOLDER
 from tiercache.store.placement import log
 from tiercache.store.placement.log import Placement, PlacementRow, prefix_store
 from tiercache.tier.model import SHARD

@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from tiercache._native import gather
 from tiercache.errors import CorruptShard, SchemaError
+from tiercache.shard.blocks import Blocks
 from tiercache.shard.conversion import ServedColumns, bfloat16_tensor, cast_kind, raise_cast_error
-from tiercache.shard.read.blocks import Blocks
 from tiercache.shard.schema import Column, Kind, find_bad_shape
 
 if TYPE_CHECKING:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,17 +12,15 @@ import pyarrow as pa
 from tiercache._native.checksum import crc32c, crc32c_pages
 from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.model import ShardIdentity, ShardInfo
-from tiercache.shard.format import codec
-from tiercache.shard.format.layout import HEAD_BYTES, PAGE_BYTES, Footer, align, n_pages, parse_head
-from tiercache.shard.format.statistics import ColumnStatistics, invalid_statistics
+from tiercache.shard import codec
+from tiercache.shard.blocks import Blocks
+from tiercache.shard.chunks import LoadedChunks
+from tiercache.shard.layout import HEAD_BYTES, PAGE_BYTES, Footer, align, n_pages, parse_head
 from tiercache.shard.memory import Bytes, address_of, aligned_empty
-from tiercache.shard.read.blocks import Blocks
-from tiercache.shard.read.chunks import LoadedChunks
-from tiercache.shard.read.source import ByteSource, check_identity, read_footer
-from tiercache.shard.read.values import gather_values
-from tiercache.shard.schema import Column, Kind
-from tiercache.shard.versions.manifest import Version, latest, read_shards, read_version
-from tiercache.shard.versions.segments import ShardTable
+from tiercache.shard.schema import Kind
+from tiercache.shard.source import ByteSource, check_identity, read_footer
+from tiercache.shard.values import gather_values
+from tiercache.shard.versions import ShardTable, Version, latest, read_shards, read_version
 from tiercache.store.contract import Store
 
 _PIECE_BYTES = 8 << 20
@@ -79,7 +75,6 @@ class _Verification:
         self._identity = identity
         self._crc = self._position = self._file_bytes = 0
         self._ahead: Bytes = np.zeros(0, np.uint8)
-        self._counted: dict[str, ColumnStatistics] = {}  # only columns without damage so far
 
     def findings(self) -> Iterator[Finding]:
         """Yield all damage in file order, but the footer first, because the other checks need it."""
@@ -103,11 +98,9 @@ class _Verification:
                 yield Finding(self._byte_source.url, "head", "head and footer name different shards")
         except (CorruptShard, UnsupportedFormat) as error:
             yield finding_of(error, "head")
-        self._counted = {column.name: ColumnStatistics(column) for column in footer.schema.columns}
         n_columns = len(footer.schema)
         for chunk in np.argsort(footer.chunks["offset"].ravel(), kind="stable").tolist():
             yield from self._next_chunk(footer, *divmod(chunk, n_columns))
-        yield from self._check_statistics(footer)
         yield from self._rest()
 
     def _read_to(self, end: int) -> Bytes:
@@ -135,7 +128,6 @@ class _Verification:
             self._chunk(footer, block, number, memory[first:end])
         except CorruptShard as error:
             name = footer.schema.columns[number].name
-            self._counted.pop(name, None)
             yield replace(finding_of(error, "chunk"), block=block, column=name)
         yield from self._gap(footer, block, memory[:first])
         yield from self._gap(footer, block, memory[end:])
@@ -164,40 +156,6 @@ class _Verification:
         loaded = LoadedChunks(np.array([address_of(raw)], np.uint64), [raw])
         blocks = Blocks(footer, self._byte_source.url, (block,), (number,), loaded)
         check_values(blocks, number)
-        self._count(blocks.array(0, number), footer.schema.columns[number], row)
-
-    def _count(self, array: pa.Array, column: Column, row: np.void) -> None:
-        counted = self._counted.get(column.name)
-        if counted is None:  # an earlier block was damaged
-            return
-        values = valid = None
-        if column.kind is Kind.SCALAR:
-            values = np.frombuffer(array.buffers()[1], column.stored, len(array))
-            # to_numpy() would import pandas if it is installed.
-            valid = np.frombuffer(array.is_valid().cast(pa.uint8()).buffers()[1], np.bool_, len(array))
-        counted.add(values, valid, len(array), array.null_count, int(row["raw"]), int(row["stored"]))
-
-    def _check_statistics(self, footer: Footer) -> Iterator[Finding]:
-        """Compare the statistics of the footer and of the data set's row with those of the undamaged columns."""
-        yield from self._check_facts(footer.statistics, footer, "footer")
-        if self._info is None:
-            return
-        try:
-            facts = json.loads(self._info.stats_json or "{}")
-        except (ValueError, RecursionError) as error:
-            yield Finding(self._byte_source.url, "segment", f"statistics of its data set's row: not JSON: {error}")
-            return
-        yield from self._check_facts(facts, footer, "segment")
-
-    def _check_facts(self, facts: Any, footer: Footer, part: str) -> Iterator[Finding]:
-        whose = "its data set's row: " if part == "segment" else ""
-        bad = dict(invalid_statistics(facts, footer.schema, footer.n_records))
-        for column, problem in bad.items():
-            yield Finding(self._byte_source.url, part, f"{whose}{problem}", column=column or None)
-        for column, counted in self._counted.items() if isinstance(facts, dict) else ():
-            if column in facts and column not in bad and (difference := counted.difference(facts[column])):
-                message = f"{whose}statistics of column {column!r}: {difference}"
-                yield Finding(self._byte_source.url, part, message, column=column)
 
     def _rest(self) -> Iterator[Finding]:
         """Read footer and tail for the checksum of the file, and compare size and checksum with the data set's."""

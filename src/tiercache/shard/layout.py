@@ -21,9 +21,8 @@ import numpy.typing as npt
 from tiercache._native.checksum import crc32c
 from tiercache.distribution import UPGRADE_COMMAND, __version__
 from tiercache.errors import CorruptShard, SchemaError, UnsupportedFormat
-from tiercache.shard.column_types import Kind
-from tiercache.shard.format import codec
-from tiercache.shard.schema import Column, Schema, UnknownKindError
+from tiercache.shard import codec
+from tiercache.shard.schema import Column, Kind, Schema, UnknownKindError
 
 FORMAT_VERSION = 1
 SOFTWARE = f"tiercache {__version__}"
@@ -221,20 +220,6 @@ def _check_numbering(what: str, first: Table, counts: Table, n_rows: int) -> str
     return ""
 
 
-__all__ = [
-    "ALIGN_BYTES",
-    "CHUNK_ROW",
-    "FORMAT_VERSION",
-    "HEAD_BYTES",
-    "PAGE_BYTES",
-    "TAIL_BYTES",
-    "Footer",
-    "Tail",
-    "align",
-    "pack_head",
-    "parse_head",
-]
-
 HEAD_MAGIC = b"\x89TCSHRD\n"
 TAIL_MAGIC = b"TCSEND\r\n"
 # A reader holds the whole footer in memory. With blocks of 1 MiB and one column, this is a shard of about 10 TiB; the
@@ -360,7 +345,6 @@ class Footer:
         nodes: uint64[., 2], (length, nulls) of the Arrow nodes, depth first, block by block.
         buffers: uint64[., 2], (offset in the decoded chunk, length) of the Arrow buffers, depth first, block by block.
         pages: uint32[.], CRC-32C of each 64 KiB page of each raw chunk.
-        statistics: Statistics by column name. See statistics.py.
         metadata: Values that the writer of the shard gave.
         n_later_sections: Number of sections of a later release, which are ignored and not packed again.
     """
@@ -374,7 +358,6 @@ class Footer:
     nodes: U64
     buffers: U64
     pages: npt.NDArray[np.uint32]
-    statistics: Mapping[str, Any]
     metadata: Mapping[str, Any]
     n_later_sections: int = 0
 
@@ -396,7 +379,7 @@ class Footer:
 
     def pack(self) -> tuple[bytes, int]:
         """Return the compressed footer, and its length in bytes before compression."""
-        facts = {"statistics": self.statistics, "metadata": self.metadata, "software": SOFTWARE}
+        facts = {"statistics": {}, "metadata": self.metadata, "software": SOFTWARE}
         sections = [
             json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False).encode(),
             self.schema.to_bytes(),
@@ -474,7 +457,6 @@ class _Sections:
         return np.frombuffer(section, dtype=dtype).reshape(shape)
 
     def footer(self) -> Footer:
-        facts = self._facts()
         schema = Schema.from_bytes(bytes(self.sections["schema"]))
         if len(schema) != self.n_columns or not len(schema):
             self.fail(f"its schema has {len(schema)} columns, not {self.n_columns}")
@@ -489,19 +471,18 @@ class _Sections:
             buffers=self._array("buffers", "<u8", (-1, 2)),
             pages=self._array("pages", "<u4", (-1,)),
             n_later_sections=self.n_later,
-            **facts,
+            metadata=self._metadata(),
         )
         self._check(footer)
         return footer
 
-    def _facts(self) -> dict[str, Mapping[str, Any]]:
+    def _metadata(self) -> Mapping[str, Any]:
         try:
-            facts = json.loads(bytes(self.sections["json"]))
-            found = {name: facts[name] for name in ("statistics", "metadata")}
+            found = json.loads(bytes(self.sections["json"]))["metadata"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise _BadFooter(f"its JSON section cannot be read: {error}") from error
-        if not all(isinstance(value, dict) for value in found.values()):
-            self.fail("its JSON section does not hold objects")
+        if not isinstance(found, dict):
+            self.fail("the metadata in its JSON section is not an object")
         return found
 
     def _check(self, footer: Footer) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import zstandard
 
-from tiercache.shard.column_types import Kind
+from tiercache.shard.schema import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -14,10 +14,9 @@ import pyarrow as pa
 from tiercache._native import gather
 from tiercache._native.mapping import are_resident
 from tiercache.errors import CorruptShard
-from tiercache.shard.column_types import build_array
-from tiercache.shard.format.layout import Footer
-from tiercache.shard.read.chunks import Addresses, LoadedChunks
-from tiercache.shard.schema import VAR, Kind, Schema, Stream
+from tiercache.shard.chunks import Addresses, LoadedChunks
+from tiercache.shard.layout import Footer
+from tiercache.shard.schema import VAR, Kind, Schema, Stream, build_array
 
 Indices: TypeAlias = npt.NDArray[np.uint32]
 _MEMORY_PAGE_BYTES = np.uint64(mmap.PAGESIZE)

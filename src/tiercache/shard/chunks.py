@@ -22,12 +22,11 @@ from tiercache._native.checksum import crc32c_many
 from tiercache._native.zstd import ZstdDecoder
 from tiercache.errors import CorruptShard
 from tiercache.model import ByteRange
-from tiercache.shard.column_types import Kind
-from tiercache.shard.format import codec
-from tiercache.shard.format.layout import PAGE_BYTES, Footer, align
+from tiercache.shard import codec
+from tiercache.shard.layout import PAGE_BYTES, Footer, align
 from tiercache.shard.memory import BUFFER_POOL, Bytes, address_of
-from tiercache.shard.read.source import READS_AGAIN, ByteSource, LocalCopy, merge_ranges
-from tiercache.shard.schema import BITS, VAR, Stream
+from tiercache.shard.schema import BITS, VAR, Kind, Stream
+from tiercache.shard.source import READS_AGAIN, ByteSource, LocalCopy, merge_ranges
 from tiercache.waiting import SYSTEM_CLOCK
 
 Verify: TypeAlias = Literal["first", "always", "never"]

@@ -17,13 +17,13 @@ from tiercache._native import gather
 from tiercache._native.record_finder import BlockTable, RecordFinder
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ShardIdentity, ShardInfo
+from tiercache.shard.blocks import Blocks, check_indices
+from tiercache.shard.chunks import STAT_INTERVAL_S, Chunks, Ids, Verify, check_verify, chunk_ids
 from tiercache.shard.conversion import ServedColumns, cast_kind
-from tiercache.shard.format.layout import Footer
-from tiercache.shard.read.blocks import Blocks, check_indices
-from tiercache.shard.read.chunks import STAT_INTERVAL_S, Chunks, Ids, Verify, check_verify, chunk_ids
-from tiercache.shard.read.source import ByteSource, LocalCopy, check_identity, read_footer
-from tiercache.shard.read.values import ColumnValues, block_values, gather_values
+from tiercache.shard.layout import Footer
 from tiercache.shard.schema import Column, Kind, Schema
+from tiercache.shard.source import ByteSource, LocalCopy, check_identity, read_footer
+from tiercache.shard.values import ColumnValues, block_values, gather_values
 from tiercache.store.contract import Store
 
 if TYPE_CHECKING:

@@ -13,15 +13,22 @@ import pyarrow as pa
 from tiercache.errors import CommitConflict, NotFound, StoreError
 from tiercache.model import ShardInfo
 from tiercache.shard.schema import Schema, check_same_schema
-from tiercache.shard.versions import manifest, segments
-from tiercache.shard.versions.manifest import (
+from tiercache.shard.versions import (
+    HINT_KEY,
+    SegmentRef,
     Version,
     VersionKind,
     check_writable,
     encode_version,
     fingerprint_of,
+    latest,
+    new_segment,
+    newest_from,
+    pack_segment,
+    read_segments,
+    read_version,
+    version_log,
 )
-from tiercache.shard.versions.segments import SegmentRef
 from tiercache.store.contract import Store
 
 # Each lost race means that another append was committed; after a hundred losses in a row the writer gives up.
@@ -100,7 +107,7 @@ class Commit:
         parent = self._parent
         if self._mode == "overwrite" and parent is not None:
             return parent
-        newest = (manifest.newest_from(self._store, parent.number) if parent else None) or find_latest(self._store)
+        newest = (newest_from(self._store, parent.number) if parent else None) or find_latest(self._store)
         if self._mode == "create" and newest is not None:
             raise data_set_exists_error(self._store, newest)
         if self._mode == "append":
@@ -121,7 +128,7 @@ class Commit:
                 url=self._store.url,
                 number=number,
             )
-        newest = manifest.newest_from(self._store, number) or winner
+        newest = newest_from(self._store, number) or winner
         self._check_base(newest)
         return newest
 
@@ -160,7 +167,7 @@ class Commit:
     def _segments(self, base: Version | None) -> tuple[SegmentRef, ...]:
         """Return the segments of the next version, after the new ones are written to the store."""
         if self._own is None:
-            self._own = (self._write(segments.new_segment(self._infos)),) if self._infos else ()
+            self._own = (self._write(new_segment(self._infos)),) if self._infos else ()
         if base is None or self._mode != "append":
             return self._own
         refs = (*base.segments, *self._own)
@@ -168,8 +175,8 @@ class Commit:
         if start == len(refs):
             return refs
         # The new segment is read back with the others, which keeps one code path; merging is rare.
-        tables = segments.read_segments(self._store, base.dataset_id, refs[start:])
-        return (*refs[:start], self._write(segments.pack_segment(pa.concat_tables(tables))))
+        tables = read_segments(self._store, base.dataset_id, refs[start:])
+        return (*refs[:start], self._write(pack_segment(pa.concat_tables(tables))))
 
     def _write(self, segment: tuple[SegmentRef, bytes]) -> SegmentRef:
         ref, data = segment
@@ -186,9 +193,9 @@ class Commit:
     def _put(self, version: Version) -> Version:
         """Put a version if its number is free. Returns the version that has the number now: this one or another."""
         try:
-            if manifest.version_log(self._store).put(version.number, encode_version(version)):
+            if version_log(self._store).put(version.number, encode_version(version)):
                 return version
-            return manifest.read_version(self._store, version.number)
+            return read_version(self._store, version.number)
         except StoreError as error:
             if error.maybe_done:
                 raise self._lost(version) from error
@@ -209,13 +216,13 @@ class Commit:
     def _hint(self, version: Version) -> None:
         # Readers probe upward from the hint, so an outdated hint only costs a few requests.
         with suppress(StoreError):
-            self._store.put(manifest.HINT_KEY, manifest.encode_hint(version))
+            self._store.put(HINT_KEY, encode_version(version))
 
 
 def find_latest(store: Store) -> Version | None:
     """Return the newest version; None if there is no data set."""
     try:
-        return manifest.latest(store)
+        return latest(store)
     except NotFound:
         return None
 

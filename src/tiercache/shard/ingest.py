@@ -16,10 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from tiercache._native.block_builder import join
-from tiercache.shard.column_types import FLOATS, INTEGERS, STORED, BFloat16Type, Kind
 from tiercache.shard.conversion import ConversionError, as_numpy, check_value, fit
-from tiercache.shard.schema import Column, find_bad_shape
-from tiercache.shard.write.column_data import ColumnData, shapes_of
+from tiercache.shard.schema import FLOATS, INTEGERS, STORED, BFloat16Type, Column, Kind, find_bad_shape
+from tiercache.shard.shard_file import ColumnData, shapes_of
 
 Array: TypeAlias = npt.NDArray[Any]
 

@@ -1,1 +1,0 @@
-"""Versions of a data set: manifests, segments (immutable lists of shards), and the commit of a new version."""
