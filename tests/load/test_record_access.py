@@ -21,7 +21,8 @@ from tests.support.http_server import HttpFaultServer
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
-from tiercache.shard import chunks, shard_reader
+from tiercache.shard import chunks
+from tiercache.shard import reader as shard_reader
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.source import ByteSource
 
