@@ -13,7 +13,7 @@ from tests.support.folder_check import Expected, FolderCheck
 
 from tiercache._native.checksum import crc32c
 from tiercache.cache import Cache
-from tiercache.cache.lease import CopyLease
+from tiercache.cache.fetch import CopyLease
 from tiercache.cache.names import name_of_identity
 from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ShardIdentity

@@ -12,9 +12,9 @@ import pytest
 from tests.cache.conftest import open_below
 
 from tiercache.cache import download, partial
+from tiercache.cache.fetch import CopyLease
 from tiercache.cache.folder import Folder
-from tiercache.cache.lease import CopyLease
-from tiercache.cache.partial import PartialCopy, hold_part, open_map
+from tiercache.cache.partial import PartialCopy, open_part
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.shard.memory import _Loan
@@ -93,11 +93,7 @@ def test_a_failed_duplicate_of_a_handle_leaves_nothing_open(folder, part, monkey
 
 
 def test_a_failed_opening_of_a_partial_copy_leaves_nothing_open(folder, part, monkeypatch):
-    check_each_call(monkeypatch, folder, lambda: hold_part(folder, NAME, N_BYTES))
-
-
-def test_a_failed_opening_of_a_unit_map_leaves_nothing_open(folder, part, monkeypatch):
-    check_each_call(monkeypatch, folder, lambda: open_map(folder, NAME, part.fd, N_BYTES))
+    check_each_call(monkeypatch, folder, lambda: open_part(folder, NAME, N_BYTES))
 
 
 @pytest.mark.parametrize("boot", ["of this boot", "of an earlier boot"])
@@ -125,7 +121,7 @@ def test_a_partial_copy_that_cannot_be_created_leaves_nothing_open(folder, monke
     [
         lambda part: part.hold().close(),
         lambda part: PartialCopy.open(part.folder, NAME, N_BYTES).close(),
-        lambda part: hold_part(part.folder, NAME, N_BYTES + 1),
+        lambda part: open_part(part.folder, NAME, N_BYTES + 1),
     ],
     ids=["a hold", "a part", "of another size"],
 )
@@ -157,7 +153,7 @@ def fetch_in_vain(world):
 
 
 def test_no_descriptor_stays_open_if_looking_for_a_copy_fails(world, monkeypatch):
-    monkeypatch.setattr(download, "open_leased", refuse)
+    monkeypatch.setattr(download, "open_whole", refuse)
     fetch_in_vain(world)
 
 

@@ -12,7 +12,7 @@ from tests.support.stores import GateStore
 
 from tiercache.cache import Cache, download
 from tiercache.cache.locks import NameLock
-from tiercache.cache.partial import UnitMap
+from tiercache.cache.partial import CopyFile
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder
@@ -95,7 +95,7 @@ def test_a_waiting_process_that_fails_leaves_no_descriptor_open(world, monkeypat
         gate.wait_reached()
         open_before = open_below(copies)
         with monkeypatch.context() as patch:
-            patch.setattr(UnitMap, "mask", no_memory)
+            patch.setattr(CopyFile, "mask", no_memory)
             with pytest.raises(StoreError, match="MemoryError"):
                 second.wait(whole)
         assert open_below(copies) == open_before

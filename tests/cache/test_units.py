@@ -12,7 +12,7 @@ from tiercache._native.checksum import crc32c
 from tiercache.cache import partial
 from tiercache.cache import partial as partial_module
 from tiercache.cache.folder import Folder
-from tiercache.cache.partial import PartialCopy, UnitWriter, charge_of, hold_part, map_bytes
+from tiercache.cache.partial import PartialCopy, UnitWriter, charge_of, map_bytes, open_part
 from tiercache.model import ByteRange
 
 UNIT = partial_module.UNIT_BYTES
@@ -121,14 +121,14 @@ def test_written_units_are_visible_to_handles(folder):
     data = noise(10 * UNIT + 5)
     part = PartialCopy.create(folder, NAME, len(data))
     held = part.hold()
-    assert not held.presence.covers([ByteRange(0, 1)])
+    assert not held.covers([ByteRange(0, 1)])
     part.write(2 * UNIT, data[2 * UNIT : 4 * UNIT])
     part.write(10 * UNIT, data[10 * UNIT :])
-    assert held.presence.covers([ByteRange(2 * UNIT, 4 * UNIT), ByteRange(10 * UNIT + 1, len(data))])
-    assert not held.presence.covers([ByteRange(4 * UNIT - 1, 4 * UNIT + 1)])
+    assert held.covers([ByteRange(2 * UNIT, 4 * UNIT), ByteRange(10 * UNIT + 1, len(data))])
+    assert not held.covers([ByteRange(4 * UNIT - 1, 4 * UNIT + 1)])
     assert os.pread(held.fd, UNIT, 3 * UNIT) == data[3 * UNIT : 4 * UNIT].tobytes()
-    other = hold_part(folder, NAME, len(data))
-    assert set(np.flatnonzero(other.presence.mask()).tolist()) == {2, 3, 10}
+    other = open_part(folder, NAME, len(data))
+    assert set(np.flatnonzero(other.mask()).tolist()) == {2, 3, 10}
     for open_file in (other, held, part):
         open_file.close()
 
@@ -155,7 +155,7 @@ def test_a_range_that_arrives_in_pieces_of_any_size_is_written_as_if_at_once(fol
     assert os.pread(part.fd, n_bytes + 1, 0) == data.tobytes()
     held = part.hold()
     assert part.present.all()
-    assert partial_module.wrong_units(held.fd, held.presence) == []
+    assert held.wrong_units() == []
     held.close()
     part.close()
     folder.remove_part(NAME)
@@ -203,11 +203,11 @@ def test_a_partial_copy_of_an_earlier_boot_is_verified(folder, monkeypatch, dama
         os.truncate(path, 2 * UNIT)
         os.truncate(path, len(data))
     forget_boot(monkeypatch)
-    assert hold_part(folder, NAME, len(data)) is None, "nobody is served before it was read back"
+    assert open_part(folder, NAME, len(data)) is None, "nobody is served before it was read back"
     again = PartialCopy.open(folder, NAME, len(data))
     if damage == "nothing":
         assert np.flatnonzero(again.present).tolist() == [1, 2]
-        held = hold_part(folder, NAME, len(data))
+        held = open_part(folder, NAME, len(data))
         held.close()
         again.close()
     else:
@@ -233,7 +233,7 @@ def test_an_invalid_partial_copy_is_removed(folder, damage):
         path.rename(path.with_suffix(".kept"))
         path.write_bytes(b"\0" * 5 * UNIT)
     n_bytes = 6 * UNIT if damage == "another size" else 5 * UNIT
-    assert hold_part(folder, NAME, n_bytes) is None
+    assert open_part(folder, NAME, n_bytes) is None
     assert PartialCopy.open(folder, NAME, n_bytes) is None
     assert [p.suffix for p in folder.copies.iterdir()] == ([".kept"] if damage == "another part" else [])
 

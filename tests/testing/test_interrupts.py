@@ -9,7 +9,7 @@ PROGRAM = """
 import json
 from threading import Lock
 
-from tiercache.cache.lease import CopyLease
+from tiercache.cache.fetch import CopyLease
 from tiercache.model import format_bytes, parse_bytes
 from tests.support.interrupts import interrupted, lines_of
 

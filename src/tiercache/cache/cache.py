@@ -23,8 +23,8 @@ from tiercache.cache.accounts import FIGURES, CopyRow
 from tiercache.cache.check import verify_copies
 from tiercache.cache.disk import Breaker, Notices, disk_space
 from tiercache.cache.eviction import delete_copy
+from tiercache.cache.fetch import CopyLease
 from tiercache.cache.folder import default_size_bytes
-from tiercache.cache.lease import CopyLease
 from tiercache.cache.names import CopySpec, copy_spec
 from tiercache.cache.session import CacheOptions, CacheSession
 from tiercache.cache.warm import plan_warm, warm

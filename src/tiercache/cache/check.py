@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tiercache.cache.locks import NameLock, try_shared
 from tiercache.cache.names import Record, copy_spec
-from tiercache.cache.partial import bytes_of, hold_part, read_checksum, wrong_units
+from tiercache.cache.partial import bytes_of, open_part, read_checksum
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.shard.verify import verify_shard
@@ -174,11 +174,11 @@ def _check_partial_copy(opened: CacheSession, name: str, *, repair: bool) -> Cop
         return None
     record = opened.folder.read_record(name)
     unknown = CopyCheck(name, "" if record is None else record.source, 0, CopyState.UNKNOWN, in_part=True)
-    held = hold_part(opened.folder, name, n_bytes)
-    if held is None or held.presence is None:  # of an earlier boot, or being created: the next fetch verifies it first
+    held = open_part(opened.folder, name, n_bytes)
+    if held is None:  # of an earlier boot, or being created: the next fetch verifies it first
         return unknown
     try:
-        wrong, n_read = wrong_units(held.fd, held.presence), bytes_of(held.presence.mask(), n_bytes)
+        wrong, n_read = held.wrong_units(), bytes_of(held.mask(), n_bytes)
     finally:
         held.close()
     if not wrong:

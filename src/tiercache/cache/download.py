@@ -16,24 +16,24 @@ import numpy as np
 from tiercache.cache.accounts import BLOCK_BYTES, charge_bytes
 from tiercache.cache.disk import is_disk_full
 from tiercache.cache.folder import COPY_MODE
-from tiercache.cache.lease import open_leased
 from tiercache.cache.locks import NameLock
 from tiercache.cache.names import name_of_object
 from tiercache.cache.partial import (
     LITTLE_BYTES,
     REQUEST_BYTES,
     UNIT_BYTES,
-    CopyHandle,
+    CopyFile,
     Mask,
     PartialCopy,
     UnitWriter,
     bytes_of,
     charge_of,
-    hold_part,
     map_bytes,
     mask_of,
     n_units,
     next_request,
+    open_part,
+    open_whole,
     to_fetch,
 )
 from tiercache.crash_points import crash_point
@@ -381,14 +381,14 @@ def _watch(writing: WriteSession, fetch: Fetch, lock: NameLock) -> bool:
         return True
     fetch.step = f"waiting for {lock.holder()}"
     spec = fetch.spec
-    fd = open_leased(writing.folder, spec.name, spec.n_bytes)
-    if fd is not None:
-        _offer(fetch, CopyHandle(fd))
+    whole = open_whole(writing.folder, spec.name, spec.n_bytes)
+    if whole is not None:
+        _offer(fetch, whole)
         return True
-    handle = hold_part(writing.folder, spec.name, spec.n_bytes)
-    if handle is None:
+    part = open_part(writing.folder, spec.name, spec.n_bytes)
+    if part is None:
         return False
-    present = _offer(fetch, handle)
+    present = _offer(fetch, part)
     # A partial copy with all units gets its final name in a moment.
     return not present.all() and not fetch.missing_units()[0].any()
 
@@ -417,9 +417,9 @@ def _fetch(writing: WriteSession, fetch: Fetch, lock: NameLock) -> bool:
 def _offer_copy(writing: WriteSession, fetch: Fetch) -> bool:
     """Offer the existing copy to the waiting leases; return whether the fetch is done."""
     spec = fetch.spec
-    fd = open_leased(writing.folder, spec.name, spec.n_bytes)
-    if fd is not None:
-        _offer(fetch, CopyHandle(fd))
+    whole = open_whole(writing.folder, spec.name, spec.n_bytes)
+    if whole is not None:
+        _offer(fetch, whole)
         return fetch.close_if_done()
     if writing.folder.size_of(spec.name) not in (None, spec.n_bytes):  # a power failure or a person truncated it
         writing.remove(spec.name)
@@ -427,17 +427,14 @@ def _offer_copy(writing: WriteSession, fetch: Fetch) -> bool:
     return False
 
 
-def _offer(fetch: Fetch, handle: CopyHandle) -> Mask:
-    """Give a handle to a fetch, which then owns it, and return the units that are present.
-
-    An error closes the handle.
-    """
+def _offer(fetch: Fetch, file: CopyFile) -> Mask:
+    """Give a file to a fetch, which then owns it, and return the units that are present. An error closes the file."""
     try:
-        present = np.ones(n_units(fetch.spec.n_bytes), bool) if handle.presence is None else handle.presence.mask()
+        present = file.mask()
     except BaseException:
-        handle.close()
+        file.close()
         raise
-    fetch.set_file(handle, present)
+    fetch.set_file(file, present)
     return present
 
 

@@ -1,24 +1,29 @@
-"""`Fetch`, the requested units of one copy, and `FetchQueue`, the threads that carry fetches out."""
+"""`CopyLease`, a reader's lease on a copy; `Fetch`, the requested units of one copy; and `FetchQueue`, its threads."""
 
 from __future__ import annotations
 
 import copy
+import os
+import sys
+import weakref
 from collections import deque
+from contextlib import suppress
 from threading import Condition, Event, Lock, Thread, current_thread
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tiercache.cache.locks import try_shared
 from tiercache.cache.partial import Mask, covers, mask_of, n_units
-from tiercache.errors import StoreError, TierCacheError
+from tiercache.errors import CorruptShard, StoreError, TierCacheError
+from tiercache.model import ByteRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence, Set
 
     from tiercache.cache.names import CopySpec
-    from tiercache.cache.partial import CopyHandle
-    from tiercache.model import ByteRange
-    from tiercache.store import Store
+    from tiercache.cache.partial import CopyFile
+    from tiercache.store import Span, Store
 
 
 N_FETCHES = 4
@@ -56,7 +61,7 @@ class Fetch:
         self._changed = Condition()
         self._started = self._done = self._closed = self._is_queued = False
         self._n_users = 0
-        self._handle: CopyHandle | None = None
+        self._handle: CopyFile | None = None
         self._error: BaseException | None = None
         self._requested, self._urgent, self._refused, self._present = np.zeros((4, n_units(spec.n_bytes)), bool)
 
@@ -123,7 +128,7 @@ class Fetch:
     def _covers(self, ranges: Sequence[ByteRange]) -> bool:
         return covers(self._present, ranges, self.spec.n_bytes)
 
-    def claim(self) -> tuple[CopyHandle | None, bool]:
+    def claim(self) -> tuple[CopyFile | None, bool]:
         """Return (a handle on the file, whether the caller is no user any more).
 
         The handle is None as long as nothing has come, and if nothing will come. All handles that a fetch returns share
@@ -152,7 +157,7 @@ class Fetch:
 
     # -- for the thread that runs it -----------------------------------------------------------------------------------
 
-    def set_file(self, handle: CopyHandle, present: Mask) -> None:
+    def set_file(self, handle: CopyFile, present: Mask) -> None:
         """Give this file to the leases and set the units that are present. The fetch takes ownership of the handle."""
         handle.keep_private()
         with self._changed:
@@ -384,3 +389,196 @@ class FetchQueue:
         for thread in threads:
             if thread is not current_thread():
                 thread.join(JOIN_S)
+
+
+class CopyLease:
+    """A lease on a copy, which is whole, partial, or comes with a fetch. See Lease.
+
+    The lease never changes to another file: if a partial copy is given up, this lease does not get the missing units.
+    Any thread may use the lease. After a fork, the child's lease has its own lock on the same descriptor number, and it
+    fetches nothing: missing data is not available to it.
+    """
+
+    def __init__(
+        self,
+        n_bytes: int,
+        file: CopyFile | None = None,
+        *,
+        join: Callable[[], Fetch] | None = None,
+        on_lookup: Callable[[bool], object] | None = None,
+    ) -> None:
+        """Create a lease, which then owns file.
+
+        Args:
+            n_bytes: Size of the whole object.
+            file: Open copy; None: nothing is cached yet.
+            join: Function that returns the fetch of the missing data, of which this lease is then a user; None: nothing
+                is missing.
+            on_lookup: Callback that is called once, with whether the first requested ranges were already cached.
+        """
+        self._n_bytes, self._join, self._on_lookup = n_bytes, join, on_lookup
+        self._fetch: Fetch | None = None
+        self._is_user = False
+        self._lock = Lock()
+        self._pid = os.getpid()
+        # Last: from here on close() works.
+        self._file = file
+        _leases.add(self)
+
+    @property
+    def fd(self) -> int:
+        """Descriptor of the copy; -1 before any data is cached, and after close()."""
+        return -1 if self._file is None else self._file.fd
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the whole object in bytes."""
+        return self._n_bytes
+
+    @property
+    def file(self) -> CopyFile | None:
+        """Open copy, which belongs to the lease; None before any data is cached, and after close()."""
+        return self._file
+
+    @property
+    def n_descriptors(self) -> int:
+        """Number of descriptors: 1 for a copy that was whole when the lease was created, else 2, with the unit map."""
+        return 1 if self._file is not None and not self._file.is_partial else 2
+
+    def present(self, ranges: Sequence[ByteRange]) -> bool:
+        """Return whether these bytes are cached."""
+        fetch = self._fetch
+        if self._file is None and fetch is not None:
+            self._claim(fetch)
+        file = self._file
+        return file is not None and file.covers(ranges)
+
+    def read(self, spans: Sequence[Span]) -> bool:
+        """Fill spans from a copy that was partial when the lease was created, each unit verified against the unit map.
+
+        The result is False if the copy was whole, or the bytes are missing or corrupt; the contents of spans are then
+        undefined. The file needs no name, so cached data can be read even after the copy was removed.
+        """
+        file = self._file
+        return file is not None and file.is_partial and file.covers([span for span, _ in spans]) and file.read(spans)
+
+    def prefetch(self, ranges: Sequence[ByteRange], *, urgent: bool = False) -> None:
+        """Start to fetch missing ranges, or join the fetch that brings them."""
+        if ranges and not self._look_up(ranges):
+            self._request(ranges, urgent=urgent)
+
+    def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:
+        """Wait until these bytes are cached; return False if they will not come. deadline_s: None is one hour.
+
+        They do not come if there is no space, the disk failed, the object is corrupt at its source, or the fetch
+        belonged to the parent of a fork.
+
+        Raises:
+            StoreError: The source failed, or the deadline passed.
+        """
+        is_present = self._look_up(ranges)
+        fetch = self._publishing_fetch() if is_present else self._request(ranges, urgent=True)
+        if fetch is None:
+            return is_present or self.present(ranges)
+        try:
+            fetch.wait(ranges, deadline_s)
+            self._claim(fetch)
+        except CorruptShard:
+            is_present = False  # corrupt at its source: a reader that reads by ranges learns which block
+        else:
+            is_present = self.present(ranges)
+        if not is_present and (any(span.n_bytes for span in ranges) or not self._n_bytes):
+            self._join = None  # refused: asking again for each block would cost milliseconds each
+        return is_present
+
+    def _look_up(self, ranges: Sequence[ByteRange]) -> bool:
+        """Return whether these bytes are cached, and report the first result to the callback."""
+        is_present = self.present(ranges)
+        on_lookup, self._on_lookup = self._on_lookup, None
+        if on_lookup is not None:
+            on_lookup(is_present)
+        return is_present
+
+    def _publishing_fetch(self) -> Fetch | None:
+        """Return the fetch that is about to publish the copy, whose units are all present; None: there is none."""
+        file, fetch = self._file, self._fetch
+        is_complete = file is not None and file.is_partial and file.covers([ByteRange(0, self._n_bytes)])
+        return fetch if is_complete and self._pid == os.getpid() else None
+
+    def _request(self, ranges: Sequence[ByteRange], *, urgent: bool) -> Fetch | None:
+        """Request ranges from the fetch of this copy, or from a new one; None: no fetch can bring them."""
+        join = self._join
+        if join is None or self._pid != os.getpid() or any(span.end > self._n_bytes for span in ranges):
+            return None
+        while True:
+            fetch = self._fetch
+            if fetch is not None and fetch.request(ranges, urgent=urgent):
+                return fetch
+            fetch = join()
+            is_requested = fetch.request(ranges, urgent=urgent)
+            self._follow(fetch)
+            if is_requested:
+                return fetch
+
+    def _follow(self, fetch: Fetch) -> None:
+        """Use this fetch from now on. The lease stays its user until the lease has a descriptor of its own."""
+        with self._lock:
+            before, was_user = self._fetch, self._is_user
+            self._fetch, self._is_user = fetch, self._file is None
+        if before is not None and was_user:
+            before.leave()
+        if not self._is_user:
+            fetch.leave()
+
+    def _claim(self, fetch: Fetch) -> None:
+        """Take a handle on the file from a fetch, if this lease has none and the fetch has one by now."""
+        with self._lock:
+            if self._file is not None or self._fetch is not fetch or not self._is_user or self._pid != os.getpid():
+                return
+            self._file, has_left = fetch.claim()
+            self._is_user = not has_left
+
+    def close(self) -> None:
+        """Close the descriptors and leave the fetch."""
+        with self._lock:
+            file, fetch, is_user = self._file, self._fetch, self._is_user
+            self._file, self._fetch, self._is_user, self._join = None, None, False, None
+        if file is not None:
+            file.close()
+        if fetch is not None and is_user and self._pid == os.getpid():
+            fetch.leave()
+
+    def __enter__(self) -> CopyLease:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        # No _file: Ctrl-C came during construction. A closed lease is skipped: Python discards a Ctrl-C in here.
+        if not is_exiting() and hasattr(self, "_file") and (self._file is not None or self._is_user):
+            self.close()
+
+    def _renew(self) -> None:
+        """In a forked child, open the same file again under the same number, so that the child has its own lock."""
+        self._lock = Lock()
+        file = self._file
+        if file is None:
+            return
+        # Without /proc the inherited descriptor is kept: its lock lasts as long as either process has it open.
+        with suppress(OSError):
+            own = os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY | os.O_CLOEXEC)
+            try_shared(own)
+            os.dup2(own, file.fd, inheritable=False)
+            os.close(own)
+
+
+_leases: weakref.WeakSet[CopyLease] = weakref.WeakSet()
+
+
+def _renew_all() -> None:
+    for lease in list(_leases):
+        lease._renew()  # noqa: SLF001 - of one file
+
+
+os.register_at_fork(after_in_child=_renew_all)

@@ -12,17 +12,16 @@ earlier boot is verified against its checksums before it is served.
 A flag only changes from 0 to 1. Readers read flags with pread(2), and only while the flag was 0: with a mapping, SIGBUS
 would kill the process if another process truncated the map.
 
-A reader has a `CopyHandle` (descriptor and `UnitMap`), the process that fetches has a `PartialCopy`. A mask of units is
-bool[n_units], True for the selected units. An empty file has one unit of no bytes: it too must be fetched once before
-it counts as present.
+A reader has a `CopyFile`, the process that fetches has a `PartialCopy`. A mask of units is bool[n_units], True for the
+selected units. An empty file has one unit of no bytes: it too must be fetched once before it counts as present.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import struct
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
@@ -37,7 +36,7 @@ from tiercache.store.coalescing import RequestCosts, cheapest_ranges
 from tiercache.store.posix import write_all
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from tiercache.cache.folder import Folder
     from tiercache.store import Span
@@ -147,13 +146,6 @@ def to_fetch(present: Mask, requested: Mask, n_bytes: int) -> Mask:
     return missing | rest if left_bytes < LITTLE_BYTES or left_bytes * LITTLE_SHARE < n_bytes else missing
 
 
-def sums_of(data: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint32], int]:
-    """Return the CRC-32C of each unit of data, "<u4"[n], and of all data."""
-    sums = np.empty(-(-len(data) // UNIT_BYTES), np.uint32)
-    whole = crc32c_pages(int(data.__array_interface__["data"][0]), len(data), UNIT_BYTES, sums)
-    return sums.astype("<u4"), whole
-
-
 def read_checksum(fd: int, n_bytes: int) -> tuple[int, int, OSError | None]:
     """Return the CRC-32C of a file as far as it can be read, the number of bytes read, and the error that ended it."""
     buffer = memoryview(bytearray(min(REQUEST_BYTES, max(n_bytes, 1))))
@@ -229,44 +221,6 @@ class Head(NamedTuple):
         return cls(n_bytes, inode, boot.rstrip(b"\0").decode("ascii", "replace"))
 
 
-class UnitMap:
-    """The units of a file that are present, as its map says. Owns a descriptor of the map. Safe from any thread.
-
-    A unit that was seen to be present is not read from the map again. Two threads may read the same flags, which is
-    harmless.
-    """
-
-    def __init__(self, fd: int, n_bytes: int) -> None:
-        self.n_bytes = n_bytes
-        self.fd = fd
-        self._seen = np.zeros(n_units(n_bytes), bool)
-
-    def covers(self, ranges: Sequence[ByteRange]) -> bool:
-        """Return whether all these bytes are present by now."""
-        if covers(self._seen, ranges, self.n_bytes):
-            return True
-        return all(span.end <= self.n_bytes and self._update(*bounds(span, self.n_bytes)) for span in ranges)
-
-    def _update(self, first: int, last: int) -> bool:
-        if not self._seen[first:last].all():
-            self._seen[first:last] |= read_flags(self.fd, first, last)
-        return bool(self._seen[first:last].all())
-
-    def mask(self) -> Mask:
-        """Return the units that are present by now, as a new array."""
-        self._update(0, len(self._seen))
-        return self._seen.copy()
-
-    def sums(self, first: int, last: int) -> np.ndarray:
-        """Return the CRC-32C of the units [first, last), uint32, valid for present units; fewer if the map is short."""
-        data = os.pread(self.fd, 4 * (last - first), _crc_offset(self.n_bytes) + 4 * first)
-        return np.frombuffer(data[: len(data) // 4 * 4], "<u4")
-
-    def close(self) -> None:
-        """Close the map. Must be called only once."""
-        close_private(self.fd)
-
-
 def read_flags(map_fd: int, first: int, last: int) -> Mask:
     """Return the flags of the units [first, last). A flag that cannot be read counts as 0."""
     data = b""
@@ -277,74 +231,173 @@ def read_flags(map_fd: int, first: int, last: int) -> Mask:
     return flags
 
 
-@dataclass(slots=True)
-class CopyHandle:
-    """An open copy: a descriptor under a reader's lock, and the unit map if the copy is (or was) partial."""
+class CopyFile:
+    """A reader's open copy: a descriptor under a shared lock, and that of the unit map if it is, or was, partial.
 
-    fd: int
-    presence: UnitMap | None = None
+    Safe from any thread. A unit that was seen to be present is not read from the map again. Two threads may read the
+    same flags, which is harmless.
 
-    def dup(self) -> CopyHandle:
-        """Return a second handle. Both share one lock, which lasts until the last of them is closed."""
-        with ExitStack() as on_error:
-            fd = os.dup(self.fd)
-            on_error.callback(os.close, fd)
-            held = CopyHandle(fd)
-            if self.presence is not None:
-                held.presence = UnitMap(os.dup(self.presence.fd), self.presence.n_bytes)
-            on_error.pop_all()
-            return held
+    Attributes:
+        fd: Descriptor of the copy.
+        n_bytes: Size of the whole object.
+        map_fd: Descriptor of the unit map; -1: the copy is whole.
+    """
+
+    def __init__(self, fd: int, n_bytes: int, map_fd: int = -1) -> None:
+        self.fd, self.n_bytes, self.map_fd = fd, n_bytes, map_fd
+        self._seen = np.zeros(n_units(n_bytes) if map_fd >= 0 else 0, bool)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the copy has a unit map."""
+        return self.map_fd >= 0
+
+    def covers(self, ranges: Sequence[ByteRange]) -> bool:
+        """Return whether all these bytes are present by now."""
+        if any(span.end > self.n_bytes for span in ranges):
+            return False
+        if not self.is_partial or covers(self._seen, ranges, self.n_bytes):
+            return True
+        return all(self._update(*bounds(span, self.n_bytes)) for span in ranges)
+
+    def _update(self, first: int, last: int) -> bool:
+        if not self._seen[first:last].all():
+            self._seen[first:last] |= read_flags(self.map_fd, first, last)
+        return bool(self._seen[first:last].all())
+
+    def mask(self) -> Mask:
+        """Return the units that are present by now, as a new array."""
+        if not self.is_partial:
+            return np.ones(n_units(self.n_bytes), bool)
+        self._update(0, len(self._seen))
+        return self._seen.copy()
+
+    def _checked(self, span: ByteRange) -> Iterator[tuple[int, npt.NDArray[np.uint8], list[int]]]:
+        """Yield the units of a range in pieces: offset, data, and the offsets of units that the map contradicts.
+
+        The data is overwritten by the next piece. Of a piece that cannot be read, the first offset is wrong.
+        """
+        buffer = np.empty(_CHECK_BYTES, np.uint8)
+        end = min(-(-span.end // UNIT_BYTES) * UNIT_BYTES, self.n_bytes)
+        for start in range(span.start // UNIT_BYTES * UNIT_BYTES, end, _CHECK_BYTES):
+            data = buffer[: end - start]
+            if not read_all(self.fd, data.data, start):
+                yield start, data, [start]
+                continue
+            sums = np.empty(-(-len(data) // UNIT_BYTES), np.uint32)
+            crc32c_pages(int(data.__array_interface__["data"][0]), len(data), UNIT_BYTES, sums)
+            raw = os.pread(self.map_fd, 4 * len(sums), _crc_offset(self.n_bytes) + 4 * (start // UNIT_BYTES))
+            expected = np.frombuffer(raw[: len(raw) // 4 * 4], "<u4")
+            # A unit without a checksum, because the map was truncated, is wrong too.
+            is_wrong = np.ones(len(sums), bool)
+            is_wrong[: len(expected)] = expected != sums[: len(expected)]
+            yield start, data, (start + UNIT_BYTES * np.flatnonzero(is_wrong)).tolist()
+
+    def wrong_units(self) -> list[int]:
+        """Return the offsets of the present units that differ from what the source sent."""
+        spans = ranges_of(self.mask(), self.n_bytes)
+        return [offset for span in spans for _, _, wrong in self._checked(span) for offset in wrong]
+
+    def are_right(self, ranges: Sequence[ByteRange]) -> bool:
+        """Return whether the units of some ranges, which are present, can be read and are what the source sent."""
+        return not any(wrong for span in ranges for _, _, wrong in self._checked(span))
+
+    def read(self, spans: Sequence[Span]) -> bool:
+        """Fill every span, each unit compared with the map; return False if something is corrupt or unreadable.
+
+        The buffers are then undefined.
+        """
+        for span, buffer in spans:
+            if span.end > self.n_bytes:
+                return False
+            for start, data, wrong in self._checked(span):
+                if wrong:
+                    return False
+                begin, stop = max(start, span.start), min(start + len(data), span.end)
+                buffer[begin - span.start : stop - span.start] = data.data[begin - start : stop - start]
+        return True
+
+    def dup(self) -> CopyFile:
+        """Return a second view. Both share one lock, which lasts until the last of them is closed."""
+        fd = os.dup(self.fd)
+        try:
+            return CopyFile(fd, self.n_bytes, os.dup(self.map_fd) if self.is_partial else -1)
+        except BaseException:
+            os.close(fd)
+            raise
 
     def keep_private(self) -> None:
         """Let a forked child close the descriptors."""
         keep_private(self.fd)
-        if self.presence is not None:
-            keep_private(self.presence.fd)
+        if self.is_partial:
+            keep_private(self.map_fd)
 
     def close(self) -> None:
         """Close the descriptors. Must be called only once."""
         try:
             close_private(self.fd)  # never LOCK_UN, which would end the lock of all duplicates
         finally:
-            if self.presence is not None:
-                self.presence.close()
+            if self.is_partial:
+                close_private(self.map_fd)
 
 
-def hold_part(folder: Folder, name: str, n_bytes: int) -> CopyHandle | None:
+def open_whole(folder: Folder, name: str, n_bytes: int) -> CopyFile | None:
+    """Open a whole copy under a reader's lock; None: it is missing, being evicted, or has another size.
+
+    The race with eviction: (1) the reader opens the file, (2) the evictor locks and unlinks it, (3) the reader locks a
+    file without a name. Its data is still valid, but no process accounts for its bytes; so a file without a name is a
+    miss.
+    """
+    fd = folder.open_copy(name)
+    if fd is None:
+        return None
+    try:
+        if try_shared(fd):
+            status = os.fstat(fd)
+            if status.st_nlink and status.st_size == n_bytes and stat.S_ISREG(status.st_mode):
+                return CopyFile(fd, n_bytes)
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def open_part(folder: Folder, name: str, n_bytes: int) -> CopyFile | None:
     """Open a partial copy under a reader's lock; None: there is none, or it is being evicted, or is not verified yet.
 
-    The races with eviction and with an earlier boot are those of open_leased() and PartialCopy.open().
+    The races with eviction and with an earlier boot are those of open_whole() and PartialCopy.open().
     """
-    with ExitStack() as on_failure:
-        fd = folder.open_copy(f"{name}.part")
-        if fd is None:
-            return None
-        on_failure.callback(os.close, fd)
-        if not try_shared(fd) or not os.fstat(fd).st_nlink:
-            return None
-        presence = open_map(folder, name, fd, n_bytes, boot=boot_id())
-        if presence is None:
-            return None
-        on_failure.pop_all()
-        return CopyHandle(fd, presence)
+    fd = folder.open_copy(f"{name}.part")
+    if fd is None:
+        return None
+    try:
+        found = open_map(folder, name, fd, n_bytes, boot=boot_id()) if try_shared(fd) else None
+    except BaseException:
+        os.close(fd)
+        raise
+    if found is None:
+        os.close(fd)
+    return found
 
 
-def open_map(folder: Folder, name: str, fd: int, n_bytes: int, *, boot: str | None = None) -> UnitMap | None:
-    """Open the unit map of a copy or partial copy that fd is open on; None: no map describes this file.
+def open_map(folder: Folder, name: str, fd: int, n_bytes: int, *, boot: str | None = None) -> CopyFile | None:
+    """Return a view of a copy that fd is open on, which it then owns, with its map; None: no map describes this file.
 
     A map of another boot than `boot` does not count, unless that is None.
     """
-    with ExitStack() as on_failure:
-        map_fd = folder.open_copy(f"{name}.map")
-        if map_fd is None:
-            return None
-        on_failure.callback(os.close, map_fd)
+    map_fd = folder.open_copy(f"{name}.map")
+    if map_fd is None:
+        return None
+    try:
         written = _boot_of(map_fd, fd, n_bytes)
-        if written is None or boot not in (None, written):
-            return None
-        presence = UnitMap(map_fd, n_bytes)
-        on_failure.pop_all()
-        return presence
+        if written is not None and boot in (None, written):
+            return CopyFile(fd, n_bytes, map_fd)
+    except BaseException:
+        os.close(map_fd)
+        raise
+    os.close(map_fd)
+    return None
 
 
 def _boot_of(map_fd: int, part_fd: int, n_bytes: int) -> str | None:
@@ -431,16 +484,16 @@ class PartialCopy:
             return checksum_of(self.fd, self.n_bytes)
         return combine_pages(np.frombuffer(data, "<u4"), UNIT_BYTES, self.n_bytes)
 
-    def hold(self) -> CopyHandle:
-        """Return a reader's handle on this file, even if another file has its name by now."""
+    def hold(self) -> CopyFile:
+        """Return a reader's view of this file, even if another file has its name by now."""
         flags = os.O_RDONLY | os.O_CLOEXEC
-        with ExitStack() as on_error:
-            fd = os.open(f"/proc/self/fd/{self.fd}", flags)
-            on_error.callback(os.close, fd)
+        fd = os.open(f"/proc/self/fd/{self.fd}", flags)
+        try:
             try_shared(fd)
-            held = CopyHandle(fd, UnitMap(os.open(f"/proc/self/fd/{self._map_fd}", flags), self.n_bytes))
-            on_error.pop_all()
-            return held
+            return CopyFile(fd, self.n_bytes, os.open(f"/proc/self/fd/{self._map_fd}", flags))
+        except BaseException:
+            os.close(fd)
+            raise
 
     @property
     def has_name(self) -> bool:
@@ -524,7 +577,7 @@ class UnitWriter:
 
 def _is_verified(fd: int, map_fd: int, n_bytes: int) -> bool:
     """Verify the present units of an earlier boot; if all are right, mark the partial copy as one of this boot."""
-    if wrong_units(fd, UnitMap(map_fd, n_bytes)):
+    if CopyFile(fd, n_bytes, map_fd).wrong_units():
         return False
     crash_point("fetch.vouched")
     os.pwrite(map_fd, Head(n_bytes, os.fstat(fd).st_ino, boot_id()).pack(), 0)
@@ -542,64 +595,4 @@ def read_all(fd: int, buffer: memoryview, offset: int) -> bool:
         if not n_read:
             return False
         done += n_read
-    return True
-
-
-def wrong_units(fd: int, presence: UnitMap) -> list[int]:
-    """Return the offsets of the present units that differ from what the source sent.
-
-    For a part that cannot be read, only its first offset is in the list.
-    """
-    wrong: list[int] = []
-    for span in ranges_of(presence.mask(), presence.n_bytes):
-        for start in range(span.start, span.end, REQUEST_BYTES):
-            data = np.empty(min(REQUEST_BYTES, span.end - start), np.uint8)
-            if not read_all(fd, data.data, start):
-                wrong.append(start)
-                continue
-            sums, first = sums_of(data)[0], start // UNIT_BYTES
-            expected = presence.sums(first, first + len(sums))
-            # a unit without a checksum, because the map was truncated, is wrong too
-            is_wrong = np.ones(len(sums), bool)
-            is_wrong[: len(expected)] = expected != sums[: len(expected)]
-            wrong += (start + UNIT_BYTES * np.flatnonzero(is_wrong)).tolist()
-    return wrong
-
-
-def are_right(fd: int, presence: UnitMap, ranges: Sequence[ByteRange]) -> bool:
-    """Return whether the units of some ranges, which are present, can be read and are what the source sent."""
-    buffer = np.empty(_CHECK_BYTES, np.uint8)
-    for span in ranges:
-        end = min(-(-span.end // UNIT_BYTES) * UNIT_BYTES, presence.n_bytes)
-        for start in range(span.start // UNIT_BYTES * UNIT_BYTES, end, _CHECK_BYTES):
-            data = buffer[: end - start]
-            if not read_all(fd, data.data, start):
-                return False
-            sums, first = sums_of(data)[0], start // UNIT_BYTES
-            if not np.array_equal(presence.sums(first, first + len(sums)), sums):
-                return False
-    return True
-
-
-def read_verified(fd: int, presence: UnitMap, spans: Sequence[Span]) -> bool:
-    """Fill every span from a copy, whole or partial, and compare each unit with the map.
-
-    The result is False if a read failed or the data is corrupt; the buffers are then undefined.
-    """
-    return all(_read_span(fd, presence, span, buffer) for span, buffer in spans)
-
-
-def _read_span(fd: int, presence: UnitMap, span: ByteRange, buffer: memoryview) -> bool:
-    if span.end > presence.n_bytes:
-        return False
-    for start in range(span.start // UNIT_BYTES * UNIT_BYTES, span.end, REQUEST_BYTES):
-        end = min(start + REQUEST_BYTES, -(-span.end // UNIT_BYTES) * UNIT_BYTES, presence.n_bytes)
-        data = np.empty(end - start, np.uint8)
-        if not read_all(fd, data.data, start):
-            return False
-        sums, first = sums_of(data)[0], start // UNIT_BYTES
-        if not np.array_equal(presence.sums(first, first + len(sums)), sums):
-            return False
-        begin, stop = max(start, span.start), min(end, span.end)
-        buffer[begin - span.start : stop - span.start] = data.data[begin - start : stop - start]
     return True

@@ -16,20 +16,17 @@ from tiercache.cache.accounts import Accounts, charge_bytes
 from tiercache.cache.disk import Breaker, disk_space, is_disk_full, network_file_system
 from tiercache.cache.download import run_fetch
 from tiercache.cache.eviction import POLICIES, Evictor
-from tiercache.cache.fetch import FetchQueue
+from tiercache.cache.fetch import CopyLease, FetchQueue
 from tiercache.cache.folder import Folder
-from tiercache.cache.lease import CopyLease, open_leased
 from tiercache.cache.locks import NameLock, Owners, boot_id
 from tiercache.cache.partial import (
-    CopyHandle,
-    are_right,
+    CopyFile,
     bytes_of,
-    hold_part,
     open_map,
+    open_part,
+    open_whole,
     read_all,
     read_checksum,
-    read_verified,
-    wrong_units,
 )
 from tiercache.cache.reading_plans import ReadingPlans
 from tiercache.crash_points import crash_point
@@ -346,22 +343,22 @@ class CacheSession:
         if name in self._uncached:
             return None
         try:
-            fd = open_leased(self.folder, name, n_bytes)
+            file = open_whole(self.folder, name, n_bytes)
         except OSError as error:
             self._disk_failed(error)
             return None
-        if fd is None:
+        if file is None:
             return None
         if writing is not None and writing.breaker.is_open:
             writing.breaker.reset()
-        return CopyLease(n_bytes, CopyHandle(fd))
+        return CopyLease(n_bytes, file)
 
-    def _hold_part(self, spec: CopySpec) -> CopyHandle | None:
+    def _open_part(self, spec: CopySpec) -> CopyFile | None:
         """Return an open partial copy; None: there is none."""
         if spec.name in self._uncached:
             return None
         try:
-            return hold_part(self.folder, spec.name, spec.n_bytes)
+            return open_part(self.folder, spec.name, spec.n_bytes)
         except OSError as error:
             self._disk_failed(error)
             return None
@@ -374,11 +371,11 @@ class CacheSession:
         """Return whether these ranges of a copy (None: the whole copy) are cached, without recording a use."""
         if self.folder.size_of(spec.name) == spec.n_bytes:
             return True
-        handle = None if ranges is None else self._hold_part(spec)
+        handle = None if ranges is None else self._open_part(spec)
         if handle is None or ranges is None:
             return False
         try:
-            return handle.presence is None or handle.presence.covers(ranges)
+            return handle.covers(ranges)
         finally:
             handle.close()
 
@@ -388,7 +385,7 @@ class CacheSession:
         The copy of an object without identity has no checksums inside; each unit is verified against the unit map.
         """
         lease = self.hit(spec.name, spec.n_bytes)
-        if lease is None and (handle := self._hold_part(spec)) is not None:
+        if lease is None and (handle := self._open_part(spec)) is not None:
             lease = CopyLease(spec.n_bytes, handle)
         if lease is None:
             return False
@@ -397,32 +394,44 @@ class CacheSession:
                 return False
             if spec.identity is not None:
                 return all(read_all(lease.fd, buffer, span.start) for span, buffer in spans)
-            is_partial = lease.presence is not None
-            presence = lease.presence or open_map(self.folder, spec.name, lease.fd, spec.n_bytes)
+            file = lease.file
+            is_partial = file is not None and file.is_partial
+            checked = self._with_map(spec, lease)
             try:
-                if presence is not None and read_verified(lease.fd, presence, spans):
+                if checked is not None and checked.read(spans):
                     return True
             finally:
-                if presence is not None and not is_partial:
-                    presence.close()
+                if checked is not None:
+                    checked.close()
         if is_partial:
             self._remove_partial_if_corrupt(spec)
         else:
             self.remove_if_corrupt(spec)
         return False
 
+    def _with_map(self, spec: CopySpec, lease: CopyLease) -> CopyFile | None:
+        """Return another view of the file of a lease, with the checksums of its units; None: there are none."""
+        file = None if lease.file is None else lease.file.dup()
+        if file is None or file.is_partial:
+            return file
+        try:
+            checked = open_map(self.folder, spec.name, file.fd, spec.n_bytes)
+        except BaseException:
+            file.close()
+            raise
+        if checked is None:
+            file.close()
+        return checked
+
     def is_right(self, spec: CopySpec, lease: CopyLease, ranges: Sequence[ByteRange]) -> bool:
         """Return whether cached ranges of a lease are what the source sent, as far as there are checksums of units."""
-        presence = lease.presence
-        if presence is not None:
-            return are_right(lease.fd, presence, ranges)
-        presence = open_map(self.folder, spec.name, lease.fd, spec.n_bytes)
-        if presence is None:
+        checked = self._with_map(spec, lease)
+        if checked is None:
             return True
         try:
-            return are_right(lease.fd, presence, ranges)
+            return checked.are_right(ranges)
         finally:
-            presence.close()
+            checked.close()
 
     # -- fetches -------------------------------------------------------------------------------------------------------
 
@@ -438,7 +447,7 @@ class CacheSession:
             if lease is not None:
                 self._count(spec, on_lookup, spec.n_bytes)
                 return lease
-            handle = self._hold_part(spec)
+            handle = self._open_part(spec)
             join = None if writing is None else partial(writing.fetcher.join, spec, store)
             if handle is not None:
                 self._note_use(spec.name)
@@ -451,11 +460,9 @@ class CacheSession:
         return None
 
     def _count_partial(
-        self, spec: CopySpec, on_lookup: Callable[[bool], object], handle: CopyHandle, is_present: bool
+        self, spec: CopySpec, on_lookup: Callable[[bool], object], handle: CopyFile, is_present: bool
     ) -> None:
-        presence = handle.presence
-        n_bytes = 0 if presence is None or not is_present else bytes_of(presence.mask(), spec.n_bytes)
-        self._count(spec, on_lookup, n_bytes)
+        self._count(spec, on_lookup, bytes_of(handle.mask(), spec.n_bytes) if is_present else 0)
 
     def _count(self, spec: CopySpec, on_lookup: Callable[[bool], object], hit_bytes: int) -> None:
         """Count a hit of hit_bytes, or a miss if that is 0. An empty copy is a hit if its file exists.
@@ -583,11 +590,11 @@ class CacheSession:
         failed, so the copy is fetched once more. If the reader finds it corrupt again, the object is corrupt at its
         source: the result is False, and this process reads the object past the cache.
         """
-        handle = self._hold_part(spec)
+        handle = self._open_part(spec)
         if handle is None:
             return True
         try:
-            wrong = [] if handle.presence is None else wrong_units(handle.fd, handle.presence)
+            wrong = handle.wrong_units()
         finally:
             handle.close()
         is_corrupt_at_source = not wrong and spec.name in self._suspected

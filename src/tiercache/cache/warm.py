@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from tiercache.cache.accounts import charge_bytes
-from tiercache.cache.partial import UNIT_BYTES, charge_of, hold_part, mask_of, n_units
+from tiercache.cache.partial import UNIT_BYTES, charge_of, mask_of, n_units, open_part
 from tiercache.crash_points import crash_point
 from tiercache.errors import CacheFull, StoreError
 from tiercache.model import ByteRange, format_bytes
@@ -161,11 +161,11 @@ def _measured(opened: CacheSession, item: WarmItem, exists: bool, has_part: bool
 
 def _present_units(opened: CacheSession, name: str, n_bytes: int) -> Mask:
     """Return the units of a partial copy that are present."""
-    held = hold_part(opened.folder, name, n_bytes)
-    if held is None or held.presence is None:
+    held = open_part(opened.folder, name, n_bytes)
+    if held is None:
         return np.zeros(n_units(n_bytes), bool)
     try:
-        return held.presence.mask()
+        return held.mask()
     finally:
         held.close()
 
@@ -286,7 +286,7 @@ class _Fetches:
             held, has_left = fetch.claim()
             if not has_left:
                 fetch.leave()
-            is_present = held is not None and (held.presence is None or held.presence.covers(item.ranges))
+            is_present = held is not None and held.covers(item.ranges)
             if held is not None:
                 held.close()
         crash_point("warm.fetched")

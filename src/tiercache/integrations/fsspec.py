@@ -40,7 +40,7 @@ except ImportError:  # fsspec before 2025.10 chained only its own caches; tierca
     from fsspec import AbstractFileSystem as ChainedFileSystem
 
 if TYPE_CHECKING:
-    from tiercache.cache.lease import CopyLease
+    from tiercache.cache.fetch import CopyLease
     from tiercache.cache.names import CopySpec
 
 T = TypeVar("T")

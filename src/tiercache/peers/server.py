@@ -42,7 +42,7 @@ from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 
 if TYPE_CHECKING:
     from tiercache.cache.cache import Cache, CachedStore
-    from tiercache.cache.lease import CopyLease
+    from tiercache.cache.fetch import CopyLease
     from tiercache.store import Store
 
 # A name that no known version has is looked up in newer versions at most this often.
@@ -422,7 +422,7 @@ def _read(lease: CopyLease, span: ByteRange) -> bytearray | None:
         return None
     data = bytearray(span.n_bytes)
     view = memoryview(data)
-    is_read = lease.read([(span, view)]) if lease.presence is not None else read_all(lease.fd, view, span.start)
+    is_read = lease.read([(span, view)]) or (lease.n_descriptors == 1 and read_all(lease.fd, view, span.start))
     return data if is_read else None
 
 
