@@ -10,8 +10,8 @@ from tests.tier.moving import PARTS, HookAt, Killed, World, checkpoint, moved_aw
 
 from tiercache.errors import CommitConflict, StoreError
 from tiercache.tier.move.deletions import DeletionFacts
-from tiercache.tier.move.interrupted_copies import finish_copies
 from tiercache.tier.move.lock import LockRecord, TierLock
+from tiercache.tier.move.mover import finish_copies
 
 
 @pytest.fixture

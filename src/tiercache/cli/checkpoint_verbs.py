@@ -26,8 +26,8 @@ from tiercache.keep import PIN_NAME, encode_pin
 from tiercache.model import format_bytes
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.model import CHECKPOINT, Snapshot
+from tiercache.tier.move.deletions import Removal, remove_groups
 from tiercache.tier.move.mover import open_mover
-from tiercache.tier.move.removal import Removal, remove_groups
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide_now
 from tiercache.tier.plan.proposals import KeepReason, keep_reasons

@@ -33,8 +33,14 @@ from tiercache.tier.model import Snapshot
 from tiercache.tier.move.checks import ApplyResult
 from tiercache.tier.move.deletions import run_due_deletions
 from tiercache.tier.move.mover import open_mover
-from tiercache.tier.recall import RecallPlan, hold_groups, plan_recall, recall_command
-from tiercache.tier.restore import request_restore, wait_restored
+from tiercache.tier.recall import (
+    RecallPlan,
+    hold_groups,
+    plan_recall,
+    recall_command,
+    request_restore,
+    wait_restored,
+)
 from tiercache.tier.stores import unavailable_tiers
 
 HOLD_S = 7 * 86400.0

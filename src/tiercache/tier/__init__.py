@@ -5,9 +5,9 @@ plan with every object, executes the plan, and records placements that lead read
 verified before its source is deleted, and a move never deletes the last verified copy of an object unless a
 rule with `delete_after` asks for it.
 
-The packages ``inventory``, ``plan``, ``move`` and ``placement`` are the steps of a run. ``rules`` reads the rule file,
-and ``rule_edits`` adds pins to it.
-``stores`` opens the stores of the tiers. ``model`` has the values that all exchange, ``text_columns`` works on columns
-of strings, and ``costs`` computes dollars. ``findings`` are warnings of rules. ``restore`` restores archived
-objects, ``recall`` plans to bring groups back, and ``holds`` protect what was brought back.
+The packages ``inventory``, ``plan`` and ``move`` are the steps of a run; readers follow the placements of
+store/placement. ``rules`` reads the rule file, and ``rule_edits`` adds pins to it. ``stores`` opens the stores of the
+tiers, and ``journal`` is this machine's catalog and journal. ``model`` has the values that all exchange,
+``text_columns`` works on columns of strings, and ``costs`` computes dollars. ``findings`` are warnings of rules.
+``recall`` brings groups back, also from archives, and ``holds`` protect what was brought back.
 """

@@ -50,7 +50,7 @@ def entry_table(batches: Iterable[Sequence[Sequence[Any]]]) -> pa.Table:
 
 
 # begun: The journal has the move; nothing that readers rely on has changed. Parts of its copy may be in dst. The next
-#   run finishes the copy or removes the parts, before it lists the tiers (tier/move/interrupted_copies.py).
+#   run finishes the copy or removes the parts, before it lists the tiers (tier/move/mover.py).
 # stopped: The move was not made, for the reason in `note`, and dst has no part of its copy (if the rule file still has
 #   that tier). The next plan replaces the row, or prune() deletes it.
 # waiting: The copies, if there are any, and the placement are made; the grace period runs until due_s. Deletions that

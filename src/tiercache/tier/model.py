@@ -79,7 +79,7 @@ class Snapshot(CheckpointColumns):
     # By copy: a symbolic link that points to the copy or into it, or that lies in its folder.
     links: Mapping[int, str]
     # By group: the reason for people why no move touches it: two tiers have different objects under its name
-    # (inventory/conflicts.py), or it is a shard of a data set outside the home tier.
+    # (find_conflicts() of inventory/groups.py), or it is a shard of a data set outside the home tier.
     immovable: Mapping[int, str] = field(default_factory=dict)
     # Groups that their own pin.json pins, or whose pin.json cannot be read.
     pinned: frozenset[int] = frozenset()

@@ -4,7 +4,7 @@
 
     plan_recall()      where each group can be copied from now, what must be restored first, cost and time
     hold_groups()      a hold protects the groups from the next runs of the mover
-    restores           request_restore() and wait_restored() of tier/restore.py, where an archive needs them
+    request_restore()  where an archive needs restores, and wait_restored()
     apply_plan()       the mover's own steps: copy, verify, journal, placement
 
 A recall copies; the copy in the colder tier stays, so that the next move down transfers no bytes. It may be killed at
@@ -13,17 +13,22 @@ any instant: the same command continues, because each step is one of the mover's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.crash_points import crash_point
+from tiercache.errors import NotFound, StoreError
 from tiercache.keep import Flags, Rows
 from tiercache.prices import Speed
+from tiercache.tier.costs import RESTORE_DAYS, restored_home_dollars
 from tiercache.tier.holds import put_hold
 from tiercache.tier.model import (
     ARCHIVED,
@@ -43,14 +48,20 @@ from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import CapacityLedger, refuse, refuse_unavailable, with_costs
 from tiercache.tier.plan.proposals import propose_move
 from tiercache.tier.plan.selection import SnapshotIndex
-from tiercache.tier.restore import RestorePlan, command_line, plan_restore
-from tiercache.tier.stores import CLASSES_TO_RESTORE, Stores
+from tiercache.tier.stores import CLASSES_TO_RESTORE, Stores, state_of
+from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 
 if TYPE_CHECKING:
     from tiercache.prices import Prices
     from tiercache.tier.inventory.groups import Inventory
     from tiercache.tier.rules import RuleFile
 
+A = TypeVar("A")
+B = TypeVar("B")
+
+_N_THREADS = 16
+_LONGEST_POLL_S = 60.0
+_MOST_NAMES = 20  # in a command line
 RULE = "tier get"  # name of the rule in plans and in the journal
 _SHARD_REASON = "shards are read from {home} or through the cache: recall them to {home}, and warm the cache"
 _NOT_WHOLE = "no copy of it is whole: it is being written, or objects of it are missing"
@@ -271,6 +282,184 @@ def hold_groups(stores: Stores, paths: Sequence[str], *, hold_s: float, now_s: f
 
 
 def recall_command(file: RuleFile, paths: Sequence[str], *, to: str | None = None) -> str:
-    """Return the command line that recalls these paths; see command_line()."""
+    """Return the command line that recalls these paths; of very many it has the first ones, and a comment."""
+    more = len(paths) - _MOST_NAMES
     target = [] if to is None else ["--to", to]
-    return command_line("tier get", paths, [*target, "--rules", str(file.path), "--wait"])
+    words = ["tiercache", "tier", "get", *paths[:_MOST_NAMES], *target, "--rules", str(file.path), "--wait"]
+    return shlex.join(words) + (f"  # and {more} more" if more > 0 else "")
+
+
+# -- restores ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ArchivedObject:
+    """An archived object, as the store describes it. state: ARCHIVED, RESTORING or RESTORED."""
+
+    tier: str
+    key: str
+    n_bytes: int
+    state: int
+    storage_class: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePlan:
+    """Plan of a restore.
+
+    Attributes:
+        objects: Objects that must be restored, sorted by key; each once, from the tier whose copy is readable soonest.
+        speed: "expedited", "standard" or "bulk".
+        cost: Dollars for requests that are not made yet: retrieval, the temporary copies in the standard class, and the
+            copy to the destination. None if a price is unknown.
+        hours: Maximum hours until the last object can be read, by the price table. None if it does not say.
+    """
+
+    objects: tuple[ArchivedObject, ...]
+    speed: Speed
+    cost: float | None
+    hours: float | None
+
+
+def plan_restore(
+    file: RuleFile,
+    stores: Stores,
+    keys: Iterable[str],
+    prices: Sequence[Prices | None],
+    *,
+    to: str,
+    speed: Speed = "standard",
+) -> RestorePlan:
+    """Plan the restore of some objects, as far as no tier has a readable copy. Asks every tier for every key.
+
+    keys: Relative to the URLs of the tiers. prices: Of each tier; None where they are unknown. to: Name of the tier to
+    which the objects are copied afterwards.
+
+    Raises:
+        NotFound: A key is in no tier.
+        ValueError: The storage class has no such speed.
+        StoreError: A tier could not be asked.
+    """
+    wanted = sorted(dict.fromkeys(keys))
+    found = _in_parallel(lambda key: _copies_of(file, stores, key), wanted)
+    objects = []
+    for key, copies in zip(wanted, found, strict=True):
+        if not copies:
+            names = ", ".join(tier.name for tier in file.tiers)
+            raise NotFound(f"{key} is in none of the tiers {names}", url=stores.store(file.home_tier.name).url)
+        if all(copy.state in _NEARER for copy in copies):
+            objects.append(max(copies, key=lambda copy: _NEARER[copy.state]))
+    by_name = dict(zip((tier.name for tier in file.tiers), prices, strict=True))
+    return RestorePlan(tuple(objects), speed, *_estimate(file, objects, by_name, speed, to))
+
+
+_NEARER = {ARCHIVED: 0, RESTORING: 1, RESTORED: 2}
+
+
+def _copies_of(file: RuleFile, stores: Stores, key: str) -> list[ArchivedObject]:
+    """Return the copies of a key, in the order of the tiers."""
+    copies = []
+    for name in (tier.name for tier in file.tiers):
+        with suppress(NotFound):
+            info = stores.head(name, key)
+            if stores.tier_of(stores.sharing(name), info) == name:
+                copies.append(ArchivedObject(name, key, info.n_bytes, state_of(info), info.storage_class))
+    return copies
+
+
+def _estimate(
+    file: RuleFile, objects: Sequence[ArchivedObject], prices: Mapping[str, Prices | None], speed: Speed, to: str
+) -> tuple[float | None, float | None]:
+    """Return the dollars for requests that are not made yet, and the hours until all objects can be read.
+
+    Each is None where a price is unknown.
+    """
+    cost: float | None = 0.0
+    hours: float | None = 0.0
+    for name in {one.tier: None for one in objects}:
+        archive, target = prices[name], prices[to]
+        price = None if archive is None else archive.restore.get(speed)
+        if archive is not None and archive.restore and price is None:
+            speeds = ", ".join(archive.restore)
+            raise ValueError(f"tiers.{name}: {archive.name} has no speed {speed!r} for restores; it has {speeds}")
+        n_bytes = np.array([o.n_bytes for o in objects if (o.tier, o.state) == (name, ARCHIVED)], np.int64)
+        if {one.state for one in objects if one.tier == name} != {RESTORED}:
+            hours = None if price is None or hours is None else max(hours, price.hours)
+        if len(n_bytes) and cost is not None:
+            if archive is None or price is None or target is None:
+                cost = None
+            else:
+                urls = file.tier(name).url, file.tier(to).url
+                cost += float(restored_home_dollars(archive, price, target, n_bytes, urls=urls).sum())
+    return cost, hours
+
+
+def request_restore(stores: Stores, plan: RestorePlan) -> None:
+    """Request the restore of all objects without a request, and extend restored copies. Repeatable.
+
+    Raises:
+        StoreError: .unable where a store cannot restore at all; otherwise the first error. Requests made before it
+            stand: call again.
+    """
+
+    def request(one: ArchivedObject) -> None:
+        if one.state == RESTORING:
+            return
+        archive = stores.s3_classes(one.tier)
+        if archive is None:
+            url = stores.store(one.tier).url
+            raise StoreError(f"{one.key}: the tier {one.tier} cannot restore", url=url, unable=True)
+        takes_days = one.storage_class in CLASSES_TO_RESTORE
+        archive.restore(one.key, days=RESTORE_DAYS if takes_days else None, speed=plan.speed)
+
+    _in_parallel(request, plan.objects)
+
+
+def wait_restored(
+    stores: Stores,
+    plan: RestorePlan,
+    *,
+    clock: Clock = SYSTEM_CLOCK,
+    deadline_s: float | None = None,
+    on_progress: Callable[[int, int], object] | None = None,
+) -> tuple[ArchivedObject, ...]:
+    """Wait until all objects of a plan can be read. Return those that cannot at the deadline.
+
+    The stores are asked at most once a minute, about 16 of the missing objects. deadline_s: Maximum wait; None: no
+    limit. on_progress: Receives the number of readable objects, and of all objects.
+
+    Raises:
+        NotFound: An object is gone.
+        StoreError: .archived: an object is neither restored nor being restored: request it again. Otherwise a store
+            failed.
+    """
+    waiting = [one for one in plan.objects if one.state != RESTORED]
+
+    def is_done() -> bool:
+        while waiting:
+            some = waiting[:_N_THREADS]
+            answers = _in_parallel(lambda one: _is_restored(stores, one), some)
+            left = [one for one, done in zip(some, answers, strict=True) if not done]
+            waiting[: len(some)] = left
+            if on_progress is not None:
+                on_progress(len(plan.objects) - len(waiting), len(plan.objects))
+            if left:
+                return False
+        return True
+
+    wait_for(is_done, deadline_s, clock, longest_poll_s=_LONGEST_POLL_S)
+    return tuple(waiting)
+
+
+def _is_restored(stores: Stores, one: ArchivedObject) -> bool:
+    state = state_of(stores.head(one.tier, one.key))
+    if state == ARCHIVED:
+        message = "it is neither restored nor being restored: request it again: tiercache tier get"
+        raise StoreError(message, url=f"{stores.store(one.tier).url}/{one.key}", archived=True)
+    return state != RESTORING
+
+
+def _in_parallel(work: Callable[[A], B], items: Sequence[A]) -> list[B]:
+    """Return the results in order. The first error ends the work."""
+    with ThreadPoolExecutor(_N_THREADS, thread_name_prefix="tiercache-restore") as pool:
+        return list(pool.map(work, items))

@@ -1,10 +1,9 @@
 """Moves: carrying out a plan without losing data, whatever interrupts the mover and whatever else runs.
 
 ``mover`` is the entry (open_mover, run_once); ``executor`` takes the moves of a plan up to their grace period;
-``deletions`` makes the deletions that wait; ``checks`` compares objects with the plan and the catalog;
-``placement_updates`` tells readers; ``copies`` copies groups, or withdraws their parts; ``transfer`` moves bytes;
-``lock`` admits one process; ``interrupted_copies`` finishes them, or removes their parts;
-``removal`` deletes checkpoints that a user names.
+``deletions`` makes the deletions that wait, and those that a user asks for; ``checks`` compares objects with the plan
+and the catalog; ``placement_updates`` tells readers; ``copies`` copies groups, or withdraws their parts; ``transfer``
+moves bytes; ``lock`` admits one process.
 
 A move from src to dst has these steps. Each step is journaled before the next one, and each is harmless when repeated.
 MoveExecutor._run_batch() calls steps 1 to 7, and DeferredDeletions._run_batch() steps 8 to 10, for a batch of moves::
@@ -30,7 +29,7 @@ MoveExecutor._run_batch() calls steps 1 to 7, and DeferredDeletions._run_batch()
 What can happen between two steps:
 
     2-6  The process is killed: the row stays in the state "begun". Until it is finished, no copy in its dst counts as
-         whole. The next run finishes the copy, or removes its parts, before it lists the tiers (interrupted_copies.py).
+         whole. The next run finishes the copy, or removes its parts, before it lists the tiers (finish_copies()).
          Applying the same plan again continues it, too.
     3-4  The process is killed: copies exist that the catalog does not know. The journal does: they are compared with
          src, and are not copied again.
@@ -44,7 +43,7 @@ What can happen between two steps:
     6-7  The process is killed: readers know the placement, but no deletion waits. Applying the same plan again starts
          the grace period; another plan asks for a drop.
     7-8  src is replaced: step 8 cancels the deletion and reverts the placement. The two objects under one name are a
-         conflict for the next plan (inventory/conflicts.py): a person decides which one is wanted.
+         conflict for the next plan (inventory/groups.py): a person decides which one is wanted.
     7-8  The copy in dst is lost, damaged, or restored and moved by somebody: step 8 compares, and stops. No store
          reports that a file has rotted; only reading the file shows it.
     7-8  Another process with another journal moves the object back: its placement leads to src, and step 8 reads that.
