@@ -6,8 +6,7 @@ On a busy machine, `chrt -f 10 python benchmarks/bench_images.py --brief` (as ro
 
 The baseline for each number of threads is the selected decoder and resize alone: simplejpeg decodes into a buffer of
 the thread, and OpenCV resizes the centre square into another one, with as many threads as the loader has. The loader's
-rows are shuffled epochs with `dtype="uint8"` and `layout="CHW"`; every batch is taken and dropped. If libturbojpeg is
-available, the same is measured for planes that are resized before they become RGB.
+rows are shuffled epochs with `dtype="uint8"` and `layout="CHW"`; every batch is taken and dropped.
 
     python benchmarks/bench_images.py --augmented [--threads 1 2] [--quick]
 
@@ -28,7 +27,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +37,6 @@ import simplejpeg
 import torch
 from PIL import Image
 
-import planes_alone
 import tiercache as tc
 from generate import generate
 from rows import OUT, spread, table, write_rows
@@ -54,7 +51,6 @@ if TYPE_CHECKING:
     Decode = Callable[[bytes], object]
 
 SIZE = (DECODED_SIZE, DECODED_SIZE)
-PLANES = "libturbojpeg's planes + OpenCV linear"
 PLACED = ((375, 500), (256, 256), (384, 512), (480, 640))
 # Copies of each picture in an epoch, so that the start of threads and memory counts as little as in a long epoch.
 COPIES = 4
@@ -131,19 +127,6 @@ def by_pillow_resized(data: bytes) -> np.ndarray:
         return np.asarray(image.resize(SIZE, Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)))
 
 
-def by_planes(data: bytes, *, fastdct: bool = False) -> None:
-    """Decode to planes, resize their centre and convert it to RGB: `DecodeImage(resize_in="ycbcr")`."""
-    planes_alone.decode_into(data, _memory()[1], fastdct=fastdct)
-
-
-def _has_planes() -> bool:
-    try:
-        planes_alone.library()
-    except OSError:
-        return False
-    return True
-
-
 def _torchvision() -> dict[str, Decode]:
     """Return torchvision's decoder, alone and with its resize; nothing if torchvision is not installed."""
     try:
@@ -173,7 +156,6 @@ def _decoders() -> dict[str, Decode]:
         "OpenCV": by_opencv_resized,
         **_torchvision(),
         "Pillow": by_pillow_resized,
-        **({PLANES: by_planes, f"{PLANES}, fast DCT": partial(by_planes, fastdct=True)} if _has_planes() else {}),
     }
 
 
@@ -195,10 +177,6 @@ def _cases(
 
     n, unit = len(pictures), "images/s"
     ways = [{"crop": "center"}, {"crop": "random"}]
-    if _has_planes():
-        ways += [way | {"resize_in": "ycbcr"} for way in ways] + [
-            {"crop": "center", "resize_in": "ycbcr", "dct": "fast"}
-        ]
     loaders = [
         Case(
             stage,

@@ -13,11 +13,9 @@ PILLOW = "pillow"
 # At most both: shuffled fully, and with the library's own default shuffle.
 ALL = ("none", "full", "default")
 # Layouts of decoded pictures besides the usual one: with libjpeg-turbo's faster and less exact transform, which FFCV
-# always uses, so that rows of the same work can be compared; and, in addition, resized as planes before they become
-# RGB, the fastest way of tiercache. FFCV is run again next to each.
+# always uses, so that rows of the same work can be compared. FFCV is run again next to it.
 FAST_DCT = "fast DCT"
-PLANES = "planes and fast DCT"
-PICTURE_FORMS = (FAST_DCT, PLANES)
+PICTURE_FORMS = (FAST_DCT,)
 
 
 WORKLOADS = ("tokens", "bytes", "tensors", "rows", "images")

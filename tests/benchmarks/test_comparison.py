@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from tests.benchmarks.conftest import BENCHMARKS
-from tests.images.pictures import has_turbojpeg
 from tests.support.warm_python import WarmPython
 
 from tiercache._native.mapping import are_resident
@@ -81,14 +80,10 @@ def test_the_comparison_has_a_row_for_each_layout_of_a_contender(
 def test_the_comparison_has_a_row_for_each_way_to_decode_images(tmp_path: Path, warm_python: WarmPython) -> None:
     command = ["-m", "peers", "--workload", "images", "--shuffle", "none", "--only", "tiercache"]
     _, rows = run_quick(warm_python, command, tmp_path)
-    planes = "planes and fast DCT"
-    assert [row["form"] for row in loads(rows)] == ["", "fast DCT", planes]
+    assert [row["form"] for row in loads(rows)] == ["", "fast DCT"]
     for row in loads(rows):
-        if row["form"] == planes and not has_turbojpeg():
-            assert "libturbojpeg" in row["missing"]
-        else:
-            assert row["rank_correlation"]["median"] == 1
-            assert {"cores", "kernel", "processor", "versions"} <= set(row)
+        assert row["rank_correlation"]["median"] == 1
+        assert {"cores", "kernel", "processor", "versions"} <= set(row)
 
 
 def test_a_contender_that_cannot_be_installed_is_listed_with_the_reason(

@@ -6,22 +6,7 @@ import io
 from typing import Any
 
 import numpy as np
-import pytest
 from PIL import Image
-
-from tiercache.images.decoder import load_turbojpeg
-
-
-def has_turbojpeg() -> bool:
-    """Whether this machine has what resize_in="ycbcr" needs."""
-    try:
-        load_turbojpeg()
-    except ModuleNotFoundError:
-        return False
-    return True
-
-
-BY_PLANES = pytest.mark.skipif(not has_turbojpeg(), reason="no libturbojpeg here (Debian: libturbojpeg0)")
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
-from tests.images.pictures import BY_PLANES, encode, picture
+from tests.images.pictures import encode, picture
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
@@ -57,17 +57,6 @@ def test_jitter_equals_torchvisions_adjustments_in_the_order_that_was_drawn(draw
     difference = (shown.int() - expected.int()).abs()
     assert difference.max() <= 6  # levels by which steps differ are amplified by the steps after them
     assert difference.float().mean() < 1
-
-
-@BY_PLANES
-def test_jitter_follows_planes_that_are_resized_too():
-    data, draws = encode(picture(60, 80)), [0.5] * (N_DRAWS + N_COLOUR_DRAWS)
-    options = {"resize_in": "ycbcr", "scale": (0.9, 1.0)}
-    expected = decoded(data, plain_options(**options), draws)
-    for kind, factor in plan_colours(plain_options(**JITTER), draws):
-        expected = APPLY[kind](expected, factor)
-    found = decoded(data, plain_options(**options, **JITTER), draws)
-    assert (found.int() - expected.int()).abs().max() <= 4
 
 
 @given(DRAWS)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from tests.images.pictures import BY_PLANES, encode, picture
+from tests.images.pictures import encode, picture
 
 from tiercache.images.decoder import Decoder, exif_orientation
 from tiercache.images.image_plan import N_DRAWS
@@ -80,16 +80,6 @@ def test_a_random_crop_and_its_flip_are_those_of_the_turned_picture(orientation,
     found = decoded(with_orientation(image, orientation, "png"), draws, **options)
     plain = encode(Image.fromarray(turned(np.asarray(image), orientation)), "png")
     assert np.abs(found.astype(int) - decoded(plain, draws, **options)).max() <= 1
-
-
-@BY_PLANES
-@pytest.mark.parametrize("orientation", ORIENTATIONS)
-def test_planes_are_turned_too(orientation):
-    data = with_orientation(picture(375, 300), orientation)
-    options = {"size": (220, 200), "resize_in": "ycbcr"}
-    difference = np.abs(decoded(data, **options).astype(int) - decoded(data, **options | {"resize_in": "rgb"}))
-    assert difference.mean() < 1
-    assert difference.max() <= 8
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)

@@ -22,8 +22,6 @@ WRONG = [
     (ValueError, {"size": 8, "dtype": "int64"}, "dtype must be one of 'uint8', .* got 'int64'"),
     (ValueError, {"size": 8, "layout": "NCHW"}, "layout must be one of 'CHW', 'HWC'"),
     (ValueError, {"size": 8, "dct": "float"}, "dct must be one of 'accurate', 'fast', got 'float'"),
-    (ValueError, {"size": 8, "resize_in": "yuv"}, "resize_in must be one of 'rgb', 'ycbcr', got 'yuv'"),
-    (ValueError, {"size": None, "resize_in": "ycbcr"}, "resize_in='ycbcr' needs a size"),
     (TypeError, {"size": 8, "flip": 0.5}, "flip is True or False, got 0.5"),
     (ValueError, {"size": 8, "resize": 7}, "resize must be 8 or more"),
     (ValueError, {"size": (8, 12), "resize": 10}, "resize must be 12 or more"),

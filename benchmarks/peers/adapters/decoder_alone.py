@@ -11,10 +11,9 @@ import cv2
 import numpy as np
 import simplejpeg
 
-import planes_alone
-from peers.catalogue import PICTURE_FORMS, PLANES
+from peers.catalogue import PICTURE_FORMS
 from peers.columns import chunks
-from peers.job import SEED, Job, Opened, UnsupportedError, cores
+from peers.job import SEED, Job, Opened, cores
 from workloads import DECODED_SIZE, KEY
 
 if TYPE_CHECKING:
@@ -26,33 +25,26 @@ AHEAD = cores() + 1
 
 @contextmanager
 def opened(job: Job) -> Iterator[Opened]:
-    """Yield threads that decode whole batches of the mapped JPEGs. Raises UnsupportedError."""
-    by_planes = job.form == PLANES
-    if by_planes:
-        try:
-            planes_alone.library()
-        except OSError as error:
-            raise UnsupportedError(f"no libturbojpeg: {error}") from error
+    """Yield threads that decode whole batches of the mapped JPEGs."""
     # OpenCV's own threads would compete with ours: a picture is too small to be divided.
     cv2.setNumThreads(1)
     rng, n = np.random.default_rng(SEED), job.workload.n_records
     with ThreadPoolExecutor(cores()) as pool:
         yield Opened(
             lambda: _epoch(job, rng.permutation(n) if job.shuffled else np.arange(n), pool),
-            f"{cores()} threads, {'libturbojpeg' if by_planes else 'simplejpeg'} and OpenCV",
+            f"{cores()} threads, simplejpeg and OpenCV",
         )
 
 
 def _epoch(job: Job, order: np.ndarray, pool: ThreadPoolExecutor) -> Iterator[dict[str, Any]]:
     source, fastdct = job.source, job.form in PICTURE_FORMS
-    decode = planes_alone.decode_into if job.form == PLANES else decode_into
     (field,) = source.workload.fields
     data, offsets, keys = memoryview(source.data(field)), source.offsets(field).tolist(), source.keys
 
     def batch(rows: np.ndarray) -> dict[str, Any]:
         out = np.empty((len(rows), DECODED_SIZE, DECODED_SIZE, 3), np.uint8)
         for i, row in enumerate(rows.tolist()):
-            decode(data[offsets[row] : offsets[row + 1]], out[i], fastdct=fastdct)
+            decode_into(data[offsets[row] : offsets[row + 1]], out[i], fastdct=fastdct)
         return {field.name: out, KEY: keys[rows]}
 
     waiting: deque[Any] = deque()

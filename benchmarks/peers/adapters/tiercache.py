@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import tiercache as tc
-from peers.catalogue import PICTURE_FORMS, PLANES
+from peers.catalogue import PICTURE_FORMS
 from peers.job import SEED, Job, Opened
 from tiercache import Cache, DataLoader, Dataset, Image, LoaderOptions, Tensor, Writer
 from workloads import DECODED_SIZE, JITTER, KEY, MEAN, STD
@@ -48,7 +48,6 @@ def pack_one_by_one(source: Source, folder: Path) -> None:
 def decode_options(job: Job) -> tc.DecodeImage:
     """Return the options for the pictures of a job."""
     how: dict[str, Any] = {"dct": "fast" if job.form in PICTURE_FORMS else "accurate"}
-    how["resize_in"] = "ycbcr" if job.form == PLANES else "rgb"
     if job.workload.augmented:
         how |= dict.fromkeys(("brightness", "contrast", "saturation"), JITTER)
         how |= {"crop": "random", "flip": True, "dtype": "float16", "mean": MEAN, "std": STD}

@@ -15,7 +15,6 @@ Crop = Literal["center", "random"]
 Layout = Literal["CHW", "HWC", "channels_last"]
 ImageDtype = Literal["uint8", "float32", "float16", "bfloat16"]
 Dct = Literal["accurate", "fast"]
-ResizeIn = Literal["rgb", "ycbcr"]
 
 # Largest finite float16.
 _MAX_FLOAT16 = 65504.0
@@ -54,11 +53,6 @@ class DecodeImage:
             average, and by more at qualities above 90. JPEGs that Pillow reads (CMYK, damaged ones) are decoded
             accurately. JPEGs decoded at a half, a quarter or an eighth of their size use other transforms, which "fast"
             does not change, except for the colours of 4:2:0 at a half.
-        resize_in: Form in which a JPEG is resized: "rgb": the decoded image. "ycbcr": its planes as stored, which are
-            converted to RGB at the size of the result: less work if chroma has a lower resolution than luma (nearly
-            always), with pixels that differ by less than 1 of 255 on average. Crops are then widened to whole chroma
-            pixels, by at most 1 pixel in 4:2:0. Needs the system's libturbojpeg. Other images, and images that are
-            decoded at a half of their size or less or are not resized, are the same as with "rgb".
         brightness: Range of the random factor of the brightness, as in torchvision's ColorJitter: (smallest, largest),
             or a number v for (max(0, 1 - v), 1 + v). Factors are at most 8; 1 changes nothing, and 0 gives black. The
             factors of brightness, contrast and saturation are uniform, and the three are applied in random order.
@@ -83,7 +77,6 @@ class DecodeImage:
     dtype: ImageDtype = "uint8"
     layout: Layout = "CHW"
     dct: Dct = "accurate"
-    resize_in: ResizeIn = "rgb"
     brightness: float | tuple[float, float] = 0.0
     contrast: float | tuple[float, float] = 0.0
     saturation: float | tuple[float, float] = 0.0
@@ -96,7 +89,6 @@ class DecodeImage:
         _choice("crop", self.crop, get_args(Crop))
         _choice("layout", self.layout, get_args(Layout))
         _choice("dct", self.dct, get_args(Dct))
-        _choice("resize_in", self.resize_in, get_args(ResizeIn))
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))  # torch.float16, np.dtype("f2")
         _choice("dtype", self.dtype, get_args(ImageDtype))
         for name in ("flip", "apply_exif_orientation"):
@@ -133,8 +125,6 @@ class DecodeImage:
     def _check_resize(self) -> None:
         if self.size is None and self.crop == "random":
             raise ValueError("crop='random' needs a size: every crop is resized to it")
-        if self.size is None and self.resize_in != "rgb":
-            raise ValueError(f"resize_in={self.resize_in!r} needs a size: with size=None images are not resized")
         if self.resize is None:
             return
         if self.size is None or self.crop == "random":

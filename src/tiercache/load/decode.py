@@ -48,8 +48,7 @@ class DecodedPipeline(StagePipeline):
     """A `Pipeline` whose images are decoded, with the same guarantees. All methods may be called from any thread."""
 
     def __init__(self, inputs: PipelineInputs, resources: Resources) -> None:
-        for options in inputs.output_spec.decode.values():
-            load_libraries(options)  # a missing library is an error of the caller, not of a thread
+        load_libraries()  # a missing library is an error of the caller, not of a thread
         ahead = _ahead(inputs, resources)
         queue = _DecodeQueue(ahead, goes_on=inputs.corruption is not None)
         # Small limits, because decoding is slower and needs the memory; waiting times that are not the consumer's.
