@@ -19,7 +19,6 @@ _TORCH_HOMES = (
     "checkpoint/",
     "integrations/",
     "demo/train.py",
-    "demo/killed.py",
     "transform_rng.py",
     "data/output_spec.py",
 )  # transform_rng.py: on first use of a torch.Generator; output_spec.py: for the layout "nested"

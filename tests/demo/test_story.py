@@ -1,54 +1,85 @@
-"""The demo's input, and its training processes."""
-
-import json
-from dataclasses import asdict
+"""The demo's input and its training processes; `make demo` runs the whole story."""
 
 import pytest
 
+from tiercache.cli.common import Output
 from tiercache.demo import story
-from tiercache.demo.results import Epoch, Job
-from tiercache.demo.story import WINDOW_BYTES, check_packages, python_windows, write_digits
+from tiercache.demo.story import Story, write_digits
 from tiercache.errors import TierCacheError
 
-JOB = Job("cold", {"python": "s3://b/python"}, {"secret_access_key": "s"}, "cache", 1, "folder", "checkpoints")
+
+class Server:
+    kind, endpoint, url, storage_options = "moto", "http://127.0.0.1:1", "s3://b", {}
 
 
 def test_digits_are_pngs_in_a_folder_for_each_class(tmp_path):
-    n_train, n_test = write_digits(tmp_path)
-    assert (n_train + n_test, n_test) == (1797, 300)
-    assert {p.name for p in (tmp_path / "train").iterdir()} == set("0123456789")
-    assert len(list(tmp_path.glob("test/*/*.png"))) == n_test
+    write_digits(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == set("0123456789")
+    assert len(list(tmp_path.glob("*/*.png"))) == 1797
 
 
-def test_windows_of_python_source_are_the_same_every_time():
-    first = python_windows(10_000)
-    assert first.shape == (10_000 // (WINDOW_BYTES + 1), WINDOW_BYTES + 1)
-    assert first.dtype == "uint8"
-    assert (first == python_windows(10_000)).all()
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, tiercache):
+    monkeypatch.setattr(story, "PACKAGES", ("json", "no_such_package"))
+    assert "needs no_such_package: pip install 'tiercache-data[demo]'" in tiercache("demo", code=1).err
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it():
-    with pytest.raises(TierCacheError, match=r"needs no_such_package: pip install 'tiercache-data\[demo\]'"):
-        check_packages(("json", "no_such_package"))
-
-
-def run_instead(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    """Make the training process run this code."""
-    real = story.subprocess.Popen
-    monkeypatch.setattr(story.subprocess, "Popen", lambda command, **options: real([command[0], "-c", code], **options))
-
-
-def test_a_training_process_that_fails_is_an_error_with_the_end_of_its_output(monkeypatch):
-    run_instead(monkeypatch, "import sys; sys.stdin.read(); sys.exit('it went wrong')")
+def test_a_training_process_that_fails_is_an_error_with_the_end_of_its_output(monkeypatch, tmp_path):
+    real = story.subprocess.run
+    code = "import sys; sys.stdin.read(); sys.exit('it went wrong')"
+    monkeypatch.setattr(story.subprocess, "run", lambda program, **options: real([program[0], "-c", code], **options))
     with pytest.raises(TierCacheError, match=r"\(cold\) ended with 1:\nit went wrong"):
-        list(story.run_job(JOB))
+        Story(Output(), tmp_path, Server()).train()
 
 
-def test_closing_the_epochs_of_a_training_process_ends_it(monkeypatch):
-    epoch = Epoch("digits", 1, "cold", 10, 1.0, 0, 1.0, 0.5, None, ["a", "b"], "w")
-    line = json.dumps(asdict(epoch))
-    code = f"import sys, threading; sys.stdin.read(); print({line!r}, flush=True); threading.Event().wait()"
-    run_instead(monkeypatch, code)
-    epochs = story.run_job(JOB)
-    assert next(epochs) == epoch
-    epochs.close()  # a process that still runs would be a ResourceWarning
+def epoch(*digests, weights="w", fetched_bytes=0):
+    return {"digests": list(digests), "weights": weights, "fetched_bytes": fetched_bytes}
+
+
+CLAIM = "a stopped and resumed epoch equals an uninterrupted one"
+
+
+@pytest.mark.parametrize(
+    ("stopped", "resumed", "failed"),
+    [
+        (epoch("a"), epoch("b", "c"), []),
+        (epoch("a"), epoch("c", "b"), [CLAIM]),
+        (epoch("a"), epoch("b"), [CLAIM]),
+        (epoch("a"), epoch("b", "c", "d"), [CLAIM]),
+        (epoch(), epoch("a", "b", "c"), [CLAIM]),
+        (epoch("a"), epoch("b", "c", weights="other"), [CLAIM]),
+    ],
+    ids=["equal", "other order", "one missing", "one too many", "nothing before", "other weights"],
+)
+def test_a_resumed_epoch_that_is_not_the_whole_one_fails(monkeypatch, tmp_path, stopped, resumed, failed):
+    found = {"cold": [epoch()], "warm": [epoch()], "stop": [epoch("a", "b", "c"), stopped], "resume": [resumed]}
+    told = Story(Output(), tmp_path, Server())
+    monkeypatch.setattr(told, "_run", found.get)
+    told.train()
+    assert told.failed == failed
+
+
+@pytest.mark.parametrize(
+    ("after", "n_failed"),
+    [
+        ({"hot": {"new": "y"}, "standard": {}, "archive": {"old": "x", "shard": "s"}}, 0),
+        ({"hot": {"new": "y"}, "standard": {"shard": "s"}, "archive": {"old": "x", "shard": "s"}}, 1),
+        ({"hot": {"new": "y"}, "standard": {}, "archive": {"shard": "s"}}, 1),
+        ({"hot": {"new": "y"}, "standard": {}, "archive": {"old": "z", "shard": "s"}}, 1),
+        ({"hot": {"old": "x", "new": "y"}, "standard": {}, "archive": {"old": "x"}}, 2),
+    ],
+    ids=["as promised", "a shard is in both", "a checkpoint is gone", "other bytes", "nothing moved"],
+)
+def test_objects_that_are_not_where_the_rules_say_fail(monkeypatch, tmp_path, after, n_failed):
+    before = {"hot": {"old": "x", "new": "y"}, "standard": {"shard": "s"}, "archive": {}}
+    paths = {
+        "old": "checkpoints/digits/step-1/model",
+        "new": "checkpoints/digits/step-2/model",
+        "shard": "digits/shards/a.tcs",
+    }
+    states = [{t: {paths[n]: d for n, d in files.items()} for t, files in one.items()} for one in (before, after)]
+    told = Story(Output(), tmp_path, Server())
+    monkeypatch.setattr(told, "_digests", lambda: states.pop(0))
+    monkeypatch.setattr(told, "_apply_rules", lambda: None)
+    monkeypatch.setattr(told, "_run", lambda _phase: [epoch("a", fetched_bytes=1)])
+    told.tier(epoch("a"))
+    assert len(told.failed) == n_failed

@@ -19,45 +19,45 @@ from tiercache.distribution import __version__
 _NAME = "tiercache"
 _COMPLETE = "_TIERCACHE_COMPLETE"  # environment variable with which a shell's completion script requests completions
 
-# The module of each verb, and the first line of the docstring of its function.
+# The module of each verb below tiercache, and the first line of the docstring of its function.
 VERBS = {
-    "pack": ("data", "Convert images, Parquet files or JSON lines into a data set."),
-    "info": ("data", "Show a data set's version, size and columns, or list its shards or versions."),
-    "head": ("data", "Show some records of a data set."),
-    "export": ("data", "Write a data set as Parquet files with standard Arrow types."),
-    "verify": ("cache", "Check every byte of a data set, or of copies in the cache."),
-    "warm": ("cache", "Copy a data set, or a part of it, from its store into the cache."),
-    "evict": ("cache", "Delete cached copies, least recently used first."),
-    "unpin": ("cache", "Unpin cached copies, so that eviction may delete them."),
-    "status": ("cache", "Show what the cache holds, who uses it, and damage found in it."),
-    "serve": ("commands", "Serve this machine's cache to the other machines of a job."),
-    "simulate": ("commands", "Simulate caches of several sizes: hits, bytes, dollars, time."),
-    "demo": ("commands", "Demonstrate tiercache on this machine in one to three minutes."),
-    "tier check": ("tier_commands", "Check the rule file and its tiers, and print what rules match."),
-    "tier plan": ("tier_commands", "Show what would be moved, why, and what it costs and saves."),
-    "tier apply": ("tier_commands", "Make the moves of a stored plan, and no others."),
-    "tier run": ("tier_commands", "Plan and make all moves that are due; for schedulers."),
-    "tier ls": ("tier_commands", "List shards, checkpoints and files with their tiers and costs."),
-    "tier get": ("tier_commands", "Bring shards, checkpoints and files back from any tier."),
-    "tier init": ("tier_commands", "Scan a folder, and write a rule file with comments for what is in it."),
+    "pack": ("cli.data", "Convert images, Parquet files or JSON lines into a data set."),
+    "info": ("cli.data", "Show a data set's version, size and columns, or list its shards or versions."),
+    "head": ("cli.data", "Show some records of a data set."),
+    "export": ("cli.data", "Write a data set as Parquet files with standard Arrow types."),
+    "verify": ("cli.cache", "Check every byte of a data set, or of copies in the cache."),
+    "warm": ("cli.cache", "Copy a data set, or a part of it, from its store into the cache."),
+    "evict": ("cli.cache", "Delete cached copies, least recently used first."),
+    "unpin": ("cli.cache", "Unpin cached copies, so that eviction may delete them."),
+    "status": ("cli.cache", "Show what the cache holds, who uses it, and damage found in it."),
+    "serve": ("cli.commands", "Serve this machine's cache to the other machines of a job."),
+    "simulate": ("cli.commands", "Simulate caches of several sizes: hits, bytes, dollars, time."),
+    "demo": ("demo.story", "Demonstrate tiercache on this machine in one to three minutes."),
+    "tier check": ("cli.tier_commands", "Check the rule file and its tiers, and print what rules match."),
+    "tier plan": ("cli.tier_commands", "Show what would be moved, why, and what it costs and saves."),
+    "tier apply": ("cli.tier_commands", "Make the moves of a stored plan, and no others."),
+    "tier run": ("cli.tier_commands", "Plan and make all moves that are due; for schedulers."),
+    "tier ls": ("cli.tier_commands", "List shards, checkpoints and files with their tiers and costs."),
+    "tier get": ("cli.tier_commands", "Bring shards, checkpoints and files back from any tier."),
+    "tier init": ("cli.tier_commands", "Scan a folder, and write a rule file with comments for what is in it."),
     "ckpt ls": (
-        "checkpoint_commands",
+        "cli.checkpoint_commands",
         "List checkpoints with step, size, age, tiers and metrics, and what keeps them.",
     ),
     "ckpt show": (
-        "checkpoint_commands",
+        "cli.checkpoint_commands",
         "Show one checkpoint: its copies and files, its metrics, what keeps it, and what the next plan does with it.",
     ),
     "ckpt verify": (
-        "checkpoint_commands",
+        "cli.checkpoint_commands",
         "Read checkpoints completely, in every tier that has a copy, and compare the bytes with known checksums.",
     ),
-    "ckpt rm": ("checkpoint_commands", "Delete checkpoints from all tiers, at once and for good."),
+    "ckpt rm": ("cli.checkpoint_commands", "Delete checkpoints from all tiers, at once and for good."),
     "ckpt pin": (
-        "checkpoint_commands",
+        "cli.checkpoint_commands",
         "Pin checkpoints: no rule moves or deletes them, and `ckpt rm` refuses to.",
     ),
-    "ckpt unpin": ("checkpoint_commands", "Remove the pins of checkpoints."),
+    "ckpt unpin": ("cli.checkpoint_commands", "Remove the pins of checkpoints."),
 }
 
 
@@ -73,7 +73,7 @@ class _Group(TyperGroup):
 def load_verb(path: str) -> Any:
     """Import the module of a verb, e.g. "tier plan", and return the verb as click's command."""
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    alone.command()(getattr(import_module(f"tiercache.cli.{VERBS[path][0]}"), path.split()[-1]))
+    alone.command()(getattr(import_module(f"tiercache.{VERBS[path][0]}"), path.split()[-1]))
     return typer.main.get_command(alone)
 
 

@@ -18,11 +18,6 @@ from tiercache.cli.common import (
 )
 from tiercache.cli.selection import Placement, ShuffleGroup, Streams
 
-Keep = Annotated[
-    Path | None,
-    option("--keep", "DIR", "Work in this new or empty folder, and keep it afterwards."),
-]
-
 
 @verb(after_ctrl_c="the copies stay in the cache, and readers go to the stores until the command runs again")
 def serve(
@@ -111,20 +106,3 @@ def simulate(
         group_bytes=parse_group(shuffle_group),
     )
     module.simulate(output, module.TrainingReplay(url, at, storage_option, training, nodes, epochs), policy, size)
-
-
-@verb(after_ctrl_c="the demo removed everything that it created; run it again")
-def demo(
-    output: Output,
-    keep: Keep = None,
-) -> None:
-    """Demonstrate tiercache on this machine in one to three minutes.
-
-    The demo packs two data sets to a local S3 server and trains two small models: with a cold cache, with a warm cache,
-    and stopped and resumed. Then it evicts the cache and moves data between tiers. It checks what tiercache promises;
-    the exit code is 1 if a promise did not hold. Everything is made in a temporary folder and removed at the end. It
-    needs pip install 'tiercache-data[demo]'.
-    """
-    from tiercache.cli import demo as module
-
-    module.demo(output, keep)

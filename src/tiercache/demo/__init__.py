@@ -1,4 +1,1 @@
-"""The story of `tiercache demo`: an S3 server, two data sets, two small models and three tiers on one machine.
-
-`story` tells it, `train` and `killed` are its training processes, and `results` holds what these return and the claims.
-"""
+"""`tiercache demo`: `story` is the verb, `train` its training processes, `s3_server` the object store."""

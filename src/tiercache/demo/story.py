@@ -1,4 +1,4 @@
-"""The story: pack, list, train cold, train warm in a new process, stop, resume, kill, evict, tier; with claims."""
+"""The verb demo: an S3 server, a data set, trainings and three tiers on one machine, and claims that are checked."""
 
 from __future__ import annotations
 
@@ -6,45 +6,27 @@ import hashlib
 import json
 import subprocess
 import sys
-import sysconfig
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, closing
-from dataclasses import asdict
+import time
+from contextlib import closing
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tiercache.cache import Cache
-from tiercache.data.dataset import Dataset
-from tiercache.demo import results
-from tiercache.demo.results import Claim, Epoch, Job, KilledJob, KilledTraining, Phase
+from tiercache.cli.common import Output, count, verb
 from tiercache.demo.s3_server import S3Server
 from tiercache.distribution import install_command
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
 from tiercache.packer import pack
-from tiercache.shard.schema import Tensor
 from tiercache.shard.verify import verify_dataset
-from tiercache.shard.writer import Writer
 from tiercache.store import open_store
-from tiercache.tier.model import Plan, TierTotals
-from tiercache.tier.plan.plan_file import read_plan
 
 PACKAGES = ("torch", "torchdata", "sklearn", "PIL")
-HELD_OUT_EVERY = 6
-GREY_STEP = 15  # scikit-learn's digits have 17 shades, 0 to 16
-
-TEXT_PACKAGES = ("sklearn", "numpy")
-TEXT_BYTES = 1 << 20
-WINDOW_BYTES = 128
-
-DATA_SETS = ("digits/train", "digits/test", "python")
-COLD = "python"  # the data set that the rules archive
 CACHE_BYTES = 1 << 30
 N_KILLS = 20
 # Real rules have idle = "30d", after = "14d" and grace = "24h". Only storage has a price here, because requests would
@@ -67,7 +49,7 @@ storage_options = {options}
 
 [[rules]]
 name = "cold data"
-match = "python/**"
+match = "digits/**"
 idle = "0s"
 to = "archive"
 
@@ -84,324 +66,209 @@ grace = "0s"
 quiet_period = "0s"
 state_dir = "{state}"
 """
-COMMAND_S = 300.0  # deadline of one command
-ERROR_CHARACTERS = 4000  # of a training process that failed, from the end of its standard error
-
-Show: TypeAlias = Callable[[str, Mapping[str, Any], str], None]
-"""Function that prints an event of the story: its kind, its facts, and its text for people."""
 
 
-def run_story(folder: Path, show: Show) -> Story:
-    """Tell the whole story in a folder, and return what it found. A claim that does not hold does not end it.
+@verb(after_ctrl_c="the demo removed everything that it created; run it again")
+def demo(output: Output) -> None:
+    """Demonstrate tiercache on this machine in one to three minutes.
 
-    Raises:
-        TierCacheError: A package of the extra `demo` is missing, the server does not start, or a step failed.
+    The demo packs images to a local S3 server and trains a small model: with a cold cache, with a warm cache, stopped
+    and resumed, and killed. Then it evicts the cache and moves data between tiers. It checks what tiercache promises;
+    the exit code is 1 if a promise did not hold. Everything is made in a temporary folder and removed at the end. It
+    needs pip install 'tiercache-data[demo]'.
     """
-    check_packages(PACKAGES)
-    show("step", {"title": "An object store"}, "An object store")
-    with ExitStack() as stack:
-        try:
-            server = S3Server(folder / "server")
-            stack.callback(server.stop)
-            server.start()
-        except RuntimeError as error:
-            raise TierCacheError(str(error)) from error
-        story = Story(folder, server, show)
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        raise TierCacheError(f"the demo needs {', '.join(missing)}: {install_command('demo')}")
+    started_s = time.monotonic()
+    with (
+        tempfile.TemporaryDirectory(prefix="tiercache-demo-", ignore_cleanup_errors=True) as folder,
+        S3Server(Path(folder, "server")) as server,
+    ):
+        story = Story(output, Path(folder), server)
         story.pack()
-        story.verify()
-        warm = story.train()
+        cold = story.train()
         story.kill()
         story.evict()
-        story.tier(warm)
-    return story
+        story.tier(cold)
+    elapsed_s = time.monotonic() - started_s
+    text = f"{count(story.n_claims, 'claim')} checked, {len(story.failed)} failed, in {elapsed_s:.0f} s"
+    facts = {"claims": story.n_claims, "failed": len(story.failed), "elapsed_s": round(elapsed_s, 1)}
+    output.summary(facts, text)
+    if story.failed:
+        raise TierCacheError(f"does not hold: {'; '.join(story.failed)}")
 
 
 class Story:
-    """The steps of the demo, in the order of the methods.
+    """The steps of the demo, in the order of the methods, and the claims that did not hold."""
 
-    Attributes:
-        epochs: Epochs that were trained.
-        claims: Claims that were checked.
-        tiers: Contents of each tier before and after the rules were applied, by its name.
-    """
-
-    def __init__(self, folder: Path, server: S3Server, show: Show) -> None:
-        self._folder, self._server, self._show = folder, server, show
-        self._cache, self._hot = folder / "cache", folder / "nvme"
-        self._standard, self._archive = f"{server.url}/data", f"{server.url}/cold"
-        self.epochs: list[Epoch] = []
-        self.claims: list[Claim] = []
-        self.tiers: dict[str, list[TierTotals]] = {}
+    def __init__(self, output: Output, folder: Path, server: S3Server) -> None:
+        self._output, self._folder, self._server = output, folder, server
+        self._storage = server.storage_options
+        self._hot, self._standard, self._archive = folder / "nvme", f"{server.url}/data", f"{server.url}/cold"
+        self.n_claims, self.failed = 0, list[str]()
+        self._step("An object store")
         kind = "SeaweedFS, a real S3 server" if server.kind == "seaweedfs" else "moto's S3 server"
         self._note(f"{kind}, one process on this machine, at {server.endpoint}")
 
     def _step(self, title: str) -> None:
-        self._show("step", {"title": title}, title)
+        self._output.event("step", {"title": title}, title)
 
     def _note(self, text: str) -> None:
-        self._show("note", {"text": text}, f"  {text}")
+        self._output.event("note", {"text": text}, f"  {text}")
 
-    def _claim(self, claim: Claim) -> None:
-        self.claims.append(claim)
-        self._show("claim", asdict(claim), f"  {'holds' if claim.holds else 'FAILS'}: {claim.text} ({claim.found})")
-
-    def _url(self, name: str) -> str:
-        return f"{self._standard}/{name}"
+    def _claim(self, text: str, holds: bool, found: str) -> None:
+        self.n_claims += 1
+        self.failed += [] if holds else [text]
+        facts = {"text": text, "holds": holds, "found": found}
+        self._output.event("claim", facts, f"  {'holds' if holds else 'FAILS'}: {text} ({found})")
 
     def pack(self) -> None:
-        """Pack the digits, and Python source."""
-        self._step("Pack two data sets, from files of installed packages, to s3://")
-        images, options = self._folder / "digits", self._server.storage_options
-        n_train, n_test = write_digits(images)
-        self._note(f"scikit-learn's digits: {n_train + n_test} PNG images, one folder per digit, {n_test} held out")
-        for part in ("train", "test"):
-            url = self._url(f"digits/{part}")
-            pack(images / part, url, shard_size="64KiB", block_size="16KiB", storage_options=options)
-            self._describe(f"digits/{part}", sum(path.stat().st_size for path in (images / part).rglob("*.png")))
-        windows = python_windows()
-        self._note(f"Python source of installed packages: {len(windows)} windows of {WINDOW_BYTES + 1} bytes")
-        schema = {"tokens": Tensor("uint8", (WINDOW_BYTES + 1,))}
-        with Writer(
-            self._url("python"), schema=schema, shard_size="64KiB", block_size="32KiB", storage_options=options
-        ) as writer:
-            writer.write_batch({"tokens": windows})
-        self._describe("python", windows.nbytes)
+        """Pack scikit-learn's digits, list the shards and verify every byte."""
+        self._step("Pack a folder of images to s3://, and verify every byte")
+        url, source = f"{self._standard}/digits", self._folder / "digits"
+        write_digits(source)
+        version = pack(source, url, shard_size="64KiB", block_size="16KiB", storage_options=self._storage)
+        self._note(f"{url}: {count(version.n_records, 'PNG image')} in {count(version.n_shards, 'shard')}")
+        with closing(open_store(url, **self._storage)) as store:
+            findings = list(verify_dataset(store))
+        found = "; ".join(map(str, findings)) or "no damage found"
+        self._claim("the data set contains what was written", not findings, found)
 
-    def _describe(self, name: str, input_bytes: int) -> None:
-        with closing(Dataset(self._url(name), cache=False, storage_options=self._server.storage_options)) as dataset:
-            columns = ", ".join(dataset.column_names)
-            self._note(f"{self._url(name)}: {len(dataset)} records of {columns}; {format_bytes(input_bytes)} of input")
-
-    def verify(self) -> None:
-        """List the data sets and verify every byte."""
-        self._step("List the data sets and verify every byte")
-        for name in DATA_SETS:
-            with closing(open_store(self._url(name), **self._server.storage_options)) as store:
-                shards = [info for info in store.list("") if info.key.endswith(".tcs")]
-                findings = list(verify_dataset(store))
-            self._note(f"{self._url(name)}: {len(shards)} shards, {format_bytes(sum(s.n_bytes for s in shards))}")
-            found = "; ".join(map(str, findings)) or "no damage found"
-            self._claim(Claim(f"{name} contains what was written", not findings, found))
-
-    def train(self) -> list[Epoch]:
-        """Train three epochs, each in a process of its own, the last one in two; return those of epoch 2."""
-        self._step("Epoch 1, cold: shards are fetched from S3 while the models train on them")
-        self._run("cold")
+    def train(self) -> dict[str, Any]:
+        """Train three epochs, each in a process of its own, the last one in two; return the first."""
+        self._step("Epoch 1, cold: shards are fetched from S3 while the model trains on them")
+        (cold,) = self._run("cold")
         self._step("Epoch 2, warm: a new process, the same cache")
-        warm = self._run("warm")
-        self._claim(results.warm_fetched_nothing(warm))
+        (warm,) = self._run("warm")
+        n_bytes = warm["fetched_bytes"]
+        self._claim("epoch 2, in a new process, fetches nothing", n_bytes == 0, f"{n_bytes} bytes")
         self._step("Epoch 3, in a third process: once as a whole, then again up to its middle")
-        before = self._run("stop")
+        whole, stopped = self._run("stop")
         self._step("The rest of epoch 3, resumed in a fourth process")
-        after = self._run("resume")
-        for whole, stopped, resumed in zip(before[::2], before[1::2], after, strict=True):
-            self._claim(results.resumed_exactly(whole, stopped, resumed))
-        return warm
+        (resumed,) = self._run("resume")
+        parts = (stopped["digests"], resumed["digests"])
+        holds = all(parts) and parts[0] + parts[1] == whole["digests"] and resumed["weights"] == whole["weights"]
+        found = f"{len(parts[0])} + {len(parts[1])} of {len(whole['digests'])} batches; {_compare(resumed, whole)}"
+        self._claim("a stopped and resumed epoch equals an uninterrupted one", holds, found)
+        return cold
 
-    def _run(self, phase: Phase) -> list[Epoch]:
-        """Run a training process, print its epochs as they end, and return them: those of one model, then the other."""
-        urls = {name: self._url(name) for name in DATA_SETS}
-        paths = (str(self._cache), CACHE_BYTES, str(self._folder), str(self._hot / "checkpoints"))
-        epochs = []
-        for epoch in run_job(Job(phase, urls, self._server.storage_options, *paths)):
-            epochs.append(epoch)
-            facts = asdict(epoch)
-            facts["n_batches"] = len(facts.pop("digests"))
-            accuracy = "" if epoch.accuracy is None else f", {epoch.accuracy:.1%} accuracy on held-out images"
+    def _run(self, phase: str, **job: Any) -> list[dict[str, Any]]:
+        """Run a training process, print its epochs, and return what it found."""
+        job |= {
+            "phase": phase,
+            "digits": f"{self._standard}/digits",
+            "storage_options": self._storage,  # has the server's key: the job goes through a pipe and never into a file
+            "cache": str(self._folder / "cache"),
+            "cache_bytes": CACHE_BYTES,
+            "checkpoints": str(self._hot / "checkpoints" / "digits"),
+        }
+        program = [sys.executable, "-m", "tiercache.demo.train"]
+        done = subprocess.run(program, input=json.dumps(job), capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            text = done.stderr[-4000:].strip()
+            raise TierCacheError(f"the training process ({phase}) ended with {done.returncode}:\n{text}")
+        found = [json.loads(line) for line in done.stdout.splitlines()]
+        for epoch in found if phase != "killed" else ():
             text = (
-                f"  {epoch.model}, epoch {epoch.epoch} {epoch.mode}: {epoch.n_samples:,} samples in "
-                f"{epoch.elapsed_s:.1f} s, {format_bytes(epoch.fetched_bytes)} fetched, loss {epoch.loss:.3f}{accuracy}"
+                f"  epoch {epoch['epoch']} {epoch['mode']}: {len(epoch['digests'])} batches, "
+                f"{epoch['samples_per_s']:,} samples/s, {format_bytes(epoch['fetched_bytes'])} fetched, "
+                f"loss {epoch['loss']:.3f}"
             )
-            self._show("epoch", facts, text)
-        self.epochs += epochs
-        return epochs
+            facts = {name: value for name, value in epoch.items() if name not in ("digests", "weights")}
+            self._output.event("epoch", facts, text)
+        return found
 
     def kill(self) -> None:
         """Kill a training again and again; it goes on from its checkpoints."""
         self._step(f"Checkpoints: a training is killed {N_KILLS} times, and goes on from its newest checkpoint")
         self._note("model, optimizer and loader, saved every other step by tc.Checkpoints to a local folder and to S3")
-        checkpoints, local = f"{self._server.url}/runs", str(self._folder / "checkpoints")
-        job = KilledJob(
-            self._url("digits/train"),
-            self._server.storage_options,
-            str(self._cache),
-            CACHE_BYTES,
-            checkpoints,
-            local,
-            N_KILLS,
-        )
-        for line in run_process("killed", asdict(job)):
-            self._claim(results.killed_alike(KilledTraining(**json.loads(line)), N_KILLS))
+        runs, local = f"{self._server.url}/runs", str(self._folder / "local")
+        (found,) = self._run("killed", runs=runs, local=local, n_kills=N_KILLS)
+        is_equal = bool(found["whole"]) and found["whole"] == found["killed"]
+        text = f"a training that is killed {N_KILLS} times ends with the weights of an uninterrupted one, bit by bit"
+        weights = f"{found['n_kills']} kills, {'equal' if is_equal else 'other'} weights"
+        self._claim(text, is_equal and found["n_kills"] == N_KILLS, weights)
 
     def evict(self) -> None:
-        """Empty the cache."""
         self._step("Evict: the cache frees its disk space; the store still has everything")
-        with Cache(self._cache, size=CACHE_BYTES) as cache:
-            used_bytes, n_copies = cache.stats()["bytes_used"], len(cache.entries())
-            freed_bytes = cache.evict()
+        with Cache(self._folder / "cache", size=CACHE_BYTES) as cache:
+            n_copies, freed_bytes = len(cache.entries()), cache.evict()
             left_bytes = cache.stats()["bytes_used"]
-        self._note(f"{n_copies} cached files, {format_bytes(used_bytes)}; {format_bytes(freed_bytes)} freed")
-        self._claim(Claim("the cache is empty after eviction", left_bytes == 0, f"{left_bytes} bytes left"))
+        self._note(f"{n_copies} cached files, {format_bytes(freed_bytes)} freed")
+        self._claim("the cache is empty after eviction", left_bytes == 0, f"{left_bytes} bytes left")
 
-    def tier(self, warm: list[Epoch]) -> None:
-        """Archive data and checkpoints by rules, and train again.
-
-        Args:
-            warm: Epochs that were read before anything was moved.
-        """
-        shards = [key for key in self._keys(self._standard) if key.startswith(f"{COLD}/") and key.endswith(".tcs")]
-        files = self._hot_checkpoints()
+    def tier(self, cold: dict[str, Any]) -> None:
+        """Archive data and checkpoints by rules, and train the first epoch again."""
         self._step("Tiers: a rule file sends the cold data set and old checkpoints to an archive tier")
         self._note("hot is a folder, standard and archive are prefixes of the bucket; archive has class GLACIER_IR")
+        before = self._digests()
         self._apply_rules()
-        self._claim(results.all_archived(COLD, shards, self._keys(self._standard), self._keys(self._archive)))
-        hot = self._hot_checkpoints()
-        remote = {"standard": self._checkpoints(self._standard), "archive": self._checkpoints(self._archive)}
-        self._claim(results.nothing_lost(files, {"hot": hot, **remote}))
-        for epoch in warm:
-            self._claim(results.newest_stayed(epoch.model, _steps(files, epoch.model), _steps(hot, epoch.model)))
-        self._step("The next training, unchanged, in a fifth process with an empty cache")
-        for before, after in zip(warm, self._run("moved"), strict=True):
-            self._claim(results.trained_alike(before, after))
+        after = self._digests()
+        shards = {path for path in before["standard"] if path.startswith("digits/") and path.endswith(".tcs")}
+        arrived, left = shards & after["archive"].keys(), shards & after["standard"].keys()
+        holds = bool(shards) and arrived == shards and not left
+        found = f"{len(arrived)} of {len(shards)} there, {len(left)} still in standard"
+        self._claim("all shards of the data set are in the archive tier alone", holds, found)
+        kept = 0
+        for path, digest in before["hot"].items():
+            copies = [tier[path] for tier in after.values() if path in tier]
+            kept += bool(copies) and set(copies) == {digest}
+        spread = ", ".join(f"{sum(path in tier for path in before['hot'])} in {name}" for name, tier in after.items())
+        holds = 0 < len(before["hot"]) == kept
+        text = "every checkpoint file still exists, with its original bytes"
+        self._claim(text, holds, f"{kept} of {len(before['hot'])}: {spread}")
+        folders = ({path.split("/")[2] for path in files["hot"]} for files in (before, after))
+        names = [sorted(name for name in one if name.startswith("step-")) for one in folders]
+        found = f"of {len(names[0])} checkpoints, {', '.join(names[1])} is hot"
+        holds = len(names[0]) > 1 and names[1] == names[0][-1:]
+        self._claim("only the newest checkpoint is still in the hot tier", holds, found)
+        self._step("Epoch 1 again, by the same program, in a fifth process with an empty cache")
+        (moved,) = self._run("moved")
+        is_equal = bool(cold["digests"]) and all(moved[name] == cold[name] for name in ("digests", "weights"))
+        found = f"{_compare(moved, cold)}; {moved['fetched_bytes']} bytes fetched"
+        self._claim("training reads the moved data without a change", is_equal and moved["fetched_bytes"] > 0, found)
 
     def _apply_rules(self) -> None:
         """Write the rule file, then plan, apply and run as a user would."""
-        rules, stored = self._folder / "tiers.toml", self._folder / "plan.jsonl"
+        rules, plan = self._folder / "tiers.toml", str(self._folder / "plan.jsonl")
         rules.touch(mode=0o600)  # it contains the server's key, as the server's own configuration does
-        options = ", ".join(f'{name} = "{value}"' for name, value in self._server.storage_options.items())
+        options = ", ".join(f'{name} = "{value}"' for name, value in self._storage.items())
         urls = {"hot": self._hot, "standard": self._standard, "archive": self._archive}
         rules.write_text(RULES.format(**urls, state=self._folder / "state", options=f"{{ {options} }}"))
-        plan = self._plan(rules, stored)
-        n_shards = sum(move.kind == "shard" for move in plan.moves)
-        counts = f"{len(plan.moves)} moves, {n_shards} of shards and {len(plan.moves) - n_shards} of checkpoints"
-        n_bytes = sum(move.n_bytes for move in plan.moves)
-        self._note(f"tiercache tier plan --out plan.jsonl: {counts}; {format_bytes(n_bytes)}")
-        self._note(f"the first of them: {plan.moves[0].path} to {plan.moves[0].dst}, {plan.moves[0].reason}")
-        self._note(f"tiercache tier apply plan.jsonl: {_command('apply', str(stored), '--yes', rules=rules)}")
-        for _ in range(2):  # the first run completes the moves, the second finds nothing to do
-            self._note(f"tiercache tier run --once, as cron would: {_command('run', '--once', rules=rules)}")
-        self._plan(rules, self._folder / "after.jsonl")
+        run = ("run", "--once")  # twice: the first run completes the moves, the second finds nothing to do
+        for arguments in (("plan", "--out", plan), ("apply", plan, "--yes"), run, run, ("ls",)):
+            command = f"tiercache tier {' '.join(arguments).replace(plan, 'plan.jsonl')}"
+            program = [sys.executable, "-m", "tiercache.cli.app", "tier", *arguments, "--rules", str(rules)]
+            done = subprocess.run(program, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                message = (done.stderr or done.stdout).strip()
+                raise TierCacheError(f"{command} ended with {done.returncode}:\n{message}")
+            self._note(f"{command}: {done.stdout.strip().rpartition(chr(10))[2]}")
 
-    def _plan(self, rules: Path, path: Path) -> Plan:
-        _command("plan", "--out", str(path), rules=rules)
-        plan = read_plan(path)
-        for tier in plan.tiers:
-            self.tiers.setdefault(tier.name, []).append(plan.before.get(tier.name, TierTotals()))
-        return plan
-
-    def _keys(self, url: str) -> list[str]:
-        with closing(open_store(url, **self._server.storage_options)) as store:
-            return [info.key for info in store.list("")]
-
-    def _hot_checkpoints(self) -> dict[str, str]:
-        """Return the SHA-256 of each checkpoint file in the hot tier, by its path there."""
-        files = [path for path in (self._hot / "checkpoints").rglob("*") if path.is_file()]
-        return {path.relative_to(self._hot).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-    def _checkpoints(self, url: str) -> dict[str, str]:
-        """Return the SHA-256 of each checkpoint file in a tier of the object store, by its path there."""
-        with closing(open_store(url, **self._server.storage_options)) as store:
-            keys = [info.key for info in store.list("checkpoints/")]
-            return {key: hashlib.sha256(store.get(key)).hexdigest() for key in keys}
+    def _digests(self) -> dict[str, dict[str, str]]:
+        """Return the SHA-256 of each object in each tier, by its path there; of the hot tier, of checkpoints only."""
+        found: dict[str, dict[str, str]] = {}
+        for name, url in (("hot", str(self._hot)), ("standard", self._standard), ("archive", self._archive)):
+            options = {} if name == "hot" else self._storage
+            with closing(open_store(url, **options)) as store:
+                keys = [info.key for info in store.list("checkpoints/" if name == "hot" else "")]
+                found[name] = {key: hashlib.sha256(store.get(key)).hexdigest() for key in keys}
+        return found
 
 
-def _steps(paths: Mapping[str, str], model: str) -> set[int]:
-    """Return the steps of a model's checkpoints, from the paths of their files."""
-    names = [path.split("/") for path in paths]
-    return {int(step.removeprefix("step-")) for _, run, step, _ in names if run == model}
+def _compare(epoch: dict[str, Any], expected: dict[str, Any]) -> str:
+    same = sum(a == b for a, b in zip(epoch["digests"][::-1], expected["digests"][::-1], strict=False))
+    weights = "the same" if epoch["weights"] == expected["weights"] else "other"
+    return f"{same} of {len(epoch['digests'])} equal by SHA-256; {weights} weights"
 
 
-def check_packages(names: tuple[str, ...]) -> None:
-    """Check that the packages of the extra `demo` are installed. Raises TierCacheError, which says how to do it."""
-    missing = [name for name in names if find_spec(name) is None]
-    if missing:
-        raise TierCacheError(f"the demo needs {', '.join(missing)}: {install_command('demo')}")
-
-
-def write_digits(folder: Path) -> tuple[int, int]:
-    """Write scikit-learn's digits as folder/{train,test}/<digit>/<number>.png, 8 x 8 grey pixels each.
-
-    Returns:
-        The numbers of images in train and in test.
-    """
+def write_digits(folder: Path) -> None:
+    """Write scikit-learn's digits as folder/<digit>/<number>.png, 8 x 8 pixels of 17 shades of grey each."""
     # These packages belong to an extra, so this module must be importable without them.
     datasets: Any = import_module("sklearn.datasets")
     pillow: Any = import_module("PIL.Image")
     digits = datasets.load_digits()
-    counts = {"train": 0, "test": 0}
     for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        part = "test" if number % HELD_OUT_EVERY == 0 else "train"
-        path = folder / part / str(label) / f"{number:04d}.png"
+        path = folder / str(label) / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pillow.fromarray((pixels * GREY_STEP).astype(np.uint8)).save(path)
-        counts[part] += 1
-    return counts["train"], counts["test"]
-
-
-def python_windows(n_bytes: int = TEXT_BYTES) -> npt.NDArray[np.uint8]:
-    """Return installed Python source as byte tokens: uint8[n, WINDOW_BYTES + 1], each window with its next byte.
-
-    Files are read in the order of their paths, until there are n_bytes.
-    """
-    packages = Path(sysconfig.get_paths()["purelib"])
-    text = bytearray()
-    for package in TEXT_PACKAGES:
-        for path in sorted((packages / package).rglob("*.py")):
-            text += path.read_bytes()
-            if len(text) >= n_bytes:
-                break
-    width = WINDOW_BYTES + 1
-    n_windows = min(len(text), n_bytes) // width
-    return np.frombuffer(bytes(text[: n_windows * width]), np.uint8).reshape(n_windows, width)
-
-
-def run_job(job: Job) -> Iterator[Epoch]:
-    """Run a job in a new Python process and yield its epochs as they end. See run_process()."""
-    with closing(run_process("train", asdict(job))) as lines:
-        for line in lines:
-            yield Epoch(**json.loads(line))
-
-
-def run_process(module: str, job: Mapping[str, Any]) -> Generator[str]:
-    """Run a module of the demo in a new Python process and yield the lines of its output.
-
-    Closing the iterator ends the process.
-
-    Args:
-        module: Name of the module.
-        job: JSON object for its standard input.
-
-    Raises:
-        TierCacheError: The process failed; the message has the end of its standard error.
-    """
-    command = [sys.executable, "-m", f"tiercache.demo.{module}"]
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
-    ):
-        try:
-            if process.stdin is None or process.stdout is None:
-                raise AssertionError("stdin and stdout are pipes")
-            process.stdin.write(json.dumps(job))
-            process.stdin.close()
-            yield from process.stdout
-            if process.wait() != 0:
-                errors.seek(0)
-                text = errors.read()[-ERROR_CHARACTERS:].strip()
-                name = job.get("phase", module)
-                raise TierCacheError(f"the training process ({name}) ended with {process.returncode}:\n{text}")
-        finally:
-            process.kill()
-
-
-def _command(*arguments: str, rules: Path) -> str:
-    """Run `tiercache tier ...` as a user would; return the last line that it prints."""
-    command = [sys.executable, "-m", "tiercache.cli.app", "tier", *arguments, "--rules", str(rules)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise TierCacheError(f"tiercache tier {' '.join(arguments)} took longer than {COMMAND_S:g} s") from error
-    if done.returncode != 0:
-        message = (done.stderr or done.stdout).strip()
-        raise TierCacheError(f"tiercache tier {' '.join(arguments)} ended with {done.returncode}:\n{message}")
-    return done.stdout.strip().rpartition("\n")[2]
+        pillow.fromarray((pixels * 15).astype(np.uint8)).save(path)

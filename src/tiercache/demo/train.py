@@ -1,260 +1,215 @@
-"""A training process of the demo: `python -m tiercache.demo.train`, a Job on standard input, Epochs on standard output.
+"""A training process of the demo: `python -m tiercache.demo.train`, a job on standard input, results as JSON lines.
 
-It is written like a user's training script: a Dataset, a DataLoader, torch, and the loader's state saved with the
-model.
+It is written like a user's training script: a Dataset, a DataLoader, torch, and checkpoints of model, optimizer and
+loader. A job has a phase, the URLs and storage options of the data sets, and the folders of cache and checkpoints.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import json
+import os
+import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from select import select
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from tiercache.cache import Cache
+from tiercache.checkpoint.checkpoints import Checkpoints
 from tiercache.data.dataset import Dataset
-from tiercache.demo.results import BATCH_SIZE, SEED, Epoch, Job
+from tiercache.errors import NotFound
+from tiercache.keep import Keep
 from tiercache.load.loader import DataLoader
 from tiercache.load.options import LoaderOptions
 from tiercache.transform_rng import rng
 
-CONTEXT_BYTES = 8
-LEARNING_RATE = 3e-3
+BATCH_SIZE = 64
+SEED = 7
 CHECKPOINTS_PER_EPOCH = 4
+# The training that is killed: a child is killed after it has trained this many steps, and up to LATEST_S later.
+N_EPOCHS = 8
+FEWEST_STEPS, MOST_STEPS, LATEST_S = 3, 12, 0.02
 
-
-class Digits(nn.Module):
-    """Logits and labels of 8 x 8 images of digits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        convolutions = (nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU())
-        self.layers = nn.Sequential(*convolutions, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 16, 10))
-
-    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return logits float32[n, 10] and labels int64[n]."""
-        return self.layers(batch["image"][:, None]), batch["label"]
-
-
-class NextByte(nn.Module):
-    """Logits of each byte of Python source from the CONTEXT_BYTES before it, and these bytes."""
-
-    def __init__(self, width: int = 32, hidden: int = 64) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(256, width)
-        self.mix = nn.Conv1d(width, hidden, CONTEXT_BYTES)
-        self.out = nn.Conv1d(hidden, 256, 1)
-
-    def forward(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return logits float32[n, 256, length] and bytes int64[n, length]."""
-        tokens = batch["tokens"].long()
-        signal = F.pad(self.embed(tokens[:, :-1]).transpose(1, 2), (CONTEXT_BYTES - 1, 0))
-        return self.out(torch.relu(self.mix(signal))), tokens[:, 1:]
+Job: TypeAlias = Mapping[str, Any]
 
 
 def read_digit(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the record with its image as float32[8, 8] from 0 to 1."""
+    """Return a record with its image as float32[8, 8] from 0 to 1, with noise that a resumed run repeats."""
     pixels = np.asarray(Image.open(io.BytesIO(record["image"])), np.float32) / 255
-    return {"image": pixels, "label": record["label"]}
+    noise = rng().numpy.normal(0, 0.05, pixels.shape)
+    return {"image": pixels + noise.astype(np.float32), "label": record["label"]}
 
 
-def augment_digit(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the record with noise in its image: an augmentation that a resumed run repeats."""
-    digit = read_digit(record)
-    noise = rng().numpy.normal(0, 0.05, digit["image"].shape)
-    return {**digit, "image": digit["image"] + noise.astype(np.float32)}
+def new_state(job: Job, cache: Cache) -> dict[str, Any]:
+    """Return model, optimizer and loader before the first step: the same weights in all runs."""
+    torch.manual_seed(SEED)
+    convolutions = (nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU())
+    model = nn.Sequential(*convolutions, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 16, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    dataset = Dataset(job["digits"], cache=cache, transform=read_digit, storage_options=job["storage_options"])
+    loader: DataLoader[dict[str, Any]] = DataLoader(dataset, BATCH_SIZE, shuffle=True, options=LoaderOptions(seed=SEED))
+    loader.set_epoch(0)
+    return {"model": model, "optimizer": optimizer, "loader": loader, "step": 0, "epoch": 0}
 
 
-# Functions that the loader applies to each record, by data set.
-TRANSFORMS = {"digits/train": augment_digit, "digits/test": read_digit}
-# Model class, data set for training, held-out data set, by name.
-MODELS: dict[str, tuple[type[nn.Module], str, str | None]] = {
-    "digits": (Digits, "digits/train", "digits/test"),
-    "python": (NextByte, "python", None),
-}
-
-
-def digest_batch(batch: dict[str, Any]) -> str:
-    """Return the SHA-256 of a batch's columns in the order of their names, to compare two runs."""
-    total = hashlib.sha256()
-    for name in sorted(batch):
-        total.update(name.encode())
-        for value in [batch[name]] if isinstance(batch[name], Tensor) else batch[name]:
-            total.update(value.numpy().tobytes() if isinstance(value, Tensor) else str(value).encode())
-    return total.hexdigest()
-
-
-def find_accelerator() -> torch.device | None:
-    """Return the device to which a loader can copy batches; None: this machine has none."""
-    accelerator: Any = getattr(torch, "accelerator", None)  # torch 2.6 and later
-    if accelerator is None:
-        return torch.device("cuda") if torch.cuda.is_available() else None
-    found: torch.device | None = accelerator.current_accelerator() if accelerator.is_available() else None
-    return None if found is None or found.type == "mps" else found
-
-
-class Trainer:
-    """Trains one model. Not thread-safe."""
-
-    def __init__(self, job: Job, name: str) -> None:
-        torch.manual_seed(SEED)  # all runs must start with the same weights
-        model, train, held_out = MODELS[name]
-        self._job, self._name, self._step = job, name, 0
-        self._model = model()
-        self._optimizer = torch.optim.AdamW(self._model.parameters(), LEARNING_RATE)
-        self._cache = Cache(job.cache, size=job.cache_bytes)
-        self._loader = self._open(train, shuffle=True)
-        self._device = find_accelerator()
-        self._held_out = self._open(held_out, shuffle=False, device=self._device) if held_out else None
-        # Loaders count from their creation; segments were fetched before, but belong to the first epoch too.
-        self._opening_bytes = self._cache.stats()["bytes_fetched"]
-        self._counted = (0.0, 0.0, 0.0)
-
-    def _open(self, name: str, *, shuffle: bool, device: torch.device | None = None) -> DataLoader[dict[str, Any]]:
-        url, storage = self._job.urls[name], dict(self._job.storage_options)
-        dataset = Dataset(url, cache=self._cache, transform=TRANSFORMS.get(name), storage_options=storage)
-        options = LoaderOptions(seed=SEED, device=device)
-        return DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=shuffle, options=options)
-
-    def run_phase(self) -> Iterator[Epoch]:
-        """Yield the epochs of the job's phase."""
-        half = len(self._loader) // 2
-        match self._job.phase:
-            case "cold":
-                yield self._train(1, "cold")
-                self._save("epoch1")
-            case "warm":
-                self._load("epoch1")
-                yield self._train(2, "warm")
-                self._save("epoch2")
-            case "stop":  # epoch 3 as a whole, for comparison; then again, up to its middle
-                self._load("epoch2")
-                yield self._train(3, "whole", keeps_checkpoints=False)
-                self._load("epoch2")
-                yield self._train(3, "stopped", n_batches=half)
-                self._save("middle")
-            case "resume":
-                self._loader.load_state_dict(self._load("middle"))
-                yield self._train(3, "resumed", is_new=False)
-            case "moved":  # epoch 2 again, from the same weights
-                self._load("epoch1")
-                yield self._train(2, "moved", keeps_checkpoints=False)
-
-    def _train(
-        self,
-        epoch: int,
-        mode: str,
-        *,
-        n_batches: int | None = None,
-        is_new: bool = True,
-        keeps_checkpoints: bool = True,
-    ) -> Epoch:
-        """Train on n_batches batches, or on all that are left.
-
-        Args:
-            epoch: Epoch, counted from 1.
-            mode: Name of the result.
-            n_batches: Number of batches; None: all.
-            is_new: Whether the epoch begins; otherwise it goes on from the loader's state.
-            keeps_checkpoints: Whether checkpoints are written.
-        """
-        if is_new:
-            self._loader.set_epoch(epoch - 1)
-        digests: list[str] = []
-        losses, n_samples, started_s = 0.0, 0, time.perf_counter()
-        for batch in self._loader:
-            loss = F.cross_entropy(*self._model(batch))
-            self._optimizer.zero_grad()
+def train(
+    state: dict[str, Any],
+    until_step: int,
+    checkpoints: Checkpoints | None,
+    steps_per_save: int,
+    on_step: Callable[[], object] = bool,
+) -> tuple[list[str], float]:
+    """Train until a step, with checkpoints; return the SHA-256 of each batch, and the mean loss."""
+    model, optimizer, loader = state["model"], state["optimizer"], state["loader"]
+    digests, losses = [], []
+    while state["step"] < until_step:
+        for batch in loader:
+            loss = F.cross_entropy(model(batch["image"][:, None]), batch["label"])
+            optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            self._optimizer.step()
-            self._step += 1
-            digests.append(digest_batch(batch))
-            n = len(next(iter(batch.values())))
-            losses += float(loss.detach()) * n
-            n_samples += n
-            if keeps_checkpoints and self._step % (len(self._loader) // CHECKPOINTS_PER_EPOCH) == 0:
-                self._keep_checkpoint(losses / n_samples)
-            if len(digests) == n_batches:
+            optimizer.step()
+            state["step"] += 1
+            digests.append(hashlib.sha256(batch["image"].numpy().tobytes() + batch["label"].numpy().tobytes()))
+            losses.append(loss.item())
+            is_last = state["step"] == until_step
+            if checkpoints is not None and (is_last or state["step"] % steps_per_save == 0):
+                checkpoints.save(state["step"], state, metrics={"loss": losses[-1]})
+            on_step()
+            if is_last:
                 break
-        elapsed_s = time.perf_counter() - started_s
-        accuracy = self._accuracy()
-        fetched_bytes, hit_ratio = self._count()
-        weights = hashlib.sha256()
-        for tensor in self._model.state_dict().values():
-            weights.update(tensor.numpy().tobytes())
-        loss_mean = losses / max(n_samples, 1)
-        result = (n_samples, elapsed_s, fetched_bytes, hit_ratio, loss_mean, accuracy, digests, weights.hexdigest())
-        return Epoch(self._name, epoch, mode, *result)
+        else:
+            state["epoch"] += 1
+            loader.set_epoch(state["epoch"])
+    return [digest.hexdigest() for digest in digests], sum(losses) / max(len(losses), 1)
 
-    def _accuracy(self) -> float | None:
-        """Return the share of held-out images that the model recognises: on the accelerator, if there is one.
 
-        Training stays on the CPU, where two runs have equal weights to the bit.
-        """
-        if self._held_out is None:
-            return None
-        model = self._model if self._device is None else copy.deepcopy(self._model).to(self._device)
-        with torch.no_grad():
-            outputs = [model(batch) for batch in self._held_out]
-        right = [logits.argmax(1) == labels for logits, labels in outputs]
-        return float(torch.cat(right).float().mean())
+def weights_digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
-    def _count(self) -> tuple[int, float]:
-        """Return the bytes fetched, and the cache's hit ratio, since the last call."""
-        loaders = [self._loader] if self._held_out is None else [self._loader, self._held_out]
-        fetched_bytes = self._opening_bytes + sum(loader.stats()["bytes_fetched"] for loader in loaders)
-        cache = self._cache.stats()
-        now = (fetched_bytes, cache["hits"], cache["misses"])
-        n_bytes, hits, misses = (after - before for after, before in zip(now, self._counted, strict=True))
-        self._counted = now
-        return int(n_bytes), hits / (hits + misses) if hits + misses else 1.0
 
-    def _state(self) -> dict[str, Any]:
-        return {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict(), "step": self._step}
+def run_phase(job: Job) -> Iterator[dict[str, Any]]:
+    """Train the epochs of a phase, and yield what was read and learned in each."""
+    with Cache(job["cache"], size=job["cache_bytes"]) as cache, Checkpoints(job["checkpoints"]) as checkpoints:
+        state = new_state(job, cache)
+        n = len(state["loader"])
+        # By phase: the name of each part of the training, the step to which it goes on, and the one where it ends.
+        parts: list[tuple[str, int, int]] = {
+            "cold": [("cold", 0, n)],
+            "warm": [("warm", n, 2 * n)],
+            "stop": [("whole", 2 * n, 3 * n), ("stopped", 2 * n, 2 * n + n // 2)],
+            "resume": [("resumed", 2 * n + n // 2, 3 * n)],
+            "moved": [("moved", 0, n)],
+        }[job["phase"]]
+        counted_bytes = 0
+        for mode, from_step, until_step in parts:
+            if from_step:
+                checkpoints.load(from_step, into=state)
+            started_s = time.perf_counter()
+            kept = None if mode in ("whole", "moved") else checkpoints
+            digests, loss = train(state, until_step, kept, n // CHECKPOINTS_PER_EPOCH)
+            elapsed_s = time.perf_counter() - started_s
+            fetched_bytes = cache.stats()["bytes_fetched"]
+            yield {
+                "mode": mode,
+                "epoch": from_step // n + 1,
+                "samples_per_s": round(len(digests) * BATCH_SIZE / elapsed_s),
+                "fetched_bytes": fetched_bytes - counted_bytes,
+                "loss": loss,
+                "digests": digests,
+                "weights": weights_digest(state["model"]),
+            }
+            counted_bytes = fetched_bytes
+        state["loader"].dataset.close()
 
-    def _keep_checkpoint(self, loss: float) -> None:
-        folder = Path(self._job.checkpoints, self._name, f"step-{self._step}")
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self._state(), folder / "model.pt")
-        (folder / "metrics.json").write_text(json.dumps({"loss": loss}))
 
-    def _save(self, name: str) -> None:
-        torch.save({**self._state(), "loader": self._loader.state_dict()}, self._path(name))
+def train_to_the_end(job: Job, run: str, progress_fd: int) -> str:
+    """Train from the newest checkpoint if there is one; return the digest of the weights.
 
-    def _load(self, name: str) -> Any:
-        """Load what _save() saved under a name, and return the loader's state, which only a resumed epoch needs."""
-        state = torch.load(self._path(name))
-        self._model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._step = state["step"]
-        return state["loader"]
+    progress_fd: Descriptor that gets a byte for each step.
+    """
+    storage = job["storage_options"]
+    with (
+        Cache(job["cache"], size=job["cache_bytes"]) as cache,
+        Checkpoints(
+            f"{job['runs']}/{run}", local=f"{job['local']}/{run}", keep=[Keep(last=2)], storage_options=storage
+        ) as checkpoints,
+    ):
+        state = new_state(job, cache)
+        with suppress(NotFound):  # there is no checkpoint yet
+            checkpoints.load("latest", into=state)
+        n_steps = N_EPOCHS * len(state["loader"])
+        train(state, n_steps, checkpoints, 2, lambda: os.write(progress_fd, b"."))
+        state["loader"].dataset.close()
+    return weights_digest(state["model"])
 
-    def _path(self, name: str) -> Path:
-        return Path(self._job.folder, f"{self._name}-{name}.pt")
+
+def attempt(job: Job, run: str, kill_after: int | None, delay_s: float) -> str | None:
+    """Train in a forked child; return the digest of the weights, or None if the child was killed.
+
+    kill_after is the number of steps after which the child is killed, delay_s the time from that step to the kill.
+    """
+    progress, to_parent = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(progress)
+            os.write(to_parent, train_to_the_end(job, run, to_parent).encode())
+            os._exit(0)
+        except BaseException as error:  # noqa: BLE001 - the top of a process
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            sys.stderr.flush()
+            os._exit(1)
+    os.close(to_parent)
+    n_steps, text = 0, b""
+    while found := os.read(progress, 4096):
+        n_steps += found.count(b".")
+        text = (text + found)[-64:]
+        if kill_after is not None and n_steps >= kill_after:
+            select([], [], [], delay_s)
+            os.kill(pid, signal.SIGKILL)
+            break
+    os.close(progress)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status) and kill_after is not None:
+        return None
+    if status != 0:
+        raise RuntimeError(f"a training process of run {run} ended with status {status}")
+    return text.decode()
+
+
+def run_killed(job: Job) -> dict[str, Any]:
+    """Train once as a whole, and once killed again and again; return the digests of the weights of both."""
+    whole = attempt(job, "whole", None, 0.0)
+    draws, n_kills, killed = np.random.default_rng(SEED), 0, None
+    while killed is None:
+        steps = int(draws.integers(FEWEST_STEPS, MOST_STEPS, endpoint=True)) if n_kills < job["n_kills"] else None
+        killed = attempt(job, "killed", steps, draws.random() * LATEST_S)
+        n_kills += killed is None
+    return {"n_kills": n_kills, "whole": whole, "killed": killed}
 
 
 def main() -> int:
     """Run the job on standard input."""
-    job = Job(**json.load(sys.stdin))
-    # Models this small do not gain from more threads, and on a busy machine threads lose time waiting for each other.
+    job = json.load(sys.stdin)
+    # A small model does not gain from more threads, and a forked child cannot use the threads of its parent.
     torch.set_num_threads(1)
     try:
-        for name in MODELS:
-            for epoch in Trainer(job, name).run_phase():
-                sys.stdout.write(json.dumps(asdict(epoch)) + "\n")
-                sys.stdout.flush()
+        for result in [run_killed(job)] if job["phase"] == "killed" else run_phase(job):
+            sys.stdout.write(json.dumps(result) + "\n")
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     return 0

@@ -1,0 +1,5 @@
+"""The command."""
+
+from tests.cli.conftest import tiercache
+
+__all__ = ["tiercache"]
