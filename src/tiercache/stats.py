@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Callable
 
 # Upper edges of the bins in seconds: 1 us to 1000 s, ten per decade, so a percentile is accurate to 26 %.
 _EDGES_S = tuple(10 ** (exponent / 10) for exponent in range(-60, 31))
@@ -20,18 +19,11 @@ class Counters:
     def __init__(self, *names: str) -> None:
         self._lock = threading.Lock()
         self._sums: dict[str, float] = dict.fromkeys(names, 0)
-        self._listeners: dict[object, Callable[[str, float], object]] = {}
 
     def add(self, name: str, n: float = 1) -> None:
         """Add n to the sum with this name."""
         with self._lock:
             self._sums[name] = self._sums.get(name, 0) + n
-        for listener in list(self._listeners.values()):
-            listener(name, n)
-
-    def forward(self, key: object, listener: Callable[[str, float], object]) -> None:
-        """Call listener(name, n) after each later addition, outside the lock. It replaces the one with an equal key."""
-        self._listeners[key] = listener
 
     def __getitem__(self, name: str) -> float:
         with self._lock:

@@ -136,12 +136,6 @@ def test_stats_has_the_documented_keys(world):
         "bytes_hit": 0,
         "quarantined": 0,
         "poisoned": 0,
-        "requests": 1,
-        "bytes_read": 10_000,
-        "retries": 0,
-        "hedges": 0,
-        "throttled": 0,
-        "nanodollars": 0,
     }
     status = cache.status()
     assert (status["path"], status["policy"], status["n_copies"]) == (str(world.root / "cache"), "plan", 1)

@@ -6,7 +6,6 @@ from contextlib import closing
 import numpy as np
 import pytest
 from tests.cache.conftest import turn
-from tests.support.faults import Fault, FaultKind, FaultStore
 
 import tiercache as tc
 from tiercache.cache.check import CopyState
@@ -70,58 +69,13 @@ def test_a_copy_without_a_record_has_an_unknown_state(world, store):
     assert report.is_right
 
 
-def test_repair_removes_a_corrupt_copy_and_fetches_it_from_the_store(world, store):
-    turn(world.copy_of("b"), 7000)
-    turn(world.copy_of("c"), 10)
-    report = store.cache.verify(repair=True, store=world.inner)
-    assert report.is_right
-    assert all(one.repaired for one in report.wrong)
-    assert {p.read_bytes() for p in world.copies()} == set(world.data.values())
-    assert store.cache.stats()["quarantined"] == 2
-    assert store.cache.verify().wrong == ()
-
-
-def test_repair_without_a_store_only_removes_the_copy(world, store):
+def test_repair_removes_the_copy_and_the_next_reader_fetches_it(world, store):
     turn(world.copy_of("b"), 7000)
     (one,) = store.cache.verify(repair=True).wrong
-    assert (one.removed, one.repaired, len(world.copies())) == (True, False, 2)
+    assert (one.removed, len(world.copies())) == (True, 2)
+    assert store.cache.stats()["quarantined"] == 1
     world.fetch(store, "b")
     assert len(world.copies()) == 3
-
-
-def test_verify_reports_a_copy_that_cannot_be_fetched_again(world, store):
-    turn(world.copy_of("b"), 7000)
-    (world.root / "source" / "b").unlink()
-    (one,) = store.cache.verify(repair=True, store=world.inner).wrong
-    assert (one.removed, one.repaired) == (True, False)
-    assert "could not be fetched again" in one.where[-1]
-    turn(world.copy_of("c"), 7000)
-    (one,) = store.cache.verify(repair=True, store=tc.store.MemoryStore("other")).wrong
-    assert "another store" in one.where[-1]
-
-
-def test_verify_reports_an_object_that_is_corrupt_at_its_source(world, store):
-    turn(world.copy_of("b"), 7000)
-    bad = FaultStore(world.inner, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=9)])
-    (one,) = store.cache.verify(repair=True, store=bad).wrong
-    assert (one.removed, one.repaired) == (True, False)
-    assert "at its source" in one.where[-1]
-
-
-def test_an_object_without_identity_is_repaired_unless_it_has_changed(world):
-    world.put("a")
-    world.put("b")
-    store = world.store()
-    for key in "ab":
-        with store.open_local(key) as lease:
-            assert lease.wait([ByteRange(0, 10_000)])
-    turn(world.copy_of("a"), 1)
-    turn(world.copy_of("b"), 1)
-    (world.root / "source" / "b").write_bytes(b"new")
-    found = {one.source[-1]: one for one in store.cache.verify(repair=True, store=world.inner).wrong}
-    assert found["a"].repaired
-    assert not found["b"].repaired
-    assert "changed at its source" in found["b"].where[-1]
 
 
 def test_verify_checks_each_unit_of_a_partial_copy(world):
@@ -158,5 +112,3 @@ def test_verify_names_the_damaged_block_of_a_shard(world, tmp_path):
 def test_invalid_arguments_are_errors(world, store):
     with pytest.raises(ValueError, match="jobs must be 1 or more"):
         store.cache.verify(jobs=0)
-    with pytest.raises(ValueError, match="repair=True"):
-        store.cache.verify(store=world.inner)

@@ -7,7 +7,6 @@ from tests.load.conftest import N_REMOTE as N
 from tests.support.http_server import HttpFault
 
 import tiercache as tc
-from tiercache.cli.cache import summary_of
 from tiercache.prices import named_prices
 from tiercache.store import CloudStore, open_store
 
@@ -38,37 +37,19 @@ def test_retries_and_throttled_requests_of_a_run_are_reported(server, tmp_path):
     server.when(rule)
     with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
         stats = read_an_epoch(server, cache)
-        figures = cache.stats()
     assert stats["throttled"] == 1
     assert stats["retries"] >= 2
     assert stats["requests"] >= len(seen)
     assert (stats["dollars"], stats["egress_dollars"]) == (0.0, 0.0), "nobody bills for this server"
-    assert {name: figures[name] for name in ("throttled", "retries")} == {"throttled": 1, "retries": stats["retries"]}
-    assert figures["requests"] >= len(seen)
-    assert figures["bytes_read"] >= figures["bytes_fetched"] > 0
-
-
-def test_status_sums_what_all_processes_asked_of_their_stores(server, tmp_path):
-    for _ in range(2):
-        with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
-            read_an_epoch(server, cache)
-    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
-        status = cache.status()
-    assert status["figures"]["requests"] > cache.stats()["requests"] == 0
-    assert f"{status['figures']['requests']} requests" in summary_of(status).replace(",", "")
 
 
 def test_the_price_of_the_requests_is_reported_in_dollars(server, tmp_path, monkeypatch):
     monkeypatch.setattr(CloudStore, "provider", property(lambda _self: "aws", lambda _self, _value: None))
     with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
         stats = read_an_epoch(server, cache)
-        figures = cache.stats()
-        shown = summary_of(cache.status() | {"figures": figures | {"nanodollars": 2_500_000_000}})
     prices = named_prices("aws:us-east-1:STANDARD")
     assert stats["dollars"] == pytest.approx(stats["requests"] * prices.get_1000 / 1000)
     assert stats["egress_dollars"] == pytest.approx(stats["bytes_fetched"] * prices.egress_gb / (1 << 30))
-    assert figures["nanodollars"] == pytest.approx(1e9 * figures["requests"] * prices.get_1000 / 1000)
-    assert "($2.50)" in shown
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ def repair(job: Job) -> None:
         job.scene.read(cache.store(job.scene.source), key)
         job.tell(f"rotting {job.scene.names[key]}")
         damage(job.scene.cache_root / "copies" / job.scene.names[key])
-        cache.verify(repair=True, store=job.scene.source)
+        cache.verify(repair=True)
 
 
 JOBS = {

@@ -108,7 +108,7 @@ def damaged(scene: Scene, tell) -> None:
     store = cache.store(scene.source)
     first, second = ROTTEN
     _read_doubting(scene, store, first)
-    attempt(lambda: cache.verify(repair=True, store=scene.source, jobs=1))
+    attempt(lambda: cache.verify(repair=True, jobs=1))
     _read_doubting(scene, store, second)
     _meet_poison(scene, store)
     for key in OBJECTS:

@@ -28,12 +28,6 @@ FIGURES = (
     "evicted",
     "quarantined",
     "poisoned",
-    "requests",
-    "bytes_read",
-    "retries",
-    "hedges",
-    "throttled",
-    "nanodollars",
 )
 # Names of removed copies that are remembered for processes that keep the rows in memory. A process that has missed more
 # reads all rows again.

@@ -31,7 +31,6 @@ from tiercache.cache.warm import plan_warm, warm
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import OWN_FOLDER, ShardIdentity, parse_bytes
 from tiercache.peers.readers import PeerOptions, Peers
-from tiercache.prices import provider_prices, read_dollars
 from tiercache.stats import Counters
 from tiercache.store import Lease, Span, Store, redact
 from tiercache.store.contract import WrapperStore
@@ -53,18 +52,6 @@ T = TypeVar("T")
 MOST_SPECS = 4096
 
 
-_STORE_FIGURES = ("requests", "bytes_read", "retries", "hedges", "throttled")
-
-
-def _count_for(cache: weakref.ref[Cache], nanodollars: float, name: str, n: float) -> None:
-    """Add a store's counter to those of the cache through which it is read. nanodollars: Price of a request."""
-    found = cache() if name in _STORE_FIGURES else None
-    if found is not None:
-        found.counters.add(name, n)
-        if name == "requests" and nanodollars:
-            found.counters.add("nanodollars", n * nanodollars)
-
-
 class CachedStore(WrapperStore):
     """A Store and a LocalStore around another Store. Reads use the cache; all other methods call the inner store.
 
@@ -79,9 +66,6 @@ class CachedStore(WrapperStore):
     def __init__(self, cache: Cache, inner: Store) -> None:
         super().__init__(inner)
         self.cache = cache
-        prices = provider_prices(inner.provider)
-        nanodollars = 0.0 if prices is None else 1e9 * read_dollars(prices, 1, 0)[0]
-        self.counters.forward(id(cache), partial(_count_for, weakref.ref(cache), nanodollars))
         self._session = cache._session_or_none  # noqa: SLF001 - of one file
         self._inner_url = redact(inner.url).rstrip("/")
         self._lock = Lock()
@@ -293,8 +277,6 @@ class Entry:
         last_use: Sequence number of the last use, not a time.
         dataset_id: Identifier of the data set; None for an object of no data set.
         shard_id: Identifier of the shard; None for an object of no data set.
-        used_s: Time of the last read or write in seconds since 1970, as the file system records it (see
-            Folder.touched_s).
         in_part: Whether the copy is partial.
     """
 
@@ -305,7 +287,6 @@ class Entry:
     last_use: int
     dataset_id: str | None = None
     shard_id: str | None = None
-    used_s: float = 0.0
     in_part: bool = False
 
 
@@ -502,11 +483,8 @@ class Cache:
         The keys are bytes_used, limit_bytes and pinned_bytes, and the counters: hits (the copy was cached before this
         process asked for it), misses, prefetched (misses for which this process had already fetched the data with
         prefetch()), bytes_hit, bytes_fetched, evicted, quarantined (corrupt copies, which were removed) and poisoned
-        (objects that are corrupt at their source). Of
-        the stores that are read through the cache: requests, bytes_read (also without a copy), retries, hedges (second
-        requests beside late ones), throttled (requests that a store refused as too many) and nanodollars (price of the
-        requests by the price table; 0 for a provider that it does not have). With peers also peer_requests, peer_bytes
-        (received from them) and peer_failures.
+        (objects that are corrupt at their source). With peers also peer_requests, peer_bytes (received from them) and
+        peer_failures.
         """
         opened, limit_bytes = self._open(), self.limit_bytes
         folder, writing = opened.folder, opened.writing
@@ -588,8 +566,7 @@ class Cache:
             source = ("", None, None) if record is None else (record.source, record.dataset_id, record.shard_id)
             url, dataset_id, shard_id = source
             figures = (row.charge_bytes, folder.is_pinned(row.name), row.last_use)
-            touched_s = folder.touched_s(row.name)
-            entries.append(Entry(row.name, url, *figures, dataset_id, shard_id, touched_s, row.name not in whole))
+            entries.append(Entry(row.name, url, *figures, dataset_id, shard_id, row.name not in whole))
         return entries
 
     def _selected(self, selection: Selection) -> list[Entry]:
@@ -718,7 +695,6 @@ class Cache:
         *,
         names: Iterable[str] | None = None,
         repair: bool = False,
-        store: Store | None = None,
         jobs: int = 4,
         on_progress: Callable[[CheckProgress], None] | None = None,
     ) -> VerifyReport:
@@ -727,23 +703,18 @@ class Cache:
         Args:
             names: Names of the copies to verify (see entries()); None verifies all copies.
             repair: Whether to remove corrupt copies. They are fetched again when they are next used.
-            store: Store from which the removed copies are fetched again at once (a cached store, or the store
-                inside it). It requires repair=True.
             jobs: Number of copies that are read at the same time.
             on_progress: Callback that the calling thread calls after each copy.
 
         Raises:
-            ValueError: jobs is less than 1, or store is given without repair=True.
+            ValueError: jobs is less than 1.
         """
         if jobs < 1:
             raise ValueError(f"jobs must be 1 or more, got {jobs}")
-        if store is not None and not repair:
-            raise ValueError("verify(store=...) fetches corrupt copies again, which requires repair=True")
         opened = self._open()
         existing = opened.folder.sizes().keys()
         chosen = sorted(existing if names is None else existing & frozenset(names))
-        inner = None if store is None else _inner(store)
-        return verify_copies(opened, chosen, jobs=jobs, repair=repair, store=inner, on_progress=on_progress)
+        return verify_copies(opened, chosen, jobs=jobs, repair=repair, on_progress=on_progress)
 
 
 def _inner(store: Store) -> Store:

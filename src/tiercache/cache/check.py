@@ -1,4 +1,4 @@
-"""Verification: reads copies, compares them with their records, and repairs corrupt ones."""
+"""Verification: reads copies, compares them with their records, and removes corrupt ones."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from tiercache.cache.locks import NameLock, try_shared
-from tiercache.cache.names import Record, copy_spec
+from tiercache.cache.names import Record
 from tiercache.cache.partial import bytes_of, open_part, read_checksum
-from tiercache.errors import CorruptShard, StoreError
-from tiercache.model import ByteRange, ShardIdentity
+from tiercache.errors import StoreError
 from tiercache.shard.verify import verify_shard
-from tiercache.store import LocalFolder, Store, redact
+from tiercache.store import LocalFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,7 +50,6 @@ class CopyCheck:
         in_part: Whether the copy is partial.
         where: Defects of the copy, as texts for the user; empty if the copy is right.
         removed: Whether the copy was deleted.
-        repaired: Whether the copy was also fetched again, and is right now.
     """
 
     name: str
@@ -61,7 +59,6 @@ class CopyCheck:
     in_part: bool = False
     where: tuple[str, ...] = ()
     removed: bool = False
-    repaired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +83,7 @@ class VerifyReport:
 
     @property
     def wrong(self) -> tuple[CopyCheck, ...]:
-        """The copies that are damaged or unreadable, including repaired ones."""
+        """The copies that are damaged or unreadable, including removed ones."""
         return tuple(one for one in self.checked if one.state in (CopyState.DAMAGED, CopyState.UNREADABLE))
 
     @property
@@ -101,14 +98,13 @@ def verify_copies(
     *,
     jobs: int,
     repair: bool,
-    store: Store | None,
     on_progress: Callable[[CheckProgress], None] | None,
 ) -> VerifyReport:
-    """Verify these copies, and remove corrupt ones (repair) or fetch them again (store). See Cache.verify."""
+    """Verify these copies, and remove corrupt ones (repair). See Cache.verify."""
     checks: list[CopyCheck] = []
     pool = ThreadPoolExecutor(jobs, "tiercache-verify")
     try:
-        for number, one in enumerate(pool.map(partial(_check_one, opened, repair, store), names), start=1):
+        for number, one in enumerate(pool.map(partial(_check_one, opened, repair), names), start=1):
             if one is not None:
                 checks.append(one)
                 if on_progress is not None:
@@ -118,8 +114,8 @@ def verify_copies(
     return VerifyReport(tuple(checks))
 
 
-def _check_one(opened: CacheSession, repair: bool, store: Store | None, name: str) -> CopyCheck | None:
-    """Return the result for a copy, repaired if requested; None: the copy is gone."""
+def _check_one(opened: CacheSession, repair: bool, name: str) -> CopyCheck | None:
+    """Return the result for a copy, removed if it is corrupt and repair is set; None: the copy is gone."""
     fd = opened.folder.open_copy(name)
     if fd is None:
         return _check_partial_copy(opened, name, repair=repair)
@@ -127,13 +123,14 @@ def _check_one(opened: CacheSession, repair: bool, store: Store | None, name: st
         try_shared(fd)  # prevents eviction during the check
         with suppress(OSError):
             fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NOATIME)  # a check is not a use: the file keeps its time of access
-        record = opened.folder.read_record(name)
-        checked = _check_copy(fd, name, record)
+        checked = _check_copy(fd, name, opened.folder.read_record(name))
         if checked.state is CopyState.DAMAGED and checked.source.endswith(_SHARD):
             checked = replace(checked, where=(*checked.where, *_findings(opened, name)))
         if not repair or checked.state in (CopyState.OK, CopyState.UNKNOWN):
             return checked
-        return _repair(opened, checked, fd, record, store)
+        return replace(checked, removed=opened.remove_corrupt(name, fd))
+    except OSError as error:
+        return replace(checked, where=(*checked.where, f"it cannot be removed: {error}"))
     finally:
         os.close(fd)
 
@@ -201,39 +198,3 @@ def _remove_partial_copy(opened: CacheSession, checked: CopyCheck) -> CopyCheck:
     finally:
         lock.release()
     return replace(checked, removed=True)
-
-
-def _repair(opened: CacheSession, checked: CopyCheck, fd: int, record: Record | None, store: Store | None) -> CopyCheck:
-    """Remove a corrupt copy and fetch it again; a step that failed is described in `where`."""
-    try:
-        removed = opened.remove_corrupt(checked.name, fd)
-    except OSError as error:
-        return replace(checked, where=(*checked.where, f"it cannot be removed: {error}"))
-    if not removed or record is None or store is None:
-        return replace(checked, removed=removed)
-    try:
-        failure = _fetch_again(opened, store, checked.name, record)
-    except (StoreError, CorruptShard, OSError) as error:
-        failure = f"it could not be fetched again: {error}"
-    where = checked.where if failure is None else (*checked.where, failure)
-    return replace(checked, removed=True, repaired=failure is None, where=where)
-
-
-def _fetch_again(opened: CacheSession, store: Store, name: str, record: Record) -> str | None:
-    """Fetch a copy again; return None if it is right now, else the reason."""
-    prefix = f"{redact(store.url)}/"
-    if not record.source.startswith(prefix):
-        return f"it came from another store than {store.url}"
-    identity = None
-    if record.dataset_id is not None and record.shard_id is not None and record.crc32c is not None:
-        identity = ShardIdentity(record.dataset_id, record.shard_id, record.n_bytes, record.crc32c)
-    spec = copy_spec(store, record.source.removeprefix(prefix), identity)
-    if spec is None or spec.name != name:
-        return "the object has changed at its source since"
-    lease = opened.open(spec, store)
-    if lease is None:
-        return "the cache has no space for it"
-    with lease:
-        if not lease.wait([ByteRange(0, spec.n_bytes)]):
-            return "it is corrupt at its source too, or the cache has no space for it"
-    return None

@@ -193,17 +193,6 @@ class Folder:
                     disk_bytes[kind] = _disk_bytes(status, kind)
         return _charge(disk_bytes)
 
-    def touched_s(self, name: str) -> float:
-        """Return the time of the last write or read in seconds since 1970, as the file system records it (relatime).
-
-        0: the copy does not exist.
-        """
-        for path in (self.copy_path(name), self.copy_path(f"{name}.part")):
-            with suppress(OSError):
-                status = os.lstat(path)
-                return max(status.st_mtime, status.st_atime)
-        return 0.0
-
     def sizes(self) -> dict[str, int]:
         """Return the bytes that each copy, whole or partial, takes of the size limit, by name."""
         files: dict[str, dict[str, int]] = {}

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,7 +35,6 @@ from tiercache.cli.common import (
     count,
     flag,
     option,
-    parse_age,
     parse_columns,
     parse_fraction,
     parse_size,
@@ -243,13 +240,7 @@ def summary_of(facts: Mapping[str, Any]) -> str:
         ahead = f"{figures['prefetched']:,} prefetched, " if figures.get("prefetched") else ""
         found = f"{facts['hit_ratio']:.1%} of {count(n_opens, 'open')} were hits"
         texts.append(f"{found}, {ahead}{fetched} fetched")
-    if figures.get("requests"):
-        dollars = f" (${figures['nanodollars'] / 1e9:,.2f})" if figures.get("nanodollars") else ""
-        texts.append(f"{count(figures['requests'], 'request')}{dollars}, {format_bytes(figures['bytes_read'])} read")
     names = {
-        "retries": "retried",
-        "hedges": "hedged",
-        "throttled": "throttled",
         "quarantined": "corrupt and removed",
         "poisoned": "corrupt at their source",
     }
@@ -334,10 +325,6 @@ def evict(
     everything: Annotated[bool, flag("--all", "Instead of a URL: delete copies of all data sets.")] = False,
     include: Include = None,
     exclude: Exclude = None,
-    older_than: Annotated[
-        str | None,
-        option("--older-than", "AGE", "Only copies that were not read for this time, e.g. 7d."),
-    ] = None,
     target_size: Annotated[
         str | None,
         option(
@@ -357,13 +344,12 @@ def evict(
     """
     if everything == (url is not None):
         raise ValueError("evict takes a URL or --all")
-    used_before_s = float("inf") if older_than is None else time.time() - parse_age("--older-than", older_than)
     scope = Scope(url, include, exclude, storage_option)
     with open_existing_cache(cache_dir, cache_size) as cache:
         target_bytes = None
         if target_size is not None:
             target_bytes = parse_size("--target-size", target_size, whole_bytes=cache.limit_bytes)
-        found = [entry for entry in scope.entries(cache) if entry.used_s < used_before_s]
+        found = scope.entries(cache)
         free = [entry for entry in found if not entry.pinned]
         n_pinned = len(found) - len(free)
         chosen = least_recently_used(free, cache.stats()["bytes_used"], target_bytes)
@@ -449,7 +435,7 @@ def verify(
         bool,
         flag("--cached", "Check the cached copies of the data set, not its store; without URL: all copies."),
     ] = False,
-    repair: Annotated[bool, flag("--repair", "Like --cached, and fetch corrupt copies again.")] = False,
+    repair: Annotated[bool, flag("--repair", "Like --cached, and remove corrupt copies, to be fetched again.")] = False,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = None,
     jobs: Jobs = 4,
@@ -458,7 +444,7 @@ def verify(
     """Check every byte of a data set, or of copies in the cache.
 
     Of a data set, the manifest, the segments and the shards of one version are checked. The exit code is 4 if something
-    is corrupt and was not repaired.
+    is corrupt and was not removed.
     """
     jobs = jobs or config.available_cpus()
     scope = Scope(url, include, exclude, storage_option)
@@ -476,11 +462,10 @@ def verify(
 
 
 def _verify_cached(output: Output, cache: Cache, scope: Scope, jobs: int, *, repair: bool) -> None:
-    """Verify copies in the cache and print each corrupt one; with repair, fetch those again.
+    """Verify copies in the cache and print each corrupt one; with repair, remove those.
 
     Raises:
-        typer.Exit: With CORRUPT if a corrupt copy is still in the cache; with PARTIAL if one was removed but not
-            repaired.
+        typer.Exit: With CORRUPT if a corrupt copy is still in the cache.
     """
     checked: list[CopyCheck] = []
     entries = scope.entries(cache)
@@ -492,52 +477,26 @@ def _verify_cached(output: Output, cache: Cache, scope: Scope, jobs: int, *, rep
             advance(sum(one.n_bytes for one in checked), total_bytes)
             _print_copy(output, progress.last)
 
-        for names, store in _batches(entries, scope, repair=repair):
-            cache.verify(names=names, repair=repair, store=store, jobs=jobs, on_progress=on_progress)
+        cache.verify(names=[entry.name for entry in entries], repair=repair, jobs=jobs, on_progress=on_progress)
     wrong = [one for one in checked if one.where]
     unknown = sum(one.state == "unknown" for one in checked)
-    repaired, removed = sum(one.repaired for one in wrong), sum(one.removed for one in wrong)
+    removed = sum(one.removed for one in wrong)
     facts = {"copies": len(checked), "gone": len(entries) - len(checked), "bytes": sum(one.n_bytes for one in checked)}
-    facts |= {"damaged": len(wrong), "repaired": repaired, "removed": removed, "unknown": unknown}
+    facts |= {"damaged": len(wrong), "removed": removed, "unknown": unknown}
     text = f"checked {count(len(checked), 'copy', 'copies')}, {format_bytes(facts['bytes'])}: "
     text += f"{len(wrong):,} corrupt" if wrong else "nothing is corrupt"
-    text += f", {repaired:,} of them repaired" if repaired else ""
-    text += f", {removed - repaired:,} removed" if removed > repaired else ""
+    text += f", {removed:,} of them removed" if removed else ""
     text += f", {unknown:,} that could not be verified: no checksum is known for them" if unknown else ""
     output.summary(facts, text)
-    if repaired < len(wrong):
-        raise typer.Exit(CORRUPT if removed < len(wrong) else PARTIAL)
-
-
-def _batches(entries: Sequence[Entry], scope: Scope, *, repair: bool) -> Iterator[tuple[list[str], Store | None]]:
-    """Yield names of copies, each list with the store to fetch corrupt ones from; None if they cannot be fetched."""
-    if not repair:
-        yield [entry.name for entry in entries], None
-        return
-    if scope.url is not None:
-        with open_data_set_store(scope.url, scope.storage_options) as store:
-            yield [entry.name for entry in entries], store
-        return
-    for url, group in groupby(sorted(entries, key=_store_url), _store_url):
-        with ExitStack() as stack:
-            source: Store | None = None  # the recorded URL contains no credentials, so the store may not open
-            if url:
-                with suppress(StoreError, ValueError, OSError):
-                    source = stack.enter_context(open_data_set_store(url, scope.storage_options))
-            yield [entry.name for entry in group], source
-
-
-def _store_url(entry: Entry) -> str:
-    """Return the URL of the store that a copy came from, its data set or its object's folder; "" if unknown."""
-    url = data_set_url(entry.source)
-    return url if entry.dataset_id is not None or not url else url.rpartition("/")[0]
+    if removed < len(wrong):
+        raise typer.Exit(CORRUPT)
 
 
 def _print_copy(output: Output, one: CopyCheck) -> None:
     if one.where:
         facts = asdict(one)
         del facts["n_bytes"]
-        ending = ": repaired" if one.repaired else ": removed" if one.removed else ""
+        ending = ": removed" if one.removed else ""
         output.event("copy", facts, f"{one.source or one.name}: {'; '.join(one.where)}{ending}")
 
 
