@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.cli.selection import (
+from tiercache.cli.simulate import (
     Training,
     epoch_reads,
     merge_reads,
@@ -57,14 +57,6 @@ def test_a_rank_reads_what_the_loader_says_it_reads_and_all_ranks_read_everythin
     assert sorted(merge_reads(list(reads.values())).tolist()) == np.flatnonzero(records).tolist()
 
 
-def test_a_rank_with_several_streams_reads_them_side_by_side():
-    records, sizes = np.full(40, 10), np.full(40, 1000)
-    mine = epoch_reads(records, sizes, Training(3, ranks=(1,), world_size=2, streams=8))[1].shards.tolist()
-    order = EpochOrder(DatasetSizes(records, sizes, lambda _: []), Training(3, streams=8).options, 0)
-    streams = [order.shards_ahead(s, 0, None).tolist() for s in range(4, 8)]
-    assert [mine[:4], mine[4:8]] == [[run[i] for run in streams] for i in range(2)]
-
-
 def test_without_a_seed_every_rank_reads_everything_in_stored_order():
     records, sizes = np.full(5, 10), np.full(5, 1000)
     reads = epoch_reads(records, sizes, Training(ranks=(0, 2), world_size=3))
@@ -112,9 +104,9 @@ class TestFlags:
             parse_ranks(texts)
 
     def test_no_flags_give_no_training_and_a_seed_gives_one(self):
-        assert parse_training() is None
+        assert parse_training(None) is None
         assert parse_training(seed=3) == Training(3)
-        assert parse_training(7, ["1/4"], 8, "global", "all") == Training(7, 0, (1,), 4, 8, "global", None)
+        assert parse_training(7, ["1/4"], "global", "all") == Training(7, 0, (1,), 4, "global", None)
 
     @pytest.mark.parametrize(
         ("flags", "named"),
@@ -122,15 +114,13 @@ class TestFlags:
     )
     def test_a_flag_of_the_order_needs_the_seed(self, flags, named):
         with pytest.raises(ValueError, match=f"{named} needs --seed"):
-            parse_training(**flags)
+            parse_training(None, **flags)
 
     def test_an_order_that_cannot_be_is_an_error(self):
         with pytest.raises(ValueError, match="--placement must be sticky or global, got 'here'"):
             parse_training(1, placement="here")
         with pytest.raises(ValueError, match="not a size"):
             parse_training(1, group="big")
-        with pytest.raises(ValueError, match="streams must be"):
-            select_shards(table([100]), training=Training(1, streams=-1))
         with pytest.raises(ValueError, match="from 0 to 1 of 2"):
             Training(1, ranks=(2,), world_size=2)
 

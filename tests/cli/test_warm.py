@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tiercache.cache import Cache
-from tiercache.cli.selection import Training, epoch_reads
+from tiercache.cli.simulate import Training, epoch_reads
 from tiercache.data.dataset import Dataset
 from tiercache.load.loader import DataLoader
 from tiercache.load.options import LoaderOptions

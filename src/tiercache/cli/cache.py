@@ -41,7 +41,7 @@ from tiercache.cli.common import (
     verb,
 )
 from tiercache.cli.data import OpenDataSet, open_data_set, open_data_set_store, shorten
-from tiercache.cli.selection import Placement, ShuffleGroup, Streams, parse_training, select_shards
+from tiercache.cli.simulate import Placement, ShuffleGroup, parse_training, select_shards
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ByteRange, format_bytes
 from tiercache.packer.files import selected
@@ -97,7 +97,6 @@ def warm(
         list[str] | None,
         option("--rank", "R/W", "Fetch only what these ranks read: RANK/RANKS, e.g. 3/8 or 0-3/8. May be repeated."),
     ] = None,
-    streams: Streams = None,
     placement: Placement = None,
     shuffle_group: ShuffleGroup = None,
     at: VersionNumber = None,
@@ -117,7 +116,7 @@ def warm(
         raise ValueError("--fraction and --limit cannot be combined: give one of them")
     if pin and columns is not None:
         raise ValueError("--pin keeps whole copies, and cannot be combined with --columns")
-    training = parse_training(seed, rank, streams, placement, shuffle_group)
+    training = parse_training(seed, rank, placement, shuffle_group)
     part = 1.0 if fraction is None else parse_fraction(fraction)
     limit_bytes = None if limit is None else parse_size("--limit", limit)
     names = parse_columns(columns)
