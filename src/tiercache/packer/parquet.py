@@ -65,27 +65,18 @@ class ParquetFiles:
         return pa.RecordBatch.from_arrays(columns, names=list(self.schema.names))
 
 
-def find_parquet(
-    files: Files, found: Sequence[SourceFile], given: Mapping[str, UserType], *, exact_nulls: bool = True
-) -> ParquetFiles:
+def find_parquet(files: Files, found: Sequence[SourceFile], given: Mapping[str, UserType]) -> ParquetFiles:
     """Return the Parquet files of a source, with the schema from their footers. given: types of some columns.
 
-    A column is nullable if it has a null, or if the file has no statistics of it. The statistics of a column of lists
-    or structs may leave open whether it has a null: then it is read, or, without exact_nulls, nullable. Columns that
-    Hive partitions name (``year=2024/``) follow the stored columns. Raises SchemaError.
+    A column is nullable unless the statistics of all row groups show that it has no null. Those of a column of lists or
+    structs count empty lists and the nulls inside the values as well. Columns that Hive partitions name
+    (``year=2024/``) follow the stored columns. Raises SchemaError.
     """
     with ThreadPoolExecutor(_PARALLEL_FOOTERS) as pool:
         footers = list(pool.map(partial(_read_footer, files), [f.path for f in found]))
-        for file, footer in zip(found[1:], footers[1:], strict=True):
-            _check_same(files.location(file.path), footer.schema, files.location(found[0].path), footers[0].schema)
-        with_nulls = set().union(*(footer.with_nulls for footer in footers))
-
-        def read_undecided(chunk: _UndecidedChunk) -> None:
-            is_open = chunk.column not in with_nulls and chunk.column not in given
-            if is_open and (not exact_nulls or _has_null(files, chunk)):
-                with_nulls.add(chunk.column)
-
-        list(pool.map(read_undecided, [chunk for footer in footers for chunk in footer.undecided]))
+    for file, footer in zip(found[1:], footers[1:], strict=True):
+        _check_same(files.location(file.path), footer.schema, files.location(found[0].path), footers[0].schema)
+    with_nulls = set().union(*(footer.with_nulls for footer in footers))
     types: dict[str, UserType] = {f.name: f.with_nullable(f.name in with_nulls) for f in footers[0].schema}
     partitions = find_partitions(files, found, footers[0].schema.names)
     types |= partitions
@@ -101,21 +92,11 @@ def find_parquet(
     return ParquetFiles(files, Schema.of(types | dict(given)), tuple(splits), partitions)
 
 
-class _UndecidedChunk(NamedTuple):
-    """Column of a row group whose statistics count nulls or empty lists inside its values, and its smallest leaf."""
-
-    path: str
-    row_group: int
-    column: str
-    leaf: str
-
-
 class _Footer(NamedTuple):
-    """Schema of a file, columns that have nulls or no statistics, undecided columns, and each row group's size."""
+    """Schema of a file, columns that may have nulls, and each row group's size."""
 
     schema: pa.Schema
     with_nulls: frozenset[str]
-    undecided: tuple[_UndecidedChunk, ...]
     row_group_bytes: tuple[int, ...]
 
 
@@ -127,40 +108,17 @@ def _read_footer(files: Files, path: str) -> _Footer:
             raise SchemaError(f"{files.location(path)}: the file has two columns with this name", column=twice)
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         with_nulls: set[str] = set()
-        undecided = []
-        for number, group in enumerate(groups):
+        for group in groups:
             if not group.num_rows:  # has no statistics
                 continue
-            leaves: dict[str, list[Any]] = {}
-            for chunk in (group.column(i) for i in range(group.num_columns)):
-                leaves.setdefault(_top_name(chunk.path_in_schema, schema), []).append(chunk)
-            for name, chunks in leaves.items():
-                counts = [_null_count(chunk) for chunk in chunks]
-                # A null counts as a null of every leaf, but so does an empty list, and a leaf may have its own nulls.
-                if not schema.field(name).nullable or 0 in counts:
-                    continue
-                if not any(counts) or not pt.is_nested(schema.field(name).type):
-                    with_nulls.add(name)
-                else:
-                    smallest = min(chunks, key=lambda chunk: chunk.total_compressed_size)
-                    undecided.append(_UndecidedChunk(path, number, name, smallest.path_in_schema))
+            no_nulls = {
+                _top_name(chunk.path_in_schema, schema)
+                for chunk in (group.column(i) for i in range(group.num_columns))
+                if chunk.statistics is not None and chunk.statistics.has_null_count and not chunk.statistics.null_count
+            }  # a null counts as a null of every leaf
+            with_nulls |= {field.name for field in schema if field.nullable} - no_nulls
         sizes = tuple(group.total_byte_size for group in groups)
-        return _Footer(schema.remove_metadata(), frozenset(with_nulls), tuple(undecided), sizes)
-
-
-def _null_count(chunk: Any) -> int | None:
-    """Return the number of nulls in a column chunk; None without statistics."""
-    return chunk.statistics.null_count if chunk.statistics is not None and chunk.statistics.has_null_count else None
-
-
-def _has_null(files: Files, chunk: _UndecidedChunk) -> bool:
-    """Return whether a column has a null in a row group, from the values of one of its leaves."""
-    with _opened(files, chunk.path) as parquet:
-        batches = parquet.iter_batches(_BATCH_ROWS, row_groups=[chunk.row_group], columns=[chunk.leaf])
-        while (batch := _next(batches, files.location(chunk.path))) is not None:
-            if batch[chunk.column].null_count:
-                return True
-    return False
+        return _Footer(schema.remove_metadata(), frozenset(with_nulls), sizes)
 
 
 def _top_name(path: str, schema: pa.Schema) -> str:

@@ -245,19 +245,17 @@ def _inspect(
         reason = f"its name is not that of a {kind} file"
         markers = {f for f in others if f.path.rpartition("/")[2].startswith("_")}
         skipped = [SkippedFile(f.path, reason) for f in chosen if f in others - markers]
-    return _with_schema_of(parent, _find_table(kind, files, tables or chosen, options, parent)), skipped
+    return _with_schema_of(parent, _find_table(kind, files, tables or chosen, options)), skipped
 
 
-def _find_table(
-    kind: SourceKind, files: Files, found: Sequence[SourceFile], options: PackOptions, parent: Version | None
-) -> RecordSource:
+def _find_table(kind: SourceKind, files: Files, found: Sequence[SourceFile], options: PackOptions) -> RecordSource:
     given = options.schema
     if given is None or isinstance(given, Mapping):
         if kind == "parquet":
-            return parquet.find_parquet(files, found, given or {}, exact_nulls=parent is None)
+            return parquet.find_parquet(files, found, given or {})
         return jsonl.find_jsonl(files, found, given or {})
     if kind == "parquet":
-        whole = parquet.find_parquet(files, found, {}, exact_nulls=False)
+        whole = parquet.find_parquet(files, found, {})
         whole.schema.select(Schema.of(given).names)  # raises SchemaError for a column that the files lack
         return replace(whole, schema=Schema.of(given))
     return jsonl.JsonLines(files, Schema.of(given), jsonl.split_files(found), find_partitions(files, found))
