@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tiercache.order.interleaving import StreamAllocation, StreamInterleaving, apportion, apportion_next, interleave
+from tiercache.order.interleaving import StreamAllocation, apportion, apportion_next, interleave
 from tiercache.order.mixture import exact_weight
 
 
@@ -100,12 +100,6 @@ def test_in_any_range_of_one_stream_a_part_deviates_by_less_than_five_records(we
     assert worst(shares.locate(np.arange(n))[0].tolist(), shares_of(weights)) < 5
 
 
-def test_two_parts_of_one_stream_deviate_by_less_than_two_records() -> None:
-    for weights in ([1, 1], [1, 2], [7, 3], [999, 1]):
-        shares = interleave(StreamAllocation(apportion(3000, weights), 1), 0)
-        assert worst(shares.locate(np.arange(3000))[0].tolist(), shares_of(weights)) < 2
-
-
 @given(st.lists(st.integers(1, 1000), min_size=2, max_size=8), st.integers(2, 16), st.integers(1, 2000))
 @example([1, 1], 16, 1600)
 @example([999, 1], 16, 1600)
@@ -190,11 +184,6 @@ def test_shares_before_each_change_are_exact_to_one_record_if_no_part_pauses(
         assert all(abs(share - due) < 1 for share, due in zip(shares, exact, strict=True))
 
 
-def test_small_changes_do_not_add_up() -> None:
-    schedule = [(100, (1, 1, 1 + number % 2)) for number in range(200)]  # each rounds in the same direction
-    assert deviation(sequence_of(scheduled(schedule, 1)), schedule) < 4
-
-
 @given(SCHEDULES, st.integers(1, 16))
 def test_streams_of_a_schedule_take_each_record_once(schedule: list, n_streams: int) -> None:
     allocation = scheduled(schedule, n_streams)
@@ -262,16 +251,3 @@ def test_a_part_is_not_served_before_its_first_use_and_after_its_last_one(schedu
     # Shorter stretches may have no place for a record in the stream that must take it.
     schedule = [(n + n_streams * len(weights), weights) for n, weights in without_pauses(schedule)]
     assert served_at_weight_0(schedule, n_streams) == 0
-
-
-@given(SCHEDULES)
-def test_one_stream_serves_no_part_in_its_pause(schedule: list) -> None:
-    assert served_at_weight_0(schedule, 1) == 0
-
-
-def test_one_weight_throughout_is_interleaved_as_without_a_schedule() -> None:
-    allocation = StreamAllocation((700, 200, 101), 4)
-    for stream in range(4):
-        shares = interleave(allocation, stream)
-        assert isinstance(shares, StreamInterleaving)
-        assert shares.quotas == allocation.quotas(stream)

@@ -301,22 +301,6 @@ def check_epoch(parts: Parts, spec: MixtureSpec, how: OrderOptions, epoch: int) 
             assert parts.stream(again, stream, position) == whole[position:]
 
 
-@pytest.mark.parametrize("streams", [1, 3])
-def test_a_large_part_repeats_no_record_under_changing_weights(streams: int) -> None:
-    """Parts with streams of their own: all streams together take each record once in each own epoch."""
-    data = even(3300, 5000, shard=500, block=100)
-    spec = data.spec(((0, (5, 1)), (700, (1, 1)), (1501, (1, 4)), (2111, (2, 3))), "first")
-    shares = spec.epoch_shares(data.sizes)
-    assert shares == (3300, 4296)
-    first, second = (Counter(data.epoch(spec, options(streams), epoch)) for epoch in range(2))
-    for epoch in (first, second):
-        assert tuple(sum(n for (part, _), n in epoch.items() if part == number) for number in (0, 1)) == shares
-    assert set(first.values()) == {1}
-    # Part 0 is served whole in each epoch, and part 1 continues where it stopped.
-    assert all(second[0, record] == 1 for record in range(3300))
-    assert {first[1, record] + second[1, record] for record in range(5000)} == {1, 2}
-
-
 def test_without_shuffle_a_schedule_s_epoch_is_the_mixture_s_records_by_number() -> None:
     data = even(40, 70)
     spec = data.spec(((0, (1, 0)), (11, (1, 2)), (30, (0, 1))), "first")
@@ -411,17 +395,6 @@ def test_an_epoch_with_stop_first_repeats_no_record_when_a_part_restarts(
         assert max(counts.values()) == 1
 
 
-@given(PARTS, WEIGHTS, OPTIONS)
-def test_an_epoch_with_stop_all_serves_every_record(parts: Parts, weights: list[int], how: OrderOptions) -> None:
-    found = set(parts.epoch(parts.spec(weights[: len(parts.parts)], "all"), how, 0))
-    assert found == {(part, record) for part, size in enumerate(parts.sizes) for record in range(size)}
-
-
-def own_epochs(sequence: list[tuple[int, int]], part: int, size: int) -> list[list[int]]:
-    drawn = [record for number, record in sequence if number == part]
-    return [drawn[at : at + size] for at in range(0, len(drawn), size)]
-
-
 @pytest.mark.parametrize("streams", [1, 3])
 @pytest.mark.parametrize("sizes", [(50, 200, 7), (200, 3, 1), (64, 64, 64)])
 @pytest.mark.parametrize("stop", ["first", "all"])
@@ -479,21 +452,6 @@ def test_a_large_part_has_its_own_streams_and_repeats_no_record_in_a_part_epoch(
             assert one | other == set(range(size))
         if placement == "sticky":
             assert all(records == seen[0][0] for records in seen[0])
-
-
-def test_a_part_larger_than_its_share_continues_in_the_next_epoch() -> None:
-    data = even(30, 300)
-    spec = data.spec([1, 1])
-    drawn = [r for epoch in range(10) for part, r in data.epoch(spec, options(), epoch) if part == 1]
-    assert sorted(drawn) == list(range(300))
-
-
-def test_parts_with_equal_contents_come_in_different_orders() -> None:
-    data = even(200, 200)
-    drawn = data.epoch(data.spec([1, 1]), OrderOptions(3, True, None, None), 0)
-    first, second = ([record for number, record in drawn if number == part] for part in (0, 1))
-    assert sorted(first) == sorted(second)
-    assert abs(np.corrcoef(first, second)[0, 1]) < 0.3
 
 
 def test_a_part_of_one_record_does_not_end_a_section_at_each_repetition() -> None:

@@ -31,25 +31,6 @@ def clumping(quality: ModuleType, run: int, *setting: int, **more: int) -> float
     return float(np.mean([quality.clumping(order, run) for order in orders]))
 
 
-def test_the_figures_are_one_for_the_stored_order_and_nothing_for_a_full_shuffle(quality: ModuleType) -> None:
-    stored, full = np.arange(N), np.random.default_rng(0).permutation(N)
-    assert quality.rank_correlation(stored) == pytest.approx(1)
-    assert abs(quality.rank_correlation(full)) < 4.5 / N**0.5
-    assert quality.clumping(stored, 32) == pytest.approx(32, rel=0.01)
-    assert quality.clumping(full, 32) == pytest.approx(1, abs=4.5 * (2 / (N // 32)) ** 0.5)
-
-
-def test_an_order_is_all_records_once(quality: ModuleType) -> None:
-    order = quality.Setting("", 20, 640, 320, block_records=7, streams=3).order(N, 1, 2)
-    assert np.array_equal(np.sort(order), np.arange(N))
-
-
-def test_one_group_mixes_as_a_full_shuffle_does(quality: ModuleType) -> None:
-    for n_windows in (1, 320):
-        assert correlation(quality, 1, 640, n_windows) < 3 / N**0.5
-        assert clumping(quality, 32, 1, 640, n_windows) < 1.1
-
-
 def test_with_the_defaults_batches_of_a_sorted_set_of_twenty_groups_are_nearly_as_mixed_as_a_full_shuffle(
     quality: ModuleType,
 ) -> None:
@@ -57,17 +38,6 @@ def test_with_the_defaults_batches_of_a_sorted_set_of_twenty_groups_are_nearly_a
     assert correlation(quality, 20, 640, 320) < 0.02
     assert clumping(quality, 32, 20, 640, 320) < 1.4
     assert clumping(quality, N // 20, 20, 640, 320) < 12
-
-
-def test_more_shards_in_a_group_mix_better_and_the_window_matters_little(quality: ModuleType) -> None:
-    found = [clumping(quality, 32, 20, 20 * shards, 320) for shards in (1, 8, 32, 128)]
-    assert found == sorted(found, reverse=True)
-    assert found[0] > 20
-    assert abs(clumping(quality, 32, 20, 640, 320) - clumping(quality, 32, 20, 640, 80)) < 0.2
-
-
-def test_streams_mix_what_their_groups_hold_together(quality: ModuleType) -> None:
-    assert clumping(quality, 32, 20, 640, 320, streams=4) < 1.3
 
 
 @pytest.mark.stress

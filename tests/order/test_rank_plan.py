@@ -134,22 +134,6 @@ def test_a_rank_owns_what_it_serves_but_not_its_padding(how: SamplerBatch) -> No
         assert plan.owns(np.arange(n)).tolist() == [p in own for p in range(n)]
 
 
-@given(drawn())
-def test_full_batches_are_of_the_rank_s_own_streams_and_those_are_neighbours(how: SamplerBatch) -> None:
-    _, ranks, _, n_streams = how
-    shares = plans(how)
-    ignored = ranks.world_size * ranks.batch_size % n_streams != 0
-    assert {plan.ignores_streams for plan in shares} == {ignored and ranks.world_size > 1}
-    for plan in shares:
-        for i in range(plan.n_full):
-            used = set((plan.positions(i) % n_streams).tolist())
-            assert used <= set(plan.streams)
-            assert ignored or used == set(plan.streams)
-    if not ignored:  # nobody's streams are far apart, and together they are all
-        assert sorted({stream for plan in shares for stream in plan.streams}) == list(range(n_streams))
-        assert all(a.streams[-1] <= b.streams[0] for a, b in itertools.pairwise(shares))
-
-
 @given(drawn(), st.data())
 def test_a_run_resumed_on_other_ranks_continues_where_the_first_stopped(how: SamplerBatch, data: st.DataObject) -> None:
     _, _, n, n_streams = how
@@ -161,41 +145,10 @@ def test_a_run_resumed_on_other_ranks_continues_where_the_first_stopped(how: Sam
     assert sorted(found) == list(range(offset, n))
 
 
-def test_each_rank_has_its_own_stream_if_there_are_as_many() -> None:
-    for offset in (0, 4, 7):  # whatever the offset
-        for plan in plans((offset, Ranks(4, 3, True), 100, 4)):
-            assert plan.streams == range(plan.rank, plan.rank + 1)
-            assert all((plan.positions(i) % 4 == plan.rank).all() for i in range(plan.n_batches))
-
-
-def test_ranks_that_share_a_stream_take_runs_of_it_one_after_the_other() -> None:
-    found = [positions(plan)[0] for plan in plans((0, Ranks(4, 3, True), 24, 2))]
-    assert found == [[0, 2, 4], [6, 8, 10], [1, 3, 5], [7, 9, 11]]
-
-
-def test_streams_that_do_not_divide_the_global_batch_are_ignored() -> None:
-    found = [positions(plan) for plan in plans((0, Ranks(2, 4, True), 16, 3))]
-    assert found == [[[0, 1, 2, 3], [8, 9, 10, 11]], [[4, 5, 6, 7], [12, 13, 14, 15]]]
-
-
 def test_a_plan_of_a_hundred_million_batches_takes_no_memory() -> None:
     plan = RankPlan(0, 64, 63, 256, True, 10**8 * 64 * 256, n_streams=64)
     assert plan.n_batches == 10**8
     assert plan.positions(10**8 - 1).tolist() == list(range(plan.n_records - 64 * 256 + 63, plan.n_records, 64))
-
-
-def test_a_few_rows_of_a_large_batch_of_split_streams() -> None:
-    plan = RankPlan(6, 3, 1, 10**4, False, 10**5, n_streams=4)
-    # The third global batch begins at 60,006, which is of stream 2. Rank 1 has the end of stream 1 and the begin of
-    # stream 2: of the latter first, as the begin of stream 1 is rank 0's.
-    assert plan.positions_between(2 * 10**4, 2 * 10**4 + 4).tolist() == [60_006 + 4 * i for i in range(4)]
-    assert plan.positions_between(plan.n_served - 2, plan.n_served).tolist()[-1] < 10**5
-
-
-def test_a_batch_size_beyond_any_epoch_is_one_batch() -> None:
-    plan = RankPlan(0, 2, 1, 2**70, False, 9, n_streams=2)
-    assert positions(plan) == [[1, 3, 5, 7]]
-    assert positions(replace(plan, rank=0)) == [[0, 2, 4, 6, 8]]
 
 
 def test_values_out_of_range_are_refused() -> None:
@@ -237,10 +190,3 @@ def test_rows_of_the_last_global_batch_may_lie_in_other_streams_and_are_no_run()
     assert plan.range_between(0, 4) is None
     assert plan.range_between(0, 2) == range(37, 41, 3)
     assert list(plan.range_or_positions(0, 4)) == [37, 40, 44, 46]
-
-
-def test_all_full_batches_of_a_rank_with_a_stream_of_its_own_are_one_run() -> None:
-    for rank in range(8):
-        plan = RankPlan(4096, 8, rank, 64, True, 10**12, 8)
-        run = plan.range_between(0, plan.n_served)
-        assert run == range(4096 + rank, 10**12 // 512 * 512 - 8 + rank + 1, 8)

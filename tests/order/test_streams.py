@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.order.brute import Shards, options, owners, read, shards, uniform
 
-from tiercache.order import DatasetSizes, EpochOrder, OrderOptions
+from tiercache.order import EpochOrder, OrderOptions
 
 
 def of_stream(order: EpochOrder, stream: int) -> list[tuple[int, int, int]]:
@@ -46,11 +45,6 @@ def test_a_block_is_in_two_streams_only_where_the_cut_falls_inside_it(data: Shar
     assert len(set().union(*readers)) == n_filled
 
 
-def test_streams_of_as_many_equal_shards_each_cut_no_block() -> None:
-    order = EpochOrder(uniform(12, 4, 5, 100).dataset_sizes, OrderOptions(3, True, 800, 300, streams=4), 0)
-    assert sum(len(blocks_of(order, stream)) for stream in range(4)) == 12 * 4
-
-
 @given(shards(), st.integers(0, 2**64), st.integers(2, 5))
 def test_a_sticky_stream_has_the_same_records_in_every_epoch(data: Shards, seed: int, n_streams: int) -> None:
     how = OrderOptions(seed, True, 300, 100, n_streams)
@@ -68,30 +62,6 @@ def test_a_global_stream_has_other_records_in_another_epoch_and_a_sticky_one_ano
         assert (sorted(first) == sorted(second)) == (how.placement == "sticky")
 
 
-def test_records_do_not_cross_sticky_streams_and_do_cross_global_ones() -> None:
-    data = uniform(32, 2, 3, 100)
-    met: dict[str, set[int]] = {}
-    for placement in ("sticky", "global"):
-        how = OrderOptions(5, True, 800, 300, 4, placement)
-        met[placement] = {
-            shard
-            for epoch in range(8)
-            for run in [of_stream(EpochOrder(data.dataset_sizes, how, epoch), 0)]
-            for shard, _, _ in run
-        }
-    assert len(met["sticky"]) == 8
-    assert len(met["global"]) > 20
-
-
-def test_one_stream_is_the_same_order_in_both_placements() -> None:
-    data = uniform(6, 3, 4, 100)
-    orders = [
-        read(EpochOrder(data.dataset_sizes, OrderOptions(1, True, 600, 200, 1, placement), 3))
-        for placement in ("sticky", "global")
-    ]
-    assert orders[0] == orders[1]
-
-
 def test_more_streams_than_records_leave_some_empty() -> None:
     order = EpochOrder(uniform(1, 1, 3, 10).dataset_sizes, OrderOptions(1, True, 10, 10, streams=8), 0)
     assert [order.stream_records(stream) for stream in range(8)] == [1, 1, 1, 0, 0, 0, 0, 0]
@@ -106,17 +76,6 @@ def test_an_order_without_records_is_empty(n_streams: int) -> None:
         order = EpochOrder(data.dataset_sizes, OrderOptions(1, True, 10, 10, n_streams), 0)
         assert (order.n_records, order.n_streams) == (0, n_streams)
         assert [list(order.windows(stream)) for stream in range(n_streams)] == [[]] * n_streams
-
-
-def test_a_cut_shard_counts_to_a_group_by_its_share_of_rows() -> None:
-    # One shard of 4 streams: each has a quarter of its bytes, and takes the whole of what it has as one group.
-    data = Shards([[(10, 100)] * 4, [(10, 100)] * 4], [400, 400])
-    order = EpochOrder(data.dataset_sizes, OrderOptions(1, True, 100, None, streams=8), 0)
-    assert [len(list(order.windows(stream))) for stream in range(8)] == [1] * 8
-    huge = DatasetSizes(
-        np.array([2**33]), np.array([2**62]), data.dataset_sizes.blocks
-    )  # the product needs more than 64 bits
-    assert EpochOrder(huge, OrderOptions(1, True, 2**40, None, streams=2), 0).shards_ahead(1, 0, 2**60).tolist() == [0]
 
 
 def test_the_order_of_streams_equals_the_stored_golden_values() -> None:

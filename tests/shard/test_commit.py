@@ -91,22 +91,9 @@ class TestModes:
         with pytest.raises(NotFound, match='mode="create"'):
             append(store, shard())
 
-    def test_overwrite_without_a_data_set_creates_one(self, store: MemoryStore) -> None:
-        assert commit(store, [shard()], schema=SCHEMA, mode="overwrite").kind == "create"
-
     def test_appending_no_shards_commits_nothing(self, store: MemoryStore, first: Version) -> None:
         assert append(store) == first
         assert manifest.list_versions(store) == [1]
-
-    def test_a_data_set_may_be_empty(self, store: MemoryStore) -> None:
-        version = commit(store, [], schema=SCHEMA, mode="create")
-        assert (version.segments, names(store)) == ((), [])
-        append(store, shard(2))
-        assert manifest.latest(store).n_records == 2
-
-    def test_an_unknown_mode_is_an_error(self, store: MemoryStore) -> None:
-        with pytest.raises(ValueError, match="'create', 'append' or 'overwrite'"):
-            commit(store, [], schema=SCHEMA, mode="add")  # type: ignore[arg-type]
 
     def test_a_large_segment_is_uploaded_in_parts(self, store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(MemoryStore, "min_part_bytes", 1000)

@@ -6,8 +6,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -108,28 +106,6 @@ class TestWriting:
             assert records(store) == expected
         assert [manifest.read_version(store, n).n_records for n in (1, 2, 3, 4)] == [3, 7, 8, 2]
 
-    def test_concurrent_writers_lose_and_repeat_no_record(self, url: str, store: MemoryStore) -> None:
-        Writer(url, schema=SCHEMA).close()
-        start = threading.Barrier(6)
-
-        def race(number: int) -> None:
-            with Writer(url, mode="append", shard_size=4000, block_size=1000) as writer:
-                writer.write_batch(batch(number * 300, 300))
-                start.wait()
-
-        with ThreadPoolExecutor(6) as pool:
-            list(pool.map(race, range(6)))
-        found = records(store)
-        assert sorted(found) == written(0, 1800)
-        firsts = [x for x, _ in found[::300]]
-        assert found == [record for first in firsts for record in written(first, 300)]
-
-    def test_a_path_is_accepted_as_url(self, tmp_path: Path) -> None:
-        with Writer(tmp_path / "train", schema=SCHEMA) as writer:
-            writer.write({"x": 1, "text": "a"})
-        assert manifest.latest(LocalFolder(tmp_path / "train")).n_records == 1
-        assert writer.url == str(tmp_path / "train")
-
     def test_close_can_be_repeated_and_write_after_it_is_an_error(self, url: str, store: MemoryStore) -> None:
         writer = Writer(url, schema=SCHEMA)
         writer.write_batch(batch(0, 3))
@@ -220,24 +196,6 @@ class TestRefusals:
         with pytest.raises(ValueError):  # noqa: PT011 - four different messages
             Writer(url, schema=SCHEMA, **arguments)
 
-    def test_of_two_concurrent_creates_one_gets_a_conflict(self, url: str, store: MemoryStore) -> None:
-        late = Writer(url, schema=SCHEMA)
-        late.write_batch(batch(0, 5))
-        with Writer(url, schema=SCHEMA) as early:
-            early.write_batch(batch(0, 3))
-        with pytest.raises(CommitConflict):
-            late.close()
-        assert manifest.latest(store) == early.version
-
-    def test_an_overwrite_conflicts_with_a_commit_made_since_it_began(self, url: str, store: MemoryStore) -> None:
-        Writer(url, schema=SCHEMA).close()
-        late = Writer(url, schema=SCHEMA, mode="overwrite")
-        with Writer(url, mode="append") as early:
-            early.write_batch(batch(0, 3))
-        with pytest.raises(CommitConflict):
-            late.close()
-        assert manifest.latest(store) == early.version
-
 
 class TestFailures:
     def test_an_exception_in_the_with_block_commits_nothing_and_leaves_no_shard(
@@ -250,12 +208,6 @@ class TestFailures:
         assert writer.version is None
         with pytest.raises(ValueError, match="the writer is aborted"):
             writer.close()
-
-    def test_abort_inside_the_with_block_commits_nothing(self, url: str, store: MemoryStore) -> None:
-        with Writer(url, schema=SCHEMA) as writer:
-            writer.write_batch(batch(0, 10))
-            writer.abort()
-        assert [info.key for info in store.list()] == []
 
     @pytest.mark.parametrize("verb", ["create", "put_part", "complete"])
     @pytest.mark.parametrize("nth", [1, 3])

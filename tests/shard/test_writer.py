@@ -42,14 +42,6 @@ def test_written_tensors_do_not_change_with_the_callers_arrays(store, nulls):
     assert np.flatnonzero(~batch["t.valid"]).tolist() == list(nulls)
 
 
-def test_a_nullable_column_may_be_left_out(store):
-    with ShardWriter(store, Schema.of({"x": "int8", "z": "str?"}), ShardOptions()) as writer:
-        writer.write({"x": 1})
-        writer.write_batch({"x": [2]})
-    (info,) = writer.finish()
-    assert as_batch(ShardReader(store, info.name).take([0, 1], [0, 1]))["z"] == [None, None]
-
-
 @given(sizes=st.lists(st.integers(0, 40), max_size=25), cuts=st.lists(st.integers(0, 25), max_size=5))
 def test_blocks_do_not_depend_on_the_batches(sizes, cuts):
     schema = Schema.of({"n": "int16", "b": "bytes", "r": Ragged("int16", (None, 2))})
@@ -91,21 +83,6 @@ def test_shards_roll_over_at_about_shard_bytes_and_keep_the_order(store):
     assert np.array_equal(np.concatenate(read), values)
 
 
-def test_arrays_may_be_changed_after_they_were_written(store):
-    values = np.arange(100, dtype=np.int64)
-    with ShardWriter(
-        store, Schema.of({"x": "int64", "t": Tensor("int64", (1,))}), ShardOptions(block_bytes=333)
-    ) as writer:
-        writer.write_batch({"x": values, "t": values.reshape(-1, 1)})
-        record = {"x": 100, "t": np.array([100])}
-        writer.write(record)
-        record["t"][:] = -1
-        values[:] = -1
-    (info,) = writer.finish()
-    x, t = ShardReader(store, info.name).take(range(101), [0, 1])
-    assert x.values.tolist() == t.values[:, 0].tolist() == list(range(101))
-
-
 def test_auto_compresses_only_columns_that_shrink(store):
     noise = np.random.default_rng(2).integers(0, 256, (4000, 32), np.uint8)
     labels = np.arange(16000).reshape(4000, 4) % 10
@@ -139,22 +116,6 @@ def test_an_unknown_compression_is_an_error(text):
 def test_a_compression_of_an_unknown_column_is_an_error(store):
     with pytest.raises(SchemaError, match="no such column"):
         ShardWriter(store, Schema.of({"x": "int8"}), ShardOptions(compression={"y": "none"}))
-
-
-def test_an_exception_in_the_with_block_leaves_no_object(store):
-    writer = ShardWriter(store, Schema.of({"x": "int64"}), ShardOptions(shard_bytes=1000, compression="none"))
-
-    def fail():
-        with writer:
-            writer.write_batch({"x": np.arange(1000)})
-            assert len(list(store.list())) > 1
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert list(store.list()) == []
-    with pytest.raises(ValueError, match="aborted"):
-        writer.write({"x": 1})
 
 
 class Failing(MemoryStore):

@@ -179,9 +179,6 @@ class PartDraws:
         stored_bytes = min(self.part.n_stored_bytes * n_turns, np.iinfo(np.int64).max)
         return ShardGroups(starts, stops, cuts, shards, np.array([stored_bytes], np.int64))
 
-    def _many_draws_before(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.clip(-((self.base - numbers) // self.step), 0, self.quota)
-
     def _range(self, draw: int) -> DrawRange:
         whole = self.part.whole()
         if whole is not None:
