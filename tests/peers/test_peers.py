@@ -24,19 +24,14 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.peers.readers import (
     FIRST_ABSENCE_S,
-    GROUP_MACHINES,
-    JITTER_S_PER_MACHINE,
     LONGEST_ABSENCE_S,
     MOST_REPORTED,
     RESOLVE_EVERY_S,
     Members,
     PeerOptions,
     Peers,
-    data_set_name,
     expand_hosts,
 )
-from tiercache.peers.server import PeerService
-from tiercache.shard.versions import HINT_KEY, version_key
 from tiercache.store import MemoryStore
 from tiercache.store.contract import WrapperStore
 
@@ -215,12 +210,12 @@ class Asker:
         self.answers, self.clock = Answers(self.urls), FakeClock()
         options = PeerOptions.parse([f"m{i}" for i in range(n_machines)])
         self.peers = Peers(options, "r" * 32, open_peer=self.answers.open, clock=self.clock)
-        self.owners = list(Members.of(self.urls).order(7))
+        self.owners = list(Members.of(self.urls).order(0x7777777777777777))
         self.refused = set()
 
     def ask(self, cancel=None):
         del self.answers.asked[:]
-        found = self.peers.ask(7, lambda store: store.get("x"), self.refused, cancel)
+        found = self.peers.ask("7" * 40, lambda store: store.get("x"), self.refused, cancel)
         return None if found is None else found.decode()
 
 
@@ -269,11 +264,11 @@ def test_while_one_request_tries_a_peer_again_the_others_go_on_without_it(asker)
     def request(store):
         if not during:
             during.append(None)
-            during[0] = asker.peers.ask(7, lambda other: other.get("x"), set())
+            during[0] = asker.peers.ask("7" * 40, lambda other: other.get("x"), set())
         return store.get("x")
 
     asker.answers.errors[asker.owners[0]] = None
-    assert asker.peers.ask(7, request, set()) == asker.owners[0].encode()
+    assert asker.peers.ask("7" * 40, request, set()) == asker.owners[0].encode()
     assert during == [asker.owners[1].encode()]
 
 
@@ -317,7 +312,7 @@ def test_a_job_that_runs_no_servers_logs_some_warnings_and_not_one_for_each_mach
         for url in asker.urls:
             asker.answers.errors[url] = unreachable()
         for key in range(100):
-            assert asker.peers.ask(key, lambda store: store.get("x"), set()) is None
+            assert asker.peers.ask(f"{key:040x}"[::-1], lambda store: store.get("x"), set()) is None
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) == MOST_REPORTED
 
 
@@ -327,7 +322,7 @@ def test_only_idle_connections_are_closed_when_there_are_many(monkeypatch):
     closed = []
     with closing(asker.peers):
         for key in range(40):
-            asker.peers.ask(key, lambda store: closed.append(store) or store.get("x"), set())
+            asker.peers.ask(f"{key:040x}"[::-1], lambda store: closed.append(store) or store.get("x"), set())
         opened = [peer for peer in asker.peers._peers.values() if peer.store is not None]
     assert len(opened) <= 2
     assert len({id(store) for store in closed}) > 5  # others were opened again
@@ -474,54 +469,6 @@ def test_an_error_of_the_receiver_is_raised_and_is_no_failure_of_the_peer(world,
     assert (len(peer.reads), world.n_reads(), cache.stats()["peer_failures"]) == (1, 0, 0)
 
 
-def test_versions_come_from_the_owner_and_other_objects_from_the_origin(world, peer):
-    store = world.store(world.cache(peers=["m"]))
-    path = f"objects/{data_set_name(world.inner)}"
-    peer.versions = {
-        f"{path}/latest": b"7\n",
-        f"{path}/versions/{7:020d}.json": b"{}",
-        f"{path}/versions/{8:020d}.json": b"",
-    }
-    world.put("note.txt")
-    assert store.get(HINT_KEY) == b"7\n"
-    assert store.get(version_key(7)) == b"{}"
-    with pytest.raises(NotFound):
-        store.get(version_key(8))
-    assert world.inner.n_calls("get") == 0
-    assert store.get("note.txt") == world.data["note.txt"]
-
-
-def test_machines_that_start_at_once_wait_for_a_random_time_before_their_first_question():
-    clocks = [FakeClock() for _ in range(20)]
-    options = PeerOptions.parse([f"m{i}" for i in range(500)])
-    for clock in clocks:
-        answers = Answers(Members.of(options.urls()).urls)
-        with closing(Peers(options, "r" * 32, open_peer=answers.open, clock=clock)) as peers:
-            for _ in range(3):
-                peers.version_object(MemoryStore("origin", ""), HINT_KEY)
-    assert all(len(clock.slept) == 1 for clock in clocks)
-    first_s = [clock.slept[0] for clock in clocks]
-    assert 0 <= min(first_s) < max(first_s) <= 500 * JITTER_S_PER_MACHINE
-
-
-def test_groups_of_machines_have_owners_of_their_own_for_what_all_need():
-    options = PeerOptions.parse([f"m{i}" for i in range(1000)])
-    name = "5" * 40
-    readers = [Peers(options, f"{i:032x}") for i in range(1000)]
-    shared = Counter(peers.key(name, is_shared=True) for peers in readers)
-    assert len(shared) == -(-1000 // GROUP_MACHINES)
-    assert max(shared.values()) <= 2 * GROUP_MACHINES
-    assert len({peers.key(name, is_shared=False) for peers in readers}) == 1
-
-
-def test_a_version_that_no_peer_serves_comes_from_the_origin(world, peer):
-    store = world.store(world.cache(peers=["m"]))
-    world.put(HINT_KEY, 3)
-    assert store.get(HINT_KEY) == world.data[HINT_KEY]
-    peer.error = unreachable()
-    assert store.get(HINT_KEY) == world.data[HINT_KEY]
-
-
 @pytest.mark.parametrize(
     "fault",
     [
@@ -588,12 +535,6 @@ class Node:
     def __init__(self, number, world):
         self.world, self.number, self.kept, self.is_dead = world, number, {}, False
         self.peers = Peers(world.options, f"{number:032x}", open_peer=world.open_peer, clock=FakeClock())
-        self.service = PeerService([world.origin])
-
-    def version_object(self, key):
-        """Return a version as the cache does: from a peer, or from the origin."""
-        found = self.peers.version_object(self.world.origin, key)
-        return self.world.origin.get(key) if found is None else found
 
     def read(self, key):
         """Read a whole object as a job does: what this machine has not yet comes by its peers' source."""
@@ -627,11 +568,6 @@ class NodeStore(WrapperStore):
         if self.reader_id == f"{self.node.number:032x}":
             raise StoreError("misdirected", url="http://m", status=421)
 
-    def get(self, key):
-        self._refuse()
-        _, data_set, path = key.split("/", 2)
-        return self.node.service.version_object(data_set, path)
-
     def read_into(self, key, spans, **_limits):
         self._refuse()
         data = self.node.serve(self.node.world.keys[key.removeprefix("copies/")])
@@ -648,14 +584,9 @@ class OriginStore(CountingStore):
         self.n_bytes += sum(span.n_bytes for span, _ in spans)
         super().read_into(key, spans, **limits)
 
-    def get(self, key):
-        data = super().get(key)
-        self.n_bytes += len(data)
-        return data
-
 
 class Job:
-    """1,000 machines that read a data set of one shard for each, its newest version and its segment."""
+    """1,000 machines that read a data set of one shard for each, and its segment."""
 
     def __init__(self):
         self.origin = OriginStore(MemoryStore("origin", ""))
@@ -669,21 +600,12 @@ class Job:
             identity = ShardIdentity("d" * 32, f"{i:032x}", len(data), crc32c(data))
             self.specs[key], self.sizes[key] = copy_spec(self.origin, key, identity), len(data)
             self.keys[self.specs[key].name] = key
-        self.origin.put(HINT_KEY, b"1\n")
-        self.origin.put(version_key(1), b"v" * SHARD_BYTES)
         self.nodes = [Node(i, self) for i in range(N_NODES)]
         self.at = {f"http://m{i}:9740": node for i, node in enumerate(self.nodes)}
         del self.origin.calls[:]
 
     def open_peer(self, url, _options, reader_id):
         return NodeStore(self.at[url], reader_id)
-
-    def start(self):
-        """Let each living machine find the newest version, as `latest` does."""
-        for node in self.nodes:
-            if not node.is_dead:
-                assert node.version_object(HINT_KEY) == b"1\n"
-                assert node.version_object(version_key(1)) == b"v" * SHARD_BYTES
 
     def epoch(self, number):
         """Let each living machine read the segment, and its share of the shards in this epoch's order."""
@@ -703,14 +625,10 @@ class Job:
 
 
 def test_1000_machines_fetch_about_one_copy_from_the_origin():
-    n_groups = -(-N_NODES // GROUP_MACHINES)
     with closing(Job()) as job:
-        job.start()
         for epoch in range(2):
             job.epoch(epoch)
-        assert job.n_copies <= 1.05  # with the groups' 16 copies of the version and of the segment
-        assert job.origin.n_calls("get", version_key(1)) <= 2 * n_groups
-        assert job.origin.n_calls("read_into", job.segment) <= n_groups
+        assert job.n_copies <= 1.05
         n_reads = Counter(key for _, key in job.origin.calls if key.startswith("shards/"))
         assert set(n_reads.values()) == {1}
 

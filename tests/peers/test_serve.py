@@ -8,7 +8,6 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
-from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -16,21 +15,20 @@ from tests.peers.machines import Machine, data_set_objects, read_all_records
 from tests.support.clock import FakeClock
 from tests.support.faults import Fault, FaultStore
 from tests.support.http_server import HttpFaultServer
-from tests.support.stores import CountingStore, GateStore
+from tests.support.stores import GateStore
 
 import tiercache as tc
-from tiercache.errors import NotFound, StoreError
+from tiercache.errors import StoreError
 from tiercache.peers.server import (
     REFRESH_EVERY_S,
     PeerService,
     ServedDataSet,
     ServerOptions,
-    SharedCalls,
     nginx_config,
     run_service,
     server_block,
 )
-from tiercache.shard.versions import HINT_KEY, latest, read_shards
+from tiercache.shard.versions import latest, read_shards
 from tiercache.store import LocalFolder
 from tiercache.store.pacing import RequestTimes
 from tiercache.waiting import wait_for
@@ -124,7 +122,6 @@ class Service:
         self.names = [
             self.store.spec_of(info.name, info.identity(self.version.dataset_id)).name for info in self.shards.infos()
         ]
-        self.data_set = self.service.data_sets[0].name
 
     def get(self, path, headers=None, method="GET"):
         """Status, header fields and body of an answer."""
@@ -209,22 +206,9 @@ def test_only_names_of_the_data_sets_are_answered(service, path):
     assert service.get(path)[0] == 404
 
 
-@pytest.mark.parametrize("tail", ["tiers.json", "versions/1.json", "versions/../latest", "latest/", "segments/x.arrow"])
-def test_of_other_objects_only_versions_and_the_hint_are_served(service, tail):
-    assert service.get(f"/objects/{service.data_set}/{tail}")[0] == 404
-
-
 @pytest.mark.parametrize("method", ["PUT", "POST", "DELETE", "MOVE", "PROPFIND", "OPTIONS"])
 def test_the_service_only_reads(service, method):
     assert service.get(f"/copies/{service.names[0]}", method=method)[0] == 501
-
-
-def test_versions_and_the_hint_are_served_and_a_missing_one_is_empty(service):
-    base = f"/objects/{service.data_set}"
-    assert service.get(f"{base}/latest")[::2] == (200, service.store.inner.get(HINT_KEY))
-    number = f"versions/{1:020d}.json"
-    assert service.get(f"{base}/{number}")[::2] == (200, service.store.inner.get(f"_tiercache/{number}"))
-    assert service.get(f"{base}/versions/{2:020d}.json")[::2] == (200, b"")
 
 
 def test_readers_of_the_own_folder_are_sent_away(service):
@@ -244,7 +228,6 @@ def test_a_store_that_fails_is_a_bad_gateway_and_an_object_that_is_gone_is_not_f
     with run_service(service.cache, service.service, service.path):
         assert service.get(f"/copies/{service.names[0]}")[0] == 502
         (source.root / service.shards.info(0).name).unlink()
-        assert service.get(f"/objects/{service.data_set}/latest")[0] == 200
 
 
 def test_a_copy_whose_bytes_on_disk_are_wrong_is_not_served(service):
@@ -281,10 +264,10 @@ def test_more_requests_than_it_can_hold_are_told_to_ask_elsewhere(tmp_path, sour
         with run_service(service.cache, service.service, service.path), ThreadPoolExecutor(2) as pool:
             answers = [pool.submit(service.get, f"/copies/{service.names[0]}") for _ in range(2)]
             gate.wait_reached()
-            assert wait_for(lambda: service.get(f"/objects/{service.data_set}/latest")[0] == 503, 30)
+            assert wait_for(lambda: service.get("/copies/" + "0" * 40)[0] == 503, 30)
             gate.open()
             assert {answer.result()[0] for answer in answers} == {200}
-            assert service.get(f"/objects/{service.data_set}/latest")[0] == 200
+            assert service.get("/copies/" + "0" * 40)[0] == 404
 
 
 def test_a_version_that_is_committed_later_is_served_after_a_moment(tmp_path, source):
@@ -310,27 +293,14 @@ def test_a_data_set_that_is_created_again_at_the_same_url_is_served_and_not_the_
     with tc.Cache(tmp_path / "cache", size="64MB", min_free="0%") as cache:
         store = cache.store(source)
         service = PeerService([store], clock=clock)
-        name, path = service.data_sets[0].name, f"versions/{1:020d}.json"
-        former = service.version_object(name, path)
-        assert service.version_object(name, path) == former
         old_names = names_of_version(store, latest(source))
         assert service.data_sets[0].find(old_names[0])
         shutil.rmtree(source.root)
         with tc.Writer(source.root, schema={"id": "int64"}) as writer:
             writer.write({"id": 0})
-        assert service.version_object(name, path) == source.get(f"_tiercache/{path}") != former
         clock.advance(REFRESH_EVERY_S)
         (new_name,) = names_of_version(store, latest(source))
         assert service.data_sets[0].find(new_name)
-
-
-def test_an_unchanged_version_is_read_from_the_store_once(tmp_path, source):
-    counting = CountingStore(source)
-    with tc.Cache(tmp_path / "cache", size="64MB", min_free="0%") as cache:
-        service = PeerService([cache.store(counting)])
-        for _ in range(3):
-            assert service.version_object(service.data_sets[0].name, f"versions/{1:020d}.json")
-    assert counting.n_calls("get") == 1
 
 
 def names_of_version(store, version):
@@ -350,43 +320,6 @@ def test_a_data_set_whose_store_fails_does_not_keep_others_from_being_served(tmp
         assert service.open("0" * 40) is None  # the store is not asked again at once
         lease, *_ = service.open(name)
         lease.close()
-
-
-def test_an_answer_is_never_older_than_its_question():
-    calls, started, release = SharedCalls(), Event(), Event()
-    state = {"version": 1, "calls": 0}
-
-    def read():
-        state["calls"] += 1
-        found = b"%d" % state["version"]
-        started.set()
-        release.wait(30)
-        return found
-
-    results = []
-    threads = [Thread(target=lambda: results.append(calls.call("hint", read))) for _ in range(6)]
-    threads[0].start()
-    assert started.wait(30)
-    state["version"] = 2  # a commit, after which five others ask
-    for thread in threads[1:]:
-        thread.start()
-    release.set()
-    for thread in threads:
-        thread.join()
-    assert sorted(results)[1:] == [b"2"] * 5
-    assert 2 <= state["calls"] <= 6
-
-
-def test_an_error_reaches_all_who_wait_for_the_same_call():
-    calls = SharedCalls()
-
-    def fail():
-        raise NotFound("gone", url="http://origin")
-
-    for _ in range(2):
-        with pytest.raises(NotFound):
-            calls.call("x", fail)
-    assert calls.call("x", lambda: b"1") == b"1"
 
 
 # -- nginx -------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from tiercache.cache.folder import default_size_bytes
 from tiercache.cache.names import CopySpec, copy_spec
 from tiercache.cache.session import CacheOptions, CacheSession
 from tiercache.cache.warm import plan_warm, warm
-from tiercache.errors import NotFound, StoreError
+from tiercache.errors import StoreError
 from tiercache.model import OWN_FOLDER, ShardIdentity, parse_bytes
 from tiercache.peers.readers import PeerOptions, Peers
 from tiercache.stats import Counters
@@ -245,14 +245,6 @@ class CachedStore(WrapperStore):
         if method in ("get", "read_tail"):
             self._note_use(key)
         return call()
-
-    def get(self, key: str) -> bytes:
-        """See Store.get. Versions of a data set come from a peer, if there are peers."""
-        peers = self._peers()
-        found = None if peers is None else peers.version_object(self.inner, key)
-        if found == b"":
-            raise NotFound("no such object, as a peer found", url=f"{self._inner_url}/{key}")
-        return super().get(key) if found is None else found
 
 
 class _UnpublishedPlan:

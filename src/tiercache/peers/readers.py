@@ -2,7 +2,7 @@
 
 A rendezvous hash over the live machines chooses the owner of each copy. The owner fetches from the origin, and the
 others fetch from the owner. A reader tries at most N_TRIED machines, and then the origin. Nothing that a peer sends is
-trusted more than the origin: shards and segments are compared with their checksums, and versions with theirs.
+trusted more than the origin: shards and segments are compared with their checksums.
 
 Two processes never wait for each other for a shard: a server reads shards only from its own cache and from the origin.
 It refuses requests of readers of its own cache folder (status 421), by which a reader learns which peer is its own
@@ -29,14 +29,14 @@ import numpy as np
 
 from tiercache import config
 from tiercache.errors import NotFound, StoreError
-from tiercache.model import OWN_FOLDER, ByteRange
+from tiercache.model import ByteRange
 from tiercache.stats import Counters
-from tiercache.store import CloudStore, Span, Store, open_store, redact
-from tiercache.store.contract import Receive, WrapperStore, unwrapped
+from tiercache.store import CloudStore, Span, Store, open_store
+from tiercache.store.contract import Receive, WrapperStore
 from tiercache.store.options import CloudOptions
 from tiercache.store.remote import ReadSettings
 from tiercache.store.retry import RetryPolicy
-from tiercache.waiting import SYSTEM_CLOCK, Clock, pause
+from tiercache.waiting import SYSTEM_CLOCK, Clock
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -61,21 +61,17 @@ IDLE_S = 30.0  # nginx closes idle connections after 75 s: a request must not me
 SLOWEST_BYTES_S = 1e6
 FIRST_ABSENCE_S, LONGEST_ABSENCE_S = 5.0, 60.0
 RESOLVE_EVERY_S = 30.0
-# Versions and segments are needed by all machines at once: one machine of each group of this size fetches them.
-GROUP_MACHINES = 64
-JITTER_S_PER_MACHINE, LONGEST_JITTER_S = 0.002, 2.0
 # A store keeps some threads and connections.
 MOST_STORES = 64
 MOST_DISTRUSTED = 4096
 _UNIT_BYTES = 4096  # of what a peer has sent
 MOST_REPORTED = 20  # failures that are warnings: a job that runs no servers at all must not fill the log
 
-_jitter = SystemRandom()  # not the seeded generator: machines must not start in step
+_jitter = SystemRandom()  # not the seeded generator: machines must not try in step
 _HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)"
 _ADDRESS = re.compile(rf"(?:(https?)://)?({_HOST})(?::([0-9]{{1,5}}))?/?")
 _SOURCE = re.compile(rf"(slurm|torchrun)(?::([0-9]{{1,5}}))?|dns:({_HOST})(?::([0-9]{{1,5}}))?")
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{8,512}")
-_VERSION_KEY = re.compile(rf"{OWN_FOLDER}(latest|versions/[0-9]{{20}}\.json)")
 
 
 # -- configuration -----------------------------------------------------------------------------------------------------
@@ -233,19 +229,6 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return mixed
 
 
-def data_set_name(store: Store) -> str:
-    """Return the name under which a data set's version objects are requested: a hash of its location, 40 hex digits."""
-    store = unwrapped(store)
-    location = store.identity if isinstance(store, CloudStore) else (redact(store.url).rstrip("/"),)
-    return blake2b("\n".join(location).encode(), digest_size=20).hexdigest()
-
-
-def version_path(store: Store, key: str) -> str | None:
-    """Return the path at which peers serve an object of a store; None: it is neither a version nor the hint."""
-    match = _VERSION_KEY.fullmatch(key)
-    return None if match is None else f"objects/{data_set_name(store)}/{match[1]}"
-
-
 # -- readers -----------------------------------------------------------------------------------------------------------
 
 
@@ -290,12 +273,11 @@ class Peers:
         self._options, self._reader_id, self._clock = options, reader_id, clock
         self._open_peer = open_peer or open_peer_store
         self.counters = Counters("peer_requests", "peer_bytes", "peer_failures")
-        self._lock, self._resolving, self._starting = Lock(), Lock(), Lock()
+        self._lock, self._resolving = Lock(), Lock()
         self._members: Members | None = None
         self._resolve_at_s = -np.inf
         self._peers: dict[str, _Peer] = {}
         self._distrusted: dict[str, None] = {}
-        self._has_started = False
         self._n_reported = 0
 
     def store_for(self, name: str, key: str, n_bytes: int, origin: Store) -> Store:
@@ -305,18 +287,6 @@ class Peers:
         """
         return origin if name in self._distrusted else PeerSource(self, name, key, n_bytes, origin)
 
-    def version_object(self, origin: Store, key: str) -> bytes | None:
-        """Return a version or the hint from a peer; b"": it does not exist; None: the caller must ask the origin.
-
-        The answer is as new as one of the origin: a server asks the origin after the request has come, and one question
-        answers all requests that wait for it.
-        """
-        path = version_path(origin, key)
-        if path is None:
-            return None
-        self._start()
-        return self.ask(self.key(data_set_name(origin), is_shared=True), lambda store: store.get(path), set())
-
     def distrust(self, name: str) -> None:
         """Fetch a copy from the origin from now on: what the peers sent was corrupt."""
         with self._lock:
@@ -324,30 +294,17 @@ class Peers:
             if len(self._distrusted) > MOST_DISTRUSTED:
                 del self._distrusted[next(iter(self._distrusted))]
 
-    def key(self, name: str, *, is_shared: bool) -> int:
-        """Return the key by which the owner of a name is chosen.
-
-        Args:
-            name: 40 hex digits.
-            is_shared: Whether all machines need it at once: then each group of machines has an owner of its own.
-        """
-        number = int(name[:16], 16)
-        n_groups = -(-len(self._current().urls) // GROUP_MACHINES)
-        return (
-            number ^ hash_of(f"group {hash_of(self._reader_id) % n_groups}") if is_shared and n_groups > 1 else number
-        )
-
-    def ask(self, key: int, request: Callable[[Store], T], refused: set[str], cancel: Event | None = None) -> T | None:
+    def ask(self, name: str, request: Callable[[Store], T], refused: set[str], cancel: Event | None = None) -> T | None:
         """Return request(store of the owner); None: the caller must ask the origin.
 
         Args:
-            key: Key of the wanted thing.
+            name: Name of the wanted copy, 40 hex digits.
             request: Function that reads from the store of a peer.
             refused: URLs of peers that do not have it, or are too busy, to which this method adds.
             cancel: Event after which a failed request says nothing about the peer.
         """
         n_tried = 0
-        for url in self._current().order(key):
+        for url in self._current().order(int(name[:16], 16)):
             if n_tried == N_TRIED:
                 break
             peer = None if url in refused else self._live(url)
@@ -404,14 +361,6 @@ class Peers:
             logger.warning("peers %s cannot be resolved: %s", ",".join(self._options.members), error)
             return known or Members.of(())
         return known if known is not None and known.urls == urls else Members.of(urls)
-
-    def _start(self) -> None:
-        """Wait for a random time before the first request of this process: all machines of a job start at once."""
-        with self._starting:
-            if not self._has_started:
-                self._has_started = True
-                longest_s = min(JITTER_S_PER_MACHINE * len(self._current().urls), LONGEST_JITTER_S)
-                pause(_jitter.uniform(0.0, longest_s), self._clock)
 
     def _live(self, url: str) -> _Peer | None:
         """Return a peer that may be asked now; None: it is left out."""
@@ -574,8 +523,7 @@ class PeerSource(WrapperStore):
             read(store, f"copies/{self._name}", limit_s)
             return True
 
-        owner_key = self._peers.key(self._name, is_shared=key.startswith(OWN_FOLDER))
-        if self._peers.ask(owner_key, request, self._refused, cancel) is None:
+        if self._peers.ask(self._name, request, self._refused, cancel) is None:
             return False
         self._peers.counters.add("peer_bytes", n_bytes)
         return True

@@ -1,7 +1,7 @@
 """`tiercache serve`: nginx serves the complete copies of a cache to other machines, and `PeerService` all else.
 
-nginx serves files of the cache folder whose name is that of a copy, and passes requests for other names of copies, and
-for versions, to `PeerService` through a Unix socket. The service knows the names of all shards and segments of the data
+nginx serves files of the cache folder whose name is that of a copy, and passes requests for other names of copies to
+`PeerService` through a Unix socket. The service knows the names of all shards and segments of the data
 sets that it was started with, and fetches what is requested of them through this machine's cache: under a lease, so
 that eviction cannot take the copy away, and one fetch for all who request it. No other name is answered, and no request
 can name a store or a key.
@@ -18,15 +18,14 @@ import socket
 import socketserver
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from ctypes import CDLL
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import BoundedSemaphore, Condition, Event, Lock, Thread
+from threading import BoundedSemaphore, Event, Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,8 +34,8 @@ from tiercache.cache.names import NameTable, name_of_identity, names_of
 from tiercache.cache.partial import read_all
 from tiercache.errors import NotFound, TierCacheError
 from tiercache.model import ByteRange, ShardIdentity
-from tiercache.peers.readers import DEFAULT_PORT, OWN_REQUEST, READER_HEADER, check_token, data_set_name
-from tiercache.shard.versions import HINT_KEY, VERSIONS_FOLDER, ShardTable, Version, latest, read_segments, read_version
+from tiercache.peers.readers import DEFAULT_PORT, OWN_REQUEST, READER_HEADER, check_token
+from tiercache.shard.versions import ShardTable, Version, latest, read_segments, read_version
 from tiercache.store.retry import stop_retries_when
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 
@@ -51,7 +50,6 @@ REFRESH_EVERY_S = 2.0
 MOST_VERSIONS = 100
 # Reading the names of a million shards takes seconds. A reader waits less than its own limit, and then asks elsewhere.
 LOAD_WAIT_S = 5.0
-MOST_TEXTS, LONGEST_TEXT_BYTES = 64, 1 << 20
 # Bytes that are sent as soon as they have come: a reader that gets nothing for 10 s gives up.
 PIECE_BYTES = 512 << 10
 FETCH_DEADLINE_S = 60.0
@@ -61,7 +59,6 @@ START_S = 15.0
 JOIN_S = 10.0
 
 _COPY = re.compile(r"/copies/([0-9a-f]{40})")
-_OBJECT = re.compile(r"/objects/([0-9a-f]{40})/(latest|versions/[0-9]{20}\.json)")
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{1,18})")
 _PATH = re.compile(r"/[^\0-\x1f\x7f\"'\\${};#]*")
 _LISTEN = re.compile(r"[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]")
@@ -103,7 +100,7 @@ class ServedDataSet:
                 1,000 servers do not all fetch them from the origin.
             clock: Clock of REFRESH_EVERY_S.
         """
-        self.store, self.name = store, data_set_name(store)
+        self.store = store
         self._versions = store if versions is None else versions
         self._clock, self._lock = clock, Lock()
         self._segments: dict[str, tuple[str, ShardIdentity]] = {}  # by the name of the segment's copy
@@ -175,43 +172,8 @@ class ServedDataSet:
             self._oldest, self._parent = version.number, version.parent
 
 
-class SharedCalls:
-    """Lets callers that wait with the same key share one call, which starts after all of them have arrived.
-
-    So no caller gets an answer that is older than its question.
-    """
-
-    def __init__(self) -> None:
-        self._changed = Condition()
-        self._next: dict[object, Future[Any]] = {}
-        self._running: set[object] = set()
-
-    def call(self, key: object, make: Callable[[], bytes]) -> bytes:
-        """Return make(), called by one of the callers with this key that wait at the same time. Raises as make()."""
-        with self._changed:
-            future = self._next.get(key)
-            is_first = future is None
-            if future is None:
-                future = self._next[key] = Future()
-        if is_first:
-            with self._changed:
-                self._changed.wait_for(lambda: key not in self._running)
-                self._running.add(key)
-                del self._next[key]  # later callers wait for the next call
-            try:
-                future.set_result(make())
-            except BaseException as error:  # noqa: BLE001 - top of a call for others: passed to all that wait
-                future.set_exception(error)
-            finally:
-                with self._changed:
-                    self._running.discard(key)
-                    self._changed.notify_all()
-        found: bytes = future.result()
-        return found
-
-
 class PeerService:
-    """Answers what nginx cannot: copies that are not complete, and versions. Safe from any thread.
+    """Answers what nginx cannot: copies that are not complete. Safe from any thread.
 
     Attributes:
         data_sets: The data sets that are served.
@@ -229,10 +191,6 @@ class PeerService:
         """
         pairs = zip(stores, stores if versions is None else versions, strict=True)
         self.data_sets = [ServedDataSet(store, of_versions, clock) for store, of_versions in pairs]
-        self._by_name = {one.name: one for one in self.data_sets}
-        self._calls = SharedCalls()
-        self._texts: dict[str, tuple[str | None, bytes]] = {}  # ETag and text of versions by URL
-        self._lock = Lock()
 
     def open(self, name: str) -> tuple[CopyLease, CachedStore, str, ShardIdentity] | None:
         """Return a lease on the copy with this name, its store, key and identity; the caller closes the lease.
@@ -270,34 +228,6 @@ class PeerService:
                 with suppress(TierCacheError, OSError):  # the request that needs the names fails, or tries again
                     if not stop.is_set():
                         data_set.load()
-
-    def version_object(self, data_set: str, path: str) -> bytes | None:
-        """Return the hint ("latest") or a version ("versions/NUMBER.json") of a data set; b"": it does not exist.
-
-        None: The data set is not served. Raises StoreError.
-        """
-        served = self._by_name.get(data_set)
-        return None if served is None else self._calls.call((data_set, path), lambda: self._read(served.store, path))
-
-    def _read(self, store: Store, path: str) -> bytes:
-        """Return an object as it is now; b"": it does not exist. The text of a version that has not changed is kept."""
-        try:
-            if path == "latest":
-                return store.get(HINT_KEY)
-            key = f"{VERSIONS_FOLDER}{path.removeprefix('versions/')}"
-            etag = store.head(key).etag  # a data set may have been deleted and created again at the same URL
-            kept = self._texts.get(f"{store.url}/{key}")
-            if etag is not None and kept is not None and kept[0] == etag:
-                return kept[1]
-            text = store.get(key)
-        except NotFound:
-            return b""
-        if len(text) <= LONGEST_TEXT_BYTES:
-            with self._lock:
-                self._texts[f"{store.url}/{key}"] = etag, text
-                if len(self._texts) > MOST_TEXTS:
-                    del self._texts[next(iter(self._texts))]
-        return text
 
 
 # -- the server on a Unix socket ---------------------------------------------------------------------------------------
@@ -346,18 +276,12 @@ class _Handler(BaseHTTPRequestHandler):
         """Log nothing: nginx does."""
 
     def _answer(self) -> None:
-        copy, named = _COPY.fullmatch(self.path), _OBJECT.fullmatch(self.path)
+        copy = _COPY.fullmatch(self.path)
         if self.headers.get(READER_HEADER) == self.server.reader_id:
             raise _Answer(OWN_REQUEST)
-        if copy is not None:
-            self._send_copy(copy[1])
-        elif named is not None:
-            found = self.server.service.version_object(named[1], named[2])
-            if found is None:
-                raise _Answer(HTTPStatus.NOT_FOUND)
-            self._send(HTTPStatus.OK, found)
-        else:
+        if copy is None:
             raise _Answer(HTTPStatus.NOT_FOUND)
+        self._send_copy(copy[1])
 
     def _send_copy(self, name: str) -> None:
         opened = self.server.service.open(name)
@@ -402,12 +326,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Answer(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE)
         return ByteRange(int(match[1]), min(int(match[2]) + 1, n_bytes))
 
-    def _send(self, status: int, body: bytes = b"") -> None:
+    def _send(self, status: int) -> None:
         with suppress(OSError):  # nginx has closed the connection
             self.send_response(status)
-            self._send_headers(len(body))
-            if self.command != "HEAD":
-                self.wfile.write(body)
+            self._send_headers(0)
 
     def _send_headers(self, n_bytes: int) -> None:
         self.send_header("Content-Type", "application/octet-stream")
@@ -556,7 +478,6 @@ def server_block(options: ServerOptions) -> str:
     ]
     lines += [
         r'location ~ "^/copies/([0-9a-f]{40})\z" { try_files "/copies/$1" @fetch; }',
-        r'location ~ "^/objects/[0-9a-f]{40}/(latest|versions/[0-9]{20}\.json)\z" { ' + " ".join(passed) + " }",
         "location @fetch { " + " ".join(passed) + " }",
         "location / { return 404; }",
     ]
