@@ -257,14 +257,6 @@ def rotten_in_hot(world):
     return world.plan(world.move("f", "hot", "archive"), name="down")
 
 
-def test_a_corrupt_source_is_copied_from_another_tier(world):
-    assert world.apply(rotten_in_hot(world)).stopped == ()
-    assert world.where("f") == ["standard", "archive"]
-    world.later()
-    assert world.run_due_deletions().stopped == ()
-    assert [info.key for info in world.inner["hot"].list() if info.key == "f"] == []
-
-
 @pytest.mark.parametrize("harm", ["gone", "rotten too"])
 def test_a_move_stops_if_every_copy_of_its_source_is_corrupt(world, harm):
     plan = rotten_in_hot(world)

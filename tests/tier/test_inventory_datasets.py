@@ -163,7 +163,7 @@ def report(local, machine, **facts):
 
 def test_reported_uses_are_in_the_snapshot(local):
     name = local.names[0].removeprefix("sets/a/")
-    report(local, "m", reported_s=NOW_S, shards={name: (NOW_S - 5, 3)})
+    report(local, "m", reported_s=NOW_S, shards={name: NOW_S - 5})
     by_name = local.take()
     assert by_name.of(local.names[0], "last_use_s") == NOW_S - 5
     assert by_name.of(local.names[1], "last_use_s") == by_name.of(local.names[1], "created_s")
@@ -172,7 +172,7 @@ def test_reported_uses_are_in_the_snapshot(local):
 def test_a_shard_that_is_being_read_is_in_use(local):
     name = local.names[0].removeprefix("sets/a/")
     readers = {"1": uses.ActiveReader(NOW_S - 100, NOW_S - 10)}
-    report(local, "m", reported_s=NOW_S, readers=readers, shards={name: (NOW_S - 5, 1)})
+    report(local, "m", reported_s=NOW_S, readers=readers, shards={name: NOW_S - 5})
     by_name = local.take()
     assert (by_name.of(local.names[0], "in_use"), by_name.of(local.names[1], "in_use")) == (True, False)
 

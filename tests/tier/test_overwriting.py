@@ -207,18 +207,6 @@ def unsummed(move):
     return replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
 
 
-def test_a_copy_from_a_third_tier_is_not_replaced_by_a_corrupt_source(world):
-    """1. hot is corrupt; the archive gets home's copy. 2. A user removes home. 3. hot looks rewritten."""
-    world.put("standard", "f")
-    world.apply(world.plan(world.move("f", "standard", "hot", action="copy"), name="up"))
-    world.inner["hot"].put("f", content("other"))
-    assert world.apply(world.plan(world.move("f", "hot", "archive"), name="down")).stopped == ()
-    world.inner["standard"].delete(["f"])
-    applied = world.apply(world.plan(unsummed(world.move("f", "hot", "archive")), name="again"))
-    assert "it is not overwritten" in applied.stopped[0].reason
-    assert world.where("f") == ["archive"]
-
-
 @pytest.mark.parametrize("keys", [("f",), PARTS])
 def test_a_corrupt_source_does_not_replace_an_archived_copy_in_a_store_without_checksums(tmp_path, keys):
     """The mover was killed when the server had copied it: only the ETag is known."""

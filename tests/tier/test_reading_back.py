@@ -224,15 +224,6 @@ def test_the_deletion_facts_are_taken_again_if_reading_back_took_long(world, mon
     assert "found that a machine reads it" in settled.stopped[0].reason
 
 
-def test_progress_and_result_have_the_bytes_that_were_read_back(world):
-    moved_away(world, "f", "g")
-    world.later()
-    told = []
-    with world.opened() as context:
-        assert world.run_due_deletions(context, on_progress=told.append).proof_bytes == 2000
-    assert sorted((one.done_bytes, one.n_bytes, one.n_moves) for one in told) == [(1000, 2000, 2), (2000, 2000, 2)]
-
-
 def test_a_half_deleted_group_waits_until_its_copy_can_be_read(world):
     world.apply(checkpoint(world))
     world.later()

@@ -277,7 +277,6 @@ def _run_text(report: RunReport) -> str:
     text = f"{applied.n_made:,} of {count(len(report.plan.moves), 'move')} done, {format_bytes(applied.n_bytes)} copied"
     text += f"; {count(settled.n_made, 'deletion')} made, {format_bytes(settled.n_bytes)}"
     parts = [
-        (settled.proof_bytes, f"{format_bytes(settled.proof_bytes)} of copies read back first"),
         (settled.waiting_drops, f"{count(settled.waiting_drops, 'deletion')} waiting for grace"),
         (len(report.stopped), f"{len(report.stopped):,} stopped"),
         (report.resumed.n_made, f"{count(report.resumed.n_made, 'interrupted copy', 'interrupted copies')} finished"),

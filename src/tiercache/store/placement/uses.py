@@ -3,8 +3,8 @@
 Each machine writes one small report of its use beside a data set, and the planner merges the reports.
 
 A report is ``_tiercache/usage/<machine>.json``. It is written at the start of a run, once an hour during the run, when
-the data set is closed and at process exit; and only if the data set is tracked. Counting costs one addition per opened
-shard, nothing per record. A data set whose store cannot be written is read without reports.
+the data set is closed and at process exit; and only if the data set is tracked. It costs one addition per opened shard,
+nothing per record. A data set whose store cannot be written is read without reports.
 
 The log has the single objects that this machine reads through `Cache` or `tiercache::`. Opening an object appends a
 line, at most once a minute per process and object, whatever the spelling of its URL. This costs about 100 us, needs no
@@ -55,9 +55,9 @@ REPORT_S = 3600.0
 LOCK_S = 5.0
 # A reader whose last report is newer than this reads now: one report may be late or lost.
 IN_USE_S = 2.5 * REPORT_S
+GONE_S = 7 * 86400.0  # a reader without a report for this time is gone
 _MOST_BYTES = 256 << 20  # the report of a million shards with names of 40 characters takes 70 MB
 _SKEW_S = 60.0  # duration of a write, and normal difference between clocks
-_MANY_USES = 1 << 40  # the sum over some thousand machines still fits an int64
 _numbers = itertools.count()
 _PID = re.compile(r"[0-9]{1,10}")
 _UNFIT = re.compile(r"[^A-Za-z0-9.-]+")
@@ -81,14 +81,14 @@ class UseReport:
         reported_s: Time of the report.
         all_s: Last time that a run read every shard; 0: never.
         readers: Processes that have the data set open, by a name that identifies the process.
-        shards: Name -> (last use, number of times it was opened).
+        shards: Name -> last use.
     """
 
     machine: str
     reported_s: float = 0.0
     all_s: float = 0.0
     readers: dict[str, ActiveReader] = field(default_factory=dict)
-    shards: dict[str, tuple[float, int]] = field(default_factory=dict)
+    shards: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,13 +97,11 @@ class ShardUse:
 
     Attributes:
         last_use_s: float64[n], seconds since the epoch; NaN if no use was reported.
-        uses: int64[n], number of times each shard was opened.
         in_use: bool[n], whether somebody reads it now.
         unreported: Whether the report of a machine that reads the data set is overdue: then no shard counts as idle.
     """
 
     last_use_s: NDArray[np.float64]
-    uses: NDArray[np.int64]
     in_use: NDArray[np.bool_]
     unreported: bool
 
@@ -136,42 +134,30 @@ def _by_store_clock(report: UseReport, modified_s: float) -> UseReport:
         name: ActiveReader(one.since_s + behind_s, one.reported_s + behind_s, one.reads_all)
         for name, one in report.readers.items()
     }
-    shards = {name: (last_s + behind_s, uses) for name, (last_s, uses) in report.shards.items()}
+    shards = {name: last_s + behind_s for name, last_s in report.shards.items()}
     return UseReport(report.machine, modified_s, report.all_s and report.all_s + behind_s, readers, shards)
 
 
-def merge_reports(
-    reports: Sequence[UseReport],
-    names: pa.Array | pa.ChunkedArray,
-    *,
-    now_s: float,
-    reader_timeout_s: float = 7 * 86400.0,
-) -> ShardUse:
-    """Merge the reports on one data set. Pure. The result is in the order of `names`, the names of its shards.
-
-    reader_timeout_s: Time without a report after which a reader counts as gone.
-    """
+def merge_reports(reports: Sequence[UseReport], names: pa.Array | pa.ChunkedArray, *, now_s: float) -> ShardUse:
+    """Merge the reports on one data set. Pure. The result is in the order of `names`, the names of its shards."""
     n = len(names)
-    last, uses, in_use = np.full(n, np.nan), np.zeros(n, np.int64), np.zeros(n, np.bool_)
+    last, in_use = np.full(n, np.nan), np.zeros(n, np.bool_)
     unreported = False
     text = names.cast(pa.large_string())
     for report in reports:
         active = [reader for reader in report.readers.values() if now_s - reader.reported_s <= IN_USE_S]
-        unreported |= any(
-            IN_USE_S < now_s - reader.reported_s <= reader_timeout_s for reader in report.readers.values()
-        )
+        unreported |= any(IN_USE_S < now_s - reader.reported_s <= GONE_S for reader in report.readers.values())
         if report.all_s:
             last = np.fmax(last, report.all_s)
         in_use |= any(reader.reads_all for reader in active)
         rows = pc.index_in(text, value_set=pa.array(list(report.shards), pa.large_string())).fill_null(-1)
         at = np.asarray(rows.to_numpy(), np.int64) if n else np.empty(0, np.int64)
         mine = np.flatnonzero(at >= 0)
-        used = np.array(list(report.shards.values()), np.float64).reshape(-1, 2)[at[mine]]
-        last[mine] = np.fmax(last[mine], used[:, 0])
-        uses[mine] += used[:, 1].astype(np.int64)
+        used_s = np.array(list(report.shards.values()), np.float64)[at[mine]]
+        last[mine] = np.fmax(last[mine], used_s)
         if active:
-            in_use[mine] |= used[:, 0] >= min(reader.since_s for reader in active)
-    return ShardUse(last, uses, in_use, unreported)
+            in_use[mine] |= used_s >= min(reader.since_s for reader in active)
+    return ShardUse(last, in_use, unreported)
 
 
 # -- the file -------------------------------------------------------------------------------------------------------
@@ -204,12 +190,12 @@ def decode(data: bytes, machine: str, modified_s: float = 0.0) -> UseReport:
             str(name): ActiveReader(float(one["since_s"]), float(one["reported_s"]), bool(one["reads_all"]))
             for name, one in body["readers"].items()
         }
-        shards = {str(name): (float(last), int(uses)) for name, (last, uses) in body["shards"].items()}
+        shards = {str(name): float(last_s) for name, last_s in body["shards"].items()}
         report = UseReport(machine, float(body["reported_s"]), float(body["all_s"]), readers, shards)
         times = [one for reader in readers.values() for one in (reader.since_s, reader.reported_s)]
-        times += [report.reported_s, report.all_s, *(last for last, _ in shards.values())]
-        if not all(map(math.isfinite, times)) or not all(0 <= uses < _MANY_USES for _, uses in shards.values()):
-            raise ValueError("times or counts that no machine has")
+        times += [report.reported_s, report.all_s, *shards.values()]
+        if not all(map(math.isfinite, times)):
+            raise ValueError("times that no machine has")
         return report
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         lost = ActiveReader(modified_s, modified_s - IN_USE_S, reads_all=True)
@@ -236,9 +222,9 @@ def machine_name() -> str:
 
 
 class UseRecorder:
-    """Counts which shards of one data set this process opens, and reports them.
+    """Notes which shards of one data set this process opens, and reports them.
 
-    Thread-safe; a forked child starts anew. The lock guards the counts. Reports are made outside it, one at a time per
+    Thread-safe; a forked child starts anew. The lock guards the notes. Reports are made outside it, one at a time per
     machine. The resolver tells whether the data set is tracked.
     """
 
@@ -251,7 +237,6 @@ class UseRecorder:
 
     def _begin(self) -> None:
         self._lock, self._reporting = threading.Lock(), threading.Lock()
-        self._opened: dict[str, int] = {}  # opened since the last report
         self._held: set[str] = set()  # opened at any time, or announced: may still be open
         self._since_s = 0.0  # start of reading; 0: not reading
         self._reads_all = self._has_failed = False
@@ -259,9 +244,9 @@ class UseRecorder:
         self._pid = os.getpid()  # last: other threads of a forked child compare it before they use the new state
 
     def note(self, name: str) -> None:
-        """Count an opened shard."""
+        """Note an opened shard."""
         with self._started():
-            self._opened[name] = self._opened.get(name, 0) + 1
+            self._held.add(name)
 
     def begin(self, keys: Iterable[str] | None) -> None:
         """Start the reports of a run on a tracked data set: one now, and one every hour.
@@ -296,7 +281,7 @@ class UseRecorder:
             yield
 
     def close(self) -> None:
-        """Write the last report, if the data set is tracked. Repeatable; further reads start new counts."""
+        """Write the last report, if the data set is tracked. Repeatable; further reads start anew."""
         if self._pid != os.getpid() or not self._since_s:
             return
         stop, self._stop = self._stop, None
@@ -312,7 +297,7 @@ class UseRecorder:
             self._forget()
 
     def _forget(self) -> None:
-        self._opened, self._held, self._since_s, self._reads_all = {}, set(), 0.0, False
+        self._held, self._since_s, self._reads_all = set(), 0.0, False
 
     def close_at_exit(self) -> None:
         """As close(), at process exit: makes no request to a store that was not asked before, or that failed."""
@@ -328,28 +313,20 @@ class UseRecorder:
             with self._lock:
                 if not self._since_s:
                     return False  # closed while this call waited: a reader that is gone must not be in the report
-                opened, self._opened = self._opened, {}
-                self._held.update(opened)
                 reader, held = ActiveReader(self._since_s, self._now_s(), self._reads_all), frozenset(self._held)
                 if is_last:
                     self._forget()
             try:
                 with _one_at_a_time(self._resolver.home.url):
-                    self._add(reader, opened, held, is_last=is_last)
+                    self._add(reader, held, is_last=is_last)
             except (StoreError, OSError):
                 self._has_failed = True
-                with self._lock:  # add the counts to the next report
-                    for name, n in opened.items():
-                        self._opened[name] = self._opened.get(name, 0) + n
                 return False
             self._has_failed = False
             return True
 
-    def _add(self, reader: ActiveReader, opened: dict[str, int], held: frozenset[str], *, is_last: bool) -> None:
-        """Update this machine's report, without readers whose process is gone.
-
-        opened: Opens since the last report. held: Shards that may be open.
-        """
+    def _add(self, reader: ActiveReader, held: frozenset[str], *, is_last: bool) -> None:
+        """Update this machine's report, without readers whose process is gone. held: Shards that may be open."""
         store, machine, now_s = self._resolver.home, machine_name(), reader.reported_s
         try:
             before = decode(store.get(usage_key(machine)), machine)
@@ -359,9 +336,7 @@ class UseRecorder:
         readers = {other: one for other, one in before.readers.items() if other != name and _may_live(other)}
         if not is_last:
             readers[name] = reader
-        shards = before.shards | {
-            name: (now_s, before.shards.get(name, (0.0, 0))[1] + opened.get(name, 0)) for name in held
-        }
+        shards = before.shards | dict.fromkeys(held, now_s)
         all_s = max(before.all_s, now_s if reader.reads_all else 0.0)
         store.put(usage_key(machine), encode(UseReport(machine, now_s, all_s, readers, shards)))
 
@@ -376,7 +351,7 @@ def _report_hourly(recorder: weakref.ref[UseRecorder], stop: threading.Event, cl
         pause(REPORT_S, clock, stop)
 
 
-# Recorders that count in this process, whose pid is _watching_pid.
+# Recorders of this process, whose pid is _watching_pid.
 _counting: weakref.WeakSet[UseRecorder] = weakref.WeakSet()
 _watching_pid = 0
 
@@ -428,7 +403,7 @@ _LOG_BYTES = 8 << 20
 # A process may have opened a log just before it was closed, and may write its line shortly after.
 _LATE_LINE_S = 60.0
 
-Uses = dict[str, tuple[float, int]]
+Uses = dict[str, float]
 
 _noted: dict[str, float] = {}
 
@@ -447,7 +422,7 @@ def record_use(url: str) -> None:
             _noted[url] = last_s
             return
         _noted[url] = _noted[plain] = now_s
-        _append(f"{json.dumps([round(now_s, 3), plain, 1])}\n".encode())
+        _append(f"{json.dumps([round(now_s, 3), plain])}\n".encode())
 
 
 def plain_url(url: str) -> str:
@@ -459,7 +434,7 @@ def plain_url(url: str) -> str:
 
 
 def read_uses() -> Uses:
-    """Return the last use and the number of noted uses of each object, by URL, from all logs in the state folder.
+    """Return the last use of each object, by URL, from all logs in the state folder.
 
     Machines that share the folder each have their own logs in it. Raises OSError, ValueError.
     """
@@ -471,15 +446,13 @@ def read_uses() -> Uses:
         closed_s = path.name.rpartition(".log.")[2]
         is_closed = closed_s.isdecimal() and time.time() - int(closed_s) / 1e9 > _LATE_LINE_S
         closed += [path] if is_closed else []
-        for url, last_s, n in _lines(path):
+        for url, last_s in _lines(path):
             for uses in (found, reduced) if is_closed else (found,):
-                before_s, before_n = uses.get(url, (0.0, 0))
-                uses[url] = max(before_s, last_s), before_n + n
+                uses[url] = max(uses.get(url, 0.0), last_s)
     if len(closed) > 1:
-        # Merge closed logs into one. If this is killed in between, some uses count twice.
         with suppress(OSError):  # a folder that cannot be written: the next call reads all its logs again
             temp = closed[0].with_name(f"reduced-{os.getpid()}.tmp")
-            lines = (f"{json.dumps([last_s, url, n])}\n" for url, (last_s, n) in reduced.items())
+            lines = (f"{json.dumps([last_s, url])}\n" for url, last_s in reduced.items())
             temp.write_text("".join(lines), encoding="utf-8")
             temp.rename(closed[0])
             for path in closed[1:]:
@@ -493,13 +466,13 @@ def uses_under(uses: Uses, url: str) -> Uses:
     return {name.removeprefix(start): use for name, use in uses.items() if name.startswith(start)}
 
 
-def _lines(path: Path) -> Iterator[tuple[str, float, int]]:
+def _lines(path: Path) -> Iterator[tuple[str, float]]:
     """Yield the lines of a log, without unreadable ones (torn by a power failure)."""
     with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             with suppress(ValueError, TypeError):
-                last_s, url, n = json.loads(line)
-                yield str(url), float(last_s), int(n)
+                last_s, url = json.loads(line)
+                yield str(url), float(last_s)
 
 
 def _append(line: bytes) -> None:

@@ -609,8 +609,7 @@ def _last_uses(file: RuleFile, listed: Listing, grouped: Grouped) -> NDArray[np.
         at = index_in(keys, pa.array(list(found), pa.large_string()))
         rows, at = rows[at >= 0], at[at >= 0]
         group = grouped.objects.group[grouped.objects.key[rows]]
-        columns = np.array(list(found.values()), np.float64).reshape(-1, 2)[at]
-        np.fmax.at(last_s, group, columns[:, 0])
+        np.fmax.at(last_s, group, np.array(list(found.values()), np.float64)[at])
     return last_s
 
 

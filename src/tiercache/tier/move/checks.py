@@ -55,15 +55,12 @@ class ApplyResult:
         stopped: Moves that were not made, with reasons.
         waiting_drops: Number of deletions of all plans that wait for their grace period.
         n_bytes: Bytes that were copied; of run_due_deletions(): bytes that were deleted.
-        proof_bytes: Bytes of copies in local folders that run_due_deletions() read back before it deleted their
-            sources.
     """
 
     n_made: int = 0
     stopped: tuple[StoppedMove, ...] = ()
     waiting_drops: int = 0
     n_bytes: int = 0
-    proof_bytes: int = 0
 
     def followed_by(self, later: ApplyResult) -> ApplyResult:
         """Return the results of two calls of run_due_deletions() as one.
@@ -72,19 +69,13 @@ class ApplyResult:
         """
         again = {(move.plan, move.number) for move in later.stopped}
         stopped = tuple(move for move in self.stopped if (move.plan, move.number) not in again)
-        n_bytes, proof_bytes = self.n_bytes + later.n_bytes, self.proof_bytes + later.proof_bytes
-        return ApplyResult(
-            self.n_made + later.n_made,
-            stopped + later.stopped,
-            later.waiting_drops,
-            n_bytes,
-            proof_bytes,
-        )
+        n_bytes = self.n_bytes + later.n_bytes
+        return ApplyResult(self.n_made + later.n_made, stopped + later.stopped, later.waiting_drops, n_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Progress of a plan, or of the deletions that are due. done_bytes: Bytes copied; of deletions: bytes read back."""
+    """Progress of a plan. done_bytes: Bytes copied."""
 
     done_moves: int
     n_moves: int

@@ -262,21 +262,13 @@ class CopyMaker:
         if not job.is_active:
             return
         self._begin_anew(job)
-        is_of_source = True
         # Only the object that was seen is replaced, where the store gives it an ETag.
         replaces: MayReplace = False if info is None else info.etag or True
-        try:
-            written_s = first_written_s(obj, context.catalog.entries(src, [obj.key]).get(obj.key))
-            copied = context.transfer.copy(
-                src, dst, obj, on_bytes=self._on_bytes, replaces=replaces, written_s=written_s
-            )
-        except StoreError as error:
-            if not error.details.get("corrupt"):
-                raise
-            is_of_source, copied = False, self._copied_from_others(job, obj, replaces, error)
+        written_s = first_written_s(obj, context.catalog.entries(src, [obj.key]).get(obj.key))
+        copied = context.transfer.copy(src, dst, obj, on_bytes=self._on_bytes, replaces=replaces, written_s=written_s)
         crash_point("tier_move.object")
         crc = copied.crc32c if copied.crc32c is not None else obj.crc32c
-        self._record_copy(job, obj, copied._replace(crc32c=crc), copied.n_bytes, of_source=is_of_source)
+        self._record_copy(job, obj, copied._replace(crc32c=crc), copied.n_bytes)
 
     def _begin_anew(self, job: MoveJob) -> None:
         """Record that the copy in dst is new, before it exists or is recorded as verified.
@@ -294,32 +286,8 @@ class CopyMaker:
                 job.row = replace(job.row, since_s=0.0, due_s=0.0)
                 self._context.catalog.write([job.row])
 
-    def _copied_from_others(
-        self, job: MoveJob, obj: PlannedObject, replaces: MayReplace, failure: StoreError
-    ) -> CatalogEntry:
-        """Copy an object that has rotted in src from another tier with an equal object.
-
-        Raises `failure` if no tier has one. Without this, the group would stay incomplete in dst on every run until
-        somebody looked.
-        """
-        context, dst = self._context, job.row.dst
-        for tier in context.file.tiers:
-            if any(context.stores.same_url(tier.name, other) for other in (job.row.src, dst)):
-                continue
-            entry = context.catalog.entries(tier.name, [obj.key]).get(obj.key)
-            if entry is None or not entry.verified or (entry.n_bytes, entry.crc32c) != (obj.n_bytes, obj.crc32c):
-                continue
-            equal = obj._replace(etag=entry.etag, modified_s=None)
-            with suppress(StoreError):  # the error to report is the one of src
-                return context.transfer.copy(
-                    tier.name, dst, equal, on_bytes=self._on_bytes, replaces=replaces, written_s=entry.written_s
-                )
-        raise failure
-
-    def _record_copy(
-        self, job: MoveJob, obj: PlannedObject, copy: CatalogEntry, n_bytes: int, *, of_source: bool = True
-    ) -> None:
-        """Record a verified copy in the catalog. If src was the source, record src too: both were read and are equal.
+    def _record_copy(self, job: MoveJob, obj: PlannedObject, copy: CatalogEntry, n_bytes: int) -> None:
+        """Record a verified copy in the catalog, and its source: both were read and are equal.
 
         The copy keeps the date of the object that it copies, also when the source is gone.
         """
@@ -328,7 +296,7 @@ class CopyMaker:
         first_s = first_written_s(obj, source)
         copy = copy._replace(written_s=earliest(copy.written_s, first_s))
         pair = [(job.row.dst, obj.key, copy)]
-        if of_source and obj.etag is not None:
+        if obj.etag is not None:
             pair.append((job.row.src, obj.key, CatalogEntry(obj.n_bytes, obj.etag, copy.crc32c, first_s)))
         if copy.n_bytes >= _AT_ONCE_BYTES:
             catalog.record(pair)

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from threading import Lock
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
@@ -29,7 +28,6 @@ from tiercache.tier.move.checks import (
     ApplyResult,
     BatchLimits,
     Heads,
-    Progress,
     StoppedMove,
     in_batches,
     is_readable,
@@ -185,7 +183,6 @@ def run_due_deletions(
     *,
     facts: tuple[DeletionFacts, float] | None = None,
     only_begun: bool = False,
-    on_progress: Callable[[Progress], object] | None = None,
 ) -> ApplyResult:
     """Make the deletions and the class changes whose grace period is over, and finish those that were interrupted.
 
@@ -196,33 +193,28 @@ def run_due_deletions(
         facts: Facts of a listing that was made already, and when it began, by SYSTEM_CLOCK. None: the tiers are listed
             and planned again, before anything is deleted.
         only_begun: Whether to finish interrupted deletions only.
-        on_progress: Function that receives how many bytes of the copies were read back; called from several threads.
     """
-    return DeferredDeletions(context, facts, on_progress).run(only_begun=only_begun)
+    return DeferredDeletions(context, facts).run(only_begun=only_begun)
 
 
 class DeferredDeletions:
-    """One call of run_due_deletions(). A lock guards the bytes that were read back."""
+    """One call of run_due_deletions()."""
 
     def __init__(
         self,
         context: MoveContext,
         facts: tuple[DeletionFacts, float] | None,
-        on_progress: Callable[[Progress], object] | None,
     ) -> None:
-        self._context, self._facts, self._on_progress = context, facts, on_progress
+        self._context, self._facts = context, facts
         self._file, self._catalog, self._now_s = context.file, context.catalog, context.clock()
-        self._count_lock, self._n_due, self._due_bytes = Lock(), 0, 0
         self._placements = PlacementUpdates(context)
         self._by_use = {rule.name for rule in context.file.rules if rule.idle_s}
-        self._n_done = self._n_waiting = self._n_bytes = self._proof_bytes = 0
+        self._n_done = self._n_waiting = self._n_bytes = 0
         self._stopped: list[StoppedMove] = []
 
     def run(self, *, only_begun: bool) -> ApplyResult:
         """Make the deletions that are due, and return the counts."""
         due = self._due(only_begun=only_begun)
-        proven = [deletion.row for deletion in due if self._needs_proof(deletion.row)]
-        self._n_due, self._due_bytes = len(due), sum(obj.n_bytes for row in proven for obj in row.objects)
         for batch in in_batches(due, _BATCH_LIMITS):
             # Reading the copies of earlier batches may have taken hours.
             if self._facts is None or SYSTEM_CLOCK.monotonic() - self._facts[1] > _FACTS_MAX_AGE_S:
@@ -230,7 +222,7 @@ class DeferredDeletions:
                 found = take_deletion_facts(context.file, context.stores, context.catalog, self._now_s)
                 self._facts = found, listed_s
             self._run_batch(batch, self._facts[0])
-        return ApplyResult(self._n_done, tuple(self._stopped), self._n_waiting, self._n_bytes, self._proof_bytes)
+        return ApplyResult(self._n_done, tuple(self._stopped), self._n_waiting, self._n_bytes)
 
     def _due(self, *, only_begun: bool) -> list[DueDeletion]:
         due, again = [], []
@@ -463,7 +455,7 @@ class DeferredDeletions:
             at = f"{context.stores.store(dst).url}/{key}"
             if info is None or entry is None or entry.crc32c is None:
                 return "cancel", f"{at}: its checksum is not known: it cannot be compared"
-            found = context.transfer.checksum_on_disk(dst, info, self._count_read)
+            found = context.transfer.checksum_on_disk(dst, info)
         except TierCacheError as error:
             reason = str(error)
             if (
@@ -481,13 +473,6 @@ class DeferredDeletions:
             f"{at}: expected CRC-32C {entry.crc32c:08x}, found {found:08x} on its disk: what it was made from stays, "
             f"and the next plan makes this copy again; look at that disk"
         )
-
-    def _count_read(self, n_bytes: int) -> None:
-        with self._count_lock:
-            self._proof_bytes += n_bytes
-            done_bytes = self._proof_bytes
-        if self._on_progress is not None:
-            self._on_progress(Progress(self._n_done, self._n_due, done_bytes, max(self._due_bytes, done_bytes)))
 
     # -- deletions --------------------------------------------------------------------------------------------------
 

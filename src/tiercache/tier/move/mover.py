@@ -146,7 +146,6 @@ class RunReport:
             "copied_bytes": self.applied.n_bytes + self.resumed.n_bytes,
             "dropped": self.deletions.n_made,
             "dropped_bytes": self.deletions.n_bytes,
-            "proof_bytes": self.deletions.proof_bytes,
             "waiting_drops": self.deletions.waiting_drops,
             "restoring": self.n_restoring,
             "adopted": list(self.newly_tracked),
@@ -185,8 +184,8 @@ def run_once(
         dry_run: Whether to list and plan only, and change nothing.
         confirmed: Whether a person has confirmed that rules may delete more than their `max_delete`. Otherwise a run
             that would do so ends before it moves or deletes anything that it planned.
-        on_progress: Function that receives the progress of interrupted copies, then of the plan, then of reading copies
-            back; called from several threads.
+        on_progress: Function that receives the progress of interrupted copies, then of the plan; called from several
+            threads.
         stores: Stores of the file's tiers, which stay the caller's. None: the run opens and closes them.
 
     Raises:
@@ -223,7 +222,7 @@ def run_once(
             # The listing is before this run's own moves. Without a grace period they are due already: it is made anew.
             has_grace = file.tiering.grace_s > 0
             facts = (deletion_facts_of(inventory.snapshot, decisions), listed_s) if has_grace else None
-            deleted = run_due_deletions(context, facts=facts, on_progress=on_progress)
+            deleted = run_due_deletions(context, facts=facts)
             report = replace(
                 report,
                 applied=applied,

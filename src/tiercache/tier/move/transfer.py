@@ -170,8 +170,8 @@ class Transfer:
             NotFound, ObjectChanged: The object is not in src, is not the expected one or changed during the copy; or
                 the destination has an object that must not be overwritten.
             StoreError: .archived: the object must be restored first. .cancelled: the copy was cancelled. .wrong: other
-                data arrived than was read, and the copy was removed. .corrupt: the source does not have the expected
-                checksum. Otherwise a store failed.
+                data arrived than was read, and the copy was removed; or the source does not have the expected checksum.
+                Otherwise a store failed.
         """
         if self._stores.same_url(src, dst):
             raise ValueError(f"{src} and {dst} have one URL: a move between them changes the class of {obj.key}")
@@ -435,11 +435,11 @@ class Transfer:
         """
         return isinstance(self._stores.store(name), LocalFolder)
 
-    def checksum_on_disk(self, name: str, info: ObjectInfo, on_bytes: Callable[[int], object] = _nothing) -> int:
-        """Return the CRC-32C of a file as its disk has it, past the page cache. on_bytes, errors: As copy()."""
+    def checksum_on_disk(self, name: str, info: ObjectInfo) -> int:
+        """Return the CRC-32C of a file as its disk has it, past the page cache. Raises as copy()."""
         if isinstance(store := self._stores.store(name), LocalFolder):
             store.forget_cached(info.key)
-        return self.checksum_of(name, info, on_bytes)
+        return self.checksum_of(name, info)
 
     def checksum_of(self, name: str, info: ObjectInfo, on_bytes: Callable[[int], object] = _nothing) -> int:
         """Read all bytes of an object, and return their CRC-32C. on_bytes, errors: As copy()."""
@@ -555,7 +555,7 @@ def _wrong(where: str, expected: object, found: object, what: str) -> StoreError
     message = f"{what} is not what it should be: expected {_shown(expected)}, found {_shown(found)}"
     if what == "the copy":
         message += "; it was removed"
-    return StoreError(message, url=where, wrong=True, corrupt=what == "the source", expected=expected, found=found)
+    return StoreError(message, url=where, wrong=True, expected=expected, found=found)
 
 
 def _shown(value: object) -> str:
