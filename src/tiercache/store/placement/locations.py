@@ -24,12 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from tiercache import config
 from tiercache.errors import ArchivedShards, CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.model import OWN_FOLDER, ByteRange, ObjectInfo
 from tiercache.store import LocalFolder, Store, open_store, redact
 from tiercache.store.placement import log
-from tiercache.store.placement.resolver import is_archived, options_of, scheme_of
+from tiercache.store.placement.resolver import TierUrl, is_archived, options_of, scheme_of, tiers_of_rules
 from tiercache.store.placement.uses import plain_url
 
 OpenUrl: TypeAlias = Callable[[str], Store]
@@ -87,12 +86,6 @@ class FolderTiers:
     home: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class _TierUrl:
-    name: str
-    url: str
-
-
 class FileLocator:
     """Finds the present locations of files and folders. Thread-safe; the lock guards the opened stores.
 
@@ -105,7 +98,8 @@ class FileLocator:
         open_url: Function that opens the store of a tier or home. None: by this machine's rule file. rules: Rule file;
         None: the tiercache.toml that applies to the working folder.
         """
-        self._open_url, self._rules = open_url or _open, rules
+        self._open_url = open_url or (lambda url: open_store(url, **options_of(url)))
+        self._rules = rules
         self._lock = threading.Lock()
         self._stores: dict[str, Store] = {}
         self._no_homes: dict[str, float] = {}
@@ -195,14 +189,9 @@ class FileLocator:
                         return one.removeprefix(f"{root}/")
         return None
 
-    def tiers(self) -> tuple[_TierUrl, ...]:
+    def tiers(self) -> tuple[TierUrl, ...]:
         """Return the tiers of the rule file, from the fastest to the coldest; () if there is no readable file."""
-        with suppress(KeyError, ValueError, TypeError, AttributeError, OSError):
-            file = config.find_file(Path.cwd()) if self._rules is None else self._rules.absolute()
-            if file is not None:
-                tables = config.parse_toml(file, config.read_file(file)).get("tiers", {})
-                return tuple(_TierUrl(name, _absolute(file, str(table["url"]))) for name, table in tables.items())
-        return ()
+        return tiers_of_rules(self._rules)
 
     def _stores_of_tiers(self) -> list[Store]:
         return [self.store(url) for url in dict.fromkeys(tier.url for tier in self.tiers())]
@@ -306,14 +295,6 @@ def _below(url: str, path: str) -> str:
 
 def _is_same_url(first: str, second: str) -> bool:
     return plain_url(first).rstrip("/") == plain_url(second).rstrip("/")
-
-
-def _open(url: str) -> Store:
-    return open_store(url, **options_of(url))
-
-
-def _absolute(file: Path, url: str) -> str:
-    return url if "://" in url else os.path.normpath(file.parent / Path(url).expanduser())
 
 
 def url_below(store: Store, key: str) -> str:

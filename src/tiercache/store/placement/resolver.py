@@ -35,23 +35,43 @@ if TYPE_CHECKING:
     from tiercache.store.placement.log import Placement, PlacementRow
 
 
+@dataclass(frozen=True, slots=True)
+class TierUrl:
+    """A tier of a rule file, as far as readers need it. url: URL or absolute path."""
+
+    name: str
+    url: str
+    options: Mapping[str, Any]
+
+
+def tiers_of_rules(rules: Path | None = None) -> tuple[TierUrl, ...]:
+    """Return the tiers of a rule file, from the fastest to the coldest; () if there is no readable one.
+
+    rules: Rule file; None: the tiercache.toml that applies to the working folder.
+    """
+    with suppress(KeyError, ValueError, TypeError, AttributeError, OSError):
+        file = config.find_file(Path.cwd()) if rules is None else rules.absolute()
+        if file is not None:
+            tables = config.parse_toml(file, config.read_file(file)).get("tiers", {})
+            urls = {name: str(table["url"]) for name, table in tables.items()}
+            return tuple(
+                TierUrl(
+                    name,
+                    url if "://" in url else os.path.normpath(file.parent / Path(url).expanduser()),
+                    dict(tables[name].get("storage_options", {})),
+                )
+                for name, url in urls.items()
+            )
+    return ()
+
+
 def options_of(url: str) -> dict[str, Any]:
     """Return the storage options of the tier at url or above it; {} where this machine's rule file has none."""
     segments = url.split("/")
-    if ".." in segments or "." in segments:
-        return {}
-    try:
-        file = config.find_file(Path.cwd())
-        tables = {} if file is None else config.parse_toml(file, config.read_file(file)).get("tiers", {})
-        for table in tables.values():
-            above = str(table["url"])
-            if file is not None and "://" not in above:
-                above = os.path.normpath(file.parent / Path(above).expanduser())
-            above = above.rstrip("/")
-            if f"{url.rstrip('/')}/".startswith(f"{above}/"):
-                return dict(table.get("storage_options", {}))
-    except (KeyError, ValueError, TypeError, AttributeError, OSError):
-        pass
+    if ".." not in segments and "." not in segments:
+        for tier in tiers_of_rules():
+            if f"{url.rstrip('/')}/".startswith(f"{tier.url.rstrip('/')}/"):
+                return dict(tier.options)
     return {}
 
 
