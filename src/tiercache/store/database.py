@@ -212,7 +212,6 @@ class Database:
                 crash_point("catalog.removed")
 
     def close(self) -> None:
-        """Close the connection. The next run() opens a new one."""
         with self._lock:
             connection, self._connection, self._inode = self._connection, None, 0
             if connection is not None:

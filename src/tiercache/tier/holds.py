@@ -53,7 +53,6 @@ class Hold:
 
     @property
     def reason(self) -> str:
-        """The reason of a refusal, for people."""
         until = datetime.fromtimestamp(self.until_s, UTC)
         return f"held until {until:%Y-%m-%dT%H:%MZ}: {self.why}"
 
@@ -71,12 +70,10 @@ class Holds:
         return bool(self._newest)
 
     def of(self, path: str) -> Hold | None:
-        """Return the hold in force of a group; None: there is none."""
         hold = self._newest.get(path)
         return hold if hold is not None and hold.until_s > self._now_s else None
 
     def in_force(self) -> dict[str, Hold]:
-        """Return the hold in force of each held path."""
         return {path: hold for path, hold in self._newest.items() if hold.until_s > self._now_s}
 
     @property
@@ -135,7 +132,6 @@ def remove_obsolete_holds(store: Store, now_s: float, *, keep: Collection[str] =
 
 
 def encode_hold(hold: Hold) -> bytes:
-    """Return the object of a hold."""
     facts = {"made_s": hold.made_s, "until_s": hold.until_s, "why": hold.why, "paths": hold.paths}
     return json.dumps({"format": FORMAT, "version": VERSION, **facts}).encode() + b"\n"
 

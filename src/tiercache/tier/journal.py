@@ -198,7 +198,6 @@ class TierCatalog:
         self.close()
 
     def close(self) -> None:
-        """Close the file. The next call opens it again."""
         self._database.close()
 
     def bind(self, urls: Mapping[str, str]) -> None:
@@ -206,7 +205,6 @@ class TierCatalog:
         self._urls = dict(urls)
 
     def url(self, tier: str) -> str:
-        """Return the URL of a tier's name. A URL stands for itself."""
         return self._urls.get(tier, tier)
 
     # -- copies -----------------------------------------------------------------------------------------------------
@@ -231,7 +229,6 @@ class TierCatalog:
         return bool(self._database.run(lambda db: db.execute(query, (self.url(tier),)).fetchone()[0]))
 
     def entries(self, tier: str, keys: Iterable[str]) -> Mapping[str, CatalogEntry]:
-        """Return the entries of these objects, by key."""
         url, wanted = self.url(tier), [*keys]
         query = f"SELECT {_COPY} FROM copies WHERE place = ? AND key = ?"  # noqa: S608
 
@@ -242,7 +239,6 @@ class TierCatalog:
         return self._database.run(work)
 
     def record(self, copies: Iterable[tuple[str, str, CatalogEntry]]) -> None:
-        """Record entries, as (tier, key, entry)."""
         rows = [(self.url(tier), key, *entry) for tier, key, entry in copies]
         if rows:
             query = f"INSERT OR REPLACE INTO copies (place, key, {_COPY}) VALUES (?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
@@ -293,7 +289,6 @@ class TierCatalog:
             self._database.run(work)
 
     def of_plan(self, plan: str) -> Mapping[int, JournalRow]:
-        """Return the journal rows of a plan, by number."""
         return {row.number: row for row in self._rows("plan = ?", (plan,))}
 
     def open_moves(self, home: str, *states: MoveState) -> tuple[JournalRow, ...]:

@@ -96,7 +96,6 @@ class RecallPlan:
 
     @property
     def is_done(self) -> bool:
-        """Whether there is nothing to copy, now or later."""
         return not self.copies.moves and not self.later.moves
 
 
@@ -230,7 +229,6 @@ class _Selected:
 
 
 def _any_source(index: SnapshotIndex, rows: Rows) -> NDArray[np.int8]:
-    """Return the first tier that has a copy of each group."""
     lies: Flags = index.at[:, rows] >= 0
     return np.asarray(np.argmax(lies, axis=0), np.int8)
 
@@ -357,7 +355,6 @@ _NEARER = {ARCHIVED: 0, RESTORING: 1, RESTORED: 2}
 
 
 def _copies_of(file: RuleFile, stores: Stores, key: str) -> list[ArchivedObject]:
-    """Return the copies of a key, in the order of the tiers."""
     copies = []
     for name in (tier.name for tier in file.tiers):
         with suppress(NotFound):

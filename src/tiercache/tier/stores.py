@@ -55,7 +55,6 @@ def state_of(info: ObjectInfo, now_s: float | None = None) -> int:
 
 
 def needs_restore(info: ObjectInfo) -> bool:
-    """Return whether an object must be restored before it can be read."""
     return state_of(info) in (ARCHIVED, RESTORING)
 
 
@@ -102,7 +101,6 @@ class Stores:
         self.close()
 
     def close(self) -> None:
-        """Close the stores that were opened here. The object can be used again afterwards."""
         with self._lock:
             opened: list[Store | S3StorageClasses] = [*self._stores.values()]
             opened += [client for client in self._s3_classes.values() if client is not None]
@@ -216,7 +214,6 @@ def _s3_classes(tier: Tier, store: Store) -> S3StorageClasses | None:
 
 
 def _disk_bytes(path: str) -> int:
-    """Return the size of the disk of a path, which need not exist yet."""
     folder = Path(os.path.abspath(path))  # noqa: PTH100 - resolve() would fail where a folder may not be read
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent

@@ -111,7 +111,6 @@ class PlacementRow:
     crc32c: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the values. Raises ValueError."""
         check_key(self.key)
         if not self.url or self.n_bytes < 0 or self.state not in get_args(PlacementState):
             raise ValueError(
@@ -144,7 +143,6 @@ class Placement:
         return self.row(at) if at < len(self) and self._keys[at].as_py() == key else None
 
     def row(self, at: int) -> PlacementRow:
-        """Return row `at` of the table."""
         return PlacementRow(**self.rows.select(_ROW_FIELDS).slice(at, 1).to_pylist()[0])
 
     def urls_below(self, folder: str) -> tuple[str, ...]:
@@ -152,7 +150,6 @@ class Placement:
         return tuple(self.rows_below(folder)["url"].unique().to_pylist())
 
     def rows_below(self, folder: str) -> pa.Table:
-        """Return the rows whose keys are below a folder; all for ""."""
         if not folder:
             return self.rows
         start, end = (
@@ -176,7 +173,6 @@ class Placement:
 
 
 def empty_placement() -> Placement:
-    """Return an empty placement, number 0."""
     return Placement(0, _SCHEMA.empty_table())
 
 
@@ -268,7 +264,6 @@ def _sum_of(table: pa.Table) -> int:
 
 
 def _as_one_array(column: pa.ChunkedArray) -> pa.Array:
-    """Return a column as one array."""
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([*column.chunks, pa.array([], column.type)])
 
 
@@ -331,7 +326,6 @@ def encode_tracking_marker(number: int | None, since_s: float | None = None) -> 
 
 
 def placement_key(number: int) -> str:
-    """Return the key of a placement."""
     return f"{PLACEMENT_FOLDER}{number:020d}.arrow"
 
 
@@ -464,7 +458,6 @@ def _encoded(store: Store, proposed: Placement) -> bytes:
 
 
 def prefix_store(store: Store, folder: str) -> Store:
-    """Return the store of a folder; the store itself for ""."""
     return PrefixStore(store, folder) if folder else store
 
 
@@ -477,15 +470,12 @@ class PrefixStore(WrapperStore):
         self.url = f"{store.url.rstrip('/')}/{self._prefix.rstrip('/')}"
 
     def key_inside(self, key: str) -> str:
-        """Return the key below the folder."""
         return self._prefix + check_key(key)
 
     def info_outside(self, info: ObjectInfo) -> ObjectInfo:
-        """Return the description with the key relative to the folder."""
         return replace(info, key=info.key.removeprefix(self._prefix))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """See Store.list."""
         return map(self.info_outside, self.inner.list(self._prefix + prefix))
 
     def close(self) -> None:

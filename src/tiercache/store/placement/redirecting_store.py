@@ -127,19 +127,15 @@ class RedirectingStore(WrapperStore):
         return self.resolver.etag_of(key, if_match) if found.info is None else found.info.etag
 
     def head(self, key: str) -> ObjectInfo:
-        """See Store.head."""
         return self.resolver.follow(key, lambda found: found.info or found.store.head(key))
 
     def get(self, key: str) -> bytes:
-        """See Store.get."""
         return self.resolver.follow(key, lambda found: found.store.get(key))
 
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """See Store.read_tail."""
         return self.resolver.follow(key, lambda found: found.store.read_tail(key, n_bytes))
 
     def close(self) -> None:
-        """Close the connections of the home and of all other locations."""
         self.resolver.close()
 
 
@@ -281,5 +277,4 @@ class TieredReader:
             self._recorder.begin(None if reads_all else keys.to_pylist())
 
     def close(self) -> None:
-        """Report the uses. The object may be used again."""
         self._recorder.close()

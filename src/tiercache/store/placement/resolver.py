@@ -177,7 +177,6 @@ class LocationResolver:
 
     @property
     def known_placement(self) -> Placement | None:
-        """The known placement, without a request."""
         return self._known.placement
 
     def row(self, key: str) -> PlacementRow | None:
@@ -212,11 +211,9 @@ class LocationResolver:
         return url.rstrip("/") == self.home.url.rstrip("/")
 
     def stores(self) -> tuple[Store, ...]:
-        """Return the home, and the other stores that were opened."""
         return self.home, *self._known.stores.values()
 
     def close(self) -> None:
-        """Close the connections of all stores."""
         for store in self.stores():
             store.close()
 

@@ -164,7 +164,6 @@ def merge_reports(reports: Sequence[UseReport], names: pa.Array | pa.ChunkedArra
 
 
 def encode(report: UseReport) -> bytes:
-    """Return a report as JSON."""
     body = {
         "format": "tiercache-usage",
         "version": FORMAT_VERSION,
@@ -203,7 +202,6 @@ def decode(data: bytes, machine: str, modified_s: float = 0.0) -> UseReport:
 
 
 def usage_key(machine: str) -> str:
-    """Return the key of a machine's report."""
     return f"{USAGE_FOLDER}{machine}.json"
 
 
@@ -244,7 +242,6 @@ class UseRecorder:
         self._pid = os.getpid()  # last: other threads of a forked child compare it before they use the new state
 
     def note(self, name: str) -> None:
-        """Note an opened shard."""
         with self._started():
             self._held.add(name)
 

@@ -36,8 +36,6 @@ _THREADS = 16
 
 @dataclass(frozen=True, slots=True)
 class FoundDataset:
-    """A data set that was found."""
-
     folder: str  # folder below the URL of a tier; "" or ending in "/"
     tier: str  # name of the tier from which its versions were read
     n_versions: int  # number of versions, all of which are live
@@ -105,14 +103,11 @@ def _versions_of(
 
 
 class _DatasetReader:
-    """Reads one data set."""
-
     def __init__(self, stores: Stores, folder: str, tier: str) -> None:
         self._folder, self._tier = folder, tier
         self._store = prefix_store(stores.store(tier), folder)
 
     def read(self, numbers: Sequence[int], own_keys: pa.Array, now_s: float) -> tuple[LiveShards, FoundDataset]:
-        """Return the shards of the data set, and its description."""
         try:
             versions = self._versions(numbers)
             table = self._table(versions)
@@ -140,8 +135,6 @@ class _DatasetReader:
         return shards, FoundDataset(self._folder, self._tier, len(versions), len(table), is_tracked=has_tracking_marker)
 
     def _versions(self, numbers: Sequence[int]) -> list[Version]:
-        """Return the versions with these numbers that still exist."""
-
         def read(number: int) -> Version | None:
             try:
                 return manifest.read_version(self._store, number)

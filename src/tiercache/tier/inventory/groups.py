@@ -116,7 +116,6 @@ class Copies:
     differing: NDArray[np.int64]  # positions in `row` of objects that have another size or checksum in another tier
 
     def find(self, group: int, tier: int) -> int | None:
-        """Return the number of a group's copy in a tier; None: there is none."""
         first, last = np.searchsorted(self.group, [group, group + 1])
         at = int(first) + int(np.searchsorted(self.tier[first:last], tier))
         return at if at < last and self.tier[at] == tier else None
@@ -273,7 +272,6 @@ def _is_rising(keys: pa.ChunkedArray) -> bool:
 
 
 def _group_of_each_key(key: NDArray[np.int64], group: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return the group of each distinct key."""
     return group[np.unique(key, return_index=True)[1]]
 
 
@@ -286,7 +284,6 @@ def _spread(key: NDArray[np.int64], value: NDArray[np.int64], n_keys: int) -> ND
 
 
 def _reduced(what: np.ufunc, column: NDArray[np.generic], first: NDArray[np.int64]) -> NDArray:  # type: ignore[type-arg]
-    """Reduce the column over the objects of each copy."""
     return what.reduceat(column, first) if len(first) else column[:0]
 
 
@@ -408,8 +405,6 @@ def take_inventory(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grouped:
-    """All groups, sorted by path."""
-
     paths: pa.Array  # paths of the groups
     kind: NDArray[np.uint8]
     shard: NDArray[np.int64]  # row of the group in `shards`; -1: no shard
@@ -573,7 +568,6 @@ def _shards_elsewhere(
 
 
 def _holds(file: RuleFile, stores: Stores, listed: Listing, own: NDArray[np.bool_], now_s: float) -> Holds:
-    """Return the holds beside the home. Raises StoreError."""
     home = file.home_tier.name
     sharing = [file.index(name) for name in stores.sharing(home)]
     keys = listed.keys.take(pa.array(np.flatnonzero(own & np.isin(listed.tier, sharing))))
@@ -582,13 +576,11 @@ def _holds(file: RuleFile, stores: Stores, listed: Listing, own: NDArray[np.bool
 
 
 def _held_groups(holds: Mapping[str, Hold], paths: pa.Array) -> dict[int, str]:
-    """Return, by group, the reason of the hold in force."""
     groups = index_in(pa.array([*holds], pa.large_string()), paths).tolist()
     return {group: hold.reason for group, hold in zip(groups, holds.values(), strict=True) if group >= 0}
 
 
 def _with_folders(key: str) -> list[str]:
-    """Return the key and the folders that contain it."""
     return [key, *(key[:end] for end in range(len(key) - 1, 0, -1) if key[end] == "/")]
 
 
@@ -756,7 +748,6 @@ def _candidates(grouped: Grouped, copies: Copies) -> NDArray[np.int64]:
 
 
 def _objects(listed: Listing, copies: Copies, copy: int) -> dict[str, _ListedObject]:
-    """Return the objects of a copy by key."""
     part = slice(int(copies.start[copy]), int(copies.start[copy + 1]))
     rows = copies.row[part]
     columns = (listed.n_bytes[rows], copies.crc32c[part], listed.modified_s[rows], copies.recorded[part])

@@ -126,7 +126,6 @@ class UserLayout:
 
     @property
     def is_folder(self) -> bool:
-        """Whether the checkpoints are folders: the pattern ends with a slash."""
         return self.pattern.endswith("/")
 
 
@@ -266,7 +265,6 @@ def _checkpoint_folders(
 
 
 def _name_columns(parts: pa.StructArray) -> dict[str, pa.Array]:
-    """Return the groups of _IN_FOLDER."""
     return {name: pc.struct_field(parts, name) for name in (*_NAME_PARTS, "name", "number")}
 
 
@@ -427,7 +425,6 @@ def _step_and_series(columns: dict[str, pa.Array]) -> pa.Table:
 
 
 def _in_order(codes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Number the codes in order of first appearance."""
     _, first, number = np.unique(codes, return_index=True, return_inverse=True)
     return np.asarray(inverse(np.argsort(first))[number], np.int64)
 
@@ -520,7 +517,6 @@ class _Members:
         return found
 
     def groups_with(self, members: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return whether each group has one of the members; bool[n_groups]."""
         has = np.zeros(self._n_groups, np.bool_)
         has[self.group[members]] = True
         return has
@@ -538,7 +534,6 @@ class _Members:
         return of_others | self.manifest
 
     def ranks(self) -> NDArray[np.uint8]:
-        """Return MEMBER, INDEX or COMPLETING for each key; uint8[n_keys]."""
         rank = np.where(match_regex(self.names, _INDEX) & self._is_in, INDEX, MEMBER).astype(np.uint8)
         rank[self.are_completing()] = COMPLETING
         return rank

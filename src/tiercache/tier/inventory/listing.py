@@ -178,7 +178,6 @@ class ObjectTable:
     modified_s: NDArray[np.float64]  # NaN where it is unknown
 
     def bytes_of_copies(self) -> NDArray[np.int64]:
-        """Return the total size of each copy's objects; int64[n]."""
         sums = np.concatenate([[0], np.cumsum(self.n_bytes[self.row])])
         return np.asarray(sums[self.start[1:]] - sums[self.start[:-1]], np.int64)
 

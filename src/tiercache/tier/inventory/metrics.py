@@ -163,8 +163,6 @@ def used_metrics(file: RuleFile) -> tuple[tuple[str, ...], ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CheckpointMetrics:
-    """The metrics of checkpoints that keep lists use."""
-
     columns: Mapping[str, NDArray[np.float64]]  # by name, of all groups; NaN where there is none
     unread: NDArray[np.int64]  # ascending: groups with files that may hold metrics, none of which can be read
     in_files: Mapping[int, frozenset[str]]  # by group: names of all metrics in its files, where these were read
@@ -239,11 +237,9 @@ def _copies_to_read(listed: Listing, copies: Copies, groups: NDArray[np.int64]) 
 
 
 def _may_hold(listed: Listing, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return whether each of the listed objects may hold metrics."""
     return match_regex(listed.keys.take(pa.array(rows)), MAY_HOLD)
 
 
 def _parts(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Yield the rows in parts, so that temporary arrays stay small."""
     for start in range(0, len(rows), ROWS_AT_A_TIME):
         yield rows[start : start + ROWS_AT_A_TIME]

@@ -84,8 +84,6 @@ class Progress:
 
 
 class HasRow(Protocol):
-    """A move in progress, as batches see it."""
-
     row: JournalRow
 
 
@@ -102,18 +100,15 @@ class Heads:
         self._answers = answers
 
     def info(self, tier: str, key: str) -> ObjectInfo | None:
-        """Return the metadata of an object in a tier; None if it is absent."""
         info = self._answers[tier, key]
         if isinstance(info, StoreError):
             raise info
         return info
 
     def is_absent(self, tier: str, key: str) -> bool:
-        """Return whether the store answered that there is no such object."""
         return self._answers[tier, key] is None
 
     def infos(self, tier: str, row: JournalRow) -> Infos:
-        """Return the metadata of a move's objects in a tier, by key."""
         return {obj.key: self.info(tier, obj.key) for obj in row.objects}
 
 
@@ -155,7 +150,6 @@ class MoveContext:
         return Heads(dict(zip(unique, self.pool.map(ask, unique), strict=True)))
 
     def has_class(self, tier: str, info: ObjectInfo) -> bool:
-        """Return whether an object already has the storage class of a tier."""
         return (info.storage_class or STANDARD) == self.stores.class_of(tier)
 
     def ends_readability(self, row: JournalRow) -> bool:
@@ -165,7 +159,6 @@ class MoveContext:
     # -- the copy that is moved -------------------------------------------------------------------------------------
 
     def change_reason(self, tier: str, info: ObjectInfo, obj: PlannedObject) -> str:
-        """Return why an object is not the planned one; "" if it is."""
         at = f"{self.stores.store(tier).url}/{obj.key}"
         if (difference := find_difference(obj, info)) is not None:
             what, expected, found = difference
@@ -282,7 +275,6 @@ class MoveContext:
         return reasons
 
     def _hold_reasons(self, rows: Sequence[JournalRow], now_s: float) -> dict[tuple[str, int], str]:
-        """Return the moves that a hold forbids now, with reasons. Raises StoreError."""
         holds = read_holds(self.stores.store(self.file.home_tier.name), now_s)
         names = [tier.name for tier in self.file.tiers]
         reasons = {}
@@ -351,7 +343,6 @@ def in_batches(items: Sequence[T], limits: BatchLimits) -> Iterator[list[T]]:
 
 
 def matches_entry(info: ObjectInfo, entry: CatalogEntry) -> bool:
-    """Return whether an object is the one in the catalog, by size and ETag."""
     return info.n_bytes == entry.n_bytes and None not in (info.etag, entry.etag) and info.etag == entry.etag
 
 
@@ -362,7 +353,6 @@ def first_written_s(obj: PlannedObject, entry: CatalogEntry | None) -> float | N
 
 
 def earliest(*dates_s: float | None) -> float | None:
-    """Return the earliest of the known dates; None if none is known."""
     return min((date_s for date_s in dates_s if date_s is not None), default=None)
 
 

@@ -84,12 +84,10 @@ class MoveJob:
 
     @property
     def copies(self) -> bool:
-        """Whether the move copies objects from src to dst."""
         return self.row.action in ("copy", "move")
 
     @property
     def is_active(self) -> bool:
-        """Whether there is more to do."""
         return not (self.stop_reason or self.is_finished)
 
 
@@ -117,7 +115,6 @@ class _GroupCopy:
 
     @property
     def is_over(self) -> bool:
-        """Whether no thread works on the group, or will."""
         return self.n_running == 0 and (self.is_last_begun or not self.job.is_active)
 
 
@@ -220,7 +217,6 @@ class CopyMaker:
         return f"{store.url}: expected room for {row.path}, {need}, found {free} free: nothing of it was copied"
 
     def _end_group(self, job: MoveJob) -> None:
-        """Record the complete copy of a group, or remove the parts of a stopped one."""
         if job.is_active:
             crash_point("tier_move.copied")
             with self._lock:

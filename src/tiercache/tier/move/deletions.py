@@ -80,7 +80,6 @@ def take_deletion_facts(file: RuleFile, stores: Stores, catalog: TierCatalog, no
 
 
 def deletion_facts_of(snapshot: Snapshot, decisions: Decisions) -> DeletionFacts:
-    """Return what deletions need to know of a snapshot and of the decisions on it."""
     tiers = snapshot.tiers
     is_used = np.isfinite(snapshot.uses_tracked_since_s) & (snapshot.kind != SHARD)
     moves = decisions.moves
@@ -174,7 +173,6 @@ class DueDeletion:
 
     @property
     def is_half_made(self) -> bool:
-        """Whether some objects were deleted, and others are left."""
         return self.is_begun and not self.is_whole
 
 
@@ -198,8 +196,6 @@ def run_due_deletions(
 
 
 class DeferredDeletions:
-    """One call of run_due_deletions()."""
-
     def __init__(
         self,
         context: MoveContext,
@@ -213,7 +209,6 @@ class DeferredDeletions:
         self._stopped: list[StoppedMove] = []
 
     def run(self, *, only_begun: bool) -> ApplyResult:
-        """Make the deletions that are due, and return the counts."""
         due = self._due(only_begun=only_begun)
         for batch in in_batches(due, _BATCH_LIMITS):
             # Reading the copies of earlier batches may have taken hours.
@@ -290,7 +285,6 @@ class DeferredDeletions:
             return {}
 
     def _check_pins(self, due: Sequence[DueDeletion]) -> None:
-        """Cancel what is pinned now."""
         due = [deletion for deletion in due if deletion.verdict == "go"]
         pinned = self._pin_reasons(due)
         for deletion in due:
@@ -601,7 +595,6 @@ class DeferredDeletions:
         self._catalog.forget(gone)
 
     def _remove_folders(self, due: Sequence[DueDeletion]) -> None:
-        """Remove the folders that deletions have emptied from local tiers."""
         for deletion in due:
             row = deletion.row
             for tier in sorted({obj.tier or row.src for obj in row.objects}):

@@ -370,7 +370,6 @@ class MoveExecutor:
         crash_point("tier_move.reclassed")
 
     def _commit_placements(self, jobs: Sequence[MoveJob]) -> None:
-        """Confirm the copies in dst, and commit the placement."""
         jobs = [job for job in jobs if job.row.action != "delete"]
         heads = self._context.heads(
             (tier, obj.key)

@@ -63,7 +63,6 @@ class BootClock(SystemClock):
     """Clock that also advances while the machine is suspended, as lock lifetimes must; the monotonic clock does not."""
 
     def monotonic(self) -> float:
-        """Return the seconds since the machine started."""
         return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
@@ -96,7 +95,6 @@ class LockRecord:
 
     @classmethod
     def of_this_process(cls) -> LockRecord:
-        """Return a new record of this process."""
         pid = os.getpid()
         where = socket.gethostname(), boot_id(), pid_namespace(), pid, start_time(pid) or 0
         return cls(secrets.token_hex(16), *where, renewed_s=time.time())
@@ -116,7 +114,6 @@ class LockRecord:
         return record
 
     def encode(self) -> bytes:
-        """Return the record as JSON."""
         return json.dumps({"format": 1, **asdict(self)}).encode() + b"\n"
 
     @property

@@ -304,7 +304,6 @@ class Transfer:
 
     @contextmanager
     def _upload(self, dst: str, info: ObjectInfo, request: _CopyRequest) -> Iterator[Upload]:
-        """Yield an upload to a tier."""
         s3_classes, store = self._stores.s3_classes(dst), self._stores.store(dst)
         if s3_classes is not None:
             storage_class = self._stores.file.tier(dst).storage_class
