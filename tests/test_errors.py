@@ -6,7 +6,6 @@ import pytest
 
 from tiercache.errors import (
     ArchivedShards,
-    CacheFull,
     CommitConflict,
     CorruptCheckpoint,
     CorruptShard,
@@ -27,7 +26,6 @@ ERRORS = [
     CorruptCheckpoint("bad checksum", url="s3://b/k", part="manifest"),
     SchemaError("not an integer", column="x", record=4, expected="int64", got="str"),
     CommitConflict("another writer was first", url="s3://b", number=3),
-    CacheFull("no space", need_bytes=3, freeable_bytes=2, limit_bytes=1),
     ArchivedShards("restore first", names=["a", "b"], command="tiercache tier get a"),
     UnsupportedFormat("a newer release wrote it", url="s3://b", found=9, supported=1),
 ]

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from tiercache.distribution import __version__, install_command
 from tiercache.errors import (
     ArchivedShards,
-    CacheFull,
     CorruptCheckpoint,
     CorruptShard,
     NotFound,
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 __all__ = [
     "ArchivedShards",
     "Cache",
-    "CacheFull",
     "Checkpoints",
     "CorruptCheckpoint",
     "CorruptShard",

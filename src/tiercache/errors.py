@@ -10,7 +10,6 @@
     ├── CorruptCheckpoint     the bytes of a checkpoint differ from those written; exit code 4
     ├── SchemaError           (also ValueError) an invalid schema, or a value that does not match the schema
     ├── CommitConflict        another writer committed first
-    ├── CacheFull             the cache has not enough space for the request; exit code 6
     ├── ArchivedShards        shards must be restored before they can be read; exit code 5
     └── UnsupportedFormat     the data was written by a newer release
 
@@ -67,7 +66,7 @@ class StoreError(TierCacheError):
         url: URL of the object, without credentials.
         retryable: Whether the same request may succeed later.
         status: HTTP status; None if there is none.
-        code: Error code of the server's answer, e.g. "AccessDenied"; None if there is none.
+        code: Error code of the server's answer, e.g. "AccessDenied", or "CacheFull"; None if there is none.
         maybe_done: Whether the store may have executed the request, e.g. because its answer was lost.
         details: Further facts for the library itself.
     """
@@ -245,28 +244,6 @@ class CommitConflict(TierCacheError):
         super().__init__(f"{url}: {message}", **details)
         self.url = url
         self.number = number
-
-
-class CacheFull(TierCacheError):
-    """The local cache has not enough space.
-
-    Args:
-        message: What happened.
-        need_bytes: Bytes that the request needs.
-        freeable_bytes: Bytes that eviction could free.
-        limit_bytes: Size limit of the cache.
-        details: Further facts for the library itself.
-    """
-
-    exit_code = 6
-
-    def __init__(
-        self, message: str, *, need_bytes: int, freeable_bytes: int, limit_bytes: int, **details: object
-    ) -> None:
-        super().__init__(message, **details)
-        self.need_bytes = need_bytes
-        self.freeable_bytes = freeable_bytes
-        self.limit_bytes = limit_bytes
 
 
 class ArchivedShards(TierCacheError):

@@ -14,7 +14,7 @@ from tests.support.stores import GateStore
 from tiercache.cache import Cache
 from tiercache.cache.disk import DiskSpace
 from tiercache.cache.names import name_of_identity
-from tiercache.errors import CacheFull, CorruptShard, NotFound, StoreError
+from tiercache.errors import CorruptShard, NotFound, StoreError
 from tiercache.model import ByteRange, ReadingPlan
 from tiercache.store.retry import stop_retries_when
 
@@ -104,7 +104,7 @@ def test_pin_fetches_copies_and_protects_them_from_eviction(world):
 
 def test_pin_is_refused_if_the_copies_do_not_fit(world):
     pairs = pairs_of(world, 3, 100_000)
-    with pytest.raises(CacheFull):
+    with pytest.raises(StoreError, match="enlarge the cache"):
         world.cache("250KB", policy="lru").pin(world.inner, pairs)
     assert [entry for entry in world.caches[0].entries() if entry.pinned] == []
 

@@ -21,7 +21,7 @@ from tests.support.clock import JumpingClock
 from tiercache.cache import download
 from tiercache.cache.eviction import POLICIES
 from tiercache.cache.names import name_of_identity
-from tiercache.errors import CacheFull, NotFound, TierCacheError
+from tiercache.errors import NotFound, TierCacheError
 from tiercache.model import ByteRange
 
 # From Python 3.12 on: a crash is a forked child's.
@@ -137,7 +137,7 @@ class CacheMachine(RuleBasedStateMachine):
         cache = self.cache(number)
         try:
             (cache.pin if pin else cache.warm)(self.world.source, pairs, jobs=2)
-        except (CacheFull, NotFound, TierCacheError):
+        except (NotFound, TierCacheError):
             pins = {path.stem for path in (self.world.folder / "copies").glob("*.pin")}
             self.world.pins |= pins & {name_of_identity(identity) for _, identity in pairs}
             return

@@ -33,11 +33,11 @@ def test_fraction_selects_the_first_shards(tiercache, data_set, cache):
     assert tiercache("warm", data_set, *cache, "--include", "*-000001.tcs", "--json").events[-1]["fetched"] == 1
 
 
-def test_warm_ends_with_6_if_the_data_does_not_fit(tiercache, data_set, tmp_path):
+def test_warm_fails_if_the_data_does_not_fit(tiercache, data_set, tmp_path):
     cache = "--cache", str(tmp_path / "small"), "--cache-size", "10KB"
-    done = tiercache("warm", data_set, *cache, code=6)
+    done = tiercache("warm", data_set, *cache, code=1)
     assert done.err.startswith("tiercache: error: ")
-    tiercache("warm", data_set, *cache, "--pin", code=6)
+    tiercache("warm", data_set, *cache, "--pin", code=1)
 
 
 def test_status_lists_copies_by_data_set(tiercache, data_set, cache, tmp_path):

@@ -595,7 +595,7 @@ class Cache:
             The numbers of copies and bytes that were fetched.
 
         Raises:
-            CacheFull: The copies do not fit beside those that are pinned, leased or kept by the policy. If that is
+            StoreError: The copies do not fit beside those that are pinned, leased or kept by the policy. If that is
                 certain at the start, nothing is fetched.
             StoreError, CorruptShard: The store failed, or an object is corrupt at its source.
         """
@@ -628,7 +628,7 @@ class Cache:
             jobs: Number of fetches that run at the same time.
 
         Raises:
-            CacheFull, StoreError, CorruptShard: See Cache.warm.
+            StoreError, CorruptShard: See Cache.warm.
         """
         pairs = list(wanted)
         report = self.warm(store, pairs, jobs=jobs)

@@ -12,7 +12,7 @@ import numpy as np
 from tiercache.cache.accounts import charge_bytes
 from tiercache.cache.partial import UNIT_BYTES, charge_of, mask_of, n_units, open_part
 from tiercache.crash_points import crash_point
-from tiercache.errors import CacheFull, StoreError
+from tiercache.errors import StoreError
 from tiercache.model import ByteRange, format_bytes
 
 if TYPE_CHECKING:
@@ -221,16 +221,15 @@ def warm(
     return WarmReport(n_wanted, n_fetched, bytes_fetched)
 
 
-def _full(writing: WriteSession, need_bytes: int, freeable_bytes: int) -> CacheFull:
+def _full(writing: WriteSession, need_bytes: int, freeable_bytes: int) -> StoreError:
     used, reserved, limit = writing.accounts.sums()
-    return CacheFull(
-        f"cache {writing.folder.root}: {format_bytes(need_bytes)} more are needed, but of {format_bytes(limit)}, "
+    return StoreError(
+        f"the cache has no space: {format_bytes(need_bytes)} more are needed, but of {format_bytes(limit)}, "
         f"{format_bytes(used + reserved)} are used, {format_bytes(freeable_bytes)} of which can be evicted, and the "
         f"disk has {format_bytes(max(writing.evictor.usable_bytes(), 0))} above min_free; evict or unpin copies, "
         "enlarge the cache, or request less",
-        need_bytes=need_bytes,
-        freeable_bytes=freeable_bytes,
-        limit_bytes=limit,
+        url=str(writing.folder.root),
+        code="CacheFull",
     )
 
 

@@ -511,7 +511,7 @@ class Dataset:
                 its own count.
 
         Raises:
-            CacheFull: The data does not fit into the cache.
+            StoreError: The data does not fit into the cache.
         """
         self._source.storage.warm(jobs=jobs, on_progress=on_progress)
 
