@@ -31,9 +31,9 @@ from tiercache.cache.partial import (
 from tiercache.cache.reading_plans import ReadingPlans
 from tiercache.crash_points import crash_point
 from tiercache.errors import TierCacheError
-from tiercache.file_limit import emfile_message
 from tiercache.model import ByteRange, format_bytes, parse_bytes
 from tiercache.peers.readers import PeerOptions, Peers
+from tiercache.store.posix import emfile_message
 from tiercache.waiting import wait_for
 
 if TYPE_CHECKING:

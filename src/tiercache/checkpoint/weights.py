@@ -35,11 +35,11 @@ from tiercache.checkpoint.state_tree import DTYPES
 from tiercache.checkpoint.stored import StoredCheckpoints
 from tiercache.checkpoint.writer import in_parallel
 from tiercache.errors import CorruptCheckpoint, NotFound
-from tiercache.file_limit import raise_limit_for
 from tiercache.model import ByteRange
 from tiercache.store import Lease, LocalStore, Store, check_key, open_store, split_url
 from tiercache.store.placement.redirecting_store import follow_placement
 from tiercache.store.placement.resolver import is_remote
+from tiercache.store.posix import raise_limit_for
 
 Framework: TypeAlias = Literal["torch", "numpy"]
 

@@ -12,7 +12,6 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
-from tiercache import file_limit
 from tiercache._native import gather
 from tiercache._native.record_finder import BlockTable, RecordFinder
 from tiercache.errors import CorruptShard, StoreError
@@ -25,6 +24,7 @@ from tiercache.shard.schema import Column, Kind, Schema
 from tiercache.shard.source import ByteSource, LocalCopy, check_identity, read_footer
 from tiercache.shard.values import ColumnValues, block_values, gather_values
 from tiercache.store.contract import Store
+from tiercache.store.posix import max_shard_descriptors, raise_limit, raise_limit_for
 
 if TYPE_CHECKING:
     from tiercache._native.record_finder import FoundRecords
@@ -423,7 +423,7 @@ def _gatherer_class(column: Column, served: Column) -> type[_ColumnGatherer]:
 
 
 # Largest number of open shards of one data set. Each holds a footer (some KiB to 100 KiB) and a mapping.
-# file_limit.max_shard_descriptors() limits the file descriptors of all data sets of the process together.
+# max_shard_descriptors() limits the file descriptors of all data sets of the process together.
 MAX_READERS = 1024
 
 
@@ -482,7 +482,7 @@ class ReaderPool:
     @property
     def capacity(self) -> int:
         """Largest number of shards that can be open at once."""
-        return min(MAX_READERS, file_limit.max_shard_descriptors())
+        return min(MAX_READERS, max_shard_descriptors())
 
     def get(self, shard: int) -> ShardReader:
         """Return the reader of a shard, and open the shard if necessary. Raises as ShardReader."""
@@ -509,7 +509,7 @@ class ReaderPool:
             return self._opener(shard)
         except StoreError as error:
             # Other files of the process use the descriptors that were meant for open shards: close half of the shards.
-            if not error.details.get("too_many_open") or not (file_limit.raise_limit() or _drop_half()):
+            if not error.details.get("too_many_open") or not (raise_limit() or _drop_half()):
                 raise
         return self._opener(shard)
 
@@ -571,8 +571,8 @@ class ReaderPool:
             while len(self._open) > MAX_READERS:
                 self._forget(next(iter(self._open)))
         n_descriptors = sum(readers.n_descriptors for readers in _all())
-        file_limit.raise_limit_for(n_descriptors)
-        _drop_to(file_limit.max_shard_descriptors())
+        raise_limit_for(n_descriptors)
+        _drop_to(max_shard_descriptors())
 
 
 # The pools of all data sets of this process, by id(): valuerefs() copies a dict in one step, whatever other threads
