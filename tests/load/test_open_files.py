@@ -83,7 +83,7 @@ def write(folder: Path, n_shards: int) -> None:
         name = f"shards/{number:05d}.tcs"
         (folder / name).write_bytes(whole)
         infos.append(
-            ShardInfo(name, shard_id.hex(), N_RECORDS, len(whole), crc32c(whole), tail.footer_offset, len(stored), "{}")
+            ShardInfo(name, shard_id.hex(), N_RECORDS, len(whole), crc32c(whole), tail.footer_offset, len(stored))
         )
     commit(store, infos, schema=SCHEMA, mode="create")
 
