@@ -86,29 +86,6 @@ def test_bytes_are_charged_in_whole_blocks_and_one_for_the_record(n_bytes, charg
     assert charge_bytes(n_bytes) == charged
 
 
-def test_reservations_and_copies_together_keep_to_the_limit(open_accounts, files):
-    me, you = open_accounts("me"), open_accounts("you")
-    assert reserve(me, "a", 40_000)
-    assert reserve(you, "b", 40_000)
-    assert not reserve(me, "c", 40_000)
-    set_charge(me, files, "a", 40_000)
-    assert not reserve(me, "c", 40_000)
-    you.release("b")
-    assert reserve(me, "c", 40_000)
-    assert me.sums() == (40_000, 40_000, 100_000)
-
-
-def test_a_reservation_is_held_once_for_a_name(open_accounts):
-    me = open_accounts("me")
-    assert reserve(me, "a", 60_000)
-    assert reserve(me, "a", 60_000)
-    assert me.sums() == (0, 60_000, 100_000)
-    assert me.is_reserved("a")
-    me.release("a")
-    me.release("a")
-    assert not me.is_reserved("a")
-
-
 def test_the_free_space_of_the_disk_bounds_reservations(open_accounts):
     me = open_accounts("me")
     assert not reserve(me, "a", 8_192, spare=8_191)
@@ -145,15 +122,6 @@ def test_booking_more_than_was_reserved_is_an_error(open_accounts, files):
     assert me.sums() == (0, 1_000, 100_000)
 
 
-def test_a_copy_published_twice_counts_once(open_accounts, files):
-    me, you = open_accounts("me"), open_accounts("you")
-    assert reserve(me, "a", 5_000)
-    assert reserve(you, "a", 5_000)
-    set_charge(me, files, "a", 5_000)
-    set_charge(you, files, "a", 5_000)
-    assert me.sums()[:2] == (5_000, 0)
-
-
 def test_a_copy_that_was_fetched_again_before_its_removal_stays_booked(open_accounts, files):
     me = open_accounts("me")
     assert reserve(me, "a", 5_000)
@@ -163,26 +131,6 @@ def test_a_copy_that_was_fetched_again_before_its_removal_stays_booked(open_acco
     del files.copies["a"]
     me.remove(["a"])
     assert me.sums()[0] == 0
-
-
-def test_a_partial_copy_grows_by_its_reservation(open_accounts, files):
-    me = open_accounts("me")
-    assert reserve(me, "a", 10_000)
-    set_charge(me, files, "a", 8_000)
-    assert me.sums()[:2] == (8_000, 0)
-    assert reserve(me, "a", 20_000)
-    assert me.sums()[:2] == (8_000, 20_000)
-    set_charge(me, files, "a", 28_000)
-    assert me.sums()[:2] == (28_000, 0)
-    assert [row.charge_bytes for row in me.rows()] == [28_000]
-
-
-def test_a_reservation_that_cannot_be_enlarged_stays_as_it_was(open_accounts, files):
-    me = open_accounts("me")
-    assert reserve(me, "a", 60_000)
-    assert not reserve(me, "a", 100_001)
-    assert me.sums() == (0, 60_000, 100_000)
-    set_charge(me, files, "a", 60_000)
 
 
 def test_bytes_that_a_dead_owner_did_not_book_are_measured(open_accounts, files):

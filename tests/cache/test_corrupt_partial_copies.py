@@ -4,7 +4,7 @@ import os
 from contextlib import suppress
 
 import pytest
-from tests.support.faults import Fault, FaultKind, FaultStore
+from tests.support.faults import Fault, FaultStore
 
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ShardIdentity
@@ -47,18 +47,6 @@ def test_a_partial_copy_damaged_on_disk_does_not_count_as_corrupt_at_its_source(
             file.write(b"rot")
         assert store.remove_if_corrupt("a", identity) is True
     assert (cache.stats()["poisoned"], cache.stats()["quarantined"]) == (0, 3)
-
-
-def test_an_object_corrupt_at_its_source_is_remembered_and_bypassed(world):
-    identity = world.put("a")
-    source = FaultStore(world.inner, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=2)])
-    cache = world.cache()
-    with cache.store(source).open_local("a", identity) as lease:
-        assert not wait(lease, (0, 10_000))
-    assert cache.stats()["poisoned"] == 1
-    assert cache.store(source).open_local("a", identity) is None
-    assert world.n_reads() == 2
-    assert (world.copies(), world.parts()) == ([], [])
 
 
 @pytest.mark.parametrize("whole", [True, False])

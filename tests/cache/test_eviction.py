@@ -2,7 +2,7 @@
 
 import mmap
 import os
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -71,40 +71,6 @@ def test_unknown_files_in_the_folder_are_left_alone(world):
         path.write_text("mine")
     cache.evict()
     assert [path.read_text() for path in foreign] == ["mine"] * 4
-
-
-def test_a_symbolic_link_with_the_name_of_a_copy_is_not_followed(world):
-    identity = world.put("a")
-    precious = world.root / "precious"
-    precious.write_bytes(world.data["a"])
-    store = world.store()
-    name = name_of_identity(identity)
-    (world.root / "cache" / "copies" / name).symlink_to(precious)
-    assert world.read(store, "a") == world.data["a"]
-    store.cache.evict()
-    assert precious.read_bytes() == world.data["a"]
-
-
-def test_nothing_is_deleted_through_a_copies_folder_that_is_a_link(world):
-    world.put("a")
-    cache = world.cache()
-    world.fetch(world.store(cache), "a")
-    copies = world.root / "cache" / "copies"
-    elsewhere = world.root / "elsewhere"
-    copies.rename(elsewhere)
-    copies.symlink_to(elsewhere)
-    before = sorted(elsewhere.iterdir())
-    with pytest.raises(OSError, match=r"Not a directory|symbolic"):
-        cache.evict()
-    assert sorted(elsewhere.iterdir()) == before
-
-
-def test_a_folder_that_is_not_a_cache_is_refused(tmp_path, world):
-    (world.root / "home").mkdir()
-    (world.root / "home" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="not a cache"):
-        world.cache(name="home")
-    assert [p.name for p in (world.root / "home").iterdir()] == ["thesis.txt"]
 
 
 def test_only_the_selected_copies_are_evicted(world):
@@ -314,3 +280,23 @@ def test_skipping_leased_copies_creates_no_lock_files(world, monkeypatch, policy
     for lease in leases:
         lease.close()
     world.fetch(store, "more")
+
+
+def test_a_fully_leased_cache_refuses_in_three_rounds_without_trying_a_copy_twice(world, monkeypatch):
+    *keys, more = [f"s{number:02}" for number in range(41)]
+    put_shards(world, [*keys, more])
+    cache = shards_cache(world, 40, policy="lru")
+    store = world.store(cache)
+    for key in keys:
+        world.fetch(store, key)
+    looks, asked = [], []
+    really_look, really_delete = eviction.Evictor._read_state, eviction.delete_copy
+    with ExitStack() as leases:
+        for key in keys:
+            leases.enter_context(store.open_local(key, world.identity(key)))
+        monkeypatch.setattr(eviction.Evictor, "_read_state", lambda *args: looks.append(1) or really_look(*args))
+        monkeypatch.setattr(eviction, "delete_copy", lambda f, name: asked.append(name) or really_delete(f, name))
+        charge = charge_bytes(SHARD_BYTES)
+        assert not cache._open().writing.evictor.reserve(name_of_identity(world.identity(more)), charge)
+    assert len(asked) == len(set(asked)) == 40
+    assert len(looks) <= 4, "one, 16, the rest, and that there is nobody left"

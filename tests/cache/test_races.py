@@ -14,7 +14,7 @@ from tiercache.cache import Cache, download
 from tiercache.cache.locks import NameLock
 from tiercache.cache.partial import CopyFile
 from tiercache.errors import StoreError
-from tiercache.model import ByteRange, ShardIdentity
+from tiercache.model import ByteRange
 from tiercache.store import LocalFolder
 from tiercache.store.contract import WrapperStore
 
@@ -199,13 +199,3 @@ def test_a_reader_reads_past_the_cache_if_the_holder_of_the_lock_never_ends(worl
     assert world.read(store, "a") is None
     stuck.release()
     world.fetch(store, "a")
-
-
-def test_two_identities_of_one_key_have_two_copies(world):
-    """Two objects with one key but different identities are two copies."""
-    identity = world.put("a")
-    store = world.store()
-    world.fetch(store, "a")
-    other = ShardIdentity("e" * 32, identity.shard_id, identity.n_bytes, identity.crc32c)
-    assert world.read(store, "a", other) == world.data["a"]
-    assert len(world.copies()) == 2

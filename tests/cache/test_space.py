@@ -22,17 +22,6 @@ CHARGE = 26 * 4096
 CHARGE_IN_PART = 27 * 4096
 
 
-def test_lru_replaces_the_least_recently_used_copy(world):
-    for key in "abc":
-        world.put(key, 100_000)
-    cache = world.cache("250KB", policy="lru")
-    store = world.store(cache)
-    for key in "abac":
-        world.fetch(store, key)
-    assert {entry.source[-1] for entry in cache.entries()} == {"a", "c"}
-    assert cache.stats()["bytes_used"] <= 250_000
-
-
 def test_a_shard_larger_than_the_cache_bypasses_it_and_evicts_nothing(world):
     world.put("small", 1000)
     world.put("large", 100_000)
@@ -120,17 +109,6 @@ def test_the_smaller_limit_of_two_processes_applies_with_one_warning(world):
     world.fetch(store, "c")
 
 
-def test_opening_with_a_smaller_size_evicts_copies(world):
-    store = world.store(world.cache("1MB"))
-    for key in "abcd":
-        world.put(key, 100_000)
-        world.fetch(store, key)
-    world.caches[0].close()
-    cache = world.cache("250KB")
-    assert cache.stats()["bytes_used"] == 2 * CHARGE
-    assert {entry.source[-1] for entry in cache.entries()} == {"c", "d"}
-
-
 def a_large_one_and_two(world):
     """A store whose cache has a, more than the others together, then b and c; and the identity of a."""
     store = world.store(world.cache("1MB", policy="lru"))
@@ -192,21 +170,6 @@ def test_concurrent_evictions_do_not_refuse_each_other(world):
     for first in (0, 4, 8, 0, 4, 8):
         wanted = [(key, world.identity(key)) for key in keys[first : first + 4]]
         assert cache.warm(store, wanted, jobs=4).n_fetched == 4
-
-
-def test_pinned_copies_are_never_evicted(world):
-    cache = world.cache("250KB", policy="lru")
-    store = world.store(cache)
-    cache.pin(store, [("a", world.put("a", 100_000))])
-    for key in "bcd":
-        world.put(key, 100_000)
-        world.fetch(store, key)
-    assert cache.evict() == CHARGE
-    (entry,) = cache.entries()
-    assert (entry.source[-1], entry.pinned) == ("a", True)
-    assert cache.stats()["pinned_bytes"] == CHARGE
-    assert cache.unpin() == 1
-    assert cache.evict() == CHARGE
 
 
 @pytest.mark.parametrize(
