@@ -24,7 +24,6 @@ from tiercache.errors import CorruptCheckpoint, UnsupportedFormat
 from tiercache.store import Store
 
 _NAMED = 10  # keys of each kind in a message
-_NUMBERS = "biufc"  # kinds of NumPy's types
 _OR_NONE = ", or None, in whose place the loaded value is put"
 _VALUES = (
     type(None),
@@ -224,7 +223,6 @@ class _IntoPlan:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshaped: list[str] = field(default_factory=list)
-    mistyped: list[str] = field(default_factory=list)
     unfillable: list[str] = field(default_factory=list)
     actions: list[Callable[[], object]] = field(default_factory=list)
     known: list[str] = field(default_factory=list)  # keys of the saved state, if `into` has another one
@@ -287,10 +285,6 @@ class _IntoPlan:
             return
         if (shape := _shape(node, self.tensors)) != tuple(target.shape):
             self.misshaped.append(_misshaped(path, _kind(node, self.tensors), shape, target))
-            return
-        found, mine = _type(node, self.tensors), _type_name(target)
-        if not _can_cast(found, mine):
-            self.mistyped.append(f"{_dotted(path)}: {found} in the checkpoint, {mine} in the object")
             return
         self.tensors.want(node, self._place(node, target))
 
@@ -386,13 +380,12 @@ class _IntoPlan:
 
     def check(self, name: str, *, strict: bool) -> None:
         """Raise ValueError, or warn, if the checkpoint and the objects differ."""
-        if not (self.missing or self.unexpected or self.misshaped or self.mistyped or self.unfillable):
+        if not (self.missing or self.unexpected or self.misshaped or self.unfillable):
             return
         lines = [
             _line("missing in the checkpoint", self.missing),
             _line("unexpected: in the checkpoint only", self.unexpected),
             _line("of another shape", self.misshaped),
-            _line("of another type", self.mistyped),
             _line("cannot be filled", self.unfillable),
             _line("keys of the saved state", self.known),
         ]
@@ -431,32 +424,12 @@ def _is_value(value: Any) -> bool:
 def unfillable(value: Any) -> str:
     """Return what a tensor or an array is whose memory nothing can be copied into, and what to do; "" for others."""
     if isinstance(value, np.ndarray):
-        if isinstance(value, np.ma.MaskedArray):
-            return f"a masked array: give its .data{_OR_NONE}"
-        if not value.flags.writeable:
-            return f"a read-only array: give a copy(){_OR_NONE}"
-        overlaps = _overlaps(value.shape, value.strides, value.itemsize)
-        return f"an array whose elements share memory: give a copy(){_OR_NONE}" if overlaps else ""
-    torch = import_module("torch")
-    if special := special_kind(torch, value):
+        return "" if value.flags.writeable else f"a read-only array: give a copy(){_OR_NONE}"
+    if special := special_kind(import_module("torch"), value):
         return f"{special}: give a dense tensor{_OR_NONE}"
     if value.device.type == "meta":
         return "a tensor on the device meta, without memory: call module.to_empty(device=...), or give another tensor"
-    if value.is_inference() and not torch.is_inference_mode_enabled():
-        return f"a tensor of torch.inference_mode(), which cannot be changed: give a clone(){_OR_NONE}"
-    overlaps = _overlaps(value.shape, value.stride(), 1)
-    return f"a tensor whose elements share memory, as after expand(): give a clone(){_OR_NONE}" if overlaps else ""
-
-
-def _overlaps(shape: Sequence[int], strides: Sequence[int], width: int) -> bool:
-    """Return whether elements may share memory. strides, width: Distances and size of elements, in one unit."""
-    end = width  # of the block of elements so far
-    for stride, n in sorted((abs(stride), n) for stride, n in zip(strides, shape, strict=True)):
-        if n > 1:
-            if stride < end:
-                return True
-            end += stride * (n - 1)
-    return False
+    return ""
 
 
 def _is_lazy(value: Any) -> bool:
@@ -468,25 +441,6 @@ def _is_lazy(value: Any) -> bool:
 def _as_array(value: Any) -> Any:
     """Return the array of a tensor of the host; types that NumPy lacks, such as bfloat16, become float64."""
     return (value.double() if value.is_floating_point() and value.element_size() < 4 else value).numpy()
-
-
-def _type_name(value: Any) -> str:
-    """Return the name of the type of a tensor or an array."""
-    dtype = value.dtype
-    if not isinstance(value, np.ndarray):
-        return str(dtype).removeprefix("torch.")
-    return str(dtype.name if dtype.kind in _NUMBERS or dtype.name in DTYPES.values() else dtype.str)
-
-
-def _can_cast(found: str, mine: str) -> bool:
-    """Return whether values of a type can be copied into another: numbers lose their precision at most."""
-    try:
-        src, dst = (np.dtype(np.float32 if name.startswith(("bfloat", "float8")) else name) for name in (found, mine))
-    except TypeError:  # a type of torch that no checkpoint has, such as complex32
-        return True
-    if src.kind in _NUMBERS and dst.kind in _NUMBERS:
-        return np.can_cast(src, dst, "same_kind")
-    return src.kind == dst.kind and np.can_cast(src, dst, "safe")
 
 
 def is_tensor(value: Any) -> bool:
@@ -532,16 +486,6 @@ def _shape(node: Any, tensors: _Tensors) -> tuple[int, ...] | None:
     if isinstance(node, dict) and "$sharded" in node:
         return tuple(node["$sharded"]["size"])
     return None
-
-
-def _type(node: Any, tensors: _Tensors) -> str:
-    """Return the name of the type of a stored tensor; the node has a shape."""
-    if "$numpy" in node:
-        return str(node["$numpy"][0])
-    if "$sharded" in node:
-        return DTYPES[node["$sharded"]["dtype"]]
-    name = next(node[tag] for tag in _TAGS if tag in node)
-    return str(node.get("as") or DTYPES[tensors.entry(name).dtype])
 
 
 def _kind(node: Any, tensors: _Tensors) -> str:

@@ -49,7 +49,6 @@ _SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 # First read of a file; longer headers need a second one.
 _HEADER_GUESS_BYTES = 64 << 10
 _THREADS = 8
-_PIECE_BYTES = 16 << 20
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has the name from 3.13 on
 
 
@@ -158,6 +157,8 @@ class Weights(Mapping[str, Any]):
         """
         self._store, self._framework, self._verify = store, framework, verify
         self._files = {key: _File(store, key) for key in files}
+        # Memory of the tensors that were used, and their position in it.
+        self._buffers: dict[str, tuple[Any, int]] = {}
         raise_limit_for(3 * len(self._files))  # copy, unit map and mapping
         try:
             if known is None:
@@ -171,9 +172,6 @@ class Weights(Mapping[str, Any]):
             some = ", ".join(sorted(known)[:5])
             self._close_files()
             raise NotFound(f"no tensor has a name that begins with {prefix!r}; there are {some}", url=store.url)
-        self._lock = Lock()
-        self._usable: dict[str, int] = {}  # tensors that may be mapped, and the generation of the file
-        self._memory: dict[str, bytearray] = {}  # those of them that cannot be mapped
 
     def __repr__(self) -> str:
         n_bytes = sum(info.n_bytes for info in self._infos.values())
@@ -220,40 +218,11 @@ class Weights(Mapping[str, Any]):
             ValueError: NumPy does not have the type of a tensor.
         """
         wanted = {name: self._infos[name] for name in (self._infos if names is None else names)}
-        self.prefetch(wanted)
-        found: dict[str, Any] = {}
-        while left := [name for name in wanted if name not in found]:
-            self._make_usable(left)
-            for name in left:
-                buffer = self._buffer(name)
-                if buffer is not None:
-                    found[name] = self._tensor(wanted[name], *buffer)
-        return {name: found[name] for name in wanted}
-
-    def _make_usable(self, names: Sequence[str]) -> None:
-        """Wait until the ranges of tensors are local and checked; read those tensors that cannot be mapped."""
-        files = {name: self._files[self._infos[name].key] for name in names}
-        generations = {name: file.generation for name, file in files.items()}
-        with self._lock:
-            new = [name for name in names if name not in self._memory and self._usable.get(name) != generations[name]]
-        pieces = [(name, piece) for name in new for piece in _pieces(self._infos[name].range)]
-        checks = [partial(files[name].is_usable, piece, verify=self._verify) for name, piece in pieces]
-        checked = zip(pieces, in_parallel(checks, _THREADS), strict=True)
-        unusable = list(dict.fromkeys(name for (name, _), is_usable in checked if not is_usable))
-        memory = in_parallel([partial(files[name].read, self._infos[name].range) for name in unusable], _THREADS)
-        with self._lock:
-            self._memory.update(zip(unusable, memory, strict=True))
-            self._usable.update((name, generations[name]) for name in new)
-
-    def _buffer(self, name: str) -> tuple[Any, int] | None:
-        """Return the memory that contains a tensor, and its position there; None: its copy was corrupt meanwhile."""
-        info = self._infos[name]
-        with self._lock:
-            memory, generation = self._memory.get(name), self._usable.get(name)
-        if memory is not None or not info.n_bytes:
-            return memory, 0
-        mapping = self._files[info.key].mapping(generation)
-        return None if mapping is None else (mapping, info.offset)
+        new = [name for name, info in wanted.items() if info.n_bytes and name not in self._buffers]
+        self.prefetch(new)
+        calls = [partial(self._files[wanted[name].key].buffer, wanted[name].range, verify=self._verify) for name in new]
+        self._buffers.update(zip(new, in_parallel(calls, _THREADS), strict=True))
+        return {name: self._tensor(info, *self._buffers.get(name, (b"", 0))) for name, info in wanted.items()}
 
     def _tensor(self, info: WeightInfo, buffer: Any, offset: int) -> Any:
         """Return a tensor over memory."""
@@ -277,6 +246,7 @@ class Weights(Mapping[str, Any]):
         self._store.close()
 
     def _close_files(self) -> None:
+        self._buffers.clear()
         for file in self._files.values():
             file.close()
 
@@ -291,9 +261,6 @@ class _File:
     """A safetensors file: a lease on a local file or cached copy, which is mapped; or a store that is read by ranges.
 
     It is opened when it is first used. The lock guards the lease and the mapping.
-
-    Attributes:
-        generation: Number of copies that were found corrupt and replaced: what was local before is not any more.
     """
 
     def __init__(self, store: Store, key: str) -> None:
@@ -303,7 +270,6 @@ class _File:
         self._lease: Lease | None = None
         self._is_local = isinstance(store, LocalStore)
         self._is_closed = False
-        self.generation = 0
 
     def _opened(self) -> Lease | None:
         """Return the lease; None if the file is read by ranges."""
@@ -334,51 +300,38 @@ class _File:
 
     def head(self, n_bytes: int) -> bytes:
         """Return the first bytes of the file."""
-        span = ByteRange(0, n_bytes)
-        if not self.is_usable(span, verify=True):
-            return bytes(self.read(span))
-        mapping = self.mapping(self.generation)
-        return bytes(self.read(span)) if mapping is None else mapping[:n_bytes]
+        memory, start = self.buffer(ByteRange(0, n_bytes), verify=True)
+        return bytes(memoryview(memory)[start : start + n_bytes])
 
-    def is_usable(self, span: ByteRange, *, verify: bool) -> bool:
-        """Wait until a range is local, and check it. Return False if it cannot be local, or is wrong once more.
+    def buffer(self, span: ByteRange, *, verify: bool) -> tuple[Any, int]:
+        """Return memory with a range, and its position there: the mapped file, or a copy if it cannot be mapped.
 
         A corrupt copy is removed and fetched again; tensors that were mapped from it keep the former file.
         """
         for _ in range(2):
             lease = self._opened()
             if lease is None or not lease.wait([span]):
-                return False
-            if not verify or not isinstance(self._store, CachedStore):
-                return True
-            # The threads read one descriptor at several offsets, so that the kernel's own read-ahead sees no sequence.
-            os.posix_fadvise(lease.fd, span.start, span.n_bytes, os.POSIX_FADV_WILLNEED)
-            if self._store.is_right(self.key, lease, [span]):
-                return True
+                break
+            is_right = True
+            if verify and isinstance(self._store, CachedStore):
+                # The threads read one descriptor at several offsets, so that the kernel's read-ahead sees no sequence.
+                os.posix_fadvise(lease.fd, span.start, span.n_bytes, os.POSIX_FADV_WILLNEED)
+                is_right = self._store.is_right(self.key, lease, [span])
             with self._lock:
-                if self._lease is lease:  # this is the first thread that finds the copy corrupt
+                if self._lease is not lease:  # another thread has found the copy corrupt
+                    continue
+                if is_right:
+                    if self._mapping is None:
+                        flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+                        self._mapping = mmap.mmap(lease.fd, lease.n_bytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+                    return self._mapping, span.start
+                if isinstance(self._store, CachedStore):
                     self._store.remove_if_corrupt(self.key)
-                    lease.close()
-                    self._lease = self._mapping = None
-                    self.generation += 1
-        return False
-
-    def read(self, span: ByteRange) -> bytearray:
-        """Return a range, read from the store."""
+                lease.close()
+                self._lease = self._mapping = None
         data = bytearray(span.n_bytes)
         self._store.read_into(self.key, [(span, memoryview(data))])
-        return data
-
-    def mapping(self, generation: int | None) -> mmap.mmap | None:
-        """Return the mapped file, of which the usable ranges may be read; None: it is of another generation."""
-        lease = self._opened()
-        with self._lock:
-            if generation != self.generation or lease is None or self._lease is not lease:
-                return None
-            if self._mapping is None:
-                flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
-                self._mapping = mmap.mmap(lease.fd, lease.n_bytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
-            return self._mapping
+        return data, 0
 
     def close(self) -> None:
         """Close the lease. A mapping stays for the tensors that use it."""
@@ -496,9 +449,3 @@ def _merged(parts: Iterable[Mapping[str, WeightInfo]], url: str) -> dict[str, We
                 raise CorruptCheckpoint(f"tensor {name!r} has the type {info.dtype}, which is not supported", url=url)
             merged[name] = info
     return merged
-
-
-def _pieces(span: ByteRange) -> list[ByteRange]:
-    return [
-        ByteRange(start, min(start + _PIECE_BYTES, span.end)) for start in range(span.start, span.end, _PIECE_BYTES)
-    ]
