@@ -41,23 +41,23 @@ VERBS = {
     "tier get": ("cli.tier_commands", "Bring shards, checkpoints and files back from any tier."),
     "tier init": ("cli.tier_commands", "Scan a folder, and write a rule file with comments for what is in it."),
     "ckpt ls": (
-        "cli.checkpoint_commands",
+        "cli.checkpoint_verbs",
         "List checkpoints with step, size, age, tiers and metrics, and what keeps them.",
     ),
     "ckpt show": (
-        "cli.checkpoint_commands",
+        "cli.checkpoint_verbs",
         "Show one checkpoint: its copies and files, its metrics, what keeps it, and what the next plan does with it.",
     ),
     "ckpt verify": (
-        "cli.checkpoint_commands",
+        "cli.checkpoint_verbs",
         "Read checkpoints completely, in every tier that has a copy, and compare the bytes with known checksums.",
     ),
-    "ckpt rm": ("cli.checkpoint_commands", "Delete checkpoints from all tiers, at once and for good."),
+    "ckpt rm": ("cli.checkpoint_verbs", "Delete checkpoints from all tiers, at once and for good."),
     "ckpt pin": (
-        "cli.checkpoint_commands",
-        "Pin checkpoints: no rule moves or deletes them, and `ckpt rm` refuses to.",
+        "cli.checkpoint_verbs",
+        "Pin checkpoints of tc.Checkpoints, in their folders: no rule moves or deletes them, and `ckpt rm` refuses to.",
     ),
-    "ckpt unpin": ("cli.checkpoint_commands", "Remove the pins of checkpoints."),
+    "ckpt unpin": ("cli.checkpoint_verbs", "Remove the pins of checkpoints of tc.Checkpoints."),
 }
 
 

@@ -113,35 +113,43 @@ class CheckpointTiers:
                 found = read_metrics(self.tiers.stores.store(self.tier(copy)), self.objects(copy))
         return found | metrics_in_name(path.rpartition("/")[2])
 
+    def is_own(self, group: int) -> bool:
+        """Return whether a checkpoint has the layout of tc.Checkpoints."""
+        return parse_name(self.path(group).rpartition("/")[2]) is not None
+
+    def read_manifest(self, group: int, copy: int) -> Manifest:
+        """Return the manifest in a copy of our own checkpoint. Raises CorruptCheckpoint, StoreError."""
+        store, key = self.tiers.stores.store(self.tier(copy)), f"{self.path(group)}/{MANIFEST_NAME}"
+        return parse_manifest(store.get(key), f"{store.url}/{key}")
+
+    def manifest(self, group: int) -> Manifest | None:
+        """Return the manifest of a checkpoint of tc.Checkpoints; None: it has another layout, or cannot be read."""
+        for copy in filter(self.is_readable, self.copies(group)) if self.is_own(group) else ():
+            with suppress(TierCacheError):
+                return self.read_manifest(group, copy)
+        return None
+
     def find_problem(self, group: int) -> str:
         """Return why a checkpoint is not complete; "" if it is complete in some tier, or cannot be read now."""
-        path = self.path(group)
         if group in self.snapshot.immovable:
             return self.snapshot.immovable[group]
-        if parse_name(path.rpartition("/")[2]) is not None:
-            text = ""
-            for copy in self.copies(group):
-                text = self._find_missing(path, copy)
-                if not text:
-                    break
-            if text:
-                return text
+        problems = [self._find_missing(group, copy) for copy in self.copies(group)] if self.is_own(group) else [""]
+        if all(problems):
+            return problems[-1]
         return "" if self.snapshot.complete[group] else "files are missing, or it is still being written"
 
-    def _find_missing(self, path: str, copy: int) -> str:
+    def _find_missing(self, group: int, copy: int) -> str:
         """Return which file of a copy of our own checkpoint is missing or has another size than the manifest states."""
-        name = path.rpartition("/")[2]
+        path = self.path(group)
         objects = {one.key.removeprefix(f"{path}/"): one for one in self.objects(copy)}
         if MANIFEST_NAME not in objects:
             return "it has no manifest: its save is not finished, or has failed"
         if not self.is_readable(copy):
             return ""
-        store, key = self.tiers.stores.store(self.tier(copy)), f"{path}/{MANIFEST_NAME}"
         try:
-            manifest = parse_manifest(store.get(key), f"{store.url}/{key}")
+            return missing_file(self.read_manifest(group, copy), objects).rpartition("/")[2]
         except TierCacheError as error:
             return str(error)
-        return missing_file(manifest, objects).replace(f"{name}/", "")
 
     def why_pinned(self, group: int) -> str:
         """Return the reason of the pin of a checkpoint of tc.Checkpoints; "" if none was given."""
@@ -161,17 +169,6 @@ class CheckpointTiers:
         used = {name: float(values[group]) for name, values in self.snapshot.metrics.items()}
         return {name: v for name, v in used.items() if v == v} | metrics_in_name(self.path(group).rpartition("/")[2])
 
-    def manifest(self, group: int) -> Manifest | None:
-        """Return the manifest of a checkpoint of tc.Checkpoints; None: it has another layout, or cannot be read."""
-        path = self.path(group)
-        if parse_name(path.rpartition("/")[2]) is None:
-            return None
-        for copy in filter(self.is_readable, self.copies(group)):
-            store, key = self.tiers.stores.store(self.tier(copy)), f"{path}/{MANIFEST_NAME}"
-            with suppress(TierCacheError):
-                return parse_manifest(store.get(key), f"{store.url}/{key}")
-        return None
-
 
 @contextmanager
 def open_checkpoints(output: Output, rules: Path | None, arguments: Sequence[str]) -> Iterator[CheckpointTiers]:
@@ -179,7 +176,6 @@ def open_checkpoints(output: Output, rules: Path | None, arguments: Sequence[str
 
     Raises NotFound if an argument selects none, and ValueError if it does not say which one is meant.
     """
-    arguments = _joined(arguments)
     with _opened(rules, arguments) as (tiers, chosen, prefix):
         inventory = tiers.read_inventory(output)
         if tiers.file.is_from_file:
@@ -222,21 +218,6 @@ def _select(found: CheckpointTiers, argument: str, tier: str | None, path: str) 
     text = f"no checkpoint has this path, or lies below it, in {names}; `tiercache ckpt ls` lists them"
     outside = "; a folder outside the tiers is written ./FOLDER" if Path(base_folder(argument)).exists() else ""
     raise NotFound(f"{text}{outside}", url=argument)
-
-
-def _joined(arguments: Sequence[str]) -> list[str]:
-    """Return arguments in which RUN WHICH... are RUN/WHICH..."""
-    found: list[str] = []
-    run = ""
-    for text in arguments:
-        if run and _choice(text) is not None:
-            if found[-1] == run:
-                found.pop()
-            found.append(f"{run.rstrip('/')}/{text}")
-        else:
-            run = "" if _choice(text.rpartition("/")[2]) is not None else text
-            found.append(text)
-    return found
 
 
 def _match(paths: pa.Array, text: str) -> NDArray[np.bool_]:
@@ -377,17 +358,6 @@ def _run_folder(text: str) -> str:
 def _is_checkpoint_name(name: str) -> bool:
     """Return whether the inventory takes a folder or a file with this name for a checkpoint."""
     return bool(group_keys(pa.array([name, f"{name}/model.safetensors"])).checkpoint.any())
-
-
-def only_checkpoint(found: CheckpointTiers, argument: str) -> int:
-    """Return the only selected checkpoint. Raises ValueError if there are several."""
-    if len(found.groups) != 1:
-        names = ", ".join(found.name(group) for group in found.groups[:3])
-        raise ValueError(
-            f"{argument}: expected one checkpoint, found {len(found.groups)}: {names}, ...; the last one is"
-            f" {argument.rstrip('/')}/latest"
-        )
-    return found.groups[0]
 
 
 def in_parallel(work: Callable[[int], T], items: Sequence[int]) -> list[T]:

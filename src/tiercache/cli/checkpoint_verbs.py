@@ -1,53 +1,80 @@
-"""The verbs of `tiercache ckpt` except verify; checkpoint_commands.py has their options."""
+"""`tiercache ckpt`: lists, shows, verifies, deletes and pins the checkpoints of every layout."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from tiercache import config
-from tiercache.checkpoint.layout import parse_name
-from tiercache.cli.checkpoint_selection import (
-    CheckpointTiers,
-    in_parallel,
-    only_checkpoint,
-    open_checkpoints,
+from tiercache.checkpoint.layout import MANIFEST_NAME
+from tiercache.cli.checkpoint_selection import CheckpointTiers, in_parallel, open_checkpoints
+from tiercache.cli.common import (
+    CORRUPT,
+    PARTIAL,
+    DryRun,
+    Output,
+    Rules,
+    Yes,
+    argument,
+    confirm,
+    count,
+    flag,
+    option,
+    printable,
+    verb,
 )
-from tiercache.cli.common import PARTIAL, Output, confirm, count, printable
 from tiercache.cli.open_tiers import STATE_NAMES, OpenTiers, format_copy, format_duration, format_time
+from tiercache.errors import CorruptCheckpoint, StoreError
 from tiercache.keep import PIN_NAME, encode_pin
 from tiercache.model import format_bytes
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.model import CHECKPOINT, Snapshot
 from tiercache.tier.move.deletions import Removal, remove_groups
 from tiercache.tier.move.mover import open_mover
+from tiercache.tier.move.transfer import Transfer
 from tiercache.tier.plan.plan import make_plan
 from tiercache.tier.plan.policy import decide_now
 from tiercache.tier.plan.proposals import KeepReason, keep_reasons
 from tiercache.tier.plan.selection import rules_of
-from tiercache.tier.rule_edits import add_pins, literal_glob, remove_pins
 
 _SHOWN_FILES = 20
+_AGAIN = "nothing was changed; run the same command again"
+_WHICH = "RUN/latest, RUN/best:METRIC[:max] and RUN/STEP select one of a run."
+Paths = Annotated[
+    list[str],
+    argument(
+        "PATH...", f"Checkpoints: paths below a tier (hot/runs/7/step-100), local paths, URLs, or globs. {_WHICH}"
+    ),
+]
 
 
 # -- ls and show ------------------------------------------------------------------------------------------------------
 
 
-def ls(output: Output, rules: Path | None, paths: Sequence[str], *, read_metrics: bool) -> None:
-    """List checkpoints. paths: See open_checkpoints(). read_metrics: Whether to read the metrics of all from files."""
-    with open_checkpoints(output, rules, paths) as found:
+@verb(after_ctrl_c=_AGAIN)
+def ls(
+    output: Output,
+    paths: Annotated[
+        list[str] | None,
+        argument("[PATH...]", f"Runs or globs: below a tier, local, or URLs; default: all tiers. {_WHICH}"),
+    ] = None,
+    metrics: Annotated[bool, flag("--metrics", "Read the metrics of all listed checkpoints from their files.")] = False,
+    rules: Rules = None,
+) -> None:
+    """List checkpoints with step, size, age, tiers and metrics, and what keeps them.
+
+    Every layout that tiers recognise is listed. Without a rule file, PATH is a local folder or a URL.
+    """
+    with open_checkpoints(output, rules, paths or []) as found:
         reasons = _kept(found)
-        metrics = in_parallel(found.metrics if read_metrics else found.known_metrics, found.groups)
+        values = in_parallel(found.metrics if metrics else found.known_metrics, found.groups)
         rows = [
-            _facts(found, group, some, reasons.get(group, ()))
-            for group, some in zip(found.groups, metrics, strict=True)
+            _facts(found, group, some, reasons.get(group, ())) for group, some in zip(found.groups, values, strict=True)
         ]
     texts = [_row_text(row) for row in rows]
     if not any(text["metrics"] for text in texts):
@@ -62,7 +89,6 @@ def ls(output: Output, rules: Path | None, paths: Sequence[str], *, read_metrics
 def _facts(
     found: CheckpointTiers, group: int, metrics: Mapping[str, float], reasons: Sequence[KeepReason]
 ) -> dict[str, Any]:
-    """Return a checkpoint for JSON output."""
     snapshot, copies = found.snapshot, found.copies(group)
     created_s = float(snapshot.created_s[group])
     return {
@@ -116,10 +142,24 @@ def _kept_text(kept: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(f"{rule}: {', '.join(texts)}" if rule else ", ".join(texts) for rule, texts in parts.items())
 
 
-def show(output: Output, rules: Path | None, path: str, which: str | None) -> None:
-    """Show one checkpoint, and what the next plan does with it. which: Which checkpoint of the run at the path."""
-    with open_checkpoints(output, rules, [path] if which is None else [f"{path.rstrip('/')}/{which}"]) as found:
-        group = only_checkpoint(found, path)
+@verb(after_ctrl_c=_AGAIN)
+def show(
+    output: Output,
+    path: Annotated[
+        str,
+        argument("PATH", f"Checkpoint: a path below a tier (hot/runs/7/step-100), a local path, or a URL. {_WHICH}"),
+    ],
+    rules: Rules = None,
+) -> None:
+    """Show one checkpoint: its copies and files, its metrics, what keeps it, and what the next plan does with it."""
+    with open_checkpoints(output, rules, [path]) as found:
+        if len(found.groups) != 1:
+            names = ", ".join(found.name(group) for group in found.groups[:3])
+            raise ValueError(
+                f"{path}: expected one checkpoint, found {len(found.groups)}: {names}, ...; the last one is"
+                f" {path.rstrip('/')}/latest"
+            )
+        (group,) = found.groups
         tiers, file, snapshot = found.tiers, found.tiers.file, found.snapshot
         reasons = _kept(found).get(group, ())
         metrics, manifest = found.metrics(group), found.manifest(group)
@@ -128,9 +168,8 @@ def show(output: Output, rules: Path | None, path: str, which: str | None) -> No
         plan_text = _next_move(tiers, found.inventory, group)
         below = found.path(group)
         urls = {name: f"{tiers.stores.store(name).url}/{below}" for name in objects}
-    rule = file.rules[number].name if number >= 0 else None
     facts = _facts(found, group, metrics, reasons) | {
-        "rule": rule,
+        "rule": file.rules[number].name if number >= 0 else None,
         "next": plan_text,
         "urls": urls,
         "files": {
@@ -187,11 +226,104 @@ def _next_move(tiers: OpenTiers, inventory: Inventory, group: int) -> str:
     return f"no move of {path}"
 
 
+# -- verify -----------------------------------------------------------------------------------------------------------
+
+
+@verb(after_ctrl_c=_AGAIN)
+def verify(output: Output, paths: Paths, rules: Rules = None) -> None:
+    """Read checkpoints completely, in every tier that has a copy, and compare the bytes with known checksums.
+
+    Checksums are those of checkpoint.json, of the store, or of this machine's catalog. The exit code is 4 if a copy is
+    corrupt, and 3 if a copy is incomplete or cannot be read (for example, because it is archived).
+    """
+    findings: list[dict[str, Any]] = []
+    with open_checkpoints(output, rules, paths) as found, Transfer(found.tiers.stores) as transfer:
+        copies = [(group, copy) for group in found.groups for copy in found.copies(group)]
+        total, done = sum(int(found.snapshot.n_bytes[copy]) for _, copy in copies), 0
+        with output.byte_progress("reading") as advance:
+
+            def on_bytes(n_bytes: int) -> None:
+                nonlocal done
+                done += n_bytes
+                advance(done, total)
+
+            for group, copy in copies:
+                one = _verify_copy(found, transfer, group, copy, on_bytes)
+                findings.append(one)
+                what = "all bytes as they were written" if one["is_proven"] else "readable; not all checksums are known"
+                text = f"{what} ({format_bytes(one['n_bytes'])})"
+                if one["problems"]:
+                    text = ("CORRUPT: " if one["is_corrupt"] else "") + "; ".join(one["problems"])
+                output.event("copy", one, printable(f"{one['path']} in {one['tier']}: {text}"))
+    corrupt = sum(one["is_corrupt"] for one in findings)
+    other = sum(bool(one["problems"]) for one in findings) - corrupt
+    text = f"{count(len(findings), 'copy', 'copies')} of {count(len(found.groups), 'checkpoint')}"
+    text += f"; {corrupt} corrupt" if corrupt else ""
+    text += f"; {other} not read" if other else ""
+    output.summary({"copies": len(findings), "corrupt": corrupt, "not_read": other}, text)
+    if corrupt or other:
+        raise typer.Exit(CORRUPT if corrupt else PARTIAL)
+
+
+def _verify_copy(
+    found: CheckpointTiers, transfer: Transfer, group: int, copy: int, on_bytes: Callable[[int], object]
+) -> dict[str, Any]:
+    """Read all objects of a copy, and compare them with the known checksums."""
+    path, tier, problems, n_bytes, is_corrupt = found.path(group), found.tier(copy), list[str](), 0, False
+    objects = {one.key: one for one in found.objects(copy) if one.key != f"{path}/{PIN_NAME}"}
+    known = {key: one.crc32c for key, one in objects.items() if one.crc32c is not None}
+    if not found.is_readable(copy):
+        state = STATE_NAMES[found.snapshot.state[copy]]
+        problems.append(f"it is {state} and cannot be read: tiercache tier get {path}")
+        objects = {}
+    elif not found.snapshot.whole[copy]:
+        problems.append("files are missing, or differ from those of another tier")
+    if found.is_own(group) and f"{path}/{MANIFEST_NAME}" in objects:
+        try:
+            manifest = found.read_manifest(group, copy)
+        except CorruptCheckpoint as error:
+            problems.append(str(error))
+            is_corrupt = True
+        else:
+            known |= {f"{path}/{one.path}": one.crc32c for one in manifest.files if not one.path.startswith("../")}
+            n_bytes += objects.pop(f"{path}/{MANIFEST_NAME}").n_bytes  # it contains its own checksum
+    for key, info in objects.items():
+        try:
+            crc = transfer.checksum_of(tier, info, on_bytes)
+        except StoreError as error:
+            problems.append(str(error))
+            continue
+        n_bytes += info.n_bytes
+        if crc != known.get(key, crc):
+            problems.append(f"{key}: expected CRC-32C {known[key]:08x}, found {crc:08x}")
+            is_corrupt = True
+    for key in sorted(known.keys() - objects.keys()) if objects else ():
+        problems.append(f"{key}: its manifest names it, and it is missing")
+        is_corrupt = True
+    is_proven = bool(objects) and objects.keys() <= known.keys() and not problems
+    if not found.snapshot.complete[group] and not problems:
+        problems.append(f"the checkpoint is not complete: {found.problems.get(group, '')}")
+    return {
+        "path": found.name(group),
+        "tier": tier,
+        "n_bytes": n_bytes,
+        "problems": problems,
+        "is_corrupt": is_corrupt,
+        "is_proven": is_proven,
+    }
+
+
 # -- rm and pin -------------------------------------------------------------------------------------------------------
 
 
-def rm(output: Output, rules: Path | None, paths: Sequence[str], *, yes: bool, dry_run: bool) -> None:
-    """Delete checkpoints from all tiers. Raises typer.Exit with PARTIAL if some stayed."""
+@verb(after_ctrl_c="deleted checkpoints are gone; the same command deletes the rest")
+def rm(output: Output, paths: Paths, rules: Rules = None, yes: Yes = False, dry_run: DryRun = False) -> None:
+    """Delete checkpoints from all tiers, at once and for good.
+
+    Pinned and held checkpoints are refused; the exit code is then 3 (`ckpt unpin` removes a pin). The checkpoint of a
+    run that was written last is deleted too if it is named, and so is one that a job reads now: reads of checkpoints
+    are not known.
+    """
     with open_checkpoints(output, rules, paths) as found:
         snapshot, reasons = found.snapshot, _kept(found)
         protected = _refusals(found, reasons)
@@ -221,9 +353,8 @@ def rm(output: Output, rules: Path | None, paths: Sequence[str], *, yes: bool, d
             made[group] = Removal(found.path(group), 0, tiers, reason)
         removals = [replace(made[group], path=found.name(group)) for group in found.groups]
     for one in removals:
-        facts = asdict(one) | {"tiers": list(one.tiers)}
         text = f"left: {one.reason}" if one.reason else f"deleted from {', '.join(one.tiers)}"
-        output.event("removed", facts, printable(f"{one.path}: {text}"))
+        output.event("removed", asdict(one) | {"tiers": list(one.tiers)}, printable(f"{one.path}: {text}"))
     left = sum(bool(one.reason) for one in removals)
     done = [one for one in removals if not one.reason]
     done_bytes = sum(one.n_bytes for one in done)
@@ -238,10 +369,12 @@ def _refusals(found: CheckpointTiers, reasons: Mapping[int, Sequence[KeepReason]
     refusals: dict[int, str] = {}
     for group in found.groups:
         of_group = reasons.get(group, ())
-        pins = [f"pinned by {one}" if one.rule else str(one) for one in of_group if one.kind == "pin"]
-        if pins:
+        pins = [one for one in of_group if one.kind == "pin"]
+        if any(not one.rule for one in pins):
             unpin = f"`tiercache ckpt unpin {shlex.quote(found.name(group))}` removes the pin"
-            refusals[group] = f"{', '.join(pins)}; {unpin}"
+            refusals[group] = f"{next(str(one) for one in pins if not one.rule)}; {unpin}"
+        elif pins:
+            refusals[group] = f"pinned by {', '.join(map(str, pins))}: a [[pins]] table of the rule file"
         elif holds := [str(one) for one in of_group if one.kind == "hold"]:
             refusals[group] = ", ".join(holds)
     return refusals
@@ -280,70 +413,40 @@ def _is_last_of_run(snapshot: Snapshot, group: int) -> bool:
     return bool(run[group] and snapshot.created_s[group] == snapshot.created_s[run].max())
 
 
-def pin(output: Output, rules: Path | None, paths: Sequence[str], *, until: str | None, why: str) -> None:
-    """Pin checkpoints: those of tc.Checkpoints in their folders, others in the rule file.
+@verb(after_ctrl_c=_AGAIN)
+def pin(
+    output: Output,
+    paths: Paths,
+    why: Annotated[str, option("--why", "TEXT", "Reason, which `ckpt ls` shows.")] = "",
+    rules: Rules = None,
+) -> None:
+    """Pin checkpoints of tc.Checkpoints, in their folders: no rule moves or deletes them, and `ckpt rm` refuses to.
 
-    until: Last day, as a text; None: no end.
+    Others are pinned by [[pins]] tables of the rule file.
     """
+    _set_pins(output, rules, paths, why)
+
+
+@verb(after_ctrl_c=_AGAIN)
+def unpin(output: Output, paths: Paths, rules: Rules = None) -> None:
+    """Remove the pins of checkpoints of tc.Checkpoints."""
+    _set_pins(output, rules, paths, None)
+
+
+def _set_pins(output: Output, rules: Rules, paths: Sequence[str], why: str | None) -> None:
+    """Pin checkpoints in every tier that has them. why: Reason; None: the pins are removed."""
     with open_checkpoints(output, rules, paths) as found:
-        own, others = _by_layout(found)
-        if own and until:
-            raise ValueError(
-                f"{found.name(own[0])}: a pin of tc.Checkpoints has no --until: it stays until `ckpt unpin`"
-            )
-        for group in own:
-            _put_pin(found, group, why)
-        more = {key: text for key, text in {"until": until, "why": why}.items() if text}
-        tables = [{"match": literal_glob(found.path(group))} | more for group in others]
-        if tables:
-            add_pins(_file_of_pins(found), tables)
+        for group in found.groups:
+            if not found.is_own(group):
+                raise ValueError(
+                    f"{found.name(group)}: is no checkpoint of tc.Checkpoints; a [[pins]] table of the rule file with"
+                    f' match = "{found.path(group)}*" pins it'
+                )
+        for group in found.groups:
+            for copy in found.copies(group):
+                found.tiers.stores.store(found.tier(copy)).put(f"{found.path(group)}/{PIN_NAME}", encode_pin(why))
         names = [found.name(group) for group in found.groups]
-    _print_pins(output, names, is_pinned=True)
-
-
-def unpin(output: Output, rules: Path | None, paths: Sequence[str]) -> None:
-    """Remove the pins of checkpoints."""
-    with open_checkpoints(output, rules, paths) as found:
-        own, others = _by_layout(found)
-        for group in own:
-            _put_pin(found, group, None)
-        if others:
-            path = _file_of_pins(found)
-            present = config.parse_toml(path, config.read_file(path)).get("pins", [])
-            for group in others:
-                glob = literal_glob(found.path(group))
-                wanted = [table for table in present if table.get("match") in (glob, [glob])]
-                if not wanted:
-                    raise ValueError(
-                        f"{path}: no [[pins]] table names exactly {glob!r}; edit the table whose glob matches it"
-                    )
-                remove_pins(path, wanted)
-        names = [found.name(group) for group in found.groups]
-    _print_pins(output, names, is_pinned=False)
-
-
-def _put_pin(found: CheckpointTiers, group: int, why: str | None) -> None:
-    """Pin a checkpoint of tc.Checkpoints in every tier that has it. why: Reason; None: the pin is removed."""
-    for copy in found.copies(group):
-        found.tiers.stores.store(found.tier(copy)).put(f"{found.path(group)}/{PIN_NAME}", encode_pin(why))
-
-
-def _file_of_pins(found: CheckpointTiers) -> Path:
-    if not found.tiers.file.is_from_file:
-        raise ValueError(
-            "pins of checkpoints of other libraries are tables of a rule file, and there is none: "
-            "`tiercache tier init FOLDER` writes one"
-        )
-    return found.tiers.file.path
-
-
-def _print_pins(output: Output, names: Sequence[str], *, is_pinned: bool) -> None:
     for name in names:
-        output.event("pin", {"path": name, "pinned": is_pinned}, f"{'pinned' if is_pinned else 'unpinned'} {name}")
+        facts = {"path": name, "pinned": why is not None}
+        output.event("pin", facts, f"{'unpinned' if why is None else 'pinned'} {name}")
     output.summary({"checkpoints": len(names)}, count(len(names), "checkpoint"))
-
-
-def _by_layout(found: CheckpointTiers) -> tuple[list[int], list[int]]:
-    """Return the selected checkpoints of tc.Checkpoints, and the others."""
-    own = [group for group in found.groups if parse_name(found.path(group).rpartition("/")[2]) is not None]
-    return own, [group for group in found.groups if group not in own]

@@ -6,7 +6,7 @@ verified before its source is deleted, and a move never deletes the last verifie
 rule with `delete_after` asks for it.
 
 The packages ``inventory``, ``plan`` and ``move`` are the steps of a run; readers follow the placements of
-store/placement. ``rules`` reads the rule file, and ``rule_edits`` adds pins to it. ``stores`` opens the stores of the
+store/placement. ``rules`` reads the rule file. ``stores`` opens the stores of the
 tiers, and ``journal`` is this machine's catalog and journal. ``model`` has the values that all exchange,
 ``text_columns`` works on columns of strings, and ``costs`` computes dollars. ``findings`` are warnings of rules.
 ``recall`` brings groups back, also from archives, and ``holds`` protect what was brought back.
