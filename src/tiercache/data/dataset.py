@@ -223,7 +223,7 @@ class Dataset:
     def class_counts(self, column: str | None = None) -> dict[Any, int]:
         """Return the number of records of each class.
 
-        Only this column is read, in several threads, and no shard whose smallest and largest value are equal.
+        Only this column is read, in several threads.
 
         Args:
             column: Column of integers, bool or text, served or not. None: the column that `classes` names.
@@ -351,8 +351,8 @@ class Dataset:
     def filter(self, expression: pc.Expression) -> Self:
         """Return the records for which an expression is true, in their order; null is not true.
 
-        The columns of the expression are read now, block by block in bounded memory. Shards whose minimum and maximum
-        rule out a match are not read. The columns need not be among the served columns.
+        The columns of the expression are read now, block by block in bounded memory. They need not be among the served
+        columns.
 
         Args:
             expression: Expression such as `pyarrow.compute.field("label") == 3`. It sees images and JSON as bytes and
