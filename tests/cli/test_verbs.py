@@ -32,19 +32,6 @@ class TestPack:
         assert f"would create {tmp_path}/out from 21.1 KiB of source, in 1 process" in done.out
         assert not (tmp_path / "out").exists()
 
-    def test_folders_are_packed_as_data_sets_of_their_own(self, tiercache, photos, tmp_path):
-        (tmp_path / "in").mkdir()
-        photos.rename(tmp_path / "in" / "train")
-        command = ("pack", tmp_path / "in", tmp_path / "out", "--split-folders")
-        planned = tiercache(*command, "--dry-run").out
-        assert f"would create {tmp_path}/out/train from 21.1 KiB of source, in 1 process\n" in planned
-        assert not (tmp_path / "out").exists()
-        done = tiercache(*command)
-        assert done.out.startswith(f"{tmp_path}/out/train: version 1 has 20 records in 1 shard, ")
-        data_set, summary = tiercache(*command, "--mode", "overwrite", "--json").events
-        assert (data_set["event"], data_set["url"], data_set["version"]) == ("data_set", f"{tmp_path}/out/train", 2)
-        assert (summary["event"], summary["data_sets"], summary["bytes"]) == ("summary", 1, data_set["bytes"])
-
     def test_column_types_can_be_given(self, tiercache, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"x": 1, "v": [1, 2]}\n')
         flags = ["--column", "x=int8?", "--column", "v=float32[2]"]

@@ -18,7 +18,7 @@ from tests.packer.pictures import jpeg, png
 from tests.testing.strikes import strike
 
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError, TierCacheError
-from tiercache.packer import PackOptions, jsonl, pack, plan_pack, plan_split_folders, run_pack, run_packs
+from tiercache.packer import PackOptions, jsonl, pack, plan_pack, run_pack
 from tiercache.shard.commit import Commit
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Image, Kind, Ragged, Schema
@@ -148,12 +148,12 @@ def pets(tmp_path):
     return tmp_path / "pets"
 
 
-class TestSplitFolders:
-    def test_a_second_level_of_folders_is_an_error_that_names_both_levels_and_the_option(self, pets, tmp_path):
+class TestDeepFolders:
+    def test_a_second_level_of_folders_is_an_error_that_names_both_levels(self, pets, tmp_path):
         with pytest.raises(SchemaError, match=r"pets/train/bird: a second level of folders") as caught:
             pack(pets, tmp_path / "out")
         assert "the folders 'bird', 'cat', 'dog' in 'train', 'val'" in str(caught.value)
-        assert "--split-folders" in str(caught.value)
+        assert "'train', 'val' are splits, such as train and val, pack each of them by itself" in str(caught.value)
         assert not (tmp_path / "out").exists()
 
     def test_folders_inside_one_class_are_an_error(self, photos, tmp_path):
@@ -163,85 +163,6 @@ class TestSplitFolders:
             pack(photos, tmp_path / "out")
         (photos / "cat" / "batch" / "1.png").unlink()
         assert pack(photos, tmp_path / "out").n_records == 30
-
-    @pytest.mark.parametrize("jobs", [1, 2])
-    def test_each_folder_becomes_a_data_set_with_the_labels_of_all_folders(self, pets, tmp_path, jobs):
-        progress = []
-        plans = plan_split_folders(pets, tmp_path / "out", PackOptions(jobs=jobs))
-        versions = run_packs(plans, progress.append)
-        assert [plan.url for plan in plans] == [f"{tmp_path}/out/train", f"{tmp_path}/out/val"]
-        assert {v.schema.columns[1].classes for v in versions} == {("bird", "cat", "dog")}
-        expected = {"train": [(0, "bird"), (2, "dog")], "val": [(1, "cat"), (2, "dog")]}
-        for split, labels in expected.items():
-            assert read(tmp_path / "out" / split) == [
-                {"image": png(f"{split}/{name}".encode()), "label": label, "path": f"{name}/1.png"}
-                for label, name in labels
-            ]
-        assert (progress[-1].n_records, progress[-1].n_bytes) == (4, progress[-1].total_bytes)
-
-    def test_splits_of_a_store_and_globs_over_their_paths(self, tmp_path):
-        store = open_store("memory://test-pack-splits")
-        for path in ("train/cat/1.png", "train/dog/2.png", "val/dog/3.png", "test/dog/4.png"):
-            store.put(f"in/{path}", PNG)
-        options = PackOptions(include=["train/*", "val"], exclude=["train/cat/*"])
-        run_packs(plan_split_folders("memory://test-pack-splits/in", "memory://test-pack-splits/out", options))
-        for split, path in (("train", "dog/2.png"), ("val", "dog/3.png")):
-            assert [r["path"] for r in read(f"memory://test-pack-splits/out/{split}")] == [path]
-        assert not list(store.list("out/test/"))
-
-    def test_splits_of_tables(self, tmp_path):
-        for split in ("a b", "c%20"):
-            (tmp_path / "in" / split).mkdir(parents=True)
-            (tmp_path / "in" / split / "1.jsonl").write_text(f'{{"x": "{split}"}}')
-            (tmp_path / "in" / split / "README.md").write_text("")
-        plans = plan_split_folders(f"file://{tmp_path}/in", f"file://{tmp_path}/out", PackOptions())
-        assert [one.path for plan in plans for one in plan.skipped] == ["a b/README.md", "c%20/README.md"]
-        run_packs(plans)
-        assert [read(tmp_path / "out" / split) for split in ("a b", "c%20")] == [[{"x": "a b"}], [{"x": "c%20"}]]
-
-    def test_an_error_in_the_last_folder_commits_none(self, pets, tmp_path):
-        (pets / "val" / "dog" / "2.png").write_bytes(PNG[:-12])
-        plans = plan_split_folders(pets, tmp_path / "out", PackOptions())
-        with pytest.raises(SchemaError, match=r"val/dog/2\.png: incomplete png"):
-            run_packs(plans)
-        assert is_empty(tmp_path / "out")
-
-    def test_if_a_commit_fails_the_data_sets_before_it_stay_and_no_shard_of_the_others_is_left(self, pets, tmp_path):
-        (pets / "zoo" / "dog").mkdir(parents=True)
-        (pets / "zoo" / "dog" / "9.png").write_bytes(PNG)
-        plans = plan_split_folders(pets, tmp_path / "out", PackOptions())
-        n_files = sum(len(list((pets / plan.url.rpartition("/")[2]).rglob("*.png"))) for plan in plans)
-
-        def another_writer(progress):
-            if progress.n_records == n_files:  # everything is written, and nothing committed
-                pack(pets / "val", tmp_path / "out" / "val")
-
-        with pytest.raises(CommitConflict, match=r"out/val: a data set exists already"):
-            run_packs(plans, another_writer)
-        assert [r["path"] for r in read(tmp_path / "out" / "train")] == ["bird/1.png", "dog/1.png"]
-        assert {r["label"] for r in read(tmp_path / "out" / "val")} == {0, 1}  # those of the other writer
-        assert is_empty(tmp_path / "out" / "zoo")
-
-    def test_an_existing_data_set_is_found_before_anything_is_written(self, pets, tmp_path):
-        pack(pets / "val", tmp_path / "out" / "val")
-        with pytest.raises(CommitConflict, match=r"out/val: a data set exists already"):
-            plan_split_folders(pets, tmp_path / "out", PackOptions())
-        run_packs(plan_split_folders(pets, tmp_path / "out", PackOptions(mode="overwrite")))
-        assert {r["label"] for r in read(tmp_path / "out" / "val")} == {1, 2}
-
-    @pytest.mark.parametrize(
-        ("path", "message"),
-        [
-            ("a.png", r"pets/a\.png: expected only folders, .*exclude, as in 'a\.png'"),
-            ("train/a.png", r"train/a\.png: an image must lie in a sub-folder"),
-            ("train/dog/deep/a.png", r"train/dog/deep: a second level of folders: .* in 'dog'; move the images"),
-        ],
-    )
-    def test_a_file_at_another_level_is_named(self, pets, tmp_path, path, message):
-        (pets / path).parent.mkdir(exist_ok=True)
-        (pets / path).write_bytes(PNG)
-        with pytest.raises(SchemaError, match=message):
-            plan_split_folders(pets, tmp_path / "out", PackOptions())
 
 
 class TestParquet:
@@ -576,7 +497,7 @@ def test_ctrl_c_deletes_the_shards_unless_the_message_says_otherwise(photos, tmp
             said.append(str(error))
             raise
 
-    struck = strike(at, run, ("run_packs",), ("line",))
+    struck = strike(at, run, ("run_pack",), ("line",))
     assert struck or at > 9  # so that it is known to strike
     shards = list(open_store(tmp_path / "out").list("shards/"))
     if struck:

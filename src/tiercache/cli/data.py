@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from threading import Lock
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -34,7 +34,7 @@ from tiercache.cli.common import (
 )
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import format_bytes
-from tiercache.packer import PackOptions, PackPlan, plan_pack, plan_split_folders, run_packs
+from tiercache.packer import PackOptions, plan_pack, run_pack
 from tiercache.packer.files import SkippedFile, selected
 from tiercache.packer.parquet import Export, ExportOptions
 from tiercache.shard.reader import ShardReader
@@ -104,10 +104,6 @@ def pack(
     jobs: Annotated[int, option("--jobs -j", None, "Number of processes; 0: one per CPU.", min=0)] = 1,
     include: Include = None,
     exclude: Exclude = None,
-    split_folders: Annotated[
-        bool,
-        flag("--split-folders", "Pack each folder in SOURCE, such as train and val, as the data set URL/FOLDER."),
-    ] = False,
     storage_option: StorageOptions = None,
     source_option: Annotated[
         list[str] | None,
@@ -135,33 +131,30 @@ def pack(
         storage_options=parse_storage_options(storage_option),
         source_options=parse_storage_options(source_option),
     )
-    plans = plan_split_folders(source, url, options) if split_folders else [plan_pack(source, url, options)]
-    _print_skipped(output, [one for plan in plans for one in plan.skipped])
-    versions: list[Version] = []
+    plan = plan_pack(source, url, options)
+    _print_skipped(output, plan.skipped)
+    target = redact(plan.url)
+    if dry_run:
+        for one in plan.source.schema.columns:
+            output.event("column", {"name": one.name, "type": str(one)}, f"{one.name}: {one}")
+        facts = {"url": target, "mode": mode, "bytes": plan.total_bytes, "processes": plan.n_processes, "dry_run": True}
+        processes = count(plan.n_processes, "process", "processes")
+        output.summary(facts, f"would {mode} {target} from {format_bytes(plan.total_bytes)} of source, in {processes}")
+        return
+    version = None
     try:
-        if dry_run:
-            results = [_print_plan(output, plan) for plan in plans]
-        else:
-            with output.byte_progress("packing") as advance:
-                versions = run_packs(plans, lambda done: advance(done.n_bytes, done.total_bytes))
-            results = [_version_result(redact(plan.url), v) for plan, v in zip(plans, versions, strict=True)]
-        more = {"dry_run": True} if dry_run else {}
-        if not split_folders:
-            output.summary(results[0][0] | more, results[0][1])
-            return
-        for one, text in results:
-            output.event("data_set", one, text)
-        n_bytes = sum(one["bytes"] for one, _ in results)
-        facts = {"url": redact(url), "data_sets": len(results), "bytes": n_bytes} | more
-        output.summary(facts, f"{count(len(results), 'data set')}, {format_bytes(n_bytes)}")
+        with output.byte_progress("packing") as advance:
+            version = run_pack(plan, lambda done: advance(done.n_bytes, done.total_bytes))
+        facts = {name: value for name, value in _version_facts(version).items() if name not in ("kind", "created")}
+        text = f"{count(version.n_records, 'record')} in {count(version.n_shards, 'shard')}"
+        text += f", {format_bytes(version.n_bytes)}"
+        output.summary({"url": target, **facts}, f"{target}: version {version.number} has {text}")
     except KeyboardInterrupt as error:
-        if not versions:
+        if version is None:
             raise
-        named = ", ".join(f"version {version.number}" for version in versions)
-        raise KeyboardInterrupt(f"{named} is committed and complete") from error
+        raise KeyboardInterrupt(f"version {version.number} is committed and complete") from error
 
 
-_Result: TypeAlias = tuple[dict[str, Any], str]  # for JSON and for people
 _MOST_SKIPPED = 20
 
 
@@ -172,23 +165,6 @@ def _print_skipped(output: Output, skipped: Sequence[SkippedFile]) -> None:
         output.event("left_out", {"path": one.path, "reason": one.reason}, text)
     if len(skipped) > _MOST_SKIPPED and not output.as_json:
         output.event("left_out", {}, f"left out: {len(skipped) - _MOST_SKIPPED:,} more (--json names all)")
-
-
-def _print_plan(output: Output, plan: PackPlan) -> _Result:
-    """Print the columns, and return what would be done."""
-    for column in plan.source.schema.columns:
-        output.event("column", {"name": column.name, "type": str(column)}, f"{column.name}: {column}")
-    mode, url, processes = plan.options.mode, redact(plan.url), count(plan.n_processes, "process", "processes")
-    facts = {"url": url, "mode": mode, "bytes": plan.total_bytes, "processes": plan.n_processes}
-    return facts, f"would {mode} {url} from {format_bytes(plan.total_bytes)} of source, in {processes}"
-
-
-def _version_result(url: str, version: Version) -> _Result:
-    facts = {name: value for name, value in _version_facts(version).items() if name not in ("kind", "created")}
-    text = (
-        f"{count(version.n_records, 'record')} in {count(version.n_shards, 'shard')}, {format_bytes(version.n_bytes)}"
-    )
-    return {"url": url, **facts}, f"{url}: version {version.number} has {text}"
 
 
 _TYPE = re.compile(r"(?P<name>\w+)(?:\[(?P<shape>[^\]]*)\]|<(?P<encoding>[^>]*)>)?(?P<nullable>\??)")

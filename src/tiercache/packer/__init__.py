@@ -7,8 +7,8 @@ the records of a split; `executor` writes them with a `Writer`, in this process 
 
 from __future__ import annotations
 
-from tiercache.packer.executor import PackProgress, pack, run_pack, run_packs
-from tiercache.packer.plan import PackOptions, PackPlan, plan_pack, plan_split_folders
+from tiercache.packer.executor import PackProgress, pack, run_pack
+from tiercache.packer.plan import PackOptions, PackPlan, plan_pack
 
 __all__ = [
     "PackOptions",
@@ -16,7 +16,5 @@ __all__ = [
     "PackProgress",
     "pack",
     "plan_pack",
-    "plan_split_folders",
     "run_pack",
-    "run_packs",
 ]

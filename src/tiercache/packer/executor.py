@@ -10,7 +10,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -51,58 +51,44 @@ _Report: TypeAlias = Callable[[int, int], object]  # takes numbers of records an
 
 
 def run_pack(plan: PackPlan, on_progress: Callable[[PackProgress], None] | None = None) -> Version:
-    """Write the shards, then commit them and return the version. See run_packs()."""
-    return run_packs([plan], on_progress)[0]
+    """Write the shards, then commit them and return the version.
 
-
-def run_packs(plans: Sequence[PackPlan], on_progress: Callable[[PackProgress], None] | None = None) -> list[Version]:
-    """Write the shards of all data sets, then commit one after the other, in order, and return the versions.
-
-    Until the commits no reader sees anything. After an exception, Ctrl-C included, this deletes the shards that it has
+    Until the commit no reader sees anything. After an exception, Ctrl-C included, this deletes the shards that it has
     finished. A killed process leaves them behind: no version names them, and nothing needs to be cleaned up before
-    packing again. If a commit fails, the data sets that were committed before stay, and those after it are not
-    committed. Ctrl-C during a commit leaves its shards, because they may already belong to a version: the message of
-    the KeyboardInterrupt says so.
+    packing again. Ctrl-C during the commit leaves the shards, because they may already belong to a version: the message
+    of the KeyboardInterrupt says so.
     Raises SchemaError (which names the location in the source), CommitConflict and StoreError.
     """
-    done, total_bytes, is_committing = [0, 0], sum(plan.total_bytes for plan in plans), False
+    done, is_committing = [0, 0], False
 
     def report(n_records: int, n_bytes: int) -> None:
-        done[:] = done[0] + n_records, min(done[1] + n_bytes, total_bytes)
+        done[:] = done[0] + n_records, min(done[1] + n_bytes, plan.total_bytes)
         if on_progress is not None:
-            on_progress(PackProgress(done[0], done[1], total_bytes))
+            on_progress(PackProgress(done[0], done[1], plan.total_bytes))
 
-    writers = []
+    options = plan.options
     try:
-        with ExitStack() as stack:
-            for plan in plans:
-                writers.append(stack.enter_context(_open_writer(plan)))
-                if plan.n_processes > 1:
-                    writers[-1].add_shards(_write_in_processes(plan, report))
-                else:
-                    for number in range(len(plan.tasks)):
-                        _write_splits(writers[-1], plan, number, report)
+        with Writer(
+            plan.url,
+            schema=plan.source.schema,
+            mode=options.mode,
+            shard_size=options.shard_size,
+            block_size=options.block_size,
+            compression=options.compression,
+            storage_options=options.storage_options,
+        ) as writer:
+            if plan.n_processes > 1:
+                writer.add_shards(_write_in_processes(plan, report))
+            else:
+                for number in range(len(plan.tasks)):
+                    _write_splits(writer, plan, number, report)
             is_committing = True
-            for writer in writers:
-                writer.close()
-        return [cast("Version", writer.version) for writer in writers]
+            writer.close()
+        return cast("Version", writer.version)
     except KeyboardInterrupt as error:
         if is_committing:
             raise KeyboardInterrupt(_COMMITTING) from error
         raise
-
-
-def _open_writer(plan: PackPlan) -> Writer:
-    options = plan.options
-    return Writer(
-        plan.url,
-        schema=plan.source.schema,
-        mode=options.mode,
-        shard_size=options.shard_size,
-        block_size=options.block_size,
-        compression=options.compression,
-        storage_options=options.storage_options,
-    )
 
 
 def _write_in_processes(plan: PackPlan, report: _Report) -> list[ShardInfo]:

@@ -169,13 +169,10 @@ class ImageFolder:
             raise SchemaError(f"{self.files.location(path)}: incomplete {encoding}: {damage}; {_leave_out(path)}")
 
 
-def find_images(
-    files: Files, found: Sequence[SourceFile], *, classes: Sequence[str] | None = None, in_split: bool = False
-) -> ImageFolder:
+def find_images(files: Files, found: Sequence[SourceFile], classes: Sequence[str] | None = None) -> ImageFolder:
     """Return the images of a folder, checked by their names and the first file's bytes.
 
-    classes fixes the class names and their order; None: the names of the sub-folders, sorted. in_split: whether the
-    folder is one of several that are packed as splits, for messages. Raises SchemaError.
+    classes fixes the class names and their order; None: the names of the sub-folders, sorted. Raises SchemaError.
     """
     for file in found:
         suffix = _suffix(file.path)
@@ -185,7 +182,7 @@ def find_images(
             raise SchemaError(
                 f"{files.location(file.path)}: an image must lie in a sub-folder that is named after its class"
             )
-    _refuse_deep_folders(files, found, in_split=in_split)
+    _refuse_deep_folders(files, found)
     first = {SUFFIXES[_suffix(f.path)]: f.path for f in reversed(found) if _suffix(f.path)}
     if len(first) > 1:
         examples = ", ".join(f"{encoding} ({path})" for encoding, path in sorted(first.items()))
@@ -203,22 +200,16 @@ def find_images(
     return ImageFolder(files, tuple(found), tuple(names if classes is None else classes), encoding)
 
 
-def _refuse_deep_folders(files: Files, found: Sequence[SourceFile], *, in_split: bool) -> None:
+def _refuse_deep_folders(files: Files, found: Sequence[SourceFile]) -> None:
     """Raise SchemaError if the folders of the classes have sub-folders: they may be splits instead of classes."""
     deep = [f.path.split("/")[:-1] for f in found if f.path.count("/") > 1]
     if not deep:
         return
     outer, inner = (_shown({folders[level] for folders in deep}) for level in (0, 1))
-    advice = "move the images into the folders of their classes"
-    if not in_split:
-        advice = (
-            f"if {outer} are not classes but splits, such as train and val, pack each of them by itself, or each as a "
-            f"data set in the folder of the destination with --split-folders (Python: plan_split_folders()); otherwise "
-            f"{advice}"
-        )
     raise SchemaError(
         f"{files.location('/'.join(deep[0]))}: a second level of folders: expected images directly in the folder of "
-        f"their class, found the folders {inner} in {outer}; {advice}"
+        f"their class, found the folders {inner} in {outer}; if {outer} are splits, such as train and val, pack each "
+        f"of them by itself; otherwise move the images into the folders of their classes"
     )
 
 

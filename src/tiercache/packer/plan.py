@@ -31,7 +31,6 @@ from tiercache.shard.schema import Schema, UserType, check_same_schema
 from tiercache.shard.versions import Version, VersionKind
 from tiercache.shard.writer import ShardOptions
 from tiercache.store import MemoryStore, open_store
-from tiercache.store.options import ParsedUrl
 
 SourceKind: TypeAlias = Literal["images", "parquet", "jsonl"]
 _SUFFIXES: dict[SourceKind, tuple[str, ...]] = {
@@ -120,39 +119,9 @@ def plan_pack(source: str | os.PathLike[str], url: str | os.PathLike[str], optio
     """
     parent = _check_target(url, options)
     chosen, skipped = find_source(source, options, parent)
-    return _make_plan(chosen, url, options, skipped)
-
-
-def plan_split_folders(
-    source: str | os.PathLike[str], url: str | os.PathLike[str], options: PackOptions
-) -> list[PackPlan]:
-    """Return one plan for each folder directly in source, which becomes the data set of that name below url.
-
-    A class of images has the same label in all of them: its index in the sorted class names of all folders. Raises as
-    plan_pack() does, and SchemaError for a file that is in none of the folders.
-    """
-    files, chosen, skipped = _select_files(source, options)
-    folders: dict[str, list[SourceFile]] = {}
-    for file in chosen:
-        name, is_inside, path = file.path.partition("/")
-        if not is_inside:
-            raise SchemaError(
-                f"{files.location(name)}: expected only folders, each of which becomes a data set; leave the file out "
-                f"with exclude, as in {name!r}"
-            )
-        folders.setdefault(name, []).append(SourceFile(path, file.n_bytes))
-    classes = sorted({file.path.split("/")[0] for found in folders.values() for file in found})
-    base = ParsedUrl.parse(url)
-    plans = []
-    for name, found in folders.items():
-        target = f"{(os.fspath(url) if base.scheme else base.path).rstrip('/')}/{name}"
-        parent = _check_target(target, options)
-        below = replace(files, root=f"{files.root.rstrip('/')}/{name}")
-        chosen_source, others = _inspect(below, found, options, parent, classes)
-        skipped += [SkippedFile(f"{name}/{one.path}", one.reason) for one in others]
-        plans.append(_make_plan(chosen_source, target, options, skipped))
-        skipped = []  # those of the listing are reported with the first folder
-    return plans
+    tasks = divide_splits(chosen.splits, options.n_jobs, parse_bytes(options.shard_size))
+    n_processes = min(options.n_jobs, max(len(tasks), 1))
+    return PackPlan(chosen, os.fspath(url), options, tuple(tasks), n_processes, tuple(skipped))
 
 
 def _check_target(url: str | os.PathLike[str], options: PackOptions) -> Version | None:
@@ -167,14 +136,6 @@ def _check_target(url: str | os.PathLike[str], options: PackOptions) -> Version 
         if options.n_jobs > 1 and isinstance(store, MemoryStore):
             raise ValueError(f"{store.url}: a memory store exists in one process only; pack into it with jobs=1")
     return parent if options.mode == "append" else None
-
-
-def _make_plan(
-    source: RecordSource, url: str | os.PathLike[str], options: PackOptions, skipped: Sequence[SkippedFile]
-) -> PackPlan:
-    tasks = divide_splits(source.splits, options.n_jobs, parse_bytes(options.shard_size))
-    n_processes = min(options.n_jobs, max(len(tasks), 1))
-    return PackPlan(source, os.fspath(url), options, tuple(tasks), n_processes, tuple(skipped))
 
 
 def kind_of(paths: Sequence[str]) -> SourceKind:
@@ -197,33 +158,12 @@ def find_source(
 
     parent is the version that is appended to. Raises NotFound, ValueError, SchemaError.
     """
-    files, chosen, skipped = _select_files(source, options)
-    found, others = _inspect(files, chosen, options, parent)
-    return found, skipped + others
-
-
-def _select_files(
-    source: str | os.PathLike[str], options: PackOptions
-) -> tuple[Files, list[SourceFile], list[SkippedFile]]:
     files, found, skipped = find_files(source, options.source_options)
     chosen = [f for f in found if selected(f.path, options.include, options.exclude)]
     skipped = [f for f in skipped if selected(f.path, options.include, options.exclude)]
     if not chosen:
         raise NotFound(f"include and exclude leave none of the {len(found)} files", url=files.location(""))
-    return files, chosen, skipped
 
-
-def _inspect(
-    files: Files,
-    chosen: Sequence[SourceFile],
-    options: PackOptions,
-    parent: Version | None,
-    split_classes: Sequence[str] | None = None,
-) -> tuple[RecordSource, list[SkippedFile]]:
-    """Return the source that consists of the chosen files, and those of them that are skipped.
-
-    split_classes: Class names of all folders, if the files are one of several folders that are packed as splits.
-    """
     refuse_foreign_index(files, chosen)
     if options.kind is None:
         refuse_foreign_files(files, chosen)
@@ -231,20 +171,16 @@ def _inspect(
     if kind == "images":
         if options.schema is not None:
             raise SchemaError("a folder of images has the fixed columns image, label and path: omit schema")
-        in_split = split_classes is not None
-        classes = split_classes
-        if parent is not None:
-            classes = next((c.classes for c in parent.schema.columns if c.classes), None)
-        return _with_schema_of(parent, images.find_images(files, chosen, classes=classes, in_split=in_split)), []
+        classes = next((c.classes for c in parent.schema.columns if c.classes), None) if parent is not None else None
+        return _with_schema_of(parent, images.find_images(files, chosen, classes)), skipped
     # A folder of tables also holds other files (README.md, Spark's _SUCCESS); a file that is named explicitly always
     # counts. Spark and pyarrow skip names that begin with "_".
     tables = [f for f in chosen if f.path.lower().endswith(_SUFFIXES[kind])]
-    skipped: list[SkippedFile] = []
     if tables:
         others = set(chosen) - set(tables)
         reason = f"its name is not that of a {kind} file"
         markers = {f for f in others if f.path.rpartition("/")[2].startswith("_")}
-        skipped = [SkippedFile(f.path, reason) for f in chosen if f in others - markers]
+        skipped += [SkippedFile(f.path, reason) for f in chosen if f in others - markers]
     return _with_schema_of(parent, _find_table(kind, files, tables or chosen, options)), skipped
 
 
