@@ -12,7 +12,7 @@ from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
-from tiercache.cache.disk import DiskSpace
+from tiercache.cache.folder import DiskSpace
 from tiercache.cache.names import name_of_identity
 from tiercache.errors import CorruptShard, NotFound, StoreError
 from tiercache.model import ByteRange, ReadingPlan

@@ -19,9 +19,9 @@ from tiercache.cache import cache as cache_module
 from tiercache.cache import locks as locks_module
 from tiercache.cache import partial, session
 from tiercache.cache.accounts import Accounts
-from tiercache.cache.disk import Breaker
 from tiercache.cache.folder import Folder
 from tiercache.cache.locks import Owners
+from tiercache.cache.session import Breaker
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, ReadingPlan
 from tiercache.waiting import wait_for

@@ -8,9 +8,9 @@ import pytest
 from tests.support.clock import FakeClock
 
 from tiercache.cache import locks
-from tiercache.cache.disk import Breaker, disk_space, network_file_system
-from tiercache.cache.folder import Folder
+from tiercache.cache.folder import Folder, disk_space, network_file_system
 from tiercache.cache.locks import Owner, Owners
+from tiercache.cache.session import Breaker
 from tiercache.store.private_files import start_time
 
 # From Python 3.12 on: what these tests are about.

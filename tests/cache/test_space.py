@@ -10,8 +10,8 @@ from tiercache.cache import Cache
 from tiercache.cache import eviction as evictor_module
 from tiercache.cache import session as opened_module
 from tiercache.cache.accounts import Accounts
-from tiercache.cache.disk import DiskSpace
 from tiercache.cache.eviction import POLICIES
+from tiercache.cache.folder import DiskSpace
 from tiercache.cache.locks import NameLock
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange

@@ -9,7 +9,7 @@ from threading import Event, Thread
 
 import pytest
 
-from tiercache.cache.disk import is_disk_full
+from tiercache.cache.folder import is_disk_full
 from tiercache.store.database import Database
 from tiercache.waiting import wait_for
 

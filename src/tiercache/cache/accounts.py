@@ -88,7 +88,6 @@ def _meta(db: sqlite3.Connection, key: str) -> int:
 
 
 def _tick(db: sqlite3.Connection, n: int = 1) -> int:
-    """Advance the logical clock by n, and return its new time."""
     return int(db.execute("UPDATE meta SET value = value + ? WHERE key = 'clock' RETURNING value", (n,)).fetchone()[0])
 
 
@@ -100,7 +99,6 @@ def _set_copy(db: sqlite3.Connection, name: str, charge_bytes: int) -> None:
 
 
 def _drop_copies(db: sqlite3.Connection, names: Iterable[str]) -> None:
-    """Delete the rows of copies, and remember the last MOST_GONE names."""
     for name in names:
         if db.execute("DELETE FROM copies WHERE name = ?", (name,)).rowcount:
             db.execute("INSERT INTO gone VALUES (?, ?)", (_tick(db), name))
@@ -180,14 +178,11 @@ class Accounts:
         self._take_in(db, is_new=True)
 
     def close(self) -> None:
-        """Close the file. The next call opens it again."""
         self._database.close()
 
     # -- owners -----------------------------------------------------------------------------------------------------
 
     def register(self, limit_bytes: int) -> int:
-        """Record the owner's limit. Return the smallest limit of all live owners, in bytes."""
-
         def work(db: sqlite3.Connection) -> int:
             db.execute("INSERT OR REPLACE INTO openers VALUES (?, ?)", (self._owner, limit_bytes))
             return self._limit(db)
@@ -196,8 +191,6 @@ class Accounts:
         return self._database.run(work)
 
     def unregister(self) -> None:
-        """Forget the owner and its reservations."""
-
         def work(db: sqlite3.Connection) -> None:
             self._held.clear()
             self._forget(db, self._owner)
@@ -206,7 +199,6 @@ class Accounts:
         self._database.run(work)
 
     def limit_bytes(self) -> int:
-        """Return the smallest limit of all live owners, in bytes."""
         return self._database.run(self._limit)
 
     def _limit(self, db: sqlite3.Connection) -> int:
@@ -292,8 +284,6 @@ class Accounts:
         self._database.run(work)
 
     def release(self, name: str) -> None:
-        """Release a reservation. Harmless if there is none."""
-
         def work(db: sqlite3.Connection) -> None:
             self._held.pop(name, None)
             self._delete_reservation(db, name)
@@ -331,25 +321,21 @@ class Accounts:
         self._database.run(work)
 
     def add_figures(self, figures: Mapping[str, int]) -> None:
-        """Add to the counters of all processes, by name."""
         query = "INSERT INTO figures VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET value = value + ?2"
         self._database.run(lambda db: db.executemany(query, list(figures.items())))
 
     def figures(self) -> dict[str, int]:
-        """Return the counters (FIGURES) of all processes since the catalog was made."""
         return self._database.run(lambda db: dict(db.execute("SELECT name, value FROM figures").fetchall()))
 
     # -- queries ----------------------------------------------------------------------------------------------------
 
     def sums(self) -> tuple[int, int, int]:
-        """Return the bytes of copies, the reserved bytes, and the limit."""
         return self._database.run(self._sums)
 
     def _sums(self, db: sqlite3.Connection) -> tuple[int, int, int]:
         return _meta(db, "used"), _reserved(db), self._limit(db)
 
     def is_reserved(self, name: str) -> bool:
-        """Return whether somebody is fetching name."""
         query = "SELECT count(*) FROM reservations WHERE name = ?"
         return bool(self._database.run(lambda db: db.execute(query, (name,)).fetchone()[0]))
 

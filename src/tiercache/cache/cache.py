@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 from tiercache import config
 from tiercache.cache.accounts import FIGURES, CopyRow
 from tiercache.cache.check import verify_copies
-from tiercache.cache.disk import Breaker, Notices, disk_space
 from tiercache.cache.eviction import delete_copy
 from tiercache.cache.fetch import CopyLease
-from tiercache.cache.folder import default_size_bytes
+from tiercache.cache.folder import default_size_bytes, disk_space
 from tiercache.cache.names import CopySpec, copy_spec
-from tiercache.cache.session import CacheOptions, CacheSession
+from tiercache.cache.session import Breaker, CacheOptions, CacheSession, Notices
 from tiercache.cache.warm import plan_warm, warm
 from tiercache.errors import StoreError
 from tiercache.model import OWN_FOLDER, ShardIdentity, parse_bytes

@@ -29,8 +29,6 @@ _SHARD = ".tcs"  # a segment of a manifest also has an identity, but no blocks
 
 
 class CopyState(StrEnum):
-    """The result of verifying a copy."""
-
     OK = "ok"
     DAMAGED = "damaged"
     UNREADABLE = "unreadable"
@@ -72,13 +70,10 @@ class CheckProgress:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """The results for all copies, by name."""
-
     checked: tuple[CopyCheck, ...]
 
     @property
     def n_bytes(self) -> int:
-        """Number of bytes that were read."""
         return sum(one.n_bytes for one in self.checked)
 
     @property
@@ -88,7 +83,6 @@ class VerifyReport:
 
     @property
     def is_right(self) -> bool:
-        """Whether no corrupt copy is left in the cache."""
         return all(one.removed for one in self.wrong)
 
 
@@ -100,7 +94,6 @@ def verify_copies(
     repair: bool,
     on_progress: Callable[[CheckProgress], None] | None,
 ) -> VerifyReport:
-    """Verify these copies, and remove corrupt ones (repair). See Cache.verify."""
     checks: list[CopyCheck] = []
     pool = ThreadPoolExecutor(jobs, "tiercache-verify")
     try:
@@ -136,7 +129,6 @@ def _check_one(opened: CacheSession, repair: bool, name: str) -> CopyCheck | Non
 
 
 def _check_copy(fd: int, name: str, record: Record | None) -> CopyCheck:
-    """Return the result for a whole copy."""
     n_bytes = os.fstat(fd).st_size
     if record is None or record.crc32c is None:
         return CopyCheck(name, "" if record is None else record.source, 0, CopyState.UNKNOWN)

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tiercache.cache.accounts import BLOCK_BYTES, charge_bytes
-from tiercache.cache.disk import is_disk_full
-from tiercache.cache.folder import COPY_MODE
+from tiercache.cache.folder import COPY_MODE, is_disk_full
 from tiercache.cache.locks import NameLock
 from tiercache.cache.names import name_of_object
 from tiercache.cache.partial import (
@@ -197,7 +196,6 @@ class Download:
         self._fetch.refuse(units)
 
     def _reserve(self, units: Mask) -> bool:
-        """Reserve space for a partial copy of these units; return False if there is no space."""
         need_bytes = max(charge_of(units, self._spec.n_bytes) - self._charged_bytes, 0)
         evictor, name = self._writing.evictor, self._spec.name
         self.note_reservation(need_bytes)
@@ -304,7 +302,6 @@ class Download:
                 self.update_charge()
 
     def close(self) -> None:
-        """Close the partial copy."""
         if self.part is not None:
             self.part.close()
 
@@ -415,7 +412,6 @@ def _fetch(writing: WriteSession, fetch: Fetch, lock: NameLock) -> bool:
 
 
 def _offer_copy(writing: WriteSession, fetch: Fetch) -> bool:
-    """Offer the existing copy to the waiting leases; return whether the fetch is done."""
     spec = fetch.spec
     whole = open_whole(writing.folder, spec.name, spec.n_bytes)
     if whole is not None:

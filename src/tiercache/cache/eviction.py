@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiercache.cache.accounts import FIGURES, Accounts
-from tiercache.cache.disk import disk_space, is_disk_full
+from tiercache.cache.folder import disk_space, is_disk_full
 from tiercache.cache.locks import NameLock, try_exclusive
 from tiercache.cache.names import NameTable
 from tiercache.crash_points import crash_point
@@ -73,7 +73,6 @@ contains that use; UNPLANNED: no plan names the new copy; BEFORE_ALL_USES: space
 
 
 def lru(copies: CopyTable, _use_after_next: int) -> tuple[NDArray[np.bool_], tuple[NDArray[np.int64], ...]]:
-    """Evict the least recently used copy first."""
     return ~copies.keep, (copies.last_use,)
 
 
@@ -264,7 +263,6 @@ class Evictor:
         )
 
     def _reconcile(self) -> bool:
-        """Make the accounts agree with the files, unless that was done recently."""
         now_s = SYSTEM_CLOCK.monotonic()
         if now_s - self._reconciled_s < RECONCILE_INTERVAL_S:
             return False

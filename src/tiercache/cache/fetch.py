@@ -142,7 +142,6 @@ class Fetch:
         return handle, has_left
 
     def leave(self) -> None:
-        """Stop being a user."""
         with self._changed:
             self._leave()
 
@@ -152,7 +151,6 @@ class Fetch:
 
     @property
     def is_unused(self) -> bool:
-        """Whether the fetch was never started and has no users."""
         return not self._started and not self._n_users
 
     # -- for the thread that runs it -----------------------------------------------------------------------------------
@@ -188,7 +186,6 @@ class Fetch:
             return units, units & self._urgent
 
     def refused_units(self) -> Mask:
-        """Return the units that were refused."""
         with self._changed:
             return self._refused.copy()
 
@@ -214,7 +211,6 @@ class Fetch:
             return is_done
 
     def abandon(self) -> None:
-        """Close the fetch for new requests. The requests so far are still served."""
         with self._changed:
             self._closed = True
 
@@ -281,7 +277,6 @@ class FetchQueue:
             fetch.leave()
 
     def is_fetching(self, name: str) -> bool:
-        """Return whether this process fetches the copy now."""
         with self._lock:
             return name in self._table
 
@@ -293,7 +288,6 @@ class FetchQueue:
             fetch.abandon()
 
     def start(self, fetch: Fetch, *, urgent: bool) -> None:
-        """Run a fetch as soon as a thread is free."""
         queue = self._urgent if urgent else self._ahead
         with self._lock:
             if not self._closed:
@@ -318,7 +312,6 @@ class FetchQueue:
         return bool(self._threads)
 
     def prioritize(self, fetch: Fetch) -> None:
-        """Move a queued prefetch to the urgent fetches."""
         with self._lock:
             if fetch in self._ahead:
                 self._ahead.remove(fetch)
@@ -375,7 +368,6 @@ class FetchQueue:
                     del self._table[fetch.spec.name]
 
     def close(self) -> None:
-        """Cancel all fetches and wait until the threads have ended."""
         with self._lock:
             self._closed = True
             queued, running = [*self._urgent, *self._ahead], list(self._table.values())
@@ -432,7 +424,6 @@ class CopyLease:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the whole object in bytes."""
         return self._n_bytes
 
     @property
@@ -446,7 +437,6 @@ class CopyLease:
         return 1 if self._file is not None and not self._file.is_partial else 2
 
     def present(self, ranges: Sequence[ByteRange]) -> bool:
-        """Return whether these bytes are cached."""
         fetch = self._fetch
         if self._file is None and fetch is not None:
             self._claim(fetch)
@@ -539,7 +529,6 @@ class CopyLease:
             self._is_user = not has_left
 
     def close(self) -> None:
-        """Close the descriptors and leave the fetch."""
         with self._lock:
             file, fetch, is_user = self._file, self._fetch, self._is_user
             self._file, self._fetch, self._is_user, self._join = None, None, False, None

@@ -21,6 +21,7 @@ reading a copy checks only the copy's own name; opening the cache and starting a
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -30,6 +31,7 @@ import secrets
 import stat
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -152,7 +154,6 @@ class Folder:
     # -- copies -----------------------------------------------------------------------------------------------------
 
     def copy_path(self, name: str) -> str:
-        """Return the path of the copy."""
         return f"{self._copies}/{name}"
 
     def open_copy(self, name: str) -> int | None:
@@ -172,7 +173,6 @@ class Folder:
             raise
 
     def has_copy(self, name: str) -> bool:
-        """Return whether a file of that name exists."""
         return self.size_of(name) is not None
 
     def size_of(self, name: str) -> int | None:
@@ -194,7 +194,6 @@ class Folder:
         return _charge(disk_bytes)
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes that each copy, whole or partial, takes of the size limit, by name."""
         files: dict[str, dict[str, int]] = {}
         # The folder itself may have been deleted.
         with suppress(FileNotFoundError), os.scandir(self.copies) as entries:
@@ -208,41 +207,33 @@ class Folder:
         return {name: charge for name, charge in charges.items() if charge is not None}
 
     def has_file(self, file: str) -> bool:
-        """Return whether a file of that name exists among the copies."""
         return os.path.lexists(self.copy_path(file))
 
     def has_part(self, name: str) -> bool:
-        """Return whether a partial copy of that name exists, with its map."""
         return self.has_file(f"{name}.part") and self.has_file(f"{name}.map")
 
     def names(self, suffix: str) -> list[str]:
-        """Return the names of copies that have a file with this suffix, such as ".json" or ".pin"."""
         files: list[str] = []
         with suppress(FileNotFoundError), os.scandir(self.copies) as entries:
             files += [e.name.removesuffix(suffix) for e in entries if e.name.endswith(suffix)]
         return [name for name in files if NAME.fullmatch(name)]
 
     def read_record(self, name: str) -> Record | None:
-        """Return the record of a copy; None: it cannot be read."""
         try:
             return Record.from_json(read_text(f"{self._copies}/{name}.json"))
         except OSError:
             return None
 
     def write_record(self, name: str, record: Record) -> None:
-        """Write the record atomically."""
         replace_whole(self.copies / f"{name}.json", record.to_json() + "\n")
 
     def pin(self, name: str) -> None:
-        """Pin the copy."""
         os.close(open_file(f"{self._copies}/{name}.pin", os.O_WRONLY | os.O_CREAT))
 
     def unpin(self, name: str) -> bool:
-        """Unpin the copy; return False if it was not pinned."""
         return self._remove(f"{name}.pin")
 
     def is_pinned(self, name: str) -> bool:
-        """Return whether the copy is pinned."""
         return os.path.lexists(f"{self._copies}/{name}.pin")
 
     # -- partial copies ------------------------------------------------------------------------------------------------
@@ -289,7 +280,6 @@ class Folder:
         return True
 
     def remove_part(self, name: str, *, keep_map: bool = False) -> None:
-        """Delete a partial copy and its map. Readers keep the files that they have open."""
         self._remove(f"{name}.part")
         if not keep_map:  # the map last, because a map alone is harmless
             self._remove(f"{name}.map")
@@ -304,7 +294,6 @@ class Folder:
         self._remove(f"{name}.json")
 
     def remove_record(self, name: str) -> None:
-        """Delete the record of a missing copy."""
         self._remove(f"{name}.json")
 
     def _remove(self, file: str) -> bool:
@@ -419,7 +408,6 @@ def _claim(path: Path) -> None:
 
 
 def user_name(uid: int) -> str:
-    """Return the name of a user, or the number of a user without a name."""
     with suppress(KeyError):
         return pwd.getpwuid(uid).pw_name
     return str(uid)
@@ -441,3 +429,54 @@ def _write_marker(path: Path) -> None:
 def _age_s(path: str | Path) -> float:
     # The absolute value: after the clock was set back, a record must not stay valid for a year.
     return abs(time.time() - os.lstat(path).st_mtime)
+
+
+# -- the disk ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpace:
+    """The space on a disk for this user's files; n_free_files is None if the number of files is not limited."""
+
+    free_bytes: int
+    total_bytes: int
+    n_free_files: int | None
+
+
+def disk_space(path: Path) -> DiskSpace:
+    status = os.statvfs(path)
+    n_free_files = status.f_favail if status.f_files else None
+    return DiskSpace(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize, n_free_files)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+# statfs(2) types of file systems whose locks, links or mappings other machines share. FUSE often is one and cannot be
+# told apart.
+_NETWORK = {
+    0x6969: "NFS",
+    0x517B: "SMB",
+    0xFF534D42: "CIFS",
+    0xFE534D42: "SMB2",
+    0x65735546: "FUSE",
+    0x0BD00BD0: "Lustre",
+    0x47504653: "GPFS",
+    0x19830326: "BeeGFS",
+    0x00C36400: "Ceph",
+    0x5346414F: "AFS",
+    0x01021997: "9P",
+    0x01161970: "GFS2",
+    0x7461636F: "OCFS2",
+}
+_STATFS_BYTES = 512  # larger than struct statfs on any platform
+
+
+def network_file_system(path: Path) -> str | None:
+    """Return the name of the network file system of path; None: a local file system."""
+    library = ctypes.CDLL(None, use_errno=True)
+    buffer = ctypes.create_string_buffer(_STATFS_BYTES)
+    if library.statfs(os.fsencode(path), buffer) != 0:
+        return None
+    return _NETWORK.get(ctypes.c_ulong.from_buffer(buffer).value & 0xFFFFFFFF)  # the first member is f_type, a long

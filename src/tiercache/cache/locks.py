@@ -40,7 +40,6 @@ def keep_private(fd: int) -> int:
 
 
 def close_private(fd: int) -> None:
-    """Close a descriptor that keep_private() has registered."""
     # Deregistered first: a fork in between leaves the child one descriptor too many; in the other order, the child
     # could close another file.
     _private.discard(fd)
@@ -97,7 +96,6 @@ class NameLock:
         self._fd: int | None = None
 
     def try_acquire(self) -> bool:
-        """Take the lock if it is free."""
         while True:
             fd = open_file(self.path, os.O_RDWR | os.O_CREAT)
             try:
@@ -128,11 +126,9 @@ class NameLock:
 
     @property
     def is_held(self) -> bool:
-        """Whether this object holds the lock."""
         return self._fd is not None
 
     def holder(self) -> str:
-        """Return a description of the process that holds the lock, for messages."""
         try:
             note = json.loads(read_text(self.path))
             return f"process {note['pid']} on {note['host']} (lock {self.path})"
@@ -153,7 +149,6 @@ class NameLock:
 
 @cache
 def boot_id() -> str:
-    """Return an identifier of the current boot of this machine; "0" if the system provides none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")[:16]
     except OSError:
@@ -172,13 +167,11 @@ class Owner:
 
     @classmethod
     def of_this_process(cls) -> Owner:
-        """Return a new owner."""
         pid = os.getpid()
         return cls(boot_id(), pid_namespace(), pid, start_time(pid) or 0, secrets.token_hex(4))
 
     @classmethod
     def parse(cls, text: str) -> Owner | None:
-        """Return the owner that str() wrote; None: the text is not an owner."""
         match = re.fullmatch(r"([0-9a-f]{1,16})-(\d+)-(\d+)-(\d+)-([0-9a-f]{8})", text)
         return match and cls(match[1], int(match[2]), int(match[3]), int(match[4]), match[5])
 
@@ -259,7 +252,6 @@ class Owners:
                 self._folder.remove_file("owners", text)
 
     def remove_files_of_dead(self) -> None:
-        """Remove the files of all dead owners."""
         for text in [file.name for file in self._folder.owners.iterdir()]:
             if not self.alive(text):
                 self.remove_files_of(text)
@@ -273,12 +265,10 @@ class Owners:
         return None
 
     def processes(self) -> list[tuple[int, str]]:
-        """Return process number and command line of each process that has the cache open, in order."""
         running = [owner for owner in map(Owner.parse, self.limits()) if owner is not None and owner.runs()]
         return [(pid, command_of(pid)) for pid in sorted({owner.pid for owner in running})]
 
     def limits(self) -> dict[str, int]:
-        """Return the size limit in bytes of every live owner."""
         limits = {str(self.me): self._limit_bytes}
         with suppress(FileNotFoundError):
             for file in self._folder.owners.iterdir():
@@ -305,15 +295,12 @@ class Owners:
         return fetches
 
     def charge_of(self, name: str) -> int | None:
-        """See Folder.charge_of."""
         return self._folder.charge_of(name)
 
     def charges(self) -> dict[str, int]:
-        """See Folder.sizes."""
         return self._folder.sizes()
 
     def close(self) -> None:
-        """Remove the owner file. Must be called only once."""
         with self._lock:
             self.is_closed = True
         _open_here.discard(str(self.me))
@@ -326,7 +313,6 @@ _LONGEST_COMMAND = 200
 
 
 def command_of(pid: int) -> str:
-    """Return the command line of a process, "" if it cannot be read."""
     try:
         text = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -49,7 +49,6 @@ class Record:
     etag: str | None = None
 
     def to_json(self) -> str:
-        """Return the record as one line of JSON."""
         return json.dumps({"format": 0} | {k: v for k, v in asdict(self).items() if v is not None})
 
     @classmethod
@@ -94,7 +93,6 @@ class CopySpec:
         return None if self.etag is None or self.etag.startswith("W/") else self.etag
 
     def record(self, crc32c: int | None) -> Record:
-        """Return the record to write beside the copy."""
         identity = self.identity
         dataset_id, shard_id = (None, None) if identity is None else (identity.dataset_id, identity.shard_id)
         return Record(self.source, self.n_bytes, crc32c, dataset_id, shard_id, self.etag)
@@ -190,7 +188,6 @@ class NameTable:
         return self.raw.view(f"S{NAME_BYTES}").reshape(-1)
 
     def take(self, rows: NDArray[Any]) -> NameTable:
-        """Return the names of some rows."""
         return NameTable(self.raw[rows], self.heads[rows])
 
     def insert(self, places: NDArray[np.int64], names: NameTable) -> NameTable:
@@ -208,7 +205,6 @@ class NameTable:
         return new
 
     def text(self, row: int) -> str:
-        """Return a name as 40 hexadecimal digits."""
         return bytes(self.raw[row]).hex()
 
     def places_of(self, names: NameTable) -> NDArray[np.int64]:

@@ -62,7 +62,6 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 
 
 def n_units(n_bytes: int) -> int:
-    """Return the number of units of a file of n_bytes."""
     return max(-(-n_bytes // UNIT_BYTES), 1)
 
 
@@ -75,7 +74,6 @@ def bounds(span: ByteRange, n_bytes: int) -> tuple[int, int]:
 
 
 def mask_of(ranges: Iterable[ByteRange], n_bytes: int) -> Mask:
-    """Return the units that the ranges touch."""
     mask = np.zeros(n_units(n_bytes), bool)
     for span in ranges:
         first, last = bounds(span, n_bytes)
@@ -180,7 +178,6 @@ _EXTENTS_PER_BLOCK = 170
 
 
 def map_bytes(n_bytes: int) -> int:
-    """Return the size of the unit map of a file of n_bytes."""
     return _crc_offset(n_bytes) + 4 * n_units(n_bytes)
 
 
@@ -206,7 +203,6 @@ class Head(NamedTuple):
     boot: str
 
     def pack(self) -> bytes:
-        """Return the head as 64 bytes."""
         body = _HEAD.pack(MAGIC, _VERSION, UNIT_BYTES, self.n_bytes, self.inode, self.boot.encode(), 0)[:-4]
         return body + struct.pack("<I", crc32c(body))
 
@@ -249,11 +245,9 @@ class CopyFile:
 
     @property
     def is_partial(self) -> bool:
-        """Whether the copy has a unit map."""
         return self.map_fd >= 0
 
     def covers(self, ranges: Sequence[ByteRange]) -> bool:
-        """Return whether all these bytes are present by now."""
         if any(span.end > self.n_bytes for span in ranges):
             return False
         if not self.is_partial or covers(self._seen, ranges, self.n_bytes):
@@ -327,7 +321,6 @@ class CopyFile:
             raise
 
     def keep_private(self) -> None:
-        """Let a forked child close the descriptors."""
         keep_private(self.fd)
         if self.is_partial:
             keep_private(self.map_fd)
@@ -497,7 +490,6 @@ class PartialCopy:
 
     @property
     def has_name(self) -> bool:
-        """Whether the file still has a name."""
         return os.fstat(self.fd).st_nlink > 0
 
     def unlink_names(self, *, keep_map: bool) -> None:
@@ -511,7 +503,6 @@ class PartialCopy:
         self.folder.remove_part(self.name, keep_map=True)
 
     def close(self) -> None:
-        """Close the files. Must be called only once."""
         try:
             close_private(self.fd)
         finally:

@@ -132,7 +132,6 @@ def _unplanned(n: int) -> Uses:
 
 
 def encode(table: PlanTable) -> bytes:
-    """Return the bytes of a plan file, at clock 0."""
     rows = np.empty(len(table.names), _ROW)
     rows["name"] = table.names.raw
     rows["first"], rows["last"], rows["first_later"] = table.first, table.last, table.first_later
@@ -141,7 +140,6 @@ def encode(table: PlanTable) -> bytes:
 
 
 def decode(data: bytes) -> PlanTable | None:
-    """Return the table of a plan file; None: the data is no plan."""
     if len(data) < _HEADER.size:
         return None
     magic, m, _, n_label, reader = _HEADER.unpack_from(data)
@@ -205,7 +203,6 @@ class ReadingPlans:
             return [_merged([plan.uses(names, keep=names is tables[0]) for plan in plans], names) for names in tables]
 
     def labels(self) -> list[str]:
-        """Return the labels of the live plans, sorted."""
         with self._live():
             return sorted(plan.table.label for file, plan in self._read.items() if file.endswith(_SUFFIX))
 
@@ -378,7 +375,6 @@ class PlanFile:
                     self._finalizer()
 
     def close(self) -> None:
-        """Withdraw the plan. Repeatable."""
         if os.getpid() == self._pid:
             with self._lock:
                 self._is_over = True

@@ -7,17 +7,18 @@ forked child opens its own session.
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from tiercache.cache.accounts import Accounts, charge_bytes
-from tiercache.cache.disk import Breaker, disk_space, is_disk_full, network_file_system
 from tiercache.cache.download import run_fetch
 from tiercache.cache.eviction import POLICIES, Evictor
 from tiercache.cache.fetch import CopyLease, FetchQueue
-from tiercache.cache.folder import Folder
+from tiercache.cache.folder import Folder, disk_space, is_disk_full, network_file_system
 from tiercache.cache.locks import NameLock, Owners, boot_id
 from tiercache.cache.partial import (
     CopyFile,
@@ -34,7 +35,7 @@ from tiercache.errors import TierCacheError
 from tiercache.model import ByteRange, format_bytes, parse_bytes
 from tiercache.peers.readers import PeerOptions, Peers
 from tiercache.store.posix import emfile_message
-from tiercache.waiting import wait_for
+from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,11 +44,79 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from tiercache.cache.disk import Notices
     from tiercache.cache.names import CopySpec
     from tiercache.model import PublishedPlan, ReadingPlan
     from tiercache.stats import Counters
     from tiercache.store import Span, Store
+
+
+PROBE_AFTER_S = 30.0
+
+
+class Breaker:
+    """Decides whether the cache's disk may be used. All methods are quick and safe from any thread."""
+
+    def __init__(self, clock: Clock = SYSTEM_CLOCK, probe_after_s: float = PROBE_AFTER_S) -> None:
+        self._clock, self._probe_after_s = clock, probe_after_s
+        self._lock = Lock()
+        self._probe_at_s: float | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._probe_at_s is not None
+
+    def allows(self) -> bool:
+        """Return whether to use the disk now. While it is bypassed, one caller per probe_after_s seconds may try it."""
+        if not self.is_open:
+            return True
+        with self._lock:
+            now_s = self._clock.monotonic()
+            probe_at_s = self._probe_at_s
+            if probe_at_s is None:  # reset() ran between the two checks
+                return True
+            if now_s >= probe_at_s:
+                self._probe_at_s = now_s + self._probe_after_s
+            return now_s >= probe_at_s
+
+    def trip(self) -> None:
+        with self._lock:
+            self._probe_at_s = self._clock.monotonic() + self._probe_after_s
+
+    def reset(self) -> None:
+        with self._lock:
+            self._probe_at_s = None
+
+
+class Notices:
+    """Gives each kind of warning once. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._given: set[str] = set()
+        self._datasets: dict[str, str] = {}
+
+    def copied(self) -> Notices:
+        """Return a copy for a forked child, in which another thread's hold on the lock would never end."""
+        notices = Notices()
+        notices._given, notices._datasets = set(self._given), dict(self._datasets)
+        return notices
+
+    def add_dataset(self, dataset_id: str, description: str) -> None:
+        """Let the cache warn once, as kind dataset_id, when it has no space for this data set."""
+        with self._lock:
+            self._datasets[dataset_id] = description
+
+    def unwarned_dataset(self, dataset_id: str) -> str | None:
+        """Return the description of a data set about which no warning was given yet; None: there is none."""
+        with self._lock:
+            return None if dataset_id in self._given else self._datasets.get(dataset_id)
+
+    def warn(self, kind: str, message: str) -> None:
+        with self._lock:
+            if kind in self._given:
+                return
+            self._given.add(kind)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 REMOVE_WAIT_S = 10.0
@@ -126,7 +195,6 @@ class WriteSession:
                 lock.release()
 
     def keep_to_limit(self) -> None:
-        """Register the size limit, and evict copies if the limit is smaller than before."""
         smallest = self.accounts.register(self.limit_bytes)
         self.folder.remember_size(self.limit_bytes)
         if smallest < self.limit_bytes:
@@ -161,7 +229,6 @@ class WriteSession:
         self.notices.warn("disk", f"cache {self.folder.root}: {reason}; bypassing the cache until the disk works again")
 
     def disk_is_full(self) -> None:
-        """Warn once that the disk is full."""
         self.notices.warn(
             "full",
             f"cache {self.folder.root}: the disk is full; data that is not cached is fetched again in every epoch; "
@@ -230,8 +297,6 @@ MOST_PREFETCHED = 65_536
 
 @dataclass(frozen=True, slots=True)
 class CacheOptions:
-    """The arguments of Cache."""
-
     path: Path
     size: int | str
     policy: str = "plan"
@@ -239,7 +304,6 @@ class CacheOptions:
     peers: PeerOptions | None = None
 
     def __post_init__(self) -> None:
-        """Check the values. Raises ValueError or TypeError."""
         parse_bytes(self.size, whole_bytes=1)
         parse_bytes(self.min_free, whole_bytes=1)
         if self.policy not in POLICIES:
@@ -354,7 +418,6 @@ class CacheSession:
         return CopyLease(n_bytes, file)
 
     def _open_part(self, spec: CopySpec) -> CopyFile | None:
-        """Return an open partial copy; None: there is none."""
         if spec.name in self._uncached:
             return None
         try:

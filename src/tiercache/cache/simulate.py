@@ -67,17 +67,14 @@ class SimulationReport:
 
     @property
     def hit_ratio(self) -> float:
-        """Share of the accesses that hit; 0.0 without accesses."""
         return self.hits / max(self.hits + self.misses, 1)
 
     @property
     def byte_hit_ratio(self) -> float:
-        """Share of the bytes that hit; 0.0 without accesses."""
         return self.bytes_hit / max(self.bytes_hit + self.bytes_fetched, 1)
 
 
 def _accesses(trace: Trace) -> Iterator[tuple[int, int, int]]:
-    """Yield the position, name and bytes of each access."""
     return zip(range(len(trace)), trace.names.tolist(), trace.n_bytes.tolist(), strict=True)
 
 

@@ -83,7 +83,6 @@ class WarmItem:
 
     @property
     def n_bytes(self) -> int:
-        """Number of requested bytes."""
         return sum(span.n_bytes for span in self.ranges)
 
 
@@ -103,17 +102,14 @@ class WarmPlan:
 
     @property
     def missing(self) -> list[WarmItem]:
-        """The copies that are not present."""
         return [item for item in self.items if item.missing_bytes is not None]
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes to fetch."""
         return sum(item.missing_bytes or 0 for item in self.items)
 
     @property
     def need_bytes(self) -> int:
-        """Bytes that the fetches add to the used space."""
         return sum(item.charge_bytes for item in self.items)
 
 
@@ -160,7 +156,6 @@ def _measured(opened: CacheSession, item: WarmItem, exists: bool, has_part: bool
 
 
 def _present_units(opened: CacheSession, name: str, n_bytes: int) -> Mask:
-    """Return the units of a partial copy that are present."""
     held = open_part(opened.folder, name, n_bytes)
     if held is None:
         return np.zeros(n_units(n_bytes), bool)
@@ -244,7 +239,6 @@ class _Fetches:
         self._error: BaseException | None = None
 
     def cancel(self) -> None:
-        """Cancel all fetches, now and later."""
         self._is_cancelled = True
         for fetch in list(self._running):
             fetch.cancel.set()

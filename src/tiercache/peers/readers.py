@@ -104,7 +104,6 @@ class PeerOptions:
         return cls(stripped, token, ca_file) if stripped else None
 
     def __post_init__(self) -> None:
-        """Check the values. Raises ValueError."""
         if any(_SOURCE.fullmatch(text) for text in self.members) and len(self.members) > 1:
             raise ValueError(f"peers are a list of addresses or one source of addresses, got {self.members!r}")
         for text in self.members:
@@ -151,7 +150,6 @@ def check_token(token: str) -> str:
 
 
 def look_up_host(name: str, port: int) -> list[str]:
-    """Return all addresses of a host name. Raises OSError."""
     return sorted({str(found[4][0]) for found in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)})
 
 
@@ -196,7 +194,6 @@ class Members:
 
     @classmethod
     def of(cls, urls: Sequence[str]) -> Members:
-        """Return the members with these URLs."""
         ordered = tuple(sorted(set(urls)))
         return cls(ordered, np.array([hash_of(url) for url in ordered], np.uint64))
 
@@ -411,7 +408,6 @@ class Peers:
                 peer.n_users -= 1
 
     def close(self) -> None:
-        """Close all connections. Running requests fail, and their callers ask the origin."""
         with self._lock:
             stores = [peer.store for peer in self._peers.values() if peer.store is not None]
             for peer in self._peers.values():
@@ -465,8 +461,6 @@ class PeerSource(WrapperStore):
         deadline_s: float | None = None,
         cancel: Event | None = None,
     ) -> None:
-        """See Store.read_into."""
-
         def read(store: Store, name: str, limit_s: float) -> None:
             store.read_into(name, spans, deadline_s=limit_s, cancel=cancel)
 

@@ -68,8 +68,6 @@ _LISTEN = re.compile(r"[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]")
 
 
 class _SegmentNames:
-    """Names of the copies of the shards of one segment."""
-
     def __init__(self, table: ShardTable, dataset_id: str) -> None:
         self._table, self._dataset_id = table, dataset_id
         names = NameTable.of(names_of(dataset_id, *table.identities(np.arange(len(table)))))
@@ -130,7 +128,6 @@ class ServedDataSet:
         return found
 
     def find_known(self, name: str) -> tuple[str, ShardIdentity] | None:
-        """Return the result of find() without reading a version."""
         found = self._segments.get(name)
         for segment in list(self._shards.values()) if found is None else ():
             found = segment.find(name)
@@ -250,7 +247,6 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "tiercache", ""
 
     def do_GET(self) -> None:
-        """Answer a GET."""
         self.close_connection = True
         if not self.server.slots.acquire(blocking=False):
             self._send(HTTPStatus.SERVICE_UNAVAILABLE)
@@ -269,7 +265,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.slots.release()
 
     def do_HEAD(self) -> None:
-        """Answer a HEAD: the same without a body."""
         self.do_GET()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the name of the base class
@@ -564,6 +559,5 @@ def serve(cache: Cache, service: PeerService, options: ServerOptions) -> Iterato
 
 
 def wait_until_stopped(process: subprocess.Popen[bytes] | None, stop: Event) -> bool:
-    """Wait until stop is set, or nginx has ended; return whether it was stopped."""
     wait_for(lambda: stop.is_set() or (process is not None and process.poll() is not None), None, longest_poll_s=0.2)
     return stop.is_set()
