@@ -65,8 +65,8 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch.setenv("XDG_CONFIG_HOME", str(home / "xdg-config"))
     patch.setenv("XDG_STATE_HOME", str(home / "xdg-state"))
     patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    # The watcher thread of a store ends at its next look, and no_leaks waits for it.
-    patch.setattr("tiercache.store.retry._LOOK_EVERY_S", 0.05)
+    # Idle threads of a store end, and no_leaks waits for them.
+    patch.setattr("tiercache.store.calls.IDLE_S", 0.05)
     yield home
     patch.undo()
 

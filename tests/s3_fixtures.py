@@ -22,3 +22,14 @@ def s3_server() -> Iterator[S3Server]:
         _running.append(server)
         yield server
         _running.clear()
+
+
+def s3fs_options(server):
+    """Return the options of s3fs for the server's bucket."""
+    return {
+        "key": server.access_key_id,
+        "secret": server.secret_access_key,
+        "endpoint_url": server.endpoint,
+        "client_kwargs": {"region_name": "us-east-1"},
+        "config_kwargs": {"s3": {"addressing_style": "path"}},
+    }

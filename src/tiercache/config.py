@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 import tomllib
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -160,15 +159,6 @@ def state_folder(start: str | os.PathLike[str] | None = None) -> Path:
     return folder
 
 
-def runtime_folder() -> Path:
-    """Return the folder of state that the processes of this user share until the machine restarts. It is not created.
-
-    It is `$XDG_RUNTIME_DIR/tiercache`, or else a folder of the user in the temporary folder.
-    """
-    given = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
-    return given / "tiercache" if given.is_absolute() else Path(tempfile.gettempdir()) / f"tiercache-{os.getuid()}"
-
-
 def read_file(path: Path) -> bytes:
     """Return the content of a settings or rule file. Raises ValueError, which names the file."""
     try:
@@ -250,26 +240,8 @@ def launcher_hosts(launcher: str) -> str:
 
 
 def aws_profile() -> str | None:
-    """Return the AWS profile that AWS clients would use here; None if the environment gives keys.
-
-    It is AWS_PROFILE, or "default" if one of the user's AWS files exists.
-    """
-    named = os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE")
-    if named:
-        return named
-    given = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
-    if any(os.environ.get(name) for name in (*given, "AWS_CONTAINER_CREDENTIALS_FULL_URI")) or _bool_variable(
-        "AWS_SKIP_SIGNATURE"
-    ):
-        return None
-    return "default" if any(file.is_file() for file in aws_files()) else None
-
-
-def aws_files() -> tuple[Path, Path]:
-    """Return the paths of the user's AWS configuration and credentials files, which need not exist."""
-    defaults = {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"}
-    config, credentials = (os.path.expanduser(os.environ.get(v) or default) for v, default in defaults.items())  # noqa: PTH111
-    return Path(config), Path(credentials)
+    """Return the AWS profile that the environment names."""
+    return os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE") or None
 
 
 def aws_keys() -> tuple[str, str, str | None] | None:
@@ -277,17 +249,6 @@ def aws_keys() -> tuple[str, str, str | None] | None:
     key, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
     token = os.environ.get("AWS_SESSION_TOKEN") or os.environ.get("AWS_SECURITY_TOKEN")
     return (key, secret, token or None) if key and secret else None
-
-
-def aws_web_identity() -> dict[str, str]:
-    """Return the environment's settings of a role assumed with a token file, under the names of storage options."""
-    names = {
-        "role_arn": "AWS_ROLE_ARN",
-        "web_identity_token_file": "AWS_WEB_IDENTITY_TOKEN_FILE",
-        "role_session_name": "AWS_ROLE_SESSION_NAME",
-        "sts_endpoint": "AWS_ENDPOINT_URL_STS",
-    }
-    return {name: os.environ[variable] for name, variable in names.items() if os.environ.get(variable)}
 
 
 def aws_ca_bundle() -> str | None:

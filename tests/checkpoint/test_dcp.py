@@ -23,6 +23,7 @@ import tiercache as tc
 from tiercache.checkpoint.layout import header_bytes, parse_header
 from tiercache.store import FsspecStore, LocalFolder
 from tiercache.store.contract import WrapperStore
+from tiercache.store.options import CallOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -256,7 +257,7 @@ def test_a_store_that_drops_unflushed_data_commits_nothing(dropping, save):
         else:
             dcp.save(state, storage_writer=checkpoints.dcp_writer(step))
 
-    store = FsspecStore("/run", "dropping://run", {}, dropping, is_single_writer=True)
+    store = FsspecStore("/run", "dropping://run", {}, CallOptions(is_single_writer=True), dropping)
     checkpoints = tc.Checkpoints(store)
     write(checkpoints, 0)
     dropping.drops = True

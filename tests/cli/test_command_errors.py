@@ -8,7 +8,7 @@ import typer
 from tests.support.http_server import HttpFaultServer
 
 from tiercache.cli.common import INTERRUPTED, verb
-from tiercache.store import retry
+from tiercache.store import calls
 
 
 def struck(monkeypatch, where):
@@ -44,7 +44,7 @@ def nobody(monkeypatch):
     def paused(*_args):
         raise AssertionError("the command must not try again")
 
-    monkeypatch.setattr(retry, "pause", paused)
+    monkeypatch.setattr(calls, "pause", paused)
     with HttpFaultServer() as server:
         return server.url
 

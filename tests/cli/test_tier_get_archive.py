@@ -9,13 +9,13 @@ import fsspec
 import pytest
 from botocore.config import Config
 from botocore.session import Session
+from tests.s3_fixtures import s3fs_options
 from tests.support.clock import JumpingClock
 from tests.tier.moving import HookAt, Killed
 
 import tiercache as tc
 from tiercache.cli.app import app
 from tiercache.demo.s3_server import S3Server
-from tiercache.store.options import CloudOptions
 
 RULES = """
 [tiers.hot]
@@ -217,7 +217,7 @@ def test_reading_an_archived_file_by_its_old_path_names_the_command(bucket, tmp_
 
 
 def test_reading_an_archived_object_by_its_url_names_the_command(bucket, server, file_system):
-    options = CloudOptions.parse("s3", server.storage_options).for_s3fs()
+    options = s3fs_options(server)
     fs = file_system("s3", target_options=options | {"skip_instance_cache": True})
     url = bucket.url("cold") + "/runs/a/step-1/__0_0.distcp"
     with pytest.raises(tc.ArchivedShards, match=r"tiercache tier get s3://.*__0_0\.distcp --wait"):

@@ -13,12 +13,11 @@ import fsspec
 import pytest
 from fsspec.asyn import sync
 from fsspec.implementations.memory import MemoryFileSystem
-from tests.s3_fixtures import s3_server
+from tests.s3_fixtures import s3_server, s3fs_options
 
 import tiercache as tc
 from tiercache.demo.s3_server import S3Server
 from tiercache.integrations.fsspec import TierCacheFileSystem
-from tiercache.store.options import CloudOptions
 from tiercache.waiting import wait_for
 
 __all__ = ["s3_server"]
@@ -148,7 +147,7 @@ def s3_of():
     used = []
 
     def options_of(server):
-        options = CloudOptions.parse("s3", server.storage_options).for_s3fs()
+        options = s3fs_options(server)
         used.append(options)
         return options
 

@@ -11,11 +11,6 @@ from tiercache.prices import named_prices
 from tiercache.store import CloudStore, open_store
 
 
-@pytest.fixture(autouse=True)
-def _own_runtime_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-
-
 def read_an_epoch(server, cache):
     dataset = tc.Dataset(f"{server.url}/data", cache=cache)
     loader = tc.DataLoader(dataset, batch_size=32, shuffle=True, options=tc.LoaderOptions(seed=2))

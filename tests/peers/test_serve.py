@@ -30,7 +30,7 @@ from tiercache.peers.server import (
 )
 from tiercache.shard.versions import latest, read_shards
 from tiercache.store import LocalFolder
-from tiercache.store.pacing import RequestTimes
+from tiercache.store.calls import RequestTimes
 from tiercache.waiting import wait_for
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
@@ -374,8 +374,7 @@ def test_nginx_serves_nothing_but_copies_by_name(origin, tmp_path):
 @pytest.fixture
 def no_repeats(monkeypatch):
     """No request is hedged or sent again because it is late: a test that counts bytes may run on a loaded machine."""
-    monkeypatch.setattr(RequestTimes, "grant_hedge", lambda *_: False)
-    monkeypatch.setattr(RequestTimes, "deadline_s", lambda *_: 60.0)
+    monkeypatch.setattr(RequestTimes, "take_hedge", lambda *_: False)
 
 
 @needs_nginx

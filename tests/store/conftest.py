@@ -11,8 +11,6 @@ from tests.s3_fixtures import s3_server
 from tests.support.http_server import HttpFaultServer
 
 from tiercache.demo.s3_server import S3Server
-from tiercache.store import CloudStore
-from tiercache.store.cloud import fallback_client
 
 __all__ = ["s3_server"]
 
@@ -27,27 +25,6 @@ def moto_server():
 def http_server():
     with HttpFaultServer() as server:
         yield server
-
-
-class ForkedStore(CloudStore):
-    """A store as it is in a forked child of a process that used obstore."""
-
-    def _open_client(self):
-        return fallback_client(self.folder, self.options, self.counters)
-
-
-@pytest.fixture
-def as_in_a_forked_child():
-    """Returns another store's twin, which reads as a forked child does."""
-    made = []
-
-    def build(store):
-        made.append(ForkedStore(store.folder, store.options))
-        return made[-1]
-
-    yield build
-    for store in made:
-        store.close()
 
 
 class BackDoor:

@@ -10,8 +10,7 @@ import pytest
 from tiercache._native.checksum import crc32c
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.store import CloudStore, open_store
-from tiercache.store.archive import CopySizes, S3StorageClasses
-from tiercache.store.s3 import Boto3Client
+from tiercache.store.archive import Boto3Client, CopySizes, S3StorageClasses
 
 PART = 5 << 20  # the smallest that S3 takes
 pytestmark = pytest.mark.s3
@@ -416,7 +415,7 @@ def test_only_s3_has_an_archive():
 
 
 def test_without_boto3_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setattr("tiercache.store.s3.has_boto3", lambda: False)
+    monkeypatch.setattr("tiercache.store.archive.has_boto3", lambda: False)
     with pytest.raises(ValueError, match=r"tiercache-data\[archive\]"):
         open_archive("s3://bucket/folder", access_key_id="a", secret_access_key="b")
 

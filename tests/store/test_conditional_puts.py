@@ -14,6 +14,7 @@ from tiercache.errors import CommitConflict, StoreError
 from tiercache.store import open_store
 from tiercache.store.fsspec import FsspecStore
 from tiercache.store.numbered_log import NumberedLog
+from tiercache.store.options import CallOptions
 
 SCHEMA = {"id": "int64"}
 
@@ -147,7 +148,7 @@ def test_a_file_system_that_ignores_create_is_refused(ignores):
     else:
         assert NumberedLog(store, "log/").put(1, b"x")
     store.close()
-    single = FsspecStore("/folder", "ignoring://folder", {}, make=Ignoring, is_single_writer=True)
+    single = FsspecStore("/folder", "ignoring://folder", {}, CallOptions(is_single_writer=True), Ignoring)
     assert NumberedLog(single, "log/").put(2, b"x")
     single.close()
 

@@ -96,7 +96,7 @@ def test_keys_renewed_by_another_program_are_read_when_s3_refuses_the_old_ones(
     assert keys_of(http_server) == ["OLD"] * (1 + n_refusals) + ["NEW"]
 
 
-def test_an_archive_reads_renewed_keys_too(http_server, opened, as_in_a_forked_child, monkeypatch, tmp_path):
+def test_an_archive_reads_renewed_keys_too(http_server, opened, monkeypatch, tmp_path):
     pytest.importorskip("boto3")
     renew_file(tmp_path, monkeypatch, "OLD")
     archive = S3StorageClasses.of(opened(profile="work"))
@@ -106,19 +106,6 @@ def test_an_archive_reads_renewed_keys_too(http_server, opened, as_in_a_forked_c
     archive.head("a")
     archive.close()
     assert keys_of(http_server) == ["OLD"] * 4 + ["NEW"]
-
-
-def test_s3fs_in_forked_processes_reads_renewed_keys_too(
-    http_server, opened, as_in_a_forked_child, monkeypatch, tmp_path
-):
-    renew_file(tmp_path, monkeypatch, "OLD")
-    store = opened(profile="work")
-    stand_in = as_in_a_forked_child(store)
-    assert stand_in.get("a") == b"data"
-    renew_file(tmp_path, monkeypatch, "NEW")
-    http_server.next(REFUSED)
-    assert stand_in.get("a") == b"data"
-    assert keys_of(http_server) == ["OLD", "OLD", "NEW"]
 
 
 def test_an_expired_token_without_a_newer_one_is_named_in_the_error(http_server, opened, monkeypatch, tmp_path):
@@ -236,8 +223,8 @@ def test_a_credentials_function_supplies_a_google_cloud_token(http_server):
     [
         (None, "NoneType"),
         ({"AccessKeyId": "A"}, "secret_access_key"),
-        ({"AccessKeyId": "A", "SecretAccessKey": "s", "Expiration": "soon"}, "soon"),
-        ({"AccessKeyId": "A", "SecretAccessKey": "s", "Expiration": "2020-01-01T00:00:00Z"}, "expired"),
+        ({"AccessKeyId": "A", "SecretAccessKey": "s", "Expiration": "soon"}, "datetime, got str"),
+        ({"AccessKeyId": "A", "SecretAccessKey": "s", "Expiration": datetime(2020, 1, 1)}, "expired"),
     ],
 )
 def test_an_invalid_result_of_a_credentials_function_is_described(opened, given, fact):
@@ -261,21 +248,9 @@ def test_a_profile_of_the_config_file_only_is_used(http_server, opened, tmp_path
     assert keys_of(http_server) == ["FROM-CONFIG"] * 2
 
 
-def test_without_a_default_profile_the_metadata_service_is_asked(tmp_path):
-    (tmp_path / "config").write_text("[profile other]\nregion = eu-north-1\n")
-    (tmp_path / "credentials").write_text(profile_text("K", "other"))
-    assert s3_access(open_store("s3://bucket").options, "s3://bucket") == ({}, None)
-
-
 def test_one_key_without_the_other_is_an_error(opened):
     with pytest.raises(ValueError, match="belong together"):
         opened(access_key_id="a").get("a")
-
-
-def test_the_default_profile_is_used_if_the_options_name_none(http_server, opened, tmp_path):
-    (tmp_path / "config").write_text(profile_text("FROM-DEFAULT", "default"))
-    opened().get("a")
-    assert keys_of(http_server) == ["FROM-DEFAULT"]
 
 
 def test_the_environment_overrides_region_and_endpoint_of_a_profile(monkeypatch, tmp_path):
@@ -290,26 +265,16 @@ def test_the_environment_overrides_region_and_endpoint_of_a_profile(monkeypatch,
     assert s3_access(options, "s3://bucket")[0]["endpoint"] == "http://nearer"
 
 
-def test_an_unknown_profile_is_an_error_that_names_the_files(tmp_path):
-    with pytest.raises(ValueError, match=r"'no-such-profile' is neither in .*config nor in .*credentials"):
+def test_an_unknown_profile_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match=r"'no-such-profile' cannot be read: .*could not be found"):
         open_store("s3://bucket", profile="no-such-profile").get("a")
 
 
 def test_an_error_of_an_aws_file_names_the_file_but_not_its_contents(tmp_path):
     (tmp_path / "credentials").write_text("aws_secret_access_key = s3cret\n")
-    with pytest.raises(ValueError, match="credentials: cannot be read as an AWS file") as caught:
+    with pytest.raises(ValueError, match=r"'work' cannot be read: .*credentials") as caught:
         open_store("s3://bucket", profile="work").get("a")
     assert "s3cret" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "lines", ["sso_session = x\nsso_account_id = 1\n", "role_arn = arn:aws:iam::1:role/r\nsource_profile = base\n"]
-)
-def test_a_profile_that_needs_boto3_is_an_error_with_both_remedies(monkeypatch, tmp_path, lines):
-    (tmp_path / "config").write_text(f"[profile work]\n{lines}")
-    monkeypatch.setitem(sys.modules, "botocore.session", None)
-    with pytest.raises(ValueError, match=r"'work'.*tiercache-data\[archive\].*credential_process"):
-        open_store("s3://bucket", profile="work").get("a")
 
 
 def test_botocore_assumes_a_role_with_the_keys_of_another_profile(http_server, opened, monkeypatch, tmp_path):
@@ -354,47 +319,7 @@ def test_credential_process_runs_once_until_its_keys_expire_or_are_refused(http_
     assert keys_of(http_server) == ["PROCESS1"] * 4 + ["PROCESS2"]
 
 
-@pytest.mark.parametrize(
-    ("command", "fact"),
-    [
-        (f"{sys.executable} -c \"import sys; sys.exit('log in first')\"", "ended with 1: log in first"),
-        ("/no/such/program", "cannot be run: .*No such file"),
-        (f"{sys.executable} -c print()", "no JSON"),
-        (f"{sys.executable} -c 'print(\"{{}}\")'", "Version None"),
-    ],
-)
-def test_a_failed_credential_process_is_described(opened, tmp_path, command, fact):
-    (tmp_path / "config").write_text(f"[profile work]\ncredential_process = {command}\n")
-    with pytest.raises(StoreError, match=f"credential_process of the AWS profile 'work'.*{fact}") as caught:
-        opened(profile="work").get("a")
-    assert not caught.value.retryable
-
-
 SLEEPS = f"{sys.executable} -c 'import time; time.sleep(1000)'"
-
-
-def test_a_credential_process_is_ended_after_the_timeout_of_the_call(http_server, opened, tmp_path):
-    (tmp_path / "config").write_text(f"[profile work]\ncredential_process = {SLEEPS}\n")
-    with pytest.raises(StoreError, match=r"credential_process of the AWS profile 'work'.* 0\.2 s") as caught:
-        opened(profile="work", timeout=0.2).head("a")
-    assert caught.value.retryable
-    assert http_server.log == []
-
-
-def test_a_long_wait_for_a_credential_process_is_reported_under_its_name(http_server, opened, tmp_path, caplog):
-    write_process(tmp_path, {})
-    script, go = tmp_path / "process.py", tmp_path / "go"
-    script.write_text(
-        f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.01)\n{PROCESS}"
-    )
-    store = opened(profile="work")
-    thread = threading.Thread(target=store.head, args=("a",))
-    thread.start()
-    assert wait_for(lambda: caplog.records, 30)
-    go.touch()
-    thread.join()
-    assert "credential_process of the AWS profile 'work'" in caplog.text
-    assert http_server.url not in caplog.text
 
 
 def test_one_failed_reading_of_credentials_fails_for_all_waiting_threads():
@@ -432,15 +357,6 @@ def test_one_failed_reading_of_credentials_fails_for_all_waiting_threads():
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize(("given", "profile"), [("false", "work"), (False, "work"), ("yes", None), ("1", None)])
-def test_unsigned_requests_need_no_profile(opened, tmp_path, monkeypatch, given, profile):
-    monkeypatch.setenv("AWS_PROFILE", "work")
-    (tmp_path / "credentials").write_text(profile_text("KEY"))
-    store = opened(skip_signature=given)
-    assert store.options.profile == profile
-    assert (s3_access(store.options, store.url)[1] is None) == (profile is None)
-
-
 @pytest.mark.parametrize(("text", "is_signed"), [("false", True), ("true", False)])
 def test_aws_skip_signature_accepts_the_usual_words(opened, tmp_path, monkeypatch, text, is_signed):
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", text)
@@ -465,17 +381,17 @@ def sts_answer(key, action="AssumeRoleWithWebIdentity", expiration="2099-01-01T0
 
 
 @pytest.fixture
-def role(http_server, tmp_path):
-    (tmp_path / "token").write_text("the-web-token\n")
-    return {
-        "role_arn": "arn:aws:iam::1:role/r",
-        "web_identity_token_file": str(tmp_path / "token"),
-        "sts_endpoint": f"{http_server.url}/sts",
-    }
+def role(http_server, tmp_path, monkeypatch):
+    (tmp_path / "token").write_text("the-web-token")
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/r")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"{http_server.url}/sts")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
 
 
-def test_a_token_file_is_read_again_when_its_keys_are_refused(http_server, opened, role, tmp_path):
-    store = opened(**role)
+@pytest.mark.usefixtures("role")
+def test_a_token_file_is_read_again_when_its_keys_are_refused(http_server, opened, tmp_path):
+    store = opened()
     http_server.next(HttpFault("status", 200, body=sts_answer("ROLE1")))
     assert store.get("a") == b"data"
     (tmp_path / "token").write_text("a-newer-token")
@@ -486,46 +402,71 @@ def test_a_token_file_is_read_again_when_its_keys_are_refused(http_server, opene
     assert tokens == [["the-web-token"], ["a-newer-token"]]
 
 
-def test_a_web_identity_role_of_the_environment_is_assumed(http_server, opened, role, monkeypatch):
-    for name, variable in (("role_arn", "ROLE_ARN"), ("web_identity_token_file", "WEB_IDENTITY_TOKEN_FILE")):
-        monkeypatch.setenv(f"AWS_{variable}", role[name])
-    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", role["sts_endpoint"])
-    http_server.next(HttpFault("status", 200, body=sts_answer("ROLE")))
-    assert opened().get("a") == b"data"
-
-
-def test_a_refusal_of_sts_is_reported_with_its_reason(http_server, opened, role):
+@pytest.mark.usefixtures("role")
+def test_a_refusal_of_sts_is_reported_with_its_reason_and_a_failure_is_retried(http_server, opened):
     body = (
         b"<ErrorResponse><Error><Type>Sender</Type><Code>ExpiredTokenException</Code><Message>Token expired: now must "
         b"be before</Message></Error></ErrorResponse>"
     )
-    http_server.when(lambda method, path: HttpFault("status", 400, body=body))
-    with pytest.raises(StoreError, match=r"STS at http.*/sts.*ExpiredTokenException: Token expired") as caught:
-        opened(**role).get("a")
+    http_server.next(HttpFault("status", 400, body=body))
+    with pytest.raises(StoreError, match=r"the AWS configuration gave no keys: .*Token expired") as caught:
+        opened().get("a")
     assert (caught.value.code, caught.value.retryable) == ("ExpiredTokenException", False)
     assert "the-web-token" not in str(caught.value)
-    assert len(http_server.log) == 1
+    for status in (500, 503):
+        http_server.next(HttpFault("status", status), HttpFault("status", 200, body=sts_answer("ROLE")))
+        assert opened().put_if_absent(f"b{status}", b"x"), "the write without keys was not sent"
 
 
-def test_a_conditional_write_without_keys_was_not_sent(http_server, opened, role):
-    http_server.next(HttpFault("status", 500), HttpFault("status", 200, body=sts_answer("ROLE")))
-    assert opened(**role).put_if_absent("b", b"x")
+# Without botocore
 
 
-def test_a_throttled_sts_request_is_retried(http_server, opened, role):
-    http_server.next(HttpFault("status", 503), HttpFault("status", 200, body=sts_answer("ROLE")))
-    assert opened(**role).get("a") == b"data"
+def test_what_needs_botocore_is_an_error_that_names_the_extra(http_server, opened, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "botocore.session", None)
+    assert s3_access(CloudOptions.parse("s3", {}), "s3://bucket") == ({}, None), "obstore asks the metadata service"
+    (tmp_path / "credentials").write_text(profile_text("KEY"))
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    for options in ({}, {"profile": "work"}):
+        with pytest.raises(ValueError, match=r"'work' is read by botocore: .*tiercache-data\[archive\].*access_key_id"):
+            opened(**options).get("a")
+    renew_environment(tmp_path, monkeypatch, "ENVIRONMENT")
+    for options in ({}, {"key": "GIVEN", "secret": "s"}):
+        assert opened(**options).get("a") == b"data"
+    assert keys_of(http_server) == ["ENVIRONMENT", "GIVEN"]
 
 
-def test_a_missing_token_file_is_named(opened, role, tmp_path):
-    (tmp_path / "token").unlink()
-    with pytest.raises(StoreError, match=r"token file .*token cannot be read"):
-        opened(**role).get("a")
+def test_no_credentials_at_all_are_reported_at_once(opened):
+    with pytest.raises(ValueError, match=r"no credentials in storage_options.*anon=True"):
+        opened().get("a")
 
 
-def test_a_role_without_a_token_file_is_an_error_with_the_remedy(opened, role):
-    with pytest.raises(ValueError, match=r"web_identity_token_file.*source_profile"):
-        opened(role_arn=role["role_arn"]).get("a")
+def test_unsigned_requests_need_no_keys(opened, tmp_path, monkeypatch):
+    (tmp_path / "credentials").write_text(profile_text("KEY"))
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    for given, is_signed in [("false", True), (False, True), ("yes", False), ("1", False)]:
+        store = opened(skip_signature=given)
+        assert (s3_access(store.options, store.url)[1] is not None) == is_signed
+
+
+# credential_process
+
+
+def test_a_failed_or_silent_credential_process_is_named(http_server, opened, tmp_path, caplog):
+    def write(program):
+        (tmp_path / "process.py").write_text(program)
+        command = f"{sys.executable} -S {tmp_path / 'process.py'}"
+        (tmp_path / "config").write_text(f"[profile work]\ncredential_process = {command}\n")
+
+    write("import sys; sys.exit('log in first')")
+    with pytest.raises(StoreError, match=r"the AWS profile 'work' gave no keys: .*log in first") as caught:
+        opened(profile="work").get("a")
+    assert not caught.value.retryable
+    write(f"import pathlib, time\nwhile not pathlib.Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.01)\n")
+    with pytest.raises(StoreError, match=r"nothing came from the AWS profile 'work' for 2\.5 s"):
+        opened(profile="work", timeout=2.5).head("a")
+    (tmp_path / "go").touch()
+    assert "the AWS profile 'work'" in caplog.text
+    assert http_server.log == []
 
 
 def test_explicit_keys_are_used_through_obstore(opened):

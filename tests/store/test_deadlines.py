@@ -16,13 +16,12 @@ from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store import CloudStore, open_store
 from tiercache.store.archive import S3StorageClasses
-from tiercache.store.coalescing import RequestCosts
 from tiercache.store.fsspec import FsspecStore
 from tiercache.store.obstore import BucketFolder, to_store_error
-from tiercache.store.options import CloudOptions
+from tiercache.store.options import CallOptions, CloudOptions
+from tiercache.store.ranges import RequestCosts
 from tiercache.store.remote import ReadSettings
-from tiercache.store.retry import CallLimit, CallMonitor, RetryPolicy, with_retries
-from tiercache.waiting import SYSTEM_CLOCK, fail_fast_if_unreachable, wait_for
+from tiercache.waiting import fail_fast_if_unreachable, wait_for
 
 MIB = 1 << 20
 DATA = pattern(3 * MIB)
@@ -106,7 +105,7 @@ def test_a_file_system_that_never_answers_ends_a_call_after_its_timeout(call):
 
         cat_file = info = find = _wait
 
-    store = FsspecStore("/folder", "silent://folder", {}, make=Silent, timeout_s=0.3)
+    store = FsspecStore("/folder", "silent://folder", {}, CallOptions(timeout_s=0.3), Silent)
     with pytest.raises(StoreError, match=r"nothing came from silent://folder for 0.3 s"):
         CALLS[call](store)
     assert not gate.is_set()
@@ -114,27 +113,11 @@ def test_a_file_system_that_never_answers_ends_a_call_after_its_timeout(call):
     store.close()
 
 
-def test_a_late_attempt_is_abandoned_when_the_timeout_is_over():
-    gate, attempts = threading.Event(), []
-
-    def attempt():
-        attempts.append(1)
-        if len(attempts) > 1:
-            gate.wait(60)
-        raise StoreError("no", url="u", retryable=True, text="the first failure")
-
-    limit = CallLimit("u", "read", clock=SYSTEM_CLOCK, timeout_s=0.3, endpoint=lambda: "http://e")
-    with pytest.raises(StoreError, match=r"nothing came from http://e for 0.3 s .*the first failure"):
-        with_retries(attempt, RetryPolicy(first_s=0, longest_s=0), limit, abandons="retries")
-    assert not gate.is_set()
-    gate.set()
-
-
 def test_a_read_may_take_any_time_while_bytes_arrive(http_server, opened):
     clock = FakeClock()
     http_server.when(lambda method, path: clock.advance(40))
     store = opened(
-        ReadSettings(clock=clock, most_requests=1, costs=RequestCosts(max_gap_bytes=0, max_bytes=MIB)), timeout=60
+        ReadSettings(clock=clock, n_requests=1, costs=RequestCosts(max_gap_bytes=0, max_bytes=MIB)), timeout=60
     )
     assert read_ranges(store, "a", [ByteRange(0, 3 * MIB)]) == [DATA]
 
@@ -145,7 +128,7 @@ def test_timeouts_of_the_http_client_are_at_most_that_of_the_call():
     assert client["connect_timeout"].total_seconds() == 3
     assert client["timeout"].total_seconds() >= 60, "of a request that brings bytes all the time"
     client = CloudOptions.parse("s3", {}).for_obstore()
-    assert client["read_timeout"].total_seconds() < CloudOptions.parse("s3", {}).timeout_s, "a stall is tried again"
+    assert client["read_timeout"].total_seconds() < CallOptions().timeout_s, "a stall is tried again"
 
 
 # Reports
@@ -173,27 +156,6 @@ def test_a_long_wait_is_reported_once_while_it_lasts_with_the_endpoint(http_serv
     assert errors == []
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert http_server.url in caplog.text
-
-
-def test_a_wait_is_reported_after_2_s_and_again_only_after_progress(caplog):
-    clock, calls = FakeClock(), CallMonitor()
-    limit = CallLimit("s3://b/a", "get", clock=clock, timeout_s=60, endpoint=lambda: "http://e")
-    with calls.track(limit):
-        clock.advance(1.9)
-        calls.look()
-        assert not caplog.records
-        for _ in range(3):
-            clock.advance(1)
-            calls.look()
-        assert len(caplog.records) == 1
-        limit.progressed()
-        clock.advance(2)
-        calls.look()
-        assert len(caplog.records) == 2
-    clock.advance(60)
-    calls.look()
-    calls.close()
-    assert len(caplog.records) == 2, "the call is over"
 
 
 # Nobody there

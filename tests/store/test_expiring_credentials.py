@@ -109,27 +109,27 @@ def by_web_identity(issuer):
         f"<Expiration>{LATER}</Expiration></Credentials></AssumeRoleWithWebIdentityResult>"
         "</AssumeRoleWithWebIdentityResponse>"
     )
-    return {
-        "role_arn": "arn:aws:iam::1:role/r",
-        "web_identity_token_file": str(issuer.tmp_path / "token"),
-        "sts_endpoint": f"{issuer.server.url}/sts",
-    }
+    issuer.monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/r")
+    issuer.monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(issuer.tmp_path / "token"))
+    issuer.monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"{issuer.server.url}/sts")
+    return {}
 
 
 def by_instance_metadata(issuer):
     issuer.answers["/latest/api/token"] = lambda: "a session"
     issuer.answers["/latest/meta-data/iam/security-credentials/"] = lambda: "the-role"
     issuer.answers["/latest/meta-data/iam/security-credentials/the-role"] = aws_json(issuer)
-    return {"metadata_endpoint": issuer.server.url}
+    issuer.monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", issuer.server.url)
+    issuer.monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "false")
+    return {}
 
 
 def by_container(issuer):
     (issuer.tmp_path / "token").write_text("container token")
     issuer.answers["/container"] = aws_json(issuer)
-    return {
-        "container_credentials_full_uri": f"{issuer.server.url}/container",
-        "container_authorization_token_file": str(issuer.tmp_path / "token"),
-    }
+    issuer.monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{issuer.server.url}/container")
+    issuer.monkeypatch.setenv("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", str(issuer.tmp_path / "token"))
+    return {}
 
 
 def aws_json(issuer):

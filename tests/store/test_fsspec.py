@@ -1,4 +1,4 @@
-"""Any other URL through fsspec, and S3 through s3fs."""
+"""Any other URL through fsspec."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
-from tests.support.store_suite import ReadSuite, StoreSuite
+from tests.support.store_suite import StoreSuite
 
 from tiercache.errors import StoreError
 from tiercache.store import FsspecStore, open_store
-from tiercache.store.options import CloudOptions
 
 
 class TestFsspecMemory(StoreSuite):
@@ -53,20 +52,6 @@ class TestFsspecLocal(StoreSuite):
         return (self.root / key).read_bytes()
 
 
-class TestFsspecHttp(ReadSuite):
-    """What a forked child reads HTTP by."""
-
-    @pytest.fixture
-    def store(self, http_server):
-        self.server = http_server
-        store = FsspecStore(http_server.url, http_server.url, {})
-        yield store
-        store.close()
-
-    def raw_put(self, store, key, data):
-        self.server.objects[key] = data
-
-
 class Told(MemoryFileSystem):
     """A file system with an option `timeout` of its own, whose info() waits at a gate."""
 
@@ -98,21 +83,3 @@ def test_timeout_limits_calls_to_any_url_and_the_file_systems_own_is_given_by_pr
     assert Told.told == [7]
     with pytest.raises(ValueError, match="timeout"):
         open_store(url, timeout="soon")
-
-
-@pytest.mark.s3
-class TestS3fsOnSeaweedFS(StoreSuite):
-    @pytest.fixture
-    def store(self, s3):
-        self.door = s3
-        options = CloudOptions.parse("s3", s3.server.storage_options).for_s3fs()
-        url = f"{s3.server.url}/{s3.prefix}"
-        store = FsspecStore(url, url, options)
-        yield store
-        store.close()
-
-    def raw_put(self, store, key, data):
-        self.door.put(key, data)
-
-    def raw_get(self, store, key):
-        return self.door.get(key)

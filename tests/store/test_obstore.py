@@ -109,7 +109,7 @@ def test_option_names_of_s3fs_open_a_bucket(s3):
     store = open_store(
         f"{server.url}/{s3.prefix}",
         endpoint_url=server.endpoint,
-        client_kwargs={"region_name": "us-east-1"},
+        region="us-east-1",
         **names,
     )
     store.put("a", b"x")

@@ -11,8 +11,7 @@ from tests.support.http_server import HttpFault
 from tests.support.store_suite import pattern
 
 from tiercache.errors import StoreError
-from tiercache.store import FsspecStore, open_store
-from tiercache.store.options import CloudOptions
+from tiercache.store import open_store
 
 pytestmark = pytest.mark.s3
 MIB = 1 << 20
@@ -76,22 +75,6 @@ def test_a_large_conditional_upload_replaces_nothing(s3, store):
     assert [info.key for info in store.list()] == ["big"]
     listed = s3.client.list_objects_v2(Bucket=s3.server.bucket, Prefix=s3.prefix)["Contents"]
     assert [found["Key"] for found in listed] == [f"{s3.prefix}/big"], "no temporary object is left"
-
-
-def test_s3fs_uploads_large_objects_and_aborts(s3):
-    url = f"{s3.server.url}/{s3.prefix}"
-    store = FsspecStore(url, url, CloudOptions.parse("s3", s3.server.storage_options).for_s3fs())
-    with store.create("big") as upload:
-        _send(upload)
-        assert upload.complete(if_absent=True) is not None
-    assert s3.get("big") == b"".join(PARTS)
-    with store.create("big") as upload:
-        _send(upload, (0,))
-        assert upload.complete(if_absent=True) is None
-    with store.create("other") as upload:
-        _send(upload, (0,))
-    assert s3.uploads() == []
-    store.close()
 
 
 def test_a_failed_part_ends_the_upload_and_leaves_nothing(s3, store, monkeypatch):

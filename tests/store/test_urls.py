@@ -10,10 +10,9 @@ import pytest
 from tiercache.errors import StoreError
 from tiercache.stats import Counters
 from tiercache.store import CloudStore, FsspecStore, LocalFolder, MemoryStore, open_store, redact, split_url
-from tiercache.store.cloud import fallback_client
+from tiercache.store.archive import Boto3Client
 from tiercache.store.obstore import BucketFolder, ObstoreClient
-from tiercache.store.options import CloudOptions, server_url
-from tiercache.store.s3 import Boto3Client
+from tiercache.store.options import CallOptions, CloudOptions, server_url
 
 
 @pytest.mark.parametrize(
@@ -135,7 +134,9 @@ def test_option_names_of_s3fs_and_of_the_environment_are_accepted():
         "key": "k",
         "AWS_SECRET_ACCESS_KEY": "s",
         "aws_session_token": "t",
-        "client_kwargs": {"endpoint_url": "http://e", "region_name": "r", "verify": False},
+        "endpoint_url": "http://e",
+        "aws_region": "r",
+        "allow_invalid_certificates": "yes",
         "timeout": 5,
         "connect_timeout": "2s",
         "read_timeout": "7",
@@ -145,7 +146,7 @@ def test_option_names_of_s3fs_and_of_the_environment_are_accepted():
     assert options.config == {
         "access_key_id": "k", "secret_access_key": "s", "session_token": "t", "endpoint": "http://e", "region": "r",
     }  # fmt: skip
-    assert options.client["timeout"] == timedelta(seconds=5)
+    assert options.call.timeout_s == 5
     assert options.client["connect_timeout"] == timedelta(seconds=2)
     assert options.client["read_timeout"] == timedelta(seconds=7), "as the command line gives it"
     assert options.client["pool_max_idle_per_host"] == "3", "obstore takes no numbers"
@@ -159,23 +160,10 @@ def test_an_invalid_timeout_is_an_error(value):
         CloudOptions.parse("s3", {"timeout": value})
 
 
-def test_client_kwargs_must_be_a_dict():
-    with pytest.raises(ValueError, match="client_kwargs must be a dict, got str"):
-        CloudOptions.parse("s3", {"client_kwargs": "endpoint_url"})
-
-
 def test_two_names_of_one_option_must_have_the_same_value():
     assert CloudOptions.parse("s3", {"key": "k", "access_key_id": "k"}).config == {"access_key_id": "k"}
     with pytest.raises(ValueError, match="twice"):
         CloudOptions.parse("s3", {"key": "k", "access_key_id": "other"})
-    with pytest.raises(ValueError, match=r"client_kwargs.*'region_name'"):
-        CloudOptions.parse("s3", {"client_kwargs": {"region_nam": "r"}})
-
-
-def test_contradicting_certificate_options_are_an_error():
-    with pytest.raises(ValueError, match=r"allow_invalid_certificates.*twice"):
-        CloudOptions.parse("s3", {"verify": False, "allow_invalid_certificates": False})
-    assert CloudOptions.parse("s3", {"verify": False, "allow_invalid_certificates": "yes"})
 
 
 @pytest.mark.parametrize("name", ["skip_signature", "request_payer", "allow_http", "aws_s3_express"])
@@ -205,7 +193,6 @@ def test_every_client_has_the_same_name_for_a_server(monkeypatch, environment, g
     assert server_url("s3", "bucket", options.config) == expected
     assert ObstoreClient(place, options, counters).wait_target() == expected
     assert Boto3Client(options, place.url, counters).wait_target() == expected
-    assert fallback_client(place, options, counters).wait_target() == expected
 
 
 def test_http_is_allowed_unless_an_https_endpoint_is_given():
@@ -214,40 +201,30 @@ def test_http_is_allowed_unless_an_https_endpoint_is_given():
     assert CloudOptions.parse("s3", {"endpoint": "https://e", "allow_http": True}).client["allow_http"] is True
 
 
-def test_options_are_translated_for_s3fs():
+def test_options_are_translated_for_boto3():
     given = {"access_key_id": "k", "secret_access_key": "s", "endpoint": "http://e", "region": "r", "read_timeout": 9}
-    for_s3fs = CloudOptions.parse("s3", {**given, "virtual_hosted_style_request": "true"}).for_s3fs()
-    assert for_s3fs == {
-        "key": "k",
-        "secret": "s",
-        "endpoint_url": "http://e",
-        "anon": False,
-        "client_kwargs": {"region_name": "r"},
-        "config_kwargs": {
+    options = CloudOptions.parse("s3", {**given, "virtual_hosted_style_request": "true"})
+    assert options.for_boto3() == (
+        {"endpoint_url": "http://e", "region_name": "r"},
+        {
             "retries": {"total_max_attempts": 1},
             "s3": {"addressing_style": "virtual"},
             "read_timeout": 9.0,
             "connect_timeout": 5.0,
         },
-    }
-    assert CloudOptions.parse("s3", {"anon": True}).for_s3fs()["anon"] is True
-
-
-def test_options_that_s3fs_lacks_are_an_error_in_a_forked_child():
+    )
+    assert options.unknown_to_boto3 == []
     given = {"s3_express": True, "proxy_url": "http://proxy", "region": "eu-west-1"}
-    assert CloudOptions.parse("s3", given).unknown_to_s3fs == ["proxy_url", "s3_express"]
-    assert CloudOptions.parse("s3", {"key": "a", "secret": "b", "timeout": 5}).unknown_to_s3fs == []
-    place = BucketFolder("s3", "bucket", "", "s3://bucket")
-    with pytest.raises(StoreError, match=r"not support proxy_url, s3_express; .*forkserver"):
-        fallback_client(place, CloudOptions.parse("s3", given), Counters("requests"))
+    assert CloudOptions.parse("s3", given).unknown_to_boto3 == ["proxy_url", "s3_express"]
 
 
-def test_requester_pays_and_headers_reach_the_fallback_clients():
-    assert CloudOptions.parse("s3", {"request_payer": "true"}).for_s3fs()["requester_pays"] is True
-    given = {"default_headers": {"Authorization": "Bearer x"}, "user_agent": "me"}
-    headers = CloudOptions.parse("http", given).for_fsspec_http()["headers"]
-    assert headers == {"Authorization": "Bearer x", "User-Agent": "me"}
-    assert CloudOptions.parse("http", {}).for_fsspec_http() == {}
+def test_options_of_every_remote_store():
+    for url in ("s3://bucket", "http://server", "gs://bucket", "az://container", "filecache::http://server"):
+        store = open_store(url, concurrency="8", timeout="5m", single_writer="yes")
+        assert pickle.loads(pickle.dumps(store)).call_options == CallOptions(300.0, 8, True)
+    for options in ({"concurrency": 0}, {"concurrency": "many"}, {"concurrency": True}, {"single_writer": "perhaps"}):
+        with pytest.raises(ValueError, match=f"storage option '{next(iter(options))}'"):
+            open_store("s3://bucket", **options)
 
 
 def test_the_values_of_options_are_not_shown():

@@ -21,9 +21,9 @@ from tiercache._native.checksum import crc32c
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
+from tiercache.store.archive import crc32c_to_text
 from tiercache.store.contract import Span, Store, Upload, check_key, parts_in_order
-from tiercache.store.range_reads import check_spans
-from tiercache.store.s3 import crc32c_to_text
+from tiercache.store.ranges import check_spans
 
 UNREADABLE = ("GLACIER", "DEEP_ARCHIVE")
 DAY_S = 86_400.0

@@ -28,11 +28,11 @@ from tiercache.cache import Cache, CachedStore
 from tiercache.errors import NotFound, ObjectChanged, StoreError, TierCacheError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store import FsspecStore, Span, Store, StoreFile, check_key, open_store, redact
+from tiercache.store.contract import ProcessLocal
 from tiercache.store.placement import uses
 from tiercache.store.placement.locations import FileLocator, archived_file_error
 from tiercache.store.placement.log import prefix_store
 from tiercache.store.placement.resolver import is_archived, options_of, scheme_of
-from tiercache.store.range_reads import ProcessLocal
 
 try:
     from fsspec.implementations.chained import ChainedFileSystem

@@ -32,10 +32,10 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.model import ByteRange
 from tiercache.stats import Counters
 from tiercache.store import CloudStore, Span, Store, open_store
+from tiercache.store.calls import RetryPolicy
 from tiercache.store.contract import Receive, WrapperStore
 from tiercache.store.options import CloudOptions
 from tiercache.store.remote import ReadSettings
-from tiercache.store.retry import RetryPolicy
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
 if TYPE_CHECKING:
@@ -430,7 +430,7 @@ def open_peer_store(url: str, options: PeerOptions, reader_id: str) -> Store:
     if not isinstance(store, CloudStore):
         raise ValueError(f"not an address of a peer: {url!r}")
     return CloudStore(
-        store.folder, store.options, ReadSettings(policy=RetryPolicy(n_attempts=1), most_requests=4, adapts=False)
+        store.folder, store.options, ReadSettings(policy=RetryPolicy(n_attempts=1), n_requests=4, hedges=False)
     )
 
 

@@ -10,10 +10,11 @@ back end has finished its own retries by then.
 from __future__ import annotations
 
 import io
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import Event, Lock
-from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.stats import Counters
@@ -555,3 +556,38 @@ class StoreFile(io.RawIOBase):
     def fill(self, byte_range: ByteRange, buffer: memoryview) -> None:
         """Fill buffer with a byte range of the object."""
         self.store.read_into(self.key, [(byte_range, buffer)], if_match=self.etag)
+
+
+class ProcessLocal(Generic[T]):
+    """A value that each process creates at first use. It has no lock, because a fork could leave a lock held.
+
+    A child keeps a value of its parent but never uses or disposes of it: disposing of clients whose runtime threads do
+    not exist any more may hang.
+    """
+
+    def __init__(self, make: Callable[[], T], dispose: Callable[[T], object]) -> None:
+        self._make, self._dispose = make, dispose
+        self._values: dict[int, T] = {}
+
+    def get(self) -> T:
+        """Return this process's value."""
+        pid = os.getpid()
+        value = self._values.get(pid)
+        if value is None:
+            created = self._make()
+            value = self._values.setdefault(
+                pid, created
+            )  # atomic: if two threads create a value, the first one is kept
+            if value is not created:
+                self._dispose(created)
+        return value
+
+    def find(self) -> T | None:
+        """Return this process's value if there is one."""
+        return self._values.get(os.getpid())
+
+    def drop(self) -> None:
+        """Dispose of this process's value; the next get() creates a new one."""
+        value = self._values.pop(os.getpid(), None)
+        if value is not None:
+            self._dispose(value)

@@ -1,4 +1,4 @@
-"""Stores through fsspec: all other URLs, and S3 through s3fs where obstore cannot be used (forked children)."""
+"""Stores through fsspec: all URLs that the other back ends do not open."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from typing import Any
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
-from tiercache.store.credentials import Credentials, Keys, refused_error, wait_target
-from tiercache.store.machine_limits import NO_LIMITS, StoreLimits
-from tiercache.store.options import hide_secrets, redact, server_url
+from tiercache.store.options import CallOptions, hide_secrets, redact, server_url
 from tiercache.store.remote import (
     CONFLICT_CODES,
     RETRYABLE_STATUSES,
@@ -27,10 +25,8 @@ from tiercache.store.remote import (
     ReadSettings,
     RemoteStore,
 )
-from tiercache.store.retry import TIMEOUT_S
 
 _N_REQUESTS = 8
-_BEYOND_END = 416
 _RETRYABLE = (errno.EAGAIN, errno.EBUSY, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.ECONNRESET, errno.EPIPE)
 _NOT_SENT = ("EndpointConnectionError", "ConnectTimeoutError", "ClientConnectorError", "ConnectionRefusedError")
 _BROKEN = (
@@ -68,8 +64,6 @@ def to_store_error(error: BaseException, doing: str, url: str) -> StoreError:
         lost = isinstance(error, TimeoutError | ConnectionError) or not names.isdisjoint((*_NOT_SENT, *_BROKEN))
         retryable = lost or (isinstance(error, OSError) and error.errno in _RETRYABLE)
     facts: dict[str, Any] = {"status": status, "code": code, "sent": sent, "text": shown, "exists": exists}
-    if (retry_after := _header(error, "retry-after")) is not None and retry_after.isdecimal():
-        facts["retry_after_s"] = float(retry_after)
     return StoreError(f"{doing}: {shown}", url=url, retryable=retryable, **facts)
 
 
@@ -82,13 +76,6 @@ def _answer(error: BaseException) -> dict[str, dict[str, Any]]:
     return {}
 
 
-def _header(error: BaseException, name: str) -> str | None:
-    """Return a field of the response's header, by its name in lower case, from an error of botocore or aiohttp."""
-    fields = _answer(error).get("ResponseMetadata", {}).get("HTTPHeaders") or getattr(error, "headers", None) or {}
-    found = next((value for key, value in fields.items() if str(key).lower() == name), None)
-    return None if found is None else str(found)
-
-
 _TIMES = ("LastModified", "last_modified", "mtime", "modified", "created")
 _MARKS = (
     "ETag", "etag", "md5", "md5Hash", "checksum", "ino", "mtime", "LastModified", "Last-Modified", "last_modified",
@@ -96,12 +83,6 @@ _MARKS = (
 )  # fmt: skip
 # Prefix of a weak ETag, which a store may give to two states of an object with different bytes.
 _WEAK = "W/"
-
-
-def _info_of_answer(key: str, answer: Mapping[str, Any], n_bytes: int) -> ObjectInfo:
-    when = answer.get("LastModified")
-    modified_s = when.timestamp() if when is not None else None
-    return ObjectInfo(key, n_bytes, etag=answer.get("ETag"), version=answer.get("VersionId"), modified_s=modified_s)
 
 
 def to_object_info(key: str, about: Mapping[str, Any]) -> ObjectInfo:
@@ -137,56 +118,43 @@ def _time(about: Mapping[str, Any]) -> float | None:
 
 
 class FsspecClient(ObjectClient):
-    """Requests to any file system of fsspec, which is created at first use and again when the keys change.
+    """Requests to any file system of fsspec, which is created at first use.
 
-    open_fs returns a file system, and the path of the folder in it; it takes the keys, if there is a source of keys.
-
-    The lock guards the table of file systems, and makes test and write of put_new() atomic within this process.
+    open_fs returns a file system, and the path of the folder in it. The locks guard its creation, and make test and
+    write of put_new() atomic within this process.
     """
 
-    abandonable = "all"
     checks_etag = False
 
-    def __init__(
-        self,
-        open_fs: Callable[..., tuple[Any, str]],
-        url: str,
-        counters: Counters,
-        endpoint: str,
-        credentials: Credentials | None = None,
-    ) -> None:
+    def __init__(self, open_fs: Callable[[], tuple[Any, str]], url: str, counters: Counters, endpoint: str) -> None:
         self.url, self.counters = url, counters
-        self._open_fs, self._endpoint, self._credentials = open_fs, endpoint, credentials
+        self._open_fs, self._endpoint = open_fs, endpoint
         self._lock, self._writing = Lock(), Lock()
-        self._keys: Keys | None = None
-        self._opened: list[tuple[Any, str]] = []  # the last one is current; other threads may still use earlier ones
+        self._opened: tuple[Any, str] | None = None
 
     def at(self, key: str) -> tuple[Any, str]:
-        """Return the file system with keys that are valid now, and the path of a key in it."""
-        keys = None if self._credentials is None else self._credentials.get()
+        """Return the file system, and the path of a key in it."""
         with self._lock:
-            if not self._opened or keys != self._keys:
-                self._opened.append(self._open_fs() if keys is None else self._open_fs(keys))
-                self._keys = keys
-            fs, root = self._opened[-1]
+            if self._opened is None:
+                self._opened = self._open_fs()
+            fs, root = self._opened
         root = root.rstrip("/")
         return fs, f"{root}/{key}" if root and key else root or key
 
     def wait_target(self) -> str:
         """Return the URL or the server, because fsspec does not say which server a file system uses."""
-        return wait_target(self._endpoint, self._credentials)
+        return self._endpoint
 
     @contextmanager
     def errors(self, key: str, doing: str) -> Iterator[None]:
         self.counters.add("requests")
-        number = 0 if self._credentials is None else self._credentials.number
         try:
             yield
         except StoreError:
             raise
         except Exception as error:  # noqa: BLE001 - raised as a StoreError
             # From None, because the text may contain a signed URL.
-            raise refused_error(to_store_error(error, doing, self.url_of(key)), self._credentials, number) from None
+            raise to_store_error(error, doing, self.url_of(key)) from None
 
     def head(self, key: str) -> ObjectInfo:
         """Return what the file system reports about the object. A folder is not an object."""
@@ -197,7 +165,7 @@ class FsspecClient(ObjectClient):
             raise FileNotFoundError(key)
         return to_object_info(key, about)
 
-    def get(self, key: str, on_piece: Callable[[int], object]) -> bytes:  # noqa: ARG002 - one piece
+    def get(self, key: str, on_piece: Callable[[], object]) -> bytes:  # noqa: ARG002 - one piece
         self.head(key)  # some file systems read a folder as b""
         fs, path = self.at(key)
         return bytes(fs.cat_file(path))
@@ -280,14 +248,42 @@ class FsspecClient(ObjectClient):
 
     def close(self) -> None:
         """Forget the file systems; most have nothing to close."""
-        with self._lock:
-            self._opened.clear()
+        self._opened = None
+
+
+class S3fsClient(FsspecClient):
+    """S3 as s3fs reads it below `tiercache::`: with If-Match, in place of a look at the object before and after."""
+
+    checks_etag = True
+
+    def range(
+        self, key: str, byte_range: ByteRange, if_match: str | None
+    ) -> tuple[ObjectInfo | None, Iterable[memoryview]]:
+        fs, path = self.at(key)
+        bucket, _, name = path.partition("/")
+        arguments = {"Bucket": bucket, "Key": name, "Range": f"bytes={byte_range.start}-{byte_range.end - 1}"}
+        arguments |= {} if if_match is None else {"IfMatch": if_match}
+
+        async def read() -> tuple[bytes, Mapping[str, Any]]:
+            # s3fs has no public method for a GET under a condition.
+            answer = await fs._call_s3("get_object", **arguments)  # noqa: SLF001
+            async with answer["Body"] as body:
+                return await body.read(), answer
+
+        data, answer = importlib.import_module("fsspec.asyn").sync(fs.loop, read)
+        n_bytes = answer.get("ContentRange", "").rpartition("/")[2] or answer["ContentLength"]
+        return ObjectInfo(key, int(n_bytes), etag=answer.get("ETag")), (memoryview(data),)
+
+    def close(self) -> None:
+        opened, self._opened = self._opened, None
+        if opened is not None and opened[0]._s3 is not None:  # noqa: SLF001 - s3fs closes only on garbage collection
+            fs = opened[0]
+            importlib.import_module("fsspec.asyn").sync(fs.loop, fs._s3.__aexit__, None, None, None)  # noqa: SLF001
+            fs._s3 = None  # noqa: SLF001
 
 
 class _SpooledWriter:
     """A temporary local file that close() sends: most file systems would show a file that grows."""
-
-    is_repeatable = True
 
     def __init__(self, send: Callable[[str], object]) -> None:
         self._send = send
@@ -305,86 +301,12 @@ class _SpooledWriter:
         self._file.close()
 
 
-class S3fsClient(FsspecClient):
-    """S3 through the calls of s3fs, which must not retry by itself."""
-
-    checks_etag = True
-
-    def at(self, key: str) -> tuple[Any, str]:
-        fs, path = super().at(key)
-        fs.retries = 1  # otherwise s3fs retries a conditional put whose answer was lost
-        return fs, path
-
-    def call(self, method: str, key: str, **arguments: Any) -> Mapping[str, Any]:
-        """Send one request about an object."""
-        fs, path = self.at(key)
-        bucket, _, name = path.partition("/")
-        answer: Mapping[str, Any] = fs.call_s3(method, Bucket=bucket, Key=name, **arguments)
-        return answer
-
-    def _get(self, key: str, **arguments: str) -> tuple[bytes, ObjectInfo]:
-        """Return the body of a GET, and the description of the whole object."""
-        fs, path = self.at(key)
-        bucket, _, name = path.partition("/")
-
-        async def whole() -> tuple[bytes, Mapping[str, Any]]:
-            # s3fs has no public method for a GET that also returns the ETag.
-            answer = await fs._call_s3("get_object", Bucket=bucket, Key=name, **arguments)  # noqa: SLF001
-            async with answer["Body"] as body:
-                return await body.read(), answer
-
-        data, answer = importlib.import_module("fsspec.asyn").sync(fs.loop, whole)
-        n_bytes = answer.get("ContentRange", "").rpartition("/")[2] or answer["ContentLength"]
-        return data, _info_of_answer(key, answer, int(n_bytes))
-
-    def head(self, key: str) -> ObjectInfo:
-        answer = self.call("head_object", key)
-        return _info_of_answer(key, answer, answer["ContentLength"])
-
-    def get(self, key: str, on_piece: Callable[[int], object]) -> bytes:  # noqa: ARG002 - one piece
-        return self._get(key)[0]
-
-    def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        try:
-            return self._get(key, Range=f"bytes=-{n_bytes}")
-        except Exception as error:
-            if _answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode") != _BEYOND_END:
-                raise
-            return b"", self.head(key)  # an empty object has no valid range
-
-    def range(
-        self, key: str, byte_range: ByteRange, if_match: str | None
-    ) -> tuple[ObjectInfo | None, Iterable[memoryview]]:
-        condition = {} if if_match is None else {"IfMatch": if_match}
-        data, info = self._get(key, Range=f"bytes={byte_range.start}-{byte_range.end - 1}", **condition)
-        return info, (memoryview(data),)
-
-    def put(self, key: str, body: bytes) -> ObjectInfo:
-        return _info_of_answer(key, self.call("put_object", key, Body=body), len(body))
-
-    def put_new(self, key: str, body: bytes) -> ObjectInfo | None:
-        return _info_of_answer(key, self.call("put_object", key, Body=body, IfNoneMatch="*"), len(body))
-
-    def put_new_by_store(self, key: str, body: bytes) -> None:
-        self.put_new(key, body)
-
-    def close(self) -> None:
-        with self._lock:
-            opened = [fs for fs, _ in self._opened]
-            self._opened.clear()
-        for fs in opened:
-            client = fs._s3  # noqa: SLF001 - s3fs closes only on garbage collection, too late for a clean exit
-            if client is not None:
-                importlib.import_module("fsspec.asyn").sync(fs.loop, client.__aexit__, None, None, None)
-                fs._s3 = None  # noqa: SLF001
-
-
 class FsspecStore(RemoteStore):
     """Objects of any fsspec file system. Safe for threads; each process creates its own file system.
 
-    On S3 the store fulfils the whole contract. Elsewhere it depends on the file system: put_if_absent lets one writer
-    win in this process, and among processes if the file system supports mode="create", which commits require; if_match
-    compares info() before and after the read.
+    How much of the contract it fulfils depends on the file system: put_if_absent lets one writer win in this process,
+    and among processes if the file system supports mode="create", which commits require; if_match compares info()
+    before and after the read.
 
     full_url includes secrets; `url` is for messages. make() returns a file system that is not shared and does not cache
     listings; full_url is then the path in it.
@@ -395,25 +317,20 @@ class FsspecStore(RemoteStore):
         full_url: str,
         url: str,
         options: Mapping[str, Any],
+        call: CallOptions | None = None,
         make: Callable[[], Any] | None = None,
-        timeout_s: float = TIMEOUT_S,
-        limits: StoreLimits = NO_LIMITS,
-        *,
-        is_single_writer: bool = False,
     ) -> None:
-        settings = ReadSettings(most_requests=_N_REQUESTS)
-        super().__init__(url, timeout_s, settings, limits, is_single_writer=is_single_writer)
+        super().__init__(url, call or CallOptions(), ReadSettings(n_requests=_N_REQUESTS))
         self._full_url, self._options, self._make = full_url, dict(options), make
 
     def __reduce__(self) -> tuple[Any, ...]:
-        fixed = partial(FsspecStore, is_single_writer=self._is_single_writer)
-        return fixed, (self._full_url, self.url, self._options, self._make, self._timeout_s, self.limits)
+        return FsspecStore, (self._full_url, self.url, self._options, self.call_options, self._make)
 
     def _open_client(self) -> FsspecClient:
-        kind = S3fsClient if self.url.partition("://")[0] in ("s3", "s3a") else FsspecClient
         endpoint = server_url("http", self.url, {}) if self.url.startswith("http") else self.url
         make, full_url = self._make, self._full_url
         open_fs = partial(open_file_system, full_url, self._options) if make is None else lambda: (make(), full_url)
+        kind = S3fsClient if self.url.startswith(("s3://", "s3a://")) else FsspecClient
         return kind(open_fs, self.url, self.counters, endpoint)
 
 
@@ -426,14 +343,11 @@ def check_scheme(scheme: str) -> None:
         raise ValueError(f"no store for {scheme}://{meant}")
 
 
-def open_file_system(full_url: str, options: Mapping[str, Any], keys: Keys | None = None) -> tuple[Any, str]:
+def open_file_system(full_url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     """Return a new file system of fsspec, and the path of the URL in it."""
     core = importlib.import_module("fsspec.core")
     scheme = full_url.partition("://")[0]
     more: dict[str, Any] = {"auto_mkdir": True} if scheme in ("file", "local") else {}
-    if keys is not None:
-        more |= {"key": keys.access_key_id, "secret": keys.secret_access_key}
-        more |= {} if keys.token is None else {"token": keys.token}
     # No cached instances (other code shares them) and no cached listings (other programs write too).
     common = {"skip_instance_cache": True, "use_listings_cache": False}
     try:

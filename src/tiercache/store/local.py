@@ -14,7 +14,6 @@ from threading import Event
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.stats import Counters
-from tiercache.store.coalescing import RequestCosts
 from tiercache.store.contract import Buffer, Receive, SequentialUpload, Span, Store, Upload, check_key
 from tiercache.store.posix import (
     CACHED_BYTES,
@@ -29,7 +28,7 @@ from tiercache.store.posix import (
     os_errors,
     write_all,
 )
-from tiercache.store.range_reads import check_read, check_spans, plan_requests
+from tiercache.store.ranges import RequestCosts, check_read, check_spans, plan_requests
 from tiercache.waiting import SYSTEM_CLOCK
 
 

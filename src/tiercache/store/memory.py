@@ -13,7 +13,7 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.contract import Buffer, SequentialUpload, Span, Store, Upload, check_key
-from tiercache.store.range_reads import check_read, check_spans
+from tiercache.store.ranges import check_read, check_spans
 
 
 class _Bucket:

@@ -1,7 +1,7 @@
-"""The obstore client and the meaning of its errors; the only module that imports obstore.
+"""S3, Google Cloud Storage, Azure and HTTP through obstore: the client, its errors, and the store.
 
-A call is one request, without the GIL and not retried. Status and kind of an error are parsed from its text, because
-obstore exposes them nowhere else.
+A call of the client is one request, without the GIL and not retried. Status and kind of an error are parsed from its
+text, because obstore exposes them nowhere else.
 """
 
 from __future__ import annotations
@@ -14,17 +14,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import obstore
 import obstore.exceptions
 import obstore.store
 
+from tiercache.distribution import install_command
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.credentials import Credentials, refused_error, refused_without_source, s3_access, wait_target
 from tiercache.store.options import CloudOptions, hide_secrets, server_url
-from tiercache.store.remote import CONFLICT_CODES, RETRYABLE_STATUSES, ObjectClient, ObjectWriter
+from tiercache.store.remote import (
+    CONFLICT_CODES,
+    RETRYABLE_STATUSES,
+    ObjectClient,
+    ObjectWriter,
+    ReadSettings,
+    RemoteStore,
+)
 
 _STATUS = re.compile(r"status code: (\d{3})\b ?([^:\n]*):? ?(.*)", re.DOTALL)
 _KIND = re.compile(r"HttpError \{\s*kind: (\w+)")
@@ -65,8 +74,9 @@ def to_store_error(error: BaseException, doing: str, url: str, endpoint: str = "
         return StoreError(message, url=url, no_range=True, unsupported=True)
     if _METADATA.search(text) and status not in RETRYABLE_STATUSES:
         message = (
-            f"{doing}: no credentials: none in storage_options, the environment or a profile, and the metadata service "
-            f"of a cloud machine gave none ({shown}); for a public bucket set anon=True or skip_signature=True"
+            f"{doing}: no credentials: none in storage_options or the environment, and the metadata service of a cloud "
+            f"machine gave none ({shown}); for a public bucket set skip_signature=True; AWS profiles need botocore: "
+            f"{install_command('archive')}"
         )
         return StoreError(message, url=url)
     if certificate := _CERTIFICATE.search(text):
@@ -136,11 +146,6 @@ _ERRORS = (obstore.exceptions.BaseError, OSError, NotImplementedError)
 _first_user_pid: int | None = None
 
 
-def is_usable_here() -> bool:
-    """Return whether obstore works in this process: it hangs in a forked child of a process that has used it."""
-    return _first_user_pid in (None, os.getpid())
-
-
 @dataclass(frozen=True, slots=True)
 class BucketFolder:
     """Bucket and folder of a store.
@@ -162,18 +167,22 @@ class BucketFolder:
 
 
 class ObstoreClient(ObjectClient):
-    """obstore's functions. Must not be used where is_usable_here() is false."""
-
-    abandonable = "retries"
+    """obstore's functions, which hang in a forked child of a process that has used them: the constructor refuses it."""
 
     def __init__(self, folder: BucketFolder, options: CloudOptions, counters: Counters) -> None:
+        if _first_user_pid not in (None, os.getpid()):
+            raise StoreError(
+                "this process was forked from a process that had used a remote store, whose connections do not survive "
+                'a fork; start the worker processes with multiprocessing_context="forkserver"',
+                url=folder.url,
+            )
         self.folder, self.url, self.counters = folder, folder.url, counters
         self._options, self._config = options, dict(options.config)
         self._credentials: Credentials | None = None
         if folder.cloud == "s3":
             self._config, self._credentials = s3_access(options, folder.url)
         self._endpoint = server_url(folder.cloud, folder.bucket, self._config)
-        self._piece_bytes = min(_PIECE_BYTES, max(64 << 10, int(options.timeout_s * _SLOWEST_BYTES_S)))
+        self._piece_bytes = min(_PIECE_BYTES, max(64 << 10, int(options.call.timeout_s * _SLOWEST_BYTES_S)))
         self._stores: dict[int, Any] = {}  # by the number of retries
 
     def wait_target(self) -> str:
@@ -189,7 +198,7 @@ class ObstoreClient(ObjectClient):
             _first_user_pid = os.getpid()
         stores: Any = obstore.store  # the types of its options do not exist at run time
         folder, options = self.folder, self._options
-        retries = {"max_retries": max_retries, "retry_timeout": timedelta(seconds=options.timeout_s)}
+        retries = {"max_retries": max_retries, "retry_timeout": timedelta(seconds=options.call.timeout_s)}
         common: dict[str, Any] = {"client_options": options.for_obstore(), "retry_config": retries}
         if folder.cloud == "http":
             return stores.HTTPStore(folder.bucket, **common)
@@ -240,11 +249,11 @@ class ObstoreClient(ObjectClient):
                 obstore.get(self._store(), key, options={"range": (0, 1)})
             raise
 
-    def get(self, key: str, on_piece: Callable[[int], object]) -> bytes:
+    def get(self, key: str, on_piece: Callable[[], object]) -> bytes:
         pieces = []
         for piece in obstore.get(self._store(), key).stream(min_chunk_size=self._piece_bytes):
             pieces.append(piece)
-            on_piece(len(piece))
+            on_piece()
         return b"".join(pieces)
 
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
@@ -302,8 +311,6 @@ class ObstoreClient(ObjectClient):
 class _ObstoreWriter:
     """obstore's writer, which blocks while too many parts are in flight."""
 
-    is_repeatable = False
-
     def __init__(self, writer: Any) -> None:
         self.write, self.close = writer.write, writer.close
         self._writer = writer
@@ -317,3 +324,42 @@ def to_object_info(key: str, meta: Mapping[str, Any]) -> ObjectInfo:
     when = meta["last_modified"]
     modified_s = when.timestamp() if when else None
     return ObjectInfo(key, meta["size"], etag=meta["e_tag"], version=meta["version"], modified_s=modified_s)
+
+
+_CONDITIONAL_HOSTS = (".amazonaws.com", ".amazonaws.com.cn", ".googleapis.com", ".core.windows.net")
+_PROVIDERS = {".amazonaws.com": "aws", "storage.googleapis.com": "gcs", ".blob.core.windows.net": "azure"}
+
+
+class CloudStore(RemoteStore):
+    """A bucket, a container or an HTTP server.
+
+    Attributes:
+        folder: Bucket and folder of the store.
+        options: Storage options, including credentials; never shown.
+        knows_conditional_put: Whether the server is Amazon's, Google's or Microsoft's own.
+    """
+
+    def __init__(self, folder: BucketFolder, options: CloudOptions, settings: ReadSettings | None = None) -> None:
+        super().__init__(folder.url, options.call, settings or ReadSettings())
+        self.folder, self.options = folder, options
+        host = urlsplit(server_url(folder.cloud, folder.bucket, options.config)).hostname or ""
+        self.provider = next((name for domain, name in _PROVIDERS.items() if host.endswith(domain)), None)
+        self.knows_conditional_put = host.endswith(_CONDITIONAL_HOSTS)
+
+    def __reduce__(self) -> tuple[type[CloudStore], tuple[BucketFolder, CloudOptions, ReadSettings]]:
+        return CloudStore, (self.folder, self.options, self._settings)
+
+    def _open_client(self) -> ObjectClient:
+        return ObstoreClient(self.folder, self.options, self.counters)
+
+    @property
+    def cloud(self) -> str:
+        """Kind of cloud: "s3", "gs", "az" or "http"."""
+        return self.folder.cloud
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """Cloud, endpoint, bucket and prefix: equal for stores of the same folder."""
+        config = self.options.config
+        endpoint = str(config.get("endpoint", config.get("account_name", ""))).rstrip("/")
+        return self.folder.cloud, endpoint, self.folder.bucket, self.folder.prefix

@@ -9,23 +9,23 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tiercache.config import aws_endpoint_options
-from tiercache.model import parse_bool, parse_bytes, parse_duration
+from tiercache.config import aws_ca_bundle, aws_endpoint_options
+from tiercache.model import parse_bool, parse_duration
 from tiercache.store.contract import check_key
-from tiercache.store.machine_limits import NO_LIMITS, StoreLimits
-from tiercache.store.retry import TIMEOUT_S
 
 # In abfss://container@account/... the "@" separates container and account, not credentials.
 _AT_IS_A_PLACE = ("abfs", "abfss", "wasb", "wasbs")
 _SCHEME = re.compile(r"[A-Za-z0-9+.-]+")
 _CHAIN = "::"
+# Default of the storage option `timeout`: longer than the restart of a store (about 10 s).
+TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -151,7 +151,7 @@ def server_url(cloud: str, bucket: str, config: Mapping[str, Any]) -> str:
     """Return the server of a store, as far as it is known before the first request; for messages."""
     options = {**aws_endpoint_options(), **config} if cloud == "s3" else config
     given = {
-        "s3": options.get("aws_endpoint_url_s3") or options.get("endpoint"),
+        "s3": options.get("endpoint"),
         "gs": options.get("base_url"),
         "az": options.get("endpoint"),
         "http": bucket,
@@ -160,7 +160,7 @@ def server_url(cloud: str, bucket: str, config: Mapping[str, Any]) -> str:
         parts = urlsplit(str(given))
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     if cloud == "s3":
-        return f"https://s3.{options.get('region') or options.get('default_region') or 'us-east-1'}.amazonaws.com"
+        return f"https://s3.{options.get('region') or 'us-east-1'}.amazonaws.com"
     if cloud == "gs":
         return "https://storage.googleapis.com"
     return f"https://{options.get('account_name', bucket)}.blob.core.windows.net"
@@ -175,19 +175,19 @@ _CLIENT = _names(
     allow_http allow_invalid_certificates connect_timeout default_content_type default_headers http1_only
     http2_only http2_keep_alive_interval http2_keep_alive_timeout http2_keep_alive_while_idle pool_idle_timeout
     pool_max_idle_per_host proxy_url proxy_ca_certificate proxy_excludes root_certificate randomize_addresses
-    read_timeout timeout user_agent
+    read_timeout user_agent
     """
 )
 _DURATIONS = _names(
     """
-    connect_timeout http2_keep_alive_interval http2_keep_alive_timeout pool_idle_timeout read_timeout timeout
+    connect_timeout http2_keep_alive_interval http2_keep_alive_timeout pool_idle_timeout read_timeout
     """
 )
 # Options of clients and clouds that are a bool, or text that parse_bool() accepts.
 _BOOLS = _names(
     """
     allow_http allow_invalid_certificates disable_bulk_delete disable_tagging http1_only
-    http2_keep_alive_while_idle http2_only imdsv1_fallback randomize_addresses request_payer s3_express
+    http2_keep_alive_while_idle http2_only randomize_addresses request_payer s3_express
     skip_signature sse_bucket_key_enabled unsigned_payload use_azure_cli use_emulator use_fabric_endpoint
     virtual_hosted_style_request
     """
@@ -195,19 +195,12 @@ _BOOLS = _names(
 _CONFIG = {
     "s3": _names(
         """
-        access_key_id aws_endpoint_url_s3 checksum_algorithm conditional_put container_credentials_relative_uri
-        container_credentials_full_uri container_authorization_token_file copy_if_not_exists default_region
-        disable_tagging disable_bulk_delete endpoint imdsv1_fallback metadata_endpoint region request_payer
-        role_arn role_session_name s3_express secret_access_key server_side_encryption session_token
-        skip_signature sse_bucket_key_enabled sse_customer_key_base64 sse_kms_key_id sts_endpoint
-        unsigned_payload virtual_hosted_style_request web_identity_token_file
+        access_key_id checksum_algorithm conditional_put copy_if_not_exists disable_bulk_delete disable_tagging endpoint
+        region request_payer s3_express secret_access_key server_side_encryption session_token skip_signature
+        sse_bucket_key_enabled sse_customer_key_base64 sse_kms_key_id unsigned_payload virtual_hosted_style_request
         """
     ),
-    "gs": _names(
-        """
-        service_account service_account_key base_url bearer_token application_credentials skip_signature
-        """
-    ),
+    "gs": _names("service_account service_account_key base_url bearer_token application_credentials skip_signature"),
     "az": _names(
         """
         account_name account_key client_id client_secret credential_type tenant_id authority_host sas_key token
@@ -228,34 +221,56 @@ _S3FS = {
     "endpoint_url": "endpoint",
     "requester_pays": "request_payer",
 }
-_CLIENT_KWARGS = {
-    "endpoint_url": "endpoint",
-    "region_name": "region",
-    "aws_access_key_id": "access_key_id",
-    "aws_secret_access_key": "secret_access_key",
-    "aws_session_token": "session_token",
-}
-# Options that s3fs does not support but that change whether, where or how objects are read: never dropped silently.
-_S3FS_LACKS = _names(
-    """
-    aws_endpoint_url_s3 container_credentials_relative_uri container_credentials_full_uri
-    container_authorization_token_file s3_express server_side_encryption sse_bucket_key_enabled
-    sse_customer_key_base64 sse_kms_key_id default_headers proxy_url proxy_ca_certificate proxy_excludes
-    """
+# Options that boto3 does not support but that change where or how objects are read: never dropped silently.
+_BOTO3_LACKS = _names(
+    "s3_express sse_customer_key_base64 default_headers proxy_url proxy_ca_certificate proxy_excludes"
 )
 # A stalled connection must not hang a job: after 20 s without a byte, the request is sent again on another connection.
 # `timeout` is not passed to the HTTP client: it limits a whole call, see CallLimit.
 _CLIENT_DEFAULTS = {
-    "timeout": timedelta(seconds=TIMEOUT_S),
     "read_timeout": timedelta(seconds=20),
     "connect_timeout": timedelta(seconds=5),
 }
 # A request is at most 8 MiB (or one small object): a request that takes longer gets less than 28 KiB/s.
 _LONGEST_REQUEST = timedelta(minutes=5)
 _PEM = "-----BEGIN"
-_MOST_REQUESTS = 4096
-# With less, a piece of a body would take longer than the timeout of a call.
-_LEAST_BYTES_PER_S = 64 << 10
+_MOST_REQUESTS = 1024
+
+
+CALL_OPTIONS = ("timeout", "concurrency", "single_writer")
+
+
+@dataclass(frozen=True, slots=True)
+class CallOptions:
+    """Storage options of every remote store.
+
+    Attributes:
+        timeout_s: Seconds without progress after which a call fails, retries included.
+        concurrency: Number of read requests that run at once.
+        is_single_writer: Whether the user promises that one process writes at a time.
+    """
+
+    timeout_s: float = TIMEOUT_S
+    concurrency: int | None = None
+    is_single_writer: bool = False
+
+    @classmethod
+    def take(cls, given: Mapping[str, Any]) -> tuple[CallOptions, dict[str, Any]]:
+        """Return these options, and the others. Raises ValueError."""
+        own = {name.lower(): value for name, value in given.items() if name.lower() in CALL_OPTIONS}
+        others = {name: value for name, value in given.items() if name.lower() not in CALL_OPTIONS}
+        timeout, number, single = (own.get(name) for name in CALL_OPTIONS)
+        if number is not None and (
+            isinstance(number, bool) or not str(number).isdecimal() or not 0 < int(number) <= _MOST_REQUESTS
+        ):
+            raise ValueError(
+                f"storage option 'concurrency' must be a whole number from 1 to {_MOST_REQUESTS}, got {number!r}"
+            )
+        return cls(
+            TIMEOUT_S if timeout is None else _duration("timeout", timeout).total_seconds(),
+            None if number is None else int(number),
+            single is not None and _bool("single_writer", single),
+        ), others
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,16 +278,14 @@ class CloudOptions:
     """Storage options with obstore's names, for the store (config) and its HTTP client.
 
     The client's "timeout" limits a whole call without progress, not one request; its "root_certificate" is a path or
-    PEM text. credentials is a function of the user that returns the keys. single_writer says that the user promises
-    that one process writes at a time. limits are those of all processes together.
+    PEM text. credentials is a function of the user that returns the keys.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
     client: Mapping[str, Any] = field(default_factory=dict, repr=False)
     profile: str | None = None
     credentials: Callable[[], Any] | None = field(default=None, repr=False)
-    single_writer: bool = False
-    limits: StoreLimits = NO_LIMITS
+    call: CallOptions = field(default_factory=CallOptions)
 
     @classmethod
     def parse(cls, cloud: str, given: Mapping[str, Any]) -> CloudOptions:
@@ -280,8 +293,7 @@ class CloudOptions:
         config: dict[str, Any] = {}
         client: dict[str, Any] = {}
         profile = credentials = None
-        single_writer = False
-        limits, given = take_limits(given)
+        call, given = CallOptions.take(given)
         for name, value in _flat(cloud, given):
             if name == "profile" and cloud == "s3":
                 profile = value
@@ -291,8 +303,6 @@ class CloudOptions:
                         f"storage option 'credentials' must be a function that returns keys, got {type(value).__name__}"
                     )
                 credentials = value
-            elif name == "single_writer":
-                single_writer = parse_single_writer(value)
             else:
                 chosen, parsed = client if name in _CLIENT else config, _parsed(name, value)
                 if chosen.setdefault(name, parsed) != parsed:
@@ -301,23 +311,21 @@ class CloudOptions:
         if "allow_http" not in client:
             # The endpoint may also come from the environment, so only an https endpoint given here forbids plain http.
             client["allow_http"] = not endpoint.startswith("https:")
-        return cls(config, {**_CLIENT_DEFAULTS, **client}, profile, credentials, single_writer, limits)
-
-    @property
-    def timeout_s(self) -> float:
-        """Seconds without progress after which a call fails, retries included."""
-        return float(self._limit("timeout").total_seconds())
+        bundle = aws_ca_bundle() if cloud == "s3" else None
+        if bundle is not None and client.keys().isdisjoint(("root_certificate", "allow_invalid_certificates")):
+            client["root_certificate"] = _certificate("AWS_CA_BUNDLE", bundle)
+        return cls(config, client, profile, credentials, call)
 
     def _limit(self, name: str) -> timedelta:
         """Return a timeout of the HTTP client, at most the timeout of the call."""
         limits: Mapping[str, timedelta] = {**_CLIENT_DEFAULTS, **self.client}
-        return min(limits[name], limits["timeout"])
+        return min(limits[name], timedelta(seconds=self.call.timeout_s))
 
     def for_obstore(self) -> dict[str, Any]:
         """Return the options of obstore's HTTP client. Raises ValueError if the certificate file cannot be read."""
         client = {
             **self.client,
-            "timeout": max(_LONGEST_REQUEST, self._limit("timeout")),
+            "timeout": max(_LONGEST_REQUEST, timedelta(seconds=self.call.timeout_s)),
             "read_timeout": self._limit("read_timeout"),
             "connect_timeout": self._limit("connect_timeout"),
         }
@@ -326,130 +334,47 @@ class CloudOptions:
         return client
 
     @property
-    def ca_file(self) -> str | None:
-        """Path of the certificate file; None if there is none, or if the option holds PEM text."""
-        given = self.client.get("root_certificate")
-        return None if given is None or _PEM in given else str(given)
+    def unknown_to_boto3(self) -> list[str]:
+        """Names of the given options that matter and that boto3 lacks."""
+        is_text = _PEM in str(self.client.get("root_certificate", ""))
+        return sorted((_BOTO3_LACKS | ({"root_certificate"} if is_text else set())) & {*self.config, *self.client})
 
-    @property
-    def unknown_to_s3fs(self) -> list[str]:
-        """Names of the given options that matter and that for_s3fs() cannot pass on."""
-        lacks = _S3FS_LACKS | (frozenset() if self.ca_file else {"root_certificate"})
-        return sorted(lacks & {*self.config, *self.client})
-
-    def for_s3fs(self) -> dict[str, Any]:
-        """Return the options that s3fs supports: credentials, endpoint, region, timeouts and addressing style."""
-        named = {theirs: self.config[ours] for theirs, ours in _S3FS.items() if ours in self.config}
-        client_kwargs = {}
-        region = self.config.get("region", self.config.get("default_region"))
-        if region is not None:
-            client_kwargs["region_name"] = region
+    def for_boto3(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the arguments of boto3's client without keys, and those of its botocore.config.Config."""
+        arguments = {"endpoint_url": self.config.get("endpoint"), "region_name": self.config.get("region")}
         if self.client.get("allow_invalid_certificates"):
-            client_kwargs["verify"] = False
-        elif self.ca_file:
-            client_kwargs["verify"] = self.ca_file
-        s3 = {}
-        if "virtual_hosted_style_request" in self.config:
-            s3["addressing_style"] = "virtual" if self.config["virtual_hosted_style_request"] else "path"
-        # Only retry.py retries: a conditional put that botocore retried would find its own object and report a
+            arguments["verify"] = False
+        elif "root_certificate" in self.client:
+            arguments["verify"] = self.client["root_certificate"]
+        style = self.config.get("virtual_hosted_style_request")
+        default = "auto" if arguments["endpoint_url"] is None else "path"
+        # Only requests.py retries: a conditional put that botocore retried would find its own object and report a
         # conflict.
-        config_kwargs: dict[str, Any] = {"retries": {"total_max_attempts": 1}} | ({"s3": s3} if s3 else {})
-        for name in ("read_timeout", "connect_timeout"):
-            config_kwargs[name] = self._limit(name).total_seconds()
-        named["anon"] = bool(named.get("anon"))
-        return named | {"client_kwargs": client_kwargs, "config_kwargs": config_kwargs}
-
-    def for_fsspec_http(self) -> dict[str, Any]:
-        """Return the options of fsspec's HTTP file system: the headers, which may contain credentials."""
-        headers = dict(self.client.get("default_headers") or {})
-        if "user_agent" in self.client:
-            headers["User-Agent"] = self.client["user_agent"]
-        return {"headers": headers} if headers else {}
-
-
-_LIMITS = ("max_requests", "max_bandwidth")
-_BIT_RATE = re.compile(r"([0-9.]+) *([kmgt]?)bit(?:/s|ps)?", re.IGNORECASE)
-_BIT_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-
-
-def take_limits(given: Mapping[str, Any]) -> tuple[StoreLimits, dict[str, Any]]:
-    """Return the limits in storage options, and the other options. Raises ValueError."""
-    others = {name: value for name, value in given.items() if name.lower() not in _LIMITS}
-    limits = {name.lower(): value for name, value in given.items() if name.lower() in _LIMITS and value is not None}
-    n_requests, bandwidth = (limits.get(name) for name in _LIMITS)
-    return StoreLimits(
-        None if n_requests is None else _n_requests(n_requests),
-        None if bandwidth is None else _bytes_per_s(bandwidth),
-    ), others
-
-
-def _n_requests(value: object) -> int:
-    text = str(value)
-    if isinstance(value, bool) or not text.isdecimal() or not 0 < int(text) <= _MOST_REQUESTS:
-        raise ValueError(f"storage option 'max_requests' must be a whole number from 1 to {_MOST_REQUESTS}: {value!r}")
-    return int(text)
-
-
-def _bytes_per_s(value: object) -> float:
-    try:
-        match = _BIT_RATE.fullmatch(value.strip()) if isinstance(value, str) else None
-        if match is not None:
-            bytes_per_s = float(match[1]) * _BIT_UNITS[match[2].lower()] / 8
-        else:
-            text = value.strip().removesuffix("/s") if isinstance(value, str) else value
-            bytes_per_s = float(parse_bytes(text))  # type: ignore[arg-type]
-    except (ValueError, TypeError):
-        bytes_per_s = 0.0
-    if isinstance(value, bool) or bytes_per_s < _LEAST_BYTES_PER_S:
-        raise ValueError(
-            f"storage option 'max_bandwidth' must be a bandwidth such as '5Gbit' (per second) or '600MB' (bytes per "
-            f"second) of at least 64 KiB per second, got {value!r}"
-        )
-    return bytes_per_s
+        return arguments, {
+            "retries": {"total_max_attempts": 1},
+            "s3": {"addressing_style": default if style is None else "virtual" if style else "path"},
+            "read_timeout": self._limit("read_timeout").total_seconds(),
+            "connect_timeout": self._limit("connect_timeout").total_seconds(),
+        }
 
 
 def _flat(cloud: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     """Yield the options under obstore's names. Values of None are left out."""
     known = _CONFIG[cloud] | _CLIENT
-    names = {name: name for name in (*known, "single_writer")}
+    names = {name: name for name in known}
     if cloud == "s3":
-        names |= {**_S3FS, "profile": "profile", "client_kwargs": "client_kwargs"}
+        names |= {**_S3FS, "profile": "profile"}
     if cloud != "http":
         names["credentials"] = "credentials"
     for given_name, value in given.items():
-        if value is None:
-            continue
         lower = given_name.lower()
         short = lower.removeprefix(_PREFIX[cloud])
         name = names.get(lower) or (short if short in known else None)
-        if lower == "verify":
-            yield _verify(value)
-        elif name == "client_kwargs":
-            yield from _client_kwargs(value)
-        elif name is not None:
-            yield name, value
-        else:
-            suggestion = _near(lower, {*names, "verify", *_LIMITS})
+        if name is None:
+            suggestion = _near(lower, {*names, *CALL_OPTIONS})
             raise ValueError(f"unknown storage option {given_name!r} for {cloud}://{suggestion}")
-
-
-def _client_kwargs(given: object) -> Iterable[tuple[str, Any]]:
-    if not isinstance(given, Mapping):
-        raise ValueError(f"client_kwargs must be a dict, got {type(given).__name__}")
-    for name, value in given.items():
-        if name in _CLIENT_KWARGS:
-            yield _CLIENT_KWARGS[name], value
-        elif name == "verify":
-            yield _verify(value)
-        else:
-            raise ValueError(f"unknown name {name!r} in client_kwargs{_near(name, {*_CLIENT_KWARGS, 'verify'})}")
-
-
-def _verify(value: object) -> tuple[str, Any]:
-    """Translate boto3's `verify`: a bool that enables certificate checks, or a file of trusted certificates."""
-    if isinstance(value, bool) or str(value).lower() in ("true", "false"):
-        return "allow_invalid_certificates", not parse_bool(value)
-    return "root_certificate", _certificate("verify", value)
+        if value is not None:
+            yield name, value
 
 
 def _certificate(option: str, value: object) -> str:
@@ -478,13 +403,6 @@ def _pem(option: str, given: str) -> str:
     return text
 
 
-def with_ca_bundle(options: CloudOptions, path: str | None) -> CloudOptions:
-    """Return the options with the certificates of AWS_CA_BUNDLE's file, unless the options set their own."""
-    if path is None or {"root_certificate", "allow_invalid_certificates"} & options.client.keys():
-        return options
-    return replace(options, client={**options.client, "root_certificate": _certificate("AWS_CA_BUNDLE", path)})
-
-
 def _near(name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name, sorted(known), n=3, cutoff=0.5)
     return f"; did you mean {', '.join(map(repr, near))}?" if near else f"; known are {', '.join(sorted(known))}"
@@ -495,26 +413,21 @@ def _parsed(name: str, value: Any) -> Any:
     if name == "root_certificate":
         return _certificate("storage option 'root_certificate'", value)
     if name in _DURATIONS:
-        return parse_limit(name, value)
+        return _duration(name, value)
     if name in _BOOLS:
-        if name == "request_payer" and str(value).lower() == "requester":  # the value of the HTTP header
-            return True
-        try:
-            return parse_bool(value)
-        except ValueError as error:
-            raise ValueError(f"storage option {name!r}: {error}") from None
+        # "requester" is the value of the HTTP header
+        return True if name == "request_payer" and str(value).lower() == "requester" else _bool(name, value)
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def parse_single_writer(value: Any) -> bool:
-    """Parse the storage option `single_writer`: a bool, or text that parse_bool() accepts. Raises ValueError."""
+def _bool(name: str, value: Any) -> bool:
     try:
         return parse_bool(value)
     except ValueError as error:
-        raise ValueError(f"storage option 'single_writer': {error}") from None
+        raise ValueError(f"storage option {name!r}: {error}") from None
 
 
-def parse_limit(name: str, value: Any) -> timedelta:
+def _duration(name: str, value: Any) -> timedelta:
     """Parse a duration: seconds as a number or as text (from the command line), or text such as "30s" or "5m"."""
     if isinstance(value, timedelta):
         return value

@@ -1,6 +1,6 @@
 """A store that is reached by requests: RemoteStore retries and parallelises the single requests of an ObjectClient.
 
-obstore.py and fsspec.py have the clients; cloud.py selects the client of a cloud store in each process.
+obstore.py and fsspec.py have the clients.
 """
 
 from __future__ import annotations
@@ -12,28 +12,24 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Event
 from typing import Protocol, TypeVar
-from urllib.parse import urlsplit
 
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
-from tiercache.store.coalescing import RequestCosts
-from tiercache.store.contract import Buffer, Receive, SequentialUpload, Span, Store, Upload, check_key
-from tiercache.store.machine_limits import NO_LIMITS, MachineLimits, StoreLimits
-from tiercache.store.pacing import MOST_REQUESTS
+from tiercache.store.calls import Attempt, CallLimit, RequestRunner, RetryPolicy
+from tiercache.store.contract import Buffer, ProcessLocal, Receive, SequentialUpload, Span, Store, Upload, check_key
+from tiercache.store.options import CallOptions
 from tiercache.store.posix import TEMP_PREFIX
-from tiercache.store.range_reads import (
+from tiercache.store.ranges import (
     Landing,
-    ProcessLocal,
     Request,
+    RequestCosts,
     check_spans,
     land_in_buffers,
     land_in_pieces,
     plan_requests,
     untouched_spans,
 )
-from tiercache.store.request_runner import Attempt, Gate, RequestRunner
-from tiercache.store.retry import AbandonableAttempts, CallLimit, CallMonitor, RetryPolicy
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
 T = TypeVar("T")
@@ -63,13 +59,7 @@ class KeyExists(Exception):
 
 
 class ObjectWriter(Protocol):
-    """A large object that is written in order. One thread at a time uses it.
-
-    Attributes:
-        is_repeatable: Whether a failed close() may be repeated.
-    """
-
-    is_repeatable: bool
+    """A large object that is written in order. One thread at a time uses it."""
 
     def write(self, data: bytes) -> object:
         """Append data."""
@@ -91,13 +81,11 @@ class ObjectClient(ABC):
     Attributes:
         url: URL of the folder, for messages.
         counters: Counters of the store; the client counts "requests".
-        abandonable: Attempts of a read that are abandoned with their thread when the time is over.
         checks_etag: Whether range() enforces if_match. Otherwise the store compares descriptions before and after.
     """
 
     url: str
     counters: Counters
-    abandonable: AbandonableAttempts
     checks_etag = True
 
     def url_of(self, key: str) -> str:
@@ -117,8 +105,8 @@ class ObjectClient(ABC):
         """Return the description of an object."""
 
     @abstractmethod
-    def get(self, key: str, on_piece: Callable[[int], object]) -> bytes:
-        """Return a whole object; call on_piece with the size of each piece of the body that has arrived."""
+    def get(self, key: str, on_piece: Callable[[], object]) -> bytes:
+        """Return a whole object; call on_piece for each piece of the body that has arrived."""
 
     @abstractmethod
     def tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
@@ -165,11 +153,13 @@ class ObjectClient(ABC):
 
 def _may_have_taken_effect(error: StoreError) -> bool:
     """Return whether a failed write may have taken effect: it was sent, and no answer says that it was refused."""
-    if error.details.get("before_request"):
-        return False
     if error.status is not None:
         return int(error.status) >= 500 and error.status not in _NOT_EXECUTED
     return bool(error.details.get("sent", False)) and bool(error.retryable)
+
+
+# With 8 MiB and 20 ms, 16 requests fill 6 GB/s; with 1 MiB and 50 ms, 32 fill 660 MB/s.
+N_REQUESTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,44 +169,36 @@ class ReadSettings:
     Attributes:
         policy: Retries of a request.
         costs: Costs of requests, from which their ranges follow.
-        most_requests: Largest number of requests at once.
+        n_requests: Number of requests that run at once, unless the storage option `concurrency` says another.
         clock: Clock of the time limits.
-        adapts: Whether late requests are hedged and sent again, and a store that throttles is left alone.
+        hedges: Whether late requests get a second attempt beside them.
     """
 
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     costs: RequestCosts = field(default_factory=RequestCosts)
-    most_requests: int = MOST_REQUESTS
+    n_requests: int = N_REQUESTS
     clock: Clock = SYSTEM_CLOCK
-    adapts: bool = True
+    hedges: bool = True
 
 
 class RemoteStore(Store):
     """Objects that an ObjectClient reads and writes. Each process creates its client and threads at first use.
 
-    Safe for threads. A subclass opens the client. is_single_writer says that the user promises that one process writes
-    at a time: conditional puts are then a look at the key and a put.
+    Safe for threads. A subclass opens the client. If the user promises that one process writes at a time, conditional
+    puts are a look at the key and a put.
 
     Attributes:
-        limits: Limits that the user has set for all processes of the machine together.
+        knows_conditional_put: Whether the kind of the store alone says that it has conditional puts.
     """
 
-    def __init__(
-        self,
-        url: str,
-        timeout_s: float,
-        settings: ReadSettings,
-        limits: StoreLimits = NO_LIMITS,
-        *,
-        is_single_writer: bool = False,
-    ) -> None:
-        self._is_single_writer = is_single_writer
-        self._may_commit = is_single_writer  # or known from a test of conditional puts
-        self.url, self._timeout_s, self._settings, self.limits = url, timeout_s, settings, limits
+    knows_conditional_put = False
+
+    def __init__(self, url: str, options: CallOptions, settings: ReadSettings) -> None:
+        self.url, self.call_options, self._settings = url, options, settings
+        self._may_commit = options.is_single_writer  # or known from a test of conditional puts
         self.counters = Counters("requests", "bytes_read", "bytes_written", "retries", "hedges", "throttled")
         self._client: ProcessLocal[ObjectClient] = ProcessLocal(self._open_client, lambda client: client.close())
         self._runner = ProcessLocal(self._open_runner, RequestRunner.close)
-        self._calls = ProcessLocal(lambda: CallMonitor(self._end_idle_threads), CallMonitor.close)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
@@ -225,32 +207,14 @@ class RemoteStore(Store):
     def _open_client(self) -> ObjectClient:
         """Return a new client for this process, without sending a request."""
 
-    @property
-    def machine_name(self) -> str:
-        """Name of the store on this machine: stores with the same name share limits and back-off."""
-        parts = urlsplit(self.url)
-        return f"{parts.scheme}://{parts.netloc}" if parts.netloc else self.url
-
     def _open_runner(self) -> RequestRunner:
-        settings = self._settings
-        gate = Gate(MachineLimits(self.machine_name, self.limits), settings.most_requests, settings.clock)
-        return RequestRunner(
-            gate, settings.policy, settings.most_requests, settings.clock, self.counters, adapts=settings.adapts
-        )
+        chosen = self._settings
+        n_requests = self.call_options.concurrency or chosen.n_requests
+        return RequestRunner(n_requests, chosen.policy, chosen.clock, self.counters, hedges=chosen.hedges)
 
-    def _end_idle_threads(self) -> None:
-        runner = self._runner.find()
-        if runner is not None:
-            runner.end_idle_threads()
-
-    def _note_failure(self, error: StoreError) -> float:
-        """Count a throttled request. Return the least seconds until the next attempt."""
-        # The seconds of Retry-After, from clients that show it: not obstore.
-        retry_after_s = float(str(error.details.get("retry_after_s", 0.0)))
-        if error.status not in _THROTTLED or not self._settings.adapts:
-            return retry_after_s
-        self.counters.add("throttled")
-        return max(self._runner.get().gate.note_throttled(), retry_after_s)
+    def _count_throttled(self, error: StoreError) -> None:
+        if error.status in _THROTTLED:
+            self.counters.add("throttled")
 
     @property
     def client(self) -> ObjectClient:
@@ -259,7 +223,6 @@ class RemoteStore(Store):
 
     def close(self) -> None:
         """End the threads of this process and close its connections. Running calls are not retried any more."""
-        self._calls.drop()
         self._runner.drop()
         self._client.drop()
 
@@ -274,23 +237,21 @@ class RemoteStore(Store):
             deadline_s,
             cancel,
             clock=self._settings.clock,
-            timeout_s=self._timeout_s,
+            timeout_s=self.call_options.timeout_s,
             endpoint=client.wait_target,
-            on_failure=self._note_failure,
+            on_failure=self._count_throttled,
             counters=self.counters,
         )
 
-    def _read(self, key: str, doing: str, request: Callable[[ObjectClient, Attempt], T], n_bytes: int = 0) -> T:
-        """Return the result of a read-only request of n_bytes (0: unknown)."""
-        limit = self.call_limit(key, doing)
+    def _read(self, key: str, doing: str, request: Callable[[ObjectClient, Attempt], T], *, hedges: bool = True) -> T:
+        """Return the result of a read-only request."""
 
         def send(attempt: Attempt) -> T:
             client = self.client
             with client.errors(key, doing):
                 return request(client, attempt)
 
-        with self._calls.get().track(limit):
-            result: T = self._runner.get().run([(n_bytes, send)], limit)[0]
+        result: T = self._runner.get().run([send], self.call_limit(key, doing), hedges=hedges)[0]
         return result
 
     def _write(self, key: str, doing: str, request: Callable[[ObjectClient], T], *, is_conditional: bool = False) -> T:
@@ -301,7 +262,7 @@ class RemoteStore(Store):
         KeyExists.
         """
 
-        def attempt() -> T:
+        def send(_attempt: Attempt) -> T:
             client = self.client
             try:
                 with client.errors(key, doing):
@@ -316,7 +277,8 @@ class RemoteStore(Store):
                 lost = f"{doing}: the answer was lost, so the object may or may not have been written ({error.message})"
                 raise StoreError(lost, url=client.url_of(key), retryable=True, maybe_done=True) from None
 
-        return self._calls.get().run(attempt, self._settings.policy, self.call_limit(key, doing))
+        result: T = self._runner.get().run([send], self.call_limit(key, doing), is_write=True)[0]
+        return result
 
     def head(self, key: str) -> ObjectInfo:
         """Send one HEAD."""
@@ -335,7 +297,7 @@ class RemoteStore(Store):
         check_key(key)
         if n_bytes <= 0:
             return b"", self.head(key)
-        tail, info = self._read(key, "read_tail", lambda client, _attempt: client.tail(key, n_bytes), n_bytes)
+        tail, info = self._read(key, "read_tail", lambda client, _attempt: client.tail(key, n_bytes))
         self.counters.add("bytes_read", len(tail))
         return tail, info
 
@@ -387,9 +349,8 @@ class RemoteStore(Store):
         if compares:
             reading.check_etag(self.head(key))
         try:
-            with self._calls.get().track(limit):
-                sends = [(one.range.n_bytes, partial(reading.attempt, one.range, landing)) for one, landing in requests]
-                self._runner.get().run(sends, limit)
+            sends = [partial(reading.attempt, request.range, landing) for request, landing in requests]
+            self._runner.get().run(sends, limit)
         finally:
             for _, landing in requests:
                 landing.close()  # an attempt that was overtaken or abandoned may still run
@@ -414,7 +375,7 @@ class RemoteStore(Store):
 
     def put_new(self, key: str, body: bytes) -> ObjectInfo | None:
         """As put_if_absent(). Return the new object if the answer describes it. Raises KeyExists."""
-        if self._is_single_writer:
+        if self.call_options.is_single_writer:
             with suppress(NotFound):
                 self.head(key)
                 raise KeyExists
@@ -422,11 +383,6 @@ class RemoteStore(Store):
         info = self._write(key, "put_if_absent", lambda client: client.put_new(key, body), is_conditional=True)
         self.counters.add("bytes_written", len(body))
         return info
-
-    @property
-    def knows_conditional_put(self) -> bool:
-        """Whether the kind of the store alone says that it has conditional puts."""
-        return False
 
     def require_conditional_put(self) -> None:
         """Test the store once, by up to three requests: it must refuse the second of two puts of one key."""
@@ -490,23 +446,17 @@ class RemoteStore(Store):
         after: str | None = None
         pages: Iterator[Sequence[ObjectInfo]] | None = None
 
-        def next_page() -> Sequence[ObjectInfo] | None:
+        def next_page(client: ObjectClient, _attempt: Attempt) -> Sequence[ObjectInfo] | None:
             nonlocal pages
-            client = self.client
             try:
-                with client.errors(folder, "list"):
-                    pages = client.pages(folder, after) if pages is None else pages
-                    return next(pages, None)
+                pages = client.pages(folder, after) if pages is None else pages
+                return next(pages, None)
             except BaseException:
                 pages = None  # the next attempt begins after the last key
                 raise
 
-        def read_page() -> Sequence[ObjectInfo] | None:
-            # Not by the runner: a page follows from the page before, so two attempts must not run at once.
-            limit = self.call_limit(folder, "list")
-            return self._calls.get().run(next_page, self._settings.policy, limit, self.client.abandonable)
-
-        while (page := read_page()) is not None:
+        # Without hedges: a page follows from the page before, so two attempts must not run at once.
+        while (page := self._read(folder, "list", next_page, hedges=False)) is not None:
             for info in page:
                 after = info.key
                 if not any(segment.startswith(TEMP_PREFIX) for segment in info.key.split("/")):
@@ -525,19 +475,18 @@ class RemoteStore(Store):
 
     def write(self, key: str, writer: ObjectWriter, data: bytes) -> None:
         """Append data to the writer, which may block while too many parts are in flight."""
-        with self.client.errors(key, "put_part"), self._calls.get().track(self.call_limit(key, "put_part")):
+        with self.client.errors(key, "put_part"):
             writer.write(data)
         self.counters.add("bytes_written", len(data))
 
     def publish(self, key: str, writer: ObjectWriter, n_bytes: int) -> ObjectInfo:
         """Publish a large object."""
 
-        def attempt() -> None:
+        def close(_attempt: Attempt) -> None:
             with self.client.errors(key, "complete"):
                 writer.close()
 
-        policy = self._settings.policy if writer.is_repeatable else _ONE_ATTEMPT
-        self._calls.get().run(attempt, policy, self.call_limit(key, "complete"))
+        self._runner.get().run([close], self.call_limit(key, "complete"), is_write=True, policy=_ONE_ATTEMPT)
         info = self.head(key)
         if info.n_bytes != n_bytes:
             raise StoreError(f"complete: sent {n_bytes} bytes, stored {info.n_bytes}", url=self.client.url_of(key))
@@ -583,7 +532,7 @@ class _ObjectRead:
                         break
                     is_new = landing.add(position, data)
                     position += data.nbytes
-                    attempt.received(data.nbytes, has_new=is_new)  # bytes that had come before are no progress
+                    attempt.received(has_new=is_new)  # bytes that had come before are no progress
         except ObjectChanged as error:
             raise ObjectChanged(url=client.url_of(self._key), expected=etag, found=error.found) from None
         except StoreError as error:

@@ -1,20 +1,96 @@
-"""Range reads: a planner coalesces spans into requests; a landing stores their bytes."""
+"""Range reads: which requests read a set of spans at the lowest cost, and where their bytes land."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
-from typing import Generic, TypeVar
 
 import numpy as np
 
 from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
-from tiercache.store.coalescing import RequestCosts, cheapest_ranges
 from tiercache.store.contract import Receive, Span
+
+
+@dataclass(frozen=True, slots=True)
+class RequestCosts:
+    """Costs and limits of range requests. The defaults are those of an object store with 16 or more requests in flight.
+
+    Attributes:
+        request_s: Cost of one more request in seconds. With many requests in flight, this is less than their latency.
+        bytes_per_s: Bandwidth in bytes per second, at which unwanted bytes are read.
+        max_gap_bytes: Maximum length of a gap between two wanted ranges that one request may read, in bytes.
+        max_bytes: Maximum length of a request in bytes, at least 1.
+    """
+
+    request_s: float = 0.0005
+    bytes_per_s: float = 125e6
+    max_gap_bytes: int = 64 << 10
+    max_bytes: int = 8 << 20
+
+    @property
+    def gap_bytes(self) -> int:
+        """Maximum length of a gap that may be read and costs less than a request, in bytes."""
+        affordable = self.request_s * self.bytes_per_s
+        if affordable > self.max_gap_bytes:
+            return self.max_gap_bytes
+        return max(-int(-affordable // 1) - 1, 0)  # strictly less: at equal cost, fewer bytes are better
+
+
+def cheapest_ranges(wanted: Sequence[ByteRange], costs: RequestCosts) -> list[ByteRange]:
+    """Return ranges that read all wanted ranges at a low cost, by the fewest requests that pay.
+
+    The cost is the number of requests times request_s, plus the time to read the gaps between wanted ranges. A gap is
+    read if that costs less than a request and the gap is at most max_gap_bytes long.
+
+    Args:
+        wanted: Ranges in any order. They may overlap, touch or be empty.
+        costs: Costs and limits of the requests.
+
+    Returns:
+        Ranges in ascending order, without overlap, of 1 to max_bytes bytes each. A wanted range longer than max_bytes
+        that has no near neighbours is split into nearly equal parts.
+    """
+    result: list[ByteRange] = []
+    cluster: list[ByteRange] = []
+    for run in _merged(wanted):
+        if cluster and run.start - cluster[-1].end > costs.gap_bytes:
+            result += _cover(cluster, costs.max_bytes)
+            cluster = []
+        cluster.append(run)
+    return result + (_cover(cluster, costs.max_bytes) if cluster else [])
+
+
+def _merged(wanted: Sequence[ByteRange]) -> list[ByteRange]:
+    """Return the union of the ranges as ascending ranges that do not touch."""
+    runs: list[ByteRange] = []
+    for span in sorted((span for span in wanted if span.n_bytes), key=lambda span: span.start):
+        if runs and span.start <= runs[-1].end:
+            runs[-1] = ByteRange(runs[-1].start, max(runs[-1].end, span.end))
+        else:
+            runs.append(span)
+    return runs
+
+
+def _cover(runs: Sequence[ByteRange], max_bytes: int) -> list[ByteRange]:
+    """Return the fewest ranges for runs between which each gap costs less than a request."""
+    start, end = runs[0].start, runs[-1].end
+    if len(runs) == 1:
+        step = -(-(end - start) // -(-(end - start) // max_bytes))
+        return [ByteRange(at, min(at + step, end)) for at in range(start, end, step)]
+    ranges: list[ByteRange] = []
+    number = 0  # of the first run that is not covered to its end
+    while number < len(runs):
+        start = max(runs[number].start, ranges[-1].end if ranges else 0)
+        end = start
+        while number < len(runs) and runs[number].start < start + max_bytes:
+            end = min(runs[number].end, start + max_bytes)
+            if end < runs[number].end:
+                break
+            number += 1
+        ranges.append(ByteRange(start, end))
+    return ranges
 
 
 def check_spans(spans: Sequence[Span]) -> None:
@@ -76,8 +152,6 @@ def _plan_layer(spans: Sequence[Span], costs: RequestCosts) -> list[Request]:
             at = end
     return [Request(one, tuple(pieces)) for one, pieces in zip(ranges, targets, strict=True)]
 
-
-T = TypeVar("T")
 
 # numpy releases the GIL while it copies; below this size, releasing it costs more than the copy.
 _GIL_DROP_BYTES = 32 << 10
@@ -166,46 +240,3 @@ def _copy(target: memoryview, data: memoryview) -> None:
         target[:] = data
     else:
         np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(data, np.uint8))
-
-
-class ProcessLocal(Generic[T]):
-    """A value that each process creates at first use. It has no lock, because a fork could leave a lock held.
-
-    A child keeps a value of its parent but never uses or disposes of it: disposing of clients whose runtime threads do
-    not exist any more may hang.
-    """
-
-    def __init__(self, make: Callable[[], T], dispose: Callable[[T], object]) -> None:
-        self._make, self._dispose = make, dispose
-        self._values: dict[int, T] = {}
-
-    def get(self) -> T:
-        """Return this process's value."""
-        pid = os.getpid()
-        value = self._values.get(pid)
-        if value is None:
-            created = self._make()
-            value = self._values.setdefault(
-                pid, created
-            )  # atomic: if two threads create a value, the first one is kept
-            if value is not created:
-                self._dispose(created)
-        return value
-
-    def find(self) -> T | None:
-        """Return this process's value if there is one."""
-        return self._values.get(os.getpid())
-
-    def drop(self) -> None:
-        """Dispose of this process's value; the next get() creates a new one."""
-        value = self._values.pop(os.getpid(), None)
-        if value is not None:
-            self._dispose(value)
-
-
-def worker_pool(n_threads: int) -> ProcessLocal[ThreadPoolExecutor]:
-    """Return the threads of a pool, created at first use. The owner closes them with drop()."""
-    return ProcessLocal(
-        lambda: ThreadPoolExecutor(n_threads, thread_name_prefix="tiercache-store"),
-        lambda pool: pool.shutdown(wait=False, cancel_futures=True),
-    )

@@ -1,0 +1,378 @@
+"""The execution of calls: retries, time limits, threads, hedges, and the end of a call."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from tests.support.clock import FakeClock
+
+from tiercache.errors import StoreError
+from tiercache.stats import Counters
+from tiercache.store.calls import CallLimit, RequestRunner, RequestTimes, RetryPolicy, stop_retries_when, with_retries
+from tiercache.waiting import SYSTEM_CLOCK, wait_for
+
+# The gates of these tests open after 60 s; a test that ends well has not waited for that.
+GATE_S = 60
+
+
+@pytest.fixture
+def make():
+    """Runners of a store; close() of each at the end."""
+    made = []
+
+    def build(n_requests=16, clock=SYSTEM_CLOCK):
+        counters = Counters("retries", "hedges")
+        made.append(RequestRunner(n_requests, RetryPolicy(first_s=0.0, longest_s=0.0), clock, counters))
+        return made[-1], counters
+
+    yield build
+    for runner in made:
+        runner.close()
+
+
+def limit(clock=SYSTEM_CLOCK, **options):
+    return CallLimit("s3://bucket/a", "get", clock=clock, **options)
+
+
+def answer(value):
+    def send(attempt):
+        attempt.received()
+        return value
+
+    return send
+
+
+class Hanging:
+    """A request whose first attempts hang until release(), and whose next one is answered."""
+
+    def __init__(self, value, n_hanging=1):
+        self.value, self.n_hanging = value, n_hanging
+        self.n_attempts, self.gate, self._lock = 0, threading.Event(), threading.Lock()
+
+    def __call__(self, attempt):
+        with self._lock:
+            self.n_attempts += 1
+            hangs = self.n_attempts <= self.n_hanging
+        if hangs:
+            assert self.gate.wait(GATE_S)
+        return self.value
+
+
+def test_results_come_in_the_order_of_the_requests(make):
+    runner, _ = make(n_requests=3)
+    assert runner.run([answer(i) for i in range(20)], limit()) == list(range(20))
+    assert runner.run([], limit()) == []
+
+
+def test_a_request_that_hangs_is_hedged_and_the_second_answer_is_returned(make):
+    clock = FakeClock()
+    runner, counters = make(clock=clock)
+    assert runner.run([answer(0)] * 40, limit(clock))
+    hanging, results = Hanging("answer"), []
+    thread = threading.Thread(target=lambda: results.extend(runner.run([hanging], limit(clock))))
+    thread.start()
+    assert wait_for(lambda: hanging.n_attempts, GATE_S)
+    clock.advance(1)
+    thread.join(GATE_S)
+    assert results == ["answer"]
+    assert not hanging.gate.is_set()
+    assert (counters["hedges"], counters["retries"]) == (1, 0)
+    hanging.gate.set()
+
+
+def test_a_request_gets_more_attempts_the_longer_it_is_silent():
+    times = RequestTimes()
+    assert not times.take_hedge(4.9, 1), "nothing is known yet"
+    assert times.take_hedge(5.1, 1)
+    assert not times.take_hedge(9.9, 2)
+    assert times.take_hedge(10.1, 2)
+    times.n_requests = 40
+    for _ in range(100):
+        times.note_answer(0.3)
+    assert not times.take_hedge(0.2, 1)
+    assert [times.take_hedge(0.4, 1) for _ in range(3)] == [True, True, False], "of 40 requests, 5 %"
+    assert times.take_hedge(2.5, 1), "8 times as long"
+    assert not times.take_hedge(2.5, 2)
+    assert times.take_hedge(4.9, 2)
+
+
+def test_a_request_without_a_byte_gets_more_attempts_although_nothing_was_observed(make):
+    clock = FakeClock()
+    runner, counters = make(clock=clock)
+    hanging = Hanging("answer", n_hanging=2)
+    results = []
+    thread = threading.Thread(target=lambda: results.extend(runner.run([hanging], limit(clock))))
+    thread.start()
+    for n_attempts in (1, 2):
+        assert wait_for(lambda n=n_attempts: hanging.n_attempts >= n, GATE_S)
+        clock.advance(11)  # more than the first deadline, doubled once
+    thread.join(GATE_S)
+    assert results == ["answer"]
+    assert (counters["retries"], counters["hedges"]) == (0, 2)
+    hanging.gate.set()
+
+
+def test_a_request_that_brings_bytes_is_not_hedged(make):
+    clock = FakeClock()
+    runner, counters = make(clock=clock)
+
+    def send(attempt):
+        for _ in range(100):
+            clock.advance(4)
+            attempt.received()
+        return "slow"
+
+    assert runner.run([send], limit(clock, timeout_s=60)) == ["slow"]
+    assert (counters["retries"], counters["hedges"]) == (0, 0)
+
+
+def test_the_place_of_a_hanging_request_is_given_to_the_next_one(make):
+    clock = FakeClock()
+    runner, counters = make(n_requests=1, clock=clock)
+    hanging, results = Hanging(0), []
+    requests = [hanging, answer(1), answer(2)]
+    thread = threading.Thread(target=lambda: results.extend(runner.run(requests, limit(clock))))
+    thread.start()
+    assert wait_for(lambda: hanging.n_attempts, GATE_S)
+    clock.advance(6)
+    thread.join(GATE_S)
+    assert results == [0, 1, 2]
+    assert counters["hedges"] == 1
+    hanging.gate.set()
+
+
+def test_an_error_that_is_not_worth_repeating_ends_the_call_and_its_other_requests(make):
+    runner, _ = make()
+    hanging = Hanging(0)
+
+    def refuse(attempt):
+        raise StoreError("no", url="u")
+
+    with pytest.raises(StoreError, match="no"):
+        runner.run([hanging, refuse], limit())
+    hanging.gate.set()
+
+
+def test_an_attempt_knows_that_its_call_has_ended(make):
+    runner, _ = make()
+    seen = []
+
+    def send(attempt):
+        seen.append(attempt)
+        assert wait_for(lambda: attempt.is_over, GATE_S)
+
+    with pytest.raises(StoreError, match="not done within"):
+        runner.run([send], limit(deadline_s=0.1))
+    assert seen[0].is_over
+
+
+def test_an_error_of_a_hedge_does_not_end_the_request(make):
+    clock = FakeClock()
+    runner, counters = make(clock=clock)
+    assert runner.run([answer(0)] * 40, limit(clock))
+    failed, begun = threading.Event(), threading.Event()
+
+    def send(attempt):
+        if begun.is_set():
+            failed.set()
+            raise StoreError("the hedge failed", url="u")
+        begun.set()
+        assert failed.wait(GATE_S)
+        return "answer"
+
+    results = []
+    thread = threading.Thread(target=lambda: results.extend(runner.run([send], limit(clock))))
+    thread.start()
+    assert begun.wait(GATE_S)
+    clock.advance(1)
+    thread.join(GATE_S)
+    assert results == ["answer"]
+    assert counters["hedges"] == 1
+
+
+@pytest.mark.parametrize("deadline_s", [None, 1000.0])
+def test_closing_a_store_ends_calls_that_wait_for_threads(make, deadline_s):
+    runner, _ = make(n_requests=1)
+    gate, errors = threading.Event(), []
+    begun = threading.Event()
+
+    def call():
+        def send(attempt):
+            begun.set()
+            assert gate.wait(GATE_S)
+
+        try:
+            runner.run([send] * 3, limit(deadline_s=deadline_s))
+        except StoreError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(GATE_S)
+    runner.close()
+    assert wait_for(lambda: errors, GATE_S)
+    gate.set()
+    for thread in threads:
+        thread.join(GATE_S)
+    assert all("closed during" in str(error) and error.retryable for error in errors)
+
+
+def test_time_in_which_other_calls_have_all_places_does_not_count(make):
+    clock = FakeClock()
+    runner, _ = make(n_requests=1, clock=clock)
+    hanging = Hanging("first")
+    first, second = [], []
+    threads = [
+        threading.Thread(target=lambda: first.extend(runner.run([hanging], limit(clock, timeout_s=1e9)))),
+        threading.Thread(target=lambda: second.extend(runner.run([answer("second")], limit(clock, timeout_s=1)))),
+    ]
+    threads[0].start()
+    assert wait_for(lambda: hanging.n_attempts, GATE_S)
+    threads[1].start()
+    clock.advance(4)  # less than the first attempt may be silent
+    hanging.gate.set()
+    for thread in threads:
+        thread.join(GATE_S)
+    assert (first, second) == (["first"], ["second"])
+
+
+def test_no_more_requests_run_at_once_than_allowed(make):
+    runner, _ = make(n_requests=2)
+    lock, running, most = threading.Lock(), [0], [0]
+
+    def send(attempt):
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        threading.Event().wait(0.002)
+        with lock:
+            running[0] -= 1
+
+    threads = [threading.Thread(target=runner.run, args=([send] * 20, limit())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(GATE_S)
+    assert 1 <= most[0] <= 2
+
+
+def test_a_write_is_awaited_although_its_time_is_over_and_never_hedged(make):
+    clock = FakeClock()
+    runner, counters = make(clock=clock)
+    hanging, results = Hanging("written"), []
+    call = limit(clock, timeout_s=1)
+    thread = threading.Thread(target=lambda: results.extend(runner.run([hanging], call, is_write=True)))
+    thread.start()
+    assert wait_for(lambda: hanging.n_attempts, GATE_S)
+    clock.advance(100)
+    threading.Event().wait(0.2)  # the caller looks at its requests
+    assert not results
+    hanging.gate.set()
+    thread.join(GATE_S)
+    assert (results, counters["hedges"], hanging.n_attempts) == (["written"], 0, 1)
+
+
+def test_a_wait_of_2_s_is_reported_once_for_all_calls_and_again_after_progress(make, caplog):
+    clock = FakeClock()
+    runner, _ = make(clock=clock)
+    hanging, progress = [Hanging(i, n_hanging=99) for i in range(3)], threading.Event()
+    calls = [limit(clock, timeout_s=1e9, endpoint=lambda: "http://e") for _ in hanging]
+    threads = [
+        threading.Thread(target=runner.run, args=([one], call)) for one, call in zip(hanging, calls, strict=True)
+    ]
+    for thread, one in zip(threads, hanging, strict=True):
+        thread.start()
+        assert wait_for(lambda one=one: one.n_attempts, GATE_S)
+    clock.advance(1.9)
+    progress.wait(0.2)
+    assert not caplog.records
+    clock.advance(0.2)
+    assert wait_for(lambda: all(call.is_reported for call in calls), GATE_S)
+    assert len(caplog.records) == 1
+    assert "has waited 2 s for http://e" in caplog.text
+    for call in calls:
+        call.progressed()
+    clock.advance(2.1)
+    assert wait_for(lambda: all(call.is_reported for call in calls), GATE_S)
+    assert len(caplog.records) == 2
+    for thread, one in zip(threads, hanging, strict=True):
+        one.gate.set()
+        thread.join(GATE_S)
+
+
+# Retries
+
+
+def failing(n_times, **facts):
+    calls = []
+
+    def attempt():
+        calls.append(1)
+        if len(calls) <= n_times:
+            raise StoreError("no", url="u", **facts)
+        return len(calls)
+
+    return attempt, calls
+
+
+def test_pauses_are_random_and_bounded_by_growing_limits():
+    policy = RetryPolicy(first_s=0.1, longest_s=1.0)
+    for n_failed, most_s in ((1, 0.1), (2, 0.2), (4, 0.8), (5, 1.0), (50, 1.0)):
+        drawn = [policy.pause_s(n_failed) for _ in range(50)]
+        assert all(0 <= s <= most_s for s in drawn)
+        assert len(set(drawn)) > 10
+
+
+def test_only_retryable_errors_without_effect_are_retried():
+    for facts in ({"retryable": False}, {"retryable": True, "maybe_done": True}):
+        attempt, calls = failing(1, **facts)
+        with pytest.raises(StoreError):
+            with_retries(attempt, RetryPolicy(), limit(FakeClock()))
+        assert len(calls) == 1
+    attempt, calls = failing(3, retryable=True)
+    assert with_retries(attempt, RetryPolicy(), limit(FakeClock())) == 4
+
+
+def test_attempts_timeout_and_deadline_limit_retries():
+    for policy, options, most_s in (
+        (RetryPolicy(n_attempts=3), {}, 1e9),
+        (RetryPolicy(n_attempts=10**6), {"timeout_s": 20.0}, 20.0),
+        (RetryPolicy(n_attempts=10**6), {"deadline_s": 7.0}, 7.0),
+    ):
+        clock = FakeClock()
+        attempt, calls = failing(10**9, retryable=True)
+        with pytest.raises(StoreError):
+            with_retries(attempt, policy, limit(clock, **options))
+        assert sum(clock.slept) <= most_s
+        assert len(calls) == len(clock.slept) + 1
+
+
+def test_a_set_stop_event_ends_a_pause_at_once():
+    call = limit(FakeClock())
+    attempt, calls = failing(10**9, retryable=True)
+
+    def stopping():
+        if len(calls) == 2:
+            call.stop.set()
+        return attempt()
+
+    with pytest.raises(StoreError, match="no"):
+        with_retries(stopping, RetryPolicy(first_s=9, longest_s=9), call)
+    assert len(calls) == 3
+
+
+def test_an_unwanted_call_is_not_retried():
+    unwanted, asked = threading.Event(), []
+
+    def attempt():
+        asked.append(1)
+        unwanted.set()
+        raise StoreError("away", url="u", retryable=True)
+
+    with stop_retries_when(unwanted):
+        call = limit(FakeClock())
+    with pytest.raises(StoreError, match="away"):
+        with_retries(attempt, RetryPolicy(), call)
+    assert len(asked) == 1
