@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.order.contract import DatasetSizes, OrderOptions
 from tiercache.order.epoch_order import EpochOrder
+from tiercache.order.window import DatasetSizes, OrderOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

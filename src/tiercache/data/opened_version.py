@@ -511,7 +511,6 @@ class OpenedVersion:
         return is_open or self.stores.is_local(key, identity, self._ranges.get(shard))
 
     def prepare_reading(self, shards: NDArray[np.int64]) -> None:
-        """See Storage.prepare_reading."""
         keys = self.table.names.take(as_arrow(shards))
         reads_all = len(shards) == len(self.table)
         self.stores.prepare_reading(keys, lambda i: self._object(int(shards[i]))[1], reads_all=reads_all)

@@ -81,7 +81,6 @@ class Selection:
 
     @property
     def n_bytes(self) -> int:
-        """Size of its arrays in bytes."""
         return self.starts.nbytes + self.first.nbytes + (self.order.nbytes if isinstance(self.order, np.ndarray) else 0)
 
     @property

@@ -92,7 +92,6 @@ class Storage:
         return leaf.stored.is_local(number)
 
     def remove_if_corrupt(self, shard: int) -> bool:
-        """See OpenedVersion.remove_if_corrupt."""
         leaf, number = self.locate(shard)
         return leaf.stored.remove_if_corrupt(number)
 

@@ -4,12 +4,11 @@ An order maps a position of the epoch to a record; a `RankPlan` maps a batch of 
 knows torch or does I/O, except through `DatasetSizes.blocks`, the caller's function that reads footers.
 """
 
-from tiercache.order.contract import MAX_STREAMS, BlockSizes, DatasetSizes, Order, OrderOptions, Section
 from tiercache.order.epoch_order import EpochOrder, derive_key
 from tiercache.order.explicit import AnyWindow
 from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture
 from tiercache.order.rank_plan import RankPlan
-from tiercache.order.window import RowRun, Window
+from tiercache.order.window import MAX_STREAMS, BlockSizes, DatasetSizes, Order, OrderOptions, RowRun, Section, Window
 
 __all__ = [
     "MAX_STREAMS",

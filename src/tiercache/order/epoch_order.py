@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.order.contract import BlockSizes, DatasetSizes, OrderOptions
+    from tiercache.order.window import BlockSizes, DatasetSizes, OrderOptions
 
 
 _PERSON = b"tiercache.order1"  # 16 bytes of BLAKE2b personalisation: no other use of the hash yields the same keys

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.order.contract import DatasetSizes
+    from tiercache.order.window import DatasetSizes
 
 # Record locations of a window take 24 bytes a row; the maximum is located in about 20 ms. The first batch does not wait
 # for that: the first section is small, and each section has at most four times the rows of the one before.
@@ -71,11 +71,9 @@ class PermutedOrder:
         return self[:] if dtype is None else self[:].astype(dtype, copy=False)
 
     def min(self) -> int:
-        """Return the smallest place."""
         return 0
 
     def max(self) -> int:
-        """Return the largest place."""
         return self.n - 1
 
     def __eq__(self, other: object) -> bool:
@@ -271,12 +269,10 @@ class ExplicitSection:
 
     @property
     def stop(self) -> int:
-        """Position after the last one."""
         return self.start + len(self.row)
 
     @property
     def windows(self) -> tuple[ExplicitWindow, ...]:
-        """Its window."""
         return (self.window,)
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
@@ -317,7 +313,7 @@ def count_fitting(places: RecordLocations, limit_bytes: int | None, free_shards:
 
 
 class ExplicitOrder:
-    """Order (`contract.Order`) of one stream that serves records in an explicit order, without shuffle.
+    """Order (`window.Order`) of one stream that serves records in an explicit order, without shuffle.
 
     Args:
         sizes: Sizes of the shards whose records are numbered.

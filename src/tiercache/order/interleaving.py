@@ -237,7 +237,6 @@ class StreamInterleaving:
         self._above = {child: split for split in self._splits for child in (split.left, split.right)}
 
     def drawn(self, position: int) -> list[int]:
-        """See Interleaving.drawn."""
         items = [0] * (2 * len(self.quotas) - 1)
         items[-1] = position
         for split in self._splits:
@@ -246,14 +245,12 @@ class StreamInterleaving:
         return items[: len(self.quotas)]
 
     def positions_of(self, part: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
-        """See Interleaving.positions_of."""
         node, number = part, np.asarray(draws).astype(np.int64 if self.n_records < 1 << 31 else object)
         while split := self._above.get(node):
             node, number = split.node, split.item_of(node, number)
         return number.astype(np.int64)
 
     def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """See Interleaving.locate."""
         # The code multiplies two counts: object arrays of Python integers if the product may exceed 63 bits.
         whole = np.int64 if self.n_records < 1 << 31 else object
         parts, draws = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
@@ -269,7 +266,6 @@ class StreamInterleaving:
         return parts, draws
 
     def offsets_by_part(self, start: int, stop: int) -> list[NDArray[np.int64]]:
-        """See Interleaving.offsets_by_part."""
         chunks = [self._places(at, min(at + _CHUNK_PLACES, stop), start) for at in range(start, stop, _CHUNK_PLACES)]
         if len(chunks) == 1:
             return chunks[0]
@@ -312,13 +308,11 @@ class ScheduledInterleaving:
         self._starts = self._drawn.sum(axis=1).tolist()
 
     def drawn(self, position: int) -> list[int]:
-        """See Interleaving.drawn."""
         stretch = self._stretch_at(position)
         within = self._stretches[stretch].drawn(position - self._starts[stretch])
         return [int(n) for n in self._drawn[stretch] + within]
 
     def positions_of(self, part: int, draws: NDArray[np.int64]) -> NDArray[np.int64]:
-        """See Interleaving.positions_of."""
         draws = np.asarray(draws, np.int64)
         found, stretches = np.empty(len(draws), np.int64), np.searchsorted(self._drawn[1:, part], draws, side="right")
         for stretch in np.unique(stretches).tolist():
@@ -328,7 +322,6 @@ class ScheduledInterleaving:
         return found
 
     def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """See Interleaving.locate."""
         positions = np.asarray(positions, np.int64)
         parts, draws = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
         stretches = np.searchsorted(self._starts[1:], positions, side="right")
@@ -339,7 +332,6 @@ class ScheduledInterleaving:
         return parts, draws
 
     def offsets_by_part(self, start: int, stop: int) -> list[NDArray[np.int64]]:
-        """See Interleaving.offsets_by_part."""
         found: list[list[NDArray[np.int64]]] = [[np.empty(0, np.int64)] for _ in self.quotas]
         at = start
         while at < stop:

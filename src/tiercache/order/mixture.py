@@ -17,17 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from tiercache._native.permute import RowFinder
-from tiercache.order.contract import DatasetSizes, OrderOptions
 from tiercache.order.epoch_order import EpochOrder, derive_key
 from tiercache.order.interleaving import StreamAllocation, apportion, apportion_next, interleave, stream_records
-from tiercache.order.window import ShardGroups, allocate_rows, concat_groups
+from tiercache.order.window import DatasetSizes, OrderOptions, ShardGroups, allocate_rows, concat_groups
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tiercache.order.contract import BlockSizes
     from tiercache.order.interleaving import Interleaving
-    from tiercache.order.window import Window
+    from tiercache.order.window import BlockSizes, Window
 
 
 # Minimum records of a part per stream, in all and in an epoch, for the part to have its own streams; a smaller part is
@@ -290,7 +288,6 @@ class MixtureSpec:
     stop: Literal["first", "all"] = "first"
 
     def __post_init__(self) -> None:
-        """Check the values, and reduce the weights."""
         if self.stop not in ("first", "all"):
             raise ValueError(f"stop must be 'first' or 'all', got {self.stop!r}")
         if self.first_shards[0] != 0 or any(np.diff(self.first_shards) < 0):
@@ -305,7 +302,6 @@ class MixtureSpec:
 
     @property
     def n_parts(self) -> int:
-        """Number of parts."""
         return len(self.first_shards)
 
     def shards_of(self, part: int, n_shards: int) -> slice:

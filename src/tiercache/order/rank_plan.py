@@ -90,12 +90,10 @@ class RankPlan:
 
     @property
     def global_batch(self) -> int:
-        """Number of records of a full global batch."""
         return self.world_size * self.batch_size
 
     @property
     def n_full(self) -> int:
-        """Number of full global batches."""
         return (self.n_records - self.offset) // self.global_batch
 
     @property
@@ -212,7 +210,6 @@ class RankPlan:
 
     @property
     def _left_start(self) -> int:
-        """Position after the last full global batch."""
         return self.offset + self.n_full * self.global_batch
 
     @property

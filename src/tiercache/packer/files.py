@@ -120,7 +120,6 @@ class LocalFiles:
                         yield SkippedFile(path, "a pipe, socket or device")
 
     def open(self, path: str) -> BinaryIO:
-        """Open a file for reading, seekable; the caller closes it."""
         return Path(self.root, path).open("rb", buffering=_BUFFER_BYTES)
 
     def read_many(self, paths: Sequence[str]) -> Sequence[bytes]:
@@ -128,7 +127,6 @@ class LocalFiles:
         return [Path(self.root, path).read_bytes() for path in paths]
 
     def location(self, path: str) -> str:
-        """Return the name of a file for messages."""
         return str(Path(self.root, path))
 
 
@@ -141,14 +139,12 @@ class StoreFiles:
 
     @cached_property
     def store(self) -> Store:
-        """Opened store."""
         return open_store(self.root, **self.storage_options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StoreFiles, (self.root, self.storage_options)
 
     def list(self) -> Iterator[SourceFile | SkippedFile]:
-        """Yield the objects that the store lists."""
         for info in self.store.list():
             if not any(map(is_hidden, info.key.split("/"))):
                 yield SourceFile(info.key, info.n_bytes)
@@ -164,7 +160,6 @@ class StoreFiles:
             return list(pool.map(self.store.get, paths))
 
     def location(self, path: str) -> str:
-        """Return the URL of an object without credentials."""
         return f"{self.store.url.rstrip('/')}/{path}"
 
 

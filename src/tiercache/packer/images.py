@@ -122,7 +122,6 @@ class ImageFolder:
 
     @property
     def schema(self) -> Schema:
-        """Columns image, label, path."""
         names = json.dumps(self.classes, ensure_ascii=False).encode()
         label = pa.field("label", pa.int64(), nullable=False, metadata={CLASSES_KEY: names})
         return Schema.of({"image": Image(self.encoding), "label": label, "path": "str"})

@@ -106,7 +106,6 @@ class JsonLines:
     partitions: Mapping[str, UserType]
 
     def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
-        """See RecordSource.read."""
         lines: list[_Line] = []
         for line in _read_lines(self.files, split):
             lines.append(line)

@@ -73,7 +73,6 @@ class PackOptions:
 
     @property
     def n_jobs(self) -> int:
-        """Number of processes at most."""
         return self.jobs or config.available_cpus()
 
     @property
@@ -104,7 +103,6 @@ class PackPlan:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of the source."""
         return sum(split.n_bytes for task in self.tasks for split in task)
 
 

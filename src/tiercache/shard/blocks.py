@@ -257,7 +257,6 @@ def merge_pages(addresses: Addresses, n_bytes: Addresses) -> Addresses:
 
 
 def check_indices(what: str, numbers: Iterable[int], n: int) -> None:
-    """Raise IndexError if a number is not in [0, n)."""
     for number in numbers:
         if not 0 <= number < n:
             raise IndexError(f"{what} must be 0 to {n - 1}, got {number}")

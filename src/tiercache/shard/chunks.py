@@ -39,7 +39,6 @@ _here = threading.local()
 
 
 def check_verify(verify: object) -> None:
-    """Raise ValueError if the value is not a Verify."""
     if verify not in get_args(Verify):
         raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
 
@@ -185,7 +184,6 @@ class PendingChecks:
         return PendingChecks(rows.reshape(-1, 4), self.checked, self._crcs, self._copy)
 
     def reset_if_written(self) -> int:
-        """See CheckedPages.reset_if_written."""
         return self.checked.reset_if_written(self._copy())
 
     def reset(self) -> None:
@@ -531,7 +529,6 @@ class Chunks:
         return [memory], decoded
 
     def fail(self, chunk: int, message: str, cause: BaseException | None = None) -> NoReturn:
-        """Raise CorruptShard for the chunk with this number."""
         block, column = divmod(chunk, len(self._footer.schema))
         name = self._footer.schema.columns[column].name
         raise CorruptShard(message, url=self._byte_source.url, block=block, column=name) from cause

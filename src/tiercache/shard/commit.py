@@ -37,7 +37,6 @@ MAX_SEGMENTS = 64
 
 
 def check_mode(mode: str) -> None:
-    """Check that mode is a mode of writing. Raises ValueError otherwise."""
     if mode not in get_args(VersionKind):
         raise ValueError(f"mode is 'create', 'append' or 'overwrite', got {mode!r}")
 
@@ -228,7 +227,6 @@ def find_latest(store: Store) -> Version | None:
 
 
 def data_set_exists_error(store: Store, found: Version) -> CommitConflict:
-    """Return the error of a "create" where a data set exists."""
     return CommitConflict(
         f"a data set exists already (version {found.number}, {found.n_records} records); "
         'write with mode="append" to add to it, or mode="overwrite" to replace it',
@@ -238,7 +236,6 @@ def data_set_exists_error(store: Store, found: Version) -> CommitConflict:
 
 
 def no_data_set_error(store: Store) -> NotFound:
-    """Return the error of an "append" where no data set exists."""
     return NotFound('no data set to append to; write with mode="create" first', url=store.url)
 
 

@@ -421,8 +421,6 @@ class _BadFooter(ValueError):
 
 
 class _Sections:
-    """Parser of a decoded footer."""
-
     def __init__(self, raw: memoryview, tail: Tail) -> None:
         if len(raw) < _PREFIX.size:
             self.fail("it is too short")

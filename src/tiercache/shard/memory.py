@@ -32,7 +32,6 @@ def aligned_empty(n_bytes: int) -> Bytes:
 
 
 def address_of(memory: npt.NDArray[Any]) -> int:
-    """Return the address of an array's memory."""
     address: int = memory.__array_interface__["data"][0]
     return address
 
@@ -100,7 +99,6 @@ class BufferPool:
 
     @property
     def used_bytes(self) -> int:
-        """Number of bytes of the allocations in use."""
         return sum(allocation.n_bytes for allocation in list(self._lent.values()))
 
     @property

@@ -77,17 +77,14 @@ class ShardReader:
 
     @property
     def schema(self) -> Schema:
-        """Schema of the shard."""
         return self.footer.schema
 
     @property
     def n_records(self) -> int:
-        """Number of records of the shard."""
         return self.footer.n_records
 
     @property
     def local_copy(self) -> LocalCopy | None:
-        """The local copy; None if there is none or the reader is closed."""
         return self._byte_source.local_copy
 
     @property
@@ -442,7 +439,6 @@ class ReleasingPlan:
         self._n_done = 0
 
     def advance(self, clock: int) -> None:
-        """See PublishedPlan.advance."""
         self._published.advance(clock)
         n_done = int(np.searchsorted(self._last, clock, side="right"))
         for shard in self._shards[self._n_done : n_done].tolist():
@@ -450,7 +446,6 @@ class ReleasingPlan:
         self._n_done = max(n_done, self._n_done)
 
     def close(self) -> None:
-        """See PublishedPlan.close."""
         self._published.close()
 
 
@@ -550,7 +545,6 @@ class ReaderPool:
         return oldest is not None
 
     def clear(self) -> None:
-        """Remove all shards from the pool."""
         if self._pid == os.getpid():
             with self._lock:
                 self._open.clear()

@@ -162,7 +162,6 @@ def encode(column: Column, data: ColumnData) -> EncodedChunk:
 
 
 def _bits(flags: Any) -> Array:
-    """Return flags as an Arrow bitmap."""
     return np.packbits(flags, bitorder="little")
 
 
@@ -296,7 +295,6 @@ class _UploadThread:
             self._tasks.put(None)  # reentrant, unlike a lock, which the interrupted thread may hold
 
     def join(self) -> None:
-        """Wait for the thread to end."""
         self._thread.join()
 
     def _raise_error(self) -> None:

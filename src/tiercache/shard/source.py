@@ -106,7 +106,6 @@ class ByteSource:
 
     @property
     def local_copy(self) -> LocalCopy | None:
-        """The local copy; None if there is none."""
         return self._copy
 
     def prefetch(self, ranges: Sequence[ByteRange], *, urgent: bool = False) -> None:
