@@ -12,14 +12,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from tiercache._native.checksum import crc32c
 from tiercache.checkpoint.checkpoints import Checkpoints
-from tiercache.checkpoint.dcp_metadata import BLOCK_BYTES, Contents, Shape, block_checksums, contents_of, memory_of
+from tiercache.checkpoint.dcp_writer import BLOCK_BYTES, Shape, block_checksums, items_of, memory_of
 from tiercache.checkpoint.inventory import CheckpointCopy, resolve
 from tiercache.checkpoint.layout import STATE_NAME, Manifest, StoredFile, TensorEntry, key_of
 from tiercache.checkpoint.state_tree import DTYPES, decode_state, flat_bytes, parse_state
@@ -36,6 +44,21 @@ if TYPE_CHECKING:
 # Bytes that a thread reads before it copies them to their tensors.
 _READ_BYTES = 128 << 20
 _READS_AGAIN = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a checkpoint contains, in the terms of torch.
+
+    Attributes:
+        metadata: Sizes, types and parts of the tensors, and keys of other values.
+        parts: Name in the manifest of each part of a tensor.
+        values: Node of each other value in the state, by key.
+    """
+
+    metadata: Metadata
+    parts: Mapping[MetadataIndex, str]
+    values: Mapping[str, Any]
 
 
 @dataclass(eq=False, slots=True)
@@ -319,3 +342,65 @@ def _byte_range(entry: TensorEntry, offsets: Shape, lengths: Shape) -> ByteRange
     first = sum(start * stride for start, stride in zip(offsets, strides, strict=True))
     last = sum((start + n - 1) * stride for start, n, stride in zip(offsets, lengths, strides, strict=True))
     return ByteRange(first * item_bytes, (last + 1) * item_bytes)
+
+
+# -- contents -------------------------------------------------------------------------------------------------------
+
+
+def contents_of(tree: Any, manifest: Manifest, *, is_flat: bool) -> Contents:
+    """Return the contents of a checkpoint from its state, whether torch's planners or Checkpoints.save() wrote it.
+
+    is_flat: Whether the planner that wrote it kept nested dicts as one value each.
+    """
+    leaves = (((key,), node) for key, node in items_of(tree) or ()) if is_flat else _leaves(tree, ())
+    found: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    parts, values = dict[MetadataIndex, str](), dict[str, Any]()
+    paths = {}
+    for path, node in leaves:
+        fqn = ".".join(map(str, path))
+        paths[fqn] = path
+        facts = _sharded_facts(node, manifest)
+        if facts is None:
+            found[fqn], values[fqn] = BytesStorageMetadata(), node
+            continue
+        properties = TensorProperties(getattr(torch, DTYPES[facts["dtype"]]))
+        found[fqn] = tensor = TensorStorageMetadata(properties, torch.Size(facts["size"]), [])
+        for offsets, sizes, part in facts["parts"]:
+            tensor.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+            parts[MetadataIndex(fqn, offsets)] = part["$tensor"]
+    metadata = Metadata(found, planner_data=None if is_flat else paths, storage_data=parts)
+    return Contents(metadata, parts, values)
+
+
+def _sharded_facts(node: Any, manifest: Manifest) -> Any:
+    """Return type, size and parts of a node that is a tensor; None for another node."""
+    if not isinstance(node, dict):
+        return None
+    if "$tensor" in node and "as" not in node:
+        name = node["$tensor"]
+        entry = manifest.tensors[name]
+        shape = list(entry.shape)
+        return {"dtype": entry.dtype, "size": shape, "parts": [[[0] * len(shape), shape, node]]}
+    return node.get("$sharded")
+
+
+def _leaves(node: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Yield the nodes of a state that torch's planners regard as one value each, with their paths."""
+    if (items := items_of(node)) is not None:
+        for key, value in items:
+            yield from _leaves(value, (*path, str(key)))
+    elif isinstance(node, list) and not _is_value(node):
+        for number, value in enumerate(node):
+            yield from _leaves(value, (*path, number))
+    else:
+        yield path, node
+
+
+def _is_value(node: list[Any]) -> bool:
+    """Return whether torch's planners keep a list as one value: it contains neither tensors nor dicts."""
+    for one in node:
+        if items_of(one) is not None or (isinstance(one, dict) and ("$tensor" in one or "$sharded" in one)):
+            return False
+        if isinstance(one, list) and not _is_value(one):
+            return False
+    return True

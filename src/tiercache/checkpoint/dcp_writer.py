@@ -11,38 +11,31 @@ into JSON, and refuses those that are neither JSON values, tensors nor arrays; t
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from tiercache._native.checksum import crc32c
 from tiercache.cache.locks import boot_id
 from tiercache.checkpoint.checkpoints import Checkpoints, json_copy, numbers
-from tiercache.checkpoint.dcp_metadata import (
-    Shape,
-    StoredPart,
-    StoredValue,
-    block_checksums,
-    dtype_name,
-    encode_metadata,
-    items_of,
-    memory_of,
-)
 from tiercache.checkpoint.layout import (
     METRICS_NAME,
     STATE_NAME,
     FileLayout,
     Manifest,
+    StoredFile,
     TensorEntry,
     TensorSpec,
     checkpoint_name,
@@ -51,7 +44,7 @@ from tiercache.checkpoint.layout import (
     key_of,
     lay_out_file,
 )
-from tiercache.checkpoint.state_tree import DTYPES, EncodedState, encode_state
+from tiercache.checkpoint.state_tree import DTYPES, EncodedState, encode_state, flat_bytes, state_text
 from tiercache.checkpoint.writer import CheckpointWriter, SourceFile, equal_parts, in_parallel, part_bytes
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError, TierCacheError
@@ -60,6 +53,38 @@ if TYPE_CHECKING:
     import os
 
     from tiercache.store import LocalFolder, Store
+
+
+# Each part of a tensor has a checksum for every so many bytes: a rank that reads a range checks what it reads.
+BLOCK_BYTES = 1 << 20
+
+_DTYPE_NAMES = {name: key for key, name in DTYPES.items()}
+Shape: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """A tensor, or a part of one, that a rank has stored.
+
+    Attributes:
+        name: Name in the manifest.
+        entry: Place of its values.
+        blocks: CRC-32C of each BLOCK_BYTES of its values.
+        file: File that contains it.
+    """
+
+    name: str
+    entry: TensorEntry
+    blocks: tuple[int, ...]
+    file: StoredFile
+
+
+@dataclass(frozen=True, slots=True)
+class StoredValue:
+    """A value that is not a tensor: its node in the state, and the tensors to which the node refers."""
+
+    node: Any
+    parts: tuple[StoredPart, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,3 +438,93 @@ def _missing_file(store: Store, manifest: Manifest) -> str:
     """Return which file of a checkpoint a store lacks, or has with another size; "" if none. The store is listed."""
     sizes = {info.key: info.n_bytes for info in store.list(f"{manifest.name}/")}
     return next((one.path for one in manifest.files if sizes.get(key_of(manifest.name, one.path)) != one.n_bytes), "")
+
+
+# -- state.json -----------------------------------------------------------------------------------------------------
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU, which can be written."""
+    if not tensor.numel():
+        return memoryview(b"")
+    values: Any = flat_bytes(tensor).numpy()
+    return memoryview(values)
+
+
+def block_checksums(data: memoryview) -> tuple[int, ...]:
+    """Return the CRC-32C of each BLOCK_BYTES of the values of a part."""
+    return tuple(crc32c(data[start : start + BLOCK_BYTES]) for start in range(0, data.nbytes, BLOCK_BYTES))
+
+
+def dtype_name(fqn: str, dtype: torch.dtype) -> str:
+    """Return the name of a dtype in a safetensors file. Raises TypeError, with the key, if the format lacks it."""
+    name = _DTYPE_NAMES.get(str(dtype).removeprefix("torch."))
+    if name is None:
+        raise TypeError(f"{fqn} is a tensor of type {dtype}, which the safetensors format does not have")
+    return name
+
+
+def items_of(node: Any) -> Iterable[Sequence[Any]] | None:
+    """Return keys and nodes of a dict in the state; None for another node."""
+    if not isinstance(node, dict):
+        return None
+    if "$state_dict" in node:
+        return items_of(node["$state_dict"])
+    if "$dict" in node:
+        return node["$dict"]  # type: ignore[no-any-return]
+    return None if any(key.startswith("$") for key in node) else node.items()
+
+
+def encode_metadata(
+    metadata: Metadata, stored: Mapping[MetadataIndex, Any], blocks: Mapping[str, Sequence[int]]
+) -> bytes:
+    """Return the text of state.json: the tree of the state, as of Checkpoints.save(), and checksums of the parts.
+
+    Raises:
+        ValueError: A part is missing, or the planner's own data cannot be stored.
+    """
+    nodes: dict[str, Any] = {}
+    for fqn, found in metadata.state_dict_metadata.items():
+        if isinstance(found, TensorStorageMetadata):
+            nodes[fqn] = _tensor_node(fqn, found, stored)
+        else:
+            nodes[fqn] = stored[MetadataIndex(fqn)].node
+    paths = metadata.planner_data
+    if paths is not None and not (isinstance(paths, Mapping) and paths.keys() >= nodes.keys()):
+        raise ValueError(
+            f"the planner has data of its own ({type(paths).__name__}), which a checkpoint cannot hold; it holds the "
+            "paths of keys, as DefaultSavePlanner has them"
+        )
+    tree = _dict_node(nodes) if paths is None else _tree_of({tuple(paths[fqn]): node for fqn, node in nodes.items()})
+    checksums = {"bytes": BLOCK_BYTES, "crc32c": {name: list(crcs) for name, crcs in blocks.items()}}
+    body = json.loads(state_text(tree)) | {"blocks": checksums, "is_flat": paths is None}
+    return json.dumps(body, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii") + b"\n"
+
+
+def _tree_of(nodes: Mapping[tuple[str | int, ...], Any]) -> Any:
+    """Return the tree that has each node at its path, in which a number is an index of a list."""
+    if () in nodes:
+        return nodes[()]
+    below: dict[str | int, dict[tuple[str | int, ...], Any]] = {}
+    for (key, *rest), node in nodes.items():
+        below.setdefault(key, {})[tuple(rest)] = node
+    found = {key: _tree_of(part) for key, part in below.items()}
+    if found and all(isinstance(key, int) for key in found):
+        return [found[number] for number in range(len(found))]
+    return _dict_node(found)
+
+
+def _dict_node(nodes: Mapping[Any, Any]) -> Any:
+    return {"$dict": [list(item) for item in nodes.items()]} if any(k.startswith("$") for k in nodes) else dict(nodes)
+
+
+def _tensor_node(fqn: str, found: TensorStorageMetadata, stored: Mapping[MetadataIndex, Any]) -> Any:
+    parts: list[Any] = []
+    for chunk in found.chunks:
+        part = stored.get(MetadataIndex(fqn, chunk.offsets))
+        if not isinstance(part, StoredPart):
+            raise ValueError(f"no rank has stored {fqn} at {tuple(chunk.offsets)}")
+        parts.append([list(chunk.offsets), list(chunk.sizes), {"$tensor": part.name}])
+    if len(parts) == 1 and parts[0][1] == list(found.size):
+        return parts[0][2]
+    return {"$sharded": {"dtype": dtype_name(fqn, found.properties.dtype), "size": list(found.size), "parts": parts}}

@@ -359,7 +359,7 @@ def _decode_tensor(value: Any, node: Any, find: FindTensor) -> Any:
 def _decode_sharded(value: Any, _node: Any, find: FindTensor) -> Any:
     torch = import_module("torch")
     whole = torch.empty(value["size"], dtype=getattr(torch, DTYPES[value["dtype"]]))
-    for offsets, sizes, part in value["parts"]:  # of a checkpoint of several ranks: dcp_metadata.py
+    for offsets, sizes, part in value["parts"]:  # of a checkpoint of several ranks: dcp_writer.py
         box = tuple(slice(start, start + n) for start, n in zip(offsets, sizes, strict=True))
         whole[box] = decode_state(part, find)
     return whole
