@@ -173,10 +173,6 @@ class World:
         with closing(sqlite3.connect(self.catalog_path)) as db:
             return db.execute("SELECT plan, state FROM moves ORDER BY plan, number").fetchall()
 
-    def lose_journal(self) -> None:
-        with closing(sqlite3.connect(self.catalog_path)) as db, db:
-            db.execute("DELETE FROM moves")
-
     def lose_catalog(self) -> None:
         for path in self.catalog_path.parent.glob("tiers.sqlite*"):
             path.unlink()

@@ -26,8 +26,6 @@ url = "memory://s"
 [tiers.archive]
 url = "memory://a"
 """
-# The archive is another class of the same objects.
-ONE_URL = THREE.replace("memory://a", "memory://s") + 'storage_class = "GLACIER"\n'
 
 
 class ListedStore(MemoryStore):

@@ -12,8 +12,6 @@ from tiercache.cli.app import app
 from tiercache.store import MemoryStore
 from tiercache.store.contract import WrapperStore
 from tiercache.tier.holds import put_hold
-from tiercache.tier.inventory.groups import take_inventory
-from tiercache.tier.journal import TierCatalog
 from tiercache.tier.move.mover import DONE, catalog_path, run_once
 from tiercache.tier.stores import Stores
 
@@ -73,24 +71,6 @@ def test_a_conflict_ends_when_a_person_has_deleted_one_side(folders, tier):
     assert kept == content(STEP[0], "again, and longer" if tier == "standard" else "")
 
 
-def test_a_name_of_which_one_file_was_written_again_is_a_conflict(folders):
-    folders.write("hot", STEP[0], content(STEP[0]), days=0.1)
-    before = bytes_of(folders)
-    report = folders.run()
-    assert bytes_of(folders) == before
-    assert list(conflicts(report)) == ["run/step-1"]
-
-
-def test_a_single_file_that_was_written_again_is_a_conflict(tmp_path):
-    folders = Folders(tmp_path, rules='[[rules]]\nmatch = "**"\nafter = "1h"\nto = "archive"\n')
-    folders.write("hot", "model.pt", b"first", days=3)
-    assert folders.run().exit_code == DONE
-    folders.write("hot", "model.pt", b"second", days=1)
-    report = folders.run()
-    assert list(conflicts(report)) == ["model.pt"]
-    assert bytes_of(folders) == {("archive", "model.pt"): b"first", ("hot", "model.pt"): b"second"}
-
-
 def test_a_checkpoint_in_conflict_displaces_no_other_from_a_keep_list(folders):
     folders.save(3, 4, 5)
     folders.run()
@@ -128,14 +108,6 @@ def test_a_change_of_mode_is_no_conflict(folders):
     for name in STEP:
         (folders.root / "standard" / name).chmod(0o600)
     assert conflicts(folders.run()) == {}
-
-
-def test_a_conflict_is_counted_by_no_inventory_as_a_complete_checkpoint(folders):
-    folders.save(1, version="again, and longer")
-    file = folders.file
-    with Stores(file) as stores, TierCatalog(catalog_path(file)) as catalog:
-        snapshot = take_inventory(file, stores, catalog, now_s=2e9).snapshot
-    assert not snapshot.complete[snapshot.paths.to_pylist().index("run/step-1")]
 
 
 def test_what_another_machine_has_recalled_is_no_conflict_while_both_copies_stay(folders):

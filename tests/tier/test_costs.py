@@ -27,18 +27,6 @@ def price(name: str) -> Prices:
     return price_table()[1][f"aws:us-east-1:{name}"]
 
 
-def test_storage_is_billed_per_gib():
-    assert costs.month_dollars(price("STANDARD"), sizes((1000 << 30,))) == pytest.approx([23.0])
-
-
-def test_a_small_object_is_billed_at_the_minimum_size_of_its_class():
-    assert costs.billed_bytes(price("GLACIER_IR"), sizes((1000,), (10**6,))).tolist() == [131072, 10**6]
-
-
-def test_the_overhead_is_billed_for_each_object():
-    assert costs.billed_bytes(price("DEEP_ARCHIVE"), sizes((1000, 2000))).tolist() == [3000 + 2 * 32768]
-
-
 def test_a_part_of_the_overhead_is_billed_as_standard_storage():
     month = costs.month_dollars(price("GLACIER"), sizes((0,)))
     assert month == pytest.approx([(32768 * 0.0036 + 8192 * 0.023) / 2**30])

@@ -28,13 +28,6 @@ def test_a_clock_that_was_ahead_does_not_prolong_the_grace_period(world):
     assert world.run_due_deletions().n_made == 1
 
 
-def test_a_clock_that_goes_back_deletes_nothing(world):
-    moved_away(world, "f")
-    world.now_s -= 3.2e7
-    world.run_due_deletions()
-    assert world.where("f") == ["standard", "archive"]
-
-
 # -- last copies -----------------------------------------------------------------------------------------------------
 
 
@@ -136,17 +129,6 @@ def test_a_change_to_a_readable_class_is_made_at_once(tmp_path):
     assert world.row("f") is None
 
 
-def test_the_newest_checkpoint_stays_readable(bucket):
-    bucket.put("standard", "f")
-    bucket.apply(bucket.plan(bucket.move("f", "standard", "archive", action="reclass")))
-    bucket.later()
-    bucket.facts = DeletionFacts(protected=frozenset(["f"]))
-    assert bucket.run_due_deletions().stopped == ()
-    assert "stays where it can be read" in bucket.note()
-    assert class_of(bucket, "f") == "STANDARD"
-    assert bucket.row("f") is None
-
-
 def test_the_newest_checkpoint_keeps_its_readable_copy(tmp_path):
     world = World(tmp_path / "world", classes=True)
     moved_away(world, "f")
@@ -174,25 +156,6 @@ def disk(world, tmp_path):
     world.inner["archive"] = LocalFolder(tmp_path / "disk")
     world.faulty["archive"] = FaultStore(world.inner["archive"])
     return tmp_path / "disk"
-
-
-def test_an_unmounted_disk_gets_no_copies(world, disk, tmp_path):
-    world.put("standard", "f", "g")
-    assert world.apply(world.plan(world.move("f", "standard", "archive"), name="1")).stopped == ()
-    disk.rename(tmp_path / "unmounted")
-    disk.mkdir()
-    applied = world.apply(world.plan(world.move("g", "standard", "archive"), name="2"))
-    assert "is the disk of tier archive mounted?" in applied.stopped[0].reason
-    assert list(disk.iterdir()) == []
-
-
-def test_nothing_is_deleted_while_the_disk_of_the_copy_is_unmounted(world, disk, tmp_path):
-    world.put("standard", "f")
-    world.apply(world.plan(world.move("f", "standard", "archive")))
-    disk.rename(tmp_path / "unmounted")
-    world.later()
-    assert "found none" in world.run_due_deletions().stopped[0].reason
-    assert world.where("f") == ["standard"]
 
 
 def test_deletions_that_rely_on_each_others_sources_are_not_made_together(world):
@@ -234,20 +197,6 @@ def test_a_source_that_cannot_be_checked_again_is_deleted_by_a_later_run(world):
         assert world.run_due_deletions().waiting_drops == 1
     assert world.where("f") == ["standard", "archive"]
     assert world.run_due_deletions().n_made == 1
-
-
-@pytest.mark.parametrize("point", ["tier_drop.checked", "tier_drop.journaled"])
-@pytest.mark.parametrize("harm", ["removed", "written anew"])
-def test_a_copy_that_vanishes_while_others_are_read_back_keeps_its_source(world, point, harm):
-    moved_away(world, "f")
-    world.later()
-    archive = world.inner["archive"]
-    with HookAt(point, do=lambda: archive.delete(["f"]) if harm == "removed" else archive.put("f", b"theirs")) as hook:
-        settled = world.run_due_deletions()
-    assert hook.hit
-    assert settled.n_made == 0
-    assert f"{world.url('archive')}/f" in settled.stopped[0].reason
-    assert "standard" in world.where("f")
 
 
 def test_the_completing_object_is_deleted_first_in_each_tier(world):
@@ -300,19 +249,6 @@ def test_nothing_is_deleted_if_the_rule_file_cannot_be_read_any_more(world):
     assert world.where("f") == ["standard", "archive"]
     world.write_rules()
     assert world.run_due_deletions().n_made == 1
-
-
-def test_a_pin_at_the_start_of_a_run_counts_for_the_whole_run(world):
-    """A file that is being written may be valid TOML and lack its pins."""
-    moved_away(world, "f")
-    world.later()
-    world.write_rules(PIN)
-    with world.opened() as context:
-        world.write_rules()
-        settled = world.run_due_deletions(context)
-    assert settled.stopped == (), "what somebody pins has not failed"
-    assert "the paper" in world.note()
-    assert world.where("f") == ["standard", "archive"]
 
 
 def test_the_deletion_of_a_half_deleted_checkpoint_is_finished_although_it_is_pinned(world):
@@ -378,11 +314,3 @@ def test_a_shard_whose_data_set_cannot_be_queried_waits_and_other_moves_finish(w
     assert world.journal() == {1: "waiting", 2: "done"}
     world.run_due_deletions()
     assert world.journal() == {1: "cancelled", 2: "done"}
-
-
-def test_a_deletion_that_never_began_does_not_change_the_placement(world):
-    world.put("hot", "f")
-    world.apply(world.plan(world.move("f", "hot", None, action="delete")))
-    world.later()
-    assert "no rule deletes it" in world.run_due_deletions().stopped[0].reason
-    assert world.row("f") is None

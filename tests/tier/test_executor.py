@@ -34,15 +34,6 @@ def test_a_move_copies_commits_the_placement_and_keeps_its_source_until_grace_is
     assert world.where("f") == ["archive"]
 
 
-def test_a_copy_keeps_its_source_and_the_placement(world):
-    world.put("standard", "f")
-    assert world.apply(world.plan(world.move("f", "standard", "hot", action="copy"))).waiting_drops == 0
-    world.later()
-    world.run_due_deletions()
-    assert world.where("f") == ["hot", "standard"]
-    assert world.row("f") is None
-
-
 def test_a_move_to_home_removes_the_placement_row(world):
     moved_away(world, "f")
     world.later()
@@ -65,17 +56,6 @@ def test_applying_a_plan_twice_repeats_nothing(world):
     assert world.apply(plan).n_made == 2
 
 
-def test_a_drop_of_an_earlier_copy_waits_for_grace(world):
-    world.put("standard", "f")
-    world.apply(world.plan(world.move("f", "standard", "archive", action="copy"), name="copy"))
-    world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="drop"))
-    world.run_due_deletions()
-    assert world.where("f") == ["standard", "archive"]
-    world.later()
-    world.run_due_deletions()
-    assert world.where("f") == ["archive"]
-
-
 def test_a_drop_without_a_verified_copy_is_stopped(world):
     world.put("standard", "f")
     world.put("archive", "f")
@@ -90,15 +70,6 @@ def test_a_daily_plan_does_not_restart_the_grace_period(world):
     world.later(GRACE_S / 2 + 1)
     assert world.run_due_deletions().n_made == 1
     assert world.journal() == {1: "cancelled"}
-
-
-def test_the_grace_period_begins_when_the_placement_is_committed(world):
-    world.put("standard", "f")
-    plan = world.plan(world.move("f", "standard", "archive"))
-    with HookAt("tier_move.copied", do=lambda: world.later(2 * GRACE_S)):
-        world.apply(plan)
-    assert world.run_due_deletions().waiting_drops == 1
-    assert world.where("f") == ["standard", "archive"]
 
 
 @pytest.mark.parametrize("stopped", ["before it is begun", "when it is begun"])
@@ -126,36 +97,7 @@ def test_a_temporary_stop_does_not_restart_the_grace_period(world):
     assert world.run_due_deletions().n_made == 1
 
 
-def test_progress_is_reported_while_a_plan_is_applied(world):
-    world.put("standard", "f", "g")
-    plan = world.plan(*(world.move(key, "standard", "archive", number=n) for n, key in enumerate("fg", start=1)))
-    heard = []
-    world.apply(plan, on_progress=heard.append)
-    assert (heard[-1].done_moves, heard[-1].n_moves) == (2, 2)
-    assert (heard[-1].done_bytes, heard[-1].n_bytes) == (2000, 2000)
-
-
 # -- groups ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("point", ["tier_move.object", "tier_move.parts_copied"])
-def test_a_checkpoint_never_looks_complete_while_it_is_copied(world, point):
-    plan = checkpoint(world)
-    seen = []
-    with HookAt(point, do=lambda: seen.append(world.keys("archive"))):
-        world.apply(plan)
-    assert ".metadata" not in " ".join(seen[0])
-
-
-def test_a_checkpoint_never_looks_complete_while_it_is_deleted(world):
-    world.apply(checkpoint(world))
-    world.later()
-    seen = []
-    with HookAt("tier_drop.unmade", do=lambda: seen.append(world.keys("standard"))):
-        world.run_due_deletions()
-    assert seen == [sorted(PARTS[:2])]
-    assert world.keys("standard") == []
-    assert world.keys("archive") == sorted(PARTS)
 
 
 def test_a_checkpoint_that_grew_since_it_was_copied_is_not_deleted(world):
@@ -165,15 +107,6 @@ def test_a_checkpoint_that_grew_since_it_was_copied_is_not_deleted(world):
     settled = world.run_due_deletions()
     assert "found 'ck/step-1/c' beside them" in settled.stopped[0].reason
     assert world.keys("standard") == sorted([*PARTS, "ck/step-1/c"])
-
-
-def test_objects_that_only_share_a_prefix_with_a_group_are_not_part_of_it(world):
-    plan = checkpoint(world)
-    world.put("standard", "ck/step-10/a")
-    world.apply(plan)
-    world.later()
-    assert world.run_due_deletions().n_made == 1
-    assert world.keys("standard") == ["ck/step-10/a"]
 
 
 # -- a changed world --------------------------------------------------------------------------------------------------
@@ -223,62 +156,12 @@ def test_a_source_stays_if_its_copy_is_no_longer_the_verified_one(world, harm):
     assert world.row("f") is None
 
 
-def test_a_copy_that_was_rewritten_with_equal_bytes_is_accepted(world):
-    moved_away(world, "f")
-    world.put("archive", "f")  # another ETag
-    world.later()
-    assert world.run_due_deletions().n_made == 1
-    assert world.where("f") == ["archive"]
-
-
 def test_another_object_at_the_destination_is_never_overwritten(world):
     world.put("standard", "f")
     world.inner["archive"].put("f", b"somebody's")
     applied = world.apply(world.plan(world.move("f", "standard", "archive")))
     assert "it is not overwritten" in applied.stopped[0].reason
     assert world.inner["archive"].get("f") == b"somebody's"
-
-
-def test_a_copy_of_an_earlier_source_object_is_not_replaced(world):
-    world.put("standard", "f")
-    world.apply(world.plan(world.move("f", "standard", "archive", action="copy"), name="1"))
-    world.inner["standard"].put("f", content("f")[::-1])
-    move = world.move("f", "standard", "archive")
-    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
-    assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
-    assert (world.inner["standard"].get("f"), world.where("f")) == (content("f")[::-1], ["archive"])
-
-
-def rotten_in_hot(world):
-    """Return a move from hot to the archive of an object with two recorded copies, of which that in hot is corrupt."""
-    world.put("standard", "f")
-    world.apply(world.plan(world.move("f", "standard", "hot", action="copy"), name="up"))
-    world.inner["hot"].put("f", content("other"))
-    return world.plan(world.move("f", "hot", "archive"), name="down")
-
-
-@pytest.mark.parametrize("harm", ["gone", "rotten too"])
-def test_a_move_stops_if_every_copy_of_its_source_is_corrupt(world, harm):
-    plan = rotten_in_hot(world)
-    world.inner["standard"].delete(["f"])
-    if harm == "rotten too":
-        world.inner["standard"].put("f", content("other"))
-    reason = world.apply(plan).stopped[0].reason
-    assert "the source is not what it should be" in reason
-    assert world.url("hot") in reason
-    assert world.keys("archive") == []
-    world.later()
-    world.run_due_deletions()
-    assert world.keys("hot") == ["f"]
-
-
-def test_an_equal_object_at_the_destination_is_compared_and_not_copied(world):
-    world.put("standard", "f")
-    world.put("archive", "f")
-    applied = world.apply(world.plan(world.move("f", "standard", "archive")))
-    assert (applied.n_made, applied.n_bytes) == (1, 0)
-    world.later()
-    assert world.run_due_deletions().n_made == 1
 
 
 def test_a_pin_stops_a_move_and_a_waiting_deletion(world):
@@ -310,23 +193,6 @@ def test_nothing_is_moved_if_the_rule_file_cannot_be_read_any_more(world):
         (world.root / "tiercache.toml").write_text("[[pins")
         assert "expected to read the pins anew" in apply_plan(context, plan).stopped[0].reason
     assert world.where("f") == ["standard"]
-
-
-def test_an_expired_pin_protects_nothing(world):
-    world.write_rules('[[pins]]\nmatch = "f"\nuntil = 2020-01-01\n')
-    moved_away(world, "f")
-    world.later()
-    assert world.run_due_deletions().n_made == 1
-
-
-def test_a_deletion_waits_while_a_machine_reads_the_object(world):
-    moved_away(world, "f")
-    world.later()
-    world.facts = DeletionFacts(in_use=frozenset(["f"]))
-    assert world.run_due_deletions().waiting_drops == 1
-    assert world.where("f") == ["standard", "archive"]
-    world.facts = DeletionFacts()
-    assert world.run_due_deletions().n_made == 1
 
 
 def test_a_changed_rule_file_must_still_ask_for_the_deletion(world):
@@ -436,49 +302,11 @@ def test_an_unverified_archived_copy_is_not_replaced_by_a_corrupt_source(tmp_pat
     assert world.where(keys[0]) == ["archive"]
 
 
-@pytest.mark.parametrize("is_dropped", [True, False])
-def test_a_copy_that_came_from_another_tier_is_not_replaced(world, is_dropped):
-    """1. hot has v1 and home v2. 2. v1 moves to the archive. 3. v2 would replace the last copy of v1."""
-    world.put("hot", "f")
-    world.inner["standard"].put("f", b"v2")
-    world.apply(world.plan(world.move("f", "hot", "archive"), name="1"))
-    if is_dropped:
-        world.later()
-        assert world.run_due_deletions().n_made == 1
-    move = world.move("f", "standard", "archive", number=2)
-    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
-    assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
-    assert "archive" in world.where("f")
-
-
-def test_a_copy_whose_source_was_deleted_is_not_replaced(world):
-    moved_away(world, "f")
-    world.later()
-    world.run_due_deletions()
-    world.inner["standard"].put("f", b"anew")
-    move = world.move("f", "standard", "archive")
-    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
-    assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
-    assert world.where("f") == ["archive"]
-
-
 def test_a_copy_whose_source_a_user_removed_is_not_replaced(world):
     moved_away(world, "f")
     world.inner["standard"].delete(["f"])
     world.later()
     assert world.run_due_deletions().n_made == 1
-    world.inner["standard"].put("f", b"anew")
-    move = world.move("f", "standard", "archive")
-    move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))
-    assert "it is not overwritten" in world.apply(world.plan(move, name="2")).stopped[0].reason
-    assert world.where("f") == ["archive"]
-
-
-def test_a_copy_whose_move_was_found_complete_is_not_replaced(world):
-    plan = moved_away(world, "f")[0]
-    world.inner["standard"].delete(["f"])
-    world.lose_journal()
-    assert world.apply(plan).n_made == 1
     world.inner["standard"].put("f", b"anew")
     move = world.move("f", "standard", "archive")
     move = replace(move, objects=tuple(one._replace(crc32c=None) for one in move.objects))

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from tests.tier.moving import HookAt, World, checkpoint, content
+from tests.tier.moving import HookAt, World, content
 
 from tiercache.store import LocalFolder
 
@@ -38,14 +38,6 @@ def moves(world, key="f"):
     return world.plan(world.move(key, "standard", "archive"))
 
 
-def test_a_source_that_changed_after_it_was_planned_is_not_moved(world):
-    plan = moves(world)
-    write_unseen(world, "f")
-    assert len(world.apply(plan).stopped) == 1
-    assert world.inner["standard"].get("f") == new_content("f")
-    assert world.keys("archive") == []
-
-
 @pytest.mark.parametrize("point", ["tier_transfer.published", "tier_move.object", "tier_move.recorded"])
 def test_a_source_that_changed_during_its_copy_is_not_deleted(world, point):
     plan = moves(world)
@@ -68,18 +60,3 @@ def test_a_source_that_changed_while_it_was_about_to_be_deleted_stays(world, poi
     assert (settled.n_made, len(settled.stopped)) == (0, 1)
     world.run_due_deletions()
     assert world.inner["standard"].get("f") == new_content("f")
-
-
-def test_one_changed_file_of_a_checkpoint_is_not_deleted_with_the_others(world):
-    world.apply(checkpoint(world))
-    world.later()
-    with HookAt("tier_drop.decided", do=lambda: write_unseen(world, "ck/step-1/b")):
-        assert world.run_due_deletions().n_made == 0
-    assert world.inner["standard"].get("ck/step-1/b") == new_content("ck/step-1/b")
-
-
-def test_a_file_that_did_not_change_is_deleted_when_grace_is_over(world):
-    world.apply(moves(world))
-    world.later()
-    assert world.run_due_deletions().n_made == 1
-    assert world.where("f") == ["archive"]

@@ -67,12 +67,6 @@ def ages(folders):
     return dict(zip(snapshot.paths.to_pylist(), snapshot.created_s.tolist(), strict=True))
 
 
-def test_the_date_of_a_group_survives_a_move(folders):
-    before = ages(folders)
-    move_all(folders)
-    assert ages(folders) == before
-
-
 def test_the_date_of_a_group_survives_two_moves(folders):
     before = ages(folders)
     move_all(folders)
@@ -102,22 +96,6 @@ def test_a_checkpoint_that_is_rewritten_under_its_path_gets_a_new_date(folders):
     move_all(folders)
     (folders.root / "archive" / name(3)).unlink()
     write(folders, 3, SPRING_S + 300 * DAY_S, data=b"another")
-    assert ages(folders)[name(3)] == SPRING_S + 300 * DAY_S
-
-
-def test_a_checkpoint_that_is_rewritten_over_its_copy_gets_a_new_date(folders):
-    move_all(folders)
-    write(folders, 3, SPRING_S + 300 * DAY_S, tier="archive", data=b"step X")
-    assert ages(folders)[name(3)] == SPRING_S + 300 * DAY_S
-
-
-def test_a_rewritten_and_moved_checkpoint_has_its_own_date(folders):
-    move_all(folders)
-    (folders.root / "archive" / name(3)).unlink()
-    write(folders, 3, SPRING_S + 300 * DAY_S, data=b"another")
-    write(folders, STEPS[-1], SPRING_S + 301 * DAY_S)
-    move_all(folders, 2 * DAY_S + 2)
-    assert folders.keys("archive") == [name(step) for step in STEPS[:-1]]
     assert ages(folders)[name(3)] == SPRING_S + 300 * DAY_S
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from tiercache.errors import StoreError
 from tiercache.store import MemoryStore
-from tiercache.tier.holds import HOLDS_FOLDER, Hold, Holds, put_hold, read_holds, remove_obsolete_holds
+from tiercache.tier.holds import HOLDS_FOLDER, put_hold, read_holds, remove_obsolete_holds
 
 NOW_S = 1_800_000_000.0
 
@@ -23,11 +23,6 @@ def test_a_hold_protects_its_paths_until_its_end(home):
     assert read_holds(home, NOW_S + 99).of("a").paths == ("a", "b")
     assert read_holds(home, NOW_S + 99).of("c") is None
     assert read_holds(home, NOW_S + 100).of("a") is None
-
-
-def test_the_reason_names_the_end_and_the_cause(home):
-    hold(home, "a", why="recalled")
-    assert read_holds(home, NOW_S).of("a").reason == "held until 2027-01-15T08:01Z: recalled"
 
 
 def test_the_newest_hold_of_a_path_counts_even_if_it_has_ended(home):
@@ -71,8 +66,3 @@ def test_a_hold_that_cannot_be_read_is_an_error_that_names_it(home, data):
 def test_a_hold_that_is_removed_while_holds_are_read_is_no_error(home):
     hold(home, "a")
     assert not read_holds(home, NOW_S, [f"{HOLDS_FOLDER}gone.json"])
-
-
-def test_holds_of_no_paths_are_false():
-    assert not Holds([], NOW_S)
-    assert Holds([Hold(("a",), 1.0, 0.0, "")], NOW_S)

@@ -110,15 +110,6 @@ def test_a_part_of_a_copy_counts_as_no_checkpoint(folders):
     assert snapshot.complete[paths.index("run/step-2")]
 
 
-def test_a_copy_that_the_rules_no_longer_ask_for_leaves_no_part(folders):
-    folders.save(1, 2)
-    interrupt(folders, "tier_move.parts_copied")
-    folders.write_rules('[[rules]]\nmatch = "**"\nkeep_hot = { last = 5 }\nthen = "archive"\n')
-    assert folders.run().exit_code == DONE
-    assert (folders.lies(1), folders.lies(2)) == (["hot"], ["hot"])
-    assert not (folders.root / "standard/run").exists(), "no empty folder is left, either"
-
-
 def test_a_copy_of_what_is_pinned_since_leaves_no_part(folders):
     folders.save(1, 2)
     interrupt(folders, "tier_move.parts_copied")
@@ -137,16 +128,6 @@ def test_parts_beside_a_source_that_was_written_again_are_a_conflict_and_stay(fo
         report = folders.run()
         assert folders.found() == before
     assert [one.path for one in report.plan.refusals if one.reason.startswith("conflict")] == ["run/step-1"]
-
-
-def test_a_complete_copy_stays_if_its_source_was_damaged_since(folders):
-    folders.save(1, 2)
-    interrupt(folders, "tier_move.copied")
-    assert folders.lies(1) == ["hot", "standard"]
-    folders.write("hot", "run/step-1/optim.bin", b"", days=0.1)  # the machine crashed while a job wrote it
-    for _ in range(2):
-        folders.run()
-        assert folders.lies(1) == ["a part in hot", "standard"]
 
 
 @pytest.mark.parametrize("size", ["other", "the same"])

@@ -14,8 +14,6 @@ from tiercache.shard import versions as manifest
 from tiercache.store import LocalFolder
 from tiercache.store.placement import log, uses
 from tiercache.tier.inventory.groups import take_inventory
-from tiercache.tier.journal import CatalogEntry, TierCatalog
-from tiercache.tier.model import KINDS, SHARD
 from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores
 
@@ -38,25 +36,6 @@ def local(tmp_path):
 
     names = [p.relative_to(tmp_path / "standard").as_posix() for p in sorted(home.rglob("*.tcs"))]
     return SimpleNamespace(root=tmp_path, home=home, take=take, names=names, store=LocalFolder(home))
-
-
-def test_the_shards_of_all_versions_are_groups(local):
-    by_name = local.take()
-    assert len(local.names) > 3
-    assert by_name.paths == local.names
-    assert set(by_name.snapshot.kind.tolist()) == {SHARD}
-
-
-def test_shards_that_only_an_old_version_names_are_live(local):
-    with tc.Writer(local.home, schema={"id": "int64"}, mode="overwrite") as writer:
-        writer.write_batch({"id": np.arange(3)})
-    assert set(local.names) < set(local.take().paths)
-
-
-def test_without_reports_no_use_is_known(local):
-    snapshot = local.take().snapshot
-    assert np.isposinf(snapshot.uses_tracked_since_s).all()
-    assert not snapshot.unreported.any()
 
 
 def test_uses_are_recorded_from_the_start_of_tracking(local):
@@ -102,12 +81,6 @@ def test_a_shard_that_no_version_names_is_left_out_and_reported(local):
     by_name = local.take()
     assert by_name.paths == local.names
     assert by_name.facts["orphans"] == (1, ("sets/a/lost.tcs",))
-
-
-def test_another_file_in_a_data_set_is_a_file(local):
-    (local.home / "README.md").write_text("of apples")
-    by_name = local.take()
-    assert KINDS[by_name.of("sets/a/README.md", "kind")] == "file"
 
 
 def test_an_unreadable_data_set_is_left_out_and_reported(local):
@@ -192,26 +165,9 @@ def test_versions_are_read_from_the_home_tier_and_not_from_an_old_copy(local):
     assert (dataset.tier, dataset.n_versions, by_name.facts["orphans"]) == ("standard", 3, (0, ()))
 
 
-def test_a_tracked_data_set_is_reported_as_adopted(local):
-    assert not local.take().facts["datasets"][0].is_tracked
-    log.start_tracking(local.store)
-    assert local.take().facts["datasets"][0].is_tracked
-
-
 def test_shards_of_a_data_set_whose_tier_is_missed_are_left_out(local):
     shutil.copytree(local.root / "standard", local.root / "archive")
     shutil.rmtree(local.root / "archive" / "sets" / "a" / "_tiercache")
     home = FaultStore(LocalFolder(local.root / "standard"), [Fault("list")])
     by_name = local.take(stores={"standard": home}, may_miss=["standard"])
     assert (by_name.paths, by_name.facts["orphans"][0]) == ([], len(local.names))
-
-
-def test_copies_in_the_catalog_of_moves_are_verified(local):
-    name = local.names[0]
-    (local.root / "archive" / name).parent.mkdir(parents=True)
-    shutil.copy(local.root / "standard" / name, local.root / "archive" / name)
-    (found,) = local.take().objects(name, "archive")
-    with TierCatalog(local.root / "state" / "tiers.sqlite") as catalog:
-        catalog.record([("archive", name, CatalogEntry(found.n_bytes, found.etag, found.crc32c))])
-        by_name = local.take(catalog)
-    assert [by_name.has(name, tier, "verified") for tier in ("standard", "archive")] == [False, True]

@@ -24,23 +24,6 @@ def tiers(tmp_path, request):
 BEST = '[[rules]]\nmatch = "**"\nkeep_hot = { best = "val_loss:2" }\nthen = "archive"\n'
 
 
-def test_metrics_that_no_rule_uses_are_not_read(tiers):
-    tiers.hot.text("step-1/metrics.json", {"val_loss": 1.5})
-    tiers.hot.add("step-1/a.pt")
-    counting = CountingStore(tiers.hot)
-    assert tiers.take(hot=counting).snapshot.metrics == {}
-    assert counting.n_calls() == counting.n_calls("list") == 1
-
-
-def test_a_metric_is_found_in_a_name(tiers):
-    tiers.rules = BEST
-    tiers.hot.add("c/epoch=1-step=10-val_loss=0.5.ckpt")
-    tiers.hot.add("c/last.ckpt")
-    by_name = tiers.take()
-    assert by_name.snapshot.metrics["val_loss"][by_name.group("c/epoch=1-step=10-val_loss=0.5.ckpt")] == 0.5
-    assert np.isnan(by_name.snapshot.metrics["val_loss"][by_name.group("c/last.ckpt")])
-
-
 def test_a_metric_is_found_in_a_small_file(tiers):
     tiers.rules = BEST
     tiers.hot.text("step-1/metrics.json", {"val_loss": 1.5})
@@ -124,14 +107,6 @@ def test_a_tier_that_may_be_left_out_is_left_out_and_reported(tiers):
     assert (by_name.paths, by_name.facts["unlisted"]) == (["x"], ("archive",))
 
 
-def test_progress_counts_the_listed_objects_of_each_tier(tiers):
-    for n in range(3):
-        tiers.hot.add(f"x{n}")
-    heard = []
-    tiers.take(on_progress=lambda tier, n: heard.append((tier, n)))
-    assert set(heard) == {("hot", 3), ("standard", 0), ("archive", 0)}
-
-
 def test_tiers_with_one_url_have_the_objects_of_their_storage_class(tiers):
     tiers.tables = (
         '[tiers.hot]\nurl = "memory://h"\n[tiers.standard]\nurl = "memory://s"\n[tiers.archive]\nurl = "memory://s"\n'
@@ -145,16 +120,6 @@ def test_tiers_with_one_url_have_the_objects_of_their_storage_class(tiers):
         ("x", 1),
         ("y", 2),
     ]
-
-
-def test_tiers_with_one_url_are_listed_once(tiers):
-    tiers.tables = (
-        '[tiers.hot]\nurl = "memory://h"\n[tiers.standard]\nurl = "memory://s"\n[tiers.archive]\nurl = "memory://s"\n'
-    )
-    tiers.tables += 'storage_class = "GLACIER"\n'
-    counting = CountingStore(tiers.standard)
-    tiers.take(standard=counting, archive=counting)
-    assert counting.n_calls("list") == 1
 
 
 def test_a_folder_that_does_not_exist_is_an_empty_tier(tmp_path):

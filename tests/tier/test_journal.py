@@ -33,23 +33,11 @@ def test_entries_are_kept_by_the_url_of_a_tier(catalog):
     assert checksums(catalog, "cold") == {}
 
 
-def test_recording_a_copy_again_replaces_its_entry(catalog):
-    catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9))])
-    catalog.record([("cold", "k", CatalogEntry(4, None, 8, written_s=9.5))])
-    assert catalog.entries("cold", ["k", "other"]) == {"k": CatalogEntry(4, None, 8, written_s=9.5)}
-
-
 def test_an_entry_keeps_the_date_of_first_writing(catalog):
     copy = CatalogEntry(3, '"e"', 9, written_s=1234.5)
     catalog.record([("cold", "k", copy)])
     assert catalog.entries("cold", ["k"]) == {"k": copy}
     assert checksums(catalog, "cold") == {"k": (3, '"e"', 9, True, 1234.5)}
-
-
-def test_an_entry_for_a_date_only_is_not_verified(catalog):
-    catalog.record([("cold", "k", CatalogEntry(3, '"e"', None, written_s=1234.5, verified=False))])
-    assert checksums(catalog, "cold") == {"k": (3, '"e"', None, False, 1234.5)}
-    assert not catalog.entries("cold", ["k"])["k"].verified
 
 
 def test_a_catalog_with_other_columns_is_made_anew(catalog):
@@ -60,12 +48,6 @@ def test_a_catalog_with_other_columns_is_made_anew(catalog):
     assert checksums(catalog, "cold") == {}
     catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9))])
     assert list(checksums(catalog, "cold")) == ["k"]
-
-
-def test_forgotten_copies_are_gone(catalog):
-    catalog.record([("cold", "k", CatalogEntry(3, '"e"', 9)), ("cold", "l", CatalogEntry(3, '"e"', 9))])
-    catalog.forget([("cold", "k")])
-    assert list(checksums(catalog, "cold")) == ["l"]
 
 
 def test_many_entries_are_found_by_key(catalog):

@@ -1,10 +1,8 @@
 """Layouts: which keys form a checkpoint, at which step, of which run, and whether its names show it complete."""
 
-import itertools
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -12,7 +10,6 @@ from hypothesis import strategies as st
 
 from tiercache.tier.inventory.layouts import (
     COMPLETING,
-    INDEX,
     LACKS,
     MEMBER,
     NO_GROUP,
@@ -216,16 +213,6 @@ def test_the_outermost_of_nested_numbered_folders_is_the_checkpoint():
     assert steps("a/1000/0/model.pt", "a/1000/1/model.pt", "a/2000/0/model.pt") == {"a/1000": 1000, "a/2000": 2000}
 
 
-def test_a_folder_of_a_numbered_checkpoint_that_holds_no_weights_belongs_to_it():
-    keys = ("a/1000/model.pt", "a/1000/logs/events.txt", "a/2000/model.pt")
-    assert groups(layout_of(*keys), keys)["a/1000"] == {"a/1000/model.pt", "a/1000/logs/events.txt"}
-
-
-def test_steps_are_parsed_as_numbers():
-    found = steps("r/step-9.pt", "r/step-10.pt", "r/step-0011.pt")
-    assert sorted(found, key=found.get) == ["r/step-9.pt", "r/step-10.pt", "r/step-0011.pt"]
-
-
 # -- folders of runs that are named like a checkpoint ----------------------------------------------------------------
 
 
@@ -321,10 +308,6 @@ def test_other_names_form_another_series(one, other):
     assert len(set(runs_of(one, other).values())) == 2
 
 
-def test_files_have_no_series():
-    assert runs_of("a/x.txt", "a/last.ckpt") == {"a/x.txt": NO_RUN, "a/last.ckpt": NO_RUN}
-
-
 # -- whole or not -----------------------------------------------------------------------------------------------------
 
 
@@ -352,12 +335,6 @@ def test_a_checkpoint_lacks_what_its_names_promise(keys, missing):
 def test_trainer_state_is_required_of_all_checkpoints_of_a_trainer_run():
     found = lacks("o/checkpoint-1/trainer_state.json", "o/checkpoint-1/model.bin", "o/checkpoint-2/model.bin")
     assert found == {"o/checkpoint-1": "", "o/checkpoint-2": "trainer_state.json"}
-
-
-def test_checkpoint_folders_of_other_libraries_need_no_trainer_state():
-    assert lacks("o/checkpoint-1/unet/diffusion_pytorch_model.safetensors", "o/checkpoint-1/optimizer.bin") == {
-        "o/checkpoint-1": ""
-    }
 
 
 def test_numbered_shards_are_counted_per_folder():
@@ -397,11 +374,6 @@ def test_the_checkpoints_of_another_run_are_no_neighbours():
     assert set(lacks("a/step-1/a.bin", "a/step-1/b.bin", "b/step-2/a.bin", "a/epoch-2/a.bin").values()) == {""}
 
 
-def test_the_final_object_has_the_highest_rank():
-    keys = ("s/step-1/.metadata", "s/step-1/__0_0.distcp", "s/step-1/meta.pt", "s/step-1/m.safetensors.index.json")
-    assert layout_of(*keys).rank.tolist() == [COMPLETING, MEMBER, INDEX, INDEX]
-
-
 @pytest.mark.parametrize(
     "key",
     [
@@ -421,19 +393,9 @@ def test_an_unfinished_object_in_a_checkpoint_belongs_to_it():
     assert layout.unfinished.tolist() == [False, True]
 
 
-@pytest.mark.parametrize("key", ["step-1/", "a//b", "/a", "step-1/../x", "a\\b"])
-def test_invalid_keys_belong_to_no_group(key):
-    assert layout_of(key).group.tolist() == [NO_GROUP]
-
-
 def test_an_object_with_the_name_of_a_checkpoint_folder_belongs_to_it():
     keys = ("s/step-1", "s/step-1/model.pt")
     assert groups(layout_of(*keys), keys) == {"s/step-1": set(keys)}
-
-
-def test_no_keys_make_no_groups():
-    layout = layout_of()
-    assert (len(layout.paths), len(layout.group), len(layout.step)) == (0, 0, 0)
 
 
 # -- against a plain one --------------------------------------------------------------------------------------------
@@ -498,13 +460,6 @@ def test_every_key_is_in_at_most_one_group_and_paths_are_unique(keys):
     assert len(set(paths)) == len(paths)
     for key, group in zip(keys, layout.group.tolist(), strict=True):
         assert group == NO_GROUP or key == paths[group] or key.startswith(f"{paths[group]}/")
-
-
-def test_many_keys_are_grouped_as_few_are():
-    keys = [f"runs/r{run}/checkpoint-{step}/m-{n:05d}-of-00004.bin" for run, step, n in
-            itertools.product(range(20), range(100, 2100, 100), range(1, 5))]  # fmt: skip
-    layout = layout_of(*keys)
-    assert (len(layout.paths), len(np.unique(layout.run)), layout.lacks.any()) == (400, 20, False)
 
 
 # -- what libraries write here ----------------------------------------------------------------------------------------
@@ -585,10 +540,6 @@ def test_one_of_our_own_checkpoints_is_complete_with_its_manifest_alone():
     assert lacks(*tensors, f"{OWN}/checkpoint.json") == {OWN: ""}
 
 
-def test_a_manifest_below_one_of_our_own_checkpoints_does_not_complete_it():
-    assert lacks(f"{OWN}/a/checkpoint.json") == {OWN: "checkpoint.json"}
-
-
 def test_the_manifest_of_one_of_our_own_checkpoints_is_its_final_object():
     keys = [f"{OWN}/checkpoint.json", f"{OWN}/state.json", f"{OWN}/trainer_state.json", "step-1/checkpoint.json"]
     layout = layout_of(*keys)
@@ -601,13 +552,6 @@ def test_our_own_checkpoints_of_a_folder_are_a_run_with_steps_and_times():
     assert layout.paths.to_pylist() == [other, OWN]
     assert (layout.step.tolist(), len(set(layout.run.tolist()))) == ([40, 100], 1)
     assert layout.written_s[0] - layout.written_s[1] == pytest.approx(4 * 3600 + 26 * 60 + 35.877, abs=1e-3)
-
-
-def test_only_our_own_names_have_a_time():
-    dated = ["r/step_5.20261129T193324Z.pt", "r/step_6.20261129T193324123Z-7f3a9c.pt"]
-    layout = layout_of("r/step_4.pt", *dated, "r/7.20261129T193324Z/model.pt", "r/8.20261129T193324Z/model.pt")
-    assert np.isnan(layout.written_s).all()
-    assert steps("r/step_4.pt", *dated) == {"r/step_4.pt": 4}
 
 
 def test_each_file_of_a_users_layout_is_a_checkpoint():

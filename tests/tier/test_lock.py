@@ -1,6 +1,5 @@
 """The tier lock admits one process at a time, whoever dies, sleeps or reads an old listing."""
 
-import os
 import subprocess
 import sys
 import time
@@ -10,10 +9,10 @@ from threading import Thread
 import pytest
 from tests.support.clock import FakeClock
 from tests.support.faults import Fault, FaultKind, FaultStore
-from tests.tier.moving import HookAt, Killed
+from tests.tier.moving import HookAt
 
 from tiercache.errors import CommitConflict, StoreError
-from tiercache.store import LocalFolder, MemoryStore
+from tiercache.store import MemoryStore
 from tiercache.tier.move.lock import DOOMED_S, LOCK_FOLDER, LockRecord, TierLock
 from tiercache.waiting import SystemClock, wait_for
 
@@ -50,22 +49,6 @@ class RenewingClock(FakeClock):
     def sleep(self, duration_s, cancel=None):
         super().sleep(duration_s, cancel)
         self._renew()
-
-
-def test_only_one_process_holds_the_lock(store):
-    with lock_of(store) as lock:
-        with pytest.raises(CommitConflict, match=f"process {os.getpid()} on .* is moving things"):
-            lock_of(store).take()
-        lock.check()
-    with lock_of(store) as lock:
-        lock.check()
-
-
-def test_taking_the_lock_deletes_older_numbers(store):
-    for _ in range(4):
-        with lock_of(store):
-            pass
-    assert numbers(store) == [4]
 
 
 def test_of_many_processes_that_race_for_the_lock_one_wins(store):
@@ -127,19 +110,6 @@ def test_an_unreadable_lock_object_is_taken_over_if_it_does_not_change(store):
     store.put(key(1), b"\xff")
     with lock_of(store) as lock:
         lock.check()
-
-
-def test_of_two_processes_that_take_over_from_a_dead_holder_one_wins(store):
-    """1. A and B see the dead k. 2. A takes k + 1. 3. B puts k + 1, which exists."""
-    store.put(key(1), foreign(renewed_s=0.0).encode())
-    second = lock_of(store)
-    first = lock_of(store)
-    clock = RenewingClock(lambda: None if first._record else first.take())
-    second._clock = clock
-    with pytest.raises(CommitConflict):
-        second.take()
-    first.check()
-    first.release()
 
 
 def test_a_deleted_number_is_not_used_again(store):
@@ -208,13 +178,6 @@ def test_a_failing_store_leaves_no_lock_behind(store, verb):
         lock.check()
 
 
-def test_the_lock_of_a_process_that_was_killed_just_after_taking_it_is_taken(store):
-    with HookAt("tier_lock.taken"), pytest.raises(Killed):
-        lock_of(store).take()
-    with lock_of(store) as lock:
-        lock.check()
-
-
 def test_a_lock_that_could_not_be_released_is_a_leftover_of_this_process(store):
     faulty = FaultStore(store)
     lock = lock_of(faulty)
@@ -242,13 +205,6 @@ def test_copies_that_a_dead_process_was_deleting_are_reliable(store):
         assert lock.doomed_copies == {}
 
 
-def test_a_released_lock_makes_no_copy_unreliable(store):
-    with lock_of(store) as lock:
-        lock.announce([("s3://a", "f")])
-    with lock_of(store) as lock:
-        assert lock.doomed_copies == {}
-
-
 def test_a_copy_is_unreliable_for_a_week(store):
     doomed = (("s3://a", "old", time.time() - DOOMED_S - 1), ("s3://a", "new", time.time() - DOOMED_S + 60))
     store.put(key(1), foreign(renewed_s=0.0, released=True, doomed=doomed).encode())
@@ -263,12 +219,3 @@ def test_deletions_are_announced_before_the_lock_is_checked(store):
         with hook:
             lock.announce([("s3://a", "f")])
     assert said == [(("s3://a", "f"),)]
-
-
-def test_the_lock_works_in_a_local_folder(tmp_path):
-    home = LocalFolder(tmp_path / "home")
-    with lock_of(home) as lock, pytest.raises(CommitConflict):
-        lock_of(home).take()
-    del lock
-    with lock_of(home) as lock:
-        lock.check()

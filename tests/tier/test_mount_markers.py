@@ -1,6 +1,5 @@
 """A tier whose disk is not mounted is unavailable, not empty: nothing is deleted or moved on account of it."""
 
-import json
 import sqlite3
 from contextlib import closing
 
@@ -12,7 +11,7 @@ from tests.tier.test_run_once import DAY_S, RULES, Tiers
 from tiercache.store import LocalFolder
 from tiercache.tier.journal import TierCatalog
 from tiercache.tier.move.executor import apply_plan
-from tiercache.tier.move.mover import DONE, PARTLY, catalog_path, open_mover, run_once
+from tiercache.tier.move.mover import DONE, PARTLY, catalog_path, open_mover
 from tiercache.tier.stores import MOUNT_MARKER_KEY, Stores, ensure_mount_marker, unavailable_reason
 
 
@@ -128,11 +127,6 @@ def test_no_move_to_an_unavailable_tier_is_planned(tmp_path, clock):
 # -- marks ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_tier_that_is_only_a_source_gets_a_marker_at_the_first_run(tiers):
-    tiers.run()
-    assert mark_of(tiers, "hot") is not None
-
-
 def test_an_empty_tier_gets_no_marker(tmp_path):
     """It may be the mount point of an unmounted disk, and the marker would identify the wrong disk."""
     tiers = Tiers(tmp_path)
@@ -143,13 +137,6 @@ def test_an_empty_tier_gets_no_marker(tmp_path):
     tiers.write("hot", "x")
     tiers.run()
     assert mark_of(tiers, "hot") is not None
-
-
-def test_the_marker_of_another_machine_is_remembered(tiers):
-    tiers.write("hot", MOUNT_MARKER_KEY, b"theirs\n")
-    tiers.run()
-    with TierCatalog(catalog_path(tiers.file)) as catalog:
-        assert catalog.mount_marker(str(tiers.root / "hot")) == "theirs"
 
 
 def test_a_dry_run_and_a_plan_write_no_marker(tiers):
@@ -185,44 +172,6 @@ def test_an_empty_tier_without_a_marker_that_held_copies_is_unavailable(tiers):
         (tiers.root / "hot" / "_tiercache").mkdir()
         (tiers.root / "hot" / MOUNT_MARKER_KEY).write_text("it is this one")
         assert unavailable_reason(file.tier("hot"), stores.store("hot"), catalog) == ""
-
-
-def test_the_summary_of_a_run_is_json_while_a_tier_is_unavailable(tiers, clock):
-    tiers.run()
-    unmount(tiers, "archive")
-    clock.jump(6 * DAY_S)
-    report = run_once(tiers.file)
-    summary = json.loads(json.dumps(report.to_json()))
-    assert (summary["refused"], summary["unseen"], summary["exit_code"]) == (1, ["archive"], PARTLY)
-
-
-def test_a_run_succeeds_when_the_tier_is_back_or_its_marker_is_on_a_new_disk(tiers):
-    tiers.run()
-    mark = mark_of(tiers, "hot")
-    unmount(tiers, "hot")
-    assert [tiers.run(dry_run=dry).exit_code for dry in (True, False)] == [PARTLY, PARTLY]
-    mount(tiers, "hot")
-    assert tiers.run().exit_code == DONE
-    unmount(tiers, "hot")
-    tiers.write("hot", MOUNT_MARKER_KEY, mark.encode())
-    assert tiers.run().exit_code == DONE
-
-
-def test_a_tier_that_was_never_used_is_not_unavailable(tmp_path):
-    tiers = Tiers(tmp_path)
-    tiers.write("standard", "x")
-    (tmp_path / "hot").mkdir()  # and there is no folder of archive
-    for dry_run in (True, False, False):
-        report = tiers.run(dry_run=dry_run)
-        assert (report.unavailable, report.exit_code) == ({}, DONE)
-
-
-def test_an_unmounted_home_tier_is_unavailable(tiers):
-    tiers.run()
-    unmount(tiers, "standard")
-    for dry_run in (True, False):
-        report = tiers.run(dry_run=dry_run)
-        assert (list(report.unavailable), report.exit_code) == (["standard"], PARTLY)
 
 
 def apply(tiers, plan):

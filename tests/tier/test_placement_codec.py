@@ -6,10 +6,9 @@ import json
 
 import pyarrow as pa
 import pytest
-from tests.support.faults import Fault, FaultStore
 from tests.tier.placements import row
 
-from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
+from tiercache.errors import CorruptShard, StoreError, UnsupportedFormat
 from tiercache.store.placement import log
 from tiercache.store.placement.log import TRACKING_MARKER_KEY, placement_key
 
@@ -46,16 +45,6 @@ def test_a_placement_with_an_invalid_row_is_corrupt(store, column):
     rows = rows.set_column(rows.schema.get_field_index(column), field, wrong)
     with pytest.raises(CorruptShard, match="without a URL"):
         log.decode_placement(log.encode_placement(log.Placement(1, rows)), 1, url="u")
-
-
-def test_a_placement_with_deeply_nested_metadata_is_corrupt(store):
-    rows = log.commit_placement(store, {"a": row("a")}).rows
-    schema = rows.schema.with_metadata({b"tiercache": b"[" * 200_000})
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_table(rows.replace_schema_metadata(schema.metadata))
-    with pytest.raises(CorruptShard, match="cannot be read"):
-        log.decode_placement(sink.getvalue().to_pybytes(), 1, url="u")
 
 
 def file_of(rows, **options):
@@ -114,13 +103,6 @@ def test_a_placement_over_the_row_limit_is_corrupt(store, monkeypatch):
         log.read_placement(store)
 
 
-def test_an_oversized_marker_is_not_read_and_still_a_marker(store):
-    store.put(TRACKING_MARKER_KEY, b'{"placement": 1, "since": 5}' + b" " * (1 << 20))
-    before = store.counters.snapshot()["bytes_read"]
-    assert (log.is_tracked(store), log.tracked_since_s(store)) == (True, None)
-    assert store.counters.snapshot()["bytes_read"] - before == 2 * (64 << 10)
-
-
 @pytest.mark.parametrize("since", [b"1e999", b"NaN", b"1" + b"0" * 400, b"[" * 200_000], ids=range(4))
 def test_a_marker_with_an_invalid_time_counts_as_one_without_a_time(store, since):
     store.put(TRACKING_MARKER_KEY, b'{"placement":0,"since":' + since + b"}")
@@ -140,11 +122,3 @@ def test_a_placement_of_a_later_format_is_reported_as_such(store):
     store.put(placement_key(2), sink.getvalue().to_pybytes())
     with pytest.raises(UnsupportedFormat, match="format 2, this release reads up to 1"):
         log.read_placement(store)
-
-
-def test_a_store_error_passes_through_read_placement(store):
-    log.commit_placement(store, {"a": row("a")})
-    faulty = FaultStore(store, [Fault("read_tail", keys="*.arrow", times=9)])
-    with pytest.raises(StoreError, match="scripted fault") as caught:
-        log.read_placement(faulty)
-    assert not isinstance(caught.value, NotFound)

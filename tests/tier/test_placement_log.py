@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 
@@ -11,13 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.s3_fixtures import s3_server  # noqa: F401
-from tests.support.faults import Fault, FaultKind, FaultStore
-from tests.support.http_server import HttpFaultServer
+from tests.support.faults import Fault, FaultStore
 from tests.support.stores import CountingStore, GateStore
 from tests.tier.placements import numbers, row, rows_of, stopped_at
 
 from tiercache.errors import CommitConflict, CorruptShard, StoreError
-from tiercache.store import LocalFolder, MemoryStore, open_store
+from tiercache.store import LocalFolder, MemoryStore
 from tiercache.store.contract import WrapperStore
 from tiercache.store.placement import log
 from tiercache.store.placement.log import N_KEPT, TRACKING_MARKER_KEY, PlacementRow, placement_key
@@ -63,12 +61,6 @@ def test_after_any_changes_the_placement_equals_a_dict(steps):
         ]
 
 
-def test_an_untracked_data_set_is_recognised_by_one_small_get(store):
-    counting = CountingStore(store)
-    assert log.read_placement(counting) is None
-    assert counting.calls == [("read_tail", TRACKING_MARKER_KEY)]
-
-
 def test_a_forbidden_marker_counts_as_missing(store):
     forbidden = FaultStore(store, [Fault("read_tail", keys=TRACKING_MARKER_KEY, status=403, retryable=False)])
     assert log.read_placement(forbidden) is None
@@ -87,13 +79,6 @@ def test_a_client_that_may_not_list_finds_the_newest_placement(store):
     assert (found.number, len(found)) == (3, 3)
 
 
-def test_a_listed_placement_that_is_forbidden_is_an_error(store):
-    log.commit_placement(store, {"a": row("a")})
-    forbidden = Fault("read_tail", keys=log.placement_key(1), status=403, retryable=False, times=9999)
-    with pytest.raises(StoreError, match="scripted fault"):
-        log.read_placement(FaultStore(store, [forbidden]))
-
-
 def test_a_marker_without_a_placement_means_that_everything_is_at_home(store):
     assert not log.is_tracked(store)
     log.start_tracking(store)
@@ -101,11 +86,6 @@ def test_a_marker_without_a_placement_means_that_everything_is_at_home(store):
     assert log.is_tracked(store)
     found = log.read_placement(store)
     assert (found.number, len(found), found.find("a")) == (0, 0, None)
-
-
-def test_changes_that_the_placement_has_already_make_no_new_one(store):
-    first = log.commit_placement(store, {"a": row("a"), "b": None})
-    assert log.commit_placement(store, {"a": row("a"), "gone": None}).number == first.number == 1
 
 
 def test_the_last_ten_placements_are_kept(store):
@@ -136,27 +116,6 @@ def test_a_hint_to_a_missing_placement_is_no_error(store, hint):
     assert log.read_placement(store).number == 4
 
 
-@pytest.mark.parametrize("hint", [1, 2, 3, 17])
-def test_an_old_hint_leads_to_the_newest_placement(store, hint):
-    for n in range(2 * N_KEPT):
-        log.commit_placement(store, {"a": row("a", n_bytes=n)})
-    store.put(TRACKING_MARKER_KEY, log.encode_tracking_marker(hint))
-    assert log.read_placement(store).number == 2 * N_KEPT
-
-
-def test_deleted_numbers_are_skipped_where_the_store_cannot_list():
-    memory = MemoryStore("placement-listless")
-    for n in range(2 * N_KEPT):
-        log.commit_placement(memory, {"a": row("a", n_bytes=n)})
-    memory.put(TRACKING_MARKER_KEY, log.encode_tracking_marker(3))
-    objects = {info.key: memory.get(info.key) for info in memory.list()}
-    with HttpFaultServer(objects) as server:
-        http = open_store(server.url)
-        assert log.read_placement(http).number == 2 * N_KEPT
-        http.close()
-    memory.delete(objects)
-
-
 def test_the_marker_keeps_the_start_of_tracking_over_commits(store):
     before_s = int(time.time())
     log.start_tracking(store)
@@ -166,34 +125,6 @@ def test_the_marker_keeps_the_start_of_tracking_over_commits(store):
     for n in range(2):
         log.commit_placement(store, {"a": row("a", n_bytes=n)})
     assert log.tracked_since_s(store) == since_s - 1000
-
-
-@pytest.mark.parametrize("mark", [b"", b"[]", b'{"since": "x"}', b'{"since": true}'])
-def test_a_marker_without_a_time_is_valid(store, mark):
-    store.put(TRACKING_MARKER_KEY, mark)
-    assert (log.is_tracked(store), log.tracked_since_s(store)) == (True, None)
-
-
-def test_the_newest_placement_is_found_without_a_marker(store):
-    log.commit_placement(store, {"a": row("a")})
-    store.delete([TRACKING_MARKER_KEY])
-    assert log.read_placement(store) is None
-    assert log.find_newest_placement(store).find("a") == row("a")
-
-
-def test_a_reader_with_the_newest_placement_only_lists_and_probes(store):
-    known = log.commit_placement(store, {"a": row("a")})
-    counting = CountingStore(store)
-    assert log.find_newest_placement(counting, known) is known
-    assert counting.calls == [("list", log.PLACEMENT_FOLDER), ("read_tail", placement_key(2))]
-
-
-def test_the_newest_placement_is_found_past_many_newer_ones_without_hints(store):
-    known = log.commit_placement(store, {"a": row("a")})
-    for n in range(3 * N_KEPT):
-        log.commit_placement(store, {"a": row("a", n_bytes=n)})
-    store.put(TRACKING_MARKER_KEY, log.encode_tracking_marker(1))
-    assert log.find_newest_placement(store, known).number == 3 * N_KEPT + 1
 
 
 def test_a_writer_that_slept_while_its_number_was_used_and_deleted_loses_nothing(store):
@@ -285,37 +216,6 @@ def test_repeating_a_commit_that_was_killed_at_any_point_completes_it(store, poi
     assert log.read_placement(store).find("b") == row("b")
     assert log.commit_placement(store, {"b": row("b")}).number == n_before + 1
     assert log.commit_placement(store, {"c": row("c")}).number == n_before + 2
-
-
-def test_a_lost_answer_is_settled_by_reading_back(store):
-    faulty = FaultStore(store, [Fault("put_if_absent", keys="*.arrow", kind=FaultKind.LOST_RESPONSE)])
-    assert log.commit_placement(faulty, {"a": row("a")}).number == 1
-    assert faulty.faulted_calls == [("put_if_absent", placement_key(1))]
-
-
-def test_a_put_that_wrote_nothing_is_an_error(store):
-    faulty = FaultStore(store, [Fault("put_if_absent", keys="*.arrow")])
-    with pytest.raises(StoreError, match="scripted fault"):
-        log.commit_placement(faulty, {"a": row("a")})
-    assert numbers(store) == []
-
-
-def test_a_failed_deletion_of_old_placements_does_not_fail_the_commit(store):
-    faulty = FaultStore(store, [Fault("delete", times=99)])
-    for n in range(N_KEPT + 2):
-        log.commit_placement(faulty, {"a": row("a", n_bytes=n)})
-    assert log.read_placement(store).find("a").n_bytes == N_KEPT + 1
-    assert numbers(store) == list(range(1, N_KEPT + 3))
-
-
-def test_a_commit_that_cannot_update_the_marker_is_found(store):
-    log.start_tracking(store)
-    faulty = FaultStore(store, [Fault("put", keys=TRACKING_MARKER_KEY)])
-    assert log.commit_placement(faulty, {"a": row("a")}).number == 1
-    assert json.loads(store.get(TRACKING_MARKER_KEY))["placement"] == 0
-    assert log.read_placement(store).find("a") == row("a")
-    log.commit_placement(store, {"b": row("b")})
-    assert json.loads(store.get(TRACKING_MARKER_KEY))["placement"] == 2
 
 
 def test_losing_every_race_is_a_conflict(store, monkeypatch):

@@ -10,9 +10,7 @@ import pytest
 from tests.tier.moving import World, moved_away
 
 import tiercache as tc
-from tiercache.model import ByteRange
 from tiercache.prices import prices_if_known
-from tiercache.store import open_store
 from tiercache.store.placement import uses as read_log
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.journal import TierCatalog
@@ -89,28 +87,6 @@ def read_by_fsspec(tiers, key):
         assert file.read() == key.encode() * 100
 
 
-def test_a_file_that_was_read_through_tiercache_a_minute_ago_is_not_idle(tiers):
-    read_by_fsspec(tiers, KEYS[0])
-    assert tiers.unused() == [KEYS[1]]
-
-
-def verbs(store, key):
-    """Yield each way to read an object through a store."""
-    return {
-        "open_local": lambda: store.open_local(key).close(),
-        "get": lambda: store.get(key),
-        "read_tail": lambda: store.read_tail(key, 10),
-        "read_into": lambda: store.read_into(key, [(ByteRange(0, 2), memoryview(bytearray(2)))]),
-    }
-
-
-@pytest.mark.parametrize("verb", ["open_local", "get", "read_tail", "read_into"])
-def test_a_file_that_was_read_through_a_cache_is_not_idle(tiers, verb):
-    store = tiers.cache.store(open_store(str(tiers.root / "store")))
-    verbs(store, KEYS[0])[verb]()
-    assert tiers.unused() == [KEYS[1]]
-
-
 @pytest.mark.parametrize("verb", ["cat_file", "cat", "cat_ranges", "get_file"])
 def test_every_way_to_read_through_tiercache_counts_as_a_use(tiers, tmp_path, verb):
     fs = fsspec.filesystem("tiercache", target_protocol="file", cache=tiers.cache)
@@ -120,43 +96,12 @@ def test_every_way_to_read_through_tiercache_counts_as_a_use(tiers, tmp_path, ve
     assert tiers.unused() == [KEYS[1]]
 
 
-def test_reads_through_fsspec_count_as_use(tiers):
-    fs = fsspec.filesystem("tiercache", target_protocol="file", cache=tiers.cache)
-    fs.cache, fs._is_uncached = None, True
-    assert fs.cat_file(str(tiers.root / "store" / KEYS[0])) == KEYS[0].encode() * 100
-    assert tiers.unused() == [KEYS[1]]
-
-
-def test_without_recorded_uses_a_plan_moves_nothing_and_says_why(tiers):
-    assert tiers.unused() == sorted(KEYS)
-
-
-def test_a_read_by_local_path_is_not_recorded_as_use(tiers):
-    (tiers.root / "store" / KEYS[0]).read_bytes()
-    assert tiers.unused() == sorted(KEYS)
-
-
 def test_a_file_is_idle_if_its_recorded_last_use_is_long_ago(tiers, monkeypatch):
     shift_clock(monkeypatch, -35)
     read_by_fsspec(tiers, KEYS[0])
     monkeypatch.undo()
     moves, refused = tiers.decide()
     assert (moves, list(refused)) == ([KEYS[0]], [KEYS[1]])
-
-
-def test_the_use_of_one_file_is_a_use_of_its_checkpoint(tiers):
-    for step in (1, 2, 3):
-        for name in ("model.safetensors", "optimizer.bin"):
-            tiers.write(f"runs/step-{step}/{name}")
-    read_by_fsspec(tiers, "runs/step-1/optimizer.bin")
-    assert [path for path in tiers.unused() if path.startswith("runs")] == ["runs/step-2", "runs/step-3"]
-
-
-def test_the_last_use_is_known(tiers):
-    read_by_fsspec(tiers, KEYS[0])
-    tiers.decide()
-    row = tiers.snapshot.paths.to_pylist().index(KEYS[0])
-    assert tiers.snapshot.last_use_s[row] > time.time() - 3600
 
 
 def test_a_read_through_a_symbolic_link_is_a_use_of_the_target(tiers, tmp_path):

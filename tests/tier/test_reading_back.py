@@ -59,13 +59,6 @@ def rot(world, key):
     world.inner["archive"].rotten.add(key)
 
 
-def test_a_source_is_deleted_if_its_copy_reads_back_equal(world):
-    moved_away(world, "f")
-    world.later()
-    assert world.run_due_deletions().n_made == 1
-    assert world.where("f") == ["archive"]
-
-
 def test_a_copy_that_became_corrupt_keeps_its_source_and_the_placement_is_reverted(world):
     moved_away(world, "f")
     rot(world, "f")
@@ -113,16 +106,6 @@ def test_a_damaged_copy_of_which_the_source_was_written_again_is_a_conflict(worl
     assert world.keys("archive") == ["f"]
 
 
-def test_the_copy_of_a_drop_is_read_back_too(world):
-    world.put("standard", "f")
-    world.apply(world.plan(world.move("f", "standard", "archive", action="copy"), name="copy"))
-    world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="drop"))
-    rot(world, "f")
-    world.later()
-    assert "on its disk" in world.run_due_deletions().stopped[0].reason
-    assert world.where("f") == ["standard"]
-
-
 def test_an_unreadable_copy_keeps_its_source_until_it_can_be_read(world):
     moved_away(world, "f")
     world.later()
@@ -132,16 +115,6 @@ def test_an_unreadable_copy_keeps_its_source_until_it_can_be_read(world):
     world.inner["archive"].fails = False
     assert world.run_due_deletions().n_made == 1
     assert world.where("f") == ["archive"]
-
-
-def test_a_copy_that_was_replaced_after_it_was_read_back_keeps_its_source(world):
-    moved_away(world, "f")
-    world.later()
-    with HookAt("tier_drop.checked", do=lambda: world.inner["archive"].put("f", b"another")) as hook:
-        settled = world.run_due_deletions()
-    assert hook.hit
-    assert "expected the 1000 bytes that were verified, found 7" in settled.stopped[0].reason
-    assert world.where("f") == ["standard"]
 
 
 def test_a_copy_that_becomes_corrupt_during_the_deletion_keeps_the_rest_of_the_source(world):
@@ -156,16 +129,6 @@ def test_a_copy_that_becomes_corrupt_during_the_deletion_keeps_the_rest_of_the_s
     assert world.inner["standard"].get(left[0]) == content(left[0])
 
 
-def test_copies_are_read_back_and_sources_deleted_batch_by_batch(world, monkeypatch):
-    """Otherwise the checks would be hours old at the deletion."""
-    monkeypatch.setattr("tiercache.tier.move.deletions._BATCH_LIMITS", BatchLimits(64, 1000, 1500))
-    moved_away(world, "f", "g", "h")
-    world.later()
-    with HookAt() as hook:
-        assert world.run_due_deletions().n_made == 3
-    assert hook.reached.count("tier_drop.checked") == 3
-
-
 def test_a_copy_that_cannot_be_read_twice_is_not_trusted_and_the_placement_is_reverted(world):
     moved_away(world, "f")
     world.later()
@@ -177,16 +140,6 @@ def test_a_copy_that_cannot_be_read_twice_is_not_trusted_and_the_placement_is_re
     applied = world.apply(replace(world.plan(world.move("f", "standard", "archive")), id="again"))
     assert "Input/output error" in applied.stopped[0].reason
     assert world.row("f") is None
-
-
-def test_a_daily_plan_remembers_that_the_copy_could_not_be_read(world):
-    moved_away(world, "f")
-    world.later()
-    world.inner["archive"].fails = True
-    world.run_due_deletions()
-    world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="daily"))
-    world.run_due_deletions()
-    assert (world.where("f")[0], world.row("f")) == ("standard", None)
 
 
 def test_readers_of_a_corrupt_copy_are_redirected_to_a_source_that_is_not_home(world):

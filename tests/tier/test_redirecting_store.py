@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from contextlib import closing
 from pathlib import Path
@@ -21,8 +20,8 @@ from tiercache.errors import ArchivedShards, NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.store.placement import log
-from tiercache.store.placement.log import TRACKING_MARKER_KEY, PlacementRow
-from tiercache.store.placement.redirecting_store import RedirectingLocalStore, RedirectingStore, follow_placement
+from tiercache.store.placement.log import PlacementRow
+from tiercache.store.placement.redirecting_store import RedirectingLocalStore, follow_placement
 from tiercache.store.placement.resolver import LocationResolver, is_same_service, options_of
 
 ALL = list(range(N))
@@ -183,35 +182,6 @@ def test_an_object_of_another_size_at_the_new_location_is_not_read(stores):
         follow_placement(home, {}).get("a")
 
 
-def test_an_object_whose_etag_changed_with_its_class_is_read_on(stores):
-    (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
-    cold.put("a", b"bytes")
-    log.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
-    store = follow_placement(home, {})
-    _, info = store.read_tail("a", 5)
-    cold.put("a", b"bytes")
-    buffer = bytearray(5)
-    store.read_into("a", [(ByteRange(0, 5), memoryview(buffer))], if_match=info.etag)
-    assert bytes(buffer) == b"bytes"
-
-
-def test_the_copy_at_home_is_read_if_the_other_copy_is_lost(stores):
-    (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
-    home.put("a", b"bytes")
-    log.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
-    store = follow_placement(home, {})
-    store.resolver.placement_once()
-    assert store.get("a") == b"bytes"
-
-
-def test_an_object_that_is_nowhere_is_not_found_after_one_more_request(stores):
-    home, _ = stores("memory", "home")
-    counting = CountingStore(home)
-    with pytest.raises(NotFound, match="home/data/a"):
-        RedirectingStore(follow_placement(counting, {}).resolver).get("a")
-    assert [verb for verb, _ in counting.calls] == ["get", "list"]
-
-
 def test_an_error_that_cannot_mean_a_move_reads_no_placement(stores):
     home, _ = stores("memory", "home")
     home.put("a", b"bytes")
@@ -237,21 +207,6 @@ def test_objects_of_tiercache_are_never_redirected(stores):
     assert len(counting.calls) == 1
 
 
-def test_racing_threads_that_miss_the_same_shards_all_read_them(packed, stores):
-    (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
-    moved = Moved(packed, home)
-    dataset = tc.Dataset(home.url)
-    moved.move(moved.keys, cold)
-    found: list[list[int]] = []
-    threads = [threading.Thread(target=lambda: found.append(by_record(dataset))) for _ in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [ALL] * 6
-    dataset.close()
-
-
 # -- what it costs --------------------------------------------------------------------------------------------------
 
 
@@ -260,20 +215,6 @@ def server(packed):
     objects = {f"home/{info.key}": LocalFolder(packed).get(info.key) for info in LocalFolder(packed).list()}
     with HttpFaultServer(objects) as server:
         yield server
-
-
-def asked(server) -> list[str]:
-    return [seen.path for seen in server.log if "tiers.json" in seen.path or "/placement/" in seen.path]
-
-
-def test_an_untracked_data_set_costs_one_get_when_it_is_opened_and_none_later(server):
-    dataset = tc.Dataset(f"{server.url}/home", cache=False)
-    assert by_record(dataset) == ALL
-    loader = tc.DataLoader(dataset, batch_size=16)
-    for _ in range(3):
-        assert [i for batch in loader for i in batch["id"].tolist()] == ALL
-    assert asked(server) == [f"/home/{TRACKING_MARKER_KEY}"]
-    dataset.close()
 
 
 def test_a_run_over_moved_shards_does_not_request_them_from_home(server):
@@ -315,19 +256,6 @@ def test_a_cache_fetches_a_moved_shard_once(server, cache, stores):
         again.close()
 
 
-def test_remote_shards_of_a_local_home_are_read_through_the_cache(packed, tmp_path, cache):
-    with HttpFaultServer() as cold:
-        moved = Moved(packed, LocalFolder(tmp_path / "home"))
-        moved.move(moved.keys, ServedStore(cold, "far"))
-        for _ in range(2):
-            dataset = tc.Dataset(moved.store.url, cache=cache)
-            assert by_loader(dataset) == ALL
-            assert by_record(dataset) == ALL
-            dataset.close()
-        sent = sum(seen.n_bytes for seen in cold.log if seen.method == "GET")
-        assert sent <= sum(2 * info.n_bytes - info.footer_offset for info in moved.infos)
-
-
 def test_remote_shards_of_a_local_home_are_read_through_the_default_cache(packed, tmp_path):
     with HttpFaultServer() as cold:
         moved = Moved(packed, LocalFolder(tmp_path / "home"))
@@ -341,33 +269,6 @@ def test_remote_shards_of_a_local_home_are_read_through_the_default_cache(packed
             dataset.close()
         sent = sum(seen.n_bytes for seen in cold.log if seen.method == "GET")
         assert sent <= sum(2 * info.n_bytes - info.footer_offset for info in moved.infos)
-
-
-def test_a_corrupt_cached_copy_of_a_moved_shard_is_fetched_again(packed, tmp_path, cache):
-    with HttpFaultServer() as cold:
-        moved = Moved(packed, LocalFolder(tmp_path / "home"))
-        moved.move(moved.keys, ServedStore(cold, "far"))
-        dataset = tc.Dataset(moved.store.url, cache=cache)
-        far = dataset._source.leaves[0].stores.placed.remote_store
-        cache.warm(far, [(info.name, info.identity(moved.dataset_id)) for info in moved.infos])
-        for copy in (tmp_path / "cache").rglob("*"):
-            if copy.is_file() and copy.stat().st_size == moved.infos[0].n_bytes:
-                copy.chmod(0o600)
-                with copy.open("r+b") as file:
-                    file.seek(100)
-                    file.write(b"\xff" * 64)
-        assert by_record(dataset) == ALL
-        dataset.close()
-
-
-def test_a_shard_in_another_local_folder_is_read_without_the_cache(server, cache, tmp_path):
-    moved = Moved(None, ServedStore(server, "home"))
-    hot = LocalFolder(tmp_path / "hot")
-    moved.move(moved.keys, hot)
-    dataset = tc.Dataset(f"{server.url}/home", cache=cache)
-    assert by_loader(dataset) == ALL
-    assert cache.stats()["misses"] <= 1  # the segment
-    dataset.close()
 
 
 # -- workers --------------------------------------------------------------------------------------------------------

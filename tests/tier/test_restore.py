@@ -105,11 +105,6 @@ def test_a_restore_plan_has_archived_objects_and_readable_keys(world):
     assert [(one.key, one.n_bytes) for one in plan.objects] == [("a", 1000)]
 
 
-def test_a_restore_costs_what_the_price_table_says(world):
-    world.archive(a=1 << 24, b=1 << 24)
-    assert world.plan("a", "b").cost == pytest.approx(0.01 / 32 + 2 * 0.05 / 1000)
-
-
 def test_a_restore_costs_the_temporary_copy_and_the_copy_to_home(world):
     world.archive(a=1 << 24, b=1 << 24)  # 1/32 GiB, of two parts each
     home = Prices("home", put_1000=0.005)
@@ -125,19 +120,6 @@ def test_a_running_restore_costs_nothing_more(world):
     request_restore(world.stores, world.plan("a"))
     plan = world.plan("a")
     assert (plan.cost, plan.hours) == (0.0, 5)
-
-
-def test_a_restored_object_takes_no_more_time(world, clock):
-    world.archive(a=500_000)
-    request_restore(world.stores, world.plan("a"))
-    clock.advance(6 * HOUR_S)
-    assert world.plan("a").hours == 0.0
-
-
-def test_another_speed_has_another_price(world):
-    world.archive(a=500_000)
-    plan = world.plan("a", speed="bulk")
-    assert (plan.cost, plan.hours) == (0.0, 12)
 
 
 def test_without_prices_cost_and_hours_are_unknown(world):

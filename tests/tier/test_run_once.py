@@ -13,7 +13,7 @@ from tiercache.errors import CommitConflict
 from tiercache.store import LocalFolder
 from tiercache.store.placement import log
 from tiercache.tier.move.lock import TierLock
-from tiercache.tier.move.mover import DONE, PARTLY, catalog_path, run_once
+from tiercache.tier.move.mover import DONE, PARTLY, run_once
 from tiercache.tier.rules import load_rule_file
 
 DAY_S = 86_400.0
@@ -106,16 +106,6 @@ def test_old_checkpoints_are_archived_and_the_newest_stays(tiers, clock):
     assert (report.deletions.n_made, report.stopped) == (2, ())
     assert tiers.keys("standard") == ["ck/run/step-10/.metadata", "ck/run/step-10/__0_0.distcp"]
     assert len(tiers.keys("archive")) == 4
-
-
-def test_a_run_without_due_work_does_nothing(tiers, clock):
-    checkpoints(tiers, 1, 2)
-    clock.jump(2 * DAY_S)
-    tiers.run()
-    clock.jump(2 * DAY_S)
-    tiers.run()
-    report = tiers.run()
-    assert (len(report.plan.moves), report.deletions.n_made, report.deletions.waiting_drops) == (0, 0, 0)
 
 
 def test_readers_find_the_shards_of_a_cold_data_set(tiers, clock):
@@ -217,12 +207,6 @@ def test_the_next_run_completes_a_killed_run(tiers, clock, point):
     assert [key for key in tiers.keys("standard") if "step-2" not in key] == []
 
 
-def test_the_catalog_is_in_the_state_folder(tiers):
-    tiers.run()
-    assert catalog_path(tiers.file) == tiers.root / "state" / "tiers.sqlite"
-    assert catalog_path(tiers.file).exists()
-
-
 # -- folders and links ------------------------------------------------------------------------------------------------
 
 
@@ -265,14 +249,6 @@ def test_folders_that_a_move_empties_are_removed_and_made_again_when_their_files
     assert (tiers.root / "standard/x/a/b/file").read_bytes() == b"back"
 
 
-def test_a_deleted_checkpoint_leaves_no_empty_folder(tiers, clock):
-    tiers.write_rules('[[rules]]\nmatch = "runs/**"\ndelete_after = "1d"\n')
-    for step in (1, 2):
-        tiers.write("standard", f"runs/step-{step}/a/model.bin")
-    run_twice(tiers, clock)
-    assert [path.name for path in (tiers.root / "standard/runs").iterdir()] == ["step-2"]
-
-
 @pytest.mark.parametrize("target", ["step-1", "step-1/__0_0.distcp"])
 def test_what_a_symbolic_link_points_to_is_not_moved_until_the_link_leads_elsewhere(tiers, clock, target):
     """Lightning's last.ckpt, with save_last="link"."""
@@ -311,28 +287,6 @@ def test_a_link_that_is_made_during_the_grace_period_keeps_its_target(tiers, clo
     (stopped,) = tiers.run().deletions.stopped
     assert "expected no symbolic link to it, found ck/run/last.ckpt" in stopped.reason
     assert link.exists()
-
-
-def test_links_to_other_folders_and_dangling_links_keep_nothing(tiers, clock):
-    checkpoints(tiers, 1, 2)
-    folder = tiers.root / "standard/ck/run"
-    (folder / "gone").symlink_to("step-0")
-    (folder / "gone too").symlink_to("step-1/no file")
-    (folder / "all").symlink_to("../run")
-    (folder / "outside").symlink_to("/")
-    (folder / "loop").symlink_to("loop")
-    run_twice(tiers, clock)
-    assert tiers.keys("standard", "ck/run/step-1/") == []
-
-
-def test_last_copies_that_are_targets_of_a_symbolic_link_are_not_deleted(tiers, clock):
-    tiers.write_rules('[[rules]]\nmatch = "runs/**"\ndelete_after = "1d"\n')
-    for step in (1, 2, 3):
-        tiers.write("standard", f"runs/step-{step}.pt", bytes([step]))
-    (tiers.root / "standard/runs/best.pt").symlink_to("step-1.pt")
-    first, _ = run_twice(tiers, clock)
-    assert [move.path for move in first.plan.moves] == ["runs/step-2.pt"]
-    assert tiers.keys("standard") == ["runs/step-1.pt", "runs/step-3.pt"]
 
 
 def test_a_full_tier_keeps_the_targets_of_symbolic_links(tiers, clock):

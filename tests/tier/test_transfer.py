@@ -109,14 +109,6 @@ def test_a_copy_has_the_bytes_and_their_checksum(place, data):
 
 
 @SIZES
-def test_files_are_copied_between_folders(place, tmp_path, data):
-    here = place(LocalFolder(tmp_path / "near"), LocalFolder(tmp_path / "far"))
-    here.near.put("deep/a", data)
-    here.transfer.copy("near", "far", here.planned("deep/a"))
-    assert (tmp_path / "far" / "deep" / "a").read_bytes() == data
-
-
-@SIZES
 def test_a_copy_between_folders_keeps_the_mode_and_the_dates_of_file_and_folder(place, tmp_path, data):
     here = place(LocalFolder(tmp_path / "near"), LocalFolder(tmp_path / "far"))
     here.near.put("deep/a", data)
@@ -153,33 +145,6 @@ def test_a_large_file_is_read_back_by_checksum_on_disk_only(place, tmp_path):
     assert far.counters["bytes_read"] == 0
     assert here.transfer.checksum_on_disk("far", far.head("a")) == crc32c(LARGE)
     assert far.counters["bytes_read"] == len(LARGE)
-
-
-def test_only_local_files_need_a_disk_check(place, tmp_path):
-    here = place(LocalFolder(tmp_path / "near"))
-    assert [here.transfer.needs_disk_check(name) for name in ("near", "far")] == [True, False]
-
-
-def test_a_copy_keeps_its_source(place):
-    here = place()
-    here.near.put("a", SMALL)
-    here.copy()
-    assert here.near.get("a") == SMALL
-
-
-def test_a_copy_replaces_the_object_at_the_destination(place):
-    here = place()
-    here.near.put("a", SMALL)
-    here.far.put("a", b"older")
-    here.copy()
-    assert here.far.get("a") == SMALL
-
-
-def test_progress_is_reported_while_bytes_are_read(place):
-    here, told = place(), []
-    here.near.put("a", LARGE)
-    here.transfer.copy("near", "far", here.planned(), on_bytes=told.append)
-    assert (sum(told), len(told)) == (len(LARGE), 3)
 
 
 def test_many_threads_copy_at_once(place):
@@ -223,16 +188,6 @@ def test_a_source_that_changes_during_the_copy_leaves_the_destination_unchanged(
     near.inner.put("a", data[::-1])
     with pytest.raises(ObjectChanged):
         here.transfer.copy("near", "far", one)
-    assert here.far.get("a") == b"older"
-
-
-@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
-def test_a_source_with_a_wrong_checksum_leaves_the_destination_unchanged(place, data):
-    here = place()
-    here.near.put("a", data)
-    here.far.put("a", b"older")
-    with pytest.raises(StoreError, match="the source is not what it should be: expected CRC-32C"):
-        here.copy(crc32c=crc32c(data) ^ 1)
     assert here.far.get("a") == b"older"
 
 
@@ -347,14 +302,6 @@ def test_all_copies_together_keep_to_the_rate_limit(place):
     assert clock.monotonic() - start_s >= 3.0  # the fourth part begins when three have had their time
 
 
-def test_without_a_rate_limit_no_copy_waits(place):
-    clock = FakeClock()
-    here = place(clock=clock)
-    here.near.put("a", LARGE)
-    here.copy()
-    assert clock.slept == []
-
-
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
 def test_a_cancelled_copy_leaves_nothing(place, data):
     cancel = threading.Event()
@@ -397,14 +344,6 @@ def test_invalid_options_are_refused(place, given):
 
 
 # -- drops ------------------------------------------------------------------------------------------------------------
-
-
-def test_deleting_missing_objects_is_no_error(place):
-    here = place()
-    here.near.put("a", SMALL)
-    here.near.put("b", SMALL)
-    here.transfer.delete_objects("near", [here.planned("a"), PlannedObject("nothing", 1)])
-    assert [info.key for info in here.near.list()] == ["b"]
 
 
 @pytest.mark.parametrize("n_objects", [1, 4])

@@ -63,15 +63,6 @@ def bucket(request, tmp_path):
     made.stores.close()
 
 
-@SIZES
-def test_a_file_is_copied_to_the_bucket_and_back(bucket, data):
-    bucket.stores.store("hot").put("a", data)
-    assert bucket.copy("hot", "standard").crc32c == crc32c(data)
-    bucket.stores.store("hot").delete(["a"])
-    assert bucket.copy("standard", "hot").crc32c == crc32c(data)
-    assert bucket.stores.store("hot").get("a") == data
-
-
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
 def test_a_copy_into_an_archive_has_its_class_and_is_verified_without_being_read(bucket, data):
     bucket.stores.store("hot").put("a", data)
@@ -122,22 +113,6 @@ def test_tiers_of_one_url_list_objects_of_their_class(bucket):
     bucket.transfer.change_class("cold", bucket.planned("standard", "b"))
     listed = {name: [info.key for info in bucket.stores.listing(name)] for name in ("standard", "cold")}
     assert listed == {"standard": ["a"], "cold": ["b"]}
-
-
-def test_an_object_that_has_the_class_already_is_not_copied(bucket):
-    bucket.stores.store("standard").put("a", SMALL)
-    bucket.transfer.change_class("cold", bucket.planned("standard"))
-    before = bucket.stores.head("cold", "a")
-    bucket.transfer.change_class("cold", bucket.planned("cold"))
-    assert bucket.stores.head("cold", "a").modified_s == before.modified_s
-
-
-def test_objects_of_a_bucket_are_deleted_in_one_request(bucket):
-    keys = [f"k{number}" for number in range(5)]
-    for key in keys:
-        bucket.stores.store("standard").put(key, b"")
-    bucket.transfer.delete_objects("standard", [PlannedObject(key, 0) for key in keys])
-    assert list(bucket.stores.listing("standard")) == []
 
 
 def test_from_one_server_to_another_bytes_are_streamed(s3_server, moto_server, tmp_path):

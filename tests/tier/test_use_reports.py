@@ -25,7 +25,6 @@ from tests.support.forks import in_a_fork
 from tests.support.http_server import HttpFault, HttpFaultServer
 from tests.support.stores import CountingStore, GateStore
 from tests.tier.moved import Moved, N, ServedStore, by_loader, by_record
-from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
 from tiercache.errors import StoreError
@@ -108,16 +107,6 @@ def _wait_for_reports(moved: Moved) -> bool:
     return bool(reports(moved))
 
 
-def test_single_records_are_reported_when_the_data_set_is_closed(moved):
-    moved.adopt()
-    dataset = tc.Dataset(moved.store.url)
-    assert dataset[0]["id"] == 0
-    assert dataset[1]["id"] == 1
-    assert reports(moved) == []
-    dataset.close()
-    assert list(report(moved).shards) == [moved.keys[0]]
-
-
 def test_an_untracked_data_set_gets_no_report(moved):
     dataset = tc.Dataset(moved.store.url)
     assert by_loader(dataset) == ALL
@@ -125,13 +114,6 @@ def test_an_untracked_data_set_gets_no_report(moved):
     assert not [t for t in threading.enumerate() if t.name == "tiercache-usage"]
     dataset.close()
     assert reports(moved) == []
-
-
-def test_closing_an_unread_data_set_reads_no_marker(moved):
-    dataset = tc.Dataset(moved.store.url)
-    before = dataset._source.leaves[0].inner.counters["requests"]
-    dataset.close()
-    assert dataset._source.leaves[0].inner.counters["requests"] == before
 
 
 def test_a_store_that_cannot_be_written_is_read_without_reports(packed):
@@ -249,22 +231,6 @@ def test_a_process_that_ends_makes_no_request_to_a_failed_store():
     home.delete(["_tiercache/tiers.json"])
 
 
-def test_a_forked_child_starts_with_empty_counts(moved):
-    moved.adopt()
-    dataset = tc.Dataset(moved.store.url)
-    assert dataset[0]["id"] == 0
-
-    def child() -> int:
-        assert dataset[N - 1]["id"] == N - 1
-        dataset.close()
-        assert list(report(moved).shards) == [moved.keys[-1]]
-        return 0
-
-    assert in_a_fork(child) == 0
-    dataset.close()
-    assert set(report(moved).shards) == {moved.keys[0], moved.keys[-1]}
-
-
 READ_AND_END = """
 import sys
 import tiercache as tc
@@ -322,18 +288,6 @@ def test_a_data_set_in_s3_that_is_open_when_python_ends_is_reported_as_not_in_us
     assert found.readers == {}
     assert moved.keys[0] in found.shards
     home.close()
-
-
-def test_shards_that_workers_read_are_reported_by_the_process_that_began_the_run(moved):
-    moved.adopt()
-    dataset = tc.Dataset(moved.store.url)
-    loader = tc.DataLoader(dataset, batch_size=10, num_workers=2, multiprocessing_context="fork", collate_fn=list)
-    assert [int(record["id"]) for records in loader for record in records] == ALL
-    dataset.close()
-    found = report(moved)
-    assert found.all_s > 0
-    assert found.readers == {}
-    assert isinstance(loader, TorchLoader)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -395,40 +349,6 @@ def test_reports_are_written_without_a_state_folder(moved, monkeypatch):
 NAMES = pa.array(["a", "b", "c"])
 
 
-def merged(*found: UseReport) -> uses.ShardUse:
-    return uses.merge_reports(found, NAMES, now_s=NOW_S)
-
-
-def test_no_reports_give_no_uses():
-    found = merged()
-    assert np.isnan(found.last_use_s).all()
-    assert not found.in_use.any()
-    assert not found.unreported
-
-
-@pytest.mark.parametrize(
-    ("heard_s", "is_in_use", "is_unreported"),
-    [
-        (0, True, False),
-        (IN_USE_S - 1, True, False),
-        (IN_USE_S + 1, False, True),
-        (6.9 * DAY_S, False, True),
-        (7.1 * DAY_S, False, False),
-    ],
-)
-def test_a_silent_reader_is_active_then_overdue_then_gone(heard_s, is_in_use, is_unreported):
-    at_s = NOW_S - heard_s
-    found = merged(UseReport("m", at_s, at_s, {"r": ActiveReader(at_s - 60, at_s, reads_all=True)}, {}))
-    assert found.in_use.tolist() == [is_in_use] * 3
-    assert found.unreported is is_unreported
-
-
-def test_only_shards_opened_since_a_reader_began_are_in_use():
-    reader = ActiveReader(NOW_S - 100, NOW_S - 10)
-    found = merged(UseReport("m", NOW_S - 10, 0, {"r": reader}, {"a": NOW_S - 50, "b": NOW_S - 150}))
-    assert found.in_use.tolist() == [True, False, False]
-
-
 def test_an_unreadable_report_counts_as_overdue():
     store = MemoryStore("usage-unreadable")
     for n, text in enumerate([b"", b"{}", b'{"version": 2}', b"[1]", b'{"version": 1, "readers": 3}']):
@@ -459,17 +379,6 @@ def test_an_impossible_report_keeps_the_data_in_place(moved, text):
     with closing(tc.Dataset(moved.store.url)) as dataset:
         assert by_loader(dataset) == ALL
     assert len(uses.decode(moved.store.get(uses.usage_key(uses.machine_name())), "m").shards) == len(moved.keys)
-
-
-def test_an_unknown_reader_name_does_not_stop_a_report(moved):
-    moved.adopt()
-    mine = f"-{uses.pid_namespace()}-0"
-    names = [f"\u00b2-1{mine}", f"{'9' * 5000}-1{mine}"]
-    readers = {name: ActiveReader(NOW_S, NOW_S) for name in names}
-    moved.store.put(uses.usage_key(uses.machine_name()), uses.encode(UseReport("m", NOW_S, readers=readers)))
-    with closing(tc.Dataset(moved.store.url)) as dataset:
-        assert by_loader(dataset) == ALL
-    assert set(report(moved).shards) == set(moved.keys)
 
 
 TIMES = st.floats(NOW_S - 10 * DAY_S, NOW_S)
@@ -551,21 +460,6 @@ def test_shards_of_a_machine_with_a_late_clock_are_in_use(store, behind_s):
     assert said.last_use_s[0] == NOW_S - 160
 
 
-def test_an_overdue_reader_is_judged_by_the_clock_of_the_store(store):
-    heard_s = NOW_S - IN_USE_S - 100
-    assert merge_reports([reported(store, 1000.0, store_s=heard_s)], AB_NAMES, now_s=NOW_S).unreported
-
-
-def test_a_reader_that_is_silent_by_the_clock_of_the_store_is_gone(store):
-    said = merge_reports([reported(store, 1000.0, store_s=NOW_S - 8 * DAY_S)], AB_NAMES, now_s=NOW_S)
-    assert (said.unreported, said.in_use.any()) == (False, False)
-
-
-def test_a_run_over_all_shards_is_dated_by_the_clock_of_the_store(store):
-    said = merge_reports([reported(store, 1000.0, store_s=NOW_S, reads_all=True)], AB_NAMES, now_s=NOW_S)
-    assert said.last_use_s.tolist() == [NOW_S, NOW_S]
-
-
 @pytest.mark.parametrize("store_s", [None, NOW_S - 20 * DAY_S, NOW_S + 30])
 def test_reported_times_stay_unless_the_clock_of_the_store_is_clearly_later(store, store_s):
     said = reported(store, NOW_S, store_s=store_s)
@@ -578,8 +472,3 @@ def test_an_oversized_report_is_not_read_and_counts_as_overdue(store, monkeypatc
     counting = CountingStore(Dated(store, NOW_S - 100))
     assert merge_reports(read_reports(counting), AB_NAMES, now_s=NOW_S).unreported
     assert counting.n_calls("get") == 0
-
-
-def test_a_report_with_a_negative_time_is_dated_by_the_clock_of_the_store(store):
-    found = reported(store, -1e300, store_s=NOW_S)
-    assert merge_reports([found], AB_NAMES, now_s=NOW_S).last_use_s[0] <= NOW_S
