@@ -154,16 +154,6 @@ def test_a_store_error_is_raised_by_the_next_call_and_then_only_abort_is_allowed
     assert not any(thread.is_alive() for thread in threads)
 
 
-def test_an_error_in_the_last_part_is_raised_by_finish(store: Gated) -> None:
-    store.fail_at = 1
-    writer = ShardWriter(store, SCHEMA, options())
-    writer.write({"x": 1})
-    with pytest.raises(StoreError, match="the disk is full"):
-        writer.finish()
-    writer.abort()
-    assert list(store.list()) == []
-
-
 def test_abort_discards_waiting_parts_and_shards(store: Gated) -> None:
     writer = ShardWriter(store, SCHEMA, options(shard_bytes=3000))
     writer.write_batch({"x": np.arange(2000)})

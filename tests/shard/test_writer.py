@@ -1,19 +1,15 @@
 """ShardWriter: blocks, shards, compression, and the objects that it leaves."""
 
-from itertools import pairwise
-
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch  # noqa: F401 -- values of bfloat16 are its own
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tiercache._native.checksum import crc32c
-from tiercache.errors import SchemaError, StoreError
+from tiercache.errors import SchemaError
 from tiercache.shard.codec import RAW, ZSTD
 from tiercache.shard.reader import ShardReader
-from tiercache.shard.schema import Image, Ragged, Schema, Tensor
+from tiercache.shard.schema import Image, Schema, Tensor
 from tiercache.shard.values import as_batch
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.memory import MemoryStore
@@ -40,23 +36,6 @@ def test_written_tensors_do_not_change_with_the_callers_arrays(store, nulls):
         batch = as_batch(reader.take(range(40), [0]))
     np.testing.assert_array_equal(batch["t"], np.stack([mine * 0 if v is None else v for v in values]))
     assert np.flatnonzero(~batch["t.valid"]).tolist() == list(nulls)
-
-
-@given(sizes=st.lists(st.integers(0, 40), max_size=25), cuts=st.lists(st.integers(0, 25), max_size=5))
-def test_blocks_do_not_depend_on_the_batches(sizes, cuts):
-    schema = Schema.of({"n": "int16", "b": "bytes", "r": Ragged("int16", (None, 2))})
-    rows = [{"n": i, "b": b"x" * size, "r": np.full((size % 5, 2), i, np.int16)} for i, size in enumerate(sizes)]
-    shards = []
-    for edges in ([0, len(rows)], sorted({0, len(rows), *(min(cut, len(rows)) for cut in cuts)})):
-        store = MemoryStore("writer-batched")
-        with ShardWriter(
-            store, schema, ShardOptions(block_bytes=100, shard_bytes=1200, compression="none"), writer_id="w"
-        ) as writer:
-            for start, end in pairwise(edges):
-                writer.write_batch({name: [row[name] for row in rows[start:end]] for name in schema.names})
-        infos = writer.finish()
-        shards.append([store.get(info.name)[64 : info.footer_offset] for info in infos])
-    assert shards[0] == shards[1]
 
 
 def test_blocks_hold_about_block_bytes_and_a_longer_record_is_a_block_of_its_own(store):
@@ -116,21 +95,6 @@ def test_an_unknown_compression_is_an_error(text):
 def test_a_compression_of_an_unknown_column_is_an_error(store):
     with pytest.raises(SchemaError, match="no such column"):
         ShardWriter(store, Schema.of({"x": "int8"}), ShardOptions(compression={"y": "none"}))
-
-
-class Failing(MemoryStore):
-    def create(self, key):
-        raise StoreError("no more", url=self.url)
-
-
-def test_after_a_store_error_the_writer_can_only_abort():
-    writer = ShardWriter(Failing("writer-fails"), Schema.of({"x": "int64"}), ShardOptions(block_bytes=8))
-    with pytest.raises(StoreError):
-        writer.write_batch({"x": np.arange(10)})
-    for call in (lambda: writer.write({"x": 1}), writer.finish):
-        with pytest.raises(ValueError, match="only abort"):
-            call()
-    writer.abort()
 
 
 def test_a_shard_is_invisible_before_it_is_complete(store):
