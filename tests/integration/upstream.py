@@ -22,11 +22,6 @@ from pathlib import Path
 SUITE = Path("test/stateful_dataloader")
 # Of a test: the suite's own are much shorter, and one that hangs must not keep the others.
 TEST_TIMEOUT_S = 300
-# Tests of behaviour that tiercache.DataLoader changes on purpose.
-DECIDED_OTHERWISE = {
-    # It expects an AssertionError for a state that was saved with another number of workers; ours loads it.
-    "test_state_dict.TestNumWorkersMismatch_shard3::test_num_workers_mismatch",
-}
 SHIM = """\
 from torchdata.stateful_dataloader import Stateful
 from tiercache import DataLoader as StatefulDataLoader
@@ -89,7 +84,7 @@ def compare(checkout: Path, arguments: list[str]) -> tuple[str, list[str]]:
     ]
     names = sorted(theirs.keys() | mine.keys())
     lines += [f"  {n}: {theirs.get(n)} -> {mine.get(n)}" for n in names if theirs.get(n) != mine.get(n)]
-    worse = [n for n in names if theirs.get(n) == "passed" and mine.get(n) != "passed" and n not in DECIDED_OTHERWISE]
+    worse = [n for n in names if theirs.get(n) == "passed" and mine.get(n) != "passed"]
     return "\n".join(lines), worse
 
 

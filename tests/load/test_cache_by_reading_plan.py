@@ -276,7 +276,7 @@ def test_a_forked_child_drops_an_epoch_during_publication_of_its_plan(server, pa
         batches = iter(loader)
         assert sum(len(batch["id"]) for batch in batches) == N
         held, over = threading.Event(), threading.Event()
-        locks = loader._native._next_epoch.publisher._lock, batches._inputs.publisher._lock
+        locks = loader._engine._next_epoch.publisher._lock, batches._inputs.publisher._lock
 
         def hold() -> None:
             with locks[0], locks[1]:
@@ -289,7 +289,7 @@ def test_a_forked_child_drops_an_epoch_during_publication_of_its_plan(server, pa
         child = os.fork()
         if not child:
             batches.close()
-            loader._native._next_epoch.drop_preparation()
+            loader._engine._next_epoch.drop_preparation()
             os._exit(7)
         try:
             assert wait_for_exit(child, 60) == 7

@@ -702,7 +702,7 @@ def test_a_device_that_cannot_serve_is_refused_with_a_way_out(make_dataset):
 def test_the_cpu_takes_the_plain_path(make_dataset, device):
     loader = loader_of(make_dataset(20), device=device)
     assert sum(map(len, ids_of(loader))) == 20
-    assert loader._native._device is None
+    assert loader._engine._device is None
 
 
 @pytest.mark.parametrize(
@@ -725,9 +725,9 @@ def test_the_number_of_batches_is_an_integer():
 def test_torchs_path_refuses_a_device(make_dataset, eager):
     dataset = tc.Dataset(make_dataset(20))
     options = tc.LoaderOptions(device=FAKE)
-    with pytest.raises(ValueError, match=r"collate_fn= was given: remove device=, give pin_memory=True, and move each"):
-        tc.DataLoader(dataset, 4, collate_fn=list, options=options)
-    with pytest.raises(ValueError, match=r"serves your own samplers and mixtures.*or give a known sampler"):
+    with pytest.raises(ValueError, match=r"single records: remove device=, give pin_memory=True, and move each"):
+        tc.DataLoader(dataset, None, options=options)
+    with pytest.raises(ValueError, match=r"here the sampler, a list, is neither .*: remove device="):
         tc.DataLoader(dataset, batch_sampler=[[1, 2], [3]], options=options)
 
 

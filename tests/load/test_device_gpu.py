@@ -43,7 +43,7 @@ def test_slots_are_pinned(dataset):
     loader = loader_of(dataset)
     iterator = iter(loader)
     next(iterator)
-    [(block, _)] = loader._native._device.pinned._blocks.values()
+    [(block, _)] = loader._engine._device.pinned._blocks.values()
     assert block.is_pinned()
     iterator.close()
 

@@ -97,7 +97,7 @@ def test_a_child_forked_while_another_thread_holds_a_lock_ends_all_the_same(make
     loader = tc.DataLoader(tc.Dataset(make_dataset(500)), batch_size=4, shuffle=True)
     iterator = iter(loader)
     next(iterator)
-    with loader._native._counters._lock, warnings.catch_warnings():
+    with loader._engine._counters._lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # "multi-threaded, use of fork()": that is what is tested
         child = os.fork()
         if child == 0:

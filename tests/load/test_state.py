@@ -74,9 +74,9 @@ def test_a_state_of_one_data_set_is_a_few_hundred_bytes_and_the_same_on_every_ra
 def test_a_state_of_our_order_is_refused_by_a_loader_of_another_way(make_dataset):
     dataset = tc.Dataset(make_dataset(10))
     state = tc.DataLoader(dataset, batch_size=4).state_dict()
-    for other in ({"collate_fn": list, "sampler": [1, 2]}, {"sampler": [1, 2]}):
-        loader = tc.DataLoader(dataset, batch_size=4, **other)
-        with pytest.raises(ValueError, match="Load it into a loader without sampler= and batch_sampler="):
+    for other in ({"batch_size": None}, {"sampler": [1, 2]}, {"sampler": iter([1, 2])}):
+        loader = tc.DataLoader(dataset, **{"batch_size": 4, **other})
+        with pytest.raises(ValueError, match="Load it into a loader with the arguments of the first one"):
             loader.load_state_dict(state)
     with pytest.raises(TypeError, match=r"takes the dict that state_dict\(\) returned, got None"):
         tc.DataLoader(dataset).load_state_dict(None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import inspect
-import itertools
 import logging
 import multiprocessing
 import pickle
@@ -208,62 +207,6 @@ def test_attributes_that_torch_fixes_are_fixed_and_others_may_be_set(dataset, pl
     )
 
 
-def random_states(generator):
-    """Torch's random state, and the generator's; None: there is no generator."""
-    return torch.get_rng_state().tolist(), None if generator is None else generator.get_state().tolist()
-
-
-def draws_of(loader_class, data, make_arguments):
-    """Torch's random state, and the generator's, after each call of a run of three epochs, one of them left early."""
-    torch.manual_seed(3)
-    arguments = make_arguments()
-    generator = arguments.get("generator")
-    states = []
-
-    loader = loader_class(data, 16, collate_fn=tc.collate, **arguments)
-    states.append(random_states(generator))
-    for stop in (None, 2, None):
-        iterator = iter(loader)
-        states.append(random_states(generator))
-        for i, _ in enumerate(iterator):
-            states.append(random_states(generator))
-            if i == stop:
-                break
-        del iterator
-    return states
-
-
-@pytest.mark.parametrize(
-    "make_arguments",
-    [
-        dict,
-        lambda: {"shuffle": True},
-        lambda: {"generator": torch.Generator().manual_seed(1)},
-        lambda: {"shuffle": True, "generator": torch.Generator().manual_seed(1)},
-        lambda: {"shuffle": True, "drop_last": True},
-        lambda: {"sampler": RandomSampler(range(N), generator=torch.Generator().manual_seed(2))},
-        lambda: {"sampler": RandomSampler(range(N), replacement=True)},
-    ],
-    ids=["plain", "shuffle", "generator", "both", "drop_last", "sampler", "replacement"],
-)
-def test_as_much_is_drawn_from_torchs_random_numbers_at_the_same_calls(dataset, make_arguments):
-    assert draws_of(tc.DataLoader, dataset, make_arguments) == draws_of(TorchLoader, dataset, make_arguments)
-
-
-@pytest.mark.parametrize("persistent", [False, True])
-def test_as_much_is_drawn_with_workers_which_are_not_started(dataset, persistent):
-    found = []
-    for loader_class in (TorchLoader, tc.DataLoader):
-        torch.manual_seed(3)
-        more = {"num_workers": 1, "persistent_workers": persistent, "collate_fn": tc.collate}
-        loader = loader_class(dataset, 16, shuffle=True, **more)
-        for _ in range(3):
-            for _ in loader:
-                pass
-        found.append(torch.get_rng_state().tolist())
-    assert found[0] == found[1]
-
-
 WARNED = {
     "many workers": ({"num_workers": 4096}, lambda loader: None),
     "nothing to pin for": ({"pin_memory": True}, iter),
@@ -288,7 +231,11 @@ def test_warnings_are_torchs(dataset, name, kind):
 
 def test_torchs_path_over_our_data_set_warns_of_too_many_workers(dataset):
     mixed = tc.mix([dataset, dataset], [1, 1])
-    for data, more in ((dataset, {"collate_fn": list}), (mixed, {"sampler": range(4)})):
+    for data, more in (
+        (dataset, {"collate_fn": list}),
+        (mixed, {"sampler": range(4)}),
+        (dataset, {"batch_size": None}),
+    ):
         found = warned_by(lambda data=data, more=more: tc.DataLoader(data, num_workers=4096, **more))
         assert found == warned_by(lambda: TorchLoader(dataset, num_workers=4096))
 
@@ -384,37 +331,6 @@ def test_iterators_behave_as_torchs(dataset):
     for protocol in (0, 1, pickle.HIGHEST_PROTOCOL):
         assert raised_by(lambda n=protocol: pickle.dumps(ours, n))[0] is NotImplementedError
         assert raised_by(lambda n=protocol: pickle.dumps(theirs, n))[0] is NotImplementedError
-
-
-@pytest.mark.parametrize(
-    "more", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}, {"collate_fn": list}], ids=str
-)
-def test_a_loader_has_an_iterator_of_its_own_where_torchs_has(dataset, more):
-    for data in (Squares(), Numbers(), dataset):
-        kinds = []
-        for loader_class in (TorchLoader, tc.DataLoader):
-            loader = loader_class(data, 16, **({"collate_fn": list} | more if loader_class is TorchLoader else more))
-            kinds.append([type(loader._iterator).__name__.removeprefix("_Stateful").removeprefix("_")])
-            iterator = iter(loader)
-            for _ in range(2):
-                next(iterator)
-                kinds[-1].append(type(loader._iterator).__name__.removeprefix("_Stateful").removeprefix("_"))
-            if loader_class is tc.DataLoader:
-                assert loader.state_dict() == loader.state_dict()
-                rest = len(list(iterator))
-                assert len(list(loader)) == rest + 2
-        expected = kinds[0] if data is not dataset or "collate_fn" in more else ["NoneType"] * 3
-        assert kinds[1] == expected
-
-
-@pytest.mark.parametrize("data", [Squares(), Numbers()], ids=["map", "iterable"])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_pickled_loader_of_torchs_path_goes_on_where_it_stands(data, workers):
-    loader = tc.DataLoader(data, 16, num_workers=workers, persistent_workers=bool(workers))
-    iterator = iter(loader)
-    next(iterator), next(iterator)
-    again = pickle.loads(pickle.dumps(loader))
-    assert [batch.tolist() for batch in again] == [batch.tolist() for batch in iterator]
 
 
 def test_a_timeout_is_an_error_in_torchs_words(dataset, monkeypatch):
@@ -557,52 +473,11 @@ def collate_own(records):
     return tc.collate(records)
 
 
-class Repeating:
-    """A batch sampler that begins another one again and again."""
-
-    def __init__(self, sampler):
-        self.sampler = sampler
-
-    def __iter__(self):
-        while True:
-            yield from iter(self.sampler)
-
-
-def keep_epochs(base, *, by_object):
-    """A loader whose iterator goes on from epoch to epoch, as timm's and other frameworks' loaders do."""
-
-    class KeepsEpochs(base):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            if by_object:
-                object.__setattr__(self, "batch_sampler", Repeating(self.batch_sampler))
-            else:
-                self._DataLoader__initialized = False
-                self.batch_sampler = Repeating(self.batch_sampler)
-                self._DataLoader__initialized = True
-            self.batches = super().__iter__()
-
-        def __len__(self):
-            return len(self.batch_sampler.sampler)
-
-        def __iter__(self):
-            for _ in range(len(self)):
-                yield next(self.batches)
-
-    return KeepsEpochs
-
-
-@pytest.mark.parametrize("by_object", [False, True])
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("more", [{}, {"collate_fn": collate_own}], ids=["native", "torch"])
-def test_a_batch_sampler_assigned_later_is_used(dataset, workers, by_object, more):
-    theirs = keep_epochs(TorchLoader, by_object=by_object)(dataset, 16, num_workers=workers, collate_fn=tc.collate)
-    ours = keep_epochs(tc.DataLoader, by_object=by_object)(dataset, 16, num_workers=workers, **more)
-    assert [ids_of(ours) for _ in range(3)] == [ids_of(theirs) for _ in range(3)]
-    shuffled = keep_epochs(tc.DataLoader, by_object=by_object)(dataset, 16, shuffle=True, num_workers=workers, **more)
-    epochs = [list(itertools.chain.from_iterable(ids_of(shuffled))) for _ in range(3)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(N))] * 3
-    assert epochs[0] != epochs[1]
+def test_a_batch_sampler_assigned_later_is_refused(dataset):
+    loader = tc.DataLoader(dataset, 16)
+    object.__setattr__(loader, "batch_sampler", BatchSampler(range(4), 2, False))
+    with pytest.raises(RuntimeError, match=r"was replaced .* give batch_sampler= to the constructor"):
+        iter(loader)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"drop_last": True}, {"batch_size": 4}], ids=str)
@@ -634,104 +509,9 @@ def test_an_empty_data_set_is_what_it_is_under_torch(tmp_path, arguments):
 
 
 def test_what_looks_for_torchs_random_sampler_finds_one_and_it_has_a_state(dataset):
-    for data in (dataset, Squares()):
-        theirs, ours = TorchLoader(data, 4, shuffle=True), tc.DataLoader(data, 4, shuffle=True)
-        assert isinstance(theirs.sampler, RandomSampler)
-        assert isinstance(ours.sampler, RandomSampler)
-        assert isinstance(iter(ours.sampler), Stateful)
-
-
-def orders_of(loader_class, n_epochs=4, *, given=False, reseed=False, **arguments):
-    """Of a loader that shuffles other data: batches of each epoch, and the random states after each call."""
-    torch.manual_seed(3)
-    generator = torch.Generator().manual_seed(4) if given else None
-    loader = loader_class(Squares(), shuffle=True, generator=generator, **arguments)
-    batches, states = [], []
-
-    states.append(random_states(generator))
-    for epoch in range(n_epochs):
-        if reseed:
-            torch.manual_seed(epoch % 2) if generator is None else generator.manual_seed(epoch % 2)
-        iterator = iter(loader)
-        states.append(random_states(generator))
-        batches.append([])
-        for batch in iterator:
-            batches[-1].append(batch.tolist())
-            states.append(random_states(generator))
-        states.append(random_states(generator))
-        torch.rand(epoch)  # what a model draws
-    return batches, states
-
-
-@pytest.mark.parametrize("reseed", [False, True], ids=["goes on", "reseeded"])
-@pytest.mark.parametrize("given", [False, True], ids=["torch's numbers", "a generator"])
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"batch_size": 16},
-        {"batch_size": 15},
-        {"batch_size": 16, "drop_last": True},
-        {"batch_size": None},
-        {"batch_size": 16, "num_workers": 2},
-        {"batch_size": 16, "num_workers": 1, "persistent_workers": True},
-    ],
-    ids=lambda a: ",".join(map(str, a.values())),
-)
-def test_other_data_sets_are_shuffled_as_torch_shuffles_them_drawing_the_same_numbers(arguments, given, reseed):
-    theirs, ours = (orders_of(c, given=given, reseed=reseed, **arguments) for c in (TorchLoader, tc.DataLoader))
-    assert ours == theirs
-    _, second, third, fourth = ours[0]
-    assert second != third
-    assert (second == fourth) is reseed
-
-
-def test_workers_over_a_shuffled_data_set_are_seeded_as_torch_seeds_them():
-    found = []
-    for loader_class in (TorchLoader, tc.DataLoader):
-        torch.manual_seed(4)
-        loader = loader_class(Noting(12), 2, num_workers=2, collate_fn=list, shuffle=True)
-        found.append([list(loader) for _ in range(2)])
-    assert found[0] == found[1]
-
-
-@pytest.mark.parametrize("given", [False, True], ids=["torch's numbers", "a generator"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_shuffled_epoch_of_other_data_is_gone_on_with_whatever_the_other_process_drew(workers, given):
-    def make(seed):
-        torch.manual_seed(seed)
-        generator = torch.Generator().manual_seed(seed) if given else None
-        return tc.DataLoader(Squares(), 16, shuffle=True, num_workers=workers, generator=generator)
-
-    loader = make(3)
-    states, served = [], []
-    iterator = iter(loader)
-    states.append(loader.state_dict())
-    for batch in iterator:
-        served.append(batch.tolist())
-        states.append(loader.state_dict())
-    states.append(loader.state_dict())  # from between two epochs: it names the next one
-    following = [batch.tolist() for batch in loader]
-    for step in range(len(states)) if not workers else (0, 2, len(states) - 1):
-        resumed = make(step + 10)
-        resumed.load_state_dict(states[step])
-        expected = served[step:] if step < len(states) - 1 else following
-        assert [batch.tolist() for batch in resumed] == expected
-
-
-def test_a_resumed_epoch_draws_nothing_so_that_restored_random_numbers_go_on_too():
-    loader = tc.DataLoader(Squares(), 16, shuffle=True)
-    iterator = iter(loader)
-    next(iterator)
-    state, random_state = loader.state_dict(), torch.get_rng_state()
-
-    def look(batches):
-        return [batch.tolist() for batch in batches], torch.rand(2).tolist()
-
-    expected = look(iterator), look(loader)
-    resumed = tc.DataLoader(Squares(), 16, shuffle=True)
-    resumed.load_state_dict(state)
-    torch.set_rng_state(random_state)
-    assert (look(resumed), look(resumed)) == expected
+    sampler = tc.DataLoader(dataset, 4, shuffle=True).sampler
+    assert isinstance(sampler, RandomSampler)
+    assert isinstance(iter(sampler), Stateful)
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["torch's numbers", "a generator"])

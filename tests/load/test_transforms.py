@@ -346,35 +346,6 @@ def test_a_seeded_script_draws_the_same_numbers_in_each_run(path):
     assert len({row for rows, *_ in runs[0][0] for row in rows}) == 2 * N
 
 
-@pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_transforms_draw_in_the_order_of_torchs_loader(path, shuffle, drop_last):
-    """The records come in another order, if they are shuffled, but the draws do not."""
-    runs = []
-    dataset = tc.Dataset(path, transform=draw_foreign_under_any_loader)
-    for kind in (tc.DataLoader, TorchLoader):
-        seed_all(3)
-        loader = kind(dataset, 8, shuffle=shuffle, drop_last=drop_last)
-        runs.append((train(loader), states_of_generators()))
-    assert runs[0] == runs[1]
-
-
-def draw_foreign_under_any_loader(record):
-    """Under torch's loader, tc.rng() itself draws from torch's generator."""
-    return {"torch": torch.rand(()), "python": random.random(), "legacy": np.random.rand()}
-
-
-def test_a_transform_and_the_loader_may_draw_from_one_generator(path):
-    """The sampler of torch draws from it before the last batch, which is short."""
-    runs = []
-    for kind in (tc.DataLoader, TorchLoader):
-        generator = torch.Generator().manual_seed(5)
-        dataset = tc.Dataset(path, transform=lambda _, generator=generator: {"x": torch.rand((), generator=generator)})
-        loader = kind(dataset, 8, shuffle=True, generator=generator)
-        runs.append([rows_of(loader), rows_of(loader), generator.get_state().tolist()])
-    assert runs[0] == runs[1]
-
-
 # -- resume
 
 

@@ -199,14 +199,13 @@ class Short(FastIterator):
         ready: Callable[[], Any] | None,
         *,
         n_yielded: int = 1,
-        n_undrawn: int = 100,
         plain: bool = True,
         progress: Any = None,
     ):
         self.progress = progress or SimpleNamespace(n_yielded=n_yielded)
         self.profiler = SimpleNamespace(_is_profiler_enabled=False)
         self.missed: list[BaseException] = []
-        super().__init__(self.progress, self.profiler, n_undrawn, plain)
+        super().__init__(self.progress, self.profiler, plain)
         self._set_fast_path(ready)
 
     def _next(self) -> str:
@@ -227,8 +226,6 @@ def test_a_ready_batch_takes_the_fast_path_and_is_counted():
     [
         (lambda: None, {}),
         (None, {}),
-        (lambda: "short", {"n_yielded": 0}),  # torch's sampler draws before the first
-        (lambda: "short", {"n_undrawn": 1}),
         (lambda: "short", {"plain": False}),
     ],
 )

@@ -346,11 +346,10 @@ class FastIterator:
     Args:
         progress: Object with the attribute n_yielded, the number of batches returned, which is incremented.
         profiler: Module whose `_is_profiler_enabled` switches the fast path off.
-        n_undrawn: Batches 1 to n_undrawn - 1, counted from 0, draw no random numbers and may take the fast path.
         is_plain: Whether batches are returned as they are taken, without further processing.
     """
 
-    def __init__(self, progress: Any, profiler: Any, n_undrawn: int, is_plain: bool) -> None: ...
+    def __init__(self, progress: Any, profiler: Any, is_plain: bool) -> None: ...
     def _set_fast_path(self, take_ready: Callable[[], Any] | None) -> None:
         """Set the function that takes ready batches, as `BatchTaker.take_ready`; None switches the fast path off."""
 

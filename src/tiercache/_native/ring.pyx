@@ -715,12 +715,10 @@ cdef class FastIterator:
     """The fast path of an iterator. A subclass implements the normal path: `_next()` and `_on_take_error(error)`."""
 
     cdef object progress, profiler, take_ready
-    cdef int64_t n_undrawn
     cdef bint is_plain
 
-    def __init__(self, progress, profiler, int64_t n_undrawn, bint is_plain):
-        self.progress, self.profiler = progress, profiler
-        self.n_undrawn, self.is_plain = n_undrawn, is_plain
+    def __init__(self, progress, profiler, bint is_plain):
+        self.progress, self.profiler, self.is_plain = progress, profiler, is_plain
 
     def _set_fast_path(self, take_ready):
         self.take_ready = take_ready
@@ -729,7 +727,7 @@ cdef class FastIterator:
         return self.ready()
 
     cdef object ready(self):
-        if self.take_ready is None or not 0 < <int64_t>self.progress.n_yielded < self.n_undrawn:
+        if self.take_ready is None:
             return None
         try:
             batch = self.take_ready()

@@ -171,7 +171,6 @@ class Dataset:
             self.transform,
             self.batch_transform,
             _overrides_record_access(type(self)),
-            self._derive,
         )
 
     @property

@@ -648,7 +648,6 @@ class NativeAccess:
         transform: Function of a record that the data set applies, or None.
         batch_transform: Function of a batch that a loader applies, or None.
         overrides_access: Whether the data set's class overrides how records are read.
-        with_source: Function that returns the same data set over another source.
     """
 
     source: Records
@@ -656,7 +655,6 @@ class NativeAccess:
     transform: Callable[[Record], Any] | None
     batch_transform: Callable[[Any], Any] | None
     overrides_access: bool
-    with_source: Callable[[Any], Any]
 
     @property
     def is_plain(self) -> bool:

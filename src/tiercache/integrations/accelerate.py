@@ -120,11 +120,11 @@ class PreparedLoader(DataLoaderStateMixin, DataLoader[Any]):  # type: ignore[mis
     def take_over(self, loader: DataLoader[Any], accelerator: Accelerator) -> None:
         """Continue where loader stands, with the settings of accelerator."""
         state = loader.__getstate__()
-        options, started = state["_native"]
-        self.__setstate__({**state, "_native": (replace(options, fills_first=accelerator.even_batches), started)})
+        arguments, position = state["_engine"]
+        self.__setstate__({**state, "_engine": (replace(arguments, fills_first=accelerator.even_batches), position)})
         # torch does not allow setting batch_sampler; code that uses Accelerate's loaders reads it.
         batches = _NativeBatches(self, _data_rank(accelerator)[1], accelerator.even_batches)
-        self.__dict__["batch_sampler"] = self._served_batch_sampler = batches
+        self.__dict__["batch_sampler"] = self._own_batch_sampler = batches
         on_device = accelerator.device_placement and accelerator.device.type != "cpu"
         self.device = accelerator.device if on_device else None
         self._non_blocking = accelerator.non_blocking

@@ -1,4 +1,4 @@
-"""The array library of a loader: what its batches consist of, and which random numbers its epochs draw.
+"""The array library of a loader: what its batches consist of.
 
 The native path is the same for every library. `torch_library` has torch's; NumPy's is here, so that batches of
 NumPy arrays need no torch.
@@ -31,46 +31,6 @@ if TYPE_CHECKING:
     from tiercache.shard.schema import Schema
 
 
-class EpochDraws(Protocol):
-    """The random numbers that an epoch draws beside its order, so that torch's own loader draws as many."""
-
-    shuffle: bool
-    ends_short: bool
-
-    def begin(self) -> None:
-        """Draw what iter() draws."""
-
-    def sample(self) -> None:
-        """Draw what a sampler draws before its first index."""
-
-    def exhaust(self) -> None:
-        """Draw what a sampler draws after its last index."""
-
-
-class EpochSeeds(Protocol):
-    """Seeds that the epochs of a run without a seed draw, as torch's samplers do. generator: None is torch's own."""
-
-    def draws(
-        self,
-        generator: torch.Generator | None,
-        shuffle: bool,
-        n_records: int,
-        ends_short: bool = False,
-        *,
-        is_sampled: bool = False,
-    ) -> EpochDraws:
-        """Return the draws of an epoch. See `torch_rng.TorchDraws`."""
-
-    def next(self, generator: torch.Generator | None, *, after_begin: bool) -> int:
-        """Return the seed that the next epoch would draw. See `torch_rng.next_seed`."""
-
-    def predict(self, generator: torch.Generator | None, n_records: int, *, draws_base_seed: bool) -> int | None:
-        """Return the seed that the epoch after this one will draw, or None. See `torch_rng.predict_seed`."""
-
-    def initial(self, generator: torch.Generator | None) -> int:
-        """Return the initial seed of the generator."""
-
-
 class Devices(Protocol):
     """The devices to which a library moves batches, and the pinned memory from which it does so."""
 
@@ -94,17 +54,19 @@ class ArrayLibrary(ABC):
 
     Attributes:
         profiler: Object whose `_is_profiler_enabled` says whether `record_function(name)` must be entered for a batch.
-        seeds: Seeds of epochs. None: a run without a seed draws one, at its start, from NumPy's global generator.
         devices: Devices of batches. None: batches stay in host memory.
         from_dlpack: Function that makes an array of a DLPack capsule. None: rows_over() makes all arrays.
         nested: Function that makes the jagged nested array of (values end to end, offsets). None: there are none.
     """
 
     profiler: Any
-    seeds: EpochSeeds | None = None
     devices: Devices | None = None
     from_dlpack: Callable[[object], Any] | None = None
     nested: Callable[[Any, Any], Any] | None = None
+
+    @abstractmethod
+    def draw_seed(self, generator: torch.Generator | None) -> int:
+        """Draw the seed of a run. generator: None is the library's global one."""
 
     @abstractmethod
     def row_type(self, dtype: str, shape: tuple[int, ...]) -> RowType | None:
@@ -149,22 +111,6 @@ class ArrayLibrary(ABC):
         """
 
 
-class NoDraws:
-    """The draws of an epoch that draws nothing."""
-
-    def __init__(self, shuffle: bool) -> None:
-        self.shuffle, self.ends_short = shuffle, False
-
-    def begin(self) -> None:
-        """See EpochDraws."""
-
-    def sample(self) -> None:
-        """See EpochDraws."""
-
-    def exhaust(self) -> None:
-        """See EpochDraws."""
-
-
 def numpy_dtype(dtype: str, column: str | None = None) -> np.dtype[Any]:
     """Return NumPy's dtype of a name. Raises SchemaError: bfloat16, and ml_dtypes is not installed."""
     if dtype != "bfloat16":
@@ -203,6 +149,11 @@ class NumpyLibrary(ArrayLibrary):
             decode = output_spec.decode.get(column.name)
             if "bfloat16" in (column.dtype, decode.dtype if decode is not None else None):
                 numpy_dtype("bfloat16", column.name)
+
+    def draw_seed(self, generator: torch.Generator | None) -> int:
+        """See ArrayLibrary."""
+        assert generator is None  # noqa: S101 -- NumpyLoader takes none
+        return int(np.random.randint(np.iinfo(np.int64).max, dtype=np.int64))
 
     def row_type(self, dtype: str, shape: tuple[int, ...]) -> None:
         """See ArrayLibrary. None: an array that NumPy makes of a DLPack capsule is read-only."""

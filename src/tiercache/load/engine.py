@@ -23,7 +23,6 @@ from tiercache.data.opened_version import SHARD_READS_AGAIN
 from tiercache.data.output_spec import OutputSpec, as_columns
 from tiercache.data.records import Records
 from tiercache.errors import CorruptShard
-from tiercache.load.array_library import NoDraws
 from tiercache.load.batch import Batch, BatchMemory, PipelineSetup
 from tiercache.load.corrupt import corruption_map_for
 from tiercache.load.decode import DecodedPipeline
@@ -33,6 +32,7 @@ from tiercache.load.pipeline import Pipeline, PipelineInputs, Resources, share_r
 from tiercache.load.ranks import Rank, agree, find_rank, find_slowest, must_not_draw
 from tiercache.load.reading_plan import ReadingPlanPublisher
 from tiercache.load.state import RunState, reopen
+from tiercache.model import short_repr
 from tiercache.order import RankPlan
 from tiercache.stats import Counters, WaitHistogram
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from tiercache.load.array_library import ArrayLibrary, EpochDraws, EpochSeeds
+    from tiercache.load.array_library import ArrayLibrary
     from tiercache.load.corrupt import CorruptLocation
     from tiercache.load.device import BatchDevice
     from tiercache.load.device_pipeline import DevicePipeline
@@ -124,7 +124,6 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         resources: Resources,
         timeout_s: float,
         pin: Callable[[Any], Any] | None,
-        draws: EpochDraws,
     ) -> None:
         self._position = position
         self._inputs = inputs
@@ -137,12 +136,8 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         self._counted = False
         self._read_again: Counter[int] = Counter()  # how often each shard was read again
         self._replaced_locations: set[CorruptLocation] = set()
-        self._draws = draws
-        # Batches 1 to n_undrawn - 1, counted from 0, draw no random numbers and may take the fast path. torch's sampler
-        # draws numbers before the first batch. It draws again at its end, which comes before a short last batch.
-        n_undrawn = inputs.share.rank_plan.n_batches - 1 if self._draws.ends_short else sys.maxsize
         self._profiler = inputs.setup.library.profiler
-        super().__init__(position, self._profiler, n_undrawn, is_plain=self._pin is None and self._names is None)
+        super().__init__(position, self._profiler, is_plain=self._pin is None and self._names is None)
         self._start(inputs)
 
     def __len__(self) -> int:
@@ -223,18 +218,15 @@ class NativeIterator(FastIterator, Iterator[Batch]):
     def _take(self) -> Any:
         batch = self._next_ready()
         if batch is None:
-            batch = self._take_drawing()
+            batch = self._take_next()
         if self._pin is not None:
             batch = self._pin(batch)
         return batch if self._names is None else as_columns(batch, self._names)
 
-    def _take_drawing(self) -> Batch:
-        """Return the next batch, and draw the random numbers that torch's sampler draws here. Raises StopIteration."""
+    def _take_next(self) -> Batch:
+        """Wait for the next batch and return it. Raises StopIteration."""
         if self._position.finished:
             raise StopIteration
-        self._draws.sample()
-        if self._draws.ends_short and self._position.n_yielded + 1 == self._inputs.share.rank_plan.n_batches:
-            self._draws.exhaust()  # before the last batch is made: a transform may draw from the same generator
         try:
             batch = self._pipeline.take(self._timeout_s)
         except TimeoutError as error:
@@ -243,7 +235,6 @@ class NativeIterator(FastIterator, Iterator[Batch]):
             batch = self._take_past(error)
         if batch is None:
             self._position.finished = True
-            self._draws.exhaust()
             self._inputs.counters.add("padded", self._inputs.share.rank_plan.n_padding)
             self.close()
             raise StopIteration
@@ -298,8 +289,7 @@ class NativeIterator(FastIterator, Iterator[Batch]):
 class LoaderArguments:
     """The loader's own arguments, as far as the native path needs them.
 
-    library: What batches consist of. num_workers, persistent_workers: They start no process here, but they change
-    which random numbers torch's loader draws. fills_first: See `RankPlan`; integrations set it.
+    library: What batches consist of. fills_first: See `RankPlan`; integrations set it.
     """
 
     library: ArrayLibrary
@@ -312,7 +302,6 @@ class LoaderArguments:
     options: LoaderOptions
     output_spec: OutputSpec = field(default_factory=OutputSpec)
     num_workers: int = 0
-    persistent_workers: bool = False
     fills_first: bool = False
 
 
@@ -345,6 +334,12 @@ class Engine(ABC):
     def arguments(self) -> LoaderArguments:
         """The loader's arguments."""
         return self._arguments
+
+    def facts(self) -> list[str]:
+        """Return the arguments that differ from the defaults, for the text of a loader."""
+        facts = [f"{name}=True" for name in ("shuffle", "drop_last") if getattr(self._arguments, name)]
+        options = self._arguments.options
+        return facts if options == LoaderOptions() else [*facts, short_repr(options)]
 
     @abstractmethod
     def rank(self) -> Rank:
@@ -395,7 +390,6 @@ class Engine(ABC):
         self,
         position: EpochPosition | SamplerPass,
         share: OrderShare,
-        draws: EpochDraws,
         pin: Callable[[Any], Any] | None,
         **planned: Any,
     ) -> NativeIterator:
@@ -432,7 +426,7 @@ class Engine(ABC):
             pinned=pinned,
             **planned,
         )
-        return NativeIterator(position, inputs, self._resources(), self._arguments.timeout_s, pin, draws)
+        return NativeIterator(position, inputs, self._resources(), self._arguments.timeout_s, pin)
 
     def _start_workers(self, transforms: TransformSettings, seed: int) -> WorkerPool:
         """Return the processes of the last epoch if they live and are free, else new ones."""
@@ -453,8 +447,6 @@ class OrderEngine(Engine):
         self._dataset = source
         self._options = arguments.options
         self._state: RunState | None = None  # position of the next iter(); None: the run has not begun
-        self._loaded_under: int | None = None  # torch's initial seed when _state was loaded; None: no state was loaded
-        self._foreseen: int | None = None  # the next epoch's seed, if only this loader draws random numbers until then
         self._epoch = 0  # set by set_epoch() before the run began
         # position of the newest iter(); None: there was none since the last load()
         self._position: EpochPosition | None = None
@@ -470,7 +462,7 @@ class OrderEngine(Engine):
         """Return the position of the run; begins the run (draws a seed) if it has not begun."""
         if self._position is not None and not self._position.is_between_epochs:
             return self._position.state()
-        return self._next_state(drawn=False)
+        return self.next_state()
 
     @property
     def rebuild_arguments(self) -> tuple[LoaderArguments, RunState | None]:
@@ -482,12 +474,11 @@ class OrderEngine(Engine):
         self._check(state)
         order_options(state)  # raises ValueError for an order that this release does not know
         source = reopen(self._dataset, state)
-        n_records = self._records_of(source)
+        n_records = epoch_records(source)
         if state.offset > n_records:
             raise ValueError(f"the state's offset {state.offset} is outside an epoch of {n_records} records")
         self._use(source)
         self._state = state
-        self._loaded_under = self._initial_seed()
         self._position = None
 
     def _check(self, state: RunState) -> None:
@@ -534,7 +525,7 @@ class OrderEngine(Engine):
         if self._position is not None:
             self._position.redirect(epoch)
         elif self._state is not None and self._state.epoch != epoch:
-            self._state, self._loaded_under = self._state.following(epoch), None
+            self._state = self._state.following(epoch)
 
     def n_batches(self) -> int:
         """Return the number of batches of a whole epoch on this rank."""
@@ -550,22 +541,7 @@ class OrderEngine(Engine):
 
     def iterate(self) -> NativeIterator:
         """Return the iterator of the next epoch."""
-        is_resumed = self._is_resumed
-        arguments, n_records = self._arguments, self._epoch_records()
-        ends_short = not arguments.drop_last and n_records % arguments.batch_size > 0
-        draws = self._draws(ends_short, is_sampled=is_resumed)
-        if self._draws_base_seed() and not is_resumed:
-            draws.begin()
-        state = self._next_state(drawn=True)
-        foreseen: int | None = None
-        is_predicted = True
-        if (seeds := self._epoch_seeds(state)) is not None:
-            if not is_resumed:
-                foreseen = seeds.predict(arguments.generator, n_records, draws_base_seed=self._draws_base_seed(1))
-            # After an epoch whose seed was not the predicted one, no epoch is loaded ahead until a prediction was right
-            # again.
-            is_predicted = foreseen is not None and self._foreseen in (None, state.seed)
-            self._foreseen = foreseen
+        state = self.next_state()
         self._check_readable()
         rank = self.rank()
         ordered = self._source if self._corruption is None else self._corruption
@@ -581,25 +557,15 @@ class OrderEngine(Engine):
         if share.rank_plan.ignores_streams:
             self._warn_of_streams(share.rank_plan)
         position = EpochPosition(state, share.rank_plan)
-        following = position.next_state()
-        next_epoch = NextEpoch(
-            self._source,
-            following if foreseen is None else replace(following, seed=foreseen),
-            plan_share,
-            is_expected=self._n_epochs > 0,
-            is_predicted=is_predicted,
-        )
+        next_epoch = NextEpoch(self._source, position.next_state(), plan_share, is_expected=self._n_epochs > 0)
         iterator = self._start_iterator(
             position,
             share,
-            draws,
             self._pin_function(),
             epoch_start=epoch_start,
             next_epoch=next_epoch,
             publisher=publisher,
         )
-        if self._arguments.num_workers:
-            draws.sample()  # torch sends workers their first indices in iter()
         self._position = position  # set last: if the iterator cannot be made, no epoch has begun
         self._next_epoch = next_epoch
         self._source.storage.on_close(next_epoch)
@@ -607,14 +573,12 @@ class OrderEngine(Engine):
         self._iterator = weakref.ref(iterator)
         return iterator
 
-    def begin_for_sampler(self, state: RunState | None) -> tuple[RunState, Any, OrderShare, EpochDraws]:
+    def begin_for_sampler(self, state: RunState | None) -> tuple[RunState, Records, OrderShare]:
         """Begin the next epoch for a loader that another library made from this loader's sampler.
 
         Returns:
-            The epoch's state, the source of its order, the rank's share from the start of the epoch, and the draws of
-            torch's sampler.
+            The epoch's state, the source of its order, and the rank's share from the start of the epoch.
         """
-        is_again = state is not None
         if state is None:
             if self._position is None and self._state is not None and self._state.offset > 0:
                 raise RuntimeError(
@@ -622,7 +586,7 @@ class OrderEngine(Engine):
                     "which starts an epoch from its beginning (Accelerate's skip_first_batches and prepare do so): "
                     "iterate the loader itself, which skips the records that were served, or load no state"
                 )
-            state = self._next_state(drawn=True)
+            state = self.next_state()
         if self._arguments.shuffle and self._source.mixture is not None:
             raise RuntimeError(
                 "the sampler of a shuffled mixture was iterated (Accelerate's skip_first_batches and prepare do so), "
@@ -641,16 +605,10 @@ class OrderEngine(Engine):
         # A single rank also returns the records of a last batch that is dropped, as torch's sampler does: the batch
         # sampler drops it.
         planned = state if rank.world_size > 1 else replace(state, drop_last=False)
-        ordered = self._numbered()
-        share = plan_epoch(ordered, rank, self._arguments.batch_size, self._arguments.fills_first, planned)
+        share = plan_epoch(self._source, rank, self._arguments.batch_size, self._arguments.fills_first, planned)
         self._position = EpochPosition(state, share.rank_plan, is_counted=False)
-        self._foreseen = None
         self._n_epochs += 1
-        return state, ordered, share, self._draws(is_sampled=is_again)
-
-    def _numbered(self) -> Any:
-        """Return the source whose record numbers the order counts."""
-        return self._source
+        return state, self._source, share
 
     def end_for_sampler(self, share: OrderShare) -> None:
         """Note that the last record of begin_for_sampler()'s share was requested.
@@ -662,66 +620,15 @@ class OrderEngine(Engine):
         if position is not None and position.rank_plan is share.rank_plan and not self._arguments.num_workers:
             position.finished = True
 
-    @property
-    def _is_resumed(self) -> bool:
-        """Whether the next iter() resumes within an epoch, which drew its random numbers before its state was saved."""
-        return self._position is None and self._state is not None and self._state.offset > 0
-
-    def _next_state(self, *, drawn: bool) -> RunState:
-        """Return the state from which the next iter() begins, with the seed that it draws or would draw now.
-
-        drawn: whether iter() has drawn this epoch's base seed.
-        """
-        state = self._start_run(drawn=drawn) if self._position is None else self._position.next_state()
-        seeds = self._epoch_seeds(state)
-        if seeds is None or (self._position is None and self._keeps_seed(state)):
-            return state
-        after_begin = drawn or not self._draws_base_seed()
-        return replace(state, seed=seeds.next(self._arguments.generator, after_begin=after_begin))
-
-    def _draws_base_seed(self, n_more: int = 0) -> bool:
-        """Whether torch's loader draws a base seed for workers in the next iter(), or n_more calls later."""
-        return not (self._arguments.persistent_workers and self._arguments.num_workers and self._n_epochs + n_more)
-
-    def _draws(self, ends_short: bool = False, *, is_sampled: bool) -> EpochDraws:
-        """Return the random numbers that an epoch draws beside its order. See EpochSeeds.draws."""
-        arguments, seeds = self._arguments, self._arguments.library.seeds
-        if seeds is None:
-            return NoDraws(arguments.shuffle)
-        n_records = self._epoch_records()
-        return seeds.draws(arguments.generator, arguments.shuffle, n_records, ends_short, is_sampled=is_sampled)
-
-    def _epoch_seeds(self, state: RunState) -> EpochSeeds | None:
-        """Return the seeds of which each iter() draws one; None: all epochs follow from the seed of the state.
-
-        Ranks that share an epoch draw a seed only at the start of the run: they have no common random numbers, and
-        iter() must not communicate, because a prefetching thread may call it beside the training's own collectives.
-        """
-        is_drawn = state.is_seed_drawn and self._options.seed is None and self.rank().is_alone
-        return self._arguments.library.seeds if is_drawn else None
-
-    def _keeps_seed(self, state: RunState) -> bool:
-        """Whether the next iter() uses the seed of a loaded state.
-
-        A state from between two epochs holds the seed that would be drawn next. Reseeding after load_state_dict()
-        overrides it.
-        """
-        return self._loaded_under is not None and (state.offset > 0 or self._loaded_under == self._initial_seed())
-
-    def _initial_seed(self) -> int | None:
-        """Return the initial seed of the generator from which the seeds are drawn; None: epochs draw none."""
-        seeds = self._arguments.library.seeds
-        return None if seeds is None else seeds.initial(self._arguments.generator)
+    def next_state(self) -> RunState:
+        """Return the state from which the next iter() begins."""
+        return self._start_run() if self._position is None else self._position.next_state()
 
     def _epoch_records(self) -> int:
         """Return the records of an epoch. Cached, because the sum took 70 us of the start of each epoch."""
         if self._n_records is None:
-            self._n_records = self._records_of(self._source)
+            self._n_records = epoch_records(self._source)
         return self._n_records
-
-    def _records_of(self, source: Records) -> int:
-        """Return the records of an epoch of a source, all ranks together."""
-        return epoch_records(source)
 
     def _warn_of_streams(self, rank_plan: RankPlan) -> None:
         """Warn once that several ranks read the same blocks."""
@@ -748,27 +655,23 @@ class OrderEngine(Engine):
             self._corruption = corruption_map_for(source, self._options)
             self._figures_before = {name: at_start[name] - fetched[name] for name in at_start}
 
-    def _start_run(self, *, drawn: bool) -> RunState:
-        """Return the state at the start of the run; start the run if it has not begun. drawn: see _next_state()."""
+    def _start_run(self) -> RunState:
+        """Return the state at the start of the run; start the run if it has not begun."""
         if self._rank is None:
             self._rank = find_rank(self._options)
         if self._state is None:
             if self._rank.origin in ("environment", "torch.distributed") and self._rank.world_size > 1:
                 logger.info("this loader serves %s", self._rank)
-            self._state = self._first_state(self._rank, drawn=drawn)
+            self._state = self._first_state(self._rank)
         return self._state
 
-    def _first_state(self, rank: Rank, *, drawn: bool) -> RunState:
+    def _first_state(self, rank: Rank) -> RunState:
         """Return the first state of the run; with torch.distributed rank 0 decides it."""
         arguments, options = self._arguments, self._options
         seed = options.seed
         if seed is None:
-            if not arguments.shuffle or must_not_draw(rank):
-                seed = 0
-            elif (seeds := arguments.library.seeds) is not None:
-                seed = seeds.next(arguments.generator, after_begin=drawn)
-            else:
-                seed = int(np.random.randint(np.iinfo(np.int64).max, dtype=np.int64))
+            is_drawn = arguments.shuffle and not must_not_draw(rank)
+            seed = arguments.library.draw_seed(arguments.generator) if is_drawn else 0
         order: dict[str, Any] = {
             "shuffle": arguments.shuffle,
             "drop_last": arguments.drop_last,
@@ -783,14 +686,4 @@ class OrderEngine(Engine):
         agreed = agree(rank, mine, {"batch_size": arguments.batch_size, **order})
         if agreed["versions"] != versions:
             self._use(self._source.at_versions(agreed["versions"]))
-        # In the next epoch a mixture's parts continue where they stopped, so its epochs share a seed.
-        draws_seeds = arguments.library.seeds is not None and self._source.mixture is None
-        is_seed_drawn = draws_seeds and arguments.shuffle and options.seed is None and rank.is_alone
-        return RunState(
-            parts=self._source.parts,
-            seed=agreed["seed"],
-            epoch=agreed["epoch"],
-            offset=0,
-            is_seed_drawn=is_seed_drawn,
-            **order,
-        )
+        return RunState(parts=self._source.parts, seed=agreed["seed"], epoch=agreed["epoch"], offset=0, **order)

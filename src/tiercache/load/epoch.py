@@ -457,7 +457,7 @@ def plan_epoch(ordered: Ordered, rank: Rank, batch_size: int, fills_first: bool,
         n_streams=order.n_streams,
         fills_first=fills_first,
     )
-    return OrderShare(order, rank_plan, state.seed, state.key_epoch, corruption, sizes)
+    return OrderShare(order, rank_plan, state.seed, state.epoch, corruption, sizes)
 
 
 def make_order(ordered: Ordered, state: RunState) -> Order:
@@ -466,11 +466,11 @@ def make_order(ordered: Ordered, state: RunState) -> Order:
     sizes = DatasetSizes(source.shard_records, source.shard_bytes, ordered.block_sizes)
     options = order_options(state)
     if source.mixture is not None:
-        return MixtureOrder(sizes, source.mixture, options, state.key_epoch)
+        return MixtureOrder(sizes, source.mixture, options, state.epoch)
     listed = source.record_order
     if listed is not None and not state.shuffle:
         return explicit_order(ordered, listed, state.window_bytes)
-    return EpochOrder(sizes, options, state.key_epoch)
+    return EpochOrder(sizes, options, state.epoch)
 
 
 def explicit_order(ordered: Ordered, numbers: ServedOrder, window_bytes: int | None) -> Order:
@@ -537,27 +537,22 @@ def _cancel(ready: Future[EpochStart | None]) -> None:
 
 
 class NextEpoch:
-    """The epoch after the current one, if it begins as predicted. The planner prepares it, and the engine takes it.
+    """The epoch after the current one. The planner prepares it, and the engine takes it if the run continues there.
 
     Args:
         source: Records that both epochs read.
-        state: State at the predicted start of the next epoch.
+        state: State at the start of the next epoch.
         plan_epoch: Function that returns a rank's share of an epoch. It must not refer to the loader, which would then
             live too long.
         is_expected: Whether this run has gone from one epoch to the next before. If not, no store is read for the next
             epoch.
-        is_predicted: Whether the next iter() will probably draw the state's seed. If not, only the reading plan is
-            published: the cache learns which shards the epoch reads, and nothing is loaded.
     """
 
-    def __init__(
-        self, source: Records, state: RunState, plan_epoch: PlanEpoch, *, is_expected: bool, is_predicted: bool = True
-    ) -> None:
+    def __init__(self, source: Records, state: RunState, plan_epoch: PlanEpoch, *, is_expected: bool) -> None:
         self._source = source
         self._state = state
         self._plan_epoch = plan_epoch
         self._is_expected = is_expected
-        self._is_predicted = is_predicted
         self.publisher = ReadingPlanPublisher(source, state, plan_epoch)
         self._lock = threading.Lock()
         self._ready: Future[EpochStart | None] | None = None  # None: no planner has begun to prepare it
@@ -581,8 +576,8 @@ class NextEpoch:
         return self._share
 
     def shards_ahead(self, n_bytes: int) -> list[int]:
-        """Return the first shards of the epoch, about n_bytes (stored) of them; none if its seed is not predicted."""
-        return self.share.shards_ahead(0, 0, n_bytes) if self._is_predicted else []
+        """Return the first shards of the epoch, about n_bytes (stored) of them."""
+        return self.share.shards_ahead(0, 0, n_bytes)
 
     def prepare(self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int) -> None:
         """Prepare the start: plan the epoch, prefetch its first shards, and begin to load its first windows.
@@ -661,11 +656,8 @@ class NextEpoch:
         self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int, publisher: ReadingPlanPublisher
     ) -> EpochStart | None:
         with self._a_step():
-            if self._is_predicted or self._source.storage.has_cache:
-                publisher.begin(self.share)
-                publisher.complete()
-        if not self._is_predicted:
-            return None
+            publisher.begin(self.share)
+            publisher.complete()
         rest = self.share.pieces(0)
         # Reads footers. drop_preparation() does not wait for that, because a store may be slow.
         first = next(rest, None)

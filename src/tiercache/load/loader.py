@@ -4,55 +4,50 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from multiprocessing.context import BaseContext
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import IterableDataset, Sampler, default_collate
-from torchdata.stateful_dataloader import Stateful, StatefulDataLoader
-from torchdata.stateful_dataloader import sampler as torchdata_samplers
+from torch.utils.data import Sampler, default_collate
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tiercache.data.output_spec import NativeAccess, NativeDataset, native_access
 from tiercache.load.collate import collate
 from tiercache.load.device import find_device
 from tiercache.load.engine import LoaderArguments, OrderEngine
+from tiercache.load.epoch import epoch_records
 from tiercache.load.options import LoaderOptions
-from tiercache.load.ranks import Rank, find_rank
-from tiercache.load.sampler_engines import OrderSampler, SamplerEngine, ShuffledOrder, StoredOrder, TorchPathEngine
+from tiercache.load.ranks import Rank
 from tiercache.load.samplers import (
-    NEXT_EPOCH,
-    SAMPLER_EPOCH,
-    BatchSampler,
-    RandomSampler,
+    OrderSampler,
+    SamplerEngine,
+    ShuffledOrder,
+    StoredOrder,
     get_sampler_epoch,
     is_known,
     is_known_batch_sampler,
     set_sampler_epoch,
-    with_state,
 )
-from tiercache.load.state import STEPS_SINCE, RunState, state_for_workers
+from tiercache.load.state import RunState
 from tiercache.load.torch_library import TorchLibrary
-from tiercache.load.torch_rng import RandomGenerators, loadable, next_seed, settled
 from tiercache.load.transform import BatchFunction
 from tiercache.load.transform_workers import TransformSettings
-from tiercache.model import short_repr
 from tiercache.transform_rng import use_fresh_key
 
 logger = logging.getLogger("tiercache")
 
 T_co = TypeVar("T_co", covariant=True)  # The type of a batch, as in torch: `DataLoader[Batch]` is a type.
 
-_NOT_OURS = "the data set is a {0.__class__.__name__}, not a tiercache.Dataset"
-_OF_NATIVE_PATH = "applies only to a tiercache.Dataset served by the native path; here"
 _NO_PIN_DEVICE = (  # The wording is torch's.
     "pin_memory_device is deprecated, the current accelerator will be used as the device,ignore pin_memory_device='{}'."
 )
+_SAMPLER_EPOCH = "_tiercache_sampler_epoch"  # beside torchdata's keys: the epoch of a sampler that has set_epoch()
+_ORDER_KEYS = {"parts", "offset"}
 
 
 class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata ships no types
@@ -63,16 +58,17 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
     are applied to these batches: in next(), or by `num_workers` processes, which only run the user's functions. On
     torch's path, torchdata's StatefulDataLoader fetches and collates records. The arguments decide the path:
 
-    | data set | arguments | path | order and ranks | state |
-    | --- | --- | --- | --- | --- |
-    | `tiercache.Dataset` | no sampler | native | tiercache's | tiercache's |
-    | the same | a plain sequence, or a sampler of torch or torchdata | native | the sampler's | torchdata's form |
-    | the same, not a mixture | the user's own sampler or batch sampler | torch's | the sampler's | torchdata's |
-    | a mixture | any sampler | torch's | the sampler's | torchdata's |
-    | any other | any | torch's | torch's | torchdata's |
+    | data set | arguments | path | order and ranks |
+    | --- | --- | --- | --- |
+    | `tiercache.Dataset` | no sampler | native | tiercache's |
+    | the same | a plain sequence, or a sampler of torch or torchdata | native | the sampler's |
+    | the same | the user's own sampler or batch sampler | torch's | the sampler's |
+    | a mixture | any sampler | torch's | the sampler's |
+    | any other | any | torch's | torch's |
 
-    A `tiercache.Dataset` with a `collate_fn` but no transform, with `batch_size=None`, or of a class that overrides how
-    records are read always takes torch's path; without a sampler, it keeps tiercache's order, ranks and state there.
+    A `tiercache.Dataset` with `batch_size=None`, or of a class that overrides how records are read, always takes
+    torch's path; without a sampler, it keeps tiercache's order and ranks there. On torch's path the state is
+    torchdata's.
 
     On the native path a batch is a dict by column: tensors [n, ...] of the column's dtype; lists for bytes, str, JSON
     and encoded images; a list of tensors for ragged columns; `<column>.valid`, bool[n], beside a nullable column. The
@@ -88,17 +84,16 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         sampler: Iterable of record numbers, as in torch. It replaces `shuffle` and the split of records among ranks.
         batch_sampler: Iterable of lists of record numbers, one list per batch, as in torch.
         num_workers: Number of worker processes, on torch's path and for transforms. Without transforms the native path
-            starts none, but draws from torch's random numbers as if it did.
-        collate_fn: Function from a list of records to a batch. If the data set has no transform, any function but None
-            and `tiercache.collate` takes torch's path.
+            starts none.
+        collate_fn: Function from a list of records to a batch. It runs where transforms run.
         pin_memory: Whether to copy each batch into pinned memory of the accelerator. It has no further effect with
             `LoaderOptions(device=...)`, which gathers batches in pinned memory.
         drop_last: Whether to drop the last batch of an epoch if it is shorter than `batch_size`.
         timeout: Seconds to wait for a batch before a RuntimeError; 0 waits without a limit.
         worker_init_fn: Function that each worker process calls with its number before its first batch.
         multiprocessing_context: Start method of the worker processes.
-        generator: torch.Generator of the order's seed and of the random numbers that the loader draws. None: torch's
-            own.
+        generator: torch.Generator from which a run without `LoaderOptions(seed=)` draws its seed when it begins. None:
+            torch's own.
         prefetch_factor: Number of batches that each worker process loads ahead. None: 2.
         persistent_workers: Whether the worker processes live from one epoch to the next.
         pin_memory_device: Device of the pinned memory; deprecated by torch, which uses the current accelerator.
@@ -134,29 +129,37 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         snapshot_every_n_steps: int = 1,
         options: LoaderOptions | None = None,
     ) -> None:
+        if options is not None and not isinstance(options, LoaderOptions):
+            raise TypeError(f"options= takes a tiercache.LoaderOptions(...), got {options!r}")
         access = native_access(dataset)
-        batch_transforms = _batch_transforms(access, options, collate_fn)
-        if isinstance(collate_fn, TransformedCollate):
-            collate_fn = collate_fn.collate_fn
-        path = _choose_path(dataset, access, batch_size, sampler, batch_sampler, collate_fn)
-        has_transform = access is not None and access.transform is not None
-        # Whether the native path runs functions of the user.
-        self._runs_functions = has_transform or (access is not None and bool(batch_transforms))
-        if access is not None or batch_transforms:
-            collate_fn = _collate_of(access, collate_fn, batch_transforms, is_batched=batch_size is not None)
-        self._has_sampler, self._is_mixture = path.has_sampler, path.is_mixture
-        self._starts_workers = path.name == "torch" or self._runs_functions
-        shuffled = bool(shuffle)
         records: Any = dataset  # torch's stub of a data set has no length
-        is_empty = shuffled and path.is_ordered and not len(records)
-        if is_empty:
-            shuffle = None  # torch's RandomSampler raises an error for an empty data set.
-        if not self._has_sampler and not isinstance(dataset, IterableDataset):
-            if shuffled and not is_empty:
-                kind = ShuffledOrder if path.is_ordered else RandomSampler
-                shuffle, sampler = None, kind(records, generator=generator)
-            elif path.is_ordered:
-                sampler = StoredOrder(records)
+        has_sampler = sampler is not None or batch_sampler is not None
+        # Whether the order is tiercache's own, on either path. A class with a length of its own numbers other records.
+        has_order = (
+            access is not None
+            and not has_sampler
+            and (not access.overrides_access or len(records) == epoch_records(access.source))
+        )
+        reason = _reason_for_torch(dataset, access, batch_size, sampler, batch_sampler)
+        if options is not None:
+            _check_options(options, reason, has_sampler=has_sampler, has_order=has_order)
+        if access is not None:
+            collate_fn = _collate_of(
+                access, options, collate_fn, is_batched=batch_size is not None or batch_sampler is not None
+            )
+        is_shuffled = bool(shuffle)
+        if access is not None and has_order:
+            if access.source.mixture is not None and reason and is_shuffled:
+                raise ValueError(f"a mixture is shuffled only on the native path; here {reason}")
+            # torch's RandomSampler raises an error for an empty data set.
+            sampler = ShuffledOrder(records, generator=generator) if shuffle and len(records) else StoredOrder(records)
+            shuffle = None
+        # Set first, because torch's constructor calls check_worker_number_rationality().
+        self._is_native, self._has_sampler = not reason, has_sampler
+        # Whether the native path runs functions of the user.
+        self._runs_functions = (
+            access is not None and not reason and (access.transform is not None or collate_fn is not collate)
+        )
         with warnings.catch_warnings():
             # torchdata calls a function that torch 2.13 deprecated; neither its users nor this library can change that.
             warnings.filterwarnings("ignore", message=".*set_vital.*", category=UserWarning)
@@ -177,45 +180,30 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
                 prefetch_factor=prefetch_factor,
                 persistent_workers=persistent_workers,
                 pin_memory_device=pin_memory_device,
-                in_order=in_order or path.name == "native",  # torchdata warns about workers that do not exist here
+                in_order=in_order or not reason,  # torchdata warns about workers that do not exist here
                 snapshot_every_n_steps=snapshot_every_n_steps,
             )
-        if type(self.batch_sampler) is torchdata_samplers.BatchSampler and batch_sampler is None:
-            self.batch_sampler.__class__ = BatchSampler  # torchdata creates it, and torch forbids replacing it later
         self.in_order = in_order
-        has_state = isinstance(dataset, Stateful)
-        _check_options(options, path.reason, is_ordered=path.is_ordered, has_state=has_state)
-        self._is_split = False
-        self._native: OrderEngine | SamplerEngine | None = None
-        self._indexed: TorchPathEngine | None = None
-        if access is not None and (path.is_ordered or not path.reason):
-            transforms = self._transform_settings()
-            arguments = LoaderArguments(
-                library=TorchLibrary(),
-                batch_size=int(batch_size or 1),
-                shuffle=shuffled,
-                drop_last=drop_last,
-                timeout_s=timeout,
-                pin_memory=pin_memory,
-                generator=generator,
-                options=options or LoaderOptions(),
-                output_spec=access.output_spec if transforms is None else transforms.function.gathered_spec,
-                num_workers=num_workers,
-                persistent_workers=persistent_workers,
-            )
-            if not path.reason:
-                self._native = self._make_engine(arguments)
-            elif has_state:  # torchdata keeps the data set's state beside the sampler's
-                self._is_split = arguments.options.split_ranks
-            else:
-                self._indexed = TorchPathEngine(records, arguments, is_batched=batch_size is not None)
-        self._bind_sampler()
-        # Set when a mid-epoch state in torchdata's form, which earlier releases saved, is loaded:
-        self._resumes_in_torchdata = False  # The next iter() continues that epoch in torchdata.
-        self._torchdata_serves_rest = False  # torchdata serves the epoch to its end. Still set when that iter() began.
-        self._served_batch_sampler = self.batch_sampler
-        self._newest_torch_iterator: Any = None
-        if self._native is not None and num_workers:
+        # The engine of the native path; on torch's path, that of tiercache's order, which the sampler returns.
+        self._engine: OrderEngine | SamplerEngine | None = None
+        self._own_batch_sampler = self.batch_sampler
+        if access is None or (reason and not has_order):
+            return
+        transforms = self._transform_settings()
+        arguments = LoaderArguments(
+            library=TorchLibrary(),
+            batch_size=int(batch_size or 1),
+            shuffle=is_shuffled,
+            drop_last=drop_last,
+            timeout_s=timeout,
+            pin_memory=pin_memory,
+            generator=generator,
+            options=options or LoaderOptions(),
+            output_spec=access.output_spec if transforms is None else transforms.function.gathered_spec,
+            num_workers=num_workers,
+        )
+        self._start_engine(arguments, None)
+        if self._is_native and num_workers:
             given = {
                 "worker_init_fn": worker_init_fn is not None,
                 "multiprocessing_context": multiprocessing_context is not None,
@@ -228,52 +216,44 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             _log_ignored(num_workers, ignored, runs_functions=self._runs_functions)
 
     def __iter__(self) -> Any:
-        if self.batch_sampler is not self._served_batch_sampler:
-            self._replace_batch_sampler(self.batch_sampler)
-        if self._native is None:
-            if self._indexed is not None and not self._resumes_in_torchdata:
-                return self._iterate_indexed(self._indexed)
-            self._resumes_in_torchdata = False
+        if not self._is_native or self._engine is None:
             access = native_access(self.dataset)
             if access is not None:
-                self._check_unsplit()
                 access.source.storage.prepare_reading(np.flatnonzero(access.source.shard_records))
-            with self._torchdata_iterator():
-                return super().__iter__()
+            return super().__iter__()
+        if self.batch_sampler is not self._own_batch_sampler:
+            raise RuntimeError(
+                "the loader's batch_sampler was replaced after the loader was made: give batch_sampler= to the "
+                "constructor. Workers live from epoch to epoch with persistent_workers=True"
+            )
         if self.pin_memory and self.pin_memory_device and hasattr(torch, "accelerator"):  # 2.6 and later
             warnings.warn(_NO_PIN_DEVICE.format(self.pin_memory_device), stacklevel=2)
-        self._native.transforms = self._transform_settings()
-        return self._native.iterate()
+        self._engine.transforms = self._transform_settings()
+        return self._engine.iterate()
 
     def check_worker_number_rationality(self) -> None:
-        """Warn as torch does if there are more worker processes than cores, unless the loader starts none."""
-        if self._starts_workers:
+        """Warn, as torch does, about more workers than cores; not if the native path starts no processes."""
+        if not self._is_native or self._runs_functions:
             super().check_worker_number_rationality()
 
     def __len__(self) -> int:
-        engine = self._native or self._indexed
-        return super().__len__() if engine is None else engine.n_batches()
+        """Return the number of batches of an epoch on this rank; the length of an IterableDataset as torch does."""
+        return super().__len__() if self._engine is None or not self._is_native else self._engine.n_batches()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loader's position as plain values for a checkpoint.
 
-        Over a tiercache data set the state is equal on all ranks. With a sampler it has torchdata's form and belongs to
-        one rank.
+        Over a tiercache data set the state is equal on all ranks. With a sampler it belongs to one rank, and it may
+        hold the state of the sampler's generator. On torch's path it has torchdata's form.
         """
-        engine = self._order_engine
-        if engine is not None:
-            return engine.state().to_dict()
         state: dict[str, Any]
-        if isinstance(self._native, SamplerEngine):
-            state = self._native.state()
-        else:
-            with self._torchdata_iterator():
-                state = super().state_dict()
-        if isinstance(self.sampler, RandomSampler) and state["_iterator_finished"]:
-            draws_base_seed = not (self.persistent_workers and self.num_workers)
-            state = {**state, NEXT_EPOCH: self.sampler.next_epoch(draws_base_seed=draws_base_seed)}
-        epoch = get_sampler_epoch(self._index_sampler)
-        return settled(state if epoch is None else {**state, SAMPLER_EPOCH: epoch})
+        if not self._is_native or self._engine is None:
+            state = super().state_dict()
+            epoch = get_sampler_epoch(self._index_sampler)
+            return state if epoch is None else {**state, _SAMPLER_EPOCH: epoch}
+        if isinstance(self._engine, OrderEngine):
+            return self._engine.state().to_dict()
+        return self._engine.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state, on any number of ranks.
@@ -283,38 +263,27 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
 
         Raises:
             TypeError: `state_dict` is not a dict.
-            ValueError: The state is of another kind of loader; or this loader's options differ from it; or it was saved
-                with another number of workers over a data set in which each worker has its own position.
+            ValueError: The state is of another kind of loader; or this loader's options differ from it.
             ObjectChanged: The data set differs from the one that the state was saved on.
         """
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"load_state_dict() takes the dict that state_dict() returned, got {state_dict!r}")
-        state_dict = self._for_own_workers(state_dict)
-        if SAMPLER_EPOCH in state_dict:  # The sampler must know the epoch before it makes its iterator.
-            set_sampler_epoch(self._index_sampler, state_dict[SAMPLER_EPOCH])
-        is_ordered = {"parts", "offset"} <= state_dict.keys()
-        if is_ordered and (self._has_sampler or (self._native is None and self._indexed is None)):
+        is_ordered = state_dict.keys() >= _ORDER_KEYS
+        if is_ordered and (not self._is_native or not isinstance(self._engine, OrderEngine)):
             raise ValueError(
-                "the state was saved by a loader over a tiercache.Dataset without a sampler, and this loader has a "
-                f"sampler or another data set: {self!r}. Load it into a loader without sampler= and batch_sampler="
+                "the state was saved by a loader over a tiercache.Dataset without a sampler on the native path, and "
+                f"this is another kind of loader: {self!r}. Load it into a loader with the arguments of the first one"
             )
-        # torchdata's state of a loader that has not begun
-        if state_dict == {} and (self._native or self._indexed) is not None:
+        if not self._is_native or self._engine is None:
+            if _SAMPLER_EPOCH in state_dict:  # The sampler must know the epoch before it makes its iterator.
+                set_sampler_epoch(self._index_sampler, state_dict[_SAMPLER_EPOCH])
+            super().load_state_dict({key: value for key, value in state_dict.items() if key != _SAMPLER_EPOCH})
+        elif not state_dict:  # torchdata's state of a loader that has not begun
             return
-        if self._indexed is not None and (is_ordered or _is_over(state_dict)):
-            self._forget_torch_iterator()
-            if is_ordered:
-                self._indexed.load(RunState.from_dict(state_dict))
-        elif self._native is None:
-            self._resumes_in_torchdata = self._torchdata_serves_rest = self._indexed is not None
-            with self._torchdata_iterator():
-                super().load_state_dict(loadable(state_dict))
-            if NEXT_EPOCH in state_dict and isinstance(self.sampler, RandomSampler):
-                self.sampler.load_next_epoch(state_dict[NEXT_EPOCH])
-        elif isinstance(self._native, OrderEngine):
-            self._native.load(RunState.from_dict(state_dict))
+        elif isinstance(self._engine, OrderEngine):
+            self._engine.load(RunState.from_dict(state_dict))
         else:
-            self._native.load(loadable(state_dict))
+            self._engine.load(state_dict)
 
     def set_epoch(self, epoch: int) -> None:
         """Make `epoch` the next epoch. A state that was loaded for that epoch keeps its position.
@@ -322,9 +291,8 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         Args:
             epoch: Number of the epoch, 0 or more.
         """
-        engine = self._native or self._indexed
-        if engine is not None:
-            engine.set_epoch(epoch)
+        if self._engine is not None:
+            self._engine.set_epoch(epoch)
         else:
             set_sampler_epoch(self._index_sampler, epoch)
 
@@ -335,7 +303,9 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             across_ranks: Whether `exposed_wait_s` also tells of the slowest rank. Then the call is a collective of
                 torch.distributed: all ranks must make it.
         """
-        return {} if self._native is None else self._native.stats(across_ranks=across_ranks)
+        if self._engine is None or not self._is_native:
+            return {}
+        return self._engine.stats(across_ranks=across_ranks)
 
     @property
     def _is_accelerate_prepared(self) -> bool:
@@ -347,208 +317,42 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
     @property
     def native_rank(self) -> Rank | None:
         """Rank whose share of each epoch the native path serves, and the origin of that rank; None on torch's path."""
-        return None if self._native is None else self._native.rank()
+        return self._engine.rank() if self._is_native and self._engine is not None else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for pickling: the copy continues at this loader's position, with its own threads."""
-        engines = {name: getattr(self, name) for name in ("_native", "_indexed")}
-        rebuilt = {name: None if engine is None else engine.rebuild_arguments for name, engine in engines.items()}
-        state = {**vars(self), **rebuilt}
-        newest = self._newest_iterator
-        if newest is not None and self._order_engine is None:
-            state |= {"next_iter_state": newest.state_dict(), "_resumes_in_torchdata": self._torchdata_serves_rest}
-        return {**state, "_iterator": None, "_newest_torch_iterator": None, "_initial_iter_for_state_dict": False}
+        rebuilt = None if self._engine is None else self._engine.rebuild_arguments
+        return {**vars(self), "_engine": rebuilt, "_iterator": None, "_initial_iter_for_state_dict": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if isinstance(self.sampler, OrderSampler):  # An OrderSampler is bound to one loader.
+        if isinstance(self.sampler, OrderSampler):  # It is bound to one loader. torch forbids setting these two.
             sampler, batch_sampler = copy(self.sampler), copy(self.batch_sampler)
-            is_own = self.batch_sampler is self._served_batch_sampler  # otherwise a user replaced it later
-            if is_own and batch_sampler is not None:
+            if batch_sampler is not None:
                 batch_sampler.sampler = sampler
-                self._served_batch_sampler = batch_sampler
-            self.__dict__.update(sampler=sampler, batch_sampler=batch_sampler)  # torch forbids setting them
-        if state["_native"] is not None:
-            arguments, position = state["_native"]
-            self._native = self._make_engine(arguments)
-            if position is not None and self._native is not None:
-                self._native.load(position)
-        if state["_indexed"] is not None:
-            arguments, position = state["_indexed"]
-            self._indexed = TorchPathEngine(self.dataset, arguments, is_batched=self.batch_size is not None)
-            if position is not None:
-                self._indexed.load(position)
-        self._bind_sampler()
+            self.__dict__.update(sampler=sampler, batch_sampler=batch_sampler)
+            self._own_batch_sampler = batch_sampler
+        if state["_engine"] is not None:
+            self._start_engine(*state["_engine"])
 
     def __repr__(self) -> str:
-        path = "torch's path"
-        if self._indexed is not None:
-            path += f", {self._indexed.rank()}"
-        elif self._native is not None:
-            path = str(self._native.rank())
         facts = [repr(self.dataset), f"batch_size={self.batch_size}"]
-        if (engine := self._native or self._indexed) is not None:
-            facts += [f"{name}=True" for name in ("shuffle", "drop_last") if getattr(engine.arguments, name)]
-            facts += [] if engine.arguments.options == LoaderOptions() else [short_repr(engine.arguments.options)]
+        if self._engine is not None:
+            facts += self._engine.facts()
+        path = "" if self._is_native else "torch's path"
+        if self._engine is not None:
+            path += f"{', ' if path else ''}{self._engine.rank()}"
         return f"{type(self).__name__}({', '.join(facts)}, {path})"
 
-    @property
-    def _index_sampler(self) -> Any:
-        """Sampler that torch's iterators ask for indices."""
-        indexed = vars(self).get("_indexed")  # None while torchdata's constructor runs
-        if indexed is None:
-            return with_state(super()._index_sampler)
-        if not self._torchdata_serves_rest:
-            return indexed.sampler
-        sampler = copy(self.sampler)  # A copy is bound to no loader, so it behaves as torch's sampler.
-        return with_state(BatchSampler(sampler, self.batch_size, self.drop_last) if self._auto_collation else sampler)
-
-    def _bind_sampler(self) -> None:
-        """Let the loader's own sampler return this loader's order."""
-        engine = self._native or self._indexed
-        if isinstance(self.sampler, OrderSampler) and isinstance(engine, OrderEngine):
-            self.sampler.engine = engine
-
-    @property
-    def _order_engine(self) -> OrderEngine | None:
-        """Engine of tiercache's own order, whose state is a RunState; None: a sampler or torchdata has the state."""
-        if self._indexed is None:
-            return self._native if isinstance(self._native, OrderEngine) else None
-        iterator: Any = self._newest_iterator
-        is_over = iterator is not None and iterator._finished  # noqa: SLF001 -- torchdata's
-        return None if self._torchdata_serves_rest and not is_over else self._indexed
-
-    def _iterate_indexed(self, engine: TorchPathEngine) -> Any:
-        """Return torch's iterator over the next epoch of tiercache's order."""
-        is_resumed = engine.begin()
-        if self._torchdata_serves_rest:
-            self._forget_torch_iterator()
-        random_state = torch.get_rng_state()
-        own_state = None if self.generator is None else self.generator.get_state()
-        # The iterator takes the loader's data set, which torch forbids setting.
-        dataset, self.__dict__["dataset"] = self.dataset, engine.fetched_dataset
-        try:
-            with self._torchdata_iterator():
-                iterator = super().__iter__()
-        finally:
-            self.__dict__["dataset"] = dataset
-        if is_resumed:
-            torch.set_rng_state(random_state)
-            if self.generator is not None:
-                self.generator.set_state(own_state)
-        engine.set_iterator(iterator)
-        return iterator
-
-    def _get_iterator(self) -> Any:
-        state = self.next_iter_state
-        if state is None:
-            return super()._get_iterator()
-        if state.get("_iterator_finished") and not isinstance(self.dataset, (IterableDataset, Stateful)):
-            # torchdata makes another iterator for the next epoch. This one must not draw what decides the next epoch's
-            # order: the user may have reseeded after the state was loaded.
-            with RandomGenerators(self.sampler).replaying(with_own=NEXT_EPOCH in state):
-                iterator = super()._get_iterator()
+    def _start_engine(self, arguments: LoaderArguments, position: Any) -> None:
+        source = self.dataset.__tiercache__().source
+        if self._has_sampler:
+            self._engine = SamplerEngine(source, arguments, self.batch_sampler)
         else:
-            random_state = torch.get_rng_state()
-            own_state = None if self.generator is None else self.generator.get_state()
-            iterator = super()._get_iterator()
-            self._restore_random_numbers(random_state)
-            # load_state_dict() set it, or the user did after that
-            if NEXT_EPOCH in state and self.generator is not None:
-                self.generator.set_state(own_state)
-        # With workers, torchdata's iterator skips these batches itself.
-        if self.num_workers == 0 and STEPS_SINCE in state:
-            for _ in range(state[STEPS_SINCE]):
-                next(iterator)
-            iterator._finished = state["_iterator_finished"]  # noqa: SLF001 -- torchdata does the same
-        return iterator
-
-    def _restore_random_numbers(self, random_state: torch.Tensor) -> None:
-        """Undo the iterator's draw of a base seed, so that later draws equal those after the state was saved.
-
-        random_state: torch's random state before the iterator was made.
-        """
-        # The epoch drew a base seed before its state was saved. If more than that changed, the data set restored a
-        # state of its own, which stays.
-        drawn = torch.Generator().set_state(random_state)
-        torch.empty((), dtype=torch.int64).random_(generator=drawn)
-        if torch.equal(torch.get_rng_state(), drawn.get_state()):
-            torch.set_rng_state(random_state)
-
-    def _forget_torch_iterator(self) -> None:
-        """Drop torch's iterator and its state, so that the next iter() makes a new one."""
-        self._iterator = self._newest_torch_iterator = None
-        self.next_iter_state: Any = None
-        self._initial_iter_for_state_dict = self._resumes_in_torchdata = self._torchdata_serves_rest = False
-
-    def _check_unsplit(self) -> None:
-        """Warn, or raise ValueError, if torchdata serves all records to every rank although ranks share the epochs."""
-        rank = find_rank(LoaderOptions())
-        if rank.world_size == 1:
-            return
-        if self._is_split:
-            raise ValueError(
-                f"a data set with a state_dict() of its own cannot be split among ranks, and this is {rank}: give a "
-                "sampler (torch's DistributedSampler), or LoaderOptions(split_ranks=False)"
-            )
-        if self._torchdata_serves_rest:
-            warnings.warn(
-                f"the state was saved by a loader that served all records to every rank: until this epoch ends, {rank} "
-                "is served all records too",
-                RuntimeWarning,
-                stacklevel=3,  # the caller of iter(loader)
-            )
-
-    @property
-    def _keeps_workers(self) -> bool:
-        return bool(self.persistent_workers and self.num_workers)
-
-    @property
-    def _newest_iterator(self) -> Any:
-        """Iterator that the last iter() made on torch's path; None: there is none."""
-        return self._iterator if self._keeps_workers else self._newest_torch_iterator
-
-    @contextmanager
-    def _torchdata_iterator(self) -> Iterator[None]:
-        """Put the newest iterator into `_iterator`, where torchdata's methods keep it for the state.
-
-        Outside of this context torch's rule holds: `_iterator` is None unless workers persist. Frameworks end the
-        workers of an iterator that they find there.
-        """
-        if not self._keeps_workers:
-            self._iterator = self._newest_torch_iterator
-        try:
-            yield
-        finally:
-            if not self._keeps_workers:
-                self._newest_torch_iterator, self._iterator = self._iterator, None
-
-    def _for_own_workers(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Convert the state of a loader with another number of workers. Raises ValueError if that is impossible."""
-        n_workers = 0 if self._native is not None else self.num_workers
-        is_iterable = isinstance(self.dataset, IterableDataset)
-        base_seed = next_seed(self.generator, after_begin=True)
-        converted = state_for_workers(state, n_workers, base_seed, is_iterable=is_iterable)
-        if self._native is not None and STEPS_SINCE in converted:
-            raise ValueError(
-                f"the state's snapshot is {converted[STEPS_SINCE]} batches older than the position to resume, because "
-                "snapshot_every_n_steps was above 1 when it was saved: only a loader on torch's path (with a "
-                "collate_fn=) can resume from it"
-            )
-        return converted
-
-    def _replace_batch_sampler(self, batch_sampler: Any) -> None:
-        """Serve a batch sampler that replaced the loader's own after the loader was made.
-
-        torch's loader asks whichever batch sampler it has at iter(). MultiEpochsDataLoader (timm and others) installs
-        one that never ends, so that worker processes live from epoch to epoch.
-        """
-        native, self._served_batch_sampler = self._native, batch_sampler
-        self._has_sampler, self._native, self._indexed = True, None, None
-        if native is not None:
-            arguments, _ = native.rebuild_arguments
-            self._native = self._make_engine(replace(arguments, shuffle=False))
-        self._starts_workers = self._native is None or self._runs_functions
+            self._engine = OrderEngine(source, arguments)
+            self.sampler.engine = self._engine
+        if position is not None:
+            self._engine.load(position)
 
     def _transform_settings(self) -> TransformSettings | None:
         """Return the user's functions of the native path, and their processes; None: there are no such functions.
@@ -566,7 +370,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             dataset=self.dataset,
             columns=access.output_spec.schema(access.source.schema).columns,
             output_spec=access.output_spec,
-            collate_fn=None if access.transform is None else collate_fn,
+            collate_fn=None if collate_fn is collate and access.transform is None else collate_fn,
             batch_transforms=batch_transforms,
         )
         return TransformSettings(
@@ -575,100 +379,50 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             context=self.multiprocessing_context,
             worker_init_fn=self.worker_init_fn,
             prefetch_factor=self.prefetch_factor or 2,
-            keeps_workers=self._keeps_workers,
+            keeps_workers=bool(self.persistent_workers and self.num_workers),
         )
 
-    def _make_engine(self, arguments: LoaderArguments) -> OrderEngine | SamplerEngine | None:
-        """Return the engine of the native path; None: torch's path serves the sampler."""
-        source = self.dataset.__tiercache__().source
-        if not self._has_sampler:
-            return OrderEngine(source, arguments)
-        _check_sampler_options(arguments.options)
-        index_sampler = super()._index_sampler
-        known = is_known_batch_sampler(index_sampler) and not self._is_mixture
-        options, defaults = arguments.options, LoaderOptions()
-        for name in ("on_corrupt", "device"):
-            value = find_device(options.device) if name == "device" else getattr(options, name)
-            if not known and value != getattr(defaults, name):
-                raise ValueError(
-                    f"{name}={value!r} applies only to the native path, and torch's path serves your own samplers and "
-                    f"mixtures, here {index_sampler!r}: {_instead_of(name)}, or give a known sampler"
-                )
-        return SamplerEngine(source, arguments, index_sampler) if known else None
 
-
-@dataclass(frozen=True, slots=True)
-class _Path:
-    """How a loader serves its data set, as far as its arguments decide it.
-
-    Attributes:
-        name: Path that serves the loader.
-        reason: Reason why a loader over this data set takes torch's path, whatever its sampler; "" if there is none.
-        has_sampler: Whether the caller gave a sampler or a batch sampler.
-        is_ordered: Whether the order is tiercache's own, on either path.
-        is_mixture: Whether the data set is a mixture. A record of a mixture has no fixed number: which record of a part
-            comes next depends on the epoch.
-    """
-
-    name: Literal["native", "torch"]
-    reason: str
-    has_sampler: bool
-    is_ordered: bool
-    is_mixture: bool
-
-
-def _choose_path(
-    dataset: Any, access: NativeAccess | None, batch_size: int | None, sampler: Any, batch_sampler: Any, collate_fn: Any
-) -> _Path:
-    """Return the path for the loader's arguments. access: None for a data set of another library."""
-    reason = _NOT_OURS.format(dataset)
-    if access is not None:
-        reason = _reason_for_torch(access, batch_size, collate_fn, batch_sampler)
-    has_sampler = sampler is not None or batch_sampler is not None
-    is_mixture = access is not None and access.source.mixture is not None
-    is_known_sampler = is_known(sampler) if batch_sampler is None else is_known_batch_sampler(batch_sampler)
-    takes_torch_path = bool(reason) or (has_sampler and (is_mixture or not is_known_sampler))
-    name: Literal["native", "torch"] = "torch" if takes_torch_path else "native"
-    return _Path(name, reason, has_sampler, access is not None and not has_sampler, is_mixture)
-
-
-def _reason_for_torch(access: NativeAccess, batch_size: int | None, collate_fn: Any, batch_sampler: Any) -> str:
-    """Return the reason why a tiercache data set takes torch's path with any sampler; "" if there is none."""
+def _reason_for_torch(
+    dataset: object, access: NativeAccess | None, batch_size: int | None, sampler: Any, batch_sampler: Any
+) -> str:
+    """Return the reason why a loader takes torch's path; "": it takes the native path."""
+    if access is None:
+        return f"the data set is a {type(dataset).__name__}, not a tiercache.Dataset"
     if batch_size is None and batch_sampler is None:
         return "batch_size=None asks for single records"
     if access.overrides_access:
         return "the data set's class overrides how records are read"
-    return "" if collate_fn in (None, collate) or access.transform is not None else "collate_fn= was given"
-
-
-def _batch_transforms(access: NativeAccess | None, options: Any, collate_fn: Any) -> tuple[Callable[[Any], Any], ...]:
-    """Return the functions that are applied to each batch: that of the data set, then that of the options.
-
-    A loader that a framework rebuilds from another loader's attributes keeps that loader's functions.
-    """
-    if isinstance(collate_fn, TransformedCollate):
-        return collate_fn.batch_transforms
-    if access is None:
-        return ()
-    given = access.batch_transform, options.batch_transform if isinstance(options, LoaderOptions) else None
-    return tuple(function for function in given if function is not None)
+    if sampler is None and batch_sampler is None:
+        return ""
+    if access.source.mixture is not None:
+        # Which record of a part comes next depends on the epoch.
+        return "the records of a mixture have no fixed numbers, and a sampler was given"
+    known = is_known(sampler) if batch_sampler is None else is_known_batch_sampler(batch_sampler)
+    own = sampler if batch_sampler is None else batch_sampler
+    return "" if known else f"the sampler, a {type(own).__name__}, is neither torch's nor torchdata's"
 
 
 def _collate_of(
-    access: NativeAccess | None,
-    collate_fn: Callable[[list[Any]], Any] | None,
-    batch_transforms: tuple[Callable[[Any], Any], ...],
-    *,
-    is_batched: bool,
+    access: NativeAccess, options: LoaderOptions | None, given: Any, *, is_batched: bool
 ) -> Callable[[list[Any]], Any] | None:
-    """Return the collate function of a loader over a tiercache data set; None: torch's for single records."""
-    if collate_fn is None and is_batched and access is not None:
-        collate_fn = collate if access.is_plain else default_collate
+    """Return the collate function of a loader over a tiercache data set; None: torch's for single records.
+
+    It has the batch transforms: that of the data set, then that of the options. A loader that a framework rebuilds from
+    another loader's attributes keeps that loader's functions.
+    """
+    if isinstance(given, TransformedCollate):
+        return given
+    if given is None and is_batched:
+        given = collate if access.is_plain else default_collate
+    own = access.batch_transform, None if options is None else options.batch_transform
+    batch_transforms = tuple(function for function in own if function is not None)
     if not batch_transforms:
+        collate_fn: Callable[[list[Any]], Any] | None = given
         return collate_fn
-    if collate_fn is None:
+    if given is None:
         raise ValueError("batch_transform= needs batches, and batch_size=None asks for single records")
-    return TransformedCollate(collate_fn, batch_transforms)
+    return TransformedCollate(given, batch_transforms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -685,11 +439,6 @@ class TransformedCollate:
             for function in self.batch_transforms:
                 batch = function(batch)
         return batch
-
-
-def _is_over(state: Mapping[str, Any]) -> bool:
-    """Whether a torchdata state is of an epoch that was served to its end."""
-    return bool(state.get("_iterator_finished"))
 
 
 def _log_ignored(num_workers: int, names: list[str], *, runs_functions: bool) -> None:
@@ -709,46 +458,32 @@ def _log_ignored(num_workers: int, names: list[str], *, runs_functions: bool) ->
     )
 
 
-def _check_options(options: Any, reason: str, *, is_ordered: bool, has_state: bool) -> None:
-    """Raise TypeError or ValueError for `options` of a wrong type or without an effect.
+_OF_ORDER = ("rank", "world_size", "shuffle_streams", "placement", "shuffle_group_bytes")
+_OF_NATIVE_PATH = ("memory_bytes", "threads", "on_corrupt", "device")
 
-    reason: see _Path; is_ordered: whether the order is tiercache's own, also on torch's path; has_state: whether the
-    data set has a state of its own.
+
+def _check_options(options: LoaderOptions, reason: str, *, has_sampler: bool, has_order: bool) -> None:
+    """Raise ValueError for options without an effect.
+
+    reason: why torch's path serves the loader, or ""; has_order: whether the order is tiercache's own, on either path.
     """
-    if options is None:
-        return
-    if not isinstance(options, LoaderOptions):
-        raise TypeError(f"options= takes a tiercache.LoaderOptions(...), got {options!r}")
-    if reason and not is_ordered:
-        raise ValueError(f"options= {_OF_NATIVE_PATH} {reason}: remove options=")
-    native_only = ("memory_bytes", "threads", "on_corrupt", "device")
-    without_effect: Sequence[str] = native_only if reason else ()
-    if reason and has_state:
-        without_effect = [field.name for field in fields(LoaderOptions) if field.name != "split_ranks"]
+    needs = f"applies only to a tiercache.Dataset on the native path; here {reason}"
+    if reason and not has_order and not has_sampler:
+        raise ValueError(f"options= {needs}: remove options=")
     defaults = LoaderOptions()
-    for name in without_effect:
+    for name in (*(_OF_ORDER if has_sampler else ()), *(_OF_NATIVE_PATH if reason else ())):
         value = getattr(options, name)
         if name == "device":
             value = find_device(value)  # None for the CPU, where batches are anyway
-        if value != getattr(defaults, name):
-            raise ValueError(f"{name}={value!r} {_OF_NATIVE_PATH} {reason}: {_instead_of(name)}")
-
-
-def _instead_of(name: str) -> str:
-    """Return what to do about an option of the native path."""
-    if name == "device":
-        return "remove device=, give pin_memory=True, and move each batch with .to(device, non_blocking=True)"
-    return f"remove {name}="
-
-
-def _check_sampler_options(options: LoaderOptions) -> None:
-    """Raise ValueError for options of the order, which a sampler decides."""
-    defaults = LoaderOptions()
-    for name in ("rank", "world_size", "shuffle_streams", "placement", "shuffle_group_bytes"):
-        value = getattr(options, name)
-        if value != getattr(defaults, name):
+        if value == getattr(defaults, name):
+            continue
+        if name in _OF_ORDER:
             raise ValueError(
                 f"{name}={value!r} applies only to a loader without a sampler; here the sampler decides the order and "
                 "which records a rank is served (torch's DistributedSampler splits records by rank): remove "
                 f"{name}=, or the sampler"
             )
+        instead = f"remove {name}="
+        if name == "device":
+            instead += ", give pin_memory=True, and move each batch with .to(device, non_blocking=True)"
+        raise ValueError(f"{name}={value!r} {needs}: {instead}")

@@ -10,7 +10,6 @@ from tiercache.load.array_library import NumpyLibrary
 from tiercache.load.engine import LoaderArguments, OrderEngine
 from tiercache.load.options import LoaderOptions
 from tiercache.load.state import RunState
-from tiercache.model import short_repr
 
 if TYPE_CHECKING:
     from tiercache.data.output_spec import NativeDataset
@@ -32,7 +31,7 @@ class NumpyLoader:
         shuffle: Whether to serve the records in a new random order in each epoch.
         drop_last: Whether to drop the last batch of an epoch if it is shorter than `batch_size`.
         options: Seed, ranks and shuffle quality, and the resources of the native path. Without a seed, a run draws one
-            from NumPy's global generator when it begins; all its epochs follow from it.
+            from NumPy's global generator when it begins.
 
     Raises:
         TypeError: `options` is not a LoaderOptions, or batch_size is no integer.
@@ -136,8 +135,5 @@ class NumpyLoader:
             self._engine.load(position)
 
     def __repr__(self) -> str:
-        arguments = self._engine.arguments
-        facts = [repr(self._dataset), f"batch_size={arguments.batch_size}"]
-        facts += [f"{name}=True" for name in ("shuffle", "drop_last") if getattr(arguments, name)]
-        facts += [] if arguments.options == LoaderOptions() else [short_repr(arguments.options)]
+        facts = [repr(self._dataset), f"batch_size={self._engine.arguments.batch_size}", *self._engine.facts()]
         return f"{type(self).__name__}({', '.join(facts)}, {self._engine.rank()})"

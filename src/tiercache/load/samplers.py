@@ -1,100 +1,38 @@
-"""Samplers: the indices of those that are known, as one array, and a state for those that have none.
+"""Samplers: those of torch and torchdata on the native path, and tiercache's order for loaders of other libraries.
 
-A known sampler is one of torch's or torchdata's, or a plain sequence. Any other sampler is asked by torch's own loader.
+A known sampler is one of torch's or torchdata's, or a plain sequence: all its indices are drawn when its pass begins.
+SamplerEngine serves them as an explicit order. OrderSampler gives tiercache's order to torch's iterators, and to
+libraries that make a loader of their own from a loader's sampler.
 """
 
 from __future__ import annotations
 
+import operator
+import weakref
 from collections.abc import Iterator, Mapping
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 from torch.utils import data as torch_data
-from torch.utils.data.dataloader import _InfiniteConstantSampler
-from torchdata.stateful_dataloader import Stateful
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
 
-from tiercache.load.torch_rng import REPLAY, YIELDED, RandomGenerators, Replay, ReplayedSampler, ReplayState, next_seed
+from tiercache._native.record_finder import normalize_indices
+from tiercache.load.engine import Engine, LoaderArguments, NativeIterator, OrderEngine
+from tiercache.load.epoch import OrderShare, explicit_order
+from tiercache.load.ranks import Rank, find_rank
+from tiercache.load.state import RunState
 from tiercache.order import RankPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
+    from tiercache.data.records import Records
+    from tiercache.load.prefetch import AnyPiece
 
-SAMPLES_YIELDED = "samples_yielded"  # torchdata's key in the state of its BatchSampler's iterator
-
-
-_CHUNK = 1 << 12  # indices per call while skipping
-
-
-class _BatchIterator(torchdata_samplers._BatchSamplerIterator):  # type: ignore[misc]  # noqa: SLF001 -- its state
-    """torchdata's iterator, with its state. C code loops over a batch's indices: 15 us less per batch of 256."""
-
-    def __init__(self, sampler: Any, batch_size: int, drop_last: bool) -> None:
-        self.sampler, self.batch_size, self.drop_last = sampler, batch_size, drop_last
-        self.samples_yielded = 0
-        self.replay: Replay | None = None
-        if not isinstance(sampler, (Stateful, _InfiniteConstantSampler)):
-            self.replay = Replay(sampler)
-        self.sampler_iter = iter(sampler) if self.replay is None else self.replay.iterator
-        if isinstance(self.sampler_iter, Stateful):
-            self.replay = None
-
-    def __next__(self) -> list[Any]:
-        size = self.batch_size
-        batch = list(islice(self.sampler_iter, size)) if self.replay is None else self.replay.take(size)
-        self.samples_yielded += len(batch)
-        if len(batch) < (size if self.drop_last else 1):
-            raise StopIteration
-        return batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return torchdata's state, and the replay state of a sampler without a state."""
-        state: dict[str, Any] = super().state_dict()
-        return state if self.replay is None else {**state, REPLAY: self.replay.state()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a state. Raises ValueError as Replay.resume."""
-        if self.replay is None:
-            super().load_state_dict(state_dict)
-            return
-        replay, n_left = self.replay, state_dict[SAMPLES_YIELDED]
-
-        def skip() -> None:
-            nonlocal n_left
-            while n_left and (items := replay.take(min(n_left, _CHUNK))):
-                n_left -= len(items)
-
-        self.samples_yielded = n_left
-        replay.resume(state_dict.get(REPLAY), skip)
-        self.sampler_iter = replay.iterator
-
-
-class BatchSampler(torchdata_samplers.BatchSampler):  # type: ignore[misc]
-    """The batch sampler of a loader that was given none."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the sampler, if it takes one. Hugging Face's Trainer calls this to skip batches."""
-        set_epoch = getattr(self.sampler, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        return _BatchIterator(self.sampler, self.batch_size, self.drop_last)
-
-
-def with_state(index_sampler: Any) -> Any:
-    """Return a sampler or batch sampler that, itself or by its iterators, has a state; the given one if it does."""
-    if type(index_sampler) is torchdata_samplers.BatchSampler:  # its iterators have no state for a sampler without one
-        return BatchSampler(index_sampler.sampler, index_sampler.batch_size, index_sampler.drop_last)
-    if isinstance(index_sampler, (BatchSampler, Stateful, _InfiniteConstantSampler)):
-        return index_sampler
-    return ReplayedSampler(index_sampler)
-
-
-OF_TORCHDATA = (BatchSampler, torchdata_samplers.BatchSampler)
 
 # Samplers of more records take torch's path: an array of their indices would take 512 MiB and more.
 MAX_INDICES = 1 << 26
@@ -113,33 +51,18 @@ _KNOWN = (
 
 
 def is_known(sampler: Any) -> bool:
-    """Whether all indices of a sampler can be drawn at once when its pass begins.
-
-    That is known of plain sequences and of the samplers of torch and torchdata, by their exact types: they draw all
-    their random numbers then. A RandomSampler draws further numbers during the pass if it serves records repeatedly.
-    Nothing observes that if it seeds a generator of its own in each pass.
-    """
-    if type(sampler) in _RANDOM and not _is_one_permutation(sampler) and sampler.generator is not None:
-        return False
+    """Whether all indices of a sampler can be drawn at once when its pass begins."""
     return type(sampler) in _KNOWN and len(sampler) <= MAX_INDICES
 
 
 def is_known_batch_sampler(batch_sampler: Any) -> bool:
     """Whether it is a batch sampler of torch or torchdata over a known sampler."""
-    return type(batch_sampler) in (torch_data.BatchSampler, *OF_TORCHDATA) and is_known(batch_sampler.sampler)
-
-
-def _is_one_permutation(sampler: Any) -> bool:
-    return not sampler.replacement and sampler.num_samples <= len(sampler.data_source)
-
-
-def permutes_at_end(sampler: Any) -> bool:
-    """Whether a sampler draws a permutation from its generator after its last index, and does not use it."""
-    return type(sampler) is torch_data.RandomSampler and sampler.num_samples == len(sampler.data_source)
+    kinds = (torch_data.BatchSampler, torchdata_samplers.BatchSampler)
+    return type(batch_sampler) in kinds and is_known(batch_sampler.sampler)
 
 
 def draw_indices(sampler: Any) -> NDArray[np.int64]:
-    """Return the indices of a known sampler, int64[n], and draw the random numbers that its iterator draws.
+    """Return the indices of a known sampler, int64[n]: what its iterator returns, in a hundredth of the time.
 
     Raises:
         TypeError: A sequence does not consist of integers.
@@ -152,155 +75,22 @@ def draw_indices(sampler: Any) -> NDArray[np.int64]:
         return np.ascontiguousarray(numbers, np.int64)
     if kind is torch_data.SequentialSampler:
         return np.arange(len(sampler))
-    if kind is torch_data.WeightedRandomSampler:
-        drawn = torch.multinomial(
-            sampler.weights, sampler.num_samples, sampler.replacement, generator=sampler.generator
-        )
-        return drawn.numpy()
-    if kind is torch_data.SubsetRandomSampler:
-        return draw_indices(np.asarray(sampler.indices))[_permutation(len(sampler.indices), sampler.generator)]
-    if kind in _RANDOM and _is_one_permutation(sampler):
+    if kind in _RANDOM and not sampler.replacement and sampler.num_samples <= len(sampler.data_source):
         generator = sampler.generator
         if generator is None:
-            generator = torch.Generator()
-            generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+            generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
         return _permutation(len(sampler.data_source), generator)[: sampler.num_samples]
-    if kind in _DISTRIBUTED:
+    if kind in _DISTRIBUTED and getattr(sampler, "next_yielded", None) is None:
         indices = np.arange(len(sampler.dataset))
         if sampler.shuffle:
             indices = _permutation(len(indices), torch.Generator().manual_seed(sampler.seed + sampler.epoch))
         # repeated or cut to equal shares
         return np.resize(indices, sampler.total_size)[sampler.rank :: sampler.num_replicas].copy()
-    return np.fromiter(sampler, np.int64, len(sampler))
+    return np.fromiter(sampler, np.int64)
 
 
 def _permutation(n: int, generator: torch.Generator | None) -> NDArray[np.int64]:
     return torch.randperm(n, generator=generator).numpy()
-
-
-# torchdata's keys of the state of a single-process iterator: a state of either kind of loader serves the other.
-_INDEX_SAMPLER, _SAMPLER_ITER, _YIELDED, _N_YIELDED, FINISHED = (
-    "_index_sampler_state",
-    "_sampler_iter_state",
-    "_sampler_iter_yielded",
-    "_num_yielded",
-    "_iterator_finished",
-)
-STATE_KEYS = (_INDEX_SAMPLER, _SAMPLER_ITER, _YIELDED, _N_YIELDED, FINISHED)
-_OF_SAMPLER, _OF_ITERATOR = "sampler_state", "sampler_iter_state"  # in the state of torchdata's BatchSampler's iterator
-OURS = "_tiercache"  # beside them: the key of random crops
-NEXT_EPOCH = "_tiercache_next_epoch"  # the start of the next epoch, in a state at the end of an epoch
-SAMPLER_EPOCH = "_tiercache_sampler_epoch"  # the epoch that was set in a DistributedSampler, which has no state
-
-
-class RandomSampler(torch_data.RandomSampler):
-    """torch's RandomSampler with a state in its iterators. It draws the same numbers at the same moments as torch's.
-
-    It subclasses torch's RandomSampler because Lightning replaces exactly that class.
-    """
-
-    _next_seed: int | None = None  # seed of the next epoch, from a loaded state
-    _loaded_under: int | None = None  # torch's initial seed at load time: a later reseed overrides the loaded seed
-
-    def __iter__(self) -> Iterator[int]:
-        return _RandomIterator(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._loaded_under = torch.initial_seed()  # of this process
-
-    def next_epoch(self, *, draws_base_seed: bool) -> dict[str, Any]:
-        """Return what names the next epoch's order, if no other code draws until then.
-
-        draws_base_seed: whether the loader draws a base seed before it asks for indices.
-        """
-        if self.generator is not None:
-            return {_GENERATOR: self.generator.get_state()}
-        seed = self._loaded_seed()
-        return {_SEED: next_seed(None, after_begin=not draws_base_seed) if seed is None else seed}
-
-    def load_next_epoch(self, state: Mapping[str, Any]) -> None:
-        """Make the epoch that next_epoch() named the next one."""
-        if self.generator is not None and _GENERATOR in state:
-            self.generator.set_state(state[_GENERATOR])
-        self._next_seed, self._loaded_under = state.get(_SEED), torch.initial_seed()
-
-    def take_seed(self) -> int:
-        """Return the seed of the epoch that begins; draws as torch's sampler does."""
-        drawn = int(torch.empty((), dtype=torch.int64).random_().item())
-        loaded, self._next_seed = self._loaded_seed(), None
-        return drawn if loaded is None else loaded
-
-    def look_at_seed(self) -> int:
-        """Return the seed that take_seed() would return now."""
-        seed = self._loaded_seed()
-        return next_seed(None, after_begin=True) if seed is None else seed
-
-    def _loaded_seed(self) -> int | None:
-        return self._next_seed if self._loaded_under == torch.initial_seed() else None
-
-
-# Keys of an iterator's state. The state of torchdata's sampler has the first two, and "generator" even if the user gave
-# none. The last key is False if the seed is still to be drawn, which then advances torch's random numbers; else it is
-# absent.
-_N_INDICES, _GENERATOR, _SEED, _IS_DRAWN = "yielded", "generator", "seed", "is_drawn"
-
-
-class _RandomIterator:
-    """One epoch of a RandomSampler. All indices are drawn with the first one, as in torch's generator function."""
-
-    def __init__(self, sampler: RandomSampler) -> None:
-        self._sampler = sampler
-        self._indices: Iterator[int] | None = None
-        self._n = 0
-        self._seed_or_state: dict[str, Any] | None = None  # the seed or the generator state that determines the order
-
-    def __iter__(self) -> _RandomIterator:
-        return self
-
-    def __next__(self) -> int:
-        indices = self._begin(None) if self._indices is None else self._indices
-        index = next(indices)
-        self._n += 1
-        return index
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain values, and the generator's state if the user gave a generator. Draws nothing."""
-        if self._seed_or_state is None and self._sampler.generator is None:
-            self._seed_or_state = {_SEED: self._sampler.look_at_seed()}
-        state = {_N_INDICES: self._n, **(self._seed_or_state or {_GENERATOR: self._sampler.generator.get_state()})}
-        return {**state, _IS_DRAWN: False} if self._indices is None else state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state. Does not repeat draws from torch's own random numbers."""
-        self._n = state[_N_INDICES]
-        seed_or_state = {key: state[key] for key in (_SEED, _GENERATOR) if key in state}
-        if _SEED in seed_or_state and not state.get(_IS_DRAWN, True):
-            self._seed_or_state = seed_or_state
-            return
-        for _ in islice(self._begin(seed_or_state), self._n):
-            pass
-
-    def _begin(self, seed_or_state: dict[str, Any] | None) -> Iterator[int]:
-        """Draw the order. seed_or_state: the seed or generator state of a loaded state; None: a new epoch."""
-        sampler, generator = self._sampler, self._sampler.generator
-        if generator is None:
-            if seed_or_state is None:  # a state that was taken before the first index stays valid
-                seed = sampler.take_seed()
-                seed_or_state = self._seed_or_state or {_SEED: seed}
-            generator = torch.Generator()
-            if _SEED in seed_or_state:
-                generator.manual_seed(seed_or_state[_SEED])
-            else:
-                generator.set_state(seed_or_state[_GENERATOR])
-        elif seed_or_state is None:
-            seed_or_state = {_GENERATOR: generator.get_state()}
-        elif _GENERATOR in seed_or_state:
-            generator.set_state(seed_or_state[_GENERATOR])
-        self._seed_or_state = seed_or_state
-        n_samples = sampler._num_samples  # noqa: SLF001 -- None: one per record
-        self._indices = iter(torch_data.RandomSampler(sampler.data_source, sampler.replacement, n_samples, generator))
-        return self._indices
 
 
 def set_sampler_epoch(index_sampler: Any, epoch: int) -> None:
@@ -320,113 +110,292 @@ def get_sampler_epoch(index_sampler: Any) -> int | None:
     return None
 
 
-class SamplerPass:
-    """One pass over a batch sampler whose sampler is known: all indices as one array, and the loader's position.
+_EPOCH, _BATCHES, _SEED, _SAMPLER_EPOCH, _GENERATOR = "epoch", "batches", "seed", "sampler_epoch", "generator"
+_KEYS = {_EPOCH, _BATCHES, _SEED, _SAMPLER_EPOCH, _GENERATOR}
 
-    One consumer thread uses it. As in torch's loader, the indices are drawn when the first batch is requested: until
-    then set_epoch() may be called, as Lightning does to resume.
+
+class SamplerPass:
+    """One pass over a known sampler: the loader's position, and what its state consists of.
+
+    As in torch's loader, the indices are drawn when the first batch is requested: until then set_epoch() may be called,
+    as Lightning does to resume.
 
     Attributes:
-        indices: int64[n], what the sampler returned. None: not drawn yet.
-        rank_plan: The batches of the pass, from where it was resumed; set with `indices`.
+        rank_plan: The batches of the pass from where it was resumed; None: its indices are not drawn yet.
         n_yielded, finished: See EpochPosition.
     """
 
-    rank_plan: RankPlan
-
-    def __init__(self, batch_sampler: Any, saved: Mapping[str, Any] | None, epoch: int, seed: int) -> None:
-        self.indices: NDArray[np.int64] | None = None
-        self.n_yielded = 0
-        self.finished = saved is not None and bool(saved[FINISHED])
+    def __init__(self, batch_sampler: Any, epoch: int, seed: int, saved: Mapping[str, Any] | None) -> None:
+        self.n_yielded, self.finished = 0, False
+        self.rank_plan: RankPlan | None = None
+        self.epoch, self.seed = epoch, seed
         self._batch_sampler = batch_sampler
-        self._saved = saved
-        ours = {} if saved is None else saved.get(OURS, {})
-        self.epoch, self.seed = ours.get("epoch", epoch), ours.get("seed", seed)
-        self._n_before = 0 if saved is None else saved[_N_YIELDED]
-        self._replay = ReplayState.fresh()
-        self._generator_state: Any = None  # of torchdata's RandomSampler, before it drew the indices
-        self._n_checked = 0  # indices in the checksum
+        self._n_before = 0 if saved is None else int(saved[_BATCHES])
+        # of the sampler's own generator, before it drew the indices
+        self._generator_state = None if saved is None else saved[_GENERATOR]
 
     def begin(self) -> NDArray[np.int64]:
-        """Draw the indices, if that was not done; return them.
-
-        Raises:
-            ValueError: The sampler returns other indices than before the state was saved.
-        """
-        if self.indices is not None:
-            return self.indices
-        batch_sampler, sampler = self._batch_sampler, self._batch_sampler.sampler
-        generators, start, saved_replay = RandomGenerators(sampler), 0, None
-        of_batches = RandomGenerators(batch_sampler)  # other names of the same generators
-        if self._saved is None:
-            is_plain = type(batch_sampler) not in OF_TORCHDATA
-            with self._replay.recording(of_batches if is_plain else generators, "first"):  # as torch's path names them
-                indices = self._draw()
-            if type(sampler) is torchdata_samplers.StatefulDistributedSampler:  # the user may have loaded its state
-                start, sampler.next_yielded = sampler.next_yielded or 0, None
-        else:
-            of_iterator = self._saved[_SAMPLER_ITER] or {}
-            if REPLAY in of_iterator:
-                saved_replay = ReplayState.from_dict(of_iterator[REPLAY])
-                self._replay.moved = saved_replay.moved
-            with generators.replaying():
-                for step in ("iter", "first"):
-                    self._replay.restore(generators, step)
-                    self._replay.restore(of_batches, step)
-                if _GENERATOR in of_iterator.get(_OF_ITERATOR, {}):
-                    sampler.generator.set_state(of_iterator[_OF_ITERATOR][_GENERATOR])
-                indices = self._draw()
-            start = of_iterator.get(SAMPLES_YIELDED, self._n_before * batch_sampler.batch_size)
-            if start and _OF_SAMPLER in of_iterator:  # before the first batch it is that of the epoch before
-                start = of_iterator[_OF_SAMPLER][_N_INDICES]
-        self.indices = indices
-        start = min(start, len(indices))
-        self.rank_plan = RankPlan(start, 1, 0, batch_sampler.batch_size, batch_sampler.drop_last, len(indices))
-        self._add_to_checksum(start)
-        if saved_replay is not None:
-            self._replay.check(sampler, saved_replay)
+        """Draw the indices, int64[n]."""
+        batch_sampler = self._batch_sampler
+        generator = getattr(batch_sampler.sampler, "generator", None)
+        if generator is not None and self._generator_state is not None:
+            generator.set_state(self._generator_state)
+        self._generator_state = None if generator is None else generator.get_state()
+        indices = draw_indices(batch_sampler.sampler)
+        size = batch_sampler.batch_size
+        start = min(self._n_before * size, len(indices))
+        self.rank_plan = RankPlan(start, 1, 0, size, batch_sampler.drop_last, len(indices))
         return indices
 
     def state(self) -> dict[str, Any]:
-        """Return the state after the batches handed out, with torchdata's keys. Begins a new pass."""
-        if self.indices is None and self._saved is not None:
-            return dict(self._saved)
-        self.begin()
-        n_rows, n_batches = self.rank_plan.offset_after(self.n_yielded), self._n_before + self.n_yielded
+        """Return the state after the batches handed out; after the end, that of the next pass."""
+        generator = getattr(self._batch_sampler.sampler, "generator", None)
+        is_new = self.finished or (self.rank_plan is None and self._generator_state is None)
         return {
-            _INDEX_SAMPLER: None,
-            _SAMPLER_ITER: self._iterator_state(n_rows, n_batches),
-            _YIELDED: n_batches,
-            _N_YIELDED: n_batches,
-            "_IterableDataset_len_called": None,
-            "_shared_seed": None,
-            "fetcher_state": None,
-            "dataset_state": None,
-            FINISHED: self.finished,
-            OURS: {"epoch": self.epoch, "seed": self.seed, "rows": n_rows},
+            _EPOCH: self.epoch + self.finished,
+            _BATCHES: 0 if self.finished else self._n_before + self.n_yielded,
+            _SEED: self.seed,
+            _SAMPLER_EPOCH: get_sampler_epoch(self._batch_sampler),
+            _GENERATOR: generator.get_state() if is_new and generator is not None else self._generator_state,
         }
 
-    def _iterator_state(self, n_rows: int, n_batches: int) -> dict[str, Any]:
-        self._add_to_checksum(n_rows)
-        replay = self._replay.to_dict()
-        if type(self._batch_sampler) not in OF_TORCHDATA:
-            return {YIELDED: n_batches, REPLAY: replay}
-        kind = type(self._batch_sampler.sampler)
-        if kind is torchdata_samplers.RandomSampler:
-            own: dict[str, Any] = {_OF_ITERATOR: {_N_INDICES: n_rows, _GENERATOR: self._generator_state}}
-        elif kind is torchdata_samplers.StatefulDistributedSampler:
-            own = {_OF_SAMPLER: {_N_INDICES: n_rows}}
-        else:
-            own = {REPLAY: replay}
-        return {SAMPLES_YIELDED: n_rows, **own}
 
-    def _draw(self) -> NDArray[np.int64]:
-        sampler = self._batch_sampler.sampler
-        if type(sampler) is torchdata_samplers.RandomSampler:
-            self._generator_state = sampler.generator.get_state()
-        return draw_indices(sampler)
+class SampledIterator(Iterator[Any]):
+    """The batches that a known sampler selects; made anew by each iter(). It closes itself when dropped.
 
-    def _add_to_checksum(self, n_rows: int) -> None:
-        if self.indices is not None and n_rows > self._n_checked:
-            self._replay.add(self.indices[self._n_checked : n_rows])
-            self._n_checked = n_rows
+    begin: Function that draws the sampler's indices and starts the pipeline.
+    """
+
+    def __init__(self, begin: Callable[[], NativeIterator], n_batches: int) -> None:
+        self._begin = begin
+        self._n_batches = n_batches
+        self._native: NativeIterator | None = None
+
+    def __next__(self) -> Any:
+        if self._native is None:
+            self._native = self._begin()
+        return next(self._native)
+
+    def __len__(self) -> int:
+        return self._n_batches
+
+    def __getstate__(self) -> NoReturn:
+        raise NotImplementedError(f"{type(self).__name__} cannot be pickled")  # torch's iterators raise the same error
+
+    def figures(self) -> Mapping[str, float]:
+        """See NativeIterator.figures."""
+        return {} if self._native is None else self._native.figures()
+
+    def close(self) -> None:
+        """End this epoch, early or not. May be called repeatedly."""
+        if self._native is not None:
+            self._native.close()
+
+
+class SamplerEngine(Engine):
+    """The engine of a loader with a known sampler, whose indices replace the order. One consumer thread uses it."""
+
+    def __init__(self, source: Records, arguments: LoaderArguments, batch_sampler: Any) -> None:
+        super().__init__(source, arguments)
+        self._batch_sampler = batch_sampler
+        self._saved: Mapping[str, Any] | None = None  # the state to continue from
+        self._pass: SamplerPass | None = None  # the newest
+        self._epoch = 0  # number of the next epoch
+        self._seed = arguments.options.seed  # seed of the random values of a record
+
+    def rank(self) -> Rank:
+        """Return a rank that is served all records: the sampler decides this process's share."""
+        return Rank(0, 1, "sampler", find_rank(self._arguments.options).local_ranks)
+
+    def state(self) -> dict[str, Any]:
+        """Return the position as plain values, and the state of the sampler's own generator, if it has one."""
+        if self._pass is None or self._saved is not None:
+            return self._make(self._saved).state()
+        return self._pass.state()
+
+    @property
+    def rebuild_arguments(self) -> tuple[LoaderArguments, Mapping[str, Any] | None]:
+        """Arguments that make an equal engine elsewhere, and its position if the run has begun."""
+        return self._arguments, self._saved if self._pass is None else self.state()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Resume from a saved state. Raises ValueError: the state is not one of a loader with a sampler."""
+        if set(state) != _KEYS:
+            raise ValueError(
+                f"not a state of a loader with a sampler over a tiercache.Dataset: it has the keys {sorted(state)}"
+            )
+        self._saved = state
+        self._epoch, self._seed = state[_EPOCH], state[_SEED]
+        if state[_SAMPLER_EPOCH] is not None:
+            set_sampler_epoch(self._batch_sampler, state[_SAMPLER_EPOCH])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the samplers that take one."""
+        self._epoch = operator.index(epoch)
+        set_sampler_epoch(self._batch_sampler, self._epoch)
+
+    def n_batches(self) -> int:
+        """Return the batches of an epoch."""
+        return len(self._batch_sampler)
+
+    def iterate(self) -> SampledIterator:
+        """Return the iterator of the next epoch."""
+        self._check_readable()
+        saved, self._saved = self._saved, None
+        self._pass = self._make(saved)
+        self._epoch += 1
+        self._n_epochs += 1
+        iterator = SampledIterator(partial(self._begin, self._pass, self._pin_function()), self.n_batches())
+        self._iterator = weakref.ref(iterator)
+        return iterator
+
+    def _make(self, saved: Mapping[str, Any] | None) -> SamplerPass:
+        if self._seed is None:
+            self._seed = self._arguments.library.draw_seed(self._arguments.generator)
+        return SamplerPass(self._batch_sampler, self._epoch, self._seed, saved)
+
+    def _begin(self, epoch: SamplerPass, pin: Callable[[Any], Any] | None) -> NativeIterator:
+        numbers, listed = epoch.begin(), self._source.record_order
+        n_records = int(self._source.shard_records.sum()) if listed is None else len(listed)
+        numbers = normalize_indices(numbers, n_records)
+        if listed is not None:
+            numbers = listed[numbers]
+        assert epoch.rank_plan is not None  # noqa: S101 -- begin() has set it
+        ordered = self._source if self._corruption is None else self._corruption
+        order = explicit_order(ordered, numbers, self._arguments.options.window_bytes)
+        share = OrderShare(order, epoch.rank_plan, epoch.seed, epoch.epoch, self._corruption)
+        return self._start_iterator(epoch, share, pin)
+
+
+# Positions of an unshuffled epoch that are converted to record numbers at a time.
+_CHUNK_ROWS = 1 << 16
+
+
+def served_numbers(source: Records, share: OrderShare, *, shuffle: bool) -> Iterator[NDArray[np.int64]]:
+    """Yield the numbers of a rank's records in served order, some at a time. Reads footers for a shuffled order."""
+    if not shuffle:  # position p is record p, also in listed and mixed sources
+        for start in range(0, share.rank_plan.n_served, _CHUNK_ROWS):
+            yield share.rank_plan.positions_between(start, min(start + _CHUNK_ROWS, share.rank_plan.n_served))
+        return
+    listed = source.record_order
+    served = None if listed is None else np.argsort(listed, kind="stable")  # by number in stored order
+    first_records = np.concatenate([[0], np.cumsum(source.shard_records)])
+    starts: dict[int, NDArray[np.int64]] = {}
+    for piece in share.pieces(0):
+        shards = sorted({int(shard) for window in piece.windows for shard in window.shards})
+        missing = [shard for shard in shards if shard not in starts]
+        starts = {shard: starts[shard] for shard in shards if shard in starts}
+        for shard, sizes in zip(missing, source.block_sizes(missing), strict=True):
+            starts[shard] = first_records[shard] + np.cumsum(sizes.records) - sizes.records
+        numbers = _record_numbers(piece, starts)
+        yield numbers if served is None else served[numbers]
+
+
+def _record_numbers(piece: AnyPiece, starts: dict[int, NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return the stored numbers of a piece's rows. starts: by shard, the number of each block's first record."""
+    first = [
+        starts[shard][block]
+        for window in piece.windows
+        for shard, block in zip(window.shards.tolist(), window.blocks.tolist(), strict=True)
+    ]
+    block, row = piece.rows()
+    return np.array(first, np.int64)[block] + row
+
+
+_YIELDED, _ORDER, _N_RANKS = "yielded", "order", "ranks"
+
+
+class OrderSampler(torch_data.Sampler[int]):
+    """Mixin for torch's samplers: its iterators return the record numbers of the loader's next epoch.
+
+    Such an iterator begins the epoch, as iter(loader) does. If `engine` is None, the class behaves as torch's sampler.
+
+    Attributes:
+        engine: The loader's engine. Copies have none, because it has threads.
+        is_split_by_others: Whether another library splits the record numbers among processes. Then the sampler returns
+            all records in torch's order: that library keeps the generators of torch's samplers equal on all processes.
+        requested_epoch: The epoch that set_epoch() chose for the next iterator.
+    """
+
+    engine: OrderEngine | None = None
+    is_split_by_others = False
+    requested_epoch: int | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        engine = self.engine
+        if engine is None or (self.is_split_by_others and engine.rank().world_size > 1):
+            return super().__iter__()
+        return OrderIterator(self, engine)
+
+    def __len__(self) -> int:
+        engine = self.engine
+        if engine is None or (self.is_split_by_others and engine.rank().world_size > 1):
+            return super().__len__()  # type: ignore[misc, no-any-return]  # torch's samplers define it
+        return engine.n_served()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of this sampler's next iterator. The loader's own iterators ignore it."""
+        self.requested_epoch = epoch
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "engine"}
+
+
+class ShuffledOrder(OrderSampler, torch_data.RandomSampler):
+    """The sampler of a shuffled loader."""
+
+
+class StoredOrder(OrderSampler, torch_data.SequentialSampler):
+    """The sampler of a loader that does not shuffle."""
+
+
+class OrderIterator(Iterator[int]):
+    """This rank's record numbers of one epoch, which begins with the first number: torch's samplers draw then.
+
+    torchdata's iterators save its state.
+    """
+
+    def __init__(self, sampler: OrderSampler, engine: OrderEngine) -> None:
+        self._sampler = sampler
+        self._engine = engine
+        self._numbers: Iterator[int] | None = None
+        self._epoch_state: RunState | None = None
+        self._n_yielded = 0
+
+    def __next__(self) -> int:
+        number = next(self._numbers or self._begin(None))
+        self._n_yielded += 1
+        return number
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values: the epoch's order, and how many numbers were returned."""
+        state, requested = self._epoch_state, self._sampler.requested_epoch
+        if state is None:
+            state = self._engine.next_state()
+            state = state if requested is None else state.following(requested)
+        return {_YIELDED: self._n_yielded, _ORDER: state.to_dict(), _N_RANKS: self._engine.rank().world_size}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue in the epoch of a state. Raises ValueError: it was saved with another number of ranks."""
+        n_ranks = self._engine.rank().world_size
+        if state[_N_RANKS] != n_ranks:
+            raise ValueError(
+                f"the state was saved with {state[_N_RANKS]} ranks on torch's path, and here are {n_ranks}: only the "
+                "native path continues on another number of ranks (give the data set a transform= instead of "
+                "overriding how records are read)"
+            )
+        numbers = self._begin(RunState.from_dict(state[_ORDER]))
+        self._n_yielded = sum(1 for _ in zip(range(state[_YIELDED]), numbers, strict=False))
+
+    def _begin(self, state: RunState | None) -> Iterator[int]:
+        epoch, self._sampler.requested_epoch = self._sampler.requested_epoch, None
+        if state is None and epoch is not None:
+            self._engine.set_epoch(epoch)
+        self._epoch_state, source, share = self._engine.begin_for_sampler(state)
+        self._numbers = self._given(source, share)
+        return self._numbers
+
+    def _given(self, source: Records, share: OrderShare) -> Iterator[int]:
+        for numbers in served_numbers(source, share, shuffle=self._engine.arguments.shuffle):
+            yield from numbers.tolist()
+        self._engine.end_for_sampler(share)

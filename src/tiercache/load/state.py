@@ -1,8 +1,4 @@
-"""The state of a run: plain values, equal on all ranks, that determine the order; and conversion of torchdata's states.
-
-torchdata writes two kinds of state. Without workers it is flat. With workers it holds a snapshot of the sampler and a
-snapshot of the data set for each worker. state_for_workers() converts one into the other.
-"""
+"""The state of a run: plain values, equal on all ranks, that determine the order."""
 
 from __future__ import annotations
 
@@ -28,9 +24,7 @@ class RunState:
 
     Attributes:
         parts: The data sets that are read, with their versions and selections.
-        seed: Seed of the order.
-        is_seed_drawn: Whether the seed was drawn for this epoch alone. False: all epochs of the run share the seed, and
-            the epoch's number enters the order's keys beside it.
+        seed: Seed of the run. The order of an epoch follows from it and the epoch's number.
         epoch: Number of the epoch.
         offset: Records of that epoch that all ranks together were served.
         shuffle, drop_last: The loader's arguments.
@@ -51,22 +45,11 @@ class RunState:
     group_bytes: int | None
     window_bytes: int | None
     mixture: Any = None
-    is_seed_drawn: bool = False
     format: int = STATE_FORMAT
 
-    @property
-    def key_epoch(self) -> int:
-        """Number of the epoch in the keys of its order: 0 under a drawn seed, so that equal seeds give equal epochs."""
-        return 0 if self.is_seed_drawn else self.epoch
-
     def following(self, epoch: int) -> RunState:
-        """Return the state at the beginning of another epoch of the run.
-
-        Under a drawn seed it holds a substitute for the seed, because the seed is unknown until iter() draws it. A run
-        that does not draw again (several ranks have no common random numbers) uses the substitute.
-        """
-        seed = self.seed + epoch - self.epoch if self.is_seed_drawn else self.seed
-        return replace(self, epoch=epoch, offset=0, seed=seed)
+        """Return the state at the beginning of another epoch of the run."""
+        return replace(self, epoch=epoch, offset=0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint; JSON does not change them."""
@@ -95,7 +78,6 @@ class RunState:
                 found=state["format"],
                 supported=STATE_FORMAT,
             )
-        state = {"is_seed_drawn": False, **state}  # States of earlier releases lack the key.
         if set(state) != set(_NAMES):
             raise ValueError(
                 f"the state's keys are not those of format {STATE_FORMAT}: {sorted(set(_NAMES) ^ set(state))} differ"
@@ -138,7 +120,6 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (_is_integer, "an integer"),
     "shuffle": (_is_flag, "true or false"),
     "drop_last": (_is_flag, "true or false"),
-    "is_seed_drawn": (_is_flag, "true or false"),
     "group_bytes": (_is_size, "null or an integer of 1 or more"),
     "window_bytes": (_is_size, "null or an integer of 1 or more"),
     "placement": (lambda value: value in ("sticky", "global"), "'sticky' or 'global'"),
@@ -187,85 +168,3 @@ def reopen(source: Records, state: RunState) -> Records:
                 found=part.selection or "all records",
             )
     return reopened
-
-
-# torchdata's keys of a state without workers, and of the snapshot's sampler.
-_SHARED = (
-    "_index_sampler_state",
-    "_sampler_iter_state",
-    "_sampler_iter_yielded",
-    "_IterableDataset_len_called",
-    "_shared_seed",
-)
-_N_YIELDED, _FETCHER, _DATASET = "_num_yielded", "fetcher_state", "dataset_state"
-_FLAT = (*_SHARED, _N_YIELDED, _FETCHER, _DATASET)
-# torchdata's keys of a state with workers.
-_SNAPSHOT, STEPS_SINCE = "_snapshot", "_steps_since_snapshot"
-_STEP, _LAST_WORKER, _MAIN, _WORKERS = (
-    "_snapshot_step",
-    "_last_yielded_worker_id",
-    "_main_snapshot",
-    "_worker_snapshots",
-)
-_N_WORKERS, _BASE_SEED = "_num_workers", "_base_seed"
-_FINISHED = "_iterator_finished"
-
-
-def state_for_workers(state: Mapping[str, Any], n_workers: int, base_seed: int, *, is_iterable: bool) -> dict[str, Any]:
-    """Return the state in the form that a loader with n_workers loads; a state of neither form is returned unchanged.
-
-    Returns:
-        The state. {}, i.e. a loader that has not begun, for a state at the end of an epoch that holds nothing else.
-        Without workers it may have STEPS_SINCE: number of batches to skip after it is loaded.
-
-    Raises:
-        ValueError: The state holds a position for each worker.
-    """
-    has_workers = _SNAPSHOT in state
-    if not has_workers and _N_YIELDED not in state:
-        return dict(state)
-    n_saved = state[_SNAPSHOT][_MAIN][_N_WORKERS] if has_workers else 0
-    if n_saved == n_workers:
-        return dict(state)
-    has_data_set_state = _has_data_set_state(state)
-    if is_iterable and state[_FINISHED] and not has_data_set_state:
-        return {}
-    if is_iterable or has_data_set_state:
-        kind = "a data set with a state of its own" if has_data_set_state else "an iterable data set"
-        otherwise = "" if has_data_set_state else ", or save the state at the end of an epoch"
-        raise ValueError(
-            f"the state was saved with num_workers={n_saved} over {kind}, in which each worker has its own position: "
-            f"it cannot be loaded with num_workers={n_workers}; make the loader with num_workers={n_saved}{otherwise}"
-        )
-    if has_workers:
-        flat = _flat(state)
-        return flat if n_workers == 0 else _with_workers(flat, n_workers, state[_SNAPSHOT][_MAIN][_BASE_SEED])
-    return _with_workers(state, n_workers, base_seed)
-
-
-def _has_data_set_state(state: Mapping[str, Any]) -> bool:
-    parts = state[_SNAPSHOT][_WORKERS].values() if _SNAPSHOT in state else [state]
-    states = [part.get(_DATASET) for part in parts if part is not None]
-    states += [(part.get(_FETCHER) or {}).get("dataset_iter_state") for part in parts if part is not None]
-    return any(one is not None for one in states)
-
-
-def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state without workers. It has STEPS_SINCE if the snapshot precedes the last batch handed out."""
-    snapshot = state[_SNAPSHOT]
-    flat = {key: value for key, value in state.items() if key not in (_SNAPSHOT, STEPS_SINCE)}
-    flat |= {key: snapshot[_MAIN][key] for key in _SHARED}
-    flat |= {_N_YIELDED: snapshot[_STEP], _FETCHER: None, _DATASET: None}
-    return {**flat, STEPS_SINCE: state[STEPS_SINCE]} if state[STEPS_SINCE] else flat
-
-
-def _with_workers(flat: Mapping[str, Any], n_workers: int, base_seed: int) -> dict[str, Any]:
-    others = {key: value for key, value in flat.items() if key not in _FLAT}
-    worker_states = {f"worker_{i}": {"worker_id": i, _DATASET: None, _FETCHER: None} for i in range(n_workers)}
-    snapshot = {
-        _STEP: flat[_N_YIELDED],
-        _LAST_WORKER: (flat[_N_YIELDED] - 1) % n_workers,
-        _MAIN: {_N_WORKERS: n_workers, **{key: flat[key] for key in _SHARED}, _BASE_SEED: base_seed},
-        _WORKERS: worker_states,
-    }
-    return {STEPS_SINCE: 0, **others, _SNAPSHOT: snapshot}

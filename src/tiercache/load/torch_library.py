@@ -16,7 +16,6 @@ from tiercache._native.ring import RowType
 from tiercache.load.array_library import ArrayLibrary
 from tiercache.load.device import BatchDevice, find_device, make_batch_device
 from tiercache.load.device_pipeline import DevicePipeline
-from tiercache.load.torch_rng import TorchDraws, next_seed, predict_seed
 from tiercache.shard.conversion import bfloat16_tensor
 
 if TYPE_CHECKING:
@@ -47,34 +46,6 @@ def _dlpack_code(dtype: str) -> int | None:
     except (RuntimeError, BufferError):
         return None
     return {"i": 0, "u": 1, "f": 2, "b": 6}[array.dtype.kind]
-
-
-class TorchSeeds:
-    """The seeds that torch's samplers draw. See EpochSeeds."""
-
-    def draws(
-        self,
-        generator: torch.Generator | None,
-        shuffle: bool,
-        n_records: int,
-        ends_short: bool = False,
-        *,
-        is_sampled: bool = False,
-    ) -> TorchDraws:
-        """See EpochSeeds."""
-        return TorchDraws(generator, shuffle, n_records, ends_short, is_sampled)
-
-    def next(self, generator: torch.Generator | None, *, after_begin: bool) -> int:
-        """See EpochSeeds."""
-        return next_seed(generator, after_begin=after_begin)
-
-    def predict(self, generator: torch.Generator | None, n_records: int, *, draws_base_seed: bool) -> int | None:
-        """See EpochSeeds."""
-        return predict_seed(generator, n_records, draws_base_seed=draws_base_seed)
-
-    def initial(self, generator: torch.Generator | None) -> int:
-        """See EpochSeeds."""
-        return torch.initial_seed() if generator is None else generator.initial_seed()
 
 
 class TorchDevices:
@@ -112,10 +83,13 @@ class TorchLibrary(ArrayLibrary):
     """Batches of torch tensors on the CPU."""
 
     profiler = torch.autograd.profiler
-    seeds = TorchSeeds()
     devices = TorchDevices()
     from_dlpack = staticmethod(_from_dlpack)
     nested = staticmethod(torch.nested.nested_tensor_from_jagged)
+
+    def draw_seed(self, generator: torch.Generator | None) -> int:
+        """See ArrayLibrary."""
+        return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
 
     def row_type(self, dtype: str, shape: tuple[int, ...]) -> RowType | None:
         """See ArrayLibrary. None if rows have no elements, or this torch cannot import them by DLPack."""

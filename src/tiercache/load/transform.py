@@ -20,9 +20,9 @@ from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import collate as collate_by_type
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from tiercache.data.output_spec import Buffer, OutputSpec, as_columns, is_stack_of_rows
+from tiercache.data.output_spec import Buffer, OutputSpec, as_columns, is_stack_of_rows, record_tuple
 from tiercache.load.pipeline import CLOSED_MESSAGE, ClosingPipeline
-from tiercache.shard.schema import Column, Kind
+from tiercache.shard.schema import Column, Kind, Schema
 from tiercache.shard.values import ColumnValues
 from tiercache.transform_rng import use_key
 
@@ -59,8 +59,8 @@ class BatchFunction:
         dataset: The data set, whose transform, if it has one, is applied to each record.
         columns: Its columns, as they are served.
         output_spec: How the data set serves them.
-        collate_fn: Function that makes a batch of the transform's results. None: there is no transform; the batch is
-            served as gathered.
+        collate_fn: Function that makes a batch of the records or of the transform's results. None: the batch is served
+            as gathered.
         batch_transforms: Functions that are applied to the batch, in order.
     """
 
@@ -109,9 +109,14 @@ class BatchFunction:
         return batch
 
     def _records(self, gathered: Batch, keys: BatchKeys) -> list[Any]:
-        columns = [_values(column, gathered, self.output_spec) for column in self.columns]
-        transform, records = self.dataset.transform, []
-        for position, record in zip(keys.positions, _rows(columns), strict=True):
+        rows = _rows([_values(column, gathered, self.output_spec) for column in self.columns])
+        transform, names, records = self.dataset.transform, self.output_spec.names, []
+        if transform is None:
+            if names is None:
+                return list(rows)
+            schema = Schema(list(self.columns))
+            return [record_tuple(record, names, schema) for record in rows]
+        for position, record in zip(keys.positions, rows, strict=True):
             with use_key(keys.seed, keys.epoch, position):
                 records.append(transform(record))
         return records
