@@ -22,7 +22,7 @@ from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.archive import crc32c_to_text
-from tiercache.store.contract import Span, Store, Upload, check_key, parts_in_order
+from tiercache.store.contract import Span, Store, Upload, check_key
 from tiercache.store.ranges import check_spans
 
 UNREADABLE = ("GLACIER", "DEEP_ARCHIVE")
@@ -344,7 +344,10 @@ class _BucketUpload(Upload):
             parts, self._parts = self._parts, None
             if parts is None:
                 raise ValueError(f"{self._key}: the upload was completed or aborted before")
-            data = b"".join(parts_in_order(parts, self._key))
+            missing = [number for number in range(len(parts)) if number not in parts]
+            if missing:
+                raise ValueError(f"{self._key}: part {missing[0]} is missing")
+            data = b"".join(parts[number] for number in range(len(parts)))
             keep = self._bucket._keep_absent if if_absent else self._bucket._keep
             return keep(self._key, data, self._class)
 

@@ -27,7 +27,7 @@ from tiercache.model import ObjectInfo
 from tiercache.prices import Speed
 from tiercache.stats import Counters
 from tiercache.store.calls import CallLimit, RetryPolicy, with_retries
-from tiercache.store.contract import Buffer, ProcessLocal, Upload, check_key, check_part, parts_in_order
+from tiercache.store.contract import Buffer, ProcessLocal, Upload, check_key
 from tiercache.store.credentials import Keys, refused_error, s3_access, wait_target
 from tiercache.store.obstore import CloudStore
 from tiercache.store.options import CloudOptions, server_url
@@ -487,8 +487,7 @@ class S3StorageClasses:
         servers that check this.
         """
         writing = {**self.calls.write_arguments, **({"StorageClass": storage_class} if storage_class else {})}
-        takes = all(self.calls.supports(one, "IfMatch") for one in ("PutObject", "CompleteMultipartUpload"))
-        return S3Upload(self, check_key(key), writing, if_match=if_match if takes else None)
+        return S3Upload(self, check_key(key), writing, if_match=if_match)
 
     def set_class(self, key: str, storage_class: str, *, if_match: str | None = None) -> ObjectInfo:
         """Change the storage class of an object by a copy to itself; bytes, metadata and tags stay.
@@ -748,7 +747,10 @@ class S3Upload(Upload):
     def put_part(self, number: int, data: Buffer) -> None:
         """Send the part, or hold a copy of the first one."""
         with self._lock:
-            check_part(self._key, number, is_open=self._is_open)
+            if number < 0 or not self._is_open:
+                raise ValueError(
+                    f"{self._key}: part {number}: numbers start at 0; add parts before complete() or abort()"
+                )
             if self._held is None and self._upload_id is None:
                 self._held = number, bytes(data)
                 return
@@ -805,11 +807,11 @@ class S3Upload(Upload):
         return ObjectInfo(self._key, len(data), etag=answer.get("ETag"), version=answer.get("VersionId"))
 
     def _join(self, upload_id: str, condition: dict[str, str]) -> ObjectInfo:
-        try:
-            parts = parts_in_order(self._parts, self._key)
-        except ValueError:
+        missing = [number for number in range(len(self._parts)) if number not in self._parts]
+        if missing:
             self._drop()
-            raise
+            raise ValueError(f"{self._key}: part {missing[0]} is missing; parts are numbered 0, 1, 2, ... without gaps")
+        parts = [self._parts[number] for number in range(len(self._parts))]
         total, self.is_confirmed = 0, all(part.is_confirmed for part in parts)
         for part in parts:
             self.crc32c = combine(self.crc32c, part.crc32c, part.n_bytes)

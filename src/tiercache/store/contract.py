@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import Event, Lock
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
@@ -492,24 +492,6 @@ class LocalStore(Protocol):
             True: The copy was corrupt and is removed; the caller opens the object again. False: The copy is right, or
                 it is the object itself.
         """
-
-
-def check_part(key: str, number: int, *, is_open: bool) -> None:
-    """Raise ValueError if an upload cannot take a part with this number now."""
-    if number < 0 or not is_open:
-        raise ValueError(f"{key}: part {number}: numbers start at 0; add parts before complete() or abort()")
-
-
-def parts_in_order(parts: Mapping[int, T], key: str) -> list[T]:
-    """Return the parts in the order of their numbers.
-
-    Raises:
-        ValueError: A number is missing.
-    """
-    missing = [number for number in range(len(parts)) if number not in parts]
-    if missing:
-        raise ValueError(f"{key}: part {missing[0]} is missing; parts are numbered 0, 1, 2, ... without gaps")
-    return [parts[number] for number in range(len(parts))]
 
 
 class StoreFile(io.RawIOBase):
