@@ -388,19 +388,6 @@ class TestLs:
         *rows, _ = tiercache("tier", "ls", wanted.format(root=root), "--json").events
         assert [row["path"] for row in rows] == ["runs/a/step-9"]
 
-    def test_pending_moves_of_another_home_are_kept_and_noted(self, tiercache, root):
-        rules = RULES.replace('grace = "0s"', 'grace = "1d"')
-        (root / "tiercache.toml").write_text(rules)
-        n_moves = tiercache("tier", "run", "--once", "--json").events[-1]["waiting_drops"]
-        (root / "tiercache.toml").write_text(rules.replace('url = "store"', 'url = "depot"'))
-        for verb in ("ls", "check"):
-            left = [one for one in tiercache("tier", verb, "--json").events if one["event"] == "left"]
-            assert left == [{"event": "left", "home": f"{root}/store", "moves": n_moves}], verb
-        assert f"moves of another home tier, {root}/store, in the catalog" in tiercache("tier", "ls").out
-        (root / "tiercache.toml").write_text(rules)
-        assert [one for one in tiercache("tier", "ls", "--json").events if one["event"] == "left"] == []
-        assert tiercache("tier", "run", "--once", "--json").events[-1]["waiting_drops"] == n_moves
-
     def test_what_is_not_there_is_an_error(self, tiercache, root):
         assert "no object has this name or matches it" in tiercache("tier", "ls", "runs/b", code=1).err
         done = tiercache("tier", "ls", "/elsewhere", code=2)

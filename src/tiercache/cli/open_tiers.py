@@ -17,10 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tiercache.cli.common import Output, count, printable
+from tiercache.cli.common import Output, printable
 from tiercache.model import format_bytes
 from tiercache.prices import Prices, prices_if_known
-from tiercache.store import redact
 from tiercache.store.options import ParsedUrl
 from tiercache.tier.findings import RuleWarning
 from tiercache.tier.inventory.groups import Inventory, take_inventory
@@ -120,16 +119,6 @@ class OpenTiers:
                 from_then = "machines report it after the first `tier apply` or `tier run --once`"
                 text = f"{folder}: its use is not tracked yet; {from_then}"
                 output.event("uncounted", {"data_set": folder}, f"note: {text}")
-
-    def print_pending_moves(self, output: Output) -> None:
-        """Print a note for each home tier of another rule file that moves in this machine's catalog wait for."""
-        for home, n_moves in self.catalog.waiting_homes().items():
-            if home != self.file.home_tier.url:
-                text = (
-                    f"{count(n_moves, 'move')} of another home tier, {redact(home)}, in the catalog of this machine: "
-                    f"their sources are deleted only by `tiercache tier run --once` with a rule file of that home tier"
-                )
-                output.event("left", {"home": redact(home), "moves": n_moves}, f"note: {text}")
 
     def unpriced_note(self) -> str:
         """Return the end of a summary that names tiers without prices; "" if all tiers have prices."""

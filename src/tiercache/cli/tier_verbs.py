@@ -300,7 +300,6 @@ def ls(output: Output, rules: Path | None, path: str | None) -> None:
         tier = None if path is None else split_tier(tiers.file, path)[0]
         inventory = tiers.read_inventory(output)
         print_unavailable(output, tiers.file, unavailable_tiers(tiers.file, tiers.stores, tiers.catalog))
-        tiers.print_pending_moves(output)
         snapshot = inventory.snapshot
         note = tiers.unpriced_note()
     is_selected = select_paths(snapshot.paths, selected)
@@ -385,9 +384,9 @@ def _print_ls_summary(output: Output, rows: Sequence[Mapping[str, Any]], tiers: 
         totals[copy["tier"]][0] += copy["n_bytes"]
         totals[copy["tier"]][1] += copy["dollars_month"]
     month = sum(amount for _, amount in totals.values())
-    by_tier = {name: {"n_bytes": n_bytes, "dollars_month": round(d, 6)} for name, (n_bytes, d) in totals.items()}
+    by_tier = {name: {"n_bytes": n_bytes, "dollars_month": round(d, 9)} for name, (n_bytes, d) in totals.items()}
     shown = ", ".join(f"{format_bytes(n_bytes)} in {name}" for name, (n_bytes, _) in totals.items())
-    facts = {"groups": len(rows), "tiers": by_tier, "dollars_month": round(month, 6)}
+    facts = {"groups": len(rows), "tiers": by_tier, "dollars_month": round(month, 9)}
     output.summary(facts, f"{count(len(rows), 'group')}: {shown}; ${format_dollars(month)} a month{note}")
 
 
@@ -445,7 +444,6 @@ def _check(output: Output, tiers: OpenTiers) -> None:
         _print_rules(output, file, inventory)
         _print_left_alone(output, inventory.facts)
         print_rule_warnings(output, rule_warnings(file, inventory.snapshot, inventory.facts["in_files"]))
-        tiers.print_pending_moves(output)
         folders = [found.folder for found in inventory.facts["datasets"]]
         tiers.print_untracked(output, inventory, pa.array(folders, pa.large_string()))
     n_unreached = len(failed) + len(unavailable)

@@ -297,11 +297,6 @@ class TierCatalog:
         marks = ", ".join("?" * len(wanted))
         return self._rows(f"home = ? AND state IN ({marks})", (home, *wanted))
 
-    def waiting_homes(self) -> Mapping[str, int]:
-        """Return the number of waiting moves of each home, including homes that no rule file has now."""
-        query = "SELECT home, COUNT(*) FROM moves WHERE state IN ('waiting', 'dropping') GROUP BY home ORDER BY home"
-        return dict(self._database.run(lambda db: db.execute(query).fetchall()))
-
     def prune(self, now_s: float) -> None:
         """Delete old rows of finished moves, and of moves that stopped before anything was promised."""
         marks = ", ".join("?" * len(_PRUNED_STATES))
