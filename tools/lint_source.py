@@ -35,10 +35,9 @@ HOMES = {
 ENVIRONMENT_FILE, SLEEPING_FILE = "config.py", "waiting.py"
 ENVIRONMENT_NAMES = frozenset({"os.environ", "os.environb", "os.getenv"})
 
-# Signatures and help texts of the command. The verbs' bodies import the implementation: `--help` loads none of it.
 # checkpoints.py imports dcp_writer.py and dcp_reader.py, and with them torch, where they are wanted: states of arrays
 # do not need torch.
-LAZY_FILES = ("cli/tier_commands.py", "checkpoint/checkpoints.py")
+LAZY_FILES = ("checkpoint/checkpoints.py",)
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 

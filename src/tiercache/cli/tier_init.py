@@ -1,13 +1,14 @@
-"""The verb `tiercache tier init`; tier_commands.py has its options."""
+"""The verb `tiercache tier init`."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import Annotated
 
 from tiercache import config
-from tiercache.cli.common import Output
+from tiercache.cli.common import Output, argument, option, verb
 from tiercache.tier.rules import load_rule_file
 
 _TEXT = """\
@@ -38,8 +39,24 @@ match = "checkpoints/**"            # below the URL of each tier
 """
 
 
-def init(output: Output, folder: str, standard: str | None, archive: str | None, out: Path | None) -> None:
-    """Write a first rule file. Raises FileExistsError if there is one already."""
+@verb(after_ctrl_c="nothing was changed; run the same command again")
+def init(
+    output: Output,
+    folder: Annotated[str, argument("FOLDER", "Folder or URL that is scanned: the first tier of the rule file.")],
+    standard: Annotated[
+        str | None, option("--standard", "URL", "Tier to which checkpoints move from FOLDER, e.g. s3://bucket/train.")
+    ] = None,
+    archive: Annotated[
+        str | None, option("--archive", "URL", "Tier for what is rarely read, e.g. s3://bucket-cold/train.")
+    ] = None,
+    out: Annotated[
+        Path | None, option("--out", "FILE", "File to write; default: tiercache.toml in this folder.")
+    ] = None,
+) -> None:
+    """Scan a folder, and write a rule file with comments for what is in it.
+
+    Nothing is moved, and no existing file is overwritten. Read the file, change it, and run `tiercache tier check`.
+    """
     target = (Path(config.FILE_NAME) if out is None else out).absolute()
     is_local = "://" not in folder
     if standard is not None and not is_local:

@@ -1,4 +1,4 @@
-"""The verb `tiercache tier get`: brings groups back to a faster tier; tier_commands.py has its options."""
+"""The verb `tiercache tier get`: brings groups back to a faster tier."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +14,21 @@ import pyarrow.compute as pc
 import typer
 from numpy.typing import NDArray
 
-from tiercache.cli.common import PARTIAL, PENDING, Output, confirm, count, parse_age
+from tiercache.cli.common import (
+    PARTIAL,
+    PENDING,
+    DryRun,
+    Output,
+    Rules,
+    Yes,
+    argument,
+    confirm,
+    count,
+    flag,
+    option,
+    parse_age,
+    verb,
+)
 from tiercache.cli.open_tiers import (
     OpenTiers,
     format_dollars,
@@ -25,7 +38,7 @@ from tiercache.cli.open_tiers import (
     select_paths,
     tier_path,
 )
-from tiercache.cli.tier_verbs import execute_plan, parse_speed, print_moves, print_refusals, print_stopped
+from tiercache.cli.tier_verbs import Rows, execute_plan, parse_speed, print_moves, print_refusals, print_stopped
 from tiercache.errors import NotFound
 from tiercache.model import format_bytes
 from tiercache.tier.inventory.groups import Inventory
@@ -61,11 +74,42 @@ class GetOptions:
     dry_run: bool  # whether to print only what would be done
 
 
-def get(output: Output, what: Sequence[str], rules: Path | None, options: GetOptions) -> None:
-    """Bring groups back to a faster tier, and hold them there.
+@verb(after_ctrl_c="requested restores go on, finished copies stay; the same command continues from there")
+def get(
+    output: Output,
+    what: Annotated[
+        list[str],
+        argument(
+            "PATTERN...",
+            "Shards, checkpoints and files to bring back: paths below the tiers' URLs, URLs or local paths in a tier "
+            "(with everything below), or globs.",
+        ),
+    ],
+    to: Annotated[
+        str | None,
+        option("--to", "TIER", "Tier, or role, to copy to; default: the first tier, for shards the home tier."),
+    ] = None,
+    hold: Annotated[
+        str | None,
+        option(
+            "--hold", "TIME", "How long no run moves or deletes them, e.g. 30d; default: `hold` of the rule file, 7d."
+        ),
+    ] = None,
+    wait: Annotated[bool, flag("--wait", "Wait until archived objects are restored, then copy them.")] = False,
+    speed: Annotated[str, option("--speed", "SPEED", "Speed of restores: expedited, standard or bulk.")] = "standard",
+    rows: Rows = 20,
+    rules: Rules = None,
+    yes: Yes = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Bring shards, checkpoints and files back from any tier.
 
-    Raises typer.Exit with PENDING while restores are in progress, and with PARTIAL if a group was refused or stopped.
+    The command shows what would be copied and restored, with cost and time, and asks. It restores what an archive
+    must restore, copies, verifies, and holds what it brought back: until the hold ends, no run of the mover moves or
+    deletes it. The colder copy stays. Exit codes: 0 done; 3 some groups were refused or stopped; 5 restores are in
+    progress: the same command continues.
     """
+    options = GetOptions(to, hold, wait, speed, rows, yes, dry_run)
     with open_tiers(rules) as tiers:
         code = _Recall(output, tiers, what, options).run()
     if code:

@@ -1,4 +1,4 @@
-"""The verbs of `tiercache tier`; tier_commands.py has their options."""
+"""The verbs of `tiercache tier`, except get and init."""
 
 from __future__ import annotations
 
@@ -6,14 +6,29 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import typer
 from numpy.typing import NDArray
 
-from tiercache.cli.common import FAILED, PARTIAL, UNCONFIRMED, Output, confirm, count, printable
+from tiercache.cli.common import (
+    FAILED,
+    PARTIAL,
+    UNCONFIRMED,
+    DryRun,
+    Output,
+    Rules,
+    Yes,
+    argument,
+    confirm,
+    count,
+    flag,
+    option,
+    printable,
+    verb,
+)
 from tiercache.cli.open_tiers import (
     STATE_NAMES,
     OpenTiers,
@@ -51,15 +66,30 @@ from tiercache.tier.plan.selection import largest_copies, rules_of
 from tiercache.tier.rules import Rule, RuleFile, Tier, load_rule_file
 from tiercache.tier.stores import missing_folder_message, unavailable_tiers
 
+Rows = Annotated[int, option("--rows -n", "N", "Number of moves and of refusals to show; 0: all.", min=0)]
 
-def plan(output: Output, rules: Path | None, out: Path | None, max_rows: int) -> None:
-    """Plan, print the plan, and write it to out unless that is None. max_rows: Rows to print; 0: all."""
+
+@verb(after_ctrl_c="nothing was changed; run the same command again")
+def plan(
+    output: Output,
+    out: Annotated[
+        Path | None,
+        option("--out", "FILE", "Write the plan to FILE, for `tiercache tier apply FILE`."),
+    ] = None,
+    rows: Rows = 20,
+    rules: Rules = None,
+) -> None:
+    """Show what would be moved, why, and what it costs and saves.
+
+    Nothing is moved. Moves that are refused are shown too. With --json, all moves and refusals are printed, whatever
+    --rows says.
+    """
     with open_tiers(rules) as tiers:
         made = plan_tiers(output, tiers)
         note = tiers.unpriced_note()
     if out is not None:
         write_plan(made, out)
-    print_plan(output, made, max_rows)
+    print_plan(output, made, rows)
     written = f"; written to {out}" if out is not None else ""
     output.summary(plan_facts(made) | {"out": None if out is None else str(out)}, f"{plan_text(made)}{written}{note}")
 
@@ -176,15 +206,26 @@ def plan_text(made: Plan) -> str:
     return text + (f"; {count(facts['n_refused'], 'move')} refused" if facts["n_refused"] else "")
 
 
-def apply(output: Output, file: Path, rules: Path | None, max_rows: int, *, yes: bool, dry_run: bool) -> None:
-    """Make the moves of a plan file, or print them.
+@verb(after_ctrl_c="finished moves stay, nothing was lost; the same command continues from there")
+def apply(
+    output: Output,
+    plan: Annotated[Path, argument("PLAN", "Plan file that `tiercache tier plan --out` wrote.")],
+    rows: Rows = 20,
+    rules: Rules = None,
+    yes: Yes = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Make the moves of a stored plan, and no others.
 
-    Raises typer.Exit with PARTIAL if moves were stopped, and with UNCONFIRMED if the plan deletes more than a rule may
-    without a confirmation.
+    A move whose objects or tiers have changed since is stopped. Without --yes, a plan that deletes more than a rule may
+    (max_delete) ends with exit code 7 before anything is done. Data sets whose shards the plan moves or refuses are
+    tracked from then on: machines report which shards they use. The sources of the moves are deleted later, by
+    `tiercache tier run --once` after the grace period. Without --rules, the rule file is the one that the plan was made
+    with.
     """
-    stored = read_plan(file)
+    stored = read_plan(plan)
     if dry_run:
-        print_plan(output, stored, max_rows)
+        print_plan(output, stored, rows)
         output.summary({**plan_facts(stored), "dry_run": True}, f"would make {plan_text(stored)}")
         return
     if stored.exceeded and not yes:
@@ -248,14 +289,34 @@ def _apply_text(plan: Plan, applied: ApplyResult, grace_s: float) -> str:
     return text + (f"; {len(applied.stopped):,} stopped" if applied.stopped else "")
 
 
-def run(output: Output, rules: Path | None, max_rows: int, *, yes: bool, dry_run: bool) -> None:
-    """Plan and make all moves that are due, or print them. Raises typer.Exit unless the report's code is 0."""
+@verb(after_ctrl_c="finished moves stay, nothing was lost; the same command continues from there")
+def run(
+    output: Output,
+    once: Annotated[bool, flag("--once", "Required: run once, and do not stay resident.")] = False,
+    rows: Rows = 20,
+    rules: Rules = None,
+    yes: Annotated[
+        bool, flag("--yes -y", "Make the deletions of this run also if a rule deletes more than its max_delete.")
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Plan and make all moves that are due; for schedulers.
+
+    It finishes interrupted moves, plans, moves, and deletes sources after the grace period. It is for cron, Airflow or
+    Kubernetes, and asks no questions. With --json, the last line is the summary. Exit codes: 0 done; 1 failed; 3 some
+    moves were stopped (the others are done), an object is lost, or a tier cannot be seen (e.g. a disk that is not
+    mounted); 5 restores are in progress; 7 nothing of the plan was done (with --dry-run: would be done), because a rule
+    would delete more for good than its max_delete (half of the bytes that it matches): look at `tier plan`, and give
+    --yes if it is right.
+    """
+    if not once:
+        raise ValueError("give --once: tiercache does not stay resident, a scheduler such as cron repeats the command")
     file = load_rule_file(rules)
     with output.byte_progress("moving") as advance:
         report = run_once(file, dry_run=dry_run, confirmed=yes, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
     print_unavailable(output, file, report.unavailable)
     if dry_run:
-        print_plan(output, report.plan, max_rows)
+        print_plan(output, report.plan, rows)
     else:
         print_stopped(output, report.stopped)
         if report.is_unconfirmed:
@@ -290,10 +351,18 @@ def _run_text(report: RunReport) -> str:
 _DIGITS = re.compile(r"([0-9]+)")
 
 
-def ls(output: Output, rules: Path | None, path: str | None) -> None:
+@verb(after_ctrl_c="nothing was changed; run the same command again")
+def ls(
+    output: Output,
+    path: Annotated[
+        str | None,
+        argument("[PATH]", "Folder below the tiers' URLs, URL in a tier, or glob; default: all."),
+    ] = None,
+    rules: Rules = None,
+) -> None:
     """List shards, checkpoints and files with their tiers and costs.
 
-    path: Path, URL in a tier, or glob; None: all. With the name of a tier before the path, what has a copy there.
+    Each line shows the states of the copies, the last use and the dollars per month.
     """
     with open_tiers(rules) as tiers:
         selected = "" if path is None else tier_path(tiers.file, path)
@@ -412,23 +481,31 @@ _SHOWN = 3
 _OFFLINE, _UNAVAILABLE = "not asked", "cannot be seen"
 
 
-def check_file(output: Output, rules: Path | None) -> None:
-    """Check the rule file without reaching any tier."""
-    file = load_rule_file(rules)
-    refuse_shared_folders(file)
-    _print_tiers(output, file, {tier.name: _OFFLINE for tier in file.tiers})
-    print_notes(output, filter(None, map(missing_folder_message, file.tiers)))
-    print_rule_warnings(output, rule_warnings(file))
-    _sum_up(output, file, 0)
-
-
-def check_tiers(output: Output, rules: Path | None) -> None:
+@verb(after_ctrl_c="nothing was changed; run the same command again")
+def check(
+    output: Output,
+    rules: Rules = None,
+    prices: Annotated[bool, flag("--prices", "Print only the built-in price table.")] = False,
+    offline: Annotated[bool, flag("--offline", "Only check the rule file, without reaching any tier.")] = False,
+) -> None:
     """Check the rule file and its tiers, and print what rules match.
 
-    Raises typer.Exit with FAILED if a tier cannot be reached or seen.
+    Nothing is changed. The exit code is 1 if a tier cannot be reached or its copies cannot be seen (e.g. a disk that is
+    not mounted). It is 3 if an object is lost: a data set version, the placement or this machine's catalog names it,
+    but no tier has it.
     """
-    with open_tiers(rules) as tiers:
-        _check(output, tiers)
+    if prices:
+        print_prices(output)
+    elif offline:
+        file = load_rule_file(rules)
+        refuse_shared_folders(file)
+        _print_tiers(output, file, {tier.name: _OFFLINE for tier in file.tiers})
+        print_notes(output, filter(None, map(missing_folder_message, file.tiers)))
+        print_rule_warnings(output, rule_warnings(file))
+        _sum_up(output, file, 0)
+    else:
+        with open_tiers(rules) as tiers:
+            _check(output, tiers)
 
 
 def _check(output: Output, tiers: OpenTiers) -> None:
