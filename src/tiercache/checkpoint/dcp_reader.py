@@ -48,39 +48,23 @@ _READS_AGAIN = 2
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a checkpoint contains, in the terms of torch.
-
-    Attributes:
-        metadata: Sizes, types and parts of the tensors, and keys of other values.
-        parts: Name in the manifest of each part of a tensor.
-        values: Node of each other value in the state, by key.
-    """
+    """What a checkpoint contains, in the terms of torch."""
 
     metadata: Metadata
-    parts: Mapping[MetadataIndex, str]
-    values: Mapping[str, Any]
+    parts: Mapping[MetadataIndex, str]  # name in the manifest of each part of a tensor
+    values: Mapping[str, Any]  # node of each other value in the state, by key
 
 
 @dataclass(eq=False, slots=True)
 class _Read:
-    """A range of a part that is read into a tensor.
-
-    Attributes:
-        item: What the planner wants.
-        target: Tensor that receives the values, on any device and with any strides.
-        entry: Place of the part.
-        blocks: Checksums of the part's blocks; None if it has none.
-        wanted: Byte range of the part that contains the values.
-        block_range: The same, extended to whole blocks.
-        buffer: Memory that receives block_range.
-    """
+    """A range of a part that is read into a tensor."""
 
     item: ReadItem
-    target: torch.Tensor
+    target: torch.Tensor  # receives the values, on any device and with any strides
     entry: TensorEntry
-    blocks: Sequence[int] | None
-    wanted: ByteRange
-    block_range: ByteRange
+    blocks: Sequence[int] | None  # checksums of the part's blocks; None: the file is checked whole
+    wanted: ByteRange  # of the part, with the values
+    block_range: ByteRange  # the same, extended to whole blocks
     buffer: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
 
     @property

@@ -64,18 +64,11 @@ Shape: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class StoredPart:
-    """A tensor, or a part of one, that a rank has stored.
+    """A tensor, or a part of one, that a rank has stored."""
 
-    Attributes:
-        name: Name in the manifest.
-        entry: Place of its values.
-        blocks: CRC-32C of each BLOCK_BYTES of its values.
-        file: File that contains it.
-    """
-
-    name: str
+    name: str  # in the manifest
     entry: TensorEntry
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...]  # CRC-32C of each BLOCK_BYTES of its values
     file: StoredFile
 
 
@@ -89,17 +82,11 @@ class StoredValue:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What the coordinator tells each rank with its plan.
-
-    Attributes:
-        name: Name of the checkpoint.
-        rank: Number of the rank.
-        retains: Whether the rank applies retention to its local folder, which the coordinator and lower ranks lack.
-    """
+    """What the coordinator tells each rank with its plan."""
 
     name: str
     rank: int
-    retains: bool
+    retains: bool  # whether it applies retention to its local folder, which the coordinator and lower ranks lack
 
 
 @dataclass(frozen=True, slots=True)

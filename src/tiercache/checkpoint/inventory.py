@@ -203,11 +203,7 @@ class CheckpointStores:
         self._lock = Lock()
 
     def scan(self) -> Scan:
-        """List all tiers, and read the pins, and the manifests that are not known yet.
-
-        Raises:
-            StoreError: A tier cannot be listed or read.
-        """
+        """List all tiers, and read the pins, and the manifests that are not known yet."""
         found: dict[str, list[CheckpointCopy]] = {}
         departed: set[str] = set()
         url, hint = "", ""
@@ -253,13 +249,7 @@ class CheckpointStores:
         return CheckpointCopy(tier, store, name, objects, manifest, problem, pin, is_archived=archived)
 
     def manifest(self, tier: CheckpointTier, name: str) -> Manifest:
-        """Return the manifest of a checkpoint in a tier; it is read once.
-
-        Raises:
-            NotFound: The tier does not have the checkpoint.
-            CorruptCheckpoint, UnsupportedFormat: The manifest cannot be read.
-            StoreError: The store failed.
-        """
+        """Return the manifest of a checkpoint in a tier; it is read once."""
         with self._lock:
             known = self._manifests.get((tier, name))
         if known is not None:

@@ -51,13 +51,7 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file of a checkpoint.
-
-    Attributes:
-        path: Path relative to the checkpoint's folder.
-        n_bytes: Size of the file.
-        crc32c: CRC-32C of the file.
-    """
+    """A file of a checkpoint."""
 
     path: str
     n_bytes: int
@@ -66,20 +60,12 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Location of a stored tensor.
+    """Location of a stored tensor."""
 
-    Attributes:
-        file: Path of its file, as in StoredFile.
-        offset: Position of its first byte in the file.
-        n_bytes: Size of its values: row-major, little-endian.
-        dtype: Type by the name of safetensors, such as "BF16".
-        shape: Sizes of the dimensions.
-    """
-
-    file: str
-    offset: int
-    n_bytes: int
-    dtype: str
+    file: str  # as StoredFile.path
+    offset: int  # of its first byte in the file
+    n_bytes: int  # of its values: row-major, little-endian
+    dtype: str  # by the name of safetensors, such as "BF16"
     shape: tuple[int, ...]
 
 
@@ -119,16 +105,7 @@ class Manifest:
 
 
 def checkpoint_name(step: int, created_s: float, nonce: str) -> str:
-    """Return the name of a checkpoint.
-
-    Args:
-        step: Step of the training run, from 0 to 10^18 - 1.
-        created_s: Time at which the save began, in seconds since the Unix epoch.
-        nonce: Six random hex digits, which make the names of two saves at one step and time differ.
-
-    Raises:
-        ValueError: A value is outside its limits.
-    """
+    """Return the name of a checkpoint."""
     if type(step) is not int or not 0 <= step <= _MOST_STEPS:
         raise ValueError(f"step is an integer from 0 to 10^18 - 1, got {step!r}")
     created = _EPOCH + timedelta(milliseconds=round(created_s * 1000))
@@ -151,11 +128,7 @@ def parse_name(name: str) -> tuple[int, float] | None:
 
 
 def written_order(name: str) -> tuple[float, str]:
-    """Return the sort key by which names sort from the checkpoint written first to the one written last.
-
-    Raises:
-        ValueError: The text is not the name of a checkpoint.
-    """
+    """Return the sort key by which names sort from the checkpoint written first to the one written last."""
     parsed = parse_name(name)
     if parsed is None:
         raise ValueError(f"not the name of a checkpoint: {name!r}")
@@ -179,7 +152,6 @@ def name_of_metrics(key: str) -> str:
 
 
 def encode_metrics(metrics: Mapping[str, float]) -> bytes:
-    """Return metrics as a JSON text."""
     return json.dumps({name: metric_json(value) for name, value in metrics.items()}, allow_nan=False).encode("ascii")
 
 
@@ -192,7 +164,6 @@ def parse_metrics(data: bytes) -> dict[str, float] | None:
 
 
 def manifest_key(name: str) -> str:
-    """Return the key of a checkpoint's manifest."""
     return f"{name}/{MANIFEST_NAME}"
 
 
@@ -201,14 +172,7 @@ def manifest_key(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which checkpoint of a run is meant.
-
-    Attributes:
-        kind: "latest" (the one written last), "best" (by a metric), "step" or "name".
-        text: Metric or name; "" otherwise.
-        step: Step; -1 otherwise.
-        mode: "min" or "max": which value of the metric is the best.
-    """
+    """Which checkpoint of a run is meant."""
 
     kind: Literal["latest", "best", "step", "name"]
     text: str = ""
@@ -217,12 +181,7 @@ class Choice:
 
 
 def parse_choice(which: str | int) -> Choice:
-    """Return the choice that "latest", "best:METRIC", "best:METRIC:max", a step (also as text) or a name states.
-
-    Raises:
-        TypeError: `which` is neither a text nor an integer.
-        ValueError: The text is none of these.
-    """
+    """Return the choice that "latest", "best:METRIC", "best:METRIC:max", a step (also as text) or a name states."""
     if not isinstance(which, str):
         try:
             if isinstance(which, bool):
@@ -261,9 +220,6 @@ def checkpoint_objects(objects: Iterable[ObjectInfo]) -> dict[str, dict[str, Obj
     """Return the objects of each checkpoint folder by name of the folder and path in it, written first to last.
 
     Folders without a manifest are included: they are saves that are not finished, or that a kill has ended.
-
-    Args:
-        objects: Objects of a store, such as Store.list() yields them.
     """
     found: dict[str, dict[str, ObjectInfo]] = {}
     for info in objects:
@@ -274,11 +230,7 @@ def checkpoint_objects(objects: Iterable[ObjectInfo]) -> dict[str, dict[str, Obj
 
 
 def list_names(store: Store) -> list[str]:
-    """Return the names of the committed checkpoints of a store, from the one written first to the one written last.
-
-    Raises:
-        StoreError: The store cannot be listed.
-    """
+    """Return the names of the committed checkpoints of a store, from the one written first to the one written last."""
     return [name for name, objects in checkpoint_objects(store.list()).items() if MANIFEST_NAME in objects]
 
 
@@ -435,14 +387,7 @@ _ITEM_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Name, type and shape of a tensor in a file.
-
-    Attributes:
-        name: Name of the tensor.
-        dtype: Type by the name of safetensors.
-        shape: Sizes of the dimensions.
-        n_bytes: Size of the values.
-    """
+    """Name, type and shape of a tensor in a file."""
 
     name: str
     dtype: str
@@ -489,12 +434,7 @@ def lay_out_file(tensors: Iterable[TensorSpec]) -> FileLayout:
 
 
 def distribute(tensors: Sequence[TensorSpec], n_streams: int) -> list[list[TensorSpec]]:
-    """Return the tensors of each file: files of similar size, each of whole tensors.
-
-    Args:
-        tensors: Tensors of a state.
-        n_streams: Number of files that are written in parallel; there are as many if they are not too small.
-    """
+    """Return the tensors of each file: files of similar size, each of whole tensors."""
     total_bytes = sum(one.n_bytes for one in tensors)
     n_files = max(1, math.ceil(total_bytes / MAX_FILE_BYTES), min(n_streams, total_bytes // MIN_FILE_BYTES))
     files: list[list[TensorSpec]] = [[] for _ in range(n_files)]
@@ -507,11 +447,7 @@ def distribute(tensors: Sequence[TensorSpec], n_streams: int) -> list[list[Tenso
 
 
 def header_bytes(start: bytes) -> int:
-    """Return the size of a file's header, including the 8 bytes of its size, from the file's first 8 bytes.
-
-    Raises:
-        ValueError: It is not a safetensors file.
-    """
+    """Return the size of a file's header, including the 8 bytes of its size, from the file's first 8 bytes."""
     stated = int.from_bytes(start[:8], "little")
     if len(start) < 8 or not 2 <= stated <= _MOST_HEADER_BYTES:
         raise ValueError(f"not a safetensors file: a header of {stated} bytes")
@@ -519,15 +455,7 @@ def header_bytes(start: bytes) -> int:
 
 
 def parse_header(header: bytes, n_bytes: int) -> dict[str, tuple[TensorSpec, int]]:
-    """Return each tensor of a file and its position in the file, by name.
-
-    Args:
-        header: First bytes of the file, as many as header_bytes() says.
-        n_bytes: Size of the file.
-
-    Raises:
-        ValueError: It is not a valid safetensors file.
-    """
+    """Return each tensor of a file and its position in the file, by name."""
     try:
         body = json.loads(header[8:])
         found = {name: _spec_of(name, entry, len(header)) for name, entry in body.items() if name != _METADATA}

@@ -56,12 +56,7 @@ def _length(target: Target) -> int:
 
 
 class CopyReader:
-    """Reads files of a checkpoint from one store, and compares them with the manifest. Use it as a context manager.
-
-    Args:
-        store: Store of the checkpoint; one that has local files (a folder, or a cache) is read through them.
-        manifest: Manifest of the checkpoint.
-    """
+    """Reads files of a checkpoint from one store, and compares them with the manifest. Use it as a context manager."""
 
     def __init__(self, store: Store, manifest: Manifest) -> None:
         self.store, self.manifest = store, manifest
@@ -82,12 +77,7 @@ class CopyReader:
         return f"{self.store.url}/{key_of(self.manifest.name, file.path)}"
 
     def small_file(self, path: str) -> bytes:
-        """Return a small file of the checkpoint.
-
-        Raises:
-            CorruptCheckpoint: The file is missing, or differs from the manifest.
-            StoreError: The store failed.
-        """
+        """Return a small file of the checkpoint."""
         file = next((one for one in self.manifest.files if one.path == path), None)
         if file is None:
             raise CorruptCheckpoint(f"the manifest has no {path}", url=f"{self.store.url}/{self.manifest.name}")
@@ -123,11 +113,7 @@ class CopyReader:
         return sum(file.n_bytes for file in wanted)
 
     def verify(self) -> list[str]:
-        """Read all files and return what differs from the manifest, one text for each wrong file.
-
-        Raises:
-            StoreError: The store failed.
-        """
+        """Read all files and return what differs from the manifest, one text for each wrong file."""
         problems = []
         for file in self.manifest.files:
             try:

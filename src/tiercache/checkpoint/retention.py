@@ -161,24 +161,7 @@ class RetentionReport:
 
 
 class Retention:
-    """Deletes checkpoints and leftovers. All methods may be called from any thread and any process.
-
-    Args:
-        stores: Stores of the checkpoints.
-        keeps: Rules.
-        gc_age_s: Age in seconds from which leftovers are removed.
-        unfinished: Function that returns the names of the saves of this process that are not finished: they are never
-            leftovers.
-        now: Function that returns the time in seconds since the Unix epoch, which is compared with that of the stores.
-
-    Attributes:
-        stores: Stores of the checkpoints.
-        keeps: Rules.
-        gc_age_s: As given.
-
-    Raises:
-        ValueError: A rule is for the tier "local", and there is none.
-    """
+    """Deletes checkpoints and leftovers. All methods may be called from any thread and any process."""
 
     def __init__(
         self,
@@ -210,14 +193,7 @@ class Retention:
         return plan_retention(scan, self.keeps, tuple(self.stores.tiers), self._now(), unfinished)
 
     def run(self, tiers: Collection[CheckpointTier] | None = None) -> RetentionReport:
-        """Delete what no rule keeps, and collect(). The background thread calls it after each commit.
-
-        Args:
-            tiers: Tiers from which is deleted; None: all.
-
-        Raises:
-            StoreError: A store failed; the next run continues.
-        """
+        """Delete what no rule keeps, and collect(). The background thread calls it after each commit."""
         deleted: dict[CheckpointTier, tuple[str, ...]] = {}
         n_bytes = 0
         before = tuple(self._unfinished())
@@ -261,11 +237,7 @@ class Retention:
         return RetentionReport(deleted, n_bytes=n_bytes)
 
     def collect(self) -> RetentionReport:
-        """Delete leftovers of unfinished saves and of ended deletions, if they are old enough.
-
-        Raises:
-            StoreError: A store failed; the next collection continues.
-        """
+        """Delete leftovers of unfinished saves and of ended deletions, if they are old enough."""
         before = tuple(self._unfinished())
         return self._collect(self.stores.scan(), self.stores.tiers, before)
 

@@ -95,13 +95,7 @@ def _torch_device(device: Any) -> TorchDevice:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slab:
-    """A piece of host memory that begins at a page.
-
-    Attributes:
-        array: Its bytes.
-        tensor: Tensor of torch over the same bytes; None where torch is not used.
-        is_pinned: Whether a device made it.
-    """
+    """A piece of host memory that begins at a page."""
 
     array: NDArray[np.uint8]
     tensor: Any
@@ -109,11 +103,7 @@ class Slab:
 
 
 class HostMemory:
-    """Slabs for staged states, kept for later saves. Thread-safe: the writer returns them.
-
-    Args:
-        slab_bytes: Size of a slab, of whole pages.
-    """
+    """Slabs for staged states, kept for later saves. Thread-safe: the writer returns them."""
 
     def __init__(self, slab_bytes: int = SLAB_BYTES) -> None:
         self.slab_bytes = slab_bytes

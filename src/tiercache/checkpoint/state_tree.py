@@ -59,34 +59,21 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorSource:
-    """A tensor that is to be stored.
+    """A tensor that is to be stored."""
 
-    Attributes:
-        value: Tensor of torch, or array of NumPy, of any strides and device.
-        dtype: Type by the name of safetensors.
-        shape: Sizes of the dimensions.
-        n_bytes: Size of its values.
-    """
-
-    value: Any
-    dtype: str
+    value: Any  # tensor of torch, or array of NumPy, of any strides and device
+    dtype: str  # by the name of safetensors
     shape: tuple[int, ...]
     n_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedState:
-    """A state as it is stored.
-
-    Attributes:
-        tree: JSON values.
-        tensors: Tensors by name.
-        aliases: Further names of tensors that occur several times, such as tied weights, with the name in `tensors`.
-    """
+    """A state as it is stored."""
 
     tree: Any
     tensors: Mapping[str, TensorSource]
-    aliases: Mapping[str, str]
+    aliases: Mapping[str, str]  # further names of tensors that occur several times, such as tied weights
 
 
 def encode_state(state: Mapping[str, Any]) -> EncodedState:

@@ -72,13 +72,7 @@ class SourceFile:
 
 
 class CheckpointWriter:
-    """Writes checkpoints to one store. Thread-safe.
-
-    Args:
-        store: Store of the checkpoints.
-        n_streams: Number of files that are written in parallel.
-        keeps_metrics: Whether the metrics are put beside the checkpoints too, where they stay if these are moved.
-    """
+    """Writes checkpoints to one store. Thread-safe."""
 
     def __init__(self, store: Store, n_streams: int, *, keeps_metrics: bool = True) -> None:
         self.store, self._n_streams, self._keeps_metrics = store, n_streams, keeps_metrics
@@ -101,17 +95,7 @@ class CheckpointWriter:
         state_text: bytes,
         metrics: Mapping[str, float],
     ) -> tuple[list[StoredFile], dict[str, TensorEntry]]:
-        """Write the files of a staged state and check them. Return the files, and the tensors by their names.
-
-        Args:
-            name: Name of the checkpoint.
-            files: Staged files, whose memory must stay until the call returns.
-            state_text: Text of the state without its tensors.
-            metrics: Metrics by name; no file without one.
-
-        Raises:
-            StoreError: The store failed; the files that were written are not deleted.
-        """
+        """Write the files of a staged state and check them. Return the files, and the tensors by their names."""
         crash_point("checkpoint_write.begun")
 
         def write(number: int, file: StagedFile) -> tuple[StoredFile, dict[str, TensorEntry]]:
@@ -201,15 +185,6 @@ class CheckpointWriter:
         """Abort the uploads of checkpoints that began so long ago that their process must have been killed.
 
         Only S3 through boto3 lists them; elsewhere their parts stay until a rule of the store removes them.
-
-        Args:
-            age_s: Age of an upload in seconds from which it is aborted.
-
-        Returns:
-            Number of aborted uploads.
-
-        Raises:
-            StoreError: They cannot be listed.
         """
         if self._classes is None:
             return 0
@@ -365,9 +340,6 @@ class TaskThread:
     """Runs tasks one after another in a thread that exists only while there are tasks. Thread-safe.
 
     The interpreter waits for such a thread when it ends, so no task is lost; an idle one would make it wait for ever.
-
-    Args:
-        name: Name of the thread.
     """
 
     def __init__(self, name: str) -> None:
