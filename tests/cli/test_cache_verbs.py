@@ -1,4 +1,4 @@
-"""The verbs warm, evict, unpin and status."""
+"""The verbs warm, evict and status."""
 
 import pytest
 
@@ -55,7 +55,7 @@ def test_status_lists_copies_by_data_set(tiercache, data_set, cache, tmp_path):
 
 @pytest.mark.parametrize(
     "verb",
-    [["status"], ["evict", "--all", "--yes"], ["unpin", "--all"], ["verify", "--cached"], ["verify", "--repair"]],
+    [["status"], ["evict", "--all", "--yes"], ["verify", "--cached"], ["verify", "--repair"]],
 )
 def test_verbs_on_a_missing_cache_folder_name_it_and_do_not_create_it(tiercache, verb, tmp_path):
     missing = tmp_path / "missing"
@@ -99,7 +99,7 @@ def test_a_deleted_data_set_can_be_evicted(tiercache, photos, cache):
     assert used(tiercache, cache) == 0
 
 
-def test_pinned_copies_stay_until_unpinned(tiercache, data_set, cache):
+def test_pinned_copies_stay_unless_their_eviction_is_asked_for(tiercache, data_set, cache):
     tiercache("warm", data_set, *cache, "--pin", "--dry-run")
     assert used(tiercache, cache) == 0
     pinned = tiercache("warm", data_set, *cache, "--pin", "--json").events[-1]
@@ -109,11 +109,12 @@ def test_pinned_copies_stay_until_unpinned(tiercache, data_set, cache):
     evicted = tiercache("evict", data_set, *cache, "-y", "--json").events[-1]
     assert (evicted["copies"], evicted["pinned"]) == (0, pinned["objects"])
     assert f"; {pinned['objects']} pinned copies stayed" in tiercache("evict", data_set, *cache, "-y").out
-    assert f"would unpin {pinned['objects']} copies" in tiercache("unpin", data_set, *cache, "--dry-run").out
-    assert tiercache("unpin", data_set, *cache, "--include", "*-000000.tcs").out == "unpinned 1 copy\n"
-    assert tiercache("unpin", "--all", *cache, "--json").events[-1]["copies"] == pinned["objects"] - 1
-    assert tiercache("evict", "--all", *cache, "-y", "--json").events[-1]["copies"] == pinned["objects"]
-    assert "unpin takes a URL or --all" in tiercache("unpin", *cache, code=2).err
+    assert (
+        tiercache("evict", data_set, *cache, "--pinned", "--dry-run", "--json").events[-1]["copies"]
+        == pinned["objects"]
+    )
+    assert tiercache("evict", data_set, *cache, "--pinned", "-y", "--json").events[-1]["copies"] == pinned["objects"]
+    assert used(tiercache, cache) == 0
 
 
 def test_a_local_folder_is_cached_only_when_a_cache_is_named(tiercache, data_set):

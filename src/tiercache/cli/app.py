@@ -28,7 +28,6 @@ VERBS = {
     "verify": ("cli.cache", "Check every byte of a data set, or of copies in the cache."),
     "warm": ("cli.cache", "Copy a data set, or a part of it, from its store into the cache."),
     "evict": ("cli.cache", "Delete cached copies, least recently used first."),
-    "unpin": ("cli.cache", "Unpin cached copies, so that eviction may delete them."),
     "status": ("cli.cache", "Show what the cache holds, who uses it, and damage found in it."),
     "serve": ("cli.serve", "Serve this machine's cache to the other machines of a job."),
     "simulate": ("cli.simulate", "Simulate caches of several sizes: hits, bytes, requests."),

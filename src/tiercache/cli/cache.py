@@ -1,4 +1,4 @@
-"""The verbs of the cache: warm, evict, unpin, status; and verify, for data sets and their cached copies."""
+"""The verbs of the cache: warm, evict, status; and verify, for data sets and their cached copies."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def warm(
     placement: Placement = None,
     shuffle_group: ShuffleGroup = None,
     at: VersionNumber = None,
-    pin: Annotated[bool, flag("--pin", "Pin the copies: they are not evicted until `tiercache unpin`.")] = False,
+    pin: Annotated[bool, flag("--pin", "Pin the copies: only `tiercache evict --pinned` deletes them.")] = False,
     jobs: Jobs = 4,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = None,
@@ -330,6 +330,7 @@ def evict(
             "--target-size", "SIZE", "Evict until the cache holds at most SIZE, e.g. 200GB, or 50% (of its size limit)."
         ),
     ] = None,
+    pinned: Annotated[bool, flag("--pinned", "Delete pinned copies too.")] = False,
     cache_dir: CacheDir = None,
     cache_size: CacheSize = None,
     storage_option: StorageOptions = None,
@@ -338,7 +339,7 @@ def evict(
 ) -> None:
     """Delete cached copies, least recently used first.
 
-    Pinned copies and copies in use stay. The store is never changed: deleted copies can be fetched again. The exit code
+    Copies in use stay, and pinned ones unless --pinned is given. The store is never changed: deleted copies can be fetched again. The exit code
     is 3 if copies that should have been deleted are in use.
     """
     if everything == (url is not None):
@@ -349,7 +350,7 @@ def evict(
         if target_size is not None:
             target_bytes = parse_size("--target-size", target_size, whole_bytes=cache.limit_bytes)
         found = scope.entries(cache)
-        free = [entry for entry in found if not entry.pinned]
+        free = [entry for entry in found if pinned or not entry.pinned]
         n_pinned = len(found) - len(free)
         chosen = least_recently_used(free, cache.stats()["bytes_used"], target_bytes)
         n_bytes = sum(entry.n_bytes for entry in chosen)
@@ -363,6 +364,7 @@ def evict(
         if chosen and not yes:
             confirm(f"Evict {what} from {cache.path}?", "nothing was evicted")
         if chosen:
+            cache.unpin({entry.name for entry in chosen if entry.pinned})
             cache.evict({entry.name for entry in free}, target_bytes=target_bytes)
         here = {entry.name: entry.n_bytes for entry in cache.entries()}
     gone = [entry for entry in free if entry.name not in here]
@@ -375,29 +377,6 @@ def evict(
     output.summary(facts, f"evicted {count(len(gone), 'copy', 'copies')}, {format_bytes(gone_bytes)}{kept}")
     if n_left:
         raise typer.Exit(PARTIAL)
-
-
-@verb(after_ctrl_c="unpinned copies stay unpinned; the same command continues from there")
-def unpin(
-    output: Output,
-    url: Annotated[str | None, argument("[URL]", "Data set whose copies are unpinned.")] = None,
-    everything: Annotated[bool, flag("--all", "Instead of a URL: unpin all copies.")] = False,
-    include: Include = None,
-    exclude: Exclude = None,
-    cache_dir: CacheDir = None,
-    cache_size: CacheSize = None,
-    storage_option: StorageOptions = None,
-    dry_run: DryRun = False,
-) -> None:
-    """Unpin cached copies, so that eviction may delete them."""
-    if everything == (url is not None):
-        raise ValueError("unpin takes a URL or --all")
-    with open_existing_cache(cache_dir, cache_size) as cache:
-        scope = Scope(url, include, exclude, storage_option)
-        chosen = [entry.name for entry in scope.entries(cache) if entry.pinned]
-        n = len(chosen) if dry_run else cache.unpin(chosen)
-    facts = {"copies": n} | ({"dry_run": True} if dry_run else {})
-    output.summary(facts, f"{'would unpin' if dry_run else 'unpinned'} {count(n, 'copy', 'copies')}")
 
 
 def entry_facts(entry: Entry) -> dict[str, Any]:
