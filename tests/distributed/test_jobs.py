@@ -184,7 +184,6 @@ def ways(packed, tmp_path_factory, warm_python):
 def test_every_path_splits_an_epoch_over_the_ranks(ways, name, workers):
     answers = ways[f"{name}, {workers} workers"]
     assert ["rank 0 of 2" in answers[0]["repr"], "rank 1 of 2" in answers[1]["repr"]] == [True, True]
-    assert answers[0]["state"] == answers[1]["state"]
     assert answers[0]["length"] == answers[1]["length"] == len(answers[0]["epochs"][0]) == len(answers[1]["epochs"][0])
     for parts in epochs_of(answers):
         served = records_of(parts)
@@ -195,7 +194,8 @@ def test_every_path_splits_an_epoch_over_the_ranks(ways, name, workers):
         assert [answer["length"] for answer in answers] == [answer["length"] for answer in natively]
         # Rank 0 was seeded alike for each, so the orders are one.
         assert [answer["epochs"] for answer in answers] == [answer["epochs"] for answer in natively]
-        assert answers[0]["state"] == natively[0]["state"]
+    if name in ("collate_fn", "transform"):  # torch's path has torchdata's states, one for each rank
+        assert answers[0]["state"] == answers[1]["state"] == ways["native, 0 workers"][0]["state"]
     assert epochs_of(answers)[0] != epochs_of(answers)[1]
 
 
