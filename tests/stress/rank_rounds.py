@@ -198,8 +198,8 @@ class Rounds(PointRounds[tuple[str, int]]):
             stores = [(older / "hot" / "run", None, [])]
         for remote, local, keeps in stores:
             tiers = {} if local is None else {"local": LocalFolder(local)}
-            stores = CheckpointStores({**tiers, "remote": LocalFolder(remote)})
-            Retention(stores, keeps, now=lambda: time.time() + 2 * GC_AGE_S).run()
+            both = CheckpointStores({**tiers, "remote": LocalFolder(remote)})
+            Retention(both, keeps, now=lambda: time.time() + 2 * GC_AGE_S).run()
         (self.look_at_saving if run is self.saving else self.look_at_tiered)(older)
         for root in {folder for remote, local, _ in stores for folder in (remote, local) if folder is not None}:
             self.look_for_leaks(root, older)
