@@ -38,7 +38,7 @@ VERBS = {
     "tier run": ("cli.tier_verbs", "Plan and make all moves that are due; for schedulers."),
     "tier ls": ("cli.tier_verbs", "List shards, checkpoints and files with their tiers and costs."),
     "tier get": ("cli.tier_recall", "Bring shards, checkpoints and files back from any tier."),
-    "tier init": ("cli.tier_init", "Scan a folder, and write a rule file with comments for what is in it."),
+    "tier init": ("cli.tier_init", "Write a first rule file with comments, with a folder or URL as its first tier."),
     "ckpt ls": (
         "cli.checkpoint_verbs",
         "List checkpoints with step, size, age, tiers and metrics, and what keeps them.",

@@ -42,7 +42,7 @@ match = "checkpoints/**"            # below the URL of each tier
 @verb(after_ctrl_c="nothing was changed; run the same command again")
 def init(
     output: Output,
-    folder: Annotated[str, argument("FOLDER", "Folder or URL that is scanned: the first tier of the rule file.")],
+    folder: Annotated[str, argument("FOLDER", "Folder or URL: the first tier of the rule file.")],
     standard: Annotated[
         str | None, option("--standard", "URL", "Tier to which checkpoints move from FOLDER, e.g. s3://bucket/train.")
     ] = None,
@@ -53,7 +53,7 @@ def init(
         Path | None, option("--out", "FILE", "File to write; default: tiercache.toml in this folder.")
     ] = None,
 ) -> None:
-    """Scan a folder, and write a rule file with comments for what is in it.
+    """Write a first rule file with comments, with a folder or URL as its first tier.
 
     Nothing is moved, and no existing file is overwritten. Read the file, change it, and run `tiercache tier check`.
     """

@@ -91,9 +91,7 @@ def get(
     ] = None,
     hold: Annotated[
         str | None,
-        option(
-            "--hold", "TIME", "How long no run moves or deletes them, e.g. 30d; default: `hold` of the rule file, 7d."
-        ),
+        option("--hold", "TIME", "How long no run moves or deletes them, e.g. 30d; default: 7d."),
     ] = None,
     wait: Annotated[bool, flag("--wait", "Wait until archived objects are restored, then copy them.")] = False,
     speed: Annotated[str, option("--speed", "SPEED", "Speed of restores: expedited, standard or bulk.")] = "standard",

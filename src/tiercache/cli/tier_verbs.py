@@ -304,10 +304,9 @@ def run(
 
     It finishes interrupted moves, plans, moves, and deletes sources after the grace period. It is for cron, Airflow or
     Kubernetes, and asks no questions. With --json, the last line is the summary. Exit codes: 0 done; 1 failed; 3 some
-    moves were stopped (the others are done), an object is lost, or a tier cannot be seen (e.g. a disk that is not
-    mounted); 5 restores are in progress; 7 nothing of the plan was done (with --dry-run: would be done), because a rule
-    would delete more for good than its max_delete (half of the bytes that it matches): look at `tier plan`, and give
-    --yes if it is right.
+    moves were stopped (the others are done), or a tier cannot be seen (e.g. a disk that is not mounted); 5 restores are
+    in progress; 7 nothing of the plan was done (with --dry-run: would be done), because a rule would delete more for
+    good than its max_delete (half of the bytes that it matches): look at `tier plan`, and give --yes if it is right.
     """
     if not once:
         raise ValueError("give --once: tiercache does not stay resident, a scheduler such as cron repeats the command")
@@ -491,8 +490,7 @@ def check(
     """Check the rule file and its tiers, and print what rules match.
 
     Nothing is changed. The exit code is 1 if a tier cannot be reached or its copies cannot be seen (e.g. a disk that is
-    not mounted). It is 3 if an object is lost: a data set version, the placement or this machine's catalog names it,
-    but no tier has it.
+    not mounted).
     """
     if prices:
         print_prices(output)
