@@ -339,8 +339,8 @@ def evict(
 ) -> None:
     """Delete cached copies, least recently used first.
 
-    Copies in use stay, and pinned ones unless --pinned is given. The store is never changed: deleted copies can be fetched again. The exit code
-    is 3 if copies that should have been deleted are in use.
+    Copies in use stay, and pinned ones unless --pinned is given. The store is never changed: deleted copies can be
+    fetched again. The exit code is 3 if copies that should have been deleted are in use.
     """
     if everything == (url is not None):
         raise ValueError("evict takes a URL or --all")
