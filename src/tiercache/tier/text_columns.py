@@ -128,7 +128,7 @@ def first_match(paths: pa.Array, globs: Sequence[tuple[tuple[str, ...], tuple[st
         for number, (match, excepted) in enumerate(rules):
             hit = is_open & match_regex(some, match)
             if excepted != _NOTHING and hit.any():
-                hit &= ~match_regex(some, excepted)
+                hit[hit] = ~match_regex(some.filter(pa.array(hit)), excepted)
             rule_of[hit] = number
             is_open &= ~hit
             if not is_open.any():
