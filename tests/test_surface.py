@@ -126,7 +126,6 @@ def test_a_data_set_shows_its_users_no_internals():
         tiercache.Dataset.split,
         tiercache.Dataset.shuffle,
         tiercache.Dataset.class_counts,
-        tiercache.describe,
         tiercache.pack,
         tiercache.mix,
     ],

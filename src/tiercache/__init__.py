@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from tiercache.checkpoint.checkpoints import Checkpoints
     from tiercache.checkpoint.weights import open_weights
     from tiercache.data.dataset import Dataset, concat, mix
-    from tiercache.data.output_spec import Padded, describe
+    from tiercache.data.output_spec import Padded
     from tiercache.data.packing import pack_sequences
     from tiercache.images.options import DecodeImage
     from tiercache.keep import Keep
     from tiercache.load.collate import collate
     from tiercache.load.loader import DataLoader
+    from tiercache.load.mixup import CutMix, MixUp
     from tiercache.load.numpy_loader import NumpyLoader
     from tiercache.load.options import LoaderOptions
     from tiercache.packer import pack
@@ -46,12 +47,14 @@ __all__ = [
     "Checkpoints",
     "CorruptCheckpoint",
     "CorruptShard",
+    "CutMix",
     "DataLoader",
     "Dataset",
     "DecodeImage",
     "Image",
     "Keep",
     "LoaderOptions",
+    "MixUp",
     "NotFound",
     "NumpyLoader",
     "ObjectChanged",
@@ -65,7 +68,6 @@ __all__ = [
     "__version__",
     "collate",
     "concat",
-    "describe",
     "locate",
     "mix",
     "open_weights",
@@ -77,7 +79,9 @@ __all__ = [
 _HOMES = {
     "Cache": "tiercache.cache",
     "Checkpoints": "tiercache.checkpoint.checkpoints",
+    "CutMix": "tiercache.load.mixup",
     "DataLoader": "tiercache.load.loader",
+    "MixUp": "tiercache.load.mixup",
     "Dataset": "tiercache.data.dataset",
     "DecodeImage": "tiercache.images.options",
     "Image": "tiercache.shard.schema",
@@ -90,7 +94,6 @@ _HOMES = {
     "Writer": "tiercache.shard.writer",
     "collate": "tiercache.load.collate",
     "concat": "tiercache.data.dataset",
-    "describe": "tiercache.data.output_spec",
     "locate": "tiercache.store.placement.locations",
     "mix": "tiercache.data.dataset",
     "open_weights": "tiercache.checkpoint.weights",

@@ -62,7 +62,7 @@ class TestLoader:
         loader = tc.NumpyLoader(dataset, 8, shuffle=True, drop_last=True, options=options)
         assert repr(loader) == f"NumpyLoader({dataset!r}, {rest} (from options))"
         assert repr(tc.DataLoader(dataset, 8)) == f"DataLoader({dataset!r}, batch_size=8, rank 0 of 1 (alone))"
-        assert repr(tc.DataLoader(dataset, 8, collate_fn=len)).endswith("torch's path, rank 0 of 1 (alone))")
+        assert repr(tc.DataLoader(dataset, batch_size=None)).endswith("torch's path, rank 0 of 1 (alone))")
 
     def test_showing_it_neither_begins_a_run_nor_fails_within_an_epoch(self, path):
         loader = tc.DataLoader(tc.Dataset(path, columns=["id"]), 4, shuffle=True)
@@ -85,45 +85,3 @@ def test_a_writer_shows_its_state(tmp_path):
     dropped = tc.Writer(tmp_path / "other", schema={"x": "int64"})
     dropped.abort()
     assert "aborted, 0 records" in repr(dropped)
-
-
-class TestBatch:
-    def test_a_line_describes_each_entry(self, path):
-        dataset = tc.Dataset(path, layouts={"text": "buffer"}, decode={"image": tc.DecodeImage(4)}).skip(3)
-        lines = [
-            "image        uint8[4, 3, 4, 4], 192 B",
-            "image.valid  bool[4], 4 B",
-            "id           int64[4], 32 B",
-            "text         buffer of 4 values: uint8[4], 4 B",
-            "half         float32[4], 16 B",
-        ]
-        assert tc.describe(next(iter(tc.DataLoader(dataset, 4)))).splitlines() == lines
-        assert tc.describe(next(iter(tc.NumpyLoader(dataset, 4)))).splitlines() == lines
-        assert tc.describe(dataset[:4]).splitlines() == lines
-
-    def test_lists_show_their_elements(self):
-        batch = {
-            "bytes": [b"abc", None, b"d"],
-            "str": ["a", "b"],
-            "ragged": [torch.zeros(2), torch.zeros(3)],
-            "mixed": [1, "a"],
-            "nothing": [],
-            "other": {1: 2},
-            "nested": torch.nested.nested_tensor_from_jagged(torch.zeros(5), torch.tensor([0, 2, 5])),
-        }
-        assert tc.describe(batch).splitlines() == [
-            "bytes    list of 3 bytes, 4 B, 1 null",
-            "str      list of 2 str",
-            "ragged   list of 2 arrays of float32, 20 B",
-            "mixed    list of 2",
-            "nothing  list of 0",
-            "other    dict",
-            "nested   nested float32, 2 values, 20 B",
-        ]
-
-    def test_a_tuple_of_columns_is_numbered(self):
-        assert tc.describe([np.zeros(2), torch.zeros(2, 3)]) == "0  float64[2], 16 B\n1  float32[2, 3], 24 B"
-
-    def test_anything_else_is_an_error(self):
-        with pytest.raises(TypeError, match="a batch is a dict, a list or a tuple, got int"):
-            tc.describe(3)

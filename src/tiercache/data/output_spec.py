@@ -23,7 +23,6 @@ from tiercache._native import packing
 from tiercache.data.records import Records
 from tiercache.errors import CorruptShard, SchemaError, TierCacheError
 from tiercache.images.options import DecodeImage
-from tiercache.model import format_bytes
 from tiercache.shard.conversion import Casts, ConversionError, as_numpy, bfloat16_tensor, served_column, served_columns
 from tiercache.shard.ingest import value_converter
 from tiercache.shard.schema import Column, Kind, Schema
@@ -696,57 +695,3 @@ def image_decode_error(source: Records, column: str, record: int, reason: str) -
         url = source.url
     message = f"record {record}: the image cannot be decoded: {reason}"
     return CorruptShard(message, url=url, block=block, column=column, record=record)
-
-
-def describe(batch: Any) -> str:
-    """Return a description of a batch: for each entry a line with its name, dtype, shape and bytes.
-
-    A batch is a plain dict or list, which Python prints with all of its elements.
-
-    Args:
-        batch: Batch of a loader or of `dataset[[...]]`: a dict by column, or a list or tuple of columns.
-
-    Raises:
-        TypeError: The argument is neither a dict nor a list or tuple.
-    """
-    if isinstance(batch, Mapping):
-        entries = [(str(name), value) for name, value in batch.items()]
-    elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
-        entries = [(str(index), value) for index, value in enumerate(batch)]
-    else:
-        raise TypeError(f"a batch is a dict, a list or a tuple, got {type(batch).__name__}")
-    width = max((len(name) for name, _ in entries), default=0)
-    return "\n".join(f"{name:{width}}  {_described(value)}" for name, value in entries)
-
-
-def _described(value: Any) -> str:
-    """Return what a value of a batch is, in one line."""
-    if getattr(value, "is_nested", False):
-        return f"nested {_dtype(value)}, {value.size(0)} values, {format_bytes(value.values().nbytes)}"
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        device = getattr(value, "device", "cpu")
-        where = "" if str(device) == "cpu" else f" on {device}"
-        return f"{_dtype(value)}{list(value.shape)}, {format_bytes(value.nbytes)}{where}"
-    if hasattr(value, "offsets") and hasattr(value, "values"):
-        return f"buffer of {len(value)} values: {_described(value.values)}"
-    if isinstance(value, list):
-        return f"list of {len(value)}{_elements(value)}"
-    return type(value).__name__
-
-
-def _dtype(array: Any) -> str:
-    return str(array.dtype).removeprefix("torch.")
-
-
-def _elements(values: Sequence[Any]) -> str:
-    """Return the common kind of a list's elements, and their size."""
-    present = [value for value in values if value is not None]
-    nulls = f", {len(values) - len(present)} null" if len(present) < len(values) else ""
-    kinds = {type(value) for value in present}
-    if len(kinds) != 1:
-        return nulls
-    first = present[0]
-    if hasattr(first, "nbytes"):
-        return f" arrays of {_dtype(first)}, {format_bytes(sum(value.nbytes for value in present))}{nulls}"
-    size = f", {format_bytes(sum(map(len, present)))}" if isinstance(first, bytes) else ""
-    return f" {type(first).__name__}{size}{nulls}"

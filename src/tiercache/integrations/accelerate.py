@@ -22,6 +22,7 @@ from accelerate.utils import send_to_device, synchronize_rng_states
 from tiercache.checkpoint.checkpoints import Checkpoints, SaveHandle
 from tiercache.data.output_spec import Buffer
 from tiercache.load.loader import DataLoader
+from tiercache.load.meshes import mesh_rank
 
 
 def pad_batch(batch: Any, n: int) -> tuple[Any, int]:
@@ -240,11 +241,7 @@ def _data_rank(accelerator: Accelerator) -> tuple[int, int]:
     mesh: Any = getattr(accelerator, "torch_device_mesh", None)  # missing in older releases
     if mesh is None:
         return int(accelerator.process_index), int(accelerator.num_processes)
-    rank, world_size = 0, 1
-    for dim, (name, at) in enumerate(zip(mesh.mesh_dim_names, mesh.get_coordinate(), strict=True)):
-        if name not in _SAME_BATCH:  # in the mesh's own order of dimensions, the last one fastest
-            rank, world_size = rank * mesh.size(dim) + at, world_size * mesh.size(dim)
-    return rank, world_size
+    return mesh_rank(mesh, tuple(name for name in mesh.mesh_dim_names if name not in _SAME_BATCH))
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------

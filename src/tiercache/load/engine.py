@@ -29,7 +29,7 @@ from tiercache.load.decode import DecodedPipeline
 from tiercache.load.epoch import NextEpoch, OrderShare, epoch_records, mixture_values, order_options, plan_epoch
 from tiercache.load.options import LoaderOptions
 from tiercache.load.pipeline import Pipeline, PipelineInputs, Resources, share_resources, summarise
-from tiercache.load.ranks import Rank, agree, find_rank, find_slowest, must_not_draw
+from tiercache.load.ranks import Rank, agree, find_rank, find_slowest, must_not_draw, warn_of_meshes
 from tiercache.load.reading_plan import ReadingPlanPublisher
 from tiercache.load.state import RunState, reopen
 from tiercache.model import short_repr
@@ -361,7 +361,7 @@ class Engine(ABC):
         if self._source.fill_ratio is not None:
             stats["fill_ratio"] = self._source.fill_ratio
         if across_ranks:
-            stats["exposed_wait_s"]["slowest_rank"] = find_slowest(stats["exposed_wait_s"])
+            stats["exposed_wait_s"]["slowest_rank"] = find_slowest(self.rank(), stats["exposed_wait_s"])
         return stats
 
     def _fetched(self) -> dict[str, float]:
@@ -451,7 +451,8 @@ class OrderEngine(Engine):
         # position of the newest iter(); None: there was none since the last load()
         self._position: EpochPosition | None = None
         self._next_epoch: NextEpoch | None = None
-        self._rank: Rank | None = None  # once the run has begun
+        # A mesh does not change; torch may know what it is a part of only in this thread.
+        self._rank: Rank | None = None if self._options.mesh is None else find_rank(self._options)
         self._n_records: int | None = None  # records per epoch of the source, computed on first use
 
     def rank(self) -> Rank:
@@ -659,8 +660,9 @@ class OrderEngine(Engine):
         """Return the state at the start of the run; start the run if it has not begun."""
         if self._rank is None:
             self._rank = find_rank(self._options)
+            warn_of_meshes(self._rank)
         if self._state is None:
-            if self._rank.origin in ("environment", "torch.distributed") and self._rank.world_size > 1:
+            if self._rank.origin in ("environment", "torch.distributed", "mesh") and self._rank.world_size > 1:
                 logger.info("this loader serves %s", self._rank)
             self._state = self._first_state(self._rank)
         return self._state

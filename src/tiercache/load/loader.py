@@ -458,7 +458,7 @@ def _log_ignored(num_workers: int, names: list[str], *, runs_functions: bool) ->
     )
 
 
-_OF_ORDER = ("rank", "world_size", "shuffle_streams", "placement", "shuffle_group_bytes")
+_OF_ORDER = ("rank", "world_size", "mesh", "dims", "shuffle_streams", "placement", "shuffle_group_bytes")
 _OF_NATIVE_PATH = ("memory_bytes", "threads", "on_corrupt", "device")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,7 @@ from tiercache.order import MAX_STREAMS
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed.device_mesh import DeviceMesh
 
 ALL = "all"
 _CHOICES = {
@@ -48,6 +49,11 @@ class LoaderOptions:
             machine's cores, shared by its ranks.
         on_corrupt: What to do with a record that is corrupt in the store, or an image that cannot be decoded: "raise"
             CorruptShard, or serve the "previous" record of this rank's sequence instead.
+        mesh: torch's DeviceMesh of all processes of the run, with named dimensions; it replaces `rank` and
+            `world_size`. The processes agree on the order over its groups. None: each process is a rank of its own.
+        dims: Names of the dimensions of `mesh` over which the epoch is split, in any order (a str: one name). Processes
+            that differ only in other dimensions (tensor, context or pipeline parallelism) are served the same batches.
+            (): all processes are served all records.
         batch_transform: Function that takes a batch as the loader would serve it, and returns what is served instead.
             It is applied after that of the data set (docs/guide/transforms.md).
         device: Device on which batches are served ("cuda", "cuda:1", its number or a torch.device), copied ahead of the
@@ -70,6 +76,8 @@ class LoaderOptions:
     memory_bytes: int | str | None = None
     threads: int | None = None
     on_corrupt: Literal["raise", "previous"] = "raise"
+    mesh: DeviceMesh | None = None
+    dims: str | Sequence[str] | None = None
     batch_transform: Callable[[Any], Any] | None = None
     device: str | int | torch.device | None = None
     device_batches: int | None = None
@@ -103,6 +111,8 @@ class LoaderOptions:
             raise ValueError(f"rank and world_size go together, got rank={self.rank}, world_size={self.world_size}")
         if self.rank is not None and self.world_size is not None and not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must be in [0, world_size), got rank={self.rank}, world_size={self.world_size}")
+        if self.mesh is not None or self.dims is not None:
+            self._check_mesh()
 
     def _as_int(self, name: str) -> None:
         """Convert any kind of integer to int, because the state holds plain values."""
@@ -112,6 +122,35 @@ class LoaderOptions:
                 object.__setattr__(self, name, operator.index(value))
             except TypeError as error:
                 raise TypeError(f"{name} must be an integer, got {value!r}") from error
+
+    def _check_mesh(self) -> None:
+        """Check the mesh and its dimensions, and make `dims` a tuple."""
+        mesh, dims = self.mesh, (self.dims,) if isinstance(self.dims, str) else self.dims
+        if mesh is None:
+            raise ValueError(f"dims={self.dims!r} names dimensions of mesh=: pass mesh= too")
+        if not hasattr(mesh, "get_coordinate"):
+            raise TypeError(f"mesh must be a torch.distributed.device_mesh.DeviceMesh, got {mesh!r}")
+        if self.rank is not None:
+            raise ValueError(f"mesh= decides the rank: remove rank={self.rank} and world_size={self.world_size}")
+        if not self.split_ranks:
+            raise ValueError("mesh= cannot be combined with split_ranks=False: pass dims=() to split over no dimension")
+        names = mesh.mesh_dim_names
+        if not names:
+            raise ValueError("the dimensions of the mesh have no names: create it with mesh_dim_names=")
+        if dims is None:
+            raise ValueError(f"mesh= needs dims=, the names of the data-parallel dimensions among {names}")
+        dims = tuple(dims)
+        unknown = [name for name in dims if name not in names]
+        if unknown:
+            raise ValueError(f"the mesh has no dimension {unknown[0]!r}: its dimensions are {names}")
+        if len(set(dims)) < len(dims):
+            raise ValueError(f"dims must name each dimension once, got {dims}")
+        if mesh.get_coordinate() is None:
+            raise ValueError(
+                f"this process, rank {mesh.get_rank()} of torch.distributed, is not in the mesh: create the loader "
+                "only on ranks of the mesh"
+            )
+        object.__setattr__(self, "dims", dims)
 
     @property
     def group_bytes(self) -> int | None:
