@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiercache.transform_rng import rng, use_key
 from torchvision.transforms import v2
 
 import tiercache as tc
+from tiercache.transform_rng import rng, use_key
 
 N_CLASSES = 5
 

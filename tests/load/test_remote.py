@@ -189,6 +189,16 @@ def test_workers_forked_after_the_parent_has_read_from_s3_name_forkserver(s3_ser
     dataset.close()
 
 
+@pytest.mark.timeout(600)  # the fork server's workers import torch anew
+def test_workers_on_torchs_path_read_from_a_store_that_the_parent_has_read(server, tmp_path):
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        assert dataset[3]["id"] == 3
+        loader = tc.DataLoader(dataset, batch_size=None, num_workers=1)
+        assert [int(record["id"]) for record in itertools.islice(loader, 5)] == [0, 1, 2, 3, 4]
+        dataset.close()
+
+
 @pytest.mark.timeout(600)  # processes that are spawned import torch anew
 @pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.stress)])
 def test_torchs_workers_fetch_each_shard_once_between_them(server, tmp_path, method):

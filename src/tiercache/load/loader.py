@@ -91,7 +91,8 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         drop_last: Whether to drop the last batch of an epoch if it is shorter than `batch_size`.
         timeout: Seconds to wait for a batch before a RuntimeError; 0 waits without a limit.
         worker_init_fn: Function that each worker process calls with its number before its first batch.
-        multiprocessing_context: Start method of the worker processes.
+        multiprocessing_context: Start method of the worker processes. None: multiprocessing's own, but "forkserver"
+            for workers that read from a remote store, whose connections do not survive a fork.
         generator: torch.Generator from which a run without `LoaderOptions(seed=)` draws its seed when it begins. None:
             torch's own.
         prefetch_factor: Number of batches that each worker process loads ahead. None: 2.
@@ -147,6 +148,9 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             collate_fn = _collate_of(
                 access, options, collate_fn, is_batched=batch_size is not None or batch_sampler is not None
             )
+            storage = access.source.storage
+            if reason and num_workers and multiprocessing_context is None:
+                multiprocessing_context = "forkserver" if storage.has_cache or storage.sends_requests else None
         is_shuffled = bool(shuffle)
         if access is not None and has_order:
             if access.source.mixture is not None and reason and is_shuffled:

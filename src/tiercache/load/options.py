@@ -27,9 +27,8 @@ class LoaderOptions:
     """Options of `DataLoader(options=...)`. The defaults suit most runs.
 
     Attributes:
-        seed: Seed of the order of all epochs, any integer. None: each iter() draws a seed from the loader's generator
-            or torch's, as torch's samplers do; ranks that share epochs use the seed that rank 0 draws at the first
-            iter().
+        seed: Seed of the order of all epochs, any integer. None: the run draws one from the loader's generator or
+            torch's when it begins, and ranks that share epochs use that of rank 0.
         rank: Number of this process among the ranks that share the epoch. None: torch.distributed's rank, else that of
             the environment variables, else 0.
         world_size: Number of ranks that share the epoch; given together with `rank`. None: from the same origin as
