@@ -42,7 +42,7 @@ def test_a_json_value_nested_too_deep_is_a_corrupt_shard(tmp_path):
     with tc.Writer(tmp_path / "data", schema={"j": "str"}) as writer:
         writer.write_batch({"j": [text]})
     dataset = tc.Dataset(tmp_path / "data")
-    dataset._source.leaves[0]._schema = Schema.of({"j": "json"})
+    dataset._source.schema = Schema.of({"j": "json"})
     with pytest.raises(tc.CorruptShard):
         next(iter(tc.DataLoader(dataset)))
 

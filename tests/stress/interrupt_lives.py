@@ -196,7 +196,7 @@ class VerbLife(Life):
         code = int(done.ended.lines[-1].removeprefix("code ")) if done.ended.lines else None
         if code == 0 and "Exception ignored in" in said:
             return  # Python drops what rises out of __del__
-        if code == 130 and not said and done.where.startswith("cli/output.py"):
+        if code == 130 and not said and done.where.startswith(("cli/app.py", "cli/common.py")):
             return  # the verb had not begun
         last = (said.splitlines() or [""])[-1]  # before it, what it did: it may have been closing when it was struck
         if code != 130 or not last.startswith(SAID) or said.count(SAID) != 1 or "Traceback" in said:

@@ -65,8 +65,14 @@ class _Group(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
-        path = f"{ctx.command_path} {name}".partition(" ")[2]
-        return name, load_verb(path) if path in VERBS else command, rest
+        path = f"{name}" if ctx.parent is None else f"{ctx.info_name} {name}"
+        if path not in VERBS:
+            return name, command, rest
+        try:
+            return name, load_verb(path), rest
+        except KeyboardInterrupt:
+            typer.echo(f"{_NAME}: interrupted: the command had not begun", err=True)
+            raise typer.Exit(130) from None
 
 
 def load_verb(path: str) -> Any:
