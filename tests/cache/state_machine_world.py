@@ -184,11 +184,11 @@ class MachineWorld:
         self.rotten_leases |= {lease for lease, _, of in self.held if of == name}
 
     def plant(self) -> None:
-        """Files that no cache has fetched: one that looks like a copy but has no record, one beside, a link."""
+        """Files that no cache has fetched: one beside the copies, and a link with the name of a copy."""
         copies = self.folder / "copies"
         if self.foreign or not copies.is_dir():
             return
-        self.foreign = {"copies/" + "0" * 40: b"a copy that nobody can fetch again", "copies/mine.txt": b"mine"}
+        self.foreign = {"copies/mine.txt": b"mine"}
         for file, data in self.foreign.items():
             (self.folder / file).write_bytes(data)
         (copies / ("f" * 40)).symlink_to(self.outside)

@@ -288,7 +288,7 @@ class Folder:
 
     def remove_copy(self, name: str) -> None:
         """Delete a copy, whole or partial, and its record: it can be fetched again, or is corrupt."""
-        # The copy first: a sweep removes a record without a copy, but a copy without a record could not be evicted.
+        # The copy first: a sweep removes a record without a copy.
         self._remove(name)
         self.remove_part(name)
         self._remove(f"{name}.json")
