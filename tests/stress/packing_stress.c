@@ -28,8 +28,7 @@ static int run(void) {
     size_t n = below(12);
     uint32_t longest = below(5) ? 50 : 300, length = 1 + below(below(7) ? 40 : 400);
     tc_packing how = {.length = length, .mode = below(3), .cuts_long = 1, .has_end = below(2), .masks_borders = below(2), .dtype = any_dtype(),
-                      .pad = 3, .end = 7, .prefix = 1, .middle = 2, .suffix = 4, .chosen_below = (uint64_t)below(3) << 52,
-                      .suffix_first_below = (uint64_t)below(3) << 52, .key = state};
+                      .pad = 3, .end = 7};
     size_t width = tc_dtype_bytes(how.dtype);
     int64_t *lengths = array(n, sizeof *lengths);
     uint64_t *addresses = array(n, sizeof *addresses);
@@ -37,14 +36,14 @@ static int run(void) {
         lengths[d] = below(longest);
         addresses[d] = (uint64_t)(uintptr_t)calloc((size_t)lengths[d] * width + 1, 1);
     }
-    tc_documents documents = {lengths, addresses, n, state};
+    tc_documents documents = {lengths, addresses, n};
     uint32_t *scratch = array(tc_pack_scratch_words(&how, n), sizeof *scratch);
     int64_t n_rows = tc_pack(&how, &documents, scratch, NULL, NULL);
     size_t rows = (size_t)n_rows;
     tc_packed_piece *pieces = array(n + rows, sizeof *pieces);
     uint32_t *first_piece = array(rows + 1, sizeof *first_piece);
     int is_wrong = tc_pack(&how, &documents, scratch, pieces, first_piece) != n_rows;
-    tc_packed_unit unit = {pieces, first_piece, &how, state};
+    tc_packed_unit unit = {pieces, first_piece, &how};
     size_t most = first_piece[rows] + 2 * rows;
     int32_t *boundaries = array(most, sizeof *boundaries), *counts = array(rows, sizeof *counts);
     int64_t *offsets = array(rows + 1, sizeof *offsets);
