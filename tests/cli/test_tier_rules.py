@@ -184,8 +184,8 @@ class TestWarnings:
                 folder.write(f"ck/step-{step}/{name}.bin", days=9 - step)
         lines = folder.tier(verb).out.splitlines()
         assert (
-            "note: 1 checkpoint incomplete and left alone, lacking files with weights, of which the checkpoint before "
-            "it has more: ck/step-3"
+            "note: 1 checkpoint incomplete and left alone, lacking files that other checkpoints of its run have: "
+            "ck/step-3"
         ) in lines
 
     def test_a_file_without_mistakes_gives_no_warning(self, folder, verb):

@@ -343,26 +343,68 @@ def test_numbered_shards_are_counted_per_folder():
     assert lacks(*keys[:3]) == {"s/step-1": "some of the shards that their names count"}
 
 
-def partial(n_files: list[int], name: str = "model_rank_{}.bin") -> list[int]:
-    """Steps of the checkpoints r/step-N, with so many files, that lack files which the one before them has."""
-    keys = [f"r/step-{step}/{name.format(n)}" for step, n_all in enumerate(n_files) for n in range(n_all)]
-    keys += [f"r/step-{step}/log_{n}.txt" for step in range(len(n_files)) for n in range(step % 3)]
-    found = lacks(*keys)
-    assert set(found.values()) <= {"", "files with weights, of which the checkpoint before it has more"}
-    return [step for step in range(len(n_files)) if found[f"r/step-{step}"]]
+ABC = ["a.bin", "b.bin", "c.bin"]
 
 
-@pytest.mark.parametrize("name", ["{}.bin", "model_{}.safetensors", "rank-{}/model.bin"])
-def test_a_checkpoint_with_fewer_files_than_the_one_before_it_is_a_partial_copy(name):
-    assert partial([3, 3, 2], name) == [2]
-    assert partial([3, 2, 3, 3, 1, 1], name) == [1, 4, 5]
-    assert partial([8, 8, 4, 4], name) == [2, 3]
+PARTIAL = "files that other checkpoints of its run have"
+
+
+def partial(files: dict[int, list[str]]) -> set[int]:
+    """Steps of the checkpoints r/step-N, with these files, that lack files which their neighbours have."""
+    found = lacks(*[f"r/step-{step}/{name}" for step, names in files.items() for name in names])
+    assert set(found.values()) <= {"", PARTIAL}
+    return {step for step in files if found[f"r/step-{step}"]}
+
+
+ABC = ["a.bin", "b.bin", "c.bin"]
+
+
+@pytest.mark.parametrize("missing", ABC)
+@pytest.mark.parametrize("n", [2, 3, 9])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_checkpoint_without_a_file_that_its_neighbours_have_is_a_partial_copy(missing, n, is_first):
+    broken = 1 if is_first else n
+    files = dict.fromkeys(range(1, n + 1), ABC) | {broken: [name for name in ABC if name != missing]}
+    assert partial(files) == {broken}
+
+
+def test_partial_copies_are_found_although_several_lack_files():
+    assert partial({1: ABC, 2: ABC, 3: ABC[:2], 4: ABC[:1]}) == {3, 4}
+    assert partial({1: ABC, 2: ABC[:2], 3: ABC[:1]}) == {2, 3}
+
+
+@pytest.mark.parametrize("name", ["model_{n}.bin", "rank-{n}/model.bin", "model_{n}/part_0.bin"])
+def test_a_checkpoint_that_lacks_the_file_of_a_rank_is_a_partial_copy(name):
+    ranks = [name.format(n=n) for n in range(8)]
+    for broken in (ranks[:-1], ranks[1:], ranks[:1]):
+        assert partial({1: ranks, 2: ranks, 3: broken}) == {3}
+        assert partial({1: ranks, 2: broken, 3: broken}) == {2, 3}
+
+
+def test_steps_in_the_names_of_files_do_not_count():
+    assert partial({step: [f"model_{step}.bin", f"optim-{step}.bin"] for step in (9, 10, 1000)}) == set()
+    assert partial({9: ["model_9.bin", "optim-9.bin"], 10: ["model_10.bin"]}) == {10}
 
 
 def test_a_job_that_changes_its_number_of_ranks_writes_complete_checkpoints():
-    assert partial([8, 8, 4, 4, 4]) == []
-    assert partial([4, 4, 8, 8, 7]) == [4]
-    assert partial([1, 2, 3, 3]) == []
+    eight, four = ([f"model_world_{n}_rank_{rank}.bin" for rank in range(n)] for n in (8, 4))
+    assert partial(dict.fromkeys((1, 2, 3, 4), eight) | dict.fromkeys((5, 6, 7), four)) == set()
+    assert partial(dict.fromkeys((1, 2, 3), four) | dict.fromkeys((4, 5, 6, 7), eight)) == set()
+    # The first two after the change might as well be partial copies.
+    assert partial(dict.fromkeys((1, 2, 3, 4), eight) | dict.fromkeys((5, 6), four)) == {5, 6}
+
+
+def test_files_that_only_some_checkpoints_have_are_not_required_of_the_others():
+    assert partial({1: ABC, 2: ABC, 3: ABC, 4: [*ABC, "ema.bin"]}) == set()
+    assert partial({1: [*ABC, "eval.json"], 2: ABC}) == set()
+    assert partial({1: [*ABC, "metrics.json"], 2: [*ABC, "metrics.json"], 3: ABC}) == set()
+    assert partial({1: [*ABC, "notes.txt"], 2: [*ABC, "notes.txt"], 3: ABC, 4: ABC}) == set()
+    hashes = ["".join(c * 16 for c in pair) for pair in ("a1", "b2", "c3")]
+    assert partial({n: ["m.bin", *[f"d/{one}" for one in hashes[:n]]] for n in (1, 2, 3)}) == set()
+
+
+def test_a_description_that_all_others_have_is_required():
+    assert partial({1: ["m.bin", "config.json"], 2: ["m.bin", "config.json"], 3: ["m.bin"]}) == {3}
 
 
 def test_a_checkpoint_that_lacks_files_by_its_own_names_sets_no_standard():

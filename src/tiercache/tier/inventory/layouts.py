@@ -20,6 +20,7 @@ name too: finetune_from_step_5000 is left alone if it contains checkpoint-100 an
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ LACKS = (
     "some of the shards that their names count",
     "the end of a save: there is a .metadata.tmp",
     "checkpoint.json",
-    "files with weights, of which the checkpoint before it has more",
+    "files that other checkpoints of its run have",
     "a sign whether it is one checkpoint or a folder of checkpoints: name these by `checkpoint =` of a rule",
 )
 
@@ -108,6 +109,13 @@ _HOLDS_STATE = (
 _COUNTED = r"(?i)^(?P<stem>.*)-(?P<number>[0-9]{3,6})-of-(?P<total>[0-9]{3,6})(?P<suffix>\.(?:bin|safetensors|pt|pth))$"
 # Objects in a folder that prove that the folder itself is a checkpoint, whatever the name of the folder above.
 _PROOFS = (".metadata", "trainer_state.json", "_CHECKPOINT_METADATA", "checkpoint.json")
+# Files that a checkpoint need not have although others of its run have them: results, logs and pictures. Of the
+# descriptions, those that all others have are required.
+_RESULT = re.compile(
+    r"(?i)(?:metric|eval|result|score|sample)[^/]*$|\.(?:log|png|jpg|html|out|err|csv|tsv)$|(?:^|/)events\.out\.[^/]*$"
+)
+_DESCRIPTION = re.compile(r"(?i)\.(?:jsonl?|txt|md|ya?ml|toml|jinja|py|sh)$|(?:^|/)_[A-Z_]+$")
+_HASH = r"[0-9a-f-]{16,}"  # of content, as in Orbax, or an UUID
 _RANK_METADATA = r"^__[0-9]+\.metadata$"
 _METADATA_TMP = r"^(?:__[0-9]+)?\.metadata\.tmp$"
 _INDEX = r"\.index\.json$|^meta\.pt$|^metadata\.json$"
@@ -203,7 +211,8 @@ def group_keys(keys: pa.Array, layouts: Sequence[UserLayout] = ()) -> KeyGroups:
     written_s = np.full(len(paths), np.nan)
     written_s[is_own] = _written_in_own_names(paths.filter(pa.array(is_own)))
     lacks = np.where(checkpoint, _lacking(members, run), NOTHING).astype(np.uint8)
-    lacks[_fewer_weights(members, run, step, (lacks == NOTHING) & checkpoint & ~is_own)] = FILES
+    compared = (lacks == NOTHING) & checkpoint & ~is_own
+    lacks[_fewer_files_than_neighbours(members, folders, paths, run, step, compared)] = FILES
     # A folder that has only names that are not valid keys is no group.
     lacks[index_in(paths, pa.array(sorted(uncertain), pa.large_string())) >= 0] = NESTING
     return KeyGroups(
@@ -577,26 +586,94 @@ def _lacking(members: _Members, run: NDArray[np.int32]) -> NDArray[np.uint8]:
 _RESIZED = 3
 
 
-def _fewer_weights(
-    members: _Members, run: NDArray[np.int32], step: NDArray[np.int64], compared: NDArray[np.bool_]
+def _fewer_files_than_neighbours(
+    members: _Members,
+    folders: pa.Array,
+    paths: pa.Array,
+    run: NDArray[np.int32],
+    step: NDArray[np.int64],
+    compared: NDArray[np.bool_],
 ) -> NDArray[np.bool_]:
-    """Return the checkpoints that have fewer files with weights than the one before them in their run; bool[n_groups].
+    """Return the checkpoints that have fewer files of a name than others of their run; bool[n_groups].
 
-    A killed save or copy leaves a folder that may look complete by its own names.
+    A killed copy leaves a folder that may look complete by its own names. Numbers and hashes in names do not count, so
+    that the files of all ranks have one name. docs/reference/tiers.md defines the rule. compared: Checkpoints that lack
+    nothing by their own names.
     """
-    found, groups = np.zeros(len(run), np.bool_), np.flatnonzero(compared)
-    n_files = np.bincount(members.group[members.named(_WEIGHTS)], minlength=len(run))
-    least, most = np.full(len(run), np.iinfo(np.int64).max), np.zeros(len(run), np.int64)
-    np.minimum.at(least, run[groups], n_files[groups])
-    np.maximum.at(most, run[groups], n_files[groups])
-    groups = groups[(least < most)[run[groups]]]
-    groups = groups[np.lexsort((step[groups], run[groups]))]
-    for _, of_run in groupby(groups.tolist(), key=run.__getitem__):
-        n_before = 0
-        for n, stretch in groupby(of_run, key=n_files.__getitem__):
-            some = [*stretch]
-            if n < n_before and len(some) < _RESIZED:
-                found[some] = True
-            else:
-                n_before = n
+    found = np.zeros(len(run), np.bool_)
+    folder_bytes, path_bytes = (as_numpy(pc.binary_length(texts), np.int64) for texts in (folders, paths))
+    rows = np.flatnonzero(members.group != NO_GROUP)
+    rows = rows[compared[members.group[rows]]]
+    rows = rows[folder_bytes[members.folder[rows]] > path_bytes[members.group[rows]]]  # not checkpoints that are files
+    n_neighbours = np.bincount(run[np.unique(members.group[rows])], minlength=1)
+    rows = rows[n_neighbours[run[members.group[rows]]] > 1]
+    if not len(rows):
+        return found
+    code, names = _plain_names(members, rows, folders, path_bytes)
+    (group, code), n_files = np.unique(np.stack([members.group[rows], code]), axis=1, return_counts=True)
+    facts = pa.table({"run": run[group], "name": code, "n": n_files}).group_by(["run", "name"])
+    facts = facts.aggregate([("n", "min"), ("n", "max"), ("n", "count")])
+    least, most, n_with, of_run = (as_numpy(facts[name], np.int64) for name in ("n_min", "n_max", "n_count", "run"))
+    # Most runs have equally many files per name in each checkpoint, and need no closer look.
+    at = np.flatnonzero(np.isin(run[group], of_run[(least != most) | (n_with < n_neighbours[of_run])]))
+    by_run: dict[int, dict[int, dict[int, int]]] = defaultdict(lambda: defaultdict(dict))
+    for one, name, n in zip(group[at].tolist(), code[at].tolist(), n_files[at].tolist(), strict=True):
+        by_run[int(run[one])][one][name] = n
+    for counts in by_run.values():
+        by_step = {one: counts[one] for one in sorted(counts, key=lambda one: (int(step[one]), one))}
+        found[_partial_copies(by_step, names)] = True
+    return found
+
+
+def _plain_names(
+    members: _Members, rows: NDArray[np.int64], folders: pa.Array, path_bytes: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], list[str]]:
+    """Return the number of each key's path in its checkpoint, without numbers and hashes, and these paths."""
+    inner, folder = np.unique(members.folder[rows], return_inverse=True)
+    group = np.zeros(len(inner), np.int64)
+    group[folder] = members.group[rows]
+    below = [
+        text.encode()[n_bytes + 1 :].decode()
+        for text, n_bytes in zip(folders.take(pa.array(inner)).to_pylist(), path_bytes[group].tolist(), strict=True)
+    ]
+    parts, codes = [], []
+    for texts, of_row in ((pa.array(below, pa.large_string()), folder), (take_rows(members.names, rows), None)):
+        encoded = texts.dictionary_encode()
+        plain = pc.replace_substring_regex(encoded.dictionary, _HASH, "*")
+        plain = pc.replace_substring_regex(plain, "[0-9]+", "#").dictionary_encode()
+        numbers = as_numpy(plain.indices, np.int64)[as_numpy(encoded.indices, np.int64)]
+        codes.append(numbers if of_row is None else numbers[of_row])
+        parts.append(plain.dictionary.to_pylist())
+    used, code = np.unique(codes[0] * len(parts[1]) + codes[1], return_inverse=True)
+    return code, [parts[0][number // len(parts[1])] + parts[1][number % len(parts[1])] for number in used.tolist()]
+
+
+def _partial_copies(counts: dict[int, dict[int, int]], names: Sequence[str]) -> list[int]:
+    """Return the checkpoints of a run that have fewer files of a name than at least half of the others.
+
+    counts: Number of files by name of each checkpoint, in order of steps.
+    """
+    n_others = len(counts) - 1
+    of_name: dict[int, list[int]] = defaultdict(list)
+    for files in counts.values():
+        for name, n in files.items():
+            of_name[name].append(n)
+    common = {
+        name: sorted(numbers)
+        for name, numbers in of_name.items()
+        if 2 * len(numbers) >= n_others and not _RESULT.search(names[name])
+    }
+    is_description = {name: _DESCRIPTION.search(names[name]) is not None for name in common}
+    found = []
+    for files, stretch in groupby(counts.items(), key=lambda item: item[1]):
+        some = [one for one, _ in stretch]
+        for name, numbers in common.items():
+            n = files.get(name, 0)
+            n_more = len(numbers) - bisect_right(numbers, n)
+            is_resized = n > 0 and "#" in names[name] and len(some) >= _RESIZED
+            if is_resized or (n > 0 and "*" in names[name]):
+                continue
+            if (n == 0 and n_more == n_others > 1) if is_description[name] else (n_more > 0 and 2 * n_more >= n_others):
+                found += some
+                break
     return found
