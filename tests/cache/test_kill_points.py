@@ -1,7 +1,7 @@
 """SIGKILL at every named point of the source: the next process needs no hand, and nothing that was promised is lost.
 
 Points of tiers are struck by tests/tier/test_kill_points.py, those of checkpoints by
-tests/checkpoint/test_kill_points.py.
+tests/crash/checkpoint/test_kill_points.py.
 """
 
 import json

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tests.checkpoint.plain_reader import leftovers, newest, read_checkpoint, same
 from tests.stress.kills import PointRounds, Report, points_where, rounds_asked, run_and_report
+from tests.support.checkpoint_reader import leftovers, newest, read_checkpoint, same
 from tests.support.faults import Fault, FaultStore
 from tests.support.forks import SendLine, run_forked
 from tests.support.kill_points import KillAt, count_points, kill_at

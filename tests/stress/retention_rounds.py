@@ -10,9 +10,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tests.checkpoint.files import START_S, write_checkpoint
-from tests.checkpoint.plain_reader import leftovers, read_checkpoint, same
 from tests.stress.kills import PointRounds, Report, points_where, rounds_asked, run_and_report
+from tests.support.checkpoint_files import START_S, write_checkpoint
+from tests.support.checkpoint_reader import leftovers, read_checkpoint, same
 from tests.support.forks import run_forked
 from tests.support.kill_points import KillAt, count_points, kill_at
 

@@ -4,7 +4,7 @@ import threading
 from threading import Thread
 
 import pytest
-from tests.checkpoint.saves import WAIT_S
+from tests.support.saves import WAIT_S
 
 from tiercache.checkpoint.writer import TaskThread, in_parallel
 

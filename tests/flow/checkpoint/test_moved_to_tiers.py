@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from tests.checkpoint.files import write_checkpoint
+from tests.support.checkpoint_files import write_checkpoint
 from typer.testing import CliRunner
 
 import tiercache as tc

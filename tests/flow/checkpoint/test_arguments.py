@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tests.checkpoint.files import write_checkpoint
+from tests.support.checkpoint_files import write_checkpoint
 
 import tiercache as tc
 from tiercache.checkpoint.stored import StoredCheckpoints

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.integrations.conftest import DATA
+from tests.flow.integrations.conftest import DATA
 from tests.support.forks import in_child
 
 import tiercache as tc

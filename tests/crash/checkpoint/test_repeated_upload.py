@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from tests.checkpoint.plain_reader import leftovers, read_checkpoint, same
-from tests.checkpoint.saves import WAIT_S, GateStore, a_state, opened
+from tests.support.checkpoint_reader import leftovers, read_checkpoint, same
 from tests.support.faults import Fault, FaultStore
+from tests.support.saves import WAIT_S, GateStore, a_state, opened
 
 import tiercache as tc
 from tiercache.checkpoint.checkpoints import Checkpoints
@@ -84,7 +84,7 @@ def test_an_upload_that_a_kill_has_ended_is_made_up_for(folders):
     local, remote = folders
     code = f"""if True:
         import os, signal
-        from tests.checkpoint.saves import a_state
+        from tests.support.saves import a_state
         from tiercache.checkpoint.checkpoints import Checkpoints
         from tiercache.store import LocalFolder
         from tiercache.store.contract import WrapperStore

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import save as save_numpy
 from safetensors.torch import save
-from tests.checkpoint.files import write_checkpoint
+from tests.support.checkpoint_files import write_checkpoint
 from tests.support.faults import Fault, FaultStore
 from tests.support.http_server import HttpFaultServer
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from tests.checkpoint.files import write_checkpoint
+from tests.support.checkpoint_files import write_checkpoint
 from tests.tier.bucket import DiskBucket, Script
 from torch.distributed.checkpoint.api import CheckpointException
 

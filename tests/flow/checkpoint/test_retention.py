@@ -5,7 +5,7 @@ import time
 import warnings
 
 import pytest
-from tests.checkpoint.files import START_S, write_checkpoint
+from tests.support.checkpoint_files import START_S, write_checkpoint
 from tests.support.faults import Fault, FaultStore
 from tests.support.stores import CountingStore
 

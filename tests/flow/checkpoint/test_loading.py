@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.checkpoint.files import START_S, write_checkpoint
+from tests.support.checkpoint_files import START_S, write_checkpoint
 from tests.support.faults import Fault, FaultKind, FaultStore
 from torch import nn
 

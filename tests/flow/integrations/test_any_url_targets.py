@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from tests.integrations.conftest import DATA, CountedFileSystem
+from tests.flow.integrations.conftest import DATA, CountedFileSystem
 from tests.support.http_server import HttpFaultServer
 
 from tiercache.store import open_store

@@ -16,12 +16,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tests.checkpoint.plain_reader import leftovers, newest, read_checkpoint, same
-from tests.checkpoint.saves import WAIT_S, GateStore, a_state, opened
 from tests.guide_session import blocks
 from tests.s3_fixtures import s3_server
+from tests.support.checkpoint_reader import leftovers, newest, read_checkpoint, same
 from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.forks import in_child
+from tests.support.saves import WAIT_S, GateStore, a_state, opened
 
 import tiercache as tc
 from tiercache.checkpoint import writer
@@ -35,7 +35,7 @@ from tiercache.store.contract import WrapperStore
 
 __all__ = ["s3_server"]
 
-GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "checkpoints.md"
+GUIDE = Path(__file__).parents[3] / "docs" / "guide" / "checkpoints.md"
 
 
 @pytest.fixture
@@ -796,7 +796,7 @@ def test_a_program_that_handles_sigterm_as_the_guide_says_finishes_its_saves(tmp
     (handler,) = [code for code in blocks(GUIDE.read_text(), "python") if "SIGTERM" in code]
     code = f"""if True:
         import os, threading
-        from tests.checkpoint.saves import GateStore, a_state
+        from tests.support.saves import GateStore, a_state
         from tiercache.checkpoint.checkpoints import Checkpoints
         from tiercache.store import LocalFolder
 

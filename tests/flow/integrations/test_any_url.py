@@ -6,7 +6,7 @@ import io
 
 import fsspec
 import pytest
-from tests.integrations.conftest import DATA, CountedFileSystem, stamped
+from tests.flow.integrations.conftest import DATA, CountedFileSystem, stamped
 
 import tiercache as tc
 

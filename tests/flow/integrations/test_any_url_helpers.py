@@ -10,7 +10,7 @@ import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.integrations.conftest import CountedFileSystem
+from tests.flow.integrations.conftest import CountedFileSystem
 
 from tiercache.cache.names import name_of_object
 from tiercache.integrations.fsspec import (
