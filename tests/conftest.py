@@ -15,7 +15,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # Their asserts shall say what was compared; here, because this file is read before any that imports them.
-pytest.register_assert_rewrite("tests.support.store_suite", "tests.support.store_machine")
+pytest.register_assert_rewrite(
+    "tests.support.store_suite",
+    "tests.support.store_machine",
+    "tests.support.cache_machine",
+    "tests.support.cache_world",
+)
 
 # Time says nothing on a shared machine of two cores; the examples that failed are printed as code. A test of a fast
 # path may ask for more examples, and `make fuzz` runs 5,000 of each.

@@ -10,7 +10,7 @@ import urllib.request
 from contextlib import closing
 
 import pytest
-from tests.peers.machines import free_port
+from tests.support.peer_machines import free_port
 
 from tiercache.waiting import wait_for
 

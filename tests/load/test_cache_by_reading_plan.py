@@ -15,7 +15,7 @@ from weakref import ref
 
 import numpy as np
 import pytest
-from tests.cache.conftest import open_below
+from tests.support.cache_world import open_below
 from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc

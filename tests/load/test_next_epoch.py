@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.cache.conftest import open_below
 from tests.load.conftest import N_REMOTE as N
 from tests.load.conftest import SCHEMA, check_batch, ids_of, join_loading, make_columns
+from tests.support.cache_world import open_below
 
 import tiercache as tc
 from tiercache.data.opened_version import OpenedVersion

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from tests.cache.test_state_machine import CacheMachine
 from tests.stress.errno_rounds import Rounds as ErrnoRounds
 from tests.stress.errno_rounds import wait_shortly
 from tests.stress.inspection import Inspection
 from tests.stress.jobs import JOBS, Job
 from tests.stress.life import CHAPTERS
 from tests.stress.scene import Model, Scene
+from tests.support.cache_machine import CacheMachine
 from tests.support.errnos import Position
 from tests.support.forks import run_forked
 from tests.support.kill_points import KillAt, kill_at

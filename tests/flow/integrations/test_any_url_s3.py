@@ -92,7 +92,7 @@ def _read_there(fs, path, together, sent):
     sent.put(data == DATA)
 
 
-@pytest.mark.stress  # two processes that import s3fs; tests/cache has processes that share fetches of a counted store
+@pytest.mark.stress  # two processes that import s3fs; those of tests/flow/cache share the fetches of a counted store
 def test_concurrent_processes_fetch_an_object_about_once(fs, path, s3_server):
     before = s3_server.bytes_sent()
     context = multiprocessing.get_context("spawn")

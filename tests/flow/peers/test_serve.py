@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.peers.machines import Machine, data_set_objects, read_all_records
 from tests.support.clock import FakeClock
 from tests.support.faults import Fault, FaultStore
 from tests.support.http_server import HttpFaultServer
+from tests.support.peer_machines import Machine, data_set_objects, read_all_records
 from tests.support.stores import GateStore
 
 import tiercache as tc

@@ -5,7 +5,7 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-from tests.cache.conftest import turn
+from tests.support.cache_world import turn
 
 import tiercache as tc
 from tiercache.cache.check import CopyState

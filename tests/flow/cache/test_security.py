@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from tests.cache.conftest import World
+from tests.support.cache_world import World
 
 from tiercache.cache import Cache
 from tiercache.cache import folder as folder_module
@@ -113,7 +113,7 @@ def test_no_cache_is_created_in_a_folder_of_another_user(world, tmp_path, monkey
 
 READER = """
 import os, sys, warnings
-from tests.cache.conftest import World
+from tests.support.cache_world import World
 
 from tiercache.cache import Cache
 from tiercache.model import ByteRange, ShardIdentity

@@ -6,7 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.cache.conftest import open_below
+from tests.support.cache_world import open_below
 from tests.support.faults import Fault, FaultStore
 from tests.support.stores import GateStore
 

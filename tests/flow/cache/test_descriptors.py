@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 import pytest
-from tests.cache.conftest import open_below
+from tests.support.cache_world import open_below
 
 from tiercache.cache import download, partial
 from tiercache.cache.fetch import CopyLease

@@ -4,8 +4,8 @@ import subprocess
 from contextlib import closing
 
 import pytest
-from tests.peers.machines import data_set_objects
 from tests.support.http_server import HttpFault, HttpFaultServer
+from tests.support.peer_machines import data_set_objects
 
 import tiercache as tc
 from tiercache.demo.s3_server import S3Server, weed_binary

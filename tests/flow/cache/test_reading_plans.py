@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.cache.conftest import open_below
+from tests.support.cache_world import open_below
 
 from tiercache import crash_points
 from tiercache.cache import reading_plans as plan_files
