@@ -2,7 +2,7 @@
 
 It decodes JPEG by simplejpeg (libjpeg-turbo), PNG and WebP by OpenCV, other formats by
 Pillow, and resizes by OpenCV; `_native/pixels` adjusts colours and normalises. All of them release the GIL.
-docs/design/images.md holds the measurements behind this choice.
+docs/design.md holds the measurements behind this choice.
 image_plan.py says what becomes of an image: crop, mirroring and colours.
 """
 

@@ -431,7 +431,7 @@ SLICE_BYTES = 4 << 20
 # Blocks of a first piece of less than this many slices come in a second or less: then slices only cost requests.
 MIN_SLICES = 32
 # Blocks between needed ones are requested with them up to this gap, because later windows need them in any case, and
-# a request costs more. docs/design/stores.md compares the limits of all layers.
+# a request costs more. docs/design.md compares the limits of all layers.
 BLOCK_GAP_BYTES = 128 << 10
 
 

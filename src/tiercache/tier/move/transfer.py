@@ -430,7 +430,7 @@ class Transfer:
     def needs_disk_check(self, name: str) -> bool:
         """Return whether copies in a tier must be read from disk before their sources are deleted: files.
 
-        Only reading a disk shows what it has, and a later read shows more: docs/design/tiers.md.
+        Only reading a disk shows what it has, and a later read shows more: docs/design.md.
         """
         return isinstance(self._stores.store(name), LocalFolder)
 
