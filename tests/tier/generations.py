@@ -17,20 +17,19 @@ import subprocess
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import typer
 from tests.support.clock import JumpingClock
-from tests.support.forks import DEADLINE_S, ForkedChild, SendLine, run_forked
+from tests.support.forks import SendLine, run_forked
 from tests.support.named_checkpoints import LAYOUTS, OWN, OWN_RUN, KeepRule, Layout, NamedCheckpoints, Objects
 from tests.testing.warm_process import ROOT, WITHOUT_THREADS
 
@@ -91,36 +90,16 @@ class AtCopy:
     end: str = KILL
 
 
-@dataclass(frozen=True, slots=True)
-class AfterTime:
-    """So many seconds after the start of the command."""
-
-    seconds: float
-    end: str = KILL
-
-
-Interruption = AtPoint | AtCall | AtCopy | AfterTime
+Interruption = AtPoint | AtCall | AtCopy
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of a command.
-
-    Attributes:
-        code: Exit code, or minus the number of a signal.
-        text: Everything that the command printed.
-        is_struck: Whether it was interrupted before its end.
-        reached: Number of times that it reached each crash point; of an interrupted one, empty.
-        n_calls: Number of changes of files and folders that it made; of an interrupted one, 0.
-        seconds: Duration.
-    """
+    """The end of a command: exit code (or minus a signal), everything that it printed, and whether it was struck."""
 
     code: int
     text: str
     is_struck: bool
-    reached: Counter[str]
-    n_calls: int
-    seconds: float
 
 
 def _end(how: str) -> None:
@@ -153,32 +132,25 @@ def _do_not_sync() -> None:
     os.fsync = os.fdatasync = lambda _fd: None  # type: ignore[assignment]
 
 
-def _watch_changes(calls: _Counter, copies: _Counter, names: frozenset[str]) -> None:
-    """Count every change of a file that this process is about to make. It cannot be undone: only for children."""
+def _watch_changes(counter: _Counter, names: frozenset[str] | None) -> None:
+    """Count every change of a file that this process is about to make; names: only files that get one of these names.
+
+    It cannot be undone: only for children.
+    """
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in _CHANGES or (event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES):
-            calls.count()
-        if event in ("os.link", "os.rename") and os.fsdecode(arguments[1]).rpartition("/")[2] in names:
-            copies.count()
+        if names is not None:
+            is_counted = event in ("os.link", "os.rename") and os.fsdecode(arguments[1]).rpartition("/")[2] in names
+        else:
+            is_write = event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITES
+            is_counted = event in _CHANGES or is_write
+        if is_counted:
+            counter.count()
 
     sys.addaudithook(hook)
 
 
 # -- stores ----------------------------------------------------------------------------------------------------------
-
-
-class RawTiers(Protocol):
-    """The tiers of a world, past the library."""
-
-    def url(self, tier: str) -> str:
-        """Return the URL of a tier."""
-
-    def put(self, tier: str, key: str, data: bytes, modified_s: float) -> None:
-        """Write an object; a store that gives times itself ignores modified_s."""
-
-    def objects(self, tier: str) -> dict[str, bytes]:
-        """Return all objects of a tier, without what the library keeps beside the data."""
 
 
 class FolderTiers:
@@ -261,7 +233,6 @@ class Setting:
         deletes: Whether the rule has delete_after.
         grace_s: Grace period, in seconds.
         jobs: Number of objects that are copied concurrently.
-        rate: Bytes a second of all copies together; None: no limit.
     """
 
     layouts: tuple[str, ...] = ("plain",)
@@ -269,7 +240,6 @@ class Setting:
     deletes: bool = False
     grace_s: float = 0.0
     jobs: int = 2
-    rate: int | None = None
 
 
 @cache
@@ -281,11 +251,11 @@ def _tree_of_verbs() -> Any:
 class World:
     """Tiers, a rule file with one rule for checkpoints, and an oracle by name."""
 
-    def __init__(self, root: Path, setting: Setting, tiers: RawTiers | None = None) -> None:
+    def __init__(self, root: Path, setting: Setting, tiers: FolderTiers | S3Tiers | None = None) -> None:
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
         self.root, self.setting = root, setting
-        self.tiers: RawTiers = tiers or FolderTiers(root)
+        self.tiers = tiers or FolderTiers(root)
         self.rules_path = root / "tiercache.toml"
         self.began_s = time.time()
         self.ahead_s = 3600.0  # a server gives its own times, and quiet_period must be over
@@ -309,17 +279,13 @@ class World:
             text += f'delete_after = "{DELETE_AFTER_S / DAY_S:.0f}d"\nmax_delete = "100%"\n'
         text += f'\n[tiering]\ngrace = "{self.setting.grace_s:.0f}s"\njobs = {self.setting.jobs}\n'
         text += f"state_dir = {json.dumps(str(self.root / 'state'))}\n"
-        if self.setting.rate is not None:
-            text += f"rate = {self.setting.rate}\n"
         self.rules_path.write_text(text)
 
     @property
     def now_s(self) -> float:
-        """Return the time of this world."""
         return time.time() + self.ahead_s
 
     def days_pass(self, days: float) -> None:
-        """Set the clock forward."""
         self.ahead_s += days * DAY_S
 
     # -- what people do ---------------------------------------------------------------------------------------------
@@ -390,7 +356,9 @@ class World:
             with printed.open("w") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-            reached, calls = self._watch(interruption)
+            if interruption is not None:
+                self._strike_at(interruption)
+            _do_not_sync()
             with JumpingClock() as clock:
                 clock.jump(self.ahead_s)
                 try:
@@ -401,57 +369,31 @@ class World:
                 except KeyboardInterrupt:  # before the verb began
                     code = INTERRUPTED
                 sys.stdout.flush()
-                tell(json.dumps({"code": code, "reached": reached, "n_calls": calls.n}))
+                tell(str(code))
 
-        began_s = time.monotonic()
-        child = ForkedChild(work)
-        ended = child.wait(DEADLINE_S)
-        seconds, text = time.monotonic() - began_s, printed.read_text(errors="replace")
+        ended = run_forked(work)
+        text = printed.read_text(errors="replace")
         if ended.hung:
             raise RuntimeError(f"{' '.join(arguments)} hung: {text}\n{ended.error}")
-        facts = json.loads(ended.lines[-1]) if ended.lines else {"code": ended.code, "reached": {}, "n_calls": 0}
-        code = ended.code if ended.code and not ended.lines else facts["code"]
-        is_struck = interruption is not None and code in _CODES[interruption.end]
-        return Outcome(
-            code,
-            text + ended.error,
-            is_struck,
-            Counter() if is_struck else Counter(facts["reached"]),
-            0 if is_struck else facts["n_calls"],
-            seconds,
-        )
+        code = ended.code if ended.code and not ended.lines else int(ended.lines[-1])
+        return Outcome(code, text + ended.error, interruption is not None and code in _CODES[interruption.end])
 
-    def _watch(self, interruption: Interruption | None) -> tuple[Counter[str], _Counter]:
-        """Count the points and the changes of this process, and strike it at one of them."""
-        reached: Counter[str] = Counter()
-        end = KILL if interruption is None else interruption.end
-        at_point = _Counter(interruption.nth if isinstance(interruption, AtPoint) else 0, lambda: _end(end))
-        calls = _Counter(interruption.nth if isinstance(interruption, AtCall) else 0, lambda: _end(end))
-        copies = _Counter(interruption.nth if isinstance(interruption, AtCopy) else 0, lambda: _end(end))
+    def _strike_at(self, interruption: Interruption) -> None:
+        """Count the points, or the changes of files, of this process, and strike it at one of them."""
+        counter = _Counter(interruption.nth, lambda: _end(interruption.end))
+        if isinstance(interruption, AtPoint):
+            wanted = interruption.point
+            crash_points.set_hook(lambda name: None if wanted and name != wanted else counter.count())
+            return
         names = frozenset(key.rpartition("/")[2] for save in self.oracle.saves for key in save.files)
-        wanted = interruption.point if isinstance(interruption, AtPoint) else ""
-
-        def hook(name: str) -> None:
-            reached[name] += 1
-            if not wanted or name == wanted:
-                at_point.count()
-
-        _do_not_sync()
-        crash_points.set_hook(hook)
-        _watch_changes(calls, copies, names)
-        if isinstance(interruption, AfterTime):
-            signal.signal(signal.SIGALRM, lambda *_: _end(end))
-            signal.setitimer(signal.ITIMER_REAL, interruption.seconds)
-        return reached, calls
+        _watch_changes(counter, names if isinstance(interruption, AtCopy) else None)
 
     # -- looking ----------------------------------------------------------------------------------------------------
 
     def picture(self) -> dict[str, Objects]:
-        """Return all objects as they lie."""
         return {tier: self.tiers.objects(tier) for tier in self.rule.tiers}
 
     def look(self) -> list[str]:
-        """Return what is wrong now."""
         return self.oracle.problems_now(self.picture(), self.now_s)
 
     def paths(self) -> list[str]:
@@ -492,7 +434,6 @@ class WorldProcess:
     """
 
     def __init__(self) -> None:
-        """Start the process."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.tier.generations"],
             stdin=subprocess.PIPE,
@@ -505,33 +446,9 @@ class WorldProcess:
         """Make a world. server: Facts of an S3 server for s3_client(), its bucket and its environment."""
         self._ask("new_world", root, setting, server)
 
-    def save(self, n: int = 1) -> None:
-        """See World."""
-        self._ask("save", n)
-
-    def days_pass(self, days: float) -> None:
-        """See World."""
-        self._ask("days_pass", days)
-
-    def run(self, interruption: Interruption | None = None) -> Outcome:
-        """See World."""
-        return self._ask("run", interruption)
-
-    def recall(self, path: str, interruption: Interruption | None = None) -> Outcome:
-        """See World."""
-        return self._ask("recall", path, interruption)
-
-    def look(self) -> list[str]:
-        """See World."""
-        return self._ask("look")
-
-    def heal(self) -> list[str]:
-        """See World."""
-        return self._ask("heal")
-
-    def paths(self) -> list[str]:
-        """Return the paths of the checkpoints that were saved and that the rule did not allow to be deleted."""
-        return self._ask("paths")
+    def __getattr__(self, verb: str) -> Callable[..., Any]:
+        """Return a method of the world."""
+        return partial(self._ask, verb)
 
     def _ask(self, verb: str, *arguments: object) -> Any:
         assert self._process.stdin is not None
@@ -544,7 +461,6 @@ class WorldProcess:
         return answer
 
     def close(self) -> None:
-        """End the process."""
         self._process.communicate()
 
 

@@ -1,15 +1,10 @@
 """After generations of interrupted moves, every checkpoint is complete under its own name, where the rules want it."""
 
-import json
-import secrets
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from tests.support.named_checkpoints import LAYOUTS, OWN
-from tests.testing.warm_process import run_warm
 from tests.tier.generations import (
     ENDS,
     INT,
@@ -23,10 +18,6 @@ from tests.tier.generations import (
     Setting,
     WorldProcess,
 )
-
-N_ROUNDS = 1_000  # of `make stress`, each with and without delete_after
-N_S3_ROUNDS = 200
-SLOW_BYTES_S = 60_000
 
 
 @pytest.fixture(scope="module")
@@ -49,52 +40,28 @@ def second_generation(worlds, interruption: Interruption) -> Outcome:
     return interrupted
 
 
-@pytest.mark.parametrize("at", [AtCopy(2, KILL), AtCopy(5, INT)], ids=repr)
-@pytest.mark.parametrize("layout", [*LAYOUTS, OWN])
-def test_an_interrupted_second_generation_ends_where_the_rules_want_it(worlds, tmp_path, layout, at):
-    worlds.new_world(tmp_path / "world", Setting((layout,), jobs=1))
-    second_generation(worlds, at)
-    assert worlds.heal() == []
+CASES = {
+    **{layout: (Setting((layout,), jobs=1), AtCopy(5, KILL)) for layout in (*LAYOUTS, OWN)},
+    "Ctrl-C": (Setting(jobs=1), AtCopy(5, INT)),
+    "two tiers": (Setting(n_tiers=2, jobs=1), AtCopy(8, TERM)),
+    "a grace period": (Setting(grace_s=86_400.0, jobs=1), AtCopy(5, KILL)),
+    "a rule that deletes": (Setting(deletes=True, jobs=1), AtCopy(11, KILL)),
+}
 
 
-@pytest.mark.parametrize("at", [AtCopy(8, TERM), AtCopy(5, KILL)], ids=repr)
-def test_two_tiers_after_an_interruption(worlds, tmp_path, at):
-    worlds.new_world(tmp_path / "world", Setting(("plain",), n_tiers=2, jobs=1))
-    second_generation(worlds, at)
-    assert worlds.heal() == []
-
-
-@pytest.mark.parametrize("end", [INT, TERM, KILL])
-def test_a_run_at_a_slow_rate_that_is_interrupted_says_so_and_loses_nothing(worlds, tmp_path, end):
-    worlds.new_world(tmp_path / "world", Setting(("plain",), rate=SLOW_BYTES_S))
-    interrupted = second_generation(worlds, AtCopy(4, end))
-    assert ("nothing was lost; the same command continues" in interrupted.text) is (end == INT)
-    assert worlds.heal() == []
-
-
-@pytest.mark.parametrize("nth", [4, 11])
-def test_an_interrupted_generation_of_a_rule_that_deletes_loses_no_protected_checkpoint(worlds, tmp_path, nth):
-    worlds.new_world(tmp_path / "world", Setting(("plain",), deletes=True, jobs=1))
-    second_generation(worlds, AtCopy(nth, KILL))
-    worlds.days_pass(20)
-    assert worlds.heal() == []
-
-
-def test_checkpoints_that_are_saved_between_an_interruption_and_the_next_run_are_moved_too(worlds, tmp_path):
-    worlds.new_world(tmp_path / "world", Setting(("dcp",), jobs=1))
-    second_generation(worlds, AtCopy(4, KILL))
-    worlds.save(2)
-    assert worlds.heal() == []
-
-
-def test_an_interrupted_generation_with_a_grace_period_ends_where_the_rules_want_it(worlds, tmp_path):
-    worlds.new_world(tmp_path / "world", Setting(("plain",), grace_s=86_400.0, jobs=1))
-    second_generation(worlds, AtCopy(5, KILL))
+@pytest.mark.parametrize("case", CASES)
+def test_an_interrupted_second_generation_ends_where_the_rules_want_it(worlds, tmp_path, case):
+    setting, at = CASES[case]
+    worlds.new_world(tmp_path / "world", setting)
+    interrupted = second_generation(worlds, at)
+    assert ("nothing was lost; the same command continues" in interrupted.text) is (at.end == INT)
+    worlds.save(1)
+    worlds.days_pass(20.0 if setting.deletes else 0.0)
     assert worlds.heal() == []
 
 
 def test_an_interrupted_recall_is_completed_and_held(worlds, tmp_path):
-    worlds.new_world(tmp_path / "world", Setting(("plain",), jobs=1))
+    worlds.new_world(tmp_path / "world", Setting(jobs=1))
     worlds.save(6)
     assert worlds.heal() == []
     path = worlds.paths()[0]
@@ -107,10 +74,13 @@ def test_an_interrupted_recall_is_completed_and_held(worlds, tmp_path):
     assert worlds.heal() == []
 
 
+def facts_of(server) -> dict[str, str]:
+    return {"endpoint": server.endpoint, "bucket": server.bucket} | server.environment
+
+
 @pytest.mark.s3
 def test_an_interrupted_generation_in_a_bucket_ends_where_the_rules_want_it(worlds, tmp_path, s3_server):
-    facts = {"endpoint": s3_server.endpoint, "bucket": s3_server.bucket} | s3_server.environment
-    worlds.new_world(tmp_path / "world", Setting(("plain",), jobs=8), facts)
+    worlds.new_world(tmp_path / "world", Setting(jobs=8), facts_of(s3_server))
     second_generation(worlds, AtPoint("", 76, KILL))  # some objects are copied
     assert worlds.heal() == []
 
@@ -130,17 +100,15 @@ class Generations(RuleBasedStateMachine):
     One job copies, so that the n-th change of a file is the same one each time.
     """
 
-    def __init__(self, worlds, root, setting: Setting) -> None:
+    def __init__(self, worlds, root, setting: Setting, server=None) -> None:
         super().__init__()
         self.worlds = worlds
-        worlds.new_world(root / "world", setting)
+        worlds.new_world(root / "world", setting, server)
         worlds.save(5)
-        self.n_saved = 5
 
     @rule(n=st.integers(1, 3))
     def save(self, n):
         self.worlds.save(n)
-        self.n_saved += n
 
     @rule()
     def run(self):
@@ -176,56 +144,28 @@ class Generations(RuleBasedStateMachine):
         assert self.worlds.heal() == []
 
 
-def run_machine(worlds, root, setting, n_examples, n_steps):
+def run_machine(n_examples, n_steps, *arguments):
     run_state_machine_as_test(
-        lambda: Generations(worlds, root, setting),
-        settings=settings(max_examples=n_examples, stateful_step_count=n_steps),
+        lambda: Generations(*arguments), settings=settings(max_examples=n_examples, stateful_step_count=n_steps)
     )
 
 
 def test_saves_runs_recalls_and_interruptions_in_any_order_lose_nothing(worlds, tmp_path):
-    run_machine(worlds, tmp_path, Setting(("plain",), jobs=1), n_examples=2, n_steps=4)
-
-
-@pytest.mark.fuzz
-@pytest.mark.timeout(7200)
-@pytest.mark.parametrize("grace_s", [0.0, 86_400.0])
-@pytest.mark.parametrize("deletes", [False, True], ids=["kept", "deletes"])
-@pytest.mark.parametrize("n_tiers", [2, 3])
-def test_many_orders_of_saves_runs_recalls_and_interruptions(worlds, tmp_path, n_tiers, deletes, grace_s):
-    setting = Setting(("dcp", "files"), n_tiers=n_tiers, deletes=deletes, grace_s=grace_s, jobs=1)
-    run_machine(worlds, tmp_path, setting, n_examples=20, n_steps=15)
-
-
-# -- rounds ----------------------------------------------------------------------------------------------------------
-
-
-def rounds(folder, n_rounds, seed, *more):
-    """Return the report of that many interrupted rounds."""
-    arguments = ["--rounds", str(n_rounds), "--seed", str(seed), *more]
-    done = run_warm(["-m", "tests.stress.tier_generations", str(folder), *arguments], timeout_s=7000)
-    assert done.stdout, done.stderr
-    return json.loads(done.stdout)
+    run_machine(2, 4, worlds, tmp_path, Setting(jobs=1))
 
 
 @pytest.mark.stress
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("more", [(), ("--delete-after",)], ids=["kept", "deletes"])
-def test_a_thousand_interrupted_generations_lose_nothing(tmp_path, capsys, more):
-    with ThreadPoolExecutor(2) as pool:  # one has two tiers, the other one three
-        both = [*pool.map(lambda n: rounds(tmp_path / str(n), N_ROUNDS // 2, n, *more, "--tiers", str(n)), (2, 3))]
-    with capsys.disabled():
-        for report in both:
-            print(f"\ntiers: {report['n_rounds']} interrupted rounds, {report['n_failed']} failed: {report['by_kind']}")
-    assert [report["problems"] for report in both] == [[], []]
-    assert sum(report["n_rounds"] for report in both) == N_ROUNDS
+@pytest.mark.parametrize("grace_s", [0.0, 86_400.0])
+@pytest.mark.parametrize("deletes", [False, True], ids=["kept", "deletes"])
+@pytest.mark.parametrize("n_tiers", [2, 3])
+def test_hundreds_of_interruptions_in_any_order_lose_nothing(worlds, tmp_path, n_tiers, deletes, grace_s):
+    setting = Setting(("dcp", "files"), n_tiers=n_tiers, deletes=deletes, grace_s=grace_s, jobs=1)
+    run_machine(20, 15, worlds, tmp_path, setting)
 
 
 @pytest.mark.stress
 @pytest.mark.s3
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("more", [(), ("--delete-after",)], ids=["kept", "deletes"])
-def test_interrupted_generations_in_buckets_lose_nothing(tmp_path, more):
-    report = rounds(tmp_path / secrets.token_hex(4), N_S3_ROUNDS, 11, *more, "--stores", "s3")
-    assert report["problems"] == []
-    assert report["n_rounds"] == N_S3_ROUNDS
+def test_many_interruptions_in_buckets_lose_nothing(worlds, tmp_path, s3_server):
+    run_machine(20, 15, worlds, tmp_path, Setting(("dcp", OWN), deletes=True, jobs=8), facts_of(s3_server))

@@ -1,17 +1,17 @@
 """The oracle by name finds each kind of damage, and nothing else."""
 
-import pytest
 from tests.support.named_checkpoints import LAYOUTS, KeepRule, NamedCheckpoints
 
 NOW_S = 1_000_000.0
 HOUR_S = 3600.0
-RULE = KeepRule(("hot", "standard", "archive"), (1, 3))
+TIERS, KEPT = ("hot", "standard", "archive"), (1, 3)
 TIER_OF = {1: "archive", 2: "archive", 3: "standard", 4: "standard", 5: "hot"}
+STEP = "checkpoints/plain/step-"
 
 
-def saved(layout="plain", rule=RULE):
+def saved(layout="plain", delete_after_s=None):
     """Return an oracle that knows five saves, and the tiers as the rule wants them."""
-    oracle, picture = NamedCheckpoints(rule), {tier: {} for tier in rule.tiers}
+    oracle, picture = NamedCheckpoints(KeepRule(TIERS, KEPT, delete_after_s)), {tier: {} for tier in TIERS}
     names = LAYOUTS[layout]
     for step in TIER_OF:
         files = names.files(step)
@@ -22,82 +22,77 @@ def saved(layout="plain", rule=RULE):
     return oracle, picture
 
 
-def problems(oracle, picture, now_s=NOW_S):
-    return oracle.problems_now(picture, now_s), oracle.problems_at_rest(picture, now_s)
+def problems(oracle, picture):
+    return oracle.problems_now(picture, NOW_S), oracle.problems_at_rest(picture, NOW_S)
 
 
 def path(step, part="b.bin"):
-    return f"checkpoints/plain/step-{step}/{part}"
+    return f"{STEP}{step}/{part}"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_nothing_is_wrong_where_the_rule_wants_it(layout):
-    assert problems(*saved(layout)) == ([], [])
+def move(picture, step, src, dst):
+    for key in LAYOUTS["plain"].files(step):
+        picture[dst][key] = picture[src].pop(key)
 
 
-def test_the_files_of_two_checkpoints_differ():
+def dated(picture):
+    picture["archive"][path("3.20261101T120000Z")] = picture["standard"][path(3)]
+
+
+def test_nothing_is_wrong_where_the_rule_wants_it_and_no_two_files_are_equal():
+    for layout in LAYOUTS:
+        assert problems(*saved(layout)) == ([], []), layout
     files = [data for layout in LAYOUTS.values() for step in (1, 2) for data in layout.files(step).values()]
     assert len(set(files)) == len(files)
 
 
-def test_a_file_that_exists_nowhere_is_a_loss():
-    oracle, picture = saved()
-    del picture["standard"][path(3)]
-    now, at_rest = problems(oracle, picture)
-    assert now == ["checkpoints/plain/step-3 is complete in no tier: 2 of 3 files in standard"]
-    assert at_rest == ["checkpoints/plain/step-3 is torn in standard: 2 of 3 files in standard"]
+DAMAGES = {  # what is done to the tiers, what is wrong at once, what is wrong at rest
+    "a file is nowhere": (
+        lambda picture: picture["standard"].pop(path(3)),
+        [f"{STEP}3 is complete in no tier: 2 of 3 files in standard"],
+        [f"{STEP}3 is torn in standard: 2 of 3 files in standard"],
+    ),
+    "parts in two tiers": (
+        lambda picture: picture["archive"].update({path(3): picture["standard"].pop(path(3))}),
+        [f"{STEP}3 is complete in no tier: 2 of 3 files in standard, 1 of 3 files in archive"],
+        [f"{STEP}3 is torn in standard, archive: 2 of 3 files in standard, 1 of 3 files in archive"],
+    ),
+    "bytes of another checkpoint": (
+        lambda picture: picture["hot"].update({path(3): picture["standard"][path(4)]}),
+        [f"hot has other bytes than were saved under {path(3)}"],
+        [f"{STEP}3 is torn in hot: 1 of 3 files in hot, 3 of 3 files in standard"],
+    ),
+    "a name that nobody saved": (
+        dated, [], [f"archive has names that nobody saved: {path('3.20261101T120000Z')}"],
+    ),
+    "a part of a copy": (
+        lambda picture: picture["archive"].update({path(3): picture["standard"][path(3)]}),
+        [],
+        [f"{STEP}3 is torn in archive: 3 of 3 files in standard, 1 of 3 files in archive"],
+    ),
+    "a copy in a second tier": (
+        lambda picture: picture["archive"].update(LAYOUTS["plain"].files(3)),
+        [],
+        [f"{STEP}3 should be in standard alone: 3 of 3 files in standard, 3 of 3 files in archive"],
+    ),
+    "too warm": (
+        lambda picture: move(picture, 1, "archive", "standard"),
+        [],
+        [f"{STEP}1 should be in archive alone: 3 of 3 files in standard"],
+    ),
+    "too cold": (
+        lambda picture: move(picture, 5, "hot", "standard"),
+        [],
+        [f"{STEP}5 should be in hot alone: 3 of 3 files in standard"],
+    ),
+}  # fmt: skip
 
 
-def test_a_checkpoint_in_parts_that_lie_in_two_tiers_is_a_loss():
-    oracle, picture = saved()
-    picture["archive"][path(3)] = picture["standard"].pop(path(3))
-    now, _ = problems(oracle, picture)
-    assert now == ["checkpoints/plain/step-3 is complete in no tier: 2 of 3 files in standard, 1 of 3 files in archive"]
-
-
-def test_bytes_of_another_checkpoint_under_a_name_are_foreign():
-    oracle, picture = saved()
-    picture["hot"][path(3)] = picture["standard"][path(4)]
-    now, at_rest = problems(oracle, picture)
-    assert now == [f"hot has other bytes than were saved under {path(3)}"]
-    assert at_rest == [
-        "checkpoints/plain/step-3 is torn in hot: 1 of 3 files in hot, 3 of 3 files in standard",
-    ]
-
-
-def test_a_dated_name_is_wrong_at_rest():
-    oracle, picture = saved()
-    dated = path(3).replace("step-3", "step-3.20261101T120000Z")
-    picture["archive"][dated] = picture["standard"][path(3)]
-    assert problems(oracle, picture) == ([], [f"archive has names that nobody saved: {dated}"])
-
-
-def test_a_part_of_a_copy_is_wrong_at_rest():
-    oracle, picture = saved()
-    picture["archive"][path(3)] = picture["standard"][path(3)]
-    now, at_rest = problems(oracle, picture)
-    assert now == []
-    assert at_rest == ["checkpoints/plain/step-3 is torn in archive: 3 of 3 files in standard, 1 of 3 files in archive"]
-
-
-def test_a_whole_copy_in_a_second_tier_is_wrong_at_rest():
-    oracle, picture = saved()
-    picture["archive"] |= LAYOUTS["plain"].files(3)
-    now, at_rest = problems(oracle, picture)
-    assert now == []
-    assert at_rest == [
-        "checkpoints/plain/step-3 should be in standard alone: 3 of 3 files in standard, 3 of 3 files in archive"
-    ]
-
-
-@pytest.mark.parametrize(("step", "tier"), [(5, "standard"), (4, "archive"), (1, "standard")])
-def test_a_checkpoint_in_another_tier_than_the_rule_says_is_wrong_at_rest(step, tier):
-    oracle, picture = saved()
-    for key in LAYOUTS["plain"].files(step):
-        picture[tier][key] = picture[TIER_OF[step]].pop(key)
-    now, at_rest = problems(oracle, picture)
-    assert now == []
-    assert at_rest == [f"checkpoints/plain/step-{step} should be in {TIER_OF[step]} alone: 3 of 3 files in {tier}"]
+def test_each_damage_is_named():
+    for name, (damage, now, at_rest) in DAMAGES.items():
+        oracle, picture = saved()
+        damage(picture)
+        assert problems(oracle, picture) == (now, at_rest), name
 
 
 def test_a_file_beside_checkpoints_must_stay():
@@ -108,74 +103,47 @@ def test_a_file_beside_checkpoints_must_stay():
     assert at_rest == ["archive has checkpoints/deepspeed/latest, which no rule moves"]
 
 
-# -- deletions ------------------------------------------------------------------------------------------------------
-
-
-def test_only_a_checkpoint_that_no_list_keeps_and_that_is_old_may_be_gone():
-    oracle, picture = saved(rule=KeepRule(RULE.tiers, RULE.keep_last, delete_after_s=8.5 * HOUR_S))
-    for step in (1, 2, 3):
-        for key in LAYOUTS["plain"].files(step):
-            picture[TIER_OF[step]].pop(key)
-    now, at_rest = problems(oracle, picture)
-    assert [text.partition(" is ")[0] for text in now] == [f"checkpoints/plain/step-{n}" for n in (2, 3)]
-    assert at_rest == [f"checkpoints/plain/step-{n} is nowhere: no file left" for n in (2, 3)]
-
-
-def test_a_part_of_a_deleted_checkpoint_must_not_stay():
-    oracle, picture = saved(rule=KeepRule(RULE.tiers, RULE.keep_last, delete_after_s=8.5 * HOUR_S))
+def test_only_an_old_checkpoint_that_no_list_keeps_is_deleted_and_as_a_whole():
+    oracle, picture = saved(delete_after_s=8.5 * HOUR_S)
+    assert problems(oracle, picture) == ([], [f"{STEP}1 should have been deleted: 3 of 3 files in archive"])
     del picture["archive"][path(1)]
+    assert problems(oracle, picture) == ([], [f"{STEP}1 is torn in archive: 2 of 3 files in archive"])
+    for tier, step in (("archive", 1), ("archive", 2), ("standard", 3)):
+        for key in LAYOUTS["plain"].files(step):
+            picture[tier].pop(key, None)
     now, at_rest = problems(oracle, picture)
-    assert now == []
-    assert at_rest == ["checkpoints/plain/step-1 is torn in archive: 2 of 3 files in archive"]
-
-
-def test_an_old_checkpoint_that_was_not_deleted_is_wrong_at_rest():
-    oracle, picture = saved(rule=KeepRule(RULE.tiers, RULE.keep_last, delete_after_s=8.5 * HOUR_S))
-    now, at_rest = problems(oracle, picture)
-    assert now == []
-    assert at_rest == ["checkpoints/plain/step-1 should have been deleted: 3 of 3 files in archive"]
-
-
-# -- recalls --------------------------------------------------------------------------------------------------------
+    assert [text.partition(" is ")[0] for text in now] == [f"{STEP}{n}" for n in (2, 3)]
+    assert at_rest == [f"{STEP}{n} is nowhere: no file left" for n in (2, 3)]
 
 
 def test_a_recalled_checkpoint_is_in_the_fastest_tier_as_long_as_it_is_held():
     oracle, picture = saved()
-    oracle.held("checkpoints/plain/step-1", NOW_S + 10 * HOUR_S, is_certain=True)
-    assert problems(oracle, picture) == (
-        [],
-        ["checkpoints/plain/step-1 was recalled and is held, but is not in hot: 3 of 3 files in archive"],
-    )
+    oracle.held(f"{STEP}1", NOW_S + 10 * HOUR_S, is_certain=True)
+    missing = f"{STEP}1 was recalled and is held, but is not in hot: 3 of 3 files in archive"
+    assert problems(oracle, picture) == ([], [missing])
     picture["hot"] |= LAYOUTS["plain"].files(1)
     assert problems(oracle, picture) == ([], [])
     del picture["hot"][path(1)]
     assert problems(oracle, picture)[1] != []
-
-
-def test_a_recalled_checkpoint_leaves_the_fastest_tier_after_its_hold():
     oracle, picture = saved()
-    oracle.held("checkpoints/plain/step-1", NOW_S - HOUR_S, is_certain=True)
+    oracle.held(f"{STEP}1", NOW_S - HOUR_S, is_certain=True)
     picture["hot"] |= LAYOUTS["plain"].files(1)
-    assert problems(oracle, picture)[1] == [
-        "checkpoints/plain/step-1 should be in archive alone: 3 of 3 files in hot, 3 of 3 files in archive"
-    ]
+    over = f"{STEP}1 should be in archive alone: 3 of 3 files in hot, 3 of 3 files in archive"
+    assert problems(oracle, picture)[1] == [over]
 
 
-def test_after_an_interrupted_recall_a_checkpoint_may_be_in_the_fastest_tier_but_not_in_parts():
+def test_after_an_interrupted_recall_a_checkpoint_may_be_in_the_fastest_tier_but_not_in_parts_and_may_be_deleted():
     oracle, picture = saved()
-    oracle.held("checkpoints/plain/step-1", NOW_S + 10 * HOUR_S, is_certain=False)
+    oracle.held(f"{STEP}1", NOW_S + 10 * HOUR_S, is_certain=False)
     assert problems(oracle, picture) == ([], [])
     picture["hot"] |= LAYOUTS["plain"].files(1)
     assert problems(oracle, picture) == ([], [])
     del picture["hot"][path(1)]
     assert problems(oracle, picture)[1] != []
-
-
-def test_an_interrupted_recall_does_not_keep_a_checkpoint_that_the_rule_deletes():
-    oracle, picture = saved(rule=KeepRule(RULE.tiers, RULE.keep_last, delete_after_s=8.5 * HOUR_S))
-    oracle.held("checkpoints/plain/step-1", NOW_S + 10 * HOUR_S, is_certain=False)
+    oracle, picture = saved(delete_after_s=8.5 * HOUR_S)
+    oracle.held(f"{STEP}1", NOW_S + 10 * HOUR_S, is_certain=False)
     for key in LAYOUTS["plain"].files(1):
         del picture["archive"][key]
     assert problems(oracle, picture) == ([], [])
-    oracle.held("checkpoints/plain/step-1", NOW_S + 10 * HOUR_S, is_certain=True)
-    assert problems(oracle, picture)[0] == ["checkpoints/plain/step-1 is complete in no tier: no file left"]
+    oracle.held(f"{STEP}1", NOW_S + 10 * HOUR_S, is_certain=True)
+    assert problems(oracle, picture)[0] == [f"{STEP}1 is complete in no tier: no file left"]
