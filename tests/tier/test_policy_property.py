@@ -152,22 +152,16 @@ limits_of_one = st.sampled_from([0, 1000, 8000, 30_000_000, 5_000_000_000, None]
 capacities = st.tuples(limits_of_one, limits_of_one, st.none() | limits_of_one)
 
 
-@FEWER
-@given(worlds(), files(), prices, capacities)
-def test_a_group_has_at_most_one_move_or_refusal_and_plans_are_deterministic(groups, file, priced, limits):
-    snapshot = snapshot_of(fitting(file, groups))
-    found = decided(snapshot, file, priced, capacity_bytes=limits)
-    names = [one.group for one in (*found.moves, *found.refusals)]
-    assert len(names) == len(set(names))
-    assert decided(snapshot, file, priced, capacity_bytes=limits) == found
-
-
-@FEWER
-@given(worlds(), files(), prices, capacities)
-def test_protected_groups_stay_and_the_newest_checkpoint_keeps_a_readable_copy(groups, file, priced, limits):
+@given(worlds(), files(), prices, capacities, unseen)
+def test_any_plan_protects_what_must_stay(groups, file, priced, limits, missing):
     groups = fitting(file, groups)
-    oracle = PlannerOracle(file, priced, groups)
-    for one in decided(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
+    snapshot = snapshot_of(groups)
+    found = decided(snapshot, file, priced, capacity_bytes=limits, unavailable=missing)
+    assert decided(snapshot, file, priced, capacity_bytes=limits, unavailable=missing) == found, "not deterministic"
+    names = [one.group for one in (*found.moves, *found.refusals)]
+    assert len(names) == len(set(names)), "more than one move or refusal of a group"
+    oracle = PlannerOracle(file, priced, groups, missing)
+    for one in found.moves:
         moved = groups[one.group]
         assert moved.complete
         assert not moved.in_use
@@ -176,50 +170,31 @@ def test_protected_groups_stay_and_the_newest_checkpoint_keeps_a_readable_copy(g
             others = [c for name, c in moved.copies.items() if TIERS.index(name) != one.src]
             readable = any(c.state == READABLE and c.whole and c.verified for c in others)
             assert one.action == "copy" or (one.action == "drop" and readable)
-
-
-@FEWER
-@given(worlds(), files(), prices, capacities)
-def test_a_copy_is_removed_only_for_a_verified_copy_or_one_made_from_it(groups, file, priced, limits):
-    groups = fitting(file, groups)
-    for one in decided(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
-        at = groups[one.group].copies
-        src = at[TIERS[one.src]]
-        dst = None if one.dst is None else at.get(TIERS[one.dst])
-        if one.action == "drop":
-            assert src.whole
-            assert dst is not None
-            assert dst.whole
-            assert dst.verified
-        elif one.action != "delete":
-            assert src.whole
-            assert src.state in (READABLE, RESTORED)
-            same_place = file.tiers[one.src].url == file.tiers[one.dst].url
-            assert (one.action == "reclass") == same_place
-
-
-@FEWER
-@given(worlds(), files(), prices, capacities, unseen.filter(bool))
-def test_while_a_tier_is_unavailable_nothing_is_deleted_and_nothing_moves_there(groups, file, priced, limits, missing):
-    snapshot = snapshot_of(fitting(file, groups))
-    for one in decided(snapshot, file, priced, capacity_bytes=limits, unavailable=missing).moves:
-        assert one.action != "delete"
-        assert one.dst is not None
-        assert TIERS[one.dst] not in missing
-
-
-@FEWER
-@given(worlds(), files(), prices, capacities)
-def test_only_groups_that_a_rule_deletes_and_nothing_keeps_are_deleted(groups, file, priced, limits):
-    groups = fitting(file, groups)
-    oracle = PlannerOracle(file, priced, groups)
-    for one in decided(snapshot_of(groups), file, priced, capacity_bytes=limits).moves:
         if one.action == "delete":
-            gone = groups[one.group]
-            rule = oracle.rule_of(gone)
+            assert not missing, "a last copy is deleted while a tier is unavailable"
+            rule = oracle.rule_of(moved)
             assert rule.delete_after_s is not None
-            assert gone.days * DAY_S >= rule.delete_after_s
+            assert moved.days * DAY_S >= rule.delete_after_s
             assert not any(one.group in oracle.kept(rule, keep) for keep in rule.keep.values())
+            continue
+        check_copies(one, moved, file, missing)
+    for tier, limit in enumerate(limits):
+        comes, _ = balance(groups, found, tier)
+        assert limit is None or comes == 0 or bytes_in(groups, tier) + comes <= limit, "no room before grace is over"
+
+
+def check_copies(one, moved: Group, file, missing) -> None:
+    """A copy is removed only for a verified one, or for one that is made from it."""
+    src, dst = moved.copies[TIERS[one.src]], moved.copies.get(TIERS[one.dst])
+    assert TIERS[one.dst] not in missing
+    assert src.whole
+    if one.action == "drop":
+        assert dst is not None
+        assert dst.whole
+        assert dst.verified
+        return
+    assert src.state in (READABLE, RESTORED)
+    assert (one.action == "reclass") == (file.tiers[one.src].url == file.tiers[one.dst].url)
 
 
 def bytes_in(groups: Sequence[Group], tier: int) -> int:
@@ -238,16 +213,6 @@ def balance(groups: Sequence[Group], found: Outcome, tier: int) -> tuple[int, in
         elif one.src == tier and one.action != "copy":
             goes += at[TIERS[tier]].n_bytes
     return comes, goes
-
-
-@FEWER
-@given(worlds(), files(), prices, capacities)
-def test_moves_fit_into_the_capacity_even_before_the_grace_period_is_over(groups, file, priced, limits):
-    groups = fitting(file, groups)
-    found = decided(snapshot_of(groups), file, priced, capacity_bytes=limits)
-    for tier, limit in enumerate(limits):
-        comes, _ = balance(groups, found, tier)
-        assert limit is None or comes == 0 or bytes_in(groups, tier) + comes <= limit
 
 
 @FEWER
