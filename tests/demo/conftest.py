@@ -1,5 +1,5 @@
 """The command."""
 
-from tests.cli.conftest import tiercache
+from tests.flow.cli.conftest import tiercache
 
 __all__ = ["tiercache"]

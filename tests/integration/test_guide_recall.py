@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests import guide_session
+from tests.support import guide_session
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = guide_session.blocks((ROOT / "docs" / "guide" / "recall.md").read_text(), "py")

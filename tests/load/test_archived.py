@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from tests.support.http_server import HttpFault, HttpFaultServer
-from tests.tier.moved import Moved, N, ServedStore, by_loader, by_record
+from tests.support.moved_shards import Moved, N, ServedStore, by_loader, by_record
 
 import tiercache as tc
 from tiercache.demo.s3_server import S3Server

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.support.warm_process import ROOT
 from tests.support.warm_python import WarmPython
-from tests.testing.warm_process import ROOT
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import StoreError

@@ -14,8 +14,8 @@ from tests.load.conftest import N_REMOTE as N
 from tests.load.conftest import SCHEMA, check_batch, make_columns
 from tests.s3_fixtures import s3_server  # noqa: F401
 from tests.support.http_server import HttpFault, HttpFaultServer
+from tests.support.warm_process import ROOT
 from tests.support.warm_python import WarmPython
-from tests.testing.warm_process import ROOT
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc

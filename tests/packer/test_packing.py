@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.packer.pictures import jpeg, png
-from tests.testing.strikes import strike
+from tests.support.strikes import strike
 
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError, TierCacheError
 from tiercache.packer import PackOptions, jsonl, pack, plan_pack, run_pack

@@ -1,4 +1,4 @@
-"""Every system call fails once: `python -m tests.stress.errno_rounds FOLDER`, started with the shim of testing/errnos.
+"""Every system call fails once: `python -m tests.stress.errno_rounds FOLDER`, started with the shim of support/errnos.
 
 A warm parent forks a child for each position; the child lives one chapter of a cache's life, in the folder that the
 chapters before have left, and one call of one kind fails in it, or all from there on. Prints JSON.

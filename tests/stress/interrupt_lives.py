@@ -20,7 +20,7 @@ from tests.stress.scene import Model, Scene
 from tests.stress.tier_rounds import HEALING_DAYS, Scenes
 from tests.support.forks import run_forked
 from tests.support.interrupts import DROPPED, RAISED, Interrupted, Lines, interrupted, lines_of
-from tests.tier.jobs import TierJob, heal
+from tests.support.tier_jobs import TierJob, heal
 
 import tiercache as tc
 from tiercache.cli.app import app as command

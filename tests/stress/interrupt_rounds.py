@@ -33,7 +33,7 @@ from tests.stress.interrupt_lives import (
 from tests.stress.kills import rounds_asked
 from tests.stress.life import CHAPTERS
 from tests.support.interrupts import DROPPED, SWALLOWED
-from tests.tier.jobs import JOBS
+from tests.support.tier_jobs import JOBS
 
 MOST_PROBLEMS = 20
 CACHE = ["--cache", "{root}/cache", "--cache-size", "50MB"]

@@ -253,7 +253,7 @@ def lock_files_left() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A mutant, the trial that must notice it, and a word of what it must say. needs_shim: see testing/errnos.py."""
+    """A mutant, the trial that must notice it, and a word of what it must say. needs_shim: of support/errnos.py."""
 
     mutant: Callable
     trial: Callable[[Path], list[str]]

@@ -1,7 +1,7 @@
 """SIGKILL at the points of tiers: `python -m tests.stress.tier_rounds FOLDER --rounds N --seed S`; prints JSON.
 
 A warm parent without threads lays a world as it was before a job, and forks a child that does the job and dies at the
-n-th time that it reaches one point. The oracle of tests/tier looks at the tiers as they lie, and after each of the runs
+n-th time that it reaches one point. The oracle looks at the tiers as they lie, and after each of the runs
 that come then, in processes of their own and with no help, days apart: in the end all is where the rules want it.
 """
 
@@ -16,8 +16,8 @@ from tests.stress import kills
 from tests.stress.kills import PointRounds, points_where, rounds_asked, run_and_report
 from tests.support.forks import ChildEnd, run_forked
 from tests.support.kill_points import KillAt, count_points, kill_at
-from tests.tier.jobs import JOBS, TierJob, heal
-from tests.tier.world import SHAPES, World
+from tests.support.tier_jobs import JOBS, TierJob, heal
+from tests.support.tier_world import SHAPES, World
 
 DEADLINE_S = 120.0
 HEALING_DAYS = (0.0, 1.5, 1.5)  # before each of the runs after a death
@@ -134,7 +134,9 @@ class Rounds(PointRounds[tuple[str, str]]):
 
 def main() -> None:
     parser = rounds_asked()
-    parser.add_argument("--shapes", nargs="*", default=SHAPES, choices=SHAPES, help="worlds, see tests/tier/world.py")
+    parser.add_argument(
+        "--shapes", nargs="*", default=SHAPES, choices=SHAPES, help="worlds, see tests/support/tier_world.py"
+    )
     asked = parser.parse_args()
     run_and_report(Rounds(asked.folder, asked.seed, asked.only, tuple(asked.shapes)), asked.rounds)
 

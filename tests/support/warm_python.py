@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from tests.testing.warm_process import ROOT, WITHOUT_THREADS
+from tests.support.warm_process import ROOT, WITHOUT_THREADS
 
 # What the programs of tests import.
 WARM_MODULES = (

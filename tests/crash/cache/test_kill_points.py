@@ -1,6 +1,6 @@
 """SIGKILL at every named point of the source: the next process needs no hand, and nothing that was promised is lost.
 
-Points of tiers are struck by tests/tier/test_kill_points.py, those of checkpoints by
+Points of tiers are struck by tests/crash/tier/test_kill_points.py, those of checkpoints by
 tests/crash/checkpoint/test_kill_points.py.
 """
 
@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tests.stress.kill_rounds import points_here
-from tests.testing.warm_process import run_warm
+from tests.support.warm_process import run_warm
 
 N_ROUNDS = 10_000  # of `make stress`
 N_PROCESSES = 4

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from tests.support.checkpoint_files import write_checkpoint
-from tests.tier.bucket import DiskBucket, Script
+from tests.support.disk_bucket import DiskBucket, Script
 from torch.distributed.checkpoint.api import CheckpointException
 
 import tiercache as tc

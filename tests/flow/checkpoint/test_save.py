@@ -16,11 +16,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tests.guide_session import blocks
 from tests.s3_fixtures import s3_server
 from tests.support.checkpoint_reader import leftovers, newest, read_checkpoint, same
 from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.forks import in_child
+from tests.support.guide_session import blocks
 from tests.support.saves import WAIT_S, GateStore, a_state, opened
 
 import tiercache as tc

@@ -2,7 +2,7 @@
 
 import fsspec
 import pytest
-from tests.tier.test_locations import RULES, write
+from tests.flow.tier.test_locations import RULES, write
 
 from tiercache.store import LocalFolder
 from tiercache.store.placement.log import PlacementRow, commit_placement

@@ -1,0 +1,280 @@
+"""tier get on three folders of this machine: what moved comes back, and stays for the time of its hold."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from tests.flow.cli.test_tier import RULES, age, write_checkpoint
+from tests.support.clock import JumpingClock
+from tests.support.tier_moves import HookAt, Killed
+
+from tiercache.cli.app import app
+from tiercache.packer import pack
+from tiercache.store import LocalFolder
+from tiercache.tier.holds import read_holds
+
+DAY_S = 86400.0
+
+
+@pytest.fixture
+def clock():
+    with JumpingClock() as clock:
+        yield clock
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch, tiercache):
+    """Three checkpoints of a run and a file, of which a run of the mover has sent all but the newest to the archive."""
+    root = tmp_path / "tiers"
+    for step, days in ((9, 3), (10, 2), (11, 1)):
+        folder = write_checkpoint(root, step, days)
+        os.utime(folder, (time.time() - days * DAY_S,) * 2)
+    (root / "nvme" / "notes").mkdir()
+    (root / "nvme" / "notes" / "a.txt").write_text("kept by nobody")
+    age(root / "nvme" / "notes", 40)
+    notes = '\n[[rules]]\nname = "notes"\nmatch = "notes/**"\nafter = "1d"\nto = "standard"\n'
+    (root / "tiercache.toml").write_text(RULES + notes)
+    monkeypatch.chdir(root)
+    tiercache("tier", "run", "--once")
+    tiercache("tier", "run", "--once")
+    assert step_files(root, "nvme") == ["step-11"]
+    return root
+
+
+def step_files(root: Path, tier: str) -> list[str]:
+    return sorted(path.name for path in (root / tier / "runs" / "a").glob("*") if any(path.iterdir()))
+
+
+def model(step: int) -> bytes:
+    return bytes([step % 251]) * 5000
+
+
+def test_a_checkpoint_comes_back_to_the_first_tier_and_keeps_its_colder_copy(tiercache, root):
+    summary = tiercache("tier", "get", "runs/a/step-9", "--yes", "--json").events[-1]
+    assert (summary["groups"], summary["copied"], summary["stopped"], summary["restores"]) == (1, 1, 0, 0)
+    assert (root / "nvme/runs/a/step-9/model.bin").read_bytes() == model(9)
+    assert (root / "cold/runs/a/step-9/model.bin").read_bytes() == model(9)
+
+
+def test_a_recalled_checkpoint_has_its_mode_and_date_and_is_not_the_newest_of_its_run(tiercache, root):
+    run = root / "nvme" / "runs" / "a"
+    archived = (root / "cold/runs/a/step-9/model.bin").stat()
+    (root / "cold/runs/a/step-9/model.bin").chmod(0o640)
+    run_s = run.stat().st_mtime_ns
+    tiercache("tier", "get", "runs/a/step-9", "--yes")
+    recalled = (run / "step-9" / "model.bin").stat()
+    assert (recalled.st_mtime_ns, recalled.st_mode & 0o777) == (archived.st_mtime_ns, 0o640)
+    assert time.time() - recalled.st_mtime > 2 * DAY_S
+    assert run.stat().st_mtime_ns == run_s
+    assert max(run.glob("*/model.bin"), key=lambda path: path.stat().st_mtime).parent.name == "step-11"
+    for path in (run / "step-9", root / "cold/runs/a/step-9"):
+        assert time.time() - path.stat().st_mtime > 2 * DAY_S
+
+
+def test_the_plan_is_printed_first_and_a_dry_run_changes_nothing(tiercache, root):
+    out = tiercache("tier", "get", "runs/a/step-9", "--dry-run").out.splitlines()
+    assert out[0].split() == ["does", "path", "from", "to", "size", "cost", "saves/month", "back", "in", "why"]
+    assert out[1].split()[:5] == ["copy", "runs/a/step-9", "archive", "hot", "4.9"]
+    assert out[-1].startswith("would recall 1 group, 4.9 KiB, for $0.00")
+    assert step_files(root, "nvme") == ["step-11"]
+    assert not read_holds(LocalFolder(root / "store"), 0.0)
+
+
+def test_without_a_terminal_it_does_nothing_unless_yes_is_given(tiercache, root):
+    assert "give --yes" in tiercache("tier", "get", "runs/a/step-9", code=2).err
+    assert step_files(root, "nvme") == ["step-11"]
+
+
+def test_the_next_runs_leave_recalled_data_alone_until_the_hold_ends(tiercache, root, clock):
+    tiercache("tier", "get", "runs/a/step-9", "--hold", "3d", "--yes")
+    for _ in range(2):
+        clock.jump(1.4 * DAY_S)
+        refused = [one for one in tiercache("tier", "plan", "--json").events if one["event"] == "refused"]
+        assert [one["path"] for one in refused] == ["runs/a/step-9"]
+        assert refused[0]["reason"].startswith("held until ")
+        tiercache("tier", "run", "--once")
+        assert step_files(root, "nvme") == ["step-11", "step-9"]
+    clock.jump(1.4 * DAY_S)
+    tiercache("tier", "run", "--once")
+    tiercache("tier", "run", "--once")
+    assert step_files(root, "nvme") == ["step-11"]
+    assert [*LocalFolder(root / "store").list("_tiercache/holds/")] == [], "a hold that has ended is removed"
+
+
+def test_a_held_checkpoint_is_not_removed_and_every_command_says_why(tiercache, root):
+    tiercache("tier", "get", "runs/a/step-9", "--yes")
+    out = tiercache("ckpt", "rm", "runs/a", "--dry-run").out
+    assert "would leave runs/a/step-9: held until " in out
+    assert "would delete 2 checkpoints" in out
+    assert "held until " in tiercache("ckpt", "ls", "runs/a/step-9").out
+    assert "runs/a/step-9: left: held until " in tiercache("ckpt", "rm", "runs/a", "--yes", code=3).out
+    assert step_files(root, "nvme") == ["step-9"]
+
+
+def test_a_hold_of_no_time_ends_the_hold(tiercache, root):
+    tiercache("tier", "get", "runs/a/*", "--yes")
+    assert tiercache("tier", "get", "runs/a/step-9", "--hold", "0s", "--yes").out.endswith("there already; not held\n")
+    tiercache("tier", "run", "--once")
+    assert step_files(root, "nvme") == ["step-10", "step-11"]
+
+
+def test_a_deletion_that_a_rule_asks_for_waits_for_the_hold(tiercache, root, clock):
+    tiercache("tier", "get", "runs/a/step-9", "--yes")
+    rules = (root / "tiercache.toml").read_text().replace('after = "0s"', 'after = "0s"\ndelete_after = "1d"')
+    (root / "tiercache.toml").write_text(rules)
+    tiercache("tier", "run", "--once")
+    assert "step-9" in step_files(root, "nvme")
+    assert step_files(root, "cold") == ["step-9"]
+    clock.jump(8 * DAY_S)
+    tiercache("tier", "run", "--once")
+    assert "step-9" not in step_files(root, "nvme") + step_files(root, "cold")
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "runs/a/step-9/**",
+        "runs/*/step-9",
+        "{root}/nvme/runs/a/step-9",
+        "runs/a/step-9/model.bin",
+        "{root}/cold/runs/a/step-9",
+    ],
+)
+def test_a_checkpoint_is_named_by_path_glob_or_old_location(tiercache, root, named):
+    events = tiercache("tier", "get", named.format(root=root), "--dry-run", "--json").events
+    assert [one["path"] for one in events if one["event"] == "move"] == ["runs/a/step-9"]
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(tiercache, root):
+    assert "no object has this name or matches it" in tiercache("tier", "get", "runs/b", code=1).err
+
+
+def test_a_file_comes_back_from_the_next_tier(tiercache, root):
+    assert not (root / "nvme/notes/a.txt").exists()
+    tiercache("tier", "get", "notes/a.txt", "--yes")
+    assert (root / "nvme/notes/a.txt").read_text() == "kept by nobody"
+
+
+def test_a_recall_to_another_tier_than_the_first_is_possible(tiercache, root):
+    tiercache("tier", "get", "runs/a/step-9", "--to", "standard", "--yes")
+    assert step_files(root, "store") == ["step-9"]
+    assert "step-9" not in step_files(root, "nvme")
+
+
+def test_what_is_there_already_is_only_held(tiercache, root):
+    tiercache("tier", "get", "runs/a/step-9", "--yes")
+    out = tiercache("tier", "get", "runs/a/step-9", "--hold", "30d", "--yes").out
+    assert out.startswith("0 groups recalled, 0 B copied; 1 group there already; held until ")
+
+
+def test_a_tier_without_room_refuses(tiercache, root):
+    rules = (root / "tiercache.toml").read_text()
+    (root / "tiercache.toml").write_text(rules.replace('capacity = "2TB"', 'capacity = "6KB"'))
+    done = tiercache("tier", "get", "runs/a/step-9", "--yes", "--json", code=3)
+    refused = [one["reason"] for one in done.events if one["event"] == "refused"]
+    assert refused == ["no room in hot: its capacity is 5.9 KiB"]
+    assert step_files(root, "nvme") == ["step-11"]
+
+
+def test_a_checkpoint_of_which_two_tiers_have_different_copies_is_refused(tiercache, root):
+    half = root / "nvme/runs/a/step-9"
+    half.mkdir()
+    (half / "model.bin").write_bytes(b"torn")
+    age(half, 3)
+    done = tiercache("tier", "get", "runs/a/step-9", "--yes", "--json", code=3)
+    assert "conflict: two tiers have different objects" in next(
+        one["reason"] for one in done.events if one["event"] == "refused"
+    )
+    assert (half / "model.bin").read_bytes() == b"torn"
+
+
+def test_shards_come_back_to_the_home_tier_where_readers_find_them(tiercache, photos, tmp_path, monkeypatch):
+    root = tmp_path / "shards"
+    pack(photos, root / "store" / "datasets" / "photos", shard_size=8000, block_size=3000)
+    age(root, 40)
+    (root / "tiercache.toml").write_text(RULES)
+    monkeypatch.chdir(root)
+    tiercache("tier", "run", "--once")
+    tiercache("tier", "run", "--once")
+    shards = sorted(path.name for path in (root / "cold").rglob("*.tcs"))
+    assert shards
+    assert not [*(root / "store").rglob("*.tcs")]
+    tiercache("tier", "get", "datasets/photos", "--yes")
+    assert sorted(path.name for path in (root / "store").rglob("*.tcs")) == shards
+    shutil.rmtree(root / "cold")
+    assert json.loads(tiercache("info", root / "store/datasets/photos", "--shards", "--json").out.splitlines()[-1])
+    tiercache("head", root / "store/datasets/photos", "-n", "1")
+
+
+def test_shards_are_not_recalled_to_a_tier_that_no_placement_leads_to(tiercache, photos, tmp_path, monkeypatch):
+    root = tmp_path / "shards"
+    pack(photos, root / "store" / "datasets" / "photos", shard_size=8000, block_size=3000)
+    (root / "tiercache.toml").write_text(RULES)
+    monkeypatch.chdir(root)
+    done = tiercache("tier", "get", "datasets/**", "--to", "hot", "--yes", "--json", code=3)
+    reasons = {one["reason"] for one in done.events if one["event"] == "refused"}
+    what = "shards are read from standard or through the cache: recall them to standard, and warm the cache"
+    assert reasons == {what}
+
+
+def test_a_copy_that_was_made_by_hand_is_touched_by_no_run(tiercache, root, clock):
+    shutil.copytree(root / "cold/runs/a/step-9", root / "nvme/runs/a/step-9")
+    for _ in range(3):
+        clock.jump(3 * DAY_S)
+        done = tiercache("tier", "run", "--once", "--json").events
+        assert done[-1]["stopped"] == []
+        assert "step-9" in step_files(root, "nvme")
+        assert "step-9" in step_files(root, "cold")
+    out = tiercache("tier", "plan", "--json").events
+    assert "conflict" in next(one["reason"] for one in out if one.get("path") == "runs/a/step-9")
+
+
+@pytest.fixture
+def killed(root, clock):
+    """A recall of a checkpoint of two files that was killed when the first was copied."""
+    for name in ("model.bin", "optim.bin"):
+        path = root / "cold/runs/a/step-8" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(name.encode() * 1000)
+    clock.jump(3600.0)  # nobody writes it any more
+    with HookAt("tier_move.object"), pytest.raises(Killed):
+        app(["tier", "get", "runs/a/step-8", "--yes"], standalone_mode=False)
+    assert len(list((root / "nvme/runs/a/step-8").iterdir())) == 1
+    return root / "nvme/runs/a/step-8"
+
+
+def test_a_recall_that_was_killed_is_finished_by_the_next_run(tiercache, killed):
+    assert tiercache("tier", "run", "--once", "--json").events[-1]["resumed"] == 1
+    assert {path.name: path.read_bytes() for path in killed.iterdir()} == {
+        name: name.encode() * 1000 for name in ("model.bin", "optim.bin")
+    }
+
+
+def test_the_parts_of_a_killed_recall_are_removed_when_its_hold_has_ended(tiercache, root, killed, clock):
+    clock.jump(8 * DAY_S)
+    tiercache("tier", "run", "--once")
+    assert not killed.exists()
+    assert len(list((root / "cold/runs/a/step-8").iterdir())) == 2
+
+
+def test_parts_that_differ_from_the_colder_copy_are_left_alone(tiercache, killed, clock):
+    part = next(killed.iterdir())
+    part.write_bytes(part.read_bytes()[::-1])
+    clock.jump(8 * DAY_S)
+    tiercache("tier", "run", "--once")
+    assert part.exists()
+
+
+def test_a_deletion_that_waits_when_its_checkpoint_is_recalled_is_given_up_without_an_error(tiercache, root, clock):
+    rules = (root / "tiercache.toml").read_text()
+    (root / "tiercache.toml").write_text(rules.replace('grace = "0s"', 'grace = "1d"'))
+    write_checkpoint(root, 12, 0.5)
+    assert tiercache("tier", "run", "--once", "--json").events[-1]["waiting_drops"] >= 1
+    moved = sorted({*step_files(root, "nvme")} & {*step_files(root, "cold")})
+    tiercache("tier", "get", f"runs/a/{moved[-1]}", "--yes")
+    clock.jump(1.5 * DAY_S)
+    assert tiercache("tier", "run", "--once", "--json").events[-1]["stopped"] == []
+    assert moved[-1] in step_files(root, "nvme")

@@ -1,0 +1,42 @@
+"""The guide to tiers shows what its commands print."""
+
+import difflib
+from pathlib import Path
+
+import pytest
+from tests.support import guide_session
+
+from tiercache.demo.s3_server import S3Server
+from tiercache.prices import prices_of
+from tiercache.tier.rules import load_rule_file
+
+PAGE = Path(__file__).parents[3] / "docs" / "guide" / "tiers.md"
+
+
+def differences(text: str, now: str) -> list[str]:
+    was, now = (guide_session.alike(page).splitlines() for page in (text, now))
+    return list(difflib.unified_diff(was, now, "the guide", "what is printed now", lineterm="", n=0))
+
+
+def test_the_commands_of_the_guide_print_what_it_shows(tmp_path, warm_python):
+    text = PAGE.read_text()
+    now = guide_session.replay(text, tmp_path, warm_python)
+    assert differences(text, now) == [], "\n".join(differences(text, now))
+
+
+@pytest.mark.s3
+def test_the_restore_commands_of_the_guide_print_what_it_shows(tmp_path, warm_python):
+    text = PAGE.read_text()
+    with S3Server(kind="moto", bucket="bucket") as server:
+        assert differences(text, guide_session.replay_s3(text, tmp_path, server, warm_python)) == []
+
+
+TIERS = "".join(f"""[tiers.{name}]\nurl = "/{name}"\n""" for name in ("hot", "standard", "archive"))
+
+
+@pytest.mark.parametrize("part", guide_session.blocks(PAGE.read_text(), "toml part"), ids=lambda part: part.split()[0])
+def test_rule_file_examples_of_the_guide_are_valid(part, tmp_path):
+    path = tmp_path / "tiercache.toml"
+    path.write_text(part if "[tiers." in part else TIERS + part)
+    file = load_rule_file(path)
+    assert file.rules or file.pins or prices_of(file.home_tier).store_gb_month == 0.021

@@ -1,0 +1,300 @@
+"""Runs for a scheduler, with all real parts: plan, moves, deletions and report."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.support.clock import JumpingClock
+from tests.support.tier_moves import HookAt, Killed
+
+import tiercache as tc
+from tiercache.errors import CommitConflict
+from tiercache.store import LocalFolder
+from tiercache.store.placement import log
+from tiercache.tier.move.lock import TierLock
+from tiercache.tier.move.mover import DONE, PARTLY, run_once
+from tiercache.tier.rules import load_rule_file
+
+DAY_S = 86_400.0
+RULES = """
+[[rules]]
+name = "data"
+match = "data/**"
+after = "1d"
+to = "archive"
+
+[[rules]]
+match = "ck/**"
+keep_standard = { last = 1 }
+then = "archive"
+after = "1d"
+
+[[rules]]
+match = "scratch/**"
+delete_after = "5d"
+max_delete = "100%"
+"""
+
+
+class Tiers:
+    """Three folders and a rule file."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.write_rules()
+
+    def write_rules(self, more: str = "") -> None:
+        names = ("hot", "standard", "archive")
+        text = "".join(f'[tiers.{name}]\nrole = "{name}"\nurl = "{self.root / name}"\n' for name in names)
+        text += RULES + more + f'\n[tiering]\nstate_dir = "{self.root / "state"}"\n'
+        (self.root / "tiercache.toml").write_text(text)
+
+    @property
+    def file(self):
+        return load_rule_file(self.root / "tiercache.toml")
+
+    def write(self, tier, key, data=b"x" * 100):
+        path = self.root / tier / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    def keys(self, tier, under=""):
+        return sorted(info.key for info in LocalFolder(self.root / tier).list(under) if "_tiercache/" not in info.key)
+
+    def run(self, **options):
+        return run_once(self.file, **options)
+
+
+@pytest.fixture
+def tiers(tmp_path):
+    return Tiers(tmp_path)
+
+
+@pytest.fixture
+def clock():
+    with JumpingClock() as clock:
+        yield clock
+
+
+def checkpoints(tiers, *steps):
+    for step in steps:
+        for name in ("__0_0.distcp", ".metadata"):
+            tiers.write("standard", f"ck/run/step-{step}/{name}", f"{step} {name}".encode())
+
+
+def write_data(tiers):
+    values = np.arange(4000, dtype=np.int64)
+    url = str(tiers.root / "standard" / "data")
+    with tc.Writer(url, schema={"x": "int64"}, shard_size="8KiB", block_size="4KiB", compression="none") as writer:
+        writer.write_batch({"x": values})
+    return url, values
+
+
+def records(url):
+    return np.concatenate([batch["x"].to_numpy() for batch in tc.Dataset(url, cache=False).to_arrow(batch_size=1024)])
+
+
+def test_old_checkpoints_are_archived_and_the_newest_stays(tiers, clock):
+    checkpoints(tiers, 1, 2, 10)
+    clock.jump(2 * DAY_S)
+    report = tiers.run()
+    assert (report.applied.n_made, report.deletions.waiting_drops, report.exit_code) == (2, 2, DONE)
+    assert len(tiers.keys("standard")) == 6
+    clock.jump(DAY_S + 1)
+    report = tiers.run()
+    assert (report.deletions.n_made, report.stopped) == (2, ())
+    assert tiers.keys("standard") == ["ck/run/step-10/.metadata", "ck/run/step-10/__0_0.distcp"]
+    assert len(tiers.keys("archive")) == 4
+
+
+def test_readers_find_the_shards_of_a_cold_data_set(tiers, clock):
+    url, values = write_data(tiers)
+    clock.jump(2 * DAY_S)
+    report = tiers.run()
+    assert report.newly_tracked == ("data",)
+    assert log.is_tracked(LocalFolder(url))
+    clock.jump(DAY_S + 1)
+    report = tiers.run()
+    assert report.stopped == ()
+    assert tiers.keys("standard", "data") == []
+    assert np.array_equal(records(url), values)
+
+
+def test_last_copies_are_deleted_after_grace_if_rules_still_ask_for_it(tiers, clock):
+    tiers.write("standard", "scratch/a")
+    tiers.write("standard", "scratch/b")
+    clock.jump(6 * DAY_S)
+    tiers.run()
+    assert tiers.keys("standard") == ["scratch/a", "scratch/b"]
+    tiers.write_rules('[[pins]]\nmatch = "scratch/b"\n')
+    clock.jump(DAY_S + 1)
+    report = tiers.run()
+    assert [one.path for one in report.stopped] == ["scratch/b"]
+    assert report.exit_code == PARTLY
+    assert tiers.keys("standard") == ["scratch/b"]
+
+
+def test_a_checkpoint_that_became_the_newest_is_not_archived_away(tmp_path, clock):
+    """1. step-1 waits for its deletion. 2. A user deletes step-2. 3. The grace period of step-1 ends."""
+    tiers = Tiers(tmp_path)
+    text = (tmp_path / "tiercache.toml").read_text().replace('match = "scratch/**"', 'match = "run/**"')
+    (tmp_path / "tiercache.toml").write_text(text)
+    tiers.write("standard", "run/step-1.pt", b"one")
+    tiers.write("standard", "run/step-2.pt", b"two")
+    clock.jump(6 * DAY_S)
+    assert tiers.run().applied.n_made == 1
+    (tmp_path / "standard" / "run" / "step-2.pt").unlink()
+    clock.jump(DAY_S + 1)
+    report = tiers.run()
+    assert tiers.keys("standard") == ["run/step-1.pt"]
+    assert report.stopped != ()
+
+
+def test_a_dry_run_changes_nothing(tiers, clock):
+    checkpoints(tiers, 1, 2)
+    write_data(tiers)
+    clock.jump(2 * DAY_S)
+    before = sorted(path for path in tiers.root.rglob("*") if path.is_file())
+    report = tiers.run(dry_run=True)
+    assert len(report.plan.moves) > 0
+    assert report.to_json()["dry_run"] is True
+    assert sorted(p for p in tiers.root.rglob("*") if p.is_file() and "state" not in p.parts) == before
+
+
+def test_the_report_is_json(tiers, clock):
+    checkpoints(tiers, 1, 2)
+    clock.jump(2 * DAY_S)
+    facts = json.loads(json.dumps(tiers.run().to_json()))
+    assert (facts["done"], facts["waiting_drops"], facts["stopped"], facts["exit_code"]) == (1, 1, [], 0)
+    assert facts["before"]["standard"]["n_objects"] == 4
+
+
+def test_a_concurrent_run_names_the_process_that_holds_the_lock(tiers):
+    with TierLock(LocalFolder(tiers.root / "standard"), renew_s=None), pytest.raises(CommitConflict, match="alone"):
+        tiers.run()
+
+
+def test_a_run_finishes_interrupted_deletions_before_it_plans(tiers, clock):
+    checkpoints(tiers, 1, 2)
+    clock.jump(2 * DAY_S)
+    tiers.run()
+    clock.jump(DAY_S + 1)
+    with HookAt("tier_drop.unmade"), pytest.raises(Killed):
+        tiers.run()
+    assert "ck/run/step-1/__0_0.distcp" in tiers.keys("standard")
+    left = []
+    with HookAt("tier_run.finished", do=lambda: left.extend(tiers.keys("standard"))):
+        report = tiers.run()
+    assert [key for key in left if "step-1" in key] == []
+    assert report.deletions.n_made == 1
+
+
+@pytest.mark.parametrize(
+    "point", ["tier_run.finished", "tier_run.planned", "tier_run.tracked", "tier_run.applied", "tier_placement.written"]
+)
+def test_the_next_run_completes_a_killed_run(tiers, clock, point):
+    checkpoints(tiers, 1, 2)
+    url, values = write_data(tiers)
+    clock.jump(2 * DAY_S)
+    with HookAt(point) as hook, pytest.raises(Killed):
+        tiers.run()
+    assert hook.hit
+    for _ in range(3):
+        assert np.array_equal(records(url), values)
+        tiers.run()
+        clock.jump(DAY_S + 1)
+    assert [key for key in tiers.keys("standard") if "step-2" not in key] == []
+
+
+# -- folders and links ------------------------------------------------------------------------------------------------
+
+
+def run_twice(tiers, clock):
+    """Run now, and again when the grace period is over."""
+    clock.jump(2 * DAY_S)
+    first = tiers.run()
+    clock.jump(DAY_S + 1)
+    return first, tiers.run()
+
+
+def test_a_checkpoint_that_left_a_local_tier_leaves_no_empty_folder(tiers, clock):
+    """Orbax and Trainer list folders, and would resume from an empty one."""
+    for step in (100, 200):
+        for name in ("_CHECKPOINT_METADATA", "default/manifest.ocdbt", "default/d/1", "metrics/metrics"):
+            tiers.write("standard", f"ck/run/{step}/{name}")
+    (tiers.root / "standard/ck/run/100/default/array_metadatas").mkdir()
+    run_twice(tiers, clock)
+    assert [path.name for path in (tiers.root / "standard/ck/run").iterdir()] == ["200"]
+    assert len(tiers.keys("archive", "ck/run/100/")) == 4
+
+
+def test_a_folder_that_is_not_empty_stays(tiers, clock):
+    checkpoints(tiers, 1, 2)
+    (tiers.root / "standard/ck/run/step-1/more").symlink_to("nowhere")
+    (tiers.root / "standard/ck/run/step-1/empty").mkdir()
+    run_twice(tiers, clock)
+    assert [path.name for path in (tiers.root / "standard/ck/run/step-1").iterdir()] == ["more"]
+
+
+def test_folders_that_a_move_empties_are_removed_and_made_again_when_their_files_come_back(tiers, clock):
+    tiers.write_rules('[[rules]]\nmatch = "x/**"\nto = "archive"\nafter = "1d"\n')
+    tiers.write("standard", "x/a/b/file")
+    tiers.write("standard", "y/file")
+    run_twice(tiers, clock)
+    assert not (tiers.root / "standard/x").exists()
+    assert (tiers.root / "standard/y/file").exists()
+    (tiers.root / "archive/x/a/b/file").rename(tiers.root / "file")
+    LocalFolder(tiers.root / "standard").put("x/a/b/file", b"back")
+    assert (tiers.root / "standard/x/a/b/file").read_bytes() == b"back"
+
+
+@pytest.mark.parametrize("target", ["step-1", "step-1/__0_0.distcp"])
+def test_what_a_symbolic_link_points_to_is_not_moved_until_the_link_leads_elsewhere(tiers, clock, target):
+    """Lightning's last.ckpt, with save_last="link"."""
+    checkpoints(tiers, 1, 2, 3)
+    link = tiers.root / "standard/ck/run/last.ckpt"
+    link.symlink_to(target)
+    first, _ = run_twice(tiers, clock)
+    assert tiers.keys("standard", "ck/run/step-1/") != []
+    assert tiers.keys("standard", "ck/run/step-2/") == []
+    assert ["symbolic link ck/run/last.ckpt" in one.reason for one in first.plan.refusals if "step-1" in one.path] == [
+        True
+    ]
+    link.unlink()
+    link.symlink_to("step-3")
+    run_twice(tiers, clock)
+    assert tiers.keys("standard", "ck/run/step-1/") == []
+    assert len(tiers.keys("archive", "ck/run/step-1/")) > 0
+
+
+def test_a_checkpoint_with_a_link_in_its_folder_is_not_moved(tiers, clock):
+    checkpoints(tiers, 1, 2)
+    tiers.write("standard", "ck/base.bin", b"base")
+    (tiers.root / "standard/ck/run/step-1/base").symlink_to("../../base.bin")
+    run_twice(tiers, clock)
+    assert (tiers.root / "standard/ck/run/step-1/base").read_bytes() == b"base"
+    assert tiers.keys("archive", "ck/run/step-1/") == []
+
+
+def test_a_link_that_is_made_during_the_grace_period_keeps_its_target(tiers, clock):
+    checkpoints(tiers, 1, 2)
+    clock.jump(2 * DAY_S)
+    tiers.run()
+    link = tiers.root / "standard/ck/run/last.ckpt"
+    link.symlink_to("step-1/__0_0.distcp")
+    clock.jump(DAY_S + 1)
+    (stopped,) = tiers.run().deletions.stopped
+    assert "expected no symbolic link to it, found ck/run/last.ckpt" in stopped.reason
+    assert link.exists()
+
+
+def test_a_full_tier_keeps_the_targets_of_symbolic_links(tiers, clock):
+    path = tiers.root / "tiercache.toml"
+    path.write_text(path.read_text().replace('role = "hot"\n', 'role = "hot"\ncapacity = "250"\n'))
+    for name in ("a", "b", "c"):
+        tiers.write("hot", f"x/{name}")
+    (tiers.root / "hot/x/link").symlink_to("a")
+    run_twice(tiers, clock)
+    assert "x/a" in tiers.keys("hot")
+    assert len(tiers.keys("hot")) < 3

@@ -1,0 +1,70 @@
+"""The example year of docs/guide/tiers.md with fewer shards: nothing is lost, and planned costs are those of a bill."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+N_SHARDS = 50
+
+
+@pytest.fixture(scope="module")
+def story():
+    spec = importlib.util.spec_from_file_location("tier_year", ROOT / "examples" / "tier_year.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tier_year"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["tier_year"]
+
+
+@pytest.fixture(scope="module")
+def plain(story):
+    return story.live(None, N_SHARDS)
+
+
+@pytest.fixture(scope="module")
+def year(story):
+    return story.live("GLACIER", N_SHARDS)
+
+
+def test_nothing_is_lost_in_a_year(year):
+    assert year.world.present.any(axis=1).all()
+
+
+def test_tiers_cost_less_than_standard_storage_alone(year, plain):
+    parts = ("storage", "moves", "reads", "writes", "restores")
+    assert 0 < year.bill.of(*parts) < 0.8 * plain.bill.of(*parts)
+
+
+def test_planned_costs_of_moves_are_those_of_the_bill(year):
+    assert year.world.promised == pytest.approx(year.bill.of("moves"), rel=0.01)
+
+
+def test_the_archive_is_restored_once_per_use(story, year):
+    days = [day for day, *_ in year.bill.restores]
+    assert days == [150, story.EVALUATED_DAY, 300]
+
+
+def test_a_directly_readable_class_needs_no_restore(story):
+    assert story.live("GLACIER_IR", 10).bill.restores == []
+
+
+def test_the_newest_checkpoint_of_each_run_is_on_the_fast_disk(story, year):
+    groups = year.world.groups
+    for run in range(len(story.TRAININGS)):
+        newest = max((i for i in range(len(groups.step)) if groups.run[i] == run), key=lambda i: groups.step[i])
+        assert year.world.present[newest, 0]
+
+
+def test_the_guide_shows_the_result_of_these_rules(story):
+    assert story.RULES in (ROOT / "docs" / "guide" / "tiers.md").read_text()
+
+
+def test_a_document_without_markers_is_an_error(story, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="expected the marks"):
+        story.put(page, "text")

@@ -1,0 +1,424 @@
+"""Three tiers in a folder, what people do to them, and the library's own doings, each with the oracle looking on."""
+
+import json
+import os
+import pickle
+import random
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
+
+import numpy as np
+from tests.support.clock import JumpingClock
+from tests.support.disk_bucket import (
+    DiskBucket,
+    Script,
+    about_now,
+    file_name,
+    flipped,
+    is_readable,
+    key_of,
+    read_object,
+)
+from tests.support.disk_bucket import write_object as write_bucket_object
+from tests.support.tier_oracle import DAY_S, Group, Oracle, Picture, Seen
+
+import tiercache as tc
+from tiercache import store as stores_of_urls
+from tiercache.data.dataset import Dataset  # now: what is imported while a world is entered would keep its open_store
+from tiercache.prices import prices_if_known
+from tiercache.shard.schema import Schema
+from tiercache.store import local
+from tiercache.store.posix import file_info
+from tiercache.tier import stores as tier_stores
+from tiercache.tier.inventory.groups import take_inventory
+from tiercache.tier.journal import TierCatalog
+from tiercache.tier.model import Plan
+from tiercache.tier.move.deletions import remove_groups, run_due_deletions
+from tiercache.tier.move.executor import apply_plan
+from tiercache.tier.move.lock import BootClock
+from tiercache.tier.move.mover import open_mover, run_once
+from tiercache.tier.plan.plan import make_plan
+from tiercache.tier.plan.policy import decide
+from tiercache.tier.recall import hold_groups, plan_recall, request_restore
+from tiercache.tier.rules import RuleFile, load_rule_file
+from tiercache.tier.stores import Stores
+
+GRACE_S, SETTLE_S = DAY_S, 600.0
+SHAPES = ("places", "one_bucket", "one_warm", "warm", "local")
+CLASSES = {"places": "GLACIER", "one_bucket": "GLACIER", "one_warm": "STANDARD_IA", "warm": "STANDARD_IA"}
+PRICES = "{ store_gb_month = 0.01 }"
+RULES = """
+[[rules]]
+match = "checkpoints/**"
+keep_hot = { last = 1 }
+keep_standard = { last = 2 }
+then = "archive"
+after = "2d"
+delete_after = "30d"
+max_delete = "100%"
+
+[[rules]]
+match = "files/**"
+after = "1d"
+to = "archive"
+
+[[rules]]
+match = "data/**"
+after = "2d"
+to = "archive"
+
+[[rules]]
+match = "scratch/**"
+delete_after = "20d"
+max_delete = "100%"
+
+[tiering]
+quiet_period = "10m"
+"""
+DATA = "data"
+N_RECORDS = 600
+STEPS = (10, 20, 30, 100)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a URL lies on the disk. is_bucket: as DiskBucket has it, else plain files."""
+
+    name: str
+    url: str
+    root: Path
+    is_bucket: bool
+
+
+@cache
+def data_set() -> dict[str, bytes]:
+    """The objects of a small data set, by key below its folder."""
+    with TemporaryDirectory() as folder:
+        schema = Schema.of({"id": "int64", "values": tc.Tensor("uint16", (16,))})
+        with tc.Writer(folder, schema=schema, shard_size="10KiB", block_size="4KiB", compression="none") as writer:
+            writer.write_batch(records())
+        root = Path(folder)
+        return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def records() -> dict[str, np.ndarray]:
+    ids = np.arange(N_RECORDS)
+    return {"id": ids, "values": (ids[:, None] * 31 + np.arange(16)).astype(np.uint16)}
+
+
+def content(key: str, version: int, n_bytes: int) -> bytes:
+    return random.Random(f"{key}/{version}").randbytes(n_bytes)
+
+
+def pool() -> list[Group]:
+    """All groups that people write here but the shards."""
+    found = []
+    for step in STEPS:
+        name = f"checkpoints/run/step-{step}"
+        parts = tuple(f"{name}/{part}" for part in ("__0_0.distcp", "__1_0.distcp", ".metadata"))
+        found.append(Group(name, parts, parts[-1], "checkpoints/run", step, 30 * DAY_S, 2))
+        name = f"checkpoints/solo/step-{step}.pt"
+        found.append(Group(name, (name,), "", "checkpoints/solo", step, 30 * DAY_S, 2))
+    found += [Group(f"files/{name}.bin", (f"files/{name}.bin",)) for name in "abc"]
+    found += [Group(f"scratch/{name}", (f"scratch/{name}",), delete_after_s=20 * DAY_S) for name in "xy"]
+    return found
+
+
+class World:
+    """One folder with all of it. `with world.entered():` round whatever asks the library.
+
+    names: of the places that people write to, hot and home. clock: jumps; files of the shape "local" have the
+    kernel's times.
+    """
+
+    def __init__(self, root: Path, shape: str, *, jobs: int = 2, make: bool = True) -> None:
+        """jobs: of the mover's; make: empty tiers, but for the data set; else they lie there."""
+        self.root, self.shape, self.jobs = root, shape, jobs
+        self.script = Script()
+        self.clock = JumpingClock()
+        self.slept_s = 0.0
+        self.pins: tuple[str, ...] = ()
+        self.places = {place.name: place for place in self._places()}
+        self.oracle = Oracle(GRACE_S, SETTLE_S)
+        self.groups = pool()
+        self.rules_path = root / "tiercache.toml"
+        for group in self.groups:
+            self.oracle.knows(group)
+        if make:
+            self.write_rules()
+            self._lay_data_set()
+
+    @property
+    def is_one(self) -> bool:
+        """Whether the archive is another class of home's objects."""
+        return self.shape.startswith("one_")
+
+    def _places(self) -> list[Place]:
+        names = ("hot", "home") if self.is_one else ("hot", "home", "cold")
+        if self.shape == "local":
+            return [Place(name, str(self.root / name), self.root / name, is_bucket=False) for name in names]
+        return [Place(name, f"s3://{name}/train", self.root / name, is_bucket=True) for name in names]
+
+    def write_rules(self) -> None:
+        """The rule file, with the pins of now."""
+        cold = self.places["home" if self.is_one else "cold"]
+        text = RULES + f"jobs = {self.jobs}\nstate_dir = {json.dumps(str(self.root / 'state'))}\n"
+        for name, place in (("hot", self.places["hot"]), ("standard", self.places["home"]), ("archive", cold)):
+            text += f"\n[tiers.{name}]\nrole = {json.dumps(name)}\nurl = {json.dumps(place.url)}\nprices = {PRICES}\n"
+            if name == "archive" and self.shape in CLASSES:
+                text += f"storage_class = {json.dumps(CLASSES[self.shape])}\n"
+        text += "".join(f"\n[[pins]]\nmatch = {json.dumps(pin)}\n" for pin in self.pins)
+        self.rules_path.write_text(text)
+
+    def _lay_data_set(self) -> None:
+        for key, data in data_set().items():
+            whole = f"{DATA}/{key}"
+            if _is_books(whole):
+                self.lay("home", whole, data)
+                continue
+            self.oracle.knows(Group(whole, (whole,)))
+            self.write("home", whole, data)
+
+    def save(self) -> None:
+        """Keep beside it what is known of it."""
+        (self.root / "world.pickle").write_bytes(pickle.dumps((self.oracle, self.clock.ahead_s, self.pins)))
+
+    @classmethod
+    def load(cls, root: Path, shape: str) -> "World":
+        """The world that was saved."""
+        world = cls(root, shape, make=False)
+        world.oracle, world.clock.ahead_s, world.pins = pickle.loads((root / "world.pickle").read_bytes())
+        return world
+
+    def begin_job(self) -> None:
+        """All that is done from now on is asked for now."""
+        self.oracle.asked(self.oracle.groups, time.time())
+        self.oracle.begins(self.picture(), time.time())
+
+    # -- what people do ---------------------------------------------------------------------------------------------
+
+    def write(self, place: str, key: str, data: bytes) -> None:
+        """Somebody writes an object, atomically."""
+        self.lay(place, key, data)
+        self.oracle.wrote(place, key, data, time.time())
+        self.by_hand(place, key)
+
+    def lay(self, place: str, key: str, data: bytes) -> None:
+        where = self.places[place]
+        if where.is_bucket:
+            where.root.mkdir(parents=True, exist_ok=True)
+            write_bucket_object(where.root / file_name(key), about_now(data, ""), data)
+            return
+        path = where.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        other = path.with_name(".tiercache-other")
+        other.write_bytes(data)
+        other.replace(path)
+
+    def remove(self, place: str, key: str) -> None:
+        """Somebody deletes an object, there alone."""
+        self.path(place, key).unlink()
+        self.oracle.removed(place, key)
+        self.by_hand(place, key)
+
+    def rot(self, place: str, key: str) -> None:
+        """A bit turns.
+
+        Of the copy in the coldest place, the one that stays, a bucket says so by another ETag: it was written anew,
+        wrongly; of a file nothing is to be seen. Of any other copy it is the other way round: nothing is to be seen in
+        a bucket, where it must not take the place of the right one.
+        """
+        path, picture = self.path(place, key), self.picture()
+        is_last = not any(key in picture[other] for other in [*picture][[*picture].index(place) + 1 :])
+        if self.places[place].is_bucket:
+            about, data = read_object(path)
+            spoilt = self._spoilt(key, data)
+            write_bucket_object(path, about_now(spoilt, about["class"]) if is_last else about, spoilt)
+        else:
+            spoilt = self._spoilt(key, path.read_bytes())
+            self._lay_unseen(path, spoilt) if is_last else self.lay(place, key, spoilt)
+        self.oracle.rotted(place, key, spoilt)
+        self.by_hand(place, key)
+
+    def _spoilt(self, key: str, data: bytes) -> bytes:
+        """With one bit turned, which makes of it what it never was: one that turns twice would mend it."""
+        turned = (data[:-1] + bytes([data[-1] ^ 1 << bit]) for bit in range(8))
+        return next((one for one in turned if one not in self.oracle.ever[key]), flipped(data))
+
+    def _lay_unseen(self, path: Path, data: bytes) -> None:
+        """As a bit turns on a disk: the store gives the ETag that the file had, which no program could."""
+        before = path.stat()
+        path.write_bytes(data)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    def pin(self, *names: str) -> None:
+        """The rule file has pins of these groups from now on."""
+        self.pins = names
+        self.write_rules()
+        self.oracle.pins(key for name in names for key in self.oracle.groups[name].keys)
+
+    def by_hand(self, place: str, key: str) -> None:
+        """Somebody has done something to an object: what lies there now is what people have made."""
+        picture = self.picture()
+        self.oracle.begins(picture, time.time())
+        self.oracle.note_parts(place, key, picture)
+
+    def days_pass(self, days: float) -> None:
+        self.clock.jump(days * DAY_S)
+
+    def path(self, place: str, key: str) -> Path:
+        where = self.places[place]
+        return where.root / (file_name(key) if where.is_bucket else key)
+
+    # -- looking ----------------------------------------------------------------------------------------------------
+
+    def picture(self) -> Picture:
+        """All objects as they lie, past the library. What tiers keep beside them is not among them."""
+        return {name: dict(self._objects(place)) for name, place in self.places.items()}
+
+    def _objects(self, place: Place) -> Iterator[tuple[str, Seen]]:
+        for path in sorted(place.root.rglob("*")) if place.root.exists() else ():
+            key = key_of(path.name) if place.is_bucket else path.relative_to(place.root).as_posix()
+            is_other = path.name.startswith(".") and path.name != ".metadata"  # a lock, or a name of unfinished writes
+            if not path.is_file() or is_other or _is_books(key):
+                continue
+            if place.is_bucket:
+                about, data = read_object(path)
+                yield key, Seen(data, about["class"], is_readable(about))
+            else:
+                yield key, Seen(path.read_bytes())
+
+    def look(self) -> list[str]:
+        """What is wrong now."""
+        return self.oracle.look(self.picture(), time.time())
+
+    # -- what the library does --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """URLs of this world open its buckets, and its clock is the time."""
+        really, really_archive = stores_of_urls.open_store, tier_stores._s3_classes
+
+        def open_store(url, **options):
+            return self.bucket(str(url)) or really(url, **options)
+
+        def archive_of(tier, store):
+            return store if isinstance(store, DiskBucket) else really_archive(tier, store)
+
+        def info_of(key, status):
+            info = file_info(key, status)
+            # Without the ctime: worlds are laid again by links, which change it, and a bit that turns does not.
+            return replace(info, etag=f'{info.etag.rpartition("-")[0]}-0"')
+
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(local, "file_info", info_of))
+            for name, module in [*sys.modules.items()]:
+                if name.startswith("tiercache") and getattr(module, "open_store", None) is really:
+                    stack.enter_context(patch.object(module, "open_store", open_store))
+            stack.enter_context(patch.object(tier_stores, "_s3_classes", archive_of))
+            stack.enter_context(patch.object(BootClock, "monotonic", lambda clock: time.monotonic() + self.slept_s))
+            stack.enter_context(patch.object(BootClock, "sleep", lambda clock, s, cancel=None: self._sleep(s)))
+            stack.enter_context(self.clock)
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield
+
+    def _sleep(self, span_s: float) -> None:
+        """Who watches a lock waits in no time."""
+        self.slept_s += span_s
+
+    def bucket(self, url: str) -> DiskBucket | None:
+        for place in self.places.values():
+            if place.is_bucket and f"{url}/".startswith(f"{place.url}/"):
+                below = url[len(place.url) + 1 :].strip("/")
+                prefix = f"{below}/" if below else ""
+                return DiskBucket(place.root, url, self.script, prefix, says_sums=place.name != "hot")
+        return None
+
+    def file(self) -> RuleFile:
+        return load_rule_file(self.rules_path)
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[RuleFile, Stores, TierCatalog]]:
+        """The rule file, the stores and the catalog."""
+        file = self.file()
+        with Stores(file) as stores, TierCatalog(self.root / "state" / "tiers.sqlite") as catalog:
+            yield file, stores, catalog
+
+    def open_moves(self) -> list[str]:
+        """Moves in the journal that were broken off after something was promised, or wait longer than they should."""
+        with self.opened() as (file, _, catalog):
+            moves = catalog.open_moves(file.home_tier.url)
+        return [
+            f"{move.action} of {move.path} from {move.src} is {move.state} {move.note}"
+            for move in moves
+            if move.state == "dropping" or (move.state == "waiting" and move.due_s < time.time())
+        ]
+
+    def plan(self) -> Plan:
+        """What should be done now."""
+        with self.opened() as (file, stores, catalog):
+            inventory = take_inventory(file, stores, catalog, now_s=time.time())
+            prices = [prices_if_known(tier) for tier in file.tiers]
+            capacity = [stores.capacity(tier.name) for tier in file.tiers]
+            decisions = decide(inventory.snapshot, file, prices, capacity_bytes=capacity)
+            return make_plan(decisions, inventory, file, prices)
+
+    def apply(self, plan: Plan):
+        self.oracle.asked([move.path for move in plan.moves], time.time())
+        with self.opened() as opened, open_mover(*opened) as context:
+            return apply_plan(context, plan)
+
+    def run_due_deletions(self):
+        with self.opened() as opened, open_mover(*opened) as context:
+            return run_due_deletions(context)
+
+    def run_once(self):
+        self.oracle.asked(self.oracle.groups, time.time())
+        return run_once(self.file())
+
+    def recall(self, names: list[str], hold_s: float = 30 * DAY_S) -> None:
+        """Bring groups back to hot, and hold them. What a bucket restores can be read at once."""
+        with self.opened() as (file, stores, catalog):
+            for _ in range(2):  # once more when what must be restored first was requested
+                inventory = take_inventory(file, stores, catalog, now_s=time.time())
+                groups = np.flatnonzero([path in names for path in inventory.snapshot.paths.to_pylist()])
+                prices = [prices_if_known(tier) for tier in file.tiers]
+                plan = plan_recall(inventory, file, stores, prices, groups, to="hot")
+                hold_groups(stores, plan.paths, hold_s=hold_s, now_s=time.time())
+                if plan.restore is None:
+                    break
+                request_restore(stores, plan.restore)
+                self.days_pass(0.5)
+            with open_mover(file, stores, catalog) as context:
+                apply_plan(context, plan.copies)
+
+    def remove_checkpoints(self, names: list[str]) -> None:
+        """Remove groups from all tiers, as `tiercache ckpt rm` does."""
+        with self.opened() as (file, stores, catalog):
+            inventory = take_inventory(file, stores, catalog, now_s=time.time())
+            groups = np.flatnonzero([path in names for path in inventory.snapshot.paths.to_pylist()])
+            with open_mover(file, stores, catalog) as context:
+                found = remove_groups(context, inventory, groups.tolist())
+        assert [one.reason for one in found] == [""] * len(names)
+
+    def read_data_set(self) -> str:
+        """What is wrong with the records; "" where nothing is, or where shards must be restored first."""
+        wanted, home = records(), self.places["home"].url
+        with closing(Dataset(f"{home}/{DATA}", cache=False)) as data:
+            found = data[:]
+        wrong = [name for name, column in wanted.items() if not np.array_equal(found[name], column)]
+        return f"wrong records: columns {', '.join(wrong)}" if wrong else ""
+
+
+def _is_books(key: str) -> bool:
+    """Whether the library keeps it beside the data: versions of a data set are what people have written."""
+    return "_tiercache/" in key and "_tiercache/versions/" not in key and "_tiercache/segments/" not in key
