@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from tiercache.packer import pack
     from tiercache.shard.schema import Image, Ragged, Tensor
     from tiercache.shard.writer import Writer
-    from tiercache.store.placement.locations import locate
+    from tiercache.store.placement import locate
     from tiercache.transform_rng import rng
 
 __all__ = [
@@ -94,7 +94,7 @@ _HOMES = {
     "Writer": "tiercache.shard.writer",
     "collate": "tiercache.load.collate",
     "concat": "tiercache.data.dataset",
-    "locate": "tiercache.store.placement.locations",
+    "locate": "tiercache.store.placement",
     "mix": "tiercache.data.dataset",
     "open_weights": "tiercache.checkpoint.weights",
     "pack": "tiercache.packer",

@@ -12,7 +12,7 @@ import pytest
 from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
-from tiercache.store import calls
+from tiercache.store import remote
 
 N_REMOTE = 600
 
@@ -30,7 +30,7 @@ SCHEMA = {
 @pytest.fixture
 def no_hedges(monkeypatch):
     """No request is sent twice because it is late, as on a busy machine: for tests that count bytes."""
-    monkeypatch.setattr(calls, "HEDGED_SHARE", 0.0)
+    monkeypatch.setattr(remote, "HEDGED_SHARE", 0.0)
 
 
 def make_columns(n: int, first: int = 0) -> dict[str, Any]:

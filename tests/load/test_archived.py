@@ -13,9 +13,8 @@ from tests.support.moved_shards import Moved, N, ServedStore, by_loader, by_reco
 import tiercache as tc
 from tiercache.demo.s3_server import S3Server
 from tiercache.errors import ArchivedShards
-from tiercache.store import LocalFolder, MemoryStore
-from tiercache.store.placement import log
-from tiercache.store.placement.log import PlacementRow
+from tiercache.store import LocalFolder, MemoryStore, placement_log
+from tiercache.store.placement_log import PlacementRow
 
 ALL = list(range(N))
 GONE = HttpFault("status", 403, body=b"<Error><Code>InvalidObjectState</Code><Message>archived</Message></Error>")
@@ -155,7 +154,7 @@ def test_the_message_names_some_of_many_archived_shards_and_the_error_all(world)
         key: PlacementRow(key, f"{world.cold.url}/far", state="archived", storage_class="DEEP_ARCHIVE", n_bytes=1 << 30)
         for key in names
     }
-    log.commit_placement(world.moved.store, rows)
+    placement_log.commit_placement(world.moved.store, rows)
     world.archived |= set(names)
     world.cold.objects.update({f"far/{key}": b"x" for key in names})
     with pytest.raises(ArchivedShards) as caught:

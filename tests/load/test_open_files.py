@@ -19,7 +19,7 @@ from tiercache.shard.layout import TAIL_BYTES, Footer, Tail, pack_head
 from tiercache.shard.schema import Schema
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store import LocalFolder
-from tiercache.store.posix import os_errors
+from tiercache.store.local import os_errors
 
 SCHEMA = Schema.of({"id": "int64", "double": "int64"})
 N_RECORDS = 3  # of each shard

@@ -17,8 +17,7 @@ from tiercache.shard.shard_file import GROUP_BYTES, columns_to_group
 from tiercache.shard.verify import verify_shard
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store import MemoryStore
-from tiercache.store.contract import WrapperStore
-from tiercache.store.ranges import RequestCosts
+from tiercache.store.contract import RequestCosts, WrapperStore
 
 N, ROWS_A_BLOCK = 160, 10
 SCHEMA = Schema.of({"label": "int64", "x": tc.Tensor("uint8", (50_000,)), "name": "str"})

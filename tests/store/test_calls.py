@@ -9,7 +9,7 @@ from tests.support.clock import FakeClock
 
 from tiercache.errors import StoreError
 from tiercache.stats import Counters
-from tiercache.store.calls import CallLimit, RequestRunner, RequestTimes, RetryPolicy, stop_retries_when, with_retries
+from tiercache.store.remote import CallLimit, RequestRunner, RequestTimes, RetryPolicy, stop_retries_when, with_retries
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 # The gates of these tests open after 60 s; a test that ends well has not waited for that.

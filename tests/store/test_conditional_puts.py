@@ -12,9 +12,9 @@ from tests.support.http_server import HttpFault
 import tiercache as tc
 from tiercache.errors import CommitConflict, StoreError
 from tiercache.store import open_store
+from tiercache.store.access import CallOptions
 from tiercache.store.fsspec import FsspecStore
 from tiercache.store.numbered_log import NumberedLog
-from tiercache.store.options import CallOptions
 
 SCHEMA = {"id": "int64"}
 

@@ -15,10 +15,9 @@ from tests.support.store_suite import read_ranges
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store import open_store
+from tiercache.store.access import CloudOptions, Credentials, Keys, s3_access
 from tiercache.store.archive import S3StorageClasses
-from tiercache.store.credentials import Credentials, Keys, s3_access
 from tiercache.store.obstore import ObstoreClient
-from tiercache.store.options import CloudOptions
 from tiercache.waiting import wait_for
 
 EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"

@@ -10,7 +10,7 @@ from threading import Event, Thread
 import pytest
 
 from tiercache.cache.folder import is_disk_full
-from tiercache.store.database import Database
+from tiercache.store.shared_files import Database
 from tiercache.waiting import wait_for
 
 # From Python 3.12 on: what these tests are about.
@@ -85,7 +85,7 @@ def test_a_lost_table_is_made_anew(database):
 
 
 def test_a_file_that_was_emptied_in_place_is_made_anew_at_once_though_others_have_it_open(database, monkeypatch):
-    monkeypatch.setattr("tiercache.store.database.BUSY_S", 60.0)  # it would be waited for that long
+    monkeypatch.setattr("tiercache.store.shared_files.BUSY_S", 60.0)  # it would be waited for that long
     add(database, 1)
     other = sqlite3.connect(database.path, isolation_level=None)
     other.execute("SELECT * FROM t").fetchall()
@@ -99,7 +99,7 @@ def test_a_file_that_was_emptied_in_place_is_made_anew_at_once_though_others_hav
 
 
 def test_a_file_that_is_replaced_while_it_is_opened_is_not_written_to(database, monkeypatch):
-    monkeypatch.setattr("tiercache.store.database.BUSY_S", 0.05)
+    monkeypatch.setattr("tiercache.store.shared_files.BUSY_S", 0.05)
     really = database._set_up
 
     def set_up(connection):
@@ -118,7 +118,7 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_not_written_to(database, 
 
 
 def test_a_busy_file_is_an_error_and_not_replaced(database, monkeypatch):
-    monkeypatch.setattr("tiercache.store.database.BUSY_S", 0.02)
+    monkeypatch.setattr("tiercache.store.shared_files.BUSY_S", 0.02)
     add(database, 1)
     database.close()
     other = sqlite3.connect(database.path, isolation_level=None)
@@ -193,7 +193,7 @@ def test_a_link_under_its_name_is_removed_and_its_target_kept(database, tmp_path
 
 def test_threads_that_wait_for_a_busy_file_give_up_together(database, monkeypatch):
     """One after the other, the last of thirty threads would wait for minutes."""
-    monkeypatch.setattr("tiercache.store.database.BUSY_S", 0.3)
+    monkeypatch.setattr("tiercache.store.shared_files.BUSY_S", 0.3)
     add(database, 1)
     database.close()
     other = sqlite3.connect(database.path, isolation_level=None)

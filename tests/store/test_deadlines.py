@@ -15,11 +15,11 @@ from tests.support.store_suite import pattern, read_ranges
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store import CloudStore, open_store
+from tiercache.store.access import CallOptions, CloudOptions
 from tiercache.store.archive import S3StorageClasses
+from tiercache.store.contract import RequestCosts
 from tiercache.store.fsspec import FsspecStore
 from tiercache.store.obstore import BucketFolder, to_store_error
-from tiercache.store.options import CallOptions, CloudOptions
-from tiercache.store.ranges import RequestCosts
 from tiercache.store.remote import ReadSettings
 from tiercache.waiting import fail_fast_if_unreachable, wait_for
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from tiercache.errors import StoreError
-from tiercache.store import local, posix
-from tiercache.store.local import LocalFolder
-from tiercache.store.posix import ALIGN_BYTES, MIN_BYTES, DirectWriter
+from tiercache.store import local
+from tiercache.store.local import ALIGN_BYTES, MIN_BYTES, DirectWriter, LocalFolder
 
 SIZES = (MIN_BYTES - 1, MIN_BYTES, MIN_BYTES + 1, 2 * MIN_BYTES + ALIGN_BYTES - 1, 3 * MIN_BYTES)
 
@@ -111,7 +110,7 @@ def test_a_file_system_that_refuses_direct_writes_is_written_through_the_page_ca
             said.append(offset)
             return os.pwrite(fd, data[:n_written], offset)
 
-    monkeypatch.setattr(posix, "os", Refusing())
+    monkeypatch.setattr(local, "os", Refusing())
     part = aligned(2 * MIN_BYTES)
     assert upload(tmp_path, [part, part]) == 2 * part.tobytes()
 

@@ -14,12 +14,10 @@ from tests.support.store_suite import ReadSuite, pattern, read_ranges
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import CloudStore, open_store
-from tiercache.store.calls import RetryPolicy
-from tiercache.store.contract import read_unpinned
+from tiercache.store.access import CloudOptions
+from tiercache.store.contract import RequestCosts, read_unpinned
 from tiercache.store.obstore import BucketFolder
-from tiercache.store.options import CloudOptions
-from tiercache.store.ranges import RequestCosts
-from tiercache.store.remote import ReadSettings
+from tiercache.store.remote import ReadSettings, RetryPolicy
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 MIB = 1 << 20

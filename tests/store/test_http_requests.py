@@ -16,8 +16,8 @@ from tests.support.store_suite import pattern, read_ranges
 from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import CloudStore, open_store
+from tiercache.store.access import CloudOptions
 from tiercache.store.obstore import BucketFolder
-from tiercache.store.options import CloudOptions
 from tiercache.store.remote import ReadSettings
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 

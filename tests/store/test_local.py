@@ -14,8 +14,8 @@ from tests.support.store_suite import LocalStoreSuite, StoreSuite, read_ranges
 
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ByteRange
-from tiercache.store import LocalFolder, open_store, posix
-from tiercache.store.posix import TEMP_PREFIX
+from tiercache.store import LocalFolder, local, open_store
+from tiercache.store.local import TEMP_PREFIX
 
 
 class TestLocalFolder(LocalStoreSuite, StoreSuite):
@@ -41,7 +41,7 @@ def refuse_nameless_files(monkeypatch):
             raise OSError(errno.EOPNOTSUPP, "no O_TMPFILE here")
         return real_open(path, flags, *args, **kwargs)
 
-    monkeypatch.setattr(posix.os, "open", refusing)
+    monkeypatch.setattr(local.os, "open", refusing)
 
 
 WITHOUT = pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def refuse(monkeypatch, without):
         def refusing(*args, **kwargs):
             raise OSError(errno.EPERM, "no links here")
 
-        monkeypatch.setattr(posix.os, "link", refusing)
+        monkeypatch.setattr(local.os, "link", refusing)
 
 
 class TestLocalFolderWithoutNamelessFiles(TestLocalFolder):
@@ -161,7 +161,7 @@ def test_a_full_disk_is_not_retryable_and_leaves_nothing(store, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(posix.os, "pwrite", full)
+    monkeypatch.setattr(local.os, "pwrite", full)
     with pytest.raises(StoreError, match="No space left") as caught:
         store.put("a", b"new")
     assert not caught.value.retryable
@@ -270,7 +270,7 @@ def test_ctrl_c_after_a_close_closes_no_descriptor_twice(store, monkeypatch, wor
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(posix.os, "close", close)
+            patch.setattr(local.os, "close", close)
             try:
                 work(store)
             except KeyboardInterrupt:
@@ -417,7 +417,7 @@ def test_a_file_system_that_refuses_owners_and_modes_gets_the_copy(tmp_path, mon
     src, dst = LocalFolder(tmp_path / "src"), LocalFolder(tmp_path / "dst")
     write_old(src.root / "folder" / "f", 0o640)
     for name in ("fchown", "fchmod"):
-        monkeypatch.setattr(posix.os, name, refusing)
+        monkeypatch.setattr(local.os, name, refusing)
     copy_with_attributes(src, dst, "folder/f")
     assert dst.get("folder/f") == b"old"
 
@@ -428,7 +428,7 @@ def test_an_error_of_the_disk_while_attributes_are_set_fails_the_copy(tmp_path, 
 
     src, dst = LocalFolder(tmp_path / "src"), LocalFolder(tmp_path / "dst")
     write_old(src.root / "f", 0o640)
-    monkeypatch.setattr(posix.os, "fchmod", failing)
+    monkeypatch.setattr(local.os, "fchmod", failing)
     with pytest.raises(StoreError, match="Input/output"):
         copy_with_attributes(src, dst, "f")
     assert list(dst.list()) == []

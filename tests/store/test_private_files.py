@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from tiercache.store.private_files import (
+from tiercache.store.shared_files import (
     is_folder,
     link_whole,
     make_folder,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.model import ByteRange
-from tiercache.store.ranges import RequestCosts, cheapest_ranges, check_spans, plan_requests
+from tiercache.store.contract import RequestCosts, cheapest_ranges, check_spans, plan_requests
 
 ranges = st.tuples(st.integers(0, 40), st.integers(0, 15)).map(lambda r: ByteRange(r[0], r[0] + r[1]))
 all_costs = st.builds(

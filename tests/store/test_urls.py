@@ -10,9 +10,9 @@ import pytest
 from tiercache.errors import StoreError
 from tiercache.stats import Counters
 from tiercache.store import CloudStore, FsspecStore, LocalFolder, MemoryStore, open_store, redact, split_url
+from tiercache.store.access import CallOptions, CloudOptions, server_url
 from tiercache.store.archive import Boto3Client
 from tiercache.store.obstore import BucketFolder, ObstoreClient
-from tiercache.store.options import CallOptions, CloudOptions, server_url
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from tiercache.checkpoint.checkpoints import Checkpoints
 from tiercache.checkpoint.layout import list_names, parse_name
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder
-from tiercache.store.posix import TEMP_PREFIX
+from tiercache.store.local import TEMP_PREFIX
 
 DEADLINE_S = 120.0
 N_BEFORE, N_SAVES, PENDING = 2, 3, 2

@@ -26,7 +26,7 @@ from tests.support.errnos import FOR_EVER, KINDS, FailedCalls, Position, count_c
 from tests.support.forks import ChildEnd, SendLine, run_forked
 
 from tiercache.cache import download, eviction
-from tiercache.store import database
+from tiercache.store import shared_files
 
 
 @dataclass
@@ -162,7 +162,7 @@ def copy_sparse(source: Path, target: Path) -> None:
 
 def wait_shortly() -> None:
     """A lock that is never to be had is waited for as always, only not as long: some lives would take half an hour."""
-    database.BUSY_S = download.LOCK_WAIT_S = eviction.SPACE_WAIT_S = 0.1
+    shared_files.BUSY_S = download.LOCK_WAIT_S = eviction.SPACE_WAIT_S = 0.1
     download.SLOWEST_BYTES_S = 1e12
 
 

@@ -31,7 +31,7 @@ from tiercache.checkpoint.layout import RUN_NAME, key_of, list_names, manifest_k
 from tiercache.checkpoint.retention import GC_AGE_S, Retention
 from tiercache.keep import Keep
 from tiercache.store import LocalFolder
-from tiercache.store.posix import TEMP_PREFIX
+from tiercache.store.local import TEMP_PREFIX
 
 JOBS = "tests.distributed.checkpoint_jobs"
 OF_RANKS = ("dcp.", "checkpoint_write.", "checkpoint_upload.", "checkpoint_commit.", "retention.")

@@ -22,8 +22,7 @@ from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.archive import crc32c_to_text
-from tiercache.store.contract import Span, Store, Upload, check_key
-from tiercache.store.ranges import check_spans
+from tiercache.store.contract import Span, Store, Upload, check_key, check_spans
 
 UNREADABLE = ("GLACIER", "DEEP_ARCHIVE")
 DAY_S = 86_400.0

@@ -13,10 +13,9 @@ from tests.support.http_server import HttpFaultServer
 
 import tiercache as tc
 from tiercache.shard import versions as manifest
-from tiercache.store import LocalFolder, MemoryStore, Store
+from tiercache.store import LocalFolder, MemoryStore, Store, placement_log
 from tiercache.store.contract import WrapperStore
-from tiercache.store.placement import log
-from tiercache.store.placement.log import PlacementRow
+from tiercache.store.placement_log import PlacementRow
 
 N = 400
 
@@ -58,13 +57,13 @@ class Moved:
                 dst.put(info.name, source.get(info.name))
                 how = {"n_bytes": info.n_bytes, "crc32c": info.crc32c, **row}
                 changes[info.name] = None if dst.url == self.store.url else PlacementRow(info.name, dst.url, **how)
-        log.commit_placement(self.store, changes)
+        placement_log.commit_placement(self.store, changes)
         if drop:
             source.delete(keys)
 
     def adopt(self) -> None:
         """Let tiers look after it."""
-        log.start_tracking(self.store)
+        placement_log.start_tracking(self.store)
 
 
 def by_loader(dataset: tc.Dataset, **how: Any) -> list[int]:

@@ -13,8 +13,7 @@ from tests.support.faults import Fault, FaultStore
 from tiercache import crash_points
 from tiercache._native.checksum import crc32c
 from tiercache.errors import NotFound
-from tiercache.store import MemoryStore, Store
-from tiercache.store.placement import log
+from tiercache.store import MemoryStore, Store, placement_log
 from tiercache.tier.journal import TierCatalog
 from tiercache.tier.model import Move, Plan, PlannedObject, PlannedTier
 from tiercache.tier.move.checks import MoveContext
@@ -114,8 +113,8 @@ class World:
         store = self.inner[name]
         return store._found(key)[1] if isinstance(store, DiskBucket) else store.get(key)
 
-    def row(self, key: str) -> log.PlacementRow | None:
-        found = log.read_placement(self.inner["standard"])
+    def row(self, key: str) -> placement_log.PlacementRow | None:
+        found = placement_log.read_placement(self.inner["standard"])
         return None if found is None else found.find(key)
 
     # -- plans ------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from tiercache.data.dataset import Dataset  # now: what is imported while a worl
 from tiercache.prices import prices_if_known
 from tiercache.shard.schema import Schema
 from tiercache.store import local
-from tiercache.store.posix import file_info
+from tiercache.store.local import file_info
 from tiercache.tier import stores as tier_stores
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.journal import TierCatalog

@@ -10,7 +10,7 @@ import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from tiercache.store.database import Database
+from tiercache.store.shared_files import Database
 
 if TYPE_CHECKING:
     import sqlite3

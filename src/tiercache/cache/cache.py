@@ -31,10 +31,9 @@ from tiercache.errors import StoreError
 from tiercache.model import OWN_FOLDER, ShardIdentity, parse_bytes
 from tiercache.peers.readers import PeerOptions, Peers
 from tiercache.stats import Counters
-from tiercache.store import Lease, Span, Store, redact
-from tiercache.store.calls import is_unwanted
+from tiercache.store import Lease, Span, Store, redact, uses
 from tiercache.store.contract import WrapperStore
-from tiercache.store.placement import uses
+from tiercache.store.remote import is_unwanted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -38,7 +38,7 @@ from tiercache.cache.partial import (
 from tiercache.crash_points import crash_point
 from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
 from tiercache.store.contract import read_unpinned
-from tiercache.store.private_files import set_mode
+from tiercache.store.shared_files import set_mode
 from tiercache.waiting import wait_for
 
 if TYPE_CHECKING:

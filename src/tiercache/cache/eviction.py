@@ -25,7 +25,7 @@ from tiercache.cache.locks import NameLock, try_exclusive
 from tiercache.cache.names import NameTable
 from tiercache.crash_points import crash_point
 from tiercache.model import NEVER, parse_bytes
-from tiercache.store.private_files import open_file
+from tiercache.store.shared_files import open_file
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ from tiercache.cache.accounts import BLOCK_BYTES, charge_bytes
 from tiercache.cache.locks import try_exclusive
 from tiercache.cache.names import NAME, Record
 from tiercache.crash_points import crash_point
-from tiercache.store.private_files import (
+from tiercache.store.shared_files import (
     NO_LINK,
     PRIVATE,
     is_folder,

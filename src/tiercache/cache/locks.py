@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from tiercache.cache.names import NAME
 from tiercache.crash_points import crash_point
-from tiercache.store.private_files import open_file, pid_namespace, read_text, start_time
+from tiercache.store.shared_files import open_file, pid_namespace, read_text, start_time
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

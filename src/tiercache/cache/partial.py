@@ -32,8 +32,8 @@ from tiercache.cache.accounts import BLOCK_BYTES, charge_bytes
 from tiercache.cache.locks import boot_id, close_private, keep_private, try_shared
 from tiercache.crash_points import crash_point
 from tiercache.model import ByteRange
-from tiercache.store.posix import write_all
-from tiercache.store.ranges import RequestCosts, cheapest_ranges
+from tiercache.store.contract import RequestCosts, cheapest_ranges
+from tiercache.store.local import write_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

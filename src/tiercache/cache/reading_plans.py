@@ -40,8 +40,8 @@ from tiercache.cache.locks import close_private, is_locked, keep_private, try_ex
 from tiercache.cache.names import NAME_BYTES, NameTable
 from tiercache.crash_points import crash_point
 from tiercache.model import NEVER
-from tiercache.store.posix import write_all
-from tiercache.store.private_files import open_file
+from tiercache.store.local import write_all
+from tiercache.store.shared_files import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -34,7 +34,7 @@ from tiercache.crash_points import crash_point
 from tiercache.errors import TierCacheError
 from tiercache.model import ByteRange, format_bytes, parse_bytes
 from tiercache.peers.readers import PeerOptions, Peers
-from tiercache.store.posix import emfile_message
+from tiercache.store.shared_files import emfile_message
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 
 if TYPE_CHECKING:

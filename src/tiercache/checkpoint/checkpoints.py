@@ -48,7 +48,7 @@ from tiercache.crash_points import crash_point
 from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.keep import PIN_NAME, Keep
 from tiercache.store import LocalFolder, Store, open_store
-from tiercache.store.options import ParsedUrl
+from tiercache.store.access import ParsedUrl
 
 if TYPE_CHECKING:
     from tiercache.checkpoint.dcp_reader import DistributedReader

@@ -36,7 +36,7 @@ from tiercache.checkpoint.writer import in_parallel
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import Store
-from tiercache.store.placement.resolver import is_archived
+from tiercache.store.placement import is_archived
 
 if TYPE_CHECKING:
     import os

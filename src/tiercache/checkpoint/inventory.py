@@ -33,7 +33,7 @@ from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, Unsupporte
 from tiercache.keep import PIN_NAME, UNREADABLE_PIN, encode_pin, parse_pin
 from tiercache.model import OWN_FOLDER, ObjectInfo
 from tiercache.store import LocalFolder, Store
-from tiercache.store.placement.resolver import is_archived
+from tiercache.store.placement import is_archived
 
 CheckpointTier: TypeAlias = str
 """Name of a tier: "local", "remote", or a tier of a rule file to which the tier engine has moved checkpoints."""

@@ -42,8 +42,14 @@ from tiercache.errors import (
 )
 from tiercache.keep import Keep
 from tiercache.store import LocalFolder, Store, open_store, redact
-from tiercache.store.placement.locations import FileLocator, archived_file_error
-from tiercache.store.placement.resolver import is_archived, is_remote, is_same_service, options_of
+from tiercache.store.placement import (
+    FileLocator,
+    archived_file_error,
+    is_archived,
+    is_remote,
+    is_same_service,
+    options_of,
+)
 
 logger = logging.getLogger("tiercache")
 

@@ -37,9 +37,8 @@ from tiercache.checkpoint.writer import in_parallel
 from tiercache.errors import CorruptCheckpoint, NotFound
 from tiercache.model import ByteRange
 from tiercache.store import Lease, LocalStore, Store, check_key, open_store, split_url
-from tiercache.store.placement.redirecting_store import follow_placement
-from tiercache.store.placement.resolver import is_remote
-from tiercache.store.posix import raise_limit_for
+from tiercache.store.placement import follow_placement, is_remote
+from tiercache.store.shared_files import raise_limit_for
 
 Framework: TypeAlias = Literal["torch", "numpy"]
 

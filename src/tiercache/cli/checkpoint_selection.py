@@ -48,7 +48,7 @@ from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.keep import PIN_NAME, UNREADABLE_PIN, parse_pin
 from tiercache.model import ObjectInfo
 from tiercache.prices import prices_if_known
-from tiercache.store.options import ParsedUrl
+from tiercache.store.access import ParsedUrl
 from tiercache.tier.inventory.groups import Inventory
 from tiercache.tier.inventory.layouts import group_keys
 from tiercache.tier.inventory.metrics import metrics_in_name, read_metrics

@@ -41,7 +41,7 @@ from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Column, Image, Kind, Ragged, Tensor, UserType
 from tiercache.shard.versions import ShardTable, Version, latest, list_versions, read_shards, read_version
 from tiercache.store import Store, open_store, redact, split_url
-from tiercache.store.placement.redirecting_store import follow_placement
+from tiercache.store.placement import follow_placement
 
 
 @dataclass(frozen=True)

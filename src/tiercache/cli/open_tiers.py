@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tiercache.cli.common import Output, printable
 from tiercache.model import format_bytes
 from tiercache.prices import Prices, prices_if_known
-from tiercache.store.options import ParsedUrl
+from tiercache.store.access import ParsedUrl
 from tiercache.tier.findings import RuleWarning
 from tiercache.tier.inventory.groups import Inventory, take_inventory
 from tiercache.tier.journal import TierCatalog

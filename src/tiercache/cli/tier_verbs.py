@@ -49,7 +49,7 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.model import format_bytes
 from tiercache.prices import SPEEDS, Prices, Speed, price_notes, price_table
 from tiercache.store import redact
-from tiercache.store.options import ParsedUrl
+from tiercache.store.access import ParsedUrl
 from tiercache.tier.costs import Sizes, break_even_days, month_dollars
 from tiercache.tier.findings import refuse_shared_folders, rule_warnings
 from tiercache.tier.inventory.groups import Inventory

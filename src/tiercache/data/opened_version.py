@@ -30,7 +30,8 @@ from tiercache.shard.source import block_ranges, column_ranges, fetch_footer
 from tiercache.shard.values import empty_values, join_values
 from tiercache.shard.versions import as_arrow, open_latest, read_shards, read_version
 from tiercache.store import LocalStore, MemoryStore, Store, open_store
-from tiercache.store.placement.redirecting_store import TieredReader, follow_placement
+from tiercache.store.placement import follow_placement
+from tiercache.store.uses import TieredReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -27,12 +27,11 @@ from fsspec.archive import AbstractArchiveFileSystem
 from tiercache.cache import Cache, CachedStore
 from tiercache.errors import NotFound, ObjectChanged, StoreError, TierCacheError
 from tiercache.model import ByteRange, ObjectInfo
-from tiercache.store import FsspecStore, Span, Store, StoreFile, check_key, open_store, redact
+from tiercache.store import FsspecStore, Span, Store, StoreFile, check_key, open_store, redact, uses
+from tiercache.store.access import plain_url, scheme_of
 from tiercache.store.contract import ProcessLocal
-from tiercache.store.placement import uses
-from tiercache.store.placement.locations import FileLocator, archived_file_error
-from tiercache.store.placement.log import prefix_store
-from tiercache.store.placement.resolver import is_archived, options_of, scheme_of
+from tiercache.store.placement import FileLocator, archived_file_error, is_archived, options_of
+from tiercache.store.placement_log import prefix_store
 
 try:
     from fsspec.implementations.chained import ChainedFileSystem
@@ -582,7 +581,7 @@ class TierCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]  # fsspec sh
     def _location_of(self, path: str) -> str:
         """Return the URL or local path of a path of the target."""
         url = str(self.fs.unstrip_protocol(path))
-        return uses.plain_url(url) if url.startswith("file://") else url
+        return plain_url(url) if url.startswith("file://") else url
 
     def _open_location(self, url: str) -> Store:
         """Return the store of a tier or home: through the target, which has credentials, if it is of the same kind."""

@@ -21,7 +21,7 @@ from tiercache._native.mapping import are_resident
 from tiercache.errors import CorruptShard
 from tiercache.model import format_bytes
 from tiercache.shard.blocks import renew_checks
-from tiercache.store.calls import stop_retries_when
+from tiercache.store.remote import stop_retries_when
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

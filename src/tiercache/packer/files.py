@@ -22,7 +22,7 @@ import pyarrow as pa
 from tiercache.errors import NotFound, SchemaError
 from tiercache.shard.schema import FLOATS, INTEGERS, Column, Kind, Schema, UserType
 from tiercache.store import Store, StoreFile, open_store, split_url
-from tiercache.store.options import ParsedUrl
+from tiercache.store.access import ParsedUrl
 
 
 @dataclass(frozen=True, slots=True)

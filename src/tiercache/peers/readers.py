@@ -32,10 +32,9 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.model import ByteRange
 from tiercache.stats import Counters
 from tiercache.store import CloudStore, Span, Store, open_store
-from tiercache.store.calls import RetryPolicy
+from tiercache.store.access import CloudOptions
 from tiercache.store.contract import Receive, WrapperStore
-from tiercache.store.options import CloudOptions
-from tiercache.store.remote import ReadSettings
+from tiercache.store.remote import ReadSettings, RetryPolicy
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ from tiercache.errors import NotFound, TierCacheError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.peers.readers import DEFAULT_PORT, OWN_REQUEST, READER_HEADER, check_token
 from tiercache.shard.versions import ShardTable, Version, latest, read_segments, read_version
-from tiercache.store.calls import stop_retries_when
+from tiercache.store.remote import stop_retries_when
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 
 if TYPE_CHECKING:

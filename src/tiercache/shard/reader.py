@@ -24,7 +24,7 @@ from tiercache.shard.schema import Column, Kind, Schema
 from tiercache.shard.source import ByteSource, LocalCopy, check_identity, read_footer
 from tiercache.shard.values import ColumnValues, block_values, gather_values
 from tiercache.store.contract import Store
-from tiercache.store.posix import max_shard_descriptors, raise_limit, raise_limit_for
+from tiercache.store.shared_files import max_shard_descriptors, raise_limit, raise_limit_for
 
 if TYPE_CHECKING:
     from tiercache._native.record_finder import FoundRecords

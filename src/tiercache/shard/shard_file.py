@@ -29,8 +29,7 @@ from tiercache.shard.codec import BlockCodec
 from tiercache.shard.layout import ALIGN_BYTES, CHUNK_ROW, GROUPED_COLUMNS, PAGE_BYTES, Footer, Tail, align, pack_head
 from tiercache.shard.memory import BUFFER_POOL, Bytes, address_of
 from tiercache.shard.schema import Column, Kind, Schema
-from tiercache.store.contract import Store, Upload
-from tiercache.store.ranges import RequestCosts
+from tiercache.store.contract import RequestCosts, Store, Upload
 
 Array: TypeAlias = npt.NDArray[Any]
 _SHAPE = np.dtype("<i4")

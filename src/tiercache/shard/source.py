@@ -17,7 +17,7 @@ from tiercache.model import ByteRange, ShardIdentity, ShardInfo
 from tiercache.shard.layout import TAIL_BYTES, Footer, Tail
 from tiercache.shard.memory import Bytes
 from tiercache.store.contract import Lease, LocalStore, Span, Store, read_unpinned
-from tiercache.store.posix import os_errors
+from tiercache.store.local import os_errors
 
 # The kernel's file clock ticks every 1 to 10 ms, so two writes within a tick leave the same ctime. A ctime younger than
 # this does not identify a state of the file.

@@ -1,9 +1,9 @@
 """Storage back ends behind one contract: objects under a root URL, read and written by key.
 
 open_store() parses a URL and returns a LocalFolder, a MemoryStore, or a RemoteStore: a CloudStore (obstore) or an
-FsspecStore. A read goes from RemoteStore.read_into() through the request planner (ranges.py), and the threads and
-retries (calls.py), to an ObjectClient, and then into the caller's buffers. archive.py adds storage classes and restores
-through boto3.
+FsspecStore. A read goes from RemoteStore.read_into() through the request planner (contract.py), and the threads and
+retries of remote.py, to an ObjectClient, and then into the caller's buffers. archive.py adds storage classes and
+restores through boto3.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from tiercache.store.access import CallOptions, CloudOptions, ParsedUrl, redact, split_url
 from tiercache.store.contract import Buffer, Lease, LocalStore, Span, Store, StoreFile, Upload, check_key
 from tiercache.store.fsspec import FsspecStore, check_scheme
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 from tiercache.store.obstore import BucketFolder, CloudStore
-from tiercache.store.options import CallOptions, CloudOptions, ParsedUrl, redact, split_url
 
 __all__ = [
     "Buffer",

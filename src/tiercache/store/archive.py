@@ -26,13 +26,11 @@ from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.prices import Speed
 from tiercache.stats import Counters
-from tiercache.store.calls import CallLimit, RetryPolicy, with_retries
+from tiercache.store.access import CloudOptions, Keys, refused_error, s3_access, server_url, wait_target
 from tiercache.store.contract import Buffer, ProcessLocal, Upload, check_key
-from tiercache.store.credentials import Keys, refused_error, s3_access, wait_target
+from tiercache.store.local import TEMP_PREFIX
 from tiercache.store.obstore import CloudStore
-from tiercache.store.options import CloudOptions, server_url
-from tiercache.store.posix import TEMP_PREFIX
-from tiercache.store.remote import RETRYABLE_STATUSES
+from tiercache.store.remote import RETRYABLE_STATUSES, CallLimit, RetryPolicy, with_retries
 from tiercache.waiting import SYSTEM_CLOCK, Clock
 
 # Type of a checksum over part checksums. It cannot compare copies that have other part sizes.

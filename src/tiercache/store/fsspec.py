@@ -16,7 +16,7 @@ from typing import Any
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
-from tiercache.store.options import CallOptions, hide_secrets, redact, server_url
+from tiercache.store.access import CallOptions, hide_secrets, redact, server_url
 from tiercache.store.remote import (
     CONFLICT_CODES,
     RETRYABLE_STATUSES,

@@ -12,8 +12,7 @@ from typing import cast
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
-from tiercache.store.contract import Buffer, SequentialUpload, Span, Store, Upload, check_key
-from tiercache.store.ranges import check_read, check_spans
+from tiercache.store.contract import Buffer, SequentialUpload, Span, Store, Upload, check_key, check_read, check_spans
 
 
 class _Bucket:

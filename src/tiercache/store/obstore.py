@@ -24,8 +24,16 @@ from tiercache.distribution import install_command
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
-from tiercache.store.credentials import Credentials, refused_error, refused_without_source, s3_access, wait_target
-from tiercache.store.options import CloudOptions, hide_secrets, server_url
+from tiercache.store.access import (
+    CloudOptions,
+    Credentials,
+    hide_secrets,
+    refused_error,
+    refused_without_source,
+    s3_access,
+    server_url,
+    wait_target,
+)
 from tiercache.store.remote import (
     CONFLICT_CODES,
     RETRYABLE_STATUSES,

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.keep import BestMetric, scores_of
-from tiercache.store.options import ParsedUrl
+from tiercache.store.access import ParsedUrl
 from tiercache.tier.inventory.metrics import metrics_in_name
 from tiercache.tier.model import CHECKPOINT, FILE
 from tiercache.tier.plan.proposals import span

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import pyarrow as pa
 
-from tiercache.store.database import Database
-from tiercache.store.private_files import make_folder
+from tiercache.store.shared_files import Database, make_folder
 
 if TYPE_CHECKING:
     import sqlite3

@@ -20,9 +20,9 @@ from tiercache.distribution import install_command
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store import CloudStore, LocalFolder, Store, open_store
+from tiercache.store.access import ParsedUrl
 from tiercache.store.archive import S3StorageClasses, has_boto3
-from tiercache.store.options import ParsedUrl
-from tiercache.store.placement.log import lead_to_home
+from tiercache.store.placement_log import lead_to_home
 from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING, STANDARD
 
 if TYPE_CHECKING:

@@ -389,9 +389,9 @@ def test_without_hard_links_copies_are_renamed_into_place(world, monkeypatch):
 
 
 def test_a_busy_catalog_makes_reads_bypass_the_cache(world, monkeypatch):
-    from tiercache.store import database
+    from tiercache.store import shared_files
 
-    monkeypatch.setattr(database, "BUSY_S", 0.05)
+    monkeypatch.setattr(shared_files, "BUSY_S", 0.05)
     world.put("a")
     cache = world.cache()
     store = world.store(cache)

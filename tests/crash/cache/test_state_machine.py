@@ -34,7 +34,7 @@ def test_locks_that_are_never_free_only_delay_reads(world, monkeypatch):
     monkeypatch.setattr(download, "LOCK_WAIT_S", 0.05)
     monkeypatch.setattr(download, "SLOWEST_BYTES_S", 1e12)
     monkeypatch.setattr("tiercache.cache.eviction.SPACE_WAIT_S", 0.05)
-    monkeypatch.setattr("tiercache.store.database.BUSY_S", 0.05)
+    monkeypatch.setattr("tiercache.store.shared_files.BUSY_S", 0.05)
     monkeypatch.setattr(fcntl, "flock", refuse)
     cache = world.cache("40KB", policy="lru")
     store = world.store(cache)

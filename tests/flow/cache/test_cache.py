@@ -16,7 +16,7 @@ from tiercache.cache.folder import DiskSpace
 from tiercache.cache.names import name_of_identity
 from tiercache.errors import CorruptShard, NotFound, StoreError
 from tiercache.model import ByteRange, ReadingPlan
-from tiercache.store.calls import stop_retries_when
+from tiercache.store.remote import stop_retries_when
 
 
 def pairs_of(world, n=5, n_bytes=10_000):

@@ -11,7 +11,7 @@ from tiercache.cache import locks
 from tiercache.cache.folder import Folder, disk_space, network_file_system
 from tiercache.cache.locks import Owner, Owners
 from tiercache.cache.session import Breaker
-from tiercache.store.private_files import start_time
+from tiercache.store.shared_files import start_time
 
 # From Python 3.12 on: what these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")

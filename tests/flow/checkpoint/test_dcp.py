@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 import tiercache as tc
 from tiercache.checkpoint.layout import header_bytes, parse_header
 from tiercache.store import FsspecStore, LocalFolder
+from tiercache.store.access import CallOptions
 from tiercache.store.contract import WrapperStore
-from tiercache.store.options import CallOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

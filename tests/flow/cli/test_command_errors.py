@@ -8,7 +8,7 @@ import typer
 from tests.support.http_server import HttpFaultServer
 
 from tiercache.cli.common import INTERRUPTED, verb
-from tiercache.store import calls
+from tiercache.store import remote
 
 
 def struck(monkeypatch, where):
@@ -44,7 +44,7 @@ def nobody(monkeypatch):
     def paused(*_args):
         raise AssertionError("the command must not try again")
 
-    monkeypatch.setattr(calls, "pause", paused)
+    monkeypatch.setattr(remote, "pause", paused)
     with HttpFaultServer() as server:
         return server.url
 

@@ -15,7 +15,7 @@ from tests.flow.integrations.conftest import DATA
 from tests.support.forks import in_child
 
 import tiercache as tc
-from tiercache.store.ranges import RequestCosts, plan_requests
+from tiercache.store.contract import RequestCosts, plan_requests
 
 # -- files ----------------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ import pytest
 from tests.flow.tier.test_locations import RULES, write
 
 from tiercache.store import LocalFolder
-from tiercache.store.placement.log import PlacementRow, commit_placement
+from tiercache.store.placement_log import PlacementRow, commit_placement
 
 
 @pytest.fixture

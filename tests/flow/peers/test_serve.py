@@ -30,7 +30,7 @@ from tiercache.peers.server import (
 )
 from tiercache.shard.versions import latest, read_shards
 from tiercache.store import LocalFolder
-from tiercache.store.calls import RequestTimes
+from tiercache.store.remote import RequestTimes
 from tiercache.waiting import wait_for
 
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")

@@ -7,7 +7,7 @@ from tests.support.disk_bucket import flipped, read_object, write_object
 from tests.support.faults import Fault
 from tests.support.tier_moves import GRACE_S, PARTS, HookAt, Killed, World, checkpoint, content, moved_away
 
-from tiercache.store.placement import log
+from tiercache.store import placement_log
 from tiercache.tier.move.deletions import DeletionFacts
 from tiercache.tier.move.executor import apply_plan
 
@@ -225,7 +225,7 @@ def test_a_deletion_is_cancelled_if_the_url_of_its_tier_changed(world):
 
 def test_a_placement_that_leads_home_stops_a_deletion_at_home(world):
     moved_away(world, "f")
-    log.commit_placement(world.inner["standard"], {"f": None})
+    placement_log.commit_placement(world.inner["standard"], {"f": None})
     world.later()
     assert "expected placement to lead to" in world.run_due_deletions().stopped[0].reason
     assert world.where("f") == ["standard", "archive"]

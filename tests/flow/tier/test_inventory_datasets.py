@@ -11,8 +11,7 @@ from tests.support.scripted_tiers import NOW_S, InventoryByName, ScriptedCatalog
 
 import tiercache as tc
 from tiercache.shard import versions as manifest
-from tiercache.store import LocalFolder
-from tiercache.store.placement import log, uses
+from tiercache.store import LocalFolder, placement_log, uses
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores
@@ -39,7 +38,7 @@ def local(tmp_path):
 
 
 def test_uses_are_recorded_from_the_start_of_tracking(local):
-    local.store.put(log.TRACKING_MARKER_KEY, log.encode_tracking_marker(0, NOW_S - 5000))
+    local.store.put(placement_log.TRACKING_MARKER_KEY, placement_log.encode_tracking_marker(0, NOW_S - 5000))
     for path in local.home.rglob("*.tcs"):
         os.utime(path, (NOW_S - 10**6, NOW_S - 10**6))
     snapshot = local.take().snapshot

@@ -6,7 +6,7 @@ import pytest
 
 import tiercache as tc
 from tiercache.store import LocalFolder
-from tiercache.store.placement.log import PlacementRow, commit_placement
+from tiercache.store.placement_log import PlacementRow, commit_placement
 
 RULES = """
 [tiers.hot]

@@ -15,10 +15,9 @@ from tests.support.placements import numbers, row, rows_of, stopped_at
 from tests.support.stores import CountingStore, GateStore
 
 from tiercache.errors import CommitConflict, CorruptShard, StoreError
-from tiercache.store import LocalFolder, MemoryStore
+from tiercache.store import LocalFolder, MemoryStore, placement_log
 from tiercache.store.contract import WrapperStore
-from tiercache.store.placement import log
-from tiercache.store.placement.log import N_KEPT, TRACKING_MARKER_KEY, PlacementRow, placement_key
+from tiercache.store.placement_log import N_KEPT, TRACKING_MARKER_KEY, PlacementRow, placement_key
 
 # -- what it says ---------------------------------------------------------------------------------------------------
 
@@ -46,10 +45,10 @@ def test_after_any_changes_the_placement_equals_a_dict(steps):
     store, oracle = MemoryStore("placement-oracle"), {}
     store.delete([info.key for info in store.list()])
     for changes in steps:
-        committed = log.commit_placement(store, changes)
+        committed = placement_log.commit_placement(store, changes)
         oracle = {key: one for key, one in {**oracle, **changes}.items() if one is not None}
         assert rows_of(committed) == oracle
-        found = log.read_placement(store)
+        found = placement_log.read_placement(store)
         assert rows_of(found) == oracle
         assert list(rows_of(found)) == sorted(oracle, key=str.encode)
         assert {key: found.find(key) for key in ("a", "shards/0.tcs", "none")} == {
@@ -63,36 +62,36 @@ def test_after_any_changes_the_placement_equals_a_dict(steps):
 
 def test_a_forbidden_marker_counts_as_missing(store):
     forbidden = FaultStore(store, [Fault("read_tail", keys=TRACKING_MARKER_KEY, status=403, retryable=False)])
-    assert log.read_placement(forbidden) is None
+    assert placement_log.read_placement(forbidden) is None
     failing = FaultStore(store, [Fault("read_tail", keys=TRACKING_MARKER_KEY, status=503)])
     with pytest.raises(StoreError, match="scripted fault"):
-        log.read_placement(failing)
+        placement_log.read_placement(failing)
 
 
 def test_a_client_that_may_not_list_finds_the_newest_placement(store):
     for n in range(3):
-        log.commit_placement(store, {f"{n}": row(f"{n}")})
-    keys = [log.placement_key(number) for number in range(4, 60)]
+        placement_log.commit_placement(store, {f"{n}": row(f"{n}")})
+    keys = [placement_log.placement_key(number) for number in range(4, 60)]
     forbidden = [Fault("read_tail", keys=key, status=403, retryable=False, times=9999) for key in keys]
     cannot_list = Fault("list", status=403, retryable=False, times=9999)
-    found = log.read_placement(FaultStore(store, [*forbidden, cannot_list]))
+    found = placement_log.read_placement(FaultStore(store, [*forbidden, cannot_list]))
     assert (found.number, len(found)) == (3, 3)
 
 
 def test_a_marker_without_a_placement_means_that_everything_is_at_home(store):
-    assert not log.is_tracked(store)
-    log.start_tracking(store)
-    log.start_tracking(store)
-    assert log.is_tracked(store)
-    found = log.read_placement(store)
+    assert not placement_log.is_tracked(store)
+    placement_log.start_tracking(store)
+    placement_log.start_tracking(store)
+    assert placement_log.is_tracked(store)
+    found = placement_log.read_placement(store)
     assert (found.number, len(found), found.find("a")) == (0, 0, None)
 
 
 def test_the_last_ten_placements_are_kept(store):
     for n in range(3 * N_KEPT):
-        log.commit_placement(store, {"a": row("a", n_bytes=n)})
+        placement_log.commit_placement(store, {"a": row("a", n_bytes=n)})
     assert numbers(store) == list(range(2 * N_KEPT + 1, 3 * N_KEPT + 1))
-    assert log.read_placement(store).find("a").n_bytes == 3 * N_KEPT - 1
+    assert placement_log.read_placement(store).find("a").n_bytes == 3 * N_KEPT - 1
 
 
 def test_a_row_without_a_url_or_with_an_unknown_state_or_a_negative_size_is_refused():
@@ -111,35 +110,35 @@ def test_a_row_without_a_url_or_with_an_unknown_state_or_a_negative_size_is_refu
 )
 def test_a_hint_to_a_missing_placement_is_no_error(store, hint):
     for n in range(4):
-        log.commit_placement(store, {"a": row("a", n_bytes=n)})
+        placement_log.commit_placement(store, {"a": row("a", n_bytes=n)})
     store.put(TRACKING_MARKER_KEY, hint)
-    assert log.read_placement(store).number == 4
+    assert placement_log.read_placement(store).number == 4
 
 
 def test_the_marker_keeps_the_start_of_tracking_over_commits(store):
     before_s = int(time.time())
-    log.start_tracking(store)
-    since_s = log.tracked_since_s(store)
+    placement_log.start_tracking(store)
+    since_s = placement_log.tracked_since_s(store)
     assert before_s <= since_s <= time.time()
-    store.put(TRACKING_MARKER_KEY, log.encode_tracking_marker(0, since_s - 1000))
+    store.put(TRACKING_MARKER_KEY, placement_log.encode_tracking_marker(0, since_s - 1000))
     for n in range(2):
-        log.commit_placement(store, {"a": row("a", n_bytes=n)})
-    assert log.tracked_since_s(store) == since_s - 1000
+        placement_log.commit_placement(store, {"a": row("a", n_bytes=n)})
+    assert placement_log.tracked_since_s(store) == since_s - 1000
 
 
 def test_a_writer_that_slept_while_its_number_was_used_and_deleted_loses_nothing(store):
-    log.commit_placement(store, {"a": row("a")})
+    placement_log.commit_placement(store, {"a": row("a")})
     gated = GateStore(store)
     gate = gated.stop_at("before_put_if_absent", placement_key(2))
-    late = threading.Thread(target=lambda: log.commit_placement(gated, {"late": row("late")}))
+    late = threading.Thread(target=lambda: placement_log.commit_placement(gated, {"late": row("late")}))
     late.start()
     with gate:
         gate.wait_reached()
         for n in range(2 * N_KEPT):
-            log.commit_placement(store, {f"early/{n}": row(f"early/{n}")})
+            placement_log.commit_placement(store, {f"early/{n}": row(f"early/{n}")})
         assert 2 not in numbers(store)
     late.join()
-    found = log.read_placement(store)
+    found = placement_log.read_placement(store)
     assert found.find("late") == row("late")
     assert len(found) == 2 * N_KEPT + 2
     assert 2 not in numbers(store)
@@ -147,19 +146,19 @@ def test_a_writer_that_slept_while_its_number_was_used_and_deleted_loses_nothing
 
 def test_numbers_that_vanish_between_listing_and_reading_are_searched_again(store):
     for n in range(3):
-        log.commit_placement(store, {"a": row("a", n_bytes=n)})
+        placement_log.commit_placement(store, {"a": row("a", n_bytes=n)})
 
     class Rushing(CountingStore):
         def list(self, prefix=""):
             found = list(super().list(prefix))
             if self.n_calls("list") == 1:
                 for n in range(2 * N_KEPT):
-                    log.commit_placement(store, {"a": row("a", n_bytes=100 + n)})
+                    placement_log.commit_placement(store, {"a": row("a", n_bytes=100 + n)})
             return iter(found)
 
     store.put(TRACKING_MARKER_KEY, b"{}")
     store.delete([placement_key(1)])
-    assert log.read_placement(Rushing(store)).number == 2 * N_KEPT + 3
+    assert placement_log.read_placement(Rushing(store)).number == 2 * N_KEPT + 3
 
 
 # -- racing, and failing in between ---------------------------------------------------------------------------------
@@ -178,7 +177,7 @@ def test_no_change_of_racing_writers_is_lost(kind, tmp_path, request):
     def write(number: int) -> None:
         try:
             for i in range(n_each):
-                log.commit_placement(home, {f"{number}/{i}": row(f"{number}/{i}"), f"{number}/{i - 1}": None})
+                placement_log.commit_placement(home, {f"{number}/{i}": row(f"{number}/{i}"), f"{number}/{i - 1}": None})
         except BaseException as error:  # noqa: BLE001 -- a thread's top
             failures.append(error)
 
@@ -188,7 +187,7 @@ def test_no_change_of_racing_writers_is_lost(kind, tmp_path, request):
     for thread in threads:
         thread.join()
     assert failures == []
-    found = log.read_placement(home)
+    found = placement_log.read_placement(home)
     assert set(rows_of(found)) == {f"{number}/{n_each - 1}" for number in range(n_threads)}
     assert found.number == n_threads * n_each
     home.close()
@@ -197,38 +196,38 @@ def test_no_change_of_racing_writers_is_lost(kind, tmp_path, request):
 def test_a_writer_that_loses_a_race_merges_its_changes(store):
     gated = GateStore(store)
     gate = gated.stop_at("before_put_if_absent", placement_key(1))
-    late = threading.Thread(target=lambda: log.commit_placement(gated, {"late": row("late")}))
+    late = threading.Thread(target=lambda: placement_log.commit_placement(gated, {"late": row("late")}))
     late.start()
     with gate:
         gate.wait_reached()
-        log.commit_placement(store, {"early": row("early")})
+        placement_log.commit_placement(store, {"early": row("early")})
     late.join()
-    assert set(rows_of(log.read_placement(store))) == {"early", "late"}
+    assert set(rows_of(placement_log.read_placement(store))) == {"early", "late"}
 
 
 @pytest.mark.parametrize("point", ["tier_placement.written", "tier_placement.hinted"])
 @pytest.mark.parametrize("n_before", [0, N_KEPT + 3])
 def test_repeating_a_commit_that_was_killed_at_any_point_completes_it(store, point, n_before):
     for n in range(n_before):
-        log.commit_placement(store, {"a": row("a", n_bytes=n)})
+        placement_log.commit_placement(store, {"a": row("a", n_bytes=n)})
 
-    stopped_at(point, lambda: log.commit_placement(store, {"b": row("b")}))
-    assert log.read_placement(store).find("b") == row("b")
-    assert log.commit_placement(store, {"b": row("b")}).number == n_before + 1
-    assert log.commit_placement(store, {"c": row("c")}).number == n_before + 2
+    stopped_at(point, lambda: placement_log.commit_placement(store, {"b": row("b")}))
+    assert placement_log.read_placement(store).find("b") == row("b")
+    assert placement_log.commit_placement(store, {"b": row("b")}).number == n_before + 1
+    assert placement_log.commit_placement(store, {"c": row("c")}).number == n_before + 2
 
 
 def test_losing_every_race_is_a_conflict(store, monkeypatch):
-    monkeypatch.setattr(log, "MAX_REBASES", 3)
+    monkeypatch.setattr(placement_log, "MAX_REBASES", 3)
 
     class Crowd(FaultStore):
         def put_if_absent(self, key, data):
             if key.endswith(".arrow"):
-                log.commit_placement(store, {"n": row("n", n_bytes=int(key[-26:-6]))})
+                placement_log.commit_placement(store, {"n": row("n", n_bytes=int(key[-26:-6]))})
             return super().put_if_absent(key, data)
 
     with pytest.raises(CommitConflict, match="3 others changed the placement first"):
-        log.commit_placement(Crowd(store), {"a": row("a")})
+        placement_log.commit_placement(Crowd(store), {"a": row("a")})
 
 
 # -- damaged placements --------------------------------------------------------------------------------------------
@@ -239,20 +238,22 @@ def damage(store, number: int) -> None:
     store.put(placement_key(number), data.replace(b"s3://", b"s3:/0"))
 
 
-@pytest.mark.parametrize("mark", [log.encode_tracking_marker(2), log.encode_tracking_marker(7), b"{}", b"", None])
+@pytest.mark.parametrize(
+    "mark", [placement_log.encode_tracking_marker(2), placement_log.encode_tracking_marker(7), b"{}", b"", None]
+)
 def test_a_corrupt_placement_is_reported_to_readers_and_writers(store, mark):
     for n in range(2):
-        log.commit_placement(store, {"a": row("a", n_bytes=n)})
+        placement_log.commit_placement(store, {"a": row("a", n_bytes=n)})
     damage(store, 2)
     store.delete([TRACKING_MARKER_KEY])
     if mark is not None:
         store.put(TRACKING_MARKER_KEY, mark)
     with pytest.raises(CorruptShard, match=placement_key(2)):
-        log.find_newest_placement(store)
+        placement_log.find_newest_placement(store)
     with pytest.raises(CorruptShard, match=placement_key(2)):
-        log.commit_placement(store, {"b": row("b")})
+        placement_log.commit_placement(store, {"b": row("b")})
     with pytest.raises(CorruptShard, match=placement_key(2)):
-        log.read_placement(store)  # if there was no mark, there is one by now
+        placement_log.read_placement(store)  # if there was no mark, there is one by now
     assert numbers(store) == [1, 2]
 
 
@@ -271,7 +272,7 @@ class Misread(WrapperStore):
 
 
 def test_a_placement_that_was_damaged_in_transit_is_read_again(store):
-    log.commit_placement(store, {"a": row("a")})
-    assert rows_of(log.read_placement(Misread(store, placement_key(1), 1))) == {"a": row("a")}
+    placement_log.commit_placement(store, {"a": row("a")})
+    assert rows_of(placement_log.read_placement(Misread(store, placement_key(1), 1))) == {"a": row("a")}
     with pytest.raises(CorruptShard):
-        log.read_placement(Misread(store, placement_key(1), 2))
+        placement_log.read_placement(Misread(store, placement_key(1), 2))

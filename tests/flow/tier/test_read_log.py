@@ -11,7 +11,7 @@ from tests.support.tier_moves import World, moved_away
 
 import tiercache as tc
 from tiercache.prices import prices_if_known
-from tiercache.store.placement import uses as read_log
+from tiercache.store import uses as read_log
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.journal import TierCatalog
 from tiercache.tier.model import Decisions

@@ -18,11 +18,15 @@ from torch.utils.data import DataLoader as TorchLoader
 import tiercache as tc
 from tiercache.errors import ArchivedShards, NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
-from tiercache.store import LocalFolder, MemoryStore
-from tiercache.store.placement import log
-from tiercache.store.placement.log import PlacementRow
-from tiercache.store.placement.redirecting_store import RedirectingLocalStore, follow_placement
-from tiercache.store.placement.resolver import LocationResolver, is_same_service, options_of
+from tiercache.store import LocalFolder, MemoryStore, placement_log
+from tiercache.store.placement import (
+    LocationResolver,
+    RedirectingLocalStore,
+    follow_placement,
+    is_same_service,
+    options_of,
+)
+from tiercache.store.placement_log import PlacementRow
 
 ALL = list(range(N))
 
@@ -154,7 +158,7 @@ def test_a_read_by_etag_continues_at_the_new_location(tmp_path, stores):
     tail, info = store.read_tail("a", 4)
     assert tail == data[-4:]
     cold.put("a", data)
-    log.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=200)})
+    placement_log.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=200)})
     home.delete(["a"])
     for _ in range(3):
         buffer = bytearray(10)
@@ -177,7 +181,7 @@ def test_an_object_that_was_replaced_in_place_is_reported_as_changed(stores):
 def test_an_object_of_another_size_at_the_new_location_is_not_read(stores):
     (home, _), (cold, _) = stores("memory", "home"), stores("memory", "cold")
     cold.put("a", b"longer than it was")
-    log.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
+    placement_log.commit_placement(home, {"a": PlacementRow("a", cold.url, n_bytes=5)})
     with pytest.raises(ObjectChanged, match=r"expected the moved object, found a different one.*expected 5 bytes"):
         follow_placement(home, {}).get("a")
 
@@ -193,8 +197,8 @@ def test_an_error_that_cannot_mean_a_move_reads_no_placement(stores):
 
 def test_an_unreadable_placement_leaves_the_original_error(stores):
     home, _ = stores("memory", "home")
-    log.start_tracking(home)
-    home.put(log.placement_key(1), b"garbage")
+    placement_log.start_tracking(home)
+    home.put(placement_log.placement_key(1), b"garbage")
     with pytest.raises(NotFound, match="home/data/a"):
         follow_placement(home, {}).get("a")
 
@@ -316,7 +320,7 @@ def test_a_location_that_cannot_be_opened_is_an_error_without_credentials(packed
     moved = Moved(packed, LocalFolder(tmp_path / "home"))
     moved.move(moved.keys[:1], LocalFolder(tmp_path / "cold"))
     info = moved.infos[0]
-    log.commit_placement(moved.store, {info.name: PlacementRow(info.name, url, n_bytes=info.n_bytes)})
+    placement_log.commit_placement(moved.store, {info.name: PlacementRow(info.name, url, n_bytes=info.n_bytes)})
     with closing(tc.Dataset(moved.store.url)) as dataset:
         with pytest.raises(StoreError, match="names a location that cannot be opened") as caught:
             by_loader(dataset)
@@ -383,8 +387,8 @@ def test_a_location_is_opened_with_the_storage_options_of_its_tier(tmp_path, mon
     rules = '[tiers.archive]\nurl = "s3://cold/train"\nstorage_options = { region = "xx-1", anon = true }\n'
     (tmp_path / "tiercache.toml").write_text(rules)
     places = LocationResolver(MemoryStore("options-home"), {})
-    found = places.store_at(log.PlacementRow("a", "s3://cold/train/data", n_bytes=1))
-    other = places.store_at(log.PlacementRow("a", "s3://cold/training/data", n_bytes=1))
+    found = places.store_at(placement_log.PlacementRow("a", "s3://cold/train/data", n_bytes=1))
+    other = places.store_at(placement_log.PlacementRow("a", "s3://cold/training/data", n_bytes=1))
     assert found.options.config["region"] == "xx-1"
     assert other.options.config.get("region") != "xx-1"
     assert options_of("s3://cold/train") == options_of("s3://cold/train/data/") != {}

@@ -10,8 +10,7 @@ from tests.support.tier_moves import HookAt, Killed
 
 import tiercache as tc
 from tiercache.errors import CommitConflict
-from tiercache.store import LocalFolder
-from tiercache.store.placement import log
+from tiercache.store import LocalFolder, placement_log
 from tiercache.tier.move.lock import TierLock
 from tiercache.tier.move.mover import DONE, PARTLY, run_once
 from tiercache.tier.rules import load_rule_file
@@ -113,7 +112,7 @@ def test_readers_find_the_shards_of_a_cold_data_set(tiers, clock):
     clock.jump(2 * DAY_S)
     report = tiers.run()
     assert report.newly_tracked == ("data",)
-    assert log.is_tracked(LocalFolder(url))
+    assert placement_log.is_tracked(LocalFolder(url))
     clock.jump(DAY_S + 1)
     report = tiers.run()
     assert report.stopped == ()

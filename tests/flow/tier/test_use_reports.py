@@ -28,11 +28,10 @@ from tests.support.stores import CountingStore, GateStore
 
 import tiercache as tc
 from tiercache.errors import StoreError
-from tiercache.store import LocalFolder, MemoryStore
+from tiercache.store import LocalFolder, MemoryStore, uses
 from tiercache.store.contract import WrapperStore
-from tiercache.store.placement import uses
-from tiercache.store.placement.resolver import LocationResolver
-from tiercache.store.placement.uses import (
+from tiercache.store.placement import LocationResolver
+from tiercache.store.uses import (
     IN_USE_S,
     REPORT_S,
     USAGE_FOLDER,

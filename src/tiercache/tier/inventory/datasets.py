@@ -17,8 +17,8 @@ from tiercache.errors import CorruptShard, NotFound, UnsupportedFormat
 from tiercache.model import OWN_FOLDER
 from tiercache.shard import versions as manifest
 from tiercache.shard.versions import VERSIONS_FOLDER, SegmentRef, ShardTable, Version, read_segments
-from tiercache.store.placement import log, uses
-from tiercache.store.placement.log import prefix_store
+from tiercache.store import placement_log, uses
+from tiercache.store.placement_log import prefix_store
 from tiercache.tier.text_columns import index_in, match_regex
 
 if TYPE_CHECKING:
@@ -114,14 +114,14 @@ class _DatasetReader:
         except (CorruptShard, UnsupportedFormat) as error:
             return _no_shards(), FoundDataset(self._folder, self._tier, len(numbers), problem=str(error))
         has_tracking_marker = bool(
-            match_regex(own_keys, f"^{re.escape(self._folder + log.TRACKING_MARKER_KEY)}$").any()
+            match_regex(own_keys, f"^{re.escape(self._folder + placement_log.TRACKING_MARKER_KEY)}$").any()
         )
         reports = match_regex(own_keys, f"^{re.escape(self._folder + uses.USAGE_FOLDER)}").any()
         found = uses.read_reports(self._store) if reports else []
         used = uses.merge_reports(found, table.names, now_s=now_s)
         # Without the tracking marker, readers do not report: a data set that is read daily must not be archived on the
         # day of the first rules. A marker without a date comes from an early release: uses have been tracked for long.
-        since_s = (log.tracked_since_s(self._store) or 0.0) if has_tracking_marker else np.inf
+        since_s = (placement_log.tracked_since_s(self._store) or 0.0) if has_tracking_marker else np.inf
         names = pa.concat_arrays([pa.nulls(0, pa.large_string()), *table.names.chunks])
         shards = LiveShards(
             keys=pc.binary_join_element_wise(pa.scalar(self._folder, names.type), names, pa.scalar("", names.type)),

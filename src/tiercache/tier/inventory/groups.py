@@ -28,7 +28,7 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.keep import PIN_NAME, UNREADABLE_PIN, parse_pin
 from tiercache.model import format_bytes
 from tiercache.store import LocalFolder
-from tiercache.store.placement.uses import read_uses, uses_under
+from tiercache.store.uses import read_uses, uses_under
 from tiercache.tier.holds import HOLDS_FOLDER, Hold, Holds, read_holds
 from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
 from tiercache.tier.inventory.layouts import (
@@ -263,7 +263,7 @@ def _are_equal(one: pa.ChunkedArray, other: pa.ChunkedArray) -> NDArray[np.bool_
 
 
 def _without_ctime(etags: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return ETags, those of local files without their last part (see file_info() of store/posix.py)."""
+    """Return ETags, those of local files without their last part (see file_info() of store/local.py)."""
     return pc.replace_substring_regex(etags, r'^("[0-9a-f]+-[0-9a-f]+-[0-9a-f]+)-[0-9a-f]+"$', r"\1")
 
 

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tiercache.store.posix import TEMP_PREFIX
+from tiercache.store.local import TEMP_PREFIX
 from tiercache.tier.model import NO_RUN, NO_STEP
 from tiercache.tier.text_columns import (
     ROWS_AT_A_TIME,

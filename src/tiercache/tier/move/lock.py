@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, StoreError
 from tiercache.store.numbered_log import NumberedLog
-from tiercache.store.private_files import pid_namespace, start_time
+from tiercache.store.shared_files import pid_namespace, start_time
 from tiercache.waiting import SYSTEM_CLOCK, SystemClock, pause, wait_for
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 
 from tiercache.errors import StoreError, TierCacheError
 from tiercache.shard.versions import VERSIONS_FOLDER
-from tiercache.store.placement import log
-from tiercache.store.placement.log import Placement, PlacementRow, prefix_store
+from tiercache.store import placement_log
+from tiercache.store.placement_log import Placement, PlacementRow, prefix_store
 from tiercache.tier.model import SHARD
 from tiercache.tier.move.checks import is_readable
 from tiercache.tier.text_columns import first_match
@@ -115,7 +115,7 @@ class PlacementUpdates:
         failed: list[tuple[T, str]] = []
         for folder, some in merged.items():
             try:
-                self._placements[folder] = log.commit_placement(self._log(folder), some)
+                self._placements[folder] = placement_log.commit_placement(self._log(folder), some)
             except TierCacheError as error:
                 self._placements.pop(folder, None)
                 failed += [(owner, f"the placement could not be written: {error}") for owner in owners[folder]]
@@ -133,14 +133,14 @@ class PlacementUpdates:
     def _row(self, folder: str, key: str) -> PlacementRow | None:
         """Return the placement row of an object; None if it is at home. key: Relative to home."""
         if folder not in self._placements:
-            self._placements[folder] = log.read_placement(self._log(folder))
+            self._placements[folder] = placement_log.read_placement(self._log(folder))
         found = self._placements[folder]
         return None if found is None else found.find(_relative(folder, key))
 
     def keys_led_to(self, tier: str, keys: Iterable[str]) -> list[str]:
         """Return those of the keys of files and checkpoints for which the home's placement leads readers to a tier.
 
-        Raises as log.read_placement().
+        Raises as read_placement().
         """
         url = self._url(tier, "")
         placed = [(key, self._row("", key)) for key in keys]
@@ -149,7 +149,7 @@ class PlacementUpdates:
     def stale_placement_reason(self, row: JournalRow, at_home: Infos) -> str:
         """Return why readers would still look where a move deletes; "" if all are redirected.
 
-        Raises as log.read_placement().
+        Raises as read_placement().
         """
         folder = self._folder(row)
         target = self._url(row.dst, folder)
@@ -188,7 +188,7 @@ class PlacementUpdates:
         return {(row.plan, row.number): reason for row, reason in failed + self.commit(changes)}
 
     def _reverse_changes(self, row: JournalRow) -> tuple[str, RowChanges]:
-        """Return the folder, and the changes that undo the redirect of a move. Raises as log.read_placement()."""
+        """Return the folder, and the changes that undo the redirect of a move. Raises as read_placement()."""
         folder = self._folder(row)
         if row.action == "delete":
             return folder, self._rows_of_last_copies(row, folder)
@@ -278,6 +278,6 @@ def _start_tracking(stores: Stores, folders: Iterable[str]) -> tuple[str, ...]:
     for folder in folders:
         # A store that cannot be written: the moves report that.
         with suppress(StoreError):
-            if log.start_tracking(prefix_store(home_store, folder)):
+            if placement_log.start_tracking(prefix_store(home_store, folder)):
                 newly_tracked.append(folder)
     return tuple(newly_tracked)

@@ -21,7 +21,7 @@ from tiercache.model import ByteRange, ObjectInfo
 from tiercache.store import CloudStore, LocalFolder
 from tiercache.store.archive import MOST_PARTS, S3StorageClasses
 from tiercache.store.contract import Upload
-from tiercache.store.posix import FileAttributes
+from tiercache.store.local import FileAttributes
 from tiercache.tier.journal import CatalogEntry
 from tiercache.tier.model import PART_BYTES, PlannedObject
 from tiercache.tier.stores import Stores, needs_restore

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tiercache.model import OWN_FOLDER
 from tiercache.store.contract import check_key
-from tiercache.store.posix import UnpublishedFile, open_folder, write_all
+from tiercache.store.local import UnpublishedFile, open_folder, write_all
 from tiercache.tier.model import Move, Plan, Refusal
 
 FORMAT, VERSION = "tiercache-plan", 1

@@ -1,0 +1,969 @@
+"""Where moved objects are now: for the readers of a home, and for any path under which a file or checkpoint once lay.
+
+A moved object of a home is found without a notification::
+
+    1. If the known placement has a row for the key, that location is read; otherwise the home is read.
+    2. If the store answers that the object is missing (404), a different one (412) or archived (403), the placement is
+       read again, and the location it names is asked by one HEAD; then the home, where a copy stays during the grace
+       period.
+    3. If the size and, where both are known, the checksum are as expected, the read continues there.
+
+Any other path is found so, a file by HEAD requests and a folder by listings::
+
+    1. If the rule file of this machine has a tier that contains the path, the same path is looked up in all its tiers,
+       from the fastest to the coldest. This needs no placement, and finds copies in tiers of this machine alone.
+    2. Otherwise a home is searched in the folders above the path: the first that has a tracking marker, or that is a
+       tier whose marker leads to the home, and whose placement has a row for the path leads to the object. This works
+       without a rule file.
+
+The tiers of this machine's rule file are read here without the models that validate a rule file, because building these
+takes 50 ms in every process of a training job.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import numpy as np
+import pyarrow.compute as pc
+
+from tiercache import config
+from tiercache.errors import (
+    ArchivedShards,
+    CorruptShard,
+    NotFound,
+    ObjectChanged,
+    StoreError,
+    TierCacheError,
+    UnsupportedFormat,
+)
+from tiercache.model import OWN_FOLDER, ByteRange, ObjectInfo, ShardIdentity, format_bytes
+from tiercache.prices import provider_prices, read_dollars
+from tiercache.store import Lease, LocalFolder, LocalStore, Span, Store, open_store, placement_log, redact
+from tiercache.store.access import plain_url, scheme_of
+from tiercache.store.contract import Receive, WrapperStore
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from tiercache.model import ObjectInfo
+    from tiercache.store.placement_log import Placement, PlacementRow
+
+
+@dataclass(frozen=True, slots=True)
+class TierUrl:
+    """A tier of a rule file, as far as readers need it. url: URL or absolute path."""
+
+    name: str
+    url: str
+    options: Mapping[str, Any]
+
+
+def tiers_of_rules(rules: Path | None = None) -> tuple[TierUrl, ...]:
+    """Return the tiers of a rule file, from the fastest to the coldest; () if there is no readable one.
+
+    rules: Rule file; None: the tiercache.toml that applies to the working folder.
+    """
+    with suppress(KeyError, ValueError, TypeError, AttributeError, OSError):
+        file = config.find_file(Path.cwd()) if rules is None else rules.absolute()
+        if file is not None:
+            tables = config.parse_toml(file, config.read_file(file)).get("tiers", {})
+            urls = {name: str(table["url"]) for name, table in tables.items()}
+            return tuple(
+                TierUrl(
+                    name,
+                    url if "://" in url else os.path.normpath(file.parent / Path(url).expanduser()),
+                    dict(tables[name].get("storage_options", {})),
+                )
+                for name, url in urls.items()
+            )
+    return ()
+
+
+def options_of(url: str) -> dict[str, Any]:
+    """Return the storage options of the tier at url or above it; {} where this machine's rule file has none."""
+    segments = url.split("/")
+    if ".." not in segments and "." not in segments:
+        for tier in tiers_of_rules():
+            if f"{url.rstrip('/')}/".startswith(f"{tier.url.rstrip('/')}/"):
+                return dict(tier.options)
+    return {}
+
+
+T = TypeVar("T")
+
+_ARCHIVED = re.compile(r"InvalidObjectState|BlobArchived|storage class|archived", re.IGNORECASE)
+_MANY_ETAGS = 4096
+_CLOUDS = ("s3", "s3a", "gs", "gcs", "az", "azure")
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectLocation:
+    """Location at which an object was found. info: Answer of a HEAD there; None if none was made."""
+
+    store: Store
+    row: PlacementRow | None
+    info: ObjectInfo | None = None
+
+
+def is_archived(error: StoreError) -> bool:
+    """Return whether a store's error says that an object must be restored before it can be read."""
+    return error.status in (403, 409) and bool(_ARCHIVED.search(error.message))
+
+
+@dataclass(slots=True)
+class _ResolverState:
+    """What one process knows. The lock guards opening stores and reading the placement.
+
+    Attributes:
+        was_read: Whether the marker was read.
+        placement: Newest placement known; None if none is known, or the home is not tracked.
+        stores: URL -> opened store.
+        etags: (key, ETag at opening) -> current ETag of moved objects.
+        has_local: Whether the placement names folders of this machine.
+        has_remote: Whether the placement names remote stores, for which a cache pays off.
+    """
+
+    pid: int = field(default_factory=os.getpid)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    was_read: bool = False
+    placement: Placement | None = None
+    stores: dict[str, Store] = field(default_factory=dict)
+    etags: dict[tuple[str, str], str | None] = field(default_factory=dict)
+    has_local: bool = False
+    has_remote: bool = False
+
+
+class LocationResolver:
+    """Resolves the locations of a home's objects. Thread-safe. A forked child opens its own stores.
+
+    Known state is read without the lock. The options of the home also apply to locations of the same service, together
+    with the options that a rule file of this machine has for their tier.
+    """
+
+    def __init__(self, home: Store, options: Mapping[str, Any]) -> None:
+        self.home = home
+        self.options = dict(options)
+        self._known = _ResolverState()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocationResolver, (self.home, self.options)
+
+    @property
+    def _state(self) -> _ResolverState:
+        state = self._known
+        if state.pid != os.getpid():  # the parent's lock may be held for ever, and its stores are the parent's
+            was_read, found = state.was_read, state.placement
+            state = self._known = _ResolverState()
+            if was_read:
+                self._learn(state, found)
+        return state
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    def placement_once(self) -> Placement | None:
+        """Return the placement, read once per process; None if the home is not tracked. Raises as read_placement()."""
+        state = self._state
+        if not state.was_read:
+            with state.lock:
+                if not state.was_read:
+                    self._learn(state, placement_log.read_placement(self.home))
+        return state.placement
+
+    def refresh(self) -> Placement | None:
+        """Read and return the newest placement. Raises as placement_log.find_newest_placement()."""
+        state = self._state
+        with state.lock:
+            found = placement_log.find_newest_placement(self.home, state.placement)
+            if found.number or state.placement is not None:
+                self._learn(state, found)
+        return state.placement
+
+    @property
+    def is_tracked(self) -> bool | None:
+        """Whether the home is tracked; None if the marker was not read yet."""
+        state = self._state
+        return state.placement is not None if state.was_read else None
+
+    @property
+    def has_remote(self) -> bool:
+        """Whether the known placement names a remote store, for which a cache pays off."""
+        return self._known.has_remote
+
+    @property
+    def known_placement(self) -> Placement | None:
+        return self._known.placement
+
+    def row(self, key: str) -> PlacementRow | None:
+        """Return the row of key in the known placement; None: at home."""
+        placement = self._known.placement
+        return None if placement is None or not len(placement) else placement.find(key)
+
+    def _learn(self, state: _ResolverState, found: Placement | None) -> None:
+        state.placement, state.was_read = found, True
+        urls = [] if found is None else found.rows["url"].unique().to_pylist()
+        state.has_local = any(not scheme_of(url) for url in urls)
+        state.has_remote = any(is_remote(url) for url in urls)
+
+    # -- stores -----------------------------------------------------------------------------------------------------
+
+    def store_at(self, row: PlacementRow | None) -> Store:
+        """Return the store of a row's location, opened once per process; the home for None."""
+        if row is None or self._is_home(row.url):
+            return self.home
+        state, url = self._state, row.url
+        with state.lock:
+            if url not in state.stores:
+                own = self.options if is_same_service(url, self.home.url) else {}
+                try:
+                    state.stores[url] = open_store(url, **(own | options_of(url)))
+                except ValueError as error:
+                    message = f"the placement of {self.home.url} names a location that cannot be opened: {error}"
+                    raise StoreError(message, url=redact(url)) from error
+            return state.stores[url]
+
+    def _is_home(self, url: str) -> bool:
+        return url.rstrip("/") == self.home.url.rstrip("/")
+
+    def stores(self) -> tuple[Store, ...]:
+        return self.home, *self._known.stores.values()
+
+    def close(self) -> None:
+        for store in self.stores():
+            store.close()
+
+    # -- resolving --------------------------------------------------------------------------------------------------
+
+    def follow(self, key: str, call: Callable[[ObjectLocation], T], if_match: str | None = None) -> T:
+        """Return call(location) for the location of key. Call it once more if the object has moved since.
+
+        if_match: ETag of the object at opening; the new location's ETag is remembered for it. Raises ArchivedShards if
+        the object must be restored first, or the error of the call if the object is not found unchanged elsewhere.
+        """
+        row = None if key.startswith(OWN_FOLDER) else self.row(key)
+        try:
+            return call(ObjectLocation(self.store_at(row), row))
+        except StoreError as error:
+            archived = is_archived(error)
+            if key.startswith(OWN_FOLDER) or not (archived or isinstance(error, NotFound | ObjectChanged)):
+                raise
+            found = self._find_again(key, row, error)
+        if if_match is not None and found.info is not None:
+            etags = self._state.etags
+            if len(etags) >= _MANY_ETAGS:
+                etags.clear()
+            etags[key, if_match] = found.info.etag
+        try:
+            return call(found)
+        except StoreError as error:
+            if is_archived(error):
+                raise archived_error(key, found.row, found.store, self.home) from error
+            raise
+
+    def etag_of(self, key: str, etag: str | None) -> str | None:
+        """Return the current ETag of an object that had `etag` when it was opened."""
+        etags = self._known.etags
+        return etags.get((key, etag), etag) if etags and etag is not None else etag
+
+    def _find_again(self, key: str, before: PlacementRow | None, error: StoreError) -> ObjectLocation:
+        """Return the new location of an object that is not where `before` says. Raises error if it is nowhere."""
+        try:
+            self.refresh()
+        except TierCacheError:
+            raise error from None  # without the placement, report the original error
+        row = self.row(key)
+        expected = row or before
+        if expected is None:
+            raise error  # no placement has a row for it
+        last: StoreError = error
+        for candidate in self._candidates(row, before):
+            if candidate == before and (isinstance(error, NotFound) or is_archived(error)):
+                continue  # that location was asked already
+            try:
+                store = self.store_at(candidate)
+            except StoreError:
+                if candidate == row:
+                    raise
+                continue
+            try:
+                info = store.head(key)
+            except StoreError as failure:
+                last = failure if isinstance(error, NotFound) and not isinstance(failure, NotFound) else last
+                continue
+            if _is_same(info, expected):
+                return ObjectLocation(store, candidate, info)
+            last = ObjectChanged(
+                "expected the moved object, found a different one",
+                url=f"{store.url}/{key}",
+                expected=f"{expected.n_bytes} bytes",
+                found=f"{info.n_bytes} bytes",
+            )
+        if is_archived(error):
+            raise archived_error(key, expected, self.store_at(expected), self.home) from error
+        raise last from (None if last is error else error)
+
+    def _candidates(self, row: PlacementRow | None, before: PlacementRow | None) -> Iterator[PlacementRow | None]:
+        """Yield the locations where an object may be, each once.
+
+        First the location in the newest placement; then the home, where the object stays during the grace period; then
+        the last location that this process knew.
+        """
+        urls: set[str | None] = set()
+        for candidate in (row, None, before):
+            url = None if candidate is None or self._is_home(candidate.url) else candidate.url.rstrip("/")
+            if url not in urls:
+                urls.add(url)
+                yield candidate
+
+    def can_be_read(self, row: PlacementRow) -> bool:
+        """Return whether an object that the placement calls archived can be read now, there or at home.
+
+        Its store is asked for one byte: a storage class alone does not tell whether an object was restored.
+        """
+        if not row.n_bytes:
+            return True
+        try:
+            _read_a_byte(self.store_at(row), row.key)
+        except StoreError as error:
+            if is_archived(error):
+                home = None if self._is_home(row.url) else self.home
+                with suppress(StoreError):
+                    if home is not None:
+                        _read_a_byte(home, row.key)
+                        return _is_same(home.head(row.key), row)
+                return False
+        return True  # a later read reports other errors
+
+    # -- local folders ----------------------------------------------------------------------------------------------
+
+    def local_copy(self, key: str, n_bytes: int) -> LocalFolder | None:
+        """Return a folder of this machine that has the object under its key, with this size; None if there is none."""
+        if not self._known.has_local:
+            return None
+        row = self.row(key)
+        if row is None or scheme_of(row.url):
+            return None
+        with suppress(StoreError):
+            store = self.store_at(row)
+            if store is not self.home and isinstance(store, LocalFolder) and store.head(key).n_bytes == n_bytes:
+                return store
+        return None
+
+
+def _read_a_byte(store: Store, key: str) -> None:
+    store.read_into(key, [(ByteRange(0, 1), memoryview(bytearray(1)))])
+
+
+def _is_same(info: ObjectInfo, expected: PlacementRow) -> bool:
+    """Return whether an object is the one in a row, as far as the store tells."""
+    sums = (info.crc32c, expected.crc32c)
+    return info.n_bytes == expected.n_bytes and (None in sums or sums[0] == sums[1])
+
+
+def archived_error(key: str, row: PlacementRow | None, store: Store, home: Store) -> ArchivedShards:
+    """Return the error for one object of a home that must be restored; it names the command that does that."""
+    kind = "" if row is None or row.storage_class is None else f" (storage class {row.storage_class})"
+    command = shlex.join(["tiercache", "tier", "get", f"{home.url.rstrip('/')}/{key}", "--wait"])
+    return ArchivedShards(
+        f"{store.url}/{key}: is archived{kind} and must be restored before it can be read: {command}",
+        names=[key],
+        url=store.url,
+        n_bytes=0 if row is None else row.n_bytes,
+        command=command,
+    )
+
+
+def is_same_service(url: str, home: str) -> bool:
+    """Return whether the home's options, including credentials, may be sent to a location that its placement names.
+
+    For these clouds the options determine the server that is asked; for all others the URL does.
+    """
+    scheme = scheme_of(url)
+    if scheme != scheme_of(home) or "::" in url:  # a chained URL may lead to any service
+        return False
+    return scheme in _CLOUDS or url.split("/")[:3] == home.split("/")[:3]
+
+
+def is_remote(url: str) -> bool:
+    """Return whether a URL belongs to a remote store, for which a cache pays off."""
+    return scheme_of(url) not in ("", "memory")
+
+
+# Restores of archived shards are queried in parallel, because the time is round trips.
+ASKING_THREADS = 16
+# Most names in a message and its command. For more shards the command restores all below the URL. The error has all.
+_SHOWN = 8
+
+Cached: TypeAlias = Callable[[Store], Store]
+
+
+def as_it_is(store: Store) -> Store:
+    """Return the store itself, without a cache around it."""
+    return store
+
+
+def follow_placement(home: Store, options: Mapping[str, Any], cached: Cached = as_it_is) -> RedirectingStore:
+    """Return a store that follows the placement of a home: a LocalStore where the home is one.
+
+    options: Storage options of the home. cached: Wraps a store in the cache, for the remote objects of a local home.
+    """
+    resolver = LocationResolver(home, options)
+    return RedirectingLocalStore(resolver, cached) if isinstance(home, LocalStore) else RedirectingStore(resolver)
+
+
+class RedirectingStore(WrapperStore):
+    """Store whose reads follow the placement; all other calls go to the home.
+
+    The placement is read when an object is missing. `counters` are those of the home; `figures()` includes the other
+    locations.
+    """
+
+    def __init__(self, resolver: LocationResolver) -> None:
+        super().__init__(resolver.home)
+        self.resolver = resolver
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.resolver,)
+
+    @property
+    def by_ranges(self) -> RedirectingStore:
+        """The same store for reads by ranges only, without local files or a cache."""
+        return self
+
+    def figures(self) -> dict[str, float]:
+        """Return the counters (requests, bytes_read, ...), summed over the home and the other locations.
+
+        dollars is the price of the requests, and egress_dollars what the bytes cost if they leave the region; both are
+        0 for stores whose provider is unknown.
+        """
+        sums: dict[str, float] = {"dollars": 0.0, "egress_dollars": 0.0}
+        for store in self.resolver.stores():
+            counters = store.counters.snapshot()
+            prices = provider_prices(store.provider)
+            if prices is not None:
+                dollars, egress = read_dollars(prices, counters.get("requests", 0), counters.get("bytes_read", 0))
+                counters |= {"dollars": dollars, "egress_dollars": egress}
+            for name, figure in counters.items():
+                sums[name] = sums.get(name, 0) + figure
+        return sums
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def read_into(
+        self,
+        key: str,
+        spans: Sequence[Span],
+        *,
+        if_match: str | None = None,
+        deadline_s: float | None = None,
+        cancel: Event | None = None,
+    ) -> None:
+        """See Store.read_into. An ETag means the object as it was opened, wherever it has moved since."""
+
+        def read(found: ObjectLocation) -> None:
+            etag = self._etag_at(found, key, if_match)
+            found.store.read_into(key, spans, if_match=etag, deadline_s=deadline_s, cancel=cancel)
+
+        self.resolver.follow(key, read, if_match)
+
+    def read_pieces(
+        self,
+        key: str,
+        ranges: Sequence[ByteRange],
+        receive: Receive,
+        *,
+        if_match: str | None = None,
+        deadline_s: float | None = None,
+        cancel: Event | None = None,
+    ) -> None:
+        """See Store.read_pieces, and read_into() for the ETag."""
+
+        def read(found: ObjectLocation) -> None:
+            etag = self._etag_at(found, key, if_match)
+            found.store.read_pieces(key, ranges, receive, if_match=etag, deadline_s=deadline_s, cancel=cancel)
+
+        self.resolver.follow(key, read, if_match)
+
+    def _etag_at(self, found: ObjectLocation, key: str, if_match: str | None) -> str | None:
+        """Return the ETag that the object must have where it is now; None without a condition."""
+        if if_match is None:
+            return None
+        return self.resolver.etag_of(key, if_match) if found.info is None else found.info.etag
+
+    def head(self, key: str) -> ObjectInfo:
+        return self.resolver.follow(key, lambda found: found.info or found.store.head(key))
+
+    def get(self, key: str) -> bytes:
+        return self.resolver.follow(key, lambda found: found.store.get(key))
+
+    def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
+        return self.resolver.follow(key, lambda found: found.store.read_tail(key, n_bytes))
+
+    def close(self) -> None:
+        self.resolver.close()
+
+
+class RedirectingLocalStore(RedirectingStore):
+    """A local home: its own files are opened directly, remote objects are read through the cache."""
+
+    def __init__(self, resolver: LocationResolver, cached: Cached) -> None:
+        super().__init__(resolver)
+        self._cached = cached
+        self._remote_store: Store | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.resolver, self._cached)
+
+    @property
+    def by_ranges(self) -> RedirectingStore:
+        """The same store for reads by ranges only, without local files or a cache."""
+        return RedirectingStore(self.resolver)
+
+    @property
+    def remote_store(self) -> Store:
+        """Store for remote objects, through the cache if there is one. It follows the placement too."""
+        store = self._remote_store
+        if store is None:
+            store = self._remote_store = self._cached(self.by_ranges)
+        return store
+
+    def is_remote(self, key: str) -> bool:
+        """Return whether the known placement has key in a remote store, for which a cache pays off."""
+        row = self.resolver.row(key) if self.resolver.has_remote else None
+        return row is not None and is_remote(row.url)
+
+    def open_local(self, key: str, identity: ShardIdentity | None = None) -> Lease | None:
+        """Return a lease on the file, or on the cached copy of a remote object; None if it is read by ranges."""
+
+        def open_at(found: ObjectLocation) -> Lease | None:
+            is_cached = found.row is not None and is_remote(found.row.url)
+            store = self.remote_store if is_cached else found.store
+            return store.open_local(key, identity) if isinstance(store, LocalStore) else None
+
+        return self.resolver.follow(key, open_at)
+
+    def remove_if_corrupt(self, key: str, identity: ShardIdentity | None = None) -> bool:
+        """See LocalStore.remove_if_corrupt. Returns False for a file of this home, which is the object itself."""
+        if not self.is_remote(key):
+            return False
+        store = self.remote_store
+        return isinstance(store, LocalStore) and store.remove_if_corrupt(key, identity)
+
+
+# -- check before a run ---------------------------------------------------------------------------------------------
+
+
+def check_readable(store: RedirectingStore, keys: pa.ChunkedArray, is_here: Callable[[int], bool]) -> None:
+    """Raise ArchivedShards if some of these objects must be restored first; the error has all names.
+
+    Uses the placement that was read when the data set was opened, or reads it now. For objects that the placement
+    calls archived, the store is asked for one byte each, because they may have been restored.
+    is_here: Whether object i is on this machine already.
+    """
+    placement = store.resolver.placement_once()
+    needed = () if placement is None else _archived(store, placement, keys, is_here)
+    if needed and (newer := store.resolver.refresh()) is not placement and newer is not None:
+        needed = _archived(store, newer, keys, is_here)  # they may have been restored to the home since
+    if needed:
+        names, n_bytes, url = [row.key for row in needed], sum(row.n_bytes for row in needed), store.url
+        what = [f"{url.rstrip('/')}/{name}" for name in names] if len(names) <= _SHOWN else [url]
+        command = shlex.join(["tiercache", "tier", "get", *what, "--wait"])
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        raise ArchivedShards(
+            f"{url}: {len(names)} shards that this run reads ({format_bytes(n_bytes)}) are archived and must be "
+            f"restored first; this command shows cost and duration, and restores them: {command}\n({shown})",
+            names=names,
+            url=url,
+            n_bytes=n_bytes,
+            command=command,
+        )
+
+
+def _archived(
+    store: RedirectingStore, placement: Placement, keys: pa.ChunkedArray, is_here: Callable[[int], bool]
+) -> tuple[PlacementRow, ...]:
+    if not len(placement):
+        return ()
+    at = placement.row_numbers(keys)
+    archived = pc.equal(placement.rows["state"], "archived").to_numpy()
+    rows = [placement.row(int(at[i])) for i in np.flatnonzero(at >= 0).tolist() if archived[at[i]] and not is_here(i)]
+    with ThreadPoolExecutor(min(ASKING_THREADS, max(len(rows), 1)), "tiercache-archived") as pool:
+        can_read = list(pool.map(store.resolver.can_be_read, rows))
+    return tuple(row for row, can in zip(rows, can_read, strict=True) if not can)
+
+
+# -- one opened data set -----------------------------------------------------------------------------------------------
+
+
+OpenUrl: TypeAlias = Callable[[str], Store]
+
+# Schemes of stores that may hold a home. A web server is not asked for markers that it cannot have.
+_HOME_SCHEMES = ("", "s3", "s3a", "gs", "gcs", "az", "azure", "abfs")
+_MOST_FOLDERS = 12
+# A folder that is known to be no home is not asked again for this time.
+_NO_HOME_S = 60.0
+_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class FileLocation:
+    """Location of an object. store: Store of the folder in which it lies under key; whoever opened it closes it."""
+
+    store: Store
+    key: str
+    info: ObjectInfo
+    is_archived: bool = False
+
+    @property
+    def url(self) -> str:
+        """URL or local path of the object."""
+        return url_below(self.store, self.key)
+
+
+@dataclass(frozen=True, slots=True)
+class FolderLocation:
+    """Locations of everything below a folder.
+
+    Attributes:
+        files: Location of each object, by its path below the folder.
+        whole_url: URL or local path of the folder in the first store that has all of it; None: it is spread.
+        is_archived: Whether that copy must be restored before it can be read.
+    """
+
+    files: Mapping[str, FileLocation]
+    whole_url: str | None
+    is_archived: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FolderTiers:
+    """The tiers, other than a folder itself, in which objects of the folder may lie.
+
+    Attributes:
+        urls: URL of the folder in each tier, by the name of the tier; by the URL if no rule file has the tier.
+        placed: URL of the folder that has an object, by the object's key below the folder, as the placement states it.
+        home: URL of the folder in the home; None: no placement was found.
+    """
+
+    urls: Mapping[str, str]
+    placed: Mapping[str, str]
+    home: str | None
+
+
+class FileLocator:
+    """Finds the present locations of files and folders. Thread-safe; the lock guards the opened stores.
+
+    Use it as a context manager, or call close().
+    """
+
+    def __init__(self, open_url: OpenUrl | None = None, *, rules: Path | None = None) -> None:
+        """Open nothing yet.
+
+        open_url: Function that opens the store of a tier or home. None: by this machine's rule file. rules: Rule file;
+        None: the tiercache.toml that applies to the working folder.
+        """
+        self._open_url = open_url or (lambda url: open_store(url, **options_of(url)))
+        self._rules = rules
+        self._lock = threading.Lock()
+        self._stores: dict[str, Store] = {}
+        self._no_homes: dict[str, float] = {}
+
+    def __enter__(self) -> FileLocator:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the opened stores. The object can be used again afterwards."""
+        with self._lock:
+            opened = [*self._stores.values()]
+            self._stores.clear()
+        for store in opened:
+            store.close()
+
+    # -- looking up -------------------------------------------------------------------------------------------------
+
+    def find_file(self, path: str) -> FileLocation | None:
+        """Return the location of an object, by a path or URL under which it lay; None: it is nowhere.
+
+        Of several copies, the fastest one that can be read. Raises StoreError if no copy was found and a store failed.
+        """
+        key = self.key_of(path)
+        if key is not None:
+            return self._first(self._stores_of_tiers(), key) if key else None
+        for home, placement, below in self._homes_above(path):
+            row = placement.find(below)
+            if row is not None:
+                return self._first([self.store(row.url), home], below)
+        return None
+
+    def find_folder(self, path: str) -> FolderLocation | None:
+        """Return the locations of all that is below a folder, such as a checkpoint; None: nothing. See find_file()."""
+        key = self.key_of(path)
+        if key is not None:
+            return self._folder(self._stores_of_tiers(), key) if key else None
+        for home, placement, below in self._homes_above(path):
+            urls = placement.urls_below(below)
+            if urls:
+                return self._folder([*map(self.store, urls), home], below)
+        return None
+
+    def find_tiers(self, path: str, *, follows_placement: bool = True) -> FolderTiers:
+        """Return the tiers in which objects of a folder may lie, as the rule file and the placement state them.
+
+        follows_placement: Whether the folders above the path are searched for a home.
+
+        Raises:
+            StoreError: A marker, or the placement, could not be read.
+            CorruptShard, UnsupportedFormat: The placement is not readable.
+        """
+        key = self.key_of(path)
+        urls = {} if key is None else {tier.name: _below(tier.url, key) for tier in self.tiers()}
+        placed: dict[str, str] = {}
+        home = None
+        for folder, below in self._folders_above(f"{path.rstrip('/')}/-") if follows_placement else ():
+            found = self._home_at(folder)
+            if found is None:
+                continue
+            root, placement = found
+            below = below.removesuffix("-").rstrip("/")
+            home = _below(root, below)
+            rows, start = placement.rows_below(below), len(below) + 1 if below else 0
+            for object_key, url in zip(rows["key"].to_pylist(), rows["url"].to_pylist(), strict=True):
+                placed[object_key[start:]] = _below(url, below)
+            break
+        for url in dict.fromkeys([*([] if home is None else [home]), *placed.values()]):
+            if not any(_is_same_url(url, known) for known in urls.values()):
+                urls[redact(url)] = url
+        others = {name: url for name, url in urls.items() if not _is_same_url(url, path)}
+        return FolderTiers(others, placed, home)
+
+    def key_of(self, path: str) -> str | None:
+        """Return the path below the tiers' URLs of a path or URL; None: it is in no tier of the rule file."""
+        given = {path.rstrip("/"), plain_url(path).rstrip("/")}
+        if not scheme_of(path):
+            given.add(os.path.normpath(path.removeprefix("file://")))
+        for tier in self.tiers():
+            for root in {tier.url.rstrip("/"), plain_url(tier.url).rstrip("/")}:
+                for one in given:
+                    if one == root:
+                        return ""
+                    if one.startswith(f"{root}/"):
+                        return one.removeprefix(f"{root}/")
+        return None
+
+    def tiers(self) -> tuple[TierUrl, ...]:
+        """Return the tiers of the rule file, from the fastest to the coldest; () if there is no readable file."""
+        return tiers_of_rules(self._rules)
+
+    def _stores_of_tiers(self) -> list[Store]:
+        return [self.store(url) for url in dict.fromkeys(tier.url for tier in self.tiers())]
+
+    def store(self, url: str) -> Store:
+        """Return the store of a URL, opened once. Raises ValueError if it cannot be opened."""
+        with self._lock:
+            store = self._stores.get(url)
+            if store is None:
+                store = self._stores[url] = self._open_url(url)
+            return store
+
+    def _first(self, stores: list[Store], key: str) -> FileLocation | None:
+        archived: FileLocation | None = None
+        failure: StoreError | None = None
+        for store in stores:
+            try:
+                info = store.head(key)
+                if _can_be_read(store, info):
+                    return FileLocation(store, key, info)
+                archived = archived or FileLocation(store, key, info, is_archived=True)
+            except NotFound:
+                continue
+            except StoreError as error:
+                failure = failure or error
+        if archived is None and failure is not None:
+            raise failure
+        return archived
+
+    def _folder(self, stores: list[Store], key: str) -> FolderLocation | None:
+        found: list[tuple[Store, dict[str, ObjectInfo]]] = []
+        failure: StoreError | None = None
+        for store in stores:
+            try:
+                infos = {info.key: info for info in store.list(f"{key}/") if OWN_FOLDER not in f"/{info.key}"}
+                found += [(store, infos)] if infos else []
+            except StoreError as error:
+                failure = failure or error
+        if not found:
+            if failure is not None:
+                raise failure
+            return None
+        archived = [not _can_all_be_read(store, infos) for store, infos in found]
+        order = sorted(range(len(found)), key=lambda i: archived[i])  # readable ones first, and of these the fastest
+        files: dict[str, FileLocation] = {}
+        for i in order:
+            store, infos = found[i]
+            for name, info in infos.items():
+                files.setdefault(name.removeprefix(f"{key}/"), FileLocation(store, name, info, archived[i]))
+        whole = next((i for i in order if len(found[i][1]) == len(files)), None)
+        if whole is None:
+            return FolderLocation(files, None)
+        return FolderLocation(files, url_below(found[whole][0], key), archived[whole])
+
+    # -- homes without a rule file ----------------------------------------------------------------------------------
+
+    def _homes_above(self, path: str) -> Iterator[tuple[Store, placement_log.Placement, str]]:
+        """Yield (home, placement, path below it) for each tracked folder above a path, the nearest first."""
+        for url, below in self._folders_above(path):
+            found = None
+            # An unreadable placement of a folder above is not the error that the reader should get.
+            with suppress(StoreError, CorruptShard, UnsupportedFormat, ValueError):
+                found = self._home_at(url)
+            if found is None:
+                self._no_homes.setdefault(url, time.monotonic())
+            elif len(found[1]):
+                yield self.store(found[0]), found[1], below
+
+    def _home_at(self, url: str) -> tuple[str, placement_log.Placement] | None:
+        """Return the URL of the home at a folder, or to which its marker leads, and its placement; None: no marker.
+
+        Raises as placement_log.read_placement().
+        """
+        if self._no_homes.get(url, -_NO_HOME_S) + _NO_HOME_S > time.monotonic():
+            return None
+        found, home = placement_log.follow_marker(self.store(url)), url
+        if isinstance(found, str):
+            home, found = found, placement_log.read_placement(self.store(found)) or placement_log.empty_placement()
+        if found is None:
+            self._no_homes[url] = time.monotonic()
+            return None
+        return home, found
+
+    @staticmethod
+    def _folders_above(path: str) -> Iterator[tuple[str, str]]:
+        """Yield the URL of each folder above a path that may be a home, the nearest first, and the path below it."""
+        plain = plain_url(path)
+        if scheme_of(plain) not in _HOME_SCHEMES or "::" in plain:
+            return
+        head, found, rest = plain.partition("://")
+        root = f"{head}://" if found else "/"
+        segments = (rest if found else plain).strip("/").split("/")
+        first = 1 if found else 0  # a bucket is no folder
+        for n in range(len(segments) - 1, max(first - 1, len(segments) - 1 - _MOST_FOLDERS), -1):
+            yield root + "/".join(segments[:n]), "/".join(segments[n:])
+
+
+def _below(url: str, path: str) -> str:
+    return f"{url.rstrip('/')}/{path}".rstrip("/")
+
+
+def _is_same_url(first: str, second: str) -> bool:
+    return plain_url(first).rstrip("/") == plain_url(second).rstrip("/")
+
+
+def url_below(store: Store, key: str) -> str:
+    """Return the URL or local path of a key in a store."""
+    return str(store.root / key) if isinstance(store, LocalFolder) else f"{store.url.rstrip('/')}/{key}"
+
+
+def _can_be_read(store: Store, info: ObjectInfo) -> bool:
+    """Return whether an object can be read now. Remote stores are asked for one byte. Raises StoreError."""
+    if not info.n_bytes or isinstance(store, LocalFolder):
+        return True
+    try:
+        store.read_into(info.key, [(ByteRange(0, 1), memoryview(bytearray(1)))])
+    except StoreError as error:
+        if is_archived(error):
+            return False
+        raise
+    return True
+
+
+def _can_all_be_read(store: Store, infos: Mapping[str, ObjectInfo]) -> bool:
+    if isinstance(store, LocalFolder):
+        return True
+    with ThreadPoolExecutor(min(_THREADS, len(infos)), "tiercache-locations") as pool:
+        return all(pool.map(lambda info: _can_be_read(store, info), infos.values()))
+
+
+def archived_file_error(url: str, n_bytes: int = 0, *, rules: Path | None = None) -> ArchivedShards:
+    """Return the error for a file or checkpoint that must be restored; it names the command that does that."""
+    shown = redact(url)
+    words = ["tiercache", "tier", "get", shown, "--wait", *([] if rules is None else ["--rules", str(rules)])]
+    command = shlex.join(words)
+    return ArchivedShards(
+        f"{shown}: is archived and must be restored before it can be read: {command}",
+        names=[shown.rpartition("/")[2]],
+        url=shown,
+        n_bytes=n_bytes,
+        command=command,
+    )
+
+
+def locate(path: str | os.PathLike[str], *, rules: str | os.PathLike[str] | None = None) -> str:
+    """Return the present location of a file or checkpoint.
+
+    It is found in the tiers of this machine's rule file, or else by the placement of a home above it. Of several
+    copies, the location is that of the fastest one that can be read.
+
+    Args:
+        path: Path or URL under which it lies or once lay: in any tier, also one that it has left, or relative to the
+            tiers' URLs, perhaps after the name of a tier.
+        rules: Rule file; None: the tiercache.toml that applies to the working folder.
+
+    Returns:
+        Local path, or URL.
+
+    Raises:
+        NotFound: It is nowhere, or no tier has all of it.
+        ArchivedShards: It must be restored first; the message names the command.
+        StoreError: No copy was found, and a store failed.
+    """
+    text = os.fspath(path)
+    with closing(FileLocator(rules=None if rules is None else Path(rules))) as locator:
+        asked = _asked(locator, text)
+        file = locator.find_file(asked)
+        if file is not None:
+            if file.is_archived:
+                raise archived_file_error(file.url, file.info.n_bytes, rules=None if rules is None else Path(rules))
+            return file.url
+        folder = locator.find_folder(asked)
+        if folder is not None and folder.whole_url is not None:
+            if folder.is_archived:
+                n_bytes = sum(one.info.n_bytes for one in folder.files.values())
+                raise archived_file_error(folder.whole_url, n_bytes, rules=None if rules is None else Path(rules))
+            return folder.whole_url
+        if folder is not None:
+            spread = sorted({one.store.url for one in folder.files.values()})
+            message = f"no tier has all of it: it is spread over {', '.join(map(redact, spread))}; name one checkpoint"
+            raise NotFound(message, url=redact(asked))
+        if locator.key_of(asked) is None and not scheme_of(asked) and Path(asked).exists():
+            return asked
+        names = ", ".join(tier.name for tier in locator.tiers())
+        where = f"none of the tiers {names} has it" if names else "no rule file and no placement leads to it"
+        raise NotFound(f"expected a file or checkpoint, found nothing: {where}", url=redact(asked))
+
+
+def _asked(locator: FileLocator, text: str) -> str:
+    """Return the path or URL that an argument names. If there are tiers, a relative path is below their URLs."""
+    if scheme_of(text) or text.startswith("file://"):
+        return text
+    local = os.path.abspath(Path(text).expanduser())  # noqa: PTH100 - resolve() would follow links
+    tiers = locator.tiers()
+    is_relative = not Path(text).expanduser().is_absolute() and not text.startswith(("./", "../"))
+    if is_relative and tiers and locator.key_of(local) is None:
+        name, _, below = text.strip("/").partition("/")
+        path = below if below and name in [tier.name for tier in tiers] else text.strip("/")
+        return f"{tiers[0].url.rstrip('/')}/{path}"
+    return local
