@@ -62,7 +62,7 @@ bench-peers: build
 
 # Tests with frameworks that are too large for the development environment, in an environment of their own.
 integration: build $(FRAMEWORKS)/stamp $(ARRAYS)/stamp $(AZURITE)/stamp
-	$(PYTEST) -m integration tests/store $(ARGS)
+	$(PYTEST) -m integration tests/flow/store $(ARGS)
 	$(FRAMEWORKS)/bin/python -m pytest -m integration tests/integration $(ARGS)
 	$(ARRAYS)/bin/python -m pytest -m integration tests/arrays $(ARGS)
 

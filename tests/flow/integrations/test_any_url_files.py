@@ -83,7 +83,7 @@ def test_text_modes_and_compression_work_as_in_fsspec(fs, source):
 
 def test_threads_fetch_each_byte_of_an_object_once(fs, source, path, monkeypatch):
     # Else what lies between two pieces that are asked for together is read along, for nothing: how much, the threads'
-    # timing decides (1.6 to 2.1 times the file in 60 runs). tests/store/test_ranges.py has the bounds of that.
+    # timing decides (1.6 to 2.1 times the file in 60 runs). tests/unit/store/test_ranges.py has the bounds of that.
     without_gaps = RequestCosts(max_gap_bytes=0)
     monkeypatch.setattr(
         "tiercache.store.remote.plan_requests", lambda spans, _costs: plan_requests(spans, without_gaps)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from tests.load.conftest import check_batch
-from tests.s3_fixtures import s3_server  # noqa: F401
 from tests.support.faults import Fault, FaultStore
 from tests.support.http_server import HttpFault, HttpFaultServer
 from tests.support.moved_shards import WAYS, Moved, N, ServedStore, by_arrow, by_loader, by_record

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.s3_fixtures import s3_server  # noqa: F401
 from tests.support.faults import Fault, FaultStore
 from tests.support.placements import numbers, row, rows_of, stopped_at
 from tests.support.stores import CountingStore, GateStore
@@ -37,6 +36,13 @@ CHANGES = st.dictionaries(KEYS, st.none() | ROWS, max_size=4).map(
         for key, one in found.items()
     }
 )
+
+
+@pytest.fixture
+def store(request):
+    store = MemoryStore(f"tier-{request.node.name}")
+    yield store
+    store.delete([info.key for info in store.list()])
 
 
 @settings(max_examples=40)

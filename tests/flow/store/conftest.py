@@ -7,18 +7,7 @@ import uuid
 import pytest
 from botocore.config import Config
 from botocore.session import Session
-from tests.s3_fixtures import s3_server
 from tests.support.http_server import HttpFaultServer
-
-from tiercache.demo.s3_server import S3Server
-
-__all__ = ["s3_server"]
-
-
-@pytest.fixture(scope="session")
-def moto_server():
-    with S3Server(kind="moto") as server:
-        yield server
 
 
 @pytest.fixture

@@ -9,8 +9,15 @@ import pytest
 from tests.support.placements import row
 
 from tiercache.errors import CorruptShard, StoreError, UnsupportedFormat
-from tiercache.store import placement_log
+from tiercache.store import MemoryStore, placement_log
 from tiercache.store.placement_log import TRACKING_MARKER_KEY, placement_key
+
+
+@pytest.fixture
+def store(request):
+    store = MemoryStore(f"tier-{request.node.name}")
+    yield store
+    store.delete([info.key for info in store.list()])
 
 
 def test_every_flipped_byte_is_reported_or_changes_nothing(store):
