@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 from tests.s3_fixtures import s3_server
+from tests.support.certificates import certificate
 
 from tiercache.demo.s3_server import S3Server
 
-__all__ = ["s3_server"]
+__all__ = ["certificate", "s3_server"]
 
 
 @pytest.fixture(scope="session")

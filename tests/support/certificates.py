@@ -8,7 +8,7 @@ from ipaddress import ip_address
 import pytest
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def certificate(tmp_path_factory):
     """Files: of an authority's certificate, and of one that it has signed for 127.0.0.1, with its key."""
     x509 = pytest.importorskip("cryptography.x509")

@@ -1,4 +1,3 @@
 """Fixtures of the tests of peers."""
 
 from tests.support.cache_world import world  # noqa: F401 - a fixture
-from tests.support.certificates import certificate  # noqa: F401 - a fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ssl
 
 import pytest
-from tests.support.certificates import certificate  # noqa: F401 - a fixture
 from tests.support.http_server import HttpFaultServer
 
 from tiercache.errors import StoreError
