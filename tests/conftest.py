@@ -9,10 +9,11 @@ import threading
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+pytest_plugins = ["tests.support.fixtures", "tests.support.certificates"]
 
 # Their asserts shall say what was compared; here, because this file is read before any that imports them.
 pytest.register_assert_rewrite(
@@ -74,15 +75,6 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch.setattr("tiercache.store.remote.IDLE_S", 0.05)
     yield home
     patch.undo()
-
-
-@pytest.fixture(scope="session")
-def warm_python() -> Iterator[Any]:
-    """What runs Python programs without the 2 s that the import of torch takes; see tests/support/warm_python.py."""
-    from tests.support.warm_python import WarmPython  # here, because test_leaks.py copies this file alone
-
-    with WarmPython() as python:
-        yield python
 
 
 @pytest.fixture(scope="session", autouse=True)

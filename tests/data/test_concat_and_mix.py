@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from tests.load.conftest import SCHEMA, check_batch, join_loading, make_columns
+from tests.support.records import SCHEMA, check_batch, join_loading, make_columns
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 import torch
-from tests.images.pictures import encode, picture
+from tests.support.pictures import encode, picture
 
 import tiercache as tc
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.load.conftest import join_loading
 from tests.support.http_server import HttpFaultServer
 from tests.support.plain_packer import Plain
+from tests.support.records import join_loading
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc

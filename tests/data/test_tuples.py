@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.load.conftest import SCHEMA, make_columns
+from tests.support.records import SCHEMA, make_columns
 from torch.utils.data import DataLoader as TorchLoader
 from torch.utils.data import default_collate
 

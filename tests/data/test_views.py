@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.load.conftest import SCHEMA, check_batch, make_columns
+from tests.support.records import SCHEMA, check_batch, make_columns
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc

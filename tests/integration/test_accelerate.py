@@ -11,8 +11,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration
-from tests.distributed.ranks import run_ranks
 from tests.support.meshes import FakeMesh
+from tests.support.ranks import run_ranks
 
 import tiercache as tc
 from tiercache.integrations.accelerate import PreparedLoader, pad_batch, prepare

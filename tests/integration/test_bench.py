@@ -1,9 +1,10 @@
 """The benchmark of docs/guide/frameworks.md runs."""
 
 import json
-from pathlib import Path
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.support import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
 
 
 def test_every_way_is_measured_beside_torchs_own(tmp_path, warm_python):

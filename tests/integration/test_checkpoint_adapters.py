@@ -3,7 +3,7 @@
 from itertools import chain
 
 import pytest
-from tests.distributed.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

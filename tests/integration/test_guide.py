@@ -4,11 +4,11 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tests.support import ROOT
 
-GUIDE = Path(__file__).parents[2] / "docs" / "guide"
+GUIDE = ROOT / "docs" / "guide"
 
 
 @pytest.mark.integration

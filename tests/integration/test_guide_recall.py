@@ -3,12 +3,10 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from tests.support import guide_session
+from tests.support import ROOT, guide_session
 
-ROOT = Path(__file__).parents[2]
 EXAMPLES = guide_session.blocks((ROOT / "docs" / "guide" / "recall.md").read_text(), "py")
 
 

@@ -12,7 +12,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.load.conftest import SCHEMA, ids_of, make_columns
 from tests.stress.errno_rounds import copy_sparse
 from tests.stress.inspection import Inspection
 from tests.stress.jobs import change_heads
@@ -20,6 +19,7 @@ from tests.stress.scene import Model, Scene
 from tests.stress.tier_rounds import HEALING_DAYS, Scenes
 from tests.support.forks import run_forked
 from tests.support.interrupts import DROPPED, RAISED, Interrupted, Lines, interrupted, lines_of
+from tests.support.records import SCHEMA, ids_of, make_columns
 from tests.support.tier_jobs import TierJob, heal
 
 import tiercache as tc

@@ -20,8 +20,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from tests.support.forks import ChildEnd
 from tests.support.kill_points import KillAt, points_in
-from tests.support.warm_process import WITHOUT_THREADS
-from tests.support.warm_python import WarmPython
+from tests.support.warm_python import WITHOUT_THREADS, WarmPython
 
 import tiercache
 from tiercache.waiting import SYSTEM_CLOCK, wait_for

@@ -1,5 +1,5 @@
 /* Stress test of packing with random documents and options, run under a sanitizer: all arrays have exactly the sizes that
- * packing.h asks for. tests/native/test_packing.py compares the rows.
+ * packing.h asks for. tests/unit/native/test_packing.py compares the rows.
  *
  *   packing_stress SEED N_RUNS
  */

@@ -19,10 +19,10 @@ from collections import Counter
 from contextlib import chdir
 from pathlib import Path
 
-from tests.distributed.checkpoint_jobs import digest, state_at
-from tests.distributed.ranks import Job
 from tests.stress.kills import PointRounds, Report, points_where, rounds_asked, run_and_report
+from tests.support.checkpoint_jobs import digest, state_at
 from tests.support.kill_points import KillAt
+from tests.support.ranks import Job
 from tests.support.warm_python import WarmPython
 
 import tiercache as tc
@@ -33,7 +33,7 @@ from tiercache.keep import Keep
 from tiercache.store import LocalFolder
 from tiercache.store.local import TEMP_PREFIX
 
-JOBS = "tests.distributed.checkpoint_jobs"
+JOBS = "tests.support.checkpoint_jobs"
 OF_RANKS = ("dcp.", "checkpoint_write.", "checkpoint_upload.", "checkpoint_commit.", "retention.")
 OF_PLAIN_SAVES = (
     "checkpoint_write.begun",

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tests.support.warm_process import run_warm
+from tests.support.warm_python import run_warm
 
 
 def rounds(folder, n, *arguments, timeout_s=170):

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.load.conftest import SCHEMA, check_batch, make_columns
 from tests.stress.kills import KillLoop
 from tests.stress.training import N_EPOCHS, make_loader
+from tests.support.records import SCHEMA, check_batch, make_columns
 from tests.support.warm_python import WarmPython
 
 import tiercache as tc

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.support.warm_process import ROOT
+from tests.support import ROOT
 
 COMPILER = os.environ.get("CC", "cc")
 # zstd's own functions are found by Python, and no ring calls them.

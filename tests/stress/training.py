@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from tests.load.conftest import check_batch
+from tests.support.records import check_batch
 
 import tiercache as tc
 

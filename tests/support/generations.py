@@ -28,10 +28,11 @@ from typing import Any
 
 import numpy as np
 import typer
+from tests.support import ROOT
 from tests.support.clock import JumpingClock
 from tests.support.forks import SendLine, run_forked
 from tests.support.named_checkpoints import LAYOUTS, OWN, OWN_RUN, KeepRule, Layout, NamedCheckpoints, Objects
-from tests.support.warm_process import ROOT, WITHOUT_THREADS
+from tests.support.warm_python import WITHOUT_THREADS
 
 from tiercache import Checkpoints, crash_points
 from tiercache.cli import tier_recall, tier_verbs  # noqa: F401 - the children need not import them

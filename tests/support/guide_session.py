@@ -9,6 +9,7 @@ a data set in a bucket of moto, where an object is restored when it is looked at
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -30,6 +31,12 @@ FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.M | re.S)
 LOCAL, S3 = "console", "console s3"
 # Of moto: a copy that is older than this is on its way when it is first looked at, and restored as much later.
 MAIN = "from tiercache.cli.app import main; main()"
+
+
+def differences(text: str, now: str) -> list[str]:
+    """Lines in which a page differs from what is printed now."""
+    was, now_lines = (alike(page).splitlines() for page in (text, now))
+    return list(difflib.unified_diff(was, now_lines, "the guide", "what is printed now", lineterm="", n=0))
 
 
 def blocks(text: str, language: str) -> list[str]:

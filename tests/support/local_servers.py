@@ -15,11 +15,11 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
+from tests.support import ROOT
 
 from tiercache.demo.s3_server import free_ports
 from tiercache.waiting import wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # requests to loopback must bypass proxies
 _START_S = 60.0
 

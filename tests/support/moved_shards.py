@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from tests.load.conftest import SCHEMA, check_batch, make_columns
 from tests.support.http_server import HttpFaultServer
+from tests.support.records import SCHEMA, check_batch, make_columns
 
 import tiercache as tc
 from tiercache.shard import versions as manifest

@@ -9,14 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 from urllib.parse import urlsplit
 
+from tests.support import ROOT
+
 _CLONE_NEWNET = 0x40000000
 _CHUNK_BYTES = 64 << 10
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 class DelayingProxy:
@@ -159,5 +159,5 @@ def why_no_network(**network: float) -> str:
         "except subprocess.CalledProcessError as error:\n"
         "    sys.exit(f'{error.cmd}: {error.stderr.decode()}')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=_ROOT)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
     return "" if done.returncode == 0 else f"this machine has no such network: {done.stderr.strip()[-200:]}"

@@ -21,7 +21,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from tests.support.warm_process import ROOT, WITHOUT_THREADS
+from tests.support import ROOT
+
+# Libraries that start threads when they are imported, unless they are told not to: numpy's BLAS, Arrow's jemalloc.
+WITHOUT_THREADS = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
 
 # What the programs of tests import.
 WARM_MODULES = (
@@ -33,6 +40,20 @@ WARM_MODULES = (
     "tiercache.cli.simulate", "tiercache.cli.tier_verbs", "tiercache.images.decoder", "tiercache.load.loader",
     "tiercache.packer", "tiercache.shard.writer",
 )  # fmt: skip
+
+
+def run_warm(
+    arguments: list[str], *, timeout_s: float = 150.0, more: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Python, with one thread at its start, from the repository's root; its output as text.
+
+    Such a process may be forked from, and may have whatever must stand before libc.
+    """
+    environment = {**os.environ, **WITHOUT_THREADS, **(more or {})}
+    command = [sys.executable, "-W", "error", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=timeout_s, cwd=ROOT, env=environment
+    )
 
 
 class WarmProcess:

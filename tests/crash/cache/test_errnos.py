@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from tests.support.errnos import KINDS, build_shim, preload
-from tests.support.warm_process import run_warm
+from tests.support.warm_python import run_warm
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler cc")
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tests.stress.kill_rounds import points_here
-from tests.support.warm_process import run_warm
+from tests.support.warm_python import run_warm
 
 N_ROUNDS = 10_000  # of `make stress`
 N_PROCESSES = 4

@@ -5,7 +5,7 @@ import json
 import pytest
 from tests.stress.checkpoint_rounds import points_of_checkpoints
 from tests.stress.retention_rounds import points_of_retention
-from tests.support.warm_process import run_warm
+from tests.support.warm_python import run_warm
 
 N_ROUNDS = 2_000  # of `make stress`
 

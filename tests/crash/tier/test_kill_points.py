@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tests.stress.tier_rounds import points_of_tiers
-from tests.support.warm_process import run_warm
+from tests.support.warm_python import run_warm
 
 N_ROUNDS = 2_000  # of `make stress`
 N_PROCESSES = 2

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint over Checkpoints in one process; tests/distributed/test_checkpoints.py has ranks."""
+"""torch.distributed.checkpoint over Checkpoints in one process; flow/distributed/test_checkpoints.py has ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from fsspec.implementations.memory import MemoryFileSystem
-from tests.s3_fixtures import s3_server  # noqa: F401 - a fixture
 from tests.support.faults import Fault, FaultKind, FaultStore
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
@@ -414,7 +413,7 @@ def test_ranks_that_find_different_checkpoints_do_not_load(checkpoints):
 
 
 @pytest.mark.s3
-def test_a_checkpoint_in_an_object_store_comes_back(s3_server, tmp_path):  # noqa: F811 - the fixture
+def test_a_checkpoint_in_an_object_store_comes_back(s3_server, tmp_path):
     url, options = f"{s3_server.url}/dcp", s3_server.storage_options
     with tc.Checkpoints(url, storage_options=options) as checkpoints:
         dcp.save(state_with(4.0), storage_writer=checkpoints.dcp_writer(3))

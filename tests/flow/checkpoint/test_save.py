@@ -10,13 +10,12 @@ import sys
 import threading
 import time
 import uuid
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tests.s3_fixtures import s3_server
+from tests.support import ROOT
 from tests.support.checkpoint_reader import leftovers, newest, read_checkpoint, same
 from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.forks import in_child
@@ -33,9 +32,7 @@ from tiercache.keep import Keep
 from tiercache.store import LocalFolder, MemoryStore, open_store
 from tiercache.store.contract import WrapperStore
 
-__all__ = ["s3_server"]
-
-GUIDE = Path(__file__).parents[3] / "docs" / "guide" / "checkpoints.md"
+GUIDE = ROOT / "docs" / "guide" / "checkpoints.md"
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.s3_fixtures import s3_server
 from tests.support.faults import Fault, FaultStore
 from tests.support.stores import GateStore
 
@@ -16,8 +15,6 @@ from tiercache.checkpoint.weights import open_weights
 from tiercache.errors import StoreError
 from tiercache.keep import Keep
 from tiercache.store import LocalFolder
-
-__all__ = ["s3_server"]
 
 WAIT_S = 60.0
 

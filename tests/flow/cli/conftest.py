@@ -1,41 +1,9 @@
-"""The command, and a data set to use it on."""
-
-import json
-from dataclasses import dataclass
+"""A data set to use the command on."""
 
 import pytest
 from tests.packer.pictures import png
-from typer.testing import CliRunner
 
-from tiercache.cli.app import app
 from tiercache.packer import pack
-
-
-@dataclass
-class Result:
-    """exit_code, and the lines of both streams."""
-
-    exit_code: int
-    out: str
-    err: str
-
-    @property
-    def events(self):
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-@pytest.fixture
-def tiercache():
-    """Runs the command in this process."""
-
-    def run(*arguments, code=0, stdin=None):
-        done = CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
-        if done.exception is not None and not isinstance(done.exception, SystemExit):
-            raise done.exception
-        assert done.exit_code == code, done.output
-        return Result(done.exit_code, done.stdout, done.stderr)
-
-    return run
 
 
 @pytest.fixture

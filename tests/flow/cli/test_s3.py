@@ -4,9 +4,6 @@ import subprocess
 import sys
 
 import pytest
-from tests.s3_fixtures import s3_server
-
-__all__ = ["s3_server"]
 
 
 @pytest.mark.s3

@@ -9,8 +9,8 @@ import fsspec
 import pytest
 from botocore.config import Config
 from botocore.session import Session
-from tests.s3_fixtures import s3fs_options
 from tests.support.clock import JumpingClock
+from tests.support.s3 import s3fs_options
 from tests.support.tier_moves import HookAt, Killed
 
 import tiercache as tc

@@ -13,14 +13,12 @@ import fsspec
 import pytest
 from fsspec.asyn import sync
 from fsspec.implementations.memory import MemoryFileSystem
-from tests.s3_fixtures import s3_server, s3fs_options
+from tests.support.s3 import s3fs_options
 
 import tiercache as tc
 from tiercache.demo.s3_server import S3Server
 from tiercache.integrations.fsspec import TierCacheFileSystem
 from tiercache.waiting import wait_for
-
-__all__ = ["s3_server"]
 
 
 class CountedFileSystem(MemoryFileSystem):

@@ -8,12 +8,9 @@ import uuid
 
 import fsspec
 import pytest
-from tests.s3_fixtures import s3_server
 from tests.support.forks import in_child
 
 import tiercache as tc
-
-__all__ = ["s3_server"]
 
 pytestmark = pytest.mark.s3
 

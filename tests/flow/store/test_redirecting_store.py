@@ -7,10 +7,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.load.conftest import check_batch
 from tests.support.faults import Fault, FaultStore
 from tests.support.http_server import HttpFault, HttpFaultServer
 from tests.support.moved_shards import WAYS, Moved, N, ServedStore, by_arrow, by_loader, by_record
+from tests.support.records import check_batch
 from tests.support.stores import CountingStore
 from torch.utils.data import DataLoader as TorchLoader
 

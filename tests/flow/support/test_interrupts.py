@@ -2,7 +2,7 @@
 
 import json
 
-from tests.support.warm_process import run_warm
+from tests.support.warm_python import run_warm
 
 # What is interrupted must be of the package: a small module of it, with lines to spare.
 PROGRAM = """

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from tests.support.kill_points import points_in
-from tests.support.warm_process import run_warm
+from tests.support.warm_python import run_warm
 
 from tiercache import crash_points
 

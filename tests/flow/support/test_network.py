@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 import pytest
+from tests.support import ROOT
 from tests.support.http_server import HttpFaultServer
 from tests.support.network import DelayingProxy, why_no_network
-from tests.support.warm_process import ROOT
 
 import tiercache as tc
 from tiercache.store import open_store

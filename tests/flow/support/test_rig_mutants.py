@@ -6,7 +6,7 @@ import shutil
 import pytest
 from tests.stress.mutants import CASES
 from tests.support.errnos import build_shim, preload
-from tests.support.warm_process import run_warm
+from tests.support.warm_python import run_warm
 
 HAS_COMPILER = shutil.which("cc") is not None
 

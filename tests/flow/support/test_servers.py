@@ -10,15 +10,12 @@ import urllib.error
 import urllib.request
 
 import pytest
-from tests.s3_fixtures import s3_server
 from tests.support.http_server import HttpFault, HttpFaultServer, RandomFaults
 
 from tiercache.demo import s3_server as s3_module
 from tiercache.demo.s3_server import S3Server, free_ports, weed_binary
 from tiercache.store import open_store
 from tiercache.waiting import wait_for
-
-__all__ = ["s3_server"]
 
 
 @pytest.fixture

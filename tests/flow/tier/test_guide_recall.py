@@ -1,11 +1,9 @@
 """The guide to recalls shows what its commands print, and its examples read what the commands have moved."""
 
-from pathlib import Path
+from tests.support import ROOT, guide_session
+from tests.support.guide_session import differences
 
-from tests.flow.tier.test_guide_tiers import differences
-from tests.support import guide_session
-
-PAGE = Path(__file__).parents[3] / "docs" / "guide" / "recall.md"
+PAGE = ROOT / "docs" / "guide" / "recall.md"
 
 
 def test_the_commands_print_what_the_page_shows_and_the_examples_read_what_has_moved(tmp_path, warm_python):

@@ -1,21 +1,14 @@
 """The guide to tiers shows what its commands print."""
 
-import difflib
-from pathlib import Path
-
 import pytest
-from tests.support import guide_session
+from tests.support import ROOT, guide_session
+from tests.support.guide_session import differences
 
 from tiercache.demo.s3_server import S3Server
 from tiercache.prices import prices_of
 from tiercache.tier.rules import load_rule_file
 
-PAGE = Path(__file__).parents[3] / "docs" / "guide" / "tiers.md"
-
-
-def differences(text: str, now: str) -> list[str]:
-    was, now = (guide_session.alike(page).splitlines() for page in (text, now))
-    return list(difflib.unified_diff(was, now, "the guide", "what is printed now", lineterm="", n=0))
+PAGE = ROOT / "docs" / "guide" / "tiers.md"
 
 
 def test_the_commands_of_the_guide_print_what_it_shows(tmp_path, warm_python):

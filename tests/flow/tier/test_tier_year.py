@@ -2,11 +2,10 @@
 
 import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[3]
 N_SHARDS = 50
 
 

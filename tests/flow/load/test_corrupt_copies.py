@@ -1,0 +1,354 @@
+"""A damaged copy in the cache costs a fetch and never a run; a damaged source is an error."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from tests.shard.mixed_shard import wait_until_settled
+from tests.support.faults import Fault, FaultKind, FaultStore
+from tests.support.http_server import HttpFaultServer
+from tests.support.records import SCHEMA, check_batch, make_columns
+
+import tiercache as tc
+from tiercache.data.opened_version import DatasetLocation, OpenedVersion
+from tiercache.load import prefetch
+
+N = 600
+OPTIONS = tc.LoaderOptions(seed=3, memory_bytes=1)  # two batches ahead, no more
+
+
+@pytest.fixture
+def server(tmp_path):
+    path = tmp_path / "data"
+    with tc.Writer(path, schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
+        writer.write_batch(make_columns(N))
+    files = [file for file in path.rglob("*") if file.is_file()]
+    with HttpFaultServer({f"data/{f.relative_to(path).as_posix()}": f.read_bytes() for f in files}) as server:
+        yield server
+
+
+@pytest.fixture
+def cache(tmp_path):
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        yield cache
+
+
+def damage(cache: tc.Cache, how: str) -> int:
+    """Damage every copy of a shard in the cache; how many there are."""
+    copies = [path for path in (cache.path / "copies").iterdir() if "." not in path.name]
+    for path in copies:
+        data = bytearray(path.read_bytes())
+        if how == "values":
+            data[100] ^= 4
+        elif how == "footer":
+            data[-100] ^= 4
+        else:
+            data = data[: len(data) // 2]
+        path.chmod(0o644)
+        path.write_bytes(data)
+    return len(copies)
+
+
+def sent_shards(server: HttpFaultServer) -> list[str]:
+    return sorted({seen.path for seen in server.log if "/shards/" in seen.path and seen.n_bytes})
+
+
+@pytest.mark.parametrize("how", ["values", "footer", "cut"])
+@pytest.mark.parametrize("read", ["loader", "records", "arrow"])
+def test_a_corrupt_copy_is_fetched_again_and_the_run_continues(server, cache, how, read):
+    first = tc.Dataset(f"{server.url}/data", cache=cache)
+    first.warm()
+    first.close()
+    assert damage(cache, how) > len(first._source.leaves[0].table)
+    server.log.clear()
+    dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+    if read == "loader":
+        found = list(itertools.chain(*map(check_batch, tc.DataLoader(dataset, batch_size=32, shuffle=True))))
+    elif read == "arrow":
+        found = [i for table in dataset.to_arrow(50) for i in table["id"].to_pylist()]
+    else:
+        found = [i for start in range(0, N, 50) for i in check_batch(dataset[list(range(start, start + 50))])]
+    assert sorted(found) == list(range(N))
+    assert len(sent_shards(server)) == len(dataset._source.leaves[0].table)
+    dataset.close()
+
+
+def flip_bits(paths, how: str) -> None:
+    """Flip a bit of each file: written, written with its times set back, or stored through a mapping."""
+    for path in paths:
+        status = path.stat()
+        path.chmod(0o600)
+        with path.open("r+b") as file:
+            if how == "mapped":
+                with mmap.mmap(file.fileno(), 0) as memory:
+                    memory[100] ^= 4
+            else:
+                data = file.read(101)
+                file.seek(100)
+                file.write(bytes([data[100] ^ 4]))
+        path.chmod(status.st_mode)
+        if how == "restored":
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def shards_of(cache: tc.Cache, dataset: tc.Dataset) -> list[Path]:
+    """The cached copies of a data set's shards, by the size that tells them from the list of shards."""
+    sizes = set(np.asarray(dataset._source.leaves[0].table.n_bytes).tolist())
+    files = [path for path in (cache.path / "copies").iterdir() if "." not in path.name]
+    found = [path for path in files if path.stat().st_size in sizes]
+    assert len(found) == len(dataset._source.leaves[0].table)
+    return found
+
+
+def read_all(dataset: tc.Dataset, how: str, loaders: dict[str, tc.DataLoader]) -> list[int]:
+    """The ids of all records, sorted; by one loader however often it is called."""
+    if how == "loader":
+        loader = loaders.setdefault(how, tc.DataLoader(dataset, batch_size=32, shuffle=True))
+        found = list(itertools.chain(*map(check_batch, loader)))
+    elif how == "sampler":
+        numbers = [i for start in range(97) for i in range(start, N, 97)]
+        loader = loaders.setdefault(how, tc.DataLoader(dataset, 4, sampler=numbers))
+        found = list(itertools.chain(*map(check_batch, loader)))
+    elif how == "arrow":
+        found = [i for table in dataset.to_arrow(50) for i in table["id"].to_pylist()]
+    elif how == "single records":
+        records = [dataset[i] for i in range(N)]
+        assert [record["tokens"].tolist() for record in records] == make_columns(N)["tokens"].tolist()
+        found = [int(record["id"]) for record in records]
+    else:
+        found = [i for start in range(0, N, 50) for i in check_batch(dataset[list(range(start, start + 50))])]
+    return sorted(found)
+
+
+WAYS = ["loader", "sampler", "records", "single records", "arrow"]
+
+
+@pytest.mark.parametrize("written", ["plainly", "restored", "mapped"])
+@pytest.mark.parametrize("read", WAYS)
+def test_a_bit_that_flips_in_a_copy_after_its_check_is_never_served(server, cache, read, written):
+    dataset, loaders = tc.Dataset(f"{server.url}/data", cache=cache), {}
+    dataset.warm()
+    for _ in range(2):
+        assert read_all(dataset, read, loaders) == list(range(N))
+    copies = shards_of(cache, dataset)
+    before_ns = {path: path.stat().st_ctime_ns for path in copies}
+    wait_until_settled(*copies)
+    server.log.clear()
+    flip_bits(copies, written)
+    if any(path.stat().st_ctime_ns == before_ns[path] for path in copies):
+        pytest.skip("this file system does not date what is written by a mapping")
+    wait_until_settled(*copies)
+    for _ in range(2):
+        assert read_all(dataset, read, loaders) == list(range(N))
+    assert cache.stats()["quarantined"] == len(copies)
+    assert len(sent_shards(server)) == len(copies)
+    dataset.close()
+
+
+@pytest.mark.parametrize("read", WAYS)
+def test_a_bit_that_flips_in_a_local_folder_after_its_check_is_an_error(tmp_path, read):
+    with tc.Writer(tmp_path / "data", schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
+        writer.write_batch(make_columns(N))
+    dataset, loaders = tc.Dataset(tmp_path / "data"), {}
+    for _ in range(2):
+        assert read_all(dataset, read, loaders) == list(range(N))
+    shards = list((tmp_path / "data").rglob("*.tcs"))
+    flip_bits(shards, "restored")
+    wait_until_settled(*shards)
+    with pytest.raises(tc.CorruptShard, match="CRC-32C"):
+        read_all(dataset, read, loaders)
+    dataset.close()
+
+
+def test_a_later_epoch_checks_pages_again_after_a_silent_change(server, cache, monkeypatch):
+    dataset, loaders = tc.Dataset(f"{server.url}/data", cache=cache), {}
+    dataset.warm()
+    (first, *_) = copies = shards_of(cache, dataset)
+    first.chmod(0o600)
+    with first.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        memory[100] ^= 0  # its page is dirty from here on, so that no further store to it is dated
+        wait_until_settled(*copies)
+        assert read_all(dataset, "loader", loaders) == list(range(N))
+        memory[100] ^= 4
+        wait_until_settled(*copies)
+        monkeypatch.setattr("tiercache.shard.blocks.CHECKED_FOR_S", -1.0)
+        loaders.clear()  # the windows with which its next epoch begins are loaded already
+        for _ in range(2):
+            assert read_all(dataset, "loader", loaders) == list(range(N))
+    assert cache.stats()["quarantined"] == 1
+    dataset.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="posix_fadvise and madvise as Linux has them")
+def test_pages_that_are_read_from_disk_again_are_checked_again(tmp_path):
+    with tc.Writer(tmp_path / "data", schema={"x": tc.Tensor("int64", (64,))}, compression="none") as writer:
+        writer.write_batch({"x": np.arange(1024 * 64).reshape(1024, 64)})
+    (path,) = (tmp_path / "data").rglob("*.tcs")
+    dataset = tc.Dataset(tmp_path / "data")
+    wait_until_settled(path)
+    dataset[list(range(1024))]
+    blocks = dataset._source.load(0, range(dataset._source.leaves[0]._footer(0).n_blocks))
+    prefetch.renew_checks(blocks)
+    assert blocks.pending_checks is None  # in memory, and checked a moment ago
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        prefetch._release_pages(blocks)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if prefetch.is_in_memory(blocks):
+        pytest.skip("the system keeps the file in memory")
+    prefetch.renew_checks(blocks)
+    assert blocks.pending_checks is not None
+    dataset.close()
+
+
+def test_a_copy_truncated_while_mapped_is_fetched_again_and_the_epoch_continues(server, cache, caplog):
+    dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+    dataset.warm()
+    reference = [check_batch(batch) for batch in tc.DataLoader(dataset, 8, shuffle=True, options=OPTIONS)]
+    dataset.close()
+    dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+    loader = tc.DataLoader(dataset, 8, shuffle=True, options=OPTIONS)
+    batches = iter(loader)
+    found = [check_batch(next(batches))]
+    for path in (cache.path / "copies").iterdir():
+        if "." not in path.name:
+            path.chmod(0o644)
+            os.truncate(path, 64)
+    found += [check_batch(batch) for batch in batches]
+    assert found == reference
+    assert "fetched again" in caplog.text
+    assert loader.stats()["samples"] == N
+    dataset.close()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_readers_of_a_copy_that_was_replaced_continue(server, cache, shared):
+    first = tc.Dataset(f"{server.url}/data", cache=cache)
+    second = first if shared else tc.Dataset(f"{server.url}/data", cache=cache)  # as another process has it
+    first.warm()
+    loaders = [tc.DataLoader(dataset, 8, options=OPTIONS) for dataset in (first, second)]
+    for loader in loaders:  # both have the copies open, and the next epoch's first window
+        assert list(itertools.chain(*map(check_batch, loader))) == list(range(N))
+    for path in (cache.path / "copies").iterdir():
+        if "." not in path.name:
+            path.chmod(0o644)
+            os.truncate(path, 64)
+    for loader in loaders:
+        assert list(itertools.chain(*map(check_batch, loader))) == list(range(N))
+    first.close()
+    second.close()
+
+
+def test_records_of_a_copy_that_another_process_replaced_are_read_from_the_new_one(server, cache):
+    first, second = (tc.Dataset(f"{server.url}/data", cache=cache) for _ in range(2))
+    first.warm()
+    every = list(range(N))
+    for dataset in (first, second):
+        assert check_batch(dataset[every]) == every
+    assert damage(cache, "cut")
+    for dataset in (first, second):
+        assert check_batch(dataset[every]) == every
+        dataset.close()
+
+
+def test_a_corrupt_source_is_an_error_that_names_the_shard(server, cache):
+    name = next(key for key in server.objects if "/shards/" in key)
+    data = bytearray(server.objects[name])
+    data[100] ^= 4
+    server.objects[name] = bytes(data)
+    dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+    with pytest.raises(tc.CorruptShard, match=name.rsplit("/", 1)[1]):
+        list(tc.DataLoader(dataset, batch_size=32))
+    dataset.close()
+
+
+@pytest.mark.parametrize("how", ["values", "cut"])
+def test_a_corrupt_copy_is_fetched_again_with_a_sampler(server, cache, how):
+    first = tc.Dataset(f"{server.url}/data", cache=cache)
+    first.warm()
+    first.close()
+    assert damage(cache, how) > len(first._source.leaves[0].table)
+    dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+    numbers = [i for start in range(40) for i in range(start, N, 97)]
+    loader = tc.DataLoader(dataset, 4, sampler=numbers, options=tc.LoaderOptions(memory_bytes=1))
+    assert [i for batch in loader for i in check_batch(batch)] == numbers
+    assert (loader.state_dict()["epoch"], loader.state_dict()["batches"]) == (1, 0)
+    dataset.close()
+
+
+def test_a_local_file_truncated_inside_a_checked_page_serves_no_zeros(tmp_path):
+    path = tmp_path / "local"
+    with tc.Writer(path, schema={"x": tc.Tensor("int64", (64,))}, block_size="64KiB", compression="none") as writer:
+        writer.write_batch({"x": np.arange(1, 1 + 1024 * 64).reshape(1024, 64)})
+    dataset = tc.Dataset(path)
+    options = tc.LoaderOptions(shuffle_window_bytes="64KiB", memory_bytes=1)
+    loader = tc.DataLoader(dataset, 16, options=options)
+    assert sum(len(batch["x"]) for batch in loader) == 1024
+    assert (dataset[[700, 900]]["x"] != 0).all()
+    footer = dataset._source.leaves[0]._footer(0)
+    os.truncate(path / dataset._source.leaves[0].table.info(0).name, int(footer.chunks[6, 0]["offset"]) + 100)
+    seen: list[torch.Tensor] = []
+    with pytest.raises(tc.CorruptShard, match="shorter than"):
+        seen.extend(batch["x"] for batch in loader)
+    assert all((x != 0).all() for x in seen)
+    assert len(seen) <= 16  # of the windows that were mapped before
+    dataset.close()
+
+
+class FaultyPlace(DatasetLocation):
+    """A place whose store damages what it is scripted to."""
+
+    script: ClassVar[list[Fault]] = []
+    stores: ClassVar[list[FaultStore]] = []
+
+    def open(self):
+        self.stores.append(FaultStore(super().open(), self.script))
+        return self.stores[-1]
+
+
+@pytest.fixture
+def faulty(monkeypatch, tmp_path):
+    """Opens a data set of 600 records through a cache, by a store that damages the first answers for shards."""
+    path = tmp_path / "data"
+    with tc.Writer(path, schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
+        writer.write_batch(make_columns(N))
+    opened: list[OpenedVersion] = []
+
+    def open_version(cache, times):
+        monkeypatch.setattr(FaultyPlace, "stores", [])
+        monkeypatch.setattr(
+            FaultyPlace, "script", [Fault("read_into", kind=FaultKind.BIT_FLIP, keys="shards/*", times=times)]
+        )
+        opened.append(OpenedVersion(FaultyPlace(str(path), cache=cache), None, None))
+        return opened[-1], FaultyPlace.stores[0]
+
+    yield open_version
+    for version in opened:
+        version.close()
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+@pytest.mark.parametrize("read", ["footer", "records"])
+def test_a_corrupt_first_response_is_fetched_again(faulty, cache, is_cached, read):
+    version, store = faulty(cache if is_cached else False, 1)
+    if read == "footer":
+        assert version.block_sizes([0])[0].records.sum() == version.table.n_records[0]
+    ids = version.values(np.arange(40))[0].values
+    assert ids.tolist() == list(range(40))
+    assert len(store.faulted_calls) == 1
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_responses_that_are_always_corrupt_are_an_error_that_names_the_shard(faulty, cache, is_cached):
+    version, store = faulty(cache if is_cached else False, 10_000)
+    with pytest.raises(tc.CorruptShard, match=r"shards/.*\.tcs"):
+        version.block_sizes([0])
+    assert 2 <= len(store.faulted_calls) <= 6

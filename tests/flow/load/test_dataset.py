@@ -1,0 +1,324 @@
+"""The data set itself: records and batches by index, any loader round it, any way of starting processes."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import warnings
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.support.records import SCHEMA, check_batch, make_columns
+from torch.utils.data import ConcatDataset, Subset, default_collate, random_split
+from torch.utils.data import DataLoader as TorchLoader
+
+import tiercache as tc
+
+
+def expected_record(i: int) -> dict[str, object]:
+    columns = make_columns(1, i)
+    return {name: values[0] for name, values in columns.items()}
+
+
+def same(found: object, expected: object) -> bool:
+    if isinstance(expected, np.ndarray):
+        return isinstance(found, np.ndarray) and found.dtype == expected.dtype and np.array_equal(found, expected)
+    return found == expected
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dataset") / "data"
+    with tc.Writer(path, schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
+        writer.write_batch(make_columns(150))
+    return path
+
+
+@pytest.fixture
+def dataset(packed):
+    dataset = tc.Dataset(packed)
+    yield dataset
+    dataset.close()
+
+
+@pytest.mark.parametrize("i", [0, 7, 149, -1, -150])
+def test_a_record_is_a_dict_of_the_columns_own_types(dataset, i):
+    record = dataset[i]
+    expected = expected_record(i % 150)
+    assert list(record) == list(SCHEMA)
+    assert all(same(record[name], expected[name]) for name in SCHEMA)
+    assert type(record["id"]) is np.int64
+    assert type(record["flag"]) is np.bool_
+    record["tokens"][:] = 0
+    assert same(dataset[i]["tokens"], expected["tokens"])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(indices=st.lists(st.integers(-150, 149), max_size=20))
+def test_many_indices_give_a_batch_in_their_order(dataset, indices):
+    batch = dataset[indices]
+    assert batch["id"].tolist() == [i % 150 for i in indices]
+    assert batch["tokens"].flags.writeable
+    assert check_batch(batch) == [i % 150 for i in indices]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.slices(150))
+def test_a_slice_is_a_batch(dataset, cut):
+    assert check_batch(dataset[cut]) == list(range(150))[cut]
+
+
+@pytest.mark.parametrize("index", [np.array([3, 1]), torch.tensor([3, 1]), (3, 1)])
+def test_indices_are_accepted_in_any_container(dataset, index):
+    assert check_batch(dataset[index]) == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("index", "error"),
+    [
+        (150, IndexError),
+        (-151, IndexError),
+        ([0, 150], IndexError),
+        (np.array([0, 2**64 - 1], np.uint64), IndexError),
+        (1.0, TypeError),
+        ("a", TypeError),
+    ],
+)
+def test_an_invalid_index_is_an_error(dataset, index, error):
+    with pytest.raises(error):
+        dataset[index]
+
+
+def test_a_mask_is_not_accepted_as_indices(dataset):
+    with pytest.raises(TypeError, match="bool"):
+        dataset[np.ones(150, bool)]
+
+
+def test_iteration_gives_every_record_in_order(dataset):
+    assert [record["id"] for record in dataset] == list(range(150))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
+def test_arrow_batches_hold_everything_in_order(dataset, batch_size):
+    batches = list(dataset.to_arrow(batch_size))
+    assert [b.num_rows for b in batches] == [batch_size] * (150 // batch_size) + [150 % batch_size] * bool(
+        150 % batch_size
+    )
+    table = pa.Table.from_batches(batches)
+    assert table["id"].to_pylist() == list(range(150))
+    assert table["text"].to_pylist() == [f"text {i}" for i in range(150)]
+    assert table["score"].null_count == 30
+
+
+def test_to_pandas_gives_all_records(dataset):
+    frame = dataset.to_pandas()
+    assert list(frame.columns) == list(SCHEMA)
+    assert frame["id"].tolist() == list(range(150))
+
+
+def test_selected_columns_and_their_order_apply_to_every_way_of_reading(dataset):
+    chosen = dataset.select_columns(["text", "id"])
+    assert chosen.column_names == ["text", "id"]
+    assert chosen[3] == {"text": "text 3", "id": 3}
+    with pytest.raises(tc.SchemaError, match="no such column"):
+        dataset.select_columns(["nothing"])
+
+
+def test_a_transform_applies_under_any_loader(dataset):
+    doubled = tc.Dataset(dataset._source.leaves[0].location.url, columns=["id"], transform=_double)
+    assert doubled[4] == 8
+    assert doubled[[1, 2]] == [2, 4]
+    for make in (tc.DataLoader, TorchLoader):
+        assert torch.cat(list(make(doubled, batch_size=40))).tolist() == [2 * i for i in range(150)]
+
+
+def _double(record):
+    return int(record["id"]) * 2
+
+
+def test_an_opened_data_set_keeps_its_version(tmp_path):
+    with tc.Writer(tmp_path / "d", schema={"id": "int64"}) as writer:
+        writer.write_batch({"id": np.arange(3)})
+    first = tc.Dataset(tmp_path / "d")
+    with tc.Writer(tmp_path / "d", mode="append") as writer:
+        writer.write_batch({"id": np.arange(3, 5)})
+    assert (len(first), len(pickle.loads(pickle.dumps(first))), len(tc.Dataset(tmp_path / "d"))) == (3, 3, 5)
+    assert first.versions() == [first.version, first.version + 1]
+    assert len(tc.Dataset(tmp_path / "d", version=first.version)) == 3
+    with pytest.raises(tc.NotFound):
+        tc.Dataset(tmp_path / "d", version=99)
+
+
+def test_a_missing_data_set_is_not_found_and_the_error_names_its_url(tmp_path):
+    with pytest.raises(tc.NotFound, match="nowhere"):
+        tc.Dataset(tmp_path / "nowhere")
+
+
+def test_collate_gives_the_batches_of_the_native_path(dataset):
+    native = list(tc.DataLoader(dataset, batch_size=32))
+    through_torch = list(TorchLoader(dataset, batch_size=32, collate_fn=tc.collate))
+    one_by_one = [tc.collate([dataset[i] for i in range(s, min(s + 32, 150))]) for s in range(0, 150, 32)]
+    for a, b, c in zip(native, through_torch, one_by_one, strict=True):
+        assert check_batch(a) == check_batch(b) == c["id"].tolist()
+        assert a.keys() == b.keys()
+        for name in a:
+            if isinstance(a[name], torch.Tensor):
+                assert a[name].dtype == b[name].dtype
+                assert torch.equal(a[name], b[name])
+        assert torch.equal(a["tokens"], c["tokens"])
+
+
+def test_torchs_default_collate_gets_ordinary_records(dataset):
+    numbers = dataset.select_columns(["id", "tokens", "text"])
+    for batch in TorchLoader(numbers, batch_size=50, collate_fn=default_collate):
+        ids = batch["id"].tolist()
+        assert batch["id"].dtype == torch.int64
+        assert batch["text"] == [f"text {i}" for i in ids]
+        assert batch["tokens"].dtype == torch.uint16
+
+
+def test_records_that_were_read_together_are_a_sequence_that_is_made_at_the_first_access(dataset):
+    chosen = dataset.select_columns(["id", "text"])
+    plain = [chosen[i] for i in (2, 0, 1)]
+    for look in (list, lambda r: r[0:3], lambda r: list(reversed(r))[::-1], lambda r: pickle.loads(pickle.dumps(r))[:]):
+        records = chosen.__getitems__([2, 0, 1])
+        assert len(records) == 3
+        assert records.as_gathered
+        assert look(records) == plain
+    assert plain[1] in records
+
+
+def test_changes_that_a_collate_function_makes_to_records_are_in_the_batch(dataset):
+    def collate(records):
+        for record in records:
+            record["tokens"] = record["tokens"] * 0
+        return tc.collate(sorted(records, key=lambda record: -record["id"]))
+
+    batch = next(iter(TorchLoader(dataset.select_columns(["id", "tokens"]), batch_size=4, collate_fn=collate)))
+    assert batch["id"].tolist() == [3, 2, 1, 0]
+    assert not batch["tokens"].any()
+
+
+def test_subsets_concatenations_and_splits_of_torch_work(dataset):
+    ids = dataset.select_columns(["id"])
+    subset = Subset(ids, [5, 3, 9])
+    assert [r["id"] for r in subset] == [5, 3, 9]
+    both = ConcatDataset([ids, subset])
+    assert len(both) == 153
+    assert both[151]["id"] == 3
+    parts = random_split(ids, [100, 50], torch.Generator().manual_seed(0))
+    found = itertools.chain(*(batch["id"].tolist() for part in parts for batch in TorchLoader(part, batch_size=16)))
+    assert sorted(found) == list(range(150))
+
+
+# spawn is stress: forkserver also starts an interpreter that imports everything anew.
+@pytest.mark.parametrize("start", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.stress)])
+def test_worker_processes_of_any_start_method_read_it(dataset, start):
+    dataset[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking a process with threads: that is what is tested
+        loader = TorchLoader(
+            dataset, batch_size=16, num_workers=1, collate_fn=tc.collate, multiprocessing_context=start
+        )
+        assert list(itertools.chain(*map(check_batch, loader))) == list(range(150))
+
+
+def test_our_loader_with_a_sampler_serves_the_same_records(dataset):
+    loader = tc.DataLoader(dataset, batch_size=16, sampler=list(range(149, -1, -1)))
+    assert list(itertools.chain(*map(check_batch, loader))) == list(range(149, -1, -1))
+
+
+def test_our_loader_resumes_any_map_style_data_set_as_torchdata_does():
+    loader = tc.DataLoader(list(range(20)), batch_size=3)
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    state = loader.state_dict()
+    again = tc.DataLoader(list(range(20)), batch_size=3)
+    again.load_state_dict(state)
+    assert [b.tolist() for b in again] == [b.tolist() for b in iterator]
+
+
+def test_a_forked_child_reads_with_its_own_shards(dataset):
+    dataset[3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        ok = dataset[4]["id"] == 4 and len(list(tc.DataLoader(dataset, batch_size=50))) == 3
+        os._exit(0 if ok else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert dataset[5]["id"] == 5
+
+
+def test_a_forked_child_does_not_wait_for_a_shard_that_its_parent_was_opening(dataset):
+    unopened = pickle.loads(pickle.dumps(dataset))
+    with unopened._lock, warnings.catch_warnings():  # as a thread holds it while it opens
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+        if child == 0:
+            _exit_with_record_4(unopened)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def _exit_with_record_4(dataset):
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(20)
+    os._exit(0 if dataset[4]["id"] == 4 else 1)
+
+
+def test_a_forked_childs_second_thread_does_not_take_its_parents_lock(dataset, monkeypatch):
+    dataset[3]
+    readers, make = dataset._source.leaves[0]._readers, threading.Lock
+    done = []
+
+    def make_while_another_comes():
+        monkeypatch.setattr(threading, "Lock", make)
+        thread = threading.Thread(target=lambda: done.append(readers.get(0)), daemon=True)
+        thread.start()
+        thread.join(20)
+        return make()
+
+    readers._lock.acquire()  # by a thread that the fork has left behind
+    readers._pid = -1
+    monkeypatch.setattr(threading, "Lock", make_while_another_comes)
+    readers.get(0)
+    assert len(done) == 1
+
+
+def test_the_pickled_data_set_is_small_and_opens_nothing_until_it_is_used(dataset, monkeypatch):
+    data = pickle.dumps(dataset)
+    assert len(data) < 1000
+    again = pickle.loads(data)
+    assert again._opened is None
+    assert len(again) == 150
+
+
+def test_processes_of_a_pool_get_it_as_an_argument(dataset):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_id_of, (dataset, 11)) == 11
+
+
+def _id_of(dataset, i):
+    return int(dataset[i]["id"])
+
+
+def test_invalid_arguments_are_errors_that_name_them(tmp_path):
+    with pytest.raises(ValueError, match="verify"):
+        tc.Dataset(tmp_path, verify="sometimes")
+    with pytest.raises(TypeError, match="list of names"):
+        tc.Dataset(tmp_path, columns="id")
+    with pytest.raises(ValueError, match="columns is empty"):
+        tc.Dataset(tmp_path, columns=[])
+
+
+def test_the_repr_names_url_version_and_schema(dataset):
+    assert "150 records" in repr(dataset)
+    assert "tokens: uint16[6]" in repr(dataset)

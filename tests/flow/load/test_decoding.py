@@ -1,0 +1,457 @@
+"""Pictures decoded on the way: content, order, resume, ranks, errors, closing, forks, memory."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tests.support.decoded import RANDOM, N, loader_of, make_columns, write
+from tests.support.http_server import HttpFaultServer
+from tests.support.pictures import encode, picture
+
+import tiercache as tc
+from tiercache.images.decoder import Decoder
+
+AUGMENTED = replace(
+    RANDOM,
+    brightness=0.4,
+    contrast=0.4,
+    saturation=0.4,
+    layout="channels_last",
+    dtype="float16",
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("pictures") / "data", make_columns(N))
+
+
+def equal(one, two) -> bool:
+    return [b["id"].tolist() for b in one] == [b["id"].tolist() for b in two] and all(
+        torch.equal(a["image"], b["image"]) for a, b in zip(one, two, strict=True)
+    )
+
+
+@pytest.mark.parametrize("layout", ["CHW", "HWC", "channels_last"])
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "float16", "bfloat16"])
+def test_a_batch_is_one_tensor_of_the_pictures_of_its_records(path, dtype, layout):
+    options = tc.DecodeImage((12, 16), dtype=dtype, layout=layout)
+    dataset = tc.Dataset(path, decode={"image": options})
+    served = 0
+    for batch in loader_of(path, options):
+        n = len(batch["id"])
+        assert list(batch) == ["image", "id", "name"]
+        assert batch["image"].shape == (n, *options.batch_shape)
+        assert batch["image"].dtype == getattr(torch, dtype)
+        assert batch["name"] == [f"picture {i}" for i in batch["id"].tolist()]
+        expected = dataset[batch["id"].tolist()]["image"]
+        assert torch.equal(batch["image"], torch.as_tensor(expected))
+        assert batch["image"].stride() == torch.as_tensor(expected).stride()
+        in_order = {"memory_format": torch.channels_last} if layout == "channels_last" else {}
+        assert batch["image"].is_contiguous(**in_order)
+        served += n
+    assert served == N
+
+
+def test_a_loader_decodes_as_its_options_say(path):
+    stored, served = tc.Dataset(path), {}
+    for dct in ("accurate", "fast"):
+        options = tc.DecodeImage(16, dct=dct)
+        decoder = Decoder(options)
+        for batch in loader_of(path, options):
+            encoded = stored[batch["id"].tolist()]["image"]
+            expected = np.stack([decoder.decode(data, ()) for data in encoded])
+            assert np.array_equal(batch["image"].numpy(), expected)
+            served[dct] = expected
+    assert not np.array_equal(*served.values())
+
+
+def test_a_record_is_the_picture_that_pillow_cuts_out(path):
+    record = tc.Dataset(path, decode={"image": tc.DecodeImage(20)})[0]
+    stored = tc.Dataset(path)[0]["image"]
+    whole = Image.open(io.BytesIO(stored))
+    expected = np.asarray(whole.crop((5, 0, 25, 20))).transpose(2, 0, 1)
+    assert record["image"].shape == (3, 20, 20)
+    assert record["image"].dtype == np.uint8
+    assert np.abs(record["image"].astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("layout", ["CHW", "channels_last"])
+@pytest.mark.parametrize("dtype", ["uint8", "bfloat16"])
+@pytest.mark.parametrize("size", [16, None])
+def test_torchs_own_loader_serves_the_same(path, size, dtype, layout):
+    options = tc.DecodeImage(size, dtype=dtype, layout=layout)
+    dataset = tc.Dataset(path, decode={"image": options})
+    ours = tc.DataLoader(dataset, batch_size=32)
+    theirs = torch.utils.data.DataLoader(dataset, batch_size=32, collate_fn=tc.collate)
+    for a, b in zip(ours, theirs, strict=True):
+        assert type(a["image"]) is type(b["image"])
+        assert all(torch.equal(x, y) for x, y in zip(a["image"], b["image"], strict=True))
+
+
+def test_worker_processes_decode_too(path):
+    dataset = tc.Dataset(path, decode={"image": tc.DecodeImage(16)})
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=32, collate_fn=tc.collate, num_workers=1, multiprocessing_context="fork"
+    )
+    for batch, expected in zip(loader, tc.DataLoader(dataset, batch_size=32), strict=True):
+        assert torch.equal(batch["image"], expected["image"])
+
+
+def test_whole_pictures_are_a_list_of_tensors(path):
+    batch = next(iter(loader_of(path, tc.DecodeImage(None, dtype="float32"), shuffle=False)))
+    assert [tuple(p.shape) for p in batch["image"]] == [(3, 20 + i % 7, 30 - i % 5) for i in range(8)]
+    assert all(p.dtype == torch.float32 and p.max() <= 1 for p in batch["image"])
+
+
+def test_decoding_does_not_change_the_order(path):
+    plain = tc.DataLoader(tc.Dataset(path), batch_size=8, shuffle=True, options=tc.LoaderOptions(seed=5))
+    assert [b["id"].tolist() for b in loader_of(path)] == [b["id"].tolist() for b in plain]
+
+
+def test_random_crops_are_the_same_for_any_number_of_threads_and_differ_by_epoch_and_seed(path):
+    loader = loader_of(path, threads=1)
+    first, second = list(loader), list(loader)
+    assert equal(first, list(loader_of(path, threads=5)))
+    loader = loader_of(path, threads=2)
+    loader.set_epoch(1)
+    assert equal(second, list(loader))
+    one = {i: p for b in first for i, p in zip(b["id"].tolist(), b["image"], strict=True)}
+    for others in (second, list(loader_of(path, seed=6))):
+        two = {i: p for b in others for i, p in zip(b["id"].tolist(), b["image"], strict=True)}
+        assert sum(torch.equal(one[i], two[i]) for i in range(N)) < N // 4
+
+
+def test_colours_are_drawn_anew_and_crops_are_those_of_a_run_without_jitter(path):
+    plain = loader_of(path, RANDOM)
+    grey = loader_of(path, replace(RANDOM, saturation=(0, 0)))
+    for one, two in zip(plain, grey, strict=True):
+        weights = torch.tensor([0.2989, 0.587, 0.114]).reshape(3, 1, 1)
+        expected = (one["image"] * weights).sum(1)
+        assert (two["image"].float() - expected[:, None]).abs().max() <= 1.5
+    bright = loader_of(path, tc.DecodeImage(16, brightness=0.8))
+    factors = [(b["image"].float().mean((1, 2, 3)) + 1).tolist() for b in bright]
+    again = [(b["image"].float().mean((1, 2, 3)) + 1).tolist() for b in bright]  # of the next epoch
+    assert len({round(factor, 3) for factor in itertools.chain(*factors, *again)}) > N
+
+
+@pytest.mark.parametrize("options", [RANDOM, AUGMENTED])
+def test_a_run_resumes_bit_for_bit_at_every_batch(path, options):
+    loader = loader_of(path, options)
+    iterator = iter(loader)
+    states, batches = [loader.state_dict()], []
+    for batch in iterator:
+        batches.append(batch)
+        states.append(loader.state_dict())
+    for number, state in enumerate(states[:-1]):
+        again = loader_of(path, options, batch_size=8, threads=1 + number % 3)
+        again.load_state_dict(state)
+        assert equal(list(again), batches[number:])
+
+
+def test_ranks_together_serve_what_one_serves(path):
+    whole = {i: p for b in loader_of(path, batch_size=7) for i, p in zip(b["id"].tolist(), b["image"], strict=True)}
+    found: dict[int, torch.Tensor] = {}
+    for rank in range(3):
+        for batch in loader_of(path, batch_size=5, rank=rank, world_size=3, shuffle_streams=1):
+            found |= dict(zip(batch["id"].tolist(), batch["image"], strict=True))
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[i], whole[i]) for i in whole)
+
+
+def test_columns_of_one_record_are_cut_alike(tmp_path):
+    images = make_columns(20)["image"]
+    path = write(tmp_path / "two", {"a": images, "b": images}, {"a": tc.Image("jpeg"), "b": "bytes"})
+    dataset = tc.Dataset(path, decode={"a": RANDOM, "b": RANDOM})
+    for batch in tc.DataLoader(dataset, batch_size=6, shuffle=True):
+        assert torch.equal(batch["a"], batch["b"])
+    record = dataset[3]
+    assert np.array_equal(record["a"], record["b"])
+
+
+def test_a_record_by_index_draws_from_torchs_generator(path):
+    dataset = tc.Dataset(path, decode={"image": RANDOM})
+    torch.manual_seed(1)
+    first = dataset[3]["image"]
+    assert not np.array_equal(first, dataset[3]["image"])
+    torch.manual_seed(1)
+    assert np.array_equal(first, dataset[3]["image"])
+
+
+@pytest.fixture
+def with_nulls(tmp_path):
+    images = [None if i % 3 == 0 else image for i, image in enumerate(make_columns(24)["image"])]
+    schema = {"image": tc.Image("jpeg", nullable=True), "id": "int64"}
+    return write(tmp_path / "nulls", {"image": images, "id": np.arange(24)}, schema)
+
+
+def test_a_null_is_zeros_and_not_valid(with_nulls):
+    dataset = tc.Dataset(with_nulls, decode={"image": tc.DecodeImage(8)})
+    for _ in range(3):  # memory is used again
+        for batch in tc.DataLoader(dataset, batch_size=4, shuffle=True):
+            valid = [i % 3 != 0 for i in batch["id"].tolist()]
+            assert batch["image.valid"].tolist() == valid
+            assert batch["image"].flatten(1).any(1).tolist() == valid
+    assert dataset[0]["image"] is None
+    assert dataset[1]["image"].any()
+    assert dataset[[0, 1]]["image.valid"].tolist() == [False, True]
+    assert not dataset[[0, 1]]["image"][0].any()
+
+
+def test_a_null_among_whole_pictures_is_none(with_nulls):
+    dataset = tc.Dataset(with_nulls, decode={"image": tc.DecodeImage(None)})
+    ours = next(iter(tc.DataLoader(dataset, batch_size=4)))["image"]
+    theirs = tc.collate(dataset.__getitems__(range(4)))["image"]
+    for pictures in (ours, theirs):
+        assert [p is None for p in pictures] == [True, False, False, True]
+        assert isinstance(pictures[1], torch.Tensor)
+
+
+def test_a_null_may_be_another_picture(with_nulls):
+    grey = encode(Image.new("RGB", (9, 9), (128, 128, 128)), "png")
+    dataset = tc.Dataset(with_nulls, decode={"image": tc.DecodeImage(8)}, fill_nulls={"image": grey})
+    batch = next(iter(tc.DataLoader(dataset, batch_size=4)))
+    assert "image.valid" not in batch
+    assert (batch["image"][0] == 128).all()
+    assert torch.equal(batch["image"], torch.from_numpy(dataset[:4]["image"]))
+
+
+@pytest.mark.parametrize("form", ["png", "webp", "bmp"])
+def test_other_encodings_are_served_as_well(tmp_path, form):
+    images = [encode(picture(20, 30, i), form) for i in range(10)]
+    path = write(tmp_path / form, {"image": images}, {"image": tc.Image(form)})
+    batch = next(iter(loader_of(path, tc.DecodeImage(16), shuffle=False)))
+    assert batch["image"].float().std() > 5
+
+
+def broken_at(tmp_path, *numbers):
+    columns = make_columns(N)
+    for number in numbers:
+        columns["image"][number] = columns["image"][number][:-200]
+    return write(tmp_path / "broken", columns)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_corrupt_image_is_an_error_in_its_place_that_names_it(tmp_path, threads):
+    path = broken_at(tmp_path, 43, 45, 46, 60)
+    served = []
+    loader = loader_of(path, tc.DecodeImage(8), shuffle=False, threads=threads)
+    with pytest.raises(tc.CorruptShard) as caught:
+        served.extend(batch["id"].tolist() for batch in loader)
+    assert served == [list(range(start, start + 8)) for start in range(0, 40, 8)]
+    error = caught.value
+    assert (error.record, error.column) == (43, "image")
+    assert "record 43" in str(error)
+    assert "truncated" in str(error)
+    assert error.url.endswith(".tcs") or "/shards/" in error.url
+    assert isinstance(error.block, int)
+    with pytest.raises(tc.CorruptShard, match="record 43") as by_index:
+        tc.Dataset(path, decode={"image": tc.DecodeImage(8)})[43]
+    assert (by_index.value.url, by_index.value.block) == (error.url, error.block)
+
+
+def test_a_corrupt_image_of_a_shuffled_epoch_is_named_by_its_record(tmp_path):
+    loader = loader_of(broken_at(tmp_path, 17), rank=1, world_size=2)
+    # Of two epochs the rank serves it in one, at this seed.
+    with pytest.raises(tc.CorruptShard, match="record 17"):
+        list(itertools.chain.from_iterable([loader, loader]))
+
+
+def test_after_an_error_the_iterator_is_closed_and_the_loader_goes_on(tmp_path):
+    iterator = iter(loader_of(broken_at(tmp_path, 3), shuffle=False))
+    with pytest.raises(tc.CorruptShard):
+        next(iterator)
+    with pytest.raises(RuntimeError, match="closed"):
+        next(iterator)
+
+
+def test_other_errors_of_a_decoder_reach_the_consumer_unchanged(path, monkeypatch):
+    def refuse(self, data, draws, out):
+        raise MemoryError("no room for a picture")
+
+    monkeypatch.setattr(Decoder, "decode_into", refuse)
+    with pytest.raises(MemoryError, match="no room for a picture"):
+        next(iter(loader_of(path)))
+
+
+def decoding_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("tiercache-decode")]
+
+
+def test_leaving_a_loop_ends_its_threads(path):
+    for _batch in loader_of(path):
+        assert decoding_threads()
+        break
+    assert decoding_threads() == []
+    iterator = iter(loader_of(path))
+    next(iterator)
+    iterator.close()
+    assert decoding_threads() == []
+    assert _batch["image"].shape == (8, 3, 16, 16)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Decoders stop at the gate until it is opened; gate.reached is set when the first one does."""
+    gate, decode = threading.Event(), Decoder.decode_into
+    gate.reached = threading.Event()
+
+    def wait(self, data, draws, out):
+        gate.reached.set()
+        gate.wait(60)
+        return decode(self, data, draws, out)
+
+    monkeypatch.setattr(Decoder, "decode_into", wait)
+    yield gate
+    gate.set()
+
+
+def test_closing_wakes_a_consumer_that_waits(path, gate):
+    iterator, told = iter(loader_of(path)), []
+
+    def consume():
+        try:
+            next(iterator)
+        except RuntimeError as error:
+            told.append(str(error))
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    assert gate.reached.wait(30)
+    start_s = time.monotonic()
+    iterator.close()
+    consumer.join(30)
+    assert "closed" in told[0]
+    assert time.monotonic() - start_s < 30
+
+
+def test_a_hanging_decoder_is_a_timeout(path, gate):
+    dataset = tc.Dataset(path, decode={"image": RANDOM})
+    iterator = iter(tc.DataLoader(dataset, batch_size=8, timeout=0.05))
+    with pytest.raises(RuntimeError, match=r"timed out after 0\.05 seconds"):
+        next(iterator)
+    gate.set()
+    assert len(list(iterator)) == 9
+    iterator.close()
+
+
+def test_a_forked_child_must_make_its_own_iterator_and_the_parent_continues(path):
+    iterator = iter(loader_of(path))
+    first = next(iterator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # "multi-threaded, use of fork()": that is what is tested
+        child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        code = 1
+        try:
+            next(iterator)
+        except RuntimeError:
+            del iterator, first
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert equal([first, *iterator], list(loader_of(path)))
+
+
+def test_an_interpreter_that_ends_in_mid_epoch_ends_in_silence(path):
+    code = """
+import sys, tiercache as tc
+dataset = tc.Dataset(sys.argv[1], decode={"image": tc.DecodeImage(16)})
+iterator = iter(tc.DataLoader(dataset, batch_size=4, shuffle=True))
+batch = next(iterator)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+
+
+def test_the_figures_are_of_batches_handed_out(path):
+    loader = loader_of(path)
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    stats = loader.stats()
+    assert (stats["samples"], stats["batches"]) == (16, 2)
+    assert stats["stages"]["decode_s"] > 0
+    list(iterator)
+    stats = loader.stats()
+    assert (stats["samples"], stats["batches"]) == (N, 9)
+    assert stats["bytes_served"] > 0
+
+
+def test_a_batch_belongs_to_the_consumer(path):
+    loader = loader_of(path, tc.DecodeImage(16), shuffle=False)
+    for batch in loader:
+        batch["image"].zero_()
+    assert next(iter(loader))["image"].any()
+
+
+def test_decoders_survive_pickling_and_go_with_their_columns(path):
+    dataset = pickle.loads(pickle.dumps(tc.Dataset(path, decode={"image": tc.DecodeImage(16)})))
+    assert dataset[0]["image"].shape == (3, 16, 16)
+    assert dataset.select_columns(["id"])[0] == {"id": 0}
+    assert dataset.select_columns(["image"])[0]["image"].shape == (3, 16, 16)
+
+
+def test_batches_smaller_than_the_number_of_threads_are_in_order(path):
+    loader = loader_of(path, batch_size=1, threads=8, shuffle=False)
+    assert list(itertools.chain(*(b["id"].tolist() for b in loader))) == list(range(N))
+
+
+@pytest.mark.parametrize("how", ["values", "cut"])
+def test_a_corrupt_copy_in_the_cache_is_fetched_again(path, tmp_path, how):
+    files = [file for file in path.rglob("*") if file.is_file()]
+    objects = {f"data/{f.relative_to(path).as_posix()}": f.read_bytes() for f in files}
+    with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        first = tc.Dataset(f"{server.url}/data", cache=cache)
+        first.warm()
+        first.close()
+        for copy in (c for c in (cache.path / "copies").iterdir() if "." not in c.name):
+            data = bytearray(copy.read_bytes())
+            data[1000] ^= 4
+            copy.chmod(0o644)
+            copy.write_bytes(data if how == "values" else data[: len(data) // 2])
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache, decode={"image": RANDOM})
+        loader = tc.DataLoader(dataset, batch_size=8, shuffle=True, options=tc.LoaderOptions(seed=5))
+        assert equal(list(loader), list(loader_of(path)))
+        dataset.close()
+
+
+@pytest.mark.parametrize(
+    ("decode", "message"),
+    [
+        ({"id": RANDOM}, "only images are decoded.*tiercache.Image or of bytes"),
+        ({"picture": RANDOM}, "no such column"),
+    ],
+)
+def test_decode_of_a_column_without_images_is_refused(path, decode, message):
+    with pytest.raises(tc.SchemaError, match=message):
+        tc.Dataset(path, decode=decode)
+
+
+def test_decode_with_another_type_is_refused(path):
+    with pytest.raises(TypeError, match=r"DecodeImage for column 'image', got \(8, 8\)"):
+        tc.Dataset(path, decode={"image": (8, 8)})
+
+
+def test_a_missing_library_is_an_error_of_iter(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ModuleNotFoundError, match=r"opencv-python-headless.*tiercache-data\[images\]"):
+        iter(loader_of(path))
+    assert decoding_threads() == []

@@ -1,0 +1,843 @@
+"""Batches on a device: slots, order, events, errors and close on a fake device, and the rules of stream memory."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import sys
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import FrameType, SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.flow.load.test_on_corrupt import strike
+from tests.support import ROOT, decoded
+from tests.support.fake_device import FakeDevice, FakeStream, install
+from tests.support.interrupts import leaves_with
+from tests.support.records import check_batch, ids_of
+
+import tiercache as tc
+from tiercache.data.output_spec import Buffer
+from tiercache.load import device_pipeline
+from tiercache.load.device import BACKENDS, BatchDevice
+from tiercache.load.device_pipeline import DevicePipeline
+from tiercache.stats import WaitHistogram
+
+FAKE = "privateuseone"
+N = 203
+
+
+@pytest.fixture
+def eager(monkeypatch) -> list[FakeDevice]:
+    """Fake devices that do everything at once, as the loaders make them."""
+    return install(monkeypatch, is_eager=True)
+
+
+@pytest.fixture
+def lazy(monkeypatch) -> list[FakeDevice]:
+    """Fake devices that do nothing until a test says so or the host waits."""
+    return install(monkeypatch)
+
+
+def loader_of(path: Path | tc.Dataset, *, batch_size: int = 8, shuffle: bool = True, drop_last=False, **options):
+    dataset = path if isinstance(path, tc.Dataset) else tc.Dataset(path)
+    given = {"seed": 3, "device": FAKE, "threads": 2} | options
+    return tc.DataLoader(
+        dataset, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, options=tc.LoaderOptions(**given)
+    )
+
+
+def fixed_columns(path: Path) -> tc.Dataset:
+    return tc.Dataset(path, columns=["id", "tokens", "flag"])
+
+
+class Stage:
+    """A stage before the device that returns what a test gives: batches, or exceptions, which it raises."""
+
+    corrupt_shard = None
+
+    def __init__(self, results: list[Any]) -> None:
+        self.results = list(results)
+        self.n_taken = 0
+        self.is_closed = False
+
+    def take(self, timeout_s: float = -1.0) -> Any:
+        if not self.results:
+            return None
+        if self.results[0] is TimeoutError and timeout_s == 0:
+            self.results.pop(0)  # ready at the next request
+            raise TimeoutError
+        result = self.results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        self.n_taken += 1
+        return result
+
+    def figures(self) -> dict[str, float]:
+        return {"samples": 2.0 * self.n_taken, "batches": float(self.n_taken)}
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def pipeline_of(results: list[Any], *, n_copied: int = 2, is_fixed: bool = False, is_eager: bool = True):
+    """A device stage over such a stage, and the fake device."""
+    backend = FakeDevice(torch.device(FAKE), is_eager=is_eager)
+    device = BatchDevice(backend, n_copied, is_fixed=is_fixed)
+    work: Any = SimpleNamespace(waits=WaitHistogram())
+    return DevicePipeline(work, device, Stage(results)), backend
+
+
+def batch_of(number: int) -> dict[str, Any]:
+    return {"x": torch.full((4,), number), "name": [f"batch {number}"]}
+
+
+# ---- what is served ----
+
+
+def test_batches_on_a_device_are_those_of_the_cpu(make_dataset, eager):
+    path = make_dataset(N)
+    plain = ids_of(loader_of(path, device=None))
+    assert ids_of(loader_of(path)) == plain
+    assert ids_of(tc.DataLoader(tc.Dataset(path), 8, sampler=range(50), options=tc.LoaderOptions(device=FAKE))) == [
+        list(range(i, min(i + 8, 50))) for i in range(0, 50, 8)
+    ]
+
+
+def test_a_batch_takes_one_copy_from_memory_that_is_pinned_once(make_dataset, eager):
+    loader = loader_of(fixed_columns(make_dataset(N)))
+    for _ in range(3):
+        for _ in loader:
+            pass
+    [device] = eager
+    assert device.n_copies == 3 * len(loader)
+    assert len(device.pinned_bytes) == 1
+    assert loader.stats()["unpinned"] == 0
+
+
+def test_columns_on_the_device_share_a_block_and_are_aligned(make_dataset, eager):
+    loader = loader_of(tc.Dataset(make_dataset(N), layouts={"boxes": "buffer", "blob": "padded", "text": "nested"}))
+    for batch in loader:
+        tensors = [batch["id"], batch["tokens"], batch["flag"], batch["blob"], batch["score.valid"]]
+        tensors += [batch["blob.lengths"]]
+        tensors += [batch["boxes"].values, batch["boxes"].offsets, batch["text"].values()]
+        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.numel()}) == 1
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors if tensor.numel())
+        lengths = batch["blob.lengths"].tolist()
+        for row, i in enumerate(batch["id"].tolist()):
+            assert batch["boxes"][row].tolist() == [[i, i]] * (i % 4)
+            assert bytes(batch["blob"][row].tolist())[: lengths[row]] == bytes([i % 251]) * (i % 11)
+            assert bytes(batch["text"][row].tolist()).decode() == f"text {i}"
+
+
+def test_bytes_and_text_are_not_copied_to_the_device(make_dataset, eager):
+    path = make_dataset(N)
+    loader = loader_of(tc.Dataset(path, columns=["blob", "id", "text", "flag"]), batch_size=10, drop_last=True)
+    for batch in loader:
+        ids = batch["id"].tolist()
+        assert batch["text"] == [f"text {i}" for i in ids]
+        assert batch["blob"] == [bytes([i % 251]) * (i % 11) for i in ids]
+    [device] = eager
+    assert set(device.copied_bytes) == {128 + 10}  # 80 bytes of numbers up to the next column, and the flags
+
+
+def test_objects_stay_on_the_host_beside_tensors_on_the_device(tmp_path, eager):
+    schema = {"id": "int64", "j": "json", "s": pa.struct([("a", pa.int64())]), "x": "float32?"}
+    with tc.Writer(tmp_path / "data", schema=schema) as writer:
+        for i in range(40):
+            writer.write({"id": i, "j": {"n": [i]}, "s": {"a": 3 * i}, "x": None if i % 3 else i})
+    for batch in loader_of(tmp_path / "data"):
+        ids = batch["id"].tolist()
+        assert batch["j"] == [{"n": [i]} for i in ids]
+        assert batch["s"] == [{"a": 3 * i} for i in ids]
+        assert batch["x.valid"].tolist() == [i % 3 == 0 for i in ids]
+        assert list(batch) == ["id", "j", "s", "x", "x.valid"]
+    assert eager[0].n_copies == 5
+
+
+def test_a_batch_that_outgrows_its_slot_is_right_and_the_next_epochs_slots_are_larger(tmp_path, eager):
+    with tc.Writer(tmp_path / "data", schema={"id": "int64", "x": tc.Ragged("float32", (None,))}) as writer:
+        for i in range(160):
+            writer.write({"id": i, "x": np.full(i % 3 if i != 77 else 40_000, i, np.float32)})
+    loader = loader_of(tc.Dataset(tmp_path / "data", layouts={"x": "buffer"}), memory_bytes=1)
+
+    def read() -> None:
+        for batch in loader:
+            for i, x in zip(batch["id"].tolist(), batch["x"], strict=True):
+                assert x.tolist() == [i] * (i % 3 if i != 77 else 40_000)
+
+    read()
+    assert loader.stats()["unpinned"] == 1
+    read()
+    read()
+    assert loader.stats()["unpinned"] == 1
+    [device] = eager
+    assert len([n for n in device.pinned_bytes if n > 100_000]) == 2  # to pack the large batch, then larger slots
+
+
+def test_decoded_images_and_their_small_columns_are_one_copy_of_one_block(tmp_path, eager):
+    path = decoded.write(tmp_path / "data", decoded.make_columns(decoded.N))
+    plain = list(decoded.loader_of(path))
+    for _ in range(2):
+        loader = decoded.loader_of(path, device=FAKE)
+        for batch, other in zip(loader, plain, strict=True):
+            assert torch.equal(batch["image"], other["image"])
+            assert batch["id"].tolist() == other["id"].tolist()
+            assert batch["name"] == other["name"]
+    for device in eager:
+        assert device.n_copies == len(plain)
+        assert len(set(device.pinned_bytes)) == 1
+
+
+def test_whole_images_of_their_own_sizes_go_to_the_device(tmp_path, eager):
+    path = decoded.write(tmp_path / "data", decoded.make_columns(20))
+    plain = list(decoded.loader_of(path, tc.DecodeImage(None)))
+    for batch, other in zip(decoded.loader_of(path, tc.DecodeImage(None), device=FAKE), plain, strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(batch["image"], other["image"], strict=True))
+        assert not any(eager[0].is_pinned(image) for image in batch["image"])
+
+
+def test_a_change_of_one_column_is_no_change_of_another_for_autograd(make_dataset, eager):
+    batch = next(iter(loader_of(fixed_columns(make_dataset(N)))))
+    weight = torch.ones(6, requires_grad=True)
+    loss = (batch["tokens"].float() * weight).sum() + (batch["id"].double() @ weight[:1].double().expand(8))
+    batch["flag"].logical_not_()
+    loss.backward()
+    assert weight.grad is not None
+
+
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: Any
+
+
+def test_any_batch_of_a_transform_is_packed_into_one_copy():
+    image = torch.arange(48.0).view(1, 3, 4, 4).to(memory_format=torch.channels_last)
+    jagged = torch.nested.nested_tensor_from_jagged(torch.arange(5.0), torch.tensor([0, 2, 5]))
+    batch = {
+        "image": image,
+        "pair": Pair(torch.tensor([True, False]), [torch.zeros(0, 3), "text", torch.tensor(7, dtype=torch.int8)]),
+        "buffer": Buffer(torch.arange(3, dtype=torch.uint8), torch.tensor([0, 1, 3])),
+        "strided": torch.arange(12).view(3, 4)[:, ::2],
+        "jagged": jagged,
+        "half": (torch.ones(3, dtype=torch.bfloat16), None, 3.5),
+        "sparse": torch.eye(2).to_sparse(),
+    }
+    pipeline, device = pipeline_of([batch])
+    got = pipeline.take()
+    assert device.n_copies == 1
+    assert torch.equal(got["image"], image)
+    assert got["image"].is_contiguous(memory_format=torch.channels_last)
+    assert isinstance(got["pair"], Pair)
+    assert got["pair"].left.tolist() == [True, False]
+    assert got["pair"].right[0].shape == (0, 3)
+    assert got["pair"].right[1] == "text"
+    assert got["pair"].right[2].item() == 7
+    assert [value.tolist() for value in got["buffer"]] == [[0], [1, 2]]
+    assert torch.equal(got["strided"], batch["strided"])
+    assert [part.tolist() for part in got["jagged"].unbind()] == [[0, 1], [2, 3, 4]]
+    assert got["half"][0].tolist() == [1, 1, 1]
+    assert got["half"][1:] == (None, 3.5)
+    assert torch.equal(got["sparse"].to_dense(), torch.eye(2))
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in (got["image"], got["strided"], got["buffer"].values))
+    pipeline.close()
+
+
+@pytest.mark.parametrize(("n_bytes", "n_copies"), [(1 << 10, 1), (1 << 20, 2)])
+def test_what_lies_in_a_slot_is_packed_with_the_rest_only_if_it_is_small(n_bytes, n_copies):
+    pipeline, device = pipeline_of([])
+    lent, slot = pipeline._device.pinned.lend_tensor(n_bytes)
+    slot[:] = torch.arange(n_bytes) % 251
+    pipeline._before.results.append({"slot": slot[64:], "made": torch.arange(3)})
+    got = pipeline.take()
+    assert device.n_copies == n_copies
+    assert torch.equal(got["slot"], slot[64:])
+    assert got["made"].tolist() == [0, 1, 2]
+    assert lent.size == n_bytes
+
+
+def test_a_batch_without_tensors_is_served_as_it_is():
+    pipeline, device = pipeline_of([["a", "b"], {"name": ["c"]}])
+    assert pipeline.take() == ["a", "b"]
+    assert pipeline.take() == {"name": ["c"]}
+    assert pipeline.take() is None
+    assert device.n_copies == 0
+
+
+# ---- order, events, memory ----
+
+
+def test_copies_are_issued_ahead_but_no_more_than_asked():
+    pipeline, device = pipeline_of([batch_of(i) for i in range(6)], n_copied=3)
+    for i in range(6):
+        assert pipeline.take()["x"].tolist() == [i] * 4
+        assert device.n_copies == min(i + 3, 6)
+    assert pipeline.take() is None
+    assert pipeline.take() is None
+
+
+def test_a_batch_is_not_awaited_while_another_can_be_handed_out():
+    pipeline, device = pipeline_of([batch_of(0), TimeoutError, batch_of(1)])
+    assert pipeline.take()["name"] == ["batch 0"]  # batch 1 was not ready, and was not waited for
+    assert device.n_copies == 1
+    assert pipeline.take()["name"] == ["batch 1"]
+
+
+def test_the_consumers_stream_waits_for_the_copy_and_the_host_does_not():
+    pipeline, device = pipeline_of([batch_of(0)], is_eager=False)
+    x = pipeline.take()["x"]
+    seen: list[list[int]] = []
+    there = device.raw(x)
+    device.current.submit(lambda: seen.append(there.tolist()))
+    device.choose = lambda streams: streams[0]  # the consumer's stream goes on as far as it can
+    device.run_all()
+    assert seen == [[0, 0, 0, 0]]
+    assert device.n_synchronised == 0
+    pipeline.close()
+
+
+def test_a_host_that_runs_ahead_waits_for_copies_before_it_needs_more_memory():
+    pipeline, device = pipeline_of([batch_of(i) for i in range(9)], n_copied=2, is_eager=False)
+    for i in range(9):
+        assert pipeline.take()["name"] == [f"batch {i}"]
+        assert len(pipeline._copying) <= 3
+    assert device.n_synchronised
+    assert len(device.pinned_bytes) <= 4
+    pipeline.close()
+
+
+def test_a_copy_is_issued_again_for_another_current_stream():
+    pipeline, device = pipeline_of([batch_of(0), batch_of(1)], is_eager=False)
+    pipeline.take()
+    device.current = device.new_stream()
+    x = pipeline.take()["x"]
+    assert device.n_copies == 3
+    there = device.raw(x)
+    seen: list[list[int]] = []
+    device.current.submit(lambda: seen.append(there.tolist()))
+    device.run_all()
+    assert seen == [[1, 1, 1, 1]]
+    pipeline.close()
+
+
+def test_memory_of_a_copy_that_was_issued_again_is_not_lent_before_that_copy_is_done():
+    pipeline, device = pipeline_of([batch_of(0), batch_of(1)], is_eager=False)
+    pipeline.take()
+    first = device.current
+    device.current = device.new_stream()
+    pipeline.take()
+    device.current = first
+    block = device.allocate(64)  # the user's tensor, in the memory of the first copy of batch 1
+    there = device.raw(block)
+    first.submit(lambda: there.fill(7))
+    device.run_all()  # the first stream goes on as far as it can, before the copies
+    assert set(there.tolist()) == {7}
+    pipeline.close()
+
+
+def test_state_counts_the_batches_that_were_handed_out(make_dataset, eager):
+    path = make_dataset(N)
+    expected = ids_of(loader_of(path, device=None))
+    loader = loader_of(path, device_batches=5)
+    iterator = iter(loader)
+    first = [check_batch(next(iterator)) for _ in range(4)]
+    assert loader.stats()["batches"] == 4
+    assert loader.stats()["samples"] == 32
+    resumed = loader_of(path, device_batches=5)
+    resumed.load_state_dict(loader.state_dict())
+    assert first + ids_of(resumed) == expected
+    iterator.close()
+
+
+def test_an_error_comes_in_its_place():
+    pipeline, _ = pipeline_of([batch_of(0), batch_of(1), OSError("lost"), batch_of(2)], n_copied=8)
+    assert [pipeline.take()["name"] for _ in range(2)] == [["batch 0"], ["batch 1"]]
+    with pytest.raises(OSError, match="lost"):
+        pipeline.take()
+    assert pipeline._before.is_closed
+
+
+def test_corrupt_data_is_an_error_in_its_place_and_can_be_replaced(make_dataset, eager):
+    path = make_dataset(N)
+    dataset = tc.Dataset(path)
+    strike(dataset, path, 0, 2, "tokens")
+    plain, served = [], []
+    for device, into in ((None, plain), (FAKE, served)):
+        with pytest.raises(tc.CorruptShard):
+            into.extend(check_batch(batch) for batch in loader_of(path, device=device, device_batches=4))
+        with pytest.warns(RuntimeWarning, match="CRC-32C"):
+            into += ids_of(loader_of(path, device=device, device_batches=4, on_corrupt="previous"))
+    assert served == plain
+
+
+def test_no_memory_on_the_device_is_an_error_that_loses_no_batch():
+    pipeline, device = pipeline_of([batch_of(0), batch_of(1)])
+    device.fail_allocation = True
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            pipeline.take()
+    device.fail_allocation = False
+    assert [pipeline.take()["name"] for _ in range(2)] == [["batch 0"], ["batch 1"]]
+
+
+def test_a_timeout_is_the_loaders():
+    class Slow(Stage):
+        def take(self, timeout_s: float = -1.0) -> Any:
+            raise TimeoutError
+
+    pipeline, _ = pipeline_of([])
+    pipeline._before = Slow([])
+    with pytest.raises(TimeoutError):
+        pipeline.take(0.01)
+    pipeline.close()
+
+
+def test_close_waits_for_the_copies_that_are_running(make_dataset, lazy):
+    loader = loader_of(make_dataset(N), device_batches=4)
+    iterator = iter(loader)
+    next(iterator)
+    [device] = lazy
+    side = device.streams[1]
+    assert side.operations
+    iterator.close()
+    assert not side.operations
+    with pytest.raises(RuntimeError, match="closed"):
+        next(iterator)
+
+
+def test_a_loop_that_ends_early_leaves_nothing(make_dataset, lazy):
+    loader = loader_of(fixed_columns(make_dataset(N)))
+    for _ in range(3):
+        for _ in loader:
+            break
+    gc.collect()
+    [device] = lazy
+    assert len(device.pinned_bytes) == 1
+    device.run_all()
+
+
+def test_iterators_that_overlap_have_memory_of_their_own(make_dataset, lazy):
+    path = make_dataset(N)
+    loader = loader_of(fixed_columns(path))
+    rounds = [iter(loader), iter(loader)]
+    for one, two in zip(*rounds, strict=True):
+        for batch in (one, two):
+            lazy[0].run_all()
+            ids = batch["id"].tolist()
+            assert batch["tokens"][:, 0].tolist() == [i * 7 for i in ids]
+    assert len(lazy[0].pinned_bytes) == 2
+
+
+def test_several_loaders_and_devices_serve_side_by_side(make_dataset, eager):
+    path = make_dataset(N)
+    loaders = [loader_of(path, device=f"{FAKE}:{number}", seed=number) for number in (0, 1, 0)]
+    expected = [ids_of(loader_of(path, device=None, seed=number)) for number in (0, 1, 0)]
+    served = [[check_batch(batch) for batch in column] for column in zip(*map(list, loaders), strict=True)]
+    assert [list(column) for column in zip(*served, strict=True)] == expected
+    assert [device.device.index for device in eager] == [0, 1, 0]
+
+
+def test_a_forked_child_cannot_use_the_iterator_and_ends(make_dataset, eager):
+    iterator = iter(loader_of(make_dataset(N)))
+    next(iterator)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        try:
+            next(iterator)
+        except RuntimeError:
+            iterator.close()
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    iterator.close()
+
+
+def test_a_process_exits_with_batches_on_their_way(make_dataset, warm_python):
+    code = """
+import sys
+import pytest
+from tests.support.fake_device import install
+import tiercache as tc
+made = install(pytest.MonkeyPatch())
+options = tc.LoaderOptions(device="privateuseone", seed=1)
+loader = tc.DataLoader(tc.Dataset(sys.argv[1]), batch_size=4, shuffle=True, options=options)
+iterator = iter(loader)
+batch = next(iterator)
+print("served")
+"""
+    done = warm_python.run(["-c", code, str(make_dataset(N))], cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "served\n", "")
+
+
+# ---- random completion orders ----
+
+
+@contextmanager
+def fake_devices():
+    made: list[FakeDevice] = []
+
+    def make(device: torch.device) -> FakeDevice:
+        made.append(FakeDevice(device))
+        return made[-1]
+
+    BACKENDS[FAKE] = make
+    try:
+        yield made
+    finally:
+        del BACKENDS[FAKE]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("device") / "data"
+    with tc.Writer(path, schema={"id": "int64", "row": tc.Tensor("int32", (40,)), "text": "str"}) as writer:
+        for i in range(160):
+            writer.write({"id": i, "row": np.arange(40, dtype=np.int32) * i, "text": "x" * (i % 30)})
+    return path
+
+
+@cache
+def epochs_of(path: Path, seed: int) -> list[list[list[int]]]:
+    """The ids of the batches of two epochs."""
+    loader = loader_of(path, drop_last=True, seed=seed, device=None)
+    return [[batch["id"].tolist() for batch in loader] for _ in range(2)]
+
+
+def kernel(device: FakeDevice, batch: dict[str, Any], seen: list[list[int]]) -> None:
+    """Queue what reads a batch on the consumer's stream; the batch may be dropped before that runs."""
+    ids, rows = device.raw(batch["id"]), device.raw(batch["row"])
+
+    def run() -> None:
+        assert np.array_equal(rows, np.arange(40) * ids[:, None]), "a batch was seen before its copy was done"
+        seen.append(ids.tolist())
+
+    device.current.submit(run)
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    n_copied=st.integers(1, 5),
+    buffers=st.sampled_from(["new", "fixed"]),
+    n_streams=st.integers(1, 3),
+    stop=st.integers(1, 22),
+)
+def test_no_slot_is_rewritten_and_no_batch_is_seen_before_its_copy_is_done(
+    packed, seed, n_copied, buffers, n_streams, stop
+):
+    """Whatever stream comes first. The fake device checks the slots; the kernel checks the batches."""
+    rng = random.Random(seed)
+    with fake_devices() as made:
+        order = {"batch_size": 8, "drop_last": True, "seed": seed % 7, "memory_bytes": 1}
+        options = {"device_batches": n_copied, "device_buffers": buffers}
+        seen: list[list[int]] = []
+        loader = loader_of(packed, **order, **options)
+        for _ in range(2):
+            iterator = iter(loader)
+            [device] = made
+            device.choose = rng.choice
+            streams = [device.current, *(device.new_stream() for _ in range(n_streams - 1))]
+            for number, batch in enumerate(iterator):
+                kernel(device, batch, seen)
+                del batch
+                for _ in range(rng.randrange(8)):
+                    device.run_one()
+                if rng.random() < 0.2:
+                    device.current = rng.choice(streams)
+                if number + 1 == stop:
+                    break
+            iterator.close()
+        device.run_all()
+    expected = [ids for epoch in epochs_of(packed, seed % 7) for ids in epoch[:stop]]
+    assert sorted(seen) == sorted(expected)
+    if n_streams == 1:
+        assert seen == expected
+
+
+# ---- fixed buffers ----
+
+
+def test_fixed_buffers_have_the_same_addresses_in_every_epoch_and_nothing_is_pending(make_dataset, lazy):
+    loader = loader_of(fixed_columns(make_dataset(N)), drop_last=True, device_buffers="fixed")
+    addresses = set()
+    for _ in range(2):
+        for batch in loader:
+            [device] = lazy
+            device.run_all()
+            ids = batch["id"].tolist()
+            assert batch["tokens"][:, 0].tolist() == [i * 7 for i in ids]
+            addresses.add(tuple(batch[name].data_ptr() for name in ("id", "tokens", "flag")))
+    assert len(addresses) == 1
+
+
+def test_fixed_buffers_wait_on_the_host_for_each_copy():
+    pipeline, device = pipeline_of([batch_of(i) for i in range(3)], is_fixed=True, is_eager=False)
+    for i in range(3):
+        before = device.n_synchronised
+        x = pipeline.take()["x"]
+        assert device.n_synchronised > before
+        device.run_all()
+        assert x.tolist() == [i] * 4
+    pipeline.close()
+
+
+def test_fixed_buffers_are_not_overwritten_while_another_stream_uses_them():
+    pipeline, device = pipeline_of([batch_of(0), batch_of(1)], is_fixed=True, is_eager=False)
+    first, there = device.current, device.raw(pipeline.take()["x"])
+    device.run_all()
+    seen: list[list[int]] = []
+    first.submit(lambda: seen.append(there.tolist()))
+    device.current = device.new_stream()
+    device.choose = lambda streams: streams[-1]  # the new stream goes on as far as it can
+    pipeline.take()
+    device.run_all()
+    assert seen == [[0] * 4]
+    assert there.tolist() == [1] * 4
+    pipeline.close()
+
+
+def test_fixed_buffers_need_full_batches(make_dataset, eager):
+    loader = loader_of(fixed_columns(make_dataset(N)), device_buffers="fixed")
+    with pytest.raises(ValueError, match="ends with a batch of 3 records instead of 8: give drop_last=True"):
+        iter(loader)
+    even = fixed_columns(make_dataset(40, "even"))
+    assert len(list(loader_of(even, device_buffers="fixed"))) == 5
+    options = tc.LoaderOptions(device=FAKE, device_buffers="fixed")
+    assert len(list(tc.DataLoader(even, 8, sampler=range(16), options=options))) == 2
+    with pytest.raises(ValueError, match="give drop_last=True"):
+        next(iter(tc.DataLoader(even, 8, sampler=range(20), options=options)))
+
+
+def test_fixed_buffers_that_inference_mode_made_serve_training_too():
+    pipeline, _ = pipeline_of([batch_of(0), batch_of(1)], is_fixed=True)
+    with torch.inference_mode():
+        assert pipeline.take()["x"].tolist() == [0] * 4
+    x = pipeline.take()["x"]
+    assert x.tolist() == [1] * 4
+    weight = torch.ones(4, requires_grad=True)
+    (x * weight).sum().backward()
+    pipeline.close()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"x": torch.zeros(3), "y": torch.zeros(2)}, r"column 'x' was torch.float32\[4\].*and is torch.float32\[3\]"),
+        ({"x": torch.zeros(4), "y": torch.zeros(2).double()}, r"column 'y' was torch.float32\[2\].*torch.float64\[2\]"),
+        ({"x": torch.zeros(4)}, r"1 tensors and the first one had 2 \(column 'y' differs\)"),
+    ],
+)
+def test_fixed_buffers_name_the_column_of_another_layout(other, message):
+    pipeline, _ = pipeline_of([{"x": torch.zeros(4), "y": torch.zeros(2)}, other], is_fixed=True)
+    pipeline.take()
+    with pytest.raises(ValueError, match=message):
+        pipeline.take()
+    pipeline.close()
+
+
+def test_fixed_buffers_refuse_tensors_without_a_fixed_address():
+    pipeline, _ = pipeline_of([{"x": torch.eye(2).to_sparse()}], is_fixed=True)
+    with pytest.raises(ValueError, match=r"column 'x' is a Tensor of layout torch\.sparse_coo"):
+        pipeline.take()
+    pipeline.close()
+
+
+COMPILED = """
+import sys
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from tests.support.fake_device import install
+import tiercache as tc
+
+def step(batch):
+    batch["id"] += 1  # the columns share a block: a change of one must not be taken for one of another
+    return batch["tokens"].float().mean(1) + batch["id"] * batch["flag"]
+
+install(pytest.MonkeyPatch(), is_eager=True)
+dataset = tc.Dataset(sys.argv[1], columns=["id", "tokens", "flag"])
+for options in ({}, {"device_buffers": "fixed"}):
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(step, backend="aot_eager")
+    plain = tc.DataLoader(dataset, 8, drop_last=True)
+    loader = tc.DataLoader(dataset, 8, drop_last=True, options=tc.LoaderOptions(device="privateuseone", **options))
+    for batch, other in zip(loader, plain, strict=True):
+        assert torch.equal(compiled(batch), step(other))
+        assert torch.equal(batch["id"], other["id"])
+    assert counters["stats"]["unique_graphs"] == 1
+"""
+
+
+@pytest.mark.stress  # the compiler is imported, which takes seconds
+def test_a_compiled_step_takes_all_batches_by_one_graph(make_dataset, warm_python):
+    done = warm_python.run(["-c", COMPILED, str(make_dataset(N))], cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- options and statistics ----
+
+
+def test_a_device_that_cannot_serve_is_refused_with_a_way_out(make_dataset):
+    path = make_dataset(20)
+    with pytest.raises(ValueError, match="device='mps': MPS has no streams"):
+        loader_of(path, device="mps")
+    with pytest.raises(ValueError, match="device='nowhere' names no device of torch"):
+        loader_of(path, device="nowhere")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"device='cuda' needs an accelerator, and torch .* finds none here"):
+            loader_of(path, device="cuda")
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_the_cpu_takes_the_plain_path(make_dataset, device):
+    loader = loader_of(make_dataset(20), device=device)
+    assert sum(map(len, ids_of(loader))) == 20
+    assert loader._engine._device is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": FAKE, "device_batches": 0}, "device_batches must be 1 or more, got 0"),
+        ({"device": FAKE, "device_buffers": "same"}, "device_buffers must be 'new' or 'fixed', got 'same'"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tc.LoaderOptions(**options)
+
+
+def test_the_number_of_batches_is_an_integer():
+    with pytest.raises(TypeError, match="device_batches must be an integer"):
+        tc.LoaderOptions(device=FAKE, device_batches="two")
+
+
+def test_torchs_path_refuses_a_device(make_dataset, eager):
+    dataset = tc.Dataset(make_dataset(20))
+    options = tc.LoaderOptions(device=FAKE)
+    with pytest.raises(ValueError, match=r"single records: remove device=, give pin_memory=True, and move each"):
+        tc.DataLoader(dataset, None, options=options)
+    with pytest.raises(ValueError, match=r"here the sampler, a list, is neither .*: remove device="):
+        tc.DataLoader(dataset, batch_sampler=[[1, 2], [3]], options=options)
+
+
+def test_pin_memory_is_allowed_and_adds_no_copy(make_dataset, eager):
+    dataset = fixed_columns(make_dataset(40))
+    loader = tc.DataLoader(dataset, 8, pin_memory=True, options=tc.LoaderOptions(device=FAKE))
+    assert len(list(loader)) == 5
+    assert eager[0].n_copies == 5
+
+
+def test_exposed_wait_is_the_time_in_which_the_consumers_stream_had_nothing_to_do():
+    pipeline, device = pipeline_of([batch_of(0), batch_of(1)], is_eager=False)
+    pipeline.take()
+    device.choose = lambda streams: streams[-1]  # copies first
+    device.run_all()
+    waits = pipeline._device.exposed_waits()
+    assert waits.n_waits == 1
+    assert waits.total_s > 0
+    pipeline.close()
+
+
+def test_stats_tell_the_exposed_wait_and_the_slowest_rank(make_dataset, eager):
+    path = make_dataset(N)
+    for device in (None, FAKE):
+        loader = loader_of(path, device=device)
+        for _ in loader:
+            pass
+        stats = loader.stats(across_ranks=True)
+        exposed = stats["exposed_wait_s"]
+        assert exposed.keys() == {"total", "mean", "p99", "slowest_rank"}
+        # without a device, the request that finds the end of the epoch is a wait too
+        assert exposed["total"] / exposed["mean"] == pytest.approx(len(loader) + (device is None))
+        assert exposed["slowest_rank"] == {"rank": 0, **{key: exposed[key] for key in ("total", "mean", "p99")}}
+        words = ("store", "disk", "plan", "decode", "transform", "copy", "consumer")
+        assert stats["bottleneck"].split()[0] in words
+
+
+def test_a_pickled_loader_serves_its_device(make_dataset, eager):
+    import pickle
+
+    loader = loader_of(make_dataset(N))
+    assert ids_of(pickle.loads(pickle.dumps(loader))) == ids_of(loader)
+
+
+def test_a_fake_stream_that_nothing_can_begin_is_an_error():
+    device = FakeDevice(torch.device(FAKE))
+    stream = FakeStream(device)
+    stream.wait_event(device.record(device.new_stream()))
+    device.streams.clear()
+    with pytest.raises(AssertionError, match="nothing can begin"):
+        stream.synchronize()
+
+
+# ---- Ctrl-C ----
+
+
+class Tracer:
+    """Lists the lines of the stage that this thread executes, and raises KeyboardInterrupt before the n-th of them."""
+
+    def __init__(self, nth: int) -> None:
+        self.nth = nth
+        self.lines: list[int] = []
+
+    def __call__(self, frame: FrameType, event: str, _argument: Any) -> Any:
+        if frame.f_code.co_filename != device_pipeline.__file__:
+            return None
+        if event == "line" and not leaves_with(frame.f_code, frame.f_lasti):
+            self.lines.append(frame.f_lineno)
+            if len(self.lines) == self.nth:
+                raise KeyboardInterrupt
+        return self
+
+
+def take_all(tracer: Tracer, *, is_fixed: bool, n: int = 3) -> list[int]:
+    """The numbers of the batches that are served by a loop that goes on after Ctrl-C."""
+    pipeline, device = pipeline_of([batch_of(i) for i in range(n)], is_fixed=is_fixed, is_eager=False)
+    device.choose = random.Random(tracer.nth).choice
+    served = []
+    while True:
+        before = sys.gettrace()  # of a measurement of coverage
+        sys.settrace(tracer)
+        try:
+            batch = pipeline.take()
+        except KeyboardInterrupt:
+            continue
+        finally:
+            sys.settrace(before)
+        if batch is None:
+            break
+        device.run_all()
+        number = int(batch["name"][0].removeprefix("batch "))
+        assert batch["x"].tolist() == [number] * 4
+        served.append(number)
+        assert pipeline.n_taken > number
+    assert pipeline.n_taken == n
+    assert pipeline.take() is None
+    pipeline.close()
+    return served
+
+
+def test_ctrl_c_before_any_line_loses_at_most_one_batch_and_moves_no_other():
+    struck: set[int] = set()
+    for is_fixed in (False, True):
+        plain = Tracer(0)
+        assert take_all(plain, is_fixed=is_fixed) == [0, 1, 2]
+        first = {line: number for number, line in reversed(list(enumerate(plain.lines, 1)))}
+        last = {line: number for number, line in enumerate(plain.lines, 1)}
+        for nth in {places[line] for places in (first, last) for line in places.keys() - struck}:
+            served = take_all(Tracer(nth), is_fixed=is_fixed)
+            assert len(served) >= 2
+            assert served == sorted(set(served))
+        struck |= first.keys()
+    assert len(struck) > 80

@@ -1,0 +1,608 @@
+"""Forms of columns and fills of nulls: the same meaning whichever way records are read."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.support import ROOT
+from torch.utils.data import DataLoader as TorchLoader
+from torch.utils.data import Subset, default_collate
+
+import tiercache as tc
+from tiercache._native.ring import Plan
+from tiercache.data.output_spec import Buffer
+from tiercache.load.batch import PADDED
+
+N = 60
+FIXTURE = [HealthCheck.function_scoped_fixture]
+VARIED: dict[str, Any] = {
+    "blob": "bytes",
+    "text": "str?",
+    "picture": tc.Image("png", nullable=True),
+    "flat": tc.Ragged("uint16", (None,)),
+    "half": tc.Ragged("bfloat16", (None,), nullable=True),
+    "flags": tc.Ragged("bool", (None, 3), nullable=True),
+    "rows": tc.Ragged("float32", (None, 2, 2), nullable=True),
+    "empty": tc.Ragged("int8", (None, 0)),
+    "last": tc.Ragged("float64", (2, None)),
+    "box": tc.Ragged("int16", (None, 2, None), nullable=True),
+}
+OTHERS: dict[str, Any] = {
+    "id": "int64",
+    "doc": "json?",
+    "count": "int32?",
+    "flag": "bool?",
+    "point": tc.Tensor("bfloat16", (2,), nullable=True),
+    "when": pa.field("when", pa.list_(pa.int64())),
+}
+SCHEMA = OTHERS | VARIED
+ONE_VARIES_FIRST = ("blob", "text", "picture", "flat", "half", "flags", "rows", "empty")
+FILLS: dict[str, Any] = {
+    "text": "наполнитель",
+    "picture": b"\x89PNG",
+    "half": torch.full((3,), 0.5),
+    "flags": np.zeros((0, 3), np.bool_),
+    "rows": np.arange(8, dtype=np.float32).reshape(2, 2, 2),
+    "box": np.full((1, 2, 3), -7),
+    "doc": {"none": []},
+    "count": -1,
+    "flag": True,
+    "point": -2.0,
+    "when": [7, 7],
+}
+
+
+# A value that each column can be padded with.
+PADDING: dict[str, Any] = {
+    "blob": 255,
+    "text": 32,
+    "picture": 1,
+    "flat": 65535,
+    "half": -2.5,
+    "flags": True,
+    "rows": 1.5,
+    "empty": -100,
+    "last": 1e300,
+    "box": -7,
+}
+
+
+def make_record(i: int) -> dict[str, Any]:
+    """Record i, which follows from its number; every third value of a nullable column is null."""
+    rng = np.random.default_rng(i)
+    k, m = int(rng.integers(0, 5)), int(rng.integers(0, 4))
+    record = {
+        "id": i,
+        "doc": {"i": i},
+        "count": i - 5,
+        "flag": i % 2 == 0,
+        "point": torch.tensor([i, -i], dtype=torch.bfloat16),
+        "when": [i] * m,
+        "blob": rng.bytes(k * m),
+        "text": "žluťoučký 🐴"[:k] * m,
+        "picture": rng.bytes(k),
+        "flat": rng.integers(0, 65536, k * 3).astype(np.uint16),
+        "half": torch.arange(m * k, dtype=torch.bfloat16),
+        "flags": rng.integers(0, 2, (k, 3)).astype(np.bool_),
+        "rows": rng.random((m, 2, 2)).astype(np.float32),
+        "empty": np.zeros((k, 0), np.int8),
+        "last": rng.random((2, m)),
+        "box": rng.integers(-9, 9, (k, 2, m)).astype(np.int16),
+    }
+    nullable = [name for name in SCHEMA if name in FILLS]
+    return record | {name: None for at, name in enumerate(nullable) if (i + at) % 3 == 0}
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Path:
+    with tc.Writer(path, schema=SCHEMA, shard_size="6KiB", block_size="1KiB") as writer:
+        for record in records:
+            writer.write(record)
+    return path
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("layouts") / "data", [make_record(i) for i in range(N)])
+
+
+def as_plain(value: Any) -> Any:
+    """A value as nested lists with its shape, for comparing across numpy and torch."""
+    if isinstance(value, torch.Tensor):
+        return (str(value.dtype).removeprefix("torch."), tuple(value.shape), value.tolist())
+    if isinstance(value, np.ndarray | np.generic):
+        return (value.dtype.name, value.shape, value.tolist())
+    return value
+
+
+def plain_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch in a form that == compares, shapes and dtypes included."""
+    found: dict[str, Any] = {}
+    for name, values in batch.items():
+        if isinstance(values, Buffer):
+            found[name] = [as_plain(values.values), as_plain(values.offsets), as_plain(values.shapes)]
+        elif isinstance(values, torch.Tensor) and values.is_nested:
+            found[name] = ["nested", as_plain(values.values()), as_plain(values.offsets())]
+        else:
+            found[name] = [as_plain(v) for v in values] if isinstance(values, list) else as_plain(values)
+    return found
+
+
+def as_array(value: Any) -> np.ndarray:
+    """A value as a numpy array; bfloat16 as float32."""
+    if isinstance(value, torch.Tensor):
+        return value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
+    return np.asarray(value)
+
+
+def records_of(batch: dict[str, Any], name: str, form: Any) -> list[Any]:
+    """Each record's value in a batch, taken out of the column's form again."""
+    values = batch[name]
+    padding = form if isinstance(form, tc.Padded) else tc.Padded()
+    if form == "buffer":
+        return list(values)
+    if form == "nested":
+        return list(values.unbind())
+    if form == "list":
+        return list(values)
+    vary = [d for d, size in enumerate(getattr(SCHEMA[name], "shape", (None,))) if size is None]
+    lengths = batch[f"{name}.lengths"].reshape(len(values), len(vary)).tolist()
+    for number, dimension in enumerate(vary):
+        longest, box = max((length[number] for length in lengths), default=0), values.shape[1 + dimension]
+        assert longest <= box < max(longest, 1) + padding.multiple_of
+        assert box % padding.multiple_of == 0
+        assert padding.max_length is None or longest <= padding.max_length
+    out = []
+    for value, length in zip(values, lengths, strict=True):
+        cut = [slice(None)] * value.ndim
+        for dimension, n in zip(vary, length, strict=True):
+            cut[dimension] = slice(0, n)
+        out.append(value[tuple(cut)])
+        behind = np.ones(value.shape, np.bool_)
+        behind[tuple(cut)] = False
+        assert (as_array(value)[behind] == padding.value).all()
+    return out
+
+
+def expected_value(name: str, value: Any, fill: Any, form: Any) -> Any:
+    """What was written, as a list of numbers (of the encoded bytes, where the form is none of objects)."""
+    value = fill if value is None else value
+    if form != "list" and isinstance(value, str | bytes):
+        value = np.frombuffer(value.encode() if isinstance(value, str) else value, np.uint8)
+    if isinstance(form, tc.Padded):
+        shape = getattr(SCHEMA[name], "shape", (None,))
+        value = value[tuple(slice(form.max_length if size is None else None) for size in shape)]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+@st.composite
+def paddings(draw, name):
+    """How a column is padded; longer records are cut if there is a limit."""
+    limit = draw(st.one_of(st.none(), st.integers(1, 9)))
+    value, multiple = draw(st.sampled_from([0, PADDING[name]])), draw(st.sampled_from([1, 1, 2, 5, 8]))
+    return tc.Padded(value, multiple_of=multiple, max_length=limit, truncate=limit is not None)
+
+
+@st.composite
+def servings(draw):
+    forms = {
+        name: draw(
+            st.one_of(
+                st.sampled_from(("list", "padded", "buffer", *(["nested"] * (name in ONE_VARIES_FIRST)))),
+                paddings(name),
+            )
+        )
+        for name in VARIED
+    }
+    return {"layouts": forms, "fill_nulls": {n: f for n, f in FILLS.items() if draw(st.booleans())}}
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=FIXTURE)
+@given(asked=servings(), batch_size=st.integers(1, 40), shuffle=st.booleans(), window=st.sampled_from(["1KiB", "all"]))
+def test_the_native_path_and_collate_give_the_same_batch(packed, asked, batch_size, shuffle, window):
+    dataset = tc.Dataset(packed, **asked)
+    options = tc.LoaderOptions(seed=1, shuffle_window_bytes=window, threads=2)
+    seen = 0
+    for batch in tc.DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, options=options):
+        ids = batch["id"].tolist()
+        expected = tc.collate(dataset.__getitems__(ids))
+        assert list(batch) == list(expected)
+        assert plain_batch(batch) == plain_batch(expected)
+        seen += len(ids)
+    assert seen == N
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=FIXTURE)
+@given(asked=servings(), indices=st.lists(st.integers(0, N - 1), max_size=12))
+def test_numpy_batches_hold_what_was_written_in_every_form(packed, asked, indices):
+    batch = tc.Dataset(packed, **asked)[indices]
+    for name in VARIED:
+        form, fill = asked["layouts"][name], asked["fill_nulls"].get(name)
+        null = [make_record(i)[name] is None for i in indices]
+        if name in FILLS:
+            assert (f"{name}.valid" in batch) is (name not in asked["fill_nulls"])
+        if f"{name}.valid" in batch:
+            assert batch[f"{name}.valid"].tolist() == [not n for n in null]
+        found = records_of(batch, name, form)
+        for i, value, is_null in zip(indices, found, null, strict=True):
+            if is_null and fill is None:
+                assert value is None or 0 in value.shape
+            else:
+                expected = expected_value(name, make_record(i)[name], fill, form)
+                assert (value.tolist() if hasattr(value, "tolist") else value) == expected
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=FIXTURE)
+@given(asked=servings(), i=st.integers(0, N - 1))
+def test_a_record_has_its_fills_and_no_layouts(packed, asked, i):
+    record, usual = tc.Dataset(packed, **asked)[i], tc.Dataset(packed)[i]
+    assert record.keys() == usual.keys()
+    for name, value in usual.items():
+        if value is None and name in asked["fill_nulls"]:
+            fill = FILLS[name]
+            expected = [fill] * 2 if name == "point" else expected_value(name, None, fill, "list")
+            assert (record[name].tolist() if hasattr(record[name], "tolist") else record[name]) == expected
+        else:
+            assert as_plain(record[name]) == as_plain(value)
+
+
+def test_torchs_own_loader_gives_the_native_batches(packed):
+    forms = {"blob": "buffer", "text": "nested", "box": "padded", "rows": "padded", "half": "buffer"}
+    dataset = tc.Dataset(packed, layouts=forms, fill_nulls=FILLS)
+    native = [plain_batch(b) for b in tc.DataLoader(dataset, batch_size=16)]
+    assert native == [plain_batch(b) for b in TorchLoader(dataset, batch_size=16, collate_fn=tc.collate)]
+    subset = Subset(dataset, list(range(16)))
+    assert native[:1] == [plain_batch(b) for b in TorchLoader(subset, batch_size=16, collate_fn=tc.collate)]
+
+
+def test_torchs_default_collate_takes_nullable_columns_once_they_are_filled(packed):
+    names = ["id", "count", "flag", "text", "point"]
+    filled = tc.Dataset(packed, columns=names, fill_nulls={n: FILLS[n] for n in names if n in FILLS})
+    batch = next(iter(TorchLoader(filled, batch_size=10, collate_fn=default_collate)))
+    assert batch["count"].tolist() == [-1 if make_record(i)["count"] is None else i - 5 for i in range(10)]
+    assert batch["point"].shape == (10, 2)
+    with pytest.raises((TypeError, RuntimeError)):
+        next(iter(TorchLoader(tc.Dataset(packed, columns=names), batch_size=10, collate_fn=default_collate)))
+
+
+@pytest.mark.parametrize("form", ["list", "padded", "nested", "buffer"])
+@pytest.mark.parametrize("values", [["", "", ""], [None, None, None], ["a", None, ""], ["x" * 70_000, "", "é"]])
+def test_text_of_any_length_is_served_in_every_form(tmp_path, form, values):
+    with tc.Writer(
+        tmp_path / "d", schema={"text": "str?", "rows": tc.Ragged("int16", (None,), nullable=True)}
+    ) as writer:
+        rows = [None if v is None else np.arange(len(v), dtype=np.int16) for v in values]
+        writer.write_batch({"text": values, "rows": rows})
+    for nulls in ({}, {"text": "", "rows": []}, {"text": "null", "rows": [1, 2]}):
+        dataset = tc.Dataset(tmp_path / "d", layouts={"text": form, "rows": form}, fill_nulls=nulls)
+        (native,) = tc.DataLoader(dataset, batch_size=3)
+        assert plain_batch(native) == plain_batch(tc.collate(dataset.__getitems__([0, 1, 2])))
+        lengths = [len((nulls.get("text", "") if v is None else v).encode()) for v in values]
+        found = {
+            "list": lambda b: [len((v or "").encode()) for v in b["text"]],
+            "padded": lambda b: b["text.lengths"].tolist(),
+            "nested": lambda b: b["text"].offsets().diff().tolist(),
+            "buffer": lambda b: b["text"].offsets.diff().tolist(),
+        }[form](native)
+        assert found == lengths
+
+
+@pytest.mark.parametrize("form", ["padded", "nested", "buffer"])
+def test_no_records_make_an_empty_batch_of_the_form(packed, form):
+    batch = tc.Dataset(packed, columns=["text", "rows"], layouts={"text": form, "rows": form})[[]]
+    if form == "padded":
+        assert (batch["text"].shape, batch["rows"].shape) == ((0, 0), (0, 0, 2, 2))
+        assert batch["rows.lengths"].shape == (0,)
+    elif form == "nested":
+        assert batch["rows"].shape[0] == 0
+    else:
+        assert len(batch["text"]) == len(batch["rows"]) == 0
+        assert batch["rows"].values.shape == (0, 2, 2)
+
+
+def test_native_tensors_are_the_consumers_own(packed):
+    dataset = tc.Dataset(packed, columns=["id", "flat", "box"], layouts={"flat": "buffer", "box": "padded"})
+    kept = []
+    for batch in tc.DataLoader(dataset, batch_size=8, shuffle=True, options=tc.LoaderOptions(seed=2)):
+        buffer = batch["flat"]
+        if len(buffer.values):
+            buffer.values[:] = 1
+        batch["box"][:] = 5
+        kept.append(batch)
+    assert all((b["box"] == 5).all() and (b["flat"].values == 1).all() for b in kept)
+    assert [b["flat"].values.sum() for b in kept] == [len(b["flat"].values) for b in kept]
+
+
+def test_a_run_resumes_in_the_form_of_the_data_set_that_goes_on(packed):
+    buffers = tc.Dataset(packed, columns=["id", "text"], layouts={"text": "buffer"}, fill_nulls={"text": "-"})
+    loader = tc.DataLoader(buffers, batch_size=7, shuffle=True, options=tc.LoaderOptions(seed=5))
+    whole = [plain_batch(b) for b in loader]
+    loader.set_epoch(0)
+    iterator = iter(loader)
+    first = [plain_batch(b) for b in itertools.islice(iterator, 4)]
+    state = loader.state_dict()
+    iterator.close()
+    again = tc.DataLoader(buffers, batch_size=7, shuffle=True)
+    again.load_state_dict(state)
+    assert first + [plain_batch(b) for b in again] == whole
+    lists = tc.DataLoader(tc.Dataset(packed, columns=["id", "text"]), batch_size=7, shuffle=True)
+    lists.load_state_dict(state)
+    assert [b["id"].tolist() for b in lists] == [b["id"][2] for b in whole[4:]]
+
+
+def test_forms_and_fills_survive_pickling_and_choosing_columns(packed):
+    dataset = tc.Dataset(packed, layouts={"text": "buffer", "box": "padded"}, fill_nulls={"text": "-", "count": 3})
+    again = pickle.loads(pickle.dumps(dataset))
+    assert len(pickle.dumps(dataset)) < 1500
+    assert plain_batch(again[[0, 3]]) == plain_batch(dataset[[0, 3]])
+    chosen = dataset.select_columns(["count", "box"])
+    assert (dict(chosen._output_spec.layouts), dict(chosen._output_spec.nulls)) == ({"box": "padded"}, {"count": 3})
+    loader = pickle.loads(pickle.dumps(tc.DataLoader(chosen, batch_size=N)))
+    assert list(next(iter(loader))) == ["count", "box", "box.lengths", "box.valid"]
+
+
+def test_a_fill_is_every_records_own(packed):
+    given = {"none": []}
+    dataset = tc.Dataset(packed, columns=["doc", "when", "flags"], fill_nulls={"doc": given, "when": [1]})
+    given["none"].append(1)
+    batch = dataset[[i for i in range(20) if make_record(i)["doc"] is None]]
+    batch["doc"][0]["none"].append(2)
+    assert batch["doc"][1] == {"none": []}
+    assert dataset._output_spec.nulls["doc"] == {"none": []}
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"layouts": {"nothing": "list"}}, "nothing.*no such column"),
+        ({"layouts": {"text": "pad"}}, "text.*'padded'.*got 'pad'"),
+        ({"layouts": {"count": "padded"}}, "count.*records differ in length.*int32"),
+        ({"layouts": {"count": tc.Padded(1)}}, "count.*records differ in length.*int32"),
+        ({"layouts": {"doc": tc.Padded()}}, "doc.*'list', got 'padded'"),
+        ({"layouts": {"text": tc.Padded(256)}}, "text.*cannot hold this value.*uint8.*256"),
+        ({"layouts": {"blob": tc.Padded(-100)}}, "blob.*cannot hold.*0 to 255"),
+        ({"layouts": {"flat": tc.Padded(-100)}}, "flat.*cannot hold.*uint16.*-100"),
+        ({"layouts": {"flat": tc.Padded(0.5)}}, "flat.*cannot hold"),
+        ({"layouts": {"flags": tc.Padded(2)}}, "flags.*cannot hold.*bool"),
+        ({"layouts": {"box": tc.Padded([1, 2])}}, "box.*cannot hold"),
+        ({"layouts": {"doc": "buffer"}}, "doc.*'list', got 'buffer'"),
+        ({"layouts": {"box": "nested"}}, "box.*one dimension only.*'padded', 'buffer'"),
+        ({"layouts": {"last": "nested"}}, "last.*the first"),
+        ({"fill_nulls": {"nothing": 0}}, "nothing.*no such column"),
+        ({"fill_nulls": {"id": 0}}, "id.*not nullable"),
+        ({"fill_nulls": {"count": 1.5}}, "count.*cannot hold.*int32"),
+        ({"fill_nulls": {"count": 2**31}}, "count.*int32.*2147483648"),
+        ({"fill_nulls": {"count": None}}, "count.*None"),
+        ({"fill_nulls": {"flag": 1}}, "flag.*bool"),
+        ({"fill_nulls": {"text": b"x"}}, "text.*str.*bytes"),
+        ({"fill_nulls": {"rows": np.zeros((2, 3))}}, r"rows.*float32\[\*, 2, 2\].*\(2, 3\)"),
+        ({"fill_nulls": {"point": [1.0, 2.0, 3.0]}}, r"point.*bfloat16\[2\]"),
+        ({"fill_nulls": {"when": "x"}}, "when"),
+        ({"decode": {"text": object()}}, "text.*only images"),
+        ({"decode": {"picture": object()}, "layouts": {"picture": "buffer"}}, "picture.*remove layouts= or decode="),
+    ],
+)
+def test_layouts_that_a_column_cannot_have_are_refused(packed, asked, told):
+    with pytest.raises(tc.SchemaError, match=f"(?s){told}"):
+        tc.Dataset(packed, **asked)
+
+
+def test_a_layout_argument_that_is_not_a_mapping_is_refused(packed):
+    with pytest.raises(TypeError, match="layouts is a mapping"):
+        tc.Dataset(packed, layouts=["text"])
+    with pytest.raises(ValueError, match="transform"):
+        tc.Dataset(packed, layouts={"text": "buffer"}, transform=dict)
+    with pytest.raises(tc.SchemaError, match=r"text.*no such column"):
+        tc.Dataset(packed, columns=["id"], layouts={"text": "buffer"})
+
+
+def test_a_column_with_the_name_of_lengths_is_refused(tmp_path):
+    with tc.Writer(tmp_path / "d", schema={"x": "bytes", "x.lengths": "int8"}) as writer:
+        writer.write({"x": b"", "x.lengths": 1})
+    with pytest.raises(tc.SchemaError, match=r"x\.lengths.*taken"):
+        tc.Dataset(tmp_path / "d", layouts={"x": "padded"})
+
+
+@pytest.mark.parametrize("padding", ["padded", tc.Padded(-100, multiple_of=4)])
+def test_labels_are_padded_with_a_value_that_a_cast_column_can_hold(tmp_path, padding):
+    with tc.Writer(tmp_path / "d", schema={"labels": tc.Ragged("uint16", (None,))}) as writer:
+        writer.write_batch({"labels": [np.arange(1, 4), np.arange(0), np.arange(1, 6)]})
+    dataset = tc.Dataset(tmp_path / "d", cast={"labels": "int64"}, layouts={"labels": padding})
+    value, width = (-100, 8) if isinstance(padding, tc.Padded) else (0, 5)
+    expected = [[*row, *[value] * (width - len(row))] for row in ([1, 2, 3], [], [1, 2, 3, 4, 5])]
+    for batch in (next(iter(tc.DataLoader(dataset, batch_size=3))), dataset[[0, 1, 2]]):
+        assert batch["labels"].tolist() == expected
+        assert batch["labels.lengths"].tolist() == [3, 0, 5]
+
+
+def test_a_multiple_gives_every_batch_one_length(packed):
+    dataset = tc.Dataset(
+        packed, columns=["flat", "box"], layouts=dict.fromkeys(("flat", "box"), tc.Padded(multiple_of=64))
+    )
+    for batch in tc.DataLoader(dataset, batch_size=1):  # records without elements too
+        assert batch["flat"].shape == (1, 64)
+        assert batch["box"].shape == (1, 64, 2, 64)
+    assert dataset[[]]["flat"].shape == (0, 64)
+
+
+@pytest.mark.parametrize("name", ["text", "flat", "rows", "last", "box"])
+def test_a_record_that_is_too_long_is_an_error_that_names_it_and_its_length(packed, name):
+    lengths = [max(_lengths_of(name, i)) for i in range(N)]
+    limit = max(lengths) - 1
+    dataset = tc.Dataset(packed, columns=["id", name], layouts={name: tc.Padded(max_length=limit)})
+    first = lengths.index(limit + 1)
+    told = rf"column '{name}', record {first}: .*length is {limit + 1}, and max_length is {limit}.*truncate=True"
+    served = []
+    with pytest.raises(tc.SchemaError, match=told) as caught:
+        served += [batch["id"].tolist() for batch in tc.DataLoader(dataset, batch_size=7)]
+    assert (caught.value.column, caught.value.record) == (name, first)
+    assert served == [list(range(at, at + 7)) for at in range(0, first - 6, 7)]
+    for read in (lambda: dataset[[0, first]], lambda: tc.collate(dataset.__getitems__([first]))):
+        with pytest.raises(tc.SchemaError, match=told):
+            read()
+    other = next(i for i in range(N) if lengths[i] <= limit)
+    view = dataset.select([first, other])
+    for read in (
+        lambda: view[[1, 0]],
+        lambda: list(tc.DataLoader(view, batch_size=2)),
+        lambda: list(tc.DataLoader(view, batch_size=2, shuffle=True)),
+    ):
+        with pytest.raises(tc.SchemaError, match=f"length is {limit + 1}") as of_view:
+            read()
+        assert of_view.value.record == sorted([first, other]).index(first)  # in stored order
+    assert dataset[first]["id"] == first  # a single record is not padded
+    whole = tc.Dataset(packed, columns=["id", name], layouts={name: tc.Padded(max_length=limit + 1)})
+    assert sum(len(batch["id"]) for batch in tc.DataLoader(whole, batch_size=7)) == N
+
+
+def _lengths_of(name: str, i: int) -> list[int]:
+    value = make_record(i)[name]
+    if value is None:
+        return [0]
+    if isinstance(value, str):
+        return [len(value.encode())]
+    return [n for n, size in zip(value.shape, SCHEMA[name].shape, strict=True) if size is None]
+
+
+def test_a_fill_that_is_too_long_is_cut_or_an_error(tmp_path):
+    with tc.Writer(tmp_path / "d", schema={"x": tc.Ragged("int8", (None,), nullable=True)}) as writer:
+        writer.write_batch({"x": [None, np.ones(2, np.int8)]})
+    settings = {"fill_nulls": {"x": [7, 8, 9]}}
+    cut = tc.Dataset(tmp_path / "d", layouts={"x": tc.Padded(max_length=2, truncate=True)}, **settings)
+    for batch in (next(iter(tc.DataLoader(cut, batch_size=2))), cut[[0, 1]]):
+        assert batch["x"].tolist() == [[7, 8], [1, 1]]
+        assert batch["x.lengths"].tolist() == [2, 2]
+    refused = tc.Dataset(tmp_path / "d", layouts={"x": tc.Padded(max_length=2)}, **settings)
+    for read in (lambda: list(tc.DataLoader(refused, batch_size=2)), lambda: refused[[0, 1]]):
+        with pytest.raises(tc.SchemaError, match=r"record 0: .*length is 3"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "told"),
+    [
+        ({"multiple_of": 0}, ValueError, "multiple_of must be 1 or more, got 0"),
+        ({"multiple_of": 1.5}, TypeError, "multiple_of must be a whole number, got 1.5"),
+        ({"max_length": 0}, ValueError, "max_length must be 1 or more"),
+        ({"max_length": True}, ValueError, "max_length must be 1 or more, got True"),
+        ({"truncate": 1, "max_length": 2}, TypeError, "truncate is True or False"),
+        ({"truncate": True}, ValueError, "truncate=True needs a max_length"),
+    ],
+)
+def test_a_wrong_setting_of_padding_is_an_error_that_names_it(wrong, error, told):
+    with pytest.raises(error, match=told):
+        tc.Padded(**wrong)
+
+
+def test_a_mask_by_name_is_the_usual_mask(packed):
+    batch = tc.Dataset(packed, columns=["text"], fill_nulls={"text": "mask"})[[0, 1, 2]]
+    assert batch["text.valid"].tolist() == [make_record(i)["text"] is not None for i in range(3)]
+
+
+@pytest.mark.parametrize("one", [-2, -2.0, np.float32(-2), np.array(-2.0), torch.tensor(-2.0)])
+def test_one_number_of_any_sort_fills_a_tensor(packed, one):
+    null = next(i for i in range(N) if make_record(i)["point"] is None)
+    assert tc.Dataset(packed, fill_nulls={"point": one})[null]["point"].tolist() == [-2.0, -2.0]
+
+
+def test_a_transform_sees_filled_records(packed):
+    dataset = tc.Dataset(packed, columns=["count"], fill_nulls={"count": -1}, transform=lambda r: int(r["count"]))
+    assert dataset[[0, 1, 2, 3, 4]] == [-1 if make_record(i)["count"] is None else i - 5 for i in range(5)]
+
+
+@pytest.mark.parametrize("form", ["list", "padded", "buffer"])
+def test_shapes_that_are_not_their_elements_are_corruption_in_every_form(tmp_path, form):
+    with tc.Writer(tmp_path / "d", schema={"x": tc.Ragged("uint8", (None, None))}, compression="none") as writer:
+        writer.write_batch({"x": [np.zeros((1234, 2), np.uint8)]})
+    (shard,) = [p for p in (tmp_path / "d").rglob("*") if p.is_file() and b"\xd2\x04\0\0\x02\0\0\0" in p.read_bytes()]
+    shard.write_bytes(shard.read_bytes().replace(b"\xd2\x04\0\0\x02\0\0\0", b"\xd2\x04\0\0\x03\0\0\0"))
+    dataset = tc.Dataset(tmp_path / "d", verify="never", layouts={"x": form})
+    for read in (lambda: list(tc.DataLoader(dataset)), lambda: dataset[[0]]):
+        with pytest.raises(tc.CorruptShard, match=r"column 'x': 2468 elements of the shape \(1234, 3\)"):
+            read()
+
+
+@pytest.mark.parametrize("form", ["list", "padded", "buffer", "nested"])
+def test_a_damaged_page_is_found_in_every_form(tmp_path, form):
+    with tc.Writer(tmp_path / "d", schema={"id": "int64", "x": "bytes?"}, compression="none") as writer:
+        writer.write_batch({"id": np.arange(3), "x": [b"needle in a haystack", None, b""]})
+    (shard,) = [p for p in (tmp_path / "d").rglob("*") if p.is_file() and b"needle" in p.read_bytes()]
+    shard.write_bytes(shard.read_bytes().replace(b"needle", b"beetle"))
+    dataset = tc.Dataset(tmp_path / "d", layouts={"x": form}, fill_nulls={"x": b"filled"})
+    for read in (lambda: list(tc.DataLoader(dataset, batch_size=3)), lambda: dataset[[0, 1]]):
+        with pytest.raises(tc.CorruptShard, match="column 'x'"):
+            read()
+
+
+def test_invalid_text_is_an_error_that_names_its_block_and_column(tmp_path):
+    with tc.Writer(tmp_path / "d", schema={"id": "int64", "text": "str"}, compression="none") as writer:
+        writer.write_batch({"id": np.arange(2), "text": ["fine", "needle"]})
+    (shard,) = [p for p in (tmp_path / "d").rglob("*") if p.is_file() and b"needle" in p.read_bytes()]
+    shard.write_bytes(shard.read_bytes().replace(b"needle", b"needl\xff"))
+    with pytest.raises(tc.CorruptShard, match=r"block 0, column 'text': .*utf-8"):
+        list(tc.DataLoader(tc.Dataset(tmp_path / "d", verify="never")))
+
+
+def test_a_table_of_layouts_that_is_too_short_is_refused():
+    one = np.zeros((1, 1, 3), np.uint64)
+    with pytest.raises(ValueError, match="need 12 words"):
+        Plan(one, np.zeros(1, np.uint32), np.zeros(1, np.uint32), None, output_layouts=np.zeros(7, np.uint64))
+
+
+def test_a_buffer_is_a_sequence_that_moves_and_pins_as_tensors_do():
+    buffer = Buffer(torch.arange(6, dtype=torch.uint8), torch.tensor([0, 2, 2, 6]))
+    assert len(buffer) == 3
+    assert [v.tolist() for v in buffer] == [[0, 1], [], [2, 3, 4, 5]]
+    assert buffer[-1].tolist() == [2, 3, 4, 5]
+    for index in (3, -4):
+        with pytest.raises(IndexError, match="a buffer of 3"):
+            buffer[index]
+    moved = buffer.to("meta")
+    assert (moved.values.device.type, moved.offsets.device.type) == ("meta", "meta")
+    assert (buffer.to(torch.float32).values.dtype, buffer.to(torch.float32).offsets.dtype) == (
+        torch.float32,
+        torch.int64,
+    )
+    assert pickle.loads(pickle.dumps(buffer))[2].tolist() == [2, 3, 4, 5]
+    with pytest.raises(AttributeError):
+        buffer.values = None
+
+
+class _Pinnable:
+    """Stands for a tensor on a machine without an accelerator."""
+
+    def pin_memory(self) -> str:
+        return "pinned"
+
+
+def test_torch_pins_a_buffer_that_lies_deep_in_a_batch():
+    batch = {"a": [Buffer(_Pinnable(), _Pinnable(), _Pinnable())]}
+    pinned = torch.utils.data._utils.pin_memory.pin_memory(batch)["a"][0]
+    assert isinstance(pinned, Buffer)
+    assert (pinned.values, pinned.offsets, pinned.shapes) == ("pinned",) * 3
+
+
+def test_numbers_of_kinds_are_those_of_the_kernel():
+    header = (ROOT / "csrc" / "output_layout.h").read_text()
+    assert f"TC_PADDED = {PADDED}" in header
+
+
+@pytest.mark.parametrize("form", ["list", "padded", "buffer"])
+def test_batches_are_on_the_cpu_whatever_torch_s_default_device_is(tmp_path, form):
+    path = tmp_path / "data"
+    with tc.Writer(path, schema={"flat": tc.Ragged("int8", (None,)), "none": tc.Tensor("int8", (0,))}) as writer:
+        writer.write_batch({"flat": [np.zeros(0, np.int8)] * 4, "none": np.zeros((4, 0), np.int8)})
+    iterator = iter(tc.DataLoader(tc.Dataset(path, layouts={"flat": form}), batch_size=4))
+    with torch.device("meta"):
+        batch = next(iterator)
+    flat = batch["flat"]
+    tensors = flat if form == "list" else [flat.values if form == "buffer" else flat]
+    assert {tensor.device.type for tensor in (*tensors, batch["none"])} == {"cpu"}

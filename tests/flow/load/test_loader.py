@@ -1,0 +1,472 @@
+"""The native path: every record once, in an order that follows from the state, in the consumer's own memory."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import pickle
+import threading
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.support.records import check_batch, ids_of, make_columns
+
+import tiercache as tc
+from tiercache.errors import UnsupportedFormat
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("window", ["2KiB", "256MiB", "all"])
+def test_an_epoch_is_every_record_once(make_dataset, shuffle, window):
+    options = tc.LoaderOptions(
+        seed=3, shuffle_window_bytes=window, shuffle_group_bytes="all" if window == "all" else "9KiB"
+    )
+    loader = tc.DataLoader(tc.Dataset(make_dataset(500)), batch_size=16, shuffle=shuffle, options=options)
+    batches = ids_of(loader)
+    flat = list(itertools.chain(*batches))
+    assert [len(b) for b in batches] == [16] * 31 + [4]
+    assert len(loader) == 32
+    assert sorted(flat) == list(range(500))
+    assert (flat == list(range(500))) is not shuffle
+
+
+def test_epochs_differ_and_equal_seeds_agree(make_dataset):
+    path = make_dataset(200)
+    first = tc.DataLoader(tc.Dataset(path), batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1))
+    second = tc.DataLoader(tc.Dataset(path), batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1, threads=1))
+    epochs = [ids_of(first), ids_of(first)]
+    assert epochs == [ids_of(second), ids_of(second)]
+    assert epochs[0] != epochs[1]
+    second.set_epoch(0)
+    assert ids_of(second) == epochs[0]
+
+
+def test_the_seed_comes_from_torch_as_a_random_sampler_draws_it(make_dataset):
+    path = make_dataset(100)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        runs.append(ids_of(tc.DataLoader(tc.Dataset(path), batch_size=10, shuffle=True)))
+    assert runs[0] == runs[1]
+    generator = torch.Generator().manual_seed(9)
+    assert ids_of(tc.DataLoader(tc.Dataset(path), batch_size=10, shuffle=True, generator=generator)) != runs[0]
+
+
+def test_drop_last_drops_the_short_batch(make_dataset):
+    loader = tc.DataLoader(tc.Dataset(make_dataset(50)), batch_size=16, drop_last=True)
+    assert [len(b) for b in ids_of(loader)] == [16, 16, 16]
+    assert len(loader) == 3
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_tiny_data_sets_work(make_dataset, n):
+    loader = tc.DataLoader(tc.Dataset(make_dataset(n)), batch_size=4)
+    assert ids_of(loader) == [[0]] * n
+    assert len(loader) == n
+
+
+def test_batches_are_the_consumers_own_and_may_be_written(make_dataset):
+    dataset = tc.Dataset(make_dataset(64))
+    for batch in tc.DataLoader(dataset, batch_size=8):
+        batch["tokens"].zero_()
+        batch["id"] += 1
+        batch["boxes"][3].fill_(0)
+    assert list(itertools.chain(*ids_of(tc.DataLoader(dataset, batch_size=8)))) == list(range(64))
+
+
+def test_batches_that_are_kept_stay_as_they_were(make_dataset):
+    loader = tc.DataLoader(tc.Dataset(make_dataset(500)), batch_size=4)
+    kept = list(loader)
+    del loader
+    gc.collect()
+    assert list(itertools.chain(*map(check_batch, kept))) == list(range(500))
+
+
+def test_held_batches_are_counted_until_they_go(make_dataset):
+    loader = tc.DataLoader(tc.Dataset(make_dataset(500)), batch_size=4)
+    kept = list(loader)
+    assert loader.stats()["held_bytes"] > 0
+    del kept
+    gc.collect()
+    assert loader.stats()["held_bytes"] == 0
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_resume_at_every_step_serves_what_the_uninterrupted_run_serves(make_dataset, shuffle, drop_last):
+    path = make_dataset(150)
+    options = tc.LoaderOptions(seed=4, shuffle_window_bytes="3KiB", shuffle_group_bytes="9KiB")
+
+    def make():
+        return tc.DataLoader(tc.Dataset(path), batch_size=16, shuffle=shuffle, drop_last=drop_last, options=options)
+
+    loader, whole, states = make(), [], [make().state_dict()]
+    for _ in range(2):
+        for batch in loader:
+            whole.append(check_batch(batch))
+            states.append(loader.state_dict())
+    per_epoch = len(whole) // 2
+    for step, state in enumerate(states):
+        assert len(json.dumps(state)) < 600
+        resumed = make()
+        resumed.load_state_dict(json.loads(json.dumps(state)))
+        rest = list(itertools.chain(ids_of(resumed), ids_of(resumed)))
+        behind = (step + per_epoch - 1) // per_epoch * per_epoch - per_epoch if step else 0
+        until = min(len(whole), behind + 2 * per_epoch)
+        assert rest[: until - step] == whole[step:until]
+
+
+def test_a_state_is_plain_values_whatever_kind_of_integer_was_given(make_dataset):
+    options = tc.LoaderOptions(seed=np.int64(3), rank=np.int32(0), world_size=np.uint8(1), threads=np.int64(1))
+    loader = tc.DataLoader(tc.Dataset(make_dataset(60)), batch_size=16, options=options)
+    loader.set_epoch(np.int64(2))
+    iterator = iter(loader)
+    next(iterator)
+    state = loader.state_dict()
+    assert json.loads(json.dumps(state)) == state
+    assert (state["seed"], state["epoch"], state["offset"]) == (3, 2, 16)
+    iterator.close()
+
+
+def test_a_state_after_the_end_begins_the_next_epoch(make_dataset):
+    path = make_dataset(60)
+    loader = tc.DataLoader(tc.Dataset(path), batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=4))
+    ids_of(loader)
+    state = loader.state_dict()
+    assert (state["epoch"], state["offset"]) == (1, 0)
+    resumed = tc.DataLoader(tc.Dataset(path), batch_size=16, shuffle=True)
+    resumed.load_state_dict(state)
+    assert ids_of(resumed) == ids_of(loader)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_ranks_of_any_number_serve_one_sequence_between_stops(shared_path, data):
+    n = 150
+    shuffle, drop_last = data.draw(st.booleans()), data.draw(st.booleans())
+    options = {"seed": 8, "shuffle_window_bytes": "3KiB", "shuffle_group_bytes": "9KiB", "shuffle_streams": 1}
+
+    def loaders(world_size, batch_size, state):
+        made = []
+        for rank in range(world_size):
+            loader = tc.DataLoader(
+                tc.Dataset(shared_path),
+                batch_size=batch_size,
+                shuffle=shuffle,
+                drop_last=drop_last,
+                options=tc.LoaderOptions(rank=rank, world_size=world_size, **options),
+            )
+            if state is not None:
+                loader.load_state_dict(state)
+            made.append(loader)
+        return made
+
+    whole = list(itertools.chain(*ids_of(loaders(1, 1, None)[0])))
+    served, state = [], None
+    for _ in range(data.draw(st.integers(0, 3))):
+        world_size, batch_size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+        group = loaders(world_size, batch_size, state)
+        iterators = [iter(loader) for loader in group]
+        left = (n - len(served)) // (world_size * batch_size)
+        for _ in range(data.draw(st.integers(0, min(left, 6)))):
+            served += itertools.chain(*(check_batch(next(iterator)) for iterator in iterators))
+        states = [loader.state_dict() for loader in group]
+        assert all(s == states[0] for s in states)
+        state = states[0]
+        for iterator in iterators:
+            iterator.close()
+        assert served == whole[: len(served)]
+    world_size, batch_size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    rest = [ids_of(loader) for loader in loaders(world_size, batch_size, state)]
+    assert len({len(r) for r in rest}) == 1
+    for batches in zip(*rest, strict=True):
+        served += itertools.chain(*batches)
+    if drop_last:
+        assert served == whole[: len(served)]
+        assert n - len(served) < world_size * batch_size
+    else:
+        assert served[:n] == whole
+        assert len(served) - n < world_size
+
+
+@pytest.fixture(scope="module")
+def shared_path(tmp_path_factory):
+    from tests.support.records import SCHEMA
+
+    path = tmp_path_factory.mktemp("shared") / "data"
+    with tc.Writer(path, schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
+        writer.write_batch(make_columns(150))
+    return path
+
+
+def test_padding_is_counted(make_dataset):
+    path = make_dataset(9)
+    padded = []
+    for rank in range(4):
+        options = tc.LoaderOptions(rank=rank, world_size=4)
+        loader = tc.DataLoader(tc.Dataset(path), batch_size=2, options=options)
+        assert [len(b) for b in ids_of(loader)] == [2, 1]
+        padded.append(loader.stats()["padded"])
+    assert sum(padded) == 3
+
+
+def test_a_state_that_does_not_fit_is_refused_by_name(make_dataset):
+    path = make_dataset(60)
+    loader = tc.DataLoader(tc.Dataset(path), batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=4))
+    state = loader.state_dict()
+    for name, changed in [
+        ("shuffle", tc.DataLoader(tc.Dataset(path), batch_size=16)),
+        ("drop_last", tc.DataLoader(tc.Dataset(path), batch_size=16, shuffle=True, drop_last=True)),
+        ("seed", tc.DataLoader(tc.Dataset(path), batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=5))),
+        (
+            "shuffle_window_bytes",
+            tc.DataLoader(tc.Dataset(path), shuffle=True, options=tc.LoaderOptions(shuffle_window_bytes="1MiB")),
+        ),
+    ]:
+        with pytest.raises(ValueError, match=name):
+            changed.load_state_dict(state)
+    other = tc.DataLoader(tc.Dataset(make_dataset(60, "other")), batch_size=16, shuffle=True)
+    with pytest.raises(tc.ObjectChanged, match="another data set"):
+        other.load_state_dict(state)
+    with pytest.raises(ValueError, match="not a state"):
+        other.load_state_dict({"_num_yielded": 3})
+    with pytest.raises(UnsupportedFormat, match="update tiercache"):
+        loader.load_state_dict({**state, "format": 99})
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"shuffle_streams": 0}, "shuffle_streams"),
+        ({"shuffle_streams": 1 << 40}, "shuffle_streams"),
+        ({"placement": "elsewhere"}, "elsewhere"),
+        ({"parts": []}, "parts"),
+        ({"parts": [["id", 1, "fingerprint"]]}, "parts"),
+        ({"parts": [["id", "a", "fingerprint", None]]}, "parts"),
+        ({"seed": None}, "seed"),
+        ({"shuffle": 1}, "shuffle"),
+        ({"window_bytes": 0}, "window_bytes"),
+        ({"mixture": {"weights": [1, 1], "stop": "all"}}, "mixture"),
+        ({"offset": 61}, "offset 61"),
+        ({"offset": -1}, "offset"),
+        ({"offset": 1.5}, "offset"),
+        ({"epoch": -1}, "epoch"),
+        ({"format": True}, "not a state"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_an_invalid_state_is_refused_and_changes_nothing(make_dataset, change, match):
+    loader = tc.DataLoader(tc.Dataset(make_dataset(60)), batch_size=16, shuffle=True)
+    before = loader.state_dict()
+    with pytest.raises(ValueError, match=match):
+        loader.load_state_dict({**before, **change})
+    assert loader.state_dict() == before
+
+
+@pytest.mark.parametrize("state", [None, [], "text"])
+def test_a_value_that_is_not_a_state_is_refused(make_dataset, state):
+    with pytest.raises(TypeError, match=r"dict .*, got"):
+        tc.DataLoader(tc.Dataset(make_dataset(10))).load_state_dict(state)
+
+
+def test_a_state_reopens_the_version_it_names(make_dataset):
+    path = make_dataset(60)
+    options = tc.LoaderOptions(seed=4)
+    loader = tc.DataLoader(tc.Dataset(path), batch_size=16, shuffle=True, options=options)
+    iterator = iter(loader)
+    check_batch(next(iterator))
+    state = loader.state_dict()
+    rest = [check_batch(b) for b in iterator]
+    with tc.Writer(path, mode="append") as writer:
+        writer.write_batch(make_columns(20, 60))
+    dataset = tc.Dataset(path)
+    assert len(dataset) == 80
+    resumed = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)
+    resumed.load_state_dict(state)
+    assert ids_of(resumed) == rest
+    assert len(dataset) == 80
+
+
+def test_two_live_iterators_are_independent(make_dataset):
+    loader = tc.DataLoader(tc.Dataset(make_dataset(60)), batch_size=10)
+    first, second = iter(loader), iter(loader)
+    pairs = [(check_batch(a), check_batch(b)) for a, b in zip(first, second, strict=True)]
+    assert all(a == b for a, b in pairs)
+    assert len(pairs) == 6
+
+
+def test_an_iterator_dropped_in_mid_epoch_leaves_no_thread(make_dataset):
+    loader = tc.DataLoader(tc.Dataset(make_dataset(2000)), batch_size=4)
+    before = set(threading.enumerate())
+    gc.disable()
+    try:
+        iterator = iter(loader)
+        check_batch(next(iterator))
+        started = set(threading.enumerate()) - before
+        del iterator
+        for thread in started:
+            thread.join(10)  # a read that is under way ends by itself
+        assert set(threading.enumerate()) == before
+    finally:
+        gc.enable()
+
+
+def test_columns_are_served_as_chosen(make_dataset):
+    dataset = tc.Dataset(make_dataset(20), columns=["text", "id"])
+    batch = next(iter(tc.DataLoader(dataset, batch_size=3)))
+    assert list(batch) == ["text", "id"]
+    assert batch["text"] == ["text 0", "text 1", "text 2"]
+
+
+def test_structs_and_lists_are_served_as_objects(tmp_path):
+
+    table = pa.table({"id": pa.array(range(30)), "pair": [{"a": i, "b": [i] * (i % 3)} for i in range(30)]})
+    with tc.Writer(tmp_path / "d", block_size="64B") as writer:
+        writer.write_batch(table)
+    loader = tc.DataLoader(tc.Dataset(tmp_path / "d"), batch_size=7, shuffle=True, options=tc.LoaderOptions(seed=1))
+    seen = [(i, p) for batch in loader for i, p in zip(batch["id"].tolist(), batch["pair"], strict=True)]
+    assert sorted(seen, key=lambda s: s[0]) == [(i, {"a": i, "b": [i] * (i % 3)}) for i in range(30)]
+    assert [s[0] for s in seen] != list(range(30))
+
+
+def test_half_precision_columns_keep_their_dtype(tmp_path):
+    values = torch.arange(12).to(torch.bfloat16)
+    with tc.Writer(tmp_path / "d", schema={"b": "bfloat16", "h": "float16"}) as writer:
+        writer.write_batch({"b": values, "h": np.arange(12, dtype=np.float16)})
+    batch = next(iter(tc.DataLoader(tc.Dataset(tmp_path / "d"), batch_size=12)))
+    assert batch["b"].dtype == torch.bfloat16
+    assert torch.equal(batch["b"], values)
+    assert batch["h"].dtype == torch.float16
+
+
+def test_a_shard_damaged_on_disk_is_an_error_in_its_place(make_dataset):
+    path = make_dataset(500)
+    shard = sorted((path / "shards").iterdir())[1]
+    shard.chmod(0o644)
+    data = bytearray(shard.read_bytes())
+    data[200] ^= 1
+    shard.write_bytes(data)
+    options = tc.LoaderOptions(shuffle_window_bytes="1KiB")
+    loader = tc.DataLoader(tc.Dataset(path), batch_size=4, options=options)
+    served: list[int] = []
+    with pytest.raises(tc.CorruptShard, match=shard.name):
+        served.extend(i for batch in loader for i in check_batch(batch))
+    assert served == list(range(len(served)))
+    assert served
+
+
+def test_a_shard_truncated_under_a_running_loader_is_an_error_and_not_a_dead_process(make_dataset):
+    path = make_dataset(3000, shard_size="4MiB", compression="none")
+    shard = next((path / "shards").iterdir())
+    options = tc.LoaderOptions(threads=1, memory_bytes=1)
+    loader = tc.DataLoader(tc.Dataset(path), batch_size=4, shuffle=True, options=options)
+    iterator = iter(loader)
+    check_batch(next(iterator))
+    shard.chmod(0o644)
+    with shard.open("r+b") as file:
+        file.truncate(4096)
+    with pytest.raises(tc.CorruptShard, match=rf"{shard.name}.*block"):
+        ids_of(iterator)
+
+
+def test_stats_say_what_was_done_and_what_bounds_it(make_dataset):
+    loader = tc.DataLoader(tc.Dataset(make_dataset(100)), batch_size=10)
+    served = sum(
+        b["id"].nbytes
+        + b["tokens"].nbytes
+        + 10
+        + sum(map(len, b["blob"]))
+        + sum(map(len, b["text"]))
+        + sum(x.nbytes for x in b["boxes"])
+        + 10 * 8
+        + b["score"].nbytes
+        + 10
+        for b in loader
+    )
+    stats = loader.stats()
+    assert (stats["samples"], stats["batches"], stats["bytes_served"]) == (100, 10, served)
+    assert stats["bytes_fetched"] == stats["cache_hits"] == 0 or stats["hit_ratio"] is None
+    assert 0 <= stats["wait_s"]["share"] <= 1
+    assert stats["bottleneck"]
+
+
+def test_a_timeout_is_torchs_error(make_dataset, monkeypatch):
+    gate = threading.Event()
+    dataset = tc.Dataset(make_dataset(100))
+    load = type(dataset._source).load
+    monkeypatch.setattr(type(dataset._source), "load", lambda *arguments: gate.wait(30) and load(*arguments))
+    loader = tc.DataLoader(dataset, batch_size=10, timeout=0.05)
+    iterator = iter(loader)
+    with pytest.raises(RuntimeError, match=r"timed out after 0\.05 seconds"):
+        next(iterator)
+    gate.set()
+    assert check_batch(next(iterator)) == list(range(10))
+    iterator.close()
+
+
+def test_options_for_torchs_path_are_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"is a list, not a tiercache\.Dataset"):
+        tc.DataLoader([1, 2], options=tc.LoaderOptions())
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        ({"rank": 1}, "go together"),
+        ({"rank": 2, "world_size": 2}, "in \\[0, world_size\\)"),
+        ({"threads": 0}, "threads"),
+        ({"shuffle_window_bytes": 0}, "shuffle_window_bytes"),
+        ({"memory_bytes": "all"}, "memory_bytes"),
+    ],
+)
+def test_invalid_options_are_refused_by_name(bad, match):
+    with pytest.raises(ValueError, match=match):
+        tc.LoaderOptions(**bad)
+
+
+@pytest.mark.parametrize("name", ["seed", "threads"])
+def test_an_option_that_is_no_integer_is_refused_by_name(name):
+    with pytest.raises(TypeError, match=name):
+        tc.LoaderOptions(**{name: "many"})
+
+
+def test_a_failed_iter_begins_no_epoch(make_dataset, monkeypatch):
+    loader = tc.DataLoader(tc.Dataset(make_dataset(60)), batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1))
+    with monkeypatch.context() as patch:
+        patch.setattr("tiercache.load.pipeline.Ring", lambda *_args, **_options: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            iter(loader)
+    assert (loader.state_dict()["epoch"], loader.state_dict()["offset"]) == (0, 0)
+    assert sorted(itertools.chain(*ids_of(loader))) == list(range(60))
+    assert loader.state_dict()["epoch"] == 1
+
+
+def test_a_loader_of_ours_can_be_dropped_while_its_batches_live_on(make_dataset):
+    dataset = tc.Dataset(make_dataset(100))
+    iterator = iter(tc.DataLoader(dataset, batch_size=10))
+    batch = next(iterator)
+    del iterator
+    gc.collect()
+    assert check_batch(batch) == list(range(10))
+
+
+def test_num_workers_start_no_process_on_the_native_path(make_dataset):
+    import multiprocessing
+
+    loader = tc.DataLoader(tc.Dataset(make_dataset(40)), batch_size=10, num_workers=2, persistent_workers=True)
+    assert list(itertools.chain(*ids_of(loader))) == list(range(40))
+    assert multiprocessing.active_children() == []
+
+
+def test_a_data_set_pickles_small_and_reads_the_same(make_dataset):
+    dataset = tc.Dataset(make_dataset(40), columns=["id", "text"])
+    data = pickle.dumps(dataset)
+    assert len(data) < 1000
+    again = pickle.loads(data)
+    assert again[7] == dataset[7] == {"id": 7, "text": "text 7"}
+    assert again.version == dataset.version

@@ -1,0 +1,320 @@
+"""LoaderOptions(mesh=, dims=) in one process: meshes as one rank after the other sees them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import sys
+import warnings
+from collections import defaultdict
+from contextlib import closing
+from itertools import chain, islice
+from math import prod
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.support.meshes import FakeMesh
+from tests.support.records import ids_of
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import tiercache as tc
+from tiercache.load.meshes import find_same_batch_dims, is_same_batch_dim, mesh_rank, whole_mesh
+from tiercache.load.options import LoaderOptions
+from tiercache.load.pipeline import share_resources
+from tiercache.load.ranks import find_rank
+
+DP_TP, DP_CP_PP = {"dp": 2, "tp": 4}, {"dp": 2, "cp": 2, "pp": 2}
+
+
+def on_each_rank(sizes: dict[str, int], dims: Any) -> list[LoaderOptions]:
+    return [LoaderOptions(mesh=FakeMesh(sizes, rank), dims=dims) for rank in range(prod(sizes.values()))]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dims", "expected"),
+    [
+        (DP_TP, ("dp",), [(0, 2)] * 4 + [(1, 2)] * 4),
+        (DP_TP, "dp", [(0, 2)] * 4 + [(1, 2)] * 4),
+        (DP_TP, (), [(0, 1)] * 8),
+        (DP_CP_PP, ["dp"], [(0, 2)] * 4 + [(1, 2)] * 4),
+        ({"pp": 2, "dp": 2, "tp": 2}, ("dp",), [(0, 2), (0, 2), (1, 2), (1, 2)] * 2),
+        ({"a": 2, "b": 2, "tp": 2}, ("a", "b"), [(n // 2, 4) for n in range(8)]),
+        ({"a": 2, "b": 2, "tp": 2}, ("b", "a"), [(n // 2, 4) for n in range(8)]),
+        ({"dp": 1, "tp": 2}, ("dp",), [(0, 1)] * 2),
+    ],
+)
+def test_the_rank_is_the_place_along_the_named_dimensions(sizes, dims, expected):
+    ranks = [find_rank(options) for options in on_each_rank(sizes, dims)]
+    assert [(rank.rank, rank.world_size) for rank in ranks] == expected
+    assert str(ranks[-1]) == f"rank {expected[-1][0]} of {expected[-1][1]} (from mesh)"
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.booleans()), min_size=1, max_size=4))
+def test_ranks_are_equal_exactly_if_they_differ_only_in_other_dimensions(shape):
+    sizes = {f"d{number}": size for number, (size, _) in enumerate(shape)}
+    dims = [f"d{number}" for number, (_, is_split) in enumerate(shape) if is_split]
+    by_place = defaultdict(set)
+    for rank in range(prod(sizes.values())):
+        mesh = FakeMesh(sizes, rank)
+        place = tuple(at for at, (_, is_split) in zip(mesh.get_coordinate(), shape, strict=True) if is_split)
+        by_place[place].add(mesh_rank(mesh, dims))
+    assert [found for places in sorted(by_place) for found in by_place[places]] == [
+        (number, len(by_place)) for number in range(len(by_place))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dims": ("dp",)}, ValueError, r"dims=\('dp',\) names dimensions of mesh=: pass mesh= too"),
+        ({"mesh": FakeMesh(DP_TP, 0)}, ValueError, r"needs dims=.* among \('dp', 'tp'\)"),
+        ({"mesh": FakeMesh(DP_TP, 0), "dims": ("dp", "cp")}, ValueError, r"no dimension 'cp': .* \('dp', 'tp'\)"),
+        ({"mesh": FakeMesh(DP_TP, 0), "dims": ("dp", "dp")}, ValueError, "each dimension once"),
+        ({"mesh": FakeMesh(DP_TP, 8), "dims": "dp"}, ValueError, "rank 8 of torch.distributed, is not in the mesh"),
+        ({"mesh": FakeMesh(DP_TP, 0), "dims": "dp", "rank": 0, "world_size": 2}, ValueError, "remove rank=0"),
+        ({"mesh": FakeMesh(DP_TP, 0), "dims": "dp", "split_ranks": False}, ValueError, r"pass dims=\(\)"),
+        ({"mesh": [[0, 1]], "dims": "dp"}, TypeError, r"must be a torch.*DeviceMesh, got \[\[0, 1\]\]"),
+    ],
+)
+def test_what_does_not_fit_together_is_an_error(options, error, message):
+    with pytest.raises(error, match=message):
+        LoaderOptions(**options)
+
+
+def test_a_mesh_whose_dimensions_have_no_names_is_an_error():
+    mesh = FakeMesh(DP_TP, 0)
+    mesh.mesh_dim_names = None
+    with pytest.raises(ValueError, match="create it with mesh_dim_names="):
+        LoaderOptions(mesh=mesh, dims="dp")
+
+
+def test_a_sampler_and_a_mesh_exclude_each_other(make_dataset):
+    options = LoaderOptions(mesh=FakeMesh(DP_TP, 0), dims="dp")
+    with closing(tc.Dataset(make_dataset(8))) as dataset, pytest.raises(ValueError, match="remove mesh="):
+        tc.DataLoader(dataset, sampler=[0, 1], options=options)
+
+
+def steps_of(url, options, state, n_steps=None, **arguments):
+    """The ids of each batch that each rank is served from a state on, and the states after them."""
+    batches, states = [], []
+    for of_rank in options:
+        with closing(tc.Dataset(url)) as dataset:
+            loader = tc.DataLoader(dataset, shuffle=True, options=of_rank, **arguments)
+            loader.load_state_dict(state)
+            iterator = iter(loader)
+            batches.append([batch["id"].tolist() for batch in islice(iterator, n_steps)])
+            states.append(loader.state_dict())
+            del iterator
+    return batches, states
+
+
+def groups_of(sizes, dims, batches):
+    """The batches of each data rank; all ranks that share it must have been served the same ones."""
+    found = {}
+    for rank, served in enumerate(batches):
+        number, _ = mesh_rank(FakeMesh(sizes, rank), dims)
+        assert found.setdefault(number, served) == served
+    return [found[number] for number in range(len(found))]
+
+
+@pytest.fixture
+def start(make_dataset):
+    """A data set of 101 records, and the state at the start of a run over it."""
+    url = make_dataset(101)
+    options = LoaderOptions(seed=3, shuffle_streams=4, shuffle_window_bytes="1KiB")
+    with closing(tc.Dataset(url)) as dataset:
+        return url, tc.DataLoader(dataset, shuffle=True, options=options).state_dict()
+
+
+def ids_together(records: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"id": torch.tensor([int(record["id"]) for record in records])}
+
+
+@pytest.mark.parametrize("arguments", [{}, {"collate_fn": ids_together}], ids=["native path", "torch's path"])
+@pytest.mark.parametrize(("sizes", "dims"), [(DP_TP, "dp"), (DP_CP_PP, "dp"), (DP_TP, ())])
+def test_a_group_is_served_the_same_batches_and_all_groups_each_record_once(start, sizes, dims, arguments):
+    url, state = start
+    batches, states = steps_of(url, on_each_rank(sizes, dims), state, batch_size=4, **arguments)
+    served = chain.from_iterable(chain.from_iterable(groups_of(sizes, dims, batches)))
+    assert sorted(served) == list(range(101))
+    assert states == [states[0]] * 8
+
+
+@pytest.mark.parametrize("n_steps", [0, 1, 5, 12])
+@pytest.mark.parametrize(("before", "after"), [(DP_TP, {"dp": 4, "tp": 2}), (DP_CP_PP, {"dp": 4, "tp": 2})])
+def test_a_run_continues_on_a_mesh_of_another_shape_with_each_record_once(start, before, after, n_steps):
+    url, state = start
+    batches, states = steps_of(url, on_each_rank(before, "dp"), state, n_steps, batch_size=4)
+    first = groups_of(before, "dp", batches)
+    assert states == [states[0]] * 8
+    rest, _ = steps_of(url, on_each_rank(after, "dp"), states[0], batch_size=4)
+    served = chain.from_iterable(chain.from_iterable(first + groups_of(after, "dp", rest)))
+    assert sorted(served) == list(range(101))
+
+
+def test_later_epochs_of_a_run_that_began_on_one_process_are_equal_on_all_ranks_of_a_group(make_dataset):
+    """One process draws a seed in each epoch; ranks that are served the same records must not."""
+    url = make_dataset(40)
+    with closing(tc.Dataset(url)) as dataset:
+        alone = tc.DataLoader(dataset, batch_size=4, shuffle=True)
+        next(iter(alone))
+        state = alone.state_dict()
+    epochs = []
+    for rank, options in enumerate(on_each_rank({"tp": 3}, ())):
+        torch.manual_seed(rank)
+        with closing(tc.Dataset(url)) as dataset:
+            loader = tc.DataLoader(dataset, batch_size=4, shuffle=True, options=options)
+            loader.load_state_dict(state)
+            epochs.append([ids_of(loader) for _ in range(3)])
+    assert epochs[0] == epochs[1] == epochs[2]
+    assert epochs[0][1] != epochs[0][2]
+
+
+@pytest.mark.parametrize(
+    "name", ["tp", "cp", "sp", "pp", "mp", "tensor_parallel", "Context", "pipeline-parallel", "TP"]
+)
+def test_names_of_dimensions_whose_ranks_share_batches(name):
+    assert is_same_batch_dim(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dp", "dp_replicate", "dp_shard", "fsdp", "ddp", "data", "replicate", "shard", "dp_shard_cp", "ep", "inter", "x"],
+)
+def test_names_of_other_dimensions(name):
+    assert not is_same_batch_dim(name)
+
+
+@pytest.fixture
+def fake_job():
+    """A process group whose calls return at once: this process is rank 5 of 8."""
+    gc.collect()  # meshes of earlier tests
+    dist.init_process_group("fake", rank=5, world_size=8, store=FakeStore())
+    yield
+    dist.destroy_process_group()
+
+
+def warnings_of_a_run(url, options=None):
+    """What a loader warns of in two epochs."""
+    with closing(tc.Dataset(url)) as dataset, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        loader = tc.DataLoader(dataset, batch_size=4, shuffle=True, options=options)
+        with closing(tc.Dataset(url)) as other:
+            alone = tc.DataLoader(other, shuffle=True, options=LoaderOptions(seed=3, rank=0, world_size=1))
+            loader.load_state_dict(alone.state_dict())
+        for _ in range(2):
+            list(loader)
+    return [(str(one.message), one.category, one.filename) for one in warned]
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "dim"),
+    [
+        ((2, 4), ("dp", "tp"), "tp"),
+        ((2, 2, 2), ("dp", "cp", "pp"), "cp"),
+        ((8,), ("tp",), "tp"),  # its group is that of all processes
+        ((1, 8), ("dp", "tp"), "tp"),
+    ],
+)
+def test_a_mesh_in_use_is_warned_of_once_with_the_option(make_dataset, fake_job, shape, names, dim):
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    ((message, category, filename),) = warnings_of_a_run(make_dataset(40))
+    assert "LoaderOptions(mesh=mesh, dims=...)" in message
+    assert str(names) in message
+    assert repr(dim) in message
+    assert (category, filename) == (RuntimeWarning, __file__)
+    del mesh
+
+
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [
+        ((8,), ("fsdp",)),
+        ((8,), None),
+        ((2, 4), ("dp_replicate", "dp_shard")),
+        ((2, 4), ("replicate", "shard")),
+        ((8, 1), ("dp", "tp")),
+        ((2, 4), ("inter", "intra")),
+    ],
+)
+def test_a_mesh_of_data_dimensions_is_not_warned_of(make_dataset, fake_job, shape, names):
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    assert warnings_of_a_run(make_dataset(40)) == []
+    del mesh
+
+
+@pytest.mark.parametrize("options", [{"rank": 0, "world_size": 2}, {"split_ranks": False}, {"dims": "dp"}])
+def test_a_loader_that_is_told_its_rank_does_not_warn_of_a_mesh(make_dataset, fake_job, options):
+    mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("dp", "tp"))
+    if "dims" in options:
+        options = {**options, "mesh": mesh}
+    assert warnings_of_a_run(make_dataset(40), LoaderOptions(**options)) == []
+
+
+def test_a_mesh_that_another_release_of_torch_makes_otherwise_is_passed_over(monkeypatch):
+    class DeviceMesh:
+        pass
+
+    changed = DeviceMesh()
+    monkeypatch.setitem(sys.modules, "torch.distributed.device_mesh", SimpleNamespace(DeviceMesh=DeviceMesh))
+    assert find_same_batch_dims() == {}
+    monkeypatch.setitem(sys.modules, "torch.distributed.device_mesh", SimpleNamespace())
+    assert find_same_batch_dims() == {}
+    del changed
+
+
+def test_a_real_mesh_its_slices_and_a_flattened_one_give_the_rank(fake_job):
+    whole = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("dp", "cp", "tp"))  # rank 5 is at (1, 0, 1)
+    for mesh, dims, expected in (
+        (whole, ("dp",), (1, 2)),
+        (whole, ("dp", "cp"), (2, 4)),
+        (whole["dp"], "dp", (1, 2)),
+        (whole["dp", "cp"], "cp", (0, 2)),
+        (whole["dp", "cp"]._flatten("data"), "data", (2, 4)),
+    ):
+        rank = find_rank(LoaderOptions(mesh=mesh, dims=dims))
+        assert (rank.rank, rank.world_size, rank.origin) == (*expected, "mesh")
+
+
+def test_options_with_a_real_mesh_are_compared_copied_and_pickled(fake_job):
+    mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("dp", "tp"))
+    options = LoaderOptions(mesh=mesh, dims=["dp"])
+    for other in (copy.copy(options), copy.deepcopy(options), pickle.loads(pickle.dumps(options))):
+        assert other == options
+        assert hash(other) == hash(options)
+        assert find_rank(other) == find_rank(options)
+    assert options != LoaderOptions(mesh=mesh, dims=())
+    assert options != LoaderOptions()
+
+
+def test_the_processes_of_a_slice_are_those_of_the_whole_mesh(fake_job):
+    whole = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("dp", "cp", "tp"))
+    for mesh in (whole, whole["dp"], whole["dp", "cp"], whole["dp", "cp"]._flatten("data")):
+        assert whole_mesh(mesh) is whole
+
+
+def test_the_whole_mesh_is_unknown_if_another_release_of_torch_hides_it():
+    assert whole_mesh(FakeMesh(DP_TP, 0)) is None
+    rank = find_rank(LoaderOptions(mesh=FakeMesh({"tp": 8}, 0), dims=()))
+    assert (rank.mesh, rank.is_alone) == (None, False)  # all processes of torch.distributed must agree then
+
+
+def test_a_process_outside_of_a_real_mesh_is_named(fake_job):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))  # ranks 0 to 3
+    with pytest.raises(ValueError, match=r"rank 5 of torch\.distributed, is not in the mesh"):
+        LoaderOptions(mesh=mesh, dims="dp")
+
+
+def test_threads_and_memory_are_shared_by_the_processes_of_the_machine_whatever_the_mesh(monkeypatch):
+    for name, value in {"RANK": 1, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    options = LoaderOptions(mesh=FakeMesh(DP_TP, 1), dims="dp")
+    shared = share_resources(options, find_rank(options), n_cpus=16, limit_bytes=64 << 20)
+    assert (shared.n_threads, shared.memory_bytes, shared.limit_bytes) == (4, (2 << 20) // 4, 16 << 20)

@@ -1,0 +1,372 @@
+"""The next epoch: asked for and begun before this one ends, taken where it comes as expected, dropped where not."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import weakref
+from collections import Counter
+from concurrent.futures import Future
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tests.support.cache_world import open_below
+from tests.support.records import N_REMOTE as N
+from tests.support.records import SCHEMA, check_batch, ids_of, join_loading, make_columns
+
+import tiercache as tc
+from tiercache.data.opened_version import OpenedVersion
+from tiercache.load.epoch import NextEpoch, plan_epoch
+from tiercache.load.prefetch import loading_pool
+from tiercache.load.state import RunState
+
+STORAGE = SimpleNamespace(has_cache=False, can_prefetch=False, sends_requests=False)
+SOURCE = SimpleNamespace(selection=None, storage=STORAGE)
+OPTIONS = {"seed": 2, "shuffle_window_bytes": "2KiB", "shuffle_group_bytes": "9KiB"}
+
+
+def first_blocks(dataset, epoch):
+    """The blocks of the first window of an epoch: (shard, block)."""
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
+    loader.set_epoch(epoch)
+    share = plan_epoch(dataset._source, loader.native_rank, 16, False, RunState.from_dict(loader.state_dict()))
+    (window,), _ = (piece := next(share.pieces(0))).windows, piece.needed
+    return set(zip(window.shards.tolist(), window.blocks.tolist(), strict=True))
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """(shard, its blocks, a weak reference to what was loaded) of each load from now on."""
+    found, load = [], OpenedVersion.load
+
+    def seen(self, shard, blocks):
+        found.append((shard, list(blocks), None))
+        loaded = load(self, shard, blocks)
+        found.append((shard, [], weakref.ref(loaded)))
+        return loaded
+
+    monkeypatch.setattr(OpenedVersion, "load", seen)
+    return found
+
+
+def n_blocks_of(loads):
+    return sum(len(blocks) for _, blocks, _ in loads)
+
+
+def alive(loads):
+    return [loaded for _, _, loaded in loads if loaded is not None and loaded() is not None]
+
+
+def wait_until(is_so):
+    end_s = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < end_s
+        threading.Event().wait(0.01)
+
+
+def test_the_first_shards_of_the_next_epoch_are_requested_before_the_last_batch_is_taken(server, tmp_path):
+    data_bytes = sum(len(data) for key, data in server.objects.items() if "/shards/" in key)
+    with tc.Cache(tmp_path / "cache", size=data_bytes // 2, min_free=0) as cache:
+        with pytest.warns(RuntimeWarning, match="will be fetched again"):
+            dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        names = dataset._source.leaves[0].table
+        needed = {names.info(shard).name.rsplit("/", 1)[1] for shard, _ in first_blocks(dataset, 1)}
+        dataset.close()
+        for path in (tmp_path / "cache").rglob("*.shard"):
+            path.unlink()
+        loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
+        announced = []
+        prefetch = OpenedVersion.prefetch
+
+        def seen(self, shards):
+            announced.append([self.table.info(shard).name.rsplit("/", 1)[1] for shard in shards])
+            prefetch(self, shards)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(OpenedVersion, "prefetch", seen)
+            iterator = iter(loader)
+            n_batches = len(loader)
+            for _ in range(n_batches - 1):
+                next(iterator)
+            # All but the last batch: what comes next was announced in time, after what this epoch still needed.
+            wait_until(lambda: any(needed <= set(names) for names in announced[-2:]))
+            next(iterator)
+            assert next(iterator, None) is None
+        iterator.close()
+        dataset.close()
+
+
+def test_shards_that_the_cache_has_lost_are_fetched_for_the_next_epoch_before_it_comes(server, tmp_path, loads):
+    data_bytes = sum(len(data) for key, data in server.objects.items() if "/shards/" in key)
+    with tc.Cache(tmp_path / "cache", size=data_bytes // 2, min_free=0) as cache:
+        with pytest.warns(RuntimeWarning, match="will be fetched again"):
+            dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        first = first_blocks(dataset, 2)
+        loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
+
+        def n_loads():
+            counts = Counter((shard, block) for shard, blocks, _ in list(loads) for block in blocks)
+            return {counts[block] for block in first}
+
+        ids_of(loader)
+        iterator = iter(loader)
+        for _ in range(len(loader)):
+            next(iterator)
+        wait_until(lambda: n_loads() == {3})  # two epochs came one after the other: a third is expected
+        assert next(iterator, None) is None
+        third = iter(loader)
+        check_batch(next(third))
+        assert n_loads() == {3}
+        third.close()
+        dataset.close()
+
+
+def test_a_run_of_one_epoch_reads_nothing_from_a_store_for_a_second_one(server, loads):
+    dataset = tc.Dataset(f"{server.url}/data", cache=False)
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1))
+    tables = dataset._source.block_sizes(range(len(dataset._source.shard_records)))
+    n_blocks = sum(len(table.records) for table in tables)
+    assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(N))
+    join_loading()
+    assert n_blocks_of(loads) == n_blocks
+    ids_of(loader)  # now epochs follow one another
+    join_loading()
+    assert n_blocks_of(loads) == 3 * n_blocks
+    dataset.close()
+
+
+@pytest.mark.parametrize("streams", [1, 4])
+@pytest.mark.parametrize("compression", ["none", "zstd:3"])
+def test_the_prepared_start_is_what_the_next_epoch_serves(make_dataset, streams, compression):
+    dataset = tc.Dataset(make_dataset(400, compression=compression))
+    options = tc.LoaderOptions(**OPTIONS, shuffle_streams=streams)
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)
+    epochs = []
+    for _ in range(4):
+        epochs.append(ids_of(loader))
+        join_loading()
+    for epoch, found in enumerate(epochs):
+        fresh = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)
+        fresh.set_epoch(epoch)
+        assert ids_of(fresh) == found
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_next_epoch_is_prepared_without_a_seed_whatever_other_code_draws(make_dataset, given, loads):
+    torch.manual_seed(1)
+    generator = torch.Generator().manual_seed(2) if given else None
+    dataset = tc.Dataset(make_dataset(200, compression="zstd:3"))
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, generator=generator)
+    tables = dataset._source.block_sizes(range(len(dataset._source.shard_records)))
+    n_blocks = sum(len(table.records) for table in tables)
+
+    def serve(n_epochs):
+        """How often each epoch loaded the data set: also for the epoch after it, if that was not loaded before."""
+        found = []
+        for _ in range(n_epochs):
+            before = n_blocks_of(loads)
+            assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(200))
+            join_loading()
+            found.append((n_blocks_of(loads) - before) / n_blocks)
+        return found
+
+    assert serve(2) == [2, 1]
+    (torch.manual_seed if generator is None else generator.manual_seed)(0)
+    assert serve(1) == [1]
+
+
+def test_the_next_epoch_does_not_wait_for_a_preparation_that_did_not_begin(make_dataset):
+    dataset = tc.Dataset(make_dataset(100))
+    loader = tc.DataLoader(dataset, batch_size=10, shuffle=True)
+    gate = threading.Event()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "tiercache.load.epoch.loading_pool", lambda n, **options: (gate.wait(30), loading_pool(n, **options))[1]
+        )
+        iterator = iter(loader)
+        start_s = time.monotonic()
+        assert sorted(i for batch in iterator for i in check_batch(batch)) == list(range(100))
+        assert time.monotonic() - start_s < 20  # and not the gate's 30 s
+        following = iter(loader)  # nor is iter()
+        gate.set()
+        assert sorted(i for batch in following for i in check_batch(batch)) == list(range(100))
+
+
+def test_an_epoch_other_than_the_predicted_one_starts_without_preparation(make_dataset):
+    dataset = tc.Dataset(make_dataset(200))
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
+    ids_of(loader)
+    loader.set_epoch(7)
+    found = ids_of(loader)
+    fresh = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
+    fresh.set_epoch(7)
+    assert ids_of(fresh) == found
+
+
+def test_a_preparation_dropped_while_it_runs_is_not_used():
+    class Share:
+        def pieces(self, _):
+            coming.drop_preparation()
+            return iter(())
+
+    coming = NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True)
+    coming.prepare(None, None, 0)
+    share, epoch_start, _ = coming.take(SOURCE, "state")
+    assert (share, epoch_start) == (coming.share, None)
+    coming.prepare(None, None, 0)  # too late
+    assert coming.take(SOURCE, "state")[1] is None
+    assert NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True).take("other", "state") is None
+
+
+def test_a_failed_preparation_gives_no_start_and_no_error():
+    class Share:
+        def pieces(self, _):
+            raise tc.StoreError("away", url="u")
+
+    coming = NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True)
+    coming.prepare(None, None, 0)
+    _, ready, _ = coming.take(SOURCE, "state")
+    assert isinstance(ready, Future)
+    assert ready.result(0) is None
+
+
+def test_epochs_follow_one_another_when_one_is_left_early(make_dataset):
+    dataset = tc.Dataset(make_dataset(300))
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
+    for _ in range(3):
+        for batch in itertools.islice(loader, 3):
+            check_batch(batch)
+    assert loader.state_dict()["epoch"] == 2
+    assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(300))
+
+
+def test_a_prepared_first_window_is_freed_after_it_was_served(make_dataset, loads):
+    loader = tc.DataLoader(
+        tc.Dataset(make_dataset(600, compression="zstd:3")),
+        batch_size=16,
+        shuffle=True,
+        options=tc.LoaderOptions(seed=1, shuffle_window_bytes="16KiB"),
+    )
+    n_batches = len(ids_of(loader))
+    join_loading()
+    first = alive(loads)
+    assert first
+    iterator = iter(loader)
+    for _ in range(n_batches - 1):
+        next(iterator)
+    wait_until(lambda: not any(blocks() is not None for blocks in first))
+    iterator.close()
+
+
+@pytest.mark.parametrize("is_asked_for", [False, True])
+def test_loads_of_a_prepared_epoch_are_cancelled_when_the_loader_is_dropped(make_dataset, is_asked_for, monkeypatch):
+    monkeypatch.setattr("tiercache.load.prefetch.MIN_TASK_BYTES", 1)
+    monkeypatch.setattr("tiercache.load.prefetch.MAX_TASK_BYTES", 1 << 10)  # many tasks
+    dataset = tc.Dataset(make_dataset(600, compression="zstd:3"))
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1, threads=1))
+    gate, begun, load = threading.Event(), [], OpenedVersion.load
+    n_parts = sum(len(t.records) for t in dataset._source.block_sizes(range(len(dataset._source.shard_records))))
+
+    def slow(self, *what):
+        begun.append(what)
+        assert len(begun) <= n_parts or gate.wait(30)
+        return load(self, *what)
+
+    monkeypatch.setattr(OpenedVersion, "load", slow)
+    ids_of(loader)
+    n_threads = 4
+    wait_until(lambda: len(begun) == n_parts + n_threads)
+    if is_asked_for:
+        iter(loader).close()
+    del loader
+    gate.set()
+    join_loading()
+    assert len(begun) < n_parts + 2 * n_threads < 2 * n_parts
+
+
+def test_loaders_plan_their_next_epochs_independently():
+    gate = threading.Event()
+    slow = NextEpoch(SOURCE, "state", lambda _: gate.wait(30), is_expected=True)
+    thread = threading.Thread(target=lambda: slow.share)
+    thread.start()
+    other = NextEpoch(SOURCE, "state", lambda _: "share", is_expected=True)
+    other_thread = threading.Thread(target=lambda: other.share, daemon=True)
+    other_thread.start()
+    other_thread.join(10)
+    assert not other_thread.is_alive()
+    gate.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("view", ["itself", "select", "joined", "mixed"])
+def test_a_prepared_epoch_is_dropped_when_the_data_set_is_closed(make_dataset, tmp_path, view, loads):
+    dataset = tc.Dataset(make_dataset(300))
+    with tc.Writer(tmp_path / "other", schema=SCHEMA) as writer:
+        writer.write_batch(make_columns(100, 300))
+    other = tc.Dataset(tmp_path / "other")
+    shown = {
+        "itself": lambda: dataset,
+        "select": lambda: dataset.select(range(7, 250)),
+        "joined": lambda: dataset + other,
+        "mixed": lambda: tc.mix([dataset, other], weights=[0.5, 0.5]),
+    }[view]()
+    loader = tc.DataLoader(shown, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1))
+    found = ids_of(loader)
+    join_loading()
+    assert alive(loads)
+    shown.close()
+    assert not alive(loads)
+    assert len(ids_of(loader)) == len(found)  # it may be used again
+
+
+def test_closing_the_data_set_during_preparation_loads_nothing(server, loads, monkeypatch):
+    dataset = tc.Dataset(f"{server.url}/data", cache=False)
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
+    ids_of(loader)
+    after = []
+
+    def closing(*arguments, **options):
+        dataset.close()
+        after.append(len(loads))
+        return loading_pool(*arguments, **options)
+
+    monkeypatch.setattr("tiercache.load.epoch.loading_pool", closing)
+    ids_of(loader)  # epochs follow one another by now
+    join_loading()
+    assert after == [len(loads)]
+
+
+def test_closing_the_data_set_during_loading_leaves_no_shard_open(make_dataset, monkeypatch):
+    path = make_dataset(600)
+    dataset = tc.Dataset(path)
+    begun, loaded, forgetting, go_on = [], [], threading.Event(), threading.Event()
+    load, forget, n_shards = OpenedVersion.load, NextEpoch.on_source_closed, len(dataset._source.shard_records)
+
+    def slow(self, shard, blocks):
+        begun.append(shard)
+        if len(begun) > n_shards:  # for the next epoch
+            loaded.append(shard)
+            assert go_on.wait(30)
+        return load(self, shard, blocks)
+
+    def seen(self):
+        forgetting.set()
+        forget(self)
+
+    monkeypatch.setattr(OpenedVersion, "load", slow)
+    monkeypatch.setattr(NextEpoch, "on_source_closed", seen)
+    options = tc.LoaderOptions(seed=2, shuffle_window_bytes="all", shuffle_group_bytes="all")
+    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)
+    assert sum(len(batch["id"]) for batch in loader) == 600
+    wait_until(lambda: loaded)
+    planner = next(thread for thread in threading.enumerate() if thread.name == "tiercache-plan")
+    closing = threading.Thread(target=dataset.close)
+    closing.start()
+    assert forgetting.wait(30)
+    go_on.set()
+    closing.join(30)
+    planner.join(30)
+    assert len(loaded) == 1 < n_shards  # the others are not begun
+    assert open_below(path) == []

@@ -1,0 +1,340 @@
+"""tc.NumpyLoader: the batches, the order, the ranks and the states of the DataLoader, without torch."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import pickle
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from tests.support.decoded import RANDOM, write
+from tests.support.decoded import make_columns as make_pictures
+from tests.support.records import check_batch, ids_of
+
+import tiercache as tc
+from tiercache._native.ring import held_bytes
+from tiercache.data.output_spec import Buffer
+from tiercache.load.batch import lent_bytes
+
+N = 100
+SEED = 9
+
+
+def as_plain(value):
+    """A value of a batch as what compares by ==, with its kind."""
+    if isinstance(value, Buffer):
+        return "buffer", as_plain(value.values), as_plain(value.offsets), as_plain(value.shapes)
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype).removeprefix("torch."), value.tolist()
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.tolist()
+    if isinstance(value, list):
+        return [as_plain(item) for item in value]
+    return value
+
+
+def plain(batch):
+    return {name: as_plain(value) for name, value in batch.items()} if isinstance(batch, dict) else as_plain(batch)
+
+
+def numbers_of(loader):
+    return [batch["id"].tolist() for batch in loader]
+
+
+SERVED = {
+    "as stored": {},
+    "padded": {"layouts": {"boxes": "padded", "blob": "padded", "text": "padded"}},
+    "buffers": {"layouts": {"boxes": "buffer", "blob": "buffer", "text": "buffer"}},
+    "without nulls": {"fill_nulls": {"score": -1.0}},
+    "cast": {"cast": {"tokens": "int64", "score": "float64"}},
+}
+
+
+@pytest.mark.parametrize("options", SERVED.values(), ids=SERVED)
+def test_batches_equal_those_of_the_data_loader(make_dataset, options):
+    dataset = tc.Dataset(make_dataset(N), **options)
+    asked = tc.LoaderOptions(seed=SEED)
+    expected = tc.DataLoader(dataset, 16, shuffle=True, options=asked)
+    loader = tc.NumpyLoader(dataset, 16, shuffle=True, options=asked)
+    for _ in range(2):  # epochs
+        assert [plain(batch) for batch in loader] == [plain(batch) for batch in expected]
+    assert loader.stats()["samples"] == 2 * N
+
+
+def test_columns_of_other_types_equal_those_of_the_data_loader(tmp_path):
+    columns = {
+        "grid": [np.arange(i % 3 * 4, dtype=np.int32).reshape(i % 3, 2, 2) for i in range(20)],
+        "free": [np.full((i % 3, i % 2), i, np.uint8) for i in range(20)],
+        "json": [{"i": i} for i in range(20)],
+        "name": [None if i % 3 == 0 else f"{i}" for i in range(20)],
+        "none": np.zeros((20, 0), np.float32),
+    }
+    schema = {
+        "grid": tc.Ragged("int32", (None, 2, 2)),
+        "free": tc.Ragged("uint8", (None, None)),
+        "json": "json",
+        "name": "str?",
+        "none": tc.Tensor("float32", (0,)),
+    }
+    with tc.Writer(tmp_path / "data", schema=schema) as writer:
+        writer.write_batch({name: columns[name] for name in schema})
+    for layouts in ({}, {"grid": "buffer", "free": "buffer"}, {"grid": "padded", "free": "padded"}):
+        dataset = tc.Dataset(tmp_path / "data", layouts=layouts)
+        assert [plain(b) for b in tc.NumpyLoader(dataset, 8)] == [plain(b) for b in tc.DataLoader(dataset, 8)]
+
+
+def test_every_kind_of_array_is_numpys_and_may_be_written_to(make_dataset):
+    layouts = {"boxes": "padded", "blob": "buffer"}
+    for batch in tc.NumpyLoader(tc.Dataset(make_dataset(N), layouts=layouts), 16):
+        arrays = [v for v in batch.values() if not isinstance(v, list | Buffer)]
+        arrays += [batch["blob"].values, batch["blob"].offsets]
+        assert all(type(array) is np.ndarray and array.flags.writeable for array in arrays)
+        assert type(batch) is dict
+    for batch in tc.NumpyLoader(tc.Dataset(make_dataset(N, "lists")), 16):
+        assert check_batch(batch)
+        assert all(type(box) is np.ndarray and box.flags.writeable for box in batch["boxes"])
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_each_rank_is_served_what_the_data_loader_serves_it(make_dataset, world_size, drop_last):
+    dataset = tc.Dataset(make_dataset(N))
+    served = []
+    for rank in range(world_size):
+        asked = tc.LoaderOptions(seed=SEED, rank=rank, world_size=world_size)
+        loader = tc.NumpyLoader(dataset, 8, shuffle=True, drop_last=drop_last, options=asked)
+        served.append(numbers_of(loader))
+        assert served[-1] == numbers_of(tc.DataLoader(dataset, 8, True, drop_last=drop_last, options=asked))
+        assert len(loader) == len(served[-1])
+    everything = [i for batches in served for batch in batches for i in batch]
+    assert set(everything) <= set(range(N))
+    assert drop_last or set(everything) == set(range(N))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_state_of_either_loader_resumes_in_the_other_at_every_step(make_dataset, shuffle):
+    dataset = tc.Dataset(make_dataset(40))
+
+    def numpys():
+        return tc.NumpyLoader(dataset, 8, shuffle=shuffle, options=tc.LoaderOptions(seed=SEED))
+
+    def torchs():
+        return tc.DataLoader(dataset, 8, shuffle=shuffle, options=tc.LoaderOptions(seed=SEED))
+
+    whole = [numbers_of(loader) for loader in [torchs()] for _ in range(2)]
+    for saver, resumer in ((numpys, torchs), (torchs, numpys), (numpys, numpys)):
+        for step in range(len(whole[0]) + 1):
+            loader = saver()
+            iterator = iter(loader)
+            list(itertools.islice(iterator, step))
+            if step == len(whole[0]):
+                assert next(iterator, None) is None
+            state = json.loads(json.dumps(loader.state_dict()))
+            resumed = resumer()
+            resumed.load_state_dict(state)
+            if step < len(whole[0]):
+                assert numbers_of(resumed) == whole[0][step:]
+            assert numbers_of(resumed) == whole[1]
+
+
+def test_a_run_of_the_data_loader_without_a_seed_resumes(make_dataset):
+    dataset = tc.Dataset(make_dataset(40))
+    loader = tc.DataLoader(dataset, 8, shuffle=True)
+    iterator = iter(loader)
+    next(iterator)
+    resumed = tc.NumpyLoader(dataset, 8, shuffle=True)
+    resumed.load_state_dict(loader.state_dict())
+    rest = numbers_of(iterator)
+    assert numbers_of(resumed) == rest
+    assert sorted(itertools.chain(*numbers_of(resumed))) == list(range(40))
+
+
+def test_without_a_seed_a_run_draws_one_from_numpys_generator(make_dataset):
+    dataset = tc.Dataset(make_dataset(N))
+    runs = []
+    for _ in range(2):
+        np.random.seed(3)
+        loader = tc.NumpyLoader(dataset, 8, shuffle=True)
+        runs.append([numbers_of(loader), numbers_of(loader)])
+    assert runs[0] == runs[1]
+    assert runs[0][0] != runs[0][1]
+    assert numbers_of(tc.NumpyLoader(dataset, 8, shuffle=True)) != runs[0][0]
+
+
+def test_set_epoch_and_pickling_keep_the_position(make_dataset):
+    dataset = tc.Dataset(make_dataset(40))
+    options = tc.LoaderOptions(seed=SEED)
+    loader = tc.NumpyLoader(dataset, 8, shuffle=True, options=options)
+    epochs = [numbers_of(loader) for _ in range(3)]
+    loader.set_epoch(1)
+    iterator = iter(loader)
+    next(iterator)
+    copy = pickle.loads(pickle.dumps(loader))
+    assert numbers_of(iterator) == numbers_of(copy) == epochs[1][1:]
+    assert numbers_of(copy) == epochs[2]
+    assert numbers_of(pickle.loads(pickle.dumps(tc.NumpyLoader(dataset, 8)))) == numbers_of(tc.NumpyLoader(dataset, 8))
+
+
+def test_views_mixtures_and_tuples_are_served(make_dataset):
+    dataset = tc.Dataset(make_dataset(N))
+    options = tc.LoaderOptions(seed=SEED)
+    mixed = tc.mix([dataset.take(60), dataset.skip(60)], [0.7, 0.3])
+    for view in (dataset.skip(3).take(50), dataset.select([5, 3, 3]), dataset + dataset.take(3), mixed):
+        for shuffle in (False, True):
+            expected = tc.DataLoader(view, 8, shuffle=shuffle, options=options)
+            assert numbers_of(tc.NumpyLoader(view, 8, shuffle=shuffle, options=options)) == numbers_of(expected)
+    first = next(iter(tc.NumpyLoader(dataset.as_tuple("id", "tokens"), 8)))
+    assert [type(entry) for entry in first] == [np.ndarray, np.ndarray]
+
+
+def test_batches_that_are_kept_keep_their_values_and_their_memory_returns(make_dataset):
+    dataset, before = tc.Dataset(make_dataset(N)), held_bytes()
+    kept = list(tc.NumpyLoader(dataset, 8))
+    assert ids_of(kept) == [list(range(i, min(i + 8, N))) for i in range(0, N, 8)]
+    part = kept[3]["tokens"][2:4, 1:]
+    expected = part.copy()
+    del kept
+    gc.collect()
+    assert held_bytes() > before
+    assert numbers_of(tc.NumpyLoader(dataset, 8))  # would write to the memory if it were free
+    assert np.array_equal(part, expected)
+    del part
+    gc.collect()
+    assert held_bytes() == before
+
+
+def test_leaving_a_loop_early_ends_the_threads(make_dataset):
+    for batch in tc.NumpyLoader(tc.Dataset(make_dataset(N)), 8, shuffle=True):
+        assert len(batch["id"]) == 8
+        break  # the fixture no_leaks fails on a thread that is left
+
+
+class TestDecoding:
+    @pytest.fixture
+    def path(self, tmp_path):
+        return write(tmp_path / "data", make_pictures(40))
+
+    @pytest.mark.parametrize("decode", [RANDOM, tc.DecodeImage(None), tc.DecodeImage(8, dtype="float32", layout="HWC")])
+    def test_images_equal_those_of_the_data_loader(self, path, decode):
+        dataset, options = tc.Dataset(path, decode={"image": decode}), tc.LoaderOptions(seed=SEED)
+        expected = tc.DataLoader(dataset, 8, shuffle=True, options=options)
+        for one, other in zip(tc.NumpyLoader(dataset, 8, shuffle=True, options=options), expected, strict=True):
+            assert one["id"].tolist() == other["id"].tolist()
+            assert all(type(image) is np.ndarray for image in one["image"])
+            assert all(np.array_equal(a, b.numpy()) for a, b in zip(one["image"], other["image"], strict=True))
+            assert one["name"] == other["name"]
+
+    def test_the_memory_of_images_is_lent_until_the_last_view_of_it_goes(self, path):
+        before = lent_bytes()
+        loader = tc.NumpyLoader(tc.Dataset(path, decode={"image": tc.DecodeImage(8)}), 8)
+        kept = [batch["image"] for batch in loader]
+        assert len({array.__array_interface__["data"][0] for array in kept}) == len(kept)
+        view = kept[0][2:3, :, 1:]
+        del kept
+        gc.collect()
+        assert lent_bytes() - before == 8 * 3 * 8 * 8
+        del view
+        gc.collect()
+        assert lent_bytes() == before
+
+    @pytest.mark.filterwarnings("ignore:.*corrupt.*")
+    def test_a_corrupt_image_is_an_error_or_replaced(self, tmp_path):
+        columns = make_pictures(20)
+        columns["image"][5] = b"\xff\xd8\xff no image"
+        dataset = tc.Dataset(write(tmp_path / "corrupt", columns), decode={"image": tc.DecodeImage(8)})
+        with pytest.raises(tc.CorruptShard, match="record 5"):
+            list(tc.NumpyLoader(dataset, 8))
+        options = tc.LoaderOptions(on_corrupt="previous")
+        loader = tc.NumpyLoader(dataset, 8, options=options)
+        served = list(loader)
+        assert served[0]["id"].tolist() == [0, 1, 2, 3, 4, 4, 6, 7]
+        assert loader.stats()["skipped"] == 1
+        expected = list(tc.DataLoader(dataset, 8, options=options))
+        assert [plain(batch) for batch in served] == [plain(batch) for batch in expected]
+
+
+class TestBfloat16:
+    @pytest.fixture
+    def dataset(self, tmp_path):
+        with tc.Writer(tmp_path / "half", schema={"x": "bfloat16"}) as writer:
+            writer.write_batch({"x": np.array([0.5, 1.0, -2.0], np.float32)})
+        dataset = tc.Dataset(tmp_path / "half")
+        yield dataset
+        dataset.close()
+
+    def test_it_needs_ml_dtypes(self, dataset, monkeypatch):
+        monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+        with pytest.raises(tc.SchemaError, match=r"column 'x'.*install ml_dtypes"):
+            tc.NumpyLoader(dataset, 2)
+
+    def test_it_is_served_in_the_dtype_of_ml_dtypes(self, dataset, monkeypatch):
+        stand_in = types.SimpleNamespace(bfloat16=np.uint16)  # the development environment has no ml_dtypes
+        monkeypatch.setitem(sys.modules, "ml_dtypes", stand_in)
+        (batch,) = tc.NumpyLoader(dataset, 3)
+        assert batch["x"].tolist() == [0x3F00, 0x3F80, 0xC000]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "said"),
+    [
+        (lambda path: tc.NumpyLoader(tc.Dataset(path, transform=len), 2), ValueError, "transform"),
+        (
+            lambda path: tc.NumpyLoader(tc.Dataset(path, layouts={"boxes": "nested"}), 2),
+            tc.SchemaError,
+            "'boxes'.*nested",
+        ),
+        (lambda path: tc.NumpyLoader(tc.Dataset(path), 0), ValueError, "1 or more"),
+        (lambda path: tc.NumpyLoader(tc.Dataset(path), 1.5), TypeError, "integer"),
+        (lambda path: tc.NumpyLoader(tc.Dataset(path), 2, options={"seed": 1}), TypeError, "LoaderOptions"),
+        (lambda path: tc.NumpyLoader(tc.Dataset(path), 2).load_state_dict({}), ValueError, "not a state"),
+    ],
+)
+def test_what_cannot_be_served_is_an_error(make_dataset, make, error, said):
+    with pytest.raises(error, match=said):
+        make(make_dataset(10))
+
+
+WITHOUT_TORCH = """
+import json, sys
+for name in ("torch", "torchdata"):
+    sys.modules[name] = None  # importing it raises
+import tiercache as tc
+dataset = tc.Dataset(sys.argv[1])
+loader = tc.NumpyLoader(dataset, 8, shuffle=True, options=tc.LoaderOptions(seed=9))
+iterator = iter(loader)
+served = [next(iterator)["id"].tolist() for _ in range(2)]
+state = loader.state_dict()
+again = tc.NumpyLoader(dataset, 8, shuffle=True)
+again.load_state_dict(state)
+rest = [batch["id"].tolist() for batch in again]
+pictures = tc.Dataset(sys.argv[2], decode={"image": tc.DecodeImage(8, crop="random", flip=True)})
+images = [int(batch["image"].sum()) for batch in tc.NumpyLoader(pictures, 8, options=tc.LoaderOptions(seed=9))]
+assert sys.modules["torch"] is None
+print(json.dumps([served, rest, images, state, repr(loader)]))
+"""
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+def test_it_works_where_torch_cannot_be_imported(make_dataset, tmp_path, monkeypatch, rank):
+    path, pictures = make_dataset(N), write(tmp_path / "pictures", make_pictures(20))
+    if rank is not None:  # as a launcher sets them
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    command = [sys.executable, "-W", "error", "-c", WITHOUT_TORCH, str(path), str(pictures)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    served, rest, images, state, shown = json.loads(done.stdout)
+    options = tc.LoaderOptions(seed=SEED)
+    loader = tc.DataLoader(tc.Dataset(path), 8, shuffle=True, options=options)
+    assert [*served, *rest] == numbers_of(loader)
+    loader.load_state_dict(state)
+    assert numbers_of(loader) == rest
+    decoded = tc.Dataset(pictures, decode={"image": tc.DecodeImage(8, crop="random", flip=True)})
+    assert images == [int(batch["image"].sum()) for batch in tc.DataLoader(decoded, 8, options=options)]
+    assert ("rank 1 of 2 (from environment)" if rank else "rank 0 of 1 (alone)") in shown

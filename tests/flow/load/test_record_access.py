@@ -1,0 +1,445 @@
+"""Records by number: the way through mapped shards gives what the way shard by shard gives, and reads no more."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.shard.mixed_shard import wait_until_settled
+from tests.support.http_server import HttpFaultServer
+from tests.support.records import SCHEMA, check_batch, make_columns
+from torch.utils.data import DataLoader as TorchLoader
+
+import tiercache as tc
+from tiercache.shard import chunks
+from tiercache.shard import reader as shard_reader
+from tiercache.shard.reader import ShardReader
+from tiercache.shard.source import ByteSource
+
+N = 300
+PAGE_BYTES = 64 << 10
+EVERY_KIND = {
+    "id": "int64",
+    "flag": "bool?",
+    "half": "bfloat16",
+    "small": "uint8?",
+    "grid": tc.Tensor("float32", (2, 3)),
+    "bits": tc.Tensor("bool", (3,)),
+    "nothing": tc.Tensor("int16", (0,)),
+    "maybe": tc.Tensor("int32", (2,), nullable=True),
+    "ragged": tc.Ragged("float64", (None, 2), nullable=True),
+    "blob": "bytes?",
+    "text": "str?",
+    "facts": "json?",
+    "picture": tc.Image("png"),
+}
+
+
+def every_kind(n: int) -> dict[str, Any]:
+    """N records of a column of every kind, each of which follows from its number."""
+
+    def some(values: list[Any], step: int) -> list[Any]:
+        return [None if i % step == 1 else value for i, value in enumerate(values)]
+
+    ids = np.arange(n)
+    return {
+        "id": ids,
+        "flag": some([bool(i % 3) for i in ids], 4),
+        "half": torch.arange(n, dtype=torch.float32).to(torch.bfloat16),
+        "small": some([int(i % 256) for i in ids], 5),
+        "grid": (ids[:, None, None] + np.arange(6).reshape(2, 3)).astype(np.float32),
+        "bits": (ids[:, None] >> np.arange(3)) % 2 == 1,
+        "nothing": np.zeros((n, 0), np.int16),
+        "maybe": some([np.full(2, i, np.int32) for i in ids], 7),
+        "ragged": some([np.full((i % 4, 2), i, np.float64) for i in ids], 6),
+        "blob": some([bytes([i % 251]) * (i % 13) for i in ids], 3),
+        "text": some([f"text é {i}" * (i % 3) for i in ids], 8),
+        "facts": some([{"i": int(i)} for i in ids], 9),
+        "picture": [b"\x89PNG" + bytes([i % 256]) for i in ids],
+    }
+
+
+def pack(path: str | Path) -> None:
+    with tc.Writer(path, schema=EVERY_KIND, shard_size="8KiB", block_size="1KiB", compression="none") as writer:
+        writer.write_batch(every_kind(N))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("records") / "data"
+    pack(path)
+    wait_until_settled(*(path / "shards").iterdir())  # until then shards are read anew each time, not mapped
+    return path
+
+
+@pytest.fixture(scope="module")
+def far() -> str:
+    """The same in a store without local files."""
+    pack("memory://records-by-number/data")
+    return "memory://records-by-number/data"
+
+
+@pytest.fixture(params=["blocks", "pages"])
+def both(packed: Path, far: str, request: pytest.FixtureRequest) -> Any:
+    """Read through mapped shards, and shard by shard: from blocks that are checked every time, or by pages."""
+    fast = tc.Dataset(packed)
+    slow = tc.Dataset(packed, verify="always") if request.param == "blocks" else tc.Dataset(far)
+    assert len(fast._source.leaves[0].table) > 5
+    yield fast, slow
+    fast.close()
+    slow.close()
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.flags.writeable and np.array_equal(a, b)
+    return type(a) is type(b) and a == b
+
+
+def mapped_now(dataset: tc.Dataset, indices: list[int]) -> bool:
+    return dataset._source.leaves[0].take_mapped(np.array(indices, np.int64)) is not None
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(indices=st.lists(st.integers(-N, N - 1), max_size=30))
+def test_both_ways_give_the_same_batches_of_every_kind_of_column(both, indices):
+    fast, slow = both
+    assert same(fast[indices], slow[indices])
+    assert same(list(fast.__getitems__(indices)), list(slow.__getitems__(indices)))
+    assert fast[indices]["id"].tolist() == [i % N for i in indices]
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(index=st.integers(-N, N - 1))
+def test_both_ways_give_the_same_record(both, index):
+    fast, slow = both
+    assert same(fast[index], slow[index])
+    assert fast[index]["id"] == index % N
+
+
+def test_what_is_given_is_the_callers_own(both):
+    fast, slow = both
+    indices = [5, 5, 250, 17]
+    for index in (indices, 17):
+        taken = fast[index]
+        taken["grid"][:] = -1
+        assert same(fast[index], slow[index])
+
+
+def test_records_of_mapped_shards_are_found_without_asking_them_one_by_one(both, monkeypatch):
+    fast, slow = both
+    assert mapped_now(fast, [3, 290, 100])
+    assert not mapped_now(slow, [3, 290, 100])
+    monkeypatch.setattr(ShardReader, "take", None)
+    everything = fast[:]
+    assert everything["id"].tolist() == list(range(N))
+    assert fast[7]["id"] == 7
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_columns_that_cannot_stay_mapped_are_read_the_other_way(tmp_path, compression):
+    columns = {"id": np.arange(100), "when": pa.array([{"a": [i]} for i in range(100)])}
+    schema = {"id": "int64"} if compression == "zstd" else {"id": "int64", "when": columns["when"].type}
+    with tc.Writer(tmp_path / "d", schema=schema, shard_size="4KiB", block_size="512B", compression=compression) as w:
+        w.write_batch({name: columns[name] for name in schema})
+    wait_until_settled(*(tmp_path / "d" / "shards").iterdir())
+    dataset = tc.Dataset(tmp_path / "d")
+    assert dataset[[70, 3, 99]]["id"].tolist() == [70, 3, 99]
+    assert dataset[41] == {name: {"id": 41, "when": {"a": [41]}}[name] for name in schema}
+    assert not mapped_now(dataset, [3])
+    assert compression == "zstd" or mapped_now(dataset.select_columns(["id"]), [3])
+
+
+def open_copies(path: Path) -> int:
+    """Descriptors of shards of a data set that this process holds."""
+    links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]  # the listing's own is gone by now
+    return sum(str(path) in str(link.readlink()) for link in links)
+
+
+def test_more_shards_than_may_be_open_are_served_and_do_not_pile_up(packed, monkeypatch):
+    monkeypatch.setattr(shard_reader, "MAX_READERS", 2)
+    dataset = tc.Dataset(packed)
+    n_shards = len(dataset._source.leaves[0].table)
+    rng = np.random.default_rng(0)
+    for size in (1, 1, 5, 40, 2):
+        indices = rng.integers(0, N, size).tolist()
+        assert dataset[indices]["id"].tolist() == indices
+        assert dataset[indices[0]]["id"] == indices[0]
+        assert open_copies(packed) <= 2  # the store's lease of each; mappings hold none
+    assert n_shards > 5
+    dataset.close()
+    assert open_copies(packed) == 0
+    assert dataset[[8, 200]]["id"].tolist() == [8, 200]
+    dataset.close()
+
+
+@pytest.mark.parametrize("max_readers", [2, 256])
+def test_many_threads_read_anything_while_shards_come_and_go(packed, monkeypatch, max_readers):
+    monkeypatch.setattr(shard_reader, "MAX_READERS", max_readers)
+    dataset = tc.Dataset(packed)
+    wrong: list[object] = []
+
+    def read(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        try:
+            for size in rng.integers(1, 20, 12 if max_readers == 2 else 60).tolist():
+                indices = rng.integers(0, N, size).tolist()
+                batch = dataset[indices]
+                if batch["id"].tolist() != indices or dataset[indices[0]]["grid"][0, 0] != indices[0]:
+                    wrong.append(indices)
+                if seed == 0 and size % 5 == 0:
+                    dataset.close()
+        except tc.TierCacheError as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    dataset.close()
+
+
+def test_a_forked_child_maps_shards_of_its_own(both):
+    fast, slow = both
+    indices = list(range(0, N, 7))
+    expected = slow[indices]["id"].tolist()
+    assert mapped_now(fast, indices)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        inherited = fast._source.record(3)
+        fine = inherited is None and fast[indices]["id"].tolist() == expected and fast[3]["id"] == 3
+        os._exit(0 if fine and fast._source.record(3) is not None else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert fast._source.record(3) is not None
+    assert fast[indices]["id"].tolist() == expected
+
+
+def test_torchs_loader_over_it_gives_what_ours_gives(tmp_path):
+    with tc.Writer(tmp_path / "d", schema=SCHEMA, shard_size="8KiB", block_size="1KiB", compression="none") as writer:
+        writer.write_batch(make_columns(N))
+    wait_until_settled(*(tmp_path / "d" / "shards").iterdir())
+    dataset = tc.Dataset(tmp_path / "d")
+    loader = TorchLoader(dataset, batch_size=32, shuffle=True, collate_fn=tc.collate)
+    assert sorted(i for batch in loader for i in check_batch(batch)) == list(range(N))
+    assert mapped_now(dataset, list(range(N)))
+    dataset.close()
+
+
+# -- damage
+
+
+WIDE = {"id": "int64", "wide": tc.Tensor("uint8", (8 << 10,)), "text": "str"}
+
+
+def wide(path: Path, n: int = 64) -> list[Path]:
+    """Records of which eight make a page, in two shards; the shards' files, in order."""
+    with tc.Writer(path, schema=WIDE, shard_size="256KiB", block_size="256KiB", compression="none") as writer:
+        for i in range(n):
+            writer.write({"id": i, "wide": np.full(8 << 10, i, np.uint8), "text": f"{i}"})
+    dataset = tc.Dataset(path)
+    files = [path / info.name for info in dataset._source.leaves[0].table.infos()]
+    dataset.close()
+    return files
+
+
+def flip(file: Path, value: int) -> None:
+    """Change a byte in the middle of the wide record whose bytes are all `value`, in place, as a disk would."""
+    at = file.read_bytes().index(bytes([value]) * (8 << 10)) + (4 << 10)
+    file.chmod(0o644)
+    with file.open("r+b") as stream:
+        stream.seek(at)
+        stream.write(bytes([value ^ 1]))
+
+
+@pytest.mark.parametrize("ask", [lambda d, i: d[i]["id"], lambda d, i: d[[i, i]]["id"][1]], ids=["one", "many"])
+@pytest.mark.parametrize("first", [None, 3], ids=["at once", "after others"])
+def test_a_flipped_bit_is_found_by_the_records_of_its_page_and_by_no_others(tmp_path, ask, first):
+    file = wide(tmp_path / "d")[0]
+    flip(file, 20)
+    everything = tc.Dataset(tmp_path / "d")
+    dataset = everything.select_columns(["id", "wide"])
+    if first is not None:
+        assert ask(dataset, first) == first
+    found, errors = {}, []
+    for i in range(64):
+        try:
+            found[i] = ask(dataset, i)
+        except tc.CorruptShard as error:
+            errors.append(str(error))
+    assert all(all(name in error for name in ("wide", "page", file.name)) for error in errors)
+    bad = sorted(set(range(64)) - set(found))
+    assert all(found[i] == i for i in found)
+    assert 20 in bad
+    assert 8 <= len(bad) <= 9  # those of the page, and the one that only begins or ends in it
+    assert bad == list(range(bad[0], bad[-1] + 1))
+    with pytest.raises(tc.CorruptShard, match="page"):
+        dataset[[1, 20, 60]]
+    others = everything.select_columns(["id", "text"])
+    assert others[20] == {"id": 20, "text": "20"}
+    for each in (dataset, others, everything):
+        each.close()
+
+
+def test_without_verification_a_flipped_bit_is_served(tmp_path):
+    flip(wide(tmp_path / "d")[0], 20)
+    dataset = tc.Dataset(tmp_path / "d", verify="never")
+    assert (dataset[20]["wide"] != 20).sum() == 1
+    assert (dataset[[20, 60]]["wide"][0] != 20).sum() == 1
+    dataset.close()
+
+
+def test_a_shard_that_is_cut_under_its_mapping_is_an_error_for_its_records_only(tmp_path):
+    files = wide(tmp_path / "d")
+    dataset = tc.Dataset(tmp_path / "d")
+    assert dataset[[0, 63]]["id"].tolist() == [0, 63]
+    os.truncate(files[0], 64)
+    for index in (5, [5, 63]):
+        with pytest.raises(tc.CorruptShard, match=r"cannot be read|truncated|shorter|64 bytes"):
+            dataset[index]
+    assert dataset[62]["id"] == 62
+    dataset.close()
+
+
+def test_a_copy_that_becomes_corrupt_while_mapped_is_fetched_again(tmp_path, monkeypatch):
+    files = wide(tmp_path / "d")
+    objects = {f"d/{f.relative_to(tmp_path / 'd').as_posix()}": f.read_bytes() for f in (tmp_path / "d").rglob("*.*")}
+    with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/d", cache=cache)
+        dataset.warm()
+        wait_until_settled(*(cache.path / "copies").iterdir())
+        assert dataset[[0, 63]]["id"].tolist() == [0, 63]
+        assert mapped_now(dataset, [0])
+        for copy in (cache.path / "copies").iterdir():
+            if copy.stat().st_size == files[0].stat().st_size:
+                flip(copy, 20)
+                break
+        server.log.clear()
+        assert (dataset[20]["wide"] == 20).all()
+        assert {seen.path for seen in server.log if seen.n_bytes} == {
+            f"/d/{dataset._source.leaves[0].table.info(0).name}"
+        }
+        wait_until_settled(*(cache.path / "copies").iterdir())
+        assert mapped_now(dataset, [20, 63])
+        dataset.close()
+
+
+# -- what is fetched
+
+
+@pytest.fixture
+def remote(tmp_path):
+    wide(tmp_path / "d")
+    objects = {f"d/{f.relative_to(tmp_path / 'd').as_posix()}": f.read_bytes() for f in (tmp_path / "d").rglob("*.*")}
+    with HttpFaultServer(objects) as server:
+        dataset = tc.Dataset(f"{server.url}/d", cache=False)
+        server.log.clear()
+        yield dataset, server
+        dataset.close()
+
+
+def body_ranges(dataset: tc.Dataset, server: HttpFaultServer) -> list[tuple[int, int]]:
+    """Ranges of chunks that were asked for: all but the footers, in the shards."""
+    ends = {f"/d/{info.name}": info.footer_offset for info in dataset._source.leaves[0].table.infos()}
+    of_shards = [seen for seen in server.log if seen.path in ends]
+    asked = [(seen.path, (seen.range or "").removeprefix("bytes=").split("-")) for seen in of_shards]
+    ranges = [(path, int(first), int(last) + 1) for path, (first, last) in asked]
+    return [(start, end) for path, start, end in ranges if start < ends[path]]
+
+
+def test_a_cold_remote_record_costs_the_footer_and_the_pages_that_hold_it(remote):
+    dataset, server = remote
+    assert dataset[37]["id"] == 37
+    info = dataset._source.leaves[0].table.info(int(dataset._source.leaves[0].table.first_record[1] <= 37))
+    footer_bytes = info.n_bytes - info.footer_offset
+    chunks = sum(end - start for start, end in body_ranges(dataset, server))
+    assert sum(seen.n_bytes for seen in server.log) == footer_bytes + chunks
+    assert chunks <= 2 * PAGE_BYTES + 4 * 1024  # the wide value may lie in two; id and text are short chunks
+    assert {seen.path for seen in server.log} == {f"/d/{info.name}"}
+
+
+def test_neighbouring_records_of_a_page_are_fetched_once_and_pages_side_by_side_in_one_range(remote):
+    dataset, server = remote
+    wide_only = dataset.select_columns(["wide"])
+    server.log.clear()
+    assert wide_only[[2, 0, 1, 2, 0]]["wide"][:, 0].tolist() == [2, 0, 1, 2, 0]
+    assert [end - start for start, end in body_ranges(wide_only, server)] == [PAGE_BYTES]
+    server.log.clear()
+    wide_only[[0, 9]]
+    assert [end - start for start, end in body_ranges(wide_only, server)] == [2 * PAGE_BYTES]
+    wide_only.close()
+
+
+def test_a_cached_record_brings_the_copy_and_is_mapped_from_then_on(tmp_path):
+    wide(tmp_path / "d")
+    objects = {f"d/{f.relative_to(tmp_path / 'd').as_posix()}": f.read_bytes() for f in (tmp_path / "d").rglob("*.*")}
+    with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/d", cache=cache)
+        assert dataset[37]["id"] == 37
+        server.log.clear()
+        assert dataset[38]["id"] == 38
+        for copy in (cache.path / "copies").iterdir():
+            wait_until_settled(copy)  # until then each read looks whether the new copy was written to
+        assert dataset[38]["id"] == 38
+        assert dataset._source.record(38) is not None
+        assert [seen for seen in server.log if seen.n_bytes] == []
+        assert json.loads(json.dumps(cache.stats()))["bytes_used"] > 0
+        dataset.close()
+
+
+def test_an_epoch_of_single_records_in_random_order_takes_two_requests_a_shard(tmp_path):
+    wide(tmp_path / "d")
+    objects = {f"d/{f.relative_to(tmp_path / 'd').as_posix()}": f.read_bytes() for f in (tmp_path / "d").rglob("*.*")}
+    with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/d", cache=cache)
+        server.log.clear()
+        order = np.random.default_rng(0).permutation(64).tolist()
+        assert [int(dataset[i]["wide"][0]) for i in order] == order
+        of_shards = [seen for seen in server.log if "/shards/" in seen.path]
+        assert len(of_shards) <= 2 * len(dataset._source.leaves[0].table)  # the footer, and all the rest
+        assert sum(seen.n_bytes for seen in of_shards) == dataset._source.leaves[0].table.n_bytes.sum()
+        dataset.close()
+
+
+def test_records_of_a_large_shard_come_page_by_page_until_that_costs_as_much_as_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "_BYTES_A_REQUEST", 2 * PAGE_BYTES)  # of a column of 256 KiB in a shard
+    wanted: list[int] = []
+    want = ByteSource.prefetch
+    monkeypatch.setattr(
+        ByteSource,
+        "prefetch",
+        lambda self, ranges: (wanted.append(sum(r.n_bytes for r in ranges)), want(self, ranges))[1],
+    )
+    wide(tmp_path / "d")
+    objects = {f"d/{f.relative_to(tmp_path / 'd').as_posix()}": f.read_bytes() for f in (tmp_path / "d").rglob("*.*")}
+    with HttpFaultServer(objects) as server, tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/d", cache=cache, columns=["wide"])
+        server.log.clear()
+        assert dataset[0]["wide"][0] == 0
+        assert sum(seen.n_bytes for seen in server.log) < 2 * PAGE_BYTES  # a footer and a page
+        assert wanted == []
+        for i in (9, 17, 25):
+            assert dataset[i]["wide"][0] == i
+        n_records = int(dataset._source.shard_records[0])
+        assert len(wanted) == 1
+        assert wanted[0] >= n_records * (8 << 10)
+        dataset.close()

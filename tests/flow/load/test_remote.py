@@ -1,0 +1,235 @@
+"""Data sets that lie elsewhere: what is fetched is counted at the server, in and out of this process."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import os
+import warnings
+
+import numpy as np
+import pytest
+from tests.support import ROOT
+from tests.support.http_server import HttpFault, HttpFaultServer
+from tests.support.records import N_REMOTE as N
+from tests.support.records import SCHEMA, check_batch, make_columns
+from tests.support.warm_python import WarmPython
+from torch.utils.data import DataLoader as TorchLoader
+
+import tiercache as tc
+
+READ_AN_EPOCH = """
+import json, sys
+import tiercache as tc
+url, cache, options = json.loads(sys.argv[1])
+dataset = tc.Dataset(url, cache=tc.Cache(cache, size="64MiB"), storage_options=options)
+loader = tc.DataLoader(dataset, batch_size=32, shuffle=True, options=tc.LoaderOptions(seed=2))
+loader.set_epoch(1)
+ids = [i for batch in loader for i in batch["id"].tolist()]
+print(json.dumps({"ids": ids, **loader.stats()}))
+"""
+
+
+def shard_requests(server: HttpFaultServer) -> list[str]:
+    return [seen.path for seen in server.log if "/shards/" in seen.path or "/segments/" in seen.path]
+
+
+def ids_of(loader) -> list[int]:
+    return list(itertools.chain(*map(check_batch, loader)))
+
+
+def read_in_a_new_process(python: WarmPython, url: str, cache, options: dict[str, object]) -> dict[str, object]:
+    argument = json.dumps([url, str(cache), options])
+    done = python.run(["-c", READ_AN_EPOCH, argument], cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_warm_epoch_in_a_new_process_asks_the_server_for_no_shard_footer_or_segment(server, tmp_path, warm_python):
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, batch_size=32, shuffle=True, options=tc.LoaderOptions(seed=2))
+        assert sorted(ids_of(loader)) == list(range(N))
+        cold = loader.stats()
+        second = ids_of(loader)
+        dataset.close()
+    n_shards = len(dataset._source.leaves[0].table)
+    assert cold["bytes_fetched"] >= sum(len(data) for key, data in server.objects.items() if "/shards/" in key)
+    assert {path for path in shard_requests(server) if "/shards/" in path} == {
+        f"/{key}" for key in server.objects if "/shards/" in key
+    }
+    server.log.clear()
+    warm = read_in_a_new_process(warm_python, f"{server.url}/data", tmp_path / "cache", {})
+    assert warm["ids"] == second
+    assert shard_requests(server) == []
+    assert warm["hit_ratio"] == 1
+    assert warm["cache_hits"] >= n_shards
+
+
+@pytest.mark.usefixtures("no_hedges")
+def test_each_shard_is_fetched_once_in_a_cold_epoch_and_its_footer_once_more(server, tmp_path):
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        ids_of(tc.DataLoader(dataset, batch_size=32, shuffle=True))
+        sent = sum(seen.n_bytes for seen in server.log if "/shards/" in seen.path)
+        dataset.close()
+    infos = list(dataset._source.leaves[0].table.infos())
+    assert sent == sum(info.n_bytes + (info.n_bytes - info.footer_offset) for info in infos)
+
+
+@pytest.mark.parametrize("size", ["20KB", "1KB"])
+def test_a_cache_that_is_too_small_makes_it_slower_and_never_wrong(server, tmp_path, size):
+    with tc.Cache(tmp_path / "cache", size=size, min_free=0) as cache:
+        with pytest.warns(RuntimeWarning, match="will be fetched again in every epoch"):
+            dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        loader = tc.DataLoader(dataset, batch_size=32, shuffle=True)
+        for _ in range(2):
+            assert sorted(ids_of(loader)) == list(range(N))
+        assert dataset[17]["text"] == "text 17"
+        stats = cache.stats()
+        assert stats["bytes_used"] <= stats["limit_bytes"]
+        dataset.close()
+
+
+def test_without_a_cache_blocks_are_read_by_ranges(server):
+    dataset = tc.Dataset(f"{server.url}/data", cache=False, columns=["id"])
+    loader = tc.DataLoader(dataset, batch_size=32, shuffle=True)
+    assert sorted(i for batch in loader for i in batch["id"].tolist()) == list(range(N))
+    assert loader.stats()["hit_ratio"] is None
+    sent = sum(seen.n_bytes for seen in server.log if "/shards/" in seen.path)
+    assert sent < sum(len(data) for key, data in server.objects.items() if "/shards/" in key)
+    dataset.close()
+
+
+def test_one_record_of_a_remote_shard_costs_a_part_of_it(server):
+    dataset = tc.Dataset(f"{server.url}/data", cache=False, columns=["id", "tokens"])
+    server.log.clear()
+    assert dataset[333]["id"] == 333
+    assert sum(seen.n_bytes for seen in server.log) < 8 << 10
+    dataset.close()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        HttpFault("status", 503),
+        HttpFault("status", 500),
+        HttpFault("reset"),
+        HttpFault("short"),
+    ],
+    ids=["503", "500", "reset", "short"],
+)
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_server_with_occasional_errors_only_slows_a_run(server, tmp_path, fault, cached):
+    turns = itertools.count()
+    server.when(lambda method, path: fault if "/shards/" in path and next(turns) % 5 == 0 else None)
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache if cached else False)
+        assert sorted(ids_of(tc.DataLoader(dataset, batch_size=32, shuffle=True))) == list(range(N))
+        dataset.close()
+
+
+def test_a_shard_that_is_gone_is_an_error_that_names_it_after_every_batch_before_it(server):
+    dataset = tc.Dataset(f"{server.url}/data", cache=False)
+    name = dataset._source.leaves[0].table.info(3).name
+    del server.objects[f"data/{name}"]
+    options = tc.LoaderOptions(shuffle_window_bytes="1KiB", shuffle_group_bytes="1KiB")
+    served: list[int] = []
+    with pytest.raises(tc.NotFound, match=name.split("/")[1]):
+        served.extend(i for batch in tc.DataLoader(dataset, batch_size=4, options=options) for i in check_batch(batch))
+    assert served == list(range(len(served)))
+    assert len(served) >= int(dataset._source.leaves[0].table.first_record[3]) - 4
+    dataset.close()
+
+
+@pytest.mark.s3
+def test_from_s3_by_the_native_path_resumed_and_in_a_new_process(s3_server, tmp_path, warm_python):
+    url, options = f"{s3_server.url}/load/native", s3_server.storage_options
+    with tc.Writer(url, schema=SCHEMA, shard_size="8KiB", block_size="1KiB", storage_options=options) as writer:
+        writer.write_batch(make_columns(N))
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(url, cache=cache, storage_options=options)
+
+        def make():
+            return tc.DataLoader(dataset, batch_size=32, shuffle=True, options=tc.LoaderOptions(seed=2))
+
+        loader = make()
+        iterator = iter(loader)
+        begun = [check_batch(next(iterator)) for _ in range(5)]
+        state = loader.state_dict()
+        rest = list(map(check_batch, iterator))
+        resumed = make()
+        resumed.load_state_dict(state)
+        assert list(map(check_batch, resumed)) == rest
+        assert sorted(itertools.chain(*begun, *rest)) == list(range(N))
+        second = ids_of(loader)
+        dataset.close()
+    warm = read_in_a_new_process(warm_python, url, tmp_path / "cache", options)
+    assert warm["ids"] == second
+    assert warm["hit_ratio"] == 1
+
+
+@pytest.mark.s3
+def test_workers_forked_after_the_parent_has_read_from_s3_name_forkserver(s3_server):
+    url, options = f"{s3_server.url}/load/forked", s3_server.storage_options
+    with tc.Writer(url, schema=SCHEMA, shard_size="8KiB", block_size="1KiB", storage_options=options) as writer:
+        writer.write_batch(make_columns(100))
+    dataset = tc.Dataset(url, cache=False, storage_options=options)
+    assert dataset[3]["id"] == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's word on forking: this is the case itself
+        loader = TorchLoader(
+            dataset, batch_size=20, num_workers=2, collate_fn=tc.collate, multiprocessing_context="fork", timeout=60
+        )
+        with pytest.raises(RuntimeError, match='multiprocessing_context="forkserver"'):
+            ids_of(loader)
+    assert dataset[4]["id"] == 4
+    dataset.close()
+
+
+@pytest.mark.timeout(600)  # the fork server's workers import torch anew
+def test_workers_on_torchs_path_read_from_a_store_that_the_parent_has_read(server, tmp_path):
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        assert dataset[3]["id"] == 3
+        loader = tc.DataLoader(dataset, batch_size=None, num_workers=1)
+        assert [int(record["id"]) for record in itertools.islice(loader, 5)] == [0, 1, 2, 3, 4]
+        dataset.close()
+
+
+@pytest.mark.timeout(600)  # processes that are spawned import torch anew
+@pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.stress)])
+def test_torchs_workers_fetch_each_shard_once_between_them(server, tmp_path, method):
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        server.log.clear()
+        stride = np.arange(N).reshape(-1, 4).T.reshape(-1)  # all workers want all shards at once
+        loader = TorchLoader(
+            dataset, 30, sampler=stride.tolist(), num_workers=2, multiprocessing_context=method, collate_fn=tc.collate
+        )
+        assert ids_of(loader) == stride.tolist()
+        sent: collections.Counter[str] = collections.Counter()
+        for seen in server.log:
+            if "/shards/" in seen.path:
+                sent[seen.path] += seen.n_bytes
+        dataset.close()
+    assert sent == {f"/{key}": len(data) for key, data in server.objects.items() if "/shards/" in key}
+
+
+def test_a_child_forked_in_mid_epoch_starts_its_own(server, tmp_path):
+    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
+        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
+        dataset.warm()
+        loader = tc.DataLoader(dataset, batch_size=32)
+        iterator = iter(loader)
+        first = check_batch(next(iterator))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            fine = check_batch(next(iter(tc.DataLoader(dataset, batch_size=32)))) == first
+            os._exit(0 if fine else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert first + list(itertools.chain(*map(check_batch, iterator))) == list(range(N))
+        dataset.close()

@@ -1,0 +1,315 @@
+"""Streams and ranks: one global sequence whoever serves it, by content; each block read by one rank; equal batches."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.records import ids_of, join_loading, make_columns
+
+import tiercache as tc
+from tiercache.data.opened_version import OpenedVersion
+from tiercache.data.output_spec import record_number
+
+# Of each some 60 ms; `pytest --hypothesis-profile fuzz` draws 5,000.
+SOME = settings.default.max_examples if settings.default.max_examples > 100 else 25
+# (records, records of a shard, of a block): one record, fewer than ranks, one shard, many tiny ones, many blocks.
+LAYOUTS = [(0, 8, 8), (1, 8, 8), (5, 1, 1), (40, 64, 4), (97, 3, 2), (300, 41, 3)]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A packed data set of only ids for each of LAYOUTS."""
+    folder = tmp_path_factory.mktemp("streams")
+    for n, per_shard, per_block in LAYOUTS:
+        path = folder / f"{n}-{per_shard}-{per_block}"
+        with tc.Writer(path, schema={"id": "int64"}, block_size=8 * per_block, shard_size="1GiB") as writer:
+            writer.write_batch({"id": np.arange(min(n, per_shard))})
+        for first in range(per_shard, n, per_shard):
+            with tc.Writer(path, mode="append", block_size=8 * per_block, shard_size="1GiB") as writer:
+                writer.write_batch({"id": np.arange(first, min(first + per_shard, n))})
+    return {layout: tc.Dataset(folder / "-".join(map(str, layout))) for layout in LAYOUTS}
+
+
+@pytest.fixture(autouse=True)
+def closed(packed):
+    yield
+    for dataset in packed.values():
+        dataset.close()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who serves: so many ranks with so large batches."""
+
+    world_size: int
+    batch_size: int
+
+    @property
+    def global_batch(self) -> int:
+        return self.world_size * self.batch_size
+
+
+class Run:
+    """All ranks of a run in one process, and what they serve."""
+
+    def __init__(self, dataset, ranks, how, state=None, *, shuffle, drop_last):
+        self.loaders = [
+            tc.DataLoader(
+                dataset,
+                batch_size=ranks.batch_size,
+                shuffle=shuffle,
+                drop_last=drop_last,
+                options=tc.LoaderOptions(rank=rank, world_size=ranks.world_size, threads=1, **how),
+            )
+            for rank in range(ranks.world_size)
+        ]
+        for loader in self.loaders if state is not None else ():
+            loader.load_state_dict(json.loads(json.dumps(state)))
+
+    def serve(self, n_batches=None):
+        """Ids of each global batch by rank, up to n_batches of them."""
+        with contextlib.ExitStack() as closing:
+            iterators = [iter(loader) for loader in self.loaders]
+            for iterator in iterators:
+                closing.callback(iterator.close)
+            batches = [[b["id"].tolist() for b in itertools.islice(iterator, n_batches)] for iterator in iterators]
+            self.states = [loader.state_dict() for loader in self.loaders]
+        assert len({len(of_rank) for of_rank in batches}) == 1  # equally many on every rank
+        return list(zip(*batches, strict=True))
+
+    @property
+    def state(self):
+        assert all(state == self.states[0] for state in self.states)
+        return self.states[0]
+
+    @property
+    def padded(self):
+        return sum(loader.stats()["padded"] for loader in self.loaders)
+
+
+hows = st.fixed_dictionaries(
+    {
+        "seed": st.integers(0, 3),
+        "shuffle_streams": st.sampled_from([1, 2, 3, 4, 6, 50]),
+        "placement": st.sampled_from(["sticky", "global"]),
+        "shuffle_group_bytes": st.sampled_from(["1KiB", "all"]),
+        "shuffle_window_bytes": st.sampled_from([8, 100, "all"]),
+    }
+)
+some_ranks = st.builds(Ranks, st.integers(1, 5), st.integers(1, 9))
+
+
+@settings(max_examples=SOME)
+@given(data=st.data(), layout=st.sampled_from(LAYOUTS), how=hows, shuffle=st.booleans(), drop_last=st.booleans())
+def test_any_number_of_ranks_serves_one_sequence_and_others_resume_it(packed, data, layout, how, shuffle, drop_last):
+    warnings.simplefilter("ignore", RuntimeWarning)  # of streams that do not divide the global batch
+    dataset, n, epoch = packed[layout], layout[0], data.draw(st.integers(0, 2))
+    shuffle &= n > 0  # torch's loader refuses to shuffle nothing
+    alone = Run(dataset, Ranks(1, 7), how, shuffle=shuffle, drop_last=False)
+    alone.loaders[0].set_epoch(epoch)
+    whole = [i for (batch,) in alone.serve() for i in batch]
+    assert sorted(whole) == list(range(n))
+    at = {record: position for position, record in enumerate(whole)}
+
+    offset, state = 0, None
+    for is_last in [*data.draw(st.lists(st.just(False), max_size=2)), True]:
+        ranks = data.draw(some_ranks)
+        run = Run(dataset, ranks, how, state, shuffle=shuffle, drop_last=drop_last)
+        for loader in run.loaders if state is None else ():
+            loader.set_epoch(epoch)
+        n_batches = None if is_last else data.draw(st.integers(0, (n - offset) // ranks.global_batch))
+        for number, batch in enumerate(run.serve(n_batches)):
+            start = offset + number * ranks.global_batch
+            stop = min(start + ranks.global_batch, n)
+            positions = [[at[i] for i in of_rank] for of_rank in batch]
+            if stop - start == ranks.global_batch:
+                assert all(p == sorted(p) and len(p) == ranks.batch_size for p in positions)
+            counted = Counter(itertools.chain(*positions))
+            served = {p for p in counted if p >= start}
+            assert served == set(range(start, stop))
+            n_more = sum(counted.values()) - len(served)
+            assert n_more == (max(ranks.world_size - (stop - start), 0))
+        if not is_last:
+            offset, state = offset + n_batches * ranks.global_batch, run.state
+    left = n - offset
+    n_global = left // ranks.global_batch + (not drop_last and left % ranks.global_batch > 0)
+    tail = left % ranks.global_batch
+    assert run.padded == (0 if drop_last or not tail else max(ranks.world_size - tail, 0))
+    assert (run.state["epoch"], run.state["offset"]) == (epoch + 1, 0)
+    assert n_global == (run.loaders[0].stats()["batches"])
+
+
+@pytest.mark.parametrize("placement", ["sticky", "global"])
+def test_a_run_of_many_windows_goes_on_with_more_and_fewer_ranks(make_dataset, placement):
+    path = make_dataset(1200)
+    how = {
+        "seed": 3,
+        "shuffle_streams": 4,
+        "placement": placement,
+        "shuffle_window_bytes": "1KiB",
+        "shuffle_group_bytes": "9KiB",
+    }
+    dataset = tc.Dataset(path)
+    order = {"shuffle": True, "drop_last": False}
+    whole = [i for (batch,) in Run(dataset, Ranks(1, 16), how, **order).serve() for i in batch]
+    served, state = [], None
+    for ranks, n_batches in [(Ranks(4, 4), 20), (Ranks(2, 8), 17), (Ranks(1, 16), 9), (Ranks(4, 8), None)]:
+        run = Run(dataset, ranks, how, state, **order)
+        for batch in run.serve(n_batches):
+            start = len(served)
+            assert sorted(itertools.chain(*batch)) == sorted(whole[start : start + ranks.global_batch])
+            served += itertools.chain(*batch)
+        state = run.state
+    assert sorted(served) == list(range(1200))
+
+
+def loads_by_rank(monkeypatch, dataset, world_size, **options):
+    """How often each (shard, block) was loaded, by rank, in an epoch."""
+    loads = [Counter() for _ in range(world_size)]
+    load = OpenedVersion.load
+    for rank in range(world_size):
+
+        def counted(self, shard, blocks, rank=rank):
+            loads[rank].update((shard, block) for block in blocks)
+            return load(self, shard, blocks)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(OpenedVersion, "load", counted)
+            settings = tc.LoaderOptions(rank=rank, world_size=world_size, seed=5, **options)
+            loader = tc.DataLoader(tc.Dataset(dataset), batch_size=8, shuffle=True, options=settings)
+            for _ in loader:
+                pass
+            join_loading()
+    return loads
+
+
+def test_two_ranks_on_a_node_read_and_decode_each_block_once(make_dataset, monkeypatch):
+    path = make_dataset(2000)
+    monkeypatch.setattr("tiercache.load.epoch.NextEpoch.prepare", lambda *_: None)  # of the next epoch
+    options = {"shuffle_window_bytes": "8KiB"}
+    first, second = loads_by_rank(monkeypatch, path, 2, **options)
+    n_blocks = sum(len(table.records) for table in tables_of(path))
+    assert n_blocks > 100
+    assert set(first.values()) == set(second.values()) == {1}
+    assert len(first.keys() | second.keys()) == n_blocks
+    assert len(first.keys() & second.keys()) <= 1  # the block in which the cut falls
+    # One stream for both is what they would read without: everything, twice.
+    first, second = loads_by_rank(monkeypatch, path, 2, **options, shuffle_streams=1)
+    assert len(first.keys() & second.keys()) > n_blocks // 2
+
+
+def tables_of(path):
+    source = tc.Dataset(path)._source
+    return source.block_sizes(range(len(source.shard_records)))
+
+
+def test_a_sticky_stream_reads_the_same_shards_in_every_epoch_and_a_global_one_others(make_dataset):
+    dataset = tc.Dataset(make_dataset(1000))
+    ends = np.cumsum(dataset._source.shard_records)
+    for placement in ("sticky", "global"):
+        options = tc.LoaderOptions(rank=0, world_size=4, seed=1, placement=placement)
+        loader = tc.DataLoader(dataset, batch_size=8, shuffle=True, drop_last=True, options=options)
+        epochs = [list(itertools.chain(*ids_of(loader))) for _ in range(3)]
+        shards = [set(np.searchsorted(ends, epoch, side="right").tolist()) for epoch in epochs]
+        assert epochs[0] != epochs[1]
+        if placement == "sticky":
+            assert max(map(len, shards)) < len(ends) // 2
+            assert len(shards[0] | shards[1] | shards[2]) <= min(map(len, shards)) + 2  # a cut shard may end unserved
+        else:
+            assert len(shards[0] & shards[1]) < len(shards[0])
+
+
+def test_streams_that_do_not_divide_a_global_batch_are_warned_of_once(make_dataset):
+    options = tc.LoaderOptions(rank=1, world_size=2, shuffle_streams=5, seed=0)
+    loader = tc.DataLoader(tc.Dataset(make_dataset(60)), batch_size=4, shuffle=True, options=options)
+    with pytest.warns(RuntimeWarning, match=r"5 streams do not divide a global batch of 8.*multiple of 5") as told:
+        epochs = [ids_of(loader), ids_of(loader)]
+    assert len(told) == 1
+    assert [sum(map(len, epoch)) for epoch in epochs] == [30, 30]
+
+
+def test_streams_follow_the_ranks_of_the_start_and_stay(make_dataset):
+    dataset = tc.Dataset(make_dataset(60))
+
+    def make(rank, world_size, **options):
+        options = tc.LoaderOptions(rank=rank, world_size=world_size, seed=0, **options)
+        return tc.DataLoader(dataset, batch_size=4, shuffle=True, options=options)
+
+    state = make(1, 3).state_dict()
+    assert state["streams"] == 3
+    alone = make(0, 1)
+    alone.load_state_dict(state)
+    ids_of(alone)
+    assert alone.state_dict()["streams"] == 3
+    with pytest.raises(ValueError, match="shuffle_streams=2 differs from the state's 3"):
+        make(0, 1, shuffle_streams=2).load_state_dict(state)
+    with pytest.raises(ValueError, match="placement='global' differs"):
+        make(0, 1, placement="global").load_state_dict(state)
+    assert tc.DataLoader(dataset, options=tc.LoaderOptions(rank=0, world_size=3)).state_dict()["streams"] == 1
+
+
+@pytest.mark.parametrize("bad", [{"shuffle_streams": 0}, {"shuffle_streams": 1 << 20}, {"placement": "here"}])
+def test_streams_and_places_that_cannot_be_are_refused_by_name(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        tc.LoaderOptions(**bad)
+
+
+def test_objects_come_from_the_windows_of_all_streams(tmp_path):
+    table = pa.table({"id": pa.array(range(120)), "pair": [{"a": i, "b": [i] * (i % 3)} for i in range(120)]})
+    with tc.Writer(tmp_path / "d", block_size="64B", shard_size="1KiB") as writer:
+        writer.write_batch(table)
+    options = tc.LoaderOptions(seed=1, shuffle_streams=4, shuffle_window_bytes="200B")
+    loader = tc.DataLoader(tc.Dataset(tmp_path / "d"), batch_size=7, shuffle=True, options=options)
+    seen = [(i, p) for batch in loader for i, p in zip(batch["id"].tolist(), batch["pair"], strict=True)]
+    assert sorted(seen, key=lambda s: s[0]) == [(i, {"a": i, "b": [i] * (i % 3)}) for i in range(120)]
+
+
+def test_a_corrupt_block_of_one_of_several_streams_is_named(make_dataset):
+    path = make_dataset(600)
+    shard = sorted((path / "shards").iterdir())[2]
+    shard.chmod(0o644)
+    data = bytearray(shard.read_bytes())
+    data[200] ^= 1
+    shard.write_bytes(data)
+    options = tc.LoaderOptions(shuffle_window_bytes="1KiB", shuffle_streams=4, seed=2)
+    with pytest.raises(tc.CorruptShard, match=rf"{shard.name}.*block"):
+        ids_of(tc.DataLoader(tc.Dataset(path), batch_size=8, shuffle=True, options=options))
+
+
+def test_an_append_in_between_changes_nothing_for_a_run_that_goes_on(make_dataset):
+    path = make_dataset(300)
+    how = {"seed": 3, "shuffle_streams": 2, "shuffle_window_bytes": "2KiB"}
+    order = {"shuffle": True, "drop_last": False}
+    whole = [i for (batch,) in Run(tc.Dataset(path), Ranks(1, 8), how, **order).serve() for i in batch]
+    run = Run(tc.Dataset(path), Ranks(2, 8), how, **order)
+    begun = [i for batch in run.serve(5) for i in itertools.chain(*batch)]
+    with tc.Writer(path, mode="append") as writer:
+        writer.write_batch(make_columns(64, 300))
+    resumed = Run(tc.Dataset(path), Ranks(4, 4), how, run.state, **order)
+    rest = [i for batch in resumed.serve() for i in itertools.chain(*batch)]
+    assert sorted(begun) == sorted(whole[:80])
+    assert sorted(rest) == sorted(whole[80:])
+
+
+@settings(max_examples=SOME)
+@given(layout=st.sampled_from(LAYOUTS[1:]), how=hows, shuffle=st.booleans(), ranks=some_ranks, data=st.data())
+def test_a_share_locates_each_record_of_a_batch(packed, layout, how, shuffle, ranks, data):
+    warnings.simplefilter("ignore", RuntimeWarning)
+    dataset, rank = packed[layout], data.draw(st.integers(0, ranks.world_size - 1))
+    options = tc.LoaderOptions(rank=rank, world_size=ranks.world_size, threads=1, **how)
+    iterator = iter(tc.DataLoader(dataset, batch_size=ranks.batch_size, shuffle=shuffle, options=options))
+    share, source = iterator._inputs.share, dataset._source
+    for number, batch in enumerate(itertools.islice(iterator, 4)):
+        places = [share.locate(position) for position in share.rank_plan.positions(number).tolist()]
+        assert [record_number(source, *place) for place in places] == batch["id"].tolist()
+    iterator.close()

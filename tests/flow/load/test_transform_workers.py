@@ -1,0 +1,650 @@
+"""Transforms in worker processes: what they serve, share and leave behind, and how they end."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.flow.load.test_transforms import EVERY_KIND, N_FEW, STREAMS, columns_of_every_kind, same, serve
+from tests.support.records import SCHEMA, make_columns
+from tests.support.transformed import draw_globals, fail_at_seven, loader_of, options, rows_of, together
+from torch.utils.data import get_worker_info
+from torchvision.transforms import v2
+
+import tiercache as tc
+from tiercache.load import stage, transform_workers
+from tiercache.load.shared_block import SharedBlock
+from tiercache.waiting import wait_for
+
+N = 101
+# Python 3.12 warns of a fork beside threads; torch's loader forks beside them, too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("transforms") / "data"
+    with tc.Writer(path, schema=SCHEMA, shard_size="2KiB", block_size="512B") as writer:
+        writer.write_batch(make_columns(N))
+    return path
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_serve_what_the_loaders_thread_serves(path, workers):
+    for more in ({}, {"collate_fn": together}, {"batch_size": 1}):
+        ours = list(loader_of(path, workers=workers, **more))
+        assert rows_of(ours) == rows_of(loader_of(path, **more))
+        pids = {int(pid) for batch in ours for pid in batch["pid"]}
+        assert os.getpid() not in pids
+        assert len(pids) <= workers
+
+
+def test_workers_see_the_records_that_indexing_gives(tmp_path):
+    url = tmp_path / "data"
+    with tc.Writer(url, schema=EVERY_KIND, block_size="1KiB") as writer:
+        writer.write_batch(columns_of_every_kind(30))
+    plain = tc.Dataset(url)
+    loader = loader_of(url, dict, workers=1, collate_fn=list)
+    seen = list(itertools.chain(*loader))
+    assert len(seen) == 30
+    for record in seen:
+        expected = plain[int(record["id"])]
+        assert same({**record, "half": 0, "vector": 0}, {**expected, "half": 0, "vector": 0})
+        assert torch.equal(record["vector"], expected["vector"])
+
+
+def test_foreign_augmentations_are_equal_for_any_number_of_workers(path):
+    whole = rows_of(loader_of(path, draw_globals, workers=1))
+    assert rows_of(loader_of(path, draw_globals, workers=2)) == whole
+    assert len({row[1:] for row in whole}) == N
+
+
+def test_tiercaches_random_numbers_are_equal_for_any_workers_and_ranks_if_the_order_has_as_many_streams(path):
+    whole = rows_of(loader_of(path, workers=2, options=options(**STREAMS)))
+    halves = []
+    for rank in range(2):
+        halves += rows_of(loader_of(path, workers=1, batch_size=10, options=options(rank, 2, **STREAMS)))
+    assert sorted(set(halves)) == sorted(whole)
+    assert sorted(rows_of(loader_of(path, options=options(shuffle_streams=2)))) != sorted(whole)
+
+
+def test_each_batch_of_each_epoch_draws_other_numbers_from_the_global_generators(path):
+    loader = loader_of(path, draw_globals, workers=1, persistent_workers=True)
+    batches = [batch for _ in range(2) for batch in loader]
+    for name in ("torch", "python", "legacy"):
+        assert len({value for batch in batches for value in batch[name].tolist()}) == 2 * N
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_that_resumes_at_any_batch_repeats_foreign_augmentations(path, before, after):
+    loader = loader_of(path, draw_globals, workers=before, batch_size=30)
+    states, served = [], []
+    for batch in loader:
+        served.append(rows_of([batch]))
+        states.append(json.loads(json.dumps(loader.state_dict())))
+    assert len(served) == 4
+    for step, state in enumerate(states[:-1], 1):
+        resumed = loader_of(path, draw_globals, workers=after, batch_size=30)
+        resumed.load_state_dict(state)
+        assert rows_of(resumed) == list(itertools.chain(*served[step:]))
+
+
+AUGMENT = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomResizedCrop(5), v2.ColorJitter(0.5, 0.5, 0.5)])
+
+
+def augment(record):
+    image = torch.from_numpy(np.resize(record["tokens"], (3, 9, 9)).astype(np.uint8))
+    return {"id": record["id"], "image": AUGMENT(image)}
+
+
+def test_torchvisions_transforms_draw_the_same_when_resumed(path):
+    whole = rows_of(loader_of(path, augment, workers=1))
+    loader = loader_of(path, augment, workers=1)
+    begun = rows_of(itertools.islice(loader, 5))
+    torch.manual_seed(9)
+    resumed = loader_of(path, augment, workers=2)
+    resumed.load_state_dict(loader.state_dict())
+    assert begun + rows_of(resumed) == whole
+    assert len({str(row[1]) for row in whole}) > N // 2
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 1), (1, 0)])
+def test_a_run_resumes_on_another_number_of_workers(path, before, after):
+    whole = rows_of(loader_of(path))
+    loader = loader_of(path, workers=before)
+    begun = rows_of(itertools.islice(loader, 4))
+    state = json.loads(json.dumps(loader.state_dict()))
+    resumed = loader_of(path, workers=after)
+    resumed.load_state_dict(state)
+    assert begun + rows_of(resumed) == whole
+
+
+STEP = st.tuples(st.integers(1, 4), st.sampled_from([1, 3, 8]), st.integers(0, 5), st.integers(0, 2))
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore:the order's 4 streams do not divide")
+@given(st.lists(STEP, max_size=4), STEP)
+def test_a_run_that_is_killed_again_and_again_sees_the_same_augmentations_on_any_workers(path, steps, last):
+    expected = sorted(rows_of(loader_of(path, n=N_FEW, options=options(**STREAMS))))
+    rows, state = [], {}
+    for n_ranks, batch_size, n_batches, workers in steps:
+        more, after = serve(path, state, n_ranks, batch_size, n_batches, n=N_FEW, workers=workers)
+        if after.get("epoch"):  # the epoch ended
+            break
+        rows, state = rows + more, after
+    rest, _ = serve(path, state, *last[:2], None, n=N_FEW, workers=last[3])
+    assert sorted(set(rows + rest)) == expected
+    assert len(rows) + len(rest) - N_FEW < 4  # each record once, but for the padding of the last step
+
+
+def mark(batch):
+    info = get_worker_info()
+    return {**batch, "worker": torch.full((len(batch["id"]),), -1 if info is None else info.id)}
+
+
+def test_batch_transforms_run_in_workers(path):
+    plain = tc.Dataset(path, columns=["id", "tokens", "boxes", "score"], layouts={"boxes": "buffer"})
+    more = {"batch_size": 8, "shuffle": True, "num_workers": 2, "multiprocessing_context": "fork"}
+    loader = tc.DataLoader(plain, options=options(batch_transform=mark), **more)
+    expected = tc.DataLoader(plain, 8, shuffle=True, options=options())
+    workers = set()
+    for batch, one in zip(loader, expected, strict=True):
+        workers |= set(batch.pop("worker").tolist())
+        assert [str(value) for value in batch.values()] == [str(value) for value in one.values()]
+    assert workers <= {0, 1}
+    assert workers
+
+
+KEPT = []
+
+
+def keep(batch):
+    """The batch before this one, which the function has kept."""
+    KEPT.append(batch)
+    return KEPT[max(len(KEPT) - 2, 0)]
+
+
+def keep_record(record):
+    KEPT.append(record)
+    return KEPT[max(len(KEPT) - 40, 0)]
+
+
+def test_a_function_may_keep_what_it_saw(path):
+    more = {"batch_size": 8, "num_workers": 1, "multiprocessing_context": "fork"}
+    loader = tc.DataLoader(tc.Dataset(path, columns=["id", "tokens"]), options=options(batch_transform=keep), **more)
+    expected = list(tc.DataLoader(tc.Dataset(path, columns=["id", "tokens"]), 8))
+    for batch, one in zip(loader, [expected[0], *expected], strict=False):
+        assert torch.equal(batch["tokens"], one["tokens"])
+    for batch_size in (1, 4):
+        dataset = tc.Dataset(path, columns=["id", "tokens"], transform=keep_record)
+        for batch in tc.DataLoader(dataset, **{**more, "batch_size": batch_size}):
+            assert batch["tokens"].tolist() == make_columns(N)["tokens"][batch["id"].numpy()].tolist()
+
+
+def large(record):
+    return {"id": record["id"], "x": np.full(5000 + int(record["id"]) % 3, record["id"])}
+
+
+def same_size(record):
+    return {"id": record["id"], "x": np.full(5000, record["id"])}
+
+
+@pytest.mark.parametrize(("transform", "collate_fn"), [(same_size, None), (large, list)], ids=["stacked", "listed"])
+def test_a_consumer_may_keep_all_batches(path, transform, collate_fn):
+    loader = loader_of(path, transform, workers=2, collate_fn=collate_fn)
+    for _ in range(2):
+        kept = list(loader)
+        gc.collect()
+        records = []
+        for batch in kept:
+            records += batch if collate_fn else zip(batch["id"], batch["x"], strict=True)
+        for record in records:
+            number, x = record if isinstance(record, tuple) else record.values()
+            assert (np.asarray(x) == int(number)).all()
+        assert len(records) == N
+
+
+def test_shared_memory_is_reused_and_belongs_to_the_consumer_in_the_meantime(path):
+    addresses = set()
+    before = None
+    for batch in loader_of(path, same_size, workers=1, batch_size=2):
+        if before is not None:
+            assert (before["x"] == before["id"][:, None]).all()
+        batch["x"] += 0  # the consumer may write
+        addresses.add(batch["x"].data_ptr())
+        before = batch
+    assert len(addresses) < 20  # of 51 batches
+
+
+def test_torchs_default_collate_makes_no_file_in_shared_memory(path):
+    before = set(Path("/dev/shm").iterdir())
+    iterator = iter(loader_of(path, same_size, workers=1))
+    for _ in range(3):
+        next(iterator)
+        assert set(Path("/dev/shm").iterdir()) <= before
+    iterator.close()
+
+
+class Noted:
+    """What a worker_init_fn sets, and a transform reads."""
+
+    value = None
+
+
+def init(number):
+    info = get_worker_info()
+    Noted.value = (number, info.id, info.num_workers, info.seed, type(info.dataset).__name__, torch.get_num_threads())
+
+
+def tell(record):
+    return {"id": record["id"], "noted": Noted.value}
+
+
+def test_workers_are_set_up_as_torchs_are(path):
+    loader = loader_of(path, tell, workers=2, worker_init_fn=init, collate_fn=list)
+    noted = {tuple(record["noted"]) for batch in loader for record in batch}
+    assert {(n[0], n[1], n[2], n[4], n[5]) for n in noted} <= {(i, i, 2, "Dataset", 1) for i in range(2)}
+    assert len({n[3] for n in noted}) == len(noted)
+
+
+def fail(number):
+    raise LookupError(f"worker {number} has no licence")
+
+
+def test_an_error_of_worker_init_fn_is_raised_in_place_of_the_first_batch(path):
+    with pytest.raises(LookupError, match=r"Caught LookupError in DataLoader worker process 0(.|\n)*has no licence"):
+        next(iter(loader_of(path, workers=1, worker_init_fn=fail)))
+
+
+def test_an_error_comes_in_place_of_its_batch_with_the_workers_traceback(path):
+    loader = loader_of(path, fail_at_seven, workers=2, shuffle=False, batch_size=4)
+    iterator = iter(loader)
+    assert next(iterator)["id"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(ArithmeticError, match=r"in DataLoader worker process(.|\n)*in fail_at_seven(.|\n)*no sevens"):
+        next(iterator)
+    assert loader.state_dict()["offset"] == 4
+
+
+def unpicklable(record):
+    return {"id": record["id"], "f": lambda: 1}
+
+
+def test_a_result_that_cannot_be_pickled_is_an_error_of_its_batch(path):
+    with pytest.raises(Exception, match=r"pickle|local object"):
+        next(iter(loader_of(path, unpicklable, workers=1, collate_fn=list)))
+
+
+def wait_at_seven(record):
+    if record["id"] == 7:
+        time.sleep(600)
+    return {"id": record["id"], "pid": os.getpid()}
+
+
+def kill_at_seven(record):
+    if record["id"] == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"id": record["id"]}
+
+
+def exit_at_seven(record):
+    if record["id"] == 7:
+        os._exit(3)
+    return {"id": record["id"]}
+
+
+@pytest.mark.parametrize(("transform", "how"), [(kill_at_seven, "SIGKILL"), (exit_at_seven, "exit code 3")])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_dies_is_an_error_that_names_it(path, transform, how, workers):
+    iterator = iter(loader_of(path, transform, workers=workers, shuffle=False, batch_size=4))
+    assert next(iterator)["id"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(RuntimeError, match=rf"DataLoader worker \d \(pid \d+\).*{how}"):
+        list(iterator)
+
+
+def test_a_worker_that_is_killed_while_it_is_idle_is_an_error(path):
+    iterator = iter(loader_of(path, workers=1, batch_size=2))
+    pid = int(next(iterator)["pid"][0])
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=rf"pid {pid}\).*SIGKILL"):
+        list(iterator)
+
+
+def test_leaving_an_epoch_ends_workers_that_are_in_the_midst_of_a_transform(path):
+    iterator = iter(loader_of(path, wait_at_seven, workers=1, shuffle=False, batch_size=4))
+    pid = int(next(iterator)["pid"][0])
+    iterator.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_timeout_is_honoured(path):
+    iterator = iter(loader_of(path, wait_at_seven, workers=1, shuffle=False, batch_size=4, timeout=0.3))
+    with pytest.raises(RuntimeError, match="timed out"):
+        list(iterator)
+    iterator.close()
+
+
+def test_workers_live_from_epoch_to_epoch_if_asked(path):
+    for keeps in (False, True):
+        loader = loader_of(path, workers=1, persistent_workers=keeps)
+        pids, epochs = [], []
+        for stop in (None, 3, None, None):
+            batches = list(itertools.islice(loader, stop))
+            epochs.append(rows_of(batches))
+            pids.append({int(pid) for batch in batches for pid in batch["pid"]})
+            gc.collect()
+        assert len(set.union(*pids)) == (1 if keeps else 4)
+        expected = loader_of(path)
+        assert epochs == [rows_of(itertools.islice(expected, stop)) for stop in (None, 3, None, None)]
+        del loader
+
+
+def test_workers_that_are_busy_with_an_abandoned_epoch_serve_the_next_one(path, tmp_path):
+    gate, made = tmp_path / "open", itertools.count()
+
+    def stops_after_a_batch(record):
+        if next(made) >= 8:
+            wait_for(gate.exists, 60)
+        return {"id": record["id"]}
+
+    loader = loader_of(path, stops_after_a_batch, workers=1, persistent_workers=True, timeout=60)
+    iterator = iter(loader)
+    next(iterator)
+    iterator.close()
+    opening = threading.Timer(0.5, gate.touch)  # when the next epoch waits for the worker
+    opening.start()
+    assert len(list(loader)) == len(loader)
+    opening.join()
+
+
+class OpensSlowly:
+    """An object that the training process unpickles only when a file exists."""
+
+    def __init__(self, gate):
+        self.gate = gate
+
+    def __reduce__(self):
+        return _wait_and_open, (self.gate,)
+
+
+def _wait_and_open(gate):
+    wait_for(gate.exists, 60)
+    return OpensSlowly(gate)
+
+
+def test_an_epoch_begins_while_a_thread_of_the_one_before_still_reads_a_batch(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "THREAD_END_S", 0.01)
+    gate, made = tmp_path / "open", itertools.count()
+
+    def slow_after_a_batch(record):
+        return {"id": record["id"], "slow": OpensSlowly(gate) if next(made) >= 8 else None}
+
+    loader = loader_of(path, slow_after_a_batch, workers=1, persistent_workers=True, collate_fn=list, timeout=60)
+    iterator = iter(loader)
+    next(iterator)
+    iterator.close()
+    opening = threading.Timer(0.3, gate.touch)  # when the next epoch's threads wait for the workers
+    opening.start()
+    assert sorted(record["id"] for batch in loader for record in batch) == list(range(N))
+    opening.join()
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("tiercache-transform")]
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    del loader
+
+
+class CannotBeRead:
+    def __reduce__(self):
+        return _raise, ()
+
+
+def _raise():
+    raise LookupError("not here")
+
+
+def test_a_batch_of_an_abandoned_epoch_that_cannot_be_read_is_no_error_of_the_next_one(path, tmp_path):
+    gate, made = tmp_path / "open", itertools.count()
+
+    def wrong_after_a_batch(record):
+        number = next(made)
+        if number == 8:
+            wait_for(gate.exists, 60)
+        return {"id": record["id"], "x": CannotBeRead() if 8 <= number < 16 else None}
+
+    more = {"workers": 1, "persistent_workers": True, "collate_fn": list}
+    loader = loader_of(path, wrong_after_a_batch, **more)
+    iterator = iter(loader)
+    next(iterator)
+    iterator.close()
+    gate.touch()
+    assert len(list(loader)) == len(loader)
+    with pytest.raises(LookupError, match="not here"):
+        list(loader_of(path, wrong_after_a_batch, **more))
+
+
+def test_workers_end_though_later_workers_hold_their_pipes(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(transform_workers, "END_S", 60.0)
+    noted = tmp_path / "terminated"
+
+    def note_the_end(number):
+        signal.signal(signal.SIGTERM, lambda *_: noted.touch())
+
+    loader = loader_of(path, workers=1, multiprocessing_context="fork", worker_init_fn=note_the_end)
+    one, two = iter(loader), iter(loader)
+    pid = int(next(one)["pid"][0])
+    one.close()
+    assert not Path(f"/proc/{pid}").exists()
+    two.close()
+    assert not noted.exists()
+
+
+def test_workers_do_not_keep_the_memory_of_earlier_ones(path):
+    more = {"workers": 1, "multiprocessing_context": "fork", "prefetch_factor": 1}
+    one, two = iter(loader_of(path, **more)), iter(loader_of(path, **more))
+    n_blocks = []
+    for iterator in (one, two):
+        links = [link.readlink() for link in Path(f"/proc/{int(next(iterator)['pid'][0])}/fd").iterdir()]
+        n_blocks.append(len([link for link in links if "tiercache-transform" in str(link)]))
+        iterator.close()
+    assert max(n_blocks) <= 2 * 5  # a mapping has a descriptor of its own
+
+
+def test_a_signal_handler_of_the_training_script_does_not_keep_a_worker_alive(path):
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        iterator = iter(loader_of(path, workers=1, batch_size=2, multiprocessing_context="fork"))
+        pid = int(next(iterator)["pid"][0])
+        os.kill(pid, signal.SIGTERM)
+        with pytest.raises(RuntimeError, match=rf"pid {pid}\).*SIGTERM"):
+            list(iterator)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_error_of_the_receiving_thread_reaches_the_consumer(path, monkeypatch):
+    iterator = iter(loader_of(path, workers=1, timeout=60))
+    next(iterator)
+
+    wait = transform_workers.connection.wait  # joining a process calls it, too
+
+    def no_memory(objects, timeout=None):
+        if threading.current_thread().name.startswith("tiercache-transform"):
+            raise MemoryError("of the receiver")
+        return wait(objects, timeout)
+
+    monkeypatch.setattr(transform_workers.connection, "wait", no_memory)
+    with pytest.raises(MemoryError, match="of the receiver"):
+        list(iterator)
+
+
+def test_workers_that_get_no_memory_leave_nothing_behind(path, monkeypatch):
+    made, create = itertools.count(), SharedBlock.create
+
+    def create_some():
+        if next(made) == 9:  # of the second worker
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return create()
+
+    monkeypatch.setattr(SharedBlock, "create", create_some)
+    with pytest.raises(OSError, match="Too many open files"):
+        iter(loader_of(path, workers=2))
+    assert not [process for process in multiprocessing.active_children() if "transform-worker" in process.name]
+
+
+def test_two_iterators_of_a_loader_have_workers_of_their_own(path):
+    loader = loader_of(path, workers=1, persistent_workers=True)
+    one, two = iter(loader), iter(loader)
+    pids = {int(next(iterator)["pid"][0]) for iterator in (one, two)}
+    assert len(pids) == 2
+    assert len(rows_of(one)) == len(rows_of(two)) == N - 8
+
+
+@pytest.mark.parametrize("prefetch_factor", [1, 3])
+def test_no_more_batches_are_ahead_than_prefetch_factor_says(path, prefetch_factor, tmp_path):
+    def note(record):
+        with (tmp_path / "seen").open("a") as file:
+            file.write("x\n")
+        return {"id": record["id"]}
+
+    loader = loader_of(path, note, workers=1, batch_size=1, prefetch_factor=prefetch_factor)
+    iterator = iter(loader)
+    for _ in range(10):
+        next(iterator)
+    iterator.close()
+    assert len((tmp_path / "seen").read_text().split()) <= 10 + prefetch_factor + 1
+
+
+def test_ignored_options_are_not_said_to_be_ignored(path, caplog):
+    caplog.set_level("INFO", logger="tiercache")
+    loader_of(path, workers=2, worker_init_fn=init, persistent_workers=True, prefetch_factor=3)
+    assert not caplog.records
+    loader_of(path, workers=2, in_order=False, snapshot_every_n_steps=4)
+    assert "in_order and snapshot_every_n_steps has no effect" in caplog.text
+
+
+def test_a_spawned_worker_serves_the_same(path):
+    loader = loader_of(path, workers=1, multiprocessing_context="spawn")
+    assert rows_of(loader) == rows_of(loader_of(path))
+
+
+def test_functions_that_another_process_cannot_get_are_an_error_of_iter(path):
+    with pytest.raises(Exception, match=r"pickle|local object"):
+        iter(loader_of(path, lambda record: record, workers=1, multiprocessing_context="spawn"))
+
+
+def test_stats_count_what_was_handed_out(path):
+    loader = loader_of(path, workers=2)
+    list(itertools.islice(loader, 3))
+    gc.collect()
+    stats = loader.stats()
+    assert (stats["samples"], stats["batches"]) == (24, 3)
+    assert stats["stages"]["transform_s"] > 0
+    large = loader_of(path, same_size, workers=2)
+    kept = list(large)
+    assert large.stats()["held_bytes"] > 0
+    del kept
+    assert large.stats()["held_bytes"] == 0
+
+
+PRELUDE = """
+import os, sys, time
+import torch
+import tiercache as tc
+
+def slow(record):
+    time.sleep(0.002)
+    return {"id": record["id"], "pid": os.getpid(), "x": torch.zeros(10_000)}
+
+dataset = tc.Dataset(sys.argv[1], transform=slow)
+loader = tc.DataLoader(dataset, batch_size=2, num_workers=2, multiprocessing_context="fork", persistent_workers=True)
+"""
+LOOP = """
+while True:
+    for batch in loader:
+        print(*batch["pid"].tolist(), flush=True)
+"""
+
+
+@contextmanager
+def training(python, path, folder):
+    """A process that loads for ever, once its workers are at work; and their process ids."""
+    with (folder / "out").open("w") as out, (folder / "errors").open("w") as errors:
+        process = python.start(["-c", PRELUDE + LOOP, str(path)], out=out, errors=errors)
+    try:
+        assert wait_for(lambda: len((folder / "out").read_text().split()) > 20, 60), (folder / "errors").read_text()
+        yield process, {int(pid) for pid in (folder / "out").read_text().split()[:20]}
+    finally:
+        process.kill()
+        process.wait()
+
+
+def runs(pid):
+    """Whether a process runs; one that only waits for init to ask how it ended does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def are_gone(pids):
+    return wait_for(lambda: not any(map(runs, pids)), 60)
+
+
+def test_workers_end_when_their_parent_is_killed(path, tmp_path, warm_python):
+    with training(warm_python, path, tmp_path) as (process, pids):
+        process.kill()
+        process.wait()
+        assert are_gone(pids)
+
+
+def test_ctrl_c_ends_the_loop_and_the_workers(path, tmp_path, warm_python):
+    with training(warm_python, path, tmp_path) as (process, pids):
+        for pid in (*pids, process.pid):  # a terminal sends it to the workers, too
+            os.kill(pid, signal.SIGINT)
+        assert process.wait(60)
+        errors = (tmp_path / "errors").read_text()
+        assert errors.rstrip().endswith("KeyboardInterrupt")
+        assert errors.count("Traceback") == 1
+        assert are_gone(pids)
+
+
+def test_an_interpreter_that_ends_in_mid_epoch_ends_in_silence(path, warm_python):
+    code = "for batch in loader: print(*batch['pid'].tolist()); sys.exit(0)"
+    done = warm_python.run(["-c", PRELUDE + code, str(path)], cwd=path)
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert are_gone(map(int, done.stdout.split()))
+
+
+def test_a_forked_child_leaves_its_parents_workers_alone(path):
+    iterator = iter(loader_of(path, workers=1))
+    next(iterator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if not child:
+        try:
+            iterator.close()
+            next(iterator)
+        except RuntimeError as error:
+            os._exit(0 if re.search("fork", str(error)) else 1)
+        os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert len(rows_of(iterator)) == N - 8

@@ -1,0 +1,585 @@
+"""Transforms on the native path, in the training thread: what they see, draw and serve, and how they end."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import pickle
+import random
+import threading
+import time
+import warnings
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.decoded import make_columns as make_pictures
+from tests.support.decoded import write as write_pictures
+from tests.support.records import SCHEMA, make_columns
+from tests.support.transformed import draw, draw_globals, fail_at_seven, loader_of, options, rows_of, together
+from torch.utils.data import DataLoader as TorchLoader
+from torch.utils.data import RandomSampler, default_collate
+
+import tiercache as tc
+
+N = 101  # a prime: no batch size and no number of ranks divides it
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("transforms") / "data"
+    with tc.Writer(path, schema=SCHEMA, shard_size="2KiB", block_size="512B") as writer:
+        writer.write_batch(make_columns(N))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "data", make_pictures(40))
+
+
+def is_native(loader):
+    return loader.native_rank is not None
+
+
+def same(one, two):
+    """Whether two records have equal values of equal types."""
+    assert list(one) == list(two)
+    for name in one:
+        a, b = one[name], two[name]
+        assert type(a) is type(b), name
+        if isinstance(a, np.ndarray):
+            assert a.dtype == b.dtype, name
+            assert a.flags.writeable, name
+        assert torch.equal(torch.as_tensor(a), torch.as_tensor(b)) if hasattr(a, "shape") else a == b, name
+    return True
+
+
+EVERY_KIND = {
+    **SCHEMA,
+    "half": "bfloat16",
+    "vector": tc.Tensor("bfloat16", (3,)),
+    "halves": tc.Ragged("bfloat16", (None,)),
+    "matrix": tc.Ragged("int16", (None, None)),
+    "label": "int8?",
+    "note": "str?",
+    "raw": "bytes?",
+    "cut": tc.Ragged("float64", (2, None), nullable=True),
+    "meta": "json",
+}
+
+
+def columns_of_every_kind(n):
+    ids = range(n)
+    return {
+        **make_columns(n),
+        "half": torch.arange(n).to(torch.bfloat16),
+        "vector": torch.arange(3 * n).view(n, 3).to(torch.bfloat16),
+        "halves": [torch.full((i % 3,), i).to(torch.bfloat16) for i in ids],
+        "matrix": [np.full((i % 3, i % 4), i, np.int16) for i in ids],
+        "label": [None if i % 4 == 0 else i % 100 for i in ids],
+        "note": [None if i % 3 == 0 else f"né {i}" for i in ids],
+        "raw": [None if i % 6 == 0 else bytes([i % 256] * (i % 5)) for i in ids],
+        "cut": [None if i % 7 == 0 else np.full((2, i % 3), i, np.float64) for i in ids],
+        "meta": [{"i": i, "of": [None, "x"]} for i in ids],
+    }
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"columns": ["id"]},
+        {"fill_nulls": {"label": -1, "note": "none", "raw": b"none", "cut": np.zeros((2, 1)), "score": 9.5}},
+        {"cast": {"id": "int32", "tokens": "int64", "halves": "float32"}},
+    ],
+    ids=["all", "one column", "filled", "cast"],
+)
+def test_a_transform_sees_the_records_that_indexing_gives(tmp_path, given):
+    url = tmp_path / "data"
+    with tc.Writer(url, schema=EVERY_KIND, block_size="1KiB") as writer:
+        writer.write_batch(columns_of_every_kind(30))
+    plain, seen = tc.Dataset(url, **given), []
+    dataset = tc.Dataset(url, transform=lambda record: seen.append(record) or 0, **given)
+    loader = tc.DataLoader(dataset, batch_size=7, shuffle=True, options=options())
+    assert is_native(loader)
+    list(loader)
+    assert len(seen) == 30
+    for record in seen:
+        assert same(record, plain[int(record["id"])])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "bfloat16"])
+@pytest.mark.parametrize("size", [12, None])
+def test_a_transform_sees_decoded_pictures_and_encoded_ones_as_indexing_gives_them(pictures, size, dtype):
+    decode = {"image": tc.DecodeImage(size, dtype=dtype)}
+    for more in ({"decode": decode}, {}):
+        plain, seen = tc.Dataset(pictures, **more), []
+        dataset = tc.Dataset(pictures, transform=lambda record, seen=seen: seen.append(record) or 0, **more)
+        list(tc.DataLoader(dataset, batch_size=9))
+        assert len(seen) == 40
+        assert all(same(record, plain[i]) for i, record in enumerate(seen))
+
+
+def test_the_results_are_collated_as_torch_does(path):
+    def results(record):
+        return {"pair": (record["id"], float(record["id"])), "text": record["text"], "x": record["tokens"] / 7}
+
+    def plain(record):
+        return {"x": record["tokens"], "id": record["id"]}
+
+    for transform, collate_fn in ((results, None), (results, default_collate), (plain, tc.collate), (results, list)):
+        dataset = tc.Dataset(path, transform=transform)
+        ours = tc.DataLoader(dataset, batch_size=10, collate_fn=collate_fn)
+        assert is_native(ours)
+        for batch, expected in zip(ours, TorchLoader(dataset, batch_size=10, collate_fn=collate_fn), strict=True):
+            assert str(batch) == str(expected)
+
+
+def test_a_batch_transform_gets_the_batch_that_the_loader_would_serve(path):
+    def remember(batch):
+        seen.append(batch)
+        return {"ids": batch["id"] if isinstance(batch, dict) else batch[0]}
+
+    seen = []
+    plain = tc.Dataset(path, layouts={"text": "padded"})
+    expected = list(tc.DataLoader(plain, batch_size=8, shuffle=True, options=options()))
+    by_options = tc.DataLoader(plain, batch_size=8, shuffle=True, options=options(batch_transform=remember))
+    by_dataset = tc.DataLoader(
+        tc.Dataset(path, layouts={"text": "padded"}, batch_transform=remember), 8, shuffle=True, options=options()
+    )
+    for loader in (by_options, by_dataset):
+        seen.clear()
+        assert is_native(loader)
+        assert [batch["ids"].tolist() for batch in loader] == [batch["id"].tolist() for batch in expected]
+        assert [str(batch) for batch in seen] == [str(batch) for batch in expected]
+    pairs = plain.as_tuple("id", "text", "text.lengths")
+    seen.clear()
+    list(tc.DataLoader(pairs, batch_size=50, options=tc.LoaderOptions(batch_transform=remember)))
+    assert [str(b) for b in seen] == [str(b) for b in tc.DataLoader(pairs, batch_size=50)]
+
+
+def test_transforms_are_applied_in_a_fixed_order(path):
+    def add(name):
+        def transform(batch):
+            return [*batch, name] if isinstance(batch, list) else [*batch["of"][:1], name]
+
+        return transform
+
+    dataset = tc.Dataset(path, transform=lambda _: {"of": "record"}, batch_transform=add("data set"))
+    loader = tc.DataLoader(dataset, batch_size=3, options=tc.LoaderOptions(batch_transform=add("options")))
+    assert next(iter(loader)) == ["record", "data set", "options"]
+
+
+@pytest.mark.parametrize("transform", [None, draw])
+def test_paths_that_are_torchs_apply_batch_transforms_too(path, transform):
+    class Own(tc.Dataset):
+        def __getitem__(self, index):
+            return super().__getitem__(index)
+
+    def mark(batch):
+        return {"id": batch["id"], "drawn": tc.rng().seed}
+
+    for dataset, more in (
+        (Own(path, columns=["id"], transform=transform, batch_transform=mark), {}),
+        (tc.Dataset(path, columns=["id"], transform=transform, batch_transform=mark), {"sampler": iter_sampler()}),
+    ):
+        loader = tc.DataLoader(dataset, batch_size=8, **more)
+        assert not is_native(loader)
+        batch = next(iter(loader))
+        assert list(batch) == ["id", "drawn"]
+    with pytest.raises(ValueError, match="batch_size=None"):
+        tc.DataLoader(dataset, batch_size=None)
+
+
+def iter_sampler():
+    class Own(torch.utils.data.Sampler):
+        def __iter__(self):
+            return iter(range(16))
+
+        def __len__(self):
+            return 16
+
+    return Own()
+
+
+def test_a_loader_that_is_rebuilt_from_anothers_attributes_applies_each_transform_once(path):
+    def add(batch):
+        return {"id": batch["id"] + 1000}
+
+    dataset = tc.Dataset(path, columns=["id"], batch_transform=add)
+    loader = tc.DataLoader(dataset, 8, options=tc.LoaderOptions(batch_transform=add))
+    expected = [batch["id"].tolist() for batch in loader]
+    assert expected[0] == list(range(2000, 2008))
+    for kind in (tc.DataLoader, TorchLoader):
+        rebuilt = kind(loader.dataset, loader.batch_size, collate_fn=loader.collate_fn)
+        assert [batch["id"].tolist() for batch in rebuilt] == expected
+
+
+def test_a_batch_transform_must_be_a_function_and_return_a_batch(path):
+    with pytest.raises(TypeError, match="batch_transform"):
+        tc.LoaderOptions(batch_transform=3)
+    loader = tc.DataLoader(tc.Dataset(path), 8, options=tc.LoaderOptions(batch_transform=lambda batch: None))
+    with pytest.raises(TypeError, match="returned None"):
+        next(iter(loader))
+
+
+def test_data_sets_with_other_batch_transforms_are_not_joined(path):
+    one, two = tc.Dataset(path, batch_transform=len), tc.Dataset(path, batch_transform=list)
+    with pytest.raises(ValueError, match="transform"):
+        one + two
+    joined = one.take(3) + one.skip(90)
+    assert joined.batch_transform is len
+    assert pickle.loads(pickle.dumps(joined.select_columns(["id"]))).batch_transform is len
+
+
+# -- random numbers
+
+
+def test_draws_are_a_function_of_seed_epoch_and_position_for_any_ranks_and_batches(path):
+    whole = sorted(rows_of(loader_of(path)))
+    for n_ranks, batch_size in ((2, 4), (3, 7), (4, 30)):
+        found = []
+        for rank in range(n_ranks):
+            found += rows_of(loader_of(path, batch_size=batch_size, options=options(rank, n_ranks)))
+        assert sorted(set(found)) == whole
+    assert sorted(rows_of(loader_of(path, options=options(seed=6)))) != whole
+    loader = loader_of(path)
+    first, second = rows_of(loader), rows_of(loader)
+    assert sorted(first) == whole
+    assert {row[1:] for row in first}.isdisjoint(row[1:] for row in second)
+
+
+def test_every_record_draws_numbers_of_its_own_and_so_does_the_batch(path):
+    rows = rows_of(loader_of(path, collate_fn=together))
+    assert len({value for _, _, *drawn in rows for value in drawn}) == 3 * N
+    assert len({row[0] for row in rows}) == 13  # the batch's number is the same for its records
+
+
+def test_a_padding_record_has_the_key_of_the_position_that_it_repeats(path):
+    dataset = tc.Dataset(path, transform=draw).take(5)
+    served = {}
+    for rank in range(4):
+        loader = tc.DataLoader(dataset, batch_size=2, shuffle=True, options=options(rank, 4, shuffle_streams=1))
+        served[rank] = rows_of(loader)
+    rows = list(itertools.chain(*served.values()))
+    assert [len(part) for part in served.values()] == [2, 1, 1, 1] or len(rows) > 5
+    assert len(set(rows)) == 5
+    few = tc.Dataset(path, transform=draw).take(3)
+    padded = [rows_of(tc.DataLoader(few, 2, shuffle=True, options=options(rank, 4))) for rank in range(4)]
+    rows = list(itertools.chain(*padded))
+    assert len(rows) == 4
+    assert len(set(rows)) == 3  # equal to the last number
+
+
+def test_a_replaced_record_has_the_key_of_the_position_where_it_is_served(tmp_path):
+    columns = make_pictures(12)
+    columns["image"][4] = b"\xff\xd8\xff broken"
+    url = write_pictures(tmp_path / "data", columns)
+
+    def transform(record):
+        return {"id": record["id"], "seed": np.int64(tc.rng().seed >> 1)}
+
+    def serve(dataset, **more):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loader = tc.DataLoader(dataset, batch_size=5, options=tc.LoaderOptions(seed=1, **more))
+            return rows_of(loader), loader.stats()["skipped"]
+
+    decode = {"image": tc.DecodeImage(8)}
+    expected, _ = serve(tc.Dataset(url, columns=["id"], transform=transform))
+    found, n_skipped = serve(tc.Dataset(url, decode=decode, transform=transform), on_corrupt="previous")
+    assert n_skipped == 1
+    assert [row[1] for row in found] == [row[1] for row in expected]
+    assert [row[0] for row in found] == [0, 1, 2, 3, 3, *range(5, 12)]
+    with pytest.raises(tc.CorruptShard) as caught:
+        serve(tc.Dataset(url, decode=decode, transform=transform))
+    assert caught.value.record == 4
+
+
+def test_tiercaches_random_numbers_leave_the_programs_generators_alone(path):
+    states = []
+    for transform in (draw, lambda record: {"id": record["id"]}):
+        seed_all(3)
+        list(loader_of(path, transform))
+        states.append(states_of_generators())
+    assert states[0] == states[1]
+
+
+def seed_all(seed):
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def states_of_generators():
+    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+
+def draw_foreign(record):
+    """What foreign augmentations draw, without tiercache's own numbers."""
+    return {name: value for name, value in draw_globals({**record, "id": 0}).items() if name not in OF_TIERCACHE}
+
+
+OF_TIERCACHE = ("id", "pid", "seed", "numpy", "own")
+
+
+def train(loader, n_epochs=2):
+    """What the transforms of some epochs draw, and a training loop that draws from the same generators between them."""
+    rows = []
+    for _ in range(n_epochs):
+        for batch in loader:
+            rows.append((rows_of([batch]), torch.rand(()).item(), random.random(), np.random.rand()))
+    return rows
+
+
+def test_a_seeded_script_draws_the_same_numbers_in_each_run(path):
+    runs = []
+    for _ in range(4):
+        seed_all(3)
+        runs.append((train(loader_of(path, draw_foreign)), states_of_generators()))
+    assert runs == [runs[0]] * 4
+    assert len({row for rows, *_ in runs[0][0] for row in rows}) == 2 * N
+
+
+# -- resume
+
+
+def serve(path, state, n_ranks, batch_size, n_batches, **more):
+    """The rows that some ranks are served in lockstep, and the state after them; n_batches None: to the end."""
+    loaders = [
+        loader_of(path, batch_size=batch_size, options=options(rank, n_ranks, **STREAMS), **more)
+        for rank in range(n_ranks)
+    ]
+    for loader in loaders:
+        loader.load_state_dict(state)
+    iterators = [iter(loader) for loader in loaders]
+    rows = []
+    for _ in itertools.count() if n_batches is None else range(n_batches):
+        batches = [next(iterator, None) for iterator in iterators]
+        if batches[0] is None:
+            assert batches == [None] * n_ranks
+            break
+        rows += rows_of(batches)
+    states = [json.loads(json.dumps(loader.state_dict())) for loader in loaders]
+    assert states == [states[0]] * n_ranks
+    return rows, states[0]
+
+
+STREAMS = {"shuffle_streams": 4}
+N_FEW = 23
+# Each example is some epochs of several loaders.
+SOME = settings.default.max_examples if settings.default.max_examples > 100 else 8
+STEP = st.tuples(st.integers(1, 4), st.sampled_from([1, 3, 8]), st.integers(0, 5))
+
+
+@pytest.mark.filterwarnings("ignore:the order's 4 streams do not divide")
+@settings(max_examples=SOME)
+@given(st.lists(STEP, max_size=3), STEP)
+def test_a_run_that_is_killed_again_and_again_sees_the_same_augmentations(path, steps, last):
+    expected = sorted(rows_of(loader_of(path, n=N_FEW, options=options(**STREAMS))))
+    rows, state = [], {}
+    for n_ranks, batch_size, n_batches in steps:
+        more, after = serve(path, state, n_ranks, batch_size, n_batches, n=N_FEW)
+        if after.get("epoch"):  # the epoch ended
+            assert sorted(set(rows + more)) == expected
+            return
+        rows, state = rows + more, after
+    rest, _ = serve(path, state, last[0], last[1], None, n=N_FEW)
+    assert sorted(set(rows + rest)) == expected
+    assert len(rows) + len(rest) - N_FEW < 4  # each record once, but for the padding of the last step
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_state_of_every_step_resumes(path, shuffle):
+    loader = loader_of(path, batch_size=30, shuffle=shuffle)
+    states, served = [loader.state_dict()], []
+    for batch in loader:
+        served.append(rows_of([batch]))
+        states.append(loader.state_dict())
+    states[-1] = loader.state_dict()  # that of the next epoch
+    following = rows_of(loader)
+    for step, state in enumerate(states):
+        resumed = loader_of(path, batch_size=30, shuffle=shuffle)
+        resumed.load_state_dict(json.loads(json.dumps(state)))
+        expected = list(itertools.chain(*served[step:])) if step < len(served) else following
+        assert rows_of(resumed) == expected
+
+
+@pytest.mark.parametrize("sampler", [RandomSampler, lambda numbers: list(numbers)[::-1]], ids=["random", "list"])
+def test_known_samplers_keep_the_native_path_and_resume(path, sampler):
+    dataset = tc.Dataset(path, transform=draw)
+
+    def make():
+        torch.manual_seed(4)
+        return tc.DataLoader(dataset, 8, sampler=sampler(range(N)), options=tc.LoaderOptions(seed=2))
+
+    loader = make()
+    assert is_native(loader)
+    whole = rows_of(loader)
+    loader = make()
+    begun = rows_of(itertools.islice(loader, 4))
+    resumed = make()
+    resumed.load_state_dict(loader.state_dict())
+    assert begun + rows_of(resumed) == whole
+
+
+def test_mixtures_and_views_keep_the_native_path(path):
+    dataset = tc.Dataset(path, transform=draw)
+    for chosen in (tc.mix([dataset.take(20), dataset.skip(20)], [1, 2]), dataset.select([5, 3, 9, 9, 60])):
+        loader = tc.DataLoader(chosen, 4, shuffle=True, options=options())
+        plain = tc.DataLoader(_plain(chosen), 4, shuffle=True, options=options())
+        assert is_native(loader)
+        for _ in range(2):
+            assert [b["id"].tolist() for b in loader] == [b["id"].tolist() for b in plain]
+
+
+def _plain(dataset):
+    """The same records without a transform."""
+    recipe = dataset._recipe
+    plain = tc.Dataset.__new__(tc.Dataset)
+    plain.__setstate__(((recipe[0], None, recipe[2], None), {}))
+    return plain
+
+
+def test_a_loader_is_pickled_with_its_position(path):
+    loader = loader_of(path)
+    loader.load_state_dict({**loader.state_dict(), "offset": 32})
+    assert rows_of(pickle.loads(pickle.dumps(loader))) == rows_of(loader)
+
+
+# -- errors, memory and ends
+
+
+def test_an_error_comes_in_place_of_its_batch_with_its_own_traceback(path):
+    loader = loader_of(path, fail_at_seven, shuffle=False, batch_size=4)
+    iterator = iter(loader)
+    assert next(iterator)["id"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(ArithmeticError, match="no sevens") as caught:
+        next(iterator)
+    assert "fail_at_seven" in [entry.name for entry in caught.traceback]
+    assert loader.state_dict()["offset"] == 4  # the batch that failed was not handed out
+    with pytest.raises(RuntimeError, match="closed"):
+        next(iterator)
+
+
+def test_ctrl_c_in_a_transform_loses_no_batch_of_a_state_that_is_saved_then(path):
+    def transform(record):
+        if record["id"] == 9:
+            raise KeyboardInterrupt
+        return {"id": record["id"]}
+
+    loader = loader_of(path, transform, shuffle=False, batch_size=4)
+    iterator = iter(loader)
+    rows = rows_of(itertools.islice(iterator, 2))
+    with pytest.raises(KeyboardInterrupt):
+        next(iterator)
+    resumed = loader_of(path, lambda record: {"id": record["id"]}, shuffle=False, batch_size=4)
+    resumed.load_state_dict(loader.state_dict())
+    assert rows + rows_of(resumed) == [(i,) for i in range(N)]
+
+
+@pytest.mark.parametrize("kind", [StopIteration, TimeoutError])
+def test_an_error_that_would_end_the_loop_in_silence_is_wrapped(path, kind):
+    def transform(record):
+        raise kind("why")
+
+    with pytest.raises(RuntimeError, match=f"raised {kind.__name__}: why"):
+        list(loader_of(path, transform))
+
+
+def test_an_exit_in_a_transform_reaches_the_consumer(path):
+    def transform(record):
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        list(loader_of(path, transform))
+
+
+def test_transforms_run_in_the_training_thread_and_none_is_ahead(path):
+    threads, seen = set(), []
+    iterator = iter(loader_of(path, lambda record: threads.add(threading.get_ident()) or seen.append(1) or 0))
+    for n_batches in range(1, 5):
+        next(iterator)
+        assert len(seen) == 8 * n_batches
+    iterator.close()
+    assert threads == {threading.get_ident()}
+
+
+def test_an_iterator_that_is_dropped_ends_its_threads_and_its_batches_live_on(path):
+    iterator = iter(loader_of(path, lambda record: {"tokens": record["tokens"]}, collate_fn=list))
+    batch = next(iterator)
+    del iterator
+    gc.collect()
+    assert not [t for t in threading.enumerate() if t.name.startswith("tiercache-plan") and t.is_alive()]
+    assert [len(record["tokens"]) for record in batch] == [6] * 8
+
+
+def test_batches_that_were_consumed_are_not_kept(path):
+    made = []
+
+    class Result:
+        pass
+
+    def transform(record):
+        result = Result()
+        made.append(weakref.ref(result))
+        return result
+
+    iterator = iter(loader_of(path, transform, collate_fn=list))
+    for _ in range(6):
+        next(iterator)
+    iterator.close()
+    gc.collect()
+    assert sum(ref() is not None for ref in made) == 0
+
+
+def test_records_may_be_changed_and_kept(path):
+    kept = []
+
+    def transform(record):
+        record["tokens"] += 1
+        kept.append(record)
+        return {"id": record["id"]}
+
+    list(loader_of(path, transform))
+    for record in kept:
+        expected = make_columns(1, int(record["id"]))
+        assert record["tokens"].tolist() == (expected["tokens"][0] + 1).tolist()
+        assert record["boxes"].tolist() == expected["boxes"][0].tolist()
+        assert record["blob"] == expected["blob"][0]
+
+
+def test_stats_tell_the_time_in_transforms_and_who_is_slow(path):
+    def slow(record):
+        time.sleep(0.001)
+        return {"id": record["id"]}
+
+    loader = loader_of(path, slow)
+    list(loader)
+    stats = loader.stats()
+    assert stats["samples"] == N
+    assert stats["batches"] == 13
+    assert stats["stages"]["transform_s"] > 0
+    assert stats["bytes_served"] > 0
+    assert stats["bottleneck"].startswith(("transform (", "consumer ("))
+
+
+def test_pin_memory_and_length_are_those_of_the_loader(path):
+    loader = loader_of(path, drop_last=True)
+    assert len(loader) == len(list(loader)) == N // 8
+
+
+def test_random_numbers_without_a_loader_are_torchs(path):
+    dataset = tc.Dataset(path, transform=draw)
+    torch.manual_seed(1)
+    one = dataset[3]
+    torch.manual_seed(1)
+    assert dataset[3]["seed"] == one["seed"]
+    assert dataset[3]["seed"] != one["seed"]
+    batch = dataset[[3, 4]]
+    assert batch[0]["seed"] != batch[1]["seed"]

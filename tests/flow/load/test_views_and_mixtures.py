@@ -1,0 +1,208 @@
+"""Views, concatenations and mixtures on the native path: order, ranks and resumption."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import warnings
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.records import SCHEMA, check_batch, ids_of, join_loading, make_columns
+
+import tiercache as tc
+
+SOME = settings.default.max_examples if settings.default.max_examples > 100 else 25
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Two packed data sets, of records 0 to 149 and 1000 to 1059."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name, n, first in (("a", 150, 0), ("b", 60, 1000)):
+        with tc.Writer(folder / name, schema=SCHEMA, shard_size="4KiB", block_size="512B") as writer:
+            writer.write_batch(make_columns(n, first))
+    return tc.Dataset(folder / "a"), tc.Dataset(folder / "b")
+
+
+@pytest.fixture(autouse=True)
+def closed(parts):
+    yield
+    join_loading()
+    for part in parts:
+        part.close()
+
+
+def a_view(name, a, b):
+    """A source by its name, and the ids that it serves without shuffle."""
+    first, second = list(range(150)), list(range(1000, 1060))
+    return {
+        "take": lambda: (a.take(40), first[:40]),
+        "skip": lambda: (a.skip(33), first[33:]),
+        "shard": lambda: (a.shard(num_shards=3, index=1), None),
+        "mask": lambda: (a.select(np.arange(150) % 7 == 2), first[2::7]),
+        "listed": lambda: (a.select([5, 149, 3, 77, 0]), [5, 149, 3, 77, 0]),
+        "repeated": lambda: (a.select([5, 3, 3, 5, 5, 9]), [5, 3, 3, 5, 5, 9]),
+        "joined": lambda: (a + b, first + second),
+        "joined views": lambda: (tc.concat([b.take(9), a.select([7, 2]), b]), [*second[:9], 7, 2, *second]),
+        "view of joined": lambda: ((a + b).select([200, 3, 155]), [1050, 3, 1005]),
+    }[name]()
+
+
+NAMES = ["take", "skip", "shard", "mask", "listed", "repeated", "joined", "joined views", "view of joined"]
+
+
+def make_loader(dataset, rank=0, world_size=1, batch_size=7, *, shuffle=False, drop_last=False, **how):
+    how = {"seed": 3, "shuffle_window_bytes": "1KiB", "shuffle_group_bytes": "9KiB", "threads": 1, **how}
+    options = tc.LoaderOptions(rank=rank, world_size=world_size, **how)
+    return tc.DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, options=options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_view_without_shuffle_is_served_in_its_order(parts, name):
+    dataset, expected = a_view(name, *parts)
+    expected = expected or [int(record["id"]) for record in dataset]
+    assert list(itertools.chain(*ids_of(make_loader(dataset)))) == expected
+    ranks = [ids_of(make_loader(dataset, rank, 2, 2)) for rank in range(2)]
+    together = [i for batches in zip(*ranks, strict=True) for i in itertools.chain(*batches)]
+    assert together[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shuffled_view_serves_exactly_its_records(parts, name):
+    dataset, expected = a_view(name, *parts)
+    expected = expected or [int(record["id"]) for record in dataset]
+    loader = make_loader(dataset, shuffle=True, shuffle_streams=3)
+    epochs = [list(itertools.chain(*ids_of(loader))) for _ in range(2)]
+    assert [sorted(epoch) for epoch in epochs] == [sorted(expected)] * 2
+    if len(expected) > 10:
+        assert epochs[0] != epochs[1]
+
+
+def test_a_state_of_another_selection_or_mixture_is_an_error(parts):
+    a, b = parts
+    state = make_loader(a.take(40), shuffle=True).state_dict()
+    assert len(json.dumps(state)) < 500
+    with pytest.raises(tc.ObjectChanged, match="another selection"):
+        make_loader(a.take(41), shuffle=True).load_state_dict(state)
+    with pytest.raises(tc.ObjectChanged, match="another data set"):
+        make_loader(a + b, shuffle=True).load_state_dict(state)
+    mixed = make_loader(tc.mix([a, b], weights=[2, 1]), shuffle=True).state_dict()
+    with pytest.raises(ValueError, match="mixture"):
+        make_loader(tc.mix([a, b], weights=[3, 1]), shuffle=True).load_state_dict(mixed)
+    with pytest.raises(ValueError, match="mixture"):
+        make_loader(a + b, shuffle=True).load_state_dict(mixed)
+
+
+@pytest.mark.parametrize("stop", ["first", "all"])
+@pytest.mark.parametrize("streams", [1, 4])
+def test_a_mixture_has_exact_shares_in_any_range_and_serves_all_of_its_parts(parts, stop, streams):
+    a, b = parts
+    mixed = tc.mix([a, b], weights=[0.6, 0.4], stop=stop)
+    loader = make_loader(mixed, shuffle=True, shuffle_streams=streams)
+    epochs = [list(itertools.chain(*ids_of(loader))) for _ in range(5)]
+    assert [len(epoch) for epoch in epochs] == [len(mixed)] * 5
+    for epoch in epochs:
+        of_a = np.cumsum([0, *(i < 1000 for i in epoch)])
+        spread = of_a - 0.6 * np.arange(len(epoch) + 1)
+        assert spread.max() - spread.min() < 5 + 2 * streams**0.5
+        assert abs(of_a[-1] - 0.6 * len(epoch)) < 1
+    counted = Counter(itertools.chain(*epochs))
+    for part in (range(150), range(1000, 1060)):
+        times = [counted[i] for i in part]
+        assert max(times) - min(times) <= 1  # a part goes on where it stopped, in epochs of its own
+    if stop == "first":
+        assert max(Counter(epochs[0]).values()) == 1  # later a part may begin anew within an epoch: its own next one
+    else:
+        assert all(set(epoch) >= set(range(150)) for epoch in epochs)
+
+
+@settings(max_examples=SOME)
+@given(
+    data=st.data(),
+    name=st.sampled_from([*NAMES, "mixed", "mixed whole"]),
+    streams=st.sampled_from([1, 2, 3, 4]),
+    shuffle=st.booleans(),
+    placement=st.sampled_from(["sticky", "global"]),
+    drop_last=st.booleans(),
+)
+def test_the_ranks_of_any_world_size_serve_one_sequence(parts, data, name, streams, shuffle, placement, drop_last):
+    warnings.simplefilter("ignore", RuntimeWarning)  # of streams that do not divide the global batch
+    a, b = parts
+    if name.startswith("mixed"):
+        dataset = tc.mix([a, b], weights=[1, 2], stop="first" if name == "mixed" else "all")
+    else:
+        dataset, _ = a_view(name, a, b)
+    how = {"shuffle_streams": streams, "placement": placement, "shuffle": shuffle}
+    epoch = data.draw(st.integers(0, 3))
+    alone = make_loader(dataset, batch_size=5, **how)
+    alone.set_epoch(epoch)
+    whole = list(itertools.chain(*ids_of(alone)))
+    n, offset, state = len(whole), 0, None
+    assert n == len(dataset)
+    for is_last in (False, True):
+        world_size, batch_size = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+        loaders = [
+            make_loader(dataset, rank, world_size, batch_size, drop_last=drop_last, **how) for rank in range(world_size)
+        ]
+        for loader in loaders:
+            if state is None:
+                loader.set_epoch(epoch)
+            else:
+                loader.load_state_dict(json.loads(json.dumps(state)))
+        step = world_size * batch_size
+        n_batches = None if is_last else data.draw(st.integers(0, (n - offset) // step))
+        with contextlib.ExitStack() as closing:
+            iterators = [iter(loader) for loader in loaders]
+            for iterator in iterators:
+                closing.callback(iterator.close)
+            ranks = [list(map(check_batch, itertools.islice(iterator, n_batches))) for iterator in iterators]
+            state = loaders[0].state_dict()
+            assert all(loader.state_dict() == state for loader in loaders)
+        for number, batch in enumerate(zip(*ranks, strict=True)):
+            start = offset + number * step
+            expected, found = Counter(whole[start : start + step]), Counter(itertools.chain(*batch))
+            padding = found - expected
+            assert not expected - found
+            assert padding.total() == max(world_size - (n - start), 0)
+        offset += 0 if is_last else n_batches * step
+    n_global = (n - offset) // step + (not drop_last and (n - offset) % step > 0)
+    assert len(ranks[0]) == n_global
+
+
+def test_a_resumed_view_reads_the_version_of_its_state(make_dataset):
+    path = make_dataset(120)
+    whole = ids_of(make_loader(tc.Dataset(path).skip(20), shuffle=True))
+    loader = make_loader(tc.Dataset(path).skip(20), shuffle=True)
+    iterator = iter(loader)
+    begun = [check_batch(next(iterator)) for _ in range(4)]
+    state = loader.state_dict()
+    iterator.close()
+    with tc.Writer(path, mode="append") as writer:
+        writer.write_batch(make_columns(40, 120))
+    dataset = tc.Dataset(path).skip(20)
+    resumed = make_loader(dataset, shuffle=True)
+    resumed.load_state_dict(state)
+    assert begun + ids_of(resumed) == whole
+    assert len(dataset) == 140
+
+
+def test_objects_are_read_from_parts_with_other_column_numbers(tmp_path):
+    pairs = [{"a": i, "b": [i] * (i % 3)} for i in range(60)]
+    with tc.Writer(tmp_path / "a", block_size="64B") as writer:
+        writer.write_batch(pa.table({"id": pa.array(range(60)), "pair": pairs}))
+    with tc.Writer(tmp_path / "b", block_size="64B") as writer:
+        writer.write_batch(pa.table({"more": ["x"] * 60, "pair": pairs, "id": pa.array(range(60))}))
+    columns = ["id", "pair"]
+    both = tc.concat([tc.Dataset(tmp_path / name, columns=columns) for name in ("a", "b")])
+    seen = [
+        (i, p)
+        for batch in make_loader(both, shuffle=True, shuffle_streams=2)
+        for i, p in zip(batch["id"].tolist(), batch["pair"], strict=True)
+    ]
+    assert sorted(seen, key=lambda s: s[0]) == [(i, pairs[i]) for i in range(60) for _ in range(2)]

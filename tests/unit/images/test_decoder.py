@@ -1,0 +1,266 @@
+"""Decoding, pixel by pixel against Pillow and torchvision."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tests.support.pictures import by_pillow, encode, picture
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from tiercache.images import decoder
+from tiercache.images.decoder import DecodeError, Decoder
+from tiercache.images.options import DecodeImage
+
+WHOLE = DecodeImage(None, layout="HWC")
+FAST = DecodeImage(None, layout="HWC", dct="fast")
+MIRROR = [0.0] * 24
+
+
+def whole(data: bytes) -> np.ndarray:
+    return Decoder(WHOLE).decode(data, ())
+
+
+@pytest.mark.parametrize("how", ["jpeg", "png", "webp", "gif", "bmp", "tiff"])
+def test_a_whole_image_equals_that_of_pillow(how):
+    data = encode(picture(37, 53), how)
+    difference = np.abs(whole(data).astype(int) - by_pillow(data))
+    assert difference.max() <= (4 if how == "webp" else 1)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_every_kind_of_jpeg_is_converted_to_rgb_as_by_pillow(mode, progressive):
+    data = encode(picture(37, 53).convert(mode), progressive=progressive)
+    assert np.abs(whole(data).astype(int) - by_pillow(data)).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("quality", [75, 90])
+def test_the_fast_transform_gives_simplejpegs_pixels_which_differ_by_little(mode, quality):
+    data = encode(picture(375, 500).convert(mode), quality=quality)
+    found = Decoder(FAST).decode(data, ())
+    assert np.array_equal(found, simplejpeg.decode_jpeg(data, fastdct=True))
+    difference = np.abs(found.astype(int) - whole(data))
+    assert 0.2 < difference.mean() < 1.5  # grey 0.4 to 0.5, colours 0.9 to 1.0
+    assert difference.max() <= 6  # grey 1, colours 3
+
+
+def test_the_fast_transform_is_for_jpegs_that_pillow_is_not_needed_for():
+    data = encode(picture(37, 53))
+    place = data.index(b"\xff\xdb")
+    others = [encode(picture(37, 53), how) for how in ("png", "webp", "gif")]
+    others += [encode(picture(37, 53).convert("CMYK")), data[:place] + b"\x00\x00\x00" + data[place:]]
+    for other in others:
+        assert np.array_equal(Decoder(FAST).decode(other, ()), whole(other))
+
+
+@pytest.mark.parametrize(
+    ("reduction", "subsampling", "differs"), [(2, "4:2:0", True), (2, "4:4:4", False), (4, "4:2:0", False)]
+)
+def test_the_fast_transform_changes_of_reduced_jpegs_the_colours_of_420_at_a_half(reduction, subsampling, differs):
+    data = encode(picture(100 * reduction, 100 * reduction), subsampling=subsampling)
+    fast, accurate = (Decoder(DecodeImage(100, dct=dct)).decode(data, ()) for dct in ("fast", "accurate"))
+    assert np.array_equal(fast, accurate) is not differs
+    assert np.abs(fast.astype(int) - accurate).max() <= 4  # 2
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
+def test_every_kind_of_png_is_converted_to_rgb_as_by_pillow(mode):
+    data = encode(picture(37, 53).convert(mode), "png")
+    assert np.array_equal(whole(data), by_pillow(data))
+
+
+def test_alpha_is_dropped_and_not_blended():
+    image = picture(20, 30)
+    image.putalpha(7)
+    assert np.array_equal(whole(encode(image, "png")), np.asarray(image)[:, :, :3])
+
+
+@pytest.mark.parametrize("how", ["png", "tiff"])
+def test_the_upper_8_of_16_bits_are_kept(how):
+    levels = np.arange(600, dtype=np.uint16).reshape(20, 30) * 109
+    found = whole(encode(Image.fromarray(levels), how))
+    assert np.array_equal(found, np.repeat((levels >> 8).astype(np.uint8)[:, :, None], 3, axis=2))
+
+
+@pytest.mark.parametrize("how", ["jpeg", "png", "webp"])
+def test_an_exif_orientation_is_not_applied(how):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lie on the side
+    assert whole(encode(picture(20, 30), how, exif=exif)).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("size", [(600, 800), (375, 500), (224, 224), (100, 150), (1900, 2500)])
+def test_the_center_looks_like_that_of_torchvision(size):
+    data = encode(picture(*size))
+    found = Decoder(DecodeImage(224, resize=256)).decode(data, ())
+    image = torch.from_numpy(np.array(by_pillow(data))).permute(2, 0, 1)
+    expected = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])(image).numpy()
+    difference = np.abs(found.astype(int) - expected)
+    assert difference.mean() < 1
+    assert difference.max() <= 8
+
+
+@pytest.mark.parametrize("how", ["png", "jpeg"])
+@pytest.mark.parametrize("side", [300, 1200, 4800])
+def test_a_fine_pattern_is_averaged_and_not_sampled_at_any_image_size(how, side):
+    stripes = np.tile(np.array([[0, 255]], np.uint8), (side, side // 2))
+    found = Decoder(DecodeImage(100)).decode(encode(Image.fromarray(stripes), how), ())
+    assert found[:, 20:-20, 20:-20].mean() == pytest.approx(127, abs=5)
+    assert found[:, 20:-20, 20:-20].std() < 45
+
+
+@given(
+    st.integers(1, 90), st.integers(1, 90), st.integers(1, 60), st.lists(st.floats(0, 0.999), min_size=24, max_size=24)
+)
+def test_an_image_of_any_size_fills_the_whole_result(height, width, size, draws):
+    data = encode(Image.fromarray(np.full((height, width, 3), (200, 100, 50), np.uint8)))
+    decoder = Decoder(DecodeImage(size, crop="random", flip=True))
+    out = np.zeros((3, size, size), np.uint8)
+    decoder.decode_into(data, draws, out)
+    assert np.abs(out.reshape(3, -1).astype(int) - np.array([[200], [100], [50]])).max() <= 3
+
+
+@pytest.mark.parametrize("layout", ["CHW", "HWC"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_floats_equal_those_of_torchvisions_todtype(layout, dtype):
+    data = encode(picture(50, 70))
+    plain = torch.from_numpy(Decoder(DecodeImage(32, layout=layout)).decode(data, ()))
+    found = Decoder(DecodeImage(32, layout=layout, dtype=dtype)).decode(data, ())
+    expected = functional.to_dtype(plain, getattr(torch, dtype), scale=True)
+    bits = torch.from_numpy(found.view(f"i{found.itemsize}"))
+    assert torch.equal(bits, expected.view(bits.dtype))
+
+
+@pytest.mark.parametrize("layout", ["CHW", "HWC"])
+def test_a_mirrored_result_is_the_mirror_of_the_result(layout):
+    data = encode(picture(50, 70))
+    found = Decoder(DecodeImage(32, layout=layout, flip=True)).decode(data, MIRROR)
+    plain = Decoder(DecodeImage(32, layout=layout)).decode(data, ())
+    axis = 2 if layout == "CHW" else 1
+    assert np.array_equal(found, np.flip(plain, axis))
+    assert not np.array_equal(found, plain)
+
+
+def test_one_decoder_decodes_images_of_changing_sizes():
+    decoder = Decoder(WHOLE)
+    for side in (40, 8, 90, 1, 40):
+        data = encode(picture(side, side + 1), "jpeg")
+        assert np.abs(decoder.decode(data, ()).astype(int) - by_pillow(data)).max() <= 1
+
+
+BROKEN = {
+    "empty": lambda data: b"",
+    "text": lambda data: b"this is no picture at all",
+    "only a start": lambda data: data[:30],
+    "half": lambda data: data[: len(data) // 2],
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of damage that it reads past
+@pytest.mark.parametrize("how", ["jpeg", "png", "webp", "gif", "bmp", "tiff"])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_image_is_an_error_with_the_decoders_message(how, broken, capfd):
+    data = BROKEN[broken](encode(picture(60, 80), how))
+    with pytest.raises(DecodeError, match=r"\w+"):
+        whole(data)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of damage that it reads past
+@given(st.data())
+def test_damage_anywhere_gives_an_image_or_a_decode_error(data):
+    good = bytearray(encode(picture(24, 32), data.draw(st.sampled_from(["jpeg", "gif", "bmp", "tiff"]))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        good[data.draw(st.integers(2, len(good) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        found = Decoder(DecodeImage(8)).decode(bytes(good), ())
+    except DecodeError:
+        return
+    assert found.shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [
+        ("jpeg", {}),
+        ("png", {}),
+        ("webp", {"lossless": True}),
+        ("webp", {"lossless": False}),
+        ("webp", {"exif": b"Exif\0\0"}),
+        ("gif", {}),
+    ],
+)
+def test_an_image_of_more_pixels_than_pillow_allows_is_an_error_in_every_format(monkeypatch, how, options):
+    data = encode(picture(60, 80), how, **options)
+    assert whole(data).shape == (60, 80, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2399)
+    monkeypatch.setattr(decoder, "MAX_PIXELS", 4799)
+    with pytest.raises(DecodeError, match=r"4800 pixels.*exceeds limit"):
+        whole(data)
+
+
+def test_a_pillow_warning_that_is_an_error_is_a_decode_error(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2401)
+    with pytest.raises(DecodeError, match="could be decompression bomb"):
+        whole(encode(picture(60, 80), "gif"))
+
+
+def test_an_eps_file_is_not_run(monkeypatch):
+    def run(*given, **options):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", run)
+    with pytest.raises(DecodeError, match="EPS is not supported"):
+        whole(encode(picture(20, 30), "eps"))
+
+
+@pytest.mark.parametrize("layout", ["CHW", "HWC"])
+def test_scratch_memory_of_a_large_image_is_not_kept(monkeypatch, layout):
+    monkeypatch.setattr(decoder, "MAX_KEPT_BYTES", 3 * 40 * 40)
+    found = Decoder(DecodeImage(None, dtype="float32", layout=layout))
+    for side in (40, 90, 39):
+        data = encode(picture(side, side))
+        expected = Decoder(DecodeImage(None, dtype="float32", layout=layout)).decode(data, ())
+        assert np.array_equal(found.decode(data, ()), expected)
+    assert sum(memory.nbytes for memory in found._kept.values()) <= 3 * decoder.MAX_KEPT_BYTES
+
+
+@pytest.mark.parametrize("side", [1, 8, 33, 224, 512])
+def test_scratch_memory_does_not_start_on_a_multiple_of_32(side):
+    found = Decoder(DecodeImage(20))
+    found.decode(encode(picture(side, side)), ())
+    assert found._kept["decoded"].ctypes.data % 32
+    assert found._kept["resized"].ctypes.data % 32
+
+
+def test_stray_bytes_that_pillow_skips_are_skipped():
+    data = encode(picture(37, 53))
+    place = data.index(b"\xff\xdb")
+    stray = data[:place] + b"\x00\x00\x00" + data[place:]
+    assert np.abs(whole(stray).astype(int) - by_pillow(data)).max() <= 1
+
+
+@pytest.mark.parametrize(("module", "name"), [("cv2", "opencv-python-headless"), ("simplejpeg", "simplejpeg")])
+def test_a_missing_library_is_an_error_that_names_the_extra(module, name):
+    code = f"""
+import sys
+sys.modules[{module!r}] = None
+from tiercache.images.decoder import Decoder
+from tiercache.images.options import DecodeImage
+try:
+    Decoder(DecodeImage(8))
+except ImportError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert f"needs {name}" in said
+    assert "pip install 'tiercache-data[images]'" in said

@@ -1,0 +1,304 @@
+"""Pieces of a rank: its batches one after the other, whatever the streams, windows, ranks and sizes."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.support.mixture_oracle import Mixed, mixed_sequence, mixtures
+from tests.support.order_oracle import (
+    Ranks,
+    Record,
+    Shards,
+    batches,
+    options,
+    records_of,
+    sequence,
+    shards,
+    uniform,
+)
+
+from tiercache.load.epoch import RUN_PIECES, RUN_ROWS, Piece, PieceSizes, pieces
+from tiercache.order import BlockSizes, DatasetSizes, EpochOrder, OrderOptions, RankPlan, Window
+from tiercache.order.window import MOST_ROWS, allocate_rows
+
+# Each takes some 8 ms; `make fuzz` draws 5,000 of every kind.
+IS_FUZZ = settings.default.max_examples > 100
+MANY, SOME = (settings.default.max_examples if IS_FUZZ else n for n in (200, 25))
+
+
+@dataclass(frozen=True)
+class Case:
+    """An epoch, its ranks, and the sizes of pieces."""
+
+    data: Shards
+    how: OrderOptions
+    epoch: int
+    ranks: Ranks
+    sizes: PieceSizes
+
+    @cached_property
+    def order(self) -> EpochOrder:
+        return EpochOrder(self.data.dataset_sizes, self.how, self.epoch)
+
+    def plans(self, offset: int) -> list[RankPlan]:
+        ranks, n_streams = self.ranks, self.how.streams if self.how.shuffle else 1
+        shared = (ranks.batch_size, ranks.drop_last, self.data.n_records, n_streams)
+        return [RankPlan(offset, ranks.world_size, rank, *shared) for rank in range(ranks.world_size)]
+
+
+@st.composite
+def ranks(draw: st.DrawFn) -> Ranks:
+    return Ranks(draw(st.integers(1, 7)), draw(st.integers(1, 12)), draw(st.booleans()))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    first, most = draw(st.sampled_from([1, 3, 20, 1 << 13])), draw(st.sampled_from([1, 7, 100, 1 << 20]))
+    sizes = PieceSizes(first, most, most * draw(st.sampled_from([1, 4, 50])))
+    return Case(draw(shards(max_shards=6)), draw(options()), draw(st.integers(0, 3)), draw(ranks()), sizes)
+
+
+def served(case: Case, plan: RankPlan) -> tuple[list[list[Record]], list[Piece]]:
+    """The rank's batches, cut from its pieces one after the other; and the pieces."""
+    every = list(pieces(case.order, plan, case.sizes))
+    rows = [record for piece in every for record in records_of(piece.windows, *piece.rows())]
+    size = case.ranks.batch_size
+    found = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return found, every
+
+
+@settings(max_examples=MANY)
+@given(cases(), st.data())
+def test_any_number_of_ranks_resumes_the_global_sequence_anywhere(case: Case, data: st.DataObject) -> None:
+    whole = sequence(case.data, case.how, case.epoch)
+    assert sorted(whole) == case.data.all_records()
+    n_streams = case.how.streams if case.how.shuffle else 1
+    offset = 0
+    for other in (case.ranks, data.draw(ranks())):  # a run that stops, and another that goes on with what is left
+        case = replace(case, ranks=other)
+        plans = case.plans(offset)
+        n_taken = data.draw(st.integers(0, plans[0].n_batches))
+        expected = batches(other, n_streams, offset, len(whole))
+        for plan, own in zip(plans, expected, strict=True):
+            found, _ = served(case, plan)
+            assert len(found) == plan.n_batches == plans[0].n_batches  # of all ranks
+            padding = [[whole[p] for p in plan.positions(plan.n_full).tolist()]] if plan.n_padding else []
+            assert found == [[whole[p] for p in batch] for batch in own if batch] + padding
+            assert sum(map(len, padding)) == plan.n_padding
+        offset = plans[0].offset_after(n_taken)
+
+
+@settings(max_examples=SOME)
+@given(cases(), st.data())
+def test_pieces_from_any_batch_are_the_end_of_all_pieces(case: Case, data: st.DataObject) -> None:
+    for plan in case.plans(data.draw(st.integers(0, case.data.n_records))):
+        whole, _ = served(case, plan)
+        n_before = data.draw(st.integers(0, plan.n_batches))
+        later = replace(plan, offset=plan.offset_after(n_before))
+        assert served(case, later)[0] == whole[n_before:]
+
+
+@settings(max_examples=SOME)
+@given(cases(), st.data())
+def test_pieces_end_where_windows_do_and_name_what_they_need(case: Case, data: st.DataObject) -> None:
+    plan = data.draw(st.sampled_from(case.plans(data.draw(st.integers(0, case.data.n_records)))))
+    _, every = served(case, plan)
+    for piece in every:
+        block, row = piece.rows()
+        assert len(block) == len(row) == piece.n_rows > 0
+        assert piece.rows()[0] is block
+        longest = case.sizes.most if piece.run is None else case.sizes.run
+        assert piece.n_rows <= max(case.sizes.first, longest)
+        streams = [window.stream for window in piece.windows]
+        assert streams == sorted(set(streams))  # one window of each stream at a time
+        own_blocks = touched(piece)
+        assert sum(int(blocks.sum()) for blocks in own_blocks) == len(set(block.tolist()))
+        for window, needed, own in zip(piece.windows, piece.needed, own_blocks, strict=True):
+            assert len(needed) == len(own) == len(window.blocks)
+            assert (needed | ~own).all()
+            with_it = [i for i, other in enumerate(every) if any(w is window for w in other.windows)]
+            if not plan.n_padding:
+                assert with_it == list(range(with_it[0], with_it[-1] + 1))  # until it is served, without a gap
+                assert touched(every[with_it[0]])[_place(every[with_it[0]], window)].any()  # and not before
+    assert sum(piece.n_rows for piece in every) == plan.n_served
+
+
+@settings(max_examples=SOME)
+@given(cases(), st.data())
+def test_a_run_has_the_rows_of_its_piece(case: Case, data: st.DataObject) -> None:
+    plan = data.draw(st.sampled_from(case.plans(data.draw(st.integers(0, case.data.n_records)))))
+    _, every = served(case, plan)
+    for piece in every:
+        if piece.run is not None:
+            block, row = piece.rows()
+            lo = data.draw(st.integers(0, piece.n_rows))
+            hi = data.draw(st.integers(lo, piece.n_rows))
+            found = piece.run.find(lo, hi)
+            assert [part.tolist() for part in found] == [block[lo:hi].tolist(), row[lo:hi].tolist()]
+    if len(plan.streams) == 1 and not plan.n_padding and plan.range_between(0, plan.n_served) is not None:
+        assert all(piece.run is not None for piece in every)
+
+
+def test_pieces_of_a_rank_alone_or_with_a_stream_of_its_own_are_runs_and_longer_than_arrays() -> None:
+    footer = BlockSizes(np.full(10, 10**6), np.full(10, 1 << 20))
+    dataset_sizes = DatasetSizes(np.full(100, 10**7), np.full(100, 10 << 20), lambda shards: [footer] * len(shards))
+    for world_size in (1, 4):
+        order = EpochOrder(dataset_sizes, OrderOptions(1, True, None, None, streams=world_size), 0)
+        plan = RankPlan(0, world_size, 0, 256, True, order.n_records, order.n_streams)
+        found = list(itertools.islice(pieces(order, plan, RUN_PIECES), 5))
+        assert all(piece.run is not None for piece in found)
+        assert [piece.n_rows for piece in found] == [1 << 15, 1 << 17, 1 << 19, RUN_ROWS, RUN_ROWS]
+
+
+def touched(piece: Piece) -> list[np.ndarray]:
+    """bool[n_blocks] for each window: the blocks that the piece's own rows lie in."""
+    found = np.zeros(sum(len(window.blocks) for window in piece.windows), np.bool_)
+    found[piece.rows()[0]] = True
+    return np.split(found, np.cumsum([len(window.blocks) for window in piece.windows])[:-1])
+
+
+def _place(piece: Piece, window: object) -> int:
+    return next(i for i, other in enumerate(piece.windows) if other is window)
+
+
+@given(cases(), st.data())
+def test_a_rank_with_few_rows_of_a_window_needs_only_their_blocks(case: Case, data: st.DataObject) -> None:
+    plan = data.draw(st.sampled_from(case.plans(data.draw(st.integers(0, case.data.n_records)))))
+    _, every = served(case, plan)
+    all_touched: dict[int, np.ndarray] = {}
+    for piece in every:
+        for window, own in zip(piece.windows, touched(piece), strict=True):
+            all_touched[id(window)] = all_touched.get(id(window), np.zeros(len(own), bool)) | own
+    for piece in every[: len(every) - plan.n_padding]:
+        for window, needed in zip(piece.windows, piece.needed, strict=True):
+            if window.stop - window.start <= len(window.blocks):
+                assert needed.tolist() == all_touched[id(window)].tolist()
+
+
+def mixed_pieces(data: Mixed, epoch: int, plan: RankPlan, sizes: PieceSizes) -> list[Piece]:
+    return list(pieces(data.order(epoch), plan, sizes))
+
+
+@settings(max_examples=SOME)
+@given(mixtures(), st.integers(0, 3), ranks(), st.sampled_from([PieceSizes(3, 7, 20), PieceSizes()]), st.data())
+def test_ranks_serve_the_sequence_of_a_mixture(
+    data: Mixed, epoch: int, how: Ranks, sizes: PieceSizes, draw: st.DataObject
+) -> None:
+    whole = mixed_sequence(data, epoch)
+    offset = draw.draw(st.integers(0, len(whole)))
+    expected = batches(how, data.n_streams, offset, len(whole))
+    for rank, own in enumerate(expected):
+        plan = RankPlan(offset, how.world_size, rank, how.batch_size, how.drop_last, len(whole), data.n_streams)
+        every = mixed_pieces(data, epoch, plan, sizes)
+        rows = [record for piece in every for record in records_of(piece.windows, *piece.rows())]
+        assert rows[: plan.n_served - plan.n_padding] == [whole[p] for batch in own for p in batch]
+        assert len(rows) == plan.n_served
+        asked: dict[Window, np.ndarray] = {}
+        for piece in every[: len(every) - plan.n_padding]:
+            assert len(set(piece.windows)) == len(piece.windows)  # each once, also where streams share it
+            for window, needed, own in zip(piece.windows, piece.needed, touched(piece), strict=True):
+                assert not (own & ~needed).any()
+                assert not (needed & ~asked.setdefault(window, needed)).any()  # never more than was asked for at first
+
+
+def test_streams_that_share_a_small_part_have_its_window_once() -> None:
+    data = Mixed(
+        (uniform(1, 4, 2, 10), uniform(8, 4, 50, 100)), (1, 9), "all", OrderOptions(1, True, None, None, 4), 20
+    )
+    order = data.order(0)
+    first = mixed_pieces(data, 0, RankPlan(0, 1, 0, 8, True, order.n_records, 4), PieceSizes(100, 100, 100))[0]
+    assert len(first.windows) == 5  # one of each stream of the large part, one of the small part
+
+
+def test_ranks_that_share_a_window_of_tiny_blocks_each_need_some_of_them() -> None:
+    case = Case(uniform(4, 8, 1, 10), OrderOptions(1, True, None, None), 0, Ranks(4, 2, True), PieceSizes(3, 64, 64))
+    needed = [next(iter(served(case, plan)[1])).needed[0] for plan in case.plans(0)]
+    assert [int(blocks.sum()) for blocks in needed] == [8] * 4
+    assert np.logical_or.reduce(needed).all()
+
+
+def touches(data: Shards, how: OrderOptions, ranks: Ranks) -> list[set[tuple[int, int]]]:
+    """The blocks that each rank reads."""
+    case = Case(data, how, 0, ranks, PieceSizes(64, 256, 512))
+    found = []
+    for plan in case.plans(0):
+        _, every = served(case, plan)
+        found.append(
+            {
+                (int(window.shards[i]), int(window.blocks[i]))
+                for piece in every
+                for window, needed in zip(piece.windows, piece.needed, strict=True)
+                for i in np.flatnonzero(needed)
+            }
+        )
+    return found
+
+
+@given(shards(), st.integers(1, 6), st.integers(1, 4), st.integers(0, 2**64))
+def test_ranks_with_streams_of_their_own_read_each_block_once_save_where_a_cut_falls(
+    data: Shards, world_size: int, streams_each: int, seed: int
+) -> None:
+    how = OrderOptions(seed, True, 400, 150, world_size * streams_each)
+    ranks = Ranks(world_size, 2 * streams_each, drop_last=True)
+    read = touches(data, how, ranks)
+    assert sum(map(len, read)) - len(set().union(*read)) <= world_size - 1
+
+
+def test_two_ranks_of_a_node_read_each_block_once_and_twice_where_streams_are_ignored() -> None:
+    data = uniform(8, 4, 8, 100)
+    own = touches(data, OrderOptions(1, True, 800, 300, streams=2), Ranks(2, 4, drop_last=True))
+    assert [len(blocks) for blocks in own] == [16, 16]
+    assert not own[0] & own[1]
+    shared = touches(data, OrderOptions(1, True, 800, 300, streams=3), Ranks(2, 4, drop_last=True))
+    assert len(shared[0] & shared[1]) > 16
+
+
+def test_a_window_is_in_no_piece_before_its_first_row() -> None:
+    # Rank 1 has of each global batch two records of stream 1, then two of stream 0; every window has one record.
+    case = Case(
+        uniform(4, 6, 1, 100), OrderOptions(1, True, None, 100, 2), 0, Ranks(3, 4, True), PieceSizes(64, 64, 64)
+    )
+    _, every = served(case, case.plans(0)[1])
+    assert [piece.n_rows for piece in every] == [1, 2, 2, 2, 1]
+    assert [[window.stream for window in piece.windows] for piece in every] == [[1], [0, 1], [0, 1], [0, 1], [0]]
+
+
+def test_a_window_whose_last_row_was_served_is_in_no_later_piece() -> None:
+    # The same ranks, with a window for each stream. The second piece has the last two rows, both of stream 0.
+    case = Case(uniform(4, 6, 1, 100), OrderOptions(1, True, None, None, 2), 0, Ranks(3, 4, True), PieceSizes(6, 6, 6))
+    _, every = served(case, case.plans(0)[1])
+    assert [piece.n_rows for piece in every] == [6, 2]
+    assert [[window.stream for window in piece.windows] for piece in every] == [[0, 1], [0]]
+
+
+def test_blocks_before_the_position_are_not_needed_of_an_unshuffled_window() -> None:
+    data = uniform(2, 10, 100, 10)
+    order = EpochOrder(data.dataset_sizes, OrderOptions(1, False, None, None), 0)
+    first = next(pieces(order, RankPlan(750, 1, 0, 50, False, 2000), PieceSizes(10)))
+    assert [needed.tolist() for needed in first.needed] == [[False] * 7 + [True] * 13]
+
+
+def test_pieces_grow_from_a_small_first_one() -> None:
+    footer = BlockSizes(np.full(10, 10**6), np.full(10, 1 << 20))
+    dataset_sizes = DatasetSizes(np.full(100, 10**7), np.full(100, 10 << 20), lambda shards: [footer] * len(shards))
+    order = EpochOrder(dataset_sizes, OrderOptions(1, True, None, None, streams=4), 0)
+    plan = RankPlan(0, 2, 1, 256, True, order.n_records, order.n_streams)
+    found = list(itertools.islice(pieces(order, plan), 6))
+    assert [piece.n_rows for piece in found] == [1 << 15, 1 << 17, *[1 << 18] * 4]
+    assert [window.stream for window in found[-1].windows] == [2, 3]
+
+
+def test_rows_of_one_section_reuse_memory() -> None:
+    gc.collect()
+    lent = [allocate_rows(MOST_ROWS) for _ in range(2)]
+    used = {rows.ctypes.data for rows in lent}
+    del lent
+    order = EpochOrder(uniform(2, 10, 10_000, 10).dataset_sizes, OrderOptions(1, False, None, None), 0)
+    piece = next(pieces(order, RankPlan(0, 1, 0, 50, False, 200_000)))
+    assert {rows.ctypes.data for rows in piece.rows()} == used
