@@ -35,8 +35,7 @@ HOMES = {
 ENVIRONMENT_FILE, SLEEPING_FILE = "config.py", "waiting.py"
 ENVIRONMENT_NAMES = frozenset({"os.environ", "os.environb", "os.getenv"})
 
-# checkpoints.py imports dcp_writer.py and dcp_reader.py, and with them torch, where they are wanted: states of arrays
-# do not need torch.
+# checkpoints.py imports dcp.py, and with it torch, where it is wanted: states of arrays do not need torch.
 LAZY_FILES = ("checkpoint/checkpoints.py",)
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)

@@ -20,7 +20,7 @@ from tests.support.forks import SendLine, run_forked
 from tests.support.kill_points import KillAt, count_points, kill_at
 
 from tiercache.checkpoint.checkpoints import Checkpoints
-from tiercache.checkpoint.layout import list_names, parse_name
+from tiercache.checkpoint.format import list_names, parse_name
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder
 from tiercache.store.local import TEMP_PREFIX

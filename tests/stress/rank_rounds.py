@@ -26,9 +26,9 @@ from tests.support.ranks import Job
 from tests.support.warm_python import WarmPython
 
 import tiercache as tc
-from tiercache.checkpoint.inventory import CheckpointStores
-from tiercache.checkpoint.layout import RUN_NAME, key_of, list_names, manifest_key, metrics_key
-from tiercache.checkpoint.retention import GC_AGE_S, Retention
+from tiercache.checkpoint.format import RUN_NAME, key_of, list_names, manifest_key, metrics_key
+from tiercache.checkpoint.housekeeping import GC_AGE_S, Retention
+from tiercache.checkpoint.run_stores import RunStores
 from tiercache.keep import Keep
 from tiercache.store import LocalFolder
 from tiercache.store.local import TEMP_PREFIX
@@ -198,7 +198,7 @@ class Rounds(PointRounds[tuple[str, int]]):
             stores = [(older / "hot" / "run", None, [])]
         for remote, local, keeps in stores:
             tiers = {} if local is None else {"local": LocalFolder(local)}
-            both = CheckpointStores({**tiers, "remote": LocalFolder(remote)})
+            both = RunStores({**tiers, "remote": LocalFolder(remote)})
             Retention(both, keeps, now=lambda: time.time() + 2 * GC_AGE_S).run()
         (self.look_at_saving if run is self.saving else self.look_at_tiered)(older)
         for root in {folder for remote, local, _ in stores for folder in (remote, local) if folder is not None}:
@@ -250,9 +250,8 @@ class Rounds(PointRounds[tuple[str, int]]):
 
 
 def _manifests(store: LocalFolder) -> dict:
-    names = list_names(store)
-    found = CheckpointStores({"remote": store}) if names else None
-    return {name: found.manifest("remote", name) for name in names}
+    scan = RunStores({"remote": store}).scan()
+    return {name: scan.manifest(name) for name in list_names(store)}
 
 
 def _last_saved(run: Path) -> int:

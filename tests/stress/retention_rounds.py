@@ -16,9 +16,9 @@ from tests.support.checkpoint_reader import leftovers, read_checkpoint, same
 from tests.support.forks import run_forked
 from tests.support.kill_points import KillAt, count_points, kill_at
 
-from tiercache.checkpoint.inventory import CheckpointStores
-from tiercache.checkpoint.layout import list_names
-from tiercache.checkpoint.retention import GC_AGE_S, Retention
+from tiercache.checkpoint.format import list_names
+from tiercache.checkpoint.housekeeping import GC_AGE_S, Retention
+from tiercache.checkpoint.run_stores import RunStores
 from tiercache.keep import Keep
 from tiercache.store import LocalFolder
 
@@ -82,7 +82,7 @@ class Rounds(PointRounds[str]):
 
     def retain(self) -> None:
         """Retention as the thread of a run executes it, and once more some days later."""
-        stores = CheckpointStores(self.stores(self.world))
+        stores = RunStores(self.stores(self.world))
         Retention(stores, [Keep(last=N_KEPT)], now=lambda: START_S).run()
         newest_s = max(info.modified_s for store in stores.tiers.values() for info in store.list())
         Retention(stores, now=lambda: newest_s + 2 * GC_AGE_S).collect()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tiercache._native.checksum import crc32c
-from tiercache.checkpoint.layout import (
+from tiercache.checkpoint.format import (
     METRICS_NAME,
     STATE_NAME,
     Manifest,

@@ -169,7 +169,7 @@ def fail(url: str, local: str, answers: str) -> None:
     dcp.save(state, storage_writer=checkpoints.dcp_writer(0))
     found = {"digest": digest(state)}
     train(model, optimizer)
-    remote = checkpoints.file_writers[-1]
+    remote = checkpoints._house.writers[-1]
     whole = remote.store
     if rank == 1:
         remote.store = FaultStore(whole, [Fault("complete", retryable=False, status=403)])

@@ -6,7 +6,7 @@ from importlib import import_module
 import numpy as np
 
 from tiercache._native.checksum import crc32c
-from tiercache.checkpoint.layout import checkpoint_objects, key_of, list_names, manifest_key, parse_manifest
+from tiercache.checkpoint.format import checkpoint_objects, key_of, list_names, manifest_key, parse_manifest
 from tiercache.checkpoint.state_tree import decode_state, parse_state
 
 

@@ -33,7 +33,7 @@ WITHOUT_THREADS = {
 # What the programs of tests import.
 WARM_MODULES = (
     "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
-    "torch._dynamo", "torch.utils.data", "tiercache.checkpoint.dcp_reader", "tiercache.checkpoint.dcp_writer",
+    "torch._dynamo", "torch.utils.data", "tiercache.checkpoint.dcp",
     "tiercache.integrations.accelerate",
     "tiercache.demo.s3_server", "boto3", "obstore", "s3fs", "tiercache.cli.app", "tiercache.cli.cache",
     "tiercache.cli.data",

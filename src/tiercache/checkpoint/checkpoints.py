@@ -12,9 +12,7 @@ uploaded from host memory.
 from __future__ import annotations
 
 import atexit
-import json
 import logging
-import math
 import operator
 import os
 import secrets
@@ -24,42 +22,36 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, partial
 from threading import Condition
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from tiercache.checkpoint.inventory import check_run, take_run
-from tiercache.checkpoint.layout import (
-    Manifest,
-    checkpoint_name,
-    checkpoint_objects,
-    manifest_key,
-    written_order,
-)
-from tiercache.checkpoint.retention import GC_AGE_S, RetentionReport
+from tiercache.cache import Cache
+from tiercache.checkpoint.format import Manifest, checkpoint_name, json_copy, metric_numbers, parse_name, written_order
+from tiercache.checkpoint.housekeeping import Housekeeper, RetentionReport
+from tiercache.checkpoint.loading import CopyReader, load_nearest
+from tiercache.checkpoint.run_stores import CheckpointTier, RunStores, Scan, check_run, resolve
 from tiercache.checkpoint.staging import HostMemory, StagedState
 from tiercache.checkpoint.state_tree import encode_state, state_text
-from tiercache.checkpoint.stored import StoredCheckpoints, UnfinishedSave
 from tiercache.checkpoint.writer import CheckpointWriter, TaskThread, may_be_committed
 from tiercache.crash_points import crash_point
-from tiercache.errors import NotFound, StoreError, TierCacheError
-from tiercache.keep import PIN_NAME, Keep
-from tiercache.store import LocalFolder, Store, open_store
+from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
+from tiercache.keep import PIN_NAME, Keep, encode_pin
+from tiercache.store import LocalFolder, Store, open_store, redact
 from tiercache.store.access import ParsedUrl
+from tiercache.store.placement import is_remote
 
 if TYPE_CHECKING:
-    from tiercache.checkpoint.dcp_reader import DistributedReader
-    from tiercache.checkpoint.dcp_writer import DistributedWriter
+    from tiercache.checkpoint.dcp import DistributedReader, DistributedWriter
 
 Target: TypeAlias = Literal["local", "remote"]
 """Place where a save commits a checkpoint; each is a tier of checkpoints (CheckpointTier) of the same name."""
 SaveState: TypeAlias = Literal["staged", "writing", "local", "done", "failed", "skipped"]
 
-FIRST_LOOK_S = 10.0
-"""Time that the first save of a process waits for the store."""
+CheckpointState: TypeAlias = Literal["complete", "saving", "failed", "incomplete", "archived", "moved"]
+
 _ENDED = ("done", "failed", "skipped")
 
 logger = logging.getLogger("tiercache")
@@ -129,26 +121,73 @@ class SaveHandle:
         return target
 
 
-@dataclass(slots=True, eq=False)
-class _Save:
-    """What the threads know of an unfinished save.
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """A checkpoint as `Checkpoints.list()` describes it.
 
     Attributes:
-        handle: Its public side.
-        state: State in host memory.
-        text: Text of the state without its tensors.
-        aliases: Further names of tensors.
-        manifest: Manifest without files and tensors, which are known once they are written.
+        name: Name of the checkpoint.
+        step: Step of the training run.
+        created_s: Time at which the save began, in seconds since the Unix epoch.
+        state: "complete" (committed in one tier or more), "saving", "failed" (its save ended with an error),
+            "incomplete" (an unfinished save of another process, or a corrupt checkpoint), "archived" (it must be
+            restored before it can be read) or "moved" (to a tier that cannot be asked now).
+        tiers: Tiers that have a complete copy: "local", "remote", and those to which the tier engine has moved it.
+        n_bytes: Size of all files; 0 if unknown.
+        metrics: Metrics by name.
+        is_pinned: Whether the checkpoint is pinned.
+        why_pinned: Reason of the pin.
+        kept_by: Rules that keep it in each tier, as text.
+        note: JSON value of the user.
+        error: Reason of the state "failed", "incomplete", "archived" or "moved"; "" otherwise.
     """
+
+    name: str
+    step: int
+    created_s: float
+    state: CheckpointState
+    tiers: tuple[CheckpointTier, ...] = ()
+    n_bytes: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    is_pinned: bool = False
+    why_pinned: str = ""
+    kept_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    note: Any = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointVerification:
+    """Result of `Checkpoints.verify()`.
+
+    Attributes:
+        name: Name of the checkpoint.
+        problems: Defects of the copy in each tier as text; an empty tuple for a copy that is right.
+        n_bytes: Number of bytes that were read.
+    """
+
+    name: str
+    problems: Mapping[CheckpointTier, tuple[str, ...]]
+    n_bytes: int
+
+    @property
+    def is_right(self) -> bool:
+        """Whether every copy is what was written."""
+        return not any(self.problems.values())
+
+
+@dataclass(slots=True, eq=False)
+class _Save:
+    """What the threads know of an unfinished save."""
 
     handle: SaveHandle
     state: StagedState
-    text: bytes
-    aliases: Mapping[str, str]
-    manifest: Manifest
+    text: bytes  # of the state without its tensors
+    aliases: Mapping[str, str]  # further names of tensors
+    manifest: Manifest  # without files and tensors until they are written
 
 
-class Checkpoints(StoredCheckpoints):
+class Checkpoints:
     """Checkpoints of one training run, below a URL. Any thread may call the methods, save() one at a time.
 
     A checkpoint exists once its manifest is put, which happens only after size and checksum of every file were checked
@@ -174,7 +213,6 @@ class Checkpoints(StoredCheckpoints):
         local_store: Store of `local`; None if there is none.
         keep: Rules of retention.
         targets: Places at which a checkpoint is committed, in this order.
-        n_streams: Number of files that are written, or uploaded, in parallel.
     """
 
     def __init__(
@@ -190,38 +228,39 @@ class Checkpoints(StoredCheckpoints):
     ) -> None:
         if pending < 1 or writers < 1:
             raise ValueError(f"pending and writers are at least 1, got {pending} and {writers}")
-        remote_store = url if isinstance(url, Store) else open_store(url, **(storage_options or {}))
-        local_store = None if local is None else LocalFolder(_local_path(local))
+        self.remote_store = url if isinstance(url, Store) else open_store(url, **(storage_options or {}))
+        self.local_store = None if local is None else LocalFolder(_local_path(local))
         roots = [
-            os.path.realpath(store.root) for store in (local_store, remote_store) if isinstance(store, LocalFolder)
+            os.path.realpath(store.root)
+            for store in (self.local_store, self.remote_store)
+            if isinstance(store, LocalFolder)
         ]
         if len(roots) > len({*roots}):
             raise ValueError(f"local= is the folder of the checkpoints itself, {roots[0]}: leave it out")
-        # The options of an open store are not known, so that no other store is opened with them.
-        options = None if isinstance(url, Store) else storage_options or {}
-        super().__init__(remote_store, local_store, keep=keep, storage_options=options)
-        self.targets: tuple[Target, ...] = ("remote",) if local is None else ("local", "remote")
-        self._pending, self.n_streams, self._rank = pending, writers, rank
+        self.keep = (keep,) if isinstance(keep, Keep) else tuple(keep)
+        self._pending, self._n_streams, self._rank = pending, writers, rank
         self._memory = HostMemory()
         self._changed = Condition()
         self._saves: list[_Save] = []  # unfinished, oldest first
         self._failed: list[SaveHandle] = []
         self._unreported: list[SaveHandle] = []  # failed saves whose error nobody has seen
-        self._newest_s = 0.0
-        self._run_look: Future[None] | None = None  # the first look at the run's checkpoints
-        # Weak: of a save that another rank has ended by an error, no rank but that one is told.
-        self._dcp_writers: weakref.WeakSet[DistributedWriter] = weakref.WeakSet()
-        self._repeated: dict[str, SaveHandle] = {}  # uploads that an earlier process has not ended
-        self._has_run_id = False
-        self._uploads_seen_s = -math.inf  # when unfinished uploads were looked for, by the monotonic clock
         self._pid, self._is_closed = os.getpid(), False
-        self._remote = CheckpointWriter(remote_store, writers)
-        self._local = None if local_store is None else CheckpointWriter(local_store, writers, keeps_metrics=False)
+        self._remote = CheckpointWriter(self.remote_store, writers)
+        self._local: CheckpointWriter | None = None
+        tiers: dict[CheckpointTier, Store] = {}
+        if self.local_store is not None:
+            self._local = CheckpointWriter(self.local_store, writers, keeps_metrics=False)
+            tiers["local"] = self.local_store
+        self.targets: tuple[Target, ...] = ("remote",) if local is None else ("local", "remote")
+        # The options of an open store are not known, so that no other store is opened with them.
+        options = None if isinstance(url, Store) else storage_options or {}
+        self._stores = RunStores({**tiers, "remote": self.remote_store}, options)
         self._writing, self._uploading = TaskThread("tiercache-checkpoint"), TaskThread("tiercache-checkpoint-upload")
-        self._housekeeping = TaskThread("tiercache-checkpoint-housekeeping")
-        if local_store is not None:
+        file_writers = [self._remote] if self._local is None else [self._local, self._remote]
+        self._house = Housekeeper(self._stores, self.keep, file_writers, self._uploading, self._errors)
+        if self.local_store is not None:
             with suppress(StoreError):  # the first save looks again
-                check_run(local_store, remote_store)
+                check_run(self.local_store, self.remote_store)
         _register_finish()
         _open.add(self)
 
@@ -239,55 +278,7 @@ class Checkpoints(StoredCheckpoints):
             if kind is None:  # the error that ends the block counts
                 raise
 
-    @property
-    def file_writers(self) -> tuple[CheckpointWriter, ...]:
-        """Writers of files, in the order in which a checkpoint is written: to the local folder, to the store."""
-        return (self._remote,) if self._local is None else (self._local, self._remote)
-
-    def dcp_writer(
-        self, step: int, *, metrics: Mapping[str, float] | None = None, note: Any = None
-    ) -> DistributedWriter:
-        """Return a writer of one checkpoint for torch.distributed.checkpoint: `dcp.save(state, storage_writer=...)`.
-
-        Every rank calls this with the same arguments. `dcp.save` returns when the checkpoint is committed at the store.
-
-        Args:
-            step: Step of the training run.
-            metrics: Metrics by name, for the rules of retention.
-            note: JSON value that list() returns.
-        """
-        from tiercache.checkpoint.dcp_writer import DistributedWriter
-
-        writer = DistributedWriter(self, _integer(step), metrics=metrics, note=note)
-        with self._changed:
-            self._dcp_writers.add(writer)
-        return writer
-
-    def dcp_reader(self, which: str | int = "latest") -> DistributedReader:
-        """Return a reader of one checkpoint for torch.distributed.checkpoint: `dcp.load(state, storage_reader=...)`.
-
-        Every rank calls this with the same arguments. The number of ranks may differ from that of the save.
-
-        Args:
-            which: "latest", "best:METRIC", a step or a name, as for load().
-        """
-        from tiercache.checkpoint.dcp_reader import DistributedReader
-
-        return DistributedReader(self, which)
-
-    @property
-    def saves(self) -> tuple[SaveHandle, ...]:
-        """Saves of this process that are unfinished or have failed, oldest first."""
-        with self._changed:
-            handles = {*self._failed, *(save.handle for save in self._saves)}
-            return tuple(sorted(handles, key=lambda one: written_order(one.name)))
-
-    def unfinished_saves(self) -> Mapping[str, UnfinishedSave]:
-        """See StoredCheckpoints.unfinished_saves()."""
-        with self._changed:
-            writing = {writer.name: writer for writer in [*self._dcp_writers] if writer.is_writing}
-            repeated = dict(self._repeated)
-        return {**writing, **repeated, **{handle.name: handle for handle in self.saves}}
+    # -- save
 
     def save(
         self, step: int, state: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None, note: Any = None
@@ -311,17 +302,17 @@ class Checkpoints(StoredCheckpoints):
         """
         self._check_usable()
         self._raise_failure()
-        step, metrics, note = _integer(step), numbers(metrics or {}), json_copy(note)
+        step, metrics, note = _integer(step), metric_numbers(metrics or {}), json_copy(note)
         if self._find_rank() != 0:
             unused = checkpoint_name(step, time.time(), secrets.token_hex(3))
             skipped = SaveHandle(unused, step, self.targets, self._changed)
             skipped.state = "skipped"
             return skipped
-        name, created_s = self.new_name(step)
+        name, created_s = self._house.new_name(step)
         handle = SaveHandle(name, step, self.targets, self._changed)
         self._wait_for_turn()
         encoded = encode_state(state)
-        staged = StagedState(encoded, self._memory, n_streams=self.n_streams)
+        staged = StagedState(encoded, self._memory, n_streams=self._n_streams)
         manifest = Manifest(name, step, created_s, (), {}, metrics, note)
         save = _Save(handle, staged, state_text(encoded.tree), encoded.aliases, manifest)
         try:
@@ -364,6 +355,16 @@ class Checkpoints(StoredCheckpoints):
                 raise TimeoutError(f"saves are not committed at {target!r} after {timeout_s:g} s: {handles}")
         self._raise_failure()
 
+    @property
+    def saves(self) -> tuple[SaveHandle, ...]:
+        """Saves of this process that are unfinished or have failed, oldest first."""
+        with self._changed:
+            handles = {*self._failed, *(save.handle for save in self._saves)}
+            return tuple(sorted(handles, key=lambda one: written_order(one.name)))
+
+    def _errors(self) -> dict[str, Exception | None]:
+        return {handle.name: handle.error for handle in self.saves}
+
     def close(self) -> None:
         """Finish all saves, late uploads and deletions, end the threads and close the connections.
 
@@ -377,14 +378,222 @@ class Checkpoints(StoredCheckpoints):
         self._is_closed = True
         self.join()
         self._memory.clear()
-        super().close()
+        self._stores.close()
         self._remote.close()
         self._raise_failure()
 
     def join(self) -> None:
         """Wait until the threads have nothing to do; errors stay for save(), wait() and close()."""
-        for thread in (self._writing, self._housekeeping, self._uploading, self._housekeeping):
+        for thread in (self._writing, self._house, self._uploading, self._house):
             thread.join()  # each gives tasks to later ones only
+
+    # -- torch.distributed.checkpoint
+
+    def dcp_writer(
+        self, step: int, *, metrics: Mapping[str, float] | None = None, note: Any = None
+    ) -> DistributedWriter:
+        """Return a writer of one checkpoint for torch.distributed.checkpoint: `dcp.save(state, storage_writer=...)`.
+
+        Every rank calls this with the same arguments. `dcp.save` returns when the checkpoint is committed at the store.
+
+        Args:
+            step: Step of the training run.
+            metrics: Metrics by name, for the rules of retention.
+            note: JSON value that list() returns.
+        """
+        from tiercache.checkpoint.dcp import DistributedWriter
+
+        return DistributedWriter(self._house, self._n_streams, _integer(step), metrics or {}, note)
+
+    def dcp_reader(self, which: str | int = "latest") -> DistributedReader:
+        """Return a reader of one checkpoint for torch.distributed.checkpoint: `dcp.load(state, storage_reader=...)`.
+
+        Every rank calls this with the same arguments. The number of ranks may differ from that of the save.
+
+        Args:
+            which: "latest", "best:METRIC", a step or a name, as for load().
+        """
+        from tiercache.checkpoint.dcp import DistributedReader
+
+        return DistributedReader(self._stores, self._n_streams, which)
+
+    # -- stored checkpoints
+
+    def load(
+        self,
+        which: str | int = "latest",
+        into: Any = None,
+        *,
+        map_location: Any = None,
+        strict: bool = True,
+    ) -> Any:
+        """Load a checkpoint from the nearest complete copy, and check all bytes that are read.
+
+        A corrupt copy is skipped with a warning; "latest" then goes on to the checkpoint written before. An interrupted
+        load of a remote checkpoint continues where it ended: what has arrived is in the cache of the machine.
+
+        Args:
+            which: "latest" (the checkpoint written last), "best:METRIC", "best:METRIC:max", a step, or a name.
+            into: Dict of objects to fill, with the keys of the saved state: modules, optimizers, other objects with
+                load_state_dict(), tensors, arrays, dicts of these, and JSON values such as a step, which are replaced.
+                Saved objects that it does not name are not loaded. If a StoreError or CorruptCheckpoint ends the load,
+                their contents are undefined. None: the state is returned as data, with the state dicts of objects.
+            map_location: Device of tensors that are returned as data, such as "cuda:0"; None: the host's memory.
+            strict: Whether a difference between `into` and the checkpoint is an error. With False, everything that fits
+                is loaded, with a warning.
+
+        Returns:
+            The state, or `into`.
+
+        Raises:
+            NotFound: There is no such checkpoint.
+            ValueError: The checkpoint does not fit `into`; the message lists all missing, unexpected and mis-shaped
+                keys, and those that cannot be filled. Nothing was changed.
+            TypeError: `into` has an object that is neither filled nor replaced; nothing was changed.
+            ArchivedShards: The checkpoint is archived; the error names the command that restores it.
+            CorruptCheckpoint: No copy of the checkpoint is right.
+            StoreError: A store failed, or it cannot be known which checkpoint is meant: the message names the tier that
+                could not be asked.
+        """
+        scan = self._stores.scan_to_load(which)
+        names = [resolve(scan, which)]
+        if which == "latest":
+            names += [name for name in reversed(scan.loadable_names) if name != names[0]]
+            for problem in scan.problems_after(names[0]):
+                _warn(f"{problem}; {names[0]}, which was written before it, is loaded")
+        failure: CorruptCheckpoint | None = None
+        for name in names:
+            try:
+                return load_nearest(
+                    scan.copies[name], self._cached, into=into, map_location=map_location, strict=strict
+                )
+            except CorruptCheckpoint as error:
+                failure = failure or error
+                if name != names[-1]:
+                    _warn(f"{name}: no copy can be read ({error}); the checkpoint written before it is next")
+        if failure is None:
+            raise NotFound("there are no checkpoints", url=self.remote_store.url)
+        raise failure
+
+    def list(self) -> Sequence[CheckpointInfo]:
+        """Return all checkpoints of all tiers, written first to last, with those that are being saved or that failed.
+
+        Raises:
+            StoreError: A store cannot be listed, and it is not known which checkpoints it has.
+        """
+        own = self._stores.scan()
+        kept_by = self._house.retention.plan(own).kept_by
+        unfinished = self._house.unfinished()
+        scan = self._stores.with_other_tiers(own)
+        if scan.unasked:
+            raise StoreError(f"there may be further checkpoints: {scan.unasked}", url=self.remote_store.url)
+        names = [*scan.copies, *(name for name in unfinished if name not in scan.copies)]
+        found = [_info(scan, name, kept_by.get(name, {}), unfinished) for name in names]
+        return sorted(found, key=lambda one: (one.created_s, one.name))
+
+    def verify(self, which: str | int = "latest") -> CheckpointVerification:
+        """Read every byte of a checkpoint in each of its tiers, past the cache, and compare it with its checksums.
+
+        Args:
+            which: "latest", "best:METRIC", a step, or a name.
+
+        Raises:
+            NotFound: There is no such checkpoint.
+            StoreError: A store failed.
+        """
+        scan, name = self._find(which)
+        problems: dict[CheckpointTier, tuple[str, ...]] = {}
+        n_bytes = 0
+        for copy in scan.copies[name]:
+            if not copy.is_committed and scan.complete(name):
+                continue  # no copy: the files of the ranks of this machine
+            if copy.manifest is None or copy.problem:
+                problems[copy.tier] = (f"{copy.url}: {copy.problem}",)
+                continue
+            with CopyReader(copy.store, copy.manifest) as reader:
+                problems[copy.tier] = tuple(reader.verify())
+            n_bytes += copy.manifest.n_bytes
+        return CheckpointVerification(name, problems, n_bytes)
+
+    def delete(self, which: str | int) -> RetentionReport:
+        """Delete a checkpoint from all tiers.
+
+        Args:
+            which: "latest", "best:METRIC", a step, or a name; of a step, the checkpoint written last.
+
+        Raises:
+            NotFound: There is no such checkpoint.
+            ValueError: The checkpoint is pinned, is being saved, or is in another tier, where `ckpt rm` deletes it.
+            StoreError: A store failed; the same call continues.
+        """
+        scan, name = self._find(which)
+        if others := [copy.tier for copy in scan.copies[name] if copy.tier not in self._stores.tiers]:
+            raise ValueError(
+                f"{name} is in {', '.join(others)}, where the tier engine has put it, and was not deleted;"
+                f" `tiercache ckpt rm {redact(self.remote_store.url)}/{name}` in a folder with the rule file deletes it"
+                " from all tiers"
+            )
+        return self._house.retention.delete([name])
+
+    def pin(self, which: str | int, why: str = "") -> None:
+        """Pin a checkpoint: no rule moves or deletes any of its copies, and neither delete() nor `ckpt rm` does.
+
+        Args:
+            which: "latest", "best:METRIC", a step, or a name.
+            why: Reason, for people, such as "the release of May".
+
+        Raises:
+            NotFound: There is no such checkpoint.
+            TypeError: The reason is not a text.
+            StoreError: A store failed.
+        """
+        if not isinstance(why, str):
+            raise TypeError(f"why is a text, such as 'the release of May', got the {type(why).__name__} {why!r:.60}")
+        self._set_pin(which, why)
+
+    def unpin(self, which: str | int) -> None:
+        """Remove the pin of a checkpoint. Errors as for pin().
+
+        Args:
+            which: "latest", "best:METRIC", a step, or a name.
+        """
+        self._set_pin(which, None)
+
+    def gc(self) -> RetentionReport:
+        """Remove what killed saves and deletions have left, once it is a day old.
+
+        Parts of uploads that were interrupted are removed too, where the store lists them (S3, with boto3). The first
+        commit of a process does the same in the background.
+
+        Raises:
+            StoreError: A store failed.
+        """
+        return self._house.collect()
+
+    def _set_pin(self, which: str | int, why: str | None) -> None:
+        """Pin a checkpoint in every tier that has it, or unpin it (None)."""
+        scan, name = self._find(which)
+        for copy in scan.copies[name]:
+            if copy.is_unseen:
+                raise StoreError(f"its pin cannot be changed: {copy.problem}", url=copy.url)
+        for copy in scan.copies[name]:
+            if copy.is_committed and (why is not None or copy.pin is not None):
+                copy.store.put(f"{name}/{PIN_NAME}", encode_pin(why))
+
+    def _find(self, which: str | int) -> tuple[Scan, str]:
+        """Return the listing of all tiers and the name of a checkpoint, also of one that is not complete."""
+        scan = self._stores.with_other_tiers(self._stores.scan(), which)
+        return scan, which if isinstance(which, str) and which in scan.copies else resolve(scan, which)
+
+    @cached_property
+    def _cached_remote(self) -> Store:
+        """Store of the URL as it is read: a remote one through the cache of this machine."""
+        is_cloud = not isinstance(self.remote_store, LocalFolder) and is_remote(self.remote_store.url)
+        return Cache.default().store(self.remote_store) if is_cloud else self.remote_store
+
+    def _cached(self, store: Store) -> Store:
+        # By store, not by name: a tier of the rule file may be called "remote", too.
+        return self._cached_remote if store is self.remote_store else store
 
     # -- the caller's thread -----------------------------------------------------------------------------------------
 
@@ -401,103 +610,6 @@ class Checkpoints(StoredCheckpoints):
         if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
             return 0
         return int(torch.distributed.get_rank())
-
-    def new_name(self, step: int) -> tuple[str, float]:
-        """Return a name and its time: the present, but later than that of every checkpoint of the run.
-
-        The clock of a machine on which the run restarts may be behind. The first call looks at the run for that, and
-        waits at most FIRST_LOOK_S for a store that does not answer.
-
-        Args:
-            step: Step of the training run.
-
-        Raises:
-            ValueError: The local folder has copies of other checkpoints.
-            StoreError: The store refuses to list the run, for example because of wrong credentials.
-        """
-        if self._run_look is None:
-            self._run_look = Future()
-            try:
-                self._housekeeping.submit(partial(self._look_at_run, self._run_look))
-            except RuntimeError:
-                self._run_look = None
-                raise
-            if not wait([self._run_look], FIRST_LOOK_S).done:
-                logger.warning("%s does not answer: save() does not wait for it", self.remote_store.url)
-        if self._run_look.done() and (error := self._run_look.exception()) is not None:
-            self._run_look = None
-            raise error
-        with self._changed:
-            self._newest_s = max(round(time.time(), 3), round(self._newest_s + 0.001, 3))
-            return checkpoint_name(step, self._newest_s, secrets.token_hex(3)), self._newest_s
-
-    def _look_at_run(self, look: Future[None]) -> None:
-        """Note the time of the newest checkpoint of each store that can be reached, and upload what the store lacks."""
-        try:
-            for tier, store in self.stores.tiers.items():  # the local folder first: it always answers
-                try:
-                    times_s = [written_order(name)[0] for name in checkpoint_objects(store.list())]
-                except StoreError as error:
-                    is_refused = error.status is not None or error.details.get("before_request")
-                    if tier == "remote" and is_refused and not error.retryable:
-                        raise  # for example wrong credentials: no save can succeed
-                    continue  # the save itself reports it, or waits until the store is back
-                with self._changed:
-                    self._newest_s = max([self._newest_s, *times_s])
-            if self.local_store is not None and self._take_local():
-                self._upload_missing()
-        except Exception as error:  # noqa: BLE001 -- top of a thread: new_name() raises it
-            look.set_exception(error)
-        else:
-            look.set_result(None)
-
-    def _take_local(self) -> bool:
-        """Return whether the store and the local folder have the same id; give it to them."""
-        if self.local_store is None:
-            return False
-        try:
-            found = take_run(self.local_store, self.remote_store)
-        except StoreError:  # a full disk: the save itself reports it
-            return False
-        self._has_run_id = True
-        return found
-
-    def _upload_missing(self) -> None:
-        """Let the local checkpoints be uploaded that the rules keep at the store, and that it never had.
-
-        The files that are at the store already are overwritten, so no collection may delete them meanwhile as
-        leftovers: from now on the checkpoints are among the unfinished saves.
-        """
-        try:
-            scan = self.stores.scan()
-            missing = [name for name in self.retention.plan(scan).missing if name not in self.unfinished_saves()]
-        except TierCacheError as error:
-            logger.warning("%s: earlier checkpoints were not uploaded: %s", self.remote_store.url, error)
-            return
-        for name in missing:
-            manifest = scan.manifest(name)
-            if manifest is not None:
-                with self._changed:
-                    self._repeated[name] = SaveHandle(name, manifest.step, self.targets, self._changed)
-                try:
-                    self._uploading.submit(partial(self._upload_again, manifest))
-                except RuntimeError:  # no thread can be started: the next process tries again
-                    self._end_repeated(name)
-
-    def _upload_again(self, manifest: Manifest) -> None:
-        try:
-            self._upload_local(manifest)
-        except Exception as error:  # noqa: BLE001 -- top of a thread
-            url = self.remote_store.url
-            logger.warning("%s: the earlier checkpoint %s was not uploaded: %s", url, manifest.name, error)
-            self._end_repeated(manifest.name)
-        else:
-            self._end_repeated(manifest.name)
-            self.announce("remote")
-
-    def _end_repeated(self, name: str) -> None:
-        with self._changed:
-            self._repeated.pop(name)
 
     def _wait_for_turn(self) -> None:
         """Wait until a new save may begin. Raises StoreError if one fails meanwhile."""
@@ -531,13 +643,12 @@ class Checkpoints(StoredCheckpoints):
     def _write(self, save: _Save) -> None:
         """Write a staged state to the first target and commit it; if the local folder fails, let it be uploaded."""
         self._advance(save, "writing")
-        if self._local is None or self.local_store is None:
+        if self._local is None:
             self._write_to(save, self._remote, "remote")
             return
         try:
-            if not self._has_run_id:  # a copy of which nobody knows whose it is would be uploaded to another run
-                take_run(self.local_store, self.remote_store)
-                self._has_run_id = True
+            if not self._house.has_run_id:  # a copy of which nobody knows whose it is would be uploaded to another run
+                self._house.claim_local_folder()
             self._write_to(save, self._local, "local")
         except StoreError as error:
             if may_be_committed(error):
@@ -556,6 +667,12 @@ class Checkpoints(StoredCheckpoints):
             url = f"{self.remote_store.url}/{save.handle.name}"
             raise StoreError(text, url=url, retryable=error.retryable, maybe_done=error.maybe_done) from error
 
+    def _upload(self, save: _Save) -> None:
+        """Upload a checkpoint that is committed in the local folder, and commit it at the store."""
+        if self.local_store is not None:
+            self._remote.upload_checkpoint(save.manifest, self.local_store)
+            self._commit(save, "remote")
+
     def _write_to(self, save: _Save, writer: CheckpointWriter, target: Target) -> None:
         """Write a staged state to a target and commit it."""
         name = save.handle.name
@@ -570,32 +687,10 @@ class Checkpoints(StoredCheckpoints):
             if target == "local":
                 writer.discard(name)  # a full disk must not stay full
             else:
-                self._submit_housekeeping(partial(writer.discard, name))
+                self._house.discard(name)
             raise
         save.state.release()
         self._commit(save, target)
-
-    def _upload(self, save: _Save) -> None:
-        """Upload a checkpoint that is committed in the local folder, and commit it at the store."""
-        self._upload_local(save.manifest)
-        self._commit(save, "remote")
-
-    def _upload_local(self, manifest: Manifest) -> None:
-        """Upload and commit a local checkpoint. After an error, the files stay: a later upload writes them again."""
-        if self.local_store is None:
-            return
-        self._remote.upload(manifest, self.local_store)
-        pin_key = f"{manifest.name}/{PIN_NAME}"
-        with suppress(NotFound):  # pinned since it was saved
-            self.remote_store.put(pin_key, self.local_store.get(pin_key))
-        # NotFound: it was deleted meanwhile, and must not come back
-        self.local_store.head(manifest_key(manifest.name))
-        self._remote.commit(manifest)
-
-    def _advance(self, save: _Save, state: SaveState) -> None:
-        with self._changed:
-            save.handle.state = state
-            self._changed.notify_all()
 
     def _commit(self, save: _Save, target: Target) -> None:
         """Note that a checkpoint is committed at a target."""
@@ -604,52 +699,20 @@ class Checkpoints(StoredCheckpoints):
             self._advance(save, "done" if target == "remote" else "local")
             if target == "remote":
                 self._saves.remove(save)
-        self.announce(target)
+        self._house.follow_commit(target)
 
-    def _submit_housekeeping(self, task: Callable[[], object]) -> None:
-        with suppress(RuntimeError):  # no thread can be started: the next commit, or gc(), deletes the same
-            self._housekeeping.submit(task)
-
-    def announce(self, target: Target) -> None:
-        """Let the housekeeping thread apply the rules of retention after a commit.
-
-        Args:
-            target: Where the checkpoint was committed.
-        """
-        self._submit_housekeeping(partial(self._retain, target))
-
-    def retain_local(self) -> None:
-        """Let the housekeeping thread apply the rules of retention to the local folder only."""
-        self._submit_housekeeping(partial(self.apply_retention, ("local",)))
-
-    def _retain(self, target: Target) -> None:
-        self.apply_retention()
-        now_s = time.monotonic()
-        if target == "remote" and now_s - self._uploads_seen_s >= GC_AGE_S:  # those of a kill are a day old by then
-            self._uploads_seen_s = now_s
-            with suppress(StoreError):  # the next process, and gc(), try again
-                self._remote.abort_uploads(GC_AGE_S)
-
-    def gc(self) -> RetentionReport:
-        """Remove what killed saves and deletions have left, once it is a day old.
-
-        Parts of uploads that were interrupted are removed too, where the store lists them (S3, with boto3). The first
-        commit of a process does the same in the background.
-
-        Raises:
-            StoreError: A store failed.
-        """
-        report = super().gc()
-        self._remote.abort_uploads(GC_AGE_S)
-        return report
+    def _advance(self, save: _Save, state: SaveState) -> None:
+        with self._changed:
+            save.handle.state = state
+            self._changed.notify_all()
 
     def _end(self, save: _Save, error: Exception) -> None:
         """Note that a save has failed before it was committed everywhere."""
         save.state.release()
-        handle = save.handle
+        handle, where = save.handle, ""
         with self._changed:
-            is_local = "local" in handle._committed  # noqa: SLF001 - our own class
-            where = f"; it is committed in {self._local_url}: the next start of the run uploads it" if is_local else ""
+            if self.local_store is not None and "local" in handle._committed:  # noqa: SLF001 - our own class
+                where = f"; it is committed in {self.local_store.url}: the next start of the run uploads it"
             message = f"the checkpoint of step {handle.step} was not saved: {error}{where}"
             url = f"{self.remote_store.url}/{handle.name}"
             handle.error = StoreError(message, url=url, retryable=getattr(error, "retryable", False))
@@ -658,10 +721,6 @@ class Checkpoints(StoredCheckpoints):
             self._unreported.append(handle)
             self._saves.remove(save)
             self._advance(save, "failed")
-
-    @property
-    def _local_url(self) -> str:
-        return "" if self.local_store is None else self.local_store.url
 
 
 def _local_path(local: str | os.PathLike[str]) -> str:
@@ -683,39 +742,45 @@ def _integer(step: Any) -> int:
         raise TypeError(f"step is an integer, got the {type(step).__name__} {step!r}") from None
 
 
-def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return metrics as numbers. Raises TypeError or ValueError, with the name, if a value is none."""
-    if not isinstance(metrics, Mapping):
-        raise TypeError(f"metrics is a dict such as {{'loss': 0.5}}, got {type(metrics).__name__}")
-    found: dict[str, float] = {}
-    for name, value in metrics.items():
-        if not isinstance(name, str):
-            raise TypeError(f"the name of a metric is a text, got {name!r}")
-        try:
-            if isinstance(value, str | bytes):
-                raise TypeError("a text is no number")
-            number = float(value.detach() if hasattr(value, "detach") else value)
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            # RuntimeError: a tensor of several values
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"the metric {name!r} is a number, got {type(value).__name__} {value!r:.60}: {error}") from None
-        found[name] = value if type(value) is int else number
-    return found
+def _info(
+    scan: Scan,
+    name: str,
+    kept_by: Mapping[CheckpointTier, tuple[str, ...]],
+    unfinished: Mapping[str, Exception | None],
+) -> CheckpointInfo:
+    parsed = parse_name(name) or (0, 0.0)
+    manifest, pin, complete = scan.manifest(name), scan.pin(name), scan.complete(name)
+    copies = scan.copies.get(name, ())
+    archived = [copy.objects.values() for copy in copies if copy.is_archived]
+    listed_bytes = max((sum(info.n_bytes for info in objects) for objects in archived), default=0)
+    state: CheckpointState = "complete" if complete else "incomplete"
+    error = "" if complete else next((copy.problem for copy in copies), "")
+    if not complete and (away := [copy for copy in copies if copy.is_archived or copy.is_unseen]):
+        state, error = ("archived" if away[0].is_archived else "moved"), away[0].problem
+        if away[0].is_archived:
+            error += f": tiercache tier get {redact(away[0].url)} --wait"
+    if (failure := unfinished.get(name)) is not None:
+        state, error = ("complete" if complete else "failed"), str(failure)
+    elif name in unfinished and not complete:
+        state, error = "saving", ""
+    return CheckpointInfo(
+        name=name,
+        step=parsed[0],
+        created_s=parsed[1],
+        state=state,
+        tiers=tuple(copy.tier for copy in complete),
+        n_bytes=listed_bytes if manifest is None else manifest.n_bytes,
+        metrics=scan.metrics(name) or {},
+        is_pinned=pin is not None,
+        why_pinned=pin or "",
+        kept_by=kept_by,
+        note=None if manifest is None else manifest.note,
+        error=error,
+    )
 
 
-def json_copy(note: Any) -> Any:
-    """Return a JSON value that later changes do not reach. Raises TypeError or ValueError if it is none."""
-
-    def plain(value: Any) -> Any:
-        if callable(getattr(value, "tolist", None)):  # a number, an array or a tensor
-            return value.tolist()
-        raise TypeError(f"it contains a {type(value).__name__}")
-
-    try:
-        return json.loads(json.dumps(note, allow_nan=False, default=plain))
-    except (TypeError, ValueError, RecursionError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"note is a JSON value, such as a dict of texts and numbers: {error}") from None
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 # -- the end of the interpreter --------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tiercache.checkpoint.layout import PAGE_BYTES, FileLayout, TensorSpec, distribute, lay_out_file
+from tiercache.checkpoint.format import PAGE_BYTES, FileLayout, TensorSpec, distribute, lay_out_file
 from tiercache.checkpoint.state_tree import EncodedState, TensorSource, flat_bytes
 
 SLAB_BYTES = 64 << 20

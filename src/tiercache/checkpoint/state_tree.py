@@ -140,6 +140,13 @@ def flat_bytes(tensor: Any) -> Any:
     return tensor.detach().reshape(-1).as_strided((tensor.numel(),), (1,)).view(import_module("torch").uint8)
 
 
+def memory_of(value: Any) -> memoryview:
+    """Return the bytes of a contiguous tensor of the host, or of an array, as writable memory."""
+    if isinstance(value, np.ndarray):
+        return value.reshape(-1).view(np.uint8).data
+    return memoryview(flat_bytes(value).numpy())
+
+
 # -- encoding --------------------------------------------------------------------------------------------------------
 
 
@@ -346,7 +353,7 @@ def _decode_tensor(value: Any, node: Any, find: FindTensor) -> Any:
 def _decode_sharded(value: Any, _node: Any, find: FindTensor) -> Any:
     torch = import_module("torch")
     whole = torch.empty(value["size"], dtype=getattr(torch, DTYPES[value["dtype"]]))
-    for offsets, sizes, part in value["parts"]:  # of a checkpoint of several ranks: dcp_writer.py
+    for offsets, sizes, part in value["parts"]:  # of a checkpoint of several ranks: dcp.py
         box = tuple(slice(start, start + n) for start, n in zip(offsets, sizes, strict=True))
         whole[box] = decode_state(part, find)
     return whole

@@ -20,8 +20,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from tiercache.cache import Cache, CachedStore
-from tiercache.checkpoint.inventory import resolve
-from tiercache.checkpoint.layout import (
+from tiercache.checkpoint.format import (
     MANIFEST_NAME,
     Manifest,
     header_bytes,
@@ -31,8 +30,8 @@ from tiercache.checkpoint.layout import (
     parse_name,
 )
 from tiercache.checkpoint.loading import numpy_dtype
+from tiercache.checkpoint.run_stores import RunStores, resolve
 from tiercache.checkpoint.state_tree import DTYPES
-from tiercache.checkpoint.stored import StoredCheckpoints
 from tiercache.checkpoint.writer import in_parallel
 from tiercache.errors import CorruptCheckpoint, NotFound
 from tiercache.model import ByteRange
@@ -384,19 +383,19 @@ def _find_checkpoint(
     head, _, last = url.rstrip("/").rpartition("/")
     run, which = (head, last) if parse_name(last) is not None else (url, "latest")
     store = open_store(run, **options)
-    stored = StoredCheckpoints(store, storage_options=options)
+    stores = RunStores({"remote": store}, options)
     try:
-        scan = stored.scan_to_load(which)
+        scan = stores.scan_to_load(which)
         if not scan.loadable_names and not scan.unasked:
             message = f"no {_INDEX_NAME}, {_FILE_NAME}, other safetensors file or checkpoint here"
             raise NotFound(f"{message}; {scan.hint}" if scan.hint else message, url=url)
         name = resolve(scan, which)
-        manifest, opened = stored.open_copy(scan, name)
+        manifest, opened = stores.open_copy(scan, name)
     except BaseException:
         store.close()
         raise
     finally:
-        stored.close()
+        stores.close()
     if opened is not store:
         store.close()
     return opened, _of_manifest(manifest, lambda path: key_of(name, path))

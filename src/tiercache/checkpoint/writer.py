@@ -18,7 +18,7 @@ from threading import Condition, ExceptHookArgs, Lock, Thread, current_thread
 from typing import TypeVar
 
 from tiercache._native.checksum import crc32c
-from tiercache.checkpoint.layout import (
+from tiercache.checkpoint.format import (
     METRICS_NAME,
     PAGE_BYTES,
     STATE_NAME,
@@ -35,6 +35,7 @@ from tiercache.checkpoint.layout import (
 from tiercache.checkpoint.staging import StagedFile
 from tiercache.crash_points import crash_point
 from tiercache.errors import CommitConflict, CorruptCheckpoint, NotFound, StoreError
+from tiercache.keep import PIN_NAME
 from tiercache.model import ByteRange
 from tiercache.store import CloudStore, LocalFolder, Store, Upload
 from tiercache.store.archive import MOST_PARTS, S3StorageClasses, has_boto3
@@ -132,6 +133,19 @@ class CheckpointWriter:
 
         in_parallel([partial(upload, file) for file in manifest.files], self._n_streams)
         crash_point("checkpoint_upload.files_written")
+
+    def upload_checkpoint(self, manifest: Manifest, local: Store) -> None:
+        """Upload and commit a local checkpoint. After an error, the files stay: a later upload writes them again.
+
+        Raises:
+            NotFound: The local checkpoint was deleted meanwhile, and must not come back.
+        """
+        self.upload(manifest, local)
+        pin_key = f"{manifest.name}/{PIN_NAME}"
+        with suppress(NotFound):  # pinned since it was saved
+            self.store.put(pin_key, local.get(pin_key))
+        local.head(manifest_key(manifest.name))
+        self.commit(manifest)
 
     def commit(self, manifest: Manifest) -> None:
         """Put the manifest: from now on the checkpoint exists.

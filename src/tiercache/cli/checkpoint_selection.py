@@ -23,16 +23,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache import config
-from tiercache.checkpoint.inventory import missing_file
-from tiercache.checkpoint.layout import (
+from tiercache.checkpoint.format import (
     MANIFEST_NAME,
-    Choice,
     Manifest,
-    did_you_mean,
-    parse_choice,
     parse_manifest,
     parse_name,
 )
+from tiercache.checkpoint.run_stores import Choice, did_you_mean, missing_file, parse_choice
 from tiercache.cli.common import Output
 from tiercache.cli.open_tiers import (
     OpenTiers,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from tiercache.checkpoint.layout import MANIFEST_NAME
+from tiercache.checkpoint.format import MANIFEST_NAME
 from tiercache.cli.checkpoint_selection import CheckpointTiers, in_parallel, open_checkpoints
 from tiercache.cli.common import (
     CORRUPT,

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from tiercache.checkpoint.checkpoints import Checkpoints, SaveHandle
-from tiercache.checkpoint.layout import parse_name
+from tiercache.checkpoint.format import parse_name
 from tiercache.checkpoint.writer import TaskThread
 from tiercache.errors import NotFound, TierCacheError
 

@@ -12,7 +12,7 @@ from tests.support.saves import WAIT_S, GateStore, a_state, opened
 
 import tiercache as tc
 from tiercache.checkpoint.checkpoints import Checkpoints
-from tiercache.checkpoint.layout import list_names
+from tiercache.checkpoint.format import list_names
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder
 from tiercache.store.contract import WrapperStore

@@ -8,7 +8,7 @@ import torch
 from tests.support.checkpoint_files import write_checkpoint
 
 import tiercache as tc
-from tiercache.checkpoint.stored import StoredCheckpoints
+from tiercache.checkpoint.checkpoints import Checkpoints
 from tiercache.errors import NotFound
 from tiercache.store import LocalFolder
 
@@ -119,7 +119,7 @@ def test_the_error_for_a_step_says_what_it_is(run, step, error, text):
 
 @pytest.mark.parametrize("which", ["latest", "best:loss", 3])
 def test_the_error_of_an_empty_run_names_its_url_and_what_was_expected(tmp_path, which):
-    checkpoints = StoredCheckpoints(LocalFolder(tmp_path / "rnu7"))
+    checkpoints = Checkpoints(LocalFolder(tmp_path / "rnu7"))
     with pytest.raises(
         NotFound, match=r"/rnu7: no complete checkpoint.*; there are no checkpoints.*: expected folders step-"
     ):
@@ -130,31 +130,31 @@ def test_the_error_of_an_empty_url_names_the_runs_below_it(tmp_path):
     write_checkpoint(LocalFolder(tmp_path / "runs/a"), 1)
     write_checkpoint(LocalFolder(tmp_path / "runs/b"), 1)
     with pytest.raises(NotFound, match="there are runs in folders below this URL: a, b"):
-        StoredCheckpoints(LocalFolder(tmp_path / "runs")).load()
+        Checkpoints(LocalFolder(tmp_path / "runs")).load()
 
 
 def test_the_error_at_the_url_of_a_checkpoint_names_the_url_of_its_run(tmp_path):
     name = write_checkpoint(LocalFolder(tmp_path / "a"), 1)
     with pytest.raises(NotFound, match=f"this is the URL of a checkpoint; that of its run is {tmp_path}/a"):
-        StoredCheckpoints(LocalFolder(tmp_path / "a" / name)).load()
+        Checkpoints(LocalFolder(tmp_path / "a" / name)).load()
 
 
 def test_the_error_names_other_objects_at_the_url(tmp_path):
     LocalFolder(tmp_path).put("checkpoint-5/model.bin", b"1")
     with pytest.raises(NotFound, match=r"only other objects, such as checkpoint-5/model\.bin; `tiercache ckpt ls"):
-        StoredCheckpoints(LocalFolder(tmp_path)).load()
+        Checkpoints(LocalFolder(tmp_path)).load()
 
 
 def test_the_error_of_a_run_with_unfinished_saves_says_what_they_lack(tmp_path):
     name = write_checkpoint(LocalFolder(tmp_path), 1, commit=False)
     with pytest.raises(NotFound, match=rf"only incomplete ones \(1\): the last, {name}: it has no manifest"):
-        StoredCheckpoints(LocalFolder(tmp_path)).load()
+        Checkpoints(LocalFolder(tmp_path)).load()
 
 
 def test_a_typing_error_gives_what_was_probably_meant(tmp_path):
     remote = LocalFolder(tmp_path)
     name = write_checkpoint(remote, 1, metrics={"val_loss": 0.5})
-    checkpoints = StoredCheckpoints(remote)
+    checkpoints = Checkpoints(remote)
     cases = {
         "lastest": (ValueError, "did you mean 'latest'"),
         "best:val_los": (NotFound, "did you mean 'val_loss'"),
@@ -185,7 +185,7 @@ def test_the_reason_of_a_pin_is_a_text(run):
 def test_what_is_neither_text_nor_integer_is_a_type_error(tmp_path, which):
     write_checkpoint(LocalFolder(tmp_path), 1)
     with pytest.raises(TypeError, match="a checkpoint is 'latest', 'best:METRIC', a step or a name, got the"):
-        StoredCheckpoints(LocalFolder(tmp_path)).load(which)
+        Checkpoints(LocalFolder(tmp_path)).load(which)
 
 
 def test_a_writer_for_dcp_takes_the_same_steps(run):

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 import tiercache as tc
-from tiercache.checkpoint.layout import header_bytes, parse_header
+from tiercache.checkpoint.format import header_bytes, parse_header
 from tiercache.store import FsspecStore, LocalFolder
 from tiercache.store.access import CallOptions
 from tiercache.store.contract import WrapperStore
@@ -189,7 +189,7 @@ def test_what_would_not_commit_one_checkpoint_of_all_ranks_is_refused(checkpoint
 
 
 def test_a_checkpoint_at_the_store_without_a_local_copy_is_a_warning(checkpoints):
-    writer = checkpoints.file_writers[0]
+    writer = checkpoints._house.writers[0]
     writer.store = FaultStore(writer.store, [Fault("complete", keys="*state.json", retryable=False)])
     saving = checkpoints.dcp_writer(3)
     with pytest.warns(RuntimeWarning, match=r"is committed at .*, but has no complete local copy: .*scripted fault"):
@@ -205,7 +205,7 @@ def test_a_checkpoint_at_the_store_without_a_local_copy_is_a_warning(checkpoints
 
 @pytest.mark.parametrize("keys", ["*.safetensors", "*state.json"])
 def test_a_save_that_fails_is_not_done_and_a_rank_that_fails_leaves_no_local_files(checkpoints, keys):
-    writer = checkpoints.file_writers[-1]
+    writer = checkpoints._house.writers[-1]
     whole = writer.store
     writer.store = FaultStore(whole, [Fault("complete", keys=keys, retryable=False)])
     saving = checkpoints.dcp_writer(3)
@@ -315,7 +315,7 @@ def test_retention_after_another_save_leaves_the_local_files_of_a_save_alone(tmp
     with tc.Checkpoints(store, local=tmp_path / "local", keep=tc.Keep(last=3)) as checkpoints:
         dcp.save({"w": torch.ones(100)}, storage_writer=checkpoints.dcp_writer(1))
         assert [(one.step, one.tiers) for one in checkpoints.list()] == [(n, ("local", "remote")) for n in (1, 2)]
-        assert checkpoints.unfinished_saves() == {}
+        assert checkpoints._house.unfinished() == {}
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------

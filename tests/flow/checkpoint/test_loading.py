@@ -12,9 +12,9 @@ from tests.support.faults import Fault, FaultKind, FaultStore
 from torch import nn
 
 from tiercache.cache import Cache
-from tiercache.checkpoint import reading
-from tiercache.checkpoint.layout import MANIFEST_NAME, encode_manifest, key_of, manifest_key, parse_manifest
-from tiercache.checkpoint.stored import StoredCheckpoints
+from tiercache.checkpoint import loading
+from tiercache.checkpoint.checkpoints import Checkpoints
+from tiercache.checkpoint.format import MANIFEST_NAME, encode_manifest, key_of, manifest_key, parse_manifest
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError
 from tiercache.store import LocalFolder, MemoryStore
 
@@ -87,7 +87,7 @@ def test_a_state_comes_back_as_data_bit_by_bit(remote):
         "values": {"a": [1, None, "x", float("inf")], (1, 2): True},
     }
     write_checkpoint(remote, 5, state)
-    loaded = StoredCheckpoints(remote).load()
+    loaded = Checkpoints(remote).load()
     assert same({k: v for k, v in loaded.items() if k != "array"}, {k: v for k, v in state.items() if k != "array"})
     assert loaded["array"].dtype == np.int16
     assert np.array_equal(loaded["array"], state["array"])
@@ -105,7 +105,7 @@ def test_a_tensor_beside_the_folder_is_loaded_and_verified(remote):
     tensors = {"a": replace(entry, file=shared), "b": replace(entry, file=shared)}
     changed = replace(manifest, files=tuple(files), tensors=tensors)
     remote.put(manifest_key(name), encode_manifest(changed))
-    checkpoints = StoredCheckpoints(remote)
+    checkpoints = Checkpoints(remote)
     assert torch.equal(checkpoints.load()["a"], torch.ones(50))
     assert checkpoints.verify().is_right
     remote.delete([key_of(name, shared)])
@@ -114,7 +114,7 @@ def test_a_tensor_beside_the_folder_is_loaded_and_verified(remote):
 
 def test_map_location_moves_the_tensors_that_are_returned(remote):
     write_checkpoint(remote, 1, {"a": torch.ones(2)})
-    assert StoredCheckpoints(remote).load(map_location="meta")["a"].device.type == "meta"
+    assert Checkpoints(remote).load(map_location="meta")["a"].device.type == "meta"
 
 
 @pytest.mark.parametrize(
@@ -130,19 +130,19 @@ def test_what_is_no_device_is_refused_before_anything_is_read(remote, value, err
     write_checkpoint(remote, 1, {"a": torch.ones(2)})
     broken = FaultStore(remote, [Fault("read_into", times=100)])
     with pytest.raises(error, match=text):
-        StoredCheckpoints(broken).load(map_location=value)
+        Checkpoints(broken).load(map_location=value)
 
 
 def test_files_longer_than_a_piece_are_read_in_pieces(remote, monkeypatch):
-    monkeypatch.setattr(reading, "PIECE_BYTES", 5000)
-    monkeypatch.setattr(reading, "_STEP_BYTES", 700)
+    monkeypatch.setattr(loading, "PIECE_BYTES", 5000)
+    monkeypatch.setattr(loading, "_STEP_BYTES", 700)
     state = {f"t{n}": torch.randn(n * 37 + 1) for n in range(40)}
     write_checkpoint(remote, 1, state)
-    assert same(StoredCheckpoints(remote).load(), state)
+    assert same(Checkpoints(remote).load(), state)
 
 
 def test_many_files_are_read_with_few_open_ones(remote, monkeypatch):
-    monkeypatch.setattr(reading, "_OPEN_FILES", 2)
+    monkeypatch.setattr(loading, "_OPEN_FILES", 2)
     state = {f"t{n}": torch.full((4,), n) for n in range(30)}
     write_checkpoint(remote, 1, state, n_files=30)
     opened = []
@@ -153,7 +153,7 @@ def test_many_files_are_read_with_few_open_ones(remote, monkeypatch):
         return open_local(key, identity)
 
     monkeypatch.setattr(remote, "open_local", count)
-    assert same(StoredCheckpoints(remote).load(), state)
+    assert same(Checkpoints(remote).load(), state)
     assert max(opened) <= 2
 
 
@@ -164,7 +164,7 @@ def test_a_module_and_an_optimizer_go_on_from_where_they_were_saved(remote):
     net, optim = trained()
     write_checkpoint(remote, 1, {"model": net, "optim": optim})
     again, optim_again = trained(seed=1, steps=0)
-    StoredCheckpoints(remote).load(into={"model": again, "optim": optim_again})
+    Checkpoints(remote).load(into={"model": again, "optim": optim_again})
     assert same(dict(again.state_dict()), dict(net.state_dict()))
     assert same(optim_again.state_dict(), optim.state_dict())
 
@@ -174,7 +174,7 @@ def test_parameters_are_filled_in_their_own_memory(remote):
     write_checkpoint(remote, 1, {"model": net, "optim": optim})
     again, optim_again = trained(seed=1)
     before = {key: value.data_ptr() for key, value in again.state_dict().items()}
-    StoredCheckpoints(remote).load(into={"model": again, "optim": optim_again})
+    Checkpoints(remote).load(into={"model": again, "optim": optim_again})
     assert {key: value.data_ptr() for key, value in again.state_dict().items()} == before
     assert same(optim_again.state_dict(), optim.state_dict())
 
@@ -183,7 +183,7 @@ def test_tensors_of_another_type_are_converted(remote):
     net, _ = trained()
     write_checkpoint(remote, 1, {"model": net})
     again = Net().double()
-    StoredCheckpoints(remote).load(into={"model": again})
+    Checkpoints(remote).load(into={"model": again})
     assert torch.equal(again.head.weight, net.head.weight.double())
 
 
@@ -194,7 +194,7 @@ def test_tied_weights_are_filled_and_stay_tied(remote):
     tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     tied[1].weight = tied[0].weight
     apart = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
-    checkpoints = StoredCheckpoints(remote)
+    checkpoints = Checkpoints(remote)
     checkpoints.load(into={"model": tied})
     checkpoints.load(into={"model": apart})
     assert tied[1].weight is tied[0].weight
@@ -208,7 +208,7 @@ def test_tensors_arrays_and_values_of_a_dict_are_filled_in_place(remote):
     write_checkpoint(remote, 1, state)
     w, mean, turned = torch.zeros(3), np.zeros(4), torch.zeros(3, 2).t()
     into = {"ema": {"w": w}, "mean": mean, "epoch": 0, "turned": turned}
-    assert StoredCheckpoints(remote).load(into=into) is into
+    assert Checkpoints(remote).load(into=into) is into
     assert torch.equal(w, state["ema"]["w"])
     assert np.array_equal(mean, state["mean"])
     assert torch.equal(turned, state["turned"])
@@ -219,7 +219,7 @@ def test_saved_objects_that_are_not_asked_for_are_not_loaded(remote):
     net, optim = trained()
     write_checkpoint(remote, 1, {"model": net, "optim": optim, "epoch": 3})
     again = Net()
-    StoredCheckpoints(remote).load(into={"model": again})
+    Checkpoints(remote).load(into={"model": again})
     assert same(dict(again.state_dict()), dict(net.state_dict()))
 
 
@@ -237,13 +237,13 @@ def test_an_object_with_load_state_dict_gets_its_state(remote):
     counter.n = 41
     write_checkpoint(remote, 1, {"counter": counter})
     again = Counter()
-    StoredCheckpoints(remote).load(into={"counter": again})
+    Checkpoints(remote).load(into={"counter": again})
     assert again.n == 41
 
 
 def test_into_must_be_a_dict_of_things_that_can_be_filled(remote):
     write_checkpoint(remote, 1, {"model": Net()})
-    checkpoints = StoredCheckpoints(remote)
+    checkpoints = Checkpoints(remote)
     with pytest.raises(TypeError, match="into is a dict such as"):
         checkpoints.load(into=Net())
 
@@ -253,8 +253,8 @@ def test_weights_that_were_not_tied_are_loaded_into_tied_ones(remote):
     write_checkpoint(remote, 1, {"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        StoredCheckpoints(remote).load(into={"a": tied, "b": tied})
-    data = StoredCheckpoints(remote).load()
+        Checkpoints(remote).load(into={"a": tied, "b": tied})
+    data = Checkpoints(remote).load()
     assert same(dict(tied.state_dict()), dict(data["b"]))
 
 
@@ -262,7 +262,7 @@ def test_a_list_of_tensors_is_replaced(remote):
     states = {"cuda": [torch.get_rng_state()], "numpy": np.random.get_state()}
     write_checkpoint(remote, 1, states)
     into = {"cuda": [torch.zeros(3)], "numpy": (np.zeros(2),)}
-    StoredCheckpoints(remote).load(into=into)
+    Checkpoints(remote).load(into=into)
     assert torch.equal(into["cuda"][0], states["cuda"][0])
     assert np.array_equal(into["numpy"][1], states["numpy"][1])
 
@@ -284,7 +284,7 @@ UNFILLABLE = {
 def test_what_cannot_be_filled_is_named_before_anything_is_read(remote):
     write_checkpoint(remote, 1, {"first": torch.ones(3), "ema": {"w": torch.arange(6.0)}})
     for kind, made in UNFILLABLE.items():
-        checkpoints, first = StoredCheckpoints(remote), torch.zeros(3)
+        checkpoints, first = Checkpoints(remote), torch.zeros(3)
         with pytest.raises(ValueError, match=rf"cannot be filled \(1\): \s*ema\.w is {kind}"):
             checkpoints.load(into={"first": first, "ema": {"w": made()}})
         assert torch.equal(first, torch.zeros(3))
@@ -299,9 +299,9 @@ def test_all_parameters_of_a_module_without_memory_are_named(remote):
     with torch.device("meta"):
         bare = Net()
     with pytest.raises(ValueError, match=r"cannot be filled \(9\)(.|\n)*model\.body\.weight(.|\n)*to_empty"):
-        StoredCheckpoints(remote).load(into={"model": bare})
+        Checkpoints(remote).load(into={"model": bare})
     bare.to_empty(device="cpu")
-    StoredCheckpoints(remote).load(into={"model": bare})
+    Checkpoints(remote).load(into={"model": bare})
     assert same(dict(bare.state_dict()), dict(net.state_dict()))
 
 
@@ -309,7 +309,7 @@ def test_a_lazy_module_gets_its_shapes_from_the_checkpoint(remote):
     net = nn.Linear(3, 2)
     write_checkpoint(remote, 1, {"model": net})
     lazy = nn.LazyLinear(2)
-    StoredCheckpoints(remote).load(into={"model": lazy})
+    Checkpoints(remote).load(into={"model": lazy})
     assert torch.equal(lazy.weight, net.weight)
 
 
@@ -317,7 +317,7 @@ def test_a_lazy_module_gets_its_shapes_from_the_checkpoint(remote):
 def test_a_tensor_of_any_type_fills_an_array_of_wider_numbers(remote, dtype):
     write_checkpoint(remote, 1, {"x": torch.tensor([0, 1, 1]).to(dtype)})
     array = np.ones(6)[::2]
-    StoredCheckpoints(remote).load(into={"x": array})
+    Checkpoints(remote).load(into={"x": array})
     assert array.tolist() == [0, 1, 1]
 
 
@@ -334,7 +334,7 @@ def test_tensors_with_gaps_views_and_subclasses_are_filled(remote):
         "reversed": np.zeros(3)[::-1],
     }
     write_checkpoint(remote, 1, {key: torch.arange(3.0) for key in into})
-    StoredCheckpoints(remote).load(into=into)
+    Checkpoints(remote).load(into=into)
     assert all(value.tolist() == [0, 1, 2] for value in into.values())
     assert whole.real[:, 1].tolist() == [0, 1, 2]
     assert type(into["own"]) is Own
@@ -342,7 +342,7 @@ def test_tensors_with_gaps_views_and_subclasses_are_filled(remote):
 
 def test_an_object_that_load_can_neither_fill_nor_replace_is_refused(remote):
     write_checkpoint(remote, 1, {"rng": torch.get_rng_state(), "params": [torch.ones(2)]})
-    checkpoints = StoredCheckpoints(remote)
+    checkpoints = Checkpoints(remote)
     with pytest.raises(TypeError, match=r"into\['rng'\] cannot be filled: .* got Generator"):
         checkpoints.load(into={"rng": torch.Generator()})
     with pytest.raises(TypeError, match=r"into\['params'\] cannot be filled: it is a list of objects or parameters"):
@@ -356,13 +356,13 @@ def test_a_sharded_tensor_is_refused_with_the_reader_for_it(remote):
 
     write_checkpoint(remote, 1, {"w": torch.ones(2)})
     with pytest.raises(TypeError, match=r"into\['w'\] is sharded .*torch\.distributed\.checkpoint"):
-        StoredCheckpoints(remote).load(into={"w": torch.zeros(2).as_subclass(Sharded)})
+        Checkpoints(remote).load(into={"w": torch.zeros(2).as_subclass(Sharded)})
 
 
 def test_keys_of_another_type_are_told_apart_in_the_error(remote):
     write_checkpoint(remote, 1, {"x": {0: 1}})
     with pytest.raises(ValueError, match=r"checkpoint \(1\): x\.0\n.*\(1\): x\[0\]\nNothing"):
-        StoredCheckpoints(remote).load(into={"x": {"0": 1}})
+        Checkpoints(remote).load(into={"x": {"0": 1}})
 
 
 def test_latest_says_which_later_checkpoint_is_incomplete(remote):
@@ -370,14 +370,14 @@ def test_latest_says_which_later_checkpoint_is_incomplete(remote):
     name = write_checkpoint(remote, 2, {"n": 2}, created_s=START_S + 100)
     remote.delete([f"{name}/state.json"])
     with pytest.warns(RuntimeWarning, match=f"{name}.*state.json"):
-        assert StoredCheckpoints(remote).load()["n"] == 1
+        assert Checkpoints(remote).load()["n"] == 1
 
 
 def test_a_list_of_objects_is_refused_because_none_of_them_would_be_filled(remote):
     net = other_net()
     write_checkpoint(remote, 1, {"models": [net]})
     with pytest.raises(TypeError, match=r"into\['models'\] cannot be filled.*dict"):
-        StoredCheckpoints(remote).load(into={"models": [other_net()]})
+        Checkpoints(remote).load(into={"models": [other_net()]})
 
 
 def test_other_parameter_groups_of_an_optimizer_are_found_before_the_model_is_filled(remote):
@@ -386,7 +386,7 @@ def test_other_parameter_groups_of_an_optimizer_are_found_before_the_model_is_fi
     before = {key: value.clone() for key, value in other.state_dict().items()}
     fewer = torch.optim.SGD([*other.parameters()][:1], lr=0.1)
     with pytest.raises(ValueError, match=r"optim: parameter groups of \[\d+\] parameters in the checkpoint, \[1\]"):
-        StoredCheckpoints(remote).load(into={"model": other, "optim": fewer})
+        Checkpoints(remote).load(into={"model": other, "optim": fewer})
     assert same(other.state_dict(), before)
 
 
@@ -401,7 +401,7 @@ def test_tensors_that_several_ranks_stored_in_parts_are_put_together(remote):
 
     state = {"parts": [weight[:1], weight[1:]], "bias": bias}
     write_checkpoint(remote, 1, state, edit_tree=in_parts)
-    checkpoints = StoredCheckpoints(remote)
+    checkpoints = Checkpoints(remote)
     head = nn.Linear(8, 2)
     checkpoints.load(into={"head": head})
     assert torch.equal(head.weight, weight)
@@ -427,7 +427,7 @@ def test_one_error_lists_all_missing_unexpected_and_misshaped_keys_and_nothing_i
     into = {"model": other_net(), "optim": {}}
     before = {key: value.clone() for key, value in into["model"].state_dict().items()}
     with pytest.raises(ValueError, match="does not fit into=") as caught:
-        StoredCheckpoints(remote).load(into=into)
+        Checkpoints(remote).load(into=into)
     text = str(caught.value)
     assert "missing in the checkpoint (3): model.extra.weight, model.extra.bias, optim" in text
     assert "unexpected: in the checkpoint only (5): model.norm.weight, model.norm.bias" in text
@@ -443,7 +443,7 @@ def test_without_strict_everything_that_fits_is_loaded_and_the_rest_is_named_in_
     into = other_net()
     head = into.head.weight.clone()
     with pytest.warns(RuntimeWarning, match="of another shape"):
-        StoredCheckpoints(remote).load(into={"model": into}, strict=False)
+        Checkpoints(remote).load(into={"model": into}, strict=False)
     assert torch.equal(into.body.weight, net.body.weight)
     assert torch.equal(into.head.weight, head)
 
@@ -452,7 +452,7 @@ def test_the_error_says_that_the_keys_differ_by_the_prefix_of_a_wrapper(remote):
     net, _ = trained()
     write_checkpoint(remote, 1, {"model": {f"module.{key}": value for key, value in net.state_dict().items()}})
     with pytest.raises(ValueError, match=r"The keys of the checkpoint begin with 'module\.'"):
-        StoredCheckpoints(remote).load(into={"model": Net()})
+        Checkpoints(remote).load(into={"model": Net()})
 
 
 # -- which checkpoint ----------------------------------------------------------------------------------------------
@@ -462,21 +462,21 @@ def test_latest_is_the_checkpoint_written_last_whatever_its_step(remote):
     write_checkpoint(remote, 900, {"n": 900}, created_s=START_S)
     write_checkpoint(remote, 100, {"n": 100}, created_s=START_S + 50)
     write_checkpoint(remote, 950, {"n": 950}, created_s=START_S + 99, commit=False)
-    assert StoredCheckpoints(remote).load() == {"n": 100}
+    assert Checkpoints(remote).load() == {"n": 100}
 
 
 def test_a_checkpoint_is_found_by_step_by_name_and_by_its_metric(remote):
     first = write_checkpoint(remote, 1, {"n": 1}, metrics={"loss": 0.5, "acc": 0.1})
     write_checkpoint(remote, 2, {"n": 2}, metrics={"loss": 0.25, "acc": 0.4})
     write_checkpoint(remote, 2, {"n": 22}, metrics={"loss": float("nan")}, nonce="00c0df")
-    checkpoints = StoredCheckpoints(remote)
+    checkpoints = Checkpoints(remote)
     found = [checkpoints.load(which)["n"] for which in (1, 2, first, "best:loss", "best:loss:max", "best:acc:max")]
     assert found == [1, 22, 1, 2, 1, 2]
 
 
 def test_the_error_for_a_checkpoint_that_does_not_exist_lists_what_there_is(remote):
     write_checkpoint(remote, 1, metrics={"loss": 0.5})
-    checkpoints = StoredCheckpoints(remote)
+    checkpoints = Checkpoints(remote)
     with pytest.raises(NotFound, match=r"no complete checkpoint of step 7; .* steps 1, metrics: loss"):
         checkpoints.load(7)
     with pytest.raises(NotFound, match="with the metric 'acc'"):
@@ -484,7 +484,7 @@ def test_the_error_for_a_checkpoint_that_does_not_exist_lists_what_there_is(remo
     with pytest.raises(ValueError, match="'latest', 'best:METRIC', a step or a name, got 'newest'"):
         checkpoints.load("newest")
     with pytest.raises(NotFound, match="there are no checkpoints at this URL: expected folders step"):
-        StoredCheckpoints(MemoryStore("empty-of-checkpoints")).load()
+        Checkpoints(MemoryStore("empty-of-checkpoints")).load()
 
 
 # -- which copy ----------------------------------------------------------------------------------------------------
@@ -501,7 +501,7 @@ def test_the_local_copy_is_read_where_there_is_one(local, remote):
     remote.delete([info.key for info in remote.list(f"{name}/") if not info.key.endswith(MANIFEST_NAME)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(StoredCheckpoints(remote, local).load()["w"], torch.ones(100))
+        assert torch.equal(Checkpoints(remote, local=local.root).load()["w"], torch.ones(100))
 
 
 @pytest.mark.parametrize("damage", ["bit", "gone", "short", "manifest"])
@@ -517,7 +517,7 @@ def test_a_corrupt_copy_is_skipped_with_a_warning(local, remote, damage):
     else:
         flip(local, f"{name}/{MANIFEST_NAME}", at=5)
     with pytest.warns(RuntimeWarning, match="this copy is skipped"):
-        assert torch.equal(StoredCheckpoints(remote, local).load()["w"], torch.ones(100))
+        assert torch.equal(Checkpoints(remote, local=local.root).load()["w"], torch.ones(100))
 
 
 def test_latest_goes_back_to_the_checkpoint_before_if_no_copy_of_the_newest_is_right(local, remote):
@@ -527,18 +527,18 @@ def test_latest_goes_back_to_the_checkpoint_before_if_no_copy_of_the_newest_is_r
         flip(store, tensor_files(store, name)[0])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert torch.equal(StoredCheckpoints(remote, local).load()["n"], torch.ones(1))
+        assert torch.equal(Checkpoints(remote, local=local.root).load()["n"], torch.ones(1))
     assert ["skipped" in str(one.message) for one in caught] == [True, True, False]
     assert "the checkpoint written before it is next" in str(caught[-1].message)
     with pytest.warns(RuntimeWarning, match="skipped"), pytest.raises(CorruptCheckpoint, match="CRC-32C"):
-        StoredCheckpoints(remote, local).load(2)
+        Checkpoints(remote, local=local.root).load(2)
 
 
 def test_local_checkpoints_are_loaded_while_the_store_cannot_be_reached(local, remote):
     both(local, remote)
     broken = FaultStore(remote, [Fault("list", times=10)])
     with pytest.warns(RuntimeWarning, match="only local checkpoints are considered"):
-        assert torch.equal(StoredCheckpoints(broken, local).load()["w"], torch.ones(100))
+        assert torch.equal(Checkpoints(broken, local=local.root).load()["w"], torch.ones(100))
 
 
 def test_a_failing_store_is_an_error_and_not_an_older_checkpoint(remote):
@@ -546,7 +546,7 @@ def test_a_failing_store_is_an_error_and_not_an_older_checkpoint(remote):
     write_checkpoint(remote, 2, {"w": torch.ones(4)})
     broken = FaultStore(remote, [Fault("read_into", times=100)])
     with pytest.warns(RuntimeWarning, match="skipped"), pytest.raises(StoreError, match="scripted fault"):
-        StoredCheckpoints(broken).load()
+        Checkpoints(broken).load()
 
 
 # -- through the cache ---------------------------------------------------------------------------------------------
@@ -561,8 +561,9 @@ class Bucket(FaultStore):
 
 
 @pytest.fixture
-def cache(tmp_path):
+def cache(tmp_path, monkeypatch):
     with Cache(tmp_path / "cache", size="64MiB") as cache:
+        monkeypatch.setattr(Cache, "default", lambda: cache)
         yield cache
 
 
@@ -571,26 +572,26 @@ def test_an_interrupted_load_continues_where_it_ended(remote, cache):
     write_checkpoint(remote, 1, state, n_files=8)
     bucket = Bucket(remote, [Fault("read_into", nth=4, times=1000, retryable=False)])
     with pytest.warns(RuntimeWarning, match="skipped"), pytest.raises(StoreError):
-        StoredCheckpoints(bucket, cache=lambda: cache).load()
+        Checkpoints(bucket).load()
     interrupted = remote.counters["bytes_read"]
     bucket = Bucket(remote)
-    assert same(StoredCheckpoints(bucket, cache=lambda: cache).load(), state)
+    assert same(Checkpoints(bucket).load(), state)
     again = remote.counters["bytes_read"] - interrupted
     assert again < 8 * (1 << 21) - (1 << 20)
 
 
 def test_a_second_load_of_the_machine_reads_nothing_from_the_store_but_manifests(remote, cache):
     write_checkpoint(remote, 1, {"w": torch.randn(1 << 18)})
-    StoredCheckpoints(Bucket(remote), cache=lambda: cache).load()
+    Checkpoints(Bucket(remote)).load()
     before = remote.counters["bytes_read"]
-    StoredCheckpoints(Bucket(remote), cache=lambda: cache).load()
+    Checkpoints(Bucket(remote)).load()
     assert remote.counters["bytes_read"] - before < 10_000
 
 
 def test_a_corrupt_cached_copy_is_fetched_again(remote, cache, tmp_path):
     state = {"w": torch.randn(1 << 18)}
     write_checkpoint(remote, 1, state)
-    StoredCheckpoints(Bucket(remote), cache=lambda: cache).load()
+    Checkpoints(Bucket(remote)).load()
     copies = [path for path in Path(cache.path, "copies").iterdir() if path.stat().st_size > 1 << 20]
     assert copies
     for path in copies:
@@ -598,7 +599,7 @@ def test_a_corrupt_cached_copy_is_fetched_again(remote, cache, tmp_path):
         data[len(data) // 2] ^= 1
         with path.open("r+b") as file:
             file.write(data)
-    assert same(StoredCheckpoints(Bucket(remote), cache=lambda: cache).load(), state)
+    assert same(Checkpoints(Bucket(remote)).load(), state)
 
 
 def test_bytes_that_change_on_the_way_are_found(remote):
@@ -609,4 +610,4 @@ def test_bytes_that_change_on_the_way_are_found(remote):
 
     flipping = Plain(remote, [Fault("read_into", times=50, kind=FaultKind.BIT_FLIP)])
     with pytest.warns(RuntimeWarning), pytest.raises(CorruptCheckpoint):
-        StoredCheckpoints(flipping).load()
+        Checkpoints(flipping).load()

@@ -10,8 +10,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import tiercache as tc
 from tiercache.cache import Cache
-from tiercache.checkpoint.layout import MANIFEST_NAME
-from tiercache.checkpoint.stored import StoredCheckpoints
+from tiercache.checkpoint.checkpoints import Checkpoints
+from tiercache.checkpoint.format import MANIFEST_NAME
 from tiercache.errors import ArchivedShards, NotFound, StoreError
 from tiercache.keep import Keep
 from tiercache.store import LocalFolder
@@ -24,10 +24,11 @@ def bucket(tmp_path):
     return DiskBucket(tmp_path / "bucket", "s3://vault/run", Script())
 
 
-@pytest.fixture
-def open_checkpoints(tmp_path):
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
     with Cache(tmp_path / "cache", size="64MiB") as cache:
-        yield lambda bucket, **options: StoredCheckpoints(bucket, cache=lambda: cache, **options)
+        monkeypatch.setattr(Cache, "default", lambda: cache)
+        yield
 
 
 def archive(bucket, *, manifests=True):
@@ -38,35 +39,33 @@ def archive(bucket, *, manifests=True):
 
 
 @pytest.mark.parametrize("manifests", [True, False], ids=["all objects", "all but the manifest"])
-def test_an_archived_checkpoint_is_an_error_that_names_the_command_and_nothing_is_requested(
-    bucket, open_checkpoints, manifests
-):
+def test_an_archived_checkpoint_is_an_error_that_names_the_command_and_nothing_is_requested(bucket, manifests):
     name = write_checkpoint(bucket, 1, STATE)
     archive(bucket, manifests=manifests)
     with pytest.raises(ArchivedShards, match="is archived and must be restored before it can be read") as caught:
-        open_checkpoints(bucket).load()
+        Checkpoints(bucket).load()
     assert caught.value.command == f"tiercache tier get {bucket.url}/{name} --wait"
     assert caught.value.n_bytes > 800
     assert not any(info.restore for info in bucket.list())
 
 
-def test_an_archived_checkpoint_is_listed_and_never_deleted_by_a_rule(bucket, open_checkpoints):
+def test_an_archived_checkpoint_is_listed_and_never_deleted_by_a_rule(bucket):
     first = write_checkpoint(bucket, 1)
     archive(bucket)
     write_checkpoint(bucket, 2)
-    checkpoints = open_checkpoints(bucket, keep=Keep(last=1))
-    checkpoints.apply_retention()
+    checkpoints = Checkpoints(bucket, keep=Keep(last=1))
+    checkpoints._house._retain(None)
     listed = checkpoints.list()[0]
     assert (listed.name, listed.state, listed.n_bytes > 0) == (first, "archived", True)
     assert f"tiercache tier get {bucket.url}/{first} --wait" in listed.error
 
 
-def test_the_metrics_of_an_archived_checkpoint_are_known(bucket, open_checkpoints):
+def test_the_metrics_of_an_archived_checkpoint_are_known(bucket):
     with tc.Checkpoints(bucket) as saving:
         saving.save(1, STATE, metrics={"loss": 0.1}).wait()
         archive(bucket)
         saving.save(2, STATE, metrics={"loss": 0.2}).wait()
-    checkpoints = open_checkpoints(bucket)
+    checkpoints = Checkpoints(bucket)
     assert [(one.step, one.state, one.metrics) for one in checkpoints.list()] == [
         (1, "archived", {"loss": 0.1}),
         (2, "complete", {"loss": 0.2}),
@@ -76,11 +75,11 @@ def test_the_metrics_of_an_archived_checkpoint_are_known(bucket, open_checkpoint
         checkpoints.load("best:loss")
 
 
-def test_an_archived_checkpoint_whose_metrics_are_unknown_may_be_the_best_one(bucket, open_checkpoints):
+def test_an_archived_checkpoint_whose_metrics_are_unknown_may_be_the_best_one(bucket):
     first = write_checkpoint(bucket, 1, metrics={"loss": 0.1})
     archive(bucket)
     write_checkpoint(bucket, 2, metrics={"loss": 0.2})
-    checkpoints = open_checkpoints(bucket)
+    checkpoints = Checkpoints(bucket)
     with pytest.raises(StoreError, match=rf"best 'loss' cannot be known: the metrics of {first} are not known"):
         checkpoints.load("best:loss")
     assert checkpoints.load("latest")["step"] == 2
@@ -98,8 +97,8 @@ def test_a_checkpoint_that_the_tier_engine_has_moved_to_the_archive_is_found(tmp
     moved = write_checkpoint(below, 1, STATE)
     archive(below)
     write_checkpoint(home, 2, {"w": np.arange(50)})
-    monkeypatch.setattr("tiercache.checkpoint.stored.open_store", lambda url, **_options: below)
-    checkpoints = StoredCheckpoints(home)
+    monkeypatch.setattr("tiercache.checkpoint.run_stores.open_store", lambda url, **_options: below)
+    checkpoints = Checkpoints(home)
     assert np.array_equal(checkpoints.load()["w"], np.arange(50))
     with pytest.raises(ArchivedShards) as caught:
         checkpoints.load(1)

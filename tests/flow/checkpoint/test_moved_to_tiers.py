@@ -8,7 +8,7 @@ from tests.support.checkpoint_files import write_checkpoint
 from typer.testing import CliRunner
 
 import tiercache as tc
-from tiercache.checkpoint.stored import StoredCheckpoints
+from tiercache.checkpoint.checkpoints import Checkpoints
 from tiercache.cli.app import app
 from tiercache.errors import NotFound, StoreError
 from tiercache.store import LocalFolder
@@ -132,8 +132,8 @@ def test_a_tier_that_cannot_be_asked_is_named_in_the_error_and_does_not_change_t
     def unreachable(url):
         raise StoreError("no route to host", url=url)
 
-    run = StoredCheckpoints(LocalFolder(work / "first/run7"))
-    monkeypatch.setattr(run._moved, "store", unreachable)
+    run = Checkpoints(LocalFolder(work / "first/run7"))
+    monkeypatch.setattr(run._stores, "_store_at", unreachable)
     is_home = "archive" in (work / "rules.toml").read_text()
     tier = "the tier .*/second/run7 could not be asked: .*no route to host"
     for which in ("best:loss", 2):

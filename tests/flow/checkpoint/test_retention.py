@@ -9,16 +9,16 @@ from tests.support.checkpoint_files import START_S, write_checkpoint
 from tests.support.faults import Fault, FaultStore
 from tests.support.stores import CountingStore
 
-from tiercache.checkpoint.inventory import CheckpointStores
-from tiercache.checkpoint.layout import (
+from tiercache.checkpoint.checkpoints import Checkpoints
+from tiercache.checkpoint.format import (
     MANIFEST_NAME,
     checkpoint_objects,
     list_names,
     manifest_key,
     metrics_key,
 )
-from tiercache.checkpoint.retention import Retention, plan_retention
-from tiercache.checkpoint.stored import StoredCheckpoints
+from tiercache.checkpoint.housekeeping import Retention, plan_retention
+from tiercache.checkpoint.run_stores import RunStores
 from tiercache.errors import NotFound, StoreError
 from tiercache.keep import Keep, encode_pin, parse_pin
 from tiercache.model import ObjectInfo
@@ -74,7 +74,7 @@ def steps_of(store):
 def retained(store, *keeps, now_s=START_S + 1000 * HOUR_S, local=None):
     """Run retention and return the steps that are left in the store."""
     tiers = {"remote": store} if local is None else {"local": local, "remote": store}
-    Retention(CheckpointStores(tiers), keeps, now=lambda: now_s).run()
+    Retention(RunStores(tiers), keeps, now=lambda: now_s).run()
     return steps_of(store)
 
 
@@ -151,7 +151,7 @@ def test_every_steps_counts_anew_after_a_restart(remote):
 
 def test_a_pinned_checkpoint_is_deleted_by_no_rule_and_by_no_call(remote):
     hours(remote, 1, 2, 3)
-    checkpoints = StoredCheckpoints(remote)
+    checkpoints = Checkpoints(remote)
     checkpoints.pin(1, "the release of May")
     assert retained(remote, Keep(last=1)) == [1, 3]
     with pytest.raises(ValueError, match=r"is pinned \(the release of May\) and was not deleted; unpin\('step-"):
@@ -169,15 +169,15 @@ def test_a_pin_that_cannot_be_read_counts_as_a_pin(remote, text):
     remote.put(f"{names[0]}/pin.json", text)
     assert retained(remote, Keep(last=1)) == [1, 2]
     with pytest.raises(ValueError, match="is pinned"):
-        StoredCheckpoints(remote).delete(1)
-    StoredCheckpoints(remote).unpin(1)
+        Checkpoints(remote).delete(1)
+    Checkpoints(remote).unpin(1)
     assert retained(remote, Keep(last=1)) == [2]
 
 
 def test_the_metrics_of_a_killed_save_are_collected_with_its_files(remote):
     name = write_checkpoint(remote, 1, commit=False)
     remote.put(f"_tiercache/metrics/{name}.json", b"{}")
-    Retention(CheckpointStores({"remote": remote}), now=lambda: START_S + 99 * DAY_S).collect()
+    Retention(RunStores({"remote": remote}), now=lambda: START_S + 99 * DAY_S).collect()
     assert [*remote.list()] == []
 
 
@@ -189,7 +189,7 @@ def test_a_pin_is_read_as_it_was_written(why):
 def test_list_says_which_rules_keep_a_checkpoint_in_each_tier(remote, local):
     for store in (local, remote):
         hours(store, 1, 2, metrics={"loss": 0.5})
-    checkpoints = StoredCheckpoints(remote, local, keep=[Keep(last=1, tier="local"), Keep(last=5, best="loss:1")])
+    checkpoints = Checkpoints(remote, local=local.root, keep=[Keep(last=1, tier="local"), Keep(last=5, best="loss:1")])
     checkpoints.pin(1)
     first, second = checkpoints.list()
     assert first.kept_by == {
@@ -241,7 +241,7 @@ def test_a_local_checkpoint_stays_while_it_is_uploaded_whatever_the_rules_say(re
     _, uploading, _ = hours(local, 1, 2, 3)
     hours(remote, 3)
     tiers = {"local": local, "remote": remote}
-    Retention(CheckpointStores(tiers), [Keep(last=1)], unfinished=lambda: {uploading}, now=lambda: START_S).run()
+    Retention(RunStores(tiers), [Keep(last=1)], unfinished=lambda: {uploading}, now=lambda: START_S).run()
     assert steps_of(local) == [2, 3]
 
 
@@ -265,7 +265,7 @@ def test_files_of_the_ranks_of_one_machine_are_kept_as_long_as_a_local_copy(remo
     begun = hours(remote, 4, at=5, commit=False)
     for name in deleted + names + begun:
         local.put(f"{name}/tensors-rank00001-00001-of-00001.safetensors", b"a part")
-    retention = Retention(CheckpointStores({"local": local, "remote": remote}), [Keep(last=2)], now=time.time)
+    retention = Retention(RunStores({"local": local, "remote": remote}), [Keep(last=2)], now=time.time)
     retention.run(["local"])
     assert list_names(local) == []
     assert [*checkpoint_objects(local.list())] == names[1:] + begun
@@ -276,7 +276,7 @@ def test_files_of_the_ranks_of_one_machine_are_kept_as_long_as_a_local_copy(remo
 
 def test_a_rule_for_local_without_a_local_folder_is_refused(remote):
     with pytest.raises(ValueError, match="have no local folder"):
-        StoredCheckpoints(remote, keep=[Keep(last=1, tier="local")])
+        Checkpoints(remote, keep=[Keep(last=1, tier="local")])
 
 
 def test_an_unfinished_save_is_no_checkpoint_and_displaces_none(remote):
@@ -299,7 +299,7 @@ def test_many_checkpoints_are_deleted_by_few_requests(remote):
 def test_a_deletion_removes_every_object_and_folder(remote, local):
     for store in (local, remote):
         hours(store, 1, 2)
-    checkpoints = StoredCheckpoints(remote, local)
+    checkpoints = Checkpoints(remote, local=local.root)
     report = checkpoints.delete(1)
     assert report.deleted.keys() == {"local", "remote"}
     assert report.n_bytes > 0
@@ -314,17 +314,15 @@ def test_the_manifest_goes_first_so_that_no_reader_sees_a_part_of_a_checkpoint(r
     names = hours(remote, 1, 2)
     broken = FaultStore(remote, [Fault("delete", nth=2, retryable=False)])
     with pytest.raises(StoreError):
-        Retention(CheckpointStores({"remote": broken}), [Keep(last=1)], now=lambda: START_S).run()
+        Retention(RunStores({"remote": broken}), [Keep(last=1)], now=lambda: START_S).run()
     assert list_names(remote) == names[1:]
-    checkpoints = StoredCheckpoints(remote)
+    checkpoints = Checkpoints(remote)
     assert [(one.step, one.state) for one in checkpoints.list()] == [(1, "incomplete"), (2, "complete")]
 
 
 def test_a_save_of_this_process_is_not_deleted(remote):
     (name,) = hours(remote, 1, commit=False)
-    retention = Retention(
-        CheckpointStores({"remote": remote}), unfinished=lambda: {name}, now=lambda: START_S + 99 * DAY_S
-    )
+    retention = Retention(RunStores({"remote": remote}), unfinished=lambda: {name}, now=lambda: START_S + 99 * DAY_S)
     with pytest.raises(ValueError, match="is being saved"):
         retention.delete([name])
     assert retention.collect().n_leftovers == 0
@@ -335,7 +333,7 @@ def test_a_save_that_ends_while_the_stores_are_listed_is_deleted_by_no_call(remo
     name = write_checkpoint(remote, 1, commit=False)
     saving = {name}
 
-    class Ending(CheckpointStores):
+    class Ending(RunStores):
         def scan(self, *args):
             found = super().scan(*args)
             saving.clear()
@@ -357,20 +355,20 @@ def test_leftovers_of_a_killed_save_are_removed_after_a_day(remote, local):
     (local.root / "step-000000000009.20270115T080200000Z-00c0de").mkdir()
 
     def left(now_s):
-        Retention(CheckpointStores({"remote": remote}), now=lambda: now_s).collect()
+        Retention(RunStores({"remote": remote}), now=lambda: now_s).collect()
         return any(info.key.startswith(name) for info in remote.list())
 
     assert left(START_S + DAY_S - 1)
     assert not left(START_S + DAY_S)
     now_s = local.head(next(iter(local.list())).key).modified_s + DAY_S + 1
-    Retention(CheckpointStores({"local": local}), now=lambda: now_s).collect()
+    Retention(RunStores({"local": local}), now=lambda: now_s).collect()
     assert list(local.list()) == []
 
 
 def test_the_rest_of_a_deletion_that_was_killed_is_removed_after_a_day(remote):
     names = hours(remote, 1, 2)
     remote.delete([manifest_key(names[0])])
-    Retention(CheckpointStores({"remote": remote}), now=lambda: START_S + DAY_S).collect()
+    Retention(RunStores({"remote": remote}), now=lambda: START_S + DAY_S).collect()
     assert {info.key.split("/")[0] for info in remote.list()} == {names[1]}
 
 
@@ -380,7 +378,7 @@ def test_the_rest_of_a_deletion_that_was_killed_is_removed_after_a_day(remote):
 def test_retention_plans_are_pure_and_name_only_complete_checkpoints(remote):
     names = hours(remote, 1, 2, 3)
     remote.delete([next(info.key for info in remote.list(f"{names[0]}/") if not info.key.endswith(MANIFEST_NAME))])
-    scan = CheckpointStores({"remote": remote}).scan()
+    scan = RunStores({"remote": remote}).scan()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plans = [plan_retention(scan, [Keep(last=1)], ("remote",), START_S) for _ in range(2)]
@@ -390,5 +388,5 @@ def test_retention_plans_are_pure_and_name_only_complete_checkpoints(remote):
 
 def test_the_report_of_a_run_names_what_was_deleted(remote):
     names = hours(remote, 1, 2, 3)
-    report = Retention(CheckpointStores({"remote": remote}), [Keep(last=1)], now=lambda: START_S).run()
+    report = Retention(RunStores({"remote": remote}), [Keep(last=1)], now=lambda: START_S).run()
     assert report.deleted == {"remote": tuple(names[:2])}

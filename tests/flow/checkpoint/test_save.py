@@ -25,8 +25,8 @@ from tests.support.saves import WAIT_S, GateStore, a_state, opened
 import tiercache as tc
 from tiercache.checkpoint import writer
 from tiercache.checkpoint.checkpoints import Checkpoints
-from tiercache.checkpoint.layout import list_names
-from tiercache.checkpoint.retention import GC_AGE_S
+from tiercache.checkpoint.format import list_names
+from tiercache.checkpoint.housekeeping import GC_AGE_S
 from tiercache.errors import CommitConflict, CorruptCheckpoint, StoreError
 from tiercache.keep import Keep
 from tiercache.store import LocalFolder, MemoryStore, open_store
@@ -162,7 +162,7 @@ def test_a_metric_that_is_not_a_number_does_not_stop_the_save(tmp_path):
 def test_the_newest_checkpoint_is_the_one_written_last_whatever_its_step_and_the_clock(tmp_path, monkeypatch):
     with opened(tmp_path) as checkpoints:
         first = checkpoints.save(100, {"x": 1})
-        monkeypatch.setattr("tiercache.checkpoint.checkpoints.time.time", lambda: 5.0)
+        monkeypatch.setattr("tiercache.checkpoint.housekeeping.time.time", lambda: 5.0)
         second = checkpoints.save(3, {"x": 2})
         checkpoints.wait(timeout_s=WAIT_S)
         assert list_names(checkpoints.remote_store) == [first.name, second.name]
@@ -516,7 +516,7 @@ def test_wrong_credentials_are_reported_by_the_first_save_and_not_by_the_next_on
 
 
 def test_the_first_save_does_not_wait_long_for_a_store_that_does_not_answer(tmp_path, memory_store, monkeypatch):
-    monkeypatch.setattr("tiercache.checkpoint.checkpoints.FIRST_LOOK_S", 0.05)
+    monkeypatch.setattr("tiercache.checkpoint.housekeeping.FIRST_LOOK_S", 0.05)
     with opened(memory_store, local=tmp_path) as checkpoints:
         earlier = checkpoints.save(1, {"n": 1})
         assert earlier.wait("remote", WAIT_S)
@@ -560,7 +560,7 @@ def test_a_save_is_complete_also_if_no_thread_can_be_started_for_deletions(tmp_p
         def cannot_start(task):
             raise RuntimeError("can't start new thread")
 
-        monkeypatch.setattr(checkpoints._housekeeping, "submit", cannot_start)
+        monkeypatch.setattr(checkpoints._house._thread, "submit", cannot_start)
         assert checkpoints.save(2, a_state(2)).wait("remote", WAIT_S)
         checkpoints.join()
         assert len(list_names(memory_store)) == 2, "nothing was deleted"
@@ -607,7 +607,7 @@ def test_a_store_that_does_not_answer_is_asked_for_the_id_of_the_run_once(tmp_pa
     LocalFolder(tmp_path / "local").put("run.json", b'{"id": "0123"}')
     with opened(Down(LocalFolder(tmp_path / "remote")), local=tmp_path / "local") as checkpoints:
         calls.clear()
-        checkpoints.new_name(1)
+        checkpoints._house.new_name(1)
         checkpoints.join()
     assert [method for method, key in calls if key == "run.json"] == ["get"]
 
@@ -688,7 +688,7 @@ def test_waiting_ends_when_the_time_is_over(tmp_path):
 def test_unfinished_uploads_are_looked_for_after_the_first_commit_and_then_once_a_day(memory_store, monkeypatch):
     now_s, ages_s = [0.0], []
     clock = SimpleNamespace(time=time.time, monotonic=lambda: now_s[0])
-    monkeypatch.setattr("tiercache.checkpoint.checkpoints.time", clock)
+    monkeypatch.setattr("tiercache.checkpoint.housekeeping.time", clock)
 
     def abort_uploads(age_s):
         ages_s.append(age_s)
@@ -709,7 +709,7 @@ def test_unfinished_uploads_are_looked_for_after_the_first_commit_and_then_once_
 
 @pytest.mark.s3
 def test_the_first_commit_removes_the_parts_that_a_killed_upload_has_left(s3_server, monkeypatch):
-    monkeypatch.setattr("tiercache.checkpoint.checkpoints.GC_AGE_S", -3600)
+    monkeypatch.setattr("tiercache.checkpoint.housekeeping.GC_AGE_S", -3600)
     store = s3_server.store("checkpoints-parts-of-a-kill")
     with opened(store) as checkpoints:
         classes = checkpoints._remote._classes
@@ -736,7 +736,7 @@ def test_parts_that_a_killed_upload_has_left_are_removed_when_they_are_old(s3_se
             upload.put_part(1, b"end")
         checkpoints.gc()
         assert len([*classes.unfinished_uploads()]) == 2, "they may be running"
-        monkeypatch.setattr("tiercache.checkpoint.checkpoints.GC_AGE_S", -3600)
+        monkeypatch.setattr("tiercache.checkpoint.housekeeping.GC_AGE_S", -3600)
         checkpoints.gc()
         assert [one.key for one in classes.unfinished_uploads()] == ["other/file"]
         checkpoints.close()

@@ -10,7 +10,7 @@ from tests.support.stores import GateStore
 
 from tiercache.cache import Cache
 from tiercache.checkpoint.checkpoints import Checkpoints
-from tiercache.checkpoint.layout import list_names
+from tiercache.checkpoint.format import list_names
 from tiercache.checkpoint.weights import open_weights
 from tiercache.errors import StoreError
 from tiercache.keep import Keep
@@ -135,12 +135,12 @@ def test_verify_reads_every_copy_and_names_the_wrong_files(tmp_path):
 
 
 @pytest.mark.s3
-def test_checkpoints_in_s3_are_loaded_mapped_retained_and_deleted(s3_server, tmp_path):
+def test_checkpoints_in_s3_are_loaded_mapped_retained_and_deleted(s3_server, tmp_path, monkeypatch):
     state = {"model": {"w": torch.arange(1 << 20), "b": torch.ones(3)}, "epoch": 4}
     store = s3_server.store("checkpoints-read")
     with Cache(tmp_path / "cache", size="64MiB") as cache:
         checkpoints = Checkpoints(store, keep=Keep(last=2))
-        checkpoints._open_cache = lambda: cache
+        monkeypatch.setattr(Cache, "default", lambda: cache)
         for step in range(1, 4):
             checkpoints.save(step, {**state, "epoch": step}).wait(timeout_s=WAIT_S)
         checkpoints.join()

@@ -8,7 +8,7 @@ import pytest
 
 import tiercache as tc
 from tiercache._native.checksum import crc32c
-from tiercache.checkpoint.layout import Manifest, StoredFile, checkpoint_name, encode_manifest
+from tiercache.checkpoint.format import Manifest, StoredFile, checkpoint_name, encode_manifest
 
 RULES = """
 [tiers.hot]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tiercache as tc
-from tiercache.checkpoint.layout import parse_name
+from tiercache.checkpoint.format import parse_name
 
 RULES = """
 [tiers.hot]

@@ -50,7 +50,7 @@ def test_each_part_is_stored_once_however_many_ranks_have_it(saved, kind):
     checkpoints = tc.Checkpoints(saved[0] / "remote")
     state = state_of(*make("plain"))
     moments = [value for of_one in state["optimizer"]["state"].values() for value in of_one.values()]
-    manifest = checkpoints.stores.scan().manifest(name_of(checkpoints, KINDS.index(kind)))
+    manifest = checkpoints._stores.scan().manifest(name_of(checkpoints, KINDS.index(kind)))
     stored = sum(entry.n_bytes for entry in manifest.tensors.values())
     assert stored == sum(tensor.nbytes for tensor in [*state["model"].values(), *moments])
 

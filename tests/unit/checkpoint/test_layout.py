@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache._native.checksum import crc32c
-from tiercache.checkpoint.layout import (
+from tiercache.checkpoint.format import (
     FORMAT,
     Manifest,
     StoredFile,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, save
 
-from tiercache.checkpoint.layout import (
+from tiercache.checkpoint.format import (
     MAX_FILE_BYTES,
     MIN_FILE_BYTES,
     PAGE_BYTES,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 from tests.support.fake_device import FakeDevice
 
-from tiercache.checkpoint.layout import PAGE_BYTES
+from tiercache.checkpoint.format import PAGE_BYTES
 from tiercache.checkpoint.staging import HostMemory, StagedState
 from tiercache.checkpoint.state_tree import encode_state
 

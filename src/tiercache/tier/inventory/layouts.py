@@ -10,7 +10,7 @@ training/checkpointing.py, DeepSpeed engine.py, transformers trainer.py)::
     epoch=1-step=100-val_loss=0.3.ckpt                    Lightning; a folder with FSDP or DeepSpeed
     iter_0000100/mp_rank_00/model_optim_rng.pt            Megatron-LM; with torch_dist .metadata, then metadata.json
     global_step100/mp_rank_00_model_states.pt             DeepSpeed
-    step-000000000100.20261129T193324123Z-7f3a9c/checkpoint.json  our own (checkpoint/layout.py); it is put last
+    step-000000000100.20261129T193324123Z-7f3a9c/checkpoint.json  our own (checkpoint/format.py); it is put last
 
 A rule may describe further names (UserLayout). Our own names contain the time of writing. The outermost folder with
 such a name is the checkpoint: global_step100 inside checkpoint-100 is a part of it. A folder of a run may have such a
@@ -71,7 +71,7 @@ NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?(?:e[-+]?[0-9]+)?|nan|inf)"
 DECIMAL = r"[-+]?[0-9]+\.[0-9]+(?:e[-+]?[0-9]+)?"
 WORD = r"global[-_]?step|step|iter(?:ation)?|ckpt|checkpoint|epoch"
 _METRIC = rf"[a-z][\w@.]*?(?:={NUMBER}|[-_]?{DECIMAL})"
-# The end of our own names (checkpoint/layout.py): the time of writing, UTC, and six random hex digits.
+# The end of our own names (checkpoint/format.py): the time of writing, UTC, and six random hex digits.
 OWN_TIME = r"[.][0-9]{8}T[0-9]{9}Z-[0-9a-f]{6}"
 # After the number: other counters, metrics, and Lightning's -v1, which it adds if the name exists already.
 _REST = rf"(?:[-_]v[0-9]+|[-_](?:{WORD})[-_=]?[0-9]+|[-_]{_METRIC})*"
@@ -170,7 +170,7 @@ class KeyGroups:
     checkpoint: NDArray[np.bool_]  # whether the group is a checkpoint; the other groups are files
     step: NDArray[np.int64]  # NO_STEP for files
     run: NDArray[np.int32]  # equal for the checkpoints that one run writes under one name; NO_RUN for files
-    own: NDArray[np.bool_]  # whether the group is one of our own checkpoints (checkpoint/layout.py)
+    own: NDArray[np.bool_]  # whether the group is one of our own checkpoints (checkpoint/format.py)
     written_s: NDArray[np.float64]  # time of writing in one of our own names, in seconds since the epoch; or NaN
     lacks: NDArray[np.uint8]  # indices of LACKS
     has_completing: NDArray[np.bool_]  # whether the group has a completing object

@@ -1,28 +1,51 @@
-"""Retention: which checkpoints stay, deletion in batches, and removal of what killed saves and deletions have left.
+"""What a run does with its stored checkpoints beside saving: names, late uploads, retention, removal of leftovers.
 
-The rules are keep lists (`keep.py`), which the tier engine evaluates too. plan_retention() decides, Retention acts. A
-deletion removes the manifest first, so that no reader sees a checkpoint that lacks files.
+The rules of retention are keep lists (`keep.py`), which the tier engine evaluates too. plan_retention() decides,
+Retention acts, Housekeeper has the thread. A deletion removes the manifest first, so that no reader sees a checkpoint
+that lacks files.
 """
 
 from __future__ import annotations
 
+import logging
+import math
+import secrets
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tiercache.checkpoint.inventory import CheckpointCopy, CheckpointStores, CheckpointTier, Scan
-from tiercache.checkpoint.layout import MANIFEST_NAME, manifest_key, metrics_key, parse_name, written_order
+from tiercache.checkpoint.format import (
+    MANIFEST_NAME,
+    Manifest,
+    checkpoint_name,
+    checkpoint_objects,
+    manifest_key,
+    metrics_key,
+    parse_name,
+    written_order,
+)
+from tiercache.checkpoint.run_stores import CheckpointCopy, CheckpointTier, RunStores, Scan, take_run
+from tiercache.checkpoint.writer import CheckpointWriter, TaskThread
 from tiercache.crash_points import crash_point
-from tiercache.errors import NotFound
+from tiercache.errors import NotFound, StoreError, TierCacheError
 from tiercache.keep import CheckpointColumns, Keep, evaluate_keep_list
 from tiercache.model import ObjectInfo
 from tiercache.store import LocalFolder
 
+FIRST_LOOK_S = 10.0
+"""Time that the first save of a process waits for the store."""
 GC_AGE_S = 86400.0
 """Age from which leftovers of killed saves are removed."""
+
+logger = logging.getLogger("tiercache")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,24 +184,25 @@ class RetentionReport:
 
 
 class Retention:
-    """Deletes checkpoints and leftovers. All methods may be called from any thread and any process."""
+    """Deletes checkpoints and leftovers. All methods may be called from any thread and any process.
+
+    unfinished: Function that returns the checkpoints that this process saves now.
+    """
 
     def __init__(
         self,
-        stores: CheckpointStores,
+        stores: RunStores,
         keeps: Iterable[Keep] = (),
         *,
-        gc_age_s: float = GC_AGE_S,
         unfinished: Callable[[], Collection[str]] = tuple,
         now: Callable[[], float] = time.time,
     ) -> None:
         self.stores, self.keeps = stores, tuple(keeps)
-        self.gc_age_s, self._unfinished, self._now = gc_age_s, unfinished, now
-        tiers = tuple(stores.tiers)
+        self._unfinished, self._now = unfinished, now
         for keep in self.keeps:
             if not isinstance(keep, Keep):
                 raise TypeError(f"keep is a list of tc.Keep(...), got {keep!r}")
-            if keep.tier not in (None, *tiers):
+            if keep.tier not in (None, *stores.tiers):
                 raise ValueError(f"Keep({keep}, tier={keep.tier!r}): these checkpoints have no local folder")
 
     def plan(self, scan: Scan, before: Collection[str] = ()) -> RetentionPlan:
@@ -243,7 +267,7 @@ class Retention:
 
     def _collect(self, scan: Scan, tiers: Iterable[CheckpointTier], before: Collection[str]) -> RetentionReport:
         leftovers: list[ObjectInfo] = []
-        old_s = self._now() - self.gc_age_s
+        old_s = self._now() - GC_AGE_S
         unfinished = frozenset((*before, *self._unfinished()))
         for tier in tiers:
             store = self.stores.tiers[tier]
@@ -292,3 +316,198 @@ def _newest_s(copy: CheckpointCopy) -> float:
     """Return when the newest object was written; for a store that does not tell, when its save began."""
     began_s = (parse_name(copy.name) or (0, 0.0))[1]
     return max((began_s if one.modified_s is None else one.modified_s for one in copy.objects.values()), default=0.0)
+
+
+class _RankSave:
+    """The part of a save that this rank does. It is forgotten with its writer: another rank may have ended the save."""
+
+    name = ""  # while the save is unfinished, as far as this rank knows
+
+
+class Housekeeper:
+    """Names new checkpoints, and cares for the stored ones in a thread. Any thread may call the methods.
+
+    Args:
+        stores: Stores of the run.
+        keeps: Rules of retention.
+        writers: Writer of the local folder, if there is one, and writer of the store.
+        uploading: Thread that uploads.
+        saves: Function that returns the saves that are unfinished or have failed, with their errors, by name.
+    """
+
+    def __init__(
+        self,
+        stores: RunStores,
+        keeps: Iterable[Keep],
+        writers: Sequence[CheckpointWriter],
+        uploading: TaskThread,
+        saves: Callable[[], Mapping[str, Exception | None]],
+    ) -> None:
+        self.stores, self.writers, self._uploading, self._saves = stores, tuple(writers), uploading, saves
+        self.remote = self.writers[-1]
+        nearest = self.writers[0].store
+        self.local = nearest if len(self.writers) > 1 and isinstance(nearest, LocalFolder) else None
+        self.retention = Retention(
+            stores, keeps, unfinished=lambda: {name for name, error in self.unfinished().items() if error is None}
+        )
+        self._thread = TaskThread("tiercache-checkpoint-housekeeping")
+        self._lock = Lock()
+        self._newest_s = 0.0
+        self._look: Future[None] | None = None  # the first look at the run's checkpoints
+        self.has_run_id = False  # of the local folder; without one, nobody knows whose its copies are
+        self._late: dict[str, None] = {}  # checkpoints of an earlier process that are being uploaded
+        self._rank_saves: weakref.WeakSet[_RankSave] = weakref.WeakSet()
+        self._uploads_seen_s = -math.inf  # when unfinished uploads were looked for, by the monotonic clock
+
+    def unfinished(self) -> Mapping[str, Exception | None]:
+        """Return the saves of this process that are unfinished or have failed, with their errors, by name."""
+        saves = self._saves()
+        with self._lock:
+            others = [*(save.name for save in self._rank_saves if save.name), *self._late]
+        return {**dict.fromkeys(others), **saves}
+
+    def begin_rank_save(self) -> _RankSave:
+        """Return the entry of a save of many ranks; its name is set while this rank takes part."""
+        save = _RankSave()
+        with self._lock:
+            self._rank_saves.add(save)
+        return save
+
+    def join(self) -> None:
+        self._thread.join()
+
+    # -- names, and what an earlier process has left
+
+    def new_name(self, step: int) -> tuple[str, float]:
+        """Return a name and its time: the present, but later than that of every checkpoint of the run.
+
+        The clock of a machine on which the run restarts may be behind. The first call looks at the run for that, and
+        waits at most FIRST_LOOK_S for a store that does not answer.
+
+        Raises:
+            ValueError: The local folder has copies of other checkpoints.
+            StoreError: The store refuses to list the run, for example because of wrong credentials.
+        """
+        if self._look is None:
+            self._look = Future()
+            try:
+                self._thread.submit(partial(self._look_at_run, self._look))
+            except RuntimeError:
+                self._look = None
+                raise
+            if not wait([self._look], FIRST_LOOK_S).done:
+                logger.warning("%s does not answer: save() does not wait for it", self.stores.remote.url)
+        if self._look.done() and (error := self._look.exception()) is not None:
+            self._look = None
+            raise error
+        with self._lock:
+            self._newest_s = max(round(time.time(), 3), round(self._newest_s + 0.001, 3))
+            return checkpoint_name(step, self._newest_s, secrets.token_hex(3)), self._newest_s
+
+    def _look_at_run(self, look: Future[None]) -> None:
+        """Note the time of the newest checkpoint of each store that can be reached, and upload what the store lacks."""
+        try:
+            for tier, store in self.stores.tiers.items():  # the local folder first: it always answers
+                try:
+                    times_s = [written_order(name)[0] for name in checkpoint_objects(store.list())]
+                except StoreError as error:
+                    is_refused = error.status is not None or error.details.get("before_request")
+                    if tier == "remote" and is_refused and not error.retryable:
+                        raise  # for example wrong credentials: no save can succeed
+                    continue  # the save itself reports it, or waits until the store is back
+                with self._lock:
+                    self._newest_s = max([self._newest_s, *times_s])
+            is_ours = False
+            with suppress(StoreError):  # a full disk: the save itself reports it
+                is_ours = self.claim_local_folder()
+            if is_ours:
+                self._upload_missing()
+        except Exception as error:  # noqa: BLE001 -- top of a thread: new_name() raises it
+            look.set_exception(error)
+        else:
+            look.set_result(None)
+
+    def claim_local_folder(self) -> bool:
+        """Give the store and the local folder the same id; return whether both have it. Raises as take_run()."""
+        if self.local is None:
+            return False
+        has_both = take_run(self.local, self.stores.remote)
+        self.has_run_id = True
+        return has_both
+
+    def _upload_missing(self) -> None:
+        """Let the local checkpoints be uploaded that the rules keep at the store, and that it never had.
+
+        The files that are at the store already are overwritten, so no collection may delete them meanwhile as
+        leftovers: from now on the checkpoints are among the unfinished saves.
+        """
+        try:
+            scan = self.stores.scan()
+            missing = [name for name in self.retention.plan(scan).missing if name not in self.unfinished()]
+        except TierCacheError as error:
+            logger.warning("%s: earlier checkpoints were not uploaded: %s", self.stores.remote.url, error)
+            return
+        for name in missing:
+            manifest = scan.manifest(name)
+            if manifest is not None:
+                with self._lock:
+                    self._late[name] = None
+                try:
+                    self._uploading.submit(partial(self._upload_late, manifest))
+                except RuntimeError:  # no thread can be started: the next process tries again
+                    self._forget_late(name)
+
+    def _upload_late(self, manifest: Manifest) -> None:
+        try:
+            if self.local is not None:
+                self.remote.upload_checkpoint(manifest, self.local)
+        except Exception as error:  # noqa: BLE001 -- top of a thread
+            url = self.stores.remote.url
+            logger.warning("%s: the earlier checkpoint %s was not uploaded: %s", url, manifest.name, error)
+            self._forget_late(manifest.name)
+        else:
+            self._forget_late(manifest.name)
+            self.follow_commit("remote")
+
+    def _forget_late(self, name: str) -> None:
+        with self._lock:
+            self._late.pop(name)
+
+    # -- deletions
+
+    def follow_commit(self, tier: CheckpointTier) -> None:
+        """Let the thread delete what the rules no longer keep after a commit in a tier."""
+
+        def keep_house() -> None:
+            self._retain(None)
+            now_s = time.monotonic()
+            if tier == "remote" and now_s - self._uploads_seen_s >= GC_AGE_S:  # those of a kill are a day old by then
+                self._uploads_seen_s = now_s
+                with suppress(StoreError):  # the next process, and gc(), try again
+                    self.remote.abort_uploads(GC_AGE_S)
+
+        self._submit(keep_house)
+
+    def collect(self) -> RetentionReport:
+        """Delete leftovers and parts of interrupted uploads, if they are old enough. Raises StoreError."""
+        report = self.retention.collect()
+        self.remote.abort_uploads(GC_AGE_S)
+        return report
+
+    def retain_local(self) -> None:
+        """Let the thread apply the rules of retention to the local folder only."""
+        self._submit(partial(self._retain, ("local",)))
+
+    def discard(self, name: str) -> None:
+        """Let the thread delete the files at the store of a save that was not committed."""
+        self._submit(partial(self.remote.discard, name))
+
+    def _retain(self, tiers: Collection[CheckpointTier] | None) -> None:
+        try:
+            self.retention.run(tiers)
+        except TierCacheError as error:  # the next call continues
+            logger.warning("%s: old checkpoints were not deleted: %s", self.stores.remote.url, error)
+
+    def _submit(self, task: Callable[[], object]) -> None:
+        with suppress(RuntimeError):  # no thread can be started: the next commit, or gc(), deletes the same
+            self._thread.submit(task)

@@ -1,4 +1,4 @@
-"""Layout of saved checkpoints: names, the manifest that commits a checkpoint, and which objects belong to which one.
+"""Format of stored checkpoints: their names, the manifest that commits one, its objects, and safetensors files.
 
 ::
 
@@ -18,13 +18,11 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any
 
 from tiercache._native.checksum import crc32c
 from tiercache.distribution import __version__
@@ -165,52 +163,6 @@ def parse_metrics(data: bytes) -> dict[str, float] | None:
 
 def manifest_key(name: str) -> str:
     return f"{name}/{MANIFEST_NAME}"
-
-
-# -- which checkpoint of a run -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Which checkpoint of a run is meant."""
-
-    kind: Literal["latest", "best", "step", "name"]
-    text: str = ""
-    step: int = -1
-    mode: Literal["min", "max"] = "min"
-
-
-def parse_choice(which: str | int) -> Choice:
-    """Return the choice that "latest", "best:METRIC", "best:METRIC:max", a step (also as text) or a name states."""
-    if not isinstance(which, str):
-        try:
-            if isinstance(which, bool):
-                raise TypeError
-            return Choice("step", step=operator.index(which))
-        except TypeError:
-            hint = ": objects to fill are the argument into=" if isinstance(which, Mapping) else ""
-            raise TypeError(f"{_CHOICES}, got the {type(which).__name__} {which!r:.60}{hint}") from None
-    if which == "latest":
-        return Choice("latest")
-    if which.startswith("best:"):
-        metric, _, mode = which.removeprefix("best:").partition(":")
-        if not metric or mode not in ("", "min", "max"):
-            raise ValueError(f"expected best:METRIC or best:METRIC:max, as in 'best:val_loss', got {which!r}")
-        return Choice("best", metric, mode="max" if mode == "max" else "min")
-    if which.isascii() and which.isdecimal():
-        return Choice("step", step=int(which))
-    if parse_name(which) is not None:
-        return Choice("name", which)
-    raise ValueError(f"{_CHOICES}, got {which!r}")
-
-
-_CHOICES = "a checkpoint is 'latest', 'best:METRIC', a step or a name"
-
-
-def did_you_mean(text: str, options: Iterable[str]) -> str:
-    """Return ": did you mean 'latest'?" for an option that resembles a text; "" if none does."""
-    near = get_close_matches(text, [*options], n=1)
-    return f": did you mean {near[0]!r}?" if near else ""
 
 
 # -- listing ---------------------------------------------------------------------------------------------------------
@@ -363,6 +315,44 @@ def _path(body: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name} is a path, got {value!r}")
     return value if _SHARED_FILE.fullmatch(value) else check_key(value)  # stays below the checkpoint's folder
+
+
+# -- what a user gives ---------------------------------------------------------------------------------------------
+
+
+def metric_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return metrics as numbers. Raises TypeError or ValueError, with the name, if a value is none."""
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics is a dict such as {{'loss': 0.5}}, got {type(metrics).__name__}")
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a metric is a text, got {name!r}")
+        try:
+            if isinstance(value, str | bytes):
+                raise TypeError("a text is no number")
+            number = float(value.detach() if hasattr(value, "detach") else value)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            # RuntimeError: a tensor of several values
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"the metric {name!r} is a number, got {type(value).__name__} {value!r:.60}: {error}") from None
+        found[name] = value if type(value) is int else number
+    return found
+
+
+def json_copy(note: Any) -> Any:
+    """Return a JSON value that later changes do not reach. Raises TypeError or ValueError if it is none."""
+
+    def plain(value: Any) -> Any:
+        if callable(getattr(value, "tolist", None)):  # a number, an array or a tensor
+            return value.tolist()
+        raise TypeError(f"it contains a {type(value).__name__}")
+
+    try:
+        return json.loads(json.dumps(note, allow_nan=False, default=plain))
+    except (TypeError, ValueError, RecursionError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"note is a JSON value, such as a dict of texts and numbers: {error}") from None
 
 
 # -- safetensors files -----------------------------------------------------------------------------------------------
