@@ -81,7 +81,7 @@ class CheckpointWriter:
         if isinstance(store, CloudStore) and store.cloud == "s3" and has_boto3():
             # boto3 sends a checksum with every part, which the server compares, and asks for that of the whole object.
             with suppress(ValueError):  # an option that only obstore has
-                self._classes = S3StorageClasses.of(store)
+                self._classes = S3StorageClasses(store)
 
     def close(self) -> None:
         """Close the connections."""

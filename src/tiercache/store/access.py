@@ -179,41 +179,30 @@ def _names(text: str) -> frozenset[str]:
 
 _CLIENT = _names(
     """
-    allow_http allow_invalid_certificates connect_timeout default_content_type default_headers http1_only
-    http2_only http2_keep_alive_interval http2_keep_alive_timeout http2_keep_alive_while_idle pool_idle_timeout
-    pool_max_idle_per_host proxy_url proxy_ca_certificate proxy_excludes root_certificate randomize_addresses
-    read_timeout user_agent
+    allow_http allow_invalid_certificates connect_timeout default_headers pool_max_idle_per_host proxy_url read_timeout
+    root_certificate user_agent
     """
 )
-_DURATIONS = _names(
-    """
-    connect_timeout http2_keep_alive_interval http2_keep_alive_timeout pool_idle_timeout read_timeout
-    """
-)
+_DURATIONS = ("connect_timeout", "read_timeout")
 # Options of clients and clouds that are a bool, or text that parse_bool() accepts.
 _BOOLS = _names(
     """
-    allow_http allow_invalid_certificates disable_bulk_delete disable_tagging http1_only
-    http2_keep_alive_while_idle http2_only randomize_addresses request_payer s3_express
-    skip_signature sse_bucket_key_enabled unsigned_payload use_azure_cli use_emulator use_fabric_endpoint
+    allow_http allow_invalid_certificates disable_bulk_delete request_payer skip_signature use_azure_cli
     virtual_hosted_style_request
     """
 )
+# The usual ones. obstore reads all its others from the environment, such as AWS_S3_EXPRESS or AZURE_MSI_ENDPOINT.
 _CONFIG = {
     "s3": _names(
         """
-        access_key_id checksum_algorithm conditional_put copy_if_not_exists disable_bulk_delete disable_tagging endpoint
-        region request_payer s3_express secret_access_key server_side_encryption session_token skip_signature
-        sse_bucket_key_enabled sse_customer_key_base64 sse_kms_key_id unsigned_payload virtual_hosted_style_request
+        access_key_id checksum_algorithm disable_bulk_delete endpoint region request_payer secret_access_key
+        server_side_encryption session_token skip_signature sse_kms_key_id virtual_hosted_style_request
         """
     ),
     "gs": _names("service_account service_account_key base_url bearer_token application_credentials skip_signature"),
     "az": _names(
         """
-        account_name account_key client_id client_secret credential_type tenant_id authority_host sas_key token
-        use_emulator use_fabric_endpoint encryption_key endpoint msi_endpoint object_id msi_resource_id
-        federated_token_file use_azure_cli skip_signature disable_tagging fabric_token_service_url
-        fabric_workload_host fabric_session_token fabric_cluster_identifier
+        account_name account_key client_id client_secret tenant_id sas_key token endpoint use_azure_cli skip_signature
         """
     ),
     "http": frozenset[str](),
@@ -228,10 +217,6 @@ _S3FS = {
     "endpoint_url": "endpoint",
     "requester_pays": "request_payer",
 }
-# Options that boto3 does not support but that change where or how objects are read: never dropped silently.
-_BOTO3_LACKS = _names(
-    "s3_express sse_customer_key_base64 default_headers proxy_url proxy_ca_certificate proxy_excludes"
-)
 # A stalled connection must not hang a job: after 20 s without a byte, the request is sent again on another connection.
 # `timeout` is not passed to the HTTP client: it limits a whole call, see CallLimit.
 _CLIENT_DEFAULTS = {
@@ -284,8 +269,8 @@ class CallOptions:
 class CloudOptions:
     """Storage options with obstore's names, for the store (config) and its HTTP client.
 
-    The client's "timeout" limits a whole call without progress, not one request; its "root_certificate" is a path or
-    PEM text. credentials is a function of the user that returns the keys.
+    The client's "timeout" limits a whole call without progress, not one request; its "root_certificate" is a path.
+    credentials is a function of the user that returns the keys.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -337,14 +322,8 @@ class CloudOptions:
             "connect_timeout": self._limit("connect_timeout"),
         }
         if "root_certificate" in client:
-            client["root_certificate"] = _pem("root_certificate", client["root_certificate"])
+            client["root_certificate"] = _read_pem("root_certificate", client["root_certificate"])
         return client
-
-    @property
-    def unknown_to_boto3(self) -> list[str]:
-        """Names of the given options that matter and that boto3 lacks."""
-        is_text = _PEM in str(self.client.get("root_certificate", ""))
-        return sorted((_BOTO3_LACKS | ({"root_certificate"} if is_text else set())) & {*self.config, *self.client})
 
     def for_boto3(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the arguments of boto3's client without keys, and those of its botocore.config.Config."""
@@ -357,7 +336,9 @@ class CloudOptions:
         default = "auto" if arguments["endpoint_url"] is None else "path"
         # Only remote.py retries: a conditional put that botocore retried would find its own object and report a
         # conflict.
+        proxy = self.client.get("proxy_url")
         return arguments, {
+            "proxies": {"http": proxy, "https": proxy} if proxy else None,
             "retries": {"total_max_attempts": 1},
             "s3": {"addressing_style": default if style is None else "virtual" if style else "path"},
             "read_timeout": self._limit("read_timeout").total_seconds(),
@@ -385,28 +366,21 @@ def _flat(cloud: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _certificate(option: str, value: object) -> str:
-    """Return the absolute path of a certificate file, or PEM text. Raises ValueError if it contains no certificate."""
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    if isinstance(value, str) and _PEM in value:
-        return value
+    """Return the absolute path of a file of certificates (PEM). Raises ValueError."""
     if not isinstance(value, str | Path):
         raise ValueError(f"{option} must be the path of a certificate file (PEM), got {type(value).__name__}")
-    path = Path(value).expanduser().absolute()
-    _pem(option, str(path))
-    return str(path)
+    path = str(Path(value).expanduser().absolute())
+    _read_pem(option, path)
+    return path
 
 
-def _pem(option: str, given: str) -> str:
-    """Return the PEM text, read from the file if a path is given."""
-    if _PEM in given:
-        return given
+def _read_pem(option: str, path: str) -> str:
     try:
-        text = Path(given).read_text(encoding="utf-8", errors="replace")
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise ValueError(f"{option}: the certificate file {given} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{option}: the certificate file {path} cannot be read: {error.strerror}") from error
     if _PEM not in text:
-        raise ValueError(f"{option}: {given} contains no certificate in PEM format")
+        raise ValueError(f"{option}: {path} contains no certificate in PEM format")
     return text
 
 

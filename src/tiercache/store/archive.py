@@ -31,7 +31,7 @@ from tiercache.store.contract import Buffer, ProcessLocal, Upload, check_key
 from tiercache.store.local import TEMP_PREFIX
 from tiercache.store.obstore import CloudStore
 from tiercache.store.remote import RETRYABLE_STATUSES, CallLimit, RetryPolicy, with_retries
-from tiercache.waiting import SYSTEM_CLOCK, Clock
+from tiercache.waiting import SYSTEM_CLOCK
 
 # Type of a checksum over part checksums. It cannot compare copies that have other part sizes.
 _OF_PARTS = "COMPOSITE"
@@ -136,42 +136,30 @@ def has_boto3() -> bool:
 
 
 class Boto3Client:
-    """boto3's client of one endpoint. A call is one request, not retried, and raises StoreError.
+    """boto3's clients of one endpoint, created again when the keys change. A call is one request, which is not retried.
 
-    Safe for threads; each process creates its client at first use. The client counts "requests" in counters.
+    Safe for threads; each process has its own object. Requests are counted in counters.
     """
 
     def __init__(self, options: CloudOptions, url: str, counters: Counters) -> None:
-        """Open nothing yet. Raises ValueError if boto3 is missing, or does not support the options."""
-        if not has_boto3():
-            raise ValueError(
-                f"{url}: storage classes, restores and batch deletes need boto3: {install_command('archive')}"
-            )
-        if unknown := options.unknown_to_boto3:
-            raise ValueError(f"{url}: storage classes need boto3, for which {', '.join(unknown)} cannot be set")
-        self.url, self.counters = url, counters
-        self._options = options
-        self._clients = ProcessLocal(lambda: _Clients(options, url), lambda clients: clients.close())
+        config, self.credentials = s3_access(options, url)
+        self._options, self.endpoint = replace(options, config=config), server_url("s3", "", config)
+        self._counters = counters
+        self._lock = Lock()
+        self._made: dict[bool, tuple[Keys | None, Any]] = {}  # by whether the server may be silent for minutes
+        self._old: list[Any] = []  # other threads may still use them
 
-    def __reduce__(self) -> tuple[type[Boto3Client], tuple[CloudOptions, str, Counters]]:
-        return Boto3Client, (self._options, self.url, self.counters)
-
-    @property
-    def write_arguments(self) -> dict[str, Any]:
-        """Request arguments that set the encryption of a written object."""
-        config = self._options.config
-        kind = config.get("server_side_encryption")
-        if kind is None:
-            return {}
-        more = {"SSEKMSKeyId": config["sse_kms_key_id"]} if "sse_kms_key_id" in config else {}
-        return {"ServerSideEncryption": kind, **more}
-
-    @property
-    def endpoint_and_identity(self) -> tuple[object, ...]:
-        """Endpoint and identity: equal for clients between whose buckets the server can copy."""
-        config = self._options.config
-        names = ("endpoint", "region", "access_key_id", "session_token", "skip_signature")
-        return self._options.profile, self._options.credentials, *(config.get(name) for name in names)
+    def _client(self, *, is_long: bool) -> tuple[Any, int]:
+        """Return a client, and the number of its keys."""
+        keys = None if self.credentials is None else self.credentials.get()
+        number = 0 if self.credentials is None else self.credentials.number
+        with self._lock:
+            made = self._made.get(is_long)
+            if made is None or made[0] != keys:
+                if made is not None:
+                    self._old.append(made[1])
+                made = self._made[is_long] = keys, _client(self._options, keys, is_long=is_long)
+            return made[1], number
 
     def __call__(self, operation: str, where: str, **request: Any) -> Mapping[str, Any]:
         """Send one request and return its answer. Arguments that are None are omitted. where: URL, for messages.
@@ -183,77 +171,30 @@ class Boto3Client:
         given = {name: value for name, value in request.items() if value is not None}
         if "RequestPayer" not in given and self._options.config.get("request_payer"):
             given["RequestPayer"] = "requester"
-        clients = self._clients.get()
-        client, number = clients.get(operation)
-        endpoint = clients.endpoint
-        self.counters.add("requests")
+        client, number = self._client(is_long=operation in _COPYING)
+        self._counters.add("requests")
         try:
             answer: Mapping[str, Any] = getattr(client, operation)(**given)
         except exceptions.ClientError as error:
             response = error.response
             if operation == "head_object":
                 response = _reason(client, given, response, exceptions.ClientError)
-            raise refused_error(_refused(response, operation, where), clients.credentials, number) from None
+            raise refused_error(_refused(response, operation, where), self.credentials, number) from None
         except (exceptions.EndpointConnectionError, exceptions.ConnectTimeoutError):
-            message = f"{operation}: cannot connect to {endpoint}"
+            message = f"{operation}: cannot connect to {self.endpoint}"
             raise StoreError(message, url=where, retryable=True, sent=False) from None
         except exceptions.BotoCoreError as error:
             # From None: botocore's text may contain a signed URL.
             lost = isinstance(error, (exceptions.HTTPClientError, exceptions.ConnectionError))
-            text = f"{operation}: {type(error).__name__}{f' ({endpoint})' if lost else ''}"
+            text = f"{operation}: {type(error).__name__}{f' ({self.endpoint})' if lost else ''}"
             raise StoreError(text, url=where, retryable=lost) from None
         return answer
 
     def wait_target(self) -> str:
         """Return what a request waits for now, for messages."""
-        clients = self._clients.get()
-        return wait_target(clients.endpoint, clients.credentials)
-
-    @property
-    def timeout_s(self) -> float:
-        """Seconds without an answer after which a call fails, retries included."""
-        return self._options.call.timeout_s
-
-    def supports(self, operation: str, *names: str) -> bool:
-        """Return whether the installed boto3 supports these arguments of an operation (such as "CopyObject")."""
-        shape = self._clients.get().get("head_object")[0].meta.service_model.operation_model(operation).input_shape
-        return set(names) <= set(shape.members)
+        return wait_target(self.endpoint, self.credentials)
 
     def close(self) -> None:
-        """Close this process's connections."""
-        self._clients.drop()
-
-
-def takes_long(operation: str) -> bool:
-    """Return whether the server may be silent for minutes while it executes the operation."""
-    return operation in _COPYING
-
-
-class _Clients:
-    """This process's clients of one endpoint, created again when the keys change. Safe for threads."""
-
-    def __init__(self, options: CloudOptions, url: str) -> None:
-        config, self.credentials = s3_access(options, url)
-        self._options, self.endpoint = replace(options, config=config), server_url("s3", "", config)
-        self._lock = Lock()
-        self._made: dict[bool, tuple[Keys | None, Any]] = {}
-        self._old: list[Any] = []  # other threads may still use them
-
-    def get(self, operation: str) -> tuple[Any, int]:
-        """Return the client for an operation, and the number of its keys."""
-        keys = None if self.credentials is None else self.credentials.get()
-        number = 0 if self.credentials is None else self.credentials.number
-        is_long = takes_long(operation)
-        with self._lock:
-            made = self._made.get(is_long)
-            if made is None or made[0] != keys:
-                if made is not None:
-                    self._old.append(made[1])
-                made = self._made[is_long] = keys, _client(self._options, keys, is_long=is_long)
-            return made[1], number
-
-    def close(self) -> None:
-        """Close the connections."""
         with self._lock:
             for client in (*self._old, *(client for _, client in self._made.values())):
                 client.close()
@@ -368,46 +309,30 @@ class UnfinishedUpload:
 
 
 class S3StorageClasses:
-    """Objects with storage classes: a folder of a bucket through boto3. Keys are those of the Store with the same URL.
+    """Objects with storage classes: the bucket and folder of an S3 store through boto3, with its options and counters.
 
     Safe for threads. Each process creates its clients and threads at first use.
-
-    Attributes:
-        calls: Client that sends single requests.
     """
 
-    def __init__(
-        self,
-        calls: Boto3Client,
-        bucket: str,
-        prefix: str,
-        *,
-        sizes: CopySizes | None = None,
-        policy: RetryPolicy | None = None,
-        clock: Clock = SYSTEM_CLOCK,
-    ) -> None:
-        self.calls, self.bucket, self.prefix = calls, bucket, prefix
-        self.url = calls.url
-        self.counters = calls.counters
-        self._timeout_s, self._awaited = calls.timeout_s, calls.wait_target
-        self._sizes, self._policy, self._clock = sizes or CopySizes(), policy or RetryPolicy(), clock
+    def __init__(self, store: CloudStore, *, sizes: CopySizes | None = None) -> None:
+        """Open nothing yet. Raises ValueError if the store is not S3, or boto3 is missing."""
+        url = store.url
+        if store.cloud != "s3":
+            raise ValueError(f"{url}: only s3:// has storage classes that can be changed and restored")
+        if not has_boto3():
+            raise ValueError(
+                f"{url}: storage classes, restores and batch deletes need boto3: {install_command('archive')}"
+            )
+        options = replace(store.options, config={**aws_endpoint_options(), **store.options.config})
+        self.url, self.counters = url, store.counters
+        self.bucket, self.prefix = store.folder.bucket, store.folder.prefix
+        self._options = options
+        self._sizes = sizes or CopySizes()
+        self._client = ProcessLocal(lambda: Boto3Client(options, url, store.counters), Boto3Client.close)
         self._pool = ProcessLocal(
             lambda: ThreadPoolExecutor(self._sizes.n_parts, "tiercache-store"),
             lambda pool: pool.shutdown(wait=False, cancel_futures=True),
         )
-
-    @classmethod
-    def of(cls, store: CloudStore, *, sizes: CopySizes | None = None) -> S3StorageClasses:
-        """Return the archive of an S3 store: the same bucket, folder, options and counters.
-
-        Raises:
-            ValueError: The store is not S3, or boto3 is missing or does not support the options.
-        """
-        if store.cloud != "s3":
-            raise ValueError(f"{store.url}: only s3:// has storage classes that can be changed and restored")
-        options = replace(store.options, config={**aws_endpoint_options(), **store.options.config})
-        calls = Boto3Client(options, store.url, store.counters)
-        return cls(calls, store.folder.bucket, store.folder.prefix, sizes=sizes)
 
     def __repr__(self) -> str:
         return f"S3StorageClasses({self.url!r})"
@@ -415,7 +340,22 @@ class S3StorageClasses:
     def close(self) -> None:
         """End the threads of this process and close its connections."""
         self._pool.drop()
-        self.calls.close()
+        self._client.drop()
+
+    @property
+    def _encryption(self) -> dict[str, Any]:
+        """Request arguments that set the encryption of a written object."""
+        config = self._options.config
+        if "server_side_encryption" not in config:
+            return {}
+        return {"ServerSideEncryption": config["server_side_encryption"], "SSEKMSKeyId": config.get("sse_kms_key_id")}
+
+    @property
+    def _endpoint_and_identity(self) -> tuple[object, ...]:
+        """Endpoint and identity: equal for stores between whose buckets the server can copy."""
+        config = self._options.config
+        names = ("endpoint", "region", "access_key_id", "session_token", "skip_signature")
+        return self._options.profile, self._options.credentials, *(config.get(name) for name in names)
 
     def url_of(self, key: str) -> str:
         """Return the URL of a key, for messages."""
@@ -430,20 +370,11 @@ class S3StorageClasses:
         return self._ask(operation, self.url_of(key), Key=self.full_key(key), **request)
 
     def _ask(self, operation: str, where: str, **request: Any) -> Mapping[str, Any]:
-        copies = takes_long(operation)
+        client = self._client.get()
         # A server-side copy may be silent for long without a failure: the timeout of its own client limits it.
-        limit = CallLimit(
-            where,
-            operation,
-            clock=self._clock,
-            timeout_s=None if copies else self._timeout_s,
-            endpoint=self._awaited,
-        )
-
-        def attempt() -> Mapping[str, Any]:
-            return self.calls(operation, where, Bucket=self.bucket, **request)
-
-        return with_retries(attempt, self._policy, limit)
+        timeout_s = None if operation in _COPYING else self._options.call.timeout_s
+        limit = CallLimit(where, operation, clock=SYSTEM_CLOCK, timeout_s=timeout_s, endpoint=client.wait_target)
+        return with_retries(lambda: client(operation, where, Bucket=self.bucket, **request), RetryPolicy(), limit)
 
     def head(self, key: str) -> ObjectInfo:
         """Return the object with class, `restore` (S3's x-amz-restore) and the CRC-32C of the whole.
@@ -484,7 +415,7 @@ class S3StorageClasses:
         If the key has another object than that with the ETag `if_match`, or none, complete() raises ObjectChanged, on
         servers that check this.
         """
-        writing = {**self.calls.write_arguments, **({"StorageClass": storage_class} if storage_class else {})}
+        writing = {**self._encryption, **({"StorageClass": storage_class} if storage_class else {})}
         return S3Upload(self, check_key(key), writing, if_match=if_match)
 
     def set_class(self, key: str, storage_class: str, *, if_match: str | None = None) -> ObjectInfo:
@@ -498,7 +429,7 @@ class S3StorageClasses:
 
     def can_copy_from(self, src: S3StorageClasses) -> bool:
         """Return whether the server can copy from src: both have the same endpoint and the same credentials."""
-        return src.calls.endpoint_and_identity == self.calls.endpoint_and_identity
+        return src._endpoint_and_identity == self._endpoint_and_identity
 
     def copy_from(
         self,
@@ -550,14 +481,11 @@ class S3StorageClasses:
         sums = whole_object_checksums(head)
         kind = "CRC32C" if needs_crc32c or not sums or "ChecksumCRC32C" in sums else None
         writing = {
-            **encryption(head, self.calls.write_arguments),
+            **encryption(head, self._encryption),
             "StorageClass": storage_class,
             "ChecksumAlgorithm": kind,
         }
         if int(head["ContentLength"]) <= self._sizes.whole_bytes:
-            if condition and not self.calls.supports("CopyObject", *condition):  # boto3 before 2025-10
-                self._check(key, condition.get("IfMatch"))
-                condition = {}
             made_etag = self._copy_whole(key, head, source, writing | condition)
         else:
             writing |= {name: head.get(name) for name in _KEPT} | {"Tagging": src.tags(src_key, head)}
@@ -568,15 +496,6 @@ class S3StorageClasses:
             message = "another writer replaced the destination after the copy"
             raise ObjectChanged(message, url=self.url_of(key), expected=made_etag, found=made.etag)
         return made
-
-    def _check(self, key: str, expected: str | None) -> None:
-        """Check the ETag of the destination, None: nothing, if the request itself cannot. Raises ObjectChanged."""
-        try:
-            found = self.head(key).etag
-        except NotFound:
-            found = None
-        if found != expected:
-            raise ObjectChanged("the destination has changed", url=self.url_of(key), expected=expected, found=found)
 
     def _copy_whole(
         self, key: str, head: Mapping[str, Any], source: dict[str, Any], writing: dict[str, Any]

@@ -205,7 +205,7 @@ class Stores:
 def _s3_classes(tier: Tier, store: Store) -> S3StorageClasses | None:
     is_s3 = isinstance(store, CloudStore) and store.cloud == "s3"
     if isinstance(store, CloudStore) and is_s3 and has_boto3():
-        return S3StorageClasses.of(store)
+        return S3StorageClasses(store)
     if tier.storage_class is not None:
         reason = f"needs boto3, which is not installed: {install_command('archive')}"
         reason = reason if is_s3 else f"only S3 has storage classes, and {tier.url!r} is not S3"

@@ -90,9 +90,3 @@ def test_requests_go_through_the_proxy_of_the_environment_unless_no_proxy_names_
     with pytest.raises(StoreError, match="cannot connect"):
         store.get("a")
     store.close()
-
-
-def test_servers_that_proxy_excludes_names_are_requested_directly(http_server, get):
-    options = {"endpoint": http_server.url, "anon": True, "region": "us-east-1"}
-    seen = get(**options, proxy_url="http://127.0.0.1:9", proxy_excludes="127.0.0.1")
-    assert seen.path == "/bucket/a"

@@ -10,14 +10,14 @@ import pytest
 from tiercache._native.checksum import crc32c
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.store import CloudStore, open_store
-from tiercache.store.archive import Boto3Client, CopySizes, S3StorageClasses
+from tiercache.store.archive import CopySizes, S3StorageClasses
 
 PART = 5 << 20  # the smallest that S3 takes
 pytestmark = pytest.mark.s3
 
 
 def open_archive(url, **options):
-    return S3StorageClasses.of(open_store(url, **options))
+    return S3StorageClasses(open_store(url, **options))
 
 
 @pytest.fixture
@@ -25,10 +25,8 @@ def opened():
     found = []
 
     def open_it(door, folder="", **sizes):
-        url = f"{door.server.url}/{door.prefix}{folder}"
-        archive = open_archive(url, **door.server.storage_options)
-        if sizes:
-            archive = S3StorageClasses(archive.calls, archive.bucket, archive.prefix, sizes=CopySizes(**sizes))
+        store = open_store(f"{door.server.url}/{door.prefix}{folder}", **door.server.storage_options)
+        archive = S3StorageClasses(store, sizes=CopySizes(**sizes))
         found.append(archive)
         return archive
 
@@ -169,13 +167,13 @@ def test_a_listing_has_classes_and_only_keys_below_the_folder(archive):
 
 
 def test_a_listing_reads_all_pages(archive, door, monkeypatch):
-    calls = archive.calls
+    ask = archive._ask
     for number in range(5):
         door.put(f"k{number}", b"")
     monkeypatch.setattr(
         archive,
-        "calls",
-        lambda op, where, **more: calls(op, where, **({"MaxKeys": 2} if "list" in op else {}), **more),
+        "_ask",
+        lambda op, where, **more: ask(op, where, **({"MaxKeys": 2} if "list" in op else {}), **more),
     )
     assert sorted(info.key for info in archive.list()) == [f"k{number}" for number in range(5)]
 
@@ -349,11 +347,8 @@ def test_an_object_written_during_a_class_change_stays(s3, opened, monkeypatch, 
 
 
 @WHOLE_OR_PARTS
-@pytest.mark.parametrize("has_old_boto3", [False, True])
-def test_a_server_side_copy_that_must_be_new_replaces_nothing(s3, opened, monkeypatch, whole_bytes, has_old_boto3):
+def test_a_server_side_copy_that_must_be_new_replaces_nothing(s3, opened, whole_bytes):
     src, dst = opened(s3), opened(s3, "-cold", whole_bytes=whole_bytes, part_bytes=PART)
-    if has_old_boto3:
-        monkeypatch.setattr(Boto3Client, "supports", lambda *_args: False)
     put(src, "a", b"x" * PART)
     assert dst.copy_from(src, "a", "free", replaces=False).n_bytes == PART
     put(dst, "a", b"mine")
@@ -361,13 +356,6 @@ def test_a_server_side_copy_that_must_be_new_replaces_nothing(s3, opened, monkey
         dst.copy_from(src, "a", "a", replaces=False)
     assert dst.head("a").n_bytes == len(b"mine")
     assert dst.copy_from(src, "a", "a").n_bytes == PART
-
-
-def test_an_old_boto3_changes_classes_too(door, opened, monkeypatch):
-    monkeypatch.setattr(Boto3Client, "supports", lambda *_args: False)
-    archive = opened(door)
-    put(archive, "a", b"data")
-    assert archive.set_class("a", "STANDARD_IA").storage_class == "STANDARD_IA"
 
 
 @WHOLE_OR_PARTS
@@ -402,7 +390,7 @@ def test_a_changed_object_is_not_deleted(s3, opened):
 
 def test_objects_that_could_not_be_deleted_are_named_with_the_reason(archive, monkeypatch):
     said = {"Errors": [{"Key": archive.full_key("b"), "Code": "AccessDenied", "Message": "no"}]}
-    monkeypatch.setattr(archive, "calls", lambda *_args, **_more: said)
+    monkeypatch.setattr(archive, "_ask", lambda *_args, **_more: said)
     assert archive.delete_many(["a", "b"]) == [("b", "AccessDenied: no")]
 
 
@@ -420,16 +408,11 @@ def test_without_boto3_the_error_names_the_extra(monkeypatch):
         open_archive("s3://bucket/folder", access_key_id="a", secret_access_key="b")
 
 
-def test_an_option_that_boto3_does_not_support_is_an_error():
-    with pytest.raises(ValueError, match="proxy_url"):
-        open_archive("s3://bucket/folder", access_key_id="a", secret_access_key="b", proxy_url="http://proxy")
-
-
 def test_an_unreachable_server_is_an_error_without_secrets(door):
     options = {**door.server.storage_options, "endpoint": "http://127.0.0.1:9"}
     archive = open_archive("s3://bucket/folder", **options)
     with pytest.raises(StoreError) as caught:
-        archive.calls("head_object", "s3://bucket/folder/a", Bucket="bucket", Key="folder/a")
+        archive._client.get()("head_object", "s3://bucket/folder/a", Bucket="bucket", Key="folder/a")
     archive.close()
     assert caught.value.retryable
     assert door.server.secret_access_key not in str(caught.value)
@@ -448,7 +431,7 @@ def test_an_endpoint_of_the_environment_applies_to_the_archive(s3, monkeypatch, 
 def test_an_archive_has_the_location_of_its_store(door):
     store = door.server.store(door.prefix)
     assert isinstance(store, CloudStore)
-    archive = S3StorageClasses.of(store)
+    archive = S3StorageClasses(store)
     assert (archive.url, archive.counters is store.counters) == (store.url, True)
     archive.close()
     store.close()

@@ -98,7 +98,7 @@ def test_keys_renewed_by_another_program_are_read_when_s3_refuses_the_old_ones(
 def test_an_archive_reads_renewed_keys_too(http_server, opened, monkeypatch, tmp_path):
     pytest.importorskip("boto3")
     renew_file(tmp_path, monkeypatch, "OLD")
-    archive = S3StorageClasses.of(opened(profile="work"))
+    archive = S3StorageClasses(opened(profile="work"))
     archive.head("a")
     renew_file(tmp_path, monkeypatch, "NEW")
     http_server.next(REFUSED, REFUSED, REFUSED)  # botocore asks the bucket for its region in between

@@ -84,7 +84,7 @@ def test_a_body_that_stalls_ends_a_call_after_its_timeout(http_server, opened, c
 def test_an_archive_has_the_same_timeout(http_server, opened):
     pytest.importorskip("boto3")
     http_server.when(lambda method, path: HttpFault("silence"))
-    archive = S3StorageClasses.of(opened(timeout=0.5))
+    archive = S3StorageClasses(opened(timeout=0.5))
     started_s = time.monotonic()
     with pytest.raises(StoreError, match=http_server.url):
         archive.head("a")
@@ -194,7 +194,7 @@ def test_a_command_retries_an_endpoint_that_has_answered_before(http_server, ope
 
 def test_an_archive_names_the_endpoint_that_it_cannot_connect_to(nobody, opened):
     pytest.importorskip("boto3")
-    archive = S3StorageClasses.of(opened(endpoint=nobody))
+    archive = S3StorageClasses(opened(endpoint=nobody))
     with fail_fast_if_unreachable(), pytest.raises(StoreError, match=f"cannot connect to {nobody}") as caught:
         archive.head("a")
     assert caught.value.retryable

@@ -172,23 +172,22 @@ def by_google_metadata(issuer):
 
 def by_azure_identity(issuer):
     issuer.answers["/msi"] = oauth_json(issuer)
-    return {"msi_endpoint": f"{issuer.server.url}/msi"}
+    issuer.monkeypatch.setenv("AZURE_MSI_ENDPOINT", f"{issuer.server.url}/msi")
+    return {}
 
 
 def by_azure_secret(issuer):
     issuer.answers["/tenant/oauth2/v2.0/token"] = oauth_json(issuer)
-    return {
-        "client_id": "c", "client_secret": "s", "tenant_id": "tenant", "authority_host": issuer.server.url,
-    }  # fmt: skip
+    issuer.monkeypatch.setenv("AZURE_AUTHORITY_HOST", issuer.server.url)
+    return {"client_id": "c", "client_secret": "s", "tenant_id": "tenant"}
 
 
 def by_azure_federation(issuer):
     (issuer.tmp_path / "token").write_text("federated token")
     issuer.answers["/tenant/oauth2/v2.0/token"] = oauth_json(issuer)
-    return {
-        "client_id": "c", "tenant_id": "tenant", "authority_host": issuer.server.url,
-        "federated_token_file": str(issuer.tmp_path / "token"),
-    }  # fmt: skip
+    issuer.monkeypatch.setenv("AZURE_AUTHORITY_HOST", issuer.server.url)
+    issuer.monkeypatch.setenv("AZURE_FEDERATED_TOKEN_FILE", str(issuer.tmp_path / "token"))
+    return {"client_id": "c", "tenant_id": "tenant"}
 
 
 S3 = [by_profile, by_environment, by_web_identity, by_instance_metadata, by_container, by_process, by_function]

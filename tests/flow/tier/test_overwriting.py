@@ -12,7 +12,6 @@ from tests.support.tier_world import World as TierWorld
 from tiercache._native.checksum import crc32c
 from tiercache.errors import ObjectChanged
 from tiercache.store import LocalFolder
-from tiercache.store.archive import S3StorageClasses
 from tiercache.tier.journal import CatalogEntry, TierCatalog
 from tiercache.tier.move.deletions import run_due_deletions
 from tiercache.tier.move.executor import apply_plan
@@ -80,19 +79,6 @@ def test_without_boto3_the_destination_is_checked_before_the_upload_completes(s3
         here.copy("hot", "other", replaces='"old"')
     assert here.stores.store("other").get("a") == THEIRS
     here.stores.close()
-
-
-@pytest.mark.s3
-def test_an_old_boto3_checks_the_destination_and_replaces_it(s3_server, tmp_path, monkeypatch):
-    here = Bucket(s3_server, tmp_path)
-    archive = here.stores.s3_classes("other")
-    assert isinstance(archive, S3StorageClasses)
-    monkeypatch.setattr(type(archive.calls), "supports", lambda *_: False)
-    with here.transfer, here.stores:
-        here.stores.store("hot").put("a", SMALL)
-        here.stores.store("other").put("a", THEIRS)
-        etag = here.stores.head("other", "a").etag
-        assert here.copy("hot", "other", replaces=etag).n_bytes == len(SMALL)
 
 
 # -- the mover --------------------------------------------------------------------------------------------------------
