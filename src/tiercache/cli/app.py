@@ -40,23 +40,23 @@ VERBS = {
     "tier get": ("cli.tier_recall", "Bring shards, checkpoints and files back from any tier."),
     "tier init": ("cli.tier_init", "Write a first rule file with comments, with a folder or URL as its first tier."),
     "ckpt ls": (
-        "cli.checkpoint_verbs",
+        "cli.checkpoint",
         "List checkpoints with step, size, age, tiers and metrics, and what keeps them.",
     ),
     "ckpt show": (
-        "cli.checkpoint_verbs",
-        "Show one checkpoint: its copies and files, its metrics, what keeps it, and what the next plan does with it.",
+        "cli.checkpoint",
+        "Show one checkpoint: its copies and files, its metrics, and what keeps it.",
     ),
     "ckpt verify": (
-        "cli.checkpoint_verbs",
+        "cli.checkpoint",
         "Read checkpoints completely, in every tier that has a copy, and compare the bytes with known checksums.",
     ),
-    "ckpt rm": ("cli.checkpoint_verbs", "Delete checkpoints from all tiers, at once and for good."),
+    "ckpt rm": ("cli.checkpoint", "Delete checkpoints from all tiers, at once and for good."),
     "ckpt pin": (
-        "cli.checkpoint_verbs",
+        "cli.checkpoint",
         "Pin checkpoints of tc.Checkpoints, in their folders: no rule moves or deletes them, and `ckpt rm` refuses to.",
     ),
-    "ckpt unpin": ("cli.checkpoint_verbs", "Remove the pins of checkpoints of tc.Checkpoints."),
+    "ckpt unpin": ("cli.checkpoint", "Remove the pins of checkpoints of tc.Checkpoints."),
 }
 
 

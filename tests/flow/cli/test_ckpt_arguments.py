@@ -171,14 +171,14 @@ def test_a_folder_outside_the_tiers_is_found_with_its_path(root, tiercache, step
     (root / "tiercache.toml").write_text(RULES)
     write(root / "elsewhere/run", "dcp", 10, 20)
     assert steps("./elsewhere/run/latest") == [20]
-    assert "a folder outside the tiers is written ./FOLDER" in tiercache("ckpt", "ls", "elsewhere/run", code=1).err
+    assert "a local folder is written ./FOLDER" in tiercache("ckpt", "ls", "elsewhere/run", code=1).err
 
 
 def test_a_relative_path_into_a_tier_is_found(root, steps):
     (root / "tiercache.toml").write_text(RULES)
     write(root / "store/run", "dcp", 10, 20)
-    assert steps("store/run/latest") == [20]
-    assert sorted(steps("store/*/step-*")) == [10, 20]
+    assert steps("./store/run/latest") == [20]
+    assert sorted(steps("./store/*/step-*")) == [10, 20]
 
 
 def test_without_a_rule_file_only_the_folder_of_the_run_is_listed(root, steps):
