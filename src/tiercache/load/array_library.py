@@ -12,39 +12,18 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tiercache.errors import SchemaError
 
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
 
     from tiercache._native.ring import RowType, Slot
     from tiercache.data.output_spec import OutputSpec
-    from tiercache.load.device import BatchDevice
-    from tiercache.load.device_pipeline import DevicePipeline
-    from tiercache.load.options import LoaderOptions
-    from tiercache.load.pipeline import PipelineInputs
     from tiercache.shard.schema import Schema
-
-
-class Devices(Protocol):
-    """The devices to which a library moves batches, and the pinned memory from which it does so."""
-
-    def pin_function(self) -> Callable[[Any], Any] | None:
-        """Return the function that pins a batch; None: nothing can be pinned."""
-
-    def find(self, wanted: Any) -> torch.device | None:
-        """Return the device of `LoaderOptions.device`; None: batches stay in host memory. Raises ValueError."""
-
-    def batch_device(self, device: torch.device, options: LoaderOptions, existing: BatchDevice | None) -> BatchDevice:
-        """Return what the pipelines of a loader with a device share: `existing`, unless the device has changed."""
-
-    def pipeline(self, inputs: PipelineInputs, device: BatchDevice, before: Any) -> DevicePipeline:
-        """Return the stage that copies the batches of the pipeline `before` to a device."""
 
 
 class ArrayLibrary(ABC):
@@ -54,19 +33,13 @@ class ArrayLibrary(ABC):
 
     Attributes:
         profiler: Object whose `_is_profiler_enabled` says whether `record_function(name)` must be entered for a batch.
-        devices: Devices of batches. None: batches stay in host memory.
         from_dlpack: Function that makes an array of a DLPack capsule. None: rows_over() makes all arrays.
         nested: Function that makes the jagged nested array of (values end to end, offsets). None: there are none.
     """
 
     profiler: Any
-    devices: Devices | None = None
     from_dlpack: Callable[[object], Any] | None = None
     nested: Callable[[Any, Any], Any] | None = None
-
-    @abstractmethod
-    def draw_seed(self, generator: torch.Generator | None) -> int:
-        """Draw the seed of a run. generator: None is the library's global one."""
 
     @abstractmethod
     def row_type(self, dtype: str, shape: tuple[int, ...]) -> RowType | None:
@@ -149,11 +122,6 @@ class NumpyLibrary(ArrayLibrary):
             decode = output_spec.decode.get(column.name)
             if "bfloat16" in (column.dtype, decode.dtype if decode is not None else None):
                 numpy_dtype("bfloat16", column.name)
-
-    def draw_seed(self, generator: torch.Generator | None) -> int:
-        """See ArrayLibrary."""
-        assert generator is None  # noqa: S101 -- NumpyLoader takes none
-        return int(np.random.randint(np.iinfo(np.int64).max, dtype=np.int64))
 
     def row_type(self, dtype: str, shape: tuple[int, ...]) -> None:
         """See ArrayLibrary. None: an array that NumPy makes of a DLPack capsule is read-only."""

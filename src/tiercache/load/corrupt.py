@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from tiercache.order import AnyWindow
     from tiercache.shard.blocks import Blocks
 
-    Rows: TypeAlias = NDArray[np.int64] | None  # rows of a block, rising; None: all rows
 
+Rows: TypeAlias = "NDArray[np.int64] | None"  # rows of a block, rising; None: all rows
 
 # Shapes must fit, text must be UTF-8, JSON must parse. Any bytes are a valid number, flag or bytes value.
 _CHECKED = (Kind.RAGGED, Kind.STR, Kind.JSON)
@@ -98,9 +98,9 @@ def record_too_long(
     return None
 
 
-# Location of a record: shard, block in it, row in that. In a location of corruption None stands for a whole shard or
-# block.
+# Location of a record: shard, block in it, row in that.
 RecordLocation: TypeAlias = tuple[int, int, int]
+# Location of corruption. None stands for a whole shard or block.
 CorruptLocation: TypeAlias = tuple[int, int | None, int | None]
 
 # rows per search for the next corrupt one: 1 ms in a block without any, little in a corrupt page

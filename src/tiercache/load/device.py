@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from tiercache.load.options import LoaderOptions
+    from tiercache.load.pipeline import ClosingPipeline, PipelineInputs
+    from tiercache.load.device_pipeline import DevicePipeline
 
 
 class Event(Protocol):
@@ -314,6 +316,10 @@ class BatchDevice:
         with self._lock:
             self._steps.append((begin, end))
         self._settle()
+
+    def pipeline(self, inputs: PipelineInputs, before: ClosingPipeline) -> DevicePipeline:
+        """Return the stage that copies the batches of the pipeline `before` to the device."""
+        return DevicePipeline(self, inputs, before)
 
     def exposed_waits(self) -> WaitHistogram:
         """Return the waits of the consumer's stream for batches, of the steps that the device has passed."""

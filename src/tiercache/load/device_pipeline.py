@@ -297,8 +297,8 @@ class DevicePipeline(ClosingPipeline):
     `take` is called by one thread at a time, under a lock, and `close` by any thread.
     """
 
-    def __init__(self, inputs: PipelineInputs, device: BatchDevice, before: Any) -> None:
-        self._before = before  # the stage before: a ClosingPipeline whose waits are not counted as the consumer's
+    def __init__(self, device: BatchDevice, inputs: PipelineInputs, before: ClosingPipeline) -> None:
+        self._before = before  # its waits are not counted as the consumer's
         self._device = device
         self._waits = inputs.waits
         self._queue: deque[_Entry] = deque()
@@ -322,20 +322,12 @@ class DevicePipeline(ClosingPipeline):
             return self._take(timeout_s)
 
     @property
-    def fast_take(self) -> None:
-        """None: batches are returned by take() only. See Pipeline.fast_take."""
-
-    @property
     def n_taken(self) -> int:
-        """See Pipeline.n_taken."""
-        n_taken: int = self._before.n_taken
-        return n_taken - sum(entry.value is not None for entry in self._queue)
+        return self._before.n_taken - sum(entry.value is not None for entry in self._queue)
 
     @property
     def corrupt_shard(self) -> int | None:  # type: ignore[override]
-        """See ClosingPipeline."""
-        shard: int | None = self._before.corrupt_shard
-        return shard
+        return self._before.corrupt_shard
 
     def figures(self) -> dict[str, float]:
         """Return the figures of the stage before, with the counts of the batches that were handed out."""

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex
+from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeAlias
 
 import numpy as np
 
@@ -26,9 +26,9 @@ from tiercache.errors import CorruptShard
 from tiercache.load.batch import Batch, BatchMemory, PipelineSetup
 from tiercache.load.corrupt import corruption_map_for
 from tiercache.load.decode import DecodedPipeline
-from tiercache.load.epoch import NextEpoch, OrderShare, epoch_records, mixture_values, order_options, plan_epoch
+from tiercache.load.epoch import NextEpoch, OrderShare, epoch_records, mixture_values, order_options, make_share
 from tiercache.load.options import LoaderOptions
-from tiercache.load.pipeline import Pipeline, PipelineInputs, Resources, share_resources, summarise
+from tiercache.load.pipeline import ClosingPipeline, Pipeline, PipelineInputs, Resources, share_resources, summarise
 from tiercache.load.ranks import Rank, agree, find_rank, find_slowest, must_not_draw, warn_of_meshes
 from tiercache.load.reading_plan import ReadingPlanPublisher
 from tiercache.load.state import RunState, reopen
@@ -37,22 +37,21 @@ from tiercache.order import RankPlan
 from tiercache.stats import Counters, WaitHistogram
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future
-
-    import torch
 
     from tiercache.load.array_library import ArrayLibrary
     from tiercache.load.corrupt import CorruptLocation
     from tiercache.load.device import BatchDevice
-    from tiercache.load.device_pipeline import DevicePipeline
     from tiercache.load.epoch import EpochStart
     from tiercache.load.samplers import SamplerPass
-    from tiercache.load.transform import TransformedPipeline
-    from tiercache.load.transform_workers import TransformSettings, WorkerPipeline, WorkerPool
+    from tiercache.load.transform_workers import TransformSettings, WorkerPool
 
 
 logger = logging.getLogger("tiercache")
+
+# Function that makes the pipeline whose batches follow from those of another one.
+Stage: TypeAlias = "Callable[[PipelineInputs, ClosingPipeline], ClosingPipeline]"
 
 
 class EpochPosition:
@@ -124,14 +123,18 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         resources: Resources,
         timeout_s: float,
         pin: Callable[[Any], Any] | None,
+        stages: Sequence[Stage],
+        transforms: TransformSettings | None,
+        workers: WorkerPool | None,
     ) -> None:
         self._position = position
         self._inputs = inputs
         self._resources = resources
+        self._stages, self._workers = stages, workers
         self._timeout_s = timeout_s if timeout_s > 0 else -1.0
         self._pin = pin
         # names of the entries of a tuple; None: batches are dicts, or the user's functions make them
-        self._names = inputs.output_spec.names if inputs.transforms is None else None
+        self._names = inputs.output_spec.names if transforms is None else None
         self._start_s = time.perf_counter()
         self._counted = False
         self._read_again: Counter[int] = Counter()  # how often each shard was read again
@@ -164,8 +167,8 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         self._pipeline.close()
         if self._counted:
             return
-        if self._inputs.workers is not None:
-            self._inputs.workers.release()
+        if self._workers is not None:
+            self._workers.release()
         publisher, next_epoch = self._inputs.publisher, self._inputs.next_epoch
         if publisher is not None and next_epoch is not None and self._position.finished:
             publisher.finish()
@@ -179,17 +182,11 @@ class NativeIterator(FastIterator, Iterator[Batch]):
             self._counted = True
 
     def _start(self, inputs: PipelineInputs) -> None:
-        kind = DecodedPipeline if inputs.output_spec.decode else Pipeline
-        transforms, device = inputs.transforms, inputs.device
+        native = DecodedPipeline if inputs.output_spec.decode else Pipeline
         inner = replace(inputs, waits=WaitHistogram())  # the waits of a stage before another one are not the consumer's
-        self._pipeline: Pipeline | DecodedPipeline | TransformedPipeline | WorkerPipeline | DevicePipeline
-        self._pipeline = native = kind(inputs if transforms is None and device is None else inner, self._resources)
-        if transforms is not None:
-            self._pipeline = transforms.pipeline(inputs if device is None else inner, native)
-        if device is not None:
-            devices = inputs.setup.library.devices
-            assert devices is not None  # noqa: S101 -- `device` is one of them
-            self._pipeline = devices.pipeline(inputs, device, self._pipeline)
+        self._pipeline: ClosingPipeline = native(inner if self._stages else inputs, self._resources)
+        for number, stage in enumerate(self._stages, 1):
+            self._pipeline = stage(inputs if number == len(self._stages) else inner, self._pipeline)
         self._set_fast_path(self._pipeline.fast_take)
 
     def _next(self) -> Any:
@@ -289,7 +286,13 @@ class NativeIterator(FastIterator, Iterator[Batch]):
 class LoaderArguments:
     """The loader's own arguments, as far as the native path needs them.
 
-    library: What batches consist of. fills_first: See `RankPlan`; integrations set it.
+    Attributes:
+        library: What batches consist of.
+        draw_seed: Function that draws the seed of a run.
+        fills_first: See `RankPlan`; integrations set it.
+        pin_function: Function that returns the function that pins a batch, or None if nothing can be pinned.
+        batch_device: Function that returns what the pipelines of a loader share about its device: its argument, unless
+            the device has changed. None: batches stay in host memory.
     """
 
     library: ArrayLibrary
@@ -297,12 +300,13 @@ class LoaderArguments:
     shuffle: bool
     drop_last: bool
     timeout_s: float
-    pin_memory: bool
-    generator: torch.Generator | None
+    draw_seed: Callable[[], int]
     options: LoaderOptions
     output_spec: OutputSpec = field(default_factory=OutputSpec)
     num_workers: int = 0
     fills_first: bool = False
+    pin_function: Callable[[], Callable[[Any], Any] | None] | None = None
+    batch_device: Callable[[BatchDevice | None], BatchDevice] | None = None
 
 
 class Engine(ABC):
@@ -319,8 +323,6 @@ class Engine(ABC):
         self._counters = Counters("padded")
         self._waits = WaitHistogram()
         self._memory = BatchMemory()
-        self._devices = arguments.library.devices
-        self._device_type = None if self._devices is None else self._devices.find(arguments.options.device)
         self._device: BatchDevice | None = None  # of the newest epoch
         self._warned: set[str] = set()
         self._figures_before = dict(source.storage.figures())
@@ -380,11 +382,9 @@ class Engine(ABC):
             self._source.storage.prepare_reading(np.flatnonzero(self._source.shard_records))
             self._ready = self._source
 
-    def _pin_function(self) -> Callable[[Any], Any] | None:
-        """Return the function that pins a batch; None, with torch's warning, if there is no accelerator."""
-        if not self._arguments.pin_memory or self._device_type is not None or self._devices is None:
-            return None
-        return self._devices.pin_function()
+    def _pin(self) -> Callable[[Any], Any] | None:
+        """Return the function that pins a batch; None: batches stay as they are."""
+        return None if self._arguments.pin_function is None else self._arguments.pin_function()
 
     def _start_iterator(
         self,
@@ -396,10 +396,14 @@ class Engine(ABC):
         """Return the iterator of an epoch, whose pipeline has begun. planned: Further fields of PipelineInputs."""
         if self._setup is None or self._setup.source is not self._source:
             self._setup = PipelineSetup(self._source, self._arguments.output_spec, self._arguments.library)
-        transforms = self.transforms
-        options, pinned = self._arguments.options, None
-        if self._device_type is not None and self._devices is not None:
-            self._device = self._devices.batch_device(self._device_type, options, self._device)
+        transforms, workers, pinned = self.transforms, None, None
+        stages: list[Stage] = []
+        if transforms is not None:
+            workers = self._start_workers(transforms, share.seed) if transforms.n_workers else None
+            stages.append(transforms.stage(workers))
+        if self._arguments.batch_device is not None:
+            self._device = self._arguments.batch_device(self._device)
+            stages.append(self._device.pipeline)
             # A transform may keep what it saw as long as it likes; what it makes is copied into pinned memory.
             pinned = self._device.pinned if transforms is None else None
             batch_size = share.rank_plan.batch_size
@@ -409,9 +413,6 @@ class Engine(ABC):
                     f'device_buffers="fixed" serves full batches only, and this epoch ends with a batch of {n_last} '
                     f"records instead of {batch_size}: give drop_last=True"
                 )
-        workers = (
-            None if transforms is None or not transforms.n_workers else self._start_workers(transforms, share.seed)
-        )
         inputs = PipelineInputs(
             setup=self._setup,
             share=share,
@@ -420,13 +421,11 @@ class Engine(ABC):
             memory=self._memory if pinned is None else pinned,
             warned=self._warned,
             corruption=self._corruption,
-            transforms=transforms,
-            workers=workers,
-            device=self._device,
             pinned=pinned,
             **planned,
         )
-        return NativeIterator(position, inputs, self._resources(), self._arguments.timeout_s, pin)
+        resources, timeout_s = self._resources(), self._arguments.timeout_s
+        return NativeIterator(position, inputs, resources, timeout_s, pin, stages, transforms, workers)
 
     def _start_workers(self, transforms: TransformSettings, seed: int) -> WorkerPool:
         """Return the processes of the last epoch if they live and are free, else new ones."""
@@ -546,23 +545,23 @@ class OrderEngine(Engine):
         self._check_readable()
         rank = self.rank()
         ordered = self._source if self._corruption is None else self._corruption
-        plan_share = partial(plan_epoch, ordered, rank, self._arguments.batch_size, self._arguments.fills_first)
+        share_of = partial(make_share, ordered, rank, self._arguments.batch_size, self._arguments.fills_first)
         epoch_start: Future[EpochStart | None] | None = None
         prepared = None if self._next_epoch is None else self._next_epoch.take(self._source, state)
         if prepared is not None:
             share, epoch_start, publisher = prepared
         else:
-            share, publisher = plan_share(state), ReadingPlanPublisher(self._source, state, plan_share)
+            share, publisher = share_of(state), ReadingPlanPublisher(self._source, state, share_of)
             if self._next_epoch is not None:
                 publisher.replace_earlier(self._next_epoch.publisher)
         if share.rank_plan.ignores_streams:
             self._warn_of_streams(share.rank_plan)
         position = EpochPosition(state, share.rank_plan)
-        next_epoch = NextEpoch(self._source, position.next_state(), plan_share, is_expected=self._n_epochs > 0)
+        next_epoch = NextEpoch(self._source, position.next_state(), share_of, is_expected=self._n_epochs > 0)
         iterator = self._start_iterator(
             position,
             share,
-            self._pin_function(),
+            self._pin(),
             epoch_start=epoch_start,
             next_epoch=next_epoch,
             publisher=publisher,
@@ -606,7 +605,7 @@ class OrderEngine(Engine):
         # A single rank also returns the records of a last batch that is dropped, as torch's sampler does: the batch
         # sampler drops it.
         planned = state if rank.world_size > 1 else replace(state, drop_last=False)
-        share = plan_epoch(self._source, rank, self._arguments.batch_size, self._arguments.fills_first, planned)
+        share = make_share(self._source, rank, self._arguments.batch_size, self._arguments.fills_first, planned)
         self._position = EpochPosition(state, share.rank_plan, is_counted=False)
         self._n_epochs += 1
         return state, self._source, share
@@ -673,7 +672,7 @@ class OrderEngine(Engine):
         seed = options.seed
         if seed is None:
             is_drawn = arguments.shuffle and not must_not_draw(rank)
-            seed = arguments.library.draw_seed(arguments.generator) if is_drawn else 0
+            seed = arguments.draw_seed() if is_drawn else 0
         order: dict[str, Any] = {
             "shuffle": arguments.shuffle,
             "drop_last": arguments.drop_last,

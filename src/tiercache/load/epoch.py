@@ -38,11 +38,12 @@ if TYPE_CHECKING:
     from tiercache.order import AnyWindow, Order, Section
     from tiercache.order.explicit import ServedOrder
 
-    # The records that an order orders, or their corrupt records if these are replaced.
-    Ordered: TypeAlias = Records | CorruptionMap
-    PlanEpoch: TypeAlias = Callable[[RunState], "OrderShare"]
-    ClaimedEpoch: TypeAlias = tuple["OrderShare", Future["EpochStart | None"] | None, ReadingPlanPublisher]
 
+# The records that an order orders, or their corrupt records if these are replaced.
+Ordered: TypeAlias = "Records | CorruptionMap"
+# Function that returns a rank's share of the epoch of a state.
+MakeShare: TypeAlias = "Callable[[RunState], OrderShare]"
+ClaimedEpoch: TypeAlias = "tuple[OrderShare, Future[EpochStart | None] | None, ReadingPlanPublisher]"
 
 # Rising numbers. A single rank is served all positions, so a range is used for them: as arrays they took a third of the
 # planner's time.
@@ -156,7 +157,7 @@ class PieceSizes:
 ARRAY_PIECES, RUN_PIECES = PieceSizes(), PieceSizes(run=RUN_ROWS)
 
 
-def pieces(order: Order, rank_plan: RankPlan, sizes: PieceSizes = ARRAY_PIECES) -> Iterator[Piece]:
+def cut_pieces(order: Order, rank_plan: RankPlan, sizes: PieceSizes = ARRAY_PIECES) -> Iterator[Piece]:
     """Yield what the rank is served from its offset to the end of the epoch, in order, padding last.
 
     A piece ends where a window of one of its streams ends, or at its maximum size, independent of the batches. The
@@ -370,21 +371,14 @@ class OrderShare:
     def pieces(self, n_batches: int) -> Iterator[AnyPiece]:
         """Yield what is served after n_batches, in order, padding last. Reads footers."""
         rank_plan = replace(self.rank_plan, offset=self.rank_plan.offset_after(n_batches))
-        all_pieces = pieces(self.order, rank_plan, self.sizes)
+        all_pieces = cut_pieces(self.order, rank_plan, self.sizes)
         if self.corruption is None:
             return all_pieces
-        return replace_corrupt(all_pieces, self.corruption, RecordWalk(self, rank_plan))
+        return replace_corrupt(all_pieces, self.corruption, RecordWalk(self.order, rank_plan))
 
     def locate(self, position: int) -> tuple[int, int, int]:
         """Return (shard, block, row in the block) of a position of the epoch. Reads footers."""
-        stream, at = position % self.order.n_streams, position // self.order.n_streams
-        section = self.order.section_at(stream, at)
-        blocks, rows = section.rows(at - section.start, at - section.start + 1)
-        ends = np.cumsum([len(window.blocks) for window in section.windows])
-        number = int(np.searchsorted(ends, blocks[0], side="right"))
-        # negative: counted from the window's end
-        window, within = section.windows[number], int(blocks[0]) - int(ends[number])
-        return int(window.shards[within]), int(window.blocks[within]), int(rows[0])
+        return locate(self.order, position)
 
     def shards_ahead(self, n_batches: int, n_rows: int, n_bytes: int) -> list[int]:
         """Return the shards that are read after n_batches and then n_rows, in reading order. Reads no footers.
@@ -402,6 +396,18 @@ class OrderShare:
         return interleaved(runs)
 
 
+def locate(order: Order, position: int) -> RecordLocation:
+    """Return (shard, block, row in the block) of a position of an order. Reads footers."""
+    stream, at = position % order.n_streams, position // order.n_streams
+    section = order.section_at(stream, at)
+    blocks, rows = section.rows(at - section.start, at - section.start + 1)
+    ends = np.cumsum([len(window.blocks) for window in section.windows])
+    number = int(np.searchsorted(ends, blocks[0], side="right"))
+    # negative: counted from the window's end
+    window, within = section.windows[number], int(blocks[0]) - int(ends[number])
+    return int(window.shards[within]), int(window.blocks[within]), int(rows[0])
+
+
 @dataclass(frozen=True, slots=True)
 class RecordWalk:
     """A rank's records one by one, counted in rows from the start of its pieces, which begin at `rank_plan`.
@@ -409,22 +415,22 @@ class RecordWalk:
     Locations have the order's row numbers.
     """
 
-    share: OrderShare
+    order: Order
     rank_plan: RankPlan
 
     def before(self, n_rows: int) -> Iterator[RecordLocation]:
         """Yield the records before row n_rows, latest first, back to the start of the epoch."""
-        rank_plan, locate = self.rank_plan, self.share.locate
+        rank_plan = self.rank_plan
         for row in reversed(range(n_rows)):
-            yield locate(int(rank_plan.positions_between(row, row + 1)[0]))
+            yield locate(self.order, int(rank_plan.positions_between(row, row + 1)[0]))
         while rank_plan.offset >= rank_plan.global_batch:
             rank_plan = replace(rank_plan, offset=rank_plan.offset - rank_plan.global_batch)
-            yield from map(locate, rank_plan.positions(0)[::-1].tolist())
+            yield from (locate(self.order, position) for position in rank_plan.positions(0)[::-1].tolist())
 
     def after(self, n_rows: int) -> Iterator[RecordLocation]:
         """Yield the record at row n_rows, and those after it."""
         for row in range(n_rows, self.rank_plan.n_served):
-            yield self.share.locate(int(self.rank_plan.positions_between(row, row + 1)[0]))
+            yield locate(self.order, int(self.rank_plan.positions_between(row, row + 1)[0]))
 
 
 def interleaved(runs: Sequence[Sequence[int]]) -> list[int]:
@@ -438,7 +444,7 @@ def records_of(ordered: Ordered) -> Records:
     return ordered.source if isinstance(ordered, CorruptionMap) else ordered
 
 
-def plan_epoch(ordered: Ordered, rank: Rank, batch_size: int, fills_first: bool, state: RunState) -> OrderShare:
+def make_share(ordered: Ordered, rank: Rank, batch_size: int, fills_first: bool, state: RunState) -> OrderShare:
     """Return the rank's share of the state's epoch. Costs O(shards); reads no data.
 
     fills_first: see `RankPlan`. Raises ValueError: the
@@ -542,18 +548,18 @@ class NextEpoch:
     Args:
         source: Records that both epochs read.
         state: State at the start of the next epoch.
-        plan_epoch: Function that returns a rank's share of an epoch. It must not refer to the loader, which would then
+        make_share: Function that returns a rank's share of an epoch. It must not refer to the loader, which would then
             live too long.
         is_expected: Whether this run has gone from one epoch to the next before. If not, no store is read for the next
             epoch.
     """
 
-    def __init__(self, source: Records, state: RunState, plan_epoch: PlanEpoch, *, is_expected: bool) -> None:
+    def __init__(self, source: Records, state: RunState, make_share: MakeShare, *, is_expected: bool) -> None:
         self._source = source
         self._state = state
-        self._plan_epoch = plan_epoch
+        self._make_share = make_share
         self._is_expected = is_expected
-        self.publisher = ReadingPlanPublisher(source, state, plan_epoch)
+        self.publisher = ReadingPlanPublisher(source, state, make_share)
         self._lock = threading.Lock()
         self._ready: Future[EpochStart | None] | None = None  # None: no planner has begun to prepare it
         self._share: OrderShare | None = None
@@ -572,7 +578,7 @@ class NextEpoch:
         # Not a cached_property: until Python 3.12 its lock is shared by all instances, and a forked child may inherit
         # it locked.
         if self._share is None:
-            self._share = self._plan_epoch(self._state)
+            self._share = self._make_share(self._state)
         return self._share
 
     def shards_ahead(self, n_bytes: int) -> list[int]:
@@ -614,7 +620,7 @@ class NextEpoch:
             return None
         taken = self.share, ready, self.publisher
         # the taken publisher belongs to the engine now
-        self.publisher = ReadingPlanPublisher(self._source, self._state, self._plan_epoch)
+        self.publisher = ReadingPlanPublisher(self._source, self._state, self._make_share)
         return taken
 
     def on_source_closed(self) -> None:
@@ -629,7 +635,7 @@ class NextEpoch:
         if self._pid != os.getpid():
             return
         ready, plan = self._end(), self.publisher
-        self.publisher = ReadingPlanPublisher(self._source, self._state, self._plan_epoch)  # the epoch may still begin
+        self.publisher = ReadingPlanPublisher(self._source, self._state, self._make_share)  # the epoch may still begin
         self._release(ready, plan)
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:

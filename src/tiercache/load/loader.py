@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tiercache.data.output_spec import NativeAccess, NativeDataset, native_access
 from tiercache.load.collate import collate
-from tiercache.load.device import find_device
+from tiercache.load.device import find_device, make_batch_device
 from tiercache.load.engine import LoaderArguments, OrderEngine
 from tiercache.load.epoch import epoch_records
 from tiercache.load.options import LoaderOptions
@@ -193,16 +194,17 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         self._own_batch_sampler = self.batch_sampler
         if access is None or (reason and not has_order):
             return
-        transforms = self._transform_settings()
+        transforms, device = self._transform_settings(), find_device(options.device if options else None)
         arguments = LoaderArguments(
             library=TorchLibrary(),
             batch_size=int(batch_size or 1),
             shuffle=is_shuffled,
             drop_last=drop_last,
             timeout_s=timeout,
-            pin_memory=pin_memory,
-            generator=generator,
+            draw_seed=partial(_draw_seed, generator),
             options=options or LoaderOptions(),
+            pin_function=_pin_function if pin_memory and device is None else None,
+            batch_device=None if device is None else partial(make_batch_device, device, options or LoaderOptions()),
             output_spec=access.output_spec if transforms is None else transforms.function.gathered_spec,
             num_workers=num_workers,
         )
@@ -329,13 +331,13 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
         return {**vars(self), "_engine": rebuilt, "_iterator": None, "_initial_iter_for_state_dict": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if isinstance(self.sampler, OrderSampler):  # It is bound to one loader. torch forbids setting these two.
-            sampler, batch_sampler = copy(self.sampler), copy(self.batch_sampler)
+        if isinstance(state["sampler"], OrderSampler):  # It is bound to one loader.
+            sampler, batch_sampler = copy(state["sampler"]), copy(state["batch_sampler"])
             if batch_sampler is not None:
                 batch_sampler.sampler = sampler
-            self.__dict__.update(sampler=sampler, batch_sampler=batch_sampler)
-            self._own_batch_sampler = batch_sampler
+            state = {**state, "sampler": sampler, "batch_sampler": batch_sampler, "_own_batch_sampler": batch_sampler}
+        for name, value in state.items():  # in torch's order, which sets the samplers before it forbids that
+            setattr(self, name, value)
         if state["_engine"] is not None:
             self._start_engine(*state["_engine"])
 
@@ -385,6 +387,26 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             prefetch_factor=self.prefetch_factor or 2,
             keeps_workers=bool(self.persistent_workers and self.num_workers),
         )
+
+
+def _draw_seed(generator: torch.Generator | None) -> int:
+    return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
+
+
+def _pin_function() -> Callable[[Any], Any] | None:
+    """Return the function that pins a batch; None, with torch's warning, if there is no accelerator."""
+    pin: Callable[[Any], Any] = torch.utils.data._utils.pin_memory.pin_memory  # noqa: SLF001 -- also nested batches
+    accelerator = getattr(torch, "accelerator", None)
+    if accelerator is None:  # torch before 2.6 supports only CUDA here and does not warn
+        return pin if torch.cuda.is_available() else None
+    if not accelerator.is_available():
+        warnings.warn(
+            "'pin_memory' argument is set as true but no accelerator is found, "
+            "then device pinned memory won't be used.",
+            stacklevel=5,  # the caller of iter(loader)
+        )
+        return None
+    return pin
 
 
 def _reason_for_torch(

@@ -6,6 +6,8 @@ import operator
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tiercache.load.array_library import NumpyLibrary
 from tiercache.load.engine import LoaderArguments, OrderEngine
 from tiercache.load.options import LoaderOptions
@@ -14,6 +16,10 @@ from tiercache.load.state import RunState
 if TYPE_CHECKING:
     from tiercache.data.output_spec import NativeDataset
     from tiercache.load.batch import Batch
+
+
+def _draw_seed() -> int:
+    return int(np.random.randint(np.iinfo(np.int64).max, dtype=np.int64))
 
 
 class NumpyLoader:
@@ -75,8 +81,7 @@ class NumpyLoader:
                 shuffle=bool(shuffle),
                 drop_last=bool(drop_last),
                 timeout_s=0,
-                pin_memory=False,
-                generator=None,
+                draw_seed=_draw_seed,
                 options=options or LoaderOptions(),
                 output_spec=spec,
             )

@@ -54,13 +54,12 @@ if TYPE_CHECKING:
     from tiercache.data.records import Records
     from tiercache.load.batch import Bytes
     from tiercache.load.corrupt import CorruptionMap, RecordLocation
-    from tiercache.load.device import BatchDevice, PinnedMemory
+    from tiercache.load.device import PinnedMemory
     from tiercache.load.epoch import EpochStart, NextEpoch, OrderShare
     from tiercache.load.options import LoaderOptions
     from tiercache.load.prefetch import LoadedWindow
     from tiercache.load.ranks import Rank
     from tiercache.load.reading_plan import ReadingPlanPublisher
-    from tiercache.load.transform_workers import TransformSettings, WorkerPool
     from tiercache.stats import Counters, WaitHistogram
 
 
@@ -80,7 +79,7 @@ _GATHER_ERRORS = (OSError, gather.CorruptError, gather.CastError, gather.TooLong
 CLOSED_MESSAGE = "this iterator is closed, or was made before a fork: call iter(loader) again"
 
 _is_slot = cast("Callable[[object], TypeGuard[Slot]]", Slot.__instancecheck__)
-_live: weakref.WeakSet[ClosingPipeline] = weakref.WeakSet()
+_live: weakref.WeakSet[SelfClosing] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +110,6 @@ class PipelineInputs:
         next_epoch: The epoch that may follow.
         corruption: Corrupt records that are replaced. None: corrupt data is an error.
         publisher: Publisher of the epoch's reading plan. None: a sampler decides the order, so there is no plan.
-        transforms: The user's functions that make the batches. None: batches are served as gathered.
-        workers: Processes that run these functions. None: the consumer's thread runs them.
-        device: Device to which the last stage copies batches. None: batches stay in host memory.
         pinned: Pinned memory in which this stage leaves its batches. None: ordinary memory.
     """
 
@@ -128,9 +124,6 @@ class PipelineInputs:
     next_epoch: NextEpoch | None = None
     corruption: CorruptionMap | None = None
     publisher: ReadingPlanPublisher | None = None
-    transforms: TransformSettings | None = None
-    workers: WorkerPool | None = None
-    device: BatchDevice | None = None
     pinned: PinnedMemory | None = None
 
     @property
@@ -149,18 +142,16 @@ class PipelineInputs:
         return max(min(self.share.rank_plan.batch_size, self.share.rank_plan.n_records), 1)
 
 
-class ClosingPipeline(ABC):
-    """Base of pipelines, which close themselves when their last reference is dropped and at interpreter exit.
+class SelfClosing(ABC):
+    """Base of pipelines and their processes: they close themselves when their last reference is dropped and at exit.
 
-    Threads of a pipeline must not refer to it. corrupt_shard: the shard that take() found corrupt before it raised
-    CorruptShard; an image that cannot be decoded does not set it.
+    Threads of such an object must not refer to it.
     """
 
     _pid = -1
-    corrupt_shard: int | None = None
 
     def _register(self) -> None:
-        """Let this pipeline close itself from now on. To be called before its threads start."""
+        """Let this object close itself from now on. To be called before its threads start."""
         self._pid = os.getpid()
         _live.add(self)
 
@@ -177,9 +168,35 @@ class ClosingPipeline(ABC):
         """End the threads; batches that were taken stay valid. May be called repeatedly."""
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
-        # During interpreter exit, module globals may be None; atexit has closed all live pipelines before.
+        # During interpreter exit, module globals may be None; atexit has closed all live objects before.
         if not is_exiting() and self._pid != -1:
             self.close()
+
+
+class ClosingPipeline(SelfClosing):
+    """The batches of one epoch, in order, as one stage makes them.
+
+    Attributes:
+        corrupt_shard: Shard that take() found corrupt before it raised CorruptShard; an image that cannot be decoded
+            does not set it.
+        fast_take: Function that does the work of take() in one native call; None: there is none.
+    """
+
+    corrupt_shard: int | None = None
+    fast_take: Callable[[], Batch | None] | None = None
+
+    @abstractmethod
+    def take(self, timeout_s: float = -1.0) -> Any:
+        """Return the next batch; None at the end of the epoch. See Pipeline.take."""
+
+    @property
+    @abstractmethod
+    def n_taken(self) -> int:
+        """Number of the next batch that take() returns, counted in the share."""
+
+    @abstractmethod
+    def figures(self) -> dict[str, float]:
+        """Return the counters of the batches that take() returned. See Pipeline.figures."""
 
 
 class Pipeline(ClosingPipeline):
@@ -253,7 +270,7 @@ class Pipeline(ClosingPipeline):
             return self._take(timeout_s)
 
     @property
-    def fast_take(self) -> Callable[[], Batch | None] | None:
+    def fast_take(self) -> Callable[[], Batch | None] | None:  # type: ignore[override]
         """Function that returns the next batch if it is ready and an ordinary one; None: call take().
 
         It does the work of take() in one native call, which saves the consumer's thread 1 us here, and 2 us if the last
@@ -288,10 +305,7 @@ class Pipeline(ClosingPipeline):
 
     @property
     def n_taken(self) -> int:
-        """Number of the next batch that take() returns, counted in the share.
-
-        The ring counts a batch that Ctrl-C lost; no other counter does.
-        """
+        """See ClosingPipeline. The ring counts a batch that Ctrl-C lost; no other counter does."""
         return self._inputs.first_batch + self._ring.figures()["batches"] - len(self._ahead) - len(self._waited)
 
     def figures(self) -> dict[str, float]:

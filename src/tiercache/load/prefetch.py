@@ -42,7 +42,7 @@ TASKS_A_THREAD = 2
 MIN_TASK_BYTES, MAX_TASK_BYTES = 1 << 20, 16 << 20
 
 
-def plan_load_tasks(
+def cut_load_tasks(
     window: AnyWindow, needed: NDArray[np.bool_], n_threads: int, is_mapped: Callable[[int], bool]
 ) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
     """Cut the needed blocks of a window into load tasks, each the indices of blocks of one shard, in its order.
@@ -230,7 +230,7 @@ class WindowLoad:
         missing = needed if base is None else needed & (base.group_of_block < 0)
         self._source, self._unwanted = source, unwanted
         self._n_streams = sum(len(column.streams(0)) for column in source.schema.columns)
-        self._mapped, tasks = plan_load_tasks(window, missing, n_threads, source.storage.is_mapped)
+        self._mapped, tasks = cut_load_tasks(window, missing, n_threads, source.storage.is_mapped)
         self._loaded: list[tuple[NDArray[np.int64], Blocks]] = []
         self._tasks = [(indices, executor.submit(self._load_unless_unwanted, indices)) for indices in tasks]
 
@@ -568,7 +568,7 @@ def is_in_memory(blocks: Blocks) -> bool:
     return _LINUX and blocks.reports_residency and are_resident(blocks.pages)
 
 
-def plan_steps(pages: NDArray[np.uint64]) -> list[tuple[int, int]]:
+def cut_steps(pages: NDArray[np.uint64]) -> list[tuple[int, int]]:
     """Cut pages into steps of at most STEP_BYTES, in order, at multiples of STEP_BYTES."""
     return [
         (max(at, start), min(at + STEP_BYTES, start + n_bytes) - max(at, start))
@@ -595,7 +595,7 @@ def _expect_single_rows(pages: NDArray[np.uint64]) -> None:
 
 def _read(blocks: Blocks, stop: Future[None]) -> int:
     """Read and map the pages of blocks step by step; return the number of bytes done."""
-    steps = plan_steps(blocks.pages)
+    steps = cut_steps(blocks.pages)
     # The disk gets all requests at once; the steps then wait for them.
     for address, n_bytes in steps:
         _advise(address, n_bytes, _WILLNEED)
@@ -615,7 +615,7 @@ def _release_pages(blocks: Blocks) -> None:
     Looking for pages to evict among mapped ones cost half of the disk's speed: 300 and 426 MB/s without this call, 625
     with it, and 510 to 900 for reads that map nothing. DONTNEED alone is worse: it counts unmapped pages as used.
     """
-    steps = plan_steps(blocks.pages)
+    steps = cut_steps(blocks.pages)
     for advice in (_COLD, _DONTNEED):
         for address, n_bytes in steps:
             _advise(address, n_bytes, advice)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.data.records import Records
-    from tiercache.load.epoch import OrderShare
+    from tiercache.load.epoch import MakeShare, OrderShare
     from tiercache.load.state import RunState
     from tiercache.model import PublishedPlan
     from tiercache.order.window import ShardGroups
@@ -169,10 +169,10 @@ class ReadingPlanPublisher:
     the methods do nothing.
     """
 
-    def __init__(self, source: Records, state: RunState, plan_epoch: Callable[[RunState], OrderShare]) -> None:
+    def __init__(self, source: Records, state: RunState, make_share: MakeShare) -> None:
         self._source = source
         self._state = state
-        self._plan_epoch = plan_epoch
+        self._make_share = make_share
         self._lock = threading.RLock()  # The garbage collector may call close() in a thread that holds the lock.
         self._share: OrderShare | None = None
         self._uses: ShardUses | None = None
@@ -274,7 +274,7 @@ class ReadingPlanPublisher:
         rank_plan, n_filled = share.rank_plan, int(np.count_nonzero(source.shard_records))
         owner = f"rank {rank_plan.rank} of {rank_plan.world_size}, epoch {self._state.epoch}, seed {share.seed}"
         # The rank's shares of the following epochs.
-        later = (self._plan_epoch(self._state.following(n)) for n in itertools.count(self._state.epoch + 1))
+        later = (self._make_share(self._state.following(n)) for n in itertools.count(self._state.epoch + 1))
         plan = make_reading_plan(owner, self._uses, later, n_filled, max_shards)
         # Closed while the plan was computed. The cache may be closed too, and must not be opened again.
         if self._is_closed:

@@ -245,13 +245,13 @@ class SamplerEngine(Engine):
         self._pass = self._make(saved)
         self._epoch += 1
         self._n_epochs += 1
-        iterator = SampledIterator(partial(self._begin, self._pass, self._pin_function()), self.n_batches())
+        iterator = SampledIterator(partial(self._begin, self._pass, self._pin()), self.n_batches())
         self._iterator = weakref.ref(iterator)
         return iterator
 
     def _make(self, saved: Mapping[str, Any] | None) -> SamplerPass:
         if self._seed is None:
-            self._seed = self._arguments.library.draw_seed(self._arguments.generator)
+            self._seed = self._arguments.draw_seed()
         return SamplerPass(self._batch_sampler, self._epoch, self._seed, saved)
 
     def _begin(self, epoch: SamplerPass, pin: Callable[[Any], Any] | None) -> NativeIterator:

@@ -164,7 +164,7 @@ class StagePipeline(ClosingPipeline):
         self._name = name
         self._waits = inputs.waits
         self._first_batch = inputs.first_batch
-        self._gathered: Any = gathered
+        self._gathered = gathered
         self._queue = queue
         self._n_rows = self._n_batches = self._n_bytes = self._n_replaced = 0
         self._threads: list[threading.Thread] = []
@@ -198,10 +198,6 @@ class StagePipeline(ClosingPipeline):
         self._n_replaced += job.n_replaced
         return job.batch
 
-    @property
-    def fast_take(self) -> None:
-        """None: batches are returned by take() only. See Pipeline.fast_take."""
-
     def close(self) -> None:
         """End all threads; batches that were taken stay valid. See Pipeline.close."""
         if self.is_forked_copy:
@@ -217,14 +213,11 @@ class StagePipeline(ClosingPipeline):
 
     @property
     def n_taken(self) -> int:
-        """See Pipeline.n_taken."""
         return self._first_batch + self._queue.n_taken
 
     @property
     def corrupt_shard(self) -> int | None:  # type: ignore[override]
-        """See ClosingPipeline."""
-        found: int | None = self._gathered.corrupt_shard
-        return found
+        return self._gathered.corrupt_shard
 
     def figures(self) -> dict[str, float]:
         """See Pipeline.figures, for the batches handed out; also the time that the stage worked on batches."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -14,14 +13,10 @@ from torch.utils import dlpack
 
 from tiercache._native.ring import RowType
 from tiercache.load.array_library import ArrayLibrary
-from tiercache.load.device import BatchDevice, find_device, make_batch_device
-from tiercache.load.device_pipeline import DevicePipeline
 from tiercache.shard.conversion import bfloat16_tensor
 
 if TYPE_CHECKING:
     from tiercache._native.ring import Slot
-    from tiercache.load.options import LoaderOptions
-    from tiercache.load.pipeline import PipelineInputs
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name)
@@ -48,48 +43,12 @@ def _dlpack_code(dtype: str) -> int | None:
     return {"i": 0, "u": 1, "f": 2, "b": 6}[array.dtype.kind]
 
 
-class TorchDevices:
-    """torch's accelerators. See Devices."""
-
-    def pin_function(self) -> Callable[[Any], Any] | None:
-        """See Devices. Warns as torch does if there is no accelerator."""
-        pin: Callable[[Any], Any] = torch.utils.data._utils.pin_memory.pin_memory  # noqa: SLF001 -- also nested batches
-        accelerator = getattr(torch, "accelerator", None)
-        if accelerator is None:  # torch before 2.6 supports only CUDA here and does not warn
-            return pin if torch.cuda.is_available() else None
-        if not accelerator.is_available():
-            warnings.warn(
-                "'pin_memory' argument is set as true but no accelerator is found, "
-                "then device pinned memory won't be used.",
-                stacklevel=5,  # the caller of iter(loader)
-            )
-            return None
-        return pin
-
-    def find(self, wanted: Any) -> torch.device | None:
-        """See Devices."""
-        return find_device(wanted)
-
-    def batch_device(self, device: torch.device, options: LoaderOptions, existing: BatchDevice | None) -> BatchDevice:
-        """See Devices."""
-        return make_batch_device(device, options, existing)
-
-    def pipeline(self, inputs: PipelineInputs, device: BatchDevice, before: Any) -> DevicePipeline:
-        """See Devices."""
-        return DevicePipeline(inputs, device, before)
-
-
 class TorchLibrary(ArrayLibrary):
     """Batches of torch tensors on the CPU."""
 
     profiler = torch.autograd.profiler
-    devices = TorchDevices()
     from_dlpack = staticmethod(_from_dlpack)
     nested = staticmethod(torch.nested.nested_tensor_from_jagged)
-
-    def draw_seed(self, generator: torch.Generator | None) -> int:
-        """See ArrayLibrary."""
-        return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
 
     def row_type(self, dtype: str, shape: tuple[int, ...]) -> RowType | None:
         """See ArrayLibrary. None if rows have no elements, or this torch cannot import them by DLPack."""

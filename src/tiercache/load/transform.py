@@ -29,9 +29,8 @@ from tiercache.transform_rng import use_key
 if TYPE_CHECKING:
     from tiercache.data.output_spec import ColumnLayout
     from tiercache.load.batch import Batch
-    from tiercache.load.decode import DecodedPipeline
     from tiercache.load.epoch import OrderShare
-    from tiercache.load.pipeline import Pipeline, PipelineInputs
+    from tiercache.load.pipeline import PipelineInputs
     from tiercache.load.shared_block import SharedBlock
 
 _APART = (Kind.BYTES, Kind.IMAGE, Kind.RAGGED)  # columns that are gathered end to end, and cut into values here
@@ -197,13 +196,13 @@ class TransformedPipeline(ClosingPipeline):
     not count as taken.
 
     Args:
-        inputs: Inputs of the pipeline; `transforms` must be set.
+        function: The user's functions.
+        inputs: Inputs of the pipeline.
         gathered: Native pipeline, which this object owns from now on.
     """
 
-    def __init__(self, inputs: PipelineInputs, gathered: Pipeline | DecodedPipeline) -> None:
-        assert inputs.transforms is not None  # noqa: S101 -- an invariant of the engine
-        self._function = inputs.transforms.function
+    def __init__(self, function: BatchFunction, inputs: PipelineInputs, gathered: ClosingPipeline) -> None:
+        self._function = function
         self._share, self._waits = inputs.share, inputs.waits
         self._gathered = gathered
         self._busy_ns, self._has_failed = 0, False
@@ -231,12 +230,7 @@ class TransformedPipeline(ClosingPipeline):
             finally:
                 self._waits.add(time.perf_counter() - start_s)
 
-    @property
-    def fast_take(self) -> None:
-        """None: batches are returned by take() only. See Pipeline.fast_take."""
-
     def close(self) -> None:
-        """See Pipeline.close."""
         if self.is_forked_copy:
             return
         self._gathered.close()
@@ -244,12 +238,10 @@ class TransformedPipeline(ClosingPipeline):
 
     @property
     def n_taken(self) -> int:
-        """See Pipeline.n_taken."""
         return self._gathered.n_taken - self._has_failed
 
     @property
     def corrupt_shard(self) -> int | None:  # type: ignore[override]
-        """See ClosingPipeline."""
         return self._gathered.corrupt_shard
 
     def figures(self) -> dict[str, float]:

@@ -32,7 +32,7 @@ from torch.utils.data._utils import worker as torch_worker
 
 from tiercache._native.ring import ColumnMemory
 from tiercache.load.batch import BatchMemory, lend
-from tiercache.load.pipeline import ClosingPipeline
+from tiercache.load.pipeline import ClosingPipeline, SelfClosing
 from tiercache.load.shared_block import SharedBlock, StoredObject, read
 from tiercache.load.stage import StageJob, StagePipeline, StageQueue
 from tiercache.load.transform import BatchFunction, BatchKeys, TransformedPipeline, as_batch_error
@@ -42,8 +42,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from tiercache.load.batch import Batch
-    from tiercache.load.decode import DecodedPipeline
-    from tiercache.load.pipeline import Pipeline, PipelineInputs
+    from tiercache.load.pipeline import PipelineInputs
 
 # Batches of each worker that wait for the consumer, beyond those that are in the worker: it gets its next batch before
 # the consumer has taken the one that it made.
@@ -81,7 +80,7 @@ class _Opener:
     """Takes gathered batches. One thread calls it."""
 
     inputs: PipelineInputs
-    gathered: Pipeline | DecodedPipeline
+    gathered: ClosingPipeline
     number: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -217,13 +216,11 @@ class TransformSettings:
     prefetch_factor: int = 2
     keeps_workers: bool = False
 
-    def pipeline(
-        self, inputs: PipelineInputs, gathered: Pipeline | DecodedPipeline
-    ) -> TransformedPipeline | WorkerPipeline:
-        """Return the pipeline whose batches the functions make of those of a native pipeline, which it owns."""
-        if inputs.workers is None:
-            return TransformedPipeline(inputs, gathered)
-        return WorkerPipeline(inputs, gathered, inputs.workers)
+    def stage(self, pool: WorkerPool | None) -> Callable[[PipelineInputs, ClosingPipeline], ClosingPipeline]:
+        """Return the function that makes the stage of these functions. pool: Processes that call them, if any."""
+        if pool is None:
+            return partial(TransformedPipeline, self.function)
+        return partial(WorkerPipeline, pool)
 
     def start_workers(self, seed: int) -> WorkerPool:
         """Return new worker processes. seed: Seed of the run."""
@@ -237,12 +234,12 @@ class WorkerPipeline(StagePipeline):
     the pipeline.
 
     Args:
+        pool: The worker processes.
         inputs: Inputs of the pipeline.
         gathered: Native pipeline, which this object owns from now on.
-        pool: The worker processes.
     """
 
-    def __init__(self, inputs: PipelineInputs, gathered: Pipeline | DecodedPipeline, pool: WorkerPool) -> None:
+    def __init__(self, pool: WorkerPool, inputs: PipelineInputs, gathered: ClosingPipeline) -> None:
         self._pool = pool
         n_ahead = pool.settings.n_workers * (pool.settings.prefetch_factor + WAITING)
         queue = JobQueue(n_ahead)
@@ -258,7 +255,7 @@ class WorkerPipeline(StagePipeline):
         super().close()
 
 
-class WorkerPool(ClosingPipeline):
+class WorkerPool(SelfClosing):
     """The worker processes of a loader. They serve one pipeline at a time, and may serve the pipelines of many epochs.
 
     send_all() and receive_all() each run in a thread of the pipeline. The pool closes itself when its last reference is
