@@ -24,7 +24,7 @@ import numpy as np
 
 import tiercache as tc
 from rows import OUT, spread, table, write_rows
-from tiercache.load.epoch import NextEpoch
+from tiercache.load.planner import NextEpoch
 
 TOKENS, BATCH = 1024, 256
 SERVE = """

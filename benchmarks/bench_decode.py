@@ -23,7 +23,7 @@ import zstandard
 import tiercache as tc
 from rows import OUT, spread, table, write_rows
 from tiercache import config
-from tiercache.load.prefetch import plan_load_tasks
+from tiercache.load.windows import cut_load_tasks
 from tiercache.order import DatasetSizes, EpochOrder, OrderOptions
 
 TOKENS, BATCH = 1024, 64
@@ -76,7 +76,7 @@ def tasks_of(dataset: tc.Dataset, window_mib: int, n_threads: int) -> list[tuple
     order = EpochOrder(sizes, OrderOptions(seed=1, shuffle=True, group_bytes=None, window_bytes=window_mib << 20), 0)
     found = []
     for window in order.windows(0):
-        _, tasks = plan_load_tasks(window, np.ones(len(window.blocks), bool), n_threads, lambda _: False)
+        _, tasks = cut_load_tasks(window, np.ones(len(window.blocks), bool), n_threads, lambda _: False)
         found += [(int(window.shards[places[0]]), window.blocks[places].tolist()) for places in tasks]
     return found
 

@@ -41,8 +41,8 @@ import tiercache as tc
 from generate import generate
 from rows import OUT, spread, table, write_rows
 from stages.turns import Case, Effort, in_turns, tables
+from tiercache.images.decode_image import ImageDraws
 from tiercache.images.decoder import Decoder, stored_dtype
-from tiercache.images.image_plan import ImageDraws
 from workloads import DECODED_SIZE, IMAGE_HEIGHT, IMAGE_WIDTH, IMAGES, JITTER, KEY, MEAN, STD
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ import numpy as np
 import tiercache as tc
 from rows import OUT, spread, table, write_rows
 from support import MemoryGroup, NoCgroup, drop_pages, memory_group
-from tiercache.load.prefetch import PagePrefetcher
+from tiercache.load.windows import PagePrefetcher
 
 RECORD_BYTES = 2048
 READ_BYTES = 4 << 20

@@ -24,8 +24,8 @@ import torch
 from order_quality import RECORD_BYTES, Setting, Task, Training, clumping, digits, rank_correlation, sources, train
 from rows import OUT, spread, table, write_rows
 from tiercache._native.permute import RowFinder, permute
-from tiercache.load.epoch import pieces
-from tiercache.load.state import RunState
+from tiercache.load.epoch import RunState
+from tiercache.load.pieces import cut_pieces
 from tiercache.model import SourcePart
 from tiercache.order import BlockSizes, DatasetSizes, EpochOrder, OrderOptions, RankPlan
 from tiercache.order.mixture import MixtureOrder, MixtureSpec
@@ -131,7 +131,7 @@ def resume(given: argparse.Namespace) -> list[dict[str, Any]]:
         for share in (0.0, 0.33, 0.9999):
 
             def first_piece(make: Callable[[], Order] = make, offset: int = int(n * share), n: int = n) -> None:
-                next(pieces(make(), RankPlan(offset, 8, 5, 256, False, n, 8))).rows()
+                next(cut_pieces(make(), RankPlan(offset, 8, 5, 256, False, n, 8))).rows()
 
             times_ms = [time_s * 1e3 for time_s in timed(first_piece, given.repetitions)]
             rows.append({"stage": "resume", "case": name, "records": n, "at": share, "ms": spread(times_ms)})

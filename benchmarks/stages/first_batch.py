@@ -72,9 +72,6 @@ def _figures(path: str, shuffle: str, imported: str) -> dict[str, float]:
     """
     if imported == "lazy":
         return {"with torch and all that is imported lazily": _first_batch_ms(path, shuffle)}
-    import tiercache.data.dataset
-    import tiercache.load.loader
-    import tiercache.load.options  # noqa: F401
 
     return {
         "modules imported": _first_batch_ms(path, shuffle),

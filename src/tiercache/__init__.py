@@ -28,13 +28,12 @@ if TYPE_CHECKING:
     from tiercache.data.dataset import Dataset, concat, mix
     from tiercache.data.output_spec import Padded
     from tiercache.data.packing import pack_sequences
-    from tiercache.images.options import DecodeImage
+    from tiercache.images.decode_image import DecodeImage
     from tiercache.keep import Keep
-    from tiercache.load.collate import collate
     from tiercache.load.loader import DataLoader
-    from tiercache.load.mixup import CutMix, MixUp
+    from tiercache.load.loader_options import LoaderOptions
     from tiercache.load.numpy_loader import NumpyLoader
-    from tiercache.load.options import LoaderOptions
+    from tiercache.load.transform import CutMix, MixUp, collate
     from tiercache.packer import pack
     from tiercache.shard.schema import Image, Ragged, Tensor
     from tiercache.shard.writer import Writer
@@ -79,20 +78,20 @@ __all__ = [
 _HOMES = {
     "Cache": "tiercache.cache",
     "Checkpoints": "tiercache.checkpoint.checkpoints",
-    "CutMix": "tiercache.load.mixup",
+    "CutMix": "tiercache.load.transform",
     "DataLoader": "tiercache.load.loader",
-    "MixUp": "tiercache.load.mixup",
+    "MixUp": "tiercache.load.transform",
     "Dataset": "tiercache.data.dataset",
-    "DecodeImage": "tiercache.images.options",
+    "DecodeImage": "tiercache.images.decode_image",
     "Image": "tiercache.shard.schema",
     "Keep": "tiercache.keep",
-    "LoaderOptions": "tiercache.load.options",
+    "LoaderOptions": "tiercache.load.loader_options",
     "NumpyLoader": "tiercache.load.numpy_loader",
     "Padded": "tiercache.data.output_spec",
     "Ragged": "tiercache.shard.schema",
     "Tensor": "tiercache.shard.schema",
     "Writer": "tiercache.shard.writer",
-    "collate": "tiercache.load.collate",
+    "collate": "tiercache.load.transform",
     "concat": "tiercache.data.dataset",
     "locate": "tiercache.store.placement",
     "mix": "tiercache.data.dataset",

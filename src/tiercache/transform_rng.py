@@ -13,11 +13,10 @@ import sys
 import threading
 from functools import cached_property, lru_cache
 from importlib import import_module
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     import numpy as np
 
 _PERSON = b"tiercache rng"

@@ -15,8 +15,8 @@ import tiercache as tc
 from peers.adapters.tiercache import decode_options
 from peers.columns import chunks
 from peers.job import SEED, Job, Opened, cores
+from tiercache.images.decode_image import ImageDraws
 from tiercache.images.decoder import Decoder
-from tiercache.images.image_plan import ImageDraws
 from workloads import KEY
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from tiercache.cache.simulate import Trace, bound
 from tiercache.cache.simulate import simulate as simulate_cache
 from tiercache.cli.common import Output, StorageOptions, VersionNumber, argument, count, option, parse_size, verb
 from tiercache.cli.data import open_data_set, open_data_set_store
-from tiercache.load.options import LoaderOptions
+from tiercache.load.loader_options import LoaderOptions
 from tiercache.model import format_bytes
 from tiercache.order import DatasetSizes, EpochOrder, OrderOptions, RankPlan
 from tiercache.packer.files import selected

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.cache import Cache, WarmProgress
-    from tiercache.images.options import DecodeImage
+    from tiercache.images.decode_image import DecodeImage
     from tiercache.shard.schema import Column, Schema
 
 

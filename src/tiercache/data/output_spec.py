@@ -22,7 +22,7 @@ import numpy.typing as npt
 from tiercache._native import packing
 from tiercache.data.records import Records
 from tiercache.errors import CorruptShard, SchemaError, TierCacheError
-from tiercache.images.options import DecodeImage
+from tiercache.images.decode_image import DecodeImage
 from tiercache.shard.conversion import Casts, ConversionError, as_numpy, bfloat16_tensor, served_column, served_columns
 from tiercache.shard.ingest import value_converter
 from tiercache.shard.schema import Column, Kind, Schema

@@ -30,7 +30,7 @@ from tiercache.data.dataset import Dataset
 from tiercache.errors import NotFound
 from tiercache.keep import Keep
 from tiercache.load.loader import DataLoader
-from tiercache.load.options import LoaderOptions
+from tiercache.load.loader_options import LoaderOptions
 from tiercache.transform_rng import rng
 
 BATCH_SIZE = 64

@@ -1,4 +1,1 @@
-"""Image decoding: options, crop planning, and decoding into the caller's memory.
-
-`options` holds `DecodeImage`; `decoder` plans the crop, decodes, and decodes columns of records that are read by index.
-"""
+"""Image decoding: `decode_image` holds the options and what follows from them, `decoder` decodes into given memory."""

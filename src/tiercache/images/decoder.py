@@ -3,7 +3,7 @@
 It decodes JPEG by simplejpeg (libjpeg-turbo), PNG and WebP by OpenCV, other formats by
 Pillow, and resizes by OpenCV; `_native/pixels` adjusts colours and normalises. All of them release the GIL.
 docs/design.md holds the measurements behind this choice.
-image_plan.py says what becomes of an image: crop, mirroring and colours.
+decode_image.py says what becomes of an image: crop, mirroring and colours.
 """
 
 from __future__ import annotations
@@ -13,37 +13,45 @@ import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tiercache._native import pixels
 from tiercache.distribution import install_command
 from tiercache.errors import SchemaError
-from tiercache.images.image_plan import N_COLOUR_DRAWS, CropPlan, colour_tables, fresh_draws, plan_colours, plan_crop
+from tiercache.images.decode_image import (
+    N_COLOUR_DRAWS,
+    CropPlan,
+    DecodeImage,
+    colour_tables,
+    fresh_draws,
+    plan_colours,
+    plan_crop,
+)
 from tiercache.shard.conversion import bfloat16_tensor
 from tiercache.shard.values import ColumnValues
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from tiercache.images.options import DecodeImage
-
-
 _LIBRARIES = {"simplejpeg": "simplejpeg", "cv2": "opencv-python-headless", "PIL.Image": "pillow"}
+
 # Pillow reads the other colour spaces (CMYK, YCCK), and every image that the fast library refuses or warns about:
 # Pillow accepts stray bytes and some damage, as torchvision does (ImageNet has such files), and reports what is wrong
 # otherwise.
 _JPEG_SPACES = ("Gray", "YCbCr", "RGB")
+
 # Above this size Pillow reports a decompression bomb (or the header is damaged, and filling the image with grey would
 # take minutes): such an image is left to Pillow, whose limit a user can raise.
 MAX_PIXELS = 2 * 89_478_485
+
 # Maximum scratch memory that a decoder keeps: images of 22 million pixels. One of the largest images would otherwise
 # leave 0.5 GiB in each thread.
 MAX_KEPT_BYTES = 64 << 20
+
 # Linear interpolation reads 2 x 2 pixels, so beyond this factor it skips pixels. INTER_AREA reads all of them, at 8
 # times the cost (828 us instead of 95 us for 375 x 375 to 224 x 224).
 MAX_LINEAR_SHRINK = 2.0
+
 _STORED = {"uint8": "u1", "float32": "f4", "float16": "f2", "bfloat16": "u2"}
 
 

@@ -22,7 +22,7 @@ from accelerate.utils import send_to_device, synchronize_rng_states
 from tiercache.checkpoint.checkpoints import Checkpoints, SaveHandle
 from tiercache.data.output_spec import Buffer
 from tiercache.load.loader import DataLoader
-from tiercache.load.meshes import mesh_rank
+from tiercache.load.loader_options import mesh_rank
 
 
 def pad_batch(batch: Any, n: int) -> tuple[Any, int]:
@@ -122,10 +122,9 @@ class PreparedLoader(DataLoaderStateMixin, DataLoader[Any]):  # type: ignore[mis
         """Continue where loader stands, with the settings of accelerator."""
         state = loader.__getstate__()
         arguments, position = state["_engine"]
-        self.__setstate__({**state, "_engine": (replace(arguments, fills_first=accelerator.even_batches), position)})
-        # torch does not allow setting batch_sampler; code that uses Accelerate's loaders reads it.
-        batches = _NativeBatches(self, _data_rank(accelerator)[1], accelerator.even_batches)
-        self.__dict__["batch_sampler"] = self._own_batch_sampler = batches
+        engine = replace(arguments, fills_first=accelerator.even_batches), position
+        batches = _NativeBatches(loader, _data_rank(accelerator)[1], accelerator.even_batches)
+        self.__setstate__({**state, "_engine": engine, "batch_sampler": batches})
         on_device = accelerator.device_placement and accelerator.device.type != "cpu"
         self.device = accelerator.device if on_device else None
         self._non_blocking = accelerator.non_blocking

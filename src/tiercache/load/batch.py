@@ -1,7 +1,7 @@
-"""Batches: the ring's description of a schema, and the assembly of arrays and lists over a slot.
+"""Batches: their memory, the ring's description of a schema, and the assembly of arrays and lists over a slot.
 
-Batch memory is reused: decoded batches return it when their last tensor is dropped. PipelineSetup is what the pipelines
-of a run have in common.
+Batch memory is reused: it returns when the last tensor over it is dropped. PipelineSetup is what the pipelines of a run
+have in common. An array library says what batches consist of: loader.py has torch's, numpy_loader.py NumPy's.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ import json
 import math
 import struct
 import weakref
+from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from numpy.typing import NDArray
 
 from tiercache._native import gather, packing
-from tiercache._native.ring import SLOT_ALIGN, ArenaKeeper, BatchBuilder, BufferEntry, TensorEntry
+from tiercache._native.ring import SLOT_ALIGN, ArenaKeeper, BatchBuilder, BufferEntry, RowType, Slot, TensorEntry
 from tiercache.data.output_spec import (
     Buffer,
     OutputSpec,
@@ -31,16 +34,12 @@ from tiercache.data.output_spec import (
     value_of,
     varying,
 )
+from tiercache.data.records import Records
 from tiercache.shard.conversion import cast_kind, size_ratio
 from tiercache.shard.schema import STORED, Column, Kind, Schema
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from tiercache._native.ring import Slot
-    from tiercache.data.records import Records
-    from tiercache.load.array_library import ArrayLibrary
-
+    import torch
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -48,6 +47,7 @@ Bytes = npt.NDArray[np.uint8]
 _LARGEST_BYTES = (32 << 20) - (64 << 10)
 
 _lent: dict[int, int] = {}  # token -> bytes, for the whole process; single dict operations need no lock
+
 _tokens = itertools.count()
 
 
@@ -138,13 +138,167 @@ def aligned(n_bytes: int) -> int:
     return -(-n_bytes // SLOT_ALIGN) * SLOT_ALIGN
 
 
+@dataclass(frozen=True, slots=True)
+class PinnedSlot:
+    """A part of pinned memory that holds one batch. start, end: addresses; memory: uint8 tensor over [start, end)."""
+
+    start: int
+    end: int
+    memory: torch.Tensor
+
+
+class PinnedMemory(BatchMemory):
+    """Lends pinned memory and finds the slot of an address. See BatchMemory; all methods may be called from any thread.
+
+    The memory of a ring is allocated once and kept from epoch to epoch; an iterator that overlaps another gets memory
+    of its own. When a batch outgrew its slot, the next ring gets larger slots.
+
+    Memory may return in any thread and at any instant, because the garbage collector runs finalizers. So containers are
+    changed by single operations only, which need no lock.
+
+    Args:
+        pin: Function that returns uint8[n] of pinned memory.
+        n_held: Number of slots that the consumer's side of a ring holds at a time.
+    """
+
+    def __init__(self, pin: Callable[[int], torch.Tensor], n_held: int) -> None:
+        super().__init__(n_held)
+        self._pin = pin
+        self.n_held = n_held
+        self._blocks: dict[int, tuple[torch.Tensor, int]] = {}  # by address: memory, and the bytes of its slots
+        self._free_arenas: deque[tuple[Bytes, int]] = deque()  # memory, and the bytes of its slots
+        self._largest_bytes = 0
+
+    def slot_bytes(self, expected_bytes: int) -> int:
+        """Return the size of a ring's slots, if a batch has about expected_bytes."""
+        return aligned(max(expected_bytes + 1, self._largest_bytes))
+
+    def note_largest(self, n_bytes: int) -> None:
+        """Note the bytes of a slot that the largest batch of an epoch needed."""
+        self._largest_bytes = max(self._largest_bytes, n_bytes)
+
+    def lend_arena(self, slot_bytes: int, n_slots: int) -> tuple[Bytes, int]:
+        """Return memory for the slots of a ring, and their size: slot_bytes or more, a multiple of SLOT_ALIGN.
+
+        The memory returns when nothing refers to the array any more.
+        """
+        memory: Bytes | None = None
+        while memory is None and self._free_arenas:
+            kept, kept_bytes = self._free_arenas.popleft()
+            if kept_bytes >= slot_bytes and kept.size >= kept_bytes * n_slots:
+                memory, slot_bytes = kept, kept_bytes
+            else:  # outgrown
+                self._forget(kept)
+        if memory is None:
+            memory = self._allocate(slot_bytes * n_slots, slot_bytes)
+        lent = memory[:]
+        weakref.finalize(lent, self._free_arenas.append, (memory, slot_bytes)).atexit = False
+        return lent, slot_bytes
+
+    def lend_tensor(self, n_bytes: int) -> tuple[Bytes, torch.Tensor]:
+        """Return lent memory of n_bytes, and a tensor over it, which does not keep it."""
+        # sizes that vary a little share memory
+        step = max(SLOT_ALIGN, 1 << max(0, n_bytes.bit_length() - 3))
+        lent = self.lend(n_bytes, -(-n_bytes // step) * step)
+        return lent, self._blocks[lent.ctypes.data][0][:n_bytes]
+
+    def take_back(self, memory: Bytes) -> None:
+        """See BatchMemory."""
+        free = self._free[memory.size]
+        free.append(memory)
+        while len(free) > self.keep:
+            self._forget(free.popleft())
+
+    def find_slot(self, address: int) -> PinnedSlot | None:
+        """Return the slot that contains an address; None if it is not in pinned memory of this object."""
+        for start, (memory, slot_bytes) in list(self._blocks.items()):
+            if start <= address < start + memory.numel():
+                first = (address - start) // slot_bytes * slot_bytes
+                part = memory[first : first + slot_bytes]
+                return PinnedSlot(start + first, start + first + part.numel(), part)
+        return None
+
+    def _allocate(self, n_bytes: int, slot_bytes: int | None = None) -> Bytes:
+        pinned = self._pin(n_bytes)
+        self._blocks[pinned.data_ptr()] = pinned, slot_bytes or n_bytes
+        memory: Bytes = pinned.numpy()
+        return memory
+
+    def _forget(self, memory: Bytes) -> None:
+        self._blocks.pop(memory.ctypes.data, None)
+
+
+class ArrayLibrary(ABC):
+    """Base of the array libraries: stateless and picklable.
+
+    A dtype is named as in a schema ("uint8", "bfloat16", "bool").
+
+    Attributes:
+        profiler: Object whose `_is_profiler_enabled` says whether `record_function(name)` must be entered for a batch.
+        from_dlpack: Function that makes an array of a DLPack capsule. None: rows_over() makes all arrays.
+        nested: Function that makes the jagged nested array of (values end to end, offsets). None: there are none.
+    """
+
+    profiler: Any
+    from_dlpack: Callable[[object], Any] | None = None
+    nested: Callable[[Any, Any], Any] | None = None
+
+    @abstractmethod
+    def row_type(self, dtype: str, shape: tuple[int, ...]) -> RowType | None:
+        """Return the type of rows that from_dlpack() takes; None: rows_over() makes such arrays."""
+
+    @abstractmethod
+    def rows_over(self, dtype: str, shape: tuple[int, ...] = ()) -> Callable[[Slot, int, int], Any]:
+        """Return a function that makes an array [n, *shape] of a column, from the slot, an offset in bytes and n.
+
+        The array lies over the slot, or, if it is small, in memory of its own.
+        """
+
+    @abstractmethod
+    def over(self, memory: Any, dtype: str, shape: tuple[int, ...], offset: int = 0) -> Any:
+        """Return an array with one element or more over a writable buffer, which it keeps alive. offset: in bytes."""
+
+    @abstractmethod
+    def empty(self, shape: Sequence[int], dtype: str) -> Any:
+        """Return a new array with arbitrary content."""
+
+    @abstractmethod
+    def split(self, array: Any, sizes: list[int]) -> Sequence[Any]:
+        """Return consecutive parts of an array as views, by their numbers of rows."""
+
+    @abstractmethod
+    def mask(self, flags: Sequence[bool]) -> Any:
+        """Return bool[n]."""
+
+    @abstractmethod
+    def from_numpy(self, stored: Any, dtype: str) -> Any:
+        """Return an array over the memory of a NumPy array that has the stored elements (bfloat16: their bits)."""
+
+    @abstractmethod
+    def to_numpy(self, array: Any) -> Any:
+        """Return a NumPy array over the memory of an array."""
+
+    @abstractmethod
+    def small_arrays(self, values: dict[str, Any], most_bytes: int) -> dict[str, Any]:
+        """Return the arrays among the values, if all arrays together have at most that many bytes, else {}.
+
+        Nested arrays are left out.
+        """
+
+
 PADDED = 4  # csrc/output_layout.h
+
 # Words of a stream's row in the table of layouts (struct tc_output_layout).
 _GATHERED_FIRST, _VALID, _FILL, _FILL_BYTES, _SHAPE, _DIMS, _N_DIMS, _COUNTS_ROWS = range(8)
+
 _PADDING, _MULTIPLE_OF, _MAX_LENGTH, _TRUNCATES, _N_WORDS = range(8, 13)
+
 _NO_STREAM = 2**64 - 1
+
 _NO_LIMIT = 2**63 - 1
+
 _BYTES_LIKE = (Kind.BYTES, Kind.STR, Kind.IMAGE, Kind.JSON)
+
 _ON_HOST = 1 << 24  # csrc/gather.h: on_host
 
 
@@ -242,7 +396,9 @@ def _put(tail: bytearray, data: Any) -> int:
 
 
 Batch: TypeAlias = dict[str, Any]
+
 Make: TypeAlias = Callable[["Slot", int], Any]
+
 Entry: TypeAlias = Make | TensorEntry | BufferEntry
 
 _LIST_KINDS = (Kind.BYTES, Kind.STR, Kind.JSON, Kind.IMAGE)

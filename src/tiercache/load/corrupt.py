@@ -9,102 +9,31 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tiercache._native import gather
-from tiercache.data.output_spec import length_error, replace_nulls
-from tiercache.errors import CorruptShard, SchemaError
+from tiercache.data.records import Records
+from tiercache.errors import CorruptShard
 from tiercache.load.batch import gather_streams
-from tiercache.load.prefetch import ArrayPiece
-from tiercache.order import BlockSizes
+from tiercache.load.loader_options import LoaderOptions
+from tiercache.load.pieces import AnyPiece, ArrayPiece, RecordLocation, locate
+from tiercache.order import AnyWindow, BlockSizes, Order, RankPlan
 from tiercache.order.explicit import ExplicitWindow
-from tiercache.shard.schema import Column, Kind, Schema
-from tiercache.shard.values import gather_values
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-
-    from numpy.typing import NDArray
-
-    from tiercache.data.output_spec import OutputSpec
-    from tiercache.data.records import Records
-    from tiercache.load.epoch import RecordWalk
-    from tiercache.load.options import LoaderOptions
-    from tiercache.load.prefetch import AnyPiece, LoadedWindow
-    from tiercache.order import AnyWindow
-    from tiercache.shard.blocks import Blocks
-
+from tiercache.shard.blocks import Blocks
 
 Rows: TypeAlias = "NDArray[np.int64] | None"  # rows of a block, rising; None: all rows
 
-# Shapes must fit, text must be UTF-8, JSON must parse. Any bytes are a valid number, flag or bytes value.
-_CHECKED = (Kind.RAGGED, Kind.STR, Kind.JSON)
-
-
-def bad_value(
-    schema: Schema, loaded: LoadedWindow, block: int, row: int, casts: Mapping[str, Column] | None = None
-) -> SchemaError | CorruptShard | None:
-    """Return the error of a row that can be read and has an invalid value; None if there is none.
-
-    casts: Served columns by name; then only their values are checked, for one that the served dtype cannot represent.
-    """
-    blocks = loaded.block_groups[loaded.group_of_block[block]]
-    only = np.zeros(1, np.uint32), np.array([row], np.uint32)
-    first = 0
-    for column in schema.columns:
-        stop = first + len(column.streams(0))
-        addresses = np.ascontiguousarray(loaded.addresses[first:stop, block : block + 1])
-        first = stop
-        try:
-            if casts and column.name in casts:
-                gather_values(column, addresses, *only, url=blocks.url, served=casts[column.name])
-            elif not casts and column.kind in _CHECKED:
-                gather_values(column, addresses, *only, url=blocks.url)
-        except SchemaError as error:
-            return error
-        except CorruptShard as error:
-            number = int(blocks.blocks[loaded.position[block]])
-            return CorruptShard(error.reason, url=blocks.url, block=number, column=column.name)
-    return None
-
-
-def record_too_long(
-    schema: Schema, output_spec: OutputSpec, loaded: LoadedWindow, at: tuple[int, int], number: Callable[[], int]
-) -> SchemaError | None:
-    """Return the error of a row that is longer than a padded column's max_length; None if no column's is.
-
-    at: Number of the row's block in the window, and of the row in the block. number: Function that returns the number
-    of the row's record.
-    """
-    block, row = at
-    blocks = loaded.block_groups[loaded.group_of_block[block]]
-    only = np.zeros(1, np.uint32), np.array([row], np.uint32)
-    first = 0
-    for column in schema.columns:
-        stop = first + len(column.streams(0))
-        addresses = np.ascontiguousarray(loaded.addresses[first:stop, block : block + 1])
-        first = stop
-        if output_spec.layout(column) != "padded":
-            continue
-        found = gather_values(column, addresses, *only, url=blocks.url, served=output_spec.column(column))
-        if column.name in output_spec.nulls:
-            found = replace_nulls(found, output_spec.nulls[column.name])
-        error = length_error(found, output_spec.padding(column), lambda _: number())
-        if error is not None:
-            return error
-    return None
-
-
-# Location of a record: shard, block in it, row in that.
-RecordLocation: TypeAlias = tuple[int, int, int]
 # Location of corruption. None stands for a whole shard or block.
 CorruptLocation: TypeAlias = tuple[int, int | None, int | None]
 
 # rows per search for the next corrupt one: 1 ms in a block without any, little in a corrupt page
 _ROWS_AT_A_TIME = 1024
+
 _NO_ROWS = np.empty(0, np.int64)
 
 
@@ -388,3 +317,28 @@ class _RecordReplacer:
             numbers = np.array([shard], np.int32), np.array([block], np.int32)
             self._alone = location, ExplicitWindow(0, 0, *numbers, raw_bytes)
         return self._alone[1]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordWalk:
+    """A rank's records one by one, counted in rows from the start of its pieces, which begin at `rank_plan`.
+
+    Locations have the order's row numbers.
+    """
+
+    order: Order
+    rank_plan: RankPlan
+
+    def before(self, n_rows: int) -> Iterator[RecordLocation]:
+        """Yield the records before row n_rows, latest first, back to the start of the epoch."""
+        rank_plan = self.rank_plan
+        for row in reversed(range(n_rows)):
+            yield locate(self.order, int(rank_plan.positions_between(row, row + 1)[0]))
+        while rank_plan.offset >= rank_plan.global_batch:
+            rank_plan = replace(rank_plan, offset=rank_plan.offset - rank_plan.global_batch)
+            yield from (locate(self.order, position) for position in rank_plan.positions(0)[::-1].tolist())
+
+    def after(self, n_rows: int) -> Iterator[RecordLocation]:
+        """Yield the record at row n_rows, and those after it."""
+        for row in range(n_rows, self.rank_plan.n_served):
+            yield locate(self.order, int(self.rank_plan.positions_between(row, row + 1)[0]))

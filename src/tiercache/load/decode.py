@@ -12,34 +12,32 @@ import time
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from tiercache.data.output_spec import image_decode_error, record_number
+from tiercache.data.output_spec import Buffer, image_decode_error, record_number
+from tiercache.images.decode_image import DecodeImage, ImageDraws
 from tiercache.images.decoder import DecodeError, Decoder, in_layout, load_libraries, stored_dtype
-from tiercache.images.image_plan import ImageDraws
-from tiercache.load.batch import aligned, slot_bytes
-from tiercache.load.pipeline import Pipeline, PipelineInputs, Resources
-from tiercache.load.stage import StageJob, StagePipeline, StageQueue
+from tiercache.load.batch import ArrayLibrary, Batch, Bytes, PinnedMemory, aligned, slot_bytes
+from tiercache.load.loader_options import Resources
+from tiercache.load.pieces import RecordLocation
+from tiercache.load.pipeline import Pipeline, StageJob, StagePipeline, StageQueue
+from tiercache.load.planner import PipelineInputs
 from tiercache.stats import WaitHistogram
-
-if TYPE_CHECKING:
-    from tiercache.data.output_spec import Buffer
-    from tiercache.images.options import DecodeImage
-    from tiercache.load.array_library import ArrayLibrary
-    from tiercache.load.batch import Batch, Bytes
-    from tiercache.load.corrupt import RecordLocation
-    from tiercache.load.device import PinnedMemory
 
 # Batches ahead: enough to hide a stall of the consumer, and to give each thread some images of later batches while one
 # batch is nearly done. More would only cost memory.
 BATCHES_AHEAD, MIN_AHEAD = 4, 2
+
 PICTURES_A_THREAD = 4
+
 # Beyond the batches ahead: the batch that the consumer processes, and the one before, to which loops still refer.
 HELD_BY_CONSUMER = 2
+
 # Decoding threads per gather thread: gathering an image of 53 KB takes 11 us, decoding it 800 us.
 DECODING_A_GATHERER = 16
+
 # Copying this part (1/8) of a batch costs less than a hundredth of decoding the rest.
 SMALL_PART = 8
 

@@ -1,31 +1,38 @@
-"""Devices that batches are copied to: torch's API behind a small interface, pinned memory, and what a loader keeps.
+"""Devices that batches are copied to: torch's API behind a small interface, and the stage that copies batches ahead.
 
-AcceleratorBackend uses only torch's device-independent API, so it serves every accelerator with streams. PinnedMemory
-lends memory for the ring's slots, for decoded images and for tensors that lie elsewhere, and finds the slot that
-contains a tensor. BatchDevice is what the pipelines of one loader share from epoch to epoch.
+Rules of memory, which hold without record_stream:
+
+1. The destination is allocated on the consumer's current stream, and the side stream waits for that stream before it
+   copies. So the memory's earlier users, which the allocator ordered by that stream, are done.
+2. The consumer's stream waits for the copy before the batch is handed out. A destination that is dropped earlier is
+   dropped only after the stream on which it was allocated waits for the copy, or after the copy is done.
+3. The host's tensors, and with them the slot of the ring, are kept until the copy's event is done.
+
+A batch whose tensors lie in one slot of pinned memory takes one copy: the range that the tensors cover. Other tensors
+(results of a transform, a batch that outgrew its slot) are copied into pinned memory first. Small tensors of a larger
+batch take a copy each, to device memory of their own: a label that is kept, or saved by torch.save, is only the label.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-import weakref
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
 
-from tiercache._native.ring import SLOT_ALIGN
-from tiercache.load.batch import BatchMemory, Bytes, aligned
+from tiercache.data.output_spec import Buffer
+from tiercache.load.batch import PinnedMemory, PinnedSlot, aligned
+from tiercache.load.loader_options import LoaderOptions
+from tiercache.load.pipeline import CLOSED_MESSAGE, ClosingPipeline
+from tiercache.load.planner import PipelineInputs
 from tiercache.stats import WaitHistogram
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from tiercache.load.options import LoaderOptions
-    from tiercache.load.pipeline import ClosingPipeline, PipelineInputs
-    from tiercache.load.device_pipeline import DevicePipeline
 
 
 class Event(Protocol):
@@ -179,96 +186,6 @@ def _with_index(device: torch.device) -> torch.device:
     return torch.device(device.type, module.current_device_index() if module else torch.cuda.current_device())
 
 
-@dataclass(frozen=True, slots=True)
-class PinnedSlot:
-    """A part of pinned memory that holds one batch. start, end: addresses; memory: uint8 tensor over [start, end)."""
-
-    start: int
-    end: int
-    memory: torch.Tensor
-
-
-class PinnedMemory(BatchMemory):
-    """Lends pinned memory and finds the slot of an address. See BatchMemory; all methods may be called from any thread.
-
-    The memory of a ring is allocated once and kept from epoch to epoch; an iterator that overlaps another gets memory
-    of its own. When a batch outgrew its slot, the next ring gets larger slots.
-
-    Memory may return in any thread and at any instant, because the garbage collector runs finalizers. So containers are
-    changed by single operations only, which need no lock.
-
-    Args:
-        pin: Function that returns uint8[n] of pinned memory.
-        n_held: Number of slots that the consumer's side of a ring holds at a time.
-    """
-
-    def __init__(self, pin: Callable[[int], torch.Tensor], n_held: int) -> None:
-        super().__init__(n_held)
-        self._pin = pin
-        self.n_held = n_held
-        self._blocks: dict[int, tuple[torch.Tensor, int]] = {}  # by address: memory, and the bytes of its slots
-        self._free_arenas: deque[tuple[Bytes, int]] = deque()  # memory, and the bytes of its slots
-        self._largest_bytes = 0
-
-    def slot_bytes(self, expected_bytes: int) -> int:
-        """Return the size of a ring's slots, if a batch has about expected_bytes."""
-        return aligned(max(expected_bytes + 1, self._largest_bytes))
-
-    def note_largest(self, n_bytes: int) -> None:
-        """Note the bytes of a slot that the largest batch of an epoch needed."""
-        self._largest_bytes = max(self._largest_bytes, n_bytes)
-
-    def lend_arena(self, slot_bytes: int, n_slots: int) -> tuple[Bytes, int]:
-        """Return memory for the slots of a ring, and their size: slot_bytes or more, a multiple of SLOT_ALIGN.
-
-        The memory returns when nothing refers to the array any more.
-        """
-        memory: Bytes | None = None
-        while memory is None and self._free_arenas:
-            kept, kept_bytes = self._free_arenas.popleft()
-            if kept_bytes >= slot_bytes and kept.size >= kept_bytes * n_slots:
-                memory, slot_bytes = kept, kept_bytes
-            else:  # outgrown
-                self._forget(kept)
-        if memory is None:
-            memory = self._allocate(slot_bytes * n_slots, slot_bytes)
-        lent = memory[:]
-        weakref.finalize(lent, self._free_arenas.append, (memory, slot_bytes)).atexit = False
-        return lent, slot_bytes
-
-    def lend_tensor(self, n_bytes: int) -> tuple[Bytes, torch.Tensor]:
-        """Return lent memory of n_bytes, and a tensor over it, which does not keep it."""
-        # sizes that vary a little share memory
-        step = max(SLOT_ALIGN, 1 << max(0, n_bytes.bit_length() - 3))
-        lent = self.lend(n_bytes, -(-n_bytes // step) * step)
-        return lent, self._blocks[lent.ctypes.data][0][:n_bytes]
-
-    def take_back(self, memory: Bytes) -> None:
-        """See BatchMemory."""
-        free = self._free[memory.size]
-        free.append(memory)
-        while len(free) > self.keep:
-            self._forget(free.popleft())
-
-    def find_slot(self, address: int) -> PinnedSlot | None:
-        """Return the slot that contains an address; None if it is not in pinned memory of this object."""
-        for start, (memory, slot_bytes) in list(self._blocks.items()):
-            if start <= address < start + memory.numel():
-                first = (address - start) // slot_bytes * slot_bytes
-                part = memory[first : first + slot_bytes]
-                return PinnedSlot(start + first, start + first + part.numel(), part)
-        return None
-
-    def _allocate(self, n_bytes: int, slot_bytes: int | None = None) -> Bytes:
-        pinned = self._pin(n_bytes)
-        self._blocks[pinned.data_ptr()] = pinned, slot_bytes or n_bytes
-        memory: Bytes = pinned.numpy()
-        return memory
-
-    def _forget(self, memory: Bytes) -> None:
-        self._blocks.pop(memory.ctypes.data, None)
-
-
 class BatchDevice:
     """The device of a loader's batches, and what its pipelines share from epoch to epoch.
 
@@ -319,7 +236,7 @@ class BatchDevice:
 
     def pipeline(self, inputs: PipelineInputs, before: ClosingPipeline) -> DevicePipeline:
         """Return the stage that copies the batches of the pipeline `before` to the device."""
-        return DevicePipeline(self, inputs, before)
+        return DevicePipeline(inputs, self, before)
 
     def exposed_waits(self) -> WaitHistogram:
         """Return the waits of the consumer's stream for batches, of the steps that the device has passed."""
@@ -340,3 +257,473 @@ def make_batch_device(device: torch.device, options: LoaderOptions, existing: Ba
         return existing
     backend = BACKENDS.get(device.type, AcceleratorBackend)(device)
     return BatchDevice(backend, options.device_batches or BATCHES, is_fixed=options.device_buffers == "fixed")
+
+
+# If a batch has tensors outside its slot, this much of the slot is copied with them: copying 64 KiB takes less time
+# than issuing a second copy.
+SMALL_RANGE_BYTES = 64 << 10
+
+# In larger batches, the smallest tensors get device memory of their own: so many of them at most, because issuing a
+# copy takes some microseconds, and only those that are at most this part (1/16) of the batch.
+MAX_OWN_COPIES, SMALL_PART = 8, 16
+
+BUFFER_TENSORS = 3  # tensors of a Buffer; a column of more is a list, which would use up the copies
+
+# Counters of the batches that were handed out; a stage counts batches that were only copied, too.
+_COUNTED = ("samples", "batches", "bytes_served", "skipped")
+
+
+def _is_jagged(value: Any) -> bool:
+    """Whether a tensor is a jagged nested tensor as the loader makes it: values and offsets."""
+    return bool(value.is_nested and value.layout is torch.jagged and value.lengths() is None and value._ragged_idx == 1)  # noqa: SLF001
+
+
+def _has_tensors(value: Any) -> bool:
+    """Whether a list or a tuple may contain tensors; lists of bytes or str stay on the host as they are."""
+    return any(isinstance(item, torch.Tensor | Buffer | Mapping | list | tuple) for item in value)
+
+
+def _jagged_parts(nested: Any) -> list[torch.Tensor]:
+    return [nested.values(), nested.offsets()]
+
+
+def _collect(value: Any, column: str, found: list[tuple[str, torch.Tensor]]) -> None:
+    """Append each tensor of a batch with the name of its column, in the order in which _rebuild() takes them."""
+    if isinstance(value, torch.Tensor):
+        if _is_jagged(value):
+            found += [(column, part) for part in _jagged_parts(value)]
+        else:
+            found.append((column, value))
+    elif isinstance(value, Buffer):
+        members = (value.values, value.offsets, value.shapes)
+        found += [(column, member) for member in members if isinstance(member, torch.Tensor)]
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            _collect(item, column or str(name), found)
+    elif isinstance(value, list | tuple) and _has_tensors(value):
+        for index, item in enumerate(value):
+            _collect(item, column or str(index), found)
+
+
+def _rebuild(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    """Return a batch with its tensors replaced by `tensors`."""
+    if isinstance(value, torch.Tensor):
+        if _is_jagged(value):
+            return torch.nested.nested_tensor_from_jagged(next(tensors), next(tensors))
+        return next(tensors)
+    if isinstance(value, Buffer):
+        members = (value.values, value.offsets, value.shapes)
+        return Buffer(*(next(tensors) if isinstance(member, torch.Tensor) else member for member in members))
+    if isinstance(value, Mapping):
+        items = {name: _rebuild(item, tensors) for name, item in value.items()}
+        return items if type(value) is dict else type(value)(items)  # type: ignore[call-arg]  # as torch's pin_memory
+    if isinstance(value, list | tuple) and _has_tensors(value):
+        parts = [_rebuild(item, tensors) for item in value]
+        if isinstance(value, list):
+            return parts
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's bytes can be copied as they are: neither sparse nor quantised, nor of a class of its own."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not (tensor.is_nested or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    )
+
+
+def _span_bytes(tensor: torch.Tensor) -> int:
+    """Return the bytes from a tensor's first to its last element; 0 if it has none."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    if tensor.numel() == 0:
+        return 0
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.itemsize
+
+
+@dataclass(slots=True)
+class _TensorLayout:
+    """Where a tensor lies in the device memory of its batch."""
+
+    column: str
+    tensor: torch.Tensor
+    offset: int = -1  # bytes; -1: it is not plain and moves by itself
+    n_bytes: int = 0  # from the first to the last element
+    stride: tuple[int, ...] = ()
+    block: int = 0
+
+    def over(self, storage: torch.UntypedStorage, first_byte: int) -> torch.Tensor:
+        """Return the tensor over the storage of its block, which begins at first_byte.
+
+        It has a version counter of its own. With views of the block, autograd would take a change of one column for a
+        change of all.
+        """
+        tensor = self.tensor
+        if self.offset < 0:
+            return tensor.to(storage.device)
+        out = torch.empty(0, dtype=tensor.dtype, device=storage.device)
+        return out.set_(storage, (first_byte + self.offset) // tensor.itemsize, tensor.shape, self.stride)
+
+
+def _tensors_over(blocks: Iterable[torch.Tensor], layouts: Iterable[_TensorLayout]) -> list[torch.Tensor]:
+    """Return the tensors of a batch over the blocks that hold their bytes."""
+    memory = [(block.untyped_storage(), int(block.storage_offset())) for block in blocks]
+    return [layout.over(*memory[layout.block]) for layout in layouts]
+
+
+@dataclass(slots=True)
+class _HostBatch:
+    """The tensors of a batch in pinned memory, and where they go on the device.
+
+    ranges: (byte position in block 0, pinned memory), one for each copy to it. n_bytes: size of block 0. own: pinned
+    memory of the small tensors, which are the blocks from 1 on. held: objects that keep the pinned memory.
+    """
+
+    layouts: list[_TensorLayout]
+    ranges: list[tuple[int, torch.Tensor]]
+    n_bytes: int
+    held: list[Any]
+    own: list[torch.Tensor] = field(default_factory=list)
+
+    @staticmethod
+    def of(value: Any, pinned: PinnedMemory) -> _HostBatch:
+        """Return a batch's tensors, those outside pinned memory copied into it."""
+        found: list[tuple[str, torch.Tensor]] = []
+        _collect(value, "", found)
+        layouts = [_TensorLayout(column, tensor) for column, tensor in found]
+        batch = _HostBatch(layouts, [], 0, [])
+        outside = batch._take_slot(pinned)
+        if any(layout.tensor.nbytes for layout in outside) and batch.n_bytes <= SMALL_RANGE_BYTES:
+            batch.ranges, batch.n_bytes, batch.held = [], 0, []
+            outside = [layout for layout in layouts if _is_plain(layout.tensor)]
+        if outside:
+            batch._copy_to_pinned(outside, pinned)
+        if batch.n_bytes > SMALL_RANGE_BYTES:
+            batch._set_small_apart()
+        return batch
+
+    def copies(self, blocks: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (destination in the blocks, pinned source) of each copy."""
+        for first, memory in self.ranges:
+            yield blocks[0][first : first + memory.numel()], memory
+        yield from zip(blocks[1:], self.own, strict=True)
+
+    def allocate(self, backend: Backend) -> list[torch.Tensor]:
+        """Return the blocks of the batch on the device."""
+        return [backend.allocate(n_bytes) for n_bytes in (self.n_bytes, *(memory.numel() for memory in self.own))]
+
+    def _set_small_apart(self) -> None:
+        """Give the small tensors blocks of their own. A range with other tensors is copied to block 0 as a whole."""
+        plain = [layout for layout in self.layouts if layout.offset >= 0 and layout.n_bytes]
+        n_tensors = Counter(layout.column for layout in plain)
+        single = [layout for layout in plain if n_tensors[layout.column] <= BUFFER_TENSORS]
+        for layout in sorted(single, key=lambda layout: layout.n_bytes)[:MAX_OWN_COPIES]:
+            if layout.n_bytes * SMALL_PART > self.n_bytes:
+                break
+            first, memory = next(one for one in self.ranges if one[0] <= layout.offset < one[0] + one[1].numel())
+            begin = layout.offset - first
+            self.own.append(memory[begin : begin + layout.n_bytes])
+            layout.block, layout.offset = len(self.own), 0
+        left = [layout.offset for layout in plain if not layout.block]
+        self.ranges = [
+            (first, memory)
+            for first, memory in self.ranges
+            if any(first <= offset < first + memory.numel() for offset in left)
+        ]
+
+    def _take_slot(self, pinned: PinnedMemory) -> list[_TensorLayout]:
+        """Place the tensors of the first slot that is found, by one copy; return the other plain tensors."""
+        slot: PinnedSlot | None = None
+        inside: list[tuple[_TensorLayout, int, int]] = []
+        outside: list[_TensorLayout] = []
+        for layout in self.layouts:
+            tensor = layout.tensor
+            if not _is_plain(tensor):
+                continue
+            n_bytes = _span_bytes(tensor)
+            start = tensor.data_ptr()
+            if slot is None and n_bytes:
+                slot = pinned.find_slot(start)
+            is_inside = slot is not None and slot.start <= start and start + n_bytes <= slot.end
+            if n_bytes and is_inside and start % tensor.itemsize == 0:
+                inside.append((layout, start, start + n_bytes))
+            else:
+                outside.append(layout)
+        if slot is None or not inside:
+            return outside
+        first = min(start for _, start, _ in inside)
+        first -= (first - slot.start) % 64  # columns of the slot keep their alignment
+        for layout, start, stop in inside:
+            layout.offset, layout.n_bytes, layout.stride = start - first, stop - start, layout.tensor.stride()
+        self.held += [layout.tensor for layout, _, _ in inside]
+        end = max(end for _, _, end in inside)
+        self.ranges.append((0, slot.memory[first - slot.start : end - slot.start]))
+        self.n_bytes = aligned(end - first)
+        return outside
+
+    def _copy_to_pinned(self, outside: list[_TensorLayout], pinned: PinnedMemory) -> None:
+        """Copy the tensors into pinned memory, each from a multiple of 64 bytes on; dense strides are kept."""
+        begin = self.n_bytes
+        for layout in outside:
+            layout.stride = torch.empty_like(layout.tensor, device="meta").stride()
+            layout.offset, layout.n_bytes = self.n_bytes, layout.tensor.nbytes
+            self.n_bytes += aligned(layout.tensor.nbytes)
+        n_bytes = self.n_bytes - begin
+        if n_bytes == 0:
+            return
+        lent, host = pinned.lend_tensor(n_bytes)
+        storage, first_byte = host.untyped_storage(), int(host.storage_offset()) - begin
+        for layout in outside:
+            layout.over(storage, first_byte).copy_(layout.tensor.detach())
+        self.ranges.append((begin, host))
+        self.held.append(lent)
+
+
+@dataclass(slots=True)
+class _Copy:
+    """A copy that was issued. stream: The consumer's stream on which `blocks`, the destination, were allocated."""
+
+    host: _HostBatch
+    blocks: list[torch.Tensor]
+    event: Event
+    stream: DeviceStream
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A batch between the stage before and the consumer.
+
+    value: the batch on the host; None: `error` takes its place, or the epoch ends. counted: its part of the counters
+    _COUNTED.
+    """
+
+    value: Any
+    counted: tuple[float, ...] = ()
+    error: Exception | None = None
+    copy: _Copy | None = None
+
+
+@dataclass(slots=True)
+class _FixedBatch:
+    """The device memory at which every batch is served. signature: (column, dtype, shape) of each tensor."""
+
+    blocks: list[torch.Tensor]
+    tensors: list[torch.Tensor]
+    offsets: list[tuple[int, int]]  # (block, byte position in it)
+    signature: list[tuple[str, torch.dtype, torch.Size]] = field(default_factory=list)
+
+
+class DevicePipeline(ClosingPipeline):
+    """The batches of another pipeline on a device, in order, with the same guarantees.
+
+    `take` is called by one thread at a time, under a lock, and `close` by any thread.
+    """
+
+    def __init__(self, inputs: PipelineInputs, device: BatchDevice, before: ClosingPipeline) -> None:
+        self._before = before  # its waits are not counted as the consumer's
+        self._device = device
+        self._waits = inputs.waits
+        self._queue: deque[_Entry] = deque()
+        self._copying: deque[tuple[Event, list[Any]]] = deque()  # copies that are not known to be done, oldest first
+        self._ended = False
+        self._seen: tuple[float, ...] = (0.0,) * len(_COUNTED)  # counters of the stage before
+        self._handed_out = [0.0] * len(_COUNTED)
+        self._taking = threading.RLock()
+        self._register()
+
+    def take(self, timeout_s: float = -1.0) -> Any | None:
+        """Return the next batch, on the device; None at the end of the epoch. Raises as Pipeline.take().
+
+        Raises:
+            ValueError: With fixed buffers, a batch has another layout than the first one.
+            RuntimeError: torch's error if the device has no memory left; the batch is not lost.
+        """
+        if self.is_forked_copy:
+            raise RuntimeError(CLOSED_MESSAGE)
+        with self._taking:
+            return self._take(timeout_s)
+
+    @property
+    def n_taken(self) -> int:
+        return self._before.n_taken - sum(entry.value is not None for entry in self._queue)
+
+    @property
+    def corrupt_shard(self) -> int | None:  # type: ignore[override]
+        return self._before.corrupt_shard
+
+    def figures(self) -> dict[str, float]:
+        """Return the figures of the stage before, with the counts of the batches that were handed out."""
+        return {**self._before.figures(), **dict(zip(_COUNTED, self._handed_out, strict=True))}
+
+    def close(self) -> None:
+        """End the threads and wait for the copies; batches that were taken stay valid. See Pipeline.close."""
+        if self.is_forked_copy:
+            return
+        self._before.close()
+        with self._taking:
+            # A device in an error state runs no copies, and the consumer's next call reports the error.
+            with contextlib.suppress(RuntimeError):
+                for event, _ in self._copying:
+                    event.synchronize()
+            self._copying.clear()
+            self._queue.clear()
+        self._unregister()
+
+    def _take(self, timeout_s: float) -> Any | None:
+        backend = self._device.backend
+        stream = backend.current_stream()
+        begin = backend.record(stream, timed=True)
+        if self._queue:
+            self._waits.add_zero()
+        elif self._ended:
+            return None
+        else:
+            start_s = time.perf_counter()
+            try:
+                self._receive(timeout_s)
+            finally:
+                self._waits.add(time.perf_counter() - start_s)
+        entry = self._queue[0]
+        if entry.value is None:
+            self._ended = entry.error is None
+            self.close()
+            if entry.error is not None:
+                raise entry.error
+            return None
+        copy = entry.copy
+        if copy is None or copy.stream != stream:
+            self._make_room()
+            copy = self._issue(entry, stream)
+        while len(self._queue) < self._device.max_issued and self._queue[-1].value is not None and self._receive(0.0):
+            pass
+        for later in islice(self._queue, 1, None):
+            if later.value is None or not self._has_room():
+                break
+            if later.copy is None or later.copy.stream != stream:
+                self._issue(later, stream)
+        batch = self._on_device(entry.value, copy)
+        self._queue.popleft()
+        self._handed_out = [a + b for a, b in zip(self._handed_out, entry.counted, strict=True)]
+        self._device.note_step(begin, backend.record(stream, timed=True))
+        return batch
+
+    def _receive(self, timeout_s: float) -> bool:
+        """Append the next batch of the stage before to the queue, or its error, or the end.
+
+        Returns False if none is ready. Raises TimeoutError for a timeout other than 0.
+        """
+        try:
+            # C code moves the batch into the queue: Ctrl-C loses only a batch that the stage before has not returned.
+            self._queue.extend(map(self._counted, map(self._before.take, (timeout_s,))))
+        except TimeoutError:
+            if timeout_s:
+                raise
+            return False
+        except Exception as error:
+            if not self._queue:  # this is its place
+                self.close()
+                raise
+            self._queue.append(_Entry(None, error=error.with_traceback(None)))
+        return True
+
+    def _counted(self, value: Any) -> _Entry:
+        figures = self._before.figures()
+        now = tuple(figures.get(name, 0.0) for name in _COUNTED)
+        counted, self._seen = tuple(a - b for a, b in zip(now, self._seen, strict=True)), now
+        return _Entry(value, counted)
+
+    def _issue(self, entry: _Entry, stream: DeviceStream) -> _Copy:
+        """Queue a batch's copy, for the consumer's present stream, and return it."""
+        backend, side, earlier = self._device.backend, self._device.copy_stream, entry.copy
+        host = _HostBatch.of(entry.value, self._device.pinned) if earlier is None else earlier.host
+        if earlier is not None:  # The consumer has changed its stream since.
+            earlier.stream.wait_event(earlier.event)
+            entry.copy = None
+        try:
+            blocks = host.allocate(backend)
+            side.wait_stream(stream)
+            for destination, source in host.copies(blocks):
+                backend.copy(destination, source, side)
+            event = backend.record(side)
+            self._copying.append((event, host.held))
+        except BaseException:  # Ctrl-C included: nothing may refer to the memory of a copy that is running
+            side.synchronize()
+            raise
+        entry.copy = _Copy(host, blocks, event, stream)
+        return entry.copy
+
+    def _has_room(self) -> bool:
+        """Release the host's memory of copies that are done. Returns whether a further copy may be issued."""
+        while self._copying and self._copying[0][0].query():
+            self._copying.popleft()
+        return len(self._copying) < self._device.max_running
+
+    def _make_room(self) -> None:
+        """Wait until a further copy may be issued."""
+        while not self._has_room():
+            self._copying[0][0].synchronize()
+
+    def _on_device(self, value: Any, copy: _Copy) -> Any:
+        """Return a batch whose copy was issued. Further work of the consumer's stream finds its values."""
+        copy.stream.wait_event(copy.event)
+        if self._device.is_fixed:
+            copy.event.synchronize()  # no graph that is captured from now on depends on another stream
+            tensors = self._into_fixed(copy)
+        else:
+            tensors = _tensors_over(copy.blocks, copy.host.layouts)
+        return _rebuild(value, iter(tensors))
+
+    def _into_fixed(self, copy: _Copy) -> list[torch.Tensor]:
+        """Copy a batch to the fixed addresses, on the consumer's stream, and return the tensors there."""
+        device, host, blocks, stream = self._device, copy.host, copy.blocks, copy.stream
+        signature = [(layout.column, layout.tensor.dtype, layout.tensor.shape) for layout in host.layouts]
+        offsets = [(layout.block, layout.offset) for layout in host.layouts]
+        fixed: _FixedBatch | None = device.fixed
+        if fixed is None:
+            for layout in host.layouts:
+                if layout.offset < 0:
+                    raise ValueError(
+                        f'device_buffers="fixed": column {layout.column!r} is a {type(layout.tensor).__name__} of '
+                        f"layout {layout.tensor.layout}, which has no fixed address: make it a plain tensor"
+                    )
+            with torch.inference_mode(False):  # else only code in that mode could write to the memory
+                memory = host.allocate(device.backend)
+                fixed = _FixedBatch(memory, _tensors_over(memory, host.layouts), offsets, signature)
+            device.fixed = fixed
+        _check_signature(fixed.signature, signature)
+        if device.fixed_stream is not None and device.fixed_stream != stream:
+            stream.wait_stream(device.fixed_stream)
+        device.fixed_stream = stream
+        if offsets == fixed.offsets:
+            for destination, made in zip(fixed.blocks, blocks, strict=True):
+                device.backend.copy(destination, made, stream)
+        else:  # A batch that outgrew its slot was copied: the same tensors, in other places.
+            for tensor, source in zip(fixed.tensors, _tensors_over(blocks, host.layouts), strict=True):
+                device.backend.copy(tensor, source, stream)
+        return fixed.tensors
+
+
+def _check_signature(
+    expected: list[tuple[str, torch.dtype, torch.Size]], got: list[tuple[str, torch.dtype, torch.Size]]
+) -> None:
+    """Raise ValueError, naming the column, if a batch differs from the first one."""
+    for one, other in zip(expected, got, strict=False):
+        if one != other:
+            name = other[0] if one[0] == other[0] else f"{one[0]!r} and then {other[0]}"
+            raise ValueError(
+                f'device_buffers="fixed": column {name!r} was {one[1]}{list(one[2])} in the first batch and is '
+                f"{other[1]}{list(other[2])} in this one: fixed buffers need batches of one layout (full batches; "
+                'layouts= "list" keeps text on the host; other columns of varying length need device_buffers="new")'
+            )
+    if len(expected) != len(got):
+        columns = [
+            column for column, _, _ in (expected if len(expected) > len(got) else got)[min(len(expected), len(got)) :]
+        ]
+        raise ValueError(
+            f'device_buffers="fixed": this batch has {len(got)} tensors and the first one had {len(expected)} (column '
+            f"{columns[0]!r} differs): fixed buffers need batches of one layout"
+        )

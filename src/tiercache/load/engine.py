@@ -10,7 +10,8 @@ import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeAlias
@@ -18,35 +19,46 @@ from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeAlias
 import numpy as np
 
 from tiercache import config
-from tiercache._native.ring import FastIterator
+from tiercache._native.ring import FastIterator, held_bytes
 from tiercache.data.opened_version import SHARD_READS_AGAIN
 from tiercache.data.output_spec import OutputSpec, as_columns
 from tiercache.data.records import Records
 from tiercache.errors import CorruptShard
-from tiercache.load.batch import Batch, BatchMemory, PipelineSetup
-from tiercache.load.corrupt import corruption_map_for
+from tiercache.load.batch import ArrayLibrary, Batch, BatchMemory, PipelineSetup, lent_bytes
+from tiercache.load.corrupt import CorruptLocation, corruption_map_for
 from tiercache.load.decode import DecodedPipeline
-from tiercache.load.epoch import NextEpoch, OrderShare, epoch_records, mixture_values, order_options, make_share
-from tiercache.load.options import LoaderOptions
-from tiercache.load.pipeline import ClosingPipeline, Pipeline, PipelineInputs, Resources, share_resources, summarise
-from tiercache.load.ranks import Rank, agree, find_rank, find_slowest, must_not_draw, warn_of_meshes
-from tiercache.load.reading_plan import ReadingPlanPublisher
-from tiercache.load.state import RunState, reopen
-from tiercache.model import short_repr
+from tiercache.load.epoch import (
+    EpochPosition,
+    OrderShare,
+    Position,
+    ReadingPlanPublisher,
+    RunState,
+    epoch_records,
+    make_share,
+    mixture_values,
+    order_options,
+    reopen,
+)
+from tiercache.load.loader_options import (
+    LoaderOptions,
+    Rank,
+    Resources,
+    agree,
+    find_rank,
+    find_slowest,
+    must_not_draw,
+    share_resources,
+    warn_of_meshes,
+)
+from tiercache.load.pipeline import ClosingPipeline, Pipeline
+from tiercache.load.planner import EpochStart, NextEpoch, PipelineInputs
+from tiercache.model import format_bytes, short_repr
 from tiercache.order import RankPlan
 from tiercache.stats import Counters, WaitHistogram
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from concurrent.futures import Future
-
-    from tiercache.load.array_library import ArrayLibrary
-    from tiercache.load.corrupt import CorruptLocation
     from tiercache.load.device import BatchDevice
-    from tiercache.load.epoch import EpochStart
-    from tiercache.load.samplers import SamplerPass
     from tiercache.load.transform_workers import TransformSettings, WorkerPool
-
 
 logger = logging.getLogger("tiercache")
 
@@ -54,71 +66,12 @@ logger = logging.getLogger("tiercache")
 Stage: TypeAlias = "Callable[[PipelineInputs, ClosingPipeline], ClosingPipeline]"
 
 
-class EpochPosition:
-    """The position in an epoch. The loader keeps it; the epoch's iterator updates it, and may be dropped long before.
-
-    Args:
-        start: State at which the epoch began or was resumed.
-        rank_plan: The batches of this rank from there.
-        is_counted: Whether n_yielded is known; it is not if another loader hands the batches out.
-
-    Attributes:
-        n_yielded: Number of batches handed out since the epoch began or was resumed.
-        finished: Whether the end was reached.
-    """
-
-    def __init__(self, start: RunState, rank_plan: RankPlan, *, is_counted: bool = True) -> None:
-        self._start = start
-        self.rank_plan = rank_plan
-        self._is_counted = is_counted
-        self._redirected: RunState | None = None
-        self._next: RunState | None = None  # cached by next_state()
-        self.n_yielded = 0
-        self.finished = False
-
-    def state(self) -> RunState:
-        """Return the state after the batches handed out; after the end, the state at the start of the next epoch.
-
-        Raises:
-            RuntimeError: Another loader hands the batches out.
-        """
-        if self._redirected is not None:
-            return self._redirected
-        if self.finished:
-            return self.next_state()
-        if not self._is_counted:
-            raise RuntimeError(
-                f"the position in epoch {self._start.epoch} is unknown: this loader's sampler or batch_sampler was "
-                "iterated, usually by another loader that was made from it (as by Accelerate's skip_first_batches). "
-                "Call state_dict() before that loader begins or after it ends; if it has worker processes, call "
-                f"set_epoch({self._start.epoch + 1}) of this loader first. To resume within an epoch, use "
-                "load_state_dict() instead"
-            )
-        return replace(self._start, offset=self.rank_plan.offset_after(self.n_yielded))
-
-    def next_state(self) -> RunState:
-        """Return the state from which the loader's next iter() begins: the next epoch, even if this one did not end."""
-        if self._next is None:
-            self._next = self._start.following(self._start.epoch + 1)
-        return self._redirected or self._next
-
-    def redirect(self, epoch: int) -> None:
-        """Make another epoch the next one."""
-        if self.next_state().epoch != epoch:
-            self._redirected = self._start.following(epoch)
-
-    @property
-    def is_between_epochs(self) -> bool:
-        """Whether state() is the beginning of an epoch that no iter() has begun."""
-        return self.finished or self._redirected is not None
-
-
 class NativeIterator(FastIterator, Iterator[Batch]):
     """Batches of one epoch from a state on. Independent of the loader's other iterators; closes itself when dropped."""
 
     def __init__(
         self,
-        position: EpochPosition | SamplerPass,
+        position: Position,
         inputs: PipelineInputs,
         resources: Resources,
         timeout_s: float,
@@ -220,7 +173,7 @@ class NativeIterator(FastIterator, Iterator[Batch]):
             batch = self._pin(batch)
         return batch if self._names is None else as_columns(batch, self._names)
 
-    def _take_next(self) -> Batch:
+    def _take_next(self) -> Any:
         """Wait for the next batch and return it. Raises StopIteration."""
         if self._position.finished:
             raise StopIteration
@@ -238,7 +191,7 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         self._position.n_yielded += 1
         return batch
 
-    def _take_past(self, error: CorruptShard) -> Batch | None:
+    def _take_past(self, error: CorruptShard) -> Any:
         """Return the batch that failed: read again after a corrupt local copy, else without its corrupt records.
 
         The order is a function of the position, so a second pipeline can continue where the first one failed. Raises
@@ -388,7 +341,7 @@ class Engine(ABC):
 
     def _start_iterator(
         self,
-        position: EpochPosition | SamplerPass,
+        position: Position,
         share: OrderShare,
         pin: Callable[[Any], Any] | None,
         **planned: Any,
@@ -688,3 +641,91 @@ class OrderEngine(Engine):
         if agreed["versions"] != versions:
             self._use(self._source.at_versions(agreed["versions"]))
         return RunState(parts=self._source.parts, seed=agreed["seed"], epoch=agreed["epoch"], offset=0, **order)
+
+
+# Below this share of the wall time, the loader does not make the consumer wait.
+WAITING_SHARE = 0.05
+
+
+def summarise(
+    counters: Mapping[str, float],
+    waits: WaitHistogram,
+    exposed: WaitHistogram,
+    fetched: Mapping[str, float],
+    *,
+    threads: int,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Return the dict of `DataLoader.stats()`.
+
+    waits: how long the consumer's thread waited for the stages before the device; exposed: how long the training loop
+    had nothing to do but wait, on its device if it has one; workers: number of processes that run transforms (0: the
+    consumer's thread does, which counts as waiting).
+    """
+    wall_s = counters.get("wall_s", 0.0)
+    wait, idle = waits.snapshot(), exposed.snapshot()
+    share = min(1.0, wait["total"] / wall_s) if wall_s else 0.0
+    idle_share = min(1.0, idle["total"] / wall_s) if wall_s else 0.0
+    looked_up = fetched.get("cache_hits", 0) + fetched.get("cache_misses", 0)
+    stages = {
+        "plan_s": counters.get("plan_s", 0.0),
+        "load_s": counters.get("load_s", 0.0),
+        "gather_s": counters.get("gather_ns", 0.0) / 1e9,
+    }
+    for name in ("decode", "transform"):
+        if f"{name}_ns" in counters:
+            stages[f"{name}_s"] = counters[f"{name}_ns"] / 1e9
+    verdict = _verdict(idle_share, stages, fetched, threads, workers)
+    if idle_share >= WAITING_SHARE and idle["total"] > 2 * wait["total"]:
+        verdict = (
+            f"copy (waited {idle_share:.1%} of the time, most of it for copies to the device; serve fewer bytes, e.g. "
+            "by cast=, or raise device_batches)"
+        )
+    return {
+        "samples": int(counters.get("samples", 0)),
+        "batches": int(counters.get("batches", 0)),
+        "bytes_served": int(counters.get("bytes_served", 0)),
+        "bytes_fetched": int(fetched.get("bytes_fetched", 0)),
+        **{name: int(fetched.get(name, 0)) for name in ("requests", "retries", "hedges", "throttled")},
+        **{name: fetched.get(name, 0.0) for name in ("dollars", "egress_dollars")},
+        "cache_hits": int(fetched.get("cache_hits", 0)),
+        "cache_misses": int(fetched.get("cache_misses", 0)),
+        "hit_ratio": fetched.get("cache_hits", 0) / looked_up if looked_up else None,
+        "padded": int(counters.get("padded", 0)),
+        "skipped": int(counters.get("skipped", 0)),
+        "held_bytes": held_bytes() + lent_bytes(),
+        "wait_s": {"p50": wait["p50"], "p95": wait["p95"], "p99": wait["p99"], "share": share},
+        "exposed_wait_s": {
+            "total": idle["total"],
+            "mean": idle["total"] / idle["n"] if idle["n"] else 0.0,
+            "p99": idle["p99"],
+        },
+        "unpinned": int(counters.get("unpinned", 0)),
+        "samples_per_s": counters.get("samples", 0) / wall_s if wall_s else None,
+        "stages": stages,
+        "threads": threads,
+        "bottleneck": verdict,
+    }
+
+
+def _verdict(
+    share: float, stages: Mapping[str, float], fetched: Mapping[str, float], threads: int, workers: int
+) -> str:
+    waited = f"waited {share:.1%} of the time"
+    if share < WAITING_SHARE:
+        return f"consumer ({waited} for data)"
+    parallel = {"gather_s": threads, "decode_s": threads, "transform_s": max(workers, 1)}
+    busiest = max(stages, key=lambda name: stages[name] / parallel.get(name, 1))
+    if busiest == "decode_s":
+        return f"decode ({waited}; {threads} threads decode images; store smaller images, or give more threads)"
+    if busiest == "transform_s":
+        runs = f"{workers} worker processes run" if workers else "the training thread runs"
+        return f"transform ({waited}; {runs} the transforms; give the loader more num_workers)"
+    if busiest == "gather_s":
+        return f"copy ({waited}; {threads} threads copy and check records; serve fewer columns or give more threads)"
+    if busiest == "plan_s":
+        return f"plan ({waited} for the order; a smaller shuffle_window_bytes is computed sooner)"
+    if fetched.get("bytes_fetched", 0):
+        rate = format_bytes(fetched["bytes_fetched"] / max(stages["load_s"], 1e-9))
+        return f"store ({waited}; {rate}/s from the store; warm the cache first)"
+    return f"disk ({waited} for blocks to be read and decompressed; columns stored raw need no decompression)"

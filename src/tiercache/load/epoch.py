@@ -1,352 +1,262 @@
-"""A rank's share of an epoch: its order, the pieces of rows in which it is served, and the epoch after it.
+"""A rank's share of an epoch: the state that names its position, its order, and the reading plan that the cache gets.
 
-Shares and pieces are pure functions. NextEpoch holds what the planner prepares of the next epoch.
+The clock of a reading plan is the number of stored bytes that the job has read since the start of its epoch.
+make_reading_plan() is a pure function; ReadingPlanPublisher publishes, advances and withdraws the plan.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import logging
 import os
 import sys
 import threading
-from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tiercache.errors import TierCacheError
-from tiercache.load.corrupt import CorruptionMap, replace_corrupt
-from tiercache.load.prefetch import WindowLoad, blocks_by_shard, loading_pool, shards_of
-from tiercache.load.reading_plan import ReadingPlanPublisher
-from tiercache.order import DatasetSizes, EpochOrder, OrderOptions, RankPlan, RowRun, Window
-from tiercache.order.explicit import ExplicitOrder, ExplicitWindow
+from tiercache.data.records import Records
+from tiercache.errors import ObjectChanged, TierCacheError, UnsupportedFormat
+from tiercache.load.corrupt import CorruptionMap, RecordWalk, replace_corrupt
+from tiercache.load.loader_options import Rank
+from tiercache.load.pieces import ARRAY_PIECES, RUN_PIECES, AnyPiece, PieceSizes, cut_pieces, locate
+from tiercache.model import NEVER, PublishedPlan, ReadingPlan, SourcePart
+from tiercache.order import DatasetSizes, EpochOrder, Order, OrderOptions, RankPlan
+from tiercache.order.explicit import ExplicitOrder, ServedOrder
 from tiercache.order.mixture import MixtureOrder
-from tiercache.order.window import MOST_ROWS, allocate_rows
+from tiercache.order.window import ShardGroups
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+# Format 2 has streams, several data sets and selections. This release does not read format 1 (one stream, other keys).
+STATE_FORMAT = 2
 
-    from tiercache.data.records import Records
-    from tiercache.load.corrupt import RecordLocation
-    from tiercache.load.prefetch import AnyPiece, LoadThreads, MemoryPressure
-    from tiercache.load.ranks import Rank
-    from tiercache.load.state import RunState
-    from tiercache.order import AnyWindow, Order, Section
-    from tiercache.order.explicit import ServedOrder
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """The position of a run.
+
+    Attributes:
+        parts: The data sets that are read, with their versions and selections.
+        seed: Seed of the run. The order of an epoch follows from it and the epoch's number.
+        epoch: Number of the epoch.
+        offset: Records of that epoch that all ranks together were served.
+        shuffle, drop_last: The loader's arguments.
+        streams, placement: See `LoaderOptions`.
+        group_bytes, window_bytes: The shuffle sizes in bytes; None for "all".
+        mixture: The weights and the stop rule of a mixture as plain values; None: the parts are not mixed.
+        format: Version of this form of the state.
+    """
+
+    parts: tuple[SourcePart, ...]
+    seed: int
+    epoch: int
+    offset: int
+    shuffle: bool
+    drop_last: bool
+    streams: int
+    placement: Literal["sticky", "global"]
+    group_bytes: int | None
+    window_bytes: int | None
+    mixture: Any = None
+    format: int = STATE_FORMAT
+
+    def following(self, epoch: int) -> RunState:
+        """Return the state at the beginning of another epoch of the run."""
+        return replace(self, epoch=epoch, offset=0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint; JSON does not change them."""
+        parts = [[part.dataset_id, part.version, part.fingerprint, part.selection] for part in self.parts]
+        # Field by field: dataclasses.asdict copies each value deeply, which takes 60 us, and a state may be saved at
+        # every step.
+        values = {name: getattr(self, name) for name in _NAMES}
+        return {**values, "parts": parts, "mixture": deepcopy(self.mixture)}
+
+    @staticmethod
+    def from_dict(state: Any) -> RunState:
+        """Return the state that to_dict() saved.
+
+        Raises:
+            ValueError: The value is not a state of this loader, or one of its values is invalid.
+            UnsupportedFormat: Another release saved the state.
+        """
+        if not isinstance(state, Mapping) or not _is_count(state.get("format")):
+            found = f"it has the keys {sorted(state)}" if isinstance(state, Mapping) else f"it is {state!r}"
+            raise ValueError(f"not a state of tiercache.DataLoader over a tiercache.Dataset: {found}")
+        if state["format"] != STATE_FORMAT:
+            what = "update tiercache" if state["format"] > STATE_FORMAT else "go on with the release that saved it"
+            raise UnsupportedFormat(
+                f"the state has format {state['format']}, this release reads {STATE_FORMAT}: {what}",
+                url="state_dict",
+                found=state["format"],
+                supported=STATE_FORMAT,
+            )
+        if set(state) != set(_NAMES):
+            raise ValueError(
+                f"the state's keys are not those of format {STATE_FORMAT}: {sorted(set(_NAMES) ^ set(state))} differ"
+            )
+        _check_values(state)
+        return RunState(**{**state, "parts": tuple(SourcePart(*part) for part in state["parts"])})
+
+
+_NAMES = tuple(field.name for field in fields(RunState))
+
+
+def _is_integer(value: Any, least: int | None = None) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_integer(value, 0)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or _is_integer(value, 1)
+
+
+def _is_part(value: Any) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 4:
+        return False
+    dataset_id, version, fingerprint, selection = value
+    texts = [dataset_id, fingerprint, "" if selection is None else selection]
+    return _is_count(version) and all(isinstance(text, str) for text in texts)
+
+
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "epoch": (_is_count, "an integer of 0 or more"),
+    "offset": (_is_count, "an integer of 0 or more"),
+    "streams": (lambda value: _is_integer(value, 1), "an integer of 1 or more"),
+    "seed": (_is_integer, "an integer"),
+    "shuffle": (_is_flag, "true or false"),
+    "drop_last": (_is_flag, "true or false"),
+    "group_bytes": (_is_size, "null or an integer of 1 or more"),
+    "window_bytes": (_is_size, "null or an integer of 1 or more"),
+    "placement": (lambda value: value in ("sticky", "global"), "'sticky' or 'global'"),
+    "parts": (
+        lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_part, value)),
+        "a list of [data set, version, fingerprint, selection]",
+    ),
+}
+
+
+def _check_values(state: Mapping[str, Any]) -> None:
+    """Raise ValueError, with the name of the value, for an invalid value of a state."""
+    for name, (fits, expected) in _CHECKS.items():
+        if not fits(state[name]):
+            raise ValueError(f"the state's {name} must be {expected}, got {state[name]!r}")
+
+
+def reopen(source: Records, state: RunState) -> Records:
+    """Return the source at the versions that the state names: the same data sets and the same selection.
+
+    Raises:
+        ObjectChanged: The state is of other data sets, of another selection, or of a version whose contents differ.
+    """
+    if [part.dataset_id for part in state.parts] != [part.dataset_id for part in source.parts]:
+        raise ObjectChanged(
+            "the state is of another data set",
+            url=source.url,
+            expected=", ".join(part.dataset_id for part in state.parts),
+            found=", ".join(part.dataset_id for part in source.parts),
+        )
+    versions = [part.version for part in state.parts]
+    reopened = source if versions == [part.version for part in source.parts] else source.at_versions(versions)
+    for expected, part in zip(state.parts, reopened.parts, strict=True):
+        if part.fingerprint != expected.fingerprint:
+            raise ObjectChanged(
+                f"version {part.version} is not the one that the state was saved on",
+                url=source.url,
+                expected=expected.fingerprint,
+                found=part.fingerprint,
+            )
+        if part.selection != expected.selection:
+            raise ObjectChanged(
+                "the state is of another selection of the data set's records, or of documents packed in another way",
+                url=source.url,
+                expected=expected.selection or "all records",
+                found=part.selection or "all records",
+            )
+    return reopened
+
+
+class Position:
+    """How far an iterator has come. The loader keeps it; the iterator updates it, and may be dropped long before.
+
+    Attributes:
+        n_yielded: Number of batches handed out since the epoch began or was resumed.
+        finished: Whether the end was reached.
+    """
+
+    def __init__(self) -> None:
+        self.n_yielded, self.finished = 0, False
+
+
+class EpochPosition(Position):
+    """The position in an epoch of tiercache's order.
+
+    Args:
+        start: State at which the epoch began or was resumed.
+        rank_plan: The batches of this rank from there.
+        is_counted: Whether n_yielded is known; it is not if another loader hands the batches out.
+    """
+
+    def __init__(self, start: RunState, rank_plan: RankPlan, *, is_counted: bool = True) -> None:
+        super().__init__()
+        self._start = start
+        self.rank_plan = rank_plan
+        self._is_counted = is_counted
+        self._redirected: RunState | None = None
+        self._next: RunState | None = None  # cached by next_state()
+
+    def state(self) -> RunState:
+        """Return the state after the batches handed out; after the end, the state at the start of the next epoch.
+
+        Raises:
+            RuntimeError: Another loader hands the batches out.
+        """
+        if self._redirected is not None:
+            return self._redirected
+        if self.finished:
+            return self.next_state()
+        if not self._is_counted:
+            raise RuntimeError(
+                f"the position in epoch {self._start.epoch} is unknown: this loader's sampler or batch_sampler was "
+                "iterated, usually by another loader that was made from it (as by Accelerate's skip_first_batches). "
+                "Call state_dict() before that loader begins or after it ends; if it has worker processes, call "
+                f"set_epoch({self._start.epoch + 1}) of this loader first. To resume within an epoch, use "
+                "load_state_dict() instead"
+            )
+        return replace(self._start, offset=self.rank_plan.offset_after(self.n_yielded))
+
+    def next_state(self) -> RunState:
+        """Return the state from which the loader's next iter() begins: the next epoch, even if this one did not end."""
+        if self._next is None:
+            self._next = self._start.following(self._start.epoch + 1)
+        return self._redirected or self._next
+
+    def redirect(self, epoch: int) -> None:
+        """Make another epoch the next one."""
+        if self.next_state().epoch != epoch:
+            self._redirected = self._start.following(epoch)
+
+    @property
+    def is_between_epochs(self) -> bool:
+        """Whether state() is the beginning of an epoch that no iter() has begun."""
+        return self.finished or self._redirected is not None
 
 
 # The records that an order orders, or their corrupt records if these are replaced.
 Ordered: TypeAlias = "Records | CorruptionMap"
+
 # Function that returns a rank's share of the epoch of a state.
 MakeShare: TypeAlias = "Callable[[RunState], OrderShare]"
-ClaimedEpoch: TypeAlias = "tuple[OrderShare, Future[EpochStart | None] | None, ReadingPlanPublisher]"
-
-# Rising numbers. A single rank is served all positions, so a range is used for them: as arrays they took a third of the
-# planner's time.
-_Rising: TypeAlias = range | NDArray[np.int64]
-
-# A window is served in pieces. The first piece is small, and each piece has four times the rows of the one before:
-# computing the rows of a window of 10^8 records takes seconds (80 ns each), and the first batch must not wait for that.
-# A piece is computed in about the time in which the fastest consumers take the piece before.
-FIRST_PIECE_ROWS = 1 << 15
-PIECE_ROWS = MOST_ROWS
-# The rows of a run are not computed before they are gathered, so its pieces may be larger. But each piece takes 0.4 ms
-# of the planner's Python while the consumer waits, and the cache and the next epoch learn only per piece how far this
-# epoch is.
-RUN_ROWS = 4 * PIECE_ROWS
-# A call for a run of rows takes 2.6 us, and a row takes 14 to 80 ns. So runs that are further apart than this number of
-# rows are computed one by one. With 4 ranks on one stream a row then takes 25 ns (batches of 256), and 66 ns if all
-# rows between are computed as well (batches of 8).
-_CALL_ROWS = 128
-# A rank that takes fewer rows of a section than this number times its blocks leaves one block in seven (e^-2)
-# untouched, so it pays to find the blocks that are needed. Looking through more positions than the second number would
-# take more than 10 ms.
-_SPARSE_ROWS, _SPARSE_POSITIONS = 2, 1 << 20
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _SectionRows:
-    """Rows of a piece that lie in one section: their indices in the piece (None: all rows) and their positions.
-
-    at: positions in the stream, rising; first_blocks: number in the piece of each window's first block.
-    """
-
-    section: Section
-    places: NDArray[np.int64] | None
-    at: _Rising
-    first_blocks: tuple[int, ...]
-
-    @property
-    def run(self) -> RowRun | None:
-        """The rows as a run of the piece's first window; None if they are not one."""
-        if self.places is not None or not isinstance(self.at, range) or not isinstance(self.section, Window):
-            return None
-        first = self.at.start - self.section.start
-        return self.section.run(first, first + len(self.at)) if self.first_blocks == (0,) else None
-
-    def find(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Return block (numbered as in the piece) and row of each row. There must be at least one row."""
-        block, row = _rows_at(self.section, self.at)
-        counts = [len(window.blocks) for window in self.section.windows]
-        first = self.first_blocks[0]
-        # numbered as in the section, plus a constant
-        if self.first_blocks == tuple(accumulate(counts[:-1], initial=first)):
-            if first:
-                np.add(block, np.uint32(first), out=block)
-            return block, row
-        ranges = [np.arange(at, at + n, dtype=np.uint32) for at, n in zip(self.first_blocks, counts, strict=True)]
-        return np.concatenate(ranges)[block], row
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Piece:
-    """Rows in served order during which the windows of the rank's streams do not change. Immutable.
-
-    Attributes:
-        windows: Windows of one or several streams, each once (streams of a mixture share the windows of a small part).
-            A window is in all pieces from its first row to its last, as the same object, even if a piece in between has
-            no row of it.
-        n_rows: Number of rows.
-        needed: bool[n_blocks] for each window: the blocks that this piece or later pieces of the window need.
-    """
-
-    windows: tuple[AnyWindow, ...]
-    n_rows: int
-    needed: tuple[NDArray[np.bool_], ...]
-    _rows_of_sections: tuple[_SectionRows, ...]
-    _found: list[tuple[NDArray[np.uint32], NDArray[np.uint32]]] = field(default_factory=list, init=False, repr=False)
-
-    @property
-    def run(self) -> RowRun | None:
-        """The rows as a run of the first window, which costs nothing to compute; None if they are not a run."""
-        return self._rows_of_sections[0].run if len(self._rows_of_sections) == 1 else None
-
-    def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Return the locations of the rows, computed at the first call and kept. The caller must not write to them.
-
-        Returns:
-            block: uint32[n_rows], numbered through the blocks of all windows; row: uint32[n_rows], the row inside its
-            block.
-        """
-        if not self._found:
-            self._found.append(self._find())
-        return self._found[0]
-
-    def _find(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        if len(self._rows_of_sections) == 1 and self._rows_of_sections[0].places is None:
-            return self._rows_of_sections[0].find()
-        block, row = allocate_rows(self.n_rows), allocate_rows(self.n_rows)
-        for rows in self._rows_of_sections:
-            block[rows.places], row[rows.places] = rows.find()
-        return block, row
-
-
-@dataclass(frozen=True, slots=True)
-class PieceSizes:
-    """Maximum rows of the first piece, of later pieces, and of later pieces whose rows are a run."""
-
-    first: int = FIRST_PIECE_ROWS
-    most: int = PIECE_ROWS
-    run: int = PIECE_ROWS
-
-
-ARRAY_PIECES, RUN_PIECES = PieceSizes(), PieceSizes(run=RUN_ROWS)
-
-
-def cut_pieces(order: Order, rank_plan: RankPlan, sizes: PieceSizes = ARRAY_PIECES) -> Iterator[Piece]:
-    """Yield what the rank is served from its offset to the end of the epoch, in order, padding last.
-
-    A piece ends where a window of one of its streams ends, or at its maximum size, independent of the batches. The
-    maximum is four times as large for each next piece. Making a piece may read footers (`Order.section_at`); their
-    errors pass through.
-    """
-    cutter = _Cutter(order, rank_plan)
-    full_stop = rank_plan.n_full * rank_plan.batch_size
-    row, n_rows = 0, sizes.first
-    while row < rank_plan.n_served:
-        limit = full_stop if row < full_stop else rank_plan.n_served
-        stop = min(row + n_rows, limit)
-        if n_rows > sizes.most and not cutter.is_run(rank_plan.range_between(row, stop)):
-            stop = min(row + sizes.most, limit)
-        if row == full_stop and rank_plan.n_padding:
-            # Padding repeats earlier records, so the blocks that are held say nothing about the blocks that it needs.
-            cutter = _Cutter(order, rank_plan)
-        yield from cutter.cut(rank_plan.range_or_positions(row, stop), is_last=stop == rank_plan.n_served)
-        row, n_rows = stop, min(4 * n_rows, max(sizes.most, sizes.run))
-
-
-@dataclass(slots=True)
-class _StreamCursor:
-    """The rows that a rank takes from one stream: indices among all rows, and positions in the stream; both rise."""
-
-    stream: int
-    places: _Rising
-    at: _Rising
-    n_cut: int = 0  # rows that are in pieces already
-
-
-class _Cutter:
-    """Cuts a rank's rows where sections end. It holds each stream's section as long as it is in use."""
-
-    def __init__(self, order: Order, rank_plan: RankPlan) -> None:
-        self._order = order
-        self._rank_plan = rank_plan
-        self._held: dict[int, tuple[Section, tuple[NDArray[np.bool_], ...]]] = {}
-
-    def is_run(self, positions: range | None) -> bool:
-        """Whether the rows are runs of windows. positions: consecutive positions of one stream; None: they are not."""
-        if positions is None:
-            return False
-        (cursor,) = _cursors(positions, self._order.n_streams)
-        return isinstance(self._order.section_at(cursor.stream, int(cursor.at[0])), Window)
-
-    def cut(self, positions: _Rising, is_last: bool) -> Iterator[Piece]:
-        """Yield the pieces of consecutive rows.
-
-        positions: Position of each row; is_last: whether no rows follow.
-        """
-        cursors = _cursors(positions, self._order.n_streams)
-        start, n = 0, len(positions)
-        last_position = None if is_last else int(positions[-1])
-        self._drop_served(cursors, last_position)
-        while start < n:
-            stop = n
-            # Sorted by their next row, so that a section is not computed before a row of it is in the piece.
-            going = [cursor for cursor in cursors if cursor.n_cut < len(cursor.at)]
-            for cursor in sorted(going, key=lambda cursor: cursor.places[cursor.n_cut]):
-                if cursor.places[cursor.n_cut] < stop:
-                    ends_at = self._hold(cursor, is_last)
-                    if ends_at < len(cursor.at):
-                        stop = min(stop, int(cursor.places[ends_at]))
-            yield self._piece(cursors, start, stop)
-            start = stop
-            self._drop_served(cursors, last_position)
-
-    def _hold(self, cursor: _StreamCursor, is_last: bool) -> int:
-        """Hold the section of the stream's next row; return the index of the stream's first row behind the section."""
-        position = int(cursor.at[cursor.n_cut])
-        held = self._held.get(cursor.stream)
-        section = held[0] if held else None
-        if section is None or not section.start <= position < section.stop:
-            section = self._order.section_at(cursor.stream, position)
-            rest = cursor.at[cursor.n_cut : _n_before(cursor.at, section.stop)] if is_last else None
-            self._held[cursor.stream] = section, self._needed_blocks(cursor.stream, section, position, rest)
-        return _n_before(cursor.at, section.stop)
-
-    def _piece(self, cursors: list[_StreamCursor], start: int, stop: int) -> Piece:
-        """Return the piece of the rows [start, stop) and advance the streams."""
-        rows_of_sections: list[_SectionRows] = []
-        needed: dict[AnyWindow, NDArray[np.bool_]] = {}  # streams that share a window need the same blocks of it
-        first_blocks: dict[AnyWindow, int] = {}
-        n_blocks = 0
-        by_stream = {cursor.stream: cursor for cursor in cursors}
-        for stream in sorted(self._held):
-            section, of_windows = self._held[stream]
-            for window, blocks in zip(section.windows, of_windows, strict=True):
-                if window not in needed:
-                    needed[window], first_blocks[window] = blocks, n_blocks
-                    n_blocks += len(blocks)
-            cursor = by_stream.get(stream)
-            if cursor is None or cursor.n_cut == len(cursor.at) or cursor.places[cursor.n_cut] >= stop:
-                continue
-            end = _n_before(cursor.places, stop)
-            at, all_are = cursor.at[cursor.n_cut : end], end - cursor.n_cut == stop - start
-            places = None if all_are else np.asarray(cursor.places[cursor.n_cut : end]) - start
-            firsts = tuple(first_blocks[window] for window in section.windows)
-            rows_of_sections.append(_SectionRows(section, places, at, firsts))
-            cursor.n_cut = end
-        return Piece(tuple(needed), stop - start, tuple(needed.values()), tuple(rows_of_sections))
-
-    def _drop_served(self, cursors: list[_StreamCursor], last_position: int | None) -> None:
-        """Drop sections that are served. last_position: of all streams, if other rows follow; None: no rows follow."""
-        by_stream = {cursor.stream: cursor for cursor in cursors}
-        for stream, (section, _) in list(self._held.items()):
-            cursor = by_stream.get(stream)
-            if cursor is not None and cursor.n_cut < len(cursor.at):
-                goes_on = section.start <= cursor.at[cursor.n_cut] < section.stop
-            else:
-                end = (section.stop - 1) * self._order.n_streams + stream
-                goes_on = last_position is not None and end > last_position
-            if not goes_on:
-                del self._held[stream]
-
-    def _needed_blocks(
-        self, stream: int, section: Section, position: int, rest: _Rising | None
-    ) -> tuple[NDArray[np.bool_], ...]:
-        """Return the blocks of a section that the rank needs from a position on. rest: its rows there, if known."""
-        window = section.windows[0]
-        # Otherwise later sections use the same windows and need other blocks of them.
-        if not (window is section or _is_covered(window, section)):
-            return tuple(np.ones(len(window.blocks), np.bool_) for window in section.windows)
-        n_blocks, n_left, rank_plan = len(window.blocks), section.stop - position, self._rank_plan
-        sharing = (
-            rank_plan.world_size if rank_plan.ignores_streams else max(rank_plan.world_size // self._order.n_streams, 1)
-        )
-        n_rows = n_left // sharing if rest is None else len(rest)
-        if n_rows <= _SPARSE_ROWS * n_blocks and n_left <= _SPARSE_POSITIONS:
-            if rest is None:
-                rest = np.arange(position, section.stop, dtype=np.int64)
-                rest = rest[rank_plan.owns(rest * self._order.n_streams + stream)]
-            needed = np.zeros(n_blocks, np.bool_)
-            needed[_rows_at(section, rest)[0]] = True
-        elif window.key is None and isinstance(window, Window):  # blocks before the position are not needed
-            needed = window.first[1:] > position - window.start
-        else:
-            needed = np.ones(n_blocks, np.bool_)
-        return (needed,)
-
-
-def _is_covered(window: AnyWindow, section: Section) -> bool:
-    """Whether a section of an explicit order is the only one that uses its window."""
-    return isinstance(window, ExplicitWindow) and len(window) == section.stop - section.start
-
-
-def _n_before(rising: _Rising, value: int) -> int:
-    """Return how many of the rising numbers are smaller than value."""
-    if isinstance(rising, range):
-        return min(max(value - rising.start, 0), len(rising))
-    return int(np.searchsorted(rising, value))
-
-
-def _cursors(positions: _Rising, n_streams: int) -> list[_StreamCursor]:
-    """Group rows at these positions by stream."""
-    n = len(positions)
-    if n_streams == 1:
-        return [_StreamCursor(0, range(n), positions)]
-    if isinstance(positions, range) and positions.step == n_streams:
-        first, stream = divmod(positions.start, n_streams)
-        return [_StreamCursor(stream, range(n), range(first, first + n))]
-    if isinstance(positions, range):
-        positions = np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)
-    at, streams = np.divmod(positions, n_streams)
-    if (streams == streams[0]).all():
-        return [_StreamCursor(int(streams[0]), range(n), at)]
-    streams = streams.astype(np.uint16)  # sorted in linear time, 10 ns each
-    turn = np.argsort(streams, kind="stable")
-    ends = np.flatnonzero(np.diff(streams[turn])) + 1
-    return [_StreamCursor(int(streams[places[0]]), places, at[places]) for places in np.split(turn, ends)]
-
-
-def _rows_at(section: Section, at: _Rising) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """Return block and row of rising positions of a stream; skips large gaps between them."""
-    first, n = int(at[0]) - section.start, len(at)
-    n_spanned = int(at[-1] - at[0]) + 1
-    if isinstance(at, range) or n_spanned == n:
-        return section.rows(first, first + n)
-    breaks = np.flatnonzero(np.diff(at) != 1) + 1
-    if len(breaks) * _CALL_ROWS >= n_spanned - n:
-        block, row = section.rows(first, first + n_spanned)
-        chosen = at - at[0]
-        return block[chosen], row[chosen]
-    starts = np.concatenate([[0], breaks])
-    lengths = np.diff(np.append(starts, n))
-    runs = zip((at[starts] - section.start).tolist(), lengths.tolist(), strict=True)
-    rows_of_runs = [section.rows(lo, lo + length) for lo, length in runs]
-    return np.concatenate([block for block, _ in rows_of_runs]), np.concatenate([row for _, row in rows_of_runs])
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,43 +304,6 @@ class OrderShare:
             if self.order.stream_records(stream)
         ]
         return interleaved(runs)
-
-
-def locate(order: Order, position: int) -> RecordLocation:
-    """Return (shard, block, row in the block) of a position of an order. Reads footers."""
-    stream, at = position % order.n_streams, position // order.n_streams
-    section = order.section_at(stream, at)
-    blocks, rows = section.rows(at - section.start, at - section.start + 1)
-    ends = np.cumsum([len(window.blocks) for window in section.windows])
-    number = int(np.searchsorted(ends, blocks[0], side="right"))
-    # negative: counted from the window's end
-    window, within = section.windows[number], int(blocks[0]) - int(ends[number])
-    return int(window.shards[within]), int(window.blocks[within]), int(rows[0])
-
-
-@dataclass(frozen=True, slots=True)
-class RecordWalk:
-    """A rank's records one by one, counted in rows from the start of its pieces, which begin at `rank_plan`.
-
-    Locations have the order's row numbers.
-    """
-
-    order: Order
-    rank_plan: RankPlan
-
-    def before(self, n_rows: int) -> Iterator[RecordLocation]:
-        """Yield the records before row n_rows, latest first, back to the start of the epoch."""
-        rank_plan = self.rank_plan
-        for row in reversed(range(n_rows)):
-            yield locate(self.order, int(rank_plan.positions_between(row, row + 1)[0]))
-        while rank_plan.offset >= rank_plan.global_batch:
-            rank_plan = replace(rank_plan, offset=rank_plan.offset - rank_plan.global_batch)
-            yield from (locate(self.order, position) for position in rank_plan.positions(0)[::-1].tolist())
-
-    def after(self, n_rows: int) -> Iterator[RecordLocation]:
-        """Yield the record at row n_rows, and those after it."""
-        for row in range(n_rows, self.rank_plan.n_served):
-            yield locate(self.order, int(self.rank_plan.positions_between(row, row + 1)[0]))
 
 
 def interleaved(runs: Sequence[Sequence[int]]) -> list[int]:
@@ -516,192 +389,266 @@ def mixture_values(source: Records) -> dict[str, Any] | None:
     return {"weights": changes if len(changes) > 1 else changes[0][1], "stop": mixture.stop}
 
 
-# Shards per call of prefetch(): some ms if each is looked up in a cache. drop_preparation() waits for at most one call.
-_SHARDS_A_STEP = 16
+# Maximum of later epochs that are examined. If a rank reads the same shards in each epoch, one is enough.
+MAX_EPOCHS_AHEAD = 64
+
+# Maximum of shards examined over all epochs. A shard takes 0.15 us and a stream 150 us, so the maximum takes 0.3 s.
+MAX_SHARDS_AHEAD = 1 << 21
+
+_SHARDS_A_STREAM = 1024
+
+# Epochs without a new shard after which the search ends. A rank with fixed shards reads no others; a rank that gets
+# other shards in each epoch has then probably met all but a few.
+EPOCHS_WITHOUT_NEWS = 3
+
+
+class ReadClock:
+    """Maps positions of an epoch, from `start` on, to the clock. Immutable.
+
+    Args:
+        start: Position of the epoch at which the clock is 0.
+        begins, ends: int64[g], positions of the epoch between which each group is read.
+        n_bytes: int64[g], stored bytes of each group.
+    """
+
+    def __init__(
+        self, start: int, begins: NDArray[np.int64], ends: NDArray[np.int64], n_bytes: NDArray[np.int64]
+    ) -> None:
+        bounds, where = np.unique(np.concatenate([[start], begins, ends]), return_inverse=True)
+        rates = n_bytes / np.maximum(ends - begins, 1)
+        changes = np.bincount(where[1:], np.concatenate([rates, -rates]), len(bounds))
+        read = np.cumsum(changes)[:-1] * np.diff(bounds)
+        self._bounds = bounds
+        # Rounding errors of the summed rates could make the clock run backwards.
+        self._bytes = np.maximum.accumulate(np.concatenate([[0.0], np.cumsum(read)]))
+
+    @property
+    def total(self) -> int:
+        """The clock at the end of the epoch."""
+        return round(float(self._bytes[-1]))
+
+    def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the clock when all records before each position were served: int64[n]."""
+        return np.round(np.interp(positions, self._bounds, self._bytes)).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class EpochStart:
-    """The prepared start of an epoch, for one pipeline.
+class ShardUses:
+    """The shards that a rank reads in one epoch, and when. Immutable.
 
-    pieces: all pieces of the epoch; loading: windows of the first piece, loaded or being loaded.
+    begins, ends: int64[n_shards], positions of the epoch between which each shard is in use; NEVER and 0 if it is not
+    read.
     """
 
-    pieces: Iterator[AnyPiece]
-    loading: tuple[WindowLoad, ...]
+    begins: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    clock: ReadClock
+
+    @property
+    def shards(self) -> NDArray[np.int64]:
+        """The shards that are read, rising."""
+        return np.flatnonzero(self.ends)
 
 
-def cancel_loads(ready: Future[EpochStart | None]) -> None:
-    """Cancel the loads of a prepared start: now, or as soon as it is ready. May be called repeatedly."""
-    ready.add_done_callback(_cancel)
+def find_shard_uses(share: OrderShare, start: int, n_shards: int) -> ShardUses:
+    """Return what the rank reads from a position of its epoch to the end. Reads no footers.
+
+    Padding, and records of a last batch that come from another rank's stream, are not counted.
+    """
+    order, rank_plan = share.order, share.rank_plan
+    begins, ends = np.full(n_shards, NEVER), np.zeros(n_shards, np.int64)
+    spans: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
+    for stream in rank_plan.streams:
+        groups = _groups_from(order.groups(stream), stream, order.n_streams, start)
+        sizes = np.diff(groups.cuts)
+        np.minimum.at(begins, groups.shards, np.repeat(groups.starts, sizes))
+        np.maximum.at(ends, groups.shards, np.repeat(groups.stops, sizes))
+        spans.append((groups.starts, groups.stops, groups.stored_bytes))
+    return ShardUses(begins, ends, ReadClock(start, *(np.concatenate(column) for column in zip(*spans, strict=True))))
 
 
-def _cancel(ready: Future[EpochStart | None]) -> None:
-    epoch_start = ready.result()
-    for load in epoch_start.loading if epoch_start is not None else ():
-        load.cancel()
+def _groups_from(groups: ShardGroups, stream: int, n_streams: int, start: int) -> ShardGroups:
+    """Return a stream's groups, in positions of the epoch, without what lies before `start`."""
+    # Position p of the stream is position p * n_streams + stream of the epoch.
+    begins, ends = groups.starts * n_streams + stream, (groups.stops - 1) * n_streams + stream + 1
+    return replace(groups, starts=begins, stops=ends).moved_to(np.maximum(begins, start), ends)
 
 
-class NextEpoch:
-    """The epoch after the current one. The planner prepares it, and the engine takes it if the run continues there.
+def make_reading_plan(
+    owner: str, uses: ShardUses, later: Iterable[OrderShare], n_filled: int, max_shards: int = MAX_SHARDS_AHEAD
+) -> ReadingPlan:
+    """Return the reading plan of a rank.
 
     Args:
-        source: Records that both epochs read.
-        state: State at the start of the next epoch.
-        make_share: Function that returns a rank's share of an epoch. It must not refer to the loader, which would then
-            live too long.
-        is_expected: Whether this run has gone from one epoch to the next before. If not, no store is read for the next
-            epoch.
+        owner: Description of the job for people.
+        uses: What the rank reads in the current epoch.
+        later: The rank's shares of the later epochs. They are examined until all shards of this epoch are found again
+            and EPOCHS_WITHOUT_NEWS further epochs show no new shard, at most MAX_EPOCHS_AHEAD.
+        n_filled: Number of shards that have records.
+        max_shards: Maximum of shards examined over all later epochs; at least one epoch is examined.
+    """
+    n_shards = len(uses.ends)
+    next_read = np.full(n_shards, NEVER)
+    elapsed, cost, n_quiet = uses.clock.total, 0, 0
+    for number, share in enumerate(later):
+        later_uses = find_shard_uses(share, 0, n_shards)
+        new_shards = later_uses.shards[next_read[later_uses.shards] == NEVER]
+        next_read[new_shards] = elapsed + later_uses.clock.at(later_uses.begins[new_shards])
+        elapsed += later_uses.clock.total
+        cost += cost_of(share, n_shards)
+        n_quiet = n_quiet + 1 if not len(new_shards) and (next_read[uses.shards] != NEVER).all() else 0
+        if n_quiet >= EPOCHS_WITHOUT_NEWS or np.count_nonzero(next_read != NEVER) == n_filled:
+            break
+        if number + 1 >= MAX_EPOCHS_AHEAD or cost >= max_shards or elapsed >= NEVER // 2:
+            break
+    shards = np.flatnonzero((uses.ends > 0) | (next_read != NEVER))
+    is_read = uses.ends[shards] > 0
+    first, last = (
+        np.where(is_read, uses.clock.at(np.where(is_read, positions[shards], 0)), NEVER)
+        for positions in (uses.begins, uses.ends)
+    )
+    return ReadingPlan(owner, shards, first, last, next_read[shards])
+
+
+def cost_of(share: OrderShare, n_shards: int) -> int:
+    """Return the cost of examining one epoch, in shards."""
+    return n_shards + _SHARDS_A_STREAM * len(share.rank_plan.streams)
+
+
+logger = logging.getLogger("tiercache")
+
+# A plan of this many shards is published in some 10 ms, before the first shard is opened, and later epochs are examined
+# in as much time. A thread of its own makes larger plans: 1,000,000 shards take 3 s, in which windows must be loaded.
+QUICK_SHARDS, QUICK_SHARDS_AHEAD = 4096, 1 << 17
+
+
+class ReadingPlanPublisher:
+    """Publishes the reading plan of one rank's epoch.
+
+    The planner begins, completes and advances it; the owner of the epoch closes it. Without a cache nothing is
+    computed. A plan that cannot be written is not an error: the cache then knows less. Thread-safe; in a forked child
+    the methods do nothing.
     """
 
-    def __init__(self, source: Records, state: RunState, make_share: MakeShare, *, is_expected: bool) -> None:
+    def __init__(self, source: Records, state: RunState, make_share: MakeShare) -> None:
         self._source = source
         self._state = state
         self._make_share = make_share
-        self._is_expected = is_expected
-        self.publisher = ReadingPlanPublisher(source, state, make_share)
-        self._lock = threading.Lock()
-        self._ready: Future[EpochStart | None] | None = None  # None: no planner has begun to prepare it
+        self._lock = threading.RLock()  # The garbage collector may call close() in a thread that holds the lock.
         self._share: OrderShare | None = None
-        # Set to stop the loads of the next epoch, so that closing the data set does not wait for them.
-        self._unwanted = threading.Event()
-        # Held during each step of the preparation. drop_preparation() waits for the current step, so no step begins
-        # after the caller closes the cache or the store. Re-entrant, because the garbage collector may call it in a
-        # thread that is within a step.
-        self._step = threading.RLock()
-        self._is_over = False  # taken or forgotten: nothing more is prepared
+        self._uses: ShardUses | None = None
+        self._published: PublishedPlan | None = None
+        self._earlier: ReadingPlanPublisher | None = None  # closed once this publisher has published
+        self._is_complete = self._is_closed = False
+        self._clock = 0
         self._pid = os.getpid()
 
-    @property
-    def share(self) -> OrderShare:
-        """The rank's share of the next epoch, planned at the first access; two threads would plan the same share."""
-        # Not a cached_property: until Python 3.12 its lock is shared by all instances, and a forked child may inherit
-        # it locked.
-        if self._share is None:
-            self._share = self._make_share(self._state)
-        return self._share
+    def begin(self, share: OrderShare, n_batches: int = 0) -> None:
+        """Publish the plan of a share, of which n_batches were served before; many shards wait for complete().
 
-    def shards_ahead(self, n_bytes: int) -> list[int]:
-        """Return the first shards of the epoch, about n_bytes (stored) of them."""
-        return self.share.shards_ahead(0, 0, n_bytes)
-
-    def prepare(self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int) -> None:
-        """Prepare the start: plan the epoch, prefetch its first shards, and begin to load its first windows.
-
-        The windows take memory like any next window. Data that is not on this machine is loaded only if epochs are
-        known to follow one another: a run of a single epoch would fetch it for nothing.
-
-        ahead_bytes: stored bytes of shards to prefetch.
+        Only the first call counts. It comes before a shard of the share is opened.
         """
-        with self._lock:
-            if self._is_over:
-                return
-            ready = self._ready = Future()
-            publisher = self.publisher
-        epoch_start = None
-        try:
-            # The error is raised when the epoch itself is read.
-            with contextlib.suppress(TierCacheError, CancelledError):
-                epoch_start = self._begin(threads, pressure, ahead_bytes, publisher)
-        finally:
-            ready.set_result(epoch_start)
+        if self._share is not None or self._is_closed or not self._source.storage.has_cache:
+            return
+        self._share, self._start = share, share.rank_plan.offset_after(n_batches)
+        if len(self._source.shard_records) <= QUICK_SHARDS:
+            self._is_complete = True
+            self._publish(QUICK_SHARDS_AHEAD)
 
-    def take(self, source: Records, state: RunState) -> ClaimedEpoch | None:
-        """Return the epoch, once, if the loader continues there: its share, prepared start and publisher.
+    def complete(self) -> None:
+        """Publish the plan of many shards in a thread, after the first batch was pushed. Only the first call counts."""
+        if self._share is not None and not self._is_complete and not self._is_closed:
+            self._is_complete = True
+            threading.Thread(target=self._publish, args=(MAX_SHARDS_AHEAD,), name="tiercache-plan", daemon=True).start()
 
-        None: the loader continues elsewhere, or this is a forked child. The caller's publisher must then follow this
-        one's.
-        """
-        if self._pid != os.getpid():  # another thread may have held the lock at the fork
-            return None
-        ready = self._end()
-        if source is not self._source or state != self._state:
-            self._drop(ready)
-            return None
-        taken = self.share, ready, self.publisher
-        # the taken publisher belongs to the engine now
-        self.publisher = ReadingPlanPublisher(self._source, self._state, self._make_share)
-        return taken
+    def advance(self, n_batches: int, n_rows: int) -> None:
+        """Set the clock to n_batches of the share and then n_rows."""
+        uses, share = self._uses, self._share
+        if uses is not None and share is not None:
+            n_done = min(n_batches + n_rows // share.rank_plan.batch_size, share.rank_plan.n_batches)
+            position = np.array([share.rank_plan.offset_after(n_done)], np.int64)
+            self._advance(int(uses.clock.at(position)[0]))
 
-    def on_source_closed(self) -> None:
-        """See CloseListener."""
-        self.drop_preparation()
+    def finish(self) -> None:
+        """Set the clock to the end of the epoch: no shard is in use, not even those of a dropped last batch."""
+        if self._uses is not None and self._pid == os.getpid():  # a forked child may have inherited the lock locked
+            self._advance(self._uses.clock.total)
 
-    def drop_preparation(self) -> None:
-        """End the preparation and release its blocks: a local copy may be replaced, or the data set is closed.
-
-        The epoch may still begin: it is then planned anew.
-        """
+    def replace_earlier(self, earlier: ReadingPlanPublisher) -> None:
+        """Close another publisher as soon as this one has published, or is closed."""
         if self._pid != os.getpid():
             return
-        ready, plan = self._end(), self.publisher
-        self.publisher = ReadingPlanPublisher(self._source, self._state, self._make_share)  # the epoch may still begin
-        self._release(ready, plan)
+        with self._lock:
+            if self._published is None and not self._is_closed and self._source.storage.has_cache:
+                self._earlier = earlier
+                return
+        earlier.close()
+
+    def close(self) -> None:
+        """Withdraw the plan. May be called repeatedly."""
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            self._is_closed = True
+            published, self._published = self._published, None
+            earlier, self._earlier = self._earlier, None
+        for one in (published, earlier):
+            if one is not None:
+                one.close()
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
-        if not is_exiting() and hasattr(self, "_pid") and self._pid == os.getpid():
-            self._release(self._end(), self.publisher)
+        if not is_exiting() and hasattr(self, "_pid"):
+            self.close()
 
-    def _release(self, ready: Future[EpochStart | None] | None, plan: ReadingPlanPublisher) -> None:
-        self._drop(ready)
-        plan.close()
+    def _advance(self, clock: int) -> None:
+        with self._lock:  # The planner may report an older position after the consumer took the last batch.
+            if clock > self._clock:
+                self._clock = clock
+                if self._published is not None:
+                    self._published.advance(clock)
 
-    def _drop(self, ready: Future[EpochStart | None] | None) -> None:
-        if ready is not None:  # None: no planner has begun it, or it is taken
-            self._unwanted.set()  # Also stops loads that are being submitted now and that no one can cancel yet.
-            with self._step:
-                cancel_loads(ready)
-
-    def _end(self) -> Future[EpochStart | None] | None:
+    def _publish(self, max_shards: int) -> None:
+        published: PublishedPlan | None
+        try:
+            published = self._make_and_publish(max_shards)
+        except (OSError, TierCacheError) as error:
+            logger.debug("the reading plan cannot be published, so the cache does not know what comes: %s", error)
+            # The earlier plan is withdrawn all the same: it would announce this epoch as the next one for ever.
+            published = None
         with self._lock:
-            self._is_over = True
-            ready, self._ready = self._ready, None
-        return ready
+            earlier, self._earlier = self._earlier, None
+            is_unwanted = self._is_closed
+            if not is_unwanted:
+                self._published = published
+                if published is not None and self._clock:
+                    published.advance(self._clock)
+        for one in (earlier, published if is_unwanted else None):
+            if one is not None:
+                one.close()
 
-    def _begin(
-        self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int, publisher: ReadingPlanPublisher
-    ) -> EpochStart | None:
-        with self._a_step():
-            publisher.begin(self.share)
-            publisher.complete()
-        rest = self.share.pieces(0)
-        # Reads footers. drop_preparation() does not wait for that, because a store may be slow.
-        first = next(rest, None)
-        if first is None:
+    def _make_and_publish(self, max_shards: int) -> PublishedPlan | None:
+        share, source = self._share, self._source
+        if share is None:
             return None
-        pieces = itertools.chain([first], rest)
-        if first.run is None or self._source.selection is not None:
-            first.rows()
-        pairs = list(zip(first.windows, first.needed, strict=True))
-        shards = interleaved([shards_of(*pair) for pair in pairs])
-        if self._source.storage.can_prefetch:
-            for shard, blocks in itertools.chain.from_iterable(blocks_by_shard(*pair) for pair in pairs):
-                with self._a_step():
-                    self._source.storage.prefetch_blocks(shard, blocks)
-        near = [*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])] if self._source.storage.can_prefetch else []
-        for start in range(0, len(near), _SHARDS_A_STEP):
-            with self._a_step():
-                self._source.storage.prefetch(near[start : start + _SHARDS_A_STEP])
-        with self._a_step():
-            if not pressure.fits(first) or not (self._is_expected or all(map(self._source.storage.is_local, shards))):
-                return EpochStart(pieces, ())
-            # An executor of its own, because the current epoch shuts its executor down at its end.
-            executor = loading_pool(threads.n_threads, sends_requests=self._source.storage.sends_requests)
-            loading = [
-                WindowLoad(self._source, *pair, executor, threads.n_threads, unwanted=self._unwanted) for pair in pairs
-            ]
-            executor.shutdown(wait=False)
-        for one in loading:
-            is_left = True
-            while is_left:
-                with self._a_step():
-                    is_left = one.map_next_shard()
-        return EpochStart(pieces, tuple(loading))
+        n_shards = len(source.shard_records)
+        self._uses = find_shard_uses(share, self._start, n_shards)
+        rank_plan, n_filled = share.rank_plan, int(np.count_nonzero(source.shard_records))
+        owner = f"rank {rank_plan.rank} of {rank_plan.world_size}, epoch {self._state.epoch}, seed {share.seed}"
+        # The rank's shares of the following epochs.
+        later = (self._make_share(self._state.following(n)) for n in itertools.count(self._state.epoch + 1))
+        plan = make_reading_plan(owner, self._uses, later, n_filled, max_shards)
+        # Closed while the plan was computed. The cache may be closed too, and must not be opened again.
+        if self._is_closed:
+            return None
+        return source.storage.publish(replace(plan, reader=self._reader(share)))
 
-    @contextlib.contextmanager
-    def _a_step(self) -> Iterator[None]:
-        """Context of one step of the preparation. Raises CancelledError after drop_preparation()."""
-        with self._step:
-            if self._unwanted.is_set():
-                raise CancelledError
-            yield
+    def _reader(self, share: OrderShare) -> str:
+        """Return ReadingPlan.reader; "" for a single rank.
+
+        One of several ranks ends its epoch first. The cache remembers what that rank reads next, so that the other
+        ranks do not evict it.
+        """
+        rank_plan, parts = share.rank_plan, [(part.dataset_id, part.selection) for part in self._source.parts]
+        beside = rank_plan.world_size > 1
+        seed = self._state.following(0).seed  # the same in all epochs of the run
+        return f"rank {rank_plan.rank} of {rank_plan.world_size}, seed {seed}, of {parts}" if beside else ""

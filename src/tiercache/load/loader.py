@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing.context import BaseContext
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch.utils import dlpack
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from tiercache._native.ring import RowType, Slot
 from tiercache.data.output_spec import NativeAccess, NativeDataset, native_access
-from tiercache.load.collate import collate
+from tiercache.load.batch import ArrayLibrary
 from tiercache.load.device import find_device, make_batch_device
 from tiercache.load.engine import LoaderArguments, OrderEngine
-from tiercache.load.epoch import epoch_records
-from tiercache.load.options import LoaderOptions
-from tiercache.load.ranks import Rank
+from tiercache.load.epoch import RunState, epoch_records
+from tiercache.load.loader_options import LoaderOptions, Rank
 from tiercache.load.samplers import (
     OrderSampler,
     SamplerEngine,
@@ -34,11 +35,92 @@ from tiercache.load.samplers import (
     is_known_batch_sampler,
     set_sampler_epoch,
 )
-from tiercache.load.state import RunState
-from tiercache.load.torch_library import TorchLibrary
-from tiercache.load.transform import BatchFunction
+from tiercache.load.transform import TORCH_DTYPES, BatchFunction, TransformedCollate, collate
 from tiercache.load.transform_workers import TransformSettings
-from tiercache.transform_rng import use_fresh_key
+from tiercache.shard.conversion import bfloat16_tensor
+
+# torch.from_dlpack examines its argument for 0.1 us, and then calls this.
+_from_dlpack: Callable[[object], torch.Tensor] = getattr(torch._C, "_from_dlpack", dlpack.from_dlpack)  # noqa: SLF001
+
+
+@cache
+def _dlpack_code(dtype: str) -> int | None:
+    """Return DLPack's number of a kind of dtype; None if this torch does not import it."""
+    if dtype == "bfloat16":
+        return 4
+    array = np.zeros(1, dtype)
+    try:
+        _from_dlpack(array.__dlpack__())
+    except (RuntimeError, BufferError):
+        return None
+    return {"i": 0, "u": 1, "f": 2, "b": 6}[array.dtype.kind]
+
+
+class TorchLibrary(ArrayLibrary):
+    """Batches of torch tensors on the CPU."""
+
+    profiler = torch.autograd.profiler
+    from_dlpack = staticmethod(_from_dlpack)
+    nested = staticmethod(torch.nested.nested_tensor_from_jagged)
+
+    def row_type(self, dtype: str, shape: tuple[int, ...]) -> RowType | None:
+        """See ArrayLibrary. None if rows have no elements, or this torch cannot import them by DLPack."""
+        code = None if 0 in shape else _dlpack_code(dtype)
+        return None if code is None else RowType(code, 8 * TORCH_DTYPES[dtype].itemsize, shape)
+
+    def rows_over(self, dtype: str, shape: tuple[int, ...] = ()) -> Callable[[Slot, int, int], torch.Tensor]:
+        """See ArrayLibrary.
+
+        Through DLPack it takes 0.35 us here; a NumPy array plus a tensor takes 0.55, torch.frombuffer plus view 1.1.
+        """
+        # An empty tensor would have the address of the next stream, and torch.save refuses two dtypes at one address.
+        if 0 in shape:
+            return lambda _slot, _offset, n: self.empty((n, *shape), dtype)
+        if (row_type := self.row_type(dtype, shape)) is None:
+            stored = np.dtype(dtype)
+            array: Callable[..., Any] = np.ndarray  # NumPy's stubs accept only built-in buffers
+            row_bytes = math.prod(shape) * stored.itemsize
+
+            def over(slot: Slot, offset: int, n: int) -> torch.Tensor:
+                return torch.from_numpy(array((n, *shape), stored, slot.column(offset, n * row_bytes)))
+
+            return over
+        return lambda slot, offset, n: _from_dlpack(slot.tensor(row_type, offset, n))
+
+    def over(self, memory: Any, dtype: str, shape: tuple[int, ...], offset: int = 0) -> torch.Tensor:
+        """See ArrayLibrary."""
+        flat = torch.frombuffer(memory, dtype=TORCH_DTYPES[dtype], count=math.prod(shape), offset=offset)
+        return flat if len(shape) == 1 else flat.view(shape)
+
+    def empty(self, shape: Sequence[int], dtype: str) -> torch.Tensor:
+        """See ArrayLibrary."""
+        return torch.empty(tuple(shape), dtype=TORCH_DTYPES[dtype], device="cpu")
+
+    def split(self, array: Any, sizes: list[int]) -> Sequence[torch.Tensor]:
+        """See ArrayLibrary."""
+        parts: Sequence[torch.Tensor] = torch.split(array, sizes)
+        return parts
+
+    def mask(self, flags: Sequence[bool]) -> torch.Tensor:
+        """See ArrayLibrary."""
+        return torch.tensor(flags, dtype=torch.bool, device="cpu")
+
+    def from_numpy(self, stored: Any, dtype: str) -> torch.Tensor:
+        """See ArrayLibrary."""
+        tensor: torch.Tensor = bfloat16_tensor(stored) if dtype == "bfloat16" else torch.from_numpy(stored)
+        return tensor
+
+    def to_numpy(self, array: Any) -> Any:
+        """See ArrayLibrary."""
+        return array.numpy()
+
+    def small_arrays(self, values: dict[str, Any], most_bytes: int) -> dict[str, Any]:
+        """See ArrayLibrary."""
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        if sum(tensor.nbytes for tensor in tensors.values()) > most_bytes:
+            return {}
+        return {name: tensor for name, tensor in tensors.items() if not tensor.is_nested}
+
 
 logger = logging.getLogger("tiercache")
 
@@ -47,7 +129,9 @@ T_co = TypeVar("T_co", covariant=True)  # The type of a batch, as in torch: `Dat
 _NO_PIN_DEVICE = (  # The wording is torch's.
     "pin_memory_device is deprecated, the current accelerator will be used as the device,ignore pin_memory_device='{}'."
 )
+
 _SAMPLER_EPOCH = "_tiercache_sampler_epoch"  # beside torchdata's keys: the epoch of a sampler that has set_epoch()
+
 _ORDER_KEYS = {"parts", "offset"}
 
 
@@ -451,22 +535,6 @@ def _collate_of(
     return TransformedCollate(given, batch_transforms)
 
 
-@dataclass(frozen=True, slots=True)
-class TransformedCollate:
-    """The collate function of a loader with batch transforms, on torch's path; the native path runs its parts."""
-
-    collate_fn: Callable[[list[Any]], Any]
-    batch_transforms: tuple[Callable[[Any], Any], ...]
-
-    def __call__(self, records: list[Any]) -> Any:
-        """Return the batch of some records."""
-        with use_fresh_key():
-            batch = self.collate_fn(records)
-            for function in self.batch_transforms:
-                batch = function(batch)
-        return batch
-
-
 def _log_ignored(num_workers: int, names: list[str], *, runs_functions: bool) -> None:
     """Log which of torch's options for worker processes have no effect."""
     if runs_functions:
@@ -485,6 +553,7 @@ def _log_ignored(num_workers: int, names: list[str], *, runs_functions: bool) ->
 
 
 _OF_ORDER = ("rank", "world_size", "mesh", "dims", "shuffle_streams", "placement", "shuffle_group_bytes")
+
 _OF_NATIVE_PATH = ("memory_bytes", "threads", "on_corrupt", "device")
 
 

@@ -2,7 +2,9 @@
 
 The planner (Python) loads windows and pushes their rows to the ring (C threads), which gathers batches ahead of the
 consumer. A window is dropped when its last batch was taken; only then the window after the next is loaded.
-summarise() returns the counters that DataLoader.stats() shows.
+
+`StageQueue` and `StagePipeline` are what stages in threads of their own have in common, which change batches some ahead
+and in order: decoding (decode.py) and the user's functions in worker processes (transform_workers.py).
 """
 
 from __future__ import annotations
@@ -16,59 +18,38 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import Any, Generic, TypeGuard, TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tiercache._native import gather
-from tiercache._native.ring import CLOSED, END, FAILED, BatchTaker, Ring, Slot, held_bytes
-from tiercache.data.output_spec import record_number
+from tiercache._native.ring import CLOSED, END, FAILED, BatchTaker, Ring, Slot
+from tiercache.data.output_spec import OutputSpec, length_error, record_number, replace_nulls
 from tiercache.data.packing import PackedBlocks
 from tiercache.errors import CorruptShard, SchemaError, TierCacheError
-from tiercache.load.batch import (
-    Batch,
-    BatchMemory,
-    InvalidValueError,
-    PipelineSetup,
-    gather_streams,
-    keep_freed_memory,
-    lent_bytes,
-)
-from tiercache.load.corrupt import bad_value, record_too_long
-from tiercache.load.planner import PlannerState, run_planner
-from tiercache.load.prefetch import LoadThreads, loading_pool
-from tiercache.model import format_bytes, parse_bytes
+from tiercache.load.batch import Batch, Bytes, InvalidValueError, gather_streams, keep_freed_memory
+from tiercache.load.loader_options import Resources
+from tiercache.load.pieces import RecordLocation
+from tiercache.load.planner import PipelineInputs, PlannerState, run_planner
+from tiercache.load.windows import LoadedWindow, LoadThreads, loading_pool
 from tiercache.shard.blocks import damage_message
 from tiercache.shard.conversion import served_columns
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from concurrent.futures import Future
-
-    from numpy.typing import NDArray
-
-    from tiercache.data.output_spec import OutputSpec
-    from tiercache.data.records import Records
-    from tiercache.load.batch import Bytes
-    from tiercache.load.corrupt import CorruptionMap, RecordLocation
-    from tiercache.load.device import PinnedMemory
-    from tiercache.load.epoch import EpochStart, NextEpoch, OrderShare
-    from tiercache.load.options import LoaderOptions
-    from tiercache.load.prefetch import LoadedWindow
-    from tiercache.load.ranks import Rank
-    from tiercache.load.reading_plan import ReadingPlanPublisher
-    from tiercache.stats import Counters, WaitHistogram
-
+from tiercache.shard.schema import Column, Kind, Schema
+from tiercache.shard.values import gather_values
 
 # Batches ahead: more batches hide longer stalls of the consumer. But batches ahead should still be in the processor's
 # last-level cache (32 MiB here, shared with the records and the consumer's data) when they are read. All threads gather
 # a large batch together, so two ahead keep them busy. Measured: batches of 5 MiB came 1.05 times as fast with two ahead
 # as with three; batches of 128 KiB came at 1,600 thousand samples/s with 4 ahead and at 2,900 with 32.
 MAX_DEPTH, MIN_DEPTH = 32, 2
+
 CACHE_BYTES = 8 << 20
+
 # Closing waits this long for a planner that reads footers, which then ends by itself. At the end of an epoch the
 # planner prepares the next epoch: the next planner waits for that, but the consumer does not.
 PLANNER_END_S, PLANNER_NEXT_S = 1.0, 0.005
@@ -79,67 +60,8 @@ _GATHER_ERRORS = (OSError, gather.CorruptError, gather.CastError, gather.TooLong
 CLOSED_MESSAGE = "this iterator is closed, or was made before a fork: call iter(loader) again"
 
 _is_slot = cast("Callable[[object], TypeGuard[Slot]]", Slot.__instancecheck__)
+
 _live: weakref.WeakSet[SelfClosing] = weakref.WeakSet()
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """Limits of a pipeline.
-
-    n_threads: Number of gather threads; memory_bytes: memory of batches gathered ahead; limit_bytes: memory limit of
-    the whole process.
-    """
-
-    n_threads: int
-    memory_bytes: int
-    limit_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class PipelineInputs:
-    """Inputs of a pipeline: a rank's share of an epoch of a source, and how columns are served.
-
-    Attributes:
-        setup: The source, how its columns are served, and what the pipelines of a run have in common.
-        share: The rank's share of the epoch.
-        counters, waits: Counters of the loader, and its consumer's waiting times.
-        first_batch: First batch of the share that is served.
-        memory: Reused memory of decoded batches; the engine keeps it from epoch to epoch.
-        warned: Keys of the warnings that the run has given.
-        epoch_start: The prepared start of this epoch, if the epoch before prepared one.
-        next_epoch: The epoch that may follow.
-        corruption: Corrupt records that are replaced. None: corrupt data is an error.
-        publisher: Publisher of the epoch's reading plan. None: a sampler decides the order, so there is no plan.
-        pinned: Pinned memory in which this stage leaves its batches. None: ordinary memory.
-    """
-
-    setup: PipelineSetup
-    share: OrderShare
-    counters: Counters
-    waits: WaitHistogram
-    first_batch: int = 0
-    memory: BatchMemory = field(default_factory=BatchMemory)
-    warned: set[str] = field(default_factory=set)
-    epoch_start: Future[EpochStart | None] | None = None
-    next_epoch: NextEpoch | None = None
-    corruption: CorruptionMap | None = None
-    publisher: ReadingPlanPublisher | None = None
-    pinned: PinnedMemory | None = None
-
-    @property
-    def source(self) -> Records:
-        """Records that are read."""
-        return self.setup.source
-
-    @property
-    def output_spec(self) -> OutputSpec:
-        """How the columns are served."""
-        return self.setup.output_spec
-
-    @property
-    def batch_rows(self) -> int:
-        """Rows of the longest batch."""
-        return max(min(self.share.rank_plan.batch_size, self.share.rank_plan.n_records), 1)
 
 
 class SelfClosing(ABC):
@@ -553,101 +475,266 @@ def _close_all() -> None:
         pipeline.close()
 
 
-# Share of the memory limit for batches gathered ahead: enough for 32 batches of 8 MiB, and little beside a model.
-_MEMORY_SHARE, _MEMORY_MAX_BYTES = 32, 256 << 20
+# Shapes must fit, text must be UTF-8, JSON must parse. Any bytes are a valid number, flag or bytes value.
+_CHECKED = (Kind.RAGGED, Kind.STR, Kind.JSON)
 
 
-def share_resources(options: LoaderOptions, rank: Rank, n_cpus: int, limit_bytes: int) -> Resources:
-    """Return the resources of one of the ranks on a machine that has n_cpus cores and limit_bytes of memory."""
-    n_threads = options.threads or max(1, n_cpus // rank.local_ranks)
-    share_bytes = min(_MEMORY_MAX_BYTES, limit_bytes // _MEMORY_SHARE) // rank.local_ranks
-    memory_bytes = share_bytes if options.memory_bytes is None else parse_bytes(options.memory_bytes)
-    return Resources(n_threads, memory_bytes, limit_bytes // rank.local_ranks)
+def bad_value(
+    schema: Schema, loaded: LoadedWindow, block: int, row: int, casts: Mapping[str, Column] | None = None
+) -> SchemaError | CorruptShard | None:
+    """Return the error of a row that can be read and has an invalid value; None if there is none.
 
-
-# Below this share of the wall time, the loader does not make the consumer wait.
-WAITING_SHARE = 0.05
-
-
-def summarise(
-    counters: Mapping[str, float],
-    waits: WaitHistogram,
-    exposed: WaitHistogram,
-    fetched: Mapping[str, float],
-    *,
-    threads: int,
-    workers: int = 0,
-) -> dict[str, Any]:
-    """Return the dict of `DataLoader.stats()`.
-
-    waits: how long the consumer's thread waited for the stages before the device; exposed: how long the training loop
-    had nothing to do but wait, on its device if it has one; workers: number of processes that run transforms (0: the
-    consumer's thread does, which counts as waiting).
+    casts: Served columns by name; then only their values are checked, for one that the served dtype cannot represent.
     """
-    wall_s = counters.get("wall_s", 0.0)
-    wait, idle = waits.snapshot(), exposed.snapshot()
-    share = min(1.0, wait["total"] / wall_s) if wall_s else 0.0
-    idle_share = min(1.0, idle["total"] / wall_s) if wall_s else 0.0
-    looked_up = fetched.get("cache_hits", 0) + fetched.get("cache_misses", 0)
-    stages = {
-        "plan_s": counters.get("plan_s", 0.0),
-        "load_s": counters.get("load_s", 0.0),
-        "gather_s": counters.get("gather_ns", 0.0) / 1e9,
-    }
-    for name in ("decode", "transform"):
-        if f"{name}_ns" in counters:
-            stages[f"{name}_s"] = counters[f"{name}_ns"] / 1e9
-    verdict = _verdict(idle_share, stages, fetched, threads, workers)
-    if idle_share >= WAITING_SHARE and idle["total"] > 2 * wait["total"]:
-        verdict = (
-            f"copy (waited {idle_share:.1%} of the time, most of it for copies to the device; serve fewer bytes, e.g. "
-            "by cast=, or raise device_batches)"
-        )
-    return {
-        "samples": int(counters.get("samples", 0)),
-        "batches": int(counters.get("batches", 0)),
-        "bytes_served": int(counters.get("bytes_served", 0)),
-        "bytes_fetched": int(fetched.get("bytes_fetched", 0)),
-        **{name: int(fetched.get(name, 0)) for name in ("requests", "retries", "hedges", "throttled")},
-        **{name: fetched.get(name, 0.0) for name in ("dollars", "egress_dollars")},
-        "cache_hits": int(fetched.get("cache_hits", 0)),
-        "cache_misses": int(fetched.get("cache_misses", 0)),
-        "hit_ratio": fetched.get("cache_hits", 0) / looked_up if looked_up else None,
-        "padded": int(counters.get("padded", 0)),
-        "skipped": int(counters.get("skipped", 0)),
-        "held_bytes": held_bytes() + lent_bytes(),
-        "wait_s": {"p50": wait["p50"], "p95": wait["p95"], "p99": wait["p99"], "share": share},
-        "exposed_wait_s": {
-            "total": idle["total"],
-            "mean": idle["total"] / idle["n"] if idle["n"] else 0.0,
-            "p99": idle["p99"],
-        },
-        "unpinned": int(counters.get("unpinned", 0)),
-        "samples_per_s": counters.get("samples", 0) / wall_s if wall_s else None,
-        "stages": stages,
-        "threads": threads,
-        "bottleneck": verdict,
-    }
+    blocks = loaded.block_groups[loaded.group_of_block[block]]
+    only = np.zeros(1, np.uint32), np.array([row], np.uint32)
+    first = 0
+    for column in schema.columns:
+        stop = first + len(column.streams(0))
+        addresses = np.ascontiguousarray(loaded.addresses[first:stop, block : block + 1])
+        first = stop
+        try:
+            if casts and column.name in casts:
+                gather_values(column, addresses, *only, url=blocks.url, served=casts[column.name])
+            elif not casts and column.kind in _CHECKED:
+                gather_values(column, addresses, *only, url=blocks.url)
+        except SchemaError as error:
+            return error
+        except CorruptShard as error:
+            number = int(blocks.blocks[loaded.position[block]])
+            return CorruptShard(error.reason, url=blocks.url, block=number, column=column.name)
+    return None
 
 
-def _verdict(
-    share: float, stages: Mapping[str, float], fetched: Mapping[str, float], threads: int, workers: int
-) -> str:
-    waited = f"waited {share:.1%} of the time"
-    if share < WAITING_SHARE:
-        return f"consumer ({waited} for data)"
-    parallel = {"gather_s": threads, "decode_s": threads, "transform_s": max(workers, 1)}
-    busiest = max(stages, key=lambda name: stages[name] / parallel.get(name, 1))
-    if busiest == "decode_s":
-        return f"decode ({waited}; {threads} threads decode images; store smaller images, or give more threads)"
-    if busiest == "transform_s":
-        runs = f"{workers} worker processes run" if workers else "the training thread runs"
-        return f"transform ({waited}; {runs} the transforms; give the loader more num_workers)"
-    if busiest == "gather_s":
-        return f"copy ({waited}; {threads} threads copy and check records; serve fewer columns or give more threads)"
-    if busiest == "plan_s":
-        return f"plan ({waited} for the order; a smaller shuffle_window_bytes is computed sooner)"
-    if fetched.get("bytes_fetched", 0):
-        rate = format_bytes(fetched["bytes_fetched"] / max(stages["load_s"], 1e-9))
-        return f"store ({waited}; {rate}/s from the store; warm the cache first)"
-    return f"disk ({waited} for blocks to be read and decompressed; columns stored raw need no decompression)"
+def record_too_long(
+    schema: Schema, output_spec: OutputSpec, loaded: LoadedWindow, at: tuple[int, int], number: Callable[[], int]
+) -> SchemaError | None:
+    """Return the error of a row that is longer than a padded column's max_length; None if no column's is.
+
+    at: Number of the row's block in the window, and of the row in the block. number: Function that returns the number
+    of the row's record.
+    """
+    block, row = at
+    blocks = loaded.block_groups[loaded.group_of_block[block]]
+    only = np.zeros(1, np.uint32), np.array([row], np.uint32)
+    first = 0
+    for column in schema.columns:
+        stop = first + len(column.streams(0))
+        addresses = np.ascontiguousarray(loaded.addresses[first:stop, block : block + 1])
+        first = stop
+        if output_spec.layout(column) != "padded":
+            continue
+        found = gather_values(column, addresses, *only, url=blocks.url, served=output_spec.column(column))
+        if column.name in output_spec.nulls:
+            found = replace_nulls(found, output_spec.nulls[column.name])
+        error = length_error(found, output_spec.padding(column), lambda _: number())
+        if error is not None:
+            return error
+    return None
+
+
+# A thread of a stage ends after the image that it decodes, or the batch that it sends. close() waits for it no longer
+# than this.
+THREAD_END_S = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class StageJob:
+    """A batch in a stage. The queue's lock guards what the threads of the stage change.
+
+    Attributes:
+        batch: The batch, once the stage has made it.
+        number: Number of the batch in the share.
+        n_rows: Number of its records; 0: there is no batch, because the epoch ends or the stage before failed.
+        n_bytes: Bytes that the stage before served for it.
+        n_replaced: Number of its records that replace corrupt ones.
+        n_left: Number of tasks of the stage that are not done; 0: the consumer may take the batch.
+        error: Error that the consumer raises in place of the batch.
+    """
+
+    batch: Any = None
+    number: int = 0
+    n_rows: int = 0
+    n_bytes: int = 0
+    n_replaced: int = 0
+    n_left: int = 0
+    error: BaseException | None = None
+
+
+JobT = TypeVar("JobT", bound=StageJob)
+
+
+class StageQueue(Generic[JobT]):
+    """The batches between the stage before and the consumer, oldest first. One lock guards everything.
+
+    The lock is re-entrant: the garbage collector may drop, and so close, a pipeline in a thread that holds the lock.
+
+    Args:
+        ahead: Maximum number of batches in the queue.
+    """
+
+    def __init__(self, ahead: int) -> None:
+        lock = threading.RLock()
+        self._lock = lock
+        self._ready, self._room = threading.Condition(lock), threading.Condition(lock)
+        self._jobs: deque[JobT] = deque()
+        self._ahead = ahead
+        self._has_ended = self._is_closed = False
+        self._error: BaseException | None = None  # raised in place of the first batch that is not done
+        self._n_added = 0
+        self.busy_ns = 0  # time in which threads or processes worked on batches
+
+    @property
+    def n_taken(self) -> int:
+        """Number of batches that were added and are no longer in the queue."""
+        with self._lock:
+            return self._n_added - sum(job.n_rows > 0 for job in self._jobs)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether close() was called."""
+        return self._is_closed
+
+    def wait_for_room(self, has_worker: Callable[[], bool] = lambda: True) -> bool:
+        """Wait until a batch may be added. Returns False once no batch may be added any more.
+
+        has_worker: Function that says whether a worker can take the batch; after it has changed call wake().
+        """
+        with self._lock:
+            self._room.wait_for(lambda: self._has_ended or (len(self._jobs) < self._ahead and has_worker()))
+            return not self._has_ended
+
+    def add(self, job: JobT) -> None:
+        """Append a batch. One without records is the last one."""
+        with self._lock:
+            self._has_ended = self._has_ended or not job.n_rows
+            if not self._is_closed:
+                self._jobs.append(job)
+                self._n_added += job.n_rows > 0
+            self.wake()
+
+    def fail(self, error: BaseException) -> None:
+        """Raise an error in place of the first batch that is not done; no batch is added any more."""
+        with self._lock:
+            self._error, self._has_ended = self._error or error, True
+            self.wake()
+
+    def next_done(self, timeout_s: float | None) -> StageJob:
+        """Wait for the oldest batch and return it.
+
+        Raises:
+            TimeoutError: timeout_s passed.
+            RuntimeError: The queue is closed.
+        """
+        with self._lock:
+            if not self._ready.wait_for(lambda: self._is_closed or self._error or self._is_first_done(), timeout_s):
+                raise TimeoutError(f"no batch within {timeout_s} s")
+            if self._is_closed:
+                raise RuntimeError(CLOSED_MESSAGE)
+            if not self._is_first_done():
+                return StageJob(error=self._error)
+            job = self._jobs.popleft()
+            self._room.notify_all()
+            return job
+
+    def wake(self) -> None:
+        """Let all waiting threads look again whether they can go on."""
+        with self._lock:
+            self._ready.notify_all()
+            self._room.notify_all()
+
+    def close(self) -> None:
+        """Wake all threads; nothing is added or returned any more."""
+        with self._lock:
+            self._is_closed = self._has_ended = True
+            dropped, self._jobs = self._jobs, deque()
+            self.wake()
+        dropped.clear()
+
+    def _count_done(self, job: JobT, took_ns: int) -> None:
+        """Count a task of a batch as done. The caller holds the lock."""
+        self.busy_ns += took_ns
+        job.n_left -= 1
+        if not job.n_left:
+            self.wake()
+
+    def _is_first_done(self) -> bool:
+        return bool(self._jobs) and not self._jobs[0].n_left
+
+
+class StagePipeline(ClosingPipeline):
+    """A stage whose threads change the batches of another pipeline, with the same guarantees.
+
+    All methods may be called from any thread. A subclass calls _begin() with what its threads run.
+
+    Args:
+        name: Name of the stage, in the names of its threads and of its counter.
+        inputs: Inputs of the pipeline.
+        gathered: Pipeline whose batches are changed; this object owns it from now on.
+        queue: Queue between the threads and the consumer.
+    """
+
+    def __init__(self, name: str, inputs: PipelineInputs, gathered: ClosingPipeline, queue: StageQueue[Any]) -> None:
+        self._name = name
+        self._waits = inputs.waits
+        self._first_batch = inputs.first_batch
+        self._gathered = gathered
+        self._queue = queue
+        self._n_rows = self._n_batches = self._n_bytes = self._n_replaced = 0
+        self._threads: list[threading.Thread] = []
+
+    def _begin(self, runs: Sequence[Callable[[], None]]) -> None:
+        """Start a thread for each function. They must not refer to this object: its last reference closes it."""
+        self._threads = [
+            threading.Thread(target=run, name=f"tiercache-{self._name}-{i}", daemon=True) for i, run in enumerate(runs)
+        ]
+        self._register()
+        for thread in self._threads:
+            thread.start()
+
+    def take(self, timeout_s: float = -1.0) -> Any:
+        """Return the next batch; None at the end of the epoch. Raises as Pipeline.take(), and the stage's errors."""
+        if self.is_forked_copy:
+            raise RuntimeError(CLOSED_MESSAGE)
+        start_s = time.perf_counter()
+        job = self._queue.next_done(None if timeout_s < 0 else timeout_s)
+        self._waits.add(time.perf_counter() - start_s)
+        if job.error is not None or not job.n_rows:
+            # The error's traceback would form a cycle with the job, and hold the memory of its batch.
+            error, job.error, job.batch = job.error, None, None
+            self.close()
+            if error is not None:
+                raise error
+            return None
+        self._n_rows += job.n_rows
+        self._n_batches += 1
+        self._n_bytes += job.n_bytes
+        self._n_replaced += job.n_replaced
+        return job.batch
+
+    def close(self) -> None:
+        """End all threads; batches that were taken stay valid. See Pipeline.close."""
+        if self.is_forked_copy:
+            return
+        self._queue.close()
+        self._gathered.close()
+        threads, self._threads = self._threads, []  # waited for once, even if close() is called again
+        end_s = time.monotonic() + THREAD_END_S
+        for thread in threads:
+            if thread is not threading.current_thread() and thread.is_alive():
+                thread.join(max(0.0, end_s - time.monotonic()))
+        self._unregister()
+
+    @property
+    def n_taken(self) -> int:
+        return self._first_batch + self._queue.n_taken
+
+    @property
+    def corrupt_shard(self) -> int | None:  # type: ignore[override]
+        return self._gathered.corrupt_shard
+
+    def figures(self) -> dict[str, float]:
+        """See Pipeline.figures, for the batches handed out; also the time that the stage worked on batches."""
+        handed_out = {"samples": self._n_rows, "batches": self._n_batches, "bytes_served": self._n_bytes}
+        busy = {f"{self._name}_ns": self._queue.busy_ns}
+        return {**self._gathered.figures(), **handed_out, **busy, "skipped": self._n_replaced}

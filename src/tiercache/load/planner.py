@@ -2,62 +2,306 @@
 
 The planner is at most one piece ahead of the piece that is served. The blocks of later windows are requested before, in
 the order in which they are needed (`Lookahead`). At the end of the epoch the planner prepares the start of the next one
-(`epoch.NextEpoch`).
+(`NextEpoch`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
+import sys
+import threading
 import time
 import warnings
 from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tiercache._native.ring import Plan
+from tiercache._native.ring import Plan, Ring
+from tiercache.data.output_spec import OutputSpec
+from tiercache.data.records import Records
 from tiercache.errors import TierCacheError
-from tiercache.load.epoch import cancel_loads, interleaved
-from tiercache.load.prefetch import (
-    ArrayPiece,
+from tiercache.load.batch import BatchMemory, PinnedMemory, PipelineSetup
+from tiercache.load.corrupt import CorruptionMap
+from tiercache.load.epoch import MakeShare, OrderShare, ReadingPlanPublisher, RunState, interleaved
+from tiercache.load.pieces import AnyPiece, ArrayPiece, blocks_by_shard, is_worth_slicing, shards_of, start_slices
+from tiercache.load.windows import (
     JoinedWindows,
     LoadedWindow,
+    LoadThreads,
     MemoryPressure,
     PagePrefetcher,
     WindowLoad,
-    blocks_by_shard,
-    is_worth_slicing,
-    shards_of,
-    start_slices,
+    loading_pool,
 )
-from tiercache.order import RowRun
+from tiercache.order import AnyWindow, RowRun
+from tiercache.stats import Counters, WaitHistogram
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
-    from numpy.typing import NDArray
+@dataclass(frozen=True, slots=True)
+class PipelineInputs:
+    """Inputs of a pipeline: a rank's share of an epoch of a source, and how columns are served.
 
-    from tiercache._native.ring import Ring
-    from tiercache.load.pipeline import PipelineInputs
-    from tiercache.load.prefetch import AnyPiece, LoadThreads
-    from tiercache.order import AnyWindow
+    Attributes:
+        setup: The source, how its columns are served, and what the pipelines of a run have in common.
+        share: The rank's share of the epoch.
+        counters, waits: Counters of the loader, and its consumer's waiting times.
+        first_batch: First batch of the share that is served.
+        memory: Reused memory of decoded batches; the engine keeps it from epoch to epoch.
+        warned: Keys of the warnings that the run has given.
+        epoch_start: The prepared start of this epoch, if the epoch before prepared one.
+        next_epoch: The epoch that may follow.
+        corruption: Corrupt records that are replaced. None: corrupt data is an error.
+        publisher: Publisher of the epoch's reading plan. None: a sampler decides the order, so there is no plan.
+        pinned: Pinned memory in which this stage leaves its batches. None: ordinary memory.
+    """
+
+    setup: PipelineSetup
+    share: OrderShare
+    counters: Counters
+    waits: WaitHistogram
+    first_batch: int = 0
+    memory: BatchMemory = field(default_factory=BatchMemory)
+    warned: set[str] = field(default_factory=set)
+    epoch_start: Future[EpochStart | None] | None = None
+    next_epoch: NextEpoch | None = None
+    corruption: CorruptionMap | None = None
+    publisher: ReadingPlanPublisher | None = None
+    pinned: PinnedMemory | None = None
+
+    @property
+    def source(self) -> Records:
+        """Records that are read."""
+        return self.setup.source
+
+    @property
+    def output_spec(self) -> OutputSpec:
+        """How the columns are served."""
+        return self.setup.output_spec
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of the longest batch."""
+        return max(min(self.share.rank_plan.batch_size, self.share.rank_plan.n_records), 1)
+
+
+ClaimedEpoch: TypeAlias = "tuple[OrderShare, Future[EpochStart | None] | None, ReadingPlanPublisher]"
+
+# Shards per call of prefetch(): some ms if each is looked up in a cache. drop_preparation() waits for at most one call.
+_SHARDS_A_STEP = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EpochStart:
+    """The prepared start of an epoch, for one pipeline.
+
+    pieces: all pieces of the epoch; loading: windows of the first piece, loaded or being loaded.
+    """
+
+    pieces: Iterator[AnyPiece]
+    loading: tuple[WindowLoad, ...]
+
+
+def cancel_loads(ready: Future[EpochStart | None]) -> None:
+    """Cancel the loads of a prepared start: now, or as soon as it is ready. May be called repeatedly."""
+    ready.add_done_callback(_cancel)
+
+
+def _cancel(ready: Future[EpochStart | None]) -> None:
+    epoch_start = ready.result()
+    for load in epoch_start.loading if epoch_start is not None else ():
+        load.cancel()
+
+
+class NextEpoch:
+    """The epoch after the current one. The planner prepares it, and the engine takes it if the run continues there.
+
+    Args:
+        source: Records that both epochs read.
+        state: State at the start of the next epoch.
+        make_share: Function that returns a rank's share of an epoch. It must not refer to the loader, which would then
+            live too long.
+        is_expected: Whether this run has gone from one epoch to the next before. If not, no store is read for the next
+            epoch.
+    """
+
+    def __init__(self, source: Records, state: RunState, make_share: MakeShare, *, is_expected: bool) -> None:
+        self._source = source
+        self._state = state
+        self._make_share = make_share
+        self._is_expected = is_expected
+        self.publisher = ReadingPlanPublisher(source, state, make_share)
+        self._lock = threading.Lock()
+        self._ready: Future[EpochStart | None] | None = None  # None: no planner has begun to prepare it
+        self._share: OrderShare | None = None
+        # Set to stop the loads of the next epoch, so that closing the data set does not wait for them.
+        self._unwanted = threading.Event()
+        # Held during each step of the preparation. drop_preparation() waits for the current step, so no step begins
+        # after the caller closes the cache or the store. Re-entrant, because the garbage collector may call it in a
+        # thread that is within a step.
+        self._step = threading.RLock()
+        self._is_over = False  # taken or forgotten: nothing more is prepared
+        self._pid = os.getpid()
+
+    @property
+    def share(self) -> OrderShare:
+        """The rank's share of the next epoch, planned at the first access; two threads would plan the same share."""
+        # Not a cached_property: until Python 3.12 its lock is shared by all instances, and a forked child may inherit
+        # it locked.
+        if self._share is None:
+            self._share = self._make_share(self._state)
+        return self._share
+
+    def shards_ahead(self, n_bytes: int) -> list[int]:
+        """Return the first shards of the epoch, about n_bytes (stored) of them."""
+        return self.share.shards_ahead(0, 0, n_bytes)
+
+    def prepare(self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int) -> None:
+        """Prepare the start: plan the epoch, prefetch its first shards, and begin to load its first windows.
+
+        The windows take memory like any next window. Data that is not on this machine is loaded only if epochs are
+        known to follow one another: a run of a single epoch would fetch it for nothing.
+
+        ahead_bytes: stored bytes of shards to prefetch.
+        """
+        with self._lock:
+            if self._is_over:
+                return
+            ready = self._ready = Future()
+            publisher = self.publisher
+        epoch_start = None
+        try:
+            # The error is raised when the epoch itself is read.
+            with contextlib.suppress(TierCacheError, CancelledError):
+                epoch_start = self._begin(threads, pressure, ahead_bytes, publisher)
+        finally:
+            ready.set_result(epoch_start)
+
+    def take(self, source: Records, state: RunState) -> ClaimedEpoch | None:
+        """Return the epoch, once, if the loader continues there: its share, prepared start and publisher.
+
+        None: the loader continues elsewhere, or this is a forked child. The caller's publisher must then follow this
+        one's.
+        """
+        if self._pid != os.getpid():  # another thread may have held the lock at the fork
+            return None
+        ready = self._end()
+        if source is not self._source or state != self._state:
+            self._drop(ready)
+            return None
+        taken = self.share, ready, self.publisher
+        # the taken publisher belongs to the engine now
+        self.publisher = ReadingPlanPublisher(self._source, self._state, self._make_share)
+        return taken
+
+    def on_source_closed(self) -> None:
+        """See CloseListener."""
+        self.drop_preparation()
+
+    def drop_preparation(self) -> None:
+        """End the preparation and release its blocks: a local copy may be replaced, or the data set is closed.
+
+        The epoch may still begin: it is then planned anew.
+        """
+        if self._pid != os.getpid():
+            return
+        ready, plan = self._end(), self.publisher
+        self.publisher = ReadingPlanPublisher(self._source, self._state, self._make_share)  # the epoch may still begin
+        self._release(ready, plan)
+
+    def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_exiting() and hasattr(self, "_pid") and self._pid == os.getpid():
+            self._release(self._end(), self.publisher)
+
+    def _release(self, ready: Future[EpochStart | None] | None, plan: ReadingPlanPublisher) -> None:
+        self._drop(ready)
+        plan.close()
+
+    def _drop(self, ready: Future[EpochStart | None] | None) -> None:
+        if ready is not None:  # None: no planner has begun it, or it is taken
+            self._unwanted.set()  # Also stops loads that are being submitted now and that no one can cancel yet.
+            with self._step:
+                cancel_loads(ready)
+
+    def _end(self) -> Future[EpochStart | None] | None:
+        with self._lock:
+            self._is_over = True
+            ready, self._ready = self._ready, None
+        return ready
+
+    def _begin(
+        self, threads: LoadThreads, pressure: MemoryPressure, ahead_bytes: int, publisher: ReadingPlanPublisher
+    ) -> EpochStart | None:
+        with self._a_step():
+            publisher.begin(self.share)
+            publisher.complete()
+        rest = self.share.pieces(0)
+        # Reads footers. drop_preparation() does not wait for that, because a store may be slow.
+        first = next(rest, None)
+        if first is None:
+            return None
+        pieces = itertools.chain([first], rest)
+        if first.run is None or self._source.selection is not None:
+            first.rows()
+        pairs = list(zip(first.windows, first.needed, strict=True))
+        shards = interleaved([shards_of(*pair) for pair in pairs])
+        if self._source.storage.can_prefetch:
+            for shard, blocks in itertools.chain.from_iterable(blocks_by_shard(*pair) for pair in pairs):
+                with self._a_step():
+                    self._source.storage.prefetch_blocks(shard, blocks)
+        near = [*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])] if self._source.storage.can_prefetch else []
+        for start in range(0, len(near), _SHARDS_A_STEP):
+            with self._a_step():
+                self._source.storage.prefetch(near[start : start + _SHARDS_A_STEP])
+        with self._a_step():
+            if not pressure.fits(first) or not (self._is_expected or all(map(self._source.storage.is_local, shards))):
+                return EpochStart(pieces, ())
+            # An executor of its own, because the current epoch shuts its executor down at its end.
+            executor = loading_pool(threads.n_threads, sends_requests=self._source.storage.sends_requests)
+            loading = [
+                WindowLoad(self._source, *pair, executor, threads.n_threads, unwanted=self._unwanted) for pair in pairs
+            ]
+            executor.shutdown(wait=False)
+        for one in loading:
+            is_left = True
+            while is_left:
+                with self._a_step():
+                    is_left = one.map_next_shard()
+        return EpochStart(pieces, tuple(loading))
+
+    @contextlib.contextmanager
+    def _a_step(self) -> Iterator[None]:
+        """Context of one step of the preparation. Raises CancelledError after drop_preparation()."""
+        with self._step:
+            if self._unwanted.is_set():
+                raise CancelledError
+            yield
 
 
 # A window with its needed blocks, bool[n_blocks].
 WindowBlocks: TypeAlias = "tuple[AnyWindow, NDArray[np.bool_]]"
+
 # Locations of rows: a run whose rows are computed as they are gathered, or block and row, uint32[n] each.
 Rows: TypeAlias = "RowRun | tuple[NDArray[np.uint32], NDArray[np.uint32]]"
 
 # Bytes to prefetch ahead of the windows, in shards of the largest size: fetches overlap with reading, and the rest of
 # the cache stays free. At least one set of windows is prefetched.
 SHARDS_AHEAD = 4
+
 # Pieces that are planned ahead at most. A window of many rows is many pieces, which need no further block.
 PIECES_AHEAD = 16
+
 # The next windows have at most this many times the bytes of the last one. Each request for a part of a shard takes
 # processor time, so that at the start of an epoch, where windows are small, the second one would wait for the requests
 # of several that are far larger: 4 s of an epoch of 8 s.
 AHEAD_FACTOR = 2
+
 # Bytes of the next windows that are loaded while a window is awaited, where a store is read without a cache: its
 # requests would otherwise stop at each border of windows, for as long as the last ones and the next first ones take.
 LOAD_AHEAD_BYTES = 256 << 20

@@ -9,37 +9,33 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils import data as torch_data
 from torchdata.stateful_dataloader import sampler as torchdata_samplers
 
 from tiercache._native.record_finder import normalize_indices
+from tiercache.data.records import Records
 from tiercache.load.engine import Engine, LoaderArguments, NativeIterator, OrderEngine
-from tiercache.load.epoch import OrderShare, explicit_order
-from tiercache.load.ranks import Rank, find_rank
-from tiercache.load.state import RunState
+from tiercache.load.epoch import OrderShare, Position, RunState, explicit_order
+from tiercache.load.loader_options import Rank, find_rank
+from tiercache.load.pieces import AnyPiece
 from tiercache.order import RankPlan
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from numpy.typing import NDArray
-
-    from tiercache.data.records import Records
-    from tiercache.load.prefetch import AnyPiece
-
 
 # Samplers of more records take torch's path: an array of their indices would take 512 MiB and more.
 MAX_INDICES = 1 << 26
 
 _PLAIN = (list, tuple, range, np.ndarray, torch.Tensor)
+
 _DISTRIBUTED = (torch_data.distributed.DistributedSampler, torchdata_samplers.StatefulDistributedSampler)
+
 _RANDOM = (torch_data.RandomSampler, torchdata_samplers.RandomSampler)
+
 _KNOWN = (
     *_PLAIN,
     *_RANDOM,
@@ -111,10 +107,11 @@ def get_sampler_epoch(index_sampler: Any) -> int | None:
 
 
 _EPOCH, _BATCHES, _SEED, _SAMPLER_EPOCH, _GENERATOR = "epoch", "batches", "seed", "sampler_epoch", "generator"
+
 _KEYS = {_EPOCH, _BATCHES, _SEED, _SAMPLER_EPOCH, _GENERATOR}
 
 
-class SamplerPass:
+class SamplerPass(Position):
     """One pass over a known sampler: the loader's position, and what its state consists of.
 
     As in torch's loader, the indices are drawn when the first batch is requested: until then set_epoch() may be called,
@@ -122,11 +119,10 @@ class SamplerPass:
 
     Attributes:
         rank_plan: The batches of the pass from where it was resumed; None: its indices are not drawn yet.
-        n_yielded, finished: See EpochPosition.
     """
 
     def __init__(self, batch_sampler: Any, epoch: int, seed: int, saved: Mapping[str, Any] | None) -> None:
-        self.n_yielded, self.finished = 0, False
+        super().__init__()
         self.rank_plan: RankPlan | None = None
         self.epoch, self.seed = epoch, seed
         self._batch_sampler = batch_sampler

@@ -12,7 +12,7 @@ from tiercache.cache import Cache
 from tiercache.cli.simulate import Training, epoch_reads
 from tiercache.data.dataset import Dataset
 from tiercache.load.loader import DataLoader
-from tiercache.load.options import LoaderOptions
+from tiercache.load.loader_options import LoaderOptions
 from tiercache.model import ShardInfo
 from tiercache.shard.commit import commit
 from tiercache.shard.schema import Schema

@@ -11,7 +11,7 @@ from tests.support.meshes import FakeMesh
 from tests.support.ranks import run_ranks
 
 import tiercache as tc
-from tiercache.load.meshes import mesh_rank
+from tiercache.load.loader_options import mesh_rank
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -21,9 +21,9 @@ from tests.support.http_server import HttpFaultServer
 import tiercache as tc
 from tiercache.cache.reading_plans import ReadingPlans
 from tiercache.data.opened_version import OpenedVersion
-from tiercache.load import reading_plan
-from tiercache.load.epoch import NextEpoch
-from tiercache.load.reading_plan import ReadingPlanPublisher
+from tiercache.load import epoch as epoch_module
+from tiercache.load.epoch import ReadingPlanPublisher
+from tiercache.load.planner import NextEpoch
 from tiercache.model import NEVER, ReadingPlan
 from tiercache.shard.reader import ReleasingPlan
 
@@ -323,7 +323,7 @@ def test_publishing_the_plan_of_many_shards_delays_no_batch(server, packed, tmp_
         return publish(self, plan)
 
     monkeypatch.setattr(OpenedVersion, "publish", publish_when_all_is_served)
-    monkeypatch.setattr(reading_plan, "QUICK_SHARDS", 1)
+    monkeypatch.setattr(epoch_module, "QUICK_SHARDS", 1)
     with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
         loader = tc.DataLoader(dataset, 16, shuffle=True, options=options(), timeout=30)
@@ -397,15 +397,15 @@ def test_closing_the_cache_during_planning_leaves_no_plan(server, packed, tmp_pa
 
 
 def test_a_plan_that_is_ready_after_close_does_not_open_the_cache(server, packed, tmp_path, monkeypatch):
-    closed, forecast = threading.Event(), reading_plan.make_reading_plan
+    closed, forecast = threading.Event(), epoch_module.make_reading_plan
 
     def forecast_late(*given):
         plan = forecast(*given)
         assert closed.wait(60)
         return plan
 
-    monkeypatch.setattr(reading_plan, "make_reading_plan", forecast_late)
-    monkeypatch.setattr(reading_plan, "QUICK_SHARDS", 1)  # so that a thread of its own makes it
+    monkeypatch.setattr(epoch_module, "make_reading_plan", forecast_late)
+    monkeypatch.setattr(epoch_module, "QUICK_SHARDS", 1)  # so that a thread of its own makes it
     monkeypatch.setattr(NextEpoch, "prepare", lambda *_: None)
     with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)

@@ -16,7 +16,7 @@ from tests.support.http_server import HttpFaultServer
 from tests.support.records import join_loading
 
 import tiercache as tc
-from tiercache.load.prefetch import WindowLoad
+from tiercache.load.windows import WindowLoad
 
 N = 1000
 

@@ -91,7 +91,7 @@ def blocks_of(batch) -> int:
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_the_first_shuffled_batch_waits_only_for_the_blocks_of_its_slice(cold, cached, monkeypatch):
-    monkeypatch.setattr("tiercache.load.prefetch.SLICE_BYTES", 1)
+    monkeypatch.setattr("tiercache.load.pieces.SLICE_BYTES", 1)
     # The store holds back everything beyond the 16 blocks of the first batch, and the footers.
     budget_bytes = BLOCK_RECORDS * BLOCK_BYTES + N_SHARDS * 4096
     store, loader = cold(budget_bytes, cached=cached, sizes={"shuffle_group_bytes": "all"})
@@ -106,21 +106,21 @@ def test_the_first_shuffled_batch_waits_only_for_the_blocks_of_its_slice(cold, c
 def test_slices_do_not_change_the_order(cold, monkeypatch):
     orders = []
     for slice_bytes in (1, 1 << 40):
-        monkeypatch.setattr("tiercache.load.prefetch.SLICE_BYTES", slice_bytes)
+        monkeypatch.setattr("tiercache.load.pieces.SLICE_BYTES", slice_bytes)
         _, loader = cold(cached=False)
         orders.append([i for batch in loader for i in batch["id"].tolist()])
     assert orders[0] == orders[1]
 
 
 def test_without_a_cache_no_block_is_read_twice_for_slices(cold, monkeypatch):
-    monkeypatch.setattr("tiercache.load.prefetch.SLICE_BYTES", 1)
+    monkeypatch.setattr("tiercache.load.pieces.SLICE_BYTES", 1)
     store, loader = cold(cached=False)
     assert sum(len(batch["id"]) for batch in loader) == N
     assert store.n_bytes <= N_SHARDS * SHARD_BLOCKS * BLOCK_BYTES * 1.02
 
 
 def test_the_blocks_of_the_first_slice_are_the_first_reads_after_the_footers(cold, monkeypatch):
-    monkeypatch.setattr("tiercache.load.prefetch.SLICE_BYTES", 1)
+    monkeypatch.setattr("tiercache.load.pieces.SLICE_BYTES", 1)
     store, loader = cold(sizes={"shuffle_group_bytes": "all"})
     with closing(iter(loader)) as batches:
         first = next(batches)
@@ -178,7 +178,7 @@ def test_without_a_cache_the_next_windows_are_loaded_while_a_window_is_awaited(c
 
 
 def test_the_second_window_does_not_wait_for_requests_of_many_later_windows(cold, monkeypatch):
-    monkeypatch.setattr("tiercache.load.prefetch.BLOCK_GAP_BYTES", 0)
+    monkeypatch.setattr("tiercache.load.pieces.BLOCK_GAP_BYTES", 0)
     requested, counts = [], []
     request, request_rest = opened_version.OpenedVersion.prefetch_blocks, opened_version.OpenedVersion.prefetch
 

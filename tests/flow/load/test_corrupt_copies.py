@@ -19,7 +19,7 @@ from tests.support.records import SCHEMA, check_batch, make_columns
 
 import tiercache as tc
 from tiercache.data.opened_version import DatasetLocation, OpenedVersion
-from tiercache.load import prefetch
+from tiercache.load import windows
 
 N = 600
 OPTIONS = tc.LoaderOptions(seed=3, memory_bytes=1)  # two batches ahead, no more
@@ -196,15 +196,15 @@ def test_pages_that_are_read_from_disk_again_are_checked_again(tmp_path):
     wait_until_settled(path)
     dataset[list(range(1024))]
     blocks = dataset._source.load(0, range(dataset._source.leaves[0]._footer(0).n_blocks))
-    prefetch.renew_checks(blocks)
+    windows.renew_checks(blocks)
     assert blocks.pending_checks is None  # in memory, and checked a moment ago
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        prefetch._release_pages(blocks)
+        windows._release_pages(blocks)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if prefetch.is_in_memory(blocks):
+    if windows.is_in_memory(blocks):
         pytest.skip("the system keeps the file in memory")
-    prefetch.renew_checks(blocks)
+    windows.renew_checks(blocks)
     assert blocks.pending_checks is not None
     dataset.close()
 

@@ -27,9 +27,8 @@ from tests.support.records import check_batch, ids_of
 
 import tiercache as tc
 from tiercache.data.output_spec import Buffer
-from tiercache.load import device_pipeline
-from tiercache.load.device import BACKENDS, BatchDevice
-from tiercache.load.device_pipeline import DevicePipeline
+from tiercache.load import device as device_module
+from tiercache.load.device import BACKENDS, BatchDevice, DevicePipeline
 from tiercache.stats import WaitHistogram
 
 FAKE = "privateuseone"
@@ -792,7 +791,7 @@ class Tracer:
         self.lines: list[int] = []
 
     def __call__(self, frame: FrameType, event: str, _argument: Any) -> Any:
-        if frame.f_code.co_filename != device_pipeline.__file__:
+        if frame.f_code.co_filename != device_module.__file__:
             return None
         if event == "line" and not leaves_with(frame.f_code, frame.f_lasti):
             self.lines.append(frame.f_lineno)

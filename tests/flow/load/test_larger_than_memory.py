@@ -19,12 +19,12 @@ CHILD = """
 import json, sys
 import numpy as np
 import tiercache as tc
-from tiercache.load import prefetch
-near, plain = [], prefetch._read
+from tiercache.load import windows
+near, plain = [], windows._read
 def read(*given):
     near.append(plain(*given))
     return near[-1]
-prefetch._read = read
+windows._read = read
 dataset = tc.Dataset(sys.argv[1])
 seen = np.zeros(len(dataset), int)
 options = tc.LoaderOptions(seed=1, shuffle_group_bytes="all", shuffle_window_bytes="32MiB")

@@ -15,7 +15,7 @@ from tests.support.records import ids_of
 
 import tiercache as tc
 from tiercache.data.opened_version import OpenedVersion
-from tiercache.load.prefetch import MemoryPressure
+from tiercache.load.windows import MemoryPressure
 
 
 def limited(monkeypatch, limit_bytes):

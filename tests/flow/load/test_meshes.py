@@ -25,10 +25,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import tiercache as tc
-from tiercache.load.meshes import find_same_batch_dims, is_same_batch_dim, mesh_rank, whole_mesh
-from tiercache.load.options import LoaderOptions
-from tiercache.load.pipeline import share_resources
-from tiercache.load.ranks import find_rank
+from tiercache.load.loader_options import (
+    LoaderOptions,
+    find_rank,
+    find_same_batch_dims,
+    is_same_batch_dim,
+    mesh_rank,
+    share_resources,
+    whole_mesh,
+)
 
 DP_TP, DP_CP_PP = {"dp": 2, "tp": 4}, {"dp": 2, "cp": 2, "pp": 2}
 

@@ -18,9 +18,9 @@ from tests.support.records import SCHEMA, check_batch, ids_of, join_loading, mak
 
 import tiercache as tc
 from tiercache.data.opened_version import OpenedVersion
-from tiercache.load.epoch import NextEpoch, plan_epoch
-from tiercache.load.prefetch import loading_pool
-from tiercache.load.state import RunState
+from tiercache.load.epoch import RunState, make_share
+from tiercache.load.planner import NextEpoch
+from tiercache.load.windows import loading_pool
 
 STORAGE = SimpleNamespace(has_cache=False, can_prefetch=False, sends_requests=False)
 SOURCE = SimpleNamespace(selection=None, storage=STORAGE)
@@ -31,7 +31,7 @@ def first_blocks(dataset, epoch):
     """The blocks of the first window of an epoch: (shard, block)."""
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
     loader.set_epoch(epoch)
-    share = plan_epoch(dataset._source, loader.native_rank, 16, False, RunState.from_dict(loader.state_dict()))
+    share = make_share(dataset._source, loader.native_rank, 16, False, RunState.from_dict(loader.state_dict()))
     (window,), _ = (piece := next(share.pieces(0))).windows, piece.needed
     return set(zip(window.shards.tolist(), window.blocks.tolist(), strict=True))
 
@@ -262,8 +262,8 @@ def test_a_prepared_first_window_is_freed_after_it_was_served(make_dataset, load
 
 @pytest.mark.parametrize("is_asked_for", [False, True])
 def test_loads_of_a_prepared_epoch_are_cancelled_when_the_loader_is_dropped(make_dataset, is_asked_for, monkeypatch):
-    monkeypatch.setattr("tiercache.load.prefetch.MIN_TASK_BYTES", 1)
-    monkeypatch.setattr("tiercache.load.prefetch.MAX_TASK_BYTES", 1 << 10)  # many tasks
+    monkeypatch.setattr("tiercache.load.windows.MIN_TASK_BYTES", 1)
+    monkeypatch.setattr("tiercache.load.windows.MAX_TASK_BYTES", 1 << 10)  # many tasks
     dataset = tc.Dataset(make_dataset(600, compression="zstd:3"))
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1, threads=1))
     gate, begun, load = threading.Event(), [], OpenedVersion.load

@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler
 
 import tiercache as tc
 from tiercache.load import corrupt
-from tiercache.load.epoch import NextEpoch
+from tiercache.load.planner import NextEpoch
 
 N = 300
 WARNED = "replaced by the ones before them"

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tiercache.load.prefetch import NEAR_SHARE, LoadThreads, PagePrefetcher
+from tiercache.load.windows import NEAR_SHARE, LoadThreads, PagePrefetcher
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="madvise as Linux has it")
 N_BYTES = 1 << 20
@@ -90,7 +90,7 @@ def test_pages_in_memory_are_not_read_again(mapped, make_ahead, monkeypatch):
     window = window_of(mapped.memory)
     window.block_groups[0].reports_residency = True
     mapped.memory.sum()
-    monkeypatch.setattr("tiercache.load.prefetch._read", lambda *_: pytest.fail("pages were read"))
+    monkeypatch.setattr("tiercache.load.windows._read", lambda *_: pytest.fail("pages were read"))
     assert near_bytes(prefetch_pages(make_ahead(1 << 40), window)) == N_BYTES
 
 
@@ -107,7 +107,7 @@ def _flags(memory: np.ndarray) -> list[str]:
 
 
 def test_windows_that_are_served_side_by_side_share_the_room(mapped, make_ahead, monkeypatch):
-    monkeypatch.setattr("tiercache.load.prefetch.config.private_bytes", lambda: 0)
+    monkeypatch.setattr("tiercache.load.windows.config.private_bytes", lambda: 0)
     half = N_BYTES // 2
     first, second = window_of(mapped.memory[:half]), window_of(mapped.memory[half:])
     assert near_bytes(prefetch_pages(make_ahead(NEAR_SHARE * N_BYTES), first, second)) == N_BYTES

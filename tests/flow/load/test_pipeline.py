@@ -20,7 +20,7 @@ import torch
 from tests.support.records import check_batch, ids_of, join_loading, make_columns
 
 import tiercache as tc
-from tiercache.load.epoch import PieceSizes
+from tiercache.load.pieces import PieceSizes
 from tiercache.load.pipeline import Pipeline
 from tiercache.shard.reader import ShardReader
 from tiercache.waiting import wait_for

@@ -11,7 +11,7 @@ from tests.support.records import check_batch, ids_of, make_columns
 import tiercache as tc
 from tiercache.data.output_spec import OutputSpec
 from tiercache.load.batch import PipelineSetup
-from tiercache.load.torch_library import TorchLibrary
+from tiercache.load.loader import TorchLibrary
 from tiercache.shard.schema import Column, Schema
 
 N = 300

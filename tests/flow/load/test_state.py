@@ -9,7 +9,7 @@ from tests.support.records import ids_of, make_columns
 
 import tiercache as tc
 from tiercache.errors import UnsupportedFormat
-from tiercache.load.state import STATE_FORMAT, RunState, reopen
+from tiercache.load.epoch import STATE_FORMAT, RunState, reopen
 from tiercache.model import SourcePart
 
 

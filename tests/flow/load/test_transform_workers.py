@@ -28,8 +28,8 @@ from torch.utils.data import get_worker_info
 from torchvision.transforms import v2
 
 import tiercache as tc
-from tiercache.load import stage, transform_workers
-from tiercache.load.shared_block import SharedBlock
+from tiercache.load import pipeline, transform_workers
+from tiercache.load.transform_workers import SharedBlock
 from tiercache.waiting import wait_for
 
 N = 101
@@ -390,7 +390,7 @@ def _wait_and_open(gate):
 
 
 def test_an_epoch_begins_while_a_thread_of_the_one_before_still_reads_a_batch(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "THREAD_END_S", 0.01)
+    monkeypatch.setattr(pipeline, "THREAD_END_S", 0.01)
     gate, made = tmp_path / "open", itertools.count()
 
     def slow_after_a_batch(record):

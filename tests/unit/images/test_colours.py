@@ -17,9 +17,16 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from tiercache._native.pixels import BRIGHTNESS, CONTRAST, SATURATION
+from tiercache.images.decode_image import (
+    N_COLOUR_DRAWS,
+    N_DRAWS,
+    DecodeImage,
+    ImageDraws,
+    draw_key,
+    keyed_draws,
+    plan_colours,
+)
 from tiercache.images.decoder import Decoder, in_layout
-from tiercache.images.image_plan import N_COLOUR_DRAWS, N_DRAWS, ImageDraws, draw_key, keyed_draws, plan_colours
-from tiercache.images.options import DecodeImage
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 JITTER: dict[str, Any] = {"brightness": 0.4, "contrast": (0.5, 1.7), "saturation": 0.6}

@@ -11,8 +11,7 @@ from scipy import stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from tiercache.images.image_plan import N_DRAWS, draw_key, fresh_draws, keyed_draws, plan_crop
-from tiercache.images.options import DecodeImage
+from tiercache.images.decode_image import N_DRAWS, DecodeImage, draw_key, fresh_draws, keyed_draws, plan_crop
 
 GOLDEN = [0.4238178365345855, 0.6353276264334768, 0.060577275508620576]  # of seed 1, epoch 2, position 3
 SIDES = st.integers(1, 3000)

@@ -17,8 +17,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from tiercache.images import decoder
+from tiercache.images.decode_image import DecodeImage
 from tiercache.images.decoder import DecodeError, Decoder
-from tiercache.images.options import DecodeImage
 
 WHOLE = DecodeImage(None, layout="HWC")
 FAST = DecodeImage(None, layout="HWC", dct="fast")
@@ -255,7 +255,7 @@ def test_a_missing_library_is_an_error_that_names_the_extra(module, name):
 import sys
 sys.modules[{module!r}] = None
 from tiercache.images.decoder import Decoder
-from tiercache.images.options import DecodeImage
+from tiercache.images.decode_image import DecodeImage
 try:
     Decoder(DecodeImage(8))
 except ImportError as error:

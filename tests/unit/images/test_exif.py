@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from tests.support.pictures import encode, picture
 
+from tiercache.images.decode_image import N_DRAWS, DecodeImage
 from tiercache.images.decoder import Decoder, exif_orientation
-from tiercache.images.image_plan import N_DRAWS
-from tiercache.images.options import DecodeImage
 
 ORIENTATIONS = range(1, 9)
 FORMATS = ("jpeg", "png", "webp")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tiercache.load.pipeline import summarise
+from tiercache.load.engine import summarise
 from tiercache.stats import WaitHistogram
 
 

@@ -4,13 +4,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.load.prefetch import (
+from tiercache.load.windows import (
     MAX_TASK_BYTES,
     STEP_BYTES,
     TASKS_A_THREAD,
     count_near,
-    plan_load_tasks,
-    plan_steps,
+    cut_load_tasks,
+    cut_steps,
     task_bytes,
 )
 from tiercache.order import Window
@@ -46,7 +46,7 @@ blocks = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40 << 20), st.bool
 def test_each_block_is_in_one_task_and_a_task_is_of_one_shard(drawn, n_threads):
     window = make_window([b[0] for b in drawn], [b[1] for b in drawn])
     needed = np.array([b[2] for b in drawn])
-    mapped, loaded = plan_load_tasks(window, needed, n_threads, lambda shard: shard % 2 == 0)
+    mapped, loaded = cut_load_tasks(window, needed, n_threads, lambda shard: shard % 2 == 0)
     tasks = [*mapped, *loaded]
     assert sorted(place for task in tasks for place in task) == np.flatnonzero(needed).tolist()
     assert all(window.shards[task[0]] % 2 == 0 for task in mapped)
@@ -63,13 +63,13 @@ def test_a_task_is_not_larger_than_its_share_unless_it_is_one_block(drawn, n_thr
     needed = np.ones(len(drawn), bool)
     limit = task_bytes(window.raw_bytes, n_threads)
     assert limit <= MAX_TASK_BYTES
-    for task in plan_load_tasks(window, needed, n_threads, lambda _: False)[1]:
+    for task in cut_load_tasks(window, needed, n_threads, lambda _: False)[1]:
         assert len(task) == 1 or int(window.block_bytes[task].sum()) <= limit
 
 
 def test_a_window_in_one_shard_has_work_for_every_thread():
     window = make_window([0] * 64, [1 << 20] * 64)
-    tasks = plan_load_tasks(window, np.ones(64, bool), 4, lambda _: False)[1]
+    tasks = cut_load_tasks(window, np.ones(64, bool), 4, lambda _: False)[1]
     sizes = [int(window.block_bytes[task].sum()) for task in tasks]
     assert len(tasks) == 4 * TASKS_A_THREAD
     assert max(sizes) == min(sizes)
@@ -83,7 +83,7 @@ def test_steps_hold_every_page_of_the_ranges_once_and_no_other(drawn):
     starts, n_bytes = _ranges_of(drawn)
     expected = {page for at, n in zip(starts, n_bytes, strict=True) if n for page in _pages_of(at, n)}
     pages = merge_pages(starts, n_bytes)
-    steps = plan_steps(pages)
+    steps = cut_steps(pages)
     assert [page for at, n in steps for page in range(at // PAGE, (at + n) // PAGE)] == sorted(expected)
     assert all(at % PAGE == n % PAGE == 0 for at, n in [*steps, *pages.tolist()])
     assert all(at // STEP_BYTES == (at + n - 1) // STEP_BYTES for at, n in steps)

@@ -23,7 +23,7 @@ from tests.support.order_oracle import (
     uniform,
 )
 
-from tiercache.load.epoch import RUN_PIECES, RUN_ROWS, Piece, PieceSizes, pieces
+from tiercache.load.pieces import RUN_PIECES, RUN_ROWS, Piece, PieceSizes, cut_pieces
 from tiercache.order import BlockSizes, DatasetSizes, EpochOrder, OrderOptions, RankPlan, Window
 from tiercache.order.window import MOST_ROWS, allocate_rows
 
@@ -66,7 +66,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 def served(case: Case, plan: RankPlan) -> tuple[list[list[Record]], list[Piece]]:
     """The rank's batches, cut from its pieces one after the other; and the pieces."""
-    every = list(pieces(case.order, plan, case.sizes))
+    every = list(cut_pieces(case.order, plan, case.sizes))
     rows = [record for piece in every for record in records_of(piece.windows, *piece.rows())]
     size = case.ranks.batch_size
     found = [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -151,7 +151,7 @@ def test_pieces_of_a_rank_alone_or_with_a_stream_of_its_own_are_runs_and_longer_
     for world_size in (1, 4):
         order = EpochOrder(dataset_sizes, OrderOptions(1, True, None, None, streams=world_size), 0)
         plan = RankPlan(0, world_size, 0, 256, True, order.n_records, order.n_streams)
-        found = list(itertools.islice(pieces(order, plan, RUN_PIECES), 5))
+        found = list(itertools.islice(cut_pieces(order, plan, RUN_PIECES), 5))
         assert all(piece.run is not None for piece in found)
         assert [piece.n_rows for piece in found] == [1 << 15, 1 << 17, 1 << 19, RUN_ROWS, RUN_ROWS]
 
@@ -182,7 +182,7 @@ def test_a_rank_with_few_rows_of_a_window_needs_only_their_blocks(case: Case, da
 
 
 def mixed_pieces(data: Mixed, epoch: int, plan: RankPlan, sizes: PieceSizes) -> list[Piece]:
-    return list(pieces(data.order(epoch), plan, sizes))
+    return list(cut_pieces(data.order(epoch), plan, sizes))
 
 
 @settings(max_examples=SOME)
@@ -280,7 +280,7 @@ def test_a_window_whose_last_row_was_served_is_in_no_later_piece() -> None:
 def test_blocks_before_the_position_are_not_needed_of_an_unshuffled_window() -> None:
     data = uniform(2, 10, 100, 10)
     order = EpochOrder(data.dataset_sizes, OrderOptions(1, False, None, None), 0)
-    first = next(pieces(order, RankPlan(750, 1, 0, 50, False, 2000), PieceSizes(10)))
+    first = next(cut_pieces(order, RankPlan(750, 1, 0, 50, False, 2000), PieceSizes(10)))
     assert [needed.tolist() for needed in first.needed] == [[False] * 7 + [True] * 13]
 
 
@@ -289,7 +289,7 @@ def test_pieces_grow_from_a_small_first_one() -> None:
     dataset_sizes = DatasetSizes(np.full(100, 10**7), np.full(100, 10 << 20), lambda shards: [footer] * len(shards))
     order = EpochOrder(dataset_sizes, OrderOptions(1, True, None, None, streams=4), 0)
     plan = RankPlan(0, 2, 1, 256, True, order.n_records, order.n_streams)
-    found = list(itertools.islice(pieces(order, plan), 6))
+    found = list(itertools.islice(cut_pieces(order, plan), 6))
     assert [piece.n_rows for piece in found] == [1 << 15, 1 << 17, *[1 << 18] * 4]
     assert [window.stream for window in found[-1].windows] == [2, 3]
 
@@ -300,5 +300,5 @@ def test_rows_of_one_section_reuse_memory() -> None:
     used = {rows.ctypes.data for rows in lent}
     del lent
     order = EpochOrder(uniform(2, 10, 10_000, 10).dataset_sizes, OrderOptions(1, False, None, None), 0)
-    piece = next(pieces(order, RankPlan(0, 1, 0, 50, False, 200_000)))
+    piece = next(cut_pieces(order, RankPlan(0, 1, 0, 50, False, 200_000)))
     assert {rows.ctypes.data for rows in piece.rows()} == used

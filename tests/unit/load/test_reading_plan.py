@@ -12,9 +12,8 @@ from tests.support.mixture_oracle import Mixed, mixtures
 from tests.support.order_oracle import uniform
 from tests.unit.load.test_pieces import Case, cases
 
-from tiercache.load import reading_plan as module
-from tiercache.load.epoch import OrderShare
-from tiercache.load.reading_plan import ReadClock, find_shard_uses, make_reading_plan
+from tiercache.load import epoch as module
+from tiercache.load.epoch import OrderShare, ReadClock, find_shard_uses, make_reading_plan
 from tiercache.model import NEVER
 from tiercache.order import EpochOrder, OrderOptions, RankPlan
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.data.output_spec import Buffer
-from tiercache.load.shared_block import SharedBlock, read
+from tiercache.load.transform_workers import SharedBlock, read
 
 Pair = namedtuple("Pair", ["left", "right"])
 DTYPES = [torch.bool, torch.uint8, torch.int16, torch.uint16, torch.int64, torch.float16, torch.bfloat16, torch.float64]

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from tiercache.load.decode import _DecodeQueue, _Job
-from tiercache.load.stage import StageQueue
+from tiercache.load.pipeline import StageQueue
 from tiercache.load.transform_workers import Job, JobQueue
 from tiercache.waiting import wait_for
 

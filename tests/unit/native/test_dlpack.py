@@ -14,8 +14,9 @@ from torch.utils.dlpack import from_dlpack
 
 from tiercache._native import gather
 from tiercache._native.ring import Plan, Ring, RowType, held_bytes
-from tiercache.load import torch_library
-from tiercache.load.torch_library import TORCH_DTYPES, TorchLibrary
+from tiercache.load import loader as loader_module
+from tiercache.load.loader import TorchLibrary
+from tiercache.load.transform import TORCH_DTYPES
 
 N_ROWS, BATCH_ROWS = 40, 8
 DTYPES = list(TORCH_DTYPES.values())
@@ -60,7 +61,7 @@ def ring(rows):
 @pytest.mark.parametrize("shape", [(), (3,), (2, 1, 4), (0,)], ids=str)
 def test_a_tensor_over_a_slot_has_its_dtype_shape_and_bytes(monkeypatch, dtype, shape, by_dlpack):
     if not by_dlpack:  # as with a torch that does not take the dtype so
-        monkeypatch.setattr(torch_library, "_dlpack_code", lambda _: None)
+        monkeypatch.setattr(loader_module, "_dlpack_code", lambda _: None)
     expected = torch.arange(BATCH_ROWS * max(int(np.prod(shape)), 1)).to(dtype)[: BATCH_ROWS * int(np.prod(shape))]
     width = int(np.prod(shape)) * dtype.itemsize
     stored = expected.view(torch.uint8).numpy() if dtype is not torch.bool else expected.numpy().view(np.uint8)
@@ -89,7 +90,7 @@ def test_a_tensor_without_elements_does_not_alias_the_next_column(rows, ring):
 
 
 def test_torch_accepts_every_dtype_by_dlpack():
-    assert [dtype for dtype in TORCH_DTYPES if torch_library._dlpack_code(dtype) is None] == []
+    assert [dtype for dtype in TORCH_DTYPES if loader_module._dlpack_code(dtype) is None] == []
 
 
 def test_memory_is_reused_only_after_the_last_tensor_over_it_is_dropped(rows, ring):

@@ -8,36 +8,29 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import cache
 from threading import Event
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tiercache import config
 from tiercache._native.mapping import are_resident
+from tiercache.data.records import Records
 from tiercache.errors import CorruptShard
+from tiercache.load.pieces import AnyPiece, ArrayPiece, _touched
 from tiercache.model import format_bytes
-from tiercache.shard.blocks import renew_checks
+from tiercache.order import AnyWindow
+from tiercache.shard.blocks import Blocks, renew_checks
 from tiercache.store.remote import stop_retries_when
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from concurrent.futures import Executor
-
-    from numpy.typing import NDArray
-
-    from tiercache.data.records import Records
-    from tiercache.load.corrupt import RecordLocation
-    from tiercache.load.epoch import Piece
-    from tiercache.order import AnyWindow
-    from tiercache.shard.blocks import Blocks
-
 
 # Load tasks per thread: at the end the other threads wait at most for one such task.
 TASKS_A_THREAD = 2
+
 # A task costs about 0.2 ms beside its bytes. A task of 16 MiB is decoded in 20 ms, which is how long close() may wait.
 MIN_TASK_BYTES, MAX_TASK_BYTES = 1 << 20, 16 << 20
 
@@ -298,47 +291,9 @@ class WindowLoad:
 # Share of the memory limit for windows, two of which are in memory at a time; the rest is for the model and the
 # batches.
 WINDOWS_SHARE = 2
+
 # Rows examined for one slice: enough to fill any slice that does not hold its windows whole, and quick to examine.
 LOOK_ROWS = 1 << 13
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ArrayPiece:
-    """Rows whose locations are arrays, with the other attributes of an `epoch.Piece`. Immutable.
-
-    Attributes:
-        block: uint32[n], numbered through the blocks of all windows.
-        row: uint32[n], row inside the block.
-        replaced: int64[m], rising, the rows whose records are replaced.
-    """
-
-    windows: tuple[AnyWindow, ...]
-    needed: tuple[NDArray[np.bool_], ...]
-    block: NDArray[np.uint32]
-    row: NDArray[np.uint32]
-    replaced: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    run: None = None  # the rows are never a run
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows."""
-        return len(self.row)
-
-    def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """See Piece.rows."""
-        return self.block, self.row
-
-    def locate(self, index: int) -> RecordLocation:
-        """Return the location of a row's record, in the order's row numbers."""
-        block = int(self.block[index])
-        for window in self.windows:
-            if block < len(window.blocks):
-                return int(window.shards[block]), int(window.blocks[block]), int(self.row[index])
-            block -= len(window.blocks)
-        raise IndexError(f"block {block} behind the last of a piece")
-
-
-AnyPiece: TypeAlias = "Piece | ArrayPiece"
 
 
 class MemoryPressure:
@@ -426,80 +381,15 @@ class MemoryPressure:
         return int(first[turn[n_blocks]]) if n_blocks < len(blocks) else len(block)
 
 
-# Bytes of the blocks of the first slice of an epoch: a store sends them in about the time of two round trips.
-SLICE_BYTES = 4 << 20
-# Blocks of a first piece of less than this many slices come in a second or less: then slices only cost requests.
-MIN_SLICES = 32
-# Blocks between needed ones are requested with them up to this gap, because later windows need them in any case, and
-# a request costs more. docs/design.md compares the limits of all layers.
-BLOCK_GAP_BYTES = 128 << 10
-
-
-def is_worth_slicing(piece: AnyPiece) -> bool:
-    """Return whether the blocks of an epoch's first piece are so many that its first batch should not wait for all."""
-    n_bytes = sum(int(w.block_bytes[needed].sum()) for w, needed in zip(piece.windows, piece.needed, strict=True))
-    return n_bytes > MIN_SLICES * SLICE_BYTES
-
-
-def start_slices(piece: AnyPiece, n_rows: int) -> Iterator[ArrayPiece]:
-    """Yield the rows of an epoch's first piece in slices, so that a batch waits only for the blocks of its own rows.
-
-    The rows and their order are those of the piece. The first slice has n_rows, doubled while the blocks of the slice
-    have less than SLICE_BYTES. Each slice is at least twice as long as the one before, so that each block is in few
-    slices.
-    """
-    block, row = piece.rows()
-    sizes = np.concatenate([window.block_bytes for window in piece.windows])
-    start = 0
-    while start < len(row):
-        while start + n_rows < len(row) and int(sizes[np.unique(block[start : start + n_rows])].sum()) < SLICE_BYTES:
-            n_rows *= 2
-        stop = min(start + n_rows, len(row))
-        yield ArrayPiece(piece.windows, _touched(piece.windows, block[start:stop]), block[start:stop], row[start:stop])
-        start, n_rows = stop, 2 * n_rows
-
-
-def shards_of(window: AnyWindow, needed: NDArray[np.bool_]) -> list[int]:
-    """Return the shards of the needed blocks of a window, in the order in which the window names them."""
-    return list(dict.fromkeys(window.shards[needed].tolist()))
-
-
-def blocks_by_shard(window: AnyWindow, needed: NDArray[np.bool_]) -> list[tuple[int, list[int]]]:
-    """Return the needed blocks of a window by shard, shards in the order in which the window names them.
-
-    Blocks in short gaps between them are needed later, and are returned too (see BLOCK_GAP_BYTES).
-    """
-    found: dict[int, list[int]] = {}
-    for shard, block in zip(window.shards[needed].tolist(), window.blocks[needed].tolist(), strict=True):
-        found.setdefault(shard, []).append(block)
-    sizes = window.block_bytes[needed]
-    longest_gap = BLOCK_GAP_BYTES // max(int(sizes.mean()), 1) if len(sizes) else 0
-    return [(shard, _with_short_gaps(blocks, longest_gap)) for shard, blocks in found.items()]
-
-
-def _with_short_gaps(blocks: list[int], longest_gap: int) -> list[int]:
-    """Return block numbers, sorted, with those between them where at most longest_gap blocks are missing."""
-    ordered = sorted(blocks)
-    with_gaps = ordered[:1]
-    for block in ordered[1:]:
-        first = with_gaps[-1] + 1
-        with_gaps += range(first if block - first <= longest_gap else block, block + 1)
-    return with_gaps
-
-
-def _touched(windows: tuple[AnyWindow, ...], block: NDArray[np.uint32]) -> tuple[NDArray[np.bool_], ...]:
-    ends = np.cumsum([len(window.blocks) for window in windows])
-    touched = np.zeros(int(ends[-1]), np.bool_)
-    touched[block] = True
-    return tuple(np.split(touched, ends[:-1]))
-
-
 # Share of the memory that the process does not use, for the pages of one window of each stream. Two windows are
 # prefetched at a time; more pages would evict pages that are still to be served.
 NEAR_SHARE = 3
+
 # Bytes per request: enough to read any disk at full speed, and close() never waits for more.
 STEP_BYTES = 4 << 20
+
 _LINUX = sys.platform == "linux"
+
 # Linux's numbers; COLD since 5.4, POPULATE_READ since 5.14.
 _RANDOM, _WILLNEED, _DONTNEED, _COLD, _POPULATE_READ = 1, 3, 4, 20, 22
 
