@@ -255,7 +255,7 @@ def test_at_the_end_of_an_epoch_no_shard_is_in_use(server, packed, tmp_path, mon
     monkeypatch.setattr(OpenedVersion, "publish", lambda self, plan: (plans.append(plan), publish(self, plan))[1])
     monkeypatch.setattr(ReleasingPlan, "advance", lambda self, clock: (clocks.append(clock), advance(self, clock))[1])
     # The preparation of the next epoch may open its first shards before this one has ended.
-    monkeypatch.setattr("tiercache.load.epoch.NextEpoch.prepare", lambda *_: None)
+    monkeypatch.setattr("tiercache.load.planner.NextEpoch.prepare", lambda *_: None)
     with tc.Cache(tmp_path / "cache", size=packed[2] // 2, min_free=0) as cache:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

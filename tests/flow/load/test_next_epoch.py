@@ -183,7 +183,7 @@ def test_the_next_epoch_does_not_wait_for_a_preparation_that_did_not_begin(make_
     gate = threading.Event()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "tiercache.load.epoch.loading_pool", lambda n, **options: (gate.wait(30), loading_pool(n, **options))[1]
+            "tiercache.load.planner.loading_pool", lambda n, **options: (gate.wait(30), loading_pool(n, **options))[1]
         )
         iterator = iter(loader)
         start_s = time.monotonic()
@@ -332,7 +332,7 @@ def test_closing_the_data_set_during_preparation_loads_nothing(server, loads, mo
         after.append(len(loads))
         return loading_pool(*arguments, **options)
 
-    monkeypatch.setattr("tiercache.load.epoch.loading_pool", closing)
+    monkeypatch.setattr("tiercache.load.planner.loading_pool", closing)
     ids_of(loader)  # epochs follow one another by now
     join_loading()
     assert after == [len(loads)]

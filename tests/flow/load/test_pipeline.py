@@ -105,7 +105,7 @@ def test_a_failed_preparation_is_reported_by_the_epoch_itself(make_dataset, monk
         raise PermissionError(errno.EACCES, "not for you")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tiercache.load.epoch.loading_pool", refuse)  # of the next epoch alone
+        patch.setattr("tiercache.load.planner.loading_pool", refuse)  # of the next epoch alone
         assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(100))
         join_loading()
     assert sorted(i for ids in ids_of(loader) for i in ids) == list(range(100))

@@ -195,7 +195,7 @@ def loads_by_rank(monkeypatch, dataset, world_size, **options):
 
 def test_two_ranks_on_a_node_read_and_decode_each_block_once(make_dataset, monkeypatch):
     path = make_dataset(2000)
-    monkeypatch.setattr("tiercache.load.epoch.NextEpoch.prepare", lambda *_: None)  # of the next epoch
+    monkeypatch.setattr("tiercache.load.planner.NextEpoch.prepare", lambda *_: None)  # of the next epoch
     options = {"shuffle_window_bytes": "8KiB"}
     first, second = loads_by_rank(monkeypatch, path, 2, **options)
     n_blocks = sum(len(table.records) for table in tables_of(path))
