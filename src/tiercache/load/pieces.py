@@ -406,7 +406,9 @@ def start_slices(piece: AnyPiece, n_rows: int) -> Iterator[ArrayPiece]:
         while start + n_rows < len(row) and int(sizes[np.unique(block[start : start + n_rows])].sum()) < SLICE_BYTES:
             n_rows *= 2
         stop = min(start + n_rows, len(row))
-        yield ArrayPiece(piece.windows, _touched(piece.windows, block[start:stop]), block[start:stop], row[start:stop])
+        yield ArrayPiece(
+            piece.windows, touched_blocks(piece.windows, block[start:stop]), block[start:stop], row[start:stop]
+        )
         start, n_rows = stop, 2 * n_rows
 
 
@@ -438,7 +440,7 @@ def _with_short_gaps(blocks: list[int], longest_gap: int) -> list[int]:
     return with_gaps
 
 
-def _touched(windows: tuple[AnyWindow, ...], block: NDArray[np.uint32]) -> tuple[NDArray[np.bool_], ...]:
+def touched_blocks(windows: tuple[AnyWindow, ...], block: NDArray[np.uint32]) -> tuple[NDArray[np.bool_], ...]:
     ends = np.cumsum([len(window.blocks) for window in windows])
     touched = np.zeros(int(ends[-1]), np.bool_)
     touched[block] = True

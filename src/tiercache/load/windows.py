@@ -22,7 +22,7 @@ from tiercache import config
 from tiercache._native.mapping import are_resident
 from tiercache.data.records import Records
 from tiercache.errors import CorruptShard
-from tiercache.load.pieces import AnyPiece, ArrayPiece, _touched
+from tiercache.load.pieces import AnyPiece, ArrayPiece, touched_blocks
 from tiercache.model import format_bytes
 from tiercache.order import AnyWindow
 from tiercache.shard.blocks import Blocks, renew_checks
@@ -344,7 +344,7 @@ class MemoryPressure:
         while start < len(row):
             stop = start + self._fitting(block[start : start + LOOK_ROWS], sizes)
             part = block[start:stop]
-            yield ArrayPiece(piece.windows, _touched(piece.windows, part), part, row[start:stop])
+            yield ArrayPiece(piece.windows, touched_blocks(piece.windows, part), part, row[start:stop])
             start = stop
 
     def explain(self, url: str) -> str:
