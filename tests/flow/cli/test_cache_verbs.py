@@ -26,13 +26,6 @@ def test_warming_fetches_what_is_missing_and_only_that(tiercache, data_set, cach
     assert "are in the cache, 0 B of them fetched now" in tiercache("warm", data_set, *cache).out
 
 
-def test_fraction_selects_the_first_shards(tiercache, data_set, cache):
-    done = tiercache("warm", data_set, *cache, "--fraction", "1%", "--json").events[-1]
-    assert done["objects"] == 2  # one segment and one shard
-    assert tiercache("warm", data_set, *cache, "--fraction", "0%", "--json").events[-1]["objects"] == 1
-    assert tiercache("warm", data_set, *cache, "--include", "*-000001.tcs", "--json").events[-1]["fetched"] == 1
-
-
 def test_warm_fails_if_the_data_does_not_fit(tiercache, data_set, tmp_path):
     cache = "--cache", str(tmp_path / "small"), "--cache-size", "10KB"
     done = tiercache("warm", data_set, *cache, code=1)

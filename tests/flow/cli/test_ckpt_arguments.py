@@ -99,18 +99,6 @@ def test_every_command_takes_a_run_and_which(root, tiercache, command):
         assert pin == {"pinned": command == "pin", "why": ""}
 
 
-def test_rm_deletes_only_the_checkpoint_that_is_meant(root, tiercache, steps):
-    write(root / "run", "own", 10, 30, 20)
-    tiercache("ckpt", "rm", "run/best:loss", "run/10", "--yes")
-    assert steps("run") == [20]
-
-
-def test_ls_takes_several_paths_as_a_shell_makes_them_of_a_glob(root, tiercache):
-    write(root / "run", "dcp", 10, 30)
-    events = tiercache("ckpt", "ls", "run/step-10", "run/step-30", "--json").events
-    assert [one["step"] for one in events[:-1]] == [10, 30]
-
-
 def test_a_pin_does_not_change_which_checkpoint_is_the_latest(root, tiercache, steps):
     with tc.Checkpoints(root / "run", pending=3) as checkpoints:
         for step in (5, 10, 20):
@@ -172,24 +160,6 @@ def test_a_folder_outside_the_tiers_is_found_with_its_path(root, tiercache, step
     write(root / "elsewhere/run", "dcp", 10, 20)
     assert steps("./elsewhere/run/latest") == [20]
     assert "a local folder is written ./FOLDER" in tiercache("ckpt", "ls", "elsewhere/run", code=1).err
-
-
-def test_a_relative_path_into_a_tier_is_found(root, steps):
-    (root / "tiercache.toml").write_text(RULES)
-    write(root / "store/run", "dcp", 10, 20)
-    assert steps("./store/run/latest") == [20]
-    assert sorted(steps("./store/*/step-*")) == [10, 20]
-
-
-def test_without_a_rule_file_only_the_folder_of_the_run_is_listed(root, steps):
-    write(root / "run", "own", 10)
-    write(root / "data", "dcp", 20)
-    (root / "data").chmod(0)
-    (root / "locked").symlink_to(root / "nowhere")
-    try:
-        assert steps("run") == steps("run/latest") == [10]
-    finally:
-        (root / "data").chmod(0o755)
 
 
 # -- incomplete checkpoints ----------------------------------------------------------------------------------------

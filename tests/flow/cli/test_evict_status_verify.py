@@ -2,12 +2,11 @@
 
 import json
 import os
-import time
 
 import pytest
 
-from tiercache.cache import Cache, Entry
-from tiercache.cli.cache import by_data_set, least_recently_used, summary_of
+from tiercache.cache import Cache
+from tiercache.cli.cache import summary_of
 from tiercache.data.dataset import Dataset
 from tiercache.store import open_store
 
@@ -31,15 +30,6 @@ def damage(path, offset=100):
     path.chmod(0o600)
     path.write_bytes(data)
     path.chmod(0o400)
-
-
-def age(path, seconds):
-    then = time.time() - seconds
-    os.utime(path, (then, then))
-
-
-def entry(name, n_bytes=10, **more):
-    return Entry(name, f"s3://b/{name}", n_bytes, pinned=False, last_use=0, **more)
 
 
 class TestEvict:
@@ -77,18 +67,8 @@ class TestEvict:
         for flag in ("--target-size",):
             assert f"{flag}: not a" in tiercache("evict", "--all", *cache, flag, "x", code=2).err
 
-    def test_the_least_recently_used_copies_are_evicted_first(self):
-        copies = [entry(name) for name in "abcd"]
-        assert [e.name for e in least_recently_used(copies, 40, 25)] == ["a", "b"]
-        assert [e.name for e in least_recently_used(copies, 40, 40)] == []
-        assert [e.name for e in least_recently_used(copies, 40, None)] == list("abcd")
-
 
 class TestStatus:
-    def test_partial_copies_are_counted_separately(self):
-        rows = by_data_set([entry("a"), entry("a", in_part=True)])
-        assert [(row["copies"], row["parts"], row["bytes"]) for row in rows] == [(1, 1, 20)]
-
     def test_the_table_has_a_column_for_partial_copies(self, tiercache, cache, tmp_path):
         rows = [{"small": i, "large": os.urandom(2000).hex()} for i in range(200)]
         (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -141,12 +121,6 @@ class TestStatus:
 
 
 class TestVerify:
-    def test_verify_accepts_correct_copies(self, tiercache, data_set, cache, warmed):
-        done = tiercache("verify", *cache, "--json").events[-1]
-        assert (done["copies"], done["damaged"]) == (len(warmed), 0)
-        assert done["bytes"] == sum(path.stat().st_size for path in warmed)
-        assert tiercache("verify", data_set, *cache).out.endswith(": nothing is corrupt\n")
-
     def test_a_damaged_copy_is_named_and_stays_without_repair(self, tiercache, data_set, cache, warmed):
         damage(warmed[0])
         copy, summary = tiercache("verify", *cache, "--json", code=4).events
@@ -176,13 +150,6 @@ class TestVerify:
         both = tiercache("verify", *cache, "--json").events[-1]["copies"]
         assert tiercache("verify", data_set, *cache, "--json").events[-1]["copies"] == len(warmed) < both
         assert tiercache("verify", data_set, *cache, "--include", "*-000000.tcs", "--json").events[-1]["copies"] == 1
-
-    def test_the_configured_cache_is_checked_on_demand(self, tiercache, photos, tmp_path, monkeypatch):
-        monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(tmp_path / "configured"))
-        tiercache("pack", photos, "memory://test-cli-verify")
-        tiercache("warm", "memory://test-cli-verify")
-        for flag in ("--cached", "--repair"):
-            assert tiercache("verify", "memory://test-cli-verify", flag, "--json").events[-1]["copies"] == 2
 
     def test_flags_of_verify_for_stores_are_usage_errors(self, tiercache, data_set, cache):
         assert "verify needs a URL, or --cached" in tiercache("verify", code=2).err

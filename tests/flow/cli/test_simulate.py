@@ -44,12 +44,6 @@ class TestTraces:
                 clock, sizes = access.trace.clock[mine], access.trace.n_bytes[mine]
                 assert clock.tolist() == (np.cumsum(sizes) - sizes).tolist()
 
-    def test_a_sticky_node_reads_the_same_shards_in_every_epoch_and_a_global_one_does_not(self):
-        for placement, same in (("sticky", True), ("global", False)):
-            found = accesses(Training(1, world_size=2, placement=placement), 2, 2)[0]
-            read = [set(found.trace.names[found.epoch == epoch].tolist()) for epoch in (0, 1)]
-            assert (read[0] == read[1]) is same
-
     def test_ranks_that_nodes_cannot_share_evenly_are_an_error(self):
         with pytest.raises(ValueError, match="3 ranks cannot be divided evenly among 2 nodes"):
             accesses(Training(1, world_size=3), 2, 1)
@@ -91,14 +85,6 @@ class TestVerb:
         whole = [c for c in cases if c["share"] == 1.0]
         assert {c["epoch_bytes"] for c in whole} == {0}
         assert {c["first_bytes"] for c in cases} == {summary["data_bytes"]}
-
-    def test_the_table_has_a_row_for_each_case(self, tiercache, data_set):
-        flags = "--size", "50%", "--size", "1KB"
-        text = tiercache("simulate", data_set, *flags).out.splitlines()
-        assert text[0].split() == ["policy", "cache", "of", "data", "hits", "fetched", "per", "epoch", "requests"]
-        assert [line.split()[0] for line in text[1:3]] == ["plan", "plan"]
-        assert text[-1].startswith(f"{data_set}: ")
-        assert text[-1].endswith(", read by 1 rank on 1 node in 5 epochs")
 
     def test_a_training_can_be_described(self, tiercache, data_set):
         flags = "--ranks", "4", "--nodes", "2", "--placement", "global", "--shuffle-group", "all", "--seed", "5"

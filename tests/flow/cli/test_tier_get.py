@@ -133,41 +133,14 @@ def test_a_deletion_that_a_rule_asks_for_waits_for_the_hold(tiercache, root, clo
     assert "step-9" not in step_files(root, "nvme") + step_files(root, "cold")
 
 
-@pytest.mark.parametrize(
-    "named",
-    [
-        "runs/a/step-9/**",
-        "runs/*/step-9",
-        "{root}/nvme/runs/a/step-9",
-        "runs/a/step-9/model.bin",
-        "{root}/cold/runs/a/step-9",
-    ],
-)
-def test_a_checkpoint_is_named_by_path_glob_or_old_location(tiercache, root, named):
-    events = tiercache("tier", "get", named.format(root=root), "--dry-run", "--json").events
-    assert [one["path"] for one in events if one["event"] == "move"] == ["runs/a/step-9"]
-
-
 def test_a_pattern_that_matches_nothing_is_an_error(tiercache, root):
     assert "no object has this name or matches it" in tiercache("tier", "get", "runs/b", code=1).err
-
-
-def test_a_file_comes_back_from_the_next_tier(tiercache, root):
-    assert not (root / "nvme/notes/a.txt").exists()
-    tiercache("tier", "get", "notes/a.txt", "--yes")
-    assert (root / "nvme/notes/a.txt").read_text() == "kept by nobody"
 
 
 def test_a_recall_to_another_tier_than_the_first_is_possible(tiercache, root):
     tiercache("tier", "get", "runs/a/step-9", "--to", "standard", "--yes")
     assert step_files(root, "store") == ["step-9"]
     assert "step-9" not in step_files(root, "nvme")
-
-
-def test_what_is_there_already_is_only_held(tiercache, root):
-    tiercache("tier", "get", "runs/a/step-9", "--yes")
-    out = tiercache("tier", "get", "runs/a/step-9", "--hold", "30d", "--yes").out
-    assert out.startswith("0 groups recalled, 0 B copied; 1 group there already; held until ")
 
 
 def test_a_tier_without_room_refuses(tiercache, root):
@@ -218,18 +191,6 @@ def test_shards_are_not_recalled_to_a_tier_that_no_placement_leads_to(tiercache,
     reasons = {one["reason"] for one in done.events if one["event"] == "refused"}
     what = "shards are read from standard or through the cache: recall them to standard, and warm the cache"
     assert reasons == {what}
-
-
-def test_a_copy_that_was_made_by_hand_is_touched_by_no_run(tiercache, root, clock):
-    shutil.copytree(root / "cold/runs/a/step-9", root / "nvme/runs/a/step-9")
-    for _ in range(3):
-        clock.jump(3 * DAY_S)
-        done = tiercache("tier", "run", "--once", "--json").events
-        assert done[-1]["stopped"] == []
-        assert "step-9" in step_files(root, "nvme")
-        assert "step-9" in step_files(root, "cold")
-    out = tiercache("tier", "plan", "--json").events
-    assert "conflict" in next(one["reason"] for one in out if one.get("path") == "runs/a/step-9")
 
 
 @pytest.fixture

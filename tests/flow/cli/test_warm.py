@@ -51,13 +51,6 @@ class TestWhatATrainingReads:
         tiercache("warm", data_set, *cache, "--seed", "7", "--rank", "0-1/3", "--rank", "2/3")
         assert cached(tiercache, cache, data_set) == set(table.names.to_pylist())
 
-    def test_the_first_bytes_are_those_that_its_training_reads_first(self, tiercache, data_set, cache):
-        table = shards_of(data_set)
-        order = epoch_reads(table.n_records, table.n_bytes, Training(7))[0].shards
-        size = int(table.n_bytes[order[:2]].sum())
-        tiercache("warm", data_set, *cache, "--seed", "7", "--limit", str(size))
-        assert cached(tiercache, cache, data_set) == set(names(table, order[:2].tolist()))
-
     def test_warm_fetches_first_what_the_loader_reads_first(self, tiercache, data_set, cache):
         flags = "--seed", "7", "--shuffle-group", "1B", "--limit", "1B"
         tiercache("warm", data_set, *cache, *flags)
@@ -112,11 +105,6 @@ class TestColumns:
             assert dataset[list(range(400))]["small"].tolist() == list(range(400))
             dataset.close()
 
-    def test_a_later_warm_fetches_only_the_rest_of_a_partial_copy(self, tiercache, wide, cache):
-        tiercache("warm", wide, *cache, "--columns", "small")
-        assert tiercache("warm", wide, *cache, "--json").events[-1]["fetched"] > 1
-        assert tiercache("warm", wide, *cache, "--columns", "small", "--json").events[-1]["fetched"] == 0
-
     def test_all_columns_give_whole_copies(self, tiercache, wide, cache):
         names = "small,large"
         whole = tiercache("warm", wide, *cache, "--dry-run", "--json").events[-1]
@@ -143,13 +131,6 @@ def test_a_dry_run_says_whether_the_data_fits(tiercache, data_set, tmp_path):
     would = tiercache("warm", data_set, *small, "--dry-run", "--json").events[-1]
     assert (would["fits"], would["fetched"]) == (False, would["objects"])
     assert "; the cache has not enough space for them\n" in tiercache("warm", data_set, *small, "--dry-run").out
-
-
-def test_an_interrupted_warm_is_continued(tiercache, data_set, cache):
-    tiercache("warm", data_set, *cache, "--fraction", "50%")
-    first = tiercache("warm", data_set, *cache, "--dry-run", "--json").events[-1]
-    assert 0 < first["fetched"] < first["objects"]
-    assert tiercache("warm", data_set, *cache, "--json").events[-1]["fetched"] == first["fetched"]
 
 
 class TestPlanningCost:

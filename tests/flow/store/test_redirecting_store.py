@@ -220,20 +220,6 @@ def server(packed):
         yield server
 
 
-def test_a_run_over_moved_shards_does_not_request_them_from_home(server):
-    with HttpFaultServer() as cold:
-        moved = Moved(None, ServedStore(server, "home"))
-        moved.move(moved.keys[1::2], ServedStore(cold, "far"))
-        server.log.clear()
-        dataset = tc.Dataset(f"{server.url}/home", cache=False)
-        assert by_loader(dataset) == ALL
-        dataset.close()
-        gone = {f"/home/{key}" for key in moved.keys[1::2]}
-        assert [seen.path for seen in server.log if seen.path in gone] == []
-        assert {seen.path for seen in cold.log if seen.method == "GET"} == {f"/far/{key}" for key in moved.keys[1::2]}
-        assert all(seen.status < 400 for seen in cold.log)
-
-
 def test_the_counters_include_reads_from_other_locations(server):
     with HttpFaultServer() as cold:
         moved = Moved(None, ServedStore(server, "home"))

@@ -24,7 +24,7 @@ from tests.support.faults import Fault, FaultStore
 from tests.support.forks import in_a_fork
 from tests.support.http_server import HttpFault, HttpFaultServer
 from tests.support.moved_shards import Moved, N, ServedStore, by_loader, by_record
-from tests.support.stores import CountingStore, GateStore
+from tests.support.stores import CountingStore
 
 import tiercache as tc
 from tiercache.errors import StoreError
@@ -106,15 +106,6 @@ def _wait_for_reports(moved: Moved) -> bool:
     return bool(reports(moved))
 
 
-def test_an_untracked_data_set_gets_no_report(moved):
-    dataset = tc.Dataset(moved.store.url)
-    assert by_loader(dataset) == ALL
-    assert by_record(dataset) == ALL
-    assert not [t for t in threading.enumerate() if t.name == "tiercache-usage"]
-    dataset.close()
-    assert reports(moved) == []
-
-
 def test_a_store_that_cannot_be_written_is_read_without_reports(packed):
     objects = {f"home/{info.key}": LocalFolder(packed).get(info.key) for info in LocalFolder(packed).list()}
     with HttpFaultServer(objects) as server:
@@ -193,29 +184,6 @@ def test_racing_processes_and_threads_lose_no_use(moved):
     assert len(report(moved).shards) == 3
 
 
-def test_a_child_forked_during_a_report_writes_its_own_report(moved, monkeypatch):
-    monkeypatch.setattr(uses, "LOCK_S", 0.2)
-    moved.adopt()
-    gated = GateStore(moved.store)
-    recorder = UseRecorder(LocationResolver(gated, {}))
-    recorder.note("a")
-    gate = gated.stop_at("before_put", "*usage*")
-    reporting = threading.Thread(target=recorder.report)
-    reporting.start()
-
-    def child() -> int:
-        dataset = tc.Dataset(moved.store.url)
-        assert dataset[0]["id"] == 0
-        dataset.close()
-        return 0 if moved.keys[0] in report(moved).shards else 2
-
-    with gate:
-        gate.wait_reached()
-        assert in_a_fork(child) == 0
-    reporting.join()
-    recorder.close()
-
-
 def test_a_process_that_ends_makes_no_request_to_a_failed_store():
     home = CountingStore(FaultStore(MemoryStore("usage-at-exit"), [Fault("put", keys="*usage*", times=99)]))
     home.put("_tiercache/tiers.json", b"{}")
@@ -228,28 +196,6 @@ def test_a_process_that_ends_makes_no_request_to_a_failed_store():
     assert len(home.calls) == before
     recorder.close()
     home.delete(["_tiercache/tiers.json"])
-
-
-READ_AND_END = """
-import sys
-import tiercache as tc
-dataset = tc.Dataset(sys.argv[1])
-print(sum(len(batch["id"]) for batch in tc.DataLoader(dataset, batch_size=16)))
-"""
-
-
-def test_a_process_that_ends_without_closing_reports(moved):
-    moved.adopt()
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", READ_AND_END, moved.store.url],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.stdout.strip(), done.stderr) == (str(N), "")
-    found = report(moved)
-    assert found.readers == {}
-    assert set(found.shards) == set(moved.keys)
 
 
 READ_AND_END_OPEN = {

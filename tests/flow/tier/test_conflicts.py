@@ -48,15 +48,9 @@ def test_a_name_that_was_written_again_is_a_conflict_that_no_run_touches(folders
         report = folders.run()
         assert bytes_of(folders) == before
         assert list(conflicts(report)) == ["run/step-1"]
-
-
-def test_the_plan_names_both_sides_and_what_to_do(folders):
-    folders.save(1, version="again, and longer")
-    reason = conflicts(folders.run(dry_run=True))["run/step-1"]
-    assert "B of " in reason
-    assert "in hot" in reason
-    assert "in standard" in reason
-    assert "delete or rename the one that is not wanted" in reason
+    reason = conflicts(report)["run/step-1"]
+    for part in ("B of ", "in hot", "in standard", "delete or rename the one that is not wanted"):
+        assert part in reason
 
 
 @pytest.mark.parametrize("tier", ["hot", "standard"])
@@ -89,25 +83,6 @@ def test_copies_that_a_lost_catalog_does_not_know_are_compared_and_are_no_confli
     assert conflicts(report) == {}
     assert report.exit_code == DONE
     assert folders.lies(1) == ["standard"]
-
-
-def test_a_copy_that_another_machine_has_recalled_is_no_conflict(folders):
-    shutil.copytree(folders.root / "standard/run/step-1", folders.root / "hot/run/step-1")
-    file = folders.file
-    with Stores(file) as stores:
-        put_hold(stores.store("standard"), ["run/step-1"], until_s=2.0, now_s=1.0, why="recalled elsewhere")
-    report = folders.run()
-    assert conflicts(report) == {}
-    assert folders.lies(1) == ["standard"]
-
-
-def test_a_change_of_mode_is_no_conflict(folders):
-    folders.write_rules(
-        '[[rules]]\nmatch = "**"\nkeep_hot = { last = 1 }\nthen = "archive"\n[[pins]]\nmatch = "run/step-1/**"\n'
-    )
-    for name in STEP:
-        (folders.root / "standard" / name).chmod(0o600)
-    assert conflicts(folders.run()) == {}
 
 
 def test_what_another_machine_has_recalled_is_no_conflict_while_both_copies_stay(folders):

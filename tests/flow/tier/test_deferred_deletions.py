@@ -3,10 +3,9 @@
 from contextlib import suppress
 
 import pytest
-from tests.support.faults import Fault, FaultStore
+from tests.support.faults import Fault
 from tests.support.tier_moves import PARTS, HookAt, Killed, World, checkpoint, moved_away
 
-from tiercache.store import LocalFolder
 from tiercache.tier.journal import TierCatalog
 from tiercache.tier.move.deletions import DeletionFacts
 
@@ -29,18 +28,6 @@ def test_a_clock_that_was_ahead_does_not_prolong_the_grace_period(world):
 
 
 # -- last copies -----------------------------------------------------------------------------------------------------
-
-
-def test_a_deletion_waits_for_grace_and_is_made_if_rules_still_ask_for_it(world):
-    world.put("standard", "f")
-    world.put("archive", "f")
-    world.apply(world.plan(world.move("f", "standard", None, action="delete")))
-    world.facts = DeletionFacts(deletes=frozenset(["f"]))
-    world.run_due_deletions()
-    assert world.where("f") == ["standard", "archive"]
-    world.later()
-    assert world.run_due_deletions().n_made == 1
-    assert world.where("f") == []
 
 
 @pytest.mark.parametrize(
@@ -120,15 +107,6 @@ def test_a_change_to_an_archive_class_is_announced_and_waits(bucket):
     assert bucket.where("f") != []
 
 
-def test_a_change_to_a_readable_class_is_made_at_once(tmp_path):
-    world = World(tmp_path / "world", classes=True, shared=True, cold_class="STANDARD_IA")
-    world.put("standard", "f")
-    applied = world.apply(world.plan(world.move("f", "standard", "archive", action="reclass")))
-    assert (applied.n_made, applied.waiting_drops) == (1, 0)
-    assert class_of(world, "f") == "STANDARD_IA"
-    assert world.row("f") is None
-
-
 def test_the_newest_checkpoint_keeps_its_readable_copy(tmp_path):
     world = World(tmp_path / "world", classes=True)
     moved_away(world, "f")
@@ -146,16 +124,6 @@ def test_a_copying_move_within_one_location_is_refused(bucket):
 
 
 # -- disks -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def disk(world, tmp_path):
-    """The archive is a folder on which a disk is mounted."""
-    text = (world.root / "tiercache.toml").read_text()
-    (world.root / "tiercache.toml").write_text(text.replace(world.url("archive"), str(tmp_path / "disk")))
-    world.inner["archive"] = LocalFolder(tmp_path / "disk")
-    world.faulty["archive"] = FaultStore(world.inner["archive"])
-    return tmp_path / "disk"
 
 
 def test_deletions_that_rely_on_each_others_sources_are_not_made_together(world):

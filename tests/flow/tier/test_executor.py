@@ -34,42 +34,11 @@ def test_a_move_copies_commits_the_placement_and_keeps_its_source_until_grace_is
     assert world.where("f") == ["archive"]
 
 
-def test_a_move_to_home_removes_the_placement_row(world):
-    moved_away(world, "f")
-    world.later()
-    world.run_due_deletions()
-    world.apply(world.plan(world.move("f", "archive", "standard"), name="back"))
-    assert world.row("f") is None
-    world.later()
-    assert world.run_due_deletions().n_made == 1
-    assert world.where("f") == ["standard"]
-
-
-def test_applying_a_plan_twice_repeats_nothing(world):
-    plan, _ = moved_away(world, "f", "g")
-    calls = world.inner["archive"].counters.snapshot()["bytes_written"]
-    again = world.apply(plan)
-    assert (again.n_made, again.n_bytes, again.waiting_drops) == (2, 0, 2)
-    assert world.inner["archive"].counters.snapshot()["bytes_written"] == calls
-    world.later()
-    world.run_due_deletions()
-    assert world.apply(plan).n_made == 2
-
-
 def test_a_drop_without_a_verified_copy_is_stopped(world):
     world.put("standard", "f")
     world.put("archive", "f")
     applied = world.apply(world.plan(world.move("f", "standard", "archive", action="drop")))
     assert "found one that nobody has verified" in applied.stopped[0].reason
-
-
-def test_a_daily_plan_does_not_restart_the_grace_period(world):
-    moved_away(world, "f")
-    world.later(GRACE_S / 2)
-    world.apply(world.plan(world.move("f", "standard", "archive", action="drop"), name="tomorrow"))
-    world.later(GRACE_S / 2 + 1)
-    assert world.run_due_deletions().n_made == 1
-    assert world.journal() == {1: "cancelled"}
 
 
 @pytest.mark.parametrize("stopped", ["before it is begun", "when it is begun"])
@@ -110,17 +79,6 @@ def test_a_checkpoint_that_grew_since_it_was_copied_is_not_deleted(world):
 
 
 # -- a changed world --------------------------------------------------------------------------------------------------
-
-
-def test_a_source_that_changed_since_the_plan_stops_only_its_move(world):
-    world.put("standard", "f", "g")
-    plan = world.plan(*(world.move(key, "standard", "archive", number=n) for n, key in enumerate("fg", start=1)))
-    world.inner["standard"].put("f", b"new")
-    applied = world.apply(plan)
-    assert [(one.number, one.path) for one in applied.stopped] == [(1, "f")]
-    assert "expected 1000 bytes, found 3" in applied.stopped[0].reason
-    assert world.where("g") == ["standard", "archive"]
-    assert world.keys("archive") == ["g"]
 
 
 def test_readers_are_not_redirected_from_a_source_that_changed_during_the_copy(world):
@@ -258,16 +216,6 @@ def test_a_path_that_a_plan_has_twice_is_not_moved(world):
     moves = (world.move("f", "hot", "archive"), world.move("f", "archive", "hot", number=2))
     applied = world.apply(world.plan(*moves))
     assert [one.reason for one in applied.stopped] == ["expected one move of it in the plan"] * 2
-
-
-def test_a_copy_that_was_made_again_starts_a_new_grace_period(world):
-    moved_away(world, "f")
-    world.later(GRACE_S / 2)
-    world.inner["archive"].delete(["f"])
-    world.apply(world.plan(world.move("f", "standard", "archive"), name="tomorrow"))
-    world.later(GRACE_S / 2 + 1)
-    assert world.run_due_deletions().waiting_drops == 1
-    assert world.where("f") == ["standard", "archive"]
 
 
 @pytest.mark.parametrize("point", ["tier_move.recorded", "tier_move.looked", "tier_move.placed"])

@@ -3,13 +3,11 @@
 import os
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from tests.flow.tier.test_run_once import Tiers as Folders
 from tests.support.clock import JumpingClock
 from tests.support.tier_moves import TIERS, HookAt, Killed, World, content
 
-from tiercache.keep import KeepList, evaluate_keep_list
 from tiercache.tier.inventory.groups import take_inventory
 from tiercache.tier.journal import TierCatalog
 from tiercache.tier.move.mover import catalog_path
@@ -112,17 +110,6 @@ def test_a_move_between_folders_is_no_use(folders):
     move_all(folders)
     after = look(folders)
     assert after.last_use_s.tolist() == before.last_use_s.tolist()
-
-
-def test_keep_every_keeps_the_same_checkpoints_after_a_batch_was_moved(folders):
-    def named():
-        snapshot = look(folders)
-        return evaluate_keep_list(snapshot, np.arange(snapshot.n_groups), KeepList(every_s=6 * HOUR_S)).named.tolist()
-
-    before = named()
-    move_all(folders)
-    assert sum(before) == 3
-    assert named() == before
 
 
 @pytest.mark.parametrize("point", ["tier_move.object", "tier_move.copied", "tier_move.recorded", "tier_drop.dropped"])

@@ -82,12 +82,6 @@ def test_the_lock_of_a_dead_process_of_this_machine_is_taken_at_once(store):
         assert numbers(store) == [4]
 
 
-def test_a_remote_holder_with_a_recent_renewal_is_alive(store):
-    store.put(key(1), foreign(renewed_s=time.time() - 30).encode())
-    with pytest.raises(CommitConflict, match="elsewhere"):
-        lock_of(store).take()
-
-
 @pytest.mark.parametrize("late_s", [3600, -3600])
 def test_a_holder_with_another_clock_is_alive_if_it_renews_the_lock_while_it_is_watched(store, late_s):
     holder = foreign(renewed_s=time.time() - late_s)

@@ -96,22 +96,6 @@ def test_every_way_to_read_through_tiercache_counts_as_a_use(tiers, tmp_path, ve
     assert tiers.unused() == [KEYS[1]]
 
 
-def test_a_file_is_idle_if_its_recorded_last_use_is_long_ago(tiers, monkeypatch):
-    shift_clock(monkeypatch, -35)
-    read_by_fsspec(tiers, KEYS[0])
-    monkeypatch.undo()
-    moves, refused = tiers.decide()
-    assert (moves, list(refused)) == ([KEYS[0]], [KEYS[1]])
-
-
-def test_a_read_through_a_symbolic_link_is_a_use_of_the_target(tiers, tmp_path):
-    (tmp_path / "link").symlink_to(tiers.root / "store")
-    url = f"tiercache::file://{tmp_path}/link/{KEYS[0]}"
-    with fsspec.open(url, "rb", tiercache={"cache": tiers.cache}) as file:
-        file.read()
-    assert tiers.unused() == [KEYS[1]]
-
-
 def test_reads_of_a_killed_process_count_as_use(tiers):
     code = (
         "import fsspec, os, signal\n"

@@ -7,7 +7,6 @@ from tests.support.tier_moves import PARTS, HookAt, Killed, World, checkpoint, c
 
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder
-from tiercache.tier.journal import TierCatalog
 from tiercache.tier.move.checks import BatchLimits
 
 
@@ -65,20 +64,6 @@ def test_a_copy_that_became_corrupt_keeps_its_source_and_the_placement_is_revert
     world.later()
     assert "on its disk: what it was made from stays" in world.run_due_deletions().stopped[0].reason
     assert (world.where("f"), world.row("f"), world.journal()) == (["standard"], None, {1: "cancelled"})
-
-
-def test_a_corrupt_copy_is_not_trusted_and_made_again(world):
-    moved_away(world, "f")
-    rot(world, "f")
-    world.later()
-    world.run_due_deletions()
-    with TierCatalog(world.catalog_path) as catalog:
-        assert not catalog.entries(str(world.inner["archive"].root), ["f"])["f"].verified
-    applied = world.apply(replace(world.plan(world.move("f", "standard", "archive")), id="again"))
-    assert applied.stopped == ()
-    world.later()
-    world.run_due_deletions()
-    assert world.where("f") == ["archive"]
 
 
 def test_one_corrupt_object_keeps_the_whole_group_and_is_made_again(world):

@@ -115,19 +115,6 @@ def test_a_restore_costs_the_temporary_copy_and_the_copy_to_home(world):
     assert copied == pytest.approx(retrieved + 0.023 / 32 * 3 / 30 + requests)
 
 
-def test_a_running_restore_costs_nothing_more(world):
-    world.archive(a=500_000)
-    request_restore(world.stores, world.plan("a"))
-    plan = world.plan("a")
-    assert (plan.cost, plan.hours) == (0.0, 5)
-
-
-def test_without_prices_cost_and_hours_are_unknown(world):
-    world.archive(a=1)
-    plan = world.plan("a", prices=(None, None))
-    assert (plan.cost, plan.hours) == (None, None)
-
-
 def test_an_unsupported_speed_is_refused_with_the_supported_ones(world):
     world.archive(a=1)
     with pytest.raises(ValueError, match="'expedited' for restores; it has standard, bulk"):
@@ -149,14 +136,6 @@ def test_each_archived_object_is_requested_once(world):
     assert sorted(world.vault.asked) == [("a", 3, "bulk"), ("b", 3, "bulk")]
 
 
-def test_restored_copies_are_extended(world, clock):
-    world.archive(a=1)
-    request_restore(world.stores, world.plan("a"))
-    clock.advance(6 * HOUR_S)
-    request_restore(world.stores, world.plan("a"))
-    assert world.vault.asked == 2 * [("a", 3, "standard")]
-
-
 # -- waiting ----------------------------------------------------------------------------------------------------------
 
 
@@ -169,15 +148,6 @@ def test_a_wait_ends_when_all_objects_can_be_read(world, clock):
     assert wait_restored(world.stores, plan, clock=clock, on_progress=lambda n, of: told.append((n, of))) == ()
     assert 5 * HOUR_S <= clock.monotonic() - start_s <= 5 * HOUR_S + 61
     assert told[-1] == (40, 40)
-
-
-def test_a_wait_polls_few_objects_once_a_minute(world, clock):
-    world.archive(**{f"k{number:03}": 1 for number in range(200)})
-    plan = world.plan(*(f"k{number:03}" for number in range(200)))
-    request_restore(world.stores, plan)
-    world.vault.n_heads = 0
-    wait_restored(world.stores, plan, clock=clock)
-    assert world.vault.n_heads < 400 * 16  # 5 hours of minutes, and those that are found sooner
 
 
 def test_a_wait_returns_the_missing_objects_at_its_deadline(world, clock):

@@ -1,6 +1,5 @@
 """Runs for a scheduler, with all real parts: plan, moves, deletions and report."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +8,8 @@ from tests.support.clock import JumpingClock
 from tests.support.tier_moves import HookAt, Killed
 
 import tiercache as tc
-from tiercache.errors import CommitConflict
-from tiercache.store import LocalFolder, placement_log
-from tiercache.tier.move.lock import TierLock
-from tiercache.tier.move.mover import DONE, PARTLY, run_once
+from tiercache.store import LocalFolder
+from tiercache.tier.move.mover import PARTLY, run_once
 from tiercache.tier.rules import load_rule_file
 
 DAY_S = 86_400.0
@@ -94,32 +91,6 @@ def records(url):
     return np.concatenate([batch["x"].to_numpy() for batch in tc.Dataset(url, cache=False).to_arrow(batch_size=1024)])
 
 
-def test_old_checkpoints_are_archived_and_the_newest_stays(tiers, clock):
-    checkpoints(tiers, 1, 2, 10)
-    clock.jump(2 * DAY_S)
-    report = tiers.run()
-    assert (report.applied.n_made, report.deletions.waiting_drops, report.exit_code) == (2, 2, DONE)
-    assert len(tiers.keys("standard")) == 6
-    clock.jump(DAY_S + 1)
-    report = tiers.run()
-    assert (report.deletions.n_made, report.stopped) == (2, ())
-    assert tiers.keys("standard") == ["ck/run/step-10/.metadata", "ck/run/step-10/__0_0.distcp"]
-    assert len(tiers.keys("archive")) == 4
-
-
-def test_readers_find_the_shards_of_a_cold_data_set(tiers, clock):
-    url, values = write_data(tiers)
-    clock.jump(2 * DAY_S)
-    report = tiers.run()
-    assert report.newly_tracked == ("data",)
-    assert placement_log.is_tracked(LocalFolder(url))
-    clock.jump(DAY_S + 1)
-    report = tiers.run()
-    assert report.stopped == ()
-    assert tiers.keys("standard", "data") == []
-    assert np.array_equal(records(url), values)
-
-
 def test_last_copies_are_deleted_after_grace_if_rules_still_ask_for_it(tiers, clock):
     tiers.write("standard", "scratch/a")
     tiers.write("standard", "scratch/b")
@@ -148,30 +119,6 @@ def test_a_checkpoint_that_became_the_newest_is_not_archived_away(tmp_path, cloc
     report = tiers.run()
     assert tiers.keys("standard") == ["run/step-1.pt"]
     assert report.stopped != ()
-
-
-def test_a_dry_run_changes_nothing(tiers, clock):
-    checkpoints(tiers, 1, 2)
-    write_data(tiers)
-    clock.jump(2 * DAY_S)
-    before = sorted(path for path in tiers.root.rglob("*") if path.is_file())
-    report = tiers.run(dry_run=True)
-    assert len(report.plan.moves) > 0
-    assert report.to_json()["dry_run"] is True
-    assert sorted(p for p in tiers.root.rglob("*") if p.is_file() and "state" not in p.parts) == before
-
-
-def test_the_report_is_json(tiers, clock):
-    checkpoints(tiers, 1, 2)
-    clock.jump(2 * DAY_S)
-    facts = json.loads(json.dumps(tiers.run().to_json()))
-    assert (facts["done"], facts["waiting_drops"], facts["stopped"], facts["exit_code"]) == (1, 1, [], 0)
-    assert facts["before"]["standard"]["n_objects"] == 4
-
-
-def test_a_concurrent_run_names_the_process_that_holds_the_lock(tiers):
-    with TierLock(LocalFolder(tiers.root / "standard"), renew_s=None), pytest.raises(CommitConflict, match="alone"):
-        tiers.run()
 
 
 def test_a_run_finishes_interrupted_deletions_before_it_plans(tiers, clock):

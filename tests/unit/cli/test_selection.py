@@ -94,10 +94,6 @@ class TestChoice:
 
 
 class TestFlags:
-    def test_ranks_are_one_or_some_of_so_many(self):
-        assert parse_ranks(["3/8"]) == ((3,), 8)
-        assert parse_ranks(["0-2/8", "2/8", "7/8"]) == ((0, 1, 2, 7), 8)
-
     @pytest.mark.parametrize("texts", [["8/8"], ["x"], ["2-1/8"], ["1"], ["1/0"], ["0/2", "0/4"], ["-1/4"]])
     def test_what_is_no_rank_is_an_error(self, texts):
         with pytest.raises(ValueError, match="--rank"):
@@ -123,11 +119,3 @@ class TestFlags:
             parse_training(1, group="big")
         with pytest.raises(ValueError, match="from 0 to 1 of 2"):
             Training(1, ranks=(2,), world_size=2)
-
-
-def test_keys_and_identities_of_many_shards_are_those_of_each():
-    found = table([100, 200, 300])
-    dataset_id = "d" * 32
-    expected = [(found.info(i).name, found.info(i).identity(dataset_id)) for i in (2, 0)]
-    assert found.objects(dataset_id, np.array([2, 0])) == expected
-    assert found.objects(dataset_id, np.zeros(0, np.int64)) == []

@@ -99,11 +99,6 @@ def test_a_move_without_savings_never_breaks_even_and_one_without_cost_does_at_o
     assert days.tolist() == [math.inf, math.inf, 0.0]
 
 
-def test_the_region_of_prices_is_their_name_without_the_class():
-    assert costs.region_of(price("STANDARD")) == "aws:us-east-1"
-    assert costs.region_of(Prices("tiers.archive")) == ""
-
-
 copies = st.lists(st.lists(st.integers(0, 500), min_size=1, max_size=5).map(tuple), min_size=1, max_size=6)
 
 

@@ -148,8 +148,3 @@ def test_other_characters_are_literal():
     signs = [chr(code) for code in [*range(1, 128), 0x1F600] if chr(code) not in "*?[]{}/,\\"]
     found = first_match(pa.array(signs), [((sign,), ()) for sign in signs])
     assert found.tolist() == list(range(len(signs)))
-
-
-def test_no_rules_and_no_paths_give_no_matches():
-    assert first_match(pa.array(["a"]), []).tolist() == [-1]
-    assert first_match(pa.array([], pa.string()), [(("**",), ())]).tolist() == []

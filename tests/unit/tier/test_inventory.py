@@ -20,18 +20,13 @@ def tiers(tmp_path, request):
 # -- groups and copies ------------------------------------------------------------------------------------------------
 
 
-def test_a_copy_has_the_first_write_time_of_the_catalog(tiers):
-    tiers.archive.add("x", modified_s=NOW_S)
-    tiers.catalog.verify(tiers.archive, "x", written_s=OLD_S)
-    by_name = tiers.take()
-    assert (by_name.of("x", "created_s"), by_name.has("x", "archive", "modified_s")) == (OLD_S, NOW_S)
-
-
-def test_a_checkpoint_has_the_date_of_its_newest_object(tiers):
-    for key, written_s in (("step-1/a.pt", OLD_S), ("step-1/b.pt", OLD_S + 5)):
+def test_a_copy_has_the_first_write_time_of_the_catalog_and_a_checkpoint_that_of_its_newest_object(tiers):
+    for key, written_s in (("x", OLD_S), ("step-1/a.pt", OLD_S), ("step-1/b.pt", OLD_S + 5)):
         tiers.archive.add(key, modified_s=NOW_S)
         tiers.catalog.verify(tiers.archive, key, written_s=written_s)
-    assert tiers.take().of("step-1", "created_s") == OLD_S + 5
+    by_name = tiers.take()
+    assert (by_name.of("x", "created_s"), by_name.has("x", "archive", "modified_s")) == (OLD_S, NOW_S)
+    assert by_name.of("step-1", "created_s") == OLD_S + 5
 
 
 def test_an_object_without_a_date_has_the_time_of_the_listing(tiers):
@@ -52,11 +47,6 @@ def test_objects_are_as_the_store_lists_them(tiers):
     assert by_name.objects("x", "standard") == (replace(tiers.standard.infos["x"], storage_class=None, restore=None),)
     assert by_name.has("x", "standard", "state") == RESTORING
     assert by_name.snapshot.classes[by_name.has("x", "standard", "storage_class")] == "GLACIER"
-
-
-def test_empty_tiers_have_an_empty_inventory(tiers):
-    by_name = tiers.take()
-    assert (by_name.snapshot.n_groups, by_name.snapshot.n_copies, by_name.facts["n_objects"]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -81,59 +71,37 @@ def test_a_copy_has_the_storage_class_of_its_largest_object(tiers):
     assert by_name.snapshot.classes[by_name.has("step-1", "hot", "storage_class")] == "STANDARD_IA"
 
 
-def test_unfinished_objects_and_invalid_keys_are_left_out_and_reported(tiers):
-    for key in ("x.tmp", "tmp-checkpoint-5/model.bin", "folder/"):
+def test_unfinished_objects_invalid_keys_and_those_of_tiercache_belong_to_no_group(tiers):
+    for key in (
+        "x.tmp",
+        "tmp-checkpoint-5/model.bin",
+        "folder/",
+        "_tiercache/tier.lock",
+        "set/_tiercache/usage/m.json",
+    ):
         tiers.hot.add(key)
     by_name = tiers.take()
-    assert by_name.paths == []
+    assert (by_name.paths, by_name.facts["n_own"]) == ([], 2)
     assert by_name.facts["unfinished"] == (2, ("tmp-checkpoint-5/model.bin", "x.tmp"))
     assert by_name.facts["no_keys"] == (1, ("folder/",))
 
 
-def test_the_own_objects_of_tiercache_belong_to_no_group(tiers):
-    tiers.standard.add("_tiercache/tier.lock")
-    tiers.standard.add("set/_tiercache/usage/m.json")
-    by_name = tiers.take()
-    assert (by_name.paths, by_name.facts["n_own"]) == ([], 2)
+COMPLETE = {  # names below step-1 with their dates, whether it is complete at once, and after the quiet period
+    "no final object": ({"a.pt": OLD_S, "b.pt": NOW_S - SETTLE_S + 1}, False, True),
+    "the final object is the newest": ({"__0_0.distcp": NOW_S, ".metadata": NOW_S}, True, True),
+    "being overwritten": ({".metadata": OLD_S, "__0_0.distcp": NOW_S}, False, True),
+    "a final object in a subfolder": ({"model/__0_0.distcp": NOW_S, "model/.metadata": NOW_S}, False, True),
+    "an unfinished object": ({"__0_0.distcp": NOW_S, ".metadata": NOW_S, "loader.json.tmp": NOW_S}, False, True),
+}
 
 
-# -- verified ---------------------------------------------------------------------------------------------------------
-
-
-# -- complete ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_without_a_final_object_is_complete_after_the_quiet_period(tiers):
-    tiers.hot.add("step-1/a.pt", modified_s=OLD_S)
-    tiers.hot.add("step-1/b.pt", modified_s=NOW_S - SETTLE_S + 1)
-    assert not tiers.take().of("step-1", "complete")
-    assert tiers.take(now_s=NOW_S + 1).of("step-1", "complete")
-
-
-def test_a_checkpoint_whose_final_object_is_the_newest_is_complete_at_once(tiers):
-    tiers.hot.add("step-1/__0_0.distcp", modified_s=NOW_S)
-    tiers.hot.add("step-1/.metadata", modified_s=NOW_S)
-    assert tiers.take().of("step-1", "complete")
-
-
-def test_a_checkpoint_that_is_being_overwritten_is_not_complete(tiers):
-    tiers.hot.add("step-1/.metadata", modified_s=OLD_S)
-    tiers.hot.add("step-1/__0_0.distcp", modified_s=NOW_S)
-    assert not tiers.take().of("step-1", "complete")
-
-
-def test_a_final_object_in_a_subfolder_does_not_complete_a_checkpoint(tiers):
-    tiers.hot.add("step-1/model/__0_0.distcp", modified_s=NOW_S)
-    tiers.hot.add("step-1/model/.metadata", modified_s=NOW_S)
-    assert not tiers.take().of("step-1", "complete")
-    assert tiers.take(now_s=NOW_S + SETTLE_S).of("step-1", "complete")
-
-
-def test_a_checkpoint_with_an_unfinished_object_is_not_complete_at_once(tiers):
-    tiers.hot.add("step-1/__0_0.distcp", modified_s=NOW_S)
-    tiers.hot.add("step-1/.metadata", modified_s=NOW_S)
-    tiers.hot.add("step-1/loader.json.tmp", modified_s=NOW_S)
-    assert not tiers.take().of("step-1", "complete")
+@pytest.mark.parametrize("name", COMPLETE)
+def test_a_checkpoint_is_complete_with_its_final_object_or_after_the_quiet_period(tiers, name):
+    dates, at_once, later = COMPLETE[name]
+    for key, modified_s in dates.items():
+        tiers.hot.add(f"step-1/{key}", modified_s=modified_s)
+    assert tiers.take().of("step-1", "complete") == at_once
+    assert tiers.take(now_s=NOW_S + SETTLE_S).of("step-1", "complete") == later
 
 
 # -- against a plain one ----------------------------------------------------------------------------------------------

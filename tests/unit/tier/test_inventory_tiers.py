@@ -24,13 +24,6 @@ def tiers(tmp_path, request):
 BEST = '[[rules]]\nmatch = "**"\nkeep_hot = { best = "val_loss:2" }\nthen = "archive"\n'
 
 
-def test_a_metric_is_found_in_a_small_file(tiers):
-    tiers.rules = BEST
-    tiers.hot.text("step-1/metrics.json", {"val_loss": 1.5})
-    tiers.hot.add("step-1/a.pt")
-    assert tiers.take().snapshot.metrics["val_loss"].tolist() == [1.5]
-
-
 def test_a_metric_is_read_from_a_readable_copy(tiers):
     tiers.rules = BEST
     tiers.hot.add("step-1/metrics.json", storage_class="GLACIER")
@@ -38,24 +31,11 @@ def test_a_metric_is_read_from_a_readable_copy(tiers):
     assert tiers.take().snapshot.metrics["val_loss"].tolist() == [1.5]
 
 
-def test_a_metric_in_an_archived_copy_is_reported_as_unread(tiers):
-    tiers.rules = BEST
-    tiers.archive.add("step-1/metrics.json", storage_class="GLACIER")
-    by_name = tiers.take()
-    assert np.isnan(by_name.snapshot.metrics["val_loss"]).all()
-    assert by_name.facts["unread"] == (1, ("step-1",))
-
-
-def test_a_metric_that_cannot_be_read_now_is_an_error(tiers):
+def test_a_metric_that_cannot_be_read_now_is_an_error_and_one_that_cannot_be_read_at_all_is_unread(tiers):
     tiers.rules = BEST
     tiers.hot.text("step-1/metrics.json", {"val_loss": 1.5})
     with pytest.raises(StoreError, match="metrics"):
         tiers.take(hot=FaultStore(tiers.hot, [Fault("read_tail")]))
-
-
-def test_a_metric_that_cannot_be_read_at_all_is_reported_as_unread(tiers):
-    tiers.rules = BEST
-    tiers.hot.text("step-1/metrics.json", {"val_loss": 1.5})
     fault = Fault("read_tail", retryable=False, status=403)
     assert tiers.take(hot=FaultStore(tiers.hot, [fault])).facts["unread"] == (1, ("step-1",))
 
@@ -90,20 +70,18 @@ def test_unreadable_metrics_count_as_unread_unless_the_mover_has_archived_the_ch
         tiers.catalog.verify(tiers.archive, f"by-mover/step-1/{file}")
     by_name = tiers.take()
     assert [by_name.of(f"{name}/step-1", "unread") for name in ("by-hand", "by-mover")] == [True, False]
+    assert np.isnan(by_name.snapshot.metrics["val_loss"]).all()
 
 
 # -- tiers ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_tier_that_cannot_be_listed_is_an_error(tiers):
+def test_a_tier_that_cannot_be_listed_is_an_error_unless_it_may_be_left_out(tiers):
     tiers.hot.add("x")
+    faulty = FaultStore(tiers.archive, [Fault("list", times=2)])
     with pytest.raises(StoreError, match="archive"):
-        tiers.take(archive=FaultStore(tiers.archive, [Fault("list")]))
-
-
-def test_a_tier_that_may_be_left_out_is_left_out_and_reported(tiers):
-    tiers.hot.add("x")
-    by_name = tiers.take(archive=FaultStore(tiers.archive, [Fault("list")]), may_miss=["archive"])
+        tiers.take(archive=faulty)
+    by_name = tiers.take(archive=faulty, may_miss=["archive"])
     assert (by_name.paths, by_name.facts["unlisted"]) == (["x"], ("archive",))
 
 

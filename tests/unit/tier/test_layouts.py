@@ -531,25 +531,6 @@ def test_a_torch_distributed_checkpoint_is_complete_with_its_metadata(tmp_path, 
     assert lacks(*keys_below(tmp_path))["step-9"] == "a .metadata beside each .distcp"
 
 
-def test_a_torch_safetensors_checkpoint_is_one_group(tmp_path, model):
-    dcp = pytest.importorskip("torch.distributed.checkpoint")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        writer = dcp.HuggingFaceStorageWriter(str(tmp_path / "step-10"))
-        dcp.save(model.state_dict(), storage_writer=writer, no_dist=True)
-    keys = keys_below(tmp_path)
-    assert groups(layout_of(*keys), keys) == {"step-10": set(keys)}
-    assert lacks(*keys) == {"step-10": ""}
-
-
-def test_files_of_torch_save_are_checkpoints_by_name(tmp_path, model):
-    import torch
-
-    for name in ("step-5.pt", "epoch=1-step=7.ckpt", "last.ckpt"):
-        torch.save(model.state_dict(), tmp_path / name)
-    assert steps(*keys_below(tmp_path)) == {"step-5.pt": 5, "epoch=1-step=7.ckpt": 7}
-
-
 def test_accelerate_checkpoints_need_no_final_object(tmp_path, model):
     accelerate = pytest.importorskip("accelerate")
     config = accelerate.utils.ProjectConfiguration(project_dir=str(tmp_path), automatic_checkpoint_naming=True)

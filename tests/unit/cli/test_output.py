@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tiercache.cli.common import Output, aligned, count
+from tiercache.cli.common import Output, aligned
 from tiercache.cli.data import format_value, json_value
 from tiercache.shard.schema import Column, Image, Ragged, Tensor
 
@@ -29,14 +29,6 @@ def test_a_line_break_in_a_name_is_escaped_in_an_event(capsys):
     assert capsys.readouterr().out.splitlines() == [r"set/a\nb.tcs: file: it is missing", r"checked set/a\nb.tcs"]
 
 
-def test_a_count_has_a_singular_or_plural_noun():
-    assert [count(0, "shard"), count(1, "shard"), count(1200, "copy", "copies")] == [
-        "0 shards",
-        "1 shard",
-        "1,200 copies",
-    ]
-
-
 def test_json_is_one_object_per_line_and_quiet_hides_only_the_summary_for_people(capsys):
     Output(as_json=True, quiet=True).table("x", [{"a": 1}, {"a": 2}], [{"A": "1"}, {"A": "2"}])
     Output(as_json=True, quiet=True).summary({"n": 2}, "two")
@@ -49,12 +41,6 @@ def test_json_is_one_object_per_line_and_quiet_hides_only_the_summary_for_people
     Output(quiet=True).table("x", [{"a": 1}], [{"A": "1"}])
     Output(quiet=True).summary({"n": 2}, "two")
     assert capsys.readouterr().out == "A\n1\n"
-
-
-def test_without_a_terminal_there_is_no_progress_bar(capsys):
-    with Output().byte_progress("working") as advance:
-        advance(1, 2)
-    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
