@@ -17,7 +17,7 @@ from tiercache.shard.shard_file import GROUP_BYTES, columns_to_group
 from tiercache.shard.verify import verify_shard
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store import MemoryStore
-from tiercache.store.contract import RequestCosts, WrapperStore
+from tiercache.store.contract import MAX_GAP_BYTES, WrapperStore
 
 N, ROWS_A_BLOCK = 160, 10
 SCHEMA = Schema.of({"label": "int64", "x": tc.Tensor("uint8", (50_000,)), "name": "str"})
@@ -110,12 +110,11 @@ def test_blocks_that_are_small_themselves_have_no_grouped_columns():
 
 @given(st.lists(st.integers(0, 4 << 20), min_size=1, max_size=6), st.integers(0, 3000))
 def test_grouped_columns_are_small_together_and_leave_a_gap_dearer_than_a_request(sizes, n_blocks):
-    costs = RequestCosts()
-    grouped = columns_to_group(sizes, n_blocks, costs)
+    grouped = columns_to_group(sizes, n_blocks)
     assert sum(sizes[column] for column in grouped) * n_blocks <= GROUP_BYTES
     if grouped:
         assert n_blocks > 1
-        assert sum(size for column, size in enumerate(sizes) if column not in grouped) > costs.gap_bytes
+        assert sum(size for column, size in enumerate(sizes) if column not in grouped) > MAX_GAP_BYTES
         assert max(sizes[column] for column in grouped) <= min(
             size for column, size in enumerate(sizes) if column not in grouped
         )

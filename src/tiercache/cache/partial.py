@@ -32,7 +32,7 @@ from tiercache.cache.accounts import BLOCK_BYTES, charge_bytes
 from tiercache.cache.locks import boot_id, close_private, keep_private, try_shared
 from tiercache.crash_points import crash_point
 from tiercache.model import ByteRange
-from tiercache.store.contract import RequestCosts, cheapest_ranges
+from tiercache.store.contract import covering_ranges
 from tiercache.store.local import write_all
 
 if TYPE_CHECKING:
@@ -53,10 +53,11 @@ _CHECK_BYTES = 1 << 20
 LITTLE_BYTES = 256 << 10
 LITTLE_SHARE = 32
 # A gap that is fetched takes space in the cache, which costs more than the time to read it; so only short gaps are.
-_UNIT_GAP_COSTS = RequestCosts(max_gap_bytes=16 << 10, max_bytes=1 << 62)
+_UNIT_GAP_BYTES = 16 << 10
 # A gap of units that are to be fetched in any case only delays what comes after it. It must be fetched with its
 # neighbours if the store would read it between them: otherwise it comes twice.
-_REQUESTED_GAP_COSTS = RequestCosts(request_s=0.002, max_gap_bytes=256 << 10, max_bytes=1 << 62)
+_REQUESTED_GAP_BYTES = 250_000
+_ANY_BYTES = 1 << 62
 
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
@@ -116,15 +117,15 @@ def next_request(
         costs less than a request.
     """
     if gaps is not None and mask.any():
-        mask = mask | with_gaps(mask, n_bytes, _REQUESTED_GAP_COSTS) & gaps
+        mask = mask | with_gaps(mask, n_bytes, _REQUESTED_GAP_BYTES) & gaps
     first = np.zeros_like(mask)
     first[np.flatnonzero(mask)[: request_bytes // UNIT_BYTES]] = True
     return ranges_of(first, n_bytes)
 
 
-def with_gaps(mask: Mask, n_bytes: int, costs: RequestCosts = _UNIT_GAP_COSTS) -> Mask:
+def with_gaps(mask: Mask, n_bytes: int, max_gap_bytes: int = _UNIT_GAP_BYTES) -> Mask:
     """Return a mask with the units between its units where they cost less than a request."""
-    return mask_of(cheapest_ranges(ranges_of(mask, n_bytes), costs), n_bytes)
+    return mask_of(covering_ranges(ranges_of(mask, n_bytes), max_gap_bytes, _ANY_BYTES), n_bytes)
 
 
 def bytes_of(mask: Mask, n_bytes: int) -> int:

@@ -29,7 +29,7 @@ from tiercache.shard.codec import BlockCodec
 from tiercache.shard.layout import ALIGN_BYTES, CHUNK_ROW, GROUPED_COLUMNS, PAGE_BYTES, Footer, Tail, align, pack_head
 from tiercache.shard.memory import BUFFER_POOL, Bytes, address_of
 from tiercache.shard.schema import Column, Kind, Schema
-from tiercache.store.contract import RequestCosts, Store, Upload
+from tiercache.store.contract import MAX_GAP_BYTES, Store, Upload
 
 Array: TypeAlias = npt.NDArray[Any]
 _SHAPE = np.dtype("<i4")
@@ -466,7 +466,7 @@ GROUP_BYTES = 256 << 10
 _LEAST_GAP_REQUESTS = 4
 
 
-def columns_to_group(chunk_bytes: Sequence[int], n_blocks: int, costs: RequestCosts) -> frozenset[int]:
+def columns_to_group(chunk_bytes: Sequence[int], n_blocks: int) -> frozenset[int]:
     """Return the columns whose chunks should lie together behind all blocks, so that few requests read one of them.
 
     Without that, a projection of a small column costs a request for each block, because the gap to the chunk of the
@@ -475,14 +475,13 @@ def columns_to_group(chunk_bytes: Sequence[int], n_blocks: int, costs: RequestCo
     Args:
         chunk_bytes: Stored bytes of each column's chunk in a typical block.
         n_blocks: Expected number of blocks of the shard.
-        costs: Costs of requests.
     """
     grouped: set[int] = set()
     group_bytes, gap_bytes = 0, sum(chunk_bytes)
     for column in sorted(range(len(chunk_bytes)), key=chunk_bytes.__getitem__) if n_blocks > 1 else ():
         group_bytes += align(chunk_bytes[column]) * n_blocks
         gap_bytes -= chunk_bytes[column]
-        if group_bytes > GROUP_BYTES or gap_bytes <= _LEAST_GAP_REQUESTS * costs.gap_bytes:
+        if group_bytes > GROUP_BYTES or gap_bytes <= _LEAST_GAP_REQUESTS * MAX_GAP_BYTES:
             break
         grouped.add(column)
     return frozenset(grouped)
@@ -536,7 +535,7 @@ class ShardFile:
                 chunk.n_bytes if frame is None else len(frame) for chunk, frame in zip(chunks, frames, strict=True)
             ]
             n_blocks = self._shard_bytes // max(sum(map(align, sizes)), 1)
-            self._grouped = columns_to_group(sizes, n_blocks, RequestCosts())
+            self._grouped = columns_to_group(sizes, n_blocks)
         for number, (chunk, frame) in enumerate(zip(chunks, frames, strict=True)):
             # The limit bounds the memory of chunks that become larger from block to block.
             is_grouped = number in self._grouped and self._group_bytes < 4 * GROUP_BYTES

@@ -577,53 +577,30 @@ class ProcessLocal(Generic[T]):
             self._dispose(value)
 
 
-@dataclass(frozen=True, slots=True)
-class RequestCosts:
-    """Costs and limits of range requests. The defaults are those of an object store with 16 or more requests in flight.
-
-    Attributes:
-        request_s: Cost of one more request in seconds. With many requests in flight, this is less than their latency.
-        bytes_per_s: Bandwidth in bytes per second, at which unwanted bytes are read.
-        max_gap_bytes: Maximum length of a gap between two wanted ranges that one request may read, in bytes.
-        max_bytes: Maximum length of a request in bytes, at least 1.
-    """
-
-    request_s: float = 0.0005
-    bytes_per_s: float = 125e6
-    max_gap_bytes: int = 64 << 10
-    max_bytes: int = 8 << 20
-
-    @property
-    def gap_bytes(self) -> int:
-        """Maximum length of a gap that may be read and costs less than a request, in bytes."""
-        affordable = self.request_s * self.bytes_per_s
-        if affordable > self.max_gap_bytes:
-            return self.max_gap_bytes
-        return max(-int(-affordable // 1) - 1, 0)  # strictly less: at equal cost, fewer bytes are better
+# A gap of less than this costs less than one more request: 0.5 ms at 125 MB/s. With 16 or more requests in flight, a
+# request costs less than its latency.
+MAX_GAP_BYTES = 62_499
+# Of one request: of a longer one, more bytes come again after an error.
+MAX_REQUEST_BYTES = 8 << 20
 
 
-def cheapest_ranges(wanted: Sequence[ByteRange], costs: RequestCosts) -> list[ByteRange]:
-    """Return ranges that read all wanted ranges at a low cost, by the fewest requests that pay.
+def covering_ranges(
+    wanted: Sequence[ByteRange], max_gap_bytes: int = MAX_GAP_BYTES, max_bytes: int = MAX_REQUEST_BYTES
+) -> list[ByteRange]:
+    """Return the fewest ranges that read all wanted ranges, and between them only gaps of at most max_gap_bytes.
 
-    The cost is the number of requests times request_s, plus the time to read the gaps between wanted ranges. A gap is
-    read if that costs less than a request and the gap is at most max_gap_bytes long.
-
-    Args:
-        wanted: Ranges in any order. They may overlap, touch or be empty.
-        costs: Costs and limits of the requests.
-
-    Returns:
-        Ranges in ascending order, without overlap, of 1 to max_bytes bytes each. A wanted range longer than max_bytes
-        that has no near neighbours is split into nearly equal parts.
+    The wanted ranges come in any order, and may overlap, touch or be empty. The result is in ascending order, without
+    overlap, of 1 to max_bytes bytes each. A wanted range longer than max_bytes that has no near neighbours is split
+    into nearly equal parts.
     """
     result: list[ByteRange] = []
     cluster: list[ByteRange] = []
     for run in _merged(wanted):
-        if cluster and run.start - cluster[-1].end > costs.gap_bytes:
-            result += _cover(cluster, costs.max_bytes)
+        if cluster and run.start - cluster[-1].end > max_gap_bytes:
+            result += _cover(cluster, max_bytes)
             cluster = []
         cluster.append(run)
-    return result + (_cover(cluster, costs.max_bytes) if cluster else [])
+    return result + (_cover(cluster, max_bytes) if cluster else [])
 
 
 def _merged(wanted: Sequence[ByteRange]) -> list[ByteRange]:
@@ -638,7 +615,7 @@ def _merged(wanted: Sequence[ByteRange]) -> list[ByteRange]:
 
 
 def _cover(runs: Sequence[ByteRange], max_bytes: int) -> list[ByteRange]:
-    """Return the fewest ranges for runs between which each gap costs less than a request."""
+    """Return the fewest ranges for runs whose gaps may be read."""
     start, end = runs[0].start, runs[-1].end
     if len(runs) == 1:
         step = -(-(end - start) // -(-(end - start) // max_bytes))
@@ -685,8 +662,10 @@ class Request:
     targets: tuple[tuple[int, memoryview], ...]
 
 
-def plan_requests(spans: Sequence[Span], costs: RequestCosts) -> tuple[Request, ...]:
-    """Return the cheapest requests for the spans. Each byte of each span is in exactly one target of one request.
+def plan_requests(
+    spans: Sequence[Span], max_gap_bytes: int = MAX_GAP_BYTES, max_bytes: int = MAX_REQUEST_BYTES
+) -> tuple[Request, ...]:
+    """Return the fewest requests for the spans. Each byte of each span is in exactly one target of one request.
 
     Spans may overlap and come in any order; the overlap is read more than once, so that the targets of a request do not
     overlap. An empty span needs no request.
@@ -697,13 +676,13 @@ def plan_requests(spans: Sequence[Span], costs: RequestCosts) -> tuple[Request, 
         if layer is None:
             layers.append(layer := [])
         layer.append((span, buffer))
-    requests = [request for layer in layers for request in _plan_layer(layer, costs)]
+    requests = [request for layer in layers for request in _plan_layer(layer, max_gap_bytes, max_bytes)]
     return tuple(sorted(requests, key=lambda request: request.range.start))
 
 
-def _plan_layer(spans: Sequence[Span], costs: RequestCosts) -> list[Request]:
-    """Return the cheapest requests for spans in ascending order that do not overlap."""
-    ranges = cheapest_ranges([span for span, _ in spans], costs)
+def _plan_layer(spans: Sequence[Span], max_gap_bytes: int, max_bytes: int) -> list[Request]:
+    """Return the requests for spans in ascending order that do not overlap."""
+    ranges = covering_ranges([span for span, _ in spans], max_gap_bytes, max_bytes)
     targets: list[list[tuple[int, memoryview]]] = [[] for _ in ranges]
     number = 0
     for span, buffer in spans:

@@ -27,7 +27,6 @@ from tiercache.stats import Counters
 from tiercache.store.contract import (
     Buffer,
     Receive,
-    RequestCosts,
     SequentialUpload,
     Span,
     Store,
@@ -108,7 +107,7 @@ class FileUpload(SequentialUpload):
 
 # preadv accepts at most IOV_MAX (1024) buffers. Reads of 32 MiB keep deadlines and cancellation prompt on a slow disk.
 _MAX_PIECES = 1024
-_COSTS = RequestCosts(max_gap_bytes=0, max_bytes=32 << 20)
+_READ_BYTES = 32 << 20
 _PIECE_BYTES = 1 << 20
 
 
@@ -159,7 +158,7 @@ class LocalFolder(Store):
         end_s = None if deadline_s is None else SYSTEM_CLOCK.monotonic() + deadline_s
         with self._opened(key, "read_into") as fd:
             check_read(file_info(key, os.fstat(fd)), spans, if_match, self._at(key))
-            for request in plan_requests(spans, _COSTS):
+            for request in plan_requests(spans, 0, _READ_BYTES):
                 if cancel is not None and cancel.is_set():
                     raise StoreError("read_into: cancelled", url=self._at(key), retryable=True)
                 if end_s is not None and SYSTEM_CLOCK.monotonic() > end_s:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Event, Lock
@@ -31,11 +31,12 @@ from tiercache.model import ByteRange, ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.access import CallOptions
 from tiercache.store.contract import (
+    MAX_GAP_BYTES,
+    MAX_REQUEST_BYTES,
     Buffer,
     ProcessLocal,
     Receive,
     Request,
-    RequestCosts,
     SequentialUpload,
     Span,
     Store,
@@ -789,14 +790,15 @@ class ReadSettings:
 
     Attributes:
         policy: Retries of a request.
-        costs: Costs of requests, from which their ranges follow.
+        max_gap_bytes, max_bytes: Most bytes of a gap that is read, and of a request.
         n_requests: Number of requests that run at once, unless the storage option `concurrency` says another.
         clock: Clock of the time limits.
         hedges: Whether late requests get a second attempt beside them.
     """
 
     policy: RetryPolicy = field(default_factory=RetryPolicy)
-    costs: RequestCosts = field(default_factory=RequestCosts)
+    max_gap_bytes: int = MAX_GAP_BYTES
+    max_bytes: int = MAX_REQUEST_BYTES
     n_requests: int = N_REQUESTS
     clock: Clock = SYSTEM_CLOCK
     hedges: bool = True
@@ -937,7 +939,7 @@ class RemoteStore(Store):
         """
         check_key(key)
         check_spans(spans)
-        requests = plan_requests(spans, self._settings.costs)
+        requests = plan_requests(spans, self._settings.max_gap_bytes, self._settings.max_bytes)
         limit = self.call_limit(key, "read_into", deadline_s, cancel)
         self._read_requests(key, [(request, land_in_buffers(request)) for request in requests], if_match, limit)
 
@@ -955,8 +957,7 @@ class RemoteStore(Store):
         check_key(key)
         # Of this size, no range is split into two requests.
         extent_bytes = max((one.end for one in ranges), default=0) - min((one.start for one in ranges), default=0)
-        costs = replace(self._settings.costs, max_bytes=max(extent_bytes, 1))
-        requests = plan_requests(untouched_spans(ranges), costs)
+        requests = plan_requests(untouched_spans(ranges), self._settings.max_gap_bytes, max(extent_bytes, 1))
         limit = self.call_limit(key, "read_pieces", deadline_s, cancel)
         self._read_requests(key, [(request, land_in_pieces(request, receive)) for request in requests], if_match, limit)
 

@@ -15,7 +15,7 @@ from tests.flow.integrations.conftest import DATA
 from tests.support.forks import in_child
 
 import tiercache as tc
-from tiercache.store.contract import RequestCosts, plan_requests
+from tiercache.store.contract import plan_requests
 
 # -- files ----------------------------------------------------------------------------------------------------------
 
@@ -84,9 +84,8 @@ def test_text_modes_and_compression_work_as_in_fsspec(fs, source):
 def test_threads_fetch_each_byte_of_an_object_once(fs, source, path, monkeypatch):
     # Else what lies between two pieces that are asked for together is read along, for nothing: how much, the threads'
     # timing decides (1.6 to 2.1 times the file in 60 runs). tests/unit/store/test_ranges.py has the bounds of that.
-    without_gaps = RequestCosts(max_gap_bytes=0)
     monkeypatch.setattr(
-        "tiercache.store.remote.plan_requests", lambda spans, _costs: plan_requests(spans, without_gaps)
+        "tiercache.store.remote.plan_requests", lambda spans, _gap_bytes, max_bytes: plan_requests(spans, 0, max_bytes)
     )
 
     def read(seed):

@@ -17,7 +17,6 @@ from tiercache.model import ByteRange
 from tiercache.store import CloudStore, open_store
 from tiercache.store.access import CallOptions, CloudOptions
 from tiercache.store.archive import S3StorageClasses
-from tiercache.store.contract import RequestCosts
 from tiercache.store.fsspec import FsspecStore
 from tiercache.store.obstore import BucketFolder, to_store_error
 from tiercache.store.remote import ReadSettings
@@ -116,9 +115,7 @@ def test_a_file_system_that_never_answers_ends_a_call_after_its_timeout(call):
 def test_a_read_may_take_any_time_while_bytes_arrive(http_server, opened):
     clock = FakeClock()
     http_server.when(lambda method, path: clock.advance(40))
-    store = opened(
-        ReadSettings(clock=clock, n_requests=1, costs=RequestCosts(max_gap_bytes=0, max_bytes=MIB)), timeout=60
-    )
+    store = opened(ReadSettings(clock=clock, n_requests=1, max_gap_bytes=0, max_bytes=MIB), timeout=60)
     assert read_ranges(store, "a", [ByteRange(0, 3 * MIB)]) == [DATA]
 
 

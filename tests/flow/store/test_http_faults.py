@@ -15,7 +15,7 @@ from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import CloudStore, open_store
 from tiercache.store.access import CloudOptions
-from tiercache.store.contract import RequestCosts, read_unpinned
+from tiercache.store.contract import read_unpinned
 from tiercache.store.obstore import BucketFolder
 from tiercache.store.remote import ReadSettings, RetryPolicy
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
@@ -135,7 +135,7 @@ def test_a_missing_object_is_requested_once(http_server, make):
 
 def test_an_object_replaced_between_two_ranges_is_an_error(http_server, make):
     http_server.objects = {"a": DATA}
-    store = make(costs=RequestCosts(max_gap_bytes=0, max_bytes=MIB))
+    store = make(max_gap_bytes=0, max_bytes=MIB)
     http_server.next(None, HttpFault("replace"))
     with pytest.raises(ObjectChanged) as caught:
         read_ranges(store, "a", WHOLE)
@@ -152,7 +152,7 @@ def test_an_object_replaced_before_a_retry_is_an_error(http_server, make):
 
 def test_neighbouring_spans_are_one_request_and_far_ones_are_several(http_server, make):
     http_server.objects = {"a": DATA}
-    store = make(costs=RequestCosts(max_gap_bytes=1000, max_bytes=MIB))
+    store = make(max_gap_bytes=1000, max_bytes=MIB)
     ranges = [ByteRange(0, 100), ByteRange(100, 200), ByteRange(1000, 1100), ByteRange(500_000, 500_100)]
     assert read_ranges(store, "a", ranges) == [DATA[r.start : r.end] for r in ranges]
     assert sorted(seen.range for seen in http_server.log) == ["bytes=0-1099", "bytes=500000-500099"]
@@ -302,7 +302,7 @@ def test_bytes_with_checksums_can_be_read_from_replicas_with_different_etags(htt
     http_server.objects = {"a": DATA}
     numbers = itertools.count()
     http_server.when(lambda method, path: HttpFault("etag") if next(numbers) % 2 else None)
-    store = make(costs=RequestCosts(max_gap_bytes=0, max_bytes=MIB))
+    store = make(max_gap_bytes=0, max_bytes=MIB)
     ranges = [ByteRange(0, 10), ByteRange(MIB, 2 * MIB), ByteRange(5, len(DATA))]
     with pytest.raises(ObjectChanged):
         read_ranges(store, "a", ranges)
