@@ -373,7 +373,14 @@ class S3StorageClasses:
         client = self._client.get()
         # A server-side copy may be silent for long without a failure: the timeout of its own client limits it.
         timeout_s = None if operation in _COPYING else self._options.call.timeout_s
-        limit = CallLimit(where, operation, clock=SYSTEM_CLOCK, timeout_s=timeout_s, endpoint=client.wait_target)
+        limit = CallLimit(
+            where,
+            operation,
+            clock=SYSTEM_CLOCK,
+            timeout_s=timeout_s,
+            endpoint=client.wait_target,
+            counters=self.counters,
+        )
         return with_retries(lambda: client(operation, where, Bucket=self.bucket, **request), RetryPolicy(), limit)
 
     def head(self, key: str) -> ObjectInfo:

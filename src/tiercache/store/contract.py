@@ -92,7 +92,7 @@ class Upload(ABC):
 
 
 class SequentialUpload(Upload):
-    """An upload whose subclass appends, publishes and discards bytes. The lock is held during each of these steps."""
+    """An upload whose subclass appends bytes, and makes the object of them or discards them, each under the lock."""
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -105,12 +105,12 @@ class SequentialUpload(Upload):
         """Append flat bytes, held only during the call."""
 
     @abstractmethod
-    def publish(self, *, if_absent: bool) -> ObjectInfo | None:
-        """Publish the object; see Upload.complete."""
+    def make_object(self, *, if_absent: bool) -> ObjectInfo | None:
+        """Let the object appear under its key; see Upload.complete."""
 
     @abstractmethod
     def discard(self) -> None:
-        """Release what the upload holds, and discard bytes that are not published. Repeated calls have no effect."""
+        """Release what the upload holds, and discard its bytes. Repeated calls have no effect."""
 
     def put_part(self, number: int, data: Buffer) -> None:
         with self._lock:
@@ -132,7 +132,7 @@ class SequentialUpload(Upload):
             self._check_open()
             self._is_open = False
             try:
-                return self.publish(if_absent=if_absent)
+                return self.make_object(if_absent=if_absent)
             finally:
                 self.discard()
 
@@ -162,6 +162,10 @@ class Store(ABC):
     counters: Counters
     provider: str | None = None
     min_part_bytes: int = 5 << 20
+
+    def url_of(self, key: str) -> str:
+        """Return the URL of a key, or of the folder for "", without credentials."""
+        return f"{self.url.rstrip('/')}/{key}" if key else self.url
 
     @abstractmethod
     def head(self, key: str) -> ObjectInfo:

@@ -74,9 +74,9 @@ class FileLease:
 
 
 class FileUpload(SequentialUpload):
-    """An upload that appends its parts to an unpublished file."""
+    """An upload that appends its parts to a file without a name."""
 
-    def __init__(self, file: UnpublishedFile, name: str, key: str, url: str, counters: Counters) -> None:
+    def __init__(self, file: NewFile, name: str, key: str, url: str, counters: Counters) -> None:
         super().__init__(key)
         self._file, self._name, self._url, self._counters = file, name, url, counters
         self._n_bytes = 0
@@ -91,11 +91,11 @@ class FileUpload(SequentialUpload):
         self._n_bytes += data.nbytes
         self._counters.add("bytes_written", data.nbytes)
 
-    def publish(self, *, if_absent: bool) -> ObjectInfo | None:
+    def make_object(self, *, if_absent: bool) -> ObjectInfo | None:
         with os_errors("complete", self._url):
             if not if_absent:
-                self._file.publish(self._name)
-            elif not self._file.publish_if_absent(self._name):
+                self._file.set_name(self._name)
+            elif not self._file.name_if_free(self._name):
                 return None
             return file_info(self.key, os.fstat(self._file.fd))
 
@@ -157,12 +157,14 @@ class LocalFolder(Store):
         check_spans(spans)
         end_s = None if deadline_s is None else SYSTEM_CLOCK.monotonic() + deadline_s
         with self._opened(key, "read_into") as fd:
-            check_read(file_info(key, os.fstat(fd)), spans, if_match, self._at(key))
+            check_read(file_info(key, os.fstat(fd)), spans, if_match, self.url_of(key))
             for request in plan_requests(spans, 0, _READ_BYTES):
                 if cancel is not None and cancel.is_set():
-                    raise StoreError("read_into: cancelled", url=self._at(key), retryable=True)
+                    raise StoreError("read_into: cancelled", url=self.url_of(key), retryable=True)
                 if end_s is not None and SYSTEM_CLOCK.monotonic() > end_s:
-                    raise StoreError(f"read_into: not done within {deadline_s:g} s", url=self._at(key), retryable=True)
+                    raise StoreError(
+                        f"read_into: not done within {deadline_s:g} s", url=self.url_of(key), retryable=True
+                    )
                 self._fill(key, fd, request.range.start, [buffer for _, buffer in request.targets])
 
     def read_pieces(
@@ -193,7 +195,7 @@ class LocalFolder(Store):
         while buffers:
             n_read = os.preadv(fd, buffers[:_MAX_PIECES], offset)
             if n_read == 0:
-                raise ObjectChanged("the file was truncated during the read", url=self._at(key), found=offset)
+                raise ObjectChanged("the file was truncated during the read", url=self.url_of(key), found=offset)
             self.counters.add("bytes_read", n_read)
             offset += n_read
             while buffers and n_read >= buffers[0].nbytes:
@@ -204,13 +206,13 @@ class LocalFolder(Store):
     def put(self, key: str, data: Buffer) -> ObjectInfo:
         """Write a temporary file, sync it, and rename it."""
         with self._new_file(key, "put", data) as (file, name):
-            file.publish(name)
+            file.set_name(name)
             return file_info(key, os.fstat(file.fd))
 
     def put_if_absent(self, key: str, data: Buffer) -> bool:
         """Write a temporary file, sync it, and link it: exactly one concurrent link(2) succeeds."""
         with self._new_file(key, "put_if_absent", data) as (file, name):
-            return file.publish_if_absent(name)
+            return file.name_if_free(name)
 
     def create(self, key: str, *, attributes: Sequence[FileAttributes] | None = None) -> Upload:
         """Start an upload that writes its parts to the disk as they come.
@@ -225,8 +227,8 @@ class LocalFolder(Store):
             self._errors(key, "create"),
             open_folder(self.root, folders, make=True, attributes=attributes) as folder_fd,
         ):
-            file = UnpublishedFile(folder_fd, None if attributes is None else attributes[-1])
-            return FileUpload(file, name, key, self._at(key), self.counters)
+            file = NewFile(folder_fd, None if attributes is None else attributes[-1])
+            return FileUpload(file, name, key, self.url_of(key), self.counters)
 
     def attributes(self, key: str) -> list[FileAttributes]:
         """Return the attributes of the folders that contain a file, from the outermost one below root on, and its own.
@@ -345,7 +347,7 @@ class LocalFolder(Store):
         with self._opened(src, "copy") as src_fd, self._new_file(dst, "copy") as (file, name):
             n_bytes = os.fstat(src_fd).st_size
             copy_bytes(src_fd, file.fd, n_bytes)
-            file.publish(name)
+            file.set_name(name)
             self.counters.add("bytes_written", n_bytes)
             return file_info(dst, os.fstat(file.fd))
 
@@ -369,13 +371,10 @@ class LocalFolder(Store):
         """Return False: the file is the object itself, and there is no other source to fetch it from."""
         return False
 
-    def _at(self, key: str) -> str:
-        return f"{self.url}/{key}" if key else self.url
-
     @contextmanager
     def _errors(self, key: str, doing: str) -> Iterator[None]:
         self.counters.add("requests")
-        with os_errors(doing, self._at(key)):
+        with os_errors(doing, self.url_of(key)):
             yield
 
     @contextmanager
@@ -386,20 +385,20 @@ class LocalFolder(Store):
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder_fd)
             try:
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
-                    raise NotFound(f"not a regular file ({doing})", url=self._at(key))
+                    raise NotFound(f"not a regular file ({doing})", url=self.url_of(key))
                 yield fd
             finally:
                 os.close(fd)
 
     @contextmanager
-    def _new_file(self, key: str, doing: str, data: Buffer = b"") -> Iterator[tuple[UnpublishedFile, str]]:
-        """Yield an unpublished file that contains data, and the name that the key gives it."""
+    def _new_file(self, key: str, doing: str, data: Buffer = b"") -> Iterator[tuple[NewFile, str]]:
+        """Yield a file without a name that contains data, and the name that the key gives it."""
         folders, name = _split(key)
         flat = memoryview(data).cast("B")
         with (
             self._errors(key, doing),
             open_folder(self.root, folders, make=True) as folder_fd,
-            closing(UnpublishedFile(folder_fd)) as file,
+            closing(NewFile(folder_fd)) as file,
         ):
             write_all(file.fd, flat, 0)
             self.counters.add("bytes_written", flat.nbytes)
@@ -633,10 +632,10 @@ def _sweep(folder_fd: int) -> None:
                 os.unlink(name, dir_fd=folder_fd)
 
 
-class UnpublishedFile:
-    """An unpublished file in a folder, with its descriptor fd. close() discards a file that was not published.
+class NewFile:
+    """A file that has no name yet, with its descriptor fd. close() discards it if it was given none.
 
-    attributes: Attributes that the file gets before it is published; the folder then keeps its times. None: the file is
+    attributes: Attributes that the file gets before its name; the folder then keeps its times. None: the file is
     a new one.
     """
 
@@ -649,7 +648,7 @@ class UnpublishedFile:
             self.fd = self._open()
             self._open_fds.append(self.fd)
             if attributes is not None:
-                attributes.set_rights(self.fd)  # now: until it is published, the bytes need the same protection
+                attributes.set_rights(self.fd)  # now: until it has its name, the bytes need the same protection
         except OSError:
             self.close()
             raise
@@ -676,7 +675,7 @@ class UnpublishedFile:
         if self._attributes is not None:
             self._attributes.set_times(self.fd)
 
-    def publish_if_absent(self, name: str) -> bool:
+    def name_if_free(self, name: str) -> bool:
         """Give the file its name atomically if the name is free. Return whether it was; the file is then durable."""
         os.fsync(self.fd)
         with self._folder_time():
@@ -689,7 +688,7 @@ class UnpublishedFile:
         sync_folder(self._folder_fd)
         return True
 
-    def publish(self, name: str) -> None:
+    def set_name(self, name: str) -> None:
         """Give the file its name atomically, replacing an existing file. The file is durable when the call returns."""
         os.fsync(self.fd)
         with self._folder_time():
@@ -728,13 +727,13 @@ class UnpublishedFile:
                 self._attributes.set_rights(fd)
             copy_bytes(self.fd, fd, os.fstat(self.fd).st_size)
             os.fsync(fd)
-            os.dup2(fd, self.fd, inheritable=False)  # the published file, whose ETag the caller takes
+            os.dup2(fd, self.fd, inheritable=False)  # the named file, whose ETag the caller takes
             self._set_times()
         finally:
             os.close(fd)
 
     def close(self) -> None:
-        """Close the descriptors and discard the file if it was not published. Repeated calls have no effect."""
+        """Close the descriptors and discard the file if it has no name. Repeated calls have no effect."""
         self._unlink_temp()
         if self._open_fds:
             try:

@@ -62,9 +62,6 @@ class MemoryStore(Store):
         with _buckets_lock:
             return _buckets.setdefault(self.name, _Bucket())
 
-    def _at(self, key: str) -> str:
-        return f"{self.url}/{key}"
-
     def _object(self, key: str) -> tuple[bytes, ObjectInfo]:
         check_key(key)
         self.counters.add("requests")
@@ -72,7 +69,7 @@ class MemoryStore(Store):
         with bucket.lock:
             found = bucket.objects.get(self.prefix + key)
         if found is None:
-            raise NotFound("no such object", url=self._at(key))
+            raise NotFound("no such object", url=self.url_of(key))
         return found[0], _renamed(found[1], key)
 
     def head(self, key: str) -> ObjectInfo:
@@ -100,9 +97,9 @@ class MemoryStore(Store):
     ) -> None:
         check_spans(spans)
         data, info = self._object(key)
-        check_read(info, spans, if_match, self._at(key))
+        check_read(info, spans, if_match, self.url_of(key))
         if cancel is not None and cancel.is_set():
-            raise StoreError("read_into: cancelled", url=self._at(key), retryable=True)
+            raise StoreError("read_into: cancelled", url=self.url_of(key), retryable=True)
         view = memoryview(data)
         for span, buffer in spans:
             buffer[:] = view[span.start : span.end]
@@ -164,7 +161,7 @@ class _MemoryUpload(SequentialUpload):
     def append(self, data: memoryview) -> None:
         self._data += data
 
-    def publish(self, *, if_absent: bool) -> ObjectInfo | None:
+    def make_object(self, *, if_absent: bool) -> ObjectInfo | None:
         return self._store._store(self.key, bytes(self._data), if_absent=if_absent)  # noqa: SLF001 - of one file
 
     def discard(self) -> None:

@@ -148,9 +148,7 @@ class NumberedLog:
             if failure is not None and not maybe_done:
                 raise failure
         message = "an object may have been written: the store's response was lost, and the object cannot be found"
-        raise failure or StoreError(
-            message, url=f"{self.store.url}/{self.key(number)}", retryable=True, maybe_done=True
-        )
+        raise failure or StoreError(message, url=self.store.url_of(self.key(number)), retryable=True, maybe_done=True)
 
     def put_newest(self, number: int, data: bytes) -> bool:
         """Put the next number. Return False if another writer has it, or if it is not the newest number any more."""

@@ -305,7 +305,7 @@ class LocationResolver:
                 return ObjectLocation(store, candidate, info)
             last = ObjectChanged(
                 "expected the moved object, found a different one",
-                url=f"{store.url}/{key}",
+                url=store.url_of(key),
                 expected=f"{expected.n_bytes} bytes",
                 found=f"{info.n_bytes} bytes",
             )
@@ -374,7 +374,7 @@ def _is_same(info: ObjectInfo, expected: PlacementRow) -> bool:
 def archived_error(key: str, row: PlacementRow | None, store: Store, home: Store) -> ArchivedShards:
     """Return the error for one object of a home that must be restored; it names the command that does that."""
     kind = "" if row is None or row.storage_class is None else f" (storage class {row.storage_class})"
-    command = shlex.join(["tiercache", "tier", "get", f"{home.url.rstrip('/')}/{key}", "--wait"])
+    command = shlex.join(["tiercache", "tier", "get", home.url_of(key), "--wait"])
     return ArchivedShards(
         f"{store.url}/{key}: is archived{kind} and must be restored before it can be read: {command}",
         names=[key],
@@ -628,7 +628,7 @@ class FileLocation:
     @property
     def url(self) -> str:
         """URL or local path of the object."""
-        return url_below(self.store, self.key)
+        return self.store.url_of(self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -819,7 +819,7 @@ class FileLocator:
         whole = next((i for i in order if len(found[i][1]) == len(files)), None)
         if whole is None:
             return FolderLocation(files, None)
-        return FolderLocation(files, url_below(found[whole][0], key), archived[whole])
+        return FolderLocation(files, found[whole][0].url_of(key), archived[whole])
 
     # -- homes without a rule file ----------------------------------------------------------------------------------
 
@@ -870,11 +870,6 @@ def _below(url: str, path: str) -> str:
 
 def _is_same_url(first: str, second: str) -> bool:
     return plain_url(first).rstrip("/") == plain_url(second).rstrip("/")
-
-
-def url_below(store: Store, key: str) -> str:
-    """Return the URL or local path of a key in a store."""
-    return str(store.root / key) if isinstance(store, LocalFolder) else f"{store.url.rstrip('/')}/{key}"
 
 
 def _can_be_read(store: Store, info: ObjectInfo) -> bool:

@@ -371,7 +371,7 @@ def _found(store: Store, found: tuple[int, bytes] | None) -> Placement:
     if found is None:
         return empty_placement()
     number, data = found
-    url = f"{store.url}/{placement_key(number)}"
+    url = store.url_of(placement_key(number))
     if len(data) > MOST_BYTES:
         message = f"expected at most {MOST_BYTES} bytes, found more: it was not read; restore or remove it"
         raise CorruptShard(message, url=url, part="placement")
@@ -449,7 +449,7 @@ def _encoded(store: Store, proposed: Placement) -> bytes:
         raise StoreError(
             f"expected a placement of at most {MOST_BYTES} bytes and {MOST_ROWS} rows, found {len(data)} bytes and "
             f"{len(proposed)} rows, which readers reject: move fewer objects away from home, or write larger shards",
-            url=f"{store.url}/{placement_key(proposed.number)}",
+            url=store.url_of(placement_key(proposed.number)),
         )
     return data
 

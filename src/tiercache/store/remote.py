@@ -61,6 +61,9 @@ IDLE_S = 0.5
 # Threads for each request that may run: the others keep requests that hang.
 _THREADS_PER_REQUEST = 4
 
+# Statuses with which the server says that it gets too many requests; S3 sends 503 SlowDown.
+_THROTTLED = (429, 503)
+
 _jitter = random.SystemRandom()  # not the seeded generator: ranks must not retry in step
 _thread_state = threading.local()
 
@@ -110,7 +113,7 @@ class CallLimit:
 
     deadline_s is the number of seconds from now within which the whole call must end. endpoint() returns the name of
     what the call waits for now: the server, or the source of its keys. Setting `stop` ends pauses and retries.
-    on_failure(error) is called after each failed attempt. Retries are counted in counters.
+    counters count "retries", and "throttled": refusals because of too many requests.
     """
 
     def __init__(
@@ -121,27 +124,20 @@ class CallLimit:
         cancel: Event | None = None,
         *,
         clock: Clock,
-        timeout_s: float | None = None,
-        endpoint: Callable[[], str] | None = None,
-        on_failure: Callable[[StoreError], object] = lambda _error: None,
-        counters: Counters | None = None,
+        timeout_s: float | None,
+        endpoint: Callable[[], str],
+        counters: Counters,
     ) -> None:
         self.url, self.doing, self.cancel, self.clock = url, doing, cancel, clock
         self.stop = Event()
-        self.on_failure, self.counters = on_failure, counters
+        self.endpoint, self.counters = endpoint, counters
         self.deadline_s, self.timeout_s = deadline_s, timeout_s
         self._unwanted: Event | None = getattr(_thread_state, "unwanted", None)
-        self._endpoint = endpoint
         self._progress_s = now_s = clock.monotonic()
         self._deadline_end_s = math.inf if deadline_s is None else now_s + deadline_s
         self.error: StoreError | None = None  # of the last failed attempt since the last progress
         self.is_reported = False
         self.n_turns: int | None = None  # requests that have their turn; None: of a call without turns
-
-    @property
-    def endpoint(self) -> str:
-        """Name of the server, or of the source of credentials, for which the call waits now."""
-        return self.url if self._endpoint is None else self._endpoint()
 
     @property
     def is_unwanted(self) -> bool:
@@ -176,7 +172,7 @@ class CallLimit:
         if self._deadline_end_s <= self.clock.monotonic():
             text = f"{self.doing}: not done within {self.deadline_s:g} s"
         elif self.left_s <= 0:
-            text = f"{self.doing}: nothing came from {self.endpoint} for {self.timeout_s or 0:g} s (timeout)"
+            text = f"{self.doing}: nothing came from {self.endpoint()} for {self.timeout_s or 0:g} s (timeout)"
         else:
             return
         raise StoreError(text + self._last_error(), url=self.url, retryable=True)
@@ -189,7 +185,7 @@ class CallLimit:
     def report(self) -> None:
         """Log a warning that the call is waiting."""
         limit = f"; the call fails after {self.timeout_s:g} s without a byte (timeout)" if self.timeout_s else ""
-        text = f"has waited {self.waited_s:.0f} s for {self.endpoint}{self._last_error()}{limit}"
+        text = f"has waited {self.waited_s:.0f} s for {self.endpoint()}{self._last_error()}{limit}"
         logger.warning("%s: %s: %s", self.url, self.doing, text)
 
 
@@ -204,7 +200,8 @@ def with_retries(attempt: Callable[[], T], policy: RetryPolicy, limit: CallLimit
         try:
             answer = attempt()
         except StoreError as error:
-            limit.on_failure(error)
+            if error.status in _THROTTLED:
+                limit.counters.add("throttled")
             n_failed = n_failed + 1 if limit.error is not None else 1  # None: progress since the last failure
             if error.details.get("renewed"):  # new credentials are available
                 if has_renewed:  # the new credentials were refused too
@@ -217,10 +214,9 @@ def with_retries(attempt: Callable[[], T], policy: RetryPolicy, limit: CallLimit
             limit.error = error
             if not pause(pause_s, limit.clock, limit.stop):
                 raise
-            if limit.counters is not None:
-                limit.counters.add("retries")
+            limit.counters.add("retries")
         else:
-            note_answer(limit.endpoint)
+            note_answer(limit.endpoint())
             return answer
 
 
@@ -229,8 +225,8 @@ def _is_worth_repeating(error: StoreError, limit: CallLimit, pause_s: float) -> 
     if not error.retryable or error.maybe_done or limit.is_unwanted:
         return False
     if error.details.get("sent") is not False:
-        note_answer(limit.endpoint)
-    elif must_fail_fast(limit.endpoint):
+        note_answer(limit.endpoint())
+    elif must_fail_fast(limit.endpoint()):
         return False
     return pause_s < limit.left_s
 
@@ -578,24 +574,26 @@ class Landing:
     stored, so that none are after close() has returned.
 
     Args:
-        store: Function that stores the bytes from an offset of the request on.
+        request: The request.
+        receive: Function that receives the bytes in pieces. None: they are copied into the buffers of the request.
 
     Attributes:
         n_bytes: Number of bytes from the start of the request that are stored.
-        error: Error that store() raised; the request is over then.
+        error: Error that receive() raised; the request is over then.
     """
 
-    def __init__(self, store: Callable[[int, memoryview], object]) -> None:
+    def __init__(self, request: Request, receive: Receive | None = None) -> None:
+        self.request = request
         self.n_bytes = 0
         self.error: BaseException | None = None
-        self._store = store
+        self._receive = receive
         self._lock = Lock()
         self._is_closed = False
 
     def add(self, offset: int, data: memoryview) -> bool:
         """Store the bytes from this offset of the request on, as far as they are new; return whether any were.
 
-        The offset is at most n_bytes. An error of store() is kept, not raised: it is none of the store's own errors.
+        The offset is at most n_bytes. An error of receive() is kept, not raised: it is none of the store's own errors.
         """
         with self._lock:
             n_known = self.n_bytes - offset
@@ -609,44 +607,20 @@ class Landing:
             self.n_bytes = offset + data.nbytes
             return True
 
+    def _store(self, offset: int, data: memoryview) -> None:
+        for start, buffer in self.request.targets:
+            at, end = max(start, offset), min(start + buffer.nbytes, offset + data.nbytes)
+            if at < end:
+                piece = data[at - offset : end - offset]
+                if self._receive is None:
+                    _copy(buffer[at - start : end - start], piece)
+                else:
+                    self._receive(self.request.range.start + at, piece)
+
     def close(self) -> None:
         """Refuse further bytes, and wait until none are being stored."""
         with self._lock:
             self._is_closed = True
-
-
-def land_in_buffers(request: Request) -> Landing:
-    """Return the landing of a request in the buffers of its spans."""
-
-    def copy(start: int, buffer: memoryview, at: int, data: memoryview) -> None:
-        _copy(buffer[at - start : at - start + data.nbytes], data)
-
-    return _landing(request, copy)
-
-
-def land_in_pieces(request: Request, receive: Receive) -> Landing:
-    """Return the landing of a request whose spans are received in pieces; the buffers of the spans are not touched."""
-    return _landing(request, lambda _start, _buffer, at, data: receive(request.range.start + at, data))
-
-
-def _landing(request: Request, store_part: Callable[[int, memoryview, int, memoryview], object]) -> Landing:
-    """Return a landing that passes each arrived part of a target to store_part(start, buffer, at, data).
-
-    start and buffer are those of the target; the part begins at offset `at` of the request.
-    """
-
-    def store(offset: int, data: memoryview) -> None:
-        for start, buffer in request.targets:
-            at, end = max(start, offset), min(start + buffer.nbytes, offset + data.nbytes)
-            if at < end:
-                store_part(start, buffer, at, data[at - offset : end - offset])
-
-    return Landing(store)
-
-
-def untouched_spans(ranges: Sequence[ByteRange]) -> list[Span]:
-    """Return spans of which only the lengths count: views of one byte, repeated."""
-    return [(wanted, np.broadcast_to(np.uint8(0), wanted.n_bytes).data) for wanted in ranges]
 
 
 def _copy(target: memoryview, data: memoryview) -> None:
@@ -667,17 +641,11 @@ _UNCONDITIONAL = (405, 501)
 _PROBE_KEY = f"{TEMP_PREFIX}conditional-put"
 # S3's codes of a status 409 with which it refuses a write because another one of the key is running.
 CONFLICT_CODES = ("ConditionalRequestConflict", "OperationAborted")
-# Statuses with which the server says that it gets too many requests; S3 sends 503 SlowDown.
-_THROTTLED = (429, 503)
 _BEYOND_END = 416
 _DELETE_KEYS = 1000
 # An object of at most this size is written by one request, also with if_absent.
 _HOLD_BYTES = 16 << 20
 _ONE_ATTEMPT = RetryPolicy(n_attempts=1)
-
-
-class KeyExists(Exception):
-    """The key exists."""
 
 
 class ObjectWriter(Protocol):
@@ -745,8 +713,8 @@ class ObjectClient(ABC):
         """Write a whole object."""
 
     @abstractmethod
-    def put_new(self, key: str, body: bytes) -> ObjectInfo | None:
-        """Write a whole object if the key is free. Return the object if the answer describes it."""
+    def put_new(self, key: str, body: bytes) -> object:
+        """Write a whole object if the key is free."""
 
     def put_new_by_store(self, key: str, body: bytes) -> None:
         """Write a whole object if the key is free, by nothing but the store's own condition."""
@@ -835,10 +803,6 @@ class RemoteStore(Store):
         n_requests = self.call_options.concurrency or chosen.n_requests
         return RequestRunner(n_requests, chosen.policy, chosen.clock, self.counters, hedges=chosen.hedges)
 
-    def _count_throttled(self, error: StoreError) -> None:
-        if error.status in _THROTTLED:
-            self.counters.add("throttled")
-
     @property
     def client(self) -> ObjectClient:
         """This process's client, which sends single requests."""
@@ -862,7 +826,6 @@ class RemoteStore(Store):
             clock=self._settings.clock,
             timeout_s=self.call_options.timeout_s,
             endpoint=client.wait_target,
-            on_failure=self._count_throttled,
             counters=self.counters,
         )
 
@@ -881,8 +844,7 @@ class RemoteStore(Store):
         """Return the result of a write request.
 
         Its last attempt is always awaited, because its effect would be unknown otherwise. A conditional write is not
-        repeated after a lost answer, because it would find its own object: it raises StoreError with .maybe_done, or
-        KeyExists.
+        repeated after a lost answer, because it would find its own object: it raises StoreError with .maybe_done.
         """
 
         def send(_attempt: Attempt) -> T:
@@ -891,11 +853,7 @@ class RemoteStore(Store):
                 with client.errors(key, doing):
                     return request(client)
             except StoreError as error:
-                if not is_conditional:
-                    raise
-                if error.details.get("exists"):
-                    raise KeyExists from None
-                if not _may_have_taken_effect(error):
+                if not is_conditional or error.details.get("exists") or not _may_have_taken_effect(error):
                     raise
                 lost = f"{doing}: the answer was lost, so the object may or may not have been written ({error.message})"
                 raise StoreError(lost, url=client.url_of(key), retryable=True, maybe_done=True) from None
@@ -941,7 +899,7 @@ class RemoteStore(Store):
         check_spans(spans)
         requests = plan_requests(spans, self._settings.max_gap_bytes, self._settings.max_bytes)
         limit = self.call_limit(key, "read_into", deadline_s, cancel)
-        self._read_requests(key, [(request, land_in_buffers(request)) for request in requests], if_match, limit)
+        self._read_requests(key, [Landing(request) for request in requests], if_match, limit)
 
     def read_pieces(
         self,
@@ -957,24 +915,23 @@ class RemoteStore(Store):
         check_key(key)
         # Of this size, no range is split into two requests.
         extent_bytes = max((one.end for one in ranges), default=0) - min((one.start for one in ranges), default=0)
-        requests = plan_requests(untouched_spans(ranges), self._settings.max_gap_bytes, max(extent_bytes, 1))
+        # Only the lengths of these spans count: views of one byte, repeated.
+        spans = [(wanted, np.broadcast_to(np.uint8(0), wanted.n_bytes).data) for wanted in ranges]
+        requests = plan_requests(spans, self._settings.max_gap_bytes, max(extent_bytes, 1))
         limit = self.call_limit(key, "read_pieces", deadline_s, cancel)
-        self._read_requests(key, [(request, land_in_pieces(request, receive)) for request in requests], if_match, limit)
+        self._read_requests(key, [Landing(request, receive) for request in requests], if_match, limit)
 
-    def _read_requests(
-        self, key: str, requests: Sequence[tuple[Request, Landing]], if_match: str | None, limit: CallLimit
-    ) -> None:
+    def _read_requests(self, key: str, landings: Sequence[Landing], if_match: str | None, limit: CallLimit) -> None:
         """Execute the requests of one call. After it has returned or raised, no bytes are stored."""
         client = self.client
         reading = _ObjectRead(client, key, if_match, limit)
-        compares = not client.checks_etag and (if_match is not None or len(requests) > 1)
+        compares = not client.checks_etag and (if_match is not None or len(landings) > 1)
         if compares:
             reading.check_etag(self.head(key))
         try:
-            sends = [partial(reading.attempt, request.range, landing) for request, landing in requests]
-            self._runner.get().run(sends, limit)
+            self._runner.get().run([partial(reading.attempt, landing) for landing in landings], limit)
         finally:
-            for _, landing in requests:
+            for landing in landings:
                 landing.close()  # an attempt that was overtaken or abandoned may still run
         if compares:
             reading.check_etag(self.head(key))
@@ -989,38 +946,45 @@ class RemoteStore(Store):
 
     def put_if_absent(self, key: str, data: Buffer) -> bool:
         """Send one PUT with If-None-Match: *."""
-        try:
-            self.put_new(check_key(key), bytes(data))
-        except KeyExists:
-            return False
-        return True
+        return self.put_new(check_key(key), bytes(data))
 
-    def put_new(self, key: str, body: bytes) -> ObjectInfo | None:
-        """As put_if_absent(). Return the new object if the answer describes it. Raises KeyExists."""
+    def put_new(self, key: str, body: bytes) -> bool:
         if self.call_options.is_single_writer:
             with suppress(NotFound):
                 self.head(key)
-                raise KeyExists
-            return self.put(key, body)
-        info = self._write(key, "put_if_absent", lambda client: client.put_new(key, body), is_conditional=True)
-        self.counters.add("bytes_written", len(body))
-        return info
+                return False
+            self.put(key, body)
+            return True
+        if is_new := self._put_new(key, lambda client: client.put_new(key, body)):
+            self.counters.add("bytes_written", len(body))
+        return is_new
+
+    def _put_new(self, key: str, put: Callable[[ObjectClient], object]) -> bool:
+        try:
+            self._write(key, "put_if_absent", put, is_conditional=True)
+        except StoreError as error:
+            if error.details.get("exists"):
+                return False
+            raise
+        return True
 
     def require_conditional_put(self) -> None:
         """Test the store once, by up to three requests: it must refuse the second of two puts of one key."""
         if self._may_commit or self.knows_conditional_put:
             return
+
+        def put_probe() -> bool:
+            return self._put_new(_PROBE_KEY, lambda client: client.put_new_by_store(_PROBE_KEY, b""))
+
         was_created, reason = False, "the store ignores the condition of a put"
         try:
             try:
-                self._put_probe()
+                was_created = put_probe()
             except StoreError as error:
                 if not error.maybe_done:
                     raise
-            was_created = True
-            self._put_probe()  # must be refused
-        except KeyExists:
-            self._may_commit = True
+                was_created = True
+            self._may_commit = not was_created or not put_probe()
         except StoreError as error:
             if error.status not in _UNCONDITIONAL and not error.details.get("unsupported"):
                 raise
@@ -1035,12 +999,6 @@ class RemoteStore(Store):
                 "only one process writes at a time, say so with storage_options={'single_writer': True}",
                 url=self.url,
             )
-
-    def _put_probe(self) -> None:
-        def put(client: ObjectClient) -> None:
-            client.put_new_by_store(_PROBE_KEY, b"")
-
-        self._write(_PROBE_KEY, "put_if_absent", put, is_conditional=True)
 
     def create(self, key: str) -> Upload:
         """Start an upload that streams its parts. Up to 16 MiB are written by one request."""
@@ -1091,18 +1049,14 @@ class RemoteStore(Store):
         self._write(src, f"copy to {dst}", lambda client: client.copy(src, dst))
         return self.head(dst)
 
-    def open_writer(self, key: str) -> ObjectWriter:
-        """Return the writer of a new large object."""
-        return self._write(key, "create", lambda client: client.open_writer(key))
-
-    def write(self, key: str, writer: ObjectWriter, data: bytes) -> None:
-        """Append data to the writer, which may block while too many parts are in flight."""
+    def write_part(self, key: str, writer: ObjectWriter, data: bytes) -> None:
+        """Append data to the writer of a long object, which may block while too many parts are in flight."""
         with self.client.errors(key, "put_part"):
             writer.write(data)
         self.counters.add("bytes_written", len(data))
 
-    def publish(self, key: str, writer: ObjectWriter, n_bytes: int) -> ObjectInfo:
-        """Publish a large object."""
+    def end_long_object(self, key: str, writer: ObjectWriter, n_bytes: int) -> ObjectInfo:
+        """Let the writer make the object, without a retry, and check its size."""
 
         def close(_attempt: Attempt) -> None:
             with self.client.errors(key, "complete"):
@@ -1113,11 +1067,6 @@ class RemoteStore(Store):
         if info.n_bytes != n_bytes:
             raise StoreError(f"complete: sent {n_bytes} bytes, stored {info.n_bytes}", url=self.client.url_of(key))
         return info
-
-    def discard(self, key: str, writer: ObjectWriter) -> None:
-        """Discard a large object. If this fails, its parts stay until a lifecycle rule of the bucket removes them."""
-        with suppress(StoreError), self.client.errors(key, "abort"):
-            writer.abort()
 
 
 class _ObjectRead:
@@ -1130,12 +1079,12 @@ class _ObjectRead:
         self._client, self._key, self._limit = client, key, limit
         self._seen: dict[str, str] = {} if if_match is None else {"etag": if_match}
 
-    def attempt(self, byte_range: ByteRange, landing: Landing, attempt: Attempt) -> None:
+    def attempt(self, landing: Landing, attempt: Attempt) -> None:
         """Send one request and store its bytes.
 
         It continues after the bytes of earlier attempts, if the answer says that they are of the same version.
         """
-        client = self._client
+        client, byte_range = self._client, landing.request.range
         etag = self._seen.get("etag")
         condition = None if etag is None or etag.startswith("W/") else etag  # HTTP: a weak ETag never matches If-Match
         start = landing.n_bytes if self._seen else 0
@@ -1205,32 +1154,32 @@ class _RemoteUpload(SequentialUpload):
         self._n_bytes += data.nbytes
         self._held.append(bytes(data))
         if self._writer is None and self._n_bytes > _HOLD_BYTES:
-            self._writer = self._store.open_writer(self.key)
+            self._writer = self._store._write(self.key, "create", lambda client: client.open_writer(self.key))  # noqa: SLF001
         if self._writer is not None:
             held, self._held = self._held, []
             for part in held:
-                self._store.write(self.key, self._writer, part)
+                self._store.write_part(self.key, self._writer, part)
 
-    def publish(self, *, if_absent: bool) -> ObjectInfo | None:
-        """Publish the object. obstore cannot complete a long object under a condition, so the key is checked before."""
+    def make_object(self, *, if_absent: bool) -> ObjectInfo | None:
+        """Obstore cannot complete a long object under a condition, so the key is checked before."""
+        store, key = self._store, self.key
         if self._writer is None:
             data = b"".join(self._held)
             if not if_absent:
-                return self._store.put(self.key, data)
-            try:
-                return self._store.put_new(self.key, data) or self._store.head(self.key)
-            except KeyExists:
-                return None
+                return store.put(key, data)
+            return store.head(key) if store.put_new(key, data) else None
         if if_absent:
             with suppress(NotFound):
-                self._store.head(self.key)
+                store.head(key)
                 return None
-        info = self._store.publish(self.key, self._writer, self._n_bytes)
+        info = store.end_long_object(key, self._writer, self._n_bytes)
         self._writer = None  # after an error, discard() aborts it
         return info
 
     def discard(self) -> None:
+        """If this fails, the parts sent stay until a lifecycle rule of the bucket removes them."""
         self._held = []
         writer, self._writer = self._writer, None
         if writer is not None:
-            self._store.discard(self.key, writer)
+            with suppress(StoreError), self._store.client.errors(self.key, "abort"):
+                writer.abort()

@@ -83,7 +83,7 @@ def test_a_failed_part_ends_the_upload_and_leaves_nothing(s3, store, monkeypatch
 
     with store.create("broken") as upload:
         upload.put_part(0, bytes(17 * MIB))
-        monkeypatch.setattr(store, "write", fail)
+        monkeypatch.setattr(store, "write_part", fail)
         with pytest.raises(StoreError, match="broken"):
             upload.put_part(1, b"x")
         for call in (lambda: upload.put_part(2, b"x"), upload.complete):

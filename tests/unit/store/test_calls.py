@@ -32,7 +32,8 @@ def make():
 
 
 def limit(clock=SYSTEM_CLOCK, **options):
-    return CallLimit("s3://bucket/a", "get", clock=clock, **options)
+    how = {"timeout_s": None, "endpoint": lambda: "s3://bucket/a", "counters": Counters("retries", "throttled")}
+    return CallLimit("s3://bucket/a", "get", clock=clock, **how | options)
 
 
 def answer(value):

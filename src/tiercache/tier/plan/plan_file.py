@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tiercache.model import OWN_FOLDER
 from tiercache.store.contract import check_key
-from tiercache.store.local import UnpublishedFile, open_folder, write_all
+from tiercache.store.local import NewFile, open_folder, write_all
 from tiercache.tier.model import Move, Plan, Refusal
 
 FORMAT, VERSION = "tiercache-plan", 1
@@ -33,7 +33,7 @@ def write_plan(plan: Plan, path: Path) -> None:
     Raises ValueError if the plan has a figure that JSON cannot represent, and OSError.
     """
     with open_folder(path.absolute().parent, [], make=True) as folder_fd:
-        new = UnpublishedFile(folder_fd)
+        new = NewFile(folder_fd)
         try:
             at, some, digest = 0, bytearray(), hashlib.sha256()
             for row in _rows(plan):
@@ -45,7 +45,7 @@ def write_plan(plan: Plan, path: Path) -> None:
             digest.update(some)
             some += _line({"line": "end", "sha256": digest.hexdigest()})
             write_all(new.fd, memoryview(some), at)
-            new.publish(path.name)
+            new.set_name(path.name)
         finally:
             new.close()
 
