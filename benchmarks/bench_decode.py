@@ -24,7 +24,8 @@ import tiercache as tc
 from rows import OUT, spread, table, write_rows
 from tiercache import config
 from tiercache.load.windows import cut_load_tasks
-from tiercache.order import DatasetSizes, EpochOrder, OrderOptions
+from tiercache.order.epoch_order import EpochOrder
+from tiercache.order.window import DatasetSizes, OrderOptions
 
 TOKENS, BATCH = 1024, 64
 _here = threading.local()

@@ -27,13 +27,15 @@ from tiercache._native.permute import RowFinder, permute
 from tiercache.load.epoch import RunState
 from tiercache.load.pieces import cut_pieces
 from tiercache.model import SourcePart
-from tiercache.order import BlockSizes, DatasetSizes, EpochOrder, OrderOptions, RankPlan
+from tiercache.order.epoch_order import EpochOrder
 from tiercache.order.mixture import MixtureOrder, MixtureSpec
+from tiercache.order.rank_plan import RankPlan
+from tiercache.order.window import BlockSizes, DatasetSizes, OrderOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tiercache.order import Order
+    from tiercache.order.window import Order
 
 KEY = (1, 2)
 STAGES = ("speed", "resume", "state", "quality", "training")

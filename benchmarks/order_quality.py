@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-from tiercache.order import BlockSizes, DatasetSizes, EpochOrder, OrderOptions
+from tiercache.order.epoch_order import EpochOrder
+from tiercache.order.window import BlockSizes, DatasetSizes, OrderOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

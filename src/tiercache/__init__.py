@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tiercache.load.loader_options import LoaderOptions
     from tiercache.load.numpy_loader import NumpyLoader
     from tiercache.load.transform import CutMix, MixUp, collate
-    from tiercache.packer import pack
+    from tiercache.packer.pack import pack
     from tiercache.shard.schema import Image, Ragged, Tensor
     from tiercache.shard.writer import Writer
     from tiercache.store.placement import locate
@@ -96,7 +96,7 @@ _HOMES = {
     "locate": "tiercache.store.placement",
     "mix": "tiercache.data.dataset",
     "open_weights": "tiercache.checkpoint.weights",
-    "pack": "tiercache.packer",
+    "pack": "tiercache.packer.pack",
     "pack_sequences": "tiercache.data.packing",
     "rng": "tiercache.transform_rng",
 }

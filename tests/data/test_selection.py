@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.data.selection import Selection
+from tiercache.data.records import Selection
 
 N = 60
 NUMBERS = st.lists(st.integers(0, N - 1), max_size=80)

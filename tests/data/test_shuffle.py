@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
 from tiercache.data import scan
-from tiercache.data.selection import Selection
+from tiercache.data.records import Selection
 from tiercache.order.explicit import PermutedOrder
 
 N = 400

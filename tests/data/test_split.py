@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import tiercache as tc
 from tiercache.data.scan import share_out
-from tiercache.order import derive_key
-from tiercache.order.interleaving import apportion
+from tiercache.order.epoch_order import derive_key
+from tiercache.order.mixture import apportion
 from tiercache.shard.schema import CLASSES_KEY
 
 N = 300

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
 from tiercache._native.permute import permute_one
-from tiercache.data import opened_version, selection
+from tiercache.data import opened_version, records
 from tiercache.data.opened_version import OpenedVersion
-from tiercache.order import derive_key
+from tiercache.order.epoch_order import derive_key
 from tiercache.shard.reader import ShardReader
 
 N = 150
@@ -301,7 +301,7 @@ def test_a_view_resumes_at_every_batch_also_from_an_appended_data_set(tmp_path, 
 def test_rows_are_laid_out_equally_in_one_step_and_in_several(dataset, monkeypatch):
     mask = np.random.default_rng(5).random(N) < 0.6
     whole = [batch["id"].tolist() for batch in tc.DataLoader(dataset.select(mask), batch_size=16)]
-    monkeypatch.setattr(selection, "LAID_OUT_ROWS", 3)
+    monkeypatch.setattr(records, "LAID_OUT_ROWS", 3)
     assert [batch["id"].tolist() for batch in tc.DataLoader(dataset.select(mask), batch_size=16)] == whole
     assert list(itertools.chain(*whole)) == np.flatnonzero(mask).tolist()
 

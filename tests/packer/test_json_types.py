@@ -3,7 +3,7 @@
 import pytest
 
 from tiercache.errors import SchemaError
-from tiercache.packer.jsonl import infer_types, join, type_of
+from tiercache.packer.tables import infer_types, join, type_of
 from tiercache.shard.schema import Ragged
 
 

@@ -18,11 +18,11 @@ from tests.packer.pictures import jpeg, png
 from tests.support.strikes import strike
 
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError, TierCacheError
-from tiercache.packer import PackOptions, jsonl, pack, plan_pack, run_pack
-from tiercache.shard.commit import Commit
+from tiercache.packer import tables
+from tiercache.packer.pack import PackOptions, pack, plan_pack, run_pack
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Image, Kind, Ragged, Schema
-from tiercache.shard.versions import latest, list_versions, read_shards
+from tiercache.shard.versions import Commit, latest, list_versions, read_shards
 from tiercache.store import open_store
 
 NESTED_SCHEMA = pa.schema(
@@ -305,7 +305,7 @@ class TestJsonLines:
         self.write(tmp_path / "a.jsonl")
         whole = (tmp_path / "a.jsonl").read_bytes()
         for part_bytes in (1, 7, 60, len(whole) - 1, len(whole)):
-            monkeypatch.setattr(jsonl, "SPLIT_BYTES", part_bytes)
+            monkeypatch.setattr(tables, "SPLIT_BYTES", part_bytes)
             pack(tmp_path / "a.jsonl", tmp_path / "out", mode="overwrite")
             self.check(tmp_path / "out")
 
@@ -426,7 +426,7 @@ class TestProcesses:
         return path
 
     def test_several_processes_keep_the_order_of_the_source(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(jsonl, "SPLIT_BYTES", 5000)
+        monkeypatch.setattr(tables, "SPLIT_BYTES", 5000)
         self.lines(tmp_path / "a.jsonl")
         progress = []
         version = pack(tmp_path / "a.jsonl", tmp_path / "out", jobs=2, shard_size=2000, on_progress=progress.append)
@@ -435,7 +435,7 @@ class TestProcesses:
         assert progress[-1].n_records == 4000
 
     def test_an_error_in_a_worker_process_leaves_nothing(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(jsonl, "SPLIT_BYTES", 5000)
+        monkeypatch.setattr(tables, "SPLIT_BYTES", 5000)
         with self.lines(tmp_path / "a.jsonl").open("a") as file:
             file.write('{"x": "bad", "text": ""}\n')
         with pytest.raises(SchemaError, match=r"column 'x': .*a\.jsonl, line 4001: expected int64, got a str"):
@@ -443,7 +443,7 @@ class TestProcesses:
         assert is_empty(tmp_path / "out")
 
     def test_a_killed_worker_process_is_an_error_and_leaves_nothing(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(jsonl, "SPLIT_BYTES", 5000)
+        monkeypatch.setattr(tables, "SPLIT_BYTES", 5000)
         self.lines(tmp_path / "a.jsonl")
         plan = plan_pack(tmp_path / "a.jsonl", tmp_path / "out", PackOptions(jobs=2, shard_size=20_000))
 
@@ -464,7 +464,7 @@ class TestProcesses:
 
     def test_a_killed_pack_leaves_no_data_set_and_needs_no_clean_up(self, tmp_path):
         self.lines(tmp_path / "a.jsonl", 6_000)
-        code = "import sys, os, signal; from tiercache.packer import pack\n"
+        code = "import sys, os, signal; from tiercache.packer.pack import pack\n"
         code += "pack(sys.argv[1], sys.argv[2], shard_size=20_000, block_size=2000, "
         code += "on_progress=lambda p: p.n_records > 2500 and os.kill(os.getpid(), signal.SIGKILL))"
         done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.jsonl", tmp_path / "out"])

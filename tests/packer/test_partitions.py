@@ -8,7 +8,7 @@ import pytest
 
 import tiercache as tc
 from tiercache.errors import SchemaError
-from tiercache.packer import PackOptions, pack, plan_pack
+from tiercache.packer.pack import PackOptions, pack, plan_pack
 
 
 def write(folder, path, table):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tiercache.errors import NotFound, SchemaError
 from tiercache.packer.files import InputSplit
-from tiercache.packer.plan import PackOptions, divide_splits, find_source, kind_of
+from tiercache.packer.pack import PackOptions, divide_splits, find_source, kind_of
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from tiercache.model import ShardInfo
-from tiercache.shard.commit import commit
 from tiercache.shard.schema import Schema
+from tiercache.shard.versions import commit
 from tiercache.store import LocalFolder
 
 folder, name, n_shards = sys.argv[1:]

@@ -19,7 +19,8 @@ from tiercache._native.checksum import crc32c
 from tiercache.model import ShardInfo
 from tiercache.shard import codec
 from tiercache.shard import versions as segments
-from tiercache.shard.layout import Footer, Tail, align
+from tiercache.shard.codec import align
+from tiercache.shard.footer import Footer, Tail
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.versions import read_version, version_key
 from tiercache.store.local import LocalFolder

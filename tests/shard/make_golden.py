@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import later
 
 import tiercache as tc
-from tiercache.shard.layout import pack_head
+from tiercache.shard.footer import pack_head
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import STORED, Image, Ragged, Schema, Tensor
 from tiercache.shard.versions import read_version

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from tiercache.shard.chunks import STAT_INTERVAL_S
+from tiercache.shard.blocks import STAT_INTERVAL_S
 from tiercache.shard.schema import Image, Ragged, Schema, Tensor
 from tiercache.shard.source import MIN_CTIME_AGE_NS
 from tiercache.shard.writer import ShardOptions, ShardWriter

@@ -16,11 +16,9 @@ from tests.support.stores import CountingStore, GateStore
 
 from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError
 from tiercache.model import ShardInfo
-from tiercache.shard import commit as commits
 from tiercache.shard import versions as manifest
-from tiercache.shard.commit import MAX_SEGMENTS, Commit, commit, plan_merge
 from tiercache.shard.schema import Schema
-from tiercache.shard.versions import Version, version_key
+from tiercache.shard.versions import MAX_SEGMENTS, Commit, Version, commit, plan_merge, version_key
 from tiercache.store import LocalFolder, MemoryStore, Store
 
 SCHEMA = Schema.of({"tokens": "int64", "caption": "str"})
@@ -242,7 +240,7 @@ class TestRaces:
     def test_an_append_that_loses_every_race_ends_with_a_conflict(
         self, store: MemoryStore, first: Version, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(commits, "MAX_REBASES", 5)
+        monkeypatch.setattr(manifest, "MAX_REBASES", 5)
 
         class Crowd(CountingStore):
             """Somebody else always commits just before."""

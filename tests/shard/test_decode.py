@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.shard import chunks, codec
-from tiercache.shard.memory import HUGE_PAGE_BYTES, BufferPool, address_of
+from tiercache.shard import codec
+from tiercache.shard.codec import HUGE_PAGE_BYTES, BufferPool, address_of
 
 
 def frames_of(contents: list[bytes], stored: list[bytes] | None = None) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -20,15 +20,15 @@ def frames_of(contents: list[bytes], stored: list[bytes] | None = None) -> tuple
 @pytest.fixture(params=["libzstd", "python"])
 def way(request, monkeypatch):
     if request.param == "python":
-        monkeypatch.setattr(chunks, "_decode_native", lambda *_: 0)
-    elif chunks.find_libzstd() is None:
+        monkeypatch.setattr(codec, "_decode_native", lambda *_: 0)
+    elif codec.find_libzstd() is None:
         pytest.skip("no libzstd here")
 
 
 @given(contents=st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=12))
 def test_decoding_many_frames_gives_the_content_of_each(contents):
     frames, kept = frames_of(contents)
-    memory, addresses = chunks.decode(*frames)
+    memory, addresses = codec.decode(*frames)
     places = (addresses - np.uint64(address_of(memory))).tolist()
     assert [memory[p : p + len(c)].tobytes() for p, c in zip(places, contents, strict=True)] == contents
     assert all(address % 64 == 0 for address in addresses.tolist())
@@ -42,16 +42,16 @@ def test_a_frame_that_cannot_be_decoded_is_named_by_its_number(bad):
     stored = [codec.compress(c, 3) for c in contents]
     stored[bad] = stored[bad][:-3] + b"\xff\xff\xff"
     frames, _kept = frames_of(contents, stored)
-    with pytest.raises(chunks.BadFrameError) as caught:
-        chunks.decode(*frames)
+    with pytest.raises(codec.BadFrameError) as caught:
+        codec.decode(*frames)
     assert caught.value.number == bad
 
 
 @pytest.mark.usefixtures("way")
 def test_a_frame_of_another_length_than_stated_is_an_error():
     frames, _kept = frames_of([b"a" * 10, b"b" * 10], [codec.compress(b"a" * 10, 3), codec.compress(b"b" * 11, 3)])
-    with pytest.raises(chunks.BadFrameError, match="11 bytes, expected 10"):
-        chunks.decode(*frames)
+    with pytest.raises(codec.BadFrameError, match="11 bytes, expected 10"):
+        codec.decode(*frames)
 
 
 def test_the_pool_reuses_memory_while_some_is_in_use_and_frees_it_afterwards():

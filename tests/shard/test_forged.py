@@ -22,7 +22,7 @@ import tiercache as tc
 from tiercache._native.checksum import crc32c
 from tiercache.errors import CorruptShard, TierCacheError
 from tiercache.shard import codec
-from tiercache.shard.layout import TAIL_BYTES, Footer, Tail
+from tiercache.shard.footer import TAIL_BYTES, Footer, Tail
 from tiercache.shard.verify import verify_dataset
 from tiercache.shard.versions import (
     SegmentRef,

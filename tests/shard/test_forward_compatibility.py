@@ -15,14 +15,14 @@ import pytest
 import tiercache as tc
 from tiercache import __version__
 from tiercache.errors import CorruptShard, UnsupportedFormat
-from tiercache.shard import codec, layout
+from tiercache.shard import codec
 from tiercache.shard import versions as segments
-from tiercache.shard.commit import commit
-from tiercache.shard.layout import Tail, pack_head, parse_head
+from tiercache.shard.footer import Tail, pack_head, parse_head
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema
 from tiercache.shard.verify import verify_shard
 from tiercache.shard.versions import (
+    commit,
     encode_version,
     fingerprint_of,
     latest,
@@ -179,7 +179,7 @@ def test_bytes_between_chunks_are_found_by_verify_unless_a_later_section_may_des
     row = footer.chunks[0, 1]
     at = int(row["offset"] + row["stored"])
     assert at % 64
-    for place in (at, layout.align(at) - 1):
+    for place in (at, codec.align(at) - 1):
         changed = bytearray(data)
         changed[place] = 7
         store = MemoryStore("needs-gap")

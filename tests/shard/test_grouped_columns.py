@@ -10,7 +10,7 @@ from tests.shard import later
 
 import tiercache as tc
 from tiercache.errors import CorruptShard
-from tiercache.shard.layout import GROUPED_COLUMNS, Tail
+from tiercache.shard.footer import GROUPED_COLUMNS, Tail
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema
 from tiercache.shard.shard_file import GROUP_BYTES, columns_to_group

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tiercache._native.block_builder import join
 from tiercache.errors import SchemaError
-from tiercache.shard.ingest import build_column_data
+from tiercache.shard.conversion import build_column_data, infer_batch, infer_record
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Image, Ragged, Schema, Tensor
 from tiercache.shard.values import as_batch
@@ -252,7 +252,7 @@ def test_a_record_with_other_columns_is_an_error(store, record, message):
 @pytest.mark.parametrize("given", [[1], "a", pa.table({"a": [1]}).to_reader()])
 def test_a_batch_without_column_names_is_an_error(store, given):
     writer = ShardWriter(store, Schema.of({"a": "int64"}))
-    for call in (writer.write, writer.write_batch, Schema.infer_record, Schema.infer_columns):
+    for call in (writer.write, writer.write_batch, infer_record, infer_batch):
         with pytest.raises(TypeError, match="mapping"):
             call(given)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiercache._native.checksum import crc32c
 from tiercache.errors import CorruptShard, UnsupportedFormat
 from tiercache.shard import codec
-from tiercache.shard.layout import FORMAT_VERSION, HEAD_BYTES, TAIL_BYTES, Footer, Tail, pack_head, parse_head
+from tiercache.shard.footer import FORMAT_VERSION, HEAD_BYTES, TAIL_BYTES, Footer, Tail, pack_head, parse_head
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Ragged, Schema, Tensor
 from tiercache.shard.values import as_batch

@@ -16,7 +16,7 @@ from tests.support.faults import Fault, FaultKind, FaultStore
 from tiercache._native import gather
 from tiercache.errors import CorruptShard, NotFound, SchemaError, StoreError
 from tiercache.shard import schema
-from tiercache.shard.layout import PAGE_BYTES
+from tiercache.shard.footer import PAGE_BYTES
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema
 from tiercache.shard.source import READS_AGAIN

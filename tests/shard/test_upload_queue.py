@@ -12,7 +12,7 @@ from tests.support.forks import in_a_fork
 
 from tiercache.errors import StoreError
 from tiercache.shard import shard_file as shard_file
-from tiercache.shard.memory import BUFFER_POOL, HUGE_PAGE_BYTES, SMALL_BYTES
+from tiercache.shard.codec import BUFFER_POOL, HUGE_PAGE_BYTES, SMALL_BYTES
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema, Tensor
 from tiercache.shard.shard_file import UploadQueue

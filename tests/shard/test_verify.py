@@ -8,7 +8,7 @@ import pytest
 from tiercache._native.checksum import crc32c
 from tiercache.errors import CorruptShard, NotFound
 from tiercache.model import ShardInfo
-from tiercache.shard.layout import Tail
+from tiercache.shard.footer import Tail
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Ragged, Schema, Tensor
 from tiercache.shard.verify import Finding, verify_shard

@@ -8,6 +8,7 @@ import torch  # noqa: F401 -- values of bfloat16 are its own
 from tiercache._native.checksum import crc32c
 from tiercache.errors import SchemaError
 from tiercache.shard.codec import RAW, ZSTD
+from tiercache.shard.conversion import infer_batch
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Image, Schema, Tensor
 from tiercache.shard.values import as_batch
@@ -127,7 +128,7 @@ def test_parts_have_the_stores_minimum_size_and_the_checksum_covers_the_file():
 
 def test_an_arrow_table_is_accepted_as_a_batch(store):
     table = pa.table({"b": ["x", None, "z"], "a": pa.chunked_array([[1], [2, 3]])})
-    schema = Schema.infer_columns(table)
+    schema = infer_batch(table)
     with ShardWriter(store, schema, ShardOptions()) as writer:
         writer.write_batch(table)
         writer.write_batch(table.to_batches()[0])

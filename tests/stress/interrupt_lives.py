@@ -24,7 +24,7 @@ from tests.support.tier_jobs import TierJob, heal
 
 import tiercache as tc
 from tiercache.cli.app import app as command
-from tiercache.shard.commit import find_latest
+from tiercache.shard.versions import find_latest
 from tiercache.store import open_store
 
 if TYPE_CHECKING:

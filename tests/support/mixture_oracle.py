@@ -13,8 +13,10 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from tests.support.order_oracle import Record, Shards, options, shards, shuffled, stream_windows
 
-from tiercache.order import MixtureOrder, MixtureSpec, OrderOptions, derive_key
 from tiercache.order import mixture as part_module
+from tiercache.order.epoch_order import derive_key
+from tiercache.order.mixture import MixtureOrder, MixtureSpec
+from tiercache.order.window import OrderOptions
 
 _BASES = (2, 3, 5, 7, 11, 13, 17, 19)
 

@@ -13,7 +13,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tiercache._native.permute import permute_one
-from tiercache.order import BlockSizes, DatasetSizes, Order, OrderOptions, Window, derive_key
+from tiercache.order.epoch_order import derive_key
+from tiercache.order.window import BlockSizes, DatasetSizes, Order, OrderOptions, Window
 
 Record = tuple[int, int, int]  # shard, block, row
 

@@ -34,9 +34,9 @@ from tiercache.cli.common import (
 )
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import format_bytes
-from tiercache.packer import PackOptions, plan_pack, run_pack
 from tiercache.packer.files import SkippedFile, selected
-from tiercache.packer.parquet import Export, ExportOptions
+from tiercache.packer.pack import PackOptions, plan_pack, run_pack
+from tiercache.packer.tables import Export, ExportOptions
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Column, Image, Kind, Ragged, Tensor, UserType
 from tiercache.shard.versions import ShardTable, Version, latest, list_versions, read_shards, read_version

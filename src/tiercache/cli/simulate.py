@@ -17,13 +17,15 @@ from tiercache.cli.common import Output, StorageOptions, VersionNumber, argument
 from tiercache.cli.data import open_data_set, open_data_set_store
 from tiercache.load.loader_options import LoaderOptions
 from tiercache.model import format_bytes
-from tiercache.order import DatasetSizes, EpochOrder, OrderOptions, RankPlan
+from tiercache.order.epoch_order import EpochOrder
+from tiercache.order.rank_plan import RankPlan
+from tiercache.order.window import DatasetSizes, OrderOptions
 from tiercache.packer.files import selected
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from tiercache.order import BlockSizes
+    from tiercache.order.window import BlockSizes
     from tiercache.shard.versions import ShardTable
 
 

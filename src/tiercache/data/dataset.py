@@ -31,16 +31,24 @@ from tiercache.data.output_spec import (
     replace_nulls,
     tuple_columns,
 )
-from tiercache.data.records import RangeStep, Records, RecordsSpec, SelectStep, ShardStep, ShuffleStep, Step, join
+from tiercache.data.records import (
+    RangeStep,
+    Records,
+    RecordsSpec,
+    Selection,
+    SelectStep,
+    ShardStep,
+    ShuffleStep,
+    Step,
+    join,
+)
 from tiercache.data.records import mix as mixed_records
 from tiercache.data.scan import FilterStep, Split, SplitStep, arrow_batches, class_counts, hash_splits, spans
-from tiercache.data.selection import Selection
 from tiercache.errors import SchemaError
 from tiercache.images.decoder import decode_columns
 from tiercache.model import short_repr
-from tiercache.shard.chunks import Verify, check_verify
-from tiercache.shard.conversion import parse_casts
-from tiercache.shard.values import ColumnValues, as_records
+from tiercache.shard.blocks import Verify, check_verify
+from tiercache.shard.values import ColumnValues, as_records, parse_casts
 from tiercache.shard.versions import list_versions
 from tiercache.transform_rng import use_fresh_key
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 from weakref import WeakValueDictionary, ref
 
 import numpy as np
@@ -21,13 +23,21 @@ from tiercache.cache import CachedStore
 from tiercache.cache.cache import Cache
 from tiercache.cache.names import NAME_BYTES, name_of_identity, names_of
 from tiercache.errors import CorruptShard
-from tiercache.model import NEVER, ByteRange, CloseListener, ReadingPlan, ShardIdentity, SourcePart, format_bytes
-from tiercache.order import BlockSizes
+from tiercache.model import (
+    NEVER,
+    ByteRange,
+    CloseListener,
+    PublishedPlan,
+    ReadingPlan,
+    ShardIdentity,
+    SourcePart,
+    format_bytes,
+)
+from tiercache.order.window import BlockSizes
 from tiercache.shard import reader as shard_reader
-from tiercache.shard.conversion import served_columns
 from tiercache.shard.reader import FooterCache, MappedRecords, ShardReader
 from tiercache.shard.source import block_ranges, column_ranges, fetch_footer
-from tiercache.shard.values import empty_values, join_values
+from tiercache.shard.values import empty_values, join_values, served_columns
 from tiercache.shard.versions import as_arrow, open_latest, read_shards, read_version
 from tiercache.store import LocalStore, MemoryStore, Store, open_store
 from tiercache.store.placement import follow_placement
@@ -39,13 +49,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.cache import WarmProgress
-    from tiercache.model import PublishedPlan
-    from tiercache.shard.blocks import Blocks
-    from tiercache.shard.chunks import Verify
-    from tiercache.shard.conversion import Casts
-    from tiercache.shard.layout import Footer
+    from tiercache.model import CloseListener, PublishedPlan
+    from tiercache.shard.blocks import Blocks, Verify
+    from tiercache.shard.footer import Footer
     from tiercache.shard.schema import Schema
-    from tiercache.shard.values import ColumnValues
+    from tiercache.shard.values import Casts, ColumnValues
     from tiercache.shard.versions import ShardTable, Version
 
 
@@ -289,9 +297,7 @@ MAX_KEPT_SIZES = 4096
 # How often a shard is read again after its bytes did not match their checksums: from a new copy, then from the store,
 # after the cache has given up the object.
 SHARD_READS_AGAIN = 5
-
 T = TypeVar("T")
-
 logger = logging.getLogger("tiercache")
 
 
@@ -613,3 +619,251 @@ class OpenedVersion:
                 if not self.remove_if_corrupt(shard) and self.cache is None and not reads_store:
                     raise  # a retry would read the same bytes of a local file
         return read(self._readers.get(shard))
+
+
+class ShardSizes(Protocol):
+    """The shards of a leaf. Attributes as those of `ShardTable`."""
+
+    @property
+    def n_records(self) -> NDArray[np.int64]: ...
+
+    @property
+    def n_bytes(self) -> NDArray[np.int64]: ...
+
+    @property
+    def first_record(self) -> NDArray[np.int64]: ...
+
+    def __len__(self) -> int: ...
+
+
+class LeafSpec(Protocol):
+    """Small picklable description of a leaf."""
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    @property
+    def version(self) -> int: ...
+
+    def open(self) -> Leaf: ...
+
+
+class Leaf(Protocol):
+    """Records in shards and blocks: an `OpenedVersion`, or a `PackedVersion` over one.
+
+    All methods may be called from any thread. `OpenedVersion` says what they return and raise.
+
+    Attributes:
+        stored: The version whose shards are read; the leaf's shards have the same numbers.
+        fill_ratio: Share of the positions of packed rows that hold stored tokens; None if records are no packed rows.
+    """
+
+    stored_schema: Schema
+    schema: Schema
+
+    @property
+    def stored(self) -> OpenedVersion: ...
+
+    @property
+    def table(self) -> ShardSizes: ...
+
+    @property
+    def spec(self) -> LeafSpec: ...
+
+    @property
+    def part(self) -> SourcePart: ...
+
+    @property
+    def fill_ratio(self) -> float | None: ...
+
+    def block_sizes(self, shards: Sequence[int], /) -> list[BlockSizes]: ...
+
+    def load(self, shard: int, blocks: Sequence[int], /) -> Blocks: ...
+
+    def is_mapped(self, shard: int, /) -> bool: ...
+
+    def prefetch_blocks(self, shard: int, blocks: Sequence[int], /) -> None: ...
+
+    def record(self, number: int, /) -> dict[str, Any] | None: ...
+
+    def values(self, records: NDArray[np.int64], /) -> list[ColumnValues]: ...
+
+    def at_version(self, number: int, /) -> Leaf: ...
+
+    def with_columns(self, columns: Sequence[str], /) -> Leaf: ...
+
+
+ShardsOfLeaf: TypeAlias = "tuple[Leaf, NDArray[np.int64], NDArray[np.int64]]"
+ShardsOfVersion: TypeAlias = "tuple[OpenedVersion, NDArray[np.int64], NDArray[np.int64]]"
+
+
+def distinct(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the sorted distinct numbers of shards or leaves. The first np.unique() of a process takes 6 ms."""
+    return np.flatnonzero(np.bincount(numbers))
+
+
+class Storage:
+    """The stored shards of `Records`, whose shard numbers the methods take. Safe from any thread.
+
+    Attributes:
+        versions: The stored versions, each once.
+    """
+
+    def __init__(
+        self, leaves: tuple[Leaf, ...], leaf_shards: NDArray[np.int64], shard_records: NDArray[np.int64]
+    ) -> None:
+        self._leaves, self._leaf_shards, self._shard_records = leaves, leaf_shards, shard_records
+        self.versions = tuple({id(leaf.stored): leaf.stored for leaf in leaves}.values())
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether a cache is in use for any version; publish() gives that cache the reading plan."""
+        return any(version.stores.has_cache for version in self.versions)
+
+    @property
+    def can_prefetch(self) -> bool:
+        """Whether prefetch() can fetch anything; if not, no caller needs to compute the shards for it."""
+        return any(version.stores.fetcher is not None for version in self.versions)
+
+    @property
+    def sends_requests(self) -> bool:
+        """Whether Records.load() sends requests to a store, because there is no cache."""
+        return any(version.stores.sends_requests for version in self.versions)
+
+    def locate(self, shard: int) -> tuple[Leaf, int]:
+        """Return the leaf that has a shard, and the shard's number there."""
+        leaf = int(self._leaf_shards.searchsorted(shard, side="right")) - 1
+        return self._leaves[leaf], int(shard - self._leaf_shards[leaf])
+
+    def by_leaf(self, shards: Any) -> list[ShardsOfLeaf]:
+        """Return (leaf, indices of its shards, their numbers there) for each leaf that has any of the shards."""
+        shards = np.asarray(shards, np.int64)
+        leaves = np.searchsorted(self._leaf_shards, shards, side="right") - 1
+        found = []
+        for leaf in distinct(leaves).tolist():
+            where = np.flatnonzero(leaves == leaf)
+            found.append((self._leaves[leaf], where, shards[where] - self._leaf_shards[leaf]))
+        return found
+
+    def _by_version(self, shards: Any) -> list[ShardsOfVersion]:
+        """Return the same with the leaves of each stored version joined: a number there may then be repeated."""
+        by_version: dict[int, list[ShardsOfLeaf]] = {}
+        for group in self.by_leaf(shards):
+            by_version.setdefault(id(group[0].stored), []).append(group)
+        return [
+            (groups[0][0].stored, np.concatenate([g[1] for g in groups]), np.concatenate([g[2] for g in groups]))
+            for groups in by_version.values()
+        ]
+
+    def is_mapped(self, shard: int) -> bool:
+        """Whether Records.load() of any block of the shard only maps it, as far as is known without looking."""
+        leaf, number = self.locate(shard)
+        return leaf.is_mapped(number)
+
+    def is_local(self, shard: int) -> bool:
+        """Whether the served columns of the shard are on this machine, so that load() needs no network."""
+        leaf, number = self.locate(shard)
+        return leaf.stored.is_local(number)
+
+    def remove_if_corrupt(self, shard: int) -> bool:
+        leaf, number = self.locate(shard)
+        return leaf.stored.remove_if_corrupt(number)
+
+    def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
+        """Tell the caches when shards are read, until the returned object is closed; None: there is no cache.
+
+        All leaves of a version share one plan, because there may be many. Raises OSError if it cannot be written.
+        """
+        if len(self._leaves) == 1:
+            return self.versions[0].publish(plan)
+        found: list[PublishedPlan] = []
+        try:
+            for version, where, shards in self._by_version(plan.shards):
+                one = version.publish(plan_of(plan, where, shards))
+                if one is not None:
+                    found.append(one)
+        except BaseException:  # the plans published so far have no other owner that could withdraw them
+            PublishedPlans(tuple(found)).close()
+            raise
+        return PublishedPlans(tuple(found))
+
+    def prepare_reading(self, shards: NDArray[np.int64]) -> None:
+        """Check that a run can read these shards, int64[m]. The engine calls it before the first epoch.
+
+        Raises ArchivedShards, which names all shards that must be restored first; or StoreError if their location is
+        unknown.
+        """
+        for version, _, numbers in self._by_version(shards[self._shard_records[shards] > 0]):
+            version.prepare_reading(distinct(numbers))
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Start to fetch these shards to this machine, in this order; returns at once."""
+        for leaf, _, numbers in self.by_leaf([shard for shard in shards if self._shard_records[shard]]):
+            leaf.stored.prefetch(numbers.tolist())
+
+    def prefetch_blocks(self, shard: int, blocks: Sequence[int]) -> None:
+        """Start to fetch blocks that are loaded next, before all that prefetch() was asked for; returns at once.
+
+        A shard that the cache does not admit is skipped.
+        """
+        leaf, number = self.locate(shard)
+        leaf.prefetch_blocks(number, blocks)
+
+    def warm(self, *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None) -> None:
+        """Fetch the served columns of all shards with selected records into the cache. See Dataset.warm."""
+        for leaf, _, numbers in self.by_leaf(np.flatnonzero(self._shard_records)):
+            leaf.stored.warm(numbers.tolist(), jobs=jobs, on_progress=on_progress)
+
+    def figures(self) -> Mapping[str, float]:
+        """Return the sums of VersionStores.figures(); a shared cache counts once."""
+        sums: dict[str, float] = {}
+        caches: set[int] = set()
+        for version in self.versions:
+            for name, figure in version.stores.figures().items():
+                if not (name.startswith("cache_") and id(version.cache) in caches):
+                    sums[name] = sums.get(name, 0) + figure
+            caches.add(id(version.cache))
+        return sums
+
+    def on_close(self, keeper: CloseListener) -> None:
+        """Call keeper.on_source_closed() when a version is closed. The keeper is referenced weakly."""
+        for version in self.versions:
+            version.on_close(keeper)
+
+    def close(self) -> None:
+        """Release shards and connections. The records may be read again afterwards."""
+        for version in self.versions:
+            version.close()
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedPlans:
+    """Several published plans as one (`model.PublishedPlan`)."""
+
+    every: tuple[PublishedPlan, ...]
+
+    def advance(self, clock: int) -> None:
+        """See PublishedPlan.advance; advances all of them."""
+        for one in self.every:
+            one.advance(clock)
+
+    def close(self) -> None:
+        """See PublishedPlan.close; closes all of them, even if one raises."""
+        with ExitStack() as closing:
+            for one in reversed(self.every):
+                closing.callback(one.close)
+
+
+def plan_of(plan: ReadingPlan, where: NDArray[np.int64], numbers: NDArray[np.int64]) -> ReadingPlan:
+    """Return the rows of a plan at `where` for one version, with its shard numbers. The clock stays that of the job.
+
+    A shard that several rows name is in use from its first to its last use.
+    """
+    shards, at = np.unique(numbers, return_inverse=True)
+    first, first_later = np.full(len(shards), NEVER), np.full(len(shards), NEVER)
+    last = np.full(len(shards), -1, np.int64)
+    np.minimum.at(first, at, plan.first[where])
+    np.minimum.at(first_later, at, plan.first_later[where])
+    np.maximum.at(last, at, np.where(plan.last[where] == NEVER, -1, plan.last[where]))
+    last = np.where(first == NEVER, NEVER, last)
+    return replace(plan, shards=shards, first=first, last=last, first_later=first_later)

@@ -23,10 +23,9 @@ from tiercache._native import packing
 from tiercache.data.records import Records
 from tiercache.errors import CorruptShard, SchemaError, TierCacheError
 from tiercache.images.decode_image import DecodeImage
-from tiercache.shard.conversion import Casts, ConversionError, as_numpy, bfloat16_tensor, served_column, served_columns
-from tiercache.shard.ingest import value_converter
+from tiercache.shard.conversion import ConversionError, as_numpy, bfloat16_tensor, value_converter
 from tiercache.shard.schema import Column, Kind, Schema
-from tiercache.shard.values import ColumnValues, as_batch, as_records
+from tiercache.shard.values import Casts, ColumnValues, as_batch, as_records, served_column, served_columns
 
 Array: TypeAlias = npt.NDArray[Any]
 

@@ -28,11 +28,10 @@ from tiercache.data.opened_version import OpenedVersion
 from tiercache.data.output_spec import BOUNDARIES, OutputSpec
 from tiercache.data.records import JoinNode, Records, RecordsSpec, StoredOrderStep, build, join
 from tiercache.errors import CorruptShard, SchemaError
-from tiercache.order import BlockSizes
+from tiercache.order.window import BlockSizes
 from tiercache.shard.blocks import Blocks, renew_checks
-from tiercache.shard.conversion import DTYPE_NUMBERS
 from tiercache.shard.schema import INTEGERS, Column, Kind, Ragged, Schema, Stream, Tensor
-from tiercache.shard.values import ColumnValues
+from tiercache.shard.values import DTYPE_NUMBERS, ColumnValues
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -21,8 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tiercache.data.records import JoinNode, Step, shuffled_order
-from tiercache.data.selection import Selection, runs_of
+from tiercache.data.records import JoinNode, Selection, Step, runs_of, shuffled_order
 from tiercache.errors import SchemaError
 from tiercache.order.epoch_order import derive_key
 from tiercache.order.mixture import exact_weight
@@ -34,8 +33,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.data.records import Node, Records
-    from tiercache.order import BlockSizes
     from tiercache.order.explicit import ServedOrder
+    from tiercache.order.window import BlockSizes
     from tiercache.shard.schema import Column, Schema
 
 

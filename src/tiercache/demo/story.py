@@ -22,7 +22,7 @@ from tiercache.demo.s3_server import S3Server
 from tiercache.distribution import install_command
 from tiercache.errors import TierCacheError
 from tiercache.model import format_bytes
-from tiercache.packer import pack
+from tiercache.packer.pack import pack
 from tiercache.shard.verify import verify_dataset
 from tiercache.store import open_store
 

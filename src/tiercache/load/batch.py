@@ -35,8 +35,8 @@ from tiercache.data.output_spec import (
     varying,
 )
 from tiercache.data.records import Records
-from tiercache.shard.conversion import cast_kind, size_ratio
 from tiercache.shard.schema import STORED, Column, Kind, Schema
+from tiercache.shard.values import cast_kind, size_ratio
 
 if TYPE_CHECKING:
     import torch

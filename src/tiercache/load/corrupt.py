@@ -22,8 +22,8 @@ from tiercache.errors import CorruptShard
 from tiercache.load.batch import gather_streams
 from tiercache.load.loader_options import LoaderOptions
 from tiercache.load.pieces import AnyPiece, ArrayPiece, RecordLocation, locate
-from tiercache.order import AnyWindow, BlockSizes, Order, RankPlan
-from tiercache.order.explicit import ExplicitWindow
+from tiercache.order.rank_plan import RankPlan
+from tiercache.order.window import AnyWindow, BlockSizes, ExplicitWindow, Order
 from tiercache.shard.blocks import Blocks
 
 Rows: TypeAlias = "NDArray[np.int64] | None"  # rows of a block, rising; None: all rows

@@ -53,7 +53,7 @@ from tiercache.load.loader_options import (
 from tiercache.load.pipeline import ClosingPipeline, Pipeline
 from tiercache.load.planner import EpochStart, NextEpoch, PipelineInputs
 from tiercache.model import format_bytes, short_repr
-from tiercache.order import RankPlan
+from tiercache.order.rank_plan import RankPlan
 from tiercache.stats import Counters, WaitHistogram
 
 if TYPE_CHECKING:

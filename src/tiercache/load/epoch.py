@@ -25,10 +25,11 @@ from tiercache.load.corrupt import CorruptionMap, RecordWalk, replace_corrupt
 from tiercache.load.loader_options import Rank
 from tiercache.load.pieces import ARRAY_PIECES, RUN_PIECES, AnyPiece, PieceSizes, cut_pieces, locate
 from tiercache.model import NEVER, PublishedPlan, ReadingPlan, SourcePart
-from tiercache.order import DatasetSizes, EpochOrder, Order, OrderOptions, RankPlan
+from tiercache.order.epoch_order import EpochOrder
 from tiercache.order.explicit import ExplicitOrder, ServedOrder
 from tiercache.order.mixture import MixtureOrder
-from tiercache.order.window import ShardGroups
+from tiercache.order.rank_plan import RankPlan
+from tiercache.order.window import DatasetSizes, Order, OrderOptions, ShardGroups
 
 # Format 2 has streams, several data sets and selections. This release does not read format 1 (one stream, other keys).
 STATE_FORMAT = 2

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tiercache import config
 from tiercache.model import parse_bytes
-from tiercache.order import MAX_STREAMS
+from tiercache.order.window import MAX_STREAMS
 
 if TYPE_CHECKING:
     import torch

@@ -10,9 +10,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from tiercache.order import AnyWindow, Order, RankPlan, RowRun, Section, Window
-from tiercache.order.explicit import ExplicitWindow
-from tiercache.order.window import MOST_ROWS, allocate_rows
+from tiercache.order.rank_plan import RankPlan
+from tiercache.order.window import MOST_ROWS, AnyWindow, ExplicitWindow, Order, RowRun, Section, Window, allocate_rows
 
 # Location of a record: shard, block in it, row in that.
 RecordLocation: TypeAlias = tuple[int, int, int]

@@ -38,9 +38,8 @@ from tiercache.load.pieces import RecordLocation
 from tiercache.load.planner import PipelineInputs, PlannerState, run_planner
 from tiercache.load.windows import LoadedWindow, LoadThreads, loading_pool
 from tiercache.shard.blocks import damage_message
-from tiercache.shard.conversion import served_columns
 from tiercache.shard.schema import Column, Kind, Schema
-from tiercache.shard.values import gather_values
+from tiercache.shard.values import gather_values, served_columns
 
 # Batches ahead: more batches hide longer stalls of the consumer. But batches ahead should still be in the processor's
 # last-level cache (32 MiB here, shared with the records and the consumer's data) when they are read. All threads gather

@@ -40,7 +40,7 @@ from tiercache.load.windows import (
     WindowLoad,
     loading_pool,
 )
-from tiercache.order import AnyWindow, RowRun
+from tiercache.order.window import AnyWindow, RowRun
 from tiercache.stats import Counters, WaitHistogram
 
 

@@ -25,7 +25,7 @@ from tiercache.load.engine import Engine, LoaderArguments, NativeIterator, Order
 from tiercache.load.epoch import OrderShare, Position, RunState, explicit_order
 from tiercache.load.loader_options import Rank, find_rank
 from tiercache.load.pieces import AnyPiece
-from tiercache.order import RankPlan
+from tiercache.order.rank_plan import RankPlan
 
 # Samplers of more records take torch's path: an array of their indices would take 512 MiB and more.
 MAX_INDICES = 1 << 26

@@ -24,7 +24,7 @@ from tiercache.data.records import Records
 from tiercache.errors import CorruptShard
 from tiercache.load.pieces import AnyPiece, ArrayPiece, touched_blocks
 from tiercache.model import format_bytes
-from tiercache.order import AnyWindow
+from tiercache.order.window import AnyWindow
 from tiercache.shard.blocks import Blocks, renew_checks
 from tiercache.store.remote import stop_retries_when
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, overload
 import numpy as np
 
 from tiercache._native.permute import permute, permute_at
-from tiercache.order.window import ShardGroups, Window, offsets_of_counts, single_shard_groups
+from tiercache.order.window import ExplicitWindow, ShardGroups, offsets_of_counts, single_shard_groups
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.order.window import DatasetSizes
+
 
 # Record locations of a window take 24 bytes a row; the maximum is located in about 20 ms. The first batch does not wait
 # for that: the first section is small, and each section has at most four times the rows of the one before.
@@ -220,37 +221,6 @@ def _join(known: Mapping[int, tuple[NDArray[np.int64], NDArray[np.int64]]], stop
         base,
         shift,
     )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ExplicitWindow:
-    """Blocks that hold the records at positions [start, stop) of an explicit order.
-
-    It has those attributes of `Window` that loading needs.
-    """
-
-    start: int
-    stop: int
-    shards: NDArray[np.int32]
-    blocks: NDArray[np.int32]
-    block_bytes: NDArray[np.int64]
-    key: bytes | None = None
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def raw_bytes(self) -> int:
-        """Decoded bytes of its blocks, all columns."""
-        return int(self.block_bytes.sum())
-
-    @property
-    def reads_whole_blocks(self) -> bool:
-        """See Window.reads_whole_blocks: of a block, an explicit order may serve a single row."""
-        return False
-
-
-AnyWindow: TypeAlias = Window | ExplicitWindow
 
 
 @dataclass(frozen=True, slots=True, eq=False)

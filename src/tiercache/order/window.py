@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
@@ -19,15 +19,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.order.explicit import AnyWindow
-
 
 # Size of a pooled array in rows. Six arrays are pooled: two for each of the pieces that are planned, pushed and served
 # at a time.
 MOST_ROWS = 1 << 18
 _MOST_KEPT = 6
 _LEAST_ROWS = 1 << 14  # malloc reuses the pages of smaller arrays itself
-
 # Any thread, and finalisers, append and pop by single atomic operations; no lock is needed.
 _free: deque[NDArray[np.uint32]] = deque(maxlen=_MOST_KEPT)
 
@@ -327,6 +324,37 @@ def _counts(name: str, values: NDArray[np.integer]) -> NDArray[np.int64]:
         raise ValueError(f"{name} must be 0 or more, below 2**63, got {array[counts.argmin()]}")
     counts.flags.writeable = False
     return counts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExplicitWindow:
+    """Blocks that hold the records at positions [start, stop) of an explicit order.
+
+    It has those attributes of `Window` that loading needs.
+    """
+
+    start: int
+    stop: int
+    shards: NDArray[np.int32]
+    blocks: NDArray[np.int32]
+    block_bytes: NDArray[np.int64]
+    key: bytes | None = None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def raw_bytes(self) -> int:
+        """Decoded bytes of its blocks, all columns."""
+        return int(self.block_bytes.sum())
+
+    @property
+    def reads_whole_blocks(self) -> bool:
+        """See Window.reads_whole_blocks: of a block, an explicit order may serve a single row."""
+        return False
+
+
+AnyWindow: TypeAlias = Window | ExplicitWindow
 
 
 class Section(Protocol):

@@ -1,22 +1,480 @@
-"""Blocks: loaded and decoded blocks, as addresses for the native gather and as Arrow arrays."""
+"""Blocks of a shard in memory: fetched or mapped, checked and decoded; as addresses for the gather, and as Arrow."""
 
 from __future__ import annotations
 
 import copy
 import mmap
-from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
+from weakref import ref
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from tiercache._native import gather
+from tiercache._native.checksum import crc32c_many
 from tiercache._native.mapping import are_resident
 from tiercache.errors import CorruptShard
-from tiercache.shard.chunks import Addresses, LoadedChunks
-from tiercache.shard.layout import Footer
-from tiercache.shard.schema import VAR, Kind, Schema, Stream, build_array
+from tiercache.model import ByteRange
+from tiercache.shard import codec
+from tiercache.shard.codec import BUFFER_POOL, Addresses, BadFrameError, Bytes, address_of, align, decode
+from tiercache.shard.footer import PAGE_BYTES, Footer
+from tiercache.shard.schema import BITS, VAR, Kind, Schema, Stream, build_array
+from tiercache.shard.source import READS_AGAIN, ByteSource, LocalCopy, merge_ranges
+from tiercache.waiting import SYSTEM_CLOCK
+
+Verify: TypeAlias = Literal["first", "always", "never"]
+Ids: TypeAlias = npt.NDArray[np.int64]
+
+
+def check_verify(verify: object) -> None:
+    if verify not in get_args(Verify):
+        raise ValueError(f"verify must be 'first', 'always' or 'never', got {verify!r}")
+
+
+# Chunks with a smaller gap are read as one range, because the bytes between cost less than another request.
+_CHUNK_GAP_BYTES = 4096
+# Bytes that arrive in the 20 ms that a request takes. While single pages cost fewer requests than the whole columns,
+# and at most 8 times, single pages are fetched; then the whole columns, because records are found in the mapping only
+# if the columns are complete. For 10,000 records in random order from 49 shards of 0.8 MB: 97 requests instead of 707.
+_BYTES_A_REQUEST = 2 << 20
+_MOST_MISSES = 8
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python has the name from 3.13 on
+# Interval between two fstat() calls on a file, about one tick of the clock that sets the ctime. A call takes 0.3 to 3
+# us; a call for each record that is read by index took up to 20 % of its time.
+STAT_INTERVAL_S = 0.010
+
+
+class CheckedPages:
+    """The pages of a local copy whose checksums have matched, and the time of the oldest check.
+
+    flags is uint8[n_pages], 1 for each page that matched; the threads that gather set it. There is no lock: if two
+    threads reset the flags at once, some pages are checked once more.
+    """
+
+    def __init__(self, n_pages: int) -> None:
+        self.flags = np.zeros(n_pages, np.uint8)
+        self._changed_ns = 0
+        self._look_s = 0.0
+        self._since_s = SYSTEM_CLOCK.monotonic()
+
+    def reset_if_written(self, copy: LocalCopy | None) -> int:
+        """Reset all flags if the file may have been written to since the pages were checked.
+
+        A rename, a link or a change of permissions counts as a write. The caller calls this before it reads or sets
+        flags; the file is examined at most once per STAT_INTERVAL_S. Returns LocalCopy.changed_ns(); -1 for a closed
+        copy (None), whose pages are checked once more and not again.
+        """
+        now_s = SYSTEM_CLOCK.monotonic()
+        if now_s < self._look_s:
+            return self._changed_ns
+        self._look_s = now_s + STAT_INTERVAL_S
+        changed_ns = -1 if copy is None else copy.changed_ns()
+        if changed_ns != self._changed_ns or not changed_ns:
+            self._forget()
+            self._changed_ns = changed_ns
+        return changed_ns
+
+    def reset_if_older(self, age_s: float) -> None:
+        """Reset all flags if a page may have been checked more than age_s seconds ago."""
+        if SYSTEM_CLOCK.monotonic() - self._since_s > age_s:
+            self._forget()
+
+    def _forget(self) -> None:
+        self.flags[:] = 0
+        self._since_s = SYSTEM_CLOCK.monotonic()
+
+
+class PendingChecks:
+    """Pending checks of raw chunks in a mapping: the first reader of a page checks it (see gather.pyi).
+
+    Args:
+        rows: uint64[n_chunks, 4], the check arguments of each chunk; zeros if there is nothing to check.
+        checked: Flags of the shard's checked pages. Shared with others; this object keeps a reference.
+        crcs: uint32[n_pages], CRC-32C of the pages. This object keeps a reference, because rows points into it.
+        copy: Weak reference to the mapped copy, so that blocks that are kept do not hold its file descriptor.
+    """
+
+    def __init__(
+        self, rows: Addresses, checked: CheckedPages, crcs: npt.NDArray[np.uint32], copy: Callable[[], LocalCopy | None]
+    ) -> None:
+        self.checked = checked
+        self._rows = rows
+        self._flags = flags = checked.flags
+        self._crcs = crcs
+        self._copy = copy
+        n_pages = -(-rows[:, 1].astype(np.int64) // PAGE_BYTES)
+        self._first = np.where(n_pages, rows[:, 3] - np.uint64(address_of(flags)), np.uint64(0)).astype(np.int64)
+        self._last = self._first + n_pages
+
+    def select(self, blocks: Ids, n_columns: int) -> PendingChecks:
+        """Return the pending checks of the blocks at these positions; this object must have all columns of each."""
+        rows = self._rows.reshape(-1, n_columns, 4)[blocks]
+        return PendingChecks(rows.reshape(-1, 4), self.checked, self._crcs, self._copy)
+
+    def reset_if_written(self) -> int:
+        return self.checked.reset_if_written(self._copy())
+
+    def reset(self) -> None:
+        """Reset the flags of these chunks' pages, so that they are checked again."""
+        for first, last in zip(self._first.tolist(), self._last.tolist(), strict=True):
+            self._flags[first:last] = 0
+
+    def rows(self) -> Addresses | None:
+        """Return the rows of chunks with unchecked pages, zeros for the others; None if all pages are checked."""
+        self.reset_if_written()
+        if self._flags.all():  # the usual case from the second epoch on, if all columns are served
+            return None
+        # Number of checked pages before each page of the shard: about 10 us for a shard of 1 GiB.
+        right = np.concatenate([[0], np.cumsum(self._flags, dtype=np.int64)])
+        done = right[self._last] - right[self._first] == self._last - self._first
+        if done.all():
+            return None
+        left = self._rows.copy()
+        left[done] = 0
+        return left
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedChunks:
+    """Addresses of the raw bytes of chunks; valid while `owners` are referenced.
+
+    Attributes:
+        addresses: uint64[n].
+        owners: Objects that own the memory.
+        private_bytes: Number of bytes of memory that is not a mapping.
+        mapped_bytes: uint64[n], stored bytes of each chunk in a mapping, 0 for other chunks; None if no chunk is
+            mapped.
+        pending_checks: Pending checks of the mapped chunks; None if nothing is left to check.
+        copy: The local copy that was read; None if the store was read.
+    """
+
+    addresses: Addresses
+    owners: list[Any] = field(default_factory=list)
+    private_bytes: int = 0
+    mapped_bytes: Addresses | None = None
+    pending_checks: PendingChecks | None = None
+    copy: LocalCopy | None = None
+
+
+# Byte ranges of rows: the chunk of each row, and start and end in the chunk; int64[n] each.
+_RowRanges: TypeAlias = tuple[Ids, Ids, Ids]
+
+
+class Chunks:
+    """The chunks of an open shard, numbered by block (block * n_columns + column). Thread-safe.
+
+    Chunks in private memory are checked at each read. `pages` records the checked pages of a mapping; two threads may
+    check the same page, which is harmless.
+    """
+
+    def __init__(self, source: ByteSource, footer: Footer, verify: Verify) -> None:
+        self._byte_source = source
+        self._footer = footer
+        self._verify = verify
+        self._rows = footer.chunks.ravel()
+        self.pages = CheckedPages(len(footer.pages))
+        arrow = np.array([column.kind is Kind.ARROW for column in footer.schema.columns], bool)
+        # Arrow reads ARROW columns outside the SIGBUS guard, so these columns are read into memory and not mapped.
+        self._mappable = (self._rows["codec"] == codec.RAW) & ~np.tile(arrow, footer.n_blocks)
+        self._mappable_columns = self._mappable.reshape(footer.n_blocks, len(arrow)).all(axis=0)
+
+    def ranges(self, ids: Ids) -> list[ByteRange]:
+        """Return the ranges of the file that hold these chunks, int64[n]; neighbours form one range."""
+        ids = np.flatnonzero(np.bincount(ids))  # distinct; a first np.unique() takes 6 ms
+        starts = self._rows["offset"][ids].astype(np.int64)
+        return merge_ranges(starts, starts + self._rows["stored"][ids].astype(np.int64), _CHUNK_GAP_BYTES)
+
+    def is_cached(self, ids: Ids) -> bool:
+        """Return whether a complete or partial local copy holds these chunks now."""
+        copy = self._byte_source.local_copy
+        if copy is None:
+            return False
+        # The check for a complete copy takes 1 us; computing the ranges of a shard's chunks takes tens of us.
+        return copy.lease.present([ByteRange(0, copy.n_bytes)]) or copy.lease.present(self.ranges(ids))
+
+    def are_mapped(self, ids: Ids) -> bool:
+        """Return whether these chunks are read in place in the mapping of a local copy."""
+        return bool(self._mappable[ids].all()) and self.is_cached(ids)
+
+    def can_keep_blocks(self, columns: Sequence[int]) -> bool:
+        """Return whether a complete copy is mapped, whose pages of these columns need no new check at each read."""
+        copy = self._byte_source.local_copy
+        if copy is None or self._verify == "always" or not self._mappable_columns[list(columns)].all():
+            return False
+        return copy.lease.present([ByteRange(0, copy.n_bytes)])
+
+    def prefetch_columns(self, columns: Sequence[int]) -> bool:
+        """Have the local copy fetch whole columns whose single records are read, once that is as cheap.
+
+        Returns whether no further call is needed.
+        """
+        if self._byte_source.local_copy is None:
+            return True
+        ids = chunk_ids(range(self._footer.n_blocks), columns, len(self._footer.schema))
+        n_bytes = int(self._rows["stored"][ids].sum())
+        if n_bytes <= _BYTES_A_REQUEST:
+            self._byte_source.ensure_cached(self.ranges(ids))
+        elif self._byte_source.n_misses < min(n_bytes // _BYTES_A_REQUEST, _MOST_MISSES):
+            return False
+        else:
+            self._byte_source.prefetch(self.ranges(ids))
+        return True
+
+    def prefetch(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
+        """Have the local copy fetch these chunks next, if there is one."""
+        copy = self._byte_source.local_copy
+        # A complete copy costs 1 us here; computing the ranges takes tens of us.
+        if copy is not None and not copy.lease.present([ByteRange(0, copy.n_bytes)]):
+            ids = chunk_ids(blocks, columns, len(self._footer.schema))
+            self._byte_source.prefetch(self.ranges(ids), urgent=True)
+
+    def loads_whole(self, blocks: Ids, column: int) -> bool:
+        """Return whether to load whole chunks of a column for single rows of blocks, and not only their pages."""
+        ids = blocks * len(self._footer.schema) + column
+        if self._footer.schema.columns[column].kind is Kind.ARROW or self.is_cached(ids):
+            return True
+        return not (self._rows["codec"][ids] == codec.RAW).any()
+
+    def load(self, ids: Ids) -> LoadedChunks:
+        """Load these chunks into memory, checked and decoded. Raises CorruptShard and StoreError."""
+        if not len(ids):
+            return LoadedChunks(np.zeros(0, np.uint64))
+        ids, inverse = np.unique(ids, return_inverse=True)
+        # If the copy has the chunks, ensure_cached() is not called: it touches each range, and waits for a cold disk.
+        copy = (
+            self._byte_source.local_copy if self.is_cached(ids) else self._byte_source.ensure_cached(self.ranges(ids))
+        )
+        addresses = np.zeros(len(ids), np.uint64)
+        mapped = self._mappable[ids] if copy is not None else np.zeros(len(ids), bool)
+        owners: list[Any] = []
+        if copy is not None and mapped.any():
+            memory = copy.map_file()
+            addresses[mapped] = np.uint64(address_of(memory)) + self._rows["offset"][ids[mapped]]
+            owners.append(memory)
+        read, addresses[~mapped] = self._read_checked(ids[~mapped], copy)
+        decoded, contents = self._decode(ids, addresses)
+        keep_read = (self._rows["codec"][ids[~mapped]] == codec.RAW).any()
+        private = [*(read if keep_read else []), *decoded]
+        mapped_bytes = np.where(mapped, self._rows["stored"][ids].astype(np.uint64), np.uint64(0))
+        return LoadedChunks(
+            contents[inverse.ravel()],
+            owners + private,
+            sum(memory.nbytes for memory in private),
+            mapped_bytes[inverse.ravel()],
+            None if copy is None else self._pending(ids, addresses, mapped, copy, inverse.ravel()),
+            copy,
+        )
+
+    def load_rows(self, blocks: Ids, columns: Sequence[int], position: Ids, row: Ids) -> LoadedChunks:
+        """Load chunks as load() does, but of raw chunks only the pages that hold some rows. No column is ARROW.
+
+        A page stays where it lies in the file: in the mapping of the local copy, or in private memory of the shard's
+        size, of which only the pages that are read take memory. position, row: int64[n], index of each row's block in
+        blocks, and its number there.
+        """
+        ids = chunk_ids(blocks, columns, len(self._footer.schema))
+        raw = self._rows["codec"][ids] == codec.RAW
+        whole = self.load(ids[~raw])
+        rows, runs = self._row_ranges(ids, len(columns), position, row)
+        pages = self._pages(rows)
+        copy = self._byte_source.ensure_cached(pages) if pages else None
+        memory = self._row_memory(pages, copy)
+        # The offsets in memory say where the elements of rows of varying length are.
+        more = self._pages([self._run_ranges(memory, *run) for run in runs])
+        if more and copy is not None and self._byte_source.ensure_cached(more) is None:
+            copy, memory = None, self._row_memory(pages, None)
+        if more and copy is None:
+            self._read_pages(memory, more)
+        addresses = np.uint64(address_of(memory)) + self._rows["offset"][ids]
+        addresses[~raw] = whole.addresses
+        pending = self._pending(ids, addresses, raw, copy, np.arange(len(ids)))
+        return LoadedChunks(addresses, [memory, *whole.owners], pending_checks=pending, copy=copy)
+
+    def load_buffer(self, ids: Ids, buffer: int) -> LoadedChunks:
+        """Load chunks as load() does, but of raw chunks only the pages that hold a buffer, given by its index.
+
+        The pages stay where they lie in the file, as in load_rows(). No chunk is of an ARROW column.
+        """
+        raw = self._rows["codec"][ids] == codec.RAW
+        whole = self.load(ids[~raw])
+        offset, length = self._buffer(ids[raw], buffer)
+        pages = self._pages([(ids[raw], offset, offset + length)])
+        copy = self._byte_source.ensure_cached(pages) if pages else None
+        memory = self._row_memory(pages, copy)
+        addresses = np.uint64(address_of(memory)) + self._rows["offset"][ids]
+        addresses[~raw] = whole.addresses
+        pending = self._pending(ids, addresses, raw, copy, np.arange(len(ids)))
+        return LoadedChunks(addresses, [memory, *whole.owners], pending_checks=pending, copy=copy)
+
+    def _row_memory(self, pages: Sequence[ByteRange], copy: LocalCopy | None) -> Bytes:
+        """Return memory of the shard's size that holds these pages: the mapping of the copy, or private memory."""
+        if copy is not None:
+            return copy.map_file()
+        n_bytes = int((self._rows["offset"] + self._rows["stored"]).max(initial=np.uint64(1)))
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        memory = np.frombuffer(mmap.mmap(-1, n_bytes, flags=flags), np.uint8)
+        self._read_pages(memory, pages)
+        return memory
+
+    def _read_pages(self, memory: Bytes, pages: Sequence[ByteRange]) -> None:
+        if pages:
+            self._byte_source.read([(page, memory[page.start : page.end].data) for page in pages])
+
+    def _row_ranges(
+        self, ids: Ids, n_columns: int, position: Ids, row: Ids
+    ) -> tuple[list[_RowRanges], list[tuple[Stream, Ids, Ids]]]:
+        """Return the ranges of raw chunks that hold rows or their offsets.
+
+        Also (stream, chunk of each row, start of its offsets) of the streams with offsets.
+        """
+        ranges: list[_RowRanges] = []
+        runs: list[tuple[Stream, Ids, Ids]] = []
+        for index in range(n_columns):
+            chunks = ids[position * n_columns + index]
+            number = int(ids[index]) % len(self._footer.schema)
+            for stream in self._footer.schema.columns[number].streams(number):
+                item, n_bytes = stream.width_bytes * row, stream.width_bytes
+                if stream.kind == VAR:
+                    item, n_bytes = 8 * row, 16
+                elif stream.kind == BITS:
+                    item, n_bytes = row // 8, 1
+                which = stream.values_buffer if stream.offsets_buffer is None else stream.offsets_buffer
+                offset, length = self._buffer(chunks, which)
+                kept = (self._rows["codec"][chunks] == codec.RAW) & (length > 0)
+                start = (offset + item)[kept]
+                ranges.append((chunks[kept], start, start + n_bytes))
+                if stream.kind == VAR:
+                    runs.append((stream, chunks[kept], start))
+        return ranges, runs
+
+    def _buffer(self, chunks: Ids, buffer: int) -> tuple[Ids, Ids]:
+        """Return offset and length of a buffer in each chunk, by the buffer's index in the chunk."""
+        rows = self._footer.buffers[self._rows["first_buffer"][chunks] + np.uint64(buffer)].astype(np.int64)
+        return rows[:, 0], rows[:, 1]
+
+    def _run_ranges(self, memory: Bytes, stream: Stream, chunks: Ids, start: Ids) -> _RowRanges:
+        """Return the ranges of the elements of rows, by their offsets in memory, whose pages are not checked yet.
+
+        Nothing is fetched for wrong offsets; the gather finds them.
+        """
+        sources, n = np.zeros((len(chunks), 3), np.uint64), np.arange(len(chunks), dtype=np.uint32)
+        sources[:, 0] = np.uint64(address_of(memory)) + self._rows["offset"][chunks] + start.astype(np.uint64)
+        bounds = np.empty((len(chunks), 2), np.int64)
+        try:
+            gather.gather(gather.FIXED, 16, sources, n, np.zeros_like(n), bounds.view(np.uint8).reshape(-1))
+        except OSError as error:
+            raise CorruptShard(f"the local copy cannot be read: {error.strerror}", url=self._byte_source.url) from error
+        offset, length = self._buffer(chunks, stream.values_buffer)
+        fits = (bounds[:, 0] >= 0) & (bounds[:, 1] >= bounds[:, 0]) & (bounds[:, 1] <= length // stream.width_bytes)
+        ends = (offset[:, None] + bounds * stream.width_bytes)[fits]
+        return chunks[fits], ends[:, 0], ends[:, 1]
+
+    def _pages(self, ranges: Sequence[_RowRanges]) -> list[ByteRange]:
+        """Return the pages that hold byte ranges of chunks, with adjacent pages in one range."""
+        if not ranges:
+            return []
+        chunks, starts, ends = (np.concatenate([one[i] for one in ranges]) for i in range(3))
+        rows = self._rows[chunks[ends > starts]]
+        starts, ends = starts[ends > starts], ends[ends > starts]
+        offset, stored = rows["offset"].astype(np.int64), rows["stored"].astype(np.int64)
+        first = offset + starts // PAGE_BYTES * PAGE_BYTES
+        return merge_ranges(first, offset + np.minimum(-(-ends // PAGE_BYTES) * PAGE_BYTES, stored), 0)
+
+    def _pending(
+        self, ids: Ids, addresses: Addresses, paged: npt.NDArray[np.bool_], copy: LocalCopy | None, order: Ids
+    ) -> PendingChecks | None:
+        """Return the pending checks of chunks whose pages the gather checks when it first reads them; None if none are.
+
+        Checking 500 MB here would delay the first batch. copy: Copy whose mapping holds the chunks; None: own memory.
+        """
+        if self._verify == "never" or not paged.any():
+            return None
+        is_kept = self._verify == "first" and copy is not None
+        checked = self.pages if is_kept else CheckedPages(len(self.pages.flags))
+        rows = np.zeros((len(ids), 4), np.uint64)
+        first_page = self._rows["first_page"][ids]
+        rows[:, 0] = addresses
+        rows[:, 1] = self._rows["stored"][ids]
+        rows[:, 2] = np.uint64(address_of(self._footer.pages)) + np.uint64(4) * first_page
+        rows[:, 3] = np.uint64(address_of(checked.flags)) + first_page
+        rows[~paged] = 0
+        return PendingChecks(rows[order], checked, self._footer.pages, _no_copy if copy is None else ref(copy))
+
+    def _read(self, ids: Ids, copy: LocalCopy | None) -> tuple[Bytes, Addresses]:
+        """Read stored bytes of chunks into private memory, aligned as in the file. Returns memory and addresses."""
+        ranges = self.ranges(ids)
+        positions = list(accumulate((align(r.n_bytes) for r in ranges), initial=0))
+        memory = BUFFER_POOL.allocate(positions[-1])
+        spans = [(r, memory[at : at + r.n_bytes].data) for r, at in zip(ranges, positions, strict=False)]
+        if copy is not None:
+            copy.read(spans)
+        elif spans:
+            self._byte_source.read(spans)
+        starts = np.array([r.start for r in ranges], np.int64)
+        offsets = self._rows["offset"][ids].astype(np.int64)
+        of_range = np.searchsorted(starts, offsets, side="right") - 1
+        shifts = address_of(memory) + np.array(positions[:-1], np.int64) - starts
+        return memory, (offsets + shifts[of_range]).astype(np.uint64)
+
+    def _read_checked(self, ids: Ids, copy: LocalCopy | None) -> tuple[list[Bytes], Addresses]:
+        """Read stored bytes of chunks into private memory and compare their checksums. Returns memory and addresses.
+
+        Chunks from a store whose bytes are wrong are read again, because they may have been damaged in transit.
+        """
+        memory, addresses = self._read(ids, copy)
+        parts, wrong = [memory], self._wrong(ids, addresses)
+        for _ in range(READS_AGAIN if copy is None else 0):
+            if not len(wrong):
+                break
+            memory, addresses[wrong] = self._read(ids[wrong], None)
+            parts.append(memory)
+            wrong = wrong[self._wrong(ids[wrong], addresses[wrong])]
+        if len(wrong):
+            self.fail(int(ids[wrong[0]]), "CRC-32C does not match")
+        return parts, addresses
+
+    def _wrong(self, ids: Ids, addresses: Addresses) -> Ids:
+        """Return the positions of the chunks whose stored bytes do not match their checksums."""
+        if self._verify == "never" or not len(ids):
+            return np.zeros(0, np.int64)
+        rows = self._rows[ids]
+        sums = np.empty(len(rows), np.uint32)
+        crc32c_many(addresses, np.ascontiguousarray(rows["stored"]), sums)
+        return np.flatnonzero(sums != rows["crc"])
+
+    def _decode(self, ids: Ids, addresses: Addresses) -> tuple[list[Bytes], Addresses]:
+        """Decode compressed chunks. Returns the memory, if any, and the addresses with those of the decoded content."""
+        rows = self._rows[ids]
+        frames = np.flatnonzero(rows["codec"] == codec.ZSTD)
+        if not len(frames):
+            return [], addresses
+        stored, raw = (rows[field][frames].astype(np.uint64) for field in ("stored", "raw"))
+        decoded = addresses.copy()
+        try:
+            memory, decoded[frames] = decode(addresses[frames], stored, raw)
+        except BadFrameError as error:
+            self.fail(int(ids[frames[error.number]]), str(error), error)
+        return [memory], decoded
+
+    def fail(self, chunk: int, message: str, cause: BaseException | None = None) -> NoReturn:
+        block, column = divmod(chunk, len(self._footer.schema))
+        name = self._footer.schema.columns[column].name
+        raise CorruptShard(message, url=self._byte_source.url, block=block, column=name) from cause
+
+
+def chunk_ids(blocks: npt.ArrayLike, columns: Sequence[int], n_columns: int) -> Ids:
+    """Return the numbers of the chunks of blocks and columns, by block: int64[len(blocks) * len(columns)]."""
+    numbers: Ids = np.asarray(blocks, np.int64)[:, None] * n_columns + np.asarray(columns, np.int64)[None, :]
+    return numbers.ravel()
+
+
+def _no_copy() -> None:
+    """Stand for the weak reference to a copy where there is none."""
+
 
 Indices: TypeAlias = npt.NDArray[np.uint32]
 _MEMORY_PAGE_BYTES = np.uint64(mmap.PAGESIZE)

@@ -1,34 +1,41 @@
-"""Conversion of values to the stored dtype without loss, checks of values for Arrow types, and casts of columns."""
+"""Values of a user (arrays, lists, Arrow, tensors, single values): their types, and their stored form without loss."""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import partial
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.types as pt
 
+from tiercache._native.block_builder import join
 from tiercache.errors import SchemaError
 from tiercache.shard.schema import (
-    CLASSES_KEY,
     FLOATS,
     INTEGERS,
     STORED,
+    SUPPORTED_TYPES,
+    BFloat16Type,
     Column,
     Kind,
     Ragged,
     Schema,
     Tensor,
     UserType,
-    check_dtype,
+    check_mapping,
+    find_bad_shape,
 )
+from tiercache.shard.shard_file import ColumnData, shapes_of
 
 # Messages show at most this many characters of a value; an integer may have a million digits.
 _GOT_CHARACTERS = 200
@@ -281,107 +288,655 @@ _CHECKS: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.DataType, Any],
     (pt.is_struct, _fits_struct),
     (pt.is_map, _fits_map),
 )
-
-
-Casts: TypeAlias = Mapping[str, str]
 """Column name -> dtype. A column that has this dtype already is served as it is stored."""
-ServedColumns: TypeAlias = Mapping[str, Column]
 """Column name -> column as it is served, for the columns that are cast."""
 
-# The numbers equal those in csrc/cast.h.
-DTYPE_NUMBERS: dict[str, int] = {
-    name: number
-    for number, name in enumerate(
-        (
-            *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
-            *("float16", "bfloat16", "float32", "float64"),
-        ),
-        1,
+
+_PYTHON_TYPES: dict[type, str] = {bool: "bool", int: "int64", float: "float64", str: "str", dict: "json"}
+
+
+def type_of_value(name: str, value: object) -> UserType:
+    """Return the type of a column that has this value in a record. Raises SchemaError if it cannot be inferred."""
+    for python_type, text in _PYTHON_TYPES.items():
+        if type(value) is python_type:
+            return text
+    if isinstance(value, bytes | bytearray | memoryview):
+        return "bytes"
+    shape = _shape_of(value)
+    if shape is not None:
+        dtype = _dtype_name(name, value)
+        return Tensor(dtype, shape) if shape else dtype
+    hint = (
+        "; a list may be a Ragged, a Tensor, json or an Arrow list: pass a schema"
+        if isinstance(value, list | tuple)
+        else ""
     )
-}
-_NUMBERS = (Kind.SCALAR, Kind.BOOL, Kind.TENSOR, Kind.RAGGED)
+    got = "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
+    raise SchemaError(
+        f"cannot infer the column's type from {got}{hint}", column=name, expected=SUPPORTED_TYPES, got=got
+    )
 
 
-def parse_casts(casts: object) -> dict[str, str]:
-    """Return the casts that a user states, with dtypes by name. Raises TypeError and SchemaError."""
-    if casts is None:
-        return {}
-    if not isinstance(casts, Mapping):
-        raise TypeError(f"cast is a mapping from column names to dtypes, got {type(casts).__name__}")
-    found = {}
-    for name, dtype in casts.items():
-        try:
-            found[str(name)] = check_dtype(dtype)
-        except SchemaError as error:
-            raise _refusal(str(name), "cast: no such dtype", f"one of {', '.join(STORED)}", repr(dtype)) from error
-    return found
+def type_of_column(name: str, values: Any) -> UserType:
+    """Return the type of a column with these values: a numpy or Arrow array, a torch tensor, or a list.
 
-
-def served_column(column: Column, casts: Casts) -> Column:
-    """Return the column as it is served: itself if it is not cast.
-
-    Raises SchemaError if it cannot be cast to this dtype; the message lists what is possible.
+    Raises SchemaError if it cannot be inferred, or the values have different types.
     """
-    dtype = casts.get(column.name)
-    if dtype is None or dtype == column.dtype:
-        return column
-    if column.kind not in _NUMBERS:
-        pictures = column.kind in (Kind.IMAGE, Kind.BYTES)
-        hint = "; DecodeImage(dtype=) sets the dtype of decoded images" if pictures else ""
-        raise _refusal(column.name, f"cast: only numbers can be cast, and this is {column}{hint}", "no cast", dtype)
-    if column.dtype in FLOATS and dtype not in FLOATS:
-        reason = (
-            f"cast: {column.dtype} has values without an equal {dtype}, such as 0.5; convert the served values instead"
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return pa.field(name, values.type, nullable=values.null_count > 0)
+    if isinstance(values, np.ndarray) and values.dtype.kind in "OUMm":
+        if values.dtype.kind in "Mm":
+            return pa.from_numpy_dtype(values.dtype)
+        values = values.tolist()
+    shape = _shape_of(values)
+    if shape is None and hasattr(values, "__array__"):  # for example a pandas Series
+        return type_of_column(name, np.asarray(values))
+    if shape is not None:
+        if not shape:
+            raise SchemaError(
+                "a column of a batch is an array with a first dimension of records, or a list", column=name
+            )
+        dtype = _dtype_name(name, values)
+        return Tensor(dtype, shape[1:]) if shape[1:] else dtype
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes | bytearray | memoryview):
+        got = type(values).__qualname__
+        raise SchemaError(
+            f"a column of a batch is an array or a list, got {got}", column=name, expected="an array or a list", got=got
         )
-        raise _refusal(column.name, reason, f"one of {', '.join(name for name in STORED if name in FLOATS)}", dtype)
-    plain = Column.of(column.name, _user_type(column, dtype))
-    names = (column.arrow.metadata or {}).get(CLASSES_KEY)
-    if names is None:
-        return plain
-    return dataclasses.replace(plain, arrow=plain.arrow.with_metadata({**plain.arrow.metadata, CLASSES_KEY: names}))
+    return _type_of_list(name, values)
 
 
-def served_columns(schema: Schema, casts: Casts) -> dict[str, Column]:
-    """Return the columns of a schema that are cast, as they are served. Raises as served_column()."""
-    served = ((column, served_column(column, casts)) for column in schema.columns)
-    return {column.name: other for column, other in served if other is not column}
+def _type_of_list(name: str, values: Sequence[object]) -> UserType:
+    """Return a type for all values of a list. It may mix int and float, or arrays of one dtype and several shapes."""
+    found: UserType | None = None
+    for record, value in enumerate(values):
+        if value is None:
+            continue
+        value_type = type_of_value(name, value)
+        joined = value_type if found is None else _join(found, value_type)
+        if joined is None:
+            raise SchemaError(
+                f"expected {found}, like the records before, got {value_type}",
+                column=name,
+                record=record,
+                expected=str(found),
+                got=str(value_type),
+            )
+        found = joined
+    if found is None:
+        raise SchemaError(
+            "cannot infer the column's type: no value, or only nulls", column=name, expected=SUPPORTED_TYPES, got="None"
+        )
+    return _nullable(found) if any(value is None for value in values) else found
 
 
-def _user_type(column: Column, dtype: str) -> UserType:
-    if column.kind is Kind.TENSOR:
-        return Tensor(dtype, tuple(d or 0 for d in column.shape), column.nullable)
-    if column.kind is Kind.RAGGED:
-        return Ragged(dtype, column.shape, column.nullable)
-    return f"{dtype}?" if column.nullable else dtype
+def _join(first: UserType, second: UserType) -> UserType | None:
+    if first == second:
+        return first
+    if {first, second} == {"int64", "float64"}:
+        return "float64"
+    if isinstance(first, Tensor | Ragged) and isinstance(second, Tensor):
+        if first.dtype != second.dtype or len(first.shape) != len(second.shape):
+            return None
+        shape = tuple(a if a == b else None for a, b in zip(first.shape, second.shape, strict=True))
+        return Ragged(first.dtype, shape) if None in shape else first
+    return None
 
 
-def cast_kind(kind: int, column: Column, served: Column) -> int:
-    """Return the kind of a stream of values for the kernels, with the two dtypes of a cast in its higher bytes."""
-    if column.dtype == served.dtype:
-        return kind
-    return kind | DTYPE_NUMBERS[column.dtype or ""] << 8 | DTYPE_NUMBERS[served.dtype or ""] << 16
+def _nullable(user: UserType) -> UserType:
+    if isinstance(user, Tensor):
+        return Tensor(user.dtype, user.shape, nullable=True)
+    if isinstance(user, Ragged):
+        return Ragged(user.dtype, user.shape, nullable=True)
+    return f"{user}?"
 
 
-def size_ratio(kind: int) -> float:
-    """Return the ratio of the served to the stored size of an element, from a kind that cast_kind() returned."""
-    sizes = [1, *(STORED[name].itemsize for name in DTYPE_NUMBERS)]
-    return sizes[kind >> 16 & 0xFF] / sizes[kind >> 8 & 0xFF]
+def _shape_of(value: Any) -> tuple[int, ...] | None:
+    """Return the shape of a numpy scalar or array, or of a torch tensor; None for any other object."""
+    torch = sys.modules.get("torch")
+    if isinstance(value, np.ndarray | np.generic) or (torch is not None and isinstance(value, torch.Tensor)):
+        return tuple(value.shape)
+    return None
 
 
-def raise_cast_error(column: Column, dtype: str, elements: npt.NDArray[Any]) -> NoReturn:
-    """Raise SchemaError for the first of a column's stored elements that has no equal in the dtype."""
-    got = "another value"
-    expected = f"a value with an equal {dtype}"
+def _dtype_name(name: str, value: Any) -> str:
+    text = str(value.dtype).removeprefix("torch.")
+    text = np.dtype(text).name if text[:1] in "<>=|" else text
+    if text in STORED:
+        return text
+    raise SchemaError(
+        f"elements of dtype {value.dtype} cannot be stored", column=name, expected=SUPPORTED_TYPES, got=str(value.dtype)
+    )
+
+
+def infer_record(record: Mapping[str, object]) -> Schema:
+    """Return the schema inferred from the values of one record. Raises SchemaError."""
+    check_mapping(record)
+    return Schema.of({name: type_of_value(name, value) for name, value in record.items()})
+
+
+def infer_batch(columns: Mapping[str, object] | pa.RecordBatch | pa.Table) -> Schema:
+    """Return the schema of a batch: arrays or lists by column name, or an Arrow record batch or table.
+
+    Raises SchemaError.
+    """
+    if isinstance(columns, pa.RecordBatch | pa.Table):
+        return Schema.of(columns.schema)
+    check_mapping(columns)
+    return Schema.of({name: type_of_column(name, values) for name, values in columns.items()})
+
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredArray:
+    """An Arrow array that is known to be in stored form: its uint16 may be bfloat16 bits, and its uint8 bools."""
+
+    array: pa.Array | pa.ChunkedArray
+
+
+def convert_stored(column: Column, data: StoredArray) -> ColumnData:
+    """Return the records of an array in stored form. Raises ConversionError if it is not, or has forbidden nulls."""
+    if column.dtype != "bfloat16" and (column.dtype != "bool" or column.kind is Kind.BOOL):
+        return convert_arrow(column, data.array)
+    converted = convert_arrow(replace(column, dtype=column.stored.name), data.array)
+    if column.dtype == "bool" and converted.values is not None and (converted.values > 1).any():
+        raise ConversionError(str(column), "bytes that are neither 0 nor 1")
+    return converted
+
+
+def convert_arrow(column: Column, data: pa.Array | pa.ChunkedArray) -> ColumnData:
+    """Return the records of an Arrow array of a type that casts to the column's without loss; or ConversionError."""
+    if isinstance(data.type, BFloat16Type) and column.kind is Kind.SCALAR and column.dtype == "bfloat16":
+        column = replace(column, dtype="uint16")
+    array = data.combine_chunks() if isinstance(data, pa.ChunkedArray) else data
+    if isinstance(array, pa.ChunkedArray):  # older pyarrow returns a ChunkedArray if there are no chunks
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    if isinstance(array.type, pa.BaseExtensionType):
+        array = pc.not_equal(array.storage, 0) if array.type.extension_name == "arrow.bool8" else array.storage
+    if pt.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    valid = _valid(column, array)
+    converted = _HOW[column.kind](column, array)
+    return converted if valid is None or converted.array is not None else replace(converted, valid=valid)
+
+
+def _valid(column: Column, array: pa.Array) -> Array | None:
+    if not array.null_count:
+        return None
+    valid: Array = array.is_valid().to_numpy(zero_copy_only=False)
+    if not column.nullable:
+        raise ConversionError(str(column), "null", int(np.argmin(valid)))
+    return valid
+
+
+def _no(column: Column, array: pa.Array) -> ConversionError:
+    return ConversionError(str(column), f"an Arrow array of {array.type}")
+
+
+def _numbers(column: Column, array: pa.Array) -> Array:
+    """Return the elements of a primitive array in stored form, with zero for nulls."""
+    if array.null_count:
+        array = array.fill_null(False if pt.is_boolean(array.type) else 0)
+    if not (pt.is_integer(array.type) or pt.is_floating(array.type) or pt.is_boolean(array.type)):
+        raise _no(column, array)
+    elements = array.to_numpy(zero_copy_only=False)
+    return fit(elements, elements.dtype.name, column.dtype or "")
+
+
+def _tensors(column: Column, array: pa.Array) -> ColumnData:
+    n, array_type = len(array), array.type
+    shape: list[int] = []
+    if pt.is_list(array.type) or pt.is_large_list(array.type):
+        array = _equal_lists(column, array)
+    inner = array
+    while pt.is_fixed_size_list(inner.type):
+        size = inner.type.list_size
+        shape.append(size)
+        if inner is not array and inner.null_count:
+            raise ConversionError(str(column), "a tensor with nulls inside")
+        start = inner.offset * size
+        inner = inner.values.slice(start, len(inner) * size)
+    flat = len(shape) == 1 and shape[0] == column.n_elements
+    if not flat and tuple(shape) != column.shape:
+        raise ConversionError(str(column), f"an Arrow array of {array_type}")
+    elements = _elements(column, inner, array.is_valid() if array.null_count else None, max(column.n_elements, 1))
+    return ColumnData(n, elements.reshape(n, column.n_elements))
+
+
+def _equal_lists(column: Column, array: pa.Array) -> pa.Array:
+    """Return lists as fixed-size lists, after checking that each has the tensor's number of elements."""
+    lengths = pc.fill_null(pc.list_value_length(array), column.n_elements).to_numpy(zero_copy_only=False)
+    wrong = lengths != column.n_elements
+    if wrong.any():
+        index = int(np.argmax(wrong))
+        raise ConversionError(str(column), f"a list of {lengths[index]} elements", index)
+    return array.cast(pa.list_(array.type.value_type, column.n_elements))
+
+
+def _elements(column: Column, inner: pa.Array, valid: pa.Array | None, per_record: int) -> Array:
+    """Return flat elements in stored form. An element may be null only if its whole record is null."""
+    if inner.null_count:
+        allowed = np.zeros(len(inner), bool)
+        if valid is not None:
+            allowed = np.repeat(~valid.to_numpy(zero_copy_only=False), per_record)[: len(inner)]
+        wrong = inner.is_null().to_numpy(zero_copy_only=False) & ~allowed
+        if wrong.any():
+            raise ConversionError(str(column), "a tensor with nulls inside", int(np.argmax(wrong)) // per_record)
     try:
-        if dtype == "bool":
-            wrong = elements[elements > 1] if elements.dtype.kind == "u" else elements[(elements < 0) | (elements > 1)]
-            expected, got = "0 or 1", str(wrong[0]) if len(wrong) else got
-        else:
-            fit(elements, column.dtype or "", dtype)
+        return _numbers(column, inner)
     except ConversionError as error:
-        expected, got = error.expected, error.got
-    raise _refusal(column.name, f"cast to {dtype}: a stored value has no equal in it", expected, got)
+        error.index //= per_record
+        raise
 
 
-def _refusal(column: str, message: str, expected: str, got: str) -> SchemaError:
-    return SchemaError(f"{message} (takes {expected}, got {got})", column=column, expected=expected, got=got)
+def _runs(column: Column, array: pa.Array) -> ColumnData:
+    """Return the records of a column of bytes, text or images: values and 64-bit offsets."""
+    text = column.kind is Kind.STR
+    kind_fits = pt.is_string(array.type) or pt.is_large_string(array.type) or pt.is_string_view(array.type)
+    if not text:
+        kind_fits = pt.is_binary(array.type) or pt.is_large_binary(array.type) or pt.is_binary_view(array.type)
+        kind_fits = kind_fits or pt.is_fixed_size_binary(array.type)
+    if not kind_fits:
+        raise _no(column, array)
+    array = array.cast(pa.large_string() if text else pa.large_binary())
+    if array.null_count:
+        array = array.fill_null("" if text else b"")
+    if text:
+        try:
+            array.validate(full=True)
+        except pa.ArrowException as error:
+            raise ConversionError("valid UTF-8", str(error)) from error
+    _, offsets, values = array.buffers()
+    run = np.zeros(0, np.uint8) if values is None else np.frombuffer(values, np.uint8)
+    return ColumnData(len(array), run, _offsets64(offsets, array))
+
+
+def _offsets64(buffer: pa.Buffer | None, array: pa.Array) -> Array:
+    if buffer is None or not buffer.size:
+        return np.zeros(1, np.int64)
+    return np.frombuffer(buffer, np.int64)[array.offset : array.offset + len(array) + 1]
+
+
+def _ragged(column: Column, array: pa.Array) -> ColumnData:
+    """Return the records of a ragged column, from a struct of data and shape, or from lists with one dimension."""
+    if pt.is_struct(array.type) and {array.type.field(i).name for i in range(array.type.num_fields)} == {
+        "data",
+        "shape",
+    }:
+        valid = array.is_valid().to_numpy(zero_copy_only=False)
+        data, shape = array.field("data"), array.field("shape")
+        if pt.is_list(data.type):
+            data = data.cast(pa.large_list(data.type.value_type))
+        return _ragged_of(column, data, _shapes(column, shape, valid), valid)
+    if (pt.is_list(array.type) or pt.is_large_list(array.type)) and len(column.shape) == 1:
+        data = array.cast(pa.large_list(array.type.value_type))
+        valid = array.is_valid().to_numpy(zero_copy_only=False)
+        return _ragged_of(column, data, None, valid)
+    raise _no(column, array)
+
+
+def _shapes(column: Column, shape: pa.Array, valid: Array) -> Array:
+    size = shape.type.list_size if pt.is_fixed_size_list(shape.type) else -1
+    if size != len(column.shape) or not pt.is_int32(shape.type.value_type):
+        raise ConversionError(str(column), f"shapes of {shape.type}")
+    flat = shape.values.slice(shape.offset * size, len(shape) * size).fill_null(0)
+    return np.where(valid[:, None], flat.to_numpy(zero_copy_only=False).reshape(len(shape), size), 0)
+
+
+def _ragged_of(column: Column, data: pa.Array, shapes: Array | None, valid: Array) -> ColumnData:
+    n = len(data)
+    if data.null_count and (data.is_null().to_numpy(zero_copy_only=False) & valid).any():
+        raise ConversionError(str(column), "a record without data")
+    if not valid.all():
+        # The data of a null record is undefined: replace it with an empty list.
+        data = pc.if_else(pa.array(valid), data, pa.scalar([], data.type))
+    offsets = _offsets64(data.buffers()[1], data)
+    first, last = int(offsets[0]), int(offsets[-1])
+    try:
+        values = _elements(column, data.values.slice(first, last - first), None, 1)
+    except ConversionError as error:
+        error.index = int(np.searchsorted(offsets, error.index + first, side="right")) - 1
+        raise
+    offsets = offsets - first if first else offsets
+    lengths = np.diff(offsets)
+    if shapes is None:
+        shapes = lengths.reshape(n, 1)
+    shapes = np.where(valid[:, None], shapes, shapes_of(column, n, [d or 0 for d in column.shape]))
+    wrong = find_bad_shape(column, shapes, lengths)
+    if wrong is not None:
+        got = f"{lengths[wrong]} elements of the shape {tuple(shapes[wrong].tolist())}"
+        raise ConversionError(str(column), got, wrong)
+    return ColumnData(n, values, offsets, np.ascontiguousarray(shapes, np.dtype("<i4")))
+
+
+def _any_arrow(column: Column, array: pa.Array) -> ColumnData:
+    try:
+        found = array if array.type == column.arrow.type else array.cast(column.arrow.type)
+        found.validate(full=True)
+    except pa.ArrowException as error:
+        raise ConversionError(str(column), f"an Arrow array of {array.type}: {error}") from error
+    return ColumnData(len(found), array=found)
+
+
+# JSON is missing, because its values are parsed and arrive as a list.
+_HOW: dict[Kind, Callable[[Column, pa.Array], ColumnData]] = {
+    Kind.SCALAR: lambda column, array: ColumnData(len(array), _numbers(column, array).reshape(-1, 1)),
+    Kind.BOOL: lambda column, array: ColumnData(len(array), _numbers(column, array)),
+    Kind.TENSOR: _tensors,
+    Kind.RAGGED: _ragged,
+    Kind.BYTES: _runs,
+    Kind.IMAGE: _runs,
+    Kind.STR: _runs,
+    Kind.ARROW: _any_arrow,
+}
+_ARROW_REFUSES = (pa.ArrowException, TypeError, ValueError, OverflowError)
+_BYTES_LIKE = (Kind.BYTES, Kind.IMAGE, Kind.STR, Kind.JSON)
+
+
+def convert_column(column: Column, data: Any) -> ColumnData:
+    """Return a column of a batch in stored form, over the same memory if possible; or raise ConversionError."""
+    if isinstance(data, StoredArray):
+        return convert_column(column, data.array) if column.kind is Kind.JSON else convert_stored(column, data)
+    if isinstance(data, pa.Array | pa.ChunkedArray):
+        return _convert_list(column, _parsed(data)) if column.kind is Kind.JSON else convert_arrow(column, data)
+    if isinstance(data, list | tuple):
+        return _convert_list(column, data)
+    found = as_numpy(data)
+    if found is not None:
+        return _convert_numpy(column, *found)
+    if isinstance(data, Sequence) and not isinstance(data, str | bytes | bytearray | memoryview):
+        return _convert_list(column, list(data))
+    raise ConversionError(f"an array or a list of {column}", _type_name(data))
+
+
+def _parsed(data: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """Return the objects of a JSON column that is given as Arrow. A string is JSON text; other values are objects."""
+    values: list[Any] = data.to_pylist()
+    for index, value in enumerate(values):
+        if isinstance(value, str):
+            try:
+                values[index] = json.loads(value)
+            except ValueError as error:
+                raise ConversionError("JSON text", str(error), index) from error
+    return values
+
+
+def _convert_numpy(column: Column, array: Array, dtype: str) -> ColumnData:
+    if array.ndim == 0:
+        raise ConversionError(f"an array or a list of {column}", "a single value")
+    if array.dtype.kind in "OU" or column.kind in _BYTES_LIKE:
+        return _convert_list(column, array.tolist())
+    if column.kind is Kind.ARROW:
+        try:
+            return convert_arrow(column, pa.array(array))
+        except (pa.ArrowException, TypeError) as error:
+            raise ConversionError(str(column), f"elements of dtype {array.dtype}") from error
+    n, shape = len(array), array.shape[1:]
+    _check_shape(column, shape)
+    stored = np.ascontiguousarray(fit(array, dtype, column.dtype or ""))
+    if column.kind is Kind.RAGGED:
+        offsets = np.arange(n + 1, dtype=np.int64) * math.prod(shape)
+        return ColumnData(n, stored.reshape(-1), offsets, shapes_of(column, n, shape))
+    return ColumnData(n, stored if column.kind is Kind.BOOL else stored.reshape(n, column.n_elements))
+
+
+def _check_shape(column: Column, shape: tuple[int, ...]) -> None:
+    fits = len(shape) == len(column.shape)
+    if fits and all(want in (None, have) for want, have in zip(column.shape, shape, strict=True)):
+        return
+    raise ConversionError(str(column), f"the shape {shape}" if shape else "a single number")
+
+
+def _convert_list(column: Column, values: Sequence[Any]) -> ColumnData:
+    fast = _plain_numbers(column, values) if column.kind is Kind.SCALAR else None
+    if fast is not None:
+        return ColumnData(len(values), fast.reshape(-1, 1))
+    if column.kind in _BYTES_LIKE and column.kind is not Kind.JSON:
+        joined = join(values, text=column.kind is Kind.STR, nullable=column.nullable)  # None: a value needs conversion
+        if joined is not None:
+            return ColumnData(len(values), joined[0], joined[1], valid=joined[2])
+    if column.kind is Kind.ARROW:
+        return _convert_arrow_list(column, values)
+    return build_column_data(column, _each(values, value_converter(column)))
+
+
+def _each(values: Sequence[Any], convert: Callable[[Any], Any]) -> list[Any]:
+    """Return convert(value) for each value. A ConversionError gets the index of its value."""
+    converted = []
+    for index, value in enumerate(values):
+        try:
+            converted.append(convert(value))
+        except ConversionError as error:
+            error.index = index
+            raise
+    return converted
+
+
+def _plain_numbers(column: Column, values: Sequence[Any]) -> Array | None:
+    """Convert a list of plain ints to an integer column, or of floats to a float column; None for all other lists."""
+    types = set(map(type, values))
+    try:
+        if types == {int} and column.dtype in INTEGERS:
+            return fit(np.array(values, np.int64), "int64", column.dtype)
+        if types == {float} and column.dtype in FLOATS:
+            return fit(np.array(values, np.float64), "float64", column.dtype)
+    except OverflowError:
+        return None
+    return None
+
+
+def value_converter(column: Column) -> Callable[[Any], Any]:
+    """Return a function that converts a value for build_column_data(), or raises ConversionError.
+
+    Its result is bytes, an array, a Python value, or None; an array may share the value's memory.
+    """
+    scalar = column.kind is Kind.SCALAR
+    plain = _number_converter(column) if scalar else partial(_CONVERTERS[column.kind], column)
+    if not column.nullable:
+        return plain  # it rejects None, except in a JSON column, where None is the JSON null
+    return lambda value: None if value is None else plain(value)
+
+
+def _number_converter(column: Column) -> Callable[[Any], Any]:
+    dtype, stored = column.dtype or "", column.stored
+    integer = dtype in INTEGERS
+    low, high = _limits(dtype)
+
+    def convert(value: Any) -> Any:
+        # The common cases come first: the general conversion costs ten times as much.
+        kind = type(value)
+        if kind is (int if integer else float) and low <= value <= high:
+            return value
+        if isinstance(value, np.generic) and value.dtype == stored and dtype != "bfloat16":
+            return value
+        if integer and kind is int:
+            raise ConversionError(f"{dtype} ({low} to {high})", str(value))
+        return _fit_value(column, value).reshape(-1)[0]
+
+    return convert
+
+
+def _limits(dtype: str) -> tuple[Any, Any]:
+    """Return the range of numbers that numpy itself converts correctly to the stored dtype; empty for bfloat16."""
+    if dtype == "bfloat16":
+        return 1, 0
+    info = np.iinfo(STORED[dtype]) if dtype in INTEGERS else np.finfo(STORED[dtype])  # type: ignore[type-var]
+    return (int(info.min), int(info.max)) if dtype in INTEGERS else (float(info.min), float(info.max))
+
+
+def _fit_value(column: Column, value: Any) -> Array:
+    """Return a value as an array of stored elements, after its shape is checked."""
+    # The common case comes first: the general conversion costs ten times as much. Stored bool and bfloat16 elements
+    # have integer dtypes, so an equal dtype does not mean that the value fits.
+    usual = type(value) is np.ndarray and value.shape == column.shape and value.dtype == column.stored
+    if usual and column.dtype not in ("bool", "bfloat16"):
+        plain: Array = value
+        return plain
+    found = as_numpy(value)
+    if found is None:
+        found = _numpy_of_python(column, value)
+    array, dtype = found
+    _check_shape(column, array.shape)
+    return np.ascontiguousarray(fit(np.atleast_1d(array), dtype, column.dtype or "")).reshape(array.shape)
+
+
+def _numpy_of_python(column: Column, value: Any) -> tuple[Array, str]:
+    if type(value) not in (bool, int, float, list, tuple):
+        raise ConversionError(str(column), _type_name(value))
+    if isinstance(value, list | tuple) and not column.shape:
+        raise ConversionError(str(column), _type_name(value))
+    try:
+        array = np.array(value)
+    except ValueError as error:
+        raise ConversionError(str(column), "a list of lists of different lengths") from error
+    if array.size == 0:  # numpy infers float64 for an empty list
+        return np.zeros(array.shape, column.stored), column.dtype or ""
+    if array.dtype.kind not in "biuf":
+        raise ConversionError(str(column), f"a {type(value).__name__} of {array.dtype}, or numbers beyond 64 bits")
+    if (array.dtype.kind == "f" and column.dtype in INTEGERS) or _lost(array, value):
+        what = f"a {type(value).__name__}"
+        raise ConversionError(
+            str(column), f"{what} with elements of other types" if array.ndim else f"{what}, {value!r}"
+        )
+    return array, array.dtype.name
+
+
+def _lost(array: Array, value: Any) -> bool:
+    """Return whether numpy has turned bools into numbers or rounded integers, in a list of several types."""
+    if array.dtype.kind == "b":
+        return False
+    rounds = array.dtype.kind == "f"
+    return any(
+        type(item) is bool or (rounds and type(item) is int and int(float(item)) != item) for item in _leaves(value)
+    )
+
+
+def _leaves(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        return (value,)
+    if value and isinstance(value[0], list | tuple):
+        return (leaf for item in value for leaf in _leaves(item))
+    return value
+
+
+def _convert_bool(_: Column, value: Any) -> bool:
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    found = as_numpy(value)
+    if found is None or found[1] != "bool" or found[0].ndim:
+        raise ConversionError("bool", _type_name(value))
+    return bool(found[0])
+
+
+def _convert_bytes(column: Column, value: Any) -> bytes:
+    if type(value) is bytes:
+        return value
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    raise ConversionError(str(column), _type_name(value))
+
+
+def _convert_str(_: Column, value: Any) -> bytes:
+    if not isinstance(value, str):
+        raise ConversionError("str", _type_name(value))
+    try:
+        return value.encode()
+    except UnicodeEncodeError as error:
+        raise ConversionError("a str that UTF-8 can hold", f"a lone surrogate at {error.start}") from error
+
+
+def _convert_json(_: Column, value: Any) -> bytes:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"))
+        _check_keys(value)
+        return text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConversionError("an object that JSON can hold", f"{_type_name(value)}: {error}") from error
+
+
+def _check_keys(value: Any) -> None:
+    """Raise TypeError for a key that is not a str; json.dumps would silently turn it into one."""
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"keys must be str, not {type(key).__name__}")
+        value = value.values()
+    if isinstance(value, Mapping | list | tuple) or type(value) is type({}.values()):
+        for item in value:
+            _check_keys(item)
+
+
+def _convert_arrow(column: Column, value: Any) -> pa.Array:
+    if value is None and not column.nullable:
+        raise ConversionError(str(column), _type_name(value))
+    check_value(column.arrow.type, value)
+    try:
+        return pa.array([value], column.arrow.type)
+    except _ARROW_REFUSES as error:
+        raise ConversionError(str(column), f"{_type_name(value)}: {error}") from error
+
+
+_CONVERTERS: dict[Kind, Callable[[Column, Any], Any]] = {
+    Kind.BOOL: _convert_bool,
+    Kind.TENSOR: _fit_value,
+    Kind.RAGGED: _fit_value,
+    Kind.BYTES: _convert_bytes,
+    Kind.IMAGE: _convert_bytes,
+    Kind.STR: _convert_str,
+    Kind.JSON: _convert_json,
+    Kind.ARROW: _convert_arrow,
+}
+
+
+def build_column_data(column: Column, converted: Sequence[Any]) -> ColumnData:
+    """Join the results of value_converter() into column data in new memory. A null is stored as zeros, or as empty."""
+    n = len(converted)
+    valid = None
+    if column.nullable and any(value is None for value in converted):
+        valid = np.fromiter((value is not None for value in converted), bool, n)
+    if column.kind is Kind.ARROW:
+        null = pa.nulls(1, column.arrow.type)
+        arrays = [null if value is None else value for value in converted]
+        return ColumnData(n, array=pa.concat_arrays(arrays) if arrays else pa.array([], column.arrow.type))
+    if column.kind in _BYTES_LIKE:
+        values_bytes = [value or b"" for value in converted]
+        values = np.frombuffer(b"".join(values_bytes), np.uint8)
+        return ColumnData(n, values, _offsets(np.fromiter(map(len, values_bytes), np.int64, n)), valid=valid)
+    if column.kind is Kind.RAGGED:
+        return _build_ragged(column, converted, valid)
+    zero: Any = np.zeros(column.shape, column.stored) if column.kind is Kind.TENSOR else 0
+    values = np.array([zero if value is None else value for value in converted], column.stored)
+    return ColumnData(n, values if column.kind is Kind.BOOL else values.reshape(n, column.n_elements), valid=valid)
+
+
+def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _build_ragged(column: Column, converted: Sequence[Any], valid: Array | None) -> ColumnData:
+    empty = np.zeros([d or 0 for d in column.shape], column.stored)
+    arrays = [empty if value is None else value for value in converted]
+    runs = [array.reshape(-1) for array in arrays] or [empty.reshape(-1)]
+    lengths = np.array([array.size for array in arrays], np.int64)
+    shapes = np.array([array.shape for array in arrays], STORED["int32"]).reshape(len(arrays), len(column.shape))
+    return ColumnData(len(arrays), np.concatenate(runs), _offsets(lengths), shapes, valid)
+
+
+def _convert_arrow_list(column: Column, values: Sequence[Any]) -> ColumnData:
+    _each(values, partial(check_value, column.arrow.type))
+    try:
+        return convert_arrow(column, pa.array(values, column.arrow.type))
+    except ConversionError:
+        raise
+    except _ARROW_REFUSES as error:
+        _each(values, value_converter(column))  # finds the bad value, which Arrow does not name
+        raise ConversionError(str(column), f"a list that Arrow cannot convert: {error}") from error
+
+
+def _type_name(value: Any) -> str:
+    name = type(value).__qualname__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiouAEIO' else 'a'} {name}"

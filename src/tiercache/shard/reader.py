@@ -16,13 +16,11 @@ from tiercache._native import gather
 from tiercache._native.record_finder import BlockTable, RecordFinder
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ShardIdentity, ShardInfo
-from tiercache.shard.blocks import Blocks, check_indices
-from tiercache.shard.chunks import STAT_INTERVAL_S, Chunks, Ids, Verify, check_verify, chunk_ids
-from tiercache.shard.conversion import ServedColumns, cast_kind
-from tiercache.shard.layout import Footer
+from tiercache.shard.blocks import STAT_INTERVAL_S, Blocks, Chunks, Ids, Verify, check_indices, check_verify, chunk_ids
+from tiercache.shard.footer import Footer
 from tiercache.shard.schema import Column, Kind, Schema
 from tiercache.shard.source import ByteSource, LocalCopy, check_identity, read_footer
-from tiercache.shard.values import ColumnValues, block_values, gather_values
+from tiercache.shard.values import ColumnValues, ServedColumns, block_values, cast_kind, gather_values
 from tiercache.store.contract import Store
 from tiercache.store.shared_files import max_shard_descriptors, raise_limit, raise_limit_for
 

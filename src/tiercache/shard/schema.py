@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -307,123 +306,6 @@ def build_array(
     return pa.Array.from_buffers(arrow_type, length, own, nulls, children=children)
 
 
-_PYTHON_TYPES: dict[type, str] = {bool: "bool", int: "int64", float: "float64", str: "str", dict: "json"}
-
-
-def type_of_value(name: str, value: object) -> UserType:
-    """Return the type of a column that has this value in a record. Raises SchemaError if it cannot be inferred."""
-    for python_type, text in _PYTHON_TYPES.items():
-        if type(value) is python_type:
-            return text
-    if isinstance(value, bytes | bytearray | memoryview):
-        return "bytes"
-    shape = _shape_of(value)
-    if shape is not None:
-        dtype = _dtype_name(name, value)
-        return Tensor(dtype, shape) if shape else dtype
-    hint = (
-        "; a list may be a Ragged, a Tensor, json or an Arrow list: pass a schema"
-        if isinstance(value, list | tuple)
-        else ""
-    )
-    got = "None" if value is None else f"a {type(value).__module__}.{type(value).__qualname__}"
-    raise SchemaError(
-        f"cannot infer the column's type from {got}{hint}", column=name, expected=SUPPORTED_TYPES, got=got
-    )
-
-
-def type_of_column(name: str, values: Any) -> UserType:
-    """Return the type of a column with these values: a numpy or Arrow array, a torch tensor, or a list.
-
-    Raises SchemaError if it cannot be inferred, or the values have different types.
-    """
-    if isinstance(values, pa.Array | pa.ChunkedArray):
-        return pa.field(name, values.type, nullable=values.null_count > 0)
-    if isinstance(values, np.ndarray) and values.dtype.kind in "OUMm":
-        if values.dtype.kind in "Mm":
-            return pa.from_numpy_dtype(values.dtype)
-        values = values.tolist()
-    shape = _shape_of(values)
-    if shape is None and hasattr(values, "__array__"):  # for example a pandas Series
-        return type_of_column(name, np.asarray(values))
-    if shape is not None:
-        if not shape:
-            raise SchemaError(
-                "a column of a batch is an array with a first dimension of records, or a list", column=name
-            )
-        dtype = _dtype_name(name, values)
-        return Tensor(dtype, shape[1:]) if shape[1:] else dtype
-    if not isinstance(values, Sequence) or isinstance(values, str | bytes | bytearray | memoryview):
-        got = type(values).__qualname__
-        raise SchemaError(
-            f"a column of a batch is an array or a list, got {got}", column=name, expected="an array or a list", got=got
-        )
-    return _type_of_list(name, values)
-
-
-def _type_of_list(name: str, values: Sequence[object]) -> UserType:
-    """Return a type for all values of a list. It may mix int and float, or arrays of one dtype and several shapes."""
-    found: UserType | None = None
-    for record, value in enumerate(values):
-        if value is None:
-            continue
-        value_type = type_of_value(name, value)
-        joined = value_type if found is None else _join(found, value_type)
-        if joined is None:
-            raise SchemaError(
-                f"expected {found}, like the records before, got {value_type}",
-                column=name,
-                record=record,
-                expected=str(found),
-                got=str(value_type),
-            )
-        found = joined
-    if found is None:
-        raise SchemaError(
-            "cannot infer the column's type: no value, or only nulls", column=name, expected=SUPPORTED_TYPES, got="None"
-        )
-    return _nullable(found) if any(value is None for value in values) else found
-
-
-def _join(first: UserType, second: UserType) -> UserType | None:
-    if first == second:
-        return first
-    if {first, second} == {"int64", "float64"}:
-        return "float64"
-    if isinstance(first, Tensor | Ragged) and isinstance(second, Tensor):
-        if first.dtype != second.dtype or len(first.shape) != len(second.shape):
-            return None
-        shape = tuple(a if a == b else None for a, b in zip(first.shape, second.shape, strict=True))
-        return Ragged(first.dtype, shape) if None in shape else first
-    return None
-
-
-def _nullable(user: UserType) -> UserType:
-    if isinstance(user, Tensor):
-        return Tensor(user.dtype, user.shape, nullable=True)
-    if isinstance(user, Ragged):
-        return Ragged(user.dtype, user.shape, nullable=True)
-    return f"{user}?"
-
-
-def _shape_of(value: Any) -> tuple[int, ...] | None:
-    """Return the shape of a numpy scalar or array, or of a torch tensor; None for any other object."""
-    torch = sys.modules.get("torch")
-    if isinstance(value, np.ndarray | np.generic) or (torch is not None and isinstance(value, torch.Tensor)):
-        return tuple(value.shape)
-    return None
-
-
-def _dtype_name(name: str, value: Any) -> str:
-    text = str(value.dtype).removeprefix("torch.")
-    text = np.dtype(text).name if text[:1] in "<>=|" else text
-    if text in STORED:
-        return text
-    raise SchemaError(
-        f"elements of dtype {value.dtype} cannot be stored", column=name, expected=SUPPORTED_TYPES, got=str(value.dtype)
-    )
-
-
 def type_of_arrow(arrow_type: pa.DataType) -> UserType:
     """Return the column type that corresponds to an Arrow type; the Arrow type itself if there is none."""
     if isinstance(arrow_type, pa.BaseExtensionType):
@@ -481,7 +363,6 @@ _BYTE_KINDS = {
     Kind.JSON: pa.large_string(),
     Kind.IMAGE: pa.large_binary(),
 }
-
 register_extension_types()
 
 
@@ -650,23 +531,6 @@ class Schema:
         if not isinstance(user, Mapping):
             raise SchemaError(f"a schema is a mapping of names to types or an Arrow schema, got {type(user).__name__}")
         return Schema([Column.of(name, kind) for name, kind in user.items()])
-
-    @staticmethod
-    def infer_record(record: Mapping[str, object]) -> Schema:
-        """Return the schema inferred from the values of one record. Raises SchemaError."""
-        check_mapping(record)
-        return Schema.of({name: type_of_value(name, value) for name, value in record.items()})
-
-    @staticmethod
-    def infer_columns(columns: Mapping[str, object] | pa.RecordBatch | pa.Table) -> Schema:
-        """Return the schema of a batch: arrays or lists by column name, or an Arrow record batch or table.
-
-        Raises SchemaError.
-        """
-        if isinstance(columns, pa.RecordBatch | pa.Table):
-            return Schema.of(columns.schema)
-        check_mapping(columns)
-        return Schema.of({name: type_of_column(name, values) for name, values in columns.items()})
 
     @cached_property
     def arrow(self) -> pa.Schema:

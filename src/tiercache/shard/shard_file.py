@@ -25,9 +25,8 @@ from tiercache._native.checksum import combine, crc32c, lay_out
 from tiercache.errors import StoreError
 from tiercache.model import ShardInfo
 from tiercache.shard import codec
-from tiercache.shard.codec import BlockCodec
-from tiercache.shard.layout import ALIGN_BYTES, CHUNK_ROW, GROUPED_COLUMNS, PAGE_BYTES, Footer, Tail, align, pack_head
-from tiercache.shard.memory import BUFFER_POOL, Bytes, address_of
+from tiercache.shard.codec import ALIGN_BYTES, BUFFER_POOL, BlockCodec, Bytes, address_of, align
+from tiercache.shard.footer import CHUNK_ROW, GROUPED_COLUMNS, PAGE_BYTES, Footer, Tail, pack_head
 from tiercache.shard.schema import Column, Kind, Schema
 from tiercache.store.contract import MAX_GAP_BYTES, Store, Upload
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from tiercache._native.mapping import Mapping
 from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ShardIdentity, ShardInfo
-from tiercache.shard.layout import TAIL_BYTES, Footer, Tail
-from tiercache.shard.memory import Bytes
+from tiercache.shard.codec import Bytes
+from tiercache.shard.footer import TAIL_BYTES, Footer, Tail
 from tiercache.store.contract import Lease, LocalStore, Span, Store, read_unpinned
 from tiercache.store.local import os_errors
 

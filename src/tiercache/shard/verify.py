@@ -13,10 +13,9 @@ from tiercache._native.checksum import crc32c, crc32c_pages
 from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.model import ShardIdentity, ShardInfo
 from tiercache.shard import codec
-from tiercache.shard.blocks import Blocks
-from tiercache.shard.chunks import LoadedChunks
-from tiercache.shard.layout import HEAD_BYTES, PAGE_BYTES, Footer, align, n_pages, parse_head
-from tiercache.shard.memory import Bytes, address_of, aligned_empty
+from tiercache.shard.blocks import Blocks, LoadedChunks
+from tiercache.shard.codec import Bytes, address_of, align, aligned_empty
+from tiercache.shard.footer import HEAD_BYTES, PAGE_BYTES, Footer, n_pages, parse_head
 from tiercache.shard.schema import Kind
 from tiercache.shard.source import ByteSource, check_identity, read_footer
 from tiercache.shard.values import gather_values

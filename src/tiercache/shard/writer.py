@@ -21,16 +21,16 @@ from tiercache._native.block_builder import ADDED, NEEDS_CONVERSION, BlockBuilde
 from tiercache.errors import SchemaError, StoreError
 from tiercache.model import ShardInfo, parse_bytes
 from tiercache.shard.codec import BlockCodec, parse_compression
-from tiercache.shard.commit import (
-    Commit,
-    check_mode,
-    data_set_exists_error,
-    find_latest,
-    no_data_set_error,
+from tiercache.shard.conversion import (
+    ConversionError,
+    StoredArray,
+    build_column_data,
+    convert_column,
+    infer_batch,
+    infer_record,
+    value_converter,
 )
-from tiercache.shard.conversion import ConversionError
-from tiercache.shard.ingest import StoredArray, build_column_data, convert_column, value_converter
-from tiercache.shard.layout import FOOTER_LIMIT_BYTES
+from tiercache.shard.footer import FOOTER_LIMIT_BYTES
 from tiercache.shard.schema import (
     FLOATS,
     INTEGERS,
@@ -43,7 +43,16 @@ from tiercache.shard.schema import (
     check_same_schema,
 )
 from tiercache.shard.shard_file import BlockCutter, BlockData, ColumnData, ShardFile, UploadQueue
-from tiercache.shard.versions import Version, VersionKind, check_writable
+from tiercache.shard.versions import (
+    Commit,
+    Version,
+    VersionKind,
+    check_mode,
+    check_writable,
+    data_set_exists_error,
+    find_latest,
+    no_data_set_error,
+)
 from tiercache.store import open_store
 from tiercache.store.contract import Store
 
@@ -542,7 +551,7 @@ class Writer:
             ValueError: The writer is closed.
         """
         if self._shards is None:
-            with self._starting(Schema.infer_record(record)) as shards:
+            with self._starting(infer_record(record)) as shards:
                 shards.write(record)
         else:
             self._shards.write(record)
@@ -557,7 +566,7 @@ class Writer:
             SchemaError, StoreError, ValueError: See write().
         """
         if self._shards is None:
-            with self._starting(Schema.infer_columns(columns)) as shards:
+            with self._starting(infer_batch(columns)) as shards:
                 shards.write_batch(columns)
         else:
             self._shards.write_batch(columns)

@@ -17,7 +17,7 @@ from tiercache.cache.folder import Folder
 from tiercache.cache.partial import PartialCopy, open_part
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
-from tiercache.shard.memory import _Loan
+from tiercache.shard.codec import _Loan
 
 NAME, UNIT = "0" * 40, 4096
 N_BYTES = 3 * UNIT

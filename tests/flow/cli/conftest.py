@@ -3,7 +3,7 @@
 import pytest
 from tests.packer.pictures import png
 
-from tiercache.packer import pack
+from tiercache.packer.pack import pack
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tiercache.packer import pack
+from tiercache.packer.pack import pack
 from tiercache.store import open_store
 from tiercache.tier.move.lock import TierLock
 

@@ -12,7 +12,7 @@ from tests.support.clock import JumpingClock
 from tests.support.tier_moves import HookAt, Killed
 
 from tiercache.cli.app import app
-from tiercache.packer import pack
+from tiercache.packer.pack import pack
 from tiercache.store import LocalFolder
 from tiercache.tier.holds import read_holds
 

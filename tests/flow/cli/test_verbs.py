@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tiercache.distribution import __version__
-from tiercache.packer import pack
-from tiercache.shard.commit import Commit
+from tiercache.packer.pack import pack
+from tiercache.shard.versions import Commit
 
 
 def test_the_version_is_printed(tiercache):

@@ -14,9 +14,8 @@ from tiercache.data.dataset import Dataset
 from tiercache.load.loader import DataLoader
 from tiercache.load.loader_options import LoaderOptions
 from tiercache.model import ShardInfo
-from tiercache.shard.commit import commit
 from tiercache.shard.schema import Schema
-from tiercache.shard.versions import latest, read_shards
+from tiercache.shard.versions import commit, latest, read_shards
 from tiercache.store import MemoryStore, open_store
 
 

@@ -14,9 +14,9 @@ from tests.support.warm_python import WarmPython
 from tiercache._native.checksum import crc32c
 from tiercache.errors import StoreError
 from tiercache.model import ShardInfo
-from tiercache.shard.commit import commit
-from tiercache.shard.layout import TAIL_BYTES, Footer, Tail, pack_head
+from tiercache.shard.footer import TAIL_BYTES, Footer, Tail, pack_head
 from tiercache.shard.schema import Schema
+from tiercache.shard.versions import commit
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store import LocalFolder
 from tiercache.store.local import os_errors

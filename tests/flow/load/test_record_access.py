@@ -21,7 +21,7 @@ from tests.support.records import SCHEMA, check_batch, make_columns
 from torch.utils.data import DataLoader as TorchLoader
 
 import tiercache as tc
-from tiercache.shard import chunks
+from tiercache.shard import blocks as shard_blocks
 from tiercache.shard import reader as shard_reader
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.source import ByteSource
@@ -421,7 +421,7 @@ def test_an_epoch_of_single_records_in_random_order_takes_two_requests_a_shard(t
 
 
 def test_records_of_a_large_shard_come_page_by_page_until_that_costs_as_much_as_all_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(chunks, "_BYTES_A_REQUEST", 2 * PAGE_BYTES)  # of a column of 256 KiB in a shard
+    monkeypatch.setattr(shard_blocks, "_BYTES_A_REQUEST", 2 * PAGE_BYTES)  # of a column of 256 KiB in a shard
     wanted: list[int] = []
     want = ByteSource.prefetch
     monkeypatch.setattr(

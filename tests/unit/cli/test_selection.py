@@ -17,7 +17,9 @@ from tiercache.cli.simulate import (
 )
 from tiercache.load.epoch import OrderShare
 from tiercache.model import ShardInfo
-from tiercache.order import DatasetSizes, EpochOrder, RankPlan
+from tiercache.order.epoch_order import EpochOrder
+from tiercache.order.rank_plan import RankPlan
+from tiercache.order.window import DatasetSizes
 from tiercache.shard.versions import ShardTable, new_segment, parse_segment
 
 

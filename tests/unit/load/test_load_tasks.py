@@ -13,7 +13,7 @@ from tiercache.load.windows import (
     cut_steps,
     task_bytes,
 )
-from tiercache.order import Window
+from tiercache.order.window import Window
 from tiercache.shard.blocks import merge_pages
 
 PAGE = 4096

@@ -24,8 +24,9 @@ from tests.support.order_oracle import (
 )
 
 from tiercache.load.pieces import RUN_PIECES, RUN_ROWS, Piece, PieceSizes, cut_pieces
-from tiercache.order import BlockSizes, DatasetSizes, EpochOrder, OrderOptions, RankPlan, Window
-from tiercache.order.window import MOST_ROWS, allocate_rows
+from tiercache.order.epoch_order import EpochOrder
+from tiercache.order.rank_plan import RankPlan
+from tiercache.order.window import MOST_ROWS, BlockSizes, DatasetSizes, OrderOptions, Window, allocate_rows
 
 # Each takes some 8 ms; `make fuzz` draws 5,000 of every kind.
 IS_FUZZ = settings.default.max_examples > 100

@@ -15,7 +15,9 @@ from tests.unit.load.test_pieces import Case, cases
 from tiercache.load import epoch as module
 from tiercache.load.epoch import OrderShare, ReadClock, find_shard_uses, make_reading_plan
 from tiercache.model import NEVER
-from tiercache.order import EpochOrder, OrderOptions, RankPlan
+from tiercache.order.epoch_order import EpochOrder
+from tiercache.order.rank_plan import RankPlan
+from tiercache.order.window import OrderOptions
 
 
 def share_of(order, rank_plan: RankPlan, epoch: int = 0) -> OrderShare:

@@ -15,8 +15,9 @@ from hypothesis.extra import numpy as hnp
 from tests.support import ROOT
 
 from tiercache._native import gather
-from tiercache.shard.conversion import DTYPE_NUMBERS, round_to_bfloat16, widen_bfloat16
+from tiercache.shard.conversion import round_to_bfloat16, widen_bfloat16
 from tiercache.shard.schema import FLOATS, INTEGERS, STORED
+from tiercache.shard.values import DTYPE_NUMBERS
 
 WHOLE = (*sorted(INTEGERS), "bool")
 PAIRS = [(a, b) for a, b in itertools.product(STORED, STORED) if a != b and (a in WHOLE or b in FLOATS)]

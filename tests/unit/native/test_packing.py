@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.support.plain_packer import Plain
 
 from tiercache._native import gather, packing
-from tiercache.shard.conversion import DTYPE_NUMBERS
+from tiercache.shard.values import DTYPE_NUMBERS
 
 MODES = {"concatenate": packing.CONCATENATE, "best_fit": packing.BEST_FIT, "separate": packing.SEPARATE}
 OUTPUTS = {

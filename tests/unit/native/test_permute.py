@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tiercache._native.permute import MAX_N, RowFinder, invert_one, permute, permute_at, permute_one
-from tiercache.order import derive_key
+from tiercache.order.epoch_order import derive_key
 
 WORDS = st.integers(0, 2**64 - 1)
 KEYS = st.one_of(st.binary(min_size=16, max_size=16), st.tuples(WORDS, WORDS))

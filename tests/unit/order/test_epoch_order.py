@@ -20,9 +20,8 @@ from tests.support.order_oracle import (
     uniform,
 )
 
-from tiercache.order import BlockSizes, DatasetSizes, EpochOrder, OrderOptions
-from tiercache.order.epoch_order import MAX_GROUP_SHARDS
-from tiercache.order.window import cut_by_size
+from tiercache.order.epoch_order import MAX_GROUP_SHARDS, EpochOrder
+from tiercache.order.window import BlockSizes, DatasetSizes, OrderOptions, cut_by_size
 
 
 def numbers(data: Shards, order: EpochOrder) -> list[int]:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.order import BlockSizes, DatasetSizes
 from tiercache.order.explicit import ExplicitOrder, RecordLocator, count_fitting, explicit_section
+from tiercache.order.window import BlockSizes, DatasetSizes
 
 SHARDS = st.lists(st.lists(st.integers(0, 5), max_size=4), min_size=1, max_size=5)
 

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tiercache.order.interleaving import StreamAllocation, apportion, apportion_next, interleave
-from tiercache.order.mixture import exact_weight
+from tiercache.order.mixture import StreamAllocation, apportion, apportion_next, exact_weight, interleave
 
 
 def worst(sequence: list[int], shares: list[Fraction]) -> float:

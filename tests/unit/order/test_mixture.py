@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from tests.support.mixture_oracle import Mixed, mixed_sequence, mixtures
 from tests.support.order_oracle import read
 
-from tiercache.order import BlockSizes, DatasetSizes, OrderOptions, mixture
-from tiercache.order.interleaving import StreamAllocation, interleave
-from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture
+from tiercache.order import mixture
+from tiercache.order.mixture import MixtureOrder, MixtureSpec, StoredMixture, StreamAllocation, interleave
+from tiercache.order.window import BlockSizes, DatasetSizes, OrderOptions
 
 RAW_BYTES = 10  # of a record, in the parts made here
 

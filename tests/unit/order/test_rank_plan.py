@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.order_oracle import Ranks, batches
 
-from tiercache.order import RankPlan
+from tiercache.order.rank_plan import RankPlan
 
 MANY = max(100, settings.default.max_examples)
 SamplerBatch = tuple[int, Ranks, int, int]  # offset, ranks, records, streams

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from tests.support.mixture_oracle import Mixed, mixtures
 from tests.support.order_oracle import Shards, options, shards
 
-from tiercache.order import EpochOrder, MixtureOrder, OrderOptions, Section
 from tiercache.order import mixture as part_module
+from tiercache.order.epoch_order import EpochOrder
 from tiercache.order.explicit import ExplicitOrder
-from tiercache.order.window import ShardGroups
+from tiercache.order.mixture import MixtureOrder
+from tiercache.order.window import OrderOptions, Section, ShardGroups
 
 
 def shards_at(order, stream: int) -> list[int]:

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.order import derive_key
-from tiercache.order.epoch_order import permutation, stratified_permutation
+from tiercache.order.epoch_order import derive_key, permutation, stratified_permutation
 
 
 def keys(seed: int) -> tuple[bytes, bytes]:

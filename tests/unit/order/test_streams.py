@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.order_oracle import Shards, options, owners, read, shards, uniform
 
-from tiercache.order import EpochOrder, OrderOptions
+from tiercache.order.epoch_order import EpochOrder
+from tiercache.order.window import OrderOptions
 
 
 def of_stream(order: EpochOrder, stream: int) -> list[tuple[int, int, int]]:

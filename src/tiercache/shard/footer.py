@@ -22,6 +22,7 @@ from tiercache._native.checksum import crc32c
 from tiercache.distribution import UPGRADE_COMMAND, __version__
 from tiercache.errors import CorruptShard, SchemaError, UnsupportedFormat
 from tiercache.shard import codec
+from tiercache.shard.codec import ALIGN_BYTES, align
 from tiercache.shard.schema import Column, Kind, Schema, UnknownKindError
 
 FORMAT_VERSION = 1
@@ -86,7 +87,6 @@ def _unsupported(message: str, *, url: str, found: int = FORMAT_VERSION, **facts
 U64: TypeAlias = npt.NDArray[np.uint64]
 Table: TypeAlias = npt.NDArray[Any]
 HEAD_BYTES = TAIL_BYTES = 64
-ALIGN_BYTES = 64
 PAGE_BYTES = 65536
 _MOST = np.uint64(1 << 62)
 
@@ -225,7 +225,6 @@ TAIL_MAGIC = b"TCSEND\r\n"
 # A reader holds the whole footer in memory. With blocks of 1 MiB and one column, this is a shard of about 10 TiB; the
 # writer starts a new shard long before.
 FOOTER_LIMIT_BYTES = 1 << 30
-
 # The padding bytes (x) are zero and are not checked: a later release may store there what this one may ignore.
 _HEAD = struct.Struct("<8sI4x16s28xI")
 _TAIL = struct.Struct("<QQQIIQIHH4xI8s")
@@ -234,7 +233,6 @@ _SECTION = struct.Struct("<QQ")
 _SECTIONS = ("json", "schema", "blocks", "chunks", "nodes", "buffers", "pages")
 # Largest number of sections. Sections of later releases follow the ones above, and are ignored.
 _MAX_SECTIONS = 1024
-
 CHUNK_ROW = np.dtype(
     [
         ("offset", "<u8"),
@@ -247,11 +245,6 @@ CHUNK_ROW = np.dtype(
         ("first_page", "<u8"),
     ]
 )
-
-
-def align(n_bytes: int) -> int:
-    """Return n_bytes rounded up to the alignment of chunks and buffers (64)."""
-    return (n_bytes + ALIGN_BYTES - 1) // ALIGN_BYTES * ALIGN_BYTES
 
 
 def pack_head(shard_id: bytes) -> bytes:
