@@ -1,7 +1,7 @@
 """A data set to use the command on."""
 
 import pytest
-from tests.packer.pictures import png
+from tests.support.image_files import png
 
 from tiercache.packer.pack import pack
 

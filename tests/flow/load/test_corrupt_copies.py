@@ -12,9 +12,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from tests.shard.mixed_shard import wait_until_settled
 from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.http_server import HttpFaultServer
+from tests.support.mixed_shard import wait_until_settled
 from tests.support.records import SCHEMA, check_batch, make_columns
 
 import tiercache as tc

@@ -15,8 +15,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.shard.mixed_shard import wait_until_settled
 from tests.support.http_server import HttpFaultServer
+from tests.support.mixed_shard import wait_until_settled
 from tests.support.records import SCHEMA, check_batch, make_columns
 from torch.utils.data import DataLoader as TorchLoader
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.shard import later
+from tests.support import later_release as later
 
 import tiercache as tc
 from tiercache.errors import CorruptShard

@@ -1,14 +1,13 @@
 """Every byte of a small shard is flipped, truncated, appended to: the result is a tiercache error, or equal data."""
 
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch  # noqa: F401 - bfloat16 values are its tensors
+from tests.support import golden_files as golden
 
 from tiercache.errors import CorruptShard, UnsupportedFormat
 from tiercache.model import ObjectInfo
@@ -19,9 +18,6 @@ from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 
-spec = importlib.util.spec_from_file_location("make_golden", Path(__file__).parent / "make_golden.py")
-golden = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(golden)
 ERRORS = (CorruptShard, UnsupportedFormat)
 
 

@@ -5,26 +5,18 @@ with other bytes between them, more columns in a segment, other kinds of version
 see test_forward_compatibility.py.
 """
 
-import hashlib
 import json
 import struct
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from tiercache._native.checksum import crc32c
 from tiercache.model import ShardInfo
 from tiercache.shard import codec
-from tiercache.shard import versions as segments
 from tiercache.shard.codec import align
 from tiercache.shard.footer import Footer, Tail
-from tiercache.shard.reader import ShardReader
-from tiercache.shard.versions import read_version, version_key
-from tiercache.store.local import LocalFolder
-from tiercache.store.memory import MemoryStore
 
 SECTIONS = 7
 MORE_SECTIONS = (b"", b"a bloom filter", bytes(range(256)))
@@ -68,34 +60,6 @@ def content_with(footer: Footer, facts: dict[str, Any], more: tuple[bytes, ...])
     return bytes(out) + bytes(align(len(out)) - len(out))
 
 
-def shard(info: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-    """(row, bytes) of the same shard with everything in it that a reader of today must pass by."""
-    store = MemoryStore("golden-later")
-    store.put("shard", data)
-    footer = ShardReader(store, "shard").footer
-    head = bytearray(data[:64])
-    head[12:16] = head[32:36] = b"new!"
-    out = bytearray(resum_head(head))
-    moved = footer.chunks.copy()
-    for place in np.ndindex(*moved.shape):
-        row = footer.chunks[place]
-        out += b"\xee" * (-len(out) % 4096)
-        moved[place]["offset"] = len(out)
-        out += data[int(row["offset"]) : int(row["offset"] + row["stored"])]
-    out += b"\xee" * (-len(out) % 64)
-    footer = Footer(**{**_fields(footer), "chunks": moved})
-    raw = content_with(footer, {"row_groups": {"of": [1, 2.5, None]}}, MORE_SECTIONS)
-    found, whole = sealed(bytes(out), footer, info["name"], raw)
-    tail = bytearray(whole[-64:])
-    tail[48:52] = b"more"
-    whole = whole[:-64] + resum_tail(tail)
-    return found | {"crc32c": crc32c(whole)}, whole
-
-
-def _fields(footer: Footer) -> dict[str, Any]:
-    return {name: getattr(footer, name) for name in Footer.__dataclass_fields__}
-
-
 def version_text(body: dict[str, Any]) -> bytes:
     """The text of a version, by docs/format.md alone."""
     body = {key: value for key, value in body.items() if key != "crc32c"}
@@ -113,21 +77,3 @@ def segment(data: bytes) -> bytes:
     with pa.ipc.new_file(sink, table.schema.with_metadata({"later": "yes"})) as writer:
         writer.write_table(table.combine_chunks())
     return sink.getvalue().to_pybytes()
-
-
-def dataset(folder: Path) -> None:
-    """Give the newest version of a data set what a reader of today must pass by, and a writer must not."""
-    store = LocalFolder(folder)
-    number = max(int(path.stem) for path in (folder / "_tiercache/versions").glob("*.json"))
-    version = read_version(store, number)
-    body = json.loads(store.get(version_key(number)))
-    for line, ref in zip(body["segments"], version.segments, strict=True):
-        data = segment(store.get(ref.key))
-        name = f"{hashlib.sha256(data).hexdigest()[:32]}.arrow"
-        line |= {"name": name, "bytes": len(data), "crc32c": crc32c(data), "index": "0" * 32}
-        store.put(segments.SEGMENTS_FOLDER + name, data)
-    body |= {"kind": "drop-shards", "row_ids": {"first": 0, "names": ["ä", None]}, "needs_to_write": ["row-ids"]}
-    body |= {"release": "1.4", "software": "tiercache 1.4.2"}
-    path = folder / version_key(number)
-    path.unlink()
-    path.write_bytes(version_text(body))

@@ -1,17 +1,16 @@
 """Golden files of format version 1: they never change, and every release reads them."""
 
 import hashlib
-import importlib.util
 import json
 import math
 from contextlib import closing
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from tests.support import golden_files as golden
 
 import tiercache as tc
 from tiercache.model import ShardInfo
@@ -22,17 +21,6 @@ from tiercache.shard.versions import latest, list_versions, read_shards, read_ve
 from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_golden", Path(__file__).parent / "make_golden.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-golden = load_script()
 FOLDER = golden.FOLDER
 INFOS = {
     name: ShardInfo(**{field: value for field, value in row.items() if field != "stats_json"})

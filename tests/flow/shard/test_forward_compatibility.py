@@ -4,13 +4,12 @@ import json
 import re
 import secrets
 import struct
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from tests.support import later_release as later
 
 import tiercache as tc
 from tiercache import __version__
@@ -32,9 +31,6 @@ from tiercache.shard.versions import (
 )
 from tiercache.shard.writer import ShardOptions, ShardWriter
 from tiercache.store.memory import MemoryStore
-
-sys.path.insert(0, str(Path(__file__).parent))
-import later
 
 SCHEMA = Schema.of({"id": "int64", "text": "str"})
 

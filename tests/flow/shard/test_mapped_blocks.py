@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from tests.shard.mixed_shard import SCHEMA, fill, wait_until_settled
+from tests.support.mixed_shard import SCHEMA, fill, wait_until_settled
 
 from tiercache.errors import CorruptShard
 from tiercache.shard.reader import ShardReader

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.packer.pictures import jpeg, png
+from tests.support.image_files import jpeg, png
 from typer.testing import CliRunner
 
 from tiercache.cli.app import app

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from tests.shard.later import sealed
+from tests.support.later_release import sealed
 
 import tiercache as tc
 from tiercache._native.checksum import crc32c

@@ -1,31 +1,21 @@
-"""Wrote the golden files of format version 1, once: `python tests/shard/make_golden.py`, from the repository's root.
+"""What the golden files of format version 1 must give, and how they were written.
 
-Version 1 is frozen: the files are never written again, and this refuses to. Tests read them and take from here what
-they must give; test_golden.py holds their SHA-256. A later format version gets a folder and a script of its own.
+Version 1 is frozen: test_golden.py holds the SHA-256 of the files, which are never written again. A later format
+version gets a folder and a module of its own.
 """
 
 import datetime as dt
 import decimal
-import json
-import shutil
-import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-sys.path.insert(0, str(Path(__file__).parent))
-import later
-
-import tiercache as tc
-from tiercache.shard.footer import pack_head
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import STORED, Image, Ragged, Schema, Tensor
-from tiercache.shard.versions import read_version
 from tiercache.shard.writer import ShardOptions, ShardWriter
-from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 
 FOLDER = Path(__file__).parents[1] / "golden" / "v1"
@@ -189,66 +179,3 @@ def tables(data: bytes) -> pa.Table:
         plain = [a.storage if isinstance(a, pa.ExtensionArray) else a for a in arrays]
         batches.append(pa.RecordBatch.from_arrays(plain, schema=schema))
     return pa.Table.from_batches(batches, schema)
-
-
-def empty_shard() -> tuple[dict[str, Any], bytes]:
-    """A shard of no blocks, which no writer of ours makes and every reader takes."""
-    info, data = write("none")
-    store = MemoryStore("golden-empty")
-    store.put("shard", data)
-    footer = ShardReader(store, "shard").footer
-    none = replace(
-        footer,
-        n_records=0,
-        n_blocks=0,
-        block_first=footer.block_first[:1],
-        chunks=footer.chunks[:0],
-        nodes=footer.nodes[:0],
-        buffers=footer.buffers[:0],
-        pages=footer.pages[:0],
-        statistics={},
-    )
-    return later.sealed(pack_head(footer.shard_id), none, info["name"])
-
-
-def make_dataset(folder: Path) -> None:
-    """Five versions: created with several shards, appended to twice, overwritten, appended to."""
-    url, held = str(folder), set()
-    for number, records in VERSIONS.items():
-        mode = {1: "create", 4: "overwrite"}.get(number, "append")
-        size = 250 if number in (1, 3) else "1MiB"
-        with tc.Writer(url, schema=ROWS, mode=mode, shard_size=size, block_size=100) as writer:
-            for i in records if mode == "overwrite" else [i for i in records if i not in held]:
-                writer.write(row(i))
-        held |= set(records)
-
-
-def main() -> None:
-    """Write all of them."""
-    if FOLDER.exists():
-        sys.exit(f"{FOLDER} exists: the golden files of version 1 are written once and must be readable for ever")
-    FOLDER.mkdir(parents=True)
-    shards = {name: write(name) for name in COMPRESSIONS}
-    shards["wide"] = write("none", WIDE, WIDE_RECORDS, 110_000)
-    shards["wide-zstd"] = write("zstd", WIDE, WIDE_RECORDS, 110_000)
-    shards["empty"] = empty_shard()
-    shards["later"] = later.shard(*shards["none"])
-    for name, (_, data) in shards.items():
-        (FOLDER / f"{name}.tcs").write_bytes(data)
-        with pa.OSFile(str(FOLDER / f"{name}.arrow"), "wb") as sink:
-            table = tables(data)
-            with pa.ipc.new_file(sink, table.schema) as writer:
-                writer.write_table(table)
-    rows = {name: info for name, (info, _) in shards.items()}
-    (FOLDER / "infos.json").write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
-    make_dataset(FOLDER / "dataset")
-    tc.Writer(str(FOLDER / "nothing"), schema=ROWS).close()
-    shutil.copytree(FOLDER / "dataset", FOLDER / "later")
-    later.dataset(FOLDER / "later")
-    store = LocalFolder(FOLDER / "dataset")
-    facts = {number: read_version(store, number).fingerprint for number in VERSIONS}
-    (FOLDER / "fingerprints.json").write_text(json.dumps(facts, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

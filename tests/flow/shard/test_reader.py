@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.shard.mixed_shard import SCHEMA, N, batch, fill, wait_until_settled
 from tests.support.faults import Fault, FaultKind, FaultStore
+from tests.support.mixed_shard import SCHEMA, N, batch, fill, wait_until_settled
 
 from tiercache._native import gather
 from tiercache.errors import CorruptShard, NotFound, SchemaError, StoreError
