@@ -1,4 +1,4 @@
-"""Speed of moving objects between stores with tier/move/transfer.py, compared with a plain copy by the same client.
+"""Speed of moving objects between stores with tier/transfer.py, compared with a plain copy by the same client.
 
     python benchmarks/bench_tier_move.py [--megabytes 512] [--repetitions 7] [--jobs 4] [--only folder-s3 ...] [--quick]
 
@@ -27,10 +27,10 @@ from rows import OUT, spread, table, write_rows
 from tiercache.demo.s3_server import S3Server
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder
-from tiercache.tier.model import PlannedObject
-from tiercache.tier.move.transfer import PartBufferPool, Transfer
+from tiercache.tier.journal import PlannedObject
 from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.stores import Stores
+from tiercache.tier.transfer import PartBufferPool, Transfer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

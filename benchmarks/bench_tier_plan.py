@@ -21,9 +21,9 @@ from cases import Bench, mib, peak_bytes
 from rows import spread
 from tiercache.keep import KeepList
 from tiercache.prices import prices_of
-from tiercache.tier.model import CHECKPOINT, FILE, NO_RUN, NO_STEP, READABLE, SHARD, Snapshot
-from tiercache.tier.plan.policy import decide
+from tiercache.tier.policy import decide
 from tiercache.tier.rules import Rule, RuleFile, Tier
+from tiercache.tier.snapshot import CHECKPOINT, FILE, NO_RUN, NO_STEP, READABLE, SHARD, Snapshot
 from tiercache.tier.text_columns import first_match
 
 if TYPE_CHECKING:

@@ -27,15 +27,14 @@ from bench_tier_plan import DAY_S, NOW_S, TIERS
 from cases import Bench, asked, mib, peak_bytes
 from rows import spread
 from tiercache.cli.common import Output
-from tiercache.cli.open_tiers import OpenTiers
-from tiercache.cli.tier_verbs import plan_facts, plan_text, plan_tiers, print_plan
+from tiercache.cli.tier import OpenTiers, plan_facts, plan_text, plan_tiers, print_plan
 from tiercache.keep import BestMetric, KeepList
 from tiercache.model import ObjectInfo
 from tiercache.prices import prices_if_known
 from tiercache.store import MemoryStore
-from tiercache.tier.inventory.listing import list_tiers
 from tiercache.tier.journal import CatalogEntry, TierCatalog
-from tiercache.tier.plan.plan_file import write_plan
+from tiercache.tier.listing import list_tiers
+from tiercache.tier.plans import write_plan
 from tiercache.tier.rules import Rule, RuleFile, Tier
 from tiercache.tier.stores import Stores
 

@@ -2,7 +2,7 @@
 
     python examples/tier_year.py [--shards 16000] [--into docs/guide/tiers.md]
 
-Each day the real policy (`tiercache.tier.plan.policy.decide`) plans the moves; nothing else is
+Each day the real policy (`tiercache.tier.policy.decide`) plans the moves; nothing else is
 real. The bill is kept by this file from the price table, and not from what the policy says that its moves cost.
 """
 
@@ -20,7 +20,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from tiercache.prices import prices_of
-from tiercache.tier.model import (
+from tiercache.tier.policy import decide
+from tiercache.tier.rules import RuleFile, load_rule_file
+from tiercache.tier.snapshot import (
     ARCHIVED,
     CHECKPOINT,
     COPY,
@@ -33,8 +35,6 @@ from tiercache.tier.model import (
     Decisions,
     Snapshot,
 )
-from tiercache.tier.plan.policy import decide
-from tiercache.tier.rules import RuleFile, load_rule_file
 
 RULES = """\
 [tiers.hot]

@@ -30,7 +30,7 @@ HOMES = {
     **dict.fromkeys(("torch", "torchdata"), _TORCH_HOMES),
     **dict.fromkeys(("typer", "rich", "click"), ("cli/",)),
     "ml_dtypes": ("load/numpy_loader.py",),
-    "pydantic": ("tier/rules.py", "tier/plan/plan_file.py"),
+    "pydantic": ("tier/rules.py", "tier/plans.py"),
 }
 ENVIRONMENT_FILE, SLEEPING_FILE = "config.py", "waiting.py"
 ENVIRONMENT_NAMES = frozenset({"os.environ", "os.environb", "os.getenv"})

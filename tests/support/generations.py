@@ -35,7 +35,7 @@ from tests.support.named_checkpoints import LAYOUTS, OWN, OWN_RUN, KeepRule, Lay
 from tests.support.warm_python import WITHOUT_THREADS
 
 from tiercache import Checkpoints, crash_points
-from tiercache.cli import tier_recall, tier_verbs  # noqa: F401 - the children need not import them
+from tiercache.cli import tier_get  # noqa: F401 - the children need not import them
 from tiercache.cli.app import app
 
 # pyarrow imports these on use, if they are installed: 0.2 s in each child.

@@ -8,7 +8,7 @@ import numpy as np
 
 from tiercache.model import ObjectInfo
 from tiercache.store import MemoryStore
-from tiercache.tier.inventory.groups import Inventory, take_inventory
+from tiercache.tier.inventory import Inventory, take_inventory
 from tiercache.tier.journal import entry_table
 from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores

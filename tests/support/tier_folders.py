@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiercache.tier.move.mover import RunReport, run_once
+from tiercache.tier.mover import RunReport, run_once
 from tiercache.tier.rules import load_rule_file
 
 DAY_S = 86_400.0

@@ -8,7 +8,7 @@ from tests.support.tier_world import SHAPES, World, content
 
 from tiercache import crash_points
 from tiercache.errors import ArchivedShards
-from tiercache.tier.plan.plan_file import read_plan, write_plan
+from tiercache.tier.plans import read_plan, write_plan
 
 SIZES = (20_000, 700, 300)  # of the parts of a checkpoint, the last of which makes it whole
 

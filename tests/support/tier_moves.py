@@ -14,13 +14,13 @@ from tiercache import crash_points
 from tiercache._native.checksum import crc32c
 from tiercache.errors import NotFound
 from tiercache.store import MemoryStore, Store, placement_log
-from tiercache.tier.journal import TierCatalog
-from tiercache.tier.model import Move, Plan, PlannedObject, PlannedTier
-from tiercache.tier.move.checks import MoveContext
-from tiercache.tier.move.deletions import DeletionFacts, run_due_deletions
-from tiercache.tier.move.executor import apply_plan
-from tiercache.tier.move.lock import TierLock
-from tiercache.tier.move.mover import open_mover
+from tiercache.tier.context import MoveContext
+from tiercache.tier.deletions import DeletionFacts, run_due_deletions
+from tiercache.tier.journal import PlannedObject, TierCatalog
+from tiercache.tier.lock import TierLock
+from tiercache.tier.mover import open_mover
+from tiercache.tier.moves import apply_plan
+from tiercache.tier.plans import Move, Plan, PlannedTier
 from tiercache.tier.rules import RuleFile, load_rule_file
 from tiercache.tier.stores import Stores
 from tiercache.waiting import SYSTEM_CLOCK

@@ -8,19 +8,9 @@ import numpy as np
 import pyarrow as pa
 
 from tiercache.prices import FREE, Prices, RestorePrice
-from tiercache.tier.model import (
-    ACTIONS,
-    KINDS,
-    NO_RUN,
-    NO_STEP,
-    READABLE,
-    Decisions,
-    Kind,
-    MoveColumns,
-    Snapshot,
-)
-from tiercache.tier.plan.policy import decide
+from tiercache.tier.policy import decide
 from tiercache.tier.rules import RuleFile, Tier
+from tiercache.tier.snapshot import ACTIONS, KINDS, NO_RUN, NO_STEP, READABLE, Decisions, Kind, MoveColumns, Snapshot
 
 DAY_S = 86_400.0
 NOW_S = 10_000 * DAY_S

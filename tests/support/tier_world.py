@@ -38,15 +38,14 @@ from tiercache.shard.schema import Schema
 from tiercache.store import local
 from tiercache.store.local import file_info
 from tiercache.tier import stores as tier_stores
-from tiercache.tier.inventory.groups import take_inventory
+from tiercache.tier.deletions import remove_groups, run_due_deletions
+from tiercache.tier.inventory import take_inventory
 from tiercache.tier.journal import TierCatalog
-from tiercache.tier.model import Plan
-from tiercache.tier.move.deletions import remove_groups, run_due_deletions
-from tiercache.tier.move.executor import apply_plan
-from tiercache.tier.move.lock import BootClock
-from tiercache.tier.move.mover import open_mover, run_once
-from tiercache.tier.plan.plan import make_plan
-from tiercache.tier.plan.policy import decide
+from tiercache.tier.lock import BootClock
+from tiercache.tier.mover import open_mover, run_once
+from tiercache.tier.moves import apply_plan
+from tiercache.tier.plans import Plan, make_plan
+from tiercache.tier.policy import decide
 from tiercache.tier.recall import hold_groups, plan_recall, request_restore
 from tiercache.tier.rules import RuleFile, load_rule_file
 from tiercache.tier.stores import Stores

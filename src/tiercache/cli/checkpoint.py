@@ -47,7 +47,7 @@ from tiercache.cli.common import (
     printable,
     verb,
 )
-from tiercache.cli.open_tiers import (
+from tiercache.cli.tier import (
     STATE_NAMES,
     OpenTiers,
     base_folder,
@@ -66,18 +66,16 @@ from tiercache.keep import PIN_NAME, UNREADABLE_PIN, encode_pin, parse_pin
 from tiercache.model import ObjectInfo, format_bytes
 from tiercache.prices import prices_if_known
 from tiercache.store.access import ParsedUrl
-from tiercache.tier.inventory.groups import Inventory
-from tiercache.tier.inventory.layouts import group_keys
-from tiercache.tier.inventory.metrics import metrics_in_name, read_metrics
+from tiercache.tier.checkpoint_names import group_keys, metrics_in_name
+from tiercache.tier.deletions import Removal, remove_groups
+from tiercache.tier.inventory import Inventory, read_metrics
 from tiercache.tier.journal import TierCatalog
-from tiercache.tier.model import CHECKPOINT, READABLE, RESTORED, Snapshot
-from tiercache.tier.move.deletions import Removal, remove_groups
-from tiercache.tier.move.mover import catalog_path, open_mover
-from tiercache.tier.move.transfer import Transfer
-from tiercache.tier.plan.proposals import KeepReason, keep_reasons
-from tiercache.tier.plan.selection import rules_of
+from tiercache.tier.mover import catalog_path, open_mover
+from tiercache.tier.policy import KeepReason, keep_reasons, rules_of
 from tiercache.tier.rules import RuleFile, Tier, load_rule_file
+from tiercache.tier.snapshot import CHECKPOINT, READABLE, RESTORED, Snapshot
 from tiercache.tier.stores import Stores, unavailable_tiers
+from tiercache.tier.transfer import Transfer
 
 _THREADS = 16
 _SHOWN_FILES = 20

@@ -21,15 +21,15 @@ from numpy.typing import NDArray
 
 from tiercache.keep import BestMetric, scores_of
 from tiercache.store.access import ParsedUrl
-from tiercache.tier.inventory.metrics import metrics_in_name
-from tiercache.tier.model import CHECKPOINT, FILE
-from tiercache.tier.plan.proposals import span
-from tiercache.tier.plan.selection import covered_folders, rules_of
+from tiercache.tier.checkpoint_names import metrics_in_name
+from tiercache.tier.policy import covered_folders, rules_of, span
+from tiercache.tier.snapshot import CHECKPOINT, FILE
 from tiercache.tier.text_columns import first_match, sample_path
 
 if TYPE_CHECKING:
-    from tiercache.tier.model import Snapshot
     from tiercache.tier.rules import Rule, RuleFile, Tier
+    from tiercache.tier.snapshot import Snapshot
+
 
 _SHOWN = 10  # names in a message
 _MOST_NAMES = 200  # number of checkpoint names per run that are parsed to list the run's metrics in a message
@@ -207,7 +207,7 @@ def refuse_shared_folders(file: RuleFile) -> None:
     """Raise ValueError if two local tiers are one folder by a link or a mount, or if one is inside the other.
 
     Their URLs do not show it. A copy in one would count as a copy in the other, and a deletion of one deletes both. The
-    mover makes sure before each deletion (move/checks.py), in stores of all kinds.
+    mover makes sure before each deletion (context.py), in stores of all kinds.
     """
     for one, other in combinations([tier for tier in file.tiers if tier.is_local], 2):
         if one.url == other.url:

@@ -1,7 +1,7 @@
 """This machine's catalog of tiers: verified copies, and the journal of moves, in `<state>/tiers.sqlite`.
 
 The file is durable, but nothing depends on it: a copy without an entry is verified again, a move without a journal row
-is started again. If the file is lost, work is lost, never data; tier/move/__init__.py gives the reasons. The dates of
+is started again. If the file is lost, work is lost, never data; the package's docstring gives the reasons. The dates of
 first writing are lost too: a moved object then counts as young as its copies, which is the safe side, because it is
 deleted later.
 """
@@ -49,7 +49,7 @@ def entry_table(batches: Iterable[Sequence[Sequence[Any]]]) -> pa.Table:
 
 
 # begun: The journal has the move; nothing that readers rely on has changed. Parts of its copy may be in dst. The next
-#   run finishes the copy or removes the parts, before it lists the tiers (tier/move/mover.py).
+#   run finishes the copy or removes the parts, before it lists the tiers (mover.py).
 # stopped: The move was not made, for the reason in `note`, and dst has no part of its copy (if the rule file still has
 #   that tier). The next plan replaces the row, or prune() deletes it.
 # waiting: The copies, if there are any, and the placement are made; the grace period runs until due_s. Deletions that

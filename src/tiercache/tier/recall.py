@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 from tiercache.crash_points import crash_point
 from tiercache.errors import NotFound, StoreError
 from tiercache.keep import Flags, Rows
-from tiercache.prices import Speed
-from tiercache.tier.costs import RESTORE_DAYS, restored_home_dollars
-from tiercache.tier.holds import put_hold
-from tiercache.tier.model import (
+from tiercache.prices import RESTORE_DAYS, Speed, restored_home_dollars
+from tiercache.tier.plans import Plan, make_plan
+from tiercache.tier.policy import CapacityLedger, SnapshotIndex, propose_move, refuse, refuse_unavailable, with_costs
+from tiercache.tier.snapshot import (
     ARCHIVED,
     COPY,
     DROP,
@@ -42,19 +42,15 @@ from tiercache.tier.model import (
     SHARD,
     Decisions,
     MoveColumns,
-    Plan,
 )
-from tiercache.tier.plan.plan import make_plan
-from tiercache.tier.plan.policy import CapacityLedger, refuse, refuse_unavailable, with_costs
-from tiercache.tier.plan.proposals import propose_move
-from tiercache.tier.plan.selection import SnapshotIndex
-from tiercache.tier.stores import CLASSES_TO_RESTORE, Stores, state_of
+from tiercache.tier.stores import CLASSES_TO_RESTORE, Stores, put_hold, state_of
 from tiercache.waiting import SYSTEM_CLOCK, Clock, wait_for
 
 if TYPE_CHECKING:
     from tiercache.prices import Prices
-    from tiercache.tier.inventory.groups import Inventory
+    from tiercache.tier.inventory import Inventory
     from tiercache.tier.rules import RuleFile
+
 
 A = TypeVar("A")
 B = TypeVar("B")

@@ -34,8 +34,8 @@ from tiercache import config
 from tiercache.keep import KeepList, parse_keep_list
 from tiercache.model import parse_bytes, parse_duration
 from tiercache.prices import named_prices, parse_prices
-from tiercache.tier.inventory.layouts import UserLayout, layout_pattern
-from tiercache.tier.model import STANDARD
+from tiercache.tier.checkpoint_names import UserLayout, layout_pattern
+from tiercache.tier.snapshot import STANDARD
 from tiercache.tier.text_columns import check_globs
 
 _LONGEST_S = 10_000 * 365.0 * 86400.0

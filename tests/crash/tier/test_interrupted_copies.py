@@ -10,11 +10,10 @@ from tests.support.tier_moves import HookAt, Killed
 from typer.testing import CliRunner
 
 from tiercache.cli.app import app
-from tiercache.tier.holds import put_hold
-from tiercache.tier.inventory.groups import take_inventory
+from tiercache.tier.inventory import take_inventory
 from tiercache.tier.journal import TierCatalog
-from tiercache.tier.move.mover import DONE, PARTLY, catalog_path
-from tiercache.tier.stores import Stores
+from tiercache.tier.mover import DONE, PARTLY, catalog_path
+from tiercache.tier.stores import Stores, put_hold
 
 # Points at which a copy is in the journal, and not made.
 POINTS = (

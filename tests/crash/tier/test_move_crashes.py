@@ -9,9 +9,9 @@ from tests.support.faults import Fault, FaultKind
 from tests.support.tier_moves import PARTS, HookAt, Killed, World, checkpoint, moved_away
 
 from tiercache.errors import CommitConflict, StoreError
-from tiercache.tier.move.deletions import DeletionFacts
-from tiercache.tier.move.lock import LockRecord, TierLock
-from tiercache.tier.move.mover import finish_copies
+from tiercache.tier.deletions import DeletionFacts
+from tiercache.tier.lock import LockRecord, TierLock
+from tiercache.tier.mover import finish_copies
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from tiercache.packer.pack import pack
 from tiercache.store import open_store
-from tiercache.tier.move.lock import TierLock
+from tiercache.tier.lock import TierLock
 
 RULES = """
 [tiers.hot]

@@ -14,7 +14,7 @@ from tests.support.tier_moves import HookAt, Killed
 from tiercache.cli.app import app
 from tiercache.packer.pack import pack
 from tiercache.store import LocalFolder
-from tiercache.tier.holds import read_holds
+from tiercache.tier.stores import read_holds
 
 DAY_S = 86400.0
 

@@ -11,9 +11,8 @@ from typer.testing import CliRunner
 from tiercache.cli.app import app
 from tiercache.store import MemoryStore
 from tiercache.store.contract import WrapperStore
-from tiercache.tier.holds import put_hold
-from tiercache.tier.move.mover import DONE, catalog_path, run_once
-from tiercache.tier.stores import Stores
+from tiercache.tier.mover import DONE, catalog_path, run_once
+from tiercache.tier.stores import Stores, put_hold
 
 STEP = [f"run/step-1/{name}" for name in FILES]
 

@@ -6,8 +6,8 @@ import pytest
 from tests.support.faults import Fault
 from tests.support.tier_moves import PARTS, HookAt, Killed, World, checkpoint, moved_away
 
+from tiercache.tier.deletions import DeletionFacts
 from tiercache.tier.journal import TierCatalog
-from tiercache.tier.move.deletions import DeletionFacts
 
 
 @pytest.fixture

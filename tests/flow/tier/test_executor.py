@@ -8,8 +8,8 @@ from tests.support.faults import Fault
 from tests.support.tier_moves import GRACE_S, PARTS, HookAt, Killed, World, checkpoint, content, moved_away
 
 from tiercache.store import placement_log
-from tiercache.tier.move.deletions import DeletionFacts
-from tiercache.tier.move.executor import apply_plan
+from tiercache.tier.deletions import DeletionFacts
+from tiercache.tier.moves import apply_plan
 
 
 @pytest.fixture

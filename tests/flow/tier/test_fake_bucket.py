@@ -15,7 +15,7 @@ from tests.support.disk_bucket import (
 from tests.support.store_suite import StoreSuite
 
 from tiercache.errors import StoreError
-from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
+from tiercache.tier.snapshot import ARCHIVED, READABLE, RESTORED, RESTORING
 from tiercache.tier.stores import state_of
 
 

@@ -8,9 +8,9 @@ from tests.flow.tier.test_run_once import Tiers as Folders
 from tests.support.clock import JumpingClock
 from tests.support.tier_moves import TIERS, HookAt, Killed, World, content
 
-from tiercache.tier.inventory.groups import take_inventory
+from tiercache.tier.inventory import take_inventory
 from tiercache.tier.journal import TierCatalog
-from tiercache.tier.move.mover import catalog_path
+from tiercache.tier.mover import catalog_path
 from tiercache.tier.stores import Stores
 
 HOUR_S, DAY_S = 3600.0, 86_400.0

@@ -4,7 +4,7 @@ import pytest
 
 from tiercache.errors import StoreError
 from tiercache.store import MemoryStore
-from tiercache.tier.holds import HOLDS_FOLDER, put_hold, read_holds, remove_obsolete_holds
+from tiercache.tier.stores import HOLDS_FOLDER, put_hold, read_holds, remove_obsolete_holds
 
 NOW_S = 1_800_000_000.0
 

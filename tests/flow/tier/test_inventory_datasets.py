@@ -12,7 +12,7 @@ from tests.support.scripted_tiers import NOW_S, InventoryByName, ScriptedCatalog
 import tiercache as tc
 from tiercache.shard import versions as manifest
 from tiercache.store import LocalFolder, placement_log, uses
-from tiercache.tier.inventory.groups import take_inventory
+from tiercache.tier.inventory import take_inventory
 from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores
 

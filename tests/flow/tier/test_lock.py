@@ -13,7 +13,7 @@ from tests.support.tier_moves import HookAt
 
 from tiercache.errors import CommitConflict, StoreError
 from tiercache.store import MemoryStore
-from tiercache.tier.move.lock import DOOMED_S, LOCK_FOLDER, LockRecord, TierLock
+from tiercache.tier.lock import DOOMED_S, LOCK_FOLDER, LockRecord, TierLock
 from tiercache.waiting import SystemClock, wait_for
 
 

@@ -10,8 +10,8 @@ from tests.support.faults import Fault, FaultStore
 
 from tiercache.store import LocalFolder
 from tiercache.tier.journal import TierCatalog
-from tiercache.tier.move.executor import apply_plan
-from tiercache.tier.move.mover import DONE, PARTLY, catalog_path, open_mover
+from tiercache.tier.mover import DONE, PARTLY, catalog_path, open_mover
+from tiercache.tier.moves import apply_plan
 from tiercache.tier.stores import MOUNT_MARKER_KEY, Stores, ensure_mount_marker, unavailable_reason
 
 

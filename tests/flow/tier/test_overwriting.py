@@ -12,10 +12,10 @@ from tests.support.tier_world import World as TierWorld
 from tiercache._native.checksum import crc32c
 from tiercache.errors import ObjectChanged
 from tiercache.store import LocalFolder
+from tiercache.tier.deletions import run_due_deletions
 from tiercache.tier.journal import CatalogEntry, TierCatalog
-from tiercache.tier.move.deletions import run_due_deletions
-from tiercache.tier.move.executor import apply_plan
-from tiercache.tier.move.mover import open_mover
+from tiercache.tier.mover import open_mover
+from tiercache.tier.moves import apply_plan
 from tiercache.tier.stores import Stores
 
 SIZES = pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
@@ -120,7 +120,7 @@ class ContestedFolder(LocalFolder):
 @pytest.mark.parametrize("is_small", [True, False])
 def test_an_object_created_during_a_copy_is_not_overwritten(tmp_path, monkeypatch, is_small):
     if not is_small:
-        monkeypatch.setattr("tiercache.tier.move.transfer._SMALL_BYTES", 0)
+        monkeypatch.setattr("tiercache.tier.transfer._SMALL_BYTES", 0)
     world = TierWorld(tmp_path, "local")
     with world.entered():
         fill(world)

@@ -12,23 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.tier.test_plan import OLD, TO_ARCHIVE, made
 
-from tiercache.tier.inventory.listing import ObjectTable
-from tiercache.tier.model import (
-    ACTIONS,
-    DELETE,
-    KINDS,
+from tiercache.tier import plans as plans_module
+from tiercache.tier.journal import PlannedObject
+from tiercache.tier.listing import ObjectTable
+from tiercache.tier.plans import (
     Move,
-    MoveColumns,
+    MoveTable,
     Plan,
-    PlannedObject,
     PlannedTier,
     PlanTotals,
     Refusal,
+    RefusalTable,
     TierTotals,
+    read_plan,
+    totals_by_route,
+    write_plan,
 )
-from tiercache.tier.plan import plan as plan_module
-from tiercache.tier.plan.plan import MoveTable, RefusalTable, totals_by_route
-from tiercache.tier.plan.plan_file import read_plan, write_plan
+from tiercache.tier.snapshot import ACTIONS, DELETE, KINDS, MoveColumns
 
 TIERS = ("hot", "standard", "archive")
 RULES = ("cold", 'a "rule"', "é\n", "tiers.hot.capacity")
@@ -139,9 +139,9 @@ def lines_of(folder: Path, plan: Plan) -> list[dict]:
     return [json.loads(line) for line in (folder / "plan.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(params=[1, 2, plan_module.ROWS_PER_PART])
+@pytest.fixture(params=[1, 2, plans_module.ROWS_PER_PART])
 def rows_per_part(request, monkeypatch):
-    monkeypatch.setattr(plan_module, "ROWS_PER_PART", request.param)
+    monkeypatch.setattr(plans_module, "ROWS_PER_PART", request.param)
 
 
 @pytest.fixture(scope="module")

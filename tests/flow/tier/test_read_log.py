@@ -12,12 +12,12 @@ from tests.support.tier_moves import World, moved_away
 import tiercache as tc
 from tiercache.prices import prices_if_known
 from tiercache.store import uses as read_log
-from tiercache.tier.inventory.groups import take_inventory
+from tiercache.tier.deletions import DeletionFacts, deletion_facts_of
+from tiercache.tier.inventory import take_inventory
 from tiercache.tier.journal import TierCatalog
-from tiercache.tier.model import Decisions
-from tiercache.tier.move.deletions import DeletionFacts, deletion_facts_of
-from tiercache.tier.plan.policy import decide
+from tiercache.tier.policy import decide
 from tiercache.tier.rules import load_rule_file
+from tiercache.tier.snapshot import Decisions
 from tiercache.tier.stores import Stores
 
 DAY_S = 86_400.0

@@ -7,7 +7,7 @@ from tests.support.tier_moves import PARTS, HookAt, Killed, World, checkpoint, c
 
 from tiercache.errors import StoreError
 from tiercache.store import LocalFolder
-from tiercache.tier.move.checks import BatchLimits
+from tiercache.tier.context import BatchLimits
 
 
 class Disk(LocalFolder):
@@ -147,9 +147,9 @@ def test_readers_are_not_redirected_to_a_source_that_changed(world):
 
 
 def test_the_deletion_facts_are_taken_again_if_reading_back_took_long(world, monkeypatch):
-    monkeypatch.setattr("tiercache.tier.move.deletions._BATCH_LIMITS", BatchLimits(64, 1000, 1500))
-    monkeypatch.setattr("tiercache.tier.move.deletions._FACTS_MAX_AGE_S", -1.0)
-    monkeypatch.setattr("tiercache.tier.move.deletions.take_deletion_facts", lambda *_: world.facts)
+    monkeypatch.setattr("tiercache.tier.deletions._BATCH_LIMITS", BatchLimits(64, 1000, 1500))
+    monkeypatch.setattr("tiercache.tier.deletions._FACTS_MAX_AGE_S", -1.0)
+    monkeypatch.setattr("tiercache.tier.deletions.take_deletion_facts", lambda *_: world.facts)
     moved_away(world, "f", "g")
     world.later()
 

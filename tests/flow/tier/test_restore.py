@@ -15,11 +15,12 @@ from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.prices import Prices, RestorePrice
 from tiercache.store import MemoryStore
-from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING, PlannedObject
-from tiercache.tier.move.transfer import Transfer
+from tiercache.tier.journal import PlannedObject
 from tiercache.tier.recall import plan_restore, request_restore, wait_restored
 from tiercache.tier.rules import RuleFile, Tier
+from tiercache.tier.snapshot import ARCHIVED, RESTORED, RESTORING
 from tiercache.tier.stores import Stores, state_of
+from tiercache.tier.transfer import Transfer
 
 HOUR_S = 3600.0
 GLACIER = Prices(

@@ -9,7 +9,7 @@ from tests.support.tier_moves import HookAt, Killed
 
 import tiercache as tc
 from tiercache.store import LocalFolder
-from tiercache.tier.move.mover import PARTLY, run_once
+from tiercache.tier.mover import PARTLY, run_once
 from tiercache.tier.rules import load_rule_file
 
 DAY_S = 86_400.0

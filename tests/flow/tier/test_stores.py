@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiercache.model import ObjectInfo
-from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
 from tiercache.tier.rules import RuleFile, Tier, load_rule_file
+from tiercache.tier.snapshot import ARCHIVED, READABLE, RESTORED, RESTORING
 from tiercache.tier.stores import Stores, restored_until, state_of
 
 GOES = 'ongoing-request="true"'

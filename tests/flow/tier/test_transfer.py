@@ -16,12 +16,13 @@ from tests.support.stores import CountingStore, GateStore
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import NotFound, ObjectChanged, StoreError
+from tiercache.prices import PART_BYTES
 from tiercache.store import LocalFolder, MemoryStore
 from tiercache.store.contract import WrapperStore
-from tiercache.tier.model import PlannedObject
-from tiercache.tier.move.transfer import PART_BYTES, Transfer
+from tiercache.tier.journal import PlannedObject
 from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.stores import Stores
+from tiercache.tier.transfer import Transfer
 
 OLD_NS = 1_500_000_000_123_456_789
 SMALL = b"a small object"

@@ -9,10 +9,11 @@ import pytest
 
 from tiercache._native.checksum import crc32c
 from tiercache.errors import ObjectChanged, StoreError
-from tiercache.tier.model import PlannedObject
-from tiercache.tier.move.transfer import PART_BYTES, Transfer
+from tiercache.prices import PART_BYTES
+from tiercache.tier.journal import PlannedObject
 from tiercache.tier.rules import RuleFile, Tier
 from tiercache.tier.stores import Stores
+from tiercache.tier.transfer import Transfer
 
 pytestmark = pytest.mark.s3
 

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.prices import Prices, price_table
-from tiercache.tier import costs
-from tiercache.tier.costs import Sizes
+from tiercache import prices
+from tiercache.prices import Prices, Sizes, price_table
 
 DAY_S = 86_400.0
 
@@ -28,31 +27,33 @@ def price(name: str) -> Prices:
 
 
 def test_a_part_of_the_overhead_is_billed_as_standard_storage():
-    month = costs.month_dollars(price("GLACIER"), sizes((0,)))
+    month = prices.month_dollars(price("GLACIER"), sizes((0,)))
     assert month == pytest.approx([(32768 * 0.0036 + 8192 * 0.023) / 2**30])
 
 
 def test_an_early_deletion_costs_the_rest_of_the_minimum_duration():
     """64 MB in DEEP_ARCHIVE for its 180 days cost $0.00038 in all: half of it when they leave after 90."""
-    fee = costs.early_dollars(price("DEEP_ARCHIVE"), sizes((64_000_000,), (64_000_000,)), np.array([90, 181]) * DAY_S)
+    fee = prices.early_dollars(price("DEEP_ARCHIVE"), sizes((64_000_000,), (64_000_000,)), np.array([90, 181]) * DAY_S)
     assert fee[0] == pytest.approx(((64_000_000 + 32768) * 0.00099 + 8192 * 0.023) / 2**30 * 3)
     assert fee[1] == 0
 
 
 def test_a_copy_dated_in_the_future_pays_at_most_the_minimum_duration():
-    days = costs.early_days(price("GLACIER_IR"), np.array([-5.0]) * DAY_S)
+    days = prices.early_days(price("GLACIER_IR"), np.array([-5.0]) * DAY_S)
     assert days.tolist() == [90]
 
 
 def test_a_change_of_class_costs_a_transition_and_the_retrieval():
-    cost = costs.reclass_dollars(price("STANDARD_IA"), price("DEEP_ARCHIVE"), sizes((1 << 30, 1 << 30)))
+    cost = prices.reclass_dollars(price("STANDARD_IA"), price("DEEP_ARCHIVE"), sizes((1 << 30, 1 << 30)))
     assert cost == pytest.approx([2 * 0.05 / 1000 + 2 * 0.01])
 
 
 def test_a_copy_through_this_machine_costs_one_request_per_part():
     of_100_parts = sizes((800 << 20,))
     cost = {
-        streams: costs.copy_dollars(price("STANDARD"), price("GLACIER_IR"), of_100_parts, leaves=False, streams=streams)
+        streams: prices.copy_dollars(
+            price("STANDARD"), price("GLACIER_IR"), of_100_parts, leaves=False, streams=streams
+        )
         for streams in (False, True)
     }
     assert cost[True] == pytest.approx([(100 * 0.0004 + 102 * 0.02) / 1000])
@@ -62,7 +63,7 @@ def test_a_copy_through_this_machine_costs_one_request_per_part():
 @pytest.mark.parametrize("name", ["GLACIER", "DEEP_ARCHIVE"])
 def test_parts_of_uploads_into_archive_classes_are_billed_as_standard_requests(name):
     def cost(n_bytes):
-        return costs.copy_dollars(Prices("disk"), price(name), sizes((n_bytes,)), leaves=False, streams=True)[0]
+        return prices.copy_dollars(Prices("disk"), price(name), sizes((n_bytes,)), leaves=False, streams=True)[0]
 
     of_class = price(name).put_1000
     assert cost(8 << 20) == pytest.approx(of_class / 1000), "one part is one PUT"
@@ -71,13 +72,13 @@ def test_parts_of_uploads_into_archive_classes_are_billed_as_standard_requests(n
 
 def test_a_restore_also_pays_for_its_temporary_copy():
     speed = price("GLACIER").restore["standard"]
-    cost = costs.restore_dollars(price("GLACIER"), speed, np.array([1 << 30]), days=3)
+    cost = prices.restore_dollars(price("GLACIER"), speed, np.array([1 << 30]), days=3)
     assert cost == pytest.approx([0.01 + 0.05 / 1000 + 0.023 * 3 / 30])
 
 
 def test_bytes_that_leave_the_region_cost_egress():
     stays, leaves = (
-        costs.copy_dollars(price("STANDARD"), price("STANDARD"), sizes((1 << 30,)), leaves=leaves, streams=False)
+        prices.copy_dollars(price("STANDARD"), price("STANDARD"), sizes((1 << 30,)), leaves=leaves, streams=False)
         for leaves in (False, True)
     )
     assert leaves - stays == pytest.approx([0.09])
@@ -89,13 +90,13 @@ def test_bytes_that_leave_the_region_cost_egress():
 def test_the_break_even_of_a_move_to_deep_archive_matches_published_figures(n_bytes, days):
     """$0.05 for 1,000 transitions against $0.022 a GB and month saved, with nothing beside the object."""
     bare = Prices("", store_gb_month=0.00099, transition_1000=0.05)
-    once = costs.reclass_dollars(price("STANDARD"), bare, sizes((n_bytes,)))
-    saving = costs.month_dollars(price("STANDARD"), sizes((n_bytes,))) - costs.month_dollars(bare, sizes((n_bytes,)))
-    assert costs.break_even_days(once, saving)[0] == pytest.approx(days, rel=0.1)
+    once = prices.reclass_dollars(price("STANDARD"), bare, sizes((n_bytes,)))
+    saving = prices.month_dollars(price("STANDARD"), sizes((n_bytes,))) - prices.month_dollars(bare, sizes((n_bytes,)))
+    assert prices.break_even_days(once, saving)[0] == pytest.approx(days, rel=0.1)
 
 
 def test_a_move_without_savings_never_breaks_even_and_one_without_cost_does_at_once():
-    days = costs.break_even_days(np.array([1.0, 1.0, 0.0]), np.array([0.0, -1.0, 2.0]))
+    days = prices.break_even_days(np.array([1.0, 1.0, 0.0]), np.array([0.0, -1.0, 2.0]))
     assert days.tolist() == [math.inf, math.inf, 0.0]
 
 
@@ -104,8 +105,8 @@ copies = st.lists(st.lists(st.integers(0, 500), min_size=1, max_size=5).map(tupl
 
 @given(copies, st.integers(0, 300), st.integers(0, 50))
 def test_billed_bytes_are_exact_for_one_object_and_a_lower_bound_for_many(given_copies, least, beside):
-    prices = Prices("", min_bytes=least, overhead_bytes=beside)
-    found = costs.billed_bytes(prices, sizes(*given_copies)).tolist()
+    bare = Prices("", min_bytes=least, overhead_bytes=beside)
+    found = prices.billed_bytes(bare, sizes(*given_copies)).tolist()
     for n_bytes, copy in zip(found, given_copies, strict=True):
         exact = sum(max(size, least) + beside for size in copy)
         assert sum(copy) <= n_bytes <= exact

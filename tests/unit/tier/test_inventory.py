@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.scripted_tiers import NOW_S, OLD_S, SETTLE_S, ListedStore, ScriptedCatalog, Tiers, scripted
 
-from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
+from tiercache.tier.snapshot import ARCHIVED, READABLE, RESTORED, RESTORING
 
 
 @pytest.fixture

@@ -7,10 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support.scripted_tiers import NOW_S, OLD_S, ScriptedCatalog, scripted
 
-from tiercache.tier import text_columns
-from tiercache.tier.inventory import groups as groups_module
-from tiercache.tier.inventory import layouts, metrics
-from tiercache.tier.inventory.layouts import KeyGroups, group_keys
+from tiercache.tier import checkpoint_names, inventory, listing, text_columns
+from tiercache.tier.checkpoint_names import KeyGroups, group_keys
 from tiercache.tier.journal import CatalogEntry, TierCatalog
 from tiercache.tier.text_columns import sort_order, take_rows
 
@@ -60,7 +58,7 @@ def test_keys_are_grouped_in_parts_as_all_at_once(monkeypatch, n_rows):
         texts = pa.array(some, pa.large_string())
         whole = group_keys(texts)
         with monkeypatch.context() as patch:
-            patch.setattr(layouts, "ROWS_AT_A_TIME", n_rows)
+            patch.setattr(checkpoint_names, "ROWS_AT_A_TIME", n_rows)
             patch.setattr(text_columns, "ROWS_AT_A_TIME", n_rows)
             parts = group_keys(texts)
         for name in KeyGroups.__slots__:
@@ -122,7 +120,7 @@ def test_checksums_are_looked_up_in_parts_as_all_at_once(tmp_path, monkeypatch, 
             tiers.hot.add(key, data.draw(st.integers(0, 2)), etag=data.draw(st.none() | st.sampled_from(["x", '"y"'])))
         tiers.catalog = ScriptedCatalog({("hot", key): one for key, one in catalog.items()})
         with monkeypatch.context() as patch:
-            patch.setattr(groups_module, "ROWS_AT_A_TIME", n_rows)
+            patch.setattr(listing, "ROWS_AT_A_TIME", n_rows)
             by_name = tiers.take()
         for path in by_name.paths:
             (info,) = by_name.objects(path, "hot")
@@ -153,7 +151,7 @@ def test_the_objects_of_many_copies_are_those_of_each_copy(tmp_path):
 
 @pytest.mark.parametrize("n_rows", [1, 1 << 16])
 def test_metrics_in_names_are_found_in_parts_too(tmp_path, monkeypatch, n_rows):
-    monkeypatch.setattr(metrics, "ROWS_AT_A_TIME", n_rows)
+    monkeypatch.setattr(inventory, "ROWS_AT_A_TIME", n_rows)
     tiers = scripted(tmp_path, f"metrics-{n_rows}")
     tiers.rules = '[[rules]]\nname = "r"\nmatch = "**"\nkeep_hot = { best = "loss:1" }\n'
     for n in range(12):

@@ -7,7 +7,7 @@ from tests.support.scripted_tiers import NOW_S, scripted
 from tests.support.stores import CountingStore
 
 from tiercache.errors import StoreError
-from tiercache.tier.inventory.listing import list_tiers
+from tiercache.tier.listing import list_tiers
 from tiercache.tier.rules import load_rule_file
 from tiercache.tier.stores import Stores
 

@@ -10,7 +10,7 @@ from tests.support.planner_oracle import kept_plainly, unscored_plainly
 from tests.support.tier_snapshots import DAY_S, Copy, Group, checkpoint, snapshot_of
 
 from tiercache.keep import BestMetric, KeepList, evaluate_keep_list
-from tiercache.tier.plan.selection import find_newest
+from tiercache.tier.policy import find_newest
 
 HERE = {"standard": Copy()}
 

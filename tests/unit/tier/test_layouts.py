@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.tier.inventory.layouts import (
+from tiercache.tier.checkpoint_names import (
     COMPLETING,
     LACKS,
     MEMBER,
@@ -18,7 +18,7 @@ from tiercache.tier.inventory.layouts import (
     group_keys,
     layout_pattern,
 )
-from tiercache.tier.model import NO_RUN, NO_STEP
+from tiercache.tier.snapshot import NO_RUN, NO_STEP
 
 
 def layout_of(*keys: str) -> KeyGroups:

@@ -10,8 +10,8 @@ from tests.support.faults import Fault, FaultStore
 from tiercache.errors import StoreError
 from tiercache.model import ObjectInfo
 from tiercache.store import MemoryStore
-from tiercache.tier.inventory import metrics
-from tiercache.tier.inventory.metrics import MAX_BYTES, metrics_in_name, parse_metrics, read_metrics
+from tiercache.tier.checkpoint_names import metrics_in_name
+from tiercache.tier.inventory import MAX_BYTES, METRIC_FILES, parse_metrics, read_metrics
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def store(request):
 
 
 def test_the_files_with_metrics_are_those_of_the_reference():
-    assert set(metrics.FILES) == {"trainer_state.json", "metrics.json", "metadata.json", "metrics/metrics"}
+    assert set(METRIC_FILES) == {"trainer_state.json", "metrics.json", "metadata.json", "metrics/metrics"}
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,14 @@ HUGE = b'{"a": NaN, "b": Infinity, "c": 1' + b"0" * 400 + b"}"
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"null", b"\xff\xfe", HUGE, b"[" * 10**5])
-@pytest.mark.parametrize("name", metrics.FILES)
+@pytest.mark.parametrize("name", METRIC_FILES)
 def test_a_file_with_other_content_has_no_metrics(name, data):
     assert parse_metrics(name, data) == {}
 
 
 def test_metrics_json_has_precedence(store):
-    found = [store.put(f"step-1/{name}", json.dumps({"val_loss": n}).encode()) for n, name in enumerate(metrics.FILES)]
-    assert metrics.FILES[-1] == "metrics.json"
+    found = [store.put(f"step-1/{name}", json.dumps({"val_loss": n}).encode()) for n, name in enumerate(METRIC_FILES)]
+    assert METRIC_FILES[-1] == "metrics.json"
     assert read_metrics(store, found) == {"val_loss": len(found) - 1}
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.tier.inventory.metrics import metrics_in_name, metrics_in_names
+from tiercache.tier.checkpoint_names import metrics_in_name, metrics_in_names
 
 NAMES = ("val_loss", "acc", "a1", "top1_acc", "é")
 metrics = st.sampled_from([*NAMES, "a2", "a12", "top1_acc", "loss"])

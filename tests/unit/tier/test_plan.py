@@ -11,11 +11,12 @@ from tests.support.tier_snapshots import DAY_S, NOW_S, PRICES, TIERS, Copy, Grou
 from tests.unit.tier.test_policy_property import FEWER, applied, bytes_in, capacities, files, fitting, worlds
 
 from tiercache.model import ObjectInfo
-from tiercache.tier.inventory.listing import ObjectTable
-from tiercache.tier.model import Plan, PlannedObject, PlannedTier, Snapshot
-from tiercache.tier.plan.plan import holdings, make_plan
-from tiercache.tier.plan.policy import decide
+from tiercache.tier.journal import PlannedObject
+from tiercache.tier.listing import ObjectTable
+from tiercache.tier.plans import Plan, PlannedTier, holdings, make_plan
+from tiercache.tier.policy import decide
 from tiercache.tier.rules import Rule
+from tiercache.tier.snapshot import Snapshot
 
 
 @dataclass

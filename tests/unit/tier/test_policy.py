@@ -23,9 +23,9 @@ from tests.support.tier_snapshots import (
 
 from tiercache.keep import BestMetric, KeepList
 from tiercache.prices import FREE, Prices, price_table
-from tiercache.tier.model import ARCHIVED, RESTORED, RESTORING
-from tiercache.tier.plan.proposals import ago
+from tiercache.tier.policy import ago
 from tiercache.tier.rules import Pin, Rule
+from tiercache.tier.snapshot import ARCHIVED, RESTORED, RESTORING
 
 MB = 1_000_000
 BIG = Copy(100 * MB, days=100)

@@ -24,8 +24,8 @@ from tests.support.tier_snapshots import (
 
 from tiercache.keep import BestMetric, KeepList
 from tiercache.prices import FREE
-from tiercache.tier.model import ARCHIVED, READABLE, RESTORED, RESTORING
 from tiercache.tier.rules import Pin, Rule
+from tiercache.tier.snapshot import ARCHIVED, READABLE, RESTORED, RESTORING
 
 # Worlds take long to draw, and half a dozen properties share them.
 FEWER = settings(max_examples=max(settings.default.max_examples // 2, 1))

@@ -1,299 +1,90 @@
-"""Builds the inventory: groups, their copies, and the snapshot for the planner.
+"""Takes the inventory: groups, their copies, and the snapshot for the planner.
 
 ::
 
     list all tiers in parallel -> read the manifests of data sets -> recognise checkpoints among the other objects
         -> copies of groups, whole or not, verified or not -> complete or not -> metrics that rules use
 
-Uncertain objects are left out or marked incomplete, and reported in `facts`.
+Uncertain objects are left out or marked incomplete, and reported in `facts`. Metrics that the names of checkpoints do
+not contain are read from small JSON files in their folders, in parallel, and only if a rule uses them.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from itertools import combinations
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tiercache.errors import NotFound, StoreError
+from tiercache.errors import CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.keep import PIN_NAME, UNREADABLE_PIN, parse_pin
-from tiercache.model import format_bytes
-from tiercache.store import LocalFolder
+from tiercache.model import OWN_FOLDER, ObjectInfo
+from tiercache.shard import versions as manifest
+from tiercache.shard.versions import VERSIONS_FOLDER, SegmentRef, ShardTable, Version, read_segments
+from tiercache.store import LocalFolder, placement_log, uses
+from tiercache.store.placement_log import prefix_store
 from tiercache.store.uses import read_uses, uses_under
-from tiercache.tier.holds import HOLDS_FOLDER, Hold, Holds, read_holds
-from tiercache.tier.inventory.datasets import OWN_KEY, SHARD_KEY, FoundDataset, LiveShards, read_datasets
-from tiercache.tier.inventory.layouts import (
-    COMPLETING,
+from tiercache.tier.checkpoint_names import (
     LACKS,
     NO_GROUP,
     NOTHING,
     KeyGroups,
     UserLayout,
+    finite_metric,
     group_keys,
+    metrics_in_names,
 )
-from tiercache.tier.inventory.listing import NO_CRC, Listing, ListingProgress, ObjectTable, list_tiers, release_memory
-from tiercache.tier.inventory.metrics import find_metrics
-from tiercache.tier.model import (
-    ARCHIVED,
+from tiercache.tier.listing import (
+    Listing,
+    ListingProgress,
+    Objects,
+    ObjectTable,
+    copies_at,
+    copies_of,
+    find_conflicts,
+    list_tiers,
+    release_memory,
+)
+from tiercache.tier.snapshot import (
     CHECKPOINT,
     FILE,
     NO_RUN,
     NO_STEP,
     READABLE,
     RESTORED,
-    RESTORING,
     SHARD,
     Snapshot,
 )
-from tiercache.tier.text_columns import ROWS_AT_A_TIME, index_in, inverse, match_regex, sort_order, take_rows
+from tiercache.tier.stores import HOLDS_FOLDER, Hold, Holds, read_holds
+from tiercache.tier.text_columns import (
+    ROWS_AT_A_TIME,
+    index_in,
+    inverse,
+    match_regex,
+    sort_order,
+    split_keys,
+    take_rows,
+)
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from tiercache.tier.inventory.listing import Listing
+    from tiercache.store import Store
     from tiercache.tier.journal import TierCatalog
-    from tiercache.tier.rules import RuleFile, Tier
+    from tiercache.tier.listing import Copies
+    from tiercache.tier.rules import RuleFile
     from tiercache.tier.stores import Stores
 
-
-# The state of a copy is the state of its least readable object.
-_HARDER = np.array([0, 3, 2, 1], np.uint8)
-_STATES = np.array([READABLE, RESTORED, RESTORING, ARCHIVED], np.uint8)
-_NEVER_S = -np.inf
-_TIERS = 256  # above every tier number
 _COPY_COLUMNS = (
     *("group", "tier", "n_objects", "n_bytes", "smallest_bytes"),
     *("modified_s", "storage_class", "state", "whole", "verified"),
 )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Objects:
-    """The listed objects that belong to groups. Row i of row and key is one object."""
-
-    row: NDArray[np.int64]  # row in the listing
-    key: NDArray[np.int64]  # number of the key, in sorted order
-    # Columns of keys.
-    group: NDArray[np.int32]
-    shard: NDArray[np.int64]  # row in `shards`, whose manifest gives size and checksum; -1: not a shard
-    rank: NDArray[np.uint8]  # see layouts.KeyGroups, as the following columns
-    unfinished: NDArray[np.bool_]
-    on_top: NDArray[np.bool_]
-    shards: LiveShards
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Copies:
-    """Copies of groups. The columns without a description have one row per copy, as in model.Snapshot."""
-
-    group: NDArray[np.int32]
-    tier: NDArray[np.int8]
-    n_objects: NDArray[np.int32]
-    n_bytes: NDArray[np.int64]
-    smallest_bytes: NDArray[np.int64]
-    modified_s: NDArray[np.float64]
-    written_s: NDArray[np.float64]  # when its newest object was written; a move keeps it
-    completing_s: NDArray[np.float64]  # time when its newest completing object was written; -inf: it has none
-    rest_s: NDArray[np.float64]  # time when the newest of its other objects was written
-    unfinished: NDArray[np.bool_]  # whether it has an object that is still being written
-    storage_class: NDArray[np.int16]
-    state: NDArray[np.uint8]
-    whole: NDArray[np.bool_]
-    verified: NDArray[np.bool_]
-    start: NDArray[np.int64]  # int64[n + 1], offsets of each copy's objects in the columns below
-    row: NDArray[np.int64]  # row in the listing; by copy, its completing object last
-    crc32c: NDArray[np.int64]  # checksum of each object; NO_CRC where it is unknown
-    recorded: NDArray[np.bool_]  # whether the catalog has this very object
-    differing: NDArray[np.int64]  # positions in `row` of objects that have another size or checksum in another tier
-
-    def find(self, group: int, tier: int) -> int | None:
-        first, last = np.searchsorted(self.group, [group, group + 1])
-        at = int(first) + int(np.searchsorted(self.tier[first:last], tier))
-        return at if at < last and self.tier[at] == tier else None
-
-
-def copies_at(
-    group: NDArray[np.int32], tier: NDArray[np.int8], groups: NDArray[np.int64], tiers: NDArray[np.int8]
-) -> NDArray[np.int64]:
-    """Return the number of each group's copy in the tier at the same index; -1: none. int64[len(groups)].
-
-    group, tier: Group and tier of each copy, sorted by group, then by tier. groups, tiers: Pairs to look up.
-    """
-    numbers, sought = group.astype(np.int64) * _TIERS + tier, groups.astype(np.int64) * _TIERS + tiers
-    at = np.searchsorted(numbers, sought)
-    return np.where(np.append(numbers, -1)[at] == sought, at, -1)
-
-
-def copies_of(listed: Listing, objects: Objects, checksums_of: Callable[[int], pa.Table]) -> Copies:
-    """Return the copies that the objects form. checksums_of: Known checksums of a tier.
-
-    A copy is whole if it has every key that any copy of its group has, each with the same size in all copies; of two
-    copies that differ, neither is whole. A copy is verified if the catalog says so of each of its objects in their
-    present state, and the objects with the same keys in other tiers are known to be equal.
-    """
-    order = np.lexsort((objects.key, objects.rank[objects.key], listed.tier[objects.row], objects.group[objects.key]))
-    row, key = objects.row[order], objects.key[order]
-    group, tier = objects.group[key], listed.tier[row]
-    is_first = np.ones(len(row), np.bool_)
-    is_first[1:] = (group[1:] != group[:-1]) | (tier[1:] != tier[:-1])
-    first = np.flatnonzero(is_first)
-    facts = _ObjectFacts(listed, row, key, objects, checksums_of)
-    n_objects = np.diff(np.append(first, len(row)))
-    n_keys = np.bincount(_group_of_each_key(key, group), minlength=int(group.max(initial=-1)) + 1)
-    n_bytes, modified_s = listed.n_bytes[row], listed.modified_s[row]
-    is_completing = (objects.rank[key] == COMPLETING) & objects.on_top[key]
-    return Copies(
-        group=group[first],
-        tier=tier[first],
-        n_objects=n_objects.astype(np.int32),
-        n_bytes=_reduced(np.add, n_bytes, first),
-        smallest_bytes=_reduced(np.minimum, n_bytes, first),
-        modified_s=_reduced(np.maximum, modified_s, first),
-        written_s=_reduced(np.maximum, np.minimum(modified_s, facts.written_s), first),
-        completing_s=_reduced(np.maximum, np.where(is_completing, modified_s, _NEVER_S), first),
-        rest_s=_reduced(np.maximum, np.where(is_completing, _NEVER_S, modified_s), first),
-        unfinished=_reduced(np.logical_or, objects.unfinished[key], first),
-        storage_class=listed.storage_class[row][_largest(n_bytes, first, n_objects)],
-        state=_STATES[_reduced(np.maximum, _HARDER[listed.state[row]], first)],
-        whole=(n_objects == n_keys[group[first]]) & ~_reduced(np.logical_or, facts.differs, first),
-        verified=_reduced(np.logical_and, facts.verified, first),
-        start=np.append(first, len(row)),
-        row=row,
-        crc32c=facts.crc32c,
-        recorded=facts.recorded,
-        differing=np.flatnonzero(facts.differs),
-    )
-
-
-class _ObjectFacts:
-    """Properties of each object, in the given order.
-
-    crc32c; written_s: first-write time in the catalog, inf if unknown; differs: from the manifest, or from the object
-    with the same key in another tier; verified: by the catalog, and equal to the objects with this key in other tiers;
-    recorded: the catalog has this object, as far as the store tells; only the ctime of a file may have changed.
-    """
-
-    def __init__(
-        self,
-        listed: Listing,
-        row: NDArray[np.int64],
-        key: NDArray[np.int64],
-        objects: Objects,
-        checksums_of: Callable[[int], pa.Table],
-    ) -> None:
-        shard, shards = objects.shard[key], objects.shards
-        is_shard = shard >= 0
-        n_bytes = listed.n_bytes[row]
-        crc32c = listed.crc32c[row].copy()
-        verified, self.recorded = np.zeros(len(row), np.bool_), np.zeros(len(row), np.bool_)
-        self.written_s = np.full(len(row), np.inf)
-        for number in listed.tiers:
-            at = np.flatnonzero(listed.tier[row] == number)
-            for recorded, found, has_date, is_same in _look_up(
-                listed, row, at[np.argsort(key[at])], checksums_of(number)
-            ):
-                self.recorded[recorded] = True
-                here, entries, is_same = recorded[has_date], found.filter(pa.array(has_date)), is_same[has_date]
-                self.written_s[here] = entries["written_s"].fill_null(np.inf).to_numpy()
-                same, found = here[is_same], entries.filter(pa.array(is_same))
-                verified[same] = found["verified"].to_numpy()
-                crcs = found["crc32c"].fill_null(NO_CRC).to_numpy()
-                crc32c[same] = np.where(crcs == NO_CRC, crc32c[same], crcs)
-        stated_bytes, stated = (np.append(column, 0)[shard] for column in (shards.n_bytes, shards.crc32c))
-        wrong = is_shard & ((n_bytes != stated_bytes) | ((crc32c != NO_CRC) & (crc32c != stated)))
-        # The manifest's checksum identifies a shard in every tier, regardless of who wrote it.
-        crc32c = np.where(is_shard & ~wrong, stated, crc32c)
-        n_keys = int(key.max(initial=-1)) + 1
-        free = ~is_shard
-        two_sizes = _spread(key[free], n_bytes[free], n_keys)
-        has_crc = free & (crc32c != NO_CRC)
-        two_crcs = _spread(key[has_crc], crc32c[has_crc], n_keys)
-        unsure = np.zeros(n_keys, np.bool_)
-        unsure[key[crc32c == NO_CRC]] = True
-        shared = np.bincount(key, minlength=n_keys) > 1
-        self.crc32c = crc32c
-        self.differs = wrong | (free & (two_sizes | two_crcs)[key])
-        self.verified = verified & ~self.differs & ~(free & (unsure & shared)[key])
-
-
-def _look_up(
-    listed: Listing, row: NDArray[np.int64], at: NDArray[np.int64], checksums: pa.Table
-) -> Iterator[tuple[NDArray[np.int64], pa.Table, NDArray[np.bool_], NDArray[np.bool_]]]:
-    """Yield parts of four columns: objects, their entries, whether the entry's date is theirs, whether ETags are equal.
-
-    Of a local file, the fourth column is False and the third one True if only the ctime differs, by chmod, chown or a
-    hard link: its bytes may be others, but the date of its writing is still that of the entry. Both are False where the
-    store gives no ETag. Objects without an entry, or that differ otherwise, are left out.
-
-    at: The tier's objects, sorted by key, so that a part is searched in the matching range of the catalog only.
-    """
-    if not len(checksums) or not len(at):
-        return
-    entries = checksums if _is_rising(checksums["key"]) else checksums.sort_by("key")
-    rows, key_of = range(len(entries)), lambda number: entries["key"][number].as_py()
-    for start in range(0, len(at), ROWS_AT_A_TIME):
-        some = at[start : start + ROWS_AT_A_TIME]
-        keys = listed.keys.take(pa.array(row[some]))
-        first = bisect_left(rows, keys[0].as_py(), key=key_of)
-        part = entries.slice(first, bisect_right(rows, keys[-1].as_py(), key=key_of) - first)
-        hit = index_in(keys, part["key"])
-        some, found = some[hit >= 0], part.drop_columns(["key"]).take(pa.array(hit[hit >= 0])).combine_chunks()
-        # Without an ETag, a rewritten object cannot be detected, so that the catalog's entry does not apply.
-        etags = pa.chunked_array([listed.etags.take(pa.array(row[some]))])
-        is_size = listed.n_bytes[row[some]] == found["n_bytes"].to_numpy()
-        is_same = is_size & _are_equal(found["etag"], etags)
-        has_date = is_same
-        if not is_same.all():
-            has_date = is_size & _are_equal(_without_ctime(found["etag"]), _without_ctime(etags))
-        recorded = has_date | (is_size & np.asarray(etags.is_null().to_numpy(), np.bool_))
-        yield some[recorded], found.filter(pa.array(recorded)), has_date[recorded], is_same[recorded]
-
-
-def _are_equal(one: pa.ChunkedArray, other: pa.ChunkedArray) -> NDArray[np.bool_]:
-    return np.asarray(pc.equal(one, other).fill_null(False).to_numpy(), np.bool_)
-
-
-def _without_ctime(etags: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return ETags, those of local files without their last part (see file_info() of store/local.py)."""
-    return pc.replace_substring_regex(etags, r'^("[0-9a-f]+-[0-9a-f]+-[0-9a-f]+)-[0-9a-f]+"$', r"\1")
-
-
-def _is_rising(keys: pa.ChunkedArray) -> bool:
-    return bool(pc.all(pc.less(keys.slice(0, len(keys) - 1), keys.slice(1))).as_py())
-
-
-def _group_of_each_key(key: NDArray[np.int64], group: NDArray[np.int32]) -> NDArray[np.int32]:
-    return group[np.unique(key, return_index=True)[1]]
-
-
-def _spread(key: NDArray[np.int64], value: NDArray[np.int64], n_keys: int) -> NDArray[np.bool_]:
-    """Return whether each key has two different values; bool[n_keys]."""
-    least, most = np.full(n_keys, np.iinfo(np.int64).max), np.full(n_keys, -1, np.int64)
-    np.minimum.at(least, key, value)
-    np.maximum.at(most, key, value)
-    return np.asarray(most > least, np.bool_)
-
-
-def _reduced(what: np.ufunc, column: NDArray[np.generic], first: NDArray[np.int64]) -> NDArray:  # type: ignore[type-arg]
-    return what.reduceat(column, first) if len(first) else column[:0]
-
-
-def _largest(n_bytes: NDArray[np.int64], first: NDArray[np.int64], n_objects: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the largest object of each copy, the first among equals: the copy has its storage class."""
-    if not len(first):
-        return first
-    most = np.repeat(_reduced(np.maximum, n_bytes, first), n_objects)
-    position = np.where(n_bytes == most, np.arange(len(n_bytes)), len(n_bytes))
-    return np.asarray(_reduced(np.minimum, position, first), np.int64)
 
 
 # Number of example names that a fact contains.
@@ -371,7 +162,10 @@ def take_inventory(
     holds = _holds(file, stores, listed, own, now_s)
     interrupted = _interrupted_copies(file, catalog)
     copies = _without_interrupted(grouped, copies, interrupted)
-    conflicts = find_conflicts(listed, grouped, copies, file.tiers, interrupted=interrupted, recalled=holds.recalled)
+    may_conflict = (grouped.of >= 0) & ~grouped.from_layout(grouped.layout.own, otherwise=False)
+    conflicts = find_conflicts(
+        listed, copies, grouped.paths, may_conflict, file.tiers, interrupted=interrupted, recalled=holds.recalled
+    )
     complete = _complete(grouped, copies, now_s=now_s, quiet_period_s=file.tiering.quiet_period_s)
     # Nobody knows which one of two checkpoints is meant: neither displaces another one.
     complete[[group for group in conflicts if grouped.kind[group] == CHECKPOINT]] = False
@@ -460,7 +254,9 @@ def _grouped(listed: Listing, own: NDArray[np.bool_], shards: LiveShards, layout
         of=of,
         layout=layout,
         shards=shards,
-        objects=Objects(rows, key, group.astype(np.int32), shard, rank, unfinished, on_top, shards),
+        objects=Objects(
+            rows, key, group.astype(np.int32), shard, rank, unfinished, on_top, shards.n_bytes, shards.crc32c
+        ),
         orphans=keys.take(pa.array(np.flatnonzero(is_orphan))),
         unfinished=keys.take(pa.array(others[~in_layout & layout.unfinished])),
         no_keys=keys.take(pa.array(others[~in_layout & ~layout.unfinished])),
@@ -680,112 +476,6 @@ def _some(keys: pa.Array) -> tuple[int, tuple[str, ...]]:
     return len(keys), tuple(keys.slice(0, _MANY).to_pylist())
 
 
-# -- conflicts ---------------------------------------------------------------------------------------------------------
-
-
-class _ListedObject(NamedTuple):
-    n_bytes: int
-    crc32c: int
-    modified_s: float
-    is_recorded: bool  # whether the catalog has this very object
-
-
-def find_conflicts(
-    listed: Listing,
-    grouped: Grouped,
-    copies: Copies,
-    tiers: Sequence[Tier],
-    *,
-    interrupted: Collection[tuple[int, str]],
-    recalled: Collection[str],
-) -> dict[int, str]:
-    """Return the groups of which two tiers have different objects, with the reason for people.
-
-    Somebody has written a name again whose earlier copy was moved, or has put a copy back by hand: no rule can tell
-    which one is wanted. No move touches either until a person has deleted or renamed one of them. No conflict are:
-
-    - A copy that the mover is making (interrupted, as (tier, path)): the journal has it.
-    - Objects of one bucket that have several storage classes: they are one copy.
-    - While sizes and known checksums are equal: copies none of which the catalog knows, because the catalog was lost,
-      and copies of a group that another machine has recalled, whose catalog knows them (a hold names the group). The
-      mover compares their bytes before it relies on one.
-
-    Own checkpoints are left out, because their names are unique, and shards, whose checksums are in the manifest.
-    """
-    found: dict[int, str] = {}
-    for group in _candidates(grouped, copies).tolist():
-        path = grouped.paths[group].as_py()
-        first, last = np.searchsorted(copies.group, [group, group + 1]).tolist()
-        numbers = [copy for copy in range(first, last) if (int(copies.tier[copy]), path) not in interrupted]
-        for one, other in combinations(numbers, 2):
-            tier, other_tier = tiers[copies.tier[one]], tiers[copies.tier[other]]
-            if tier.url == other_tier.url:
-                continue
-            objects, other_objects = _objects(listed, copies, one), _objects(listed, copies, other)
-            key = _differing_key(objects, other_objects)
-            if key is None and path not in recalled:
-                key = _unrecorded_key(objects, other_objects)
-            if key is not None:
-                sides = f"{_side(tier, objects, key)}, {_side(other_tier, other_objects, key)}"
-                found[group] = (
-                    f"conflict: two tiers have different objects under this name ({key}: {sides}): no rule touches "
-                    f"either; delete or rename the one that is not wanted"
-                )
-                break
-    return found
-
-
-def _candidates(grouped: Grouped, copies: Copies) -> NDArray[np.int64]:
-    """Return the groups of which two copies differ, or of which the catalog knows one copy and not another."""
-    n_groups = len(grouped.kind)
-    differs, has_recorded, has_other = (np.zeros(n_groups, np.bool_) for _ in range(3))
-    differs[copies.group[np.searchsorted(copies.start, copies.differing, side="right") - 1]] = True
-    is_recorded = np.logical_and.reduceat(copies.recorded, copies.start[:-1]) if len(copies.group) else copies.whole
-    has_recorded[copies.group[is_recorded]] = True
-    has_other[copies.group[~is_recorded]] = True
-    is_free = (grouped.of >= 0) & ~grouped.from_layout(grouped.layout.own, otherwise=False)
-    return np.flatnonzero((differs | (has_recorded & has_other)) & is_free)
-
-
-def _objects(listed: Listing, copies: Copies, copy: int) -> dict[str, _ListedObject]:
-    part = slice(int(copies.start[copy]), int(copies.start[copy + 1]))
-    rows = copies.row[part]
-    columns = (listed.n_bytes[rows], copies.crc32c[part], listed.modified_s[rows], copies.recorded[part])
-    values = map(_ListedObject, *(column.tolist() for column in columns))
-    return dict(zip(listed.keys.take(pa.array(rows)).to_pylist(), values, strict=True))
-
-
-def _differing_key(one: dict[str, _ListedObject], other: dict[str, _ListedObject]) -> str | None:
-    """Return a key whose objects have different sizes or checksums; None if there is none."""
-    for key in sorted(one.keys() & other.keys()):
-        sums = one[key].crc32c, other[key].crc32c
-        if one[key].n_bytes != other[key].n_bytes or (NO_CRC not in sums and sums[0] != sums[1]):
-            return key
-    return None
-
-
-def _unrecorded_key(one: dict[str, _ListedObject], other: dict[str, _ListedObject]) -> str | None:
-    """Return a key of an object that somebody else than the mover has written; None if there is none.
-
-    The catalog has both sides of each copy that the mover has made. So where it has one copy completely, an object of
-    the other that it does not have is not the mover's.
-    """
-    for known, written in ((one, other), (other, one)):
-        if all(obj.is_recorded for obj in known.values()):
-            strange = [key for key, obj in written.items() if not obj.is_recorded]
-            if strange:
-                return min(strange, key=lambda key: (key not in known, key))
-    return None
-
-
-def _side(tier: Tier, objects: dict[str, _ListedObject], key: str) -> str:
-    obj = objects.get(key)
-    if obj is None:
-        return f"no such object in {tier.name}"
-    date = datetime.fromtimestamp(obj.modified_s, UTC)
-    return f"{format_bytes(obj.n_bytes)} of {date:%Y-%m-%dT%H:%MZ} in {tier.name}"
-
-
 # -- pins of our own checkpoints ---------------------------------------------------------------------------------------
 
 _THREADS = 16
@@ -817,3 +507,323 @@ def read_own_pins(file: RuleFile, stores: Stores, listed: Listing, grouped: Grou
         pins = list(pool.map(read, hits.tolist(), copy_of.tolist()))
     groups = copies.group[copy_of].tolist()
     return {"pinned": frozenset(group for group, pin in zip(groups, pins, strict=True) if pin is not None)}
+
+
+OWN_KEY = rf"(?:^|/){re.escape(OWN_FOLDER)}"
+SHARD_KEY = r"\.tcs$"
+
+_VERSION_KEY = rf"^(?P<folder>(?:.*/)?){re.escape(VERSIONS_FOLDER)}(?P<number>[0-9]{{20}})\.json$"
+# Round trips dominate the time to read many small versions.
+
+
+@dataclass(frozen=True, slots=True)
+class FoundDataset:
+    folder: str  # folder below the URL of a tier; "" or ending in "/"
+    tier: str  # name of the tier from which its versions were read
+    n_versions: int  # number of versions, all of which are live
+    n_shards: int = 0  # number of shards that any version names
+    is_tracked: bool = False  # whether machines report uses of the data set
+    problem: str = ""  # reason why the data set is left alone; "": there is none
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LiveShards:
+    """The live shards of all data sets. Row i of every column is one; keys are unique."""
+
+    keys: pa.Array  # large_string[n], below the URL of a tier
+    n_bytes: NDArray[np.int64]  # from the manifests
+    crc32c: NDArray[np.int64]  # from the manifests
+    last_use_s: NDArray[np.float64]  # NaN where no use was reported
+    in_use: NDArray[np.bool_]
+    unreported: NDArray[np.bool_]  # whether a machine that may read the data set has not reported
+    uses_tracked_since_s: NDArray[np.float64]  # time since which machines report uses; inf: they do not yet
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def _no_shards() -> LiveShards:
+    ints, floats, flags = np.empty(0, np.int64), np.empty(0, np.float64), np.empty(0, np.bool_)
+    keys = pa.nulls(0, pa.large_string())  # pa.array() of a list imports pandas, which costs 150 ms
+    return LiveShards(keys, ints, ints, floats, flags, flags, floats)
+
+
+def read_datasets(
+    file: RuleFile, stores: Stores, listed: Listing, own: pa.Array, *, now_s: float
+) -> tuple[LiveShards, tuple[FoundDataset, ...]]:
+    """Read all data sets whose versions are among the listed objects. Raises StoreError.
+
+    own: Rows of tiercache's own objects (in a _tiercache/ folder).
+    """
+    shards, found = [], []
+    own_keys = listed.keys.take(own)
+    for (folder, tier), numbers in sorted(_versions_of(file, listed, own, own_keys).items()):
+        reader = _DatasetReader(stores, folder, file.tiers[tier].name)
+        some, dataset = reader.read(numbers, own_keys, now_s)
+        shards.append(some)
+        found.append(dataset)
+    return _joined(shards), tuple(found)
+
+
+def _versions_of(
+    file: RuleFile, listed: Listing, own: pa.Array, own_keys: pa.Array
+) -> dict[tuple[str, int], list[int]]:
+    """Return the version numbers of each data set by (folder, tier): from the home tier, or else the first with any."""
+    parts = pc.extract_regex(own_keys, _VERSION_KEY)
+    rows = np.flatnonzero(np.asarray(pc.is_valid(parts).to_numpy(zero_copy_only=False), np.bool_))
+    parts = parts.take(pa.array(rows, pa.int64()))
+    tiers = listed.tier[np.asarray(own.to_numpy(zero_copy_only=False), np.int64)[rows]].tolist()
+    everywhere: dict[str, dict[int, list[int]]] = {}
+    for folder, number, tier in zip(
+        pc.struct_field(parts, "folder").to_pylist(), pc.struct_field(parts, "number").to_pylist(), tiers, strict=True
+    ):
+        if int(number):
+            everywhere.setdefault(folder, {}).setdefault(tier, []).append(int(number))
+    home = file.index(file.home_tier.name)
+    chosen = {folder: home if home in by_tier else min(by_tier) for folder, by_tier in everywhere.items()}
+    return {(folder, tier): sorted(everywhere[folder][tier]) for folder, tier in chosen.items()}
+
+
+class _DatasetReader:
+    def __init__(self, stores: Stores, folder: str, tier: str) -> None:
+        self._folder, self._tier = folder, tier
+        self._store = prefix_store(stores.store(tier), folder)
+
+    def read(self, numbers: Sequence[int], own_keys: pa.Array, now_s: float) -> tuple[LiveShards, FoundDataset]:
+        try:
+            versions = self._versions(numbers)
+            table = self._table(versions)
+        except (CorruptShard, UnsupportedFormat) as error:
+            return _no_shards(), FoundDataset(self._folder, self._tier, len(numbers), problem=str(error))
+        has_tracking_marker = bool(
+            match_regex(own_keys, f"^{re.escape(self._folder + placement_log.TRACKING_MARKER_KEY)}$").any()
+        )
+        reports = match_regex(own_keys, f"^{re.escape(self._folder + uses.USAGE_FOLDER)}").any()
+        found = uses.read_reports(self._store) if reports else []
+        used = uses.merge_reports(found, table.names, now_s=now_s)
+        # Without the tracking marker, readers do not report: a data set that is read daily must not be archived on the
+        # day of the first rules. A marker without a date comes from an early release: uses have been tracked for long.
+        since_s = (placement_log.tracked_since_s(self._store) or 0.0) if has_tracking_marker else np.inf
+        names = pa.concat_arrays([pa.nulls(0, pa.large_string()), *table.names.chunks])
+        shards = LiveShards(
+            keys=pc.binary_join_element_wise(pa.scalar(self._folder, names.type), names, pa.scalar("", names.type)),
+            n_bytes=table.n_bytes,
+            crc32c=table.crc32c.astype(np.int64),
+            last_use_s=used.last_use_s,
+            in_use=used.in_use,
+            unreported=np.full(len(table), used.unreported),
+            uses_tracked_since_s=np.full(len(table), since_s),
+        )
+        return shards, FoundDataset(self._folder, self._tier, len(versions), len(table), is_tracked=has_tracking_marker)
+
+    def _versions(self, numbers: Sequence[int]) -> list[Version]:
+        def read(number: int) -> Version | None:
+            try:
+                return manifest.read_version(self._store, number)
+            except NotFound:
+                return None
+
+        with ThreadPoolExecutor(min(_THREADS, len(numbers)), "tiercache-versions") as pool:
+            found = list(pool.map(read, numbers))
+        return [version for version in found if version is not None]
+
+    def _table(self, versions: Sequence[Version]) -> ShardTable:
+        """Return all shards that any version names, each once. Segments that versions share are read once."""
+        refs: dict[tuple[str, str], SegmentRef] = {}
+        for version in versions:
+            for ref in version.segments:
+                refs[version.dataset_id, ref.name] = ref
+        tables: list[pa.Table] = []
+        for dataset_id in dict.fromkeys(dataset_id for dataset_id, _ in refs):
+            tables += read_segments(self._store, dataset_id, [ref for key, ref in refs.items() if key[0] == dataset_id])
+        table = ShardTable(tables)
+        first = np.flatnonzero(index_in(table.names, table.names) == np.arange(len(table)))
+        return table if len(first) == len(table) else ShardTable([table.arrow.take(pa.array(first))])
+
+
+def _joined(shards: Sequence[LiveShards]) -> LiveShards:
+    """Concatenate the shards of all data sets; of duplicate keys, the first is kept."""
+    every = [_no_shards(), *shards]
+    keys = pa.concat_arrays([one.keys for one in every])
+    rows = np.flatnonzero(index_in(keys, keys) == np.arange(len(keys)))
+
+    def column(name: str) -> NDArray[np.float64]:
+        joined: NDArray[np.float64] = np.concatenate([getattr(one, name) for one in every])
+        return joined[rows]
+
+    columns = {one.name: column(one.name) for one in fields(LiveShards) if one.name != "keys"}
+    return LiveShards(keys=keys.take(pa.array(rows, pa.int64())), **columns)  # type: ignore[arg-type]
+
+
+# In ascending precedence. The first is Orbax's: a file "metrics" in a folder "metrics".
+METRIC_FILES = ("metrics/metrics", "metadata.json", "trainer_state.json", "metrics.json")
+# The Trainer log of a long run has some MiB.
+MAX_BYTES = 16 << 20
+# Matches the keys of objects that read_metrics() may read.
+MAY_HOLD = rf"(?:^|/)(?:{'|'.join(map(re.escape, METRIC_FILES))})$"
+# Keys of a Trainer log line that describe progress and are not metrics.
+_NO_METRICS = ("step", "epoch", "total_flos")
+
+
+def files_of(objects: Iterable[ObjectInfo]) -> tuple[ObjectInfo, ...]:
+    """Return the objects of a checkpoint that may hold metrics, in the order of METRIC_FILES.
+
+    Of two with the same name, the one nearest to the top is used; objects above MAX_BYTES are left out.
+    """
+    found: dict[str, ObjectInfo] = {}
+    for one in objects:
+        name = _file_name(one.key)
+        if name in METRIC_FILES and (name not in found or one.key.count("/") < found[name].key.count("/")):
+            found[name] = one
+    return tuple(found[name] for name in METRIC_FILES if name in found and found[name].n_bytes <= MAX_BYTES)
+
+
+def _file_name(key: str) -> str:
+    """Return the entry of METRIC_FILES that the key ends with, or else its last segment."""
+    parts = key.split("/")
+    name = "/".join(parts[-2:])
+    return name if name in METRIC_FILES else parts[-1]
+
+
+def read_metrics(store: Store, objects: Sequence[ObjectInfo]) -> dict[str, float]:
+    """Return the metrics in the small files of a checkpoint; files that cannot be parsed are ignored.
+
+    Reads at most four objects of at most MAX_BYTES each. Raises StoreError if a
+    file exists and cannot be read now, so that the best checkpoints are unknown.
+    """
+    found: dict[str, float] = {}
+    for one in files_of(objects):
+        try:
+            data, info = store.read_tail(one.key, MAX_BYTES)
+        except NotFound:  # deleted since it was listed
+            continue
+        if info.n_bytes <= MAX_BYTES:
+            found |= parse_metrics(_file_name(one.key), data)
+    return found
+
+
+def parse_metrics(name: str, data: bytes) -> dict[str, float]:
+    """Return the metrics in the content of a file with this name; empty if it cannot be parsed."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(body, dict):
+        return {}
+    return _of_trainer(body) if name == "trainer_state.json" else dict(_numbers(body))
+
+
+def _of_trainer(body: Mapping[str, Any]) -> dict[str, float]:
+    """Return what Trainer logged at the step of the checkpoint. best_metric is ignored: it is the best value so far."""
+    step, log = body.get("global_step"), body.get("log_history")
+    found: dict[str, float] = {}
+    for line in log if isinstance(log, list) else ():
+        if isinstance(line, dict) and line.get("step") == step:
+            found |= {name: value for name, value in _numbers(line) if name not in _NO_METRICS}
+    return found
+
+
+def _numbers(body: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield names and numbers of a table, and of nested tables as "table/name"; names in `metrics` get no prefix."""
+    for name, value in body.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        for key, one in inner:
+            if isinstance(one, int | float) and not isinstance(one, bool):
+                joined = key if name == "metrics" and key else f"{name}/{key}".rstrip("/")
+                yield from finite_metric(joined, one).items()
+
+
+_MAY_NAME = r"=|\d\.\d"
+
+
+def used_metrics(file: RuleFile) -> tuple[tuple[str, ...], ...]:
+    """Return the metrics that keep lists use, sorted.
+
+    Each is a tuple of names; a run uses the first name that any of its checkpoints has.
+    """
+    keeps = [keep for rule in file.rules for keep in rule.keep.values()]
+    return tuple(sorted({best.metrics for keep in keeps for best in keep.best}))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CheckpointMetrics:
+    columns: Mapping[str, NDArray[np.float64]]  # by name, of all groups; NaN where there is none
+    unread: NDArray[np.int64]  # ascending: groups with files that may hold metrics, none of which can be read
+    in_files: Mapping[int, frozenset[str]]  # by group: names of all metrics in its files, where these were read
+
+
+def find_metrics(
+    file: RuleFile, stores: Stores, listed: Listing, copies: Copies, paths: pa.Array, checkpoints: NDArray[np.int64]
+) -> CheckpointMetrics:
+    """Find the metrics that keep lists use, in the names and files of checkpoints. checkpoints: Numbers of groups.
+
+    No file is read if no rule uses a metric, or if a checkpoint's name contains the first name of each metric. Raises
+    StoreError if a file exists and cannot be read now, so that the best checkpoints are unknown.
+    """
+    used = used_metrics(file)
+    names = sorted({name for some in used for name in some})
+    columns = {name: np.full(len(paths), np.nan) for name in names}
+    if not names:
+        return CheckpointMetrics(columns, np.empty(0, np.int64), {})
+    for groups in _parts(checkpoints):
+        texts = paths.take(pa.array(groups))
+        may_name = match_regex(texts, _MAY_NAME)
+        last = split_keys(texts.filter(pa.array(may_name)))[2]
+        for name, column in metrics_in_names(last, names).items():
+            columns[name][groups[may_name]] = column
+    lacking = checkpoints[np.isnan(np.array([columns[some[0]][checkpoints] for some in used])).any(axis=0)]
+    copy_of = _copies_to_read(listed, copies, lacking)
+    unread = [group for group, copy in copy_of.items() if copy is None]
+    readable = {group: copy for group, copy in copy_of.items() if copy is not None}
+
+    def read(group: int) -> Mapping[str, float] | None:
+        copy = readable[group]
+        start, end = copies.start[copy : copy + 2].tolist()
+        rows = copies.row[start:end]
+        rows = rows[_may_hold(listed, rows)]
+        keys = listed.keys.take(pa.array(rows)).to_pylist()
+        objects = [ObjectInfo(*one) for one in zip(keys, listed.n_bytes[rows].tolist(), strict=True)]
+        store = stores.store(file.tiers[int(copies.tier[copy])].name)
+        try:
+            return read_metrics(store, objects)
+        except StoreError as error:
+            if error.retryable:
+                raise
+            return None
+
+    in_files: dict[int, frozenset[str]] = {}
+    interned: dict[frozenset[str], frozenset[str]] = {}  # a million checkpoints have equal sets
+    with ThreadPoolExecutor(_THREADS, "tiercache-metrics") as pool:
+        for group, metrics in zip(readable, pool.map(read, readable), strict=True):
+            if metrics is None:
+                unread.append(group)
+                continue
+            in_files[group] = interned.setdefault(frozenset(metrics), frozenset(metrics))
+            for name, column in columns.items():
+                if name in metrics and np.isnan(column[group]):  # a metric in the name has precedence
+                    column[group] = metrics[name]
+    return CheckpointMetrics(columns, np.array(sorted(unread), np.int64), in_files)
+
+
+def _copies_to_read(listed: Listing, copies: Copies, groups: NDArray[np.int64]) -> dict[int, int | None]:
+    """Return, by group with a metrics file, the first readable copy that has one; None: no such copy is readable."""
+    is_asked_for = np.zeros(int(copies.group.max(initial=-1)) + 1, np.bool_)
+    is_asked_for[groups] = True
+    copy_of = np.repeat(np.arange(len(copies.group)), copies.n_objects)
+    at = np.flatnonzero(is_asked_for[copies.group[copy_of]])
+    at = np.concatenate([at[:0], *(some[_may_hold(listed, copies.row[some])] for some in _parts(at))])
+    found: dict[int, int | None] = {}
+    for copy in np.unique(copy_of[at]).tolist():
+        group = int(copies.group[copy])
+        if found.get(group) is None:
+            found[group] = copy if copies.state[copy] in (READABLE, RESTORED) else None
+    return found
+
+
+def _may_hold(listed: Listing, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return match_regex(listed.keys.take(pa.array(rows)), MAY_HOLD)
+
+
+def _parts(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, len(rows), ROWS_AT_A_TIME):
+        yield rows[start : start + ROWS_AT_A_TIME]

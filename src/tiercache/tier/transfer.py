@@ -18,12 +18,12 @@ from tiercache.crash_points import crash_point
 from tiercache.distribution import install_command
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.model import ByteRange, ObjectInfo
+from tiercache.prices import PART_BYTES
 from tiercache.store import CloudStore, LocalFolder
 from tiercache.store.archive import MOST_PARTS, S3StorageClasses
 from tiercache.store.contract import Upload
 from tiercache.store.local import FileAttributes
-from tiercache.tier.journal import CatalogEntry
-from tiercache.tier.model import PART_BYTES, PlannedObject
+from tiercache.tier.journal import CatalogEntry, PlannedObject
 from tiercache.tier.stores import Stores, needs_restore
 from tiercache.waiting import SYSTEM_CLOCK, Clock, pause
 

@@ -1,4 +1,4 @@
-"""Recognises checkpoints by the names of their objects: which keys belong together, and to which run and step.
+"""What names tell of checkpoints: which keys belong together, to which run and step, and with which metrics.
 
 Also tells whether the names show that a checkpoint is complete. All functions are pure. The layouts are those of the
 libraries' sources (torch filesystem.py, Lightning model_checkpoint.py and fabric/strategies/fsdp.py, Megatron-LM
@@ -19,12 +19,14 @@ name too: finetune_from_step_5000 is left alone if it contains checkpoint-100 an
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +34,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tiercache.store.local import TEMP_PREFIX
-from tiercache.tier.model import NO_RUN, NO_STEP
+from tiercache.tier.snapshot import NO_RUN, NO_STEP
 from tiercache.tier.text_columns import (
     ROWS_AT_A_TIME,
     as_numpy,
@@ -45,6 +47,10 @@ from tiercache.tier.text_columns import (
     split_keys,
     take_rows,
 )
+
+if TYPE_CHECKING:
+    pass
+
 
 NO_GROUP = -1
 
@@ -676,4 +682,44 @@ def _partial_copies(counts: dict[int, dict[int, int]], names: Sequence[str]) -> 
             if (n == 0 and n_more == n_others > 1) if is_description[name] else (n_more > 0 and 2 * n_more >= n_others):
                 found += some
                 break
+    return found
+
+
+_COUNTER = re.compile(rf"(?i)(?:^|[-_])(?:{WORD})[-_=]?[0-9]+(?=$|[-_])")
+_NAME_AND_VALUE = re.compile(
+    rf"(?i)(?:^|(?<=[-_]))(?P<name>[a-z][\w@.]*?)(?:=(?P<number>{NUMBER})|[-_]?(?P<decimal>{DECIMAL}))(?=$|[-_])"
+)
+_SUFFIX = re.compile(rf"(?i){SUFFIXES}+$")
+_OWN_TIME = re.compile(rf"{OWN_TIME}$")
+
+
+def metrics_in_name(name: str) -> dict[str, float]:
+    """Return the metrics in the name of a file or folder: "val_loss=1.9", "val_loss-1.9", "val_loss1.9".
+
+    Counters (epoch, step and similar) are not metrics. Without "=", a value must have a decimal point.
+    """
+    found: dict[str, float] = {}
+    for part in _COUNTER.split(_OWN_TIME.sub("", _SUFFIX.sub("", name))):
+        for match in _NAME_AND_VALUE.finditer(part):
+            found |= finite_metric(match["name"], float(match["number"] or match["decimal"]))
+    return found
+
+
+def finite_metric(name: str, value: float) -> dict[str, float]:
+    """Return the metric as a dict; empty if the value is not finite or too large."""
+    try:
+        number = float(value)
+    except OverflowError:
+        return {}
+    return {name: number} if math.isfinite(number) else {}
+
+
+def metrics_in_names(names: pa.Array, metrics: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """Return the given metrics of each name, as metrics_in_name(): float64[n] each, NaN where there is none."""
+    found = {name: np.full(len(names), np.nan) for name in metrics}
+    rows = np.flatnonzero(match_regex(names, "|".join(map(re.escape, metrics))))
+    for row, name in zip(rows.tolist(), names.take(pa.array(rows)).to_pylist(), strict=True):
+        for metric, value in metrics_in_name(name).items():
+            if metric in found:
+                found[metric][row] = value
     return found

@@ -29,31 +29,29 @@ from tiercache.cli.common import (
     parse_age,
     verb,
 )
-from tiercache.cli.open_tiers import (
+from tiercache.cli.tier import (
     OpenTiers,
+    Rows,
+    execute_plan,
     format_dollars,
     is_glob,
     open_tiers,
+    parse_speed,
+    print_moves,
+    print_refusals,
+    print_stopped,
     print_unavailable,
     select_paths,
     tier_path,
 )
-from tiercache.cli.tier_verbs import Rows, execute_plan, parse_speed, print_moves, print_refusals, print_stopped
 from tiercache.errors import NotFound
 from tiercache.model import format_bytes
-from tiercache.tier.inventory.groups import Inventory
-from tiercache.tier.model import Snapshot
-from tiercache.tier.move.checks import ApplyResult
-from tiercache.tier.move.deletions import run_due_deletions
-from tiercache.tier.move.mover import open_mover
-from tiercache.tier.recall import (
-    RecallPlan,
-    hold_groups,
-    plan_recall,
-    recall_command,
-    request_restore,
-    wait_restored,
-)
+from tiercache.tier.context import ApplyResult
+from tiercache.tier.deletions import run_due_deletions
+from tiercache.tier.inventory import Inventory
+from tiercache.tier.mover import open_mover
+from tiercache.tier.recall import RecallPlan, hold_groups, plan_recall, recall_command, request_restore, wait_restored
+from tiercache.tier.snapshot import Snapshot
 from tiercache.tier.stores import unavailable_tiers
 
 HOLD_S = 7 * 86400.0

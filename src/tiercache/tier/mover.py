@@ -21,28 +21,24 @@ import pyarrow as pa
 from tiercache import config
 from tiercache.crash_points import crash_point
 from tiercache.prices import prices_if_known
-from tiercache.tier.holds import read_holds, remove_obsolete_holds
-from tiercache.tier.inventory.groups import Inventory, take_inventory
+from tiercache.tier.context import ApplyResult, MoveContext, Progress, StoppedMove, track_ruled
+from tiercache.tier.deletions import deletion_facts_of, run_due_deletions
+from tiercache.tier.inventory import Inventory, take_inventory
 from tiercache.tier.journal import TierCatalog
-from tiercache.tier.model import RESTORING, Decisions, Plan
-from tiercache.tier.move.checks import ApplyResult, MoveContext, Progress, StoppedMove
-from tiercache.tier.move.copies import MoveJob, withdraw_copy
-from tiercache.tier.move.deletions import deletion_facts_of, run_due_deletions
-from tiercache.tier.move.executor import MoveExecutor, apply_plan
-from tiercache.tier.move.lock import TierLock
-from tiercache.tier.move.placement_updates import track_ruled
-from tiercache.tier.move.transfer import Transfer
-from tiercache.tier.plan.plan import make_plan
-from tiercache.tier.plan.policy import decide_now
+from tiercache.tier.lock import TierLock
+from tiercache.tier.moves import MoveExecutor, MoveJob, apply_plan, withdraw_copy
+from tiercache.tier.plans import Plan, make_plan
+from tiercache.tier.policy import decide_now
 from tiercache.tier.recall import RULE
-from tiercache.tier.stores import Stores, lead_readers_home, unavailable_tiers
+from tiercache.tier.snapshot import RESTORING, Decisions
+from tiercache.tier.stores import Stores, lead_readers_home, read_holds, remove_obsolete_holds, unavailable_tiers
+from tiercache.tier.transfer import Transfer
 from tiercache.waiting import SYSTEM_CLOCK
 
 if TYPE_CHECKING:
-    from tiercache.tier.holds import Holds
     from tiercache.tier.journal import JournalRow
-    from tiercache.tier.move.checks import Progress
     from tiercache.tier.rules import RuleFile
+    from tiercache.tier.stores import Holds
 
 
 @contextmanager

@@ -8,7 +8,7 @@ deletes its source. Columns refer to tiers and groups by number; values for peop
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -16,15 +16,12 @@ import numpy as np
 
 from tiercache.keep import CheckpointColumns
 from tiercache.model import format_bytes
-from tiercache.tier.journal import PlannedObject as PlannedObject
+from tiercache.prices import Sizes
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-
-# Size of the parts in which larger objects are copied.
-PART_BYTES = 8 << 20
 
 Kind: TypeAlias = Literal["file", "shard", "checkpoint"]
 KINDS: tuple[Kind, ...] = ("file", "shard", "checkpoint")
@@ -79,11 +76,11 @@ class Snapshot(CheckpointColumns):
     # By copy: a symbolic link that points to the copy or into it, or that lies in its folder.
     links: Mapping[int, str]
     # By group: the reason for people why no move touches it: two tiers have different objects under its name
-    # (find_conflicts() of inventory/groups.py), or it is a shard of a data set outside the home tier.
+    # (listing.find_conflicts()), or it is a shard of a data set outside the home tier.
     immovable: Mapping[int, str] = field(default_factory=dict)
     # Groups that their own pin.json pins, or whose pin.json cannot be read.
     pinned: frozenset[int] = frozenset()
-    # By group: the reason for people of a hold in force (tier/holds.py), which protects the group like a pin.
+    # By group: the reason for people of a hold in force (stores.Hold), which protects the group like a pin.
     held: Mapping[int, str] = field(default_factory=dict)
 
     @property
@@ -95,6 +92,10 @@ class Snapshot(CheckpointColumns):
     def n_copies(self) -> int:
         """Number of copies of all groups."""
         return len(self.group)
+
+    def sizes(self, copies: NDArray[np.int64]) -> Sizes:
+        """Return the sizes of the copies with these numbers."""
+        return Sizes(self.n_objects[copies].astype(np.int64), self.n_bytes[copies], self.smallest_bytes[copies])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,7 +139,7 @@ NO_MOVES = MoveColumns.of(np.empty(0, np.int64), 0, 0, -1, 0, "")
 
 @dataclass(frozen=True, slots=True)
 class ExceededLimit:
-    """A rule that would delete more bytes for good than it may without a confirmation (plan/policy.py)."""
+    """A rule that would delete more bytes for good than it may without a confirmation (policy.exceeded_limits())."""
 
     rule: str
     n_bytes: int  # bytes that would be deleted
@@ -160,86 +161,4 @@ class Decisions:
     refusals: MoveColumns = NO_MOVES  # at most one per group, and none for groups that are moved
     # Names of rules, then of the watermarks from the last tier to the first: numbers of watermarks are negative.
     rules: tuple[str, ...] = ()
-    exceeded: tuple[ExceededLimit, ...] = ()  # rules whose deletions a person must confirm
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """A move of a plan, with names and with every object of the copy in src, completing objects last."""
-
-    number: int  # within the plan
-    path: str
-    kind: Kind
-    action: Action
-    src: str
-    dst: str | None  # None: delete
-    rule: str  # name of the rule, or of the watermark
-    reason: str
-    objects: tuple[PlannedObject, ...]
-    cost: float = 0.0  # one-time cost in US dollars: requests, retrieval, egress and early-deletion fee
-    saving_month: float = 0.0  # US dollars of storage saved per month; negative: the move makes storage dearer
-
-    @property
-    def n_bytes(self) -> int:
-        """Total size of the objects."""
-        return sum(one.n_bytes for one in self.objects)
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A move that a rule proposes and that is not planned, with the reason. n_bytes: Size of the copy in src."""
-
-    path: str
-    kind: Kind
-    action: Action
-    src: str
-    dst: str | None
-    rule: str
-    reason: str
-    n_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTier:
-    """A tier as it was when the plan was made: `tier apply` stops if the rule file has changed it since."""
-
-    name: str
-    role: str
-    url: str
-    storage_class: str | None = None
-    prices: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class TierTotals:
-    """Totals of one tier: bytes, objects and monthly cost in US dollars."""
-
-    n_bytes: int = 0
-    n_objects: int = 0
-    dollars_month: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class PlanTotals:
-    """Totals of all moves of a plan: bytes, and US dollars."""
-
-    n_bytes: int = 0
-    cost: float = 0.0
-    saving_month: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The exact moves to execute. docs/reference/tiers.md describes the plan file."""
-
-    id: str  # computed from the content
-    made_s: float  # time of the snapshot, in seconds since the epoch
-    rules: str  # path of the rule file
-    rules_sha256: str  # of the rule file, in hex
-    tiers: tuple[PlannedTier, ...]  # those of the rule file
-    moves: Sequence[Move]  # in execution order
-    refusals: Sequence[Refusal] = ()
-    totals: PlanTotals = field(default_factory=PlanTotals)
-    before: Mapping[str, TierTotals] = field(default_factory=dict)  # by name of the tier
-    after: Mapping[str, TierTotals] = field(default_factory=dict)
     exceeded: tuple[ExceededLimit, ...] = ()  # rules whose deletions a person must confirm

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from tiercache.store import Store
     from tiercache.waiting import Clock
 
+
 LOCK_FOLDER = "_tiercache/tier.lock/"
 LIFETIME_S = 120.0  # a lock without a renewal expires after this time
 RENEW_S = 30.0

@@ -21,22 +21,21 @@ import pyarrow as pa
 
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError, TierCacheError
-from tiercache.tier.inventory.groups import take_inventory
-from tiercache.tier.journal import CatalogEntry, JournalRow, PlannedObject
-from tiercache.tier.model import CHECKPOINT, DELETE, DROP, KINDS, MOVE, READABLE, RECLASS, SHARD
-from tiercache.tier.move.checks import (
+from tiercache.tier.context import (
     ApplyResult,
     BatchLimits,
     Heads,
+    PlacementUpdates,
+    RowChanges,
     StoppedMove,
     in_batches,
     is_readable,
 )
-from tiercache.tier.move.copies import remove_empty_folders
-from tiercache.tier.move.executor import change_classes
-from tiercache.tier.move.placement_updates import PlacementUpdates, RowChanges
-from tiercache.tier.plan.policy import decide_now
-from tiercache.tier.plan.selection import find_newest
+from tiercache.tier.inventory import take_inventory
+from tiercache.tier.journal import CatalogEntry, JournalRow, PlannedObject
+from tiercache.tier.moves import change_classes, remove_empty_folders
+from tiercache.tier.policy import decide_now, find_newest
+from tiercache.tier.snapshot import CHECKPOINT, DELETE, DROP, KINDS, MOVE, READABLE, RECLASS, SHARD
 from tiercache.tier.stores import deletion_block_reason, needs_restore, unavailable_tiers
 from tiercache.waiting import SYSTEM_CLOCK
 
@@ -44,11 +43,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from tiercache.model import ObjectInfo
-    from tiercache.tier.inventory.groups import Inventory
+    from tiercache.tier.context import MoveContext
+    from tiercache.tier.inventory import Inventory
     from tiercache.tier.journal import TierCatalog
-    from tiercache.tier.model import Decisions, Snapshot
-    from tiercache.tier.move.checks import MoveContext
     from tiercache.tier.rules import RuleFile
+    from tiercache.tier.snapshot import Decisions, Snapshot
     from tiercache.tier.stores import Stores
 
 
