@@ -248,10 +248,6 @@ class DiskBucket(Store):
                 except NotFound:  # deleted since
                     continue
 
-    def copy(self, src: str, dst: str) -> ObjectInfo:
-        with self._call("copy", src) as due:
-            return self._keep(dst, self._read(src, "")[1], "", due)
-
     # -- an ArchiveStore --------------------------------------------------------------------------------------------
 
     def _change(self, key: str, **changes) -> None:

@@ -16,7 +16,7 @@ from tiercache.store.contract import Span, Store, WrapperStore
 T = TypeVar("T")
 
 VERBS = (
-    "head", "get", "read_tail", "read_into", "put", "put_if_absent", "create", "delete", "list", "copy",
+    "head", "get", "read_tail", "read_into", "put", "put_if_absent", "create", "delete", "list",
     "put_part", "complete", "abort",
 )  # fmt: skip
 

@@ -79,17 +79,6 @@ class StoreMachine(RuleBasedStateMachine):
         for key in keys:
             self.model.pop(key, None)
 
-    @rule(src=_keys, dst=_keys.filter(lambda key: key != "a"))
-    def copy(self, src: str, dst: str) -> None:
-        if src == dst:
-            return
-        if src not in self.model:
-            assert self.missing(lambda: self.store.copy(src, dst))
-            return
-        assert self.store.copy(src, dst).n_bytes == len(self.model[src])
-        self.model[dst] = self.model[src]
-        self.etags.pop(dst, None)
-
     @rule(key=_keys, start=st.integers(0, 60), n_bytes=st.integers(0, 60), with_etag=st.booleans())
     def read(self, key: str, start: int, n_bytes: int, with_etag: bool) -> None:
         if key not in self.model:

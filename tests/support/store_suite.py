@@ -341,23 +341,12 @@ class StoreSuite(ReadSuite):
         assert [info.key for info in store.list("a/b/")] == ["a/b/2"]
         assert list(store.list("nothing/here/")) == []
 
-    def test_copy_copies(self, store: Store) -> None:
-        self.raw_put(store, "src/a", data := pattern(5000))
-        info = store.copy("src/a", "dst/b/c")
-        assert (info.key, info.n_bytes) == ("dst/b/c", 5000)
-        assert self.raw_get(store, "dst/b/c") == data
-        assert self.raw_get(store, "src/a") == data
-        with pytest.raises(NotFound):
-            store.copy("no/such", "x")
-
     def test_a_key_that_cannot_be_is_refused_when_writing(self, store: Store) -> None:
         calls: tuple[Callable[[str], object], ...] = (
             lambda key: store.put(key, b""),
             lambda key: store.put_if_absent(key, b""),
             store.create,
             lambda key: store.delete([key]),
-            lambda key: store.copy("a", key),
-            lambda key: store.copy(key, "a"),
         )
         self.raw_put(store, "a", b"")
         for key, call in product(BAD_KEYS, calls):

@@ -122,6 +122,7 @@ def entry_to_object_info(key: str, entry: Mapping[str, Any]) -> ObjectInfo:
 _COPYING = ("copy_object", "upload_part_copy", "complete_multipart_upload")
 _COPYING_S = 120.0
 _CONNECTIONS = 32
+_COPIED_PARTS = 8  # at once
 _TRY_AGAIN_CODES = ("OperationAborted", "ConditionalRequestConflict", "RequestTimeout", "SlowDown")
 _ARCHIVED_CODES = ("InvalidObjectState", "ObjectNotInActiveTierError")
 _UNABLE = (405, 501)
@@ -277,23 +278,6 @@ _KEPT = ("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLangua
 
 
 @dataclass(frozen=True, slots=True)
-class CopySizes:
-    """Sizes of server-side copies.
-
-    S3 copies up to 5 GB by one request, but a GiB in parts of 256 MiB is faster, and no request lasts long.
-
-    Attributes:
-        whole_bytes: Maximum size of an object that is copied by one request.
-        part_bytes: Size of the parts of larger objects.
-        n_parts: Number of parts that are copied in parallel.
-    """
-
-    whole_bytes: int = 1 << 30
-    part_bytes: int = 256 << 20
-    n_parts: int = 8
-
-
-@dataclass(frozen=True, slots=True)
 class UnfinishedUpload:
     """An upload in parts that is running, or that a killed process has left.
 
@@ -312,9 +296,17 @@ class S3StorageClasses:
     """Objects with storage classes: the bucket and folder of an S3 store through boto3, with its options and counters.
 
     Safe for threads. Each process creates its clients and threads at first use.
+
+    Attributes:
+        whole_bytes: Maximum size of an object that the server copies by one request. S3 copies up to 5 GB by one, but a
+            GiB in parts of 256 MiB is faster, and no request lasts long.
+        part_bytes: Size of the parts of larger objects.
     """
 
-    def __init__(self, store: CloudStore, *, sizes: CopySizes | None = None) -> None:
+    whole_bytes = 1 << 30
+    part_bytes = 256 << 20
+
+    def __init__(self, store: CloudStore) -> None:
         """Open nothing yet. Raises ValueError if the store is not S3, or boto3 is missing."""
         url = store.url
         if store.cloud != "s3":
@@ -327,10 +319,9 @@ class S3StorageClasses:
         self.url, self.counters = url, store.counters
         self.bucket, self.prefix = store.folder.bucket, store.folder.prefix
         self._options = options
-        self._sizes = sizes or CopySizes()
         self._client = ProcessLocal(lambda: Boto3Client(options, url, store.counters), Boto3Client.close)
         self._pool = ProcessLocal(
-            lambda: ThreadPoolExecutor(self._sizes.n_parts, "tiercache-store"),
+            lambda: ThreadPoolExecutor(_COPIED_PARTS, "tiercache-store"),
             lambda pool: pool.shutdown(wait=False, cancel_futures=True),
         )
 
@@ -492,7 +483,7 @@ class S3StorageClasses:
             "StorageClass": storage_class,
             "ChecksumAlgorithm": kind,
         }
-        if int(head["ContentLength"]) <= self._sizes.whole_bytes:
+        if int(head["ContentLength"]) <= self.whole_bytes:
             made_etag = self._copy_whole(key, head, source, writing | condition)
         else:
             writing |= {name: head.get(name) for name in _KEPT} | {"Tagging": src.tags(src_key, head)}
@@ -524,7 +515,7 @@ class S3StorageClasses:
     ) -> str | None:
         """Copy in parts. Return the ETag of the copy."""
         upload_id = str(self.call("create_multipart_upload", key, **writing)["UploadId"])
-        step = max(self._sizes.part_bytes, -(-n_bytes // MOST_PARTS))
+        step = max(self.part_bytes, -(-n_bytes // MOST_PARTS))
 
         def copy_part(start: int) -> dict[str, Any]:
             answer = self.call(

@@ -284,10 +284,6 @@ class Store(ABC):
             prefix: Folder as a key prefix: "" or a path that ends in "/".
         """
 
-    @abstractmethod
-    def copy(self, src: str, dst: str) -> ObjectInfo:
-        """Copy an object within the store, on the server if the store supports that. Raises NotFound."""
-
     def close(self) -> None:  # noqa: B027 -- a store without connections has nothing to drop
         """Close connections and descriptors. The store may be used again afterwards."""
 
@@ -348,7 +344,7 @@ class WrapperStore(Store):
 
         Args:
             method: Name of the method of Store or Upload.
-            key: Key of the object; for delete the first key, for copy the source.
+            key: Key of the object; for delete the first key.
             call: Function that makes the call.
         """
         return call()
@@ -400,10 +396,6 @@ class WrapperStore(Store):
         """See Store.list. around() covers the start of the listing only."""
         for info in self.around("list", prefix, lambda: self.inner.list(self.key_inside(prefix))):
             yield self.info_outside(info)
-
-    def copy(self, src: str, dst: str) -> ObjectInfo:
-        copied = self.around("copy", src, lambda: self.inner.copy(self.key_inside(src), self.key_inside(dst)))
-        return self.info_outside(copied)
 
     def close(self) -> None:
         self.inner.close()

@@ -238,10 +238,6 @@ class FsspecClient(ObjectClient):
             if name.startswith(inside) and not name.endswith("/")
         ]
 
-    def copy(self, src: str, dst: str) -> None:
-        fs, path = self.at(src)
-        fs.cp_file(path, self.at(dst)[1])
-
     def open_writer(self, key: str) -> ObjectWriter:
         """Return a writer that keeps the object on the local disk until it is complete."""
         return _SpooledWriter(lambda file: self._in_folder(key, lambda fs, path: fs.put_file(file, path)))

@@ -342,15 +342,6 @@ class LocalFolder(Store):
                     if not _rmdir(name, folder_fd):
                         return
 
-    def copy(self, src: str, dst: str) -> ObjectInfo:
-        """Copy inside the kernel, and share blocks if the file system supports it."""
-        with self._opened(src, "copy") as src_fd, self._new_file(dst, "copy") as (file, name):
-            n_bytes = os.fstat(src_fd).st_size
-            copy_bytes(src_fd, file.fd, n_bytes)
-            file.set_name(name)
-            self.counters.add("bytes_written", n_bytes)
-            return file_info(dst, os.fstat(file.fd))
-
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> FileLease | None:
         """Return a lease that holds a descriptor of the file, or None if its size differs from the identity's."""
         with self._opened(key, "open_local") as fd:

@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
-from threading import Event, Lock
-from typing import cast
+from threading import Event
 
 from tiercache.errors import NotFound, StoreError
 from tiercache.model import ObjectInfo
 from tiercache.stats import Counters
 from tiercache.store.contract import Buffer, SequentialUpload, Span, Store, Upload, check_key, check_read, check_spans
 
-
-class _Bucket:
-    """The objects of one name. Every access holds the lock; the bytes are immutable and used outside it."""
-
-    def __init__(self) -> None:
-        self.lock = Lock()
-        self.objects: dict[str, tuple[bytes, ObjectInfo]] = {}
-        self.numbers = count(1)
-
-
-_buckets: dict[str, _Bucket] = {}
-_buckets_lock = Lock()
-
-
-def _renew_locks() -> None:
-    # A thread of the parent may have held a lock at the fork. Each dict operation is atomic, so the objects are whole.
-    global _buckets_lock
-    _buckets_lock = Lock()
-    for bucket in _buckets.values():
-        bucket.lock = Lock()
-
-
-os.register_at_fork(after_in_child=_renew_locks)
+# The objects of each name, and the numbers of their ETags. Every access is one operation of a dict, which is atomic, so
+# threads and forks need no lock.
+_buckets: dict[str, dict[str, tuple[bytes, ObjectInfo]]] = {}
+_numbers = count(1)
 
 
 class MemoryStore(Store):
@@ -58,16 +37,13 @@ class MemoryStore(Store):
         return MemoryStore, (self.name, self.prefix)
 
     @property
-    def _bucket(self) -> _Bucket:
-        with _buckets_lock:
-            return _buckets.setdefault(self.name, _Bucket())
+    def _objects(self) -> dict[str, tuple[bytes, ObjectInfo]]:
+        return _buckets.setdefault(self.name, {})
 
     def _object(self, key: str) -> tuple[bytes, ObjectInfo]:
         check_key(key)
         self.counters.add("requests")
-        bucket = self._bucket
-        with bucket.lock:
-            found = bucket.objects.get(self.prefix + key)
+        found = self._objects.get(self.prefix + key)
         if found is None:
             raise NotFound("no such object", url=self.url_of(key))
         return found[0], _renamed(found[1], key)
@@ -106,32 +82,27 @@ class MemoryStore(Store):
             self.counters.add("bytes_read", span.n_bytes)
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
-        return cast("ObjectInfo", self._store(key, bytes(data)))
+        new = self._new_object(key, data)
+        self._objects[self.prefix + key] = new
+        return new[1]
 
     def put_if_absent(self, key: str, data: Buffer) -> bool:
-        return self._store(key, bytes(data), if_absent=True) is not None
+        new = self._new_object(key, data)
+        return self._objects.setdefault(self.prefix + key, new) is new
 
-    def _store(self, key: str, data: bytes, *, if_absent: bool = False) -> ObjectInfo | None:
+    def _new_object(self, key: str, data: Buffer) -> tuple[bytes, ObjectInfo]:
         check_key(key)
         self.counters.add("requests")
-        bucket = self._bucket
-        with bucket.lock:
-            if if_absent and self.prefix + key in bucket.objects:
-                return None
-            info = ObjectInfo(key, len(data), etag=f'"{next(bucket.numbers)}"', modified_s=time.time())
-            bucket.objects[self.prefix + key] = data, info
         self.counters.add("bytes_written", len(data))
-        return info
+        return bytes(data), ObjectInfo(key, len(data), etag=f'"{next(_numbers)}"', modified_s=time.time())
 
     def create(self, key: str) -> Upload:
         return _MemoryUpload(self, check_key(key))
 
     def delete(self, keys: Iterable[str]) -> None:
-        bucket = self._bucket
         for key in keys:
             self.counters.add("requests")
-            with bucket.lock:
-                bucket.objects.pop(self.prefix + check_key(key), None)
+            self._objects.pop(self.prefix + check_key(key), None)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """List a snapshot, sorted by key."""
@@ -139,14 +110,9 @@ class MemoryStore(Store):
             check_key(prefix.removesuffix("/"))
         start = self.prefix + (prefix.removesuffix("/") + "/" if prefix else "")
         self.counters.add("requests")
-        bucket = self._bucket
-        with bucket.lock:
-            found = [(name, info) for name, (_, info) in bucket.objects.items() if name.startswith(start)]
-        for name, info in sorted(found, key=lambda item: item[0]):
-            yield _renamed(info, name[len(self.prefix) :])
-
-    def copy(self, src: str, dst: str) -> ObjectInfo:
-        return cast("ObjectInfo", self._store(dst, self._object(src)[0]))
+        for name, (_, info) in sorted(self._objects.copy().items()):
+            if name.startswith(start):
+                yield _renamed(info, name[len(self.prefix) :])
 
 
 def _renamed(info: ObjectInfo, key: str) -> ObjectInfo:
@@ -162,7 +128,9 @@ class _MemoryUpload(SequentialUpload):
         self._data += data
 
     def make_object(self, *, if_absent: bool) -> ObjectInfo | None:
-        return self._store._store(self.key, bytes(self._data), if_absent=if_absent)  # noqa: SLF001 - of one file
+        if not if_absent:
+            return self._store.put(self.key, self._data)
+        return self._store.head(self.key) if self._store.put_if_absent(self.key, self._data) else None
 
     def discard(self) -> None:
         self._data = bytearray()

@@ -307,9 +307,6 @@ class ObstoreClient(ObjectClient):
         for page in obstore.list(self._store(), folder or None, offset=after, chunk_size=_PAGE_KEYS):
             yield [to_object_info(meta["path"], meta) for meta in page]
 
-    def copy(self, src: str, dst: str) -> None:
-        obstore.copy(self._store(), src, dst)
-
     def open_writer(self, key: str) -> ObjectWriter:
         """Start a multipart upload whose requests obstore retries itself."""
         store, sizes = self._store(_INNER_RETRIES), (_WRITER_PART_BYTES, _WRITER_PARTS_AT_ONCE)

@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -52,7 +52,7 @@ from tiercache.model import OWN_FOLDER, ByteRange, ObjectInfo, ShardIdentity, fo
 from tiercache.prices import provider_prices, read_dollars
 from tiercache.store import Lease, LocalFolder, LocalStore, Span, Store, open_store, placement_log, redact
 from tiercache.store.access import plain_url, scheme_of
-from tiercache.store.contract import Receive, WrapperStore
+from tiercache.store.contract import ProcessLocal, Receive, WrapperStore
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -122,122 +122,86 @@ def is_archived(error: StoreError) -> bool:
     return error.status in (403, 409) and bool(_ARCHIVED.search(error.message))
 
 
-@dataclass(slots=True)
-class _ResolverState:
-    """What one process knows. The lock guards opening stores and reading the placement.
+class LocationResolver:
+    """Resolves the locations of a home's objects. Thread-safe and fork-safe.
+
+    What is known is read without the lock, which guards the reading of the placement. The options of the home also
+    apply to locations of the same service, together with the options that a rule file of this machine has for their
+    tier.
 
     Attributes:
-        was_read: Whether the marker was read.
-        placement: Newest placement known; None if none is known, or the home is not tracked.
-        stores: URL -> opened store.
-        etags: (key, ETag at opening) -> current ETag of moved objects.
-        has_local: Whether the placement names folders of this machine.
-        has_remote: Whether the placement names remote stores, for which a cache pays off.
-    """
-
-    pid: int = field(default_factory=os.getpid)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    was_read: bool = False
-    placement: Placement | None = None
-    stores: dict[str, Store] = field(default_factory=dict)
-    etags: dict[tuple[str, str], str | None] = field(default_factory=dict)
-    has_local: bool = False
-    has_remote: bool = False
-
-
-class LocationResolver:
-    """Resolves the locations of a home's objects. Thread-safe. A forked child opens its own stores.
-
-    Known state is read without the lock. The options of the home also apply to locations of the same service, together
-    with the options that a rule file of this machine has for their tier.
+        known_placement: Newest placement known; None if none is known, or the home is not tracked.
+        has_remote: Whether it names a remote store, for which a cache pays off.
     """
 
     def __init__(self, home: Store, options: Mapping[str, Any]) -> None:
         self.home = home
         self.options = dict(options)
-        self._known = _ResolverState()
+        self.known_placement: Placement | None = None
+        self.has_remote = self._has_local = False
+        self._was_read = False
+        self._lock = ProcessLocal(threading.Lock, lambda _lock: None)  # a parent's lock may be held for ever
+        self._stores: dict[str, Store] = {}
+        self._etags: dict[tuple[str, str], str | None] = {}  # (key, ETag at opening) -> ETag of the moved object
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LocationResolver, (self.home, self.options)
 
-    @property
-    def _state(self) -> _ResolverState:
-        state = self._known
-        if state.pid != os.getpid():  # the parent's lock may be held for ever, and its stores are the parent's
-            was_read, found = state.was_read, state.placement
-            state = self._known = _ResolverState()
-            if was_read:
-                self._learn(state, found)
-        return state
-
-    # -- state ------------------------------------------------------------------------------------------------------
+    # -- the placement ----------------------------------------------------------------------------------------------
 
     def placement_once(self) -> Placement | None:
-        """Return the placement, read once per process; None if the home is not tracked. Raises as read_placement()."""
-        state = self._state
-        if not state.was_read:
-            with state.lock:
-                if not state.was_read:
-                    self._learn(state, placement_log.read_placement(self.home))
-        return state.placement
+        """Return the placement, read once; None if the home is not tracked. Raises as read_placement()."""
+        if not self._was_read:
+            with self._lock.get():
+                if not self._was_read:
+                    self._learn(placement_log.read_placement(self.home))
+        return self.known_placement
 
     def refresh(self) -> Placement | None:
         """Read and return the newest placement. Raises as placement_log.find_newest_placement()."""
-        state = self._state
-        with state.lock:
-            found = placement_log.find_newest_placement(self.home, state.placement)
-            if found.number or state.placement is not None:
-                self._learn(state, found)
-        return state.placement
+        with self._lock.get():
+            found = placement_log.find_newest_placement(self.home, self.known_placement)
+            if found.number or self.known_placement is not None:
+                self._learn(found)
+        return self.known_placement
 
     @property
     def is_tracked(self) -> bool | None:
         """Whether the home is tracked; None if the marker was not read yet."""
-        state = self._state
-        return state.placement is not None if state.was_read else None
-
-    @property
-    def has_remote(self) -> bool:
-        """Whether the known placement names a remote store, for which a cache pays off."""
-        return self._known.has_remote
-
-    @property
-    def known_placement(self) -> Placement | None:
-        return self._known.placement
+        return self.known_placement is not None if self._was_read else None
 
     def row(self, key: str) -> PlacementRow | None:
         """Return the row of key in the known placement; None: at home."""
-        placement = self._known.placement
+        placement = self.known_placement
         return None if placement is None or not len(placement) else placement.find(key)
 
-    def _learn(self, state: _ResolverState, found: Placement | None) -> None:
-        state.placement, state.was_read = found, True
+    def _learn(self, found: Placement | None) -> None:
         urls = [] if found is None else found.rows["url"].unique().to_pylist()
-        state.has_local = any(not scheme_of(url) for url in urls)
-        state.has_remote = any(is_remote(url) for url in urls)
+        self._has_local = any(not scheme_of(url) for url in urls)
+        self.has_remote = any(is_remote(url) for url in urls)
+        self.known_placement, self._was_read = found, True
 
     # -- stores -----------------------------------------------------------------------------------------------------
 
     def store_at(self, row: PlacementRow | None) -> Store:
-        """Return the store of a row's location, opened once per process; the home for None."""
+        """Return the store of a row's location, opened once; the home for None."""
         if row is None or self._is_home(row.url):
             return self.home
-        state, url = self._state, row.url
-        with state.lock:
-            if url not in state.stores:
-                own = self.options if is_same_service(url, self.home.url) else {}
-                try:
-                    state.stores[url] = open_store(url, **(own | options_of(url)))
-                except ValueError as error:
-                    message = f"the placement of {self.home.url} names a location that cannot be opened: {error}"
-                    raise StoreError(message, url=redact(url)) from error
-            return state.stores[url]
+        url = row.url
+        if url not in self._stores:
+            own = self.options if is_same_service(url, self.home.url) else {}
+            try:
+                self._stores.setdefault(url, open_store(url, **(own | options_of(url))))  # it has sent no request yet
+            except ValueError as error:
+                message = f"the placement of {self.home.url} names a location that cannot be opened: {error}"
+                raise StoreError(message, url=redact(url)) from error
+        return self._stores[url]
 
     def _is_home(self, url: str) -> bool:
         return url.rstrip("/") == self.home.url.rstrip("/")
 
     def stores(self) -> tuple[Store, ...]:
-        return self.home, *self._known.stores.values()
+        return self.home, *self._stores.values()
 
     def close(self) -> None:
         for store in self.stores():
@@ -260,21 +224,19 @@ class LocationResolver:
                 raise
             found = self._find_again(key, row, error)
         if if_match is not None and found.info is not None:
-            etags = self._state.etags
-            if len(etags) >= _MANY_ETAGS:
-                etags.clear()
-            etags[key, if_match] = found.info.etag
+            if len(self._etags) >= _MANY_ETAGS:
+                self._etags.clear()
+            self._etags[key, if_match] = found.info.etag
         try:
             return call(found)
         except StoreError as error:
             if is_archived(error):
-                raise archived_error(key, found.row, found.store, self.home) from error
+                raise self._archived_error(key, found.row, found.store) from error
             raise
 
-    def etag_of(self, key: str, etag: str | None) -> str | None:
+    def etag_of(self, key: str, etag: str) -> str | None:
         """Return the current ETag of an object that had `etag` when it was opened."""
-        etags = self._known.etags
-        return etags.get((key, etag), etag) if etags and etag is not None else etag
+        return self._etags.get((key, etag), etag)
 
     def _find_again(self, key: str, before: PlacementRow | None, error: StoreError) -> ObjectLocation:
         """Return the new location of an object that is not where `before` says. Raises error if it is nowhere."""
@@ -310,8 +272,13 @@ class LocationResolver:
                 found=f"{info.n_bytes} bytes",
             )
         if is_archived(error):
-            raise archived_error(key, expected, self.store_at(expected), self.home) from error
+            raise self._archived_error(key, expected, self.store_at(expected)) from error
         raise last from (None if last is error else error)
+
+    def _archived_error(self, key: str, row: PlacementRow | None, store: Store) -> ArchivedShards:
+        kind = "" if row is None or row.storage_class is None else f" (storage class {row.storage_class})"
+        what = f"{store.url_of(key)}: is archived{kind} and must be restored before it can be read"
+        return archived_error(store.url, [key], 0 if row is None else row.n_bytes, what, [self.home.url_of(key)])
 
     def _candidates(self, row: PlacementRow | None, before: PlacementRow | None) -> Iterator[PlacementRow | None]:
         """Yield the locations where an object may be, each once.
@@ -349,7 +316,7 @@ class LocationResolver:
 
     def local_copy(self, key: str, n_bytes: int) -> LocalFolder | None:
         """Return a folder of this machine that has the object under its key, with this size; None if there is none."""
-        if not self._known.has_local:
+        if not self._has_local:
             return None
         row = self.row(key)
         if row is None or scheme_of(row.url):
@@ -371,17 +338,18 @@ def _is_same(info: ObjectInfo, expected: PlacementRow) -> bool:
     return info.n_bytes == expected.n_bytes and (None in sums or sums[0] == sums[1])
 
 
-def archived_error(key: str, row: PlacementRow | None, store: Store, home: Store) -> ArchivedShards:
-    """Return the error for one object of a home that must be restored; it names the command that does that."""
-    kind = "" if row is None or row.storage_class is None else f" (storage class {row.storage_class})"
-    command = shlex.join(["tiercache", "tier", "get", home.url_of(key), "--wait"])
-    return ArchivedShards(
-        f"{store.url}/{key}: is archived{kind} and must be restored before it can be read: {command}",
-        names=[key],
-        url=store.url,
-        n_bytes=0 if row is None else row.n_bytes,
-        command=command,
-    )
+def archived_error(url: str, keys: Sequence[str], n_bytes: int, what: str, asked: Sequence[str] = ()) -> ArchivedShards:
+    """Return the error for objects that must be restored first; it names the command that does that.
+
+    Args:
+        url: URL of the folder with the objects.
+        keys: Keys of the objects.
+        n_bytes: Their size together.
+        what: Sentence before the command.
+        asked: URLs, and options, for the command. (): url.
+    """
+    command = shlex.join(["tiercache", "tier", "get", *(asked or [url]), "--wait"])
+    return ArchivedShards(f"{what}: {command}", names=[*keys], url=url, n_bytes=n_bytes, command=command)
 
 
 def is_same_service(url: str, home: str) -> bool:
@@ -577,17 +545,12 @@ def check_readable(store: RedirectingStore, keys: pa.ChunkedArray, is_here: Call
         needed = _archived(store, newer, keys, is_here)  # they may have been restored to the home since
     if needed:
         names, n_bytes, url = [row.key for row in needed], sum(row.n_bytes for row in needed), store.url
-        what = [f"{url.rstrip('/')}/{name}" for name in names] if len(names) <= _SHOWN else [url]
-        command = shlex.join(["tiercache", "tier", "get", *what, "--wait"])
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-        raise ArchivedShards(
-            f"{url}: {len(names)} shards that this run reads ({format_bytes(n_bytes)}) are archived and must be "
-            f"restored first; this command shows cost and duration, and restores them: {command}\n({shown})",
-            names=names,
-            url=url,
-            n_bytes=n_bytes,
-            command=command,
+        what = (
+            f"{url}: {len(names)} shards that this run reads ({format_bytes(n_bytes)}: {shown}) are archived and must "
+            "be restored first; this command shows cost and duration, and restores them"
         )
+        raise archived_error(url, names, n_bytes, what, [*map(store.url_of, names)] if len(names) <= _SHOWN else [url])
 
 
 def _archived(
@@ -893,17 +856,11 @@ def _can_all_be_read(store: Store, infos: Mapping[str, ObjectInfo]) -> bool:
 
 
 def archived_file_error(url: str, n_bytes: int = 0, *, rules: Path | None = None) -> ArchivedShards:
-    """Return the error for a file or checkpoint that must be restored; it names the command that does that."""
+    """Return the error for a file or checkpoint that must be restored first."""
     shown = redact(url)
-    words = ["tiercache", "tier", "get", shown, "--wait", *([] if rules is None else ["--rules", str(rules)])]
-    command = shlex.join(words)
-    return ArchivedShards(
-        f"{shown}: is archived and must be restored before it can be read: {command}",
-        names=[shown.rpartition("/")[2]],
-        url=shown,
-        n_bytes=n_bytes,
-        command=command,
-    )
+    what = f"{shown}: is archived and must be restored before it can be read"
+    asked = [shown] if rules is None else [shown, "--rules", str(rules)]
+    return archived_error(shown, [shown.rpartition("/")[2]], n_bytes, what, asked)
 
 
 def locate(path: str | os.PathLike[str], *, rules: str | os.PathLike[str] | None = None) -> str:

@@ -80,14 +80,8 @@ _SCHEMA = pa.schema(
         pa.field("state", pa.large_string(), nullable=False),
         pa.field("n_bytes", pa.int64(), nullable=False),
         pa.field("crc32c", pa.uint32()),
-        # Unused, and null: earlier releases had them, and compare the whole schema.
-        pa.field("promote", pa.large_string()),
-        pa.field("hot_bytes", pa.int64()),
     ]
 )
-
-
-_ROW_FIELDS = _SCHEMA.names[:6]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +137,7 @@ class Placement:
         return self.row(at) if at < len(self) and self._keys[at].as_py() == key else None
 
     def row(self, at: int) -> PlacementRow:
-        return PlacementRow(**self.rows.select(_ROW_FIELDS).slice(at, 1).to_pylist()[0])
+        return PlacementRow(**self.rows.select(_SCHEMA.names).slice(at, 1).to_pylist()[0])
 
     def urls_below(self, folder: str) -> tuple[str, ...]:
         """Return the URLs of the rows whose keys are below a folder, each once."""

@@ -729,10 +729,6 @@ class ObjectClient(ABC):
         """Yield the pages of a listing after a key."""
 
     @abstractmethod
-    def copy(self, src: str, dst: str) -> None:
-        """Copy an object, replacing an existing one."""
-
-    @abstractmethod
     def open_writer(self, key: str) -> ObjectWriter:
         """Return the writer of a large object."""
 
@@ -1041,13 +1037,6 @@ class RemoteStore(Store):
                 after = info.key
                 if not any(segment.startswith(TEMP_PREFIX) for segment in info.key.split("/")):
                     yield info
-
-    def copy(self, src: str, dst: str) -> ObjectInfo:
-        """Copy on the server, if the store supports that."""
-        check_key(src)
-        check_key(dst)
-        self._write(src, f"copy to {dst}", lambda client: client.copy(src, dst))
-        return self.head(dst)
 
     def write_part(self, key: str, writer: ObjectWriter, data: bytes) -> None:
         """Append data to the writer of a long object, which may block while too many parts are in flight."""

@@ -10,7 +10,7 @@ import pytest
 from tiercache._native.checksum import crc32c
 from tiercache.errors import NotFound, ObjectChanged, StoreError
 from tiercache.store import CloudStore, open_store
-from tiercache.store.archive import CopySizes, S3StorageClasses
+from tiercache.store.archive import S3StorageClasses
 
 PART = 5 << 20  # the smallest that S3 takes
 pytestmark = pytest.mark.s3
@@ -26,7 +26,8 @@ def opened():
 
     def open_it(door, folder="", **sizes):
         store = open_store(f"{door.server.url}/{door.prefix}{folder}", **door.server.storage_options)
-        archive = S3StorageClasses(store, sizes=CopySizes(**sizes))
+        archive = S3StorageClasses(store)
+        vars(archive).update(sizes)
         found.append(archive)
         return archive
 

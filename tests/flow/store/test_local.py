@@ -248,13 +248,12 @@ def test_put_if_absent_has_one_winner_among_processes(store):
         lambda store: store.put("a/b/c", b"1"),
         lambda store: store.put_if_absent("a/b/d", b"1"),
         lambda store: store.get("x/y/z"),
-        lambda store: store.copy("x/y/z", "a/b/c"),
         lambda store: list(store.list()),
         lambda store: store.delete(["x/y/z"]),
         lambda store: list(store.symlinks()),
         lambda store: store.remove_empty("x"),
     ],
-    ids=["put", "put_if_absent", "get", "copy", "list", "delete", "symlinks", "remove_empty"],
+    ids=["put", "put_if_absent", "get", "list", "delete", "symlinks", "remove_empty"],
 )
 def test_ctrl_c_after_a_close_closes_no_descriptor_twice(store, monkeypatch, work):
     """By then the number may be somebody else's file: what an upload's thread opened meanwhile."""

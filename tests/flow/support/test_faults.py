@@ -32,11 +32,11 @@ class TestAWrapperWithoutFaultsIsTheStoreItself(StoreSuite):
         memory._buckets.pop(store.name, None)
 
     def raw_put(self, store, key, data):
-        memory._buckets.setdefault(self.name_of(store), memory._Bucket())
+        memory._buckets.setdefault(self.name_of(store), {})
         MemoryStore(self.name_of(store)).put(key, data)
 
     def raw_get(self, store, key):
-        return memory._buckets[self.name_of(store)].objects[key][0]
+        return memory._buckets[self.name_of(store)][key][0]
 
     @staticmethod
     def name_of(store):
