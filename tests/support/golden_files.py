@@ -157,7 +157,7 @@ WIDE_RECORDS = [wide_record(i) for i in range(12)]
 def write(compression: str, schema: Schema = SCHEMA, records: list[dict[str, Any]] = RECORDS, block: int = 600) -> Any:
     """(the shard's row, its bytes)."""
     store = MemoryStore(f"golden-{compression}")
-    options = ShardOptions(block_bytes=block, compression=compression, metadata={"made by": "make_golden.py"})
+    options = ShardOptions(block_bytes=block, compression=compression)
     writer = ShardWriter(store, schema, options, writer_id="golden")
     for one in records:
         writer.write(one)

@@ -68,7 +68,7 @@ DatasetSpec = tuple[RecordsSpec, Callable[[Record], Any] | None, OutputSpec, Cal
 _OF_THE_PROCESS = ("_recipe", "_lock", "_pid", "_opened")
 
 
-MixStop: TypeAlias = Literal["first_exhausted", "all_exhausted", "first", "all"]
+MixStop: TypeAlias = Literal["first_exhausted", "all_exhausted"]
 _MIX_STOPS = get_args(MixStop)
 
 
@@ -679,7 +679,7 @@ def mix(
             epoch on. There a weight may be 0, and a dict may leave out a name for that. Each epoch begins with the
             first weights.
         stop: End of an epoch: "first_exhausted": before any data set would repeat a record; "all_exhausted": when every
-            data set has been served completely. "first" and "all" are short forms of these.
+            data set has been served completely.
 
     Raises:
         SchemaError, TypeError: See `concat`.

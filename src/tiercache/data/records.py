@@ -695,11 +695,6 @@ class Records:
         """
         return self._over(leaf.stored.with_columns(columns, past_cache=True) for leaf in self.leaves)
 
-    def unmixed(self) -> Records:
-        """Return a mixture's parts joined: a shuffled epoch may serve records that have no number in the mixture."""
-        node = self.node if self.mixture is None else JoinNode(_joined_nodes(self))
-        return Records(self.leaves, node, self.selection)
-
     def with_step(self, step: Step, chosen: Selection | None = None) -> Records:
         """Return the view that a step makes. Steps over a view, and lists of numbers, are merged.
 

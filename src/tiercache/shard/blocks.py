@@ -289,10 +289,7 @@ class Chunks:
             copy, memory = None, self._row_memory(pages, None)
         if more and copy is None:
             self._read_pages(memory, more)
-        addresses = np.uint64(address_of(memory)) + self._rows["offset"][ids]
-        addresses[~raw] = whole.addresses
-        pending = self._pending(ids, addresses, raw, copy, np.arange(len(ids)))
-        return LoadedChunks(addresses, [memory, *whole.owners], pending_checks=pending, copy=copy)
+        return self._in_pages(ids, raw, whole, memory, copy)
 
     def load_buffer(self, ids: Ids, buffer: int) -> LoadedChunks:
         """Load chunks as load() does, but of raw chunks only the pages that hold a buffer, given by its index.
@@ -304,7 +301,12 @@ class Chunks:
         offset, length = self._buffer(ids[raw], buffer)
         pages = self._pages([(ids[raw], offset, offset + length)])
         copy = self._byte_source.ensure_cached(pages) if pages else None
-        memory = self._row_memory(pages, copy)
+        return self._in_pages(ids, raw, whole, self._row_memory(pages, copy), copy)
+
+    def _in_pages(
+        self, ids: Ids, raw: npt.NDArray[np.bool_], whole: LoadedChunks, memory: Bytes, copy: LocalCopy | None
+    ) -> LoadedChunks:
+        """Return chunks of which the raw ones lie in memory as in the file, and the others are `whole`."""
         addresses = np.uint64(address_of(memory)) + self._rows["offset"][ids]
         addresses[~raw] = whole.addresses
         pending = self._pending(ids, addresses, raw, copy, np.arange(len(ids)))

@@ -367,7 +367,9 @@ def _type_of_list(name: str, values: Sequence[object]) -> UserType:
         raise SchemaError(
             "cannot infer the column's type: no value, or only nulls", column=name, expected=SUPPORTED_TYPES, got="None"
         )
-    return _nullable(found) if any(value is None for value in values) else found
+    if all(value is not None for value in values):
+        return found
+    return f"{found}?" if isinstance(found, str) else replace(found, nullable=True)
 
 
 def _join(first: UserType, second: UserType) -> UserType | None:
@@ -381,14 +383,6 @@ def _join(first: UserType, second: UserType) -> UserType | None:
         shape = tuple(a if a == b else None for a, b in zip(first.shape, second.shape, strict=True))
         return Ragged(first.dtype, shape) if None in shape else first
     return None
-
-
-def _nullable(user: UserType) -> UserType:
-    if isinstance(user, Tensor):
-        return Tensor(user.dtype, user.shape, nullable=True)
-    if isinstance(user, Ragged):
-        return Ragged(user.dtype, user.shape, nullable=True)
-    return f"{user}?"
 
 
 def _shape_of(value: Any) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn, TypeAlias
@@ -44,13 +44,6 @@ def check_format(found: int, release: str, *, what: str, url: str) -> None:
     """
     if found == FORMAT_VERSION:
         return
-    if found < FORMAT_VERSION:
-        raise _unsupported(
-            f"the {what} has format {found} of a build before the first release, which no release reads: pack the data "
-            "again from its source, or read it with the build that wrote it and pack the result",
-            url=url,
-            found=found,
-        )
     raise _unsupported(f"the {what} has format {found}, which {_who(release)}", url=url, found=found, release=release)
 
 
@@ -338,7 +331,6 @@ class Footer:
         nodes: uint64[., 2], (length, nulls) of the Arrow nodes, depth first, block by block.
         buffers: uint64[., 2], (offset in the decoded chunk, length) of the Arrow buffers, depth first, block by block.
         pages: uint32[.], CRC-32C of each 64 KiB page of each raw chunk.
-        metadata: Values that the writer of the shard gave.
         n_later_sections: Number of sections of a later release, which are ignored and not packed again.
     """
 
@@ -351,7 +343,6 @@ class Footer:
     nodes: U64
     buffers: U64
     pages: npt.NDArray[np.uint32]
-    metadata: Mapping[str, Any]
     n_later_sections: int = 0
 
     @cached_property
@@ -372,9 +363,9 @@ class Footer:
 
     def pack(self) -> tuple[bytes, int]:
         """Return the compressed footer, and its length in bytes before compression."""
-        facts = {"statistics": {}, "metadata": self.metadata, "software": SOFTWARE}
+        facts = {"statistics": {}, "metadata": {}, "software": SOFTWARE}
         sections = [
-            json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False).encode(),
+            json.dumps(facts, sort_keys=True, separators=(",", ":")).encode(),
             self.schema.to_bytes(),
             *(
                 np.ascontiguousarray(a).tobytes()
@@ -462,19 +453,9 @@ class _Sections:
             buffers=self._array("buffers", "<u8", (-1, 2)),
             pages=self._array("pages", "<u4", (-1,)),
             n_later_sections=self.n_later,
-            metadata=self._metadata(),
         )
         self._check(footer)
         return footer
-
-    def _metadata(self) -> Mapping[str, Any]:
-        try:
-            found = json.loads(bytes(self.sections["json"]))["metadata"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise _BadFooter(f"its JSON section cannot be read: {error}") from error
-        if not isinstance(found, dict):
-            self.fail("the metadata in its JSON section is not an object")
-        return found
 
     def _check(self, footer: Footer) -> None:
         first = footer.block_first

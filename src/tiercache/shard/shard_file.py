@@ -9,7 +9,7 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -583,7 +583,7 @@ class ShardFile:
             self._append_aligned(stored_bytes, crc)
         self._group_bytes = 0
 
-    def finish(self, metadata: Mapping[str, Any]) -> ShardInfo:
+    def finish(self) -> ShardInfo:
         """Write footer and tail, and queue the completion of the upload. Returns the description of the shard."""
         self._append_group()
         footer = Footer(
@@ -596,7 +596,6 @@ class ShardFile:
             nodes=np.array(self._nodes, np.uint64).reshape(-1, 2),
             buffers=np.array(self._buffers, np.uint64).reshape(-1, 2),
             pages=np.concatenate([np.zeros(0, np.uint32), *self._pages]),
-            metadata=metadata,
         )
         stored, raw_bytes = footer.pack()
         features = GROUPED_COLUMNS if self._group else 0

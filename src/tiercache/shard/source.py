@@ -274,10 +274,7 @@ _COLUMN_GAP_BYTES = 16 << 10
 
 def column_ranges(footer: Footer, info: ShardInfo, columns: Sequence[int]) -> tuple[ByteRange, ...] | None:
     """Return the ranges of all blocks of these columns and of the footer; None if they are nearly the whole shard."""
-    chunks = footer.chunks[:, list(columns)].ravel()
-    starts = np.append(chunks["offset"].astype(np.int64), info.footer_offset)
-    ends = np.append((chunks["offset"] + chunks["stored"]).astype(np.int64), info.n_bytes)
-    ranges = merge_ranges(starts, ends, _COLUMN_GAP_BYTES)
+    ranges = block_ranges(footer, info, range(footer.n_blocks), columns)
     return None if sum(r.n_bytes for r in ranges) * _OF >= info.n_bytes * _MOST else tuple(ranges)
 
 

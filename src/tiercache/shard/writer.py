@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import sys
@@ -10,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -211,13 +210,11 @@ class ShardOptions:
         block_bytes: Approximate size of a block, in bytes before compression.
         compression: "auto", "none", "zstd" or "zstd:LEVEL", for all columns, or a mapping by column name. A column that
             the mapping does not name gets "auto".
-        metadata: Values for the footer of each shard; JSON must be able to represent them.
     """
 
     shard_bytes: int = 128 << 20
     block_bytes: int = 1 << 20
     compression: str | Mapping[str, str] = "auto"
-    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.shard_bytes < 1 or self.block_bytes < 1:
@@ -225,10 +222,6 @@ class ShardOptions:
         names = [self.compression] if isinstance(self.compression, str) else self.compression.values()
         for name in names:
             parse_compression(name)
-        try:
-            json.dumps(dict(self.metadata), allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"metadata must be representable as JSON: {error}") from error
 
     def compression_of(self, name: str) -> str:
         """Return the compression of the column with this name."""
@@ -380,7 +373,7 @@ class ShardWriter:
 
     def _finish_file(self) -> None:
         if self._file is not None:
-            self._infos.append(self._file.finish(self._options.metadata))
+            self._infos.append(self._file.finish())
             self._file = None
 
     def add_shards(self, infos: Iterable[ShardInfo]) -> None:

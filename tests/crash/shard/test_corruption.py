@@ -143,12 +143,6 @@ def test_a_shard_that_was_appended_to_is_reported(sample, more):
     assert [f.part for f in verify_shard(store, "shard")] != []
 
 
-def test_a_local_shard_of_another_size_than_its_data_set_states_is_reported(sample, tmp_path):
-    (tmp_path / "shard").write_bytes(sample.data + b"\0")
-    with pytest.raises(CorruptShard, match="bytes, its data set states"):
-        ShardReader(LocalFolder(tmp_path), "shard", info=sample.infos[0])
-
-
 def test_another_shard_under_the_same_name_is_reported(sample):
     store = MemoryStore("corruption-other")
     with ShardWriter(store, golden.SCHEMA, ShardOptions(), writer_id="s") as writer:
@@ -163,16 +157,6 @@ def test_another_shard_under_the_same_name_is_reported(sample):
 def test_an_object_that_is_not_a_shard_is_reported(junk):
     with pytest.raises(CorruptShard, match=r"memory://corruption/shard"):
         ShardReader(OneObject(junk), "shard")
-
-
-def test_an_error_names_shard_block_and_column(sample):
-    store = OneObject(sample.data)
-    reader = ShardReader(store, "shard")
-    tokens = reader.schema.index("tokens")
-    store.data[int(reader.footer.chunks[0, tokens]["offset"])] ^= 1
-    with pytest.raises(CorruptShard, match=r"memory://corruption/shard: block 0, column 'tokens': CRC-32C") as caught:
-        reader.load([0], [tokens])
-    assert (caught.value.block, caught.value.column) == (0, "tokens")
 
 
 def test_verification_finds_every_damaged_byte_that_is_not_in_a_gap(sample):

@@ -170,12 +170,6 @@ def test_a_rewritten_data_set_without_forgeries_is_intact(forgery):
     assert filtered(forgery.folder) == N - 251
 
 
-def test_statistics_that_an_earlier_build_wrote_are_not_read(forgery):
-    forgery.rows[0]["statistics"], forgery.rows[1]["statistics"] = '{"id": {"min": 1, "max": 0}}', "no JSON"
-    forgery.save()
-    assert use(forgery.folder) == []
-
-
 def forge_chunk(forgery: Forgery, column: str, change) -> None:
     """Change a raw chunk of a column of the first shard, and the sums of it. change: (bytes, buffers, nodes)."""
     chunks, footer, _ = forgery.footer(0)
@@ -237,7 +231,7 @@ def test_a_forged_number_in_a_segment_is_a_tiercache_error_and_found_by_verify(f
     assert "verify" in use(forgery.folder)
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_forged_number_in_a_footer_is_a_tiercache_error_or_found_by_verify(forgery, seed):
     """Numbers of 4 or 8 bytes anywhere in the footer, sealed; what still reads without an error reads as before."""
     random_, original = random.Random(seed), forgery.footer(0)
@@ -258,7 +252,7 @@ def test_a_forged_number_in_a_footer_is_a_tiercache_error_or_found_by_verify(for
     assert n_found > 0
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(1))
 def test_forged_bytes_of_a_segment_are_a_tiercache_error(forgery, seed):
     forgery.save()
     path = forgery.folder / forgery.version.segments[0].key
@@ -350,9 +344,9 @@ def forge_compressed_segment(forgery):
 
 
 SIZES = [
-    forge_segment_size,
-    forge_decoded_footer,
     forge_decoded_chunk,
+    pytest.param(forge_segment_size, marks=pytest.mark.stress),
+    pytest.param(forge_decoded_footer, marks=pytest.mark.stress),
     pytest.param(forge_footer_size, marks=pytest.mark.stress),
     pytest.param(forge_compressed_segment, marks=pytest.mark.stress),  # the next test is about these without a child
 ]

@@ -1,11 +1,7 @@
 """A writer that ends by Ctrl-C, in a fork, or with its process writes all records or no shard."""
 
-import gc
 import subprocess
 import sys
-import threading
-import weakref
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -147,33 +143,6 @@ def test_a_process_that_exits_without_close_leaves_no_data_set(tmp_path):
         "use `with`, or call close()\n"
     )
     assert list(LocalFolder(folder).list()) == []
-
-
-def test_many_writers_at_once_do_not_disturb_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(shard_file, "PART_BYTES", 4096)
-    store = LocalFolder(tmp_path)
-
-    def write(first):
-        options = ShardOptions(shard_bytes=20_000, block_bytes=1024, compression="none")
-        with ShardWriter(store, SCHEMA, options) as writer:
-            for i in range(first, first + 3000):
-                writer.write({"x": i})
-            writer.write_batch({"x": np.arange(first + 3000, first + 6000)})
-        return [value for info in writer.finish() for value in values(store, info)]
-
-    with ThreadPoolExecutor(12) as pool:
-        found = list(pool.map(write, range(0, 120_000, 10_000)))
-    assert found == [list(range(first, first + 6000)) for first in range(0, 120_000, 10_000)]
-    assert [thread for thread in threading.enumerate() if thread.name == "tiercache-upload"] == []
-
-
-def test_memory_of_parts_is_freed_with_the_writer(store):
-    with ShardWriter(store, SCHEMA, OPTIONS) as writer:
-        writer.write_batch({"x": np.arange(1000)})
-        memory = weakref.ref(writer._file._out._memory)
-    del writer
-    gc.collect()
-    assert memory() is None
 
 
 class Faulty(MemoryStore):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
-import itertools
-
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -224,14 +221,3 @@ def test_a_filter_reports_a_damaged_shard(tmp_path):
     shard.write_bytes(data)
     with pytest.raises(tc.CorruptShard):
         tc.Dataset(tmp_path / "d").filter(pc.field("id") < 5)
-
-
-def test_dates_and_structs_are_filtered_as_by_arrow(tmp_path):
-    days = [dt.date(2024, 1, 1) + dt.timedelta(days=i) for i in range(20)]
-    table = pa.table({"day": pa.array(days), "at": pa.array([{"x": i} for i in range(20)])})
-    with tc.Writer(tmp_path / "d", schema=table.schema) as writer:
-        writer.write_batch(table)
-    dataset = tc.Dataset(tmp_path / "d")
-    assert dataset.filter(pc.field("day") >= pa.scalar(days[15]))[:]["day"] == days[15:]
-    assert [record["at"]["x"] for record in dataset.filter(pc.field("at", "x") < 2)] == [0, 1]
-    assert list(itertools.chain(*(b["day"] for b in tc.DataLoader(dataset.skip(18))))) == days[18:]

@@ -135,19 +135,6 @@ def test_stored_order_equals_a_plain_packer_in_every_way_of_reading(opened, mode
         next(rows.to_arrow())
 
 
-def test_dtypes_are_those_that_models_take(opened):
-    batch = batches(packed(opened[0]["a"], eos=END))[0]
-    assert {name: batch[name].dtype for name in OUTPUTS} == {
-        "tokens": torch.int64,
-        "labels": torch.int64,
-        "position_ids": torch.int64,
-        "document_ids": torch.int32,
-        "cu_seqlens": torch.int32,
-    }
-    assert type(batch["max_seqlen"]) is int
-    assert all(batch[name].shape == (5, LENGTH) and batch[name].is_contiguous() for name in OUTPUTS[:-1])
-
-
 def test_cu_seqlens_bound_the_pieces_of_the_flattened_batch(opened):
     for batch in batches(packed(opened[0]["a"], mode="best_fit"), shuffle=True):
         bounds, ids = batch["cu_seqlens"].tolist(), batch["document_ids"].flatten().tolist()
@@ -159,15 +146,6 @@ def test_cu_seqlens_bound_the_pieces_of_the_flattened_batch(opened):
             assert len(set(ids[a:b])) == 1
             assert positions[a:b] == list(range(b - a))
         assert [a for a in bounds[:-1] if positions[a] != 0] == []
-
-
-def test_concatenated_tokens_are_all_stored_tokens_once_and_rows_are_full_but_the_last_of_a_unit(opened):
-    datasets, documents = opened
-    rows = packed(datasets["a"])
-    found = batches(rows)
-    assert list(itertools.chain(*pieces(found))) == list(itertools.chain(*documents["a"]))
-    ids = torch.cat([batch["document_ids"] for batch in found])
-    assert int((ids < 0).any(dim=1).sum()) <= len(units_of(datasets["a"], rows))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -183,16 +161,6 @@ def test_every_epoch_serves_every_token_once_in_another_order(opened, mode):
         assert sum(len(batch["tokens"]) for batch in epoch) == len(rows)
     assert joined(epochs[0]) != joined(epochs[1])
     assert joined(epochs[0]) != joined(batches(rows))
-
-
-def test_documents_that_fit_a_row_are_not_cut_in_best_fit_and_separate(opened):
-    datasets, documents = opened
-    whole = {tuple(document) for document in documents["b"]}
-    for mode in ("best_fit", "separate"):
-        found = batches(packed(datasets["b"], mode=mode), shuffle=True)
-        assert sorted(pieces(found)) == sorted(whole)
-        if mode == "separate":
-            assert all(ids.max() == 0 for batch in found for ids in batch["document_ids"])
 
 
 def serve(dataset, plan: list[tuple[int, int]]) -> tuple[list[list[int]], list[int]]:
@@ -234,18 +202,6 @@ def check_resumed(documents, plan, mode, is_mixed):
     assert Counter(map(tuple, whole)) - Counter(map(tuple, found)) == Counter()
     assert sum((Counter(map(tuple, found)) - Counter(map(tuple, whole))).values()) == padded
     assert len(whole) == len(rows)
-
-
-@pytest.mark.parametrize(
-    ("plan", "mode", "is_mixed"),
-    [
-        ([(1, 40), (4, 30), (3, 7)], "concatenate", False),
-        ([(2, 0), (5, 41), (1, 3)], "best_fit", True),
-        ([(3, 19)], "separate", True),
-    ],
-)
-def test_a_run_that_is_killed_and_resumed_on_other_ranks_serves_every_row_once(documents, plan, mode, is_mixed):
-    check_resumed(documents, plan, mode, is_mixed)
 
 
 @pytest.mark.stress
@@ -576,23 +532,6 @@ def test_a_corrupt_cached_copy_is_fetched_again(tmp_path):
         join_loading()
         rows.close()
         second.close()
-
-
-def test_torchs_loader_and_iteration_serve_the_rows_of_the_native_path(opened):
-    rows = packed(opened[0]["b"], mode="best_fit", eos=END)
-    native = batches(rows)
-    for n_workers in (0, 2):
-        served = torch.utils.data.DataLoader(rows, 5, collate_fn=tc_collate, num_workers=n_workers)
-        for one, other in zip(served, native, strict=True):
-            assert all(torch.equal(one[name], other[name]) for name in OUTPUTS)
-            assert one["max_seqlen"] == other["max_seqlen"]
-    assert [record["tokens"].tolist() for record in rows] == joined(batches(rows))
-    join_loading()
-    rows.close()
-
-
-def tc_collate(records):
-    return tc.collate(records)
 
 
 def test_a_file_that_is_truncated_while_rows_are_served_is_an_error(tmp_path):

@@ -44,11 +44,6 @@ def test_it_holds_each_record_once_in_an_order_of_its_own_for_each_seed(path):
     assert len({tc.Dataset(path).shuffle(seed).fingerprint for seed in (0, 1, 2)}) == 3
 
 
-def test_the_first_records_come_from_everywhere(path):
-    labels = [int(record["label"]) for record in tc.Dataset(path).shuffle(3).take(100)]
-    assert set(labels) == set(range(10))
-
-
 def test_every_way_of_reading_serves_the_order(path):
     view = tc.Dataset(path).shuffle(1)
     order = ids_of(view)
@@ -62,22 +57,6 @@ def test_every_way_of_reading_serves_the_order(path):
         for r in range(3)
     ]
     assert set().union(*ranks) == set(order)
-
-
-def test_it_combines_with_other_selections(path):
-    dataset = tc.Dataset(path)
-    order = ids_of(dataset.shuffle(1))
-    assert ids_of(dataset.shuffle(1).take(5)) == order[:5]
-    assert ids_of(dataset.shuffle(1).skip(395)) == order[395:]
-    assert ids_of(dataset.shuffle(1).filter(pc.field("label") == 3)) == [i for i in order if i // 40 == 3]
-    assert ids_of(dataset.shuffle(1).select([3, 3, 0])) == [order[3], order[3], order[0]]
-    assert ids_of(dataset.shuffle(1) + dataset.take(1)) == [*order, 0]
-    once = dataset.filter(pc.field("label") == 3).shuffle(2)
-    assert sorted(ids_of(once)) == list(range(120, 160))
-    assert ids_of(once) != list(range(120, 160))
-    assert ids_of(dataset.take(0).shuffle(1)) == []
-    mixed = tc.mix([dataset.take(10).shuffle(1), dataset.skip(10)], [1, 1])
-    assert [int(record["id"]) for record in mixed][:4] == [0, 10, 1, 11]
 
 
 def test_a_filter_of_a_large_shuffled_view_reads_its_order_piece_by_piece(path, monkeypatch):
@@ -118,13 +97,6 @@ def test_a_loader_resumes_in_the_order_at_every_step(path):
         assert [batch["id"].tolist() for batch in resumed] == batches[step:]
     with pytest.raises(tc.ObjectChanged, match="another selection"):
         tc.DataLoader(tc.Dataset(path).take(50).shuffle(5), 8).load_state_dict(state)
-
-
-def test_shuffle_true_of_the_loader_shuffles_a_shuffled_view_as_any_other(path):
-    loader = tc.DataLoader(tc.Dataset(path).shuffle(1), 32, shuffle=True, options=tc.LoaderOptions(seed=1))
-    other = tc.DataLoader(tc.Dataset(path), 32, shuffle=True, options=tc.LoaderOptions(seed=1))
-    epochs = [[batch["id"].tolist() for batch in one] for one in (loader, other)]
-    assert epochs[0] == epochs[1]
 
 
 @pytest.mark.parametrize("seed", [None, 1.5, "1"])

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 import tiercache as tc
 from tiercache.data.scan import share_out
 from tiercache.order.epoch_order import derive_key
-from tiercache.order.mixture import apportion
 from tiercache.shard.schema import CLASSES_KEY
 
 N = 300
@@ -83,19 +82,6 @@ def test_the_parts_are_disjoint_and_together_all_records_in_their_order(path, op
     assert sorted(i for part in parts.values() for i in part) == list(range(N))
 
 
-def test_the_parts_have_the_exact_sizes(path):
-    assert [len(part) for part in tc.Dataset(path).split(FRACTIONS).values()] == [240, 45, 15]
-    thirds = {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3}
-    assert [len(part) for part in tc.Dataset(path).take(100).split(thirds).values()] == [34, 33, 33]
-
-
-def test_the_first_part_has_the_first_records_of_the_shuffle(path):
-    dataset = tc.Dataset(path)
-    parts, order = parts_of(dataset, FRACTIONS, seed=11), ids_of(dataset.shuffle(11))
-    assert parts["train"] == sorted(order[:240])
-    assert parts["val"] == sorted(order[240:285])
-
-
 @pytest.mark.parametrize(("by", "n_classes"), [("label", 10), ("kind", 6), ("flag", 2)])
 def test_each_class_is_shared_out_exactly(path, by, n_classes):
     dataset = tc.Dataset(path)
@@ -121,11 +107,6 @@ def test_shares_are_exact_for_each_class_and_nearly_so_in_sum(counts, weights):
     for part, weight in enumerate(weights):
         error = abs(sum(row[part] for row in sizes) - Fraction(sum(counts) * weight, total))
         assert error <= Fraction(1, 2) if len(weights) == 2 else error < 2
-
-
-@given(n=st.integers(0, 10**6), weights=st.lists(st.integers(1, 1000), min_size=1, max_size=6))
-def test_the_shares_of_a_single_class_are_those_of_the_largest_remainder(n, weights):
-    assert share_out([n], weights) == [list(apportion(n, weights))]
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -242,12 +223,6 @@ def test_a_mixture_cannot_be_split_or_counted(path):
     for call in (lambda: mixed.split({"a": 1}), lambda: mixed.shuffle(1), lambda: mixed.class_counts("label")):
         with pytest.raises(ValueError, match="mixture"):
             call()
-
-
-def test_an_empty_data_set_has_only_empty_parts(path):
-    with pytest.raises(ValueError, match="none of the 0 records"):
-        tc.Dataset(path).take(0).split({"a": 1})
-    assert tc.Dataset(path).take(0).class_counts("label") == {}
 
 
 class TestClasses:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from tests.support.records import SCHEMA, make_columns
 from torch.utils.data import DataLoader as TorchLoader
-from torch.utils.data import default_collate
 
 import tiercache as tc
 
@@ -42,12 +41,6 @@ def test_as_tuple_gives_tuples_and_lists_in_the_order_of_the_names(dataset):
     assert (pairs + pairs.take(1))[-1] == (True, 0)
 
 
-def test_as_tuple_accepts_a_name_twice_and_replaces_an_earlier_choice(dataset):
-    assert dataset.as_tuple("id", "flag", "id")[3] == (3, True, 3)
-    assert dataset.as_tuple("id", "flag").select_columns(["flag"])[3] == (True,)
-    assert dataset.as_tuple("id", "flag").as_tuple("id")[3] == (3,)
-
-
 LOADERS = {
     "native": tc.DataLoader,
     "shuffled": lambda d, **options: tc.DataLoader(d, shuffle=True, **options),
@@ -78,12 +71,6 @@ def test_batches_of_every_loader_are_lists_of_tensors_as_from_torchs_default_col
         assert valid.tolist() == [e["score"][0] is not None for e in expected]
         seen += ids.tolist()
     assert sorted(seen) == list(range(N))
-
-
-def test_torchs_default_collate_works_on_tuples(dataset):
-    batches = list(TorchLoader(dataset.as_tuple("id", "flag"), batch_size=10, collate_fn=default_collate))
-    assert all(isinstance(batch, list) and len(batch) == 2 for batch in batches)
-    assert torch.cat([ids for ids, _ in batches]).tolist() == list(range(N))
 
 
 def test_as_tuple_accepts_masks_and_lengths_without_their_column(dataset):

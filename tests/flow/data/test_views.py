@@ -6,7 +6,6 @@ import itertools
 import pickle
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -195,18 +194,6 @@ def test_invalid_selections_are_errors_that_name_valid_ones(dataset, call, error
 )
 def test_select_accepts_numbers_in_any_container(dataset, chosen):
     assert ids_of(dataset.select(chosen)) == [4, 2, 4]
-
-
-def test_select_accepts_masks_and_ranges(dataset):
-    mask = [i % 50 == 0 for i in range(N)]
-    for form in (mask, np.array(mask), torch.tensor(mask)):
-        assert ids_of(dataset.select(form)) == [0, 50, 100]
-    assert ids_of(dataset.select(range(3, 6))) == [3, 4, 5]
-    assert ids_of(dataset.select(range(6, 0, -2))) == [6, 4, 2]
-    assert ids_of(dataset.select(range(-3, 0))) == [147, 148, 149]
-    assert ids_of(dataset.select(range(10**12, 10**12))) == []
-    assert ids_of(dataset.select(pd.Series(mask, dtype="boolean", index=range(7, N + 7)))) == [0, 50, 100]
-    assert dataset.select(range(3, 140))._source.selection.n_bytes == 24
 
 
 def test_a_view_keeps_columns_transform_and_subclass(packed):

@@ -135,7 +135,7 @@ def test_the_ranks_of_any_world_size_serve_one_sequence(parts, data, name, strea
     warnings.simplefilter("ignore", RuntimeWarning)  # of streams that do not divide the global batch
     a, b = parts
     if name.startswith("mixed"):
-        dataset = tc.mix([a, b], weights=[1, 2], stop="first" if name == "mixed" else "all")
+        dataset = tc.mix([a, b], weights=[1, 2], stop="first_exhausted" if name == "mixed" else "all_exhausted")
     else:
         dataset, _ = a_view(name, a, b)
     how = {"shuffle_streams": streams, "placement": placement, "shuffle": shuffle}

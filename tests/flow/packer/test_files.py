@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from tiercache.errors import NotFound
-from tiercache.packer.files import LocalFiles, StoreFiles, find_files, selected
+from tiercache.packer.files import StoreFiles, find_files, selected
 from tiercache.store import open_store
 
 
@@ -31,11 +31,6 @@ def test_a_file_url_is_decoded(tmp_path):
     (tmp_path / "a b").mkdir()
     (tmp_path / "a b" / "x").write_text("x")
     assert paths(f"file://{tmp_path}/a%20b") == ["x"]
-
-
-def test_an_empty_source_is_an_error():
-    with pytest.raises(ValueError, match="not a URL or path"):
-        find_files("", {})
 
 
 def test_links_are_followed_but_not_in_a_loop(folder):
@@ -87,11 +82,6 @@ def test_a_missing_source_is_not_found(folder, source):
         find_files(folder / source, {})
 
 
-def test_an_empty_folder_is_not_found(tmp_path):
-    with pytest.raises(NotFound, match="no files in this folder"):
-        find_files(tmp_path, {})
-
-
 def test_objects_of_a_store_are_read_like_files():
     store = open_store("memory://test-pack-files/in")
     store.put("x/2.bin", b"0123456789" * 1000)
@@ -111,10 +101,6 @@ def test_objects_of_a_store_are_read_like_files():
     files = StoreFiles("memory://test-pack-files/in", {})
     assert list(files.read_many(["x/2.bin", "x/1.bin"])) == [store.get("x/2.bin"), store.get("x/1.bin")]
     assert files.location("x/1.bin") == "memory://test-pack-files/in/x/1.bin"
-
-
-def test_local_files_are_read_in_the_order_asked_for(folder):
-    assert LocalFiles(str(folder)).read_many(["top.txt", "a/1.txt"]) == [b"top.txt", b"a/1.txt"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.stores import CountingStore, GateStore
 
-from tiercache.errors import CommitConflict, NotFound, SchemaError, StoreError
+from tiercache.errors import CommitConflict, SchemaError, StoreError
 from tiercache.model import ShardInfo
 from tiercache.shard import versions as manifest
 from tiercache.shard.schema import Schema
@@ -77,17 +77,6 @@ class TestModes:
         assert append(faulty, shard()).number == 2
         assert faulty.faulted_calls
         assert manifest.latest(store).number == 2
-
-    def test_create_where_a_data_set_exists_is_an_error_that_names_the_other_modes(
-        self, store: MemoryStore, first: Version
-    ) -> None:
-        with pytest.raises(CommitConflict, match=r'mode="append".*mode="overwrite"'):
-            commit(store, [shard()], schema=SCHEMA, mode="create")
-        assert manifest.list_versions(store) == [1]
-
-    def test_append_without_a_data_set_is_an_error_that_names_create(self, store: MemoryStore) -> None:
-        with pytest.raises(NotFound, match='mode="create"'):
-            append(store, shard())
 
     def test_appending_no_shards_commits_nothing(self, store: MemoryStore, first: Version) -> None:
         assert append(store) == first
@@ -180,6 +169,7 @@ class TestRaces:
             start_at = found.index(infos[0].name)
             assert found[start_at : start_at + len(infos)] == [info.name for info in infos]
 
+    @pytest.mark.stress
     def test_concurrent_appends_of_processes_are_all_committed(self, tmp_path: Path) -> None:
         store = LocalFolder(tmp_path)
         commit(store, [shard()], schema=SCHEMA, mode="create")
@@ -414,11 +404,3 @@ class TestMerging:
         assert [row for segment in rows for row in segment] == [i for i, n in enumerate(appends) for _ in range(n)]
         assert n_merges <= len(appends) // (MAX_SEGMENTS // 2)
         assert n_copied <= n_merges * sum(appends)
-
-    def test_a_data_set_of_many_appends_reads_back_in_order(self, store: MemoryStore, first: Version) -> None:
-        added = [shard() for _ in range(MAX_SEGMENTS + 36)]
-        for info in added:
-            version = append(store, info)
-        assert names(store)[1:] == [info.name for info in added]
-        assert len(version.segments) <= MAX_SEGMENTS
-        assert version.n_shards == len(added) + 1

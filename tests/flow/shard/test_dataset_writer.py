@@ -97,15 +97,6 @@ class TestWriting:
             assert (len(data), crc32c(data)) == (info.n_bytes, info.crc32c)
         assert records(store) == written(0, 1000)
 
-    def test_append_adds_records_and_overwrite_replaces_them(self, url: str, store: MemoryStore) -> None:
-        expected = []
-        for mode, start, n in (("create", 0, 3), ("append", 3, 4), ("append", 7, 1), ("overwrite", 90, 2)):
-            with Writer(url, schema=SCHEMA, mode=mode) as writer:
-                writer.write_batch(batch(start, n))
-            expected = written(start, n) if mode == "overwrite" else expected + written(start, n)
-            assert records(store) == expected
-        assert [manifest.read_version(store, n).n_records for n in (1, 2, 3, 4)] == [3, 7, 8, 2]
-
     def test_close_can_be_repeated_and_write_after_it_is_an_error(self, url: str, store: MemoryStore) -> None:
         writer = Writer(url, schema=SCHEMA)
         writer.write_batch(batch(0, 3))
@@ -142,12 +133,6 @@ class TestSchemas:
             writer.write({"z": True})
         assert writer.version is not None
         assert writer.version.schema.names == ("z",)
-
-    def test_an_append_uses_the_schema_of_the_data_set(self, url: str, store: MemoryStore) -> None:
-        Writer(url, schema={"x": "int32", "text": "str"}).close()
-        with Writer(url, mode="append") as writer:
-            writer.write({"x": 1, "text": "a"})  # would be int64 if it were inferred
-        assert manifest.latest(store).schema.columns[0].dtype == "int32"
 
     def test_an_append_of_another_schema_is_an_error_before_anything_is_written(
         self, url: str, store: MemoryStore
@@ -231,14 +216,6 @@ class TestFailures:
         with pytest.raises(ValueError, match="the writer is aborted"):
             writer.close()
         assert [info.key for info in store.list()] == []
-
-    def test_an_abort_that_cannot_delete_does_not_hide_the_first_error(
-        self, url: str, store: MemoryStore, faulty: FaultStore
-    ) -> None:
-        faulty.add(Fault("delete"))
-        with pytest.raises(KeyError):
-            write_and_fail(Writer(url, schema=SCHEMA, shard_size=4000, block_size=1000), store)
-        assert manifest.list_versions(store) == []
 
     def test_a_second_close_settles_a_commit_that_may_have_happened(
         self, url: str, store: MemoryStore, faulty: FaultStore

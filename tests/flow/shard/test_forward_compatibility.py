@@ -16,7 +16,7 @@ from tiercache import __version__
 from tiercache.errors import CorruptShard, UnsupportedFormat
 from tiercache.shard import codec
 from tiercache.shard import versions as segments
-from tiercache.shard.footer import Tail, pack_head, parse_head
+from tiercache.shard.footer import pack_head, parse_head
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema
 from tiercache.shard.verify import verify_shard
@@ -87,12 +87,6 @@ def test_a_later_format_is_an_error_that_names_the_needed_release(shard):
     assert (error.value.found, error.value.supported) == (2, 1)
 
 
-def test_a_shard_of_a_format_before_the_first_release_is_an_error_that_says_to_pack_again(shard):
-    _, data = shard
-    with pytest.raises(UnsupportedFormat, match=r"format 0 of a build before the first release.*pack the data again"):
-        opened(with_tail(data, 28, b"\0"))
-
-
 @pytest.mark.parametrize("at", range(48, 52))
 def test_padding_bytes_of_the_tail_are_ignored(shard, at):
     _, data = shard
@@ -124,16 +118,6 @@ def test_missing_sections_of_a_footer_are_corruption(shard, monkeypatch):
     raw[36] = 6
     _, changed = later.sealed(data[: info["footer_offset"]], footer, "shard", bytes(raw))
     with pytest.raises(CorruptShard, match="6 sections"):
-        opened(changed)
-
-
-def test_a_later_section_outside_the_footer_is_corruption(shard):
-    info, data = shard
-    footer = opened(data).footer
-    raw = bytearray(later.content_with(footer, {}, (b"more",)))
-    struct.pack_into("<Q", raw, 40 + 16 * 7 + 8, 2**63)
-    _, changed = later.sealed(data[: info["footer_offset"]], footer, "shard", bytes(raw))
-    with pytest.raises(CorruptShard, match="section 7"):
         opened(changed)
 
 
@@ -189,12 +173,6 @@ def test_bytes_between_chunks_are_found_by_verify_unless_a_later_section_may_des
     assert list(verify_shard(store, "later")) == []
 
 
-def test_a_footer_that_is_not_aligned_is_corruption():
-    tail = Tail(96, 10, 10, 0)
-    with pytest.raises(CorruptShard, match="invalid footer"):
-        Tail.parse(tail.pack(), tail.file_bytes, "u")
-
-
 @pytest.fixture
 def store(shard) -> MemoryStore:
     info, data = shard
@@ -233,7 +211,6 @@ def test_unknown_keys_of_a_version_are_ignored(store, changes):
             "format 2, which tiercache 3.0",
         ),
         ({"format": 2, "release": 7}, "format 2, which a later tiercache knows"),
-        ({"format": 0}, "pack the data again"),
     ],
 )
 def test_a_version_that_needs_a_later_release_is_an_error_that_names_it(store, changes, text):

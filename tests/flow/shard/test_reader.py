@@ -1,11 +1,8 @@
 """ShardReader: requests, pages, verification, leases, forks, and files that change under it."""
 
-import gc
 import mmap
 import os
-import pickle
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +11,7 @@ from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.mixed_shard import SCHEMA, N, batch, fill, wait_until_settled
 
 from tiercache._native import gather
-from tiercache.errors import CorruptShard, NotFound, SchemaError, StoreError
+from tiercache.errors import CorruptShard, SchemaError, StoreError
 from tiercache.shard import schema
 from tiercache.shard.footer import PAGE_BYTES
 from tiercache.shard.reader import ShardReader
@@ -102,13 +99,6 @@ def test_a_footer_longer_than_the_guess_costs_two_requests():
     assert reader.footer.n_blocks == 6000
 
 
-def test_records_are_read_in_any_order_from_any_store(remote):
-    store, info = remote
-    reader = ShardReader(store, info.name, info=info)
-    expect(reader.take(ROWS, range(len(SCHEMA))), ROWS)
-    assert reader.local_copy is None
-
-
 def test_a_record_of_raw_columns_costs_the_pages_that_contain_it(remote):
     store, info = remote
     reader = ShardReader(store, info.name, info=info)
@@ -119,15 +109,6 @@ def test_a_record_of_raw_columns_costs_the_pages_that_contain_it(remote):
     reader.take([1234], [SCHEMA.index("b")])
     assert len(store.requests) == 2  # the offsets say where the bytes are
     assert store.n_bytes <= 3 * PAGE_BYTES
-
-
-def test_a_record_of_a_compressed_column_costs_its_chunk(remote):
-    store, info = remote
-    reader = ShardReader(store, info.name, info=info)
-    store.requests.clear()
-    reader.take([1234], [SCHEMA.index("s")])
-    block = int(np.searchsorted(reader.footer.block_first, 1234, side="right")) - 1
-    assert store.n_bytes == reader.footer.chunks[block, SCHEMA.index("s")]["stored"]
 
 
 def test_only_the_requested_columns_are_read(remote):
@@ -142,27 +123,6 @@ def test_only_the_requested_columns_are_read(remote):
     reader.load([0], range(len(SCHEMA)))
     # Neighbours are one range; the small columns lie together elsewhere.
     assert [len(spans) for spans in store.requests] == [2]
-
-
-def test_a_local_shard_is_mapped_and_not_copied(folder):
-    store, info = folder
-    with ShardReader(store, info.name, info=info) as reader:
-        assert reader.local_copy is not None
-        blocks = reader.load([0, 1], [SCHEMA.index("t"), SCHEMA.index("b")])
-        assert blocks.private_bytes == 0
-        expect(reader.take(ROWS, range(len(SCHEMA))), ROWS)
-
-
-def test_blocks_and_arrays_outlive_their_reader(folder):
-    store, info = folder
-    with ShardReader(store, info.name) as reader:
-        blocks = reader.load([0], range(len(SCHEMA)))
-    array = blocks.array(0, SCHEMA.index("b"))
-    places = np.arange(5, dtype=np.uint32)
-    expect(block_values(blocks, range(len(SCHEMA)), np.zeros(5, np.uint32), places), range(5))
-    del blocks, reader
-    gc.collect()
-    assert array[3].as_py() == batch()["b"][3]
 
 
 def test_blocks_are_readable_without_a_descriptor_after_the_reader_has_released_its_lease(folder):
@@ -280,16 +240,6 @@ def test_an_unchanged_local_shard_is_checked_once(folder):
             values_of(blocks, "t", [0])
 
 
-def test_a_reopened_shard_is_checked_again(folder):
-    store, info = folder
-    column = SCHEMA.index("t")
-    damage(store, info, "t")
-    with ShardReader(store, info.name) as again:  # a new open starts unchecked
-        again.take([N - 1], [column])
-        with pytest.raises(CorruptShard, match="block 0, column 't': CRC-32C of page 0"):
-            again.take([0], [column])
-
-
 def test_loading_reads_nothing_of_mapped_chunks(folder):
     store, info = folder
     damage(store, info, "t")
@@ -325,14 +275,6 @@ def test_nothing_is_left_to_check_after_every_page_was_right(folder, verify):
         assert blocks.pending_checks is not None
     with ShardReader(store, info.name, verify="never") as reader:
         assert reader.load([0, 1], columns).pending_checks is None
-
-
-def test_chunks_that_are_not_mapped_are_checked_when_they_are_loaded(remote, folder):
-    store, info = folder
-    damage(store, info, "s")  # compressed
-    with ShardReader(store, info.name) as reader, pytest.raises(CorruptShard, match="column 's': CRC-32C"):
-        reader.load([0], [SCHEMA.index("s")])
-    assert ShardReader(remote[0], remote[1].name).load([0], range(len(SCHEMA))).pending_checks is None
 
 
 def test_a_flipped_bit_is_found_by_the_rows_of_its_page_and_by_no_other(folder):
@@ -442,23 +384,6 @@ def test_a_missing_row_block_or_column_is_an_index_error(remote, call):
         call(ShardReader(store, info.name))
 
 
-def test_a_missing_shard_is_not_found(tmp_path):
-    for store in (MemoryStore("reader-missing"), LocalFolder(tmp_path)):
-        with pytest.raises(NotFound):
-            ShardReader(store, "shards/none.tcs")
-
-
-def test_many_threads_read_one_reader(folder):
-    store, info = folder
-    with ShardReader(store, info.name) as reader, ThreadPoolExecutor(4) as pool:
-        jobs = [
-            pool.submit(reader.take, [k * 7 % N for k in range(start, start + 20)], range(len(SCHEMA)))
-            for start in range(12)
-        ]
-        for start, job in enumerate(jobs):
-            expect(job.result(), [k * 7 % N for k in range(start, start + 20)])
-
-
 def test_a_forked_child_reads_what_its_parent_opened(folder):
     store, info = folder
     with ShardReader(store, info.name) as reader:
@@ -471,12 +396,6 @@ def test_a_forked_child_reads_what_its_parent_opened(folder):
             finally:
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-
-def test_an_open_reader_is_not_pickled(remote):
-    store, info = remote
-    with pytest.raises(TypeError, match="open it again"):
-        pickle.dumps(ShardReader(store, info.name))
 
 
 def test_an_unknown_verify_mode_is_an_error(remote):

@@ -12,7 +12,6 @@ from tests.support.forks import in_a_fork
 
 from tiercache.errors import StoreError
 from tiercache.shard import shard_file as shard_file
-from tiercache.shard.codec import BUFFER_POOL, HUGE_PAGE_BYTES, SMALL_BYTES
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Schema, Tensor
 from tiercache.shard.shard_file import UploadQueue
@@ -113,20 +112,6 @@ def test_the_queue_holds_one_part_in_transit_and_two_waiting(store: Gated) -> No
     uploads.abort()
 
 
-def test_twenty_parts_never_take_the_memory_of_more_than_four(store: Gated) -> None:
-    uploads = UploadQueue(store)
-    upload, before, most, number = uploads.begin("a"), BUFFER_POOL.used_bytes, 0, 0
-    try:
-        for _ in range(20):
-            memory = BUFFER_POOL.allocate(SMALL_BYTES)
-            most = max(most, BUFFER_POOL.used_bytes - before)
-            number = uploads.send(upload, number, memory, SMALL_BYTES)
-            del memory
-        assert 0 < most <= 4 * HUGE_PAGE_BYTES  # being filled, sent, and two that wait
-    finally:
-        uploads.abort()
-
-
 @pytest.mark.parametrize("one_by_one", [True, False])
 def test_a_store_error_is_raised_by_the_next_call_and_then_only_abort_is_allowed(
     store: Gated, one_by_one: bool
@@ -190,12 +175,6 @@ def test_an_abandoned_writer_ends_its_thread(store: Gated) -> None:
     assert not thread.is_alive()
 
 
-def test_a_writer_that_writes_nothing_starts_no_thread(store: Gated) -> None:
-    with ShardWriter(store, SCHEMA, options()) as writer:
-        writer.write({"x": 1})
-        assert upload_threads() == []
-
-
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_cannot_continue_the_writer_or_delete_its_parents_shards(tmp_path) -> None:  # type: ignore[no-untyped-def]
     def child() -> int:
@@ -230,17 +209,6 @@ def test_a_new_writer_can_be_used_in_a_forked_child(tmp_path) -> None:  # type: 
 
     assert in_a_fork(child) == 0
     assert ShardReader(store, "shards/w-000000.tcs").take([0], [0])[0].values.tolist() == [7]
-
-
-def test_an_array_may_be_changed_while_its_records_are_uploaded(store: Gated) -> None:
-    store.gate.clear()
-    mine = np.arange(1100)
-    with ShardWriter(store, SCHEMA, options()) as writer:
-        writer.write_batch({"x": mine})
-        mine[:] = -1
-        store.gate.set()
-    (info,) = writer.finish()
-    assert ShardReader(store, info.name, info=info).take(range(1100), [0])[0].values.tolist() == list(range(1100))
 
 
 def test_a_chunk_that_is_longer_than_a_part_is_sent_in_parts(store: Gated) -> None:

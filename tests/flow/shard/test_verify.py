@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from tiercache._native.checksum import crc32c
-from tiercache.errors import CorruptShard, NotFound
+from tiercache.errors import CorruptShard
 from tiercache.model import ShardInfo
 from tiercache.shard.footer import Tail
 from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Ragged, Schema, Tensor
 from tiercache.shard.verify import Finding, verify_shard
 from tiercache.shard.writer import ShardOptions, ShardWriter
-from tiercache.store.local import LocalFolder
 from tiercache.store.memory import MemoryStore
 
 SCHEMA = Schema.of({"t": Tensor("uint8", (5000,)), "s": "str", "r": Ragged("bfloat16", (None,))})
@@ -88,16 +87,3 @@ def test_invalid_values_are_found_under_right_checksums(kind, as_if):
     assert [(f.part, f.block, f.column) for f in verify_shard(store, "lie")] == [("chunk", 0, "b")]
     with pytest.raises(CorruptShard, match="column 'b'"):
         ShardReader(store, "lie").take([0], [0])
-
-
-def test_verification_of_a_local_shard_releases_its_lease(tmp_path):
-    store = LocalFolder(tmp_path)
-    with ShardWriter(store, Schema.of({"b": "bytes"}), ShardOptions()) as writer:
-        writer.write_batch({"b": [b"x"]})
-    (info,) = writer.finish()
-    assert list(verify_shard(store, info.name, info)) == []
-
-
-def test_a_missing_shard_is_not_found():
-    with pytest.raises(NotFound):
-        list(verify_shard(MemoryStore("verify-missing"), "shards/x.tcs"))

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,14 +54,6 @@ def test_digests_are_equal_only_for_equal_numbers_in_equal_order(a, b):
     assert (selection(a).digest == selection(b).digest) == (a == b)
 
 
-@given(numbers=ANY)
-def test_a_selection_can_be_pickled(numbers):
-    chosen = selection(numbers)
-    again = pickle.loads(pickle.dumps(chosen))
-    assert served(again) == numbers
-    assert again.digest == chosen.digest
-
-
 def test_a_range_costs_the_same_whatever_its_length():
     assert Selection.span(5, 10**15).n_bytes == Selection.span(5, 6).n_bytes == 24
     assert served(Selection.span(7, 7)) == served(Selection.span(7, 3)) == []
@@ -76,12 +64,3 @@ def test_adjacent_runs_are_merged():
     joined = Selection.of_runs(np.array([0, 4, 9]), np.array([4, 2, 1]))
     assert served(joined) == [0, 1, 2, 3, 4, 5, 9]
     assert joined.starts.tolist() == [0, 9]
-
-
-def test_a_selection_is_immutable():
-    chosen = selection([3, 1, 2])
-    for array in (chosen.starts, chosen.first, chosen.order):
-        with pytest.raises(ValueError, match="read-only"):
-            array[0] = 9
-    assert copy.deepcopy(chosen) is chosen
-    assert repr(chosen) == "Selection(3 records, 1 runs, listed)"

@@ -14,9 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from tiercache._native.block_builder import ADDED, EXCEEDS_BLOCK, NEEDS_CONVERSION, BlockBuilder
 from tiercache.errors import SchemaError
-from tiercache.shard.reader import ShardReader
 from tiercache.shard.schema import Image, Ragged, Schema, Tensor
-from tiercache.shard.values import as_batch
 from tiercache.shard.writer import RecordBuffer, ShardOptions, ShardWriter
 from tiercache.store.memory import MemoryStore
 
@@ -242,26 +240,6 @@ def test_a_record_that_exceeds_the_block_begins_the_next_block():
     assert (n.values.ravel().tolist(), b.offsets.tolist()) == ([3], [0, 14])
 
 
-def test_taken_records_do_not_change_when_more_are_written():
-    buffer = RecordBuffer(Schema.of({"n": "int64"}).columns, 1 << 20)
-    buffer.add_fast({"n": 1})
-    (taken,) = buffer.take(1)
-    buffer.add_fast({"n": 2})
-    assert taken.values.tolist() == [[1]]
-
-
-@pytest.mark.parametrize("n", [0, 2, 4])
-def test_only_all_records_or_all_but_the_last_can_be_taken(n):
-    buffer = RecordBuffer(Schema.of({"n": "int64"}).columns, 1 << 20)
-    for i in range(3):
-        buffer.add_fast({"n": i})
-    if n == 2:
-        assert buffer.take(n)[0].n == 2
-        return
-    with pytest.raises(ValueError, match="all but the last"):
-        buffer.take(n)
-
-
 def test_missing_columns_and_rows_are_errors():
     records = BlockBuilder([], 10)
     with pytest.raises(IndexError):
@@ -280,19 +258,6 @@ def test_a_record_that_makes_the_buffer_grow_keeps_shape_and_validity():
     assert r.shapes.tolist() == [list(row.shape) for row in rows]
     assert r.values[: r.offsets[-1]].tobytes() == b.values[: b.offsets[-1]].tobytes() == b"".join(rows)
     assert (b.valid, s.valid) == (None, None)
-
-
-def test_records_of_any_length_are_read_back_equal():
-    rng = np.random.default_rng(5)
-    rows = [rng.integers(0, 256, int(n), np.uint8) for n in [*rng.integers(0, 9000, 200), 3 << 20, 0, 7]]
-    store = MemoryStore("any-length")
-    schema = Schema.of({"b": "bytes", "r": Ragged("uint8", (None,))})
-    with ShardWriter(store, schema, ShardOptions(compression="none")) as writer:
-        for row in rows:
-            writer.write({"b": row.tobytes(), "r": row})
-    (info,) = writer.finish()
-    batch = as_batch(ShardReader(store, info.name, info=info).take(range(len(rows)), [0, 1]))
-    assert [np.asarray(found).tobytes() for found in batch["r"]] == batch["b"] == [row.tobytes() for row in rows]
 
 
 class Scarce:

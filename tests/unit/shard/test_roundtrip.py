@@ -209,33 +209,17 @@ def test_records_of_a_local_folder_are_read_back_equal(data):
                 reader.close()
 
 
-def test_a_column_of_nulls_alone_is_read_back():
-    store = MemoryStore("round-trip-null-type")
-    with ShardWriter(store, Schema.of({"x": pa.null(), "y": "int8"}), ShardOptions(block_bytes=2)) as writer:
-        writer.write_batch({"x": pa.nulls(3), "y": [1, 2, 3]})
-    (info,) = writer.finish()
-    check([{"x": None, "y": y} for y in (1, 2, 3)], by_block([ShardReader(store, info.name)]))
-
-
 def test_a_shard_without_records_is_readable():
     store = MemoryStore("round-trip-empty")
     schema = Schema.of({"x": "int64", "y": "str"})
     uploads = UploadQueue(store)
     block_codec = BlockCodec([("auto", c.kind) for c in schema.columns])
-    info = ShardFile(uploads, "empty", schema, block_codec).finish({})
+    info = ShardFile(uploads, "empty", schema, block_codec).finish()
     uploads.wait()
     reader = ShardReader(store, "empty", info=info)
     assert (reader.n_records, reader.footer.n_blocks) == (0, 0)
     assert as_batch(reader.take([], [0, 1]))["y"] == []
     assert reader.load([], [0, 1]).addresses.shape == (2, 0, 3)
-
-
-def test_a_writer_without_records_makes_no_shard():
-    store = MemoryStore("round-trip-none")
-    with ShardWriter(store, Schema.of({"x": "int64"}), ShardOptions()) as writer:
-        writer.write_batch({"x": []})
-    assert writer.finish() == []
-    assert list(store.list()) == []
 
 
 def test_bfloat16_is_read_as_a_torch_tensor():
@@ -248,17 +232,6 @@ def test_bfloat16_is_read_as_a_torch_tensor():
     assert batch["x"].dtype == torch.bfloat16
     assert torch.equal(batch["x"], given_values.flip(0))
     assert torch.equal(batch["y"], given_values[:, 1].flip(0))
-
-
-def test_a_batch_has_the_validity_of_nullable_columns():
-    store = MemoryStore("round-trip-nulls")
-    with ShardWriter(store, Schema.of({"x": "int32?", "s": "str?", "z": "int8"}), ShardOptions()) as writer:
-        writer.write_batch({"x": [1, None, 3], "s": ["a", "b", None], "z": [1, 2, 3]})
-    (info,) = writer.finish()
-    batch = as_batch(ShardReader(store, info.name).take([0, 1, 2], [0, 1, 2]))
-    assert list(batch) == ["x", "x.valid", "s", "s.valid", "z"]
-    assert (batch["x"].tolist(), batch["x.valid"].tolist()) == ([1, 0, 3], [True, False, True])
-    assert (batch["s"], batch["s.valid"].tolist()) == (["a", "b", None], [True, True, False])
 
 
 @pytest.mark.parametrize("rows", [[0], [0, 1]])

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -19,12 +18,10 @@ from tiercache.shard.schema import (
     VAR,
     Column,
     Image,
-    Kind,
     Ragged,
     Schema,
     Stream,
     Tensor,
-    register_extension_types,
 )
 
 EVERYTHING = {
@@ -131,10 +128,6 @@ def test_selected_columns_have_the_requested_order():
 def test_arrow_types_become_columns(arrow, text):
     assert str(Column.of("x", arrow)) == text
     assert str(Column.of("x", pa.field("x", arrow))) == f"{text}?"
-
-
-def test_a_column_of_nulls_alone_is_nullable():
-    assert str(Column.of("x", pa.null())) == "null?"
 
 
 @pytest.mark.parametrize(
@@ -258,13 +251,6 @@ def test_a_batch_whose_types_cannot_be_inferred_is_an_error(values, message):
         infer_batch({"x": values})
 
 
-def test_extension_types_may_be_registered_twice():
-    schema = Schema.of(EVERYTHING)
-    register_extension_types()
-    register_extension_types()
-    assert Schema.from_bytes(schema.to_bytes()) == schema
-
-
 def test_arrow_alone_reads_a_schema_without_our_types():
     """The file does not depend on them: unregistered, Arrow gives the storage, and the metadata says the rest."""
     data = Schema.of(EVERYTHING).to_bytes()
@@ -274,13 +260,3 @@ def test_arrow_alone_reads_a_schema_without_our_types():
     columns = Schema.of(EVERYTHING).columns
     plain = pa.schema([pa.field(c.name, c.storage_type, c.nullable, c.arrow.metadata) for c in columns])
     assert Schema.of(plain) == Schema.of(EVERYTHING)
-
-
-def test_every_kind_of_column_has_a_readable_description():
-    kinds = {column.kind for column in Schema.of(EVERYTHING).columns}
-    assert kinds == set(Kind)
-
-
-def test_a_series_of_pandas_is_inferred_like_the_array_that_it_is():
-    columns = {"n": pd.Series([1, 2], dtype="int16"), "s": pd.Series(["a", None], dtype=object)}
-    assert [str(c) for c in infer_batch(columns).columns] == ["int16", "str?"]
