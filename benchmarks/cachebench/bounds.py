@@ -39,7 +39,7 @@ def _no_footers(shards: Sequence[int]) -> Sequence[object]:
 def min_misses(epochs: Sequence[Sequence[int]], capacity: int) -> list[int]:
     """Return the misses of each epoch under Belady's MIN, which may bypass the cache. All shards count alike.
 
-    Written independently of tiercache.cache.simulate.bound(), so that the code under test is not its own reference.
+    Written independently of the cache's policies, so that the code under test is not its own reference.
 
     L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2), 1966.
     """

@@ -13,7 +13,7 @@ import numpy as np
 
 import tiercache as tc
 from support import HttpFaultServer
-from tiercache.cache.accounts import charge_bytes
+from tiercache.cache.folder import charge_bytes
 from tiercache.demo.s3_server import S3Server
 from tiercache.shard.versions import latest, read_shards
 from tiercache.store import open_store

@@ -25,7 +25,7 @@ from tests.stress.scene import Model, Scene
 from tests.support.errnos import FOR_EVER, KINDS, FailedCalls, Position, count_calls, fail_calls
 from tests.support.forks import ChildEnd, SendLine, run_forked
 
-from tiercache.cache import download, eviction
+from tiercache.cache import eviction, fetch
 from tiercache.store import shared_files
 
 
@@ -162,8 +162,8 @@ def copy_sparse(source: Path, target: Path) -> None:
 
 def wait_shortly() -> None:
     """A lock that is never to be had is waited for as always, only not as long: some lives would take half an hour."""
-    shared_files.BUSY_S = download.LOCK_WAIT_S = eviction.SPACE_WAIT_S = 0.1
-    download.SLOWEST_BYTES_S = 1e12
+    shared_files.BUSY_S = fetch.LOCK_WAIT_S = eviction.SPACE_WAIT_S = 0.1
+    fetch.SLOWEST_BYTES_S = 1e12
 
 
 def main() -> None:

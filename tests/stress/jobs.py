@@ -3,6 +3,7 @@
 import os
 import shutil
 import sqlite3
+import struct
 import warnings
 from contextlib import closing
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 from tests.stress.scene import AMPLE, DEADLINE_S, OBJECTS, SIZES, TIGHT, Scene, content
 from tests.support.folder_check import BLOCK_BYTES, allocated_bytes
 
+from tiercache._native.checksum import crc32c
+from tiercache.cache.copy_file import _HEAD, HEAD_BYTES
 from tiercache.cache.names import name_of_identity
-from tiercache.cache.partial import HEAD_BYTES, Head
 from tiercache.crash_points import set_hook
 from tiercache.errors import CorruptShard, StoreError
 from tiercache.model import ByteRange, ReadingPlan, ShardIdentity
@@ -118,7 +120,7 @@ def publish(job: Job, store, keys: list[str]):
     names = np.array([list(bytes.fromhex(job.scene.names[key])) for key in keys], np.uint8)
     ends = np.cumsum(n_bytes)
     plan = ReadingPlan("a job of the rig", np.arange(len(keys)), ends - n_bytes, ends, ends - n_bytes + ends[-1])
-    return store.publish(names, plan), ends.tolist()
+    return store.publish_plan(names, plan), ends.tolist()
 
 
 def follow_a_plan(job: Job) -> None:
@@ -179,11 +181,12 @@ def change_heads(cache_root: Path, boot: str | None = None) -> None:
     """Let the maps of all parts name the parts that lie there, which may have been copied; boot: and another boot."""
     for part in (cache_root / "copies").glob("*.part"):
         path = part.with_suffix(".map")
-        head = Head.parse(path.read_bytes()[:HEAD_BYTES]) if path.exists() else None
-        if head is not None:
-            changed = head._replace(inode=part.stat().st_ino, boot=head.boot if boot is None else boot)
+        head = path.read_bytes()[:HEAD_BYTES] if path.exists() else b""
+        if len(head) == HEAD_BYTES:
+            *facts, _, of_boot, _ = _HEAD.unpack(head)
+            body = _HEAD.pack(*facts, part.stat().st_ino, of_boot if boot is None else boot.encode(), 0)[:-4]
             with path.open("r+b") as file:
-                file.write(changed.pack())
+                file.write(body + struct.pack("<I", crc32c(body)))
 
 
 def pin(job: Job) -> None:

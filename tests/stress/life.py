@@ -82,7 +82,7 @@ def follow(scene: Scene, store) -> None:
     names = np.array([list(bytes.fromhex(scene.names[key])) for key in KEYS], np.uint8)
     ends = np.cumsum([len(scene.data[key]) for key in KEYS])
     firsts = ends - [len(scene.data[key]) for key in KEYS]
-    following = store.publish(names, ReadingPlan("a life", np.arange(n), firsts, ends, firsts + ends[-1]))
+    following = store.publish_plan(names, ReadingPlan("a life", np.arange(n), firsts, ends, firsts + ends[-1]))
     for key, clock in zip(KEYS, ends.tolist(), strict=True):
         scene.read(store, key)
         following.advance(clock)

@@ -29,12 +29,11 @@ from tests.support.errnos import Position
 from tests.support.forks import run_forked
 from tests.support.kill_points import KillAt, kill_at
 
-from tiercache.cache import download, eviction, partial
-from tiercache.cache import locks as locks_module
-from tiercache.cache.accounts import Accounts
-from tiercache.cache.folder import Folder
-from tiercache.cache.locks import Owners
-from tiercache.cache.session import WriteSession
+from tiercache.cache import copy_file, eviction
+from tiercache.cache.accounts import Accounts, Owners
+from tiercache.cache.fetch import Fetch
+from tiercache.cache.folder import Folder, NameLock
+from tiercache.cache.session import CacheSession
 from tiercache.crash_points import crash_point
 
 DEADLINE_S = 60.0
@@ -98,7 +97,7 @@ def stepped(root: Path, steps: Callable) -> list[str]:
 @contextmanager
 def flags_before_data() -> Iterator[None]:
     """A unit is said to be here before it is."""
-    really, waiting, lock = partial.write_all, [], threading.Lock()
+    really, waiting, lock = copy_file.write_all, [], threading.Lock()
 
     def write_all(fd, data, at):
         if Path(f"/proc/self/fd/{fd}").readlink().suffix == ".part":
@@ -112,7 +111,7 @@ def flags_before_data() -> Iterator[None]:
                 while waiting:
                     really(*waiting.pop())
 
-    with patch.object(partial, "write_all", write_all):
+    with patch.object(copy_file, "write_all", write_all):
         yield
 
 
@@ -124,11 +123,11 @@ def name_before_record() -> Iterator[None]:
     def give(self, fd, name):
         was_first = give_name(self, fd, name)
         crash_point("mutant.named")
-        write_record(self, name, waiting[name])
+        write_record(self, *waiting[name])
         return was_first
 
     with (
-        patch.object(Folder, "write_record", lambda self, name, record: waiting.update({name: record})),
+        patch.object(Folder, "write_record", lambda self, spec, crc: waiting.update({spec.name: (spec, crc)})),
         patch.object(Folder, "give_name", give),
     ):
         yield
@@ -137,12 +136,12 @@ def name_before_record() -> Iterator[None]:
 @contextmanager
 def whole_sum_not_checked() -> Iterator[None]:
     """What was fetched is published whatever it is."""
-    really = download._publish
+    really = Fetch._complete
 
-    def publish(writing, spec, part, whole):
-        return really(writing, spec, part, spec.crc32c)
+    def complete(self, part, crc):
+        return really(self, part, self.spec.crc32c)
 
-    with patch.object(download, "_publish", publish):
+    with patch.object(Fetch, "_complete", complete):
         yield
 
 
@@ -186,14 +185,14 @@ def pins_ignored() -> Iterator[None]:
 @contextmanager
 def foreign_file_deleted() -> Iterator[None]:
     """A sweep takes what it does not know for rubbish."""
-    really = WriteSession.sweep
+    really = CacheSession._sweep
 
     def sweep(self):
         really(self)
         for path in self.folder.copies.glob("*.txt"):
             path.unlink()
 
-    with patch.object(WriteSession, "sweep", sweep):
+    with patch.object(CacheSession, "_sweep", sweep):
         yield
 
 
@@ -214,13 +213,13 @@ def reservations_kept() -> Iterator[None]:
 @contextmanager
 def disk_errors_ignored() -> Iterator[None]:
     """What could not be written is said to be here."""
-    really = partial.write_all
+    really = copy_file.write_all
 
     def write_all(fd, data, at):
         with suppress(OSError):
             really(fd, data, at)
 
-    with patch.object(partial, "write_all", write_all):
+    with patch.object(copy_file, "write_all", write_all):
         yield
 
 
@@ -231,7 +230,7 @@ def reader_told() -> Iterator[None]:
     def disk_failed(self, error):
         raise error
 
-    with patch.object(WriteSession, "disk_failed", disk_failed):
+    with patch.object(CacheSession, "disk_failed", disk_failed):
         yield
 
 
@@ -244,7 +243,7 @@ def lock_files_left() -> Iterator[None]:
         if fd is not None:
             os.close(fd)
 
-    with patch.object(locks_module.NameLock, "release", release):
+    with patch.object(NameLock, "release", release):
         yield
 
 

@@ -99,7 +99,7 @@ class MachineWorld:
 
         def is_quiet() -> bool:
             used = [cache for cache in self.caches if cache._opened is not None] or self.caches[:1]
-            if any(cache._opened.writing.fetcher._threads for cache in used if cache._opened and cache._opened.writing):
+            if any(cache._opened._threads for cache in used if cache._opened):
                 return False
             [cache.status() for cache in used]
             return not self.look().reserved()

@@ -5,11 +5,13 @@ import os
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tests.support.stores import CountingStore
 
 from tiercache._native.checksum import crc32c
 from tiercache.cache import Cache
+from tiercache.cache.copy_file import CopyFile
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.store import LocalFolder
 
@@ -24,6 +26,12 @@ def turn(path: Path, at: int) -> None:
         file.seek(at)
         file.write(bytes([byte ^ 1]))
     path.chmod(mode)
+
+
+def write_units(part: CopyFile, start: int, data: np.ndarray) -> None:
+    """Write whole units of a partial copy, as a fetch does."""
+    part.write(start, data.data)
+    part.mark_present(ByteRange(start, start + len(data)))
 
 
 def open_below(folder: Path) -> list[str]:

@@ -37,7 +37,7 @@ WARM_MODULES = (
     "tiercache.integrations.accelerate",
     "tiercache.demo.s3_server", "boto3", "obstore", "s3fs", "tiercache.cli.app", "tiercache.cli.cache",
     "tiercache.cli.data",
-    "tiercache.cli.simulate", "tiercache.cli.tier", "tiercache.images.decoder", "tiercache.load.loader",
+    "tiercache.cli.warm", "tiercache.cli.tier", "tiercache.images.decoder", "tiercache.load.loader",
     "tiercache.packer.pack", "tiercache.shard.writer",
 )  # fmt: skip
 

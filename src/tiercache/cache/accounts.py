@@ -1,24 +1,201 @@
-"""The cache's accounts: bytes of copies, reservations of processes, and the last use of each copy.
+"""The owners of a cache (its open sessions), and its accounts: bytes of copies, reservations, and uses of copies.
 
-They are a SQLite file, because several processes must keep one limit exactly, and because eviction must not scan the
-folder. They can be rebuilt from the files of the folder, and are if they are lost.
+The accounts are a SQLite file, because several processes must keep one limit exactly, and because eviction must not
+scan the folder. They can be rebuilt from the files of the folder, and are if they are lost.
 """
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import re
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
 
-from tiercache.store.shared_files import Database
+from tiercache.cache.folder import close_private, is_locked, keep_private, try_exclusive
+from tiercache.cache.names import NAME
+from tiercache.crash_points import crash_point
+from tiercache.store.shared_files import Database, boot_id, open_file, pid_namespace, read_text, start_time
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable, Iterable, Mapping
-    from pathlib import Path
+
+    from tiercache.cache.folder import Folder
 
 
-BLOCK_BYTES = 4096
+# -- owners ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The owner of a temporary file or a reservation: one open cache in one process. Never reused."""
+
+    boot: str
+    namespace: int
+    pid: int
+    started: int
+    nonce: str
+
+    @classmethod
+    def of_this_process(cls) -> Owner:
+        pid = os.getpid()
+        return cls(boot_id(), pid_namespace(), pid, start_time(pid) or 0, secrets.token_hex(4))
+
+    @classmethod
+    def parse(cls, text: str) -> Owner | None:
+        match = re.fullmatch(r"([0-9a-f]{1,16})-(\d+)-(\d+)-(\d+)-([0-9a-f]{8})", text)
+        return match and cls(match[1], int(match[2]), int(match[3]), int(match[4]), match[5])
+
+    def __str__(self) -> str:
+        return f"{self.boot}-{self.namespace}-{self.pid}-{self.started}-{self.nonce}"
+
+    def runs(self) -> bool | None:
+        """Return whether the owner's process runs; None: it cannot be determined from here (another container)."""
+        if self.boot != boot_id():
+            return False
+        if self.namespace != pid_namespace():
+            return None
+        return start_time(self.pid) == self.started
+
+
+_open_here: set[str] = set()
+
+
+class Owners:
+    """This session as an owner, the other owners, and what the accounts ask about the files. Safe from any thread."""
+
+    def __init__(self, folder: Folder, limit_bytes: int) -> None:
+        """Create the owner file. Raises OSError if the folder is not writable."""
+        self._folder, self._limit_bytes, self._lock = folder, limit_bytes, Lock()
+        self.me = Owner.of_this_process()
+        self.is_closed = False
+        self._fd = self._make()
+        _open_here.add(str(self.me))
+
+    def _make(self) -> int:
+        fd = open_file(self._folder.owners / str(self.me), os.O_RDWR | os.O_CREAT)
+        try:
+            crash_point("owner.made")
+            try_exclusive(fd)
+            crash_point("owner.locked")
+            os.pwrite(fd, json.dumps({"limit_bytes": self._limit_bytes}).encode(), 0)
+        except BaseException:
+            os.close(fd)
+            with suppress(OSError):
+                self._folder.remove_file("owners", str(self.me))
+            raise
+        crash_point("owner.written")
+        return keep_private(fd)
+
+    def ensure(self) -> None:
+        """Recreate the folder and the owner file if they were deleted. Raises OSError after close()."""
+        # Two fetches may find it deleted: the second would close the file that the first has just locked.
+        with self._lock:
+            if self.is_closed:  # called during a close: another file may have this descriptor number now
+                raise OSError(errno.EBADF, f"cache {self._folder.root} is closed")
+            self._folder.ensure()
+            if not os.fstat(self._fd).st_nlink:
+                fd, self._fd = self._fd, self._make()
+                close_private(fd)
+
+    def alive(self, text: str) -> bool:
+        """Return whether the process of an owner still has the cache open.
+
+        The process number, start time and boot decide if they can be compared; otherwise (another container) the lock
+        of the owner file decides.
+        """
+        owner = Owner.parse(text)
+        if owner is None:
+            return False
+        if owner.pid == self.me.pid and owner.started == self.me.started and owner.namespace == self.me.namespace:
+            return text in _open_here
+        runs = owner.runs()
+        return is_locked(self._folder.owners / text) if runs is None else runs
+
+    def remove_files_of(self, text: str) -> None:
+        """Remove the file of a dead owner. Its partial copies stay: the next fetch of each continues there."""
+        with suppress(FileNotFoundError):
+            crash_point("owner.buried")
+            if Owner.parse(text) is not None:
+                self._folder.remove_file("owners", text)
+
+    def remove_files_of_dead(self) -> None:
+        for text in [file.name for file in self._folder.owners.iterdir()]:
+            if not self.alive(text):
+                self.remove_files_of(text)
+
+    def other_machine(self) -> str | None:
+        """Return an owner that runs on another machine, or in an earlier boot of this one; None: there is none."""
+        for file in self._folder.owners.iterdir():
+            owner = Owner.parse(file.name)
+            if owner is not None and owner.boot != boot_id() and is_locked(file):
+                return file.name
+        return None
+
+    def processes(self) -> list[tuple[int, str]]:
+        running = [owner for owner in map(Owner.parse, self.limits()) if owner is not None and owner.runs()]
+        return [(pid, command_of(pid)) for pid in sorted({owner.pid for owner in running})]
+
+    def limits(self) -> dict[str, int]:
+        limits = {str(self.me): self._limit_bytes}
+        with suppress(FileNotFoundError):
+            for file in self._folder.owners.iterdir():
+                with suppress(OSError, ValueError, KeyError, TypeError):
+                    note = json.loads(read_text(file))
+                    if self.alive(file.name):
+                        limits[file.name] = int(note["limit_bytes"])
+        return limits
+
+    def running_fetches(self) -> list[tuple[str, str, int]]:
+        """Return (owner, name, bytes) of what each fetch may still add, as its lock file says.
+
+        A fetch writes this note before it reserves, and clears it before it commits. Notes of dead owners are included.
+        """
+        fetches: list[tuple[str, str, int]] = []
+        with suppress(OSError):
+            for file in self._folder.locks.iterdir():
+                # Not the lock of a fetch, or released meanwhile.
+                with suppress(OSError, ValueError, KeyError, TypeError):
+                    note = json.loads(read_text(file))
+                    fetch = str(note["owner"]), file.name, int(note["reserved_bytes"])
+                    if fetch[2] > 0 and NAME.fullmatch(file.name):
+                        fetches.append(fetch)
+        return fetches
+
+    def charge_of(self, name: str) -> int | None:
+        return self._folder.charge_of(name)
+
+    def charges(self) -> dict[str, int]:
+        return self._folder.sizes()
+
+    def close(self) -> None:
+        with self._lock:
+            self.is_closed = True
+        _open_here.discard(str(self.me))
+        with suppress(OSError):
+            self._folder.remove_file("owners", str(self.me))
+        close_private(self._fd)
+
+
+_LONGEST_COMMAND = 200
+
+
+def command_of(pid: int) -> str:
+    try:
+        text = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return text.replace("\0", " ").strip()[:_LONGEST_COMMAND]
+
+
+# -- accounts ----------------------------------------------------------------------------------------------------------
+
 FIGURES = (
     "hits",
     "misses",
@@ -109,31 +286,6 @@ def _drop_copies(db: sqlite3.Connection, names: Iterable[str]) -> None:
         db.execute("UPDATE meta SET value = ? WHERE key = 'forgotten'", oldest)
 
 
-class CacheFiles(Protocol):
-    """Questions of the accounts about the cache folder. The accounts can be rebuilt from the answers."""
-
-    def ensure(self) -> None:
-        """Make the folder, and the owner's file in it, if somebody has deleted them."""
-
-    def alive(self, owner: str) -> bool:
-        """Return whether the owner's process still has the folder open."""
-
-    def remove_files_of(self, owner: str) -> None:
-        """Remove the files of a dead owner."""
-
-    def limits(self) -> Mapping[str, int]:
-        """Return the limit of each live owner, in bytes."""
-
-    def running_fetches(self) -> Iterable[tuple[str, str, int]]:
-        """Yield (owner, name, charge) of each running fetch. The charge is that of the bytes that may still come."""
-
-    def charge_of(self, name: str) -> int | None:
-        """Return the current charge of a copy, or of a partial copy, in bytes; None if it does not exist."""
-
-    def charges(self) -> Mapping[str, int]:
-        """Return the charge of each copy and partial copy, in bytes, by name."""
-
-
 def _reserved(db: sqlite3.Connection) -> int:
     return int(db.execute("SELECT total(charge_bytes) FROM reservations").fetchone()[0])
 
@@ -141,11 +293,6 @@ def _reserved(db: sqlite3.Connection) -> int:
 def _rows(db: sqlite3.Connection, condition: str, *values: object) -> list[CopyRow]:
     query = f"SELECT name, charge_bytes, last_use FROM copies {condition}"  # noqa: S608 - our own text
     return [CopyRow(*row) for row in db.execute(query, values)]
-
-
-def charge_bytes(n_bytes: int) -> int:
-    """Return the charge of a file of n_bytes: its size in whole disk blocks, plus one block for its record."""
-    return -(-n_bytes // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES
 
 
 class Accounts:
@@ -156,23 +303,23 @@ class Accounts:
     commits if it takes more than was reserved for it.
     """
 
-    def __init__(self, path: Path, owner: str, files: CacheFiles, *, boot: str) -> None:
-        self._owner, self._files, self._boot = owner, files, boot
+    def __init__(self, path: Path, owners: Owners) -> None:
+        self._owner, self.owners = str(owners.me), owners
         self._own_limit_bytes: int | None = None
         # Our reservations, in case the file is lost. Changed only inside run(), which holds its lock.
         self._held: dict[str, int] = {}
-        self._database = Database(path, wal=True, make_folder=files.ensure, prepare=self._prepare)
+        self._database = Database(path, wal=True, make_folder=owners.ensure, prepare=self._prepare)
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         # A trigger contains ";", but a statement ends only at a ";" at the end of a line: a trigger ends with "END;".
         for statement in filter(str.strip, _SCHEMA.split(";\n")):
             db.execute(statement)
         # The accounts of another boot of the machine are not trusted.
-        db.execute("INSERT INTO meta VALUES ('boot', ?), ('id', ?)", (self._boot, secrets.token_hex(8)))
+        db.execute("INSERT INTO meta VALUES ('boot', ?), ('id', ?)", (boot_id(), secrets.token_hex(8)))
         db.executemany("INSERT INTO figures VALUES (?, 0)", [(name,) for name in FIGURES])
-        db.executemany("INSERT INTO openers VALUES (?, ?)", list(self._files.limits().items()))
-        for owner, name, charge in self._files.running_fetches():
-            if owner != self._owner and self._files.alive(owner):
+        db.executemany("INSERT INTO openers VALUES (?, ?)", list(self.owners.limits().items()))
+        for owner, name, charge in self.owners.running_fetches():
+            if owner != self._owner and self.owners.alive(owner):
                 db.execute("INSERT OR IGNORE INTO reservations VALUES (?, ?, ?)", (owner, name, charge))
         self._come_back(db)
         self._take_in(db, is_new=True)
@@ -204,9 +351,9 @@ class Accounts:
     def _limit(self, db: sqlite3.Connection) -> int:
         self._come_back(db)
         for owner, limit_bytes in db.execute("SELECT owner, limit_bytes FROM openers ORDER BY limit_bytes").fetchall():
-            if owner == self._owner or self._files.alive(owner):
+            if owner == self._owner or self.owners.alive(owner):
                 return int(limit_bytes)
-            self._files.remove_files_of(owner)
+            self.owners.remove_files_of(owner)
             self._forget(db, owner)
         return 0
 
@@ -222,7 +369,7 @@ class Accounts:
         query = "DELETE FROM reservations WHERE owner = ? RETURNING name"
         for (name,) in db.execute(query, (owner,)).fetchall():
             # The owner may have died between writing bytes and booking them.
-            if (charge := self._files.charge_of(name)) is not None:
+            if (charge := self.owners.charge_of(name)) is not None:
                 _set_copy(db, name, charge)
 
     # -- bytes ------------------------------------------------------------------------------------------------------
@@ -303,7 +450,7 @@ class Accounts:
         """
 
         def work(db: sqlite3.Connection) -> None:
-            _drop_copies(db, [name for name in names if self._files.charge_of(name) is None])
+            _drop_copies(db, [name for name in names if self.owners.charge_of(name) is None])
 
         self._database.run(work)
 
@@ -366,7 +513,7 @@ class Accounts:
         They are not synced to disk, so a power failure may have lost some of them; nothing else can.
         """
         query = "SELECT value FROM meta WHERE key = 'boot'"
-        if self._database.run(lambda db: db.execute(query).fetchone()[0]) != self._boot:
+        if self._database.run(lambda db: db.execute(query).fetchone()[0]) != boot_id():
             self._database.replace()
         self._database.run(lambda db: self._take_in(db, is_new=False))
 
@@ -374,8 +521,8 @@ class Accounts:
         """Forget the owners in a table that died without unregistering: workers often do, several per epoch."""
         query = f"SELECT DISTINCT owner FROM {table} WHERE owner <> ?"  # noqa: S608 - our own text
         for (owner,) in db.execute(query, (self._owner,)).fetchall():
-            if not self._files.alive(owner):
-                self._files.remove_files_of(owner)
+            if not self.owners.alive(owner):
+                self.owners.remove_files_of(owner)
                 self._forget(db, owner)
 
     def _take_in(self, db: sqlite3.Connection, *, is_new: bool) -> None:
@@ -384,7 +531,7 @@ class Accounts:
         # was set.
         self._forget_dead(db, "openers")
         self._forget_dead(db, "reservations")
-        charges = self._files.charges()
+        charges = self.owners.charges()
         known = dict(db.execute("SELECT name, charge_bytes FROM copies").fetchall())
         _drop_copies(db, known.keys() - charges.keys())
         growing = {name for (name,) in db.execute("SELECT name FROM reservations")}

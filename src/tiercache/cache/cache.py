@@ -19,17 +19,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from tiercache import config
-from tiercache.cache.accounts import FIGURES, CopyRow
-from tiercache.cache.check import verify_copies
-from tiercache.cache.eviction import delete_copy
+from tiercache.cache.accounts import FIGURES
+from tiercache.cache.eviction import Notices
 from tiercache.cache.fetch import CopyLease
-from tiercache.cache.folder import default_size_bytes, disk_space
+from tiercache.cache.folder import default_size_bytes, disk_space, is_disk_full
+from tiercache.cache.many_copies import find_missing, verify_copies, warm_copies
 from tiercache.cache.names import CopySpec, copy_spec
-from tiercache.cache.session import Breaker, CacheOptions, CacheSession, Notices
-from tiercache.cache.warm import plan_warm, warm
+from tiercache.cache.session import Breaker, CacheOptions, CacheSession
 from tiercache.errors import StoreError
-from tiercache.model import OWN_FOLDER, ShardIdentity, parse_bytes
-from tiercache.peers.readers import PeerOptions, Peers
+from tiercache.model import OWN_FOLDER, ShardIdentity
+from tiercache.peers.readers import PeerOptions
 from tiercache.stats import Counters
 from tiercache.store import Lease, Span, Store, redact, uses
 from tiercache.store.contract import WrapperStore
@@ -41,8 +40,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from tiercache.cache.check import CheckProgress, VerifyReport
-    from tiercache.cache.warm import Ranges, WarmPlan, WarmProgress, WarmReport
+    from tiercache.cache.many_copies import CopyCheck, MissingCopies, Ranges, VerifyReport, WarmProgress, WarmReport
     from tiercache.model import ByteRange, PublishedPlan, ReadingPlan
 
 T = TypeVar("T")
@@ -130,7 +128,7 @@ class CachedStore(WrapperStore):
         """
         spec, session = self.spec_of(key, identity), self._session()
         if spec is not None and session is not None:
-            session.prefetch(spec, self.inner, ranges, urgent_ranges=urgent_ranges)
+            session.fetch_ahead(spec, self.inner, ranges, urgent_ranges=urgent_ranges)
 
     def is_cached(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None = None) -> bool:
         """Return whether these byte ranges (None: all) of the object are cached now.
@@ -140,14 +138,15 @@ class CachedStore(WrapperStore):
         spec, session = self.spec_of(key, identity), self._session()
         return spec is not None and session is not None and session.is_cached(spec, ranges)
 
-    def publish(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan:
+    def publish_plan(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan:
         """Publish the reading plan of this job to all processes that use the cache's folder.
 
         names are those of the copies (opened_version.CopyNames), uint8[m, 20], in the order of plan.shards. The job
         advances and closes the published plan.
         """
         session = self._session()
-        return _UnpublishedPlan() if session is None else session.publish(names, plan) or _UnpublishedPlan()
+        published = None if session is None else session.publish_plan(names, plan)
+        return published or _UnpublishedPlan()
 
     def spec_of(self, key: str, identity: ShardIdentity | None = None) -> CopySpec | None:
         """Return copy_spec() of an object of the inner store, which is remembered for reads by key."""
@@ -228,15 +227,11 @@ class CachedStore(WrapperStore):
             identity: Identity of the object.
             store: Store of the object, without a cache.
         """
-        peers = self._peers()
-        spec = None if peers is None else self.spec_of(key, identity)
-        if spec is None or peers is None:
-            return store
-        return peers.store_for(spec.name, key, spec.n_bytes, store)
-
-    def _peers(self) -> Peers | None:
         session = self._session() if self.cache._options.peers is not None else None  # noqa: SLF001 - of one file
-        return None if session is None else session.peers
+        spec = None if session is None or session.peers is None else self.spec_of(key, identity)
+        if spec is None or session is None or session.peers is None:
+            return store
+        return session.peers.store_for(spec.name, key, spec.n_bytes, store)
 
     def around(self, method: str, key: str, call: Callable[[], T]) -> T:
         """Count reads as uses."""
@@ -319,7 +314,7 @@ class Cache:
         Raises:
             ValueError: The folder contains other files, or an argument is invalid.
             PermissionError: The folder belongs to another user; the message names the user and says what to do.
-            OSError: The folder cannot be created.
+            OSError: The folder cannot be created or written. If the disk is full, reads bypass the cache for a while.
         """
         ca_file = None if peers_ca is None else str(Path(peers_ca).expanduser().absolute())
         machines = PeerOptions.parse(peers, peers_token, ca_file)
@@ -331,7 +326,12 @@ class Cache:
         self._opened: CacheSession | None = None
         self._finalizer: weakref.finalize[Any, Any] | None = None
         _caches.add(self)
-        self._open()
+        try:
+            self._open()
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            self._bypass(error)
 
     @classmethod
     def default(
@@ -419,8 +419,6 @@ class Cache:
                     self._finalizer.detach()  # belongs to the parent process
                 self._opened = CacheSession(self._options, self.counters, self._notices, keep=weakref.ref(self))
                 self._finalizer = weakref.finalize(self, self._opened.close)
-                if self._opened.waits_for_disk_space:
-                    self._reopening.trip()
             return self._opened
 
     def _session_or_none(self) -> CacheSession | None:
@@ -434,8 +432,6 @@ class Cache:
         """
         opened = self._opened
         if opened is not None and opened.pid == os.getpid():
-            if opened.waits_for_disk_space and self._reopening.allows():
-                opened.retry_writing()
             return opened
         if is_unwanted():
             raise StoreError("cancelled: the cache was closed", url=str(self.path), retryable=True)
@@ -444,12 +440,14 @@ class Cache:
         try:
             opened = self._open()
         except (OSError, ValueError) as error:
-            self._reopening.trip()
-            self._notices.warn("open", f"cache {self.path}: cannot be opened ({error}); bypassing the cache")
+            self._bypass(error)
             return None
-        if not opened.waits_for_disk_space:
-            self._reopening.reset()
+        self._reopening.reset()
         return opened
+
+    def _bypass(self, error: Exception) -> None:
+        self._reopening.trip()
+        self._notices.warn("open", f"cache {self.path}: cannot be opened ({error}); bypassing the cache")
 
     def _renew_locks(self) -> None:
         """Replace the locks in a forked child: a thread of the parent may have held them during the fork."""
@@ -476,21 +474,15 @@ class Cache:
         (objects that are corrupt at their source). With peers also peer_requests, peer_bytes (received from them) and
         peer_failures.
         """
-        opened, limit_bytes = self._open(), self.limit_bytes
-        folder, writing = opened.folder, opened.writing
-        if writing is None:
-            sizes = folder.sizes()
-            used = sum(sizes.values())
-        else:
-            with suppress(OSError):  # the folder was deleted; a folder that cannot be recreated holds nothing
-                writing.owners.ensure()
-            used, _, limit_bytes = writing.accounts.sums()
-            sizes = folder.sizes()
-        pinned = sum(sizes[name] for name in folder.names(".pin") if name in sizes)
-        counts = {name: int(n) for name, n in self.counters.snapshot().items()}
-        if opened.peers is not None:
-            counts |= {name: int(n) for name, n in opened.peers.counters.snapshot().items()}
-        return {"bytes_used": used, "limit_bytes": limit_bytes, "pinned_bytes": pinned} | counts
+        opened = self._open()
+        with suppress(OSError):  # the folder was deleted; a folder that cannot be recreated holds nothing
+            opened.owners.ensure()
+        used_bytes, _, limit_bytes = opened.accounts.sums()
+        sizes = opened.folder.sizes()
+        pinned_bytes = sum(sizes[name] for name in opened.folder.names(".pin") if name in sizes)
+        counts = self.counters.snapshot() | ({} if opened.peers is None else opened.peers.counters.snapshot())
+        facts = {"bytes_used": used_bytes, "limit_bytes": limit_bytes, "pinned_bytes": pinned_bytes}
+        return facts | {name: int(n) for name, n in counts.items()}
 
     @property
     def limit_bytes(self) -> int:
@@ -498,10 +490,7 @@ class Cache:
 
         stats() returns the limit that holds for all processes.
         """
-        opened = self._open()
-        if opened.writing is not None:
-            return opened.writing.limit_bytes
-        return parse_bytes(self._options.size, whole_bytes=disk_space(opened.folder.root).total_bytes)
+        return self._open().limit_bytes
 
     def status(self) -> dict[str, Any]:
         """Return stats() and further details for the command line and for monitoring.
@@ -510,29 +499,27 @@ class Cache:
         which all processes share: n_copies, n_parts (partial copies), reserved_bytes, disk_free_bytes,
         disk_total_bytes; figures (the same counters, summed over all processes since the catalog was created) and
         hit_ratio (of figures); holders (pid and command of each process that has the cache open); plans (label of each
-        live reading plan). And path, policy, min_free, writable and bypassed (the disk fails, and reads bypass the
-        cache) describe how this process has opened the cache.
+        live reading plan). And path, policy, min_free and bypassed (the disk fails, and reads bypass the cache)
+        describe how this process has opened the cache.
         """
         opened = self._open()
         facts: dict[str, Any] = {**self.stats()}  # first, because it recreates a deleted folder
-        writing, folder = opened.writing, opened.folder
-        disk, n_copies, figures = disk_space(folder.root), len(folder.names("")), {}
-        if writing is not None:
-            writing.evictor.flush_uses()
-            figures = writing.accounts.figures()
-        n_hits, n_misses = figures.get("hits", 0), figures.get("misses", 0)
+        folder = opened.folder
+        disk, n_copies = disk_space(folder.root), len(folder.names(""))
+        opened.evictor.flush_uses()
+        figures = opened.accounts.figures()
+        n_lookups = figures["hits"] + figures["misses"]
         return facts | {
             "n_copies": n_copies,
             "n_parts": len(folder.sizes()) - n_copies,
-            "reserved_bytes": 0 if writing is None else writing.accounts.sums()[1],
+            "reserved_bytes": opened.accounts.sums()[1],
             "disk_free_bytes": disk.free_bytes,
             "disk_total_bytes": disk.total_bytes,
-            "writable": writing is not None,
-            "bypassed": writing is not None and writing.breaker.is_open,
-            "holders": [] if writing is None else [{"pid": p, "command": c} for p, c in writing.owners.processes()],
-            "plans": [] if writing is None else writing.plans.labels(),
+            "bypassed": opened.breaker.is_open,
+            "holders": [{"pid": pid, "command": command} for pid, command in opened.owners.processes()],
+            "plans": opened.plans.labels(),
             "figures": figures,
-            "hit_ratio": n_hits / (n_hits + n_misses) if n_hits + n_misses else None,
+            "hit_ratio": figures["hits"] / n_lookups if n_lookups else None,
             "path": str(self._options.path),
             "policy": self._options.policy,
             "min_free": self._options.min_free,
@@ -542,21 +529,26 @@ class Cache:
         """Return all copies, least recently used first."""
         opened = self._open()
         folder = opened.folder
-        if opened.writing is None:
-            rows = [CopyRow(name, charge, 0) for name, charge in sorted(folder.sizes().items())]
-        else:
-            opened.writing.evictor.flush_uses()
-            rows = opened.writing.accounts.rows()
+        opened.evictor.flush_uses()
         whole, in_part = frozenset(folder.names("")), frozenset(folder.names(".part"))
         entries = []
-        for row in rows:
+        for row in opened.accounts.rows():
             if row.name not in whole and row.name not in in_part:
                 continue
-            record = folder.read_record(row.name)
-            source = ("", None, None) if record is None else (record.source, record.dataset_id, record.shard_id)
-            url, dataset_id, shard_id = source
-            figures = (row.charge_bytes, folder.is_pinned(row.name), row.last_use)
-            entries.append(Entry(row.name, url, *figures, dataset_id, shard_id, row.name not in whole))
+            spec = folder.read_record(row.name)
+            identity = None if spec is None else spec.identity
+            entries.append(
+                Entry(
+                    row.name,
+                    "" if spec is None else spec.source,
+                    row.charge_bytes,
+                    folder.is_pinned(row.name),
+                    row.last_use,
+                    None if identity is None else identity.dataset_id,
+                    None if identity is None else identity.shard_id,
+                    row.name not in whole,
+                )
+            )
         return entries
 
     def _selected(self, selection: Selection) -> list[Entry]:
@@ -593,19 +585,20 @@ class Cache:
             The numbers of copies and bytes that were fetched.
 
         Raises:
-            StoreError: The copies do not fit beside those that are pinned, leased or kept by the policy. If that is
-                certain at the start, nothing is fetched.
+            StoreError: The copies do not fit beside those that are pinned, leased or kept by the policy. If they are
+                larger than the whole cache, nothing is fetched.
             StoreError, CorruptShard: The store failed, or an object is corrupt at its source.
         """
         opened = self._open()
-        opened.writable().accounts.reconcile()
-        plan = plan_warm(opened, _copy_specs(store, wanted), ranges, check_sizes=True)
-        return warm(opened, _inner(store), plan, jobs=jobs, on_progress=on_progress)
+        opened.accounts.reconcile()
+        missing = find_missing(opened, _copy_specs(store, wanted), ranges)
+        inner = store.inner if isinstance(store, CachedStore) else store
+        return warm_copies(opened, inner, missing, jobs=jobs, on_progress=on_progress)
 
-    def plan_warm(
+    def find_missing(
         self, store: Store, wanted: Iterable[tuple[str, ShardIdentity | None]], *, ranges: Ranges = _WHOLE
-    ) -> WarmPlan:
-        """Return what warm() would fetch, in that order, and whether the space suffices.
+    ) -> MissingCopies:
+        """Return what warm() would fetch, in that order, and whether it fits the cache.
 
         Args:
             store: Store of the objects: a cached store, or the store inside it.
@@ -615,7 +608,7 @@ class Cache:
         Raises:
             StoreError: The store failed.
         """
-        return plan_warm(self._open(), _copy_specs(store, wanted), ranges)
+        return find_missing(self._open(), _copy_specs(store, wanted), ranges)
 
     def pin(self, store: Store, wanted: Iterable[tuple[str, ShardIdentity | None]], *, jobs: int = 4) -> WarmReport:
         """Fetch copies as warm() does, and pin them: a pinned copy is never evicted.
@@ -648,7 +641,6 @@ class Cache:
             selection: Names of copies, a predicate on Entry, or None for all copies.
         """
         opened = self._open()
-        opened.writable()
         n_unpinned = sum(opened.folder.unpin(entry.name) for entry in self._selected(selection) if entry.pinned)
         if selection is None:
             for name in opened.folder.names(".pin"):  # of corrupt copies that are not fetched again yet
@@ -663,22 +655,10 @@ class Cache:
             target_bytes: Size in bytes of the whole cache at which eviction stops, least recently used copies first;
                 None deletes all selected copies.
         """
-        opened, selected, freed_bytes = self._open(), self._selected(selection), 0
-        folder, least_bytes = opened.folder, target_bytes or 0
-        if opened.waits_for_disk_space:  # the disk is too full to open the accounts
-            used_bytes = sum(folder.sizes().values())
-            for entry in selected:
-                if opened.writing is not None or used_bytes - freed_bytes <= least_bytes:
-                    break
-                if delete_copy(folder, entry.name):
-                    freed_bytes += entry.n_bytes
-                    opened.retry_writing()
-            if opened.writing is None:
-                return freed_bytes
-        writing, names = opened.writable(), {entry.name for entry in selected}
-        charges = {row.name: row.charge_bytes for row in writing.accounts.rows() if row.name in names}
-        need_bytes = math.inf if target_bytes is None else writing.accounts.sums()[0] - target_bytes
-        return freed_bytes + (writing.evictor.evict(charges, need_bytes=need_bytes) if need_bytes > 0 else 0)
+        opened, names = self._open(), {entry.name for entry in self._selected(selection)}
+        charges = {row.name: row.charge_bytes for row in opened.accounts.rows() if row.name in names}
+        need_bytes = math.inf if target_bytes is None else opened.accounts.sums()[0] - target_bytes
+        return opened.evictor.evict(charges, need_bytes=need_bytes) if need_bytes > 0 else 0
 
     def verify(
         self,
@@ -686,7 +666,7 @@ class Cache:
         names: Iterable[str] | None = None,
         repair: bool = False,
         jobs: int = 4,
-        on_progress: Callable[[CheckProgress], None] | None = None,
+        on_progress: Callable[[CopyCheck], None] | None = None,
     ) -> VerifyReport:
         """Read every copy, whole or partial, and compare it with its recorded checksums.
 
@@ -705,10 +685,6 @@ class Cache:
         existing = opened.folder.sizes().keys()
         chosen = sorted(existing if names is None else existing & frozenset(names))
         return verify_copies(opened, chosen, jobs=jobs, repair=repair, on_progress=on_progress)
-
-
-def _inner(store: Store) -> Store:
-    return store.inner if isinstance(store, CachedStore) else store
 
 
 def _copy_specs(store: Store, wanted: Iterable[tuple[str, ShardIdentity | None]]) -> list[CopySpec]:

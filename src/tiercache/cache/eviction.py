@@ -1,15 +1,16 @@
-"""Eviction: the policies, which choose victims, and `Evictor`, which reserves space before a byte is fetched.
+"""Eviction: the policies, a simulator that calls them, and `Evictor`, which reserves space before a byte is fetched.
 
 A policy is a pure function. `plan` evicts copies that no reading plan names, least recently used first, and then the
 copy with the furthest next use; it does not admit a copy that is needed later still (L. A. Belady, "A study of
 replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2), 1966, with bypass). `lru` evicts the
-least recently used copy. The simulator (simulate.py) calls the same functions.
+least recently used copy.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiercache.cache.accounts import FIGURES, Accounts
-from tiercache.cache.folder import disk_space, is_disk_full
-from tiercache.cache.locks import NameLock, try_exclusive
+from tiercache.cache.folder import NameLock, disk_space, is_disk_full, try_exclusive
 from tiercache.cache.names import NameTable
+from tiercache.cache.reading_plans import UNPLANNED
 from tiercache.crash_points import crash_point
-from tiercache.model import NEVER, parse_bytes
+from tiercache.model import NEVER, format_bytes, parse_bytes
 from tiercache.store.shared_files import open_file
 from tiercache.waiting import SYSTEM_CLOCK, wait_for
 
@@ -32,14 +33,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Set
 
     from tiercache.cache.folder import Folder
+    from tiercache.cache.names import CopySpec
     from tiercache.cache.reading_plans import ReadingPlans, Uses
     from tiercache.stats import Counters
 
 
 # -- policies ----------------------------------------------------------------------------------------------------------
 
-# Next use of a copy that no plan names: later than a use that lies beyond the end of a plan (NEVER).
-UNPLANNED = NEVER + 1
 # Second next use of a new copy that comes before every use, so that `plan` may evict any copy that is not in use.
 BEFORE_ALL_USES = -1
 # Most decisions need few victims: of so many the first are found before the rest is sorted (25,000 copies: 0.4 ms
@@ -106,6 +106,149 @@ def choose_victims(
     rows = rows[np.lexsort([key[rows] for key in keys])]
     n_victims = int(np.searchsorted(np.cumsum(copies.charge_bytes[rows]), want_bytes)) + 1
     return rows[:n_victims]
+
+
+# -- simulator ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """Accesses in order: number and size of the object, number of the job that reads it, and the clock of the job.
+
+    All columns are int64[k]. The clock is the bytes that the job had read before, ascending within a job.
+    """
+
+    names: NDArray[np.int64]
+    n_bytes: NDArray[np.int64]
+    job: NDArray[np.int64]
+    clock: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        lengths = [len(column) for column in (self.names, self.n_bytes, self.job, self.clock)]
+        if len(set(lengths)) > 1:
+            raise ValueError(f"names, n_bytes, job and clock of a trace must have the same length, got {lengths}")
+
+    @classmethod
+    def of(
+        cls, names: NDArray[np.int64], n_bytes: NDArray[np.int64] | int = 1, job: NDArray[np.int64] | int = 0
+    ) -> Trace:
+        """Return a trace without clocks: the clock of each job advances by the bytes that it reads."""
+        names = np.asarray(names, np.int64)
+        n_bytes = np.broadcast_to(np.asarray(n_bytes, np.int64), names.shape)
+        job = np.broadcast_to(np.asarray(job, np.int64), names.shape)
+        clock = np.empty_like(names)
+        for one in np.unique(job):
+            its = job == one
+            clock[its] = np.cumsum(n_bytes[its]) - n_bytes[its]
+        return cls(names, n_bytes, job, clock)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SimulationReport:
+    """The result of a simulation; served: Bytes of each access that the cache served, int64[k]."""
+
+    policy: str
+    size_bytes: int
+    hits: int
+    misses: int
+    bytes_hit: int
+    bytes_fetched: int
+    evicted: int
+    served: NDArray[np.int64]
+
+    @property
+    def hit_ratio(self) -> float:
+        return self.hits / max(self.hits + self.misses, 1)
+
+    @property
+    def byte_hit_ratio(self) -> float:
+        return self.bytes_hit / max(self.bytes_hit + self.bytes_fetched, 1)
+
+
+def next_positions(names: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the position of the next access to each access's object, int64[k]; NEVER: there is none."""
+    order = np.argsort(names, kind="stable")
+    after = np.full(len(names), NEVER, np.int64)
+    same = names[order[1:]] == names[order[:-1]]
+    after[order[:-1][same]] = order[1:][same]
+    return after
+
+
+class _Uses:
+    """The next use of each object by each of several jobs, measured by the clock of the job."""
+
+    def __init__(self, trace: Trace, row_of: NDArray[np.int64], n_rows: int) -> None:
+        _, job_of = np.unique(trace.job, return_inverse=True)
+        n_jobs = int(job_of.max(initial=-1)) + 1
+        self._job, self._row, self._clock = job_of.tolist(), row_of.tolist(), trace.clock.tolist()
+        self._next_at = next_positions(job_of * n_rows + row_of).tolist()
+        self._next = np.full((n_jobs, n_rows), NEVER, np.int64)
+        # In reverse order, so that the first use of each object is the one that remains.
+        self._next[job_of[::-1], row_of[::-1]] = trace.clock[::-1]
+        self._now = np.zeros(n_jobs, np.int64)
+
+    def read(self, i: int) -> None:
+        """Advance the clock of the job of access i."""
+        job, at = self._job[i], self._next_at[i]
+        self._now[job] = self._clock[i]
+        self._next[job, self._row[i]] = NEVER if at == NEVER else self._clock[at]
+
+    def next_use(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the bytes that a job reads before it needs each object, the nearest job counting: int64[len(rows)]."""
+        later = self._next[:, rows]
+        left = np.where(later == NEVER, NEVER, np.maximum(later - self._now[:, None], 1))
+        nearest: NDArray[np.int64] = left.min(axis=0)
+        return nearest
+
+
+def simulate(trace: Trace, policy: str, size_bytes: int) -> SimulationReport:
+    """Simulate a cache of size_bytes, in the unit of the trace, with a policy in POLICIES. Raises ValueError.
+
+    "plan" knows what each job of the trace reads, as plan files tell it. A miss in a full cache takes 0.1 to 1 ms.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"no policy is called {policy!r}; there are {', '.join(sorted(POLICIES))}")
+    names, row_of = np.unique(trace.names, return_inverse=True)
+    uses = _Uses(trace, row_of, len(names))
+    in_advance = int(size_bytes * WATERMARK_SHARE) if policy == "lru" else 0
+    sizes, last_use = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
+    held = np.zeros(len(names), np.bool_)
+    served = np.zeros(len(trace), np.int64)
+    free, n_evicted = size_bytes, 0
+    for i, (row, n_bytes) in enumerate(zip(row_of.tolist(), trace.n_bytes.tolist(), strict=True)):
+        uses.read(i)
+        last_use[row] = i
+        if held[row]:
+            served[i] = n_bytes
+            continue
+        if n_bytes > free:
+            rows = np.flatnonzero(held)
+            copies = CopyTable(sizes[rows], last_use[rows], np.zeros(len(rows), np.bool_), uses.next_use(rows))
+            chosen = choose_victims(
+                POLICIES[policy],
+                copies,
+                n_bytes - free,
+                want_bytes=n_bytes - free + in_advance,
+                use_after_next=int(uses.next_use(np.array([row]))[0]),
+            )
+            if chosen is None or n_bytes > size_bytes:
+                continue
+            victims = rows[chosen]
+            held[victims] = False
+            free += int(sizes[victims].sum())
+            n_evicted += len(victims)
+        held[row], sizes[row] = True, n_bytes
+        free -= n_bytes
+    return _report(policy, size_bytes, trace, served, n_evicted)
+
+
+def _report(policy: str, size_bytes: int, trace: Trace, served: NDArray[np.int64], n_evicted: int) -> SimulationReport:
+    n_hits, bytes_hit = int(((served == trace.n_bytes) & (served > 0)).sum()), int(served.sum())
+    missed = int(trace.n_bytes.sum()) - bytes_hit
+    return SimulationReport(policy, size_bytes, n_hits, len(trace) - n_hits, bytes_hit, missed, n_evicted, served)
 
 
 # -- evictor -----------------------------------------------------------------------------------------------------------
@@ -182,8 +325,40 @@ SPACE_WAIT_S = 10.0
 STOPPED_S = 60.0
 
 
+class Notices:
+    """Gives each kind of warning once. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._given: set[str] = set()
+        self._datasets: dict[str, str] = {}
+
+    def copied(self) -> Notices:
+        """Return a copy for a forked child, in which another thread's hold on the lock would never end."""
+        notices = Notices()
+        notices._given, notices._datasets = set(self._given), dict(self._datasets)
+        return notices
+
+    def add_dataset(self, dataset_id: str, description: str) -> None:
+        """Let the cache warn once, as kind dataset_id, when it has no space for this data set."""
+        with self._lock:
+            self._datasets[dataset_id] = description
+
+    def unwarned_dataset(self, dataset_id: str) -> str | None:
+        """Return the description of a data set about which no warning was given yet; None: there is none."""
+        with self._lock:
+            return None if dataset_id in self._given else self._datasets.get(dataset_id)
+
+    def warn(self, kind: str, message: str) -> None:
+        with self._lock:
+            if kind in self._given:
+                return
+            self._given.add(kind)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
 class Evictor:
-    """Reserves space and deletes copies. Safe from any thread.
+    """Reserves space, deletes copies, and says why there is no space. Safe from any thread.
 
     One lock guards the uses that are not written to the accounts yet, one the accounts in memory; the third is held
     while reserve() frees space, including while files are deleted.
@@ -195,12 +370,19 @@ class Evictor:
         accounts: Accounts,
         counters: Counters,
         plans: ReadingPlans,
+        notices: Notices,
         *,
         policy: str,
         min_free: int | str,
     ) -> None:
         """Create an evictor. policy: A key of POLICIES. min_free: Disk space that stays free, in bytes or as "5%"."""
-        self._folder, self._accounts, self._counters, self._plans = folder, accounts, counters, plans
+        self.folder, self.accounts, self.counters, self._plans, self._notices = (
+            folder,
+            accounts,
+            counters,
+            plans,
+            notices,
+        )
         self._policy, self._min_free = POLICIES[policy], min_free
         self._uses_lock, self._mirror_lock, self._space_lock = Lock(), Lock(), Lock()
         self._uses: dict[str, None] = {}
@@ -220,14 +402,14 @@ class Evictor:
         """Write the recorded uses and counters to the accounts; on a full disk they are lost, and eviction goes on."""
         with self._uses_lock:
             uses, self._uses = self._uses, {}
-            counts, before = self._counters.snapshot(), self._reported
+            counts, before = self.counters.snapshot(), self._reported
             self._reported = counts
         figures = {name: int(counts.get(name, 0) - before.get(name, 0)) for name in FIGURES}
         try:
             if uses:
-                self._accounts.add_uses(uses)
+                self.accounts.add_uses(uses)
             if any(figures.values()):
-                self._accounts.add_figures(figures)
+                self.accounts.add_figures(figures)
         except OSError as error:
             if not is_disk_full(error):
                 raise
@@ -236,7 +418,7 @@ class Evictor:
 
     def usable_bytes(self) -> int:
         """Return the free disk space above the reserve; at most 0 if the disk can take no more files."""
-        disk = disk_space(self._folder.root)
+        disk = disk_space(self.folder.root)
         usable_bytes = disk.free_bytes - parse_bytes(self._min_free, whole_bytes=disk.total_bytes)
         if disk.n_free_files is not None and disk.n_free_files < MIN_FREE_FILES:
             return min(usable_bytes, 0)
@@ -244,21 +426,13 @@ class Evictor:
 
     def lack_bytes(self, charge_bytes: int) -> int:
         """Return how many bytes must be evicted before charge_bytes can be reserved; 0 or less: none."""
-        return self._accounts.lack_bytes(charge_bytes, usable_bytes=self.usable_bytes)
-
-    def freeable_bytes(self, requested: Set[str]) -> int:
-        """Return the most bytes that the policy could evict for copies of these names, other than those copies."""
-        with self._mirror_lock:
-            _, copies, new = self._read_state(requested, requested)
-        of_planned = np.where(new.next_use == UNPLANNED, UNPLANNED, new.use_after_next)
-        may_go, _ = self._policy(copies, int(of_planned.min(initial=UNPLANNED)))
-        return int(copies.charge_bytes[may_go].sum())
+        return self.accounts.lack_bytes(charge_bytes, usable_bytes=self.usable_bytes)
 
     def would_refuse(self, name: str, charge_bytes: int) -> bool:
         """Return whether a reservation would certainly fail: the policy frees too little, and nobody fetches it now."""
         if self.lack_bytes(charge_bytes) <= 0 or (self._reconcile() and self.lack_bytes(charge_bytes) <= 0):
             return False
-        return not self._accounts.is_reserved(name) and (
+        return not self.accounts.is_reserved(name) and (
             self._victims(name, self.lack_bytes(charge_bytes), {name}) is None
         )
 
@@ -267,7 +441,7 @@ class Evictor:
         if now_s - self._reconciled_s < RECONCILE_INTERVAL_S:
             return False
         self._reconciled_s = now_s
-        self._accounts.reconcile()
+        self.accounts.reconcile()
         return True
 
     def reserve(self, name: str, charge_bytes: int, *, protected: Set[str] = frozenset()) -> bool:
@@ -275,19 +449,19 @@ class Evictor:
 
         Return False if there is no space.
         """
-        if self._accounts.reserve(name, charge_bytes, usable_bytes=self.usable_bytes):
+        if self.accounts.reserve(name, charge_bytes, usable_bytes=self.usable_bytes):
             return True
         self._reconcile()
         excluded, wider = {name, *protected}, 1
         with self._making_space():
             for _ in range(MAX_ROUNDS):
-                if self._accounts.reserve(name, charge_bytes, usable_bytes=self.usable_bytes):
+                if self.accounts.reserve(name, charge_bytes, usable_bytes=self.usable_bytes):
                     return True
                 lack_bytes = self.lack_bytes(charge_bytes)  # none, if another process has just freed space
                 if lack_bytes > 0 and not self._free(name, lack_bytes, excluded, wider):
                     return False
                 wider *= WIDER
-            return self._accounts.reserve(name, charge_bytes, usable_bytes=self.usable_bytes)
+            return self.accounts.reserve(name, charge_bytes, usable_bytes=self.usable_bytes)
 
     @contextmanager
     def _making_space(self) -> Iterator[bool]:
@@ -296,7 +470,7 @@ class Evictor:
         Two callers would choose the same victims, and one would find none left. After a long wait, a caller continues
         without the lock.
         """
-        lock = NameLock(self._folder.locks / "room")
+        lock = NameLock(self.folder.locks / "room")
         with self._space_lock:
             try:
                 now_s = SYSTEM_CLOCK.monotonic()
@@ -330,7 +504,7 @@ class Evictor:
                 wider *= WIDER
 
     def _over_bytes(self) -> int:
-        used, reserved, limit_bytes = self._accounts.sums()
+        used, reserved, limit_bytes = self.accounts.sums()
         return used + reserved - limit_bytes
 
     # -- deciding ---------------------------------------------------------------------------------------------------
@@ -342,7 +516,7 @@ class Evictor:
         """
         until = need_bytes
         if self._policy is lru:
-            until += int(self._accounts.limit_bytes() * WATERMARK_SHARE)
+            until += int(self.accounts.limit_bytes() * WATERMARK_SHARE)
         victims = self._victims(name, need_bytes, excluded, max(until, need_bytes * wider))
         if not victims:
             return False
@@ -385,8 +559,8 @@ class Evictor:
     def _pinned(self) -> set[str]:
         """Return the names of pinned copies. A new pin of another process is noticed when its copy would be deleted."""
         if self._pins is None:
-            self._pins = set(self._folder.names(".pin"))
-        self._pins = {name for name in self._pins if self._folder.is_pinned(name)}
+            self._pins = set(self.folder.names(".pin"))
+        self._pins = {name for name in self._pins if self.folder.is_pinned(name)}
         return self._pins
 
     def _carry_out(self, victims: Mapping[str, int], until_bytes: int) -> set[str]:
@@ -394,13 +568,52 @@ class Evictor:
         gone, stayed = self._delete_until(victims, until_bytes)
         if self._pins is not None:
             # A new set: another thread may be iterating over the old one.
-            self._pins = self._pins | {name for name in stayed if self._folder.is_pinned(name)}
+            self._pins = self._pins | {name for name in stayed if self.folder.is_pinned(name)}
         for name in stayed:  # in use, so it is not the next to be tried again
             self.note_use(name)
         self._remove_rows(gone)
         return set(stayed)
 
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def warn_full_disk(self) -> None:
+        self._notices.warn(
+            "full",
+            f"cache {self.folder.root}: the disk is full; data that is not cached is fetched again in every epoch; "
+            "free disk space, or put the cache on another disk (TIERCACHE_CACHE_DIR)",
+        )
+
+    def warn_no_space(self, spec: CopySpec, need_bytes: int) -> None:
+        """Warn once that an object has no space although its data set, which is open, could be cached as a whole."""
+        dataset_id = "" if spec.identity is None else spec.identity.dataset_id
+        dataset = self._notices.unwarned_dataset(dataset_id)
+        if dataset is None:
+            return
+        used_bytes, reserved_bytes, limit_bytes = self.accounts.sums()
+        usable_bytes = max(self.usable_bytes(), 0)
+        if usable_bytes < need_bytes:
+            reason = f"the disk has only {format_bytes(usable_bytes)} left above the cache's min_free"
+            remedy = "free disk space, lower min_free=, or put the cache on another disk (TIERCACHE_CACHE_DIR)"
+        else:
+            used = f"{format_bytes(used_bytes + reserved_bytes)} of {format_bytes(limit_bytes)}"
+            reason = f"{used} are used by copies that are pinned, in use or needed sooner"
+            remedy = (
+                "unpin or evict some of them (tiercache status lists them), or make the cache larger "
+                "(TIERCACHE_CACHE_SIZE, or Cache(path, size=...))"
+            )
+        self._notices.warn(
+            dataset_id,
+            f"{dataset}: cache {self.folder.root} has no space: the next object needs {format_bytes(need_bytes)}, but "
+            f"{reason}. Data that does not fit is not cached and is fetched again in every epoch; {remedy}",
+        )
+
     # -- deleting ---------------------------------------------------------------------------------------------------
+
+    def remove(self, name: str) -> None:
+        """Remove a copy, whole or partial, that is of no use. Readers keep the files that they have open."""
+        self.folder.remove_copy(name)
+        crash_point("corrupt.removed")
+        self.accounts.remove([name])
 
     def evict(self, charges: Mapping[str, int], *, need_bytes: float = math.inf) -> int:
         """Delete these copies, in order, until need_bytes are free; return the bytes freed.
@@ -419,7 +632,7 @@ class Evictor:
         for name, charge_bytes in charges.items():
             if freed_bytes >= need_bytes:
                 break
-            if delete_copy(self._folder, name):
+            if delete_copy(self.folder, name):
                 gone.append(name)
                 freed_bytes += charge_bytes
             else:
@@ -430,12 +643,12 @@ class Evictor:
         if gone:
             crash_point("evict.deleted")
             try:
-                self._accounts.remove(gone)
+                self.accounts.remove(gone)
             except OSError as error:
                 if not is_disk_full(error):
                     raise
                 self._reconciled_s = -math.inf  # the accounts stay too high: reconcile them as soon as possible
-            self._counters.add("evicted", len(gone))
+            self.counters.add("evicted", len(gone))
             crash_point("evict.booked")
 
 

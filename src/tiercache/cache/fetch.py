@@ -1,4 +1,4 @@
-"""`CopyLease`, a reader's lease on a copy; `Fetch`, the requested units of one copy; and `FetchQueue`, its threads."""
+"""`Fetch`, the fetch of one copy from the first request to its final name; `CopyLease`, a reader's lease on a copy."""
 
 from __future__ import annotations
 
@@ -6,98 +6,122 @@ import copy
 import os
 import sys
 import weakref
-from collections import deque
-from contextlib import suppress
-from threading import Condition, Event, Lock, Thread, current_thread
+from bisect import bisect_right
+from contextlib import closing, suppress
+from threading import Condition, Event, Lock, Thread
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tiercache.cache.locks import try_shared
-from tiercache.cache.partial import Mask, covers, mask_of, n_units
-from tiercache.errors import CorruptShard, StoreError, TierCacheError
+from tiercache.cache.copy_file import (
+    LITTLE_BYTES,
+    REQUEST_BYTES,
+    UNIT_BYTES,
+    CopyFile,
+    Mask,
+    bytes_of,
+    charge_of,
+    continue_part,
+    covers,
+    create_part,
+    map_bytes,
+    mask_of,
+    n_units,
+    next_request,
+    open_part,
+    open_whole,
+    to_fetch,
+)
+from tiercache.cache.folder import BLOCK_BYTES, COPY_MODE, NameLock, charge_bytes, is_disk_full, try_shared
+from tiercache.cache.names import name_of_object
+from tiercache.crash_points import crash_point
+from tiercache.errors import CorruptShard, NotFound, ObjectChanged, StoreError, TierCacheError
 from tiercache.model import ByteRange
+from tiercache.store.contract import read_unpinned
+from tiercache.store.shared_files import set_mode
+from tiercache.waiting import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence, Set
 
+    from tiercache.cache.eviction import Evictor
     from tiercache.cache.names import CopySpec
-    from tiercache.cache.partial import CopyFile
     from tiercache.store import Span, Store
+    from tiercache.store.contract import Receive
 
 
-N_FETCHES = 4
-# Extra threads for urgent fetches. Without them, fetches that wait for another process would delay an urgent fetch for
-# as long as they wait; and the first window of a shuffled epoch is a few blocks of each of many shards.
-N_MORE_URGENT = 12
+N_REQUESTS_IN_FLIGHT = 4
 DEADLINE_S = 3600.0  # deadline of a wait without its own deadline, so that no wait is endless
-JOIN_S = 30.0
+# Wait for another process's fetch: one minute, plus the time for its bytes at a slow 2 MB/s. Then this process reads
+# past the cache.
+LOCK_WAIT_S = 60.0
+SLOWEST_BYTES_S = 2e6
+# How often a partial copy is started again after somebody deleted the folder while it grew.
+MAX_BEGINNINGS = 3
 
 
 class Fetch:
-    """The fetch of one copy. The condition guards all state; no data is read or written while it is held.
+    """The fetch of one copy: leases request ranges of it, and one thread of the session runs it.
 
-    Leases request units while the fetch runs, and each waiting lease wakes as soon as its own units are present. Urgent
-    units, those of the next batches, come first: a fetch without urgent units gives up its thread while the urgent
-    fetches need more than the usual threads, and continues later. The fetch ends when no requested unit is missing; a
-    later request needs a new fetch.
+    Each waiting lease wakes as soon as its own units are present. Urgent units, those of the next batches, come first:
+    a fetch without urgent units gives up its thread while the urgent fetches need more than the usual threads, and
+    continues later. The fetch ends when no requested unit is missing; a later request needs a new fetch.
 
-    A lease that joins is a user until it has a descriptor of its own, or leaves. Until the last user has gone, the
+    A lease that requests is a user until it has a descriptor of its own, or leaves. Until the last user has gone, the
     fetch keeps a descriptor under a reader's lock, so that no evictor can remove the copy in between.
 
+    The condition guards what leases and the fetch share; no data is read or written while it is held. run() holds the
+    lock of the name, which excludes other processes, and shares its transfer with some helper threads under `_lock`:
+    the thread that takes the next ranges reserves the space for new units. The reservation covers the space beyond what
+    the accounts charge for the partial copy already; a larger reservation replaces a smaller one.
+
     Attributes:
-        cancel: Event that stops the download.
+        cancel: Event that stops the transfer.
         step: What the fetch does at the moment, for error messages.
         protected: Names of copies that must not be evicted for this fetch.
+        keeps: Object that lives until the fetch has ended: the cache, which no fetch thread may be the last to have.
     """
 
-    def __init__(self, spec: CopySpec, store: Store, queue: FetchQueue, keep: Callable[[], object]) -> None:
+    def __init__(self, spec: CopySpec, store: Store, evictor: Evictor, is_crowded: Callable[[], bool]) -> None:
+        """Store the arguments. is_crowded: Whether urgent fetches need more than the usual threads."""
         self.spec, self.store = spec, store
         self.cancel = Event()
         self.step = "waiting for a free thread"
         self.protected: Set[str] = frozenset()
-        self._queue, self._keep = queue, keep
-        self._cache_reference: object = None
+        self.keeps: object = None
+        self._evictor, self._is_crowded = evictor, is_crowded
+        self._folder, self._accounts = evictor.folder, evictor.accounts
+        # shared with leases
         self._changed = Condition()
-        self._started = self._done = self._closed = self._is_queued = False
+        self._done = self._closed = False
         self._n_users = 0
-        self._handle: CopyFile | None = None
+        self._file: CopyFile | None = None
         self._error: BaseException | None = None
         self._requested, self._urgent, self._refused, self._present = np.zeros((4, n_units(spec.n_bytes)), bool)
+        # of the transfer
+        self._lock = Lock()
+        self._name_lock = NameLock(self._folder.locks / spec.name)
+        self._part: CopyFile | None = None
+        self._reserved_bytes = self._charged_bytes = 0
+        self._admitted, self._assigned = self._no_units(), self._no_units()
+        self._transfer_error: BaseException | None = None
+
+    def _no_units(self) -> Mask:
+        return np.zeros(n_units(self.spec.n_bytes), bool)
 
     # -- for leases -------------------------------------------------------------------------------------------------
 
-    def join(self) -> bool:
-        """Become a user of this fetch; return False if the fetch has ended."""
-        with self._changed:
-            if not self._closed:
-                self._n_users += 1
-            return not self._closed
-
-    def request(self, ranges: Sequence[ByteRange], *, urgent: bool = False) -> bool:
-        """Request ranges, with priority if urgent; return False if the fetch has ended: the caller needs another."""
+    def request(self, ranges: Sequence[ByteRange], *, urgent: bool) -> bool:
+        """Request ranges, with priority if urgent, and become a user; False: the fetch has ended, start another."""
         mask = mask_of(ranges, self.spec.n_bytes)
         with self._changed:
             if self._closed:
                 return False
+            self._n_users += 1
             self._requested |= mask
             if urgent:
                 self._urgent |= mask
-            is_new = not self._started
-            if is_new:
-                self._started, self._cache_reference = True, self._keep()
-                self._is_queued = True
-        if is_new:
-            self._queue.start(self, urgent=urgent)
-        elif urgent:
-            self._queue.prioritize(self)
-        return True
-
-    def try_start(self) -> bool:
-        """Return whether the caller must run this fetch, because nobody has started it."""
-        with self._changed:
-            started, self._started = self._started, True
-            return not started
+            return True
 
     def wait(self, ranges: Sequence[ByteRange], deadline_s: float | None) -> None:
         """Wait until the ranges are present or cannot come; if they complete the copy, until it has its final name.
@@ -119,7 +143,7 @@ class Fetch:
                 raise StoreError(
                     f"not in the cache after {limit_s:g} s: {self.step}", url=self.spec.source, retryable=True
                 )
-            error = None if self._covers(ranges) and self._handle is not None else self._error
+            error = None if self._covers(ranges) and self._file is not None else self._error
         if isinstance(error, TierCacheError):
             raise copy.copy(error) from error  # a copy for each waiting thread: a traceback belongs to one thread
         if error is not None:
@@ -129,17 +153,17 @@ class Fetch:
         return covers(self._present, ranges, self.spec.n_bytes)
 
     def claim(self) -> tuple[CopyFile | None, bool]:
-        """Return (a handle on the file, whether the caller is no user any more).
+        """Return (a view of the file, whether the caller is no user any more).
 
-        The handle is None as long as nothing has come, and if nothing will come. All handles that a fetch returns share
-        one lock, which lasts until the last of them is closed.
+        The file is None as long as nothing has come, and if nothing will come. All views that a fetch returns share one
+        lock, which lasts until the last of them is closed.
         """
         with self._changed:
-            handle = None if self._handle is None else self._handle.dup()
-            has_left = handle is not None or self._done
+            file = None if self._file is None else self._file.dup()
+            has_left = file is not None or self._done
             if has_left:
                 self._leave()
-        return handle, has_left
+        return file, has_left
 
     def leave(self) -> None:
         with self._changed:
@@ -147,37 +171,14 @@ class Fetch:
 
     def _leave(self) -> None:
         self._n_users -= 1
-        self._drop_unused()
+        self._drop_unused_file()
 
-    @property
-    def is_unused(self) -> bool:
-        return not self._started and not self._n_users
+    def _drop_unused_file(self) -> None:
+        if self._done and not self._n_users and self._file is not None:
+            file, self._file = self._file, None
+            file.close()
 
-    # -- for the thread that runs it -----------------------------------------------------------------------------------
-
-    def set_file(self, handle: CopyFile, present: Mask) -> None:
-        """Give this file to the leases and set the units that are present. The fetch takes ownership of the handle."""
-        handle.keep_private()
-        with self._changed:
-            before, self._handle = self._handle, handle
-            self._present = present.copy()
-            self._changed.notify_all()
-        if before is not None:
-            before.close()
-
-    def add_present(self, present: Mask) -> None:
-        """Add units that are present by now, and wake the leases that wait for them."""
-        with self._changed:
-            self._present |= present
-            self._changed.notify_all()
-
-    def reset(self) -> None:
-        """Mark all units as missing, so that they are fetched again. Leases keep the handles that they have."""
-        with self._changed:
-            handle, self._handle = self._handle, None
-            self._present[:] = False
-        if handle is not None:
-            handle.close()
+    # -- for the session -----------------------------------------------------------------------------------------------
 
     def missing_units(self) -> tuple[Mask, Mask]:
         """Return the requested units that are neither present nor refused, and the urgent ones among them."""
@@ -185,32 +186,12 @@ class Fetch:
             units = self._missing()
             return units, units & self._urgent
 
-    def refused_units(self) -> Mask:
-        with self._changed:
-            return self._refused.copy()
-
-    def should_yield(self) -> bool:
-        """Return whether the fetch should give up its thread: nothing urgent is missing of it, but of other fetches."""
-        return self._is_queued and self._queue.is_crowded and not self.missing_units()[1].any()
-
     def _missing(self) -> Mask:
         units: Mask = self._requested & ~self._present & ~self._refused
         return units
 
-    def refuse(self, units: Mask) -> None:
-        """Mark units that will not come because there is no space for them, and wake the leases that wait for them."""
-        with self._changed:
-            self._refused |= units
-            self._changed.notify_all()
-
-    def close_if_done(self) -> bool:
-        """Close the fetch if no requested unit is missing; after that, no lease can request more."""
-        with self._changed:
-            is_done = not self._missing().any()
-            self._closed = self._closed or is_done
-            return is_done
-
     def abandon(self) -> None:
+        """Let the next request start another fetch: what this one has is corrupt."""
         with self._changed:
             self._closed = True
 
@@ -219,168 +200,452 @@ class Fetch:
         with self._changed:
             self._done = self._closed = True
             self._error = error
-            reference, self._cache_reference = self._cache_reference, None
-            self._drop_unused()
+            kept, self.keeps = self.keeps, None
+            self._drop_unused_file()
             self._changed.notify_all()
-        del reference  # possibly the last reference to the cache, whose finalizer must not run under the lock
+        del kept  # possibly the last reference to the cache, whose finalizer must not run under the condition
 
-    def _drop_unused(self) -> None:
-        if self._done and not self._n_users and self._handle is not None:
-            handle, self._handle = self._handle, None
-            handle.close()
+    def run(self) -> bool:
+        """Fetch the requested units. Units for which there is no space, or for which the disk fails, are refused.
 
+        Returns:
+            False: The fetch has yielded to urgent ones, and must be run again.
 
-class FetchQueue:
-    """Runs at most one fetch per name at a time in this process, on a few threads that exist while there is work.
-
-    There are at most N_FETCHES threads, and N_MORE_URGENT extra ones for urgent fetches. The lock guards the table and
-    the queues.
-
-    The argument run carries out one fetch, or raises; it returns False if the fetch has yielded and must be run again
-    (see Fetch.should_yield). The argument keep returns the cache: a running fetch keeps this reference, so that the
-    garbage collector cannot close the cache in one of the fetch threads. The argument choose_store returns the
-    store from which a fetch reads.
-    """
-
-    def __init__(
-        self,
-        run: Callable[[Fetch], bool],
-        keep: Callable[[], object],
-        choose_store: Callable[[CopySpec, Store], Store],
-    ) -> None:
-        self._run, self._keep, self._choose_store = run, keep, choose_store
-        self._lock = Lock()
-        self._table: dict[str, Fetch] = {}
-        self._urgent: deque[Fetch] = deque()  # fetches with urgent units
-        self._ahead: deque[Fetch] = deque()
-        self._threads: set[Thread] = set()
-        self._closed = False
-
-    def join(self, spec: CopySpec, store: Store) -> Fetch:
-        """Return the running fetch of a copy, or a new one, with the caller as a user."""
-        with self._lock:
-            fetch = self._table.get(spec.name)
-            if fetch is not None and fetch.join():
-                return fetch
-            for name in [n for n, f in self._table.items() if f.is_unused]:
-                del self._table[name]
-            fetch = self._table[spec.name] = Fetch(spec, self._choose_store(spec, store), self, self._keep)
-            fetch.join()
-            return fetch
-
-    def prefetch(self, spec: CopySpec, store: Store, ranges: Sequence[ByteRange], *, urgent: bool = False) -> None:
-        """Request ranges of a copy for which nobody waits yet."""
-        is_requested = False
-        while not is_requested:  # the fetch may end between join() and request()
-            fetch = self.join(spec, store)
-            is_requested = fetch.request(ranges, urgent=urgent)
-            fetch.leave()
-
-    def is_fetching(self, name: str) -> bool:
-        with self._lock:
-            return name in self._table
-
-    def abandon(self, name: str) -> None:
-        """Let later requests for a name start a new fetch: the data of the current one is corrupt."""
-        with self._lock:
-            fetch = self._table.pop(name, None)
-        if fetch is not None:
-            fetch.abandon()
-
-    def start(self, fetch: Fetch, *, urgent: bool) -> None:
-        queue = self._urgent if urgent else self._ahead
-        with self._lock:
-            if not self._closed:
-                queue.append(fetch)
-                if self._have_thread():
-                    return
-                queue.remove(fetch)
-        fetch.end()
-
-    def _have_thread(self) -> bool:
-        """Start a thread for queued work if the limits allow it; the caller holds the lock.
-
-        Return False if no thread exists and none can be started.
+        Raises:
+            StoreError, CorruptShard: The source failed, or the object is corrupt at its source.
+            OSError: The disk failed.
         """
-        if len(self._threads) < N_FETCHES + (N_MORE_URGENT if self._urgent else 0):
-            thread = Thread(target=self._work, name="tiercache-fetch", daemon=True)
-            self._threads.add(thread)
-            try:
-                thread.start()
-            except RuntimeError:
-                self._threads.discard(thread)
-        return bool(self._threads)
-
-    def prioritize(self, fetch: Fetch) -> None:
-        with self._lock:
-            if fetch in self._ahead:
-                self._ahead.remove(fetch)
-                self._urgent.append(fetch)
-                self._have_thread()
-
-    @property
-    def is_crowded(self) -> bool:
-        """Whether urgent fetches have made the threads more than those of prefetches."""
-        return len(self._threads) > N_FETCHES
-
-    def _requeue(self, fetch: Fetch) -> None:
-        """Run a fetch that has yielded again, before the prefetches that have not begun."""
-        with self._lock:
-            # Under the lock: prioritize() finds the fetch in a queue, or its units are seen to be urgent here.
-            if not self._closed:
-                if fetch.missing_units()[1].any():
-                    self._urgent.append(fetch)
-                else:
-                    self._ahead.appendleft(fetch)
-                return
-        self._end(fetch)
-
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                # The extra threads take only urgent fetches.
-                queue = self._urgent or (self._ahead if len(self._threads) <= N_FETCHES else None)
-                if not queue:
-                    self._threads.discard(current_thread())
-                    return
-                fetch = queue.popleft()
-            self.run(fetch)
-
-    def run(self, fetch: Fetch) -> None:
-        """Run a fetch in the calling thread, and pass its result to all waiting leases."""
-        error: BaseException | None = None
         try:
-            if not self._run(fetch):
-                self._requeue(fetch)
-                return
-        except BaseException as raised:  # noqa: BLE001 - top of a thread: passed to all waiting leases
-            # The cache was closed during the wait: the lease bypasses the cache, as it does if its fetch had no thread
-            # yet.
-            error = None if self._closed and fetch.cancel.is_set() and isinstance(raised, StoreError) else raised
-        self._end(fetch, error)
+            return self._run_locked()
+        except OSError as error:
+            if isinstance(error, StoreError) or not is_disk_full(error):
+                raise
+            # The disk was full for a record, a name or the accounts. What was fetched stays.
+            self._evictor.free_disk(charge_bytes(self.spec.n_bytes), protected=self.protected)
+            return self._run_locked()
 
-    def _end(self, fetch: Fetch, error: BaseException | None = None) -> None:
+    # -- what leases see -----------------------------------------------------------------------------------------------
+
+    def _offer(self, file: CopyFile) -> Mask:
+        """Give a file, which the fetch then owns, to the leases; return its present units. An error closes the file."""
         try:
-            fetch.end(error)  # first: a caller that finds no fetch in the table may rely on all its files being closed
+            present = file.mask()
+        except BaseException:
+            file.close()
+            raise
+        file.keep_private()
+        with self._changed:
+            before, self._file = self._file, file
+            self._present = present.copy()
+            self._changed.notify_all()
+        if before is not None:
+            before.close()
+        return present
+
+    def _withdraw(self) -> None:
+        """Mark all units as missing, so that they are fetched again. Leases keep the files that they have."""
+        with self._changed:
+            file, self._file = self._file, None
+            self._present[:] = False
+        if file is not None:
+            file.close()
+
+    def _refuse(self, units: Mask) -> None:
+        """Mark units that will not come because there is no space for them, and wake the leases that wait for them."""
+        with self._changed:
+            self._refused |= units
+            self._changed.notify_all()
+
+    def _close_if_done(self) -> bool:
+        """Close the fetch if no requested unit is missing; after that, no lease can request more."""
+        with self._changed:
+            is_done = not self._missing().any()
+            self._closed = self._closed or is_done
+            return is_done
+
+    def _should_yield(self) -> bool:
+        """Return whether to give up the thread: nothing urgent is missing of this fetch, but of other fetches."""
+        return self._is_crowded() and not self.missing_units()[1].any()
+
+    # -- under the lock of the name ------------------------------------------------------------------------------------
+
+    def _run_locked(self) -> bool:
+        """Fetch under the lock of the name; return False if the fetch has yielded.
+
+        Other processes watch the unit map, and take over if this process ends. A process that waits too long, because
+        the holder was stopped, reads past the cache.
+        """
+        spec = self.spec
+        self._accounts.owners.ensure()
+        try:
+            while not self._close_if_done():
+                deadline_s = LOCK_WAIT_S + spec.n_bytes / SLOWEST_BYTES_S
+                is_over = wait_for(self._has_lock_or_units, deadline_s, cancel=self.cancel)
+                if self.cancel.is_set():
+                    raise StoreError("cancelled", url=spec.source, retryable=True)
+                if self._name_lock.is_held:
+                    return self._fetch()
+                if not is_over:
+                    self._refuse(self.missing_units()[0])
+            return True
         finally:
-            with self._lock:
-                if self._table.get(fetch.spec.name) is fetch:
-                    del self._table[fetch.spec.name]
+            self._name_lock.release()
 
-    def close(self) -> None:
+    def _has_lock_or_units(self) -> bool:
+        """Return whether this process may fetch, or another one has fetched all requested units.
+
+        Waiting leases learn which units the other process has fetched.
+        """
+        if self._name_lock.try_acquire():
+            return True
+        spec = self.spec
+        self.step = f"waiting for {self._name_lock.holder()}"
+        whole = open_whole(self._folder, spec.name, spec.n_bytes)
+        if whole is not None:
+            self._offer(whole)
+            return True
+        part = open_part(self._folder, spec.name, spec.n_bytes)
+        if part is None:
+            return False
+        present = self._offer(part)
+        # A partial copy with all units gets its final name in a moment.
+        return not present.all() and not self.missing_units()[0].any()
+
+    def _fetch(self) -> bool:
+        """Serve the requests from an existing copy, or fetch what is missing, and once more if it was corrupt.
+
+        Returns False if the fetch has yielded.
+        """
+        spec, crc = self.spec, None
+        whole = open_whole(self._folder, spec.name, spec.n_bytes)
+        if whole is not None:
+            self._offer(whole)
+            return self._close_if_done()
+        if self._folder.size_of(spec.name) not in (None, spec.n_bytes):  # a power failure or a person truncated it
+            self._evictor.remove(spec.name)
+            self._evictor.counters.add("quarantined")
+        for _ in range(2):
+            crc = self._extend_part()
+            if crc is None:
+                return self._close_if_done()
+        raise CorruptShard(
+            f"corrupt at its source: two fetches did not match the checksum (CRC-32C {crc:08x}, expected "
+            f"{spec.crc32c or 0:08x})",
+            url=spec.source,
+        )
+
+    def _extend_part(self) -> int | None:
+        """Extend the partial copy while units are requested, and complete it when all units are present.
+
+        Returns:
+            None: No requested unit is missing, or the fetch has yielded. Otherwise the CRC-32C of a complete file that
+                was corrupt and is removed.
+        """
+        for _ in range(MAX_BEGINNINGS):
+            self.step = f"being fetched by process {os.getpid()}"
+            self._reserved_bytes = self._charged_bytes = 0
+            try:
+                self._open_part()
+                self._admitted = self._present_units()
+                return self._transfer_and_complete()
+            except FileNotFoundError as error:
+                if isinstance(error, StoreError):
+                    self._keep_units(error)
+                    raise
+                self._accounts.owners.ensure()
+                self._remove_part()
+            except BaseException as error:
+                self._keep_units(error)
+                raise
+            finally:
+                part, self._part = self._part, None
+                if part is not None:
+                    part.close()
+        self._refuse(self.missing_units()[0])
+        return None
+
+    def _transfer_and_complete(self) -> int | None:
+        """Extend one partial copy; see _extend_part()."""
+        while True:
+            self._transfer_requested()
+            if self._part is not None and self._part.present.all():
+                crc = self._part.checksum()
+                self._note_reservation(0)
+                if not self._complete(self._part, crc):
+                    self._withdraw()
+                    return crc
+                if self._close_if_done():
+                    return None
+            elif self._close_if_done() or self._should_yield():
+                self._update_charge()
+                return None
+
+    def _complete(self, part: CopyFile, crc: int) -> bool:
+        """Verify a partial copy with all units, give it its final name, and enter it in the accounts.
+
+        The record is written first, then the name, then the accounts, so that the next process can repair a crash in
+        between. crc: CRC-32C of the file. Return False if the file is corrupt; it is then removed.
+        """
+        folder, spec = self._folder, self.spec
+        if spec.crc32c is not None and crc != spec.crc32c:
+            self._evictor.remove(spec.name)
+            self._accounts.release(spec.name)
+            return False
+        crash_point("publish.checked")
+        set_mode(part.fd, COPY_MODE)  # from here on nobody can open the file for writing
+        crash_point("publish.sealed")
+        folder.write_record(spec, crc)
+        crash_point("publish.recorded")
+        folder.give_name(part.fd, spec.name)
+        crash_point("publish.named")
+        # An object without identity has no checksums inside: its map has those of its units.
+        folder.unlink_part(spec.name, part.fd, keep_map=spec.identity is None)
+        crash_point("publish.unparted")
+        # A file that was written in pieces may take some blocks beyond its size (see Folder). They are charged only up
+        # to the space that was reserved for the map, if the map is not kept.
+        least = charge_bytes(spec.n_bytes)
+        most = least + charge_bytes(map_bytes(spec.n_bytes)) - BLOCK_BYTES
+        charge = most if spec.identity is None else min(max(folder.charge_of(spec.name) or 0, least), most)
+        self._accounts.set_charge(spec.name, charge)
+        crash_point("publish.booked")
+        return True
+
+    # -- the partial copy and its space --------------------------------------------------------------------------------
+
+    def _open_part(self, *, create: bool = False) -> None:
+        """Open the partial copy, if there is one, enter it in the accounts, and offer it to the leases.
+
+        create: Whether to create it. After a full disk, the one that was created first is there.
+        """
+        folder, spec = self._folder, self.spec
+        part = continue_part(folder, spec.name, spec.n_bytes)
+        if part is None and create:
+            part = create_part(folder, spec.name, spec.n_bytes)
+        if part is None:
+            return
+        try:
+            if folder.read_record(spec.name) is None:
+                folder.write_record(spec, spec.crc32c)
+                crash_point("fetch.recorded")
+            if part.present.any() and not self._reserved_bytes:
+                self._charged_bytes = charge_of(part.present, part.n_bytes)
+                self._accounts.set_charge(spec.name, self._charged_bytes)
+            self._offer(part.hold())
+        except BaseException as error:
+            with closing(part):  # for example, the disk is too full for the record; a later fetch starts again
+                # The folder was deleted by hand: _remove_part() would not know these files.
+                if isinstance(error, FileNotFoundError):
+                    folder.unlink_part(spec.name, part.fd, keep_map=False)
+            raise
+        self._part = part
+
+    def _present_units(self) -> Mask:
+        return self._no_units() if self._part is None else self._part.present.copy()
+
+    def _admit(self, units: Mask) -> None:
+        """Reserve space for requested units, and with them the rest of the file if it is small; or refuse them.
+
+        Refused units are not part of the rest: their reader reads them from the source.
+        """
+        if not units.any():
+            return
+        with self._changed:
+            refused = self._refused.copy()
+        for more in (to_fetch(self._admitted, units, self.spec.n_bytes) & ~refused, units):
+            if self._reserve(self._admitted | more):
+                self._admitted |= more
+                return
+        self._refuse(units)
+
+    def _reserve(self, units: Mask) -> bool:
+        name = self.spec.name
+        need_bytes = max(charge_of(units, self.spec.n_bytes) - self._charged_bytes, 0)
+        self._note_reservation(need_bytes)
+        if not self._evictor.reserve(name, need_bytes, protected=self.protected | {name}):
+            self._note_reservation(self._reserved_bytes)
+            self._evictor.warn_no_space(self.spec, need_bytes)
+            return False
+        self._reserved_bytes = need_bytes
+        crash_point("fetch.reserved")
+        return True
+
+    def _note_reservation(self, n_bytes: int) -> None:
+        """Write to the lock file how many bytes this fetch may still add, in case the accounts must be rebuilt."""
+        self._name_lock.note({"owner": str(self._accounts.owners.me), "reserved_bytes": n_bytes})
+
+    def _update_charge(self) -> None:
+        """Set the charge of the partial copy in the accounts to its present size; one without units is removed."""
+        # First: after the commit, the entry would be counted whenever the accounts are rebuilt.
+        self._note_reservation(0)
+        if self._part is None or not self._part.has_name:  # a reader found it corrupt and removed it
+            self._accounts.release(self.spec.name)
+        elif self._part.present.any():
+            self._accounts.set_charge(self.spec.name, charge_of(self._part.present, self.spec.n_bytes))
+            crash_point("fetch.booked")
+        else:
+            self._remove_part()
+
+    def _remove_part(self) -> None:
+        """Remove the partial copy and its charge. If it has lost its name, the name belongs to another file."""
+        self._note_reservation(0)
+        self._withdraw()  # with our own view open, the file would count as deleted but still in use
+        if self._part is not None and self._part.has_name:
+            self._evictor.remove(self.spec.name)
+        self._accounts.release(self.spec.name)
+
+    def _keep_units(self, error: BaseException) -> None:
+        """After an error, keep what has come for a later fetch, unless the object has changed at its source."""
+        with suppress(OSError):  # the first error is the one to report
+            if isinstance(error, ObjectChanged):
+                self._remove_part()
+            else:
+                self._update_charge()
+
+    # -- transfer ---------------------------------------------------------------------------------------------------
+
+    def _transfer_requested(self) -> None:
+        """Transfer the requested units until none is left, space for them is refused, or the fetch yields.
+
+        If the disk is full, copies are evicted and the transfer is repeated once; then the missing units are refused.
+        """
+        was_full = False
+        while self.missing_units()[0].any() and not self._should_yield():
+            try:
+                self._transfer()
+                was_full = False
+            except OSError as error:
+                if isinstance(error, StoreError) or not is_disk_full(error):
+                    raise
+                if was_full:
+                    self._refuse(self.missing_units()[0])
+                    self._evictor.warn_full_disk()
+                else:
+                    self._evictor.free_disk(self._reserved_bytes, protected=self.protected | {self.spec.name})
+                was_full = not was_full
+
+    def _transfer(self) -> None:
+        self._transfer_error = None
+        self._assigned = self._present_units()  # units that an earlier transfer lost are assigned again
+        while (ranges := self._next_ranges()) is not None:
+            left_bytes = UNIT_BYTES * int((self._admitted & ~self._assigned).sum())
+            helpers: list[Thread] = []
+            try:
+                for _ in range(min(N_REQUESTS_IN_FLIGHT - 1, -(-left_bytes // REQUEST_BYTES))):
+                    helper = Thread(target=self._transfer_in_thread, name="tiercache-part", daemon=True)
+                    with suppress(RuntimeError):  # no more threads are allowed; the existing ones do all the work
+                        helper.start()
+                        helpers.append(helper)
+                self._transfer_in_thread(ranges)
+            finally:
+                # Even after an error: the helpers write to the partial copy, which is closed afterwards.
+                for helper in helpers:
+                    helper.join()
+            if self._transfer_error is not None:
+                raise self._transfer_error
+
+    def _transfer_in_thread(self, ranges: list[ByteRange] | None = None) -> None:
+        try:
+            ranges = self._next_ranges() if ranges is None else ranges
+            while ranges is not None:
+                self._transfer_ranges(ranges)
+                ranges = self._next_ranges()
+        except BaseException as error:  # noqa: BLE001 - top of a thread: _transfer() raises the first error
+            with self._lock:
+                self._transfer_error = self._transfer_error or error
+
+    def _next_ranges(self) -> list[ByteRange] | None:
+        """Return the ranges of the next request, urgent units first.
+
+        None: nothing is left, a thread failed, or the fetch yields.
+        """
+        n_bytes = self.spec.n_bytes
+        if self._should_yield():
+            return None
         with self._lock:
-            self._closed = True
-            queued, running = [*self._urgent, *self._ahead], list(self._table.values())
-            self._urgent.clear()
-            self._ahead.clear()
-            threads = list(self._threads)
-        for fetch in running:
-            fetch.cancel.set()
-        for fetch in queued:
-            fetch.end()
-        for thread in threads:
-            if thread is not current_thread():
-                thread.join(JOIN_S)
+            if self._transfer_error is not None:
+                return None
+            units, urgent = self.missing_units()
+            self._admit(units & ~self._admitted)
+            todo = self._admitted & ~self._assigned
+            # A small rest is fetched in one request, urgent or not: a second request would take longer than its bytes.
+            first = todo if bytes_of(todo, n_bytes) <= LITTLE_BYTES else urgent & todo
+            ranges = next_request(first, n_bytes, gaps=todo) or next_request(todo, n_bytes)
+            self._assigned |= mask_of(ranges, n_bytes)
+            if ranges and self._part is None:
+                self._open_part(create=True)
+            return ranges or None
+
+    def _transfer_ranges(self, ranges: Sequence[ByteRange]) -> None:
+        """Read ranges into the partial copy. Their bytes are written and checksummed as they arrive."""
+        part = self._part
+        if part is None:
+            raise RuntimeError("_next_ranges() has opened the partial copy")
+        starts = [span.start for span in ranges]
+        positions = list(starts)
+        disk_errors: list[OSError] = []
+
+        def receive(offset: int, data: memoryview) -> None:
+            number = bisect_right(starts, offset) - 1
+            span = ranges[number]
+            expected = offset if offset == span.start else positions[number]  # a range may begin again
+            if offset != expected or offset + data.nbytes > span.end:
+                raise ValueError(f"expected byte {positions[number]} of {span}, got {data.nbytes} bytes from {offset}")
+            try:
+                part.write(offset, data)
+            except OSError as error:
+                disk_errors.append(error)
+                raise
+            positions[number] = offset + data.nbytes
+
+        if self.spec.n_bytes:  # an empty object has nothing to read
+            self._read(ranges, receive, disk_errors)
+        for span, position in zip(ranges, positions, strict=True):
+            if position != span.end:
+                raise ValueError(f"{span}: received only {position - span.start} bytes")
+            part.mark_present(span)
+        self._evictor.counters.add("bytes_fetched", sum(span.n_bytes for span in ranges))
+        with self._changed:
+            self._present |= part.present
+            self._changed.notify_all()
+
+    def _read(self, ranges: Sequence[ByteRange], receive: Receive, disk_errors: Sequence[OSError]) -> None:
+        """Read from the source, in the version that was named; retry once if that may help.
+
+        disk_errors: Errors of receive, which are not those of the source.
+        """
+        spec = self.spec
+        for is_last in (False, True):
+            try:
+                self._read_pieces(ranges, receive)
+                break
+            except (NotFound, ObjectChanged):
+                raise
+            except StoreError as error:
+                if is_last or error.retryable or self.cancel.is_set():
+                    raise  # the store has repeated a retryable error itself; any other error is tried once more
+            except OSError as error:
+                if error in disk_errors:
+                    raise
+                # a network error that the store did not convert
+                raise StoreError(f"reading failed: {error}", url=spec.source, retryable=True) from error
+        if spec.identity is None and spec.if_match is None:
+            # Without a strong ETag as a guard, the object must have the same attributes after the read.
+            info = self.store.head(spec.key)
+            if name_of_object(spec.source, info) != spec.name:
+                raise ObjectChanged(url=spec.source, expected=spec.etag, found=info.etag)
+
+    def _read_pieces(self, ranges: Sequence[ByteRange], receive: Receive) -> None:
+        spec = self.spec
+        try:
+            self.store.read_pieces(spec.key, ranges, receive, if_match=spec.if_match, cancel=self.cancel)
+        except ObjectChanged:
+            if spec.identity is None:
+                raise
+            # The checksums of the shard tell whether the bytes are right.
+            spans = [(span, memoryview(bytearray(span.n_bytes))) for span in ranges]
+            read_unpinned(self.store, spec.key, spans, cancel=self.cancel)
+            for span, data in spans:
+                receive(span.start, data)
 
 
 class CopyLease:
@@ -396,7 +661,7 @@ class CopyLease:
         n_bytes: int,
         file: CopyFile | None = None,
         *,
-        join: Callable[[], Fetch] | None = None,
+        start_fetch: Callable[[Sequence[ByteRange], bool], Fetch] | None = None,
         on_lookup: Callable[[bool], object] | None = None,
     ) -> None:
         """Create a lease, which then owns file.
@@ -404,11 +669,11 @@ class CopyLease:
         Args:
             n_bytes: Size of the whole object.
             file: Open copy; None: nothing is cached yet.
-            join: Function that returns the fetch of the missing data, of which this lease is then a user; None: nothing
-                is missing.
+            start_fetch: Function that returns the fetch of ranges (urgent or not), of which this lease is then a user;
+                None: nothing is missing.
             on_lookup: Callback that is called once, with whether the first requested ranges were already cached.
         """
-        self._n_bytes, self._join, self._on_lookup = n_bytes, join, on_lookup
+        self._n_bytes, self._start_fetch, self._on_lookup = n_bytes, start_fetch, on_lookup
         self._fetch: Fetch | None = None
         self._is_user = False
         self._lock = Lock()
@@ -437,9 +702,8 @@ class CopyLease:
         return 1 if self._file is not None and not self._file.is_partial else 2
 
     def present(self, ranges: Sequence[ByteRange]) -> bool:
-        fetch = self._fetch
-        if self._file is None and fetch is not None:
-            self._claim(fetch)
+        if self._file is None and self._fetch is not None:
+            self._claim(self._fetch)
         file = self._file
         return file is not None and file.covers(ranges)
 
@@ -467,7 +731,7 @@ class CopyLease:
             StoreError: The source failed, or the deadline passed.
         """
         is_present = self._look_up(ranges)
-        fetch = self._publishing_fetch() if is_present else self._request(ranges, urgent=True)
+        fetch = self._completing_fetch() if is_present else self._request(ranges, urgent=True)
         if fetch is None:
             return is_present or self.present(ranges)
         try:
@@ -478,7 +742,7 @@ class CopyLease:
         else:
             is_present = self.present(ranges)
         if not is_present and (any(span.n_bytes for span in ranges) or not self._n_bytes):
-            self._join = None  # refused: asking again for each block would cost milliseconds each
+            self._start_fetch = None  # refused: asking again for each block would cost milliseconds each
         return is_present
 
     def _look_up(self, ranges: Sequence[ByteRange]) -> bool:
@@ -489,29 +753,21 @@ class CopyLease:
             on_lookup(is_present)
         return is_present
 
-    def _publishing_fetch(self) -> Fetch | None:
-        """Return the fetch that is about to publish the copy, whose units are all present; None: there is none."""
+    def _completing_fetch(self) -> Fetch | None:
+        """Return the fetch that is about to give the copy its final name; None: there is none."""
         file, fetch = self._file, self._fetch
         is_complete = file is not None and file.is_partial and file.covers([ByteRange(0, self._n_bytes)])
         return fetch if is_complete and self._pid == os.getpid() else None
 
     def _request(self, ranges: Sequence[ByteRange], *, urgent: bool) -> Fetch | None:
-        """Request ranges from the fetch of this copy, or from a new one; None: no fetch can bring them."""
-        join = self._join
-        if join is None or self._pid != os.getpid() or any(span.end > self._n_bytes for span in ranges):
-            return None
-        while True:
-            fetch = self._fetch
-            if fetch is not None and fetch.request(ranges, urgent=urgent):
-                return fetch
-            fetch = join()
-            is_requested = fetch.request(ranges, urgent=urgent)
-            self._follow(fetch)
-            if is_requested:
-                return fetch
+        """Request ranges from the fetch of this copy; None: no fetch can bring them.
 
-    def _follow(self, fetch: Fetch) -> None:
-        """Use this fetch from now on. The lease stays its user until the lease has a descriptor of its own."""
+        The lease is a user of that fetch until the lease has a descriptor of its own.
+        """
+        start_fetch = self._start_fetch
+        if start_fetch is None or self._pid != os.getpid() or any(span.end > self._n_bytes for span in ranges):
+            return None
+        fetch = start_fetch(ranges, urgent)
         with self._lock:
             before, was_user = self._fetch, self._is_user
             self._fetch, self._is_user = fetch, self._file is None
@@ -519,9 +775,10 @@ class CopyLease:
             before.leave()
         if not self._is_user:
             fetch.leave()
+        return fetch
 
     def _claim(self, fetch: Fetch) -> None:
-        """Take a handle on the file from a fetch, if this lease has none and the fetch has one by now."""
+        """Take a view of the file from a fetch, if this lease has none and the fetch has one by now."""
         with self._lock:
             if self._file is not None or self._fetch is not fetch or not self._is_user or self._pid != os.getpid():
                 return
@@ -531,7 +788,7 @@ class CopyLease:
     def close(self) -> None:
         with self._lock:
             file, fetch, is_user = self._file, self._fetch, self._is_user
-            self._file, self._fetch, self._is_user, self._join = None, None, False, None
+            self._file, self._fetch, self._is_user, self._start_fetch = None, None, False, None
         if file is not None:
             file.close()
         if fetch is not None and is_user and self._pid == os.getpid():

@@ -1,4 +1,4 @@
-"""`Folder`: the files of a cache on disk. Only this module deletes files of the cache.
+"""`Folder`: the files of a cache on disk, their locks, and the disk. Only this module deletes files of the cache.
 
 ::
 
@@ -8,7 +8,7 @@
     copies/NAME                  a copy, read-only; the existence of this file decides whether the object is cached
     copies/NAME.json             its record: source, size, checksum
     copies/NAME.pin              the mark of a pinned copy
-    copies/NAME.part             a partial copy, as long as the whole; see partial.py
+    copies/NAME.part             a partial copy, as long as the whole; see copy_file.py
     copies/NAME.map              its unit map; kept beside the complete copy of an object without identity
     locks/NAME                   locked while NAME is fetched or evicted
     owners/OWNER                 locked while its process has the cache open
@@ -23,11 +23,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import pwd
 import re
 import secrets
+import socket
 import stat
 import time
 from contextlib import ExitStack, contextmanager, suppress
@@ -35,9 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from tiercache.cache.accounts import BLOCK_BYTES, charge_bytes
-from tiercache.cache.locks import try_exclusive
-from tiercache.cache.names import NAME, Record
+from tiercache.cache.names import NAME, CopySpec
 from tiercache.crash_points import crash_point
 from tiercache.store.shared_files import (
     NO_LINK,
@@ -56,8 +56,185 @@ from tiercache.store.shared_files import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
+
+# -- locks -------------------------------------------------------------------------------------------------------------
+
+_private: set[int] = set()
+
+
+def keep_private(fd: int) -> int:
+    """Let forked children close fd, and return it. The descriptor must be closed with close_private()."""
+    _private.add(fd)
+    return fd
+
+
+def close_private(fd: int) -> None:
+    # Deregistered first: a fork in between leaves the child one descriptor too many; in the other order, the child
+    # could close another file.
+    _private.discard(fd)
+    os.close(fd)
+
+
+def _close_inherited() -> None:
+    while _private:
+        with suppress(OSError):
+            os.close(_private.pop())
+
+
+os.register_at_fork(after_in_child=_close_inherited)
+
+
+_NOTE_BYTES = 512
+
+
+def try_shared(fd: int) -> bool:
+    """Take a reader's lock; return False if another descriptor has the exclusive lock."""
+    return _try(fd, fcntl.LOCK_SH)
+
+
+def try_exclusive(fd: int) -> bool:
+    """Take the exclusive lock; return False if another descriptor has a lock."""
+    return _try(fd, fcntl.LOCK_EX)
+
+
+def _try(fd: int, kind: int) -> bool:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_locked(path: str | Path) -> bool:
+    """Return whether another descriptor has the exclusive lock of a file; False if the file cannot be opened."""
+    try:
+        fd = open_file(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return not try_shared(fd)
+    finally:
+        os.close(fd)
+
+
+class NameLock:
+    """The lock to fetch or evict one copy: a lock file, which is removed when the lock is released."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd: int | None = None
+
+    def try_acquire(self) -> bool:
+        while True:
+            fd = open_file(self.path, os.O_RDWR | os.O_CREAT)
+            try:
+                is_free = try_exclusive(fd)
+                # The last holder may have removed the file between open() and flock(): then the lock is on a file
+                # without a name.
+                has_name = os.fstat(fd).st_nlink > 0
+            except BaseException:
+                os.close(fd)
+                raise
+            if is_free and has_name:
+                self._fd = keep_private(fd)
+                with suppress(OSError):
+                    os.ftruncate(fd, 0)
+                self.note({})
+                return True
+            os.close(fd)
+            if not is_free:
+                return False
+
+    def note(self, facts: Mapping[str, object]) -> None:
+        """Write facts about the holder into the lock file. Does nothing while the lock is not held."""
+        if self._fd is not None:
+            text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), **facts})
+            with suppress(OSError):  # a full disk: the note only serves messages and the rebuilding of lost accounts
+                # One write over the whole former note, so that no reader sees a mixture of two notes.
+                os.pwrite(self._fd, text.ljust(_NOTE_BYTES).encode(), 0)
+
+    @property
+    def is_held(self) -> bool:
+        return self._fd is not None
+
+    def holder(self) -> str:
+        try:
+            note = json.loads(read_text(self.path))
+            return f"process {note['pid']} on {note['host']} (lock {self.path})"
+        except (OSError, ValueError, KeyError, TypeError):
+            return f"another process (lock {self.path})"
+
+    def release(self) -> None:
+        """Release the lock and remove its file. Harmless if the lock is not held."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            with suppress(OSError):
+                self.path.unlink()
+            close_private(fd)
+
+
+# -- the disk ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpace:
+    """The space on a disk for this user's files; n_free_files is None if their number is not limited."""
+
+    free_bytes: int
+    total_bytes: int
+    n_free_files: int | None
+
+
+def disk_space(path: Path) -> DiskSpace:
+    status = os.statvfs(path)
+    n_free_files = status.f_favail if status.f_files else None
+    return DiskSpace(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize, n_free_files)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+# statfs(2) types of file systems whose locks, links or mappings other machines share. FUSE often is one and cannot be
+# told apart.
+_NETWORK = {
+    0x6969: "NFS",
+    0x517B: "SMB",
+    0xFF534D42: "CIFS",
+    0xFE534D42: "SMB2",
+    0x65735546: "FUSE",
+    0x0BD00BD0: "Lustre",
+    0x47504653: "GPFS",
+    0x19830326: "BeeGFS",
+    0x00C36400: "Ceph",
+    0x5346414F: "AFS",
+    0x01021997: "9P",
+    0x01161970: "GFS2",
+    0x7461636F: "OCFS2",
+}
+_STATFS_BYTES = 512  # larger than struct statfs on any platform
+
+
+def network_file_system(path: Path) -> str | None:
+    """Return the name of the network file system of path; None: a local file system."""
+    library = ctypes.CDLL(None, use_errno=True)
+    buffer = ctypes.create_string_buffer(_STATFS_BYTES)
+    if library.statfs(os.fsencode(path), buffer) != 0:
+        return None
+    return _NETWORK.get(ctypes.c_ulong.from_buffer(buffer).value & 0xFFFFFFFF)  # the first member is f_type, a long
+
+
+BLOCK_BYTES = 4096
+
+
+def charge_bytes(n_bytes: int) -> int:
+    """Return the charge of a file of n_bytes: its size in whole disk blocks, plus one block for its record."""
+    return -(-n_bytes // BLOCK_BYTES) * BLOCK_BYTES + BLOCK_BYTES
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
 
 MARKER = "tiercache-cache.json"
 _DEFAULT_SIZE = "default-size.json"
@@ -172,9 +349,6 @@ class Folder:
                 return None
             raise
 
-    def has_copy(self, name: str) -> bool:
-        return self.size_of(name) is not None
-
     def size_of(self, name: str) -> int | None:
         """Return the size of the copy in bytes; None: it does not exist; -1: it is no regular file, and never read."""
         try:
@@ -182,6 +356,15 @@ class Folder:
         except OSError:
             return None
         return status.st_size if stat.S_ISREG(status.st_mode) else -1
+
+    def last_read_s(self, name: str) -> float:
+        """Return when a copy, whole or partial, was last read or written, as far as the file system says; 0: never."""
+        times = [0.0]
+        for kind in ("", ".part"):
+            with suppress(OSError):
+                status = os.lstat(f"{self._copies}/{name}{kind}")
+                times.append(max(status.st_atime, status.st_mtime))
+        return max(times)
 
     def charge_of(self, name: str) -> int | None:
         """Return the bytes that a copy, whole or partial, takes of the size limit; None: it does not exist."""
@@ -209,23 +392,25 @@ class Folder:
     def has_file(self, file: str) -> bool:
         return os.path.lexists(self.copy_path(file))
 
-    def has_part(self, name: str) -> bool:
-        return self.has_file(f"{name}.part") and self.has_file(f"{name}.map")
-
     def names(self, suffix: str) -> list[str]:
         files: list[str] = []
         with suppress(FileNotFoundError), os.scandir(self.copies) as entries:
             files += [e.name.removesuffix(suffix) for e in entries if e.name.endswith(suffix)]
         return [name for name in files if NAME.fullmatch(name)]
 
-    def read_record(self, name: str) -> Record | None:
+    def read_record(self, name: str) -> CopySpec | None:
         try:
-            return Record.from_json(read_text(f"{self._copies}/{name}.json"))
+            return CopySpec.from_json(name, read_text(f"{self._copies}/{name}.json"))
         except OSError:
             return None
 
-    def write_record(self, name: str, record: Record) -> None:
-        replace_whole(self.copies / f"{name}.json", record.to_json() + "\n")
+    def write_record(self, spec: CopySpec, crc32c: int | None) -> None:
+        """Write the record of a copy, unless it is there already. crc32c: See CopySpec.to_json()."""
+        path, text = self.copies / f"{spec.name}.json", spec.to_json(crc32c)
+        with suppress(OSError):
+            if read_text(path) == text:
+                return
+        replace_whole(path, text)
 
     def pin(self, name: str) -> None:
         os.close(open_file(f"{self._copies}/{name}.pin", os.O_WRONLY | os.O_CREAT))
@@ -234,7 +419,7 @@ class Folder:
         return self._remove(f"{name}.pin")
 
     def is_pinned(self, name: str) -> bool:
-        return os.path.lexists(f"{self._copies}/{name}.pin")
+        return self.has_file(f"{name}.pin")
 
     # -- partial copies ------------------------------------------------------------------------------------------------
 
@@ -279,6 +464,15 @@ class Folder:
                 os.rename(f"{name}.part", name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
         return True
 
+    def unlink_part(self, name: str, fd: int, *, keep_map: bool) -> None:
+        """Remove the names of the partial copy that fd is open on, if they still belong to this file."""
+        with suppress(FileNotFoundError):
+            if os.lstat(self.copy_path(f"{name}.part")).st_ino != os.fstat(fd).st_ino:
+                return
+        if not keep_map:  # first: a sweep removes a partial copy beside its complete copy, but not a map alone
+            self.remove_file("copies", f"{name}.map")
+        self.remove_part(name, keep_map=True)
+
     def remove_part(self, name: str, *, keep_map: bool = False) -> None:
         self._remove(f"{name}.part")
         if not keep_map:  # the map last, because a map alone is harmless
@@ -291,7 +485,7 @@ class Folder:
         # The copy first: a sweep removes a record without a copy.
         self._remove(name)
         self.remove_part(name)
-        self._remove(f"{name}.json")
+        self.remove_record(name)
 
     def remove_record(self, name: str) -> None:
         self._remove(f"{name}.json")
@@ -327,7 +521,8 @@ class Folder:
         if maker[0] == pid_namespace() and start_time(maker[1]) is None:
             return True
         try:
-            return _age_s(self.root / below / file) > OLD_TEMP_S
+            # The absolute value: after the clock was set back, a file must not stay for a year.
+            return abs(time.time() - os.lstat(self.root / below / file).st_mtime) > OLD_TEMP_S
         except FileNotFoundError:
             return False
 
@@ -424,59 +619,3 @@ def _write_marker(path: Path) -> None:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     link_whole(path / MARKER, json.dumps({"format": 0, "id": secrets.token_hex(16)}) + "\n")
     crash_point("marker.written")
-
-
-def _age_s(path: str | Path) -> float:
-    # The absolute value: after the clock was set back, a record must not stay valid for a year.
-    return abs(time.time() - os.lstat(path).st_mtime)
-
-
-# -- the disk ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class DiskSpace:
-    """The space on a disk for this user's files; n_free_files is None if the number of files is not limited."""
-
-    free_bytes: int
-    total_bytes: int
-    n_free_files: int | None
-
-
-def disk_space(path: Path) -> DiskSpace:
-    status = os.statvfs(path)
-    n_free_files = status.f_favail if status.f_files else None
-    return DiskSpace(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize, n_free_files)
-
-
-def is_disk_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-# statfs(2) types of file systems whose locks, links or mappings other machines share. FUSE often is one and cannot be
-# told apart.
-_NETWORK = {
-    0x6969: "NFS",
-    0x517B: "SMB",
-    0xFF534D42: "CIFS",
-    0xFE534D42: "SMB2",
-    0x65735546: "FUSE",
-    0x0BD00BD0: "Lustre",
-    0x47504653: "GPFS",
-    0x19830326: "BeeGFS",
-    0x00C36400: "Ceph",
-    0x5346414F: "AFS",
-    0x01021997: "9P",
-    0x01161970: "GFS2",
-    0x7461636F: "OCFS2",
-}
-_STATFS_BYTES = 512  # larger than struct statfs on any platform
-
-
-def network_file_system(path: Path) -> str | None:
-    """Return the name of the network file system of path; None: a local file system."""
-    library = ctypes.CDLL(None, use_errno=True)
-    buffer = ctypes.create_string_buffer(_STATFS_BYTES)
-    if library.statfs(os.fsencode(path), buffer) != 0:
-        return None
-    return _NETWORK.get(ctypes.c_ulong.from_buffer(buffer).value & 0xFFFFFFFF)  # the first member is f_type, a long

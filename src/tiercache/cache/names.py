@@ -1,4 +1,4 @@
-"""The names, specifications and records of copies, and tables of many names.
+"""The names and specifications of copies, and tables of many names.
 
 A copy of a shard is named by the hash of its identity, which is the same for all mirrors; a copy of another object by
 the hash of its URL and version.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tiercache.model import ShardIdentity
 from tiercache.store import check_key, redact
 
 if TYPE_CHECKING:
@@ -21,69 +22,33 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from tiercache.model import ObjectInfo, ShardIdentity
+    from tiercache.model import ObjectInfo
     from tiercache.store import Store
 
 
 NAME = re.compile(r"[0-9a-f]{40}")
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """The source of a copy and how it is verified.
-
-    Attributes:
-        source: URL without credentials.
-        n_bytes: Size of the object.
-        crc32c: CRC-32C of the whole object; None for a partial copy of an object with unknown checksum.
-        dataset_id: Identifier of the data set; None for an object without identity.
-        shard_id: Identifier of the shard; None for an object without identity.
-        etag: ETag of an object without identity.
-    """
-
-    source: str
-    n_bytes: int
-    crc32c: int | None = None
-    dataset_id: str | None = None
-    shard_id: str | None = None
-    etag: str | None = None
-
-    def to_json(self) -> str:
-        return json.dumps({"format": 0} | {k: v for k, v in asdict(self).items() if v is not None})
-
-    @classmethod
-    def from_json(cls, text: str) -> Record | None:
-        """Return the record; None if the text is torn by a power failure, or belongs to another release."""
-        try:
-            fields = json.loads(text)
-            if fields.pop("format") != 0:
-                return None
-            record = cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return None
-        facts: tuple[object, ...] = (record.source, record.n_bytes, record.crc32c or 0)
-        return record if [type(fact) for fact in facts] == [str, int, int] else None
+NAME_BYTES = 20
 
 
 @dataclass(frozen=True, slots=True)
 class CopySpec:
-    """The specification of a copy: its name and all that is needed to fetch and verify it.
+    """The specification of a copy: its name, and all that is needed to fetch and verify it. A part of it is its record.
 
     Attributes:
         name: Name of the copy, 40 hexadecimal digits.
-        key: Key of the object in its store.
         source: URL of the object without credentials.
         n_bytes: Size of the object.
         crc32c: CRC-32C of the whole object; None if unknown.
+        key: Key of the object in its store; "" in a specification that was read from a record.
         identity: Identity of a shard or segment; None for an object of no data set.
         etag: ETag of an object without identity.
     """
 
     name: str
-    key: str
     source: str
     n_bytes: int
     crc32c: int | None
+    key: str = ""
     identity: ShardIdentity | None = None
     etag: str | None = None
 
@@ -92,10 +57,27 @@ class CopySpec:
         """ETag that guards reads; None for a weak ETag, which promises nothing about the bytes."""
         return None if self.etag is None or self.etag.startswith("W/") else self.etag
 
-    def record(self, crc32c: int | None) -> Record:
-        identity = self.identity
-        dataset_id, shard_id = (None, None) if identity is None else (identity.dataset_id, identity.shard_id)
-        return Record(self.source, self.n_bytes, crc32c, dataset_id, shard_id, self.etag)
+    def to_json(self, crc32c: int | None) -> str:
+        """Return the record of the copy. crc32c: CRC-32C of the whole object, as computed if it was not known."""
+        facts = {"source": self.source, "n_bytes": self.n_bytes, "crc32c": crc32c, "etag": self.etag}
+        if self.identity is not None:
+            facts |= {"dataset_id": self.identity.dataset_id, "shard_id": self.identity.shard_id}
+        return json.dumps({"format": 0} | {name: fact for name, fact in facts.items() if fact is not None}) + "\n"
+
+    @classmethod
+    def from_json(cls, name: str, text: str) -> CopySpec | None:
+        """Return what a record says; None if it is torn by a power failure, or belongs to another release."""
+        try:
+            facts = json.loads(text)
+            source, n_bytes, crc32c = facts["source"], facts["n_bytes"], facts.get("crc32c")
+            if facts["format"] != 0 or [type(fact) for fact in (source, n_bytes, crc32c or 0)] != [str, int, int]:
+                return None
+            identity = None
+            if "shard_id" in facts:
+                identity = ShardIdentity(facts["dataset_id"], facts["shard_id"], n_bytes, crc32c)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return None
+        return cls(name, source, n_bytes, crc32c, identity=identity, etag=facts.get("etag"))
 
 
 def name_of_identity(identity: ShardIdentity) -> str:
@@ -120,7 +102,7 @@ def name_of_object(url: str, info: ObjectInfo) -> str | None:
 
 def _hash(parts: tuple[str, ...]) -> str:
     # JSON keeps the parts apart: no part can contain text that reads as two parts.
-    return blake2b(json.dumps(parts).encode(), digest_size=20).hexdigest()
+    return blake2b(json.dumps(parts).encode(), digest_size=NAME_BYTES).hexdigest()
 
 
 def copy_spec(store: Store, key: str, identity: ShardIdentity | None = None) -> CopySpec | None:
@@ -134,13 +116,10 @@ def copy_spec(store: Store, key: str, identity: ShardIdentity | None = None) -> 
     check_key(key)
     source = f"{redact(store.url)}/{key}"
     if identity is not None:
-        return CopySpec(name_of_identity(identity), key, source, identity.n_bytes, identity.crc32c, identity)
+        return CopySpec(name_of_identity(identity), source, identity.n_bytes, identity.crc32c, key, identity)
     info = store.head(key)
     name = name_of_object(source, info)
-    return None if name is None else CopySpec(name, key, source, info.n_bytes, info.crc32c, etag=info.etag)
-
-
-NAME_BYTES = 20
+    return None if name is None else CopySpec(name, source, info.n_bytes, info.crc32c, key, etag=info.etag)
 
 
 def names_of(

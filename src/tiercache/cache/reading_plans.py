@@ -35,8 +35,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from tiercache.cache.eviction import UNPLANNED
-from tiercache.cache.locks import close_private, is_locked, keep_private, try_exclusive
+from tiercache.cache.folder import close_private, is_locked, keep_private, try_exclusive
 from tiercache.cache.names import NAME_BYTES, NameTable
 from tiercache.crash_points import crash_point
 from tiercache.model import NEVER
@@ -48,8 +47,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from tiercache.cache.accounts import Owners
     from tiercache.cache.folder import Folder
-    from tiercache.cache.locks import Owners
     from tiercache.model import PublishedPlan, ReadingPlan
 
 
@@ -62,6 +61,8 @@ _SUFFIX, _TEMP_SUFFIX, _LEFT_SUFFIX = ".plan", ".new", ".left"
 _NOBODY = bytes(16)
 # Ranks end an epoch, and start the next one in new processes, within seconds of each other.
 LEFT_S = 60.0
+# Next use of a copy that no plan names: later than a use that lies beyond the end of a plan (NEVER).
+UNPLANNED = NEVER + 1
 
 
 class Uses(NamedTuple):

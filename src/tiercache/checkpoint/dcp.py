@@ -49,7 +49,6 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from tiercache._native.checksum import crc32c
-from tiercache.cache.locks import boot_id
 from tiercache.checkpoint.format import (
     METRICS_NAME,
     STATE_NAME,
@@ -84,6 +83,7 @@ from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, TierCacheE
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder, Store
 from tiercache.store.placement import is_archived
+from tiercache.store.shared_files import boot_id
 
 # Each part of a tensor has a checksum for every so many bytes: a rank that reads a range checks what it reads.
 BLOCK_BYTES = 1 << 20

@@ -1,14 +1,17 @@
-"""The verbs of the cache: warm, evict, status; and verify, for data sets and their cached copies."""
+"""The verbs evict, status and serve of the cache; and verify, for data sets and their cached copies."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import signal
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Event
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,17 +20,16 @@ from tiercache import config
 from tiercache.cache import Cache, Entry
 from tiercache.cli.common import (
     CORRUPT,
+    FAILED,
     PARTIAL,
     CacheDir,
     CacheSize,
-    Columns,
     DryRun,
     Exclude,
     Include,
     Jobs,
     Output,
     StorageOptions,
-    Url,
     VersionNumber,
     Yes,
     argument,
@@ -35,27 +37,22 @@ from tiercache.cli.common import (
     count,
     flag,
     option,
-    parse_columns,
     parse_fraction,
     parse_size,
     verb,
 )
-from tiercache.cli.data import OpenDataSet, open_data_set, open_data_set_store, shorten
-from tiercache.cli.simulate import Placement, ShuffleGroup, parse_training, select_shards
+from tiercache.cli.data import OpenDataSet, open_data_set_store, shorten
 from tiercache.errors import CorruptShard, StoreError
-from tiercache.model import ByteRange, format_bytes
+from tiercache.model import format_bytes
 from tiercache.packer.files import selected
-from tiercache.shard.source import column_ranges, fetch_footer
+from tiercache.peers import server
+from tiercache.peers.server import PeerService, ServerOptions
 from tiercache.shard.verify import Finding, ShardCheck, check_shards, finding_of, open_whole
 from tiercache.shard.versions import latest
-from tiercache.store import LocalStore, Store, redact
+from tiercache.store import Store, redact
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from tiercache.cache.check import CheckProgress, CopyCheck
-    from tiercache.cli.common import Advance
+    from tiercache.cache.many_copies import CopyCheck
 
 
 @contextmanager
@@ -69,131 +66,6 @@ def open_existing_cache(folder: str | None, size: str | None) -> Iterator[Cache]
         )
     with Cache.default(path=folder, size=size) as cache:
         yield cache
-
-
-@verb(after_ctrl_c="fetched shards stay in the cache; the same command continues from there")
-def warm(
-    output: Output,
-    url: Url,
-    fraction: Annotated[
-        str | None,
-        option(
-            "--fraction",
-            "FRACTION",
-            "Fetch only this fraction of the selected bytes, from the first shard on, e.g. 25%.",
-        ),
-    ] = None,
-    limit: Annotated[
-        str | None,
-        option("--limit", "SIZE", "Fetch only this many of the selected bytes, from the first shard on, e.g. 200GB."),
-    ] = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    columns: Columns = None,
-    seed: Annotated[
-        int | None, option("--seed", "N", "Seed of the training's shuffle, as in LoaderOptions(seed=N).")
-    ] = None,
-    rank: Annotated[
-        list[str] | None,
-        option("--rank", "R/W", "Fetch only what these ranks read: RANK/RANKS, e.g. 3/8 or 0-3/8. May be repeated."),
-    ] = None,
-    placement: Placement = None,
-    shuffle_group: ShuffleGroup = None,
-    at: VersionNumber = None,
-    pin: Annotated[bool, flag("--pin", "Pin the copies: only `tiercache evict --pinned` deletes them.")] = False,
-    jobs: Jobs = 4,
-    cache_dir: CacheDir = None,
-    cache_size: CacheSize = None,
-    storage_option: StorageOptions = None,
-    dry_run: DryRun = False,
-) -> None:
-    """Copy a data set, or a part of it, from its store into the cache.
-
-    The exit code is 0 only if all of it is cached. With --seed, the shards are fetched in the order in which a training
-    reads them: --rank selects the ranks, and --limit the amount.
-    """
-    if fraction is not None and limit is not None:
-        raise ValueError("--fraction and --limit cannot be combined: give one of them")
-    if pin and columns is not None:
-        raise ValueError("--pin keeps whole copies, and cannot be combined with --columns")
-    training = parse_training(seed, rank, placement, shuffle_group)
-    part = 1.0 if fraction is None else parse_fraction(fraction)
-    limit_bytes = None if limit is None else parse_size("--limit", limit)
-    names = parse_columns(columns)
-    with (
-        Cache.default(path=cache_dir, size=cache_size) as cache,
-        open_data_set_store(url, storage_option) as inner,
-    ):
-        if isinstance(inner, LocalStore) and cache_dir is None:
-            raise ValueError(
-                f"{inner.url}: a local folder is read in place and needs no cache; give --cache DIR to copy it anyway"
-            )
-        data_set = open_data_set(inner, at)
-        shards = select_shards(data_set.shards, include, exclude, training, part, limit_bytes)
-        dataset_id = data_set.version.dataset_id
-        objects = [(ref.key, ref.identity(dataset_id)) for ref in data_set.version.segments]
-        objects += data_set.shards.objects(dataset_id, shards)
-        ranges: Mapping[str, Sequence[ByteRange]] = {}
-        if names is not None:
-            with output.count_progress("reading footers") as advance:
-                ranges = read_column_ranges(data_set, shards, names, advance)
-        store = cache.store(inner)
-        n_bytes = sum(
-            sum(r.n_bytes for r in ranges[key]) if key in ranges else identity.n_bytes for key, identity in objects
-        )
-        facts: dict[str, Any] = {"url": store.url, "objects": len(objects), "bytes": n_bytes}
-        in_part = f" ({len(ranges):,} of them in part)" if ranges else ""
-        text = f"{count(len(objects), 'object')}{in_part}, {format_bytes(n_bytes)}"
-        if dry_run:
-            plan = cache.plan_warm(store, objects, ranges=ranges)
-            n_missing = len(plan.missing)
-            facts |= {"fetched": n_missing, "bytes_fetched": plan.missing_bytes, "fits": plan.fits, "dry_run": True}
-            short = "" if plan.fits else "; the cache has not enough space for them"
-            missing = f"{count(n_missing, 'object')}, {format_bytes(plan.missing_bytes)}"
-            output.summary(facts, f"would fetch {missing}{f', and pin {text}' if pin else ''}{short}")
-            return
-        with output.byte_progress("warming") as advance:
-            report = cache.warm(
-                store,
-                objects,
-                ranges=ranges,
-                jobs=jobs or config.available_cpus(),
-                on_progress=lambda p: advance(p.bytes_done, p.bytes_wanted),
-            )
-        if pin:
-            cache.pin(store, objects)
-    facts |= {"fetched": report.n_fetched, "bytes_fetched": report.bytes_fetched}
-    fetched = f"{format_bytes(report.bytes_fetched)} of them fetched now"
-    output.summary(facts, f"{text} are {'pinned in' if pin else 'in'} the cache, {fetched}")
-
-
-# Footers are a few KiB, so the time to read them is round trips.
-FOOTER_THREADS = 16
-
-
-def read_column_ranges(
-    data_set: OpenDataSet, shards: NDArray[np.int64], columns: Sequence[str], advance: Advance
-) -> Mapping[str, tuple[ByteRange, ...]]:
-    """Return the ranges of the columns, by shard name; shards of which nearly all bytes are needed are left out.
-
-    shards are the numbers of the shards, int64[m]. advance() gets the number of footers read, and their total.
-
-    Raises:
-        SchemaError: There is no such column.
-        NotFound, StoreError, CorruptShard: A footer cannot be read.
-    """
-    schema = data_set.version.schema
-    numbers = [schema.index(name) for name in schema.select(columns).names]
-    infos = [data_set.shards.info(i) for i in shards.tolist()]
-    ranges: dict[str, tuple[ByteRange, ...]] = {}
-    with ThreadPoolExecutor(FOOTER_THREADS, "tiercache-footer") as pool:
-        footers = pool.map(lambda info: fetch_footer(data_set.store, info.name, info), infos)
-        for n_done, (info, footer) in enumerate(zip(infos, footers, strict=True), start=1):
-            found = column_ranges(footer, info, numbers)
-            if found is not None:
-                ranges[info.name] = found
-            advance(n_done, len(infos))
-    return ranges
 
 
 # Facts that are printed as tables or lines of their own, and not in the summary.
@@ -249,7 +121,6 @@ def summary_of(facts: Mapping[str, Any]) -> str:
 
 
 _TROUBLES = {
-    ("writable", False): "the folder is read-only, so the cache only serves the copies that it holds",
     ("bypassed", True): "the cache is bypassed for now, because its disk failed",
 }
 
@@ -450,10 +321,10 @@ def _verify_cached(output: Output, cache: Cache, scope: Scope, jobs: int, *, rep
     total_bytes = sum(entry.n_bytes for entry in entries)
     with output.byte_progress("verifying copies") as advance:
 
-        def on_progress(progress: CheckProgress) -> None:
-            checked.append(progress.last)
+        def on_progress(one: CopyCheck) -> None:
+            checked.append(one)
             advance(sum(one.n_bytes for one in checked), total_bytes)
-            _print_copy(output, progress.last)
+            _print_copy(output, one)
 
         cache.verify(names=[entry.name for entry in entries], repair=repair, jobs=jobs, on_progress=on_progress)
     wrong = [one for one in checked if one.where]
@@ -534,3 +405,94 @@ def _print_finding(output: Output, finding: Finding) -> None:
     places += [] if finding.block is None else [f"block {finding.block}"]
     places += [] if finding.column is None else [f"column {finding.column!r}"]
     output.event("finding", asdict(finding), f"{finding.url}: {', '.join(places)}: {finding.message}")
+
+
+@verb(after_ctrl_c="the copies stay in the cache, and readers go to the stores until the command runs again")
+def serve(
+    output: Output,
+    urls: Annotated[
+        list[str] | None,
+        argument("DATASET...", "Data sets that other machines may read: URLs as the job's machines open them."),
+    ] = None,
+    address: Annotated[
+        str, option("--address", "ADDRESS", "Address to listen on, e.g. that of the cluster's private network.")
+    ] = "0.0.0.0",  # noqa: S104 - other machines are to reach it
+    port: Annotated[int, option("--port", "N", "Port to listen on.", min=1, max=65535)] = 9740,
+    token: Annotated[
+        str | None,
+        option(
+            "--token",
+            "TOKEN",
+            "Token that requests must have; default: peers_token (TIERCACHE_PEERS_TOKEN), which no list of processes "
+            "shows.",
+        ),
+    ] = None,
+    tls_cert: Annotated[Path | None, option("--tls-cert", "FILE", "Certificate of the server, for TLS (PEM).")] = None,
+    tls_key: Annotated[Path | None, option("--tls-key", "FILE", "Key of the certificate (PEM).")] = None,
+    print_config: Annotated[
+        bool, flag("--print-config", "Print a server block for the cluster's own nginx, and do nothing else.")
+    ] = False,
+    socket: Annotated[
+        Path | None,
+        option("--socket", "PATH", "Run no nginx, but only the service on this Unix socket, beside another nginx."),
+    ] = None,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = None,
+    storage_option: StorageOptions = None,
+) -> None:
+    """Serve this machine's cache to the other machines of a job.
+
+    nginx serves complete copies. A copy that the cache lacks is fetched from the data set's store once, for all
+    machines that request it. Runs until SIGTERM or Ctrl-C. See docs/guide/peers.md.
+    """
+    if print_config and socket is None:
+        raise ValueError("--print-config needs --socket PATH: `tiercache serve --socket PATH` then runs beside nginx")
+    if not print_config and not urls:
+        raise ValueError("serve needs at least one DATASET: only what is named is fetched for other machines")
+    token = config.load().peers_token if token is None else token
+    cert, key = (None if path is None else path.absolute() for path in (tls_cert, tls_key))
+    with ExitStack() as stack, _stopped_by_sigterm() as stop:
+        cache = stack.enter_context(Cache.default(path=cache_dir, size=cache_size, peers=False))
+        path = socket
+        if path is None:
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tiercache-socket-")), "service")
+        options = ServerOptions(
+            cache.path, path.absolute(), cache.folder_id, address, port, token, tls_cert=cert, tls_key=key
+        )
+        if print_config:
+            text = server.server_block(options)
+            if output.as_json:
+                output.event("config", {"nginx": text})
+            else:
+                typer.echo(text, nl=False)
+            return
+        reading = stack.enter_context(Cache.default(path=cache_dir, size=cache_size))
+        stores = [stack.enter_context(open_data_set_store(url, storage_option)) for url in urls or ()]
+        service = PeerService(list(map(cache.store, stores)), list(map(reading.store, stores)))
+        facts = {"urls": [store.url for store in stores], "cache": str(cache.path), "data_sets": len(stores)}
+        what = f"{count(len(stores), 'data set')} from the cache in {cache.path}"
+        if socket is not None:
+            with server.run_service(cache, service, path.absolute()):
+                output.event("serving", facts | {"socket": str(socket)}, f"serving {what} at {socket}")
+                server.wait_until_stopped(None, stop)
+            return
+        with server.serve(cache, service, options) as process:
+            where = f"{address}:{port}"
+            output.event("serving", facts | {"address": where}, f"serving {what} on {where}")
+            if not server.wait_until_stopped(process, stop):
+                typer.echo(f"tiercache: nginx ended with status {process.returncode}", err=True)
+                raise typer.Exit(FAILED)
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[Event]:
+    stop = Event()
+
+    def end(_signal: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)

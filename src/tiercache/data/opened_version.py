@@ -467,7 +467,7 @@ class OpenedVersion:
             return None
         # Read limit_bytes first: it raises if the cache is being closed, and then nothing must have been published.
         has_room = int(self.table.n_bytes.sum()) <= self.cache.limit_bytes
-        published = self.store.publish(*self._names.planned(plan))
+        published = self.store.publish_plan(*self._names.planned(plan))
         return published if has_room else shard_reader.ReleasingPlan(published, self._readers, plan)
 
     def prefetch(self, shards: Sequence[int]) -> None:

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tiercache.cache.copy_file import read_all
 from tiercache.cache.names import NameTable, name_of_identity, names_of
-from tiercache.cache.partial import read_all
 from tiercache.errors import NotFound, TierCacheError
 from tiercache.model import ByteRange, ShardIdentity
 from tiercache.peers.readers import DEFAULT_PORT, OWN_REQUEST, READER_HEADER, check_token

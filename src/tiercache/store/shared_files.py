@@ -16,6 +16,7 @@ import sqlite3
 import stat
 import weakref
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, TypeVar
@@ -150,6 +151,15 @@ def replace_whole(path: Path, text: str, mode: int = PRIVATE) -> None:
         with suppress(FileNotFoundError):
             temp.unlink()
         raise
+
+
+@cache
+def boot_id() -> str:
+    """Return 16 hex digits of the id of this boot of the machine; "0" if unknown."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip().replace("-", "")[:16]
+    except OSError:
+        return "0"
 
 
 def pid_namespace() -> int:

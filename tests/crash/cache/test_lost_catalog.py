@@ -15,7 +15,7 @@ def lose_the_catalog(world):
 
 
 def sums(cache):
-    return cache._open().writing.accounts.sums()
+    return cache._open().accounts.sums()
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_an_ended_fetch_leaves_no_reservation_in_rebuilt_accounts(world):
         noted.append(lock.read_text())
         return True
 
-    accounts = busy._open().writing.accounts
+    accounts = busy._open().accounts
     book = accounts.set_charge
     accounts.set_charge = lambda *args: (booked(), book(*args))
     world.fetch(world.store(busy), "a")
@@ -72,5 +72,5 @@ def test_an_ended_fetch_leaves_no_reservation_in_rebuilt_accounts(world):
 def test_reconcile_does_not_count_a_running_fetch_twice(world, fetching):
     _, other = fetching
     before = sums(other)
-    other._open().writing.accounts.reconcile()
+    other._open().accounts.reconcile()
     assert sums(other) == before

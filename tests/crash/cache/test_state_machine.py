@@ -8,7 +8,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from tests.support.cache_machine import CacheMachine
 from tests.support.clock import JumpingClock
 
-from tiercache.cache import download
+from tiercache.cache import fetch
 
 # From Python 3.12 on: a crash is a forked child's.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -31,8 +31,8 @@ def refuse(fd, operation):
 
 
 def test_locks_that_are_never_free_only_delay_reads(world, monkeypatch):
-    monkeypatch.setattr(download, "LOCK_WAIT_S", 0.05)
-    monkeypatch.setattr(download, "SLOWEST_BYTES_S", 1e12)
+    monkeypatch.setattr(fetch, "LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(fetch, "SLOWEST_BYTES_S", 1e12)
     monkeypatch.setattr("tiercache.cache.eviction.SPACE_WAIT_S", 0.05)
     monkeypatch.setattr("tiercache.store.shared_files.BUSY_S", 0.05)
     monkeypatch.setattr(fcntl, "flock", refuse)

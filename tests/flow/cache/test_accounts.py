@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tiercache.cache import accounts as accounts_module
-from tiercache.cache.accounts import FIGURES, Accounts, charge_bytes
+from tiercache.cache.accounts import FIGURES, Accounts
+from tiercache.cache.folder import charge_bytes
 
 PLENTY = 1 << 50
 
 
 class FakeFiles:
-    """A cache folder made of dictionaries."""
+    """A cache folder made of dictionaries, and its owners."""
 
     def __init__(self, path):
         self.path = path
@@ -25,6 +26,10 @@ class FakeFiles:
         self.copies = {}
         self.making = []
         self.limit = {}
+
+    def seen_by(self, owner):
+        """What an owner has in place of an accounts.Owners."""
+        return SeenBy(self, owner)
 
     def ensure(self):
         self.path.mkdir(exist_ok=True)
@@ -47,8 +52,13 @@ class FakeFiles:
     def charges(self):
         return self.copies
 
-    def record(self, name):
-        return f"record of {name}"
+
+class SeenBy:
+    def __init__(self, files, me):
+        self.files, self.me = files, me
+
+    def __getattr__(self, name):
+        return getattr(self.files, name)
 
 
 @pytest.fixture
@@ -60,8 +70,8 @@ def files(tmp_path):
 def open_accounts(files):
     opened = []
 
-    def open_for(owner, limit=100_000, boot="b"):
-        accounts = Accounts(files.path / "catalog.sqlite", owner, files, boot=boot)
+    def open_for(owner, limit=100_000):
+        accounts = Accounts(files.path / "catalog.sqlite", files.seen_by(owner))
         opened.append(accounts)
         files.limit[owner] = limit
         accounts.register(limit)
@@ -237,13 +247,14 @@ def test_a_copy_that_is_being_published_counts_once(open_accounts, files):
     assert me.sums()[:2] == (10_000, 0)
 
 
-def test_accounts_of_another_boot_are_rebuilt(open_accounts, files):
-    me = open_accounts("me", boot="yesterday")
+def test_accounts_of_another_boot_are_rebuilt(open_accounts, files, monkeypatch):
+    me = open_accounts("me")
     assert reserve(me, "a", 5_000)
     set_charge(me, files, "a", 5_000)
     me.close()
     files.copies["a"] = 100
-    today = open_accounts("me", boot="today")
+    monkeypatch.setattr(accounts_module, "boot_id", lambda: "tomorrow")
+    today = open_accounts("me")
     today.reconcile()
     assert today.sums()[0] == 100
 
@@ -300,7 +311,7 @@ class AccountStates(RuleBasedStateMachine):
         self.accounts = {}
         for owner, limit in zip(("me", "you"), limits, strict=True):
             self.files.limit[owner] = limit
-            accounts = Accounts(self.folder / "c.sqlite", owner, self.files, boot="b")
+            accounts = Accounts(self.folder / "c.sqlite", self.files.seen_by(owner))
             accounts.register(limit)
             self.accounts[owner] = accounts
 

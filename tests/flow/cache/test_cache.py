@@ -282,7 +282,7 @@ def test_status_counts_partial_copies_and_plans(world):
         assert lease.wait([ByteRange(0, 9000)])
     names = np.frombuffer(bytes.fromhex(name_of_identity(world.identity("a"))), np.uint8).reshape(1, 20)
     one = np.zeros(1, np.int64)
-    plan = world.store(cache).publish(names, ReadingPlan("rank 0 of 1", one, one, one + 1, one + 2))
+    plan = world.store(cache).publish_plan(names, ReadingPlan("rank 0 of 1", one, one, one + 1, one + 2))
     status = cache.status()
     assert (status["n_copies"], status["n_parts"]) == (0, 1)
     assert len(status["plans"]) == 1

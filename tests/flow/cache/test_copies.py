@@ -7,7 +7,7 @@ import sqlite3
 import pytest
 from tests.support.stores import Gate, GateStore
 
-from tiercache.cache.names import Record, name_of_identity, name_of_object
+from tiercache.cache.names import CopySpec, name_of_identity, name_of_object
 from tiercache.errors import NotFound
 from tiercache.model import ByteRange, ObjectInfo, ShardIdentity
 from tiercache.store import LocalStore, Store
@@ -172,7 +172,7 @@ def test_records_contain_no_credentials(world, monkeypatch):
     "text", ["", "{}", "[]", '{"format": 0}', '{"format": 1, "source": "x"}', "\0" * 300, '{"format']
 )
 def test_an_invalid_record_reads_as_none(text):
-    assert Record.from_json(text) is None
+    assert CopySpec.from_json("a" * 40, text) is None
 
 
 def test_copies_are_read_only_and_leave_no_temporary_file(world):
@@ -189,7 +189,7 @@ def test_hits_write_to_sqlite_only_in_batches(world, monkeypatch):
     store = world.store(cache)
     world.fetch(store, "a")
     statements = []
-    database = cache._open().writing.accounts._database
+    database = cache._open().accounts._database
     database.run(lambda db: db.set_trace_callback(statements.append))
     statements.clear()
     for _ in range(10):

@@ -101,7 +101,7 @@ def test_a_corrupt_copy_that_the_disk_does_not_let_us_check_is_not_served(world,
 
 def test_the_second_reader_of_a_corrupt_copy_does_not_remove_its_replacement(world, store):
     world.damage("a")
-    writing = store.cache._open().writing
+    writing = store.cache._open()
     fd = store.cache._open().folder.open_copy(world.copy("a").name)
     try:
         assert store.remove_if_corrupt("a", world.identity("a")) is True

@@ -9,12 +9,12 @@ import os
 
 import numpy as np
 import pytest
-from tests.support.cache_world import open_below
+from tests.support.cache_world import open_below, write_units
 
-from tiercache.cache import download, partial
+from tiercache.cache import copy_file, fetch
+from tiercache.cache.copy_file import continue_part, create_part, open_part
 from tiercache.cache.fetch import CopyLease
 from tiercache.cache.folder import Folder
-from tiercache.cache.partial import PartialCopy, open_part
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.shard.codec import _Loan
@@ -32,8 +32,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def part(folder):
-    part = PartialCopy.create(folder, NAME, N_BYTES)
-    part.write(0, np.ones(UNIT, np.uint8))
+    part = create_part(folder, NAME, N_BYTES)
+    write_units(part, 0, np.ones(UNIT, np.uint8))
     yield part
     part.close()
 
@@ -101,8 +101,8 @@ def test_a_partial_copy_that_cannot_be_continued_leaves_nothing_open(folder, par
     def of_boot():
         with monkeypatch.context() as patch:
             if boot == "of an earlier boot":
-                patch.setattr(partial, "boot_id", lambda: "another-boot")
-            return PartialCopy.open(folder, NAME, N_BYTES)
+                patch.setattr(copy_file, "boot_id", lambda: "another-boot")
+            return continue_part(folder, NAME, N_BYTES)
 
     check_each_call(monkeypatch, folder, of_boot)
 
@@ -111,7 +111,7 @@ def test_a_partial_copy_that_cannot_be_created_leaves_nothing_open(folder, monke
     def make_anew():
         for kind in (".part", ".map"):
             (folder.copies / f"{NAME}{kind}").unlink(missing_ok=True)
-        return PartialCopy.create(folder, NAME, N_BYTES)
+        return create_part(folder, NAME, N_BYTES)
 
     check_each_call(monkeypatch, folder, make_anew)
 
@@ -119,9 +119,9 @@ def test_a_partial_copy_that_cannot_be_created_leaves_nothing_open(folder, monke
 @pytest.mark.parametrize(
     "work",
     [
-        lambda part: part.hold().close(),
-        lambda part: PartialCopy.open(part.folder, NAME, N_BYTES).close(),
-        lambda part: open_part(part.folder, NAME, N_BYTES + 1),
+        lambda folder, part: part.hold().close(),
+        lambda folder, part: continue_part(folder, NAME, N_BYTES).close(),
+        lambda folder, part: open_part(folder, NAME, N_BYTES + 1),
     ],
     ids=["a hold", "a part", "of another size"],
 )
@@ -138,7 +138,7 @@ def test_if_closing_one_file_fails_the_other_is_closed(folder, part, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(os, "close", close)
         with pytest.raises(OSError, match="not on the server"):
-            work(part)
+            work(folder, part)
     assert open_below(folder.root) == before
 
 
@@ -153,7 +153,7 @@ def fetch_in_vain(world):
 
 
 def test_no_descriptor_stays_open_if_looking_for_a_copy_fails(world, monkeypatch):
-    monkeypatch.setattr(download, "open_whole", refuse)
+    monkeypatch.setattr(fetch, "open_whole", refuse)
     fetch_in_vain(world)
 
 
@@ -162,7 +162,7 @@ def test_a_partial_copy_is_closed_if_neither_its_record_nor_its_removal_succeeds
         raise FileNotFoundError(errno.ENOENT, "somebody deleted the folder")
 
     monkeypatch.setattr(Folder, "write_record", gone)
-    monkeypatch.setattr(PartialCopy, "unlink_names", refuse)
+    monkeypatch.setattr(Folder, "unlink_part", refuse)
     fetch_in_vain(world)
 
 

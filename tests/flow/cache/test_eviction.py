@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from tiercache.cache import eviction
-from tiercache.cache.accounts import charge_bytes
-from tiercache.cache.locks import NameLock
+from tiercache.cache.eviction import Trace, simulate
+from tiercache.cache.folder import NameLock, charge_bytes
 from tiercache.cache.names import name_of_identity
-from tiercache.cache.simulate import Trace, simulate
 from tiercache.model import NEVER, ByteRange, ReadingPlan
 
 WHOLE = [ByteRange(0, 10_000)]
@@ -105,7 +104,7 @@ def put_shards(world, keys):
 def publish(world, cache, uses):
     """A plan: by key (first, last, then)."""
     first, last, then = (np.array(column, np.int64) for column in zip(*uses.values(), strict=True))
-    return world.store(cache).publish(
+    return world.store(cache).publish_plan(
         name_rows(world, uses), ReadingPlan("test", np.arange(len(uses)), first, last, then)
     )
 
@@ -193,7 +192,7 @@ def test_the_counters_of_closed_processes_are_kept(world):
         for key in "abc":
             world.fetch(world.store(cache), key)
         cache.close()
-    figures = cache._open().writing.accounts.figures()
+    figures = cache._open().accounts.figures()
     assert figures["evicted"] == 4
     assert figures["misses"] == 6
 
@@ -218,7 +217,7 @@ def test_the_next_copy_is_evicted_if_the_first_is_leased(world):
             world.fetch(store, key)
         with store.open_local("a", world.identity("a")) as lease:
             assert lease.wait([ByteRange(0, SHARD_BYTES)])
-            cache._open().writing.evictor._uses.clear()
+            cache._open().evictor._uses.clear()
             world.fetch(store, "d")
         assert cached(cache) == {"a", "c", "d"}
 
@@ -229,9 +228,9 @@ def test_a_copy_pinned_by_another_process_is_not_evicted(world):
     store = world.store(mine)
     for key in "abc":
         world.fetch(store, key)
-    mine._open().writing.evictor._pinned()
+    mine._open().evictor._pinned()
     yours.pin(world.store(yours), [("a", world.identity("a"))])
-    mine._open().writing.evictor._uses.clear()
+    mine._open().evictor._uses.clear()
     world.fetch(store, "d")
     assert "a" in cached(mine)
     yours.unpin()
@@ -256,7 +255,7 @@ def test_the_cache_has_the_hits_that_the_simulator_predicts(world, policy, monke
         before = cache.counters["hits"]
         world.read(store, keys[i])
         hits.append(cache.counters["hits"] > before)
-        cache._open().writing.evictor.flush_uses()  # not in batches: the simulator knows the order of every use
+        cache._open().evictor.flush_uses()  # not in batches: the simulator knows the order of every use
     expected = simulate(Trace.of(order, 8192), policy, size).served > 0
     assert hits == expected.tolist()
 
@@ -297,6 +296,6 @@ def test_a_fully_leased_cache_refuses_in_three_rounds_without_trying_a_copy_twic
         monkeypatch.setattr(eviction.Evictor, "_read_state", lambda *args: looks.append(1) or really_look(*args))
         monkeypatch.setattr(eviction, "delete_copy", lambda f, name: asked.append(name) or really_delete(f, name))
         charge = charge_bytes(SHARD_BYTES)
-        assert not cache._open().writing.evictor.reserve(name_of_identity(world.identity(more)), charge)
+        assert not cache._open().evictor.reserve(name_of_identity(world.identity(more)), charge)
     assert len(asked) == len(set(asked)) == 40
     assert len(looks) <= 4, "one, 16, the rest, and that there is nobody left"

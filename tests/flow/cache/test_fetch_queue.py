@@ -7,10 +7,10 @@ import pytest
 from tests.support.faults import Fault, FaultStore
 from tests.support.stores import CountingStore, GateStore
 
-from tiercache.cache import download
-from tiercache.cache import fetch as queue
+from tiercache.cache import fetch as fetch_module
+from tiercache.cache import session
 from tiercache.cache.eviction import Evictor
-from tiercache.cache.locks import is_locked
+from tiercache.cache.folder import is_locked
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store.contract import WrapperStore
@@ -76,7 +76,7 @@ def test_a_fetch_uses_as_many_threads_as_the_system_allows(world, monkeypatch, n
                 given.append(self)
             super().start()
 
-    monkeypatch.setattr(download, "Thread", Scarce)
+    monkeypatch.setattr(fetch_module, "Thread", Scarce)
     store = world.store(world.cache("100MB"))
     assert world.read(store, "a", identity) == world.data["a"]
     assert len(given) == n_given
@@ -178,17 +178,17 @@ def test_a_reader_bypasses_a_cache_that_is_closed_while_it_waits(world):
     ):
         answer = pool.submit(lease.wait, [ByteRange(0, 10_000)], deadline_s=30)
         gate.wait_reached()
-        fetcher = cache._open().writing.fetcher
+        opened = cache._open()
         closing = threading.Thread(target=cache.close)
         closing.start()
-        assert wait_for(lambda: fetcher._closed, 30)
+        assert wait_for(lambda: opened._is_closed, 30)
         gate.open()
         assert answer.result() is False
         closing.join()
 
 
 def test_a_deleted_owner_file_is_recreated_once_by_concurrent_threads(world):
-    owners = world.cache()._open().writing.owners
+    owners = world.cache()._open().owners
     path = world.root / "cache" / "owners" / str(owners.me)
     with ThreadPoolExecutor(8) as pool:
         for _ in range(50):
@@ -200,8 +200,8 @@ def test_a_deleted_owner_file_is_recreated_once_by_concurrent_threads(world):
 
 
 def test_a_prefetch_gives_its_thread_to_urgent_ranges_and_continues_after_them(world, monkeypatch):
-    monkeypatch.setattr(queue, "N_FETCHES", 1)
-    monkeypatch.setattr(queue, "N_MORE_URGENT", 1)
+    monkeypatch.setattr(session, "N_FETCHES", 1)
+    monkeypatch.setattr(session, "N_MORE_URGENT", 1)
     world.put("ahead", 40 * MIB)  # five requests, of which four are in flight
     world.put("urgent-0")
     world.put("urgent-1")

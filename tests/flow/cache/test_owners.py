@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 from tests.support.clock import FakeClock
 
-from tiercache.cache import locks
+from tiercache.cache.accounts import Owner, Owners
 from tiercache.cache.folder import Folder, disk_space, network_file_system
-from tiercache.cache.locks import Owner, Owners
 from tiercache.cache.session import Breaker
-from tiercache.store.shared_files import start_time
+from tiercache.store.shared_files import boot_id, pid_namespace, start_time
 
 # From Python 3.12 on: what these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -73,12 +72,12 @@ def test_the_machine_has_an_identity_without_proc(monkeypatch):
     def refuse(*args, **kwargs):
         raise FileNotFoundError
 
-    locks.boot_id.cache_clear()
+    boot_id.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", refuse)
         patch.setattr(Path, "stat", refuse)
-        assert (locks.boot_id(), locks.pid_namespace(), start_time(1)) == ("0", 0, None)
-    locks.boot_id.cache_clear()
+        assert (boot_id(), pid_namespace(), start_time(1)) == ("0", 0, None)
+    boot_id.cache_clear()
 
 
 def test_a_local_folder_is_no_network_file_system(tmp_path):

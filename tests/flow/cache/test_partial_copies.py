@@ -12,7 +12,7 @@ from tests.support.folder_check import allocated_bytes
 from tests.support.stores import GateStore
 
 import tiercache as tc
-from tiercache.cache import partial
+from tiercache.cache import copy_file
 from tiercache.errors import ObjectChanged, StoreError
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder
@@ -28,7 +28,7 @@ def wait(lease, *ranges):
 
 def let_end(cache):
     """Wait until nothing is being fetched: a reader goes on before its part is on the books."""
-    while cache._open().writing.fetcher._table:
+    while cache._open()._fetches:
         pass
 
 
@@ -62,7 +62,7 @@ def test_a_copy_written_in_pieces_is_charged_with_its_extent_block(world):
     if copy.stat().st_blocks * 512 == MIB:
         pytest.skip("this file system lists them elsewhere")
     assert cache.stats()["bytes_used"] >= allocated_bytes(cache.path / "copies")
-    cache._open().writing.accounts.reconcile()
+    cache._open().accounts.reconcile()
     assert cache.stats()["bytes_used"] == allocated_bytes(cache.path / "copies")
 
 
@@ -209,21 +209,44 @@ def test_a_partial_copy_on_a_full_disk_keeps_its_units(world, monkeypatch):
     store = world.store(cache)
     with store.open_local("a", identity) as lease:
         assert wait(lease, (0, UNIT))
-        write = partial.write_all
+        write = copy_file.write_all
 
         def refuse(fd, data, offset):
             if len(data) >= UNIT:
                 raise OSError(errno.ENOSPC, "full")
             write(fd, data, offset)
 
-        monkeypatch.setattr(partial, "write_all", refuse)
+        monkeypatch.setattr(copy_file, "write_all", refuse)
         with pytest.warns(RuntimeWarning, match="disk is full"):
             assert (wait(lease, (MIB, MIB + UNIT)), let_end(cache)) == (False, None)
-        monkeypatch.setattr(partial, "write_all", write)
+        monkeypatch.setattr(copy_file, "write_all", write)
         assert os.pread(lease.fd, UNIT, 0) == world.data["a"][:UNIT]
     world.fetch(store, "a")
     assert cache.stats()["bytes_fetched"] == 2 * MIB
     assert cache.status()["reserved_bytes"] == 0
+
+
+@pytest.mark.parametrize("promise", ["in order", "complete", "within the range"])
+def test_bytes_of_a_store_that_breaks_its_promise_are_not_marked_as_present(world, promise):
+    identity = world.put("a", 4 * MIB)
+
+    class Breaking(WrapperStore):
+        def read_pieces(self, key, ranges, receive, **options):
+            (span,) = ranges
+            data = memoryview(world.data["a"])[span.start : span.end]
+            if promise == "in order":
+                receive(span.start + UNIT, data[UNIT:])
+            elif promise == "complete":
+                receive(span.start, data[:UNIT])
+            else:
+                receive(span.start, memoryview(bytes(span.n_bytes + 1)))
+
+    cache = world.cache("100MB")
+    with cache.store(Breaking(world.inner)).open_local("a", identity) as lease:
+        with pytest.raises(StoreError, match="ValueError"):
+            wait(lease, (0, 2 * UNIT))
+        assert not lease.present([ByteRange(0, 1)])
+    assert cache.stats()["bytes_used"] == 0
 
 
 def test_only_unused_partial_copies_are_evicted(world):

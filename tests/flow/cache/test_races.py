@@ -10,9 +10,9 @@ from tests.support.cache_world import open_below
 from tests.support.faults import Fault, FaultStore
 from tests.support.stores import GateStore
 
-from tiercache.cache import Cache, download
-from tiercache.cache.locks import NameLock
-from tiercache.cache.partial import CopyFile
+from tiercache.cache import Cache, fetch
+from tiercache.cache.copy_file import CopyFile
+from tiercache.cache.folder import NameLock
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store import LocalFolder
@@ -190,7 +190,7 @@ def test_a_lock_that_vanished_between_open_and_flock_is_not_taken(tmp_path, monk
 def test_a_reader_reads_past_the_cache_if_the_holder_of_the_lock_never_ends(world, monkeypatch):
     from tiercache.cache.names import name_of_identity
 
-    monkeypatch.setattr(download, "LOCK_WAIT_S", 0.05)
+    monkeypatch.setattr(fetch, "LOCK_WAIT_S", 0.05)
     identity = world.put("a")
     cache = world.cache()
     stuck = NameLock(world.root / "cache" / "locks" / name_of_identity(identity))

@@ -16,11 +16,10 @@ from tests.support.cache_world import open_below
 
 from tiercache import crash_points
 from tiercache.cache import reading_plans as plan_files
-from tiercache.cache.eviction import UNPLANNED
+from tiercache.cache.accounts import Owners
 from tiercache.cache.folder import Folder
-from tiercache.cache.locks import Owners
 from tiercache.cache.names import NameTable
-from tiercache.cache.reading_plans import PlanTable, ReadingPlans, decode, encode
+from tiercache.cache.reading_plans import UNPLANNED, PlanTable, ReadingPlans, decode, encode
 from tiercache.model import NEVER, ReadingPlan
 
 

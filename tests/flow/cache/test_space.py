@@ -1,18 +1,17 @@
 """The size limit: space is reserved before bytes, never exceeded, and released."""
 
 import errno
+import os
 import warnings
 
 import pytest
 from tests.support.stores import GateStore
 
-from tiercache.cache import Cache
+from tiercache.cache import Cache, session
 from tiercache.cache import eviction as evictor_module
-from tiercache.cache import session as opened_module
-from tiercache.cache.accounts import Accounts
+from tiercache.cache.accounts import Accounts, Owners
 from tiercache.cache.eviction import POLICIES
-from tiercache.cache.folder import DiskSpace
-from tiercache.cache.locks import NameLock
+from tiercache.cache.folder import DiskSpace, NameLock
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.waiting import wait_for
@@ -144,7 +143,7 @@ def test_shrinking_beside_another_eviction_takes_the_first_victims(world, monkey
 def test_warm_is_refused_before_a_byte_is_fetched_if_the_data_does_not_fit(world):
     pairs = [(key, world.put(key, 100_000)) for key in "abc"]
     cache = world.cache("250KB", policy="lru")
-    with pytest.raises(StoreError, match=r"312\.0 KiB more are needed, but of 244\.1 KiB") as caught:
+    with pytest.raises(StoreError, match=r"no space for 312\.0 KiB: 0 B of 244\.1 KiB are used") as caught:
         cache.warm(world.inner, pairs)
     assert caught.value.code == "CacheFull"
     assert world.n_reads() == 0
@@ -241,23 +240,24 @@ def test_eviction_works_if_the_disk_is_too_full_for_the_accounts(world, monkeypa
     assert store.cache.stats()["bytes_used"] == CHARGE, "the books were told of what went before"
 
 
-def test_a_new_process_can_evict_on_a_full_disk(world, monkeypatch):
+def test_a_new_process_on_a_full_disk_deletes_what_nobody_has_read_for_the_longest_time(world, monkeypatch):
     store = world.store()
     for key in "abcd":
         world.put(key, 100_000)
         world.fetch(store, key)
+    paths = [world.copy_of(key) for key in "abcd"]  # which reads them
+    for second, path in enumerate(paths):
+        os.utime(path, (second, second))
     store.cache.close()
-    really_open = opened_module.WriteSession
+    monkeypatch.setattr(session, "SESSION_BYTES", 2 * CHARGE)
+    really_make = Owners._make
 
-    def full_with_more_than_two(*args, **options):
+    def full_with_more_than_two(self):
         if len(world.copies()) > 2:
             raise OSError(errno.ENOSPC, "no space left on device")
-        return really_open(*args, **options)
+        return really_make(self)
 
-    monkeypatch.setattr(opened_module, "WriteSession", full_with_more_than_two)
-    with pytest.warns(RuntimeWarning, match="cannot be written"):
-        cache = world.cache()
-    assert cache.evict(target_bytes=4 * CHARGE) == 0
-    assert cache.evict(target_bytes=CHARGE) == 3 * CHARGE
-    assert len(world.copies()) == 1
-    assert cache.stats()["bytes_used"] == CHARGE
+    monkeypatch.setattr(Owners, "_make", full_with_more_than_two)
+    cache = world.cache()
+    assert {entry.source[-1] for entry in cache.entries()} == {"c", "d"}
+    assert cache.stats()["bytes_used"] == 2 * CHARGE

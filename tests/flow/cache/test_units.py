@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.support.cache_world import write_units
 
 from tiercache._native.checksum import crc32c
-from tiercache.cache import partial
-from tiercache.cache import partial as partial_module
+from tiercache.cache import copy_file
+from tiercache.cache.copy_file import charge_of, continue_part, create_part, map_bytes, open_part
 from tiercache.cache.folder import Folder
-from tiercache.cache.partial import PartialCopy, UnitWriter, charge_of, map_bytes, open_part
 from tiercache.model import ByteRange
 
-UNIT = partial_module.UNIT_BYTES
+UNIT = copy_file.UNIT_BYTES
 MIB = 1 << 20
 NAME = "a" * 40
 
@@ -43,16 +43,16 @@ def units_by_byte(ranges, n_bytes):
 @given(ranges_in())
 def test_the_units_of_ranges_contain_their_bytes(case):
     n_bytes, ranges = case
-    mask = partial_module.mask_of(ranges, n_bytes)
+    mask = copy_file.mask_of(ranges, n_bytes)
     assert len(mask) == max(-(-n_bytes // UNIT), 1)
     assert set(np.flatnonzero(mask).tolist()) == units_by_byte(ranges, n_bytes)
-    assert partial_module.covers(mask, [r for r in ranges if r.end <= n_bytes], n_bytes)
-    assert not partial_module.covers(mask, [ByteRange(n_bytes, n_bytes + 1)], n_bytes)
+    assert copy_file.covers(mask, [r for r in ranges if r.end <= n_bytes], n_bytes)
+    assert not copy_file.covers(mask, [ByteRange(n_bytes, n_bytes + 1)], n_bytes)
 
 
 @given(st.lists(st.booleans(), max_size=40))
 def test_runs_are_the_units_of_a_mask_and_do_not_touch(mask):
-    runs = partial_module.runs_of(np.array(mask, bool))
+    runs = copy_file.runs_of(np.array(mask, bool))
     assert [unit for first, last in runs for unit in range(first, last)] == [
         i for i, is_set in enumerate(mask) if is_set
     ]
@@ -62,29 +62,29 @@ def test_runs_are_the_units_of_a_mask_and_do_not_touch(mask):
 @given(ranges_in(), st.sampled_from([UNIT, 3 * UNIT, 1 << 30]))
 def test_pieces_contain_each_unit_once_and_respect_the_size_limit(case, request_bytes):
     n_bytes, ranges = case
-    mask = partial_module.mask_of(ranges, n_bytes)
+    mask = copy_file.mask_of(ranges, n_bytes)
     left, bytes_seen, last = mask.copy(), 0, -1
-    while piece := partial_module.next_request(left, n_bytes, request_bytes):
+    while piece := copy_file.next_request(left, n_bytes, request_bytes):
         assert sum(r.n_bytes for r in piece) <= request_bytes
         for found in piece:
             assert found.start % UNIT == 0
             assert found.start >= last
             last = found.end
             bytes_seen += found.n_bytes
-        taken = partial_module.mask_of(piece, n_bytes)
+        taken = copy_file.mask_of(piece, n_bytes)
         assert not (taken & ~left).any()
         left &= ~taken
     assert not left.any()
-    assert bytes_seen == partial_module.bytes_of(mask, n_bytes)
-    assert partial_module.ranges_of(mask, n_bytes) == partial_module.next_request(mask, n_bytes, 1 << 30)
+    assert bytes_seen == copy_file.bytes_of(mask, n_bytes)
+    assert copy_file.ranges_of(mask, n_bytes) == copy_file.next_request(mask, n_bytes, 1 << 30)
 
 
 @given(ranges_in(), st.data())
 def test_a_small_rest_is_fetched_with_the_missing_units(case, data):
     n_bytes, ranges = case
-    present = partial_module.mask_of(data.draw(ranges_in())[1], n_bytes)
-    wanted = partial_module.mask_of(ranges, n_bytes)
-    fetched = partial_module.to_fetch(present, wanted, n_bytes)
+    present = copy_file.mask_of(data.draw(ranges_in())[1], n_bytes)
+    wanted = copy_file.mask_of(ranges, n_bytes)
+    fetched = copy_file.to_fetch(present, wanted, n_bytes)
     missing = wanted & ~present
     assert not (fetched & present).any()
     assert (fetched >= missing).all()
@@ -94,11 +94,11 @@ def test_a_small_rest_is_fetched_with_the_missing_units(case, data):
 
 def test_a_large_rest_is_not_fetched():
     n_bytes = 64 * MIB
-    nothing = np.zeros(partial_module.n_units(n_bytes), bool)
-    half = partial_module.mask_of([ByteRange(0, 32 * MIB)], n_bytes)
-    assert (partial_module.to_fetch(nothing, half, n_bytes) == half).all()
-    most = partial_module.mask_of([ByteRange(0, 63 * MIB)], n_bytes)
-    assert partial_module.to_fetch(nothing, most, n_bytes).all()
+    nothing = np.zeros(copy_file.n_units(n_bytes), bool)
+    half = copy_file.mask_of([ByteRange(0, 32 * MIB)], n_bytes)
+    assert (copy_file.to_fetch(nothing, half, n_bytes) == half).all()
+    most = copy_file.mask_of([ByteRange(0, 63 * MIB)], n_bytes)
+    assert copy_file.to_fetch(nothing, most, n_bytes).all()
 
 
 # -- the two files --
@@ -114,16 +114,16 @@ def noise(n_bytes, seed=0):
 
 
 def forget_boot(monkeypatch):
-    monkeypatch.setattr(partial, "boot_id", lambda: "another-boot")
+    monkeypatch.setattr(copy_file, "boot_id", lambda: "another-boot")
 
 
 def test_written_units_are_visible_to_handles(folder):
     data = noise(10 * UNIT + 5)
-    part = PartialCopy.create(folder, NAME, len(data))
+    part = create_part(folder, NAME, len(data))
     held = part.hold()
     assert not held.covers([ByteRange(0, 1)])
-    part.write(2 * UNIT, data[2 * UNIT : 4 * UNIT])
-    part.write(10 * UNIT, data[10 * UNIT :])
+    write_units(part, 2 * UNIT, data[2 * UNIT : 4 * UNIT])
+    write_units(part, 10 * UNIT, data[10 * UNIT :])
     assert held.covers([ByteRange(2 * UNIT, 4 * UNIT), ByteRange(10 * UNIT + 1, len(data))])
     assert not held.covers([ByteRange(4 * UNIT - 1, 4 * UNIT + 1)])
     assert os.pread(held.fd, UNIT, 3 * UNIT) == data[3 * UNIT : 4 * UNIT].tobytes()
@@ -141,16 +141,16 @@ def test_written_units_are_visible_to_handles(folder):
 )
 def test_a_range_that_arrives_in_pieces_of_any_size_is_written_as_if_at_once(folder, n_bytes, piece_bytes, repeats):
     data = noise(n_bytes)
-    part = PartialCopy.create(folder, NAME, n_bytes)
-    writer, offset = UnitWriter(part, ByteRange(0, n_bytes)), 0
+    part = create_part(folder, NAME, n_bytes)
+    offset = 0
     if repeats:  # the object was moved in the middle of the read
-        writer.receive(0, memoryview(bytes(min(n_bytes, 100))))
+        part.write(0, memoryview(bytes(min(n_bytes, 100))))
     for size in [*piece_bytes, n_bytes]:
         piece = data[offset : offset + size]
         if len(piece):
-            writer.receive(offset, piece.data)
+            part.write(offset, piece.data)
         offset += len(piece)
-    writer.finish()
+    part.mark_present(ByteRange(0, n_bytes))
     assert part.checksum() == crc32c(data)
     assert os.pread(part.fd, n_bytes + 1, 0) == data.tobytes()
     held = part.hold()
@@ -161,24 +161,11 @@ def test_a_range_that_arrives_in_pieces_of_any_size_is_written_as_if_at_once(fol
     folder.remove_part(NAME)
 
 
-def test_a_range_that_is_incomplete_or_out_of_order_is_not_marked_as_present(folder):
-    part = PartialCopy.create(folder, NAME, 2 * UNIT)
-    writer = UnitWriter(part, ByteRange(0, 2 * UNIT))
-    writer.receive(0, memoryview(bytes(UNIT)))
-    for offset in (UNIT + 1, 2 * UNIT):
-        with pytest.raises(ValueError, match=f"expected byte {UNIT}"):
-            writer.receive(offset, memoryview(bytes(10)))
-    with pytest.raises(ValueError, match="received only"):
-        writer.finish()
-    assert not part.present.any()
-    part.close()
-
-
 def test_a_partial_copy_is_not_larger_on_disk_than_its_charge(folder):
     n_bytes = 4 * MIB
-    part = PartialCopy.create(folder, NAME, n_bytes)
+    part = create_part(folder, NAME, n_bytes)
     for unit in range(0, 512, 2):
-        part.write(unit * UNIT, noise(UNIT))
+        write_units(part, unit * UNIT, noise(UNIT))
     os.fsync(part.fd)
     on_disk = sum((folder.copies / f"{NAME}{kind}").stat().st_blocks * 512 for kind in (".part", ".map"))
     assert on_disk <= charge_of(part.present, n_bytes) - UNIT
@@ -188,8 +175,8 @@ def test_a_partial_copy_is_not_larger_on_disk_than_its_charge(folder):
 @pytest.mark.parametrize("damage", ["nothing", "data lost", "sums lost", "cut"])
 def test_a_partial_copy_of_an_earlier_boot_is_verified(folder, monkeypatch, damage):
     data = noise(5 * UNIT)
-    part = PartialCopy.create(folder, NAME, len(data))
-    part.write(UNIT, data[UNIT : 3 * UNIT])
+    part = create_part(folder, NAME, len(data))
+    write_units(part, UNIT, data[UNIT : 3 * UNIT])
     part.close()
     path, map_path = (folder.copies / f"{NAME}{kind}" for kind in (".part", ".map"))
     if damage == "data lost":
@@ -204,7 +191,7 @@ def test_a_partial_copy_of_an_earlier_boot_is_verified(folder, monkeypatch, dama
         os.truncate(path, len(data))
     forget_boot(monkeypatch)
     assert open_part(folder, NAME, len(data)) is None, "nobody is served before it was read back"
-    again = PartialCopy.open(folder, NAME, len(data))
+    again = continue_part(folder, NAME, len(data))
     if damage == "nothing":
         assert np.flatnonzero(again.present).tolist() == [1, 2]
         held = open_part(folder, NAME, len(data))
@@ -217,8 +204,8 @@ def test_a_partial_copy_of_an_earlier_boot_is_verified(folder, monkeypatch, dama
 
 @pytest.mark.parametrize("damage", ["no map", "no part", "torn map", "short map", "another part", "another size"])
 def test_an_invalid_partial_copy_is_removed(folder, damage):
-    part = PartialCopy.create(folder, NAME, 5 * UNIT)
-    part.write(0, noise(UNIT))
+    part = create_part(folder, NAME, 5 * UNIT)
+    write_units(part, 0, noise(UNIT))
     part.close()
     path, map_path = (folder.copies / f"{NAME}{kind}" for kind in (".part", ".map"))
     if damage == "no map":
@@ -234,16 +221,16 @@ def test_an_invalid_partial_copy_is_removed(folder, damage):
         path.write_bytes(b"\0" * 5 * UNIT)
     n_bytes = 6 * UNIT if damage == "another size" else 5 * UNIT
     assert open_part(folder, NAME, n_bytes) is None
-    assert PartialCopy.open(folder, NAME, n_bytes) is None
+    assert continue_part(folder, NAME, n_bytes) is None
     assert [p.suffix for p in folder.copies.iterdir()] == ([".kept"] if damage == "another part" else [])
 
 
 def test_a_read_only_partial_copy_can_be_continued(folder):
-    part = PartialCopy.create(folder, NAME, 2 * UNIT)
-    part.write(0, noise(UNIT))
+    part = create_part(folder, NAME, 2 * UNIT)
+    write_units(part, 0, noise(UNIT))
     os.fchmod(part.fd, 0o400)
     part.close()
-    part = PartialCopy.open(folder, NAME, 2 * UNIT)
-    part.write(UNIT, noise(UNIT))
+    part = continue_part(folder, NAME, 2 * UNIT)
+    write_units(part, UNIT, noise(UNIT))
     assert part.present.all()
     part.close()

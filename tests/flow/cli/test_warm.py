@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tiercache.cache import Cache
-from tiercache.cli.simulate import Training, epoch_reads
+from tiercache.cli.warm import Training, epoch_reads
 from tiercache.data.dataset import Dataset
 from tiercache.load.loader import DataLoader
 from tiercache.load.loader_options import LoaderOptions
@@ -133,12 +133,13 @@ def test_a_dry_run_says_whether_the_data_fits(tiercache, data_set, tmp_path):
 
 
 class TestPlanningCost:
-    """The plan of many shards is made of one listing and a few statements, and of nothing for each shard."""
+    """What is missing is found by two listings and a few statements, and one lstat for each copy that is there."""
 
     @pytest.mark.parametrize("room", [2.0, 0.5])  # for all shards, and not
     def test_planning_makes_no_system_call_or_statement_per_shard(self, tmp_path, monkeypatch, room):
         few, many = (self.calls_of_a_plan(tmp_path, n, room, monkeypatch) for n in (50, 500))
-        assert sorted(many) == sorted(few)
+        assert sorted(call for call in many if call != "lstat") == sorted(call for call in few if call != "lstat")
+        assert many.count("lstat") - few.count("lstat") <= 50 - 5
         assert many.count("scandir") <= 4
 
     def calls_of_a_plan(self, tmp_path, n_shards, room, monkeypatch):
@@ -154,9 +155,9 @@ class TestPlanningCost:
             for key, identity in objects[::10]:  # copies that are here, and booked at the next opening
                 put_copy(cache, cache.store(store).spec_of(key, identity))
         with Cache(folder, size=int(room * n_shards * n_bytes)) as cache:
-            cache.plan_warm(cache.store(store), objects)
+            cache.find_missing(cache.store(store), objects)
             calls = counted_calls(cache, monkeypatch)
-            plan = cache.plan_warm(cache.store(store), objects)
+            plan = cache.find_missing(cache.store(store), objects)
             monkeypatch.undo()
         assert (len(plan.missing), plan.fits) == (n_shards - len(objects[::10]), room > 1)
         return calls
@@ -167,7 +168,7 @@ def put_copy(cache, wanted):
     path = cache.path / "copies" / wanted.name
     path.touch()
     os.truncate(path, wanted.n_bytes)
-    Path(f"{path}.json").write_text(wanted.record(wanted.crc32c).to_json())
+    Path(f"{path}.json").write_text(wanted.to_json(wanted.crc32c))
 
 
 def counted_calls(cache, monkeypatch):
@@ -176,6 +177,6 @@ def counted_calls(cache, monkeypatch):
     for name in ("open", "stat", "lstat", "scandir", "listdir"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, _real=real, _name=name, **k: calls.append(_name) or _real(*a, **k))
-    database = cache._open().writing.accounts._database
+    database = cache._open().accounts._database
     database.run(lambda db: db.set_trace_callback(lambda sql: calls.append(" ".join(sql.split()[:4]))))
     return calls

@@ -384,7 +384,7 @@ def test_closing_the_cache_during_planning_leaves_no_plan(server, packed, tmp_pa
 
     monkeypatch.setattr(NextEpoch, "prepare", prepare_late)
     monkeypatch.setattr(ReadingPlans, "uses", ask_late)
-    monkeypatch.setattr("tiercache.cache.fetch.JOIN_S", 0.1)  # a fetch may wait for the room that it asks for
+    monkeypatch.setattr("tiercache.cache.session.JOIN_S", 0.1)  # a fetch may wait for the room that it asks for
     with too_small(tmp_path, packed) as cache:
         dataset, loader = read_dealt_anew(server, cache)
         assert asked.wait(60)

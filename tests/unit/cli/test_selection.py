@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tiercache.cli.simulate import (
+from tiercache.cli.warm import (
     Training,
     epoch_reads,
     merge_reads,

@@ -1,33 +1,59 @@
-"""The order in which a training reads shards, for warm; and the verb simulate, which replays it in caches."""
+"""The verbs warm and simulate, and the order in which a training reads shards, which both follow."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from tiercache.cache.eviction import POLICIES
-from tiercache.cache.partial import REQUEST_BYTES
-from tiercache.cache.simulate import Trace, bound
-from tiercache.cache.simulate import simulate as simulate_cache
-from tiercache.cli.common import Output, StorageOptions, VersionNumber, argument, count, option, parse_size, verb
-from tiercache.cli.data import open_data_set, open_data_set_store
+from tiercache import config
+from tiercache.cache import Cache
+from tiercache.cache.eviction import POLICIES, Trace
+from tiercache.cache.eviction import simulate as simulate_cache
+from tiercache.cli.common import (
+    CacheDir,
+    CacheSize,
+    Columns,
+    DryRun,
+    Exclude,
+    Include,
+    Jobs,
+    Output,
+    StorageOptions,
+    Url,
+    VersionNumber,
+    argument,
+    count,
+    flag,
+    option,
+    parse_columns,
+    parse_fraction,
+    parse_size,
+    verb,
+)
+from tiercache.cli.data import OpenDataSet, open_data_set, open_data_set_store
 from tiercache.load.loader_options import LoaderOptions
-from tiercache.model import format_bytes
+from tiercache.model import ByteRange, format_bytes
 from tiercache.order.epoch_order import EpochOrder
 from tiercache.order.rank_plan import RankPlan
 from tiercache.order.window import DatasetSizes, OrderOptions
 from tiercache.packer.files import selected
+from tiercache.shard.source import column_ranges, fetch_footer
+from tiercache.store import LocalStore
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from tiercache.cli.common import Advance
     from tiercache.order.window import BlockSizes
     from tiercache.shard.versions import ShardTable
 
+
+# -- the order of a training -------------------------------------------------------------------------------------------
 
 # The default of LoaderOptions.
 GROUP_BYTES = LoaderOptions().group_bytes
@@ -263,13 +289,12 @@ class SimulationResult:
     Figures per epoch are averages over the epochs after the first, or those of the only epoch.
 
     Attributes:
-        policy: Name in POLICIES, or "bound": the least that any cache can fetch.
+        policy: Name in POLICIES.
         size_bytes: Size of each node's cache.
         hit_ratio: Fraction of an epoch's reads that are hits.
         byte_hit_ratio: Fraction of an epoch's bytes that are hits.
         first_bytes: Bytes fetched in the first epoch.
         epoch_bytes: Bytes fetched per epoch.
-        epoch_requests: Requests per epoch, of at most REQUEST_BYTES each.
     """
 
     policy: str
@@ -278,22 +303,18 @@ class SimulationResult:
     byte_hit_ratio: float
     first_bytes: int
     epoch_bytes: float
-    epoch_requests: float
 
 
 def simulate_case(nodes: Sequence[NodeReads], policy: str, size_bytes: int) -> SimulationResult:
     """Replay every node's reads with one policy and one cache size. Raises ValueError for an unknown policy."""
-    totals = np.zeros(6)
+    totals = np.zeros(5)
     for trace, epoch in nodes:
-        report = bound(trace, size_bytes) if policy == "bound" else simulate_cache(trace, policy, size_bytes)
-        fetched = trace.n_bytes - report.served
+        fetched = trace.n_bytes - simulate_cache(trace, policy, size_bytes).served
         n_epochs = int(epoch.max(initial=0)) + 1
         counted = epoch > 0 if n_epochs > 1 else np.ones(len(trace), np.bool_)
-        epoch_bytes, read_bytes = fetched[counted].sum(), trace.n_bytes[counted].sum()
-        requests = (-(-fetched[counted] // REQUEST_BYTES)).sum()
-        sums = np.array([(fetched[counted] == 0).sum(), counted.sum(), epoch_bytes, read_bytes, requests])
-        totals += [*(sums / max(n_epochs - 1, 1)), fetched[epoch == 0].sum()]
-    n_hits, n_reads, epoch_bytes, read_bytes, requests, first_bytes = totals.tolist()
+        sums = [(fetched[counted] == 0).sum(), counted.sum(), fetched[counted].sum(), trace.n_bytes[counted].sum()]
+        totals += [*(np.array(sums) / max(n_epochs - 1, 1)), fetched[epoch == 0].sum()]
+    n_hits, n_reads, epoch_bytes, read_bytes, first_bytes = totals.tolist()
     return SimulationResult(
         policy,
         size_bytes,
@@ -301,9 +322,138 @@ def simulate_case(nodes: Sequence[NodeReads], policy: str, size_bytes: int) -> S
         byte_hit_ratio=1 - epoch_bytes / read_bytes if read_bytes else 0.0,
         first_bytes=int(first_bytes),
         epoch_bytes=epoch_bytes,
-        epoch_requests=requests,
     )
 
+
+# -- warm --------------------------------------------------------------------------------------------------------------
+
+
+@verb(after_ctrl_c="fetched shards stay in the cache; the same command continues from there")
+def warm(
+    output: Output,
+    url: Url,
+    fraction: Annotated[
+        str | None,
+        option(
+            "--fraction",
+            "FRACTION",
+            "Fetch only this fraction of the selected bytes, from the first shard on, e.g. 25%.",
+        ),
+    ] = None,
+    limit: Annotated[
+        str | None,
+        option("--limit", "SIZE", "Fetch only this many of the selected bytes, from the first shard on, e.g. 200GB."),
+    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    columns: Columns = None,
+    seed: Annotated[
+        int | None, option("--seed", "N", "Seed of the training's shuffle, as in LoaderOptions(seed=N).")
+    ] = None,
+    rank: Annotated[
+        list[str] | None,
+        option("--rank", "R/W", "Fetch only what these ranks read: RANK/RANKS, e.g. 3/8 or 0-3/8. May be repeated."),
+    ] = None,
+    placement: Placement = None,
+    shuffle_group: ShuffleGroup = None,
+    at: VersionNumber = None,
+    pin: Annotated[bool, flag("--pin", "Pin the copies: only `tiercache evict --pinned` deletes them.")] = False,
+    jobs: Jobs = 4,
+    cache_dir: CacheDir = None,
+    cache_size: CacheSize = None,
+    storage_option: StorageOptions = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Copy a data set, or a part of it, from its store into the cache.
+
+    The exit code is 0 only if all of it is cached. With --seed, the shards are fetched in the order in which a training
+    reads them: --rank selects the ranks, and --limit the amount.
+    """
+    if fraction is not None and limit is not None:
+        raise ValueError("--fraction and --limit cannot be combined: give one of them")
+    if pin and columns is not None:
+        raise ValueError("--pin keeps whole copies, and cannot be combined with --columns")
+    training = parse_training(seed, rank, placement, shuffle_group)
+    part = 1.0 if fraction is None else parse_fraction(fraction)
+    limit_bytes = None if limit is None else parse_size("--limit", limit)
+    names = parse_columns(columns)
+    with (
+        Cache.default(path=cache_dir, size=cache_size) as cache,
+        open_data_set_store(url, storage_option) as inner,
+    ):
+        if isinstance(inner, LocalStore) and cache_dir is None:
+            raise ValueError(
+                f"{inner.url}: a local folder is read in place and needs no cache; give --cache DIR to copy it anyway"
+            )
+        data_set = open_data_set(inner, at)
+        shards = select_shards(data_set.shards, include, exclude, training, part, limit_bytes)
+        dataset_id = data_set.version.dataset_id
+        objects = [(ref.key, ref.identity(dataset_id)) for ref in data_set.version.segments]
+        objects += data_set.shards.objects(dataset_id, shards)
+        ranges: Mapping[str, Sequence[ByteRange]] = {}
+        if names is not None:
+            with output.count_progress("reading footers") as advance:
+                ranges = read_column_ranges(data_set, shards, names, advance)
+        store = cache.store(inner)
+        n_bytes = sum(
+            sum(r.n_bytes for r in ranges[key]) if key in ranges else identity.n_bytes for key, identity in objects
+        )
+        facts: dict[str, Any] = {"url": store.url, "objects": len(objects), "bytes": n_bytes}
+        in_part = f" ({len(ranges):,} of them in part)" if ranges else ""
+        text = f"{count(len(objects), 'object')}{in_part}, {format_bytes(n_bytes)}"
+        if dry_run:
+            found = cache.find_missing(store, objects, ranges=ranges)
+            n_missing = len(found.missing)
+            facts |= {"fetched": n_missing, "bytes_fetched": found.missing_bytes, "fits": found.fits, "dry_run": True}
+            short = "" if found.fits else "; the cache has not enough space for them"
+            missing = f"{count(n_missing, 'object')}, {format_bytes(found.missing_bytes)}"
+            output.summary(facts, f"would fetch {missing}{f', and pin {text}' if pin else ''}{short}")
+            return
+        with output.byte_progress("warming") as advance:
+            report = cache.warm(
+                store,
+                objects,
+                ranges=ranges,
+                jobs=jobs or config.available_cpus(),
+                on_progress=lambda p: advance(p.bytes_done, p.bytes_wanted),
+            )
+        if pin:
+            cache.pin(store, objects)
+    facts |= {"fetched": report.n_fetched, "bytes_fetched": report.bytes_fetched}
+    fetched = f"{format_bytes(report.bytes_fetched)} of them fetched now"
+    output.summary(facts, f"{text} are {'pinned in' if pin else 'in'} the cache, {fetched}")
+
+
+# Footers are a few KiB, so the time to read them is round trips.
+FOOTER_THREADS = 16
+
+
+def read_column_ranges(
+    data_set: OpenDataSet, shards: NDArray[np.int64], columns: Sequence[str], advance: Advance
+) -> Mapping[str, tuple[ByteRange, ...]]:
+    """Return the ranges of the columns, by shard name; shards of which nearly all bytes are needed are left out.
+
+    shards are the numbers of the shards, int64[m]. advance() gets the number of footers read, and their total.
+
+    Raises:
+        SchemaError: There is no such column.
+        NotFound, StoreError, CorruptShard: A footer cannot be read.
+    """
+    schema = data_set.version.schema
+    numbers = [schema.index(name) for name in schema.select(columns).names]
+    infos = [data_set.shards.info(i) for i in shards.tolist()]
+    ranges: dict[str, tuple[ByteRange, ...]] = {}
+    with ThreadPoolExecutor(FOOTER_THREADS, "tiercache-footer") as pool:
+        footers = pool.map(lambda info: fetch_footer(data_set.store, info.name, info), infos)
+        for n_done, (info, footer) in enumerate(zip(infos, footers, strict=True), start=1):
+            found = column_ranges(footer, info, numbers)
+            if found is not None:
+                ranges[info.name] = found
+            advance(n_done, len(infos))
+    return ranges
+
+
+# -- simulate ----------------------------------------------------------------------------------------------------------
 
 SIZES = ("10%", "25%", "50%", "75%", "100%")
 
@@ -325,10 +475,9 @@ def simulate(
     at: VersionNumber = None,
     storage_option: StorageOptions = None,
 ) -> None:
-    """Simulate caches of several sizes: hits, bytes, requests.
+    """Simulate caches of several sizes: hits and bytes.
 
-    The read order of a training is replayed with each eviction policy; `bound` is the least that any cache can fetch.
-    No record is read, only the list of shards.
+    The read order of a training is replayed with each eviction policy. No record is read, only the list of shards.
     """
     training = Training(
         seed, world_size=ranks, placement=parse_placement(placement), group_bytes=parse_group(shuffle_group)
@@ -340,7 +489,7 @@ def simulate(
     reads = training_reads(shards.n_records, shards.n_bytes, training, nodes=nodes, epochs=epochs)
     data_bytes = int(shards.n_bytes[np.unique(np.concatenate([node.trace.names for node in reads]))].sum())
     sizes_bytes = sorted({parse_size("--size", one, whole_bytes=data_bytes) for one in size or SIZES})
-    cases = [(policy, size_bytes) for policy in (*POLICIES, "bound") for size_bytes in sizes_bytes]
+    cases = [(policy, size_bytes) for policy in POLICIES for size_bytes in sizes_bytes]
     results: list[SimulationResult] = []
     with output.count_progress("replaying") as advance:
         for policy, size_bytes in cases:
@@ -354,7 +503,6 @@ def simulate(
             "of data": f"{result.size_bytes / max(data_bytes, 1):.0%}",
             "hits": f"{result.byte_hit_ratio:.1%}",
             "fetched per epoch": format_bytes(result.epoch_bytes),
-            "requests": f"{result.epoch_requests:,.0f}",
         }
         for result in results
     ]

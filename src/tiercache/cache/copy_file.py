@@ -1,4 +1,4 @@
-"""Partial copies: a sparse file that grows in units of 4 KiB, and a unit map that says which units are present.
+"""`CopyFile`, an open copy; a partial one is a sparse file that grows in units of 4 KiB, with a map of its units.
 
 ::
 
@@ -12,8 +12,8 @@ earlier boot is verified against its checksums before it is served.
 A flag only changes from 0 to 1. Readers read flags with pread(2), and only while the flag was 0: with a mapping, SIGBUS
 would kill the process if another process truncated the map.
 
-A reader has a `CopyFile`, the process that fetches has a `PartialCopy`. A mask of units is bool[n_units], True for the
-selected units. An empty file has one unit of no bytes: it too must be fetched once before it counts as present.
+A mask of units is bool[n_units], True for the selected units. An empty file has one unit of no bytes: it too must be
+fetched once before it counts as present.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import os
 import stat
 import struct
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from tiercache._native.checksum import combine_pages, crc32c, crc32c_pages
-from tiercache.cache.accounts import BLOCK_BYTES, charge_bytes
-from tiercache.cache.locks import boot_id, close_private, keep_private, try_shared
+from tiercache.cache.folder import BLOCK_BYTES, charge_bytes, close_private, keep_private, try_shared
 from tiercache.crash_points import crash_point
 from tiercache.model import ByteRange
 from tiercache.store.contract import covering_ranges
 from tiercache.store.local import write_all
+from tiercache.store.shared_files import boot_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -161,14 +161,6 @@ def read_checksum(fd: int, n_bytes: int) -> tuple[int, int, OSError | None]:
     return crc, offset, None
 
 
-def checksum_of(fd: int, n_bytes: int) -> int:
-    """Return the CRC-32C of the first n_bytes of a file, or of all of a shorter one. Raises OSError."""
-    crc, _, error = read_checksum(fd, n_bytes)
-    if error is not None:
-        raise error
-    return crc
-
-
 MAGIC = b"\x89TCMAP\r\n"
 HEAD_BYTES = 64
 _HEAD = struct.Struct("<8sIIQQ16s12xI")
@@ -196,26 +188,24 @@ def charge_of(present: Mask, n_bytes: int) -> int:
     return charge_bytes(data_bytes) + charge_bytes(map_bytes(n_bytes)) - BLOCK_BYTES
 
 
-class Head(NamedTuple):
-    """The head of a unit map: size of the whole object, inode of the partial copy, and boot in which it was written."""
+def _head(fd: int, n_bytes: int) -> bytes:
+    """Return the head of the map of a partial copy that fd is open on: size, inode, and this boot."""
+    body = _HEAD.pack(MAGIC, _VERSION, UNIT_BYTES, n_bytes, os.fstat(fd).st_ino, boot_id().encode(), 0)[:-4]
+    return body + struct.pack("<I", crc32c(body))
 
-    n_bytes: int
-    inode: int
-    boot: str
 
-    def pack(self) -> bytes:
-        body = _HEAD.pack(MAGIC, _VERSION, UNIT_BYTES, self.n_bytes, self.inode, self.boot.encode(), 0)[:-4]
-        return body + struct.pack("<I", crc32c(body))
-
-    @classmethod
-    def parse(cls, data: bytes) -> Head | None:
-        """Return the head; None if the data is torn by a power failure, or belongs to another release."""
-        if len(data) != HEAD_BYTES:
-            return None
-        magic, version, unit_bytes, n_bytes, inode, boot, crc = _HEAD.unpack(data)
-        if (magic, version, unit_bytes, crc) != (MAGIC, _VERSION, UNIT_BYTES, crc32c(data[:-4])):
-            return None
-        return cls(n_bytes, inode, boot.rstrip(b"\0").decode("ascii", "replace"))
+def _boot_of(map_fd: int, part_fd: int, n_bytes: int) -> str | None:
+    """Return the boot in which a partial copy was written; None: the files do not belong together, or one is torn."""
+    status = os.fstat(part_fd)
+    head = os.pread(map_fd, HEAD_BYTES, 0)
+    if status.st_nlink != 1:  # it was unlinked; or it is a complete copy already, whose map is about to be deleted
+        return None
+    if len(head) != HEAD_BYTES or status.st_size != n_bytes or os.fstat(map_fd).st_size != map_bytes(n_bytes):
+        return None
+    *facts, boot, crc = _HEAD.unpack(head)
+    if facts != [MAGIC, _VERSION, UNIT_BYTES, n_bytes, status.st_ino] or crc != crc32c(head[:-4]):
+        return None
+    return str(boot.rstrip(b"\0").decode("ascii", "replace"))
 
 
 def read_flags(map_fd: int, first: int, last: int) -> Mask:
@@ -229,20 +219,22 @@ def read_flags(map_fd: int, first: int, last: int) -> Mask:
 
 
 class CopyFile:
-    """A reader's open copy: a descriptor under a shared lock, and that of the unit map if it is, or was, partial.
+    """An open copy: its file, and its unit map unless it was whole when it was opened.
 
-    Safe from any thread. A unit that was seen to be present is not read from the map again. Two threads may read the
-    same flags, which is harmless.
+    The file of a reader has a shared lock, and may be used by any thread. A flag that was seen is not read again; two
+    threads may read the same flags, which is harmless. The file of a fetch is open for writing, under the lock of the
+    name; its threads write different units.
 
     Attributes:
         fd: Descriptor of the copy.
         n_bytes: Size of the whole object.
         map_fd: Descriptor of the unit map; -1: the copy is whole.
+        present: Units of a partial copy that are known to be present, bool[n_units]; of a whole copy bool[0].
     """
 
     def __init__(self, fd: int, n_bytes: int, map_fd: int = -1) -> None:
         self.fd, self.n_bytes, self.map_fd = fd, n_bytes, map_fd
-        self._seen = np.zeros(n_units(n_bytes) if map_fd >= 0 else 0, bool)
+        self.present = np.zeros(n_units(n_bytes) if map_fd >= 0 else 0, bool)
 
     @property
     def is_partial(self) -> bool:
@@ -251,21 +243,23 @@ class CopyFile:
     def covers(self, ranges: Sequence[ByteRange]) -> bool:
         if any(span.end > self.n_bytes for span in ranges):
             return False
-        if not self.is_partial or covers(self._seen, ranges, self.n_bytes):
+        if not self.is_partial or covers(self.present, ranges, self.n_bytes):
             return True
         return all(self._update(*bounds(span, self.n_bytes)) for span in ranges)
 
     def _update(self, first: int, last: int) -> bool:
-        if not self._seen[first:last].all():
-            self._seen[first:last] |= read_flags(self.map_fd, first, last)
-        return bool(self._seen[first:last].all())
+        if not self.present[first:last].all():
+            self.present[first:last] |= read_flags(self.map_fd, first, last)
+        return bool(self.present[first:last].all())
 
     def mask(self) -> Mask:
         """Return the units that are present by now, as a new array."""
         if not self.is_partial:
             return np.ones(n_units(self.n_bytes), bool)
-        self._update(0, len(self._seen))
-        return self._seen.copy()
+        self._update(0, len(self.present))
+        return self.present.copy()
+
+    # -- for readers ---------------------------------------------------------------------------------------------------
 
     def _checked(self, span: ByteRange) -> Iterator[tuple[int, npt.NDArray[np.uint8], list[int]]]:
         """Yield the units of a range in pieces: offset, data, and the offsets of units that the map contradicts.
@@ -321,10 +315,80 @@ class CopyFile:
             os.close(fd)
             raise
 
-    def keep_private(self) -> None:
+    # -- for the fetch -------------------------------------------------------------------------------------------------
+
+    def start_writing(self) -> CopyFile:
+        """Prepare for write(): read all flags, and let forked children close the descriptors."""
+        self._sums = np.zeros(n_units(self.n_bytes), "<u4")  # of the units that are written from now on
+        self.mask()
+        return self.keep_private()
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write bytes of units that are not present, and checksum them. A unit's bytes come in order, from its start.
+
+        Raises OSError: the disk failed.
+        """
+        write_all(self.fd, data, offset)
+        array, done = np.frombuffer(data, np.uint8), 0
+        while done < len(array):
+            unit, in_unit = divmod(offset + done, UNIT_BYTES)
+            n_whole = (len(array) - done) // UNIT_BYTES
+            if in_unit or not n_whole:
+                piece = array[done : done + UNIT_BYTES - in_unit]
+                # Of a unit so far: the last unit of the file may be short.
+                self._sums[unit] = crc32c(piece.data, int(self._sums[unit]) if in_unit else 0)
+            else:
+                piece = array[done : done + n_whole * UNIT_BYTES]
+                address = int(piece.__array_interface__["data"][0])
+                crc32c_pages(address, len(piece), UNIT_BYTES, self._sums[unit : unit + n_whole])
+            done += len(piece)
+
+    def mark_present(self, span: ByteRange) -> None:
+        """Mark units as present, whose bytes are all written. Raises OSError: the disk failed.
+
+        The data was written first; then come the checksums, then the flags, so a crash leaves no invalid unit.
+        """
+        first, last = span.start // UNIT_BYTES, max(-(-span.end // UNIT_BYTES), 1)
+        crash_point("fetch.data")
+        write_all(self.map_fd, memoryview(self._sums[first:last].tobytes()), _crc_offset(self.n_bytes) + 4 * first)
+        crash_point("fetch.sums")
+        write_all(self.map_fd, memoryview(b"\x01" * (last - first)), HEAD_BYTES + first)
+        crash_point("fetch.flags")
+        self.present[first:last] = True
+
+    def checksum(self) -> int:
+        """Return the CRC-32C of the whole file, combined from those of its units, which must all be present."""
+        data = os.pread(self.map_fd, 4 * len(self.present), _crc_offset(self.n_bytes))
+        if len(data) == 4 * len(self.present) and self.n_bytes:  # an empty file has no pages
+            return combine_pages(np.frombuffer(data, "<u4"), UNIT_BYTES, self.n_bytes)
+        crc, _, error = read_checksum(self.fd, self.n_bytes)
+        if error is not None:
+            raise error
+        return crc
+
+    def hold(self) -> CopyFile:
+        """Return a reader's view of this file, even if another file has its name by now."""
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        fd = os.open(f"/proc/self/fd/{self.fd}", flags)
+        try:
+            try_shared(fd)
+            return CopyFile(fd, self.n_bytes, os.open(f"/proc/self/fd/{self.map_fd}", flags))
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @property
+    def has_name(self) -> bool:
+        return os.fstat(self.fd).st_nlink > 0
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def keep_private(self) -> CopyFile:
+        """Let forked children close the descriptors."""
         keep_private(self.fd)
         if self.is_partial:
             keep_private(self.map_fd)
+        return self
 
     def close(self) -> None:
         """Close the descriptors. Must be called only once."""
@@ -360,7 +424,7 @@ def open_whole(folder: Folder, name: str, n_bytes: int) -> CopyFile | None:
 def open_part(folder: Folder, name: str, n_bytes: int) -> CopyFile | None:
     """Open a partial copy under a reader's lock; None: there is none, or it is being evicted, or is not verified yet.
 
-    The races with eviction and with an earlier boot are those of open_whole() and PartialCopy.open().
+    The races with eviction and with an earlier boot are those of open_whole() and continue_part().
     """
     fd = folder.open_copy(f"{name}.part")
     if fd is None:
@@ -394,186 +458,53 @@ def open_map(folder: Folder, name: str, fd: int, n_bytes: int, *, boot: str | No
     return None
 
 
-def _boot_of(map_fd: int, part_fd: int, n_bytes: int) -> str | None:
-    """Return the boot in which a partial copy was written; None: the files do not belong together."""
-    status = os.fstat(part_fd)
-    if status.st_nlink != 1:  # it was unlinked; or it is a complete copy already, whose map is about to be deleted
-        return None
-    head = Head.parse(os.pread(map_fd, HEAD_BYTES, 0))
-    if head is None or (head.n_bytes, head.inode, status.st_size) != (n_bytes, status.st_ino, n_bytes):
-        return None
-    return head.boot if os.fstat(map_fd).st_size == map_bytes(n_bytes) else None
+def create_part(folder: Folder, name: str, n_bytes: int) -> CopyFile:
+    """Create a partial copy without units. An existing map belongs to a file that is gone. Raises OSError."""
+    with ExitStack() as on_error:
+        fd = folder.new_file(f"{name}.part")
+        on_error.callback(folder.remove_part, name)
+        on_error.callback(os.close, fd)
+        crash_point("fetch.part")
+        os.ftruncate(fd, n_bytes)
+        folder.remove_file("copies", f"{name}.map")
+        map_fd = folder.new_file(f"{name}.map")
+        on_error.callback(os.close, map_fd)
+        crash_point("fetch.map")
+        os.ftruncate(map_fd, map_bytes(n_bytes))
+        # The head is written last: a map without a head is ignored.
+        os.pwrite(map_fd, _head(fd, n_bytes), 0)
+        crash_point("fetch.mapped")
+        on_error.pop_all()
+    return CopyFile(fd, n_bytes, map_fd).start_writing()
 
 
-class PartialCopy:
-    """A partial copy that is open for writing. Threads write different units; the opener holds the lock of the name.
+def continue_part(folder: Folder, name: str, n_bytes: int) -> CopyFile | None:
+    """Open the existing partial copy for writing; None: there is none. One that cannot be continued is removed.
 
-    Attributes:
-        present: Units that are present, bool[n_units]; UnitWriter.finish() changes it.
+    The units of an earlier boot are verified against their checksums.
     """
-
-    def __init__(self, folder: Folder, name: str, n_bytes: int, fds: tuple[int, int]) -> None:
-        """Take ownership of fds, the descriptors of the partial copy and of its map, both open for writing."""
-        self.folder, self.name, self.n_bytes = folder, name, n_bytes
-        self.fd, self._map_fd = keep_private(fds[0]), keep_private(fds[1])
-        self.present: Mask = read_flags(self._map_fd, 0, n_units(n_bytes))
-
-    @classmethod
-    def create(cls, folder: Folder, name: str, n_bytes: int) -> PartialCopy:
-        """Create a partial copy without units. An existing map belongs to a file that is gone. Raises OSError."""
-        with ExitStack() as on_error:
-            fd = folder.new_file(f"{name}.part")
-            on_error.callback(folder.remove_part, name)
-            on_error.callback(os.close, fd)
-            crash_point("fetch.part")
-            os.ftruncate(fd, n_bytes)
-            folder.remove_file("copies", f"{name}.map")
-            map_fd = folder.new_file(f"{name}.map")
-            on_error.callback(os.close, map_fd)
-            crash_point("fetch.map")
-            os.ftruncate(map_fd, map_bytes(n_bytes))
-            # The head is written last: a map without a head is ignored.
-            os.pwrite(map_fd, Head(n_bytes, os.fstat(fd).st_ino, boot_id()).pack(), 0)
-            crash_point("fetch.mapped")
-            on_error.pop_all()
-        return cls(folder, name, n_bytes, (fd, map_fd))
-
-    @classmethod
-    def open(cls, folder: Folder, name: str, n_bytes: int) -> PartialCopy | None:
-        """Open the existing partial copy; None: there is none. A partial copy that cannot be continued is removed.
-
-        The units of an earlier boot are verified against their checksums.
-        """
-        with ExitStack() as on_failure:
-            fds = [folder.open_to_write(f"{name}.part")]
-            if fds[0] is not None:
-                on_failure.callback(os.close, fds[0])
-            fds.append(folder.open_to_write(f"{name}.map"))
-            if fds[1] is not None:
-                on_failure.callback(os.close, fds[1])
-            fd, map_fd = fds
-            boot = None
-            if fd is not None and map_fd is not None:
-                boot = _boot_of(map_fd, fd, n_bytes)
-                if boot == boot_id() or (boot is not None and _is_verified(fd, map_fd, n_bytes)):
-                    on_failure.pop_all()
-                    return cls(folder, name, n_bytes, (fd, map_fd))
-        if boot is not None:
-            folder.remove_part(name)
-        elif folder.has_file(f"{name}.part") or folder.has_file(f"{name}.map"):
-            folder.remove_part(name, keep_map=folder.has_copy(name))
-        return None
-
-    def write(self, start: int, data: np.ndarray) -> None:
-        """Write whole units from start on, as a UnitWriter does."""
-        writer = UnitWriter(self, ByteRange(start, start + len(data)))
-        if len(data):
-            writer.receive(start, data.data)
-        writer.finish()
-
-    def checksum(self) -> int:
-        """Return the CRC-32C of the whole file, combined from those of its units, which must all be present."""
-        data = os.pread(self._map_fd, 4 * len(self.present), _crc_offset(self.n_bytes))
-        if len(data) < 4 * len(self.present) or not self.n_bytes:  # a truncated map; an empty file, which has no pages
-            return checksum_of(self.fd, self.n_bytes)
-        return combine_pages(np.frombuffer(data, "<u4"), UNIT_BYTES, self.n_bytes)
-
-    def hold(self) -> CopyFile:
-        """Return a reader's view of this file, even if another file has its name by now."""
-        flags = os.O_RDONLY | os.O_CLOEXEC
-        fd = os.open(f"/proc/self/fd/{self.fd}", flags)
-        try:
-            try_shared(fd)
-            return CopyFile(fd, self.n_bytes, os.open(f"/proc/self/fd/{self._map_fd}", flags))
-        except BaseException:
-            os.close(fd)
-            raise
-
-    @property
-    def has_name(self) -> bool:
-        return os.fstat(self.fd).st_nlink > 0
-
-    def unlink_names(self, *, keep_map: bool) -> None:
-        """Remove the names of the partial copy, which is complete now, if they still belong to this file."""
-        path = self.folder.copy_path(f"{self.name}.part")
-        with suppress(FileNotFoundError):
-            if os.lstat(path).st_ino != os.fstat(self.fd).st_ino:
-                return
-        if not keep_map:  # first: a sweep removes a partial copy beside its complete copy, but not a map alone
-            self.folder.remove_file("copies", f"{self.name}.map")
-        self.folder.remove_part(self.name, keep_map=True)
-
-    def close(self) -> None:
-        try:
-            close_private(self.fd)
-        finally:
-            close_private(self._map_fd)
-
-
-class UnitWriter:
-    """Writes a range of whole units to a partial copy as its bytes arrive, and computes their checksums on the way.
-
-    One thread at a time uses it. The range begins at a unit; the last unit of the file may be short. The data is
-    written first, then the checksums, then the flags, so that a crash in between leaves no invalid unit.
-    """
-
-    def __init__(self, part: PartialCopy, span: ByteRange) -> None:
-        self._part, self._span = part, span
-        self._first = span.start // UNIT_BYTES
-        n = max(-(-span.n_bytes // UNIT_BYTES), 1)
-        self._sums = np.empty(n if span.n_bytes else 0, np.uint32)
-        self._begin()
-
-    def _begin(self) -> None:
-        self._position, self._unit_crc = self._span.start, 0
-
-    def receive(self, offset: int, data: memoryview) -> None:
-        """Write the next bytes of the range; bytes from its start begin again. Raises OSError: the disk failed."""
-        if offset == self._span.start:
-            self._begin()
-        if offset != self._position or offset + data.nbytes > self._span.end:
-            raise ValueError(f"expected byte {self._position} of {self._span}, got {data.nbytes} bytes from {offset}")
-        write_all(self._part.fd, data, offset)
-        self._add_sums(np.frombuffer(data, np.uint8))
-
-    def _add_sums(self, data: npt.NDArray[np.uint8]) -> None:
-        """Add the next bytes to the checksums: the rest of a unit, whole units, and the beginning of a unit."""
-        done = 0
-        while done < len(data):
-            unit, in_unit = divmod(self._position - self._span.start, UNIT_BYTES)
-            n_whole = (len(data) - done) // UNIT_BYTES
-            if in_unit or not n_whole:
-                piece = data[done : done + UNIT_BYTES - in_unit]
-                self._unit_crc = crc32c(piece.data, self._unit_crc if in_unit else 0)
-                self._sums[unit] = self._unit_crc  # of a unit so far: the last unit of the file may be short
-            else:
-                piece = data[done : done + n_whole * UNIT_BYTES]
-                address = int(piece.__array_interface__["data"][0])
-                crc32c_pages(address, len(piece), UNIT_BYTES, self._sums[unit : unit + n_whole])
-            self._position += len(piece)
-            done += len(piece)
-
-    def finish(self) -> None:
-        """Mark the units as present, once all bytes of the range are written. Raises OSError: the disk failed."""
-        if self._position != self._span.end:
-            raise ValueError(f"{self._span}: received only {self._position - self._span.start} bytes")
-        part, sums, n = self._part, self._sums.astype("<u4", copy=False), max(len(self._sums), 1)
-        crash_point("fetch.data")
-        at = _crc_offset(part.n_bytes) + 4 * self._first
-        write_all(part._map_fd, memoryview(sums.tobytes()), at)  # noqa: SLF001 - of one module
-        crash_point("fetch.sums")
-        write_all(part._map_fd, memoryview(b"\x01" * n), HEAD_BYTES + self._first)  # noqa: SLF001
-        crash_point("fetch.flags")
-        part.present[self._first : self._first + n] = True
-
-
-def _is_verified(fd: int, map_fd: int, n_bytes: int) -> bool:
-    """Verify the present units of an earlier boot; if all are right, mark the partial copy as one of this boot."""
-    if CopyFile(fd, n_bytes, map_fd).wrong_units():
-        return False
-    crash_point("fetch.vouched")
-    os.pwrite(map_fd, Head(n_bytes, os.fstat(fd).st_ino, boot_id()).pack(), 0)
-    return True
+    boot = None
+    with ExitStack() as on_failure:
+        fds = []
+        for kind in (".part", ".map"):
+            fds.append(folder.open_to_write(f"{name}{kind}"))
+            if fds[-1] is not None:
+                on_failure.callback(os.close, fds[-1])
+        fd, map_fd = fds
+        if fd is not None and map_fd is not None:
+            boot = _boot_of(map_fd, fd, n_bytes)
+            part = CopyFile(fd, n_bytes, map_fd)
+            if boot == boot_id() or (boot is not None and not part.wrong_units()):
+                if boot != boot_id():
+                    crash_point("fetch.vouched")
+                    os.pwrite(map_fd, _head(fd, n_bytes), 0)
+                on_failure.pop_all()
+                return part.start_writing()
+    if boot is not None:
+        folder.remove_part(name)
+    elif folder.has_file(f"{name}.part") or folder.has_file(f"{name}.map"):
+        folder.remove_part(name, keep_map=folder.size_of(name) is not None)
+    return None
 
 
 def read_all(fd: int, buffer: memoryview, offset: int) -> bool:

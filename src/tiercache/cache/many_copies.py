@@ -1,0 +1,416 @@
+"""Work on many copies: warming fetches what is missing of them, and verification compares them with their checksums."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, TypeAlias
+
+from tiercache.cache.copy_file import UNIT_BYTES, bytes_of, charge_of, mask_of, open_part, read_checksum
+from tiercache.cache.folder import NameLock, charge_bytes, try_shared
+from tiercache.crash_points import crash_point
+from tiercache.errors import StoreError
+from tiercache.model import ByteRange, format_bytes
+from tiercache.shard.verify import verify_shard
+from tiercache.store import LocalFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from tiercache.cache.fetch import Fetch
+    from tiercache.cache.names import CopySpec
+    from tiercache.cache.session import CacheSession
+    from tiercache.store import Store
+
+
+# -- warming -----------------------------------------------------------------------------------------------------------
+
+Ranges: TypeAlias = "Mapping[str, Sequence[ByteRange]]"
+"""Byte ranges that suffice, by key. An object without an entry is wanted whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class WarmProgress:
+    """The progress of warming.
+
+    Attributes:
+        n_done: Number of requested copies that are present.
+        n_wanted: Number of requested copies.
+        bytes_done: Bytes of the requested copies that are present.
+        bytes_wanted: Bytes of the requested copies.
+        last: Key of the copy that was just fetched; "" at the start.
+    """
+
+    n_done: int
+    n_wanted: int
+    bytes_done: int
+    bytes_wanted: int
+    last: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WarmReport:
+    """The result of warming.
+
+    Attributes:
+        n_wanted: Number of requested copies.
+        n_fetched: Number of copies of which something was missing.
+        bytes_fetched: Bytes that were missing.
+    """
+
+    n_wanted: int
+    n_fetched: int
+    bytes_fetched: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestedCopy:
+    """A copy of which ranges, ascending, are requested. missing_bytes: Bytes to fetch; None: all is present."""
+
+    spec: CopySpec
+    ranges: tuple[ByteRange, ...]
+    missing_bytes: int | None
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(span.n_bytes for span in self.ranges)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.n_bytes == self.spec.n_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MissingCopies:
+    """What is missing of the requested copies.
+
+    Attributes:
+        requested: The requested copies, each once, in the order of the fetches.
+        need_bytes: Bytes that the requested copies will take of the cache's size.
+        fits: Whether the cache is large enough for them.
+    """
+
+    requested: tuple[RequestedCopy, ...]
+    need_bytes: int
+    fits: bool
+
+    @property
+    def missing(self) -> list[RequestedCopy]:
+        return [one for one in self.requested if one.missing_bytes is not None]
+
+    @property
+    def missing_bytes(self) -> int:
+        return sum(one.missing_bytes or 0 for one in self.requested)
+
+
+def find_missing(opened: CacheSession, specs: Sequence[CopySpec], ranges: Ranges) -> MissingCopies:
+    """Return what is missing of the requested copies. It lists the folder twice, however many they are."""
+    whole, in_part = (frozenset(opened.folder.names(kind)) for kind in ("", ".part"))
+    requested: dict[str, RequestedCopy] = {}
+    need_bytes = 0
+    for spec in specs:
+        if spec.name in requested:
+            continue
+        spans = tuple(ranges[spec.key]) if spec.key in ranges else (ByteRange(0, spec.n_bytes),)
+        one = requested[spec.name] = _measured(
+            opened, RequestedCopy(spec, spans, None), is_copy=spec.name in whole, has_part=spec.name in in_part
+        )
+        is_copy = one.is_whole or one.missing_bytes is None
+        need_bytes += charge_bytes(spec.n_bytes) if is_copy else charge_of(mask_of(spans, spec.n_bytes), spec.n_bytes)
+    found = MissingCopies(tuple(requested.values()), need_bytes, fits=True)
+    return replace(found, fits=not found.missing or need_bytes <= opened.accounts.limit_bytes())
+
+
+def _measured(opened: CacheSession, one: RequestedCopy, *, is_copy: bool, has_part: bool) -> RequestedCopy:
+    """Return the copy with what is missing of it. A file of another size, which somebody truncated, is no copy."""
+    spec = one.spec
+    if is_copy and opened.folder.size_of(spec.name) == spec.n_bytes:
+        return one
+    if one.is_whole and not has_part:
+        return replace(one, missing_bytes=spec.n_bytes)
+    missing = mask_of(one.ranges, spec.n_bytes)
+    part = open_part(opened.folder, spec.name, spec.n_bytes) if has_part else None
+    if part is not None:
+        with closing(part):
+            missing &= ~part.mask()
+    # A partial copy that has all units but no final name still counts as missing.
+    if missing.any() or one.is_whole:
+        return replace(one, missing_bytes=min(int(missing.sum()) * UNIT_BYTES, spec.n_bytes))
+    return one
+
+
+def _is_present(opened: CacheSession, one: RequestedCopy) -> bool:
+    if not one.is_whole and opened.is_cached(one.spec, one.ranges):
+        return True
+    lease = opened.look_up(one.spec.name, one.spec.n_bytes)
+    if lease is not None:
+        lease.close()
+    return lease is not None
+
+
+def warm_copies(
+    opened: CacheSession,
+    store: Store,
+    copies: MissingCopies,
+    *,
+    jobs: int,
+    on_progress: Callable[[WarmProgress], None] | None,
+) -> WarmReport:
+    """Fetch what is missing of the requested objects. See Cache.warm. On the first error, all fetches are cancelled."""
+    if jobs < 1:
+        raise ValueError(f"jobs must be 1 or more, got {jobs}")
+    if not copies.fits:
+        raise _full(opened, copies.need_bytes)
+    crash_point("warm.planned")
+    missing, n_wanted = copies.missing, len(copies.requested)
+    bytes_wanted = sum(one.n_bytes for one in copies.requested)
+    n_done, bytes_done = n_wanted - len(missing), bytes_wanted - copies.missing_bytes
+    tell = on_progress or (lambda _: None)
+    tell(WarmProgress(n_done, n_wanted, bytes_done, bytes_wanted))
+    fetches = _Fetches(opened, store, copies)
+    pool = ThreadPoolExecutor(min(jobs, len(missing)) or 1, "tiercache-warm")
+    try:
+        futures = {pool.submit(fetches.fetch, one): one for one in missing}
+        for future in as_completed(futures):
+            one = futures.pop(future)
+            future.result()
+            n_done, bytes_done = n_done + 1, bytes_done + (one.missing_bytes or 0)
+            tell(WarmProgress(n_done, n_wanted, bytes_done, bytes_wanted, one.spec.key))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        fetches.cancel()
+        pool.shutdown()
+    lost = [one.spec.source for one in copies.requested if not _is_present(opened, one)]
+    if lost:
+        raise StoreError(
+            f"{len(lost)} of {n_wanted} copies are missing again after warming", url=lost[0], retryable=True
+        )
+    return WarmReport(n_wanted, len(missing), copies.missing_bytes)
+
+
+def _full(opened: CacheSession, need_bytes: int) -> StoreError:
+    used, reserved, limit = opened.accounts.sums()
+    usable = max(opened.evictor.usable_bytes(), 0)
+    return StoreError(
+        f"the cache has no space for {format_bytes(need_bytes)}: {format_bytes(used + reserved)} of "
+        f"{format_bytes(limit)} are used, and the disk has {format_bytes(usable)} above min_free; evict or unpin "
+        "copies, enlarge the cache, or request less",
+        url=str(opened.folder.root),
+        code="CacheFull",
+    )
+
+
+class _Fetches:
+    """The fetches of one call. fetch() may be called from many threads."""
+
+    def __init__(self, opened: CacheSession, store: Store, copies: MissingCopies) -> None:
+        self._opened, self._store = opened, store
+        self._names = frozenset(one.spec.name for one in copies.requested)
+        self._running: set[Fetch] = set()
+        self._is_cancelled = False
+        self._error: BaseException | None = None
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+        for fetch in list(self._running):
+            fetch.cancel.set()
+
+    def fetch(self, one: RequestedCopy) -> None:
+        """Fetch the requested part of one copy. After an error, every call raises that error and fetches nothing."""
+        if self._error is not None:
+            raise self._error
+        try:
+            self._fetch(one)
+        except BaseException as error:
+            self._error = error
+            raise
+
+    def _fetch(self, one: RequestedCopy) -> None:
+        fetch = self._opened.fetch(one.spec, self._store, one.ranges, True)
+        has_left = False
+        try:
+            fetch.protected = self._names
+            self._running.add(fetch)
+            if self._is_cancelled:
+                fetch.cancel.set()
+            fetch.wait(one.ranges, None)
+            file, has_left = fetch.claim()
+            is_present = file is not None and file.covers(one.ranges)
+            if file is not None:
+                file.close()
+        finally:
+            self._running.discard(fetch)
+            if not has_left:
+                fetch.leave()
+        crash_point("warm.fetched")
+        if not is_present:
+            if fetch.cancel.is_set() or self._opened.breaker.is_open:
+                reason = "the cache was closed" if fetch.cancel.is_set() else "the cache's disk fails"
+                raise StoreError(f"not cached: {reason}", url=one.spec.source, retryable=True)
+            raise _full(self._opened, charge_bytes(one.n_bytes))
+
+
+# -- verification ------------------------------------------------------------------------------------------------------
+
+_MOST_FINDINGS = 4
+_SHARD = ".tcs"  # a segment of a manifest also has an identity, but no blocks
+
+
+class CopyState(StrEnum):
+    OK = "ok"
+    DAMAGED = "damaged"
+    UNREADABLE = "unreadable"
+    UNKNOWN = "unknown"
+    """No record says what the copy should be; it is verified when it is next used."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyCheck:
+    """The result for one copy.
+
+    Attributes:
+        name: Name of the copy, a hash.
+        source: URL without credentials, "" if unknown.
+        n_bytes: Number of bytes that were read; for a partial copy, those of its units.
+        state: Result.
+        in_part: Whether the copy is partial.
+        where: Defects of the copy, as texts for the user; empty if the copy is right.
+        removed: Whether the copy was deleted.
+    """
+
+    name: str
+    source: str
+    n_bytes: int
+    state: CopyState
+    in_part: bool = False
+    where: tuple[str, ...] = ()
+    removed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    checked: tuple[CopyCheck, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(one.n_bytes for one in self.checked)
+
+    @property
+    def wrong(self) -> tuple[CopyCheck, ...]:
+        """The copies that are damaged or unreadable, including removed ones."""
+        return tuple(one for one in self.checked if one.state in (CopyState.DAMAGED, CopyState.UNREADABLE))
+
+    @property
+    def is_right(self) -> bool:
+        return all(one.removed for one in self.wrong)
+
+
+def verify_copies(
+    opened: CacheSession,
+    names: Sequence[str],
+    *,
+    jobs: int,
+    repair: bool,
+    on_progress: Callable[[CopyCheck], None] | None,
+) -> VerifyReport:
+    checks: list[CopyCheck] = []
+    pool = ThreadPoolExecutor(jobs, "tiercache-verify")
+    try:
+        for one in pool.map(partial(_check_one, opened, repair), names):
+            if one is not None:
+                checks.append(one)
+                if on_progress is not None:
+                    on_progress(one)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return VerifyReport(tuple(checks))
+
+
+def _check_one(opened: CacheSession, repair: bool, name: str) -> CopyCheck | None:
+    """Return the result for a copy, removed if it is corrupt and repair is set; None: the copy is gone."""
+    fd = opened.folder.open_copy(name)
+    if fd is None:
+        return _check_partial_copy(opened, name, repair=repair)
+    try:
+        try_shared(fd)  # prevents eviction during the check
+        with suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NOATIME)  # a check is not a use: the file keeps its time of access
+        checked = _check_copy(fd, name, opened.folder.read_record(name))
+        if checked.state is CopyState.DAMAGED and checked.source.endswith(_SHARD):
+            checked = replace(checked, where=(*checked.where, *_findings(opened, name)))
+        if not repair or checked.state in (CopyState.OK, CopyState.UNKNOWN):
+            return checked
+        return replace(checked, removed=opened.remove_corrupt(name, fd))
+    except OSError as error:
+        return replace(checked, where=(*checked.where, f"it cannot be removed: {error}"))
+    finally:
+        os.close(fd)
+
+
+def _check_copy(fd: int, name: str, record: CopySpec | None) -> CopyCheck:
+    n_bytes = os.fstat(fd).st_size
+    if record is None or record.crc32c is None:
+        return CopyCheck(name, "" if record is None else record.source, 0, CopyState.UNKNOWN)
+    state, defect = CopyState.DAMAGED, ""
+    if n_bytes != record.n_bytes:
+        defect = f"it has {n_bytes:,} bytes instead of {record.n_bytes:,}"
+    else:
+        crc, offset, _ = read_checksum(fd, n_bytes)
+        if offset < n_bytes:
+            state, defect = CopyState.UNREADABLE, f"it cannot be read at offset {offset}"
+        elif crc != record.crc32c:
+            defect = f"its CRC-32C is {crc:08x}, expected {record.crc32c:08x}"
+    if not defect:
+        return CopyCheck(name, record.source, n_bytes, CopyState.OK)
+    return CopyCheck(name, record.source, n_bytes, state, where=(defect,))
+
+
+def _findings(opened: CacheSession, name: str) -> list[str]:
+    """Return which blocks of a cached shard are damaged, by the shard's own checksums."""
+    defects: list[str] = []
+    with closing(LocalFolder(opened.folder.copies)) as folder, suppress(StoreError):
+        for one in islice(verify_shard(folder, name), _MOST_FINDINGS):
+            places = [one.part, "" if one.block is None else f"block {one.block}", one.column or ""]
+            defects.append(f"{', '.join(place for place in places if place)}: {one.message}")
+    return defects
+
+
+def _check_partial_copy(opened: CacheSession, name: str, *, repair: bool) -> CopyCheck | None:
+    try:
+        n_bytes = os.lstat(opened.folder.copy_path(f"{name}.part")).st_size
+    except OSError:
+        return None
+    record = opened.folder.read_record(name)
+    unknown = CopyCheck(name, "" if record is None else record.source, 0, CopyState.UNKNOWN, in_part=True)
+    part = open_part(opened.folder, name, n_bytes)
+    if part is None:  # of an earlier boot, or being created: the next fetch verifies it first
+        return unknown
+    with closing(part):
+        wrong, n_read = part.wrong_units(), bytes_of(part.mask(), n_bytes)
+    if not wrong:
+        return replace(unknown, n_bytes=n_read, state=CopyState.OK)
+    defect = f"{len(wrong)} units are damaged, the first at offset {wrong[0]}"
+    checked = replace(unknown, n_bytes=n_read, state=CopyState.DAMAGED, where=(defect,))
+    return _remove_partial_copy(opened, checked) if repair else checked
+
+
+def _remove_partial_copy(opened: CacheSession, checked: CopyCheck) -> CopyCheck:
+    """Delete a corrupt partial copy. The next fetch starts it again."""
+    lock = NameLock(opened.folder.locks / checked.name)
+    try:
+        if not lock.try_acquire():
+            return checked
+        opened.folder.remove_copy(checked.name)
+        opened.accounts.remove([checked.name])
+    except OSError as error:
+        return replace(checked, where=(*checked.where, f"it cannot be removed: {error}"))
+    finally:
+        lock.release()
+    return replace(checked, removed=True)
