@@ -454,6 +454,8 @@ def server_block(options: ServerOptions) -> str:
         "default_type application/octet-stream;",
         "client_max_body_size 1k;",
         "keepalive_requests 100000;",
+        # Readers close idle connections after 90 s: a request must not meet one that is being closed here.
+        "keepalive_timeout 120s;",
         f'root "{options.root}";',
         "disable_symlinks on from=$document_root;",
         "if ($request_method !~ ^(GET|HEAD)$) { return 405; }",
