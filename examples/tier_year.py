@@ -1,6 +1,6 @@
 """A year of a 2 TB data set and three trainings in three tiers: bytes, dollars, restores. Sizes are simulated.
 
-    python examples/tier_year.py [--shards 16000] [--into docs/guide/tiers.md]
+    python examples/tier_year.py [--shards 16000] [--into benchmarks/results/tier_year.md]
 
 Each day the real policy (`tiercache.tier.policy.decide`) plans the moves; nothing else is
 real. The bill is kept by this file from the price table, and not from what the policy says that its moves cost.
@@ -36,6 +36,13 @@ from tiercache.tier.snapshot import (
     Snapshot,
 )
 
+HEAD = """\
+# A year of tiers
+
+`python examples/tier_year.py --into benchmarks/results/tier_year.md` writes this page;
+[the guide to tiers](../../docs/guide/tiers.md#a-year) describes the year.
+
+"""
 RULES = """\
 [tiers.hot]
 url = "/nvme/team"
@@ -76,7 +83,6 @@ CHECKPOINTS_A_DAY, STEPS = 4, 1000
 PART_BYTES = 8 << 20  # of a request that reads or uploads
 GB = 1 << 30  # as it is billed
 TEMPORARY_DAYS = 3  # of a restored copy that is copied home
-MARKS = ("<!-- tier year: begin -->", "<!-- tier year: end -->")
 
 
 @dataclass(frozen=True)
@@ -399,29 +405,16 @@ def report(n_shards: int) -> str:
     )
 
 
-def put(path: Path, text: str) -> None:
-    """Put text between the marks of a document.
-
-    Raises:
-        ValueError: it has not got them.
-    """
-    before, begin, rest = path.read_text().partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not (begin and end):
-        raise ValueError(f"{path}: expected the marks {MARKS[0]} and {MARKS[1]}")
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
-
-
 def main() -> None:
     """Tell it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shards", type=int, default=16_000, help="that the 2 TB are in")
-    parser.add_argument("--into", type=Path, help="a Markdown file with the marks")
+    parser.add_argument("--into", type=Path, help="the Markdown file to write")
     given = parser.parse_args()
     text = report(given.shards)
     print(text)
     if given.into:
-        put(given.into, text)
+        given.into.write_text(HEAD + text + "\n")
 
 
 if __name__ == "__main__":
