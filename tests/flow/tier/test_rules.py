@@ -77,9 +77,39 @@ def complaint(read, tmp_path):
 # -- the file --------------------------------------------------------------------------------------------------------
 
 
-def test_the_file_of_the_reference_is_read_as_described(read):
-    text = (Path(__file__).parents[3] / "docs/reference/tiers.md").read_text()
-    file = read(text.partition("```toml\n")[2].partition("```")[0])
+def test_a_file_with_tiers_rules_and_pins_is_read_as_the_reference_says(read):
+    file = read("""\
+[tiers.hot]
+url = "/nvme/train"
+capacity = "2TB"
+
+[tiers.standard]
+url = "s3://bucket/train"
+prices = "aws:us-east-1:STANDARD"
+
+[tiers.archive]
+url = "s3://bucket-cold/train"
+storage_class = "GLACIER_IR"
+prices = "aws:us-east-1:GLACIER_IR"
+
+[[rules]]
+match = "checkpoints/**"
+keep_hot = { last = 2 }
+keep_standard = { last = 10, every_steps = 5000, best = "val_loss:2" }
+then = "archive"
+after = "14d"
+delete_after = "365d"
+
+[[rules]]
+match = "datasets/**"
+idle = "30d"
+to = "archive"
+
+[[pins]]
+match = "checkpoints/run7/step-5000*"
+until = 2027-06-30
+why = "the paper's figures"
+""")
     assert [tier.name for tier in file.tiers] == ["hot", "standard", "archive"]
     best = (BestMetric(("val_loss",), n=2),)
     assert file.rules == (
