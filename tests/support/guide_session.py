@@ -3,33 +3,24 @@
     python -m tests.support.guide_session docs/guide/tiers.md        writes what the commands print now into the page
 
 Blocks that begin with ```console are one session: the page's Python blocks are run before, in the user's home, and its
-first TOML block is laid there as tiercache.toml. Those with ```console s3 are another, with the second TOML block and
-a data set in a bucket of moto, where an object is restored when it is looked at for the second time.
+first TOML block is laid there as tiercache.toml.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 from tests.support.warm_python import WarmPython
 
-import tiercache as tc
-from tiercache.demo.s3_server import S3Server
-
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.M | re.S)
-LOCAL, S3 = "console", "console s3"
-# Of moto: a copy that is older than this is on its way when it is first looked at, and restored as much later.
 MAIN = "from tiercache.cli.app import main; main()"
 
 
@@ -76,9 +67,9 @@ def run(command: str, folder: Path, environment: Mapping[str, str], python: Warm
 
 def at_home(printed: str, home: str) -> str:
     """The text with ~ for a home; columns of a table that had the home in them are as much narrower."""
-    at = next((line.index(home) for line in printed.splitlines() if home in line), None)
+    at = next((line.index(home) for line in printed.splitlines() if home in line and ": " not in line), None)
     if at is None:
-        return printed
+        return printed.replace(home, "~")
     gone = " " * (len(home) - 1)
     lines = [
         line.replace(home, "~") if home in line else line[:at] + line[at:].replace(gone, "", 1)
@@ -97,32 +88,12 @@ def replay(text: str, home: Path, python: WarmPython) -> str:
     """The page with what the commands of its session in local folders print here."""
     environment = environment_in(home)
     prepare(text, home, environment, python)
-    return _again(text, LOCAL, home, environment, python)
 
-
-def replay_s3(text: str, home: Path, server: S3Server, python: WarmPython) -> str:
-    """The same of the session in S3; server is moto's, with the bucket that the page has."""
-    how = json.dumps({"model_name": "s3::keyrestore", "transition": {"progression": "manual", "times": 1}})
-    url = f"{server.endpoint}/moto-api/state-manager/set-transition"
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    direct.open(url, data=how.encode(), timeout=5).close()
-    (home / "tiercache.toml").write_text(blocks(text, "toml")[1])
-    schema = {"tokens": tc.Tensor("uint16", (1024,))}
-    options = server.storage_options
-    with tc.Writer(
-        f"{server.url}/train/datasets/web", schema=schema, shard_size="2MiB", storage_options=options
-    ) as writer:
-        tokens = np.random.default_rng(0).integers(0, 50_000, (4000, 1024), np.uint16)
-        writer.write_batch({"tokens": tokens})
-    return _again(text, S3, home, environment_in(home) | server.environment, python)
-
-
-def _again(text: str, kind: str, home: Path, environment: Mapping[str, str], python: WarmPython) -> str:
     def replayed(match: re.Match[str]) -> str:
-        if match[1] != kind:
+        if match[1] != "console":
             return match[0]
         lines = [f"$ {command}\n{run(command, home, environment, python)}" for command, _ in commands(match[2])]
-        return f"```{kind}\n" + "".join(lines) + "```"
+        return "```console\n" + "".join(lines) + "```"
 
     return FENCE.sub(replayed, text)
 
@@ -138,11 +109,8 @@ def alike(text: str) -> str:
 def main() -> None:
     """Write a page anew."""
     page = Path(sys.argv[1])
-    with WarmPython() as python:
-        with tempfile.TemporaryDirectory() as home:
-            page.write_text(replay(page.read_text(), Path(home), python))
-        with tempfile.TemporaryDirectory() as home, S3Server(kind="moto", bucket="bucket") as server:
-            page.write_text(replay_s3(page.read_text(), Path(home), server, python))
+    with WarmPython() as python, tempfile.TemporaryDirectory() as home:
+        page.write_text(replay(page.read_text(), Path(home), python))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import pytest
 from tests.support import ROOT, guide_session
 from tests.support.guide_session import differences
 
-from tiercache.demo.s3_server import S3Server
 from tiercache.prices import prices_of
 from tiercache.tier.rules import load_rule_file
 
@@ -15,13 +14,6 @@ def test_the_commands_of_the_guide_print_what_it_shows(tmp_path, warm_python):
     text = PAGE.read_text()
     now = guide_session.replay(text, tmp_path, warm_python)
     assert differences(text, now) == [], "\n".join(differences(text, now))
-
-
-@pytest.mark.s3
-def test_the_restore_commands_of_the_guide_print_what_it_shows(tmp_path, warm_python):
-    text = PAGE.read_text()
-    with S3Server(kind="moto", bucket="bucket") as server:
-        assert differences(text, guide_session.replay_s3(text, tmp_path, server, warm_python)) == []
 
 
 TIERS = "".join(f"""[tiers.{name}]\nurl = "/{name}"\n""" for name in ("hot", "standard", "archive"))
