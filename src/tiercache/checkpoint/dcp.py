@@ -19,6 +19,7 @@ import math
 import os
 import pickle
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -58,6 +59,7 @@ from tiercache.checkpoint.format import (
     TensorEntry,
     TensorSpec,
     checkpoint_name,
+    checkpoint_objects,
     distribute,
     encode_metrics,
     json_copy,
@@ -66,10 +68,11 @@ from tiercache.checkpoint.format import (
     metric_numbers,
 )
 from tiercache.checkpoint.housekeeping import Housekeeper
-from tiercache.checkpoint.run_stores import CheckpointCopy, RunStores, archived_error, resolve
+from tiercache.checkpoint.run_stores import CheckpointCopy, RunStores, archived_error, missing_file, resolve
 from tiercache.checkpoint.state_tree import (
     DTYPES,
     EncodedState,
+    children,
     decode_state,
     encode_state,
     flat_bytes,
@@ -93,7 +96,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class StoredPart:
+class _Part:
     """A tensor, or a part of one, that a rank has stored."""
 
     name: str  # in the manifest
@@ -103,11 +106,11 @@ class StoredPart:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredValue:
-    """A value that is not a tensor: its node in the state, and the tensors to which the node refers."""
+class _Stored:
+    """An item of a plan as a rank has stored it: its node in the state, and the tensors to which the node refers."""
 
     node: Any
-    parts: tuple[StoredPart, ...]
+    parts: tuple[_Part, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,43 +233,45 @@ class DistributedWriter(StorageWriter):
         self.name = task.name
         if task.retains:  # the checkpoint before this one is committed by now
             self._house.retain_local()
-        sources: dict[str, _Source] = {}
-        values: dict[MetadataIndex, EncodedState] = {}
-        parts: dict[MetadataIndex, str] = {}
+        sources: list[_Source] = []
+        nodes: dict[MetadataIndex, tuple[Any, list[str]]] = {}  # of each item, and the names of its tensors
         for item in plan.items:
             if item.type == WriteItemType.BYTE_IO:
-                values[item.index] = _encode_value(item, planner)
-                for name, tensor in values[item.index].tensors.items():
-                    spec = TensorSpec(name, tensor.dtype, tensor.shape, tensor.n_bytes)
-                    _add(sources, _Source(spec, partial(torch.as_tensor, tensor.value)))
+                value = _encode_value(item, planner)
+                (node,) = (children(value.tree) or {}).values()
+                found = [
+                    _Source(TensorSpec(name, one.dtype, one.shape, one.n_bytes), partial(torch.as_tensor, one.value))
+                    for name, one in value.tensors.items()
+                ]
             else:
-                source = _source_of(item, planner)
-                parts[item.index] = source.spec.name
-                _add(sources, source)
+                found = [_source_of(item, planner)]
+                node = {"$tensor": found[0].spec.name}
+            nodes[item.index] = node, [source.spec.name for source in found]
+            sources += found
+        _check_names(source.spec.name for source in sources)
         self._unfinished.name = task.name  # retention after another save leaves the local files alone
         try:
-            stored = self._write_files(task, sources)
+            stored = self._write_files(task, {source.spec.name: source for source in sources})
         except BaseException:
             self._unfinished.name = ""
             raise
         self._unfinished.name = task.name if self._is_coordinator else ""
-        results = [WriteResult(index, stored[name].entry.n_bytes, stored[name]) for index, name in parts.items()]
-        for index, value in values.items():
-            ((_, node),) = items_of(value.tree) or ()
-            found = StoredValue(node, tuple(stored[name] for name in value.tensors))
-            results.append(WriteResult(index, sum(part.entry.n_bytes for part in found.parts), found))
+        results = []
+        for index, (node, names) in nodes.items():
+            parts = tuple(stored[name] for name in names)
+            results.append(WriteResult(index, sum(part.entry.n_bytes for part in parts), _Stored(node, parts)))
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
 
-    def _write_files(self, task: _Task, sources: Mapping[str, _Source]) -> dict[str, StoredPart]:
+    def _write_files(self, task: _Task, sources: Mapping[str, _Source]) -> dict[str, _Part]:
         """Write the tensors to the local folder and upload them from there, or to the store at once."""
         first, *others = self._house.writers
         files = distribute([source.spec for source in sources.values()], self._n_streams)
 
-        def write(number: int) -> list[StoredPart]:
-            path = f"tensors-rank{task.rank:05d}-{number + 1:05d}-of-{len(files):05d}.safetensors"
-            layout = lay_out_file(files[number])
+        def write(number: int, specs: Sequence[TensorSpec]) -> list[_Part]:
+            path = f"tensors-rank{task.rank:05d}-{number:05d}-of-{len(files):05d}.safetensors"
+            layout = lay_out_file(specs)
             blocks: dict[str, tuple[int, ...]] = {}
 
             def pieces() -> Iterator[memoryview]:
@@ -274,10 +279,11 @@ class DistributedWriter(StorageWriter):
 
             file = first.write(task.name, SourceFile(path, layout.n_bytes, pieces))
             crash_point("dcp.written")
-            return [StoredPart(one.name, _entry(path, layout, one), blocks[one.name], file) for one in files[number]]
+            entries = [TensorEntry(path, layout.offsets[one.name], one.n_bytes, one.dtype, one.shape) for one in specs]
+            return [_Part(one.name, entry, blocks[one.name], file) for one, entry in zip(specs, entries, strict=True)]
 
         try:
-            parts = in_parallel([partial(write, number) for number in range(len(files))], self._n_streams)
+            parts = in_parallel([partial(write, *one) for one in enumerate(files, start=1)], self._n_streams)
             stored = {part.name: part for some in parts for part in some}
             written = tuple({part.file.path: part.file for part in stored.values()}.values())
             for writer in others:
@@ -302,31 +308,27 @@ class DistributedWriter(StorageWriter):
         self._house.follow_commit("remote")
 
     def _finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        stored = {result.index: result.storage_data for rank in results for result in rank}
-        parts = [part for found in stored.values() for part in _parts_of(found)]
-        tensors = {part.name: part.entry for part in parts}
-        if len(tensors) != len(parts):
-            names = [part.name for part in parts]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"two tensors of the state would be stored as {twice!r}: rename one of their keys")
-        text = encode_metadata(metadata, stored, {part.name: part.blocks for part in parts})
-        files = {part.file.path: part.file for part in parts}
-        texts = {STATE_NAME: text}
+        stored: dict[MetadataIndex, _Stored] = {one.index: one.storage_data for rank in results for one in rank}
+        parts = [part for found in stored.values() for part in found.parts]
+        _check_names(part.name for part in parts)
+        texts = {STATE_NAME: _state_of(metadata, stored)}
         if self._metrics:
             texts[METRICS_NAME] = encode_metrics(self._metrics)
+        files = {part.file.path: part.file for part in parts}
         manifest = Manifest(
             name=self.name,
             step=self.step,
             created_s=self._created_s,
             files=tuple(files[path] for path in sorted(files)),
-            tensors=tensors,
+            tensors={part.name: part.entry for part in parts},
             metrics=self._metrics,
             note=self._note,
         )
         # The store first: it alone has the files of all ranks. A local folder has those of the ranks of its machine.
         *local, remote = self._house.writers
+        url = f"{remote.store.url}/{self.name}"
         if missing := _missing_file(remote.store, manifest):
-            raise StoreError(f"{missing} is missing, or has another size", url=f"{remote.store.url}/{self.name}")
+            raise StoreError(missing, url=url)
         _commit(remote, manifest, texts)
         self._is_committed = True
         for writer in local:
@@ -334,8 +336,7 @@ class DistributedWriter(StorageWriter):
                 if not _missing_file(writer.store, manifest):
                     _commit(writer, manifest, texts)
             except TierCacheError as error:
-                where = f"{remote.store.url}/{self.name}"
-                message = f"the checkpoint is committed at {where}, but has no complete local copy: {error}"
+                message = f"the checkpoint is committed at {url}, but has no complete local copy: {error}"
                 warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def done(self) -> bool:
@@ -345,11 +346,11 @@ class DistributedWriter(StorageWriter):
     wait = done
 
 
-def _add(sources: dict[str, _Source], source: _Source) -> None:
-    name = source.spec.name
-    if name in sources:
+def _check_names(names: Iterable[str]) -> None:
+    """Raise ValueError if two tensors have the same name."""
+    name, n_times = Counter(names).most_common(1)[0] if (names := [*names]) else ("", 0)
+    if n_times > 1:
         raise ValueError(f"two tensors of the state would be stored as {name!r}: rename one of their keys")
-    sources[name] = source
 
 
 def _source_of(item: WriteItem, planner: SavePlanner) -> _Source:
@@ -357,8 +358,10 @@ def _source_of(item: WriteItem, planner: SavePlanner) -> _Source:
     data = item.tensor_data
     if data is None:
         raise ValueError(f"{item.index.fqn}: the planner describes no tensor")
-    dtype, shape = dtype_name(item.index.fqn, data.properties.dtype), tuple(data.chunk.sizes)
-    name = _part_name(item.index.fqn, tuple(data.chunk.offsets), shape, tuple(data.size))
+    dtype, shape, name = dtype_name(item.index.fqn, data.properties.dtype), tuple(data.chunk.sizes), item.index.fqn
+    if shape != tuple(data.size):  # a part is called by its ranges
+        ranges = [f"{start}:{start + n}" for start, n in zip(data.chunk.offsets, shape, strict=True)]
+        name += f"[{','.join(ranges)}]"
     n_bytes = math.prod(shape) * data.properties.dtype.itemsize
 
     def load() -> torch.Tensor:
@@ -370,17 +373,14 @@ def _source_of(item: WriteItem, planner: SavePlanner) -> _Source:
     return _Source(TensorSpec(name, dtype, shape, n_bytes), load)
 
 
-def _part_name(fqn: str, offsets: Shape, shape: Shape, size: Shape) -> str:
-    """Return the name of a part: that of the tensor if the part is all of it, else with its ranges."""
-    if shape == size:
-        return fqn
-    return f"{fqn}[{','.join(f'{start}:{start + n}' for start, n in zip(offsets, shape, strict=True))}]"
-
-
 def _encode_value(item: WriteItem, planner: SavePlanner) -> EncodedState:
     """Return a value that is not a tensor as JSON. Raises TypeError, with its key, if it cannot be stored."""
     fqn = item.index.fqn
-    if isinstance(planner, DefaultSavePlanner) and not _changes_values(type(planner)):
+    plain, kind = DefaultSavePlanner, type(planner)
+    if isinstance(planner, plain) and (kind.resolve_data, kind.transform_object) == (
+        plain.resolve_data,
+        plain.transform_object,
+    ):
         return encode_state({fqn: planner.lookup_object(item.index)})
     text = planner.resolve_data(item)
     if isinstance(text, torch.Tensor):
@@ -391,11 +391,6 @@ def _encode_value(item: WriteItem, planner: SavePlanner) -> EncodedState:
     except pickle.UnpicklingError as error:
         message = f"{fqn!r} is a value that only pickle could store, which tiercache does not use: store JSON values"
         raise TypeError(f"{message}, tensors or arrays") from error
-
-
-def _changes_values(planner: type[DefaultSavePlanner]) -> bool:
-    plain = DefaultSavePlanner
-    return planner.resolve_data is not plain.resolve_data or planner.transform_object is not plain.transform_object
 
 
 def _bytes_of(source: _Source) -> memoryview:
@@ -418,14 +413,6 @@ def _pieces(
         yield data
 
 
-def _entry(path: str, layout: FileLayout, spec: TensorSpec) -> TensorEntry:
-    return TensorEntry(path, layout.offsets[spec.name], spec.n_bytes, spec.dtype, spec.shape)
-
-
-def _parts_of(found: StoredPart | StoredValue) -> tuple[StoredPart, ...]:
-    return found.parts if isinstance(found, StoredValue) else (found,)
-
-
 def _folder_id(store: LocalFolder | None) -> str:
     """Return what tells apart the local folders of ranks, also of several machines; "" if there is none yet."""
     try:
@@ -437,19 +424,14 @@ def _folder_id(store: LocalFolder | None) -> str:
 
 def _commit(writer: CheckpointWriter, manifest: Manifest, texts: Mapping[str, bytes]) -> None:
     """Write the files of the coordinator, given as texts by path, and commit a checkpoint."""
-    small = [
-        writer.write(manifest.name, SourceFile(path, len(data), partial(iter, [memoryview(data)])))
-        for path, data in texts.items()
-    ]
+    small = writer.write_texts(manifest.name, texts)
     crash_point("dcp.described")
     writer.commit(replace(manifest, files=(*manifest.files, *small)))
     crash_point("dcp.committed")
 
 
 def _missing_file(store: Store, manifest: Manifest) -> str:
-    """Return which file of a checkpoint a store lacks, or has with another size; "" if none. The store is listed."""
-    sizes = {info.key: info.n_bytes for info in store.list(f"{manifest.name}/")}
-    return next((one.path for one in manifest.files if sizes.get(key_of(manifest.name, one.path)) != one.n_bytes), "")
+    return missing_file(manifest, checkpoint_objects(store.list(f"{manifest.name}/")).get(manifest.name, {}))
 
 
 # -- state.json -----------------------------------------------------------------------------------------------------
@@ -468,20 +450,7 @@ def dtype_name(fqn: str, dtype: torch.dtype) -> str:
     return name
 
 
-def items_of(node: Any) -> Iterable[Sequence[Any]] | None:
-    """Return keys and nodes of a dict in the state; None for another node."""
-    if not isinstance(node, dict):
-        return None
-    if "$state_dict" in node:
-        return items_of(node["$state_dict"])
-    if "$dict" in node:
-        return node["$dict"]  # type: ignore[no-any-return]
-    return None if any(key.startswith("$") for key in node) else node.items()
-
-
-def encode_metadata(
-    metadata: Metadata, stored: Mapping[MetadataIndex, Any], blocks: Mapping[str, Sequence[int]]
-) -> bytes:
+def _state_of(metadata: Metadata, stored: Mapping[MetadataIndex, _Stored]) -> bytes:
     """Return the text of state.json: the tree of the state, as of Checkpoints.save(), and checksums of the parts.
 
     Raises:
@@ -500,9 +469,8 @@ def encode_metadata(
             "paths of keys, as DefaultSavePlanner has them"
         )
     tree = _dict_node(nodes) if paths is None else _tree_of({tuple(paths[fqn]): node for fqn, node in nodes.items()})
-    checksums = {"bytes": BLOCK_BYTES, "crc32c": {name: list(crcs) for name, crcs in blocks.items()}}
-    body = json.loads(state_text(tree)) | {"blocks": checksums, "is_flat": paths is None}
-    return json.dumps(body, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii") + b"\n"
+    checksums = {part.name: list(part.blocks) for one in stored.values() for part in one.parts}
+    return state_text(tree, blocks={"bytes": BLOCK_BYTES, "crc32c": checksums}, is_flat=paths is None)
 
 
 def _tree_of(nodes: Mapping[tuple[str | int, ...], Any]) -> Any:
@@ -522,13 +490,13 @@ def _dict_node(nodes: Mapping[Any, Any]) -> Any:
     return {"$dict": [list(item) for item in nodes.items()]} if any(k.startswith("$") for k in nodes) else dict(nodes)
 
 
-def _tensor_node(fqn: str, found: TensorStorageMetadata, stored: Mapping[MetadataIndex, Any]) -> Any:
+def _tensor_node(fqn: str, found: TensorStorageMetadata, stored: Mapping[MetadataIndex, _Stored]) -> Any:
     parts: list[Any] = []
     for chunk in found.chunks:
         part = stored.get(MetadataIndex(fqn, chunk.offsets))
-        if not isinstance(part, StoredPart):
+        if part is None:
             raise ValueError(f"no rank has stored {fqn} at {tuple(chunk.offsets)}")
-        parts.append([list(chunk.offsets), list(chunk.sizes), {"$tensor": part.name}])
+        parts.append([list(chunk.offsets), list(chunk.sizes), part.node])
     if len(parts) == 1 and parts[0][1] == list(found.size):
         return parts[0][2]
     return {"$sharded": {"dtype": dtype_name(fqn, found.properties.dtype), "size": list(found.size), "parts": parts}}
@@ -539,15 +507,6 @@ def _tensor_node(fqn: str, found: TensorStorageMetadata, stored: Mapping[Metadat
 # Bytes that a thread reads before it copies them to their tensors.
 _READ_BYTES = 128 << 20
 _READS_AGAIN = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """What a checkpoint contains, in the terms of torch."""
-
-    metadata: Metadata
-    parts: Mapping[MetadataIndex, str]  # name in the manifest of each part of a tensor
-    values: Mapping[str, Any]  # node of each other value in the state, by key
 
 
 @dataclass(eq=False, slots=True)
@@ -620,7 +579,8 @@ class DistributedReader(StorageReader):
         self._run, self._n_streams, self._which = stores, n_streams, which
         self.name = ""
         self._manifest = Manifest("", 0, 0.0, ())
-        self._contents = Contents(Metadata({}), {}, {})
+        self._parts: dict[MetadataIndex, str] = {}  # name in the manifest of each part of a tensor
+        self._values: dict[str, Any] = {}  # node of each other value in the state, by key
         self._blocks: Mapping[str, Sequence[int]] = {}
         self._copies: Sequence[CheckpointCopy] = ()
         self._stores: Sequence[Store] = ()  # of the own tiers, and of those to which the checkpoint was moved
@@ -660,12 +620,35 @@ class DistributedReader(StorageReader):
         try:
             body, tree = json.loads(bytes(data)), parse_state(bytes(data))
             self._blocks = body.get("blocks", {}).get("crc32c", {})
-            self._contents = contents_of(tree, self._manifest, is_flat=body.get("is_flat", False))
+            metadata = self._describe(tree, is_flat=body.get("is_flat", False))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             url = f"{self._run.remote.url}/{self.name}"
             raise CorruptCheckpoint(f"its state cannot be read: {error!r}", url=url, part=STATE_NAME) from error
-        self._contents.metadata.storage_meta = StorageMeta(checkpoint_id=self.name)
-        return self._contents.metadata
+        metadata.storage_meta = StorageMeta(checkpoint_id=self.name)
+        return metadata
+
+    def _describe(self, tree: Any, *, is_flat: bool) -> Metadata:
+        """Return the contents of a state in the terms of torch, whether torch's planners or save() wrote it.
+
+        is_flat: Whether the planner that wrote it kept nested dicts as one value each.
+        """
+        leaves = (((key,), node) for key, node in (children(tree) or {}).items()) if is_flat else _leaves(tree, ())
+        found: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        paths: dict[str, tuple[str | int, ...]] = {}
+        self._parts, self._values = {}, {}
+        for path, node in leaves:
+            fqn = ".".join(map(str, path))
+            paths[fqn] = path
+            facts = _sharded_facts(node, self._manifest)
+            if facts is None:
+                found[fqn], self._values[fqn] = BytesStorageMetadata(), node
+                continue
+            properties = TensorProperties(getattr(torch, DTYPES[facts["dtype"]]))
+            found[fqn] = tensor = TensorStorageMetadata(properties, torch.Size(facts["size"]), [])
+            for offsets, sizes, part in facts["parts"]:
+                tensor.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+                self._parts[MetadataIndex(fqn, offsets)] = part["$tensor"]
+        return Metadata(found, planner_data=None if is_flat else paths, storage_data=self._parts)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_args: Any, **_kwargs: Any) -> None:
         """Begin a load."""
@@ -711,7 +694,7 @@ class DistributedReader(StorageReader):
         return future
 
     def _plan_read(self, item: ReadItem, planner: LoadPlanner) -> _Read:
-        name = self._contents.parts[item.storage_index]
+        name = self._parts[item.storage_index]
         entry, target = self._manifest.tensors[name], planner.resolve_tensor(item).detach()
         if target.shape != item.lengths:
             raise ValueError(
@@ -764,7 +747,7 @@ class DistributedReader(StorageReader):
 
     def _load_value(self, item: ReadItem, planner: LoadPlanner) -> None:
         """Give the planner a value that is not a tensor, in the form in which torch would have stored it."""
-        value, text = decode_state(self._contents.values[item.storage_index.fqn], self._find), io.BytesIO()
+        value, text = decode_state(self._values[item.storage_index.fqn], self._find), io.BytesIO()
         torch.save(value, text)
         text.seek(0)
         planner.load_bytes(item, text)
@@ -827,31 +810,6 @@ def _byte_range(entry: TensorEntry, offsets: Shape, lengths: Shape) -> ByteRange
 # -- contents -------------------------------------------------------------------------------------------------------
 
 
-def contents_of(tree: Any, manifest: Manifest, *, is_flat: bool) -> Contents:
-    """Return the contents of a checkpoint from its state, whether torch's planners or Checkpoints.save() wrote it.
-
-    is_flat: Whether the planner that wrote it kept nested dicts as one value each.
-    """
-    leaves = (((key,), node) for key, node in items_of(tree) or ()) if is_flat else _leaves(tree, ())
-    found: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    parts, values = dict[MetadataIndex, str](), dict[str, Any]()
-    paths = {}
-    for path, node in leaves:
-        fqn = ".".join(map(str, path))
-        paths[fqn] = path
-        facts = _sharded_facts(node, manifest)
-        if facts is None:
-            found[fqn], values[fqn] = BytesStorageMetadata(), node
-            continue
-        properties = TensorProperties(getattr(torch, DTYPES[facts["dtype"]]))
-        found[fqn] = tensor = TensorStorageMetadata(properties, torch.Size(facts["size"]), [])
-        for offsets, sizes, part in facts["parts"]:
-            tensor.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
-            parts[MetadataIndex(fqn, offsets)] = part["$tensor"]
-    metadata = Metadata(found, planner_data=None if is_flat else paths, storage_data=parts)
-    return Contents(metadata, parts, values)
-
-
 def _sharded_facts(node: Any, manifest: Manifest) -> Any:
     """Return type, size and parts of a node that is a tensor; None for another node."""
     if not isinstance(node, dict):
@@ -866,8 +824,8 @@ def _sharded_facts(node: Any, manifest: Manifest) -> Any:
 
 def _leaves(node: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     """Yield the nodes of a state that torch's planners regard as one value each, with their paths."""
-    if (items := items_of(node)) is not None:
-        for key, value in items:
+    if (items := children(node)) is not None:
+        for key, value in items.items():
             yield from _leaves(value, (*path, str(key)))
     elif isinstance(node, list) and not _is_value(node):
         for number, value in enumerate(node):
@@ -879,7 +837,7 @@ def _leaves(node: Any, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str 
 def _is_value(node: list[Any]) -> bool:
     """Return whether torch's planners keep a list as one value: it contains neither tensors nor dicts."""
     for one in node:
-        if items_of(one) is not None or (isinstance(one, dict) and ("$tensor" in one or "$sharded" in one)):
+        if children(one) is not None or (isinstance(one, dict) and ("$tensor" in one or "$sharded" in one)):
             return False
         if isinstance(one, list) and not _is_value(one):
             return False

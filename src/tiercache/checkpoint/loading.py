@@ -29,7 +29,16 @@ import numpy as np
 from tiercache._native.checksum import combine, crc32c
 from tiercache.checkpoint.format import FORMAT, STATE_NAME, Manifest, StoredFile, TensorEntry, key_of
 from tiercache.checkpoint.run_stores import CheckpointCopy, archived_error
-from tiercache.checkpoint.state_tree import DTYPES, Library, decode_state, memory_of, parse_state, special_kind
+from tiercache.checkpoint.state_tree import (
+    DTYPES,
+    Library,
+    children,
+    decode_state,
+    memory_of,
+    no_tensor,
+    parse_state,
+    special_kind,
+)
 from tiercache.errors import CorruptCheckpoint, NotFound, StoreError, TierCacheError, UnsupportedFormat
 from tiercache.model import ByteRange
 from tiercache.store import Lease, LocalStore, Span, Store
@@ -491,21 +500,6 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, np.ndarray) or (torch is not None and isinstance(value, torch.Tensor))
 
 
-def children(node: Any) -> dict[Any, Any] | None:
-    """Return the nodes below a dict, or a state dict, by key; None for another node."""
-    if not isinstance(node, dict):
-        return None
-    if "$state_dict" in node:
-        return children(node["$state_dict"])
-    if "$dict" in node:
-        return {decode_state(key, _no_tensor): value for key, value in node["$dict"]}
-    return None if any(key.startswith("$") for key in node) else node
-
-
-def _no_tensor(name: str, library: Library) -> Any:  # noqa: ARG001 - the signature of FindTensor
-    raise ValueError(f"a key of a dict is the tensor {name!r}")
-
-
 def _without(node: Any, dropped: set[Any]) -> Any:
     """Return a node of a dict without some of its keys."""
     if not dropped:
@@ -513,7 +507,7 @@ def _without(node: Any, dropped: set[Any]) -> Any:
     if "$state_dict" in node:
         return {**node, "$state_dict": _without(node["$state_dict"], dropped)}
     if "$dict" in node:
-        return {"$dict": [pair for pair in node["$dict"] if decode_state(pair[0], _no_tensor) not in dropped]}
+        return {"$dict": [pair for pair in node["$dict"] if decode_state(pair[0], no_tensor) not in dropped]}
     return {key: value for key, value in node.items() if key not in dropped}
 
 
@@ -538,7 +532,7 @@ def _kind(node: Any, tensors: _Tensors) -> str:
         return "a tensor"
     if isinstance(node, list) or (isinstance(node, dict) and not {"$tuple", "$set", "$frozenset"}.isdisjoint(node)):
         return "a list, tuple or set"
-    return f"the value {decode_state(node, _no_tensor)!r:.40}"
+    return f"the value {decode_state(node, no_tensor)!r:.40}"
 
 
 def _misshaped(path: Path, kind: str, shape: tuple[int, ...] | None, target: Any) -> str:

@@ -93,9 +93,9 @@ def encode_state(state: Mapping[str, Any]) -> EncodedState:
     return EncodedState(tree, encoder.tensors, encoder.aliases)
 
 
-def state_text(tree: Any) -> bytes:
-    """Return the text of a tree, as it is in the file of a checkpoint."""
-    body = {"version": _VERSION, "state": tree}
+def state_text(tree: Any, **more: Any) -> bytes:
+    """Return the text of a tree, as it is in the file of a checkpoint. more: Further keys beside the tree."""
+    body = {"version": _VERSION, "state": tree} | more
     return json.dumps(body, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii") + b"\n"
 
 
@@ -145,6 +145,21 @@ def memory_of(value: Any) -> memoryview:
     if isinstance(value, np.ndarray):
         return value.reshape(-1).view(np.uint8).data
     return memoryview(flat_bytes(value).numpy())
+
+
+def children(node: Any) -> dict[Any, Any] | None:
+    """Return the nodes below a dict, or a state dict, by key; None for another node."""
+    if not isinstance(node, dict):
+        return None
+    if "$state_dict" in node:
+        return children(node["$state_dict"])
+    if "$dict" in node:
+        return {decode_state(key, no_tensor): value for key, value in node["$dict"]}
+    return None if any(key.startswith("$") for key in node) else node
+
+
+def no_tensor(name: str, library: Library) -> Any:  # noqa: ARG001 - the signature of FindTensor
+    raise ValueError(f"a key of a dict is the tensor {name!r}")
 
 
 # -- encoding --------------------------------------------------------------------------------------------------------

@@ -108,14 +108,18 @@ class CheckpointWriter:
             }
 
         written = in_parallel([partial(write, *one) for one in enumerate(files, start=1)], self._n_streams)
-        texts = [(STATE_NAME, state_text)]
+        texts = {STATE_NAME: state_text}
         if metrics:
-            texts.append((METRICS_NAME, encode_metrics(metrics)))
-        small = [SourceFile(path, len(text), partial(iter, [memoryview(text)])) for path, text in texts]
-        stored = [*(one for one, _ in written), *(self.write(name, one) for one in small)]
+            texts[METRICS_NAME] = encode_metrics(metrics)
+        stored = [*(one for one, _ in written), *self.write_texts(name, texts)]
         tensors = {name: entry for _, entries in written for name, entry in entries.items()}
         crash_point("checkpoint_write.files_written")
         return stored, tensors
+
+    def write_texts(self, name: str, texts: Mapping[str, bytes]) -> list[StoredFile]:
+        """Write small files, given by path, and check them."""
+        files = [SourceFile(path, len(text), partial(iter, [memoryview(text)])) for path, text in texts.items()]
+        return [self.write(name, file) for file in files]
 
     def upload(self, manifest: Manifest, local: Store) -> None:
         """Write the files of a checkpoint that is committed in a local folder, and check them.
