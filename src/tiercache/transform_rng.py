@@ -11,6 +11,7 @@ import hashlib
 import random
 import sys
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, lru_cache
 from importlib import import_module
 from types import TracebackType
@@ -70,17 +71,14 @@ def _seeds_of(kind: str, seed: int, epoch: int, position: int) -> tuple[int, int
 class Key:
     """Key of the random numbers of one call of a user's function, and the context in which they are valid.
 
-    Args:
-        seed: Seed of the run, any integer.
-        epoch: Number of the epoch.
-        position: Position in the epoch's order of the record, or of the first record of the batch.
-        kind: "record" or "batch". A batch and its first record have the same position and different numbers.
+    parts: Kind, seed of the run, epoch, and position. None: the numbers are new ones, drawn when they are first asked
+    for.
     """
 
     __slots__ = ("_outer", "_parts", "_rng")
 
-    def __init__(self, seed: int, epoch: int, position: int, kind: Literal["record", "batch"] = "record") -> None:
-        self._parts = (kind, seed, epoch, position)
+    def __init__(self, parts: tuple[str, int, int, int] | None) -> None:
+        self._parts = parts
         self._rng: TransformRNG | None = None
         self._outer: Key | None = None
 
@@ -95,50 +93,33 @@ class Key:
     def rng(self) -> TransformRNG:
         """The random numbers of the key, the same object each time."""
         if self._rng is None:
-            self._rng = TransformRNG(self._find_seed())
+            self._rng = TransformRNG(_draw_seed() if self._parts is None else _seeds_of(*self._parts)[0])
         return self._rng
 
-    def _find_seed(self) -> int:
-        return _seeds_of(*self._parts)[0]
 
-
-class _FreshKey(Key):
-    """Key of a call outside of the loader's native path: its numbers are drawn when they are first asked for."""
-
-    __slots__ = ()
-
-    def __init__(self) -> None:
-        super().__init__(0, 0, 0)
-
-    def _find_seed(self) -> int:
-        """Return a seed from torch's generator if torch is imported, else from NumPy's global one."""
-        torch = sys.modules.get("torch")
-        if torch is None:
-            return int(import_module("numpy").random.randint(0, 2**63 - 1))
-        return int(torch.randint(0, 2**63 - 1, ()))
-
-
-class _OuterKey:
-    """Context that changes nothing: a transform that runs inside of another one draws that one's numbers."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-_OUTER_KEY = _OuterKey()
+def _draw_seed() -> int:
+    """Return a seed from torch's generator if torch is imported, else from NumPy's global one."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return int(import_module("numpy").random.randint(0, 2**63 - 1))
+    return int(torch.randint(0, 2**63 - 1, ()))
 
 
 def use_key(seed: int, epoch: int, position: int, kind: Literal["record", "batch"] = "record") -> Key:
-    """Return a context in which rng() returns the random numbers of a key, in this thread. See Key."""
-    return Key(seed, epoch, position, kind)
+    """Return a context in which rng() returns the random numbers of a key, in this thread.
+
+    Args:
+        seed: Seed of the run, any integer.
+        epoch: Number of the epoch.
+        position: Position in the epoch's order of the record, or of the first record of the batch.
+        kind: "record" or "batch". A batch and its first record have the same position and different numbers.
+    """
+    return Key((kind, seed, epoch, position))
 
 
-def use_fresh_key() -> Key | _OuterKey:
+def use_fresh_key() -> AbstractContextManager[Any]:
     """Return a context in which rng() returns new random numbers, unless this thread has entered a key already."""
-    return _FreshKey() if getattr(_entered, "key", None) is None else _OUTER_KEY
+    return Key(None) if getattr(_entered, "key", None) is None else nullcontext()
 
 
 def seed_global_generators(seed: int, epoch: int, position: int) -> None:

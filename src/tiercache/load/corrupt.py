@@ -10,7 +10,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -200,15 +200,6 @@ def replace_corrupt(pieces: Iterable[AnyPiece], corruption: CorruptionMap, walk:
 
 
 @dataclass(slots=True)
-class _TrimmedWindow:
-    """A window without its unreadable blocks; made once, so that all its pieces have the same object."""
-
-    window: AnyWindow
-    kept: NDArray[np.bool_]
-    left: AnyWindow
-
-
-@dataclass(slots=True)
 class _RecordReplacer:
     """Replaces records piece by piece, and keeps state between the pieces.
 
@@ -218,7 +209,6 @@ class _RecordReplacer:
     corruption: CorruptionMap
     walk: RecordWalk
     last: RecordLocation | None = None
-    _without: dict[int, _TrimmedWindow] = field(default_factory=dict)
     _alone: tuple[RecordLocation, AnyWindow] | None = None
 
     def repair(self, piece: AnyPiece, n_before: int) -> AnyPiece:
@@ -227,9 +217,9 @@ class _RecordReplacer:
         blocks = np.concatenate([window.blocks for window in piece.windows])
         suspects = np.flatnonzero(np.isin(shards, self.corruption.shards))
         if not len(suspects):
-            self.last, self._without = None, {}  # the next piece then follows this piece's last record
+            self.last = None  # the next piece then follows this piece's last record
             return piece
-        bad = self._bad(piece, shards, blocks, suspects)
+        bad, unreadable = self._find_bad(piece, shards, blocks, suspects)
         good = np.flatnonzero(~bad)
         block, row = (values.copy() for values in piece.rows())
         stand_in = np.maximum.accumulate(np.where(bad, -1, np.arange(len(bad))))
@@ -241,28 +231,29 @@ class _RecordReplacer:
             block[:n_first], row[:n_first] = block[n_first], row[n_first]
         elif n_first and location is None:
             location = self._after(n_before + len(bad))
-        self.last = ArrayPiece(piece.windows, piece.needed, block, row).locate(good[-1]) if len(good) else location
-        windows, needed, numbers = self._left(piece)
-        block = numbers[block].astype(np.uint32)
+        ends = np.cumsum([len(window.blocks) for window in piece.windows])
+        parts = zip(piece.needed, np.split(unreadable, ends[:-1]), strict=True)
+        windows, needed = piece.windows, tuple(of_window & ~part for of_window, part in parts)
+        self.last = ArrayPiece(windows, needed, block, row).locate(good[-1]) if len(good) else location
         if location is not None:
             window = self._window_of(location)
-            block[:n_first], row[:n_first] = sum(len(w.blocks) for w in windows), location[2]
+            block[:n_first], row[:n_first] = len(shards), location[2]
             windows, needed = (*windows, window), (*needed, np.ones(1, np.bool_))
         return ArrayPiece(windows, needed, block, row, np.flatnonzero(bad))
 
-    def _bad(
+    def _find_bad(
         self, piece: AnyPiece, shards: NDArray[np.int32], blocks: NDArray[np.int32], suspects: NDArray[np.int64]
-    ) -> NDArray[np.bool_]:
-        """Return bool[n_rows]: the rows of a piece that cannot be read."""
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Return the rows of a piece that cannot be read, bool[n_rows], and its unreadable blocks, bool[n_blocks]."""
         block, row = piece.rows()
-        whole, keys = np.zeros(len(shards), np.bool_), [np.empty(0, np.int64)]
+        unreadable, keys = np.zeros(len(shards), np.bool_), [np.empty(0, np.int64)]
         for number in suspects.tolist():
             rows = self.corruption.rows(int(shards[number]), int(blocks[number]))
             if rows is None:
-                whole[number] = True
+                unreadable[number] = True
             else:
                 keys.append((number << 32) + rows)
-        bad: NDArray[np.bool_] = whole[block]
+        bad: NDArray[np.bool_] = unreadable[block]
         wrong = np.concatenate(keys)
         if len(wrong):
             some = np.zeros(len(shards), np.bool_)
@@ -272,7 +263,7 @@ class _RecordReplacer:
             numbers = np.searchsorted(chosen, block[at]).astype(np.uint32)
             stored = self.corruption.source.stored_rows(shards[chosen], blocks[chosen], numbers, row[at])
             bad[at] = np.isin((block[at].astype(np.int64) << 32) + stored, wrong)
-        return bad
+        return bad, unreadable
 
     def _before(self, n_rows: int) -> RecordLocation | None:
         if self.last is not None and not self.corruption.is_bad(self.last):
@@ -285,29 +276,6 @@ class _RecordReplacer:
             url = self.corruption.first_url or self.corruption.source.url
             raise CorruptShard("no record of this rank's share can be read", url=url)
         return location
-
-    def _left(self, piece: AnyPiece) -> tuple[tuple[AnyWindow, ...], tuple[NDArray[np.bool_], ...], NDArray[np.int64]]:
-        """Return the windows without unreadable blocks, their needed blocks, and the new number of each block."""
-        going = {id(window): self._without.get(id(window)) or self._cut(window) for window in piece.windows}
-        self._without = going
-        kept = np.concatenate([one.kept for one in going.values()])
-        numbers = np.cumsum(kept) - 1
-        pairs = [
-            (one.left, needed[one.kept])
-            for one, needed in zip(going.values(), piece.needed, strict=True)
-            if len(one.left.blocks)
-        ]
-        return tuple(window for window, _ in pairs), tuple(needed for _, needed in pairs), numbers
-
-    def _cut(self, window: AnyWindow) -> _TrimmedWindow:
-        kept = np.ones(len(window.blocks), np.bool_)
-        for number in np.flatnonzero(np.isin(window.shards, self.corruption.shards)).tolist():
-            kept[number] = self.corruption.rows(int(window.shards[number]), int(window.blocks[number])) is not None
-        if kept.all():
-            return _TrimmedWindow(window, kept, window)
-        parts = window.shards[kept], window.blocks[kept], window.block_bytes[kept]
-        left = ExplicitWindow(window.start, window.stop, *parts)
-        return _TrimmedWindow(window, kept, left)
 
     def _window_of(self, location: RecordLocation) -> AnyWindow:
         """Return a window of the single block of a record; the last one is cached."""
