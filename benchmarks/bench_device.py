@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 import tiercache as tc
 from rows import OUT, spread, table, write_rows
-from tiercache.load.device import AcceleratorBackend, find_device
+from tiercache.load.device import Backend, find_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -224,7 +224,7 @@ def main() -> None:
         return
     if device is None:
         parser.error("--device takes an accelerator")
-    plan = Plan(asked.device, AcceleratorBackend(device), device, asked.steps, asked.batch_size, asked.repetitions)
+    plan = Plan(asked.device, Backend(device), device, asked.steps, asked.batch_size, asked.repetitions)
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     data = pack(asked.folder, (asked.steps + UNCOUNTED_STEPS + 1) * asked.batch_size)
     rows = measure(data, plan, card)

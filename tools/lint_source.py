@@ -29,7 +29,7 @@ HOMES = {
     "botocore": ("store/archive.py", "store/access.py", "demo/s3_server.py"),
     **dict.fromkeys(("torch", "torchdata"), _TORCH_HOMES),
     **dict.fromkeys(("typer", "rich", "click"), ("cli/",)),
-    "ml_dtypes": ("load/numpy_loader.py",),
+    "ml_dtypes": ("load/batch.py",),
     "pydantic": ("tier/rules.py", "tier/plans.py"),
 }
 ENVIRONMENT_FILE, SLEEPING_FILE = "config.py", "waiting.py"

@@ -12,11 +12,12 @@ import json
 import math
 import struct
 import weakref
-from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -35,6 +36,7 @@ from tiercache.data.output_spec import (
     varying,
 )
 from tiercache.data.records import Records
+from tiercache.errors import SchemaError
 from tiercache.shard.schema import STORED, Column, Kind, Schema
 from tiercache.shard.values import cast_kind, size_ratio
 
@@ -228,62 +230,80 @@ class PinnedMemory(BatchMemory):
         self._blocks.pop(memory.ctypes.data, None)
 
 
-class ArrayLibrary(ABC):
-    """Base of the array libraries: stateless and picklable.
+def numpy_dtype(dtype: str, column: str | None = None) -> np.dtype[Any]:
+    """Return NumPy's dtype of a name. Raises SchemaError: bfloat16, and ml_dtypes is not installed."""
+    if dtype != "bfloat16":
+        return np.dtype(dtype)
+    try:
+        bfloat16: np.dtype[Any] = np.dtype(import_module("ml_dtypes").bfloat16)
+    except ModuleNotFoundError as error:
+        message = "NumPy itself has no bfloat16: install ml_dtypes, or serve float32 (cast=, or DecodeImage's dtype=)"
+        raise SchemaError(message, column=column, expected="ml_dtypes", got="no ml_dtypes") from error
+    return bfloat16
+
+
+class _Held:
+    """An array that arrays over its memory keep alive.
+
+    An array over an array refers to the owner of the memory instead, and BatchMemory takes the memory back at the end
+    of the array that it lent.
+    """
+
+    def __init__(self, array: Bytes) -> None:
+        self.array, self.__array_interface__ = array, array.__array_interface__
+
+
+class ArrayLibrary:
+    """What batches consist of: NumPy's arrays, or those of a subclass. Stateless and picklable.
 
     A dtype is named as in a schema ("uint8", "bfloat16", "bool").
 
     Attributes:
         profiler: Object whose `_is_profiler_enabled` says whether `record_function(name)` must be entered for a batch.
-        from_dlpack: Function that makes an array of a DLPack capsule. None: rows_over() makes all arrays.
+        from_dlpack: Function that makes an array of a DLPack capsule. None: rows_over() makes all arrays, because an
+            array that NumPy makes of a capsule is read-only.
         nested: Function that makes the jagged nested array of (values end to end, offsets). None: there are none.
     """
 
-    profiler: Any
+    profiler: Any = SimpleNamespace(_is_profiler_enabled=False)
     from_dlpack: Callable[[object], Any] | None = None
     nested: Callable[[Any, Any], Any] | None = None
 
-    @abstractmethod
-    def row_type(self, dtype: str, shape: tuple[int, ...]) -> RowType | None:
+    def row_type(self, dtype: str, shape: tuple[int, ...]) -> RowType | None:  # noqa: ARG002
         """Return the type of rows that from_dlpack() takes; None: rows_over() makes such arrays."""
+        return None
 
-    @abstractmethod
     def rows_over(self, dtype: str, shape: tuple[int, ...] = ()) -> Callable[[Slot, int, int], Any]:
         """Return a function that makes an array [n, *shape] of a column, from the slot, an offset in bytes and n.
 
         The array lies over the slot, or, if it is small, in memory of its own.
         """
+        kind = numpy_dtype(dtype)
+        if 0 in shape:
+            return lambda _slot, _offset, n: np.empty((n, *shape), kind)
+        array: Callable[..., Any] = np.ndarray  # NumPy's stubs accept only built-in buffers
+        row_bytes = math.prod(shape) * kind.itemsize
+        if not shape:  # building a tuple takes a sixth of the time of the array
+            return lambda slot, offset, n: array(n, kind, slot.column(offset, n * row_bytes))
+        return lambda slot, offset, n: array((n, *shape), kind, slot.column(offset, n * row_bytes))
 
-    @abstractmethod
     def over(self, memory: Any, dtype: str, shape: tuple[int, ...], offset: int = 0) -> Any:
         """Return an array with one element or more over a writable buffer, which it keeps alive. offset: in bytes."""
+        if isinstance(memory, np.ndarray):
+            memory = np.asarray(_Held(memory))
+        return np.frombuffer(memory, numpy_dtype(dtype), math.prod(shape), offset).reshape(shape)
 
-    @abstractmethod
     def empty(self, shape: Sequence[int], dtype: str) -> Any:
         """Return a new array with arbitrary content."""
+        return np.empty(tuple(shape), numpy_dtype(dtype))
 
-    @abstractmethod
     def split(self, array: Any, sizes: list[int]) -> Sequence[Any]:
         """Return consecutive parts of an array as views, by their numbers of rows."""
+        return [array[start:stop] for start, stop in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
 
-    @abstractmethod
-    def mask(self, flags: Sequence[bool]) -> Any:
-        """Return bool[n]."""
-
-    @abstractmethod
     def from_numpy(self, stored: Any, dtype: str) -> Any:
         """Return an array over the memory of a NumPy array that has the stored elements (bfloat16: their bits)."""
-
-    @abstractmethod
-    def to_numpy(self, array: Any) -> Any:
-        """Return a NumPy array over the memory of an array."""
-
-    @abstractmethod
-    def small_arrays(self, values: dict[str, Any], most_bytes: int) -> dict[str, Any]:
-        """Return the arrays among the values, if all arrays together have at most that many bytes, else {}.
-
-        Nested arrays are left out.
-        """
+        return stored.view(numpy_dtype(dtype)) if dtype == "bfloat16" else stored
 
 
 PADDED = 4  # csrc/output_layout.h

@@ -195,12 +195,12 @@ class _Opener:
         if self.inputs.pinned is None:
             rooms = {name: self._room(options, n_rows) for name, options in decode.items()}
         else:
-            small = _small_columns(batch, decode.keys(), int(n_bytes), library)
+            small = _small_columns(batch, decode.keys(), int(n_bytes))
             rooms, small = self._pinned_rooms(self.inputs.pinned, small, n_rows)
             batch.update(small)
         columns = []
         for name, options in decode.items():
-            encoded = _encoded(batch[name], batch.get(f"{name}.valid"), library)
+            encoded = _encoded(batch[name], batch.get(f"{name}.valid"))
             batch[name], out = rooms[name]
             columns.append(_Pictures(name, options, encoded, draws, out, library))
         replaced = self.gathered.replaced
@@ -308,17 +308,19 @@ def _decode(queue: _DecodeQueue, opener: _Opener) -> None:
         del job, found, pictures, error  # a waiting thread must not hold a batch
 
 
-def _encoded(gathered: Buffer, valid: Any, library: ArrayLibrary) -> list[Any]:
+def _encoded(gathered: Buffer, valid: Any) -> list[Any]:
     """Return each image's bytes, over the slot's memory; None for a null."""
-    values, bounds = library.to_numpy(gathered.values), gathered.offsets.tolist()
+    values, bounds = np.asarray(gathered.values), gathered.offsets.tolist()
     parts = [values[start:stop] for start, stop in itertools.pairwise(bounds)]
     return parts if valid is None else [part if ok else None for part, ok in zip(parts, valid.tolist(), strict=True)]
 
 
-def _small_columns(batch: Batch, decoded: Set[str], batch_bytes: int, library: ArrayLibrary) -> dict[str, Any]:
-    """Return the other columns that are to be copied beside the images: all, if they are a small part of the batch."""
-    beside = {name: value for name, value in batch.items() if name not in decoded}
-    return library.small_arrays(beside, batch_bytes // SMALL_PART)
+def _small_columns(batch: Batch, decoded: Set[str], batch_bytes: int) -> dict[str, Any]:
+    """Return the other tensors that are to be copied beside the images: all, if they are a small part of the batch."""
+    beside = {name: value for name, value in batch.items() if name not in decoded and hasattr(value, "nbytes")}
+    if sum(value.nbytes for value in beside.values()) > batch_bytes // SMALL_PART:
+        return {}
+    return {name: value for name, value in beside.items() if not value.is_nested}
 
 
 def _ahead(inputs: PipelineInputs, resources: Resources) -> int:

@@ -20,75 +20,28 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 
 from tiercache.data.output_spec import Buffer
 from tiercache.load.batch import PinnedMemory, PinnedSlot, aligned
 from tiercache.load.loader_options import LoaderOptions
-from tiercache.load.pipeline import CLOSED_MESSAGE, ClosingPipeline
+from tiercache.load.pipeline import ClosingPipeline, LaterStage
 from tiercache.load.planner import PipelineInputs
 from tiercache.stats import WaitHistogram
 
-
-class Event(Protocol):
-    """A point in a stream's work: the part of torch.Event that is used here."""
-
-    def query(self) -> bool:
-        """Return whether the work before the event is done."""
-
-    def synchronize(self) -> None:
-        """Wait until the work before the event is done."""
-
-    def elapsed_time(self, end_event: Any, /) -> float:
-        """Return the milliseconds between two events that are done and were recorded with timing."""
+# A point in a stream's work, and a queue of work of a device: torch's objects. Equal streams are one stream.
+Event: TypeAlias = Any
+DeviceStream: TypeAlias = Any
 
 
-class DeviceStream(Protocol):
-    """A queue of work of a device: the part of torch.Stream that is used here. Equal objects are one stream."""
+class Backend:
+    """What the loader needs of a device: torch.accelerator, torch.Stream and torch.Event; before 2.7, torch.cuda.
 
-    def wait_stream(self, other: Any, /) -> None:
-        """Let further work of this stream wait for the present work of another."""
-
-    def wait_event(self, event: Any, /) -> None:
-        """Let further work of this stream wait for an event."""
-
-    def synchronize(self) -> None:
-        """Wait until the present work of this stream is done."""
-
-
-class Backend(Protocol):
-    """What the loader needs of a device. The consumer's thread calls all methods; any thread may use the events."""
-
-    device: torch.device
-
-    def pin(self, n_bytes: int) -> torch.Tensor:
-        """Return uint8[n_bytes] of host memory from which a copy to the device runs beside other work."""
-
-    def allocate(self, n_bytes: int) -> torch.Tensor:
-        """Return uint8[n_bytes] on the device, allocated on the caller's current stream."""
-
-    def current_stream(self) -> DeviceStream:
-        """Return the caller's current stream on the device."""
-
-    def new_stream(self) -> DeviceStream:
-        """Return a stream of its own."""
-
-    def record(self, stream: DeviceStream, *, timed: bool = False) -> Event:
-        """Return an event after the present work of a stream. timed: whether elapsed_time() will be asked for."""
-
-    def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: DeviceStream) -> None:
-        """Queue a copy in a stream. The caller keeps both tensors until an event after the copy is done."""
-
-
-class AcceleratorBackend:
-    """A device through torch.accelerator, torch.Stream and torch.Event; before torch 2.7, through torch.cuda.
-
-    ROCm's devices are torch.cuda devices.
+    ROCm's devices are torch.cuda devices. The consumer's thread calls all methods; any thread may use the events.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -96,38 +49,31 @@ class AcceleratorBackend:
         self._is_generic = hasattr(torch.Stream, "__enter__")
 
     def pin(self, n_bytes: int) -> torch.Tensor:
-        """See Backend."""
+        """Return uint8[n_bytes] of host memory from which a copy to the device runs beside other work."""
         return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True, device="cpu")
 
     def allocate(self, n_bytes: int) -> torch.Tensor:
-        """See Backend."""
+        """Return uint8[n_bytes] on the device, allocated on the caller's current stream."""
         return torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
 
     def current_stream(self) -> DeviceStream:
-        """See Backend."""
-        module: Any = torch.accelerator if self._is_generic else torch.cuda
-        stream: DeviceStream = module.current_stream(self.device)
-        return stream
+        """Return the caller's current stream on the device."""
+        return (torch.accelerator if self._is_generic else torch.cuda).current_stream(self.device)
 
     def new_stream(self) -> DeviceStream:
-        """See Backend."""
-        make: Any = torch.Stream if self._is_generic else torch.cuda.Stream
-        stream: DeviceStream = make(device=self.device)
-        return stream
+        """Return a stream of its own."""
+        return (torch.Stream if self._is_generic else torch.cuda.Stream)(device=self.device)
 
     def record(self, stream: DeviceStream, *, timed: bool = False) -> Event:
-        """See Backend."""
-        make: Any = torch.Event if self._is_generic else torch.cuda.Event
+        """Return an event after the present work of a stream. timed: whether elapsed_time() will be asked for."""
+        make: Any = torch.Event if self._is_generic else torch.cuda.Event  # torch's stubs know neither's arguments
         event = make(self.device, enable_timing=timed) if self._is_generic else make(enable_timing=timed)
         event.record(stream)
-        recorded: Event = event
-        return recorded
+        return event
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: DeviceStream) -> None:
-        """See Backend."""
-        entered: Any = stream
-        within: AbstractContextManager[Any] = entered if self._is_generic else torch.cuda.stream(entered)
-        with within:
+        """Queue a copy in a stream. The caller keeps both tensors until an event after the copy is done."""
+        with stream if self._is_generic else torch.cuda.stream(stream):
             destination.copy_(source, non_blocking=True)
 
 
@@ -255,7 +201,7 @@ def make_batch_device(device: torch.device, options: LoaderOptions, existing: Ba
     device = _with_index(device)
     if existing is not None and existing.backend.device == device:
         return existing
-    backend = BACKENDS.get(device.type, AcceleratorBackend)(device)
+    backend = BACKENDS.get(device.type, Backend)(device)
     return BatchDevice(backend, options.device_batches or BATCHES, is_fixed=options.device_buffers == "fixed")
 
 
@@ -517,14 +463,14 @@ class _FixedBatch:
     signature: list[tuple[str, torch.dtype, torch.Size]] = field(default_factory=list)
 
 
-class DevicePipeline(ClosingPipeline):
+class DevicePipeline(LaterStage):
     """The batches of another pipeline on a device, in order, with the same guarantees.
 
     `take` is called by one thread at a time, under a lock, and `close` by any thread.
     """
 
     def __init__(self, inputs: PipelineInputs, device: BatchDevice, before: ClosingPipeline) -> None:
-        self._before = before  # its waits are not counted as the consumer's
+        super().__init__(before)
         self._device = device
         self._waits = inputs.waits
         self._queue: deque[_Entry] = deque()
@@ -542,18 +488,13 @@ class DevicePipeline(ClosingPipeline):
             ValueError: With fixed buffers, a batch has another layout than the first one.
             RuntimeError: torch's error if the device has no memory left; the batch is not lost.
         """
-        if self.is_forked_copy:
-            raise RuntimeError(CLOSED_MESSAGE)
+        self._check_not_forked()
         with self._taking:
             return self._take(timeout_s)
 
     @property
     def n_taken(self) -> int:
         return self._before.n_taken - sum(entry.value is not None for entry in self._queue)
-
-    @property
-    def corrupt_shard(self) -> int | None:  # type: ignore[override]
-        return self._before.corrupt_shard
 
     def figures(self) -> dict[str, float]:
         """Return the figures of the stage before, with the counts of the batches that were handed out."""

@@ -125,9 +125,7 @@ class NativeIterator(FastIterator, Iterator[Batch]):
         publisher, next_epoch = self._inputs.publisher, self._inputs.next_epoch
         if publisher is not None and next_epoch is not None and self._position.finished:
             publisher.finish()
-            next_epoch.publisher.replace_earlier(
-                publisher
-            )  # If another epoch follows, the cache has a plan at every moment.
+            next_epoch.publisher.replace_earlier(publisher)  # so that the cache has a plan at every moment
         elif publisher is not None:
             publisher.close()
         if not self._pipeline.is_forked_copy:
@@ -307,9 +305,7 @@ class Engine(ABC):
         if iterator is not None:
             for name, figure in iterator.figures().items():
                 counters[name] = counters.get(name, 0) + figure
-        exposed = self._waits
-        if self._device is not None:
-            exposed = self._device.exposed_waits()
+        exposed = self._waits if self._device is None else self._device.exposed_waits()
         workers = 0 if self.transforms is None else self.transforms.n_workers
         n_threads = self._resources().n_threads
         stats = summarise(counters, self._waits, exposed, self._fetched(), threads=n_threads, workers=workers)
@@ -388,6 +384,14 @@ class Engine(ABC):
         return self._workers
 
 
+# Options of the shuffled order: the attribute of LoaderOptions and of RunState.
+_SHUFFLE_OPTIONS = {
+    "placement": "placement",
+    "shuffle_group_bytes": "group_bytes",
+    "shuffle_window_bytes": "window_bytes",
+}
+
+
 class OrderEngine(Engine):
     """The engine of a loader without a sampler: the epochs' order, the loader's position and the counters.
 
@@ -442,28 +446,13 @@ class OrderEngine(Engine):
             ("drop_last", arguments.drop_last, state.drop_last, True),
             ("mixture", mixture_values(self._dataset), state.mixture, True),
             ("seed", options.seed, state.seed, options.seed is not None),
-            (
-                "shuffle_streams",
-                options.shuffle_streams,
-                state.streams,
-                options.shuffle_streams is not None and arguments.shuffle,
-            ),
-            ("placement", options.placement, state.placement, options.placement != defaults.placement),
-            (
-                "shuffle_group_bytes",
-                options.group_bytes,
-                state.group_bytes,
-                options.group_bytes != defaults.group_bytes,
-            ),
-            (
-                "shuffle_window_bytes",
-                options.window_bytes,
-                state.window_bytes,
-                options.window_bytes != defaults.window_bytes,
-            ),
+            ("shuffle_streams", options.shuffle_streams, state.streams, options.shuffle_streams and arguments.shuffle),
         ]
-        for name, mine, theirs, explicit in checks:
-            if explicit and mine != theirs:
+        for name, attribute in _SHUFFLE_OPTIONS.items():
+            mine = getattr(options, attribute)
+            checks.append((name, mine, getattr(state, attribute), mine != getattr(defaults, attribute)))
+        for name, mine, theirs, is_explicit in checks:
+            if is_explicit and mine != theirs:
                 raise ValueError(
                     f"{name}={mine!r} differs from the state's {theirs!r}, so the order would change: make the loader "
                     "with the state's value"
@@ -667,11 +656,8 @@ def summarise(
     share = min(1.0, wait["total"] / wall_s) if wall_s else 0.0
     idle_share = min(1.0, idle["total"] / wall_s) if wall_s else 0.0
     looked_up = fetched.get("cache_hits", 0) + fetched.get("cache_misses", 0)
-    stages = {
-        "plan_s": counters.get("plan_s", 0.0),
-        "load_s": counters.get("load_s", 0.0),
-        "gather_s": counters.get("gather_ns", 0.0) / 1e9,
-    }
+    stages = {name: counters.get(name, 0.0) for name in ("plan_s", "load_s")}
+    stages["gather_s"] = counters.get("gather_ns", 0.0) / 1e9
     for name in ("decode", "transform"):
         if f"{name}_ns" in counters:
             stages[f"{name}_s"] = counters[f"{name}_ns"] / 1e9
@@ -682,17 +668,13 @@ def summarise(
             "by cast=, or raise device_batches)"
         )
     return {
-        "samples": int(counters.get("samples", 0)),
-        "batches": int(counters.get("batches", 0)),
-        "bytes_served": int(counters.get("bytes_served", 0)),
+        **{name: int(counters.get(name, 0)) for name in ("samples", "batches", "bytes_served")},
         "bytes_fetched": int(fetched.get("bytes_fetched", 0)),
         **{name: int(fetched.get(name, 0)) for name in ("requests", "retries", "hedges", "throttled")},
         **{name: fetched.get(name, 0.0) for name in ("dollars", "egress_dollars")},
-        "cache_hits": int(fetched.get("cache_hits", 0)),
-        "cache_misses": int(fetched.get("cache_misses", 0)),
+        **{name: int(fetched.get(name, 0)) for name in ("cache_hits", "cache_misses")},
         "hit_ratio": fetched.get("cache_hits", 0) / looked_up if looked_up else None,
-        "padded": int(counters.get("padded", 0)),
-        "skipped": int(counters.get("skipped", 0)),
+        **{name: int(counters.get(name, 0)) for name in ("padded", "skipped", "unpinned")},
         "held_bytes": held_bytes() + lent_bytes(),
         "wait_s": {"p50": wait["p50"], "p95": wait["p95"], "p99": wait["p99"], "share": share},
         "exposed_wait_s": {
@@ -700,7 +682,6 @@ def summarise(
             "mean": idle["total"] / idle["n"] if idle["n"] else 0.0,
             "p99": idle["p99"],
         },
-        "unpinned": int(counters.get("unpinned", 0)),
         "samples_per_s": counters.get("samples", 0) / wall_s if wall_s else None,
         "stages": stages,
         "threads": threads,

@@ -77,14 +77,8 @@ class TorchLibrary(ArrayLibrary):
         if 0 in shape:
             return lambda _slot, _offset, n: self.empty((n, *shape), dtype)
         if (row_type := self.row_type(dtype, shape)) is None:
-            stored = np.dtype(dtype)
-            array: Callable[..., Any] = np.ndarray  # NumPy's stubs accept only built-in buffers
-            row_bytes = math.prod(shape) * stored.itemsize
-
-            def over(slot: Slot, offset: int, n: int) -> torch.Tensor:
-                return torch.from_numpy(array((n, *shape), stored, slot.column(offset, n * row_bytes)))
-
-            return over
+            over = super().rows_over(dtype, shape)
+            return lambda slot, offset, n: torch.from_numpy(over(slot, offset, n))
         return lambda slot, offset, n: _from_dlpack(slot.tensor(row_type, offset, n))
 
     def over(self, memory: Any, dtype: str, shape: tuple[int, ...], offset: int = 0) -> torch.Tensor:
@@ -101,25 +95,10 @@ class TorchLibrary(ArrayLibrary):
         parts: Sequence[torch.Tensor] = torch.split(array, sizes)
         return parts
 
-    def mask(self, flags: Sequence[bool]) -> torch.Tensor:
-        """See ArrayLibrary."""
-        return torch.tensor(flags, dtype=torch.bool, device="cpu")
-
     def from_numpy(self, stored: Any, dtype: str) -> torch.Tensor:
         """See ArrayLibrary."""
         tensor: torch.Tensor = bfloat16_tensor(stored) if dtype == "bfloat16" else torch.from_numpy(stored)
         return tensor
-
-    def to_numpy(self, array: Any) -> Any:
-        """See ArrayLibrary."""
-        return array.numpy()
-
-    def small_arrays(self, values: dict[str, Any], most_bytes: int) -> dict[str, Any]:
-        """See ArrayLibrary."""
-        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-        if sum(tensor.nbytes for tensor in tensors.values()) > most_bytes:
-            return {}
-        return {name: tensor for name, tensor in tensors.items() if not tensor.is_nested}
 
 
 logger = logging.getLogger("tiercache")
@@ -293,17 +272,13 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             num_workers=num_workers,
         )
         self._start_engine(arguments, None)
-        if self._is_native and num_workers:
-            given = {
-                "worker_init_fn": worker_init_fn is not None,
-                "multiprocessing_context": multiprocessing_context is not None,
-                "prefetch_factor": prefetch_factor is not None,
-                "persistent_workers": persistent_workers,
-                "in_order": not in_order,
-                "snapshot_every_n_steps": snapshot_every_n_steps != 1,
-            }
-            ignored = [name for name, is_given in given.items() if is_given]
-            _log_ignored(num_workers, ignored, runs_functions=self._runs_functions)
+        if self._is_native and num_workers and not self._runs_functions:
+            logger.info(
+                "num_workers=%d starts no worker processes, and torch's options for them have no effect: this loader "
+                "takes tiercache's native path, whose threads gather batches ahead (LoaderOptions(threads=, "
+                "memory_bytes=)); only a transform=, batch_transform= or collate_fn= runs in worker processes",
+                num_workers,
+            )
 
     def __iter__(self) -> Any:
         if not self._is_native or self._engine is None:
@@ -393,9 +368,7 @@ class DataLoader(StatefulDataLoader[T_co]):  # type: ignore[misc]  # torchdata s
             across_ranks: Whether `exposed_wait_s` also tells of the slowest rank. Then the call is a collective of
                 torch.distributed: all ranks must make it.
         """
-        if self._engine is None or not self._is_native:
-            return {}
-        return self._engine.stats(across_ranks=across_ranks)
+        return {} if self._engine is None or not self._is_native else self._engine.stats(across_ranks=across_ranks)
 
     @property
     def _is_accelerate_prepared(self) -> bool:
@@ -533,23 +506,6 @@ def _collate_of(
     if given is None:
         raise ValueError("batch_transform= needs batches, and batch_size=None asks for single records")
     return TransformedCollate(given, batch_transforms)
-
-
-def _log_ignored(num_workers: int, names: list[str], *, runs_functions: bool) -> None:
-    """Log which of torch's options for worker processes have no effect."""
-    if runs_functions:
-        without_effect = " and ".join(name for name in names if name in ("in_order", "snapshot_every_n_steps"))
-        if without_effect:
-            logger.info("%s has no effect on tiercache's native path, which runs the transforms", without_effect)
-        return
-    ignored = f", so that {', '.join(names)} {'is' if len(names) == 1 else 'are'} ignored" if names else ""
-    logger.info(
-        "num_workers=%d starts no worker processes%s: this loader takes tiercache's native path, whose threads gather "
-        "batches ahead (LoaderOptions(threads=, memory_bytes=)); only a transform=, batch_transform= or collate_fn= "
-        "runs in worker processes",
-        num_workers,
-        ignored,
-    )
 
 
 _OF_ORDER = ("rank", "world_size", "mesh", "dims", "shuffle_streams", "placement", "shuffle_group_bytes")

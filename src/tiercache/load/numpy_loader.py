@@ -2,110 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
-from itertools import accumulate, pairwise
-from types import SimpleNamespace
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tiercache._native.ring import Slot
 from tiercache.data.output_spec import NativeDataset, OutputSpec
 from tiercache.errors import SchemaError
-from tiercache.load.batch import ArrayLibrary, Batch
+from tiercache.load.batch import ArrayLibrary, Batch, numpy_dtype
 from tiercache.load.engine import LoaderArguments, OrderEngine
 from tiercache.load.epoch import RunState
 from tiercache.load.loader_options import LoaderOptions
 from tiercache.shard.schema import Schema
 
 
-def numpy_dtype(dtype: str, column: str | None = None) -> np.dtype[Any]:
-    """Return NumPy's dtype of a name. Raises SchemaError: bfloat16, and ml_dtypes is not installed."""
-    if dtype != "bfloat16":
-        return np.dtype(dtype)
-    try:
-        bfloat16: np.dtype[Any] = np.dtype(import_module("ml_dtypes").bfloat16)
-    except ModuleNotFoundError as error:
-        message = "NumPy itself has no bfloat16: install ml_dtypes, or serve float32 (cast=, or DecodeImage's dtype=)"
-        raise SchemaError(message, column=column, expected="ml_dtypes", got="no ml_dtypes") from error
-    return bfloat16
-
-
-class _Held:
-    """An array that arrays over its memory keep alive.
-
-    An array over an array refers to the owner of the memory instead, and BatchMemory takes the memory back at the end
-    of the array that it lent.
-    """
-
-    def __init__(self, array: NDArray[Any]) -> None:
-        self.array, self.__array_interface__ = array, array.__array_interface__
-
-
-class NumpyLibrary(ArrayLibrary):
-    """Batches of NumPy arrays. Nothing here imports torch."""
-
-    profiler = SimpleNamespace(_is_profiler_enabled=False)
-
-    def check(self, schema: Schema, output_spec: OutputSpec) -> None:
-        """Raise SchemaError for a column that cannot be served as NumPy arrays. schema: as stored."""
-        for column in output_spec.schema(schema).columns:
-            if output_spec.layout(column) == "nested":
-                message = "the layout 'nested' is a torch tensor; 'buffer' is of NumPy arrays"
-                expected = "'list', 'padded', 'buffer'"
-                raise SchemaError(message, column=column.name, expected=expected, got="'nested'")
-            decode = output_spec.decode.get(column.name)
-            if "bfloat16" in (column.dtype, decode.dtype if decode is not None else None):
-                numpy_dtype("bfloat16", column.name)
-
-    def row_type(self, dtype: str, shape: tuple[int, ...]) -> None:
-        """See ArrayLibrary. None: an array that NumPy makes of a DLPack capsule is read-only."""
-
-    def rows_over(self, dtype: str, shape: tuple[int, ...] = ()) -> Callable[[Slot, int, int], Any]:
-        """See ArrayLibrary."""
-        kind = numpy_dtype(dtype)
-        if 0 in shape:
-            return lambda _slot, _offset, n: np.empty((n, *shape), kind)
-        array: Callable[..., Any] = np.ndarray  # NumPy's stubs accept only built-in buffers
-        row_bytes = math.prod(shape) * kind.itemsize
-        if not shape:  # building a tuple takes a sixth of the time of the array
-            return lambda slot, offset, n: array(n, kind, slot.column(offset, n * row_bytes))
-        return lambda slot, offset, n: array((n, *shape), kind, slot.column(offset, n * row_bytes))
-
-    def over(self, memory: Any, dtype: str, shape: tuple[int, ...], offset: int = 0) -> Any:
-        """See ArrayLibrary."""
-        if isinstance(memory, np.ndarray):
-            memory = np.asarray(_Held(memory))
-        return np.frombuffer(memory, numpy_dtype(dtype), math.prod(shape), offset).reshape(shape)
-
-    def empty(self, shape: Sequence[int], dtype: str) -> Any:
-        """See ArrayLibrary."""
-        return np.empty(tuple(shape), numpy_dtype(dtype))
-
-    def split(self, array: Any, sizes: list[int]) -> Sequence[Any]:
-        """See ArrayLibrary."""
-        return [array[start:stop] for start, stop in pairwise(accumulate(sizes, initial=0))]
-
-    def mask(self, flags: Sequence[bool]) -> Any:
-        """See ArrayLibrary."""
-        return np.array(flags, np.bool_)
-
-    def from_numpy(self, stored: Any, dtype: str) -> Any:
-        """See ArrayLibrary."""
-        return stored.view(numpy_dtype(dtype)) if dtype == "bfloat16" else stored
-
-    def to_numpy(self, array: Any) -> Any:
-        """See ArrayLibrary."""
-        return array
-
-    def small_arrays(self, values: dict[str, Any], most_bytes: int) -> dict[str, Any]:
-        """See ArrayLibrary."""
-        arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
-        return arrays if sum(array.nbytes for array in arrays.values()) <= most_bytes else {}
+def _check_columns(schema: Schema, output_spec: OutputSpec) -> None:
+    """Raise SchemaError for a column that cannot be served as NumPy arrays. schema: as stored."""
+    for column in output_spec.schema(schema).columns:
+        if output_spec.layout(column) == "nested":
+            message = "the layout 'nested' is a torch tensor; 'buffer' is of NumPy arrays"
+            expected = "'list', 'padded', 'buffer'"
+            raise SchemaError(message, column=column.name, expected=expected, got="'nested'")
+        decode = output_spec.decode.get(column.name)
+        if "bfloat16" in (column.dtype, decode.dtype if decode is not None else None):
+            numpy_dtype("bfloat16", column.name)
 
 
 def _draw_seed() -> int:
@@ -161,19 +82,18 @@ class NumpyLoader:
             raise ValueError(
                 f"device={options.device!r}: NumPy arrays lie in host memory: remove device=, or use DataLoader"
             )
-        library, spec = NumpyLibrary(), access.output_spec
-        library.check(access.source.schema, spec)
+        _check_columns(access.source.schema, access.output_spec)
         self._dataset = dataset
         self._start(
             LoaderArguments(
-                library=library,
+                library=ArrayLibrary(),
                 batch_size=batch_size,
                 shuffle=bool(shuffle),
                 drop_last=bool(drop_last),
                 timeout_s=0,
                 draw_seed=_draw_seed,
                 options=options or LoaderOptions(),
-                output_spec=spec,
+                output_spec=access.output_spec,
             )
         )
 

@@ -354,7 +354,8 @@ class Pipeline(ClosingPipeline):
             values = [_value(loaded, block, row, index) for loaded, block, row in locations]
             batch[name] = self._assembler.filled(name, values)
             if f"{name}.valid" in self._assembler.order:
-                batch[f"{name}.valid"] = self._assembler.library.mask([value is not None for value in values])
+                valid = np.array([value is not None for value in values], np.bool_)
+                batch[f"{name}.valid"] = self._assembler.library.from_numpy(valid, "bool")
         return {name: batch[name] for name in self._assembler.order}
 
     def _locations(self, start: int, stop: int) -> Iterator[tuple[LoadedWindow, int, int]]:
@@ -661,7 +662,22 @@ class StageQueue(Generic[JobT]):
         return bool(self._jobs) and not self._jobs[0].n_left
 
 
-class StagePipeline(ClosingPipeline):
+class LaterStage(ClosingPipeline):
+    """Base of the pipelines that make batches of those of another pipeline, which they own."""
+
+    def __init__(self, before: ClosingPipeline) -> None:
+        self._before = before
+
+    @property
+    def corrupt_shard(self) -> int | None:  # type: ignore[override]
+        return self._before.corrupt_shard
+
+    def _check_not_forked(self) -> None:
+        if self.is_forked_copy:
+            raise RuntimeError(CLOSED_MESSAGE)
+
+
+class StagePipeline(LaterStage):
     """A stage whose threads change the batches of another pipeline, with the same guarantees.
 
     All methods may be called from any thread. A subclass calls _begin() with what its threads run.
@@ -674,10 +690,10 @@ class StagePipeline(ClosingPipeline):
     """
 
     def __init__(self, name: str, inputs: PipelineInputs, gathered: ClosingPipeline, queue: StageQueue[Any]) -> None:
+        super().__init__(gathered)
         self._name = name
         self._waits = inputs.waits
         self._first_batch = inputs.first_batch
-        self._gathered = gathered
         self._queue = queue
         self._n_rows = self._n_batches = self._n_bytes = self._n_replaced = 0
         self._threads: list[threading.Thread] = []
@@ -693,8 +709,7 @@ class StagePipeline(ClosingPipeline):
 
     def take(self, timeout_s: float = -1.0) -> Any:
         """Return the next batch; None at the end of the epoch. Raises as Pipeline.take(), and the stage's errors."""
-        if self.is_forked_copy:
-            raise RuntimeError(CLOSED_MESSAGE)
+        self._check_not_forked()
         start_s = time.perf_counter()
         job = self._queue.next_done(None if timeout_s < 0 else timeout_s)
         self._waits.add(time.perf_counter() - start_s)
@@ -716,7 +731,7 @@ class StagePipeline(ClosingPipeline):
         if self.is_forked_copy:
             return
         self._queue.close()
-        self._gathered.close()
+        self._before.close()
         threads, self._threads = self._threads, []  # waited for once, even if close() is called again
         end_s = time.monotonic() + THREAD_END_S
         for thread in threads:
@@ -728,12 +743,8 @@ class StagePipeline(ClosingPipeline):
     def n_taken(self) -> int:
         return self._first_batch + self._queue.n_taken
 
-    @property
-    def corrupt_shard(self) -> int | None:  # type: ignore[override]
-        return self._gathered.corrupt_shard
-
     def figures(self) -> dict[str, float]:
         """See Pipeline.figures, for the batches handed out; also the time that the stage worked on batches."""
         handed_out = {"samples": self._n_rows, "batches": self._n_batches, "bytes_served": self._n_bytes}
         busy = {f"{self._name}_ns": self._queue.busy_ns}
-        return {**self._gathered.figures(), **handed_out, **busy, "skipped": self._n_replaced}
+        return {**self._before.figures(), **handed_out, **busy, "skipped": self._n_replaced}

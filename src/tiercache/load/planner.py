@@ -211,17 +211,15 @@ class NextEpoch:
         """
         if self._pid != os.getpid():
             return
-        ready, plan = self._end(), self.publisher
+        ready, publisher = self._end(), self.publisher
         self.publisher = ReadingPlanPublisher(self._source, self._state, self._make_share)  # the epoch may still begin
-        self._release(ready, plan)
+        self._drop(ready)
+        publisher.close()
 
     def __del__(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
         if not is_exiting() and hasattr(self, "_pid") and self._pid == os.getpid():
-            self._release(self._end(), self.publisher)
-
-    def _release(self, ready: Future[EpochStart | None] | None, plan: ReadingPlanPublisher) -> None:
-        self._drop(ready)
-        plan.close()
+            self._drop(self._end())
+            self.publisher.close()
 
     def _drop(self, ready: Future[EpochStart | None] | None) -> None:
         if ready is not None:  # None: no planner has begun it, or it is taken

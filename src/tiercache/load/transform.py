@@ -36,7 +36,7 @@ from tiercache.data.output_spec import (
 )
 from tiercache.load.batch import Batch
 from tiercache.load.epoch import OrderShare
-from tiercache.load.pipeline import CLOSED_MESSAGE, ClosingPipeline
+from tiercache.load.pipeline import ClosingPipeline, LaterStage
 from tiercache.load.planner import PipelineInputs
 from tiercache.shard.schema import Column, Kind, Schema
 from tiercache.shard.values import ColumnValues
@@ -206,7 +206,7 @@ def _collate_into(allocate: Allocate) -> Callable[[list[Any]], Any]:
 _TORCHS_STACK = default_collate_fn_map.get(torch.Tensor)
 
 
-class TransformedPipeline(ClosingPipeline):
+class TransformedPipeline(LaterStage):
     """The batches that the user's functions make of those of a native pipeline, in the thread of the consumer.
 
     take() makes a batch when the consumer asks for it, and none ahead. The functions then draw from the program's
@@ -221,9 +221,9 @@ class TransformedPipeline(ClosingPipeline):
     """
 
     def __init__(self, function: BatchFunction, inputs: PipelineInputs, gathered: ClosingPipeline) -> None:
+        super().__init__(gathered)
         self._function = function
         self._share, self._waits = inputs.share, inputs.waits
-        self._gathered = gathered
         self._busy_ns, self._has_failed = 0, False
         self._taking = threading.RLock()
         self._register()
@@ -233,15 +233,14 @@ class TransformedPipeline(ClosingPipeline):
 
         timeout_s: Limit of the wait for the gathered batch. 0 asks for a batch that is ready, and none ever is.
         """
-        if self.is_forked_copy:
-            raise RuntimeError(CLOSED_MESSAGE)
+        self._check_not_forked()
         if timeout_s == 0:
             raise TimeoutError("a transform in the consumer's thread makes no batch ahead")
         start_s = time.perf_counter()
         with self._taking:
             try:
-                number = self._gathered.n_taken
-                gathered = self._gathered.take(timeout_s)
+                number = self._before.n_taken
+                gathered = self._before.take(timeout_s)
                 if gathered is None:
                     self.close()
                     return None
@@ -253,22 +252,17 @@ class TransformedPipeline(ClosingPipeline):
         """See Pipeline.close."""
         if self.is_forked_copy:
             return
-        self._gathered.close()
+        self._before.close()
         self._unregister()
 
     @property
     def n_taken(self) -> int:
         """See ClosingPipeline."""
-        return self._gathered.n_taken - self._has_failed
-
-    @property
-    def corrupt_shard(self) -> int | None:  # type: ignore[override]
-        """See ClosingPipeline."""
-        return self._gathered.corrupt_shard
+        return self._before.n_taken - self._has_failed
 
     def figures(self) -> dict[str, float]:
         """Return the figures of the native pipeline, and the time in the user's functions."""
-        return {**self._gathered.figures(), "transform_ns": self._busy_ns}
+        return {**self._before.figures(), "transform_ns": self._busy_ns}
 
     def _make(self, gathered: Batch, number: int) -> Any:
         start_ns = time.perf_counter_ns()

@@ -26,7 +26,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import connection, reduction
@@ -296,35 +296,23 @@ class JobQueue(StageQueue[Job]):
             self._count_done(job, took_ns)
 
 
-@dataclass(slots=True)
-class _Opener:
-    """Takes gathered batches. One thread calls it."""
-
-    inputs: PipelineInputs
-    gathered: ClosingPipeline
-    number: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.number = self.inputs.first_batch
-
-    def open(self) -> Job:
-        """Return the next batch as a job; a job without records at the end of the epoch, or with an error."""
+def _jobs(inputs: PipelineInputs, gathered: ClosingPipeline) -> Iterator[Job]:
+    """Yield the gathered batches as jobs; the last one has no records, because the epoch ends, or has an error."""
+    for number in itertools.count(inputs.first_batch):
         try:
-            return self._open()
+            before, batch, after = gathered.figures(), gathered.take(), gathered.figures()
         except Exception as error:  # noqa: BLE001 -- top of a thread: the consumer raises it in its place
-            return Job(error=error)
-
-    def _open(self) -> Job:
-        before = self.gathered.figures()
-        batch = self.gathered.take()
+            yield Job(error=error)
+            return
         if batch is None:
-            return Job()
-        after = self.gathered.figures()
-        keys = BatchKeys.of(self.inputs.share, self.number)
+            yield Job()
+            return
+        keys = BatchKeys.of(inputs.share, number)
         n_bytes, n_replaced = (int(after[name] - before[name]) for name in ("bytes_served", "skipped"))
-        job = Job(None, self.number, len(keys.positions), n_bytes, n_replaced, n_left=1, gathered=batch, keys=keys)
-        self.number += 1
-        return job
+        job = Job(None, number, len(keys.positions), n_bytes, n_replaced, n_left=1, gathered=batch, keys=keys)
+        del batch
+        yield job
+        del job  # a waiting thread must not hold a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,8 +453,7 @@ class WorkerPipeline(StagePipeline):
         n_ahead = pool.settings.n_workers * (pool.settings.prefetch_factor + WAITING)
         queue = JobQueue(n_ahead)
         super().__init__("transform", inputs, gathered, queue)
-        opener = _Opener(inputs, gathered)
-        self._begin([partial(pool.send_all, queue, opener.open), partial(pool.receive_all, queue)])
+        self._begin([partial(pool.send_all, queue, _jobs(inputs, gathered)), partial(pool.receive_all, queue)])
 
     def close(self) -> None:
         """See StagePipeline.close."""
@@ -526,14 +513,11 @@ class WorkerPool(SelfClosing):
         if not (self._is_closed or self.is_forked_copy):
             self._wake_writer.send_bytes(b"w")
 
-    def send_all(self, queue: JobQueue, open_next: Callable[[], Job]) -> None:
-        """Send the batches of a pipeline to the workers, each to the one with the fewest; run as a thread.
-
-        open_next: Function that returns the next batch.
-        """
+    def send_all(self, queue: JobQueue, jobs: Iterator[Job]) -> None:
+        """Send the batches of a pipeline to the workers, each to the one with the fewest; run as a thread."""
         with self._sending:
             while queue.wait_for_room(lambda: any(worker.has_room for worker in self._workers)):
-                job = open_next()
+                job = next(jobs)
                 queue.add(job)
                 if job.gathered is not None:
                     worker = min((one for one in self._workers if one.has_room), key=lambda one: len(one.requests))
