@@ -1,7 +1,7 @@
 """How the images of a column are decoded: the options, and what becomes of an image by them.
 
-The crop of an image is a pure function of its size, its EXIF orientation, the options and some random numbers, and so
-are the adjustments of its colours.
+The crop of an image is a pure function of its size, the options and some random numbers, and so are the adjustments of
+its colours.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import operator
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -230,16 +230,12 @@ def _span(name: str, given: Any) -> tuple[float, float]:
     return low, high
 
 
-def _is_number(given: Any) -> bool:
-    return isinstance(given, Real)
-
-
 def _factors(name: str, given: Any) -> tuple[float, float]:
     try:
-        low, high = (1 - given, 1 + given) if _is_number(given) else map(float, given)
+        low, high = (1 - given, 1 + given) if isinstance(given, Real) else map(float, given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is a number or a pair (smallest, largest), got {given!r}") from error
-    low = max(low, 0.0) if _is_number(given) else low
+    low = max(low, 0.0) if isinstance(given, Real) else low
     if isinstance(given, bool) or not 0 <= low <= high <= MAX_FACTOR:
         expected = f"0 <= smallest <= largest <= {MAX_FACTOR:g}"
         raise ValueError(f"{name} is a number 0 or more, or a pair of factors, {expected}, got {given!r}")
@@ -248,7 +244,7 @@ def _factors(name: str, given: Any) -> tuple[float, float]:
 
 def _channels(name: str, given: Any) -> tuple[float, float, float]:
     try:
-        red, green, blue = (given,) * 3 if _is_number(given) else map(float, given)
+        red, green, blue = (given,) * 3 if isinstance(given, Real) else map(float, given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is a number, or three for R, G and B, got {given!r}") from error
     channels = float(red), float(green), float(blue)
@@ -274,25 +270,13 @@ _KINDS = (pixels.BRIGHTNESS, pixels.CONTRAST, pixels.SATURATION)
 
 _ORDERS = tuple(itertools.permutations(range(3)))
 
-# EXIF orientation: (whether to mirror top to bottom, left to right). Orientations 5 to 8 are transposed before.
-_MIRRORED = {1: (False, False), 2: (False, True), 3: (True, True), 4: (True, False)}
-
-_MIRRORED |= {orientation + 4: how for orientation, how in _MIRRORED.items()}
-
 # Scales at which libjpeg decodes faster; its other scales (7/8, 5/8, ...) are slower than a full decode.
-REDUCTIONS = (8, 4, 2)
+_REDUCTIONS = (8, 4, 2)
 
 
 @dataclass(frozen=True, slots=True)
 class CropPlan:
-    """Box of an image, in pixels, which may be fractions; its size in the result; and how the result is turned.
-
-    All lengths are those of the stored image. If it is transposed, its height in the result is the width that is shown.
-
-    Attributes:
-        orientation: EXIF orientation that is applied to the result; 1 changes nothing.
-        flip: Whether the result is mirrored left to right afterwards.
-    """
+    """Box of an image, in pixels, which may be fractions; its size in the result; and whether that is mirrored."""
 
     top: float
     left: float
@@ -301,29 +285,11 @@ class CropPlan:
     out_height: int
     out_width: int
     flip: bool = False
-    orientation: int = 1
-
-    @property
-    def is_transposed(self) -> bool:
-        """Whether rows of the stored image become columns of the result."""
-        return self.orientation > 4
-
-    @property
-    def shown_shape(self) -> tuple[int, int]:
-        """(height, width) of the result, after it is turned."""
-        return (self.out_width, self.out_height) if self.is_transposed else (self.out_height, self.out_width)
-
-    @property
-    def mirror(self) -> int | None:
-        """How OpenCV's flip() mirrors the result after it is transposed: 0, 1, -1 (both), or None."""
-        vertical, horizontal = _MIRRORED[self.orientation]
-        horizontal ^= self.flip
-        return None if not (vertical or horizontal) else -1 if vertical and horizontal else int(horizontal)
 
     @property
     def reduction(self) -> int:
         """Factor 1, 2, 4 or 8 by which the decoder may shrink the image: the box stays as large as the result."""
-        fits = (k for k in REDUCTIONS if self.height >= k * self.out_height and self.width >= k * self.out_width)
+        fits = (k for k in _REDUCTIONS if self.height >= k * self.out_height and self.width >= k * self.out_width)
         return next(fits, 1)
 
     def pixels(self, picture: tuple[int, int], decoded: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -335,29 +301,14 @@ class CropPlan:
         return *rows, *_edges(self.left, self.width, picture[1], decoded[1])
 
 
-def plan_crop(height: int, width: int, options: DecodeImage, draws: Sequence[float], orientation: int = 1) -> CropPlan:
+def plan_crop(height: int, width: int, options: DecodeImage, draws: Sequence[float]) -> CropPlan:
     """Return the crop of an image.
 
     Args:
-        height, width: Size of the stored image.
+        height, width: Size of the image, after it was turned as its EXIF orientation says.
         options: Options of the column.
         draws: N_DRAWS random numbers in [0, 1); not read if nothing is random.
-        orientation: EXIF orientation to apply, 1 to 8. The crop is that of the turned image.
     """
-    if orientation == 1:
-        return _plan_shown_crop(height, width, options, draws)
-    shown = (width, height) if orientation > 4 else (height, width)
-    plan = _plan_shown_crop(*shown, options, draws)
-    vertical, horizontal = _MIRRORED[orientation]
-    top = shown[0] - plan.top - plan.height if vertical else plan.top
-    left = shown[1] - plan.left - plan.width if horizontal else plan.left
-    if orientation <= 4:
-        return replace(plan, top=top, left=left, orientation=orientation)
-    sides = plan.width, plan.height, plan.out_width, plan.out_height
-    return CropPlan(left, top, *sides, flip=plan.flip, orientation=orientation)
-
-
-def _plan_shown_crop(height: int, width: int, options: DecodeImage, draws: Sequence[float]) -> CropPlan:
     flip = options.flip and draws[_FLIP] < 0.5
     if options.size is None:
         return CropPlan(0, 0, height, width, height, width, flip)

@@ -532,12 +532,10 @@ def test_no_more_batches_are_ahead_than_prefetch_factor_says(path, prefetch_fact
     assert len((tmp_path / "seen").read_text().split()) <= 10 + prefetch_factor + 1
 
 
-def test_ignored_options_are_not_said_to_be_ignored(path, caplog):
+def test_options_of_workers_that_run_transforms_are_not_said_to_be_ignored(path, caplog):
     caplog.set_level("INFO", logger="tiercache")
     loader_of(path, workers=2, worker_init_fn=init, persistent_workers=True, prefetch_factor=3)
     assert not caplog.records
-    loader_of(path, workers=2, in_order=False, snapshot_every_n_steps=4)
-    assert "in_order and snapshot_every_n_steps has no effect" in caplog.text
 
 
 def test_a_spawned_worker_serves_the_same(path):
