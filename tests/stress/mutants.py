@@ -7,37 +7,31 @@ none where nothing was broken. Prints JSON: problems by mutant, with and without
 import argparse
 import gc
 import json
-import os
 import random
 import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from tests.stress.errno_rounds import Rounds as ErrnoRounds
 from tests.stress.errno_rounds import wait_shortly
 from tests.stress.inspection import Inspection
 from tests.stress.jobs import JOBS, Job
-from tests.stress.life import CHAPTERS
 from tests.stress.scene import Model, Scene
 from tests.support.cache_machine import CacheMachine
-from tests.support.errnos import Position
 from tests.support.forks import run_forked
 from tests.support.kill_points import KillAt, kill_at
 
 from tiercache.cache import copy_file, eviction
-from tiercache.cache.accounts import Accounts, Owners
+from tiercache.cache.accounts import Accounts
 from tiercache.cache.fetch import Fetch
-from tiercache.cache.folder import Folder, NameLock
-from tiercache.cache.session import CacheSession
+from tiercache.cache.folder import Folder
 from tiercache.crash_points import crash_point
 
 DEADLINE_S = 60.0
-N_POSITIONS = 12
 
 
 # -- trials: each returns the problems that it finds ------------------------------------------------------------------
@@ -64,17 +58,6 @@ def struck(root: Path, job: str, point: str, before: tuple[str, ...] = ()) -> li
             model.take_in(ended.lines)
             found += [ended.error] if ended.code else []
     return found + inspection.problems()
-
-
-def failed(root: Path, chapter: str, kind: str, stride: int) -> list[str]:
-    """Some rounds of errnos, in turn until one finds something."""
-    rounds = ErrnoRounds(root, [chapter], for_ever=False, each_error=False)
-    rounds.turn_to(next(one for one in CHAPTERS if one.work.__name__ == chapter))
-    for nth in range(1, N_POSITIONS * stride, stride):
-        rounds.round(Position(kind, "EIO", nth))
-        if rounds.report.problems:
-            break
-    return rounds.report.problems
 
 
 def stepped(root: Path, steps: Callable) -> list[str]:
@@ -116,24 +99,6 @@ def flags_before_data() -> Iterator[None]:
 
 
 @contextmanager
-def name_before_record() -> Iterator[None]:
-    """A copy gets its name before anything says where it came from."""
-    write_record, give_name, waiting = Folder.write_record, Folder.give_name, {}
-
-    def give(self, fd, name):
-        was_first = give_name(self, fd, name)
-        crash_point("mutant.named")
-        write_record(self, *waiting[name])
-        return was_first
-
-    with (
-        patch.object(Folder, "write_record", lambda self, spec, crc: waiting.update({spec.name: (spec, crc)})),
-        patch.object(Folder, "give_name", give),
-    ):
-        yield
-
-
-@contextmanager
 def whole_sum_not_checked() -> Iterator[None]:
     """What was fetched is published whatever it is."""
     really = Fetch._complete
@@ -160,18 +125,6 @@ def readers_not_asked() -> Iterator[None]:
 
 
 @contextmanager
-def map_left() -> Iterator[None]:
-    """The map of a part outlives it."""
-    really = Folder.remove_file
-
-    def remove_file(self, folder, name):
-        return None if name.endswith(".map") else really(self, folder, name)
-
-    with patch.object(Folder, "remove_file", remove_file):
-        yield
-
-
-@contextmanager
 def pins_ignored() -> Iterator[None]:
     """What a person holds is evicted."""
     names = Folder.names
@@ -183,67 +136,9 @@ def pins_ignored() -> Iterator[None]:
 
 
 @contextmanager
-def foreign_file_deleted() -> Iterator[None]:
-    """A sweep takes what it does not know for rubbish."""
-    really = CacheSession._sweep
-
-    def sweep(self):
-        really(self)
-        for path in self.folder.copies.glob("*.txt"):
-            path.unlink()
-
-    with patch.object(CacheSession, "_sweep", sweep):
-        yield
-
-
-@contextmanager
-def dead_not_buried() -> Iterator[None]:
-    """What a dead process has left stays."""
-    with patch.object(Owners, "remove_files_of", lambda self, text: None):
-        yield
-
-
-@contextmanager
 def reservations_kept() -> Iterator[None]:
     """What a dead process has reserved stays reserved."""
     with patch.object(Accounts, "_forget", lambda self, db, owner: None):
-        yield
-
-
-@contextmanager
-def disk_errors_ignored() -> Iterator[None]:
-    """What could not be written is said to be here."""
-    really = copy_file.write_all
-
-    def write_all(fd, data, at):
-        with suppress(OSError):
-            really(fd, data, at)
-
-    with patch.object(copy_file, "write_all", write_all):
-        yield
-
-
-@contextmanager
-def reader_told() -> Iterator[None]:
-    """A disk that fails ends the training."""
-
-    def disk_failed(self, error):
-        raise error
-
-    with patch.object(CacheSession, "disk_failed", disk_failed):
-        yield
-
-
-@contextmanager
-def lock_files_left() -> Iterator[None]:
-    """A name's lock is given back, and its file stays."""
-
-    def release(self):
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            os.close(fd)
-
-    with patch.object(NameLock, "release", release):
         yield
 
 
@@ -252,12 +147,11 @@ def lock_files_left() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A mutant, the trial that must notice it, and a word of what it must say. needs_shim: of support/errnos.py."""
+    """A mutant, the trial that must notice it, and a word of what it must say."""
 
     mutant: Callable
     trial: Callable[[Path], list[str]]
     says: str
-    needs_shim: bool = False
 
 
 def evict_what_is_leased(machine):
@@ -269,18 +163,11 @@ CASES = {
     case.mutant.__name__: case
     for case in (
         Case(flags_before_data, lambda root: struck(root, "fetch_in_part", "mutant.flagged"), "is said to be here"),
-        Case(name_before_record, lambda root: struck(root, "fetch", "mutant.named"), "has no record"),
         Case(whole_sum_not_checked, lambda root: struck(root, "poison", ""), "bad at its source"),
         Case(no_reservation, lambda root: struck(root, "press_lru", "", ("press_lru",) * 2), "more than the limit"),
         Case(readers_not_asked, lambda root: stepped(root, evict_what_is_leased), "is being read"),
-        Case(map_left, lambda root: struck(root, "fetch", ""), ".map lies beside"),
         Case(pins_ignored, lambda root: struck(root, "evict", "", ("pin",)), "pin"),
-        Case(foreign_file_deleted, lambda root: struck(root, "evict", "", ("fetch",)), "did not fetch"),
-        Case(dead_not_buried, lambda root: struck(root, "fetch", "fetch.data"), "owners/"),
         Case(reservations_kept, lambda root: struck(root, "fetch", "fetch.data"), "stay reserved"),
-        Case(lock_files_left, lambda root: struck(root, "fetch", ""), "locks/"),
-        Case(disk_errors_ignored, lambda root: failed(root, "ample", "pwrite", 7), "wrong", needs_shim=True),
-        Case(reader_told, lambda root: failed(root, "ample", "truncate", 3), "it failed", needs_shim=True),
     )
 }
 

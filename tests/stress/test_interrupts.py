@@ -18,7 +18,7 @@ def rounds(folder, n, *arguments, timeout_s=170):
     return report
 
 
-@pytest.mark.parametrize("only", ["verb pack", "loop, on by state", "cache come_back", "tiers apply"])
+@pytest.mark.parametrize("only", ["loop, on by state", "tiers apply"])
 def test_ctrl_c_at_any_line_leaves_nothing_wrong(tmp_path, only):
     rounds(tmp_path, 3, "--only", only)
 

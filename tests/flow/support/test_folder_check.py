@@ -32,10 +32,6 @@ def test_a_partial_copy_that_was_just_completed_is_counted_once(copies):
     assert allocated_bytes(copies) == allocated_at_once(copies) == once >= 3 * BLOCK_BYTES
 
 
-def test_a_missing_folder_has_no_bytes(tmp_path):
-    assert allocated_bytes(tmp_path / "none") == allocated_at_once(tmp_path / "none") == 0
-
-
 def test_a_complete_copy_with_its_record_is_valid_at_any_time(copies):
     lay(copies, NAME, DATA)
     lay(copies, f"{NAME}.json")
