@@ -214,13 +214,6 @@ def test_a_recall_that_was_killed_is_finished_by_the_next_run(tiercache, killed)
     }
 
 
-def test_the_parts_of_a_killed_recall_are_removed_when_its_hold_has_ended(tiercache, root, killed, clock):
-    clock.jump(8 * DAY_S)
-    tiercache("tier", "run", "--once")
-    assert not killed.exists()
-    assert len(list((root / "cold/runs/a/step-8").iterdir())) == 2
-
-
 def test_parts_that_differ_from_the_colder_copy_are_left_alone(tiercache, killed, clock):
     part = next(killed.iterdir())
     part.write_bytes(part.read_bytes()[::-1])

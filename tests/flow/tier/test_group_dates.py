@@ -105,13 +105,6 @@ def test_without_the_catalog_files_that_were_moved_between_folders_have_their_da
     assert ages(folders) == before
 
 
-def test_a_move_between_folders_is_no_use(folders):
-    before = look(folders)
-    move_all(folders)
-    after = look(folders)
-    assert after.last_use_s.tolist() == before.last_use_s.tolist()
-
-
 @pytest.mark.parametrize("point", ["tier_move.object", "tier_move.copied", "tier_move.recorded", "tier_drop.dropped"])
 def test_the_date_of_a_group_survives_a_killed_mover(folders, point):
     before = ages(folders)

@@ -10,7 +10,6 @@ from tests.support.faults import Fault, FaultStore
 from tests.support.scripted_tiers import NOW_S, InventoryByName, ScriptedCatalog
 
 import tiercache as tc
-from tiercache.shard import versions as manifest
 from tiercache.store import LocalFolder, placement_log, uses
 from tiercache.tier.inventory import take_inventory
 from tiercache.tier.rules import load_rule_file
@@ -46,22 +45,6 @@ def test_uses_are_recorded_from_the_start_of_tracking(local):
     assert (snapshot.last_use_s == snapshot.created_s).all()
 
 
-def test_a_shard_has_the_checksum_of_its_manifest(local):
-    table = manifest.read_shards(local.store, manifest.latest(local.store))
-    by_name = local.take()
-    for info in table.infos():
-        (found,) = by_name.objects(f"sets/a/{info.name}", "standard")
-        assert (found.n_bytes, found.crc32c) == (info.n_bytes, info.crc32c)
-
-
-def test_a_shard_whose_size_differs_from_the_manifest_is_not_whole(local):
-    name = local.names[0]
-    (local.root / "archive" / name).parent.mkdir(parents=True)
-    (local.root / "archive" / name).write_bytes(b"short")
-    by_name = local.take()
-    assert (by_name.has(name, "standard", "whole"), by_name.has(name, "archive", "whole")) == (True, False)
-
-
 def test_a_shard_that_lies_only_in_another_tier_is_a_group_there(local):
     name = local.names[0]
     (local.root / "archive" / name).parent.mkdir(parents=True)
@@ -92,31 +75,11 @@ def test_an_unreadable_data_set_is_left_out_and_reported(local):
     assert by_name.facts["orphans"][0] == len(local.names)
 
 
-def test_a_data_set_may_be_all_that_a_tier_has(local):
-    for name in ("hot", "archive"):
-        (local.root / name).mkdir()
-    for path in local.home.iterdir():
-        shutil.move(path, local.root / "standard" / path.name)
-    by_name = local.take()
-    (dataset,) = by_name.facts["datasets"]
-    assert (dataset.folder, dataset.n_versions, dataset.n_shards) == ("", 2, len(local.names))
-    assert len(by_name.paths) == len(local.names)
-
-
 def test_a_data_set_outside_the_home_tier_is_read_where_it_lies(local):
     shutil.move(local.root / "standard", local.root / "hot")
     by_name = local.take()
     (dataset,) = by_name.facts["datasets"]
     assert (dataset.tier, len(by_name.paths)) == ("hot", len(local.names))
-
-
-def test_a_verified_copy_of_a_shard_needs_no_catalog_entry_of_its_source(local):
-    name = local.names[0]
-    (local.root / "archive" / name).parent.mkdir(parents=True)
-    shutil.copy(local.root / "standard" / name, local.root / "archive" / name)
-    (found,) = local.take().objects(name, "archive")
-    catalog = ScriptedCatalog({("archive", name): (found.n_bytes, found.etag, found.crc32c, True, None)})
-    assert local.take(catalog).has(name, "archive", "verified")
 
 
 def test_a_shard_whose_checksum_differs_from_the_manifest_is_not_whole(local):

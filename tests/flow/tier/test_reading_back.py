@@ -160,16 +160,3 @@ def test_the_deletion_facts_are_taken_again_if_reading_back_took_long(world, mon
         settled = world.run_due_deletions()
     assert (settled.n_made, settled.waiting_drops) == (1, 1)
     assert "found that a machine reads it" in settled.stopped[0].reason
-
-
-def test_a_half_deleted_group_waits_until_its_copy_can_be_read(world):
-    world.apply(checkpoint(world))
-    world.later()
-    with pytest.raises(Killed), HookAt("tier_drop.unmade"):
-        world.run_due_deletions()
-    world.inner["archive"].fails = True
-    for _ in range(3):
-        assert world.run_due_deletions().waiting_drops == 1
-    world.inner["archive"].fails = False
-    assert world.run_due_deletions().n_made == 1
-    assert [world.where(key) for key in PARTS] == [["archive"]] * 3

@@ -47,10 +47,6 @@ def test_the_archive_is_restored_once_per_use(story, year):
     assert days == [150, story.EVALUATED_DAY, 300]
 
 
-def test_a_directly_readable_class_needs_no_restore(story):
-    assert story.live("GLACIER_IR", 10).bill.restores == []
-
-
 def test_the_newest_checkpoint_of_each_run_is_on_the_fast_disk(story, year):
     groups = year.world.groups
     for run in range(len(story.TRAININGS)):

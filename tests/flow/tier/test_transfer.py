@@ -138,29 +138,6 @@ def test_a_copy_from_a_store_into_a_folder_has_the_date_of_the_object(place, tmp
         assert path.stat().st_mtime == expected_s
 
 
-def test_a_large_file_is_read_back_by_checksum_on_disk_only(place, tmp_path):
-    far = LocalFolder(tmp_path / "far")
-    here = place(LocalFolder(tmp_path / "near"), far)
-    here.near.put("a", LARGE)
-    here.copy()
-    assert far.counters["bytes_read"] == 0
-    assert here.transfer.checksum_on_disk("far", far.head("a")) == crc32c(LARGE)
-    assert far.counters["bytes_read"] == len(LARGE)
-
-
-def test_many_threads_copy_at_once(place):
-    here = place(jobs=4)
-    keys = [f"k{number}" for number in range(12)]
-    for number, key in enumerate(keys):
-        here.near.put(key, bytes([number]) * (PART_BYTES + number))
-    threads = [threading.Thread(target=here.transfer.copy, args=("near", "far", here.planned(key))) for key in keys]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(here.far.get(key) == here.near.get(key) for key in keys)
-
-
 # -- what is not what was planned -------------------------------------------------------------------------------------
 
 
@@ -280,14 +257,6 @@ def test_a_source_that_fails_at_any_part_leaves_no_copy(place, nth):
     with pytest.raises(StoreError, match="scripted fault"):
         here.copy()
     assert list(here.far.list()) == []
-
-
-def test_a_lost_answer_of_the_last_request_is_an_error(place):
-    here = place(far=FaultStore(memory(), [Fault("complete", kind=FaultKind.LOST_RESPONSE)]))
-    here.near.put("a", SMALL)
-    with pytest.raises(StoreError, match="scripted fault"):
-        here.copy()
-    assert here.far.inner.get("a") == SMALL
 
 
 # -- pace, cancelling, memory -----------------------------------------------------------------------------------------

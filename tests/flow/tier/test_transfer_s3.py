@@ -116,19 +116,6 @@ def test_tiers_of_one_url_list_objects_of_their_class(bucket):
     assert listed == {"standard": ["a"], "cold": ["b"]}
 
 
-def test_from_one_server_to_another_bytes_are_streamed(s3_server, moto_server, tmp_path):
-    urls = {"standard": s3_server, "archive": moto_server}
-    tiers = tuple(
-        Tier(name=name, role=name, url=f"{server.url}/between", storage_options=server.storage_options)
-        for name, server in urls.items()
-    )
-    with Stores(RuleFile(path=Path("rules.toml"), sha256="", tiers=tiers)) as stores, Transfer(stores) as transfer:
-        stores.store("standard").put("a", SMALL)
-        info = stores.head("standard", "a")
-        transfer.copy("standard", "archive", PlannedObject("a", info.n_bytes, info.etag))
-        assert stores.store("archive").get("a") == SMALL
-
-
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
 def test_without_boto3_a_copy_is_read_back(s3_server, tmp_path, monkeypatch, data):
     monkeypatch.setattr("tiercache.tier.stores.has_boto3", lambda: False)

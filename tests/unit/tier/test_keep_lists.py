@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.support.planner_oracle import kept_plainly, unscored_plainly
@@ -77,10 +76,6 @@ def run(*steps: int, **facts: object) -> list[Group]:
     return [checkpoint(0, step, HERE, days=float(1000 - step), **facts) for step in steps]
 
 
-def test_steps_are_compared_as_numbers():
-    assert named_steps(run(9, 10, 100), last=2) == [10, 100]
-
-
 def test_the_last_checkpoints_are_those_written_last_after_a_restart_at_a_lower_step():
     """Step 400 was written; the run restarted at 100."""
     groups = [checkpoint(0, step, HERE, days=days) for step, days in ((200, 9), (300, 8), (400, 7), (101, 2), (102, 1))]
@@ -92,41 +87,12 @@ def test_a_restart_at_a_lower_step_begins_a_new_series_of_multiples():
     assert named_steps(groups, every_steps=100) == [100, 110, 200, 210]
 
 
-def test_every_n_steps_keeps_the_first_at_or_after_each_multiple():
-    assert named_steps(run(40, 90, 110, 150, 300), every_steps=100) == [40, 110, 300]
-
-
-def test_every_counts_from_the_first_checkpoint():
-    groups = [checkpoint(0, step, HERE, days=days) for step, days in ((1, 9.5), (2, 9.0), (3, 8.4), (4, 7.5), (5, 7.4))]
-    assert named_steps(groups, every_s=DAY_S) == [1, 3, 4]
-
-
-@pytest.mark.parametrize(("mode", "steps"), [("min", [20, 30]), ("max", [10, 40])])
-def test_best_keeps_the_lowest_or_highest_values_and_ignores_checkpoints_without_one(mode, steps):
-    values = {10: 9.0, 20: 1.0, 30: 2.0, 40: 8.0}
-    groups = [checkpoint(0, step, HERE, metrics={"loss": value}) for step, value in values.items()]
-    groups.append(checkpoint(0, 50, HERE))
-    assert named_steps(groups, best=(BestMetric(("loss",), n=2, mode=mode),)) == steps
-
-
 def test_a_metric_that_no_checkpoint_of_a_run_has_keeps_all_of_that_run_and_of_no_other():
     """A misspelt name would otherwise keep nothing, and delete_after would take last copies."""
     groups = [*run(10, 20, 30), *(checkpoint(1, step, HERE, metrics={"loss": float(step)}) for step in (10, 20, 30))]
     found = evaluate_keep_list(snapshot_of(groups), np.arange(6), KeepList(best=(BestMetric(("loss",), n=1),)))
     assert found.unscored.tolist() == [True, True, True, False, False, False]
     assert found.named.tolist() == [False, False, False, True, False, False]
-
-
-def test_a_run_without_complete_checkpoints_lacks_no_metric():
-    groups = [checkpoint(0, step, HERE, complete=False) for step in (10, 20)]
-    found = evaluate_keep_list(snapshot_of(groups), np.arange(2), KeepList(best=(BestMetric(("loss",), n=1),)))
-    assert not found.unscored.any()
-
-
-def test_a_metric_that_only_incomplete_checkpoints_have_is_not_found_in_their_run():
-    groups = [*run(10, 20), checkpoint(0, 30, HERE, complete=False, metrics={"loss": 1.0})]
-    found = evaluate_keep_list(snapshot_of(groups), np.arange(3), KeepList(best=(BestMetric(("loss",), n=1),)))
-    assert found.unscored.tolist() == [True, True, False]
 
 
 def test_the_first_metric_that_a_run_has_is_used_for_the_whole_run():
@@ -144,23 +110,3 @@ def test_the_first_metric_that_a_run_has_is_used_for_the_whole_run():
     assert found.named.tolist() == [False, True, False, True, False]
     assert found.without.tolist() == [False, False, True, False, False]
     assert not found.unscored.any()
-
-
-def test_a_checkpoint_whose_metrics_cannot_be_read_may_be_the_best():
-    groups = [
-        checkpoint(0, 10, HERE, metrics={"loss": 1.0}),
-        checkpoint(0, 20, HERE, unread=True),
-        checkpoint(0, 30, HERE),
-    ]
-    found = evaluate_keep_list(snapshot_of(groups), np.arange(3), KeepList(best=(BestMetric(("loss",), n=1),)))
-    assert (found.named.tolist(), found.unscored.tolist()) == ([True, False, False], [False, True, False])
-
-
-def test_among_equal_values_the_later_step_is_better():
-    groups = [checkpoint(0, step, HERE, metrics={"loss": 1.0}) for step in (10, 20, 30)]
-    assert named_steps(groups, best=(BestMetric(("loss",), n=1),)) == [30]
-
-
-def test_an_incomplete_checkpoint_does_not_displace_a_complete_one():
-    groups = [*run(10, 20), checkpoint(0, 30, HERE, complete=False)]
-    assert named_steps(groups, last=1) == [20]

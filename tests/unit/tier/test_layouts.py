@@ -1,5 +1,6 @@
 """Layouts: which keys form a checkpoint, at which step, of which run, and whether its names show it complete."""
 
+import itertools
 import warnings
 from pathlib import Path
 
@@ -166,50 +167,34 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_checkpoint_is_found_with_its_step(name):
+def test_a_checkpoint_is_found_with_its_step_and_all_keys_in_its_folder_and_is_complete(name):
     keys, expected = LAYOUTS[name]
     assert steps(*keys) == expected
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_checkpoint_contains_all_keys_in_its_folder(name):
-    keys, expected = LAYOUTS[name]
     found = groups(layout_of(*keys), keys)
     for path in expected:
         assert found[path] == {key for key in keys if key == path or key.startswith(f"{path}/")}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_a_complete_checkpoint_lacks_nothing(name):
-    keys, _ = LAYOUTS[name]
     assert set(lacks(*keys).values()) == {""}
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "run/last.ckpt", "run/latest", "run/best.pt", "run/final/model.pt", "run/step-10.txt", "run/step-10-model.pt",
-        "run/pytorch_model-00001-of-00003.bin", "run/multistep5/x.pt", "run/version_0/hparams.yaml", "run/stage-1/x.pt",
-        "run/release/mp_rank_00/model_optim_rng.pt", "train/shard-000001.tar", "train/n01440764/image_12.jpg",
-        "run/steps-10/x.pt", "run/step-/x.pt", "run/step-0000000000000000001/x.pt", "iteration", "epoch.pt",
-    ],
+NO_CHECKPOINTS = (
+    "run/last.ckpt", "run/latest", "run/best.pt", "run/final/model.pt", "run/step-10.txt", "run/step-10-model.pt",
+    "run/pytorch_model-00001-of-00003.bin", "run/multistep5/x.pt", "run/version_0/hparams.yaml", "run/stage-1/x.pt",
+    "run/release/mp_rank_00/model_optim_rng.pt", "train/shard-000001.tar", "train/n01440764/image_12.jpg",
+    "run/steps-10/x.pt", "run/step-/x.pt", "run/step-0000000000000000001/x.pt", "iteration", "epoch.pt",
 )  # fmt: skip
-def test_keys_that_name_no_checkpoint_are_single_files(key):
-    layout = layout_of(key)
-    assert (layout.paths.to_pylist(), layout.checkpoint.tolist(), layout.step.tolist()) == ([key], [False], [NO_STEP])
 
 
-def test_a_numbered_folder_is_a_checkpoint_only_beside_another():
+def test_keys_that_name_no_checkpoint_are_single_files():
+    for key in NO_CHECKPOINTS:
+        found = layout_of(key)
+        assert (found.paths.to_pylist(), found.checkpoint.tolist(), found.step.tolist()) == ([key], [False], [NO_STEP])
+
+
+def test_numbered_folders_are_checkpoints_only_beside_another_and_with_weights_and_the_outermost_of_nested_ones():
     assert steps("a/1000/model.pt", "a/readme.txt") == {}
     assert steps("a/1000/model.pt", "a/2000/model.pt") == {"a/1000": 1000, "a/2000": 2000}
-
-
-def test_numbered_folders_without_weights_are_no_checkpoints():
     assert steps("train/0/a.jpg", "train/1/a.jpg", "2024/01/events.parquet", "2025/01/events.parquet") == {}
     assert steps("results/0/file-7.bin", "results/1/file-8.bin", "features/0/1.pt", "features/1/2.pt") == {}
-
-
-def test_the_outermost_of_nested_numbered_folders_is_the_checkpoint():
     assert steps("a/1000/0/model.pt", "a/1000/1/model.pt", "a/2000/0/model.pt") == {"a/1000": 1000, "a/2000": 2000}
 
 
@@ -278,58 +263,53 @@ def runs_of(*keys: str) -> dict[str, int]:
     return dict(zip(layout.paths.to_pylist(), layout.run.tolist(), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("r/step-9.pt", "r/step-10.pt"),
-        ("c/epoch=1-step=10-val_loss=0.5.ckpt", "c/epoch=2-step=20-val_loss=-1.9e-05-v1.ckpt"),
-        ("c/val_loss=0.5-epoch=1.ckpt", "c/val_loss=0.25-epoch=12.ckpt"),
-        ("c/m-epoch02-acc0.32.ckpt", "c/m-epoch03-acc0.5.ckpt"),
-        ("o/checkpoint-5/model.safetensors", "o/checkpoint-10/model.safetensors"),
-        ("x/100/optim.pt", "x/200/optim.pt"),
-    ],
+ONE_RUN = (
+    ("r/step-9.pt", "r/step-10.pt"),
+    ("c/epoch=1-step=10-val_loss=0.5.ckpt", "c/epoch=2-step=20-val_loss=-1.9e-05-v1.ckpt"),
+    ("c/val_loss=0.5-epoch=1.ckpt", "c/val_loss=0.25-epoch=12.ckpt"),
+    ("c/m-epoch02-acc0.32.ckpt", "c/m-epoch03-acc0.5.ckpt"),
+    ("o/checkpoint-5/model.safetensors", "o/checkpoint-10/model.safetensors"),
+    ("x/100/optim.pt", "x/200/optim.pt"),
 )
-def test_checkpoints_of_one_run_form_one_series(one, other):
-    first, second = runs_of(one, other).values()
-    assert first == second != NO_RUN
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("a/step-1.pt", "b/step-1.pt"),
-        ("a/model_step_1.pt", "a/optim_step_1.pt"),
-        ("a/step-1.pt", "a/step-1.safetensors"),
-        ("a/epoch-1.pt", "a/step-1.pt"),
-        ("a/step1000/x.pt", "a/step1000-unsharded/x.pt"),
-    ],
+TWO_RUNS = (
+    ("a/step-1.pt", "b/step-1.pt"),
+    ("a/model_step_1.pt", "a/optim_step_1.pt"),
+    ("a/step-1.pt", "a/step-1.safetensors"),
+    ("a/epoch-1.pt", "a/step-1.pt"),
+    ("a/step1000/x.pt", "a/step1000-unsharded/x.pt"),
 )
-def test_other_names_form_another_series(one, other):
-    assert len(set(runs_of(one, other).values())) == 2
 
+
+def test_names_that_differ_only_in_numbers_are_one_run():
+    for pair in ONE_RUN:
+        first, second = runs_of(*pair).values()
+        assert first == second != NO_RUN, pair
+    for pair in TWO_RUNS:
+        assert len(set(runs_of(*pair).values())) == 2, pair
+
+
+COUNTED = "some of the shards that their names count"
 
 # -- whole or not -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("keys", "missing"),
-    [
-        (("s/step-1/__0_0.distcp",), "a .metadata beside each .distcp"),
-        (("s/step-1/m/.metadata", "s/step-1/m/__0_0.distcp", "s/step-1/o/__0_0.distcp"),
-         "a .metadata beside each .distcp"),
-        (("s/step-1/.metadata", "s/step-1/.metadata.tmp", "s/step-1/__0_0.distcp"),
-         "the end of a save: there is a .metadata.tmp"),
-        (("s/checkpoint-1/model.safetensors", "s/checkpoint-1/training_args.bin"), "trainer_state.json"),
-        (("s/checkpoint-1/optimizer.pt", "s/checkpoint-1/trainer_state.json"), "weights"),
-        (("s/step-1/.metadata", "s/step-1/rng.json"), "weights"),
-        (
-            ("s/step-1/m-00001-of-00003.bin", "s/step-1/m-00003-of-00003.bin"),
-            "some of the shards that their names count",
-        ),
-    ],
-)  # fmt: skip
-def test_a_checkpoint_lacks_what_its_names_promise(keys, missing):
-    assert set(lacks(*keys).values()) == {missing}
+LACKING = (
+    (("s/step-1/__0_0.distcp",), "a .metadata beside each .distcp"),
+    (("s/step-1/m/.metadata", "s/step-1/m/__0_0.distcp", "s/step-1/o/__0_0.distcp"), "a .metadata beside each .distcp"),
+    (
+        ("s/step-1/.metadata", "s/step-1/.metadata.tmp", "s/step-1/__0_0.distcp"),
+        "the end of a save: there is a .metadata.tmp",
+    ),
+    (("s/checkpoint-1/model.safetensors", "s/checkpoint-1/training_args.bin"), "trainer_state.json"),
+    (("s/checkpoint-1/optimizer.pt", "s/checkpoint-1/trainer_state.json"), "weights"),
+    (("s/step-1/.metadata", "s/step-1/rng.json"), "weights"),
+    (("s/step-1/m-00001-of-00003.bin", "s/step-1/m-00003-of-00003.bin"), COUNTED),
+)
+
+
+def test_a_checkpoint_lacks_what_its_names_promise():
+    for keys, missing in LACKING:
+        assert set(lacks(*keys).values()) == {missing}, keys
 
 
 def test_trainer_state_is_required_of_all_checkpoints_of_a_trainer_run():
@@ -341,9 +321,6 @@ def test_numbered_shards_are_counted_per_folder():
     keys = [f"s/step-1/{part}/m-0000{n}-of-00002.bin" for part in ("a", "b") for n in (1, 2)]
     assert lacks(*keys) == {"s/step-1": ""}
     assert lacks(*keys[:3]) == {"s/step-1": "some of the shards that their names count"}
-
-
-ABC = ["a.bin", "b.bin", "c.bin"]
 
 
 PARTIAL = "files that other checkpoints of its run have"
@@ -359,13 +336,11 @@ def partial(files: dict[int, list[str]]) -> set[int]:
 ABC = ["a.bin", "b.bin", "c.bin"]
 
 
-@pytest.mark.parametrize("missing", ABC)
-@pytest.mark.parametrize("n", [2, 3, 9])
-@pytest.mark.parametrize("is_first", [True, False])
-def test_a_checkpoint_without_a_file_that_its_neighbours_have_is_a_partial_copy(missing, n, is_first):
-    broken = 1 if is_first else n
-    files = dict.fromkeys(range(1, n + 1), ABC) | {broken: [name for name in ABC if name != missing]}
-    assert partial(files) == {broken}
+def test_a_checkpoint_without_a_file_that_its_neighbours_have_is_a_partial_copy():
+    for missing, n, is_first in itertools.product(ABC, (2, 3, 9), (True, False)):
+        broken = 1 if is_first else n
+        files = dict.fromkeys(range(1, n + 1), ABC) | {broken: [name for name in ABC if name != missing]}
+        assert partial(files) == {broken}
 
 
 def test_partial_copies_are_found_although_several_lack_files():
@@ -407,28 +382,19 @@ def test_a_description_that_all_others_have_is_required():
     assert partial({1: ["m.bin", "config.json"], 2: ["m.bin", "config.json"], 3: ["m.bin"]}) == {3}
 
 
-def test_a_checkpoint_that_lacks_files_by_its_own_names_sets_no_standard():
+def test_incomplete_checkpoints_and_those_of_another_run_set_no_standard():
     keys = ["s/step-1/m-00001-of-00003.bin", "s/step-1/m-00002-of-00003.bin", "s/step-2/m-00001-of-00001.bin"]
-    assert lacks(*keys) == {"s/step-1": "some of the shards that their names count", "s/step-2": ""}
-
-
-def test_the_checkpoints_of_another_run_are_no_neighbours():
+    assert lacks(*keys) == {"s/step-1": COUNTED, "s/step-2": ""}
     assert set(lacks("a/step-1/a.bin", "a/step-1/b.bin", "b/step-2/a.bin", "a/epoch-2/a.bin").values()) == {""}
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "a/x.tmp", "a/x.part", "a/.tiercache-tmp-12", "out/tmp-checkpoint-5/model.bin",
-        "x/1000.orbax-checkpoint-tmp-1/m", "a/x.incomplete", "s/step-5.tmp/model.pt", "s/step-5-tmp/model.pt",
-    ],
-)  # fmt: skip
-def test_unfinished_objects_belong_to_no_group(key):
-    layout = layout_of(key)
-    assert (layout.group.tolist(), len(layout.paths), layout.unfinished.tolist()) == ([NO_GROUP], 0, [True])
-
-
-def test_an_unfinished_object_in_a_checkpoint_belongs_to_it():
+def test_unfinished_objects_belong_to_no_group_unless_they_lie_in_a_checkpoint():
+    for key in (
+        *("a/x.tmp", "a/x.part", "a/.tiercache-tmp-12", "out/tmp-checkpoint-5/model.bin", "a/x.incomplete"),
+        *("x/1000.orbax-checkpoint-tmp-1/m", "s/step-5.tmp/model.pt", "s/step-5-tmp/model.pt"),
+    ):
+        layout = layout_of(key)
+        assert (layout.group.tolist(), len(layout.paths), layout.unfinished.tolist()) == ([NO_GROUP], 0, [True])
     keys = ("s/step-1/model.pt", "s/step-1/optim.pt.tmp")
     layout = layout_of(*keys)
     assert groups(layout, keys) == {"s/step-1": set(keys)}
@@ -557,16 +523,12 @@ def runs(layout: KeyGroups) -> set[frozenset[str]]:
     return {frozenset(paths) for paths in found.values()}
 
 
-def test_one_of_our_own_checkpoints_is_complete_with_its_manifest_alone():
+def test_one_of_our_own_checkpoints_is_complete_with_its_manifest_which_is_its_final_object():
     tensors = f"{OWN}/tensors-00001-of-00004.safetensors", f"{OWN}/state.json"
     assert lacks(*tensors) == {OWN: "checkpoint.json"}
     assert lacks(*tensors, f"{OWN}/checkpoint.json") == {OWN: ""}
-
-
-def test_the_manifest_of_one_of_our_own_checkpoints_is_its_final_object():
     keys = [f"{OWN}/checkpoint.json", f"{OWN}/state.json", f"{OWN}/trainer_state.json", "step-1/checkpoint.json"]
-    layout = layout_of(*keys)
-    assert layout.rank.tolist() == [COMPLETING, MEMBER, MEMBER, MEMBER]
+    assert layout_of(*keys).rank.tolist() == [COMPLETING, MEMBER, MEMBER, MEMBER]
 
 
 def test_our_own_checkpoints_of_a_folder_are_a_run_with_steps_and_times():

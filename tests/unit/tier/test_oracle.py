@@ -103,20 +103,6 @@ def test_a_copy_may_be_withdrawn_unless_another_tier_has_got_one_since(oracle):
     assert "grace" in found(oracle, picture() | warm, day=1.6)
 
 
-def test_a_part_that_a_user_wrote_is_not_withdrawn(oracle):
-    oracle.wrote("cold", "c/1/a", data("c/1/a"), DAY_S)
-    oracle.begins(picture(cold={"c/1/a": Seen(data("c/1/a"))}), DAY_S)
-    assert "grace" in found(oracle, picture(), day=1.1)
-
-
-def test_a_copy_of_bytes_that_a_user_has_replaced_may_be_withdrawn(oracle):
-    assert found(oracle, COPIED) == ""
-    oracle.wrote("hot", "f", data("f", 1), DAY_S)
-    oracle.begins(picture(CHECKPOINTS | NEW_FILE, objects(FILE)), DAY_S)
-    assert found(oracle, picture(CHECKPOINTS | NEW_FILE), day=1.1) == ""
-    assert LOST in found(oracle, picture(CHECKPOINTS), day=1.1)
-
-
 @pytest.mark.parametrize("is_put_back", [True, False])
 def test_a_copy_that_is_made_again_starts_a_new_grace_period_unless_a_user_puts_it_back(oracle, is_put_back):
     assert found(oracle, COPIED) == ""
@@ -181,13 +167,6 @@ def test_two_contents_that_users_wrote_in_two_tiers_must_both_stay(oracle):
     assert LOST in found(oracle, COPIED)
 
 
-def test_a_rewritten_object_supersedes_the_copies_of_the_old_one(oracle):
-    assert found(oracle, COPIED) == ""
-    oracle.wrote("hot", "f", data("f", 1), DAY_S)
-    oracle.begins(picture(CHECKPOINTS | NEW_FILE, objects(FILE)), DAY_S)
-    assert found(oracle, picture(CHECKPOINTS | NEW_FILE, NEW_FILE)) == ""
-
-
 @pytest.mark.parametrize("is_copied", [True, False])
 def test_an_object_that_users_removed_in_one_tier_must_stay_in_the_other(oracle, is_copied):
     assert found(oracle, COPIED if is_copied else picture()) == ""
@@ -248,30 +227,3 @@ def test_what_a_user_wrote_during_deletions_and_is_still_there_afterwards_stays(
     oracle.begins(picture(CHECKPOINTS | NEW_FILE), DAY_S)
     oracle.decides(is_decided=False)
     assert LOST in found(oracle, picture(CHECKPOINTS))
-
-
-@pytest.mark.parametrize("how", ["removed", "rotted"])
-def test_a_newest_checkpoint_that_users_took_during_a_batch_of_deletions_is_not_missed_afterwards(oracle, how):
-    without = {key: seen for key, seen in picture()["hot"].items() if key != "c/2/a"}
-    oracle.decides(is_decided=True)
-    if how == "removed":
-        oracle.removed("hot", "c/2/a")
-    else:
-        oracle.rotted("hot", "c/2/a", b"rot")
-        without["c/2/a"] = Seen(b"rot")
-    oracle.begins(picture(without), DAY_S)
-    assert found(oracle, picture(without)) == ""
-    oracle.decides(is_decided=False)
-    assert found(oracle, picture(without)) == ""
-
-
-@pytest.mark.parametrize("is_decided", [True, False])
-def test_a_user_who_removes_the_newer_checkpoint_during_a_deletion_is_too_late(oracle, is_decided):
-    whole = picture()["hot"]
-    oracle.begins(picture(whole), 31 * DAY_S)
-    oracle.decides(is_decided=is_decided)
-    without = {key: seen for key, seen in whole.items() if key != "c/2/last"}
-    oracle.removed("hot", "c/2/last")
-    oracle.begins(picture(without), 31 * DAY_S)
-    left = {key: seen for key, seen in without.items() if key not in OLD.keys}
-    assert (LOST in found(oracle, picture(left), day=31)) == (not is_decided)
