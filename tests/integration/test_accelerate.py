@@ -117,9 +117,10 @@ def test_skipping_batches_by_their_indices_says_what_to_do_instead(dataset, acce
         next(iter(accelerator.skip_first_batches(loader, 2)))
 
 
-@pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("epoch", [0, 2])
-@pytest.mark.parametrize("way", ["bare", "prepared", "bare, by workers"])
+@pytest.mark.parametrize(
+    ("way", "epoch", "drop_last"),
+    [("bare", 0, False), ("bare", 2, True), ("prepared", 2, False), ("bare, by workers", 0, True)],
+)
 def test_skipping_the_first_batches_leaves_the_rest_of_the_epoch(dataset, accelerator, way, epoch, drop_last):
     def make():
         arguments = {"shuffle": True, "drop_last": drop_last, "options": tc.LoaderOptions(seed=3)}

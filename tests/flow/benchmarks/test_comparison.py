@@ -1,8 +1,6 @@
 """Benchmarks run: their smoke tests end well and write their rows, and what is served wrong is found out."""
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +12,6 @@ import pytest
 import torch
 from tests.flow.benchmarks.conftest import BENCHMARKS
 from tests.support.warm_python import WarmPython
-
-from tiercache._native.mapping import are_resident
 
 
 def run_quick(python: WarmPython, command: list[str], folder: Path) -> tuple[str, list[dict]]:
@@ -127,52 +123,6 @@ def test_a_contender_that_fails_is_a_row_with_its_reason(bench: Callable[[str], 
     assert "no such adapter (shuffle none): ModuleNotFoundError" in text
 
 
-@pytest.mark.stress
-def test_a_contender_with_fewer_records_packs_and_reads_exactly_the_first_ones(
-    bench: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    compare, peers, workloads = bench("peers.compare"), bench("peers.catalogue").PEERS, bench("workloads")
-    tiny, source = replace(workloads.BYTES, batch_size=8, n_records=83), bench("source").Source
-    # One packs its records, one takes those that were generated, as they lie.
-    plan, shares = small_plan(compare, tmp_path, "numpy_memmap", "c_floor"), {"numpy_memmap": 37, "c_floor": 29}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, n in shares.items():
-            changes = {"shuffles": ("full",), "forms": ("list",), "fewer": {"bytes": n}}
-            patch.setitem(peers, name, replace(peers[name], **changes))
-        rows = [{**row, **bench("rows").machine()} for row in compare.compare(tiny, plan, compare.Tasks(plan))]
-    assert [row["peer"] for row in loads(rows)] == [*shares]
-    for row in loads(rows):
-        assert (row["workload"]["n_records"], row["whole_records"]) == (shares[row["peer"]], 83)
-        # Each of them came once, or the contender would have failed.
-        assert row["checked_share"]["median"] == 1
-    whole = source(tiny, tmp_path / "data" / "bytes")
-    packed = source(workloads.first_of(tiny, 37), tmp_path / "packed" / "numpy_memmap" / "bytes-37")
-    assert (packed.folder / "values").stat().st_size == whole.offsets(tiny.fields[0])[37]
-    assert packed.batch(0, 37)["values"] == whole.batch(0, 37)["values"]
-    assert packed.keys.tolist() == list(range(37))
-    text = bench("peers.report").markdown(rows)
-    assert text.count("### ") == 1
-    assert "83 records of bytes" in text
-    # Read by both, packed by one.
-    assert (text.count("37 records"), text.count("29 records")) == (2, 1)
-
-
-def test_data_packed_from_fewer_records_is_not_reused_for_all_records(
-    bench: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    compare, peers, workloads = bench("peers.compare"), bench("peers.catalogue").PEERS, bench("workloads")
-    plan, tiny = small_plan(compare, tmp_path, "numpy_memmap"), replace(workloads.TENSORS, batch_size=8, n_records=64)
-    again = replace(plan, reuse=True, resume=True)
-    packed = []
-    for fewer, how in (({}, plan), ({"tensors": 32}, again), ({}, again)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(peers, "numpy_memmap", replace(peers["numpy_memmap"], shuffles=(), fewer=fewer))
-            packed += [row["records_per_s"] for row in compare.compare(tiny, how, compare.Tasks(how))]
-    assert packed[2] == packed[0] != packed[1]
-    folder = tmp_path / "packed" / "numpy_memmap"
-    assert [(folder / name / "label").stat().st_size // 8 for name in ("tensors", "tensors-32")] == [64, 32]
-
-
 @pytest.fixture
 def checked(bench: Callable[[str], ModuleType], tmp_path: Path) -> tuple[Any, list[dict[str, Any]]]:
     """A consumer of 64 small records with text, and the two batches that hold them."""
@@ -201,47 +151,6 @@ def swapped(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, "label": batch["label"].flip(0)}
 
 
-def test_a_partial_epoch_is_checked_as_far_as_it_was_read(checked: tuple[Any, list[dict[str, Any]]]) -> None:
-    consumer, (one, two) = checked
-    assert not consumer.check_records([one, two], until_s=0.0)
-    assert consumer.order.tolist() == one["label"].tolist()
-    consumer.reset()
-    assert not consumer.read([one, two], until_s=0.0)
-    consumer.check_sums(1, whole=False)
-    with pytest.raises(ValueError, match="records were not served"):
-        consumer.check_sums(1)
-    consumer.read([one])
-    with pytest.raises(ValueError, match="records were not served"):
-        consumer.check_sums(1, whole=False)
-    consumer.reset()
-    consumer.read([changed(one)])
-    with pytest.raises(ValueError, match="the sum of the"):
-        consumer.check_sums(1, whole=False)
-
-
-def test_a_timed_span_continues_the_epoch_that_was_cut(
-    bench: Callable[[str], ModuleType], checked: tuple[Any, list[dict[str, Any]]]
-) -> None:
-    (consumer, batches), spans, begun = checked, bench("peers.spans"), []
-
-    def epoch() -> Any:
-        begun.append(len(begun))
-        return iter(batches)
-
-    stream = spans.Stream(epoch)
-    stream.first()
-    assert not stream.read(consumer.read, 0.0)
-    assert begun == [0]
-    assert not stream.at_start
-    consumer.reset()
-    assert stream.read(consumer.read)
-    assert consumer.n_samples == 32
-    assert begun == [0]
-    whole = spans.timing(consumer, consumer.read, stream, 0.0)
-    assert (whole["n_samples"], whole["n_epochs"], whole["whole"]) == (64, 1, True)
-    assert begun == [0, 1]
-
-
 def test_the_floor_serves_each_row_and_can_be_closed_in_mid_epoch(
     bench: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
@@ -261,25 +170,6 @@ def test_the_floor_serves_each_row_and_can_be_closed_in_mid_epoch(
     made.close()
     cut.close()
     made.close()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="asks the page cache as Linux has it")
-def test_data_is_in_the_page_cache_before_a_contender_starts(
-    bench: Callable[[str], ModuleType], tmp_path: Path
-) -> None:
-    path = tmp_path / "inner" / "file"
-    path.parent.mkdir()
-    path.write_bytes(bytes(4 << 20))
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        memory = np.memmap(path, np.uint8, "r")
-        address = memory.__array_interface__["data"][0]
-        pages = np.array([[address, len(memory)]], np.uint64)
-        if are_resident(pages):
-            pytest.skip("this file system keeps all of its files in memory")
-        bench("peers.runner").read_through(tmp_path)
-        assert are_resident(pages)
 
 
 def test_correct_batches_pass_both_checks_in_both_layouts(checked: tuple[Any, list[dict[str, Any]]]) -> None:
@@ -308,24 +198,12 @@ def test_wrong_batches_are_refused(checked: tuple[Any, list[dict[str, Any]]]) ->
             consumer.check_sums(1)
 
 
-def test_shuffle_quality_is_computed_from_the_order(bench: Callable[[str], ModuleType]) -> None:
-    quality, n = bench("consumer").shuffle_quality, 4096
-    assert quality(np.arange(n), n) == {"rank_correlation": 1.0, "neighbour_distance": pytest.approx(0, abs=0.001)}
-    # Runs of neighbours, themselves well mixed: the rank correlation alone would not tell.
-    rng = np.random.default_rng(1)
-    runs = (rng.permutation(n // 32)[:, None] * 32 + np.arange(32)).ravel()
-    assert abs(quality(runs, n)["rank_correlation"]) < 0.3
-    assert quality(runs, n)["neighbour_distance"] < 0.1
-    assert quality(rng.permutation(n), n)["neighbour_distance"] == pytest.approx(1, abs=0.05)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
 def test_transforms_are_compared_with_torchs_loader(
-    bench: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+    bench: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = bench("bench_transforms")
     monkeypatch.setattr(module, "N_TOKENS", 40)
     monkeypatch.setattr(module, "N_IMAGES", 10)
     for path, transform in zip(module.pack(tmp_path), module.TRANSFORMS, strict=True):
-        figures = module.compare(path, transform, 8, workers, repetitions=1)
+        figures = module.compare(path, transform, 8, 0, repetitions=1)
         assert all(figure > 0 for figure in figures)

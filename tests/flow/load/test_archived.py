@@ -99,18 +99,6 @@ def test_after_a_restore_the_same_loader_continues(world):
     dataset.close()
 
 
-def test_after_shards_are_moved_home_the_same_loader_continues(world):
-    world.archive(world.moved.keys)
-    dataset = world.dataset()
-    loader = tc.DataLoader(dataset, batch_size=16)
-    with pytest.raises(ArchivedShards):
-        iter(loader)
-    home = ServedStore(world.cold, "far")
-    world.moved.move(world.moved.keys, world.moved.store, src=home)
-    assert [i for batch in loader for i in batch["id"].tolist()] == ALL
-    dataset.close()
-
-
 def test_a_run_without_archived_shards_begins(world):
     keys = world.moved.keys
     world.archive(keys[2:])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import warnings
 import weakref
 from pathlib import Path
@@ -104,27 +103,6 @@ def test_a_loader_whose_disk_is_full_says_so_once(server, tmp_path, monkeypatch)
     assert str(tmp_path / "cache") in said
 
 
-def test_what_has_no_room_is_shown_without_any_configuration(server, tmp_path, warm_python):
-    script = (
-        "import sys, tiercache as tc\n"
-        "with tc.Cache(sys.argv[2], size='1MB', min_free='100%') as cache:\n"
-        "    dataset = tc.Dataset(sys.argv[1], cache=cache)\n"
-        "    loader = tc.DataLoader(dataset, batch_size=100)\n"
-        "    print(sum(len(batch['id']) for _ in range(2) for batch in loader))\n"
-        "    dataset.close()\n"
-    )
-    run = warm_python.run(["-c", script, f"{server.url}/data", str(tmp_path / "cache")], cwd=tmp_path)
-    assert run.stdout.split() == [str(2 * N)]
-    assert run.stderr.count("no space") == 1
-
-
-def test_a_data_set_that_fits_is_not_warned_of(server, tmp_path):
-    with tc.Cache(tmp_path / "cache", size="1MB", min_free="0%") as cache:
-        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-        assert dataset[5]["id"] == 5
-        dataset.close()
-
-
 def test_a_default_cache_that_cannot_be_made_is_warned_of_and_done_without(server, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(tmp_path / "file" / "cache"))
@@ -134,19 +112,6 @@ def test_a_default_cache_that_cannot_be_made_is_warned_of_and_done_without(serve
     dataset.close()
     with pytest.raises(OSError, match=r"Not a directory|File exists"):
         tc.Cache(tmp_path / "file" / "cache", size="1MB")
-
-
-def test_the_loaders_figures_survive_the_caches_folder(server, tmp_path):
-    with tc.Cache(tmp_path / "cache", size="1MB", min_free="0%") as cache:
-        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-        loader = tc.DataLoader(dataset, batch_size=100)
-        seen = []
-        for batch in loader:
-            seen += batch["id"].tolist()
-            shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-        assert seen == list(range(N))
-        assert loader.stats()["samples"] == N
-        dataset.close()
 
 
 def test_shards_larger_than_the_cache_are_read_past_it_and_the_warning_counts_them(server, tmp_path):

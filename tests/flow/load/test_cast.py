@@ -195,36 +195,14 @@ def test_the_native_path_and_collate_give_the_same_batch(packed, asked, batch_si
     assert seen == N
 
 
-@pytest.mark.parametrize("form", ["list", "padded", "nested", "buffer"])
-def test_every_form_of_a_ragged_column_is_of_the_dtype_with_its_fill(packed, form):
-    ask = {"cast": {"boxes": "float32"}, "layouts": {"boxes": form}, "fill_nulls": {"boxes": np.array([[0.25, 7]])}}
-    dataset = tc.Dataset(packed, columns=["boxes"], **ask)
-    (batch,) = tc.DataLoader(dataset, batch_size=N)
-    got = batch["boxes"]
-    rows = got.unbind() if form == "nested" else got
-    for i, row in enumerate(rows):
-        wanted = expected_value("boxes", i, "float32")
-        wanted = [[0.25, 7.0]] if wanted is None else wanted
-        found = row[: len(wanted)] if form == "padded" else row
-        assert dtype_of(found) == "float32"
-        assert found.tolist() == wanted
-    assert dtype_of(got.values if form == "buffer" else rows[0]) == "float32"
-
-
-def test_torch_loaders_get_the_cast_with_either_collate_and_workers(packed):
+def test_torch_loaders_get_the_cast_with_either_collate(packed):
     dataset = tc.Dataset(packed, columns=["tokens", "flag"], cast={"tokens": "int64", "flag": "float32"})
     wanted = [[expected_value("tokens", i, "int64") for i in range(N)], [float(i % 2 == 0) for i in range(N)]]
     for collate_fn in (tc.collate, default_collate):
-        for n_workers in (0, 2):
-            batches = list(TorchLoader(dataset, batch_size=16, num_workers=n_workers, collate_fn=collate_fn))
-            assert {(b["tokens"].dtype, b["flag"].dtype) for b in batches} == {(torch.int64, torch.float32)}
-            assert torch.cat([b["tokens"] for b in batches]).tolist() == wanted[0]
-            assert torch.cat([b["flag"] for b in batches]).tolist() == wanted[1]
-
-
-def test_an_embedding_takes_what_is_served(packed):
-    (batch,) = tc.DataLoader(tc.Dataset(packed, columns=["tokens"], cast={"tokens": torch.int64}), batch_size=N)
-    assert torch.nn.Embedding(256, 4)(batch["tokens"]).shape == (N, 70, 4)
+        batches = list(TorchLoader(dataset, batch_size=16, collate_fn=collate_fn))
+        assert {(b["tokens"].dtype, b["flag"].dtype) for b in batches} == {(torch.int64, torch.float32)}
+        assert torch.cat([b["tokens"] for b in batches]).tolist() == wanted[0]
+        assert torch.cat([b["flag"] for b in batches]).tolist() == wanted[1]
 
 
 def test_the_schema_says_what_is_served_and_arrow_what_is_stored(packed):
@@ -259,13 +237,6 @@ def test_pickles_selections_views_and_joined_data_sets_keep_the_cast(packed):
     assert plain_batch(joined[4:6]) == plain_batch(dataset[[4, 50]])
 
 
-def test_tuples_have_the_cast(packed):
-    pairs = tc.Dataset(packed, cast={"tokens": "int64"}).as_tuple("tokens", "flag")
-    assert pairs[0][0].dtype == np.int64
-    tokens, _ = next(iter(tc.DataLoader(pairs, batch_size=4)))
-    assert tokens.dtype == torch.int64
-
-
 def test_data_sets_that_are_cast_otherwise_are_not_joined(packed):
     with pytest.raises(SchemaError, match="id"):
         tc.Dataset(packed, cast={"id": "int32"}) + tc.Dataset(packed)
@@ -275,17 +246,6 @@ def test_a_cast_to_the_stored_dtype_is_none(packed):
     dataset = tc.Dataset(packed, cast={"tokens": "uint16", "flag": np.bool_})
     assert dataset._output_spec.cast == {}
     assert plain_batch(dataset[0]) == plain_batch(tc.Dataset(packed)[0])
-
-
-def test_casts_work_through_a_cache_and_a_store_without_one(packed, tmp_path):
-    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
-        for held in (cache, False):
-            dataset = tc.Dataset(packed, cache=held, cast={"tokens": "int64", "maybe": "float32"})
-            usual = tc.Dataset(packed)
-            assert dataset[7]["tokens"].tolist() == usual[7]["tokens"].tolist()
-            assert [float(v) for v in dataset[[1, 2]]["maybe"]] == [float(v) for v in usual[[1, 2]]["maybe"]]
-            assert sum(len(b["tokens"]) for b in tc.DataLoader(dataset, batch_size=7)) == N
-            dataset.close()
 
 
 @pytest.fixture(scope="module")
@@ -331,20 +291,19 @@ def test_batches_before_the_value_that_does_not_fit_are_served(large):
         next(loader)
 
 
-@pytest.mark.parametrize(
-    ("cast", "match"),
-    [
+def test_invalid_casts_are_refused_when_the_data_set_is_opened(packed):
+    for cast, match in (
         ({"nothing": "int64"}, "'nothing': no such column"),
         ({"tokens": "int65"}, "'tokens': cast: no such dtype.*one of int8.*'int65'"),
         ({"text": "int64"}, "'text': cast: only numbers can be cast, and this is str"),
         ({"blob": "int64"}, "'blob': cast: only numbers can be cast.*DecodeImage"),
         ({"score": "int32"}, r"'score'.*0\.5.*one of float16, bfloat16, float32, float64, got int32"),
         ({"half": "bool"}, "'half'.*bfloat16 has values without an equal bool"),
-    ],
-)
-def test_invalid_casts_are_refused_when_the_data_set_is_opened(packed, cast, match):
-    with pytest.raises(SchemaError, match=match):
-        tc.Dataset(packed, cast=cast)
+    ):
+        with pytest.raises(SchemaError, match=match):
+            tc.Dataset(packed, cast=cast)
+    with pytest.raises(TypeError, match="cast is a mapping from column names to dtypes, got str"):
+        tc.Dataset(packed, cast="int64")
 
 
 def test_pictures_objects_and_arrow_columns_are_refused_with_what_to_do(tmp_path):
@@ -359,8 +318,3 @@ def test_fills_are_of_the_served_dtype(packed):
     assert tc.Dataset(packed, cast={"count": "float32"}, fill_nulls={"count": 0.5})[1]["count"] == np.float32(0.5)
     with pytest.raises(SchemaError, match=r"'count'.*hold"):
         tc.Dataset(packed, cast={"count": "int8"}, fill_nulls={"count": 300})
-
-
-def test_a_cast_that_is_no_mapping_is_refused(packed):
-    with pytest.raises(TypeError, match="cast is a mapping from column names to dtypes, got str"):
-        tc.Dataset(packed, cast="int64")

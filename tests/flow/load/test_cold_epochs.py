@@ -103,15 +103,6 @@ def test_the_first_shuffled_batch_waits_only_for_the_blocks_of_its_slice(cold, c
     assert sorted(ids) == list(range(N))
 
 
-def test_slices_do_not_change_the_order(cold, monkeypatch):
-    orders = []
-    for slice_bytes in (1, 1 << 40):
-        monkeypatch.setattr("tiercache.load.pieces.SLICE_BYTES", slice_bytes)
-        _, loader = cold(cached=False)
-        orders.append([i for batch in loader for i in batch["id"].tolist()])
-    assert orders[0] == orders[1]
-
-
 def test_without_a_cache_no_block_is_read_twice_for_slices(cold, monkeypatch):
     monkeypatch.setattr("tiercache.load.pieces.SLICE_BYTES", 1)
     store, loader = cold(cached=False)
@@ -213,31 +204,6 @@ def test_a_footer_that_is_missing_is_an_error_after_the_batches_before_it(cold, 
     with pytest.raises(tc.StoreError, match="gone"):
         ids.extend(i for batch in loader for i in batch["id"].tolist())
     assert len(ids) == 8 * SHARD_BLOCKS * BLOCK_RECORDS
-
-
-def test_a_cached_projection_of_labels_takes_a_read_of_each_footer_and_one_of_the_labels_of_each_shard(
-    tmp_path, monkeypatch
-):
-    sizes = {"shard_size": 64 * 32_000, "block_size": 16 * 32_000, "compression": "none"}
-    name = f"labels-{tmp_path.name}"
-    with tc.Writer(
-        f"memory://{name}", schema={"label": "int64", "x": tc.Tensor("uint8", (32_000,))}, **sizes
-    ) as writer:
-        writer.write_batch({"label": np.arange(256), "x": np.zeros((256, 32_000), np.uint8)})
-    store = ScriptedStore(MemoryStore(name))
-    monkeypatch.setattr(opened_version.DatasetLocation, "open", lambda _: store)
-    cache = tc.Cache(tmp_path / "cache", size="1GB", min_free=0)
-    dataset = tc.Dataset("s3://scripted/labels", cache=cache, columns=["label"])
-    n_shards = len(dataset._source.leaves[0].table)
-    n_blocks = sum(len(sizes.records) for sizes in dataset._source.leaves[0].block_sizes(range(n_shards)))
-    loader = tc.DataLoader(dataset, 16, shuffle=True, options=tc.LoaderOptions(seed=1), timeout=60)
-    assert sorted(i for batch in loader for i in batch["label"].tolist()) == list(range(256))
-    assert n_blocks >= 4 * n_shards - 4
-    assert len(store.reads) == 2 * n_shards
-    assert store.n_bytes < n_shards * 32_000
-    del loader
-    dataset.close()
-    cache.close()
 
 
 class Rounds:

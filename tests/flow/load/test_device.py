@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
 import random
-import signal
 import sys
 from contextlib import contextmanager
 from functools import cache
@@ -21,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.flow.load.test_on_corrupt import strike
 from tests.support import ROOT, decoded
-from tests.support.fake_device import FakeDevice, FakeStream, install
+from tests.support.fake_device import FakeDevice, install
 from tests.support.interrupts import leaves_with
 from tests.support.records import check_batch, ids_of
 
@@ -98,9 +96,6 @@ def pipeline_of(results: list[Any], *, n_copied: int = 2, is_fixed: bool = False
 
 def batch_of(number: int) -> dict[str, Any]:
     return {"x": torch.full((4,), number), "name": [f"batch {number}"]}
-
-
-# ---- what is served ----
 
 
 def test_batches_on_a_device_are_those_of_the_cpu(make_dataset, eager):
@@ -197,14 +192,6 @@ def test_decoded_images_and_their_small_columns_are_one_copy_of_one_block(tmp_pa
         assert len(set(device.pinned_bytes)) == 1
 
 
-def test_whole_images_of_their_own_sizes_go_to_the_device(tmp_path, eager):
-    path = decoded.write(tmp_path / "data", decoded.make_columns(20))
-    plain = list(decoded.loader_of(path, tc.DecodeImage(None)))
-    for batch, other in zip(decoded.loader_of(path, tc.DecodeImage(None), device=FAKE), plain, strict=True):
-        assert all(torch.equal(one, two) for one, two in zip(batch["image"], other["image"], strict=True))
-        assert not any(eager[0].is_pinned(image) for image in batch["image"])
-
-
 def test_a_change_of_one_column_is_no_change_of_another_for_autograd(make_dataset, eager):
     batch = next(iter(loader_of(fixed_columns(make_dataset(N)))))
     weight = torch.ones(6, requires_grad=True)
@@ -270,9 +257,6 @@ def test_a_batch_without_tensors_is_served_as_it_is():
     assert pipeline.take() == {"name": ["c"]}
     assert pipeline.take() is None
     assert device.n_copies == 0
-
-
-# ---- order, events, memory ----
 
 
 def test_copies_are_issued_ahead_but_no_more_than_asked():
@@ -388,18 +372,6 @@ def test_no_memory_on_the_device_is_an_error_that_loses_no_batch():
     assert [pipeline.take()["name"] for _ in range(2)] == [["batch 0"], ["batch 1"]]
 
 
-def test_a_timeout_is_the_loaders():
-    class Slow(Stage):
-        def take(self, timeout_s: float = -1.0) -> Any:
-            raise TimeoutError
-
-    pipeline, _ = pipeline_of([])
-    pipeline._before = Slow([])
-    with pytest.raises(TimeoutError):
-        pipeline.take(0.01)
-    pipeline.close()
-
-
 def test_close_waits_for_the_copies_that_are_running(make_dataset, lazy):
     loader = loader_of(make_dataset(N), device_batches=4)
     iterator = iter(loader)
@@ -443,42 +415,6 @@ def test_several_loaders_and_devices_serve_side_by_side(make_dataset, eager):
     served = [[check_batch(batch) for batch in column] for column in zip(*map(list, loaders), strict=True)]
     assert [list(column) for column in zip(*served, strict=True)] == expected
     assert [device.device.index for device in eager] == [0, 1, 0]
-
-
-def test_a_forked_child_cannot_use_the_iterator_and_ends(make_dataset, eager):
-    iterator = iter(loader_of(make_dataset(N)))
-    next(iterator)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(20)
-        try:
-            next(iterator)
-        except RuntimeError:
-            iterator.close()
-            os._exit(0)
-        os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
-    iterator.close()
-
-
-def test_a_process_exits_with_batches_on_their_way(make_dataset, warm_python):
-    code = """
-import sys
-import pytest
-from tests.support.fake_device import install
-import tiercache as tc
-made = install(pytest.MonkeyPatch())
-options = tc.LoaderOptions(device="privateuseone", seed=1)
-loader = tc.DataLoader(tc.Dataset(sys.argv[1]), batch_size=4, shuffle=True, options=options)
-iterator = iter(loader)
-batch = next(iterator)
-print("served")
-"""
-    done = warm_python.run(["-c", code, str(make_dataset(N))], cwd=ROOT)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "served\n", "")
-
-
-# ---- random completion orders ----
 
 
 @contextmanager
@@ -560,9 +496,6 @@ def test_no_slot_is_rewritten_and_no_batch_is_seen_before_its_copy_is_done(
     assert sorted(seen) == sorted(expected)
     if n_streams == 1:
         assert seen == expected
-
-
-# ---- fixed buffers ----
 
 
 def test_fixed_buffers_have_the_same_addresses_in_every_epoch_and_nothing_is_pending(make_dataset, lazy):
@@ -683,9 +616,6 @@ def test_a_compiled_step_takes_all_batches_by_one_graph(make_dataset, warm_pytho
     assert done.returncode == 0, done.stderr
 
 
-# ---- options and statistics ----
-
-
 def test_a_device_that_cannot_serve_is_refused_with_a_way_out(make_dataset):
     path = make_dataset(20)
     with pytest.raises(ValueError, match="device='mps': MPS has no streams"):
@@ -697,28 +627,14 @@ def test_a_device_that_cannot_serve_is_refused_with_a_way_out(make_dataset):
             loader_of(path, device="cuda")
 
 
-@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
-def test_the_cpu_takes_the_plain_path(make_dataset, device):
-    loader = loader_of(make_dataset(20), device=device)
-    assert sum(map(len, ids_of(loader))) == 20
-    assert loader._engine._device is None
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"device": FAKE, "device_batches": 0}, "device_batches must be 1 or more, got 0"),
-        ({"device": FAKE, "device_buffers": "same"}, "device_buffers must be 'new' or 'fixed', got 'same'"),
-    ],
-)
-def test_wrong_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        tc.LoaderOptions(**options)
-
-
-def test_the_number_of_batches_is_an_integer():
-    with pytest.raises(TypeError, match="device_batches must be an integer"):
-        tc.LoaderOptions(device=FAKE, device_batches="two")
+def test_wrong_options_are_refused():
+    for options, error, message in (
+        ({"device_batches": 0}, ValueError, "device_batches must be 1 or more, got 0"),
+        ({"device_buffers": "same"}, ValueError, "device_buffers must be 'new' or 'fixed', got 'same'"),
+        ({"device_batches": "two"}, TypeError, "device_batches must be an integer"),
+    ):
+        with pytest.raises(error, match=message):
+            tc.LoaderOptions(device=FAKE, **options)
 
 
 def test_torchs_path_refuses_a_device(make_dataset, eager):
@@ -769,18 +685,6 @@ def test_a_pickled_loader_serves_its_device(make_dataset, eager):
 
     loader = loader_of(make_dataset(N))
     assert ids_of(pickle.loads(pickle.dumps(loader))) == ids_of(loader)
-
-
-def test_a_fake_stream_that_nothing_can_begin_is_an_error():
-    device = FakeDevice(torch.device(FAKE))
-    stream = FakeStream(device)
-    stream.wait_event(device.record(device.new_stream()))
-    device.streams.clear()
-    with pytest.raises(AssertionError, match="nothing can begin"):
-        stream.synchronize()
-
-
-# ---- Ctrl-C ----
 
 
 class Tracer:

@@ -6,8 +6,6 @@ import itertools
 import threading
 import time
 import weakref
-from collections import Counter
-from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -98,31 +96,6 @@ def test_the_first_shards_of_the_next_epoch_are_requested_before_the_last_batch_
         dataset.close()
 
 
-def test_shards_that_the_cache_has_lost_are_fetched_for_the_next_epoch_before_it_comes(server, tmp_path, loads):
-    data_bytes = sum(len(data) for key, data in server.objects.items() if "/shards/" in key)
-    with tc.Cache(tmp_path / "cache", size=data_bytes // 2, min_free=0) as cache:
-        with pytest.warns(RuntimeWarning, match="will be fetched again"):
-            dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-        first = first_blocks(dataset, 2)
-        loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
-
-        def n_loads():
-            counts = Counter((shard, block) for shard, blocks, _ in list(loads) for block in blocks)
-            return {counts[block] for block in first}
-
-        ids_of(loader)
-        iterator = iter(loader)
-        for _ in range(len(loader)):
-            next(iterator)
-        wait_until(lambda: n_loads() == {3})  # two epochs came one after the other: a third is expected
-        assert next(iterator, None) is None
-        third = iter(loader)
-        check_batch(next(third))
-        assert n_loads() == {3}
-        third.close()
-        dataset.close()
-
-
 def test_a_run_of_one_epoch_reads_nothing_from_a_store_for_a_second_one(server, loads):
     dataset = tc.Dataset(f"{server.url}/data", cache=False)
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1))
@@ -137,8 +110,7 @@ def test_a_run_of_one_epoch_reads_nothing_from_a_store_for_a_second_one(server, 
     dataset.close()
 
 
-@pytest.mark.parametrize("streams", [1, 4])
-@pytest.mark.parametrize("compression", ["none", "zstd:3"])
+@pytest.mark.parametrize(("streams", "compression"), [(1, "none"), (4, "zstd:3")])
 def test_the_prepared_start_is_what_the_next_epoch_serves(make_dataset, streams, compression):
     dataset = tc.Dataset(make_dataset(400, compression=compression))
     options = tc.LoaderOptions(**OPTIONS, shuffle_streams=streams)
@@ -220,18 +192,6 @@ def test_a_preparation_dropped_while_it_runs_is_not_used():
     assert NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True).take("other", "state") is None
 
 
-def test_a_failed_preparation_gives_no_start_and_no_error():
-    class Share:
-        def pieces(self, _):
-            raise tc.StoreError("away", url="u")
-
-    coming = NextEpoch(SOURCE, "state", lambda _: Share(), is_expected=True)
-    coming.prepare(None, None, 0)
-    _, ready, _ = coming.take(SOURCE, "state")
-    assert isinstance(ready, Future)
-    assert ready.result(0) is None
-
-
 def test_epochs_follow_one_another_when_one_is_left_early(make_dataset):
     dataset = tc.Dataset(make_dataset(300))
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
@@ -260,8 +220,7 @@ def test_a_prepared_first_window_is_freed_after_it_was_served(make_dataset, load
     iterator.close()
 
 
-@pytest.mark.parametrize("is_asked_for", [False, True])
-def test_loads_of_a_prepared_epoch_are_cancelled_when_the_loader_is_dropped(make_dataset, is_asked_for, monkeypatch):
+def test_loads_of_a_prepared_epoch_are_cancelled_when_the_loader_is_dropped(make_dataset, monkeypatch):
     monkeypatch.setattr("tiercache.load.windows.MIN_TASK_BYTES", 1)
     monkeypatch.setattr("tiercache.load.windows.MAX_TASK_BYTES", 1 << 10)  # many tasks
     dataset = tc.Dataset(make_dataset(600, compression="zstd:3"))
@@ -278,26 +237,10 @@ def test_loads_of_a_prepared_epoch_are_cancelled_when_the_loader_is_dropped(make
     ids_of(loader)
     n_threads = 4
     wait_until(lambda: len(begun) == n_parts + n_threads)
-    if is_asked_for:
-        iter(loader).close()
     del loader
     gate.set()
     join_loading()
     assert len(begun) < n_parts + 2 * n_threads < 2 * n_parts
-
-
-def test_loaders_plan_their_next_epochs_independently():
-    gate = threading.Event()
-    slow = NextEpoch(SOURCE, "state", lambda _: gate.wait(30), is_expected=True)
-    thread = threading.Thread(target=lambda: slow.share)
-    thread.start()
-    other = NextEpoch(SOURCE, "state", lambda _: "share", is_expected=True)
-    other_thread = threading.Thread(target=lambda: other.share, daemon=True)
-    other_thread.start()
-    other_thread.join(10)
-    assert not other_thread.is_alive()
-    gate.set()
-    thread.join()
 
 
 @pytest.mark.parametrize("view", ["itself", "select", "joined", "mixed"])
@@ -319,23 +262,6 @@ def test_a_prepared_epoch_is_dropped_when_the_data_set_is_closed(make_dataset, t
     shown.close()
     assert not alive(loads)
     assert len(ids_of(loader)) == len(found)  # it may be used again
-
-
-def test_closing_the_data_set_during_preparation_loads_nothing(server, loads, monkeypatch):
-    dataset = tc.Dataset(f"{server.url}/data", cache=False)
-    loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
-    ids_of(loader)
-    after = []
-
-    def closing(*arguments, **options):
-        dataset.close()
-        after.append(len(loads))
-        return loading_pool(*arguments, **options)
-
-    monkeypatch.setattr("tiercache.load.planner.loading_pool", closing)
-    ids_of(loader)  # epochs follow one another by now
-    join_loading()
-    assert after == [len(loads)]
 
 
 def test_closing_the_data_set_during_loading_leaves_no_shard_open(make_dataset, monkeypatch):

@@ -105,8 +105,9 @@ def opened(request, tmp_path) -> Callable[[Path], tc.Dataset]:
         end()
 
 
-@pytest.mark.parametrize(("compression", "column"), [("none", "id"), ("none", "boxes"), ("zstd:3", "text")])
-@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(
+    ("compression", "column", "shuffle"), [("none", "id", False), ("none", "boxes", True), ("zstd:3", "text", True)]
+)
 def test_records_of_corrupt_blocks_are_replaced_by_those_before_them(
     make_dataset, opened, compression, column, shuffle
 ):
@@ -134,20 +135,19 @@ def test_records_of_corrupt_blocks_are_replaced_by_those_before_them(
     assert loader.stats()["skipped"] == 2 * len(bad)
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_a_resumed_run_serves_the_same_replacements(make_dataset, opened, shuffle):
+def test_a_resumed_run_serves_the_same_replacements(make_dataset, opened):
     path = make_dataset(N, compression="zstd:3")
     clean = tc.Dataset(path)
     blocks = blocks_of(clean)
     for shard, block, _ in (blocks[2], blocks[3], blocks[-1]):
         strike(clean, path, shard, block, "tokens")
     dataset = opened(path)
-    loader = tc.DataLoader(dataset, 8, shuffle=shuffle, options=options())
+    loader = tc.DataLoader(dataset, 8, shuffle=True, options=options())
     with pytest.warns(RuntimeWarning, match=WARNED):
         read = read_with_states(loader)
     found, states = [check_batch(batch) for batch, _ in read], [state for _, state in read]
-    for n in range(0, len(states) - 1, 5):
-        resumed = tc.DataLoader(dataset, 8, shuffle=shuffle, options=options())
+    for n in range(0, len(states) - 1, 11):
+        resumed = tc.DataLoader(dataset, 8, shuffle=True, options=options())
         resumed.load_state_dict(states[n])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -199,25 +199,21 @@ def test_of_a_large_block_only_the_records_of_damaged_pages_are_replaced(tmp_pat
         assert rest == found[16 * (at + 1) :]
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_a_shard_without_a_footer_is_replaced_whole(make_dataset, opened, shuffle):
+def test_a_shard_without_a_footer_is_replaced_whole(make_dataset, opened):
     path = make_dataset(N)
     clean = tc.Dataset(path)
     shard = 1
     bad = {i for s, _, records in blocks_of(clean) if s == shard for i in records}
     strike_footer(clean, path, shard)
     dataset = opened(path)
-    loader = tc.DataLoader(dataset, 8, shuffle=shuffle, options=options())
+    loader = tc.DataLoader(dataset, 8, shuffle=False, options=options())
     with pytest.warns(RuntimeWarning, match=WARNED) as warned:
         read = read_with_states(loader)
     found, states = [check_batch(batch) for batch, _ in read], [state for _, state in read]
     assert len([one for one in warned if WARNED in str(one.message)]) == 1
     assert loader.stats()["skipped"] == len(bad)
-    assert len(flat(found)) == N
-    assert set(flat(found)) == set(range(N)) - bad
-    if not shuffle:
-        assert flat(found) == mend(list(range(N)), bad)
-    resumed = tc.DataLoader(dataset, 8, shuffle=shuffle, options=options())
+    assert flat(found) == mend(list(range(N)), bad)
+    resumed = tc.DataLoader(dataset, 8, shuffle=False, options=options())
     resumed.load_state_dict(states[11])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -313,9 +309,8 @@ def test_invalid_text_is_replaced_for_its_record_alone(tmp_path):
     assert loader.stats()["skipped"] == 1
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_images_that_cannot_be_decoded_are_replaced_by_those_before_them(tmp_path, shuffle):
-    path, n, bad = tmp_path / "data", 60, {0, 17, 18, 19, 44}
+def test_images_that_cannot_be_decoded_are_replaced_by_those_before_them(tmp_path):
+    shuffle, path, n, bad = True, tmp_path / "data", 60, {0, 17, 18, 19, 44}
     with tc.Writer(
         path, schema={"id": "int64", "image": tc.Image("jpeg")}, shard_size="16KiB", block_size="4KiB"
     ) as writer:

@@ -59,11 +59,6 @@ def test_a_whole_window_is_prefetched_if_there_is_room(mapped, make_ahead):
     assert near_bytes(prefetch_pages(make_ahead(1 << 40), window_of(memory, 4))) == N_BYTES
 
 
-def test_nothing_is_prefetched_without_room(mapped, make_ahead):
-    memory = mapped.memory
-    assert prefetch_pages(make_ahead(1), window_of(memory)) == []
-
-
 def test_a_file_truncated_during_prefetching_does_not_kill_the_process(mapped, make_ahead):
     memory = mapped.memory
     os.truncate(mapped.path, 4096)

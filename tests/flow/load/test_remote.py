@@ -5,13 +5,12 @@ from __future__ import annotations
 import collections
 import itertools
 import json
-import os
 import warnings
 
 import numpy as np
 import pytest
 from tests.support import ROOT
-from tests.support.http_server import HttpFault, HttpFaultServer
+from tests.support.http_server import HttpFaultServer
 from tests.support.records import N_REMOTE as N
 from tests.support.records import SCHEMA, check_batch, make_columns
 from tests.support.warm_python import WarmPython
@@ -78,20 +77,6 @@ def test_each_shard_is_fetched_once_in_a_cold_epoch_and_its_footer_once_more(ser
     assert sent == sum(info.n_bytes + (info.n_bytes - info.footer_offset) for info in infos)
 
 
-@pytest.mark.parametrize("size", ["20KB", "1KB"])
-def test_a_cache_that_is_too_small_makes_it_slower_and_never_wrong(server, tmp_path, size):
-    with tc.Cache(tmp_path / "cache", size=size, min_free=0) as cache:
-        with pytest.warns(RuntimeWarning, match="will be fetched again in every epoch"):
-            dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-        loader = tc.DataLoader(dataset, batch_size=32, shuffle=True)
-        for _ in range(2):
-            assert sorted(ids_of(loader)) == list(range(N))
-        assert dataset[17]["text"] == "text 17"
-        stats = cache.stats()
-        assert stats["bytes_used"] <= stats["limit_bytes"]
-        dataset.close()
-
-
 def test_without_a_cache_blocks_are_read_by_ranges(server):
     dataset = tc.Dataset(f"{server.url}/data", cache=False, columns=["id"])
     loader = tc.DataLoader(dataset, batch_size=32, shuffle=True)
@@ -100,34 +85,6 @@ def test_without_a_cache_blocks_are_read_by_ranges(server):
     sent = sum(seen.n_bytes for seen in server.log if "/shards/" in seen.path)
     assert sent < sum(len(data) for key, data in server.objects.items() if "/shards/" in key)
     dataset.close()
-
-
-def test_one_record_of_a_remote_shard_costs_a_part_of_it(server):
-    dataset = tc.Dataset(f"{server.url}/data", cache=False, columns=["id", "tokens"])
-    server.log.clear()
-    assert dataset[333]["id"] == 333
-    assert sum(seen.n_bytes for seen in server.log) < 8 << 10
-    dataset.close()
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        HttpFault("status", 503),
-        HttpFault("status", 500),
-        HttpFault("reset"),
-        HttpFault("short"),
-    ],
-    ids=["503", "500", "reset", "short"],
-)
-@pytest.mark.parametrize("cached", [True, False])
-def test_a_server_with_occasional_errors_only_slows_a_run(server, tmp_path, fault, cached):
-    turns = itertools.count()
-    server.when(lambda method, path: fault if "/shards/" in path and next(turns) % 5 == 0 else None)
-    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
-        dataset = tc.Dataset(f"{server.url}/data", cache=cache if cached else False)
-        assert sorted(ids_of(tc.DataLoader(dataset, batch_size=32, shuffle=True))) == list(range(N))
-        dataset.close()
 
 
 def test_a_shard_that_is_gone_is_an_error_that_names_it_after_every_batch_before_it(server):
@@ -188,16 +145,6 @@ def test_workers_forked_after_the_parent_has_read_from_s3_name_forkserver(s3_ser
     dataset.close()
 
 
-@pytest.mark.timeout(600)  # the fork server's workers import torch anew
-def test_workers_on_torchs_path_read_from_a_store_that_the_parent_has_read(server, tmp_path):
-    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
-        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-        assert dataset[3]["id"] == 3
-        loader = tc.DataLoader(dataset, batch_size=None, num_workers=1)
-        assert [int(record["id"]) for record in itertools.islice(loader, 5)] == [0, 1, 2, 3, 4]
-        dataset.close()
-
-
 @pytest.mark.timeout(600)  # processes that are spawned import torch anew
 @pytest.mark.parametrize("method", ["forkserver", pytest.param("spawn", marks=pytest.mark.stress)])
 def test_torchs_workers_fetch_each_shard_once_between_them(server, tmp_path, method):
@@ -215,21 +162,3 @@ def test_torchs_workers_fetch_each_shard_once_between_them(server, tmp_path, met
                 sent[seen.path] += seen.n_bytes
         dataset.close()
     assert sent == {f"/{key}": len(data) for key, data in server.objects.items() if "/shards/" in key}
-
-
-def test_a_child_forked_in_mid_epoch_starts_its_own(server, tmp_path):
-    with tc.Cache(tmp_path / "cache", size="64MiB") as cache:
-        dataset = tc.Dataset(f"{server.url}/data", cache=cache)
-        dataset.warm()
-        loader = tc.DataLoader(dataset, batch_size=32)
-        iterator = iter(loader)
-        first = check_batch(next(iterator))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child == 0:
-            fine = check_batch(next(iter(tc.DataLoader(dataset, batch_size=32)))) == first
-            os._exit(0 if fine else 1)
-        assert os.waitpid(child, 0)[1] == 0
-        assert first + list(itertools.chain(*map(check_batch, iterator))) == list(range(N))
-        dataset.close()

@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -149,30 +148,6 @@ def test_any_number_of_ranks_serves_one_sequence_and_others_resume_it(packed, da
     assert n_global == (run.loaders[0].stats()["batches"])
 
 
-@pytest.mark.parametrize("placement", ["sticky", "global"])
-def test_a_run_of_many_windows_goes_on_with_more_and_fewer_ranks(make_dataset, placement):
-    path = make_dataset(1200)
-    how = {
-        "seed": 3,
-        "shuffle_streams": 4,
-        "placement": placement,
-        "shuffle_window_bytes": "1KiB",
-        "shuffle_group_bytes": "9KiB",
-    }
-    dataset = tc.Dataset(path)
-    order = {"shuffle": True, "drop_last": False}
-    whole = [i for (batch,) in Run(dataset, Ranks(1, 16), how, **order).serve() for i in batch]
-    served, state = [], None
-    for ranks, n_batches in [(Ranks(4, 4), 20), (Ranks(2, 8), 17), (Ranks(1, 16), 9), (Ranks(4, 8), None)]:
-        run = Run(dataset, ranks, how, state, **order)
-        for batch in run.serve(n_batches):
-            start = len(served)
-            assert sorted(itertools.chain(*batch)) == sorted(whole[start : start + ranks.global_batch])
-            served += itertools.chain(*batch)
-        state = run.state
-    assert sorted(served) == list(range(1200))
-
-
 def loads_by_rank(monkeypatch, dataset, world_size, **options):
     """How often each (shard, block) was loaded, by rank, in an epoch."""
     loads = [Counter() for _ in range(world_size)]
@@ -256,34 +231,6 @@ def test_streams_follow_the_ranks_of_the_start_and_stay(make_dataset):
     with pytest.raises(ValueError, match="placement='global' differs"):
         make(0, 1, placement="global").load_state_dict(state)
     assert tc.DataLoader(dataset, options=tc.LoaderOptions(rank=0, world_size=3)).state_dict()["streams"] == 1
-
-
-@pytest.mark.parametrize("bad", [{"shuffle_streams": 0}, {"shuffle_streams": 1 << 20}, {"placement": "here"}])
-def test_streams_and_places_that_cannot_be_are_refused_by_name(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        tc.LoaderOptions(**bad)
-
-
-def test_objects_come_from_the_windows_of_all_streams(tmp_path):
-    table = pa.table({"id": pa.array(range(120)), "pair": [{"a": i, "b": [i] * (i % 3)} for i in range(120)]})
-    with tc.Writer(tmp_path / "d", block_size="64B", shard_size="1KiB") as writer:
-        writer.write_batch(table)
-    options = tc.LoaderOptions(seed=1, shuffle_streams=4, shuffle_window_bytes="200B")
-    loader = tc.DataLoader(tc.Dataset(tmp_path / "d"), batch_size=7, shuffle=True, options=options)
-    seen = [(i, p) for batch in loader for i, p in zip(batch["id"].tolist(), batch["pair"], strict=True)]
-    assert sorted(seen, key=lambda s: s[0]) == [(i, {"a": i, "b": [i] * (i % 3)}) for i in range(120)]
-
-
-def test_a_corrupt_block_of_one_of_several_streams_is_named(make_dataset):
-    path = make_dataset(600)
-    shard = sorted((path / "shards").iterdir())[2]
-    shard.chmod(0o644)
-    data = bytearray(shard.read_bytes())
-    data[200] ^= 1
-    shard.write_bytes(data)
-    options = tc.LoaderOptions(shuffle_window_bytes="1KiB", shuffle_streams=4, seed=2)
-    with pytest.raises(tc.CorruptShard, match=rf"{shard.name}.*block"):
-        ids_of(tc.DataLoader(tc.Dataset(path), batch_size=8, shuffle=True, options=options))
 
 
 def test_an_append_in_between_changes_nothing_for_a_run_that_goes_on(make_dataset):

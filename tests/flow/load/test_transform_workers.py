@@ -25,7 +25,6 @@ from tests.flow.load.test_transforms import EVERY_KIND, N_FEW, STREAMS, columns_
 from tests.support.records import SCHEMA, make_columns
 from tests.support.transformed import draw_globals, fail_at_seven, loader_of, options, rows_of, together
 from torch.utils.data import get_worker_info
-from torchvision.transforms import v2
 
 import tiercache as tc
 from tiercache.load import pipeline, transform_workers
@@ -45,14 +44,13 @@ def path(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_serve_what_the_loaders_thread_serves(path, workers):
+def test_workers_serve_what_the_loaders_thread_serves(path):
     for more in ({}, {"collate_fn": together}, {"batch_size": 1}):
-        ours = list(loader_of(path, workers=workers, **more))
+        ours = list(loader_of(path, workers=2, **more))
         assert rows_of(ours) == rows_of(loader_of(path, **more))
         pids = {int(pid) for batch in ours for pid in batch["pid"]}
         assert os.getpid() not in pids
-        assert len(pids) <= workers
+        assert len(pids) <= 2
 
 
 def test_workers_see_the_records_that_indexing_gives(tmp_path):
@@ -69,62 +67,30 @@ def test_workers_see_the_records_that_indexing_gives(tmp_path):
         assert torch.equal(record["vector"], expected["vector"])
 
 
-def test_foreign_augmentations_are_equal_for_any_number_of_workers(path):
-    whole = rows_of(loader_of(path, draw_globals, workers=1))
-    assert rows_of(loader_of(path, draw_globals, workers=2)) == whole
-    assert len({row[1:] for row in whole}) == N
-
-
-def test_tiercaches_random_numbers_are_equal_for_any_workers_and_ranks_if_the_order_has_as_many_streams(path):
-    whole = rows_of(loader_of(path, workers=2, options=options(**STREAMS)))
-    halves = []
-    for rank in range(2):
-        halves += rows_of(loader_of(path, workers=1, batch_size=10, options=options(rank, 2, **STREAMS)))
-    assert sorted(set(halves)) == sorted(whole)
-    assert sorted(rows_of(loader_of(path, options=options(shuffle_streams=2)))) != sorted(whole)
-
-
-def test_each_batch_of_each_epoch_draws_other_numbers_from_the_global_generators(path):
-    loader = loader_of(path, draw_globals, workers=1, persistent_workers=True)
-    batches = [batch for _ in range(2) for batch in loader]
+def test_foreign_augmentations_are_equal_for_any_number_of_workers_and_new_in_each_epoch(path):
+    one = loader_of(path, draw_globals, workers=1, persistent_workers=True)
+    two = loader_of(path, draw_globals, workers=2)
+    epochs = [rows_of(one), rows_of(one)]
+    assert epochs == [rows_of(two), rows_of(two)]
+    names = sorted(next(iter(loader_of(path, draw_globals))).keys() - {"pid"})
     for name in ("torch", "python", "legacy"):
-        assert len({value for batch in batches for value in batch[name].tolist()}) == 2 * N
+        assert len({row[names.index(name)] for rows in epochs for row in rows}) == 2 * N
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_a_run_that_resumes_at_any_batch_repeats_foreign_augmentations(path, before, after):
-    loader = loader_of(path, draw_globals, workers=before, batch_size=30)
+def test_a_run_that_resumes_at_any_batch_repeats_foreign_augmentations(path):
+    loader = loader_of(path, draw_globals, workers=1, batch_size=30)
     states, served = [], []
     for batch in loader:
         served.append(rows_of([batch]))
         states.append(json.loads(json.dumps(loader.state_dict())))
     assert len(served) == 4
     for step, state in enumerate(states[:-1], 1):
-        resumed = loader_of(path, draw_globals, workers=after, batch_size=30)
+        resumed = loader_of(path, draw_globals, workers=2, batch_size=30)
         resumed.load_state_dict(state)
         assert rows_of(resumed) == list(itertools.chain(*served[step:]))
 
 
-AUGMENT = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomResizedCrop(5), v2.ColorJitter(0.5, 0.5, 0.5)])
-
-
-def augment(record):
-    image = torch.from_numpy(np.resize(record["tokens"], (3, 9, 9)).astype(np.uint8))
-    return {"id": record["id"], "image": AUGMENT(image)}
-
-
-def test_torchvisions_transforms_draw_the_same_when_resumed(path):
-    whole = rows_of(loader_of(path, augment, workers=1))
-    loader = loader_of(path, augment, workers=1)
-    begun = rows_of(itertools.islice(loader, 5))
-    torch.manual_seed(9)
-    resumed = loader_of(path, augment, workers=2)
-    resumed.load_state_dict(loader.state_dict())
-    assert begun + rows_of(resumed) == whole
-    assert len({str(row[1]) for row in whole}) > N // 2
-
-
-@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 1), (1, 0)])
+@pytest.mark.parametrize(("before", "after"), [(0, 2), (2, 0)])
 def test_a_run_resumes_on_another_number_of_workers(path, before, after):
     whole = rows_of(loader_of(path))
     loader = loader_of(path, workers=before)
@@ -210,16 +176,13 @@ def same_size(record):
 @pytest.mark.parametrize(("transform", "collate_fn"), [(same_size, None), (large, list)], ids=["stacked", "listed"])
 def test_a_consumer_may_keep_all_batches(path, transform, collate_fn):
     loader = loader_of(path, transform, workers=2, collate_fn=collate_fn)
-    for _ in range(2):
-        kept = list(loader)
-        gc.collect()
-        records = []
-        for batch in kept:
-            records += batch if collate_fn else zip(batch["id"], batch["x"], strict=True)
-        for record in records:
-            number, x = record if isinstance(record, tuple) else record.values()
-            assert (np.asarray(x) == int(number)).all()
-        assert len(records) == N
+    records = []
+    for batch in list(loader):
+        records += batch if collate_fn else zip(batch["id"], batch["x"], strict=True)
+    for record in records:
+        number, x = record if isinstance(record, tuple) else record.values()
+        assert (np.asarray(x) == int(number)).all()
+    assert len(records) == N
 
 
 def test_shared_memory_is_reused_and_belongs_to_the_consumer_in_the_meantime(path):
@@ -310,8 +273,9 @@ def exit_at_seven(record):
     return {"id": record["id"]}
 
 
-@pytest.mark.parametrize(("transform", "how"), [(kill_at_seven, "SIGKILL"), (exit_at_seven, "exit code 3")])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("transform", "how", "workers"), [(kill_at_seven, "SIGKILL", 1), (exit_at_seven, "exit code 3", 2)]
+)
 def test_a_worker_that_dies_is_an_error_that_names_it(path, transform, how, workers):
     iterator = iter(loader_of(path, transform, workers=workers, shuffle=False, batch_size=4))
     assert next(iterator)["id"].tolist() == [0, 1, 2, 3]
@@ -345,14 +309,14 @@ def test_workers_live_from_epoch_to_epoch_if_asked(path):
     for keeps in (False, True):
         loader = loader_of(path, workers=1, persistent_workers=keeps)
         pids, epochs = [], []
-        for stop in (None, 3, None, None):
+        for stop in (None, 3, None):
             batches = list(itertools.islice(loader, stop))
             epochs.append(rows_of(batches))
             pids.append({int(pid) for batch in batches for pid in batch["pid"]})
             gc.collect()
-        assert len(set.union(*pids)) == (1 if keeps else 4)
+        assert len(set.union(*pids)) == (1 if keeps else 3)
         expected = loader_of(path)
-        assert epochs == [rows_of(itertools.islice(expected, stop)) for stop in (None, 3, None, None)]
+        assert epochs == [rows_of(itertools.islice(expected, stop)) for stop in (None, 3, None)]
         del loader
 
 
@@ -456,17 +420,6 @@ def test_workers_end_though_later_workers_hold_their_pipes(path, tmp_path, monke
     assert not noted.exists()
 
 
-def test_workers_do_not_keep_the_memory_of_earlier_ones(path):
-    more = {"workers": 1, "multiprocessing_context": "fork", "prefetch_factor": 1}
-    one, two = iter(loader_of(path, **more)), iter(loader_of(path, **more))
-    n_blocks = []
-    for iterator in (one, two):
-        links = [link.readlink() for link in Path(f"/proc/{int(next(iterator)['pid'][0])}/fd").iterdir()]
-        n_blocks.append(len([link for link in links if "tiercache-transform" in str(link)]))
-        iterator.close()
-    assert max(n_blocks) <= 2 * 5  # a mapping has a descriptor of its own
-
-
 def test_a_signal_handler_of_the_training_script_does_not_keep_a_worker_alive(path):
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
@@ -517,19 +470,18 @@ def test_two_iterators_of_a_loader_have_workers_of_their_own(path):
     assert len(rows_of(one)) == len(rows_of(two)) == N - 8
 
 
-@pytest.mark.parametrize("prefetch_factor", [1, 3])
-def test_no_more_batches_are_ahead_than_prefetch_factor_says(path, prefetch_factor, tmp_path):
+def test_no_more_batches_are_ahead_than_prefetch_factor_says(path, tmp_path):
     def note(record):
         with (tmp_path / "seen").open("a") as file:
             file.write("x\n")
         return {"id": record["id"]}
 
-    loader = loader_of(path, note, workers=1, batch_size=1, prefetch_factor=prefetch_factor)
+    loader = loader_of(path, note, workers=1, batch_size=1, prefetch_factor=3)
     iterator = iter(loader)
     for _ in range(10):
         next(iterator)
     iterator.close()
-    assert len((tmp_path / "seen").read_text().split()) <= 10 + prefetch_factor + 1
+    assert len((tmp_path / "seen").read_text().split()) <= 10 + 3 + 1
 
 
 def test_options_of_workers_that_run_transforms_are_not_said_to_be_ignored(path, caplog):

@@ -22,7 +22,7 @@ from tests.support.decoded import write as write_pictures
 from tests.support.records import SCHEMA, make_columns
 from tests.support.transformed import draw, draw_globals, fail_at_seven, loader_of, options, rows_of, together
 from torch.utils.data import DataLoader as TorchLoader
-from torch.utils.data import RandomSampler, default_collate
+from torch.utils.data import default_collate
 
 import tiercache as tc
 
@@ -89,32 +89,27 @@ def columns_of_every_kind(n):
     }
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
+def test_a_transform_sees_the_records_that_indexing_gives(tmp_path):
+    url = tmp_path / "data"
+    with tc.Writer(url, schema=EVERY_KIND, block_size="1KiB") as writer:
+        writer.write_batch(columns_of_every_kind(30))
+    for asked in (
         {},
         {"columns": ["id"]},
         {"fill_nulls": {"label": -1, "note": "none", "raw": b"none", "cut": np.zeros((2, 1)), "score": 9.5}},
         {"cast": {"id": "int32", "tokens": "int64", "halves": "float32"}},
-    ],
-    ids=["all", "one column", "filled", "cast"],
-)
-def test_a_transform_sees_the_records_that_indexing_gives(tmp_path, given):
-    url = tmp_path / "data"
-    with tc.Writer(url, schema=EVERY_KIND, block_size="1KiB") as writer:
-        writer.write_batch(columns_of_every_kind(30))
-    plain, seen = tc.Dataset(url, **given), []
-    dataset = tc.Dataset(url, transform=lambda record: seen.append(record) or 0, **given)
-    loader = tc.DataLoader(dataset, batch_size=7, shuffle=True, options=options())
-    assert is_native(loader)
-    list(loader)
-    assert len(seen) == 30
-    for record in seen:
-        assert same(record, plain[int(record["id"])])
+    ):
+        plain, seen = tc.Dataset(url, **asked), []
+        dataset = tc.Dataset(url, transform=lambda record, seen=seen: seen.append(record) or 0, **asked)
+        loader = tc.DataLoader(dataset, batch_size=7, shuffle=True, options=options())
+        assert is_native(loader)
+        list(loader)
+        assert len(seen) == 30
+        for record in seen:
+            assert same(record, plain[int(record["id"])]), asked
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "bfloat16"])
-@pytest.mark.parametrize("size", [12, None])
+@pytest.mark.parametrize(("size", "dtype"), [(12, "uint8"), (None, "bfloat16")])
 def test_a_transform_sees_decoded_pictures_and_encoded_ones_as_indexing_gives_them(pictures, size, dtype):
     decode = {"image": tc.DecodeImage(size, dtype=dtype)}
     for more in ({"decode": decode}, {}):
@@ -269,7 +264,7 @@ def test_a_padding_record_has_the_key_of_the_position_that_it_repeats(path):
     rows = list(itertools.chain(*served.values()))
     assert [len(part) for part in served.values()] == [2, 1, 1, 1] or len(rows) > 5
     assert len(set(rows)) == 5
-    few = tc.Dataset(path, transform=draw).take(3)
+    few = dataset.take(3)
     padded = [rows_of(tc.DataLoader(few, 2, shuffle=True, options=options(rank, 4))) for rank in range(4)]
     rows = list(itertools.chain(*padded))
     assert len(rows) == 4
@@ -410,42 +405,6 @@ def test_a_state_of_every_step_resumes(path, shuffle):
         assert rows_of(resumed) == expected
 
 
-@pytest.mark.parametrize("sampler", [RandomSampler, lambda numbers: list(numbers)[::-1]], ids=["random", "list"])
-def test_known_samplers_keep_the_native_path_and_resume(path, sampler):
-    dataset = tc.Dataset(path, transform=draw)
-
-    def make():
-        torch.manual_seed(4)
-        return tc.DataLoader(dataset, 8, sampler=sampler(range(N)), options=tc.LoaderOptions(seed=2))
-
-    loader = make()
-    assert is_native(loader)
-    whole = rows_of(loader)
-    loader = make()
-    begun = rows_of(itertools.islice(loader, 4))
-    resumed = make()
-    resumed.load_state_dict(loader.state_dict())
-    assert begun + rows_of(resumed) == whole
-
-
-def test_mixtures_and_views_keep_the_native_path(path):
-    dataset = tc.Dataset(path, transform=draw)
-    for chosen in (tc.mix([dataset.take(20), dataset.skip(20)], [1, 2]), dataset.select([5, 3, 9, 9, 60])):
-        loader = tc.DataLoader(chosen, 4, shuffle=True, options=options())
-        plain = tc.DataLoader(_plain(chosen), 4, shuffle=True, options=options())
-        assert is_native(loader)
-        for _ in range(2):
-            assert [b["id"].tolist() for b in loader] == [b["id"].tolist() for b in plain]
-
-
-def _plain(dataset):
-    """The same records without a transform."""
-    recipe = dataset._recipe
-    plain = tc.Dataset.__new__(tc.Dataset)
-    plain.__setstate__(((recipe[0], None, recipe[2], None), {}))
-    return plain
-
-
 def test_a_loader_is_pickled_with_its_position(path):
     loader = loader_of(path)
     loader.load_state_dict({**loader.state_dict(), "offset": 32})
@@ -483,20 +442,13 @@ def test_ctrl_c_in_a_transform_loses_no_batch_of_a_state_that_is_saved_then(path
     assert rows + rows_of(resumed) == [(i,) for i in range(N)]
 
 
-@pytest.mark.parametrize("kind", [StopIteration, TimeoutError])
-def test_an_error_that_would_end_the_loop_in_silence_is_wrapped(path, kind):
+@pytest.mark.parametrize("kind", [StopIteration, TimeoutError, SystemExit])
+def test_an_error_that_would_end_the_loop_in_silence_is_wrapped_and_an_exit_is_one(path, kind):
     def transform(record):
         raise kind("why")
 
-    with pytest.raises(RuntimeError, match=f"raised {kind.__name__}: why"):
-        list(loader_of(path, transform))
-
-
-def test_an_exit_in_a_transform_reaches_the_consumer(path):
-    def transform(record):
-        raise SystemExit(3)
-
-    with pytest.raises(SystemExit):
+    told = (SystemExit, "why") if kind is SystemExit else (RuntimeError, f"raised {kind.__name__}: why")
+    with pytest.raises(told[0], match=told[1]):
         list(loader_of(path, transform))
 
 
@@ -508,15 +460,6 @@ def test_transforms_run_in_the_training_thread_and_none_is_ahead(path):
         assert len(seen) == 8 * n_batches
     iterator.close()
     assert threads == {threading.get_ident()}
-
-
-def test_an_iterator_that_is_dropped_ends_its_threads_and_its_batches_live_on(path):
-    iterator = iter(loader_of(path, lambda record: {"tokens": record["tokens"]}, collate_fn=list))
-    batch = next(iterator)
-    del iterator
-    gc.collect()
-    assert not [t for t in threading.enumerate() if t.name.startswith("tiercache-plan") and t.is_alive()]
-    assert [len(record["tokens"]) for record in batch] == [6] * 8
 
 
 def test_batches_that_were_consumed_are_not_kept(path):
@@ -567,19 +510,3 @@ def test_stats_tell_the_time_in_transforms_and_who_is_slow(path):
     assert stats["stages"]["transform_s"] > 0
     assert stats["bytes_served"] > 0
     assert stats["bottleneck"].startswith(("transform (", "consumer ("))
-
-
-def test_pin_memory_and_length_are_those_of_the_loader(path):
-    loader = loader_of(path, drop_last=True)
-    assert len(loader) == len(list(loader)) == N // 8
-
-
-def test_random_numbers_without_a_loader_are_torchs(path):
-    dataset = tc.Dataset(path, transform=draw)
-    torch.manual_seed(1)
-    one = dataset[3]
-    torch.manual_seed(1)
-    assert dataset[3]["seed"] == one["seed"]
-    assert dataset[3]["seed"] != one["seed"]
-    batch = dataset[[3, 4]]
-    assert batch[0]["seed"] != batch[1]["seed"]

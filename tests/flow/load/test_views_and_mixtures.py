@@ -73,17 +73,6 @@ def test_a_view_without_shuffle_is_served_in_its_order(parts, name):
     assert together[: len(expected)] == expected
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_shuffled_view_serves_exactly_its_records(parts, name):
-    dataset, expected = a_view(name, *parts)
-    expected = expected or [int(record["id"]) for record in dataset]
-    loader = make_loader(dataset, shuffle=True, shuffle_streams=3)
-    epochs = [list(itertools.chain(*ids_of(loader))) for _ in range(2)]
-    assert [sorted(epoch) for epoch in epochs] == [sorted(expected)] * 2
-    if len(expected) > 10:
-        assert epochs[0] != epochs[1]
-
-
 def test_a_state_of_another_selection_or_mixture_is_an_error(parts):
     a, b = parts
     state = make_loader(a.take(40), shuffle=True).state_dict()
@@ -173,23 +162,6 @@ def test_the_ranks_of_any_world_size_serve_one_sequence(parts, data, name, strea
         offset += 0 if is_last else n_batches * step
     n_global = (n - offset) // step + (not drop_last and (n - offset) % step > 0)
     assert len(ranks[0]) == n_global
-
-
-def test_a_resumed_view_reads_the_version_of_its_state(make_dataset):
-    path = make_dataset(120)
-    whole = ids_of(make_loader(tc.Dataset(path).skip(20), shuffle=True))
-    loader = make_loader(tc.Dataset(path).skip(20), shuffle=True)
-    iterator = iter(loader)
-    begun = [check_batch(next(iterator)) for _ in range(4)]
-    state = loader.state_dict()
-    iterator.close()
-    with tc.Writer(path, mode="append") as writer:
-        writer.write_batch(make_columns(40, 120))
-    dataset = tc.Dataset(path).skip(20)
-    resumed = make_loader(dataset, shuffle=True)
-    resumed.load_state_dict(state)
-    assert begun + ids_of(resumed) == whole
-    assert len(dataset) == 140
 
 
 def test_objects_are_read_from_parts_with_other_column_numbers(tmp_path):

@@ -102,13 +102,6 @@ def test_random_numbers_of_colours_never_change():
     assert drawn[:2] == GOLDEN
 
 
-def test_a_picture_of_one_channel_keeps_its_grey_in_every_adjustment():
-    data = encode(picture(40, 50).convert("L"))
-    draws = [0.9] * (N_DRAWS + N_COLOUR_DRAWS)
-    found = decoded(data, plain_options(**JITTER), draws)
-    assert torch.equal(found, found[:1].expand_as(found))
-
-
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
 def test_every_kind_of_stored_picture_is_adjusted_and_normalised_after_it_became_rgb(mode):
     if mode == "I;16":
@@ -125,8 +118,9 @@ def test_every_kind_of_stored_picture_is_adjusted_and_normalised_after_it_became
 
 
 @pytest.mark.parametrize("layout", ["CHW", "HWC", "channels_last"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("mean_std", [(MEAN, STD), (0.5, 0.5), (0, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "mean_std"), [("float32", (MEAN, STD)), ("float16", (0.5, 0.5)), ("bfloat16", (0, 1))]
+)
 def test_normalised_values_are_torchvisions_rounded_once(dtype, layout, mean_std):
     mean, std = mean_std
     data = encode(picture(50, 70))
@@ -139,8 +133,7 @@ def test_normalised_values_are_torchvisions_rounded_once(dtype, layout, mean_std
     assert torch.equal(shown, expected)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "float32", "bfloat16"])
-@pytest.mark.parametrize("size", [(24, 32), None])
+@pytest.mark.parametrize(("dtype", "size"), [("uint8", (24, 32)), ("float32", None), ("bfloat16", (24, 32))])
 def test_channels_last_is_the_usual_shape_over_the_memory_of_hwc(dtype, size):
     data = encode(picture(50, 70))
     found = decoded(data, DecodeImage(size, dtype=dtype, layout="channels_last"))
@@ -148,8 +141,7 @@ def test_channels_last_is_the_usual_shape_over_the_memory_of_hwc(dtype, size):
     assert torch.equal(found, decoded(data, DecodeImage(size, dtype=dtype)))
 
 
-@pytest.mark.parametrize("layout", ["CHW", "HWC", "channels_last"])
-@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+@pytest.mark.parametrize(("dtype", "layout"), [("uint8", "CHW"), ("float32", "HWC"), ("uint8", "channels_last")])
 def test_whole_pictures_of_any_size_are_adjusted_and_normalised_too(dtype, layout):
     how = {"dtype": dtype, "layout": layout} | ({} if dtype == "uint8" else {"mean": MEAN, "std": STD})
     decoder, draws = Decoder(DecodeImage(None, **JITTER, **how)), [0.6] * (N_DRAWS + N_COLOUR_DRAWS)

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from tests.support.pictures import by_pillow, encode, picture
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional
 
 from tiercache.images import decoder
 from tiercache.images.decode_image import DecodeImage
@@ -61,6 +60,7 @@ def test_the_fast_transform_is_for_jpegs_that_pillow_is_not_needed_for():
     others += [encode(picture(37, 53).convert("CMYK")), data[:place] + b"\x00\x00\x00" + data[place:]]
     for other in others:
         assert np.array_equal(Decoder(FAST).decode(other, ()), whole(other))
+    assert np.abs(whole(others[-1]).astype(int) - by_pillow(data)).max() <= 1  # stray bytes, which Pillow skips
 
 
 @pytest.mark.parametrize(
@@ -90,13 +90,6 @@ def test_the_upper_8_of_16_bits_are_kept(how):
     levels = np.arange(600, dtype=np.uint16).reshape(20, 30) * 109
     found = whole(encode(Image.fromarray(levels), how))
     assert np.array_equal(found, np.repeat((levels >> 8).astype(np.uint8)[:, :, None], 3, axis=2))
-
-
-@pytest.mark.parametrize("how", ["jpeg", "png", "webp"])
-def test_an_exif_orientation_is_not_applied(how):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # lie on the side
-    assert whole(encode(picture(20, 30), how, exif=exif)).shape == (20, 30, 3)
 
 
 @pytest.mark.parametrize("size", [(600, 800), (375, 500), (224, 224), (100, 150), (1900, 2500)])
@@ -131,17 +124,6 @@ def test_an_image_of_any_size_fills_the_whole_result(height, width, size, draws)
 
 
 @pytest.mark.parametrize("layout", ["CHW", "HWC"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_floats_equal_those_of_torchvisions_todtype(layout, dtype):
-    data = encode(picture(50, 70))
-    plain = torch.from_numpy(Decoder(DecodeImage(32, layout=layout)).decode(data, ()))
-    found = Decoder(DecodeImage(32, layout=layout, dtype=dtype)).decode(data, ())
-    expected = functional.to_dtype(plain, getattr(torch, dtype), scale=True)
-    bits = torch.from_numpy(found.view(f"i{found.itemsize}"))
-    assert torch.equal(bits, expected.view(bits.dtype))
-
-
-@pytest.mark.parametrize("layout", ["CHW", "HWC"])
 def test_a_mirrored_result_is_the_mirror_of_the_result(layout):
     data = encode(picture(50, 70))
     found = Decoder(DecodeImage(32, layout=layout, flip=True)).decode(data, MIRROR)
@@ -151,28 +133,13 @@ def test_a_mirrored_result_is_the_mirror_of_the_result(layout):
     assert not np.array_equal(found, plain)
 
 
-def test_one_decoder_decodes_images_of_changing_sizes():
-    decoder = Decoder(WHOLE)
-    for side in (40, 8, 90, 1, 40):
-        data = encode(picture(side, side + 1), "jpeg")
-        assert np.abs(decoder.decode(data, ()).astype(int) - by_pillow(data)).max() <= 1
-
-
-BROKEN = {
-    "empty": lambda data: b"",
-    "text": lambda data: b"this is no picture at all",
-    "only a start": lambda data: data[:30],
-    "half": lambda data: data[: len(data) // 2],
-}
-
-
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of damage that it reads past
 @pytest.mark.parametrize("how", ["jpeg", "png", "webp", "gif", "bmp", "tiff"])
-@pytest.mark.parametrize("broken", BROKEN)
-def test_a_broken_image_is_an_error_with_the_decoders_message(how, broken, capfd):
-    data = BROKEN[broken](encode(picture(60, 80), how))
-    with pytest.raises(DecodeError, match=r"\w+"):
-        whole(data)
+def test_a_broken_image_is_an_error_with_the_decoders_message(how, capfd):
+    data = encode(picture(60, 80), how)
+    for broken in (b"", b"this is no picture at all", data[:30], data[: len(data) // 2]):
+        with pytest.raises(DecodeError, match=r"\w+"):
+            whole(broken)
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns of damage that it reads past
@@ -234,19 +201,11 @@ def test_scratch_memory_of_a_large_image_is_not_kept(monkeypatch, layout):
     assert sum(memory.nbytes for memory in found._kept.values()) <= 3 * decoder.MAX_KEPT_BYTES
 
 
-@pytest.mark.parametrize("side", [1, 8, 33, 224, 512])
-def test_scratch_memory_does_not_start_on_a_multiple_of_32(side):
+def test_scratch_memory_does_not_start_on_a_multiple_of_32():
     found = Decoder(DecodeImage(20))
-    found.decode(encode(picture(side, side)), ())
+    found.decode(encode(picture(224, 224)), ())
     assert found._kept["decoded"].ctypes.data % 32
     assert found._kept["resized"].ctypes.data % 32
-
-
-def test_stray_bytes_that_pillow_skips_are_skipped():
-    data = encode(picture(37, 53))
-    place = data.index(b"\xff\xdb")
-    stray = data[:place] + b"\x00\x00\x00" + data[place:]
-    assert np.abs(whole(stray).astype(int) - by_pillow(data)).max() <= 1
 
 
 @pytest.mark.parametrize(("module", "name"), [("cv2", "opencv-python-headless"), ("simplejpeg", "simplejpeg")])

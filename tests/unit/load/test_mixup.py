@@ -146,9 +146,9 @@ def test_the_columns_may_have_other_names_and_settings_survive_pickling(mixing):
     assert torch.equal(found["class"], expected["label"])
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "told"),
-    [
+@pytest.mark.parametrize("mixing", [tc.MixUp, tc.CutMix])
+def test_a_batch_that_cannot_be_mixed_is_an_error_that_says_why(mixing):
+    for change, error, told in (
         ({"image": [torch.zeros(3, 4, 4)]}, TypeError, "images of one size.*a list"),
         ({"image": torch.zeros(6, 4)}, TypeError, r"images of one size.*\[6, 4\]"),
         ({"label": torch.tensor([0, 1, 2, 3, 4, 5])}, ValueError, "class numbers must be 0 to 4.*got 0 to 5"),
@@ -157,30 +157,17 @@ def test_the_columns_may_have_other_names_and_settings_survive_pickling(mixing):
         ({"label": torch.zeros(6, 4)}, ValueError, "labels have 4 classes, and n_classes is 5"),
         ({"label": torch.zeros(5, dtype=torch.int64)}, ValueError, "got 5 for 6"),
         ({"label": ["a"] * 6}, TypeError, "labels as a tensor"),
-    ],
-)
-@pytest.mark.parametrize("mixing", [tc.MixUp, tc.CutMix])
-def test_a_batch_that_cannot_be_mixed_is_an_error_that_says_why(mixing, change, error, told):
-    with pytest.raises(error, match=f"(?s){told}"):
-        mixed(mixing(1.0, N_CLASSES), make_batch(6) | change)
-
-
-@pytest.mark.parametrize("mixing", [tc.MixUp, tc.CutMix])
-def test_a_column_that_is_missing_is_named(mixing):
+    ):
+        with pytest.raises(error, match=f"(?s){told}"):
+            mixed(mixing(1.0, N_CLASSES), make_batch(6) | change)
     with pytest.raises(KeyError, match="no column 'label', only image"):
         mixed(mixing(1.0, N_CLASSES), {"image": make_batch(2)["image"]})
-
-
-def test_mixup_of_other_integers_is_refused():
-    with pytest.raises(TypeError, match=r"uint8 and float images, got torch\.int32"):
-        mixed(tc.MixUp(1.0, N_CLASSES), make_batch(2) | {"image": torch.zeros(2, 3, 4, 4, dtype=torch.int32)})
-
-
-@pytest.mark.parametrize("wrong", [{"alpha": 0}, {"alpha": "1"}, {"n_classes": 0}, {"n_classes": 2.0}])
-@pytest.mark.parametrize("mixing", [tc.MixUp, tc.CutMix])
-def test_a_wrong_setting_is_an_error_that_names_it(mixing, wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        mixing(**wrong)
+    for wrong in ({"alpha": 0}, {"alpha": "1"}, {"n_classes": 0}, {"n_classes": 2.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            mixing(**wrong)
+    if mixing is tc.MixUp:
+        with pytest.raises(TypeError, match=r"uint8 and float images, got torch\.int32"):
+            mixed(tc.MixUp(1.0, N_CLASSES), make_batch(2) | {"image": torch.zeros(2, 3, 4, 4, dtype=torch.int32)})
 
 
 @pytest.mark.parametrize("mixing", [tc.MixUp, tc.CutMix])

@@ -146,17 +146,6 @@ def test_a_run_has_the_rows_of_its_piece(case: Case, data: st.DataObject) -> Non
         assert all(piece.run is not None for piece in every)
 
 
-def test_pieces_of_a_rank_alone_or_with_a_stream_of_its_own_are_runs_and_longer_than_arrays() -> None:
-    footer = BlockSizes(np.full(10, 10**6), np.full(10, 1 << 20))
-    dataset_sizes = DatasetSizes(np.full(100, 10**7), np.full(100, 10 << 20), lambda shards: [footer] * len(shards))
-    for world_size in (1, 4):
-        order = EpochOrder(dataset_sizes, OrderOptions(1, True, None, None, streams=world_size), 0)
-        plan = RankPlan(0, world_size, 0, 256, True, order.n_records, order.n_streams)
-        found = list(itertools.islice(cut_pieces(order, plan, RUN_PIECES), 5))
-        assert all(piece.run is not None for piece in found)
-        assert [piece.n_rows for piece in found] == [1 << 15, 1 << 17, 1 << 19, RUN_ROWS, RUN_ROWS]
-
-
 def touched(piece: Piece) -> list[np.ndarray]:
     """bool[n_blocks] for each window: the blocks that the piece's own rows lie in."""
     found = np.zeros(sum(len(window.blocks) for window in piece.windows), np.bool_)
@@ -208,22 +197,6 @@ def test_ranks_serve_the_sequence_of_a_mixture(
                 assert not (needed & ~asked.setdefault(window, needed)).any()  # never more than was asked for at first
 
 
-def test_streams_that_share_a_small_part_have_its_window_once() -> None:
-    data = Mixed(
-        (uniform(1, 4, 2, 10), uniform(8, 4, 50, 100)), (1, 9), "all", OrderOptions(1, True, None, None, 4), 20
-    )
-    order = data.order(0)
-    first = mixed_pieces(data, 0, RankPlan(0, 1, 0, 8, True, order.n_records, 4), PieceSizes(100, 100, 100))[0]
-    assert len(first.windows) == 5  # one of each stream of the large part, one of the small part
-
-
-def test_ranks_that_share_a_window_of_tiny_blocks_each_need_some_of_them() -> None:
-    case = Case(uniform(4, 8, 1, 10), OrderOptions(1, True, None, None), 0, Ranks(4, 2, True), PieceSizes(3, 64, 64))
-    needed = [next(iter(served(case, plan)[1])).needed[0] for plan in case.plans(0)]
-    assert [int(blocks.sum()) for blocks in needed] == [8] * 4
-    assert np.logical_or.reduce(needed).all()
-
-
 def touches(data: Shards, how: OrderOptions, ranks: Ranks) -> list[set[tuple[int, int]]]:
     """The blocks that each rank reads."""
     case = Case(data, how, 0, ranks, PieceSizes(64, 256, 512))
@@ -251,33 +224,6 @@ def test_ranks_with_streams_of_their_own_read_each_block_once_save_where_a_cut_f
     assert sum(map(len, read)) - len(set().union(*read)) <= world_size - 1
 
 
-def test_two_ranks_of_a_node_read_each_block_once_and_twice_where_streams_are_ignored() -> None:
-    data = uniform(8, 4, 8, 100)
-    own = touches(data, OrderOptions(1, True, 800, 300, streams=2), Ranks(2, 4, drop_last=True))
-    assert [len(blocks) for blocks in own] == [16, 16]
-    assert not own[0] & own[1]
-    shared = touches(data, OrderOptions(1, True, 800, 300, streams=3), Ranks(2, 4, drop_last=True))
-    assert len(shared[0] & shared[1]) > 16
-
-
-def test_a_window_is_in_no_piece_before_its_first_row() -> None:
-    # Rank 1 has of each global batch two records of stream 1, then two of stream 0; every window has one record.
-    case = Case(
-        uniform(4, 6, 1, 100), OrderOptions(1, True, None, 100, 2), 0, Ranks(3, 4, True), PieceSizes(64, 64, 64)
-    )
-    _, every = served(case, case.plans(0)[1])
-    assert [piece.n_rows for piece in every] == [1, 2, 2, 2, 1]
-    assert [[window.stream for window in piece.windows] for piece in every] == [[1], [0, 1], [0, 1], [0, 1], [0]]
-
-
-def test_a_window_whose_last_row_was_served_is_in_no_later_piece() -> None:
-    # The same ranks, with a window for each stream. The second piece has the last two rows, both of stream 0.
-    case = Case(uniform(4, 6, 1, 100), OrderOptions(1, True, None, None, 2), 0, Ranks(3, 4, True), PieceSizes(6, 6, 6))
-    _, every = served(case, case.plans(0)[1])
-    assert [piece.n_rows for piece in every] == [6, 2]
-    assert [[window.stream for window in piece.windows] for piece in every] == [[0, 1], [0]]
-
-
 def test_blocks_before_the_position_are_not_needed_of_an_unshuffled_window() -> None:
     data = uniform(2, 10, 100, 10)
     order = EpochOrder(data.dataset_sizes, OrderOptions(1, False, None, None), 0)
@@ -293,6 +239,8 @@ def test_pieces_grow_from_a_small_first_one() -> None:
     found = list(itertools.islice(cut_pieces(order, plan), 6))
     assert [piece.n_rows for piece in found] == [1 << 15, 1 << 17, *[1 << 18] * 4]
     assert [window.stream for window in found[-1].windows] == [2, 3]
+    alone = RankPlan(0, 4, 0, 256, True, order.n_records, order.n_streams)  # a stream of its own: a run, and longer
+    assert [piece.n_rows for piece in itertools.islice(cut_pieces(order, alone, RUN_PIECES), 4)][-1] == RUN_ROWS
 
 
 def test_rows_of_one_section_reuse_memory() -> None:

@@ -40,13 +40,12 @@ def is_in(block, tensor):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (7,), (40, 3, 2)], ids=str)
-def test_a_tensor_of_any_dtype_and_shape(block, dtype, shape):
-    tensor = torch.arange(torch.Size(shape).numel()).view(shape).to(dtype)
-    found = copy_of(block, tensor)
-    assert found.dtype == dtype
-    assert found.shape == tensor.shape
-    assert torch.equal(found, tensor)
+def test_a_tensor_of_any_dtype_and_shape(block, dtype):
+    for shape in ((), (0,), (3, 0), (7,), (40, 3, 2)):
+        tensor = torch.arange(torch.Size(shape).numel()).view(shape).to(dtype)
+        found = copy_of(block, tensor)
+        assert (found.dtype, found.shape) == (dtype, tensor.shape)
+        assert torch.equal(found, tensor)
 
 
 def test_large_tensors_and_arrays_lie_in_the_block(block):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import itertools
 import threading
@@ -127,10 +126,6 @@ def test_an_entry_of_a_missing_stream_raises_an_error():
         BufferEntry(1, RowType(1, 8, (3, 0)), INT64, Buffer, Buffer)
     with pytest.raises(TypeError):
         BufferEntry(1, None, INT64, Buffer, Buffer)
-
-
-def test_a_buffer_has_only_the_attributes_that_are_set():
-    assert [field.name for field in dataclasses.fields(Buffer)] == ["values", "offsets", "shapes"]
 
 
 @pytest.mark.parametrize("what", ["nothing is ready", "something is odd", "somebody takes", "it failed", "it ended"])

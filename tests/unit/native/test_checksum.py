@@ -58,9 +58,8 @@ def address_of(array: np.ndarray) -> int:
 
 
 @pytest.mark.parametrize("kernel", kernels())
-@pytest.mark.parametrize(("data", "expected"), PUBLISHED)
-def test_published_checksums_are_reproduced(kernel: str, data: bytes, expected: int) -> None:
-    assert crc32c(data, kernel=kernel) == expected
+def test_published_checksums_are_reproduced(kernel: str) -> None:
+    assert [crc32c(data, kernel=kernel) for data, _ in PUBLISHED] == [expected for _, expected in PUBLISHED]
 
 
 @pytest.mark.parametrize("kernel", kernels())
@@ -122,16 +121,12 @@ def test_many_addresses_get_checksums_in_one_call(kernel: str) -> None:
     assert out.tolist() == expected
 
 
-def test_empty_input_is_no_error() -> None:
-    empty = np.zeros(0, np.uint64)
+def test_empty_input_is_no_error_and_wrong_arguments_are() -> None:
+    three, empty = np.zeros(3, np.uint64), np.zeros(0, np.uint64)
     crc32c_many(empty, empty, np.zeros(0, np.uint32))
     assert crc32c_pages(0, 0, 4096, np.zeros(0, np.uint32)) == 0
     assert combine_pages(np.zeros(0, np.uint32), 4096, 0) == 0
     assert crc32c(b"", 5) == 5
-
-
-def test_an_output_of_the_wrong_size_raises_an_error() -> None:
-    three = np.zeros(3, np.uint64)
     with pytest.raises(ValueError, match="4097 bytes in pages of 4096 bytes, got 1 checksums"):
         combine_pages(np.zeros(1, np.uint32), 4096, 4097)
     with pytest.raises(ValueError, match="3 addresses need as many"):
@@ -140,6 +135,10 @@ def test_an_output_of_the_wrong_size_raises_an_error() -> None:
         crc32c_pages(address_of(NOISE), 5000, 4096, np.zeros(3, np.uint32))
     with pytest.raises(ValueError, match="page"):
         crc32c_pages(address_of(NOISE), 5000, 0, np.zeros(3, np.uint32))
+    with pytest.raises((BufferError, ValueError), match="contiguous"):
+        crc32c(NOISE[::2])
+    with pytest.raises(OverflowError):
+        crc32c(b"", 2**32)
 
 
 def test_buffers_of_any_item_type_are_read_as_bytes() -> None:
@@ -147,16 +146,6 @@ def test_buffers_of_any_item_type_are_read_as_bytes() -> None:
     assert (
         crc32c(floats) == crc32c(floats.tobytes()) == crc32c(memoryview(floats)) == crc32c(bytearray(floats.tobytes()))
     )
-
-
-def test_a_strided_buffer_raises_an_error() -> None:
-    with pytest.raises((BufferError, ValueError), match="contiguous"):
-        crc32c(NOISE[::2])
-
-
-def test_a_seed_beyond_32_bits_raises_an_error() -> None:
-    with pytest.raises(OverflowError):
-        crc32c(b"", 2**32)
 
 
 def _import_with(kernel: str) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,6 @@ import ctypes
 import os
 import shlex
 import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -104,21 +103,6 @@ def test_lines_that_this_core_wrote_are_near(library):
         distance.write()
         distance.measure()
     assert not distance.is_far
-
-
-def test_lines_that_were_written_long_before_they_are_read_are_ignored(library):
-    distance = Distance(library)
-    for _ in range(4):
-        distance.add(is_far=True)
-    for _ in range(20):
-        distance.request()
-        distance.write()
-        until_s = time.perf_counter() + 0.002
-        while time.perf_counter() < until_s:
-            pass
-        distance.measure()
-        assert distance.step == IDLE
-    assert distance.is_far
 
 
 def test_the_consumer_of_a_ring_measures_the_distance_of_its_workers():

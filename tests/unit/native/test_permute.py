@@ -39,9 +39,12 @@ def z_score(counts: np.ndarray, degrees: int) -> float:
     return (float(((counts - expected) ** 2).sum() / expected) - degrees) / math.sqrt(2 * degrees)
 
 
-@pytest.mark.parametrize(("key", "n", "start", "expected"), GOLDEN)
-def test_permutations_never_change(key: tuple[int, int] | bytes, n: int, start: int, expected: list[int]) -> None:
-    assert shuffled(key, n, start, len(expected)).tolist() == expected
+def test_permutations_never_change() -> None:
+    for key, n, start, expected in GOLDEN:
+        assert shuffled(key, n, start, len(expected)).tolist() == expected
+    key = bytes(range(16))  # equals its two little-endian words
+    words = (int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little"))
+    assert np.array_equal(shuffled(key, 5000), shuffled(words, 5000))
 
 
 def test_the_permutation_of_every_small_n_is_a_bijection() -> None:
@@ -79,7 +82,7 @@ def test_sizes_around_squares_products_and_powers_invert_to_their_positions() ->
             assert invert_one(key, n, record) == position
 
 
-@pytest.mark.parametrize("n", [10**6 + 3, 10**9 + 7, 2**40 - 1, MAX_N])
+@pytest.mark.parametrize("n", [10**6 + 3, MAX_N])
 def test_no_record_occurs_twice_among_many_positions_of_a_large_n(n: int) -> None:
     m = 200_000
     for start in (0, n // 2, n - m):
@@ -93,27 +96,26 @@ def test_a_range_equals_its_positions_one_by_one(key: tuple[int, int] | bytes, n
     assert shuffled(key, n, start, m).tolist() == [permute_one(key, n, start + i) for i in range(m)]
 
 
-def test_a_key_of_bytes_equals_its_two_little_endian_words() -> None:
-    key = bytes(range(16))
-    words = (int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little"))
-    assert np.array_equal(shuffled(key, 5000), shuffled(words, 5000))
-
-
-@pytest.mark.parametrize(
-    ("key", "n", "start", "m"),
-    [((0, 0), 0, 0, 0), ((0, 0), MAX_N + 1, 0, 1), ((0, 0), 10, 5, 6), ((0, 0), 10, -1, 2), (b"short", 10, 0, 1)],
-)
-def test_arguments_out_of_range_raise_an_error(key: tuple[int, int] | bytes, n: int, start: int, m: int) -> None:
-    with pytest.raises(ValueError, match=r"needs|not inside|16 bytes"):
-        permute(key, n, start, np.empty(m, np.uint64))
-
-
-def test_an_output_that_is_read_only_or_of_another_dtype_raises_an_error() -> None:
+def test_arguments_out_of_range_raise_an_error() -> None:
+    for key, n, start, m in (
+        ((0, 0), 0, 0, 0),
+        ((0, 0), MAX_N + 1, 0, 1),
+        ((0, 0), 10, 5, 6),
+        ((0, 0), 10, -1, 2),
+        (b"short", 10, 0, 1),
+    ):
+        with pytest.raises(ValueError, match=r"needs|not inside|16 bytes"):
+            permute(key, n, start, np.empty(m, np.uint64))
     frozen = np.empty(4, np.uint64)
     frozen.flags.writeable = False
     for out in (np.empty(4, np.int32), np.empty(8, np.uint64)[::2], frozen):
         with pytest.raises(ValueError, match=r"Buffer dtype|not C.?contiguous|contiguous|read-only"):
             permute((0, 0), 4, 0, out)
+    for position in (-1, 10, 2**62):
+        with pytest.raises(ValueError, match=r"not inside \[0, 10\)"):
+            permute_at(b"k" * 16, 10, np.array([3, position]), np.empty(2, np.int64))
+    with pytest.raises(ValueError, match="one length"):
+        permute_at(b"k" * 16, 10, np.array([3, 4]), np.empty(3, np.int64))
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 6])
@@ -125,7 +127,7 @@ def test_all_orders_of_a_few_records_are_equally_frequent(n: int) -> None:
     assert abs(z_score(counts, len(orders) - 1)) < LIMIT
 
 
-@pytest.mark.parametrize("n", [2**20, 10**6, 10**9 + 7, MAX_N])
+@pytest.mark.parametrize("n", [10**6, MAX_N])
 def test_pairs_of_neighbours_are_independent(n: int) -> None:
     order = shuffled((3, 4), n, 0, 400_000)
     cells = (order.astype(np.float64) * (32 / n)).astype(np.int64)
@@ -189,20 +191,6 @@ def test_rows_are_counted_from_the_row_start_of_their_block(
     assert (finder.n_rows, finder.n_blocks) == (n, n_blocks)
 
 
-def test_row_start_needs_a_number_for_every_block() -> None:
-    with pytest.raises(ValueError, match="a number for each of 2 blocks, got 3"):
-        RowFinder(np.array([0, 4, 8], np.int64), None, np.zeros(3, np.uint32))
-
-
-def test_rows_are_found_in_very_uneven_blocks() -> None:
-    records = np.array([1] * 5000 + [1_000_000] + [0] * 5000 + [3] * 10, np.int64)
-    first = np.concatenate([[0], np.cumsum(records)])
-    block, row = np.empty(first[-1], np.uint32), np.empty(first[-1], np.uint32)
-    RowFinder(first, None).find(0, block, row)
-    assert np.array_equal(first[block] + row, np.arange(first[-1]))
-    assert np.all(row < records[block])
-
-
 @pytest.mark.parametrize("start", [0, 2**32 - 5, 2**32 - 1, 2**32, 2**33 - 12])
 def test_rows_are_found_in_blocks_of_the_maximum_size(start: int) -> None:
     most = 2**32 - 1
@@ -214,13 +202,12 @@ def test_rows_are_found_in_blocks_of_the_maximum_size(start: int) -> None:
     assert np.array_equal(row, expected - first[block])
 
 
-def test_invalid_cumulative_rows_raise_an_error() -> None:
+def test_invalid_rows_and_positions_of_a_finder_raise_an_error() -> None:
     for first in ([0], [0, 0], [1, 2], [0, 5, 3], [0, -1, 4], [0, 2**32, 2**32 + 1]):
         with pytest.raises(ValueError, match=r"first must be|rows; a block"):
             RowFinder(np.array(first, np.int64), None)
-
-
-def test_positions_outside_the_blocks_raise_an_error() -> None:
+    with pytest.raises(ValueError, match="a number for each of 2 blocks, got 3"):
+        RowFinder(np.array([0, 4, 8], np.int64), None, np.zeros(3, np.uint32))
     finder = RowFinder(np.array([0, 4], np.int64), None)
     for start, m_block, m_row in ((0, 5, 5), (4, 1, 1), (-1, 1, 1), (0, 2, 3)):
         with pytest.raises(ValueError, match=r"not inside|one length"):
@@ -236,11 +223,3 @@ def test_records_at_any_positions_are_those_of_the_whole_permutation(key, n, dat
     assert out.tolist() == expected
     permute_at(key, n, positions, positions)  # in place
     assert positions.tolist() == expected
-
-
-@pytest.mark.parametrize("position", [-1, 10, 2**62])
-def test_records_at_positions_that_do_not_exist_are_errors(position):
-    with pytest.raises(ValueError, match=r"not inside \[0, 10\)"):
-        permute_at(b"k" * 16, 10, np.array([3, position]), np.empty(2, np.int64))
-    with pytest.raises(ValueError, match="one length"):
-        permute_at(b"k" * 16, 10, np.array([3, 4]), np.empty(3, np.int64))

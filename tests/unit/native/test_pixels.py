@@ -64,24 +64,21 @@ def test_the_saturation_is_that_of_torchvision_up_to_one_level_of_the_grey_value
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
-@pytest.mark.parametrize("factor", [0.6, 0.9, 1.3, 1.7, 3.0, 7.5])
-def test_few_pixels_differ_from_torchvision(kind, factor):
+def test_few_pixels_differ_from_torchvision(kind):
     planes = make_planes(20_000, 1)
-    difference = np.abs(adjusted(planes, (kind, factor)).astype(int) - by_torchvision(planes, (kind, factor)))
-    # Where a result is exactly an integer, torchvision's float32 arithmetic may be rounded down to the one below it.
-    assert difference.mean() < 0.1
+    for factor in (0.6, 0.9, 1.3, 1.7, 3.0, 7.5):
+        difference = np.abs(adjusted(planes, (kind, factor)).astype(int) - by_torchvision(planes, (kind, factor)))
+        # Where a result is an integer, torchvision's float32 arithmetic may be rounded down to the one below it.
+        assert difference.mean() < 0.1
 
 
-@pytest.mark.parametrize("kind", EXPECTED)
-def test_a_factor_of_one_changes_nothing(kind):
-    every = np.array(list(itertools.product(range(0, 256, 15), repeat=3)), np.uint8).T.copy()
-    assert np.array_equal(adjusted(every, (kind, 1.0)), every)
-
-
-def test_factors_of_zero_give_black_one_grey_and_grey_pixels():
+def test_factors_of_zero_give_black_one_grey_and_grey_pixels_and_of_one_no_change():
     planes = make_planes(5000, 2)
     assert not adjusted(planes, (BRIGHTNESS, 0.0)).any()
     assert len(np.unique(adjusted(planes, (CONTRAST, 0.0)))) == 1
+    for kind in EXPECTED:
+        assert np.array_equal(adjusted(planes, (kind, 1.0)), planes)
+    adjust(np.zeros((3, 0), np.uint8), [(CONTRAST, 0.5)])
     grey = adjusted(planes, (SATURATION, 0.0))
     assert np.array_equal(grey, by_torchvision(planes, (SATURATION, 0.0))[[0, 0, 0]]) or np.ptp(grey, axis=0).max() == 0
 
@@ -94,18 +91,6 @@ def test_steps_are_applied_in_their_order(order):
         expected = adjusted(expected, step)
     assert np.array_equal(adjusted(planes, *steps), expected)
     assert np.abs(expected.astype(int) - by_torchvision(planes, *steps)).max() <= 4
-
-
-def test_the_order_of_steps_matters():
-    planes = make_planes(3000, 3)
-    steps = (BRIGHTNESS, 1.8), (CONTRAST, 0.5)
-    assert not np.array_equal(adjusted(planes, *steps), adjusted(planes, *steps[::-1]))
-
-
-def test_no_pixels_and_no_steps_are_allowed():
-    adjust(np.zeros((3, 0), np.uint8), [(CONTRAST, 0.5)])
-    planes = make_planes(9, 0)
-    assert np.array_equal(adjusted(planes), planes)
 
 
 @pytest.mark.parametrize(

@@ -153,18 +153,6 @@ def test_a_released_slot_stays_idle_until_enough_other_memory_was_written(width,
     assert len(set(places)) <= 2 * 32 + 2
 
 
-def test_a_slot_outlives_its_ring():
-    rows = np.arange(80, dtype=np.uint8).reshape(10, 8)
-    ring = Ring(fixed_streams(8), batch_rows=10, depth=2, n_threads=1)
-    ring.push(plan_of(rows, np.arange(10)))
-    ring.finish()
-    slot = ring.take(10)
-    ring.close()
-    del ring
-    gc.collect()
-    assert bytes(memoryview(slot)[:80]) == rows.tobytes()
-
-
 def test_close_wakes_a_waiting_consumer_and_a_waiting_planner():
     rows = np.zeros((8, WIDTH), np.uint8)
     hungry = Ring(fixed_streams(), batch_rows=9, depth=1, n_threads=1)
@@ -266,11 +254,6 @@ def test_a_waiting_consumer_gathers_rows_that_no_worker_has_started():
     ring.close()
 
 
-def test_only_a_ring_creates_slots():
-    with pytest.raises(TypeError, match=r"Ring\.take"):
-        Slot()
-
-
 def test_wait_room_returns_when_the_next_batch_needs_more_rows():
     rows = np.zeros((8, WIDTH), np.uint8)
     ring = Ring(fixed_streams(), batch_rows=20, depth=2, n_threads=1)
@@ -295,12 +278,6 @@ def test_a_planner_failure_is_reported_after_all_whole_batches():
     ring.close()
 
 
-def test_take_ends_at_its_timeout():
-    ring = Ring(fixed_streams(), batch_rows=4, depth=2, n_threads=1)
-    assert ring.take(0.01) not in (END, FAILED, CLOSED)
-    ring.close()
-
-
 def test_plans_are_kept_exactly_until_their_rows_are_retired():
     class Held:
         pass
@@ -315,8 +292,6 @@ def test_plans_are_kept_exactly_until_their_rows_are_retired():
         addresses = np.array([[[rows.ctypes.data, 0, 0]]], np.uint64)
         ring.push(Plan(addresses, np.zeros(4, np.uint32), np.arange(4, dtype=np.uint32), held))
     ring.finish()
-    import weakref
-
     references = [weakref.ref(h) for h in alive]
     alive.clear()
     del held, rows
@@ -370,10 +345,18 @@ def test_a_forked_child_sees_a_closed_ring_and_can_drop_everything():
     ring.close()
 
 
-@pytest.mark.parametrize("bad", [{"batch_rows": 0}, {"depth": 0}, {"n_threads": 0}])
-def test_a_ring_without_rows_depth_or_threads_raises_an_error(bad):
-    with pytest.raises(ValueError, match="1 or more"):
-        Ring(fixed_streams(), **{"batch_rows": 1, "depth": 1, "n_threads": 1, **bad})
+def test_invalid_arguments_raise_an_error():
+    for bad in ({"batch_rows": 0}, {"depth": 0}, {"n_threads": 0}):
+        with pytest.raises(ValueError, match="1 or more"):
+            Ring(fixed_streams(), **{"batch_rows": 1, "depth": 1, "n_threads": 1, **bad})
+    finder = RowFinder(np.array([0, 4, 10], np.int64), None)
+    for run in ((-1, 2), (0, 11), (10, 1), (0, -1)):
+        with pytest.raises(ValueError, match="of 10 in 2 blocks, with addresses of 2 blocks"):
+            Plan.from_finder(np.zeros((1, 2, 3), np.uint64), (finder, *run), None)
+    with pytest.raises(ValueError, match="with addresses of 1 blocks"):
+        Plan.from_finder(np.zeros((1, 1, 3), np.uint64), (finder, 0, 10), None)
+    with pytest.raises(TypeError, match=r"Ring\.take"):
+        Slot()
 
 
 @given(
@@ -431,22 +414,6 @@ def test_rows_of_a_finder_are_gathered(records, key, batch_rows, n_threads, data
     assert served(runs) == expected
     mixed = [plan if i % 2 else arrays(*pair) for i, (plan, pair) in enumerate(zip(runs, pairs, strict=True))]
     assert served(mixed) == expected  # parts of both kinds in one batch
-
-
-@pytest.mark.parametrize("run", [(-1, 2), (0, 11), (10, 1), (0, -1)])
-def test_positions_outside_the_finder_raise_an_error(run):
-    finder = RowFinder(np.array([0, 4, 10], np.int64), None)
-    with pytest.raises(ValueError, match="of 10 in 2 blocks, with addresses of 2 blocks"):
-        Plan.from_finder(np.zeros((1, 2, 3), np.uint64), (finder, *run), None)
-
-
-def test_a_finder_of_more_blocks_than_addresses_raises_an_error():
-    finder = RowFinder(np.array([0, 4, 10], np.int64), None)
-    with pytest.raises(ValueError, match="with addresses of 1 blocks"):
-        Plan.from_finder(np.zeros((1, 1, 3), np.uint64), (finder, 0, 10), None)
-
-
-# ---- memory of the caller ----
 
 
 def lent_memory(n_bytes: int) -> np.ndarray:

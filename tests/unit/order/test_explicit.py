@@ -106,21 +106,16 @@ def test_shards_ahead_are_in_reading_order(shards, wanted, data):
     assert len(found) == next((i + 1 for i, total in enumerate(held) if total >= n_bytes), len(expected))
 
 
-@pytest.mark.parametrize(
-    ("stream", "position"), [(1, 0), (0, -1), (0, 4)], ids=["another stream", "before", "behind the end"]
-)
-def test_positions_outside_the_order_are_refused(stream, position):
+def test_positions_and_records_outside_the_order_are_refused():
     order = ExplicitOrder(sizes_of([[3]]), np.array([2, 0, 1]), None)
-    for call in (order.section_at, lambda s, p: order.shards_ahead(s, p, None)):
-        with pytest.raises(ValueError, match="outside an epoch of 3 records"):
-            call(stream, position)
+    for stream, position in ((1, 0), (0, -1), (0, 4)):  # another stream, before the first, behind the end
+        for call in (order.section_at, lambda s, p: order.shards_ahead(s, p, None)):
+            with pytest.raises(ValueError, match="outside an epoch of 3 records"):
+                call(stream, position)
     with pytest.raises(ValueError, match="outside an epoch of 3 records"):
         order.section_at(0, 3)
     with pytest.raises(ValueError, match=r"positions \[1, 4\) are outside a section of 3"):
         order.section_at(0, 0).rows(1, 4)
-
-
-def test_record_numbers_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"record numbers -1 to 3 exceed 3 records"):
         ExplicitOrder(sizes_of([[3]]), np.array([3, -1]), None)
 
@@ -136,14 +131,6 @@ def test_mapped_blocks_do_not_count_towards_the_window_limit():
     assert count_fitting(found, 12, [0]) == 4
     assert count_fitting(found, 1, [1, 0]) == 5
     assert as_list(explicit_section(7, found.slice(1, 3))) == [(0, 1, 0), (1, 0, 0)]
-
-
-def test_few_records_of_many_blocks_are_located():
-    dataset_sizes = sizes_of([[1] * 400, [2] * 400])
-    numbers = np.array([700, 3, 700, 1199])
-    found = RecordLocator(dataset_sizes).find(np.concatenate([numbers, np.arange(1200)])).slice(0, 4)
-    assert as_list(explicit_section(0, found)) == [(1, 150, 0), (0, 3, 0), (1, 150, 0), (1, 399, 1)]
-    assert count_fitting(found, 23) == 3
 
 
 def test_a_window_of_all_blocks_is_kept_if_it_fits_and_most_blocks_are_needed(monkeypatch):

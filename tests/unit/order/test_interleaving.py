@@ -89,31 +89,22 @@ def test_a_stream_too_long_for_exact_arithmetic_is_refused() -> None:
         interleave(StreamAllocation((2**42, 1), 1), 0)
 
 
-@given(st.lists(st.integers(1, 1000), min_size=2, max_size=8), st.integers(1, 3000))
-@example([700, 200, 100], 2000)
-@example([1, 2], 3000)
-@example([980, 10, 10], 3000)
-@example([1, 1, 2, 3, 5, 8, 13, 21], 3000)
-def test_in_any_range_of_one_stream_a_part_deviates_by_less_than_five_records(weights: list[int], n: int) -> None:
-    shares = interleave(StreamAllocation(apportion(n, weights), 1), 0)
-    assert worst(shares.locate(np.arange(n))[0].tolist(), shares_of(weights)) < 5
-
-
-@given(st.lists(st.integers(1, 1000), min_size=2, max_size=8), st.integers(2, 16), st.integers(1, 2000))
+@given(st.lists(st.integers(1, 1000), min_size=2, max_size=8), st.integers(1, 16), st.integers(1, 3000))
+@example([700, 200, 100], 1, 2000)
+@example([980, 10, 10], 1, 3000)
+@example([1, 1, 2, 3, 5, 8, 13, 21], 1, 3000)
 @example([1, 1], 16, 1600)
 @example([999, 1], 16, 1600)
 @example([700, 200, 100], 8, 1000)
 @example([1] * 8, 16, 1601)
-def test_in_any_range_of_several_streams_a_part_deviates_by_a_few_records(
-    weights: list[int], n_streams: int, n: int
-) -> None:
+def test_in_any_range_a_part_deviates_by_a_few_records(weights: list[int], n_streams: int, n: int) -> None:
     deal = StreamAllocation(apportion(n, weights), n_streams)
     sequence = np.empty(n, np.int64)
     for stream in range(min(n_streams, n)):
         shares = interleave(deal, stream)
         sequence[stream::n_streams] = shares.locate(np.arange(shares.n_records))[0]
     assert np.bincount(sequence, minlength=len(weights)).tolist() == list(deal.totals)
-    assert worst(sequence.tolist(), shares_of(weights)) < 5 + 2 * math.sqrt(n_streams)
+    assert worst(sequence.tolist(), shares_of(weights)) < 5 + (2 * math.sqrt(n_streams) if n_streams > 1 else 0)
 
 
 def schedules(n_parts: int, longest: int = 400) -> st.SearchStrategy[list[tuple[int, tuple[int, ...]]]]:

@@ -134,17 +134,6 @@ def test_a_rank_owns_what_it_serves_but_not_its_padding(how: SamplerBatch) -> No
         assert plan.owns(np.arange(n)).tolist() == [p in own for p in range(n)]
 
 
-@given(drawn(), st.data())
-def test_a_run_resumed_on_other_ranks_continues_where_the_first_stopped(how: SamplerBatch, data: st.DataObject) -> None:
-    _, _, n, n_streams = how
-    first = plans(how)[0]
-    offset = first.offset_after(data.draw(st.integers(0, first.n_batches)))
-    other = Ranks(data.draw(st.integers(1, 9)), data.draw(st.integers(1, 20)), False)
-    rest = plans((offset, other, n, n_streams))
-    found = [p for plan in rest for batch in positions(plan)[: plan.n_batches - plan.n_padding] for p in batch]
-    assert sorted(found) == list(range(offset, n))
-
-
 def test_a_plan_of_a_hundred_million_batches_takes_no_memory() -> None:
     plan = RankPlan(0, 64, 63, 256, True, 10**8 * 64 * 256, n_streams=64)
     assert plan.n_batches == 10**8
