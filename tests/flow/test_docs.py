@@ -78,3 +78,10 @@ def test_every_name_in_the_call_chains_of_the_architecture_exists():
         if not found or (owner and not re.search(rf"^(?:cdef )?class {owner}\b", text, re.M)):
             missing.append(f"{file}:{name}")
     assert missing == []
+
+
+def test_the_worked_example_of_the_order_prints_what_the_guide_shows(tmp_path, warm_python):
+    page = ROOT / "docs" / "guide" / "order.md"
+    done = warm_python.run(["-c", "\n".join(blocks(page, "python"))], cwd=tmp_path, is_strict=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "".join(blocks(page, "text")) != ""

@@ -7,18 +7,15 @@ import mmap
 import os
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.http_server import HttpFaultServer
 from tests.support.mixed_shard import wait_until_settled
 from tests.support.records import SCHEMA, check_batch, make_columns
 
 import tiercache as tc
-from tiercache.data.opened_version import DatasetLocation, OpenedVersion
 from tiercache.load import windows
 
 N = 600
@@ -272,54 +269,3 @@ def test_a_local_file_truncated_inside_a_checked_page_serves_no_zeros(tmp_path):
     assert all((x != 0).all() for x in seen)
     assert len(seen) <= 16  # of the windows that were mapped before
     dataset.close()
-
-
-class FaultyPlace(DatasetLocation):
-    """A place whose store damages what it is scripted to."""
-
-    script: ClassVar[list[Fault]] = []
-    stores: ClassVar[list[FaultStore]] = []
-
-    def open(self):
-        self.stores.append(FaultStore(super().open(), self.script))
-        return self.stores[-1]
-
-
-@pytest.fixture
-def faulty(monkeypatch, tmp_path):
-    """Opens a data set of 600 records through a cache, by a store that damages the first answers for shards."""
-    path = tmp_path / "data"
-    with tc.Writer(path, schema=SCHEMA, shard_size="8KiB", block_size="1KiB") as writer:
-        writer.write_batch(make_columns(N))
-    opened: list[OpenedVersion] = []
-
-    def open_version(cache, times):
-        monkeypatch.setattr(FaultyPlace, "stores", [])
-        monkeypatch.setattr(
-            FaultyPlace, "script", [Fault("read_into", kind=FaultKind.BIT_FLIP, keys="shards/*", times=times)]
-        )
-        opened.append(OpenedVersion(FaultyPlace(str(path), cache=cache), None, None))
-        return opened[-1], FaultyPlace.stores[0]
-
-    yield open_version
-    for version in opened:
-        version.close()
-
-
-@pytest.mark.parametrize("is_cached", [True, False])
-@pytest.mark.parametrize("read", ["footer", "records"])
-def test_a_corrupt_first_response_is_fetched_again(faulty, cache, is_cached, read):
-    version, store = faulty(cache if is_cached else False, 1)
-    if read == "footer":
-        assert version.block_sizes([0])[0].records.sum() == version.table.n_records[0]
-    ids = version.values(np.arange(40))[0].values
-    assert ids.tolist() == list(range(40))
-    assert len(store.faulted_calls) == 1
-
-
-@pytest.mark.parametrize("is_cached", [True, False])
-def test_responses_that_are_always_corrupt_are_an_error_that_names_the_shard(faulty, cache, is_cached):
-    version, store = faulty(cache if is_cached else False, 10_000)
-    with pytest.raises(tc.CorruptShard, match=r"shards/.*\.tcs"):
-        version.block_sizes([0])
-    assert 2 <= len(store.faulted_calls) <= 6

@@ -288,20 +288,6 @@ def test_a_shard_damaged_on_disk_is_an_error_in_its_place(make_dataset):
     assert served
 
 
-def test_a_shard_truncated_under_a_running_loader_is_an_error_and_not_a_dead_process(make_dataset):
-    path = make_dataset(3000, shard_size="4MiB", compression="none")
-    shard = next((path / "shards").iterdir())
-    options = tc.LoaderOptions(threads=1, memory_bytes=1)
-    loader = tc.DataLoader(tc.Dataset(path), batch_size=4, shuffle=True, options=options)
-    iterator = iter(loader)
-    check_batch(next(iterator))
-    shard.chmod(0o644)
-    with shard.open("r+b") as file:
-        file.truncate(4096)
-    with pytest.raises(tc.CorruptShard, match=rf"{shard.name}.*block"):
-        ids_of(iterator)
-
-
 def test_stats_say_what_was_done_and_what_bounds_it(make_dataset):
     loader = tc.DataLoader(tc.Dataset(make_dataset(100)), batch_size=10)
     served = sum(

@@ -17,7 +17,6 @@ from tests.support.records import ids_of, join_loading, make_columns
 
 import tiercache as tc
 from tiercache.data.opened_version import OpenedVersion
-from tiercache.data.output_spec import record_number
 
 # Of each some 60 ms; `pytest --hypothesis-profile fuzz` draws 5,000.
 SOME = settings.default.max_examples if settings.default.max_examples > 100 else 25
@@ -246,17 +245,3 @@ def test_an_append_in_between_changes_nothing_for_a_run_that_goes_on(make_datase
     rest = [i for batch in resumed.serve() for i in itertools.chain(*batch)]
     assert sorted(begun) == sorted(whole[:80])
     assert sorted(rest) == sorted(whole[80:])
-
-
-@settings(max_examples=SOME)
-@given(layout=st.sampled_from(LAYOUTS[1:]), how=hows, shuffle=st.booleans(), ranks=some_ranks, data=st.data())
-def test_a_share_locates_each_record_of_a_batch(packed, layout, how, shuffle, ranks, data):
-    warnings.simplefilter("ignore", RuntimeWarning)
-    dataset, rank = packed[layout], data.draw(st.integers(0, ranks.world_size - 1))
-    options = tc.LoaderOptions(rank=rank, world_size=ranks.world_size, threads=1, **how)
-    iterator = iter(tc.DataLoader(dataset, batch_size=ranks.batch_size, shuffle=shuffle, options=options))
-    share, source = iterator._inputs.share, dataset._source
-    for number, batch in enumerate(itertools.islice(iterator, 4)):
-        places = [share.locate(position) for position in share.rank_plan.positions(number).tolist()]
-        assert [record_number(source, *place) for place in places] == batch["id"].tolist()
-    iterator.close()

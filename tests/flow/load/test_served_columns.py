@@ -1,4 +1,4 @@
-"""Forms of columns and fills of nulls: the same meaning whichever way records are read."""
+"""Forms of columns, casts and fills of nulls: the same meaning whichever way records are read."""
 
 from __future__ import annotations
 
@@ -59,6 +59,21 @@ FILLS: dict[str, Any] = {
 }
 
 
+# Dtypes that each column can be cast to: the numbers are equal, and compare so.
+TARGETS: dict[str, list[str]] = {
+    "id": ["int32", "uint8", "float64"],
+    "count": ["int8", "float32"],
+    "flag": ["uint8", "float32"],
+    "point": ["float32"],
+    "flat": ["int32", "int64", "float32"],
+    "half": ["float32", "float64"],
+    "flags": ["uint8", "int64"],
+    "rows": ["float64"],
+    "empty": ["int64"],
+    "box": ["int8", "int64", "float32"],
+}
+
+
 # A value that each column can be padded with.
 PADDING: dict[str, Any] = {
     "blob": 255,
@@ -100,8 +115,9 @@ def make_record(i: int) -> dict[str, Any]:
     return record | {name: None for at, name in enumerate(nullable) if (i + at) % 3 == 0}
 
 
-def write(path: Path, records: list[dict[str, Any]]) -> Path:
-    with tc.Writer(path, schema=SCHEMA, shard_size="6KiB", block_size="1KiB") as writer:
+def write(path: Path, records: list[dict[str, Any]], compression: str = "zstd") -> Path:
+    sizes = {"shard_size": "6KiB", "block_size": "1KiB"}
+    with tc.Writer(path, schema=SCHEMA, compression=compression, **sizes) as writer:
         for record in records:
             writer.write(record)
     return path
@@ -110,6 +126,14 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     return write(tmp_path_factory.mktemp("layouts") / "data", [make_record(i) for i in range(N)])
+
+
+@pytest.fixture(scope="module", params=["mapped", "decoded"])
+def stored(request, packed, tmp_path_factory):
+    """The records in blocks that are mapped, and in blocks that are decoded."""
+    if request.param == "decoded":
+        return packed
+    return write(tmp_path_factory.mktemp("mapped") / "data", [make_record(i) for i in range(N)], "none")
 
 
 def as_plain(value: Any) -> Any:
@@ -200,17 +224,28 @@ def servings(draw):
         )
         for name in VARIED
     }
-    return {"layouts": forms, "fill_nulls": {n: f for n, f in FILLS.items() if draw(st.booleans())}}
+    nulls = {n: f for n, f in FILLS.items() if draw(st.booleans())}
+    cast = {name: draw(st.sampled_from(dtypes)) for name, dtypes in TARGETS.items() if draw(st.booleans())}
+    if "flags" in cast:  # a padding and a fill are values of the served dtype
+        forms["flags"] = "list" if isinstance(forms["flags"], tc.Padded) else forms["flags"]
+        nulls |= {"flags": np.zeros((0, 3), np.uint8)} if "flags" in nulls else {}
+    if "flag" in cast and "flag" in nulls:
+        nulls["flag"] = 1
+    return {"layouts": forms, "fill_nulls": nulls, "cast": cast}
+
+
+def has_dtype(value: Any, dtype: str | None) -> bool:
+    return dtype is None or str(value.dtype).removeprefix("torch.") == dtype
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=FIXTURE)
 @given(asked=servings(), batch_size=st.integers(1, 40), shuffle=st.booleans(), window=st.sampled_from(["1KiB", "all"]))
-def test_the_native_path_and_collate_give_the_same_batch(packed, asked, batch_size, shuffle, window):
-    dataset = tc.Dataset(packed, **asked)
+def test_the_native_path_and_collate_give_the_same_batch(stored, asked, batch_size, shuffle, window):
+    dataset = tc.Dataset(stored, **asked)
     options = tc.LoaderOptions(seed=1, shuffle_window_bytes=window, threads=2)
     seen = 0
     for batch in tc.DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, options=options):
-        ids = batch["id"].tolist()
+        ids = [int(i) for i in batch["id"].tolist()]
         expected = tc.collate(dataset.__getitems__(ids))
         assert list(batch) == list(expected)
         assert plain_batch(batch) == plain_batch(expected)
@@ -220,8 +255,8 @@ def test_the_native_path_and_collate_give_the_same_batch(packed, asked, batch_si
 
 @settings(max_examples=15, deadline=None, suppress_health_check=FIXTURE)
 @given(asked=servings(), indices=st.lists(st.integers(0, N - 1), max_size=12))
-def test_numpy_batches_hold_what_was_written_in_every_form(packed, asked, indices):
-    batch = tc.Dataset(packed, **asked)[indices]
+def test_numpy_batches_hold_what_was_written_in_every_form(stored, asked, indices):
+    batch = tc.Dataset(stored, **asked)[indices]
     for name in VARIED:
         form, fill = asked["layouts"][name], asked["fill_nulls"].get(name)
         null = [make_record(i)[name] is None for i in indices]
@@ -236,20 +271,27 @@ def test_numpy_batches_hold_what_was_written_in_every_form(packed, asked, indice
             else:
                 expected = expected_value(name, make_record(i)[name], fill, form)
                 assert (value.tolist() if hasattr(value, "tolist") else value) == expected
+                assert has_dtype(value, asked["cast"].get(name))
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=FIXTURE)
-@given(asked=servings(), i=st.integers(0, N - 1))
-def test_a_record_has_its_fills_and_no_layouts(packed, asked, i):
-    record, usual = tc.Dataset(packed, **asked)[i], tc.Dataset(packed)[i]
+@given(asked=servings(), i=st.integers(0, N - 1), start=st.integers(0, N))
+def test_a_record_has_its_fills_and_casts_and_no_layouts(stored, asked, i, start):
+    dataset = tc.Dataset(stored, **asked)
+    record, usual = dataset[i], tc.Dataset(stored)[i]
     assert record.keys() == usual.keys()
     for name, value in usual.items():
         if value is None and name in asked["fill_nulls"]:
             fill = FILLS[name]
             expected = [fill] * 2 if name == "point" else expected_value(name, None, fill, "list")
             assert (record[name].tolist() if hasattr(record[name], "tolist") else record[name]) == expected
-        else:
+        elif value is None or name not in asked["cast"]:
             assert as_plain(record[name]) == as_plain(value)
+        else:
+            assert record[name].tolist() == value.tolist()
+            assert has_dtype(record[name], asked["cast"][name])
+            assert not isinstance(record[name], np.ndarray) or record[name].flags.writeable
+    assert plain_batch(dataset[start:]) == plain_batch(dataset[list(range(start, N))])
 
 
 def test_torchs_default_collate_takes_nullable_columns_once_they_are_filled(packed):
@@ -317,9 +359,8 @@ def test_a_fill_is_every_records_own(packed):
     assert dataset._output_spec.nulls["doc"] == {"none": []}
 
 
-@pytest.mark.parametrize(
-    ("asked", "told"),
-    [
+def test_layouts_that_a_column_cannot_have_are_refused(packed):
+    for asked, told in (
         ({"layouts": {"nothing": "list"}}, "nothing.*no such column"),
         ({"layouts": {"text": "pad"}}, "text.*'padded'.*got 'pad'"),
         ({"layouts": {"count": "padded"}}, "count.*records differ in length.*int32"),
@@ -346,14 +387,9 @@ def test_a_fill_is_every_records_own(packed):
         ({"fill_nulls": {"when": "x"}}, "when"),
         ({"decode": {"text": object()}}, "text.*only images"),
         ({"decode": {"picture": object()}, "layouts": {"picture": "buffer"}}, "picture.*remove layouts= or decode="),
-    ],
-)
-def test_layouts_that_a_column_cannot_have_are_refused(packed, asked, told):
-    with pytest.raises(tc.SchemaError, match=f"(?s){told}"):
-        tc.Dataset(packed, **asked)
-
-
-def test_a_layout_argument_that_is_not_a_mapping_is_refused(packed):
+    ):
+        with pytest.raises(tc.SchemaError, match=f"(?s){told}"):
+            tc.Dataset(packed, **asked)
     with pytest.raises(TypeError, match="layouts is a mapping"):
         tc.Dataset(packed, layouts=["text"])
     with pytest.raises(ValueError, match="transform"):
@@ -379,16 +415,6 @@ def test_labels_are_padded_with_a_value_that_a_cast_column_can_hold(tmp_path, pa
     for batch in (next(iter(tc.DataLoader(dataset, batch_size=3))), dataset[[0, 1, 2]]):
         assert batch["labels"].tolist() == expected
         assert batch["labels.lengths"].tolist() == [3, 0, 5]
-
-
-def test_a_multiple_gives_every_batch_one_length(packed):
-    dataset = tc.Dataset(
-        packed, columns=["flat", "box"], layouts=dict.fromkeys(("flat", "box"), tc.Padded(multiple_of=64))
-    )
-    for batch in tc.DataLoader(dataset, batch_size=1):  # records without elements too
-        assert batch["flat"].shape == (1, 64)
-        assert batch["box"].shape == (1, 64, 2, 64)
-    assert dataset[[]]["flat"].shape == (0, 64)
 
 
 @pytest.mark.parametrize("name", ["text", "box"])
@@ -457,15 +483,12 @@ def test_a_wrong_setting_of_padding_is_an_error_that_names_it():
             tc.Padded(**wrong)
 
 
-def test_a_mask_by_name_is_the_usual_mask(packed):
+def test_one_number_of_any_sort_fills_a_tensor_and_a_mask_by_name_is_the_usual_mask(packed):
+    null = next(i for i in range(N) if make_record(i)["point"] is None)
+    for one in (-2, -2.0, np.float32(-2), np.array(-2.0), torch.tensor(-2.0)):
+        assert tc.Dataset(packed, fill_nulls={"point": one})[null]["point"].tolist() == [-2.0, -2.0]
     batch = tc.Dataset(packed, columns=["text"], fill_nulls={"text": "mask"})[[0, 1, 2]]
     assert batch["text.valid"].tolist() == [make_record(i)["text"] is not None for i in range(3)]
-
-
-@pytest.mark.parametrize("one", [-2, -2.0, np.float32(-2), np.array(-2.0), torch.tensor(-2.0)])
-def test_one_number_of_any_sort_fills_a_tensor(packed, one):
-    null = next(i for i in range(N) if make_record(i)["point"] is None)
-    assert tc.Dataset(packed, fill_nulls={"point": one})[null]["point"].tolist() == [-2.0, -2.0]
 
 
 @pytest.mark.parametrize("form", ["list", "padded", "buffer"])
@@ -551,3 +574,118 @@ def test_batches_are_on_the_cpu_whatever_torch_s_default_device_is(tmp_path, for
     flat = batch["flat"]
     tensors = flat if form == "list" else [flat.values if form == "buffer" else flat]
     assert {tensor.device.type for tensor in (*tensors, batch["none"])} == {"cpu"}
+
+
+def test_torch_loaders_get_the_cast_with_either_collate(packed):
+    dataset = tc.Dataset(packed, columns=["id"], cast={"id": "float32"})
+    for collate_fn in (tc.collate, default_collate):
+        batches = list(TorchLoader(dataset, batch_size=16, collate_fn=collate_fn))
+        assert torch.cat([batch["id"] for batch in batches]).tolist() == list(range(N))
+        assert {batch["id"].dtype for batch in batches} == {torch.float32}
+
+
+def test_the_schema_says_what_is_served_and_arrow_what_is_stored(packed):
+    ask = {"columns": ["id", "flag", "count", "box"], "cast": {"id": "int32", "flag": "uint8"}}
+    dataset = tc.Dataset(packed, **ask, fill_nulls={"count": 0})
+    assert [str(column) for column in dataset.schema.columns] == ["int32", "uint8?", "int32?", "int16[*, 2, *]?"]
+    tables = list(dataset.to_arrow())
+    assert tables[0].schema == tc.Dataset(packed, columns=ask["columns"]).schema.arrow
+    assert pa.Table.from_batches(tables).column("id").to_pylist() == list(range(N))
+    assert dataset.to_pandas()["id"].dtype == np.int64
+
+
+def test_names_of_labels_stay_with_a_cast_column(tmp_path):
+    field = pa.field("label", pa.int64(), nullable=False, metadata={"tiercache.classes": '["cat", "dog"]'})
+    with tc.Writer(tmp_path / "data", schema=pa.schema([field])) as writer:
+        writer.write({"label": 1})
+    dataset = tc.Dataset(tmp_path / "data", cast={"label": "int32"})
+    assert dataset.schema.columns[0].classes == ("cat", "dog")
+    assert dataset[0]["label"].dtype == np.int32
+
+
+def test_pickles_selections_views_and_joined_data_sets_keep_the_cast(packed):
+    dataset = tc.Dataset(packed, cast={"id": "int32", "flat": "int64"})
+    chosen = dataset.select_columns(["id"])
+    joined = dataset.take(5) + dataset.skip(50)
+    for one in (pickle.loads(pickle.dumps(dataset)), chosen, pickle.loads(pickle.dumps(chosen)), joined):
+        assert one[3]["id"].dtype == one[[]]["id"].dtype == np.int32
+        assert one.schema.columns[one.column_names.index("id")].dtype == "int32"
+        assert next(iter(tc.DataLoader(one, batch_size=4)))["id"].dtype == torch.int32
+    assert dict(chosen._output_spec.cast) == {"id": "int32"}
+    assert plain_batch(joined[4:6]) == plain_batch(dataset[[4, 50]])
+    with pytest.raises(tc.SchemaError, match="id"):
+        tc.Dataset(packed, cast={"id": "int32"}) + tc.Dataset(packed)
+    same = tc.Dataset(packed, cast={"id": "int64", "flag": np.bool_})
+    assert same._output_spec.cast == {}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Record 40 alone has values that many dtypes have not."""
+    schema = {"id": "int64", "x": "float64", "many": tc.Tensor("int32", (50,)), "ids": tc.Ragged("int64", (None,))}
+    records = [
+        {"id": i, "x": float(i), "many": np.full(50, i, np.int32), "ids": np.arange(i % 3, dtype=np.int64)}
+        for i in range(80)
+    ]
+    records[40] = {"id": -300, "x": 1e300, "many": np.full(50, 2**24 + 1, np.int32), "ids": np.array([2**40])}
+    with tc.Writer(path := tmp_path_factory.mktemp("large") / "data", schema=schema) as writer:
+        for record in records:
+            writer.write(record)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("column", "dtype", "got"),
+    [
+        ("id", "uint8", "-300"),
+        ("id", "bool", r"-300|\d+"),
+        ("x", "float32", "1e\\+300"),
+        ("many", "float32", "16777217"),
+        ("ids", "int32", "1099511627776"),
+    ],
+)
+def test_a_value_that_would_be_lost_is_an_error_that_names_it_whichever_way_it_is_read(large, column, dtype, got):
+    dataset = tc.Dataset(large, columns=[column], cast={column: dtype})
+    match = rf"'{column}'.*cast to {dtype}.*no equal.*got ({got})"
+    if dtype != "bool":
+        assert dataset[39][column].dtype == dataset[[0, 1]][column][0].dtype == dtype
+    for read in (lambda: dataset[40], lambda: dataset[[3, 40]], lambda: dataset[30:50], lambda: list(dataset)):
+        with pytest.raises(tc.SchemaError, match=match):
+            read()
+    with pytest.raises(tc.SchemaError, match=match):
+        list(tc.DataLoader(dataset, batch_size=16))
+    with pytest.raises(tc.SchemaError, match=match):
+        list(TorchLoader(dataset, batch_size=16, collate_fn=tc.collate))
+
+
+def test_batches_before_the_value_that_does_not_fit_are_served(large):
+    loader = iter(tc.DataLoader(tc.Dataset(large, columns=["many"], cast={"many": "int16"}), batch_size=16))
+    assert [len(next(loader)["many"]) for _ in range(2)] == [16, 16]
+    with pytest.raises(tc.SchemaError, match="int16"):
+        next(loader)
+
+
+def test_invalid_casts_are_refused_when_the_data_set_is_opened(packed):
+    for cast, match in (
+        ({"nothing": "int64"}, "'nothing': no such column"),
+        ({"flat": "int65"}, "'flat': cast: no such dtype.*one of int8.*'int65'"),
+        ({"text": "int64"}, "'text': cast: only numbers can be cast, and this is str"),
+        ({"blob": "int64"}, "'blob': cast: only numbers can be cast.*DecodeImage"),
+        ({"picture": "int64"}, "'picture'.*DecodeImage"),
+        ({"doc": "int64"}, "'doc'.*only numbers"),
+        ({"when": "int64"}, "'when'.*only numbers"),
+        ({"rows": "int32"}, r"'rows'.*0\.5.*one of float16, bfloat16, float32, float64, got int32"),
+        ({"half": "bool"}, "'half'.*bfloat16 has values without an equal bool"),
+    ):
+        with pytest.raises(tc.SchemaError, match=match):
+            tc.Dataset(packed, cast=cast)
+    with pytest.raises(TypeError, match="cast is a mapping from column names to dtypes, got str"):
+        tc.Dataset(packed, cast="int64")
+
+
+def test_fills_are_of_the_served_dtype(packed):
+    null = next(i for i in range(N) if make_record(i)["count"] is None)
+    dataset = tc.Dataset(packed, cast={"count": "float32"}, fill_nulls={"count": 0.5})
+    assert dataset[null]["count"] == np.float32(0.5)
+    with pytest.raises(tc.SchemaError, match=r"'count'.*hold"):
+        tc.Dataset(packed, cast={"count": "int8"}, fill_nulls={"count": 300})
