@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 from datetime import UTC, datetime, timedelta
-from urllib.parse import parse_qs
 
 import pytest
 from tests.support.http_server import HttpFault
@@ -17,7 +15,6 @@ from tiercache.model import ByteRange
 from tiercache.store import open_store
 from tiercache.store.access import CloudOptions, Credentials, Keys, s3_access
 from tiercache.store.archive import S3StorageClasses
-from tiercache.store.obstore import ObstoreClient
 from tiercache.waiting import wait_for
 
 EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
@@ -72,27 +69,28 @@ def renew_environment(tmp_path, monkeypatch, key):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret")
 
 
-@pytest.mark.parametrize("call", ["get", "head", "read_tail", "read_into", "put", "list"])
-@pytest.mark.parametrize(("renew", "options"), [(renew_file, {"profile": "work"}), (renew_environment, {})])
 def test_keys_renewed_by_another_program_are_read_when_s3_refuses_the_old_ones(
-    http_server, opened, monkeypatch, tmp_path, call, renew, options
+    http_server, opened, monkeypatch, tmp_path
 ):
-    renew(tmp_path, monkeypatch, "OLD")
-    store = opened(**options)
-    assert store.get("a") == b"data"
-    renew(tmp_path, monkeypatch, "NEW")
-    listing = b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>"
-    n_refusals = 2 if call == "head" else 1  # that of a HEAD has no body
-    http_server.next(*[REFUSED] * n_refusals, *([HttpFault("status", 200, body=listing)] if call == "list" else []))
-    {
-        "get": lambda: store.get("a"),
-        "head": lambda: store.head("a"),
-        "read_tail": lambda: store.read_tail("a", 2),
-        "read_into": lambda: read_ranges(store, "a", [ByteRange(0, 4)]),
-        "put": lambda: store.put("b", b"x"),
-        "list": lambda: list(store.list()),
-    }[call]()
-    assert keys_of(http_server) == ["OLD"] * (1 + n_refusals) + ["NEW"]
+    listing = HttpFault("status", 200, body=b"<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>")
+    calls = {
+        "get": lambda store: store.get("a"),
+        "head": lambda store: store.head("a"),
+        "read_tail": lambda store: store.read_tail("a", 2),
+        "read_into": lambda store: read_ranges(store, "a", [ByteRange(0, 4)]),
+        "put": lambda store: store.put("b", b"x"),
+        "list": lambda store: list(store.list()),
+    }
+    for name, call in calls.items():
+        start = len(http_server.log)
+        renew_file(tmp_path, monkeypatch, "OLD")
+        store = opened(profile="work")
+        assert store.get("a") == b"data"
+        renew_file(tmp_path, monkeypatch, "NEW")
+        n_refusals = 2 if name == "head" else 1  # that of a HEAD has no body
+        http_server.next(*[REFUSED] * n_refusals, *([listing] if name == "list" else []))
+        call(store)
+        assert keys_of(http_server, start=start) == ["OLD"] * (1 + n_refusals) + ["NEW"], name
 
 
 def test_an_archive_reads_renewed_keys_too(http_server, opened, monkeypatch, tmp_path):
@@ -118,26 +116,25 @@ def test_an_expired_token_without_a_newer_one_is_named_in_the_error(http_server,
     assert len(http_server.log) == 3, "the HEAD is followed by a GET that says why"
 
 
-@pytest.mark.parametrize("half_written", ["", "[work]\naws_access_key_id = NEW\n", "aws_access_key_id\n"])
 def test_a_credentials_file_that_is_being_rewritten_is_read_until_it_is_complete(
-    http_server, opened, monkeypatch, tmp_path, half_written
+    http_server, opened, monkeypatch, tmp_path
 ):
-    renew_file(tmp_path, monkeypatch, "OLD")
-    store = opened(profile="work")
-    assert store.get("a") == b"data"
-    (tmp_path / "credentials").write_text(half_written)
-    n_refused = 0
+    for half_written in ("", "[work]\naws_access_key_id = NEW\n", "aws_access_key_id\n"):
+        renew_file(tmp_path, monkeypatch, "OLD")
+        store = opened(profile="work")
+        assert store.get("a") == b"data"
+        (tmp_path / "credentials").write_text(half_written)
+        refused = []
 
-    def answer(_method, _path):
-        nonlocal n_refused
-        n_refused += 1
-        if n_refused == 2:
-            renew_file(tmp_path, monkeypatch, "NEW")
-        return REFUSED if n_refused < 3 else None
+        def answer(_method, _path, refused=refused):
+            refused.append(1)
+            if len(refused) == 2:
+                renew_file(tmp_path, monkeypatch, "NEW")
+            return REFUSED if len(refused) < 3 else None
 
-    http_server.when(answer)
-    assert store.get("a") == b"data"
-    assert keys_of(http_server)[-1] == "NEW"
+        http_server.when(answer)
+        assert store.get("a") == b"data"
+        assert keys_of(http_server)[-1] == "NEW", half_written
 
 
 def test_a_request_refused_with_newer_keys_too_fails(http_server, opened):
@@ -191,44 +188,29 @@ def test_keys_are_read_before_they_expire_and_stay_in_use_while_the_source_fails
 # Functions
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
+def test_a_credentials_function_may_use_the_names_of_obstore_or_of_aws(http_server, opened):
+    later = datetime.now(UTC) + timedelta(hours=1)
+    for names in (
         ("access_key_id", "secret_access_key", "token", "expires_at"),
         ("AccessKeyId", "SecretAccessKey", "SessionToken", "Expiration"),
-    ],
-)
-def test_a_credentials_function_may_use_the_names_of_obstore_or_of_aws(http_server, opened, names):
-    later = datetime.now(UTC) + timedelta(hours=1)
-    given = dict(zip(names, ("FROM-A-FUNCTION", "s", "the-token", later), strict=True))
-    store = opened(credentials=lambda: given)
-    assert store.get("a") == store.get("a") == b"data"
-    assert keys_of(http_server) == ["FROM-A-FUNCTION"] * 2
-    assert http_server.log[0].headers["x-amz-security-token"] == "the-token"
+    ):
+        given = dict(zip(names, ("FROM-A-FUNCTION", "s", "the-token", later), strict=True))
+        store = opened(credentials=lambda given=given: given)
+        assert store.get("a") == store.get("a") == b"data"
+        assert keys_of(http_server)[-2:] == ["FROM-A-FUNCTION"] * 2
+        assert http_server.log[-1].headers["x-amz-security-token"] == "the-token"
 
 
-def test_a_credentials_function_supplies_a_google_cloud_token(http_server):
-    http_server.objects = {"bucket/a": b"data"}
-    later = datetime.now(UTC) + timedelta(hours=1)
-    given = {"token": "the-token", "expires_at": later}
-    store = open_store("gs://bucket", base_url=http_server.url, credentials=lambda: given)
-    assert store.get("a") == b"data"
-    store.close()
-    assert http_server.log[0].headers["authorization"] == "Bearer the-token"
-
-
-@pytest.mark.parametrize(
-    ("given", "fact"),
-    [
+def test_an_invalid_result_of_a_credentials_function_is_described(opened):
+    keys = {"AccessKeyId": "A", "SecretAccessKey": "s"}
+    for given, fact in (
         (None, "NoneType"),
         ({"AccessKeyId": "A"}, "secret_access_key"),
-        ({"AccessKeyId": "A", "SecretAccessKey": "s", "Expiration": "soon"}, "datetime, got str"),
-        ({"AccessKeyId": "A", "SecretAccessKey": "s", "Expiration": datetime(2020, 1, 1)}, "expired"),
-    ],
-)
-def test_an_invalid_result_of_a_credentials_function_is_described(opened, given, fact):
-    with pytest.raises(StoreError, match=fact):
-        opened(credentials=lambda: given).get("a")
+        (keys | {"Expiration": "soon"}, "datetime, got str"),
+        (keys | {"Expiration": datetime(2020, 1, 1)}, "expired"),
+    ):
+        with pytest.raises(StoreError, match=fact):
+            opened(credentials=lambda given=given: given).get("a")
 
 
 def test_credentials_must_be_a_function():
@@ -276,51 +258,6 @@ def test_an_error_of_an_aws_file_names_the_file_but_not_its_contents(tmp_path):
     assert "s3cret" not in str(caught.value)
 
 
-def test_botocore_assumes_a_role_with_the_keys_of_another_profile(http_server, opened, monkeypatch, tmp_path):
-    pytest.importorskip("boto3")
-    (tmp_path / "config").write_text(
-        "[profile base]\naws_access_key_id = BASE\naws_secret_access_key = s\n[profile work]\n"
-        "region = us-east-1\nrole_arn = arn:aws:iam::123456789012:role/r\nsource_profile = base\n"
-    )
-    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"{http_server.url}/sts")
-    http_server.next(HttpFault("status", 200, body=sts_answer("ROLE", "AssumeRole")))
-    assert opened(profile="work").get("a") == b"data"
-    assert keys_of(http_server) == ["BASE", "ROLE"]
-
-
-# credential_process
-
-PROCESS = """
-import json, pathlib, sys
-calls = pathlib.Path(sys.argv[1])
-n = int(calls.read_text()) + 1 if calls.exists() else 1
-calls.write_text(str(n))
-keys = {"Version": 1, "AccessKeyId": f"PROCESS{n}", "SecretAccessKey": "s", "SessionToken": "t"}
-print(json.dumps(keys | json.loads(sys.argv[2])))
-"""
-
-
-def write_process(tmp_path, more):
-    script = tmp_path / "process.py"
-    script.write_text(PROCESS)
-    command = f"{sys.executable} '{script}' '{tmp_path / 'calls'}' '{json.dumps(more)}'"
-    (tmp_path / "config").write_text(f"[profile work]\ncredential_process = {command}\n")
-
-
-def test_credential_process_runs_once_until_its_keys_expire_or_are_refused(http_server, opened, tmp_path):
-    expires_at = datetime.now(UTC) + timedelta(hours=1)
-    write_process(tmp_path, {"Expiration": expires_at.isoformat()})
-    store = opened(profile="work")
-    for _ in range(3):
-        store.get("a")
-    http_server.next(REFUSED)
-    store.get("a")
-    assert keys_of(http_server) == ["PROCESS1"] * 4 + ["PROCESS2"]
-
-
-SLEEPS = f"{sys.executable} -c 'import time; time.sleep(1000)'"
-
-
 def test_one_failed_reading_of_credentials_fails_for_all_waiting_threads():
     go, calls, errors = threading.Event(), [], []
 
@@ -356,12 +293,12 @@ def test_one_failed_reading_of_credentials_fails_for_all_waiting_threads():
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize(("text", "is_signed"), [("false", True), ("true", False)])
-def test_aws_skip_signature_accepts_the_usual_words(opened, tmp_path, monkeypatch, text, is_signed):
-    monkeypatch.setenv("AWS_SKIP_SIGNATURE", text)
+def test_aws_skip_signature_accepts_the_usual_words(opened, tmp_path, monkeypatch):
     (tmp_path / "credentials").write_text(profile_text("KEY", "default"))
-    store = opened()
-    assert (s3_access(store.options, store.url)[1] is not None) == is_signed
+    for text, is_signed in (("false", True), ("true", False)):
+        monkeypatch.setenv("AWS_SKIP_SIGNATURE", text)
+        store = opened()
+        assert (s3_access(store.options, store.url)[1] is not None) == is_signed
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "perhaps")
     with pytest.raises(ValueError, match="AWS_SKIP_SIGNATURE"):
         opened()
@@ -386,19 +323,6 @@ def role(http_server, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
     monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"{http_server.url}/sts")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-
-
-@pytest.mark.usefixtures("role")
-def test_a_token_file_is_read_again_when_its_keys_are_refused(http_server, opened, tmp_path):
-    store = opened()
-    http_server.next(HttpFault("status", 200, body=sts_answer("ROLE1")))
-    assert store.get("a") == b"data"
-    (tmp_path / "token").write_text("a-newer-token")
-    http_server.next(REFUSED, HttpFault("status", 200, body=sts_answer("ROLE2")))
-    assert store.get("a") == b"data"
-    assert keys_of(http_server) == ["", "ROLE1", "ROLE1", "", "ROLE2"]
-    tokens = [parse_qs(seen.body.decode())["WebIdentityToken"] for seen in http_server.log if seen.method == "POST"]
-    assert tokens == [["the-web-token"], ["a-newer-token"]]
 
 
 @pytest.mark.usefixtures("role")
@@ -447,9 +371,6 @@ def test_unsigned_requests_need_no_keys(opened, tmp_path, monkeypatch):
         assert (s3_access(store.options, store.url)[1] is not None) == is_signed
 
 
-# credential_process
-
-
 def test_a_failed_or_silent_credential_process_is_named(http_server, opened, tmp_path, caplog):
     def write(program):
         (tmp_path / "process.py").write_text(program)
@@ -466,7 +387,3 @@ def test_a_failed_or_silent_credential_process_is_named(http_server, opened, tmp
     (tmp_path / "go").touch()
     assert "the AWS profile 'work'" in caplog.text
     assert http_server.log == []
-
-
-def test_explicit_keys_are_used_through_obstore(opened):
-    assert isinstance(opened(access_key_id="a", secret_access_key="b").client, ObstoreClient)

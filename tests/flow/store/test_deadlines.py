@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -59,40 +61,44 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_a_server_that_never_answers_ends_a_call_after_its_timeout(http_server, opened, call):
-    http_server.when(lambda method, path: HttpFault("silence"))
+def failures(calls):
+    """Make calls at once, and return the StoreError of each by its name."""
+
+    def error_of(call):
+        with pytest.raises(StoreError) as caught:
+            call()
+        return caught.value
+
     started_s = time.monotonic()
-    with pytest.raises(StoreError) as caught:
-        CALLS[call](opened(timeout=0.5))
+    with ThreadPoolExecutor(len(calls)) as pool:
+        errors = dict(zip(calls, pool.map(error_of, calls.values()), strict=True))
     assert time.monotonic() - started_s < GATE_S
-    assert http_server.url in str(caught.value)
-    assert caught.value.retryable
+    return errors
 
 
-@pytest.mark.parametrize("call", ["get", "read_tail", "read_into", "read_into, many"])
-def test_a_body_that_stalls_ends_a_call_after_its_timeout(http_server, opened, call):
-    http_server.when(lambda method, path: HttpFault("stall", n_bytes=5))
-    started_s = time.monotonic()
-    with pytest.raises(StoreError) as caught:
-        CALLS[call](opened(timeout="0.5"))
-    assert time.monotonic() - started_s < GATE_S
-    assert http_server.url in str(caught.value)
-
-
-def test_an_archive_has_the_same_timeout(http_server, opened):
+def test_a_server_that_never_answers_ends_a_call_after_its_timeout(http_server, opened):
     pytest.importorskip("boto3")
     http_server.when(lambda method, path: HttpFault("silence"))
     archive = S3StorageClasses(opened(timeout=0.5))
-    started_s = time.monotonic()
-    with pytest.raises(StoreError, match=http_server.url):
-        archive.head("a")
-    assert time.monotonic() - started_s < GATE_S
+    store = opened(timeout=0.5)
+    errors = failures(
+        {name: partial(call, store) for name, call in CALLS.items()} | {"class": lambda: archive.head("a")}
+    )
     archive.close()
+    for name, error in errors.items():
+        assert http_server.url in str(error), name
+        assert error.retryable, name
 
 
-@pytest.mark.parametrize("call", ["get", "head", "read_into", "list"])
-def test_a_file_system_that_never_answers_ends_a_call_after_its_timeout(call):
+def test_a_body_that_stalls_ends_a_call_after_its_timeout(http_server, opened):
+    http_server.when(lambda method, path: HttpFault("stall", n_bytes=5))
+    store = opened(timeout="0.5")
+    names = ("get", "read_tail", "read_into", "read_into, many")
+    for name, error in failures({name: partial(CALLS[name], store) for name in names}).items():
+        assert http_server.url in str(error), name
+
+
+def test_a_file_system_that_never_answers_ends_a_call_after_its_timeout():
     gate = threading.Event()
 
     class Silent(MemoryFileSystem):
@@ -105,8 +111,9 @@ def test_a_file_system_that_never_answers_ends_a_call_after_its_timeout(call):
         cat_file = info = find = _wait
 
     store = FsspecStore("/folder", "silent://folder", {}, CallOptions(timeout_s=0.3), Silent)
-    with pytest.raises(StoreError, match=r"nothing came from silent://folder for 0.3 s"):
-        CALLS[call](store)
+    names = ("get", "head", "read_into", "list")
+    for name, error in failures({name: partial(CALLS[name], store) for name in names}).items():
+        assert "nothing came from silent://folder for 0.3 s" in str(error), name
     assert not gate.is_set()
     gate.set()
     store.close()
@@ -201,21 +208,21 @@ def test_an_archive_names_the_endpoint_that_it_cannot_connect_to(nobody, opened)
 # Reasons
 
 
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        (b"<Error><Code>ExpiredToken</Code><Message>too old</Message></Error>", "ExpiredToken: too old"),
-        (b'{"error": {"code": 401, "status": "UNAUTHENTICATED", "message": "no"}}', "UNAUTHENTICATED: no"),
-        (b'{"error": "invalid_grant", "error_description": "Token expired"}', "invalid_grant: Token expired"),
-        (b"<html><body>a page</body></html>", "HTTP 400 Bad Request$"),
-        (b"{", "HTTP 400 Bad Request: {$"),
-    ],
-)
-def test_the_reason_of_a_refusal_is_read_from_the_body(http_server, body, reason):
-    http_server.next(HttpFault("status", 400, body=body))
+REASONS = {
+    b"<Error><Code>ExpiredToken</Code><Message>too old</Message></Error>": "ExpiredToken: too old",
+    b'{"error": {"code": 401, "status": "UNAUTHENTICATED", "message": "no"}}': "UNAUTHENTICATED: no",
+    b'{"error": "invalid_grant", "error_description": "Token expired"}': "invalid_grant: Token expired",
+    b"<html><body>a page</body></html>": "HTTP 400 Bad Request$",
+    b"{": "HTTP 400 Bad Request: {$",
+}
+
+
+def test_the_reason_of_a_refusal_is_read_from_the_body(http_server):
     store = open_store(http_server.url)
-    with pytest.raises(StoreError, match=reason):
-        store.get("a")
+    for body, reason in REASONS.items():
+        http_server.next(HttpFault("status", 400, body=body))
+        with pytest.raises(StoreError, match=reason):
+            store.get("a")
     store.close()
 
 

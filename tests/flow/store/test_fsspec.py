@@ -33,25 +33,6 @@ class TestFsspecMemory(StoreSuite):
         return fsspec.filesystem("memory").store[f"/bucket/folder/{key}"].getvalue()
 
 
-class TestFsspecLocal(StoreSuite):
-    @pytest.fixture
-    def store(self, tmp_path):
-        self.root = tmp_path / "root"
-        store = open_store(f"local://{self.root}")
-        assert isinstance(store, FsspecStore)
-        yield store
-        store.close()
-
-    def raw_put(self, store, key, data):
-        path = self.root / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        path.write_bytes(data)
-
-    def raw_get(self, store, key):
-        return (self.root / key).read_bytes()
-
-
 class Told(MemoryFileSystem):
     """A file system with an option `timeout` of its own, whose info() waits at a gate."""
 

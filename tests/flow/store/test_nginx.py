@@ -19,6 +19,7 @@ def served(tmp_path_factory):
         yield root, url
 
 
+@pytest.mark.stress
 class TestHttpOnNginx(ReadSuite):
     @pytest.fixture
     def store(self, served, request):
