@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +39,11 @@ def upload(folder: Path, parts: list[np.ndarray]) -> bytes:
     return (folder / "a/b").read_bytes()
 
 
-@pytest.mark.parametrize("n_bytes", SIZES)
-@pytest.mark.parametrize("shift", [0, 1, 512])
-def test_parts_of_any_size_and_alignment_are_written_completely(tmp_path: Path, n_bytes: int, shift: int) -> None:
-    parts = [aligned(n_bytes, shift), aligned(MIN_BYTES, shift), aligned(5)]
-    assert upload(tmp_path, parts) == b"".join(part.tobytes() for part in parts)
+def test_parts_of_any_size_and_alignment_are_written_completely(tmp_path: Path) -> None:
+    for n_bytes, shift in product(SIZES, (0, 1, 512)):
+        parts = [aligned(n_bytes, shift), aligned(MIN_BYTES, shift), aligned(5)]
+        written = upload(tmp_path / f"{n_bytes}-{shift}", parts)
+        assert written == b"".join(part.tobytes() for part in parts), (n_bytes, shift)
 
 
 def test_only_aligned_pages_of_large_parts_are_written_directly(tmp_path: Path) -> None:
@@ -82,37 +83,39 @@ def test_the_first_bytes_of_a_store_stay_in_the_page_cache(tmp_path: Path, monke
     assert asked == [0, MIN_BYTES]
 
 
-@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.EFAULT])
-@pytest.mark.parametrize("n_written", [0, ALIGN_BYTES, ALIGN_BYTES + 1])
 def test_a_file_system_that_refuses_direct_writes_is_written_through_the_page_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_written: int, refusal: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said, direct = [], set()
-
-    class Refusing:
-        """A system whose descriptors for direct writes take anything once, and then nothing."""
-
-        O_DIRECT = os.O_WRONLY
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(os, name)
-
-        def open(self, path: str, *flags: int, **more: int) -> int:
-            fd = os.open(path, *flags, **more)
-            direct.update([fd] if str(path).startswith("/proc/self/fd/") else [])
-            return fd
-
-        def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
-            if fd not in direct:
-                return os.pwrite(fd, data, offset)
-            if said or not n_written:
-                raise OSError(refusal, "no")
-            said.append(offset)
-            return os.pwrite(fd, data[:n_written], offset)
-
-    monkeypatch.setattr(local, "os", Refusing())
     part = aligned(2 * MIN_BYTES)
-    assert upload(tmp_path, [part, part]) == 2 * part.tobytes()
+    for refusal, n_written in product((errno.EINVAL, errno.EFAULT), (0, ALIGN_BYTES, ALIGN_BYTES + 1)):
+        monkeypatch.setattr(local, "os", Refusing(refusal, n_written))
+        written = upload(tmp_path / f"{refusal}-{n_written}", [part, part])
+        assert written == 2 * part.tobytes(), (refusal, n_written)
+
+
+class Refusing:
+    """A system whose descriptors for direct writes take some bytes once, and then nothing."""
+
+    O_DIRECT = os.O_WRONLY
+
+    def __init__(self, refusal: int, n_written: int) -> None:
+        self.refusal, self.n_written, self.direct = refusal, n_written, set()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(os, name)
+
+    def open(self, path: str, *flags: int, **more: int) -> int:
+        fd = os.open(path, *flags, **more)
+        self.direct.update([fd] if str(path).startswith("/proc/self/fd/") else [])
+        return fd
+
+    def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
+        if fd not in self.direct:
+            return os.pwrite(fd, data, offset)
+        n_bytes, self.n_written = self.n_written, 0
+        if not n_bytes:
+            raise OSError(self.refusal, "no")
+        return os.pwrite(fd, data[:n_bytes], offset)
 
 
 def test_a_full_disk_is_an_error_of_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,18 @@ from tiercache.store.shared_files import (
     replace_whole,
 )
 
-UMASKS = [0o000, 0o022, 0o077, 0o777]
 
+@pytest.fixture
+def umasks():
+    """The umasks, each set while its turn lasts."""
+    before = os.umask(0)
 
-@pytest.fixture(params=UMASKS, ids=oct)
-def umask(request):
-    before = os.umask(request.param)
-    yield
+    def each():
+        for umask in (0o000, 0o022, 0o077, 0o777):
+            os.umask(umask)
+            yield umask
+
+    yield each()
     os.umask(before)
 
 
@@ -31,19 +36,18 @@ def mode_of(path):
     return stat.S_IMODE(os.lstat(path).st_mode)
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o640, 0o400])
-def test_a_file_has_the_requested_mode_whatever_the_umask(tmp_path, umask, mode):
-    os.close(open_file(tmp_path / "a", os.O_RDWR | os.O_CREAT, mode))
-    link_whole(tmp_path / "b", "text", mode)
-    replace_whole(tmp_path / "c", "text", mode)
-    assert [mode_of(tmp_path / name) for name in "abc"] == [mode] * 3
-
-
-@pytest.mark.parametrize("mode", [0o700, 0o2750])
-def test_a_folder_has_the_requested_mode_whatever_the_umask(tmp_path, umask, mode):
-    assert make_folder(tmp_path / "a", mode) is True
-    assert make_folder(tmp_path / "a", mode) is False
-    assert mode_of(tmp_path / "a") == mode
+def test_files_and_folders_have_the_requested_mode_whatever_the_umask(tmp_path, umasks):
+    for umask in umasks:
+        for mode in (0o600, 0o640, 0o400):
+            a, b, c = (tmp_path / f"{name}-{umask}-{mode}" for name in "abc")
+            os.close(open_file(a, os.O_RDWR | os.O_CREAT, mode))
+            link_whole(b, "text", mode)
+            replace_whole(c, "text", mode)
+            assert [*map(mode_of, (a, b, c))] == [mode] * 3, umask
+        for mode in (0o700, 0o2750):
+            folder = tmp_path / f"folder-{umask}-{mode}"
+            assert [make_folder(folder, mode) for _ in range(2)] == [True, False]
+            assert mode_of(folder) == mode, umask
 
 
 def test_a_link_is_never_read_through(tmp_path):

@@ -14,48 +14,46 @@ from tiercache.store.access import CallOptions, CloudOptions, server_url
 from tiercache.store.archive import Boto3Client
 from tiercache.store.obstore import BucketFolder, ObstoreClient
 
-
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        ("s3://bucket/a/b", "s3://bucket/a/b"),
-        ("s3://key:secret@bucket/a", "s3://bucket/a"),
-        ("https://user:secret@host:8080/a?X-Amz-Signature=secret#secret", "https://host:8080/a"),
-        ("abfss://container@account.dfs.core.windows.net/a", "abfss://container@account.dfs.core.windows.net/a"),
-        ("abfss://user:secret@account.dfs.core.windows.net/a", "abfss://account.dfs.core.windows.net/a"),
-        ("/data/what?is@this", "/data/what?is@this"),
-        ("relative/path", "relative/path"),
-        ("file:///data/x", "file:///data/x"),
-        ("https://host?sig=secret", "https://host"),
-        ("sftp://user:se/cret@host/a", "sftp://host/a"),
-        ("http://[::1]:9000/a@b", "http://[::1]:9000/a@b"),
-        ("simplecache::s3://bucket/a", "simplecache::s3://bucket/a"),
-        (
-            "zip://a.txt::simplecache::https://u:secret@host/b.zip?s=secret",
-            "zip://a.txt::simplecache::https://host/b.zip",
-        ),
-    ],
-)
-def test_redact_removes_only_secrets(url, shown):
-    assert redact(url) == shown
-    assert redact(shown) == shown
+SHOWN = [
+    ("s3://bucket/a/b", "s3://bucket/a/b"),
+    ("s3://key:secret@bucket/a", "s3://bucket/a"),
+    ("https://user:secret@host:8080/a?X-Amz-Signature=secret#secret", "https://host:8080/a"),
+    ("abfss://container@account.dfs.core.windows.net/a", "abfss://container@account.dfs.core.windows.net/a"),
+    ("abfss://user:secret@account.dfs.core.windows.net/a", "abfss://account.dfs.core.windows.net/a"),
+    ("/data/what?is@this", "/data/what?is@this"),
+    ("relative/path", "relative/path"),
+    ("file:///data/x", "file:///data/x"),
+    ("https://host?sig=secret", "https://host"),
+    ("sftp://user:se/cret@host/a", "sftp://host/a"),
+    ("http://[::1]:9000/a@b", "http://[::1]:9000/a@b"),
+    ("simplecache::s3://bucket/a", "simplecache::s3://bucket/a"),
+    (
+        "zip://a.txt::simplecache::https://u:secret@host/b.zip?s=secret",
+        "zip://a.txt::simplecache::https://host/b.zip",
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("url", "parts"),
-    [
-        ("s3://bucket/a/b.tcs", ("s3://bucket/a", "b.tcs")),
-        ("s3://bucket/b.tcs", ("s3://bucket", "b.tcs")),
-        ("/data/b.tcs", ("/data", "b.tcs")),
-        ("/b.tcs", ("/", "b.tcs")),
-        ("file:///data/with%20space/b", ("/data/with space", "b")),
-        ("memory://name/b", ("memory://name", "b")),
-        ("simplecache::s3://bucket/a/b", ("simplecache::s3://bucket/a", "b")),
-        ("zip://a/b::file:///data/c.zip", ("zip://a::file:///data/c.zip", "b")),
-    ],
-)
-def test_split_url_gives_root_and_key(url, parts):
-    assert split_url(url) == parts
+def test_redact_removes_only_secrets():
+    for url, shown in SHOWN:
+        assert redact(url) == redact(shown) == shown
+
+
+PARTS = [
+    ("s3://bucket/a/b.tcs", ("s3://bucket/a", "b.tcs")),
+    ("s3://bucket/b.tcs", ("s3://bucket", "b.tcs")),
+    ("/data/b.tcs", ("/data", "b.tcs")),
+    ("/b.tcs", ("/", "b.tcs")),
+    ("file:///data/with%20space/b", ("/data/with space", "b")),
+    ("memory://name/b", ("memory://name", "b")),
+    ("simplecache::s3://bucket/a/b", ("simplecache::s3://bucket/a", "b")),
+    ("zip://a/b::file:///data/c.zip", ("zip://a::file:///data/c.zip", "b")),
+]
+
+
+def test_split_url_gives_root_and_key():
+    for url, parts in PARTS:
+        assert split_url(url) == parts
 
 
 def test_split_url_of_a_relative_path_is_absolute(tmp_path, monkeypatch):
@@ -63,70 +61,73 @@ def test_split_url_of_a_relative_path_is_absolute(tmp_path, monkeypatch):
     assert split_url("b.tcs") == (str(tmp_path), "b.tcs")
 
 
-@pytest.mark.parametrize("url", ["s3://bucket", "s3://bucket/", "/data/", "https://host/a?sig=x", ""])
-def test_split_url_refuses_urls_that_name_no_object(url):
-    with pytest.raises(ValueError, match=r"."):
-        split_url(url)
+NO_OBJECTS = ["s3://bucket", "s3://bucket/", "/data/", "https://host/a?sig=x", ""]
 
 
-@pytest.mark.parametrize(
-    ("url", "kind", "shown"),
-    [
-        ("s3://bucket/a/", CloudStore, "s3://bucket/a"),
-        ("gs://bucket/a", CloudStore, "gs://bucket/a"),
-        ("az://container/a", CloudStore, "az://container/a"),
-        ("https://user:secret@host/a", CloudStore, "https://host/a"),
-        ("memory://name/a", MemoryStore, "memory://name/a"),
-        ("zip::x", LocalFolder, None),
-        ("simplecache::https://user:secret@host/a", FsspecStore, "simplecache::https://host/a"),
-        ("zip://*::file:///data/a.zip", FsspecStore, "zip://*::file:///data/a.zip"),
-        ("sftp://user:secret@host/a", FsspecStore, "sftp://host/a"),
-    ],
-)
-def test_open_store_selects_the_back_end_without_a_request(url, kind, shown):
-    store = open_store(url)
-    assert type(store) is kind
-    assert shown is None or store.url == shown
-    assert "secret" not in repr(store)
-    assert type(pickle.loads(pickle.dumps(store))) is kind
+def test_split_url_refuses_urls_that_name_no_object():
+    for url in NO_OBJECTS:
+        with pytest.raises(ValueError, match=r"."):
+            split_url(url)
 
 
-@pytest.mark.parametrize(
-    ("url", "options", "message"),
-    [
-        ("s3://key:secret@bucket/a", {}, "storage_options"),
-        ("s3:///a", {}, "BUCKET"),
-        ("https://host/a?sig=secret", {}, "query"),
-        ("https://host?sig=secret", {}, "query"),
-        ("s3://bucket/a?versionId=secret", {}, "query"),
-        ("simplechace::s3://bucket/a", {}, "simplecache"),
-        ("file://other-machine/a", {}, "three slashes"),
-        ("/data", {"region": "x"}, "no storage options, got region"),
-        ("s3://bucket/a/../b", {}, "key"),
-        ("", {}, "not a URL"),
-    ],
-)
-def test_open_store_refuses_invalid_urls_and_options(url, options, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        open_store(url, **options)
-    assert "secret" not in str(caught.value)
+BACK_ENDS = [
+    ("s3://bucket/a/", CloudStore, "s3://bucket/a"),
+    ("gs://bucket/a", CloudStore, "gs://bucket/a"),
+    ("az://container/a", CloudStore, "az://container/a"),
+    ("https://user:secret@host/a", CloudStore, "https://host/a"),
+    ("memory://name/a", MemoryStore, "memory://name/a"),
+    ("zip::x", LocalFolder, None),
+    ("simplecache::https://user:secret@host/a", FsspecStore, "simplecache::https://host/a"),
+    ("zip://*::file:///data/a.zip", FsspecStore, "zip://*::file:///data/a.zip"),
+    ("sftp://user:secret@host/a", FsspecStore, "sftp://host/a"),
+]
 
 
-@pytest.mark.parametrize(
-    ("cloud", "name", "near"),
-    [
-        ("s3", "regoin", "'region'"),
-        ("s3", "acess_key_id", "'access_key_id'"),
-        ("s3", "endpoint_ulr", "'endpoint_url'"),
-        ("gs", "servce_account", "'service_account'"),
-        ("az", "acount_name", "'account_name'"),
-        ("http", "time_out", "'timeout'"),
-        ("gs", "zzzzzz", "known are"),
-    ],
-)
-def test_an_unknown_option_is_an_error_that_suggests_similar_names(cloud, name, near):
-    with pytest.raises(ValueError, match=f"unknown storage option '{name}'.*{near}"):
-        CloudOptions.parse(cloud, {name: "s3cret-value"})
+def test_open_store_selects_the_back_end_without_a_request():
+    for url, kind, shown in BACK_ENDS:
+        store = open_store(url)
+        assert type(store) is kind
+        assert shown is None or store.url == shown
+        assert "secret" not in repr(store)
+        assert type(pickle.loads(pickle.dumps(store))) is kind
+
+
+REFUSED = [
+    ("s3://key:secret@bucket/a", {}, "storage_options"),
+    ("s3:///a", {}, "BUCKET"),
+    ("https://host/a?sig=secret", {}, "query"),
+    ("https://host?sig=secret", {}, "query"),
+    ("s3://bucket/a?versionId=secret", {}, "query"),
+    ("simplechace::s3://bucket/a", {}, "simplecache"),
+    ("file://other-machine/a", {}, "three slashes"),
+    ("/data", {"region": "x"}, "no storage options, got region"),
+    ("s3://bucket/a/../b", {}, "key"),
+    ("", {}, "not a URL"),
+]
+
+
+def test_open_store_refuses_invalid_urls_and_options():
+    for url, options, message in REFUSED:
+        with pytest.raises(ValueError, match=message) as caught:
+            open_store(url, **options)
+        assert "secret" not in str(caught.value)
+
+
+NEAR_NAMES = [
+    ("s3", "regoin", "'region'"),
+    ("s3", "acess_key_id", "'access_key_id'"),
+    ("s3", "endpoint_ulr", "'endpoint_url'"),
+    ("gs", "servce_account", "'service_account'"),
+    ("az", "acount_name", "'account_name'"),
+    ("http", "time_out", "'timeout'"),
+    ("gs", "zzzzzz", "known are"),
+]
+
+
+def test_an_unknown_option_is_an_error_that_suggests_similar_names():
+    for cloud, name, near in NEAR_NAMES:
+        with pytest.raises(ValueError, match=f"unknown storage option '{name}'.*{near}"):
+            CloudOptions.parse(cloud, {name: "s3cret-value"})
 
 
 def test_option_names_of_s3fs_and_of_the_environment_are_accepted():
@@ -154,10 +155,13 @@ def test_option_names_of_s3fs_and_of_the_environment_are_accepted():
     assert options.client["allow_http"] is True
 
 
-@pytest.mark.parametrize("value", ["soon", "", -1, 0, True, "nan", [1]])
-def test_an_invalid_timeout_is_an_error(value):
-    with pytest.raises(ValueError, match="'timeout' must be a positive number of seconds"):
-        CloudOptions.parse("s3", {"timeout": value})
+NO_TIMEOUTS = ["soon", "", -1, 0, True, "nan", [1]]
+
+
+def test_an_invalid_timeout_is_an_error():
+    for value in NO_TIMEOUTS:
+        with pytest.raises(ValueError, match="'timeout' must be a positive number of seconds"):
+            CloudOptions.parse("s3", {"timeout": value})
 
 
 def test_two_names_of_one_option_must_have_the_same_value():
@@ -166,13 +170,16 @@ def test_two_names_of_one_option_must_have_the_same_value():
         CloudOptions.parse("s3", {"key": "k", "access_key_id": "other"})
 
 
-@pytest.mark.parametrize("name", ["skip_signature", "request_payer", "allow_http", "aws_skip_signature"])
-def test_boolean_options_accept_the_usual_words(name):
-    for given, expected in [("Yes", True), (1, True), ("on", True), (True, True), ("no", False), ("0", False)]:
-        options = CloudOptions.parse("s3", {name: given})
-        assert {**options.config, **options.client}[name.removeprefix("aws_")] is expected
-    with pytest.raises(ValueError, match=f"{name.removeprefix('aws_')}.*perhaps"):
-        CloudOptions.parse("s3", {name: "perhaps"})
+BOOLEANS = ["skip_signature", "request_payer", "allow_http", "aws_skip_signature"]
+
+
+def test_boolean_options_accept_the_usual_words():
+    for name in BOOLEANS:
+        for given, expected in [("Yes", True), (1, True), ("on", True), (True, True), ("no", False), ("0", False)]:
+            options = CloudOptions.parse("s3", {name: given})
+            assert {**options.config, **options.client}[name.removeprefix("aws_")] is expected
+        with pytest.raises(ValueError, match=f"{name.removeprefix('aws_')}.*perhaps"):
+            CloudOptions.parse("s3", {name: "perhaps"})
 
 
 @pytest.mark.parametrize(
