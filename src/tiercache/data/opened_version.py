@@ -470,7 +470,7 @@ class OpenedVersion:
         published = self.store.publish_plan(*self._names.planned(plan))
         return published if has_room else shard_reader.ReleasingPlan(published, self._readers, plan)
 
-    def prefetch(self, shards: Sequence[int]) -> None:
+    def prefetch_shards(self, shards: Sequence[int]) -> None:
         """Start fetching the served columns of these shards where they are not on this machine."""
         fetcher = self.stores.fetcher
         if fetcher is None:
@@ -490,7 +490,7 @@ class OpenedVersion:
         if fetcher is None:
             return
         if shard in self._readers:
-            self._readers.get(shard).prefetch(blocks, self.stored_columns)
+            self._readers.get(shard).prefetch_blocks(blocks, self.stored_columns)
             return
         footer, (key, identity) = self._footers.get(shard), self._object(shard)
         if footer is not None and self.stores.is_worth_fetching(key, identity):
@@ -796,10 +796,10 @@ class Storage:
         for version, _, numbers in self._by_version(shards[self._shard_records[shards] > 0]):
             version.prepare_reading(distinct(numbers))
 
-    def prefetch(self, shards: Sequence[int]) -> None:
+    def prefetch_shards(self, shards: Sequence[int]) -> None:
         """Start to fetch these shards to this machine, in this order; returns at once."""
         for leaf, _, numbers in self.by_leaf([shard for shard in shards if self._shard_records[shard]]):
-            leaf.stored.prefetch(numbers.tolist())
+            leaf.stored.prefetch_shards(numbers.tolist())
 
     def prefetch_blocks(self, shard: int, blocks: Sequence[int]) -> None:
         """Start to fetch blocks that are loaded next, before all that prefetch() was asked for; returns at once.

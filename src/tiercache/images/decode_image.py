@@ -230,12 +230,16 @@ def _span(name: str, given: Any) -> tuple[float, float]:
     return low, high
 
 
+def _is_number(given: Any) -> bool:
+    return isinstance(given, Real)
+
+
 def _factors(name: str, given: Any) -> tuple[float, float]:
     try:
-        low, high = (1 - given, 1 + given) if isinstance(given, Real) else map(float, given)
+        low, high = (1 - given, 1 + given) if _is_number(given) else map(float, given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is a number or a pair (smallest, largest), got {given!r}") from error
-    low = max(low, 0.0) if isinstance(given, Real) else low
+    low = max(low, 0.0) if _is_number(given) else low
     if isinstance(given, bool) or not 0 <= low <= high <= MAX_FACTOR:
         expected = f"0 <= smallest <= largest <= {MAX_FACTOR:g}"
         raise ValueError(f"{name} is a number 0 or more, or a pair of factors, {expected}, got {given!r}")
@@ -244,7 +248,7 @@ def _factors(name: str, given: Any) -> tuple[float, float]:
 
 def _channels(name: str, given: Any) -> tuple[float, float, float]:
     try:
-        red, green, blue = (given,) * 3 if isinstance(given, Real) else map(float, given)
+        red, green, blue = (given,) * 3 if _is_number(given) else map(float, given)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is a number, or three for R, G and B, got {given!r}") from error
     channels = float(red), float(green), float(blue)

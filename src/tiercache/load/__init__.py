@@ -1,1 +1,15 @@
-"""The loaders of tiercache: from shards to batches. docs/architecture.md describes the modules and the data path."""
+"""The loaders of batches. A module imports only modules of lines above its own.
+
+loader_options   what the user sets, and what follows: the rank of this process, its threads and memory
+batch            memory of batches; how a slot of the ring becomes a dict of arrays
+pieces           the rows that a rank serves, and the blocks that they need; pure functions
+windows          blocks in memory: loading, reading pages ahead, the memory limit
+corrupt          corrupt records, and how the record before replaces them
+epoch            position and share of a run, and the reading plan that the cache gets
+planner          thread that loads windows and pushes their rows to the ring; the start of the next epoch
+pipeline         the batches of one epoch; what stages have in common
+decode, transform, transform_workers, device    stages after the gathering
+engine           the epochs of one loader, one after the other; iterators and figures
+samplers         samplers of torch as orders, and tiercache's order as a sampler
+loader, numpy_loader    the public classes
+"""

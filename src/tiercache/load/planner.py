@@ -256,7 +256,7 @@ class NextEpoch:
         near = [*dict.fromkeys([*shards, *self.shards_ahead(ahead_bytes)])] if self._source.storage.can_prefetch else []
         for start in range(0, len(near), _SHARDS_A_STEP):
             with self._a_step():
-                self._source.storage.prefetch(near[start : start + _SHARDS_A_STEP])
+                self._source.storage.prefetch_shards(near[start : start + _SHARDS_A_STEP])
         with self._a_step():
             if not pressure.fits(first) or not (self._is_expected or all(map(self._source.storage.is_local, shards))):
                 return EpochStart(pieces, ())
@@ -469,11 +469,11 @@ class _Planner:
             elif not self._pushed_rows and not self._loading and is_worth_slicing(piece) and self._is_remote(piece):
                 for piece_slice in start_slices(piece, self._inputs.share.rank_plan.batch_size):
                     self._push(piece_slice, lookahead)
-                    self._prefetch_rest()
+                    self._request_shards()
             else:
                 self._push(piece, lookahead)
             if self._inputs.source.storage.can_prefetch:
-                self._prefetch_ahead(lookahead)
+                self._request_next_windows(lookahead)
 
     def _push_under_pressure(self, piece: AnyPiece, lookahead: Lookahead) -> None:
         for piece_slice in self.pressure.slices(piece):
@@ -586,7 +586,7 @@ class _Planner:
         """Return the loads of the missing windows; start those that nothing has started."""
         start_s = time.perf_counter()
         new = [pair for pair in missing if id(pair[0]) not in self._loading]
-        self._request(new)
+        self._request_blocks(new)
         self._requested_by_blocks += new
         loading = []
         for window, needed in missing:
@@ -608,7 +608,7 @@ class _Planner:
                     self._source, window, needed, threads.executor, threads.n_threads
                 )
 
-    def _request(self, windows: list[WindowBlocks]) -> None:
+    def _request_blocks(self, windows: list[WindowBlocks]) -> None:
         """Request the blocks of windows, unless that was done ahead: before everything that is only prefetched."""
         if self._inputs.source.storage.can_prefetch:
             for window, needed in windows:
@@ -616,18 +616,18 @@ class _Planner:
                     for shard, blocks in blocks_by_shard(window, needed):
                         self._inputs.source.storage.prefetch_blocks(shard, blocks)
 
-    def _prefetch_ahead(self, lookahead: Lookahead) -> None:
+    def _request_next_windows(self, lookahead: Lookahead) -> None:
         """Request the blocks of the next windows, in the order in which they are needed, and then their shards.
 
         All blocks of the windows before have come, so these requests delay only the windows themselves.
         """
         new = lookahead.extend(min(self.ahead_bytes, AHEAD_FACTOR * self._last_bytes))
-        self._request(new)
+        self._request_blocks(new)
         self._requested |= {id(window): window for window, _ in new}
         self._requested_by_blocks += new
-        self._prefetch_rest()
+        self._request_shards()
 
-    def _prefetch_rest(self) -> None:
+    def _request_shards(self) -> None:
         """Prefetch the shards of the windows that were requested, and the shards after them."""
         windows, self._requested_by_blocks, inputs = self._requested_by_blocks, [], self._inputs
         if not windows or not inputs.source.storage.can_prefetch:
@@ -637,7 +637,7 @@ class _Planner:
         # Near the end of an epoch the shards of the next epoch come next.
         if inputs.next_epoch is not None and int(inputs.source.shard_bytes[ahead].sum()) < self.ahead_bytes:
             ahead += inputs.next_epoch.shards_ahead(self.ahead_bytes)
-        inputs.source.storage.prefetch([*dict.fromkeys([*own, *ahead])])
+        inputs.source.storage.prefetch_shards([*dict.fromkeys([*own, *ahead])])
 
     def _finish(self, loading: list[WindowLoad]) -> list[LoadedWindow]:
         new = []

@@ -224,7 +224,7 @@ class Chunks:
             self._byte_source.prefetch(self.ranges(ids))
         return True
 
-    def prefetch(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
+    def prefetch_blocks(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
         """Have the local copy fetch these chunks next, if there is one."""
         copy = self._byte_source.local_copy
         # A complete copy costs 1 us here; computing the ranges takes tens of us.

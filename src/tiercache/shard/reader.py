@@ -105,9 +105,9 @@ class ShardReader:
         whole = self.mapped_blocks(columns) if is_kept else None
         return self._load(blocks, columns) if whole is None else whole.select(blocks)
 
-    def prefetch(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
+    def prefetch_blocks(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
         """Start fetching blocks, which are loaded next, into the local copy, if there is one. Returns at once."""
-        self._chunks.prefetch(blocks, columns)
+        self._chunks.prefetch_blocks(blocks, columns)
 
     def load_shapes(self, blocks: Sequence[int], column: int) -> Blocks:
         """Load some blocks of a ragged column, of which only the stream of shapes may be read. Raises as load().

@@ -171,7 +171,7 @@ def test_without_a_cache_the_next_windows_are_loaded_while_a_window_is_awaited(c
 def test_the_second_window_does_not_wait_for_requests_of_many_later_windows(cold, monkeypatch):
     monkeypatch.setattr("tiercache.load.pieces.BLOCK_GAP_BYTES", 0)
     requested, counts = [], []
-    request, request_rest = opened_version.OpenedVersion.prefetch_blocks, opened_version.OpenedVersion.prefetch
+    request, request_rest = opened_version.OpenedVersion.prefetch_blocks, opened_version.OpenedVersion.prefetch_shards
 
     def count(version, shard, blocks):
         requested.extend(blocks)
@@ -182,7 +182,7 @@ def test_the_second_window_does_not_wait_for_requests_of_many_later_windows(cold
         request_rest(version, shards)
 
     monkeypatch.setattr(opened_version.OpenedVersion, "prefetch_blocks", count)
-    monkeypatch.setattr(opened_version.OpenedVersion, "prefetch", note)  # called after the requests for blocks
+    monkeypatch.setattr(opened_version.OpenedVersion, "prefetch_shards", note)  # called after the requests for blocks
     _, loader = cold(sizes=SMALL_WINDOWS)
     assert sum(len(batch["id"]) for batch in loader) == N
     assert 1 < counts[0] <= 3  # the first windows of an epoch are small: here, each is a block

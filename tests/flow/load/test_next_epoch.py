@@ -76,14 +76,14 @@ def test_the_first_shards_of_the_next_epoch_are_requested_before_the_last_batch_
             path.unlink()
         loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(**OPTIONS))
         announced = []
-        prefetch = OpenedVersion.prefetch
+        prefetch = OpenedVersion.prefetch_shards
 
         def seen(self, shards):
             announced.append([self.table.info(shard).name.rsplit("/", 1)[1] for shard in shards])
             prefetch(self, shards)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(OpenedVersion, "prefetch", seen)
+            patch.setattr(OpenedVersion, "prefetch_shards", seen)
             iterator = iter(loader)
             n_batches = len(loader)
             for _ in range(n_batches - 1):
