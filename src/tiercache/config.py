@@ -55,8 +55,8 @@ class Settings:
         cache_size: Size limit of the default cache ("200GB", or "80%" of its disk); None: the cache decides.
         cache_policy: Eviction policy of the default cache.
         state_dir: Folder of state that must not be lost, such as the journal of moves; None: see state_folder().
-        peers: Machines that serve their caches to each other: addresses with commas, or "dns:NAME:PORT", "slurm" or
-            "torchrun"; None: no peers.
+        peers: Machines that serve their caches to each other: addresses with commas, or "dns:NAME:PORT" or "slurm";
+            None: no peers.
         peers_token: Token that peers demand; None: none.
         peers_ca: File of certificates (PEM) that are trusted for peers, which are then reached by TLS; None: plain
             HTTP.
@@ -229,14 +229,9 @@ def _number(variable: str, default: int) -> int:
         raise ValueError(f"environment variable {variable}: not a whole number: {text!r}") from error
 
 
-def launcher_hosts(launcher: str) -> str:
-    """Return the machines of this job as a launcher's environment names them; "" if it names none.
-
-    "slurm" gives the list of nodes in Slurm's form. "torchrun" gives only the machine of the rendezvous: torchrun tells
-    no process the names of the others.
-    """
-    names = {"slurm": ("SLURM_JOB_NODELIST", "SLURM_NODELIST"), "torchrun": ("MASTER_ADDR",)}[launcher]
-    return next(filter(None, map(os.environ.get, names)), "")
+def slurm_hosts() -> str:
+    """Return the nodes of this Slurm job, in Slurm's form; "" if there is none."""
+    return os.environ.get("SLURM_JOB_NODELIST") or os.environ.get("SLURM_NODELIST") or ""
 
 
 def aws_profile() -> str | None:

@@ -305,7 +305,7 @@ class Cache:
             policy: Eviction policy: "plan" (evicts what the running jobs read last) or "lru".
             min_free: Disk space that the cache always leaves free, such as "10GB" or a share of the disk.
             peers: Machines that run `tiercache serve` (docs/guide/peers.md): a list of addresses, or a text:
-                "dns:NAME:PORT", "slurm" or "torchrun". Shards that one of them has, or fetches, are read from it. None:
+                "dns:NAME:PORT" or "slurm". Shards that one of them has, or fetches, are read from it. None:
                 every shard is read from its store.
             peers_token: Token that these machines demand. None: none.
             peers_ca: File of certificates (PEM) that are trusted for them; they are then reached by TLS. None: plain
@@ -318,7 +318,13 @@ class Cache:
         """
         ca_file = None if peers_ca is None else str(Path(peers_ca).expanduser().absolute())
         machines = PeerOptions.parse(peers, peers_token, ca_file)
-        self._options = CacheOptions(Path(path).expanduser().absolute(), size, policy, min_free, machines)
+        self.__setstate__(CacheOptions(Path(path).expanduser().absolute(), size, policy, min_free, machines))
+
+    def __getstate__(self) -> CacheOptions:
+        return self._options
+
+    def __setstate__(self, options: CacheOptions) -> None:
+        self._options = options
         self.counters = Counters(*FIGURES)
         self._notices = Notices()
         self._reopening = Breaker()
@@ -371,9 +377,6 @@ class Cache:
     def __repr__(self) -> str:
         options = self._options
         return f"Cache({str(options.path)!r}, size={options.size!r}, policy={options.policy!r})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._options,)
 
     @property
     def path(self) -> Path:
@@ -695,18 +698,6 @@ def _copy_specs(store: Store, wanted: Iterable[tuple[str, ShardIdentity | None]]
             raise StoreError("cannot be cached: it has no ETag, version or date", url=f"{store.url}/{key}")
         specs.append(spec)
     return specs
-
-
-def _rebuild(options: CacheOptions) -> Cache:
-    return Cache(
-        options.path,
-        size=options.size,
-        policy=options.policy,
-        min_free=options.min_free,
-        peers=None if options.peers is None else options.peers.members,
-        peers_token=None if options.peers is None else options.peers.token,
-        peers_ca=None if options.peers is None else options.peers.ca_file,
-    )
 
 
 _caches: weakref.WeakSet[Cache] = weakref.WeakSet()

@@ -10,7 +10,6 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, TypeAlias
 
 from tiercache.cache.copy_file import UNIT_BYTES, bytes_of, charge_of, mask_of, open_part, read_checksum
@@ -18,8 +17,6 @@ from tiercache.cache.folder import NameLock, charge_bytes, try_shared
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange, format_bytes
-from tiercache.shard.verify import verify_shard
-from tiercache.store import LocalFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -259,9 +256,6 @@ class _Fetches:
 
 # -- verification ------------------------------------------------------------------------------------------------------
 
-_MOST_FINDINGS = 4
-_SHARD = ".tcs"  # a segment of a manifest also has an identity, but no blocks
-
 
 class CopyState(StrEnum):
     OK = "ok"
@@ -343,8 +337,6 @@ def _check_one(opened: CacheSession, repair: bool, name: str) -> CopyCheck | Non
         with suppress(OSError):
             fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NOATIME)  # a check is not a use: the file keeps its time of access
         checked = _check_copy(fd, name, opened.folder.read_record(name))
-        if checked.state is CopyState.DAMAGED and checked.source.endswith(_SHARD):
-            checked = replace(checked, where=(*checked.where, *_findings(opened, name)))
         if not repair or checked.state in (CopyState.OK, CopyState.UNKNOWN):
             return checked
         return replace(checked, removed=opened.remove_corrupt(name, fd))
@@ -370,16 +362,6 @@ def _check_copy(fd: int, name: str, record: CopySpec | None) -> CopyCheck:
     if not defect:
         return CopyCheck(name, record.source, n_bytes, CopyState.OK)
     return CopyCheck(name, record.source, n_bytes, state, where=(defect,))
-
-
-def _findings(opened: CacheSession, name: str) -> list[str]:
-    """Return which blocks of a cached shard are damaged, by the shard's own checksums."""
-    defects: list[str] = []
-    with closing(LocalFolder(opened.folder.copies)) as folder, suppress(StoreError):
-        for one in islice(verify_shard(folder, name), _MOST_FINDINGS):
-            places = [one.part, "" if one.block is None else f"block {one.block}", one.column or ""]
-            defects.append(f"{', '.join(place for place in places if place)}: {one.message}")
-    return defects
 
 
 def _check_partial_copy(opened: CacheSession, name: str, *, repair: bool) -> CopyCheck | None:

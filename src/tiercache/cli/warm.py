@@ -66,14 +66,6 @@ Placement: TypeAlias = Annotated[
         "The training's assignment of shards to ranks, as in LoaderOptions: sticky (default) or global.",
     ),
 ]
-ShuffleGroup: TypeAlias = Annotated[
-    str | None,
-    option(
-        "--shuffle-group",
-        "SIZE",
-        "Size of the training's shuffle groups, as in LoaderOptions, or 'all'; default: 4GiB.",
-    ),
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,16 +189,16 @@ def select_shards(
 
 
 def parse_training(
-    seed: int | None, ranks: Sequence[str] | None = None, placement: str | None = None, group: str | None = None
+    seed: int | None, ranks: Sequence[str] | None = None, placement: str | None = None
 ) -> Training | None:
     """Return the training that the options of a verb describe; None if none was given."""
     if seed is None:
-        options = {"rank": ranks, "placement": placement, "shuffle-group": group}
+        options = {"rank": ranks, "placement": placement}
         if flag := next((name for name, value in options.items() if value is not None), None):
             raise ValueError(f"--{flag} needs --seed: without it every rank reads all shards, in stored order")
         return None
     chosen, world_size = parse_ranks(ranks or ["0/1"])
-    return Training(seed, 0, chosen, world_size, parse_placement(placement), parse_group(group))
+    return Training(seed, 0, chosen, world_size, parse_placement(placement))
 
 
 def parse_placement(text: str | None) -> Literal["sticky", "global"]:
@@ -216,13 +208,6 @@ def parse_placement(text: str | None) -> Literal["sticky", "global"]:
     if text == "global":
         return "global"
     raise ValueError(f"--placement must be sticky or global, got {text!r}")
-
-
-def parse_group(text: str | None) -> int | None:
-    """Return the bytes of a --shuffle-group value; None for "all". Raises ValueError."""
-    if text is None:
-        return GROUP_BYTES
-    return None if text == "all" else parse_size("--shuffle-group", text)
 
 
 def parse_ranks(texts: Sequence[str]) -> tuple[tuple[int, ...], int]:
@@ -309,7 +294,7 @@ def simulate_case(nodes: Sequence[NodeReads], policy: str, size_bytes: int) -> S
     """Replay every node's reads with one policy and one cache size. Raises ValueError for an unknown policy."""
     totals = np.zeros(5)
     for trace, epoch in nodes:
-        fetched = trace.n_bytes - simulate_cache(trace, policy, size_bytes).served
+        fetched = trace.n_bytes - simulate_cache(trace, policy, size_bytes)
         n_epochs = int(epoch.max(initial=0)) + 1
         counted = epoch > 0 if n_epochs > 1 else np.ones(len(trace), np.bool_)
         sums = [(fetched[counted] == 0).sum(), counted.sum(), fetched[counted].sum(), trace.n_bytes[counted].sum()]
@@ -355,7 +340,6 @@ def warm(
         option("--rank", "R/W", "Fetch only what these ranks read: RANK/RANKS, e.g. 3/8 or 0-3/8. May be repeated."),
     ] = None,
     placement: Placement = None,
-    shuffle_group: ShuffleGroup = None,
     at: VersionNumber = None,
     pin: Annotated[bool, flag("--pin", "Pin the copies: only `tiercache evict --pinned` deletes them.")] = False,
     jobs: Jobs = 4,
@@ -373,7 +357,7 @@ def warm(
         raise ValueError("--fraction and --limit cannot be combined: give one of them")
     if pin and columns is not None:
         raise ValueError("--pin keeps whole copies, and cannot be combined with --columns")
-    training = parse_training(seed, rank, placement, shuffle_group)
+    training = parse_training(seed, rank, placement)
     part = 1.0 if fraction is None else parse_fraction(fraction)
     limit_bytes = None if limit is None else parse_size("--limit", limit)
     names = parse_columns(columns)
@@ -471,19 +455,15 @@ def simulate(
     ranks: Annotated[int, option("--ranks", "N", "Number of ranks of the training, on all nodes together.", min=1)] = 1,
     nodes: Annotated[int, option("--nodes", "N", "Number of machines; each has its own cache.", min=1)] = 1,
     placement: Placement = None,
-    shuffle_group: ShuffleGroup = None,
-    at: VersionNumber = None,
     storage_option: StorageOptions = None,
 ) -> None:
     """Simulate caches of several sizes: hits and bytes.
 
     The read order of a training is replayed with each eviction policy. No record is read, only the list of shards.
     """
-    training = Training(
-        seed, world_size=ranks, placement=parse_placement(placement), group_bytes=parse_group(shuffle_group)
-    )
+    training = Training(seed, world_size=ranks, placement=parse_placement(placement))
     with open_data_set_store(url, storage_option) as store:
-        data_set = open_data_set(store, at)
+        data_set = open_data_set(store)
         url = store.url
     shards = data_set.shards
     reads = training_reads(shards.n_records, shards.n_bytes, training, nodes=nodes, epochs=epochs)

@@ -68,7 +68,7 @@ MOST_REPORTED = 20  # failures that are warnings: a job that runs no servers at 
 _jitter = SystemRandom()  # not the seeded generator: machines must not try in step
 _HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)"
 _ADDRESS = re.compile(rf"(?:(https?)://)?({_HOST})(?::([0-9]{{1,5}}))?/?")
-_SOURCE = re.compile(rf"(slurm|torchrun)(?::([0-9]{{1,5}}))?|dns:({_HOST})(?::([0-9]{{1,5}}))?")
+_SOURCE = re.compile(rf"(slurm)(?::([0-9]{{1,5}}))?|dns:({_HOST})(?::([0-9]{{1,5}}))?")
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{8,512}")
 
 
@@ -81,8 +81,7 @@ class PeerOptions:
 
     Attributes:
         members: Addresses ("host", "host:port" or "https://host:port"), or one source of addresses: "dns:NAME[:PORT]"
-            (all addresses of a DNS name), "slurm[:PORT]" (the nodes of the Slurm job) or "torchrun[:PORT]" (the node of
-            the rendezvous).
+            (all addresses of a DNS name) or "slurm[:PORT]" (the nodes of the Slurm job).
         token: Token that the servers demand; None: none.
         ca_file: File of trusted certificates (PEM), which also means that addresses without a scheme are reached by
             TLS; None: plain HTTP, or the system's certificates for https addresses.
@@ -109,7 +108,7 @@ class PeerOptions:
             if match is None or not all(0 < int(port) < 65536 for port in match.groups() if port and port.isdigit()):
                 raise ValueError(
                     f"not an address of a peer: {text!r}; expected 'host', 'host:port', 'https://host:port', "
-                    "'dns:NAME:PORT', 'slurm' or 'torchrun'"
+                    "'dns:NAME:PORT' or 'slurm'"
                 )
         if self.token is not None:
             check_token(self.token)
@@ -124,9 +123,9 @@ class PeerOptions:
         source = _SOURCE.fullmatch(self.members[0])
         if source is None:
             return sorted({self._url(text) for text in self.members})
-        launcher, launcher_port, name, name_port = source.groups()
+        _, slurm_port, name, name_port = source.groups()
         if name is None:
-            hosts, port = expand_hosts(config.launcher_hosts(launcher)), launcher_port
+            hosts, port = expand_hosts(config.slurm_hosts()), slurm_port
         else:
             hosts, port = (look_up or look_up_host)(name.strip("[]"), int(name_port or DEFAULT_PORT)), name_port
         shown = [f"[{host}]" if ":" in host else host for host in hosts]

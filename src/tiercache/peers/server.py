@@ -508,10 +508,7 @@ def run_nginx(options: ServerOptions) -> Iterator[subprocess.Popen[bytes]]:
     """
     program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/sbin")
     if program is None:
-        raise FileNotFoundError(
-            "nginx is not installed: install the package nginx-light or nginx, or give --socket to run only the "
-            "service beside an nginx of your own (see --print-config)"
-        )
+        raise FileNotFoundError("nginx is not installed: install the package nginx-light or nginx")
     user = pwd.getpwuid(0).pw_name if os.geteuid() == 0 else None
     with tempfile.TemporaryDirectory(prefix="tiercache-serve-") as text:
         folder = Path(text)
@@ -560,6 +557,6 @@ def serve(cache: Cache, service: PeerService, options: ServerOptions) -> Iterato
         yield process
 
 
-def wait_until_stopped(process: subprocess.Popen[bytes] | None, stop: Event) -> bool:
-    wait_for(lambda: stop.is_set() or (process is not None and process.poll() is not None), None, longest_poll_s=0.2)
+def wait_until_stopped(process: subprocess.Popen[bytes], stop: Event) -> bool:
+    wait_for(lambda: stop.is_set() or process.poll() is not None, None, longest_poll_s=0.2)
     return stop.is_set()

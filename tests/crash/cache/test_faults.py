@@ -65,26 +65,6 @@ def test_an_object_that_is_too_short_is_an_error_after_a_second_fetch(world):
     assert (world.copies(), world.parts()) == ([], [])
 
 
-def test_the_error_of_the_store_is_raised_and_a_retry_may_succeed(world):
-    world.put("a")
-    _, store = faulty(world, Fault("read_into"))
-    with pytest.raises(StoreError, match="scripted"):
-        world.read(store, "a")
-    world.fetch(store, "a")
-
-
-def test_a_fetch_continues_after_an_earlier_one_failed_in_the_middle(world):
-    world.put("a", 60 << 20)
-    _, store = faulty(world, Fault("read_into", nth=4), size="100MB")
-    with pytest.raises(StoreError, match="scripted"):
-        world.read(store, "a")
-    assert world.copies() == []
-    assert len(world.parts()) == 2
-    world.fetch(store, "a")
-    assert world.parts() == []
-    assert store.cache.stats()["bytes_fetched"] == 60 << 20
-
-
 @pytest.mark.parametrize("retryable", [True, False])
 def test_a_failed_fetch_leaves_no_files(world, retryable):
     identity = world.put("a")
@@ -245,14 +225,14 @@ def test_a_disk_that_is_full_at_any_step_evicts_once_and_is_then_bypassed(world,
     assert cache.verify().is_right
 
 
-@pytest.mark.parametrize("damage", ["cut", "grown", "emptied"])
+@pytest.mark.parametrize("damage", ["cut", "emptied"])
 def test_a_copy_of_the_wrong_size_is_replaced(world, damage):
     world.put("a")
     store = world.store()
     world.fetch(store, "a")
     copy = world.copy("a")
     copy.chmod(0o644)
-    copy.write_bytes({"cut": world.data["a"][:5000], "grown": world.data["a"] + b"x", "emptied": b""}[damage])
+    copy.write_bytes({"cut": world.data["a"][:5000], "emptied": b""}[damage])
     world.fetch(store, "a")
     assert world.n_reads() == 2
     world.fetch(store, "a")
@@ -304,22 +284,6 @@ def test_a_folder_deleted_during_a_fetch_costs_at_most_a_second_download(world):
     assert len(world.copies()) == 1
 
 
-def test_a_deleted_folder_is_created_and_filled_again(world):
-    world.put("a")
-    cache = world.cache()
-    store = world.store(cache)
-    world.fetch(store, "a")
-    shutil.rmtree(world.root / "cache")
-    world.fetch(store, "a")
-    assert world.n_reads() == 2
-    world.fetch(store, "a")
-    assert world.n_reads() == 2
-    assert cache.stats()["bytes_used"] == 16_384
-    cache.close()
-    world.fetch(store, "a")
-    assert world.n_reads() == 2
-
-
 def test_opening_removes_the_files_of_dead_processes_only(world):
     world.cache()
     root = world.root / "cache"
@@ -336,17 +300,6 @@ def test_opening_removes_the_files_of_dead_processes_only(world):
     world.cache()
     assert [path.exists() for path in (*stale, old, orphan)] == [False] * (len(stale) + 2)
     assert [path.exists() for path in (alive, elsewhere, stranger)] == [True] * 3
-
-
-def test_accounts_of_an_earlier_boot_are_rebuilt(world, monkeypatch):
-    world.put("a")
-    cache = world.cache()
-    world.fetch(world.store(cache), "a")
-    accounts = cache._open().accounts
-    accounts._database.run(lambda db: db.execute("UPDATE copies SET charge_bytes = 5"))
-    accounts._database.run(lambda db: db.execute("UPDATE meta SET value = 'earlier' WHERE key = 'boot'"))
-    cache.close()
-    assert cache.entries()[0].n_bytes == 16_384
 
 
 @pytest.mark.filterwarnings("default")

@@ -41,14 +41,6 @@ def test_rebuilt_accounts_contain_the_reservations_of_running_fetches(world, fet
     assert sums(other)[1] == reserved
 
 
-def test_rebuilt_accounts_and_running_fetches_stay_within_the_limit(world, fetching):
-    _, other = fetching
-    lose_the_catalog(world)
-    identity = world.put("b", 30 * UNIT)
-    assert world.read(world.store(other), "b", identity) is None
-    assert sum(sums(other)[:2]) <= 100 * UNIT
-
-
 def test_an_ended_fetch_leaves_no_reservation_in_rebuilt_accounts(world):
     identity = world.put("a", 80 * UNIT)
     busy, other = (world.cache(size=100 * UNIT) for _ in range(2))

@@ -11,7 +11,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tiercache.cache import accounts as accounts_module
 from tiercache.cache.accounts import FIGURES, Accounts
-from tiercache.cache.folder import charge_bytes
 
 PLENTY = 1 << 50
 
@@ -91,11 +90,6 @@ def set_charge(accounts, files, name, charge):
     accounts.set_charge(name, charge)
 
 
-@pytest.mark.parametrize(("n_bytes", "charged"), [(0, 4096), (1, 8192), (4096, 8192), (4097, 12_288)])
-def test_bytes_are_charged_in_whole_blocks_and_one_for_the_record(n_bytes, charged):
-    assert charge_bytes(n_bytes) == charged
-
-
 def test_the_free_space_of_the_disk_bounds_reservations(open_accounts):
     me = open_accounts("me")
     assert not reserve(me, "a", 8_192, spare=8_191)
@@ -112,16 +106,6 @@ def test_dead_owners_lose_their_limit_and_reservations(open_accounts, files):
     assert reserve(me, "b", 90_000)
     assert "you" in files.buried
     assert me.limit_bytes() == 100_000
-
-
-def test_a_copy_whose_publisher_died_before_booking_it_is_booked_by_others(open_accounts, files):
-    me, you = open_accounts("me"), open_accounts("you")
-    assert reserve(you, "a", 40_000)
-    assert reserve(you, "b", 40_000)
-    files.copies["a"] = 40_000
-    files.living.remove("you")
-    assert reserve(me, "c", 10)
-    assert me.sums()[:2] == (40_000, 10)
 
 
 def test_booking_more_than_was_reserved_is_an_error(open_accounts, files):
@@ -185,14 +169,6 @@ def test_every_process_gets_each_change_once(open_accounts, files):
     assert (third.whole, third.rows, third.gone) == (False, (), ())
 
 
-def test_uses_are_ordered(open_accounts, files):
-    me = open_accounts("me")
-    for name in "abc":
-        set_charge(me, files, name, 10)
-    me.add_uses(["b", "a"])
-    assert [row.name for row in me.rows()] == ["c", "b", "a"]
-
-
 def test_a_query_from_before_the_oldest_known_change_gets_all_rows(open_accounts, files, monkeypatch):
     monkeypatch.setattr(accounts_module, "MOST_GONE", 3)
     me = open_accounts("me", limit=10_000)
@@ -208,15 +184,6 @@ def test_a_query_from_before_the_oldest_known_change_gets_all_rows(open_accounts
     after = me.changes(before.since)
     assert after.whole
     assert [row.name for row in after.rows] == ["d"]
-
-
-def test_a_query_with_the_state_of_a_lost_catalog_gets_all_rows(open_accounts, files):
-    me = open_accounts("me")
-    set_charge(me, files, "a", 10)
-    since = me.changes(("", 0)).since
-    for path in files.path.glob("catalog.sqlite*"):
-        path.unlink()
-    assert me.changes(since).whole
 
 
 def test_figures_are_sums_of_all_processes_since_the_catalog_was_made(open_accounts):
@@ -237,16 +204,6 @@ def test_a_rebuilt_catalog_has_copies_limits_and_running_fetches(open_accounts, 
     assert me.sums() == (5_100, 9_000, 100_000)
 
 
-def test_a_copy_that_is_being_published_counts_once(open_accounts, files):
-    me = open_accounts("me")
-    assert reserve(me, "a", 5_000)
-    files.copies = {"a": 5_000, "b": 5_000}
-    me.reconcile()
-    assert me.sums()[:2] == (5_000, 5_000)
-    set_charge(me, files, "a", 5_000)
-    assert me.sums()[:2] == (10_000, 0)
-
-
 def test_accounts_of_another_boot_are_rebuilt(open_accounts, files, monkeypatch):
     me = open_accounts("me")
     assert reserve(me, "a", 5_000)
@@ -259,13 +216,6 @@ def test_accounts_of_another_boot_are_rebuilt(open_accounts, files, monkeypatch)
     assert today.sums()[0] == 100
 
 
-def test_unregistering_releases_reservations(open_accounts):
-    me, you = open_accounts("me"), open_accounts("you", limit=1)
-    me.unregister()
-    you.unregister()
-    assert me.sums() == (0, 0, 0)
-
-
 def test_a_rebuilt_catalog_gets_the_owners_limit_again(files, open_accounts):
     mine = open_accounts("me", 50_000)
     shutil.rmtree(files.path)
@@ -273,13 +223,6 @@ def test_a_rebuilt_catalog_gets_the_owners_limit_again(files, open_accounts):
     open_accounts("you", 70_000)
     assert mine.sums()[2] == 50_000
     assert mine.reserve("a", 1, usable_bytes=lambda: PLENTY)
-
-
-def test_an_owner_that_left_is_not_registered_again(files, open_accounts):
-    mine, yours = open_accounts("me", 50_000), open_accounts("you", 70_000)
-    mine.unregister()
-    mine.sums()
-    assert yours.limit_bytes() == 70_000
 
 
 def test_dead_owners_leave_no_rows(files, open_accounts):

@@ -1,9 +1,7 @@
 """The public class: warm, pin, entries, stats, status, evict, and the default cache."""
 
-import contextlib
 import gc
 import os
-import pickle
 import threading
 
 import numpy as np
@@ -36,12 +34,6 @@ def test_warm_fetches_missing_copies_and_reports_progress(world, jobs):
     assert {p.last for p in seen} == {"", "s0", "s1", "s3", "s4"}
     assert cache.warm(world.inner, pairs).n_fetched == 0
     assert world.n_reads() == 5
-
-
-def test_warm_without_identities_requests_the_attributes_from_the_store(world):
-    world.put("a")
-    report = world.cache().warm(world.inner, [("a", None)])
-    assert report.n_fetched == 1
 
 
 def test_warm_ends_at_the_first_error_and_continues_when_repeated(world):
@@ -102,13 +94,6 @@ def test_pin_fetches_copies_and_protects_them_from_eviction(world):
     assert cache.unpin() == 1
 
 
-def test_pin_is_refused_if_the_copies_do_not_fit(world):
-    pairs = pairs_of(world, 3, 100_000)
-    with pytest.raises(StoreError, match="enlarge the cache"):
-        world.cache("250KB", policy="lru").pin(world.inner, pairs)
-    assert [entry for entry in world.caches[0].entries() if entry.pinned] == []
-
-
 def test_entries_name_the_source_of_each_copy(world):
     identity = world.put("train/a")
     cache = world.cache()
@@ -167,24 +152,6 @@ def test_a_closed_cache_opens_again_when_used_and_its_leases_stay_valid(world):
     assert list((world.root / "cache" / "owners").iterdir()) == []
     world.fetch(store, "a")
     assert world.n_reads() == 1
-
-
-def test_close_during_a_fetch_ends_the_wait_without_a_copy(world):
-    identity = world.put("a")
-    gated = GateStore(world.inner)
-    cache = world.cache()
-    with gated.stop_at("before_read_into") as gate, cache.store(gated).open_local("a", identity) as lease:
-        lease.prefetch([ByteRange(0, 1)])
-        gate.wait_reached()
-        closing = threading.Thread(target=cache.close)
-        closing.start()
-        fetch = lease._fetch
-        assert fetch.cancel.wait(10)
-        gate.open()
-        closing.join()
-        with contextlib.suppress(StoreError):  # the first bytes may have come before it was told to end
-            lease.wait([ByteRange(0, 1)])
-    assert world.copies() == []
 
 
 def test_a_cache_without_references_closes_itself(world):
@@ -249,17 +216,6 @@ def test_warming_cached_copies_needs_no_space(world):
     assert full.pin(world.inner, pairs).n_fetched == 0
 
 
-def test_status_names_the_processes_that_hold_copies(world):
-    identity = world.put("a")
-    cache = world.cache()
-    store = world.store(cache)
-    with store.open_local("a", identity) as lease:
-        assert lease.wait([ByteRange(0, 10_000)])
-        (holder,) = cache.status()["holders"]
-        assert holder["pid"] == os.getpid()
-        assert holder["command"]
-
-
 def test_status_sums_the_counters_of_all_processes(world):
     world.put("a")
     first, second = world.cache(), world.cache()
@@ -302,24 +258,6 @@ def test_evicting_to_a_target_size_removes_the_least_recently_used_copies(world)
     assert cache.evict(target_bytes=3 * one) == 0
     assert cache.evict(lambda entry: entry.source.endswith("s0"), target_bytes=0) == one
     assert cache.evict(target_bytes=0) == 2 * one
-
-
-def test_the_default_cache_uses_the_configured_policy(world, monkeypatch):
-    monkeypatch.setenv("TIERCACHE_CACHE_DIR", str(world.root / "mine"))
-    monkeypatch.setenv("TIERCACHE_CACHE_POLICY", "lru")
-    cache = Cache.default()
-    assert cache.status()["policy"] == "lru"
-    assert Cache.default() is cache
-    monkeypatch.setenv("TIERCACHE_CACHE_POLICY", "plan")
-    assert Cache.default() is not cache
-
-
-def test_a_pickled_cache_is_the_same_cache(world):
-    cache = world.cache(policy="lru")
-    copy = pickle.loads(pickle.dumps(cache))
-    world.caches.append(copy)
-    names = ("path", "policy", "min_free", "limit_bytes")
-    assert [copy.status()[name] for name in names] == [cache.status()[name] for name in names]
 
 
 @pytest.mark.parametrize("size", [1 << 63, "9999999999TB", "9" * 400 + "GB", "120%"])

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tiercache import crash_points
 from tiercache.cache.folder import Folder
 
 # From Python 3.12 on: what these tests are about.
@@ -47,19 +46,6 @@ def test_a_corrupt_copy_is_removed_counted_and_fetched_again(world, store, damag
 def test_a_correct_copy_that_a_reader_doubts_stays(world, store):
     assert store.remove_if_corrupt("a", world.identity("a")) is False
     assert (store.cache.stats()["quarantined"], world.n_reads()) == (0, 1)
-
-
-def test_the_pin_of_a_corrupt_copy_applies_to_its_replacement(world, store):
-    cache = store.cache
-    cache.pin(store, [("a", world.identity("a"))])
-    world.damage("a")
-    assert store.remove_if_corrupt("a", world.identity("a")) is True
-    cache.close()
-    assert cache.stats()["pinned_bytes"] == 0
-    world.fetch(store, "a")
-    (entry,) = cache.entries()
-    assert entry.pinned
-    assert cache.stats()["pinned_bytes"] == entry.n_bytes
 
 
 def test_an_unreadable_copy_is_removed(world, store, monkeypatch):
@@ -111,30 +97,3 @@ def test_the_second_reader_of_a_corrupt_copy_does_not_remove_its_replacement(wor
     finally:
         os.close(fd)
     assert world.copy("a").read_bytes() == world.data["a"]
-
-
-def test_a_process_killed_after_removing_a_corrupt_copy_leaves_a_usable_cache(world, store):
-    identity = world.identity("a")
-    world.damage("a")
-
-    def die(point):
-        if point == "corrupt.removed":
-            os._exit(9)
-
-    pid = os.fork()
-    if pid == 0:
-        try:
-            crash_points.set_hook(die)
-            child = world.store(world.cache())
-            child.remove_if_corrupt("a", identity)
-            world.fetch(child, "a")
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-    store.cache.close()
-    store = world.store(world.cache())
-    store.remove_if_corrupt("a", identity)
-    world.fetch(store, "a")
-    assert world.copy("a").read_bytes() == world.data["a"]
-    assert store.cache.status()["reserved_bytes"] == 0
-    assert store.cache.verify().is_right

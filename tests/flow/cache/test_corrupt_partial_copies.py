@@ -1,13 +1,12 @@
 """Corrupt partial copies, copies without checksums inside, pins, and the trace of openings."""
 
-import os
 from contextlib import suppress
 
 import pytest
 from tests.support.faults import Fault, FaultStore
 
 from tiercache.errors import StoreError
-from tiercache.model import ByteRange, ShardIdentity
+from tiercache.model import ByteRange
 
 UNIT = 4096
 MIB = 1 << 20
@@ -76,54 +75,6 @@ def test_a_copy_without_checksums_inside_is_verified_by_its_unit_map(world, whol
     assert world.n_reads() == n_reads + 1
     assert world.copies() == []
     assert cache.stats()["quarantined"] == 1
-
-
-def test_an_interrupted_publication_is_completed_by_the_next_process(world):
-    world.put("a")
-    cache = world.cache()
-    world.fetch(world.store(cache), "a")
-    copy = world.copy("a")
-    os.link(copy, f"{copy}.part")
-    copy.with_name(f"{copy.name}.map").write_bytes(b"left over")
-    copy.with_name("b" * 40 + ".part").write_bytes(b"without a map")
-    copy.with_name("c" * 40 + ".map").write_bytes(b"without a part")
-    cache.close()
-    cache = world.cache()
-    assert world.parts() == []
-    assert cache.stats()["bytes_used"] == 4 * UNIT
-
-
-def test_identities_that_differ_in_size_have_different_copies(world):
-    identity = world.put("a", 2 * MIB)
-    store = world.store(world.cache("100MB"))
-    with store.open_local("a", identity) as lease:
-        assert wait(lease, (0, 1))
-    longer = ShardIdentity(identity.dataset_id, identity.shard_id, identity.n_bytes + 1, identity.crc32c)
-    with store.open_local("a", longer) as lease:
-        assert not lease.present([ByteRange(0, 1)])
-
-
-def test_a_damaged_partial_copy_is_counted_and_a_corrupt_source_is_read_past_the_cache(world):
-    identity = world.put("a", 4 * MIB)
-    cache = world.cache("100MB")
-    store = world.store(cache)
-
-    def read():
-        with store.open_local("a", identity) as lease:
-            assert wait(lease, (0, 3 * UNIT))
-
-    read()
-    (part,) = [path for path in world.parts() if path.suffix == ".part"]
-    with part.open("r+b") as file:
-        file.seek(UNIT + 5)
-        file.write(b"rot")
-    assert store.remove_if_corrupt("a", identity) is True
-    assert cache.stats()["quarantined"] == 1
-    for _ in range(2):
-        read()
-        store.remove_if_corrupt("a", identity)
-    assert cache.stats()["poisoned"] == 1
-    assert store.open_local("a", identity) is None
 
 
 @pytest.mark.parametrize("harm", ["rot", "cut"])

@@ -1,12 +1,10 @@
 """Which copies are evicted, and which never are."""
 
-import mmap
 import os
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from tiercache.cache import eviction
 from tiercache.cache.eviction import Trace, simulate
@@ -27,18 +25,6 @@ def test_a_leased_copy_is_not_evicted(world):
         assert os.pread(lease.fd, 10_000, 0) == world.data["a"]
     assert freed == 0
     assert cache.evict() == 16_384
-
-
-def test_a_mapped_copy_stays_readable_after_its_file_is_deleted(world):
-    identity = world.put("a")
-    store = world.store()
-    with store.open_local("a", identity) as lease:
-        assert lease.wait(WHOLE)
-        mapped = mmap.mmap(lease.fd, 10_000, prot=mmap.PROT_READ)
-    world.copy("a").unlink()
-    world.fetch(store, "a")
-    assert mapped[:] == world.data["a"]
-    mapped.close()
 
 
 def test_a_copy_unlinked_before_it_was_locked_is_a_miss(world, monkeypatch):
@@ -185,27 +171,15 @@ def test_two_processes_keep_the_copies_that_the_other_needs_soon(world):
 # -- by queues ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_counters_of_closed_processes_are_kept(world):
-    put_shards(world, "abc")
-    for _ in range(2):
-        cache = shards_cache(world, 2, policy="lru")
-        for key in "abc":
-            world.fetch(world.store(cache), key)
-        cache.close()
-    figures = cache._open().accounts.figures()
-    assert figures["evicted"] == 4
-    assert figures["misses"] == 6
-
-
 def test_lru_frees_a_hundredth_of_the_cache_at_once(world):
-    n_small = 250
+    n_small = 120
     for i in range(n_small + 1):
         world.put(f"s{i:03}", 4096)
     cache = world.cache(n_small * 8192 + 4096, policy="lru")
     store = world.store(cache)
     for i in range(n_small + 1):
         world.fetch(store, f"s{i:03}")
-    assert 3 <= cache.stats()["evicted"] <= 5
+    assert 2 <= cache.stats()["evicted"] <= 4
 
 
 def test_the_next_copy_is_evicted_if_the_first_is_leased(world):
@@ -240,15 +214,15 @@ def test_a_copy_pinned_by_another_process_is_not_evicted(world):
     assert "a" not in cached(mine)
 
 
-@pytest.mark.parametrize("policy", ["lru"])
-def test_the_cache_has_the_hits_that_the_simulator_predicts(world, policy, monkeypatch):
+def test_the_cache_has_the_hits_that_the_simulator_predicts(world, monkeypatch):
     monkeypatch.setattr(eviction, "WATERMARK_SHARE", 0.0)
     keys = [f"k{i:02}" for i in range(40)]
     for key in keys:
         world.put(key, 4096)
-    order = np.random.default_rng(5).zipf(1.3, 400) % 40
+    order = np.random.default_rng(5).zipf(1.3, 150) % 40
+    sizes = np.full(len(order), 8192)
     size = 20 * 8192 + 4096  # and the map of one that comes
-    cache = world.cache(size, policy=policy)
+    cache = world.cache(size, policy="lru")
     store = world.store(cache)
     hits = []
     for i in order.tolist():
@@ -256,14 +230,13 @@ def test_the_cache_has_the_hits_that_the_simulator_predicts(world, policy, monke
         world.read(store, keys[i])
         hits.append(cache.counters["hits"] > before)
         cache._open().evictor.flush_uses()  # not in batches: the simulator knows the order of every use
-    expected = simulate(Trace.of(order, 8192), policy, size).served > 0
+    expected = simulate(Trace(order, sizes, order * 0, order * 0), "lru", size) > 0
     assert hits == expected.tolist()
 
 
-@pytest.mark.parametrize("policy", ["lru"])
-def test_skipping_leased_copies_creates_no_lock_files(world, monkeypatch, policy):
+def test_skipping_leased_copies_creates_no_lock_files(world, monkeypatch):
     """With one, a cache of which all is read made every refusal wait for thousands of files to be made and deleted."""
-    store = world.store(world.cache(20 * 4 * 4096 + 4096, policy=policy))
+    store = world.store(world.cache(20 * 4 * 4096 + 4096, policy="lru"))
     leases = []
     for number in range(20):
         key = f"s{number:02}"

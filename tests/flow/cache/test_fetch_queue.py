@@ -4,13 +4,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.support.faults import Fault, FaultStore
 from tests.support.stores import CountingStore, GateStore
 
 from tiercache.cache import fetch as fetch_module
 from tiercache.cache import session
 from tiercache.cache.eviction import Evictor
-from tiercache.cache.folder import is_locked
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
 from tiercache.store.contract import WrapperStore
@@ -136,15 +134,6 @@ def test_an_unconverted_network_error_does_not_count_as_a_disk_failure(world):
     assert not cache.status()["bypassed"]
 
 
-def test_a_partial_copy_without_units_leaves_no_reservation(world):
-    identity = world.put("a")
-    cache = world.cache()
-    source = FaultStore(world.inner, [Fault("read_into")])
-    with cache.store(source).open_local("a", identity) as lease, pytest.raises(StoreError):
-        lease.wait([ByteRange(0, 10_000)], deadline_s=30)
-    assert (cache.status()["reserved_bytes"], cache.status()["bytes_used"], world.parts()) == (0, 0, [])
-
-
 def test_the_first_opening_of_a_prefetched_copy_is_not_a_hit(world):
     identity = world.put("a")
     cache = world.cache()
@@ -185,18 +174,6 @@ def test_a_reader_bypasses_a_cache_that_is_closed_while_it_waits(world):
         gate.open()
         assert answer.result() is False
         closing.join()
-
-
-def test_a_deleted_owner_file_is_recreated_once_by_concurrent_threads(world):
-    owners = world.cache()._open().owners
-    path = world.root / "cache" / "owners" / str(owners.me)
-    with ThreadPoolExecutor(8) as pool:
-        for _ in range(50):
-            path.unlink()
-            barrier = threading.Barrier(8)
-            list(pool.map(lambda _, barrier=barrier: (barrier.wait(), owners.ensure()), range(8)))
-            assert path.exists()
-            assert is_locked(path)
 
 
 def test_a_prefetch_gives_its_thread_to_urgent_ranges_and_continues_after_them(world, monkeypatch):

@@ -1,7 +1,6 @@
 """A forked child opens its own session; a pickled cache is the same cache."""
 
 import fcntl
-import multiprocessing
 import os
 import pickle
 
@@ -112,12 +111,6 @@ def test_a_child_killed_during_a_fetch_leaves_a_usable_cache(world):
     assert cache.status()["reserved_bytes"] == 0
 
 
-def read_pickled(store, key, answers):
-    with store.open_local(key) as lease:
-        lease.wait([ByteRange(0, lease.n_bytes)])
-        answers.put(os.pread(lease.fd, lease.n_bytes, 0))
-
-
 def test_a_pickled_store_is_the_same_cache(world):
     world.put("a")
     cache = world.cache()
@@ -130,16 +123,3 @@ def test_a_pickled_store_is_the_same_cache(world):
     with copy.open_local("a", world.identity("a")) as lease:
         assert lease.wait(WHOLE)
     copy.cache.close()
-
-
-def test_a_spawned_process_reads_through_a_pickled_store(world):
-    world.put("a")
-    store = world.cache().store(world.folder)
-    context = multiprocessing.get_context("spawn")
-    answers = context.SimpleQueue()
-    child = context.Process(target=read_pickled, args=(store, "a", answers))
-    child.start()
-    assert answers.get() == world.data["a"]
-    child.join()
-    child.close()
-    answers.close()

@@ -8,7 +8,7 @@ import pytest
 from tests.support.clock import FakeClock
 
 from tiercache.cache.accounts import Owner, Owners
-from tiercache.cache.folder import Folder, disk_space, network_file_system
+from tiercache.cache.folder import Folder, network_file_system
 from tiercache.cache.session import Breaker
 from tiercache.store.shared_files import boot_id, pid_namespace, start_time
 
@@ -83,11 +83,6 @@ def test_the_machine_has_an_identity_without_proc(monkeypatch):
 def test_a_local_folder_is_no_network_file_system(tmp_path):
     assert network_file_system(tmp_path) is None
     assert network_file_system(tmp_path / "nothing") is None
-
-
-def test_disk_space_agrees_with_statvfs(tmp_path):
-    disk = disk_space(tmp_path)
-    assert 0 <= disk.free_bytes <= disk.total_bytes
 
 
 @pytest.mark.parametrize("mended", [True, False])

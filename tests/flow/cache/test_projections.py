@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 import tiercache as tc
-from tiercache.waiting import wait_for
 
 MIB = 1 << 20
 
@@ -39,17 +38,3 @@ def test_a_projection_fetches_its_columns_and_nothing_else(wide, tmp_path):
         n_bytes = sum(p.stat().st_size for p in (tmp_path / "wide").rglob("*") if p.is_file())
         assert cache.stats()["bytes_fetched"] <= n_bytes
         assert not list((tmp_path / "cache" / "copies").glob("*.part"))
-
-
-def test_random_records_fetch_their_shard_once(wide, tmp_path):
-    with tc.Cache(tmp_path / "cache", size="100MB", min_free=0) as cache:
-        dataset = tc.Dataset(wide, cache=cache)
-        assert len(dataset[7]["blob"]) == 2000
-        for number in range(0, 900, 5):
-            assert dataset[number]["x"] == number
-        dataset.close()
-        largest_bytes = max(path.stat().st_size for path in (tmp_path / "wide" / "shards").iterdir())
-        # What is looked up beside the shard: the segment, which is cached too.
-        assert wait_for(lambda: cache.stats()["bytes_fetched"] > largest_bytes // 2, 30)
-        assert cache.stats()["bytes_fetched"] < largest_bytes + MIB // 4
-        assert len(list((tmp_path / "cache" / "copies").glob("*.json"))) >= 1

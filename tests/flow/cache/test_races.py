@@ -1,8 +1,6 @@
 """Concurrent threads and processes: one download if flock works, correct data in any case."""
 
-import multiprocessing
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,29 +8,13 @@ from tests.support.cache_world import open_below
 from tests.support.faults import Fault, FaultStore
 from tests.support.stores import GateStore
 
-from tiercache.cache import Cache, fetch
+from tiercache.cache import fetch
 from tiercache.cache.copy_file import CopyFile
 from tiercache.cache.folder import NameLock
 from tiercache.errors import StoreError
 from tiercache.model import ByteRange
-from tiercache.store import LocalFolder
-from tiercache.store.contract import WrapperStore
 
 N = 8
-
-
-def test_concurrent_threads_share_one_download(world):
-    world.put("a", 1 << 20)
-    store = world.store()
-    barrier = threading.Barrier(N)
-
-    def read(_):
-        barrier.wait()
-        return world.read(store, "a")
-
-    with ThreadPoolExecutor(N) as pool:
-        assert set(pool.map(read, range(N))) == {world.data["a"]}
-    assert world.n_reads() == 1
 
 
 def test_all_threads_that_wait_for_a_failing_download_get_the_error(world):
@@ -102,57 +84,6 @@ def test_a_waiting_process_that_fails_leaves_no_descriptor_open(world, monkeypat
         gate.open()
     with first, second:
         assert first.wait(whole)
-
-
-class SlowLog(WrapperStore):
-    """Writes a line into a file, which all processes share, for every read."""
-
-    def __init__(self, inner, log):
-        super().__init__(inner)
-        self.log = log
-
-    def around(self, verb, key, call):
-        if verb == "read_into":
-            fd = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            os.write(fd, f"{key}\n".encode())
-            os.close(fd)
-        return call()
-
-
-def read_all(path, source, log, identities, barrier, answers):
-    """In a child: read every shard and say which were right."""
-    with Cache(path, size="100MB", min_free=0) as cache:
-        store = cache.store(SlowLog(LocalFolder(source), log))
-        barrier.wait()
-        right = 0
-        for key, identity in identities.items():
-            with store.open_local(key, identity) as lease:
-                lease.wait([ByteRange(0, lease.n_bytes)], deadline_s=60)
-                right += os.pread(lease.fd, lease.n_bytes, 0) == (source / key).read_bytes()
-        answers.put(right)
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_concurrent_processes_download_once_if_flock_works(world):
-    keys = [f"s{i}" for i in range(4)]
-    identities = {key: world.put(key, 200_000) for key in keys}
-    context = multiprocessing.get_context("fork")
-    barrier, answers = context.Barrier(4), context.SimpleQueue()
-    arguments = (world.root / "cache", world.root / "source", world.root / "log", identities, barrier, answers)
-    children = [context.Process(target=read_all, args=arguments) for _ in range(4)]
-    for child in children:
-        child.start()
-    assert [answers.get() for _ in children] == [4] * 4
-    for child in children:
-        child.join()
-        child.close()
-    answers.close()
-    reads = (world.root / "log").read_text().split()
-    assert set(reads) == set(keys)
-    assert len(reads) == 4
-    cache = world.cache("100MB")
-    assert len(cache.entries()) == 4
-    assert world.parts() == []
 
 
 def test_reads_during_evictions_return_correct_data(world):

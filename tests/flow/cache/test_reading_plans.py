@@ -2,11 +2,8 @@
 
 import gc
 import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,13 +96,6 @@ def fail():
     raise OSError(5, "scripted")
 
 
-def test_without_plans_nothing_is_planned(open_side):
-    side = open_side()
-    assert next_use(side.plans, names_of(1, 2)).tolist() == [UNPLANNED] * 2
-    assert then(side.plans, names_of(1, 2)).tolist() == [UNPLANNED] * 2
-    assert next_use(side.plans, names_of()).tolist() == []
-
-
 def test_a_published_plan_and_its_clock_are_visible_to_other_processes(open_side):
     mine, yours = open_side(), open_side()
     rows = [(0, 10, 100), (10, 30, 120), (30, 40, NEVER), (NEVER, NEVER, 150), (NEVER, NEVER, NEVER)]
@@ -149,13 +139,6 @@ def test_a_plan_read_to_its_end_stays_valid_for_some_time(open_side):
     assert files(yours) == []  # both were given up
 
 
-def test_a_plan_that_was_not_begun_stays_valid_for_some_time(open_side):
-    side = open_side()
-    left_by(side, (0,), [(0, 10, 100)])
-    side.plans.publish(names_of(0, 1), replace(plan_of([(40, 50, 99), (60, 70, 99)]), reader="rank 0 of 2")).close()
-    assert next_use(side.plans, names_of(0, 1)).tolist() == [40, 60]
-
-
 def test_copies_in_use_all_the_time_do_not_delay_the_end_of_a_plan(open_side):
     side = open_side()
     left_by(side, (0, 1), [(0, 10, 100), (0, NEVER - 1, NEVER)])
@@ -174,21 +157,6 @@ def test_a_plan_left_behind_expires(open_side):
     assert next_use(side.plans, names_of(0)).tolist() == [UNPLANNED]
     left_by(side, (0,), [(0, 10, 100)], reader="")
     assert not any("left" in file and file != "x.left" for file in files(side))
-
-
-def test_plans_are_merged_by_the_nearest_use_of_any_job(open_side):
-    one, two = open_side(), open_side()
-    first = one.plans.publish(names_of(0, 1), plan_of([(5, 10, 200), (60, 70, 90)], "one"))
-    second = two.plans.publish(names_of(1, 2), plan_of([(20, 30, 80), (7, 9, 99)], "two"))
-    for side in (one, two):
-        assert next_use(side.plans, names_of(0, 1, 2)).tolist() == [5, 20, 7]
-        assert then(side.plans, names_of(0, 1, 2)).tolist() == [200, 60, 99]
-        assert side.plans.labels() == ["one", "two"]
-    second.advance(30)
-    assert next_use(one.plans, names_of(1)).tolist() == [50]
-    assert then(one.plans, names_of(1)).tolist() == [60]
-    first.close()
-    assert next_use(one.plans, names_of(0, 1, 2)).tolist() == [UNPLANNED, 50, 69]
 
 
 @st.composite
@@ -245,28 +213,23 @@ def test_shards_with_one_copy_keep_it_in_use_until_the_last_is_read(open_side):
     assert next_use(side.plans, names_of(5)).tolist() == [90]
 
 
-def test_a_plan_of_a_process_that_was_killed_is_void_and_swept(tmp_path, open_side):
-    side = open_side()
-    code = f"""
-import os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pathlib import Path
-from test_reading_plans import Side, Folder, names_of, plan_of
-side = Side(Folder(Path({str(tmp_path / "c")!r})))
-following = side.plans.publish(names_of(1), plan_of([(5, 6, 7)], "killed"))
-print("published", flush=True)
-sys.stdin.read()
-os.kill(os.getpid(), 9)
-"""
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as child:
-        assert child.stdout.readline() == "published\n"
-        assert next_use(side.plans, names_of(1)).tolist() == [5]
-        child.stdin.close()
-        child.wait()
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_plan_of_a_process_that_was_killed_is_void_and_swept(open_side):
+    side, (ready, told), (end, go) = open_side(), os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        published = Side(side.folder).plans.publish(names_of(1), plan_of([(5, 6, 7)], "killed"))
+        os.write(told, b"x")
+        os.read(end, 1)
+        os._exit(9 if published else 1)
+    os.read(ready, 1)
+    assert next_use(side.plans, names_of(1)).tolist() == [5]
+    os.write(go, b"x")
+    os.waitpid(pid, 0)
     assert next_use(side.plans, names_of(1)).tolist() == [UNPLANNED]
     assert files(side) == []
+    for fd in (ready, told, end, go):
+        os.close(fd)
 
 
 def test_a_plan_without_references_is_withdrawn(open_side):

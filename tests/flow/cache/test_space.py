@@ -2,7 +2,6 @@
 
 import errno
 import os
-import warnings
 
 import pytest
 from tests.support.stores import GateStore
@@ -21,18 +20,6 @@ CHARGE = 26 * 4096
 CHARGE_IN_PART = 27 * 4096
 
 
-def test_a_shard_larger_than_the_cache_bypasses_it_and_evicts_nothing(world):
-    world.put("small", 1000)
-    world.put("large", 100_000)
-    for policy in ("plan", "lru"):
-        store = world.store(world.cache("50KB", name=policy, policy=policy))
-        world.fetch(store, "small")
-        assert world.read(store, "large") is None
-        world.fetch(store, "small")
-    assert world.n_reads("small") == 2
-    assert world.n_reads("large") == 0
-
-
 def test_space_is_reserved_before_the_first_byte(world):
     first, second = world.put("a", 100_000), world.put("b", 100_000)
     gated = GateStore(world.inner)
@@ -47,15 +34,6 @@ def test_space_is_reserved_before_the_first_byte(world):
         assert lease.wait([ByteRange(0, 1)])
     # Who waits has the bytes before they are booked.
     assert wait_for(lambda: cache.status()["reserved_bytes"] == 0, 60)
-
-
-def test_a_failed_fetch_releases_its_reservation(world):
-    identity = world.put("a")
-    (world.root / "source" / "a").unlink()
-    cache = world.cache()
-    with world.store(cache).open_local("a", identity) as lease, pytest.raises(FileNotFoundError):
-        lease.wait([ByteRange(0, 1)])
-    assert cache.status()["reserved_bytes"] == 0
 
 
 def test_the_cache_keeps_min_free_disk_space(world, monkeypatch):
@@ -183,12 +161,6 @@ def test_concurrent_evictions_do_not_refuse_each_other(world):
 def test_invalid_arguments_are_errors(tmp_path, arguments):
     with pytest.raises(ValueError, match=r"size|policy|negative|shared"):
         Cache(tmp_path / "cache", **arguments)
-
-
-def test_the_size_may_be_a_share_of_the_disk(world, monkeypatch):
-    with warnings.catch_warnings():
-        limit = world.cache("50%").stats()["limit_bytes"]
-    assert 0 < limit < 1 << 50
 
 
 def test_copies_deleted_by_hand_free_their_space(world, monkeypatch):

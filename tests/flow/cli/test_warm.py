@@ -51,7 +51,7 @@ class TestWhatATrainingReads:
         assert cached(tiercache, cache, data_set) == set(table.names.to_pylist())
 
     def test_warm_fetches_first_what_the_loader_reads_first(self, tiercache, data_set, cache):
-        flags = "--seed", "7", "--shuffle-group", "1B", "--limit", "1B"
+        flags = "--seed", "7", "--limit", "1B"
         tiercache("warm", data_set, *cache, *flags)
         dataset = Dataset(str(data_set), columns=["path"])
         loader = DataLoader(dataset, batch_size=1, shuffle=True, options=LoaderOptions(seed=7, shuffle_group_bytes=1))
