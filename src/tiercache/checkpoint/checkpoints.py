@@ -420,12 +420,7 @@ class Checkpoints:
     # -- stored checkpoints
 
     def load(
-        self,
-        which: str | int = "latest",
-        into: Any = None,
-        *,
-        map_location: Any = None,
-        strict: bool = True,
+        self, which: str | int = "latest", into: Any = None, *, map_location: Any = None, strict: bool = True
     ) -> Any:
         """Load a checkpoint from the nearest complete copy, and check all bytes that are read.
 
@@ -743,10 +738,7 @@ def _integer(step: Any) -> int:
 
 
 def _info(
-    scan: Scan,
-    name: str,
-    kept_by: Mapping[CheckpointTier, tuple[str, ...]],
-    unfinished: Mapping[str, Exception | None],
+    scan: Scan, name: str, kept_by: Mapping[CheckpointTier, tuple[str, ...]], unfinished: Mapping[str, Exception | None]
 ) -> CheckpointInfo:
     parsed = parse_name(name) or (0, 0.0)
     manifest, pin, complete = scan.manifest(name), scan.pin(name), scan.complete(name)

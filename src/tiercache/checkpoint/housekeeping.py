@@ -64,11 +64,7 @@ class RetentionPlan:
 
 
 def plan_retention(
-    scan: Scan,
-    keeps: Sequence[Keep],
-    tiers: Sequence[CheckpointTier],
-    now_s: float,
-    unfinished: Collection[str] = (),
+    scan: Scan, keeps: Sequence[Keep], tiers: Sequence[CheckpointTier], now_s: float, unfinished: Collection[str] = ()
 ) -> RetentionPlan:
     """Return what the rules keep and what they delete. Pure.
 

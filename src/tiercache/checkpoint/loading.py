@@ -46,22 +46,9 @@ from tiercache.store.placement import is_archived
 
 _NAMED = 10  # keys of each kind in a message
 _OR_NONE = ", or None, in whose place the loaded value is put"
-_VALUES = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    bytearray,
-    list,
-    tuple,
-    set,
-    frozenset,
-    Mapping,
-    np.generic,
-)
+# Values that a load replaces.
+_SCALARS = (type(None), bool, int, float, complex, str, bytes, bytearray, np.generic)
+_VALUES = (*_SCALARS, list, tuple, set, frozenset, Mapping)
 _TAGS: Mapping[str, Library] = {"$tensor": "torch", "$array": "numpy"}
 
 
@@ -143,15 +130,10 @@ def _load_copy(store: Store, manifest: Manifest, into: Any, map_location: Any, *
 
 def _check_device(device: Any) -> None:
     """Raise an error if tensors cannot be moved to a device, before any is read."""
-    if isinstance(device, Mapping) or callable(device):
-        raise TypeError(
-            f"map_location is one device, such as 'cpu' or 'cuda:0', got a {type(device).__name__}: checkpoints do not"
-            " store the device of a tensor, so there is nothing to map"
-        )
     try:
         import_module("torch").empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch without CUDA
-        raise ValueError(f"map_location={device!r} is not a device of this machine: {error}") from None
+        raise ValueError(f"map_location={device!r} is not one device of this machine, such as 'cpu': {error}") from None
 
 
 def _moved(value: Any, device: Any) -> Any:
@@ -801,28 +783,35 @@ def _spans(start: int, buffers: Iterable[memoryview]) -> Iterator[Span]:
         start += buffer.nbytes
 
 
-def _steps(targets: Iterable[Target], step_bytes: int) -> Iterator[list[memoryview]]:
-    """Yield memory for consecutive bytes in steps of at most step_bytes.
-
-    Bytes without memory of their own get scratch memory, which each step uses again.
-    """
-    scratch = memoryview(b"")
-    step: list[memoryview] = []
+def _cut(targets: Iterable[Target], most_bytes: int) -> Iterator[list[Target]]:
+    """Yield targets in runs of at most most_bytes."""
+    run: list[Target] = []
     used = 0
     for target in targets:
         done, n_bytes = 0, _length(target)
         while done < n_bytes:
-            n = min(n_bytes - done, step_bytes - used)
+            n = min(n_bytes - done, most_bytes - used)
+            run.append(n if isinstance(target, int) else target[done : done + n])
+            done, used = done + n, used + n
+            if used == most_bytes:
+                yield run
+                run, used = [], 0
+    if run:
+        yield run
+
+
+def _steps(targets: Iterable[Target], step_bytes: int) -> Iterator[list[memoryview]]:
+    """Yield memory for consecutive bytes in steps; bytes without memory get scratch memory, used again by each step."""
+    scratch = memoryview(b"")
+    for run in _cut(targets, step_bytes):
+        step, used = list[memoryview](), 0
+        for target in run:
             if isinstance(target, int):
                 scratch = scratch or memoryview(bytearray(step_bytes))
-                step.append(scratch[used : used + n])
+                step.append(scratch[used : used + target])
+                used += target
             else:
-                step.append(target[done : done + n])
-            done, used = done + n, used + n
-            if used == step_bytes:
-                yield step
-                step, used = [], 0
-    if step:
+                step.append(target)
         yield step
 
 
@@ -839,18 +828,5 @@ def _pieces(file: StoredFile, tensors: Iterable[TensorEntry], destinations: Dest
         targets += [entry.offset - position, memory]
         position = entry.offset + entry.n_bytes
     targets.append(file.n_bytes - position)
-    pieces: list[_Piece] = []
-    piece: list[Target] = []
-    start = used = 0
-    for target in targets:
-        done, n_bytes = 0, _length(target)
-        while done < n_bytes:
-            n = min(n_bytes - done, PIECE_BYTES - used)
-            piece.append(n if isinstance(target, int) else target[done : done + n])
-            done, used = done + n, used + n
-            if used == PIECE_BYTES:
-                pieces.append(_Piece(start, tuple(piece)))
-                start, piece, used = start + used, [], 0
-    if piece:
-        pieces.append(_Piece(start, tuple(piece)))
-    return pieces
+    pieces = [tuple(run) for run in _cut(targets, PIECE_BYTES)]
+    return [_Piece(number * PIECE_BYTES, piece) for number, piece in enumerate(pieces)]

@@ -34,14 +34,7 @@ from tiercache.checkpoint.format import (
     parse_name,
     written_order,
 )
-from tiercache.errors import (
-    ArchivedShards,
-    CorruptCheckpoint,
-    CorruptShard,
-    NotFound,
-    StoreError,
-    UnsupportedFormat,
-)
+from tiercache.errors import ArchivedShards, CorruptCheckpoint, CorruptShard, NotFound, StoreError, UnsupportedFormat
 from tiercache.keep import PIN_NAME, UNREADABLE_PIN, parse_pin
 from tiercache.model import OWN_FOLDER, ObjectInfo
 from tiercache.store import LocalFolder, Store, open_store, redact

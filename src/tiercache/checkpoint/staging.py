@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,72 +25,43 @@ from tiercache.checkpoint.state_tree import EncodedState, TensorSource, flat_byt
 SLAB_BYTES = 64 << 20
 
 
-class Event(Protocol):
-    """A point in a stream's work: the part of torch.Event that is used here."""
+class Device:
+    """An accelerator through torch's device-independent API; before torch 2.6, through torch.cuda.
 
-    def synchronize(self) -> None:
-        """Wait until the work before the event is done."""
-
-
-class DeviceCopies(Protocol):
-    """What staging needs of a device. The thread that calls save() calls all methods."""
-
-    def pin(self, n_bytes: int) -> Any:
-        """Return uint8[n_bytes] of host memory, a tensor, to which a copy from the device runs beside other work."""
-
-    def current_stream(self) -> Any:
-        """Return the caller's current stream on the device."""
-
-    def copy(self, destination: Any, source: Any, stream: Any) -> None:
-        """Queue a copy in a stream."""
-
-    def record(self, stream: Any) -> Event:
-        """Return an event after the present work of a stream."""
-
-
-class TorchDevice:
-    """An accelerator through torch's device-independent API; before torch 2.6, through torch.cuda."""
+    Only the thread that calls save() calls the methods.
+    """
 
     def __init__(self, device: Any) -> None:
         self._torch = sys.modules["torch"]
         self._device = device
         self._module = getattr(self._torch, "accelerator", None) or self._torch.cuda
+        self._has_streams = device.type != "mps"
 
     def pin(self, n_bytes: int) -> Any:
-        """See DeviceCopies. A device without pinned memory, such as MPS, gets pageable memory."""
-        can_pin = self._device.type != "mps"
-        return self._torch.empty(n_bytes, dtype=self._torch.uint8, pin_memory=can_pin, device="cpu")
+        """Return uint8[n_bytes] of host memory to which a copy runs beside other work; on MPS, it is pageable."""
+        return self._torch.empty(n_bytes, dtype=self._torch.uint8, pin_memory=self._has_streams, device="cpu")
 
-    def current_stream(self) -> Any:
-        """See DeviceCopies."""
-        return None if self._device.type == "mps" else self._module.current_stream(self._device)
+    def copy(self, destination: Any, source: Any) -> None:
+        """Queue a copy in the current stream, so that it follows the training step."""
+        destination.copy_(source, non_blocking=self._has_streams)
 
-    def copy(self, destination: Any, source: Any, stream: Any) -> None:
-        """See DeviceCopies. The stream is the current one, so that the copy follows the training step."""
-        destination.copy_(source, non_blocking=stream is not None)
-
-    def record(self, stream: Any) -> Event:
-        """See DeviceCopies. A stream has synchronize() too."""
-        return _NoEvent() if stream is None else stream
+    def wait(self) -> None:
+        """Wait until the copies are done."""
+        if self._has_streams:
+            self._module.current_stream(self._device).synchronize()
 
 
-class _NoEvent:
-    def synchronize(self) -> None:
-        return
-
-
-FindDevice = Callable[[Any], DeviceCopies | None]
+FindDevice = Callable[[Any], Device | None]
 """Returns the device of a tensor of torch; None for one in host memory."""
 
 
-def find_device(tensor: Any) -> DeviceCopies | None:
-    """Return the device of a tensor of torch; None for one in host memory."""
-    return None if tensor.device.type == "cpu" else _torch_device(tensor.device)
+def find_device(tensor: Any) -> Device | None:
+    return None if tensor.device.type == "cpu" else _device(tensor.device)
 
 
 @cache
-def _torch_device(device: Any) -> TorchDevice:
-    return TorchDevice(device)
+def _device(device: Any) -> Device:
+    return Device(device)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,7 +81,7 @@ class HostMemory:
         self._lock = Lock()
         self._free: list[Slab] = []
 
-    def take(self, n_bytes: int, device: DeviceCopies | None) -> list[Slab]:
+    def take(self, n_bytes: int, device: Device | None) -> list[Slab]:
         """Return slabs of n_bytes together; pinned by a device if one is given."""
         found: list[Slab] = []
         try:
@@ -138,7 +109,7 @@ class HostMemory:
                     return self._free.pop(number)
         return None
 
-    def _new(self, device: DeviceCopies | None) -> Slab:
+    def _new(self, device: Device | None) -> Slab:
         if device is not None:
             tensor = device.pin(self.slab_bytes)
             return Slab(tensor.numpy(), tensor, is_pinned=True)
@@ -181,12 +152,7 @@ class StagedState:
     """
 
     def __init__(
-        self,
-        state: EncodedState,
-        memory: HostMemory,
-        *,
-        n_streams: int,
-        device_of: FindDevice = find_device,
+        self, state: EncodedState, memory: HostMemory, *, n_streams: int, device_of: FindDevice = find_device
     ) -> None:
         torch = sys.modules.get("torch")
         self._devices = {
@@ -245,7 +211,7 @@ class _Copy:
 
     def __init__(self, slabs: list[Slab], slab_bytes: int) -> None:
         self.slabs, self._slab_bytes = slabs, slab_bytes
-        self._devices: list[tuple[DeviceCopies, Any]] = []
+        self._devices: dict[Device, None] = {}
         self._sources: list[Any] = []  # of copies that may still run
 
     def spans(self, start: int, n_bytes: int) -> list[tuple[NDArray[np.uint8], int, int]]:
@@ -261,7 +227,7 @@ class _Copy:
             position += last - first
         return found
 
-    def tensor(self, source: TensorSource, start: int, device: DeviceCopies | None) -> None:
+    def tensor(self, source: TensorSource, start: int, device: Device | None) -> None:
         """Copy a tensor of torch or an array of NumPy; from a device, only queue the copy."""
         if not source.n_bytes:
             return
@@ -280,9 +246,10 @@ class _Copy:
             if device is None:
                 destination.copy_(part)
             else:
-                device.copy(destination, part, self._stream_of(device))
+                device.copy(destination, part)
             position += last - first
         if device is not None:
+            self._devices[device] = None
             self._sources.append(flat)
 
     def array(self, data: NDArray[np.uint8], start: int) -> None:
@@ -294,8 +261,8 @@ class _Copy:
 
     def finish(self) -> None:
         """Wait for the copies from devices."""
-        for device, stream in self._devices:
-            device.record(stream).synchronize()
+        for device in self._devices:
+            device.wait()
         self._devices.clear()
         self._sources.clear()
 
@@ -303,11 +270,3 @@ class _Copy:
         slab = self.slabs[number]
         # A slab that was made before torch was imported has none.
         return sys.modules["torch"].from_numpy(slab.array) if slab.tensor is None else slab.tensor
-
-    def _stream_of(self, device: DeviceCopies) -> Any:
-        for known, stream in self._devices:
-            if known is device:
-                return stream
-        stream = device.current_stream()
-        self._devices.append((device, stream))
-        return stream

@@ -90,11 +90,7 @@ class CheckpointWriter:
         self.store.close()
 
     def write_staged(
-        self,
-        name: str,
-        files: Sequence[StagedFile],
-        state_text: bytes,
-        metrics: Mapping[str, float],
+        self, name: str, files: Sequence[StagedFile], state_text: bytes, metrics: Mapping[str, float]
     ) -> tuple[list[StoredFile], dict[str, TensorEntry]]:
         """Write the files of a staged state and check them. Return the files, and the tensors by their names."""
         crash_point("checkpoint_write.begun")
@@ -219,7 +215,8 @@ class CheckpointWriter:
     def write(self, name: str, source: SourceFile) -> StoredFile:
         """Write a file of a checkpoint and check it at the store. Errors as for write_staged()."""
         key, crc = key_of(name, source.path), 0
-        with self._create(key) as upload:
+        upload: Upload
+        with (self._classes or self.store).create(key) as upload:
             for number, part in enumerate(source.parts()):
                 crc = crc32c(part, crc)
                 upload.put_part(number, part)
@@ -245,9 +242,6 @@ class CheckpointWriter:
         for piece in pieces:  # as they lie, at pages: a copy could not be written with direct I/O
             yield from (piece[start : start + step] for start in range(0, piece.nbytes, step))
 
-    def _create(self, key: str) -> Upload:
-        return self.store.create(key) if self._classes is None else self._classes.create(key)
-
     def _check(self, key: str, n_bytes: int, crc: int, *, is_confirmed: bool) -> None:
         """Check size and checksum of an object at the store.
 
@@ -260,19 +254,20 @@ class CheckpointWriter:
             NotFound: The store does not have the object.
             StoreError: They differ; "wrong" is in the details.
         """
-        info = self.store.head(key) if self._classes is None else self._classes.head(key)
-        if info.n_bytes != n_bytes:
-            raise self._wrong(key, f"{n_bytes} bytes", f"{info.n_bytes} bytes")
-        if info.crc32c == crc or (info.crc32c is None and is_confirmed):
-            return
-        # A checksum that differs does not prove a wrong object: some servers compute it of something else.
-        found = _crc_of(_parts_of_file(self.store, key, n_bytes))
-        if found != crc:
-            raise self._wrong(key, f"CRC-32C {crc:08x}", f"CRC-32C {found:08x}")
-
-    def _wrong(self, key: str, expected: str, found: str) -> StoreError:
+        info = (self._classes or self.store).head(key)
+        expected, found = f"{n_bytes} bytes", f"{info.n_bytes} bytes"
+        if info.n_bytes == n_bytes:
+            if info.crc32c == crc or (info.crc32c is None and is_confirmed):
+                return
+            # A checksum that differs does not prove a wrong object: some servers compute it of something else.
+            read = 0
+            for part in _parts_of_file(self.store, key, n_bytes):
+                read = crc32c(part, read)
+            if read == crc:
+                return
+            expected, found = f"CRC-32C {crc:08x}", f"CRC-32C {read:08x}"
         message = f"the store has {found}, {expected} was written"
-        return StoreError(message, url=f"{self.store.url}/{key}", wrong=True, expected=expected, found=found)
+        raise StoreError(message, url=f"{self.store.url}/{key}", wrong=True, expected=expected, found=found)
 
 
 def part_bytes(n_bytes: int) -> int:
@@ -304,13 +299,6 @@ def _parts_of_file(store: Store, key: str, n_bytes: int) -> Iterator[memoryview]
         part = ByteRange(start, min(start + step, n_bytes))
         store.read_into(key, [(part, buffer[: part.n_bytes])])
         yield buffer[: part.n_bytes]
-
-
-def _crc_of(parts: Iterable[memoryview]) -> int:
-    crc = 0
-    for part in parts:
-        crc = crc32c(part, crc)
-    return crc
 
 
 # -- threads ---------------------------------------------------------------------------------------------------------

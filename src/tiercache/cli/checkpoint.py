@@ -25,12 +25,7 @@ import typer
 from numpy.typing import NDArray
 
 from tiercache import config
-from tiercache.checkpoint.format import (
-    MANIFEST_NAME,
-    Manifest,
-    parse_manifest,
-    parse_name,
-)
+from tiercache.checkpoint.format import MANIFEST_NAME, Manifest, parse_manifest, parse_name
 from tiercache.checkpoint.run_stores import Choice, did_you_mean, missing_file, parse_choice
 from tiercache.cli.common import (
     CORRUPT,

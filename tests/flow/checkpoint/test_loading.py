@@ -117,20 +117,12 @@ def test_map_location_moves_the_tensors_that_are_returned(remote):
     assert Checkpoints(remote).load(map_location="meta")["a"].device.type == "meta"
 
 
-@pytest.mark.parametrize(
-    ("value", "error", "text"),
-    [
-        ("cud:0", ValueError, "map_location='cud:0' is not a device of this machine"),
-        ("cuda:99", ValueError, "map_location='cuda:99' is not a device of this machine"),
-        ({"cuda:0": "cpu"}, TypeError, "one device, such as 'cpu' or 'cuda:0', got a dict"),
-        (lambda storage, location: storage, TypeError, "one device, such as 'cpu' or 'cuda:0', got a function"),
-    ],
-)
-def test_what_is_no_device_is_refused_before_anything_is_read(remote, value, error, text):
+def test_what_is_no_device_is_refused_before_anything_is_read(remote):
     write_checkpoint(remote, 1, {"a": torch.ones(2)})
     broken = FaultStore(remote, [Fault("read_into", times=100)])
-    with pytest.raises(error, match=text):
-        Checkpoints(broken).load(map_location=value)
+    for value in ("cud:0", "cuda:99", {"cuda:0": "cpu"}, lambda storage, location: storage):
+        with pytest.raises(ValueError, match=r"map_location=.* is not one device of this machine, such as 'cpu'"):
+            Checkpoints(broken).load(map_location=value)
 
 
 def test_files_longer_than_a_piece_are_read_in_pieces(remote, monkeypatch):
@@ -158,15 +150,6 @@ def test_many_files_are_read_with_few_open_ones(remote, monkeypatch):
 
 
 # -- into objects --------------------------------------------------------------------------------------------------
-
-
-def test_a_module_and_an_optimizer_go_on_from_where_they_were_saved(remote):
-    net, optim = trained()
-    write_checkpoint(remote, 1, {"model": net, "optim": optim})
-    again, optim_again = trained(seed=1, steps=0)
-    Checkpoints(remote).load(into={"model": again, "optim": optim_again})
-    assert same(dict(again.state_dict()), dict(net.state_dict()))
-    assert same(optim_again.state_dict(), optim.state_dict())
 
 
 def test_parameters_are_filled_in_their_own_memory(remote):
@@ -215,14 +198,6 @@ def test_tensors_arrays_and_values_of_a_dict_are_filled_in_place(remote):
     assert into["epoch"] == 7
 
 
-def test_saved_objects_that_are_not_asked_for_are_not_loaded(remote):
-    net, optim = trained()
-    write_checkpoint(remote, 1, {"model": net, "optim": optim, "epoch": 3})
-    again = Net()
-    Checkpoints(remote).load(into={"model": again})
-    assert same(dict(again.state_dict()), dict(net.state_dict()))
-
-
 def test_an_object_with_load_state_dict_gets_its_state(remote):
     class Counter:
         n = 0
@@ -239,13 +214,6 @@ def test_an_object_with_load_state_dict_gets_its_state(remote):
     again = Counter()
     Checkpoints(remote).load(into={"counter": again})
     assert again.n == 41
-
-
-def test_into_must_be_a_dict_of_things_that_can_be_filled(remote):
-    write_checkpoint(remote, 1, {"model": Net()})
-    checkpoints = Checkpoints(remote)
-    with pytest.raises(TypeError, match="into is a dict such as"):
-        checkpoints.load(into=Net())
 
 
 def test_weights_that_were_not_tied_are_loaded_into_tied_ones(remote):
@@ -313,12 +281,12 @@ def test_a_lazy_module_gets_its_shapes_from_the_checkpoint(remote):
     assert torch.equal(lazy.weight, net.weight)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float16, torch.int64, torch.bool])
-def test_a_tensor_of_any_type_fills_an_array_of_wider_numbers(remote, dtype):
-    write_checkpoint(remote, 1, {"x": torch.tensor([0, 1, 1]).to(dtype)})
-    array = np.ones(6)[::2]
-    Checkpoints(remote).load(into={"x": array})
-    assert array.tolist() == [0, 1, 1]
+def test_a_tensor_of_any_type_fills_an_array_of_wider_numbers(remote):
+    dtypes = (torch.bfloat16, torch.float8_e4m3fn, torch.float16, torch.int64, torch.bool)
+    write_checkpoint(remote, 1, {str(dtype): torch.tensor([0, 1, 1]).to(dtype) for dtype in dtypes})
+    arrays = {str(dtype): np.ones(6)[::2] for dtype in dtypes}
+    Checkpoints(remote).load(into=arrays)
+    assert all(array.tolist() == [0, 1, 1] for array in arrays.values())
 
 
 def test_tensors_with_gaps_views_and_subclasses_are_filled(remote):
@@ -341,13 +309,18 @@ def test_tensors_with_gaps_views_and_subclasses_are_filled(remote):
 
 
 def test_an_object_that_load_can_neither_fill_nor_replace_is_refused(remote):
-    write_checkpoint(remote, 1, {"rng": torch.get_rng_state(), "params": [torch.ones(2)]})
+    rng, net = torch.get_rng_state(), nn.Linear(1, 1)
+    write_checkpoint(remote, 1, {"rng": rng, "params": [torch.ones(2)]})
     checkpoints = Checkpoints(remote)
+    with pytest.raises(TypeError, match="into is a dict such as"):
+        checkpoints.load(into=net)
+    with pytest.raises(TypeError, match=r"into\['params'\] cannot be filled.*dict"):
+        checkpoints.load(into={"params": [net]})
     with pytest.raises(TypeError, match=r"into\['rng'\] cannot be filled: .* got Generator"):
         checkpoints.load(into={"rng": torch.Generator()})
     with pytest.raises(TypeError, match=r"into\['params'\] cannot be filled: it is a list of objects or parameters"):
         checkpoints.load(into={"params": [nn.Parameter(torch.zeros(2))]})
-    assert torch.equal(checkpoints.load(into={"rng": None})["rng"], torch.get_rng_state())
+    assert torch.equal(checkpoints.load(into={"rng": None})["rng"], rng)
 
 
 def test_a_sharded_tensor_is_refused_with_the_reader_for_it(remote):
@@ -371,13 +344,6 @@ def test_latest_says_which_later_checkpoint_is_incomplete(remote):
     remote.delete([f"{name}/state.json"])
     with pytest.warns(RuntimeWarning, match=f"{name}.*state.json"):
         assert Checkpoints(remote).load()["n"] == 1
-
-
-def test_a_list_of_objects_is_refused_because_none_of_them_would_be_filled(remote):
-    net = other_net()
-    write_checkpoint(remote, 1, {"models": [net]})
-    with pytest.raises(TypeError, match=r"into\['models'\] cannot be filled.*dict"):
-        Checkpoints(remote).load(into={"models": [other_net()]})
 
 
 def test_other_parameter_groups_of_an_optimizer_are_found_before_the_model_is_filled(remote):

@@ -10,13 +10,7 @@ from tests.support.faults import Fault, FaultStore
 from tests.support.stores import CountingStore
 
 from tiercache.checkpoint.checkpoints import Checkpoints
-from tiercache.checkpoint.format import (
-    MANIFEST_NAME,
-    checkpoint_objects,
-    list_names,
-    manifest_key,
-    metrics_key,
-)
+from tiercache.checkpoint.format import MANIFEST_NAME, checkpoint_objects, list_names, manifest_key, metrics_key
 from tiercache.checkpoint.housekeeping import Retention, plan_retention
 from tiercache.checkpoint.run_stores import RunStores
 from tiercache.errors import NotFound, StoreError

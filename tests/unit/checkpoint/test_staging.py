@@ -15,6 +15,16 @@ from tiercache.checkpoint.state_tree import encode_state
 DEVICE = torch.device("privateuseone")
 
 
+class StagingDevice(FakeDevice):
+    """The fake device as staging sees one."""
+
+    def copy(self, destination, source):
+        super().copy(destination, source, self.current_stream())
+
+    def wait(self):
+        self.record(self.current_stream()).synchronize()
+
+
 def staged(state, memory=None, **options):
     """A state whose copy has ended."""
     made = StagedState(encode_state(state), memory or HostMemory(), **{"n_streams": 4} | options)
@@ -113,7 +123,7 @@ def fake(device, *tensors):
 
 
 def test_tensors_of_a_device_are_there_when_staging_returns():
-    device = FakeDevice(DEVICE)
+    device = StagingDevice(DEVICE)
     tensor = on_device(device, torch.arange(5000.0))
     state = staged({"x": tensor, "cpu": torch.ones(3)}, HostMemory(2 * PAGE_BYTES), device_of=fake(device, tensor))
     device.raw(tensor)[...] = 0
@@ -124,7 +134,7 @@ def test_tensors_of_a_device_are_there_when_staging_returns():
 
 
 def test_the_memory_for_a_device_is_pinned_once_and_used_again():
-    device, memory = FakeDevice(DEVICE), HostMemory(4 * PAGE_BYTES)
+    device, memory = StagingDevice(DEVICE), HostMemory(4 * PAGE_BYTES)
     tensor = on_device(device, torch.arange(3000.0))
     for _ in range(3):
         state = staged({"x": tensor}, memory, device_of=fake(device, tensor))
@@ -136,15 +146,15 @@ def test_the_memory_for_a_device_is_pinned_once_and_used_again():
 
 
 def test_plain_memory_is_not_used_for_a_device():
-    device, memory = FakeDevice(DEVICE), HostMemory(4 * PAGE_BYTES)
+    device, memory = StagingDevice(DEVICE), HostMemory(4 * PAGE_BYTES)
     staged({"x": torch.ones(3)}, memory).release()
     tensor = on_device(device, torch.ones(3))
     staged({"x": tensor}, memory, device_of=fake(device, tensor))
     assert device.pinned_bytes == [4 * PAGE_BYTES]
 
 
-class FailingDevice(FakeDevice):
-    def copy(self, destination, source, stream):
+class FailingDevice(StagingDevice):
+    def copy(self, destination, source):
         raise RuntimeError("device-side assert")
 
 

@@ -32,10 +32,7 @@ SHARED = "../tensors/0123456789abcdef0123456789abcdef01234567.safetensors"
 
 
 def a_manifest(**changes):
-    files = (
-        StoredFile("tensors-00001-of-00001.safetensors", 5000, 7),
-        StoredFile("state.json", 20, 9),
-    )
+    files = (StoredFile("tensors-00001-of-00001.safetensors", 5000, 7), StoredFile("state.json", 20, 9))
     tensors = {
         "model.weight": TensorEntry(files[0].path, 4096, 24, "F32", (2, 3)),
         "scalar": TensorEntry(files[0].path, 4120, 8, "I64", ()),
@@ -50,25 +47,17 @@ def test_a_name_tells_its_step_and_time(step, created_ms):
     assert parse_name(checkpoint_name(step, created_ms / 1000, "00ff00")) == (step, created_ms / 1000)
 
 
-def test_a_name_reads_as_step_time_and_nonce():
-    assert checkpoint_name(100, CREATED_S, "7f3a9c") == "step-000000000100.20261129T193324123Z-7f3a9c"
+def test_a_step_or_nonce_outside_its_limits_is_refused():
+    for step in [-1, 10**18, 1.0, True, "7"]:
+        with pytest.raises(ValueError, match="step is an integer from 0"):
+            checkpoint_name(step, CREATED_S, "7f3a9c")
+    for nonce in ["", "7F3A9C", "7f3a9", "7f3a9c0", "../../"]:
+        with pytest.raises(ValueError, match="six hex digits"):
+            checkpoint_name(1, CREATED_S, nonce)
 
 
-@pytest.mark.parametrize("step", [-1, 10**18, 1.0, True, "7"])
-def test_a_step_outside_its_limits_is_refused(step):
-    with pytest.raises(ValueError, match="step is an integer from 0"):
-        checkpoint_name(step, CREATED_S, "7f3a9c")
-
-
-@pytest.mark.parametrize("nonce", ["", "7F3A9C", "7f3a9", "7f3a9c0", "../../"])
-def test_a_nonce_that_is_not_six_hex_digits_is_refused(nonce):
-    with pytest.raises(ValueError, match="six hex digits"):
-        checkpoint_name(1, CREATED_S, nonce)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_another_name_is_no_checkpoint():
+    for name in [
         "",
         "step-100",
         "checkpoint-100",
@@ -76,22 +65,18 @@ def test_a_nonce_that_is_not_six_hex_digits_is_refused(nonce):
         "step-000000000100.20261129T193324123Z-7f3a9c.tmp",
         "xstep-000000000100.20261129T193324123Z-7f3a9c",
         "step-000000000100.20261129T193324123Z-7f3a9c\n",
-    ],
-)
-def test_another_name_is_no_checkpoint(name):
-    assert parse_name(name) is None
-    with pytest.raises(ValueError, match="not the name of a checkpoint"):
-        written_order(name)
+    ]:
+        assert parse_name(name) is None
+        with pytest.raises(ValueError, match="not the name of a checkpoint"):
+            written_order(name)
 
 
 def test_a_manifest_reads_back_as_it_was_written():
     manifest = a_manifest()
+    assert manifest.name == "step-000000000100.20261129T193324123Z-7f3a9c"
     assert parse_manifest(encode_manifest(manifest), "u") == manifest
-
-
-def test_a_metric_that_is_not_a_number_reads_back():
-    manifest = a_manifest(metrics={"loss": math.nan})
-    assert math.isnan(parse_manifest(encode_manifest(manifest), "u").metrics["loss"])
+    nan = parse_manifest(encode_manifest(a_manifest(metrics={"loss": math.nan})), "u")
+    assert math.isnan(nan.metrics["loss"])
 
 
 def test_equal_manifests_have_equal_texts():
@@ -108,12 +93,12 @@ def test_a_changed_byte_of_a_manifest_is_noticed(data):
         parse_manifest(bytes(text), "u")
 
 
-@pytest.mark.parametrize("text", [b"", b"[]\n", b"{}\n", b"{", b"\xff", b"null\n", b"[" * 100_000])
-def test_a_text_that_is_no_manifest_is_corrupt(text):
-    with pytest.raises(CorruptCheckpoint) as caught:
-        parse_manifest(text, "s3://b/run/x/checkpoint.json")
-    assert caught.value.exit_code == 4
-    assert "s3://b/run/x/checkpoint.json" in str(caught.value)
+def test_a_text_that_is_no_manifest_is_corrupt():
+    for text in [b"", b"[]\n", b"{}\n", b"{", b"\xff", b"null\n", b"[" * 100_000]:
+        with pytest.raises(CorruptCheckpoint) as caught:
+            parse_manifest(text, "s3://b/run/x/checkpoint.json")
+        assert caught.value.exit_code == 4
+        assert "s3://b/run/x/checkpoint.json" in str(caught.value)
 
 
 def written_otherwise(**changes):
@@ -131,9 +116,8 @@ A_FILE = {"path": "x.safetensors", "bytes": 5000, "crc32c": 7}
 A_TENSOR = {"file": "x.safetensors", "offset": 4096, "bytes": 24, "dtype": "F32", "shape": [2, 3]}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
+def test_a_manifest_with_impossible_values_is_corrupt():
+    for changes in [
         {"step": 101},
         {"created_ms": 0},
         {"name": "latest"},
@@ -149,25 +133,17 @@ A_TENSOR = {"file": "x.safetensors", "offset": 4096, "bytes": 24, "dtype": "F32"
         {"metrics": {"loss": True}},
         {"metrics": []},
         {"tensors": []},
-    ],
-)
-def test_a_manifest_with_impossible_values_is_corrupt(changes):
-    with pytest.raises(CorruptCheckpoint):
-        parse_manifest(written_otherwise(**changes), "u")
+    ]:
+        with pytest.raises(CorruptCheckpoint):
+            parse_manifest(written_otherwise(**changes), "u")
 
 
-def test_a_manifest_of_a_later_format_asks_for_an_upgrade():
+def test_what_a_later_release_wrote_is_ignored_or_asks_for_an_upgrade():
+    assert parse_manifest(written_otherwise(added=[1]), "u") == a_manifest()
     with pytest.raises(UnsupportedFormat, match="upgrade tiercache"):
         parse_manifest(written_otherwise(format=FORMAT + 1, anything="new"), "u")
-
-
-def test_a_manifest_that_needs_a_later_feature_asks_for_an_upgrade():
     with pytest.raises(UnsupportedFormat, match="needs encryption: upgrade tiercache"):
         parse_manifest(written_otherwise(needs_to_read=["encryption"]), "u")
-
-
-def test_keys_that_a_later_release_added_are_ignored():
-    assert parse_manifest(written_otherwise(added=[1]), "u") == a_manifest()
 
 
 def test_a_note_that_is_not_json_is_refused():
