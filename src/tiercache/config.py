@@ -26,7 +26,6 @@ _NO_LIMIT_BYTES = 1 << 60  # cgroup v1 reports "no limit" as a number just below
 
 
 def _user_folder(variable: str, below_home: str) -> Path | None:
-    """Return the XDG folder for tiercache, or None if the user has no home folder."""
     given = Path(os.environ.get(variable, ""))
     if given.is_absolute():
         return given / "tiercache"
@@ -77,7 +76,6 @@ CHOICES = {"cache_policy": get_args(CachePolicy)}
 
 
 def _checked(name: str, value: object) -> Any:
-    """Return the value of a setting in its type. Raises ValueError."""
     if name in CHOICES and value not in CHOICES[name]:
         raise ValueError(f"must be {' or '.join(map(repr, CHOICES[name]))}, got {value!r}")
     if name in _PATHS and not isinstance(value, Path):
@@ -97,14 +95,10 @@ def _checked(name: str, value: object) -> Any:
 
 
 def load(start: str | os.PathLike[str] | None = None, **overrides: object) -> Settings:
-    """Return the settings that apply in a folder.
+    """Return the settings that apply in a folder. start: Folder from which the file is searched upwards.
 
     A relative path in the file is relative to the file's folder; elsewhere it is relative to the working folder. "~" is
-    the home folder.
-
-    Args:
-        start: Folder from which the file is searched upwards; None: the working folder.
-        overrides: Settings as arguments; None is ignored.
+    the home folder. Overrides of None are ignored.
 
     Raises:
         ValueError: The file is not TOML, or a setting is unknown or has an invalid value. The message names the file
@@ -235,7 +229,6 @@ def slurm_hosts() -> str:
 
 
 def aws_profile() -> str | None:
-    """Return the AWS profile that the environment names."""
     return os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE") or None
 
 

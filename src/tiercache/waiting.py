@@ -31,14 +31,10 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """Clock of the machine."""
-
     def monotonic(self) -> float:
-        """See Clock.monotonic."""
         return time.monotonic()
 
     def sleep(self, duration_s: float, cancel: Event | None = None) -> None:
-        """See Clock.sleep."""
         if cancel is not None:
             cancel.wait(max(duration_s, 0.0))
         else:

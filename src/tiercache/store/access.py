@@ -95,7 +95,6 @@ class ParsedUrl:
 
     @property
     def has_query(self) -> bool:
-        """Whether the URL has a query or fragment."""
         return bool(self.scheme) and any(mark in part for mark in "?#" for part in (self.host, self.path))
 
     @property
@@ -111,7 +110,6 @@ class ParsedUrl:
 
 
 def _is_chain(first: str, rest: str) -> bool:
-    """Return whether both sides of a "::" form a chained URL: links are schemes or URLs, and the last link is a URL."""
     links = [first, *rest.split(_CHAIN)]
     return "://" in links[-1] and all(_SCHEME.fullmatch(link.partition("://")[0]) for link in links)
 
@@ -128,7 +126,6 @@ _SECRET = re.compile(r"\?[^\s\"',)]*|(?<=://)[^/\s@\"']*@")
 
 
 def hide_secrets(text: str) -> str:
-    """Return the text of a message without the userinfo and query of URLs in it."""
     return _SECRET.sub("", text)
 
 
@@ -236,10 +233,8 @@ CALL_OPTIONS = ("timeout", "concurrency", "single_writer")
 class CallOptions:
     """Storage options of every remote store.
 
-    Attributes:
-        timeout_s: Seconds without progress after which a call fails, retries included.
-        concurrency: Number of read requests that run at once.
-        is_single_writer: Whether the user promises that one process writes at a time.
+    timeout_s: Seconds without progress after which a call fails, retries included. concurrency: Number of read requests
+    that run at once. is_single_writer: The user promises that one process writes at a time.
     """
 
     timeout_s: float = TIMEOUT_S
@@ -248,7 +243,6 @@ class CallOptions:
 
     @classmethod
     def take(cls, given: Mapping[str, Any]) -> tuple[CallOptions, dict[str, Any]]:
-        """Return these options, and the others. Raises ValueError."""
         own = {name.lower(): value for name, value in given.items() if name.lower() in CALL_OPTIONS}
         others = {name: value for name, value in given.items() if name.lower() not in CALL_OPTIONS}
         timeout, number, single = (own.get(name) for name in CALL_OPTIONS)
@@ -281,7 +275,6 @@ class CloudOptions:
 
     @classmethod
     def parse(cls, cloud: str, given: Mapping[str, Any]) -> CloudOptions:
-        """Validate and translate the options of the user. Raises ValueError."""
         config: dict[str, Any] = {}
         client: dict[str, Any] = {}
         profile = credentials = None
@@ -309,12 +302,10 @@ class CloudOptions:
         return cls(config, client, profile, credentials, call)
 
     def _limit(self, name: str) -> timedelta:
-        """Return a timeout of the HTTP client, at most the timeout of the call."""
         limits: Mapping[str, timedelta] = {**_CLIENT_DEFAULTS, **self.client}
         return min(limits[name], timedelta(seconds=self.call.timeout_s))
 
     def for_obstore(self) -> dict[str, Any]:
-        """Return the options of obstore's HTTP client. Raises ValueError if the certificate file cannot be read."""
         client = {
             **self.client,
             "timeout": max(_LONGEST_REQUEST, timedelta(seconds=self.call.timeout_s)),
@@ -347,7 +338,6 @@ class CloudOptions:
 
 
 def _flat(cloud: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Yield the options under obstore's names. Values of None are left out."""
     known = _CONFIG[cloud] | _CLIENT
     names = {name: name for name in known}
     if cloud == "s3":
@@ -366,7 +356,6 @@ def _flat(cloud: str, given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _certificate(option: str, value: object) -> str:
-    """Return the absolute path of a file of certificates (PEM). Raises ValueError."""
     if not isinstance(value, str | Path):
         raise ValueError(f"{option} must be the path of a certificate file (PEM), got {type(value).__name__}")
     path = str(Path(value).expanduser().absolute())
@@ -465,10 +454,8 @@ class Credentials:
     """Keys of one source, which read() reads when needed. `origin` and `url` are for messages.
 
     Safe for threads, but each process must create its own object. The lock is held while the source is read, so that a
-    process is started once for all threads that wait for keys. If the reading fails, it fails for all of them.
-
-    Attributes:
-        number: Number of different keys that the source has given.
+    process is started once for all threads that wait for keys. If the reading fails, it fails for all of them. number
+    counts the different keys that the source has given.
     """
 
     def __init__(
@@ -505,7 +492,6 @@ class Credentials:
 
     @property
     def is_reading(self) -> bool:
-        """Whether the source is being read now."""
         return self._lock.locked()
 
     @contextmanager
@@ -540,7 +526,6 @@ class Credentials:
         return keys
 
     def for_obstore(self) -> dict[str, Any]:
-        """Return the keys in the form of obstore's credential_provider."""
         keys = self.get()
         return {
             "access_key_id": keys.access_key_id,
@@ -577,14 +562,9 @@ def refused_error(error: StoreError, credentials: Credentials | None, number: in
 
 
 def refused_without_source(error: StoreError, cloud: str) -> StoreError:
-    """Return the error of a request whose credentials the client library obtains by itself.
+    """As refused_error(), where the client library obtains the credentials by itself.
 
-    .details["renewed"] is set if new credentials may help: a new client obtains them at once, but the present one keeps
-    the refused ones until their stated end.
-
-    Args:
-        error: Error of the request.
-        cloud: "s3", "gs", "az" or "http".
+    A new client obtains new ones at once; the present one keeps the refused ones until their stated end.
     """
     if error.code in _INVALID_CODES if cloud == "s3" else cloud in ("gs", "az") and error.status == 401:
         error.details["renewed"] = True
@@ -592,11 +572,11 @@ def refused_without_source(error: StoreError, cloud: str) -> StoreError:
 
 
 def s3_access(options: CloudOptions, url: str) -> tuple[dict[str, Any], Credentials | None]:
-    """Return the options of the store without keys, and the source of the keys.
+    """Return the options of the store without keys, and the source of the keys. Raises ValueError.
 
     Options take precedence over the environment, and the environment over botocore's other sources, whose region and
     endpoint the options gain. The source is None if requests are not signed, or if botocore is missing and obstore asks
-    the metadata service by itself. Raises ValueError.
+    the metadata service by itself.
     """
     config = dict(options.config)
     if options.credentials is not None:
@@ -624,7 +604,6 @@ def _from_environment(url: str) -> Keys:
 
 
 def _to_keys(given: object, origin: str, url: str) -> Keys:
-    """Convert a mapping with obstore's or AWS's names to Keys."""
     if not isinstance(given, Mapping):
         raise StoreError(f"{origin} must return a mapping of keys, got {type(given).__name__}", url=url)
 

@@ -39,12 +39,10 @@ _NAME = "Checksum"
 
 
 def crc32c_to_text(crc: int) -> str:
-    """Return the CRC-32C in S3's text form."""
     return base64.b64encode(crc.to_bytes(4, "big")).decode()
 
 
 def crc32c_from_text(text: str | None) -> int | None:
-    """Return the CRC-32C of S3's text form, or None if the text is invalid."""
     try:
         data = base64.b64decode(text or "", validate=True)
     except binascii.Error:
@@ -64,7 +62,6 @@ def whole_object_checksums(answer: Mapping[str, Any]) -> dict[str, str]:
 
 
 def unquoted_etag(etag: str | None) -> str:
-    """Return an ETag without quotes, which some servers omit in some answers."""
     return (etag or "").strip('"')
 
 
@@ -82,7 +79,6 @@ def encryption(head: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]
 
 
 def head_to_object_info(key: str, head: Mapping[str, Any]) -> ObjectInfo:
-    """Convert the answer to a HEAD to an ObjectInfo."""
     when = head.get("LastModified")
     restore = head.get("Restore")
     if restore is None and head.get("ArchiveStatus") is not None:
@@ -132,7 +128,6 @@ _sessions: dict[int, tuple[Any, Lock]] = {}
 
 
 def has_boto3() -> bool:
-    """Return whether boto3 is installed."""
     return importlib.util.find_spec("boto3") is not None
 
 
@@ -151,7 +146,6 @@ class Boto3Client:
         self._old: list[Any] = []  # other threads may still use them
 
     def _client(self, *, is_long: bool) -> tuple[Any, int]:
-        """Return a client, and the number of its keys."""
         keys = None if self.credentials is None else self.credentials.get()
         number = 0 if self.credentials is None else self.credentials.number
         with self._lock:
@@ -192,7 +186,6 @@ class Boto3Client:
         return answer
 
     def wait_target(self) -> str:
-        """Return what a request waits for now, for messages."""
         return wait_target(self.endpoint, self.credentials)
 
     def close(self) -> None:
@@ -250,7 +243,6 @@ def _reason(
 
 
 def _refused(response: Mapping[str, Any], operation: str, where: str) -> StoreError:
-    """Convert an error answer to a StoreError."""
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) or None
     code, text = str(response["Error"].get("Code", "")), str(response["Error"].get("Message", ""))
     if status == 404:
@@ -279,13 +271,7 @@ _KEPT = ("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLangua
 
 @dataclass(frozen=True, slots=True)
 class UnfinishedUpload:
-    """An upload in parts that is running, or that a killed process has left.
-
-    Attributes:
-        key: Key of the object.
-        upload_id: Id of the upload.
-        started_s: Time at which it began by the store's clock, in seconds since the Unix epoch.
-    """
+    """An upload in parts that runs, or that a killed process has left. started_s: By the clock of the store."""
 
     key: str
     upload_id: str
@@ -329,13 +315,11 @@ class S3StorageClasses:
         return f"S3StorageClasses({self.url!r})"
 
     def close(self) -> None:
-        """End the threads of this process and close its connections."""
         self._pool.drop()
         self._client.drop()
 
     @property
     def _encryption(self) -> dict[str, Any]:
-        """Request arguments that set the encryption of a written object."""
         config = self._options.config
         if "server_side_encryption" not in config:
             return {}
@@ -349,15 +333,12 @@ class S3StorageClasses:
         return self._options.profile, self._options.credentials, *(config.get(name) for name in names)
 
     def url_of(self, key: str) -> str:
-        """Return the URL of a key, for messages."""
         return f"{self.url}/{key}" if key else self.url
 
     def full_key(self, key: str) -> str:
-        """Return the key with the store's prefix, as it is in the bucket."""
         return f"{self.prefix}/{check_key(key)}" if self.prefix else check_key(key)
 
     def call(self, operation: str, key: str, **request: Any) -> Mapping[str, Any]:
-        """Send one request about an object, with retries."""
         return self._ask(operation, self.url_of(key), Key=self.full_key(key), **request)
 
     def _ask(self, operation: str, where: str, **request: Any) -> Mapping[str, Any]:
@@ -387,7 +368,6 @@ class S3StorageClasses:
         return {**whole_object_checksums(answer), "ETag": str(answer.get("ETag", ""))}
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """As Store.list(), with class and restore state."""
         folder = check_key(prefix.removesuffix("/")) if prefix else ""
         root = f"{self.prefix}/" if self.prefix else ""
         token = None
@@ -419,9 +399,8 @@ class S3StorageClasses:
     def set_class(self, key: str, storage_class: str, *, if_match: str | None = None) -> ObjectInfo:
         """Change the storage class of an object by a copy to itself; bytes, metadata and tags stay.
 
-        Raises:
-            NotFound, ObjectChanged: The object does not exist, or does not match if_match.
-            StoreError: The change failed; .archived is True if the object must be restored first.
+        Raises NotFound, ObjectChanged (it does not match if_match), or StoreError, whose .archived is True if the
+        object must be restored first.
         """
         return self._copy(self, key, key, storage_class, if_match, condition=None)
 
@@ -443,15 +422,12 @@ class S3StorageClasses:
         """Copy on the server, in parts if the object is large. Requires can_copy_from(src). Raises as set_class().
 
         Args:
-            src: Store of the source object.
-            src_key: Key of the source object, which must have the ETag `if_match`.
+            src, src_key: The source object, which must have the ETag `if_match`.
             key: Key of the copy.
             storage_class: Class of the copy; None for the store's default.
-            if_match: See src_key.
-            crc32c: Known CRC-32C of the bytes. The server is then asked for a CRC-32C of the copy; the answer contains
-                it if the server supports it, and the caller compares the two.
-            replaces: False: raise ObjectChanged if the key exists. An ETag: raise ObjectChanged unless the key has the
-                object with this ETag.
+            if_match: See src.
+            crc32c: Known CRC-32C of the bytes. The server is then asked for one of the copy, which the caller compares.
+            replaces: False: raise ObjectChanged if the key exists. An ETag: raise it unless the key has this ETag.
         """
         if not self.can_copy_from(src):
             raise ValueError(f"{self.url}: the server cannot copy from {src.url}")
@@ -498,7 +474,6 @@ class S3StorageClasses:
     def _copy_whole(
         self, key: str, head: Mapping[str, Any], source: dict[str, Any], writing: dict[str, Any]
     ) -> str | None:
-        """Copy by one request. Return the ETag of the copy."""
         try:
             answer = self.call("copy_object", key, **source, **writing, MetadataDirective="COPY")
         except StoreError as error:
@@ -513,7 +488,6 @@ class S3StorageClasses:
     def _copy_parts(
         self, key: str, n_bytes: int, source: dict[str, Any], writing: dict[str, Any], condition: dict[str, Any]
     ) -> str | None:
-        """Copy in parts. Return the ETag of the copy."""
         upload_id = str(self.call("create_multipart_upload", key, **writing)["UploadId"])
         step = max(self.part_bytes, -(-n_bytes // MOST_PARTS))
 
@@ -565,7 +539,6 @@ class S3StorageClasses:
             markers = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
 
     def tags(self, key: str, head: Mapping[str, Any]) -> str | None:
-        """Return an object's tags in the form of a request argument, or None if it has none."""
         if not head.get("TagCount"):
             return None
         found = self.call("get_object_tagging", key)["TagSet"]
@@ -574,14 +547,9 @@ class S3StorageClasses:
     def restore(self, key: str, *, days: int | None, speed: Speed) -> RestoreState:
         """Request a temporary readable copy of an archived object. days: None for a class that needs no such number.
 
-        Returns:
-            "started" if this call requested the copy, "running" if a request was active, "done" if the object can be
-            read, for the number of days given now.
-
-        Raises:
-            NotFound: The object does not exist.
-            StoreError: The request failed; .unable is True if the store has no restores, so its classes are only
-                labels.
+        Return "started" if this call requested the copy, "running" if a request was active, "done" if the object can be
+        read. Raises NotFound, or StoreError, whose .unable is True if the store has no restores, so its classes are
+        only labels.
         """
         wanted: dict[str, Any] = {"GlacierJobParameters": {"Tier": speed.capitalize()}}
         if days is not None:
@@ -603,11 +571,9 @@ class S3StorageClasses:
         return "done" if answer.get("ResponseMetadata", {}).get("HTTPStatusCode") == 200 else "started"
 
     def delete_many(self, keys: Sequence[str], *, if_match: Sequence[str | None] | None = None) -> DeleteFailures:
-        """Delete objects, 1,000 per request. Return the objects that could not be deleted, each with the reason.
+        """Delete objects, 1,000 per request. Return those that could not be deleted, each with the reason.
 
-        Args:
-            keys: Keys of the objects.
-            if_match: ETag that each object must have, on servers that check this; None for any.
+        if_match: ETag that each object must have, on servers that check this; None for any.
         """
         failed: DeleteFailures = []
         names = {self.full_key(key): key for key in keys}
@@ -640,10 +606,9 @@ class _UploadedPart:
 class S3Upload(Upload):
     """An S3 upload that holds its first part until a second one comes, so that an object of one part takes one request.
 
-    The lock guards the held part, the id and the table of parts; parts are sent outside it. No part may be in flight
-    when complete() or abort() is called. After complete(), `crc32c` is the checksum of the whole object, and
-    `is_confirmed` says whether the server returned a matching checksum of each part. If it did, the object need not be
-    read back.
+    The lock guards the held part, the id and the table of parts; parts are sent outside it, in any order. No part may
+    be in flight when complete() or abort() is called. After complete(), `crc32c` is the checksum of the whole object,
+    and `is_confirmed` says whether the server returned a matching checksum of each part: then it need not be read back.
     """
 
     def __init__(
@@ -693,7 +658,6 @@ class S3Upload(Upload):
             self._parts[number] = _UploadedPart(str(answer["ETag"]), crc, len(body), is_confirmed)
 
     def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
-        """Publish the object. One part takes one request."""
         if not self._stop():
             raise ValueError(f"{self._key}: the upload is already completed or aborted")
         condition = {"IfNoneMatch": "*"} if if_absent else {"IfMatch": self._if_match} if self._if_match else {}
@@ -749,7 +713,6 @@ class S3Upload(Upload):
         return ObjectInfo(self._key, total, etag=answer.get("ETag"), version=answer.get("VersionId"))
 
     def abort(self) -> None:
-        """Discard the parts sent."""
         if self._stop():
             self._drop()
 

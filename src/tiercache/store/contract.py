@@ -62,7 +62,7 @@ class Upload(ABC):
 
         Args:
             number: Number of the part: 0, 1, 2, ...
-            data: Bytes of the part, held only during the call. Every part except the last has at least min_part_bytes.
+            data: Bytes of the part, held only during the call; at least min_part_bytes, except in the last part.
 
         Raises:
             ValueError: The number is not the next one, or the upload is over.
@@ -70,14 +70,11 @@ class Upload(ABC):
 
     @abstractmethod
     def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
-        """Join the parts in the order of their numbers and publish the object atomically.
+        """Join the parts in the order of their numbers; the object appears at once. Return it.
 
-        Args:
-            if_absent: Whether to publish only if the key is free. Some stores cannot decide this atomically for a
-                large object; they check the key just before they publish.
-
-        Returns:
-            The new object, or None if if_absent is true and the key exists.
+        if_absent: Return None, and change nothing, if the key exists. Some stores cannot decide this atomically for a
+            large
+        object; they check the key just before.
         """
 
     @abstractmethod
@@ -177,12 +174,7 @@ class Store(ABC):
 
     @abstractmethod
     def read_tail(self, key: str, n_bytes: int) -> tuple[bytes, ObjectInfo]:
-        """Return the end of an object, and the object's size and ETag, in one request. Raises NotFound.
-
-        Args:
-            key: Key of the object.
-            n_bytes: Number of bytes to read from the end; a shorter object is returned whole.
-        """
+        """Return the last n_bytes of an object, or all of it, and its description, in one request. Raises NotFound."""
 
     @abstractmethod
     def read_into(
@@ -198,14 +190,13 @@ class Store(ABC):
 
         Args:
             key: Key of the object.
-            spans: Byte ranges and their destination buffers. After an error, the contents of the buffers are undefined.
+            spans: Byte ranges and their destination buffers, whose contents are undefined after an error.
             if_match: ETag from head() or read_tail() that the object must still have.
             deadline_s: Seconds from now within which the whole call must end.
             cancel: Event that makes the call end soon with StoreError once it is set.
 
         Raises:
-            NotFound: The object does not exist.
-            ObjectChanged: The object does not match if_match.
+            NotFound, ObjectChanged: The object does not exist, or does not match if_match.
             StoreError: A range ends beyond the object (not retryable), the deadline passed (retryable), or the store
                 failed.
         """
@@ -225,14 +216,11 @@ class Store(ABC):
         Args:
             key: Key of the object.
             ranges: Byte ranges that do not overlap, of a few MiB each: a range is not split into several requests.
-            receive: Function that is called with an offset in the object and the bytes from there on, which are valid
-                only during the call. Pieces of one range come in order, those of several ranges in any order and from
-                several threads at once. A range is passed again from its start if the object was moved during the call:
-                the later bytes count. An error that receive() raises ends the call.
-            if_match, deadline_s, cancel: As for read_into().
-
-        Raises:
-            NotFound, ObjectChanged, StoreError: As read_into(); or what receive() raised.
+            receive: Gets an offset in the object and the bytes from there on, which are valid only during the call.
+                Pieces of one range come in order, those of several ranges in any order and from several threads at
+                once. A range is passed again from its start if the object was moved during the call: the later bytes
+                count. An error that receive() raises ends the call.
+            if_match, deadline_s, cancel: As for read_into(), whose errors are raised, or those of receive().
         """
         buffers = [memoryview(bytearray(wanted.n_bytes)) for wanted in ranges]
         spans = list(zip(ranges, buffers, strict=True))
@@ -249,21 +237,15 @@ class Store(ABC):
     def put_if_absent(self, key: str, data: Buffer) -> bool:
         """Write a whole object atomically, in one request, if the key is free. Return whether it was written.
 
-        Exactly one of several concurrent calls returns True.
-
-        Raises:
-            StoreError: The write failed; `.maybe_done` is True if the answer was lost and the object may have been
-                written.
+        Exactly one of several concurrent calls returns True. Raises StoreError; `.maybe_done` is True if the answer was
+        lost and the object may have been written.
         """
 
     def require_conditional_put(self) -> None:  # noqa: B027 -- most stores fulfil the contract
         """Return if put_if_absent() lets one of several writers win, in whichever processes they are.
 
-        Commits call it first. A store that cannot know this from its kind tests it, once in a process.
-
-        Raises:
-            StoreError: The store ignores or refuses the condition of a put, and the storage option `single_writer` is
-                not set.
+        Commits call it first. A store that cannot know this from its kind tests it, once in a process. Raises
+        StoreError if the store ignores or refuses the condition, and the storage option `single_writer` is not set.
         """
 
     @abstractmethod
@@ -276,12 +258,9 @@ class Store(ABC):
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """List the objects below a folder at any depth, in no particular order.
+        """List the objects below a folder at any depth, in no particular order. prefix: "" or a path that ends in "/".
 
         Temporary objects of unfinished writes are never listed. A folder that does not exist yields nothing.
-
-        Args:
-            prefix: Folder as a key prefix: "" or a path that ends in "/".
         """
 
     def close(self) -> None:  # noqa: B027 -- a store without connections has nothing to drop
@@ -297,15 +276,6 @@ def read_unpinned(store: Store, key: str, spans: Sequence[Span], *, cancel: Even
 
     Only for bytes that the caller compares with checksums: the replicas of an HTTP server, or two proxies, may give
     equal objects different ETags, and an object that was replaced meanwhile is not noticed.
-
-    Args:
-        store: Store of the object.
-        key: Key of the object.
-        spans: Byte ranges of the object and their destination buffers.
-        cancel: Event that makes the call end soon with StoreError once it is set.
-
-    Raises:
-        NotFound, StoreError: As Store.read_into().
     """
     for span, buffer in spans:
         for offset in range(0, span.n_bytes, _PIECE_BYTES):
@@ -315,12 +285,9 @@ def read_unpinned(store: Store, key: str, spans: Sequence[Span], *, cancel: Even
 
 
 class WrapperStore(Store):
-    """A store that calls another store. A subclass overrides the hooks, or the methods that differ.
+    """A store that calls another one, `inner`. A subclass overrides the hooks, or the methods that differ.
 
     It is no LocalStore, even if inner is one, so readers read it by ranges.
-
-    Args:
-        inner: Store that makes the calls.
     """
 
     def __init__(self, inner: Store) -> None:
@@ -342,10 +309,7 @@ class WrapperStore(Store):
     def around(self, method: str, key: str, call: Callable[[], T]) -> T:  # noqa: ARG002 - for subclasses
         """Make a call of the inner store. A subclass acts before it, after it or instead of it.
 
-        Args:
-            method: Name of the method of Store or Upload.
-            key: Key of the object; for delete the first key.
-            call: Function that makes the call.
+        method: Name of the method of Store or Upload. key: Key of the object; for delete the first one.
         """
         return call()
 
@@ -393,7 +357,6 @@ class WrapperStore(Store):
         self.around("delete", wanted[0] if wanted else "", lambda: self.inner.delete(inside))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """See Store.list. around() covers the start of the listing only."""
         for info in self.around("list", prefix, lambda: self.inner.list(self.key_inside(prefix))):
             yield self.info_outside(info)
 
@@ -402,7 +365,6 @@ class WrapperStore(Store):
 
 
 def unwrapped(store: Store) -> Store:
-    """Return the store inside all wrappers."""
     while isinstance(store, WrapperStore):
         store = store.inner
     return store
@@ -448,17 +410,10 @@ class Lease(Protocol):
         """
 
     def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:
-        """Wait until the bytes of the ranges are local.
+        """Wait until the bytes of the ranges are local, at most deadline_s seconds.
 
-        Args:
-            ranges: Byte ranges of the object.
-            deadline_s: Seconds from now after which the wait fails.
-
-        Returns:
-            False if the bytes will not become local (no space, disk fault). The caller then reads them by ranges.
-
-        Raises:
-            StoreError: The source failed, or the deadline passed; the message names what the call waited for.
+        Return False if they will not become local (no space, disk fault): the caller then reads them by ranges. Raises
+        StoreError if the source failed, or the deadline passed; the message names what the call waited for.
         """
 
     def close(self) -> None:
@@ -470,25 +425,16 @@ class LocalStore(Protocol):
     """A store that can provide its objects as local files: a local folder, or the cache of any other store."""
 
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> Lease | None:
-        """Return a lease on the local copy of key. The copy may still have to be fetched: see Lease.prefetch.
+        """Return a lease on the local copy of key, which may still have to be fetched. Raises NotFound.
 
-        Args:
-            key: Key of the object.
-            identity: Identity of the object according to the manifest. A copy that does not match counts as a miss.
-
-        Returns:
-            None if there is no local copy and there will be none: the caller reads by ranges.
-
-        Raises:
-            NotFound: The object does not exist.
+        Return None if there is no local copy and there will be none: the caller reads by ranges. identity: Identity of
+        the object according to the manifest; a copy that does not match counts as a miss.
         """
 
     def remove_if_corrupt(self, key: str, identity: ShardIdentity | None = None) -> bool:
         """Check the local copy of key, in which a reader found wrong bytes, and remove it if it is corrupt.
 
-        Returns:
-            True: The copy was corrupt and is removed; the caller opens the object again. False: The copy is right, or
-                it is the object itself.
+        Return whether it is removed: the caller opens the object again. False: it is right, or it is the object itself.
         """
 
 
@@ -496,7 +442,6 @@ class StoreFile(io.RawIOBase):
     """A seekable raw file over an object. Each read is one range request. Only one thread may use it at a time."""
 
     def __init__(self, store: Store, key: str, n_bytes: int, etag: str | None = None) -> None:
-        """Open the object as a file, without a request."""
         super().__init__()
         self.store, self.key, self.n_bytes, self.etag = store, key, n_bytes, etag
         self._position = 0
@@ -511,7 +456,6 @@ class StoreFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Set and return the position. Raises ValueError if the position is negative."""
         bases = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.n_bytes}
         if (base := bases.get(whence)) is None:
             raise ValueError(f"whence must be 0, 1 or 2, got {whence}")
@@ -521,10 +465,6 @@ class StoreFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill buffer from the position on.
-
-        Return the number of bytes read, 0 at the end. Raises as Store.read_into().
-        """
         view = memoryview(buffer).cast("B")
         end = min(self._position + view.nbytes, self.n_bytes)
         byte_range = ByteRange(self._position, max(self._position, end))
@@ -534,7 +474,6 @@ class StoreFile(io.RawIOBase):
         return byte_range.n_bytes
 
     def fill(self, byte_range: ByteRange, buffer: memoryview) -> None:
-        """Fill buffer with a byte range of the object."""
         self.store.read_into(self.key, [(byte_range, buffer)], if_match=self.etag)
 
 
@@ -550,7 +489,6 @@ class ProcessLocal(Generic[T]):
         self._values: dict[int, T] = {}
 
     def get(self) -> T:
-        """Return this process's value."""
         pid = os.getpid()
         value = self._values.get(pid)
         if value is None:
@@ -563,7 +501,6 @@ class ProcessLocal(Generic[T]):
         return value
 
     def find(self) -> T | None:
-        """Return this process's value if there is one."""
         return self._values.get(os.getpid())
 
     def drop(self) -> None:
@@ -600,7 +537,6 @@ def covering_ranges(
 
 
 def _merged(wanted: Sequence[ByteRange]) -> list[ByteRange]:
-    """Return the union of the ranges as ascending ranges that do not touch."""
     runs: list[ByteRange] = []
     for span in sorted((span for span in wanted if span.n_bytes), key=lambda span: span.start):
         if runs and span.start <= runs[-1].end:
@@ -611,7 +547,6 @@ def _merged(wanted: Sequence[ByteRange]) -> list[ByteRange]:
 
 
 def _cover(runs: Sequence[ByteRange], max_bytes: int) -> list[ByteRange]:
-    """Return the fewest ranges for runs whose gaps may be read."""
     start, end = runs[0].start, runs[-1].end
     if len(runs) == 1:
         step = -(-(end - start) // -(-(end - start) // max_bytes))

@@ -36,7 +36,6 @@ _BROKEN = (
 
 
 def to_store_error(error: BaseException, doing: str, url: str) -> StoreError:
-    """Convert an error to a StoreError with the facts of ObjectClient."""
     answer = _answer(error)
     status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", getattr(error, "status", None))
     status = status if isinstance(status, int) else None
@@ -68,7 +67,6 @@ def to_store_error(error: BaseException, doing: str, url: str) -> StoreError:
 
 
 def _answer(error: BaseException) -> dict[str, dict[str, Any]]:
-    """Return the answer of botocore that the error or its cause holds."""
     for one in (error, error.__cause__):
         response = getattr(one, "response", None)
         if isinstance(response, dict):
@@ -133,7 +131,6 @@ class FsspecClient(ObjectClient):
         self._opened: tuple[Any, str] | None = None
 
     def at(self, key: str) -> tuple[Any, str]:
-        """Return the file system, and the path of a key in it."""
         with self._lock:
             if self._opened is None:
                 self._opened = self._open_fs()
@@ -157,7 +154,6 @@ class FsspecClient(ObjectClient):
             raise to_store_error(error, doing, self.url_of(key)) from None
 
     def head(self, key: str) -> ObjectInfo:
-        """Return what the file system reports about the object. A folder is not an object."""
         fs, path = self.at(key)
         fs.invalidate_cache()
         about = fs.info(path)
@@ -200,7 +196,6 @@ class FsspecClient(ObjectClient):
         return None
 
     def put_new_by_store(self, key: str, body: bytes) -> None:
-        """Write by pipe_file(mode="create") alone."""
         self.at(key)[0].invalidate_cache()
         try:
             self._in_folder(key, lambda fs, path: fs.pipe_file(path, body, mode="create"))
@@ -216,14 +211,12 @@ class FsspecClient(ObjectClient):
             write(fs, path)
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Delete one by one, ignoring missing objects."""
         for key in keys:
             fs, path = self.at(key)
             with suppress(FileNotFoundError):
                 fs.rm_file(path)
 
     def pages(self, folder: str, after: str | None) -> Iterator[Sequence[ObjectInfo]]:  # noqa: ARG002 - one page
-        """Yield one page, by find()."""
         fs, top = self.at(folder)
         root = self.at("")[1]
         fs.invalidate_cache()
@@ -239,11 +232,9 @@ class FsspecClient(ObjectClient):
         ]
 
     def open_writer(self, key: str) -> ObjectWriter:
-        """Return a writer that keeps the object on the local disk until it is complete."""
         return _SpooledWriter(lambda file: self._in_folder(key, lambda fs, path: fs.put_file(file, path)))
 
     def close(self) -> None:
-        """Forget the file systems; most have nothing to close."""
         self._opened = None
 
 
@@ -302,10 +293,8 @@ class FsspecStore(RemoteStore):
 
     How much of the contract it fulfils depends on the file system: put_if_absent lets one writer win in this process,
     and among processes if the file system supports mode="create", which commits require; if_match compares info()
-    before and after the read.
-
-    full_url includes secrets; `url` is for messages. make() returns a file system that is not shared and does not cache
-    listings; full_url is then the path in it.
+    before and after the read. full_url includes secrets. make() returns a file system that is not shared and does not
+    cache listings; full_url is then the path in it.
     """
 
     def __init__(

@@ -52,13 +52,11 @@ class FileLease:
         return all(span.end <= self.n_bytes for span in ranges)
 
     def prefetch(self, ranges: Sequence[ByteRange], *, urgent: bool = False) -> None:  # noqa: ARG002 - the contract
-        """Ask the kernel to read the ranges ahead."""
         for span in ranges:
             if span.n_bytes:
                 os.posix_fadvise(self.fd, span.start, span.n_bytes, os.POSIX_FADV_WILLNEED)
 
     def wait(self, ranges: Sequence[ByteRange], *, deadline_s: float | None = None) -> bool:  # noqa: ARG002 - the contract
-        """Return present(): there is nothing to wait for."""
         return self.present(ranges)
 
     def close(self) -> None:
@@ -74,8 +72,6 @@ class FileLease:
 
 
 class FileUpload(SequentialUpload):
-    """An upload that appends its parts to a file without a name."""
-
     def __init__(self, file: NewFile, name: str, key: str, url: str, counters: Counters) -> None:
         super().__init__(key)
         self._file, self._name, self._url, self._counters = file, name, url, counters
@@ -130,7 +126,6 @@ class LocalFolder(Store):
         return LocalFolder, (self.url,)
 
     def head(self, key: str) -> ObjectInfo:
-        """Return the size, the date and an ETag made of inode number, mtime, size and ctime."""
         with self._opened(key, "head") as fd:
             return file_info(key, os.fstat(fd))
 
@@ -190,7 +185,6 @@ class LocalFolder(Store):
                 receive(start, buffer[: piece.n_bytes])
 
     def _fill(self, key: str, fd: int, offset: int, buffers: list[memoryview]) -> None:
-        """Read consecutive bytes of the file into the buffers."""
         buffers = [buffer for buffer in buffers if buffer.nbytes]
         while buffers:
             n_read = os.preadv(fd, buffers[:_MAX_PIECES], offset)
@@ -204,7 +198,6 @@ class LocalFolder(Store):
                 buffers[0] = buffers[0][n_read:]
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
-        """Write a temporary file, sync it, and rename it."""
         with self._new_file(key, "put", data) as (file, name):
             file.set_name(name)
             return file_info(key, os.fstat(file.fd))
@@ -217,10 +210,7 @@ class LocalFolder(Store):
     def create(self, key: str, *, attributes: Sequence[FileAttributes] | None = None) -> Upload:
         """Start an upload that writes its parts to the disk as they come.
 
-        Args:
-            key: Key of the file.
-            attributes: Attributes of the folders that the upload creates, from the outermost one on, and of the file;
-                see attributes(). With them, folders that exist keep their times. None: a new file of this process.
+        attributes: See attributes(); folders that exist then keep their times. None: a new file of this process.
         """
         folders, name = _split(key)
         with (
@@ -241,7 +231,6 @@ class LocalFolder(Store):
             return [FileAttributes.of(path.lstat()) for path in paths]
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Unlink each file. The folders stay."""
         for key in keys:
             folders, name = _split(key)
             try:
@@ -264,7 +253,6 @@ class LocalFolder(Store):
         return True
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """List the regular files below a folder."""
         found: list[ObjectInfo] = []
 
         def visit(key: str, entry: os.DirEntry[str]) -> None:
@@ -330,10 +318,7 @@ class LocalFolder(Store):
             _rmdir(name, folder_fd)
 
     def remove_empty_above(self, key: str) -> None:
-        """Remove the folders that contain a key and nothing else any more, from the innermost one upwards.
-
-        The root stays, and so does a folder that contains anything, or into which another process writes.
-        """
+        """Remove the folders above a key that contain nothing any more, from the innermost one up to the root."""
         folders, _ = _split(key)
         with self._errors(key, "remove_empty_above"):
             while folders:
@@ -343,7 +328,6 @@ class LocalFolder(Store):
                         return
 
     def open_local(self, key: str, identity: ShardIdentity | None = None) -> FileLease | None:
-        """Return a lease that holds a descriptor of the file, or None if its size differs from the identity's."""
         with self._opened(key, "open_local") as fd:
             n_bytes = os.fstat(fd).st_size
             if identity is not None and identity.n_bytes != n_bytes:
@@ -351,14 +335,11 @@ class LocalFolder(Store):
             return FileLease(os.dup(fd), n_bytes)
 
     def forget_cached(self, key: str) -> None:
-        """Drop the file's pages from the page cache, so that the next read comes from the disk.
-
-        Works for a synced file.
-        """
+        """Drop a synced file's pages from the page cache, so that the next read comes from the disk."""
         with self._opened(key, "forget_cached") as fd:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def remove_if_corrupt(self, key: str, identity: ShardIdentity | None = None) -> bool:  # noqa: ARG002 -- the contract's names
+    def remove_if_corrupt(self, key: str, identity: ShardIdentity | None = None) -> bool:  # noqa: ARG002 - the contract
         """Return False: the file is the object itself, and there is no other source to fetch it from."""
         return False
 
@@ -383,7 +364,6 @@ class LocalFolder(Store):
 
     @contextmanager
     def _new_file(self, key: str, doing: str, data: Buffer = b"") -> Iterator[tuple[NewFile, str]]:
-        """Yield a file without a name that contains data, and the name that the key gives it."""
         folders, name = _split(key)
         flat = memoryview(data).cast("B")
         with (
@@ -397,7 +377,6 @@ class LocalFolder(Store):
 
 
 def _rmdir(name: str, above_fd: int) -> bool:
-    """Remove a folder if it is an empty folder. Return whether it is gone."""
     try:
         os.rmdir(name, dir_fd=above_fd)
     except FileNotFoundError:
@@ -454,7 +433,6 @@ def _store_error(error: OSError, doing: str, url: str) -> StoreError:
 
 @contextmanager
 def os_errors(doing: str, url: str) -> Iterator[None]:
-    """Convert errors of the system to StoreError."""
     try:
         yield
     except StoreError:
@@ -478,10 +456,8 @@ def file_info(key: str, status: os.stat_result) -> ObjectInfo:
 class FileAttributes:
     """Attributes of a file or a folder that a copy keeps, as far as the file system and the process's rights allow.
 
-    Attributes:
-        accessed_ns, modified_ns: Times, in nanoseconds since the epoch.
-        mode: Permission bits; of a folder also the set-group-ID and sticky bits. None: the umask decides.
-        owner: User and group. The user is kept by root only. None: the process's own.
+    Times are in nanoseconds since the epoch. mode: Permission bits; of a folder also the set-group-ID and sticky bits;
+    None: the umask decides. owner: User (kept by root only) and group; None: the process's own.
     """
 
     accessed_ns: int
@@ -491,7 +467,6 @@ class FileAttributes:
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileAttributes:
-        """Return the attributes of an existing file or folder."""
         # Not the set-user-ID bit: where the owner cannot be kept, the file would run with the mover's rights.
         # A folder stays writable for its owner, because the next files of the copy are written into it.
         is_folder = stat.S_ISDIR(status.st_mode)
@@ -499,7 +474,6 @@ class FileAttributes:
         return cls(status.st_atime_ns, status.st_mtime_ns, mode, (status.st_uid, status.st_gid))
 
     def set_rights(self, fd: int) -> None:
-        """Give an open file or folder the owner and the mode."""
         if self.owner is not None:
             user, group = self.owner
             with _unless_refused():
@@ -509,7 +483,6 @@ class FileAttributes:
                 os.fchmod(fd, self.mode)
 
     def set_times(self, fd: int) -> None:
-        """Give an open file or folder the times."""
         with _unless_refused():
             os.utime(fd, ns=(self.accessed_ns, self.modified_ns))
 
@@ -544,11 +517,8 @@ def open_folder(
 ) -> Iterator[int]:
     """Yield a descriptor of a folder below root, opened step by step without following links below root.
 
-    Args:
-        root: Root folder.
-        folders: Names of the folders below it, outermost first.
-        make: Whether to create missing folders, root included, and to sync the entry of each.
-        attributes: Attributes of each of the folders that is created below root; folders that exist keep their times.
+    make: Create missing folders, root included, and sync the entry of each. attributes: Those of each folder that is
+    created below root; folders that exist keep their times.
     """
     if make:
         _make_root(root)
@@ -568,7 +538,6 @@ def open_folder(
 
 
 def _make_folder(name: str, above_fd: int, attributes: FileAttributes | None) -> None:
-    """Create a folder in an open folder unless it exists, and sync its entry."""
     try:
         if attributes is None:
             os.mkdir(name, dir_fd=above_fd)
@@ -598,7 +567,6 @@ def _make_root(root: Path) -> None:
 
 
 def sync_folder(folder_fd: int) -> None:
-    """Make the entries of a folder durable, where the file system supports it."""
     try:
         os.fsync(folder_fd)
     except OSError as error:
@@ -626,8 +594,7 @@ def _sweep(folder_fd: int) -> None:
 class NewFile:
     """A file that has no name yet, with its descriptor fd. close() discards it if it was given none.
 
-    attributes: Attributes that the file gets before its name; the folder then keeps its times. None: the file is
-    a new one.
+    attributes: The file gets them before its name, and its folder keeps its times. None: it is a new file.
     """
 
     def __init__(self, folder_fd: int, attributes: FileAttributes | None = None) -> None:
@@ -740,7 +707,6 @@ class NewFile:
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of data (flat bytes) at offset, without the GIL."""
     while data.nbytes:
         n_written = os.pwrite(fd, data, offset)
         data, offset = data[n_written:], offset + n_written
@@ -805,7 +771,6 @@ class DirectWriter:
         return done
 
     def close(self) -> None:
-        """Close the descriptor. Repeated calls have no effect."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)

@@ -105,7 +105,6 @@ class MemoryStore(Store):
             self._objects.pop(self.prefix + check_key(key), None)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """List a snapshot, sorted by key."""
         if prefix:
             check_key(prefix.removesuffix("/"))
         start = self.prefix + (prefix.removesuffix("/") + "/" if prefix else "")

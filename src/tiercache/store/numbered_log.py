@@ -45,7 +45,6 @@ class NumberedLog:
     most_bytes: int | None = None
 
     def key(self, number: int) -> str:
-        """Return the key of an object."""
         return f"{self.prefix}{number:0{_DIGITS}d}{self.suffix}"
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -66,7 +65,6 @@ class NumberedLog:
             raise
 
     def numbers(self) -> list[int]:
-        """Return the numbers of all objects, ascending, by one listing."""
         name = re.compile(f"{re.escape(self.prefix)}([0-9]{{{_DIGITS}}}){re.escape(self.suffix)}")
         matches = (name.fullmatch(info.key) for info in self.store.list(self.prefix))
         return sorted(int(match[1]) for match in matches if match and int(match[1]))
@@ -119,11 +117,9 @@ class NumberedLog:
     def put(self, number: int, data: bytes) -> bool:
         """Put an object if its number is free. Return False if another writer has the number.
 
-        On a store without conditional puts this is an error, unless the user promises that one process writes at a time
-        (Store.require_conditional_put).
-
-        If an answer is lost, the object is read back: a refusal may mean that the first attempt of a back end that
-        retries has written it. A StoreError with .maybe_done says that even this did not tell.
+        Raises StoreError on a store without conditional puts (Store.require_conditional_put). If an answer is lost, the
+        object is read back: a refusal may mean that the first attempt of a back end that retries has written it. An
+        error with .maybe_done says that even this did not tell.
         """
         self.store.require_conditional_put()
         failure: StoreError | None = None
@@ -165,7 +161,6 @@ class NumberedLog:
         return False
 
     def delete(self, numbers: Iterable[int]) -> None:
-        """Delete objects that no reader needs any more. Missing ones are no error."""
         if keys := [self.key(number) for number in numbers]:
             self.store.delete(keys)
 

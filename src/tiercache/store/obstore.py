@@ -58,7 +58,6 @@ _CHANGED, _BEYOND_END = 412, 416
 
 
 def to_store_error(error: BaseException, doing: str, url: str, endpoint: str = "") -> StoreError:
-    """Convert an error of obstore to a StoreError with the facts of ObjectClient."""
     text, name = str(error), type(error).__name__
     answer = _STATUS.search(text.partition(_DEBUG)[0])
     status = int(answer[1]) if answer else None
@@ -117,7 +116,6 @@ def _reason(body: str) -> dict[str, str]:
 
 
 def _answer_text(answer: re.Match[str], reason: Mapping[str, str]) -> str:
-    """Return status, code and message of an answer, for the user."""
     body = ": ".join(reason[name] for name in ("Code", "Message") if name in reason) or answer[3].strip()
     shown = "" if not body or body.startswith("<") else f": {body[:_BODY_CHARS]}"  # "<": an HTML page
     return f"HTTP {answer[1]} {answer[2].strip()}{shown}"
@@ -156,14 +154,7 @@ _first_user_pid: int | None = None
 
 @dataclass(frozen=True, slots=True)
 class BucketFolder:
-    """Bucket and folder of a store.
-
-    Attributes:
-        cloud: "s3", "gs", "az" or "http".
-        bucket: Bucket or container; for "http" the whole URL.
-        prefix: Folder in the bucket, without slashes at its ends.
-        url: URL without secrets.
-    """
+    """Bucket and folder of a store. cloud: "s3", "gs", "az" or "http", whose bucket is the whole URL."""
 
     cloud: str
     bucket: str
@@ -308,7 +299,6 @@ class ObstoreClient(ObjectClient):
             yield [to_object_info(meta["path"], meta) for meta in page]
 
     def open_writer(self, key: str) -> ObjectWriter:
-        """Start a multipart upload whose requests obstore retries itself."""
         store, sizes = self._store(_INNER_RETRIES), (_WRITER_PART_BYTES, _WRITER_PARTS_AT_ONCE)
         return _ObstoreWriter(obstore.open_writer(store, key, buffer_size=sizes[0], max_concurrency=sizes[1]))
 
@@ -325,7 +315,6 @@ class _ObstoreWriter:
 
 
 def to_object_info(key: str, meta: Mapping[str, Any]) -> ObjectInfo:
-    """Convert obstore's metadata to an ObjectInfo."""
     when = meta["last_modified"]
     modified_s = when.timestamp() if when else None
     return ObjectInfo(key, meta["size"], etag=meta["e_tag"], version=meta["version"], modified_s=modified_s)
@@ -336,13 +325,7 @@ _PROVIDERS = {".amazonaws.com": "aws", "storage.googleapis.com": "gcs", ".blob.c
 
 
 class CloudStore(RemoteStore):
-    """A bucket, a container or an HTTP server.
-
-    Attributes:
-        folder: Bucket and folder of the store.
-        options: Storage options, including credentials; never shown.
-        knows_conditional_put: Whether the server is Amazon's, Google's or Microsoft's own.
-    """
+    """A bucket, a container or an HTTP server. Its options include credentials, and are never shown."""
 
     def __init__(self, folder: BucketFolder, options: CloudOptions, settings: ReadSettings | None = None) -> None:
         super().__init__(folder.url, options.call, settings or ReadSettings())

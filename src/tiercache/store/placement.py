@@ -167,11 +167,9 @@ class LocationResolver:
 
     @property
     def is_tracked(self) -> bool | None:
-        """Whether the home is tracked; None if the marker was not read yet."""
         return self.known_placement is not None if self._was_read else None
 
     def row(self, key: str) -> PlacementRow | None:
-        """Return the row of key in the known placement; None: at home."""
         placement = self.known_placement
         return None if placement is None or not len(placement) else placement.find(key)
 
@@ -235,7 +233,6 @@ class LocationResolver:
             raise
 
     def etag_of(self, key: str, etag: str) -> str | None:
-        """Return the current ETag of an object that had `etag` when it was opened."""
         return self._etags.get((key, etag), etag)
 
     def _find_again(self, key: str, before: PlacementRow | None, error: StoreError) -> ObjectLocation:
@@ -281,10 +278,9 @@ class LocationResolver:
         return archived_error(store.url, [key], 0 if row is None else row.n_bytes, what, [self.home.url_of(key)])
 
     def _candidates(self, row: PlacementRow | None, before: PlacementRow | None) -> Iterator[PlacementRow | None]:
-        """Yield the locations where an object may be, each once.
+        """Yield each location where an object may be, by the newest placement first.
 
-        First the location in the newest placement; then the home, where the object stays during the grace period; then
-        the last location that this process knew.
+        Then the home, where it stays during the grace period, then the last location that this process knew.
         """
         urls: set[str | None] = set()
         for candidate in (row, None, before):
@@ -333,30 +329,21 @@ def _read_a_byte(store: Store, key: str) -> None:
 
 
 def _is_same(info: ObjectInfo, expected: PlacementRow) -> bool:
-    """Return whether an object is the one in a row, as far as the store tells."""
     sums = (info.crc32c, expected.crc32c)
     return info.n_bytes == expected.n_bytes and (None in sums or sums[0] == sums[1])
 
 
 def archived_error(url: str, keys: Sequence[str], n_bytes: int, what: str, asked: Sequence[str] = ()) -> ArchivedShards:
-    """Return the error for objects that must be restored first; it names the command that does that.
+    """Return the error for objects below a URL that must be restored first; `what` comes before the command.
 
-    Args:
-        url: URL of the folder with the objects.
-        keys: Keys of the objects.
-        n_bytes: Their size together.
-        what: Sentence before the command.
-        asked: URLs, and options, for the command. (): url.
+    asked: URLs, and options, for the command. (): url.
     """
     command = shlex.join(["tiercache", "tier", "get", *(asked or [url]), "--wait"])
     return ArchivedShards(f"{what}: {command}", names=[*keys], url=url, n_bytes=n_bytes, command=command)
 
 
 def is_same_service(url: str, home: str) -> bool:
-    """Return whether the home's options, including credentials, may be sent to a location that its placement names.
-
-    For these clouds the options determine the server that is asked; for all others the URL does.
-    """
+    """Return whether the home's options, including credentials, may be sent to a location that its placement names."""
     scheme = scheme_of(url)
     if scheme != scheme_of(home) or "::" in url:  # a chained URL may lead to any service
         return False
@@ -364,7 +351,6 @@ def is_same_service(url: str, home: str) -> bool:
 
 
 def is_remote(url: str) -> bool:
-    """Return whether a URL belongs to a remote store, for which a cache pays off."""
     return scheme_of(url) not in ("", "memory")
 
 
@@ -377,7 +363,6 @@ Cached: TypeAlias = Callable[[Store], Store]
 
 
 def as_it_is(store: Store) -> Store:
-    """Return the store itself, without a cache around it."""
     return store
 
 
@@ -410,10 +395,10 @@ class RedirectingStore(WrapperStore):
         return self
 
     def figures(self) -> dict[str, float]:
-        """Return the counters (requests, bytes_read, ...), summed over the home and the other locations.
+        """Return the counters, summed over the home and the other locations.
 
-        dollars is the price of the requests, and egress_dollars what the bytes cost if they leave the region; both are
-        0 for stores whose provider is unknown.
+        dollars is the price of the requests, and egress_dollars what the bytes cost if they leave the region; 0 for
+        unknown providers.
         """
         sums: dict[str, float] = {"dollars": 0.0, "egress_dollars": 0.0}
         for store in self.resolver.stores():
@@ -455,8 +440,6 @@ class RedirectingStore(WrapperStore):
         deadline_s: float | None = None,
         cancel: Event | None = None,
     ) -> None:
-        """See Store.read_pieces, and read_into() for the ETag."""
-
         def read(found: ObjectLocation) -> None:
             etag = self._etag_at(found, key, if_match)
             found.store.read_pieces(key, ranges, receive, if_match=etag, deadline_s=deadline_s, cancel=cancel)
@@ -464,7 +447,6 @@ class RedirectingStore(WrapperStore):
         self.resolver.follow(key, read, if_match)
 
     def _etag_at(self, found: ObjectLocation, key: str, if_match: str | None) -> str | None:
-        """Return the ETag that the object must have where it is now; None without a condition."""
         if if_match is None:
             return None
         return self.resolver.etag_of(key, if_match) if found.info is None else found.info.etag
@@ -495,7 +477,6 @@ class RedirectingLocalStore(RedirectingStore):
 
     @property
     def by_ranges(self) -> RedirectingStore:
-        """The same store for reads by ranges only, without local files or a cache."""
         return RedirectingStore(self.resolver)
 
     @property
@@ -590,7 +571,6 @@ class FileLocation:
 
     @property
     def url(self) -> str:
-        """URL or local path of the object."""
         return self.store.url_of(self.key)
 
 
@@ -598,10 +578,8 @@ class FileLocation:
 class FolderLocation:
     """Locations of everything below a folder.
 
-    Attributes:
-        files: Location of each object, by its path below the folder.
-        whole_url: URL or local path of the folder in the first store that has all of it; None: it is spread.
-        is_archived: Whether that copy must be restored before it can be read.
+    files: By path below the folder. whole_url: The folder in the first store that has all of it; None: it is spread.
+    is_archived: That copy must be restored before it can be read.
     """
 
     files: Mapping[str, FileLocation]
@@ -613,10 +591,9 @@ class FolderLocation:
 class FolderTiers:
     """The tiers, other than a folder itself, in which objects of the folder may lie.
 
-    Attributes:
-        urls: URL of the folder in each tier, by the name of the tier; by the URL if no rule file has the tier.
-        placed: URL of the folder that has an object, by the object's key below the folder, as the placement states it.
-        home: URL of the folder in the home; None: no placement was found.
+    urls: Folder in each tier, by the name of the tier; by the URL if no rule file has it. placed: Folder that has an
+    object, by the object's key below the folder, as the placement states it. home: Folder in the home; None: no
+    placement.
     """
 
     urls: Mapping[str, str]
@@ -633,8 +610,7 @@ class FileLocator:
     def __init__(self, open_url: OpenUrl | None = None, *, rules: Path | None = None) -> None:
         """Open nothing yet.
 
-        open_url: Function that opens the store of a tier or home. None: by this machine's rule file. rules: Rule file;
-        None: the tiercache.toml that applies to the working folder.
+        open_url: Opens the store of a tier or home; None: by the rule file. rules: None: that of the working folder.
         """
         self._open_url = open_url or (lambda url: open_store(url, **options_of(url)))
         self._rules = rules
@@ -649,7 +625,6 @@ class FileLocator:
         self.close()
 
     def close(self) -> None:
-        """Close the opened stores. The object can be used again afterwards."""
         with self._lock:
             opened = [*self._stores.values()]
             self._stores.clear()
@@ -686,11 +661,8 @@ class FileLocator:
     def find_tiers(self, path: str, *, follows_placement: bool = True) -> FolderTiers:
         """Return the tiers in which objects of a folder may lie, as the rule file and the placement state them.
 
-        follows_placement: Whether the folders above the path are searched for a home.
-
-        Raises:
-            StoreError: A marker, or the placement, could not be read.
-            CorruptShard, UnsupportedFormat: The placement is not readable.
+        follows_placement: Search the folders above the path for a home. Raises StoreError, CorruptShard,
+        UnsupportedFormat if a marker or the placement could not be read.
         """
         key = self.key_of(path)
         urls = {} if key is None else {tier.name: _below(tier.url, key) for tier in self.tiers()}
@@ -728,14 +700,12 @@ class FileLocator:
         return None
 
     def tiers(self) -> tuple[TierUrl, ...]:
-        """Return the tiers of the rule file, from the fastest to the coldest; () if there is no readable file."""
         return tiers_of_rules(self._rules)
 
     def _stores_of_tiers(self) -> list[Store]:
         return [self.store(url) for url in dict.fromkeys(tier.url for tier in self.tiers())]
 
     def store(self, url: str) -> Store:
-        """Return the store of a URL, opened once. Raises ValueError if it cannot be opened."""
         with self._lock:
             store = self._stores.get(url)
             if store is None:
@@ -856,7 +826,6 @@ def _can_all_be_read(store: Store, infos: Mapping[str, ObjectInfo]) -> bool:
 
 
 def archived_file_error(url: str, n_bytes: int = 0, *, rules: Path | None = None) -> ArchivedShards:
-    """Return the error for a file or checkpoint that must be restored first."""
     shown = redact(url)
     what = f"{shown}: is archived and must be restored before it can be read"
     asked = [shown] if rules is None else [shown, "--rules", str(rules)]

@@ -86,15 +86,10 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class PlacementRow:
-    """Location of an object that is away from home.
+    """Location of an object that is away from home: `url + "/" + key`, without credentials.
 
-    Attributes:
-        key: Key in its home, which is the store of the placement.
-        url: URL of the folder that holds the object under the same key: `url + "/" + key`. Without credentials.
-        storage_class: Storage class there. None: the default class of the store.
-        state: "here": readable. "archived": to be restored first, unless the store says that it was restored since.
-        n_bytes: Size, in bytes.
-        crc32c: CRC-32C of the whole object. None: unknown.
+    storage_class: Class there; None: the store's default. state: "here": readable; "archived": to be restored first,
+    unless the store says that it was restored since. crc32c: Of the whole object; None: unknown.
     """
 
     key: str
@@ -140,7 +135,6 @@ class Placement:
         return PlacementRow(**self.rows.select(_SCHEMA.names).slice(at, 1).to_pylist()[0])
 
     def urls_below(self, folder: str) -> tuple[str, ...]:
-        """Return the URLs of the rows whose keys are below a folder, each once."""
         return tuple(self.rows_below(folder)["url"].unique().to_pylist())
 
     def rows_below(self, folder: str) -> pa.Table:
@@ -152,12 +146,10 @@ class Placement:
         return self.rows.slice(start, end - start)
 
     def row_numbers(self, keys: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
-        """Return the row number of each key, -1 for those at home; int64[len(keys)]."""
         found = pc.index_in(keys.cast(pa.large_string()), value_set=self._keys).fill_null(-1)
         return np.asarray(found.to_numpy(), np.int64) if len(keys) else np.empty(0, np.int64)
 
     def with_changes(self, changes: Mapping[str, PlacementRow | None]) -> pa.Table:
-        """Return the rows after changes: key -> new row, or None to remove the row."""
         gone = pa.array(list(changes), pa.large_string())
         kept = self.rows.filter(pc.invert(pc.is_in(self.rows["key"], value_set=gone)))
         added = [row for row in changes.values() if row is not None]
@@ -224,7 +216,6 @@ def _rows_of(reader: pa.ipc.RecordBatchFileReader) -> pa.Table:
 
 
 def _problem(table: pa.Table, number: int, stated: tuple[object, object]) -> str:
-    """Return why a file is not the placement of that number; "" if it is. stated: Number and checksum in the file."""
     if stated != (number, _sum_of(table)):
         return f"the rows or the number are not those that it was written with: {stated}, where it should be {number}"
     keys = table["key"].to_pylist()
@@ -277,10 +268,7 @@ def is_tracked(store: Store) -> bool:
 def read_placement(store: Store) -> Placement | None:
     """Return the newest placement; None if there is no marker, known from one GET; number 0 if nothing was placed yet.
 
-    Raises:
-        CorruptShard: The newest placement cannot be read.
-        UnsupportedFormat: A newer release wrote it.
-        StoreError: The store failed.
+    Raises CorruptShard, UnsupportedFormat if it cannot be read, StoreError if the store failed.
     """
     found = follow_marker(store)
     return None if isinstance(found, str) else found
@@ -313,7 +301,6 @@ def find_newest_placement(store: Store, known: Placement | None = None) -> Place
 
 
 def encode_tracking_marker(number: int | None, since_s: float | None = None) -> bytes:
-    """Return the content of the marker: the number of a recent placement and the start of tracking, if known."""
     facts: dict[str, Any] = {"format": "tiercache-tiers", "version": FORMAT_VERSION}
     facts |= {} if number is None else {"placement": number}
     return json.dumps(facts | ({} if since_s is None else {"since": int(since_s)})).encode() + b"\n"
@@ -332,7 +319,6 @@ def tracked_since_s(store: Store) -> float | None:
 
 
 def _marked(store: Store) -> int | None:
-    """Return the number in the marker, 0 if it has no valid one; None if there is no marker of a home."""
     return _number_in(_mark(store))
 
 
@@ -344,7 +330,6 @@ def _number_in(mark: Mapping[str, Any] | None) -> int | None:
 
 
 def _mark(store: Store) -> dict[str, Any] | None:
-    """Return the facts in the marker, {} if it cannot be parsed; None if there is no marker."""
     try:
         data, _ = store.read_tail(TRACKING_MARKER_KEY, _MARKER_BYTES)
     except NotFound:
@@ -408,10 +393,9 @@ def lead_to_home(store: Store, home_url: str) -> None:
 
 
 def commit_placement(store: Store, changes: Mapping[str, PlacementRow | None]) -> Placement:
-    """Change the location of objects, in one atomic step, and return the placement that has the changes.
+    """Change the location of objects (None: at home), in one atomic step, and return the new placement.
 
     Changes that the placement has already make no new one, so a commit may be repeated after a crash at any instant.
-    changes: Key -> new location; None: at home.
 
     Raises:
         CommitConflict: Other writers won the race too often.

@@ -99,7 +99,6 @@ def stop_retries_when(unwanted: Event | None) -> Iterator[None]:
 
 
 def is_unwanted() -> bool:
-    """Return whether what this thread does is not needed any more: see stop_retries_when()."""
     unwanted: Event | None = getattr(_thread_state, "unwanted", None)
     return unwanted is not None and unwanted.is_set()
 
@@ -141,17 +140,14 @@ class CallLimit:
 
     @property
     def is_unwanted(self) -> bool:
-        """Whether the answer is not needed any more, as far as the calling thread knows: see stop_retries_when()."""
         return self._unwanted is not None and self._unwanted.is_set()
 
     @property
     def is_queued(self) -> bool:
-        """Whether all requests of the call wait for their turn."""
         return self.n_turns == 0
 
     @property
     def waited_s(self) -> float:
-        """Seconds since the last progress."""
         return 0.0 if self.is_queued else self.clock.monotonic() - self._progress_s
 
     @property
@@ -161,7 +157,6 @@ class CallLimit:
         return min(timeout_s, self._deadline_end_s - self.clock.monotonic())
 
     def progressed(self) -> None:
-        """Record that new bytes have arrived."""
         self._progress_s = self.clock.monotonic()
         self.error, self.is_reported = None, False
 
@@ -183,7 +178,6 @@ class CallLimit:
         return f"; the last attempt: {self.error.details.get('text', self.error.message)}"
 
     def report(self) -> None:
-        """Log a warning that the call is waiting."""
         limit = f"; the call fails after {self.timeout_s:g} s without a byte (timeout)" if self.timeout_s else ""
         text = f"has waited {self.waited_s:.0f} s for {self.endpoint()}{self._last_error()}{limit}"
         logger.warning("%s: %s: %s", self.url, self.doing, text)
@@ -221,7 +215,6 @@ def with_retries(attempt: Callable[[], T], policy: RetryPolicy, limit: CallLimit
 
 
 def _is_worth_repeating(error: StoreError, limit: CallLimit, pause_s: float) -> bool:
-    """Return whether another attempt after pause_s may succeed and has time to."""
     if not error.retryable or error.maybe_done or limit.is_unwanted:
         return False
     if error.details.get("sent") is not False:
@@ -257,7 +250,6 @@ class RequestTimes:
         self._late_s: float | None = None  # computed from _silences_s
 
     def note_answer(self, silence_s: float) -> None:
-        """Record the longest silence of an answered request."""
         self._silences_s.append(silence_s)
         self._late_s = None
 
@@ -327,17 +319,10 @@ class _Task:
 
 
 class RequestRunner:
-    """Executes requests in the threads of one process. Safe for threads.
+    """Executes at most n_requests requests at once in the threads of one process. Safe for threads.
 
     A request has its turn from its first attempt to its answer; a hanging one gives it to the next request when another
-    attempt was answered. The lock guards the request times, the pool and the running calls.
-
-    Args:
-        n_requests: Number of requests that run at once.
-        policy: Retries of a request.
-        clock: Clock of all time limits.
-        counters: Counters of the store; the runner counts "hedges".
-        hedges: Whether late attempts get another one beside them.
+    attempt was answered. The lock guards the request times, the pool and the running calls. The runner counts "hedges".
     """
 
     def __init__(
@@ -401,8 +386,8 @@ class RequestRunner:
         Args:
             requests: Functions that send a request.
             limit: Time limits of the call.
-            is_write: Whether a running attempt is awaited although the time is over: its effect would be unknown.
-            hedges: Whether a request may run twice at the same time. A write never does.
+            is_write: A running attempt is awaited although the time is over, because its effect would be unknown.
+            hedges: A request may run twice at the same time. A write never does.
             policy: Retries of a request; None: those of the runner.
 
         Raises:
@@ -484,7 +469,6 @@ class RequestRunner:
             self._run_task(task)
 
     def _hedge(self, tasks: Sequence[_Task], now_s: float) -> None:
-        """Start another attempt beside each one that is late."""
         for task in tasks:
             attempt = task.newest
             if task.is_done or attempt is None:
@@ -504,7 +488,6 @@ class RequestRunner:
             self._counters.add("hedges")
 
     def _run_task(self, task: _Task) -> None:
-        """Send a request until it is answered, in a thread of the pool."""
         limit = task.call.limit
         result: Any = None
         error: BaseException | None = None
@@ -522,7 +505,6 @@ class RequestRunner:
         task.call.ended.put(task)
 
     def _take_turn(self, task: _Task) -> None:
-        """Wait until one more request may run, unless the request has its turn already."""
         call, limit = task.call, task.call.limit
         if task.has_turn or task.is_done:
             return
@@ -571,15 +553,9 @@ class Landing:
     """Destination of the bytes of one request, for all attempts of the request. Safe for threads.
 
     Each byte is stored once, by the attempt that brings it first, and in order. The lock is held while bytes are
-    stored, so that none are after close() has returned.
-
-    Args:
-        request: The request.
-        receive: Function that receives the bytes in pieces. None: they are copied into the buffers of the request.
-
-    Attributes:
-        n_bytes: Number of bytes from the start of the request that are stored.
-        error: Error that receive() raised; the request is over then.
+    stored, so that none are after close() has returned. receive() gets the bytes in pieces; None: they are copied into
+    the buffers of the request. n_bytes are stored from its start on. error: What receive() raised; the request is over
+    then.
     """
 
     def __init__(self, request: Request, receive: Receive | None = None) -> None:
@@ -618,7 +594,6 @@ class Landing:
                     self._receive(self.request.range.start + at, piece)
 
     def close(self) -> None:
-        """Refuse further bytes, and wait until none are being stored."""
         with self._lock:
             self._is_closed = True
 
@@ -666,12 +641,7 @@ class ObjectClient(ABC):
 
     The methods raise the library's own errors. errors() converts them to StoreError, with .status, .code and details:
     "sent" is False if the request was never sent, and "exists" says that a conditional write was refused because the
-    key exists.
-
-    Attributes:
-        url: URL of the folder, for messages.
-        counters: Counters of the store; the client counts "requests".
-        checks_etag: Whether range() enforces if_match. Otherwise the store compares descriptions before and after.
+    key exists. checks_etag: range() enforces if_match; otherwise the store compares descriptions before and after.
     """
 
     url: str
@@ -750,14 +720,10 @@ N_REQUESTS = 32
 
 @dataclass(frozen=True, slots=True)
 class ReadSettings:
-    """How a store reads.
+    """How a store reads. n_requests run at once, unless the storage option `concurrency` says another number.
 
-    Attributes:
-        policy: Retries of a request.
-        max_gap_bytes, max_bytes: Most bytes of a gap that is read, and of a request.
-        n_requests: Number of requests that run at once, unless the storage option `concurrency` says another.
-        clock: Clock of the time limits.
-        hedges: Whether late requests get a second attempt beside them.
+    max_gap_bytes, max_bytes: Most bytes of a gap that is read, and of a request. hedges: Late requests get a second
+    attempt beside them.
     """
 
     policy: RetryPolicy = field(default_factory=RetryPolicy)
@@ -801,7 +767,6 @@ class RemoteStore(Store):
 
     @property
     def client(self) -> ObjectClient:
-        """This process's client, which sends single requests."""
         return self._client.get()
 
     def close(self) -> None:
@@ -812,7 +777,6 @@ class RemoteStore(Store):
     def call_limit(
         self, key: str, doing: str, deadline_s: float | None = None, cancel: Event | None = None
     ) -> CallLimit:
-        """Return the time limits of a new call."""
         client = self.client
         return CallLimit(
             client.url_of(key),
@@ -826,8 +790,6 @@ class RemoteStore(Store):
         )
 
     def _read(self, key: str, doing: str, request: Callable[[ObjectClient, Attempt], T], *, hedges: bool = True) -> T:
-        """Return the result of a read-only request."""
-
         def send(attempt: Attempt) -> T:
             client = self.client
             with client.errors(key, doing):
@@ -858,12 +820,10 @@ class RemoteStore(Store):
         return result
 
     def head(self, key: str) -> ObjectInfo:
-        """Send one HEAD."""
         check_key(key)
         return self._read(key, "head", lambda client, _attempt: client.head(key))
 
     def get(self, key: str) -> bytes:
-        """Send one GET."""
         check_key(key)
         data = self._read(key, "get", lambda client, attempt: client.get(key, attempt.received))
         self.counters.add("bytes_read", len(data))
@@ -907,7 +867,6 @@ class RemoteStore(Store):
         deadline_s: float | None = None,
         cancel: Event | None = None,
     ) -> None:
-        """Pass pieces of the client's buffers to receive(). All ranges are of one version of the object."""
         check_key(key)
         # Of this size, no range is split into two requests.
         extent_bytes = max((one.end for one in ranges), default=0) - min((one.start for one in ranges), default=0)
@@ -933,7 +892,6 @@ class RemoteStore(Store):
             reading.check_etag(self.head(key))
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
-        """Send one PUT."""
         check_key(key)
         body = bytes(data)  # a connection may hold the body longer than the call; bytes are not copied
         info = self._write(key, "put", lambda client: client.put(key, body))
@@ -1001,8 +959,6 @@ class RemoteStore(Store):
         return _RemoteUpload(self, check_key(key))
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete up to 1,000 objects per request if the store supports it."""
-
         def delete(keys: Sequence[str]) -> None:
             self._write(keys[0], "delete", lambda client: client.delete(keys))
 
@@ -1017,7 +973,6 @@ class RemoteStore(Store):
                         delete([key])
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """List by pages of 1,000 objects."""
         folder = check_key(prefix.removesuffix("/")) if prefix else ""
         after: str | None = None
         pages: Iterator[Sequence[ObjectInfo]] | None = None

@@ -39,10 +39,7 @@ _LONGEST_TEXT_BYTES = 1 << 20
 def open_file(path: str | os.PathLike[str], flags: int, mode: int = PRIVATE, *, dir_fd: int | None = None) -> int:
     """Return a descriptor that is closed at exec. A file that O_CREAT makes has exactly `mode`.
 
-    A link in the place of a file that is to be made is removed: it holds no data.
-
-    Raises:
-        OSError: ELOOP if an existing link would be read; otherwise the errors of open(2).
+    A link in the place of a file that is to be made is removed: it holds no data. Raises ELOOP if a link would be read.
     """
     try:
         fd = os.open(path, flags | SAFE_FLAGS, mode, dir_fd=dir_fd)
@@ -63,7 +60,6 @@ def open_file(path: str | os.PathLike[str], flags: int, mode: int = PRIVATE, *, 
 
 
 def set_mode(fd: int, mode: int) -> None:
-    """Set the mode of an open file or folder. Ignored on file systems without modes."""
     if stat.S_IMODE(os.fstat(fd).st_mode) != mode:
         try:
             os.fchmod(fd, mode)
@@ -73,12 +69,7 @@ def set_mode(fd: int, mode: int) -> None:
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Return whether path is a real folder, not a link to one; False if it does not exist.
-
-    Raises:
-        NotADirectoryError: Path is something else.
-        OSError: Other errors of lstat(2).
-    """
+    """Return whether path is a real folder; False: nothing is there. Raises NotADirectoryError for a link or a file."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -112,11 +103,7 @@ def open_folder(path: str | os.PathLike[str], *, dir_fd: int | None = None) -> i
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Return the text of a small file, at most 1 MiB of it. Bytes that are not UTF-8 are replaced.
-
-    Raises:
-        OSError: The file cannot be read, or is not a regular file.
-    """
+    """Return the text of a small file, at most 1 MiB of it. Bytes that are not UTF-8 are replaced. Raises OSError."""
     fd = open_file(path, os.O_RDONLY)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -203,7 +190,6 @@ def _temp_beside(path: Path, text: str, mode: int) -> Path:
 
 
 def try_lock(fd: int) -> bool:
-    """Take the exclusive lock of an open file. Return False if another process holds it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -221,7 +207,6 @@ MAX_SOFT_LIMIT = 65_536
 
 
 def _limits() -> tuple[int, int]:
-    """Return the soft limit, and the value that it may be raised to."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft = MAX_SOFT_LIMIT if soft == resource.RLIM_INFINITY else soft
     hard = MAX_SOFT_LIMIT if hard == resource.RLIM_INFINITY else hard
@@ -245,7 +230,6 @@ def raise_limit_for(n_descriptors: int) -> None:
 
 
 def raise_limit() -> bool:
-    """Raise the soft limit towards the hard limit. Returns False if it is already as high as possible."""
     return _raise_to(*_limits())
 
 
@@ -318,9 +302,8 @@ class Database:
     ) -> None:
         """Store the arguments; the file is not opened yet.
 
-        wal: Write-ahead logging; otherwise a rollback journal. make_folder: Makes the folder of the file. prepare:
-        Makes and fills the tables of a new file, inside one transaction. durable: Committed data survives a power
-        failure.
+        wal: Write-ahead logging; otherwise a rollback journal. prepare: Makes and fills the tables of a new file,
+        inside one transaction. durable: Committed data survives a power failure.
         """
         self.path = path
         self._wal, self._durable = wal, durable

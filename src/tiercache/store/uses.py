@@ -79,12 +79,8 @@ class ActiveReader:
 class UseReport:
     """Uses of one machine. Times are seconds since the epoch, by its own clock; read_reports() corrects a late clock.
 
-    Attributes:
-        machine: Name of the machine.
-        reported_s: Time of the report.
-        all_s: Last time that a run read every shard; 0: never.
-        readers: Processes that have the data set open, by a name that identifies the process.
-        shards: Name -> last use.
+    all_s: Last time that a run read every shard; 0: never. readers: By a name that identifies the process. shards: Name
+    -> last use.
     """
 
     machine: str
@@ -98,10 +94,8 @@ class UseReport:
 class ShardUse:
     """Known use of n shards.
 
-    Attributes:
-        last_use_s: float64[n], seconds since the epoch; NaN if no use was reported.
-        in_use: bool[n], whether somebody reads it now.
-        unreported: Whether the report of a machine that reads the data set is overdue: then no shard counts as idle.
+    last_use_s: float64[n], NaN if no use was reported. in_use: bool[n]. unreported: The report of a machine that reads
+    the data set is overdue: then no shard counts as idle.
     """
 
     last_use_s: NDArray[np.float64]
@@ -266,7 +260,6 @@ class UseRecorder:
 
     @contextmanager
     def _started(self) -> Iterator[None]:
-        """Hold the lock of a recorder that reports at process exit."""
         global _watching_pid
         if self._pid != os.getpid():
             self._begin()
@@ -363,7 +356,6 @@ def _report_at_exit() -> None:
 
 @contextmanager
 def _one_at_a_time(url: str) -> Iterator[None]:
-    """Hold this machine's lock for reports on url. Without a lock, one of two simultaneous reports may be lost."""
     fd = None
     try:
         with suppress(OSError, ValueError):
@@ -381,7 +373,6 @@ def _one_at_a_time(url: str) -> Iterator[None]:
 
 
 def _name_of(recorder: int) -> str:
-    """Return the name of a recorder, unique on this machine."""
     return f"{os.getpid()}-{start_time(os.getpid())}-{pid_namespace()}-{recorder}"
 
 
@@ -453,13 +444,11 @@ def read_uses() -> Uses:
 
 
 def uses_under(uses: Uses, url: str) -> Uses:
-    """Return the uses of objects below a URL, by key."""
     start = f"{plain_url(url).rstrip('/')}/"
     return {name.removeprefix(start): use for name, use in uses.items() if name.startswith(start)}
 
 
 def _lines(path: Path) -> Iterator[tuple[str, float]]:
-    """Yield the lines of a log, without unreadable ones (torn by a power failure)."""
     with suppress(FileNotFoundError), path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             with suppress(ValueError, TypeError):
@@ -506,25 +495,20 @@ class TieredReader:
 
     @property
     def has_moved(self) -> bool:
-        """Whether any object is away from home, as far as is known."""
         return bool(self._resolver.known_placement)
 
     def local_copy(self, key: str, identity: ShardIdentity) -> LocalFolder | None:
-        """Return a folder of this machine, other than the home, that has the shard; None if there is none."""
         return self._resolver.local_copy(key, identity.n_bytes)
 
     def is_remote(self, key: str) -> bool:
-        """Return whether a shard of a local home is in a remote store."""
         return isinstance(self._store, RedirectingLocalStore) and self._store.is_remote(key)
 
     def remote_store(self) -> Store | None:
-        """Return the store that reads the moved shards of a local home through the cache; None if there are none."""
         if isinstance(self._store, RedirectingLocalStore) and self._resolver.has_remote:
             return self._store.remote_store
         return None
 
     def prepare_reading(self, keys: pa.ChunkedArray, is_here: Callable[[int], bool], *, reads_all: bool) -> None:
-        """Prepare for a run that reads these shards, and check that they can be read. See check_readable."""
         check_readable(self._store, keys, is_here)
         if self._resolver.is_tracked:
             self._recorder.begin(None if reads_all else keys.to_pylist())
