@@ -91,6 +91,8 @@ from tiercache.store.shared_files import boot_id
 # Each part of a tensor has a checksum for every so many bytes: a rank that reads a range checks what it reads.
 BLOCK_BYTES = 1 << 20
 
+# Methods by which a planner may change what is stored.
+_CHANGES = ("resolve_data", "transform_object")
 _DTYPE_NAMES = {name: key for key, name in DTYPES.items()}
 Shape: TypeAlias = tuple[int, ...]
 
@@ -376,11 +378,9 @@ def _source_of(item: WriteItem, planner: SavePlanner) -> _Source:
 def _encode_value(item: WriteItem, planner: SavePlanner) -> EncodedState:
     """Return a value that is not a tensor as JSON. Raises TypeError, with its key, if it cannot be stored."""
     fqn = item.index.fqn
-    plain, kind = DefaultSavePlanner, type(planner)
-    if isinstance(planner, plain) and (kind.resolve_data, kind.transform_object) == (
-        plain.resolve_data,
-        plain.transform_object,
-    ):
+    kind: Any = type(planner)
+    changes = [name for name in _CHANGES if getattr(kind, name, None) is not getattr(DefaultSavePlanner, name)]
+    if isinstance(planner, DefaultSavePlanner) and not changes:
         return encode_state({fqn: planner.lookup_object(item.index)})
     text = planner.resolve_data(item)
     if isinstance(text, torch.Tensor):

@@ -13,12 +13,11 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from threading import Lock
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
 import fsspec
@@ -42,10 +41,6 @@ if TYPE_CHECKING:
     from tiercache.cache.fetch import CopyLease
     from tiercache.cache.names import CopySpec
 
-T = TypeVar("T")
-A = TypeVar("A")
-
-N_AT_ONCE = 16  # parallel calls when many objects are read
 _CHAIN = re.compile(r"tiercache(?:://|::)")
 _OWN_OPTIONS = {
     "use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache", "asynchronous", "loop",
@@ -422,57 +417,15 @@ class TierCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]  # fsspec sh
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
         """Return the bytes of a range, with the rules of slices."""
-        return self._read_ranges(path, [(start, end)], options)[0]
-
-    def cat(
-        self, path: str | list[str], recursive: bool = False, on_error: str = "raise", **options: Any
-    ) -> bytes | dict[str, bytes | Exception]:
-        """Return contents by path, read in parallel, or the content alone if path names one file."""
-        paths = self.expand_path(path, recursive=recursive)
-        if isinstance(path, str) and paths == [self._strip_protocol(path)] and not recursive:
-            return self.cat_file(paths[0], **options)
-        files = [name for name in paths if not (recursive and self.isdir(name))]
-        found = _map_parallel(lambda name: _tried(lambda: self.cat_file(name, **options), on_error != "raise"), files)
-        contents = zip(files, found, strict=True)
-        return {name: data for name, data in contents if on_error != "omit" or not isinstance(data, Exception)}
-
-    def cat_ranges(
-        self,
-        paths: list[str],
-        starts: int | list[int | None] | None,
-        ends: int | list[int | None] | None,
-        max_gap: int | None = None,  # noqa: ARG002 - fsspec's; the cache coalesces neighbouring ranges itself
-        on_error: str = "return",
-        **options: Any,
-    ) -> list[bytes | Exception]:
-        """Return the bytes of many ranges. Each object is looked up once, and all its ranges are fetched together."""
-        first = starts if isinstance(starts, list) else [starts] * len(paths)
-        last = ends if isinstance(ends, list) else [ends] * len(paths)
-        if not len(paths) == len(first) == len(last):
-            raise ValueError(f"{len(paths)} paths, {len(first)} starts, {len(last)} ends: expected equal numbers")
-        ranges: dict[str, list[tuple[int | None, int | None]]] = {path: [] for path in paths}
-        for path, *one in zip(paths, first, last, strict=True):
-            ranges[path].append((one[0], one[1]))
-
-        def read(path: str) -> list[bytes] | Exception:
-            return _tried(lambda: self._read_ranges(path, ranges[path], options), on_error != "raise")
-
-        found = dict(zip(ranges, _map_parallel(read, ranges), strict=True))
-        pieces = {path: iter(one) for path, one in found.items() if not isinstance(one, Exception)}
-        return [next(pieces[path]) if path in pieces else found[path] for path in paths]  # type: ignore[misc]
-
-    def _read_ranges(
-        self, path: str, slices: Sequence[tuple[int | None, int | None]], options: Mapping[str, Any]
-    ) -> list[bytes]:
         path = self._strip_protocol(path)
         reader = self._reader(path, options)
         if reader is None:
-            return [bytes(self.fs.cat_file(path, start=start, end=end, **options)) for start, end in slices]
+            return bytes(self.fs.cat_file(path, start=start, end=end, **options))
         with reader:
-            bounds = [slice(start, end).indices(reader.n_bytes) for start, end in slices]
-            ranges = [ByteRange(start, max(start, end)) for start, end, _ in bounds]
-            reader.prefetch(ranges)
-            return [reader.read_range(one) for one in ranges]
+            first, last, _ = slice(start, end).indices(reader.n_bytes)
+            wanted = ByteRange(first, max(first, last))
+            reader.prefetch([wanted])
+            return reader.read_range(wanted)
 
     def _reader(
         self, path: str, options: Mapping[str, Any], most_ahead_bytes: int = MOST_AHEAD_BYTES
@@ -608,22 +561,3 @@ def _about(path: str, info: ObjectInfo | None) -> dict[str, Any]:
     about: dict[str, Any] = {"name": path, "size": info.n_bytes, "type": "file"}
     about |= {} if info.modified_s is None else {"mtime": info.modified_s}
     return about | ({} if info.etag is None else {"ETag": info.etag})
-
-
-def _tried(call: Callable[[], T], keeps_error: bool) -> T | Exception:
-    """Return the result of a call or, if keeps_error, its exception, as fsspec's on_error="return" requires."""
-    try:
-        return call()
-    except Exception as error:
-        if keeps_error:
-            return error
-        raise
-
-
-def _map_parallel(call: Callable[[A], T], items: Iterable[A]) -> list[T]:
-    """Return the results of calls for all items, run in parallel. The first error is raised after all calls."""
-    items = list(items)
-    if len(items) < 2:
-        return [call(item) for item in items]
-    with ThreadPoolExecutor(min(N_AT_ONCE, len(items)), thread_name_prefix="tiercache-fsspec") as pool:
-        return list(pool.map(call, items))

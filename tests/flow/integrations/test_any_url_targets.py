@@ -67,26 +67,18 @@ def cache_of(make):
     return make().cache
 
 
-def test_the_repr_of_a_file_contains_no_password(make, cache):
+def test_http_objects_are_cached_by_etag_but_presigned_urls_are_not_and_no_password_is_shown(make, cache):
     with HttpFaultServer({"x": DATA}) as server:
-        url = server.url.replace("http://", "http://user:hunter2@")
-        with make("https").open(f"{url}/x") as file:
-            assert file.read(5) == DATA[:5]
-            assert type(file).__name__ in repr(file)
-            assert "hunter2" not in repr(file)
-        # A reader goes on as soon as its bytes are there, a moment before they are in the books.
-        assert wait_for(cache.entries, 30)
-        assert [entry.source for entry in cache.entries()] == [f"{server.url}/x"]
-    fsspec.get_filesystem_class("http").clear_instance_cache()
-
-
-def test_http_objects_are_cached_by_etag_but_presigned_urls_are_not(make, cache):
-    with HttpFaultServer({"x": DATA}) as server:
-        fs = make("https")
+        fs, url = make("https"), server.url.replace("http://", "http://user:hunter2@")
         for _ in range(2):
-            assert fs.cat_file(f"{server.url}/x") == DATA
+            with fs.open(f"{url}/x") as file:
+                assert file.read() == DATA
+                assert type(file).__name__ in repr(file)
+                assert "hunter2" not in repr(file)
         sent = server.n_bytes_sent
         assert sent < 1.1 * len(DATA)
+        # A reader goes on as soon as its bytes are there, a moment before they are in the books.
+        assert wait_for(cache.entries, 30)
         assert [entry.source for entry in cache.entries()] == [f"{server.url}/x"]
         for _ in range(2):
             assert fs.cat_file(f"{server.url}/x?X-Amz-Signature=secret") == DATA
@@ -132,30 +124,21 @@ def test_equal_targets_share_their_connections(make, source, path):
     assert inner[0] is inner[1] is not inner[2]
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "said"),
-    [
+def test_invalid_options_are_refused_with_the_remedy(cache):
+    for options, error, said in [
         ({}, ValueError, "target_protocol"),
         ({"target_protocol": "memory", "fs": fsspec.filesystem("memory")}, ValueError, "exactly once"),
         ({"target_protocol": "memory", "anon": True}, TypeError, r"does not know anon.*s3=\{"),
         ({"target_protocol": "memory", "asynchronous": True}, ValueError, "AsyncFileSystemWrapper"),
         ({"target_protocol": "no-such"}, ValueError, "no-such"),
         ({"target_protocol": "tiercache"}, ValueError, "name it once"),
-    ],
-)
-def test_invalid_options_are_refused_with_the_remedy(options, error, said):
-    with pytest.raises(error, match=said):
-        fsspec.filesystem("tiercache", **options)
-
-
-def test_data_sets_need_no_second_cache():
-    with pytest.raises(ValueError, match=r"tiercache::s3://bucket/photos: .* remove tiercache::"):
-        open_store("tiercache::s3://bucket/photos")
-
-
-def test_a_cache_and_a_cache_size_exclude_each_other(cache):
+    ]:
+        with pytest.raises(error, match=said):
+            fsspec.filesystem("tiercache", **options)
     with pytest.raises(ValueError, match="remove cache_dir and cache_size"):
         fsspec.filesystem("tiercache", target_protocol="memory", cache=cache, cache_size="1GB")
+    with pytest.raises(ValueError, match=r"tiercache::s3://bucket/photos: .* remove tiercache::"):
+        open_store("tiercache::s3://bucket/photos")
 
 
 def test_names_are_those_of_the_target(fs, path):
