@@ -101,7 +101,7 @@ def main() -> None:
         tasks = tasks_of(dataset, given.window_mib, n_threads)
 
         def load_task(task: tuple[int, list[int]]) -> None:
-            dataset.__tiercache__().source.load(*task)
+            dataset.__tiercache__().source.load_blocks(*task)
 
         ways = {
             "frames alone": lambda: list(pool.map(decode, frames)),

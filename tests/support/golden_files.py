@@ -172,7 +172,7 @@ def tables(data: bytes) -> pa.Table:
     reader = ShardReader(store, "shard")
     n_blocks, n_columns = reader.footer.n_blocks, len(reader.schema)
     schema = pa.schema([pa.field(c.name, c.storage_type) for c in reader.schema.columns])
-    blocks = reader.load(range(n_blocks), range(n_columns))
+    blocks = reader.load_blocks(range(n_blocks), range(n_columns))
     batches = []
     for block in range(n_blocks):
         arrays = [blocks.array(block, column) for column in range(n_columns)]

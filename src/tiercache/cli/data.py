@@ -391,8 +391,7 @@ def export(
     output: Output,
     url: Url,
     target: Annotated[
-        str,
-        argument("TARGET", "Output: one file that ends in .parquet, or a folder, which gets one file per shard."),
+        str, argument("TARGET", "Output: one file that ends in .parquet, or a folder, which gets one file per shard.")
     ],
     columns: Columns = None,
     at: VersionNumber = None,

@@ -174,11 +174,7 @@ class Dataset:
     def __tiercache__(self) -> NativeAccess:
         """Return what `tiercache.DataLoader` and the command read; an interface of this library, not of its users."""
         return NativeAccess(
-            self._source,
-            self._output_spec,
-            self.transform,
-            self.batch_transform,
-            _overrides_record_access(type(self)),
+            self._source, self._output_spec, self.transform, self.batch_transform, _overrides_record_access(type(self))
         )
 
     @property

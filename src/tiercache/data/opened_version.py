@@ -61,12 +61,7 @@ if TYPE_CHECKING:
 class DatasetLocation:
     """The URL of a data set and how it is read: everything except the version and the columns. Picklable.
 
-    Attributes:
-        url: URL of the data set.
-        cache: A Cache; None uses Cache.default() for a data set that is not local; False uses no cache.
-        verify: When pages are checked against their checksums.
-        storage_options: Options of the store.
-        casts: Casts of columns.
+    cache None: Cache.default() for a data set that is not local; False: no cache.
     """
 
     url: str
@@ -76,7 +71,6 @@ class DatasetLocation:
     casts: Casts = field(default_factory=dict)
 
     def open(self) -> Store:
-        """Open the store of the data set, without a cache."""
         return open_store(self.url, **self.storage_options)
 
     def cache_of(self, store: Store) -> Cache | None:
@@ -88,16 +82,12 @@ class DatasetLocation:
         return _default_cache()
 
     def cached(self, store: Store) -> Store:
-        """Return the store with the cache around it, or the store itself if no cache applies."""
         cache = self.cache_of(store)
         return store if cache is None else cache.store(store)
 
 
 def _default_cache() -> Cache | None:
-    """Return the configured cache; None, with a warning, if its folder cannot be used.
-
-    The user did not ask for this cache by name, so the failure is not an error.
-    """
+    """Return the configured cache; None, with a warning, if its folder cannot be used: nobody named this cache."""
     try:
         return Cache.default()
     except OSError as error:
@@ -115,10 +105,7 @@ _warned: set[tuple[str, int, str]] = set()
 
 
 def warn_if_larger(url: str, dataset_id: str, shard_bytes: NDArray[np.int64], cache: Cache) -> None:
-    """Warn once per process about a data set, of shards of these sizes (int64[n]), that the cache cannot hold whole.
-
-    If the data set fits, the cache itself warns later, when it has no space.
-    """
+    """Warn once per process about a data set that the cache cannot hold whole."""
     limit_bytes, n_bytes = cache.limit_bytes, int(shard_bytes.sum())
     reason = (url, n_bytes, str(cache.path))
     if n_bytes <= limit_bytes:
@@ -139,10 +126,7 @@ def warn_if_larger(url: str, dataset_id: str, shard_bytes: NDArray[np.int64], ca
 
 
 class CopyNames:
-    """The names of the copies of one version's shards and segments.
-
-    Each name is computed once and takes 2 us. Safe from any thread.
-    """
+    """The names of the copies of a version's shards and segments, each computed once (2 us). Safe from any thread."""
 
     def __init__(self, version: Version, table: ShardTable) -> None:
         self._dataset_id = version.dataset_id
@@ -151,7 +135,6 @@ class CopyNames:
         self._names = np.zeros((len(table), NAME_BYTES), np.uint8)  # zeros: not computed yet
 
     def of_shards(self, shards: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return the names of the copies of these shards, uint8[m, 20]."""
         unknown = shards[~self._names[shards].any(axis=1)]
         if len(unknown):
             self._names[unknown] = names_of(self._dataset_id, *self._table.identities(unknown))
@@ -179,9 +162,7 @@ class VersionStores:
     Attributes:
         inner: The data set's own store.
         placed: Store that redirects reads of moved shards, as the placement log says.
-        cache: Cache of the data set; None if it is read without a cache.
         store: Store to read from: the cache around `placed`, or `placed` itself.
-        tiers: State of the tiers: counts uses of shards.
     """
 
     def __init__(self, location: DatasetLocation) -> None:
@@ -200,13 +181,11 @@ class VersionStores:
         return isinstance(self.inner, LocalStore | MemoryStore)
 
     def _is_at_a_disk(self, key: str, identity: ShardIdentity) -> bool:
-        """Return whether a shard lies in a local folder that is not a cache."""
         is_home = isinstance(self.inner, LocalStore) and not self.tiers.is_remote(key)
         return is_home or self.tiers.local_copy(key, identity) is not None
 
     @property
     def has_cache(self) -> bool:
-        """Whether the data set is read through a cache."""
         return isinstance(self.store, CachedStore)
 
     @property
@@ -221,18 +200,14 @@ class VersionStores:
         return store if isinstance(store, CachedStore) else None
 
     def is_worth_fetching(self, key: str, identity: ShardIdentity) -> bool:
-        """Return whether prefetching a shard is useful: it does not lie in a local folder."""
         return not self.tiers.has_moved or not self._is_at_a_disk(key, identity)
 
     def remove_if_corrupt(self, key: str, identity: ShardIdentity) -> bool:
-        """See LocalStore.remove_if_corrupt. Returns False if the store has no local copies."""
         return isinstance(self.store, LocalStore) and self.store.remove_if_corrupt(key, identity)
 
     def prepare_reading(
         self, keys: pa.ChunkedArray, identity: Callable[[int], ShardIdentity], *, reads_all: bool
     ) -> None:
-        """Prepare a run that reads these shards. See TieredReader.prepare_reading."""
-
         def is_cached(i: int) -> bool:
             return isinstance(self.store, CachedStore) and self.store.is_cached(keys[i].as_py(), identity(i))
 
@@ -279,7 +254,6 @@ def _open_shard(
     shard: int,
     **how: Any,
 ) -> ShardReader:
-    """Open a shard of a version through the cache, if there is one."""
     store, info = stores.store, table.info(shard)
     identity = info.identity(dataset_id)
     if past_cache and isinstance(store, CachedStore) and not store.is_cached(info.name, identity):
@@ -310,17 +284,14 @@ class VersionSpec:
     columns: tuple[str, ...]
 
     def open(self) -> OpenedVersion:
-        """Open the version."""
         return OpenedVersion(self.location, self.version, self.columns)
 
 
 class OpenedVersion:
-    """One version of a data set with some of its columns: all access to its shards.
+    """One version of a data set with some of its columns: all access to its shards. Safe from any thread.
 
-    Safe from any thread. After a fork the child opens its own shards. Nothing of a shard is read before it is needed.
-
-    Attributes:
-        schema: Served columns, in order, with their stored types; a cast column is served with another dtype.
+    After a fork the child opens its own shards. Nothing of a shard is read before it is needed. schema has the stored
+    types of the served columns.
     """
 
     fill_ratio: float | None = None  # see Leaf
@@ -359,12 +330,10 @@ class OpenedVersion:
 
     @property
     def url(self) -> str:
-        """URL of the data set, without credentials."""
         return self.inner.url
 
     @property
     def stored(self) -> OpenedVersion:
-        """The version itself. See Leaf."""
         return self
 
     @property
@@ -388,10 +357,7 @@ class OpenedVersion:
         return [known[shard] for shard in shards]
 
     def block_elements(self, shard: int) -> NDArray[np.int64]:
-        """Return the number of elements in each block of the only served column, which is ragged: int64[n_blocks].
-
-        Reads the footer. Raises as `load`.
-        """
+        """Return the elements of each block of the only served column, which is ragged: int64[n_blocks]."""
         footer = self._footer(shard)
         self._block_sizes[shard] = self._sizes_of_footer(shard, footer)
         (column,) = self.stored_columns
@@ -401,25 +367,22 @@ class OpenedVersion:
         return found
 
     def load_shapes(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """Return blocks of a shard, of whose only served column, which is ragged, only the shapes may be read.
-
-        Raises as `load`.
-        """
+        """Return blocks of the only served column, which is ragged; only the shapes may be read."""
         (column,) = self.stored_columns
         return self._read(shard, lambda reader: reader.load_shapes(blocks, column))
 
-    def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """Return blocks of a shard, which stays open for some time, in memory, with the served columns.
+    def load_blocks(self, shard: int, blocks: Sequence[int]) -> Blocks:
+        """Return blocks with the served columns; their shard stays open for some time.
 
         Raises NotFound and StoreError; or CorruptShard if fetching damaged bytes again did not help.
         """
-        return self._read(shard, lambda reader: reader.load(blocks, self.stored_columns))
+        return self._read(shard, lambda reader: reader.load_blocks(blocks, self.stored_columns))
 
     def arrays(self, shard: int, block: int) -> list[pa.Array]:
         """Return a block as Arrow arrays of the served columns, completely checked. Raises as `load`."""
 
         def read(reader: ShardReader) -> list[pa.Array]:
-            loaded = reader.load([block], self.stored_columns)
+            loaded = reader.load_blocks([block], self.stored_columns)
             return [loaded.array(0, column) for column in self.stored_columns]
 
         return self._read(shard, read)
@@ -429,10 +392,7 @@ class OpenedVersion:
         return self._mapped.record(number)
 
     def values(self, records: NDArray[np.int64]) -> list[ColumnValues]:
-        """Return the values of records, int64[n], by column. Raises as `load`, and IndexError.
-
-        Records of mapped shards are read all at once, others shard by shard.
-        """
+        """Return the values of records, int64[n], by column: of mapped shards at once, of others one by one."""
         if not len(records):
             return empty_values(self.schema, self._served)
         found = self.take_mapped(records)
@@ -452,7 +412,6 @@ class OpenedVersion:
         return self._read(shard, lambda reader: reader.take(rows, self.stored_columns))
 
     def take_mapped(self, records: NDArray[np.int64]) -> list[ColumnValues] | None:
-        """Return the values of records if all their shards can be mapped, else None."""
         found = self._mapped.take(records)
         if found is None:
             shards = np.unique(np.searchsorted(self.table.first_record, records, side="right") - 1)
@@ -461,8 +420,8 @@ class OpenedVersion:
                 found = self._mapped.take(records)
         return found
 
-    def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
-        """See Storage.publish. The mapped segments stay in use as long as the plan is published."""
+    def publish_plan(self, plan: ReadingPlan) -> PublishedPlan | None:
+        """See Storage.publish_plan. The mapped segments stay in use as long as the plan is published."""
         if not isinstance(self.store, CachedStore) or self.cache is None:
             return None
         # Read limit_bytes first: it raises if the cache is being closed, and then nothing must have been published.
@@ -471,7 +430,6 @@ class OpenedVersion:
         return published if has_room else shard_reader.ReleasingPlan(published, self._readers, plan)
 
     def prefetch_shards(self, shards: Sequence[int]) -> None:
-        """Start fetching the served columns of these shards where they are not on this machine."""
         fetcher = self.stores.fetcher
         if fetcher is None:
             return
@@ -530,7 +488,7 @@ class OpenedVersion:
     def with_columns(self, columns: Sequence[str], *, past_cache: bool = False) -> OpenedVersion:
         """Return the same version with other columns and its own open shards. Raises SchemaError.
 
-        past_cache: Whether shards that are not cached bypass the cache, because caching them would evict other shards.
+        past_cache: Shards that are not cached bypass the cache, because caching them would evict others.
         """
 
         def make() -> OpenedVersion:
@@ -541,14 +499,12 @@ class OpenedVersion:
         return self._shared((tuple(columns), past_cache), make)
 
     def _shared(self, key: tuple[Any, ...], make: Callable[[], OpenedVersion]) -> OpenedVersion:
-        """Return the live object with this key, or create it."""
         found = self._kin.get(key)
         return self._kin.setdefault(key, make()) if found is None else found
 
     def warm(
         self, shards: Sequence[int], *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None
     ) -> None:
-        """Fetch the served columns of shards into the cache, if there is one."""
         if self.cache is not None:
             objects = self.table.objects(self._dataset_id, np.array(shards, np.int64))
             ranges = self._ranges_of(shards)
@@ -605,10 +561,7 @@ class OpenedVersion:
         return self.table.objects(self._dataset_id, np.array([shard], np.int64))[0]
 
     def _read(self, shard: int, read: Callable[[ShardReader], T]) -> T:
-        """Return the result of read(reader); after CorruptShard, retry if other bytes may come.
-
-        A copy is fetched again; if the cache then gives up the object, the object is read from its store.
-        """
+        """Return the result of read(reader); after CorruptShard, again: from a new copy, then from the store."""
         for _ in range(SHARD_READS_AGAIN):
             reads_store = False
             try:
@@ -637,8 +590,6 @@ class ShardSizes(Protocol):
 
 
 class LeafSpec(Protocol):
-    """Small picklable description of a leaf."""
-
     @property
     def columns(self) -> tuple[str, ...]: ...
 
@@ -649,13 +600,10 @@ class LeafSpec(Protocol):
 
 
 class Leaf(Protocol):
-    """Records in shards and blocks: an `OpenedVersion`, or a `PackedVersion` over one.
+    """Records in shards and blocks: an `OpenedVersion`, which says what the methods do, or a `PackedVersion` over one.
 
-    All methods may be called from any thread. `OpenedVersion` says what they return and raise.
-
-    Attributes:
-        stored: The version whose shards are read; the leaf's shards have the same numbers.
-        fill_ratio: Share of the positions of packed rows that hold stored tokens; None if records are no packed rows.
+    All methods may be called from any thread. stored: The version whose shards are read, with the same numbers.
+    fill_ratio: Share of the positions of packed rows that hold stored tokens; None for other records.
     """
 
     stored_schema: Schema
@@ -678,7 +626,7 @@ class Leaf(Protocol):
 
     def block_sizes(self, shards: Sequence[int], /) -> list[BlockSizes]: ...
 
-    def load(self, shard: int, blocks: Sequence[int], /) -> Blocks: ...
+    def load_blocks(self, shard: int, blocks: Sequence[int], /) -> Blocks: ...
 
     def is_mapped(self, shard: int, /) -> bool: ...
 
@@ -703,11 +651,7 @@ def distinct(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class Storage:
-    """The stored shards of `Records`, whose shard numbers the methods take. Safe from any thread.
-
-    Attributes:
-        versions: The stored versions, each once.
-    """
+    """The stored shards of `Records`, whose shard numbers the methods take. Safe from any thread."""
 
     def __init__(
         self, leaves: tuple[Leaf, ...], leaf_shards: NDArray[np.int64], shard_records: NDArray[np.int64]
@@ -722,16 +666,15 @@ class Storage:
 
     @property
     def can_prefetch(self) -> bool:
-        """Whether prefetch() can fetch anything; if not, no caller needs to compute the shards for it."""
+        """Whether prefetch_shards() can fetch anything; if not, no caller needs to compute the shards for it."""
         return any(version.stores.fetcher is not None for version in self.versions)
 
     @property
     def sends_requests(self) -> bool:
-        """Whether Records.load() sends requests to a store, because there is no cache."""
+        """Whether Records.load_blocks() sends requests to a store, because there is no cache."""
         return any(version.stores.sends_requests for version in self.versions)
 
     def locate(self, shard: int) -> tuple[Leaf, int]:
-        """Return the leaf that has a shard, and the shard's number there."""
         leaf = int(self._leaf_shards.searchsorted(shard, side="right")) - 1
         return self._leaves[leaf], int(shard - self._leaf_shards[leaf])
 
@@ -756,7 +699,7 @@ class Storage:
         ]
 
     def is_mapped(self, shard: int) -> bool:
-        """Whether Records.load() of any block of the shard only maps it, as far as is known without looking."""
+        """Whether Records.load_blocks() of any block of the shard only maps it, as far as is known without looking."""
         leaf, number = self.locate(shard)
         return leaf.is_mapped(number)
 
@@ -769,17 +712,17 @@ class Storage:
         leaf, number = self.locate(shard)
         return leaf.stored.remove_if_corrupt(number)
 
-    def publish(self, plan: ReadingPlan) -> PublishedPlan | None:
-        """Tell the caches when shards are read, until the returned object is closed; None: there is no cache.
+    def publish_plan(self, plan: ReadingPlan) -> PublishedPlan | None:
+        """Tell the caches when shards are read, until the result is closed; None: no cache. Raises OSError.
 
-        All leaves of a version share one plan, because there may be many. Raises OSError if it cannot be written.
+        All leaves of a version share one plan, because there may be many.
         """
         if len(self._leaves) == 1:
-            return self.versions[0].publish(plan)
+            return self.versions[0].publish_plan(plan)
         found: list[PublishedPlan] = []
         try:
             for version, where, shards in self._by_version(plan.shards):
-                one = version.publish(plan_of(plan, where, shards))
+                one = version.publish_plan(plan_of(plan, where, shards))
                 if one is not None:
                     found.append(one)
         except BaseException:  # the plans published so far have no other owner that could withdraw them
@@ -788,11 +731,7 @@ class Storage:
         return PublishedPlans(tuple(found))
 
     def prepare_reading(self, shards: NDArray[np.int64]) -> None:
-        """Check that a run can read these shards, int64[m]. The engine calls it before the first epoch.
-
-        Raises ArchivedShards, which names all shards that must be restored first; or StoreError if their location is
-        unknown.
-        """
+        """Check that a run can read these shards. Raises ArchivedShards with all shards that must be restored."""
         for version, _, numbers in self._by_version(shards[self._shard_records[shards] > 0]):
             version.prepare_reading(distinct(numbers))
 
@@ -802,15 +741,11 @@ class Storage:
             leaf.stored.prefetch_shards(numbers.tolist())
 
     def prefetch_blocks(self, shard: int, blocks: Sequence[int]) -> None:
-        """Start to fetch blocks that are loaded next, before all that prefetch() was asked for; returns at once.
-
-        A shard that the cache does not admit is skipped.
-        """
+        """Start to fetch blocks that are loaded next, before whole shards, if the cache admits the shard."""
         leaf, number = self.locate(shard)
         leaf.prefetch_blocks(number, blocks)
 
     def warm(self, *, jobs: int, on_progress: Callable[[WarmProgress], None] | None = None) -> None:
-        """Fetch the served columns of all shards with selected records into the cache. See Dataset.warm."""
         for leaf, _, numbers in self.by_leaf(np.flatnonzero(self._shard_records)):
             leaf.stored.warm(numbers.tolist(), jobs=jobs, on_progress=on_progress)
 
@@ -831,19 +766,15 @@ class Storage:
             version.on_close(keeper)
 
     def close(self) -> None:
-        """Release shards and connections. The records may be read again afterwards."""
         for version in self.versions:
             version.close()
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedPlans:
-    """Several published plans as one (`model.PublishedPlan`)."""
-
     every: tuple[PublishedPlan, ...]
 
     def advance(self, clock: int) -> None:
-        """See PublishedPlan.advance; advances all of them."""
         for one in self.every:
             one.advance(clock)
 

@@ -689,7 +689,7 @@ def image_decode_error(source: Records, column: str, record: int, reason: str) -
     block_ends = np.cumsum(source.block_sizes([shard])[0].records)
     block = int(np.searchsorted(block_ends, within, side="right"))
     try:
-        url = source.load(shard, [block]).url
+        url = source.load_blocks(shard, [block]).url
     except TierCacheError:  # The shard can no longer be read; the image's error is the one to report.
         url = source.url
     message = f"record {record}: the image cannot be decoded: {reason}"

@@ -352,8 +352,8 @@ class PackedVersion:
     def _units(self, shard: int) -> slice:
         return slice(int(self.index.first_unit[shard]), int(self.index.first_unit[shard + 1]))
 
-    def load(self, shard: int, units: Sequence[int]) -> PackedBlocks:
-        """Load units of a shard: read, check and decode their documents, and plan their rows. See OpenedVersion.load.
+    def load_blocks(self, shard: int, units: Sequence[int]) -> PackedBlocks:
+        """Load units of a shard: read and check their documents, and plan their rows.
 
         Raises CorruptShard also if a unit has another number of rows than when the index was made.
         """
@@ -369,10 +369,7 @@ class PackedVersion:
         inner, documents = _load_documents(self._below, shard, blocks[filled], table)
         first_block = np.append(np.searchsorted(unit_of_block, np.arange(len(numbers))), len(unit_of_block))
         planned = packing.PackedUnits(
-            self._packing,
-            documents.lengths,
-            documents.addresses,
-            documents.first[first_block],
+            self._packing, documents.lengths, documents.addresses, documents.first[first_block]
         )
         if not np.array_equal(planned.n_rows, self.index.n_rows[of_shard][numbers]):
             raise CorruptShard("the lengths of its documents changed since they were packed", url=inner.url)
@@ -400,7 +397,7 @@ class PackedVersion:
         for shard in np.unique(shards).tolist():
             where = np.flatnonzero(shards == shard)
             chosen, position = np.unique(units[where], return_inverse=True)
-            loaded = self.load(shard, (chosen - self.index.first_unit[shard]).tolist())
+            loaded = self.load_blocks(shard, (chosen - self.index.first_unit[shard]).tolist())
             rows = (records[where] - self._first_row[units[where]]).astype(np.uint32)
             for column, values in self._gathered(loaded, position.reshape(-1).astype(np.uint32), rows):
                 if isinstance(values, np.ndarray):
@@ -475,7 +472,7 @@ def _load_documents(
     below: Records, shard: int, blocks: NDArray[np.int64], table: BlockSizes
 ) -> tuple[Blocks, _Documents]:
     """Load and check blocks of a shard, and find their selected documents."""
-    inner = below.load(shard, blocks.tolist())
+    inner = below.load_blocks(shard, blocks.tolist())
     renew_checks(inner)
     _check(inner)
     first, block, row = _selected_rows(below, shard, blocks, table)

@@ -42,15 +42,13 @@ if TYPE_CHECKING:
 class Selection:
     """Record numbers of a source, each 0 or more, in served order; numbers may be repeated. Immutable.
 
-    The sorted numbers (stored order) are kept as runs of consecutive numbers, so that a range costs the same whatever
-    its length: 16 bytes per run, and 8 bytes per record if the served order differs from stored order and is not a
-    `PermutedOrder`.
+    The sorted numbers are kept as runs, so a range costs the same whatever its length: 16 bytes per run, and 8 bytes
+    per record if the served order is neither stored order nor a `PermutedOrder`.
 
     Attributes:
         starts: int64[k], first number of each run; read-only.
         first: int64[k + 1], count of numbers in the runs before each run; read-only.
-        order: int64[n], place in stored order of each served record; read-only. None: the served order is the stored
-            order.
+        order: int64[n], place in stored order of each served record; None: stored order.
     """
 
     order: ServedOrder | None
@@ -79,10 +77,7 @@ class Selection:
 
     @staticmethod
     def of_runs(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Selection:
-        """Return the selection of runs of numbers: int64[k] first numbers, never descending, and lengths, 1 or more.
-
-        Adjacent runs are merged.
-        """
+        """Return the selection of runs that never descend: first numbers and lengths, 1 or more."""
         if not len(starts):
             return Selection.span(0, 0)
         heads = np.flatnonzero(np.r_[True, starts[1:] != (starts + lengths)[:-1]])
@@ -98,7 +93,6 @@ class Selection:
 
     @property
     def stop(self) -> int:
-        """Largest number plus one; 0 if the selection is empty."""
         return int(self.starts[-1] + self.first[-1] - self.first[-2]) if len(self) else 0
 
     @cached_property
@@ -113,7 +107,6 @@ class Selection:
         return found.hexdigest()[:32]
 
     def is_all(self, n: int) -> bool:
-        """Return whether the selection is all of n records, in their order."""
         return self.order is None and (self._is_order_of(n) or len(self) == n == 0)
 
     def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -222,9 +215,8 @@ class BlockSpans:
 class RowTables:
     """Translates rows of a selection to rows of their blocks. Safe from any thread, and after a fork.
 
-    If the selected rows of each block are one run, as with ranges, a row is shifted by the number of omitted rows
-    before it. Otherwise the rows of all the blocks are laid out once (4 bytes each) and then looked up: a binary search
-    per row would cost a cache miss per step.
+    If the selected rows of each block are one run, a row is shifted. Otherwise the rows of all the blocks are laid out
+    once (4 bytes each) and looked up: a binary search per row would cost a cache miss per step.
     """
 
     def __init__(self, selection: Selection) -> None:
@@ -235,11 +227,7 @@ class RowTables:
     def rows(
         self, key: bytes, spans: Callable[[], BlockSpans], block: NDArray[np.uint32], row: NDArray[np.uint32]
     ) -> NDArray[np.uint32]:
-        """Return the rows in the stored blocks, uint32[n].
-
-        key identifies the blocks and their order; spans() is called if it is new. block: uint32[n], index of each row's
-        block; row: uint32[n], its number among the selection's rows of the block.
-        """
+        """Return the rows in the stored blocks. key identifies the blocks; spans() is called if it is new."""
         if not len(block):
             return row
         shift, laid_out = self._table(key, spans)
@@ -301,7 +289,6 @@ class Step:
     selects_by_place: ClassVar[bool] = True
 
     def choose(self, records: Records) -> Selection:
-        """Return which of the records stay, as served places."""
         raise NotImplementedError
 
 
@@ -390,12 +377,7 @@ class StoredOrderStep(Step):
 
 @dataclass(frozen=True, slots=True)
 class ViewNode:
-    """Some of the records of the node below.
-
-    Attributes:
-        selection: Result of the steps, as served places of the node below; None: evaluate the steps.
-        selects_all: Whether the selection is all records in their order.
-    """
+    """Some of the records of the node below. selection None: evaluate the steps."""
 
     below: Node
     steps: tuple[Step, ...]
@@ -405,10 +387,7 @@ class ViewNode:
 
 @dataclass(frozen=True, slots=True)
 class JoinNode:
-    """The records of several nodes, one after the other, or mixed by weight.
-
-    weights: See `MixtureSpec.weights`; empty if the nodes are not mixed.
-    """
+    """The records of several nodes, one after the other, or mixed by weight if there are weights."""
 
     below: tuple[Node, ...]
     weights: tuple[int, ...] | Schedule = ()
@@ -428,12 +407,10 @@ class RecordsSpec:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Names of the served columns, in order."""
         return self.leaves[0].columns
 
     @property
     def versions(self) -> tuple[int, ...]:
-        """Version number of each leaf."""
         return tuple(leaf.version for leaf in self.leaves)
 
     def open(self) -> Records:
@@ -450,16 +427,11 @@ class Records:
 
     Attributes:
         leaves: The versions that are read; a version that is joined several times is several leaves.
-        storage: Where the shards are: cache, prefetch, counters.
-        node: How the records are derived from the leaves.
         selection: Selected records, by their stored numbers in all leaves; None: all of them in stored order.
-        mixture: The mixture of the node's parts; None: the parts follow one another.
-        n_records: Number of records that are served. Of a mixture, a record counts as often as an epoch serves it.
+        n_records: Number of served records. Of a mixture, a record counts as often as an epoch serves it.
         first_record: int64[n_shards + 1], number of the selected records before each shard, then of all.
         shard_records: int64[n_shards], number of the selected records of each shard.
         shard_bytes: int64[n_shards], stored bytes of each whole shard.
-        schema: Served columns, in order, which are the same in all leaves.
-        url: URL of the first data set, without credentials.
     """
 
     def __init__(
@@ -494,14 +466,12 @@ class Records:
         self.storage = Storage(leaves, self._leaf_shards, self.shard_records)
 
     def _over(self, leaves: Iterator[Leaf]) -> Records:
-        """Return the same records of other objects of the same versions."""
         other = copy.copy(self)
         other._read(tuple(leaves))  # noqa: SLF001 -- of this class
         return other
 
     @property
     def spec(self) -> RecordsSpec:
-        """Description that opens the records again."""
         return RecordsSpec(tuple(leaf.spec for leaf in self.leaves), self.node)
 
     @property
@@ -528,10 +498,7 @@ class Records:
 
     @cached_property
     def record_order(self) -> ServedOrder | None:
-        """Place of each served record among the selected records in stored order, int64[n]; None: in that order.
-
-        Of a mixture, the order of an unshuffled epoch: samplers number records by it.
-        """
+        """Place of each served record in stored order; None: in that order. Samplers number a mixture by it."""
         if self.mixture is not None:
             return self._unmixed_numbers(np.arange(self.n_records))
         return None if self.selection is None else self.selection.order
@@ -543,7 +510,6 @@ class Records:
 
     @property
     def is_packed(self) -> bool:
-        """Whether records are packed rows (`data/packing.py`)."""
         return self.leaves[0].fill_ratio is not None
 
     @property
@@ -563,10 +529,10 @@ class Records:
             n_rows = np.concatenate([part * share / part.sum() for part, share in zip(parts, shares, strict=True)])
         return float(np.average(np.array(ratios, np.float64), weights=n_rows))
 
-    def load(self, shard: int, blocks: Sequence[int]) -> Blocks:
-        """Load the served columns of some blocks of a shard, which stays open for some time. See OpenedVersion.load."""
+    def load_blocks(self, shard: int, blocks: Sequence[int]) -> Blocks:
+        """Load blocks of a shard with the served columns. See OpenedVersion.load_blocks."""
         leaf, number = self.storage.locate(shard)
-        return leaf.load(number, blocks)
+        return leaf.load_blocks(number, blocks)
 
     def arrays(self, shard: int, block: int) -> list[pa.Array]:
         """Return a whole stored block as Arrow arrays of the served columns, completely checked."""
@@ -574,11 +540,7 @@ class Records:
         return leaf.stored.arrays(number, block)
 
     def block_sizes(self, shards: Sequence[int]) -> list[BlockSizes]:
-        """Return the block sizes of each of these shards, from their footers, which are read concurrently.
-
-        records: Number of the selected records of each block; raw_bytes: of the whole block. A shard without selected
-        records has no blocks.
-        """
+        """Return the selected records and the raw bytes of the blocks of shards, from their footers."""
         if self.node is None:
             return self.leaves[0].block_sizes(shards)
         chosen = [shard for shard in dict.fromkeys(shards) if self.shard_records[shard]]
@@ -610,8 +572,7 @@ class Records:
     ) -> NDArray[np.uint32]:
         """Return for selected rows their numbers among all rows of the stored block, uint32[n].
 
-        shards, blocks: int32[k], the shard of each of k blocks, and the block's number there. block: uint32[n], index
-        of each row's block among the k. row: uint32[n], number of each row among the selected rows of its block.
+        shards, blocks: int32[k]. block: index of each row's block among the k. row: number among its selected rows.
         """
         selection = self.selection
         if selection is None or self._rows is None:
@@ -629,10 +590,7 @@ class Records:
         return BlockSpans(first, position, selection.n_below(first + n_rows) - position)
 
     def record(self, number: int) -> dict[str, Any] | None:
-        """Return a served record as a dict of values by column; None if it is not mapped: then call `values`.
-
-        Raises IndexError.
-        """
+        """Return a served record by column; None if it is not mapped: then call `values`. Raises IndexError."""
         if not 0 <= number < self.n_records:
             raise IndexError(f"record {number} of a data set of {self.n_records}")
         if self.mixture is not None:
@@ -677,10 +635,7 @@ class Records:
         return records if self.selection is None else self.selection.numbers(records)
 
     def at_versions(self, versions: Sequence[int]) -> Records:
-        """Return records selected and joined in the same way at other versions, one per entry of `parts`.
-
-        Raises NotFound.
-        """
+        """Return records selected and joined in the same way at other versions. Raises NotFound."""
         leaves = [leaf.at_version(number) for leaf, number in zip(self.leaves, versions, strict=True)]
         return build(self.node, iter(leaves), is_known=False)
 
@@ -689,17 +644,11 @@ class Records:
         return self._over(leaf.with_columns(columns) for leaf in self.leaves)
 
     def for_scan(self, columns: Sequence[str]) -> Records:
-        """Return records as `with_columns` does, for a single pass: shards that are not cached bypass the cache.
-
-        Caching them would evict other shards. The records are no packed rows.
-        """
+        """Return records for a single pass over columns: uncached shards bypass the cache, to evict no others."""
         return self._over(leaf.stored.with_columns(columns, past_cache=True) for leaf in self.leaves)
 
     def with_step(self, step: Step, chosen: Selection | None = None) -> Records:
-        """Return the view that a step makes. Steps over a view, and lists of numbers, are merged.
-
-        chosen: What step.choose() returns, if the caller has it.
-        """
+        """Return the view that a step makes (chosen: its result, if known). Lists of numbers are merged."""
         chosen, node = step.choose(self) if chosen is None else chosen, self.node
         if not isinstance(node, ViewNode) or node.selection is None:
             return _view(self, (step,), chosen)
@@ -783,8 +732,7 @@ def _joined_selection(parts: Sequence[Records]) -> Selection | None:
 def mix(parts: Sequence[Records], weights: Sequence[Any], stop: Stop) -> Records:
     """Return the parts mixed by weight. Record i is the record at position i of an unshuffled epoch.
 
-    Each part is taken in stored order, and again from its start after its end. Raises SchemaError; or ValueError if a
-    part has no records, or the weights are invalid.
+    Each part is taken in stored order, and again from its start after its end. Raises SchemaError and ValueError.
     """
     # A mixture decides the order itself: explicit orders of the parts are dropped.
     parts = [part if part.record_order is None else part.with_step(StoredOrderStep()) for part in parts]

@@ -96,7 +96,6 @@ def arrow_batches(source: Records) -> Iterator[pa.RecordBatch]:
 
 
 def _take_arrow(source: Records, records: NDArray[np.int64]) -> list[pa.Array]:
-    """Return the values of served records as Arrow arrays. Each block is read once."""
     arrays, positions = [], []
     for shard, block, where, rows in source.places(records):
         positions.append(where)
@@ -106,8 +105,6 @@ def _take_arrow(source: Records, records: NDArray[np.int64]) -> list[pa.Array]:
 
 @dataclass(frozen=True, slots=True)
 class FilterStep(Step):
-    """Records for which an expression is true."""
-
     expression: pc.Expression
     selects_by_place: ClassVar[bool] = False
 
@@ -130,8 +127,7 @@ def _filter(compressed: bytes) -> FilterStep:
 def matching(source: Records, expression: pc.Expression) -> Selection:
     """Return which records make an expression true (null is not true), as a selection of served records.
 
-    Raises SchemaError if a column does not exist, or the expression is not a condition over the columns and their
-    values; ValueError for packed rows; CorruptShard and StoreError.
+    Raises SchemaError if the expression is not a condition over the columns and their values; ValueError.
     """
     if source.is_packed:
         raise ValueError("packed rows cannot be filtered: filter the documents, and pack the result")
@@ -168,10 +164,9 @@ def in_served_order(values: NDArray[Scalar], order: ServedOrder) -> NDArray[Scal
 
 
 def map_tables(source: Records, names: Sequence[str], function: Callable[[pa.Table], T]) -> list[T]:
-    """Return the function's results for tables of some columns, in stored order; several threads call it.
+    """Return the function's results for tables of stored columns, in stored order; several threads call it.
 
-    Each table has the source's records in some neighbouring blocks, as they are stored. The columns need not be among
-    the served ones. Those of a mixture are the stored records of its parts. Raises SchemaError for an unknown column.
+    Each table has the source's records in some neighbouring blocks. Those of a mixture are those of its parts.
     """
     scanned = source.for_scan(names)
 
@@ -185,7 +180,6 @@ def map_tables(source: Records, names: Sequence[str], function: Callable[[pa.Tab
 
 
 def _table(source: Records, shard: int, blocks: NDArray[np.int64], table: BlockSizes) -> pa.Table:
-    """Return the source's records in blocks of a shard."""
     arrays = [source.arrays(shard, block) for block in blocks.tolist()]
     # Compute functions do not support extension types: they see the bytes of an image.
     stored = [[one.storage if isinstance(one.type, pa.BaseExtensionType) else one for one in block] for block in arrays]
@@ -282,15 +276,7 @@ def _chunks(table: BlockSizes) -> Iterator[NDArray[np.int64]]:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How records are split. Picklable; the parts are evaluated anew on each version.
-
-    Attributes:
-        names: Names of the parts, in order.
-        weights: Relative size of each part, whole numbers of 1 or more.
-        seed: Seed of the random choice.
-        by: Column whose values are shared out by themselves. None: all records together.
-        by_hash: Column whose hash decides the part of a record. None: the part is drawn.
-    """
+    """How records are split: by weights, drawn (also within each class of `by`) or by hash. Picklable."""
 
     names: tuple[str, ...]
     weights: tuple[int, ...]
@@ -319,12 +305,7 @@ class Split:
         return Split(tuple(fractions), weights, seed, by, by_hash)
 
     def parts(self, records: Records) -> list[Selection]:
-        """Return the parts of some records, as selections of served places in their order.
-
-        Raises:
-            SchemaError: A column does not exist, or its values are no classes or keys.
-            ValueError: A part has no records.
-        """
+        """Return the parts of some records, in their order. Raises SchemaError; ValueError for an empty part."""
         part_of = self._at_random(records) if self.by_hash is None else self._by_hash(records, self.by_hash)
         order = np.argsort(part_of, kind="stable")  # linear time for 16 bits
         ends = np.cumsum(np.bincount(part_of, minlength=len(self.names)))
@@ -377,13 +358,8 @@ def key_hash(value: int | str | bytes | None, key: bytes) -> int:
 def share_out(counts: Sequence[int], weights: Sequence[int]) -> list[list[int]]:
     """Return the sizes of the parts of each class: each is the exact share, rounded down or up.
 
-    The records of a class that rounding down leaves over go to the parts that have the fewest records compared with
-    their exact shares of all classes so far. So the sums over all classes are close to the exact shares too. For a
-    single class this is the largest-remainder method.
-
-    Args:
-        counts: Number of records of each class.
-        weights: Relative size of each part.
+    The records that rounding leaves over go to the parts that are farthest behind their exact shares of all classes so
+    far, so the sums over all classes are close too. For one class this is the largest-remainder method.
     """
     total, behind, found = sum(weights), [0] * len(weights), []
     for count in counts:
@@ -400,8 +376,6 @@ def share_out(counts: Sequence[int], weights: Sequence[int]) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class SplitStep(Step):
-    """One part of a split: `part` is its number."""
-
     split: Split
     part: int
     selects_by_place: ClassVar[bool] = False
@@ -428,10 +402,7 @@ def hash_splits(node: Node) -> set[tuple[str, int]]:
 
 
 def class_codes(records: Records, name: str) -> NDArray[np.int32]:
-    """Return a number for each record, int32[n], equal for equal values of a column: 0 for null, then as they occur.
-
-    Raises SchemaError: The column does not exist, or its values are not classes.
-    """
+    """Return a number for each record, int32[n], equal for equal values: 0 for null. Raises SchemaError."""
     _check_column(records, name, "by", _CLASSES)
     encoded = map_tables(records, [name], lambda table: table.column(0).dictionary_encode().combine_chunks())
     if not encoded:

@@ -137,7 +137,7 @@ class CorruptionMap:
             if shard in self._shards:
                 break
             try:
-                rows = _bad_rows(self.source.load(shard, [block]), gather_streams(self.source.schema))
+                rows = _bad_rows(self.source.load_blocks(shard, [block]), gather_streams(self.source.schema))
             except CorruptShard:
                 rows = None
             if rows is None or len(rows):

@@ -641,7 +641,7 @@ class ReadingPlanPublisher:
         # Closed while the plan was computed. The cache may be closed too, and must not be opened again.
         if self._is_closed:
             return None
-        return source.storage.publish(replace(plan, reader=self._reader(share)))
+        return source.storage.publish_plan(replace(plan, reader=self._reader(share)))
 
     def _reader(self, share: OrderShare) -> str:
         """Return ReadingPlan.reader; "" for a single rank.

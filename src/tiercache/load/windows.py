@@ -231,7 +231,7 @@ class WindowLoad:
         """Return the window when all of it is loaded. May be called once.
 
         Raises:
-            CorruptShard, StoreError: See `ShardReader.load`.
+            CorruptShard, StoreError: See `ShardReader.load_blocks`.
             CancelledError: The pipeline stopped.
         """
         n_blocks, base = len(self.window.blocks), self._base
@@ -278,7 +278,7 @@ class WindowLoad:
     def _load(self, indices: NDArray[np.int64]) -> Blocks:
         shard = int(self.window.shards[indices[0]])
         try:
-            blocks = self._source.load(shard, self.window.blocks[indices].tolist())
+            blocks = self._source.load_blocks(shard, self.window.blocks[indices].tolist())
             # A single row needs one or two pages of 4 KiB; checking it would read 64 KiB.
             if self.window.reads_whole_blocks:
                 renew_checks(blocks)

@@ -157,7 +157,6 @@ def _furthest(deviations: Mapping[int, int], preferred: Sequence[int]) -> int:
 
 
 def stream_records(n_records: int, n_streams: int, stream: int) -> int:
-    """Return the number of records of one stream: ceil((n_records - stream) / n_streams)."""
     return max(0, -((stream - n_records) // n_streams))
 
 
@@ -422,7 +421,6 @@ class MixturePart:
         return self.options.streams if self.options.shuffle else 1
 
     def order(self, own_epoch: int) -> EpochOrder:
-        """Return the part's order of one part epoch."""
         found = self._orders.get(own_epoch)
         if found is None:
             found = EpochOrder(self.sizes, self.options, own_epoch)
@@ -480,7 +478,6 @@ class PartDraws:
 
     @staticmethod
     def of(part: MixturePart, allocation: StreamAllocation, turned: int, quota: int, epoch: int) -> PartDraws:
-        """Return the draws of a stream of the mixture in an epoch."""
         if part.n_streams == allocation.n_streams:
             length = stream_records(part.n_records, part.n_streams, turned)
             return PartDraws(part, turned, epoch * quota, 1, quota, length, [])
@@ -549,7 +546,6 @@ class PartDraws:
         return DrawRange(window, start, stop, self, is_whole=False)
 
     def _draws_before(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return how many draws come before each number of the sequence."""
         return np.clip(-((self.base - numbers) // self.step), 0, self.quota)
 
 
@@ -659,7 +655,6 @@ class MixtureSpec:
 
     @property
     def schedule(self) -> Schedule:
-        """The weights from each position on; one entry if they do not change."""
         return _schedule(self.weights)
 
     @property
@@ -672,7 +667,6 @@ class MixtureSpec:
         return slice(self.first_shards[part], ends[part])
 
     def part_records(self, shard_records: NDArray[np.int64]) -> tuple[int, ...]:
-        """Return the number of records of each part."""
         found = tuple(
             int(shard_records[self.shards_of(part, len(shard_records))].sum()) for part in range(self.n_parts)
         )
@@ -693,10 +687,7 @@ class MixtureSpec:
         return sum(self.epoch_shares(part_records))
 
     def epoch_shares(self, part_records: Sequence[int]) -> tuple[int, ...]:
-        """Return the number of records of each part in an epoch: its exact share, rounded to one record.
-
-        Raises as epoch_records.
-        """
+        """Return the number of records of each part in an epoch: its exact share, rounded to one record."""
         return self.allocation(part_records, 1).totals
 
     def allocation(self, part_records: Sequence[int], n_streams: int) -> StreamAllocation:
@@ -706,7 +697,6 @@ class MixtureSpec:
 
 
 def _schedule(weights: Sequence[Any]) -> Schedule:
-    """Return weights, which may change, as a schedule."""
     return tuple(weights) if isinstance(weights[0], Sequence) else ((0, tuple(weights)),)
 
 
@@ -833,11 +823,7 @@ class StoredMixture:
         return self._shares.n_records
 
     def locate(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the part of each record, int64[n], and its number in that part, int64[n].
-
-        Raises:
-            IndexError: A number is outside [0, len).
-        """
+        """Return the part of each record and its number in that part. Raises IndexError."""
         numbers = np.asarray(numbers, np.int64)
         if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(self):
             outside = numbers[(numbers < 0) | (numbers >= len(self))][0]
@@ -864,7 +850,6 @@ class MixtureSection:
     _runs: dict[int, DrawRange] = field(repr=False)  # by part, in the order of windows
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """See Section.rows. Raises ValueError if the positions are outside the section."""
         if not 0 <= lo <= hi <= self.stop - self.start:
             raise ValueError(f"positions [{lo}, {hi}) are outside a section of {self.stop - self.start} positions")
         block, row = allocate_rows(hi - lo), allocate_rows(hi - lo)
@@ -930,15 +915,10 @@ class MixtureOrder:
 
     @property
     def n_streams(self) -> int:
-        """Number of streams, as the options say; 1 without shuffle."""
         return self._allocation.n_streams
 
     def stream_records(self, stream: int) -> int:
-        """Return the number of records of a stream: ceil((n_records - stream) / n_streams).
-
-        Raises:
-            ValueError: There is no such stream.
-        """
+        """See Order.stream_records."""
         if not 0 <= stream < self.n_streams:
             raise ValueError(f"there is no stream {stream}: the order has {self.n_streams}")
         return stream_records(self.n_records, self.n_streams, stream)

@@ -132,22 +132,14 @@ class RankPlan:
         return range(start // length, (start + self.batch_size - 1) // length + 1)
 
     def positions(self, i: int) -> NDArray[np.int64]:
-        """Return the positions in the epoch of batch i, in served order, which is ascending.
-
-        Raises:
-            IndexError: There is no such batch.
-        """
+        """Return the positions of batch i, ascending as they are served. Raises IndexError."""
         if not 0 <= i < self.n_batches:
             raise IndexError(f"there is no batch {i}: the rank has {self.n_batches} batches")
         start = i * self.batch_size
         return self.positions_between(start, min(start + self.batch_size, self.n_served))
 
     def positions_between(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Return the positions in the epoch of rows [start, stop) of this rank's concatenated batches, in served order.
-
-        Raises:
-            IndexError: The rows do not exist.
-        """
+        """Return the positions of rows [start, stop) of this rank's concatenated batches. Raises IndexError."""
         if not 0 <= start <= stop <= self.n_served:
             raise IndexError(f"rows [{start}, {stop}) are not within the rank's {self.n_served} rows")
         full_stop = self.n_full * self.batch_size
@@ -224,7 +216,6 @@ class RankPlan:
 
     @property
     def _n_last(self) -> int:
-        """Number of records of the last, incomplete batch, if there is one."""
         start, stop = self._last_share
         return stop - start if stop > start else self.n_padding
 

@@ -130,17 +130,13 @@ def ramp(window_bytes: int) -> tuple[int, ...]:
 
 
 def offsets_of_counts(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the cumulative sums from 0, int64[n + 1]."""
     found = np.zeros(len(values) + 1, np.int64)
     np.cumsum(values, out=found[1:])
     return found
 
 
 def cut_by_size(
-    sizes: NDArray[np.int64],
-    limit_bytes: int | None,
-    first_limits: Sequence[int] = (),
-    max_items: int | None = None,
+    sizes: NDArray[np.int64], limit_bytes: int | None, first_limits: Sequence[int] = (), max_items: int | None = None
 ) -> NDArray[np.int64]:
     """Cut items into consecutive runs, each with as many whole items as fit limit_bytes together, at least one.
 
@@ -272,18 +268,13 @@ class OrderOptions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockSizes:
-    """Sizes of the blocks of one shard, from its footer.
-
-    Attributes:
-        records: int64[n_blocks], number of records of each block.
-        raw_bytes: int64[n_blocks], decoded bytes of each block, all columns.
-    """
+    """Sizes of the blocks of one shard, from its footer: records, and decoded bytes of all columns."""
 
     records: NDArray[np.int64]
     raw_bytes: NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        """Convert integer arrays to int64. Raises ValueError if their lengths differ or a number is negative."""
+        """Convert to int64. Raises ValueError if lengths differ or a number is negative."""
         for name in ("records", "raw_bytes"):
             object.__setattr__(self, name, _counts(name, getattr(self, name)))
         if len(self.records) != len(self.raw_bytes):
@@ -307,7 +298,6 @@ class DatasetSizes:
     blocks: Callable[[Sequence[int]], Sequence[BlockSizes]]
 
     def __post_init__(self) -> None:
-        """Convert integer arrays to int64. Raises ValueError if their lengths differ or a number is negative."""
         for name in ("records", "stored_bytes"):
             object.__setattr__(self, name, _counts(name, getattr(self, name)))
         if len(self.records) != len(self.stored_bytes):
@@ -345,7 +335,6 @@ class ExplicitWindow:
 
     @property
     def raw_bytes(self) -> int:
-        """Decoded bytes of its blocks, all columns."""
         return int(self.block_bytes.sum())
 
     @property
@@ -364,27 +353,16 @@ class Section(Protocol):
     """
 
     @property
-    def start(self) -> int:
-        """First position in the stream."""
+    def start(self) -> int: ...
 
     @property
-    def stop(self) -> int:
-        """Position after the last one."""
+    def stop(self) -> int: ...
 
     @property
-    def windows(self) -> tuple[AnyWindow, ...]:
-        """Windows that hold the section's records."""
+    def windows(self) -> tuple[AnyWindow, ...]: ...
 
     def rows(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Return the block and the row of the records at positions [lo, hi), counted from `start`.
-
-        Returns:
-            block: uint32[hi - lo], index into the blocks of all windows, concatenated. row: uint32[hi - lo], row inside
-            the block.
-
-        Raises:
-            ValueError: The positions are outside the section.
-        """
+        """Return block (among those of all windows) and row of the records at positions [lo, hi) from `start`."""
 
 
 class Order(Protocol):
@@ -394,8 +372,7 @@ class Order(Protocol):
     """
 
     @property
-    def n_records(self) -> int:
-        """Number of records of the epoch."""
+    def n_records(self) -> int: ...
 
     @property
     def n_streams(self) -> int:
@@ -405,30 +382,13 @@ class Order(Protocol):
         """Return the number of records of a stream: ceil((n_records - stream) / n_streams)."""
 
     def section_at(self, stream: int, position: int) -> Section:
-        """Return the section that holds a position of a stream. It may read the footers that this section needs.
-
-        Raises:
-            ValueError: The position is outside the stream.
-        """
+        """Return the section that holds a position of a stream; may read its footers. Raises ValueError."""
 
     def shards_ahead(self, stream: int, position: int, n_bytes: int | None) -> NDArray[np.int64]:
-        """Return the shards that are read from a position of a stream on, in reading order. Reads no footers.
+        """Return the shards that are read from a position of a stream on, in reading order, without footers.
 
-        Args:
-            stream: Number of the stream.
-            position: Position in the stream; the end of the stream is allowed.
-            n_bytes: Stored bytes that the shards hold together; None: all shards to the end of the stream.
-
-        Returns:
-            int64[m], shard numbers in the data set; empty at the end of the stream.
-
-        Raises:
-            ValueError: The position is outside the stream.
+        n_bytes: Stored bytes that they hold together; None: to the end of the stream. Raises ValueError.
         """
 
     def groups(self, stream: int) -> ShardGroups:
-        """Return the shard groups of a stream, with the positions over which each one is read. Reads no footers.
-
-        Raises:
-            ValueError: There is no such stream.
-        """
+        """Return the shard groups of a stream, with the positions over which each is read. Raises ValueError."""

@@ -73,8 +73,6 @@ _WILD = frozenset("*?[")
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """File of a source; its path is below the source's root, with "/"."""
-
     path: str
     n_bytes: int
 
@@ -336,11 +334,9 @@ _NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 def find_partitions(files: Files, found: Sequence[SourceFile], stored: Sequence[str] = ()) -> dict[str, UserType]:
-    """Return the types of the partition columns that the files' folders name ("year=2024/"), in their order.
+    """Return the types of the partition columns that the folders name ("year=2024/"), without those in `stored`.
 
-    A column whose values are all integers of up to 18 digits is int64; any other column is str. A column with a null
-    partition is nullable. Columns in `stored` are left out: the values in the files are packed, not the folders'.
-    Raises SchemaError for files with different partition columns.
+    All integers of up to 18 digits: int64; else str. Raises SchemaError for files with different columns.
     """
     texts: dict[str, list[str | None]] = {}
     first = list(_pairs(found[0].path)) if found else []
@@ -364,7 +360,6 @@ def partition_values(path: str, partitions: Mapping[str, UserType], schema: Sche
 
 
 def _pairs(path: str) -> dict[str, str | None]:
-    """Return the partition columns in a path, and their texts."""
     pairs = {}
     for folder in path.split("/")[:-1]:
         name, is_pair, text = folder.partition("=")

@@ -128,13 +128,11 @@ class ImageFolder:
 
     @property
     def splits(self) -> tuple[InputSplit, ...]:
-        """Splits of 64 consecutive files."""
         starts = range(0, len(self.images), _SPLIT_FILES)
         runs = [(start, min(start + _SPLIT_FILES, len(self.images))) for start in starts]
         return tuple(InputSplit("", s, e, sum(f.n_bytes for f in self.images[s:e])) for s, e in runs)
 
     def read(self, split: InputSplit, batch_bytes: int) -> Iterator[InputBatch]:
-        """Yield the files of a split, unchanged. Raises SchemaError."""
         labels = {name: label for label, name in enumerate(self.classes)}
         for run in _runs(self.images[split.start : split.end], batch_bytes):
             paths = [f.path for f in run]

@@ -47,7 +47,6 @@ def type_of(value: object) -> str | None:
 
 
 def join(first: str, second: str) -> str | None:
-    """Return the type that holds the values of both types; None if there is none."""
     kinds = {first, second}
     if len(kinds) == 1:
         return first
@@ -93,13 +92,10 @@ def infer_types(records: Iterable[Mapping[str, Any]], location: Callable[[int], 
 
 
 def say_type(name: str) -> str:
-    """Return the advice to specify a column's type."""
     return f"specify its type, as in schema={{{name!r}: 'str?'}} or --column '{name}=str?'"
 
 
 class _Line(NamedTuple):
-    """Byte range of a line in its file after unpacking, and its record."""
-
     start: int
     end: int
     record: dict[str, Any]
@@ -107,10 +103,7 @@ class _Line(NamedTuple):
 
 @dataclass(frozen=True)
 class JsonLines:
-    """Files of JSON lines, a files.RecordSource.
-
-    Splits are byte ranges of plain files (a line belongs to the range in which it starts), and whole gzipped files.
-    """
+    """Files of JSON lines, a files.RecordSource: byte ranges of plain files, and whole gzipped files."""
 
     files: Files
     schema: Schema
@@ -141,10 +134,7 @@ class JsonLines:
 
 
 def find_jsonl(files: Files, found: Sequence[SourceFile], given: Mapping[str, UserType]) -> JsonLines:
-    """Return the JSON lines of a source, with the schema of the first 1000 records. given: types of some columns.
-
-    Raises SchemaError.
-    """
+    """Return the JSON lines of a source; the first 1000 records give the schema. given: types of some columns."""
     splits = split_files(found)
     sample = list(
         islice(((split.path, line) for split in splits for line in _read_lines(files, split)), _SAMPLE_RECORDS)
@@ -378,10 +368,7 @@ _PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Options of an export: columns in order (None: all), number of files of a folder that are written in parallel.
-
-    jobs=0 stands for one per CPU; overwrite says whether existing files are replaced; compression is one of _CODECS.
-    """
+    """Options of an export. jobs: files of a folder that are written in parallel, 0: one per CPU."""
 
     columns: Sequence[str] | None = None
     jobs: int = 1
@@ -405,19 +392,14 @@ class Export:
     options: ExportOptions = field(default_factory=ExportOptions)
 
     def to_file(self, key: str, on_progress: Callable[[int], None] | None = None) -> int:
-        """Write all records to one Parquet file, which is visible once it is complete.
-
-        Returns the number of records. Raises StoreError (also
-        if the file exists and overwrite is False) and CorruptShard.
-        """
+        """Write all records to one file, which appears complete. Returns their number. Raises StoreError."""
         shards = read_shards(self.source, self.version)
         return self._write(key, shards, range(len(shards)), on_progress)
 
     def to_folder(self, on_progress: Callable[[int], None] | None = None) -> int:
-        """Write `part-00000.parquet`, ...: one file per shard, at least one, options.jobs in parallel. See to_file().
+        """Write `part-00000.parquet`, ...: one file per shard. See to_file().
 
-        Files of a longer export that is overwritten are deleted at the end, because they would be read as part of this
-        one.
+        Files of a longer export that is overwritten are deleted at the end: they would be read as part of this one.
         """
         shards = read_shards(self.source, self.version)
         n_files = max(1, len(shards))
@@ -441,7 +423,6 @@ class Export:
 
     @property
     def schema(self) -> Schema:
-        """Schema of the exported columns."""
         schema = self.version.schema
         return schema if self.options.columns is None else schema.select(self.options.columns)
 
@@ -466,14 +447,13 @@ class Export:
         return n_records
 
     def _row_groups(self, shards: ShardTable, shard: int) -> Iterator[pa.Table]:
-        """Yield a shard's records in tables of about a row group each."""
         info, names = shards.info(shard), self.schema.names
         identity = info.identity(self.version.dataset_id)
         with ShardReader(self.source, info.name, info=info, identity=identity) as reader:
             columns = [reader.schema.index(name) for name in names]
             pending: list[pa.RecordBatch] = []
             for block in range(reader.footer.n_blocks):
-                loaded = reader.load([block], columns)
+                loaded = reader.load_blocks([block], columns)
                 arrays = [loaded.array(0, column) for column in columns]
                 pending.append(pa.RecordBatch.from_arrays(arrays, schema=self.schema.arrow))
                 n_bytes = sum(batch.nbytes for batch in pending)
@@ -485,8 +465,6 @@ class Export:
 
 
 class _UploadFile(io.RawIOBase):
-    """Sequential writable file over an upload. finish() uploads the remaining bytes."""
-
     def __init__(self, upload: Upload, part_bytes: int) -> None:
         self._upload, self._part_bytes = upload, part_bytes
         self._pending = bytearray()

@@ -62,11 +62,10 @@ class CheckedPages:
         self._since_s = SYSTEM_CLOCK.monotonic()
 
     def reset_if_written(self, copy: LocalCopy | None) -> int:
-        """Reset all flags if the file may have been written to since the pages were checked.
+        """Reset all flags if the file may have been written to; a rename or chmod counts. Returns changed_ns().
 
-        A rename, a link or a change of permissions counts as a write. The caller calls this before it reads or sets
-        flags; the file is examined at most once per STAT_INTERVAL_S. Returns LocalCopy.changed_ns(); -1 for a closed
-        copy (None), whose pages are checked once more and not again.
+        Called before flags are read or set; the file is examined at most once per STAT_INTERVAL_S. -1: the copy is
+        closed (None); its pages are checked once more and not again.
         """
         now_s = SYSTEM_CLOCK.monotonic()
         if now_s < self._look_s:
@@ -79,7 +78,6 @@ class CheckedPages:
         return changed_ns
 
     def reset_if_older(self, age_s: float) -> None:
-        """Reset all flags if a page may have been checked more than age_s seconds ago."""
         if SYSTEM_CLOCK.monotonic() - self._since_s > age_s:
             self._forget()
 
@@ -91,11 +89,8 @@ class CheckedPages:
 class PendingChecks:
     """Pending checks of raw chunks in a mapping: the first reader of a page checks it (see gather.pyi).
 
-    Args:
-        rows: uint64[n_chunks, 4], the check arguments of each chunk; zeros if there is nothing to check.
-        checked: Flags of the shard's checked pages. Shared with others; this object keeps a reference.
-        crcs: uint32[n_pages], CRC-32C of the pages. This object keeps a reference, because rows points into it.
-        copy: Weak reference to the mapped copy, so that blocks that are kept do not hold its file descriptor.
+    rows, uint64[n_chunks, 4], are the check arguments of each chunk, zeros if there is nothing to check; they point
+    into crcs and checked. The copy is referenced weakly, so that blocks that are kept do not hold its descriptor.
     """
 
     def __init__(
@@ -119,7 +114,6 @@ class PendingChecks:
         return self.checked.reset_if_written(self._copy())
 
     def reset(self) -> None:
-        """Reset the flags of these chunks' pages, so that they are checked again."""
         for first, last in zip(self._first.tolist(), self._last.tolist(), strict=True):
             self._flags[first:last] = 0
 
@@ -142,14 +136,8 @@ class PendingChecks:
 class LoadedChunks:
     """Addresses of the raw bytes of chunks; valid while `owners` are referenced.
 
-    Attributes:
-        addresses: uint64[n].
-        owners: Objects that own the memory.
-        private_bytes: Number of bytes of memory that is not a mapping.
-        mapped_bytes: uint64[n], stored bytes of each chunk in a mapping, 0 for other chunks; None if no chunk is
-            mapped.
-        pending_checks: Pending checks of the mapped chunks; None if nothing is left to check.
-        copy: The local copy that was read; None if the store was read.
+    mapped_bytes are the stored bytes of each chunk in a mapping, 0 for other chunks. private_bytes are not mapped. copy
+    is None if the store was read.
     """
 
     addresses: Addresses
@@ -167,8 +155,7 @@ _RowRanges: TypeAlias = tuple[Ids, Ids, Ids]
 class Chunks:
     """The chunks of an open shard, numbered by block (block * n_columns + column). Thread-safe.
 
-    Chunks in private memory are checked at each read. `pages` records the checked pages of a mapping; two threads may
-    check the same page, which is harmless.
+    Chunks in private memory are checked at each read, pages of a mapping once (two threads may check the same page).
     """
 
     def __init__(self, source: ByteSource, footer: Footer, verify: Verify) -> None:
@@ -189,7 +176,6 @@ class Chunks:
         return merge_ranges(starts, starts + self._rows["stored"][ids].astype(np.int64), _CHUNK_GAP_BYTES)
 
     def is_cached(self, ids: Ids) -> bool:
-        """Return whether a complete or partial local copy holds these chunks now."""
         copy = self._byte_source.local_copy
         if copy is None:
             return False
@@ -221,16 +207,15 @@ class Chunks:
         elif self._byte_source.n_misses < min(n_bytes // _BYTES_A_REQUEST, _MOST_MISSES):
             return False
         else:
-            self._byte_source.prefetch(self.ranges(ids))
+            self._byte_source.prefetch_ranges(self.ranges(ids))
         return True
 
     def prefetch_blocks(self, blocks: Sequence[int], columns: Sequence[int]) -> None:
-        """Have the local copy fetch these chunks next, if there is one."""
         copy = self._byte_source.local_copy
         # A complete copy costs 1 us here; computing the ranges takes tens of us.
         if copy is not None and not copy.lease.present([ByteRange(0, copy.n_bytes)]):
             ids = chunk_ids(blocks, columns, len(self._footer.schema))
-            self._byte_source.prefetch(self.ranges(ids), urgent=True)
+            self._byte_source.prefetch_ranges(self.ranges(ids), urgent=True)
 
     def loads_whole(self, blocks: Ids, column: int) -> bool:
         """Return whether to load whole chunks of a column for single rows of blocks, and not only their pages."""
@@ -239,7 +224,7 @@ class Chunks:
             return True
         return not (self._rows["codec"][ids] == codec.RAW).any()
 
-    def load(self, ids: Ids) -> LoadedChunks:
+    def load_whole(self, ids: Ids) -> LoadedChunks:
         """Load these chunks into memory, checked and decoded. Raises CorruptShard and StoreError."""
         if not len(ids):
             return LoadedChunks(np.zeros(0, np.uint64))
@@ -270,15 +255,14 @@ class Chunks:
         )
 
     def load_rows(self, blocks: Ids, columns: Sequence[int], position: Ids, row: Ids) -> LoadedChunks:
-        """Load chunks as load() does, but of raw chunks only the pages that hold some rows. No column is ARROW.
+        """Load chunks as load_whole() does, but of raw chunks only the pages that hold some rows. No column is ARROW.
 
-        A page stays where it lies in the file: in the mapping of the local copy, or in private memory of the shard's
-        size, of which only the pages that are read take memory. position, row: int64[n], index of each row's block in
-        blocks, and its number there.
+        A page lies as in the file: in the mapping of the local copy, or in private memory of the shard's size, of which
+        only the pages that are read take memory. position: index of each row's block in blocks.
         """
         ids = chunk_ids(blocks, columns, len(self._footer.schema))
         raw = self._rows["codec"][ids] == codec.RAW
-        whole = self.load(ids[~raw])
+        whole = self.load_whole(ids[~raw])
         rows, runs = self._row_ranges(ids, len(columns), position, row)
         pages = self._pages(rows)
         copy = self._byte_source.ensure_cached(pages) if pages else None
@@ -292,12 +276,9 @@ class Chunks:
         return self._in_pages(ids, raw, whole, memory, copy)
 
     def load_buffer(self, ids: Ids, buffer: int) -> LoadedChunks:
-        """Load chunks as load() does, but of raw chunks only the pages that hold a buffer, given by its index.
-
-        The pages stay where they lie in the file, as in load_rows(). No chunk is of an ARROW column.
-        """
+        """Load chunks as load_rows() does, but only the pages that hold a buffer, given by its index."""
         raw = self._rows["codec"][ids] == codec.RAW
-        whole = self.load(ids[~raw])
+        whole = self.load_whole(ids[~raw])
         offset, length = self._buffer(ids[raw], buffer)
         pages = self._pages([(ids[raw], offset, offset + length)])
         copy = self._byte_source.ensure_cached(pages) if pages else None
@@ -306,7 +287,6 @@ class Chunks:
     def _in_pages(
         self, ids: Ids, raw: npt.NDArray[np.bool_], whole: LoadedChunks, memory: Bytes, copy: LocalCopy | None
     ) -> LoadedChunks:
-        """Return chunks of which the raw ones lie in memory as in the file, and the others are `whole`."""
         addresses = np.uint64(address_of(memory)) + self._rows["offset"][ids]
         addresses[~raw] = whole.addresses
         pending = self._pending(ids, addresses, raw, copy, np.arange(len(ids)))
@@ -354,15 +334,11 @@ class Chunks:
         return ranges, runs
 
     def _buffer(self, chunks: Ids, buffer: int) -> tuple[Ids, Ids]:
-        """Return offset and length of a buffer in each chunk, by the buffer's index in the chunk."""
         rows = self._footer.buffers[self._rows["first_buffer"][chunks] + np.uint64(buffer)].astype(np.int64)
         return rows[:, 0], rows[:, 1]
 
     def _run_ranges(self, memory: Bytes, stream: Stream, chunks: Ids, start: Ids) -> _RowRanges:
-        """Return the ranges of the elements of rows, by their offsets in memory, whose pages are not checked yet.
-
-        Nothing is fetched for wrong offsets; the gather finds them.
-        """
+        """Return the ranges of the elements of rows, by their offsets in memory. The gather finds wrong offsets."""
         sources, n = np.zeros((len(chunks), 3), np.uint64), np.arange(len(chunks), dtype=np.uint32)
         sources[:, 0] = np.uint64(address_of(memory)) + self._rows["offset"][chunks] + start.astype(np.uint64)
         bounds = np.empty((len(chunks), 2), np.int64)
@@ -376,7 +352,6 @@ class Chunks:
         return chunks[fits], ends[:, 0], ends[:, 1]
 
     def _pages(self, ranges: Sequence[_RowRanges]) -> list[ByteRange]:
-        """Return the pages that hold byte ranges of chunks, with adjacent pages in one range."""
         if not ranges:
             return []
         chunks, starts, ends = (np.concatenate([one[i] for one in ranges]) for i in range(3))
@@ -389,10 +364,7 @@ class Chunks:
     def _pending(
         self, ids: Ids, addresses: Addresses, paged: npt.NDArray[np.bool_], copy: LocalCopy | None, order: Ids
     ) -> PendingChecks | None:
-        """Return the pending checks of chunks whose pages the gather checks when it first reads them; None if none are.
-
-        Checking 500 MB here would delay the first batch. copy: Copy whose mapping holds the chunks; None: own memory.
-        """
+        """Return the checks of chunks whose pages the gather checks when it first reads them. copy None: own memory."""
         if self._verify == "never" or not paged.any():
             return None
         is_kept = self._verify == "first" and copy is not None
@@ -423,10 +395,7 @@ class Chunks:
         return memory, (offsets + shifts[of_range]).astype(np.uint64)
 
     def _read_checked(self, ids: Ids, copy: LocalCopy | None) -> tuple[list[Bytes], Addresses]:
-        """Read stored bytes of chunks into private memory and compare their checksums. Returns memory and addresses.
-
-        Chunks from a store whose bytes are wrong are read again, because they may have been damaged in transit.
-        """
+        """Read stored bytes of chunks into private memory and compare their checksums; on damage, read again."""
         memory, addresses = self._read(ids, copy)
         parts, wrong = [memory], self._wrong(ids, addresses)
         for _ in range(READS_AGAIN if copy is None else 0):
@@ -440,7 +409,6 @@ class Chunks:
         return parts, addresses
 
     def _wrong(self, ids: Ids, addresses: Addresses) -> Ids:
-        """Return the positions of the chunks whose stored bytes do not match their checksums."""
         if self._verify == "never" or not len(ids):
             return np.zeros(0, np.int64)
         rows = self._rows[ids]
@@ -474,8 +442,7 @@ def chunk_ids(blocks: npt.ArrayLike, columns: Sequence[int], n_columns: int) -> 
     return numbers.ravel()
 
 
-def _no_copy() -> None:
-    """Stand for the weak reference to a copy where there is none."""
+def _no_copy() -> None: ...
 
 
 Indices: TypeAlias = npt.NDArray[np.uint32]
@@ -486,22 +453,16 @@ CHECKED_FOR_S = 600.0
 
 
 class Blocks:
-    """Loaded blocks of a shard, with some of its columns.
+    """Loaded blocks of a shard, with some of its columns. Immutable and thread-safe.
 
-    Immutable and thread-safe. The object keeps its memory until it is dropped; a mapping pins its file without a file
-    descriptor.
+    The object keeps its memory; a mapping pins its file without a file descriptor.
 
     Attributes:
-        schema: Schema of the shard.
-        url: URL of the shard, for errors.
-        blocks: Numbers of the blocks in the shard.
-        columns: Indices of the columns in the schema.
+        blocks, columns: Numbers in the shard and in the schema.
         n_rows: int64[n_blocks], number of records of each block.
-        streams: Streams of the columns, in order.
         addresses: uint64[n_streams, n_blocks, 3], (values, offsets, number of elements) of each stream and block, 0 if
             there is none; an argument of the native gather.
         private_bytes: Number of bytes of memory that is not a mapping.
-        is_cached: Whether the blocks were read from a local copy.
         reports_residency: See LocalCopy.reports_residency; False without a local copy.
     """
 
@@ -597,15 +558,13 @@ class Blocks:
         return None if self._unchecked is None else self._unchecked.reset_if_written()
 
     def column_streams(self, column: int) -> slice:
-        """Return the slice of `streams` that belongs to a column, given by its index in the schema."""
         numbers = [number for number, stream in enumerate(self.streams) if stream.column == column]
         return slice(numbers[0], numbers[-1] + 1) if numbers else slice(0)
 
     def array(self, position: int, column: int) -> pa.Array:
-        """Return a column of a block, by its position here and the column's index, as Arrow without a copy.
+        """Return a column of a block, by its position here, as Arrow without a copy; the array keeps the memory alive.
 
-        The array keeps the block's memory alive. All values are checked before, because Arrow uses them unchecked.
-        Raises CorruptShard.
+        All values are checked before, because Arrow uses them unchecked. Raises CorruptShard.
         """
         if self.schema.columns[column].kind is not Kind.ARROW:
             return self._build(position, column)  # built at each call, because the file of a mapping may have changed
@@ -639,10 +598,7 @@ class Blocks:
         return array
 
     def raise_damage(self, column: int, block: Indices, row: Indices) -> None:
-        """Raise CorruptShard for the first damaged one of some rows of a column; return if none is.
-
-        block: uint32[n], positions in `blocks`; row: uint32[n], numbers in the block.
-        """
+        """Raise CorruptShard for the first damaged one of rows of a column (block: positions in `blocks`)."""
         checks = self.pending_checks
         for number, stream in enumerate(self.streams):
             if stream.column != column:
@@ -658,10 +614,7 @@ class Blocks:
                 )
 
     def check_whole(self, positions: Iterable[int], column: int) -> None:
-        """Check the unchecked pages and the offsets of a column of blocks; positions and column as in array().
-
-        Raises CorruptShard.
-        """
+        """Check the unchecked pages and the offsets of a column of blocks, as array() does. Raises CorruptShard."""
         left = None if self._unchecked is None else self._unchecked.rows()
         for position in positions:
             self._check_block(position, column, left)
@@ -682,7 +635,6 @@ class Blocks:
             raise CorruptShard(message, url=self.url, block=self.blocks[position], column=name)
 
     def _has_right_offsets(self, position: int, column: int) -> bool:
-        """Return whether the offsets of a column never decrease, and stay within the values of the block."""
         return all(
             gather.offsets_ok(int(address[1]), int(self.n_rows[position]), int(address[2]))
             for stream, address in zip(self.streams, self.addresses[:, position], strict=True)

@@ -38,7 +38,6 @@ FIT = 2
 
 
 def aligned_empty(n_bytes: int) -> Bytes:
-    """Return uninitialised memory, uint8[n_bytes], whose address is a multiple of 64."""
     memory = np.empty(n_bytes + ALIGN_BYTES, np.uint8)
     start = -address_of(memory) % ALIGN_BYTES
     return memory[start : start + n_bytes]
@@ -103,7 +102,6 @@ class BufferPool:
         return np.asarray(_Loan(self, allocation, n_bytes))
 
     def release(self, allocation: _Allocation) -> None:
-        """Keep an allocation, or free it, after the last array over it was dropped."""
         self._lent.pop(id(allocation), None)
         self._free.append(allocation)
         while self._free and self.free_bytes > self.used_bytes:
@@ -116,7 +114,6 @@ class BufferPool:
 
     @property
     def free_bytes(self) -> int:
-        """Number of bytes of the allocations that are kept for reuse."""
         return sum(allocation.n_bytes for allocation in list(self._free))
 
     def _find(self, n_bytes: int) -> _Allocation | None:
@@ -138,7 +135,6 @@ BUFFER_POOL = BufferPool()
 
 
 def align(n_bytes: int) -> int:
-    """Return n_bytes rounded up to the alignment of chunks and buffers (64)."""
     return (n_bytes + ALIGN_BYTES - 1) // ALIGN_BYTES * ALIGN_BYTES
 
 

@@ -81,11 +81,9 @@ def as_numpy(data: Any) -> tuple[npt.NDArray[Any], str] | None:
 
 
 def fit(array: npt.NDArray[Any], given: str, dtype: str) -> npt.NDArray[Any]:
-    """Return the elements of an array of the dtype `given` in the stored form of another dtype.
+    """Return the elements of an array of the dtype `given` in the stored form of another dtype (bfloat16: as bits).
 
-    The result has the dtype STORED[dtype], and shares the memory if no conversion is necessary. bfloat16 elements are
-    given and returned as bits in uint16. Raises ConversionError for an element that does not fit, with its index along
-    the first dimension.
+    The memory is shared if nothing is converted. Raises ConversionError with the index along the first dimension.
     """
     stored = STORED[dtype]
     if given == dtype:
@@ -158,10 +156,7 @@ def round_to_bfloat16(array: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
 
 
 def bfloat16_tensor(bits: npt.NDArray[Any]) -> Any:
-    """Return the torch tensor of these bits of bfloat16 elements, in the same memory; None if torch is not imported.
-
-    numpy has no such dtype. The function does not import torch: a program that has no torch cannot use the tensor.
-    """
+    """Return the torch tensor over these bits of bfloat16; None if torch is not imported: numpy has no such dtype."""
     torch = sys.modules.get("torch")
     return None if torch is None else torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
 
@@ -318,10 +313,7 @@ def type_of_value(name: str, value: object) -> UserType:
 
 
 def type_of_column(name: str, values: Any) -> UserType:
-    """Return the type of a column with these values: a numpy or Arrow array, a torch tensor, or a list.
-
-    Raises SchemaError if it cannot be inferred, or the values have different types.
-    """
+    """Return the type of a column with these values: an array, a tensor, or a list. Raises SchemaError."""
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return pa.field(name, values.type, nullable=values.null_count > 0)
     if isinstance(values, np.ndarray) and values.dtype.kind in "OUMm":
@@ -404,16 +396,12 @@ def _dtype_name(name: str, value: Any) -> str:
 
 
 def infer_record(record: Mapping[str, object]) -> Schema:
-    """Return the schema inferred from the values of one record. Raises SchemaError."""
     check_mapping(record)
     return Schema.of({name: type_of_value(name, value) for name, value in record.items()})
 
 
 def infer_batch(columns: Mapping[str, object] | pa.RecordBatch | pa.Table) -> Schema:
-    """Return the schema of a batch: arrays or lists by column name, or an Arrow record batch or table.
-
-    Raises SchemaError.
-    """
+    """Return the schema of a batch: arrays or lists by column name, or an Arrow batch or table. Raises SchemaError."""
     if isinstance(columns, pa.RecordBatch | pa.Table):
         return Schema.of(columns.schema)
     check_mapping(columns)
@@ -697,7 +685,6 @@ def _convert_list(column: Column, values: Sequence[Any]) -> ColumnData:
 
 
 def _each(values: Sequence[Any], convert: Callable[[Any], Any]) -> list[Any]:
-    """Return convert(value) for each value. A ConversionError gets the index of its value."""
     converted = []
     for index, value in enumerate(values):
         try:
@@ -722,10 +709,7 @@ def _plain_numbers(column: Column, values: Sequence[Any]) -> Array | None:
 
 
 def value_converter(column: Column) -> Callable[[Any], Any]:
-    """Return a function that converts a value for build_column_data(), or raises ConversionError.
-
-    Its result is bytes, an array, a Python value, or None; an array may share the value's memory.
-    """
+    """Return a function that converts a value for build_column_data(), perhaps over the same memory."""
     scalar = column.kind is Kind.SCALAR
     plain = _number_converter(column) if scalar else partial(_CONVERTERS[column.kind], column)
     if not column.nullable:
@@ -761,7 +745,6 @@ def _limits(dtype: str) -> tuple[Any, Any]:
 
 
 def _fit_value(column: Column, value: Any) -> Array:
-    """Return a value as an array of stored elements, after its shape is checked."""
     # The common case comes first: the general conversion costs ten times as much. Stored bool and bfloat16 elements
     # have integer dtypes, so an equal dtype does not mean that the value fits.
     usual = type(value) is np.ndarray and value.shape == column.shape and value.dtype == column.stored

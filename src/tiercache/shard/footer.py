@@ -38,20 +38,14 @@ SHARD_FEATURES = GROUPED_COLUMNS
 
 
 def check_format(found: int, release: str, *, what: str, url: str) -> None:
-    """Raise UnsupportedFormat unless this release reads the format `found` of a "shard" or "data set".
-
-    release: First release that reads the format; "" if unknown.
-    """
+    """Raise UnsupportedFormat unless this release reads the format. release: The first that does, "" if unknown."""
     if found == FORMAT_VERSION:
         return
     raise _unsupported(f"the {what} has format {found}, which {_who(release)}", url=url, found=found, release=release)
 
 
 def check_features(needed: Collection[str], release: str, *, what: str, url: str, doing: str = "reading") -> None:
-    """Raise UnsupportedFormat, which lists them in .needs, if this release lacks some of the needed features.
-
-    release: First release that has them; "" if unknown. doing: The operation, for the message.
-    """
+    """Raise UnsupportedFormat, with .needs, if this release lacks features. release: The first that has them, or ""."""
     missing = tuple(sorted(set(needed) - FEATURES))
     if missing:
         raise _unsupported(
@@ -63,7 +57,6 @@ def check_features(needed: Collection[str], release: str, *, what: str, url: str
 
 
 def names_of_bits(bits: int) -> list[str]:
-    """Return names for the feature bits in a shard's tail that this release does not support."""
     unknown = bits & ~SHARD_FEATURES
     return [f"feature bit {bit}" for bit in range(unknown.bit_length()) if unknown >> bit & 1]
 
@@ -91,10 +84,7 @@ def n_pages(raw_bytes: Table, codecs: Table) -> U64:
 
 
 def check_chunks(chunks: Table, pages: Table, footer_offset: int, features: int = 0) -> str:
-    """Check that chunks lie between head and footer, with consistent codecs, lengths and pages.
-
-    features: Feature bits of the shard. Returns the problem, or "". Raises UnknownCodecError.
-    """
+    """Check that chunks lie between head and footer and agree with codecs, lengths and pages. Returns the problem."""
     flat = chunks.ravel()
     offset, stored, raw, codecs = flat["offset"], flat["stored"], flat["raw"], flat["codec"]
     limit = np.uint64(footer_offset)
@@ -241,7 +231,6 @@ CHUNK_ROW = np.dtype(
 
 
 def pack_head(shard_id: bytes) -> bytes:
-    """Return the first 64 bytes of a shard with this id (16 bytes)."""
     body = _HEAD.pack(HEAD_MAGIC, FORMAT_VERSION, shard_id, 0)[:-4]
     return body + struct.pack("<I", crc32c(body))
 
@@ -261,10 +250,7 @@ def parse_head(data: bytes, url: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """Tail of a shard: position, lengths and CRC-32C of the footer.
-
-    footer_raw_bytes: Length before compression. features: Feature bits that a reader must support.
-    """
+    """Tail of a shard: position, lengths (stored, and before compression) and CRC-32C of the footer."""
 
     footer_offset: int
     footer_bytes: int
@@ -274,11 +260,9 @@ class Tail:
 
     @property
     def file_bytes(self) -> int:
-        """Size of the whole shard in bytes, including this tail."""
         return self.footer_offset + self.footer_bytes + TAIL_BYTES
 
     def pack(self) -> bytes:
-        """Return the last 64 bytes of a shard."""
         fields = (
             self.footer_offset,
             self.footer_bytes,
@@ -294,10 +278,7 @@ class Tail:
 
     @staticmethod
     def parse(data: bytes, file_bytes: int, url: str) -> Tail:
-        """Return the tail in the last 64 bytes of an object of file_bytes bytes.
-
-        Raises CorruptShard and UnsupportedFormat.
-        """
+        """Return the tail of an object of file_bytes bytes. Raises CorruptShard and UnsupportedFormat."""
         if len(data) != TAIL_BYTES or data[-8:] != TAIL_MAGIC:
             raise CorruptShard(
                 "does not end as a shard: it is not a shard, or it was truncated or appended to", url=url, part="tail"
@@ -347,7 +328,6 @@ class Footer:
 
     @cached_property
     def block_records(self) -> U64:
-        """Number of records of each block: uint64[n_blocks]."""
         return np.diff(self.block_first)
 
     @cached_property
@@ -358,7 +338,6 @@ class Footer:
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes of memory that the arrays hold."""
         return sum(a.nbytes for a in (self.block_first, self.chunks, self.nodes, self.buffers, self.pages))
 
     def pack(self) -> tuple[bytes, int]:
@@ -383,10 +362,7 @@ class Footer:
 
     @staticmethod
     def parse(stored: bytes | memoryview, tail: Tail, url: str) -> Footer:
-        """Return the footer, after each number in it is checked against the others and against the shard's size.
-
-        Raises CorruptShard; or UnsupportedFormat if this release does not know a codec or a kind of column.
-        """
+        """Return the footer, each number checked against the others. Raises CorruptShard and UnsupportedFormat."""
         if len(stored) != tail.footer_bytes or crc32c(stored) != tail.footer_crc:
             raise CorruptShard("CRC-32C does not match", url=url, part="footer")
         try:
@@ -400,8 +376,7 @@ class Footer:
             raise CorruptShard(str(error), url=url, part="footer") from error
 
 
-class _BadFooter(ValueError):
-    """A number of the footer is invalid."""
+class _BadFooter(ValueError): ...
 
 
 class _Sections:

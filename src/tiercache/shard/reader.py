@@ -87,17 +87,14 @@ class ShardReader:
 
     @property
     def n_descriptors(self) -> int:
-        """Number of file descriptors that the reader holds until it is closed or dropped."""
         copy = self._byte_source.local_copy
         return 0 if copy is None else copy.lease.n_descriptors
 
-    def load(self, blocks: Sequence[int], columns: Sequence[int]) -> Blocks:
-        """Load some blocks and columns, by their numbers, into memory, checked and decoded.
+    def load_blocks(self, blocks: Sequence[int], columns: Sequence[int]) -> Blocks:
+        """Load blocks and columns, by their numbers, checked and decoded. Raises CorruptShard and StoreError.
 
-        Raw chunks of a local copy stay in the mapping. Their pages are checked when they are first read: by the caller
+        Raw chunks of a local copy stay in the mapping; their pages are checked when they are first read: by the caller
         of the gather (Blocks.pending_checks), by block_values, or by Blocks.array.
-
-        Raises CorruptShard, which names block and column, and StoreError.
         """
         self._check_open()
         check_indices("columns", columns, len(self.schema))
@@ -110,14 +107,11 @@ class ShardReader:
         self._chunks.prefetch_blocks(blocks, columns)
 
     def load_shapes(self, blocks: Sequence[int], column: int) -> Blocks:
-        """Load some blocks of a ragged column, of which only the stream of shapes may be read. Raises as load().
-
-        Of raw chunks that are not in a local copy, only the pages that hold the shapes are fetched.
-        """
+        """Load blocks of a ragged column, of which only the shapes may be read: only these are fetched."""
         self._check_open()
         ids = self._ids(blocks, [column])
         if self._chunks.is_cached(ids):
-            return self.load(blocks, [column])
+            return self.load_blocks(blocks, [column])
         shapes = next(stream for stream in self.schema.columns[column].streams(column) if stream.role == "shape")
         loaded = self._chunks.load_buffer(ids, shapes.values_buffer)
         return Blocks(self.footer, self.url, tuple(map(int, blocks)), (int(column),), loaded)
@@ -132,8 +126,7 @@ class ShardReader:
     def mapped_blocks(self, columns: Sequence[int]) -> Blocks | None:
         """Return all blocks of these columns in the mapping of a local copy; None if they are not all mapped.
 
-        The result is kept until a call with other columns: computing it again costs 0.4 ms per shard and epoch. Raises
-        CorruptShard if the file of the copy has been truncated.
+        The result is kept until a call with other columns: computing it again costs 0.4 ms per shard and epoch.
         """
         self._check_open()
         kept, copy = self._kept_of(columns), self._byte_source.local_copy
@@ -152,10 +145,7 @@ class ShardReader:
         return found
 
     def take(self, rows: npt.ArrayLike, columns: Sequence[int]) -> list[ColumnValues]:
-        """Return the values of single records, in the order of rows. Of a raw column, only the needed pages are read.
-
-        Raises IndexError for a row or column that does not exist, and as load().
-        """
+        """Return the values of single records, in the order of rows; of raw columns, only the needed pages are read."""
         self._check_open()
         numbers = np.asarray(rows, np.int64).reshape(-1)
         if len(numbers) and (int(numbers.min()) < 0 or int(numbers.max()) >= self.n_records):
@@ -176,7 +166,7 @@ class ShardReader:
             if not chosen:
                 continue
             if chosen is whole:
-                loaded = self._chunks.load(chunk_ids(blocks, chosen, len(self.schema)))
+                loaded = self._chunks.load_whole(chunk_ids(blocks, chosen, len(self.schema)))
             else:
                 loaded = self._chunks.load_rows(blocks, chosen, position, row)
             loaded_blocks = Blocks(self.footer, self.url, tuple(blocks.tolist()), tuple(chosen), loaded)
@@ -189,7 +179,7 @@ class ShardReader:
         return kept if kept is not None and kept.columns == tuple(columns) else None
 
     def _load(self, blocks: Sequence[int], columns: Sequence[int]) -> Blocks:
-        loaded = self._chunks.load(self._ids(blocks, columns))
+        loaded = self._chunks.load_whole(self._ids(blocks, columns))
         return Blocks(self.footer, self.url, tuple(map(int, blocks)), tuple(map(int, columns)), loaded)
 
     def _ids(self, blocks: Sequence[int], columns: Sequence[int]) -> Ids:
@@ -202,7 +192,6 @@ class ShardReader:
             raise ValueError(f"{self.url}: the reader is closed")
 
     def close(self) -> None:
-        """Release the shard. Loaded Blocks stay valid. A repeated call does nothing."""
         self._closed = True
         self._kept = None
         self._byte_source.close()
@@ -234,7 +223,6 @@ class FooterCache:
         self._n_bytes = 0
 
     def put(self, shard: int, footer: Footer) -> None:
-        """Keep a footer if it fits within the limit."""
         if self._n_bytes + footer.nbytes > self._limit_bytes:
             self._n_bytes = sum(kept.nbytes for kept in list(self._kept.values()))
         if shard not in self._kept and self._n_bytes + footer.nbytes <= self._limit_bytes:
@@ -242,11 +230,9 @@ class FooterCache:
             self._n_bytes += footer.nbytes
 
     def get(self, shard: int) -> Footer | None:
-        """Return the footer of a shard, which stays; None if there is none."""
         return self._kept.get(shard)
 
     def take(self, shard: int) -> Footer | None:
-        """Remove and return the footer of a shard; None if there is none."""
         footer = self._kept.pop(shard, None)
         if footer is not None:
             self._n_bytes = max(self._n_bytes - footer.nbytes, 0)
@@ -306,11 +292,9 @@ class MappedRecords:
         )
 
     def put(self, shard: int, table: BlockTable) -> None:
-        """Use this table for the shard's records from now on."""
         self._finder.put(shard, table)
 
     def forget(self, shard: int) -> None:
-        """Drop the table of a shard, if there is one; reads in progress keep it."""
         self._finder.forget(shard)
 
     def clear(self) -> None:
@@ -319,10 +303,7 @@ class MappedRecords:
         self._pid = os.getpid()
 
     def take(self, records: Numbers) -> list[ColumnValues] | None:
-        """Return the values of one or more records, int64[n], by column; None if the caller must read shard by shard.
-
-        Raises IndexError, and SchemaError as gather_values.
-        """
+        """Return the values of records, int64[n], by column; None if the caller must read shard by shard."""
         found = self._finder.find(records) if self._pid == os.getpid() else None
         if found is None:
             return None
@@ -351,14 +332,12 @@ class _ColumnGatherer:
         self._url = url
 
     def many(self, found: FoundRecords) -> ColumnValues:
-        """Return the values of all records that were found."""
         addresses, checks, block, row, _kept = found
         mine = None if checks is None else checks[self._streams]
         places = addresses[self._streams], block, row
         return gather_values(self.column, *places, url=self._url, checks=mine, served=self.served)
 
     def one(self, found: FoundRecords) -> Any:
-        """Return the value of the single record that was found."""
         return self.many(found).record(0)
 
 
@@ -474,7 +453,6 @@ class ReaderPool:
 
     @property
     def capacity(self) -> int:
-        """Largest number of shards that can be open at once."""
         return min(MAX_READERS, max_shard_descriptors())
 
     def get(self, shard: int) -> ShardReader:
@@ -507,10 +485,7 @@ class ReaderPool:
         return self._opener(shard)
 
     def map_shard(self, shard: int) -> bool:
-        """Make the records of a shard available through its mapping, for as long as its reader stays open.
-
-        Returns False if the shard has no mapping or is damaged; a read through its reader then raises the error.
-        """
+        """Read the shard's records through its mapping while its reader stays open. False: none, or damage."""
         if shard in self._mapped:
             return True
         try:
@@ -526,7 +501,6 @@ class ReaderPool:
         return True
 
     def drop(self, shard: int) -> None:
-        """Remove a shard from the pool, so that the next get() opens it again. Reads in progress continue."""
         if self._pid == os.getpid():
             with self._lock:
                 self._forget(shard)

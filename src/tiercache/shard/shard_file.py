@@ -56,7 +56,6 @@ class ColumnData:
     array: pa.Array | None = None
 
     def slice(self, start: int, end: int) -> ColumnData:
-        """Return the records [start, end), which share this object's memory."""
         if start == 0 and end == self.n:
             return self
         return ColumnData(
@@ -69,7 +68,6 @@ class ColumnData:
         )
 
     def own(self) -> ColumnData:
-        """Return a copy of the records, in no more memory than they need."""
         return join_column_data([self], copy_one=True)
 
 
@@ -117,10 +115,7 @@ def record_bytes(column: Column, data: ColumnData) -> int | npt.NDArray[np.int64
 class EncodedChunk:
     """A chunk to be written: its buffers one after the other, each aligned to ALIGN_BYTES.
 
-    Attributes:
-        nodes: (length, nulls) of the Arrow nodes, depth first.
-        lengths: Number of bytes of each buffer, depth first, without padding.
-        ends: Offset of each buffer in the chunk, and the end of the chunk.
+    nodes are the (length, nulls) of the Arrow nodes, depth first; ends are the offsets of the buffers, and the end.
     """
 
     def __init__(self, nodes: Sequence[tuple[int, int]], buffers: Sequence[Any]) -> None:
@@ -212,7 +207,6 @@ class BlockCutter:
 
     @property
     def room_bytes(self) -> int:
-        """Number of bytes that still fit into the pending block."""
         return self._block_bytes - self._pending_bytes
 
     def end_block(self, batch: BlockData) -> BlockData:
@@ -220,11 +214,9 @@ class BlockCutter:
         return self._joined(batch if batch[0].n else None)
 
     def flush(self) -> BlockData | None:
-        """Return the block of the pending records; None if there are none."""
         return self._joined(None) if self._pending else None
 
     def _ends_bytes(self, batch: BlockData) -> npt.NDArray[np.int64]:
-        """Return int64[n + 1]: the number of bytes before each record; the last entry is the total."""
         ends = np.zeros(batch[0].n + 1, np.int64)
         for column, data in zip(self._columns, batch, strict=True):
             ends[1:] += record_bytes(column, data)
@@ -278,7 +270,6 @@ class _UploadThread:
         self._tasks.put(task)
 
     def finish(self) -> None:
-        """Wait until all tasks are done, and end the thread. Raises the error of a failed task."""
         self._tasks.put(None)
         self._thread.join()
         self._raise_error()
@@ -332,7 +323,6 @@ class UploadQueue:
 
     @property
     def failed(self) -> bool:
-        """Whether a task has failed; the next call raises its error."""
         return self._thread is not None and self._thread.error is not None
 
     @property
@@ -349,17 +339,13 @@ class UploadQueue:
         self._pid = os.getpid()
 
     def begin(self, key: str) -> Upload:
-        """Return a new upload for the object with this key, for send() and complete()."""
         self.claim_process()
         upload = self._store.create(key)
         self._open.append(upload)
         return upload
 
     def send(self, upload: Upload, number: int, memory: Bytes, n_bytes: int) -> int:
-        """Queue the first n_bytes of memory as parts with the numbers from `number` on. Returns the next number.
-
-        The caller must not change the memory afterwards.
-        """
+        """Queue n_bytes of memory, which must not change any more, as parts. Returns the next part's number."""
         parts = [memory[start : min(start + self.part_bytes, n_bytes)] for start in range(0, n_bytes, self.part_bytes)]
 
         def send() -> None:
@@ -387,16 +373,12 @@ class UploadQueue:
         self._thread.put(task)
 
     def wait(self) -> None:
-        """Wait until all tasks are done, and end the thread. Raises StoreError if the store failed."""
         self.claim_process()
         if self._thread is not None:
             self._thread.finish()
 
     def abort(self) -> None:
-        """Abort the uploads that are not complete, after the current task of the thread. A repeated call does nothing.
-
-        Errors of the store are ignored here, so that the caller sees the error that led to the abort.
-        """
+        """Abort the uploads that are not complete; errors of the store are ignored: the caller sees the first error."""
         if not self.is_owner:
             return
         if self._thread is not None:
@@ -409,10 +391,7 @@ class UploadQueue:
 
 
 class _PartBuffer:
-    """Collects bytes into upload parts, and computes the CRC-32C of the whole file.
-
-    It holds at most one part and the longest reserved piece.
-    """
+    """Collects bytes into upload parts; at most one part and the longest reserved piece are in memory."""
 
     def __init__(self, uploads: UploadQueue, key: str) -> None:
         self._uploads = uploads
@@ -439,12 +418,10 @@ class _PartBuffer:
             self._send(self._filled // self._uploads.part_bytes * self._uploads.part_bytes)
 
     def append(self, data: bytes) -> None:
-        """Append a copy of data."""
         self.reserve(len(data))[:] = np.frombuffer(data, np.uint8)
         self.add(len(data), crc32c(data))
 
     def _send(self, n_bytes: int) -> None:
-        """Send the first n_bytes as parts, and copy the rest to new memory."""
         rest = self._memory[n_bytes : self._filled]
         memory = BUFFER_POOL.allocate(max(len(rest), self._uploads.part_bytes + _SLACK_BYTES))
         memory[: len(rest)] = rest
@@ -452,7 +429,6 @@ class _PartBuffer:
         self._memory, self._filled = memory, len(rest)
 
     def complete(self) -> None:
-        """Send the remaining bytes, and complete the upload."""
         if self._filled:
             self._number = self._uploads.send(self._upload, self._number, self._memory, self._filled)
         self._uploads.complete(self._upload)
@@ -466,14 +442,10 @@ _LEAST_GAP_REQUESTS = 4
 
 
 def columns_to_group(chunk_bytes: Sequence[int], n_blocks: int) -> frozenset[int]:
-    """Return the columns whose chunks should lie together behind all blocks, so that few requests read one of them.
+    """Return the columns whose chunks should lie together behind all blocks: the smallest, up to GROUP_BYTES.
 
     Without that, a projection of a small column costs a request for each block, because the gap to the chunk of the
-    next block costs more than a request. The smallest columns are grouped, as many as GROUP_BYTES hold.
-
-    Args:
-        chunk_bytes: Stored bytes of each column's chunk in a typical block.
-        n_blocks: Expected number of blocks of the shard.
+    next block costs more than a request.
     """
     grouped: set[int] = set()
     group_bytes, gap_bytes = 0, sum(chunk_bytes)
@@ -516,7 +488,6 @@ class ShardFile:
 
     @property
     def n_bytes(self) -> int:
-        """Number of bytes written so far, without the footer."""
         return self._out.n_bytes + self._group_bytes
 
     @property
@@ -526,7 +497,6 @@ class ShardFile:
         return rows + 4 * self._n_pages
 
     def add_block(self, columns: Sequence[ColumnData]) -> None:
-        """Append a block. parts: Data of each column, of equal lengths."""
         chunks = [encode(column, data) for column, data in zip(self._schema.columns, columns, strict=True)]
         frames = self._codec.encode([chunk.n_bytes for chunk in chunks], lambda number: self._laid_out(chunks[number]))
         if not self.n_blocks:
@@ -543,7 +513,6 @@ class ShardFile:
         self.n_blocks += 1
 
     def _laid_out(self, chunk: EncodedChunk) -> Bytes:
-        """Lay out a chunk in the memory of the file's next bytes, and return it; it is not appended yet."""
         raw = self._out.reserve(chunk.n_bytes)
         chunk.lay_out(raw)
         return raw
@@ -575,7 +544,6 @@ class ShardFile:
         self._out.append(bytes(align(n_bytes) - n_bytes))
 
     def _append_group(self) -> None:
-        """Append the grouped chunks, column by column."""
         for number, memory in sorted(self._group, key=lambda chunk: (chunk[0] % len(self._schema), chunk[0])):
             _, stored_bytes, raw_bytes, kind, crc, *firsts = self._chunks[number]
             self._chunks[number] = (self._out.n_bytes, stored_bytes, raw_bytes, kind, crc, *firsts)
@@ -584,7 +552,6 @@ class ShardFile:
         self._group_bytes = 0
 
     def finish(self) -> ShardInfo:
-        """Write footer and tail, and queue the completion of the upload. Returns the description of the shard."""
         self._append_group()
         footer = Footer(
             schema=self._schema,

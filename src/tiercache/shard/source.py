@@ -29,10 +29,10 @@ _CLAIMED_BYTES = 1 << 20
 
 
 class LocalCopy:
-    """A lease on a local copy and, after the first map_file(), its mapping. Dropping the object closes the lease.
+    """A lease on a local copy and its mapping. Dropping the object closes the lease.
 
-    Loaded blocks keep only the mapping. The mapping holds no file descriptor, but like a lease it keeps the bytes of
-    the file and the flock(2) that the cache's evictor tests.
+    Loaded blocks keep only the mapping. It holds no file descriptor, but like a lease it keeps the bytes of the file
+    and the flock(2) that the cache's evictor tests.
     """
 
     def __init__(self, lease: Lease, url: str) -> None:
@@ -85,12 +85,7 @@ class LocalCopy:
 
 
 class ByteSource:
-    """The bytes of an object of a store. Thread-safe without locks.
-
-    Attributes:
-        n_misses: Approximate number of reads whose bytes were not in the local copy yet. Concurrent threads may lose
-            counts.
-    """
+    """The bytes of an object of a store. Thread-safe without locks, so n_misses may lose counts."""
 
     def __init__(self, store: Store, key: str, identity: ShardIdentity | None, *, part: str = "file") -> None:
         self._part = part  # name of the object in errors
@@ -108,8 +103,7 @@ class ByteSource:
     def local_copy(self) -> LocalCopy | None:
         return self._copy
 
-    def prefetch(self, ranges: Sequence[ByteRange], *, urgent: bool = False) -> None:
-        """Start fetching ranges into the local copy, if there is one. urgent: See Lease.prefetch."""
+    def prefetch_ranges(self, ranges: Sequence[ByteRange], *, urgent: bool = False) -> None:
         if self._copy is not None:
             self._copy.lease.prefetch(ranges, urgent=urgent)
 
@@ -125,10 +119,7 @@ class ByteSource:
             return copy if copy.lease.wait(ranges) else None
 
     def read(self, spans: Sequence[Span]) -> None:
-        """Fill each span from the store. If tail() has read an ETag, an object that has changed since is an error.
-
-        Raises CorruptShard if the object is too short, and StoreError.
-        """
+        """Fill each span from the store. If tail() has read an ETag, an object that has changed since is an error."""
         try:
             try:
                 self._store.read_into(self._key, spans, if_match=self.etag)
@@ -145,10 +136,7 @@ class ByteSource:
             raise
 
     def check_claimed(self, span: ByteRange) -> None:
-        """Raise CorruptShard if the object is shorter than its data set or its own tail states.
-
-        Only long ranges that are not in the local copy are compared with the store.
-        """
+        """Raise CorruptShard if the object is shorter than stated; only long ranges are compared."""
         is_cached = self._copy is not None and self._copy.lease.present([span])
         if span.n_bytes > _CLAIMED_BYTES and not is_cached:
             self._check_end(span.end)
@@ -160,10 +148,7 @@ class ByteSource:
             raise CorruptShard(message, url=self.url, part=self._part) from cause
 
     def tail(self, n_bytes: int) -> tuple[bytes, int]:
-        """Return the last n_bytes of the object (or all of it, if it is shorter) and its size, with one request.
-
-        The ETag of the response is kept for later reads.
-        """
+        """Return the last n_bytes of the object and its size, with one request; its ETag holds for later reads."""
         copy = self._copy
         if copy is not None:
             span = ByteRange(max(copy.n_bytes - n_bytes, 0), copy.n_bytes)
@@ -188,7 +173,6 @@ class ByteSource:
         return bytes(data)
 
     def close(self) -> None:
-        """Drop the reference to the local copy. The copy stays open while others hold it."""
         self._copy = None
 
 
@@ -200,8 +184,7 @@ TAIL_GUESS_BYTES = 64 << 10
 def read_footer(source: ByteSource, info: ShardInfo | None) -> tuple[Footer, Tail]:
     """Return footer and tail of a shard, with one ranged read if info is given, and at most two otherwise.
 
-    If data from a store fails its checksum, it is fetched again, because it may have been damaged in transit. Data of a
-    local copy is not read again: the caller drops the copy. Raises CorruptShard and UnsupportedFormat.
+    Data from a store whose checksum is wrong is fetched again; a local copy is not: the caller drops it.
     """
     for _ in range(READS_AGAIN):
         try:
@@ -279,7 +262,6 @@ def column_ranges(footer: Footer, info: ShardInfo, columns: Sequence[int]) -> tu
 
 
 def block_ranges(footer: Footer, info: ShardInfo, blocks: Sequence[int], columns: Sequence[int]) -> list[ByteRange]:
-    """Return the ranges of some blocks of these columns, and of the footer."""
     chunks = footer.chunks[np.ix_(list(blocks), list(columns))].ravel()
     starts = np.append(chunks["offset"].astype(np.int64), info.footer_offset)
     ends = np.append((chunks["offset"] + chunks["stored"]).astype(np.int64), info.n_bytes)

@@ -74,10 +74,7 @@ def parse_casts(casts: object) -> dict[str, str]:
 
 
 def served_column(column: Column, casts: Casts) -> Column:
-    """Return the column as it is served: itself if it is not cast.
-
-    Raises SchemaError if it cannot be cast to this dtype; the message lists what is possible.
-    """
+    """Return the column as it is served: itself if it is not cast. Raises SchemaError."""
     dtype = casts.get(column.name)
     if dtype is None or dtype == column.dtype:
         return column
@@ -149,13 +146,7 @@ StreamAddresses: TypeAlias = Addresses | Sequence[Addresses]
 
 @dataclass(frozen=True, slots=True)
 class ColumnValues:
-    """n values of a column.
-
-    Attributes:
-        column: The column as it is served.
-        values: Array [n, ...], bfloat16 torch tensor, or list.
-        valid: bool[n] if the column is nullable, otherwise None.
-    """
+    """n values of a column: an array [n, ...], a bfloat16 tensor or a list. valid: None if it is not nullable."""
 
     column: Column
     values: Any
@@ -173,12 +164,7 @@ class ColumnValues:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows of a column: the addresses and checks of its streams in some blocks, and the (block, row) of each row.
-
-    Attributes:
-        column: The column as it is stored.
-        served: The column as it is served, cast or not.
-    """
+    """Rows of a column (as stored, and as served): its streams in some blocks, and the (block, row) of each row."""
 
     addresses: StreamAddresses
     checks: StreamAddresses | None
@@ -191,22 +177,18 @@ class _Rows:
         return len(self.row)
 
     def at(self, stream: int) -> tuple[Addresses, Indices, Indices]:
-        """Return the kernel's arguments for a stream of the column."""
         return self.addresses[stream], self.block, self.row
 
     def check(self, stream: int) -> Addresses | None:
-        """Return the pending checks of a stream."""
         return None if self.checks is None else self.checks[stream]
 
     def fixed(self, stream: int, width_bytes: int) -> npt.NDArray[np.uint8]:
-        """Return width_bytes of each row, concatenated."""
         out = np.empty(len(self) * width_bytes, np.uint8)
         if width_bytes:
             gather.gather(gather.FIXED, width_bytes, *self.at(stream), out, checks=self.check(stream))
         return out
 
     def flags(self, stream: int) -> npt.NDArray[np.bool_]:
-        """Return the bit of each row."""
         out = np.empty(len(self), np.uint8)
         gather.gather(gather.BITS, 0, *self.at(stream), out, checks=self.check(stream))
         return out.view(np.bool_)
@@ -241,12 +223,8 @@ def gather_values(
 ) -> ColumnValues:
     """Return the values of rows of a column, which may be in blocks of different shards. Not for ARROW columns.
 
-    addresses, checks: As Blocks.addresses and pending_checks, of the column's streams; the caller keeps the memory
-    alive. block, row: uint32[n], index of each row's block in addresses, and its number there. served: The column as it
-    is served, if it is cast.
-
-    Raises CorruptShard; or SchemaError if bfloat16 is served without torch, or a value has no equal in the dtype to
-    which it is cast.
+    addresses, checks: As Blocks.addresses and pending_checks; the caller keeps the memory alive. block: index of each
+    row's block in addresses. Raises CorruptShard; or SchemaError for bfloat16 without torch, or a cast that fails.
     """
     served = served or column
     with as_corrupt_shard(column, url):
@@ -265,7 +243,6 @@ def gather_values(
 
 @contextmanager
 def as_corrupt_shard(column: Column, url: str) -> Iterator[None]:
-    """Turn the errors of reading values into CorruptShard."""
     try:
         yield
     except OSError as error:
@@ -340,10 +317,7 @@ _HOW: dict[Kind, Callable[[Column, _Rows], Any]] = {
 
 
 def arrow_values(column: Column, arrays: Sequence[pa.Array], block: Indices, row: Indices) -> ColumnValues:
-    """Return the values of rows of an ARROW column, given as one array per block, as Python objects.
-
-    Raises SchemaError if Python has no object for a value, such as a timestamp in the year 20000.
-    """
+    """Return the values of rows of an ARROW column, given as one array per block, as Python objects."""
     values: list[Any] = [None] * len(row)
     for number in np.unique(block).tolist():
         positions = np.flatnonzero(block == number)
@@ -361,10 +335,9 @@ def arrow_values(column: Column, arrays: Sequence[pa.Array], block: Indices, row
 def block_values(
     blocks: Blocks, columns: Sequence[int], block: Indices, row: Indices, served: ServedColumns | None = None
 ) -> list[ColumnValues]:
-    """Return the values of rows of loaded blocks, by column.
+    """Return the values of rows of loaded blocks, by column; block: positions in blocks.blocks.
 
-    block, row: uint32[n], position of each row's block in blocks.blocks, and its number there. Raises as gather_values
-    and arrow_values; CorruptShard also names the block if a page or an offset is wrong.
+    Raises as gather_values; CorruptShard also names the block if a page or an offset is wrong.
     """
     found, checks = [], blocks.pending_checks
     for number in columns:
@@ -397,7 +370,6 @@ def as_batch(columns: Sequence[ColumnValues]) -> dict[str, Any]:
 
 
 def as_records(columns: Sequence[ColumnValues]) -> list[dict[str, Any]]:
-    """Return the result of dataset[i] for each of the n records."""
     n = len(columns[0].values) if columns else 0
     return [{values.column.name: values.record(index) for values in columns} for index in range(n)]
 

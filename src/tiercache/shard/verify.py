@@ -27,15 +27,7 @@ _PIECE_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Damage that was found in a shard, or in a segment or version of a data set.
-
-    Attributes:
-        url: URL of the damaged object.
-        part: "head", "footer", "tail", "file", "chunk", "segment" or "version".
-        message: Description of the damage.
-        block: Number of the block, if known.
-        column: Name of the column, if known.
-    """
+    """Damage in a "head", "footer", "tail", "file" or "chunk" of a shard, or in a "segment" or "version"."""
 
     url: str
     part: str
@@ -54,11 +46,9 @@ def finding_of(error: CorruptShard | UnsupportedFormat, part: str = "") -> Findi
 def verify_shard(
     store: Store, key: str, info: ShardInfo | None = None, identity: ShardIdentity | None = None
 ) -> Iterator[Finding]:
-    """Yield all damage of a shard; nothing if it is intact.
+    """Yield all damage of a shard: checksums of all bytes, values of all columns, and the identity, if given.
 
-    Checks head, footer and tail, the checksums of all chunks and pages, that chunks decode to valid arrays of their
-    columns, and, with info or identity, that the shard and its whole file are the expected ones. Reads each byte once,
-    in large requests, and holds about a block in memory. Raises NotFound and StoreError.
+    Reads each byte once, in large requests, and holds about a block in memory. Raises NotFound and StoreError.
     """
     source = ByteSource(store, key, identity)
     try:
@@ -103,10 +93,7 @@ class _Verification:
         yield from self._rest()
 
     def _read_to(self, end: int) -> Bytes:
-        """Return the bytes from the end of the previous call to end, which the file's checksum then covers.
-
-        Each request to the store reads at least _PIECE_BYTES.
-        """
+        """Return the bytes since the previous call; they count for the file's checksum."""
         n_bytes = end - self._position
         if n_bytes > len(self._ahead):
             start = self._position + len(self._ahead)
@@ -211,10 +198,7 @@ def verify_dataset(store: Store, number: int | None = None, *, jobs: int = 4) ->
 
 
 def open_whole(store: Store, number: int | None) -> tuple[Version, ShardTable]:
-    """Return a version (None: the newest) and its shards. A missing segment is CorruptShard.
-
-    Raises NotFound if there is no data set or no such version, and StoreError.
-    """
+    """Return a version (None: the newest) and its shards. A missing segment is CorruptShard."""
     version = latest(store) if number is None else read_version(store, number)
     try:
         return version, read_shards(store, version)

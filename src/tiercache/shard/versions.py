@@ -70,15 +70,7 @@ _FETCH_THREADS = 16
 
 @dataclass(frozen=True, slots=True)
 class SegmentRef:
-    """The entry of a version for a segment.
-
-    Attributes:
-        name: File name, "<32 hex digits>.arrow".
-        n_bytes: Size of the file in bytes.
-        crc32c: CRC-32C of the file.
-        n_shards: Number of rows.
-        digest: Digest of the rows. See digest_rows().
-    """
+    """The entry of a version for a segment: file name, size, CRC-32C, number of rows, and digest_rows() of them."""
 
     name: str
     n_bytes: int
@@ -88,7 +80,6 @@ class SegmentRef:
 
     @property
     def key(self) -> str:
-        """Key of the segment in the store."""
         return SEGMENTS_FOLDER + self.name
 
     def identity(self, dataset_id: str) -> ShardIdentity:
@@ -99,11 +90,7 @@ class SegmentRef:
 class ShardTable:
     """The shards of a version in data-set order, stored by column. Immutable and thread-safe.
 
-    Attributes:
-        names, shard_ids: Arrow large_string[n] and fixed_size_binary(16)[n].
-        n_records, n_bytes, footer_offset, footer_bytes: int64[n], read-only.
-        crc32c: uint32[n], read-only.
-        first_record: int64[n + 1], read-only: number of the first record of each shard; the last entry is the total.
+    first_record, int64[n + 1], is the number of the first record of each shard, then the total. Arrays are read-only.
     """
 
     def __init__(self, tables: Sequence[pa.Table]) -> None:
@@ -123,7 +110,7 @@ class ShardTable:
         return int(self.arrow.num_rows)
 
     def info(self, i: int) -> ShardInfo:
-        """Return the description of shard i, 0 <= i < len(). Raises IndexError otherwise."""
+        """Return the description of shard i. Raises IndexError."""
         if not 0 <= i < len(self):
             raise IndexError(f"shard {i} of {len(self)}")
         return ShardInfo(
@@ -152,7 +139,6 @@ class ShardTable:
         return [i.hex() for i in ids], self.n_bytes[shards].tolist(), self.crc32c[shards].tolist()
 
     def infos(self) -> Iterator[ShardInfo]:
-        """Yield the descriptions of all shards, in order."""
         return map(self.info, range(len(self)))
 
 
@@ -164,16 +150,7 @@ def as_arrow(numbers: NDArray[np.int64]) -> pa.Int64Array:
 def new_segment(infos: Iterable[ShardInfo]) -> tuple[SegmentRef, bytes]:
     """Return entry and file of a new segment with these shards, in this order. Raises ValueError."""
     rows = [
-        (
-            i.name,
-            bytes.fromhex(i.shard_id),
-            i.n_records,
-            i.n_bytes,
-            i.crc32c,
-            i.footer_offset,
-            i.footer_bytes,
-            "{}",
-        )
+        (i.name, bytes.fromhex(i.shard_id), i.n_records, i.n_bytes, i.crc32c, i.footer_offset, i.footer_bytes, "{}")
         for i in infos
     ]
     columns = zip(*rows, strict=True) if rows else [()] * len(_SCHEMA)
@@ -206,10 +183,7 @@ def digest_rows(table: pa.Table) -> str:
 
 
 def read_segments(store: Store, dataset_id: str, refs: Sequence[SegmentRef]) -> list[pa.Table]:
-    """Return the checked rows of each segment, fetched in parallel.
-
-    Raises CorruptShard for one that differs from what the version states, NotFound and StoreError.
-    """
+    """Return the checked rows of each segment, fetched in parallel. Raises CorruptShard, NotFound and StoreError."""
     if len(refs) < 2:
         return [_read_segment(store, dataset_id, ref) for ref in refs]
     with ThreadPoolExecutor(min(_FETCH_THREADS, len(refs)), "tiercache-segments") as pool:
@@ -238,8 +212,7 @@ def _read_segment(store: Store, dataset_id: str, ref: SegmentRef) -> pa.Table:
 def _read_whole(source: ByteSource, ref: SegmentRef) -> pa.Buffer | None:
     """Return the bytes of a segment: the local copy, mapped (or copied if it is small), else those of the store.
 
-    None: the local copy cannot be read. The mapping may outlive the lease, because a published file is only ever
-    unlinked, not rewritten or truncated.
+    None: the local copy cannot be read. The mapping may outlive the lease: a published file is only ever unlinked.
     """
     try:
         if ref.n_bytes >= _MAP_BYTES and source.local_copy is not None:
@@ -255,10 +228,7 @@ def _read_whole(source: ByteSource, ref: SegmentRef) -> pa.Buffer | None:
 
 
 def parse_segment(data: pa.Buffer, ref: SegmentRef, *, url: str) -> pa.Table:
-    """Return the rows of a file whose CRC matches; no copy of data. Columns of later releases are left out.
-
-    Raises CorruptShard for an invalid value, or rows that differ from what ref states.
-    """
+    """Return the rows of a file whose CRC matches; no copy of data. Columns of later releases are left out."""
     try:
         table = _read_table(data)
         table = table.select(range(min(len(_SCHEMA), table.num_columns)))
@@ -275,11 +245,10 @@ def parse_segment(data: pa.Buffer, ref: SegmentRef, *, url: str) -> pa.Table:
 
 
 def _read_table(data: pa.Buffer) -> pa.Table:
-    """Return the table of an Arrow IPC file, without a copy of data.
+    """Return the table of an Arrow IPC file, without a copy of data. Raises ValueError and Arrow's errors.
 
     The file is read as the stream that it contains, because Arrow then reads exactly the messages that are checked
-    here. A compressed buffer is refused: Arrow would allocate the size that it claims. Raises ValueError and Arrow's
-    errors.
+    here. A compressed buffer is refused: Arrow would allocate the size that it claims.
     """
     if data.slice(0, len(_IPC_MAGIC)).to_pybytes() != _IPC_MAGIC:
         raise ValueError("not an Arrow IPC file")
@@ -427,17 +396,14 @@ class Version:
 
     @cached_property
     def schema(self) -> Schema:
-        """Schema of the data set. Raises SchemaError if this release cannot read it."""
         return Schema.from_bytes(self.schema_bytes)
 
     @property
     def n_shards(self) -> int:
-        """Number of shards in all segments."""
         return sum(segment.n_shards for segment in self.segments)
 
 
 def version_key(number: int) -> str:
-    """Return the key of the version with this number."""
     return f"{VERSIONS_FOLDER}{number:020d}.json"
 
 
@@ -448,10 +414,7 @@ def fingerprint_of(dataset_id: str, number: int, schema_bytes: bytes, n_records:
 
 
 def encode_version(version: Version) -> bytes:
-    """Return the canonical text of a version: JSON in ASCII with sorted keys and without spaces, then a newline.
-
-    Its key "crc32c" is the checksum of the text without that key and without the newline.
-    """
+    """Return the canonical text of a version: JSON with sorted keys, whose "crc32c" is that of the other keys."""
     body = _as_json(version, _VERSION_FIELDS) | {
         "format": FORMAT_VERSION,
         "needs_to_read": [],
@@ -464,10 +427,7 @@ def encode_version(version: Version) -> bytes:
 
 
 def parse_version(data: bytes, *, number: int, url: str) -> Version:
-    """Return the version that a text, read from version_key(number), describes.
-
-    Raises CorruptShard if a byte differs from what was written, and UnsupportedFormat.
-    """
+    """Return the version that a text under this number describes. Raises CorruptShard and UnsupportedFormat."""
     body = _checked_body(data, url)
     _check_readable(body, url)
     try:
@@ -577,18 +537,12 @@ _HINT_DIGITS = 18  # every number of at most 18 digits is below MAX_NUMBER
 
 
 def version_log(store: Store) -> NumberedLog:
-    """Return the log of the versions of a store's data set."""
     return NumberedLog(store, VERSIONS_FOLDER, ".json")
 
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """What the hint object states; nothing of it is trusted.
-
-    Attributes:
-        number: Number of a version that may exist.
-        version: The version with this number, if the hint has a copy of it that this release can read.
-    """
+    """What the hint object states; nothing of it is trusted. version: None if it cannot be read."""
 
     number: int
     version: Version | None = None
@@ -610,18 +564,12 @@ def parse_hint(data: bytes) -> Hint | None:
 
 
 def latest(store: Store) -> Version:
-    """Return the newest version: probe upward from the hint, else from the highest listed version, else from 1.
-
-    Raises NotFound without a data set, CorruptShard, UnsupportedFormat and StoreError.
-    """
+    """Return the newest version: probe upward from the hint, else from the highest listed version, else from 1."""
     return _latest(store, _read_hint(store))
 
 
 def open_latest(store: Store) -> tuple[Version, ShardTable]:
-    """Return the newest version and its shards. Raises as latest() and read_shards().
-
-    From a remote store, the segments that the hint names are read while the versions are probed.
-    """
+    """Return the newest version and its shards; from a remote store, the hinted segments are read meanwhile."""
     hint = _read_hint(store)
     if hint is None or hint.version is None or not isinstance(unwrapped(store), RemoteStore):
         version = _latest(store, hint)
@@ -666,15 +614,11 @@ def read_version(store: Store, number: int) -> Version:
 
 
 def list_versions(store: Store) -> list[int]:
-    """Return the numbers of all versions, ascending. Raises StoreError if the store cannot list."""
     return version_log(store).numbers()
 
 
 def read_shards(store: Store, version: Version) -> ShardTable:
-    """Return the shards of a version. On a store with local files (such as a cache), the segments are mapped.
-
-    Raises CorruptShard if a segment, or their totals, differ from what the version states.
-    """
+    """Return the shards of a version; local files are mapped. Raises CorruptShard if the totals differ."""
     table = ShardTable(read_segments(store, version.dataset_id, version.segments))
     for name, found, stated in (
         ("records", int(table.n_records.sum()), version.n_records),
@@ -713,7 +657,6 @@ MAX_SEGMENTS = 64
 
 
 def check_mode(mode: str) -> None:
-    """Raise ValueError for an unknown mode of writing."""
     if mode not in get_args(VersionKind):
         raise ValueError(f"mode is 'create', 'append' or 'overwrite', got {mode!r}")
 
@@ -721,13 +664,8 @@ def check_mode(mode: str) -> None:
 class Commit:
     """A commit of finished shards, from the first attempt until its result is known. For one thread at a time.
 
-    Args:
-        store: Store of the data set.
-        infos: New shards, in data-set order.
-        schema: Schema of the shards.
-        mode: "create", "append" or "overwrite".
-        parent: Version that an overwrite replaces, and from which an append starts to look for the newest version.
-        writer_id: Identifier by which the commit, with a nonce of its own, recognises its version.
+    parent: Version that an overwrite replaces, and from which an append looks for the newest. The commit recognises its
+    own version by writer_id and a nonce.
     """
 
     def __init__(
@@ -904,7 +842,6 @@ def find_latest(store: Store) -> Version | None:
 
 
 def data_set_exists_error(store: Store, found: Version) -> CommitConflict:
-    """Return the error of creating a data set where one exists."""
     return CommitConflict(
         f"a data set exists already (version {found.number}, {found.n_records} records); "
         'write with mode="append" to add to it, or mode="overwrite" to replace it',
@@ -914,15 +851,14 @@ def data_set_exists_error(store: Store, found: Version) -> CommitConflict:
 
 
 def no_data_set_error(store: Store) -> NotFound:
-    """Return the error of appending to a data set that does not exist."""
     return NotFound('no data set to append to; write with mode="create" first', url=store.url)
 
 
 def plan_merge(n_rows: Sequence[int]) -> int:
     """Return the index from which the last segments are merged into one; len(n_rows) if there are few segments.
 
-    Half of them are merged at once, and earlier ones while they are no larger than the sum of the later ones, so a row
-    is copied only a few times in total, whatever the sizes of the appends.
+    Half of them are merged at once, and earlier ones while they are no larger than the later ones together, so a row is
+    copied only a few times in total.
     """
     if len(n_rows) <= MAX_SEGMENTS:
         return len(n_rows)

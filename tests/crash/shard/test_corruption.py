@@ -44,7 +44,7 @@ def read_all(reader: ShardReader) -> list[str]:
     """Text of everything in a shard, by the way of blocks."""
     columns = range(len(reader.schema))
     n_blocks = reader.footer.n_blocks
-    blocks = reader.load(range(n_blocks), columns)
+    blocks = reader.load_blocks(range(n_blocks), columns)
     block = np.repeat(np.arange(n_blocks, dtype=np.uint32), blocks.n_rows)
     row = np.concatenate([np.arange(n, dtype=np.uint32) for n in blocks.n_rows])
     return [repr(as_batch([values])) for values in block_values(blocks, columns, block, row)]

@@ -196,13 +196,7 @@ def other_nulls(chunk, buffers, nodes):
 
 @pytest.mark.parametrize(
     ("column", "change"),
-    [
-        ("text", no_utf8),
-        ("text", other_nulls),
-        ("small", other_nulls),
-        ("blob", other_nulls),
-        ("when", other_nulls),
-    ],
+    [("text", no_utf8), ("text", other_nulls), ("small", other_nulls), ("blob", other_nulls), ("when", other_nulls)],
 )
 def test_to_arrow_refuses_invalid_utf8_and_wrong_null_counts(forgery, column, change):
     forge_chunk(forgery, column, change)

@@ -121,9 +121,9 @@ def test_if_one_reading_plan_cannot_be_published_the_others_are_withdrawn(parts,
 
     source = joined(parts)._source
     shards = np.arange(len(source.shard_records))
-    monkeypatch.setattr(OpenedVersion, "publish", publish)
+    monkeypatch.setattr(OpenedVersion, "publish_plan", publish)
     with pytest.raises(OSError, match="no room for a plan"):
-        source.storage.publish(ReadingPlan("rank 0", shards, shards, shards + 1, np.full(len(shards), NEVER)))
+        source.storage.publish_plan(ReadingPlan("rank 0", shards, shards, shards + 1, np.full(len(shards), NEVER)))
     assert published == withdrawn == [part._source.url for part in parts[:2]]
 
 
@@ -157,17 +157,9 @@ def test_labels_with_other_class_names_cannot_be_concatenated(tmp_path):
         (lambda a, b: [], ValueError, "one or more data sets, got none"),
         (lambda a, b: [a, [1, 2]], TypeError, "ConcatDataset"),
         (lambda a, b: a, TypeError, "list of tiercache data sets"),
-        (
-            lambda a, b: [a, b.select_columns(["id", "text"])],
-            tc.SchemaError,
-            "data set 0 has this column, but not",
-        ),
+        (lambda a, b: [a, b.select_columns(["id", "text"])], tc.SchemaError, "data set 0 has this column, but not"),
         (lambda a, b: [a.select_columns(["id", "text"]), b.select_columns(["text", "id"])], tc.SchemaError, "order"),
-        (
-            lambda a, b: [a.select_columns(["id"]), b.select_columns(["text"])],
-            tc.SchemaError,
-            "but not data set 1",
-        ),
+        (lambda a, b: [a.select_columns(["id"]), b.select_columns(["text"])], tc.SchemaError, "but not data set 1"),
         (lambda a, b: [a.as_tuple("id"), b.select_columns(["id"])], tc.SchemaError, "as_tuple"),
         (lambda a, b: [a, tc.mix([a, b], [1, 1])], ValueError, "mixture"),
     ],

@@ -315,7 +315,7 @@ def test_packing_reads_no_documents_and_by_concatenation_no_lengths(opened, monk
     def refuse(*_args):
         raise AssertionError("documents were read")
 
-    monkeypatch.setattr(OpenedVersion, "load", refuse)
+    monkeypatch.setattr(OpenedVersion, "load_blocks", refuse)
     assert len(packed(datasets["a"], mode="best_fit")) > 1000, "lengths are not documents"
     monkeypatch.setattr(OpenedVersion, "load_shapes", refuse)
     assert len(packed(datasets["a"], eos=END)) > 1000
@@ -381,11 +381,7 @@ def test_wrong_arguments_are_explained(opened, tmp_path):
         (ValueError, "long_documents must be", lambda: packed(a, mode="separate", long_documents="drop")),
         (ValueError, "cuts documents where rows end", lambda: packed(a, long_documents="error")),
         (TypeError, "eos must be a token", lambda: packed(a, eos="</s>")),
-        (
-            ValueError,
-            "eos=4294967296 is no token of .*'tokens', .* 0 to 4294967295",
-            lambda: packed(a, eos=2**32),
-        ),
+        (ValueError, "eos=4294967296 is no token of .*'tokens', .* 0 to 4294967295", lambda: packed(a, eos=2**32)),
         (ValueError, "eos=-1 is no token", lambda: packed(a, eos=-1)),
         (ValueError, "pad must fit int64", lambda: packed(a, pad=2**63)),
         (tc.SchemaError, "packs a column of token lists", lambda: tc.pack_sequences(a, "number", 8)),

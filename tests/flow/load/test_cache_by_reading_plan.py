@@ -158,8 +158,8 @@ def test_warming_a_projection_brings_its_columns_and_no_others(server, packed, t
 def test_a_plan_begins_at_the_resumed_position_and_advances_with_served_records(server, packed, tmp_path, monkeypatch):
     plans: list[ReadingPlan] = []
     clocks: list[int] = []
-    publish, advance = OpenedVersion.publish, ReleasingPlan.advance
-    monkeypatch.setattr(OpenedVersion, "publish", lambda self, plan: (plans.append(plan), publish(self, plan))[1])
+    publish, advance = OpenedVersion.publish_plan, ReleasingPlan.advance
+    monkeypatch.setattr(OpenedVersion, "publish_plan", lambda self, plan: (plans.append(plan), publish(self, plan))[1])
     monkeypatch.setattr(ReleasingPlan, "advance", lambda self, clock: (clocks.append(clock), advance(self, clock))[1])
     with tc.Cache(tmp_path / "cache", size=packed[2] // 2, min_free=0) as cache:
         with pytest.warns(RuntimeWarning, match="fetched again"):
@@ -231,8 +231,8 @@ def test_an_epoch_publishes_a_plan_after_its_preparation_was_dropped(server, pac
 def test_at_the_end_of_an_epoch_no_shard_is_in_use(server, packed, tmp_path, monkeypatch):
     plans: list[ReadingPlan] = []
     clocks: list[int] = []
-    publish, advance = OpenedVersion.publish, ReleasingPlan.advance
-    monkeypatch.setattr(OpenedVersion, "publish", lambda self, plan: (plans.append(plan), publish(self, plan))[1])
+    publish, advance = OpenedVersion.publish_plan, ReleasingPlan.advance
+    monkeypatch.setattr(OpenedVersion, "publish_plan", lambda self, plan: (plans.append(plan), publish(self, plan))[1])
     monkeypatch.setattr(ReleasingPlan, "advance", lambda self, clock: (clocks.append(clock), advance(self, clock))[1])
     # The preparation of the next epoch may open its first shards before this one has ended.
     monkeypatch.setattr("tiercache.load.planner.NextEpoch.prepare", lambda *_: None)
@@ -294,7 +294,7 @@ def wait_for_exit(pid: int, limit_s: float) -> int | None:
 
 
 def test_publishing_the_plan_of_many_shards_delays_no_batch(server, packed, tmp_path, monkeypatch):
-    served, publish = threading.Event(), OpenedVersion.publish
+    served, publish = threading.Event(), OpenedVersion.publish_plan
     published: list[ReadingPlan] = []
 
     def publish_when_all_is_served(self, plan):
@@ -302,7 +302,7 @@ def test_publishing_the_plan_of_many_shards_delays_no_batch(server, packed, tmp_
         published.append(plan)
         return publish(self, plan)
 
-    monkeypatch.setattr(OpenedVersion, "publish", publish_when_all_is_served)
+    monkeypatch.setattr(OpenedVersion, "publish_plan", publish_when_all_is_served)
     monkeypatch.setattr(epoch_module, "QUICK_SHARDS", 1)
     with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:
         dataset = tc.Dataset(f"{server.url}/data", cache=cache)
@@ -402,7 +402,7 @@ def test_a_plan_that_cannot_be_written_is_not_an_error(server, packed, tmp_path,
     def refuse(self, plan):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(OpenedVersion, "publish", refuse)
+    monkeypatch.setattr(OpenedVersion, "publish_plan", refuse)
     assert sorted(read_epoch(server, cache_of(tmp_path, packed, 2), 0)) == list(range(N))
 
 
@@ -420,9 +420,9 @@ def test_nothing_is_planned_where_nothing_is_cached(server, packed, tmp_path, mo
 @pytest.mark.parametrize("kind", ["view", "joined", "mixed", "views of one"])
 def test_views_joined_and_mixed_data_sets_publish_what_they_read_of_each(server, packed, tmp_path, monkeypatch, kind):
     plans: list[tuple[str, ReadingPlan]] = []
-    publish = OpenedVersion.publish
+    publish = OpenedVersion.publish_plan
     monkeypatch.setattr(
-        OpenedVersion, "publish", lambda self, plan: (plans.append((self.url, plan)), publish(self, plan))[1]
+        OpenedVersion, "publish_plan", lambda self, plan: (plans.append((self.url, plan)), publish(self, plan))[1]
     )
     server.objects.update({key.replace("data/", "other/", 1): data for key, data in packed[0].items()})
     with tc.Cache(tmp_path / "cache", size="64MiB", min_free=0) as cache:

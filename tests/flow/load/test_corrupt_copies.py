@@ -189,7 +189,7 @@ def test_pages_that_are_read_from_disk_again_are_checked_again(tmp_path):
     dataset = tc.Dataset(tmp_path / "data")
     wait_until_settled(path)
     dataset[list(range(1024))]
-    blocks = dataset._source.load(0, range(dataset._source.leaves[0]._footer(0).n_blocks))
+    blocks = dataset._source.load_blocks(0, range(dataset._source.leaves[0]._footer(0).n_blocks))
     windows.renew_checks(blocks)
     assert blocks.pending_checks is None  # in memory, and checked a moment ago
     with path.open("rb") as file:

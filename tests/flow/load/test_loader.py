@@ -312,8 +312,8 @@ def test_stats_say_what_was_done_and_what_bounds_it(make_dataset):
 def test_a_timeout_is_torchs_error(make_dataset, monkeypatch):
     gate = threading.Event()
     dataset = tc.Dataset(make_dataset(100))
-    load = type(dataset._source).load
-    monkeypatch.setattr(type(dataset._source), "load", lambda *arguments: gate.wait(30) and load(*arguments))
+    load = type(dataset._source).load_blocks
+    monkeypatch.setattr(type(dataset._source), "load_blocks", lambda *arguments: gate.wait(30) and load(*arguments))
     loader = tc.DataLoader(dataset, batch_size=10, timeout=0.05)
     iterator = iter(loader)
     with pytest.raises(RuntimeError, match=r"timed out after 0\.05 seconds"):

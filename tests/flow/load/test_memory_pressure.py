@@ -39,13 +39,13 @@ def test_with_too_little_memory_the_same_is_served_with_one_warning(make_dataset
     whole = ids_of(make_loader(path, shuffle_streams=streams))
     limited(monkeypatch, 32 << 10)
     loads = Counter()
-    load = OpenedVersion.load
+    load = OpenedVersion.load_blocks
 
     def counted(self, shard, blocks):
         loads.update((shard, block) for block in blocks)
         return load(self, shard, blocks)
 
-    monkeypatch.setattr(OpenedVersion, "load", counted)
+    monkeypatch.setattr(OpenedVersion, "load_blocks", counted)
     loader = make_loader(path, shuffle_streams=streams)
     with pytest.warns(RuntimeWarning, match=r"read and decoded again and again.*shuffle_window_bytes") as told:
         epochs = [ids_of(loader), ids_of(loader)]

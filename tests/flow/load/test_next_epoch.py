@@ -37,7 +37,7 @@ def first_blocks(dataset, epoch):
 @pytest.fixture
 def loads(monkeypatch):
     """(shard, its blocks, a weak reference to what was loaded) of each load from now on."""
-    found, load = [], OpenedVersion.load
+    found, load = [], OpenedVersion.load_blocks
 
     def seen(self, shard, blocks):
         found.append((shard, list(blocks), None))
@@ -45,7 +45,7 @@ def loads(monkeypatch):
         found.append((shard, [], weakref.ref(loaded)))
         return loaded
 
-    monkeypatch.setattr(OpenedVersion, "load", seen)
+    monkeypatch.setattr(OpenedVersion, "load_blocks", seen)
     return found
 
 
@@ -225,7 +225,7 @@ def test_loads_of_a_prepared_epoch_are_cancelled_when_the_loader_is_dropped(make
     monkeypatch.setattr("tiercache.load.windows.MAX_TASK_BYTES", 1 << 10)  # many tasks
     dataset = tc.Dataset(make_dataset(600, compression="zstd:3"))
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=tc.LoaderOptions(seed=1, threads=1))
-    gate, begun, load = threading.Event(), [], OpenedVersion.load
+    gate, begun, load = threading.Event(), [], OpenedVersion.load_blocks
     n_parts = sum(len(t.records) for t in dataset._source.block_sizes(range(len(dataset._source.shard_records))))
 
     def slow(self, *what):
@@ -233,7 +233,7 @@ def test_loads_of_a_prepared_epoch_are_cancelled_when_the_loader_is_dropped(make
         assert len(begun) <= n_parts or gate.wait(30)
         return load(self, *what)
 
-    monkeypatch.setattr(OpenedVersion, "load", slow)
+    monkeypatch.setattr(OpenedVersion, "load_blocks", slow)
     ids_of(loader)
     n_threads = 4
     wait_until(lambda: len(begun) == n_parts + n_threads)
@@ -268,7 +268,7 @@ def test_closing_the_data_set_during_loading_leaves_no_shard_open(make_dataset, 
     path = make_dataset(600)
     dataset = tc.Dataset(path)
     begun, loaded, forgetting, go_on = [], [], threading.Event(), threading.Event()
-    load, forget, n_shards = OpenedVersion.load, NextEpoch.on_source_closed, len(dataset._source.shard_records)
+    load, forget, n_shards = OpenedVersion.load_blocks, NextEpoch.on_source_closed, len(dataset._source.shard_records)
 
     def slow(self, shard, blocks):
         begun.append(shard)
@@ -281,7 +281,7 @@ def test_closing_the_data_set_during_loading_leaves_no_shard_open(make_dataset, 
         forgetting.set()
         forget(self)
 
-    monkeypatch.setattr(OpenedVersion, "load", slow)
+    monkeypatch.setattr(OpenedVersion, "load_blocks", slow)
     monkeypatch.setattr(NextEpoch, "on_source_closed", seen)
     options = tc.LoaderOptions(seed=2, shuffle_window_bytes="all", shuffle_group_bytes="all")
     loader = tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options)

@@ -59,7 +59,7 @@ def test_a_run_that_a_failed_window_ended_resumes_without_losing_a_record(make_d
     options = tc.LoaderOptions(shuffle_window_bytes="1KiB", seed=3)
     loaders = [tc.DataLoader(dataset, batch_size=16, shuffle=True, options=options) for _ in range(3)]
     whole, found, n_loads = ids_of(loaders[0]), [], itertools.count()
-    load = type(dataset._source).load
+    load = type(dataset._source).load_blocks
 
     def refuse(self, shard, blocks):
         if next(n_loads) > 4:
@@ -67,7 +67,7 @@ def test_a_run_that_a_failed_window_ended_resumes_without_losing_a_record(make_d
         return load(self, shard, blocks)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(dataset._source), "load", refuse)
+        patch.setattr(type(dataset._source), "load_blocks", refuse)
         with pytest.raises(PermissionError):
             found += (check_batch(batch) for batch in loaders[1])
     assert [len(ids) for ids in found] == [16] * len(found)
@@ -81,7 +81,7 @@ def test_a_planner_that_hears_of_close_before_the_ring_does_ends_the_iterator_as
     def cancelled(self, shard, blocks):
         raise CancelledError
 
-    monkeypatch.setattr(type(dataset._source), "load", cancelled)
+    monkeypatch.setattr(type(dataset._source), "load_blocks", cancelled)
     with pytest.raises(RuntimeError, match="closed"):
         next(iter(tc.DataLoader(dataset, batch_size=10)))
 
@@ -163,14 +163,14 @@ def test_what_was_fetched_stays_counted_when_a_state_leads_to_another_version(ma
 def test_leaving_the_loop_does_not_wait_for_a_slow_store(make_dataset, monkeypatch):
     dataset = tc.Dataset(make_dataset(100))
     gate, opened = threading.Event(), threading.Event()
-    load = ShardReader.load
+    load = ShardReader.load_blocks
 
     def slow(self, *args, **kwargs):
         opened.set()
         gate.wait(60)
         return load(self, *args, **kwargs)
 
-    monkeypatch.setattr(ShardReader, "load", slow)
+    monkeypatch.setattr(ShardReader, "load_blocks", slow)
     monkeypatch.setattr(ShardReader, "is_mapped", lambda self, columns: False)  # not at hand: loaded by a thread
     iterator = iter(tc.DataLoader(dataset, batch_size=10))
     assert opened.wait(30)

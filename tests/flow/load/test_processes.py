@@ -78,7 +78,7 @@ for x in range(4096): writer.write({"x": x})
 
 def test_ctrl_c_in_a_wait_for_a_batch_is_heard_at_once(make_dataset):
     code = """
-type(loader.dataset._source).load = lambda *args, **kwargs: (print("waiting", flush=True), time.sleep(1.5))
+type(loader.dataset._source).load_blocks = lambda *args, **kwargs: (print("waiting", flush=True), time.sleep(1.5))
 try:
     next(iter(loader))
 except KeyboardInterrupt:

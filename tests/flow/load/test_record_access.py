@@ -375,10 +375,10 @@ def test_an_epoch_of_single_records_in_random_order_takes_two_requests_a_shard(t
 def test_records_of_a_large_shard_come_page_by_page_until_that_costs_as_much_as_all_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_blocks, "_BYTES_A_REQUEST", 2 * PAGE_BYTES)  # of a column of 256 KiB in a shard
     wanted: list[int] = []
-    want = ByteSource.prefetch
+    want = ByteSource.prefetch_ranges
     monkeypatch.setattr(
         ByteSource,
-        "prefetch",
+        "prefetch_ranges",
         lambda self, ranges: (wanted.append(sum(r.n_bytes for r in ranges)), want(self, ranges))[1],
     )
     wide(tmp_path / "d")

@@ -150,7 +150,7 @@ def test_any_number_of_ranks_serves_one_sequence_and_others_resume_it(packed, da
 def loads_by_rank(monkeypatch, dataset, world_size, **options):
     """How often each (shard, block) was loaded, by rank, in an epoch."""
     loads = [Counter() for _ in range(world_size)]
-    load = OpenedVersion.load
+    load = OpenedVersion.load_blocks
     for rank in range(world_size):
 
         def counted(self, shard, blocks, rank=rank):
@@ -158,7 +158,7 @@ def loads_by_rank(monkeypatch, dataset, world_size, **options):
             return load(self, shard, blocks)
 
         with monkeypatch.context() as patch:
-            patch.setattr(OpenedVersion, "load", counted)
+            patch.setattr(OpenedVersion, "load_blocks", counted)
             settings = tc.LoaderOptions(rank=rank, world_size=world_size, seed=5, **options)
             loader = tc.DataLoader(tc.Dataset(dataset), batch_size=8, shuffle=True, options=settings)
             for _ in loader:

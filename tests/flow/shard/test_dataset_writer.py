@@ -220,13 +220,7 @@ class TestFailures:
     def test_a_second_close_settles_a_commit_that_may_have_happened(
         self, url: str, store: MemoryStore, faulty: FaultStore
     ) -> None:
-        faulty.add(
-            Fault("put_if_absent", kind=FaultKind.LOST_RESPONSE),
-            Fault(
-                "get",
-                keys=version_key(1),
-            ),
-        )
+        faulty.add(Fault("put_if_absent", kind=FaultKind.LOST_RESPONSE), Fault("get", keys=version_key(1)))
         writer = Writer(url, schema=SCHEMA)
         writer.write_batch(batch(0, 10))
         with pytest.raises(StoreError, match="may have happened") as failure:

@@ -202,14 +202,8 @@ def test_unknown_keys_of_a_version_are_ignored(store, changes):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        (
-            {"needs_to_read": ["row-deletes", "encryption"], "release": "1.9"},
-            "encryption, row-deletes, which",
-        ),
-        (
-            {"format": 2, "release": "3.0", "segments": ..., "needs_to_read": ...},
-            "format 2, which tiercache 3.0",
-        ),
+        ({"needs_to_read": ["row-deletes", "encryption"], "release": "1.9"}, "encryption, row-deletes, which"),
+        ({"format": 2, "release": "3.0", "segments": ..., "needs_to_read": ...}, "format 2, which tiercache 3.0"),
         ({"format": 2, "release": 7}, "format 2, which a later tiercache knows"),
     ],
 )

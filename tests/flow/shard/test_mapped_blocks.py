@@ -27,9 +27,13 @@ def folder(tmp_path):
 def test_blocks_selected_from_a_mapped_shard_equal_blocks_loaded_alone(folder, chosen):
     store, info = folder
     with ShardReader(store, info.name) as reader, ShardReader(store, info.name, verify="always") as alone:
-        whole, part, anew = reader.load(range(3), RAW), reader.load(chosen, RAW), alone.load(chosen, RAW)
+        whole, part, anew = (
+            reader.load_blocks(range(3), RAW),
+            reader.load_blocks(chosen, RAW),
+            alone.load_blocks(chosen, RAW),
+        )
         assert reader.footer.n_blocks == 3
-        assert reader.load(range(3), RAW) is reader.mapped_blocks(RAW) is whole
+        assert reader.load_blocks(range(3), RAW) is reader.mapped_blocks(RAW) is whole
         assert part.blocks == anew.blocks == tuple(chosen)
         assert part.n_rows.tolist() == anew.n_rows.tolist()
         assert np.array_equal(part.addresses, whole.addresses[:, list(chosen)])
@@ -60,18 +64,18 @@ def test_mapped_blocks_are_kept_for_the_columns_of_the_last_call(folder):
         assert not reader.is_mapped([SCHEMA.index("s")])
         assert reader.mapped_blocks([SCHEMA.index("s")]) is None
         with pytest.raises(IndexError, match="blocks must be 0 to 2, got 3"):
-            reader.load([0, 3], RAW[:2])
+            reader.load_blocks([0, 3], RAW[:2])
 
 
 def test_mapped_blocks_are_not_kept_with_verify_always_or_compressed_chunks(folder):
     store, info = folder
     with ShardReader(store, info.name, verify="always") as reader:
         assert reader.mapped_blocks(RAW) is None
-        assert reader.load([0], RAW) is not reader.load([0], RAW)
+        assert reader.load_blocks([0], RAW) is not reader.load_blocks([0], RAW)
     with ShardReader(store, info.name) as reader:
-        decoded = reader.load([0], [SCHEMA.index("s")])
+        decoded = reader.load_blocks([0], [SCHEMA.index("s")])
         assert decoded.private_bytes
-        assert reader.load([0], [SCHEMA.index("s")]) is not decoded
+        assert reader.load_blocks([0], [SCHEMA.index("s")]) is not decoded
         assert not len(decoded.pages)
 
 
@@ -85,8 +89,8 @@ def test_offsets_are_checked_again_for_each_arrow_array(tmp_path, is_one_block):
         n_blocks = reader.footer.n_blocks
         assert (n_blocks == 1) is is_one_block
         for one in (reader, checking):
-            one.load(range(n_blocks), [0]).array(0, 0)
-        stream = reader.load(range(n_blocks), [0]).addresses[0, 0]
+            one.load_blocks(range(n_blocks), [0]).array(0, 0)
+        stream = reader.load_blocks(range(n_blocks), [0]).addresses[0, 0]
         at = int(stream[1]) - reader.local_copy.map_file().__array_interface__["data"][0]
         with (store.root / info.name).open("r+b") as file:
             file.seek(at + 8)
@@ -94,16 +98,16 @@ def test_offsets_are_checked_again_for_each_arrow_array(tmp_path, is_one_block):
         wait_until_settled(store.root / info.name)
         for blocks in ([0], range(n_blocks)):
             with pytest.raises(CorruptShard, match="offsets decrease or exceed"):
-                reader.load(blocks, [0]).array(0, 0)
+                reader.load_blocks(blocks, [0]).array(0, 0)
         with pytest.raises(CorruptShard, match="CRC-32C of page 0"):
-            checking.load([0], [0]).array(0, 0)
+            checking.load_blocks([0], [0]).array(0, 0)
 
 
 def test_a_truncated_file_is_detected_when_mapped_blocks_are_reused(folder):
     store, info = folder
     with ShardReader(store, info.name) as reader:
-        reader.load([0], RAW)
+        reader.load_blocks([0], RAW)
         os.truncate(store.root / info.name, info.n_bytes - 1)
         for blocks in ([0], range(3)):
             with pytest.raises(CorruptShard, match="shorter than"):
-                reader.load(blocks, RAW)
+                reader.load_blocks(blocks, RAW)

@@ -116,11 +116,11 @@ def test_only_the_requested_columns_are_read(remote):
     reader = ShardReader(store, info.name, info=info)
     store.requests.clear()
     columns = [SCHEMA.index("i")]
-    blocks = reader.load(range(reader.footer.n_blocks), columns)
+    blocks = reader.load_blocks(range(reader.footer.n_blocks), columns)
     assert store.n_bytes == reader.footer.chunks["stored"][:, columns].sum()
     assert blocks.private_bytes >= store.n_bytes
     store.requests.clear()
-    reader.load([0], range(len(SCHEMA)))
+    reader.load_blocks([0], range(len(SCHEMA)))
     # Neighbours are one range; the small columns lie together elsewhere.
     assert [len(spans) for spans in store.requests] == [2]
 
@@ -137,14 +137,14 @@ def test_blocks_are_readable_without_a_descriptor_after_the_reader_has_released_
             return lease
 
     reader = ShardReader(Leasing(store.root), info.name)
-    blocks = reader.load([0], [0])
+    blocks = reader.load_blocks([0], [0])
     reader.close()
     reader.close()
     assert closed == [info.name]
     assert not [link for link in Path("/proc/self/fd").iterdir() if str(store.root) in os.path.realpath(link)]
     expect(block_values(blocks, [0], np.zeros(5, np.uint32), np.arange(5, dtype=np.uint32)), range(5))
     with pytest.raises(ValueError, match="closed"):
-        reader.load([0], [0])
+        reader.load_blocks([0], [0])
 
 
 def test_a_shard_that_the_cache_does_not_keep_is_read_by_ranges(folder):
@@ -164,7 +164,7 @@ def test_a_shard_that_the_cache_does_not_keep_is_read_by_ranges(folder):
     for kind in (Full, Elsewhere):
         with ShardReader(kind(store.root), info.name, info=info) as reader:
             expect(reader.take(ROWS, range(len(SCHEMA))), ROWS)
-            assert reader.load([0], [0]).private_bytes > 0
+            assert reader.load_blocks([0], [0]).private_bytes > 0
 
 
 def damage(store, info, column, block=0):
@@ -204,7 +204,7 @@ def test_a_changed_local_shard_is_checked_again(folder, verify, is_settled, how)
     with ShardReader(store, info.name, verify=verify) as reader:
         if not is_settled:
             os.utime(path)
-        kept = reader.load([0], [column])
+        kept = reader.load_blocks([0], [column])
         values_of(kept, "t", [0])
         reader.take([0], [column])
         before = path.stat().st_ctime_ns
@@ -212,7 +212,7 @@ def test_a_changed_local_shard_is_checked_again(folder, verify, is_settled, how)
         if how == "mmap" and is_settled and path.stat().st_ctime_ns == before:
             pytest.skip("this file system does not date what is written by a mapping")
         wait_until_settled(path)
-        reads = [lambda: values_of(reader.load([0], [column]), "t", [0]), lambda: reader.take([0], [column])]
+        reads = [lambda: values_of(reader.load_blocks([0], [column]), "t", [0]), lambda: reader.take([0], [column])]
         for read in [*reads, *([lambda: values_of(kept, "t", [0])] if verify == "first" else [])]:
             with pytest.raises(CorruptShard, match="block 0, column 't': CRC-32C of page 0 does not match"):
                 read()
@@ -225,14 +225,14 @@ def test_an_unchanged_local_shard_is_checked_once(folder):
         offset = int(reader.footer.chunks[0, column]["offset"])
         memory[offset] ^= 0  # from here on the page is dirty and can be written to: no further write is dated
         wait_until_settled(path)
-        values_of(reader.load([0], [column]), "t", [0])
+        values_of(reader.load_blocks([0], [column]), "t", [0])
         before = path.stat().st_ctime_ns
         memory[offset] ^= 1
         if path.stat().st_ctime_ns != before:
             pytest.skip("the kernel has written the page back meanwhile")
-        values_of(reader.load([0], [column]), "t", [0])
+        values_of(reader.load_blocks([0], [column]), "t", [0])
         reader.take([0], [column])
-        blocks = reader.load([0], [column])
+        blocks = reader.load_blocks([0], [column])
         blocks.reset_old_checks(1e9)
         assert values_of(blocks, "t", [0])[0][0] == batch()["t"][0, 0] ^ 1
         blocks.reset_old_checks(0.0)
@@ -244,7 +244,7 @@ def test_loading_reads_nothing_of_mapped_chunks(folder):
     store, info = folder
     damage(store, info, "t")
     with ShardReader(store, info.name) as reader:
-        blocks = reader.load(range(reader.footer.n_blocks), [SCHEMA.index("t"), SCHEMA.index("b")])
+        blocks = reader.load_blocks(range(reader.footer.n_blocks), [SCHEMA.index("t"), SCHEMA.index("b")])
         assert blocks.pending_checks.shape == (2, reader.footer.n_blocks, 4)
         with pytest.raises(CorruptShard, match="column 't': CRC-32C of page 0"):
             values_of(blocks, "t", [5])
@@ -258,7 +258,7 @@ def test_nothing_is_left_to_check_after_every_page_was_right(folder, verify):
     store, info = folder
     columns = [SCHEMA.index("t"), SCHEMA.index("b")]
     with ShardReader(store, info.name, verify=verify) as reader:
-        blocks = reader.load([0, 1], columns)
+        blocks = reader.load_blocks([0, 1], columns)
         n_rows = int(blocks.n_rows[0])
         values_of(blocks, "t", range(n_rows))
         values_of(blocks, "b", [0])
@@ -270,11 +270,11 @@ def test_nothing_is_left_to_check_after_every_page_was_right(folder, verify):
             for column in columns:
                 blocks.array(position, column)
         assert blocks.pending_checks is None
-        assert (reader.load([0, 1], columns).pending_checks is None) is (verify == "first")
+        assert (reader.load_blocks([0, 1], columns).pending_checks is None) is (verify == "first")
         blocks.reset_checks()
         assert blocks.pending_checks is not None
     with ShardReader(store, info.name, verify="never") as reader:
-        assert reader.load([0, 1], columns).pending_checks is None
+        assert reader.load_blocks([0, 1], columns).pending_checks is None
 
 
 def test_a_flipped_bit_is_found_by_the_rows_of_its_page_and_by_no_other(folder):
@@ -282,7 +282,7 @@ def test_a_flipped_bit_is_found_by_the_rows_of_its_page_and_by_no_other(folder):
     column = SCHEMA.index("t")
     with ShardReader(store, info.name, verify="never") as reader:
         chunk, n_rows = reader.footer.chunks[0, column], int(reader.footer.block_first[1])
-        whole = values_of(reader.load([0], [column]), "t", range(n_rows))
+        whole = values_of(reader.load_blocks([0], [column]), "t", range(n_rows))
         values_at = int(reader.footer.buffers[int(chunk["first_buffer"]) + 2, 0])
     assert int(chunk["stored"]) > 2 * PAGE_BYTES
     position = PAGE_BYTES + 777
@@ -293,7 +293,7 @@ def test_a_flipped_bit_is_found_by_the_rows_of_its_page_and_by_no_other(folder):
     first_row = (PAGE_BYTES - values_at) // 200  # the first that reaches into page 1
     last_row = (2 * PAGE_BYTES - values_at) // 200
     with ShardReader(store, info.name) as reader:
-        blocks = reader.load([0], [column])
+        blocks = reader.load_blocks([0], [column])
         for row in range(n_rows):
             if first_row <= row <= last_row:
                 with pytest.raises(CorruptShard, match="block 0, column 't': CRC-32C of page 1 does not match"):
@@ -318,7 +318,7 @@ def test_invalid_offsets_are_found_without_checksums(folder):
         with (store.root / info.name).open("r+b") as file:
             file.seek(offsets + 8 * 10)
             file.write(value.to_bytes(8, "little", signed=True))
-        blocks = reader.load([0], [SCHEMA.index("b")])
+        blocks = reader.load_blocks([0], [SCHEMA.index("b")])
         with pytest.raises(CorruptShard, match="block 0, column 'b': offsets decrease or exceed"):
             values_of(blocks, "b", range(20))
         assert values_of(blocks, "b", [8, 11]) == [batch()["b"][8], batch()["b"][11]]
@@ -333,13 +333,13 @@ def test_invalid_offsets_are_found_without_checksums(folder):
 def test_a_file_that_is_truncated_under_its_reader_is_an_error(folder):
     store, info = folder
     reader = ShardReader(store, info.name, info=info)
-    held = reader.load([0], [SCHEMA.index("t")])
+    held = reader.load_blocks([0], [SCHEMA.index("t")])
     os.truncate(store.root / info.name, 4096)
     last = reader.footer.n_blocks - 1
     for read in (
-        lambda: values_of(reader.load([last], [SCHEMA.index("t")]), "t", [0]),
-        lambda: reader.load([last], [SCHEMA.index("t")]).array(0, SCHEMA.index("t")),
-        lambda: reader.load([last], [SCHEMA.index("s")]),
+        lambda: values_of(reader.load_blocks([last], [SCHEMA.index("t")]), "t", [0]),
+        lambda: reader.load_blocks([last], [SCHEMA.index("t")]).array(0, SCHEMA.index("t")),
+        lambda: reader.load_blocks([last], [SCHEMA.index("s")]),
         lambda: reader.take([N - 1], [SCHEMA.index("t")]),
         lambda: reader.take([N - 1], [SCHEMA.index("b")]),
         lambda: block_values(held, [SCHEMA.index("t")], np.zeros(1, np.uint32), np.full(1, 1000, np.uint32)),
@@ -360,19 +360,19 @@ def test_reads_of_an_object_that_has_changed_since_it_was_opened_are_an_error():
     store = Asked("reader-asked")
     info = fill(store)
     reader = ShardReader(store, info.name)
-    reader.load([0], [0])
+    reader.load_blocks([0], [0])
     assert options[-1]["if_match"] == store.head(info.name).etag
     store.put(info.name, store.get(info.name))
     with pytest.raises(StoreError, match="changed"):
-        reader.load([0], [0])
+        reader.load_blocks([0], [0])
 
 
 @pytest.mark.parametrize(
     "call",
     [
-        lambda r: r.load([99], [0]),
-        lambda r: r.load([0], [9]),
-        lambda r: r.load([-1], [0]),
+        lambda r: r.load_blocks([99], [0]),
+        lambda r: r.load_blocks([0], [9]),
+        lambda r: r.load_blocks([-1], [0]),
         lambda r: r.take([N], [0]),
         lambda r: r.take([-1], [0]),
         lambda r: r.take([0], [-1]),
@@ -387,7 +387,7 @@ def test_a_missing_row_block_or_column_is_an_index_error(remote, call):
 def test_a_forked_child_reads_what_its_parent_opened(folder):
     store, info = folder
     with ShardReader(store, info.name) as reader:
-        reader.load([0], range(len(SCHEMA)))
+        reader.load_blocks([0], range(len(SCHEMA)))
         pid = os.fork()
         if pid == 0:
             try:
@@ -459,11 +459,11 @@ def test_chunks_that_are_damaged_in_transit_are_read_again_alone(remote, times):
     columns = range(len(SCHEMA))
     reader._byte_source._store = faulty = FaultStore(store, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=times)])
     store.requests.clear()
-    loaded = reader.load([0, 1], columns)
+    loaded = reader.load_blocks([0, 1], columns)
     assert len(faulty.faulted_calls) == times
     n_bytes = [sum(end - start for start, end in request) for request in store.requests]
     assert n_bytes[1] < n_bytes[0], "only the wrong chunk is read again"
-    whole, every = ShardReader(store, info.name, info=info).load([0, 1], columns), np.arange(2, dtype=np.uint32)
+    whole, every = ShardReader(store, info.name, info=info).load_blocks([0, 1], columns), np.arange(2, dtype=np.uint32)
     for ours, theirs in zip(
         block_values(loaded, columns, every, every), block_values(whole, columns, every, every), strict=True
     ):
@@ -475,5 +475,5 @@ def test_chunks_that_stay_wrong_are_corrupt(remote):
     reader = ShardReader(store, info.name, info=info)
     reader._byte_source._store = faulty = FaultStore(store, [Fault("read_into", kind=FaultKind.BIT_FLIP, times=99)])
     with pytest.raises(CorruptShard, match="CRC-32C does not match"):
-        reader.load([0], range(len(SCHEMA)))
+        reader.load_blocks([0], range(len(SCHEMA)))
     assert len(faulty.faulted_calls) == 1 + READS_AGAIN

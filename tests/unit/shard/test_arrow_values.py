@@ -105,4 +105,4 @@ def test_a_value_that_python_cannot_represent_is_an_error_that_names_to_arrow(wr
     assert caught.value.column == "c"
     (info,) = writer.finish()
     with ShardReader(store, info.name, info=info) as reader:
-        assert reader.load([0], [0]).array(0, 0).cast(pa.int64()).to_pylist() == [2**40]
+        assert reader.load_blocks([0], [0]).array(0, 0).cast(pa.int64()).to_pylist() == [2**40]

@@ -142,7 +142,7 @@ def test_a_wrong_number_under_a_right_checksum_is_found_or_harmless(shard, data)
     for verify in ("first", "never"):
         try:
             reader = ShardReader(store, "shard", verify=verify)
-            reader.load(range(reader.footer.n_blocks), range(len(SCHEMA)))
+            reader.load_blocks(range(reader.footer.n_blocks), range(len(SCHEMA)))
             got = [repr(v) for v in take(reader)]
         except (CorruptShard, UnsupportedFormat):  # a codec that is not known yet is no damage
             continue

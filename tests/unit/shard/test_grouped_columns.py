@@ -57,7 +57,7 @@ def test_small_columns_of_large_blocks_are_read_by_one_request(packed):
         assert reader.footer.n_blocks > 10
         counting.ranges.clear()
         for column in (0, 2):
-            loaded = reader.load(range(reader.footer.n_blocks), [column])
+            loaded = reader.load_blocks(range(reader.footer.n_blocks), [column])
             values = loaded.array(0, column).to_pylist()
             assert values == list(columns()[SCHEMA.names[column]])[: len(values)]
         assert len(counting.ranges) == 2
@@ -69,7 +69,7 @@ def test_grouped_columns_have_the_records_that_were_written(packed):
     with ShardReader(store, info.name, info=info) as reader:
         for block, first in enumerate(reader.footer.block_first[:-1].tolist()):
             last = int(reader.footer.block_first[block + 1])
-            loaded = reader.load([block], [0, 1, 2])
+            loaded = reader.load_blocks([block], [0, 1, 2])
             assert loaded.array(0, 0).to_pylist() == list(range(first, last))
             assert loaded.array(0, 2).to_pylist() == expected["name"][first:last]
     assert list(verify_shard(store, info.name)) == []
@@ -83,7 +83,7 @@ def test_a_damaged_byte_of_a_grouped_chunk_is_found_with_its_block_and_column(pa
     data[int(chunk["offset"]) + 3] ^= 1
     store.put("damaged", bytes(data))
     with ShardReader(store, "damaged") as reader, pytest.raises(CorruptShard, match="label"):
-        reader.load([3], [0]).array(0, 0)
+        reader.load_blocks([3], [0]).array(0, 0)
     assert [(finding.block, finding.column) for finding in verify_shard(store, "damaged")] == [(3, "label")]
 
 

@@ -156,7 +156,7 @@ def by_block(readers):
     records = []
     for reader in readers:
         numbers = range(len(reader.schema))
-        blocks = reader.load(range(reader.footer.n_blocks), numbers)
+        blocks = reader.load_blocks(range(reader.footer.n_blocks), numbers)
         # from the last row to the first, so that blocks are mixed up with their order
         block = np.repeat(np.arange(len(blocks.blocks), dtype=np.uint32), blocks.n_rows)[::-1].copy()
         row = np.concatenate([np.arange(0, dtype=np.uint32), *(np.arange(n, dtype=np.uint32) for n in blocks.n_rows)])[
@@ -172,7 +172,7 @@ def through_arrow(readers, schema):
     with ShardWriter(store, schema, ShardOptions(block_bytes=200)) as writer:
         for reader in readers:
             for block in range(reader.footer.n_blocks):
-                loaded = reader.load([block], range(len(schema)))
+                loaded = reader.load_blocks([block], range(len(schema)))
                 arrays = [loaded.array(0, number) for number in range(len(schema))]
                 batch = pa.RecordBatch.from_arrays(arrays, schema=schema.arrow)
                 batch.validate(full=True)
@@ -219,7 +219,7 @@ def test_a_shard_without_records_is_readable():
     reader = ShardReader(store, "empty", info=info)
     assert (reader.n_records, reader.footer.n_blocks) == (0, 0)
     assert as_batch(reader.take([], [0, 1]))["y"] == []
-    assert reader.load([], [0, 1]).addresses.shape == (2, 0, 3)
+    assert reader.load_blocks([], [0, 1]).addresses.shape == (2, 0, 3)
 
 
 def test_bfloat16_is_read_as_a_torch_tensor():

@@ -12,17 +12,7 @@ import torch
 
 from tiercache.errors import SchemaError
 from tiercache.shard.conversion import infer_batch, infer_record
-from tiercache.shard.schema import (
-    BITS,
-    FIXED,
-    VAR,
-    Column,
-    Image,
-    Ragged,
-    Schema,
-    Stream,
-    Tensor,
-)
+from tiercache.shard.schema import BITS, FIXED, VAR, Column, Image, Ragged, Schema, Stream, Tensor
 
 EVERYTHING = {
     "i": "int64?",
