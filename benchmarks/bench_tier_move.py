@@ -163,13 +163,13 @@ def opened(way: str, server: S3Server, folder: Path) -> Stores:
     """Return the tiers of a case, without their archives if obstore writes."""
     src, _, dst = way.removesuffix(".obstore").partition("-")
 
-    def tier(name: str, role: str, kind: str) -> Tier:
+    def tier(name: str, kind: str) -> Tier:
         options = server.storage_options if kind == "s3" else {}
-        url = f"{server.url}/{role}" if kind == "s3" else str(folder / role)
+        url = f"{server.url}/{name}" if kind == "s3" else str(folder / name)
         # Another region, so that the server does not copy by itself.
-        return Tier(name=name, role=role, url=url, storage_options={**options, **({"region": name} if options else {})})
+        return Tier(name=name, url=url, storage_options={**options, **({"region": name} if options else {})})
 
-    tiers = (tier("standard", "standard", src), tier("archive", "archive", dst))
+    tiers = (tier("standard", src), tier("archive", dst))
     file = RuleFile(path=Path("bench.toml"), sha256="", tiers=tiers)
     if way.endswith(".obstore"):
         with Stores(file) as plain_stores:

@@ -34,11 +34,10 @@ NOW_S, DAY_S = 1_790_000_000.0, 86_400.0
 GB = 10**9
 LIMIT_S, LIMIT_BYTES = 10.0, 1 << 30
 TIERS = (
-    Tier(name="hot", role="hot", url="/nvme/train", capacity="1TB"),
-    Tier(name="standard", role="standard", url="s3://bucket/train", prices="aws:us-east-1:STANDARD"),
+    Tier(name="hot", url="/nvme/train", capacity="1TB"),
+    Tier(name="standard", url="s3://bucket/train", prices="aws:us-east-1:STANDARD"),
     Tier(
         name="archive",
-        role="archive",
         url="s3://cold/train",
         storage_class="GLACIER_IR",
         prices="aws:us-east-1:GLACIER_IR",

@@ -73,7 +73,7 @@ class World:
 
     def write_rules(self, more: str = "") -> None:
         text = "".join(
-            f'[tiers.{name}]\nrole = "{name}"\nurl = "{self.url(name)}"\nprices = {PRICES}\n'
+            f'[tiers.{name}]\nurl = "{self.url(name)}"\nprices = {PRICES}\n'
             + (f'storage_class = "{self.cold_class}"\n' if self.classes and name == "archive" else "")
             for name in TIERS
         )
@@ -128,7 +128,7 @@ class World:
 
     def plan(self, *moves: Move, name: str = "plan") -> Plan:
         file = self.file
-        tiers = tuple(PlannedTier(tier.name, tier.role, tier.url, tier.storage_class) for tier in file.tiers)
+        tiers = tuple(PlannedTier(tier.name, tier.url, tier.storage_class) for tier in file.tiers)
         return Plan(name, self.now_s, str(file.path), file.sha256, tiers, moves)
 
     # -- moving -----------------------------------------------------------------------------------------------------

@@ -179,5 +179,5 @@ def tier_file(
     urls = {"hot": "/nvme/train", "standard": "s3://warm/train", "archive": "s3://cold/train"}
     if one_bucket:
         urls["archive"] = urls["standard"]
-    tiers = [Tier(name=name, role=name, url=urls[name]) for name in TIERS]
+    tiers = [Tier(name=name, url=urls[name]) for name in TIERS]
     return RuleFile(path=Path("tiercache.toml"), sha256="5" * 64, tiers=tuple(tiers), rules=tuple(rules), **parts)

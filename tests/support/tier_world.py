@@ -171,7 +171,7 @@ class World:
         cold = self.places["home" if self.is_one else "cold"]
         text = RULES + f"jobs = {self.jobs}\nstate_dir = {json.dumps(str(self.root / 'state'))}\n"
         for name, place in (("hot", self.places["hot"]), ("standard", self.places["home"]), ("archive", cold)):
-            text += f"\n[tiers.{name}]\nrole = {json.dumps(name)}\nurl = {json.dumps(place.url)}\nprices = {PRICES}\n"
+            text += f"\n[tiers.{name}]\nurl = {json.dumps(place.url)}\nprices = {PRICES}\n"
             if name == "archive" and self.shape in CLASSES:
                 text += f"storage_class = {json.dumps(CLASSES[self.shape])}\n"
         text += "".join(f"\n[[pins]]\nmatch = {json.dumps(pin)}\n" for pin in self.pins)

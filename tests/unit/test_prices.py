@@ -22,7 +22,7 @@ S3 = {"STANDARD", "INTELLIGENT_TIERING", "STANDARD_IA", "ONEZONE_IA", "GLACIER_I
 
 
 def tier(url="s3://bucket/x", prices=None):
-    return Tier(name="cold", role="archive", url=url, prices=prices)
+    return Tier(name="cold", url=url, prices=prices)
 
 
 class TestTheTable:

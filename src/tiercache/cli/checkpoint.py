@@ -355,7 +355,7 @@ def _one_tier(arguments: Sequence[str]) -> tuple[RuleFile, list[tuple[str | None
         )
     root = root or "/"
     inside = ["" if text == root else text.removeprefix(root.rstrip("/") + "/") for text in texts]
-    tier = Tier(name="standard", role="standard", url=root)
+    tier = Tier(name="standard", url=root)
     file = RuleFile(path=Path.cwd() / config.FILE_NAME, sha256="", tiers=(tier,))
     is_relative = not any(place.scheme or place.path.startswith("/") for place in places)
     prefix = os.path.relpath(root) if is_relative else ParsedUrl.parse(root).shown.rstrip("/")

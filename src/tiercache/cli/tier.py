@@ -57,7 +57,7 @@ from tiercache.tier.inventory import Inventory, take_inventory
 from tiercache.tier.journal import TierCatalog
 from tiercache.tier.mover import RunReport, catalog_path, open_mover, run_once
 from tiercache.tier.moves import apply_plan
-from tiercache.tier.plans import Move, Plan, Refusal, TierTotals, make_plan, read_plan, totals_by_route, write_plan
+from tiercache.tier.plans import Move, Plan, Refusal, TierTotals, make_plan, read_plan, write_plan
 from tiercache.tier.policy import decide_now, largest_copies, rules_of, span
 from tiercache.tier.rules import Rule, RuleFile, Tier, load_rule_file
 from tiercache.tier.snapshot import KINDS, READABLE, SHARD, STANDARD, ExceededLimit, Snapshot
@@ -294,10 +294,8 @@ def plan_tiers(output: Output, tiers: OpenTiers) -> Plan:
 
 
 def print_plan(output: Output, made: Plan, max_rows: int) -> None:
-    """Print sums by rule, the moves, the refusals, and what each tier holds before and after. max_rows: 0: all."""
+    """Print the moves, the refusals, and what each tier holds before and after. max_rows: 0: all."""
     most = None if output.as_json or max_rows == 0 else max_rows
-    if most is not None and len(made.moves) > most:
-        _print_sums(output, made.moves)
     print_moves(output, made.moves[:most])
     _say_more(len(made.moves), most, "move")
     print_refusals(output, made.refusals[:most])
@@ -313,17 +311,6 @@ def _print_exceeded(output: Output, exceeded: Sequence[ExceededLimit]) -> None:
     for one in exceeded:
         text = f"{one.text}: nothing of the plan was done; look at `tiercache tier plan`, and give --yes if it is right"
         output.event("exceeded", asdict(one), f"STOPPED: {text}")
-
-
-def _print_sums(output: Output, moves: Sequence[Move]) -> None:
-    """Print the moves of each rule between two tiers, summed, for people only."""
-    texts = [
-        {"rule": rule, "does": action, "from": src, "to": dst or "", "moves": f"{n:,}"}
-        | {"size": format_bytes(of.n_bytes), "cost": format_dollars(of.cost)}
-        | {"saves/month": format_dollars(of.saving_month)}
-        for (rule, action, src, dst), (n, of) in totals_by_route(moves).items()
-    ]
-    output.table("sum", texts, texts)
 
 
 def print_moves(output: Output, moves: Sequence[Move]) -> None:
@@ -478,34 +465,29 @@ def _apply_text(plan: Plan, applied: ApplyResult, grace_s: float) -> str:
 def run(
     output: Output,
     once: Annotated[bool, flag("--once", "Required: run once, and do not stay resident.")] = False,
-    rows: Rows = 20,
     rules: Rules = None,
     yes: Annotated[
         bool, flag("--yes -y", "Make the deletions of this run also if a rule deletes more than its max_delete.")
     ] = False,
-    dry_run: DryRun = False,
 ) -> None:
     """Plan and make all moves that are due; for schedulers.
 
     It finishes interrupted moves, plans, moves, and deletes sources after the grace period. It is for cron, Airflow or
     Kubernetes, and asks no questions. With --json, the last line is the summary. Exit codes: 0 done; 1 failed; 3 some
     moves were stopped (the others are done), or a tier cannot be seen (e.g. a disk that is not mounted); 5 restores are
-    in progress; 7 nothing of the plan was done (with --dry-run: would be done), because a rule would delete more for
-    good than its max_delete (half of the bytes that it matches): look at `tier plan`, and give --yes if it is right.
+    in progress; 7 nothing of the plan was done, because a rule would delete more for good than its max_delete (half of
+    the bytes that it matches): look at `tier plan`, and give --yes if it is right.
     """
     if not once:
         raise ValueError("give --once: tiercache does not stay resident, a scheduler such as cron repeats the command")
     file = load_rule_file(rules)
     with output.byte_progress("moving") as advance:
-        report = run_once(file, dry_run=dry_run, confirmed=yes, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
+        report = run_once(file, confirmed=yes, on_progress=lambda p: advance(p.done_bytes, p.n_bytes))
     print_unavailable(output, file, report.unavailable)
-    if dry_run:
-        print_plan(output, report.plan, rows)
-    else:
-        print_stopped(output, report.stopped)
-        if report.is_unconfirmed:
-            _print_exceeded(output, report.plan.exceeded)
-    if not dry_run and not report.is_unconfirmed and not output.as_json:
+    print_stopped(output, report.stopped)
+    if report.is_unconfirmed:
+        _print_exceeded(output, report.plan.exceeded)
+    elif not output.as_json:
         print_holdings(output, [tier.name for tier in report.plan.tiers], report.plan.before, report.plan.after)
     output.summary(report.to_json(), _run_text(report))
     if report.exit_code:
@@ -514,8 +496,6 @@ def run(
 
 def _run_text(report: RunReport) -> str:
     """Return the summary for people."""
-    if report.dry_run:
-        return f"would make {plan_text(report.plan)}; {count(report.deletions.waiting_drops, 'deletion')} waiting"
     if report.is_unconfirmed:
         return f"nothing of the plan was done: {plan_text(report.plan)}; deletions must be confirmed with --yes"
     applied, settled = report.applied, report.deletions
@@ -728,7 +708,7 @@ def _print_tiers(output: Output, file: RuleFile, reached: dict[str, str]) -> Non
     texts: list[dict[str, str]] = []
     for tier in file.tiers:
         prices = tier.prices if isinstance(tier.prices, str) else "own" if tier.prices else None
-        shown = {"tier": tier.name, "role": tier.role, "url": redact(tier.url)}
+        shown = {"tier": tier.name, "url": redact(tier.url)}
         facts = {"storage_class": tier.storage_class, "capacity": tier.capacity, "prices": prices}
         answer = reached[tier.name]
         rows.append({**shown, **facts, "home": tier is file.home_tier, "reached": answer == "yes", "answer": answer})

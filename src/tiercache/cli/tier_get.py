@@ -63,7 +63,7 @@ _RENEWED_AFTER = 0.01
 class GetOptions:
     """Options of a recall."""
 
-    to: str | None  # name or role of the destination tier; None: the first tier, for shards home
+    to: str | None  # name of the destination tier; None: the first tier, for shards home
     hold: str | None  # duration of the hold; None: that of the rule file
     wait: bool  # whether to wait until all objects are restored
     speed: str  # speed of restores, in SPEEDS
@@ -85,7 +85,7 @@ def get(
     ],
     to: Annotated[
         str | None,
-        option("--to", "TIER", "Tier, or role, to copy to; default: the first tier, for shards the home tier."),
+        option("--to", "TIER", "Tier to copy to; default: the first tier, for shards the home tier."),
     ] = None,
     hold: Annotated[
         str | None,

@@ -495,15 +495,6 @@ class PlacementUpdates:
         found = self._placements[folder]
         return None if found is None else found.find(_relative(folder, key))
 
-    def keys_led_to(self, tier: str, keys: Iterable[str]) -> list[str]:
-        """Return those of the keys of files and checkpoints for which the home's placement leads readers to a tier.
-
-        Raises as read_placement().
-        """
-        url = self._url(tier, "")
-        placed = [(key, self._row("", key)) for key in keys]
-        return [key for key, found in placed if found is not None and _equal_urls(found.url, url)]
-
     def stale_placement_reason(self, row: JournalRow, at_home: Infos) -> str:
         """Return why readers would still look where a move deletes; "" if all are redirected.
 

@@ -218,6 +218,21 @@ class DeferredDeletions:
             self._run_batch(batch, self._facts[0])
         return ApplyResult(self._n_done, tuple(self._stopped), self._n_waiting, self._n_bytes)
 
+    def remove(self, due: Sequence[DueDeletion]) -> None:
+        """Make deletions that a user asks for; each keeps its verdict."""
+        facts = DeletionFacts(deletes=frozenset(deletion.row.path for deletion in due))
+        for batch in in_batches(due, _BATCH_LIMITS):
+            self._context.lock.check()
+            self._placements.forget_placements()
+            self._check(batch, facts)
+            going = [deletion for deletion in batch if deletion.verdict == "go"]
+            paths = {deletion.row.path for deletion in going}
+            # Moves of the paths that wait would delete, or bring back, what is removed now.
+            waiting = [row for row in self._catalog.open_moves(self._file.home_tier.url) if row.path in paths]
+            self._catalog.write([], instead_of=[(row.plan, row.number) for row in waiting])
+            self._carry_out(going)
+            self._end(batch)
+
     def _due(self, *, only_begun: bool) -> list[DueDeletion]:
         due, again = [], []
         for row in self._catalog.open_moves(self._file.home_tier.url, "waiting", "dropping"):
@@ -624,13 +639,9 @@ class Removal:
 def remove_groups(context: MoveContext, inventory: Inventory, groups: Sequence[int]) -> list[Removal]:
     """Delete checkpoints from all tiers, without a rule and a grace period. Return what was done, by group.
 
-    1. The pins and holds are read again; the objects are compared with the listing. 2. The placement forgets the
-    checkpoint, so that readers find no object rather than a location without one. 3. The completing object is deleted
-    from each tier, then the others. A killed removal leaves an incomplete checkpoint; the same removal deletes the
-    rest.
-
-    A checkpoint stays if a pin or a hold protects it, or if an object has changed since the inventory. Nothing is
-    deleted while a tier cannot be seen, because a copy in it would stay. A job that reads a checkpoint is not noticed.
+    The steps are those of a deletion that is due, so that the next run finishes a removal that was killed. A checkpoint
+    stays if a pin or a hold protects it, or if an object has changed since the inventory. Nothing is deleted while a
+    tier cannot be seen, because a copy in it would stay. A job that reads a checkpoint is not noticed.
 
     Args:
         context: Tiers, with the lock.
@@ -647,16 +658,17 @@ def remove_groups(context: MoveContext, inventory: Inventory, groups: Sequence[i
             f"nothing is removed while tier {tier} cannot be seen: {reason}", url=context.file.tier(tier).url
         )
     plan = f"rm-{secrets.token_hex(8)}"
-    rows = [_row(context, inventory, group, plan, number) for number, group in enumerate(groups, start=1)]
-    pins = context.pin_reasons(rows, context.clock())
-    placements = PlacementUpdates(context)
-    found = []
-    for group, row in zip(groups, rows, strict=True):
-        context.lock.check()
-        reason = pins.get((row.plan, row.number), "")
+    due = [DueDeletion(_row(context, inventory, group, plan, number)) for number, group in enumerate(groups, start=1)]
+    for deletion, group in zip(due, groups, strict=True):
         if group in inventory.snapshot.pinned:
-            reason = reason or "it is pinned in its pin.json, or that file cannot be read"
-        found.append(_remove(context, placements, row, reason))
+            deletion.set_verdict("cancel", "it is pinned in its pin.json, or that file cannot be read")
+    DeferredDeletions(context, None).remove(due)
+    found = []
+    for deletion in due:
+        objects, is_gone = deletion.row.objects, deletion.verdict in ("go", "done")
+        tiers = tuple(dict.fromkeys(obj.tier for obj in objects))
+        reason = "" if is_gone else deletion.reason
+        found.append(Removal(deletion.row.path, sum(obj.n_bytes for obj in objects), tiers, reason))
     return found
 
 
@@ -682,53 +694,10 @@ def _row(context: MoveContext, inventory: Inventory, group: int, plan: str, numb
         home=file.home_tier.url,
         rules=file.sha256,
         rule="ckpt rm",
-        state="begun",
+        state="cancelled",
         since_s=0.0,
         due_s=0.0,
         objects=tuple(objects),
         note="",
         changed_s=context.clock(),
     )
-
-
-def _remove(context: MoveContext, placements: PlacementUpdates, row: JournalRow, reason: str) -> Removal:
-    tiers = tuple(dict.fromkeys(obj.tier for obj in row.objects))
-    try:
-        reason = reason or _change_reason(context, row)
-        if not reason:
-            failed = placements.commit([(row, *placements.changes(row, {}, {}))])
-            reason = failed[0][1] if failed else ""
-        if not reason:
-            crash_point("tier_removal.unplaced")
-            # Moves of the path that wait would delete, or bring back, what is removed now.
-            open_rows = [one for one in context.catalog.open_moves(context.file.home_tier.url) if one.path == row.path]
-            context.catalog.write([], instead_of=[(one.plan, one.number) for one in open_rows])
-            context.lock.announce(sorted({(context.file.tier(tier).url, row.path) for tier in tiers}))
-            _delete(context, row, tiers)
-    except TierCacheError as error:
-        reason = str(error)
-    return Removal(row.path, sum(obj.n_bytes for obj in row.objects), tiers, reason)
-
-
-def _change_reason(context: MoveContext, row: JournalRow) -> str:
-    """Return why the objects are not those of the inventory; "" if they are, or are gone."""
-    for obj in row.objects:
-        info = context.head(obj.tier, obj.key)
-        if info is not None and (reason := context.change_reason(obj.tier, info, obj)):
-            return reason
-    for tier in {obj.tier for obj in row.objects}:
-        keys = [obj.key for obj in row.objects if obj.tier == tier]
-        if reason := context.extra_object_reason(tier, row.path, keys):
-            return reason
-    return ""
-
-
-def _delete(context: MoveContext, row: JournalRow, tiers: Sequence[str]) -> None:
-    by_tier = {tier: [obj for obj in row.objects if obj.tier == tier] for tier in tiers}
-    for tier, objects in by_tier.items():
-        context.transfer.delete_objects(tier, objects[-1:])
-    crash_point("tier_removal.unmade")
-    for tier, objects in by_tier.items():
-        context.transfer.delete_objects(tier, objects[:-1])
-        remove_empty_folders(context, row, tier)
-    context.catalog.forget_group(row.path)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _SHOWN = 10  # names in a message
 _MOST_NAMES = 200  # number of checkpoint names per run that are parsed to list the run's metrics in a message
 _NO_WORD = re.compile(r"[^a-z0-9]+")
-_WILDCARD = re.compile(r"[*?\[{]")
+_WILDCARD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True, slots=True)

@@ -249,13 +249,6 @@ class TierCatalog:
         if rows:
             self._database.run(lambda db: db.executemany("DELETE FROM copies WHERE place = ? AND key = ?", rows))
 
-    def forget_group(self, path: str) -> None:
-        """Forget the copies of a group in all bound tiers: of the object with this path, and of those below."""
-        query = "DELETE FROM copies WHERE place = ? AND (key = ? OR (key >= ? AND key < ?))"
-        after = f"{path}{chr(ord('/') + 1)}"
-        rows = [(url, path, f"{path}/", after) for url in self._urls.values()]
-        self._database.run(lambda db: db.executemany(query, rows))
-
     # -- markers of tiers -------------------------------------------------------------------------------------------
 
     def mount_marker(self, tier: str) -> str | None:

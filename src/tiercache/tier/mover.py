@@ -84,7 +84,7 @@ class RunReport:
     """Result of a run.
 
     Attributes:
-        plan: Plan that the run made and, unless dry_run, applied.
+        plan: Plan that the run made and applied.
         applied: Result of applying the plan.
         resumed: Result of finishing copies that were interrupted.
         deletions: Deletions whose grace period was over, and those that an earlier run had left unfinished.
@@ -96,7 +96,6 @@ class RunReport:
         seconds: Duration of the run, in seconds.
         is_unconfirmed: Whether the run moved and deleted nothing that it planned, because rules would delete more than
             they may without a confirmation: see plan.exceeded.
-        dry_run: Whether the run only listed and planned, and changed nothing.
     """
 
     plan: Plan
@@ -109,7 +108,6 @@ class RunReport:
     n_restoring: int = 0
     seconds: float = 0.0
     is_unconfirmed: bool = False
-    dry_run: bool = False
 
     @property
     def stopped(self) -> tuple[StoppedMove, ...]:
@@ -134,7 +132,6 @@ class RunReport:
         return {
             "plan": self.plan.id,
             "rules": self.plan.rules,
-            "dry_run": self.dry_run,
             "groups": self.n_groups,
             "moves": len(self.plan.moves),
             "refused": len(self.plan.refusals),
@@ -168,7 +165,6 @@ def catalog_path(file: RuleFile) -> Path:
 def run_once(
     file: RuleFile,
     *,
-    dry_run: bool = False,
     confirmed: bool = False,
     on_progress: Callable[[Progress], object] | None = None,
     stores: Stores | None = None,
@@ -177,7 +173,6 @@ def run_once(
 
     Args:
         file: Rule file.
-        dry_run: Whether to list and plan only, and change nothing.
         confirmed: Whether a person has confirmed that rules may delete more than their `max_delete`. Otherwise a run
             that would do so ends before it moves or deletes anything that it planned.
         on_progress: Function that receives the progress of interrupted copies, then of the plan; called from several
@@ -194,38 +189,33 @@ def run_once(
         stores = stack.enter_context(Stores(file)) if stores is None else stores
         urls = {tier.name: tier.url for tier in file.tiers}
         catalog = stack.enter_context(TierCatalog(catalog_path(file), urls))
-        if dry_run:
-            report, _, _ = _plan(file, stores, catalog, confirmed=confirmed)
-            waiting = len(catalog.open_moves(file.home_tier.url, "waiting", "dropping"))
-            report = replace(report, deletions=ApplyResult(waiting_drops=waiting), dry_run=True)
-        else:
-            context = stack.enter_context(open_mover(file, stores, catalog))
-            # First, because the plan would otherwise count a part of a group.
-            finished = run_due_deletions(context, only_begun=True)
-            resumed = finish_copies(context, on_progress=on_progress)
-            crash_point("tier_run.finished")
-            listed_s = SYSTEM_CLOCK.monotonic()
-            report, inventory, decisions = _plan(file, stores, catalog, confirmed=confirmed)
-            crash_point("tier_run.planned")
-            if report.is_unconfirmed:
-                return replace(report, resumed=resumed, deletions=finished, seconds=time.monotonic() - started_s)
-            newly_tracked = track_ruled(inventory, stores)
-            crash_point("tier_run.tracked")
-            applied = apply_plan(context, report.plan, on_progress=on_progress)
-            crash_point("tier_run.applied")
-            home = stores.store(file.home_tier.name)
-            remove_obsolete_holds(home, time.time(), keep=_paths_with_two_copies(inventory))
-            # The listing is before this run's own moves. Without a grace period they are due already: it is made anew.
-            has_grace = file.tiering.grace_s > 0
-            facts = (deletion_facts_of(inventory.snapshot, decisions), listed_s) if has_grace else None
-            deleted = run_due_deletions(context, facts=facts)
-            report = replace(
-                report,
-                applied=applied,
-                resumed=resumed,
-                deletions=finished.followed_by(deleted),
-                newly_tracked=newly_tracked,
-            )
+        context = stack.enter_context(open_mover(file, stores, catalog))
+        # First, because the plan would otherwise count a part of a group.
+        finished = run_due_deletions(context, only_begun=True)
+        resumed = finish_copies(context, on_progress=on_progress)
+        crash_point("tier_run.finished")
+        listed_s = SYSTEM_CLOCK.monotonic()
+        report, inventory, decisions = _plan(file, stores, catalog, confirmed=confirmed)
+        crash_point("tier_run.planned")
+        if report.is_unconfirmed:
+            return replace(report, resumed=resumed, deletions=finished, seconds=time.monotonic() - started_s)
+        newly_tracked = track_ruled(inventory, stores)
+        crash_point("tier_run.tracked")
+        applied = apply_plan(context, report.plan, on_progress=on_progress)
+        crash_point("tier_run.applied")
+        home = stores.store(file.home_tier.name)
+        remove_obsolete_holds(home, time.time(), keep=_paths_with_two_copies(inventory))
+        # The listing is before this run's own moves. Without a grace period they are due already: it is made anew.
+        has_grace = file.tiering.grace_s > 0
+        facts = (deletion_facts_of(inventory.snapshot, decisions), listed_s) if has_grace else None
+        deleted = run_due_deletions(context, facts=facts)
+        report = replace(
+            report,
+            applied=applied,
+            resumed=resumed,
+            deletions=finished.followed_by(deleted),
+            newly_tracked=newly_tracked,
+        )
     return replace(report, seconds=time.monotonic() - started_s)
 
 

@@ -649,7 +649,7 @@ class _PlanChecks:
             was, tier = planned.get(name), now.get(name)
             if was is None or tier is None:
                 return f"expected tier {name!r} in plan and rule file, the {'plan' if was is None else 'file'} lacks it"
-            facts = (was.url, was.role, was.storage_class), (tier.url, tier.role, tier.storage_class)
+            facts = (was.url, was.storage_class), (tier.url, tier.storage_class)
             if facts[0] != facts[1]:
                 return f"tiers.{name}: expected {facts[0]} as planned, found {facts[1]} in the rule file: plan anew"
         if move.action == "delete":

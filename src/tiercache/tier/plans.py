@@ -92,7 +92,6 @@ class PlannedTier:
     """A tier as it was when the plan was made: `tier apply` stops if the rule file has changed it since."""
 
     name: str
-    role: str
     url: str
     storage_class: str | None = None
     prices: str = ""
@@ -215,25 +214,6 @@ class MoveTable(PlanTable[Move]):
             yield Move(number, *head, tuple(PlannedObject(*next(objects)) for _ in range(n)), cost, saving_month)
 
 
-def totals_by_route(moves: Sequence[Move]) -> dict[tuple[str, str, str, str | None], tuple[int, PlanTotals]]:
-    """Return count and totals for each (rule, action, src, dst), in order of first appearance."""
-    if isinstance(moves, MoveTable):
-        heads = moves.heads(0, len(moves))
-        figures = (moves.n_bytes.tolist(), moves.columns.once.tolist(), moves.columns.saving_month.tolist())
-        rows = (
-            ((rule, action, src, dst), *row)
-            for (_, _, action, src, dst, rule, _), *row in zip(heads, *figures, strict=True)
-        )
-    else:
-        rows = (((m.rule, m.action, m.src, m.dst), m.n_bytes, m.cost, m.saving_month) for m in moves)
-    found: dict[tuple[str, str, str, str | None], list[float]] = {}
-    for route, n_bytes, cost, saving_month in rows:
-        sums = found.setdefault(route, [0, 0, 0.0, 0.0])
-        for i, amount in enumerate((1, n_bytes, cost, saving_month)):
-            sums[i] += amount
-    return {route: (int(n), PlanTotals(int(n_bytes), *of)) for route, (n, n_bytes, *of) in found.items()}
-
-
 def make_plan(decisions: Decisions, inventory: Inventory, file: RuleFile, prices: Sequence[Prices | None]) -> Plan:
     """Return the plan for decisions about an inventory, with a new id. It keeps the inventory's listing alive."""
     snapshot, refusals = inventory.snapshot, decisions.refusals
@@ -249,7 +229,7 @@ def make_plan(decisions: Decisions, inventory: Inventory, file: RuleFile, prices
         rules=str(file.path),
         rules_sha256=file.sha256,
         tiers=tuple(
-            PlannedTier(tier.name, tier.role, tier.url, tier.storage_class, "" if price is None else price.name)
+            PlannedTier(tier.name, tier.url, tier.storage_class, "" if price is None else price.name)
             for tier, price in zip(file.tiers, prices, strict=True)
         ),
         moves=MoveTable(columns, decisions.rules, n_bytes, *of_groups, objects),

@@ -114,7 +114,7 @@ def plan_recall(
         stores: Stores of its tiers.
         prices: Prices of each tier; None where they are unknown.
         groups: Numbers of the groups in the snapshot.
-        to: Name or role of the destination tier. None: the first tier; for shards always the home tier.
+        to: Name of the destination tier. None: the first tier; for shards always the home tier.
         speed: Speed of restores.
         unavailable: Name of each tier that is unavailable (perhaps not mounted), and the reason.
 
@@ -178,14 +178,13 @@ def _refuse_immovable(
 
 
 def destination(file: RuleFile, to: str | None) -> int:
-    """Return the number of the tier with a name, or else the first with that role; None: the first tier.
+    """Return the number of the tier with a name; None: the first tier.
 
     Raises ValueError if there is none, or if its objects must be restored before they can be read.
     """
     if to is None:
         return 0
-    by_role = next((tier.name for tier in file.tiers if tier.role == to), to)
-    number = file.index(to if to in [tier.name for tier in file.tiers] else by_role)
+    number = file.index(to)
     if file.tiers[number].storage_class in CLASSES_TO_RESTORE:
         raise ValueError(f"tier {file.tiers[number].name!r} has objects that must be restored: recall to a faster tier")
     return number

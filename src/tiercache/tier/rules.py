@@ -16,7 +16,7 @@ from contextlib import suppress
 from datetime import UTC, date, datetime, time, timedelta
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 from urllib.parse import unquote
 
 from pydantic import (
@@ -139,8 +139,7 @@ def read_path(value: object) -> object:
     return Path(value).expanduser() if isinstance(value, str) and value else value
 
 
-Role: TypeAlias = Literal["hot", "standard", "archive"]
-ROLES: tuple[Role, ...] = ("hot", "standard", "archive")
+HOME_NAME = "standard"
 
 Seconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds)]
 PositiveSeconds: TypeAlias = Annotated[float, BeforeValidator(read_seconds), Field(gt=0)]
@@ -166,7 +165,6 @@ class Tier(RuleTable):
     """A storage location that holds copies: a local folder or a URL."""
 
     name: str  # name in the rule file
-    role: Role  # "hot", "standard" or "archive"
     url: str  # URL or absolute path below which the tier's objects lie
     storage_class: str | None = None  # S3 storage class of new copies; None: the store's default class
     prices: str | dict[str, Any] | None = None  # name in the price table, or a table of prices; None: not given
@@ -316,11 +314,11 @@ class RuleFile(RuleTable):
 
     @property
     def home_tier(self) -> Tier:
-        """The home tier: the first standard tier, or else the first tier.
+        """The home tier: the one that is named "standard", or else the first tier.
 
         It holds the versions of data sets, the placements and the lock.
         """
-        return next((tier for tier in self.tiers if tier.role == "standard"), self.tiers[0])
+        return next((tier for tier in self.tiers if tier.name == HOME_NAME), self.tiers[0])
 
 
 T = TypeVar("T", bound=RuleTable)
@@ -362,7 +360,7 @@ def _file(tables: Mapping[str, Any], path: Path, sha256: str) -> RuleFile:
         if key not in known:
             raise ValueError(f"{key}: {_unknown(key, known)}")
     if not tables.get("tiers"):
-        raise ValueError("tiers: no tier is given; write [tiers.NAME] tables with role and url, the fastest first")
+        raise ValueError("tiers: no tier is given; write [tiers.NAME] tables with a url, the fastest first")
     tiers = _tiers(tables["tiers"], path.parent)
     rules: list[Rule] = []
     for where, given in _list(tables, "rules"):
@@ -389,11 +387,11 @@ def _tiers(given: object, folder: Path) -> tuple[Tier, ...]:
         if not _NAME.fullmatch(name):
             raise ValueError(f"{where}: the name of a tier must consist of letters, digits, '_' and '-'")
         values = dict(_table(table, where))
-        if "role" not in values and name not in ROLES:
+        if "role" in values:
             raise ValueError(
-                f"{where}.role: is missing: write one of {', '.join(ROLES)}, or use one as the tier's name"
+                f"{where}.role: no such key: tiers are written from the fastest to the coldest, and the tier that has"
+                f" the versions of data sets is named {HOME_NAME!r}"
             )
-        values.setdefault("role", name)
         tier = _built(Tier, values, where, name=name)
         if "://" not in tier.url:
             tier = tier.model_copy(update={"url": os.path.normpath(folder / Path(tier.url).expanduser())})
@@ -406,13 +404,8 @@ def _tiers(given: object, folder: Path) -> tuple[Tier, ...]:
 
 
 def _check_pair(other: Tier, tier: Tier) -> None:
-    """Raise ValueError for tiers in the wrong order, or inside one another: each would list the other's objects."""
+    """Raise ValueError for tiers inside one another: each would list the other's objects."""
     where = f"tiers.{tier.name}"
-    if ROLES.index(other.role) > ROLES.index(tier.role):
-        raise ValueError(
-            f"{where}: stands after the colder tier tiers.{other.name} ({other.role}):"
-            " write the tiers in order, from the fastest to the coldest"
-        )
     location, other_location = _location(tier), _location(other)
     if location == other_location:
         if (tier.storage_class or STANDARD) == (other.storage_class or STANDARD):
@@ -439,34 +432,26 @@ def _rule(given: object, where: str, tiers: Sequence[Tier]) -> Rule:
     keep: dict[str, KeepList] = {}
     for key in [key for key in values if key.startswith(_KEEP)]:
         table = values.pop(key)
-        name = _one_tier(key.removeprefix(_KEEP), f"{where}.{key}", tiers)
-        if name in keep:
-            raise ValueError(f"{where}.{key}: tier {name!r} has a keep list already")
+        name = key.removeprefix(_KEEP)
+        _check_tier(name, f"{where}.{key}", names)
         keep[name] = parse_keep_list(_table(table, f"{where}.{key}"), f"{where}.{key}")
     values.setdefault("name", where)
     rule = _built(Rule, values, where, keep={name: keep[name] for name in names if name in keep})
-    update: dict[str, Any] = {}
     if rule.to is not None:
-        update["to"] = to = _one_tier(rule.to, f"{where}.to", tiers)
-        if to == names[0]:
-            raise ValueError(f"{where}.to: {to!r} is the first tier, so that there is no tier to move from")
+        _check_tier(rule.to, f"{where}.to", names)
+        if rule.to == names[0]:
+            raise ValueError(f"{where}.to: {rule.to!r} is the first tier, so that there is no tier to move from")
     if rule.then is not None:
-        update["then"] = then = _one_tier(rule.then, f"{where}.then", tiers)
+        _check_tier(rule.then, f"{where}.then", names)
         last = list(rule.keep)[-1]
-        if names.index(then) <= names.index(last):
-            raise ValueError(f"{where}.then: tier {then!r} is not colder than {last!r}, which has a keep list")
-    return rule.model_copy(update=update)
+        if names.index(rule.then) <= names.index(last):
+            raise ValueError(f"{where}.then: tier {rule.then!r} is not colder than {last!r}, which has a keep list")
+    return rule
 
 
-def _one_tier(given: str, where: str, tiers: Sequence[Tier]) -> str:
-    """Return the tier of this name, or else the only tier of this role."""
-    names = [tier.name for tier in tiers]
-    found = [given] if given in names else [tier.name for tier in tiers if tier.role == given]
-    if not found:
-        raise ValueError(f"{where}: no tier is called {given!r} or has that role; {_near(given, names)}")
-    if len(found) > 1:
-        raise ValueError(f"{where}: several tiers have the role {given!r}: name one of {', '.join(found)}")
-    return found[0]
+def _check_tier(given: str, where: str, names: Sequence[str]) -> None:
+    if given not in names:
+        raise ValueError(f"{where}: no tier is called {given!r}; {_near(given, names)}")
 
 
 def _list(tables: Mapping[str, Any], section: str) -> list[tuple[str, object]]:

@@ -1,13 +1,13 @@
 """Operations on columns of strings without Python objects per row: split, search, sort and globs.
 
 In globs, `*` and `?` match within a path segment; `**` as a whole segment matches any number of segments; `[a-z]` and
-`[!a-z]` match one character except `/`; `{a,b}` matches either. There is no escape character: `[*]` matches a star.
+`[!a-z]` match one character except `/`. There is no escape character: `[*]` matches a star.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -93,24 +93,19 @@ def as_numpy(column: pa.Array | pa.ChunkedArray, kind: type[Any]) -> NDArray[Any
     return np.asarray(column.to_numpy(zero_copy_only=False), kind) if len(column) else np.empty(0, kind)
 
 
-# Limits for the braces of one glob, and for the globs that they expand to.
-_MOST_BRACES, _MOST_ALTERNATIVES = 100, 1000
 _SLASH_CODE, _LAST_CODE = ord("/"), 0x10FFFF
 _NOTHING = rf"[^\x{{0}}-\x{{{_LAST_CODE:X}}}]"
 # A character class; a closing bracket right after the opening one is literal.
 _CLASS = re.compile(r"\[[!^]?\]?[^]]*\]")
-_INNERMOST_BRACES = re.compile(r"\{([^{}]*)\}")
-# What replaces `**`, and begins and ends what replaces a class, before braces are expanded: `*{,x}*` must yield two
-# stars, and `[{]` is no brace. No key contains a NUL.
-_DEEP, _CLASS_SIGN = "\0deep\0", "\0"
-_WHOLE_DEEP = re.compile(r"(?<![^/{,])\*\*(?![^/},])")
+# Begins and ends the number that replaces a class, before segments are split and searched. No key contains a NUL.
+_CLASS_SIGN = "\0"
 _ANY = "\x01"
-_NOT_ALONE = "'**' must be a whole path segment; within a name write '*'"
-_UNCLOSED = {
+# What a glob may contain only in a class.
+_REFUSED = {
+    "\\": "there is no escape by '\\'; write '[*]' for a star",
     "[": "a '[' is not closed; write '[[]' for the character",
-    "{": "a '{' is not closed; write '[{]' for the character",
-    "}": "a '}' has no matching '{'; write '[}]' for the character",
-    "**": _NOT_ALONE,
+    "{": "braces have no meaning: write a list of globs, or '[{]' for the character",
+    "}": "braces have no meaning: write a list of globs, or '[}]' for the character",
 }
 
 
@@ -139,8 +134,6 @@ def first_match(paths: pa.Array, globs: Sequence[tuple[tuple[str, ...], tuple[st
 def sample_path(glob: str) -> str:
     """Return a path that a glob matches: with other characters than names have, where it allows any."""
     text = _CLASS.sub(lambda found: _ANY if found[0][1] in "!^" else found[0][1], glob)
-    while (changed := _INNERMOST_BRACES.sub(lambda found: found[1].partition(",")[0], text)) != text:
-        text = changed
     return text.replace("**", f"{_ANY}/{_ANY}").replace("*", _ANY).replace("?", _ANY)
 
 
@@ -154,53 +147,30 @@ def _pattern(globs: tuple[str, ...]) -> str:
     parts: list[str] = []
     for glob in globs:
         try:
-            parts += _translated(glob)
+            parts.append(_translated(glob))
         except ValueError as error:
             raise ValueError(f"not a glob: {glob!r}: {error}") from error
     return rf"\A(?:{'|'.join(parts)})\z" if parts else _NOTHING
 
 
-def _translated(glob: str) -> Iterator[str]:
-    """Translate a glob to RE2: yield an expression for each of the globs that its braces expand to."""
+def _translated(glob: str) -> str:
+    """Translate a glob to RE2."""
     if _CLASS_SIGN in glob:
         raise ValueError("a path cannot contain a NUL character")
-    if "\\" in _CLASS.sub("", glob):
-        raise ValueError("there is no escape by '\\'; write '[*]' for a star")
-    classes = [_class(found) for found in _CLASS.findall(glob)]
-    # A class becomes its number between two signs.
-    numbers = iter(range(len(classes)))
-    text = _CLASS.sub(lambda _: f"{_CLASS_SIGN}{next(numbers)}{_CLASS_SIGN}", glob)
-    text = _WHOLE_DEEP.sub(_DEEP, text)
-    if text.count("{") > _MOST_BRACES:
-        raise ValueError(f"it has more than {_MOST_BRACES} braces")
-    for plain in _without_braces(text):
-        segments = plain.split("/")
-        if any(_DEEP in segment and segment != _DEEP for segment in segments):
-            raise ValueError(_NOT_ALONE)
-        *folders, name = segments
-        above = ("(?s:.*/)?" if segment == _DEEP else f"{_segment(segment, classes)}/" for segment in folders)
-        yield "".join(above) + ("(?s:.+)" if name == _DEEP else _segment(name, classes))
-
-
-def _without_braces(glob: str) -> list[str]:
-    """Expand the braces of a glob. Raises ValueError for a brace, bracket or `**` that is left over."""
-    globs = [glob]
-    while _INNERMOST_BRACES.search(globs[0]):
-        expanded = dict[str, None]()
-        for one in globs:
-            before, inside, after = _INNERMOST_BRACES.split(one, maxsplit=1)
-            expanded |= dict.fromkeys(f"{before}{part}{after}" for part in inside.split(","))
-            if len(expanded) > _MOST_ALTERNATIVES:
-                raise ValueError(f"its braces expand to more than {_MOST_ALTERNATIVES} globs")
-        globs = list(expanded)
-    for sign, message in _UNCLOSED.items():
-        if sign in (glob if sign == "**" else globs[0]):
+    for sign, message in _REFUSED.items():
+        if sign in _CLASS.sub("", glob):
             raise ValueError(message)
-    return globs
+    classes = [_class(found) for found in _CLASS.findall(glob)]
+    numbers = iter(range(len(classes)))
+    *folders, name = _CLASS.sub(lambda _: f"{_CLASS_SIGN}{next(numbers)}{_CLASS_SIGN}", glob).split("/")
+    if any("**" in segment and segment != "**" for segment in (*folders, name)):
+        raise ValueError("'**' must be a whole path segment; within a name write '*'")
+    above = ("(?s:.*/)?" if segment == "**" else f"{_segment(segment, classes)}/" for segment in folders)
+    return "".join(above) + ("(?s:.+)" if name == "**" else _segment(name, classes))
 
 
 def _segment(segment: str, classes: Sequence[str]) -> str:
-    """Translate a path segment without braces and `**`."""
+    """Translate a path segment other than `**`."""
     texts = segment.split(_CLASS_SIGN)  # every second one is the number of a class
     texts[1::2] = [classes[int(number)] for number in texts[1::2]]
     texts[::2] = [re.escape(text).replace(r"\*", "[^/]*").replace(r"\?", "[^/]") for text in texts[::2]]

@@ -137,7 +137,7 @@ class TestCheck:
 
     def test_check_prints_two_tables(self, tiercache, root):
         lines = tiercache("tier", "check").out.splitlines()
-        assert lines[0].split() == ["tier", "role", "url", "class", "capacity", "prices", "reached"]
+        assert lines[0].split() == ["tier", "url", "class", "capacity", "prices", "reached"]
         assert lines[4].split() == ["rule", "files", "shards", "checkpoints", "size", "does"]
         assert lines[5].endswith("to archive, written before 30 days")
         assert lines[-1] == f"{root}/tiercache.toml: 3 tiers, 2 rules, 0 pins"
@@ -156,7 +156,7 @@ class TestCheck:
         """It may be a disk that is not mounted."""
         (root / "cold").rmdir()
         note = f"note: tiers.archive: there is no folder {root}/cold: it counts as empty\n"
-        for more in (["check"], ["check", "--offline"], ["plan"], ["ls"], ["run", "--once", "--dry-run"]):
+        for more in (["check"], ["check", "--offline"], ["plan"], ["ls"]):
             assert tiercache("tier", *more).out.count(note) == 1, more
 
     @pytest.mark.parametrize("folder_stays", [True, False])
@@ -252,10 +252,10 @@ class TestPlan:
         assert tiers["hot"]["after"]["n_bytes"] == 5000
         assert sorted(path for path in root.rglob("*") if root / "state" not in (path, *path.parents)) == before
 
-    def test_plan_prints_the_first_moves_sums_and_a_summary(self, tiercache, root):
+    def test_plan_prints_the_first_moves_and_a_summary(self, tiercache, root):
         note, *lines = tiercache("tier", "plan", "--rows", "1").out.splitlines()
         assert note.startswith("note: datasets/photos: its use is not tracked yet; ")
-        assert lines[0].split() == ["rule", "does", "from", "to", "moves", "size", "cost", "saves/month"]
+        assert lines[0].split()[:4] == ["does", "path", "from", "to"]
         n = len(shards(root, "store")) + 2
         assert f"... and {n - 1} moves more: --rows 0 shows all" in lines
         assert lines[-1].startswith(f"{n} moves, ")
@@ -359,12 +359,6 @@ class TestRun:
         records = tiercache("head", root / "store" / "datasets" / "photos", "-n", "20", "--json").events
         tiercache("tier", "run", "--once")
         assert tiercache("head", root / "store" / "datasets" / "photos", "-n", "20", "--json").events == records
-
-    def test_a_dry_run_plans_and_changes_nothing(self, tiercache, root):
-        *rows, summary = tiercache("tier", "run", "--once", "--dry-run", "--json").events
-        assert summary["dry_run"] is True
-        assert sum(row["event"] == "move" for row in rows) == summary["moves"] == len(shards(root, "store")) + 2
-        assert not any((root / "cold").iterdir())
 
     def test_stopped_moves_exit_with_3(self, tiercache, root):
         (root / "cold" / "runs").write_text("a file, where a folder should be")

@@ -98,7 +98,6 @@ class TestMassDeletions:
         (warning,) = folder.warnings("plan", "--out", "plan.json")
         assert warning.startswith("old runs: would delete 900 B of 1000 B for good")
         folder.tier("apply", "plan.json", code=7)
-        folder.tier("run", "--once", "--dry-run", code=7)
         folder.rules(self.RULE.format("20d", ""), grace="0s")
         folder.tier("run", "--once")
         assert len(folder.files()) == 10

@@ -25,7 +25,6 @@ from tiercache.tier.plans import (
     RefusalTable,
     TierTotals,
     read_plan,
-    totals_by_route,
     write_plan,
 )
 from tiercache.tier.snapshot import ACTIONS, DELETE, KINDS, MoveColumns
@@ -72,7 +71,7 @@ plans = st.builds(
     rules=texts,
     rules_sha256=texts,
     tiers=st.lists(
-        st.builds(PlannedTier, texts, texts, texts, st.none() | texts, texts), max_size=3, unique_by=lambda t: t.name
+        st.builds(PlannedTier, texts, texts, st.none() | texts, texts), max_size=3, unique_by=lambda t: t.name
     ).map(tuple),
     moves=st.just(()),
     totals=st.builds(PlanTotals, st.integers(0, 2**60), amounts, amounts),
@@ -174,27 +173,10 @@ def test_a_plan_is_read_back_as_it_was_written(folder):
     check()
 
 
-@given(written_plans())
-def test_totals_of_columns_are_those_of_the_objects(drawn):
-    in_columns, plain = drawn[0].moves, drawn[1].moves
-    found, expected = totals_by_route(in_columns), totals_by_route(plain)
-    assert [(way, n, of.n_bytes) for way, (n, of) in found.items()] == [
-        (way, n, of.n_bytes) for way, (n, of) in expected.items()
-    ]
-    for way, (_, of) in expected.items():
-        amounts = (found[way][1].cost, found[way][1].saving_month)
-        assert amounts == pytest.approx((of.cost, of.saving_month), rel=1e-9, abs=1e-3)
-
-
 def one_move(rules: list[str], *rows: tuple) -> MoveTable:
     table = table_of([[]] * len(rows))
     of_groups = pa.array(["x"], pa.large_string()), np.zeros(1, np.uint8), TIERS
     return MoveTable(columns_of([*rows], ["x"]), rules, table.bytes_of_copies(), *of_groups, table)
-
-
-def test_a_rule_with_the_name_of_a_watermark_is_summed_with_it():
-    rows = [(0, 3, 0, 1, rule, "why", 0.0, 0.0) for rule in (0, -1, 0)]
-    assert [n for n, _ in totals_by_route(one_move(["tiers.hot.capacity"] * 2, *rows)).values()] == [3]
 
 
 @pytest.mark.parametrize("figure", [float("inf"), float("nan")])

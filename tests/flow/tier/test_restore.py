@@ -70,8 +70,8 @@ class World:
         self.clock, self.vault = clock, Vault(clock, hours)
         self.home = MemoryStore(f"home-{next(_numbers)}")
         tiers = (
-            Tier(name="home", role="standard", url=self.home.url),
-            Tier(name="vault", role="archive", url=self.vault.url, storage_class="GLACIER"),
+            Tier(name="home", url=self.home.url),
+            Tier(name="vault", url=self.vault.url, storage_class="GLACIER"),
         )
         self.file = RuleFile(path=Path("/etc/tiers.toml"), sha256="of the file", tiers=tiers)
         self.stores = Stores(
@@ -181,9 +181,9 @@ def test_on_moto_an_object_goes_to_glacier_and_comes_home(moto_server, tmp_path,
     set_transition(moto_server, 3)
     folder = f"restore-{os.urandom(4).hex()}"
     tiers = (
-        Tier(name="home", role="standard", url=str(tmp_path)),
+        Tier(name="home", url=str(tmp_path)),
         Tier(
-            name="vault", role="archive", url=f"{moto_server.url}/{folder}", storage_class="GLACIER",
+            name="vault", url=f"{moto_server.url}/{folder}", storage_class="GLACIER",
             storage_options=moto_server.storage_options,
         ),
     )  # fmt: skip
@@ -207,7 +207,7 @@ def test_on_moto_an_object_goes_to_glacier_and_comes_home(moto_server, tmp_path,
 @pytest.mark.s3
 def test_on_seaweedfs_a_restore_reports_that_classes_are_only_labels(s3_server):
     tier = Tier(
-        name="vault", role="archive", url=f"{s3_server.url}/restore-{os.urandom(4).hex()}", storage_class="GLACIER",
+        name="vault", url=f"{s3_server.url}/restore-{os.urandom(4).hex()}", storage_class="GLACIER",
         storage_options=s3_server.storage_options,
     )  # fmt: skip
     file = RuleFile(path=Path("t.toml"), sha256="", tiers=(tier,))

@@ -6,7 +6,6 @@ from tiercache.tier.rules import load_rule_file
 
 EVERYTHING = """
 [tiers.hot]
-role = "hot"
 url = "/nvme"
 storage_class = "A"
 prices = { store_gb_month = 1, min_bytes = 1, restore = { bulk = { gb = 1 } } }

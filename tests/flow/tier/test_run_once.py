@@ -42,7 +42,7 @@ class Tiers:
 
     def write_rules(self, more: str = "") -> None:
         names = ("hot", "standard", "archive")
-        text = "".join(f'[tiers.{name}]\nrole = "{name}"\nurl = "{self.root / name}"\n' for name in names)
+        text = "".join(f'[tiers.{name}]\nurl = "{self.root / name}"\n' for name in names)
         text += RULES + more + f'\n[tiering]\nstate_dir = "{self.root / "state"}"\n'
         (self.root / "tiercache.toml").write_text(text)
 
@@ -237,7 +237,7 @@ def test_a_link_that_is_made_during_the_grace_period_keeps_its_target(tiers, clo
 
 def test_a_full_tier_keeps_the_targets_of_symbolic_links(tiers, clock):
     path = tiers.root / "tiercache.toml"
-    path.write_text(path.read_text().replace('role = "hot"\n', 'role = "hot"\ncapacity = "250"\n'))
+    path.write_text(path.read_text().replace("[tiers.hot]\n", '[tiers.hot]\ncapacity = "250"\n'))
     for name in ("a", "b", "c"):
         tiers.write("hot", f"x/{name}")
     (tiers.root / "hot/x/link").symlink_to("a")

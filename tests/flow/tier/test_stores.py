@@ -81,7 +81,7 @@ def test_a_storage_class_without_boto3_is_an_error_that_names_the_extra(rules, m
 
 def two_tiers(first, second, **more):
     """A rule file of two tiers that no file would pass."""
-    tiers = (Tier(name="hot", role="hot", url=first), Tier(name="cold", role="archive", url=second, **more))
+    tiers = (Tier(name="hot", url=first), Tier(name="cold", url=second, **more))
     return RuleFile(path=Path("rules.toml"), sha256="", tiers=tiers)
 
 

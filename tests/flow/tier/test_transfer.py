@@ -44,10 +44,8 @@ class Place:
     """Two tiers, `near` and `far`, and a transfer between them."""
 
     def __init__(self, near, far, *, archives=None, classes=None, **options):
-        roles = {"near": "hot", "far": "archive"}
         tiers = tuple(
-            Tier(name=name, role=role, url=f"memory://{name}", storage_class=(classes or {}).get(name))
-            for name, role in roles.items()
+            Tier(name=name, url=f"memory://{name}", storage_class=(classes or {}).get(name)) for name in ("near", "far")
         )
         self.near, self.far = near, far
         self.stores = Stores(
@@ -179,7 +177,7 @@ def test_a_bit_flip_while_the_source_is_read_is_found_by_its_checksum(place):
 
 
 def test_two_tiers_of_one_location_are_not_copied_onto_themselves(tmp_path):
-    tiers = tuple(Tier(name=name, role=name, url=str(tmp_path)) for name in ("hot", "archive"))
+    tiers = tuple(Tier(name=name, url=str(tmp_path)) for name in ("hot", "archive"))
     stores = Stores(RuleFile(path=Path("rules.toml"), sha256="", tiers=tiers))
     with stores, Transfer(stores) as transfer, pytest.raises(ValueError, match="have one URL"):
         transfer.copy("hot", "archive", PlannedObject("a", 1))

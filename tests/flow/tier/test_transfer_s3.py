@@ -32,17 +32,17 @@ class Bucket:
         self.options = server.storage_options
         self.url = f"{server.url}/{self.folder}"
         tiers = (
-            self._tier("hot", "hot", str(tmp_path / "hot"), {}),
-            self._tier("standard", "standard", f"{self.url}/standard"),
-            self._tier("cold", "archive", f"{self.url}/standard", storage_class="GLACIER_IR"),
-            self._tier("archive", "archive", f"{self.url}/archive", storage_class="GLACIER"),
-            self._tier("other", "archive", f"{self.url}/other"),
+            self._tier("hot", str(tmp_path / "hot"), {}),
+            self._tier("standard", f"{self.url}/standard"),
+            self._tier("cold", f"{self.url}/standard", storage_class="GLACIER_IR"),
+            self._tier("archive", f"{self.url}/archive", storage_class="GLACIER"),
+            self._tier("other", f"{self.url}/other"),
         )
         self.stores = Stores(RuleFile(path=Path("rules.toml"), sha256="", tiers=tiers))
         self.transfer = Transfer(self.stores)
 
-    def _tier(self, name, role, url, options=None, **more):
-        return Tier(name=name, role=role, url=url, storage_options=self.options if options is None else options, **more)
+    def _tier(self, name, url, options=None, **more):
+        return Tier(name=name, url=url, storage_options=self.options if options is None else options, **more)
 
     def planned(self, tier, key="a"):
         info = self.stores.head(tier, key)

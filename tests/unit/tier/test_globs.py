@@ -11,10 +11,6 @@ from tiercache.tier.text_columns import first_match
 
 
 def plainly(glob: str, path: str) -> bool:
-    start = glob.find("{")
-    if start >= 0:  # those that are made here are not nested
-        end = glob.index("}", start)
-        return any(plainly(glob[:start] + one + glob[end + 1 :], path) for one in glob[start + 1 : end].split(","))
     return segments_match(glob.split("/"), path.split("/"))
 
 
@@ -44,7 +40,7 @@ def name_matches(glob: str, name: str) -> bool:
     return glob[0] in ("?", name[0]) and name_matches(glob[1:], name[1:])
 
 
-ATOMS = ["a", "b", "ab", ".", "*", "?", "[ab]", "[!a]", "[a-c]", "[!.]", "{a,b}", "{ab,*.c}", "{a/b,c}", "é", "+", "\n"]
+ATOMS = ["a", "b", "ab", ".", "*", "?", "[ab]", "[!a]", "[a-c]", "[!.]", "é", "+", "\n"]
 names = st.lists(st.sampled_from(ATOMS), min_size=1, max_size=3).map("".join).filter(lambda name: "**" not in name)
 globs = st.lists(st.one_of(names, st.just("**")), min_size=1, max_size=4).map("/".join)
 paths = st.lists(st.text("abc.é+\n", min_size=1, max_size=3), min_size=1, max_size=4).map("/".join)
@@ -91,12 +87,6 @@ def test_paths_are_matched_in_parts_in_their_order():
         ("a[*]", "a*", True),
         ("a[*]", "ab", False),
         ("a[{]b", "a{b", True),
-        ("{a,b{c,d}}/x", "bd/x", True),
-        ("{a,b{c,d}}/x", "b/x", False),
-        ("{a}", "a", True),
-        ("*{,x}*", "a/b", False),
-        ("*{,x}*", "axb", True),
-        ("a/{**,b}/c", "a/x/y/c", True),
         ("a.b", "axb", False),
         ("A", "a", False),
         ("step-[0-9][0-9]", "step-10", True),
@@ -114,7 +104,6 @@ def test_paths_are_matched_in_parts_in_their_order():
         ("a/", "a/", True),
         ("**/", "a/b/", True),
         ("**/b", "b/", False),
-        ("{a/**,*.b}", "x.b", True),
     ],
 )
 def test_a_glob_matches_as_the_reference_says(glob, path, matches):
@@ -125,17 +114,13 @@ def test_a_glob_matches_as_the_reference_says(glob, path, matches):
     ("glob", "what"),
     [
         ("a[b", "not closed"),
-        ("a{b", "not closed"),
-        ("a}b", "no matching"),
+        ("a{b", "write a list of globs"),
+        ("a}b", "write a list of globs"),
         ("a**", "a whole path segment"),
         ("**b/c", "a whole path segment"),
-        ("a{**,b}", "a whole path segment"),
         ("***", "a whole path segment"),
         ("[z-a]", "is reversed"),
         ("a\\*", "no escape"),
-        ("{a,b}" * 11, "more than 1000"),
-        ("{a}" * 2000, "more than 100 braces"),
-        ("{" * 2000 + "a" + "}" * 2000, "more than 100 braces"),
     ],
 )
 def test_a_malformed_glob_is_an_error_that_names_it(glob, what):

@@ -81,7 +81,7 @@ def test_a_refusal_has_names_and_bytes():
 def test_a_plan_names_its_tiers_rules_and_prices():
     plan = made(OLD, TO_ARCHIVE)
     assert plan.rules_sha256 == "5" * 64
-    assert plan.tiers[1] == PlannedTier("standard", "standard", "s3://warm/train", None, "x:r:S")
+    assert plan.tiers[1] == PlannedTier("standard", "s3://warm/train", None, "x:r:S")
     assert plan.made_s == NOW_S
 
 
