@@ -58,13 +58,10 @@ class BatchMemory:
 
     A loader keeps one for its life: an epoch that began with fresh pages decoded its first 200 images at 1,050 us each,
     later ones at 800. All methods and `keep` may be used from any thread.
-
-    Attributes:
-        keep: Maximum number of returned arrays of one size that are kept; others are freed.
     """
 
     def __init__(self, keep: int = 0) -> None:
-        self.keep = keep
+        self.keep = keep  # maximum number of returned arrays of one size; others are freed
         self._rings_spare = ArenaKeeper()  # keeps the ring's pages for the next epoch in the same way
         # By size. Any thread, including finalizers, appends and pops by single operations, which need no lock.
         self._free: defaultdict[int, deque[Bytes]] = defaultdict(deque)
@@ -88,11 +85,9 @@ class BatchMemory:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes of memory that are kept for later requests."""
         return sum(size_bytes * len(free) for size_bytes, free in list(self._free.items()))
 
     def take_back(self, memory: Bytes) -> None:
-        """Keep returned memory for the next request of its size."""
         free = self._free[memory.size]
         if len(free) < self.keep:
             free.append(memory)
@@ -111,7 +106,6 @@ def lend(memory: Bytes, n_bytes: int, take_back: Callable[[], None]) -> Bytes:
 
 
 def lent_bytes() -> int:
-    """Return the bytes of memory that are lent now, in the whole process."""
     return sum(list(_lent.values()))
 
 
@@ -136,7 +130,6 @@ def _give_back(token: int, take_back: Callable[[], None]) -> None:
 
 
 def aligned(n_bytes: int) -> int:
-    """Return n_bytes rounded up to the alignment of columns and slots."""
     return -(-n_bytes // SLOT_ALIGN) * SLOT_ALIGN
 
 
@@ -176,7 +169,6 @@ class PinnedMemory(BatchMemory):
         return aligned(max(expected_bytes + 1, self._largest_bytes))
 
     def note_largest(self, n_bytes: int) -> None:
-        """Note the bytes of a slot that the largest batch of an epoch needed."""
         self._largest_bytes = max(self._largest_bytes, n_bytes)
 
     def lend_arena(self, slot_bytes: int, n_slots: int) -> tuple[Bytes, int]:
@@ -205,7 +197,6 @@ class PinnedMemory(BatchMemory):
         return lent, self._blocks[lent.ctypes.data][0][:n_bytes]
 
     def take_back(self, memory: Bytes) -> None:
-        """See BatchMemory."""
         free = self._free[memory.size]
         free.append(memory)
         while len(free) > self.keep:
@@ -294,11 +285,9 @@ class ArrayLibrary:
         return np.frombuffer(memory, numpy_dtype(dtype), math.prod(shape), offset).reshape(shape)
 
     def empty(self, shape: Sequence[int], dtype: str) -> Any:
-        """Return a new array with arbitrary content."""
         return np.empty(tuple(shape), numpy_dtype(dtype))
 
     def split(self, array: Any, sizes: list[int]) -> Sequence[Any]:
-        """Return consecutive parts of an array as views, by their numbers of rows."""
         return [array[start:stop] for start, stop in itertools.pairwise(itertools.accumulate(sizes, initial=0))]
 
     def from_numpy(self, stored: Any, dtype: str) -> Any:
@@ -340,7 +329,6 @@ def gather_streams(schema: Schema, output_spec: OutputSpec | None = None) -> NDA
 
 
 def _values_kind(column: Column, output_spec: OutputSpec) -> int | None:
-    """Return the kind of a stream of values if it differs from the stored one."""
     layout = output_spec.layout(column)
     if layout == "padded":
         return PADDED
@@ -435,13 +423,9 @@ class Assembler:
     call.
 
     Attributes:
-        library: ArrayLibrary of the arrays.
-        streams: Kinds and widths of the streams, as the ring takes them.
         bytes_streams: Numbers of the streams that are served as lists of bytes.
         object_columns: (name, number) of the ARROW columns.
-        entries: The entries that are built from a slot.
         is_native: Whether a batch consists only of such tensors and buffers.
-        order: Names of a batch's entries, in order.
     """
 
     def __init__(self, schema: Schema, served: OutputSpec, library: ArrayLibrary) -> None:
@@ -662,11 +646,7 @@ class PipelineSetup:
     not).
 
     Attributes:
-        library: ArrayLibrary of the batches' arrays.
-        assembler: Builder of batches, in which images to decode are buffers.
         varies, pads: Whether records differ in length, and whether some are padded to one length.
-        stored_bytes, largest_bytes: Stored size of all shards, and of the largest.
-        layouts: See `layout_table`.
     """
 
     def __init__(self, source: Records, output_spec: OutputSpec, library: ArrayLibrary) -> None:

@@ -212,7 +212,6 @@ class _RecordReplacer:
     _alone: tuple[RecordLocation, AnyWindow] | None = None
 
     def repair(self, piece: AnyPiece, n_before: int) -> AnyPiece:
-        """Return the piece, which begins after n_before rows, with its corrupt records replaced."""
         shards = np.concatenate([window.shards for window in piece.windows])
         blocks = np.concatenate([window.blocks for window in piece.windows])
         suspects = np.flatnonzero(np.isin(shards, self.corruption.shards))
@@ -307,6 +306,5 @@ class RecordWalk:
             yield from (locate(self.order, position) for position in rank_plan.positions(0)[::-1].tolist())
 
     def after(self, n_rows: int) -> Iterator[RecordLocation]:
-        """Yield the record at row n_rows, and those after it."""
         for row in range(n_rows, self.rank_plan.n_served):
             yield locate(self.order, int(self.rank_plan.positions_between(row, row + 1)[0]))

@@ -114,7 +114,6 @@ class _DecodeQueue(StageQueue[_Job]):
     """The queue of batches whose images the threads decode.
 
     Args:
-        ahead: Maximum number of batches in the queue.
         goes_on: Whether images are decoded after one that cannot be, so that all such images are found at once.
     """
 
@@ -137,13 +136,11 @@ class _DecodeQueue(StageQueue[_Job]):
             return None
 
     def add(self, job: _Job) -> None:
-        """Append the batch that was opened."""
         with self._lock:
             self._is_opening = False
             super().add(job)
 
     def done(self, job: _Job, task: int, error: Exception | None, took_ns: int) -> None:
-        """Note that an image is decoded, or why it cannot be."""
         with self._lock:
             # The error of the first image is kept, so that it does not depend on the threads' timing.
             if error is not None and (job.error is None or task < job.failed_at):
@@ -181,7 +178,6 @@ class _Opener:
         blocks.clear()  # they return to be lent again
 
     def open(self) -> _Job:
-        """Return the next batch, ready to decode."""
         before = self.gathered.figures()["bytes_served"]
         batch = self.gathered.take()
         if batch is None:
@@ -283,7 +279,6 @@ def _room_in(
 
 
 def _decode(queue: _DecodeQueue, opener: _Opener) -> None:
-    """Run a decoding thread."""
     decoders: dict[str, Decoder] = {}
     while (found := queue.next_task()) is not None:
         job, task = found
@@ -324,7 +319,6 @@ def _small_columns(batch: Batch, decoded: Set[str], batch_bytes: int) -> dict[st
 
 
 def _ahead(inputs: PipelineInputs, resources: Resources) -> int:
-    """Return how many batches are decoded ahead of the consumer."""
     n_rows = inputs.batch_rows
     sized = [options for options in inputs.output_spec.decode.values() if options.size is not None]
     batch_bytes = n_rows * sum(int(np.prod(options.batch_shape)) * options.itemsize for options in sized)

@@ -57,11 +57,9 @@ class Backend:
         return torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
 
     def current_stream(self) -> DeviceStream:
-        """Return the caller's current stream on the device."""
         return (torch.accelerator if self._is_generic else torch.cuda).current_stream(self.device)
 
     def new_stream(self) -> DeviceStream:
-        """Return a stream of its own."""
         return (torch.Stream if self._is_generic else torch.cuda.Stream)(device=self.device)
 
     def record(self, stream: DeviceStream, *, timed: bool = False) -> Event:
@@ -138,12 +136,10 @@ class BatchDevice:
     The consumer's thread uses it; any thread may call exposed_waits().
 
     Attributes:
-        backend: Access to the device.
         max_issued: Maximum number of batches whose copies are issued ahead, including the one that is handed out next.
         is_fixed: Whether every batch is served at the same addresses.
         fixed: Device memory of the fixed batch, once the first batch was served, and what describes it.
         fixed_stream: Stream on which `fixed` was used last.
-        pinned: Pinned memory of the batches.
     """
 
     def __init__(self, backend: Backend, max_issued: int, *, is_fixed: bool) -> None:
@@ -169,7 +165,6 @@ class BatchDevice:
 
     @property
     def copy_stream(self) -> DeviceStream:
-        """The side stream on which batches are copied."""
         if self._copy_stream is None:
             self._copy_stream = self.backend.new_stream()
         return self._copy_stream
@@ -181,7 +176,6 @@ class BatchDevice:
         self._settle()
 
     def pipeline(self, inputs: PipelineInputs, before: ClosingPipeline) -> DevicePipeline:
-        """Return the stage that copies the batches of the pipeline `before` to the device."""
         return DevicePipeline(inputs, self, before)
 
     def exposed_waits(self) -> WaitHistogram:
@@ -604,7 +598,6 @@ class DevicePipeline(LaterStage):
         return len(self._copying) < self._device.max_running
 
     def _make_room(self) -> None:
-        """Wait until a further copy may be issued."""
         while not self._has_room():
             self._copying[0][0].synchronize()
 

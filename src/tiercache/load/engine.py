@@ -238,8 +238,6 @@ class LoaderArguments:
     """The loader's own arguments, as far as the native path needs them.
 
     Attributes:
-        library: What batches consist of.
-        draw_seed: Function that draws the seed of a run.
         fills_first: See `RankPlan`; integrations set it.
         pin_function: Function that returns the function that pins a batch, or None if nothing can be pinned.
         batch_device: Function that returns what the pipelines of a loader share about its device: its argument, unless
@@ -285,11 +283,9 @@ class Engine(ABC):
 
     @property
     def arguments(self) -> LoaderArguments:
-        """The loader's arguments."""
         return self._arguments
 
     def facts(self) -> list[str]:
-        """Return the arguments that differ from the defaults, for the text of a loader."""
         facts = [f"{name}=True" for name in ("shuffle", "drop_last") if getattr(self._arguments, name)]
         options = self._arguments.options
         return facts if options == LoaderOptions() else [*facts, short_repr(options)]
@@ -299,7 +295,6 @@ class Engine(ABC):
         """Return the rank whose share of an epoch this process is served."""
 
     def stats(self, *, across_ranks: bool = False) -> dict[str, Any]:
-        """See DataLoader.stats."""
         counters = self._counters.snapshot()
         iterator = self._iterator() if self._iterator is not None else None
         if iterator is not None:
@@ -316,7 +311,6 @@ class Engine(ABC):
         return stats
 
     def _fetched(self) -> dict[str, float]:
-        """Return the source's counters since the loader was made."""
         now = self._source.storage.figures()
         return {name: now[name] - self._figures_before.get(name, 0) for name in now}
 
@@ -459,7 +453,6 @@ class OrderEngine(Engine):
                 )
 
     def set_epoch(self, epoch: int) -> None:
-        """Make `epoch` the next epoch."""
         epoch = operator.index(epoch)
         if epoch < 0:
             raise ValueError(f"an epoch is 0 or more, got {epoch}")
@@ -470,7 +463,6 @@ class OrderEngine(Engine):
             self._state = self._state.following(epoch)
 
     def n_batches(self) -> int:
-        """Return the number of batches of a whole epoch on this rank."""
         return self._whole_epoch(self._arguments.drop_last).n_batches
 
     def n_served(self) -> int:
@@ -482,7 +474,6 @@ class OrderEngine(Engine):
         return RankPlan(0, rank.world_size, rank.rank, self._arguments.batch_size, drop_last, self._epoch_records())
 
     def iterate(self) -> NativeIterator:
-        """Return the iterator of the next epoch."""
         state = self.next_state()
         self._check_readable()
         rank = self.rank()
@@ -563,7 +554,6 @@ class OrderEngine(Engine):
             position.finished = True
 
     def next_state(self) -> RunState:
-        """Return the state from which the next iter() begins."""
         return self._start_run() if self._position is None else self._position.next_state()
 
     def _epoch_records(self) -> int:

@@ -65,7 +65,6 @@ class RunState:
     format: int = STATE_FORMAT
 
     def following(self, epoch: int) -> RunState:
-        """Return the state at the beginning of another epoch of the run."""
         return replace(self, epoch=epoch, offset=0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -148,7 +147,6 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _check_values(state: Mapping[str, Any]) -> None:
-    """Raise ValueError, with the name of the value, for an invalid value of a state."""
     for name, (fits, expected) in _CHECKS.items():
         if not fits(state[name]):
             raise ValueError(f"the state's {name} must be {expected}, got {state[name]!r}")
@@ -203,8 +201,6 @@ class EpochPosition(Position):
     """The position in an epoch of tiercache's order.
 
     Args:
-        start: State at which the epoch began or was resumed.
-        rank_plan: The batches of this rank from there.
         is_counted: Whether n_yielded is known; it is not if another loader hands the batches out.
     """
 
@@ -243,13 +239,11 @@ class EpochPosition(Position):
         return self._redirected or self._next
 
     def redirect(self, epoch: int) -> None:
-        """Make another epoch the next one."""
         if self.next_state().epoch != epoch:
             self._redirected = self._start.following(epoch)
 
     @property
     def is_between_epochs(self) -> bool:
-        """Whether state() is the beginning of an epoch that no iter() has begun."""
         return self.finished or self._redirected is not None
 
 
@@ -265,11 +259,8 @@ class OrderShare:
     """A rank's batches of one epoch, in order. Immutable; its methods may be called from any thread.
 
     Attributes:
-        order: Order of all ranks' records.
-        rank_plan: The batches of this rank, from where the epoch begins for it.
         seed, epoch: The random values of a record follow from them and from the record's position.
         corruption: Corrupt records that are replaced. None: corrupt data is an error.
-        sizes: Maximum rows of its pieces.
     """
 
     order: Order
@@ -288,7 +279,6 @@ class OrderShare:
         return replace_corrupt(all_pieces, self.corruption, RecordWalk(self.order, rank_plan))
 
     def locate(self, position: int) -> tuple[int, int, int]:
-        """Return (shard, block, row in the block) of a position of the epoch. Reads footers."""
         return locate(self.order, position)
 
     def shards_ahead(self, n_batches: int, n_rows: int, n_bytes: int) -> list[int]:
@@ -314,7 +304,6 @@ def interleaved(runs: Sequence[Sequence[int]]) -> list[int]:
 
 
 def records_of(ordered: Ordered) -> Records:
-    """Return the records that an order orders."""
     return ordered.source if isinstance(ordered, CorruptionMap) else ordered
 
 
@@ -341,7 +330,6 @@ def make_share(ordered: Ordered, rank: Rank, batch_size: int, fills_first: bool,
 
 
 def make_order(ordered: Ordered, state: RunState) -> Order:
-    """Return the order of the state's epoch."""
     source = records_of(ordered)
     sizes = DatasetSizes(source.shard_records, source.shard_bytes, ordered.block_sizes)
     options = order_options(state)
@@ -407,9 +395,7 @@ class ReadClock:
     """Maps positions of an epoch, from `start` on, to the clock. Immutable.
 
     Args:
-        start: Position of the epoch at which the clock is 0.
         begins, ends: int64[g], positions of the epoch between which each group is read.
-        n_bytes: int64[g], stored bytes of each group.
     """
 
     def __init__(
@@ -425,7 +411,6 @@ class ReadClock:
 
     @property
     def total(self) -> int:
-        """The clock at the end of the epoch."""
         return round(float(self._bytes[-1]))
 
     def at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -447,7 +432,6 @@ class ShardUses:
 
     @property
     def shards(self) -> NDArray[np.int64]:
-        """The shards that are read, rising."""
         return np.flatnonzero(self.ends)
 
 
@@ -481,11 +465,8 @@ def make_reading_plan(
     """Return the reading plan of a rank.
 
     Args:
-        owner: Description of the job for people.
-        uses: What the rank reads in the current epoch.
         later: The rank's shares of the later epochs. They are examined until all shards of this epoch are found again
             and EPOCHS_WITHOUT_NEWS further epochs show no new shard, at most MAX_EPOCHS_AHEAD.
-        n_filled: Number of shards that have records.
         max_shards: Maximum of shards examined over all later epochs; at least one epoch is examined.
     """
     n_shards = len(uses.ends)
@@ -586,7 +567,6 @@ class ReadingPlanPublisher:
         earlier.close()
 
     def close(self) -> None:
-        """Withdraw the plan. May be called repeatedly."""
         if self._pid != os.getpid():
             return
         with self._lock:

@@ -85,7 +85,6 @@ class Piece:
         windows: Windows of one or several streams, each once (streams of a mixture share the windows of a small part).
             A window is in all pieces from its first row to its last, as the same object, even if a piece in between has
             no row of it.
-        n_rows: Number of rows.
         needed: bool[n_blocks] for each window: the blocks that this piece or later pieces of the window need.
     """
 
@@ -276,19 +275,16 @@ class _Cutter:
 
 
 def _is_covered(window: AnyWindow, section: Section) -> bool:
-    """Whether a section of an explicit order is the only one that uses its window."""
     return isinstance(window, ExplicitWindow) and len(window) == section.stop - section.start
 
 
 def _n_before(rising: _Rising, value: int) -> int:
-    """Return how many of the rising numbers are smaller than value."""
     if isinstance(rising, range):
         return min(max(value - rising.start, 0), len(rising))
     return int(np.searchsorted(rising, value))
 
 
 def _cursors(positions: _Rising, n_streams: int) -> list[_StreamCursor]:
-    """Group rows at these positions by stream."""
     n = len(positions)
     if n_streams == 1:
         return [_StreamCursor(0, range(n), positions)]
@@ -355,15 +351,12 @@ class ArrayPiece:
 
     @property
     def n_rows(self) -> int:
-        """Number of rows."""
         return len(self.row)
 
     def rows(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """See Piece.rows."""
         return self.block, self.row
 
     def locate(self, index: int) -> RecordLocation:
-        """Return the location of a row's record, in the order's row numbers."""
         block = int(self.block[index])
         for window in self.windows:
             if block < len(window.blocks):

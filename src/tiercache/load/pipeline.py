@@ -283,7 +283,6 @@ class Pipeline(ClosingPipeline):
         return replacements
 
     def _next_slot(self, timeout_s: float) -> Slot | int:
-        """Return the next slot of the ring, or a status."""
         if not self._waited:
             slot = self._ring.take(0.0)
             if not isinstance(slot, int):
@@ -438,7 +437,6 @@ class Pipeline(ClosingPipeline):
 
 
 def _value(loaded: LoadedWindow, block: int, row: int, index: int) -> object:
-    """See LoadedWindow.value."""
     try:
         return loaded.value(block, row, index)
     except CorruptShard as error:  # Arrow checks a column of a block as a whole.
@@ -447,7 +445,6 @@ def _value(loaded: LoadedWindow, block: int, row: int, index: int) -> object:
 
 
 def _stored_location(loaded: LoadedWindow, block: int, row: int) -> RecordLocation:
-    """Return the location of a row as it is stored."""
     return int(loaded.window.shards[block]), int(loaded.window.blocks[block]), row
 
 
@@ -543,8 +540,6 @@ class StageJob:
     """A batch in a stage. The queue's lock guards what the threads of the stage change.
 
     Attributes:
-        batch: The batch, once the stage has made it.
-        number: Number of the batch in the share.
         n_rows: Number of its records; 0: there is no batch, because the epoch ends or the stage before failed.
         n_bytes: Bytes that the stage before served for it.
         n_replaced: Number of its records that replace corrupt ones.
@@ -568,9 +563,6 @@ class StageQueue(Generic[JobT]):
     """The batches between the stage before and the consumer, oldest first. One lock guards everything.
 
     The lock is re-entrant: the garbage collector may drop, and so close, a pipeline in a thread that holds the lock.
-
-    Args:
-        ahead: Maximum number of batches in the queue.
     """
 
     def __init__(self, ahead: int) -> None:
@@ -586,13 +578,11 @@ class StageQueue(Generic[JobT]):
 
     @property
     def n_taken(self) -> int:
-        """Number of batches that were added and are no longer in the queue."""
         with self._lock:
             return self._n_added - sum(job.n_rows > 0 for job in self._jobs)
 
     @property
     def is_closed(self) -> bool:
-        """Whether close() was called."""
         return self._is_closed
 
     def wait_for_room(self, has_worker: Callable[[], bool] = lambda: True) -> bool:
@@ -652,7 +642,6 @@ class StageQueue(Generic[JobT]):
         dropped.clear()
 
     def _count_done(self, job: JobT, took_ns: int) -> None:
-        """Count a task of a batch as done. The caller holds the lock."""
         self.busy_ns += took_ns
         job.n_left -= 1
         if not job.n_left:
@@ -681,12 +670,6 @@ class StagePipeline(LaterStage):
     """A stage whose threads change the batches of another pipeline, with the same guarantees.
 
     All methods may be called from any thread. A subclass calls _begin() with what its threads run.
-
-    Args:
-        name: Name of the stage, in the names of its threads and of its counter.
-        inputs: Inputs of the pipeline.
-        gathered: Pipeline whose batches are changed; this object owns it from now on.
-        queue: Queue between the threads and the consumer.
     """
 
     def __init__(self, name: str, inputs: PipelineInputs, gathered: ClosingPipeline, queue: StageQueue[Any]) -> None:

@@ -49,14 +49,10 @@ class PipelineInputs:
     """Inputs of a pipeline: a rank's share of an epoch of a source, and how columns are served.
 
     Attributes:
-        setup: The source, how its columns are served, and what the pipelines of a run have in common.
-        share: The rank's share of the epoch.
         counters, waits: Counters of the loader, and its consumer's waiting times.
         first_batch: First batch of the share that is served.
         memory: Reused memory of decoded batches; the engine keeps it from epoch to epoch.
         warned: Keys of the warnings that the run has given.
-        epoch_start: The prepared start of this epoch, if the epoch before prepared one.
-        next_epoch: The epoch that may follow.
         corruption: Corrupt records that are replaced. None: corrupt data is an error.
         publisher: Publisher of the epoch's reading plan. None: a sampler decides the order, so there is no plan.
         pinned: Pinned memory in which this stage leaves its batches. None: ordinary memory.
@@ -77,17 +73,14 @@ class PipelineInputs:
 
     @property
     def source(self) -> Records:
-        """Records that are read."""
         return self.setup.source
 
     @property
     def output_spec(self) -> OutputSpec:
-        """How the columns are served."""
         return self.setup.output_spec
 
     @property
     def batch_rows(self) -> int:
-        """Rows of the longest batch."""
         return max(min(self.share.rank_plan.batch_size, self.share.rank_plan.n_records), 1)
 
 
@@ -123,8 +116,6 @@ class NextEpoch:
     """The epoch after the current one. The planner prepares it, and the engine takes it if the run continues there.
 
     Args:
-        source: Records that both epochs read.
-        state: State at the start of the next epoch.
         make_share: Function that returns a rank's share of an epoch. It must not refer to the loader, which would then
             live too long.
         is_expected: Whether this run has gone from one epoch to the next before. If not, no store is read for the next
@@ -201,7 +192,6 @@ class NextEpoch:
         return taken
 
     def on_source_closed(self) -> None:
-        """See CloseListener."""
         self.drop_preparation()
 
     def drop_preparation(self) -> None:
@@ -314,11 +304,9 @@ class PushedRows:
 
     @property
     def n_rows(self) -> int:
-        """Number of rows."""
         return self.rows.n_rows if isinstance(self.rows, RowRun) else len(self.rows[1])
 
     def locations(self, lo: int, hi: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        """Return block and row of the rows [lo, hi)."""
         return self.rows.find(lo, hi) if isinstance(self.rows, RowRun) else (self.rows[0][lo:hi], self.rows[1][lo:hi])
 
     def as_plan(self, layouts: NDArray[np.uint64] | None) -> Plan:
@@ -336,9 +324,7 @@ class PlannerState:
     Attributes:
         pushed: Pushed rows, oldest first, with the row of the sequence after their last one.
         replaced_pieces: Pieces with replaced records, with the row of the sequence before their first one.
-        error: Error that stopped the planner.
         stop: Future that is done when the planner must end, so that it can be waited for together with a window.
-        ended: Whether the consumer has taken the last batch.
     """
 
     pushed: deque[tuple[int, PushedRows]] = field(default_factory=deque)
@@ -386,7 +372,6 @@ class Lookahead:
         self._error: Exception | None = None
 
     def __iter__(self) -> Iterator[AnyPiece]:
-        """Yield the pieces in order."""
         while self._planned or self._plan() is not None:
             yield self._planned.popleft()[0]
         if self._error is not None:
@@ -659,7 +644,6 @@ class _Planner:
         return self._joined
 
     def _rows(self, piece: AnyPiece) -> Rows:
-        """Return the piece's rows as they are stored."""
         run = piece.run if self._inputs.source.selection is None else None
         if run is not None:
             return run
@@ -677,6 +661,5 @@ class _Planner:
         self._inputs.counters.add(name, time.perf_counter() - start_s)
 
     def _warn(self) -> None:
-        """Warn that blocks are read again and again."""
         self._inputs.warned.add("pressure")
         warnings.warn(self.pressure.explain(self._inputs.source.url), RuntimeWarning, stacklevel=2)

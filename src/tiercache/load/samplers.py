@@ -52,7 +52,6 @@ def is_known(sampler: Any) -> bool:
 
 
 def is_known_batch_sampler(batch_sampler: Any) -> bool:
-    """Whether it is a batch sampler of torch or torchdata over a known sampler."""
     kinds = (torch_data.BatchSampler, torchdata_samplers.BatchSampler)
     return type(batch_sampler) in kinds and is_known(batch_sampler.sampler)
 
@@ -131,7 +130,6 @@ class SamplerPass(Position):
         self._generator_state = None if saved is None else saved[_GENERATOR]
 
     def begin(self) -> NDArray[np.int64]:
-        """Draw the indices, int64[n]."""
         batch_sampler = self._batch_sampler
         generator = getattr(batch_sampler.sampler, "generator", None)
         if generator is not None and self._generator_state is not None:
@@ -179,11 +177,9 @@ class SampledIterator(Iterator[Any]):
         raise NotImplementedError(f"{type(self).__name__} cannot be pickled")  # torch's iterators raise the same error
 
     def figures(self) -> Mapping[str, float]:
-        """See NativeIterator.figures."""
         return {} if self._native is None else self._native.figures()
 
     def close(self) -> None:
-        """End this epoch, early or not. May be called repeatedly."""
         if self._native is not None:
             self._native.close()
 
@@ -200,7 +196,6 @@ class SamplerEngine(Engine):
         self._seed = arguments.options.seed  # seed of the random values of a record
 
     def rank(self) -> Rank:
-        """Return a rank that is served all records: the sampler decides this process's share."""
         return Rank(0, 1, "sampler", find_rank(self._arguments.options).local_ranks)
 
     def state(self) -> dict[str, Any]:
@@ -226,16 +221,13 @@ class SamplerEngine(Engine):
             set_sampler_epoch(self._batch_sampler, state[_SAMPLER_EPOCH])
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the samplers that take one."""
         self._epoch = operator.index(epoch)
         set_sampler_epoch(self._batch_sampler, self._epoch)
 
     def n_batches(self) -> int:
-        """Return the batches of an epoch."""
         return len(self._batch_sampler)
 
     def iterate(self) -> SampledIterator:
-        """Return the iterator of the next epoch."""
         self._check_readable()
         saved, self._saved = self._saved, None
         self._pass = self._make(saved)

@@ -99,7 +99,6 @@ class SharedBlock:
         self.fd, self.memory = -1, np.empty(0, np.uint8)
 
     def clear(self) -> None:
-        """Forget what was reserved, for the next object."""
         self._n_reserved = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
@@ -286,8 +285,6 @@ class Job(StageJob):
 
 
 class JobQueue(StageQueue[Job]):
-    """The queue of the batches that the user's functions make."""
-
     def done(self, job: Job, batch: Any, error: BaseException | None, took_ns: int) -> None:
         """Note that a batch is made, or why it cannot be: then no further batch is added."""
         with self._lock:
@@ -354,7 +351,6 @@ class _Worker:
     requests: dict[int, tuple[_Request, JobQueue, Job]] = field(default_factory=dict)  # by number, not answered
 
     def make_blocks(self, n_inputs: int, n_outputs: int) -> None:
-        """Make blocks of shared memory and give them to the process."""
         self.pipe.send((n_inputs, n_outputs))
         blocks = (self.inputs, self.free_inputs, n_inputs), (self.outputs, self.free_outputs, n_outputs)
         for made, free, n_blocks in blocks:
@@ -410,10 +406,8 @@ class TransformSettings:
     """The user's functions of a loader, and the worker processes that run them.
 
     Attributes:
-        function: The user's functions.
         n_workers: Number of worker processes; 0: the consumer's thread calls the functions.
         context: multiprocessing's context that starts the processes; None: the default one.
-        worker_init_fn: Function that each process calls with its number before its first batch.
         prefetch_factor: Number of batches that are in a worker process at a time.
         keeps_workers: Whether the processes live from one epoch to the next.
     """
@@ -432,7 +426,6 @@ class TransformSettings:
         return partial(WorkerPipeline, pool)
 
     def start_workers(self, seed: int) -> WorkerPool:
-        """Return new worker processes. seed: Seed of the run."""
         return WorkerPool(self, seed)
 
 
@@ -441,11 +434,6 @@ class WorkerPipeline(StagePipeline):
 
     All methods may be called from any thread. An error of a user's function is raised in place of its batch, and closes
     the pipeline.
-
-    Args:
-        pool: The worker processes.
-        inputs: Inputs of the pipeline.
-        gathered: Native pipeline, which this object owns from now on.
     """
 
     def __init__(self, pool: WorkerPool, inputs: PipelineInputs, gathered: ClosingPipeline) -> None:
@@ -456,7 +444,6 @@ class WorkerPipeline(StagePipeline):
         self._begin([partial(pool.send_all, queue, _jobs(inputs, gathered)), partial(pool.receive_all, queue)])
 
     def close(self) -> None:
-        """See StagePipeline.close."""
         if not self.is_forked_copy:
             self._queue.close()
             self._pool.wake()
@@ -468,13 +455,6 @@ class WorkerPool(SelfClosing):
 
     send_all() and receive_all() each run in a thread of the pipeline. The pool closes itself when its last reference is
     dropped; at interpreter exit multiprocessing ends the processes.
-
-    Args:
-        settings: The user's functions, and the settings of the processes.
-        seed: Seed of the run, from which the workers' own seeds follow.
-
-    Raises:
-        Exception: Any error of pickling the user's functions for another process.
     """
 
     def __init__(self, settings: TransformSettings, seed: int) -> None:
@@ -600,7 +580,6 @@ class WorkerPool(SelfClosing):
 
 
 def _error_of(pickled: bytes) -> BaseException:
-    """Return the error that a worker has wrapped."""
     try:
         pickle.loads(pickled).reraise()  # noqa: S301 -- written by a process of this loader
     except BaseException as raised:  # noqa: BLE001 -- the user's code: the consumer raises it in its place

@@ -64,7 +64,6 @@ def cut_load_tasks(
 
 
 def task_bytes(n_bytes: int, n_threads: int) -> int:
-    """Return the size of a load task of a window that has n_bytes to load."""
     return min(max(n_bytes // (n_threads * TASKS_A_THREAD), MIN_TASK_BYTES), MAX_TASK_BYTES)
 
 
@@ -265,7 +264,6 @@ class WindowLoad:
         return True
 
     def cancel(self) -> None:
-        """Cancel the tasks that no thread has started."""
         for _, future in self._tasks:
             future.cancel()
 
@@ -320,13 +318,11 @@ class MemoryPressure:
         return self._room_bytes // 4
 
     def record_usage(self, loaded: LoadedWindow) -> None:
-        """Count the memory that a loaded window takes."""
         here = loaded.group_of_block >= 0
         self._raw_bytes += int(loaded.window.block_bytes[here].sum())
         self._private_bytes += loaded.private_bytes
 
     def fits(self, piece: AnyPiece) -> bool:
-        """Whether the piece's windows fit memory twice."""
         need_bytes = sum(self._decoded_bytes(w, needed) for w, needed in zip(piece.windows, piece.needed, strict=True))
         if need_bytes <= self._room_bytes:
             return True
@@ -445,7 +441,6 @@ class PagePrefetcher:
         return self._threads.executor.submit(_read, blocks, self._threads.stop)
 
     def _release_served(self, served: Sequence[AnyWindow], *, larger: bool) -> None:
-        """Forget windows that were served; if the data set is larger than memory, let their pages be evicted first."""
         ids = set(map(id, served))
         gone = [near for near in self._near if id(near[0]) not in ids]
         self._near = [near for near in self._near if id(near[0]) in ids]
@@ -454,7 +449,6 @@ class PagePrefetcher:
 
 
 def is_in_memory(blocks: Blocks) -> bool:
-    """Whether all mapped pages of blocks are in memory, as far as the file system reports that reliably."""
     return _LINUX and blocks.reports_residency and are_resident(blocks.pages)
 
 
@@ -468,7 +462,6 @@ def cut_steps(pages: NDArray[np.uint64]) -> list[tuple[int, int]]:
 
 
 def count_near(sizes: Sequence[int], room_bytes: int) -> int:
-    """Return how many of the first groups of blocks fit room_bytes together."""
     return int(np.searchsorted(np.cumsum(np.array(sizes, np.int64)), room_bytes, side="right"))
 
 
