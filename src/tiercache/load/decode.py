@@ -152,20 +152,14 @@ class _DecodeQueue(StageQueue[_Job]):
             self._count_done(job, took_ns)
 
 
-@dataclass(slots=True)
 class _Opener:
     """Prepares gathered batches for decoding. One thread at a time calls it."""
 
-    inputs: PipelineInputs
-    gathered: Pipeline
-    number: int = field(init=False)
-    draws: ImageDraws = field(init=False)
-    small_bytes: int = field(init=False, default=0)  # room for small columns in a block of pinned memory
-
-    def __post_init__(self) -> None:
-        share = self.inputs.share
-        self.draws = ImageDraws(share.seed, share.epoch, self.inputs.output_spec.decode.values())
-        self.number = self.inputs.first_batch
+    def __init__(self, inputs: PipelineInputs, gathered: Pipeline) -> None:
+        self.inputs, self.gathered = inputs, gathered
+        self.draws = ImageDraws(inputs.share.seed, inputs.share.epoch, inputs.output_spec.decode.values())
+        self.number = inputs.first_batch
+        self.small_bytes = 0  # room for small columns in a block of pinned memory
 
     def reserve(self, n_blocks: int) -> None:
         """Allocate the pinned memory of n_blocks batches, in the caller's thread.

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from tiercache._native import gather
 from tiercache._native.ring import CLOSED, END, FAILED, BatchTaker, Ring, Slot
-from tiercache.data.output_spec import OutputSpec, length_error, record_number, replace_nulls
+from tiercache.data.output_spec import length_error, record_number, replace_nulls
 from tiercache.data.packing import PackedBlocks
 from tiercache.errors import CorruptShard, SchemaError, TierCacheError
 from tiercache.load.batch import Batch, Bytes, InvalidValueError, gather_streams, keep_freed_memory
@@ -39,7 +39,7 @@ from tiercache.load.planner import PipelineInputs, PlannerState, run_planner
 from tiercache.load.windows import LoadedWindow, LoadThreads, loading_pool
 from tiercache.shard.blocks import damage_message
 from tiercache.shard.schema import Column, Kind, Schema
-from tiercache.shard.values import gather_values, served_columns
+from tiercache.shard.values import served_columns
 
 # Batches ahead: more batches hide longer stalls of the consumer. But batches ahead should still be in the processor's
 # last-level cache (32 MiB here, shared with the records and the consumer's data) when they are read. All threads gather
@@ -380,17 +380,14 @@ class Pipeline(ClosingPipeline):
         # Ctrl-C may have lost batches: the ring counted them, but the taker did not.
         n_uncounted = self._ring.figures()["batches"] - self._taker.batches
         stop = self._taker.rows + (1 + n_uncounted) * self._inputs.share.rank_plan.batch_size
-        served = served_columns(
-            source.schema, self._inputs.output_spec.cast if isinstance(error, gather.CastError) else {}
-        )
+        casts = self._inputs.output_spec.cast if isinstance(error, gather.CastError) else {}
+        served = served_columns(source.schema, casts)
         examined: set[PackedBlocks] = set()
-        if isinstance(error, gather.TooLongError):
-            too_long = self._too_long(self._taker.rows, stop)
-            if too_long is not None:
-                return too_long
+        too_long = self._too_long(self._taker.rows, stop) if isinstance(error, gather.TooLongError) else None
+        if too_long is not None:
+            return too_long
         for loaded, block, row in self._locations(self._taker.rows, stop):
-            misfit = bad_value(source.schema, loaded, block, row, served) if served else None
-            if misfit is not None:
+            if served and (misfit := bad_value(source.schema, loaded, block, row, served)) is not None:
                 return misfit
             blocks = loaded.block_groups[loaded.group_of_block[block]]
             if isinstance(blocks, PackedBlocks):
@@ -409,11 +406,11 @@ class Pipeline(ClosingPipeline):
                     return CorruptShard(
                         fault,
                         url=blocks.url,
-                        block=blocks.blocks[loaded.position[block]],
+                        block=loaded.stored_block(block),
                         column=names[number],
                         location=_stored_location(loaded, block, row),
                     )
-            wrong = bad_value(source.schema, loaded, block, row)
+            wrong = bad_value(source.schema, loaded, block, row, {})
             if isinstance(wrong, CorruptShard):
                 wrong.location = _stored_location(loaded, block, row)
                 return wrong
@@ -424,15 +421,20 @@ class Pipeline(ClosingPipeline):
         share, source, output_spec = self._inputs.share, self._inputs.source, self._inputs.output_spec
         replaced = self._replaced(start, stop)
 
-        def number(index: int) -> int:
+        def number(index: int, _: int) -> int:
             batch, within = divmod(start + index, share.rank_plan.batch_size)
             position = int(share.rank_plan.positions(self._inputs.first_batch + batch)[within])
             return record_number(source, *(replaced.get(index) or share.locate(position)))
 
         for index, (loaded, block, row) in enumerate(self._locations(start, stop)):
-            error = record_too_long(source.schema, output_spec, loaded, (block, row), partial(number, index))
-            if error is not None:
-                return error
+            for column, read in loaded.columns_of_row(source.schema, block, row):
+                if output_spec.layout(column) == "padded":
+                    found = read(served=output_spec.column(column))
+                    if column.name in output_spec.nulls:
+                        found = replace_nulls(found, output_spec.nulls[column.name])
+                    error = length_error(found, output_spec.padding(column), partial(number, index))
+                    if error is not None:
+                        return error
         return None
 
 
@@ -477,56 +479,22 @@ _CHECKED = (Kind.RAGGED, Kind.STR, Kind.JSON)
 
 
 def bad_value(
-    schema: Schema, loaded: LoadedWindow, block: int, row: int, casts: Mapping[str, Column] | None = None
+    schema: Schema, loaded: LoadedWindow, block: int, row: int, casts: Mapping[str, Column]
 ) -> SchemaError | CorruptShard | None:
     """Return the error of a row that can be read and has an invalid value; None if there is none.
 
     casts: Served columns by name; then only their values are checked, for one that the served dtype cannot represent.
     """
-    blocks = loaded.block_groups[loaded.group_of_block[block]]
-    only = np.zeros(1, np.uint32), np.array([row], np.uint32)
-    first = 0
-    for column in schema.columns:
-        stop = first + len(column.streams(0))
-        addresses = np.ascontiguousarray(loaded.addresses[first:stop, block : block + 1])
-        first = stop
+    for column, read in loaded.columns_of_row(schema, block, row):
         try:
-            if casts and column.name in casts:
-                gather_values(column, addresses, *only, url=blocks.url, served=casts[column.name])
+            if column.name in casts:
+                read(served=casts[column.name])
             elif not casts and column.kind in _CHECKED:
-                gather_values(column, addresses, *only, url=blocks.url)
+                read()
         except SchemaError as error:
             return error
         except CorruptShard as error:
-            number = int(blocks.blocks[loaded.position[block]])
-            return CorruptShard(error.reason, url=blocks.url, block=number, column=column.name)
-    return None
-
-
-def record_too_long(
-    schema: Schema, output_spec: OutputSpec, loaded: LoadedWindow, at: tuple[int, int], number: Callable[[], int]
-) -> SchemaError | None:
-    """Return the error of a row that is longer than a padded column's max_length; None if no column's is.
-
-    at: Number of the row's block in the window, and of the row in the block. number: Function that returns the number
-    of the row's record.
-    """
-    block, row = at
-    blocks = loaded.block_groups[loaded.group_of_block[block]]
-    only = np.zeros(1, np.uint32), np.array([row], np.uint32)
-    first = 0
-    for column in schema.columns:
-        stop = first + len(column.streams(0))
-        addresses = np.ascontiguousarray(loaded.addresses[first:stop, block : block + 1])
-        first = stop
-        if output_spec.layout(column) != "padded":
-            continue
-        found = gather_values(column, addresses, *only, url=blocks.url, served=output_spec.column(column))
-        if column.name in output_spec.nulls:
-            found = replace_nulls(found, output_spec.nulls[column.name])
-        error = length_error(found, output_spec.padding(column), lambda _: number())
-        if error is not None:
-            return error
+            return CorruptShard(error.reason, url=error.url, block=loaded.stored_block(block), column=column.name)
     return None
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from threading import Event
 from typing import Any, TypeVar, cast
 
@@ -26,6 +26,8 @@ from tiercache.load.pieces import AnyPiece, ArrayPiece, touched_blocks
 from tiercache.model import format_bytes
 from tiercache.order.window import AnyWindow
 from tiercache.shard.blocks import Blocks, renew_checks
+from tiercache.shard.schema import Column, Schema
+from tiercache.shard.values import ColumnValues, gather_values
 from tiercache.store.remote import stop_retries_when
 
 # Load tasks per thread: at the end the other threads wait at most for one such task.
@@ -130,6 +132,25 @@ class LoadedWindow:
     def covers(self, needed: NDArray[np.bool_]) -> bool:
         """Whether all of these blocks are loaded. needed: bool[n_blocks]."""
         return bool((self.group_of_block[needed] >= 0).all())
+
+    def stored_block(self, block: int) -> int:
+        """Return the number of a block in its shard."""
+        return int(self.block_groups[self.group_of_block[block]].blocks[self.position[block]])
+
+    def columns_of_row(
+        self, schema: Schema, block: int, row: int
+    ) -> Iterator[tuple[Column, Callable[..., ColumnValues]]]:
+        """Yield each column with the function that reads its value of a row; see gather_values for its arguments."""
+        url, only = (
+            self.block_groups[self.group_of_block[block]].url,
+            (np.zeros(1, np.uint32), np.array([row], np.uint32)),
+        )
+        first = 0
+        for column in schema.columns:
+            stop = first + len(column.streams(0))
+            addresses = np.ascontiguousarray(self.addresses[first:stop, block : block + 1])
+            yield column, partial(gather_values, column, addresses, *only, url=url)
+            first = stop
 
     def value(self, block: int, row: int, column: int) -> object:
         """Return a record's value of an ARROW column as Python objects. column: its index among the served columns."""
