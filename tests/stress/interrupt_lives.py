@@ -1,4 +1,4 @@
-"""What Ctrl-C strikes, and what must be true after it: chapters of a cache, jobs of tiers, verbs and loops."""
+"""What Ctrl-C strikes, and what must be true after it: chapters of a cache, verbs and loops."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ from tests.stress.errno_rounds import copy_sparse
 from tests.stress.inspection import Inspection
 from tests.stress.jobs import change_heads
 from tests.stress.scene import Model, Scene
-from tests.stress.tier_rounds import HEALING_DAYS, Scenes
 from tests.support.forks import run_forked
 from tests.support.interrupts import DROPPED, RAISED, Interrupted, Lines, interrupted, lines_of
 from tests.support.records import SCHEMA, ids_of, make_columns
-from tests.support.tier_jobs import TierJob, heal
 
 import tiercache as tc
 from tiercache.cli.app import app as command
@@ -116,45 +114,6 @@ class CacheLife(Life):
             model.take_in(done.ended.lines)
         model.have.clear()  # it may have been interrupted before it had anything
         yield from Inspection(scene, model, seed=1).problems()
-
-
-class TierLife(Life):
-    """A job of tiers; nothing is lost, and later runs, with no help, bring all to where the rules want it."""
-
-    def __init__(self, root: Path, job: TierJob, shape: str) -> None:
-        self.name, self._job, self._shape = f"tiers {job.name} ({shape})", job, shape
-        self._scenes = Scenes(root)
-
-    @cached_property
-    def _is_ready(self) -> bool:
-        ended = self._scenes.make(self._job, self._shape)
-        assert not ended.code, ended.error
-        return True
-
-    def lay(self) -> None:
-        assert self._is_ready
-        self._world = self._scenes.lay(self._job, self._shape)
-
-    def work(self, tell: SendLine) -> None:
-        with self._world.entered():
-            self._world.begin_job()
-            self._job.work(self._world)
-
-    def look(self, done: Interrupted) -> Iterator[str]:
-        yield from fault_of(done.ended, "it")
-        world = self._world
-        with world.entered():
-            world.begin_job()
-            yield from (f"as it lies: {problem}" for problem in world.look())
-            for number, days in enumerate(HEALING_DAYS, start=1):
-                is_last = number == len(HEALING_DAYS)
-                world.days_pass(days)
-                yield from fault_of(
-                    run_forked(lambda _tell, last=is_last: heal(world, last), deadline_s=DEADLINE_S),
-                    "a run",
-                )
-                found = world.look() + (world.oracle.at_rest(world.picture()) if is_last else [])
-                yield from (f"after run {number}: {problem}" for problem in found)
 
 
 class VerbLife(Life):

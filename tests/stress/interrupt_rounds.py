@@ -25,7 +25,6 @@ from tests.stress.interrupt_lives import (
     Life,
     LoopLife,
     PackLife,
-    TierLife,
     VerbLife,
     write_cached,
     write_set,
@@ -33,7 +32,6 @@ from tests.stress.interrupt_lives import (
 from tests.stress.kills import rounds_asked
 from tests.stress.life import CHAPTERS
 from tests.support.interrupts import DROPPED, SWALLOWED
-from tests.support.tier_jobs import JOBS
 
 MOST_PROBLEMS = 20
 CACHE = ["--cache", "{root}/cache", "--cache-size", "50MB"]
@@ -49,8 +47,6 @@ def lives_in(root: Path) -> list[Life]:
     made += (LoopLife(root / f"loop-{s}-{c}", by_state=s, cached=c) for s in (False, True) for c in (False, True))
     for chapter in CHAPTERS:
         made.append(CacheLife(room(), chapter))
-    for job in JOBS.values():
-        made.append(TierLife(room(), job, job.shapes[0]))
     for mode, n_before in (("create", 0), ("append", N_PACKED)):
         made.append(PackLife(room(), mode, n_before))
     made.append(VerbLife(room(), ["verify", "{root}/out"], write_set))

@@ -1,4 +1,4 @@
-"""Ctrl-C between any two lines: verbs say what is true, caches and tiers stay right, a loop goes on where it was."""
+"""Ctrl-C between any two lines: verbs say what is true, caches stay right, a loop goes on where it was."""
 
 import json
 
@@ -18,7 +18,7 @@ def rounds(folder, n, *arguments, timeout_s=170):
     return report
 
 
-@pytest.mark.parametrize("only", ["loop, on by state", "tiers apply"])
+@pytest.mark.parametrize("only", ["verb pack", "cache come_back"])
 def test_ctrl_c_at_any_line_leaves_nothing_wrong(tmp_path, only):
     rounds(tmp_path, 3, "--only", only)
 

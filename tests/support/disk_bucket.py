@@ -70,7 +70,6 @@ class Script:
 
 
 def read_object(path: Path) -> tuple[dict, bytes]:
-    """What is said of an object, and its bytes."""
     head, _, data = path.read_bytes().partition(b"\n")
     return json.loads(head), data
 
@@ -136,7 +135,6 @@ class DiskBucket(Store):
 
     @contextmanager
     def _call(self, verb: str, key: str) -> Iterator[str]:
-        """A call that may go wrong: yields what befalls its bytes."""
         self.counters.add("requests")
         due = self.script.due(verb, key)
         if due == "error":
@@ -351,12 +349,10 @@ class _BucketUpload(Upload):
 
 
 def flipped(data: bytes) -> bytes:
-    """With one bit turned."""
     return data[:-1] + bytes([data[-1] ^ 1]) if data else data
 
 
 def restore_header(about: dict) -> str | None:
-    """As x-amz-restore has it."""
     restore, now_s = about["restore"], time.time()
     if restore is None or now_s >= restore["until_s"]:
         return None

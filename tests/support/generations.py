@@ -155,8 +155,6 @@ def _watch_changes(counter: _Counter, names: frozenset[str] | None) -> None:
 
 
 class FolderTiers:
-    """Tiers that are folders below a root."""
-
     def __init__(self, root: Path) -> None:
         self._root = root
 
@@ -207,7 +205,6 @@ class S3Tiers:
 
 
 def s3_client(endpoint: str, access_key_id: str, secret_access_key: str) -> Any:
-    """Return a client of botocore for raw access to a server of tests."""
     from botocore.config import Config
     from botocore.session import Session
 
@@ -292,7 +289,6 @@ class World:
     # -- what people do ---------------------------------------------------------------------------------------------
 
     def save(self, n: int = 1) -> None:
-        """Save n checkpoints of each run into the fastest tier."""
         steps = range(self.step + 1, self.step + n + 1)
         self.step += n
         for name in self.setting.layouts:
@@ -338,7 +334,6 @@ class World:
     # -- what the command does --------------------------------------------------------------------------------------
 
     def run(self, interruption: Interruption | None = None) -> Outcome:
-        """Run `tiercache tier run --once`."""
         return self._command(["tier", "run", "--once", "--rules", str(self.rules_path)], interruption)
 
     def recall(self, path: str, interruption: Interruption | None = None) -> Outcome:
@@ -448,7 +443,6 @@ class WorldProcess:
         self._ask("new_world", root, setting, server)
 
     def __getattr__(self, verb: str) -> Callable[..., Any]:
-        """Return a method of the world."""
         return partial(self._ask, verb)
 
     def _ask(self, verb: str, *arguments: object) -> Any:
@@ -466,7 +460,6 @@ class WorldProcess:
 
 
 def _serve() -> None:
-    """Answer a WorldProcess on standard input and output."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # children may print
     gc.freeze()

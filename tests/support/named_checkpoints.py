@@ -43,11 +43,9 @@ class Layout:
 
     @property
     def run(self) -> str:
-        """Return the folder of the run."""
         return f"{CHECKPOINTS}/{self.name}"
 
     def files(self, step: int) -> dict[str, bytes]:
-        """Return the path and the bytes of each file of a checkpoint, in the order of writing."""
         path = f"{self.run}/{self.checkpoint(step)}"
         return {key: content(key) for key in ([f"{path}/{part}" for part in self.parts] or [path])}
 
@@ -151,11 +149,9 @@ class NamedCheckpoints:
     slack_s: float = 600.0
 
     def saved(self, path: str, run: str, files: Objects, written_s: float) -> None:
-        """Note that a checkpoint was saved completely."""
         self.saves.append(Save(path, run, dict(files), written_s))
 
     def held(self, path: str, until_s: float, *, is_certain: bool) -> None:
-        """Note that a recall of a checkpoint ended, or was interrupted."""
         before = self.holds.get(path)
         was_certain = before is not None and before.is_certain and before.until_s > until_s
         self.holds[path] = Hold(until_s, is_certain or was_certain)
@@ -197,7 +193,6 @@ class NamedCheckpoints:
         return found
 
     def rank(self, save: Save) -> int:
-        """Return the number of newer saves of the run."""
         return sum(other.run == save.run for other in self.saves[self.saves.index(save) + 1 :])
 
     def _misplaced(self, save: Save, picture: Picture, now_s: float) -> str:
@@ -240,7 +235,6 @@ def _tiers_with_all(save: Save, picture: Picture) -> list[str]:
 
 
 def _where(save: Save, picture: Picture) -> str:
-    """Return how many of the files of a checkpoint lie in each tier."""
     counts = {tier: sum(key in objects for key in save.files) for tier, objects in picture.items()}
     return ", ".join(f"{n} of {len(save.files)} files in {tier}" for tier, n in counts.items() if n) or "no file left"
 

@@ -80,8 +80,6 @@ def _has(group: Group, metric: str) -> bool:
 
 @dataclass
 class Expected:
-    """A move, or why there is none."""
-
     action: str
     src: str
     dst: str | None
@@ -89,8 +87,6 @@ class Expected:
 
 
 class PlannerOracle:
-    """Knows the rules; decides of each group by itself."""
-
     def __init__(self, file: Any, prices: Any, groups: list[Group], unseen: Collection[str] = ()) -> None:
         """unseen: names of tiers whose disks may not be mounted."""
         self.file, self.groups, self.unseen = file, groups, unseen

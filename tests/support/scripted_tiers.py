@@ -18,16 +18,6 @@ OLD_S = NOW_S - 86_400.0
 SETTLE_S = 600.0
 
 
-THREE = """
-[tiers.hot]
-url = "memory://h"
-[tiers.standard]
-url = "memory://s"
-[tiers.archive]
-url = "memory://a"
-"""
-
-
 class ListedStore(MemoryStore):
     """A store that lists the objects that a test adds; small objects may have content that can be read."""
 
@@ -65,8 +55,6 @@ class ScriptedCatalog(dict):
 
 @dataclass
 class Tiers:
-    """Tiers whose listings are scripted."""
-
     folder: Path
     stores: dict[str, ListedStore]
     catalog: ScriptedCatalog
@@ -105,8 +93,6 @@ class Tiers:
 
 
 class InventoryByName:
-    """An inventory by names."""
-
     def __init__(self, inventory: Inventory) -> None:
         self.inventory, self.snapshot, self.facts = inventory, inventory.snapshot, inventory.facts
         self.paths = self.snapshot.paths.to_pylist()
@@ -137,6 +123,5 @@ class InventoryByName:
 
 
 def scripted(folder, name):
-    """Return three empty tiers. name: Name of the test."""
     stores = {tier: ListedStore(f"{name}-{tier}") for tier in ("hot", "standard", "archive")}
     return Tiers(folder, stores, ScriptedCatalog())

@@ -17,7 +17,6 @@ KEEP = '[[rules]]\nmatch = "**"\nkeep_hot = { last = 1 }\nkeep_standard = { last
 
 
 def content(path: str, version: str = "") -> bytes:
-    """Return bytes that only this file has."""
     return f"{path} {version}".encode() * 40
 
 
@@ -40,7 +39,6 @@ class Folders:
         (self.root / "tiercache.toml").write_text(text)
 
     def write(self, tier: str, path: str, data: bytes, days: float = 1.0) -> None:
-        """Write a file of so many days ago."""
         file = self.root / tier / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
@@ -61,7 +59,6 @@ class Folders:
         return run_once(self.file, **options)
 
     def found(self) -> dict[str, list[str]]:
-        """Return the tiers that have each file, in any version."""
         found: dict[str, list[str]] = {}
         for tier in TIERS:
             for file in sorted((self.root / tier).rglob("*")):

@@ -98,7 +98,6 @@ class World:
         return sorted(info.key for info in self.inner[tier].list() if "_tiercache/" not in info.key)
 
     def where(self, key: str) -> list[str]:
-        """Return the tiers that have the correct bytes of a key."""
         found = []
         for name in TIERS:
             try:
@@ -162,13 +161,11 @@ class World:
             return {number: row.state for number, row in catalog.of_plan("plan").items()}
 
     def note(self) -> str:
-        """Return the note of the only move of the plan."""
         with TierCatalog(self.catalog_path) as catalog:
             (row,) = catalog.of_plan("plan").values()
         return row.note
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return the plan and the state of every move in the journal."""
         with closing(sqlite3.connect(self.catalog_path)) as db:
             return db.execute("SELECT plan, state FROM moves ORDER BY plan, number").fetchall()
 

@@ -13,8 +13,6 @@ NEVER = float("inf")
 
 @dataclass(frozen=True)
 class Seen:
-    """An object as it lies in a place."""
-
     data: bytes
     storage_class: str = ""
     readable: bool = True
@@ -88,7 +86,6 @@ class Oracle:
     # -- what people do ---------------------------------------------------------------------------------------------
 
     def knows(self, group: Group) -> None:
-        """Add a group."""
         self.groups[group.name] = group
         for key in group.keys:
             self.group_of[key] = group.name
@@ -142,7 +139,6 @@ class Oracle:
                     del contents[data]
 
     def rotted(self, place: str, key: str, data: bytes) -> None:
-        """Note that a bit of an object was flipped."""
         if self.is_decided:
             self.removed_late.add(self.group_of[key])
         self.rotten[place, key] = data
@@ -156,12 +152,10 @@ class Oracle:
                 del contents[lies.data]  # the world has spoilt the last of it
 
     def asked(self, paths: Iterable[str], now_s: float) -> None:
-        """Note that a plan of these groups was applied."""
         for path in paths:
             self.asked_s.setdefault(path, now_s)
 
     def pins(self, keys: Iterable[str]) -> None:
-        """Note that exactly these keys are pinned from now on."""
         keys = {*keys}
         new = keys - self.pinned if self.is_decided else set()
         self.pinned, self.pinned_late = keys, (self.pinned_late & keys) | new
@@ -231,7 +225,6 @@ class Oracle:
                     self.whole_at.discard((place, group.name))
 
     def _lost(self, picture: Picture, now_s: float) -> list[str]:
-        """Return the contents that no tier has any more, although no rule may have deleted them."""
         found = []
         for key, contents in self.alive.items():
             for data in [*contents]:
@@ -279,7 +272,6 @@ class Oracle:
         return group.name in self.removed_late or self._looks_whole(group)
 
     def _strange(self, picture: Picture) -> list[str]:
-        """Return the objects whose bytes nobody has written under that key."""
         found = []
         for place, objects in picture.items():
             for key, seen in objects.items():
@@ -290,7 +282,6 @@ class Oracle:
         return found
 
     def _half(self, picture: Picture) -> list[str]:
-        """Return the groups that look complete in a tier and are not, and did not before."""
         return [
             f"{place}/{name}: looks complete and lacks {', '.join(missing)}"
             for place, name, missing in self._looks_whole_and_is_not(picture)
@@ -374,7 +365,6 @@ class Oracle:
         return bool(times) and max(times) + self.settle_s <= now_s
 
     def _whole_in(self, group: Group, picture: Picture) -> list[str]:
-        """Return the tiers that have the whole group, correct and readable."""
         return [place for place, objects in picture.items() if all(self._right(objects.get(k), k) for k in group.keys)]
 
     def _right(self, seen: Seen | None, key: str) -> bool:
@@ -452,5 +442,4 @@ class Oracle:
 
 
 def _lies(objects: Mapping[str, Seen], key: str, data: bytes) -> bool:
-    """Whether an object has these bytes under its key."""
     return key in objects and objects[key].data == data

@@ -128,8 +128,6 @@ def snapshot_of(groups: Sequence[Group], tiers: Sequence[str] = TIERS, now_s: fl
 
 @dataclass(frozen=True)
 class Decided:
-    """A decision about one group."""
-
     group: int
     action: str
     src: int
@@ -142,8 +140,6 @@ class Decided:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Decisions, row by row."""
-
     moves: tuple[Decided, ...]
     refusals: tuple[Decided, ...]
 
@@ -165,7 +161,6 @@ def _rows(columns: MoveColumns, rules: Sequence[str]) -> Iterator[Decided]:
 
 
 def decided(*args, **keys) -> Outcome:
-    """Return the decisions of decide(), row by row."""
     return in_rows(decide(*args, **keys))
 
 

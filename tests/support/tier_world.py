@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import random
 import sys
 import time
@@ -38,7 +37,7 @@ from tiercache.shard.schema import Schema
 from tiercache.store import local
 from tiercache.store.local import file_info
 from tiercache.tier import stores as tier_stores
-from tiercache.tier.deletions import remove_groups, run_due_deletions
+from tiercache.tier.deletions import run_due_deletions
 from tiercache.tier.inventory import take_inventory
 from tiercache.tier.journal import TierCatalog
 from tiercache.tier.lock import BootClock
@@ -46,7 +45,6 @@ from tiercache.tier.mover import open_mover, run_once
 from tiercache.tier.moves import apply_plan
 from tiercache.tier.plans import Plan, make_plan
 from tiercache.tier.policy import decide
-from tiercache.tier.recall import hold_groups, plan_recall, request_restore
 from tiercache.tier.rules import RuleFile, load_rule_file
 from tiercache.tier.stores import Stores
 
@@ -99,7 +97,6 @@ class Place:
 
 @cache
 def data_set() -> dict[str, bytes]:
-    """The objects of a small data set, by key below its folder."""
     with TemporaryDirectory() as folder:
         schema = Schema.of({"id": "int64", "values": tc.Tensor("uint16", (16,))})
         with tc.Writer(folder, schema=schema, shard_size="10KiB", block_size="4KiB", compression="none") as writer:
@@ -131,6 +128,9 @@ def pool() -> list[Group]:
     return found
 
 
+SIZES = (20_000, 700, 300)  # of the parts of a checkpoint, the last of which makes it whole
+
+
 class World:
     """One folder with all of it. `with world.entered():` round whatever asks the library.
 
@@ -138,8 +138,8 @@ class World:
     kernel's times.
     """
 
-    def __init__(self, root: Path, shape: str, *, jobs: int = 2, make: bool = True) -> None:
-        """jobs: of the mover's; make: empty tiers, but for the data set; else they lie there."""
+    def __init__(self, root: Path, shape: str, *, jobs: int = 2) -> None:
+        """jobs: Of the mover. The tiers are empty, but for the data set."""
         self.root, self.shape, self.jobs = root, shape, jobs
         self.script = Script()
         self.clock = JumpingClock()
@@ -151,13 +151,11 @@ class World:
         self.rules_path = root / "tiercache.toml"
         for group in self.groups:
             self.oracle.knows(group)
-        if make:
-            self.write_rules()
-            self._lay_data_set()
+        self.write_rules()
+        self._lay_data_set()
 
     @property
     def is_one(self) -> bool:
-        """Whether the archive is another class of home's objects."""
         return self.shape.startswith("one_")
 
     def _places(self) -> list[Place]:
@@ -167,7 +165,6 @@ class World:
         return [Place(name, f"s3://{name}/train", self.root / name, is_bucket=True) for name in names]
 
     def write_rules(self) -> None:
-        """The rule file, with the pins of now."""
         cold = self.places["home" if self.is_one else "cold"]
         text = RULES + f"jobs = {self.jobs}\nstate_dir = {json.dumps(str(self.root / 'state'))}\n"
         for name, place in (("hot", self.places["hot"]), ("standard", self.places["home"]), ("archive", cold)):
@@ -186,17 +183,6 @@ class World:
             self.oracle.knows(Group(whole, (whole,)))
             self.write("home", whole, data)
 
-    def save(self) -> None:
-        """Keep beside it what is known of it."""
-        (self.root / "world.pickle").write_bytes(pickle.dumps((self.oracle, self.clock.ahead_s, self.pins)))
-
-    @classmethod
-    def load(cls, root: Path, shape: str) -> "World":
-        """The world that was saved."""
-        world = cls(root, shape, make=False)
-        world.oracle, world.clock.ahead_s, world.pins = pickle.loads((root / "world.pickle").read_bytes())
-        return world
-
     def begin_job(self) -> None:
         """All that is done from now on is asked for now."""
         self.oracle.asked(self.oracle.groups, time.time())
@@ -205,10 +191,28 @@ class World:
     # -- what people do ---------------------------------------------------------------------------------------------
 
     def write(self, place: str, key: str, data: bytes) -> None:
-        """Somebody writes an object, atomically."""
         self.lay(place, key, data)
         self.oracle.wrote(place, key, data, time.time())
         self.by_hand(place, key)
+
+    def write_group(self, place: str, name: str) -> None:
+        for key, n_bytes in zip(self.oracle.groups[name].keys, SIZES, strict=False):
+            self.write(place, key, content(key, 0, n_bytes))
+
+    def fill(self) -> None:
+        """Write checkpoints of two runs into hot, some of them also into home, and files; all of it three days old."""
+        for step in (10, 20, 30):
+            self.write_group("hot", f"checkpoints/run/step-{step}")
+            self.write_group("hot" if step > 10 else "home", f"checkpoints/solo/step-{step}.pt")
+        self.write_group("home", "checkpoints/run/step-10")
+        for place, name in (
+            ("hot", "files/a.bin"),
+            ("home", "files/b.bin"),
+            ("hot", "scratch/x"),
+            ("home", "scratch/x"),
+        ):
+            self.write_group(place, name)
+        self.days_pass(3)
 
     def lay(self, place: str, key: str, data: bytes) -> None:
         where = self.places[place]
@@ -223,7 +227,6 @@ class World:
         other.replace(path)
 
     def remove(self, place: str, key: str) -> None:
-        """Somebody deletes an object, there alone."""
         self.path(place, key).unlink()
         self.oracle.removed(place, key)
         self.by_hand(place, key)
@@ -259,7 +262,6 @@ class World:
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     def pin(self, *names: str) -> None:
-        """The rule file has pins of these groups from now on."""
         self.pins = names
         self.write_rules()
         self.oracle.pins(key for name in names for key in self.oracle.groups[name].keys)
@@ -280,7 +282,6 @@ class World:
     # -- looking ----------------------------------------------------------------------------------------------------
 
     def picture(self) -> Picture:
-        """All objects as they lie, past the library. What tiers keep beside them is not among them."""
         return {name: dict(self._objects(place)) for name, place in self.places.items()}
 
     def _objects(self, place: Place) -> Iterator[tuple[str, Seen]]:
@@ -296,7 +297,6 @@ class World:
                 yield key, Seen(path.read_bytes())
 
     def look(self) -> list[str]:
-        """What is wrong now."""
         return self.oracle.look(self.picture(), time.time())
 
     # -- what the library does --------------------------------------------------------------------------------------
@@ -347,23 +347,11 @@ class World:
 
     @contextmanager
     def opened(self) -> Iterator[tuple[RuleFile, Stores, TierCatalog]]:
-        """The rule file, the stores and the catalog."""
         file = self.file()
         with Stores(file) as stores, TierCatalog(self.root / "state" / "tiers.sqlite") as catalog:
             yield file, stores, catalog
 
-    def open_moves(self) -> list[str]:
-        """Moves in the journal that were broken off after something was promised, or wait longer than they should."""
-        with self.opened() as (file, _, catalog):
-            moves = catalog.open_moves(file.home_tier.url)
-        return [
-            f"{move.action} of {move.path} from {move.src} is {move.state} {move.note}"
-            for move in moves
-            if move.state == "dropping" or (move.state == "waiting" and move.due_s < time.time())
-        ]
-
     def plan(self) -> Plan:
-        """What should be done now."""
         with self.opened() as (file, stores, catalog):
             inventory = take_inventory(file, stores, catalog, now_s=time.time())
             prices = [prices_if_known(tier) for tier in file.tiers]
@@ -383,31 +371,6 @@ class World:
     def run_once(self):
         self.oracle.asked(self.oracle.groups, time.time())
         return run_once(self.file())
-
-    def recall(self, names: list[str], hold_s: float = 30 * DAY_S) -> None:
-        """Bring groups back to hot, and hold them. What a bucket restores can be read at once."""
-        with self.opened() as (file, stores, catalog):
-            for _ in range(2):  # once more when what must be restored first was requested
-                inventory = take_inventory(file, stores, catalog, now_s=time.time())
-                groups = np.flatnonzero([path in names for path in inventory.snapshot.paths.to_pylist()])
-                prices = [prices_if_known(tier) for tier in file.tiers]
-                plan = plan_recall(inventory, file, stores, prices, groups, to="hot")
-                hold_groups(stores, plan.paths, hold_s=hold_s, now_s=time.time())
-                if plan.restore is None:
-                    break
-                request_restore(stores, plan.restore)
-                self.days_pass(0.5)
-            with open_mover(file, stores, catalog) as context:
-                apply_plan(context, plan.copies)
-
-    def remove_checkpoints(self, names: list[str]) -> None:
-        """Remove groups from all tiers, as `tiercache ckpt rm` does."""
-        with self.opened() as (file, stores, catalog):
-            inventory = take_inventory(file, stores, catalog, now_s=time.time())
-            groups = np.flatnonzero([path in names for path in inventory.snapshot.paths.to_pylist()])
-            with open_mover(file, stores, catalog) as context:
-                found = remove_groups(context, inventory, groups.tolist())
-        assert [one.reason for one in found] == [""] * len(names)
 
     def read_data_set(self) -> str:
         """What is wrong with the records; "" where nothing is, or where shards must be restored first."""

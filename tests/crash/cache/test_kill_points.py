@@ -1,6 +1,6 @@
 """SIGKILL at every named point of the source: the next process needs no hand, and nothing that was promised is lost.
 
-Points of tiers are struck by tests/crash/tier/test_kill_points.py, those of checkpoints by
+Points of tiers are struck by tests/crash/tier/test_move_crashes.py, those of checkpoints by
 tests/crash/checkpoint/test_kill_points.py.
 """
 

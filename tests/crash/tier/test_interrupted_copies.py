@@ -105,10 +105,13 @@ def test_a_part_of_a_copy_counts_as_no_checkpoint(folders):
     assert snapshot.complete[paths.index("run/step-2")]
 
 
-def test_a_copy_of_what_is_pinned_since_leaves_no_part(folders):
+@pytest.mark.parametrize("point", ["", "tier_move.withdrawing", "tier_move.withdrawn", "tier_run.withdrawn"])
+def test_a_copy_of_what_is_pinned_since_leaves_no_part(folders, point):
     folders.save(1, 2)
     interrupt(folders, "tier_move.parts_copied")
     folders.write_rules(folders.rules + '[[pins]]\nmatch = "run/step-1/**"\n')
+    if point:
+        interrupt(folders, point)
     folders.run()
     assert folders.lies(1) == ["hot"]
 
@@ -186,6 +189,21 @@ def test_a_checkpoint_that_was_removed_after_an_interrupted_deletion_is_not_lost
     report = half_dropped.run()
     assert report.exit_code == DONE
     assert half_dropped.lies(1) == []
+
+
+@pytest.mark.parametrize("point", ["tier_removal.unplaced", "tier_removal.unmade"])
+def test_a_removal_that_was_interrupted_is_completed_by_the_same_command(folders, point):
+    folders.save(1, 2)
+    folders.run()
+    command = ["ckpt", "rm", "run/step-1", "--yes", "--rules", str(folders.root / "tiercache.toml")]
+    with HookAt(point) as hook, pytest.raises(Killed):
+        app(command, standalone_mode=False)
+    assert hook.hit
+    n_left = len(list((folders.root / "standard/run/step-1").iterdir()))
+    assert (n_left == len(FILES)) == (point == "tier_removal.unplaced")
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert folders.lies(1) == []
 
 
 def test_parts_whose_source_is_gone_stay_and_are_named(folders):

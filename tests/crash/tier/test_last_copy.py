@@ -12,7 +12,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from tests.support.disk_bucket import Died
-from tests.support.tier_jobs import fill
 from tests.support.tier_world import World, content, pool
 
 from tiercache import crash_points
@@ -82,7 +81,7 @@ class TierMachine(RuleBasedStateMachine):
         self.inside = self.world.entered()
         self.inside.__enter__()
         if is_full:
-            fill(self.world)
+            self.world.fill()
 
     # -- what people do ---------------------------------------------------------------------------------------------
 

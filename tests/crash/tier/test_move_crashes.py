@@ -4,6 +4,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+from tests.stress.kills import points_where
 from tests.support.clock import FakeClock
 from tests.support.faults import Fault, FaultKind
 from tests.support.tier_moves import PARTS, HookAt, Killed, World, checkpoint, moved_away
@@ -106,9 +107,34 @@ def check_all_is_done(world):
     assert world.keys("hot") == []
 
 
+ELSEWHERE = {  # points that such a day does not reach, and the tests that strike there
+    "test_interrupted_copies.py": {"tier_move.withdrawing", "tier_move.withdrawn", "tier_run.withdrawn"},
+    "test_a_removal_that_was_interrupted": {"tier_removal.unmade", "tier_removal.unplaced"},
+    "test_a_change_of_class": {"tier_move.class_changed"},
+    "test_tier_get_archive.py": {"tier_recall.held"},
+    "test_run_once.py": {f"tier_run.{name}" for name in ("applied", "finished", "planned", "tracked")},
+}
+
+
+@pytest.mark.parametrize("point", ["tier_move.class_changed", "tier_move.reclassed"])
+def test_a_change_of_class_that_was_interrupted_is_completed(tmp_path, point):
+    world = World(tmp_path / "world", classes=True, shared=True, cold_class="STANDARD_IA")
+    world.put("standard", "f")
+    plan = world.plan(world.move("f", "standard", "archive", action="reclass"))
+    with HookAt(point) as hook, pytest.raises(Killed):
+        world.apply(plan)
+    assert hook.hit
+    assert world.where("f") != []
+    world.apply(world.plan(world.move("f", "standard", "archive", action="reclass"), name="again"))
+    assert world.inner["standard"].head("f").storage_class == "STANDARD_IA"
+    assert world.where("f") != []
+
+
 def test_a_run_killed_at_any_point_loses_nothing_and_the_next_run_finishes(tmp_path):
     with HookAt() as all_of_them:
         a_day(prepared(tmp_path, "whole"))
+    points = points_where(lambda name: name.startswith("tier_"))
+    assert {*points} == {*all_of_them.reached} & {*points} | set().union(*ELSEWHERE.values()), "a point has no test"
     wanted = [name for name in all_of_them.reached if name.startswith("tier_")]
     strikes = sorted({(name, wanted.count(name)) for name in wanted})  # stress: at any time that it is reached
     assert len(strikes) > 20

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 from tests.flow.tier.test_transfer_s3 import LARGE, SMALL, Bucket, bucket  # noqa: F401 - a fixture
 from tests.support.disk_bucket import flipped, read_object, write_object
-from tests.support.tier_jobs import fill
 from tests.support.tier_moves import GRACE_S, PARTS, HookAt, Killed, World, content, moved_away
 from tests.support.tier_world import World as TierWorld
 
@@ -123,7 +122,7 @@ def test_an_object_created_during_a_copy_is_not_overwritten(tmp_path, monkeypatc
         monkeypatch.setattr("tiercache.tier.transfer._SMALL_BYTES", 0)
     world = TierWorld(tmp_path, "local")
     with world.entered():
-        fill(world)
+        world.fill()
         plan = world.plan()
         file, cold = world.file(), ContestedFolder(world.places["cold"].root)
         with (
