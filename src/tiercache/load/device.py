@@ -223,46 +223,47 @@ def _has_tensors(value: Any) -> bool:
     return any(isinstance(item, torch.Tensor | Buffer | Mapping | list | tuple) for item in value)
 
 
-def _jagged_parts(nested: Any) -> list[torch.Tensor]:
-    return [nested.values(), nested.offsets()]
-
-
-def _collect(value: Any, column: str, found: list[tuple[str, torch.Tensor]]) -> None:
-    """Append each tensor of a batch with the name of its column, in the order in which _rebuild() takes them."""
+def _map_tensors(value: Any, column: str, replaced: Callable[[str, torch.Tensor], Any]) -> Any:
+    """Return a batch with each tensor replaced by what a function of its column's name and of the tensor returns."""
     if isinstance(value, torch.Tensor):
-        if _is_jagged(value):
-            found += [(column, part) for part in _jagged_parts(value)]
-        else:
-            found.append((column, value))
-    elif isinstance(value, Buffer):
-        members = (value.values, value.offsets, value.shapes)
-        found += [(column, member) for member in members if isinstance(member, torch.Tensor)]
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            _collect(item, column or str(name), found)
-    elif isinstance(value, list | tuple) and _has_tensors(value):
-        for index, item in enumerate(value):
-            _collect(item, column or str(index), found)
-
-
-def _rebuild(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
-    """Return a batch with its tensors replaced by `tensors`."""
-    if isinstance(value, torch.Tensor):
-        if _is_jagged(value):
-            return torch.nested.nested_tensor_from_jagged(next(tensors), next(tensors))
-        return next(tensors)
+        return replaced(column, value)
     if isinstance(value, Buffer):
         members = (value.values, value.offsets, value.shapes)
-        return Buffer(*(next(tensors) if isinstance(member, torch.Tensor) else member for member in members))
+        return Buffer(*(replaced(column, m) if isinstance(m, torch.Tensor) else m for m in members))
     if isinstance(value, Mapping):
-        items = {name: _rebuild(item, tensors) for name, item in value.items()}
+        items = {name: _map_tensors(item, column or str(name), replaced) for name, item in value.items()}
         return items if type(value) is dict else type(value)(items)  # type: ignore[call-arg]  # as torch's pin_memory
     if isinstance(value, list | tuple) and _has_tensors(value):
-        parts = [_rebuild(item, tensors) for item in value]
+        parts = [_map_tensors(item, column or str(index), replaced) for index, item in enumerate(value)]
         if isinstance(value, list):
             return parts
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
+
+
+def _tensors_of(batch: Any) -> list[tuple[str, torch.Tensor]]:
+    """Return each tensor of a batch with the name of its column; two of a jagged one: values and offsets."""
+    found: list[tuple[str, Any]] = []
+
+    def note(column: str, tensor: Any) -> Any:
+        parts = (tensor.values(), tensor.offsets()) if _is_jagged(tensor) else (tensor,)
+        found.extend((column, part) for part in parts)
+        return tensor
+
+    _map_tensors(batch, "", note)
+    return found
+
+
+def _with_tensors(batch: Any, tensors: Iterable[torch.Tensor]) -> Any:
+    """Return a batch with its tensors replaced, in the order of _tensors_of()."""
+    rest = iter(tensors)
+
+    def next_of(_: str, tensor: torch.Tensor) -> Any:
+        if _is_jagged(tensor):
+            return torch.nested.nested_tensor_from_jagged(next(rest), next(rest))
+        return next(rest)
+
+    return _map_tensors(batch, "", next_of)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -332,9 +333,7 @@ class _HostBatch:
     @staticmethod
     def of(value: Any, pinned: PinnedMemory) -> _HostBatch:
         """Return a batch's tensors, those outside pinned memory copied into it."""
-        found: list[tuple[str, torch.Tensor]] = []
-        _collect(value, "", found)
-        layouts = [_TensorLayout(column, tensor) for column, tensor in found]
+        layouts = [_TensorLayout(column, tensor) for column, tensor in _tensors_of(value)]
         batch = _HostBatch(layouts, [], 0, [])
         outside = batch._take_slot(pinned)
         if any(layout.tensor.nbytes for layout in outside) and batch.n_bytes <= SMALL_RANGE_BYTES:
@@ -609,7 +608,7 @@ class DevicePipeline(LaterStage):
             tensors = self._into_fixed(copy)
         else:
             tensors = _tensors_over(copy.blocks, copy.host.layouts)
-        return _rebuild(value, iter(tensors))
+        return _with_tensors(value, tensors)
 
     def _into_fixed(self, copy: _Copy) -> list[torch.Tensor]:
         """Copy a batch to the fixed addresses, on the consumer's stream, and return the tensors there."""

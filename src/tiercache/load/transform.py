@@ -12,10 +12,10 @@ import math
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -127,7 +127,8 @@ class BatchFunction:
         return batch
 
     def _records(self, gathered: Batch, keys: BatchKeys) -> list[Any]:
-        rows = _rows([_values(column, gathered, self.output_spec) for column in self.columns])
+        columns = {column.name: _values(column, gathered, self.output_spec) for column in self.columns}
+        rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
         transform, names, records = self.dataset.transform, self.output_spec.names, []
         if transform is None:
             if names is None:
@@ -140,17 +141,19 @@ class BatchFunction:
         return records
 
 
-def _values(column: Column, gathered: Batch, output_spec: OutputSpec) -> ColumnValues:
-    """Return a gathered column as the values of `dataset[[...]]`, over the same memory."""
+def _values(column: Column, gathered: Batch, output_spec: OutputSpec) -> Iterable[Any]:
+    """Return a gathered column's values as in a record of the data set, over the same memory; None for a null."""
     values, name = gathered[column.name], column.name
-    valid = gathered[f"{name}.valid"].numpy() if output_spec.has_mask(column) else None
     if isinstance(values, torch.Tensor):
-        return ColumnValues(column, _array(values), valid)
-    if isinstance(values, Buffer):
-        return ColumnValues(column, _cut(column, values), valid)
-    if name in output_spec.decode:
+        values = _array(values)
+    elif isinstance(values, Buffer):
+        values = _cut(column, values)
+    elif name in output_spec.decode:
         values = [None if picture is None else _array(picture) for picture in values]
-    return ColumnValues(column, values, valid)
+    if not output_spec.has_mask(column):
+        return cast("Iterable[Any]", values)
+    flags = gathered[f"{name}.valid"].tolist()
+    return (value if is_valid else None for value, is_valid in zip(values, flags, strict=True))
 
 
 def _array(values: torch.Tensor) -> Any:
@@ -167,19 +170,6 @@ def _cut(column: Column, buffer: Buffer) -> list[Any]:
     if is_stack_of_rows(column):
         return parts
     return [part.reshape(shape) for part, shape in zip(parts, buffer.shapes.tolist(), strict=True)]
-
-
-def _rows(columns: Sequence[ColumnValues]) -> Iterator[dict[str, Any]]:
-    """Yield the records. Unlike those of as_records(), their arrays are over the memory of the batch."""
-    names = [found.column.name for found in columns]
-    for values in zip(*map(_values_or_none, columns), strict=True):
-        yield dict(zip(names, values, strict=True))
-
-
-def _values_or_none(found: ColumnValues) -> Iterator[Any]:
-    if found.valid is None:
-        return iter(found.values)
-    return (value if is_valid else None for value, is_valid in zip(found.values, found.valid.tolist(), strict=True))
 
 
 def _collate_into(allocate: Allocate) -> Callable[[list[Any]], Any]:
@@ -330,7 +320,7 @@ def collate(records: Sequence[Any]) -> Any:
             if values.column.kind is Kind.RAGGED and records.output_spec.layout(values.column) == "list":
                 batch[values.column.name] = _ragged(values)
             elif values.column.name in records.output_spec.decode and isinstance(values.values, list):
-                batch[values.column.name] = _pictures(values)
+                batch[values.column.name] = [_tensor(picture) for picture in values.values]
         return batch if records.output_spec.names is None else as_columns(batch, records.output_spec.names)
     if not records:
         raise ValueError("cannot make a batch of no records")
@@ -343,11 +333,6 @@ def _tensor(values: Any) -> Any:
     if isinstance(values, Buffer):
         return Buffer(_tensor(values.values), _tensor(values.offsets), _tensor(values.shapes))
     return torch.from_numpy(values) if isinstance(values, np.ndarray) else values
-
-
-def _pictures(values: ColumnValues) -> list[Any]:
-    """Return a list of tensors of whole images; None for a null."""
-    return [_tensor(picture) for picture in values.values]
 
 
 def _ragged(values: ColumnValues) -> list[torch.Tensor]:
