@@ -71,7 +71,6 @@ class Owners:
     """This session as an owner, the other owners, and what the accounts ask about the files. Safe from any thread."""
 
     def __init__(self, folder: Folder, limit_bytes: int) -> None:
-        """Create the owner file. Raises OSError if the folder is not writable."""
         self._folder, self._limit_bytes, self._lock = folder, limit_bytes, Lock()
         self.me = Owner.of_this_process()
         self.is_closed = False
@@ -107,8 +106,7 @@ class Owners:
     def alive(self, text: str) -> bool:
         """Return whether the process of an owner still has the cache open.
 
-        The process number, start time and boot decide if they can be compared; otherwise (another container) the lock
-        of the owner file decides.
+        If boots or containers differ, the lock of the owner file decides.
         """
         owner = Owner.parse(text)
         if owner is None:
@@ -131,7 +129,7 @@ class Owners:
                 self.remove_files_of(text)
 
     def other_machine(self) -> str | None:
-        """Return an owner that runs on another machine, or in an earlier boot of this one; None: there is none."""
+        """Return an owner of another machine, or of an earlier boot of this one."""
         for file in self._folder.owners.iterdir():
             owner = Owner.parse(file.name)
             if owner is not None and owner.boot != boot_id() and is_locked(file):
@@ -153,10 +151,7 @@ class Owners:
         return limits
 
     def running_fetches(self) -> list[tuple[str, str, int]]:
-        """Return (owner, name, bytes) of what each fetch may still add, as its lock file says.
-
-        A fetch writes this note before it reserves, and clears it before it commits. Notes of dead owners are included.
-        """
+        """Return (owner, name, bytes that may still come) of each fetch, also of dead owners, as the lock files say."""
         fetches: list[tuple[str, str, int]] = []
         with suppress(OSError):
             for file in self._folder.locks.iterdir():
@@ -245,13 +240,9 @@ class CopyRow:
 
 @dataclass(frozen=True, slots=True)
 class AccountChanges:
-    """The changes of the accounts between two queries.
+    """The changes of the accounts between two queries: changed rows (all rows if `whole`), and names of removed ones.
 
-    Attributes:
-        since: Value to pass to the next query.
-        whole: Whether `rows` are all rows, so that earlier knowledge is void.
-        rows: Rows that changed.
-        gone: Names that were removed; some may have come back, and are in rows.
+    since: Value to pass to the next query. gone: Some of these names may have come back, and are in rows.
     """
 
     since: tuple[str, int]
@@ -400,7 +391,7 @@ class Accounts:
         return self._database.run(work)
 
     def lack_bytes(self, charge_bytes: int, *, usable_bytes: Callable[[], int]) -> int:
-        """Return how many bytes must be evicted before charge_bytes can be reserved; 0 or less: none."""
+        """Return how many bytes must be evicted before charge_bytes can be reserved."""
         return self._database.run(lambda db: self._lack(db, charge_bytes, usable_bytes))
 
     def _lack(self, db: sqlite3.Connection, charge_bytes: int, usable_bytes: Callable[[], int]) -> int:
@@ -457,7 +448,6 @@ class Accounts:
     # -- uses and counters ------------------------------------------------------------------------------------------
 
     def add_uses(self, names: Iterable[str]) -> None:
-        """Record uses of copies, the last use last."""
         query = "UPDATE copies SET last_use = ?1, changed = ?1 WHERE name = ?2"
 
         def work(db: sqlite3.Connection) -> None:
@@ -487,7 +477,6 @@ class Accounts:
         return bool(self._database.run(lambda db: db.execute(query, (name,)).fetchone()[0]))
 
     def rows(self) -> list[CopyRow]:
-        """Return the rows of all copies, least recently used first."""
         return self._database.run(lambda db: _rows(db, "ORDER BY last_use, name"))
 
     def changes(self, since: tuple[str, int]) -> AccountChanges:
@@ -508,9 +497,9 @@ class Accounts:
     # -- reconciliation with the files ------------------------------------------------------------------------------
 
     def reconcile(self) -> None:
-        """Make the accounts agree with the files. Accounts from before the last boot are rebuilt.
+        """Make the accounts agree with the files.
 
-        They are not synced to disk, so a power failure may have lost some of them; nothing else can.
+        They are not synced to disk, so those from before the last boot are rebuilt: a power failure may have lost some.
         """
         query = "SELECT value FROM meta WHERE key = 'boot'"
         if self._database.run(lambda db: db.execute(query).fetchone()[0]) != boot_id():

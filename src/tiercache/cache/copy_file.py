@@ -67,7 +67,6 @@ def n_units(n_bytes: int) -> int:
 
 
 def bounds(span: ByteRange, n_bytes: int) -> tuple[int, int]:
-    """Return the units [first, last) that a range touches, within the file."""
     start, end = min(span.start, n_bytes), min(span.end, n_bytes)
     if not n_bytes:
         return 0, 1
@@ -94,7 +93,6 @@ def covers(present: Mask, ranges: Iterable[ByteRange], n_bytes: int) -> bool:
 
 
 def runs_of(mask: Mask) -> list[tuple[int, int]]:
-    """Return the runs of consecutive units, each as [first, last)."""
     edges = (np.flatnonzero(mask[1:] != mask[:-1]) + 1).tolist()
     if mask[:1].any():
         edges.insert(0, 0)
@@ -104,7 +102,6 @@ def runs_of(mask: Mask) -> list[tuple[int, int]]:
 
 
 def ranges_of(mask: Mask, n_bytes: int) -> list[ByteRange]:
-    """Return the byte ranges of the units of a mask; adjacent units form one range."""
     return [ByteRange(first * UNIT_BYTES, min(last * UNIT_BYTES, n_bytes)) for first, last in runs_of(mask)]
 
 
@@ -129,7 +126,6 @@ def with_gaps(mask: Mask, n_bytes: int, max_gap_bytes: int = _UNIT_GAP_BYTES) ->
 
 
 def bytes_of(mask: Mask, n_bytes: int) -> int:
-    """Return the number of bytes in the units of a mask; the last unit of the file may be short."""
     whole = int(mask.sum()) * UNIT_BYTES
     return whole - (len(mask) * UNIT_BYTES - n_bytes if mask[-1] else 0)
 
@@ -253,7 +249,6 @@ class CopyFile:
         return bool(self.present[first:last].all())
 
     def mask(self) -> Mask:
-        """Return the units that are present by now, as a new array."""
         if not self.is_partial:
             return np.ones(n_units(self.n_bytes), bool)
         self._update(0, len(self.present))
@@ -262,10 +257,7 @@ class CopyFile:
     # -- for readers ---------------------------------------------------------------------------------------------------
 
     def _checked(self, span: ByteRange) -> Iterator[tuple[int, npt.NDArray[np.uint8], list[int]]]:
-        """Yield the units of a range in pieces: offset, data, and the offsets of units that the map contradicts.
-
-        The data is overwritten by the next piece. Of a piece that cannot be read, the first offset is wrong.
-        """
+        """Yield the units of a range in pieces: offset, data (until the next piece), and the offsets of wrong units."""
         buffer = np.empty(_CHECK_BYTES, np.uint8)
         end = min(-(-span.end // UNIT_BYTES) * UNIT_BYTES, self.n_bytes)
         for start in range(span.start // UNIT_BYTES * UNIT_BYTES, end, _CHECK_BYTES):
@@ -283,12 +275,11 @@ class CopyFile:
             yield start, data, (start + UNIT_BYTES * np.flatnonzero(is_wrong)).tolist()
 
     def wrong_units(self) -> list[int]:
-        """Return the offsets of the present units that differ from what the source sent."""
         spans = ranges_of(self.mask(), self.n_bytes)
         return [offset for span in spans for _, _, wrong in self._checked(span) for offset in wrong]
 
     def are_right(self, ranges: Sequence[ByteRange]) -> bool:
-        """Return whether the units of some ranges, which are present, can be read and are what the source sent."""
+        """Return whether the units of ranges, which are present, can be read and are what the source sent."""
         return not any(wrong for span in ranges for _, _, wrong in self._checked(span))
 
     def read(self, spans: Sequence[Span]) -> bool:
@@ -384,7 +375,6 @@ class CopyFile:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def keep_private(self) -> CopyFile:
-        """Let forked children close the descriptors."""
         keep_private(self.fd)
         if self.is_partial:
             keep_private(self.map_fd)
@@ -422,10 +412,7 @@ def open_whole(folder: Folder, name: str, n_bytes: int) -> CopyFile | None:
 
 
 def open_part(folder: Folder, name: str, n_bytes: int) -> CopyFile | None:
-    """Open a partial copy under a reader's lock; None: there is none, or it is being evicted, or is not verified yet.
-
-    The races with eviction and with an earlier boot are those of open_whole() and continue_part().
-    """
+    """Open a partial copy under a reader's lock; None: it is missing, being evicted, or of an earlier boot."""
     fd = folder.open_copy(f"{name}.part")
     if fd is None:
         return None
@@ -440,10 +427,7 @@ def open_part(folder: Folder, name: str, n_bytes: int) -> CopyFile | None:
 
 
 def open_map(folder: Folder, name: str, fd: int, n_bytes: int, *, boot: str | None = None) -> CopyFile | None:
-    """Return a view of a copy that fd is open on, which it then owns, with its map; None: no map describes this file.
-
-    A map of another boot than `boot` does not count, unless that is None.
-    """
+    """Return a view of a copy that fd is open on, which it then owns, with its map; None: no map (of boot) fits it."""
     map_fd = folder.open_copy(f"{name}.map")
     if map_fd is None:
         return None
@@ -508,7 +492,7 @@ def continue_part(folder: Folder, name: str, n_bytes: int) -> CopyFile | None:
 
 
 def read_all(fd: int, buffer: memoryview, offset: int) -> bool:
-    """Fill the buffer from the file at offset; return False if the file ends early or cannot be read."""
+    """Fill the buffer from the file; return False if the file ends early or cannot be read."""
     done = 0
     while done < len(buffer):
         try:

@@ -128,7 +128,7 @@ class Trace:
 
 
 def next_positions(names: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the position of the next access to each access's object, int64[k]; NEVER: there is none."""
+    """Return the position of the next access to each access's object, or NEVER: int64[k]."""
     order = np.argsort(names, kind="stable")
     after = np.full(len(names), NEVER, np.int64)
     same = names[order[1:]] == names[order[:-1]]
@@ -150,7 +150,6 @@ class _Uses:
         self._now = np.zeros(n_jobs, np.int64)
 
     def read(self, i: int) -> None:
-        """Advance the clock of the job of access i."""
         job, at = self._job[i], self._next_at[i]
         self._now[job] = self._clock[i]
         self._next[job, self._row[i]] = NEVER if at == NEVER else self._clock[at]
@@ -207,12 +206,7 @@ _ROW = np.dtype([("charge_bytes", np.int64), ("last_use", np.int64)])
 
 
 class AccountsMirror:
-    """The accounts in memory, updated by changes. Only one caller at a time; the lock of the evictor ensures that.
-
-    Attributes:
-        names: Names of the copies, sorted; the same object as before if no copy came or went.
-        rows: The accounts of each copy.
-    """
+    """The accounts in memory, updated by changes, by one caller at a time. names: Sorted; one object until they change."""
 
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
@@ -290,12 +284,10 @@ class Notices:
         return notices
 
     def add_dataset(self, dataset_id: str, description: str) -> None:
-        """Let the cache warn once, as kind dataset_id, when it has no space for this data set."""
         with self._lock:
             self._datasets[dataset_id] = description
 
     def unwarned_dataset(self, dataset_id: str) -> str | None:
-        """Return the description of a data set about which no warning was given yet; None: there is none."""
         with self._lock:
             return None if dataset_id in self._given else self._datasets.get(dataset_id)
 
@@ -325,7 +317,6 @@ class Evictor:
         policy: str,
         min_free: int | str,
     ) -> None:
-        """Create an evictor. policy: A key of POLICIES. min_free: Disk space that stays free, in bytes or as "5%"."""
         self.folder, self.accounts, self.counters, self._plans, self._notices = (
             folder,
             accounts,
@@ -375,7 +366,6 @@ class Evictor:
         return usable_bytes
 
     def lack_bytes(self, charge_bytes: int) -> int:
-        """Return how many bytes must be evicted before charge_bytes can be reserved; 0 or less: none."""
         return self.accounts.lack_bytes(charge_bytes, usable_bytes=self.usable_bytes)
 
     def would_refuse(self, name: str, charge_bytes: int) -> bool:
@@ -395,10 +385,7 @@ class Evictor:
         return True
 
     def reserve(self, name: str, charge_bytes: int, *, protected: Set[str] = frozenset()) -> bool:
-        """Reserve space for a copy; evict what the policy chooses, except the names in protected.
-
-        Return False if there is no space.
-        """
+        """Reserve space for a copy, and evict what the policy chooses except `protected`; False: there is none."""
         if self.accounts.reserve(name, charge_bytes, usable_bytes=self.usable_bytes):
             return True
         self._reconcile()
@@ -417,8 +404,7 @@ class Evictor:
     def _making_space(self) -> Iterator[bool]:
         """Let one caller at a time free space, here and in other processes; yield whether the caller is the only one.
 
-        Two callers would choose the same victims, and one would find none left. After a long wait, a caller continues
-        without the lock.
+        Two would choose the same victims, and one would find none. After a long wait, a caller goes on without the lock.
         """
         lock = NameLock(self.folder.locks / "room")
         with self._space_lock:
@@ -437,7 +423,6 @@ class Evictor:
             self._free("", charge_bytes, set(protected), 1)
 
     def shrink(self) -> None:
-        """Evict until the cache fits a smaller limit, as far as copies can be evicted."""
         if self._over_bytes() <= 0:
             return
         excluded: set[str] = set()
@@ -481,10 +466,7 @@ class Evictor:
         want_bytes: int = 0,
         use_after_next: int = UNPLANNED,
     ) -> dict[str, int] | None:
-        """Return the charges of the victims by name, in order; None: too few may be evicted.
-
-        The name "" stands for no copy in particular; otherwise the plans tell the second next use of the copy.
-        """
+        """Return the charges of the victims by name, in order; None: too few may go. name "": for no copy in particular."""
         with self._mirror_lock:
             names, copies, new = self._read_state(excluded, [name] if name else [])
             if name and new.next_use[0] != UNPLANNED:
@@ -497,7 +479,6 @@ class Evictor:
             return {names.text(row): int(copies.charge_bytes[row]) for row in rows.tolist()}
 
     def _read_state(self, excluded: Iterable[str], requested: Iterable[str]) -> tuple[NameTable, CopyTable, Uses]:
-        """Return the names of all copies, the table for the policy, and the next uses of the requested names."""
         self.flush_uses()
         mirror = self._mirror
         mirror.update()
@@ -514,7 +495,6 @@ class Evictor:
         return self._pins
 
     def _carry_out(self, victims: Mapping[str, int], until_bytes: int) -> set[str]:
-        """Evict victims until enough space is free; return those that could not be deleted."""
         gone, stayed = self._delete_until(victims, until_bytes)
         if self._pins is not None:
             # A new set: another thread may be iterating over the old one.
@@ -566,16 +546,12 @@ class Evictor:
         self.accounts.remove([name])
 
     def evict(self, charges: Mapping[str, int], *, need_bytes: float = math.inf) -> int:
-        """Delete these copies, in order, until need_bytes are free; return the bytes freed.
-
-        A copy is skipped if it is pinned, leased or being fetched. charges: Charge in bytes by name.
-        """
+        """Delete copies, in order, except used ones, until need_bytes are free; return the bytes freed."""
         gone, _ = self._delete_until(charges, need_bytes)
         self._remove_rows(gone)
         return sum(charges[name] for name in gone)
 
     def _delete_until(self, charges: Mapping[str, int], need_bytes: float) -> tuple[list[str], list[str]]:
-        """Delete copies, in order, until need_bytes are free; return those deleted, and those that could not be."""
         gone: list[str] = []
         stayed: list[str] = []
         freed_bytes = 0
@@ -605,7 +581,7 @@ class Evictor:
 def delete_copy(folder: Folder, name: str) -> bool:
     """Delete a copy, whole or partial, unless it is in use; the caller updates the accounts.
 
-    The lock of the name is held, so that no fetch publishes the copy between the check and the deletion.
+    Under the lock of the name, so that no fetch completes the copy between the check and the deletion.
     """
     lock = NameLock(folder.locks / name)
     if _is_read(folder, name) or not lock.try_acquire():
@@ -631,10 +607,7 @@ def delete_copy(folder: Folder, name: str) -> bool:
 
 
 def _is_read(folder: Folder, name: str) -> bool:
-    """Return whether a copy is in use.
-
-    It takes 20 us; creating a lock file takes 1 ms, and thousands of copies may be in use.
-    """
+    """Return whether a copy is in use: 20 us. Creating a lock file takes 1 ms, and thousands may be in use."""
     for file in (name, f"{name}.part"):
         with suppress(OSError):
             fd = open_file(folder.copy_path(file), os.O_RDONLY)

@@ -83,7 +83,6 @@ class Fetch:
     """
 
     def __init__(self, spec: CopySpec, store: Store, evictor: Evictor, is_crowded: Callable[[], bool]) -> None:
-        """Store the arguments. is_crowded: Whether urgent fetches need more than the usual threads."""
         self.spec, self.store = spec, store
         self.cancel = Event()
         self.step = "waiting for a free thread"
@@ -153,10 +152,9 @@ class Fetch:
         return covers(self._present, ranges, self.spec.n_bytes)
 
     def claim(self) -> tuple[CopyFile | None, bool]:
-        """Return (a view of the file, whether the caller is no user any more).
+        """Return (a view of the file, whether the caller is no user any more). None: nothing has come, or nothing will.
 
-        The file is None as long as nothing has come, and if nothing will come. All views that a fetch returns share one
-        lock, which lasts until the last of them is closed.
+        All views share one lock, which lasts until the last of them is closed.
         """
         with self._changed:
             file = None if self._file is None else self._file.dup()
@@ -257,7 +255,7 @@ class Fetch:
             self._changed.notify_all()
 
     def _close_if_done(self) -> bool:
-        """Close the fetch if no requested unit is missing; after that, no lease can request more."""
+        """Close the fetch to further requests if no requested unit is missing."""
         with self._changed:
             is_done = not self._missing().any()
             self._closed = self._closed or is_done
@@ -365,7 +363,6 @@ class Fetch:
         return None
 
     def _transfer_and_complete(self) -> int | None:
-        """Extend one partial copy; see _extend_part()."""
         while True:
             self._transfer_requested()
             if self._part is not None and self._part.present.all():
@@ -554,10 +551,7 @@ class Fetch:
                 self._transfer_error = self._transfer_error or error
 
     def _next_ranges(self) -> list[ByteRange] | None:
-        """Return the ranges of the next request, urgent units first.
-
-        None: nothing is left, a thread failed, or the fetch yields.
-        """
+        """Return the ranges of the next request, urgent units first; None: none is left, a thread failed, or it yields."""
         n_bytes = self.spec.n_bytes
         if self._should_yield():
             return None
@@ -576,7 +570,6 @@ class Fetch:
             return ranges or None
 
     def _transfer_ranges(self, ranges: Sequence[ByteRange]) -> None:
-        """Read ranges into the partial copy. Their bytes are written and checksummed as they arrive."""
         part = self._part
         if part is None:
             raise RuntimeError("_next_ranges() has opened the partial copy")
@@ -693,7 +686,6 @@ class CopyLease:
 
     @property
     def file(self) -> CopyFile | None:
-        """Open copy, which belongs to the lease; None before any data is cached, and after close()."""
         return self._file
 
     @property

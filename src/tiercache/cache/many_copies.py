@@ -54,13 +54,7 @@ class WarmProgress:
 
 @dataclass(frozen=True, slots=True)
 class WarmReport:
-    """The result of warming.
-
-    Attributes:
-        n_wanted: Number of requested copies.
-        n_fetched: Number of copies of which something was missing.
-        bytes_fetched: Bytes that were missing.
-    """
+    """The result of warming: requested copies, and those of which something was missing, with the missing bytes."""
 
     n_wanted: int
     n_fetched: int
@@ -205,8 +199,6 @@ def _full(opened: CacheSession, need_bytes: int) -> StoreError:
 
 
 class _Fetches:
-    """The fetches of one call. fetch() may be called from many threads."""
-
     def __init__(self, opened: CacheSession, store: Store, copies: MissingCopies) -> None:
         self._opened, self._store = opened, store
         self._names = frozenset(one.spec.name for one in copies.requested)
@@ -298,7 +290,6 @@ class VerifyReport:
 
     @property
     def wrong(self) -> tuple[CopyCheck, ...]:
-        """The copies that are damaged or unreadable, including removed ones."""
         return tuple(one for one in self.checked if one.state in (CopyState.DAMAGED, CopyState.UNREADABLE))
 
     @property
@@ -328,7 +319,6 @@ def verify_copies(
 
 
 def _check_one(opened: CacheSession, repair: bool, name: str) -> CopyCheck | None:
-    """Return the result for a copy, removed if it is corrupt and repair is set; None: the copy is gone."""
     fd = opened.folder.open_copy(name)
     if fd is None:
         return _check_partial_copy(opened, name, repair=repair)
@@ -384,7 +374,6 @@ def _check_partial_copy(opened: CacheSession, name: str, *, repair: bool) -> Cop
 
 
 def _remove_partial_copy(opened: CacheSession, checked: CopyCheck) -> CopyCheck:
-    """Delete a corrupt partial copy. The next fetch starts it again."""
     lock = NameLock(opened.folder.locks / checked.name)
     try:
         if not lock.try_acquire():

@@ -90,10 +90,6 @@ def name_of_object(url: str, info: ObjectInfo) -> str | None:
     """Return the name of a copy of an object without identity; None: nothing identifies its version.
 
     A weak ETag may be the same for two versions of an object, so it counts only together with a date.
-
-    Args:
-        url: URL without credentials.
-        info: Attributes of the object.
     """
     dated = None if info.modified_s is None else f"{info.etag or ''} {info.modified_s}"
     state = info.version or (dated if (info.etag or "W/").startswith("W/") else info.etag)
@@ -149,13 +145,11 @@ class NameTable:
 
     @classmethod
     def of(cls, names: NDArray[np.uint8]) -> NameTable:
-        """Return a table of names that are given as uint8[n, 20]."""
         raw = np.ascontiguousarray(names, dtype=np.uint8).reshape(-1, NAME_BYTES)
         return cls(raw, np.ascontiguousarray(raw[:, :8]).view(">u8").reshape(-1).astype(np.uint64))
 
     @classmethod
     def of_texts(cls, texts: Iterable[str]) -> NameTable:
-        """Return a table of names that are given as 40 hexadecimal digits each."""
         return cls.of(np.frombuffer(bytes.fromhex("".join(texts)), np.uint8))
 
     def __len__(self) -> int:
@@ -170,11 +164,9 @@ class NameTable:
         return NameTable(self.raw[rows], self.heads[rows])
 
     def insert(self, places: NDArray[np.int64], names: NameTable) -> NameTable:
-        """Return a table with `names` inserted before the rows in `places`."""
         return NameTable(np.insert(self.raw, places, names.raw, axis=0), np.insert(self.heads, places, names.heads))
 
     def order(self) -> NDArray[np.int64]:
-        """Return the rows in the order of their names, int64[n]."""
         return np.argsort(self.strings, kind="stable")
 
     def is_new(self) -> NDArray[np.bool_]:

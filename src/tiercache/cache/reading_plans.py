@@ -167,7 +167,6 @@ class ReadingPlans:
     """
 
     def __init__(self, folder: Folder, owners: Owners) -> None:
-        """Sweep the plans of dead jobs."""
         self._folder, self._owners = folder, owners
         self._lock = Lock()
         self._read: dict[str, _OpenPlan] = {}
@@ -179,9 +178,7 @@ class ReadingPlans:
     def publish(self, names: NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan:
         """Publish the reading plan of this job to all users of the folder; names as for PlanTable.of().
 
-        Raises:
-            OSError: The file cannot be written.
-            ValueError: The columns of names and plan differ in length.
+        Raises OSError if the file cannot be written, ValueError if the columns differ in length.
         """
         lengths = [len(column) for column in (plan.shards, names, plan.first, plan.last, plan.first_later)]
         if len(set(lengths)) > 1:
@@ -233,7 +230,6 @@ class ReadingPlans:
             close_private(self._read.popitem()[1].fd)
 
     def _refresh(self) -> list[_OpenPlan]:
-        """Return the live plans, and sweep dead ones, which would keep copies for no job."""
         try:
             with os.scandir(self._folder.plans) as entries:
                 files = {entry.name for entry in entries}
@@ -254,7 +250,6 @@ class ReadingPlans:
         return list(self._read.values())
 
     def _load(self, file: str) -> None:
-        """Open the plan of a job, or sweep it if the job has ended."""
         plan = self._read.get(file)
         if plan is None:
             with suppress(OSError):  # withdrawn meanwhile, or unreadable: not a plan
@@ -283,7 +278,6 @@ class ReadingPlans:
 
 
 def _merged(plans: list[Uses], names: NameTable) -> Uses:
-    """Return the two nearest uses over all plans."""
     if not plans:
         return _unplanned(len(names))
     next_use, use_after_next = plans[0]
@@ -315,7 +309,6 @@ class _OpenPlan:
         return cls(keep_private(fd), table)
 
     def uses(self, names: NameTable, *, keep: bool) -> Uses:
-        """Return PlanTable.uses() at the owner's present clock. keep: Whether to remember the rows of these names."""
         rows = self._rows if self._names is names else self.table.names.rows_of(names)
         if keep:
             self._names, self._rows = names, rows
@@ -337,7 +330,6 @@ class PlanFile:
     """
 
     def __init__(self, folder: Folder, owner: str, table: PlanTable) -> None:
-        """Write the file, and lock it before it gets its name. Raises OSError."""
         stem = f"{owner}.{secrets.token_hex(4)}"
         temp, file = folder.plans / f"{stem}{_TEMP_SUFFIX}", f"{stem}{_SUFFIX}"
         fd = keep_private(open_file(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL))

@@ -194,7 +194,6 @@ class CacheSession:
                 freed_bytes += charge
 
     def _sweep(self) -> None:
-        """Remove the files of dead processes and records without copies, and make the accounts agree with the files."""
         self.owners.remove_files_of_dead()
         self.folder.sweep_temp_files()
         self.accounts.reconcile()
@@ -292,7 +291,7 @@ class CacheSession:
             self.disk_failed(error)
 
     def look_up(self, name: str, n_bytes: int) -> CopyLease | None:
-        """Return a lease like hit(), without recording a use of the copy."""
+        """Return a lease as hit() does, without recording a use."""
         if name in self._uncached:
             return None
         try:
@@ -316,7 +315,6 @@ class CacheSession:
             return None
 
     def is_cached(self, spec: CopySpec, ranges: Sequence[ByteRange] | None = None) -> bool:
-        """Return whether these ranges of a copy (None: the whole copy) are cached, without recording a use."""
         if self.folder.size_of(spec.name) == spec.n_bytes:
             return True
         file = None if ranges is None else self._open_part(spec)
@@ -371,7 +369,6 @@ class CacheSession:
         return checked
 
     def is_right(self, spec: CopySpec, lease: CopyLease, ranges: Sequence[ByteRange]) -> bool:
-        """Return whether cached ranges of a lease are what the source sent, as far as there are checksums of units."""
         checked = self._with_map(spec, lease)
         if checked is None:
             return True
@@ -425,7 +422,6 @@ class CacheSession:
         on_lookup(is_hit)
 
     def publish_plan(self, names: npt.NDArray[np.uint8], plan: ReadingPlan) -> PublishedPlan | None:
-        """Publish a reading plan to all users of the folder; return None if the folder cannot be written."""
         try:
             return self.plans.publish(names, plan)
         except OSError as error:
@@ -459,7 +455,6 @@ class CacheSession:
             self.fetch(spec, store, ranges if urgent_ranges is None else urgent_ranges, is_urgent).leave()
 
     def _admits(self, spec: CopySpec, n_bytes: int) -> bool:
-        """Return whether a fetch of n_bytes may find space. Warn once if there is none."""
         need_bytes = charge_bytes(n_bytes)
         try:
             self.owners.ensure()  # a deleted folder cannot be asked for its free space
@@ -508,10 +503,7 @@ class CacheSession:
         return fetch
 
     def _have_thread(self) -> bool:
-        """Start a thread for queued work if the limits allow it; the caller holds the lock.
-
-        Return False if no thread exists and none can be started.
-        """
+        """Start a thread for queued work if the limits allow it, under the lock; return whether there is any thread."""
         if len(self._threads) < N_FETCHES + (N_MORE_URGENT if self._urgent else 0):
             thread = Thread(target=self._work, name="tiercache-fetch", daemon=True)
             self._threads.add(thread)
@@ -522,7 +514,6 @@ class CacheSession:
         return bool(self._threads)
 
     def _is_crowded(self) -> bool:
-        """Return whether urgent fetches have made the threads more than those of prefetches."""
         return len(self._threads) > N_FETCHES
 
     def _work(self) -> None:
@@ -537,7 +528,6 @@ class CacheSession:
             self._run(fetch)
 
     def _run(self, fetch: Fetch) -> None:
-        """Run a fetch, and pass its result to all waiting leases."""
         failure: BaseException | None = None
         try:
             if not self._is_over(fetch):

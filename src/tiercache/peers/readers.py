@@ -179,12 +179,7 @@ def _expand_numbers(ranges: str, text: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Members:
-    """The machines of a job, as one reader knows them.
-
-    Attributes:
-        urls: URL of each server, sorted.
-        seeds: Hash of each URL, uint64[n].
-    """
+    """The machines of a job, as one reader knows them: sorted URLs, and the hash of each, uint64[n]."""
 
     urls: tuple[str, ...]
     seeds: NDArray[np.uint64]
@@ -205,12 +200,10 @@ class Members:
 
 @lru_cache(maxsize=4)
 def _listed_members(options: PeerOptions) -> Members:
-    """Return the members of a list of addresses: 2 ms for 1,000."""
     return Members.of(options.urls())
 
 
 def hash_of(text: str) -> int:
-    """Return 64 bits that are the same in all processes."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
@@ -256,14 +249,7 @@ class Peers:
         open_peer: Callable[[str, PeerOptions, str], Store] | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        """Keep the options; nothing is resolved or requested.
-
-        Args:
-            options: Machines of the job.
-            reader_id: Id of this machine's cache folder.
-            open_peer: Function that returns the store of a peer's URL; None: an HTTP store.
-            clock: Clock of the absences.
-        """
+        """Keep the options; nothing is resolved or requested. reader_id: Id of this machine's cache folder."""
         self._options, self._reader_id, self._clock = options, reader_id, clock
         self._open_peer = open_peer or open_peer_store
         self.counters = Counters("peer_requests", "peer_bytes", "peer_failures")
@@ -289,13 +275,9 @@ class Peers:
                 del self._distrusted[next(iter(self._distrusted))]
 
     def ask(self, name: str, request: Callable[[Store], T], refused: set[str], cancel: Event | None = None) -> T | None:
-        """Return request(store of the owner); None: the caller must ask the origin.
+        """Return request(store of the owner of the copy); None: the caller must ask the origin.
 
-        Args:
-            name: Name of the wanted copy, 40 hex digits.
-            request: Function that reads from the store of a peer.
-            refused: URLs of peers that do not have it, or are too busy, to which this method adds.
-            cancel: Event after which a failed request says nothing about the peer.
+        refused: URLs of peers that do not have it, or are too busy; this method adds to them.
         """
         n_tried = 0
         for url in self._current().order(int(name[:16], 16)):
@@ -346,7 +328,6 @@ class Peers:
             self._resolving.release()
 
     def _resolved(self, known: Members | None) -> Members:
-        """Return the members now; the known ones if the resolver fails."""
         if known is None and not _SOURCE.fullmatch(self._options.members[0]):
             return _listed_members(self._options)
         try:
@@ -357,7 +338,6 @@ class Peers:
         return known if known is not None and known.urls == urls else Members.of(urls)
 
     def _live(self, url: str) -> _Peer | None:
-        """Return a peer that may be asked now; None: it is left out."""
         now_s = self._clock.monotonic()
         with self._lock:
             peer = self._peers.setdefault(url, _Peer(url))
@@ -519,7 +499,6 @@ class PeerSource(WrapperStore):
         return True
 
     def _take(self, ranges: Sequence[ByteRange]) -> bool:
-        """Return whether none of these bytes was read from a peer before, and remember them."""
         units = [slice(span.start // _UNIT_BYTES, -(-span.end // _UNIT_BYTES)) for span in ranges]
         with self._lock:
             is_new = not any(self._taken[unit].any() for unit in units)

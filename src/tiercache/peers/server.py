@@ -92,11 +92,8 @@ class ServedDataSet:
     def __init__(self, store: CachedStore, versions: Store | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
         """Read nothing yet.
 
-        Args:
-            store: The data set through this machine's cache, which must read from no peers.
-            versions: Store from which versions and segments are read; None: the same. It may read from peers, so that
-                1,000 servers do not all fetch them from the origin.
-            clock: Clock of REFRESH_EVERY_S.
+        versions: Store from which versions and segments are read; None: the same. It may read from peers, so
+        that 1,000 servers do not all fetch them from the origin.
         """
         self.store = store
         self._versions = store if versions is None else versions
@@ -179,12 +176,9 @@ class PeerService:
     def __init__(
         self, stores: Sequence[CachedStore], versions: Sequence[Store] | None = None, clock: Clock = SYSTEM_CLOCK
     ) -> None:
-        """Read nothing yet.
+        """Read nothing yet. stores: Data sets through this machine's cache, which must read from no peers.
 
-        Args:
-            stores: Data sets through this machine's cache, which must read from no peers.
-            versions: Stores from which their versions and segments are read, in the same order; None: the same stores.
-            clock: Clock of the data sets.
+        versions: Stores from which their versions and segments are read, in the same order; None: the same stores.
         """
         pairs = zip(stores, stores if versions is None else versions, strict=True)
         self.data_sets = [ServedDataSet(store, of_versions, clock) for store, of_versions in pairs]
@@ -203,7 +197,6 @@ class PeerService:
         return None if lease is None else (lease, store, key, identity)
 
     def _find(self, name: str) -> tuple[CachedStore, str, ShardIdentity] | None:
-        """Return store, key and identity of the object whose copy has this name. Raises StoreError, CorruptShard."""
         for data_set in self.data_sets:
             if (known := data_set.find_known(name)) is not None:
                 return data_set.store, *known
@@ -231,8 +224,6 @@ class PeerService:
 
 
 class _Answer(Exception):
-    """Ends a request with a status and an empty body."""
-
     def __init__(self, status: int) -> None:
         super().__init__(status)
         self.status = status
@@ -357,13 +348,7 @@ class _UnixServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
 @contextmanager
 def run_service(cache: Cache, service: PeerService, path: Path) -> Iterator[None]:
-    """Answer requests on a Unix socket while the block runs. At the end the cache is closed.
-
-    Args:
-        cache: Cache through which the service reads.
-        service: Service that answers.
-        path: Path of the socket. An existing socket is replaced.
-    """
+    """Answer requests on a Unix socket, which is replaced, while the block runs. At the end the cache is closed."""
     if os.path.lexists(path):
         if not path.is_socket():
             raise ValueError(f"{path} exists and is no socket")
@@ -482,12 +467,9 @@ def server_block(options: ServerOptions) -> str:
 
 
 def nginx_config(options: ServerOptions, folder: Path, user: str | None = None) -> str:
-    """Return the whole configuration of an nginx of our own, which runs in the foreground.
+    """Return the whole configuration of an nginx of our own, in the foreground. folder: Folder of its temporary files.
 
-    Args:
-        options: Cache folder, address, token and certificate of the server.
-        folder: Folder of nginx's temporary files.
-        user: User under whom the worker processes run, if nginx is started by root; None: the user who starts it.
+    user: User of the worker processes, if nginx is started by root; None: the user who starts it.
     """
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     main = [] if user is None else [f"user {user};"]
@@ -546,13 +528,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def serve(cache: Cache, service: PeerService, options: ServerOptions) -> Iterator[subprocess.Popen[bytes]]:
-    """Serve a cache by nginx and a service while the block runs; yield nginx's process. At the end the cache is closed.
-
-    Args:
-        cache: Cache that is served; it must read from no peers.
-        service: Service that answers what nginx cannot, through that cache.
-        options: Address, token and certificate.
-    """
+    """Serve a cache, which must read from no peers, while the block runs, and then close it; yield nginx's process."""
     with run_service(cache, service, options.socket), run_nginx(options) as process:
         yield process
 
