@@ -128,14 +128,6 @@ class Owners:
             if not self.alive(text):
                 self.remove_files_of(text)
 
-    def other_machine(self) -> str | None:
-        """Return an owner of another machine, or of an earlier boot of this one."""
-        for file in self._folder.owners.iterdir():
-            owner = Owner.parse(file.name)
-            if owner is not None and owner.boot != boot_id() and is_locked(file):
-                return file.name
-        return None
-
     def processes(self) -> list[tuple[int, str]]:
         running = [owner for owner in map(Owner.parse, self.limits()) if owner is not None and owner.runs()]
         return [(pid, command_of(pid)) for pid in sorted({owner.pid for owner in running})]

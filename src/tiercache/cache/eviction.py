@@ -206,7 +206,7 @@ _ROW = np.dtype([("charge_bytes", np.int64), ("last_use", np.int64)])
 
 
 class AccountsMirror:
-    """The accounts in memory, updated by changes, by one caller at a time. names: Sorted; one object until they change."""
+    """The accounts in memory, updated by one caller at a time. names: Sorted; one object until they change."""
 
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
@@ -404,7 +404,7 @@ class Evictor:
     def _making_space(self) -> Iterator[bool]:
         """Let one caller at a time free space, here and in other processes; yield whether the caller is the only one.
 
-        Two would choose the same victims, and one would find none. After a long wait, a caller goes on without the lock.
+        Two would choose the same victims, and one would find none. After a long wait, a caller goes on without it.
         """
         lock = NameLock(self.folder.locks / "room")
         with self._space_lock:
@@ -466,7 +466,7 @@ class Evictor:
         want_bytes: int = 0,
         use_after_next: int = UNPLANNED,
     ) -> dict[str, int] | None:
-        """Return the charges of the victims by name, in order; None: too few may go. name "": for no copy in particular."""
+        """Return the charges of the victims by name, in order; None: too few may go. name "": for no certain copy."""
         with self._mirror_lock:
             names, copies, new = self._read_state(excluded, [name] if name else [])
             if name and new.next_use[0] != UNPLANNED:

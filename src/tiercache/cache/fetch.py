@@ -551,7 +551,7 @@ class Fetch:
                 self._transfer_error = self._transfer_error or error
 
     def _next_ranges(self) -> list[ByteRange] | None:
-        """Return the ranges of the next request, urgent units first; None: none is left, a thread failed, or it yields."""
+        """Return the ranges of the next request, urgent units first; None: none is left, a thread failed, or yields."""
         n_bytes = self.spec.n_bytes
         if self._should_yield():
             return None

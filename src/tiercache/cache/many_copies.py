@@ -10,9 +10,11 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
+from threading import Event
 from typing import TYPE_CHECKING, TypeAlias
 
 from tiercache.cache.copy_file import UNIT_BYTES, bytes_of, charge_of, mask_of, open_part, read_checksum
+from tiercache.cache.fetch import Fetch
 from tiercache.cache.folder import NameLock, charge_bytes, try_shared
 from tiercache.crash_points import crash_point
 from tiercache.errors import StoreError
@@ -21,7 +23,6 @@ from tiercache.model import ByteRange, format_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from tiercache.cache.fetch import Fetch
     from tiercache.cache.names import CopySpec
     from tiercache.cache.session import CacheSession
     from tiercache.store import Store
@@ -165,18 +166,32 @@ def warm_copies(
     n_done, bytes_done = n_wanted - len(missing), bytes_wanted - copies.missing_bytes
     tell = on_progress or (lambda _: None)
     tell(WarmProgress(n_done, n_wanted, bytes_done, bytes_wanted))
-    fetches = _Fetches(opened, store, copies)
+    names, running, stop = frozenset(one.spec.name for one in copies.requested), set[Fetch](), Event()
+
+    def fetch(one: RequestedCopy) -> None:
+        started = opened.fetch(one.spec, store, one.ranges, True)
+        started.protected = names
+        running.add(started)
+        if stop.is_set():
+            started.cancel.set()
+        try:
+            _wait(opened, started, one)
+        finally:
+            running.discard(started)
+
     pool = ThreadPoolExecutor(min(jobs, len(missing)) or 1, "tiercache-warm")
     try:
-        futures = {pool.submit(fetches.fetch, one): one for one in missing}
+        futures = {pool.submit(fetch, one): one for one in missing}
         for future in as_completed(futures):
             one = futures.pop(future)
             future.result()
             n_done, bytes_done = n_done + 1, bytes_done + (one.missing_bytes or 0)
             tell(WarmProgress(n_done, n_wanted, bytes_done, bytes_wanted, one.spec.key))
     finally:
+        stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
-        fetches.cancel()
+        for started in list(running):
+            started.cancel.set()
         pool.shutdown()
     lost = [one.spec.source for one in copies.requested if not _is_present(opened, one)]
     if lost:
@@ -198,52 +213,24 @@ def _full(opened: CacheSession, need_bytes: int) -> StoreError:
     )
 
 
-class _Fetches:
-    def __init__(self, opened: CacheSession, store: Store, copies: MissingCopies) -> None:
-        self._opened, self._store = opened, store
-        self._names = frozenset(one.spec.name for one in copies.requested)
-        self._running: set[Fetch] = set()
-        self._is_cancelled = False
-        self._error: BaseException | None = None
-
-    def cancel(self) -> None:
-        self._is_cancelled = True
-        for fetch in list(self._running):
-            fetch.cancel.set()
-
-    def fetch(self, one: RequestedCopy) -> None:
-        """Fetch the requested part of one copy. After an error, every call raises that error and fetches nothing."""
-        if self._error is not None:
-            raise self._error
-        try:
-            self._fetch(one)
-        except BaseException as error:
-            self._error = error
-            raise
-
-    def _fetch(self, one: RequestedCopy) -> None:
-        fetch = self._opened.fetch(one.spec, self._store, one.ranges, True)
-        has_left = False
-        try:
-            fetch.protected = self._names
-            self._running.add(fetch)
-            if self._is_cancelled:
-                fetch.cancel.set()
-            fetch.wait(one.ranges, None)
-            file, has_left = fetch.claim()
-            is_present = file is not None and file.covers(one.ranges)
-            if file is not None:
-                file.close()
-        finally:
-            self._running.discard(fetch)
-            if not has_left:
-                fetch.leave()
-        crash_point("warm.fetched")
-        if not is_present:
-            if fetch.cancel.is_set() or self._opened.breaker.is_open:
-                reason = "the cache was closed" if fetch.cancel.is_set() else "the cache's disk fails"
-                raise StoreError(f"not cached: {reason}", url=one.spec.source, retryable=True)
-            raise _full(self._opened, charge_bytes(one.n_bytes))
+def _wait(opened: CacheSession, fetch: Fetch, one: RequestedCopy) -> None:
+    """Wait until the requested part of a copy is there, as a user of its fetch, and leave the fetch."""
+    has_left = False
+    try:
+        fetch.wait(one.ranges, None)
+        file, has_left = fetch.claim()
+        is_present = file is not None and file.covers(one.ranges)
+        if file is not None:
+            file.close()
+    finally:
+        if not has_left:
+            fetch.leave()
+    crash_point("warm.fetched")
+    if not is_present:
+        if fetch.cancel.is_set() or opened.breaker.is_open:
+            reason = "the cache was closed" if fetch.cancel.is_set() else "the cache's disk fails"
+            raise StoreError(f"not cached: {reason}", url=one.spec.source, retryable=True)
+        raise _full(opened, charge_bytes(one.n_bytes))
 
 
 # -- verification ------------------------------------------------------------------------------------------------------

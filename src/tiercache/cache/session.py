@@ -144,14 +144,14 @@ class CacheSession:
                 "its own (TIERCACHE_CACHE_DIR)",
             )
         try:
-            self._start(options, is_on_network=network is not None)
+            self._start(options)
         except OSError as error:
             if not is_disk_full(error):
                 raise
             self._free_full_disk()
-            self._start(options, is_on_network=network is not None)
+            self._start(options)
 
-    def _start(self, options: CacheOptions, *, is_on_network: bool) -> None:
+    def _start(self, options: CacheOptions) -> None:
         self.owners = Owners(self.folder, self.limit_bytes)
         self.accounts = Accounts(self.folder.catalog, self.owners)
         self.plans = ReadingPlans(self.folder, self.owners)
@@ -165,11 +165,6 @@ class CacheSession:
             min_free=options.min_free,
         )
         try:
-            if is_on_network and (owner := self.owners.other_machine()):
-                raise ValueError(
-                    f"{self.folder.root}: a process of another machine has this cache open ({owner}): each machine "
-                    "needs a folder of its own (TIERCACHE_CACHE_DIR, or Cache(path, ...))"
-                )
             self._sweep()
             smallest = self.accounts.register(self.limit_bytes)
             self.folder.remember_size(self.limit_bytes)

@@ -17,7 +17,6 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from hashlib import blake2b
 from http import HTTPStatus
 from itertools import product
@@ -198,11 +197,6 @@ class Members:
         return map(self.urls.__getitem__, order)
 
 
-@lru_cache(maxsize=4)
-def _listed_members(options: PeerOptions) -> Members:
-    return Members.of(options.urls())
-
-
 def hash_of(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
@@ -328,8 +322,6 @@ class Peers:
             self._resolving.release()
 
     def _resolved(self, known: Members | None) -> Members:
-        if known is None and not _SOURCE.fullmatch(self._options.members[0]):
-            return _listed_members(self._options)
         try:
             urls = tuple(self._options.urls())
         except (OSError, ValueError) as error:

@@ -31,15 +31,15 @@ def check(report):
 
 
 def test_a_failing_system_call_never_gives_wrong_data(shim, tmp_path):
-    report = rounds(shim, tmp_path, "--chapters", "tight_lru", "--stride", "2999")
+    report = rounds(shim, tmp_path, "--chapters", "tight_lru", "--stride", "4999")
     check(report)
     assert report["n_struck"] > 5
 
 
 def test_a_corrupt_copy_that_cannot_be_removed_is_not_served_again(shim, tmp_path):
-    report = rounds(shim, tmp_path, "--chapters", "damaged", "--kinds", "unlink", "--for-ever", "--stride", "7")
+    report = rounds(shim, tmp_path, "--chapters", "damaged", "--kinds", "unlink", "--for-ever", "--stride", "13")
     assert report["problems"] == []
-    assert report["n_struck"] > 3
+    assert report["n_struck"] > 1
 
 
 @pytest.mark.stress

@@ -15,7 +15,6 @@ from tests.support.faults import Fault, FaultKind, FaultStore
 from tests.support.folder_check import Expected, FolderCheck
 from tests.support.stores import GateStore
 
-from tiercache.cache import accounts as accounts_module
 from tiercache.cache import cache as cache_module
 from tiercache.cache import copy_file, session
 from tiercache.cache.accounts import Accounts, Owners
@@ -105,46 +104,6 @@ def fail_writes(monkeypatch, code, times):
     monkeypatch.setattr(copy_file, "write_all", write)
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_evicts_copies_and_the_fetch_is_repeated(world, monkeypatch, code):
-    store = world.store(world.cache(policy="lru"))
-    world.put("a", 20_000)
-    world.put("b")
-    world.fetch(store, "a")
-    fail_writes(monkeypatch, code, 1)
-    world.fetch(store, "b")
-    assert {entry.source[-1] for entry in store.cache.entries()} == {"b"}
-
-
-def test_a_disk_that_stays_full_is_bypassed_with_one_warning(world, monkeypatch):
-    for key in "ab":
-        world.put(key)
-    store = world.store()
-    fail_writes(monkeypatch, errno.ENOSPC, 4)
-    with pytest.warns(RuntimeWarning, match="disk is full"):
-        assert world.read(store, "a") is None
-    assert world.read(store, "b") is None  # a second warning would be an error here
-    assert wait_for(lambda: not world.parts() and not store.cache.status()["reserved_bytes"], 60)
-    assert world.copies() == []
-    world.fetch(store, "a")
-
-
-def test_a_disk_too_full_for_a_new_file_still_serves_hits(world, monkeypatch):
-    for key in "ab":
-        world.put(key)
-    store = world.store()
-    world.fetch(store, "a")
-
-    def refuse(*args):
-        raise OSError(errno.ENOSPC, "no space")
-
-    monkeypatch.setattr(store.cache._open().folder, "new_file", refuse)
-    with pytest.warns(RuntimeWarning, match="disk is full"):
-        assert world.read(store, "b") is None
-    world.fetch(store, "a")
-    assert not store.cache.status()["bypassed"]
-
-
 def test_a_failing_disk_is_bypassed_probed_and_used_again(world, monkeypatch):
     for key in "ab":
         world.put(key)
@@ -178,6 +137,7 @@ def full(kind):
 STEPS = {
     "the lock": (NameLock, "try_acquire", "disk"),
     "the part": (Folder, "new_file", "quota"),
+    "the bytes": (copy_file, "write_all", "disk"),
     "the record": (Folder, "write_record", "disk"),
     "the name": (Folder, "give_name", "disk"),
     "reserving": (Accounts, "reserve", "catalog"),
@@ -303,19 +263,12 @@ def test_opening_removes_the_files_of_dead_processes_only(world):
 
 
 @pytest.mark.filterwarnings("default")
-def test_a_network_file_system_gives_a_warning_and_belongs_to_one_machine(world, monkeypatch):
+def test_a_network_file_system_gives_a_warning(world, monkeypatch):
     monkeypatch.setattr(session, "network_file_system", lambda path: "NFS")
     world.put("a")
     with pytest.warns(RuntimeWarning, match="is on NFS; .*each machine needs a folder of its own"):
         store = world.store(world.cache())
     world.fetch(store, "a")
-    monkeypatch.setattr(accounts_module, "boot_id", lambda: "f" * 16)
-    warnings.simplefilter("ignore")
-    with pytest.raises(ValueError, match="a process of another machine has this cache open"):
-        world.cache()
-    store.cache.close()
-    with pytest.warns(RuntimeWarning, match="is on NFS"):
-        world.cache()
 
 
 @pytest.mark.parametrize("error", [None, errno.ENOLCK, errno.EOPNOTSUPP])

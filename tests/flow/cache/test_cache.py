@@ -188,24 +188,6 @@ def test_the_default_size_is_half_of_the_disk_space_that_was_free_at_creation(wo
     assert Cache.default().stats()["limit_bytes"] == 500_000
 
 
-def test_a_cache_opened_without_a_size_keeps_its_last_size(world, monkeypatch):
-    from tiercache.cache import cache as cache_module
-
-    world.put("a")
-    cache = world.cache(size="2MB")
-    world.fetch(world.store(cache), "a")
-    monkeypatch.delenv("TIERCACHE_CACHE_SIZE")
-    # A disk that the cache has filled: half of what is free would be less than what it holds.
-    monkeypatch.setattr(cache_module, "disk_space", lambda path: DiskSpace(10, 2_000_000, None))
-    with Cache.default(path=world.root / "cache") as beside:
-        assert beside.stats()["limit_bytes"] == cache.stats()["limit_bytes"] == 2_000_000
-    cache.close()
-    with Cache.default(path=world.root / "cache") as later:
-        assert (later.stats()["limit_bytes"], len(later.entries())) == (2_000_000, 1)
-        world.cache(size="1MB").close()
-        assert Cache.default(path=world.root / "cache") is later, "as long as anybody has it"
-
-
 def test_warming_cached_copies_needs_no_space(world):
     pairs = pairs_of(world)
     cache = world.cache()

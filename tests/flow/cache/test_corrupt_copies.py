@@ -1,15 +1,21 @@
-"""A corrupt copy is never served again, is counted, and is fetched again."""
+"""A corrupt copy, whole or partial, is never served again, is counted, and is fetched again; and verification."""
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from tests.support.cache_world import turn
+from tests.support.faults import Fault, FaultStore
 
 from tiercache.cache.folder import Folder
+from tiercache.cache.many_copies import CopyState
+from tiercache.errors import StoreError
+from tiercache.model import ByteRange
 
-# From Python 3.12 on: what these tests are about.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+UNIT = 4096
+MIB = 1 << 20
 
 
 @pytest.fixture
@@ -97,3 +103,202 @@ def test_the_second_reader_of_a_corrupt_copy_does_not_remove_its_replacement(wor
     finally:
         os.close(fd)
     assert world.copy("a").read_bytes() == world.data["a"]
+
+
+# -- partial copies, and copies without checksums inside --
+
+
+def wait(lease, *ranges):
+    return lease.wait([ByteRange(*r) for r in ranges], deadline_s=30)
+
+
+def test_a_partial_copy_that_a_reader_finds_corrupt_is_fetched_once_more_and_then_bypassed(world):
+    identity = world.put("a", 4 * MIB)
+    cache = world.cache("100MB")
+    store = world.store(cache)
+
+    def read():
+        with store.open_local("a", identity) as lease:
+            return wait(lease, (0, UNIT))
+
+    assert read()
+    assert store.remove_if_corrupt("a", identity) is True
+    assert world.parts() == []
+    assert read()
+    assert store.remove_if_corrupt("a", identity) is False
+    assert store.open_local("a", identity) is None
+    assert cache.stats()["poisoned"] == 1
+
+
+def test_a_partial_copy_damaged_on_disk_does_not_count_as_corrupt_at_its_source(world):
+    identity = world.put("a", 4 * MIB)
+    cache = world.cache("100MB")
+    store = world.store(cache)
+    for _ in range(3):
+        with store.open_local("a", identity) as lease:
+            assert wait(lease, (0, UNIT))
+        (part,) = [path for path in world.parts() if path.suffix == ".part"]
+        with part.open("r+b") as file:
+            file.write(b"rot")
+        assert store.remove_if_corrupt("a", identity) is True
+    assert (cache.stats()["poisoned"], cache.stats()["quarantined"]) == (0, 3)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_copy_without_checksums_inside_is_verified_by_its_unit_map(world, whole):
+    n_bytes = 10_000 if whole else 4 * MIB
+    world.put("a", n_bytes)
+    cache = world.cache("100MB")
+    store = world.store(cache)
+    etag = store.head("a").etag
+    with store.open_local("a") as lease:
+        assert wait(lease, (5000, 9000))
+    n_reads = world.n_reads()
+
+    def read():
+        data = bytearray(3000)
+        store.read_into("a", [(ByteRange(5500, 8500), memoryview(data))], if_match=etag)
+        return bytes(data) == world.data["a"][5500:8500]
+
+    assert read()
+    assert world.n_reads() == n_reads
+    path = world.copy("a") if whole else next(p for p in world.parts() if p.suffix == ".part")
+    path.chmod(0o600)
+    with path.open("r+b") as file:
+        file.seek(6000)
+        file.write(b"rot")
+    assert read()
+    assert world.n_reads() == n_reads + 1
+    assert world.copies() == []
+    assert cache.stats()["quarantined"] == 1
+
+
+@pytest.mark.parametrize("harm", ["rot", "cut"])
+def test_a_pin_outlives_a_corrupt_copy(world, harm):
+    """And holds what is fetched in its place, even after the folder was opened again."""
+    identity = world.put("a")
+    cache = world.cache()
+    cache.pin(world.inner, [("a", identity)])
+    copy = world.copy("a")
+    copy.chmod(0o600)
+    if harm == "rot":
+        copy.write_bytes(bytes(10_000))
+        assert world.store(cache).remove_if_corrupt("a", identity) is True
+    else:
+        copy.write_bytes(b"short")
+        with world.store(cache).open_local("a", identity) as lease:  # (what is found is removed by who fetches it)
+            lease.prefetch([ByteRange(0, 1)])
+        source = FaultStore(world.inner, [Fault("read_into", times=2)])
+        cache.close()
+        with cache.store(source).open_local("a", identity) as lease, suppress(StoreError):
+            lease.wait([ByteRange(0, 1)], deadline_s=30)
+    cache.close()
+    again = world.cache()
+    world.fetch(world.store(again), "a")
+    assert [entry.pinned for entry in again.entries()] == [True]
+    assert again.unpin() == 1
+
+
+def test_unpinning_all_copies_removes_pins_of_missing_copies(world):
+    identity = world.put("a")
+    cache = world.cache()
+    cache.pin(world.inner, [("a", identity)])
+    world.copy("a").chmod(0o600)
+    world.copy("a").write_bytes(bytes(10_000))
+    assert world.store(cache).remove_if_corrupt("a", identity) is True
+    assert cache.unpin() == 0
+    world.fetch(world.store(cache), "a")
+    assert [entry.pinned for entry in cache.entries()] == [False]
+
+
+# -- verification --
+
+
+@pytest.fixture
+def checked(world):
+    store = world.store()
+    for key in "abc":
+        world.put(key)
+        world.fetch(store, key)
+    return store
+
+
+def states(report):
+    return {one.source.rpartition("/")[2]: one.state for one in report.checked}
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_verify_accepts_correct_copies(world, checked, jobs):
+    seen = []
+    report = checked.cache.verify(jobs=jobs, on_progress=seen.append)
+    assert report.is_right
+    assert (len(report.checked), report.n_bytes, report.wrong) == (3, 30_000, ())
+    assert seen == list(report.checked)
+
+
+def test_verify_names_a_corrupt_copy_and_leaves_it_in_place(world, checked):
+    turn(world.copy_of("b"), 7000)
+    cut = world.copy_of("c")
+    cut.chmod(0o600)
+    os.truncate(cut, 5000)
+    report = checked.cache.verify()
+    assert states(report) == {"a": CopyState.OK, "b": CopyState.DAMAGED, "c": CopyState.DAMAGED}
+    assert not report.is_right
+    said = {one.source[-1]: one.where[0] for one in report.wrong}
+    assert f"expected {world.identity('b').crc32c:08x}" in said["b"]
+    assert said["c"] == "it has 5,000 bytes instead of 10,000"
+    assert len(world.copies()) == 3
+
+
+def test_an_unreadable_copy_is_reported_differently_from_a_damaged_one(world, checked, monkeypatch):
+    really_read, inode = os.preadv, world.copy_of("b").stat().st_ino
+
+    def read(fd, buffers, offset):
+        if os.fstat(fd).st_ino == inode:
+            raise OSError(5, "input/output error")
+        return really_read(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", read)
+    (one,) = checked.cache.verify().wrong
+    assert (one.state, one.where) == (CopyState.UNREADABLE, ("it cannot be read at offset 0",))
+
+
+def test_a_copy_without_a_record_has_an_unknown_state(world, checked):
+    path = world.copy_of("a")
+    path.with_name(f"{path.name}.json").unlink()
+    report = checked.cache.verify()
+    assert [one.state for one in report.checked if not one.source] == [CopyState.UNKNOWN]
+    assert report.is_right
+
+
+def test_repair_removes_the_copy_and_the_next_reader_fetches_it(world, checked):
+    turn(world.copy_of("b"), 7000)
+    (one,) = checked.cache.verify(repair=True).wrong
+    assert (one.removed, len(world.copies())) == (True, 2)
+    assert checked.cache.stats()["quarantined"] == 1
+    world.fetch(checked, "b")
+    assert len(world.copies()) == 3
+
+
+def test_verify_checks_each_unit_of_a_partial_copy(world):
+    n_bytes = 4 << 20
+    world.put("a", n_bytes)
+    store = world.store()
+    with store.open_local("a", world.identity("a")) as lease:
+        assert lease.wait([ByteRange(0, 9000), ByteRange(1 << 20, (1 << 20) + 5)])
+    store.cache.close()
+    (one,) = store.cache.verify().checked
+    assert (one.state, one.in_part, one.n_bytes) == (CopyState.OK, True, 4 * 4096)
+    (part,) = (p for p in world.parts() if p.suffix == ".part")
+    turn(part, (1 << 20) + 3)
+    (one,) = store.cache.verify().wrong
+    assert one.where == (f"1 units are damaged, the first at offset {1 << 20}",)
+    (one,) = store.cache.verify(repair=True).wrong
+    assert (one.removed, world.parts()) == (True, [])
+    assert store.cache.stats()["bytes_used"] == 0
+    world.fetch(store, "a")
+
+
+def test_invalid_arguments_are_errors(world, checked):
+    with pytest.raises(ValueError, match="jobs must be 1 or more"):
+        checked.cache.verify(jobs=0)

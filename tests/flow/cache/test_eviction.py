@@ -46,18 +46,6 @@ def test_a_copy_unlinked_before_it_was_locked_is_a_miss(world, monkeypatch):
         assert lease.fd == -1
 
 
-def test_unknown_files_in_the_folder_are_left_alone(world):
-    world.put("a")
-    cache = world.cache()
-    world.fetch(world.store(cache), "a")
-    cache.close()
-    foreign = [world.root / "cache" / "copies" / name for name in ("notes.txt", "x.tmp", "f" * 39, "readme.json")]
-    for path in foreign:
-        path.write_text("mine")
-    cache.evict()
-    assert [path.read_text() for path in foreign] == ["mine"] * 4
-
-
 def test_only_the_selected_copies_are_evicted(world):
     cache = world.cache()
     store = world.store(cache)

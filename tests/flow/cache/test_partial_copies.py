@@ -125,22 +125,6 @@ def test_awaited_units_are_fetched_before_prefetched_ones(world):
     assert len(order) == 9
 
 
-def test_threads_that_need_different_ranges_share_one_fetch(world):
-    identity = world.put("a", 8 * MIB)
-    cache = world.cache("100MB")
-    store = world.store(cache)
-
-    def read(number):
-        start = number * 7 % 8 * MIB
-        with store.open_local("a", identity) as lease:
-            assert wait(lease, (start, start + MIB))
-            return os.pread(lease.fd, MIB, start) == world.data["a"][start : start + MIB]
-
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(read, range(32)))
-    assert cache.stats()["bytes_fetched"] == 8 * MIB
-
-
 def test_an_interrupted_download_is_continued(world):
     identity = world.put("a", 40 * MIB)
     source = FaultStore(world.inner, [Fault("read_into", nth=4, times=9)])
@@ -311,17 +295,3 @@ def test_processes_that_read_one_shard_fetch_each_byte_about_once(world):
     assert fetched == 32 * MIB
     assert len(world.copies()) == 1
     assert world.cache("200MB").stats()["bytes_used"] == 32 * MIB + UNIT
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_a_forked_child_reads_an_inherited_partial_copy_but_fetches_nothing(world):
-    identity = world.put("a", 2 * MIB)
-    store = world.store(world.cache("100MB"))
-    with store.open_local("a", identity) as lease:
-        assert wait(lease, (0, UNIT))
-        pid = os.fork()
-        if pid == 0:
-            is_right = wait(lease, (0, UNIT)) and os.pread(lease.fd, UNIT, 0) == world.data["a"][:UNIT]
-            os._exit(0 if is_right and not wait(lease, (MIB, MIB + 1)) else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert wait(lease, (MIB, MIB + 1))

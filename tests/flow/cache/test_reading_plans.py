@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tests.support.cache_world import open_below
 
 from tiercache import crash_points
-from tiercache.cache import reading_plans as plan_files
 from tiercache.cache.accounts import Owners
 from tiercache.cache.folder import Folder
 from tiercache.cache.names import NameTable
@@ -287,11 +286,6 @@ def test_a_folder_that_was_deleted_has_no_plans(open_side):
     assert next_use(side.plans, names_of(1)).tolist() == [UNPLANNED]
 
 
-def test_columns_of_different_length_are_an_error(open_side):
-    with pytest.raises(ValueError, match="must have one length"):
-        open_side().plans.publish(names_of(1, 2), plan_of([(5, 6, 7)]))
-
-
 def test_names_with_equal_heads_are_distinguished():
     raw = np.zeros((4, 20), np.uint8)
     raw[:, 19] = [1, 2, 3, 4]
@@ -370,20 +364,3 @@ def test_a_plan_that_cannot_be_withdrawn_is_closed(open_side):
     with at_point("plan.withdrawn", fail), pytest.raises(OSError, match="scripted"):
         following.close()
     assert open_files(side) == []
-
-
-def test_a_plan_without_memory_is_not_left_open(open_side, monkeypatch):
-    mine, yours = open_side(), open_side()
-    following = mine.plans.publish(names_of(1), plan_of([(5, 6, 7)]))
-    open_before = open_files(mine)
-
-    def decode_nothing(data):
-        raise MemoryError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(plan_files, "decode", decode_nothing)
-        with pytest.raises(MemoryError):
-            next_use(yours.plans, names_of(1))
-    assert open_files(mine) == open_before
-    assert next_use(yours.plans, names_of(1)).tolist() == [5]
-    following.close()

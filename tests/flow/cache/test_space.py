@@ -45,13 +45,6 @@ def test_the_cache_keeps_min_free_disk_space(world, monkeypatch):
     world.fetch(store, "a")
 
 
-def test_no_copy_is_added_on_a_disk_without_inodes(world, monkeypatch):
-    world.put("a")
-    store = world.store()
-    monkeypatch.setattr(evictor_module, "disk_space", lambda path: DiskSpace(1 << 40, 1 << 41, 0))
-    assert world.read(store, "a") is None
-
-
 @pytest.mark.parametrize("policy", ["plan", "lru"])
 def test_copies_are_evicted_for_new_ones_on_a_disk_without_inodes(world, monkeypatch, policy):
     store = world.store(world.cache("1MB", policy=policy))
