@@ -99,8 +99,6 @@ Shape: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A tensor, or a part of one, that a rank has stored."""
-
     name: str  # in the manifest
     entry: TensorEntry
     blocks: tuple[int, ...]  # CRC-32C of each BLOCK_BYTES of its values
@@ -168,7 +166,6 @@ class DistributedWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003 - torch's interface
-        """Return False: torch must not make this writer from a checkpoint_id."""
         return False
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -180,7 +177,6 @@ class DistributedWriter(StorageWriter):
             )
 
     def storage_meta(self) -> StorageMeta:
-        """Return where the checkpoints are."""
         return StorageMeta(checkpoint_id=self._house.stores.remote.url)
 
     def set_up_storage_writer(self, is_coordinator: bool, *_args: Any, **kwargs: Any) -> None:
@@ -192,15 +188,10 @@ class DistributedWriter(StorageWriter):
             )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Return the plan with what tells the local folder of this rank from those of others."""
         return replace(plan, storage_data=_folder_id(self._house.local))
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Return the plans of all ranks with the checkpoint's name, each part in one of them only.
-
-        Raises:
-            ValueError: A planner caches its plans, or the writer has already saved its checkpoint.
-        """
+        """Return the plans of all ranks with the checkpoint's name, each part in one of them only."""
         if self._is_committed:
             raise ValueError(
                 f"this writer has saved {self.name}: make one for each checkpoint, with dcp_writer(step), on every rank"
@@ -225,12 +216,7 @@ class DistributedWriter(StorageWriter):
         return tasks
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write the parts of this rank, and check them at the store.
-
-        Raises:
-            TypeError, ValueError: A value cannot be stored; the message names its key.
-            StoreError: A store failed, or did not store what it was given.
-        """
+        """Write the parts of this rank, and check them at the store."""
         task: _Task = plan.storage_data
         self.name = task.name
         if task.retains:  # the checkpoint before this one is committed by now
@@ -297,12 +283,7 @@ class DistributedWriter(StorageWriter):
         return stored
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Describe the parts of all ranks, and commit the checkpoint.
-
-        Raises:
-            StoreError: A store failed; if .maybe_done is true, the checkpoint may be committed.
-            CommitConflict: The name of the checkpoint is taken.
-        """
+        """Describe the parts of all ranks, and commit the checkpoint."""
         try:
             self._finish(metadata, results)
         finally:
@@ -349,7 +330,6 @@ class DistributedWriter(StorageWriter):
 
 
 def _check_names(names: Iterable[str]) -> None:
-    """Raise ValueError if two tensors have the same name."""
     name, n_times = Counter(names).most_common(1)[0] if (names := [*names]) else ("", 0)
     if n_times > 1:
         raise ValueError(f"two tensors of the state would be stored as {name!r}: rename one of their keys")
@@ -423,7 +403,6 @@ def _folder_id(store: LocalFolder | None) -> str:
 
 
 def _commit(writer: CheckpointWriter, manifest: Manifest, texts: Mapping[str, bytes]) -> None:
-    """Write the files of the coordinator, given as texts by path, and commit a checkpoint."""
     small = writer.write_texts(manifest.name, texts)
     crash_point("dcp.described")
     writer.commit(replace(manifest, files=(*manifest.files, *small)))
@@ -438,7 +417,6 @@ def _missing_file(store: Store, manifest: Manifest) -> str:
 
 
 def block_checksums(data: memoryview) -> tuple[int, ...]:
-    """Return the CRC-32C of each BLOCK_BYTES of the values of a part."""
     return tuple(crc32c(data[start : start + BLOCK_BYTES]) for start in range(0, data.nbytes, BLOCK_BYTES))
 
 
@@ -451,11 +429,7 @@ def dtype_name(fqn: str, dtype: torch.dtype) -> str:
 
 
 def _state_of(metadata: Metadata, stored: Mapping[MetadataIndex, _Stored]) -> bytes:
-    """Return the text of state.json: the tree of the state, as of Checkpoints.save(), and checksums of the parts.
-
-    Raises:
-        ValueError: A part is missing, or the planner's own data cannot be stored.
-    """
+    """Return the text of state.json: the tree of the state, as of Checkpoints.save(), and checksums of the parts."""
     nodes: dict[str, Any] = {}
     for fqn, found in metadata.state_dict_metadata.items():
         if isinstance(found, TensorStorageMetadata):
@@ -556,7 +530,6 @@ class _Read:
         self.target.copy_(values.as_strided(tuple(self.item.lengths), _strides(self.entry.shape)))
 
     def finish(self) -> None:
-        """Copy what was read into the target, and release the memory."""
         self.take(self.buffer[self.wanted.start - self.block_range.start :])
         self.buffer = self.buffer[:0]
 
@@ -587,23 +560,15 @@ class DistributedReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: ARG003 - torch's interface
-        """Return False: torch must not make this reader from a checkpoint_id."""
         return False
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Prepare for another load: of the same checkpoints, or of the one that checkpoint_id names."""
         self.name = ""
         if checkpoint_id is not None:
             self._which = str(checkpoint_id)
 
     def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
-        """Return the description of the checkpoint.
-
-        Raises:
-            NotFound: There is no such complete checkpoint.
-            ArchivedShards: It is archived; the error names the command that restores it.
-            CorruptCheckpoint: No copy of its state can be read.
-        """
+        """Return the description of the checkpoint."""
         scan = self._run.scan_to_load(self._which)
         self.name = resolve(scan, self._which)
         manifest = scan.manifest(self.name)
@@ -654,7 +619,6 @@ class DistributedReader(StorageReader):
         """Begin a load."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Return the plan with the name of the checkpoint that this rank found."""
         return replace(plan, storage_data=self.name)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
@@ -670,12 +634,7 @@ class DistributedReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read the values that this rank needs.
-
-        Raises:
-            CorruptCheckpoint: No copy of a file is right; the message names the tensor.
-            StoreError: A store failed.
-        """
+        """Read the values that this rank needs."""
         reads: dict[str, list[_Read]] = {}
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:

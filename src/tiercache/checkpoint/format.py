@@ -49,8 +49,6 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file of a checkpoint."""
-
     path: str
     n_bytes: int
     crc32c: int
@@ -95,7 +93,6 @@ class Manifest:
 
     @property
     def n_bytes(self) -> int:
-        """Sum of the sizes of all files."""
         return sum(file.n_bytes for file in self.files)
 
 
@@ -103,7 +100,6 @@ class Manifest:
 
 
 def checkpoint_name(step: int, created_s: float, nonce: str) -> str:
-    """Return the name of a checkpoint."""
     if type(step) is not int or not 0 <= step <= _MOST_STEPS:
         raise ValueError(f"step is an integer from 0 to 10^18 - 1, got {step!r}")
     created = _EPOCH + timedelta(milliseconds=round(created_s * 1000))
@@ -169,10 +165,7 @@ def manifest_key(name: str) -> str:
 
 
 def checkpoint_objects(objects: Iterable[ObjectInfo]) -> dict[str, dict[str, ObjectInfo]]:
-    """Return the objects of each checkpoint folder by name of the folder and path in it, written first to last.
-
-    Folders without a manifest are included: they are saves that are not finished, or that a kill has ended.
-    """
+    """Return the objects of each checkpoint folder, committed or not, by folder and path; written first to last."""
     found: dict[str, dict[str, ObjectInfo]] = {}
     for info in objects:
         folder, _, path = info.key.partition("/")
@@ -182,7 +175,6 @@ def checkpoint_objects(objects: Iterable[ObjectInfo]) -> dict[str, dict[str, Obj
 
 
 def list_names(store: Store) -> list[str]:
-    """Return the names of the committed checkpoints of a store, from the one written first to the one written last."""
     return [name for name, objects in checkpoint_objects(store.list()).items() if MANIFEST_NAME in objects]
 
 

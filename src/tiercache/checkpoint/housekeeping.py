@@ -119,7 +119,6 @@ def plan_retention(
 
 
 def _uncommitted(scan: Scan, tier: CheckpointTier) -> list[str]:
-    """Return the names of the checkpoints of which a tier has files without a manifest."""
     copies = [copy for found in scan.copies.values() for copy in found if copy.tier == tier]
     return [copy.name for copy in copies if not copy.is_committed]
 
@@ -129,7 +128,6 @@ def _rules_of(keeps: Sequence[Keep], tier: CheckpointTier) -> list[Keep]:
 
 
 def _kept(scan: Scan, names: Sequence[str], keeps: Sequence[Keep], now_s: float) -> dict[str, list[str]]:
-    """Return the texts of the rules that keep each of the complete checkpoints."""
     if not keeps:
         return {name: ["no rule for this tier"] for name in names}
     columns, rows = _columns(scan, names, now_s), np.arange(len(names))
@@ -145,7 +143,6 @@ def _kept(scan: Scan, names: Sequence[str], keeps: Sequence[Keep], now_s: float)
 
 
 def _columns(scan: Scan, names: Sequence[str], now_s: float) -> CheckpointColumns:
-    """Return complete checkpoints of one run in the form that keep lists take."""
     n = len(names)
     parsed = [parse_name(name) or (0, 0.0) for name in names]
     metrics: dict[str, NDArray[np.float64]] = {}
@@ -166,13 +163,7 @@ def _columns(scan: Scan, names: Sequence[str], now_s: float) -> CheckpointColumn
 
 @dataclass(frozen=True, slots=True)
 class RetentionReport:
-    """What retention, a deletion or a collection has removed.
-
-    Attributes:
-        deleted: Checkpoints that were deleted from each tier.
-        n_leftovers: Number of objects of unfinished saves and of ended deletions.
-        n_bytes: Size of all deleted objects.
-    """
+    """What was removed: checkpoints by tier, a number of leftover objects, and the bytes of all."""
 
     deleted: Mapping[CheckpointTier, tuple[str, ...]] = field(default_factory=dict)
     n_leftovers: int = 0
@@ -202,13 +193,7 @@ class Retention:
                 raise ValueError(f"Keep({keep}, tier={keep.tier!r}): these checkpoints have no local folder")
 
     def plan(self, scan: Scan, before: Collection[str] = ()) -> RetentionPlan:
-        """Return what the rules keep and delete now.
-
-        Args:
-            scan: Listing of the checkpoints.
-            before: Saves that were unfinished before the listing. If they have ended since, the listing has only a part
-                of their files.
-        """
+        """Return what the rules keep and delete now. before: Saves that were unfinished before the scan."""
         unfinished = frozenset((*before, *self._unfinished()))
         return plan_retention(scan, self.keeps, tuple(self.stores.tiers), self._now(), unfinished)
 
@@ -230,13 +215,7 @@ class Retention:
         return RetentionReport(deleted, collected.n_leftovers, n_bytes + collected.n_bytes)
 
     def delete(self, names: Iterable[str]) -> RetentionReport:
-        """Delete checkpoints from all tiers, the nearest first, so that a deletion that ends early can be repeated.
-
-        Raises:
-            NotFound: There is no such checkpoint.
-            ValueError: A checkpoint is pinned, or is being saved; nothing was deleted.
-            StoreError: A store failed.
-        """
+        """Delete checkpoints from all tiers, the nearest first, so that a deletion that ends early can be repeated."""
         before = tuple(self._unfinished())  # a save that ends during the listing is in it without its manifest
         scan, wanted, n_bytes = self.stores.scan(), list(names), 0
         for name in wanted:
@@ -491,7 +470,6 @@ class Housekeeper:
         return report
 
     def retain_local(self) -> None:
-        """Let the thread apply the rules of retention to the local folder only."""
         self._submit(partial(self._retain, ("local",)))
 
     def discard(self, name: str) -> None:

@@ -60,22 +60,7 @@ def load_nearest(
     map_location: Any = None,
     strict: bool = True,
 ) -> Any:
-    """Load a checkpoint from its nearest copy that can be read, and return the state, or `into`.
-
-    Args:
-        copies: Copies, the nearest first.
-        cached: Function that returns the store through which a store is read.
-        into: Dict of objects to fill, by their keys in the saved state; None: the state is returned as data.
-        map_location: Device of the tensors that are returned as data.
-        strict: Whether a difference between `into` and the checkpoint is an error.
-
-    Raises:
-        NotFound: No copy is complete.
-        ArchivedShards: It is archived; the error names the command that restores it.
-        CorruptCheckpoint: The copies differ from what was written.
-        TypeError, ValueError: The checkpoint does not fit `into`, or map_location is no device; nothing was changed.
-        StoreError: The stores failed.
-    """
+    """Load a checkpoint from its nearest readable copy. cached: Function that returns a cache of a store."""
     failure: TierCacheError | None = None
     archived: CheckpointCopy | None = None
     for copy in copies:
@@ -129,7 +114,6 @@ def _load_copy(store: Store, manifest: Manifest, into: Any, map_location: Any, *
 
 
 def _check_device(device: Any) -> None:
-    """Raise an error if tensors cannot be moved to a device, before any is read."""
     try:
         import_module("torch").empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch without CUDA
@@ -154,7 +138,6 @@ class _Tensors:
         self._used: list[tuple[int, int, tuple[str, int]]] = []  # memory of the caller: start, end and stored tensor
 
     def entry(self, name: str) -> TensorEntry:
-        """Return where a tensor is stored. Raises CorruptCheckpoint if the manifest does not have it."""
         entry = self._manifest.tensors.get(name)
         if entry is None:
             raise CorruptCheckpoint("the state names a tensor that the manifest lacks", url=self._url, part=name)
@@ -185,7 +168,6 @@ class _Tensors:
         return False
 
     def find(self, name: str, library: Library) -> Any:  # noqa: ARG002 - the signature of FindTensor
-        """Return the tensor, or array, with a name that was wanted."""
         return self._found[name]
 
     def read(self, reader: CopyReader) -> None:
@@ -214,7 +196,6 @@ def tensor_names(node: Any) -> Iterator[tuple[str, Library]]:
 
 
 def _new(entry: TensorEntry, library: Library) -> Any:
-    """Return new memory for a tensor."""
     if library == "torch":
         torch = import_module("torch")
         return torch.empty(entry.shape, dtype=getattr(torch, DTYPES[entry.dtype]))
@@ -412,7 +393,6 @@ class _IntoPlan:
         return {}
 
     def check(self, name: str, *, strict: bool) -> None:
-        """Raise ValueError, or warn, if the checkpoint and the objects differ."""
         if not (self.missing or self.unexpected or self.misshaped or self.unfillable):
             return
         lines = [
@@ -429,7 +409,6 @@ class _IntoPlan:
 
 
 def _refuse_sharded(values: Iterable[Any], path: Path) -> None:
-    """Raise TypeError if a tensor is a DTensor."""
     if any(hasattr(value, "device_mesh") for value in values):
         raise TypeError(
             f"into{_indexed(path)} is sharded over several processes: load it with"
@@ -449,7 +428,6 @@ def _holds_objects(value: Any) -> bool:
 
 
 def _is_value(value: Any) -> bool:
-    """Return whether a value is one that load() replaces."""
     torch = sys.modules.get("torch")
     return isinstance(value, _VALUES) or (torch is not None and isinstance(value, (torch.dtype, torch.device)))
 
@@ -477,13 +455,11 @@ def _as_array(value: Any) -> Any:
 
 
 def is_tensor(value: Any) -> bool:
-    """Return whether a value is a tensor of torch, or an array of NumPy."""
     torch = sys.modules.get("torch")
     return isinstance(value, np.ndarray) or (torch is not None and isinstance(value, torch.Tensor))
 
 
 def _without(node: Any, dropped: set[Any]) -> Any:
-    """Return a node of a dict without some of its keys."""
     if not dropped:
         return node
     if "$state_dict" in node:
@@ -507,7 +483,6 @@ def _shape(node: Any, tensors: _Tensors) -> tuple[int, ...] | None:
 
 
 def _kind(node: Any, tensors: _Tensors) -> str:
-    """Return what a node is, for messages."""
     if children(node) is not None:
         return "a dict"
     if _shape(node, tensors) is not None:
@@ -523,7 +498,6 @@ def _misshaped(path: Path, kind: str, shape: tuple[int, ...] | None, target: Any
 
 
 def _dotted(path: Path) -> str:
-    """Return a path as "model.weight"; a key that is no text is in brackets."""
     texts = (f".{key}" if isinstance(key, str) else f"[{key!r}]" for key in path)
     return "".join(texts).removeprefix(".") or "the state"
 
@@ -607,11 +581,9 @@ class CopyReader:
         self._cleanup.close()
 
     def url(self, file: StoredFile) -> str:
-        """Return the URL of a file."""
         return f"{self.store.url}/{key_of(self.manifest.name, file.path)}"
 
     def small_file(self, path: str) -> bytes:
-        """Return a small file of the checkpoint."""
         file = next((one for one in self.manifest.files if one.path == path), None)
         if file is None:
             raise CorruptCheckpoint(f"the manifest has no {path}", url=f"{self.store.url}/{self.manifest.name}")
@@ -620,17 +592,7 @@ class CopyReader:
         return bytes(data)
 
     def fill(self, destinations: Destinations) -> int:
-        """Fill the memory of tensors, and check every file that contains one of them. Return the number of bytes read.
-
-        The other bytes of these files are read too, because the checksums are those of whole files.
-
-        Args:
-            destinations: Writable memory of each wanted tensor, as long as the tensor's values.
-
-        Raises:
-            CorruptCheckpoint: A file is missing, or differs from the manifest. The memory is then undefined.
-            StoreError: The store failed. The memory is then undefined.
-        """
+        """Fill the memory of tensors. Every file with one of them is read whole, because checksums are those of files."""
         files = {path for path, _ in destinations}
         wanted = [file for file in self.manifest.files if file.path in files]
         tensors: dict[str, list[TensorEntry]] = {file.path: [] for file in wanted}
@@ -737,7 +699,6 @@ class _Source:
             self.lease.prefetch(missing)
 
     def remove_if_corrupt(self) -> bool:
-        """Remove the cached copy if it is corrupt. Return whether it was."""
         return isinstance(self.store, LocalStore) and self.store.remove_if_corrupt(self.key)
 
     def read(self, piece: _Piece) -> int:

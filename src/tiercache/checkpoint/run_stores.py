@@ -117,7 +117,6 @@ class Scan:
     unasked: str = ""
 
     def complete(self, name: str) -> list[CheckpointCopy]:
-        """Return the complete copies of a checkpoint, the nearest first."""
         return [copy for copy in self.copies.get(name, ()) if copy.is_complete]
 
     def problems_after(self, name: str) -> list[str]:
@@ -136,7 +135,6 @@ class Scan:
         return next((copy.manifest for copy in self.copies.get(name, ()) if copy.manifest is not None), None)
 
     def metrics(self, name: str) -> Mapping[str, float] | None:
-        """Return the metrics of a checkpoint; None if they are not known."""
         manifest = self.manifest(name)
         return self.kept_metrics.get(name) if manifest is None else manifest.metrics
 
@@ -183,7 +181,6 @@ class RunStores:
         self._lock = Lock()
 
     def close(self) -> None:
-        """Close the stores of other tiers; later calls open them again."""
         self._locator.close()
 
     def scan(self) -> Scan:
@@ -191,11 +188,7 @@ class RunStores:
         return self._scan(self.tiers)
 
     def scan_to_load(self, which: str | int) -> Scan:
-        """Return the checkpoints of all tiers; only the local ones, with a warning, if the store cannot be reached.
-
-        Args:
-            which: Checkpoint, as for resolve(); a name that is at the URL spares the other tiers.
-        """
+        """Return the checkpoints of all tiers; only the local ones, with a warning, if the store cannot be reached."""
         try:
             scan = self.scan()
         except StoreError as error:
@@ -212,12 +205,7 @@ class RunStores:
         return self.with_other_tiers(scan, which)
 
     def with_other_tiers(self, scan: Scan, which: str | int | None = None) -> Scan:
-        """Return a listing of the own tiers with the checkpoints that are in other tiers too.
-
-        Args:
-            scan: Listing of the own tiers.
-            which: Choice for which the listing is made; None: all checkpoints are described.
-        """
+        """Add the checkpoints in other tiers to a scan. which: Choice for which it is made; None: all are described."""
         others, unasked = self._find_other_tiers()
         placed: dict[str, set[str]] = {}  # names of the checkpoints that the placement states to be at each URL
         for key, url in others.placed.items():
@@ -245,14 +233,7 @@ class RunStores:
         return merged
 
     def open_copy(self, scan: Scan, name: str) -> tuple[Manifest, Store]:
-        """Return the manifest of a checkpoint, and the store of its nearest complete copy.
-
-        The store is the one of the URL, or one that the caller closes.
-
-        Raises:
-            ArchivedShards: The checkpoint is archived.
-            StoreError: It is in a tier that cannot be asked.
-        """
+        """Return manifest and store of the nearest complete copy. The caller closes the store of another tier."""
         for copy in scan.copies[name]:
             if copy.manifest is not None and copy.is_complete:
                 if copy.store is self.remote:
@@ -276,7 +257,6 @@ class RunStores:
         return Scan(ordered, frozenset(departed), url, "" if ordered else _foreign_objects(url, listed))
 
     def _list_tier(self, tier: CheckpointTier, store: Store) -> tuple[list[CheckpointCopy], list[ObjectInfo]]:
-        """Return the copies of a tier, and all its objects."""
         listed = list(store.list())
         folders = checkpoint_objects(listed)
         with self._lock:
@@ -360,7 +340,6 @@ class RunStores:
 
 
 def archived_error(copy: CheckpointCopy) -> ArchivedShards:
-    """Return the error for a checkpoint that must be restored; it names the command that does that."""
     return archived_file_error(copy.url, sum(info.n_bytes for info in copy.objects.values()))
 
 
@@ -454,7 +433,6 @@ def _run_text(run: str) -> bytes:
 
 
 def _run_id(store: Store) -> str:
-    """Return the id of the run whose checkpoints a store has; "" if it has none. Raises StoreError."""
     try:
         return str(json.loads(store.get(RUN_NAME))["id"])
     except (NotFound, ValueError, KeyError, TypeError):
@@ -468,8 +446,6 @@ _CHOICES = "a checkpoint is 'latest', 'best:METRIC', a step or a name"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which checkpoint of a run is meant."""
-
     kind: Literal["latest", "best", "step", "name"]
     text: str = ""
     step: int = -1

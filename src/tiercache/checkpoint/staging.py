@@ -46,7 +46,6 @@ class Device:
         destination.copy_(source, non_blocking=self._has_streams)
 
     def wait(self) -> None:
-        """Wait until the copies are done."""
         if self._has_streams:
             self._module.current_stream(self._device).synchronize()
 
@@ -93,12 +92,10 @@ class HostMemory:
         return found
 
     def give(self, slabs: Sequence[Slab]) -> None:
-        """Keep slabs for later saves."""
         with self._lock:
             self._free += slabs
 
     def clear(self) -> None:
-        """Free the slabs that no save uses."""
         with self._lock:
             self._free.clear()
 
@@ -199,7 +196,6 @@ class StagedState:
         self._memory.give(slabs)
 
     def _copy_file(self, file: StagedFile, start: int, *, on_device: bool) -> None:
-        """Copy the tensors of a file that are on a device, or the others."""
         for name, offset in file.layout.offsets.items():
             device = self._devices.get(name)
             if (device is not None) == on_device:
@@ -253,14 +249,12 @@ class _Copy:
             self._sources.append(flat)
 
     def array(self, data: NDArray[np.uint8], start: int) -> None:
-        """Copy bytes."""
         position = 0
         for array, first, last in self.spans(start, data.nbytes):
             np.copyto(array[first:last], data[position : position + last - first])
             position += last - first
 
     def finish(self) -> None:
-        """Wait for the copies from devices."""
         for device in self._devices:
             device.wait()
         self._devices.clear()

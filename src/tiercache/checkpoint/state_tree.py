@@ -59,8 +59,6 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorSource:
-    """A tensor that is to be stored."""
-
     value: Any  # tensor of torch, or array of NumPy, of any strides and device
     dtype: str  # by the name of safetensors
     shape: tuple[int, ...]
@@ -69,20 +67,13 @@ class TensorSource:
 
 @dataclass(frozen=True, slots=True)
 class EncodedState:
-    """A state as it is stored."""
-
     tree: Any
     tensors: Mapping[str, TensorSource]
     aliases: Mapping[str, str]  # further names of tensors that occur several times, such as tied weights
 
 
 def encode_state(state: Mapping[str, Any]) -> EncodedState:
-    """Return a state as a tree and its tensors, which are not copied.
-
-    Raises:
-        TypeError: A value cannot be stored; the message names its place.
-        ValueError: The state contains itself.
-    """
+    """Return a state as a tree and its tensors, which are not copied."""
     if not isinstance(state, Mapping):
         raise TypeError(f"state is a dict such as {{'model': model}}, got {type(state).__name__}")
     encoder = _Encoder()
@@ -100,11 +91,7 @@ def state_text(tree: Any, **more: Any) -> bytes:
 
 
 def parse_state(data: bytes) -> Any:
-    """Return the tree in a text of state_text().
-
-    Raises:
-        ValueError: The text is not the state of a checkpoint, or a later release wrote it.
-    """
+    """Return the tree in a text of state_text()."""
     body = json.loads(data)
     if not isinstance(body, dict) or body.get("version") != _VERSION or "state" not in body:
         raise ValueError(f"a state of version {_VERSION} was expected")
@@ -176,7 +163,6 @@ class _Encoder:
     _outer: set[int] = field(default_factory=set)  # ids of the values that contain the present one
 
     def encode(self, value: Any, path: tuple[Any, ...]) -> Any:
-        """Return the node of a value."""
         if id(value) in self._outer:
             raise ValueError(f"{_place(path)} is a {type(value).__name__} that contains itself")
         self._outer.add(id(value))
@@ -275,7 +261,6 @@ class _Encoder:
 
 
 def _plain(value: Any, path: tuple[Any, ...]) -> Any:
-    """Return the node of a scalar of Python."""
     if isinstance(value, Enum):  # would come back as its value
         raise _refused(path, f"the enum member {value!r}")
     if isinstance(value, int) and value.bit_length() > _MOST_BITS:

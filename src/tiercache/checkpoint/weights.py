@@ -145,14 +145,7 @@ class Weights(Mapping[str, Any]):
         framework: Framework = "torch",
         verify: bool = True,
     ) -> None:
-        """Read the headers of the files, unless a manifest describes the tensors.
-
-        Args:
-            store: Store of the files; close() closes it.
-            files: Keys of the files.
-            known: Tensors by name, if a manifest describes them; None: the headers of the files do.
-            prefix, framework, verify: As for open_weights().
-        """
+        """Read the headers of the files, unless `known` describes the tensors. close() closes the store."""
         self._store, self._framework, self._verify = store, framework, verify
         self._files = {key: _File(store, key) for key in files}
         # Memory of the tensors that were used, and their position in it.
@@ -223,7 +216,6 @@ class Weights(Mapping[str, Any]):
         return {name: self._tensor(info, *self._buffers.get(name, (b"", 0))) for name, info in wanted.items()}
 
     def _tensor(self, info: WeightInfo, buffer: Any, offset: int) -> Any:
-        """Return a tensor over memory."""
         if self._framework == "numpy":
             dtype = numpy_dtype(info.dtype)
             if not info.n_bytes:
@@ -270,7 +262,6 @@ class _File:
         self._is_closed = False
 
     def _opened(self) -> Lease | None:
-        """Return the lease; None if the file is read by ranges."""
         with self._lock:
             if self._is_closed:
                 raise ValueError(f"{self.url}: these weights are closed")
@@ -281,23 +272,19 @@ class _File:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the file."""
         lease = self._opened()
         return self._store.head(self.key).n_bytes if lease is None else lease.n_bytes
 
     @property
     def url(self) -> str:
-        """URL of the file."""
         return f"{self._store.url}/{self.key}"
 
     def prefetch(self, ranges: Sequence[ByteRange]) -> None:
-        """Start to fetch ranges, or to read them from the disk."""
         lease = self._opened()
         if lease is not None:
             lease.prefetch(ranges)
 
     def head(self, n_bytes: int) -> bytes:
-        """Return the first bytes of the file."""
         memory, start = self.buffer(ByteRange(0, n_bytes), verify=True)
         return bytes(memoryview(memory)[start : start + n_bytes])
 
@@ -332,7 +319,6 @@ class _File:
         return data, 0
 
     def close(self) -> None:
-        """Close the lease. A mapping stays for the tensors that use it."""
         with self._lock:
             lease, self._lease, self._mapping, self._is_closed = self._lease, None, None, True
         if lease is not None:
@@ -372,14 +358,7 @@ def _find_files(store: Store, name: str) -> tuple[list[str], dict[str, WeightInf
 def _find_checkpoint(
     url: str, options: Mapping[str, Any]
 ) -> tuple[Store, tuple[list[str], dict[str, WeightInfo] | None]]:
-    """Return the checkpoint of a URL, or the one written last of a run: an open store, and its files and tensors.
-
-    It is found in all tiers.
-
-    Raises:
-        NotFound: There is none.
-        ArchivedShards: It is archived; the error names the command that restores it.
-    """
+    """Return the checkpoint of a URL, or the last one of a run, in any tier: an open store, files and tensors."""
     head, _, last = url.rstrip("/").rpartition("/")
     run, which = (head, last) if parse_name(last) is not None else (url, "latest")
     store = open_store(run, **options)
@@ -402,7 +381,6 @@ def _find_checkpoint(
 
 
 def _indexed(store: Store, key: str) -> list[str]:
-    """Return the files that an index names, relative to its folder."""
     try:
         names = sorted(set(json.loads(store.get(key))["weight_map"].values()))
         folder = key.rpartition("/")[0]
@@ -420,7 +398,6 @@ def _of_manifest(manifest: Manifest, key_of_path: Callable[[str], str]) -> tuple
 
 
 def _read_header(file: _File) -> dict[str, WeightInfo]:
-    """Return the tensors of a file."""
 
     def first(n_bytes: int) -> bytes:
         return bytes(file.head(min(n_bytes, file.n_bytes)))

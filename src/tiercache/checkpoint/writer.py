@@ -84,7 +84,6 @@ class CheckpointWriter:
                 self._classes = S3StorageClasses(store)
 
     def close(self) -> None:
-        """Close the connections."""
         if self._classes is not None:
             self._classes.close()
         self.store.close()
@@ -113,17 +112,11 @@ class CheckpointWriter:
         return stored, tensors
 
     def write_texts(self, name: str, texts: Mapping[str, bytes]) -> list[StoredFile]:
-        """Write small files, given by path, and check them."""
         files = [SourceFile(path, len(text), partial(iter, [memoryview(text)])) for path, text in texts.items()]
         return [self.write(name, file) for file in files]
 
     def upload(self, manifest: Manifest, local: Store) -> None:
-        """Write the files of a checkpoint that is committed in a local folder, and check them.
-
-        Raises:
-            CorruptCheckpoint: A local file has other bytes than were written.
-            StoreError: See write_staged().
-        """
+        """Write the files of a local checkpoint, and check them. Raises CorruptCheckpoint if a local one changed."""
         crash_point("checkpoint_upload.begun")
 
         def upload(file: StoredFile) -> None:
@@ -183,12 +176,7 @@ class CheckpointWriter:
         raise StoreError("the answers of all puts were lost", url=f"{self.store.url}/{key}", maybe_done=True)
 
     def discard(self, name: str) -> None:
-        """Delete the files of a save that was not committed.
-
-        Errors are ignored, because gc() deletes the files too.
-
-        Only for a save of this process whose manifest was never put.
-        """
+        """Delete the files of a save of this process whose manifest was never put; gc() does if this fails."""
         with suppress(StoreError):
             self.store.delete([*(info.key for info in self.store.list(f"{name}/")), metrics_key(name)])
             crash_point("checkpoint_discard.deleted")
@@ -234,7 +222,6 @@ class CheckpointWriter:
         return StoredFile(source.path, source.n_bytes, crc)
 
     def _parts_of(self, pieces: Sequence[memoryview]) -> Iterator[memoryview]:
-        """Yield the parts of a file in host memory."""
         step = part_bytes(sum(piece.nbytes for piece in pieces))
         if not isinstance(self.store, LocalFolder):
             yield from equal_parts(pieces, step)
@@ -368,7 +355,6 @@ class TaskThread:
             self._tasks.append(task)
 
     def join(self) -> None:
-        """Wait until all tasks are done."""
         with self._changed:
             self._changed.wait_for(lambda: not self._is_running)
 

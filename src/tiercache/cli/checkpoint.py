@@ -101,23 +101,18 @@ class CheckpointTiers:
     problems: Mapping[int, str] = field(default_factory=dict)  # of incomplete checkpoints, as far as they were examined
 
     def name(self, group: int) -> str:
-        """Return the path of a checkpoint as people write it."""
         return f"{self.prefix}{self.path(group)}"
 
     def path(self, group: int) -> str:
-        """Return the path of a checkpoint below the URLs of the tiers."""
         return str(self.snapshot.paths[group].as_py())
 
     def copies(self, group: int) -> list[int]:
-        """Return the numbers of a checkpoint's copies, the fastest tier first."""
         return [int(copy) for copy in np.flatnonzero(self.snapshot.group == group)]
 
     def tier(self, copy: int) -> str:
-        """Return the name of a copy's tier."""
         return self.snapshot.tiers[int(self.snapshot.tier[copy])]
 
     def is_readable(self, copy: int) -> bool:
-        """Return whether a copy can be read now."""
         return int(self.snapshot.state[copy]) in (READABLE, RESTORED)
 
     def objects(self, copy: int) -> list[ObjectInfo]:
@@ -140,11 +135,9 @@ class CheckpointTiers:
         return found | metrics_in_name(path.rpartition("/")[2])
 
     def is_own(self, group: int) -> bool:
-        """Return whether a checkpoint has the layout of tc.Checkpoints."""
         return parse_name(self.path(group).rpartition("/")[2]) is not None
 
     def read_manifest(self, group: int, copy: int) -> Manifest:
-        """Return the manifest in a copy of our own checkpoint. Raises CorruptCheckpoint, StoreError."""
         store, key = self.tiers.stores.store(self.tier(copy)), f"{self.path(group)}/{MANIFEST_NAME}"
         return parse_manifest(store.get(key), f"{store.url}/{key}")
 
@@ -255,7 +248,6 @@ def _choice(text: str) -> Choice | None:
 
 
 def _choose(found: CheckpointTiers, argument: str, groups: Sequence[int], choice: Choice) -> int:
-    """Return the checkpoint that a choice means among those of one run."""
     snapshot = found.snapshot
     if len({int(snapshot.run[group]) for group in groups}) > 1:
         runs = {int(snapshot.run[group]): found.name(group) for group in groups}
@@ -376,7 +368,6 @@ def _is_checkpoint_name(name: str) -> bool:
 
 
 def in_parallel(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
-    """Return the results of a function for each item, computed by threads."""
     with ThreadPoolExecutor(_THREADS, "tiercache-ckpt") as pool:
         return list(pool.map(work, items))
 
@@ -577,7 +568,6 @@ def verify(output: Output, paths: Paths, rules: Rules = None) -> None:
 def _verify_copy(
     found: CheckpointTiers, transfer: Transfer, group: int, copy: int, on_bytes: Callable[[int], object]
 ) -> dict[str, Any]:
-    """Read all objects of a copy, and compare them with the known checksums."""
     path, tier, problems, n_bytes, is_corrupt = found.path(group), found.tier(copy), list[str](), 0, False
     objects = {one.key: one for one in found.objects(copy) if one.key != f"{path}/{PIN_NAME}"}
     known = {key: one.crc32c for key, one in objects.items() if one.crc32c is not None}

@@ -50,7 +50,6 @@ _HOW = {"block_size", "cache_type", "cache_options", "size", "fill_cache", "max_
 
 
 def without_protocol(path: Any) -> Any:
-    """Return a path without "tiercache::", as the target accepts it."""
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     match = _CHAIN.match(text) if isinstance(text, str) else None
     return text if match is None else text[match.end() :]
@@ -104,7 +103,6 @@ class TargetFileSystem:
 
     @property
     def fs(self) -> Any:
-        """File system of this process."""
         return self._fs.get()
 
     def store(self, root: str) -> FsspecStore:
@@ -197,7 +195,6 @@ class ObjectReader(StoreFile):
         self._block_start, self._block = 0, bytearray()
 
     def prefetch(self, ranges: Sequence[ByteRange]) -> None:
-        """Start to fetch the missing bytes of the ranges. Returns at once."""
         if self._lease is not None:
             self._lease.prefetch(ranges)
 
@@ -295,7 +292,6 @@ class CachedFile(io.BufferedReader):
         self._reader, self._lock = reader, Lock()
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return up to size bytes; None or a negative size: the rest. A read larger than the buffer is one request."""
         with self._lock:
             start = self.tell()
             n_left = max(self.size - start, 0)
@@ -532,7 +528,6 @@ class TierCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]  # fsspec sh
         return None if spec is None else ObjectReader(store, spec, most_ahead_bytes)
 
     def _location_of(self, path: str) -> str:
-        """Return the URL or local path of a path of the target."""
         url = str(self.fs.unstrip_protocol(path))
         return plain_url(url) if url.startswith("file://") else url
 
@@ -555,7 +550,6 @@ class TierCacheFileSystem(ChainedFileSystem):  # type: ignore[misc]  # fsspec sh
 
 
 def _about(path: str, info: ObjectInfo | None) -> dict[str, Any]:
-    """Return fsspec's description of a moved file; of a folder for None."""
     if info is None:
         return {"name": path, "size": 0, "type": "directory"}
     about: dict[str, Any] = {"name": path, "size": info.n_bytes, "type": "file"}

@@ -91,7 +91,6 @@ class TierCacheCheckpointIO(CheckpointIO):  # type: ignore[misc]  # not installe
 
 
 def _monitored(checkpoint: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics that the ModelCheckpoints of a Trainer monitor, by name."""
     states = [state for state in (checkpoint.get("callbacks") or {}).values() if isinstance(state, Mapping)]
     scores = [(state.get("monitor"), state.get("current_score")) for state in states]
     return {name: float(score) for name, score in scores if name is not None and score is not None}

@@ -194,7 +194,6 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]  # not installe
 
 
 def _random_state() -> dict[str, Any]:
-    """Return the states of the random generators, as the Trainer keeps them."""
     states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.random.get_rng_state()
