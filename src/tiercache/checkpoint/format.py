@@ -276,8 +276,10 @@ def _tensor_of(body: Mapping[str, Any]) -> TensorEntry:
     shape = body["shape"]
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size <= _MOST for size in shape):
         raise ValueError(f"shape is a list of sizes, got {shape!r}")
-    place = _path(body, "file"), _count(body, "offset"), _count(body, "bytes")
-    return TensorEntry(*place, _text(body, "dtype"), tuple(shape))
+    n_bytes, dtype = _count(body, "bytes"), _text(body, "dtype")
+    if n_bytes != math.prod(shape) * _ITEM_BYTES.get(dtype, 0) and dtype in _ITEM_BYTES:
+        raise ValueError(f"a tensor of shape {shape} and type {dtype} cannot have {n_bytes} bytes")
+    return TensorEntry(_path(body, "file"), _count(body, "offset"), n_bytes, dtype, tuple(shape))
 
 
 def _metric_of(value: object) -> float:

@@ -90,14 +90,15 @@ def plan_retention(
     remote = tiers[-1]
     complete = {tier: [n for n in scan.copies if tier in {c.tier for c in scan.complete(n)}] for tier in tiers}
     everywhere = scan.complete_names
-    of_remote = _kept(scan, everywhere, _rules_of(keeps, remote), now_s)
+    of_remote = _kept(scan, everywhere, keeps, remote, now_s)
     absent = [name for name in everywhere if name not in complete[remote] and name not in scan.departed]
     kept_by: dict[str, dict[CheckpointTier, tuple[str, ...]]] = {}
     deletes: dict[CheckpointTier, tuple[str, ...]] = {}
     for number, tier in enumerate(tiers):
         behind = [name for name in everywhere if any(name in complete[one] for one in tiers[number:])]
-        by_rules = _kept(scan, behind, _rules_of(keeps, tier), now_s)
-        parts = [] if tier == remote else _uncommitted(scan, tier)
+        by_rules = _kept(scan, behind, keeps, tier, now_s)
+        copies = [copy for found in scan.copies.values() for copy in found if copy.tier == tier]
+        parts = [] if tier == remote else [copy.name for copy in copies if not copy.is_committed]
         here = [name for name in behind if name in complete[tier] or (name in complete[remote] and name in parts)]
         for name in here:
             reasons = [*by_rules[name]]
@@ -118,16 +119,10 @@ def plan_retention(
     return RetentionPlan(kept_by, deletes, tuple(missing))
 
 
-def _uncommitted(scan: Scan, tier: CheckpointTier) -> list[str]:
-    copies = [copy for found in scan.copies.values() for copy in found if copy.tier == tier]
-    return [copy.name for copy in copies if not copy.is_committed]
-
-
-def _rules_of(keeps: Sequence[Keep], tier: CheckpointTier) -> list[Keep]:
-    return [keep for keep in keeps if keep.tier in (None, tier)]
-
-
-def _kept(scan: Scan, names: Sequence[str], keeps: Sequence[Keep], now_s: float) -> dict[str, list[str]]:
+def _kept(
+    scan: Scan, names: Sequence[str], keeps: Sequence[Keep], tier: CheckpointTier, now_s: float
+) -> dict[str, list[str]]:
+    keeps = [keep for keep in keeps if keep.tier in (None, tier)]
     if not keeps:
         return {name: ["no rule for this tier"] for name in names}
     columns, rows = _columns(scan, names, now_s), np.arange(len(names))

@@ -591,29 +591,24 @@ class CopyReader:
         self._read_files([(file, [_Piece(0, (memoryview(data),))] if data else [])])
         return bytes(data)
 
-    def fill(self, destinations: Destinations) -> int:
-        """Fill the memory of tensors. Every file with one of them is read whole, because checksums are those of files."""
-        files = {path for path, _ in destinations}
-        wanted = [file for file in self.manifest.files if file.path in files]
-        tensors: dict[str, list[TensorEntry]] = {file.path: [] for file in wanted}
-        entries = [one for one in self.manifest.tensors.values() if one.n_bytes and one.file in tensors]
-        for entry in {(one.file, one.offset): one for one in entries}.values():  # names may share a tensor
-            tensors[entry.file].append(entry)
+    def fill(self, destinations: Destinations) -> None:
+        """Fill the memory of tensors. Files with one of them are read whole, because checksums are those of files."""
+        memory: dict[str, dict[int, memoryview]] = {}
+        for (path, offset), part in destinations.items():
+            memory.setdefault(path, {})[offset] = part
         try:
-            pieces = [(file, _pieces(file, tensors[file.path], destinations)) for file in wanted]
+            pieces = [(file, _pieces(file, memory[file.path])) for file in self.manifest.files if file.path in memory]
         except ValueError as error:
-            raise CorruptCheckpoint(
-                str(error), url=f"{self.store.url}/{self.manifest.name}", part="manifest"
-            ) from error
+            url = f"{self.store.url}/{self.manifest.name}"
+            raise CorruptCheckpoint(str(error), url=url, part="manifest") from error
         self._read_files(pieces)
-        return sum(file.n_bytes for file in wanted)
 
     def verify(self) -> list[str]:
         """Read all files and return what differs from the manifest, one text for each wrong file."""
         problems = []
         for file in self.manifest.files:
             try:
-                self._read_files([(file, _pieces(file, (), {}))])
+                self._read_files([(file, _pieces(file, {}))])
             except CorruptCheckpoint as error:
                 problems.append(error.message)
         return problems
@@ -776,18 +771,15 @@ def _steps(targets: Iterable[Target], step_bytes: int) -> Iterator[list[memoryvi
         yield step
 
 
-def _pieces(file: StoredFile, tensors: Iterable[TensorEntry], destinations: Destinations) -> list[_Piece]:
-    """Cut a file into pieces, whose targets are the memory of the wanted tensors."""
+def _pieces(file: StoredFile, memory: Mapping[int, memoryview]) -> list[_Piece]:
+    """Cut a file into pieces, whose targets are the memory of the wanted tensors, given by their offsets."""
     targets: list[Target] = []
     position = 0
-    for entry in sorted(tensors, key=lambda one: one.offset):
-        memory = destinations.get((entry.file, entry.offset))
-        if memory is None:
-            continue
-        if entry.offset < position or entry.n_bytes != memory.nbytes:
-            raise ValueError(f"{file.path}: two tensors overlap at byte {entry.offset}")
-        targets += [entry.offset - position, memory]
-        position = entry.offset + entry.n_bytes
+    for offset, part in sorted(memory.items(), key=lambda one: one[0]):
+        if offset < position:
+            raise ValueError(f"{file.path}: two tensors overlap at byte {offset}")
+        targets += [offset - position, part]
+        position = offset + part.nbytes
     targets.append(file.n_bytes - position)
     pieces = [tuple(run) for run in _cut(targets, PIECE_BYTES)]
     return [_Piece(number * PIECE_BYTES, piece) for number, piece in enumerate(pieces)]

@@ -171,7 +171,7 @@ class StagedState:
             StagedFile(
                 {one.name: one for one in group},
                 layout,
-                tuple(array[first:last].data for array, first, last in self._copy.spans(start, layout.n_bytes)),
+                tuple(slab.array[first:last].data for slab, first, last in self._copy.pieces(start, layout.n_bytes)),
             )
             for group, layout, start in zip(groups, layouts, self._starts, strict=True)
         ]
@@ -210,16 +210,13 @@ class _Copy:
         self._devices: dict[Device, None] = {}
         self._sources: list[Any] = []  # of copies that may still run
 
-    def spans(self, start: int, n_bytes: int) -> list[tuple[NDArray[np.uint8], int, int]]:
-        """Return the pieces of a range: the array of the slab, and the range in it."""
-        return [(self.slabs[number].array, first, last) for number, first, last in self._pieces(start, n_bytes)]
-
-    def _pieces(self, start: int, n_bytes: int) -> list[tuple[int, int, int]]:
+    def pieces(self, start: int, n_bytes: int) -> list[tuple[Slab, int, int]]:
+        """Return the pieces of a range: the slab, and the range in it."""
         found, position, end = [], start, start + n_bytes
         while position < end:
             number, first = divmod(position, self._slab_bytes)
             last = min(self._slab_bytes, first + end - position)
-            found.append((number, first, last))
+            found.append((self.slabs[number], first, last))
             position += last - first
         return found
 
@@ -230,15 +227,15 @@ class _Copy:
         if isinstance(source.value, np.ndarray):
             self.array(np.ascontiguousarray(source.value).reshape(-1).view(np.uint8), start)
             return
-        value, pieces = source.value, self._pieces(start, source.n_bytes)
+        value, pieces = source.value, self.pieces(start, source.n_bytes)
         if device is None and not value.is_contiguous() and len(pieces) == 1:
-            ((number, first, last),) = pieces
-            self._slab_tensor(number)[first:last].view(value.dtype).view(value.shape).copy_(value)
+            ((slab, first, last),) = pieces
+            _tensor_of(slab)[first:last].view(value.dtype).view(value.shape).copy_(value)
             return
         flat = flat_bytes(value.resolve_conj().resolve_neg().contiguous())
         position = 0
-        for number, first, last in pieces:
-            destination, part = self._slab_tensor(number)[first:last], flat[position : position + last - first]
+        for slab, first, last in pieces:
+            destination, part = _tensor_of(slab)[first:last], flat[position : position + last - first]
             if device is None:
                 destination.copy_(part)
             else:
@@ -250,8 +247,8 @@ class _Copy:
 
     def array(self, data: NDArray[np.uint8], start: int) -> None:
         position = 0
-        for array, first, last in self.spans(start, data.nbytes):
-            np.copyto(array[first:last], data[position : position + last - first])
+        for slab, first, last in self.pieces(start, data.nbytes):
+            np.copyto(slab.array[first:last], data[position : position + last - first])
             position += last - first
 
     def finish(self) -> None:
@@ -260,7 +257,7 @@ class _Copy:
         self._devices.clear()
         self._sources.clear()
 
-    def _slab_tensor(self, number: int) -> Any:
-        slab = self.slabs[number]
-        # A slab that was made before torch was imported has none.
-        return sys.modules["torch"].from_numpy(slab.array) if slab.tensor is None else slab.tensor
+
+def _tensor_of(slab: Slab) -> Any:
+    # A slab that was made before torch was imported has none.
+    return sys.modules["torch"].from_numpy(slab.array) if slab.tensor is None else slab.tensor

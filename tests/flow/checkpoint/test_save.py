@@ -315,21 +315,19 @@ def test_a_failed_save_is_raised_by_the_next_one_and_named(memory_store):
     assert leftovers(memory_store) == {}, "what it had written is deleted"
 
 
-def test_a_failed_save_is_raised_by_wait_and_by_close(memory_store):
+def test_a_failed_save_is_raised_by_wait_by_close_and_by_its_handle_alone(memory_store):
     for end in ("wait", "close"):
         with opened(FaultStore(memory_store, [Fault("create", retryable=False)])) as checkpoints:
             checkpoints.save(1, a_state())
             checkpoints.join()
             with pytest.raises(StoreError, match="step 1"):
                 getattr(checkpoints, end)()
-
-
-def test_a_failure_that_its_handle_has_raised_is_not_raised_again(memory_store):
     with opened(FaultStore(memory_store, [Fault("create", retryable=False)])) as checkpoints:
         saved = checkpoints.save(1, a_state())
         with pytest.raises(StoreError):
             saved.wait(timeout_s=WAIT_S)
         assert checkpoints.save(2, a_state()).wait(timeout_s=WAIT_S)
+        assert len(checkpoints._memory._free) == 1, "memory is used again after a failure"
         checkpoints.close()
 
 
@@ -535,17 +533,6 @@ def test_a_save_is_complete_also_if_no_thread_can_be_started_for_deletions(tmp_p
     assert list_names(memory_store) == [last.name]
 
 
-def test_memory_is_reused_after_a_failure(memory_store):
-    with opened(FaultStore(memory_store, [Fault("create", retryable=False)])) as checkpoints:
-        checkpoints.save(1, a_state())
-        checkpoints.join()
-        assert len(checkpoints._memory._free) == 1
-        with pytest.raises(StoreError):
-            checkpoints.save(2, a_state())
-        assert checkpoints.save(2, a_state()).wait(timeout_s=WAIT_S)
-        assert len(checkpoints._memory._free) == 1
-
-
 def test_a_state_that_cannot_be_copied_is_no_checkpoint_and_the_next_save_works(tmp_path, monkeypatch):
     with opened(tmp_path) as checkpoints:
         monkeypatch.setattr("tiercache.checkpoint.staging._Copy.array", lambda *given: 1 / 0)
@@ -626,6 +613,16 @@ def test_a_state_is_written_while_an_earlier_one_is_uploaded(tmp_path, memory_st
         assert not first.done("remote")
         gate.gate.set()
         checkpoints.wait(timeout_s=WAIT_S)
+
+
+def test_a_delete_that_takes_for_ever_holds_up_no_save(tmp_path):
+    gate = GateStore(LocalFolder(tmp_path), "delete")
+    with opened(gate, keep=tc.Keep(last=1)) as checkpoints:
+        for step in (1, 2, 3):
+            assert checkpoints.save(step, a_state(step)).wait(timeout_s=WAIT_S)
+        assert gate.arrived.wait(WAIT_S), "the first one is deleted"
+        assert checkpoints.save(4, a_state(4)).wait(timeout_s=WAIT_S)
+        assert not gate.gate.is_set()
 
 
 def test_waiting_ends_when_the_time_is_over(tmp_path):

@@ -69,20 +69,6 @@ def test_old_checkpoints_are_deleted_in_the_background_after_each_commit(tmp_pat
         assert sorted(metrics) == sorted(folders)
 
 
-def test_a_delete_that_takes_for_ever_holds_up_no_save(remote):
-    gates = GateStore(remote)
-    with gates.stop_at("before_delete") as gate, Checkpoints(gates, keep=Keep(last=1)) as checkpoints:
-        for step in (1, 2):
-            checkpoints.save(step, {"n": step}).wait(timeout_s=WAIT_S)
-        gate.wait_reached()
-        for step in (3, 4, 5):
-            checkpoints.save(step, {"n": step}).wait(timeout_s=WAIT_S)
-        assert 5 in steps_of(remote)
-        gate.open()
-        checkpoints.join()
-        assert steps_of(remote) == [5]
-
-
 def test_a_failed_deletion_is_logged_and_repeated_after_the_next_commit(remote, caplog):
     broken = FaultStore(remote, [Fault("delete", retryable=False)])
     with Checkpoints(broken, keep=Keep(last=1)) as checkpoints:

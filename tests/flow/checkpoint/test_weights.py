@@ -104,11 +104,13 @@ def test_what_is_no_folder_of_weights_is_an_error_that_says_what_was_expected(tm
         open_weights(tmp_path)
     with pytest.raises(ValueError, match="framework is 'torch' or 'numpy'"):
         open_weights(tmp_path, framework="jax")
-
-
-def test_a_prefix_that_no_tensor_has_is_an_error(tmp_path):
+    folder = model_folder(tmp_path / "model")
     with pytest.raises(NotFound, match="there are embed"):
-        open_weights(model_folder(tmp_path), prefix="model.")
+        open_weights(folder, prefix="model.")
+    weights = open_weights(folder)
+    weights.close()
+    with pytest.raises(ValueError, match="these weights are closed"):
+        weights["embed"]
 
 
 def test_a_header_longer_than_the_first_read_is_read_whole(tmp_path, monkeypatch):
@@ -176,25 +178,18 @@ def cache(tmp_path):
 BIG = {f"t{n}": torch.randn(1 << 17) for n in range(8)}  # 512 KiB each
 
 
-def test_only_the_ranges_of_the_tensors_that_are_used_are_fetched(tmp_path, cache):
-    folder = model_folder(tmp_path / "model", BIG, n_files=1)
+def test_only_the_ranges_of_the_tensors_that_are_used_are_fetched_and_once_for_all_readers(tmp_path, cache):
+    folder, file = model_folder(tmp_path / "model", BIG, n_files=1), "model-00001-of-00001.safetensors"
     inner = LocalFolder(folder)
-    with Weights(cache.store(inner), ["model-00001-of-00001.safetensors"]) as weights:
+    with Weights(cache.store(inner), [file]) as weights:
         assert torch.equal(weights["t3"], BIG["t3"])
         assert inner.counters["bytes_read"] < 1 << 20
         assert equal(weights.load(), BIG)
-        assert inner.counters["bytes_read"] < 5 << 20
-
-
-def test_a_second_reader_fetches_nothing(tmp_path, cache):
-    inner = LocalFolder(model_folder(tmp_path / "model", BIG, n_files=1))
-    file = "model-00001-of-00001.safetensors"
-    with Weights(cache.store(inner), [file]) as weights:
-        weights.load()
-    before = inner.counters["bytes_read"]
-    with Weights(cache.store(LocalFolder(inner.url)), [file]) as weights:
+    assert inner.counters["bytes_read"] < 5 << 20
+    again = LocalFolder(folder)
+    with Weights(cache.store(again), [file]) as weights:
         assert equal(weights.load(), BIG)
-    assert inner.counters["bytes_read"] == before
+    assert again.counters["bytes_read"] == 0
 
 
 def test_tensors_stay_valid_when_their_copy_is_evicted(tmp_path, cache):
@@ -252,13 +247,6 @@ def test_files_are_opened_only_for_the_tensors_of_a_checkpoint_that_are_used(tmp
         assert mapped_files().count(".safetensors") == 1
 
 
-def test_weights_that_are_closed_are_an_error(tmp_path):
-    weights = open_weights(model_folder(tmp_path))
-    weights.close()
-    with pytest.raises(ValueError, match="these weights are closed"):
-        weights["embed"]
-
-
 def test_without_a_cache_or_without_room_tensors_are_read_into_memory(tmp_path):
     folder = model_folder(tmp_path / "model", BIG, n_files=2)
 
@@ -272,8 +260,7 @@ def test_without_a_cache_or_without_room_tensors_are_read_into_memory(tmp_path):
 
 
 def test_a_store_that_fails_is_an_error(tmp_path, cache):
-    folder = model_folder(tmp_path / "model", BIG, n_files=1)
-    broken = FaultStore(LocalFolder(folder))
+    broken = FaultStore(LocalFolder(model_folder(tmp_path / "model", BIG, n_files=1)))
     with Weights(cache.store(broken), ["model-00001-of-00001.safetensors"]) as weights:
         broken.add(Fault("read_into", times=1000, retryable=False))
         with pytest.raises(StoreError):
