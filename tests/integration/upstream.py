@@ -24,7 +24,6 @@ SUITE = Path("test/stateful_dataloader")
 TEST_TIMEOUT_S = 300
 SHIM = """\
 from torchdata.stateful_dataloader import Stateful
-from tests.support import ROOT
 from tiercache import DataLoader as StatefulDataLoader
 """
 

@@ -310,7 +310,6 @@ def plan_crop(height: int, width: int, options: DecodeImage, draws: Sequence[flo
 
     Args:
         height, width: Size of the image, after it was turned as its EXIF orientation says.
-        options: Options of the column.
         draws: N_DRAWS random numbers in [0, 1); not read if nothing is random.
     """
     flip = options.flip and draws[_FLIP] < 0.5
@@ -353,7 +352,6 @@ def keyed_draws(key: bytes, runs: Iterable[tuple[int, int]], n_draws: int = N_DR
     repeatable only if this never changes.
 
     Args:
-        key: Key of the epoch.
         runs: Half-open ranges of positions, in order.
         n_draws: Numbers of a position, a multiple of 4.
     """
@@ -367,12 +365,7 @@ def keyed_draws(key: bytes, runs: Iterable[tuple[int, int]], n_draws: int = N_DR
 
 
 class ImageDraws:
-    """The random numbers of the images of one epoch, by position. Immutable.
-
-    Args:
-        seed, epoch: Seed of the run, and number of the epoch.
-        options: Options of all decoded columns.
-    """
+    """The random numbers of the images of one epoch, by position. Immutable."""
 
     def __init__(self, seed: int, epoch: int, options: Iterable[DecodeImage]) -> None:
         columns = list(options)

@@ -63,14 +63,7 @@ class DecodeError(ValueError):
 
 
 class Decoder:
-    """Decodes images as the options say. Owns scratch memory that grows to the largest image; for use by one thread.
-
-    Args:
-        options: Options of the column.
-
-    Raises:
-        ModuleNotFoundError: A library of the extra `images` is missing.
-    """
+    """Decodes images as the options say. Owns scratch memory that grows to the largest image; for use by one thread."""
 
     def __init__(self, options: DecodeImage) -> None:
         self._options = options

@@ -181,9 +181,6 @@ class Rank:
     """One of world_size shares of an epoch, which this process is served.
 
     Attributes:
-        rank: Number of the share.
-        world_size: Number of shares.
-        origin: Where both were found.
         local_ranks: Number of processes on this machine, which share its cores and its memory.
         mesh: Mesh of all processes of the run, if the origin is "mesh": several of them may have the same share. None:
             they are all processes of torch.distributed.
@@ -311,10 +308,6 @@ def mesh_rank(mesh: DeviceMesh, dims: Sequence[str]) -> tuple[int, int]:
     """Return this process's number among the mesh's ranks along `dims`, and their number; (0, 1) for no dims.
 
     The numbers follow the mesh's own order of dimensions: the last one varies fastest.
-
-    Args:
-        mesh: Mesh with named dimensions that this process is part of (`LoaderOptions` checks both).
-        dims: Names of dimensions of the mesh, in any order.
     """
     rank, world_size = 0, 1
     for dim, (name, at) in enumerate(zip(mesh.mesh_dim_names or (), mesh.get_coordinate() or (), strict=True)):
@@ -324,12 +317,7 @@ def mesh_rank(mesh: DeviceMesh, dims: Sequence[str]) -> tuple[int, int]:
 
 
 def gather(value: Any, mesh: DeviceMesh | None) -> dict[int, Any]:
-    """Return the value of each process, by its rank in torch.distributed, ascending; a collective call.
-
-    Args:
-        value: Value of this process; it is pickled.
-        mesh: Mesh whose processes take part. None: all processes.
-    """
+    """Return the value of each process, by its rank in torch.distributed, ascending; a collective call."""
     dist: Any = sys.modules["torch.distributed"]  # batches of NumPy arrays need no torch
     groups: list[Any] = [None]
     if mesh is not None and mesh.size() < dist.get_world_size():

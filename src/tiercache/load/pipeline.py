@@ -512,7 +512,6 @@ class StageJob:
         n_bytes: Bytes that the stage before served for it.
         n_replaced: Number of its records that replace corrupt ones.
         n_left: Number of tasks of the stage that are not done; 0: the consumer may take the batch.
-        error: Error that the consumer raises in place of the batch.
     """
 
     batch: Any = None

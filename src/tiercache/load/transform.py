@@ -74,12 +74,8 @@ class BatchFunction:
     """Makes the consumer's batch of a gathered one. Immutable, and picklable if the user's functions are.
 
     Attributes:
-        dataset: The data set, whose transform, if it has one, is applied to each record.
-        columns: Its columns, as they are served.
-        output_spec: How the data set serves them.
         collate_fn: Function that makes a batch of the records or of the transform's results. None: the batch is served
             as gathered.
-        batch_transforms: Functions that are applied to the batch, in order.
     """
 
     dataset: Any
@@ -104,12 +100,8 @@ class BatchFunction:
         Args:
             gathered: Batch in the layouts of gathered_spec. Its memory must stay valid as long as anything refers to
                 it: the user's functions may keep parts of it.
-            keys: Keys of the random numbers.
             allocate: Function that returns a tensor in the memory into which the caller will write the batch; None: it
                 does not fit. torch's default collate function then stacks tensors there.
-
-        Raises:
-            BaseException: Any error of the user's functions.
         """
         collate_fn, names = self.collate_fn, self.output_spec.names
         if collate_fn is default_collate and allocate is not None and not self.batch_transforms:
@@ -203,11 +195,6 @@ class TransformedPipeline(LaterStage):
     random generators in a fixed order, so that a seeded script is repeatable. The native pipeline works ahead in its
     own threads. An error of a user's function, or Ctrl-C within it, closes the pipeline; its batch does
     not count as taken.
-
-    Args:
-        function: The user's functions.
-        inputs: Inputs of the pipeline.
-        gathered: Native pipeline, which this object owns from now on.
     """
 
     def __init__(self, function: BatchFunction, inputs: PipelineInputs, gathered: ClosingPipeline) -> None:
