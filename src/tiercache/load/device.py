@@ -653,10 +653,8 @@ def _check_signature(
                 'layouts= "list" keeps text on the host; other columns of varying length need device_buffers="new")'
             )
     if len(expected) != len(got):
-        columns = [
-            column for column, _, _ in (expected if len(expected) > len(got) else got)[min(len(expected), len(got)) :]
-        ]
+        column = max(expected, got, key=len)[min(len(expected), len(got))][0]
         raise ValueError(
             f'device_buffers="fixed": this batch has {len(got)} tensors and the first one had {len(expected)} (column '
-            f"{columns[0]!r} differs): fixed buffers need batches of one layout"
+            f"{column!r} differs): fixed buffers need batches of one layout"
         )

@@ -98,7 +98,9 @@ class RunState:
             raise ValueError(
                 f"the state's keys are not those of format {STATE_FORMAT}: {sorted(set(_NAMES) ^ set(state))} differ"
             )
-        _check_values(state)
+        for name, (fits, expected) in _CHECKS.items():
+            if not fits(state[name]):
+                raise ValueError(f"the state's {name} must be {expected}, got {state[name]!r}")
         return RunState(**{**state, "parts": tuple(SourcePart(*part) for part in state["parts"])})
 
 
@@ -111,10 +113,6 @@ def _is_integer(value: Any, least: int | None = None) -> bool:
 
 def _is_count(value: Any) -> bool:
     return _is_integer(value, 0)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
 
 
 def _is_size(value: Any) -> bool:
@@ -134,8 +132,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "offset": (_is_count, "an integer of 0 or more"),
     "streams": (lambda value: _is_integer(value, 1), "an integer of 1 or more"),
     "seed": (_is_integer, "an integer"),
-    "shuffle": (_is_flag, "true or false"),
-    "drop_last": (_is_flag, "true or false"),
+    "shuffle": (lambda value: isinstance(value, bool), "true or false"),
+    "drop_last": (lambda value: isinstance(value, bool), "true or false"),
     "group_bytes": (_is_size, "null or an integer of 1 or more"),
     "window_bytes": (_is_size, "null or an integer of 1 or more"),
     "placement": (lambda value: value in ("sticky", "global"), "'sticky' or 'global'"),
@@ -144,12 +142,6 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a list of [data set, version, fingerprint, selection]",
     ),
 }
-
-
-def _check_values(state: Mapping[str, Any]) -> None:
-    for name, (fits, expected) in _CHECKS.items():
-        if not fits(state[name]):
-            raise ValueError(f"the state's {name} must be {expected}, got {state[name]!r}")
 
 
 def reopen(source: Records, state: RunState) -> Records:

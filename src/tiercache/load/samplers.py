@@ -74,18 +74,15 @@ def draw_indices(sampler: Any) -> NDArray[np.int64]:
         generator = sampler.generator
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
-        return _permutation(len(sampler.data_source), generator)[: sampler.num_samples]
+        return torch.randperm(len(sampler.data_source), generator=generator).numpy()[: sampler.num_samples]
     if kind in _DISTRIBUTED and getattr(sampler, "next_yielded", None) is None:
         indices = np.arange(len(sampler.dataset))
         if sampler.shuffle:
-            indices = _permutation(len(indices), torch.Generator().manual_seed(sampler.seed + sampler.epoch))
+            generator = torch.Generator().manual_seed(sampler.seed + sampler.epoch)
+            indices = torch.randperm(len(indices), generator=generator).numpy()
         # repeated or cut to equal shares
         return np.resize(indices, sampler.total_size)[sampler.rank :: sampler.num_replicas].copy()
     return np.fromiter(sampler, np.int64)
-
-
-def _permutation(n: int, generator: torch.Generator | None) -> NDArray[np.int64]:
-    return torch.randperm(n, generator=generator).numpy()
 
 
 def set_sampler_epoch(index_sampler: Any, epoch: int) -> None:
