@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tests.stress import retention_rounds
 from tests.stress.kills import PointRounds, Report, points_where, rounds_asked, run_and_report
 from tests.support.checkpoint_reader import leftovers, newest, read_checkpoint, same
 from tests.support.faults import Fault, FaultStore
@@ -170,7 +171,13 @@ class Rounds(PointRounds[str]):
 
 
 def main() -> None:
-    asked = rounds_asked().parse_args()
+    parser = rounds_asked()
+    parser.add_argument("--retention", type=int, default=0, help="rounds of retention, which come first")
+    asked = parser.parse_args()
+    if asked.retention:
+        retention = retention_rounds.Rounds(asked.folder / "retention", asked.seed, asked.only)
+        retention.run(asked.retention)
+        print(retention.report.to_json())
     run_and_report(Rounds(asked.folder, asked.seed, asked.only), asked.rounds)
 
 

@@ -10,12 +10,12 @@ from tests.support.warm_python import run_warm
 N_ROUNDS = 2_000  # of `make stress`
 
 
-def rounds(folder, n_rounds, seed, timeout_s=170, module="checkpoint_rounds"):
-    """The report of that many struck rounds."""
-    arguments = ["--rounds", str(n_rounds), "--seed", str(seed)]
-    done = run_warm(["-m", f"tests.stress.{module}", str(folder), *arguments], timeout_s=timeout_s)
+def rounds(folder, n_rounds, seed, *, n_retention=0, timeout_s=170):
+    """The reports of that many struck rounds: of retention, if there are any, and of saves."""
+    arguments = ["--rounds", str(n_rounds), "--seed", str(seed), "--retention", str(n_retention)]
+    done = run_warm(["-m", "tests.stress.checkpoint_rounds", str(folder), *arguments], timeout_s=timeout_s)
     assert done.stdout, done.stderr
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def check(report, n_rounds, points=points_of_checkpoints):
@@ -25,20 +25,17 @@ def check(report, n_rounds, points=points_of_checkpoints):
     assert report["struck"].keys() == points().keys()
 
 
-def test_a_process_killed_at_any_point_of_a_save_loses_no_checkpoint(tmp_path):
-    n_rounds = len(points_of_checkpoints())
-    check(rounds(tmp_path, n_rounds, seed=3), n_rounds)
-
-
-def test_a_process_killed_at_any_point_of_retention_leaves_whole_checkpoints_and_nothing_else(tmp_path):
-    n_rounds = len(points_of_retention())
-    check(rounds(tmp_path, n_rounds, seed=3, module="retention_rounds"), n_rounds, points_of_retention)
+def test_a_process_killed_at_any_point_of_a_save_or_of_retention_leaves_whole_checkpoints_and_nothing_else(tmp_path):
+    n_saves, n_retention = len(points_of_checkpoints()), len(points_of_retention())
+    retention, saves = rounds(tmp_path, n_saves, seed=3, n_retention=n_retention)
+    check(saves, n_saves)
+    check(retention, n_retention, points_of_retention)
 
 
 @pytest.mark.stress
 @pytest.mark.timeout(7200)
 def test_two_thousand_kills_lose_no_checkpoint(tmp_path, capsys):
-    report = rounds(tmp_path, N_ROUNDS, seed=300, timeout_s=7000)
+    (report,) = rounds(tmp_path, N_ROUNDS, seed=300, timeout_s=7000)
     with capsys.disabled():
         print(
             f"\ncheckpoints: {report['n_struck']} rounds struck {len(report['struck'])} points, each at least "
