@@ -40,8 +40,8 @@ from tiercache.shard.source import block_ranges, column_ranges, fetch_footer
 from tiercache.shard.values import empty_values, join_values, served_columns
 from tiercache.shard.versions import as_arrow, open_latest, read_shards, read_version
 from tiercache.store import LocalStore, MemoryStore, Store, open_store
-from tiercache.store.placement import follow_placement
-from tiercache.store.uses import TieredReader
+from tiercache.store.placement import check_readable, follow_placement
+from tiercache.store.uses import UseRecorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -163,6 +163,7 @@ class VersionStores:
         inner: The data set's own store.
         placed: Store that redirects reads of moved shards, as the placement log says.
         store: Store to read from: the cache around `placed`, or `placed` itself.
+        uses: Reports which shards this process reads, if the data set is tracked.
     """
 
     def __init__(self, location: DatasetLocation) -> None:
@@ -170,19 +171,24 @@ class VersionStores:
         self.placed = follow_placement(self.inner, location.storage_options, location.cached)
         self.cache = location.cache_of(self.inner)
         self.store: Store = self.placed if self.cache is None else self.cache.store(self.placed)
-        self.tiers = TieredReader(self.placed)
+        self.uses = UseRecorder(self.placed.resolver)
+
+    @property
+    def _has_moved(self) -> bool:
+        """Whether any shard is away from home, as far as is known."""
+        return bool(self.placed.resolver.known_placement)
 
     def is_local(self, key: str, identity: ShardIdentity, ranges: Sequence[ByteRange] | None) -> bool:
         """Return whether ranges of a shard (None: all of it) are on this machine, in a folder or in the cache."""
         if isinstance(self.store, CachedStore):
             return self.store.is_cached(key, identity, ranges)
-        if self.tiers.has_moved:
+        if self._has_moved:
             return self._is_at_a_disk(key, identity)
         return isinstance(self.inner, LocalStore | MemoryStore)
 
     def _is_at_a_disk(self, key: str, identity: ShardIdentity) -> bool:
-        is_home = isinstance(self.inner, LocalStore) and not self.tiers.is_remote(key)
-        return is_home or self.tiers.local_copy(key, identity) is not None
+        is_home = isinstance(self.inner, LocalStore) and not self.placed.is_remote(key)
+        return is_home or self.placed.resolver.local_copy(key, identity.n_bytes) is not None
 
     @property
     def has_cache(self) -> bool:
@@ -196,11 +202,11 @@ class VersionStores:
     @property
     def fetcher(self) -> CachedStore | None:
         """Cached store that prefetches shards; None if nothing is read through a cache."""
-        store = self.store if self.cache is not None else self.tiers.remote_store()
+        store = self.store if self.cache is not None else self.placed.remote_store
         return store if isinstance(store, CachedStore) else None
 
     def is_worth_fetching(self, key: str, identity: ShardIdentity) -> bool:
-        return not self.tiers.has_moved or not self._is_at_a_disk(key, identity)
+        return not self._has_moved or not self._is_at_a_disk(key, identity)
 
     def remove_if_corrupt(self, key: str, identity: ShardIdentity) -> bool:
         return isinstance(self.store, LocalStore) and self.store.remove_if_corrupt(key, identity)
@@ -211,7 +217,9 @@ class VersionStores:
         def is_cached(i: int) -> bool:
             return isinstance(self.store, CachedStore) and self.store.is_cached(keys[i].as_py(), identity(i))
 
-        self.tiers.prepare_reading(keys, is_cached, reads_all=reads_all)
+        check_readable(self.placed, keys, is_cached)
+        if self.placed.resolver.is_tracked:
+            self.uses.begin(None if reads_all else keys.to_pylist())
 
     def figures(self) -> dict[str, float]:
         """Return the counters of this process: requests, bytes_fetched, retries, cache_hits, ..., and dollars."""
@@ -227,7 +235,7 @@ class VersionStores:
 
     def close(self) -> None:
         """Report the counted uses and release connections. The object may be used again."""
-        self.tiers.close()
+        self.uses.close()
         self.store.close()
 
 
@@ -236,7 +244,8 @@ def _open_newest(stores: VersionStores) -> tuple[Version, ShardTable]:
     if isinstance(stores.inner, LocalStore | MemoryStore):
         return open_latest(stores.store)
     with ThreadPoolExecutor(1, "tiercache-placement") as pool:
-        pool.submit(stores.tiers.read_placement)  # the run that needs the placement reads it again after an error
+        # The run that needs the placement reads it again after an error.
+        pool.submit(stores.placed.resolver.placement_once)
         return open_latest(stores.store)
 
 
@@ -258,7 +267,8 @@ def _open_shard(
     identity = info.identity(dataset_id)
     if past_cache and isinstance(store, CachedStore) and not store.is_cached(info.name, identity):
         store = store.inner
-    local = stores.tiers.opened(info.name, identity)
+    stores.uses.note(info.name)
+    local = stores.placed.resolver.local_copy(info.name, identity.n_bytes)
     return ShardReader(local or store, info.name, info=info, identity=identity, footer=footers.take(shard), **how)
 
 

@@ -394,6 +394,15 @@ class RedirectingStore(WrapperStore):
         """The same store for reads by ranges only, without local files or a cache."""
         return self
 
+    @property
+    def remote_store(self) -> Store | None:
+        """Store of the moved objects of a local home, through the cache if there is one; None: there are none."""
+        return None
+
+    def is_remote(self, key: str) -> bool:  # noqa: ARG002 - of a local home
+        """Return whether a local home has moved key to a remote store, for which a cache pays off."""
+        return False
+
     def figures(self) -> dict[str, float]:
         """Return the counters, summed over the home and the other locations.
 
@@ -480,15 +489,12 @@ class RedirectingLocalStore(RedirectingStore):
         return RedirectingStore(self.resolver)
 
     @property
-    def remote_store(self) -> Store:
-        """Store for remote objects, through the cache if there is one. It follows the placement too."""
-        store = self._remote_store
-        if store is None:
-            store = self._remote_store = self._cached(self.by_ranges)
-        return store
+    def remote_store(self) -> Store | None:
+        if self._remote_store is None and self.resolver.has_remote:
+            self._remote_store = self._cached(self.by_ranges)
+        return self._remote_store
 
     def is_remote(self, key: str) -> bool:
-        """Return whether the known placement has key in a remote store, for which a cache pays off."""
         row = self.resolver.row(key) if self.resolver.has_remote else None
         return row is not None and is_remote(row.url)
 
@@ -497,16 +503,16 @@ class RedirectingLocalStore(RedirectingStore):
 
         def open_at(found: ObjectLocation) -> Lease | None:
             is_cached = found.row is not None and is_remote(found.row.url)
-            store = self.remote_store if is_cached else found.store
+            store = (self.remote_store if is_cached else None) or found.store
             return store.open_local(key, identity) if isinstance(store, LocalStore) else None
 
         return self.resolver.follow(key, open_at)
 
     def remove_if_corrupt(self, key: str, identity: ShardIdentity | None = None) -> bool:
         """See LocalStore.remove_if_corrupt. Returns False for a file of this home, which is the object itself."""
-        if not self.is_remote(key):
-            return False
         store = self.remote_store
+        if store is None or not self.is_remote(key):
+            return False
         return isinstance(store, LocalStore) and store.remove_if_corrupt(key, identity)
 
 

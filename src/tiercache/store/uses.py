@@ -37,10 +37,7 @@ import pyarrow.compute as pc
 
 from tiercache import config
 from tiercache.errors import NotFound, StoreError, TierCacheError
-from tiercache.model import ShardIdentity
-from tiercache.store import LocalFolder
 from tiercache.store.access import plain_url
-from tiercache.store.placement import LocationResolver, RedirectingLocalStore, RedirectingStore, check_readable
 from tiercache.store.shared_files import make_folder, open_file, pid_namespace, start_time, try_lock
 from tiercache.waiting import SYSTEM_CLOCK, Clock, pause, wait_for
 
@@ -471,47 +468,3 @@ def _append(line: bytes) -> None:
         os.close(fd)
     if n_bytes >= _LOG_BYTES:
         path.rename(f"{path}.{time.time_ns()}")
-
-
-class TieredReader:
-    """How one process reads one data set whose shards may be moved. Thread-safe, and fork-safe.
-
-    It queries no store before a run begins, or before a shard is missing from its known location; read_placement() does
-    so earlier.
-    """
-
-    def __init__(self, store: RedirectingStore) -> None:
-        self._store, self._resolver = store, store.resolver
-        self._recorder = UseRecorder(self._resolver)
-
-    def read_placement(self) -> None:
-        """Read the placement now, so that no later request waits for it. Raises as LocationResolver.placement_once."""
-        self._resolver.placement_once()
-
-    def opened(self, key: str, identity: ShardIdentity) -> LocalFolder | None:
-        """Count an opened shard. Return a local folder, other than the home, that has it; None if there is none."""
-        self._recorder.note(key)
-        return self.local_copy(key, identity) if self.has_moved else None
-
-    @property
-    def has_moved(self) -> bool:
-        return bool(self._resolver.known_placement)
-
-    def local_copy(self, key: str, identity: ShardIdentity) -> LocalFolder | None:
-        return self._resolver.local_copy(key, identity.n_bytes)
-
-    def is_remote(self, key: str) -> bool:
-        return isinstance(self._store, RedirectingLocalStore) and self._store.is_remote(key)
-
-    def remote_store(self) -> Store | None:
-        if isinstance(self._store, RedirectingLocalStore) and self._resolver.has_remote:
-            return self._store.remote_store
-        return None
-
-    def prepare_reading(self, keys: pa.ChunkedArray, is_here: Callable[[int], bool], *, reads_all: bool) -> None:
-        check_readable(self._store, keys, is_here)
-        if self._resolver.is_tracked:
-            self._recorder.begin(None if reads_all else keys.to_pylist())
-
-    def close(self) -> None:
-        self._recorder.close()

@@ -14,6 +14,7 @@ import tiercache as tc
 from tiercache.demo.s3_server import S3Server
 from tiercache.errors import ArchivedShards
 from tiercache.store import LocalFolder, MemoryStore, placement_log
+from tiercache.store.placement import check_readable
 from tiercache.store.placement_log import PlacementRow
 
 ALL = list(range(N))
@@ -146,9 +147,7 @@ def test_the_message_names_some_of_many_archived_shards_and_the_error_all(world)
     world.archived |= set(names)
     world.cold.objects.update({f"far/{key}": b"x" for key in names})
     with pytest.raises(ArchivedShards) as caught:
-        dataset._source.leaves[0].stores.tiers.prepare_reading(
-            pa.chunked_array([names]), lambda i: False, reads_all=True
-        )
+        check_readable(dataset._source.leaves[0].stores.placed, pa.chunked_array([names]), lambda i: False)
     assert caught.value.names == tuple(names)
     assert "and 42 more" in str(caught.value)
     assert caught.value.command == f"tiercache tier get {world.moved.store.url} --wait"
