@@ -124,10 +124,10 @@ class _Task:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A tensor that this rank writes. load: Function that returns it, on any device and with any strides."""
+    """A tensor that this rank writes. find: Function that returns it, on any device and with any strides."""
 
     spec: TensorSpec
-    load: Callable[[], torch.Tensor]
+    find: Callable[[], torch.Tensor]
 
 
 class DistributedWriter(StorageWriter):
@@ -346,13 +346,13 @@ def _source_of(item: WriteItem, planner: SavePlanner) -> _Source:
         name += f"[{','.join(ranges)}]"
     n_bytes = math.prod(shape) * data.properties.dtype.itemsize
 
-    def load() -> torch.Tensor:
+    def find() -> torch.Tensor:
         found = planner.resolve_data(item)
         if not isinstance(found, torch.Tensor):
             raise TypeError(f"{item.index.fqn}: the planner announced a tensor, and gave a {type(found).__name__}")
         return found
 
-    return _Source(TensorSpec(name, dtype, shape, n_bytes), load)
+    return _Source(TensorSpec(name, dtype, shape, n_bytes), find)
 
 
 def _encode_value(item: WriteItem, planner: SavePlanner) -> EncodedState:
@@ -375,7 +375,7 @@ def _encode_value(item: WriteItem, planner: SavePlanner) -> EncodedState:
 
 def _bytes_of(source: _Source) -> memoryview:
     """Return the values of a tensor in host memory, row by row. The memory lives as long as the view."""
-    spec, tensor = source.spec, source.load().detach()
+    spec, tensor = source.spec, source.find().detach()
     if (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) != (spec.shape, DTYPES[spec.dtype]):
         found = f"shape {tuple(tensor.shape)} and type {tensor.dtype}"
         raise ValueError(f"{spec.name}: the planner announced shape {spec.shape} and type {spec.dtype}, found {found}")
@@ -638,7 +638,7 @@ class DistributedReader(StorageReader):
         reads: dict[str, list[_Read]] = {}
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
-                self._load_value(item, planner)
+                self._give_value(item, planner)
             else:
                 read = self._plan_read(item, planner)
                 reads.setdefault(read.entry.file, []).append(read)
@@ -704,7 +704,7 @@ class DistributedReader(StorageReader):
             if not isinstance(error, NotFound):  # the local folder of this machine has the files of its own ranks only
                 warnings.warn(f"{error}; the next copy is read", RuntimeWarning, stacklevel=2)
 
-    def _load_value(self, item: ReadItem, planner: LoadPlanner) -> None:
+    def _give_value(self, item: ReadItem, planner: LoadPlanner) -> None:
         """Give the planner a value that is not a tensor, in the form in which torch would have stored it."""
         value, text = decode_state(self._values[item.storage_index.fqn], self._find), io.BytesIO()
         torch.save(value, text)

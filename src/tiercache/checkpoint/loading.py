@@ -330,14 +330,14 @@ class _IntoPlan:
         kept = _without(node, dropped)
         self.tensors.want(kept, place)
 
-        def load() -> None:
+        def apply_state() -> None:
             state = decode_state(kept, self.tensors.find)
             if is_module:
                 target.load_state_dict(state, strict=False)  # _compare_module() has found all differences
             else:
                 target.load_state_dict(state)
 
-        self.actions.append(load)
+        self.actions.append(apply_state)
 
     def _compare_module(self, node: Any, current: Mapping[str, Any], path: Path) -> set[Any]:
         """Note the differences of a module, and return the keys of the checkpoint that it cannot take."""
@@ -615,7 +615,7 @@ class CopyReader:
 
     def _read_files(self, files: Iterable[tuple[StoredFile, Sequence[_Piece]]]) -> None:
         """Read the pieces of files in parallel, and compare the checksums. A limited number of files is open."""
-        running: deque[tuple[_Source, StoredFile, Sequence[_Piece], list[Future[int]]]] = deque()
+        running: deque[tuple[_OpenFile, StoredFile, Sequence[_Piece], list[Future[int]]]] = deque()
         try:
             for file, pieces in files:
                 if len(running) >= _OPEN_FILES:
@@ -630,7 +630,9 @@ class CopyReader:
                 for read in reads:
                     read.cancel()
 
-    def _check(self, source: _Source, file: StoredFile, pieces: Sequence[_Piece], reads: Sequence[Future[int]]) -> None:
+    def _check(
+        self, source: _OpenFile, file: StoredFile, pieces: Sequence[_Piece], reads: Sequence[Future[int]]
+    ) -> None:
         """Wait until the pieces of a file are read, and compare its checksum."""
         try:
             is_right = self._crc_of(pieces, [read.result() for read in reads]) == file.crc32c
@@ -648,16 +650,16 @@ class CopyReader:
             crc = combine(crc, crc_of_piece, piece.range.n_bytes)
         return crc
 
-    def _is_right_now(self, source: _Source, file: StoredFile, pieces: Sequence[_Piece]) -> bool:
+    def _is_right_now(self, source: _OpenFile, file: StoredFile, pieces: Sequence[_Piece]) -> bool:
         """Read a file once more if its cached copy was corrupt, and is removed now."""
         if not source.remove_if_corrupt():
             return False
         again = self._source(file)
         return self._crc_of(pieces, [again.read(piece) for piece in pieces]) == file.crc32c
 
-    def _source(self, file: StoredFile) -> _Source:
+    def _source(self, file: StoredFile) -> _OpenFile:
         try:
-            source = _Source(self.store, key_of(self.manifest.name, file.path), file.n_bytes, self._cancel)
+            source = _OpenFile(self.store, key_of(self.manifest.name, file.path), file.n_bytes, self._cancel)
         except NotFound as error:
             raise CorruptCheckpoint("the file is missing", url=self.url(file)) from error
         self._cleanup.callback(source.close)
@@ -668,7 +670,7 @@ class CopyReader:
 
 
 @dataclass(slots=True)
-class _Source:
+class _OpenFile:
     """A file to be read: a lease on a local file or cached copy, or a store that is read by ranges."""
 
     store: Store
