@@ -88,7 +88,7 @@ def test_a_state_of_another_selection_or_mixture_is_an_error(parts):
         make_loader(a + b, shuffle=True).load_state_dict(mixed)
 
 
-@pytest.mark.parametrize("stop", ["first", "all"])
+@pytest.mark.parametrize("stop", ["first_exhausted", "all_exhausted"])
 @pytest.mark.parametrize("streams", [1, 4])
 def test_a_mixture_has_exact_shares_in_any_range_and_serves_all_of_its_parts(parts, stop, streams):
     a, b = parts
@@ -105,7 +105,7 @@ def test_a_mixture_has_exact_shares_in_any_range_and_serves_all_of_its_parts(par
     for part in (range(150), range(1000, 1060)):
         times = [counted[i] for i in part]
         assert max(times) - min(times) <= 1  # a part goes on where it stopped, in epochs of its own
-    if stop == "first":
+    if stop == "first_exhausted":
         assert max(Counter(epochs[0]).values()) == 1  # later a part may begin anew within an epoch: its own next one
     else:
         assert all(set(epoch) >= set(range(150)) for epoch in epochs)
