@@ -438,27 +438,24 @@ class _Planner:
 
     def push_all(self) -> None:
         """Push every piece. Raises CancelledError if the ring is closed meanwhile."""
+        lookahead = Lookahead(self._pieces())
         try:
-            self._push_pieces()
+            for piece in lookahead:
+                if isinstance(piece, ArrayPiece) and len(piece.replaced):
+                    self._shared.replaced_pieces.append((self._pushed_rows, piece))
+                if not self.pressure.fits(piece):
+                    self._push_under_pressure(piece, lookahead)
+                elif not self._pushed_rows and not self._loading and is_worth_slicing(piece) and self._is_remote(piece):
+                    for piece_slice in start_slices(piece, self._inputs.share.rank_plan.batch_size):
+                        self._push(piece_slice, lookahead)
+                        self._request_shards()
+                else:
+                    self._push(piece, lookahead)
+                if self._source.storage.can_prefetch:
+                    self._request_next_windows(lookahead)
         finally:
             for load in self._loading.values():  # after an error
                 load.cancel()
-
-    def _push_pieces(self) -> None:
-        lookahead = Lookahead(self._pieces())
-        for piece in lookahead:
-            if isinstance(piece, ArrayPiece) and len(piece.replaced):
-                self._shared.replaced_pieces.append((self._pushed_rows, piece))
-            if not self.pressure.fits(piece):
-                self._push_under_pressure(piece, lookahead)
-            elif not self._pushed_rows and not self._loading and is_worth_slicing(piece) and self._is_remote(piece):
-                for piece_slice in start_slices(piece, self._inputs.share.rank_plan.batch_size):
-                    self._push(piece_slice, lookahead)
-                    self._request_shards()
-            else:
-                self._push(piece, lookahead)
-            if self._inputs.source.storage.can_prefetch:
-                self._request_next_windows(lookahead)
 
     def _push_under_pressure(self, piece: AnyPiece, lookahead: Lookahead) -> None:
         for piece_slice in self.pressure.slices(piece):
@@ -468,11 +465,12 @@ class _Planner:
             self._push(piece_slice, lookahead)
             self._is_one_set = False  # the blocks of each slice are a set of their own
             if "pressure" not in self._inputs.warned and self.pressure.has_measured and not self.pressure.fits(piece):
-                self._warn()
+                self._inputs.warned.add("pressure")  # Blocks are read again and again.
+                warnings.warn(self.pressure.explain(self._source.url), RuntimeWarning, stacklevel=2)
 
     def _is_remote(self, piece: AnyPiece) -> bool:
         """Return whether blocks of a piece must be fetched from a store."""
-        is_local = self._inputs.source.storage.is_local
+        is_local = self._source.storage.is_local
         pairs = zip(piece.windows, piece.needed, strict=True)
         return not all(is_local(shard) for window, needed in pairs for shard in shards_of(window, needed))
 
@@ -562,7 +560,7 @@ class _Planner:
 
     def _must_load(self, missing: list[WindowBlocks]) -> bool:
         """Whether threads must read or decode blocks of these windows, and nothing has started that."""
-        is_mapped = self._inputs.source.storage.is_mapped
+        is_mapped = self._source.storage.is_mapped
         # their reading and decoding is under way
         missing = [pair for pair in missing if id(pair[0]) not in self._loading]
         return any(not is_mapped(shard) for window, needed in missing for shard in set(window.shards[needed].tolist()))
@@ -595,11 +593,11 @@ class _Planner:
 
     def _request_blocks(self, windows: list[WindowBlocks]) -> None:
         """Request the blocks of windows, unless that was done ahead: before everything that is only prefetched."""
-        if self._inputs.source.storage.can_prefetch:
+        if self._source.storage.can_prefetch:
             for window, needed in windows:
                 if self._requested.pop(id(window), None) is None:
                     for shard, blocks in blocks_by_shard(window, needed):
-                        self._inputs.source.storage.prefetch_blocks(shard, blocks)
+                        self._source.storage.prefetch_blocks(shard, blocks)
 
     def _request_next_windows(self, lookahead: Lookahead) -> None:
         """Request the blocks of the next windows, in the order in which they are needed, and then their shards.
@@ -644,7 +642,7 @@ class _Planner:
         return self._joined
 
     def _rows(self, piece: AnyPiece) -> Rows:
-        run = piece.run if self._inputs.source.selection is None else None
+        run = piece.run if self._source.selection is None else None
         if run is not None:
             return run
         start_s = time.perf_counter()
@@ -653,13 +651,9 @@ class _Planner:
         blocks = [window.blocks for window in piece.windows]
         if len(shards) > 1:
             shards, blocks = [np.concatenate(shards)], [np.concatenate(blocks)]
-        row = self._inputs.source.stored_rows(shards[0], blocks[0], block, row)
+        row = self._source.stored_rows(shards[0], blocks[0], block, row)
         self._count("plan_s", start_s)
         return block, row
 
     def _count(self, name: str, start_s: float) -> None:
         self._inputs.counters.add(name, time.perf_counter() - start_s)
-
-    def _warn(self) -> None:
-        self._inputs.warned.add("pressure")
-        warnings.warn(self.pressure.explain(self._inputs.source.url), RuntimeWarning, stacklevel=2)
