@@ -302,7 +302,7 @@ class S3StorageClasses:
                 f"{url}: storage classes, restores and batch deletes need boto3: {install_command('archive')}"
             )
         options = replace(store.options, config={**aws_endpoint_options(), **store.options.config})
-        self.url, self.counters = url, store.counters
+        self.url, self.url_of, self.counters = url, store.url_of, store.counters
         self.bucket, self.prefix = store.folder.bucket, store.folder.prefix
         self._options = options
         self._client = ProcessLocal(lambda: Boto3Client(options, url, store.counters), Boto3Client.close)
@@ -331,9 +331,6 @@ class S3StorageClasses:
         config = self._options.config
         names = ("endpoint", "region", "access_key_id", "session_token", "skip_signature")
         return self._options.profile, self._options.credentials, *(config.get(name) for name in names)
-
-    def url_of(self, key: str) -> str:
-        return f"{self.url}/{key}" if key else self.url
 
     def full_key(self, key: str) -> str:
         return f"{self.prefix}/{check_key(key)}" if self.prefix else check_key(key)
@@ -592,17 +589,6 @@ class S3StorageClasses:
         return failed
 
 
-@dataclass(frozen=True, slots=True)
-class _UploadedPart:
-    etag: str
-    crc32c: int
-    n_bytes: int
-    is_confirmed: bool
-
-    def to_request(self, number: int) -> dict[str, Any]:
-        return {"PartNumber": number, "ETag": self.etag, "ChecksumCRC32C": crc32c_to_text(self.crc32c)}
-
-
 class S3Upload(Upload):
     """An S3 upload that holds its first part until a second one comes, so that an object of one part takes one request.
 
@@ -620,9 +606,9 @@ class S3Upload(Upload):
         self._held: tuple[int, bytes | bytearray] | None = None
         self._upload_id: str | None = None
         self._is_open = True
-        self._parts: dict[int, _UploadedPart] = {}
+        self._parts: dict[int, tuple[dict[str, Any], int, int]] = {}  # number -> its request, CRC-32C and size
         self.crc32c = 0
-        self.is_confirmed = False
+        self.is_confirmed = True
 
     def put_part(self, number: int, data: Buffer) -> None:
         """Send the part, or hold a copy of the first one."""
@@ -653,9 +639,11 @@ class S3Upload(Upload):
             Body=body,
             ChecksumCRC32C=crc32c_to_text(crc),
         )
+        part = {"PartNumber": number + 1, "ETag": str(answer["ETag"]), "ChecksumCRC32C": crc32c_to_text(crc)}
         is_confirmed = _confirms(answer, crc, body)
         with self._lock:
-            self._parts[number] = _UploadedPart(str(answer["ETag"]), crc, len(body), is_confirmed)
+            self._parts[number] = part, crc, len(body)
+            self.is_confirmed &= is_confirmed
 
     def complete(self, *, if_absent: bool = False) -> ObjectInfo | None:
         if not self._stop():
@@ -690,14 +678,15 @@ class S3Upload(Upload):
         if missing:
             self._drop()
             raise ValueError(f"{self._key}: part {missing[0]} is missing; parts are numbered 0, 1, 2, ... without gaps")
-        parts = [self._parts[number] for number in range(len(self._parts))]
-        total, self.is_confirmed = 0, all(part.is_confirmed for part in parts)
-        for part in parts:
-            self.crc32c = combine(self.crc32c, part.crc32c, part.n_bytes)
-            total += part.n_bytes
+        parts, total = [], 0
+        for number in range(len(self._parts)):
+            part, crc, n_bytes = self._parts[number]
+            parts.append(part)
+            self.crc32c = combine(self.crc32c, crc, n_bytes)
+            total += n_bytes
         request = {
             "UploadId": upload_id,
-            "MultipartUpload": {"Parts": [part.to_request(number) for number, part in enumerate(parts, start=1)]},
+            "MultipartUpload": {"Parts": parts},
             "ChecksumCRC32C": crc32c_to_text(self.crc32c),
             "ChecksumType": "FULL_OBJECT",
             "MpuObjectSize": total,

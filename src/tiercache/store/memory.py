@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import count
 from threading import Event
 
@@ -46,7 +47,7 @@ class MemoryStore(Store):
         found = self._objects.get(self.prefix + key)
         if found is None:
             raise NotFound("no such object", url=self.url_of(key))
-        return found[0], _renamed(found[1], key)
+        return found[0], replace(found[1], key=key)
 
     def head(self, key: str) -> ObjectInfo:
         return self._object(key)[1]
@@ -111,11 +112,7 @@ class MemoryStore(Store):
         self.counters.add("requests")
         for name, (_, info) in sorted(self._objects.copy().items()):
             if name.startswith(start):
-                yield _renamed(info, name[len(self.prefix) :])
-
-
-def _renamed(info: ObjectInfo, key: str) -> ObjectInfo:
-    return ObjectInfo(key, info.n_bytes, etag=info.etag, modified_s=info.modified_s)
+                yield replace(info, key=name[len(self.prefix) :])
 
 
 class _MemoryUpload(SequentialUpload):

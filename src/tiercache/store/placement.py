@@ -362,11 +362,7 @@ _SHOWN = 8
 Cached: TypeAlias = Callable[[Store], Store]
 
 
-def as_it_is(store: Store) -> Store:
-    return store
-
-
-def follow_placement(home: Store, options: Mapping[str, Any], cached: Cached = as_it_is) -> RedirectingStore:
+def follow_placement(home: Store, options: Mapping[str, Any], cached: Cached | None = None) -> RedirectingStore:
     """Return a store that follows the placement of a home: a LocalStore where the home is one.
 
     options: Storage options of the home. cached: Wraps a store in the cache, for the remote objects of a local home.
@@ -476,7 +472,7 @@ class RedirectingStore(WrapperStore):
 class RedirectingLocalStore(RedirectingStore):
     """A local home: its own files are opened directly, remote objects are read through the cache."""
 
-    def __init__(self, resolver: LocationResolver, cached: Cached) -> None:
+    def __init__(self, resolver: LocationResolver, cached: Cached | None) -> None:
         super().__init__(resolver)
         self._cached = cached
         self._remote_store: Store | None = None
@@ -491,7 +487,7 @@ class RedirectingLocalStore(RedirectingStore):
     @property
     def remote_store(self) -> Store | None:
         if self._remote_store is None and self.resolver.has_remote:
-            self._remote_store = self._cached(self.by_ranges)
+            self._remote_store = self.by_ranges if self._cached is None else self._cached(self.by_ranges)
         return self._remote_store
 
     def is_remote(self, key: str) -> bool:
@@ -610,7 +606,7 @@ class FolderTiers:
 class FileLocator:
     """Finds the present locations of files and folders. Thread-safe; the lock guards the opened stores.
 
-    Use it as a context manager, or call close().
+    Call close() at the end.
     """
 
     def __init__(self, open_url: OpenUrl | None = None, *, rules: Path | None = None) -> None:
@@ -623,12 +619,6 @@ class FileLocator:
         self._lock = threading.Lock()
         self._stores: dict[str, Store] = {}
         self._no_homes: dict[str, float] = {}
-
-    def __enter__(self) -> FileLocator:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def close(self) -> None:
         with self._lock:
