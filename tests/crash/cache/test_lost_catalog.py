@@ -59,10 +59,3 @@ def test_an_ended_fetch_leaves_no_reservation_in_rebuilt_accounts(world):
     assert all('"reserved_bytes": 0' in text for text in noted)
     lose_the_catalog(world)
     assert sums(other)[:2] == (81 * UNIT, 0)
-
-
-def test_reconcile_does_not_count_a_running_fetch_twice(world, fetching):
-    _, other = fetching
-    before = sums(other)
-    other._open().accounts.reconcile()
-    assert sums(other) == before

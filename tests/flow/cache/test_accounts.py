@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tiercache.cache import accounts as accounts_module
-from tiercache.cache.accounts import FIGURES, Accounts
+from tiercache.cache.accounts import Accounts
 
 PLENTY = 1 << 50
 
@@ -184,14 +184,6 @@ def test_a_query_from_before_the_oldest_known_change_gets_all_rows(open_accounts
     after = me.changes(before.since)
     assert after.whole
     assert [row.name for row in after.rows] == ["d"]
-
-
-def test_figures_are_sums_of_all_processes_since_the_catalog_was_made(open_accounts):
-    me, you = open_accounts("me"), open_accounts("you")
-    me.add_figures({"hits": 3, "bytes_hit": 10})
-    you.add_figures({"hits": 4, "evicted": 1})
-    me.close()
-    assert you.figures() == dict.fromkeys(FIGURES, 0) | {"hits": 7, "bytes_hit": 10, "evicted": 1}
 
 
 def test_a_rebuilt_catalog_has_copies_limits_and_running_fetches(open_accounts, files):

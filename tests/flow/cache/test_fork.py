@@ -93,24 +93,6 @@ def test_a_fork_during_a_fetch_leaves_the_fetch_to_the_parent(world):
         assert os.pread(lease.fd, 10_000, 0) == world.data["a"]
 
 
-def test_a_child_killed_during_a_fetch_leaves_a_usable_cache(world):
-    world.put("a")
-    cache = world.cache()
-
-    def die():
-        gated = GateStore(world.inner)
-        with gated.stop_at("after_read_into") as gate, cache.store(gated).open_local("a", world.identity("a")) as lease:
-            lease.prefetch(WHOLE)
-            gate.wait_reached()
-            os._exit(0)
-
-    assert in_child(die)
-    assert {path.suffix for path in world.parts()} == {".part", ".map"}
-    world.fetch(world.store(cache), "a")
-    assert world.parts() == []
-    assert cache.status()["reserved_bytes"] == 0
-
-
 def test_a_pickled_store_is_the_same_cache(world):
     world.put("a")
     cache = world.cache()

@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,21 +36,13 @@ def test_an_owner_can_be_parsed_from_its_text():
 def test_this_process_runs_and_one_that_has_ended_does_not():
     me = Owner.of_this_process()
     assert me.runs() is True
+    assert replace(me, started=me.started - 1).runs() is False, "another process with this number"
+    assert replace(me, boot="0" * 16).runs() is False, "of an earlier boot"
     pid = dead_child()
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert start_time(pid) is None, "a zombie holds nothing"
     os.waitpid(pid, 0)
     assert start_time(pid) is None
-
-
-def test_a_process_with_a_reused_number_is_another_owner():
-    me = Owner.of_this_process()
-    assert Owner(me.boot, me.namespace, me.pid, me.started - 1, me.nonce).runs() is False
-
-
-def test_owners_of_an_earlier_boot_do_not_run():
-    me = Owner.of_this_process()
-    assert Owner("0" * 16, me.namespace, me.pid, me.started, me.nonce).runs() is False
 
 
 def test_the_lock_decides_about_owners_of_another_container(tmp_path, monkeypatch):

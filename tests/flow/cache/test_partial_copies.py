@@ -141,25 +141,6 @@ def test_an_interrupted_download_is_continued(world):
     assert other.stats()["bytes_used"] == 40 * MIB + UNIT
 
 
-def test_the_download_of_a_killed_process_is_continued(world):
-    identity = world.put("a", 24 * MIB)
-    pid = os.fork()
-    if pid == 0:
-        gated = GateStore(world.inner)
-        gates = [gated.stop_at("after_read_into") for _ in range(2)]
-        lease = world.cache("100MB").store(gated).open_local("a", identity)
-        lease.prefetch([ByteRange(0, 24 * MIB)])
-        for gate in gates:
-            gate.wait_reached()
-        while not any(try_wait(lease, (start * MIB, start * MIB + 1)) for start in (0, 8, 16)):
-            pass  # two of three pieces are held up
-        os._exit(9)
-    os.waitpid(pid, 0)
-    cache = world.cache("100MB")
-    world.fetch(world.store(cache), "a")
-    assert 0 < cache.stats()["bytes_fetched"] <= 16 * MIB
-
-
 def test_the_partial_copy_of_a_changed_object_is_not_continued(world):
     world.put("a", 4 * MIB)
     store = world.store(world.cache("100MB"))
