@@ -427,8 +427,8 @@ class Accounts:
     def remove(self, names: Iterable[str]) -> None:
         """Remove the rows of copies whose files are gone.
 
-        The race with a publisher: (1) we delete the file, (2) it is fetched again, published and booked, (3) we remove
-        its row. A publisher publishes before it books, so a file that does not exist now will be booked after our
+        The race with a fetch: (1) we delete the file, (2) it is fetched again, named and booked, (3) we remove its
+        row. A fetch names a copy before it books it, so a file that does not exist now will be booked after our
         removal.
         """
 

@@ -388,23 +388,23 @@ class Fetch:
             self._evictor.remove(spec.name)
             self._accounts.release(spec.name)
             return False
-        crash_point("publish.checked")
+        crash_point("complete.checked")
         set_mode(part.fd, COPY_MODE)  # from here on nobody can open the file for writing
-        crash_point("publish.sealed")
+        crash_point("complete.sealed")
         folder.write_record(spec, crc)
-        crash_point("publish.recorded")
+        crash_point("complete.recorded")
         folder.give_name(part.fd, spec.name)
-        crash_point("publish.named")
+        crash_point("complete.named")
         # An object without identity has no checksums inside: its map has those of its units.
         folder.unlink_part(spec.name, part.fd, keep_map=spec.identity is None)
-        crash_point("publish.unparted")
+        crash_point("complete.unparted")
         # A file that was written in pieces may take some blocks beyond its size (see Folder). They are charged only up
         # to the space that was reserved for the map, if the map is not kept.
         least = charge_bytes(spec.n_bytes)
         most = least + charge_bytes(map_bytes(spec.n_bytes)) - BLOCK_BYTES
         charge = most if spec.identity is None else min(max(folder.charge_of(spec.name) or 0, least), most)
         self._accounts.set_charge(spec.name, charge)
-        crash_point("publish.booked")
+        crash_point("complete.booked")
         return True
 
     # -- the partial copy and its space --------------------------------------------------------------------------------

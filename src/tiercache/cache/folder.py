@@ -433,7 +433,7 @@ class Folder:
         try:
             try:
                 return open_file(path, os.O_RDWR)
-            except PermissionError:  # the process that made it read-only died before it published the copy
+            except PermissionError:  # the process that made it read-only died before it completed the copy
                 fd = open_file(path, os.O_RDONLY)
                 try:
                     set_mode(fd, PRIVATE)
@@ -555,7 +555,7 @@ def _disk_bytes(status: os.stat_result, kind: str) -> int:
 def _charge(disk_bytes: dict[str, int]) -> int | None:
     """Return the disk space of the files of one name, with the block of the record; None for a map alone.
 
-    disk_bytes is by kind: "" (the copy), ".part" (beside a copy: the copy itself, just published), ".map".
+    disk_bytes is by kind: "" (the copy), ".part" (beside a copy: the copy itself, just completed), ".map".
     """
     data = disk_bytes.get("", disk_bytes.get(".part"))
     return None if data is None else charge_bytes(data + disk_bytes.get(".map", 0))

@@ -242,14 +242,14 @@ class ReadingPlans:
                 if not self._owners.alive(file.split(".")[0]):
                     self._sweep(file)
             elif file.endswith(_SUFFIX):
-                self._load(file)
+                self._open_or_sweep(file)
         readers = {plan.table.reader for file, plan in self._read.items() if file.endswith(_SUFFIX)}
         for file in files:
             if file.endswith(_LEFT_SUFFIX):
-                self._load_left(file, readers)
+                self._open_or_sweep_left(file, readers)
         return list(self._read.values())
 
-    def _load(self, file: str) -> None:
+    def _open_or_sweep(self, file: str) -> None:
         plan = self._read.get(file)
         if plan is None:
             with suppress(OSError):  # withdrawn meanwhile, or unreadable: not a plan
@@ -259,7 +259,7 @@ class ReadingPlans:
         close_private(self._read.pop(file).fd)
         self._sweep(file)
 
-    def _load_left(self, file: str, readers: set[bytes]) -> None:
+    def _open_or_sweep_left(self, file: str, readers: set[bytes]) -> None:
         """Keep or sweep the plan that a reader left behind. readers: Readers of the live plans."""
         plan = self._read.get(file)
         with suppress(OSError):

@@ -116,13 +116,9 @@ def summary_of(facts: Mapping[str, Any]) -> str:
         "poisoned": "corrupt at their source",
     }
     texts += [f"{figures[name]:,} {text}" for name, text in names.items() if figures.get(name)]
-    texts += [note for (name, value), note in _TROUBLES.items() if facts[name] == value]
+    if facts["bypassed"]:
+        texts.append("the cache is bypassed for now, because its disk failed")
     return "; ".join(texts)
-
-
-_TROUBLES = {
-    ("bypassed", True): "the cache is bypassed for now, because its disk failed",
-}
 
 
 def by_data_set(entries: Sequence[Entry]) -> list[dict[str, Any]]:

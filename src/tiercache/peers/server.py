@@ -132,7 +132,7 @@ class ServedDataSet:
                 break
         return found
 
-    def load(self) -> None:
+    def read_newest(self) -> None:
         """Read the newest version, if it is not known. Raises StoreError, CorruptShard."""
         with self._lock:
             self._read_newest()
@@ -211,13 +211,13 @@ class PeerService:
             raise failure
         return None
 
-    def load(self, stop: Event) -> None:
+    def read_all_newest(self, stop: Event) -> None:
         """Read the newest version of each data set, until stop is set: a first request then need not wait for it."""
         with stop_retries_when(stop):
             for data_set in self.data_sets:
                 with suppress(TierCacheError, OSError):  # the request that needs the names fails, or tries again
                     if not stop.is_set():
-                        data_set.load()
+                        data_set.read_newest()
 
 
 # -- the server on a Unix socket ---------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def run_service(cache: Cache, service: PeerService, path: Path) -> Iterator[None
     stop = Event()
     threads = [
         Thread(target=server.serve_forever, name="tiercache-serve", kwargs={"poll_interval": 0.1}, daemon=True),
-        Thread(target=service.load, name="tiercache-serve-load", args=(stop,), daemon=True),
+        Thread(target=service.read_all_newest, name="tiercache-serve-load", args=(stop,), daemon=True),
     ]
     for thread in threads:
         thread.start()
